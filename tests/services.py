@@ -235,9 +235,15 @@ _BUCKET, _KEY, _SECRET = "loractl", "test-key", "test-secret-0123456789"
 def start_s3(folder: Path) -> str:
     """`rclone serve s3` over a folder, to the run's end; returns its endpoint."""
     port = free_port()
-    (folder / "buckets" / _BUCKET).mkdir(parents=True)
+    wait_for_port(port, _start(s3_command(folder, port)))
+    return f"http://127.0.0.1:{port}"
+
+
+def s3_command(folder: Path, port: int) -> list[str]:
+    """A server of what lies in a folder, where it makes its bucket."""
+    (folder / "buckets" / _BUCKET).mkdir(parents=True, exist_ok=True)
     rclone = shutil.which("rclone") or str(Path(sys.executable).with_name("rclone"))
-    command = [
+    return [
         rclone,
         "serve",
         "s3",
@@ -251,8 +257,6 @@ def start_s3(folder: Path) -> str:
         "--vfs-cache-mode",
         "off",
     ]
-    wait_for_port(port, _start(command))
-    return f"http://127.0.0.1:{port}"
 
 
 def s3(folder: Path, endpoint: str, name: str) -> S3:

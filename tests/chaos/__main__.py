@@ -1,6 +1,8 @@
 """make chaos: CHAOS_JOBS jobs (1000) under faults drawn from CHAOS_SEED; ends non-zero on any broken promise.
 
 CHAOS_JOBS=1000 CHAOS_SEED=7 python -m tests.chaos docs/chaos.md
+
+CHAOS_DATABASE=sqlite: one box on SQLite, and no page. CHAOS_STORE: s3 or folder, whatever the seed says.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from .report import page, table
-from .storm import Plan, storm
+from .storm import Plan, storm, with_s3
 
 
 def main() -> int:
@@ -21,7 +24,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing of the lab may remain
     faulthandler.register(signal.SIGUSR1)  # where a run that hangs stands
     print(f"CHAOS_JOBS={jobs} CHAOS_SEED={seed}", flush=True)
-    plan = Plan(jobs=jobs, seed=seed, gap_s=float(os.environ.get("CHAOS_GAP") or 2.5), probes=3, gangs=True)
+    plan = Plan(
+        jobs=jobs, seed=seed, gap_s=float(os.environ.get("CHAOS_GAP") or 2.5), probes=3, gangs=True, s3=with_s3(seed)
+    )
+    if os.environ.get("CHAOS_DATABASE") == "sqlite":
+        plan = replace(plan, sqlite=True, boxes=1, probes=0)
     outcome = storm(plan, say=lambda line: print(line, flush=True))
     print(table(outcome))
     for breach in outcome.broken:
@@ -29,7 +36,7 @@ def main() -> int:
     if outcome.broken:
         print("\n".join(outcome.log))
         return 1
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 1 and not plan.sqlite:  # the page is about the large one
         Path(sys.argv[1]).write_text(page(outcome))
         print(f"wrote {sys.argv[1]}")
     return 0

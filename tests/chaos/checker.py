@@ -76,10 +76,11 @@ def check(history: History) -> list[Broken]:
     return found + list(_nothing_failed(history))
 
 
-def examine(store: ArtifactStore, job: dict[str, Any]) -> str | None:
-    """What is wrong with the stored result of a job that succeeded; None when it is whole and what was asked for."""
+def examine(store: ArtifactStore, job: dict[str, Any], url: str | None = None) -> str | None:
+    """What is wrong with the stored result of a job that succeeded; None when it is whole and what was asked for.
+    `url`: the store's, for those who put it there."""
     uri = job["adapter_uri"] or ""
-    prefix = uri.removeprefix(store.url + "/").removesuffix("/adapter")
+    prefix = uri.removeprefix(f"{url or store.url}/").removesuffix("/adapter")
     stored = Binding(prefix=prefix, manifest_sha256=job["manifest_sha256"])
     link = last_link(job["spec_hash"], job["data"]["path"]["sha256"], job["spec"]["training"]["max_steps"])
     try:
@@ -209,18 +210,20 @@ def _noticed(history: History) -> Iterator[Broken]:
             yield Broken(promise=4, what=f"{name} never ended")
         elif attempt.reason == "worker_lost" and attempt.token in leases:
             over = max(leases[attempt.token], attempt.lease_expires_at or attempt.started_at)
-            late = (attempt.ended_at - over).total_seconds() - _away(history, over, attempt.ended_at)
+            late = (attempt.ended_at - over).total_seconds() - _away(history, attempt, over, attempt.ended_at)
             if late > NOTICE_SLACK_S:
                 yield Broken(promise=4, what=f"{name} was noticed {late:.1f} s after its lease was over")
 
 
-def _away(history: History, start: dt.datetime, end: dt.datetime) -> float:
-    """Seconds between two times in which no node could notice: the database was away, or every box was.
+def _away(history: History, attempt: AttemptRow, start: dt.datetime, end: dt.datetime) -> float:
+    """Seconds between two times in which no node could notice: the database was away, or every box was, or somebody
+    held the job's row.
 
     Each outage lasts a lease longer: living supervisors are let to beat first, and a box has to start.
     """
     settle, tick = dt.timedelta(seconds=history.lease_s), dt.timedelta(seconds=0.25)
-    windows = [w for w in history.windows if w.start < end and w.end + settle > start]
+    mine = [w for w in history.windows if w.job in (None, attempt.job_id)]
+    windows = [w for w in mine if w.start < end and w.end + settle > start]
     total, now = 0.0, start
     while windows and now < end:
         away = {w.box for w in windows if w.start <= now < w.end + settle}
@@ -247,7 +250,8 @@ def _left(history: History) -> Iterator[Broken]:
 def _last_seen(history: History, attempt: AttemptRow, seen: dt.datetime, since: dt.datetime) -> float:
     """Seconds from a time until a process was seen at last, but for those in which its box could end none."""
     box = attempt.node.partition(":")[0]
-    faults = [w for w in history.windows if w.box is None or w.box.partition(":")[0] == box]
+    mine = [w for w in history.windows if w.job is None]
+    faults = [w for w in mine if w.box is None or w.box.partition(":")[0] == box]
     return (seen - since).total_seconds() - _covered(faults, since, seen)
 
 
@@ -296,7 +300,7 @@ def _gangs(history: History) -> Iterator[Broken]:
             if left > RANK_S:
                 yield Broken(promise=10, what=f"{name} had a process {left:.0f} s after one of its ranks was killed")
         elif hit.final:
-            late = (attempt.ended_at - hit.at).total_seconds() - _away(history, hit.at, attempt.ended_at)
+            late = (attempt.ended_at - hit.at).total_seconds() - _away(history, attempt, hit.at, attempt.ended_at)
             if late > history.lease_s + NOTICE_SLACK_S:
                 promise = 10 if attempt.cards else 4
                 yield Broken(promise=promise, what=f"{name} ended {late:.1f} s after its node was killed")

@@ -41,6 +41,16 @@ DECK = {
     "kill a rank in a checkpoint": 2,
     "change the base of jobs that share it": 1,
     "cancel a job": 3,
+    "a hostile login that holds locks": 2,
+    "hold a running job's row": 2,
+    "use up PostgreSQL's connections": 1,
+    "fill the database's disk": 1,
+    "hold SQLite's write lock": 3,
+    "slow a box's link to PostgreSQL": 1,
+    "slow the store": 2,
+    "kill the store's server": 1,
+    "cut a box off the store": 1,
+    "move a box's clock": 2,
 }
 """How often each comes in one deck; decks are shuffled and dealt one after the other."""
 
@@ -57,18 +67,24 @@ class Fault:
 
 GANG_FAULTS = frozenset(kind for kind in DECK if "rank" in kind or "second card" in kind)
 
+S3_FAULTS = frozenset({"slow the store", "kill the store's server", "cut a box off the store"})
+DISK_FAULT, CLOCK_FAULT = "fill the database's disk", "move a box's clock"
+SQLITE_FAULTS = frozenset({"hold SQLite's write lock"})
+POSTGRES_FAULTS = frozenset(kind for kind in DECK if "PostgreSQL" in kind or "hostile" in kind or "row" in kind)
 
-def script(seed: int, gap_s: float, *, gangs: bool, first: Collection[str] = ()) -> Iterator[Fault]:
+
+def script(
+    seed: int, gap_s: float, without: frozenset[str] = frozenset(), first: Collection[str] = ()
+) -> Iterator[Fault]:
     """The same seed gives the same script; what it hits hangs on what runs at that moment.
 
-    `gangs`: whether jobs are on two cards; faults of such jobs would meet nothing otherwise. `first`: kinds that a
-    short run is to have.
+    `without`: faults that would meet nothing, or can't be had here. `first`: kinds that a short run is to have.
     """
     rng = random.Random(seed)
     for kind in first:
         yield Fault(gap_s=gap_s, kind=kind, share=rng.random(), pick=rng.random())
     while True:
-        deck = [kind for kind, count in DECK.items() for _ in range(count) if gangs or kind not in GANG_FAULTS]
+        deck = [kind for kind, count in DECK.items() for _ in range(count) if kind not in without]
         rng.shuffle(deck)
         for kind in deck:
             yield Fault(gap_s=rng.uniform(0.3, 1.7) * gap_s, kind=kind, share=rng.random(), pick=rng.random())

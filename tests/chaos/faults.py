@@ -7,14 +7,16 @@ import datetime as dt
 import glob
 import heapq
 import itertools
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import psutil
-from sqlalchemy import text
+from sqlalchemy import bindparam, text
 from sqlalchemy.exc import DBAPIError
 
 from loractl.common.errors import WrongState
@@ -25,6 +27,7 @@ from loractl.worker.device.occupancy import JOB_VARIABLE, RUN_VARIABLE, run_mark
 from .deck import Fault
 from .history import Hit, Span, Window
 from .lab import Box, Lab
+from .outages import hold_locks, hold_row, hold_write_lock, use_up_connections
 from .trainer import BAD_CARDS
 from .traps import change_next_base, changed_bases, in_a_checkpoint
 
@@ -36,6 +39,12 @@ FRESH_S = 30.0
 WAIT_S = 15.0
 """A fault that finds nothing to hit looks for it so long, then it is dropped and not counted."""
 
+
+SLOW_LINK_S, SLOW_STORE_S = 0.1, 0.2
+"""How late each piece of up to 64 KiB arrives."""
+
+CLOCK_S = 3600
+"""A box's clock jumps by this at most, forward or back."""
 
 BACK_S = 0.5
 """Between two looks whether what was killed is back."""
@@ -72,6 +81,7 @@ class Injector:
     _killed: Counter[str] = field(default_factory=Counter)  # trainers of each job
     postgres_back: list[dt.datetime] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)  # by the hostile login, with success
     bad: set[str] = field(default_factory=set)  # boxes whose cards fail every job
     went_bad: set[str] = field(default_factory=set)  # also those that were mended since
     _heals: list[tuple[float, int, Callable[[], None]]] = field(default_factory=list)
@@ -156,10 +166,12 @@ class Injector:
             "kill a trainer in a checkpoint": self._kill_in_checkpoint,
             "kill a rank in a checkpoint": self._kill_in_checkpoint,
             "change the base of jobs that share it": self._change_base,
+            "cut a box off the store": self._cut_store,
+            "move a box's clock": self._move_clock,
         }  # fmt: skip
         if kind in whole:
             return whole[kind](fault, box)
-        if "off" in kind or "silence" in kind:
+        if any(word in kind for word in ("off", "silence", "link")):
             return self._disturb_link(fault, box)
         rest = {
             "kill Valkey": self._kill_valkey,
@@ -169,6 +181,13 @@ class Injector:
             "fill the store's disk": self._fill,
             "cancel a job": self._cancel,
             "tear a stored checkpoint": self._tear_stored,
+            "a hostile login that holds locks": self._hold_locks,
+            "hold a running job's row": self._hold_row,
+            "use up PostgreSQL's connections": self._use_up,
+            "fill the database's disk": self._fill_database,
+            "hold SQLite's write lock": self._hold_write_lock,
+            "slow the store": self._slow_store,
+            "kill the store's server": self._kill_s3,
         }
         return rest[kind](fault)
 
@@ -356,10 +375,108 @@ class Injector:
             return False
         if "silence" in fault.kind:
             link.silence("up" if "box to server" in fault.kind else "down")
+        elif "slow" in fault.kind:
+            link.slow(SLOW_LINK_S)
         else:
             link.cut()
         seconds = self.lab.lease_s * 1.5 * fault.share
         self._heal_later(seconds, link.heal, name, box if name == f"{box.name} postgres" else None)
+        return True
+
+    def _hold_locks(self, fault: Fault) -> bool:
+        seconds = self.lab.lease_s * (1.2 + fault.share)
+        return self._go_on(seconds, "hostile", partial(hold_locks, self.lab, self.said))
+
+    def _hold_row(self, fault: Fault) -> bool:
+        query = text("SELECT job_id FROM jobs WHERE status = 'running' ORDER BY job_id")
+        found: list[int] = []
+        with contextlib.suppress(DBAPIError), self.lab.engine.connect() as connection:
+            found += connection.scalars(query)
+        if not found:
+            return False
+        job = found[int(fault.share * len(found))]
+        seconds = self.lab.lease_s * (1.2 + fault.pick)
+        return self._go_on(seconds, "a row", partial(hold_row, self.lab, job), job=job)
+
+    def _use_up(self, fault: Fault) -> bool:
+        seconds = self.lab.lease_s * (0.3 + fault.share)
+        return self._go_on(seconds, "postgres", partial(use_up_connections, self.lab), database=True)
+
+    def _go_on(
+        self,
+        seconds: float,
+        busy: str,
+        work: Callable[[threading.Event], None],
+        *,
+        job: int | None = None,
+        database: bool = False,
+    ) -> bool:
+        """Something that is done in a thread of its own until the fault is healed."""
+        if busy in self._busy:
+            return False
+        over = threading.Event()
+        thread = threading.Thread(target=work, args=(over,))
+        thread.start()
+
+        def end() -> None:
+            over.set()
+            thread.join()
+
+        self._heal_later(seconds, end, busy, job=job, database=database)
+        return True
+
+    def _hold_write_lock(self, fault: Fault) -> bool:
+        seconds = self.lab.lease_s * (0.5 + fault.share)
+        return self._go_on(seconds, "postgres", partial(hold_write_lock, self.lab), database=True)
+
+    def _fill_database(self, fault: Fault) -> bool:
+        if "postgres" in self._busy:
+            return False
+
+        def free() -> None:
+            self.lab.database.disk.free()
+            self.lab.database.start()  # PostgreSQL ends where its log has no room
+            self.postgres_back.append(_now())
+
+        self.lab.database.disk.fill()
+        self._heal_later(self.lab.lease_s * (0.5 + fault.share), free, "postgres", database=True)
+        return True
+
+    def _slow_store(self, fault: Fault) -> bool:
+        links = [box.store for box in self.lab.boxes if box.store is not None]
+        if "S3" in self._busy:
+            return False
+        for link in links:
+            link.slow(SLOW_STORE_S)
+
+        def end() -> None:
+            for link in links:
+                link.heal()
+
+        self._heal_later(self.lab.lease_s * (0.5 + 1.5 * fault.share), end, "S3")
+        return True
+
+    def _kill_s3(self, fault: Fault) -> bool:
+        if "S3" in self._busy or self.lab.s3 is None:
+            return False
+        self.lab.s3.stop()
+        self._heal_later(self.lab.lease_s * fault.share, self.lab.s3.start, "S3")
+        return True
+
+    def _cut_store(self, fault: Fault, box: Box) -> bool:
+        if "S3" in self._busy or box.store is None:
+            return False
+        box.store.cut()
+        self._heal_later(self.lab.lease_s * 1.5 * fault.share, box.store.heal, "S3")
+        return True
+
+    def _move_clock(self, fault: Fault, box: Box) -> bool:
+        """Forward or back, and after a while back to the true time."""
+        name = f"{box.name} clock"
+        if name in self._busy:
+            return False
+        box.move_clock(int((2 * fault.share - 1) * CLOCK_S))
+        self._heal_later(self.lab.lease_s * (1 + fault.share), lambda: box.move_clock(0), name)
         return True
 
     def _fill(self, fault: Fault) -> bool:
@@ -482,10 +599,11 @@ class Injector:
         box: Box | None = None,
         *,
         card: str | None = None,
+        job: int | None = None,
         database: bool = False,
         is_back: Callable[[], bool] | None = None,
     ) -> None:
-        """`busy`: what no other fault may touch until then. `box`, `card`, `database`: what is away until then.
+        """`busy`: what no other fault may touch until then. `box`, `card`, `database`, `job`'s row: what is away then.
         `is_back`: whether what was taken is there again; the fault is active as long as it is not."""
         began, away, kind = _now(), card if box is None else box.name, self._kind
 
@@ -497,8 +615,8 @@ class Injector:
             else:
                 until = time.monotonic() + BACK_AT_LAST_S
                 self._open.append(Open(kind=kind, start=began, until=until, is_back=is_back))
-            if database or away is not None:
-                self.windows.append(Window(start=began, end=_now(), box=None if database else away))
+            if database or away is not None or job is not None:
+                self.windows.append(Window(start=began, end=_now(), box=None if database else away, job=job))
 
         self._busy.add(busy)
         heapq.heappush(self._heals, (time.monotonic() + seconds, next(self._numbers), end))
@@ -512,11 +630,12 @@ class Injector:
         """Remember what ran there, on any of its cards. With the database away that is not known, and then it is not
         timed. `final`: none of it can go on."""
         query = (
-            "SELECT job_id, attempt FROM jobs WHERE status = 'running' AND (node = ANY(:nodes) OR (job_id, attempt) IN "
-            "(SELECT job_id, attempt FROM shares WHERE node = ANY(:nodes)))"
+            "SELECT job_id, attempt FROM jobs WHERE status = 'running' AND (node IN :nodes OR (job_id, attempt) IN "
+            "(SELECT job_id, attempt FROM shares WHERE node IN :nodes))"
         )
+        found = text(query).bindparams(bindparam("nodes", expanding=True))
         with contextlib.suppress(DBAPIError), self.lab.engine.connect() as connection:
-            for job_id, attempt in connection.execute(text(query), {"nodes": cards}):
+            for job_id, attempt in connection.execute(found, {"nodes": cards}):
                 self.losses.append(Hit(at=_now(), job_id=job_id, attempt=attempt, final=final))
 
 

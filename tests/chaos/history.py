@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import datetime as dt
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, fields
+from enum import Enum
 from typing import Any
 
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, select, text
+
+from loractl.common.store.tables import Base
 
 _AUDIT = """
 CREATE TABLE chaos_audit (
@@ -14,7 +18,7 @@ CREATE TABLE chaos_audit (
     at timestamptz NOT NULL DEFAULT clock_timestamp(), what text NOT NULL, job_id integer NOT NULL, attempt integer,
     kind text, old jsonb, new jsonb
 );
-CREATE FUNCTION chaos_job() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION chaos_job() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 DECLARE old_row jsonb := NULL; new_row jsonb := NULL;
 BEGIN
     IF TG_OP <> 'INSERT' THEN old_row := to_jsonb(OLD) - 'spec' - 'planned' - 'data'; END IF;
@@ -24,7 +28,7 @@ BEGIN
     RETURN NULL;
 END $$;
 CREATE TRIGGER chaos_job AFTER INSERT OR UPDATE OR DELETE ON jobs FOR EACH ROW EXECUTE FUNCTION chaos_job();
-CREATE FUNCTION chaos_part() RETURNS trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION chaos_part() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
 DECLARE others text[] := ARRAY['host', 'base_bytes', 'inside', 'shared', 'promised_at',  -- of an attempt: its company
         'lease_expires_at'];  -- and its lease while somebody has the job's row locked
 BEGIN
@@ -35,11 +39,43 @@ BEGIN
     RETURN NULL;
 END $$;
 """
+_SQLITE_AUDIT = """
+CREATE TABLE chaos_audit (
+    seq integer PRIMARY KEY, at text NOT NULL DEFAULT (strftime('%Y-%m-%d %H:%M:%f', 'now')),
+    what text NOT NULL, job_id integer NOT NULL, attempt integer, kind text, old text, new text
+);
+CREATE TRIGGER chaos_job_1 AFTER INSERT ON jobs BEGIN
+    INSERT INTO chaos_audit (what, job_id, attempt, new) VALUES ('job', NEW.job_id, NEW.attempt, {new}); END;
+CREATE TRIGGER chaos_job_2 AFTER UPDATE ON jobs BEGIN
+    INSERT INTO chaos_audit (what, job_id, attempt, old, new)
+        VALUES ('job', NEW.job_id, NEW.attempt, {old}, {new}); END;
+CREATE TRIGGER chaos_job_3 AFTER DELETE ON jobs BEGIN
+    INSERT INTO chaos_audit (what, job_id, attempt, old) VALUES ('job', OLD.job_id, OLD.attempt, {old}); END;
+"""
+_SQLITE_PART = """
+CREATE TRIGGER chaos_{table}_1 AFTER INSERT ON {table} BEGIN
+    INSERT INTO chaos_audit (what, job_id, attempt, kind) VALUES ('{table}', NEW.job_id, NEW.attempt, {kind}); END;
+CREATE TRIGGER chaos_{table}_2 AFTER UPDATE ON {table} WHEN {changed} BEGIN
+    INSERT INTO chaos_audit (what, job_id, attempt, kind) VALUES ('{table}', NEW.job_id, NEW.attempt, {kind}); END;
+"""
+_OF_A_JOB = ("status", "attempt", "token", "node", "checkpoint", "lease_expires_at", "adapter_uri", "reason", "message")
+"""What the checker reads; SQLite makes no JSON of a whole row."""
+
+_COMPANY = ("host", "base_bytes", "inside", "shared", "promised_at", "lease_expires_at")
+"""Of an attempt: see the triggers of PostgreSQL."""
+
+TRANSACTION_S = 1.0
+"""SQLite has no number of a transaction. One writer at a time writes, so what follows at once, or within so long on the
+same job, is taken for the same: a stale write so soon after the end of its attempt would not be found."""
+
 _PARTS = ("attempts", "events", "metrics", "log_chunks", "adapters")
 
 
 def record(engine: Engine) -> None:
     """Put the triggers on the tables."""
+    if engine.dialect.name == "sqlite":
+        _record_in_sqlite(engine)
+        return
     with engine.begin() as connection:
         connection.exec_driver_sql(_AUDIT)
         for table in _PARTS:
@@ -47,6 +83,24 @@ def record(engine: Engine) -> None:
                 f"CREATE TRIGGER chaos_part AFTER INSERT OR UPDATE ON {table} "
                 "FOR EACH ROW EXECUTE FUNCTION chaos_part()"
             )
+
+
+def _record_in_sqlite(engine: Engine) -> None:
+    def row(name: str) -> str:
+        values = {column: f"{name}.{column}" for column in _OF_A_JOB}
+        values |= {"checkpoint": f"json({name}.checkpoint)", "lease_expires_at": f"{name}.lease_expires_at || '+00:00'"}
+        pairs = ", ".join(f"'{column}', {value}" for column, value in values.items())
+        return f"json_object({pairs})"
+
+    said = [_SQLITE_AUDIT.format(old=row("OLD"), new=row("NEW"))]
+    for table in _PARTS:
+        columns = [column.name for column in Base.metadata.tables[table].columns if column.name not in _COMPANY]
+        changed = " OR ".join(f"NEW.{column} IS NOT OLD.{column}" for column in columns)
+        kind = "NEW.kind" if "kind" in columns else "NULL"
+        said.append(_SQLITE_PART.format(table=table, changed=changed, kind=kind))
+    connection = engine.raw_connection()
+    connection.executescript("".join(said))  # type: ignore[attr-defined]  # sqlite3's own
+    connection.close()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +115,9 @@ class Change:
     kind: str | None = None  # of an event
     old: dict[str, Any] | None = None
     new: dict[str, Any] | None = None
+
+
+_CHANGE = tuple(one.name for one in fields(Change))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +140,12 @@ class AttemptRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """When the database was away, or a box or its way to the database, or a card's node."""
+    """When the database was away, or a box or its way to the database, or a card's node, or a job's row was held."""
 
     start: dt.datetime
     end: dt.datetime
     box: str | None = None  # or a card of it; None: the database itself
+    job: int | None = None  # whose row nobody else could have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,24 +237,42 @@ def read(engine: Engine) -> dict[str, Any]:
     """The database's part of a History."""
     with engine.connect() as connection:
 
-        def rows(query: str) -> list[dict[str, Any]]:
-            return [dict(row) for row in connection.execute(text(query)).mappings()]
+        def rows(table: str, *order: str) -> list[dict[str, Any]]:
+            of = Base.metadata.tables[table]
+            found = connection.execute(select(of).order_by(*(of.columns[name] for name in order))).mappings()
+            return [{k: v.value if isinstance(v, Enum) else v for k, v in row.items()} for row in found]
 
-        attempts = "job_id, attempt, token, node, started_at, ended_at, reason, resumed_from_step, host, joined, shared"
-        attempts += ", lease_expires_at, COALESCE(message, '') AS message"
+        audit = [dict(row) for row in connection.execute(text("SELECT * FROM chaos_audit ORDER BY seq")).mappings()]
+        if engine.dialect.name == "sqlite":
+            _number_transactions(audit)
         cards: dict[tuple[int, int], tuple[str, ...]] = {}
-        for share in rows("SELECT job_id, attempt, node FROM shares ORDER BY job_id, attempt, rank"):
+        for share in rows("shares", "job_id", "attempt", "rank"):
             key = share["job_id"], share["attempt"]
             cards[key] = (*cards.get(key, ()), share["node"])
+        columns = [one.name for one in fields(AttemptRow) if one.name not in ("cards", "message")]
         return {
-            "jobs": {row["job_id"]: row for row in rows("SELECT * FROM jobs ORDER BY job_id")},
-            "adapters": {row["job_id"]: row for row in rows("SELECT * FROM adapters")},
+            "jobs": {row["job_id"]: row for row in rows("jobs", "job_id")},
+            "adapters": {row["job_id"]: row for row in rows("adapters")},
             "attempts": [
-                AttemptRow(**row, cards=cards.get((row["job_id"], row["attempt"]), ()))
-                for row in rows(f"SELECT {attempts} FROM attempts ORDER BY job_id, attempt")
+                AttemptRow(
+                    **{name: row[name] for name in columns},
+                    message=row["message"] or "",
+                    cards=cards.get((row["job_id"], row["attempt"]), ()),
+                )
+                for row in rows("attempts", "job_id", "attempt")
             ],
-            "changes": [
-                Change(**row)
-                for row in rows("SELECT tx, at, what, job_id, attempt, kind, old, new FROM chaos_audit ORDER BY seq")
-            ],
+            "changes": [Change(**{name: row[name] for name in _CHANGE}) for row in audit],
         }
+
+
+def _number_transactions(audit: list[dict[str, Any]]) -> None:
+    """Give SQLite's rows their numbers of transactions, and their texts their types."""
+    last: dict[int, dict[str, Any]] = {}  # of each job
+    for row in audit:
+        row["at"] = dt.datetime.fromisoformat(row["at"]).replace(tzinfo=dt.UTC)
+        row |= {name: json.loads(row[name]) for name in ("old", "new") if row[name] is not None}
+        before = last.get(row["job_id"])
+        near = before is not None and (row["at"] - before["at"]).total_seconds() <= TRANSACTION_S
+        same = before is not None and (near or before["seq"] == row["seq"] - 1)
+        row["tx"] = before["tx"] if before is not None and same else row["seq"]
+        last[row["job_id"]] = row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import itertools
 import os
 import re
@@ -17,26 +18,65 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import OperationalError
 
 from loractl.common.queue.valkey import server_binary
+from loractl.common.store.database import make_engine
+from loractl.common.store.roles import SUBMIT, WORK, WantedLogin, apply_roles
+from loractl.common.store.schema import upgrade
 
-from ..services import free_port, make_cluster, postgres_command, wait_for_port
+from ..services import free_port, make_cluster, postgres_command, s3_command, wait_for_port
+from ..services import s3 as bucket_of
+from .deck import CLOCK_FAULT, DISK_FAULT, POSTGRES_FAULTS, S3_FAULTS, SQLITE_FAULTS
 from .proxy import Link, Proxy
 
 REPO = Path(__file__).parents[2]
 LORACTL = str(Path(sys.executable).with_name("loractl"))
 TRAINER = "tests.chaos.trainer"
 STORE_CALLS = "loractl.worker.storage.process"
-STORE_BYTES = 192 << 20
+USERS = ("ada", "bob", "cyd")
+"""Who submits; what fails the jobs of one user alone may be the user's own fault."""
+
+BOX_LOGIN, HOSTILE = "heron", "mallory"
+
+FAKETIME = sorted(glob.glob("/usr/lib/*/faketime/libfaketimeMT.so.1"))  # noqa: PTH207  a pattern of folders
+"""Debian's libfaketime, where it is installed: it gives processes another time of day."""
+
+STORE_BYTES, DATABASE_BYTES = 192 << 20, 2 << 30
+
+
+class Disk:
+    """A folder on a tmpfs of its own, which can be full; without the right to mount, an ordinary folder."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self._size = folder, size
+        folder.mkdir()
+        self.mounted = os.geteuid() == 0 and self._mount(f"size={size},mode=755")
+
+    def fill(self) -> None:
+        """From now on it has no more room than what lies there takes."""
+        found = os.statvfs(self.folder)
+        self._mount(f"remount,size={(found.f_blocks - found.f_bfree) * found.f_frsize}")
+
+    def free(self) -> None:
+        self._mount(f"remount,size={self._size}")
+
+    def remove(self) -> None:
+        if self.mounted:
+            subprocess.run(["umount", "-l", str(self.folder)], check=True)
+
+    def _mount(self, options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(self.folder)]
+        return subprocess.run(command, capture_output=True).returncode == 0
 
 
 class Postgres:
     """A cluster whose processes are our own children, so that all of them can be killed at once."""
 
     def __init__(self, folder: Path) -> None:
-        self._cluster = folder / "pg"
+        self.disk = Disk(folder / "pg", DATABASE_BYTES)
+        self._cluster = self.disk.folder / "data"
         self._user = make_cluster(self._cluster)
         self._log = (folder / "postgres.log").open("ab")
         self._process: subprocess.Popen[bytes] | None = None
@@ -65,8 +105,8 @@ class Postgres:
 
     def _launch(self) -> None:
         self._process = subprocess.Popen(
-            postgres_command(self._cluster), user=self._user, cwd="/", stdout=self._log, stderr=self._log,
-            start_new_session=True,
+            [*postgres_command(self._cluster), "--max_wal_size=128MB"], user=self._user, cwd="/", stdout=self._log,
+            stderr=self._log, start_new_session=True,
         )  # fmt: skip
 
     def crash(self) -> None:
@@ -102,6 +142,23 @@ class Postgres:
             except subprocess.TimeoutExpired:
                 self.crash()
         self._log.close()
+        self.disk.remove()
+
+
+class SqliteFile:
+    """A file in place of a server, on a disk that can be full."""
+
+    socket = ""
+
+    def __init__(self, folder: Path) -> None:
+        self.disk = Disk(folder / "sqlite", DATABASE_BYTES)
+        self.url = f"sqlite:///{self.disk.folder}/loractl.db"
+
+    def start(self) -> None:
+        """Nothing has to."""
+
+    def stop(self) -> None:
+        self.disk.remove()
 
 
 class Valkey:
@@ -136,42 +193,57 @@ class Valkey:
             self.kill(wipe=False)
 
 
+class S3:
+    """The server of a store that is a bucket; its files lie where a folder's would."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        self._process = subprocess.Popen(s3_command(self._folder, self.port), start_new_session=True, **quiet)
+        wait_for_port(self.port, self._process)
+
+    def stop(self) -> None:
+        assert self._process
+        self._process.kill()
+        self._process.wait()
+
+
 class StoreDisk:
     """The artifact store's folder, on a tmpfs of its own that can be filled; without the right to mount, a folder that
     can be made unwritable."""
 
     def __init__(self, folder: Path) -> None:
-        self.root = folder / "store"
-        self.root.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", f"size={STORE_BYTES},mode=755", "tmpfs", str(self.root)]
-        self.mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
-        self.artifacts = self.root / "artifacts"
-        self.artifacts.mkdir()
-        self._filler = self.root / "filler"
+        self._disk = Disk(folder / "store", STORE_BYTES)
+        self.root = self._disk.folder
+        self.mounted = self._disk.mounted
+        self.artifacts = self._disk.folder / "buckets" / "loractl" / "chaos"  # where S3 looks for it, too
+        self.artifacts.mkdir(parents=True)
 
     @property
     def kind(self) -> str:
-        return f"tmpfs of {STORE_BYTES >> 20} MiB" if self.mounted else "folder made unwritable"
+        return f"a tmpfs of {STORE_BYTES >> 20} MiB" if self.mounted else "a folder made unwritable"
 
     def fill(self) -> None:
         if not self.mounted:
             for path in _folders(self.artifacts):
                 path.chmod(0o555)
             return
-        # without a buffer: what the disk did not take would be written, and refused, once more at the end
-        with self._filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):  # ENOSPC is what this is for
-            while True:
-                file.write(bytes(1 << 20))
+        self._disk.fill()
 
     def free(self) -> None:
-        self._filler.unlink(missing_ok=True)
-        if not self.mounted:
-            for path in _folders(self.artifacts):
-                path.chmod(0o755)
+        if self.mounted:
+            self._disk.free()
+            return
+        for path in _folders(self.artifacts):
+            path.chmod(0o755)
 
     def remove(self) -> None:
-        if self.mounted:
-            subprocess.run(["umount", "-l", str(self.root)], check=True)
+        self._disk.remove()
 
 
 def _folders(top: Path) -> Iterator[Path]:
@@ -190,10 +262,17 @@ class Box:
     home: Path
     database: Link
     queue: Link
+    store: Link | None  # of one that is a bucket
     environment: dict[str, str]
     process: subprocess.Popen[bytes] | None = None
     wanted: bool = True  # False while a fault keeps it down
     starts: int = 0
+
+    def move_clock(self, seconds: int) -> None:
+        """By so many from the true time, for all processes that have FAKETIME."""
+        aside = self.home / "clock.new"
+        aside.write_text(f"{seconds:+d}s\n")
+        aside.rename(self.home / "clock")
 
     @property
     def log(self) -> Path:
@@ -293,29 +372,43 @@ class Lab:
     """Everything, in one folder."""
 
     folder: Path
-    postgres: Postgres
+    database: Postgres | SqliteFile
     valkey: Valkey
     disk: StoreDisk
     proxy: Proxy
     boxes: list[Box]
+    s3: S3 | None
+    hostile: str  # URL of a login that means harm: it may submit
     client: Link  # the way of `loractl submit` to the database
     environment: dict[str, str]  # of `loractl submit`
-    engine: Engine
+    engine: Engine  # that reads
+    writer: Engine
     lease_s: float
+    lacks: frozenset[str]  # faults that can't be had here
+    store_url: str  # as the boxes name it
     stopped: list[str] = field(default_factory=list)  # how the boxes ended
 
     def submit(self, files: list[Path], user: str) -> tuple[list[int], str]:
         """`loractl submit`: the numbers that it printed, and what it complained of."""
         command = [LORACTL, "submit", *map(str, files)]
+        environment = {**self.environment, "LORACTL_USER": user, **self._login(user)}
         try:
             done = subprocess.run(
-                command, env={**self.environment, "LORACTL_USER": user}, cwd=REPO, capture_output=True, text=True,
+                command, env=environment, cwd=REPO, capture_output=True, text=True,
                 timeout=60, check=False,
             )  # fmt: skip
             printed, complaint = done.stdout, done.stderr if done.returncode else ""
         except subprocess.TimeoutExpired as error:
             printed, complaint = (error.stdout or b"").decode(), "no end within 60 s"
         return [int(number) for number in re.findall(r"^Job (\d+) ", printed, re.MULTILINE)], complaint
+
+    @property
+    def postgres(self) -> Postgres:
+        assert isinstance(self.database, Postgres)
+        return self.database
+
+    def _login(self, user: str) -> dict[str, str]:
+        return {"LORACTL_DATABASE_URL": _url_of(self.database, user, self.client)}
 
     def processes(self) -> list[psutil.Process]:
         """Living processes of any box: they have its home in their environment."""
@@ -328,37 +421,73 @@ class Lab:
         return mine
 
 
-@contextlib.contextmanager
-def lab(boxes: int, cards: int, lease_s: float) -> Iterator[Lab]:
-    """Start it; on the way out nothing of it remains."""
-    from loractl.common.store.schema import upgrade
+def _url_of(database: Postgres | SqliteFile, user: str, link: Link) -> str:
+    if isinstance(database, SqliteFile):
+        return database.url
+    return f"postgresql://{user}@127.0.0.1:{link.port}/postgres"
 
+
+def _engines(database: Postgres | SqliteFile) -> tuple[Engine, Engine]:
+    """One that reads and one that writes, on an upgraded database with its logins."""
+    if isinstance(database, SqliteFile):
+        writer = make_engine(database.url)
+        upgrade(writer)
+        # whoever writes here must also heal the fault that holds the lock
+        event.listen(writer, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout=500"))
+        writer.dispose()
+        return make_engine(database.url, read_only=True), writer
+    patience = {"options": "-c statement_timeout=20000 -c lock_timeout=10000"}
+    engine = create_engine(database.url, pool_pre_ping=True, connect_args=patience)
+    upgrade(engine)
+    people = [WantedLogin(name=name, role=SUBMIT) for name in (*USERS, HOSTILE)]
+    apply_roles(engine, [WantedLogin(name=BOX_LOGIN, role=WORK), *people])
+    return engine, engine
+
+
+def _own_clock(home: Path) -> dict[str, str]:
+    """Its processes have the time of day from a file, and what they measure is true."""
+    return {
+        "LD_PRELOAD": FAKETIME[0],
+        "FAKETIME_TIMESTAMP_FILE": str(home / "clock"),
+        "FAKETIME_CACHE_DURATION": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "FAKETIME_DISABLE_SHM": "1",
+    }
+
+
+@contextlib.contextmanager
+def lab(boxes: int, cards: int, lease_s: float, *, s3: bool = False, sqlite: bool = False) -> Iterator[Lab]:
+    """Start it; on the way out nothing of it remains. `s3`: its store is a bucket."""
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="lora-chaos-"))
         folder.chmod(0o755)  # PostgreSQL's user goes through it
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        postgres = Postgres(folder)
-        stack.callback(postgres.stop)
+        database = SqliteFile(folder) if sqlite else Postgres(folder)
+        stack.callback(database.stop)
         valkey = Valkey(folder)
         stack.callback(valkey.stop)
         disk = StoreDisk(folder)
         stack.callback(disk.remove)
         proxy = stack.enter_context(Proxy())
-        patience = {"options": "-c statement_timeout=20000 -c lock_timeout=10000"}
-        engine = create_engine(postgres.url, pool_pre_ping=True, connect_args=patience)
+        engine, writer = _engines(database)
         stack.callback(engine.dispose)
-        upgrade(engine)
+        stack.callback(writer.dispose)
+        bucket = S3(disk.root) if s3 else None
+        if bucket is not None:
+            stack.callback(bucket.stop)
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LORACTL_", "AWS_", "PG"))}
 
-        def environment(name: str, database: Link, queue: Link) -> dict[str, str]:
+        def environment(name: str, login: str, link: Link, queue: Link, store: Link | None) -> dict[str, str]:
+            found = None if store is None else bucket_of(disk.root, f"http://127.0.0.1:{store.port}", "chaos")
             return {
                 **inherited,
                 "LORACTL_HOME": str(folder / name),
                 "LORACTL_HOST": name,
                 "LORACTL_USER": "chaos",
-                "LORACTL_DATABASE_URL": f"postgresql://postgres@127.0.0.1:{database.port}/postgres",
+                "LORACTL_DATABASE_URL": _url_of(database, login, link),
                 "LORACTL_REDIS_URL": f"redis://127.0.0.1:{queue.port}/0",
-                "LORACTL_ARTIFACTS_URL": disk.artifacts.as_uri(),
+                "LORACTL_ARTIFACTS_URL": disk.artifacts.as_uri() if found is None else found.url,
+                **({} if found is None else found.environment),
                 "LORACTL_DEVICES": "sim:" + ",".join(["8GiB"] * cards),
                 "LORACTL_LEASE": f"{lease_s}s",
                 "LORACTL_KEEP_WARM": "2s",
@@ -367,25 +496,45 @@ def lab(boxes: int, cards: int, lease_s: float) -> Iterator[Lab]:
                 "OMP_NUM_THREADS": "1",
             }
 
+        lacks = [] if s3 else list(S3_FAULTS)
+        lacks += POSTGRES_FAULTS if sqlite else SQLITE_FAULTS
+        lacks += [] if database.disk.mounted else [DISK_FAULT]
+        lacks += [] if FAKETIME and not sqlite else [CLOCK_FAULT]  # leases in SQLite follow that clock
         made = []
         for number in range(boxes):
             name = f"box-{chr(ord('a') + number)}"
             (folder / name).mkdir()
-            database, queue = proxy.to_socket(postgres.socket), proxy.to_port(valkey.port)
-            made.append(Box(name, cards, folder / name, database, queue, environment(name, database, queue)))
-        client = proxy.to_socket(postgres.socket)
+            link, queue = proxy.to_socket(database.socket), proxy.to_port(valkey.port)
+            store = None if bucket is None else proxy.to_port(bucket.port)
+            around = environment(name, BOX_LOGIN, link, queue, store)
+            made.append(Box(name, cards, folder / name, link, queue, store, around))
+            if FAKETIME and not sqlite:
+                made[-1].environment |= _own_clock(folder / name)
+                made[-1].move_clock(0)
+        client = proxy.to_socket(database.socket)
         (folder / "client").mkdir()
         found = Lab(
             folder=folder,
-            postgres=postgres,
+            database=database,
             valkey=valkey,
             disk=disk,
             proxy=proxy,
             boxes=made,
+            s3=bucket,
+            hostile=database.url.replace("postgres@", f"{HOSTILE}@"),
             client=client,
-            environment=environment("client", client, proxy.to_port(valkey.port)),
+            environment=environment(
+                "client",
+                USERS[0],
+                client,
+                proxy.to_port(valkey.port),
+                None if bucket is None else proxy.to_port(bucket.port),
+            ),
             engine=engine,
+            writer=writer,
             lease_s=lease_s,
+            lacks=frozenset(lacks),
+            store_url=made[0].environment["LORACTL_ARTIFACTS_URL"],
         )
         stack.callback(_end, found)
         for box in made:

@@ -20,6 +20,7 @@ class Link:
         self._proxy = proxy
         self._connect = connect
         self._refuses = False
+        self._delay_s = 0.0
         self._open: set[asyncio.StreamWriter] = set()
         self._flows: dict[Direction, asyncio.Event] = {}
         self.port = 0
@@ -31,6 +32,10 @@ class Link:
     def silence(self, direction: Direction) -> None:
         """Let connections stand and pass nothing on in one direction, until `heal`: then what was sent arrives late."""
         self._proxy.call(self._set(direction, flows=False))
+
+    def slow(self, seconds: float) -> None:
+        """Pass nothing on before so long, until `heal`: at most 64 KiB of each direction at a time."""
+        self._delay_s = seconds
 
     def heal(self) -> None:
         self._proxy.call(self._heal())
@@ -53,7 +58,7 @@ class Link:
             self._flows[direction].clear()
 
     async def _heal(self) -> None:
-        self._refuses = False
+        self._refuses, self._delay_s = False, 0.0
         for flow in self._flows.values():
             flow.set()
 
@@ -69,8 +74,8 @@ class Link:
         ends = {writer, up_writer}
         self._open |= ends
         pumps = [
-            asyncio.create_task(_pump(reader, up_writer, self._flows["up"])),
-            asyncio.create_task(_pump(up_reader, writer, self._flows["down"])),
+            asyncio.create_task(self._pump(reader, up_writer, "up")),
+            asyncio.create_task(self._pump(up_reader, writer, "down")),
         ]
         await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
         for pump in pumps:
@@ -79,13 +84,13 @@ class Link:
             end.transport.abort()
         self._open -= ends
 
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, flows: asyncio.Event) -> None:
-    with contextlib.suppress(ConnectionError):  # either end may go at any time
-        while data := await reader.read(1 << 16):
-            await flows.wait()
-            writer.write(data)
-            await writer.drain()
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, direction: Direction) -> None:
+        with contextlib.suppress(ConnectionError):  # either end may go at any time
+            while data := await reader.read(1 << 16):
+                await asyncio.sleep(self._delay_s)
+                await self._flows[direction].wait()
+                writer.write(data)
+                await writer.drain()
 
 
 class Proxy:

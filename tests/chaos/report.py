@@ -7,8 +7,9 @@ from collections import Counter
 
 from .acts import counts_of
 from .checker import PROMISES
-from .deck import DECK
+from .deck import DECK, SQLITE_FAULTS
 from .faults import BACK_AT_LAST_S, WAIT_S
+from .history import TRANSACTION_S
 from .storm import GANGS, POISONED_SHARE, SEE_S, Outcome
 from .successes import ANY_FAULT, NO_FAULT, OPERATIONS, tally
 
@@ -43,8 +44,13 @@ This page is written by `make chaos`; its numbers are those of one run.
     make chaos CHAOS_JOBS={plan.jobs} CHAOS_SEED={plan.seed}
 
 - Real: `loractl submit`, {plan.boxes} `loractl worker` with {plan.cards} simulated cards each, Valkey, PostgreSQL, the
-  artifact store ({outcome.disk}). Workers reach Valkey and PostgreSQL through a proxy that cuts connections, or
-  passes nothing on in one direction.
+  artifact store ({outcome.disk}; one run in three has S3, or `CHAOS_STORE=s3`). Workers reach them through a proxy
+  that cuts connections, slows them, or passes nothing on in one direction. Boxes and people have the logins that
+  `loractl db roles` makes.
+- A hostile login says all that takes locks, or is refused them, and keeps each for up to two leases
+  (`tests/hostile.py`); it also takes every connection that PostgreSQL gives. The owner's psql holds a running job's
+  row for longer than a lease. PostgreSQL's disk is a tmpfs that is full for a while, and a box's clock jumps by up to
+  an hour where Debian's libfaketime is installed.{_not_had(outcome)}
 - A stand-in for the trainer (`tests/chaos/trainer.py`, by `LORACTL_TRAINER`): the real pipes, protocol, checkpoints
   and files; its weights are a chain of hashes, so that a step too many, too few, or from a torn file shows.
 - Jobs join others in one trainer, where the rule lets them. One in {1 / POISONED_SHARE:.0f} has a loss that is not a
@@ -59,6 +65,10 @@ This page is written by `make chaos`; its numbers are those of one run.
 - The history is what triggers in PostgreSQL wrote down in the transaction of each change, so that a write is seen
   beside the token that the job's row held at that moment (`tests/chaos/history.py`, `checker.py`; `test_checker.py`
   shows for each promise that a breach is found).
+- `make chaos CHAOS_DATABASE=sqlite` does the same to one box on SQLite, and prints its tables alone. Left out are
+  logins, connections and outages, which SQLite has not, and clocks, which its leases follow. Instead somebody holds
+  the write lock for up to a lease and a half. SQLite does not number transactions: a stale write within
+  {TRANSACTION_S:.0f} s of its attempt's end would not be found there.
 
 ## What was kept
 
@@ -89,6 +99,11 @@ included; a node that is started again gives back at once what it had, without w
 there to the start of the next attempt, waiting for a free card included. With the product's lease of 60 s the first is
 up to ten times as long.
 """
+
+
+def _not_had(outcome: Outcome) -> str:
+    lacks = ", ".join(sorted(outcome.lacks - SQLITE_FAULTS))
+    return f" Not to be had in this run: {lacks}." if lacks else ""
 
 
 def _counts(outcome: Outcome) -> list[str]:
@@ -124,6 +139,7 @@ def _counts(outcome: Outcome) -> list[str]:
         ("held after three failures of the lab, released", str(outcome.released)),
         ("drained for failures, mended and opened again", str(outcome.mended)),
         ("failed for the lab's fault", str(sum(b.promise == 8 for b in outcome.broken))),
+        ("statements of a hostile login that were let through", str(outcome.held)),
         ("faults", str(outcome.faults.total())),
         ("lost", str(lost)),
         ("ended twice", str(twice)),
@@ -133,7 +149,7 @@ def _counts(outcome: Outcome) -> list[str]:
 
 
 def _faults(outcome: Outcome) -> list[str]:
-    rows = [f"| {kind} | {outcome.faults[kind]} |" for kind in DECK]
+    rows = [f"| {kind} | {outcome.faults[kind]} |" for kind in DECK if kind not in outcome.lacks]
     return ["| fault | times |", "| --- | --- |", *rows]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
+import os
 import random
 import re
 import threading
@@ -25,19 +26,16 @@ from loractl.common.store.store import Store
 from loractl.worker.device.occupancy import RUN_VARIABLE
 
 from .checker import check, examine
-from .deck import script
+from .deck import GANG_FAULTS, script
 from .faults import MAX_RETRIES, Injector
 from .history import Broken, History, Sighting, read, record
-from .lab import Lab, lab
+from .lab import USERS, Lab, lab
 from .people import People
 from .trainer import LEAVES, POISONED
 from .traps import changed_bases
 
 BATCH = 10
 """Job files of one `loractl submit`."""
-
-USERS = ("ada", "bob", "cyd")
-"""What fails the jobs of one user alone may be the user's own fault."""
 
 LONG = 6
 
@@ -46,6 +44,9 @@ GANGS = 5
 
 POISONED_SHARE = 0.04
 """Of jobs whose loss is not a number from their third step on."""
+
+START_S = 60.0
+"""So long the first job may take to run: a storm before that shows nothing."""
 
 TICK_S = 0.1
 """Between two looks for what a fault may hit: each walks over the processes of a box."""
@@ -76,6 +77,8 @@ class Plan:
     calm_s: float = 240.0  # after the last fault everything must have ended within so long
     storm_s: float | None = None  # a storm ends after so long, with as many jobs as came in; None: with all of them
     probes: int = 0  # of the recovery of Valkey and PostgreSQL, after the storm
+    s3: bool = False  # the store is a bucket
+    sqlite: bool = False  # in place of PostgreSQL, for one box
     gangs: bool = False  # one job in GANGS is on two cards of a box
     first: tuple[str, ...] = ()  # faults that are dealt before all others
 
@@ -99,7 +102,9 @@ class Outcome:
     packed: int  # attempts that joined others in one
     mended: int  # cards and boxes that loractl drained and a person opened again
     failed_submits: int
+    held: int  # statements of the hostile login that were let through
     disk: str
+    lacks: frozenset[str]  # faults that were not to be had
     log: list[str]
 
 
@@ -121,12 +126,17 @@ class _Run:
     trouble: list[BaseException] = field(default_factory=list)
 
 
+def with_s3(seed: int) -> bool:
+    """Whether the store is a bucket in the run of this seed: in one of three. CHAOS_STORE says s3 or folder."""
+    return (os.environ.get("CHAOS_STORE") or random.Random(seed + 3).choice(("s3", "folder", "folder"))) == "s3"
+
+
 def storm(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Outcome:
     """Run it whole."""
     began = time.monotonic()
-    with lab(plan.boxes, plan.cards, plan.lease_s) as place:
-        record(place.engine)
-        store = Store(place.engine)
+    with lab(plan.boxes, plan.cards, plan.lease_s, s3=plan.s3, sqlite=plan.sqlite) as place:
+        record(place.writer)
+        store = Store(place.writer)
         injector = Injector(place, store)
         people = People(place, store, injector, seed=plan.seed + 3, gap_s=PEOPLE_GAP * plan.gap_s)
         run = _Run(plan, place, store, injector, people)
@@ -243,11 +253,16 @@ def _see_processes(run: _Run) -> None:
 
 def _blow(run: _Run, say: Callable[[str], None]) -> list[str]:
     """Deal faults until all jobs are in and nearly all have ended; then heal, and wait for the rest."""
-    plan, began = run.plan, time.monotonic()
-    faults = script(plan.seed, plan.gap_s, gangs=plan.gangs, first=plan.first)
+    plan = run.plan
+    faults = script(plan.seed, plan.gap_s, _without(run), plan.first)
+    until = time.monotonic() + START_S
+    while time.monotonic() < until and not run.stop.is_set() and not _has_begun(run):
+        run.injector.tick()
+        time.sleep(TICK_S)
+    began = time.monotonic()
     few, said = run.plan.boxes * run.plan.cards, began
     fault = next(faults)
-    due = began + 5.0  # the boxes are starting
+    due = began
     while not run.stop.is_set():
         now = time.monotonic()
         if now >= due:
@@ -272,6 +287,15 @@ def _blow(run: _Run, say: Callable[[str], None]) -> list[str]:
             return []
         time.sleep(0.1)
     return [f"after {run.plan.calm_s:.0f} s of calm: {_state(run)}"]
+
+
+def _has_begun(run: _Run) -> bool:
+    with run.lab.engine.connect() as connection:
+        return connection.execute(text("SELECT job_id FROM attempts LIMIT 1")).first() is not None
+
+
+def _without(run: _Run) -> frozenset[str]:
+    return run.lab.lacks if run.plan.gangs else run.lab.lacks | GANG_FAULTS
 
 
 def _state(run: _Run) -> str:
@@ -358,7 +382,7 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         for job_id, job in rows["jobs"].items()
         if job["status"] == Status.SUCCEEDED
         and job["adapter_uri"] is not None
-        and (what := examine(store, job)) is not None
+        and (what := examine(store, job, run.lab.store_url)) is not None
     }
     history = History(
         **rows,
@@ -399,7 +423,9 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         released=run.released,
         mended=run.mended,
         failed_submits=run.failed_submits,
-        disk=run.lab.disk.kind,
+        held=len(injector.said),
+        disk=f"{'S3, its files on ' if run.plan.s3 else ''}{run.lab.disk.kind}",
+        lacks=_without(run),
         log=[*injector.log, *_last_lines(logs)],
     )
 

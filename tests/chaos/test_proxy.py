@@ -57,6 +57,16 @@ def test_a_cut_breaks_what_is_open_and_refuses_what_is_new(link: Link) -> None:
     call(link)
 
 
+def test_a_slow_link_delivers_after_its_delay(link: Link) -> None:
+    connection = call(link)
+    link.slow(0.5)
+    connection.sendall(b"b")
+    with pytest.raises(TimeoutError):  # after 0.3 s
+        connection.recv(1)
+    connection.settimeout(5)
+    assert connection.recv(1) == b"b"
+
+
 @pytest.mark.parametrize("direction", ["up", "down"])
 def test_a_silent_direction_delivers_late(link: Link, direction: str) -> None:
     connection = call(link)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import secrets
 import threading
@@ -10,23 +9,21 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Engine, text
 
-from loractl.common.errors import Forbidden
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.store.database import DatabaseError, make_engine
+from loractl.common.store.database import make_engine
 from loractl.common.store.entrance.invitations import LOGIN, Invitation, invite
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.roles import SUBMIT
 from loractl.common.store.store import Store
 
+from ..hostile import OLD_LOCKS, STATEMENTS, held_open, storm
 from ..roles import PASSWORD, Logins
 from ..unit.factories import RESULT, Clock, submission, take
 
 LEASE_S = 60.0
 STORM_S = 4.0
-
-OLD_LOCKS = "SELECT pg_advisory_lock(n) FROM unnest(ARRAY[1092721, 1092722, 1092723, 1092725]) AS n"
 
 
 @pytest.fixture
@@ -42,18 +39,6 @@ def box(lab: Logins, clock: Clock) -> Iterator[Store]:
     """A worker whose leases follow the test's clock."""
     engine = make_engine(lab.box)
     yield Store(engine, clock, lease_s=LEASE_S)
-    engine.dispose()
-
-
-@contextlib.contextmanager
-def held_open(url: str, *statements: str) -> Iterator[None]:
-    """A transaction that has said so much, and stays open."""
-    engine = make_engine(url)
-    with engine.connect() as connection:
-        for statement in statements:
-            connection.exec_driver_sql(statement)
-        yield
-        connection.rollback()
     engine.dispose()
 
 
@@ -119,44 +104,6 @@ def test_who_is_silent_for_a_lease_ends_also_where_its_row_was_locked_once(
     assert not box.beat(claim, Progress()).accepted
 
 
-STATEMENTS = (
-    "SELECT pg_advisory_lock(1092722)", "SELECT pg_advisory_lock(24297, {0})", "SELECT * FROM jobs, events, nodes",
-    "SELECT * FROM jobs FOR UPDATE", "SELECT * FROM nodes FOR KEY SHARE", "LOCK TABLE jobs IN ACCESS EXCLUSIVE MODE",
-    "LOCK TABLE jobs IN ACCESS SHARE MODE", "LOCK TABLE jobs IN ROW EXCLUSIVE MODE", "TRUNCATE jobs CASCADE",
-    "INSERT INTO events (job_id, at, kind, text) VALUES ({0}, now(), 'queued', 'queued by x')",
-    "INSERT INTO sweeps (name, \"user\", settings, created_at) VALUES ('x', 'x', '{{}}', now())",
-    "INSERT INTO job_labels VALUES ({0}, 'a', 'b')", "UPDATE jobs SET status = 'failed'", "DELETE FROM events",
-    "SELECT loractl_change({0}, 'edited', '{{}}', '{{\"max_retries\": 1}}', 'ada', '')",
-    "SELECT loractl_change({0}, 'held', '{{}}', '{{\"held\": true}}', 'ada', '')",
-    "SELECT loractl_change({0}, 'retry', '{{}}', '{{\"status\": \"queued\"}}', 'ada', '')",
-    "SELECT loractl_change({0}, 'cancelled', '{{}}', '{{\"status\": \"cancelled\"}}', 'ada', '')",
-    "SELECT loractl_tag('tiny', 'prod', {0}, NULL, 'ada')", "SELECT loractl_tag('tiny', 'prod', NULL, {0}, 'ada')",
-    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()",
-    "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()",
-    "SELECT setval('jobs_job_id_seq', 1)", "SELECT nextval('jobs_job_id_seq')", "SET ROLE loractl_worker",
-    "SELECT lo_create(0)", "CREATE TEMP TABLE t (a int)", "NOTIFY x", "SELECT loractl_lab.enter('x', NULL)",
-)  # fmt: skip
-"""What a login can say, of a job where one is named."""
-
-
-def storm(url: str, over: threading.Event, said: list[str]) -> None:
-    """Each statement in a transaction of its own that then stays open for a while, again and again."""
-    engine, draws = make_engine(url, kept=0), secrets.SystemRandom()
-
-    def hold(connection: Connection, statement: str) -> None:
-        with contextlib.suppress(DatabaseError, Forbidden):
-            connection.exec_driver_sql("SET lock_timeout = 200")
-            connection.exec_driver_sql(statement)
-            said.append(statement)
-        over.wait(draws.uniform(0, 0.3))
-        connection.rollback()
-
-    while not over.is_set():
-        with contextlib.suppress(DatabaseError, Forbidden), engine.connect() as connection:
-            hold(connection, draws.choice(STATEMENTS).format(draws.randint(1, 12)))
-    engine.dispose()
-
-
 @pytest.fixture
 def joiner(postgres_url: str) -> Iterator[str]:
     """The login of a join line."""
@@ -184,7 +131,8 @@ def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
     owner = make_engine(postgres_url)
     before = _asked_and_held(owner)
     over, said = threading.Event(), list[str]()
-    threads = [threading.Thread(target=storm, args=(url, over, said)) for url in (lab.person, lab.person, joiner)]
+    urls = (lab.person, lab.person, joiner)
+    threads = [threading.Thread(target=storm, args=(url, over, said, range(1, 13), STATEMENTS, 0.3)) for url in urls]
     for thread in threads:
         thread.start()
     try:
