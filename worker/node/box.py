@@ -73,6 +73,7 @@ class Box:
         wanted = settings.devices or "auto"
         self._environment = {**os.environ, "LORACTL_DEVICES": kinds.get(wanted, wanted)}
         self._embedded_queue = False  # it was there when this worker began
+        self._asked_to_stop = False
         self._given_up: set[str] = set()  # devices whose nodes end at every start
         self._began: dt.datetime | None = None  # the first look for --drain-when-idle, by the database's clock
         self._looked_at = time.monotonic()  # for cards that could not be read
@@ -89,10 +90,12 @@ class Box:
     def _serve(self, drain_when_idle: bool) -> int:
         from loractl.common.store.database import REFUSALS
 
-        def terminated(*_: Any) -> None:
+        def interrupted(*_: Any) -> None:
+            self._asked_to_stop = True  # psycopg may raise its connection's error in place of what interrupts it
             raise KeyboardInterrupt
 
-        signal.signal(signal.SIGTERM, terminated)  # systemd's stop is a first Ctrl-C
+        for number in (signal.SIGINT, signal.SIGTERM):  # systemd's stop is a first Ctrl-C
+            signal.signal(number, interrupted)
         for device in self._devices:
             self._start(device.number)
         try:
@@ -139,6 +142,8 @@ class Box:
 
         idle, watched = 0, time.monotonic()
         while idle < IDLE_LOOKS:
+            if self._asked_to_stop:
+                raise KeyboardInterrupt
             time.sleep(1)
             if time.monotonic() - watched >= WATCH_S:
                 watched = time.monotonic()

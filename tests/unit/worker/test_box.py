@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from loractl.common.errors import ExitCode
 from loractl.common.job.method import Parallel
@@ -38,11 +40,12 @@ NODE = 'trap "" TERM; echo > "$1.begun"; read order; echo "$order" > "$1"'
 
 def run(worker: Box, *, drain_when_idle: bool) -> int:
     """And leave the signals of this process as they were."""
-    terminate = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return worker.run(drain_when_idle=drain_when_idle)
     finally:
-        signal.signal(signal.SIGTERM, terminate)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +74,29 @@ def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(tmp_path: Path, mon
         pytest.fail("the worker has left its nodes to themselves")
     assert (code, told.read_text()) == (ExitCode.INTERRUPTED, "now\n")
     assert store.nodes() == [], "status said for a minute that the worker is being stopped"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_that_meets_a_query_whose_server_goes_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """psycopg cancels the query that is interrupted, and raises what the connection says to that in its place."""
+    settings = load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})
+    (settings.home / "run").mkdir(parents=True)
+    store, looks, popen = Store(connect(settings)), iter(range(1, 4)), subprocess.Popen
+
+    def ask() -> bool:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        raise OperationalError("SELECT", None, Exception("server closed the connection unexpectedly"))
+
+    monkeypatch.setattr(box.subprocess, "Popen", lambda _, **how: popen(["sh", "-c", "read order"], **how))
+    monkeypatch.setattr(box.time, "sleep", lambda _: next(looks))
+    monkeypatch.setattr(box, "WATCH_S", 0.0)
+    monkeypatch.setattr(store, "takes_writes", ask)
+    device = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
+    assert run(Box(settings, store, [device], {}), drain_when_idle=False) == ExitCode.OK
+    assert next(looks) == 2, "it asked once"
 
 
 def test_a_worker_that_ends_when_idle_waits_for_what_its_nodes_say_of_their_cards(
