@@ -46,6 +46,9 @@ SLOW_LINK_S, SLOW_STORE_S = 0.1, 0.2
 CLOCK_S = 3600
 """A box's clock jumps by this at most, forward or back."""
 
+STOP_S = 120.0
+"""A box that is stopped in order has ended by then: its last writes may wait for an outage or a full disk."""
+
 BACK_S = 0.5
 """Between two looks whether what was killed is back."""
 
@@ -76,6 +79,7 @@ class Injector:
     cancelled: dict[int, dt.datetime] = field(default_factory=dict)
     asked: set[int] = field(default_factory=set)  # to be cancelled, also where nobody said that it was heard
     torn: set[str] = field(default_factory=set)
+    stuck: list[str] = field(default_factory=list)  # what did not end when it was asked to
     trainers_killed: int = 0
     bases_changed: int = 0
     _killed: Counter[str] = field(default_factory=Counter)  # trainers of each job
@@ -263,14 +267,17 @@ class Injector:
         box.process.terminate()
         self._busy.add(box.name)
         box.wanted = False
-        self._await_end(box)
+        self._await_end(box, time.monotonic() + STOP_S)
         self._until_back(lambda: self._serves(box))
         return True
 
-    def _await_end(self, box: Box) -> None:
+    def _await_end(self, box: Box, until: float) -> None:
         def look() -> None:
+            if box.runs and time.monotonic() > until:
+                self.stuck.append(f"{box.name} was stopped in order and served on")
+                box.kill()
             if box.runs:
-                self._await_end(box)
+                self._await_end(box, until)
             else:
                 box.wanted = True
                 self._busy.discard(box.name)

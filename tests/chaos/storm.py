@@ -403,7 +403,7 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         bad=frozenset(injector.went_bad),
         artifacts=wrong,
         left=tuple(left),
-        stuck=tuple(stuck),
+        stuck=(*stuck, *injector.stuck),
     )
     logs = "".join(box.log.read_text(errors="replace") for box in run.lab.boxes)
     noticed, resumed = _recoveries(history, injector)
