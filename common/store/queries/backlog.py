@@ -59,11 +59,12 @@ def _end_patience(tx: Transaction, job: Job, now: dt.datetime) -> None:
 
 
 def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
-    sizes, ready_job = list(classes), select(Job.job_id).where(*_is_ready(tx.now()))
+    sizes, ready = list(classes), select(Job.vram_class).where(*_is_ready(tx.now())).order_by(Job.vram_class).limit(1)
     if not sizes:
         return set()
-    waits = tx.session.execute(select(*(ready_job.where(Job.vram_class == size).exists() for size in sizes))).one()
-    return {size for size, found in zip(sizes, waits, strict=True) if found}
+    # A range in order: asked for one that is equal, PostgreSQL walks over all rows and expects to meet it soon.
+    first = (ready.where(Job.vram_class >= size, Job.vram_class <= size).scalar_subquery() for size in sizes)
+    return set(tx.session.execute(select(*first)).one()) - {None}
 
 
 _OF_KEY = "status = 'queued' AND queue_key = keys.k AND NOT held AND gangs IS NULL"

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import Engine, event
+from sqlalchemy import text as sql
 
 from loractl.common.job.status import Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Choice, Claim, Page
 from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 
 from ...factories import NOON, node_state, submission
@@ -106,6 +108,95 @@ def test_no_round_and_no_overview_looks_at_each_row(lab: Store, what: str) -> No
 
 OF_FEW = ("ix_jobs_held", "ix_jobs_backoff", "ix_jobs_gangs", "ix_jobs_patience")
 WHOLE_INDEXES = {"SCAN jobs USING INDEX ix_jobs_outcome", "SCAN attempts USING INDEX ix_attempts_inside"}
+
+
+MANY = 60
+"""Copies of each of 24 jobs, that wait and that have ended."""
+
+PAGE, IN_ONE_GO = 200, 1000
+"""Rows that a statement may go through; more where the whole answer of `set_aside_unreadable` is so long."""
+
+COUNTS = ("SELECT count(", "SELECT jobs.status, jobs.reason, count(", "SELECT max(")
+
+
+def test_postgresql_goes_through_no_rows_that_it_does_not_give(postgres_engine: Engine) -> None:
+    """With jobs that have ended before those that wait, as in life: a plan that hopes to meet one soon reads them all.
+
+    PostgreSQL runs each statement once more and says what it read. A count walks an index.
+    """
+    store = Store(postgres_engine)
+    fill(store)
+    verbs = {**ASKED, **ROUNDS, "set aside": lambda store: store.set_aside_unreadable()}
+    found = {
+        (what, step["Node Type"], step.get("Index Name"), statement[:60])
+        for what, verb in verbs.items()
+        for statement, step in reads_of(store, verb)
+        if read_by(step) > (IN_ONE_GO if what == "set aside" else PAGE) and not statement.startswith(COUNTS)
+    }
+    assert found == set()
+
+
+def fill(store: Store) -> None:
+    store.see_node(node_state("box:0", total=24 * GIB, max_jobs=2))
+    for n in range(24):
+        labels = {"team": "nlp"} if n == 5 else {}
+        store.submit(submission(user=f"user{n % 6}", priority=n % 3, name=f"n{n % 8}", preemptible=True, labels=labels))
+    names = [f'"{column.name}"' for column in Job.__table__.columns if column.name != "job_id"]
+    ended = {
+        '"status"': "'succeeded'", '"reason"': "'ok'", '"attempt"': "1", '"method"': "'lora'",
+        '"ended_at"': "now() - interval '1 day' * number",
+    }  # fmt: skip
+    into = f"INSERT INTO jobs ({', '.join(names)}) SELECT"
+    each = f"FROM jobs, generate_series(1, {MANY}) AS number WHERE job_id <= 24"
+    with store._engine.begin() as connection:
+        for statement in (
+            f"{into} {', '.join(ended.get(name, name) for name in names)} {each}",
+            f"{into} {', '.join(names)} {each}",
+            "DELETE FROM events",
+            "DELETE FROM job_labels",
+            "DELETE FROM jobs WHERE job_id <= 24",
+            "INSERT INTO job_labels SELECT job_id, key, value FROM jobs, json_each_text(labels)",
+            "INSERT INTO attempts (job_id, attempt, token, node, gpu, method, started_at, ended_at)"
+            " SELECT job_id, 1, 'x', 'box:0', 'GPU', 'lora', ended_at, ended_at FROM jobs WHERE ended_at IS NOT NULL",
+            "INSERT INTO events (job_id, attempt, at, kind, text) SELECT job_id, 1, now(), 'note', 'x' FROM jobs",
+        ):
+            connection.execute(sql(statement))
+    with store._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sql("VACUUM ANALYZE"))  # as autovacuum does
+
+
+def reads_of(store: Store, verb: Callable[[Store], Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The statements, each with every step of its plan that reads a table that grows with the jobs."""
+    found: list[tuple[str, dict[str, Any]]] = []
+
+    def explain(connection: Any, _: Any, statement: str, parameters: Any, *__: Any) -> None:
+        if statement.startswith(("SELECT", "WITH", "UPDATE", "DELETE")):
+            apart = connection.connection.cursor()
+            apart.execute("SAVEPOINT look")
+            apart.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters)
+            found.extend((statement, step) for step in steps_below(apart.fetchone()[0][0]["Plan"]))
+            apart.execute("ROLLBACK TO SAVEPOINT look")
+
+    event.listen(store._engine, "before_cursor_execute", explain)
+    verb(store)
+    event.remove(store._engine, "before_cursor_execute", explain)
+    assert found
+    return [(statement, step) for statement, step in found if step.get("Relation Name") in GROWING]
+
+
+GROWING = ("jobs", "attempts", "events", "job_labels", "metrics")
+
+
+def steps_below(step: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield step
+    for below in step.get("Plans", ()):
+        yield from steps_below(below)
+
+
+def read_by(step: dict[str, Any]) -> int:
+    """Rows, those that its filter threw away too."""
+    each = sum(step.get(f"Rows Removed by {why}", 0) for why in ("Filter", "Index Recheck", "Join Filter"))
+    return int((step["Actual Rows"] + each) * step["Actual Loops"])
 
 
 def test_a_label_that_is_edited_is_listed_anew(store: Store) -> None:
