@@ -30,6 +30,9 @@ FLEET = "fleet"
 """The lock of who goes round for the fleet."""
 
 
+_CLOCK = select(func.clock_timestamp())
+
+
 class Transaction:
     """Committed at the end, rolled back on an error; its rows stay readable afterwards.
 
@@ -54,7 +57,7 @@ class Transaction:
     def now(self) -> dt.datetime:
         """The time that every timestamp follows."""
         if self._asks_database:
-            now: dt.datetime = self.session.execute(select(func.clock_timestamp())).scalar_one()
+            now: dt.datetime = self.session.execute(_CLOCK).scalar_one()
             return now.astimezone(dt.UTC)
         return self._clock() if self._clock else dt.datetime.now(dt.UTC)
 
@@ -73,7 +76,8 @@ class Transaction:
 
     def tell(self, job_id: int, attempt: int | None, kind: str, text: str) -> None:
         """Write a line of the job's history."""
-        self.session.add(Event(job_id=job_id, attempt=attempt, at=self.now(), kind=kind, text=storable(text)))
+        at = func.clock_timestamp() if self._asks_database else self.now()  # without a question of its own
+        self.session.add(Event(job_id=job_id, attempt=attempt, at=at, kind=kind, text=storable(text)))
 
     def is_alone(self, lock: str = FLEET) -> bool:
         """Whether this transaction, and no other, may do until its end what the lock's name says. Does not wait.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,9 @@ RANK_VARIABLE = "LORACTL_RANK_CARD"
 HIGH_WATER_S = 600.0
 """The most that other people's processes held stays theirs for so long, unless the box's owner says otherwise: a
 notebook that frees memory comes back."""
+
+
+_PROC = Path("/proc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,28 +246,38 @@ def _job_of_home(pid: int, home: Path) -> str | None:
 def _trainers(node_pid: int) -> dict[int, tuple[str, int]]:
     """pid -> (job, resident bytes) of the node's trainers and all that they started."""
     trainers: dict[int, tuple[str, int]] = {}
-    if not _has_children(node_pid):
-        return trainers
-    try:
-        children = psutil.Process(node_pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return trainers
-    for child in children:
+    for pid in _descendants(node_pid):
         try:
+            child = psutil.Process(pid)
             job = child.environ().get(JOB_VARIABLE)
             if job is not None:
-                trainers[child.pid] = job, int(child.memory_info().rss)
+                trainers[pid] = job, int(child.memory_info().rss)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue  # it has ended since
     return trainers
 
 
-def _has_children(pid: int) -> bool:
-    """Whether the process has children. For an idle node this is ten times as fast as a walk over all."""
+def _descendants(pid: int) -> list[int]:
+    """All that the process has started and that still descends from it.
+
+    A claim waits for this, and psutil reads every process of the box for it.
+    """
+    if (_PROC / f"{pid}/task/{pid}/children").exists():  # not on every kernel
+        try:
+            return list(_listed_below(pid))
+        except OSError:
+            pass  # a thread or a child ended meanwhile
     try:
-        return any(path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/children"))
-    except OSError:
-        return True  # a kernel without that file, or a thread that ended meanwhile: walk
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _listed_below(pid: int) -> Iterator[int]:
+    for children in (_PROC / f"{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            yield child
+            yield from _listed_below(child)
 
 
 def _sums(held: Collection[tuple[str, int]]) -> dict[str, int]:

@@ -30,9 +30,9 @@ from ..tables import Attempt, Event, Job, Node
 from ..transaction import SKIP_LOCKED, Transaction
 from .cards.decisions import decide
 from .cards.hosts import beside, take_place, take_seat
-from .cards.nodes import read_cards, read_charges
+from .cards.nodes import read_fleet
 from .cards.packs import key_of
-from .cards.shares import late, lock, own_first, write
+from .cards.shares import lock, own_first, write
 from .changes import answer_wishes, is_asked_to_stop
 from .lines import unreadable_met
 from .outbox.notices import tell_of_job, tell_of_jobs
@@ -60,22 +60,17 @@ def claim(
     if row is None:
         return None
     now = tx.now()  # under the lock: a start is later than the end that made room for it
-    cards = [replace(card, stuck=card.node in distrusted - {node}) for card in read_cards(tx.session, now)]
-    if gangs and (silent := late(tx.session, now, lease_s) - {node}):
-        cards = [replace(card, silent=card.node in silent) for card in cards]
-    mine = next(card for card in cards if card.node == node)
-    if not gangs and mine.gangs:
-        mine = replace(mine, gangs=False)
-        cards = [mine if card.node == node else card for card in cards]
+    fleet = read_fleet(tx.session, now, lease_s if gangs else None)
+    mine = next(card for card in fleet.cards if card.node == node)
+    mine = replace(mine, silent=False, gangs=gangs and mine.gangs)
     if outside is not None:
         mine = _as_measured(mine, outside, used)
-        cards = [mine if card.node == node else card for card in cards]
     if not joins:
         mine = replace(mine, hosts=tuple(replace(base, open=False) for base in mine.hosts))
-        cards = [mine if card.node == node else card for card in cards]
+    cards = [mine if card.node == node else replace(card, stuck=card.node in distrusted) for card in fleet.cards]
     if not mine.open or not mine.free or not (mine.slots or open_bases(mine)):
         return None
-    given = _given(tx, mine, cards, now)
+    given = _given(tx, mine, cards, fleet.charges, now)
     for job_id in sorted(unreadable_met(tx.session))[:_ASIDE_AT_ONCE]:
         tx.apart(job_id, lambda job_id=job_id: tell_of_jobs(tx, look_again(tx, job_id)))  # type: ignore[misc]
     return _take(tx, given, cards, row, lease_s) if isinstance(given, Placement) else given
@@ -88,9 +83,11 @@ def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
     return replace(card, outside=max(card.outside, outside), running=live, hosts=hosts)
 
 
-def _given(tx: Transaction, mine: Card, cards: Sequence[Card], now: dt.datetime) -> Placement | Left | None:
+def _given(
+    tx: Transaction, mine: Card, cards: Sequence[Card], charges: Mapping[str, float], now: dt.datetime
+) -> Placement | Left | None:
     """What the rule gives this card. Left: it gives every job that fits here to other cards."""
-    outlook = decide(tx.session, cards, read_charges(tx.session, now), now)
+    outlook = decide(tx.session, cards, charges, now)
     mine, left = next(card for card in outlook.packs.cards if card.node == mine.node), set[str]()
     for decision in outlook.decisions:
         placed = decision.placed

@@ -91,6 +91,22 @@ def test_trainers_are_told_from_other_people_s_programs() -> None:
     assert (seen.load, seen.temperature) == (3, 40)
 
 
+@pytest.mark.parametrize("lists_children", [True, False])
+def test_what_a_trainer_has_started_is_its_job_s_on_every_kernel(
+    lists_children: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not lists_children:
+        monkeypatch.setattr(occupancy, "_PROC", tmp_path)
+    started = ["sh", "-c", "sleep 60 & echo $!; wait"]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, env={**os.environ, JOB_VARIABLE: "12"}) as trainer:
+        assert trainer.stdout is not None
+        child = psutil.Process(int(trainer.stdout.readline()))
+        seen = Watch(device=Shown(processes=(Process(pid=child.pid, bytes=GIB),)), node_pid=os.getpid()).look()
+        child.kill()
+        trainer.wait()
+    assert seen.used == {"12": GIB}
+
+
 def test_a_trainer_that_the_driver_lists_after_its_end_is_still_ours() -> None:
     shown = Shown()
     watch = Watch(device=shown, node_pid=os.getpid())

@@ -19,7 +19,7 @@ from loractl.common.placement.rule import Decision, place
 from ...fleet import FleetView
 from ...tables import LEASES, FleetRound, Job, Node
 from ..lines import read_joiners, read_levels, read_oldest
-from .nodes import drained_targets, read_cards, read_charges, read_failures
+from .nodes import drained_targets, read_cards, read_failures, read_fleet
 from .packs import Packs, read_packs
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ def _joiners(session: Session, packs: Packs, now: dt.datetime, changed: Waiting 
 
 def read_view(session: Session, now: dt.datetime) -> FleetView:
     """Everything about the fleet, read at once."""
-    charges = read_charges(session, now)
-    outlook = decide(session, read_cards(session, now), charges, now)
+    fleet = read_fleet(session, now)
+    outlook = decide(session, fleet.cards, fleet.charges, now)
     decisions = tuple(outlook.decisions)
     return FleetView(
         now=now,
@@ -66,7 +66,7 @@ def read_view(session: Session, now: dt.datetime) -> FleetView:
         cards={card.node: card for card in sorted(outlook.packs.cards, key=lambda card: card.node)},
         drains=drained_targets(session, now),
         running={job.job_id: job for job in session.scalars(select(Job).where(Job.status == Status.RUNNING))},
-        charges=charges,
+        charges=fleet.charges,
         decisions=decisions,
         round_at=session.scalar(select(FleetRound.at).where(FleetRound.name == LEASES)),
         failures=tuple(read_failures(session, now)),
@@ -104,14 +104,14 @@ def _refused(
 
 def read_start(session: Session, now: dt.datetime, changed: Waiting, spec: JobSpec | None) -> str | None:
     """The card that the rule would give a waiting job in another form now, all else as it is."""
-    packs = read_packs(session, read_cards(session, now), now)
+    fleet = read_fleet(session, now)
+    packs = read_packs(session, fleet.cards, now)
     if spec is not None:
         packs.in_other_form[changed.job_id] = spec
     joiners = _joiners(session, packs, now, changed)
     levels = read_levels(session, now, changed, joiners)
     oldest = SubstitutedLine(read_oldest(session, now), changed)
-    charges, joins = read_charges(session, now), bool(joiners)
-    for decision in place(levels, packs.cards, charges, now, oldest, packs.newcomer, joins=joins):
+    for decision in place(levels, packs.cards, fleet.charges, now, oldest, packs.newcomer, joins=bool(joiners)):
         if decision.placed is not None and decision.placed.job.job_id == changed.job_id:
             return decision.placed.node
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, delete, or_, select, update
@@ -22,7 +23,11 @@ from ...records import Arrival, BoxIdentity, NodeState
 from ...tables import INSIDE, Attempt, DrainOrder, Job, LabFailure, Node, Use
 from ...transaction import Transaction
 from ..outbox.notices import tell_of_closure
-from .shares import beside, read_beside, running_on
+from .shares import beside, is_late, running_on
+
+# Made once: SQLAlchemy takes longer to make such a statement than to run it.
+_NODES, _HOSTS, _USES, _DRAINS = select(Node), select(TrainerHost), select(Use), select(DrainOrder)
+_OCCUPANTS = select(*OCCUPANT).where(Job.status == Status.RUNNING)
 
 
 def arrive(tx: Transaction, state: NodeState, give_back: Callable[[Transaction, str], list[int]]) -> Arrival:
@@ -102,19 +107,63 @@ def end_drain(tx: Transaction, target: str) -> bool:
     return row is not None
 
 
+@dataclass(frozen=True, kw_only=True)
+class FleetState:
+    """Every card, and the GiB hours that count against each user who had or has one."""
+
+    cards: list[Card]
+    charges: dict[str, float]
+
+
+def read_fleet(session: Session, now: dt.datetime, lease_s: float | None = None) -> FleetState:
+    """`lease_s`: cards whose nodes are late for it are silent; None: nobody asks."""
+    running = _read_running(session)
+    return FleetState(cards=_cards(session, now, running, lease_s), charges=_charges(session, now, running))
+
+
 def read_cards(session: Session, now: dt.datetime) -> list[Card]:
     """Every card that a node has reported, with what runs there; closed when it is offline or drained."""
-    running: dict[str, list[Any]] = {}
-    for row in (*session.execute(select(*OCCUPANT).where(Job.status == Status.RUNNING)), *beside(session)):
-        running.setdefault(row.node or "", []).append(row)
+    return _cards(session, now, _read_running(session))
+
+
+def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
+    """GiB hours that count against each user who had or has a card."""
+    return _charges(session, now, _read_running(session))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _FleetRows:
+    """What runs in the fleet. A claim needs it for the cards and for the charges, and reads it once."""
+
+    jobs: list[Any]  # rows of OCCUPANT
+    shares: list[Any]  # the same of their cards beside the first
+    hosts: list[TrainerHost]
+    inside: list[InsideHost]
+
+
+def _read_running(session: Session) -> _FleetRows:
+    hosts = list(session.scalars(_HOSTS))
+    return _FleetRows(
+        jobs=list(session.execute(_OCCUPANTS)),
+        shares=beside(session),
+        hosts=hosts,
+        inside=read_inside(session) if hosts else [],
+    )
+
+
+def _cards(session: Session, now: dt.datetime, running: _FleetRows, lease_s: float | None = None) -> list[Card]:
+    on: dict[str, list[Any]] = {}
+    for row in (*running.jobs, *running.shares):
+        on.setdefault(row.node or "", []).append(row)
     hosts: dict[str, list[TrainerHost]] = {}
-    for host in session.scalars(select(TrainerHost)):
+    for host in running.hosts:
         hosts.setdefault(host.node, []).append(host)
-    drained, inside = drained_targets(session, now), read_inside(session) if hosts else ()
-    return [
-        card_of(node, running.get(node.node, []), now, drained, hosts.get(node.node, ()), inside)
-        for node in session.scalars(select(Node))
-    ]
+    drained, cards = drained_targets(session, now), []
+    for node in session.scalars(_NODES):
+        card = card_of(node, on.get(node.node, []), now, drained, hosts.get(node.node, ()), running.inside)
+        late = lease_s is not None and is_late(node, now, lease_s)
+        cards.append(replace(card, silent=True) if late else card)
+    return cards
 
 
 def read_inside(session: Session) -> list[InsideHost]:
@@ -137,7 +186,7 @@ def read_inside(session: Session) -> list[InsideHost]:
 
 def drained_targets(session: Session, now: dt.datetime) -> dict[str, DrainOrder]:
     """Host or card -> the person's order that keeps it empty now."""
-    orders = session.scalars(select(DrainOrder))
+    orders = session.scalars(_DRAINS)
     return {order.target: order for order in orders if order.until is None or order.until > now}
 
 
@@ -167,23 +216,21 @@ def read_failures(session: Session, now: dt.datetime) -> list[CardFailure]:
     ]
 
 
-def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
-    """GiB hours that count against each user who had or has a card."""
-    past = {use.user: decayed(use.gib_hours, (now - use.at).total_seconds()) for use in session.scalars(select(Use))}
-    running: dict[str, list[tuple[int, float]]] = {}
-    columns = (Job.job_id, Job.user, Job.vram_reserved, Job.started_at)
-    rows = session.execute(select(*columns).where(Job.status == Status.RUNNING)).all()
-    shared = read_beside(session, [row.job_id for row in rows])
-    inside = [one for one in read_inside(session) if not one.ended]
+def _charges(session: Session, now: dt.datetime, running: _FleetRows) -> dict[str, float]:
+    past = {use.user: decayed(use.gib_hours, (now - use.at).total_seconds()) for use in session.scalars(_USES)}
+    others: Counter[int] = Counter()
+    for share in running.shares:
+        others[share.job_id] += share.vram_reserved
+    inside = [one for one in running.inside if not one.ended]
     members = Counter(one.host for one in inside)
     parts = {one.job_id: (one.base_bytes, one.joined, members[one.host]) for one in inside}
-    for row in rows:
+    now_held: dict[str, list[tuple[int, float]]] = {}
+    for row in running.jobs:
         seconds = 0.0 if row.started_at is None else (now - row.started_at).total_seconds()
         base, joined, count = parts.get(row.job_id, (0, False, 1))
-        others = sum(share.bytes for share in shared.get(row.job_id, ()))
-        size = with_base((row.vram_reserved or 0) + others, base, joined=joined, share=1 / count)
-        running.setdefault(row.user, []).append((size, seconds))
-    return {user: charge(past.get(user, 0.0), running.get(user, ())) for user in past.keys() | running.keys()}
+        size = with_base((row.vram_reserved or 0) + others[row.job_id], base, joined=joined, share=1 / count)
+        now_held.setdefault(row.user, []).append((size, seconds))
+    return {user: charge(past.get(user, 0.0), now_held.get(user, ())) for user in past.keys() | now_held.keys()}
 
 
 def _close(tx: Transaction, job: Job, node: str, now: dt.datetime) -> None:

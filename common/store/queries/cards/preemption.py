@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 
 from sqlalchemy import func, or_, select, update
 
@@ -18,8 +17,8 @@ from ...tables import WAITS, Job
 from ...transaction import SKIP_LOCKED, Transaction
 from ..lines import read_levels
 from .decisions import decide
-from .nodes import read_cards, read_charges
-from .shares import late, running_on
+from .nodes import read_fleet
+from .shares import running_on
 
 AT_ONCE = 8
 """Waiting jobs for which it is tried in one round whether they would start: each asks the whole rule once more."""
@@ -30,15 +29,15 @@ def preempt(tx: Transaction, lease_s: float) -> tuple[int, ...]:
     if lowest is None:
         return ()
     now = tx.now()
-    silent = late(tx.session, now, lease_s)
-    cards = [replace(card, silent=card.node in silent) for card in read_cards(tx.session, now)]
-    decisions = list(decide(tx.session, cards, read_charges(tx.session, now), now).decisions)
+    fleet = read_fleet(tx.session, now, lease_s)
+    cards, charges = fleet.cards, fleet.charges
+    decisions = list(decide(tx.session, cards, charges, now).decisions)
     starting = {d.placed.job.job_id for d in decisions if d.placed is not None}
     could_join = {d.declined.job_id for d in decisions if d.declined is not None}
     waiting = (job for job in _first_waiting(tx, now, cards, lowest) if job.job_id not in starting | could_join)
     ways = ((job, way) for job in waiting if (way := give_way(job, cards)) is not None)
     for job, (node, going) in itertools.islice(ways, AT_ONCE):
-        if _would_start(tx, job, [card.without(going) for card in cards], now):
+        if _would_start(tx, job, [card.without(going) for card in cards], charges, now):
             return going if _ask(tx, job.job_id, job.priority, node, going) else ()
     return ()
 
@@ -66,10 +65,12 @@ def _first_waiting(tx: Transaction, now: dt.datetime, cards: Sequence[Card], abo
                 yield job
 
 
-def _would_start(tx: Transaction, job: Waiting, cards: Sequence[Card], now: dt.datetime) -> bool:
+def _would_start(
+    tx: Transaction, job: Waiting, cards: Sequence[Card], charges: Mapping[str, float], now: dt.datetime
+) -> bool:
     """Whether the rule gives the job one of the cards as they are then: not where its user is at a limit, or others go
     before it or have the card kept for them."""
-    then = decide(tx.session, cards, read_charges(tx.session, now), now).decisions
+    then = decide(tx.session, cards, charges, now).decisions
     return any(d.placed is not None and d.placed.job.job_id == job.job_id for d in then)
 
 

@@ -6,7 +6,7 @@ import datetime as dt
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, bindparam, select
 from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Status
@@ -29,14 +29,15 @@ LATE_SHARE = 0.5
 """A node that was silent for this share of a lease is counted on by no job that needs its card beside another one."""
 
 
+_BESIDE = select(
+    Job.job_id, Job.user, AttemptShare.node, AttemptShare.bytes.label("vram_reserved"), Job.eta_seconds,
+    Job.priority, Job.preemptible, Job.attempt, Job.started_at, Job.preempted_by, ASKED_TO_STOP,
+).join(AttemptShare, _NOW)  # fmt: skip
+
+
 def beside(session: Session, node: str | None = None) -> list[Any]:
     """Rows like those of OCCUPANT: jobs on cards that are not their first, all or those of a node."""
-    columns = (
-        Job.job_id, Job.user, AttemptShare.node, AttemptShare.bytes.label("vram_reserved"), Job.eta_seconds,
-        Job.priority, Job.preemptible, Job.attempt, Job.started_at, Job.preempted_by, ASKED_TO_STOP,
-    )  # fmt: skip
-    query = select(*columns).join(AttemptShare, _NOW)
-    return list(session.execute(query if node is None else query.where(AttemptShare.node == node)))
+    return list(session.execute(_BESIDE if node is None else _BESIDE.where(AttemptShare.node == node)))
 
 
 def running_on(node: str) -> Select[Any]:
@@ -68,19 +69,19 @@ def silent(session: Session, since: dt.datetime, limit: int) -> list[tuple[int, 
     return [(row.job_id, row.node) for row in session.execute(gone)]
 
 
-def late(session: Session, now: dt.datetime, lease_s: float) -> set[str]:
-    """Cards whose nodes have been silent for a while: with one of them a job on several would soon be ended as lost."""
-    return set(
-        session.scalars(select(Node.node).where(Node.seen_at < now - dt.timedelta(seconds=lease_s * LATE_SHARE)))
-    )
+def is_late(node: Node, now: dt.datetime, lease_s: float) -> bool:
+    """Whether a card's node has been silent for a while: a job on several cards, one of them this, would soon be ended
+    as lost."""
+    return node.seen_at < now - dt.timedelta(seconds=lease_s * LATE_SHARE)
+
+
+_CARD = select(Node).where(Node.node == bindparam("node")).with_for_update()
+_BOX = select(Node).where(Node.host == bindparam("host")).order_by(Node.node).with_for_update()
 
 
 def lock(tx: Transaction, node: str, *, gangs: bool) -> Node | None:
     """Lock the node's row; where several cards may be given out the rows of its whole box, always in one order."""
-    mine = Node.node == node
-    if gangs:
-        mine = Node.node.startswith(node.rpartition(":")[0] + ":", autoescape=True)
-    rows = tx.session.scalars(select(Node).where(mine).order_by(Node.node).with_for_update()).all()
+    rows = tx.session.scalars(_BOX if gangs else _CARD, {"node": node, "host": node.rpartition(":")[0]}).all()
     return next((row for row in rows if row.node == node), None)
 
 

@@ -199,6 +199,17 @@ def read_by(step: dict[str, Any]) -> int:
     return int((step["Actual Rows"] + each) * step["Actual Loops"])
 
 
+def test_a_claim_asks_for_what_runs_once(store: Store) -> None:
+    """A waiting job's start takes as long as its statements do."""
+    asked: list[str] = []
+    store.see_node(node_state("box:0"))
+    store.submit(submission())
+    event.listen(store._engine, "after_cursor_execute", lambda *given: asked.append(given[2]))
+    assert isinstance(store.claim("box:0", outside=0, joins=True, gangs=True), Claim)
+    again = {statement for statement in asked if asked.count(statement) > 1}
+    assert len(asked) <= 17 and again <= {"SELECT clock_timestamp() AS clock_timestamp_1"}, asked
+
+
 def test_a_label_that_is_edited_is_listed_anew(store: Store) -> None:
     from loractl.common.store.records import Amendment
 
