@@ -74,6 +74,25 @@ def has_roles(engine: Engine) -> bool:
         return engine.dialect.name == "postgresql" and role_exists(connection, SUBMIT)
 
 
+def unbounded(connection: Connection) -> tuple[str, ...]:
+    """What a login that submits could fill the server's disk with, though nothing of loractl's needs it."""
+    found = connection.execute(text(_UNBOUNDED), {"role": SUBMIT}).one()
+    return tuple(name.replace("_", " ") for name, is_open in found._mapping.items() if is_open)
+
+
+_UNBOUNDED = """
+SELECT has_database_privilege(:role, current_database(), 'TEMPORARY') AS temporary_tables,
+  has_function_privilege(:role, 'lo_creat(integer)', 'EXECUTE')
+    OR has_function_privilege(:role, 'lo_create(oid)', 'EXECUTE')
+    OR has_function_privilege(:role, 'lo_from_bytea(oid, bytea)', 'EXECUTE') AS large_objects,
+  coalesce(
+    (SELECT split_part(one, '=', 2) FROM pg_db_role_setting JOIN pg_database ON setdatabase = pg_database.oid,
+      unnest(setconfig) AS one
+      WHERE datname = current_database() AND setrole = 0 AND starts_with(one, 'temp_file_limit=')),
+    (SELECT reset_val FROM pg_settings WHERE name = 'temp_file_limit')) = '-1' AS temporary_files
+"""
+
+
 def check_login(login: WantedLogin, names: Sequence[str] = ()) -> None:
     """Whether it can be a login. Raises UsageError."""
     if not _NAME.fullmatch(login.name) or login.name.startswith(("pg_", "loractl")) or login.name == "public":

@@ -14,6 +14,18 @@ DO $$ BEGIN
     REVOKE EXECUTE ON FUNCTION lo_creat(integer), lo_create(oid), lo_from_bytea(oid, bytea) FROM PUBLIC;
   END IF;
 END $$;
+-- The same by sorting what it may read. A superuser alone may bound that; what the owner has set stays, and his own
+-- sessions have no bound: an index is built by sorting.
+DO $$ BEGIN
+  IF NOT EXISTS (SELECT FROM pg_db_role_setting JOIN pg_database ON setdatabase = pg_database.oid,
+      unnest(setconfig) AS one
+      WHERE datname = current_database() AND setrole = 0 AND starts_with(one, 'temp_file_limit=')) THEN
+    EXECUTE format('ALTER DATABASE %I SET temp_file_limit = ''1GB''', current_database());
+    EXECUTE format('ALTER ROLE %I IN DATABASE %I SET temp_file_limit = -1', current_user, current_database());
+  END IF;
+EXCEPTION WHEN insufficient_privilege THEN
+  NULL; -- loractl doctor says so
+END $$;
 -- What an earlier version, or somebody by hand, has given them goes; nobody sees the moment between.
 REVOKE ALL ON ALL TABLES IN SCHEMA public FROM loractl_submit, loractl_worker, loractl_web;
 REVOKE ALL ON ALL SEQUENCES IN SCHEMA public FROM loractl_submit, loractl_worker, loractl_web;

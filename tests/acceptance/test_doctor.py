@@ -27,7 +27,10 @@ from ..nvml import FakeCard, build, compiler
 from ..services import QUEUE_SECRET, S3
 from ..unit.factories import node_state
 
-LAB = ("settings", "database", "revision", "clock", "queue", "store", "disk", "models", "boxes", "messages", "cards")
+LAB = (
+    "settings", "database", "revision", "logins", "clock", "queue", "store", "disk", "models", "boxes", "messages",
+    "cards",
+)  # fmt: skip
 PASSWORD = "bird-8215-%2F-song"
 
 
@@ -56,7 +59,7 @@ def test_a_home_before_its_first_job_and_after_and_nothing_stays(cli: Cli, home:
     fresh = checks(cli)
     assert tuple(fresh) == LAB
     assert levels(fresh) | {"disk": "?"} == dict.fromkeys(LAB, "ok") | {"disk": "?"} | dict.fromkeys(
-        ("database", "revision", "clock", "boxes", "messages"), "skipped"
+        ("database", "revision", "logins", "clock", "boxes", "messages"), "skipped"
     )
     assert not (home / "loractl.db").exists() and not (home / "run" / "valkey.sock").exists()
     assert "it needs no self-test" in fresh["cards"][0]["sentence"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, make_url, text
+from sqlalchemy import Engine, create_engine, make_url, text
 from starlette.testclient import TestClient
 
 from loractl.common.artifacts import ArtifactStore
@@ -22,10 +22,13 @@ from loractl.common.job.need import Need
 from loractl.common.job.reference import Reference
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.job.sweep import NewSweep
+from loractl.common.settings import load_settings
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.records import Claim, Delivery, Progress, SpentLog, StoredCheckpoint
+from loractl.common.store.roles import apply_roles, unbounded
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
+from loractl.scheduler.answers.health.services import see_logins
 from loractl.scheduler.answers.lab.shelf import ReportShelf
 from loractl.scheduler.submission.edit import amendment
 from loractl.scheduler.web.access import Access
@@ -464,6 +467,46 @@ def test_a_worker_cannot_submit_or_change_what_was_asked(person: Store, box: Sto
         with pytest.raises(Forbidden), engine.begin() as connection:
             connection.execute(text(statement))
     engine.dispose()
+
+
+def test_what_a_login_may_fill_the_server_s_disk_with_is_bounded_or_named(
+    lab: Logins, postgres_url: str, tmp_path: Path
+) -> None:
+    owner, person = create_engine(postgres_url, isolation_level="AUTOCOMMIT"), make_engine(lab.person, kept=0)
+    settings = load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_DATABASE_URL": lab.person})
+
+    def doctor_s() -> str:
+        return next(see_logins(settings)).sentence
+
+    def named() -> tuple[str, ...]:
+        with person.connect() as connection, owner.connect() as own:
+            assert unbounded(connection) == unbounded(own)
+            return unbounded(connection)
+
+    def sort(rows: int) -> None:
+        with person.connect() as connection:
+            connection.exec_driver_sql(f"SELECT i FROM generate_series(1, {rows}) AS i ORDER BY random()")
+
+    assert named() == () and "files are bounded" in doctor_s()
+    with pytest.raises(Forbidden), person.connect() as connection:
+        connection.exec_driver_sql("SET temp_file_limit = -1")
+    with owner.connect() as own:
+        assert own.exec_driver_sql("SHOW temp_file_limit").scalar() == "-1"
+        database = own.exec_driver_sql("SELECT current_database()").scalar()
+        own.exec_driver_sql(f"ALTER DATABASE {database} SET temp_file_limit = '1MB'")
+        apply_roles(make_engine(postgres_url))
+        sort(1000)
+        with pytest.raises(DatabaseError, match="temporary file size exceeds"):
+            sort(300_000)
+        own.exec_driver_sql(f"ALTER DATABASE {database} RESET temp_file_limit")
+        own.exec_driver_sql(f"GRANT TEMPORARY ON DATABASE {database} TO loractl_submit")
+        own.exec_driver_sql("GRANT EXECUTE ON FUNCTION lo_create(oid) TO PUBLIC")
+        assert named() == ("temporary tables", "large objects", "temporary files")
+        assert doctor_s().endswith("temporary tables and large objects and temporary files")
+        own.exec_driver_sql(f"REVOKE TEMPORARY ON DATABASE {database} FROM loractl_submit")
+        apply_roles(make_engine(postgres_url))
+    assert named() == ()
+    owner.dispose()
 
 
 def test_the_commands_say_so_in_a_sentence(make_cli: Callable[..., Cli], lab: Logins, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from loractl.common.settings import Settings, load_settings
 from .box import see_cards, see_disk, see_models
 from .condition import Condition, Diagnosis, Level, broken, failed, fine, skipped
 from .messages import see_messages
-from .services import see_boxes, see_clock, see_database, see_queue, see_revision, see_store
+from .services import see_boxes, see_clock, see_database, see_logins, see_queue, see_revision, see_store
 
 PATIENCE_S = 10.0
 """A check may take so long, unless somebody says otherwise."""
@@ -38,6 +38,7 @@ class Check:
 CHECKS = (
     Check(name="database", look=see_database),
     Check(name="revision", look=see_revision, needs="database"),
+    Check(name="logins", look=see_logins, needs="revision"),
     Check(name="clock", look=see_clock, needs="database"),
     Check(name="queue", look=see_queue),
     Check(name="store", look=see_store),

@@ -16,6 +16,7 @@ from loractl import __version__
 from loractl.common.errors import ArtifactError, SchemaMismatch
 from loractl.common.settings import Settings, redacted
 from loractl.common.store.database import one_look
+from loractl.common.store.roles import has_roles, unbounded
 from loractl.common.store.schema import HEAD, revision
 from loractl.common.store.store import Store
 from loractl.common.units import duration
@@ -62,6 +63,24 @@ def see_revision(settings: Settings) -> Iterator[Condition]:
     else:
         wrong = SchemaMismatch(current, HEAD)
         yield broken("revision", wrong.sentence, wrong.hint)
+
+
+def see_logins(settings: Settings) -> Iterator[Condition]:
+    """What a lab's login could fill the database's disk with."""
+    if settings.embedded_database:
+        yield fine("logins", "none: SQLite's file is its owner's alone")
+        return
+    with one_look(settings) as engine:
+        if not has_roles(engine):
+            yield fine("logins", "the server has no roles of a lab: whoever has its address may do all")
+            return
+        with engine.connect() as connection:
+            found = unbounded(connection)
+    if not found:
+        yield fine("logins", "their temporary files are bounded; the rows that they write are not")
+        return
+    what = f"a login that submits may fill the database's disk with {' and '.join(found)}"
+    yield warning("logins", what, "as a superuser of the server: loractl db roles")
 
 
 def see_clock(settings: Settings) -> Iterator[Condition]:
