@@ -61,7 +61,8 @@ _POSTGRES_OPTIONS = {
 _IDLE_S = 60  # a command may read 100,000 rows and look at them
 _INSUFFICIENT_PRIVILEGE = "42501"
 _READ_ONLY = "25006"  # a standby, or a primary that a failover has stepped down
-_PASSING = (_READ_ONLY, "40", "53", "55P03", "57")
+LOCK_NOT_FREE = "55P03"
+_PASSING = (_READ_ONLY, "40", "53", LOCK_NOT_FREE, "57")
 """SQLSTATEs, and classes of them, that another try may help: the server's state, not the statement, is the cause.
 
 Rolled back (a deadlock), short of resources, a lock that was not free, stopped by an operator or a time limit.

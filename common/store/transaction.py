@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, CursorResult, DateTime, Engine, Update, bindparam, func, select
+from sqlalchemy import ColumnElement, CursorResult, DateTime, Engine, Update, bindparam, delete, func, select
 from sqlalchemy.orm import Session
 
 from loractl.common.text import storable
@@ -95,9 +95,13 @@ class Transaction:
         if self._dialect != "postgresql":
             return
         held = select(Lock.name).where(Lock.name == lock).with_for_update()
-        if self.session.scalar(held) is None:
+        while self.session.scalar(held) is None:  # `forget_locks` may come in between
             self.add_new(Lock, [{"name": lock}])
-            self.session.scalar(held)
+
+    def forget_locks(self) -> None:
+        """Remove the rows of users' and sweeps' locks that nobody holds; whoever waits for one makes it again."""
+        free = select(Lock.name).where(Lock.name.contains(" ")).with_for_update(skip_locked=True)
+        self.session.execute(delete(Lock).where(Lock.name.in_(free)).execution_options(synchronize_session=False))
 
     @property
     def has_functions(self) -> bool:

@@ -11,9 +11,11 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy import Engine, text
 
+from loractl.common.errors import WrongState
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.store.database import make_engine
 from loractl.common.store.entrance.invitations import LOGIN, Invitation, invite
+from loractl.common.store.queries import changes
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.roles import SUBMIT
 from loractl.common.store.store import Store
@@ -81,6 +83,21 @@ def test_a_row_that_a_login_keeps_locked_costs_no_attempt_and_no_beat_is_lost(
     assert told.cancel_requested
 
 
+def test_who_changes_a_job_whose_row_somebody_keeps_locked_is_told_who_it_is(
+    person: Store, box: Store, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changes, "PATIENCE_MS", 50)
+    running, waiting = person.submit(submission()), person.submit(submission())
+    assert isinstance(take(box), Claim)
+    for job_id in (running, waiting):
+        said = "SET application_name = 'psql left open'", f"SELECT * FROM jobs WHERE job_id = {job_id} FOR UPDATE"
+        told = pytest.raises(WrongState, match=r"postgres's session \d+ \(psql left open\) keeps its row locked")
+        with held_open(postgres_url, *said), told:
+            person.cancel(job_id, "ada")
+        assert not person.job(job_id).cancel_requested and person.job(job_id).status is not Status.CANCELLED
+        person.cancel(job_id, "ada")
+
+
 def test_a_line_of_a_history_that_is_never_committed_holds_nobody_up(person: Store, box: Store, lab: Logins) -> None:
     job_id = person.submit(submission())
     line = f"INSERT INTO events (job_id, at, kind, text) VALUES ({job_id}, now(), 'queued', 'queued by me')"
@@ -105,7 +122,7 @@ def test_who_is_silent_for_a_lease_ends_also_where_its_row_was_locked_once(
 
 
 @pytest.fixture
-def joiner(postgres_url: str) -> Iterator[str]:
+def joiner(alone_inviting: None, postgres_url: str) -> Iterator[str]:
     """The login of a join line."""
     engine = make_engine(postgres_url)
     name = LOGIN + secrets.token_hex(6)

@@ -12,10 +12,13 @@ from typing import Any
 
 from sqlalchemy import delete, exists, select, update
 from sqlalchemy import text as sql
+from sqlalchemy.exc import OperationalError
 
+from loractl.common.errors import WrongState
 from loractl.common.job.status import Reason, Status
-from loractl.common.text import storable
+from loractl.common.text import clean_line, storable
 
+from ..database import LOCK_NOT_FREE
 from ..tables import Job, JobLabel, Wish
 from ..transaction import SKIP_LOCKED, Transaction
 
@@ -45,7 +48,7 @@ def change_row(
     tail = storable(tail)
     if tx.has_functions:
         asked = {"number": job_id, "kind": kind, "expected": _as_json(expected), "new": _as_json(new)}
-        return bool(tx.session.scalar(_LORACTL_CHANGE, {**asked, "who": user, "tail": tail}))
+        return _ask_function(tx, job_id, {**asked, "who": user, "tail": tail})
     said = f"{_SAID[kind]} by {user}{tail}"
     if kind == "cancel":  # no wish: here nobody keeps a row locked, and a worker of an earlier version reads this, too
         new = {"cancel_requested": True}
@@ -66,6 +69,33 @@ def change_row(
 _LORACTL_CHANGE = sql(
     "SELECT loractl_change(:number, :kind, CAST(:expected AS jsonb), CAST(:new AS json), :who, :tail)"
 )
+
+
+PATIENCE_MS = 3000
+"""How long a person's change waits for the job's row. A heartbeat or an end holds it for milliseconds."""
+
+_HOLDER = sql(
+    "SELECT one.pid, one.usename, one.application_name FROM jobs"
+    " JOIN pg_locks AS lock ON lock.locktype = 'transactionid' AND lock.transactionid = jobs.xmax AND lock.granted"
+    " JOIN pg_stat_activity AS one ON one.pid = lock.pid WHERE jobs.job_id = :number"
+)
+"""Whose transaction was the last to lock or to write the row, and is open."""
+
+
+def _ask_function(tx: Transaction, job_id: int, asked: Mapping[str, Any]) -> bool:
+    """Raises WrongState where somebody keeps the job's row locked, like a psql that was left open."""
+    try:
+        with tx.session.begin_nested():
+            tx.session.execute(sql(f"SET LOCAL lock_timeout = {PATIENCE_MS}"))
+            return bool(tx.session.scalar(_LORACTL_CHANGE, asked))
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) != LOCK_NOT_FREE:
+            raise
+        holder = tx.session.execute(_HOLDER, {"number": job_id}).first()
+    who = "another session" if holder is None else f"{holder.usename}'s session {holder.pid}"
+    what = f"{who} ({holder.application_name})" if holder is not None and holder.application_name else who
+    end = "let it commit" if holder is None else f"let it commit, or end it: SELECT pg_terminate_backend({holder.pid})"
+    raise WrongState(f"job {job_id} is not changed: {clean_line(what)} keeps its row locked", end)
 
 
 def _as_json(columns: Mapping[str, Any]) -> str:

@@ -164,6 +164,7 @@ def forget_jobs(tx: Transaction, job_ids: Collection[int], ended_before: dt.date
         gone.update(tx.session.scalars(forgotten.execution_options(synchronize_session=False)))
     member = exists().where(Job.sweep_id == Sweep.sweep_id)
     tx.session.execute(delete(Sweep).where(~member), execution_options={"synchronize_session": False})
+    tx.forget_locks()
     return gone
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import Engine, text, update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import WrongState
@@ -17,7 +17,7 @@ from loractl.common.store.records import Claim, Progress, StoredResult
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 
-from ...factories import NOON, RESULT, Clock, spec, submission, take
+from ...factories import NOON, RESULT, Clock, node_state, spec, submission, take
 
 DAY = dt.timedelta(days=1)
 
@@ -207,3 +207,22 @@ def test_a_job_that_was_queued_again_or_has_a_result_is_not_forgotten(timed: Sto
     assert [job.job_id for job in timed.past_jobs(clock.now, without=[kept])] == [again, kept]
     timed.retry(again, "ada")
     assert timed.forget_jobs([again, kept, 99], clock.now) == set()
+
+
+def test_locks_that_nobody_holds_go_with_old_jobs(postgres_engine: Engine) -> None:
+    store = Store(postgres_engine)
+    store.see_node(node_state("box:0", user_limit=1))
+    store.submit(submission())
+    assert isinstance(store.claim("box:0"), Claim)
+
+    def locks() -> set[str]:
+        with postgres_engine.connect() as connection:
+            return set(connection.scalars(text("SELECT name FROM locks")))
+
+    with postgres_engine.begin() as connection:
+        connection.execute(text("INSERT INTO locks VALUES ('end of sweep 3')"))
+    assert locks() == {"fleet", "closing", "user ada", "end of sweep 3"}
+    with postgres_engine.begin() as connection:
+        connection.execute(text("SELECT FROM locks WHERE name = 'end of sweep 3' FOR UPDATE"))
+        store.forget_jobs([], NOON)
+    assert locks() == {"fleet", "closing", "end of sweep 3"}
