@@ -295,13 +295,13 @@ class ArtifactStore:
             self._files.remove(prefix, _is_manifest)
 
     def remove_checkpoints(self, job_id: int, attempt: int) -> None:
-        """Remove the checkpoints of a job's attempts up to this one, manifests first."""
+        """Remove the checkpoints of a job's attempts up to this one, and what names no attempt, manifests first."""
         with self._errors(f"removing the checkpoints of job {job_id}"):
-            names = [name for name, _, _ in self._files.below(f"jobs/{job_id}/checkpoints")]
-        prefixes = {match[1]: int(match[2]) for name in names if (match := _CHECKPOINT.match(name))}
-        for prefix in sorted(prefix for prefix, number in prefixes.items() if number <= attempt):
-            self.remove_checkpoint(prefix)
-        with self._errors(f"removing the checkpoints of job {job_id}"):
+            prefixes = {"/".join(name.split("/")[:4]) for name, _, _ in self._files.below(f"jobs/{job_id}/checkpoints")}
+            for prefix in sorted(prefixes):
+                match = _CHECKPOINT.match(f"{prefix}/")
+                if match is None or int(match[2]) <= attempt:
+                    self._files.remove(prefix, _is_manifest)
             self._files.prune(f"jobs/{job_id}/checkpoints")
             self._files.prune(f"jobs/{job_id}")
 

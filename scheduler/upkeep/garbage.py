@@ -158,9 +158,12 @@ class Cleaner:
                 yield garbage
         for garbage in self._below_jobs():
             assert garbage.job_id is not None
-            # a job that was queued again meanwhile goes on from its checkpoint
-            if garbage.kind is Kind.ATTEMPT or self._store.forget_checkpoint(garbage.job_id):
+            if garbage.kind is Kind.ATTEMPT:
                 self._artifacts.remove(garbage.name)
+                yield garbage
+            # a job that was queued again meanwhile goes on from its checkpoint, and a retry stores new ones
+            elif (attempt := self._store.forget_checkpoint(garbage.job_id)) is not None:
+                self._artifacts.remove_checkpoints(garbage.job_id, attempt)
                 yield garbage
         for file in self._unfinished():
             try:

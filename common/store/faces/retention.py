@@ -49,8 +49,9 @@ class RetentionStore:
         with self._read() as tx:
             return retention.read_over(tx, job_ids, kept_since)
 
-    def forget_checkpoint(self, job_id: int) -> bool:
-        """Forget an ended job's stored checkpoint: its files may go then. False when the job has not ended."""
+    def forget_checkpoint(self, job_id: int) -> int | None:
+        """Forget an ended job's stored checkpoint. Returns its newest attempt: the files of those up to it may go then,
+        and a retry's may not. None when the job has not ended."""
         with self._write() as tx:
             return retention.forget_checkpoint(tx, job_id)
 

@@ -117,9 +117,11 @@ def bind_result(tx: Transaction, job_id: int, manifest_sha256: str, user: str) -
     return bound
 
 
-def forget_checkpoint(tx: Transaction, job_id: int) -> bool:
+def forget_checkpoint(tx: Transaction, job_id: int) -> int | None:
     ended_job = update(Job).where(Job.job_id == job_id, Job.status.in_(ENDED))
-    return tx.change(ended_job.values(checkpoint=None)) == 1
+    return tx.session.scalar(
+        ended_job.values(checkpoint=None).returning(Job.attempt), execution_options={"synchronize_session": False}
+    )
 
 
 def forget_finished(tx: Transaction, job_id: int, host: str, why: str) -> bool:

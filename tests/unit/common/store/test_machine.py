@@ -225,7 +225,7 @@ class Life(RuleBasedStateMachine):
         job.retries, job.failures, job.reached, job.final = 0, 0, None, None
 
     def gc_forgets_the_checkpoint(self, job: Known) -> None:
-        assert self.store.forget_checkpoint(job.job_id) == (job.status in ENDED)
+        assert (self.store.forget_checkpoint(job.job_id) is not None) is (job.status in ENDED)
         if job.status in ENDED:
             job.checkpoint = None
             if job.final is not None:

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.artifacts import (
     ArtifactStore,
+    Binding,
     Manifest,
     attempt_prefix,
     checkpoint_prefix,
@@ -336,13 +337,38 @@ def test_a_job_that_is_retried_after_gc_names_no_checkpoint_that_is_gone(lab: La
     lab.store.finish(claim, Reason.DRAINED, "stopped", Progress())
     checkpoints = f"jobs/{claim.job_id}/checkpoints"
     assert checkpoints not in names(lab.cleaner().find())
-    assert not lab.store.forget_checkpoint(claim.job_id), "it waits, and goes on from there"
+    assert lab.store.forget_checkpoint(claim.job_id) is None, "it waits, and goes on from there"
 
     lab.store.cancel(claim.job_id, "ada")
     assert names(lab.cleaner().remove(), Kind.CHECKPOINTS) == {checkpoints}
     lab.store.retry(claim.job_id, "ada")
     again = take(lab.store)
     assert isinstance(again, Claim) and again.checkpoint is None
+
+
+def test_what_a_retry_stores_while_gc_removes_the_old_checkpoint_stays(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = lab.run(Reason.DIVERGED)
+    older, newer = checkpoint_prefix(job_id, 1, 3), checkpoint_prefix(job_id, 2, 1)
+    lab.stores(older)
+    forget = lab.store.forget_checkpoint
+
+    def then_retry(job: int) -> int | None:
+        forgotten = forget(job)
+        lab.store.retry(job, "ada")
+        claim = take(lab.store)
+        assert isinstance(claim, Claim)
+        lab.stores(newer)
+        assert lab.store.keep_checkpoint(claim, StoredCheckpoint(step=1, prefix=newer))
+        return forgotten
+
+    cleaner = lab.cleaner()
+    monkeypatch.setattr(lab.store, "forget_checkpoint", then_retry)
+    assert names(cleaner.remove(), Kind.CHECKPOINTS) == {f"jobs/{job_id}/checkpoints"}
+    assert lab.artifacts.verify(Binding(prefix=newer, manifest_sha256=None))
+    with pytest.raises(ArtifactError):
+        lab.artifacts.verify(Binding(prefix=older, manifest_sha256=None))
 
 
 def test_files_of_jobs_that_the_database_does_not_know_are_named_and_left(lab: Lab) -> None:
