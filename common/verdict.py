@@ -22,6 +22,7 @@ Reading = Literal[
 BADGES = {
     "better": "✓ Better",
     "worse": "✗ Worse",
+    "mixed": "± Loss and answers disagree",
     "no_practical_change": "– No practical change",
     "no_measurable_gain": "– No measurable gain",
     "too_few_rows": "– Too few held-out rows to say",
@@ -124,16 +125,23 @@ class ReportVerdict:
     reading: str  # a key of BADGES
     short: str  # for a job's line
     sentence: str
-    aside: str  # what is worse beside the held-out loss; empty where nothing is
+    aside: str  # what is worse beside the held-out loss, and what is wrong with the held-out rows; else empty
 
     @property
     def badge(self) -> str:
         return BADGES[self.reading]
 
 
-def report_verdict(loss: Mapping[str, Any], worse: list[str], base: str = "the base") -> ReportVerdict:
-    """What the held-out loss says against `base`; it alone decides. `loss`: a metric of report.json; `worse`: the
-    labels of what got worse, which is said beside it."""
+ANSWERS = frozenset({"exact_match", "rouge1", "rouge2", "rougeL", "accuracy", "macro_f1"})
+"""Measures of what the model answers. Where they contradict the loss, neither decides alone."""
+
+
+def report_verdict(
+    metrics: Sequence[Mapping[str, Any]], base: str = "the base", doubts: Sequence[str] = ()
+) -> ReportVerdict:
+    """What a report's metrics say against `base`. The held-out loss decides, unless the answers say the opposite; what
+    got worse beside it, and `doubts`, sentences about the held-out rows, are said beside it."""
+    loss = next(metric for metric in metrics if metric["name"] == "loss")
     shown = written(loss)
     numbers = f"loss {shown.base} -> {shown.tuned}"
     reading, short, sentence = {
@@ -155,8 +163,37 @@ def report_verdict(loss: Mapping[str, Any], worse: list[str], base: str = "the b
         "worse": ("worse", "worse", f"Worse than {base}: held-out {numbers}."),
         "better": ("better", "better", f"Better than {base}: held-out {numbers}."),
     }[shown.reading]
-    aside = f"Worse on {' and '.join(worse)}." if worse and reading != "too_few_rows" else ""
-    return ReportVerdict(reading=reading, short=f"{short}, {numbers}", sentence=sentence, aside=aside)
+    opposite = {"better": "worse", "worse": "better"}.get(reading)
+    against = [metric for metric in metrics if metric["name"] in ANSWERS and metric["reading"] == opposite]
+    unsure = [metric for metric in metrics if _points_down(metric)] if reading == "better" else []
+    if against:
+        reading, short = "mixed", f"{reading} loss, {opposite} answers"
+        sentence = f"{short.capitalize()} than {base}'s: held-out {numbers}; {_told(against)}."
+    elif unsure:
+        cases = max(int(metric["cases"]) for metric in unsure)
+        few = f"{cases} answer{'s' * (cases != 1)} {'are' if cases != 1 else 'is'} too few to say"
+        short = f"{short}, by loss"
+        sentence = f"Better than {base} by loss: held-out {numbers}; {_told(unsure)}, but {few}."
+    named = [metric["name"] for metric in against]
+    worse = [m["label"] for m in metrics if m["reading"] == "worse" and m["name"] not in ("loss", "perplexity", *named)]
+    asides = [f"Worse on {' and '.join(worse)}."] if worse and reading != "too_few_rows" else []
+    return ReportVerdict(
+        reading=reading, short=f"{short}, {numbers}", sentence=sentence, aside=" ".join([*asides, *doubts])
+    )
+
+
+def _points_down(metric: Mapping[str, Any]) -> bool:
+    """Whether answers got worse by what anyone would notice, in fewer cases than say anything."""
+    if metric["name"] not in ANSWERS or metric["reading"] != "too few cases" or metric["change"] is None:
+        return False
+    return float(metric["change"]) < 0 and abs(metric["change"]) >= noticeable(metric["unit"], metric["base"])
+
+
+def _told(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The first measure, with its numbers, and how many more."""
+    first, shown = metrics[0], written(metrics[0])
+    more = f" and {len(metrics) - 1} more" if len(metrics) > 1 else ""
+    return f"{first['label']} {shown.base} -> {shown.tuned}{more}"
 
 
 def badge(reading: str) -> str:

@@ -32,6 +32,9 @@ LOPSIDED = 0.9
 
 SHORT_CHARACTERS = 2
 
+LEAKS = ("overlapping conversations", "overlapping prompts")
+"""Kinds of findings that make held-out rows measure memory."""
+
 _MOJIBAKE = ("\ufffd", "Ã©", "Ã¨", "Ã¼", "Ã¶", "Ã¤", "Ã±", "â€™", "â€œ", "â€“")
 """UTF-8 that was once read as Latin-1, and what a decoder writes in place of what it can't read."""
 
@@ -155,10 +158,10 @@ class _Leaks:
                 known.append(example.number)
         text = "{n} held out {begins|begin} with a conversation that is trained on"
         hint = "hold out whole conversations: dataset.eval_path"
-        yield from about_rows("warning", "overlapping conversations", text, partly, hint)
+        yield from about_rows("warning", LEAKS[0], text, partly, hint)
         known = sorted(set(known) - set(partly))
         text = "{n} held out {has|have} a prompt that is trained on"
-        yield from about_rows("warning", "overlapping prompts", text, known)
+        yield from about_rows("warning", LEAKS[1], text, known)
 
 
 class _Answers:

@@ -20,7 +20,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.units import GIB, gib
 from loractl.scheduler.submission.need import plan_job
 from loractl.worker.base.model import load_tokenizer
-from loractl.worker.data.check import Checked, check_data, warnings_about
+from loractl.worker.data.check import Checked, check_data, findings_about
 from loractl.worker.data.prepared import prepare_data
 
 from ..conftest import Cli
@@ -264,7 +264,7 @@ def test_a_job_s_history_counts_the_rows_that_the_check_counts(tiny_model: Path,
     tokenizer.chat_template = NO_SYSTEM
     data = prepare_data(spec.dataset, spec.dataset.path, spec.dataset.eval_path, None, tokenizer, None)
     checked = {finding.kind: finding.sentence for finding in check_data(spec, tokenizer).findings}
-    told = warnings_about(spec, data, tokenizer)
+    told = [finding.sentence for finding in findings_about(spec, data, tokenizer) if finding.level == "warning"]
     assert checked["EOS is not learned"] in told and checked["special tokens in text"] in told
     assert "20 rows" in checked["EOS is not learned"] and "20 rows" in checked["special tokens in text"]
     assert [text for text in told if "3 rows of the first 200 whose system message" in text], told

@@ -124,3 +124,56 @@ def test_a_description_is_neither_better_nor_worse_and_the_headline_is_about_the
         lines = text.splitlines()
         assert lines[0].endswith(said["sentence"]) and lines[1] == said["aside"]
         assert next(line for line in lines if "worth of earlier turns" in line).endswith("a description")
+
+
+def rouge(base: float, tuned: float, spread: float, cases: int = 40) -> Compared:
+    change = tuned - base
+    return Compared(
+        name="rougeL", label="ROUGE-L", unit="%", higher_is_better=True, cases=cases, base=base, tuned=tuned,
+        low=change - spread, high=change + spread,
+    )  # fmt: skip
+
+
+GAIN, LOSS = loss(3.46, 1.31, 0.3), loss(1.31, 3.46, 0.3)
+FELL, FEW = rouge(35.3, 11.1, 5), rouge(35.3, 11.1, 5, cases=3)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "reading", "sentence"),
+    [
+        (
+            [GAIN, FELL], "mixed",
+            "Better loss, worse answers than the base's: held-out loss 3.46 -> 1.31; ROUGE-L 35.3 -> 11.1.",
+        ),
+        (
+            [LOSS, rouge(11.1, 35.3, 5)], "mixed",
+            "Worse loss, better answers than the base's: held-out loss 1.31 -> 3.46; ROUGE-L 11.1 -> 35.3.",
+        ),
+        (
+            [GAIN, FEW], "better",
+            "Better than the base by loss: held-out loss 3.46 -> 1.31; ROUGE-L 35.3 -> 11.1, but 3 answers are too few "
+            "to say.",
+        ),
+        ([GAIN, rouge(35.3, 36.1, 5)], "better", "Better than the base: held-out loss 3.46 -> 1.31."),
+        ([GAIN, rouge(35.3, 61.1, 5, cases=3)], "better", "Better than the base: held-out loss 3.46 -> 1.31."),
+        ([LOSS, FELL], "worse", "Worse than the base: held-out loss 1.31 -> 3.46."),
+    ],
+    ids=["loss better", "loss worse", "few answers", "no clear change of answers", "few and better", "both worse"],
+)  # fmt: skip
+def test_where_loss_and_answers_disagree_the_first_sentence_says_so(
+    metrics: list[Compared], reading: str, sentence: str
+) -> None:
+    said = verdict(metrics)
+    assert (said["reading"], said["sentence"]) == (reading, sentence)
+    assert said["aside"] == ("Worse on ROUGE-L." if reading == "worse" else ""), "it is said once"
+    value: dict[str, Any] = report(verdict=said)
+    value["evaluation"] |= {"metrics": [metric.as_json() for metric in metrics], "lm_eval": None}
+    assert BADGES[reading] in render_html(value)
+
+
+def test_what_is_known_of_the_held_out_rows_stands_beside_the_verdict() -> None:
+    doubts = ["8 rows held out begin with a conversation that is trained on.", "56 of 59 held-out rows were cut."]
+    said = verdict([GAIN, Compared(**{**vars(LOSS), "name": "x", "label": "x"})], doubts=doubts)
+    assert said["aside"] == f"Worse on x. {doubts[0]} {doubts[1]}"
+    lines = report_text({**report(verdict=said)}, SCREEN, 0).splitlines()
+    assert lines[1] == said["aside"]

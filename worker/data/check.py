@@ -98,9 +98,9 @@ def check_data(spec: JobSpec, tokenizer: Any, report: Report = lambda what, done
     return checked if split is None else _look(checked, split, spec, tokenizer, report)
 
 
-def warnings_about(spec: JobSpec, data: PreparedData, tokenizer: Any) -> tuple[str, ...]:
-    """A sentence for each finding in prepared data, with the numbers of `check_data`; what the template leaves out is
-    looked for in the first rows alone, and says so."""
+def findings_about(spec: JobSpec, data: PreparedData, tokenizer: Any) -> list[Finding]:
+    """The findings in prepared data, with the numbers of `check_data`. What the template leaves out is looked for in
+    the first rows alone, and says so."""
     template, tokens = TemplateLook(tokenizer, RENDERED_ROWS), TokenLook(spec, tokenizer)
     for example in data.train_examples:
         template.see(example)
@@ -108,8 +108,7 @@ def warnings_about(spec: JobSpec, data: PreparedData, tokenizer: Any) -> tuple[s
         tokens.see(rows)
     findings = check_examples(data.train_examples, data.held_out_examples)
     findings += about_warmup(spec.training, len(data.train_examples))
-    findings += template.findings() + tokens.findings(every=False)
-    return tuple(finding.sentence for finding in findings if finding.level == "warning")
+    return findings + template.findings() + tokens.findings(every=False)
 
 
 def _look_at_rows(dataset: DatasetSpec, report: Report) -> tuple[Checked, Split | None]:

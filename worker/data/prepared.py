@@ -44,6 +44,7 @@ class PreparedData:
     repeated: int = 0  # held-out rows left out because they stand there already
     unused: tuple[str, ...] = ()  # fields of rows that are not read
     warnings: tuple[str, ...] = ()  # what looks wrong but is trained on
+    leaks: tuple[str, ...] = ()  # of them, what the held-out rows have in common with those that are trained on
     packed: TokenRows | None = None  # the rows to train on, several examples in one
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
     label_names: tuple[str, ...] = ()  # what a classifier learns to tell apart; empty for any other job
@@ -53,6 +54,13 @@ class PreparedData:
     def trained_rows(self) -> TokenRows:
         """The rows as the Trainer gets them."""
         return self.train.rows if self.packed is None else self.packed
+
+    @property
+    def doubts(self) -> list[str]:
+        """Sentences that whoever reads a verdict on the held-out rows should know."""
+        cut, rows = self.held_out.truncated, self.held_out.rows.examples
+        about = [f"{cut} of {rows} held-out rows were cut at dataset.max_length."] if cut else []
+        return [*(f"{leak}." for leak in self.leaks), *about]
 
     def facts(self) -> dict[str, Any]:
         """What the report says about the data."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def build_report(
         "method": order.method.value,
         "method_why": order.method_why,
         "spec": spec.model_dump(mode="json"),
-        "verdict": verdict(evaluation.metrics, "the base" if evaluation.baseline is None else BASELINE),
+        "verdict": verdict(evaluation.metrics, "the base" if evaluation.baseline is None else BASELINE, data.doubts),
         "adapter": _adapter(order, learner.model),
         "data": {
             **data.facts(),
@@ -65,11 +66,10 @@ def build_report(
     }
 
 
-def verdict(metrics: list[Compared], base: str = "the base") -> dict[str, str]:
-    """What the comparison with `base` says: `reading`, `short`, `sentence`, and `aside`, what got worse beside it."""
-    loss = next(m for m in metrics if m.name == "loss")
-    worse = [m.label for m in metrics if m.reading == "worse" and m.name not in ("loss", "perplexity")]
-    return dict(vars(report_verdict(loss.as_json(), worse, base)))
+def verdict(metrics: list[Compared], base: str = "the base", doubts: Sequence[str] = ()) -> dict[str, str]:
+    """What the comparison with `base` says: `reading`, `short`, `sentence`, and `aside`, what got worse beside it and
+    what is known to be wrong with the rows that it was measured on."""
+    return dict(vars(report_verdict([metric.as_json() for metric in metrics], base, doubts)))
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:

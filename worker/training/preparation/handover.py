@@ -27,6 +27,7 @@ def write_handover(data: PreparedData, spec: JobSpec, folder: Path) -> None:
         **{name: getattr(data, name) for name in _PLAIN},
         "format": data.format.value,
         "warnings": data.warnings,
+        "leaks": data.leaks,
         "label_names": data.label_names,
         "held_out_examples": [asdict(example) for example in data.held_out_examples[:measured]],
         "train": _written(data.train, folder / "train"),
@@ -44,6 +45,7 @@ def read_handover(folder: Path) -> PreparedData:
     data = PreparedData(
         format=DataFormat(value.pop("format")),
         warnings=tuple(value.pop("warnings")),
+        leaks=tuple(value.pop("leaks")),
         label_names=tuple(value.pop("label_names")),
         unused=tuple(value.pop("unused")),
         train_examples=(),

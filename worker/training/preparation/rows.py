@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from loractl.common.data.inspection import LEAKS
 from loractl.common.job.spec import JobSpec
-from loractl.worker.data.check import warnings_about
+from loractl.worker.data.check import findings_about
 from loractl.worker.data.packing import packed
 from loractl.worker.data.prepared import PreparedData, prepare_data, prepare_regression
 from loractl.worker.protocol.messages import Start
@@ -22,4 +23,7 @@ def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
         name = spec.evaluation.regression or order.regression_path
         other, commit = prepare_regression(spec.dataset, name, order.regression_path, data.train_examples, tokenizer)
         data = replace(data, regression=other, commits=data.commits | ({"regression": commit} if commit else {}))
-    return packed(replace(data, warnings=warnings_about(spec, data, tokenizer)), spec)
+    found = findings_about(spec, data, tokenizer)
+    warnings = tuple(finding.sentence for finding in found if finding.level == "warning")
+    leaks = tuple(finding.text for finding in found if finding.kind in LEAKS)
+    return packed(replace(data, warnings=warnings, leaks=leaks), spec)
