@@ -43,7 +43,7 @@ class Axes:
 
     def labels(self) -> dict[str, list[tuple[float, str]]]:
         """Where the axes' numbers stand: x and y of each, and its text."""
-        across = _readable(self.last_step / (4 if self.width > 500 else 2)) if self.last_step > 1 else 1
+        across = _readable(self.last_step / (4 if self.width > 500 else 2), whole=True) if self.last_step > 1 else 1
         steps = [round(n * across) for n in range(int(self.last_step / across + 1e-9) + 1)]
         values = [self.low + n * self.step for n in range(round((self.high - self.low) / self.step) + 1)]
         digits = next(d for d in range(12) if abs(round(self.step, d) - self.step) < 1e-6 * self.step)
@@ -128,7 +128,9 @@ def forest(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return rows
 
 
-def _readable(least: float) -> float:
-    """The least of 1, 2, 2.5, 5, 10, 20, ... that is no smaller: people read such steps easily."""
+def _readable(least: float, *, whole: bool = False) -> float:
+    """The least of 1, 2, 2.5, 5, 10, 20, ... that is no smaller: people read such steps easily. `whole`: of those of
+    them that are whole."""
     power = 10.0 ** math.floor(math.log10(least))
-    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
+    steps = (factor * power for factor in (1, 2, 2.5, 5, 10))
+    return next(step for step in steps if step >= least * (1 - 1e-9) and (not whole or step % 1 == 0))

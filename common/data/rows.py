@@ -155,7 +155,8 @@ def _parse_json(path: Path, text: str) -> list[RawRow]:
         raise DataError(path, f"is not valid JSON{where}", hint=_A_LINE_EACH, kind="broken JSON") from None
     if not isinstance(value, list):
         inside = [key for key, rows in value.items() if isinstance(rows, list)] if isinstance(value, dict) else []
-        hint = f"its rows are in {inside[0]!r}: write that array alone" if inside else _A_LINE_EACH
+        rows = "train" if "train" in inside else max(inside, key=lambda key: len(value[key]), default=None)
+        hint = f"its rows are in {rows!r}: write that array alone" if rows else _A_LINE_EACH
         raise DataError(path, "is not an array of objects", hint=hint)
     return [_row(path, number, item) for number, item in enumerate(value, start=1)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,13 +82,33 @@ def _settings_apart(answer: Comparison, screen: Screen) -> list[str]:
     changed = answer.differences
     if not changed:
         return ["The jobs have the same settings."]
-    rows = [[key, *(clean_line(_setting(value)) for value in values)] for key, values in changed.items()]
+    rows = [[key, *map(clean_line, _settings(values))] for key, values in changed.items()]
     return table(["SETTING", *(str(job.job_id) for job in answer.jobs)], rows, screen)
 
 
-def _setting(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 24 else f"\N{HORIZONTAL ELLIPSIS}{text[-23:]}"
+_SHOWN, _BEFORE = 24, 6
+"""Characters of a setting, and of what stands before the difference in a longer one."""
+
+
+def _settings(values: Sequence[Any]) -> list[str]:
+    """The values of a setting; of long ones the part in which they differ."""
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+    if max(map(len, texts)) <= _SHOWN:
+        return texts
+    begin, end = _alike(texts), _alike([text[::-1] for text in texts])
+    begin = max(0, begin - _BEFORE)
+    return [_part(text, begin, max(begin + _BEFORE, len(text) - end + _BEFORE)) for text in texts]
+
+
+def _alike(texts: Sequence[str]) -> int:
+    """Characters with which all begin."""
+    pairs = enumerate(zip(*texts, strict=False))
+    return next((place for place, here in pairs if len(set(here)) > 1), min(map(len, texts)))
+
+
+def _part(text: str, begin: int, end: int) -> str:
+    dots, end = "\N{HORIZONTAL ELLIPSIS}", min(end, begin + _SHOWN, len(text))
+    return f"{dots if begin else ''}{text[begin:end]}{dots if end < len(text) else ''}"
 
 
 def _note(answer: Comparison, screen: Screen) -> list[str]:

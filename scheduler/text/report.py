@@ -62,9 +62,10 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
             lines.append(screen.dim(f"  {name}{right}: ") + block(answer[name] or "(nothing)", screen, indent=4))
     hidden = len(order) - answers
     if hidden > 0:
+        more = "1 more answer" if hidden == 1 else f"{hidden} more answers"
         lines += [
             "",
-            screen.dim(f"{hidden} more answers: loractl report {report['job']['job_id']} --answers {len(order)}"),
+            screen.dim(f"{more}: loractl report {report['job']['job_id']} --answers {len(order)}"),
         ]
     return "\n".join(lines)
 

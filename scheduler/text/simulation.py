@@ -13,10 +13,8 @@ def text(done: Simulation, screen: Screen) -> str:
     """A sentence, what each rule made of the jobs, and how long they waited by what they need."""
     ours, fifo = (mean([c.took for c in done.outcomes[name].courses]) for name in ("loractl", "fifo"))
     change = 1 - ours / fifo if fifo else 0.0
-    head = (
-        f"With loractl a job ends {span(ours)} after it arrives, {abs(change):.0%} "
-        f"{'sooner' if change >= 0 else 'later'} than by fifo."
-    )
+    against = f"{abs(change):.0%} {'sooner' if change >= 0 else 'later'} than" if abs(change) >= 0.005 else "as soon as"
+    head = f"With loractl a job ends {span(ours)} after it arrives, {against} by fifo."
     lines = [screen.style(head, bold=True), *_what(done), ""]
     headers = ["RULE", "MEAN", "P99", "MEAN WAIT", "P99", "LARGEST", "MAKESPAN", "VRAM"]
     lines += table(headers, [_row(name, out) for name, out in done.outcomes.items()], screen, right=headers[1:])

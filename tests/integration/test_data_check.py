@@ -455,3 +455,10 @@ def _job(folder: Path, case: Case, model: Path) -> JobSpec:
     spec = {"name": "t", "base_model": str(model), **case.spec, "dataset": dataset}
     (folder / "job.yaml").write_text(yaml.safe_dump(spec))
     return load_spec(folder / "job.yaml")
+
+
+def test_a_row_is_shown_though_another_one_is_bad(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    _job(tmp_path, Case("", "", [chat("a", " "), *good(40)], held_out=good(60)[40:]), tiny_model)
+    assert "error: row 1" not in cli("data", "show", tmp_path / "job.yaml", "--row", 3).stdout
+    refused = cli("data", "show", tmp_path / "job.yaml", "--row", 1, code=2).stderr
+    assert "row 1: message 2: the assistant's answer is empty" in refused

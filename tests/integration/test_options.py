@@ -363,6 +363,8 @@ ELSEWHERE = {
     "training.early_stopping_patience": "tests/integration/test_early_stopping.py",
     "training.load_best_model_at_end": "tests/integration/test_early_stopping.py",
     "training.gradient_checkpointing": "tests/integration/test_training.py",
+    "dataset.fields": "tests/integration/test_turns.py",
+    "dataset.ignore": "tests/integration/test_turns.py",
 }
 """Keys whose effect another file's tests show."""
 

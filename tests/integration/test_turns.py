@@ -252,6 +252,16 @@ def test_a_template_without_a_place_for_tools_or_calls_is_refused(tiny_model: Pa
         rows_of({"messages": [QUESTION, calling([CALL])]}, plain)
 
 
+def test_what_is_ignored_is_not_read(tiny_model: Path) -> None:
+    reading = Reading(fields=RowFields.ALL, ignore=frozenset({"tools", "messages.reasoning_content", "images"}))
+    row = {"tools": [FIND], "images": ["x"], "messages": [QUESTION, {**ANSWER, "reasoning_content": "hm"}]}
+    (example,), _ = parse_examples([RawRow(number=1, value=row)], DataFormat.MESSAGES, "d", reading=reading)
+    tokenizer = load_tokenizer(str(tiny_model))
+    assert encode(example, tokenizer, DataFormat.MESSAGES) == rows_of({"messages": [QUESTION, ANSWER]}, tokenizer)
+    with pytest.raises(DataError, match=r"row 1: has images, which is not read"):
+        rows_of(row, tokenizer)
+
+
 def test_the_answer_that_is_expected_is_the_call_as_it_is_learned(tiny_model: Path) -> None:
     tokenizer = tokenizer_with(tiny_model, CALLS)
     raw = [RawRow(number=1, value={"tools": [FIND], "messages": [QUESTION, calling([CALL])]})]

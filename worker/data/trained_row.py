@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from loractl.common.errors import UsageError
+from loractl.common.errors import DataError, UsageError
+from loractl.common.job.sections import BadRow
 from loractl.common.job.spec import JobSpec
 
 from .origin import dataset_hash
@@ -33,7 +34,13 @@ class TrainedRow:
 def trained_row(spec: JobSpec, tokenizer: Any, number: int | None) -> TrainedRow:
     """The row of this number, or with None the first that is trained on. Raises DataError, UsageError."""
     dataset = spec.dataset
-    data = prepare_data(dataset, dataset.path, dataset.eval_path, dataset_hash(dataset.path), tokenizer, None)
+    given = (dataset.path, dataset.eval_path, dataset_hash(dataset.path), tokenizer, None)
+    try:
+        data = prepare_data(dataset, *given)
+    except DataError as error:
+        if number is None or error.row is None or error.row == number:
+            raise
+        data = prepare_data(dataset.model_copy(update={"on_bad_row": BadRow.DROP}), *given)  # another row is bad
     rows = data.train.rows
     wanted = rows[0].number if number is None else number
     found = next((of for of in rows.by_example() if of[0].number == wanted), None)

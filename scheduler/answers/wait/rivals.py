@@ -39,10 +39,14 @@ def reaches(job: Job, waiting: Sequence[Waiting]) -> bool:
 
 
 def rivals(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waiting]:
-    """Other ready jobs that could take a card which suits this one."""
+    """Other ready jobs that could take a card which suits this one; where no card does, those that lack one as well."""
     me = waiting_of(vars(job), view.now)
     mine = _suiting(me, view)
-    return [o for o in waiting if o.job_id != me.job_id and not mine.isdisjoint(_suiting(o, view))]
+
+    def wants(theirs: frozenset[str]) -> bool:
+        return not mine.isdisjoint(theirs) if mine else not theirs
+
+    return [other for other in waiting if other.job_id != me.job_id and wants(_suiting(other, view))]
 
 
 def _suiting(job: Waiting, view: FleetView) -> frozenset[str]:

@@ -22,6 +22,17 @@ def test_every_point_stands_inside_and_the_numbers_are_few_and_different(line: l
     labels = axes.labels()
     assert 2 <= len(labels["y"]) <= 7 and 1 <= len(labels["x"]) <= 6
     assert len({text for _, text in labels["y"]}) == len(labels["y"])
+    assert all(
+        axes.x(int(text.replace("\u202f", "").replace(" ", "").replace(",", ""))) == x for x, text in labels["x"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("last", "numbers"), [(10, ["0", "5", "10"]), (8, ["0", "2", "4", "6", "8"]), (100, ["0", "25", "50", "75", "100"])]
+)
+def test_steps_are_numbered_at_even_distances(last: int, numbers: list[str]) -> None:
+    axes = axes_of([[(0, 1.0), (last, 2.0)]], width=920, height=290)
+    assert axes is not None and [text for _, text in axes.labels()["x"]] == numbers
 
 
 @pytest.mark.parametrize(

@@ -177,6 +177,8 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path: Path, name: str, text: str
     [
         ("d.json", '{"text": "a"}\n{"text": "b"}\n', "one object a line? name it .jsonl"),
         ("d.json", '{"v": 1, "data": [{"text": "a"}]}', "its rows are in 'data': write that array alone"),
+        ("d.json", '{"oos": [1], "train": [], "val": [1, 2]}', "its rows are in 'train': write that array alone"),
+        ("d.json", '{"oos": [1], "val": [1, 2]}', "its rows are in 'val': write that array alone"),
         ("d.txt", "a", 'write one JSON object a line, like {"text": "..."}, and name it .jsonl'),
         ("d.jsonl.gz", "a", "it is packed: unpack it first"),
         ("d.csv", "review;mood\ngood;1\n", "write commas between the columns, and quote a value that holds one"),

@@ -462,6 +462,11 @@ def test_who_is_ahead_follows_the_rule_and_leaves_out_whom_no_card_of_mine_could
     assert [other.job_id for other in ahead_of(mine, view, ready(waiting))] == [9, 10, 3]
 
 
+def test_without_any_worker_the_older_ones_are_ahead() -> None:
+    mine, waiting = waits(7, lora=8, qlora=8), [waits(3, lora=8, qlora=8), waits(8, lora=8, qlora=8)]
+    assert [other.job_id for other in ahead_of(mine, fleet([], (), [*waiting, mine]), ready([*waiting, mine]))] == [3]
+
+
 def test_a_job_behind_the_beginning_of_the_order_is_told_what_is_sure() -> None:
     mine = waits(999, lora=8, qlora=8)
     before = [waits(number, lora=8, qlora=8) for number in range(10, 10 + REPLAYED_JOBS + 1)]

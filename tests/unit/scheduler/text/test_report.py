@@ -64,7 +64,7 @@ def test_the_report_shows_the_verdict_the_table_and_what_was_repaired_first() ->
     assert "1 row truncated, 5 left out." in text
     assert re.findall(r"^Row (\d)", text, re.M) == ["3", "2", "1"]
     assert "base (wrong): text\n  tuned (right): text" in text
-    assert text.endswith("1 more answers: loractl report 7 --answers 4")
+    assert text.endswith("1 more answer: loractl report 7 --answers 4")
 
 
 def test_labels_and_turns_are_tables_of_their_own() -> None:
