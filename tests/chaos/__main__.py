@@ -2,7 +2,8 @@
 
 CHAOS_JOBS=1000 CHAOS_SEED=7 python -m tests.chaos docs/chaos.md
 
-CHAOS_DATABASE=sqlite: one box on SQLite, and no page. CHAOS_STORE: s3 or folder, whatever the seed says.
+CHAOS_DATABASE=sqlite: one box on SQLite, and no page. CHAOS_STORE: s3 or folder, whatever the seed says. CHAOS_SECONDS:
+the storm ends after so long, with as many jobs as came in.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing of the lab may remain
     faulthandler.register(signal.SIGUSR1)  # where a run that hangs stands
     print(f"CHAOS_JOBS={jobs} CHAOS_SEED={seed}", flush=True)
-    plan = Plan(
-        jobs=jobs, seed=seed, gap_s=float(os.environ.get("CHAOS_GAP") or 2.5), probes=3, gangs=True, s3=with_s3(seed)
-    )
+    seconds, gap_s = os.environ.get("CHAOS_SECONDS"), float(os.environ.get("CHAOS_GAP") or 2.5)
+    plan = Plan(jobs=jobs, seed=seed, gap_s=gap_s, probes=3, gangs=True, s3=with_s3(seed))
+    plan = replace(plan, storm_s=float(seconds) if seconds else None)
     if os.environ.get("CHAOS_DATABASE") == "sqlite":
         plan = replace(plan, sqlite=True, boxes=1, probes=0)
     outcome = storm(plan, say=lambda line: print(line, flush=True))
