@@ -19,6 +19,9 @@ Reading = Literal[
     "better", "worse", "no practical change", "no clear change", "too few cases", "a description", "not known"
 ]
 
+MIN_NEW = 30
+"""With fewer held-out rows that resemble no row to train on, all of them decide, and the verdict says so."""
+
 BADGES = {
     "better": "✓ Better",
     "worse": "✗ Worse",
@@ -141,9 +144,18 @@ def report_verdict(
 ) -> ReportVerdict:
     """What a report's metrics say against `base`. The held-out loss decides, unless the answers say the opposite; what
     got worse beside it, and `doubts`, sentences about the held-out rows, are said beside it."""
-    loss = next(metric for metric in metrics if metric["name"] == "loss")
+    named = {metric["name"]: metric for metric in metrics}
+    every, new = named["loss"], named.get("new_rows_loss")
+    loss = every if new is None or new["cases"] < MIN_NEW else new
     shown = written(loss)
     numbers = f"loss {shown.base} -> {shown.tuned}"
+    if new is not None:
+        seen = every["cases"] - new["cases"]
+        about = f"{seen} of {every['cases']} held-out rows resemble rows to train on"
+        apart = (
+            f"the verdict is of the other {new['cases']}" if loss is new else f"the other {new['cases']} are too few"
+        )
+        doubts = [*doubts, f"{about}; {apart}{'' if loss is new else ' to judge by'}."]
     reading, short, sentence = {
         "too few cases": (
             "too_few_rows",
@@ -174,8 +186,8 @@ def report_verdict(
         few = f"{cases} answer{'s' * (cases != 1)} {'are' if cases != 1 else 'is'} too few to say"
         short = f"{short}, by loss"
         sentence = f"Better than {base} by loss: held-out {numbers}; {_told(unsure)}, but {few}."
-    named = [metric["name"] for metric in against]
-    worse = [m["label"] for m in metrics if m["reading"] == "worse" and m["name"] not in ("loss", "perplexity", *named)]
+    said = {"loss", "new_rows_loss", "perplexity", *(metric["name"] for metric in against)}
+    worse = [metric["label"] for metric in metrics if metric["reading"] == "worse" and metric["name"] not in said]
     asides = [f"Worse on {' and '.join(worse)}."] if worse and reading != "too_few_rows" else []
     return ReportVerdict(
         reading=reading, short=f"{short}, {numbers}", sentence=sentence, aside=" ".join([*asides, *doubts])

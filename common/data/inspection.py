@@ -16,6 +16,7 @@ from loractl.common.verdict import MIN_CASES
 
 from .example import Example, Turn
 from .findings import LABELS, Finding, about_rows, answer_of, number_rows, shares_of
+from .resemblance import Resemblance
 from .rows import Told
 
 FEW_TRAINED = 20
@@ -32,8 +33,10 @@ LOPSIDED = 0.9
 
 SHORT_CHARACTERS = 2
 
-LEAKS = ("overlapping conversations", "overlapping prompts")
+LEAKS = ("overlapping conversations", "overlapping prompts", "resembling rows")
 """Kinds of findings that make held-out rows measure memory."""
+
+SHOWN_PAIRS = 3
 
 _MOJIBAKE = ("\ufffd", "Ã©", "Ã¨", "Ã¼", "Ã¶", "Ã¤", "Ã±", "â€™", "â€œ", "â€“")
 """UTF-8 that was once read as Latin-1, and what a decoder writes in place of what it can't read."""
@@ -42,13 +45,18 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
 def check_examples(
-    train: Sequence[Example], held_out: Sequence[Example], left_out: LeftOut | None = None, told: Told | None = None
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    left_out: LeftOut | None = None,
+    told: Told | None = None,
+    leaks: Leaks | None = None,
 ) -> list[Finding]:
     """What the rows themselves show. `left_out`: the held-out rows that would measure nothing.
 
-    `told` hears how many rows were looked at. Each row is looked at once, and of it only digests are kept.
+    `told` hears how many rows were looked at. Each row is looked at once, and of it only digests are kept. `leaks`, of
+    the held-out rows, knows afterwards which of them are given away.
     """
-    leaks, labelled = _Leaks(held_out), _Labelled(held_out)
+    leaks, labelled = leaks or Leaks(held_out), _Labelled(held_out)
     first, then = (_Repeated(), leaks), (_Answers(), _Texts(), _Borders(), labelled)
     for count, example in enumerate(train):
         question = _prompt_hash(example) if _asks(example) else None
@@ -134,34 +142,53 @@ class _Repeated:
         yield from about_rows("warning", "contradicting answers", text, differing)
 
 
-class _Leaks:
-    """Held-out rows that the model has seen in part: they measure its memory."""
+class Leaks:
+    """Held-out rows that the model has seen, in part or nearly: they measure its memory."""
 
     def __init__(self, held_out: Sequence[Example]) -> None:
         self._held_out = held_out
+        self._alike = Resemblance(held_out)
         self._parts = {part for example in held_out for part in _answered(example.turns)}
         self._prompts = {_prompt_hash(example) for example in held_out if _asks(example)}
         self._trained_parts: set[int] = set()  # of those
         self._trained_prompts: set[int] = set()
 
     def see(self, example: Example, question: int | None) -> None:
+        self._alike.see(example)
         self._trained_parts.update(part for part in _answered(example.turns) if part in self._parts)
         if question in self._prompts:
             self._trained_prompts.add(question)
 
-    def findings(self) -> Iterator[Finding]:
+    @property
+    def rows(self) -> list[int]:
+        """The numbers of all of them."""
+        return sorted({*self._alike.found, *itertools.chain(*self._seen())})
+
+    def _seen(self) -> tuple[list[int], list[int]]:
+        """Rows that begin with what is trained on, and those of which only the prompt is."""
         partly, known = [], []
         for example in self._held_out:
             if any(part in self._trained_parts for part in _answered(example.turns)):
                 partly.append(example.number)
             elif _asks(example) and _prompt_hash(example) in self._trained_prompts:
                 known.append(example.number)
+        return partly, known
+
+    def findings(self) -> Iterator[Finding]:
+        partly, known = self._seen()
         text = "{n} held out {begins|begin} with a conversation that is trained on"
         hint = "hold out whole conversations: dataset.eval_path"
         yield from about_rows("warning", LEAKS[0], text, partly, hint)
-        known = sorted(set(known) - set(partly))
         text = "{n} held out {has|have} a prompt that is trained on"
         yield from about_rows("warning", LEAKS[1], text, known)
+        alike = sorted(self._alike.found.keys() - {*partly, *known})
+        pairs = ", ".join(f"{number} that of row {self._alike.found[number]}" for number in alike[:SHOWN_PAIRS])
+        text = (
+            "{n} held out {asks|ask} what a row to train on asks, but for a word, a sign or letters that look alike: "
+        )
+        text += f"{pairs}{', ...' if len(alike) > SHOWN_PAIRS else ''}"
+        hint = "hold out rows of their own: dataset.eval_path, or leave such rows out"
+        yield from about_rows("warning", LEAKS[2], text, alike, hint)
 
 
 class _Answers:

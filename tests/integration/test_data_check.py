@@ -138,6 +138,10 @@ CASES = [
         "overlapping prompts", "warning", with_(chat("first", "second")),
         held_out=[*good(60)[40:], chat("first", "other")], marked=(21,),
     ),
+    Case(
+        "resembling rows", "warning", with_(chat("where is ffmpeg on kestrel", "in storage")),
+        held_out=[*good(60)[40:], chat("please, where is ffmpeg on kestrel?", "in storage")], marked=(21,),
+    ),
     Case("few rows", "warning", good(12)),
     Case("long warm-up", "warning", good(), {"training": {"warmup_steps": 100, "num_train_epochs": 1}}),
     Case("one label only", "warning", [chat(f"question {n}", "yes") for n in range(40)]),

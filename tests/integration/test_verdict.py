@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 from loractl.common.verdict import BADGES, MeasuredChange, decimals, noticeable, written
@@ -13,6 +14,7 @@ from loractl.scheduler.text.report import report_text
 from loractl.scheduler.text.screen import Screen
 from loractl.worker.evaluation.comparison import Compared
 from loractl.worker.evaluation.dialogue import CONTEXT_GAIN
+from loractl.worker.evaluation.losses import RowScores, loss_metrics
 from loractl.worker.evaluation.page import render_html
 from loractl.worker.evaluation.report import verdict
 
@@ -177,3 +179,47 @@ def test_what_is_known_of_the_held_out_rows_stands_beside_the_verdict() -> None:
     assert said["aside"] == f"Worse on x. {doubts[0]} {doubts[1]}"
     lines = report_text({**report(verdict=said)}, SCREEN, 0).splitlines()
     assert lines[1] == said["aside"]
+
+
+def new_rows(cases: int, tuned: float = 1.71) -> Compared:
+    return Compared(
+        **{**vars(loss(1.92, tuned, 0.1, cases=cases)), "name": "new_rows_loss", "label": "loss of new rows"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("new", "reading", "sentence", "aside"),
+    [
+        (
+            new_rows(30), "better", "Better than the base: held-out loss 1.92 -> 1.71.",
+            "10 of 40 held-out rows resemble rows to train on; the verdict is of the other 30.",
+        ),
+        (
+            new_rows(30, 1.92), "no_measurable_gain",
+            "No measurable gain: held-out loss 1.92 -> 1.92, and the interval of the change holds zero.",
+            "10 of 40 held-out rows resemble rows to train on; the verdict is of the other 30.",
+        ),
+        (
+            new_rows(29), "better", "Better than the base: held-out loss 3.46 -> 1.31.",
+            "11 of 40 held-out rows resemble rows to train on; the other 29 are too few to judge by.",
+        ),
+    ],
+    ids=["better", "a gain that was memory", "too few"],
+)  # fmt: skip
+def test_the_verdict_is_of_the_rows_that_resemble_none_to_train_on(
+    new: Compared, reading: str, sentence: str, aside: str
+) -> None:
+    said = verdict([GAIN, new])
+    assert (said["reading"], said["sentence"], said["aside"]) == (reading, sentence, aside)
+
+
+def test_both_losses_are_measured_where_some_rows_are_given_away() -> None:
+    ones = np.ones(4)
+    base, tuned = (RowScores(loss=np.array(values), tokens=ones, stop_loss=ones, stops=ones, right=ones)
+                   for values in ([1.0, 2.0, 3.0, 4.0], [1.0, 1.0, 1.0, 4.0]))  # fmt: skip
+    seen = np.array([False, True, True, False])
+    every, new, *_ = loss_metrics(base, tuned, set(), stops=False, given_away=seen)
+    assert (every.cases, every.base, every.tuned) == (4, 2.5, 1.75)
+    assert (new.name, new.cases, new.base, new.tuned) == ("new_rows_loss", 2, 2.5, 2.5)
+    for none in (np.zeros(4, bool), np.ones(4, bool), None):
+        assert [m.name for m in loss_metrics(base, tuned, set(), stops=False, given_away=none)] == ["loss"]

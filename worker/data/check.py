@@ -17,7 +17,7 @@ from loractl.common.data.example import Example
 from loractl.common.data.fields import Reading
 from loractl.common.data.findings import Finding, about_fields, about_rows, about_warmup, refusals
 from loractl.common.data.formats import detect_format, map_columns, parse_each
-from loractl.common.data.inspection import check_examples
+from loractl.common.data.inspection import Leaks, check_examples
 from loractl.common.data.labels import labels_of, untaught
 from loractl.common.data.split import Split, fitting, split_data
 from loractl.common.errors import DataError
@@ -98,7 +98,7 @@ def check_data(spec: JobSpec, tokenizer: Any, report: Report = lambda what, done
     return checked if split is None else _look(checked, split, spec, tokenizer, report)
 
 
-def findings_about(spec: JobSpec, data: PreparedData, tokenizer: Any) -> list[Finding]:
+def findings_about(spec: JobSpec, data: PreparedData, tokenizer: Any, leaks: Leaks | None = None) -> list[Finding]:
     """The findings in prepared data, with the numbers of `check_data`. What the template leaves out is looked for in
     the first rows alone, and says so."""
     template, tokens = TemplateLook(tokenizer, RENDERED_ROWS), TokenLook(spec, tokenizer)
@@ -106,7 +106,7 @@ def findings_about(spec: JobSpec, data: PreparedData, tokenizer: Any) -> list[Fi
         template.see(example)
     for rows in data.train.rows.by_example():
         tokens.see(rows)
-    findings = check_examples(data.train_examples, data.held_out_examples)
+    findings = check_examples(data.train_examples, data.held_out_examples, leaks=leaks)
     findings += about_warmup(spec.training, len(data.train_examples))
     return findings + template.findings() + tokens.findings(every=False)
 

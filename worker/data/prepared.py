@@ -45,6 +45,7 @@ class PreparedData:
     unused: tuple[str, ...] = ()  # fields of rows that are not read
     warnings: tuple[str, ...] = ()  # what looks wrong but is trained on
     leaks: tuple[str, ...] = ()  # of them, what the held-out rows have in common with those that are trained on
+    given_away: tuple[int, ...] = ()  # numbers of held-out examples that a row to train on gives away
     packed: TokenRows | None = None  # the rows to train on, several examples in one
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
     label_names: tuple[str, ...] = ()  # what a classifier learns to tell apart; empty for any other job

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from loractl.common.job.sections import DataFormat, Metric
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import evaluating, whole_modules
@@ -84,7 +86,8 @@ def evaluate(
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = _labels(work, base, tuned) if work.labelled else None
     wanted, stops = set(spec.evaluation.metrics), data.format is not DataFormat.TEXT
-    metrics = loss_metrics(base.rows, tuned.rows, wanted, stops=stops)
+    given_away = np.isin(work.numbers, data.given_away)
+    metrics = loss_metrics(base.rows, tuned.rows, wanted, stops=stops, given_away=given_away)
     metrics += label_metrics(labels) if labels is not None else []
     metrics += answer_metrics(answers, wanted)
     metrics += turn_metrics(work.turns, (base.whole, tuned.whole), (base.alone, tuned.alone))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from loractl.common.job.sections import Metric
@@ -19,6 +20,7 @@ from .comparison import Compared, Measure, percent
 from .statistics import Array
 
 LOSS = Measure(name="loss", label="loss")
+NEW_ROWS_LOSS = Measure(name="new_rows_loss", label="loss, rows like none that is trained on")
 PERPLEXITY = Measure(name="perplexity", label="perplexity", unit="")
 TOKEN_ACCURACY = percent("token_accuracy", "tokens guessed right")
 STOP_TOKEN_LOSS = Measure(name="stop_token_loss", label="loss on the stop token")
@@ -98,9 +100,22 @@ def _lean_sums(scorer: Scorer, tokenizer: Any, rows: list[TokenRow]) -> torch.Te
     return sums
 
 
-def loss_metrics(base: RowScores, tuned: RowScores, wanted: set[Metric], *, stops: bool) -> list[Compared]:
-    """The loss, and what the job asks for beside it; `stops`: whether rows have an end that can be learned."""
+def loss_metrics(
+    base: RowScores,
+    tuned: RowScores,
+    wanted: set[Metric],
+    *,
+    stops: bool,
+    given_away: npt.NDArray[np.bool_] | None = None,
+) -> list[Compared]:
+    """The loss, and what the job asks for beside it; `stops`: whether rows have an end that can be learned.
+
+    `given_away`: by example, whether a row to train on gives it away; the loss of the others is told, too.
+    """
     metrics = [LOSS.compare(base.loss, tuned.loss, base.tokens)]
+    if given_away is not None and given_away.any() and not given_away.all():
+        new = ~given_away
+        metrics.append(NEW_ROWS_LOSS.compare(base.loss[new], tuned.loss[new], base.tokens[new]))
     if Metric.PERPLEXITY in wanted:
         metrics.append(PERPLEXITY.compare(base.loss, tuned.loss, base.tokens, np.exp))
     if Metric.TOKEN_ACCURACY in wanted:

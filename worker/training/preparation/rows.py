@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loractl.common.data.inspection import LEAKS
+from loractl.common.data.inspection import LEAKS, Leaks
 from loractl.common.job.spec import JobSpec
 from loractl.worker.data.check import findings_about
 from loractl.worker.data.packing import packed
@@ -23,7 +23,8 @@ def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
         name = spec.evaluation.regression or order.regression_path
         other, commit = prepare_regression(spec.dataset, name, order.regression_path, data.train_examples, tokenizer)
         data = replace(data, regression=other, commits=data.commits | ({"regression": commit} if commit else {}))
-    found = findings_about(spec, data, tokenizer)
+    given_away = Leaks(data.held_out_examples)
+    found = findings_about(spec, data, tokenizer, given_away)
     warnings = tuple(finding.sentence for finding in found if finding.level == "warning")
     leaks = tuple(finding.text for finding in found if finding.kind in LEAKS)
-    return packed(replace(data, warnings=warnings, leaks=leaks), spec)
+    return packed(replace(data, warnings=warnings, leaks=leaks, given_away=tuple(given_away.rows)), spec)

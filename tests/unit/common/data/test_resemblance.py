@@ -1,0 +1,89 @@
+"""Held-out rows that resemble a row to train on, and those that only have its form."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from loractl.common.data.example import Example, Turn
+from loractl.common.data.resemblance import Resemblance, folded_words
+
+QUESTION = "Where is ffmpeg on kestrel since this morning?"
+
+
+def chat(number: int, *said: str, system: str = "") -> Example:
+    first = (Turn(role="system", content=system),) if system else ()
+    turns = (Turn(role=("user", "assistant")[n % 2], content=text) for n, text in enumerate(said))
+    return Example(number=number, turns=(*first, *turns))
+
+
+def found(held_out: Example, *train: Example) -> dict[int, int]:
+    look = Resemblance([held_out])
+    for example in train:
+        look.see(example)
+    return look.found
+
+
+@pytest.mark.parametrize(
+    "held_out",
+    [
+        f"{QUESTION}?", f"please {QUESTION}", f"{QUESTION} thanks a", QUESTION.upper(), QUESTION.replace("k", "\u043a"),
+        QUESTION.replace("e", "\u00e9"), QUESTION.replace("ffmpeg", "\uff46\uff46mpeg"),
+        QUESTION.replace("morning", "mornin"),
+        QUESTION.replace(" since", ""), QUESTION.replace(" ", " \u200b"), QUESTION.replace("kestrel", "kestrels"),
+    ],
+)  # fmt: skip
+def test_a_sign_a_word_or_a_letter_hides_nothing(held_out: str) -> None:
+    assert found(chat(7, held_out, "x"), chat(1, "Which queue?", "y"), chat(2, QUESTION, "another answer")) == {7: 2}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (QUESTION, QUESTION.replace("kestrel", "heron")),
+        (QUESTION, f"{QUESTION} And where is blender on heron?"),
+        ("Book the laser on Monday from nine", "Book the laser on Sunday from nine"),
+        ("The printer in room 118 is broken", "The printer in room 119 is broken"),
+        ("Who is the oldest male of them", "Who is the oldest female of them"),
+        ("Ship it", "Sell it"), ("What now", "What"), ("no", "yes"),
+    ],
+)  # fmt: skip
+def test_rows_of_one_form_do_not_resemble_each_other(one: str, other: str) -> None:
+    assert found(chat(7, one, "x"), chat(2, other, "x")) == {}
+
+
+def test_what_many_rows_have_in_common_makes_none_of_them_alike() -> None:
+    look = Resemblance([chat(n, f"Please sort this ticket for me: item {chr(97 + n)}", "x") for n in range(25)])
+    for n in range(25):
+        look.see(chat(100 + n, f"Please sort this ticket for me: thing {chr(97 + n)}", "x"))
+    assert look.found == {}
+
+
+def test_systems_messages_and_answers_are_not_compared() -> None:
+    system = "You are a helpful assistant of the lab who answers shortly and always names the queue."
+    assert found(chat(7, "Ship it", "x", system=system), chat(2, "Sell the other one", "x", system=system)) == {}
+    assert found(chat(7, QUESTION, "x", system=system), chat(2, QUESTION, "y")) == {7: 2}
+    several = chat(7, "hello there", "hi", QUESTION, "x")
+    assert found(several, chat(2, "hello there!", "hello", QUESTION, "x")) == {7: 2}
+
+
+def test_plain_and_labelled_texts_are_compared_whole() -> None:
+    plain = Example(number=7, text="a stirring, funny film about nothing", label="good")
+    assert found(plain, Example(number=2, text="A stirring funny film, about nothing!", label="bad")) == {7: 2}
+    prompt = Example(number=7, prompt="Q: who filled the furnace?\nA:", text="Q: who filled the furnace?\nA: Sven")
+    assert found(
+        prompt, Example(number=2, prompt="Q: who filled the furnace\nA:", text="Q: who filled the furnace\nA: x")
+    )
+
+
+def test_where_the_library_is_missing_the_same_words_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rapidfuzz" else there(name))
+    assert found(chat(7, f"{QUESTION}?", "x"), chat(2, QUESTION.upper(), "y")) == {7: 2}
+    assert found(chat(7, f"please {QUESTION}", "x"), chat(2, QUESTION, "y")) == {}
+
+
+def test_words_of_other_scripts_are_words() -> None:
+    assert folded_words("Как дела?") == folded_words("как  дела") and len(folded_words("Как дела")) == 2
+    assert folded_words("磁盘已满") == list("磁盘已满")
