@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -242,6 +243,22 @@ def test_whatever_a_training_leaves_ends_the_host(tmp_path: Path) -> None:
         remains.JOIN_S = remains_join
         stop.set()
         thread.join()
+    assert before.left([]) is None
+
+
+@pytest.mark.parametrize("lists_children", [True, False])
+def test_so_does_a_process_that_it_started(
+    lists_children: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = Surroundings()
+    with subprocess.Popen(["sleep", "60"]) as child:
+        if not lists_children:
+            (tmp_path / "self/task/1").mkdir(parents=True)
+            (tmp_path / str(child.pid)).symlink_to(f"/proc/{child.pid}")
+            (tmp_path / "1").symlink_to("/proc/1")
+            monkeypatch.setattr(remains, "PROC", tmp_path)
+        assert before.left([]) == f"process {child.pid} still runs"
+        child.kill()
     assert before.left([]) is None
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+PROC = Path("/proc")
+
 TENSORS_LEFT = 1 << 20
 """Bytes of tensors that libraries may keep for themselves: tables of positions, of code words."""
 
@@ -106,5 +108,13 @@ def open_files() -> list[str]:
 
 
 def _children() -> list[int]:
-    listed = Path("/proc/self/task").glob("*/children")
-    return [int(number) for path in listed for number in path.read_text().split()]
+    if lists := list(PROC.glob("self/task/*/children")):  # not on every kernel
+        return [int(number) for path in lists for number in path.read_text().split()]
+    return [int(path.parent.name) for path in PROC.glob("[0-9]*/stat") if _parent(path) == os.getpid()]
+
+
+def _parent(stat: Path) -> int | None:
+    try:
+        return int(stat.read_text().rpartition(")")[2].split()[1])  # behind its name, which may hold anything
+    except OSError:  # it has ended
+        return None
