@@ -79,7 +79,8 @@ class _Pipe:
 
     def quiet(self) -> bool:
         with self._open:  # a look at a pipe that its reader closes just then would end the clock
-            return self._over or (self._waits and not select.select([self._end], [], [], 0)[0])
+            # in this order: a reader that takes the last bytes in between does not wait until it has handed them on
+            return self._over or (not select.select([self._end], [], [], 0)[0] and self._waits)
 
     def readline(self, limit: int = 1 << 20) -> str:
         while b"\n" not in self._rest[:limit] and len(self._rest) < limit and not self._over:
