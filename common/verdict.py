@@ -142,8 +142,10 @@ ANSWERS = frozenset({"exact_match", "rouge1", "rouge2", "rougeL", "accuracy", "m
 def report_verdict(
     metrics: Sequence[Mapping[str, Any]], base: str = "the base", doubts: Sequence[str] = ()
 ) -> ReportVerdict:
-    """What a report's metrics say against `base`. The held-out loss decides, unless the answers say the opposite; what
-    got worse beside it, and `doubts`, sentences about the held-out rows, are said beside it."""
+    """What a report's metrics say against `base`. The held-out loss decides, unless the answers say the opposite.
+
+    `doubts`: sentences about the held-out rows. They follow the measures that got worse, in `aside`.
+    """
     named = {metric["name"]: metric for metric in metrics}
     every, new = named["loss"], named.get("new_rows_loss")
     loss = every if new is None or new["cases"] < MIN_NEW else new

@@ -1,7 +1,7 @@
 """The fields of rows: what is read of them, and what is not. None is dropped without a word.
 
-`dataset.fields: text` reads roles and contents alone, as loractl 0.2 did: jobs of that time, their checkpoints and
-whoever repeats them see the same rows. A new job file reads `all`.
+`dataset.fields: text` reads only roles and contents, as loractl 0.2 did, so that a job of that time still gets the same
+rows when it resumes or is repeated. A new job file reads `all`.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ class Leaks:
         return sorted({*self._alike.found, *itertools.chain(*self._seen())})
 
     def _seen(self) -> tuple[list[int], list[int]]:
-        """Rows that begin with what is trained on, and those of which only the prompt is."""
+        """Rows that begin with a conversation which is trained on, and rows whose prompt alone is trained on."""
         partly, known = [], []
         for example in self._held_out:
             if any(part in self._trained_parts for part in _answered(example.turns)):

@@ -375,7 +375,7 @@ class Lock(Base):
 
 
 class Wish(Base):
-    """A request to cancel a running job. Its next heartbeat reads the row, and whoever ends the job removes it."""
+    """A request to cancel a running job. The job's next heartbeat reads it; ending the job deletes it."""
 
     __tablename__ = "wishes"
 

@@ -203,14 +203,14 @@ class People:
 
     def _gc(self, rng: random.Random) -> None:
         asked_at = _now()
-        said = self._command("gc", "--keep-last", "1")
+        said = self._command("gc", "--keep-last", "1", around=self.lab.boxes[0].environment)  # a person's login may not
         self.acts.append(Act(kind="gc", job_id=0, asked_at=asked_at, over_at=_now(), acknowledged=bool(said)))
 
-    def _command(self, *arguments: str) -> str:
+    def _command(self, *arguments: str, around: dict[str, str] | None = None) -> str:
         """What it printed; empty where it failed."""
         try:
             done = subprocess.run(
-                [LORACTL, *arguments], env={**self.lab.environment, "LORACTL_USER": USER}, cwd=REPO,
+                [LORACTL, *arguments], env={**(around or self.lab.environment), "LORACTL_USER": USER}, cwd=REPO,
                 capture_output=True, text=True, timeout=COMMAND_S, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:

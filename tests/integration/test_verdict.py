@@ -129,11 +129,8 @@ def test_a_description_is_neither_better_nor_worse_and_the_headline_is_about_the
 
 
 def rouge(base: float, tuned: float, spread: float, cases: int = 40) -> Compared:
-    change = tuned - base
-    return Compared(
-        name="rougeL", label="ROUGE-L", unit="%", higher_is_better=True, cases=cases, base=base, tuned=tuned,
-        low=change - spread, high=change + spread,
-    )  # fmt: skip
+    more = {"name": "rougeL", "label": "ROUGE-L", "unit": "%", "higher_is_better": True}
+    return Compared(**{**vars(loss(base, tuned, spread, cases)), **more})
 
 
 GAIN, LOSS = loss(3.46, 1.31, 0.3), loss(1.31, 3.46, 0.3)

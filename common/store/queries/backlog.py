@@ -73,7 +73,7 @@ _FITTING = sql(
     f" coalesce((SELECT 1 FROM jobs WHERE {_OF_KEY} AND vram_needed <= :largest LIMIT 1),"
     f" (SELECT 1 FROM jobs WHERE {_OF_KEY} AND vram_needed IS NULL LIMIT 1)) = 1"
 )
-"""The lines, by their keys, in which a job for a single card waits that fits into so many bytes."""
+"""Keys of the lines that hold a waiting single-card job small enough for so many bytes."""
 
 
 def has_unfinished(tx: Transaction, largest: int | None, labels: Mapping[str, str]) -> bool:
