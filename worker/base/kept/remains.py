@@ -10,9 +10,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
-
-PROC = Path("/proc")
 
 TENSORS_LEFT = 1 << 20
 """Bytes of tensors that libraries may keep for themselves: tables of positions, of code words."""
@@ -108,13 +107,4 @@ def open_files() -> list[str]:
 
 
 def _children() -> list[int]:
-    if lists := list(PROC.glob("self/task/*/children")):  # not on every kernel
-        return [int(number) for path in lists for number in path.read_text().split()]
-    return [int(path.parent.name) for path in PROC.glob("[0-9]*/stat") if _parent(path) == os.getpid()]
-
-
-def _parent(stat: Path) -> int | None:
-    try:
-        return int(stat.read_text().rpartition(")")[2].split()[1])  # behind its name, which may hold anything
-    except OSError:  # it has ended
-        return None
+    return [child.pid for child in psutil.Process().children()]
