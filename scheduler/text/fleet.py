@@ -61,8 +61,8 @@ def _memory_bar(card: Card, width: int, screen: Screen) -> str:
     parts += [(blocks[1 + n % 2], max(job.reserved, job.used)) for n, job in enumerate(card.running)]
     parts += [(blocks[1 + len(card.running) % 2], base.bytes) for base in card.bases_beside_jobs]
     parts += [(blocks[1 + n % 2], one.bytes) for n, one in enumerate(card.leavers, len(card.running) + 1)]
-    cells = "".join(mark * max(1, round(size / card.total * width)) for mark, size in parts if size >= card.total / 200)
-    cells = cells[:width]
+    shares = [(mark, min(1.0, size / card.total)) for mark, size in parts]  # a row may tell more than the card has
+    cells = "".join(mark * max(1, round(share * width)) for mark, share in shares if share >= 1 / 200)[:width]
     return screen.style(cells, fg="blue") + blocks[3] * (width - len(cells))
 
 

@@ -67,6 +67,12 @@ def test_who_holds_little_is_seen_all_the_same() -> None:
     assert "box:0  ▒█··················" in devices(fleet_of(view), PIPE)
 
 
+def test_a_row_that_tells_a_card_of_one_byte_draws_no_longer_bar() -> None:
+    """A row of a box's login may hold anything: a mark for each of its bytes would be 300 GB of text."""
+    view = fleet([card(total=1 / GIB, max_jobs=4)], [running(1, "box:0", 8)])
+    assert devices(fleet_of(view), PIPE).splitlines()[1].startswith("box:0  " + 20 * "█" + "  ")
+
+
 def test_a_card_that_closed_itself_says_why_and_what_to_do() -> None:
     view = fleet([card(fault="it is lost: reset it"), card("box:1", 0, fault="reboot the box")])
     rows = devices(fleet_of(view), PIPE).splitlines()
