@@ -139,6 +139,49 @@ def test_a_mixed_batch_answers_as_transformers_and_peft_alone(
     assert set(mixed.pool.loaded) == {"job1", "job2", "job3", "job4"}
 
 
+def test_the_prompts_of_a_mixed_batch_are_scored_as_peft_scores_each_alone(
+    bench: Callable[..., Bench], adapters: dict[str, Path], tiny_model: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    b = bench()
+    for prompt, name in zip(PROMPTS, ("one", None, "two", "whole", "dora"), strict=True):
+        b.ask(prompt, name, 1, logprobs=1, prompt_logprobs=True)
+        b.ask(prompt, name, 1)
+    b.answers()
+    for heard, prompt, name in zip(b.said[::2], PROMPTS, ("one", None, "two", "whole", "dora"), strict=True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        if name is not None:
+            model = PeftModel.from_pretrained(model, str(adapters[name]))
+        ids = b.pool.tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.inference_mode():
+            expected = torch.log_softmax(model.eval()(input_ids=ids).logits[0], -1)
+        told = [one for said in heard for one in said.scored]
+        assert [one.token for one in told[:-1]] == ids[0].tolist() and told[0].logprob is None
+        own = expected[:-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
+        assert [one.logprob for one in told[1:-1]] == pytest.approx(own, abs=1e-4), name
+        assert [one.top[0][1] for one in told[1:]] == pytest.approx(expected.max(-1).values.tolist(), abs=1e-4)
+    assert not any(one for heard in b.said[1::2] for said in heard for one in said.scored)
+
+
+def test_a_prompt_whose_logits_are_no_numbers_ends_alone(
+    bench: Callable[..., Bench], adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(adapters["one"], tmp_path / "broken")
+    weights = load_file(broken / "adapter_model.safetensors")
+    save_file({key: value * torch.nan for key, value in weights.items()}, broken / "adapter_model.safetensors")
+    b = bench()
+    b._adapters = {**adapters, "one": broken}
+    for name in ("one", "two"):
+        b.ask(PROMPTS[0], name, 2, logprobs=1, prompt_logprobs=True)
+    b.engine.finish()
+    assert b.said[0][-1].error == "ValueError: the model's logits are not all numbers"
+    assert b.said[1][-1].ended == "length"
+
+
 def test_requests_that_come_and_go_at_any_time_change_no_answer(bench: Callable[..., Bench]) -> None:
     alone = bench(rows=1)
     many = bench(rows=3)

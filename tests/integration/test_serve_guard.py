@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -14,15 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
-from loractl.common.settings import load_settings
-from loractl.common.store.database import connect
-from loractl.worker.serving import http, server
-from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice
+from loractl.worker.serving import http
 from loractl.worker.serving.decoding import Engine
-from loractl.worker.serving.http import Names, make_app
-from loractl.worker.serving.library import Library
+
+from ..served import engine_of, served
 
 JSON = {"Content-Type": "application/json"}
 ASKED = {"model": "base", "messages": [{"role": "user", "content": "queue"}], "max_tokens": 2}
@@ -30,36 +25,14 @@ ASKED = {"model": "base", "messages": [{"role": "user", "content": "queue"}], "m
 
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> Engine:
-    return Engine(AdapterPool(BaseChoice(model=str(tiny_model), revision=None, dtype="float32")))
+    return engine_of(tiny_model)
 
 
 @pytest.fixture
 def serve(engine: Engine, tiny_model: Path, home: Path) -> Iterator[Callable[..., int]]:
     """Starts the real server in this process; returns its port."""
-    settings = load_settings({"LORACTL_HOME": str(home)})
-    connect(settings).dispose()
-    library = Library(settings)
     with contextlib.ExitStack() as servers:
-
-        def start(key: str | None = None) -> int:
-            app = make_app(engine, Names({}, library, str(tiny_model), None), library, key=key)
-            config = server.configure(app, "127.0.0.1", 0)
-            running = uvicorn.Server(config)
-            thread = threading.Thread(target=running.run, daemon=True)
-            thread.start()
-            servers.callback(thread.join)
-            servers.callback(setattr, running, "should_exit", True)
-            until(lambda: running.started)
-            return int(running.servers[0].sockets[0].getsockname()[1])
-
-        yield start
-
-
-def until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+        yield lambda key=None: servers.enter_context(served(engine, tiny_model, home, key))
 
 
 def ask(port: int, body: Any = ASKED, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, str]:
@@ -138,7 +111,11 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
         ({"min_p": 1.1}, "min_p must be at most 1", "min_p", "invalid_value"),
         ({"repetition_penalty": 1.1}, "is not supported here", "repetition_penalty", "unsupported_parameter"),
         ({"temprature": 1}, "did you mean temperature?", "temprature", "unknown_parameter"),
-        ({"n": 2}, "n is not supported here", "n", "unsupported_parameter"),
+        ({"n": 129}, "n must be at most 128", "n", "invalid_value"),
+        ({"top_logprobs": 2}, "top_logprobs needs logprobs", "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "must be at most 20", "top_logprobs", "invalid_value"),
+        ({"logprobs": 7}, "logprobs must be true or false", "logprobs", "invalid_type"),
+        ({"echo": True}, "echo is not supported here", "echo", "unsupported_parameter"),
         ({"tools": [TOOL]}, "has no place for tools", "tools", "invalid_value"),
         ({"response_format": NOT_KEPT}, "the schema can't be kept", "response_format", "invalid_value"),
         ({"response_format": OF_ITSELF}, "it names itself, or has", "response_format", "invalid_value"),
@@ -171,7 +148,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
         ({"messages": [{**MESSAGES[0], "tool_calls": [TOOL]}]}, "the assistant's", "messages[0]", "invalid_value"),
         ({"messages": [{**MESSAGES[0], "images": ["x"]}]}, "images", "messages", "unsupported_parameter"),
         ({"messages": [{"role": "user", "content": "a " * 600}]}, "tokens", "messages", "context_length_exceeded"),
-        ({"stop": ["x"] * 5}, "stop has more than 4 parts", "stop", "invalid_value"),
+        ({"stop": ["x"] * 17}, "stop has more than 16 parts", "stop", "invalid_value"),
         ({"model": "pink"}, "there is no model 'pink' here", "model", "model_not_found"),
     ],
 )

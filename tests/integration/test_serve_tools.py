@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-import uvicorn
 
-from loractl.common.settings import load_settings
-from loractl.common.store.database import connect
-from loractl.worker.serving import server
-from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice
 from loractl.worker.serving.call_form import HERMES, LLAMA, MISTRAL, CallForm, CallReader, form_of
-from loractl.worker.serving.decoding import Engine
-from loractl.worker.serving.http import Names, make_app
-from loractl.worker.serving.library import Library
 from loractl.worker.serving.request import Ask
 
+from ..served import engine_of, served
 from .test_turns import CALLS
 
 HOST = {"type": "object", "properties": {"host": {"enum": ["heron", "owl"]}}, "required": ["host"]}
@@ -33,30 +24,15 @@ TOOLS = [
 ASK = {"role": "user", "content": "is heron full?"}
 
 
-def engine_of(model: Path) -> Engine:
-    return Engine(AdapterPool(BaseChoice(model=str(model), revision=None, dtype="float32")))
-
-
 @pytest.fixture(scope="module")
 def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     engine = engine_of(tiny_model)
     engine.tokenizer.chat_template = CALLS.replace("t | tojson", "t.function.name")  # so that more fits
-    settings = load_settings({"LORACTL_HOME": str(tmp_path_factory.mktemp("home"))})
-    connect(settings).dispose()
-    library = Library(settings)
-    app = make_app(engine, Names({}, library, str(tiny_model), None), library, key=None)
-    running = uvicorn.Server(server.configure(app, "127.0.0.1", 0))
-    thread = threading.Thread(target=running.run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 20
-    while not running.started:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    port = running.servers[0].sockets[0].getsockname()[1]
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0) as asking:
+    with (
+        served(engine, tiny_model, tmp_path_factory.mktemp("home")) as port,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0) as asking,
+    ):
         yield asking
-    running.should_exit = True
-    thread.join()
 
 
 def ask(client: openai.OpenAI, *messages: Any, **more: Any) -> Any:

@@ -98,20 +98,26 @@ class Engine:
     def waiting(self) -> int:
         return len(self._waiting)
 
-    def room(self, prompt: int) -> int:
-        """Tokens that an answer to so long a prompt may have. Raises TooLong."""
+    @property
+    def vocabulary(self) -> int:
+        """Tokens have numbers below it."""
+        return int(self._pool.config.get_text_config().vocab_size)
+
+    def room(self, prompt: int, least: int = 1) -> int:
+        """Tokens that an answer to so long a prompt may have. Raises TooLong where they are fewer than `least`."""
         left = self.longest - prompt
-        if left < 1:
+        if left < least:
             limit = self.longest
             raise TooLong(f"the prompt has {prompt} tokens, the model takes {limit} with its answer", "shorten it")
         return left
 
-    def ask(self, ask: Ask) -> None:
-        """Queue a request. Raises TooLong."""
-        if ask.max_new_tokens > self.room(len(ask.prompt)):
-            raise TooLong(f"{ask.width} tokens are more than {self.longest}", "ask for fewer")
+    def ask(self, *asks: Ask) -> None:
+        """Queue requests, which are read together as far as there is room. Raises TooLong."""
+        for ask in asks:
+            if ask.max_new_tokens > self.room(len(ask.prompt), min(1, ask.max_new_tokens)):
+                raise TooLong(f"{ask.width} tokens are more than {self.longest}", "ask for fewer")
         with self._lock:
-            self._waiting.append(ask)
+            self._waiting.extend(asks)
             self._lock.notify_all()
 
     def wait(self, seconds: float) -> None:
@@ -241,11 +247,13 @@ class Engine:
 
 
 def _readable(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Groups of rows for one pass over their prompts, each padded to the longest of its group."""
+    """Groups of rows for one pass over their prompts, each padded to the longest of its group. Those whose prompts'
+    log-probabilities are asked for are by themselves: they are read in parts."""
     some: list[Row] = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.ask.prompt_logprobs):
         widest = max(len(each.ask.prompt) for each in (*some, row))
-        if some and (len(some) + 1) * widest > READ_TOKENS:
+        other = some and some[0].ask.prompt_logprobs != row.ask.prompt_logprobs
+        if other or (some and (len(some) + 1) * widest > READ_TOKENS):
             yield some
             some = []
         some.append(row)

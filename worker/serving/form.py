@@ -31,6 +31,10 @@ class Form:
         self._matcher = matcher
         self._mask()
 
+    def copy(self) -> Form:
+        """The form as it is now, for another answer."""
+        return Form(self._matcher.deep_copy())
+
     def hold(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits of the next token (one row), with -inf for what would break the form. Raises UsageError."""
         bits = np.frombuffer(self._mask(), dtype=np.uint8)

@@ -9,8 +9,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -26,10 +27,12 @@ from loractl.worker.data.prompt import prompt_for, text_prompt
 from loractl.worker.data.tokens import message_of
 
 from .access import AccessControl, answered
-from .call_form import Call, CallForm, CallReader, form_of
+from .call_form import CallForm, CallReader, form_of
 from .decoding import Engine, TooLong
 from .library import Library, Listed
-from .openai_api import ApiError, ChatRequest, Reply, TextRequest, refusal
+from .logprobs import TokenTexts
+from .openai_api import ApiError, ChatRequest, DetokenizeRequest, TextRequest, TokenizeRequest, refusal
+from .reply import Reply, ReplyChoice
 from .request import Ask, Said
 
 log = logging.getLogger("loractl.worker")
@@ -38,7 +41,7 @@ DEFAULT_TOKENS = 512
 """An answer that names no limit ends here."""
 
 MOST_WAITING = 256
-"""Requests that may wait for a place in the batch; further ones are told to come later."""
+"""Answers that may wait for a place in the batch; further ones are told to come later."""
 
 FRESH_S = 2.0
 """The list of stored adapters is read again when it is older than this."""
@@ -51,6 +54,12 @@ BODY_S = 30.0
 LETTERS_A_TOKEN = 16
 """A prompt with more letters for each token that fits is refused unread. Text has 3 to 5; a long run of spaces or
 dashes may be a single token, but no prompt consists of those."""
+
+
+MOST_LOGPROBS = 2**20
+"""Numbers that one request may ask for: each of them takes some hundred bytes until the answer is sent."""
+
+HAS = "/v1/chat/completions, /v1/completions and /v1/models"
 
 
 class Names:
@@ -83,7 +92,7 @@ class Names:
 
 
 def make_app(engine: Engine, names: Names, library: Library, *, key: str | None, temperature: float = 0.0) -> FastAPI:
-    """The application: /v1/models, /v1/chat/completions, /v1/completions and /health."""
+    """The application: what HAS names, /health, and the tokenizer as vLLM's servers offer it."""
     service = Service(engine, names, library, temperature)
     app = FastAPI(title="loractl", docs_url=None, redoc_url=None, openapi_url=None, lifespan=service.open)
     app.add_middleware(AccessControl, key=key)
@@ -94,7 +103,10 @@ def make_app(engine: Engine, names: Names, library: Library, *, key: str | None,
 
     @app.exception_handler(HTTPException)
     async def not_found(request: Request, error: HTTPException) -> Response:
-        return answered(ApiError(error.status_code, f"{request.method} {request.scope['path']}: {error.detail}"))
+        path = request.scope["path"]
+        if error.status_code == 404:
+            return answered(ApiError(404, f"loractl serve does not have {path[:64]}; it has {HAS}"))
+        return answered(ApiError(error.status_code, f"{request.method} {path}: {error.detail}"))
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
@@ -121,6 +133,18 @@ def make_app(engine: Engine, names: Names, library: Library, *, key: str | None,
     async def completions(request: Request) -> Any:
         return await service.complete(await _read(request, TextRequest), request)
 
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        return service.tokenizer_info()
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> dict[str, Any]:
+        return await service.tokenize(await _read(request, TokenizeRequest))
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> dict[str, Any]:
+        return await service.detokenize(await _read(request, DetokenizeRequest))
+
     return app
 
 
@@ -146,6 +170,7 @@ class Service:
 
     def __init__(self, engine: Engine, names: Names, library: Library, temperature: float) -> None:
         self._engine, self._names, self._library, self._temperature = engine, names, library, temperature
+        self._texts = TokenTexts(engine.tokenizer)
         self._over = threading.Event()
         self.state = "ok"
 
@@ -207,13 +232,41 @@ class Service:
             lambda: prompt_for(format, messages, self._tokenizer, template, tools, more),
             "tools" if tools else "messages",
         )
-        return await self._answer(asked, listed, ids, request, chat=True)
+        return await self._answer(asked, listed, [ids], request)
 
     async def complete(self, asked: TextRequest, request: Request) -> Any:
         listed = await self._find(asked.model)
-        self._check_length(len(asked.text), 1, "prompt")
-        ids = await _refusing(lambda: text_prompt(asked.text, self._tokenizer), "prompt")
-        return await self._answer(asked, listed, ids, request, chat=False)
+        for text in asked.prompt:
+            self._check_length(len(text) if isinstance(text, str) else 0, 1, "prompt")
+        prompts = await _refusing(lambda: [self._prompt(prompt) for prompt in asked.prompt], "prompt")
+        return await self._answer(asked, listed, prompts, request)
+
+    def _prompt(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return text_prompt(prompt, self._tokenizer)
+        self._check_tokens(prompt, "prompt")
+        return prompt
+
+    def _check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        """On a card a number beyond the vocabulary would end the process. Raises ApiError."""
+        most = self._engine.vocabulary
+        if wrong := [token for token in tokens if not 0 <= token < most]:
+            raise ApiError(400, f"there is no token {wrong[0]}: the model has those from 0 to {most - 1}", param=param)
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        known = self._tokenizer
+        names = ("bos_token", "eos_token", "pad_token", "chat_template")
+        return {"tokenizer_class": type(known).__name__, **{name: getattr(known, name) for name in names}}
+
+    async def tokenize(self, asked: TokenizeRequest) -> dict[str, Any]:
+        self._check_length(len(asked.prompt), 1, "prompt")
+        special = asked.add_special_tokens
+        ids = await _refusing(lambda: self._tokenizer(asked.prompt, add_special_tokens=special).input_ids)
+        return {"tokens": ids, "count": len(ids), "max_model_len": self._engine.longest}
+
+    async def detokenize(self, asked: DetokenizeRequest) -> dict[str, Any]:
+        self._check_tokens(asked.tokens, "tokens")
+        return {"prompt": await _refusing(lambda: self._tokenizer.decode(asked.tokens))}
 
     @property
     def _tokenizer(self) -> Any:
@@ -239,38 +292,77 @@ class Service:
         return await _refusing(lambda: self._library.format(listed))
 
     async def _answer(
-        self, asked: ChatRequest | TextRequest, listed: Listed | None, ids: list[int], request: Request, *, chat: bool
+        self, asked: ChatRequest | TextRequest, listed: Listed | None, prompts: Sequence[list[int]], request: Request
     ) -> Any:
         if self.state != "ok":
             raise ApiError(503, self.state)
-        if self._engine.waiting >= MOST_WAITING:
-            raise ApiError(503, f"{MOST_WAITING} requests wait already; try again in a while", code="overloaded")
-        room = await _refusing(lambda: self._engine.room(len(ids)), "messages" if chat else "prompt")
-        if asked.limit is not None and asked.limit > room:
-            what = f"{len(ids)} tokens are asked and {asked.limit} wanted; the answer may have {room} at the most"
-            raise ApiError(400, what, code="context_length_exceeded", param=asked.limit_key)
-        said: asyncio.Queue[Said] = asyncio.Queue()
+        wanted = len(prompts) * asked.each
+        if self._engine.waiting + wanted > MOST_WAITING:
+            what = f"{self._engine.waiting} answers wait already, {MOST_WAITING} may; try again in a while"
+            raise ApiError(503, what, code="overloaded")
+        limits = await _refusing(
+            lambda: [self._limit(asked, len(ids)) for ids in prompts],
+            "messages" if isinstance(asked, ChatRequest) else "prompt",
+        )
+        self._check_logprobs(asked, sum(map(len, prompts)), sum(limits))
+        said: asyncio.Queue[tuple[int, Said]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        ask = await self._ask(asked, listed, ids, asked.limit or min(DEFAULT_TOKENS, room), loop, said)
-        self._engine.ask(ask)
-        reply = Reply(asked.model, len(ids), chat=chat)
-        reader = CallReader(self._calls) if ask.marks and self._calls is not None else None
+        first = await self._ask(asked, listed)
+        asks = [
+            replace(
+                first,
+                prompt=ids,
+                say=partial(_hand_over, loop, said, number * asked.each + turn),
+                max_new_tokens=limit,
+                seed=None if asked.seed is None else asked.seed + turn,
+                form=None if first.form is None else first.form.copy(),
+            )
+            for number, (ids, limit) in enumerate(zip(prompts, limits, strict=True))
+            for turn in range(asked.each)
+        ]
+        await _refusing(lambda: self._engine.ask(*asks))
+        choices = [self._choice(asked, ask, number) for number, ask in enumerate(asks)]
+        reply = Reply(asked.model, sum(map(len, prompts)), choices, chat=isinstance(asked, ChatRequest))
         headers = {"x-loractl-not-used": ", ".join(asked.unused)} if asked.unused else {}
         if asked.stream:
-            events = self._events(reply, said, ask, reader, usage=asked.usage_wanted)
+            events = self._events(reply, said, first.cancelled, usage=asked.usage_wanted)
             headers["cache-control"] = "no-cache"
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-        return JSONResponse(await self._whole(reply, said, ask, reader, request), headers=headers)
+        await self._take_all(reply, said, first.cancelled, request)
+        # beside the event loop: a thousand log-probabilities take a while
+        return await asyncio.to_thread(lambda: JSONResponse(reply.whole(), headers=headers))
 
-    async def _ask(
-        self,
-        asked: ChatRequest | TextRequest,
-        listed: Listed | None,
-        ids: list[int],
-        limit: int,
-        loop: asyncio.AbstractEventLoop,
-        said: asyncio.Queue[Said],
-    ) -> Ask:
+    def _limit(self, asked: ChatRequest | TextRequest, prompt: int) -> int:
+        """Tokens that the answer to so long a prompt may have. Raises TooLong, ApiError."""
+        room = self._engine.room(prompt, 0 if asked.limit == 0 else 1)
+        if asked.limit is not None and asked.limit > room:
+            what = f"{prompt} tokens are asked and {asked.limit} wanted; the answer may have {room} at the most"
+            raise ApiError(400, what, code="context_length_exceeded", param=asked.limit_key)
+        return min(DEFAULT_TOKENS, room) if asked.limit is None else asked.limit
+
+    def _check_logprobs(self, asked: ChatRequest | TextRequest, prompts: int, answers: int) -> None:
+        """Raises ApiError for more than memory should hold."""
+        if asked.likely is None:
+            return
+        tokens = asked.each * (answers + (prompts if asked.echoed else 0))
+        if tokens * (1 + asked.likely) > MOST_LOGPROBS:
+            what = f"log-probabilities of up to {tokens} tokens, with {asked.likely} likely ones each, are too many"
+            raise ApiError(400, f"{what}: {MOST_LOGPROBS} numbers are the most", param="logprobs")
+
+    def _choice(self, asked: ChatRequest | TextRequest, ask: Ask, number: int) -> ReplyChoice:
+        text = ""
+        if isinstance(asked, TextRequest) and asked.echo:
+            given = asked.prompt[number // asked.each]
+            text = given if isinstance(given, str) else self._tokenizer.decode(given)
+        return ReplyChoice(
+            number,
+            reader=CallReader(self._calls) if ask.marks and self._calls is not None else None,
+            texts=None if asked.likely is None else self._texts,
+            text=text,
+        )
+
+    async def _ask(self, asked: ChatRequest | TextRequest, listed: Listed | None) -> Ask:
+        """What all of a request's answers have in common."""
         folder = None if listed is None else await _refusing(lambda: self._library.fetch(listed))
         schema = asked.schema_wanted
         form = None if schema is None else await _refusing(lambda: self._engine.forms.of(schema), "response_format")
@@ -279,17 +371,18 @@ class Service:
         if calls is not None:
             form = await _refusing(lambda: self._engine.forms.of_call(*calls), "tool_choice")
         return Ask(
-            prompt=ids,
-            say=lambda piece: _hand_over(loop, said, piece),
-            max_new_tokens=limit,
+            prompt=(),
+            say=lambda said: None,
+            max_new_tokens=0,
             adapter=listed,
             folder=folder,
             temperature=self._temperature if asked.temperature is None else asked.temperature,
             top_p=1.0 if asked.top_p is None else asked.top_p,
             top_k=max(0, asked.top_k or 0),
             min_p=asked.min_p or 0.0,
-            seed=asked.seed,
             stop=asked.stops,
+            logprobs=asked.likely,
+            prompt_logprobs=asked.likely is not None and asked.echoed,
             form=form,
             marks=bool(tools) and self._calls is not None,
         )
@@ -310,51 +403,48 @@ class Service:
         """How the base's template writes calls; None: in no form that is known here."""
         return form_of(str(self._tokenizer.chat_template))
 
-    async def _whole(
-        self, reply: Any, said: asyncio.Queue[Said], ask: Ask, reader: CallReader | None, request: Request
-    ) -> dict[str, Any]:
-        text = ""
+    async def _take_all(
+        self, reply: Reply, said: asyncio.Queue[tuple[int, Said]], cancelled: threading.Event, request: Request
+    ) -> None:
+        """Take what is said until all choices have ended. Raises ApiError."""
+        left = len(reply.choices)
         try:
-            while True:
+            while left:
                 try:
-                    piece = await asyncio.wait_for(said.get(), timeout=0.5)
+                    number, piece = await asyncio.wait_for(said.get(), timeout=0.5)
                 except TimeoutError:
                     if await request.is_disconnected():
                         raise ApiError(499, "the caller has gone") from None
                     continue
-                text += piece.text if reader is None else reader.add(piece.text)
                 if piece.ended in ("error", "cancelled"):
                     raise _failure(piece)
-                if piece.ended is not None:
-                    left, calls = ("", []) if reader is None else reader.end()
-                    return dict(reply.whole(text + left, piece, calls))
+                reply.choices[number].take(piece)
+                left -= piece.ended is not None
         finally:
-            ask.cancelled.set()  # a caller who leaves early frees the place
+            cancelled.set()  # a caller who leaves early frees the place
 
     async def _events(
-        self, reply: Any, said: asyncio.Queue[Said], ask: Ask, reader: CallReader | None, *, usage: bool
+        self, reply: Reply, said: asyncio.Queue[tuple[int, Said]], cancelled: threading.Event, *, usage: bool
     ) -> AsyncIterator[str]:
-        """Server-sent events; a caller who leaves ends the answer."""
+        """Server-sent events; a caller who leaves ends the answers."""
+        left = len(reply.choices)
         try:
-            while True:
-                piece = await said.get()
+            while left:
+                number, piece = await said.get()
                 if piece.ended == "error":
                     yield _event(_failure(piece).body())
                     break
-                calls: list[Call] = []
-                if reader is not None:
-                    text, (left, calls) = reader.add(piece.text), reader.end() if piece.ended else ("", [])
-                    if not (text or left or piece.ended):
-                        continue  # it may be a call
-                    piece = replace(piece, text=text + left)
-                yield _event(reply.piece(piece, calls))
-                if piece.ended is not None:
-                    if usage:
-                        yield _event(reply.last_piece(piece))
-                    break
+                left -= piece.ended is not None
+                choice = reply.choices[number]
+                choice.take(piece)
+                if choice.news:
+                    yield _event(reply.piece(choice))
+            else:
+                if usage:
+                    yield _event(reply.last_piece())
             yield "data: [DONE]\n\n"
         finally:
-            ask.cancelled.set()
+            cancelled.set()
 
 
 def _failure(piece: Said) -> ApiError:
@@ -363,9 +453,11 @@ def _failure(piece: Said) -> ApiError:
     return ApiError(500, piece.error or "the answer was cancelled")
 
 
-def _hand_over(loop: asyncio.AbstractEventLoop, said: asyncio.Queue[Said], piece: Said) -> None:
+def _hand_over(
+    loop: asyncio.AbstractEventLoop, said: asyncio.Queue[tuple[int, Said]], number: int, piece: Said
+) -> None:
     with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the caller
-        loop.call_soon_threadsafe(said.put_nowait, piece)
+        loop.call_soon_threadsafe(said.put_nowait, (number, piece))
 
 
 def _event(body: dict[str, Any]) -> str:

@@ -6,7 +6,8 @@ Rows join it with their prompts read, and leave it when their answers end.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from .adapter_pool import BASE, AdapterPool
 from .request import Row
 
 log = logging.getLogger("loractl.worker")
+
+MOST_LOGITS = 2**26
+"""Logits in memory at a time while prompts' log-probabilities are taken: 256 MiB."""
 
 
 class Lane:
@@ -37,12 +41,14 @@ class Lane:
     def join(self, rows: Sequence[Row], read: tuple[Any, torch.Tensor, torch.Tensor]) -> None:
         """Take new rows into the batch, with their prompts read and their first token."""
         cache, mask, logits = read
-        if self.rows:
-            self._cache, self._mask = _side_by_side((self._cache, self._mask), (cache, mask))
-        else:
-            self._cache, self._mask = cache, mask
-        self.rows += rows
-        self._say(rows, logits)
+        new = Lane(self._pool, self._ends)
+        new.rows, new._cache, new._mask = list(rows), cache, mask
+        new._say(new.rows, logits)  # first: an answer that ends here, as where a prompt is scored, costs no merge
+        if self.rows and new.rows:
+            self._cache, self._mask = _side_by_side((self._cache, self._mask), (new._cache, new._mask))
+        elif new.rows:
+            self._cache, self._mask = new._cache, new._mask
+        self.rows += new.rows
 
     def step(self) -> None:
         """The next token of every row."""
@@ -52,22 +58,35 @@ class Lane:
                 return
         last = torch.tensor([[row.last] for row in self.rows], device=self._mask.device)
         self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
-        logits = self._forward(self.rows, last, self._mask, self._cache)
-        self._say(self.rows, logits)
+        self._say(self.rows, self._forward(self.rows, last, self._mask, self._cache)[:, -1])
 
     def read(self, rows: Sequence[Row]) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """(cache, mask, logits of the first token) of new rows' prompts; the batch is as before."""
+        """(cache, mask, logits of the first token) of new rows' prompts; the batch is as before. Of all of them or of
+        none the prompts' log-probabilities are asked for."""
         longest = max(len(row.ask.prompt) for row in rows)
         pad = self._pool.tokenizer.pad_token_id
         device = self._pool.model.device
         ids = [[pad] * (longest - len(row.ask.prompt)) + list(row.ask.prompt) for row in rows]
         mask = [[0] * (longest - len(row.ask.prompt)) + [1] * len(row.ask.prompt) for row in rows]
         cache = DynamicCache()
-        marks = torch.tensor(mask, device=device)
-        return cache, marks, self._forward(rows, torch.tensor(ids, device=device), marks, cache)
+        tokens, marks = torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+        if not rows[0].ask.prompt_logprobs:
+            return cache, marks, self._forward(rows, tokens, marks, cache)[:, -1]
+        logits = marks
+        at_once = max(1, MOST_LOGITS // (len(rows) * int(self._pool.config.get_text_config().vocab_size)))
+        for begin in range(0, longest, at_once):
+            end = min(begin + at_once, longest)
+            logits = self._forward(rows, tokens[:, begin:end], marks[:, :end], cache, keep=end - begin)
+            for row, own in zip(rows, logits, strict=True):
+                unused = longest - len(row.ask.prompt)
+                if end > unused and not row.over:
+                    _alone(row, partial(row.score_prompt, own[max(0, unused - begin) :], max(0, begin - unused)))
+        return cache, marks, logits[:, -1]
 
-    def _forward(self, rows: Sequence[Row], ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
-        """fp32 logits of the last column, of shape (rows, vocabulary)."""
+    def _forward(
+        self, rows: Sequence[Row], ids: torch.Tensor, mask: torch.Tensor, cache: Any, *, keep: int = 1
+    ) -> torch.Tensor:
+        """fp32 logits of the last `keep` columns, of shape (rows, keep, vocabulary)."""
         places = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = self._pool.forward(
             [row.key for row in rows],
@@ -76,23 +95,24 @@ class Lane:
             position_ids=places,
             cache=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
-        logits: torch.Tensor = out.logits[:, -1].float()
+        logits: torch.Tensor = out.logits[:, -keep:].float()
         return logits
 
     def _say(self, rows: Sequence[Row], logits: torch.Tensor) -> None:
         likeliest = logits.argmax(-1).tolist()
         for place, row in enumerate(rows):
-            try:
-                token = row.choose(logits[place], likeliest[place])
-                row.take(token, ended=token in self._ends)
-            except UsageError as error:  # a form that can't be kept further
-                row.fail(error.sentence, refused=True)
-            except Exception as error:
-                log.exception("one request failed")  # its own fault, like a logit that is not a number: others go on
-                row.fail(failure_sentence(error))
+            if not row.over:
+                _alone(row, partial(self._next, row, logits[place], likeliest[place]))
         self._drop_ended()
+
+    def _next(self, row: Row, logits: torch.Tensor, likeliest: int) -> None:
+        if not row.ask.max_new_tokens:
+            row.end("length")
+            return
+        token = row.choose(logits, likeliest)
+        row.take(token, ended=token in self._ends)
 
     def _drop_ended(self) -> None:
         for row in self.rows:
@@ -113,6 +133,17 @@ class Lane:
             self._mask = self._mask[:, unused:]
             for layer in self._cache.layers:
                 layer.keys, layer.values = layer.keys[..., unused:, :], layer.values[..., unused:, :]
+
+
+def _alone(row: Row, work: Callable[[], None]) -> None:
+    """Do what is about one row: a failure, like a logit that is not a number, is its own, and others go on."""
+    try:
+        work()
+    except UsageError as error:  # a form that can't be kept further
+        row.fail(error.sentence, refused=True)
+    except Exception as error:
+        log.exception("one request failed")
+        row.fail(failure_sentence(error))
 
 
 def _side_by_side(left: tuple[Any, torch.Tensor], right: tuple[Any, torch.Tensor]) -> tuple[Any, torch.Tensor]:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import time
-import uuid
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -19,12 +16,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from loractl.common.data.example import Turn
 from loractl.common.data.fields import tool_calls, tools
 
-from .call_form import Call
 from .form import ANY_OBJECT
-from .request import Said
 
-Ended = Literal["stop", "length"]
+MOST_CHOICES = 128
+"""Answers that one request may ask for: its prompts times n."""
 
+MOST_LIKELY = 20
+"""Of the likeliest tokens of a place so many may be asked for."""
 
 _CODES = {
     400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
@@ -113,9 +111,8 @@ class _StreamOptions(BaseModel):
 
 
 _UNCHANGING: dict[str, Any] = {
-    "n": (1, None), "best_of": (1, None), "logprobs": (False, None, 0), "top_logprobs": (0, None),
-    "functions": ([], None), "function_call": ("none", "auto", None), "repetition_penalty": (1, None),
-    "presence_penalty": (0, None), "frequency_penalty": (0, None),
+    "best_of": (1, None), "top_logprobs": (0, None), "functions": ([], None), "function_call": ("none", "auto", None),
+    "repetition_penalty": (1, None), "presence_penalty": (0, None), "frequency_penalty": (0, None),
     "logit_bias": ({}, None), "echo": (False, None), "suffix": (None, ""), "modalities": (["text"], None),
 }  # fmt: skip
 """Keys that are not supported, with the values that ask for nothing and are let through."""
@@ -140,8 +137,9 @@ class _Request(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
     max_tokens: int | None = Field(None, ge=1)
     stream: bool | None = False
     stream_options: _StreamOptions | None = None
@@ -168,6 +166,16 @@ class _Request(BaseModel):
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def each(self) -> int:
+        """Answers to each prompt."""
+        return self.n or 1
+
+    @property
+    def echoed(self) -> bool:
+        """Whether the answer begins with its prompt."""
+        return False
 
     @property
     def usage_wanted(self) -> bool:
@@ -229,6 +237,19 @@ class ChatRequest(_Request):
     tools: list[dict[str, Any]] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LIKELY)
+
+    @model_validator(mode="after")
+    def _of_what(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        return self
+
+    @property
+    def likely(self) -> int | None:
+        """Likeliest tokens to tell with each token's log-probability; None: none is told."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @field_validator("tools")
     @classmethod
@@ -273,18 +294,48 @@ class ChatRequest(_Request):
 class TextRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: str | list[str]
+    prompt: list[str | list[int]]  # as it is kept: given it may be one of them
+    max_tokens: int | None = Field(None, ge=0)
+    echo: bool | None = False
+    logprobs: int | None = Field(None, ge=0, le=MOST_LIKELY)
+    best_of: int | None = Field(None, ge=1)
 
-    @field_validator("prompt")
+    @field_validator("prompt", mode="plain")  # pydantic's own check of such a choice takes seconds where it is long
     @classmethod
-    def _one(cls, value: str | list[str]) -> str | list[str]:
-        if isinstance(value, list) and len(value) != 1:
-            raise ValueError("takes one text here")
-        return value
+    def _several(cls, value: Any) -> list[str | list[int]]:
+        prompts = [value] if isinstance(value, str) or _is_tokens(value) else value
+        if not isinstance(prompts, list) or not all(isinstance(one, str) or _is_tokens(one) for one in prompts):
+            raise ValueError("must be a text, a list of token ids, or a list of such")
+        return prompts
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _no_flag(cls, value: Any) -> Any:
+        if value is True:
+            raise ValueError("must be a whole number here: how many of the likeliest tokens are told")
+        return None if value is False else value
+
+    @model_validator(mode="after")
+    def _as_many_as_can_be(self) -> TextRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ApiError(400, "max_tokens must be at least 1 where echo is not set", param="max_tokens")
+        most = len(self.prompt) * self.each
+        if most > MOST_CHOICES or not most:
+            what = f"{len(self.prompt)} prompts with n {self.each} are {most} answers; from 1 to {MOST_CHOICES} can be"
+            raise ApiError(400, what, param="prompt")
+        # what is drawn more often comes out the same at temperature 0
+        if self.best_of not in (None, self.each) and (self.temperature != 0 or self.best_of < self.each):
+            raise ApiError(400, f"best_of must be n ({self.each}) here: all answers are given", param="best_of")
+        return self
 
     @property
-    def text(self) -> str:
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+    def echoed(self) -> bool:
+        return bool(self.echo)
+
+    @property
+    def likely(self) -> int | None:
+        """Likeliest tokens to tell with each token's log-probability; None: none is told."""
+        return self.logprobs
 
     @property
     def limit(self) -> int | None:
@@ -293,6 +344,29 @@ class TextRequest(_Request):
     @property
     def limit_key(self) -> str:
         return "max_tokens"
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize, as vLLM has it. The model says nothing: all have the base's tokenizer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: str
+    add_special_tokens: bool = True
+    model: str | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize, as vLLM has it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tokens: list[int]
+    model: str | None = None
 
 
 def refusal(error: ValidationError) -> ApiError:
@@ -326,6 +400,7 @@ _WORDS = {
     "literal_error": "must be one of {expected}", "greater_than": "must be above {gt}",
     "greater_than_equal": "must be at least {ge}", "less_than": "must be below {lt}",
     "less_than_equal": "must be at most {le}", "string_too_long": "has more than {max_length} letters",
+    "extra_forbidden": "is not known here",
     "too_long": "has more than {max_length} parts", "too_short": "needs at least {min_length}",
 }  # fmt: skip
 """pydantic's kinds of errors as what follows the key's name."""
@@ -340,45 +415,3 @@ def _path(places: tuple[int | str, ...]) -> str | None:
         elif place.isidentifier() and place not in ("str", "int", "list"):
             path += f".{place}" if path else place
     return path or None
-
-
-class Reply:
-    """The answer to one request, whole or in pieces."""
-
-    def __init__(self, model: str, prompt_tokens: int, *, chat: bool) -> None:
-        self._id = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
-        self._created = int(time.time())
-        self._model, self._prompt, self._chat = model, prompt_tokens, chat
-        self._first = True
-
-    def whole(self, text: str, last: Said, calls: Sequence[Call] = ()) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "tool_calls" if calls else last.ended, "logprobs": None}
-        said = {"content": text.strip() or None, "tool_calls": list(calls)} if calls else {"content": text}
-        choice |= {"message": {"role": "assistant", **said, "refusal": None}} if self._chat else {"text": text}
-        kind = "chat.completion" if self._chat else "text_completion"
-        return {**self._head(kind), "choices": [choice], "usage": self.usage(last)}
-
-    def piece(self, said: Said, calls: Sequence[Call] = ()) -> dict[str, Any]:
-        """One event of a stream; the first one names the role."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "tool_calls" if calls else said.ended, "logprobs": None}
-        if self._chat:
-            role = {"role": "assistant"} if self._first else {}
-            called = {"tool_calls": [{"index": n, **call} for n, call in enumerate(calls)]} if calls else {}
-            choice["delta"] = {**role, **({"content": said.text} if said.text or self._first else {}), **called}
-        else:
-            choice["text"] = said.text
-        self._first = False
-        return {**self._head("chat.completion.chunk" if self._chat else "text_completion"), "choices": [choice]}
-
-    def last_piece(self, last: Said) -> dict[str, Any]:
-        """The event with the usage, for callers who asked for it."""
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        return {**self._head(kind), "choices": [], "usage": self.usage(last)}
-
-    def usage(self, last: Said) -> dict[str, int]:
-        total = self._prompt + last.tokens
-        return {"prompt_tokens": self._prompt, "completion_tokens": last.tokens, "total_tokens": total}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}

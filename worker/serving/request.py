@@ -14,6 +14,7 @@ from .adapter_pool import BASE, AdapterPool, Loaded
 from .call_form import overlap
 from .form import Form
 from .library import Listed
+from .logprobs import TokenLogprob, score
 
 Ending = Literal["stop", "length", "cancelled", "error"]
 
@@ -27,6 +28,7 @@ class Said:
     ended: Ending | None = None
     error: str | None = None
     refused: bool = False  # the error is the request's own
+    scored: tuple[TokenLogprob, ...] = ()  # tokens since the piece before, where their log-probabilities are asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class Ask:
 
     prompt: Sequence[int]
     say: Callable[[Said], None]  # called by the thread that steps
-    max_new_tokens: int
+    max_new_tokens: int  # 0: the prompt's log-probabilities alone
     adapter: Listed | None = None  # None: the base alone
     folder: Path | None = None  # the adapter's files
     temperature: float = 0.0  # 0: the likeliest token
@@ -45,6 +47,8 @@ class Ask:
     top_k: int = 0  # 0: all
     min_p: float = 0.0
     form: Form | None = None  # what the answer is held to
+    logprobs: int | None = None  # of each token, and of so many likeliest ones; None: none
+    prompt_logprobs: bool = False  # those of the prompt's tokens, too
     marks: bool = False  # whether the tokenizer's own marks are told with the text: those of a tool call may be such
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -67,10 +71,26 @@ class Row:
         self._pool = pool
         self._text = TextStream(pool.tokenizer, ask.stop, marks=ask.marks)
         self._tokens = 0
+        self._scored: list[TokenLogprob] = []
         self._random: torch.Generator | None = None
+
+    def score_prompt(self, logits: torch.Tensor, begin: int) -> None:
+        """Take the log-probabilities of the prompt's tokens that follow the logits' places, the first of which is
+        `begin`."""
+        if begin == 0:
+            self._scored.append(TokenLogprob(self.ask.prompt[0], None))
+        tokens = self.ask.prompt[begin + 1 : begin + 1 + len(logits)]
+        if tokens:
+            self._scored += score(logits[: len(tokens)], tokens, self.ask.logprobs or 0)
 
     def choose(self, logits: torch.Tensor, likeliest: int) -> int:
         """The next token: the likeliest one, or one that is drawn; of a held answer among those that keep its form."""
+        token = self._choice(logits, likeliest)
+        if self.ask.logprobs is not None:
+            self._scored += score(logits[None], [token], self.ask.logprobs)
+        return token
+
+    def _choice(self, logits: torch.Tensor, likeliest: int) -> int:
         form = self.ask.form
         if form is None:
             return likeliest if self.ask.temperature == 0 else self.draw(logits)
@@ -115,7 +135,7 @@ class Row:
         elif self._tokens >= self.ask.max_new_tokens:
             self._close("length", text + self._text.rest())
         elif text:
-            self.ask.say(Said(text=text, tokens=self._tokens))
+            self._tell(text)
 
     def end(self, why: Ending) -> None:
         self._close(why, self._text.rest())
@@ -128,7 +148,11 @@ class Row:
 
     def _close(self, why: Ending, text: str) -> None:
         self._let_go()
-        self.ask.say(Said(text=text, tokens=self._tokens, ended=why))
+        self._tell(text, why)
+
+    def _tell(self, text: str, why: Ending | None = None) -> None:
+        scored, self._scored = tuple(self._scored), []
+        self.ask.say(Said(text=text, tokens=self._tokens, ended=why, scored=scored))
 
     def _let_go(self) -> None:
         self.over = True
