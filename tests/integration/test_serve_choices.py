@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -283,3 +284,22 @@ def test_places_are_told_where_a_tokenizer_has_spaces_in_its_tokens_and_bytes_fo
     assert [text[a:b] for a, b in itertools.pairwise([*places, None])] == [
         "", "a", " host", ".", " ", "", "", "", "🦉", ".",
     ]  # fmt: skip
+
+
+def test_a_caller_who_leaves_while_the_answer_comes_frees_the_place(
+    client: openai.OpenAI, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "GONE_S", 0.05)
+    step, steps = lane.Lane.step, []
+
+    def slowly(self: lane.Lane) -> None:
+        steps.append(1)
+        time.sleep(0.01)
+        step(self)
+
+    monkeypatch.setattr(lane.Lane, "step", slowly)
+    with pytest.raises(openai.APITimeoutError):
+        chat(client.with_options(timeout=0.1), n=2, temperature=2, max_tokens=450)
+    while engine.running or engine.waiting:
+        time.sleep(0.01)
+    assert len(steps) < 300, "it was not answered to its end"

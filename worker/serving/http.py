@@ -46,6 +46,9 @@ MOST_WAITING = 256
 FRESH_S = 2.0
 """The list of stored adapters is read again when it is older than this."""
 
+GONE_S = 0.5
+"""So often it is seen whether the caller of an answer that is not streamed is still there."""
+
 MOST_BODY_BYTES = 4 * 2**20
 
 BODY_S = 30.0
@@ -407,14 +410,16 @@ class Service:
         self, reply: Reply, said: asyncio.Queue[tuple[int, Said]], cancelled: threading.Event, request: Request
     ) -> None:
         """Take what is said until all choices have ended. Raises ApiError."""
-        left = len(reply.choices)
+        left, looked = len(reply.choices), time.monotonic()
         try:
             while left:
-                try:
-                    number, piece = await asyncio.wait_for(said.get(), timeout=0.5)
-                except TimeoutError:
+                if time.monotonic() - looked >= GONE_S:  # also while much is said
+                    looked = time.monotonic()
                     if await request.is_disconnected():
-                        raise ApiError(499, "the caller has gone") from None
+                        raise ApiError(499, "the caller has gone")
+                try:
+                    number, piece = await asyncio.wait_for(said.get(), GONE_S)
+                except TimeoutError:
                     continue
                 if piece.ended in ("error", "cancelled"):
                     raise _failure(piece)
