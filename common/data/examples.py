@@ -42,7 +42,7 @@ class Examples(Sequence[Example]):
             self._newest = self._newest[IN_A_BLOCK:]
 
     def part(self, places: Iterable[int]) -> Examples:
-        """Those at these places, which ascend. Nothing may be added afterwards, to this one or to the part."""
+        """Those at these places, read fastest where these ascend. Nothing may be added to this or to it afterwards."""
         part, wanted = Examples(), array("Q", places)
         part.digests = array("Q", (self.digests[place] for place in wanted))
         part.likenesses = array("Q", (self.likenesses[place] for place in wanted))

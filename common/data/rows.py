@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
+import itertools
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from loractl.common.errors import DataError
 from loractl.common.job.sections import DATA_SUFFIXES
+from loractl.common.job.slices import Slice, parse_split
 from loractl.common.settings import load_settings
 from loractl.common.units import amount
 
@@ -92,6 +95,40 @@ class DataFile:
             if self._told is not None and number % 1000 == 0:
                 self._told(os.lseek(file.fileno(), 0, os.SEEK_CUR), size)
             yield line
+
+
+def open_rows(path: Path, split: str, told: Told | None = None) -> Iterable[RawRow]:
+    """The rows of a file that `split` names (see `parse_split`); they can be read again. Raises DataError."""
+    parts = parse_split(split)
+    if other := next((part.name for part in parts if part.name != "train"), None):
+        what = f"is a file, which has the split train alone, and {split} names {other}"
+        raise DataError(path, what, hint="a data set on the hub may have others", kind="too few rows")
+    rows = DataFile(path, told)
+    return rows if split == "train" else _SlicedFile(path, split, parts, rows)
+
+
+class _SlicedFile:
+    """The rows of a file that a split names, in the order of its parts; each keeps the number that it has there."""
+
+    def __init__(self, path: Path, split: str, parts: Sequence[Slice], rows: DataFile) -> None:
+        self._path, self._split, self._parts, self._rows = path, split, parts, rows
+
+    def __iter__(self) -> Iterator[RawRow]:
+        wanted = [part.places(self._count) for part in self._parts]
+        if not any(wanted):
+            what = f"has {self._count} rows, and {self._split} names none of them"
+            raise DataError(self._path, what, hint="name others of its rows", kind="too few rows")
+        if any(max(a.start, b.start) < min(a.stop, b.stop) for a, b in itertools.combinations(wanted, 2)):
+            what = f"is read twice in part: the parts of {self._split} overlap"
+            raise DataError(self._path, what, hint="let each part end where the next begins", kind="too few rows")
+        for places in wanted:
+            for place, row in enumerate(itertools.islice(self._rows, places.stop)):
+                if place in places:
+                    yield row
+
+    @functools.cached_property
+    def _count(self) -> int:
+        return sum(1 for _ in self._rows)
 
 
 def read_rows(path: Path) -> list[RawRow]:

@@ -13,9 +13,11 @@ from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec
 from .example import Example
 from .examples import Examples
 from .fields import Reading
-from .formats import detect_format, map_columns, parse_examples
+from .findings import Finding
+from .formats import map_columns, parse_examples
 from .labels import check_taught, untaught
 from .rows import RawRow
+from .sources import Portion, about_sources, gather, in_turn
 
 ALL_TRAINED_ON = "all of its rows are trained on, too"
 """What is wrong with a file of rows to measure by, none of which is new."""
@@ -33,16 +35,29 @@ class Split:
     overlap: int  # rows of the held-out file left out because they are trained on
     near: int  # of those, the ones that differ from what is trained on in case or spaces
     repeated: int  # held-out rows left out because they stand there already, but for case and spaces
+    portions: tuple[Portion, ...]
     unused: tuple[str, ...] = ()  # fields of rows that are not read
 
+    def about_sources(self, dataset: DatasetSpec) -> list[Finding]:
+        """How many rows come from which data set, where there are several."""
+        held_out = [] if dataset.eval_path else [example.number for example in self.held_out]
+        return about_sources(self.portions, held_out)
 
-def split_data(dataset: DatasetSpec, rows: Iterable[RawRow], held_rows: Iterable[RawRow] | None) -> Split:
-    """The examples of a data set's rows, and of those of its eval_path where there is one. Raises DataError."""
+
+def split_data(
+    dataset: DatasetSpec,
+    rows: Iterable[RawRow],
+    held_rows: Iterable[RawRow] | None,
+    more: Sequence[Iterable[RawRow]] = (),
+) -> Split:
+    """The examples of a data set's rows and of those of its `more`, and of its eval_path where there is one.
+
+    Raises DataError.
+    """
     file, held_file = dataset.path, dataset.eval_path or dataset.path
-    rows = map_columns(rows, dataset.columns, file)
-    format, why = detect_format(rows, file, dataset.format)
     reading = Reading.of(dataset)
-    examples, dropped = parse_examples(rows, format, file, dataset.on_bad_row, dataset.template, reading)
+    gathered = gather(dataset, (rows, *more), reading)
+    format, why, examples, dropped = gathered.format, gathered.why, gathered.examples, gathered.dropped
     if held_rows is None:
         assert dataset.test_size is not None, "the job file's check leaves one of test_size and eval_path"
         train, held_out = split_held_out(examples, dataset.test_size, file)
@@ -52,8 +67,9 @@ def split_data(dataset: DatasetSpec, rows: Iterable[RawRow], held_rows: Iterable
             format=format,
             why=why,
             train=train,
-            held_out=held_out,
+            held_out=in_turn(held_out, gathered.portions),
             dropped=dropped,
+            portions=gathered.portions,
             overlap=0,
             near=0,
             repeated=len(examples) - len(train) - len(held_out),
@@ -78,6 +94,7 @@ def split_data(dataset: DatasetSpec, rows: Iterable[RawRow], held_rows: Iterable
         overlap=overlap,
         near=overlap - sum(digest in known for digest in held_out.digests),
         repeated=len(held_out) - len(new) - overlap,
+        portions=gathered.portions,
         unused=tuple(reading.unused),
     )
 

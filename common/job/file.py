@@ -16,7 +16,7 @@ from loractl.common.errors import SpecError, SpecProblem
 
 from .document import load_yaml, read_yaml
 from .hub_name import from_address
-from .sections import AS_WRITTEN, DATA_SUFFIXES, Metric, RowFields
+from .sections import AS_WRITTEN, DATA_SUFFIXES, Metric, RowFields, SourceSpec
 from .spec import JobSpec, spec_keys
 
 _KNOWN_AS = {
@@ -267,6 +267,8 @@ def _explain(error: Any, key: str) -> tuple[str, str | None]:
         if key.split(".")[0] == "method" and str(given).lower() in _FULL_TRAINING:
             return f"{shown} is not one of {allowed}", "loractl trains adapters alone, never all weights: lora or qlora"
         return f"{shown} is not one of {allowed}", _value_meant(str(given), allowed.split(", "))
+    if kind == "split":
+        return f"{shown} {context['what']}", context["hint"]
     if kind == "value_error":
         sentence = str(context["error"])
         return (f"{shown} {sentence}" if sentence.startswith(("is ", "holds ")) else sentence), None
@@ -297,8 +299,9 @@ def _value_meant(given: str, allowed: Sequence[str]) -> str | None:
 
 def _did_you_mean(key: str) -> str | None:
     *section, last = key.split(".")
-    near = ".".join(section)
-    keys = spec_keys() + sorted({k.split(".")[0] for k in spec_keys() if "." in k})
+    near = ".".join(part for part in section if not part.isdigit())
+    keys = [*spec_keys(), *(f"dataset.more.{name}" for name in SourceSpec.model_fields)]
+    keys += sorted({k.split(".")[0] for k in spec_keys() if "." in k})
     if last in _NOT_HERE:
         return _NOT_HERE[last]
     if (known := _KNOWN_AS.get(last)) and known != key:
@@ -316,8 +319,8 @@ def _did_you_mean(key: str) -> str | None:
 def _resolve_paths(spec: JobSpec, folder: Path, known: Container[str] = ()) -> JobSpec:
     """Local paths become absolute; a name without a file beside the job file stays as it is (a hub id)."""
 
-    def local(text: str | None) -> str | None:
-        if text is None or text in known:
+    def local(text: str) -> str:
+        if text in known:
             return text
         looks_local = text.startswith((".", "/", "~")) or Path(text).suffix.lower() in DATA_SUFFIXES
         try:
@@ -327,9 +330,5 @@ def _resolve_paths(spec: JobSpec, folder: Path, known: Container[str] = ()) -> J
             # not a path of this system: the name is too long, or ~name is not a user
             return text
 
-    dataset = spec.dataset.model_copy(
-        update={"path": local(spec.dataset.path), "eval_path": local(spec.dataset.eval_path)}
-    )
-    evaluation = spec.evaluation.model_copy(update={"regression": local(spec.evaluation.regression)})
-    base = local(from_address(spec.base_model))
-    return spec.model_copy(update={"base_model": base, "dataset": dataset, "evaluation": evaluation})
+    placed = spec.with_data_sets({key: local(text) for key, text in spec.data_sets().items()})
+    return placed.model_copy(update={"base_model": local(from_address(spec.base_model))})

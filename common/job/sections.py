@@ -22,7 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticKnownError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from loractl.common.adapter_config import is_module_name
 from loractl.common.channel.channels import LAB
@@ -32,6 +32,7 @@ from loractl.common.units import LARGEST, parse_duration, parse_size
 
 from .method import MOST_CARDS, Method
 from .reference import parse_reference
+from .slices import HINT, parse_split
 
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 """Endings of the data files that loractl reads."""
@@ -160,6 +161,14 @@ def _expression(text: str) -> str:
     return text
 
 
+def _split(text: str) -> str:
+    try:
+        parse_split(text)
+    except ValueError as error:
+        raise PydanticCustomError("split", "{what}", {"what": str(error), "hint": HINT}) from None
+    return text
+
+
 def _adapter_name(value: Any) -> str:
     """A stored adapter: 12, support or support:prod. YAML reads the first as a number."""
     text = str(value) if type(value) is int else value
@@ -191,6 +200,9 @@ ColumnName = Literal[
 ]  # fmt: skip
 
 
+Columns = dict[ColumnName, Annotated[Printable, Field(min_length=1)]]
+
+
 def _size(value: Any, info: ValidationInfo) -> int:
     """Bytes. A stored spec has them as a number, which an earlier version took without a unit."""
     return value if type(value) is int and value >= 0 and info.context != AS_WRITTEN else parse_size(value)
@@ -208,6 +220,7 @@ Cards = Annotated[int | Literal["auto"], BeforeValidator(_cards)]
 Size = Annotated[int, BeforeValidator(_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(le=3650 * 86400)]  # dates end somewhere
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Split = Annotated[Printable, AfterValidator(_split)]
 AdapterName = Annotated[str, BeforeValidator(_adapter_name)]
 ChannelName = Annotated[Name, AfterValidator(_channel_name)]
 TaskName = Annotated[str, AfterValidator(_task_name)]
@@ -217,19 +230,40 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+class SourceSpec(Section):
+    """A data set whose rows are trained on, next to those of dataset.path."""
+
+    path: Printable = Field(min_length=1)
+    """A file or a hub id."""
+    split: Split = "train"
+    """Which of its rows, as in dataset.split."""
+    share: float | None = Field(None, gt=0, lt=1)
+    """The fraction of all rows that are drawn from it, each once; null: all of its rows."""
+    format: DataFormat | None = None
+    """The shape of its rows; null: as dataset.format."""
+    columns: Columns | None = None
+    """What its columns are called; null: as in dataset.columns."""
+
+
 class DatasetSpec(Section):
     """The rows to train on and the rows held out."""
 
     path: Printable = Field(min_length=1)
-    """A file (jsonl, json, csv, parquet; relative to the job file) or a hub id (its split train)."""
+    """A file (jsonl, json, csv, parquet; relative to the job file) or a hub id."""
+    split: Split = "train"
+    """Which rows of path, as the datasets library says it: train[:5%], train[10:20]. A file's only split is train."""
+    more: list[SourceSpec] = Field(default_factory=list, max_length=32)
+    """Further data sets to train on, like {path: chats.jsonl, share: 0.2}."""
     format: DataFormat = DataFormat.AUTO
     """The rows' shape; auto looks at the columns and says why."""
-    columns: dict[ColumnName, Annotated[Printable, Field(min_length=1)]] = Field(default_factory=dict)
+    columns: Columns = Field(default_factory=dict)
     """What the columns are called in the data where they have other names, like prompt: question."""
     template: PromptTemplate = PromptTemplate.CHAT
     """What is written around instructions and answers, in training and by whoever asks the adapter."""
     eval_path: Printable | None = None
-    """A file or hub id (its split test) with the held-out rows; without it test_size rows are split off."""
+    """A file or hub id with the held-out rows; without it test_size rows are split off."""
+    eval_split: Split | None = None
+    """Which rows of eval_path; null: all of a file, and the split test of a data set on the hub."""
     test_size: float | None = Field(0.1, gt=0, lt=1)
     """Share of rows held out before training."""
     max_length: int = Field(1024, ge=8, le=2**20)
@@ -242,6 +276,23 @@ class DatasetSpec(Section):
     """What is read of a row; a job file means all. text: roles and contents alone, as loractl 0.2 read rows."""
     ignore: list[Annotated[Printable, Field(min_length=1)]] = Field(default_factory=list, max_length=64)
     """Fields to leave unread although they change what a row means, like images or messages.weight."""
+
+    @field_validator("more")
+    @classmethod
+    def _leaves_a_share(cls, value: list[SourceSpec]) -> list[SourceSpec]:
+        if (total := sum(source.share or 0 for source in value)) >= 1:
+            raise ValueError(f"has shares of {total:g} together, which leave nothing for dataset.path: stay below 1")
+        return value
+
+    @property
+    def sources(self) -> list[SourceSpec]:
+        """All data sets to train on, path first, each with the format and columns that it is read by."""
+        first = SourceSpec(path=self.path, split=self.split)
+        read_by = {"format": self.format, "columns": self.columns}
+        return [
+            source.model_copy(update={key: own for key, own in read_by.items() if getattr(source, key) is None})
+            for source in (first, *self.more)
+        ]
 
 
 class LoraSpec(Section):

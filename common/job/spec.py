@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, get_args
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
@@ -86,13 +86,30 @@ class JobSpec(Section):
         return self
 
     def data_sets(self) -> dict[str, str]:
-        """The data sets that the job names, by what they are for: path, eval_path, regression."""
+        """The data sets that the job names, by what they are for: path, more.0 and so on, eval_path, regression."""
         named = {
             "path": self.dataset.path,
+            **{f"more.{number}": source.path for number, source in enumerate(self.dataset.more)},
             "eval_path": self.dataset.eval_path,
             "regression": self.evaluation.regression,
         }
         return {key: text for key, text in named.items() if text is not None}
+
+    def with_data_sets(self, places: Mapping[str, str]) -> JobSpec:
+        """The same job with some of its data sets elsewhere, by the names of `data_sets`."""
+        named = {**self.data_sets(), **places}
+        more = [
+            source.model_copy(update={"path": named[f"more.{number}"]})
+            for number, source in enumerate(self.dataset.more)
+        ]
+        dataset = {"path": named["path"], "eval_path": named.get("eval_path"), "more": more}
+        evaluation = {"regression": named.get("regression")}
+        return self.model_copy(
+            update={
+                "dataset": self.dataset.model_copy(update=dataset),
+                "evaluation": self.evaluation.model_copy(update=evaluation),
+            }
+        )
 
 
 def spec_keys() -> list[str]:
@@ -144,6 +161,8 @@ def _said_twice_or_never(spec: JobSpec) -> Iterator[str]:
         yield "evaluation.max_new_tokens: a classifier generates no answers; leave it out"
     if dataset.eval_path and _is_set(dataset, "test_size"):
         yield "dataset.test_size: dataset.eval_path says what is held out already; keep one of them"
+    if dataset.eval_path is None and dataset.eval_split is not None:
+        yield "dataset.eval_split: is for dataset.eval_path, and there is none; name one, or leave it out"
     if training.max_steps is None and training.num_train_epochs is None:
         yield "training.num_train_epochs: is null, and so is training.max_steps; one must say when to stop"
     if dataset.eval_path is None and dataset.test_size is None:
@@ -194,6 +213,7 @@ def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, info in model.model_fields.items():
         kind = info.annotation
-        inner = next((t for t in (kind, *get_args(kind)) if isinstance(t, type) and issubclass(t, BaseModel)), None)
+        kinds = () if get_origin(kind) is list else (kind, *get_args(kind))  # a list of sections is one key
+        inner = next((t for t in kinds if isinstance(t, type) and issubclass(t, BaseModel)), None)
         keys += _all_keys(inner, f"{prefix}{name}.") if inner else [f"{prefix}{name}"]
     return keys

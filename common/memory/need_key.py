@@ -46,9 +46,12 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
         deciding["task_type"] = spec.task_type.value
     if spec.revision is not None:
         deciding["revision"] = spec.revision
+    hashes = {name: stored["sha256"] for name, stored in data.items()}
+    if spec.dataset.more or spec.dataset.split != "train" or spec.dataset.eval_split is not None:
+        read = spec.dataset.model_dump(mode="json", include={"more", "split", "eval_split"})
+        deciding["dataset"] |= {"read": read | {"hashes": [digest for _, digest in sorted(hashes.items())]}}
     if spec.dataset.columns:
         deciding["dataset"] |= {"columns": dict(spec.dataset.columns)}
-    hashes = {name: stored["sha256"] for name, stored in data.items()}
     if hashes:
         deciding["dataset"] |= {"path": hashes.get("path"), "eval_path": hashes.get("eval_path")}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()

@@ -110,9 +110,8 @@ def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
             f"job {job.job_id} has {MOST_LABELS} labels, so that none is left for {REPRODUCES}",
             f"take what is stored and submit it yourself: loractl show {job.job_id}",
         )
-    return spec.model_copy(
+    return _pinned_data(spec, report["data"].get("commits", {})).model_copy(
         update={
-            **_pinned_data(spec, report["data"].get("commits", {})),
             "method": Method(report["method"]),
             "lora_patience": None,
             "revision": report.get("base", {}).get("commit") or spec.revision,
@@ -122,14 +121,10 @@ def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
     )
 
 
-def _pinned_data(spec: JobSpec, commits: dict[str, str]) -> dict[str, Any]:
-    """The sections that name data of the hub, each at the commit that was read."""
-    named = {key: f"{spec.data_sets()[key].partition('@')[0]}@{commit}" for key, commit in commits.items()}
-    evaluation = {"regression": named.pop("regression")} if "regression" in named else {}
-    return {
-        "dataset": spec.dataset.model_copy(update=named),
-        "evaluation": spec.evaluation.model_copy(update=evaluation),
-    }
+def _pinned_data(spec: JobSpec, commits: dict[str, str]) -> JobSpec:
+    """The job with its data of the hub, each at the commit that was read."""
+    named = spec.data_sets()
+    return spec.with_data_sets({key: f"{named[key].partition('@')[0]}@{commit}" for key, commit in commits.items()})
 
 
 def _online(store: Store) -> list[Node]:

@@ -33,8 +33,9 @@ def warn_of_data(spec: JobSpec, job_file: Path | None) -> None:
         findings, note = check_used_data(spec, report)
     warnings = [finding for finding in findings if finding.level == "warning"]
     warn([note] if note else [])
-    unread = [finding for finding in findings if finding.kind == "fields that are not read"]
-    warn(clean_line(f"Note: {Path(spec.dataset.path).name}: {finding.sentence}.") for finding in unread)
-    warn(clean_line(f"Warning: {Path(spec.dataset.path).name}: {finding.sentence}.") for finding in warnings)
+    told = [finding for finding in findings if finding.kind in ("several data sets", "fields that are not read")]
+    name = "dataset" if spec.dataset.more else Path(spec.dataset.path).name
+    warn(clean_line(f"Note: {name}: {finding.sentence}.") for finding in told)
+    warn(clean_line(f"Warning: {name}: {finding.sentence}.") for finding in warnings)
     if warnings and job_file is not None:
         hint(f"See the data: loractl data check {job_file}")

@@ -8,7 +8,7 @@ import functools
 import importlib.util
 import string
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from loractl.common.errors import ArtifactError, DataError
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
     from loractl.common.data.findings import Finding
+    from loractl.common.data.rows import RawRow
     from loractl.common.job.spec import JobSpec
     from loractl.common.progress import Report
 
@@ -30,37 +31,44 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     """
     from loractl.common.data.fields import Reading
     from loractl.common.data.findings import about_fields, about_warmup
-    from loractl.common.data.formats import detect_format, map_columns, parse_examples
+    from loractl.common.data.formats import detect_format, parse_examples
     from loractl.common.data.inspection import check_examples
     from loractl.common.data.labels import check_taught
-    from loractl.common.data.rows import DataFile
+    from loractl.common.data.rows import open_rows
+    from loractl.common.data.sources import about_sources, gather
     from loractl.common.data.split import split_data
     from loractl.common.job.sections import DataFormat
 
     _refuse_unknown_names(spec)
-    dataset = spec.dataset
-    readable = [text for text in spec.data_sets().values() if is_local(text)]
+    dataset, sources = spec.dataset, spec.dataset.sources
     read, looked = functools.partial(report, "Reading the data"), functools.partial(report, "Looking at the rows")
-    rows = {text: DataFile(Path(text), read) for text in readable if not unreadable_here(text)}
-    if (other := spec.evaluation.regression) in rows:
-        format, reading = detect_format(rows[other], other)[0], Reading.of(dataset)
-        parse_examples(rows[other], format, other, dataset.on_bad_row, reading=reading)
-    if dataset.path not in rows:
-        for file in rows.values():
+
+    def rows_of(text: str | None, split: str) -> Iterable[RawRow] | None:
+        here = text is not None and is_local(text) and not unreadable_here(text)
+        return open_rows(Path(text), split, read) if text is not None and here else None
+
+    trained = [rows_of(source.path, source.split) for source in sources]
+    held_out = rows_of(dataset.eval_path, dataset.eval_split or "train")
+    other = spec.evaluation.regression
+    if other is not None and (rows := rows_of(other, "train")) is not None:
+        format, reading = detect_format(rows, other)[0], Reading.of(dataset)
+        parse_examples(rows, format, other, dataset.on_bad_row, reading=reading)
+    readable = [rows for rows in trained if rows is not None]
+    if len(readable) < len(sources):
+        for file in (*readable, *([] if held_out is None else [held_out])):
             collections.deque(file, maxlen=0)  # only whether it can be read: what it is for is not known here
         return about_warmup(spec.training, None)
-    if dataset.eval_path is not None and dataset.eval_path not in rows:  # what is held out can't be read here
-        mine = map_columns(rows[dataset.path], dataset.columns, dataset.path)
-        format = detect_format(mine, dataset.path, dataset.format)[0]
+    if dataset.eval_path is not None and held_out is None:  # what is held out can't be read here
         reading = Reading.of(dataset)
-        examples = parse_examples(mine, format, dataset.path, dataset.on_bad_row, reading=reading)[0]
-        if format is DataFormat.CLASSIFICATION:
-            check_taught(examples, dataset.path)
-        findings = check_examples(examples, [], told=looked) + about_fields(tuple(reading.unused))
-        return findings + about_warmup(spec.training, len(examples))
-    split = split_data(dataset, rows[dataset.path], rows[dataset.eval_path] if dataset.eval_path else None)
-    findings = check_examples(split.train, split.held_out, split, looked) + about_fields(split.unused)
-    return findings + about_warmup(spec.training, len(split.train))
+        gathered = gather(dataset, readable, reading)
+        if gathered.format is DataFormat.CLASSIFICATION:
+            check_taught(gathered.examples, dataset.path)
+        findings = about_sources(gathered.portions, ()) + check_examples(gathered.examples, [], told=looked)
+        findings += about_fields(tuple(reading.unused))
+        return findings + about_warmup(spec.training, len(gathered.examples))
+    split = split_data(dataset, readable[0], held_out, readable[1:])
+    findings = split.about_sources(dataset) + check_examples(split.train, split.held_out, split, looked)
+    return findings + about_fields(split.unused) + about_warmup(spec.training, len(split.train))
 
 
 def check_used_data(spec: JobSpec, report: Report = lambda what, done, total: None) -> tuple[list[Finding], str | None]:

@@ -37,10 +37,9 @@ def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> JobDraft:
     """A new job with a submitted one's settings and rows, but for the overrides. Raises JobNotFound, SpecError."""
     job, name = store.job(job_id), f"job {job_id}"
     spec = amended_spec(job.spec, overrides, name, Path.cwd())
-    given = {override.partition("=")[0] for override in overrides}
-    named = {"path": "dataset.path", "eval_path": "dataset.eval_path", "regression": "evaluation.regression"}
+    given = {override.partition("=")[0].partition(".")[2] for override in overrides}
     kept = spec.data_sets().keys() & job.data.keys()
-    stored = {key: job.data[key] for key in sorted(kept) if named[key] not in given}
+    stored = {key: job.data[key] for key in sorted(kept) if key.partition(".")[0] not in given}
     return JobDraft(spec=spec, like=job_id, stored=stored)
 
 
@@ -56,8 +55,4 @@ def rows_at_hand(draft: JobDraft, artifacts: ArtifactStore) -> Iterator[JobSpec]
     with data_at_hand(draft.like, draft.stored, artifacts) as files:
         for file in files:
             artifacts.put_dataset(file)  # gets today's date
-        here = dict(zip(draft.stored, map(str, files), strict=True))
-        regression = {"regression": here.pop("regression")} if "regression" in here else {}
-        dataset = draft.spec.dataset.model_copy(update=here)
-        evaluation = draft.spec.evaluation.model_copy(update=regression)
-        yield draft.spec.model_copy(update={"dataset": dataset, "evaluation": evaluation})
+        yield draft.spec.with_data_sets(dict(zip(draft.stored, map(str, files), strict=True)))

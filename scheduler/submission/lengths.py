@@ -65,7 +65,7 @@ def obstacle_to_count(spec: JobSpec) -> str | None:
     """Why the rows can't be counted on this machine; None: they can."""
     if not has_tokenizer(Path(spec.base_model)):
         return "there is no tokenizer to count them with"
-    if not Path(spec.dataset.path).exists():
+    if not all(Path(source.path).exists() for source in spec.dataset.sources):
         return "the data is not on this machine to count them"
     if importlib.util.find_spec("torch") is None:
         return "the training stack is not on this machine to count them"

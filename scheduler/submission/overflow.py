@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loractl.common.errors import UsageError
-from loractl.common.job.sections import DataFormat, Overflow
+from loractl.common.job.sections import DataFormat, Overflow, SourceSpec
 
 from .data import is_local, unreadable_here
 from .lengths import ask_tokenizer, obstacle_to_count
@@ -62,15 +62,17 @@ def _long_ones(spec: JobSpec) -> Iterator[str]:
     """The questions with as many bytes as a row may have tokens: no token is shorter than a byte."""
     from loractl.common.data.fields import Reading
     from loractl.common.data.formats import detect_format, map_columns, parse_each
-    from loractl.common.data.rows import DataFile
+    from loractl.common.data.rows import open_rows
 
     dataset = spec.dataset
-    files = [text for text in (dataset.path, dataset.eval_path) if text is not None and is_local(text)]
-    for text in files:
-        if unreadable_here(text):
+    held = [SourceSpec(path=dataset.eval_path, split=dataset.eval_split or "train")] if dataset.eval_path else []
+    for source in (*dataset.sources, *held):
+        text = source.path
+        if not is_local(text) or unreadable_here(text):
             continue
-        rows = map_columns(DataFile(Path(text)), dataset.columns, text)
-        format, _ = detect_format(rows, text, dataset.format)
+        columns = dataset.columns if source.columns is None else source.columns
+        rows = map_columns(open_rows(Path(text), source.split), columns, text)
+        format, _ = detect_format(rows, text, source.format or dataset.format)
         if format in (DataFormat.TEXT, DataFormat.CLASSIFICATION):  # all is learned, or no token is
             continue
         for example in parse_each(rows, format, text, dataset.template, Reading.of(dataset))[0]:

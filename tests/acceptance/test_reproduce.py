@@ -60,13 +60,18 @@ def test_a_job_that_memory_had_changed_is_reproduced_bit_for_bit(
 ) -> None:
     # as after out-of-memory: 2 rows at once for the 4 that the job asks for; and what it asks for has dropout
     extra = "labels: {project: desk}\n"
-    spec = load_spec(write_job(tmp_path, base, method="[lora, qlora]", extra=extra), ["dataset.test_size=0.4"])
+    job = write_job(tmp_path, base, method="[lora, qlora]", extra=extra)
+    (tmp_path / "more.jsonl").write_text((tmp_path / "data.jsonl").read_text().replace("help", "assist"))
+    more = "dataset.more=[{path: more.jsonl, share: 0.3, split: 'train[5:]'}]"
+    spec = load_spec(job, ["dataset.test_size=0.4", more])
     settings = load_settings(cli.environment)
     uri, digest = open_store(settings).put_dataset(tmp_path / "data.jsonl")
+    second = dict(zip(("uri", "sha256"), open_store(settings).put_dataset(tmp_path / "more.jsonl"), strict=True))
     store = Store(connect(settings))
-    planned = plan_job(spec, "tester", {"path": {"uri": uri, "sha256": digest}}, store)
+    planned = plan_job(spec, "tester", {"path": {"uri": uri, "sha256": digest}, "more.0": second}, store)
     store.submit(replace(planned, adjustment=Adjustment(micro_batch=2, accumulation=2)))
     (tmp_path / "data.jsonl").unlink()
+    (tmp_path / "more.jsonl").unlink()
     cli("status", 1, "--watch", timeout=180)
 
     dry = cli("reproduce", 1, "--dry-run")

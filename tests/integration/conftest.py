@@ -152,6 +152,7 @@ def start(tiny_model: Path, tmp_path: Path, cache: Path) -> Callable[..., Start]
             memory_limit=memory_limit,
             data_path=spec.dataset.path,
             data_sha256=None,
+            more_paths=[source.path for source in spec.dataset.more],
             eval_path=spec.dataset.eval_path,
             regression_path=spec.evaluation.regression,
             output_dir=str(folder / "result"),

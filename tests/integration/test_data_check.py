@@ -199,6 +199,12 @@ CASES = [
     Case(
         "a row for each answer", "note", [chat(f"a {n}", "b", f"c {n}", f"d {n}") for n in range(40)], template=FORGETS,
     ),
+    Case(
+        "several data sets", "note", good(120), {"dataset": {"more": [{"path": "data.jsonl", "share": 0.2}]}},
+    ),
+    Case(
+        "too few for a share", "warning", good(120), {"dataset": {"more": [{"path": "data.jsonl", "share": 0.8}]}},
+    ),
     Case("few held-out rows", "note", good()),
     Case("labels", "note", [chat(f"question {n}", "no" if n % 3 == 0 else "yes") for n in range(60)]),
     Case("labels", "note", labelled(), CLASSIFIER),

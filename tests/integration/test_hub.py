@@ -186,6 +186,7 @@ def test_what_the_hub_says_leaves_a_sentence_and_no_traceback(name: str) -> None
 
 def test_a_hub_that_fails_is_away_and_what_is_cached_will_do(hub: Hub, box: Box, tmp_path: Path) -> None:
     asked = ("model", "org/tiny", None), ("data", "org/desk", "train"), ("data", "org/desk@next", "train")
+    assert box.ask(("data", "org/desk", "train[:25%]+test"))[0][1].startswith("4 rows of ")
     main, following = (hub.find("datasets", "org/desk", name)[0] for name in ("main", "next"))
     assert box.ask(("kept", "org/warm", None)) == [("ok", "[False, True]")], "its files came with the first one"
     fetched = box.ask(*asked)

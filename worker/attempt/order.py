@@ -62,6 +62,7 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
     for key in named.keys() & claim.data.keys():
         stored = claim.data[key]
         named[key] = str(place.artifacts.fetch_dataset(stored["uri"], stored["sha256"], cache / "datasets"))
+    more = [f"more.{number}" for number in range(len(spec.dataset.more))]
     hashes = {key: stored["sha256"] for key, stored in claim.data.items()}
     data = [Path(path) for path in named.values() if Path(path).is_file()]
     _require_space(place, folder, bytes_to_write(spec, claim.method, sum(path.stat().st_size for path in data)))
@@ -95,6 +96,8 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
         changes=list(claim.changes),
         data_path=named["path"],
         data_sha256=hashes.get("path"),
+        more_paths=[named[key] for key in more],
+        more_sha256=[hashes.get(key) for key in more],
         eval_path=named.get("eval_path"),
         eval_sha256=hashes.get("eval_path"),
         regression_path=named.get("regression"),

@@ -11,17 +11,20 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from loractl.common.data.example import Example
 from loractl.common.data.fields import Reading
 from loractl.common.data.findings import Finding, about_fields, about_rows, about_warmup, refusals
-from loractl.common.data.formats import detect_format, map_columns, parse_each
+from loractl.common.data.formats import map_columns, parse_each
 from loractl.common.data.inspection import Leaks, check_examples
 from loractl.common.data.labels import labels_of, untaught
+from loractl.common.data.sources import format_of
 from loractl.common.data.split import Split, fitting, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec
+from loractl.common.job.slices import held_out_split
 from loractl.common.job.spec import JobSpec
 from loractl.common.progress import Report
 
@@ -116,21 +119,25 @@ def _look_at_rows(dataset: DatasetSpec, report: Report) -> tuple[Checked, Split 
     checked, findings = Checked(), list[Finding]()
     try:
         read = functools.partial(report, "Reading the data")
-        rows = load_rows(dataset.path, told=read)
-        held_rows = load_rows(dataset.eval_path, "test", read) if dataset.eval_path else None
-        mapped = map_columns(rows, dataset.columns, dataset.path)
-        format, why = detect_format(mapped, dataset.path, dataset.format)
-        checked = replace(checked, format=format, why=why)
-        findings += _bad_rows(
-            parse_each(mapped, format, dataset.path, dataset.template, Reading.of(dataset))[1], dataset
-        )
+        rows = [load_rows(source.path, source.split, read) for source in dataset.sources]
+        held = dataset.eval_path
+        held_rows = load_rows(held, held_out_split(held, dataset.eval_split), read) if held else None
+        first: DataFormat | None = None
+        for source, own in zip(dataset.sources, rows, strict=True):
+            mapped = map_columns(own, source.columns or {}, source.path)
+            format, why = format_of(source, mapped, first)
+            if first is None:
+                first, checked = format, replace(checked, format=format, why=why)
+            refused = parse_each(mapped, format, source.path, dataset.template, Reading.of(dataset))[1]
+            named = f"{Path(source.path).name}: " if dataset.more else ""
+            findings += [replace(found, text=named + found.text) for found in _bad_rows(refused, dataset)]
         asked: Sequence[Example] = []
-        if held_rows is not None and dataset.eval_path:
-            mapped = map_columns(held_rows, dataset.columns, dataset.eval_path)
-            asked, refused = parse_each(mapped, format, dataset.eval_path, dataset.template, Reading.of(dataset))
+        if held and held_rows is not None and first:
+            mapped = map_columns(held_rows, dataset.columns, held)
+            asked, refused = parse_each(mapped, first, held, dataset.template, Reading.of(dataset))
             findings += _bad_rows(refused, dataset)
         tolerant = dataset.model_copy(update={"on_bad_row": BadRow.DROP})  # bad rows are told; the rest is looked at
-        split = split_data(tolerant, rows, held_rows)
+        split = split_data(tolerant, rows[0], held_rows, rows[1:])
     except DataError as error:
         return replace(checked, findings=[*findings, *refusals([error])]), None
     if names := labels_of(split.train):
@@ -162,7 +169,8 @@ def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report:
         refused = trained.findings() + trained.length_findings(held)
     names = labels_of(split.train)
     looked = functools.partial(report, "Looking at the rows")
-    findings = check_examples(split.train, split.held_out, split, looked) + template.findings() + refused
+    findings = split.about_sources(spec.dataset)
+    findings += check_examples(split.train, split.held_out, split, looked) + template.findings() + refused
     findings += about_warmup(spec.training, len(split.train))
     return replace(
         checked,

@@ -56,7 +56,8 @@ def _findings(spec: JobSpec) -> dict[str, Any]:
 def _counts(spec: JobSpec) -> dict[str, Any]:
     data, cache = spec.dataset, load_settings().cache_dir
     tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), data.template)
-    prepared = prepare_data(data, data.path, data.eval_path, dataset_hash(data.path), tokenizer, cache)
+    more = [source.path for source in data.more]
+    prepared = prepare_data(data, data.path, data.eval_path, dataset_hash(data.path), tokenizer, cache, more)
     rows = {
         "train": prepared.train.rows.examples,
         "held_out": prepared.held_out.rows.examples,

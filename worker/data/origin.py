@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.artifacts import sha256_of
-from loractl.common.data.rows import DataFile, RawRow, Told
+from loractl.common.data.rows import RawRow, Told, open_rows
 from loractl.common.errors import DataError, LoractlError
 from loractl.common.job.status import Reason
 from loractl.worker.base.failure import TrainingFailed
@@ -16,7 +16,7 @@ from loractl.worker.base.hub import Refusal, cached_if_away, chain_of, known_com
 
 
 def load_rows(path: str, split: str = "train", told: Told | None = None) -> Iterable[RawRow]:
-    """The rows of a local file, or of a split of a data set on the hub; they can be read again.
+    """The rows of a split of a local file, or of a data set on the hub; they can be read again.
 
     `told` hears how much of a file was read. Raises DataError and TrainingFailed, the first also while it is read.
     """
@@ -26,7 +26,7 @@ def load_rows(path: str, split: str = "train", told: Told | None = None) -> Iter
 def load_pinned(path: str, split: str, told: Told | None = None) -> tuple[Iterable[RawRow], str | None]:
     """The rows, and their commit if they are from the hub. Raises as load_rows."""
     if Path(path).is_absolute():
-        return DataFile(Path(path), told), None
+        return open_rows(Path(path), split, told), None
     from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
 

@@ -16,10 +16,12 @@ from loractl.common.data.fields import Reading
 from loractl.common.data.findings import label_shares
 from loractl.common.data.formats import detect_format, parse_examples
 from loractl.common.data.labels import labels_of
+from loractl.common.data.sources import own_rows
 from loractl.common.data.split import ALL_TRAINED_ON, distinct, fitting, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.identity import data_digest
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
+from loractl.common.job.slices import held_out_split
 
 from .origin import load_pinned
 from .token_rows import TokenRows
@@ -43,6 +45,7 @@ class PreparedData:
     sha256: str | None
     repeated: int = 0  # held-out rows left out because they stand there already
     unused: tuple[str, ...] = ()  # fields of rows that are not read
+    sources: tuple[str, ...] = ()  # how many rows are from which data set, where there are several
     warnings: tuple[str, ...] = ()  # what looks wrong but is trained on
     leaks: tuple[str, ...] = ()  # of them, what the held-out rows have in common with those that are trained on
     given_away: tuple[int, ...] = ()  # numbers of held-out examples that a row to train on gives away
@@ -104,6 +107,7 @@ class PreparedData:
             "repeated_rows_dropped": self.repeated,
             "bad_rows": self.dropped[:20],
             "unused_fields": list(self.unused),
+            "sources": list(self.sources),
             "warnings": list(self.warnings),
             "labels": self.label_counts() or None,
         }
@@ -121,16 +125,28 @@ class PreparedData:
 
 
 def prepare_data(
-    dataset: DatasetSpec, data_path: str, eval_path: str | None, sha256: str | None, tokenizer: Any, cache: Path | None
+    dataset: DatasetSpec,
+    data_path: str,
+    eval_path: str | None,
+    sha256: str | None,
+    tokenizer: Any,
+    cache: Path | None,
+    more: Sequence[str] = (),
 ) -> PreparedData:
-    """Read, check, split and tokenise. Raises DataError with file, row and what was expected."""
-    rows, commit = load_pinned(data_path, "train")
-    held_rows, held_commit = load_pinned(eval_path, "test") if eval_path else (None, None)
-    commits = {"path": commit, "eval_path": held_commit}
-    split = split_data(dataset, rows, held_rows)
+    """Read, check, split and tokenise. `more`: where the data sets of `dataset.more` are.
+
+    Raises DataError with file, row and what was expected.
+    """
+    read = [load_pinned(path, source.split) for source, path in zip(dataset.sources, (data_path, *more), strict=True)]
+    held = load_pinned(eval_path, held_out_split(eval_path, dataset.eval_split)) if eval_path else (None, None)
+    names = ["path", *(f"more.{number}" for number in range(len(more)))]
+    commits = {**dict(zip(names, (commit for _, commit in read), strict=True)), "eval_path": held[1]}
+    split = split_data(dataset, read[0][0], held[0], [rows for rows, _ in read[1:]])
     tokeniser = Tokeniser(dataset=dataset, tokenizer=tokenizer, format=split.format, cache=cache)
-    train_set = tokeniser.tokenise(split.train, dataset.path)
-    held_set = tokeniser.tokenise(split.held_out, dataset.eval_path or dataset.path)
+    with own_rows(split.portions):
+        train_set = tokeniser.tokenise(split.train, dataset.path)
+    with own_rows(split.portions if dataset.eval_path is None else ()):
+        held_set = tokeniser.tokenise(split.held_out, dataset.eval_path or dataset.path)
     split = fitting(split, dataset, *(set(tokens.rows.numbers) for tokens in (train_set, held_set)))
     if len(split.held_out) < held_set.rows.examples:
         kept = {example.number for example in split.held_out}
@@ -150,6 +166,7 @@ def prepare_data(
         overlap=split.overlap,
         repeated=split.repeated,
         unused=split.unused,
+        sources=tuple(finding.text for finding in split.about_sources(dataset)),
         sha256=sha256,
         train_examples=split.train,
         held_out_examples=split.held_out,
@@ -165,7 +182,7 @@ def prepare_regression(
 
     Raises DataError.
     """
-    rows, commit = load_pinned(path, "test")
+    rows, commit = load_pinned(path, held_out_split(path))
     format = detect_format(rows, file)[0]
     trained = {example.likeness() for example in train}
     reading = Reading.of(dataset)

@@ -45,10 +45,12 @@ def row_text(dataset: DatasetSpec, shown: TrainedRow, tokenizer: Any, *, styled:
     """One row to train on, what is learned of it marked."""
     data = shown.data
     lines = [
-        f"Row {shown.rows[0].number} of {dataset.path}: {_sizes(shown.rows, data.label_names)}.",
+        f"Row {shown.rows[0].number} of {', '.join(s.path for s in dataset.sources)}: "
+        f"{_sizes(shown.rows, data.label_names)}.",
         f"Format {data.format.value}: {data.why}. "
         f"{data.train.rows.examples} rows to train on, {data.held_out.rows.examples} held out.",
     ]
+    lines += [f"{told}." for told in data.sources]
     if len(shown.rows) > 1:
         lines.append(f"{len(shown.rows)} rows, one for each answer, {APART}.")
     for number, row in enumerate(shown.rows, start=1):
@@ -63,7 +65,8 @@ def _head(dataset: DatasetSpec, checked: Checked) -> list[str]:
     held = f", {checked.held_out_rows} held out" if checked.held_out_rows else ""
     held += f"; {checked.left_out} too long are left out" if checked.left_out else ""
     rows = f": {checked.train_rows} rows to train on{held}" if checked.train_rows else ""
-    return [f"{Path(dataset.path).name}{rows}. Format {checked.format.value}: {checked.why}."]
+    names = ", ".join(Path(source.path).name for source in dataset.sources)
+    return [f"{names}{rows}. Format {checked.format.value}: {checked.why}."]
 
 
 def _lengths(checked: Checked, dataset: DatasetSpec) -> list[str]:

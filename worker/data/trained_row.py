@@ -34,7 +34,8 @@ class TrainedRow:
 def trained_row(spec: JobSpec, tokenizer: Any, number: int | None) -> TrainedRow:
     """The row of this number, or with None the first that is trained on. Raises DataError, UsageError."""
     dataset = spec.dataset
-    given = (dataset.path, dataset.eval_path, dataset_hash(dataset.path), tokenizer, None)
+    more = [source.path for source in dataset.more]
+    given = (dataset.path, dataset.eval_path, dataset_hash(dataset.path), tokenizer, None, more)
     try:
         data = prepare_data(dataset, *given)
     except DataError as error:
@@ -47,6 +48,7 @@ def trained_row(spec: JobSpec, tokenizer: Any, number: int | None) -> TrainedRow
     if found is None:
         raise UsageError(
             f"row {number} is not trained on",
-            f"rows of {dataset.path} that are: {rows[0].number} to {rows[-1].number}, less those held out",
+            f"rows of {', '.join([dataset.path, *more])} that are: {rows[0].number} to {rows[-1].number}, less those "
+            "held out or left out",
         )
     return TrainedRow(rows=found, data=data)

@@ -55,6 +55,7 @@ def build_report(
         "adapter": _adapter(order, learner.model),
         "data": {
             **data.facts(),
+            "more_sha256": order.more_sha256,
             "eval_sha256": order.eval_sha256,
             "regression_sha256": order.regression_sha256,
         },

@@ -80,7 +80,9 @@ def task_of(
     path, held_path = library.data_file(adapter, "path"), library.data_file(adapter, "eval_path")
     assert path is not None
     cache, tokenizer = library.settings.cache_dir, templated(tokenizer, dataset.template)
-    data = prepare_data(dataset, path, held_path, None, tokenizer, cache)
+    keys = (f"more.{number}" for number in range(len(dataset.more)))
+    more = [place for key in keys if (place := library.data_file(adapter, key)) is not None]
+    data = prepare_data(dataset, path, held_path, None, tokenizer, cache, more)
     spec = adapter.spec.model_copy(update={"evaluation": asked})
     return _task(name, data, spec, tokenizer), {e.likeness() for e in data.train_examples}
 

@@ -88,6 +88,8 @@ class Start(_Message):
     changes: list[str] = Field(default_factory=list)  # the same in words
     data_path: str  # a local file, or a hub id
     data_sha256: str | None
+    more_paths: list[str] = Field(default_factory=list)  # of dataset.more
+    more_sha256: list[str | None] = Field(default_factory=list)
     eval_path: str | None
     eval_sha256: str | None = None
     regression_path: str | None = None

@@ -151,6 +151,7 @@ def _note_data(run: Run, data: PreparedData) -> None:
     facts = data.facts()
     text = f"data: {facts['train_rows']} rows to train on, {facts['held_out_rows']} held out; "
     text += f"format {data.format.value} ({data.why})"
+    text += "".join(f"; {told}" for told in facts["sources"])
     if apart := facts["conversations_apart"]:
         text += f"; {apart} conversation{'s' * (apart != 1)} as {facts['rows_of_conversations_apart']} rows, {APART}"
     for key, words in (

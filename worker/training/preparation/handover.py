@@ -16,7 +16,7 @@ from loractl.worker.data.token_set import TokenSet
 
 _FILE = "data.json"
 
-_PLAIN = ("why", "dropped", "overlap", "repeated", "unused", "sha256", "commits", "seen")
+_PLAIN = ("why", "dropped", "overlap", "repeated", "unused", "sources", "sha256", "commits", "seen")
 
 
 def write_handover(data: PreparedData, spec: JobSpec, folder: Path) -> None:
@@ -50,6 +50,7 @@ def read_handover(folder: Path) -> PreparedData:
         given_away=tuple(value.pop("given_away")),
         label_names=tuple(value.pop("label_names")),
         unused=tuple(value.pop("unused")),
+        sources=tuple(value.pop("sources")),
         train_examples=(),
         held_out_examples=[_example(**fields) for fields in value.pop("held_out_examples")],
         train=_mapped(value.pop("train")),

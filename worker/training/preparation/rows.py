@@ -17,7 +17,13 @@ from loractl.worker.protocol.messages import Start
 def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
     """Prepare the data as the job asks. `tokenizer`: with the job's template. Raises DataError, TrainingFailed."""
     data = prepare_data(
-        spec.dataset, order.data_path, order.eval_path, order.data_sha256, tokenizer, Path(order.cache_dir)
+        spec.dataset,
+        order.data_path,
+        order.eval_path,
+        order.data_sha256,
+        tokenizer,
+        Path(order.cache_dir),
+        order.more_paths,
     )
     if order.regression_path is not None:
         name = spec.evaluation.regression or order.regression_path

@@ -193,4 +193,7 @@ def _data(row: Job) -> Mapping[str, Any]:
 
 def _rows(row: Job, spec: JobSpec) -> _Rows:
     data, training = spec.dataset, spec.training
-    return str(_data(row).get("sha256") or data.path), data.max_length, data.on_overflow.value, training.packing
+    rows = str(_data(row).get("sha256") or data.path)
+    if data.more or data.split != "train":
+        rows += f" {data.split} {data.more}"
+    return rows, data.max_length, data.on_overflow.value, training.packing

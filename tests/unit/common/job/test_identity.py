@@ -93,6 +93,7 @@ OTHERWISE: dict[str, Any] = {
     "dataset.path": "org/rows", "dataset.format": "messages", "dataset.columns": {"text": "body"},
     "dataset.eval_path": "org/held-out", "dataset.test_size": 0.2, "dataset.max_length": 512,
     "dataset.on_overflow": "drop", "dataset.on_bad_row": "drop",
+    "dataset.split": "train[:5%]", "dataset.more": [{"path": "org/more"}], "dataset.eval_split": "train",
     "dataset.template": "alpaca", "dataset.fields": "all", "dataset.ignore": ["images"],
     "lora.r": 8, "lora.lora_alpha": 16, "lora.lora_dropout": 0, "lora.target_modules": ["q_proj"],
     "lora.modules_to_save": ["embed_tokens"], "lora.use_dora": True, "lora.use_rslora": True,
@@ -183,6 +184,15 @@ def test_the_same_batch_in_other_pieces_goes_on_from_the_same_checkpoint() -> No
     assert training_digests(pieces, Method.LORA, data_digest(ROWS)) == plain
     assert training_digests(job({}), Method.QLORA, data_digest(ROWS)).items() - plain.items() != set()
     assert training_digests(job({}), Method.LORA, data_digest(ROWS[:1])) != plain
+
+
+def test_of_a_further_data_set_counts_what_is_not_its_default() -> None:
+    plain = job({"dataset.more": [{"path": "org/more"}]})
+    assert spec_digest(job({"dataset.more": [{"path": "org/more", "split": "train", "share": None}]})) == spec_digest(
+        plain
+    )
+    for other in ({"path": "org/other"}, {"path": "org/more", "share": 0.1}, {"path": "org/more", "split": "test"}):
+        assert spec_digest(job({"dataset.more": [other]})) != spec_digest(plain)
 
 
 def test_a_limit_counts_where_there_is_something_to_limit() -> None:

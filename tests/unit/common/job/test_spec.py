@@ -343,6 +343,43 @@ def test_local_paths_are_resolved_against_the_folder_of_the_job_file(
     assert spec.dataset.eval_path == str(tmp_path / "jobs" / "sub" / "held.csv")
 
 
+def test_further_data_sets_are_paths_too_and_each_is_read_as_it_says_or_as_the_first(tmp_path: Path) -> None:
+    more = "more: [{path: b.csv, share: 0.2, columns: {text: body}}, {path: o/d@v1, split: 'train[:5%]'}]"
+    text = MINIMAL.replace("{path: org/data}", f"{{path: a.jsonl, split: 'train[10:]', format: text, {more}}}")
+    spec = load_spec(write(tmp_path, text))
+    assert spec.data_sets() == {
+        "path": str(tmp_path / "a.jsonl"), "more.0": str(tmp_path / "b.csv"), "more.1": "o/d@v1",
+    }  # fmt: skip
+    first, second, third = spec.dataset.sources
+    assert (first.split, first.format, first.columns) == ("train[10:]", DataFormat.TEXT, {})
+    assert (second.split, second.format, second.columns) == ("train", DataFormat.TEXT, {"text": "body"})
+    assert (third.split, third.share) == ("train[:5%]", None)
+    moved = spec.with_data_sets({"more.1": "o/d@" + "1" * 40})
+    assert moved.data_sets() == {**spec.data_sets(), "more.1": "o/d@" + "1" * 40}
+    assert moved.dataset.more[1].split == "train[:5%]"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "key", "what"),
+    [
+        ("split: 'train[:5'", "dataset.split", '"train[:5" is no split of a data set'),
+        ("more: [{path: b, split: 'train[1:5%]'}]", "dataset.more.0.split", "has one bound in rows and one in percent"),
+        ("eval_path: b, eval_split: 'test[:900%]'", "dataset.eval_split", "has a bound beyond 100 %"),
+        ("more: [{path: b, share: 0.5}, {path: c, share: 0.5}]", "dataset.more", "leave nothing for dataset.path"),
+        ("more: [{path: b, share: 1}]", "dataset.more.0.share", "1 must be below 1"),
+        ("more: [{path: b, shre: 0.1}]", "dataset.more.0.shre", "unknown key"),
+        ("eval_split: test", "dataset.eval_split", "is for dataset.eval_path, and there is none"),
+    ],
+)
+def test_a_split_and_a_share_that_can_not_be_are_refused(tmp_path: Path, dataset: str, key: str, what: str) -> None:
+    problem = only(write(tmp_path, MINIMAL.replace("org/data}", f"org/data, {dataset}}}")))
+    assert problem.key == key and what in problem.what
+    if "data set" in what or "bound" in what:
+        assert problem.hint is not None and "train[10%:20%]" in problem.hint
+    if "shre" in key:
+        assert problem.hint == "did you mean dataset.more.0.share?"
+
+
 def test_what_is_no_path_here_stays_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("org/model", "~nobody-has-this-name/model", "a" * 300):

@@ -78,12 +78,18 @@ def test_the_new_job_begins_in_the_pieces_in_which_the_first_one_ended(store: St
 
 
 def test_data_of_the_hub_are_held_at_the_commit_that_was_read(store: Store, tmp_path: Path) -> None:
-    keys = {"dataset": {"path": "org/data@v1", "eval_path": "org/held"}, "evaluation": {"regression": "org/other"}}
-    commits = {"path": "1" * 40, "eval_path": "2" * 40, "regression": "3" * 40}
+    more = [{"path": "org/more", "share": 0.1}]
+    keys = {
+        "dataset": {"path": "org/data@v1", "more": more, "eval_path": "org/held"},
+        "evaluation": {"regression": "org/other"},
+    }
+    commits = {"path": "1" * 40, "more.0": "4" * 40, "eval_path": "2" * 40, "regression": "3" * 40}
     repetition = again(store, tmp_path, report(data={"commits": commits}), **keys)
     assert repetition.spec.data_sets() == {
-        "path": f"org/data@{'1' * 40}", "eval_path": f"org/held@{'2' * 40}", "regression": f"org/other@{'3' * 40}",
+        "path": f"org/data@{'1' * 40}", "more.0": f"org/more@{'4' * 40}", "eval_path": f"org/held@{'2' * 40}",
+        "regression": f"org/other@{'3' * 40}",
     }  # fmt: skip
+    assert repetition.spec.dataset.more[0].share == 0.1
     assert told(repetition) == {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,31 @@ def test_what_is_stored_of_a_file_of_lines_says_how_many_rows_and_bytes_it_has(t
     assert (stored["path"]["rows"], stored["path"]["bytes"]) == (2, 14 + 15)
     assert stored["path"]["tokens"] == (6 + 8) // 3 + 8 + 7, "three small letters for one, else a byte"
     assert set(stored["eval_path"]) == {"uri", "sha256"}
+
+
+def rows_in(file: Path, what: str, count: int) -> str:
+    file.write_text("".join(json.dumps({"text": f"{what} number {n}"}) + "\n" for n in range(count)), "utf-8")
+    return str(file)
+
+
+def test_submit_says_how_many_rows_come_from_where_and_stores_each_file(tmp_path: Path) -> None:
+    main, other = rows_in(tmp_path / "a.jsonl", "mine", 80), rows_in(tmp_path / "b.jsonl", "other", 900)
+    wanted = spec(dataset={"path": main, "more": [{"path": other, "share": 0.2, "split": "train[:50%]"}]})
+    (told,) = [finding for finding in check_data(wanted) if finding.kind == "several data sets"]
+    assert told.text.startswith("80 rows of a.jsonl (") and ", 20 of the 450 rows of b.jsonl (" in told.text
+    stored = store_data(wanted, ArtifactStore(f"file://{tmp_path / 'store'}"))
+    assert stored.keys() == {"path", "more.0"} and stored["more.0"]["rows"] == 900
+    Path(other).write_text('{"text": "good"}\n{"text": ""}\n' * 2, "utf-8")
+    with pytest.raises(DataError, match=r"b\.jsonl: row 2: text is empty"):
+        check_data(wanted)
+
+
+def test_rows_are_held_out_of_the_file_that_is_trained_on_by_slices(tmp_path: Path) -> None:
+    file = rows_in(tmp_path / "a.jsonl", "mine", 100)
+    sliced = {"path": file, "split": "train[:90%]", "eval_path": file, "eval_split": "train[90%:]", "test_size": None}
+    assert not {finding.kind for finding in check_data(spec(dataset=sliced))} & {"overlap", "few held-out rows"}
+    sliced["split"] = "train[:95%]"
+    (overlap,) = [finding for finding in check_data(spec(dataset=sliced)) if finding.kind == "overlap"]
+    assert overlap.count == 5
+    with pytest.raises(DataError, match="has the split train alone"):
+        check_data(spec(dataset={**sliced, "eval_split": "test"}))
