@@ -69,6 +69,7 @@ _KNOWN_AS = {
 _NOT_HERE = {
     "gpus": "write resources.cards, the number of one box's cards; the workers choose them",
     "num_gpus": "write resources.cards, the number of one box's cards; the workers choose them",
+    "gptq": "name the model that the GPTQ weights were made from as base_model, with method: qlora",
     "load_in_4bit": "write method: qlora, which holds the base in 4 bits (NF4)",
     "load_in_8bit": "write method: qlora, which holds the base in 4 bits (NF4); 8 bits are not offered",
     "quantization": "write method: qlora, which holds the base in 4 bits (NF4)",

@@ -13,6 +13,7 @@ from .axolotl_base import BASE_KEYS, base_format, names_four_bit, nf4
 from .axolotl_rows import carry_rows
 from .translation import (
     ANSWERS,
+    ATTENTION,
     BF16,
     BY_LENGTH,
     CARDS,
@@ -22,6 +23,7 @@ from .translation import (
     ONE_CARD,
     OPTIMIZER,
     OWN_OPTIMIZER,
+    QUANTISED,
     REMOTE,
     TEMPLATE,
     TOKENS,
@@ -42,6 +44,8 @@ from .translation import (
     short,
     skip_all,
     tell_held_out,
+    tell_quantised,
+    tell_tf32,
     truth,
     unset_key,
 )
@@ -77,6 +81,8 @@ def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
     tell_held_out(draft, theirs, "val_set_size")
     _evaluations(draft, theirs)
     _number_format(draft, theirs)
+    tell_tf32(draft, theirs)
+    tell_quantised(draft)
     _own_tokenizer(draft, theirs)
     if not theirs.get("lora_target_modules") and not theirs.get("lora_target_linear"):
         draft.differ(
@@ -173,6 +179,19 @@ def _number_format(draft: Draft, theirs: dict[str, Any]) -> None:
         draft.put(off[0], "training.dtype", "float32")
 
 
+def _gptq(draft: Draft, key: str, value: Any) -> None:
+    """A base in 4 bit by GPTQ: QLoRA is what comes nearest."""
+    if not value:
+        draft.skip(key)
+        return
+    draft.put(key, "method", "qlora")
+    draft.differ(key, f"true: {QUANTISED}; method: qlora brings that to 4 bit, in as little memory")
+
+
+def _watchdog(draft: Draft, key: str, value: Any) -> None:
+    draft.differ(key, f"{short(value)}: a loss above it ends the training there, here one that is not a number does")
+
+
 def _all_linear(draft: Draft, key: str, value: Any) -> None:
     if value is True:
         draft.put(key, "lora.target_modules", "all-linear")
@@ -235,7 +254,6 @@ _SAME = {
     "noisy_embedding_alpha": "training.neftune_noise_alpha",
     "sample_packing": "training.packing",
     "torch_compile": "training.torch_compile",
-    "attn_implementation": "training.attn_implementation",
     "logging_steps": "training.logging_steps",
     "eval_steps": "training.eval_steps",
     "early_stopping_patience": "training.early_stopping_patience",
@@ -258,7 +276,7 @@ _NOT_NEEDED = {
     "use_kernels", "use_scattermoe", "use_sonicmoe", "use_dsv4_kernels", "moe_kernels", "cut_cross_entropy",
     "fused_attn_kernel", "experts_implementation", "activation_offloading", "use_ray", "use_otel_metrics",
     "low_cpu_mem_usage", "quantization", "qlora_sharded_model_loading", "gpu_memory_limit", "gptq_disable_exllama",
-    "lora_on_cpu", "gemma4_hybrid_attn_impl",
+    "lora_on_cpu", "loss_watchdog_patience", "device_map", "gemma4_hybrid_attn_impl",
 }  # fmt: skip
 
 
@@ -275,15 +293,16 @@ _REASONS = {
     "eot_tokens": "a turn ends with what the chat template writes, and that is learned",
     "use_dft": "the loss is plain cross-entropy",
     "use_eaft": "the loss is plain cross-entropy",
-    "loss_watchdog_threshold": "a loss above it ends the training there, here one that is not a number does",
-    "loss_watchdog_patience": "a loss that is not a number ends the training at once",
-    "exact_deduplication": "the same row twice is learned twice; loractl data check names such rows",
+    "tokenizer_use_mistral_common": "the tokenizer's own files and chat template are used",
+    **dict.fromkeys(
+        ("exact_deduplication", "dataset_exact_deduplication"),
+        "the same row twice is learned twice; loractl data check names such rows",
+    ),
     "sample_packing_sequentially": "rows that are packed together are chosen by length",
     "resize_token_embeddings_to_32x": "the embeddings keep their size",
     "quantize_moe_experts": "only linear layers are in NF4",
     "qat": "the weights are not rounded on the way",
     "use_onebitllms": "weights of one bit are not trained",
-    "gptq": "a base that is in 4 bit already is loaded as its own config says",
     "use_comet": "loractl reports to tensorboard, wandb and mlflow",
 }
 """Why there is no counterpart."""
@@ -299,7 +318,9 @@ _RULES: dict[str, Callable[[Draft, str, Any], None]] = {
     "bfloat16": BF16,
     "fp16": FP16,
     "float16": FP16,
-    "tf32": only(False, "matrix products keep torch's default precision"),
+    "gptq": _gptq,
+    "loss_watchdog_threshold": _watchdog,
+    "attn_implementation": ATTENTION,
     "gradient_checkpointing": truth("training.gradient_checkpointing"),
     "flash_attention": choice("training.attn_implementation", {True: "flash_attention_2", False: None}, "unknown"),
     "sdp_attention": choice("training.attn_implementation", {True: "sdpa", False: None}, "unknown"),
@@ -309,7 +330,7 @@ _RULES: dict[str, Callable[[Draft, str, Any], None]] = {
         {"flash": "flash_attention_2", "flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"},
         "attention is transformers' own",
     ),
-    "xformers_attention": only(False, "attention is transformers' own"),
+    "xformers_attention": ATTENTION,
     "group_by_length": BY_LENGTH,
     "curriculum_sampling": IN_ORDER,
     "peft_init_lora_weights": choice(

@@ -7,13 +7,13 @@ from typing import Any
 
 from loractl.common.errors import UsageError
 
-from .translation import Draft, from_here, set_key, short, unset_key
+from .translation import Draft, carry_source, from_here, put_split, set_key, short, unset_key
 
 _ROLES = {"user": {"human", "user"}, "assistant": {"gpt", "chatgpt", "assistant"}, "system": {"system"},
           "tool": {"tool", "observation", "function_response"}}  # fmt: skip
 """Names of roles that loractl's rows may have, by the role that they mean."""
 
-_AS_HERE = {"split": "train", "roles_to_train": ["assistant"], "train_on_eos": "turn"}  # what loractl does anyway
+_AS_HERE = {"roles_to_train": ["assistant"], "train_on_eos": "turn"}  # what loractl does anyway
 _PROMPTS = {
     "sharegpt": "sharegpt: Axolotl takes the template that the file names, loractl the model's own",
     "completion": "completion: Axolotl cuts a long text into several rows, loractl keeps its first sequence_len tokens",
@@ -26,7 +26,9 @@ _LOCAL = {"json", "csv", "parquet", "arrow", "text"}
 """Names that stand in `path` where `data_files` are files of this machine."""
 
 _REASONS = {
-    "split": "the whole split train is read: cut those rows into a file",
+    **dict.fromkeys(
+        ("field_thinking", "template_thinking_key"), "a thought is read of reasoning_content: rename it in the rows"
+    ),
     "name": "the hub's default configuration is read",
     "drop_system_message": "a system message is learned from as it stands: take it out of the rows",
     "conversation": "the model's own chat template is used",
@@ -42,60 +44,67 @@ def carry_rows(draft: Draft, theirs: dict[str, Any], file: Path, folder: Path) -
     entries = _entries(theirs.get("datasets"))
     if not entries or "path" not in entries[0]:
         raise UsageError(f"{file} names no data set", "datasets needs an entry with a path")
-    first = entries[0]
-    draft.put("datasets", "dataset.path", _place(draft, "datasets", first, file.parent, folder))
-    if len(entries) > 1:
-        draft.leave("datasets[1:]", "a job trains on one data set: put the rows into one file")
-    _format(draft, first)
-    known = {"path", "data_files", "ds_type", "revision", *_columns(draft, first)}
-    for key in sorted(first.keys() - known, key=str):
-        if key == "roles" and _known_roles(first[key]):
-            draft.skip("datasets[0].roles")
-        elif first[key] not in (_AS_HERE.get(key), None):
-            draft.leave(
-                f"datasets[0].{key}", f"{short(first[key])}: {_REASONS.get(key, 'loractl has no such setting')}"
-            )
-    _tests(draft, _entries(theirs.get("test_datasets")), first, file.parent, folder)
+    for number, entry in enumerate(entries):
+        own, others = _source(draft.tool, f"datasets[{number}]", entry, file.parent, folder)
+        carry_source(draft, "datasets" if number == 0 else f"datasets[{number}]", own)
+        for place in others:
+            more = Draft(draft.tool, job={"dataset": {**own.job["dataset"], "path": place}})
+            carry_source(draft, f"datasets[{number}].data_files", more)
+    _tests(draft, _entries(theirs.get("test_datasets")), entries[0], file.parent, folder)
 
 
 def _entries(value: Any) -> list[dict[str, Any]]:
     return [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, dict)]
 
 
-def _place(draft: Draft, key: str, entry: dict[str, Any], source: Path, folder: Path) -> str:
-    """The file or hub id of an entry. Its `data_files` are this machine's files, or files within the hub's data set."""
+def _source(tool: str, key: str, entry: dict[str, Any], source: Path, folder: Path) -> tuple[Draft, list[str]]:
+    """One entry as a draft that has nothing but a data set, and where its further files are."""
+    draft = Draft(tool)
+    first, *others = _places(draft, key, entry, source, folder)
+    set_key(draft.job, "dataset.path", first)
+    put_split(draft, f"{key}.split", "dataset.split", entry.get("split"))
+    _format(draft, key, entry)
+    known = {"path", "data_files", "ds_type", "revision", "split", *_columns(draft, key, entry)}
+    for name in sorted(entry.keys() - known, key=str):
+        if name == "roles" and _known_roles(entry[name]):
+            draft.skip(f"{key}.roles")
+        elif entry[name] not in (_AS_HERE.get(name), None):
+            draft.leave(f"{key}.{name}", f"{short(entry[name])}: {_REASONS.get(name, 'loractl has no such setting')}")
+    return draft, others
+
+
+def _places(draft: Draft, key: str, entry: dict[str, Any], source: Path, folder: Path) -> list[str]:
+    """The files or the hub id of an entry. Its `data_files` are this machine's files, or files within the hub's data
+    set."""
     path, files = str(entry["path"]), entry.get("data_files")
     names = [str(name) for name in (files if isinstance(files, list) else [files]) if name]
-    if len(names) > 1:
-        draft.leave(f"{key}[1:]", "a job trains on one data set: put the rows into one file")
     if names and path in _LOCAL:
-        return from_here(names[0], source, folder)
-    for name in names:
-        found = from_here(name, source, folder)
-        if (folder / found).is_file() or Path(found).is_file():
-            return found
+        return [from_here(name, source, folder) for name in names]
+    here = [from_here(name, source, folder) for name in names]
+    if found := [place for place in here if (folder / place).is_file() or Path(place).is_file()]:
+        return found
     if names:
-        what = f"{short(names)}: the hub's whole split train is read: download that file, and write its path"
-        draft.leave(f"{key}[0].data_files", what)
+        what = f"{short(names)}: the hub's whole split is read: download that file, and write its path"
+        draft.leave(f"{key}.data_files", what)
     revision = entry.get("revision")
-    return f"{path}@{revision}" if revision else from_here(path, source, folder)
+    return [f"{path}@{revision}" if revision else from_here(path, source, folder)]
 
 
 def _tests(draft: Draft, tests: list[dict[str, Any]], first: dict[str, Any], source: Path, folder: Path) -> None:
     """The held-out rows, which are read as the rows to train on are; from the hub their split test."""
     if not tests or "path" not in tests[0]:
         return
-    draft.put("test_datasets", "dataset.eval_path", _place(draft, "test_datasets", tests[0], source, folder))
+    places = _places(draft, "test_datasets[0]", tests[0], source, folder)
+    draft.put("test_datasets", "dataset.eval_path", places[0])
+    if tests[0].get("split") != "test":
+        put_split(draft, "test_datasets[0].split", "dataset.eval_split", tests[0].get("split"))
     unset_key(draft.job, "dataset.test_size")
-    if len(tests) > 1:
+    if len(tests) > 1 or len(places) > 1:
         draft.leave("test_datasets[1:]", "a job is measured on one data set: put the rows into one file")
-    for key in sorted(tests[0].keys() - {"path", "data_files", "ds_type", "revision"}, key=str):
-        value = tests[0][key]
-        if key == "split" and value != "test":
-            draft.leave("test_datasets[0].split", f"{short(value)}: the hub's whole split test is read")
-        elif key != "split" and value != first.get(key, _AS_HERE.get(key)):
+    for key in sorted(tests[0].keys() - {"path", "data_files", "ds_type", "revision", "split"}, key=str):
+        if tests[0][key] != first.get(key, _AS_HERE.get(key)):
             what = "held-out rows are read as the rows to train on are"
-            draft.leave(f"test_datasets[0].{key}", f"{short(value)}: {what}")
+            draft.leave(f"test_datasets[0].{key}", f"{short(tests[0][key])}: {what}")
 
 
 def _known_roles(roles: Any) -> bool:
@@ -106,9 +115,9 @@ def _known_roles(roles: Any) -> bool:
     )
 
 
-def _format(draft: Draft, first: dict[str, Any]) -> None:
+def _format(draft: Draft, entry: str, first: dict[str, Any]) -> None:
     """What kind of rows the data set has: a format by name, or names of columns with a template."""
-    kind, key = first.get("type", "chat_template"), "datasets[0].type"
+    kind, key = first.get("type", "chat_template"), f"{entry}.type"
     if isinstance(kind, dict):
         fields = ("instruction", "input", "output", "system")
         draft.put(key, "dataset.columns", {ours: name for ours in fields if (name := kind.get(f"field_{ours}"))})
@@ -128,19 +137,19 @@ def _format(draft: Draft, first: dict[str, Any]) -> None:
         draft.leave(key, f"{short(kind)}: rows are recognised by their columns instead")
 
 
-def _columns(draft: Draft, first: dict[str, Any]) -> set[str]:
+def _columns(draft: Draft, entry: str, first: dict[str, Any]) -> set[str]:
     """Carry the columns' names. Returns the keys that were looked at."""
     renamed = {"field_messages": "messages", "message_field_role": "role", "message_field_content": "content"}
     for theirs, ours in renamed.items():
         if first.get(theirs):
-            draft.put(f"datasets[0].{theirs}", f"dataset.columns.{ours}", first[theirs])
+            draft.put(f"{entry}.{theirs}", f"dataset.columns.{ours}", first[theirs])
     if first.get("type") == "completion" and first.get("field"):
-        draft.put("datasets[0].field", "dataset.columns.text", first["field"])
+        draft.put(f"{entry}.field", "dataset.columns.text", first["field"])
     known = {"type", "field", *renamed}
     mappings = first.get("message_property_mappings")
     if isinstance(mappings, dict):
         known.add("message_property_mappings")
         for ours in ("role", "content"):
             if mappings.get(ours, ours) != ours:
-                draft.put(f"datasets[0].message_property_mappings.{ours}", f"dataset.columns.{ours}", mappings[ours])
+                draft.put(f"{entry}.message_property_mappings.{ours}", f"dataset.columns.{ours}", mappings[ours])
     return known

@@ -31,6 +31,7 @@ class Imported:
     left_out: dict[str, str]  # their key -> why; without it the training is another
     not_needed: tuple[str, ...]  # folders, caches, processes: nothing that is learned
     filled_in: dict[str, Any]  # our key -> the tool's default, which differs from ours
+    settings: int  # of their file; one in a list counts as its own
     otherwise: dict[str, str]  # their key -> what loractl does otherwise, though the setting is carried or was not set
 
     def as_json(self) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def import_file(file: Path, folder: Path) -> Imported:
         draft = from_axolotl(theirs, file, folder)
     else:
         raise _unknown(theirs, file)
-    for key in theirs.keys() - draft.carried.keys() - draft.left_out.keys() - set(draft.not_needed):
+    for key in theirs.keys() - {*draft.carried, *draft.left_out, *draft.not_needed, *draft.otherwise}:
         draft.leave(key, "loractl has no such setting")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("._-")[:63] or "imported"
     draft.job = {"name": name, **draft.job}
@@ -62,6 +63,7 @@ def import_file(file: Path, folder: Path) -> Imported:
         left_out=draft.left_out,
         not_needed=tuple(draft.not_needed),
         filled_in=draft.filled_in,
+        settings=len({*draft.carried, *draft.left_out, *draft.not_needed, *(draft.otherwise.keys() & theirs.keys())}),
         otherwise=draft.otherwise,
     )
 
@@ -109,6 +111,11 @@ def _first_refusal(error: ValidationError) -> tuple[str, str]:
 
 def _in_order(resolved: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
     """The values that are written, as the spec reads them and in its order."""
+    if "more" in written:
+        resolved = {
+            **resolved,
+            "more": [_in_order(*each) for each in zip(resolved["more"], written["more"], strict=True)],
+        }
     return {
         key: _in_order(value, written[key]) if isinstance(value, dict) and key not in _FREE else value
         for key, value in resolved.items()

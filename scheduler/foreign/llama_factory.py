@@ -41,6 +41,8 @@ from .translation import (
     short,
     skip_all,
     tell_held_out,
+    tell_quantised,
+    tell_tf32,
     truth,
     unset_key,
 )
@@ -66,6 +68,8 @@ def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Draf
         set_key(draft.job, "training.packing", True)  # either switches it on, whatever the other says
     carry_rows(draft, theirs, file, folder)
     tell_held_out(draft, theirs, "val_size")
+    tell_tf32(draft, theirs)
+    tell_quantised(draft)
     _tokens(draft, theirs)
     _evaluations(draft, theirs)
     if not any(theirs.get(key) for key in ("bf16", "pure_bf16", "fp16")):
@@ -217,7 +221,6 @@ _REASONS = {
     "loraplus_lr_ratio": "A and B learn at one rate",
     "upcast_layernorm": "layer norms are not kept in fp32",
     "use_swanlab": "loractl reports to tensorboard, wandb and mlflow",
-    "max_samples": "every row is trained on: cut those rows into a file",
     "shift_attn": "attention is transformers' own",
     "rope_scaling": "positions are the base model's own",
     "use_kt": "experts stay on the card, and are not computed by the processor",

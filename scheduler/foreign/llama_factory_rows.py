@@ -8,7 +8,7 @@ from typing import Any
 
 from loractl.common.errors import UsageError
 
-from .translation import Draft, from_here, get_key, refuse_objective, short, unset_key
+from .translation import Draft, carry_source, from_here, get_key, put_split, refuse_objective, set_key, short, unset_key
 
 _LISTING = "dataset_info.json"
 _MARKS = {"user_tag": {"human", "user"}, "assistant_tag": {"gpt", "assistant", "chatgpt"}, "system_tag": {"system"},
@@ -20,16 +20,69 @@ def carry_rows(draft: Draft, theirs: dict[str, Any], file: Path, folder: Path) -
     """Carry `dataset` and `eval_dataset`. Raises UsageError where there is none, and for pairs and pictures."""
     if "dataset" not in theirs:
         raise UsageError(f"{file} names no data set", f"dataset is a name from {_LISTING}")
-    place = _place(file, str(theirs.get("dataset_dir", "data")))
+    place, most = _place(file, str(theirs.get("dataset_dir", "data"))), theirs.get("max_samples")
     if "dataset_dir" in theirs:
         draft.skip("dataset_dir")
-    entry = _data(draft, "dataset", theirs["dataset"], place, folder)
-    _columns(draft, entry, texts=theirs.get("stage") == "pt")
+    alpaca = get_key(draft.job, "dataset.template") == "alpaca"
+    names = _names(theirs["dataset"])
+    entry: dict[str, Any] = {}
+    for number, name in enumerate(names):
+        own = Draft(draft.tool, job={"dataset": {"template": "alpaca"}} if alpaca else {})
+        listed = _data(own, name, place, folder, most)
+        _columns(own, listed, texts=theirs.get("stage") == "pt")
+        carry_source(draft, "dataset" if number == 0 else f"dataset: {name}", own)
+        entry = entry or listed
+    if "max_samples" in theirs and "max_samples" not in draft.left_out:
+        draft.carried["max_samples"] = "dataset.split"
+    _mix(draft, theirs)
     if "eval_dataset" in theirs:
-        held_out = _data(draft, "eval_dataset", theirs["eval_dataset"], place, folder)
-        unset_key(draft.job, "dataset.test_size")
-        if any(held_out.get(part) != entry.get(part) for part in ("formatting", "columns", "tags")):
-            draft.leave(f"{_LISTING}: eval_dataset", "held-out rows are read as the rows to train on are")
+        _held_out(draft, _names(theirs["eval_dataset"]), entry, place, folder, most)
+
+
+def _names(named: Any) -> list[str]:
+    return [str(name).strip() for name in (named if isinstance(named, list) else str(named).split(","))] or [""]
+
+
+def _held_out(draft: Draft, names: list[str], entry: dict[str, Any], place: Path, folder: Path, most: Any) -> None:
+    """Rows to measure by, which LLaMA-Factory reads from the split train as well."""
+    own = Draft(draft.tool)
+    listed = _data(own, names[0], place, folder, most)
+    said = own.job["dataset"]
+    draft.put("eval_dataset", "dataset.eval_path", said["path"])
+    draft.left_out |= own.left_out
+    split = said.get("split", "train")
+    if split != "train" or not listed.get("file_name"):
+        draft.put("eval_dataset", "dataset.eval_split", split)
+        draft.carried["eval_dataset"] = "dataset.eval_path"
+    unset_key(draft.job, "dataset.test_size")
+    if len(names) > 1:
+        what = "a job is measured on one data set: put the rows into one file"
+        draft.leave(f"eval_dataset: {', '.join(names[1:])}", what)
+    if any(listed.get(part) != entry.get(part) for part in ("formatting", "columns", "tags")):
+        draft.leave(f"{_LISTING}: eval_dataset", "held-out rows are read as the rows to train on are")
+
+
+def _mix(draft: Draft, theirs: dict[str, Any]) -> None:
+    """Data sets are taken whole, or interleaved by probabilities, which become shares."""
+    strategy, more = str(theirs.get("mix_strategy", "concat")), get_key(draft.job, "dataset.more")
+    for key in ("mix_strategy", "interleave_probs"):
+        if key in theirs:
+            draft.skip(key)
+    if not strategy.startswith("interleave") or not more:
+        return
+    told = theirs.get("interleave_probs")
+    given = told if isinstance(told, list) else str(told).split(",") if told else [1] * (len(more) + 1)
+    try:
+        chances = [float(chance) for chance in given]
+    except (TypeError, ValueError):
+        chances = []
+    if len(chances) != len(more) + 1 or min(chances) <= 0:
+        draft.leave("interleave_probs", f"{short(told)}: is not a number above 0 for each data set, so all are taken")
+        return
+    for source, chance in zip(more, chances[1:], strict=True):
+        source["share"] = round(chance / sum(chances), 4)
+    what = f"{strategy}: rows are drawn there until one or all data sets are used up, and may repeat; here all rows of"
+    draft.differ("mix_strategy", f"{what} dataset.path are taken, and of each other one as many as its share is, once")
 
 
 def _place(file: Path, named: str) -> Path:
@@ -39,28 +92,33 @@ def _place(file: Path, named: str) -> Path:
     return next((place for place in places if (place / _LISTING).is_file()), places[0])
 
 
-def _data(draft: Draft, key: str, named: Any, place: Path, folder: Path) -> dict[str, Any]:
-    """Look the data set up in dataset_info.json, as LLaMA-Factory does. Returns what that says of it."""
-    names = [str(name).strip() for name in (named if isinstance(named, list) else str(named).split(","))] or [""]
-    if len(names) > 1:
-        draft.leave(f"{key}: {', '.join(names[1:])}", "a job trains on one data set: put the rows into one file")
-    ours = "dataset.path" if key == "dataset" else "dataset.eval_path"
+def _data(draft: Draft, name: str, place: Path, folder: Path, most: Any) -> dict[str, Any]:
+    """Look a data set up in dataset_info.json, as LLaMA-Factory does. Returns what that says of it.
+
+    `most`: so many rows of it are read, the first ones.
+    """
     listing = place / _LISTING
-    entry = _listed(listing, names[0])
+    entry = _listed(listing, name)
     local, hub = entry.get("file_name"), entry.get("hf_hub_url")
     if isinstance(local, str) and local:
-        draft.put(key, ours, from_here(local, place, folder))
+        set_key(draft.job, "dataset.path", from_here(local, place, folder))
     elif isinstance(hub, str) and hub:
-        draft.put(key, ours, hub)
+        set_key(draft.job, "dataset.path", hub)
     else:
-        draft.put(key, ours, names[0])
-        draft.leave(f"{key}: {names[0]}", f"{listing} does not say which file that is: write its path into {ours}")
+        set_key(draft.job, "dataset.path", name)
+        draft.leave(f"dataset: {name}", f"{listing} does not say which file that is: write its path in its place")
+    split = str(entry.get("split") or "train")
+    if most is not None and (type(most) is not int or most < 1 or not split.isidentifier()):
+        draft.leave("max_samples", f"{short(most)}: is no number of rows of the split {split}")
+    elif most is not None:
+        split = f"{split}[:{most}]"
+    put_split(draft, f"{_LISTING}: split", "dataset.split", split)
     columns = part if isinstance(part := entry.get("columns"), dict) else {}
     if seen := {"images", "videos", "audios"} & columns.keys():
-        what = f"{listing}: {names[0]} has {', '.join(sorted(seen))}"
+        what = f"{listing}: {name} has {', '.join(sorted(seen))}"
         raise UsageError(f"{what}, and loractl trains on text alone", "name a data set of text alone")
     if entry.get("ranking") is True:
-        raise refuse_objective(f"{listing}: {names[0]} has pairs (ranking)", "take another data set")
+        raise refuse_objective(f"{listing}: {name} has pairs (ranking)", "take another data set")
     _told(draft, entry)
     return entry
 
@@ -70,14 +128,12 @@ def _told(draft: Draft, entry: dict[str, Any]) -> None:
     whole = "every row is trained on: cut those rows into a file"
     reasons = {
         "num_samples": whole,
-        "split": "the hub's split train is read, and its split test for held-out rows",
         "subset": "the hub's default configuration is read",
         "folder": "the hub's whole data set is read",
         "revision": "write it behind the hub's name: owner/name@revision",
     }
-    usual = {"split": "train"}
     for key in sorted(reasons.keys() & entry.keys()):
-        if entry[key] not in (None, "", usual.get(key)):
+        if entry[key] not in (None, ""):
             draft.leave(f"{_LISTING}: {key}", f"{short(entry[key])}: {reasons[key]}")
     tags = tags if isinstance(tags := entry.get("tags"), dict) else {}
     for key, known in _MARKS.items():

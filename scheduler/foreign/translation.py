@@ -12,6 +12,7 @@ from typing import Any
 
 from loractl.common.adapter_config import is_module_name
 from loractl.common.errors import UsageError
+from loractl.common.job.slices import parse_split
 
 NOT_SUPERVISED = "loractl fine-tunes adapters on rows with answers"
 
@@ -101,6 +102,45 @@ def from_here(path: Any, source: Path, folder: Path) -> str:
     return text
 
 
+def put_split(draft: Draft, theirs: str, ours: str, split: Any) -> None:
+    """Carry which rows of a data set are read; all of its split train need no key."""
+    if split in (None, "", "train"):
+        return
+    try:
+        parse_split(str(split))
+    except ValueError as error:
+        draft.leave(theirs, f"{short(split)}: {error}")
+    else:
+        draft.put(theirs, ours, str(split))
+
+
+def carry_source(draft: Draft, theirs: str, own: Draft) -> None:
+    """Carry a data set, with the account of it: the first one as dataset.path, and each other into dataset.more."""
+    draft.left_out |= own.left_out
+    draft.otherwise |= own.otherwise
+    draft.not_needed += own.not_needed
+    said: dict[str, Any] = own.job["dataset"]
+    first = get_key(draft.job, "dataset") or {}
+    if "path" not in first:
+        draft.carried |= own.carried
+        draft.carried[theirs] = "dataset.path"
+        draft.job["dataset"] = first | said
+        return
+    texts = {"text": "plain text"}
+    forms = [texts.get(str(each.get("format")), "conversations") for each in (first, said)]
+    if forms[0] != forms[1]:
+        draft.leave(theirs, f"{short(said['path'])}: {forms[1]} next to {forms[0]}: train a job on each")
+        return
+    draft.carried |= dict.fromkeys((*own.carried, theirs), "dataset.more")
+    if said.get("template") != first.get("template"):
+        draft.differ(theirs, "its prompts are written as those of the first data set (dataset.template)")
+    usual = {"split": "train", "format": "auto", "columns": {}}
+    inherited = {"split": "train", "format": first.get("format", "auto"), "columns": first.get("columns", {})}
+    own_keys = {key: said.get(key, value) for key, value in usual.items()}
+    kept = {key: value for key, value in own_keys.items() if value != inherited[key]}
+    set_key(draft.job, "dataset.more", [*first.get("more", []), {"path": said["path"], **kept}])
+
+
 def choice(ours: str, values: Mapping[Any, Any], why: str) -> Callable[[Draft, str, Any], None]:
     """A setting that has other values here; None: the value needs no key."""
 
@@ -173,7 +213,7 @@ def held_out(draft: Draft, key: str, value: Any) -> None:
     elif value:
         draft.leave(key, f"{short(value)} rows: dataset.test_size is a share, so a tenth is held out")
     else:
-        draft.leave(key, f"0: {HELD_OUT}")
+        draft.differ(key, f"0, which holds out none there: {HELD_OUT}")
 
 
 def names_of(ours: str) -> Callable[[Draft, str, Any], None]:
@@ -201,7 +241,10 @@ _OPTIMIZERS = {
         "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "ademamix", "ademamix_8bit", "adafactor", "adagrad",
         "rmsprop", "sgd",
     )
-} | {"adamw_bnb_8bit": "adamw_8bit", "adamw_hf": "adamw_torch", "paged_adamw": "paged_adamw_32bit"}  # fmt: skip
+} | {
+    "adamw_bnb_8bit": "adamw_8bit", "adamw_torch_8bit": "adamw_8bit", "adamw_hf": "adamw_torch",
+    "paged_adamw": "paged_adamw_32bit",
+}  # fmt: skip
 
 
 _UNPAGED = {"paged_adamw_32bit": "adamw_torch"} | {
@@ -217,6 +260,8 @@ def OPTIMIZER(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rul
         draft.leave(key, f"{short(value)}: loractl has no such optimizer, and takes its own default (training.optim)")
     else:
         draft.put(key, "training.optim", _UNPAGED.get(known, known) if draft.job["method"] == "lora" else known)
+    if value == "adamw_torch_8bit":
+        draft.differ(key, "its states are in 8 bit by torchao there, and by bitsandbytes here")
 
 
 OWN_OPTIMIZER = "adamw_torch_fused"
@@ -243,7 +288,12 @@ FRESH = only(False, "the training begins with a fresh adapter; lora.init_from na
 _CARD = "loractl divides a job over cards by itself (resources.cards); a step learns from as many rows as on one card"
 
 
-ONE_CARD = only(None, _CARD)
+def ONE_CARD(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
+    """How several cards divide a training: it is told once, for the first of the keys that say so."""
+    if value is None or _CARD in draft.otherwise.values():
+        draft.skip(key)
+    else:
+        draft.differ(key, _CARD)
 
 
 def CARDS(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
@@ -265,7 +315,42 @@ def TOKENS(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule a
         draft.leave(key, "the tokenizer is used as it is")
 
 
-REMOTE = only(False, "a model's own code runs only where the worker's owner allows it: LORACTL_TRUSTED_CODE")
+def REMOTE(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
+    """Whether code of the model's own may run: of most models transformers has it."""
+    if value is False:
+        draft.skip(key)
+    else:
+        draft.differ(key, "a model's own code runs only where the worker's owner allows it: LORACTL_TRUSTED_CODE")
+
+
+_ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
+
+
+def ATTENTION(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
+    """What computes attention. Of those that loractl does not have, the model's usual one takes the place: the sums are
+    the same."""
+    if value in _ATTENTION:
+        draft.put(key, "training.attn_implementation", value)
+    else:
+        draft.skip(key)
+
+
+def tell_tf32(draft: Draft, theirs: Mapping[str, Any]) -> None:
+    """TF32 rounds products of float32 alone: it changes nothing in 16 bit."""
+    if theirs.get("tf32") is True and get_key(draft.job, "training.dtype") == "float32":
+        draft.differ("tf32", "true: products of float32 are rounded to TF32 there, here they are not")
+    elif "tf32" in theirs:
+        draft.skip("tf32")
+
+
+QUANTISED = "loractl refuses weights that others brought to few bits: name the model that they were made from"
+
+
+def tell_quantised(draft: Draft) -> None:
+    """A base whose name says that it is in 4 bit already."""
+    if found := re.search("gptq|awq|aqlm", name := str(draft.job["base_model"]), re.IGNORECASE):
+        what = f"{short(name)} seems to be in 4 bit by {found[0].upper()}: {QUANTISED}, with method: qlora"
+        draft.differ("base_model", what)
 
 
 def short(value: Any) -> str:

@@ -21,8 +21,7 @@ def job_file(imported: Imported, file: Path) -> str:
 
 def account(imported: Imported, file: Path, output: Path | None) -> str:
     """What was carried, what was left out and why, and what comes next."""
-    total = len(imported.carried) + len(imported.left_out) + len(imported.not_needed)
-    lines = [f"{len(imported.carried)} of {total} settings of {file} ({imported.tool}) are carried."]
+    lines = [f"{len(imported.carried)} of {imported.settings} settings of {file} ({imported.tool}) are carried."]
     lines += _listed("Left out, so the training is not quite the same:", imported.left_out)
     lines += _listed("Done otherwise here:", imported.otherwise)
     if imported.filled_in:

@@ -59,6 +59,8 @@ def test_axolotl_s_setting_is_carried(tmp_path: Path, line: str, key: str, value
         "special_tokens: {pad_token: '<pad>'}",
         "special_tokens: {}\nfsdp: []\nplugins: []\ndeepspeed: ''",
         "tokenizer_config: a/b\nbase_model_config: a/b",
+        "tf32: true",
+        "attn_implementation: flex_attention",
         "save_steps: 0.25",
         "context_parallel_size: 1\nresume_from_checkpoint: false\ntest_value: true\nactivation_offloading: true",
     ],
@@ -71,7 +73,6 @@ def test_what_changes_nothing_that_is_learned_is_not_called_left_out(tmp_path: P
 @pytest.mark.parametrize(
     ("line", "key", "what"),
     [
-        ("deepspeed: zero3.json", "deepspeed", "resources.cards"),
         ("plugins: [axolotl.integrations.spectrum.SpectrumPlugin]", "plugins", "SpectrumPlugin"),
         ("tokenizer_config: other/tokens", "tokenizer_config", "the base model's own"),
         ("resume_from_checkpoint: out/checkpoint-9", "resume_from_checkpoint", "a fresh adapter"),
@@ -82,12 +83,11 @@ def test_what_changes_nothing_that_is_learned_is_not_called_left_out(tmp_path: P
         ("eot_tokens: ['<end>']", "eot_tokens", "chat template"),
         ("bnb_config_kwargs: {bnb_4bit_use_double_quant: false}", "bnb_config_kwargs", "double"),
         ("optimizer: muon", "optimizer", "its own default"),
-        ("loss_watchdog_threshold: 5.0", "loss_watchdog_threshold", "not a number"),
         ("val_set_size: 200", "val_set_size", "a tenth"),
-        ("datasets: [{path: o/d, type: alpaca, split: 'train[:20%]'}]", "datasets[0].split", "whole split train"),
+        ("datasets: [{path: o/d, type: alpaca, split: 'train[:5'}]", "datasets[0].split", "is no split"),
+        ("datasets: [{path: o/d, type: alpaca}, {path: o/e, type: completion}]", "datasets[1]", "plain text next to"),
         ("datasets: [{path: o/d, type: alpaca, name: en}]", "datasets[0].name", "default"),
         ("datasets: [{path: o/d, type: alpaca, data_files: [x/rows.json]}]", "datasets[0].data_files", "whole split"),
-        ("test_datasets: [{path: o/d, type: alpaca, split: 'train[90%:]'}]", "test_datasets[0].split", "split test"),
         ("test_datasets: [{path: o/d, type: chat_template}]", "test_datasets[0].type", "as the rows to train on"),
         ("test_datasets: [{path: o/d}, {path: o/e}]", "test_datasets[1:]", "one data set"),
     ],
@@ -97,6 +97,32 @@ def test_what_axolotl_does_otherwise_is_named_with_what_it_changes(
 ) -> None:
     made = import_text(tmp_path, with_lines(AXOLOTL, line))
     assert what in made.left_out[key]
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "what"),
+    [
+        ("deepspeed: zero3.json", "deepspeed", "resources.cards"),
+        ("fsdp: [full_shard]\nfsdp_config: {x: 1}\nfsdp_version: 2\ndeepspeed: z.json", "deepspeed", "resources.cards"),
+        ("loss_watchdog_threshold: 5.0\nloss_watchdog_patience: 3", "loss_watchdog_threshold", "not a number"),
+        ("trust_remote_code: true", "trust_remote_code", "LORACTL_TRUSTED_CODE"),
+        ("val_set_size: 0", "val_set_size", "holds out none there: rows are always held out"),
+        ("optimizer: adamw_torch_8bit", "optimizer", "by bitsandbytes here"),
+        ("bf16: false\ntf32: true", "tf32", "rounded to TF32 there"),
+        ("gptq: true", "gptq", "name the model that they were made from; method: qlora"),
+        ("base_model: o/Small-7B-AWQ", "base_model", "in 4 bit by AWQ"),
+    ],
+)  # fmt: skip
+def test_what_is_another_here_though_it_is_carried_or_changes_nothing_that_is_learned_is_told_apart(
+    tmp_path: Path, line: str, key: str, what: str
+) -> None:
+    made = import_text(tmp_path, with_lines(AXOLOTL, line))
+    assert list(made.otherwise) == [key] and what in made.otherwise[key] and not made.left_out
+
+
+def test_a_base_in_4_bit_by_others_becomes_qlora_of_the_model_that_it_was_made_from(tmp_path: Path) -> None:
+    assert import_text(tmp_path, with_lines(AXOLOTL, "gptq: true")).job["method"] == Method.QLORA
+    assert import_text(tmp_path, with_lines(AXOLOTL, "gptq: false")).job["method"] == Method.LORA
 
 
 def test_what_axolotl_does_unasked_is_carried_or_named(tmp_path: Path) -> None:
@@ -160,7 +186,7 @@ def test_llama_factory_s_two_kinds_of_packing_are_one_setting(tmp_path: Path, li
         ("pure_bf16: true", {}, "pure_bf16", "fp32"),
         ("use_swanlab: true", {}, "use_swanlab", "tensorboard"),
         ("", {"num_samples": 100}, "dataset_info.json: num_samples", "every row"),
-        ("", {"split": "validation"}, "dataset_info.json: split", "split train"),
+        ("max_samples: 10", {"split": "train[:50%]"}, "max_samples", "no number of rows of the split"),
         ("", {"subset": "en"}, "dataset_info.json: subset", "default"),
         (
             "",

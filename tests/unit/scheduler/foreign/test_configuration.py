@@ -120,7 +120,7 @@ def test_an_axolotl_file_becomes_a_job_and_every_key_is_accounted_for(tmp_path: 
     assert training.packing and training.gradient_checkpointing and training.attn_implementation == "flash_attention_2"
     assert (training.optim, training.report_to, training.warmup_steps) == ("paged_adamw_8bit", ["wandb"], 0.1)
     assert told["left_out"].keys() == {
-        "chat_template", "lr_scheduler", "tf32", "unheard_of", "datasets[0].name",
+        "chat_template", "lr_scheduler", "unheard_of", "datasets[0].name",
         "odd\x1b[2J\nkey: 1",
     }  # fmt: skip
     assert (training.eval_steps, training.early_stopping_patience) == (1 / 8, 3), "4 times in each of 2 epochs"
@@ -136,7 +136,9 @@ def test_a_llama_factory_file_becomes_a_job_with_its_listed_data(tmp_path: Path)
     told, spec = imported(tmp_path, FACTORY)
     assert told["tool"] == "LLaMA-Factory" and spec.method is Method.QLORA
     assert spec.dataset.path == str(tmp_path / "sets" / "tickets.json")
-    assert spec.dataset.columns == {"instruction": "question"}
+    assert spec.dataset.columns == {"instruction": "question"} and spec.dataset.split == "train[:1000]"
+    (identity,) = spec.dataset.more
+    assert (identity.path, identity.split, identity.columns) == ("identity", "train[:1000]", {})
     assert (spec.lora.r, spec.lora.lora_alpha, spec.lora.lora_dropout) == (16, 32, 0)
     assert spec.lora.target_modules == ["q_proj", "v_proj"]
     training = spec.training
@@ -144,7 +146,7 @@ def test_a_llama_factory_file_becomes_a_job_with_its_listed_data(tmp_path: Path)
     assert (training.per_device_train_batch_size, training.lr_scheduler_type) == (8, "cosine")
     assert (training.dtype, training.packing, training.eval_steps) == ("bfloat16", True, 20)
     assert told["left_out"].keys() == {
-        "trust_remote_code", "dataset: identity", "template", "max_samples", "loraplus_lr_ratio",
+        "dataset: identity", "template", "loraplus_lr_ratio",
         "dataset_info.json: columns.history",
     }  # fmt: skip
     accounted(told, FACTORY)
@@ -272,6 +274,46 @@ def listed(folder: Path, columns: dict[str, str]) -> str:
     entry = {"hf_hub_url": "o/d", "columns": columns}
     (folder / "data" / "dataset_info.json").write_text(json.dumps({"rows": entry}))
     return LISTED
+
+
+def test_a_list_of_axolotl_s_data_sets_is_one_job(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    theirs = """
+base_model: a/b
+adapter: lora
+val_set_size: 0.1
+datasets:
+  - {path: a.jsonl, type: chat_template, field_messages: talk}
+  - {path: json, data_files: [b.jsonl, c.jsonl], type: alpaca, split: 'train[:5%]'}
+  - {path: o/d, revision: v1, type: chat_template, field_messages: talk, split: train_sft}
+test_datasets:
+  - {path: o/d, type: chat_template, field_messages: talk, split: 'test[:100]'}
+"""
+    told, spec = imported(tmp_path, theirs)
+    assert (spec.dataset.path, spec.dataset.columns) == (str(tmp_path / "a.jsonl"), {"messages": "talk"})
+    assert told["job"]["dataset"]["more"] == [
+        {"path": "../b.jsonl", "split": "train[:5%]", "format": "alpaca", "columns": {}},
+        {"path": "../c.jsonl", "split": "train[:5%]", "format": "alpaca", "columns": {}},
+        {"path": "o/d@v1", "split": "train_sft"},
+    ]
+    assert (spec.dataset.eval_path, spec.dataset.eval_split) == ("o/d", "test[:100]")
+    assert not told["left_out"] and "dataset.template" in told["otherwise"]["datasets[1]"]
+    accounted(told, theirs)
+
+
+def test_llama_factory_s_data_sets_are_interleaved_by_shares(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    talks = {"hf_hub_url": "o/talks", "formatting": "sharegpt", "split": "train_sft"}
+    sets = {"rows": {"hf_hub_url": "o/d", "columns": {"prompt": "body"}}, "talks": talks}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(sets))
+    theirs = LISTED.replace("dataset: rows", "dataset: rows,talks\neval_dataset: talks\nmix_strategy: interleave_under")
+    told, spec = imported(tmp_path, theirs + "interleave_probs: 0.7,0.3\n")
+    assert told["job"]["dataset"]["more"] == [{"path": "o/talks", "split": "train_sft", "share": 0.3, "columns": {}}]
+    assert "all rows of dataset.path are taken" in told["otherwise"]["mix_strategy"]
+    assert (spec.dataset.eval_path, spec.dataset.eval_split) == ("o/talks", "train_sft")
+    told, _ = imported(tmp_path, theirs + "interleave_probs: 0.7\n")
+    assert "is not a number above 0 for each data set" in told["left_out"]["interleave_probs"]
 
 
 def test_a_training_on_pictures_is_refused(tmp_path: Path) -> None:
@@ -402,5 +444,5 @@ def imported(folder: Path, text: str) -> tuple[dict[str, Any], JobSpec]:
 
 def accounted(told: dict[str, Any], text: str, *unset: str) -> None:
     """Every key of their file stands in one of the lists."""
-    named = {*told["carried"], *told["left_out"], *told["not_needed"]}
+    named = {*told["carried"], *told["left_out"], *told["not_needed"], *told["otherwise"]}
     assert yaml.safe_load(text).keys() - named == set(unset)
