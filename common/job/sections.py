@@ -285,6 +285,11 @@ class DatasetSpec(Section):
         return value
 
     @property
+    def is_one_whole(self) -> bool:
+        """Whether one data set is trained on, and all of it."""
+        return not self.more and self.split == "train"
+
+    @property
     def sources(self) -> list[SourceSpec]:
         """All data sets to train on, path first, each with the format and columns that it is read by."""
         first = SourceSpec(path=self.path, split=self.split)

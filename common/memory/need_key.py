@@ -47,7 +47,7 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
     if spec.revision is not None:
         deciding["revision"] = spec.revision
     hashes = {name: stored["sha256"] for name, stored in data.items()}
-    if spec.dataset.more or spec.dataset.split != "train" or spec.dataset.eval_split is not None:
+    if not spec.dataset.is_one_whole or spec.dataset.eval_split is not None:
         read = spec.dataset.model_dump(mode="json", include={"more", "split", "eval_split"})
         deciding["dataset"] |= {"read": read | {"hashes": [digest for _, digest in sorted(hashes.items())]}}
     if spec.dataset.columns:

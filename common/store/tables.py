@@ -132,7 +132,7 @@ class Job(Base):
     spec: Mapped[dict[str, Any]] = mapped_column(Json(is_object))
     spec_hash: Mapped[str] = mapped_column(Characters(64))
     base_model: Mapped[str] = mapped_column(Prose())
-    # stored data sets: {"path": {"uri", "sha256", "rows"}, "eval_path": ...}
+    # stored data sets: {"path": {"uri", "sha256", "rows"}, "more.0": ..., "eval_path": ...}
     data: Mapped[dict[str, Any]] = mapped_column(Json(object_of(lambda stored: stored is None or _is_data_set(stored))))
     priority: Mapped[int] = mapped_column(Whole(-LARGEST - 1))
     vram_lora: Mapped[Bytes | None]  # predicted peak by method; null: can't be planned on the client

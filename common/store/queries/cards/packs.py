@@ -66,7 +66,7 @@ class Packs:
         if row is None or spec is None:
             return None
         keys = {method: key for method in Method if (key := key_of(row, spec, method)) is not None}
-        training, rows = spec.training, _data(row).get("rows")
+        training, rows = spec.training, _data(row).get("rows") if spec.dataset.is_one_whole else None
         steps = training.max_steps
         if steps is None and isinstance(rows, int) and training.num_train_epochs is not None:
             steps = math.ceil(math.ceil(rows / training.effective_batch) * training.num_train_epochs)
@@ -194,6 +194,6 @@ def _data(row: Job) -> Mapping[str, Any]:
 def _rows(row: Job, spec: JobSpec) -> _Rows:
     data, training = spec.dataset, spec.training
     rows = str(_data(row).get("sha256") or data.path)
-    if data.more or data.split != "train":
+    if not data.is_one_whole:
         rows += f" {data.split} {data.more}"
     return rows, data.max_length, data.on_overflow.value, training.packing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.hosts import base_key
@@ -87,13 +88,22 @@ def test_a_stranger_s_micro_batch_is_no_longer_than_the_bytes_of_its_rows(store:
     mine = begin(store)
     opens(store, mine)
     stored = {"uri": "file:///a", "sha256": "a" * 64, "rows": 10, "bytes": 2000}
-    long = {"method": "lora", "dataset": {"path": "org/data", "max_length": 1024}, "user": "bob"}
+    long: dict[str, Any] = {"method": "lora", "dataset": {"path": "org/data", "max_length": 1024}, "user": "bob"}
     one_row = {"per_device_train_batch_size": 1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
     known = store.submit(replace(submission(**long, training=one_row), data={"path": stored}))
     other = store.submit(submission(**long, training=one_row))
     packing = store.submit(replace(submission(**long, training={**one_row, "packing": True}), data={"path": stored}))
     estimated = store.submit(replace(submission(**long, training=one_row), data={"path": {**stored, "tokens": 900}}))
+    part = {**long, "dataset": {**long["dataset"], "split": "train[:5]"}}
+    sliced = store.submit(replace(submission(**part, training=one_row), data={"path": stored}))
     asked = store.newcomers(store.ready(10))
     tokens = {job_id: newcomer.packed.tokens for job_id, newcomer in asked.items()}
-    assert tokens == {known: 200 / BYTES_A_TOKEN, other: 1024, packing: 1024, estimated: 90}
-    assert {job_id: asked[job_id].packed.passes for job_id in (known, other)} == {known: 2 * 5 * 3, other: None}
+    assert tokens == {
+        known: 200 / BYTES_A_TOKEN,
+        other: 1024,
+        packing: 1024,
+        estimated: 90,
+        sliced: 200 / BYTES_A_TOKEN,
+    }
+    passes = {job_id: asked[job_id].packed.passes for job_id in (known, other, sliced)}
+    assert passes == {known: 2 * 5 * 3, other: None, sliced: None}, "how many rows a slice has is not known here"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import DataError
+from loractl.common.store.store import Store
 from loractl.scheduler.submission.data import check_data, store_data
+from loractl.scheduler.submission.draft import like_job, rows_at_hand
 
-from ...factories import spec
+from ....databases import SQLITE_ALONE
+from ...factories import spec, submission
 
 
 @pytest.mark.parametrize(
@@ -68,3 +72,23 @@ def test_rows_are_held_out_of_the_file_that_is_trained_on_by_slices(tmp_path: Pa
     assert overlap.count == 5
     with pytest.raises(DataError, match="has the split train alone"):
         check_data(spec(dataset={**sliced, "eval_split": "test"}))
+
+
+@SQLITE_ALONE
+def test_a_job_like_another_takes_its_stored_rows_but_for_those_that_it_names_itself(
+    store: Store, tmp_path: Path
+) -> None:
+    main, other = rows_in(tmp_path / "a.jsonl", "mine", 40), rows_in(tmp_path / "b.jsonl", "other", 40)
+    wanted = spec(dataset={"path": main, "more": [{"path": other, "share": 0.2}]})
+    artifacts = ArtifactStore(f"file://{tmp_path / 'store'}")
+    stored = store_data(wanted, artifacts)
+    job_id = store.submit(replace(submission(dataset=wanted.dataset.model_dump()), data=stored))
+    Path(main).unlink()
+    Path(other).unlink()
+    draft = like_job(store, job_id, ["dataset.split=train[:30]"])
+    assert draft.stored == stored
+    with rows_at_hand(draft, artifacts) as here:
+        (told,) = [finding for finding in check_data(here) if finding.kind == "several data sets"]
+        assert told.count == 38, "30, and a fifth of all"
+    changed = like_job(store, job_id, ["dataset.more=[{path: org/data}]"])
+    assert changed.stored.keys() == {"path"} and changed.spec.data_sets()["more.0"] == "org/data"
