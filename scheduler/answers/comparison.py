@@ -177,9 +177,10 @@ def held_out_hash(report: Report) -> str | None:
 
 
 def compared(jobs: Sequence[FinishedJob]) -> Comparison:
-    """The best first, by held-out loss; those on the same rows as the best are compared with it, Holm-corrected.
+    """The best first, by held-out loss; those on the same rows as the best are compared with it.
 
-    Raises UsageError for jobs of different tasks.
+    These rows have also chosen the best: so all pairs count as compared (Holm). Raises UsageError for jobs of different
+    tasks.
     """
     _check_one_task(jobs)
     order = sorted(jobs, key=lambda job: (job.loss, job.job_id))
@@ -220,20 +221,30 @@ def _difference(best: FinishedJob, other: FinishedJob) -> Against:
     if n < MIN_CASES:
         return Against(change=change, low=math.nan, high=math.nan, p=1.0, rows=n)
     spread = math.sqrt(n / (n - 1) * math.fsum((loss - change * weight) ** 2 for weight, loss in pairs)) / tokens
-    normal = statistics.NormalDist()
-    reach = normal.inv_cdf(1 - LEVEL / 2) * spread
-    p = 2 * (1 - normal.cdf(abs(change) / spread)) if spread > 0 else float(change == 0)
+    reach = statistics.NormalDist().inv_cdf(1 - LEVEL / 2) * spread
+    p = _two_sided(abs(change) / spread, n - 1) if spread > 0 else float(change == 0)
     return Against(change=change, low=change - reach, high=change + reach, p=p, rows=n)
 
 
+def _two_sided(t: float, free: int) -> float:
+    """The chance of a larger |t| by Student's distribution (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
+    angle = math.atan2(t, math.sqrt(free))
+    term = total = math.cos(angle) if free % 2 else 1.0
+    for power in range(2 + free % 2, free - 1, 2):
+        term *= math.cos(angle) ** 2 * (power - 1) / power
+        total += term
+    inside = math.sin(angle) * total
+    return max(0.0, 1 - (2 / math.pi * (angle + inside * (free > 1)) if free % 2 else inside))
+
+
 def _holm(jobs: Sequence[FinishedJob]) -> list[FinishedJob]:
-    """Each comparison's reading, at 5% for all of them together (Holm 1979)."""
+    """Each comparison's reading, at 5% for all pairs of jobs together (Holm 1979): any job might have been the best."""
     tested = sorted((job for job in jobs if job.against), key=lambda job: job.against.p if job.against else 0.0)
     readings: dict[int, str] = {}
-    holds = True
+    pairs, holds = len(tested) * (len(tested) + 1) // 2, True
     for place, job in enumerate(tested):
         assert job.against is not None
-        holds = holds and job.against.p <= LEVEL / (len(tested) - place)
+        holds = holds and job.against.p <= LEVEL / (pairs - place)
         readings[job.job_id] = _reading(job.against, clear=holds)
     return [
         replace(job, against=replace(job.against, reading=readings[job.job_id])) if job.against else job for job in jobs

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Status
 from loractl.common.text import clean_line, number
+from loractl.common.verdict import MIN_CASES, written
 
+from .choice import CorrectedChange, corrected
 from .comparison import Comparison, FinishedJob, comparison
 from .job import trouble_on
+from .wait.gangs import in_words
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
@@ -72,8 +76,43 @@ class SweepComparison:
 
     @property
     def clear(self) -> bool:
-        """Whether the best one's loss is clearly less than the runner-up's."""
-        return self.runner_up is not None and self.comparison.reading(self.runner_up) == "worse"
+        """Whether the best one's loss is clearly less than that of each other result."""
+        return self.runner_up is not None and not self.alike and not self._on_other_rows
+
+    @property
+    def alike(self) -> list[int]:
+        """The members that can't be told apart from the best one."""
+        return [job.job_id for job in self.comparison.jobs[1:] if job.against and job.against.reading != "worse"]
+
+    @property
+    def _on_other_rows(self) -> list[int]:
+        return [job.job_id for job in self.comparison.jobs[1:] if not job.against]
+
+    @functools.cached_property
+    def corrected(self) -> CorrectedChange | None:
+        """The best one's change as it would be on rows that did not choose it; None where that can't be told."""
+        return corrected(self.comparison) if self.chosen else None
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the best one is the best of several, and so looks better on these rows than it is."""
+        return self.runner_up is not None or any(member.rungs for member in self.stopped)
+
+    @property
+    def caution(self) -> str:
+        """What the choice made of the best one's loss; empty where there was none."""
+        if not self.chosen:
+            return ""
+        stopped = sum(bool(member.rungs) for member in self.stopped)
+        if (change := self.corrected) is None or self.runner_up is None:
+            return "Its loss is optimistic, since it was chosen on these rows."
+        also = f" It stays optimistic: {stopped} more lost on these rows and were stopped." if stopped else ""
+        if change.among == 1:
+            return f"No other comes near it: the choice changes nothing of its loss.{also}"
+        shown = written(change.metric)
+        loss = f"loss {shown.base} -> {shown.tuned}, {shown.change} ({shown.interval}), {shown.reading}"
+        how = f"Corrected for the choice among {change.among} on the same {change.rows} rows"
+        return f"{how}, against the base: {loss}.{also}"
 
     @property
     def stopped(self) -> tuple[Member, ...]:
@@ -95,34 +134,38 @@ class SweepComparison:
     def sentence(self) -> str:
         """The member with the least held-out loss, and whether the difference from the next one is clear."""
         if (ahead := self.stopped_ahead) is None:
-            return self._verdict("the runner-up")
+            return self._verdict
         point = ahead.rungs[-1]
         had = f"{number(point.loss, 3)} when it was stopped at {point.rung * 100:g} %"
-        return f"{self._verdict('the next result, job')} Job {ahead.job_id} had {had}."
+        return f"{self._verdict} Job {ahead.job_id} had {had}."
 
-    def _verdict(self, next_called: str) -> str:
-        best, next_one = self.comparison.best, self.runner_up
+    @property
+    def _verdict(self) -> str:
+        best = self.comparison.best
         member = next(member for member in self.sweep.members if member.job_id == best.job_id)
         so_far = "" if self.sweep.ended else " so far"
         loss = number(best.measured_loss, 3)
         head = f"Best{so_far}: {best.job_id} ({named_settings(self.sweep, member)}), held-out loss {loss}"
-        if next_one is None:
+        if self.runner_up is None:
             return f"{head}, the only member with a result."
         if self.clear:
-            return f"{head}, clearly less than {next_called} {next_one.job_id}."
-        why = {
-            "no clear difference": "no clear difference from",
-            "no practical difference": "no practical difference from",
-            "too few rows": "on too few rows to tell it from",
-        }.get(self.comparison.reading(next_one), "measured on other rows than")
-        return f"{head}; {why} {next_called} {next_one.job_id} ({number(next_one.measured_loss, 3)})."
+            return f"{head}, clearly less than every other result."
+        told = []
+        if self.alike:
+            rows = len(best.report["evaluation"]["row_losses"])
+            few = f"on {rows} rows " if rows < MIN_CASES else ""
+            told.append(f"{few}{_some(self.alike)} can't be told apart from it")
+        if other := self._on_other_rows:
+            told.append(f"{_some(other)} {'was' if len(other) == 1 else 'were'} measured on other rows")
+        return f"{head}; {', and '.join(told)}."
 
     def as_json(self) -> dict[str, Any]:
         """What a comparison has (`jobs`, `differences`), and beside it:
 
-        `sweep_id`, `ended`; `winner`: the best one's `job_id`, the `runner_up` (null without one), whether the
-        difference is `clear`, and the `sentence` that says so; `stopped`: each member that was stopped early with
-        `job_id`, `settings`, `step`, `total_steps` and `rungs`.
+        `sweep_id`, `ended`; `winner`: the best one's `job_id`, the `runner_up` (null without one), whether its loss is
+        `clear`ly less than every other, the members that are `alike`, the `sentence` that says so, its change
+        `corrected` for the choice (see CorrectedChange; null where there is none), and the `caution`; `stopped`: each
+        member that was stopped early with `job_id`, `settings`, `step`, `total_steps` and `rungs`.
         """
         return {
             **self.comparison.as_json(),
@@ -132,7 +175,10 @@ class SweepComparison:
                 "job_id": self.comparison.best.job_id,
                 "runner_up": None if self.runner_up is None else self.runner_up.job_id,
                 "clear": self.clear,
+                "alike": self.alike,
                 "sentence": self.sentence,
+                "corrected": None if self.corrected is None else self.corrected.as_json(),
+                "caution": self.caution,
             },
             "stopped": [_as_stopped(member) for member in self.stopped],
         }
@@ -196,6 +242,16 @@ def short_setting(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return clean_line(value if isinstance(value, str) else json.dumps(value))
+
+
+MOST_NAMED = 6
+
+
+def _some(job_ids: Sequence[int]) -> str:
+    """The numbers of some jobs, or how many more there are."""
+    if len(job_ids) <= MOST_NAMED:
+        return in_words([str(job_id) for job_id in job_ids])
+    return f"{', '.join(map(str, job_ids[:MOST_NAMED]))} and {len(job_ids) - MOST_NAMED} more"
 
 
 def _as_member(member: Member) -> dict[str, Any]:

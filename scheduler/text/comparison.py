@@ -48,7 +48,7 @@ def comparison_text(answer: Comparison, screen: Screen) -> str:
 
 def sweep_comparison_text(answer: SweepComparison, screen: Screen) -> str:
     """Who is best, the finished members compared, and the stopped ones below."""
-    lines = [screen.style(answer.sentence, bold=True), "", *_finished(answer, screen)]
+    lines = [screen.style(answer.sentence, bold=True), *filter(None, [answer.caution]), "", *_finished(answer, screen)]
     stopped = _stopped(answer, screen)
     if stopped:
         lines += ["", "Stopped early:", *stopped]
@@ -127,7 +127,7 @@ def _changes(answer: Comparison, screen: Screen) -> list[str]:
         return []
     of = "row" if answer.best.task == "SEQ_CLS" else "token"
     note = f"Change of the held-out loss in nats a {of} on the same {judged[0].rows} rows, with its 95 % interval"
-    return ["", screen.dim(f"{note}; readings at 5 % for all together (Holm).")]
+    return ["", screen.dim(f"{note}; readings at 5 % for all pairs together (Holm).")]
 
 
 def _finished(answer: SweepComparison, screen: Screen) -> list[str]:

@@ -111,10 +111,14 @@ def _finished(shelf: ReportShelf, store: Store, sweep: SweepView) -> list[Finish
 
 
 def _compared(sweep: SweepView, finished: list[FinishedJob]) -> SweepComparison | None:
+    if not finished:
+        return None
     try:
-        return SweepComparison(sweep=sweep, comparison=compared(finished)) if finished else None
+        found = SweepComparison(sweep=sweep, comparison=compared(finished))
+        _ = found.caution  # it reads more of the reports
     except (LoractlError, *UNREADABLE):
         return None
+    return found
 
 
 def _grid(sweep: SweepView) -> SettingsGrid | None:

@@ -26,7 +26,9 @@ BASE = [3.0 * n for n in TOKENS]
 def job(job_id: int, losses: Sequence[float], *, rows: str = "same", peak: int = 2**31, **settings: Any) -> FinishedJob:
     """A finished job with the summed loss of each held-out row."""
     weights = TOKENS[: len(losses)]
-    loss = {"name": "loss", "label": "loss", "unit": "nats", "tuned": sum(losses) / sum(weights), "base": 3.0}
+    tuned = sum(losses) / sum(weights)
+    loss = {"name": "loss", "label": "loss", "unit": "nats", "tuned": tuned, "base": 3.0}
+    loss |= {"low": tuned - 3.1, "high": tuned - 2.9}
     report = {
         "job": {"job_id": job_id, "name": f"run-{job_id}"},
         "method": "lora",

@@ -179,24 +179,32 @@ def test_a_winner_is_clear_only_where_the_rows_say_so() -> None:
     both = view(done(1, 1.0), done(2, 1.1), stopped(3))
     clear = judged(both, job(1, best), job(2, far)).sentence
     assert clear.startswith("Best: 1 (r 8, learning_rate 0.001), held-out loss ") and "clearly less than" in clear
-    assert "no clear difference from the runner-up 2" in judged(both, job(1, best), job(2, near)).sentence
+    unclear = judged(both, job(1, best), job(2, near), job(3, far))
+    assert unclear.sentence.endswith("; 2 can't be told apart from it.") and unclear.alike == [2] and not unclear.clear
     few = judged(both, job(1, noisy(1.0, 0.1, rows=5)), job(2, noisy(2.0, 0.1, rows=5)))
-    assert "too few rows" in few.sentence
-    assert "measured on other rows" in judged(both, job(1, best), job(2, far, rows="others")).sentence
+    assert few.sentence.endswith("; on 5 rows 2 can't be told apart from it.")
+    assert "2 was measured on other rows" in judged(both, job(1, best), job(2, far, rows="others")).sentence
     assert "the only member with a result" in judged(both, job(1, best)).sentence
     assert judged(view(done(1, 1.0), member(2, 0.1)), job(1, best)).sentence.startswith("Best so far: 1 ")
 
 
-def test_a_member_that_was_stopped_with_less_loss_is_named_before_anyone_is_called_the_runner_up() -> None:
+def test_a_member_that_was_stopped_with_less_loss_is_named() -> None:
     best, far = noisy(0.01, 0.002), noisy(5.4, 0.2)
     ahead = replace(stopped(5), rungs=(replace(FIRST, loss=0.165),))
     both = judged(view(done(1, 0.01), done(4, 5.4), stopped(3), ahead), job(1, best), job(4, far))
-    assert "runner-up" not in both.sentence and "clearly less than the next result, job 4." in both.sentence
+    assert "clearly less than every other result." in both.sentence
     assert both.sentence.endswith(" Job 5 had 0.165 when it was stopped at 25 %.")
     alone = judged(view(done(4, 5.4), ahead), job(4, far)).sentence
     assert "the only member with a result. Job 5 had 0.165 when" in alone
     behind_both = judged(view(done(1, 0.01), done(4, 1.4), stopped(3)), job(1, best), job(4, noisy(1.4, 0.1)))
-    assert behind_both.sentence.endswith("clearly less than the runner-up 4.")
+    assert behind_both.sentence.endswith("clearly less than every other result.")
+
+
+def test_of_many_that_are_alike_the_nearest_are_named() -> None:
+    best = noisy(1.0, 0.2)
+    jobs = [job(1, best), *(job(n, behind(best, 0.5 + n / 100, seed=n)) for n in range(2, 11))]
+    told = judged(view(*(done(n, 1.0) for n in range(1, 11))), *jobs).sentence
+    assert told.endswith("; 7, 4, 3, 10, 2, 9 and 3 more can't be told apart from it.")
 
 
 def test_the_comparison_lists_the_stopped_below_with_where_and_at_what_loss() -> None:
@@ -209,7 +217,10 @@ def test_the_comparison_lists_the_stopped_below_with_where_and_at_what_loss() ->
         ["4", "8", "1e-05", "25", "%", "8", "2.500"],
     ]
     told = json.loads(json.dumps(answer.as_json()))
-    assert told["winner"] == {"job_id": 1, "runner_up": 2, "clear": True, "sentence": answer.sentence}
+    winner = told["winner"]
+    assert (winner["job_id"], winner["runner_up"], winner["clear"], winner["alike"]) == (1, 2, True, [])
+    assert (winner["sentence"], winner["caution"]) == (answer.sentence, answer.caution)
+    assert answer.caution.startswith("No other comes near it") and "2 more lost on these rows" in answer.caution
     assert [member["job_id"] for member in told["stopped"]] == [3, 4]
     assert [finished["job_id"] for finished in told["jobs"]] == [1, 2] and told["differences"] == {}
     assert "Stopped early" not in sweep_comparison_text(judged(view(done(1, 1.0), done(2, 1.1)), *jobs), PLAIN)
