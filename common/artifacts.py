@@ -49,6 +49,9 @@ _CHECKPOINT = re.compile(r"(jobs/[1-9]\d{0,17}/checkpoints/([1-9]\d{0,8})-\d{1,1
 
 
 REPORT = "report.json"
+FINAL = "final"
+"""The part of a report that was measured on final rows: whoever shows it writes down a look at them."""
+
 _SECTIONS = ("job", "verdict", "adapter", "data", "training", "evaluation", "versions")
 
 
@@ -220,7 +223,20 @@ class ArtifactStore:
         return {name.removeprefix(part): file for name, file in wanted.items()}
 
     def read_report(self, stored: Binding) -> dict[str, Any]:
-        """report.json of a result. Raises ArtifactError; ReportUnknown also where a key is looked for that it lacks."""
+        """report.json of a result, without what was measured on final rows.
+
+        Raises ArtifactError; ReportUnknown also where a key is looked for that it lacks.
+        """
+        return split_final(self._whole_report(stored))[0]
+
+    def read_final(self, stored: Binding) -> dict[str, Any] | None:
+        """What a result's report says of its final rows; None where there are none. Who shows it notes a look before.
+
+        Raises as read_report does.
+        """
+        return split_final(self._whole_report(stored))[1]
+
+    def _whole_report(self, stored: Binding) -> dict[str, Any]:
         file = f"{self.url}/{stored.prefix}/{REPORT}"
         try:
             content = json.loads(self.read_bytes(stored, REPORT), object_hook=lambda part: _ReportPart(file, part))
@@ -370,6 +386,12 @@ class ArtifactStore:
             raise ServiceUnreachable(
                 "the artifact store", redacted(self.url), "LORACTL_ARTIFACTS_URL", str(error)
             ) from error
+
+
+def split_final(report: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A report as anybody may see it, and its part on final rows."""
+    final = report.pop(FINAL, None)
+    return report, final if isinstance(final, dict) else None
 
 
 def open_store(settings: Settings, tell: Callable[[str], None] | None = None) -> ArtifactStore:

@@ -33,9 +33,6 @@ LOPSIDED = 0.9
 
 SHORT_CHARACTERS = 2
 
-LEAKS = ("overlapping conversations", "overlapping prompts", "resembling rows")
-"""Kinds of findings that make held-out rows measure memory."""
-
 SHOWN_PAIRS = 3
 
 _MOJIBAKE = ("\ufffd", "Ã©", "Ã¨", "Ã¼", "Ã¶", "Ã¤", "Ã±", "â€™", "â€œ", "â€“")
@@ -50,21 +47,23 @@ def check_examples(
     left_out: LeftOut | None = None,
     told: Told | None = None,
     leaks: Leaks | None = None,
+    final: Leaks | None = None,
 ) -> list[Finding]:
-    """What the rows themselves show. `left_out`: the held-out rows that would measure nothing.
+    """What the rows themselves show. `left_out`: the held-out and final rows that would measure nothing.
 
     `told` hears how many rows were looked at. Each row is looked at once, and of it only digests are kept. `leaks`, of
-    the held-out rows, knows afterwards which of them are given away.
+    the held-out rows, and `final`, of the final ones, know afterwards which of them are given away.
     """
     leaks, labelled = leaks or Leaks(held_out), _Labelled(held_out)
-    first, then = (_Repeated(), leaks), (_Answers(), _Texts(), _Borders(), labelled)
+    looks = (leaks, final) if final is not None else (leaks,)
+    first, then = (_Repeated(), *looks), (_Answers(), _Texts(), _Borders(), labelled)
     for count, example in enumerate(train):
         question = _prompt_hash(example) if _asks(example) else None
         for look in (*first, *then):
             look.see(example, question)
         if told is not None and count % 1000 == 0:
             told(count, len(train))
-    findings = [*_counts(train, held_out), *(finding for look in first for finding in look.findings())]
+    findings = [*_counts(train, held_out, final), *(finding for look in first for finding in look.findings())]
     findings += _held_back(left_out) if left_out is not None else []
     return findings + [finding for look in then for finding in look.findings()]
 
@@ -81,6 +80,12 @@ class LeftOut(Protocol):
     @property
     def repeated(self) -> int: ...
 
+    @property
+    def final_overlap(self) -> int: ...
+
+    @property
+    def final_repeated(self) -> int: ...
+
 
 def _held_back(left_out: LeftOut) -> Iterator[Finding]:
     overlap, near, repeated = left_out.overlap, left_out.near, left_out.repeated
@@ -93,6 +98,12 @@ def _held_back(left_out: LeftOut) -> Iterator[Finding]:
         text = "{n} held out {stands|stand} there already, but for case and spaces: each row counts once"
         text = number_rows(text, repeated)
         yield Finding(level="warning", kind="repeated held-out rows", text=text, count=repeated)
+    if again := left_out.final_overlap:
+        text = number_rows("{n} of the final file left out, because {it|they} {is|are} trained on or held out", again)
+        yield Finding(level="warning", kind="overlap", text=text, count=again)
+    if twice := left_out.final_repeated:
+        text = number_rows("{n} of the final ones {stands|stand} there already, but for case and spaces", twice)
+        yield Finding(level="warning", kind="repeated held-out rows", text=text, count=twice)
 
 
 class _Look(Protocol):
@@ -103,7 +114,7 @@ class _Look(Protocol):
     def findings(self) -> Iterator[Finding]: ...
 
 
-def _counts(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator[Finding]:
+def _counts(train: Sequence[Example], held_out: Sequence[Example], final: Leaks | None) -> Iterator[Finding]:
     if len(train) < FEW_TRAINED:
         text = f"only {len(train)} row{'' if len(train) == 1 else 's'} to train on"
         yield Finding(level="warning", kind="few rows", text=text, count=len(train))
@@ -111,6 +122,10 @@ def _counts(train: Sequence[Example], held_out: Sequence[Example]) -> Iterator[F
         text = f"only {len(held_out)} held out: too few for an interval around what the report measures"
         hint = f"hold out {FEW_HELD_OUT} or more: dataset.test_size or dataset.eval_path"
         yield Finding(level="note", kind="few held-out rows", text=text, count=len(held_out), hint=hint)
+    if final is not None and len(final) < FEW_HELD_OUT:
+        text = f"only {len(final)} final: too few for an interval around what is measured on them"
+        hint = f"{FEW_HELD_OUT} or more: dataset.final_size or dataset.final_path"
+        yield Finding(level="note", kind="few held-out rows", text=text, count=len(final), hint=hint)
 
 
 class _Repeated:
@@ -143,10 +158,11 @@ class _Repeated:
 
 
 class Leaks:
-    """Held-out rows that the model has seen, in part or nearly: they measure its memory."""
+    """Held-out rows that the model has seen, in part or nearly: they measure its memory. The same of final rows."""
 
-    def __init__(self, held_out: Sequence[Example]) -> None:
-        self._held_out = held_out
+    def __init__(self, held_out: Sequence[Example], called: str = "held out") -> None:
+        """`called`: the rows behind their number, like "3 rows held out"."""
+        self._held_out, self._called = held_out, called
         self._alike = Resemblance(held_out)
         self._parts = {part for example in held_out for part in _answered(example.turns)}
         self._prompts = {_prompt_hash(example) for example in held_out if _asks(example)}
@@ -158,6 +174,15 @@ class Leaks:
         self._trained_parts.update(part for part in _answered(example.turns) if part in self._parts)
         if question in self._prompts:
             self._trained_prompts.add(question)
+
+    @classmethod
+    def of_final(cls, final: Sequence[Example] | None) -> Leaks | None:
+        """Of a job's final rows, where it has some."""
+        return None if final is None else cls(final, "of the final ones")
+
+    def __len__(self) -> int:
+        """How many rows are looked at."""
+        return len(self._held_out)
 
     @property
     def rows(self) -> list[int]:
@@ -176,19 +201,17 @@ class Leaks:
 
     def findings(self) -> Iterator[Finding]:
         partly, known = self._seen()
-        text = "{n} held out {begins|begin} with a conversation that is trained on"
+        text = f"{{n}} {self._called} {{begins|begin}} with a conversation that is trained on"
         hint = "hold out whole conversations: dataset.eval_path"
-        yield from about_rows("warning", LEAKS[0], text, partly, hint)
-        text = "{n} held out {has|have} a prompt that is trained on"
-        yield from about_rows("warning", LEAKS[1], text, known)
+        yield from about_rows("warning", "overlapping conversations", text, partly, hint)
+        text = f"{{n}} {self._called} {{has|have}} a prompt that is trained on"
+        yield from about_rows("warning", "overlapping prompts", text, known)
         alike = sorted(self._alike.found.keys() - {*partly, *known})
         pairs = ", ".join(f"{number} that of row {self._alike.found[number]}" for number in alike[:SHOWN_PAIRS])
-        text = (
-            "{n} held out {asks|ask} what a row to train on asks, but for a word, a sign or letters that look alike: "
-        )
-        text += f"{pairs}{', ...' if len(alike) > SHOWN_PAIRS else ''}"
+        text = f"{{n}} {self._called} {{asks|ask}} what a row to train on asks, but for a word, a sign or letters that "
+        text += f"look alike: {pairs}{', ...' if len(alike) > SHOWN_PAIRS else ''}"
         hint = "hold out rows of their own: dataset.eval_path, or leave such rows out"
-        yield from about_rows("warning", LEAKS[2], text, alike, hint)
+        yield from about_rows("warning", "resembling rows", text, alike, hint)
 
 
 class _Answers:

@@ -145,7 +145,7 @@ def own_rows(portions: Sequence[Portion]) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        if error.row is None or len(portions) == 1:
+        if error.row is None or len(portions) <= 1:
             raise
         portion = origin(portions, error.row)
         own = error.row - portion.before

@@ -1,4 +1,4 @@
-"""The split of a data set: what a job trains on, and what it holds out to measure the result."""
+"""The split of a data set: what a job trains on, what it holds out, and final rows, by which nothing is chosen."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ class Split:
     repeated: int  # held-out rows left out because they stand there already, but for case and spaces
     portions: tuple[Portion, ...]
     unused: tuple[str, ...] = ()  # fields of rows that are not read
+    final: Examples | None = None  # what nothing chooses by; None: the job has no such rows
+    final_overlap: int = 0  # rows of the final file left out because they are trained on or held out
+    final_repeated: int = 0  # final rows left out because they stand there already
 
     def about_sources(self, dataset: DatasetSpec) -> list[Finding]:
         """How many rows come from which data set, where there are several."""
@@ -49,18 +52,36 @@ def split_data(
     rows: Iterable[RawRow],
     held_rows: Iterable[RawRow] | None,
     more: Sequence[Iterable[RawRow]] = (),
+    *,
+    final_rows: Iterable[RawRow] | None = None,
 ) -> Split:
-    """The examples of a data set's rows and of those of its `more`, and of its eval_path where there is one.
+    """The examples of a data set's rows and of those of its `more`, and of its eval_path and final_path where there are
+    such.
 
     Raises DataError.
     """
-    file, held_file = dataset.path, dataset.eval_path or dataset.path
     reading = Reading.of(dataset)
+    split = _split(dataset, rows, held_rows, more, reading)
+    if final_rows is not None:
+        split = _with_final_file(split, dataset, final_rows, reading)
+    return replace(split, unused=tuple(reading.unused))
+
+
+def _split(
+    dataset: DatasetSpec,
+    rows: Iterable[RawRow],
+    held_rows: Iterable[RawRow] | None,
+    more: Sequence[Iterable[RawRow]],
+    reading: Reading,
+) -> Split:
+    file, held_file = dataset.path, dataset.eval_path or dataset.path
     gathered = gather(dataset, (rows, *more), reading)
     format, why, examples, dropped = gathered.format, gathered.why, gathered.examples, gathered.dropped
     if held_rows is None:
         assert dataset.test_size is not None, "the job file's check leaves one of test_size and eval_path"
         train, held_out = split_held_out(examples, dataset.test_size, file)
+        repeated = len(examples) - len(train) - len(held_out)
+        train, final, twice = _set_final_apart(train, dataset, len(held_out))
         if format is DataFormat.CLASSIFICATION:
             check_taught(train, file)
         return Split(
@@ -72,8 +93,9 @@ def split_data(
             portions=gathered.portions,
             overlap=0,
             near=0,
-            repeated=len(examples) - len(train) - len(held_out),
-            unused=tuple(reading.unused),
+            repeated=repeated,
+            final=None if final is None else in_turn(final, gathered.portions),
+            final_repeated=twice,
         )
     held_rows = map_columns(held_rows, dataset.columns, held_file)
     held_out, also_dropped = parse_examples(held_rows, format, held_file, dataset.on_bad_row, dataset.template, reading)
@@ -85,18 +107,54 @@ def split_data(
         hint = "name a file with other rows, or leave eval_path out: then dataset.test_size of the rows are held out"
         raise DataError(held_file, ALL_TRAINED_ON, hint=hint, kind="overlap")
     overlap, known = sum(one in trained for one in held_out.likenesses), frozenset(examples.digests)
+    train, final, twice = _set_final_apart(examples, dataset, 0, frozenset(held_out.likenesses))
     return Split(
         format=format,
         why=why,
-        train=examples,
+        train=train,
         held_out=new,
         dropped=dropped + also_dropped,
         overlap=overlap,
         near=overlap - sum(digest in known for digest in held_out.digests),
         repeated=len(held_out) - len(new) - overlap,
         portions=gathered.portions,
-        unused=tuple(reading.unused),
+        final=None if final is None else in_turn(final, gathered.portions),
+        final_repeated=twice,
     )
+
+
+def _with_final_file(split: Split, dataset: DatasetSpec, rows: Iterable[RawRow], reading: Reading) -> Split:
+    """The rows of final_path that are like none that is trained on or held out."""
+    file = dataset.final_path or dataset.path
+    rows = map_columns(rows, dataset.columns, file)
+    final, dropped = parse_examples(rows, split.format, file, dataset.on_bad_row, dataset.template, reading)
+    if split.format is DataFormat.CLASSIFICATION:
+        final, untold = _of_known_labels(final, check_taught(split.train, dataset.path), file, dataset.on_bad_row)
+        dropped += untold
+    used = frozenset((*split.train.likenesses, *split.held_out.likenesses))
+    new = distinct(final, used)
+    if not new:
+        hint = "name a file with other rows, or set dataset.final_size instead"
+        raise DataError(file, "all of its rows are trained on or held out, too", hint=hint, kind="overlap")
+    overlap = sum(one in used for one in final.likenesses)
+    repeated = len(final) - len(new) - overlap
+    return replace(split, dropped=split.dropped + dropped, final=new, final_overlap=overlap, final_repeated=repeated)
+
+
+def _set_final_apart(
+    rows: Examples, dataset: DatasetSpec, held_out: int, without: Collection[int] = frozenset()
+) -> tuple[Examples, Examples | None, int]:
+    """(rows to train on, final rows, how many of those were left out as repeated), by dataset.final_size.
+
+    `held_out`: so many different rows of the same file are held out. Final rows come from the other end of the rows'
+    order than those: these stay as they are, and another test_size makes none of the final rows one that is chosen by.
+    """
+    if dataset.final_size is None:
+        return rows, None, 0
+    different = len(set(rows.likenesses))
+    count = min(max(1, round(dataset.final_size * (different + held_out))), different - 1)
+    train, final = _set_apart(rows, count, dataset.path, "final_path", without)
+    return train, final, len(rows) - len(train) - len(final)
 
 
 def distinct(rows: Examples, trained: Collection[int] = frozenset()) -> Examples:
@@ -116,24 +174,37 @@ def _firsts(likenesses: Iterable[int], without: Collection[int]) -> Iterator[int
             yield place
 
 
-def fitting(split: Split, dataset: DatasetSpec, train: Collection[int], held_out: Collection[int]) -> Split:
+def fitting(
+    split: Split,
+    dataset: DatasetSpec,
+    train: Collection[int],
+    held_out: Collection[int],
+    final: Collection[int] = frozenset(),
+) -> Split:
     """The split of the rows of these numbers alone: on_overflow: drop leaves out the others, which are too long.
 
     Raises DataError where nothing is left to train on or held out, or of a classifier not two labels.
     """
-    if len(train) == len(split.train) and len(held_out) == len(split.held_out):
+    if (len(train), len(held_out), len(final)) == (len(split.train), len(split.held_out), len(split.final or ())):
         return split
     file, held_file = dataset.path, dataset.eval_path or dataset.path
     trained = split.train.part(place for place, e in enumerate(split.train) if e.number in train)
     held = split.held_out.part(place for place, e in enumerate(split.held_out) if e.number in held_out)
-    for side, name, of in ((trained, "to train on", file), (held, "held out", held_file)):
+    last = split.final and split.final.part(place for place, e in enumerate(split.final) if e.number in final)
+    final_file = dataset.final_path or file
+    sides = [(trained, "to train on", file), (held, "held out", held_file)]
+    for side, name, of in [*sides, (last, "that is final", final_file)] if last is not None else sides:
         if not side:
             raise no_row_fits(of, dataset.max_length, f" {name}")
     dropped = split.dropped
     if split.format is DataFormat.CLASSIFICATION:
-        held, untold = _of_known_labels(held, check_taught(trained, file), held_file, dataset.on_bad_row)
+        labels = check_taught(trained, file)
+        held, untold = _of_known_labels(held, labels, held_file, dataset.on_bad_row)
         dropped = dropped + untold
-    return replace(split, train=trained, held_out=held, dropped=dropped)
+        if last is not None:
+            last, untold = _of_known_labels(last, labels, final_file, dataset.on_bad_row)
+            dropped = dropped + untold
+    return replace(split, train=trained, held_out=held, final=last, dropped=dropped)
 
 
 def no_row_fits(file: str | Path, max_length: int, side: str = "") -> DataError:
@@ -150,31 +221,38 @@ def split_held_out(examples: Sequence[Example], test_size: float, file: str | Pa
     of them. Each label keeps a row to train on: without one a classifier could not know it.
     """
     rows = examples if isinstance(examples, Examples) else Examples(examples)
+    different = len(set(rows.likenesses))
+    return _set_apart(rows, min(max(1, round(test_size * different)), different - 1), file)
+
+
+def _set_apart(
+    rows: Examples, count: int, file: str | Path, key: str = "eval_path", without: Collection[int] = frozenset()
+) -> tuple[Examples, Examples]:
+    """(what stays, what is set apart): so many different rows, for `key` the first or the last by content.
+
+    Each label keeps a row that stays, and a likeness of `without` stays.
+    """
+    final = key == "final_path"
     labelled = bool(rows) and rows[0].label is not None
     label_of = dict(zip(rows.likenesses, (e.label for e in rows), strict=True)) if labelled else {}
     different = len(label_of) or len(set(rows.likenesses))
     if different < 2:
-        raise DataError(
-            file,
-            "needs at least two different rows: one to train on and one held out",
-            hint="or set dataset.eval_path",
-            kind="too few rows",
-        )
-    count = min(max(1, round(test_size * different)), different - 1)
-    held_out: dict[int, int] = {}  # likeness: the place of the row that stands for it
+        what = f"needs at least two different rows: one to train on and one {'final' if final else 'held out'}"
+        raise DataError(file, what, hint=f"or set dataset.{key}", kind="too few rows")
+    apart: dict[int, int] = {}  # likeness: the place of the row that stands for it
     left: Counter[str | None] = Counter(label_of.values()) if labelled else Counter({None: different})
-    for place in sorted(range(len(rows)), key=rows.digests.__getitem__):
+    for place in sorted(range(len(rows)), key=rows.digests.__getitem__, reverse=final):
         one = rows.likenesses[place]
-        if len(held_out) == count:
+        if len(apart) == count:
             break
-        if one not in held_out and left[label_of.get(one)] > 1:  # a label's last row is for training
-            held_out[one] = place
+        if one not in apart and one not in without and left[label_of.get(one)] > 1:  # its last row is for training
+            apart[one] = place
             left[label_of.get(one)] -= 1
-    if not held_out:
-        what = "has no label with two different rows: one to train on and one held out"
-        raise DataError(file, what, hint="or set dataset.eval_path", kind="too few rows")
-    train = rows.part(place for place, one in enumerate(rows.likenesses) if one not in held_out)
-    return train, rows.part(sorted(held_out.values()))
+    if not apart:
+        what = f"has no label with two different rows: one to train on and one {'final' if final else 'held out'}"
+        raise DataError(file, what, hint=f"or set dataset.{key}", kind="too few rows")
+    stays = rows.part(place for place, one in enumerate(rows.likenesses) if one not in apart)
+    return stays, rows.part(sorted(apart.values()))
 
 
 def _of_known_labels(

@@ -172,6 +172,8 @@ _RIVALS = {
     "training.num_train_epochs": "training.max_steps",
     "dataset.eval_path": "dataset.test_size",
     "dataset.test_size": "dataset.eval_path",
+    "dataset.final_path": "dataset.final_size",
+    "dataset.final_size": "dataset.final_path",
 }
 """Keys that say the same thing in two ways: an override of one takes the place of the other."""
 

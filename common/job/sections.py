@@ -266,6 +266,10 @@ class DatasetSpec(Section):
     """Which rows of eval_path; null: all of a file, and the split test of a data set on the hub."""
     test_size: float | None = Field(0.1, gt=0, lt=1)
     """Share of rows held out before training."""
+    final_path: Printable | None = Field(None, min_length=1)
+    """A file or hub id (its split test) with final rows: measured at the end, and nothing chooses by them."""
+    final_size: float | None = Field(None, gt=0, lt=1)
+    """Share of rows that are set apart as final rows."""
     max_length: int = Field(1024, ge=8, le=2**20)
     """Longest row in tokens."""
     on_overflow: Overflow = Overflow.TRUNCATE

@@ -86,11 +86,13 @@ class JobSpec(Section):
         return self
 
     def data_sets(self) -> dict[str, str]:
-        """The data sets that the job names, by what they are for: path, more.0 and so on, eval_path, regression."""
+        """The data sets that the job names, by what they are for: path, more.0 and so on, eval_path, final_path,
+        regression."""
         named = {
             "path": self.dataset.path,
             **{f"more.{number}": source.path for number, source in enumerate(self.dataset.more)},
             "eval_path": self.dataset.eval_path,
+            "final_path": self.dataset.final_path,
             "regression": self.evaluation.regression,
         }
         return {key: text for key, text in named.items() if text is not None}
@@ -163,6 +165,11 @@ def _said_twice_or_never(spec: JobSpec) -> Iterator[str]:
         yield "dataset.test_size: dataset.eval_path says what is held out already; keep one of them"
     if dataset.eval_path is None and dataset.eval_split is not None:
         yield "dataset.eval_split: is for dataset.eval_path, and there is none; name one, or leave it out"
+    if dataset.final_path and dataset.final_size:
+        yield "dataset.final_size: dataset.final_path says which rows are final already; keep one of them"
+    apart = (0.0 if dataset.eval_path else dataset.test_size or 0.0) + (dataset.final_size or 0.0)
+    if dataset.final_size and apart >= 1:
+        yield f"dataset.final_size: with dataset.test_size it is {apart:g}, which leaves no row to train on"
     if training.max_steps is None and training.num_train_epochs is None:
         yield "training.num_train_epochs: is null, and so is training.max_steps; one must say when to stop"
     if dataset.eval_path is None and dataset.test_size is None:

@@ -50,10 +50,13 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
     if not spec.dataset.is_one_whole or spec.dataset.eval_split is not None:
         read = spec.dataset.model_dump(mode="json", include={"more", "split", "eval_split"})
         deciding["dataset"] |= {"read": read | {"hashes": [digest for _, digest in sorted(hashes.items())]}}
+    if spec.dataset.final_path is not None:
+        deciding["dataset"] |= {"final_path": spec.dataset.final_path}
     if spec.dataset.columns:
         deciding["dataset"] |= {"columns": dict(spec.dataset.columns)}
     if hashes:
         deciding["dataset"] |= {"path": hashes.get("path"), "eval_path": hashes.get("eval_path")}
+        deciding["dataset"] |= {"final_path": hashes["final_path"]} if "final_path" in hashes else {}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _APART = ("preemptible", "resources", "max_retries", "lora_patience", "notify")
 _TOLD_BY_THE_RUN = (
     "method", "revision", "training.dtype", "training.optim", "dataset.path", "dataset.more", "dataset.eval_path",
-    "evaluation.regression",
+    "dataset.final_path", "evaluation.regression",
 )  # fmt: skip
 """Settings that a repetition fixes to the values taken. The reports of both runs have them under `_RAN_WITH`."""
 

@@ -32,7 +32,7 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     from loractl.common.data.fields import Reading
     from loractl.common.data.findings import about_fields, about_warmup
     from loractl.common.data.formats import detect_format, parse_examples
-    from loractl.common.data.inspection import check_examples
+    from loractl.common.data.inspection import Leaks, check_examples
     from loractl.common.data.labels import check_taught
     from loractl.common.data.rows import open_rows
     from loractl.common.data.sources import about_sources, gather
@@ -66,8 +66,10 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
         findings = about_sources(gathered.portions, ()) + check_examples(gathered.examples, [], told=looked)
         findings += about_fields(tuple(reading.unused))
         return findings + about_warmup(spec.training, len(gathered.examples))
-    split = split_data(dataset, readable[0], held_out, readable[1:])
-    findings = split.about_sources(dataset) + check_examples(split.train, split.held_out, split, looked)
+    last = rows_of(dataset.final_path, "train")
+    split = split_data(dataset, readable[0], held_out, readable[1:], final_rows=last)
+    findings = split.about_sources(dataset)
+    findings += check_examples(split.train, split.held_out, split, looked, final=Leaks.of_final(split.final))
     return findings + about_fields(split.unused) + about_warmup(spec.training, len(split.train))
 
 

@@ -66,6 +66,7 @@ def _long_ones(spec: JobSpec) -> Iterator[str]:
 
     dataset = spec.dataset
     held = [SourceSpec(path=dataset.eval_path, split=dataset.eval_split or "train")] if dataset.eval_path else []
+    held += [SourceSpec(path=dataset.final_path)] if dataset.final_path else []
     for source in (*dataset.sources, *held):
         text = source.path
         if not is_local(text) or unreadable_here(text):

@@ -154,6 +154,7 @@ def start(tiny_model: Path, tmp_path: Path, cache: Path) -> Callable[..., Start]
             data_sha256=None,
             more_paths=[source.path for source in spec.dataset.more],
             eval_path=spec.dataset.eval_path,
+            final_path=spec.dataset.final_path,
             regression_path=spec.evaluation.regression,
             output_dir=str(folder / "result"),
             checkpoint_dir=str(folder / "checkpoints"),

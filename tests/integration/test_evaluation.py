@@ -17,6 +17,7 @@ from loractl.worker.evaluation.comparison import Compared
 from loractl.worker.evaluation.confusion import Labels, label_metrics
 from loractl.worker.evaluation.report import verdict
 from loractl.worker.evaluation.statistics import BOOTSTRAP_SEED, draws, paired_interval
+from loractl.worker.protocol.messages import LogLines, Note, Stepped
 
 from .conftest import Recipe
 
@@ -231,6 +232,67 @@ def test_three_held_out_rows_six_times_are_three_and_a_conversation_is_one_case(
     read = {metric["name"]: metric["reading"] for metric in found["metrics"].values()}
     assert read.pop("context_gain") == "a description" and set(read.values()) == {"too few cases"}
     assert report["verdict"]["sentence"].startswith("Too few held-out rows (3)")
+
+
+WEIGHTS = Path("result") / "adapter" / "adapter_model.safetensors"
+
+
+def test_final_rows_choose_nothing_and_their_figures_are_in_the_report_s_file_alone(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    """With the best checkpoint kept: the adapter and all that is told are those of a job without final rows."""
+    said = [(f"ticket {n}: something with {('gpu', 'storage')[n % 2]} is odd", "queue: gpu") for n in range(40)]
+    last = conversations(tmp_path / "final.jsonl", [[pair] for pair in said])
+    asked = {"max_steps": 8, "eval_steps": 2, "load_best_model_at_end": True, "lora": {"r": 4}}
+    ended, told = recipe("with", **asked, dataset={"final_path": str(last)})
+    plainly, without = recipe("without", **asked)
+    assert (tmp_path / "with" / WEIGHTS).read_bytes() == (tmp_path / "without" / WEIGHTS).read_bytes()
+    assert ended.message == plainly.message
+    losses, others = (
+        [m.metrics for m in messages if isinstance(m, Stepped) and m.metrics] for messages in (told, without)
+    )
+    assert losses == others
+    report, plain = (
+        json.loads((tmp_path / name / "result" / "report.json").read_text()) for name in ("with", "without")
+    )
+    assert "final" not in plain and not any("final" in key for key in plain["data"])
+    final = report.pop("final")
+    assert (report["evaluation"]["row_losses"], report["verdict"]) == (
+        plain["evaluation"]["row_losses"],
+        plain["verdict"],
+    )
+    assert (report["data"]["final_rows"], final["rows"], len(final["row_losses"])) == (40, 40, 40)
+    assert {"loss", "token_accuracy", "exact_match"} <= {metric["name"] for metric in final["metrics"]}
+    assert final["verdict"]["sentence"].partition(":")[0]
+    loss = next(metric for metric in final["metrics"] if metric["name"] == "loss")
+    figures = {f"{loss[key]:.{digits}f}" for key in ("base", "tuned") for digits in (3, 4)}
+    everywhere = "".join(m.text for m in told if isinstance(m, (Note, LogLines)))
+    for file in ("report.html", "adapter/README.md", "job.json"):
+        everywhere += (tmp_path / "with" / "result" / file).read_text()
+    assert "40 final, by which nothing is chosen" in everywhere
+    assert not [figure for figure in figures if figure in everywhere], "a figure of the final rows is shown"
+
+
+def test_a_classifier_s_final_rows_are_measured_as_its_held_out_ones(recipe: Recipe, tmp_path: Path) -> None:
+    rows = [{"text": f"row {n} is {mood}", "label": mood} for n in range(30) for mood in ("good", "bad")]
+    path = tmp_path / "moods.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = {"path": str(path), "format": "classification", "final_size": 0.3}
+    said = {"metrics": ["loss", "labels"], "samples": 0}
+    recipe("a", max_steps=4, dataset=dataset, evaluation=said, job={"task_type": "SEQ_CLS"})
+    report = json.loads((tmp_path / "a" / "result" / "report.json").read_text())
+    assert (report["final"]["rows"], report["evaluation"]["rows"], report["data"]["train_rows"]) == (18, 6, 36)
+    assert report["final"]["baseline"] == report["evaluation"]["baseline"]
+    assert {"loss", "accuracy"} <= {metric["name"] for metric in report["final"]["metrics"]}
+
+
+def test_rows_that_chose_the_adapter_are_said_to_be_optimistic(recipe: Recipe, tmp_path: Path) -> None:
+    recipe("best", max_steps=4, eval_steps=2, load_best_model_at_end=True)
+    recipe("last", max_steps=4, eval_steps=2)
+    told = {name: json.loads((tmp_path / name / "result" / "report.json").read_text()) for name in ("best", "last")}
+    kept = told["best"]["training"]["kept_step"]
+    assert f"These rows chose step {kept}, so their loss is optimistic." in told["best"]["verdict"]["aside"]
+    assert "optimistic" not in told["last"]["verdict"]["aside"]
 
 
 def evaluation(folder: Path) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["plain", "packed", "regression", "classifier", "dropped"])
+@pytest.mark.parametrize("kind", ["plain", "packed", "regression", "classifier", "dropped", "final"])
 def test_handed_over_data_are_the_data_that_were_prepared(
     start: Callable[..., Start], tmp_path: Path, kind: str
 ) -> None:
@@ -72,6 +72,7 @@ def test_handed_over_data_are_the_data_that_were_prepared(
             "dataset": {"path": texts, "max_length": 64, "on_overflow": "drop", "test_size": 0.3},
             "evaluation": {"max_rows": 2},
         },
+        "final": {"dataset": {"final_size": 0.3, "test_size": 0.2}},
     }
     order = start(**keys[kind])
     spec = order.spec
@@ -87,6 +88,11 @@ def test_handed_over_data_are_the_data_that_were_prepared(
     for name in ("format", "why", "dropped", "overlap", "repeated", "sha256", "warnings", "label_names", "commits"):
         assert getattr(read, name) == getattr(data, name)
     assert (read.facts(), read.digest, read.answer_shares) == (data.facts(), data.digest, data.answer_shares)
+    if kind == "final":
+        assert read.final is not None and data.final is not None and read.of_final is not None
+        assert list(read.final.tokens.rows) == list(data.final.tokens.rows) and len(read.final.tokens.rows) == 7
+        assert list(read.final.examples) == list(data.final.examples)
+        assert read.of_final.facts() == data.facts(), "labels and counts are known without the rows to train on"
     assert list(read.trained_rows) == list(data.trained_rows) and len(read.trained_rows) > 0
     for mine, theirs in ((read.train, data.train), (read.held_out, data.held_out), (read.regression, data.regression)):
         assert (mine is None) == (theirs is None)

@@ -100,6 +100,8 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
         more_sha256=[hashes.get(key) for key in more],
         eval_path=named.get("eval_path"),
         eval_sha256=hashes.get("eval_path"),
+        final_path=named.get("final_path"),
+        final_sha256=hashes.get("final_path"),
         regression_path=named.get("regression"),
         regression_sha256=hashes.get("regression"),
         output_dir=str(folder / "result"),

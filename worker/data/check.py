@@ -64,6 +64,7 @@ class Checked:
     why: str = ""
     train_rows: int = 0  # those that are used, as for all of this
     held_out_rows: int = 0
+    final_rows: int | None = None  # None: the job has none
     left_out: int = 0  # rows of more than max_length tokens that on_overflow: drop leaves out
     lengths: Quantiles | None = None  # of rows to train on, before they are cut or left out
     learned: Quantiles | None = None  # None for a classifier: its row's label is not a token
@@ -85,6 +86,7 @@ class Checked:
             "why": self.why,
             "train_rows": self.train_rows,
             "held_out_rows": self.held_out_rows,
+            "final_rows": self.final_rows,
             "too_long_rows_dropped": self.left_out,
             "tokens": None if self.lengths is None else vars(self.lengths),
             "labels": self.labels or None,
@@ -101,7 +103,9 @@ def check_data(spec: JobSpec, tokenizer: Any, report: Report = lambda what, done
     return checked if split is None else _look(checked, split, spec, tokenizer, report)
 
 
-def findings_about(spec: JobSpec, data: PreparedData, tokenizer: Any, leaks: Leaks | None = None) -> list[Finding]:
+def findings_about(
+    spec: JobSpec, data: PreparedData, tokenizer: Any, leaks: Leaks | None = None, final: Leaks | None = None
+) -> list[Finding]:
     """The findings in prepared data, with the numbers of `check_data`. What the template leaves out is looked for in
     the first rows alone, and says so."""
     template, tokens = TemplateLook(tokenizer, RENDERED_ROWS), TokenLook(spec, tokenizer)
@@ -109,7 +113,7 @@ def findings_about(spec: JobSpec, data: PreparedData, tokenizer: Any, leaks: Lea
         template.see(example)
     for rows in data.train.rows.by_example():
         tokens.see(rows)
-    findings = check_examples(data.train_examples, data.held_out_examples, leaks=leaks)
+    findings = check_examples(data.train_examples, data.held_out_examples, leaks=leaks, final=final)
     findings += about_warmup(spec.training, len(data.train_examples))
     return findings + template.findings() + tokens.findings(every=False)
 
@@ -120,8 +124,10 @@ def _look_at_rows(dataset: DatasetSpec, report: Report) -> tuple[Checked, Split 
     try:
         read = functools.partial(report, "Reading the data")
         rows = [load_rows(source.path, source.split, read) for source in dataset.sources]
-        held = dataset.eval_path
-        held_rows = load_rows(held, held_out_split(held, dataset.eval_split), read) if held else None
+        held_rows, final_rows = (
+            load_rows(file, held_out_split(file, split), read) if file else None
+            for file, split in ((dataset.eval_path, dataset.eval_split), (dataset.final_path, None))
+        )
         first: DataFormat | None = None
         for source, own in zip(dataset.sources, rows, strict=True):
             mapped = map_columns(own, source.columns or {}, source.path)
@@ -131,26 +137,31 @@ def _look_at_rows(dataset: DatasetSpec, report: Report) -> tuple[Checked, Split 
             refused = parse_each(mapped, format, source.path, dataset.template, Reading.of(dataset))[1]
             named = f"{Path(source.path).name}: " if dataset.more else ""
             findings += [replace(found, text=named + found.text) for found in _bad_rows(refused, dataset)]
-        asked: Sequence[Example] = []
-        if held and held_rows is not None and first:
-            mapped = map_columns(held_rows, dataset.columns, held)
-            asked, refused = parse_each(mapped, first, held, dataset.template, Reading.of(dataset))
+        asked: list[tuple[str, Sequence[Example]]] = []
+        for file, others in ((dataset.eval_path, held_rows), (dataset.final_path, final_rows)):
+            if file is None or others is None or first is None:
+                continue
+            mapped = map_columns(others, dataset.columns, file)
+            parsed, refused = parse_each(mapped, first, file, dataset.template, Reading.of(dataset))
             findings += _bad_rows(refused, dataset)
+            asked.append((file, parsed))
         tolerant = dataset.model_copy(update={"on_bad_row": BadRow.DROP})  # bad rows are told; the rest is looked at
-        split = split_data(tolerant, rows[0], held_rows, rows[1:])
+        split = split_data(tolerant, rows[0], held_rows, rows[1:], final_rows=final_rows)
     except DataError as error:
         return replace(checked, findings=[*findings, *refusals([error])]), None
     if names := labels_of(split.train):
-        findings += _bad_rows(untaught(asked, names, dataset.eval_path or dataset.path), dataset)
+        for file, examples in asked:
+            findings += _bad_rows(untaught(examples, names, file), dataset)
     return replace(checked, findings=findings + about_fields(split.unused)), split
 
 
 def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report: Report) -> Checked:
     """The check of the rows that are used, before and after the tokenizer and the chat template."""
-    template, trained, held = TemplateLook(tokenizer), TokenLook(spec, tokenizer), TokenLook(spec, tokenizer)
+    template = TemplateLook(tokenizer)
+    trained, held, last = (TokenLook(spec, tokenizer) for _ in range(3))
     refused: list[Finding] = []
     try:
-        _tokenise(split, tokenizer, template, (trained, held), report)
+        _tokenise(split, tokenizer, template, (trained, held, last), report)
     except ValueError as error:
         kind = "chat template" if split.train[0].turns else "nothing to learn"
         refused = [Finding(level="error", kind=kind, text=str(error))]
@@ -160,17 +171,19 @@ def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report:
             lengths=Quantiles.of(trained.lengths),
             learned=Quantiles.of(trained.learned) if trained.learned else None,
             histogram=_histogram(trained.lengths),
-            longest_held_out=max(held.lengths),
+            longest_held_out=max(*held.lengths, *last.lengths, 0),
         )
         try:
-            split = fitting(split, spec.dataset, set(trained.numbers), set(held.numbers))
+            split = fitting(split, spec.dataset, *(set(look.numbers) for look in (trained, held, last)))
         except DataError as error:
-            return replace(checked, findings=[*checked.findings, *trained.length_findings(held), *refusals([error])])
-        refused = trained.findings() + trained.length_findings(held)
+            lengths = trained.length_findings(held, last)
+            return replace(checked, findings=[*checked.findings, *lengths, *refusals([error])])
+        refused = trained.findings() + trained.length_findings(held, last)
     names = labels_of(split.train)
     looked = functools.partial(report, "Looking at the rows")
     findings = split.about_sources(spec.dataset)
-    findings += check_examples(split.train, split.held_out, split, looked) + template.findings() + refused
+    findings += check_examples(split.train, split.held_out, split, looked, final=Leaks.of_final(split.final))
+    findings += template.findings() + refused
     findings += about_warmup(spec.training, len(split.train))
     return replace(
         checked,
@@ -180,16 +193,18 @@ def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report:
         learned=None if names else checked.learned,
         train_rows=len(split.train),
         held_out_rows=len(split.held_out),
-        left_out=trained.left_out + held.left_out,
+        final_rows=None if split.final is None else len(split.final),
+        left_out=trained.left_out + held.left_out + last.left_out,
     )
 
 
 def _tokenise(
-    split: Split, tokenizer: Any, template: TemplateLook, looks: tuple[TokenLook, TokenLook], report: Report
+    split: Split, tokenizer: Any, template: TemplateLook, looks: tuple[TokenLook, TokenLook, TokenLook], report: Report
 ) -> None:
-    """Let the looks see the rows to train on and those held out. Raises ValueError, see encode."""
-    total, done = len(split.train) + len(split.held_out), 0
-    for look, examples in zip(looks, (split.train, split.held_out), strict=True):
+    """Let the looks see the rows to train on, those held out, and the final ones. Raises ValueError, see encode."""
+    sides = (split.train, split.held_out, split.final or ())
+    total, done = sum(map(len, sides)), 0
+    for look, examples in zip(looks, sides, strict=True):
         for example in examples:
             look.see(encode(example, tokenizer, split.format))
             if look is looks[0] and look.numbers[-1:] == array("q", [example.number]):  # it is used

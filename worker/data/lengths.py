@@ -29,10 +29,11 @@ from .template import templated
 
 
 def lengths_of(data: PreparedData) -> Lengths:
-    """The longest row to train on and the longest one held out, in tokens."""
+    """The longest row to train on and the longest one held out or final, in tokens."""
+    last = [] if data.final is None else data.final.tokens.rows.lengths
     return Lengths(
         train=max(data.trained_rows.lengths),
-        evaluate=max(data.held_out.rows.lengths),
+        evaluate=max(*data.held_out.rows.lengths, *last, 0),
         rows=len(data.trained_rows),
         labels=len(data.label_names) or None,
     )
@@ -57,7 +58,9 @@ def _counts(spec: JobSpec) -> dict[str, Any]:
     data, cache = spec.dataset, load_settings().cache_dir
     tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), data.template)
     more = [source.path for source in data.more]
-    prepared = prepare_data(data, data.path, data.eval_path, dataset_hash(data.path), tokenizer, cache, more)
+    prepared = prepare_data(
+        data, data.path, data.eval_path, dataset_hash(data.path), tokenizer, cache, more, final_path=data.final_path
+    )
     rows = {
         "train": prepared.train.rows.examples,
         "held_out": prepared.held_out.rows.examples,

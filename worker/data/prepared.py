@@ -29,6 +29,18 @@ from .token_set import Tokeniser, TokenSet, fit_examples
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinalRows:
+    """Rows by which nothing is chosen: they are measured once, at the end."""
+
+    tokens: TokenSet
+    examples: Sequence[Example]
+    overlap: int = 0  # rows of final_path left out because they are trained on or held out
+    repeated: int = 0
+    leaks: tuple[str, ...] = ()  # as of the held-out rows
+    given_away: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreparedData:
     """Everything that the recipe and the evaluation need to know about the data."""
 
@@ -49,6 +61,7 @@ class PreparedData:
     warnings: tuple[str, ...] = ()  # what looks wrong but is trained on
     leaks: tuple[str, ...] = ()  # of them, what the held-out rows have in common with those that are trained on
     given_away: tuple[int, ...] = ()  # numbers of held-out examples that a row to train on gives away
+    final: FinalRows | None = None
     packed: TokenRows | None = None  # the rows to train on, several examples in one
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
     label_names: tuple[str, ...] = ()  # what a classifier learns to tell apart; empty for any other job
@@ -65,6 +78,23 @@ class PreparedData:
         cut, rows = self.held_out.truncated, self.held_out.rows.examples
         about = [f"{cut} of {rows} held-out rows were cut at dataset.max_length."] if cut else []
         return [*(f"{leak}." for leak in self.leaks), *about]
+
+    @property
+    def of_final(self) -> PreparedData | None:
+        """The same with the final rows as the held-out ones, to be measured in that way; None where there are none."""
+        if (final := self.final) is None:
+            return None
+        data = replace(
+            self,
+            held_out=final.tokens,
+            held_out_examples=final.examples,
+            leaks=final.leaks,
+            given_away=final.given_away,
+            regression=None,
+            final=None,
+        )
+        vars(data)["seen"] = self.seen
+        return data
 
     def facts(self) -> dict[str, Any]:
         """What the report says about the data."""
@@ -87,6 +117,18 @@ class PreparedData:
         return {"facts": self._facts(), "answer_shares": label_shares(self.train_examples), "digest": self._digest()}
 
     def _facts(self) -> dict[str, Any]:
+        final = self.final
+        sides = [self.train, self.held_out, *([] if final is None else [final.tokens])]
+        of_final = (
+            {}
+            if final is None
+            else {
+                "final_rows": final.tokens.rows.examples,
+                "final_sha256": _hash_of(final.examples),
+                "final_overlap_rows_dropped": final.overlap,
+                "final_repeated_rows_dropped": final.repeated,
+            }
+        )
         return {
             "format": self.format.value,
             "why": self.why,
@@ -98,10 +140,11 @@ class PreparedData:
             "held_out_sha256": _hash_of(self.held_out_examples),
             "train_tokens": self.train.tokens,
             "supervised_tokens": self.train.supervised,
-            "truncated_rows": self.train.truncated + self.held_out.truncated,
-            "too_long_rows_dropped": self.train.too_long + self.held_out.too_long,
-            "conversations_apart": self.train.apart + self.held_out.apart,
-            "rows_of_conversations_apart": self.train.apart_rows + self.held_out.apart_rows,
+            **of_final,
+            "truncated_rows": sum(side.truncated for side in sides),
+            "too_long_rows_dropped": sum(side.too_long for side in sides),
+            "conversations_apart": sum(side.apart for side in sides),
+            "rows_of_conversations_apart": sum(side.apart_rows for side in sides),
             "bad_rows_dropped": len(self.dropped),
             "overlap_rows_dropped": self.overlap,
             "repeated_rows_dropped": self.repeated,
@@ -132,6 +175,8 @@ def prepare_data(
     tokenizer: Any,
     cache: Path | None,
     more: Sequence[str] = (),
+    *,
+    final_path: str | None = None,
 ) -> PreparedData:
     """Read, check, split and tokenise. `more`: where the data sets of `dataset.more` are.
 
@@ -139,29 +184,39 @@ def prepare_data(
     """
     read = [load_pinned(path, source.split) for source, path in zip(dataset.sources, (data_path, *more), strict=True)]
     held = load_pinned(eval_path, held_out_split(eval_path, dataset.eval_split)) if eval_path else (None, None)
+    last = load_pinned(final_path, held_out_split(final_path)) if final_path else (None, None)
     names = ["path", *(f"more.{number}" for number in range(len(more)))]
-    commits = {**dict(zip(names, (commit for _, commit in read), strict=True)), "eval_path": held[1]}
-    split = split_data(dataset, read[0][0], held[0], [rows for rows, _ in read[1:]])
+    commits = dict(zip(names, (commit for _, commit in read), strict=True))
+    commits |= {"eval_path": held[1], "final_path": last[1]}
+    split = split_data(dataset, read[0][0], held[0], [rows for rows, _ in read[1:]], final_rows=last[0])
     tokeniser = Tokeniser(dataset=dataset, tokenizer=tokenizer, format=split.format, cache=cache)
     with own_rows(split.portions):
         train_set = tokeniser.tokenise(split.train, dataset.path)
     with own_rows(split.portions if dataset.eval_path is None else ()):
         held_set = tokeniser.tokenise(split.held_out, dataset.eval_path or dataset.path)
-    split = fitting(split, dataset, *(set(tokens.rows.numbers) for tokens in (train_set, held_set)))
-    if len(split.held_out) < held_set.rows.examples:
-        kept = {example.number for example in split.held_out}
-        held_set = replace(held_set, rows=TokenRows.of(row for row in held_set.rows if row.number in kept))
-    label_names = labels_of(split.train)
+    with own_rows(split.portions if dataset.final_path is None else ()):
+        final_set = tokeniser.tokenise(split.final, dataset.final_path or dataset.path) if split.final else None
+    numbers = [set(tokens.rows.numbers) for tokens in (train_set, held_set, final_set) if tokens is not None]
+    split = fitting(split, dataset, *numbers)
+    held_set, label_names = _only(held_set, split.held_out), labels_of(split.train)
     if label_names:
         train_set, held_set = (
             _with_labels(tokens, examples, label_names)
             for tokens, examples in ((train_set, split.train), (held_set, split.held_out))
+        )
+    final = None
+    if final_set is not None and split.final is not None:
+        final_set = _only(final_set, split.final)
+        final_set = _with_labels(final_set, split.final, label_names) if label_names else final_set
+        final = FinalRows(
+            tokens=final_set, examples=split.final, overlap=split.final_overlap, repeated=split.final_repeated
         )
     return PreparedData(
         format=split.format,
         why=split.why,
         train=train_set,
         held_out=held_set,
+        final=final,
         dropped=split.dropped,
         overlap=split.overlap,
         repeated=split.repeated,
@@ -173,6 +228,14 @@ def prepare_data(
         label_names=label_names,
         commits={key: commit for key, commit in commits.items() if commit},
     )
+
+
+def _only(tokens: TokenSet, examples: Sequence[Example]) -> TokenSet:
+    """The rows of these examples: a classifier leaves out those of labels that are not taught."""
+    if len(examples) == tokens.rows.examples:
+        return tokens
+    kept = {example.number for example in examples}
+    return replace(tokens, rows=TokenRows.of(row for row in tokens.rows if row.number in kept))
 
 
 def prepare_regression(

@@ -44,11 +44,12 @@ def check_text(spec: JobSpec, checked: Checked, tokenizer: Any, *, styled: bool)
 def row_text(dataset: DatasetSpec, shown: TrainedRow, tokenizer: Any, *, styled: bool) -> str:
     """One row to train on, what is learned of it marked."""
     data = shown.data
+    final = "" if data.final is None else f", {data.final.tokens.rows.examples} final"
     lines = [
         f"Row {shown.rows[0].number} of {', '.join(s.path for s in dataset.sources)}: "
         f"{_sizes(shown.rows, data.label_names)}.",
         f"Format {data.format.value}: {data.why}. "
-        f"{data.train.rows.examples} rows to train on, {data.held_out.rows.examples} held out.",
+        f"{data.train.rows.examples} rows to train on, {data.held_out.rows.examples} held out{final}.",
     ]
     lines += [f"{told}." for told in data.sources]
     if len(shown.rows) > 1:
@@ -63,6 +64,7 @@ def _head(dataset: DatasetSpec, checked: Checked) -> list[str]:
     if checked.format is None:
         return []
     held = f", {checked.held_out_rows} held out" if checked.held_out_rows else ""
+    held += f", {checked.final_rows} final" if checked.final_rows else ""
     held += f"; {checked.left_out} too long are left out" if checked.left_out else ""
     rows = f": {checked.train_rows} rows to train on{held}" if checked.train_rows else ""
     names = ", ".join(Path(source.path).name for source in dataset.sources)

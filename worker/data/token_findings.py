@@ -154,36 +154,38 @@ class TokenLook:
         text = "{n} with characters that the tokenizer does not know"
         return findings + about_rows("warning", "unknown tokens", text, self._strange)
 
-    def length_findings(self, held_out: TokenLook) -> list[Finding]:
-        """What dataset.max_length does to the rows, and to those of another look, which are held out."""
-        dataset, lengths = self._spec.dataset, [*self.lengths, *held_out.lengths]
-        most, too_long = dataset.max_length, (self._too_long, held_out._too_long)
+    def length_findings(self, held_out: TokenLook, final: TokenLook) -> list[Finding]:
+        """What dataset.max_length does to the rows, and to those of other looks, which are held out or final."""
+        looks = (self, held_out, final)
+        dataset, lengths = self._spec.dataset, [length for look in looks for length in look.lengths]
+        most, too_long = dataset.max_length, tuple(look._too_long for look in looks)
         hint = f"dataset.max_length: {max(lengths, default=0)} would hold them all"
         if dataset.on_overflow is Overflow.ERROR:
             text = f"{{n}} of more than dataset.max_length ({most}) tokens"
-            return _about_both("error", "too long", text, too_long, hint)
+            return _about_each("error", "too long", text, too_long, hint)
         if dataset.on_overflow is Overflow.DROP:
             text = f"{{n}} left out, with more than dataset.max_length ({most}) tokens"
-            return _about_both("warning", "too long, left out", text, too_long, hint)
+            return _about_each("warning", "too long, left out", text, too_long, hint)
         # a classifier learns no token
         none = dataset.format is DataFormat.CLASSIFICATION
-        empty = (array("q"), array("q")) if none else (self._empty, held_out._empty)
+        empty = tuple(array("q") if none else look._empty for look in looks)
         text = f"{{n}} with no token to learn within dataset.max_length ({most})"
-        findings = _about_both("error", "no learned token", text, empty, hint)
+        findings = _about_each("error", "no learned token", text, empty, hint)
         cut = [sorted(set(numbers) - set(untaught)) for numbers, untaught in zip(too_long, empty, strict=True)]
         share = 100 * sum(length - most for length in lengths if length > most) / max(1, sum(lengths))
         text = f"{{n}} cut at dataset.max_length ({most}), which takes {share:.0f} % of all tokens"
-        return findings + _about_both("warning", "cut rows", text, cut, hint)
+        return findings + _about_each("warning", "cut rows", text, cut, hint)
 
 
-def _about_both(
+def _about_each(
     level: Level, kind: str, text: str, sides: Sequence[Sequence[int]], hint: str | None = None
 ) -> list[Finding]:
-    """A finding about rows to train on and rows held out; it lists the first of those to train on, where there are."""
-    trained, held_out = sides
+    """A finding about rows to train on, held out and final; it lists the first ones to train on, where there are."""
+    trained, held_out, final = sides
     text += f", {len(held_out)} of them held out" if held_out else ""
-    found = about_rows(level, kind, text, [*trained, *held_out], hint)
-    return [replace(finding, rows=tuple((trained or held_out)[:SHOWN_ROWS])) for finding in found]
+    text += f", {len(final)} of them final" if final else ""
+    found = about_rows(level, kind, text, [*trained, *held_out, *final], hint)
+    return [replace(finding, rows=tuple((trained or held_out or final)[:SHOWN_ROWS])) for finding in found]
 
 
 def _few_steps(rows: int, spec: JobSpec) -> list[Finding]:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from loractl.common.artifacts import sha256_of
+from loractl.common.artifacts import FINAL, sha256_of
+from loractl.common.job.spec import JobSpec
 from loractl.common.verdict import report_verdict
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
@@ -36,12 +37,20 @@ def build_report(
     data: PreparedData,
     evaluation: Evaluation,
     course: TrainingCourse,
+    final: Evaluation | None = None,
 ) -> dict[str, Any]:
     """All that was measured and all that a repetition needs, as plain JSON values.
 
-    `base`: what `BaseIdentity` says of the base model.
+    `base`: what `BaseIdentity` says of the base model. `final`: what was measured on the final rows, which readers of
+    reports leave out (`ArtifactStore.read_report`).
     """
-    spec = order.spec
+    spec, last = order.spec, data.of_final
+    against = "the base" if evaluation.baseline is None else BASELINE
+    measured = (
+        {}
+        if final is None or last is None
+        else {FINAL: {"verdict": verdict(final.metrics, against, last.doubts), **_evaluation(final)}}
+    )
     return {
         "schema": SCHEMA,
         "job": _job(order),
@@ -51,7 +60,7 @@ def build_report(
         "method": order.method.value,
         "method_why": order.method_why,
         "spec": spec.model_dump(mode="json"),
-        "verdict": verdict(evaluation.metrics, "the base" if evaluation.baseline is None else BASELINE, data.doubts),
+        "verdict": verdict(evaluation.metrics, against, [*_chosen(spec, course), *data.doubts]),
         "adapter": _adapter(order, learner.model),
         "data": {
             **data.facts(),
@@ -61,10 +70,19 @@ def build_report(
         },
         "training": _training(order, course, str(learner.precision.base).removeprefix("torch.")),
         "evaluation": _evaluation(evaluation),
+        **measured,
         "seed": spec.training.seed,
         "wall_seconds": course.wall_seconds,
         "versions": installed_versions(),
     }
+
+
+def _chosen(spec: JobSpec, course: TrainingCourse) -> list[str]:
+    """A sentence where the held-out rows chose the adapter that they measure."""
+    best_of = len(course.eval_losses) if spec.training.load_best_model_at_end else 0
+    if course.stopped_early is None and best_of < 2:
+        return []
+    return [f"These rows chose step {course.kept_step}, so their loss is optimistic."]
 
 
 def verdict(metrics: list[Compared], base: str = "the base", doubts: Sequence[str] = ()) -> dict[str, str]:

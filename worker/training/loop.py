@@ -21,7 +21,7 @@ from loractl.worker.engine.member import ForwardPass, MemberRows, PackMember
 from loractl.worker.engine.passes.shared import SharedPass
 from loractl.worker.engine.snapshot import read_snapshot
 from loractl.worker.evaluation.evaluation import Work
-from loractl.worker.evaluation.stretches import ROWS
+from loractl.worker.evaluation.stretches import ROWS, Stretch
 from loractl.worker.protocol.messages import Opened
 
 from .arguments import training_arguments
@@ -48,16 +48,20 @@ class Callbacks:
 
     @classmethod
     def of(cls, run: Run, learner: Learner, data: PreparedData, checkpoint: Checkpoint | None) -> Callbacks:
-        work = Work.of(data, run.spec, learner.tokenizer).stretches
-        # a classifier's baseline looks at no text, and its head answers in one pass
-        work = [part for part in work if part.kind == ROWS] if data.label_names else 2 * work
+        work, final = (_stretches(some, run, learner) for some in (data, data.of_final))
         proof, recorder = ResumeProof.of(learner, data), Recorder(data.train.tokens)
         best = BestKeeper(run, recorder)
-        teller = Teller(run, recorder, work)
+        teller = Teller(run, recorder, work, final)
         closer = CheckpointCloser(run, belongs_to(run.order, data), proof, best)
         # the check and the brake come first: the others must not see a wrong model or a loss that is not a number
         order = (ResumeCheck(proof, checkpoint), Brake(run), recorder, best, closer, teller)
         return cls(checkpoint=checkpoint, proof=proof, recorder=recorder, best=best, teller=teller, in_order=order)
+
+
+def _stretches(data: PreparedData | None, run: Run, learner: Learner) -> list[Stretch]:
+    """The work of an evaluation. A classifier's baseline looks at no text, and its head answers in one pass."""
+    work = [] if data is None else Work.of(data, run.spec, learner.tokenizer).stretches
+    return [part for part in work if part.kind == ROWS] if data is not None and data.label_names else 2 * work
 
 
 SKIPS = 20

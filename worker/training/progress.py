@@ -32,11 +32,13 @@ SAID_EVERY_S = 20.0
 class Teller(TrainerCallback):
     """Tells of steps and losses, and says when the job will be done."""
 
-    def __init__(self, run: Run, recorder: Recorder, evaluation: Sequence[Stretch] = ()) -> None:
-        """`evaluation`: what comes after the last step."""
+    def __init__(
+        self, run: Run, recorder: Recorder, evaluation: Sequence[Stretch] = (), final: Sequence[Stretch] = ()
+    ) -> None:
+        """`evaluation`: what comes after the last step, `final`: and after that."""
         self._run = run
         self._recorder = recorder
-        self._evaluation = evaluation
+        self._evaluation, self._final = list(evaluation), list(final)
         # from one step's end to the next one's: evaluations and checkpoints between them take time too
         self._step_times: deque[float] = deque(maxlen=1000)
         self._step_ended = 0.0
@@ -105,16 +107,16 @@ class Teller(TrainerCallback):
         if left is not None and recorder.tokens_per_second:
             # A token that is trained on costs a forward and a backward, in LoRA about as much again (no gradients of
             # the base's weights): read as two that are evaluated. Measured once the evaluation runs.
-            left += sum(stretch.tokens for stretch in self._evaluation) / (2 * recorder.tokens_per_second)
+            left += sum(stretch.tokens for stretch in self._evaluation + self._final) / (2 * recorder.tokens_per_second)
         return left, spread
 
-    def evaluating(self, parts: Sequence[str]) -> Callable[[int, int], None]:
+    def evaluating(self, parts: Sequence[str], *, final: bool = False) -> Callable[[int, int], None]:
         """A progress function for the evaluation: tells how long the rest will take, and names each part as it begins.
 
-        `parts`: what is measured one after the other, each by the same work.
+        `parts`: what is measured one after the other, each by the same work. `final`: on the final rows.
         """
         said = time.monotonic()
-        begun, watch = 0, Stopwatch(self._evaluation, said)
+        begun, watch = 0, Stopwatch(self._final if final else self._evaluation + self._final, said)
         self._run.phase(f"evaluates {parts[0]}")
 
         def tell(done: int, of: int) -> None:

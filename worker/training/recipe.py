@@ -104,6 +104,7 @@ def train(run: Run) -> Ended:
     # 5. Base against tuned on rows that were never trained on.
     run.stage(Stage.EVALUATING)
     evaluation = _evaluate(run, learner, data, tasks, callbacks)
+    final = _evaluate_final(run, learner, data, callbacks)
     if isinstance(steps, DividedPass):
         steps.end()
 
@@ -112,7 +113,7 @@ def train(run: Run) -> Ended:
     run.say("hashes the base's files, and writes the report")
     with run.leg.aside():
         base = identity.wait()
-    report = build_report(order, base, learner, data, evaluation, course)
+    report = build_report(order, base, learner, data, evaluation, course, final)
     write_report(report, out)
     write_page(report, out)
     write_model_card(report, out / "adapter")
@@ -150,6 +151,7 @@ def _prepared(run: Run, tokenizer: Any) -> PreparedData:
 def _note_data(run: Run, data: PreparedData) -> None:
     facts = data.facts()
     text = f"data: {facts['train_rows']} rows to train on, {facts['held_out_rows']} held out; "
+    text += f"{facts['final_rows']} final, by which nothing is chosen; " if data.final is not None else ""
     text += f"format {data.format.value} ({data.why})"
     text += "".join(f"; {told}" for told in facts["sources"])
     if apart := facts["conversations_apart"]:
@@ -160,8 +162,10 @@ def _note_data(run: Run, data: PreparedData) -> None:
         ("bad_rows_dropped", "dropped as bad"),
         ("overlap_rows_dropped", "of the held-out file left out as trained on"),
         ("repeated_rows_dropped", "left out as repeated among the held-out rows"),
+        ("final_overlap_rows_dropped", "of the final file left out as trained on or held out"),
+        ("final_repeated_rows_dropped", "left out as repeated among the final rows"),
     ):
-        if facts[key]:
+        if facts.get(key):
             text += f"; {facts[key]} {words}"
     if unused := facts["unused_fields"]:
         text += f"; not used: {', '.join(unused)}"
@@ -280,16 +284,11 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
     """`tasks`: what `find_tasks` returned."""
     most, rows = run.spec.evaluation.max_rows, data.held_out.rows.examples
     rows = rows if most is None else min(rows, most)
-    models = ("the classifier",) if data.label_names else ("the base", "the tuned model")
     work = f"{rows} held-out row{'s' * (rows != 1)}"
     answers = 0 if data.label_names else min(run.spec.evaluation.samples, len(data.held_out_examples))
     if answers:
         work += f", with {answers} answer{'s' * (answers != 1)} of at most {run.spec.evaluation.max_new_tokens} tokens"
-    progress = callbacks.teller.evaluating([f"{model} on {work}" for model in models])
-    if data.label_names:
-        evaluation = evaluate_classifier(learner, data, run.spec, run.between, progress)
-    else:
-        evaluation = evaluate(learner, data, run.spec, run.between, progress, _once(run))
+    evaluation = _measure(run, learner, data, callbacks.teller.evaluating(_on(data, work)))
     if evaluation.base_job is not None:
         run.note("evaluation", f"job {evaluation.base_job} has measured the base in this process, on the same rows")
     callbacks.teller.tell_held_out(evaluation)
@@ -299,6 +298,25 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
     model, tokenizer, compute = learner.model, learner.tokenizer, learner.precision.base
     scored = score_tasks(model, tokenizer, run.spec, tasks, compute, run.check_stop)
     return replace(evaluation, benchmarks=scored)
+
+
+def _evaluate_final(run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks) -> Evaluation | None:
+    """The same on the final rows, for the report's file alone: neither log nor database get a figure of it."""
+    if (final := data.of_final) is None:
+        return None
+    return _measure(run, learner, final, callbacks.teller.evaluating(_on(final, "the final rows"), final=True))
+
+
+def _on(data: PreparedData, work: str) -> list[str]:
+    """What is measured, one after the other."""
+    models = ("the classifier",) if data.label_names else ("the base", "the tuned model")
+    return [f"{model} on {work}" for model in models]
+
+
+def _measure(run: Run, learner: Learner, data: PreparedData, progress: Callable[[int, int], None]) -> Evaluation:
+    if data.label_names:
+        return evaluate_classifier(learner, data, run.spec, run.between, progress)
+    return evaluate(learner, data, run.spec, run.between, progress, _once(run))
 
 
 def _once(run: Run) -> Once[Any]:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillReading
 from typing import TYPE_CHECKING, Any
 
+from loractl.common.artifacts import REPORT, split_final
 from loractl.common.errors import ArtifactError, LoractlError
 
 from ..report import result_of
@@ -82,12 +83,12 @@ class ReportShelf:
 
     def _read(self, job_id: int) -> dict[str, Any]:
         try:
-            content = json.loads(self._read_file(job_id, "report.json"))
+            content = json.loads(self._read_file(job_id, REPORT))
         except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
             raise ArtifactError(f"the report of job {job_id} is none of loractl's")
-        return content
+        return split_final(content)[0]
 
     def _read_file(self, job_id: int, name: str) -> bytes:
         artifacts = self._artifacts = self._artifacts or self._open()

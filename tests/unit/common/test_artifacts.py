@@ -63,6 +63,12 @@ def result(tmp_path: Path) -> Path:
     return folder
 
 
+def test_what_was_measured_on_final_rows_is_read_by_name_alone(place: Place, result: Path) -> None:
+    (result / "report.json").write_text('{"rows": 3, "final": {"rows": 40}}')
+    place.store.put_result(result, PREFIX)
+    assert place.store.read_report(HERE) == {"rows": 3} and place.store.read_final(HERE) == {"rows": 40}
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     folder.mkdir()

@@ -46,7 +46,7 @@ END_LINES = 40
 
 def is_large(order: Start) -> bool:
     """Whether it takes long to prepare the order's data: large files, and whatever comes from the hub."""
-    named = (order.data_path, *order.more_paths, order.eval_path, order.regression_path)
+    named = (order.data_path, *order.more_paths, order.eval_path, order.final_path, order.regression_path)
     paths = [Path(path) for path in named if path is not None]
     size = sum(path.stat().st_size for path in paths if path.is_file())
     return size >= LARGE_BYTES or not all(path.is_absolute() for path in paths)

@@ -10,7 +10,7 @@ from typing import Any
 from loractl.common.data.example import Example, Turn
 from loractl.common.job.sections import DataFormat
 from loractl.common.job.spec import JobSpec
-from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.prepared import FinalRows, PreparedData
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.token_set import TokenSet
 
@@ -33,6 +33,7 @@ def write_handover(data: PreparedData, spec: JobSpec, folder: Path) -> None:
         "held_out_examples": [asdict(example) for example in data.held_out_examples[:measured]],
         "train": _written(data.train, folder / "train"),
         "held_out": _written(data.held_out, folder / "held-out"),
+        "final": None if data.final is None else _written_final(data.final, measured, folder / "final"),
         "regression": None if data.regression is None else _written(data.regression, folder / "regression"),
         "packed": None if data.packed is None else str(data.packed.save(folder / "packed")),
     }
@@ -42,7 +43,7 @@ def write_handover(data: PreparedData, spec: JobSpec, folder: Path) -> None:
 def read_handover(folder: Path) -> PreparedData:
     """Map what was written. The folder may go afterwards. Raises OSError, ValueError."""
     value = json.loads((folder / _FILE).read_text("utf-8"))
-    seen, packed, regression = value.pop("seen"), value.pop("packed"), value.pop("regression")
+    seen, packed, regression, final = (value.pop(key) for key in ("seen", "packed", "regression", "final"))
     data = PreparedData(
         format=DataFormat(value.pop("format")),
         warnings=tuple(value.pop("warnings")),
@@ -56,11 +57,27 @@ def read_handover(folder: Path) -> PreparedData:
         train=_mapped(value.pop("train")),
         held_out=_mapped(value.pop("held_out")),
         regression=None if regression is None else _mapped(regression),
+        final=None if final is None else _final(**final),
         packed=None if packed is None else TokenRows.load(Path(packed)),
         **value,
     )
     vars(data)["seen"] = seen  # what was seen of examples that are not here
     return data
+
+
+def _written_final(final: FinalRows, measured: int | None, folder: Path) -> dict[str, Any]:
+    examples = [asdict(example) for example in final.examples[:measured]]
+    return {**vars(final), "tokens": _written(final.tokens, folder), "examples": examples}
+
+
+def _final(*, tokens: dict[str, Any], examples: list[dict[str, Any]], **plain: Any) -> FinalRows:
+    return FinalRows(
+        tokens=_mapped(tokens),
+        examples=[_example(**fields) for fields in examples],
+        leaks=tuple(plain.pop("leaks")),
+        given_away=tuple(plain.pop("given_away")),
+        **plain,
+    )
 
 
 def _written(tokens: TokenSet, folder: Path) -> dict[str, Any]:

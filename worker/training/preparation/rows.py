@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loractl.common.data.inspection import LEAKS, Leaks
+from loractl.common.data.inspection import Leaks
 from loractl.common.job.spec import JobSpec
 from loractl.worker.data.check import findings_about
 from loractl.worker.data.packing import packed
@@ -24,13 +24,19 @@ def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
         tokenizer,
         Path(order.cache_dir),
         order.more_paths,
+        final_path=order.final_path,
     )
     if order.regression_path is not None:
         name = spec.evaluation.regression or order.regression_path
         other, commit = prepare_regression(spec.dataset, name, order.regression_path, data.train_examples, tokenizer)
         data = replace(data, regression=other, commits=data.commits | ({"regression": commit} if commit else {}))
-    given_away = Leaks(data.held_out_examples)
-    found = findings_about(spec, data, tokenizer, given_away)
+    leaks, of_final = Leaks(data.held_out_examples), Leaks.of_final(None if data.final is None else data.final.examples)
+    found = findings_about(spec, data, tokenizer, leaks, of_final)
     warnings = tuple(finding.sentence for finding in found if finding.level == "warning")
-    leaks = tuple(finding.text for finding in found if finding.kind in LEAKS)
-    return packed(replace(data, warnings=warnings, leaks=leaks, given_away=tuple(given_away.rows)), spec)
+    if data.final is not None and of_final is not None:
+        data = replace(data, final=replace(data.final, **_told(of_final)))
+    return packed(replace(data, warnings=warnings, **_told(leaks)), spec)
+
+
+def _told(leaks: Leaks) -> dict[str, Any]:
+    return {"leaks": tuple(finding.text for finding in leaks.findings()), "given_away": tuple(leaks.rows)}

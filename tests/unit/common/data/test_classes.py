@@ -125,6 +125,19 @@ def test_no_label_is_held_out_whole(drawn: list[tuple[int, int]], test_size: flo
     assert not {e.content_hash() for e in train} & {e.content_hash() for e in held_out}
 
 
+def test_each_label_keeps_a_row_to_train_on_and_a_final_row_has_a_label_that_is_taught() -> None:
+    rows = raw(*((f"text {n}", label) for n, label in enumerate(["good"] * 12 + ["bad"] * 2)))
+    dataset = {"path": "d", "format": "classification", "test_size": 0.2, "final_size": 0.7}
+    found = split_data(DatasetSpec.model_validate(dataset), rows, None)
+    assert found.final and labels_of(found.train) == ("bad", "good")
+    last = raw(("new", "good"), ("odd", "none"))
+    asked = {"path": "d", "format": "classification", "final_path": "f"}
+    with pytest.raises(DataError, match="none"):
+        split_data(DatasetSpec.model_validate(asked), rows, None, final_rows=last)
+    found = split_data(DatasetSpec.model_validate(asked | {"on_bad_row": "drop"}), rows, None, final_rows=last)
+    assert [e.text for e in found.final or ()] == ["new"]
+
+
 def test_one_label_alone_is_nothing_to_learn() -> None:
     rows = raw(("x", "good"), ("y", "good"), ("z", "good"))
     for held in (None, raw(("v", "good"))):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from loractl.common.data.example import Example, Turn
 from loractl.common.data.formats import detect_format, map_columns, parse_examples
-from loractl.common.data.inspection import check_examples
+from loractl.common.data.inspection import Leaks, check_examples
 from loractl.common.data.rows import RawRow, read_rows
 from loractl.common.data.split import split_data, split_held_out
 from loractl.common.errors import DataError
@@ -407,3 +407,79 @@ def test_the_split_depends_on_content_alone_and_parts_no_rows_that_are_alike(
     assert {e.number for e in train} == {e.number for e in examples if likenesses([e.text]) <= trained}
     shuffled = random.sample(examples, len(examples))
     assert {e.text for e in split_held_out(shuffled, test_size, "d")[1]} == {e.text for e in held_out}
+
+
+def numbered(*names: str) -> list[RawRow]:
+    return [RawRow(number=n, value={"text": name}) for n, name in enumerate(names, start=1)]
+
+
+@given(
+    st.lists(st.text("abAB 12.", max_size=4), min_size=2, max_size=30).filter(lambda names: len(likenesses(names)) > 2),
+    st.floats(0.01, 0.6),
+    st.floats(0.01, 0.39),
+)
+def test_final_rows_are_none_that_is_trained_on_or_held_out_and_move_no_held_out_row(
+    names: list[str], test_size: float, final_size: float
+) -> None:
+    asked = {"path": "d.jsonl", "format": "text", "test_size": test_size}
+    rows = [RawRow(number=n, value={"text": f"row {name}"}) for n, name in enumerate(names)]
+    plain = split_data(DatasetSpec(**asked), rows, None)
+    if len(set(plain.train.likenesses)) < 2:
+        with pytest.raises(DataError, match="one to train on and one final"):
+            split_data(DatasetSpec(**asked, final_size=final_size), rows, None)
+        return
+    found = split_data(DatasetSpec(**asked, final_size=final_size), rows, None)
+    assert plain.final is None and found.final
+    sides = [likenesses(e.text for e in side) for side in (found.train, found.held_out, found.final)]
+    assert sum(map(len, sides)) == len(set().union(*sides)) == len(likenesses(e.value["text"] for e in rows))
+    assert [e.number for e in found.held_out] == [e.number for e in plain.held_out], "jobs without them are comparable"
+    assert len(sides[2]) == len(found.final), "each row counts once"
+    wanted = max(1, round(final_size * len(set().union(*sides))))
+    assert len(found.final) == min(wanted, len(set(plain.train.likenesses)) - 1)
+
+
+def test_another_share_held_out_makes_no_final_row_one_that_is_chosen_by() -> None:
+    rows = numbered(*(f"row {n}" for n in range(40)))
+    splits = [split_data(DatasetSpec(path="d", test_size=size, final_size=0.25), rows, None) for size in (0.1, 0.5)]
+    finals = [{e.text for e in split.final or ()} for split in splits]
+    assert len(finals[0]) == 10 and finals[0] == finals[1]
+
+
+def test_a_final_file_gives_the_rows_that_are_new() -> None:
+    dataset = DatasetSpec(path="d.jsonl", eval_path="h.jsonl", final_path="f.jsonl", on_bad_row=BadRow.DROP)
+    train, held = numbered(*(f"row {n}" for n in range(30))), numbered(*(f"held {n}" for n in range(10)))
+    last = [*numbered("ROW 1", "held 2", "new", "New ", "other"), RawRow(number=6, value={"text": ""})]
+    split = split_data(dataset, train, held, final_rows=last)
+    assert split.final is not None and [e.text for e in split.final] == ["new", "other"]
+    assert (split.final_overlap, split.final_repeated, len(split.dropped)) == (2, 1, 1)
+    assert len(split.train) == 30 and len(split.held_out) == 10
+    told = [f.text for f in check_examples(split.train, split.held_out, split, final=Leaks.of_final(split.final))]
+    assert "2 rows of the final file left out, because they are trained on or held out" in told
+    assert "1 row of the final ones stands there already, but for case and spaces" in told
+    assert any(text.startswith("only 2 final: too few for an interval") for text in told)
+    with pytest.raises(DataError, match=r"f\.jsonl: all of its rows are trained on or held out, too"):
+        split_data(dataset, train, held, final_rows=last[:2])
+
+
+def test_a_row_that_stands_in_the_held_out_file_too_is_not_made_a_final_one() -> None:
+    """It is left out there because it is trained on."""
+    train = numbered(*(f"row {n}" for n in range(20)))
+    held = numbered(*(f"row {n}" for n in range(15)), "new")
+    dataset = DatasetSpec(path="d.jsonl", eval_path="h.jsonl", final_size=0.2)
+    split = split_data(dataset, train, held)
+    assert split.overlap == 15 and {e.text for e in split.final or ()} <= {f"row {n}" for n in range(15, 20)}
+
+
+def test_final_rows_that_the_training_gives_away_are_told_as_such() -> None:
+    asked = [{"messages": [{"role": "user", "content": f"who wrote book number {n} of the shelf"},
+                           {"role": "assistant", "content": f"author {n}"}]} for n in range(30)]  # fmt: skip
+    again = [{"messages": [{"role": "user", "content": f"Please: who wrote book number {n} of the shelf?"},
+                           {"role": "assistant", "content": f"the author {n}"}]} for n in range(3)]  # fmt: skip
+    rows, last = ([RawRow(number=n, value=row) for n, row in enumerate(side, 1)] for side in (asked, again))
+    split = split_data(DatasetSpec(path="d", final_path="f", test_size=0.1), rows, None, final_rows=last)
+    trained = {e.number for e in split.train}
+    leaks = Leaks.of_final(split.final)
+    assert leaks is not None
+    told = check_examples(split.train, split.held_out, split, final=leaks)
+    assert leaks.rows == [n for n in (1, 2, 3) if n in trained]
+    assert any(f.kind == "resembling rows" and " of the final ones " in f.text for f in told)

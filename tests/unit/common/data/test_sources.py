@@ -91,6 +91,9 @@ def test_numbers_are_apart_and_lead_back_to_the_row(counts: list[int], shares: l
     with pytest.raises(DataError) as caught, own_rows(found.portions):
         raise DataError("a", "is bad", row=examples[-1].number)
     assert f"{caught.value.file} {caught.value.row}" == examples[-1].text
+    with pytest.raises(DataError) as caught, own_rows(()):  # of a file of held-out rows
+        raise DataError("held", "is bad", row=3)
+    assert (caught.value.file, caught.value.row) == ("held", 3)
 
 
 def test_the_same_rows_are_drawn_in_any_order_of_the_file() -> None:

@@ -95,6 +95,7 @@ OTHERWISE: dict[str, Any] = {
     "dataset.on_overflow": "drop", "dataset.on_bad_row": "drop",
     "dataset.split": "train[:5%]", "dataset.more": [{"path": "org/more"}], "dataset.eval_split": "train",
     "dataset.template": "alpaca", "dataset.fields": "all", "dataset.ignore": ["images"],
+    "dataset.final_path": "org/final", "dataset.final_size": 0.1,
     "lora.r": 8, "lora.lora_alpha": 16, "lora.lora_dropout": 0, "lora.target_modules": ["q_proj"],
     "lora.modules_to_save": ["embed_tokens"], "lora.use_dora": True, "lora.use_rslora": True,
     "lora.init_lora_weights": "gaussian", "lora.init_from": "12",

@@ -239,6 +239,15 @@ def test_keys_that_contradict_each_other_are_all_reported_with_their_lines(tmp_p
     assert found[1].what == "training.max_steps says when to stop already; keep one of them"
 
 
+def test_final_rows_are_named_once_and_leave_rows_to_train_on(tmp_path: Path) -> None:
+    head = "name: tiny\nbase_model: org/model\n"
+    both = only(write(tmp_path, head + "dataset: {path: org/data, final_path: org/more, final_size: 0.2}\n"))
+    assert both.key == "dataset.final_size" and "dataset.final_path says which rows are final already" in both.what
+    most = only(write(tmp_path, head + "dataset: {path: org/data, test_size: 0.6, final_size: 0.4}\n"))
+    assert most.key == "dataset.final_size" and "leaves no row to train on" in most.what
+    load_spec(write(tmp_path, head + "dataset: {path: org/data, eval_path: org/more, final_size: 0.6}\n"))
+
+
 def test_metrics_that_need_answers_are_refused_without_samples(tmp_path: Path) -> None:
     problem = only(write(tmp_path, MINIMAL + "evaluation: {samples: 0, metrics: [loss, rouge]}"))
     assert (problem.line, problem.key) == (4, "evaluation")
