@@ -34,8 +34,8 @@ GRANT SELECT ON ALL TABLES IN SCHEMA public TO loractl_submit, loractl_worker, l
 
 -- submit and sweep, and all that only reads. No UPDATE and no DELETE: they would let a login lock rows and tables. What
 -- a person does to a job that is there, loractl_change and loractl_tag do.
-GRANT INSERT ON jobs, events, sweeps, job_labels TO loractl_submit;
-GRANT USAGE ON SEQUENCE jobs_job_id_seq, events_event_id_seq, sweeps_sweep_id_seq TO loractl_submit;
+GRANT INSERT ON jobs, events, sweeps, job_labels, looks TO loractl_submit;
+GRANT USAGE ON SEQUENCE jobs_job_id_seq, events_event_id_seq, sweeps_sweep_id_seq, looks_look_id_seq TO loractl_submit;
 GRANT EXECUTE ON FUNCTION loractl_login(), loractl_change(integer, text, jsonb, json, text, text),
   loractl_tag(text, text, integer, integer, text) TO loractl_submit, loractl_worker;
 
@@ -49,9 +49,9 @@ GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, he
 GRANT INSERT, UPDATE ON attempts, uses, fleet_rounds, locks TO loractl_worker;
 GRANT DELETE ON wishes TO loractl_worker;
 GRANT INSERT, UPDATE, DELETE ON nodes, hosts, drains, tags, outbox TO loractl_worker;
-GRANT INSERT ON events, metrics, shares TO loractl_worker;
+GRANT INSERT ON events, metrics, shares, looks TO loractl_worker;
 GRANT INSERT, DELETE ON log_chunks, adapters, lab_failures TO loractl_worker;
-GRANT USAGE ON SEQUENCE events_event_id_seq, log_chunks_chunk_id_seq TO loractl_worker;
+GRANT USAGE ON SEQUENCE events_event_id_seq, log_chunks_chunk_id_seq, looks_look_id_seq TO loractl_worker;
 
 -- Who submits writes no row that has a history or that workers can't read, and changes one as cancel, hold, retry and
 -- edit do. Anybody cancels, holds, retries and tags; what is asked of a job changes by its own login alone. Who did it is
@@ -180,6 +180,13 @@ BEGIN
   ELSIF TG_TABLE_NAME = 'sweeps' THEN
     NEW.created_at := clock_timestamp();
     NEW."user" := session_user;
+  ELSIF TG_TABLE_NAME = 'looks' THEN -- at anybody's result, by the login, now
+    SELECT sweep_id INTO NEW.sweep_id FROM jobs WHERE job_id = NEW.job_id AND status = 'succeeded';
+    IF NOT FOUND THEN
+      RAISE EXCEPTION 'only a result can be looked at' USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    NEW.at := clock_timestamp();
+    NEW."user" := session_user;
   ELSIF NOT EXISTS (SELECT FROM jobs WHERE job_id = NEW.job_id AND "user" = session_user) THEN
     RAISE EXCEPTION 'a job is listed by its own labels' USING ERRCODE = 'insufficient_privilege';
   END IF;
@@ -196,5 +203,8 @@ CREATE OR REPLACE TRIGGER loractl_by_login BEFORE INSERT ON sweeps FOR EACH ROW
   WHEN (pg_has_role('loractl_submit', 'MEMBER') AND NOT pg_has_role('loractl_worker', 'MEMBER'))
   EXECUTE FUNCTION loractl_by_login();
 CREATE OR REPLACE TRIGGER loractl_by_login BEFORE INSERT ON job_labels FOR EACH ROW
+  WHEN (pg_has_role('loractl_submit', 'MEMBER') AND NOT pg_has_role('loractl_worker', 'MEMBER'))
+  EXECUTE FUNCTION loractl_by_login();
+CREATE OR REPLACE TRIGGER loractl_by_login BEFORE INSERT ON looks FOR EACH ROW
   WHEN (pg_has_role('loractl_submit', 'MEMBER') AND NOT pg_has_role('loractl_worker', 'MEMBER'))
   EXECUTE FUNCTION loractl_by_login();

@@ -32,6 +32,7 @@ from .queries import (
     heartbeats,
     jobs,
     lines,
+    looks,
     need,
     retention,
     submissions,
@@ -57,7 +58,7 @@ from .records import (
     StoredResult,
     Submission,
 )
-from .tables import Adapter, Attempt, Event, Job, LogChunk, MetricPoint
+from .tables import Adapter, Attempt, Event, FinalLook, Job, LogChunk, MetricPoint
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
@@ -130,6 +131,12 @@ class Store(DeviceStore):
         """Forget a tag; returns the job that had it. Raises AdapterNotFound."""
         with self._write() as tx:
             return adapters.untag(tx, reference, user)
+
+    def look(self, job_id: int, rows_sha256: str, user: str) -> list[FinalLook]:
+        """Write down that `user` is shown what a job measured on final rows; returns all looks at these rows, this one
+        last. Raises JobNotFound."""
+        with self._write() as tx:
+            return looks.look(tx, job_id, rows_sha256, user)
 
     def not_bound(self) -> list[Job]:
         """Jobs whose results an earlier version stored: their rows don't have the hash of the manifest."""

@@ -471,6 +471,20 @@ class Tag(Base):
     at: Mapped[Timestamp]
 
 
+class FinalLook(Base):
+    """That somebody was shown what a job measured on its final rows; never changed."""
+
+    __tablename__ = "looks"
+    __table_args__ = (Index("ix_looks_rows", "rows_sha256", "look_id"),)
+
+    look_id: Mapped[Key]
+    job_id: Mapped[JobKey]
+    sweep_id: Mapped[int | None] = mapped_column(Whole(1, key=True))  # whose winner the job was
+    rows_sha256: Mapped[str] = mapped_column(Characters(64))
+    user: Mapped[str]
+    at: Mapped[Timestamp]
+
+
 class JobLabel(Base):
     """A label of a job's row once more, where the jobs that have it are found without reading the others."""
 

@@ -9,6 +9,7 @@ from loractl.common.binding import result_binding
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Status
 
+from .final import FinalResult, look
 from .page import guarded
 
 if TYPE_CHECKING:
@@ -32,17 +33,20 @@ class EvaluationReport:
     job_id: int
     user: str
     content: dict[str, Any]  # of report.json
+    final: FinalResult | None = None  # of a job with final rows and in no sweep
 
     def as_json(self) -> dict[str, Any]:
-        """report.json as the trainer wrote it; docs/instructions.md explains what it says."""
-        return self.content
+        """report.json as the trainer wrote it; docs/instructions.md explains what it says. `final`, where it stands
+        there and the job is in no sweep, with the looks at it (see FinalResult)."""
+        return self.content if self.final is None else {**self.content, "final": self.final.as_json()}
 
 
-def report(store: Store, artifacts: ArtifactStore, job_id: int) -> EvaluationReport:
-    """The report of a finished job. Raises JobNotFound, WrongState, ArtifactError."""
+def report(store: Store, artifacts: ArtifactStore, job_id: int, user: str) -> EvaluationReport:
+    """The report of a finished job, for `user`. Raises JobNotFound, WrongState, ArtifactError."""
     result = result_of(store, job_id)
     content = artifacts.read_report(result.stored)
-    return EvaluationReport(job_id=job_id, user=result.job.user, content=content)
+    final = look(store, artifacts, job_id, result.stored, user) if result.job.sweep_id is None else None
+    return EvaluationReport(job_id=job_id, user=result.job.user, content=content, final=final)
 
 
 def report_page(store: Store, artifacts: ArtifactStore, job_id: int) -> bytes:

@@ -15,7 +15,9 @@ from loractl.common.verdict import MIN_CASES, written
 
 from .choice import CorrectedChange, corrected
 from .comparison import Comparison, FinishedJob, comparison
+from .final import FinalResult, look
 from .job import trouble_on
+from .report import result_of
 from .wait.gangs import in_words
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ class SweepComparison:
 
     sweep: SweepView
     comparison: Comparison
+    final: FinalResult | None = None  # of the best one, once all have ended
 
     @property
     def runner_up(self) -> FinishedJob | None:
@@ -97,6 +100,18 @@ class SweepComparison:
     def chosen(self) -> bool:
         """Whether the best one is the best of several, and so looks better on these rows than it is."""
         return self.runner_up is not None or any(member.rungs for member in self.stopped)
+
+    @property
+    def second_look(self) -> str:
+        """What is said of the best one beside its loss: by its final rows, or else what the choice made of that loss.
+        Empty where there was no choice."""
+        if self.final is not None:
+            return self.final.sentence
+        if not self.comparison.best.report["data"].get("final_rows"):
+            return self.caution
+        ask = f"loractl compare --sweep {self.sweep.sweep_id}"
+        told = f"shown by {ask}, and nobody has looked yet" if self.sweep.ended else "shown once all members have ended"
+        return f"{self.caution} What its final rows say is {told}.".lstrip()
 
     @property
     def caution(self) -> str:
@@ -164,7 +179,8 @@ class SweepComparison:
 
         `sweep_id`, `ended`; `winner`: the best one's `job_id`, the `runner_up` (null without one), whether its loss is
         `clear`ly less than every other, the members that are `alike`, the `sentence` that says so, its change
-        `corrected` for the choice (see CorrectedChange; null where there is none), and the `caution`; `stopped`: each
+        `corrected` for the choice (see CorrectedChange; null where there is none), the `caution`, and `final`, what it
+        measured on its final rows (see FinalResult; null where it has none, and before all have ended); `stopped`: each
         member that was stopped early with `job_id`, `settings`, `step`, `total_steps` and `rungs`.
         """
         return {
@@ -179,6 +195,7 @@ class SweepComparison:
                 "sentence": self.sentence,
                 "corrected": None if self.corrected is None else self.corrected.as_json(),
                 "caution": self.caution,
+                "final": None if self.final is None else self.final.as_json(),
             },
             "stopped": [_as_stopped(member) for member in self.stopped],
         }
@@ -193,8 +210,9 @@ def sweep_standing(store: Store, sweep_id: int) -> SweepStanding:
     return SweepStanding(sweep=sweep, troubles=found)
 
 
-def sweep_comparison(store: Store, artifacts: ArtifactStore, sweep_id: int) -> SweepComparison:
-    """Compare the finished members of a sweep. Raises SweepNotFound; WrongState where no member has a result."""
+def sweep_comparison(store: Store, artifacts: ArtifactStore, sweep_id: int, user: str) -> SweepComparison:
+    """Compare the finished members of a sweep for `user`, who looks at the final rows of the best one once all have
+    ended. Raises SweepNotFound; WrongState where no member has a result."""
     sweep = store.sweep(sweep_id)
     finished = [member.job_id for member in sweep.members if member.has_result]
     if not finished:
@@ -202,7 +220,10 @@ def sweep_comparison(store: Store, artifacts: ArtifactStore, sweep_id: int) -> S
             f"no member of sweep {sweep_id} has a result",
             f"loractl status --sweep {sweep_id} shows where they stand",
         )
-    return SweepComparison(sweep=sweep, comparison=comparison(store, artifacts, finished))
+    order = comparison(store, artifacts, finished)
+    best = order.best.job_id
+    final = look(store, artifacts, best, result_of(store, best).stored, user) if sweep.ended else None
+    return SweepComparison(sweep=sweep, comparison=order, final=final)
 
 
 def count(sweep: SweepView) -> dict[str, int]:

@@ -36,12 +36,12 @@ def compare(job_ids: tuple[int, ...], sweep_id: int | None, plot: Path | None, a
         raise UsageError("--sweep compares the members of one sweep", f"alone: loractl compare --sweep {sweep_id}")
     if plot is not None:
         require_matplotlib("compare")
-    _, store, artifacts = open_stores()
+    settings, store, artifacts = open_stores()
     if sweep_id is None:
         compared = comparison(store, artifacts, dict.fromkeys(job_ids))
         show(compared, as_json, lambda: comparison_text(compared, detect_screen()))
     else:
-        members = sweep_comparison(store, artifacts, sweep_id)
+        members = sweep_comparison(store, artifacts, sweep_id, settings.user)
         compared = members.comparison
         show(members, as_json, lambda: sweep_comparison_text(members, detect_screen()))
     if plot is not None:

@@ -23,14 +23,15 @@ def report(job: str, answers: int, html: Path | None, as_json: bool) -> None:
     from loractl.scheduler.text.report import report_text
     from loractl.scheduler.text.screen import detect_screen
 
-    _, store, artifacts = open_stores()
+    settings, store, artifacts = open_stores()
     job_id = job_named(store, job)
     if html is not None:
         _write(html, asked.report_page(store, artifacts, job_id))
         click.echo(f"The report of job {job_id} is in {html}.")
         return
-    answer = asked.report(store, artifacts, job_id)
-    show(answer, as_json, lambda: report_text(answer.content, detect_screen(), answers))
+    answer = asked.report(store, artifacts, job_id, settings.user)
+    final = "" if answer.final is None else answer.final.sentence
+    show(answer, as_json, lambda: report_text(answer.content, detect_screen(), answers, final))
     if not as_json:
         page = f"The page: loractl report {job_id} --html report.html   job by {clean_line(answer.user)}"
         click.echo("\n" + detect_screen().dim(page))

@@ -48,7 +48,12 @@ def comparison_text(answer: Comparison, screen: Screen) -> str:
 
 def sweep_comparison_text(answer: SweepComparison, screen: Screen) -> str:
     """Who is best, the finished members compared, and the stopped ones below."""
-    lines = [screen.style(answer.sentence, bold=True), *filter(None, [answer.caution]), "", *_finished(answer, screen)]
+    lines = [
+        screen.style(answer.sentence, bold=True),
+        *filter(None, [clean_line(answer.second_look)]),
+        "",
+        *_finished(answer, screen),
+    ]
     stopped = _stopped(answer, screen)
     if stopped:
         lines += ["", "Stopped early:", *stopped]

@@ -11,12 +11,15 @@ from loractl.common.verdict import written
 from .screen import Screen, block, table
 
 
-def report_text(report: dict[str, Any], screen: Screen, answers: int) -> str:
-    """The evaluation report for a terminal: the verdict, the table with its intervals, answers side by side."""
+def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str = "") -> str:
+    """The evaluation report for a terminal: the verdict, the table with its intervals, answers side by side.
+
+    `final`: what its final rows say.
+    """
     lines = [
         screen.style(f"{report['job']['job_id']} {clean_line(report['job']['name'])}", bold=True)
         + f": {clean_line(report['verdict']['sentence'])}",
-        *(clean_line(aside) for aside in [report["verdict"].get("aside")] if aside),
+        *(clean_line(aside) for aside in [report["verdict"].get("aside"), final] if aside),
         "",
     ]
     rows = []

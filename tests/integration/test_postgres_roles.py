@@ -54,6 +54,21 @@ def test_who_submits_can_submit_cancel_hold_retry_and_read(person: Store, box: S
         read_one(first)
 
 
+def test_a_look_at_final_rows_is_the_login_s_and_of_now(person: Store, box: Store, lab: Logins) -> None:
+    job_id = person.submit(submission())
+    claim = take(box)
+    assert isinstance(claim, Claim) and box.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+    engine = make_engine(lab.person)
+    with engine.begin() as connection:
+        row = f"({job_id}, 99, 'f', 'eve', '2001-01-01')"
+        connection.exec_driver_sql(f'INSERT INTO looks (job_id, sweep_id, rows_sha256, "user", at) VALUES {row}')
+    engine.dispose()
+    person.look(job_id, "f", "eve")
+    login, looks = make_url(lab.person).username, box.look(job_id, "f", "heron")
+    assert [(one.user, one.sweep_id) for one in looks] == [(login, None), (login, None), ("heron", None)]
+    assert all(abs((one.at - box.now()).total_seconds()) < 600 for one in looks)
+
+
 def test_the_page_s_role_reads_all_that_is_shown_and_writes_nothing(
     lab: Logins, person: Store, box: Store, postgres_url: str, tmp_path: Path
 ) -> None:
@@ -68,7 +83,11 @@ def test_the_page_s_role_reads_all_that_is_shown_and_writes_nothing(
             assert client.get(address).status_code == 200, address
         assert "loractl_database_up 1.0" in client.get("/metrics").text
         writing = Store(make_engine(url))
-        for write in (lambda: writing.submit(submission()), lambda: writing.cancel(first, name)):
+        for write in (
+            lambda: writing.submit(submission()),
+            lambda: writing.cancel(first, name),
+            lambda: writing.look(first, "f", name),
+        ):
             with pytest.raises(Forbidden):
                 write()
         for one in (store, writing):
@@ -200,6 +219,9 @@ BY_HAND = [
     "INSERT INTO tags (name, tag, job_id, \"user\", at) VALUES ('tiny', 'prod', 1, 'eve', now())",
     "DELETE FROM job_labels",
     "INSERT INTO job_labels VALUES (4, 'a', 'b')",
+    "INSERT INTO looks (job_id, rows_sha256, \"user\", at) VALUES (1, 'f', 'eve', now())",
+    "UPDATE looks SET job_id = 2",
+    "DELETE FROM looks",
     "INSERT INTO events (job_id, attempt, at, kind, text) VALUES (1, 1, now(), 'started', 'forged')",
     "INSERT INTO events (job_id, at, kind, text) VALUES (3, now(), 'failed', 'cancelled by eve')",
     "INSERT INTO events (job_id, at, kind, text) VALUES (4, now(), 'queued', 'queued by eve')",
@@ -298,6 +320,7 @@ def test_by_hand_who_submits_cannot_do_more(person: Store, box: Store, lab: Logi
     over = take(box, node="box:1")
     assert isinstance(over, Claim) and box.finish(over, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
     person.tag(Reference(job_id=3), "prod", "ada")
+    person.look(3, "f" * 64, "ada")
     assert Store(owner).submit(submission(user="eve", name="waits")) == 4
     before = _all_rows(owner)
     engine = make_engine(lab.person)
@@ -311,7 +334,7 @@ def test_by_hand_who_submits_cannot_do_more(person: Store, box: Store, lab: Logi
 
 
 def _all_rows(owner: Engine) -> dict[str, list[Any]]:
-    names = ("jobs", "events", "attempts", "tags", "job_labels", "sweeps", "wishes", "nodes")
+    names = ("jobs", "events", "attempts", "tags", "job_labels", "sweeps", "wishes", "nodes", "looks")
     with owner.connect() as connection:
         return {name: sorted(map(str, connection.exec_driver_sql(f"SELECT * FROM {name}"))) for name in names}
 

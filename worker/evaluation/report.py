@@ -49,7 +49,13 @@ def build_report(
     measured = (
         {}
         if final is None or last is None
-        else {FINAL: {"verdict": verdict(final.metrics, against, last.doubts), **_evaluation(final)}}
+        else {
+            FINAL: {
+                "sha256": last.facts()["final_sha256"],
+                "verdict": verdict(final.metrics, against, last.doubts),
+                **_evaluation(final),
+            }
+        }
     )
     return {
         "schema": SCHEMA,

@@ -11,12 +11,12 @@ from loractl.common.errors import SweepNotFound
 from loractl.common.job.status import Status
 from loractl.common.job.sweep import SweepView
 
-from ..queries import jobs, sweeps
+from ..queries import jobs, looks, sweeps
 from ..queries.cards import shares
 from ..queries.outbox import deliveries
 from ..records import ChannelTraffic, CoursePoint, JobCount, Page, PastRun, StuckMessages
 from ..schema import revision
-from ..tables import AttemptShare, Job, LogChunk, Sweep, Use
+from ..tables import AttemptShare, FinalLook, Job, LogChunk, Sweep, Use
 from .retention import RetentionStore
 
 
@@ -66,6 +66,10 @@ class ViewStore(RetentionStore):
         for row in self._all(select(Sweep).where(Sweep.sweep_id == sweep_id)):
             return row
         raise SweepNotFound(sweep_id)
+
+    def looks(self, rows_sha256: str) -> list[FinalLook]:
+        """All looks at what was measured on these final rows, in their order."""
+        return self._all(looks.looks(rows_sha256))
 
     def users(self) -> list[str]:
         """Everybody who ever had a card, has one, or waits for one, by name."""

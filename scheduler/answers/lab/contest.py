@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.errors import LoractlError
 
 from ..comparison import FinishedJob, compared
+from ..final import seen
 from ..sweep import SweepComparison, short_keys, short_setting
 from .measures import UNREADABLE
 
@@ -70,7 +71,7 @@ def sweep_contest(store: Store, shelf: ReportShelf, sweep_id: int) -> SweepConte
         lines=lines or _lines(store, drawn, "loss"),
         held_out=bool(lines),
         grid=_grid(sweep),
-        comparison=_compared(sweep, finished),
+        comparison=_compared(store, shelf, sweep, finished),
         unread=sum(member.has_result for member in sweep.members) - len(finished),
         common=tuple(_common(store, sweep)),
         measured={job_id: _measured(report) for job_id, report in reports.items()},
@@ -110,12 +111,16 @@ def _finished(shelf: ReportShelf, store: Store, sweep: SweepView) -> list[Finish
     return found
 
 
-def _compared(sweep: SweepView, finished: list[FinishedJob]) -> SweepComparison | None:
+def _compared(
+    store: Store, shelf: ReportShelf, sweep: SweepView, finished: list[FinishedJob]
+) -> SweepComparison | None:
     if not finished:
         return None
     try:
-        found = SweepComparison(sweep=sweep, comparison=compared(finished))
-        _ = found.caution  # it reads more of the reports
+        order = compared(finished)
+        final = seen(store, order.best.job_id, shelf.final(order.best.job_id)) if sweep.ended else None
+        found = SweepComparison(sweep=sweep, comparison=order, final=final)
+        _ = found.second_look  # it reads more of the reports
     except (LoractlError, *UNREADABLE):
         return None
     return found

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillReading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.artifacts import REPORT, split_final
@@ -32,6 +33,12 @@ AGAIN_S = 30.0
 READERS = 4
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    shown: dict[str, Any]
+    final: dict[str, Any] | None  # of final rows
+
+
 class ReportShelf:
     """Reads reports beside the page that wants them, so that no page waits long for the artifact store."""
 
@@ -39,7 +46,7 @@ class ReportShelf:
         self._store, self._open = store, open_artifacts
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="report")
         self._lock = threading.Lock()
-        self._kept: OrderedDict[int, tuple[float, str | None, Future[dict[str, Any]]]] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[float, str | None, Future[_Report]]] = OrderedDict()
         self._artifacts: ArtifactStore | None = None
 
     def report(self, job_id: int, stamp: str | None, wait_s: float = 0.0) -> dict[str, Any] | None:
@@ -49,9 +56,16 @@ class ReportShelf:
         """
         found = self._asked(job_id, stamp)
         try:
-            return found.result(timeout=wait_s)
+            return found.result(timeout=wait_s).shown
         except StillReading:
             return None
+
+    def final(self, job_id: int) -> dict[str, Any] | None:
+        """What a report that was read says of final rows. It is for pages that show a look which somebody has taken."""
+        with self._lock:
+            entry = self._kept.get(job_id)
+        done = entry is not None and entry[2].done() and entry[2].exception() is None
+        return entry[2].result().final if entry is not None and done else None
 
     def known(self, job_id: int, stamp: str | None) -> dict[str, Any] | None:
         """The report if it was read already; it is asked for, and no error is told."""
@@ -64,7 +78,7 @@ class ReportShelf:
         """The log that is stored with a result. Raises LoractlError."""
         return self._read_file(job_id, "log.txt").decode(errors="replace")
 
-    def _asked(self, job_id: int, stamp: str | None) -> Future[dict[str, Any]]:
+    def _asked(self, job_id: int, stamp: str | None) -> Future[_Report]:
         now = time.monotonic()
         with self._lock:
             entry = self._kept.get(job_id)
@@ -78,17 +92,18 @@ class ReportShelf:
             return reading
 
     @staticmethod
-    def _failed(reading: Future[dict[str, Any]], age: float) -> bool:
+    def _failed(reading: Future[_Report], age: float) -> bool:
         return reading.done() and reading.exception() is not None and age > AGAIN_S
 
-    def _read(self, job_id: int) -> dict[str, Any]:
+    def _read(self, job_id: int) -> _Report:
         try:
             content = json.loads(self._read_file(job_id, REPORT))
         except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
             raise ArtifactError(f"the report of job {job_id} is none of loractl's")
-        return split_final(content)[0]
+        shown, final = split_final(content)
+        return _Report(shown=shown, final=final)
 
     def _read_file(self, job_id: int, name: str) -> bytes:
         artifacts = self._artifacts = self._artifacts or self._open()

@@ -64,7 +64,7 @@ ASKED: dict[str, Callable[[Store], HasJson]] = {
 """A command line without --json, and its answer."""
 
 OF_RESULTS: dict[str, Callable[[Store, ArtifactStore], HasJson]] = {
-    "report 1": lambda store, artifacts: report(store, artifacts, 1),
+    "report 1": lambda store, artifacts: report(store, artifacts, 1, "ada"),
     "compare 1 4": lambda store, artifacts: comparison(store, artifacts, (1, 4)),
     "adapters": lambda store, _: adapter_list(store, Page()),
     "adapters list --limit 1": lambda store, _: adapter_list(store, Page(limit=1)),
