@@ -196,6 +196,11 @@ def report_verdict(
     )
 
 
+def chose_step(*, keeps_best: bool, evaluations: int, stopped_early: bool) -> bool:
+    """Whether the held-out rows, which measure an adapter, have chosen the step that it is of."""
+    return stopped_early or (keeps_best and evaluations > 1)
+
+
 def _points_down(metric: Mapping[str, Any]) -> bool:
     """Whether answers got worse by what anyone would notice, in fewer cases than say anything."""
     if metric["name"] not in ANSWERS or metric["reading"] != "too few cases" or metric["change"] is None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Status
 from loractl.common.text import clean_line, number
-from loractl.common.verdict import MIN_CASES, written
+from loractl.common.verdict import MIN_CASES, chose_step, written
 
 from .choice import CorrectedChange, corrected
 from .comparison import Comparison, FinishedJob, comparison
@@ -101,6 +101,18 @@ class SweepComparison:
         """Whether the best one is the best of several, and so looks better on these rows than it is."""
         return self.runner_up is not None or any(member.rungs for member in self.stopped)
 
+    def _chosen_beside(self) -> Iterator[str]:
+        """What these rows chose beside the best of the results."""
+        if stopped := sum(bool(member.rungs) for member in self.stopped):
+            yield f"{stopped} more lost on these rows and were stopped"
+        best, training = self.comparison.best, self.comparison.best.report["training"]
+        if chose_step(
+            keeps_best=bool((best.spec.get("training") or {}).get("load_best_model_at_end")),
+            evaluations=len(training.get("eval_losses") or ()),
+            stopped_early=training.get("stopped_early_at_step") is not None,
+        ):
+            yield "these rows chose its step, too"
+
     @property
     def second_look(self) -> str:
         """What is said of the best one beside its loss: by its final rows, or else what the choice made of that loss.
@@ -118,10 +130,9 @@ class SweepComparison:
         """What the choice made of the best one's loss; empty where there was none."""
         if not self.chosen:
             return ""
-        stopped = sum(bool(member.rungs) for member in self.stopped)
         if (change := self.corrected) is None or self.runner_up is None:
             return "Its loss is optimistic, since it was chosen on these rows."
-        also = f" It stays optimistic: {stopped} more lost on these rows and were stopped." if stopped else ""
+        also = f" It stays optimistic: {'; '.join(more)}." if (more := list(self._chosen_beside())) else ""
         if change.among == 1:
             return f"No other comes near it: the choice changes nothing of its loss.{also}"
         shown = written(change.metric)

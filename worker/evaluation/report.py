@@ -10,7 +10,7 @@ from typing import Any
 
 from loractl.common.artifacts import FINAL, sha256_of
 from loractl.common.job.spec import JobSpec
-from loractl.common.verdict import report_verdict
+from loractl.common.verdict import chose_step, report_verdict
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.protocol.messages import Start
@@ -85,8 +85,8 @@ def build_report(
 
 def _chosen(spec: JobSpec, course: TrainingCourse) -> list[str]:
     """A sentence where the held-out rows chose the adapter that they measure."""
-    best_of = len(course.eval_losses) if spec.training.load_best_model_at_end else 0
-    if course.stopped_early is None and best_of < 2:
+    evaluations, stopped = len(course.eval_losses), course.stopped_early is not None
+    if not chose_step(keeps_best=spec.training.load_best_model_at_end, evaluations=evaluations, stopped_early=stopped):
         return []
     return [f"These rows chose step {course.kept_step}, so their loss is optimistic."]
 

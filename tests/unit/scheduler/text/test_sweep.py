@@ -200,6 +200,22 @@ def test_a_member_that_was_stopped_with_less_loss_is_named() -> None:
     assert behind_both.sentence.endswith("clearly less than every other result.")
 
 
+def test_a_loss_that_stays_optimistic_is_called_so() -> None:
+    best, far = noisy(1.0, 0.2), noisy(5.4, 0.2)
+    near = behind(best, 0.5, seed=1)
+    two = view(done(1, 1.0), done(2, 1.1))
+    corrected = judged(two, job(1, best), job(2, near)).caution
+    assert corrected.startswith("Corrected for the choice among 2 on the same 40 rows, against the base: loss 3.00 -> ")
+    assert "optimistic" not in corrected
+    kept = job(1, best, training={"load_best_model_at_end": True})
+    kept.report["training"] |= {"eval_losses": [[2, 1.5], [4, 1.0]], "stopped_early_at_step": None}
+    assert judged(two, kept, job(2, near)).caution.endswith("It stays optimistic: these rows chose its step, too.")
+    alone = judged(view(done(1, 1.0)), job(1, best))
+    assert alone.caution == "", "nothing was chosen"
+    others = judged(two, job(1, best), job(2, far, rows="others")).caution
+    assert others == "Its loss is optimistic, since it was chosen on these rows."
+
+
 def test_of_many_that_are_alike_the_nearest_are_named() -> None:
     best = noisy(1.0, 0.2)
     jobs = [job(1, best), *(job(n, behind(best, 0.5 + n / 100, seed=n)) for n in range(2, 11))]
