@@ -83,13 +83,13 @@ def test_of_twelve_on_noise_the_winner_s_final_rows_call_it_no_better() -> None:
     95 % allows."""
     rng, rows = np.random.default_rng(2), 40
     said: dict[str, list[str]] = {"held out": [], "final": []}
-    for _ in range(24):
+    for _ in range(12):
         weight, noise = rng.integers(5, 40, 2 * rows).astype(float), rng.normal(0, 0.4, (12, 2 * rows))
         base, tuned = 3.0 * weight, weight * (3.0 + noise)
         winner = tuned[tuned[:, :rows].sum(1).argmin()]
         for which, part in (("held out", slice(rows)), ("final", slice(rows, None))):
             said[which].append(LOSS.compare(base[part], winner[part], weight[part]).reading)
-    assert said["held out"].count("better") >= 6
+    assert said["held out"].count("better") >= 3
     assert said["final"].count("better") <= 1
 
 
