@@ -285,7 +285,7 @@ def test_final_rows_choose_nothing_and_their_figures_are_in_the_report_s_file_al
     everywhere = "".join(m.text for m in told if isinstance(m, (Note, LogLines)))
     for file in ("report.html", "adapter/README.md", "job.json"):
         everywhere += (tmp_path / "with" / "result" / file).read_text()
-    assert "40 final, by which nothing is chosen" in everywhere
+    assert "40 final, by which nothing is chosen" in everywhere and "held out, 40 final</dd>" in everywhere
     assert not [figure for figure in figures if figure in everywhere], "a figure of the final rows is shown"
 
 
