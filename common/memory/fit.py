@@ -22,6 +22,7 @@ class Fit:
 
     micro_batch: int | None
     max_length: int | None
+    all_rows: bool = False  # the micro-batch holds every row to train on: they end it, and not the memory
 
 
 def largest_fit(
@@ -49,8 +50,10 @@ def largest_fit(
         dataset = spec.dataset.model_copy(update={"max_length": size})
         return plan(shape, spec.model_copy(update={"dataset": dataset}), method, stack=stack).need_bytes <= limit
 
-    most = lengths.rows if lengths and lengths.rows else MOST
-    return Fit(micro_batch=_largest(batch_fits, 1, most), max_length=_largest(length_fits, 8, MOST))
+    rows = lengths.rows if lengths else None
+    batch = _largest(batch_fits, 1, rows or MOST)
+    all_rows = batch is not None and batch == rows
+    return Fit(micro_batch=batch, max_length=_largest(length_fits, 8, MOST), all_rows=all_rows)
 
 
 def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:

@@ -138,7 +138,8 @@ def _forms(size: Fit) -> str:
     """The two ways to fit, each with the job's other key as it is."""
     ways = []
     if size.micro_batch:
-        ways.append(f"per_device_train_batch_size {size.micro_batch}")
+        limit = " (every row to train on; memory is not the limit)" if size.all_rows else ""
+        ways.append(f"per_device_train_batch_size {size.micro_batch}{limit}")
     if size.max_length:
         ways.append(f"max_length {size.max_length}")
     if not ways:

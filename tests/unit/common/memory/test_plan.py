@@ -242,6 +242,16 @@ def test_the_largest_fit_fits_and_one_more_does_not(values: dict[str, Any], meth
         assert need(length=fit.max_length) <= limit < need(length=fit.max_length + 1)
 
 
+def test_the_largest_fit_says_whether_rows_or_memory_end_it() -> None:
+    def fit(rows: int | None) -> tuple[int | None, bool]:
+        found = largest_fit(shape(), job(), Method.LORA, 8 * GIB, Lengths(train=256, evaluate=256, rows=rows))
+        return found.micro_batch, found.all_rows
+
+    most, by_rows = fit(None)
+    assert most is not None and most > 8 and not by_rows
+    assert fit(8) == (8, True) and fit(most + 1) == (most, False)
+
+
 def test_a_plan_takes_less_than_a_millisecond() -> None:
     found, spec = shape(), job()
     plan(found, spec, Method.QLORA)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -104,10 +105,14 @@ def test_what_does_not_fit_is_said_in_words(plans: dict[Method, Plan]) -> None:
     def solved(**size: int | None) -> str:
         fits = {Method.LORA: Fit(**{"micro_batch": None, "max_length": None, **size})}
         largest = LargestFit(room=GIB, which="the largest card", by_method=fits)
-        lines = need_text(need(plans, largest=largest), "x", PIPE).splitlines()
-        return next(line for line in lines if line.startswith("  lora "))
+        lines = iter(need_text(need(plans, largest=largest), "x", PIPE).splitlines())
+        first = next(line for line in lines if line.startswith("  lora "))
+        return " ".join([first, *(line.strip() for line in itertools.takewhile(bool, lines))])
 
     assert solved(micro_batch=4, max_length=512).endswith("per_device_train_batch_size 4, or max_length 512")
+    assert solved(micro_batch=8, max_length=512, all_rows=True).endswith(
+        "per_device_train_batch_size 8 (every row to train on; memory is not the limit), or max_length 512"
+    )
     assert solved(max_length=96).endswith("max_length 96; not one row of this job's length")
     assert solved(micro_batch=4).endswith("per_device_train_batch_size 4; at the job's batch size no length")
     assert solved().endswith("nothing fits, not even with one row at once or with rows of 8 tokens")
