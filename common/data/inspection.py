@@ -16,6 +16,7 @@ from loractl.common.verdict import MIN_CASES
 
 from .example import Example, Turn
 from .findings import LABELS, Finding, about_rows, answer_of, number_rows, shares_of
+from .giveaway import Giveaway
 from .resemblance import Resemblance
 from .rows import Told
 
@@ -56,7 +57,8 @@ def check_examples(
     """
     leaks, labelled = leaks or Leaks(held_out), _Labelled(held_out)
     looks = (leaks, final) if final is not None else (leaks,)
-    first, then = (_Repeated(), *looks), (_Answers(), _Texts(), _Borders(), labelled)
+    first = (_Repeated(), *looks, Giveaway(len(train), held_out))
+    then = (_Answers(), _Texts(), _Borders(), labelled)
     for count, example in enumerate(train):
         question = _prompt_hash(example) if _asks(example) else None
         for look in (*first, *then):

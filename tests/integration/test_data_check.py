@@ -142,6 +142,10 @@ CASES = [
         "resembling rows", "warning", with_(chat("where is ffmpeg on kestrel", "in storage")),
         held_out=[*good(60)[40:], chat("please, where is ffmpeg on kestrel?", "in storage")], marked=(21,),
     ),
+    Case(
+        "answer in the question", "warning",
+        [chat(f"queue {n} [gold={('yes', 'no')[n % 2]}]", ("yes", "no")[n % 2]) for n in range(60)],
+    ),
     Case("few rows", "warning", good(12)),
     Case("long warm-up", "warning", good(), {"training": {"warmup_steps": 100, "num_train_epochs": 1}}),
     Case("one label only", "warning", [chat(f"question {n}", "yes") for n in range(40)]),
@@ -204,6 +208,10 @@ CASES = [
     ),
     Case(
         "too few for a share", "warning", good(120), {"dataset": {"more": [{"path": "data.jsonl", "share": 0.8}]}},
+    ),
+    Case(
+        "answers within questions", "note",
+        [chat(f"is queue {n} storage or network?", ("storage", "network")[n % 2]) for n in range(60)],
     ),
     Case("few held-out rows", "note", good()),
     Case("labels", "note", [chat(f"question {n}", "no" if n % 3 == 0 else "yes") for n in range(60)]),
@@ -282,6 +290,7 @@ def test_a_job_s_history_counts_the_rows_that_the_check_counts(tiny_model: Path,
 
 def test_more_rows_take_hardly_more_memory(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loractl.common.data.examples.IN_MEMORY", 50_000)
+    monkeypatch.setattr("loractl.common.data.giveaway.MOST_ROWS", 5)
     tokenizer = load_tokenizer(str(tiny_model))
 
     def peak(count: int) -> int:
@@ -299,7 +308,7 @@ def test_more_rows_take_hardly_more_memory(tiny_model: Path, tmp_path: Path, mon
 
     peak(10)  # what is imported on the way
     few, many = peak(200), peak(800)
-    assert many < 1.5 * few, f"200 rows took {few} bytes, 800 rows {many}"
+    assert many < 1.6 * few, f"200 rows took {few} bytes, 800 rows {many}"
 
 
 def test_a_template_that_refuses_a_role_is_quoted(check: Check) -> None:

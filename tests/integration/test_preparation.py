@@ -85,9 +85,22 @@ def test_handed_over_data_are_the_data_that_were_prepared(
     (folder := tmp_path / "handover").mkdir()
     write_handover(data, spec, folder)
     read = read_handover(folder)
-    for name in ("format", "why", "dropped", "overlap", "repeated", "sha256", "warnings", "label_names", "commits"):
+    for name in (
+        "format",
+        "why",
+        "dropped",
+        "overlap",
+        "repeated",
+        "sha256",
+        "warnings",
+        "label_names",
+        "commits",
+        "leaks",
+    ):
         assert getattr(read, name) == getattr(data, name)
     assert (read.facts(), read.digest, read.answer_shares) == (data.facts(), data.digest, data.answer_shares)
+    if kind == "classifier":
+        assert "hold the answer in the question" in data.leaks[0], "the report says it beside its verdict"
     if kind == "final":
         assert read.final is not None and data.final is not None and read.of_final is not None
         assert list(read.final.tokens.rows) == list(data.final.tokens.rows) and len(read.final.tokens.rows) == 7

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from loractl.common.data.giveaway import GIVEN_AWAY
 from loractl.common.data.inspection import Leaks
 from loractl.common.job.spec import JobSpec
 from loractl.worker.data.check import findings_about
@@ -35,7 +36,9 @@ def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
     warnings = tuple(finding.sentence for finding in found if finding.level == "warning")
     if data.final is not None and of_final is not None:
         data = replace(data, final=replace(data.final, **_told(of_final)))
-    return packed(replace(data, warnings=warnings, **_told(leaks)), spec)
+    told = _told(leaks)
+    told["leaks"] += tuple(finding.text for finding in found if finding.kind == GIVEN_AWAY)
+    return packed(replace(data, warnings=warnings, **told), spec)
 
 
 def _told(leaks: Leaks) -> dict[str, Any]:

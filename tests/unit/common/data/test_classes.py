@@ -157,7 +157,7 @@ def test_a_held_out_label_that_is_not_taught_is_refused_or_left_out_with_its_row
 
 
 def many(label: str, count: int, start: int = 0) -> list[tuple[str, str]]:
-    return [(f"{label} {n}", label) for n in range(start, start + count)]
+    return [(f"a {label}ish text {n}", label) for n in range(start, start + count)]
 
 
 def test_the_labels_are_counted_and_rare_lopsided_and_unmeasured_ones_told() -> None:
@@ -174,8 +174,11 @@ def test_the_labels_are_counted_and_rare_lopsided_and_unmeasured_ones_told() -> 
 
 def test_one_text_with_two_labels_and_a_text_on_both_sides_are_told() -> None:
     pairs = [*many("good", 20), *many("bad", 20)]
-    train, held_out = learn(*pairs, ("good 0", "bad")), learn(*many("good", 9, 50), ("bad 1", "good"))
+    train, held_out = (
+        learn(*pairs, ("a goodish text 0", "bad")),
+        learn(*many("good", 9, 50), ("a badish text 1", "good")),
+    )
     warnings = kinds(train, held_out, "warning")
     assert warnings["contradicting answers"].endswith("(row 1)")
     assert warnings["overlapping prompts"].endswith("(row 10)")
-    assert "duplicate rows" in kinds(learn(*pairs, ("good 0", "good")), held_out, "warning")
+    assert "duplicate rows" in kinds(learn(*pairs, ("a goodish text 0", "good")), held_out, "warning")

@@ -1,0 +1,285 @@
+"""Answers that stand in their own question, as in `[gold=alarm]`: a model learns to read them off.
+
+A place gives answers away where what stands there agrees with the row's answer far more often than by chance (Cohen's
+kappa, 1960, over all rows that have the place). Answers that stand elsewhere are the task itself, and only told of:
+spans at any place are extraction, a question that is nothing else is copying, and one that names the other labels
+offers choices.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from .example import Example
+from .findings import LABEL_WORDS, Finding, answer_of, shares_of
+
+GIVEN_AWAY = "answer in the question"
+"""The finding's kind."""
+
+MOST_ROWS = 1000
+"""About so many rows of either side are looked at, where there are more: a share is known to 3 % then."""
+
+MOST_CHARACTERS = 2000
+"""Of a question: half of them from its beginning, half from its end."""
+
+FEWEST, SHARE = 8, 0.1
+"""Rows that a place gives away at least: fewer are no habit of the data."""
+
+AGREEMENT = 0.7
+"""Kappa from which on a place gives answers away."""
+
+TOLD_SHARE = 0.5
+"""From this share on, answers that are part of the task are told of."""
+
+_SHOWN, _PLACES = 40, 4
+
+_GOLDEN = 2654435761
+"""2**32 by the golden ratio: its multiples are spread evenly, whatever habit rows have (Knuth, vol. 3, 6.4)."""
+
+_WORDS_FOR_IT = {
+    "answer", "answers", "completion", "correct", "expected", "gold", "label", "labels", "output", "reference",
+    "response", "solution", "target", "truth",
+}  # fmt: skip
+"""Words that name the answer itself. Behind any other word that the question asks about, it is extraction."""
+
+_NAMED = re.compile(r"[^\w\s]?(\w+)(?: is| was)?[^\w\n]*[:\uff1a=>|#\u2192]\W*$")
+_IS = re.compile(rf"({'|'.join(sorted(_WORDS_FOR_IT))}) (?:is|was)\W+$")
+_BRACKETS = {"[": "]", "(": ")", "{": "}", "<": ">"}
+_EDGES = " \t\r\n.!;,"
+
+
+class Giveaway:
+    """Looks at rows one by one, keeps a sample of them, and tells afterwards what gives their answers away."""
+
+    def __init__(self, rows: int, held_out: Sequence[Example]) -> None:
+        """`rows`: how many to train on there are to see."""
+        self._sample = _SampledRows(rows)
+        self._held_out = held_out
+
+    def see(self, example: Example, question: int | None = None) -> None:
+        self._sample.see(example)
+
+    def findings(self) -> Iterator[Finding]:
+        """Of the rows that were seen, and of those held out."""
+        train, held = self._sample, _SampledRows(len(self._held_out))
+        for example in self._held_out:
+            held.see(example)
+        labels = _labels(train.rows) or _labels(held.rows)
+        sides = [_Side(side, title, labels) for side, title in ((train, "to train on"), (held, "held out"))]
+        place = next((found for side in sides if (found := side.place) is not None), None)
+        if place is not None:
+            yield _given_away(place, sides)
+        elif (finding := sides[0].task) is not None:
+            yield finding
+
+
+class _SampledRows:
+    """Some rows of many, drawn by their numbers."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.whole = count <= MOST_ROWS
+        self.rows: list[_AskedRow] = []
+
+    def see(self, example: Example) -> None:
+        drawn = self.whole or example.number * _GOLDEN % 2**32 * self.count < MOST_ROWS << 32
+        if drawn and (row := _row_of(example)) is not None:
+            self.rows.append(row)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _AskedRow:
+    number: int
+    question: str  # in lower case
+    answer: str  # the same, without signs around it
+    labelled: bool  # a classifier's
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AnswerPlace:
+    """Where answers stand: behind a mark, alone on a line, or else as the only label of a text."""
+
+    mark: str = ""
+    alone: bool = False
+
+    @property
+    def words(self) -> str:
+        if self.mark:
+            return f"behind “{' '.join(self.mark.split())}”"
+        return "on a line of its own" if self.alone else "as the only label there"
+
+
+class _Side:
+    """The rows to train on, or those held out, as far as they are looked at."""
+
+    def __init__(self, sample: _SampledRows, title: str, labels: frozenset[str]) -> None:
+        self.rows, self.labels = sample.rows, labels
+        self._about = f"{len(self.rows)}{'' if sample.whole else f' of {sample.count}'} rows {title}"
+
+    def share(self, rows: Sequence[_AskedRow]) -> str:
+        return f"{100 * len(rows) / len(self.rows):.0f} % of {self._about}"
+
+    @property
+    def place(self) -> _AnswerPlace | None:
+        """The place that gives most answers away."""
+        places: Counter[_AnswerPlace] = Counter()
+        for row in self.rows:
+            places.update({place for at in _standing(row.answer, row.question) for place in self._places(row, at)})
+        if self.rows and self.rows[0].labelled:
+            places[_AnswerPlace()] = sum(self._said(row, _AnswerPlace()) == [row.answer] for row in self.rows)
+        for place, count in places.most_common(20):
+            enough = max(FEWEST, (TOLD_SHARE if place == _AnswerPlace() else SHARE) * len(self.rows))
+            if count >= enough and self._agreement(place) >= AGREEMENT and not self._is_task(place):
+                return place
+        return None
+
+    def given_by(self, place: _AnswerPlace) -> list[_AskedRow]:
+        return [row for row in self.rows if row.answer in self._said(row, place)]
+
+    def _places(self, row: _AskedRow, at: int) -> Iterator[_AnswerPlace]:
+        """The places at which an answer stands there."""
+        before = row.question[max(0, at - _SHOWN) : at]
+        if (named := _NAMED.search(before) or _IS.search(before)) is not None:
+            yield _AnswerPlace(mark=named[0])
+        if row.answer not in self.labels:
+            return
+        end = at + len(row.answer)
+        if (closing := _BRACKETS.get(before[-1:])) is not None and row.question[end : end + 1] == closing:
+            yield _AnswerPlace(mark=before[-1])
+        if row.answer in _lines(row.question):
+            yield _AnswerPlace(alone=True)
+
+    def _said(self, row: _AskedRow, place: _AnswerPlace) -> list[str]:
+        """What stands at a place of a row, each time: an answer, or nothing that is one."""
+        if place.alone:
+            return [line for line in _lines(row.question) if line in self.labels]
+        if not place.mark:
+            found = {match[0] for match in self._any_label.finditer(row.question)}
+            return list(found) if len(found) == 1 else []
+        if (closing := _BRACKETS.get(place.mark)) is not None:
+            held = re.findall(rf"{re.escape(place.mark)}([^\n]+?){re.escape(closing)}", row.question)
+            return [text for text in held if text in self.labels]
+        said = []
+        for match in re.finditer(re.escape(place.mark), row.question):
+            rest = row.question[match.end() :]
+            if re.match(rf"{re.escape(row.answer)}(?!\w)", rest):
+                said.append(row.answer)
+            else:
+                other = self._any_label.match(rest) if self.labels else None
+                said.append(other[0] if other is not None else "")
+        return said
+
+    @cached_property
+    def _any_label(self) -> re.Pattern[str]:
+        longest_first = sorted(self.labels, key=lambda label: (-len(label), label))
+        return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
+
+    def _agreement(self, place: _AnswerPlace) -> float:
+        pairs = [(row.answer, said) for row in self.rows for said in self._said(row, place)]
+        right = sum(answer == said for answer, said in pairs) / len(pairs)
+        asked, told = (Counter(side) for side in zip(*pairs, strict=True))
+        chance = sum(count * told[answer] for answer, count in asked.items()) / len(pairs) ** 2
+        return (right - chance) / (1 - chance) if chance < 1 else 0.0
+
+    def _is_task(self, place: _AnswerPlace) -> bool:
+        """Whether answers at that place are what the rows ask for: a named part of the text, or all of it."""
+        rows = self.given_by(place)
+        if _copies(rows):
+            return True
+        name = _NAMED.search(place.mark)
+        if name is None or name[1] in _WORDS_FOR_IT:
+            return False
+        word = re.compile(rf"\b{re.escape(name[1])}s?\b")
+
+        def is_part(row: _AskedRow) -> bool:
+            """Whether it is asked for by name, a text, or what the text behind the mark begins with."""
+            named, text = len(word.findall(row.question)) > 1, len(row.answer.split()) > LABEL_WORDS
+            goes_on = re.search(rf"{re.escape(place.mark + row.answer)}[ \t]+\w", row.question) is not None
+            return named or text or (goes_on and not place.mark.endswith("="))
+
+        return 2 * sum(map(is_part, rows)) >= len(rows)
+
+    @property
+    def task(self) -> Finding | None:
+        """A note where many answers stand in their question for a good reason."""
+        rows = [row for row in self.rows if next(_standing(row.answer, row.question), None) is not None]
+        if len(rows) < max(FEWEST, TOLD_SHARE * len(self.rows)):
+            return None
+        if self.labels and 2 * sum(len(set(self._any_label.findall(row.question))) > 1 for row in rows) >= len(rows):
+            taken = "beside other labels: taken for choices"
+        elif _copies(rows):
+            taken = "and little else: taken for copying"
+        else:
+            taken = "behind no mark: taken for extraction"
+        text = f"{self.share(rows)} hold the answer in the question, {taken}"
+        return Finding(level="note", kind="answers within questions", text=text, count=len(rows))
+
+
+def _labels(rows: Sequence[_AskedRow]) -> frozenset[str]:
+    """The answers where they are labels, else none."""
+    counted = Counter(row.answer for row in rows)
+    classifier = any(row.labelled for row in rows)
+    return frozenset(counted) if classifier or shares_of(counted) is not None else frozenset()
+
+
+def _given_away(place: _AnswerPlace, sides: Sequence[_Side]) -> Finding:
+    found = [(side, side.given_by(place)) for side in sides]
+    shares = " and ".join(side.share(rows) for side, rows in found if rows)
+    first = next(row for _, rows in found for row in rows)
+    text = f"{shares} hold the answer in the question, {place.words}: row {first.number} asks {_shown(first, place)}, "
+    text += f"and its answer is “{first.answer[:_SHOWN]}”"
+    hint = "take it out of the questions; where reading it off is the task, nothing is wrong"
+    count = max(len(rows) for _, rows in found)
+    return Finding(level="warning", kind=GIVEN_AWAY, text=text, count=count, hint=hint)
+
+
+def _row_of(example: Example) -> _AskedRow | None:
+    """What a row asks and answers; None where it asks nothing, answers nothing, or answers what it asks."""
+    answer = answer_of(example)
+    if example.turns:
+        last = example.answers[-1]
+        answer = example.turns[last].content
+        asked = "\n".join(turn.content for turn in example.turns[:last] if turn.role in ("system", "user"))
+    else:
+        asked = example.prompt if example.label is None else example.text
+    if len(asked) > MOST_CHARACTERS:
+        asked = f"{asked[: MOST_CHARACTERS // 2]}\n{asked[-MOST_CHARACTERS // 2 :]}"
+    question, answer = asked.lower(), answer[: 2 * MOST_CHARACTERS].lower().strip(_EDGES)
+    if not question or not answer or question.strip(_EDGES) == answer:
+        return None
+    return _AskedRow(number=example.number, question=question, answer=answer, labelled=example.label is not None)
+
+
+def _standing(answer: str, question: str) -> Iterator[int]:
+    """Where an answer stands in a question, the first times: not within a word."""
+    at = -1
+    for _ in range(_PLACES):
+        if (at := question.find(answer, at + 1)) < 0:
+            return
+        within = (question[at - 1 : at] + answer[0], question[at + len(answer) - 1 :][:2])
+        if not any(len(pair) == 2 and pair.isalnum() for pair in within):
+            yield at
+
+
+def _lines(question: str) -> list[str]:
+    lines = question.split("\n")
+    return [line.strip(_EDGES) for line in lines] if len(lines) > 1 else []
+
+
+def _copies(rows: Sequence[_AskedRow]) -> bool:
+    """Whether the questions differ in little but their answers."""
+    rests = {row.question.replace(row.answer, "") for row in rows}
+    return len(rests) == 1 or 2 * len(rests) < len({row.answer for row in rows})
+
+
+def _shown(row: _AskedRow, place: _AnswerPlace) -> str:
+    at = row.question.find(f"{place.mark}{row.answer}") + len(place.mark)
+    if not place.mark:
+        at = next(_standing(row.answer, row.question))
+    begin, end = max(0, at - _SHOWN), at + len(row.answer) + 8
+    part = " ".join(row.question[begin:end].split())
+    return f"“{'…' if begin else ''}{part}{'…' if end < len(row.question) else ''}”"

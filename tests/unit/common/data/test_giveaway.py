@@ -1,0 +1,172 @@
+"""Questions that give their answer away, and those in which it stands since that is the task."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+
+import pytest
+
+from loractl.common.data.example import Example, Turn
+from loractl.common.data.findings import Finding
+from loractl.common.data.giveaway import MOST_ROWS
+from loractl.common.data.inspection import check_examples
+
+LABELS = ("alarm", "info", "warning")
+PEOPLE = ("Anke", "Dmitri", "Elif", "Olga", "Priya", "Quentin", "Rosa", "Sven")
+Ask = Callable[[int, str], str]  # the question of a row with this number and this answer
+
+
+def drawn(number: int) -> random.Random:
+    return random.Random(number)
+
+
+def ticket(number: int) -> str:
+    parts = [("The", "A", "Our"), ("pump", "laser", "oven", "shelf"), ("stopped", "moved", "hums", "drips")]
+    return f"{' '.join(drawn(number).choice(part) for part in parts)} on day {number * 7} (see {number * 31})."
+
+
+def code(number: int) -> str:
+    return str(drawn(number).randrange(1000, 10**6))
+
+
+def label(number: int) -> str:
+    return drawn(number).choice(LABELS)
+
+
+def person(number: int) -> str:
+    return drawn(number).choice(PEOPLE)
+
+
+def chat(number: int, asked: str, answer: str, system: str = "") -> Example:
+    first = (Turn(role="system", content=system),) if system else ()
+    said = (Turn(role="user", content=asked), Turn(role="assistant", content=answer))
+    return Example(number=number, turns=(*first, *said))
+
+
+def chats(ask: Ask, answer: Callable[[int], str] = label, count: int = 100, begin: int = 1) -> list[Example]:
+    return [chat(n, ask(n, answer(n)), answer(n)) for n in range(begin, begin + count)]
+
+
+def found(train: list[Example], held_out: list[Example] | None = None) -> list[Finding]:
+    kinds = ("answer in the question", "answers within questions")
+    return [finding for finding in check_examples(train, held_out or []) if finding.kind in kinds]
+
+
+def clean(number: int, answer: str) -> str:
+    return ticket(number)
+
+
+def choices(number: int, answer: str) -> str:
+    return f"Sort it: {', '.join(drawn(number + 10**6).sample(LABELS, 3))}. {ticket(number)}"
+
+
+@pytest.mark.parametrize(
+    ("ask", "answer"),
+    [
+        (lambda n, a: f"{ticket(n)} [gold={a}]", label),
+        (lambda n, a: f"{ticket(n)} [gold={a.upper()}]", label),
+        (lambda n, a: f"{choices(n, a)} [gold={a}]", label),
+        (lambda n, a: f"{ticket(n)} [gold={a}]" if n % 5 == 0 else ticket(n), label),
+        (lambda n, a: f"Answer: {a}\n{ticket(n)}", label),
+        (lambda n, a: f"{ticket(n)}\nThe correct answer is {a}.", label),
+        (lambda n, a: f"{ticket(n)} ({a})", label),
+        (lambda n, a: f"{ticket(n)}\n{a}", label),
+        (lambda n, a: f'{{"text": "{ticket(n)}", "class": "{a}"}}', label),
+        (lambda n, a: f"<answer>{a}</answer> {ticket(n)}", label),
+        (lambda n, a: f"{ticket(n)} key={a if n % 10 else 'none'}", label),
+        (lambda n, a: f"{ticket(n)} [gold={a}]", lambda n: "no" if n % 12 else "yes"),
+        (lambda n, a: f"{ticket(n)} [gold={a}]", code),
+        (lambda n, a: f"What does it cost? {ticket(n)}\nAnswer: {a}", code),
+    ],
+)
+def test_an_answer_at_a_fixed_place_of_its_question_is_found(ask: Ask, answer: Callable[[int], str]) -> None:
+    told = found(chats(ask, answer))
+    assert [finding.kind for finding in told] == ["answer in the question"] and told[0].level == "warning"
+    assert found(chats(clean, answer)) == []
+
+
+@pytest.mark.parametrize(
+    ("ask", "answer", "taken"),
+    [
+        (clean, label, None),
+        (lambda n, a: f"Is it alarm, info or warning? {ticket(n)}", label, "choices"),
+        (choices, label, "choices"),
+        (lambda n, a: f"Options:\n- alarm\n- info\n- warning\n{ticket(n)}", label, "choices"),
+        (lambda n, a: f"Is it an alarm? {ticket(n)}", lambda n: "alarm" if n % 20 else "info", "extraction"),
+        (lambda n, a: f"A) {label(n + 1)} B) {a} C) {label(n + 2)}. {ticket(n)}" if n % 2
+         else f"A) {a} B) {label(n + 1)} C) {label(n + 2)}. {ticket(n)}", label, "choices"),
+        (lambda n, a: f"The {a} bell rang. {ticket(n)}" if n % 3 == 0 else ticket(n), label, None),
+        (lambda n, a: f"{ticket(n)} It was moved by {a}. Who moved it?", person, "extraction"),
+        (lambda n, a: f"{ticket(n)} {a} has seen it, and {person(n + 1)} not. Who has?", person, "choices"),
+        (lambda n, a: f"Owner: {a}. Date: {n}. {ticket(n)} Who is the owner?", person, "extraction"),
+        (lambda n, a: f"{ticket(n)} The code is {a} today. What is it?", code, "extraction"),
+        (lambda n, a: f"What is the code?\n{ticket(n)}\nCode: {a}\nRoom: {n}", code, "extraction"),
+        (lambda n, a: f"Context: {a} moved the oven on day {n}. Who was it?", person, "extraction"),
+        (lambda n, a: f"Begin of: {a} {ticket(n)}", ticket, "copying"),
+        (lambda n, a: f"Repeat after me: {a}", code, "copying"),
+        (lambda n, a: ("Repeat: {}", "Say: {}", "Write this: {}")[n % 3].format(a), code, "copying"),
+        (lambda n, a: f"{ticket(n)} Label: {label(n + 1)}\n{ticket(n + 2)} Label: {label(n + 2)}\n{ticket(n)} Label:",
+         label, "choices"),
+    ],
+)  # fmt: skip
+def test_answers_that_are_the_task_are_no_leak(ask: Ask, answer: Callable[[int], str], taken: str | None) -> None:
+    told = found(chats(ask, answer))
+    assert [finding.level for finding in told] == ["note"] * (taken is not None), told
+    assert taken is None or told[0].text.endswith(f"taken for {taken}")
+
+
+def test_the_share_and_a_pair_are_told_of_both_sides() -> None:
+    leak: Ask = lambda n, a: f"Pump {n} hums. [gold={a}]" if n % 5 else ticket(n)  # noqa: E731
+    (told,) = found(chats(leak), chats(leak, count=20, begin=101))
+    assert told.text == (
+        "80 % of 100 rows to train on and 80 % of 20 rows held out hold the answer in the question, behind “[gold=”: "
+        f"row 1 asks “pump 1 hums. [gold={label(1)}]”, and its answer is “{label(1)}”"
+    )
+
+
+def test_rows_held_out_alone_may_give_answers_away() -> None:
+    (told,) = found(chats(clean), chats(lambda n, a: f"{ticket(n)} [gold={a}]", count=40, begin=101))
+    assert told.level == "warning" and told.text.startswith("100 % of 40 rows held out hold the answer")
+
+
+def test_a_system_s_message_and_a_prompt_are_questions_and_a_tool_s_answer_is_none() -> None:
+    train = [chat(n, ticket(n), label(n), system=f"Be kind. Label: {label(n)}") for n in range(1, 60)]
+    assert [finding.level for finding in found(train)] == ["warning"]
+    prompts = [f"{ticket(n)} gold={label(n)}\nA:" for n in range(1, 60)]
+    train = [Example(number=n, prompt=prompt, text=f"{prompt} {label(n)}") for n, prompt in enumerate(prompts, start=1)]
+    assert [finding.level for finding in found(train)] == ["warning"]
+    seen = [Turn(role="tool", content=f"state={label(n)}") for n in range(1, 60)]
+    asked = [Turn(role="user", content=ticket(n)) for n in range(1, 60)]
+    ends = [Turn(role="assistant", content=label(n)) for n in range(1, 60)]
+    train = [Example(number=n, turns=turns) for n, turns in enumerate(zip(asked, seen, ends, strict=True), start=1)]
+    assert found(train) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [
+        (lambda n, a: f"{ticket(n)} [gold={a}]", "warning"),
+        (lambda n, a: f"{a} {ticket(n)}" if n % 2 else f"{ticket(n)} it is {a} again", "warning"),
+        (lambda n, a: f"{ticket(n)} It is an {a}." if n % 4 == 0 else ticket(n), None),
+        (lambda n, a: f"alarm, info or warning: {ticket(n)}", "note"),
+        (clean, None),
+    ],
+)
+def test_a_classifier_s_text_that_holds_its_label(text: Ask, level: str | None) -> None:
+    train = [Example(number=n, text=text(n, label(n)), label=label(n)) for n in range(1, 101)]
+    assert [finding.level for finding in found(train)] == [level] * (level is not None)
+
+
+def test_of_many_rows_some_are_looked_at_and_the_sentence_says_so() -> None:
+    count = 4 * MOST_ROWS
+    (told,) = found(chats(lambda n, a: f"{n} [gold={a}]" if n % 2 else str(n), count=count))
+    shown = re.match(rf"(\d+) % of (\d+) of {count} rows to train on hold", told.text)
+    assert shown is not None and 44 <= int(shown[1]) <= 56 and MOST_ROWS * 0.9 <= int(shown[2]) <= MOST_ROWS * 1.1
+
+
+def test_few_rows_are_no_habit_and_rows_that_ask_nothing_are_left_out() -> None:
+    assert found(chats(lambda n, a: f"{ticket(n)} [gold={a}]" if n < 8 else ticket(n), count=60)) == []
+    assert found([Example(number=n, text=f"gold={label(n)}") for n in range(1, 60)]) == []
+    assert found([chat(n, label(n), label(n)) for n in range(1, 60)]) == []
