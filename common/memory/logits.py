@@ -59,6 +59,14 @@ def evaluation_bytes(shape: Shape, spec: JobSpec, step: Step) -> float:
     return max(scored, working + (shape.layers + 1) * cached)
 
 
+def answered_bytes(shape: Shape, step: Step) -> float:
+    """The 16-bit logits that a head answers. The loss casts them to fp32, so they are gone by its peak, but the block
+    that they leave cached is too small for any of its tensors, and nothing else is as large."""
+    if step.lean or step.full or step.labels or step.keeps_logits:  # kept ones are counted as tensors
+        return 0.0
+    return step.tokens * shape.vocab * 2.0 if step.autocast or step.wide == 2 else 0.0
+
+
 def stranded_bytes(shape: Shape, step: Step, ends: float) -> float:
     """What the loss leaves cached that the backward pass can't use. The allocator splits a free block for a smaller
     tensor, but never joins two for a larger one: scores that are larger than logits need memory of their own, as the

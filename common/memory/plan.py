@@ -17,7 +17,7 @@ from loractl.common.units import thousands
 
 from .activations import block_cost, stored_bytes
 from .config import read_shape
-from .logits import classes, evaluation_bytes, loss_bytes, stranded_bytes
+from .logits import answered_bytes, classes, evaluation_bytes, loss_bytes, stranded_bytes
 from .optimizer import optimizer_name, state_bytes, update_bytes
 from .shape import Shape
 from .step import HEAD_CHUNK, Lengths, Stack, Step
@@ -181,7 +181,7 @@ def _peak(shape: Shape, step: Step, update: float) -> _Peak:
     at_loss = stored + ends
     at_block = stored + max(cost.peak(step.checkpoints) for cost, _ in blocks)
     training = max(at_loss, at_block, update)
-    forward = at_loss + max(cost.forward for cost, _ in blocks)
+    forward = at_loss + answered_bytes(shape, step) + max(cost.forward for cost, _ in blocks)
     reserved = max(forward, at_block + stranded_bytes(shape, step, ends), update)
     return _Peak(
         training=training,

@@ -91,8 +91,12 @@ def test_the_loss_takes_twelve_bytes_a_logit() -> None:
     exact = job(training={"exact": True})
     parts = plan(shape(), exact, Method.LORA).parts
     assert parts["logits"] == 4 * 256 * (49152 * LOSS_BYTES + 576 * 4)
-    held = plan(shape(), exact, Method.LORA, stack=Stack(keeps_logits=True)).peak_bytes
-    assert held == plan(shape(), exact, Method.LORA).peak_bytes + 4 * 256 * 49152 * 2
+    held, freed = (plan(shape(), exact, Method.LORA, stack=Stack(keeps_logits=keeps)) for keeps in (True, False))
+    answered = 4 * 256 * 49152 * 2
+    assert held.tensor_bytes == freed.tensor_bytes + answered
+    assert held.peak_bytes == freed.peak_bytes, "freed 16-bit logits leave a block that fp32 ones can't use"
+    full = plan(shape(), job(training={"exact": True, "dtype": "float32"}), Method.LORA)
+    assert freed.parts["allocator"] - full.parts["allocator"] > answered / 2, "there is no such block in fp32"
 
 
 def test_a_cap_keeps_a_logit_in_the_type_that_the_head_answers_in() -> None:
@@ -130,7 +134,7 @@ def test_an_8b_qlora_with_four_rows_of_1024_needs_half_of_what_it_did() -> None:
         plan(llama, job(dataset={"max_length": 1024}, training={"exact": exact}), Method.QLORA).need_bytes / GIB
         for exact in (False, True)
     )
-    assert lean <= 10 and exact == pytest.approx(19.2, abs=0.1)
+    assert lean <= 10 and exact == pytest.approx(20.2, abs=0.1)
 
 
 def test_the_parts_and_the_margin_add_up_and_each_has_a_note() -> None:
