@@ -30,7 +30,7 @@ from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
 from .generation import end_ids, generate
 from .harness import Benchmarks
 from .losses import RowScores, by_example, loss_metrics, score_rows
-from .stretches import ANSWERS, GENERATED, LABELS, ROWS, Stretch
+from .stretches import ANSWERS, LABELS, ROWS, Stretch, answered, scored
 
 LABEL_SLACK = 2
 """Tokens beyond the longest label: for its end, and to see that an answer goes on."""
@@ -136,6 +136,7 @@ class Work:
     turns: list[Answered]
     regression: list[TokenRow]
     longest_answer: int
+    batch: int
 
     @classmethod
     def of(cls, data: PreparedData, spec: JobSpec, tokenizer: Any) -> Work:
@@ -153,6 +154,7 @@ class Work:
             turns=several,
             regression=data.regression.rows.first(asked.max_rows) if data.regression else [],
             longest_answer=asked.max_new_tokens,
+            batch=asked.per_device_eval_batch_size,
         )
 
     @property
@@ -166,25 +168,20 @@ class Work:
         return sum(stretch.count for stretch in self.stretches)
 
     @property
-    def scored(self) -> list[TokenRow]:
-        """Every row that is scored."""
-        return [row for rows in self.scored_apart for row in rows]
-
-    @property
     def scored_apart(self) -> tuple[list[TokenRow], ...]:
-        """The same: held-out rows, answers after all that was said, answers after a question alone, regression rows."""
+        """Every row that is scored: held-out rows, answers after all that was said, answers after a question alone, and
+        regression rows."""
         alone = [turn.alone for turn in self.turns if turn.alone is not None]
         return self.rows, [turn.whole for turn in self.turns], alone, self.regression
 
     @property
     def stretches(self) -> list[Stretch]:
         """What one model does, in its order; answers at their longest."""
-        read = sum(len(row.input_ids) for row in self.scored)
-        made = len(self.prompts) * self.longest_answer, len(self.labelled) * self.label_tokens
+        prompts, labelled = ([len(prompt.ids) for prompt in asked] for asked in (self.prompts, self.labelled))
         every = (
-            Stretch(kind=ROWS, count=len(self.scored), tokens=read),
-            Stretch(kind=ANSWERS, count=len(self.prompts), tokens=GENERATED * made[0]),
-            Stretch(kind=LABELS, count=len(self.labelled), tokens=GENERATED * made[1]),
+            scored(ROWS, [[len(row.input_ids) for row in rows] for rows in self.scored_apart]),
+            answered(ANSWERS, prompts, self.longest_answer, self.batch),
+            answered(LABELS, labelled, self.label_tokens, self.batch),
         )
         return [stretch for stretch in every if stretch.count]
 

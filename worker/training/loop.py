@@ -60,8 +60,12 @@ class Callbacks:
 
 def _stretches(data: PreparedData | None, run: Run, learner: Learner) -> list[Stretch]:
     """The work of an evaluation. A classifier's baseline looks at no text, and its head answers in one pass."""
-    work = [] if data is None else Work.of(data, run.spec, learner.tokenizer).stretches
-    return [part for part in work if part.kind == ROWS] if data is not None and data.label_names else 2 * work
+    if data is None:
+        return []
+    work = Work.of(data, run.spec, learner.tokenizer).stretches
+    if data.label_names:
+        return [part for part in work if part.kind == ROWS]
+    return [*work, *(part.adapted for part in work)]
 
 
 SKIPS = 20

@@ -15,7 +15,7 @@ from loractl.common.job.status import Stage
 from loractl.common.store.records import HELD_OUT_LOSS
 from loractl.common.units import duration
 from loractl.worker.evaluation.evaluation import Evaluation
-from loractl.worker.evaluation.stretches import Stopwatch, Stretch
+from loractl.worker.evaluation.stretches import ENDING_S, Stopwatch, Stretch
 from loractl.worker.protocol.log_lines import Pace, begin_text, evaluation_text, step_texts
 from loractl.worker.protocol.messages import Stepped
 
@@ -123,7 +123,8 @@ class Teller(TrainerCallback):
             nonlocal said, begun
             now = time.monotonic()
             watch.lap(done, now)
-            left = watch.left_seconds
+            known = watch.left_seconds
+            left = None if known is None else known + ENDING_S
             if done < of and (part := done * len(parts) // of) != begun:
                 begun, said = part, now
                 self._run.phase(f"evaluates {parts[part]}")
