@@ -44,7 +44,7 @@ def loss_bytes(shape: Shape, step: Step) -> float:
 def evaluation_bytes(shape: Shape, spec: JobSpec, step: Step) -> float:
     """Scoring one held-out row, or answering it with a cache of keys and values; gradients are gone by then. A
     classifier answers nothing."""
-    row = replace(step, batch=1, length=step.evaluated)
+    row = replace(step, batch=1, length=step.evaluated, unpadded=None)
     working = max(block_cost(shape, block, row).forward for block in shape.blocks if block.text)
     if step.labels:
         return max(working, loss_bytes(shape, row))

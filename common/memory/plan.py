@@ -213,7 +213,9 @@ def _notes(shape: Shape, spec: JobSpec, step: Step, stack: Stack, at_loss: bool)
     method = Method.QLORA if step.quantised else Method.LORA
     trained = sum(size * count for size, count in adapter_tensors(shape, spec, step.labels))
     optimizer = optimizer_name(spec, method, on_gpu=stack.on_gpu)
-    rows = f"{step.batch} x {step.length} tokens{' a card' if stack.cards > 1 else ''}"
+    each = step.unpadded is None or step.unpadded == step.batch * step.length
+    rows = f"{step.batch} x {step.length} tokens" if each else f"{step.batch} rows of {thousands(step.tokens)} tokens"
+    rows += " a card" if stack.cards > 1 else ""
     weights = "fp32" if step.full else "bf16"
     if step.quantised:
         rest = "fp32" if step.whole_rest else "bf16"

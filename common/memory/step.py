@@ -19,6 +19,9 @@ lean step leaves as it is."""
 HEAD_CHUNK = 256
 """Learned tokens whose logits a lean step holds at once (worker/engine/passes/lean.py)."""
 
+MOST_LONGEST = 256
+"""Rows whose own lengths are counted; further ones of a micro-batch are taken to be as long as the last of them."""
+
 UNREAD_LABELS = 100
 """A classifier's labels while its data have not been read: more than most have, and less than 10 MiB of head."""
 
@@ -31,6 +34,12 @@ class Lengths:
     evaluate: int
     rows: int | None = None  # to train on: a micro-batch can't hold more
     labels: int | None = None  # of a classifier
+    longest: tuple[int, ...] = ()  # the longest rows to train on, longest first: MOST_LONGEST of them
+
+    def tokens(self, rows: int) -> int:
+        """Of the largest micro-batch of so many rows, without padding."""
+        first = (self.longest or (self.train,))[:rows]
+        return sum(first) + (rows - len(first)) * first[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +63,7 @@ class Step:
 
     batch: int
     length: int
+    unpadded: int | None  # tokens of all rows, where they lie behind each other; None: each has the longest one's
     evaluated: int  # length of the longest held-out row
     quantised: bool  # QLoRA
     whole_rest: bool  # what NF4 leaves alone is in fp32
@@ -81,8 +91,10 @@ class Step:
         saved = {saved_part(name) for name in spec.lora.modules_to_save}
         lean = is_lean(shape, spec) and not stack.padded
         asked = None if training.attn_implementation == "auto" else training.attn_implementation
+        batch = micro_batch(spec, lengths, stack.cards)
         return cls(
-            batch=micro_batch(spec, lengths, stack.cards),
+            batch=batch,
+            unpadded=lengths.tokens(batch) if lengths and lean else None,
             lean=lean,
             whole_rest=training.exact or full,
             wide_norms=shape.norm == "layer" and shape.linear_parameters > 0,
@@ -108,7 +120,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        return self.batch * self.length
+        return self.batch * self.length if self.unpadded is None else self.unpadded
 
     @property
     def padded(self) -> bool:

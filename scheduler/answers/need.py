@@ -125,7 +125,9 @@ class MemoryNeed:
         return {
             "methods": {method.value: self._method(method, planned) for method, planned in self.plans.items()},
             "choice": None if self.choice is None else self.choice.value,
-            "lengths": None if self.lengths is None else vars(self.lengths),
+            "lengths": None
+            if self.lengths is None
+            else {name: of for name, of in vars(self.lengths).items() if name != "longest"},
             "rows": None if self.rows is None else dict(self.rows),
             "planned_for": self.planned_for,
             "device": "gpu" if self.on_gpu else "cpu",

@@ -38,7 +38,8 @@ def row_lengths(spec: JobSpec, announce: Callable[[], None] = lambda: None) -> R
         announce()
         counted = ask_tokenizer(spec)
         if "error" not in counted:
-            lengths, rows = Lengths(**counted["lengths"]), counted["rows"]
+            told, rows = counted["lengths"], counted["rows"]
+            lengths = Lengths(**{**told, "longest": tuple(told["longest"])})
             longest = f"Longest row: {lengths.train} tokens, held out {lengths.evaluate}"
             used = f"{rows['train']} rows to train on, {rows['held_out']} held out"
             used += f", {rows['left_out']} too long and left out" if rows["left_out"] else ""

@@ -91,7 +91,7 @@ def _until_it_runs(need: MemoryNeed) -> list[str]:
         return [f"It {waits}"]
     text = f"submit reserves for rows of max_length: until its trainer has counted them, it {waits}"
     if first.longest is not None and first.longest < first.max_length:
-        text += f" With --set dataset.max_length={first.longest} it waits for what it needs."
+        text += f" With --set dataset.max_length={first.longest} it waits for rows of that length."
     return [text]
 
 

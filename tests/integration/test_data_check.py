@@ -421,11 +421,12 @@ def test_a_plan_of_counted_rows_says_what_the_job_waits_for(cli: Cli, tiny_model
     lora, longest = planned["methods"]["lora"], max(planned["lengths"][name] for name in ("train", "evaluate"))
     assert lora["submitted_bytes"] == plan_job(spec, "t", {}, None).need.lora > 24 * GIB > lora["reserved_bytes"]
     short = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": longest})})
-    assert plan_job(short, "t", {}, None).need.lora == lora["reserved_bytes"]
+    # rows of max_length are all as long as the longest, and counted ones as long as they are
+    assert lora["reserved_bytes"] <= plan_job(short, "t", {}, None).need.lora < 1.02 * lora["reserved_bytes"]
     alone = "--set=resources.cards=1"
     said = " ".join(cli("plan", tmp_path / "job.yaml", "--gpu", "24GiB", alone).stdout.split())
     waits = f"it waits for {gib(lora['submitted_bytes'])} GiB with lora, which no card has."
-    assert f"{waits} With --set dataset.max_length={longest} it waits for what it needs." in said
+    assert f"{waits} With --set dataset.max_length={longest} it waits for rows of that length." in said
 
 
 def test_a_classifier_whose_label_has_only_long_rows_does_not_learn_it(tiny_model: Path, tmp_path: Path) -> None:

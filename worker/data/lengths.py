@@ -3,21 +3,22 @@
     python -m loractl.worker.data.lengths < spec.json
     python -m loractl.worker.data.lengths --check < spec.json
 
-Prints {"lengths": {"train": tokens, "evaluate": tokens, "rows": number, "labels": number}, "rows": {"train": number,
-"held_out": number, "left_out": number}}, where labels are a classifier's, else null, and rows are those that are used;
-with --check {"findings": [...]} of the rows that are used. Or {"error": sentence, "hint": sentence or null, "of_rows":
-whether a row is wrong, and not what reads it}.
+Prints {"lengths": {"train": tokens, "evaluate": tokens, "rows": number, "labels": number, "longest": [tokens]}, "rows":
+{"train": number, "held_out": number, "left_out": number}}, where labels are a classifier's, else null, longest has the
+longest rows to train on, and rows are those that are used; with --check {"findings": [...]} of the rows that are used.
+Or {"error": sentence, "hint": sentence or null, "of_rows": whether a row is wrong, and not what reads it}.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
 import sys
 from typing import Any
 
 from loractl.common.errors import DataError, LoractlError
 from loractl.common.job.spec import JobSpec
-from loractl.common.memory.step import Lengths
+from loractl.common.memory.step import MOST_LONGEST, Lengths
 from loractl.common.settings import load_settings
 from loractl.worker.base.model import load_tokenizer
 
@@ -29,10 +30,12 @@ from .template import templated
 
 
 def lengths_of(data: PreparedData) -> Lengths:
-    """The longest row to train on and the longest one held out or final, in tokens."""
+    """The longest rows to train on and the longest one held out or final, in tokens."""
+    longest = heapq.nlargest(MOST_LONGEST, data.trained_rows.lengths)
     last = [] if data.final is None else data.final.tokens.rows.lengths
     return Lengths(
-        train=max(data.trained_rows.lengths),
+        train=longest[0],
+        longest=tuple(map(int, longest)),
         evaluate=max(*data.held_out.rows.lengths, *last, 0),
         rows=len(data.trained_rows),
         labels=len(data.label_names) or None,

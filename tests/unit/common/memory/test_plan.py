@@ -19,7 +19,7 @@ from loractl.common.memory.families import shape_of
 from loractl.common.memory.fit import largest_fit
 from loractl.common.memory.logits import CHUNK_BYTES, LOSS_BYTES
 from loractl.common.memory.optimizer import state_bytes
-from loractl.common.memory.plan import CONTEXT_BYTES, MIB, plan, predict
+from loractl.common.memory.plan import CONTEXT_BYTES, MIB, Plan, plan, predict
 from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import HEAD_CHUNK, Lengths, Stack
 from loractl.common.memory.weights import nf4_bytes
@@ -244,6 +244,22 @@ def test_the_largest_fit_fits_and_one_more_does_not(values: dict[str, Any], meth
         assert need(length=8) > limit
     else:
         assert need(length=fit.max_length) <= limit < need(length=fit.max_length + 1)
+
+
+def test_lean_rows_are_planned_as_long_as_they_are_and_padded_ones_as_long_as_the_longest() -> None:
+    rows, alike = (Lengths(train=256, evaluate=256, rows=9, longest=each) for each in ((256, 128, 64, 64, 8), ()))
+
+    def planned(lengths: Lengths, batch: int = 4, **training: Any) -> Plan:
+        spec = job(training={"per_device_train_batch_size": batch, **training})
+        return plan(shape(), spec, Method.LORA, lengths)
+
+    apart = planned(rows)
+    assert "4 rows of 512 tokens" in apart.notes["activations"]
+    half = planned(Lengths(train=256, evaluate=256, rows=9), 2)
+    assert apart.parts["activations"] == half.parts["activations"] < planned(alike).parts["activations"]
+    assert planned(rows, 1).parts == planned(alike, 1).parts
+    assert rows.tokens(9) == 256 + 128 + 64 + 64 + 8 * 5, "those beyond what is counted are as long as the last"
+    assert planned(rows, exact=True).parts == planned(alike, exact=True).parts
 
 
 def test_the_largest_fit_says_whether_rows_or_memory_end_it() -> None:
