@@ -96,6 +96,35 @@ def test_the_readme_s_table_of_cards_is_the_plan_s(monkeypatch: pytest.MonkeyPat
     assert "\n".join(rows) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def test_figures_of_one_example_are_of_one_run() -> None:
+    """Each page shows what a newcomer sees, and none of them another result than the next one."""
+    found = sorted(figures())
+    assert {name for (name, _), _, _ in found} >= {"helpdesk-lora"} and len(found) > 8
+    by_measure: dict[tuple[str, str], dict[str, str]] = {}
+    for measure, numbers, place in found:
+        by_measure.setdefault(measure, {})[numbers] = place
+    assert {measure: told for measure, told in by_measure.items() if len(told) > 1} == {}
+
+
+def figures() -> Iterator[tuple[tuple[str, str], str, str]]:
+    """((job, measure), numbers, page) of each example's results in README.md and docs: of a sentence, base and tuned;
+    of a row of its report, all but the words."""
+    names = "|".join(sorted(path.stem for path in (ROOT / "examples").glob("*.yaml")))
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        job = None
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if sentence := re.search(rf"\b({names})\b.*\bloss ([0-9.]+ -> [0-9.]+[0-9])", line):
+                yield (sentence[1], "loss"), sentence[2], path.name
+            if title := re.match(r"(?: {4})?\d+ ([\w-]+): ", line):
+                job = title[1] if re.fullmatch(names, title[1]) else None
+            elif job and (
+                row := re.match(r"(?: {4})?(\w.*?, (?:%|nats)|perplexity) +([0-9.]+) +([0-9.]+) +(.*)  ", line)
+            ):
+                yield (job, f"{row[1]} of the report"), f"{row[2]} -> {row[3]}, {' '.join(row[4].split())}", path.name
+            elif line.strip("`").startswith("$ loractl") or line.startswith("#"):
+                job = None
+
+
 def documented_defaults() -> Iterator[tuple[str, Any]]:
     """(key, default) of each row of the tables in job-file.md; "required" stands for itself."""
     for line in page("job-file.md").splitlines():
