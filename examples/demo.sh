@@ -22,8 +22,9 @@ printf 'Lines that are printed here work in this folder once you have typed:\n\n
 PATH="$PWD/.venv/bin:$PATH"
 trap end EXIT
 
-say loractl submit examples/helpdesk-lora.yaml examples/instructions-qlora.yaml \
-  --set training.max_steps=16 --set training.per_device_train_batch_size=4 --set evaluation.samples=4 "$@"
+say loractl submit examples/sentiment-lora.yaml examples/booking-qlora.yaml \
+  --set training.max_steps=20 --set training.per_device_train_batch_size=4 \
+  --set evaluation.samples=4 --set evaluation.max_rows=32 "$@"
 ids=$(loractl status -a -n 2 --json | python -c 'import json, sys; print(*sorted(j["job_id"] for j in json.load(sys.stdin)))')
 
 printf '\nThe worker trains them one after the other; what it says is in %s.\n' "$worker_log"

@@ -85,7 +85,7 @@ def test_the_demo_reports_what_succeeded_and_its_lines_work_when_typed(cli: Cli,
     said = demo.stdout.read()
     assert demo.wait(timeout=10) == 1
     assert "No result yet of job 1: loractl logs JOB says why, loractl retry JOB and loractl worker go on." in said
-    assert "$ loractl report 2 --answers 3\n2 instructions-qlora: " in said and "report 1" not in said
+    assert "$ loractl report 2 --answers 3\n2 booking-qlora: " in said and "report 1" not in said
     assert "job 2 running on" in said, "its progress is shown"
     assert (home / "demo-adapters" / "2" / "adapter_model.safetensors").exists()
     typed = next(line for line in said.splitlines() if line.strip().startswith("export LORACTL_HOME="))
@@ -93,7 +93,7 @@ def test_the_demo_reports_what_succeeded_and_its_lines_work_when_typed(cli: Cli,
         ["bash", "-c", f"{typed}\nloractl status 2"], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
         check=True,
     )  # fmt: skip
-    assert "instructions-qlora" in shown.stdout
+    assert "booking-qlora" in shown.stdout
 
 
 @pytest.mark.timeout(600)
@@ -101,7 +101,7 @@ def test_the_demo_reports_what_succeeded_and_its_lines_work_when_typed(cli: Cli,
 @pytest.mark.parametrize(
     "names",
     [
-        pytest.param(("helpdesk-lora",), id="the first of make demo"),
+        pytest.param(("helpdesk-lora",), id="the first of the README"),
         pytest.param(
             ("booking-qlora", "instructions-qlora", "questions-lora", "sentiment-lora", "summaries-lora"),
             id="others",
