@@ -68,8 +68,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._began = self.loop.time()
-        for older in self._waiting_beside()[:-WAITING]:
-            older._give_up()
+        self._leave_the_newest()
         self._late = self.loop.call_later(HEADERS_S, self._give_up)
 
     def data_received(self, data: bytes) -> None:
@@ -79,9 +78,17 @@ class Connection(H11Protocol):
         if not self._idle:
             self._in_time()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._leave_the_newest()  # those that came while this one was answered did not count it
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._in_time()
         super().connection_lost(exc)
+
+    def _leave_the_newest(self) -> None:
+        for older in self._waiting_beside()[:-WAITING]:
+            older._give_up()
 
     def _waiting_beside(self) -> list[Connection]:
         """The connections of the same address that wait, this one too, the oldest first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import threading
@@ -13,8 +14,14 @@ import uvicorn
 
 from loractl.common.listener import WAITING, Connection, Listener
 
+ASKED_LATER, MAY_ANSWER = threading.Semaphore(0), threading.Event()
+
 
 async def hello(scope: Any, receive: Any, send: Any) -> None:
+    if scope["path"] == "/later":
+        ASKED_LATER.release()
+        while not MAY_ANSWER.is_set():
+            await asyncio.sleep(0.01)
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
     await send({"type": "http.response.body", "body": b"hi"})
 
@@ -67,6 +74,26 @@ def test_an_address_with_many_waiting_connections_loses_the_oldest_and_shuts_nob
         caller = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
         caller.sendall(ASKED)
         assert caller.recv(64).startswith(b"HTTP/1.1 200")
+
+
+def test_connections_whose_answers_end_later_are_counted_then(port: int) -> None:
+    """None of them waits while the others come."""
+    MAY_ANSWER.clear()
+    with contextlib.ExitStack() as stack:
+        callers = []
+        for _ in range(WAITING + 2):
+            callers.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)))
+            callers[-1].sendall(b"GET /later HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert ASKED_LATER.acquire(timeout=20)
+        MAY_ANSWER.set()
+        ended = 0
+        for caller in callers:
+            caller.settimeout(5 if ended < 2 else 0.01)
+            with contextlib.suppress(TimeoutError):
+                while caller.recv(1024):
+                    pass
+                ended += 1
+        assert ended == 2
 
 
 def test_connections_that_are_few_stay(port: int) -> None:
