@@ -140,20 +140,22 @@ ANSWERS = frozenset({"exact_match", "rouge1", "rouge2", "rougeL", "accuracy", "m
 
 
 def report_verdict(
-    metrics: Sequence[Mapping[str, Any]], base: str = "the base", doubts: Sequence[str] = ()
+    metrics: Sequence[Mapping[str, Any]], base: str = "the base", doubts: Sequence[str] = (), rows: str = "held-out"
 ) -> ReportVerdict:
-    """What a report's metrics say against `base`. The held-out loss decides, unless the answers say the opposite.
+    """What a report's metrics say against `base`. The loss decides, unless the answers say the opposite.
 
-    `doubts`: sentences about the held-out rows. They follow the measures that got worse, in `aside`.
+    `rows`: what those that were measured on are called. `doubts`: sentences about them, which follow the measures that
+    got worse, in `aside`.
     """
     named = {metric["name"]: metric for metric in metrics}
     every, new = named["loss"], named.get("new_rows_loss")
     loss = every if new is None or new["cases"] < MIN_NEW else new
     shown = written(loss)
     numbers = f"loss {shown.base} -> {shown.tuned}"
+    measured = f"held-out {numbers}" if rows == "held-out" else f"{numbers} on {rows} rows"
     if new is not None:
         seen = every["cases"] - new["cases"]
-        about = f"{seen} of {every['cases']} held-out rows resemble rows to train on"
+        about = f"{seen} of {every['cases']} {rows} rows resemble rows to train on"
         apart = (
             f"the verdict is of the other {new['cases']}" if loss is new else f"the other {new['cases']} are too few"
         )
@@ -161,33 +163,33 @@ def report_verdict(
     reading, short, sentence = {
         "too few cases": (
             "too_few_rows",
-            "too few held-out rows to say",
-            f"Too few held-out rows ({loss['cases']}) to say whether it is better: held-out {numbers}.",
+            f"too few {rows} rows to say",
+            f"Too few {rows} rows ({loss['cases']}) to say whether it is better: {measured}.",
         ),
         "no clear change": (
             "no_measurable_gain",
             "no measurable gain",
-            f"No measurable gain: held-out {numbers}, and the interval of the change holds zero.",
+            f"No measurable gain: {measured}, and the interval of the change holds zero.",
         ),
         "no practical change": (
             "no_practical_change",
             "no practical change",
-            f"No practical change: held-out {numbers}, less than anyone would notice.",
+            f"No practical change: {measured}, less than anyone would notice.",
         ),
-        "worse": ("worse", "worse", f"Worse than {base}: held-out {numbers}."),
-        "better": ("better", "better", f"Better than {base}: held-out {numbers}."),
+        "worse": ("worse", "worse", f"Worse than {base}: {measured}."),
+        "better": ("better", "better", f"Better than {base}: {measured}."),
     }[shown.reading]
     opposite = {"better": "worse", "worse": "better"}.get(reading)
     against = [metric for metric in metrics if metric["name"] in ANSWERS and metric["reading"] == opposite]
     unsure = [metric for metric in metrics if _points_down(metric)] if reading == "better" else []
     if against:
         reading, short = "mixed", f"{reading} loss, {opposite} answers"
-        sentence = f"{short.capitalize()} than {base}'s: held-out {numbers}; {_told(against)}."
+        sentence = f"{short.capitalize()} than {base}'s: {measured}; {_told(against)}."
     elif unsure:
         cases = max(int(metric["cases"]) for metric in unsure)
         few = f"{cases} answer{'s' * (cases != 1)} {'are' if cases != 1 else 'is'} too few to say"
         short = f"{short}, by loss"
-        sentence = f"Better than {base} by loss: held-out {numbers}; {_told(unsure)}, but {few}."
+        sentence = f"Better than {base} by loss: {measured}; {_told(unsure)}, but {few}."
     said = {"loss", "new_rows_loss", "perplexity", *(metric["name"] for metric in against)}
     worse = [metric["label"] for metric in metrics if metric["reading"] == "worse" and metric["name"] not in said]
     asides = [f"Worse on {' and '.join(worse)}."] if worse and reading != "too_few_rows" else []

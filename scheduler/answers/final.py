@@ -28,15 +28,14 @@ class FinalResult:
     def sentence(self) -> str:
         """What these rows say, and how many have looked at them."""
         rows, verdict = self.content["rows"], self.content["verdict"]
-        told = [f"By {rows} final row{'s' * (rows != 1)}, which chose nothing: {verdict['sentence']}"]
+        told = [verdict["sentence"]]
         loss = next(metric for metric in self.content["metrics"] if metric["name"] == "loss")
         if has_interval(loss):
             told.append(f"Change of the loss {written(loss).change} ({written(loss).interval}).")
+        told.append(f"Nothing was chosen by {f'these {rows} rows' if rows != 1 else 'this row'}.")
         others = dict.fromkeys(str(look.job_id) for look in self.looks if look.job_id != self.job_id)
         before = f"; job{'s' * (len(others) != 1)} {in_words(list(others))} looked at before" if others else ""
-        return " ".join(
-            [*told, *filter(None, [verdict.get("aside")]), f"Look {len(self.looks)} at these rows{before}."]
-        )
+        return " ".join([*told, *filter(None, [verdict.get("aside")]), f"Look {len(self.looks)} at them{before}."])
 
     def as_json(self) -> dict[str, Any]:
         """What the report's file has of the final rows, `job_id`, the number of this `look`, and all `looks` at these

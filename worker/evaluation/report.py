@@ -52,7 +52,7 @@ def build_report(
         else {
             FINAL: {
                 "sha256": last.facts()["final_sha256"],
-                "verdict": verdict(final.metrics, against, last.doubts),
+                "verdict": verdict(final.metrics, against, last.doubts, "final"),
                 **_evaluation(final),
             }
         }
@@ -91,10 +91,12 @@ def _chosen(spec: JobSpec, course: TrainingCourse) -> list[str]:
     return [f"These rows chose step {course.kept_step}, so their loss is optimistic."]
 
 
-def verdict(metrics: list[Compared], base: str = "the base", doubts: Sequence[str] = ()) -> dict[str, str]:
+def verdict(
+    metrics: list[Compared], base: str = "the base", doubts: Sequence[str] = (), rows: str = "held-out"
+) -> dict[str, str]:
     """What the comparison with `base` says: `reading`, `short`, `sentence`, and `aside`, what got worse beside it and
     what is known to be wrong with the rows that it was measured on."""
-    return dict(vars(report_verdict([metric.as_json() for metric in metrics], base, doubts)))
+    return dict(vars(report_verdict([metric.as_json() for metric in metrics], base, doubts, rows)))
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:

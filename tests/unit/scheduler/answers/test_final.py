@@ -49,10 +49,10 @@ def test_only_the_winner_s_are_shown_and_each_look_is_a_row(store: Store, tmp_pa
     looked = compare(lab, user="mara")
     assert looked.final is not None and looked.final.job_id == looked.comparison.best.job_id == 1
     assert f"Better than the base: held-out loss 9.00 -> {FIGURE}." in looked.second_look
-    assert looked.second_look.endswith("Look 1 at these rows.") and looked.second_look in told(looked)
-    assert compare(lab, user="wei").second_look.endswith("Look 2 at these rows.")
+    assert looked.second_look.endswith("Look 1 at them.") and looked.second_look in told(looked)
+    assert compare(lab, user="wei").second_look.endswith("Look 2 at them.")
     assert [(one.job_id, one.sweep_id, one.user) for one in store.looks("f" * 64)] == [(1, 1, "mara"), (1, 1, "wei")]
-    assert "Look 2 at these rows." in page(lab), "the page shows what somebody has looked at"
+    assert "Look 2 at them." in page(lab), "the page shows what somebody has looked at"
     assert len(store.looks("f" * 64)) == 2, "and is no look"
     assert FIGURE not in everything(lab, "", jobs=(1, 2)), "a look changes no report"
     assert [(job.job_id, job.status, job.report_uri, job.manifest_sha256) for job in store.jobs()] == before
@@ -69,9 +69,9 @@ def test_a_job_alone_shows_its_own_and_says_who_looked_before(store: Store, tmp_
     webs.store_result(lab, plain, 3.0, 1.0)
     answers = [report(store, lab.artifacts, job_id, "ada") for job_id in (1, 2, 2, 3)]
     said = [answer.final.sentence if answer.final else "" for answer in answers]
-    assert said[0].endswith("Look 1 at these rows.")
-    assert said[1].endswith("Look 2 at these rows; job 1 looked at before.")
-    assert said[2].endswith("Look 3 at these rows; job 1 looked at before.") and said[3] == ""
+    assert said[0].endswith("Look 1 at them.")
+    assert said[1].endswith("Look 2 at them; job 1 looked at before.")
+    assert said[2].endswith("Look 3 at them; job 1 looked at before.") and said[3] == ""
     assert said[0] in report_text(answers[0].content, PLAIN, 0, said[0])
     shown = json.loads(json.dumps(answers[1].as_json()))["final"]
     assert (shown["look"], [look["job_id"] for look in shown["looks"]]) == (2, [1, 2])
