@@ -365,6 +365,11 @@ ELSEWHERE = {
     "training.gradient_checkpointing": "tests/integration/test_training.py",
     "dataset.fields": "tests/integration/test_turns.py",
     "dataset.ignore": "tests/integration/test_turns.py",
+    "dataset.split": "tests/integration/test_sources.py",
+    "dataset.more": "tests/integration/test_sources.py",
+    "dataset.eval_split": "tests/integration/test_sources.py",
+    "dataset.final_path": "tests/integration/test_evaluation.py",
+    "dataset.final_size": "tests/integration/test_preparation.py",
 }
 """Keys whose effect another file's tests show."""
 

@@ -70,6 +70,14 @@ def test_rows_of_both_files_are_trained_on_and_held_out_and_the_report_says_how_
     assert prepared(0.4, test_size=0.2).digest != data.digest
 
 
+def test_a_split_and_that_of_the_held_out_file_are_what_is_read(tiny_model: Path, tmp_path: Path) -> None:
+    main, held = str(write_helpdesk(tmp_path / "a.jsonl", 40)), str(write_helpdesk(tmp_path / "held.jsonl", 100))
+    asked = {"path": main, "split": "train[:25%]", "eval_path": held, "eval_split": "train[40:55]+train[95%:]"}
+    data = prepare_data(DatasetSpec.model_validate(asked), main, held, None, load_tokenizer(str(tiny_model)), None)
+    assert data.train.rows.numbers == [*range(1, 11)]
+    assert data.held_out.rows.numbers == [*range(41, 56), *range(96, 101)]
+
+
 def test_a_row_that_does_not_fit_is_called_by_its_own_file_and_number(prepared: Callable[..., PreparedData]) -> None:
     with pytest.raises(DataError, match=r"b\.jsonl: row 78: has \d+ tokens"):
         prepared(max_length=64, on_overflow="error")
