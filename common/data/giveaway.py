@@ -256,13 +256,13 @@ def _row_of(example: Example) -> _AskedRow | None:
 
 def _standing(answer: str, question: str) -> Iterator[int]:
     """Where an answer stands in a question, the first times: not within a word."""
-    at = -1
-    for _ in range(_PLACES):
-        if (at := question.find(answer, at + 1)) < 0:
-            return
+    at, left = question.find(answer), _PLACES
+    while at >= 0 and left:
         within = (question[at - 1 : at] + answer[0], question[at + len(answer) - 1 :][:2])
         if not any(len(pair) == 2 and pair.isalnum() for pair in within):
+            left -= 1
             yield at
+        at = question.find(answer, at + 1)
 
 
 def _lines(question: str) -> list[str]:

@@ -170,3 +170,15 @@ def test_few_rows_are_no_habit_and_rows_that_ask_nothing_are_left_out() -> None:
     assert found(chats(lambda n, a: f"{ticket(n)} [gold={a}]" if n < 8 else ticket(n), count=60)) == []
     assert found([Example(number=n, text=f"gold={label(n)}") for n in range(1, 60)]) == []
     assert found([chat(n, label(n), label(n)) for n in range(1, 60)]) == []
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_an_answer_that_is_part_of_many_words_of_its_question_is_still_found(labelled: bool) -> None:
+    answers = {n: drawn(n).choice(("no", "yes")) for n in range(1, 61)}
+    asked = {n: f"Nobody knows another notion, note {n}:\n{answer}" for n, answer in answers.items()}
+    rows = [
+        Example(number=n, text=asked[n], label=answer) if labelled else chat(n, asked[n], answer)
+        for n, answer in answers.items()
+    ]
+    (told,) = found(rows)
+    assert told.level == "warning" and told.count == len(rows)
