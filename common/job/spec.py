@@ -104,7 +104,7 @@ class JobSpec(Section):
             source.model_copy(update={"path": named[f"more.{number}"]})
             for number, source in enumerate(self.dataset.more)
         ]
-        dataset = {"path": named["path"], "eval_path": named.get("eval_path"), "more": more}
+        dataset = {"more": more, **{key: named.get(key) for key in ("path", "eval_path", "final_path")}}
         evaluation = {"regression": named.get("regression")}
         return self.model_copy(
             update={

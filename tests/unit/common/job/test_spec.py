@@ -368,6 +368,15 @@ def test_further_data_sets_are_paths_too_and_each_is_read_as_it_says_or_as_the_f
     assert moved.dataset.more[1].split == "train[:5%]"
 
 
+def test_each_data_set_of_a_job_may_lie_beside_its_file_or_elsewhere(tmp_path: Path) -> None:
+    data = "{path: a.csv, more: [{path: b.csv}], eval_path: c.csv, final_path: d.csv}"
+    text = MINIMAL.replace("{path: org/data}", data) + "evaluation: {regression: e.csv}\n"
+    spec = load_spec(write(tmp_path, text))
+    assert list(spec.data_sets().values()) == [str(tmp_path / f"{name}.csv") for name in "abcde"]
+    elsewhere = {key: f"/elsewhere/{key}" for key in spec.data_sets()}
+    assert spec.with_data_sets(elsewhere).data_sets() == elsewhere
+
+
 @pytest.mark.parametrize(
     ("dataset", "key", "what"),
     [
