@@ -26,6 +26,12 @@ def test_bounds_are_those_of_python_and_of_percents(split: str, of_30: range) ->
     assert list(part.places(30)) == list(of_30)
 
 
+@pytest.mark.parametrize(("percent", "rows", "end"), [(75, 14, 10), (-90, 35, 3), (58, 25, 14)])
+def test_a_share_that_ends_between_two_rows_is_rounded_as_datasets_does(percent: int, rows: int, end: int) -> None:
+    (part,) = parse_split(f"train[:{percent}%]")
+    assert part.places(rows) == range(end)
+
+
 def test_parts_are_joined_by_a_plus() -> None:
     assert [part.name for part in parse_split("train[:80%] + test+validation.old")] == [
         "train",
