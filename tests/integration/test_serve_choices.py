@@ -303,3 +303,15 @@ def test_a_caller_who_leaves_while_the_answer_comes_frees_the_place(
     while engine.running or engine.waiting:
         time.sleep(0.01)
     assert len(steps) < 300, "it was not answered to its end"
+
+
+def test_tokens_come_back_as_text_as_far_as_a_prompt_may_be_long(client: openai.OpenAI, engine: Engine) -> None:
+    address = str(client.base_url.join("/detokenize"))
+    ids = engine.tokenizer(TEXTS[0]).input_ids
+
+    def text_of(tokens: list[int]) -> Any:
+        return client.post(address, body={"tokens": tokens}, cast_to=dict[str, Any])["prompt"]
+
+    assert text_of(ids) == TEXTS[0] and text_of(engine.longest * ids[:1])
+    with pytest.raises(openai.BadRequestError, match=f"{engine.longest} with its answer"):
+        text_of((engine.longest + 1) * ids[:1])

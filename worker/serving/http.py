@@ -268,6 +268,8 @@ class Service:
         return {"tokens": ids, "count": len(ids), "max_model_len": self._engine.longest}
 
     async def detokenize(self, asked: DetokenizeRequest) -> dict[str, Any]:
+        # a body holds two million tokens, and the text of each may be a hundred letters
+        await _refusing(lambda: self._engine.room(len(asked.tokens), 0), "tokens")
         self._check_tokens(asked.tokens, "tokens")
         return {"prompt": await _refusing(lambda: self._tokenizer.decode(asked.tokens))}
 
