@@ -173,11 +173,13 @@ BEGIN
         NOT EXISTS (SELECT FROM jobs WHERE job_id = NEW.job_id AND "user" = session_user AND attempt = 0) THEN
       RAISE EXCEPTION 'only a worker tells of attempts' USING ERRCODE = 'insufficient_privilege';
     END IF;
+    NEW.event_id := nextval('events_event_id_seq'); -- one that it names could be another's next
     NEW.at := clock_timestamp();
     IF said !~ ('^' || regexp_replace(session_user::text, '([.])', '\\\1', 'g') || '(, .*)?$') THEN
       NEW.text := NEW.text || ' (login ' || session_user || ')';
     END IF;
   ELSIF TG_TABLE_NAME = 'sweeps' THEN
+    NEW.sweep_id := nextval('sweeps_sweep_id_seq');
     NEW.created_at := clock_timestamp();
     NEW."user" := session_user;
   ELSIF TG_TABLE_NAME = 'looks' THEN -- at anybody's result, by the login, now
@@ -185,6 +187,7 @@ BEGIN
     IF NOT FOUND THEN
       RAISE EXCEPTION 'only a result can be looked at' USING ERRCODE = 'insufficient_privilege';
     END IF;
+    NEW.look_id := nextval('looks_look_id_seq');
     NEW.at := clock_timestamp();
     NEW."user" := session_user;
   ELSIF NOT EXISTS (SELECT FROM jobs WHERE job_id = NEW.job_id AND "user" = session_user) THEN

@@ -69,6 +69,31 @@ def test_a_look_at_final_rows_is_the_login_s_and_of_now(person: Store, box: Stor
     assert all(abs((one.at - box.now()).total_seconds()) < 600 for one in looks)
 
 
+def test_who_submits_takes_no_number_that_the_next_row_of_another_would_have(
+    person: Store, box: Store, lab: Logins
+) -> None:
+    job_id = person.submit(submission())
+    claim = take(box)
+    assert isinstance(claim, Claim) and box.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+    waits = person.submit(submission(name="b"))
+    columns = {
+        "events": ("event_id, job_id, at, kind, text", f"{waits}, now(), 'queued', 'queued by ada'"),
+        "sweeps": ('sweep_id, name, "user", created_at, settings', "'s', 'ada', now(), '{}'"),
+        "looks": ('look_id, job_id, rows_sha256, "user", at', f"{job_id}, 'f', 'ada', now()"),
+    }
+    engine = make_engine(lab.person)
+    with engine.begin() as connection:
+        for table, (names, values) in columns.items():
+            for number in range(1, 40):
+                connection.exec_driver_sql(f"INSERT INTO {table} ({names}) VALUES ({number + 100}, {values})")
+            number = names.partition(",")[0]
+            taken = connection.exec_driver_sql(f"SELECT max({number}) FROM {table}").scalar_one()
+            drawn = connection.exec_driver_sql(f"SELECT nextval('{table}_{number}_seq')").scalar_one()
+            assert drawn > taken, table
+    engine.dispose()
+    assert len(box.look(job_id, "f", "heron")) == 40
+
+
 def test_the_page_s_role_reads_all_that_is_shown_and_writes_nothing(
     lab: Logins, person: Store, box: Store, postgres_url: str, tmp_path: Path
 ) -> None:
