@@ -376,8 +376,8 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def unset_key(tree: dict[str, Any], key: str) -> None:
-    """Take a dotted key out."""
+    """Take a dotted key out, where it is there."""
     *parents, last = key.split(".")
     for part in parents:
-        tree = tree[part]
+        tree = tree.get(part, {})
     tree.pop(last, None)

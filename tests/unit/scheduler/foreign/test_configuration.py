@@ -302,6 +302,13 @@ test_datasets:
     accounted(told, theirs)
 
 
+def test_names_of_columns_that_a_job_file_does_not_take_are_left_out_together(tmp_path: Path) -> None:
+    entry = "- {path: a.jsonl, type: {field_instruction: q}, message_field_role: 5}"
+    told, spec = imported(tmp_path, f"base_model: org/m\nadapter: lora\ndatasets:\n  {entry}\n")
+    assert spec.dataset.columns == {}
+    assert {"datasets[0].type", "datasets[0].message_field_role"} <= told["left_out"].keys()
+
+
 def test_llama_factory_s_data_sets_are_interleaved_by_shares(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     talks = {"hf_hub_url": "o/talks", "formatting": "sharegpt", "split": "train_sft"}
