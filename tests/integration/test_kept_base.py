@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import json
+import logging
 import os
 import resource
 import shutil
@@ -245,6 +247,23 @@ def test_whatever_a_training_leaves_ends_the_host(tmp_path: Path) -> None:
         stop.set()
         thread.join()
     assert before.left([]) is None
+
+
+def test_a_thread_that_a_library_started_is_nothing_left_though_python_has_logged_in_it() -> None:
+    """Autograd's thread of a card stays for the next training. Python can't join it, and calls it alive for ever."""
+    before, logged, stop = Surroundings(), threading.Event(), threading.Event()
+
+    def as_in_a_backward_pass() -> None:
+        logging.getLogger("loractl.worker").warning("a hook of a gradient logs this")
+        logged.set()
+        stop.wait()
+
+    _thread.start_new_thread(as_in_a_backward_pass, ())  # threading knows nothing of it, as of a thread of C++
+    assert logged.wait(10)
+    try:
+        assert before.left([]) is None
+    finally:
+        stop.set()
 
 
 def test_so_does_a_process_that_it_started() -> None:

@@ -44,7 +44,7 @@ class Surroundings:
 
     def left(self, kept: Collection[torch.Tensor]) -> str | None:
         """What of a training is still here, in words; None: nothing but the tensors that are kept."""
-        threads = [t for t in threading.enumerate() if t.ident not in self.threads]
+        threads = [t for t in threading.enumerate() if t.ident not in self.threads and not _is_foreign(t)]
         for thread in threads:
             thread.join(timeout=JOIN_S)
         if alive := [thread.name for thread in threads if thread.is_alive()]:
@@ -71,6 +71,12 @@ class Surroundings:
             if storage.data_ptr() not in mine:
                 found[storage.data_ptr()] = storage.nbytes()
         return sum(found.values())
+
+
+def _is_foreign(thread: threading.Thread) -> bool:
+    """Whether a library started it, as autograd starts one for a card, and Python has run in it since: nobody can join
+    it, and threading takes it for alive even when it has ended."""
+    return isinstance(thread, threading._DummyThread)
 
 
 def _left_on_card(kept: Collection[torch.Tensor]) -> str | None:
