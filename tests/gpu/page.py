@@ -48,7 +48,7 @@ Read in the libraries' sources, and to be looked at where a figure is not as it 
 - Each thread of a member has a cuBLAS workspace of 8 to 32 MiB. Its plan counts it; once the member has left it stays
   until the next thread takes it.
 - Rows go through one kernel for rows of any lengths (`torch.nn.attention.varlen`) where it computes a few rows as plain
-  products do; else the trainer's log says why they go row by row. Its backward pass adds up in no fixed order, so two
+  products do; else the job's history says why they go row by row. Its backward pass adds up in no fixed order, so two
   runs may differ in bits; and it holds sums in fp32 and each head's own keys and values for all rows of a layer, which
   the plan leaves to its margin: some 0.1 GiB at 8B with 4 rows of 1,024 tokens.
 - A context grows while kernels are loaded, each at its first use; a trainer's limit counts what it was at the start.

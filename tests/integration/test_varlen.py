@@ -11,8 +11,12 @@ import torch
 from torch.nn.attention import varlen as torch_varlen
 from transformers import MistralConfig, MistralModel
 
+from loractl.common.units import GIB
 from loractl.worker.engine.passes import varlen
 from loractl.worker.engine.passes.rows import RowLayout
+from loractl.worker.protocol.messages import Note
+
+from .conftest import Recipe
 
 CPU = torch.device("cpu")
 
@@ -73,12 +77,12 @@ torch_varlen._varlen_attn_backward.register_kernel("cpu")(STAND_IN.backward)
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """As if a processor were a card that has the kernel."""
-    varlen.takes.cache_clear()
+    varlen.why_not.cache_clear()
     monkeypatch.setattr(varlen, "PLACES", ("cpu",))
     monkeypatch.setattr(STAND_IN, "there", True)
     monkeypatch.setattr(STAND_IN, "calls", 0)
     yield STAND_IN
-    varlen.takes.cache_clear()
+    varlen.why_not.cache_clear()
 
 
 @pytest.mark.parametrize("window", [None, 4, 40])
@@ -88,7 +92,7 @@ def test_a_model_computes_the_same_by_one_kernel_as_row_by_row(
     at_once = passed(window)
     assert kernel.calls == 3  # its check of itself, and two layers
     monkeypatch.setattr(varlen, "PLACES", ())
-    varlen.takes.cache_clear()
+    varlen.why_not.cache_clear()
     by_row = passed(window)
     assert kernel.calls == 3
     for ours, theirs in zip(at_once, by_row, strict=True):
@@ -129,14 +133,13 @@ def test_what_autocast_computes_in_is_what_the_kernel_is_given(kernel: StandIn) 
     assert all(one.grad is not None and one.grad.dtype == torch.float32 for one in states)
 
 
-def test_a_kernel_that_computes_something_else_is_not_taken(kernel: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_kernel_that_computes_something_else_is_not_taken(kernel: StandIn) -> None:
     kernel.wrong = 1.1
     try:
-        with caplog.at_level("INFO", logger="loractl.worker"):
-            assert not varlen.takes(CPU, torch.bfloat16, 64, False)
+        why = varlen.why_not(CPU, torch.bfloat16, 64, False)
     finally:
         kernel.wrong = 1.0
-    assert "attention goes row by row: the kernel for rows of any lengths computes something else" in caplog.text
+    assert why == "the kernel for rows of any lengths computes something else"
 
 
 def test_a_device_without_the_kernel_goes_row_by_row_and_says_why(
@@ -144,6 +147,34 @@ def test_a_device_without_the_kernel_goes_row_by_row_and_says_why(
 ) -> None:
     assert varlen.why_not(CPU, torch.bfloat16, 64, True) is None
     monkeypatch.setattr(kernel, "there", False)
-    assert varlen.why_not(CPU, torch.bfloat16, 64, True) == (
-        "the kernel for rows of any lengths does not take these (no such kernel on a processor)"
-    )
+    varlen.why_not.cache_clear()
+    assert varlen.why_not(CPU, torch.bfloat16, 64, True) == WHY
+
+
+WHY = "the kernel for rows of any lengths does not take these (no such kernel on a processor)"
+
+
+@pytest.mark.parametrize(
+    ("there", "attention", "batch", "said"),
+    [
+        (True, "auto", 2, []),
+        (False, "auto", 2, [f"attention goes row by row: {WHY}"]),
+        (False, "auto", 1, []),
+        (True, "eager", 2, ["attention goes row by row: the model's attention is eager, not sdpa"]),
+    ],
+    ids=["at once", "no kernel", "rows alone", "eager"],
+)
+def test_the_history_says_why_rows_go_one_by_one(
+    there: bool,
+    attention: str,
+    batch: int,
+    said: list[str],
+    kernel: StandIn,
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel, "there", there)
+    how = {"attn_implementation": attention, "per_device_train_batch_size": batch}
+    _, told = recipe(memory_limit=8 * GIB, max_steps=1, evaluation={"samples": 0, "metrics": ["loss"]}, **how)
+    notes = [one.text for one in told if isinstance(one, Note) and one.kind == "engine"]
+    assert [note for note in notes if "attention" in note] == said

@@ -22,7 +22,8 @@ from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import MicroBatch, learned_in
-from loractl.worker.engine.member import PackMember
+from loractl.worker.engine.member import ForwardPass, PackMember
+from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.evaluation.classifier import classify
 from loractl.worker.evaluation.losses import score_rows
 
@@ -63,9 +64,15 @@ class Probe(TrainerCallback):
             finally:
                 member.model.zero_grad()
             if failure is None:
+                self._tell_attention(member.forward)
                 self._try_evaluation(args)
         if failure is not None:
             raise DoesNotFit(failure)  # outside of the handler: the error's traceback holds the batch's tensors
+
+    def _tell_attention(self, forward: ForwardPass) -> None:
+        """Say why a card starts kernels for each row: a step of many short rows may take several times as long so."""
+        if isinstance(forward, LeanPass) and forward.by_row is not None:
+            self._run.note("engine", f"attention goes row by row: {forward.by_row}")
 
     def _largest(self, size: int) -> list[TokenRow]:
         """The largest batch that can come; on several cards each of them has the longest rows."""

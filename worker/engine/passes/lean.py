@@ -87,6 +87,11 @@ class LeanModel:
         self._kind: Any = None  # of the decoder's answer
         self._adapters = [m for m in words.modules() if hasattr(m, "cast_input_dtype_enabled")]
 
+    @property
+    def by_row(self) -> str | None:
+        """Why several rows went through attention one by one in the last pass, on a card; None: they did not."""
+        return self._layout.by_row
+
     @contextlib.contextmanager
     def lean(self, lengths: list[int]) -> Iterator[None]:
         """Rows of these lengths lie behind each other, and adapters read what they are given: under autocast their
@@ -254,6 +259,11 @@ class LeanPass:
         """The same of one row, by the model's own attention."""
         with torch.no_grad():
             return self._lean.logits(self._decoded(RowsBehindEachOther.of([row], self.device))[-count:])
+
+    @property
+    def by_row(self) -> str | None:
+        """Why several rows went through attention one by one in the last pass, on a card; None: they did not."""
+        return self._lean.by_row
 
     def tokens(self, rows: Sequence[TokenRow]) -> int:
         """Tokens that pass the model."""

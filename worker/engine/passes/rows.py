@@ -31,6 +31,7 @@ class RowAttention:
         self._own = own  # sdpa or eager, as the model was loaded with it
         self._lengths: list[int] = []
         self._borders: torch.Tensor | None = None  # of these, on the card
+        self.by_row: str | None = None  # why several went one by one, on a card
 
     @property
     def lengths(self) -> list[int]:
@@ -39,7 +40,7 @@ class RowAttention:
 
     @lengths.setter
     def lengths(self, lengths: list[int]) -> None:
-        self._lengths, self._borders = lengths, None
+        self._lengths, self._borders, self.by_row = lengths, None, None
 
     def __call__(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **how: Any
@@ -71,11 +72,23 @@ class RowAttention:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict[str, Any]
     ) -> bool:
         """Whether one kernel computes all rows, as the fused kernel that each would have gone through."""
-        fused = self._own == "sdpa" and type(query) is torch.Tensor and len(self.lengths) > 1
-        if not fused or key.shape != value.shape or how.get("dropout") or how.get("position_bias") is not None:
+        if query.device.type not in varlen.PLACES or len(self.lengths) == 1:
             return False
+        why = self._why_not(query, key, value, window, how)
+        self.by_row = self.by_row or why
+        return why is None
+
+    def _why_not(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict[str, Any]
+    ) -> str | None:
+        if self._own != "sdpa":
+            return f"the model's attention is {self._own}, not sdpa"
+        if key.shape != value.shape:
+            return "the model's keys and values differ in width"
+        if how.get("dropout") or how.get("position_bias") is not None:
+            return "the model's attention has dropout or a bias for positions"
         narrow = window is not None and window < max(self.lengths)
-        return varlen.takes(query.device, varlen.kind_of(query), query.shape[-1], narrow)
+        return varlen.why_not(query.device, varlen.kind_of(query), query.shape[-1], narrow)
 
     def _short(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict[str, Any]
@@ -126,6 +139,11 @@ class RowLayout:
         self._configs = [config for config in configs.values() if hasattr(config, "_attn_implementation")]
         self.own = str(model.config.get_text_config()._attn_implementation)
         self._attention = RowAttention(self.own)
+
+    @property
+    def by_row(self) -> str | None:
+        """Why several rows went through a layer one by one in the last pass, on a card; None: they did not."""
+        return self._attention.by_row
 
     @contextlib.contextmanager
     def of(self, lengths: list[int]) -> Iterator[None]:

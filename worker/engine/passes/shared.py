@@ -63,6 +63,11 @@ class SharedBase:
                 block.forward = ExpertsApart(block, self._spans)
         self._blocks: list[Any] | None = None  # that can be recomputed; None: not prepared for it
 
+    @property
+    def by_row(self) -> str | None:
+        """Why several rows went through attention one by one in the last pass, on a card; None: they did not."""
+        return self._lean.by_row
+
     def view(self) -> Any:
         """A view of the base, for one adapter."""
         return view_of(self.model)
@@ -245,6 +250,10 @@ class SharedPass(LeanPass):
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         return self.base.learn([self.piece(batch, backward)], recomputes=self.recomputes)[0]
+
+    @property
+    def by_row(self) -> str | None:
+        return self.base.by_row
 
     def last_logits(self, rows: Sequence[TokenRow], count: int) -> list[torch.Tensor]:
         return self.base.last_logits(self.model, self.streams, rows, count)

@@ -9,15 +9,12 @@ import contextlib
 import functools
 import importlib.util
 import itertools
-import logging
 from collections.abc import Sequence
 
 import torch
 
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.source import first_line
-
-log = logging.getLogger("loractl.worker")
 
 KERNEL = "torch.nn.attention.varlen"
 
@@ -70,18 +67,9 @@ def _as_autocast(states: torch.Tensor) -> torch.Tensor:
 
 
 @functools.cache
-def takes(device: torch.device, kind: torch.dtype, width: int, windowed: bool) -> bool:
-    """Whether rows whose heads have this width go through one kernel there: it exists, and computes a few rows as
-    plain products do, forwards and backwards. Where it does not, the log says why."""
-    if device.type not in PLACES:
-        return False
-    why = why_not(device, kind, width, windowed)
-    if why is not None:
-        log.info("attention goes row by row: %s", why)
-    return why is None
-
-
 def why_not(device: torch.device, kind: torch.dtype, width: int, windowed: bool) -> str | None:
+    """Why rows whose heads have this width do not go through one kernel there. None: it exists, and computes a few rows
+    as plain products do, forwards and backwards."""
     if importlib.util.find_spec(KERNEL) is None:
         return f"torch {torch.__version__} has no kernel for rows of any lengths"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < AMPERE:
