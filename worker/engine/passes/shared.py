@@ -65,7 +65,8 @@ class SharedBase:
 
     @property
     def by_row(self) -> str | None:
-        """Why several rows went through attention one by one in the last pass, on a card; None: they did not."""
+        """Why several rows went through attention one by one when some were last learned, on a card; None: they did
+        not."""
         return self._lean.by_row
 
     def view(self) -> Any:

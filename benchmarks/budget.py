@@ -1,0 +1,70 @@
+"""What a card would do in a step, counted without one: python -m benchmarks.budget writes docs/budget.md.
+
+It takes half a minute of a processor and a C++ compiler (tests/fake_cuda). The card's milliseconds are no measurement.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.fake_cuda import put_in, why_not
+
+if TYPE_CHECKING:
+    from tests.fake_cuda.budget import Step
+
+PAGE = Path(__file__).parents[1] / "docs" / "budget.md"
+
+HEAD = """\
+# A step's budget on a card
+
+No card was at hand: these figures are counted, not measured. `python -m benchmarks.budget` runs a step of real sizes on
+tensors without content that lie on a stand-in for a card ([tests/fake_cuda](../tests/fake_cuda/__init__.py)), and
+counts what torch would start there. `make test` counts two of these steps again, `make test-long` all; both fail where
+a figure has changed by more than 2 %.
+
+A step is a forward and a backward pass in bf16, with recomputation, over rows of one length of which all but the first
+token is learned; r = 16 on all linear layers, dropout 0.05. The optimizer's part is left out. `loractl` is a job's
+default. `Trainer` is transformers' Trainer on peft's model, by `training.exact`, whose steps are the Trainer's bit for
+bit. 0.5B is Qwen2.5's shape, 1B Llama 3.2's, 8B Llama 3's.
+
+- Kernels: one for each operator that is no view. A product over NF4 starts four, attention's backward pass three.
+- GB: every tensor that an operator is given is read once, every one that it makes is written once. Caches are left out.
+  Elementwise is what is no product, no attention and no loss.
+- TFLOP: of matrix products and attention; what is recomputed counts as often as it runs.
+- Milliseconds: each operator takes as long as its bytes or its products, at least 3 us a kernel (H100: 2.5). Assumed
+  are 0.9 TB/s and 150 TFLOPS on a 4090, 2.6 TB/s and 600 TFLOPS on an H100. What Python takes to start the kernels is
+  left out: at 15 to 25 us each, small steps on an H100 wait for that.
+- Blocks are alike: models of one and of two blocks are counted at full width, and each further block costs their
+  difference.
+
+Liger's kernels are not counted: they are Triton's, which torch does not see as operators and which read a tensor's
+memory; a fake tensor has none.
+
+| step | side | kernels | GB | elementwise | TFLOP | 4090, ms | H100, ms |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
+"""
+
+
+def main() -> None:
+    if (why := why_not()) is not None:
+        raise SystemExit(why)
+    put_in()
+    from loractl.worker.base.kernels import load_kernels
+
+    load_kernels()
+    from tests.fake_cuda.budget import SHAPES, WAYS, counted
+
+    warnings.simplefilter("ignore")
+    lines = [line(name, side, counted(shape, way)) for name, shape in SHAPES.items() for way, side in WAYS.items()]
+    PAGE.write_text(HEAD + "\n".join(lines) + "\n", "utf-8")
+
+
+def line(name: str, side: str, step: Step) -> str:
+    counts = f"{step.kernels:,} | {step.gigabytes:,.1f} | {step.elementwise:,.1f} | {step.teraflop:,.2f}"
+    return f"| {name} | {side} | {counts} | " + " | ".join(f"{ms:,.0f}" for ms in step.milliseconds.values()) + " |"
+
+
+if __name__ == "__main__":
+    main()

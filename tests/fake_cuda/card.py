@@ -1,0 +1,125 @@
+"""What a card would answer, where a fake one cannot: its capability, its random numbers, and what a kernel computes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+from peft.tuners.lora import dora
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+
+from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.passes import varlen
+from loractl.worker.engine.passes.lean import RowsBehindEachOther
+from loractl.worker.engine.streams import RandomStreams
+
+CARD = torch.device("cuda", 0)
+
+BF16 = (8, 0)
+"""The compute capability from which a card computes in bf16."""
+
+FLASH = (torch.float16, torch.bfloat16)
+"""Types that the kernel for rows of any lengths takes (pytorch, aten/src/ATen/native/transformers/cuda/flash_attn)."""
+
+WIDEST = 256
+"""Width of a head up to which it does."""
+
+
+@contextlib.contextmanager
+def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
+    """Tensors that are made in this block are fake, and there is a card of this capability for them."""
+    of = RowsBehindEachOther.of
+
+    def laid(cls: Any, rows: Sequence[TokenRow], device: torch.device) -> RowsBehindEachOther:
+        """Laid out for real on the processor, whose tensors are then copied to the card."""
+        with _disable_current_modes(), unset_fake_temporarily():
+            made = of(rows, torch.device("cpu"))
+        tensors = {one.name: getattr(made, one.name) for one in fields(made)}
+        moved = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            for name, tensor in tensors.items()
+            if isinstance(tensor, torch.Tensor)
+        }
+        return replace(made, **moved)
+
+    def right(device: torch.device, kind: torch.dtype, width: int, window: int | None) -> bool:
+        """As the kernel would find itself on a card that has it."""
+        if kind not in FLASH or width > WIDEST:
+            raise RuntimeError(f"FlashAttention takes no {kind} of width {width}")
+        return True
+
+    varlen.why_not.cache_clear()
+    said = {
+        "is_available": lambda: True,
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "get_device_capability": lambda device=None: capability,
+        "is_bf16_supported": lambda including_emulation=True: including_emulation or capability >= BF16,
+        "get_rng_state": lambda device="cuda": Dice.state,
+        "set_rng_state": lambda state, device="cuda": None,
+    }
+    with contextlib.ExitStack() as stack:
+        for name, answer in said.items():
+            stack.enter_context(patch.object(torch.cuda, name, answer))
+        stack.enter_context(patch.object(RowsBehindEachOther, "of", classmethod(laid)))
+        stack.enter_context(patch.object(RandomStreams, "drawing", _drawing))
+        stack.enter_context(patch.object(varlen, "_is_right", right))
+        stack.enter_context(patch.object(torch.nn.Module, "to", _to))
+        stack.enter_context(patch.object(dora, "dequantize_module_weight", _dequantized))
+        # where there is a card it would bring up CUDA, and let torch.tensor write there
+        stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
+        # peft copies layers, and a copied tensor brought a copy of its mode
+        stack.enter_context(patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
+        yield stack.enter_context(FakeTensorMode())
+    varlen.why_not.cache_clear()
+
+
+class Dice(torch.Generator):
+    """A card's generator: a torch without CUDA makes none."""
+
+    device = CARD
+    state = "where it stands"
+
+    def get_state(self) -> Any:
+        return self.state
+
+    def set_state(self, state: Any) -> Any:
+        assert state == self.state
+        return self
+
+
+@contextlib.contextmanager
+def _drawing(self: RandomStreams) -> Iterator[torch.Generator]:
+    yield Dice()
+
+
+def _to(module: torch.nn.Module, *where: Any, **how: Any) -> torch.nn.Module:
+    """torch's own swaps the tensors of a parameter, which it refuses for fake ones."""
+    device, kind, *_ = torch._C._nn._parse_to(*where, **how)
+    moved: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def move(old: torch.Tensor) -> torch.Tensor:
+        if id(old) not in moved:
+            as_before = kind is None or not old.is_floating_point()
+            new = torch.empty(old.shape, dtype=old.dtype if as_before else kind, device=device or old.device)
+            trained = isinstance(old, torch.nn.Parameter)
+            moved[id(old)] = old, torch.nn.Parameter(new, requires_grad=old.requires_grad) if trained else new
+        return moved[id(old)][1]
+
+    for part in module.modules():
+        part._parameters |= {name: p if p is None else move(p) for name, p in part._parameters.items()}
+        part._buffers |= {name: b if b is None else move(b) for name, b in part._buffers.items()}
+    return module
+
+
+def _dequantized(module: Any) -> torch.Tensor:
+    """peft knows weights in NF4 by their class, which a fake tensor can't have."""
+    state = getattr(module.weight, "quant_state", None)
+    whole: torch.Tensor = module.weight if state is None else dequantize_4bit(module.weight.data, state)
+    return whole

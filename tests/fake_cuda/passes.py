@@ -1,0 +1,269 @@
+"""The engine's passes on the fake card, each a step of a small model: forwards, backwards and the optimizer's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from loractl.common.job.method import Method
+from loractl.common.job.spec import JobSpec
+from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, evaluating
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.data.tokens import IGNORED, TokenRow
+from loractl.worker.engine.loss import MicroBatch, learned_in
+from loractl.worker.engine.optimizer import ScaledOptimizer
+from loractl.worker.engine.passes import product, varlen
+from loractl.worker.engine.passes.choice import shared_base
+from loractl.worker.engine.passes.lean import LeanPass
+from loractl.worker.engine.passes.padded import PaddedPass
+from loractl.worker.engine.passes.shared import SharedPass
+
+from .card import CARD, card
+from .watch import Watch
+
+TINY = {
+    "model_type": "llama", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True,
+}  # fmt: skip
+
+WINDOWS = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+
+ADAPTER = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
+
+ROWS = (5, 9, 1, 7)
+"""Tokens of the rows of a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A way through the engine."""
+
+    way: str = "shared"  # shared, lean or padded
+    method: Method = Method.LORA
+    members: int = 1
+    dtype: str = "auto"  # of the job file
+    capability: tuple[int, int] = (8, 9)
+    recomputes: bool = True
+    evaluates: bool = False
+    lora: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    rows: tuple[int, ...] = ROWS
+
+
+def outcome(case: Case) -> dict[str, Any]:
+    """What the pass did, in words and numbers that JSON has."""
+    with card(case.capability):
+        precision = choose_precision("cuda", case.dtype, case.model.get("model_type", TINY["model_type"]))
+        base = base_on_card({**TINY, **case.model}, case.method, precision)
+        learners = learners_of(case, base, precision)
+        watch = Watch()
+        with watch:
+            _evaluate(case, learners) if case.evaluates else _learn(case, learners)
+        faults = dict(watch.faults)
+        if not case.evaluates:
+            for number, learner in enumerate(learners):
+                faults |= _missing(number, learner.model)
+        return {
+            "faults": faults,
+            "types": [str(precision.base), precision.amp],
+            "by_row": getattr(learners[0], "by_row", None),
+            "at_once": watch.operators["_varlen_attn"],
+            "moved": watch.moved,
+            "operators": sum(watch.operators.values()),
+        }
+
+
+def base_on_card(config: dict[str, Any], method: Method, precision: Precision) -> Any:
+    """A base as loading leaves it, without content."""
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    with unset_fake_temporarily(), torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=precision.base)
+        if method is Method.QLORA:
+            how = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=precision.base,
+            )
+            base = replace_with_bnb_linear(base, get_keys_to_not_convert(base), how)
+    base.to(CARD)
+    _pack(base, precision.base)
+    return base
+
+
+def _pack(base: Any, compute: torch.dtype) -> None:
+    """Let bitsandbytes pack the layers that are in NF4."""
+    from bitsandbytes.functional import name2qmap, quantize_4bit
+    from bitsandbytes.nn import Linear4bit
+
+    codes = torch.empty(256, device=CARD)  # which bitsandbytes makes of numbers that it reads one by one
+    for layer in base.modules():
+        if isinstance(layer, Linear4bit):
+            weight = torch.empty((layer.out_features, layer.in_features), dtype=compute, device=CARD)
+            with patch.dict(name2qmap, dynamic=codes):
+                packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+            layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+            layer.weight.quant_state = layer.quant_state = state
+
+
+def job(case: Case) -> JobSpec:
+    return JobSpec.model_validate(
+        {
+            "name": "card",
+            "base_model": "/base",
+            "method": case.method.value,
+            "dataset": {"path": "rows.jsonl"},
+            "lora": ADAPTER | case.lora,
+            "training": {"exact": case.way == "padded"},
+        }
+    )
+
+
+def learners_of(case: Case, base: Any, precision: Precision) -> list[Any]:
+    """A pass for each member."""
+    spec = job(case)
+    if case.way != "shared":
+        model = _adapted(base, spec, case.method)
+        if case.way == "padded":
+            compute_in(model, precision)
+            return [_recomputing(case, PaddedPass(model, 0, 0.0))]
+        return [_recomputing(case, LeanPass(model, precision))]
+    shared = shared_base(base, precision)
+    assert shared is not None
+    views = [_adapted(shared.view(), spec, case.method) for _ in range(case.members)]
+    return [_recomputing(case, SharedPass(shared, view)) for view in views]
+
+
+def _adapted(base: Any, spec: JobSpec, method: Method) -> Any:
+    with CARD:
+        return add_adapter(base, spec, method)
+
+
+def _recomputing(case: Case, forward: Any) -> Any:
+    forward.model.train()
+    if case.recomputes:
+        forward.recompute_blocks()
+    return forward
+
+
+def _learn(case: Case, learners: list[Any]) -> None:
+    """One micro-batch of each, in one pass where they share a base, and each one's step."""
+    fp16 = case.dtype == "float16" or (case.capability < (8, 0) and case.dtype == "auto")
+    steps = []
+    for learner in learners:
+        trained = [p for p in learner.model.parameters() if p.requires_grad]
+        scaler = torch.amp.GradScaler("cuda") if fp16 else None
+        steps.append((trained, ScaledOptimizer(torch.optim.AdamW(trained, fused=True), scaler)))
+    rows = rows_of(case.rows)
+    batch = MicroBatch(rows=rows, learned=learned_in(rows), pieces=1)
+    if len(learners) > 1:
+        pieces = [one.piece(batch, step.backward) for one, (_, step) in zip(learners, steps, strict=True)]
+        learners[0].base.learn(pieces, recomputes=learners[0].recomputes)
+    else:
+        learners[0].learn(batch, steps[0][1].backward)
+    for trained, step in steps:
+        step.clip(trained, 1.0)
+        if step.scaler is None:  # which reads whether something overflowed
+            step.step()
+
+
+def _evaluate(case: Case, learners: list[Any]) -> None:
+    for learner in learners:
+        with evaluating(learner.model):
+            for scored in learner.scores(rows_of(case.rows)):
+                assert scored.losses.device == CARD and scored.losses.dtype == torch.float32
+
+
+def rows_of(lengths: tuple[int, ...], skipped: int = 2) -> list[TokenRow]:
+    """Rows of which all but the first tokens are learned."""
+    rows = [list(range(length)) for length in lengths]
+    labels = [[IGNORED] * skipped + ids[skipped:] for ids in rows]
+    return [TokenRow(number=n, input_ids=ids, labels=labels[n]) for n, ids in enumerate(rows)]
+
+
+def _missing(number: int, model: Any) -> dict[str, int]:
+    """Trained parameters without a gradient of their own type on the card."""
+    found = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.grad is None:
+            found[f"member {number}: no gradient for {name}"] = 1
+        elif (p.grad.device, p.grad.dtype, p.grad.shape) != (CARD, p.dtype, p.shape):
+            found[f"member {number}: the gradient of {name} is {p.grad.dtype} on {p.grad.device}"] = 1
+    return found
+
+
+CASES: dict[str, Case] = {
+    "lora": Case(),
+    "nf4": Case(method=Method.QLORA),
+    "two members": Case(members=2),
+    "two members, nf4, fp16": Case(members=2, method=Method.QLORA, dtype="float16"),
+    "alone": Case(way="lean"),
+    "alone, nf4": Case(way="lean", method=Method.QLORA),
+    "padded": Case(way="padded"),
+    "padded, nf4": Case(way="padded", method=Method.QLORA),
+    "no recomputation": Case(recomputes=False),
+    "no dropout": Case(lora={"lora_dropout": 0.0}),
+    "fp32": Case(dtype="float32"),
+    "dora": Case(lora={"use_dora": True}),
+    "one row": Case(rows=(9,)),
+    "whole modules": Case(way="lean", lora={"modules_to_save": ["model.norm"]}),
+    "biases, windows": Case(model=WINDOWS),
+    "evaluation": Case(evaluates=True),
+    "evaluation, nf4": Case(evaluates=True, method=Method.QLORA),
+}
+"""What `make test` tries."""
+
+CARDS: dict[str, Case] = {
+    "7.5": Case(capability=(7, 5)),
+    "7.5, nf4": Case(capability=(7, 5), method=Method.QLORA),
+    "7.5, a family that overflows fp16": Case(capability=(7, 5), model={"model_type": "gemma2"}),
+    "8.0": Case(capability=(8, 0), evaluates=True),
+    "8.6": Case(capability=(8, 6), evaluates=True),
+    "8.9": Case(capability=(8, 9), evaluates=True),
+    "9.0": Case(capability=(9, 0), evaluates=True),
+    "12.0": Case(capability=(12, 0), evaluates=True),
+}
+"""Cards of each generation; those of Ampere and newer take the cases' ways."""
+
+MANY: dict[str, Case] = {
+    f"{way}, {members} members, {method.value}, {dtype}{', recomputing' * recomputes}{', dora' * dora}": Case(
+        way=way, members=members, method=method, dtype=dtype, recomputes=recomputes, lora={"use_dora": dora}
+    )
+    for way, members in (("shared", 1), ("shared", 3), ("lean", 1), ("padded", 1))
+    for method in (Method.LORA, Method.QLORA)
+    for dtype in ("bfloat16", "float16", "float32")
+    for recomputes in (True, False)
+    for dora in (True, False)
+}
+"""All that can be combined, for `make test-long`."""
+
+
+@contextlib.contextmanager
+def fault(name: str) -> Iterator[None]:
+    """Put a fault into the engine, which its own tests on a processor might not see."""
+    borders, backward = varlen.borders_of, product._Product.backward
+    faults: dict[str, tuple[Any, str, Any]] = {
+        "a tensor on the processor": (varlen, "borders_of", lambda lengths, _: borders(lengths, torch.device("cpu"))),
+        "mixed types": (varlen, "_as_autocast", lambda states: states.float() if states.shape[1] == 4 else states),
+        "a gradient that is lost": (
+            product._Product,
+            "backward",
+            staticmethod(lambda ctx, given: (*backward(ctx, given)[:-1], None)),
+        ),
+    }
+    with patch.object(*faults[name]):
+        yield
+
+
+FAULTS = ("a tensor on the processor", "mixed types", "a gradient that is lost")
