@@ -41,7 +41,8 @@ def _tried(case: Case, around: contextlib.AbstractContextManager[None]) -> dict[
         with around:
             return outcome(case)
     except Exception as error:  # noqa: BLE001  an operator that does not take its tensors: the test shows it
-        where = [f"{Path(at.filename).name}:{at.lineno}" for at in traceback.extract_tb(error.__traceback__)]
+        called = [at for at in traceback.extract_tb(error.__traceback__) if "site-packages" not in at.filename]
+        where = [f"{Path(at.filename).name}:{at.lineno}" for at in called]
         return {"faults": {f"{type(error).__name__}: {first_line(error)}": 1}, "where": where}
 
 
