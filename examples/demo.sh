@@ -23,7 +23,7 @@ PATH="$PWD/.venv/bin:$PATH"
 trap end EXIT
 
 say loractl submit examples/sentiment-lora.yaml examples/booking-qlora.yaml \
-  --set training.max_steps=20 --set training.per_device_train_batch_size=4 \
+  --set training.max_steps=24 --set training.per_device_train_batch_size=4 \
   --set evaluation.samples=4 --set evaluation.max_rows=32 "$@"
 ids=$(loractl status -a -n 2 --json | python -c 'import json, sys; print(*sorted(j["job_id"] for j in json.load(sys.stdin)))')
 
