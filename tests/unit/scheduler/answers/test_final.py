@@ -7,12 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+from sqlalchemy import event
 from starlette.testclient import TestClient
 
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.job.sweep import NewSweep
+from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
+from loractl.common.store.tables import FinalLook
 from loractl.scheduler.answers.comparison import comparison
 from loractl.scheduler.answers.job import job_history
 from loractl.scheduler.answers.lab.shelf import ReportShelf
@@ -125,3 +129,18 @@ def everything(lab: webs.SeededLab, site: str, jobs: tuple[int, ...]) -> str:
     texts += [json.dumps(comparison(store, artifacts, jobs).as_json()), json.dumps(sweep_standing(store, 1).as_json())]
     texts += [json.dumps(job_history(store, job_id).as_json()) for job_id in jobs]
     return "".join([*texts, site])
+
+
+@pytest.mark.parametrize("upgraded_url", ["postgresql"], indirect=True)
+def test_of_two_looks_at_once_one_at_least_counts_both(store: Store, upgraded_url: str) -> None:
+    job_id = store.submit(submission())
+    engine, seen = make_engine(upgraded_url), list[list[FinalLook]]()
+
+    def meanwhile(_: object) -> None:
+        if not seen:
+            seen.append(store.look(job_id, "f" * 64, "mara"))
+
+    event.listen(engine, "commit", meanwhile)
+    seen.append(Store(engine).look(job_id, "f" * 64, "wei"))
+    engine.dispose()
+    assert [[one.user for one in looks] for looks in seen] == [["mara"], ["mara", "wei"]]
