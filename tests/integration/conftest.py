@@ -153,6 +153,7 @@ def start(tiny_model: Path, tmp_path: Path, cache: Path) -> Callable[..., Start]
             data_path=spec.dataset.path,
             data_sha256=None,
             more_paths=[source.path for source in spec.dataset.more],
+            more_sha256=["b" * 64 for _ in spec.dataset.more],
             eval_path=spec.dataset.eval_path,
             final_path=spec.dataset.final_path,
             regression_path=spec.evaluation.regression,

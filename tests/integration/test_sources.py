@@ -93,3 +93,5 @@ def test_the_recipe_trains_on_all_of_them(recipe: Callable[..., Any], tmp_path: 
     report = json.loads((tmp_path / "a" / "result" / "report.json").read_text())
     assert "b.jsonl" in report["data"]["sources"][0]
     assert "b.jsonl" in (tmp_path / "a" / "result" / "report.html").read_text()
+    card = (tmp_path / "a" / "result" / "adapter" / "README.md").read_text()
+    assert f"sha256 unknown (from the hub), {'b' * 64}\n- {report['data']['sources'][0]}\n" in card

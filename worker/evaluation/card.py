@@ -20,6 +20,7 @@ def write_model_card(report: dict[str, Any], adapter: Path) -> None:
     base, data, training = report["base_model"].rpartition("/")[2], report["data"], report["training"]
     loss = next(m for m in report["evaluation"]["metrics"] if m["name"] == "loss")
     baseline = report["evaluation"].get("baseline")
+    hashes = [data["sha256"], *data["more_sha256"]]
     losses = f"{'base' if baseline is None else BASELINE} {loss['base']:.4f}, tuned {loss['tuned']:.4f}"
     lines = [
         "---",
@@ -36,7 +37,8 @@ def write_model_card(report: dict[str, Any], adapter: Path) -> None:
         f"- held-out loss on {report['evaluation']['rows']} rows: {losses}",
         f"- {training['steps']} steps at learning rate {training['learning_rate']:g}, batch "
         f"{training['per_device_train_batch_size']} x {training['gradient_accumulation_steps']}, seed {report['seed']}",
-        f"- data: {data['train_rows']} rows, sha256 {data['sha256'] or 'unknown (from the hub)'}",
+        f"- data: {data['train_rows']} rows, sha256 {', '.join(one or 'unknown (from the hub)' for one in hashes)}",
+        *(f"- {told}" for told in data["sources"]),
         *(_begun_from(from_) for from_ in [report["adapter"].get("init_from")] if from_),
         f"- weights: sha256 {report['adapter']['sha256']}",
         "- " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
