@@ -482,3 +482,13 @@ def test_a_row_is_shown_though_another_one_is_bad(cli: Cli, tiny_model: Path, tm
     assert "error: row 1" not in cli("data", "show", tmp_path / "job.yaml", "--row", 3).stdout
     refused = cli("data", "show", tmp_path / "job.yaml", "--row", 1, code=2).stderr
     assert "row 1: message 2: the assistant's answer is empty" in refused
+
+
+def test_final_rows_of_a_file_beside_the_job_s_are_counted_by_check_and_show(
+    cli: Cli, tiny_model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "final.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good(60)[40:]))
+    _job(tmp_path, Case("", "", good(40), {"dataset": {"final_path": "final.jsonl"}}), tiny_model)
+    for command in ("check", "show"):
+        shown = cli("data", command, tmp_path / "job.yaml").stdout
+        assert "36 rows to train on, 4 held out, 20 final" in shown, command

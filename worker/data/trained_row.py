@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loractl.common.errors import DataError, UsageError
@@ -36,12 +37,13 @@ def trained_row(spec: JobSpec, tokenizer: Any, number: int | None) -> TrainedRow
     dataset = spec.dataset
     more = [source.path for source in dataset.more]
     given = (dataset.path, dataset.eval_path, dataset_hash(dataset.path), tokenizer, None, more)
+    prepare = partial(prepare_data, final_path=dataset.final_path)
     try:
-        data = prepare_data(dataset, *given)
+        data = prepare(dataset, *given)
     except DataError as error:
         if number is None or error.row is None or error.row == number:
             raise
-        data = prepare_data(dataset.model_copy(update={"on_bad_row": BadRow.DROP}), *given)  # another row is bad
+        data = prepare(dataset.model_copy(update={"on_bad_row": BadRow.DROP}), *given)  # another row is bad
     rows = data.train.rows
     wanted = rows[0].number if number is None else number
     found = next((of for of in rows.by_example() if of[0].number == wanted), None)
