@@ -29,7 +29,7 @@ def _outcomes(*names: str) -> Outcomes:
     if (why := fake_cuda.why_not()) is not None:
         pytest.skip(why)
     command = [sys.executable, "-m", "tests.fake_cuda", *names]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     return {found.pop("name"): found for found in map(json.loads, done.stdout.splitlines())}
 
