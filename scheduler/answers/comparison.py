@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -193,11 +194,22 @@ def compared(jobs: Sequence[FinishedJob]) -> Comparison:
 
 
 def differences(jobs: Sequence[FinishedJob]) -> dict[str, list[Any]]:
-    """The settings in which the jobs differ, each with its value by job."""
+    """The settings in which the jobs differ, each with its value by job.
+
+    A key that an earlier version's job lacks has its default there: that means what happened before the key existed.
+    """
     flat = [dict(flat_settings(job.spec)) for job in jobs]
-    keys = dict.fromkeys(key for settings in flat for key in settings)
-    by_key = {key: [settings.get(key) for settings in flat] for key in keys if key not in _APART}
+    keys = dict.fromkeys(key for settings in flat for key in settings if key not in _APART)
+    by_key = {key: [settings.get(key, _defaults().get(key)) for settings in flat] for key in keys}
     return {key: values for key, values in by_key.items() if any(value != values[0] for value in values)}
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    from loractl.common.job.spec import JobSpec
+
+    spec = JobSpec.model_validate({"name": "any", "base_model": "any", "dataset": {"path": "any"}})
+    return dict(flat_settings(spec.model_dump(mode="json")))
 
 
 def _check_one_task(jobs: Sequence[FinishedJob]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from loractl.common.errors import UsageError
+from loractl.common.job.spec import JobSpec
 from loractl.scheduler.answers.comparison import FinishedJob, compared, differences
 from loractl.scheduler.text.comparison import comparison_text, draw_comparison
 from loractl.scheduler.text.screen import Screen
@@ -125,12 +126,18 @@ def test_few_rows_get_no_reading_and_a_missing_loss_no_place() -> None:
     assert [one.job_id for one in compared([lost, job(5, noisy(2.0, 0.1))]).jobs] == [5, 4]
 
 
+def test_a_key_that_came_after_a_job_does_not_differ_from_its_default() -> None:
+    new = JobSpec.model_validate({"name": "a", "base_model": "b", "dataset": {"path": "c"}}).model_dump(mode="json")
+    old = {**new, "dataset": {key: new["dataset"][key] for key in ("path", "format", "test_size")}}
+    assert differences([job(1, noisy(1.0, 0.1), **old), job(2, noisy(2.0, 0.1), **new)]) == {}
+
+
 def test_only_settings_that_differ_are_shown() -> None:
     jobs = [
         job(1, noisy(1.0, 0.1), lora={"r": 8, "lora_alpha": 16}, labels={"a": "b"}),
         job(2, noisy(2.0, 0.1), lora={"r": 32, "lora_alpha": 16}, training={"seed": 1}),
     ]
-    assert differences(jobs) == {"lora.r": [8, 32], "training.seed": [None, 1]}
+    assert differences(jobs) == {"lora.r": [8, 32], "training.seed": [0, 1]}
     text = comparison_text(compared(jobs), SCREEN)
     assert "lora.r" in text and "lora_alpha" not in text
     assert "same settings" in comparison_text(compared([jobs[0], jobs[0]]), SCREEN)
