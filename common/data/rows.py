@@ -116,7 +116,7 @@ class _SlicedFile:
     def __iter__(self) -> Iterator[RawRow]:
         wanted = [part.places(self._count) for part in self._parts]
         if not any(wanted):
-            what = f"has {self._count} rows, and {self._split} names none of them"
+            what = f"has {self._count} row{'s' * (self._count != 1)}, and {self._split} names none of them"
             raise DataError(self._path, what, hint="name others of its rows", kind="too few rows")
         if any(max(a.start, b.start) < min(a.stop, b.stop) for a, b in itertools.combinations(wanted, 2)):
             what = f"is read twice in part: the parts of {self._split} overlap"

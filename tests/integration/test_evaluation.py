@@ -257,7 +257,8 @@ def test_final_rows_choose_nothing_and_their_figures_are_in_the_report_s_file_al
     recipe: Recipe, tmp_path: Path
 ) -> None:
     """With the best checkpoint kept: the adapter and all that is told are those of a job without final rows."""
-    said = [(f"ticket {n}: something with {('gpu', 'storage')[n % 2]} is odd", "queue: gpu") for n in range(40)]
+    said = [(f"ticket {n}: something with {('gpu', 'storage')[n % 2]} is odd", "queue: gpu") for n in range(39)]
+    said.append(("one with a long answer", "queue: gpu and storage " * 400))
     last = conversations(tmp_path / "final.jsonl", [[pair] for pair in said])
     asked = {"max_steps": 8, "eval_steps": 2, "load_best_model_at_end": True, "lora": {"r": 4}}
     ended, told = recipe("with", **asked, dataset={"final_path": str(last)})
@@ -280,6 +281,7 @@ def test_final_rows_choose_nothing_and_their_figures_are_in_the_report_s_file_al
     assert (report["data"]["final_rows"], final["rows"], len(final["row_losses"])) == (40, 40, 40)
     assert {"loss", "token_accuracy", "exact_match"} <= {metric["name"] for metric in final["metrics"]}
     assert final["verdict"]["sentence"].endswith("on final rows.")
+    assert "1 of 40 final rows were cut at dataset.max_length." in final["verdict"]["aside"]
     loss = next(metric for metric in final["metrics"] if metric["name"] == "loss")
     figures = {f"{loss[key]:.{digits}f}" for key in ("base", "tuned") for digits in (3, 4)}
     everywhere = "".join(m.text for m in told if isinstance(m, (Note, LogLines)))

@@ -72,11 +72,10 @@ class PreparedData:
         """The rows as the Trainer gets them."""
         return self.train.rows if self.packed is None else self.packed
 
-    @property
-    def doubts(self) -> list[str]:
-        """Sentences that whoever reads a verdict on the held-out rows should know."""
+    def doubts(self, called: str = "held-out") -> list[str]:
+        """Sentences that whoever reads a verdict on the held-out rows should know. `called`: what these are."""
         cut, rows = self.held_out.truncated, self.held_out.rows.examples
-        about = [f"{cut} of {rows} held-out rows were cut at dataset.max_length."] if cut else []
+        about = [f"{cut} of {rows} {called} rows were cut at dataset.max_length."] if cut else []
         return [*(f"{leak}." for leak in self.leaks), *about]
 
     @property

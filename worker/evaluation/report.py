@@ -52,7 +52,7 @@ def build_report(
         else {
             FINAL: {
                 "sha256": last.facts()["final_sha256"],
-                "verdict": verdict(final.metrics, against, last.doubts, "final"),
+                "verdict": verdict(final.metrics, against, last.doubts("final"), "final"),
                 **_evaluation(final),
             }
         }
@@ -66,7 +66,7 @@ def build_report(
         "method": order.method.value,
         "method_why": order.method_why,
         "spec": spec.model_dump(mode="json"),
-        "verdict": verdict(evaluation.metrics, against, [*_chosen(spec, course), *data.doubts]),
+        "verdict": verdict(evaluation.metrics, against, [*_chosen(spec, course), *data.doubts()]),
         "adapter": _adapter(order, learner.model),
         "data": {
             **data.facts(),
