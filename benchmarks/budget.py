@@ -24,10 +24,10 @@ tensors without content that lie on a stand-in for a card ([tests/fake_cuda](../
 counts what torch would start there. `make test` counts two of these steps again, `make test-long` all; both fail where
 a figure has changed by more than 2 %.
 
-A step is a forward and a backward pass in bf16, with recomputation, over rows of one length of which all but the first
-token is learned; r = 16 on all linear layers, dropout 0.05. The optimizer's part is left out. `loractl` is a job's
-default. `Trainer` is transformers' Trainer on peft's model, by `training.exact`, whose steps are the Trainer's bit for
-bit. 0.5B is Qwen2.5's shape, 1B Llama 3.2's, 8B Llama 3's.
+A step is one forward and one backward pass in bf16, with recomputation; r = 16 on all linear layers, dropout 0.05. All
+rows have the same length, and all of their tokens but the first are learned. The optimizer's part is left out.
+`loractl` is a job's default. `Trainer` is transformers' Trainer on peft's model, by `training.exact`, whose steps are
+the Trainer's bit for bit. 0.5B is Qwen2.5's shape, 1B Llama 3.2's, 8B Llama 3's.
 
 - Kernels: one for each operator that is no view. A product over NF4 starts four, attention's backward pass three.
 - GB: every tensor that an operator is given is read once, every one that it makes is written once. Caches are left out.

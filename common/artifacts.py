@@ -50,7 +50,7 @@ _CHECKPOINT = re.compile(r"(jobs/[1-9]\d{0,17}/checkpoints/([1-9]\d{0,8})-\d{1,1
 
 REPORT = "report.json"
 FINAL = "final"
-"""The part of a report that was measured on final rows: whoever shows it writes down a look at them."""
+"""The part of a report that holds the figures of the final rows. Whoever shows it records a look at them."""
 
 _SECTIONS = ("job", "verdict", "adapter", "data", "training", "evaluation", "versions")
 

@@ -1,9 +1,9 @@
 """Answers that stand in their own question, as in `[gold=alarm]`: a model learns to read them off.
 
-A place gives answers away where what stands there agrees with the row's answer far more often than by chance (Cohen's
-kappa, 1960, over all rows that have the place). Answers that stand elsewhere are the task itself, and only told of:
-spans at any place are extraction, a question that is nothing else is copying, and one that names the other labels
-offers choices.
+A place gives answers away if what stands there matches the row's answer far more often than chance would explain
+(Cohen's kappa, 1960, over all rows that have the place). Answers that stand elsewhere are the task itself, and only
+told of: spans at any place are extraction, a question that is nothing else is copying, and one that names the other
+labels offers choices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GIVEN_AWAY = "answer in the question"
 """The finding's kind."""
 
 MOST_ROWS = 1000
-"""About so many rows of either side are looked at, where there are more: a share is known to 3 % then."""
+"""Of more rows than these, about this many are sampled on each side, which tells a share to within 3 %."""
 
 MOST_CHARACTERS = 2000
 """Of a question: half of them from its beginning, half from its end."""
@@ -141,7 +141,7 @@ class _Side:
         return [row for row in self.rows if row.answer in self._said(row, place)]
 
     def _places(self, row: _AskedRow, at: int) -> Iterator[_AnswerPlace]:
-        """The places at which an answer stands there."""
+        """The kinds of place that the answer has there."""
         before = row.question[max(0, at - _SHOWN) : at]
         if (named := _NAMED.search(before) or _IS.search(before)) is not None:
             yield _AnswerPlace(mark=named[0])

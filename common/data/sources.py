@@ -111,7 +111,7 @@ def _portions(sources: Sequence[SourceSpec], parsed: Sequence[Examples]) -> tupl
 
 
 def _drawn(examples: Examples, count: int) -> list[int]:
-    """The places of so many examples, drawn by content: the same in any order of the file and with any seed.
+    """The indices of `count` examples. Their content decides: neither the file's order nor the seed changes the draw.
 
     By the lower half of their digests: held-out rows are chosen by the upper one, so these come from all data sets.
     """
