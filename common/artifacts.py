@@ -234,7 +234,10 @@ class ArtifactStore:
 
         Raises as read_report does.
         """
-        return split_final(self._whole_report(stored))[1]
+        final = split_final(self._whole_report(stored))[1]
+        if final is not None and not _SHA256.fullmatch(str(final.get("sha256"))):
+            raise ReportUnknown(f"{self.url}/{stored.prefix}/{REPORT}", "its final rows have no sha256")
+        return final
 
     def _whole_report(self, stored: Binding) -> dict[str, Any]:
         file = f"{self.url}/{stored.prefix}/{REPORT}"

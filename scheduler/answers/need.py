@@ -118,7 +118,8 @@ class MemoryNeed:
         max_length), and with --solve `largest` (`micro_batch`, `max_length`, and `all_rows`: whether the rows end the
         micro-batch, and not the memory); `choice`: the method that the best card would take, or null; `lengths`: in
         tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `rows`: how many are used,
-        `train` and `held_out`, and `left_out` as too long, or null; `planned_for`: a sentence; `device`: gpu or cpu;
+        `train`, `held_out` and, where there are, `final`, and `left_out` as too long, or null;
+        `planned_for`: a sentence; `device`: gpu or cpu;
         `cards`: one entry a card; `solutions`: where no card holds it alone, what would (`settings` as KEY=VALUE,
         `words`, `method`, `cards`, `parallel`, `bytes` of each); all with --solve.
         """

@@ -33,6 +33,7 @@ _RAN_WITH: dict[str, Callable[[Report], Any]] = {
     "base model": base_hash,
     "training rows": train_rows_hash,
     "held-out rows": held_out_hash,
+    "final rows": lambda report: report["data"].get("final_sha256"),
     "device": lambda report: report["job"]["device_name"],
     "threads": lambda report: report["training"]["threads"] if report["training"]["device"] == "cpu" else None,
     "other jobs in its trainer": _company,

@@ -88,7 +88,13 @@ def _without_what_is_refused(draft: Draft) -> JobSpec:
         try:
             return JobSpec.model_validate(draft.job, context=AS_WRITTEN)
         except ValidationError as error:
-            key, what = _first_refusal(error)
+            key, entry, what = _first_refusal(error)
+        if key.startswith("dataset.more.") and entry is not None:  # the others are trained on all the same
+            del draft.job["dataset"]["more"][entry]
+            draft.leave(name := draft.more.pop(entry), f"{what[0].lower()}{what[1:]}")
+            for theirs in [theirs for theirs in draft.carried if theirs == name or theirs.startswith(f"{name}.")]:
+                del draft.carried[theirs]
+            continue
         names = [theirs for theirs, ours in draft.carried.items() if key == ours or key.startswith(f"{ours}.")]
         if not names or key in ("base_model", "dataset.path"):
             raise SpecError([SpecProblem(file=f"the job from {draft.tool}", line=None, key=key, what=what)])
@@ -98,15 +104,16 @@ def _without_what_is_refused(draft: Draft) -> JobSpec:
             unset_key(draft.job, ours)
 
 
-def _first_refusal(error: ValidationError) -> tuple[str, str]:
-    """The key that is refused, and why."""
+def _first_refusal(error: ValidationError) -> tuple[str, int | None, str]:
+    """The key that is refused, which entry of its list, and why."""
     told = error.errors()[0]
     key, what = ".".join(str(part) for part in told["loc"] if not isinstance(part, int)), told["msg"]
+    entry = next((part for part in told["loc"] if isinstance(part, int)), None)
     if told["type"] == "literal_error":
         what = "is not one that loractl has"
     if not key:  # what two keys together do not do: "key: sentence", a line each
         key, _, what = what.removeprefix("Value error, ").partition("\n")[0].partition(": ")
-    return key, what
+    return key, entry, what
 
 
 def _in_order(resolved: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class Draft:
     not_needed: list[str] = field(default_factory=list)
     filled_in: dict[str, Any] = field(default_factory=dict)
     otherwise: dict[str, str] = field(default_factory=dict)
+    more: list[str] = field(default_factory=list)  # their names of the entries of dataset.more
 
     def put(self, theirs: str, ours: str, value: Any) -> None:
         """Carry a value under our name."""
@@ -138,6 +139,7 @@ def carry_source(draft: Draft, theirs: str, own: Draft) -> None:
     inherited = {"split": "train", "format": first.get("format", "auto"), "columns": first.get("columns", {})}
     own_keys = {key: said.get(key, value) for key, value in usual.items()}
     kept = {key: value for key, value in own_keys.items() if value != inherited[key]}
+    draft.more.append(theirs)
     set_key(draft.job, "dataset.more", [*first.get("more", []), {"path": said["path"], **kept}])
 
 

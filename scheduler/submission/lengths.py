@@ -27,7 +27,7 @@ class RowLengths:
     """What is known of the rows' lengths."""
 
     lengths: Lengths | None  # None: every row is taken to be max_length tokens long
-    rows: Mapping[str, int] | None  # that are used: `train`, `held_out`; and `left_out`, the ones that are too long
+    rows: Mapping[str, int] | None  # used: `train`, `held_out`, perhaps `final`; and `left_out`: too long
     sentence: str  # what a plan was made for
 
 
@@ -42,6 +42,7 @@ def row_lengths(spec: JobSpec, announce: Callable[[], None] = lambda: None) -> R
             lengths = Lengths(**{**told, "longest": tuple(told["longest"])})
             longest = f"Longest row: {lengths.train} tokens, held out {lengths.evaluate}"
             used = f"{rows['train']} rows to train on, {rows['held_out']} held out"
+            used += f", {rows['final']} final" if "final" in rows else ""
             used += f", {rows['left_out']} too long and left out" if rows["left_out"] else ""
             sentence = f"{longest}; max_length is {spec.dataset.max_length}. {used}."
             return RowLengths(lengths=lengths, rows=rows, sentence=sentence)

@@ -492,3 +492,8 @@ def test_final_rows_of_a_file_beside_the_job_s_are_counted_by_check_and_show(
     for command in ("check", "show"):
         shown = cli("data", command, tmp_path / "job.yaml").stdout
         assert "36 rows to train on, 4 held out, 20 final" in shown, command
+    planned = cli("plan", tmp_path / "job.yaml", "--gpu", "24GiB").stdout
+    assert "36 rows to train on, 4 held out, 20 final." in " ".join(planned.split())
+    (tmp_path / "final.jsonl").write_text(json.dumps(chat("queue 99", "line " * 4000)) + "\n")
+    planned = cli("plan", tmp_path / "job.yaml", "--gpu", "24GiB", "--set=dataset.on_overflow=drop").stdout
+    assert "final.jsonl: has no row that is final of at most 1024 tokens" in " ".join(planned.split())

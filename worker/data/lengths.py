@@ -64,10 +64,10 @@ def _counts(spec: JobSpec) -> dict[str, Any]:
     prepared = prepare_data(
         data, data.path, data.eval_path, dataset_hash(data.path), tokenizer, cache, more, final_path=data.final_path
     )
+    parts = [prepared.train, prepared.held_out, *([] if prepared.final is None else [prepared.final.tokens])]
     rows = {
-        "train": prepared.train.rows.examples,
-        "held_out": prepared.held_out.rows.examples,
-        "left_out": prepared.train.too_long + prepared.held_out.too_long,
+        **dict(zip(("train", "held_out", "final"), (part.rows.examples for part in parts), strict=False)),
+        "left_out": sum(part.too_long for part in parts),
     }
     return {"lengths": vars(lengths_of(packed(prepared, spec))), "rows": rows}
 

@@ -190,11 +190,12 @@ def prepare_data(
     split = split_data(dataset, read[0][0], held[0], [rows for rows, _ in read[1:]], final_rows=last[0])
     tokeniser = Tokeniser(dataset=dataset, tokenizer=tokenizer, format=split.format, cache=cache)
     with own_rows(split.portions):
-        train_set = tokeniser.tokenise(split.train, dataset.path)
+        train_set = tokeniser.tokenise(split.train, "to train on", dataset.path)
     with own_rows(split.portions if dataset.eval_path is None else ()):
-        held_set = tokeniser.tokenise(split.held_out, dataset.eval_path or dataset.path)
+        held_set = tokeniser.tokenise(split.held_out, "held out", dataset.eval_path or dataset.path)
     with own_rows(split.portions if dataset.final_path is None else ()):
-        final_set = tokeniser.tokenise(split.final, dataset.final_path or dataset.path) if split.final else None
+        last_file = dataset.final_path or dataset.path
+        final_set = tokeniser.tokenise(split.final, "that is final", last_file) if split.final else None
     numbers = [set(tokens.rows.numbers) for tokens in (train_set, held_set, final_set) if tokens is not None]
     split = fitting(split, dataset, *numbers)
     held_set, label_names = _only(held_set, split.held_out), labels_of(split.train)

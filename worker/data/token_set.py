@@ -60,12 +60,12 @@ class Tokeniser:
     format: DataFormat
     cache: Path | None  # None: nothing is kept
 
-    def tokenise(self, examples: Sequence[Example], file: str) -> TokenSet:
-        """The examples' token set, from the cache where it is there. Raises DataError."""
+    def tokenise(self, examples: Sequence[Example], side: str, file: str) -> TokenSet:
+        """The token set of one side of the split, from the cache where it is there. Raises DataError."""
         folder = self._folder(examples)
         if folder and (kept := _kept(folder)) is not None:
             return kept
-        tokens = fit_examples(examples, file, self.dataset, self.tokenizer, self.format)
+        tokens = fit_examples(examples, file, self.dataset, self.tokenizer, self.format, f" {side}")
         if not folder:
             return tokens
         _keep(tokens, folder)
@@ -110,13 +110,13 @@ def _vocabulary(tokenizer: Any) -> str:
 
 
 def fit_examples(
-    examples: Sequence[Example], file: str, dataset: DatasetSpec, tokenizer: Any, format: DataFormat
+    examples: Sequence[Example], file: str, dataset: DatasetSpec, tokenizer: Any, format: DataFormat, side: str = ""
 ) -> TokenSet:
-    """Tokenise each example and apply on_overflow to those over max_length."""
+    """Tokenise each example and apply on_overflow to those over max_length. Raises DataError, see no_row_fits."""
     fitting = _Fitting(file=file, dataset=dataset, tokenizer=tokenizer, format=format)
     rows = TokenRows.of(fitting.rows_of(examples))
     if not rows:
-        raise no_row_fits(file, dataset.max_length)
+        raise no_row_fits(file, dataset.max_length, side)
     return TokenSet(
         rows=rows,
         truncated=fitting.truncated,

@@ -114,7 +114,9 @@ def _measures(rows: list[AdapterRow]) -> tuple[tuple[str, str, str], ...]:
 
 def _origin(row: AdapterRow, job: Job, report: Mapping[str, Any], content: ReportDigest | None) -> AdapterOrigin:
     try:
-        data = {key: report["data"][key] for key in ("format", "sha256", "train_rows", "held_out_rows")}
+        told = report["data"]
+        data = {key: told[key] for key in ("format", "train_rows", "held_out_rows")}
+        data |= {"final_rows": told.get("final_rows"), "hashes": [told["sha256"], *told.get("more_sha256", ())]}
     except UNREADABLE:
         data = {}
     return AdapterOrigin(

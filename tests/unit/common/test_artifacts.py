@@ -16,7 +16,14 @@ from urllib.parse import urlsplit
 import pytest
 
 from loractl.common.artifacts import MANIFEST, ArtifactStore, Binding, attempt_prefix, open_store, sha256_of
-from loractl.common.errors import ArtifactError, LoractlError, ResultTaken, ServiceUnreachable, UsageError
+from loractl.common.errors import (
+    ArtifactError,
+    LoractlError,
+    ReportUnknown,
+    ResultTaken,
+    ServiceUnreachable,
+    UsageError,
+)
 from loractl.common.files import open_files
 from loractl.common.settings import load_settings
 
@@ -64,9 +71,20 @@ def result(tmp_path: Path) -> Path:
 
 
 def test_what_was_measured_on_final_rows_is_read_by_name_alone(place: Place, result: Path) -> None:
-    (result / "report.json").write_text('{"rows": 3, "final": {"rows": 40}}')
+    final = {"rows": 40, "sha256": "f" * 64}
+    (result / "report.json").write_text(json.dumps({"rows": 3, "final": final}))
     place.store.put_result(result, PREFIX)
-    assert place.store.read_report(HERE) == {"rows": 3} and place.store.read_final(HERE) == {"rows": 40}
+    assert place.store.read_report(HERE) == {"rows": 3} and place.store.read_final(HERE) == final
+
+
+@pytest.mark.parametrize("sha256", [None, "f" * 65, 7])
+def test_final_rows_without_a_hash_are_no_look_that_the_database_could_keep(
+    place: Place, result: Path, sha256: object
+) -> None:
+    (result / "report.json").write_text(json.dumps({"final": {"rows": 40, "sha256": sha256}}))
+    place.store.put_result(result, PREFIX)
+    with pytest.raises(ReportUnknown, match="final rows have no sha256"):
+        place.store.read_final(HERE)
 
 
 @contextlib.contextmanager

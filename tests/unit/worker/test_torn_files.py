@@ -194,7 +194,7 @@ class Tokens:
     def kept(self) -> list[TokenRow]:
         dataset = DatasetSpec(path="/rows.jsonl", max_length=64)
         tokeniser = Tokeniser(dataset=dataset, tokenizer=self, format=DataFormat.TEXT, cache=self.cache)
-        return list(tokeniser.tokenise([Example(number=1, text=self.text)], "rows.jsonl").rows)
+        return list(tokeniser.tokenise([Example(number=1, text=self.text)], "to train on", "rows.jsonl").rows)
 
     def files(self) -> Path:
         (folder,) = (self.cache / "tokenised").iterdir()

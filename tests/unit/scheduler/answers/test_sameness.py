@@ -113,6 +113,11 @@ def test_equal_weights_that_were_measured_otherwise_are_said_to_be_so() -> None:
     assert json.loads(json.dumps(found.as_json(), allow_nan=False))["row_losses"]["largest"] is None
 
 
+def test_other_final_rows_are_named() -> None:
+    found = compare_results(job(1, data__final_sha256="f" * 64), job(2, data__final_sha256="0" * 64))
+    assert [pair.what for pair in found.ran_with] == ["final rows"]
+
+
 def test_other_held_out_rows_are_never_the_same() -> None:
     found = compare_results(job(1), job(2, data__held_out_sha256="0" * 64))
     assert not found.same and found.row_losses is None

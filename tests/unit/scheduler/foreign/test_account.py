@@ -99,6 +99,14 @@ def test_what_axolotl_does_otherwise_is_named_with_what_it_changes(
     assert what in made.left_out[key]
 
 
+def test_an_entry_that_is_refused_takes_no_other_with_it(tmp_path: Path) -> None:
+    entries = ", ".join(f"{{path: {path}, type: alpaca}}" for path in ("o/d", "o/e", "''", "o/f"))
+    made = import_text(tmp_path, with_lines(AXOLOTL, f"datasets: [{entries}]"))
+    assert [each["path"] for each in made.job["dataset"]["more"]] == ["o/e", "o/f"]
+    assert "at least 1 character" in made.left_out["datasets[2]"] and "datasets[2]" not in made.carried
+    assert made.carried["datasets[3]"] == "dataset.more"
+
+
 @pytest.mark.parametrize(
     ("line", "key", "what"),
     [
