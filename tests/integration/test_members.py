@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from loractl.common.job.status import Reason
+from loractl.worker.engine.passes import apart
 from loractl.worker.engine.passes.shared import SharedBase
 from loractl.worker.protocol.messages import (
     Ended,
@@ -170,6 +171,19 @@ def test_jobs_in_one_process_leave_the_adapters_that_they_leave_alone(
     assert all(process.of(job, GoingOn) for job in (1, 2)), "each says by itself that it is at work"
     assert read_report(tmp_path / "one")["training"]["companions"] == [2, 3]
     assert not [note for note in process.of(3, Note) if note.kind == "saved"]
+
+
+def test_a_job_that_joins_on_a_machine_that_rounds_by_rows_says_so(
+    start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pack on it gains less."""
+    monkeypatch.setattr(apart, "unsteady", lambda shapes: "answers of 512 rows differ")
+    process, how = Process(), {**LONG, "dtype": "float32", "evaluation": {"samples": 0}}
+    process.when(1, Opened, lambda: process.send(start("two", job_id=2, keep=True, joins=True, **how)))
+    process.send(start("one", job_id=1, keep=True, **how))
+    process.join()
+    said = {job: [note.text for note in process.of(job, Note) if "multiplied" in note.text] for job in (1, 2)}
+    assert said == {1: [], 2: ["the rows of each training are multiplied by themselves: answers of 512 rows differ"]}
 
 
 def test_one_that_diverges_is_drained_or_can_t_share_ends_alone(

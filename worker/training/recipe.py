@@ -83,6 +83,8 @@ def train(run: Run) -> Ended:
     if isinstance(forward, LeanPass):
         if why is not None:
             run.note("engine", f"no other job trains beside it: {why}")
+        if run.order.joins and shared is not None and shared.apart is not None:
+            run.note("engine", f"the rows of each training are multiplied by themselves: {shared.apart}")
         learner = replace(learner, scorer=forward)
     elif why is not None:
         tell_padded(run, data, why)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +26,6 @@ from .lean import HeadPart, LeanModel, LeanPass, RowsBehindEachOther
 from .norm import take_over_norms
 from .product import ADAPTER, CantShare, ExpertsApart, FrozenProduct, SharedProduct, Span, Spans
 from .view import view_of
-
-log = logging.getLogger("loractl.worker")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +52,7 @@ class SharedBase:
         self._head: SharedProduct | None = None  # where several trainings may be given to it together
         self._products: dict[str, SharedProduct] = {}  # by the layer's path
         self._asked = False  # whether this machine's products of several trainings have the bits of each alone
+        self.apart: str | None = None  # why each training's rows are multiplied by themselves; None: they are together
         if model.device.type == "cpu":
             # the head's chunks are of one training each, but where its weight is widened for all of them
             self._take_over(head=wide.may_widen(model.device, precision.base))
@@ -101,8 +99,7 @@ class SharedBase:
         question = f"several trainings' rows in one product: {', '.join(map(str, shapes))} {' '.join(arithmetic())}"
         find_out = functools.partial(apart.unsteady, shapes)
         why = find_out() if once is None else once(question, find_out, keeps=lambda found: True).answer
-        if why is not None:
-            log.info("each training's rows are multiplied by themselves: %s", why)
+        self.apart = why
         for product in inner:
             product.join_rows(steady=why is None)
 
