@@ -143,7 +143,8 @@ def _attention(shape: Shape, step: Step) -> Cost:
         keys = q if step.batch > 1 else kv  # spread over the heads by a view, which a batch of several rows copies
         saved = softmax.saved + tokens * 4 * (q + 2 * keys)
         return replace(softmax, saved=saved, working=softmax.working + 2 * gradients)
-    repeated = step.padded or step.eager or shape.family == "falcon"  # keys and values, once for every head
+    # keys and values, once for every head
+    repeated = step.padded or step.eager or not step.grouped or shape.family == "falcon"
     k = v = q if repeated else kv
     if shape.fused_qkv and not step.quantised and (kv == q or not repeated):
         v = q + 2 * kv  # a view, which keeps all of the fused layer's output

@@ -53,6 +53,8 @@ class Stack:
     double_quant: bool = True
     widens: bool = True  # False: a processor that is known to make no products of 16-bit numbers in fp32
     padded: bool = False  # True: the engine has found that this model's rows need padding
+    full: bool = False  # True: the device takes fp32 where a job leaves the type to it
+    grouped: bool = True  # False: a card without a fused kernel for heads that share keys and values
     cards: int = 1  # that share the job; the plan is of each of them
     parallel: Parallel = Parallel.NONE
 
@@ -81,13 +83,15 @@ class Step:
     r: int
     targets: str | list[str]
     eager: bool
+    grouped: bool  # a fused kernel takes heads that share keys and values; else these are repeated for each head
     autocast: bool
     keeps_logits: bool
     labels: int | None  # of a classifier
 
     @classmethod
     def of(cls, shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None, stack: Stack) -> Step:
-        training, full = spec.training, spec.training.dtype == "float32"
+        training = spec.training
+        full = training.dtype == "float32" or (stack.full and training.dtype == "auto")
         saved = {saved_part(name) for name in spec.lora.modules_to_save}
         lean = is_lean(shape, spec) and not stack.padded
         asked = None if training.attn_implementation == "auto" else training.attn_implementation
@@ -113,6 +117,7 @@ class Step:
             r=spec.lora.r,
             targets=spec.lora.target_modules,
             eager=(stack.attention or asked or shape.attention) == "eager",
+            grouped=stack.grouped and not (full and stack.on_gpu),  # torch has none for a card's fp32
             autocast=stack.autocast and not full,
             keeps_logits=stack.keeps_logits,
             labels=planned_labels(spec, lengths),

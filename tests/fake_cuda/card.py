@@ -12,8 +12,10 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft.tuners.lora import dora
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
+from loractl.worker.base import shared_heads
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.passes import varlen
 from loractl.worker.engine.passes.lean import RowsBehindEachOther
@@ -29,6 +31,10 @@ FLASH = (torch.float16, torch.bfloat16)
 
 WIDEST = 256
 """Width of a head up to which it does."""
+
+NARROWER = ((8, 6), (8, 9), (12, 0)), 192
+"""Cards with less memory on their chips, and the width of a head up to which FlashAttention has a backward pass there
+(aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
 
 
 @contextlib.contextmanager
@@ -54,7 +60,18 @@ def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
             raise RuntimeError(f"FlashAttention takes no {kind} of width {width}")
         return True
 
-    varlen.why_not.cache_clear()
+    def takes_flash(params: Any, debug: bool = False) -> bool:
+        """As that file has it, for tensors that want gradients."""
+        (small, most), query = NARROWER, params.query
+        widest = most if capability in small and query.requires_grad else WIDEST
+        able = capability >= BF16 and query.dtype in FLASH and query.shape[-1] <= widest
+        return able and params.attn_mask is None
+
+    def takes_efficient(params: Any, debug: bool = False) -> bool:
+        """Its fused kernel for older cards, fp32 and masks."""
+        return not params.enable_gqa
+
+    _forget()
     said = {
         "is_available": lambda: True,
         "current_device": lambda: 0,
@@ -70,6 +87,9 @@ def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
         stack.enter_context(patch.object(RowsBehindEachOther, "of", classmethod(laid)))
         stack.enter_context(patch.object(RandomStreams, "drawing", _drawing))
         stack.enter_context(patch.object(varlen, "_is_right", right))
+        stack.enter_context(patch.object(torch.backends.cuda, "can_use_flash_attention", takes_flash))
+        stack.enter_context(patch.object(torch.backends.cuda, "can_use_efficient_attention", takes_efficient))
+        stack.enter_context(patch.object(functional, "scaled_dot_product_attention", _attend))
         stack.enter_context(patch.object(torch.nn.Module, "to", _to))
         stack.enter_context(patch.object(dora, "dequantize_module_weight", _dequantized))
         # where there is a card it would bring up CUDA, and let torch.tensor write there
@@ -77,7 +97,50 @@ def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
         # peft copies layers, and a copied tensor brought a copy of its mode
         stack.enter_context(patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True))
         yield stack.enter_context(FakeTensorMode())
+    _forget()
+
+
+def _forget() -> None:
+    """What was found out of a card."""
     varlen.why_not.cache_clear()
+    shared_heads.are_fused.cache_clear()
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """By the kernel that torch would pick on a card: FlashAttention, else the efficient one, else plain products."""
+    q, k, v = (one.to(shared_heads.kind_of(one)) for one in (query, key, value))
+    params = torch.backends.cuda.SDPAParams(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa)
+    if torch.backends.cuda.can_use_flash_attention(params):
+        answer = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
+    elif torch.backends.cuda.can_use_efficient_attention(params):
+        bias = None if attn_mask is None else _as_bias(attn_mask, q)
+        learns = torch.is_grad_enabled()
+        answer = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, k, v, bias, learns, dropout_p, is_causal, scale=scale
+        )[0]
+    else:
+        answer = PLAIN(q, k, v, attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+    found: torch.Tensor = answer
+    return found
+
+
+PLAIN = functional.scaled_dot_product_attention
+"""Of a torch without CUDA: it has no fused kernel for a card's tensors."""
+
+
+def _as_bias(mask: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """What is added to the scores, for each head: as torch makes it of a mask of truth values."""
+    added = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+    return added.expand(query.shape[0], query.shape[1], query.shape[2], mask.shape[-1])
 
 
 class Dice(torch.Generator):

@@ -15,6 +15,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, evaluating
 from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.shared_heads import repeat_where_needed
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import MicroBatch, learned_in
 from loractl.worker.engine.optimizer import ScaledOptimizer
@@ -35,6 +36,13 @@ TINY = {
 WINDOWS = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 
 ADAPTER = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
+
+WIDE_HEADS = {"hidden_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 256}
+"""Like Gemma's."""
+
+ATTENTION = ("_varlen_attn", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+             "_safe_softmax")  # fmt: skip
+"""Operators of attention forwards; the last one is of plain products, which hold every score."""
 
 ROWS = (5, 9, 1, 7)
 """Tokens of the rows of a step."""
@@ -74,6 +82,7 @@ def outcome(case: Case) -> dict[str, Any]:
             "types": [str(precision.base), precision.amp],
             "by_row": getattr(learners[0], "by_row", None),
             "at_once": watch.operators["_varlen_attn"],
+            "attention": {name: watch.operators[name] for name in ATTENTION if watch.operators[name]},
             "moved": watch.moved,
             "operators": sum(watch.operators.values()),
         }
@@ -85,6 +94,7 @@ def base_on_card(config: dict[str, Any], method: Method, precision: Precision) -
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.quantizers.base import get_keys_to_not_convert
 
+    repeat_where_needed()
     with unset_fake_temporarily(), torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=precision.base)
         if method is Method.QLORA:
@@ -228,6 +238,15 @@ CARDS: dict[str, Case] = {
     "7.5": Case(capability=(7, 5)),
     "7.5, nf4": Case(capability=(7, 5), method=Method.QLORA),
     "7.5, a family that overflows fp16": Case(capability=(7, 5), model={"model_type": "gemma2"}),
+    "7.0": Case(capability=(7, 0)),
+    "7.5, fp32": Case(capability=(7, 5), dtype="float32"),
+    "7.5, evaluation": Case(capability=(7, 5), evaluates=True),
+    "7.5, windows": Case(capability=(7, 5), model=WINDOWS),
+    "7.5, padded": Case(capability=(7, 5), way="padded"),
+    "8.0, fp32": Case(capability=(8, 0), dtype="float32"),
+    "8.0, one row": Case(capability=(8, 0), rows=(9,)),
+    "8.0, wide heads, one row": Case(capability=(8, 0), model=WIDE_HEADS, rows=(9,)),
+    "8.9, wide heads, one row": Case(capability=(8, 9), model=WIDE_HEADS, rows=(9,)),
     "8.0": Case(capability=(8, 0), evaluates=True),
     "8.6": Case(capability=(8, 6), evaluates=True),
     "8.9": Case(capability=(8, 9), evaluates=True),

@@ -53,9 +53,9 @@ Read in the libraries' sources, and to be looked at where a figure is not as it 
   the plan leaves to its margin: some 0.1 GiB at 8B with 4 rows of 1,024 tokens.
 - A context grows while kernels are loaded, each at its first use; a trainer's limit counts what it was at the start.
   What the figures show of a process beyond its reservation may be that.
-- Where flash attention does not run (cards before Ampere, and `dtype: float32`), torch 2.13 may have no fused kernel
-  for heads that share keys and values but plain products: their scores grow with the square of a row, and no plan
-  counts them.
+- Where flash attention does not run (cards before Ampere, `dtype: float32`, heads of more than 192 numbers on a 3090 or
+  4090), torch 2.13 has no fused kernel for heads that share keys and values but plain products, whose scores grow with
+  the square of a row. There keys and values are repeated for each head, and torch is to take its efficient kernel.
 - A mixture of experts in 16 bits is joined on the card, a layer at a time, beside the experts as the files have them:
   loading may take a layer more than the weights.
 """

@@ -74,6 +74,29 @@ def test_a_card_before_ampere_says_why_rows_go_one_by_one(outcomes: Outcomes) ->
 
 
 @pytest.mark.parametrize(
+    ("case", "kernel"),
+    [
+        ("7.0", "efficient"),
+        ("7.5", "efficient"),
+        ("7.5, nf4", "efficient"),
+        ("7.5, fp32", "efficient"),
+        ("7.5, evaluation", "efficient"),
+        ("7.5, windows", "efficient"),
+        ("7.5, padded", "efficient"),
+        ("8.0, fp32", "efficient"),
+        ("fp32", "efficient"),
+        ("8.0, one row", "flash"),
+        ("one row", "flash"),
+        ("8.0, wide heads, one row", "flash"),
+        ("8.9, wide heads, one row", "efficient"),
+    ],
+)
+def test_no_card_holds_scores_of_heads_that_share_keys_and_values(case: str, kernel: str, outcomes: Outcomes) -> None:
+    """Whether the kernel for rows of any lengths is there or not: plain products hold the square of a row."""
+    assert set(outcomes[case]["attention"]) == {f"_scaled_dot_product_{kernel}_attention"}
+
+
+@pytest.mark.parametrize(
     ("fault", "said"),
     [
         ("a tensor on the processor", "_varlen_attn on a processor's tensor of shape [(5,), (5,)]"),

@@ -12,6 +12,7 @@ from torch.nn.attention import varlen as torch_varlen
 from transformers import MistralConfig, MistralModel
 
 from loractl.common.units import GIB
+from loractl.worker.base.shared_heads import kind_of
 from loractl.worker.engine.passes import varlen
 from loractl.worker.engine.passes.rows import RowLayout
 from loractl.worker.protocol.messages import Note
@@ -126,7 +127,7 @@ def passed(window: int | None, *, recomputes: bool = False) -> list[torch.Tensor
 def test_what_autocast_computes_in_is_what_the_kernel_is_given(kernel: StandIn) -> None:
     query, key, value = states = [torch.randn(1, heads, 8, 16, requires_grad=True) for heads in (4, 2, 2)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert varlen.kind_of(query) == torch.bfloat16
+        assert kind_of(query) == torch.bfloat16
         answer = varlen.attend(query, key, value, varlen.borders_of([3, 5], CPU), 5, None, None)
     assert answer.dtype == torch.bfloat16 and answer.shape == (1, 8, 4, 16)
     answer.sum().backward()

@@ -26,6 +26,7 @@ from .arithmetic import Precision
 from .failure import TrainingFailed
 from .gauge import memory_or_card
 from .head import HEAD, Head, begin_head, check_no_head_yet
+from .shared_heads import repeat_where_needed
 from .source import check_folder, gguf_file_of, loading_options, model_errors
 
 PLAIN_CHAT_TEMPLATE = (
@@ -90,6 +91,7 @@ def load_base(
     options = _format_options(base_model, method, precision, head)
     if divisible and method is Method.QLORA:
         options["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
+    repeat_where_needed()
     if device == "cuda":
         # Named in both cases: transformers puts a quantised model of which nothing is said onto the card.
         options["device_map"] = {"": "cpu" if divisible else 0}

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from loractl.worker.base.shared_heads import kind_of
+
 from . import varlen
 from .attention import SHORT, ShortRows
 
@@ -88,7 +90,7 @@ class RowAttention:
         if how.get("dropout") or how.get("position_bias") is not None:
             return "the model's attention has dropout or a bias for positions"
         narrow = window is not None and window < max(self.lengths)
-        return varlen.why_not(query.device, varlen.kind_of(query), query.shape[-1], narrow)
+        return varlen.why_not(query.device, kind_of(query), query.shape[-1], narrow)
 
     def _short(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict[str, Any]

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from loractl.worker.base.gauge import is_out_of_memory
+from loractl.worker.base.shared_heads import kind_of
 from loractl.worker.base.source import first_line
 
 KERNEL = "torch.nn.attention.varlen"
@@ -54,12 +55,6 @@ def attend(
 
 def borders_of(lengths: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-
-
-def kind_of(states: torch.Tensor) -> torch.dtype:
-    """The type that attention computes in: autocast's, which a fused kernel of torch's would be given."""
-    place = states.device.type
-    return torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else states.dtype
 
 
 def _as_autocast(states: torch.Tensor) -> torch.Tensor:

@@ -127,6 +127,32 @@ def test_what_keeps_rows_padded_is_planned_with_padding(keeps: dict[str, Any]) -
     assert padded.need_bytes > 1.3 * lean.need_bytes
 
 
+def test_keys_and_values_count_for_each_head_where_no_fused_kernel_takes_heads_that_share_them() -> None:
+    """On cards before Ampere, which the worker tells, and in fp32 on any card; not on a processor."""
+    few, each = 3 * 64, 9 * 64  # numbers a token
+
+    def more(stack: Stack, **training: Any) -> int:
+        spec = job(training={"gradient_checkpointing": False, **training})
+        apart, shared = (plan(shape(), spec, Method.LORA, stack=one) for one in (replace(stack, grouped=False), stack))
+        return apart.peak_bytes - shared.peak_bytes
+
+    tokens = 30 * 4 * 256
+    assert more(Stack()) == tokens * 2 * 2 * (each - few)
+    assert more(Stack(), dtype="float32") == 0, "they are counted so already"
+    fp32 = [plan(shape(num_key_value_heads=n), job(training={"dtype": "float32"}), Method.LORA) for n in (3, 9)]
+    assert fp32[0].parts["activations"] > 0.97 * fp32[1].parts["activations"]
+    assert more(Stack(on_gpu=False), dtype="float32") > 0, "a processor's kernel shares them, whatever the type"
+
+
+def test_a_device_that_computes_in_fp32_by_itself_is_planned_so_where_the_job_leaves_the_type_to_it() -> None:
+    wide = Stack(full=True)
+    assert plan(shape(), job(), Method.LORA, stack=wide) == plan(
+        shape(), job(training={"dtype": "float32"}), Method.LORA
+    )
+    asked = job(training={"dtype": "float16"})
+    assert plan(shape(), asked, Method.LORA, stack=wide) == plan(shape(), asked, Method.LORA)
+
+
 def test_an_8b_qlora_with_four_rows_of_1024_needs_half_of_what_it_did() -> None:
     sizes = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
     llama = shape(**sizes, intermediate_size=14336, vocab_size=128256, tie_word_embeddings=False)
