@@ -12,17 +12,21 @@ from transformers import TrainerControl
 
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.worker.base.arithmetic import choose_precision
+from loractl.common.memory.step import Lengths
+from loractl.common.units import GIB
+from loractl.worker.base.arithmetic import OVERFLOWS_FP16, Precision, choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.source import family_of
 from loractl.worker.engine.optimizer import ScaledOptimizer
-from loractl.worker.protocol.messages import Note, Stepped, Told
+from loractl.worker.protocol.messages import Note, Planned, Stepped, Told
+from loractl.worker.training import need
 from loractl.worker.training.loop import SKIPS, Brake
 from loractl.worker.training.progress import Teller
 from loractl.worker.training.recipe import _about_fp16
 from loractl.worker.training.recorder import Recorder
 from loractl.worker.training.run import Run
 
+from ..unit.common.memory.test_plan import SMOLLM2_135M
 from .test_out_of_memory import make_order
 
 
@@ -99,6 +103,55 @@ def test_gemma_2_and_3_train_in_float32_on_a_card_without_bfloat16(
     assert choose_precision("cuda", "auto", family).amp == "bf16"
 
 
+@pytest.fixture
+def old_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card without bfloat16 and without a fused kernel for heads that share keys and values: a T4."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(need, "are_fused", lambda *_: False)
+    monkeypatch.setattr(need, "lengths_of", lambda lengths: lengths)
+    monkeypatch.setattr(Run, "lower_to", lambda *_: None)  # which asks the card
+
+
+def told_need(tmp_path: Path, family: str, given: int, **training: object) -> Planned:
+    """What the trainer tells of a job on a card, before it loads the base."""
+    tmp_path.mkdir(exist_ok=True)
+    config = {**SMOLLM2_135M, "model_type": family, "head_dim": 64}
+    (tmp_path / "data.jsonl").write_text("")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    order = make_order(tmp_path / "a", tmp_path, tmp_path / "data.jsonl", **training)
+    order = order.model_copy(update={"gpu": "GPU-0", "device": "cuda", "vram_reserved": given})
+    told: list[Told] = []
+    need.tell_need(Run(order=order, tell=told.append), Lengths(train=256, evaluate=256))  # type: ignore[arg-type]
+    (planned,) = [message for message in told if isinstance(message, Planned)]
+    return planned
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen2", "gpt_oss", "glm4_moe", "qwen3_moe"])
+def test_each_family_of_the_table_takes_float32_and_has_a_source(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert choose_precision("cuda", "auto", family) == Precision(base=torch.float32, amp=None)
+    assert all("/" in source for source in OVERFLOWS_FP16.values())
+
+
+def test_a_job_that_an_old_card_computes_in_float32_is_planned_so(tmp_path: Path, old_card: None) -> None:
+    llama, qwen2 = (told_need(tmp_path / family, family, 64 * GIB) for family in ("llama", "qwen2"))
+    asked = told_need(tmp_path / "asked", "qwen2", 64 * GIB, dtype="float32")
+    assert llama.lora and qwen2.lora and qwen2.lora > llama.lora + 2 * 134e6
+    assert (qwen2.lora, qwen2.qlora) == (asked.lora, asked.qlora)
+
+
+def test_one_that_needs_more_in_float32_than_the_card_gives_ends_before_it_loads(
+    tmp_path: Path, old_card: None
+) -> None:
+    with pytest.raises(TrainingFailed) as failure:
+        told_need(tmp_path, "qwen2", GIB)
+    assert failure.value.reason is Reason.OUT_OF_MEMORY
+    assert str(failure.value) == (
+        "qwen2 overflows float16, and this card has no bfloat16: in float32 it needs 1.3 GiB, the card gives 1.0 GiB"
+    )
+    told_need(tmp_path / "own", "qwen2", GIB, dtype="float32")  # as it was planned, whatever that was
+
+
 def test_the_history_says_what_float16_means_for_such_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data.jsonl").write_text("")
     spec = make_order(tmp_path / "a", tmp_path, tmp_path / "data.jsonl").spec
@@ -109,7 +162,8 @@ def test_the_history_says_what_float16_means_for_such_a_model(tmp_path: Path, mo
         precision = choose_precision("cuda", spec.training.dtype, family)
         return _about_fp16(spec, precision, family, on_gpu=True)
 
-    assert said(spec, "gemma2") == "gemma2 overflows float16, and this card has no bfloat16: it trains in float32"
+    no_bf16 = "and this card has no bfloat16: it trains in float32, slower"
+    assert said(spec, "gemma2") == f"gemma2 overflows float16, {no_bf16}"
     assert said(own, "gemma3_text") == (
         "training.dtype: gemma3_text overflows float16; float32, or a card with bfloat16, is safer"
     )

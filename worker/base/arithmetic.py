@@ -25,9 +25,25 @@ class Precision:
     amp: Literal["bf16", "fp16"] | None  # what autocast computes in, over fp32 adapters
 
 
-OVERFLOWS_FP16 = ("gemma2", "gemma3", "gemma3n")
-"""Families whose activations exceed float16's 65,504: they were trained in bfloat16 (transformers' Gemma 2 and 3
-pages)."""
+OVERFLOWS_FP16 = {
+    "gemma2": "vllm-project/vllm, vllm/config/model.py: no float16; transformers' page of Gemma 2",
+    "gemma3": "huggingface/transformers issue 39972: activations beyond 65,504",
+    "gemma4": "unslothai/unsloth-zoo pull request 866: gradients",
+    "glm4": "vllm-project/vllm, vllm/config/model.py: no float16",
+    "glm4_moe": "unslothai/unsloth-zoo pull request 866: gradients",
+    "gpt_oss": "microsoft/onnxruntime-genai pull request 2444: activations of the last layers",
+    "plamo2": "vllm-project/vllm, vllm/config/model.py: no float16",
+    "qwen2": "QwenLM/Qwen3 issues 670 (training), 826 and 868 (V100): activations and scores",
+    "qwen3_5": "unslothai/unsloth, unsloth/models/loader.py: gradients",
+    "qwen3_moe": "unslothai/unsloth-zoo pull request 866: gradients",
+}
+"""Families whose activations or gradients exceed float16's 65,504, as they were trained in bfloat16, and where that was
+seen. Others that begin with a name count, too: gemma3_text, qwen2_moe, qwen2_vl."""
+
+
+def overflows_fp16(family: str) -> bool:
+    """Whether models of this `model_type` go wrong in float16."""
+    return family.startswith(tuple(OVERFLOWS_FP16))
 
 
 def choose_precision(device: str, dtype: str = "auto", family: str = "") -> Precision:
@@ -48,7 +64,7 @@ def choose_precision(device: str, dtype: str = "auto", family: str = "") -> Prec
     if device == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Precision(base=torch.bfloat16, amp="bf16")
-        if family.startswith(OVERFLOWS_FP16):
+        if overflows_fp16(family):
             return Precision(base=torch.float32, amp=None)
         return Precision(base=torch.float16, amp="fp16")
     if has_bf16():

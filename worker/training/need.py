@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from loractl.common.job.need import Need
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.plan import predict
 from loractl.common.memory.step import Stack, is_lean
 from loractl.common.units import gib
+from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.shared_heads import are_fused
 from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.engine.passes.wide import multiplies_wide
@@ -21,19 +26,25 @@ from .traced_plan import trace_plan
 
 
 def tell_need(run: Run, data: PreparedData) -> None:
-    """Tell what the job needs for the lengths of its own rows, which submit could not know.
+    """Tell what the job needs for the lengths of its own rows and the card's arithmetic, which submit could not know.
 
     An architecture that the plan does not know is traced, where memory is one card's. Raises
-    TrainingFailed(out_of_memory) when the trace needs more than the card gives: no weight is loaded yet.
+    TrainingFailed(out_of_memory) when the trace, or the plan in a wider type than submit planned, needs more than the
+    card gives: no weight is loaded yet.
     """
     order, spec = run.order, run.spec
-    lengths = lengths_of(data)
-    need = predict(spec, lengths, stack=_stack(run))
+    lengths, stack = lengths_of(data), _stack(run)
+    need = predict(spec, lengths, stack=stack)
     given = order.vram_reserved
     if given is not None and order.joins:
         given += run.shelf.size  # which others brought
-    if need.of(order.method) is not None or given is None or order.gpu == "cpu" or order.ranks:
+    size = need.of(order.method)
+    if size is not None or given is None or order.gpu == "cpu" or order.ranks:
         _tell(run, need)
+        if stack.full and run.on_gpu and not order.ranks and size and given and size > given:
+            why = f"{_family(spec)} overflows float16, and this card has no bfloat16"
+            what = f"in float32 it needs {gib(size)} GiB, the card gives {gib(given)} GiB"
+            raise TrainingFailed(Reason.OUT_OF_MEMORY, f"{why}: {what}")
         return
     try:
         traced = trace_plan(spec.base_model, spec, order.method, lengths).need_bytes
@@ -62,8 +73,22 @@ def tell_padded(run: Run, data: PreparedData, why: str) -> None:
 
 
 def _stack(run: Run) -> Stack:
-    """A simulated card is planned as a card, though a processor trains there."""
-    return Stack(on_gpu=run.order.gpu != "cpu", widens=multiplies_wide())
+    """How this device computes. A simulated card is planned as a card, though a processor trains there."""
+    order, spec = run.order, run.spec
+    stack = Stack(on_gpu=order.gpu != "cpu", widens=multiplies_wide())
+    if stack.on_gpu and not run.on_gpu:
+        return stack
+    kind = choose_precision(order.device, spec.training.dtype, _family(spec)).base
+    full = spec.training.dtype == "auto" and kind is torch.float32
+    shape = read_shape(spec.base_model, spec.revision)
+    grouped = shape is None or are_fused(torch.device(order.device), kind, shape.head_dim)
+    return replace(stack, full=full, grouped=grouped)
+
+
+def _family(spec: JobSpec) -> str:
+    """The base's `model_type`, where the plan knows it."""
+    shape = read_shape(spec.base_model, spec.revision)
+    return "" if shape is None else shape.family
 
 
 def _tell(run: Run, need: Need) -> None:

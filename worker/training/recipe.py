@@ -16,7 +16,7 @@ from loractl.common.adapter_config import portable_name
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.adapter import LINEAGE, WEIGHTS, load_stored, read_labels, save_adapter
-from loractl.worker.base.arithmetic import OVERFLOWS_FP16, Precision, choose_precision, compute_in
+from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, overflows_fp16
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.head import Head
 from loractl.worker.base.identity import BaseIdentity, traits_of
@@ -244,12 +244,12 @@ def _begin_from(run: Run, model: Any, data: PreparedData, ancestor: Ancestor) ->
 
 def _about_fp16(spec: JobSpec, precision: Precision, family: str, *, on_gpu: bool) -> str | None:
     """What a person should know where float16 and the model do not go together; None where nothing is to be said."""
-    if not on_gpu or not family.startswith(OVERFLOWS_FP16):
+    if not on_gpu or not overflows_fp16(family):
         return None
     if precision.amp == "fp16":
         return f"training.dtype: {family} overflows float16; float32, or a card with bfloat16, is safer"
     if precision.amp is None and spec.training.dtype == "auto":
-        return f"{family} overflows float16, and this card has no bfloat16: it trains in float32"
+        return f"{family} overflows float16, and this card has no bfloat16: it trains in float32, slower"
     return None
 
 
