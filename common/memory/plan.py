@@ -17,6 +17,7 @@ from loractl.common.units import thousands
 
 from .activations import block_cost, stored_bytes
 from .config import read_shape
+from .context import CONTEXT_BYTES
 from .logits import answered_bytes, classes, evaluation_bytes, loss_bytes, stranded_bytes
 from .optimizer import optimizer_name, state_bytes, update_bytes
 from .shape import Shape
@@ -24,9 +25,6 @@ from .step import HEAD_CHUNK, Lengths, Stack, Step
 from .weights import GATHERED_BLOCKS, adapter_tensors, sharded_bytes, weight_bytes, with_head
 
 MIB = 2**20
-
-CONTEXT_BYTES = 500 * MIB
-"""A CUDA context with its kernels: 0.15 GiB (T4) to 0.5 GiB (A100, H100); the upper end."""
 
 PROCESSOR_BYTES = 620 * MIB
 """What a trainer on a processor holds beside its tensors: Python, torch and the other libraries (534 MiB once they are

@@ -86,7 +86,7 @@ class Card:
     node: str
     total: int
     outside: int = 0  # held by programs that are not ours, now or a short while ago
-    margin: int = 0  # what its owner keeps free
+    margin: int = 0  # kept free: by its owner, and for what contexts take beyond plans
     running: tuple[Occupant, ...] = ()
     hosts: tuple[WarmBase, ...] = ()  # trainers that have a base loaded
     max_jobs: int = 1
@@ -107,7 +107,7 @@ class Card:
 
     @property
     def usable(self) -> int:
-        """The most that our jobs could ever take: the card without what its owner keeps free."""
+        """The most that our jobs could ever take: the card without what is kept free."""
         return self.total - self.margin
 
     @property

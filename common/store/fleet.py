@@ -87,7 +87,7 @@ def card_of(
         node=node.node,
         total=node.total,
         outside=node.outside_bytes,
-        margin=node.margin,
+        margin=node.kept_free,
         running=tuple(
             Occupant(
                 job_id=row.job_id,

@@ -13,6 +13,7 @@ from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method
 from loractl.common.job.need import Ways
 from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.memory.context import context_excess
 from loractl.common.units import LARGEST
 
 from . import columns
@@ -346,9 +347,14 @@ class Node(Base):
     seen_at: Mapped[Timestamp]
 
     @property
+    def kept_free(self) -> int:
+        """Its owner's margin, and what the contexts of as many jobs as it takes need beyond their plans."""
+        return self.margin + self.max_jobs * context_excess(self.self_test)
+
+    @property
     def usable(self) -> int:
-        """What our jobs could ever take of it: all but its owner's margin."""
-        return self.total - self.margin
+        """What our jobs could ever take of it."""
+        return self.total - self.kept_free
 
 
 LEASES = "leases"

@@ -46,7 +46,7 @@ def the_self_test(rig: Rig) -> Iterator[Figure]:
     sees_us = rig.device == "cpu" or bool(report.sees_us)
     yield Figure(what="self-test", value=report.fault or f"passed in {report.seconds} s", ok=report.fault is None)
     yield Figure(what="driver, torch, CUDA", value=f"{report.driver}, {report.torch}, {report.cuda}")
-    yield Figure(what="a context", value=mib(report.context))
+    yield Figure(what="a context, at first and at the end", value=f"{mib(report.context)}, {mib(report.context_after)}")
     yield Figure(what="cuBLAS workspaces after one product", value=mib(report.workspaces))
     yield Figure(what="NVML sees our own process", value=f"{report.sees_us}, {mib(report.process)}", ok=sees_us)
 

@@ -104,7 +104,8 @@ class Bench:
         """A job with the base, and the own parts of the others, as placement adds them up."""
         from loractl.common.job.method import Method
         from loractl.common.job.spec import JobSpec
-        from loractl.common.memory.plan import CONTEXT_BYTES, predict
+        from loractl.common.memory.context import CONTEXT_BYTES
+        from loractl.common.memory.plan import predict
         from loractl.common.memory.step import Lengths
         from loractl.common.placement.joins import own_part
         from loractl.worker.base.kept.imprint import Imprint

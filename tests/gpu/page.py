@@ -51,8 +51,9 @@ Read in the libraries' sources, and to be looked at where a figure is not as it 
   products do; else the job's history says why they go row by row. Its backward pass adds up in no fixed order, so two
   runs may differ in bits; and it holds sums in fp32 and each head's own keys and values for all rows of a layer, which
   the plan leaves to its margin: some 0.1 GiB at 8B with 4 rows of 1,024 tokens.
-- A context grows while kernels are loaded, each at its first use; a trainer's limit counts what it was at the start.
-  What the figures show of a process beyond its reservation may be that.
+- A context grows while kernels are loaded, each at its first use; a trainer's limit counts what it was at the start. A
+  card keeps free what its self-test saw beyond that; a training may load more kernels than the self-test. What the
+  figures show of a process beyond its reservation may be that.
 - Where flash attention does not run (cards before Ampere, `dtype: float32`, heads of more than 192 numbers on a 3090 or
   4090), torch 2.13 has no fused kernel for heads that share keys and values but plain products, whose scores grow with
   the square of a row. There keys and values are repeated for each head, and torch is to take its efficient kernel.

@@ -10,8 +10,9 @@ import pytest
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
+from loractl.common.memory.context import CONTEXT_BYTES, context_excess
 from loractl.common.memory.families import shape_of
-from loractl.common.memory.plan import CONTEXT_BYTES, WORKSPACE_BYTES, plan
+from loractl.common.memory.plan import WORKSPACE_BYTES, plan
 from loractl.worker.attempt.order import device_environment, environment
 from loractl.worker.base.gauge import LEAST_BYTES, allocator_room
 from loractl.worker.device.devices import CpuDevice, NvmlDevice
@@ -41,6 +42,14 @@ def test_a_tiny_job_keeps_its_plan_on_every_card(method: Method, context: int | 
     room = allocator_room(planned.need_bytes, context)
     assert room >= planned.tensor_bytes + WORKSPACE_BYTES
     assert room <= planned.need_bytes - min(CONTEXT_BYTES, context or CONTEXT_BYTES)
+
+
+@pytest.mark.parametrize(("start", "after"), [(150, 150), (300, 480), (480, 520), (520, 730), (None, 480)])
+def test_what_a_process_takes_beyond_its_limit_is_what_a_card_keeps_free_for_it(start: int | None, after: int) -> None:
+    """Its allocator is given what its context leaves of the limit at the start; kernels are loaded later."""
+    limit, begun = 4096 * MIB, None if start is None else start * MIB
+    process = allocator_room(limit, begun) + after * MIB
+    assert process - limit <= context_excess({"context": begun, "context_after": after * MIB})
 
 
 def test_what_is_learned_from_other_jobs_leaves_room_for_a_computation() -> None:

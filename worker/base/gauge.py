@@ -18,7 +18,8 @@ from typing import Literal, TypeVar
 import torch
 
 from loractl.common.job.status import Reason
-from loractl.common.memory.plan import CONTEXT_BYTES, SEGMENT_BYTES, WORKSPACE_BYTES
+from loractl.common.memory.context import CONTEXT_BYTES
+from loractl.common.memory.plan import SEGMENT_BYTES, WORKSPACE_BYTES
 from loractl.worker.protocol.card_error import UNTOLD, card_error, may_be_full
 from loractl.worker.protocol.messages import Peaks
 

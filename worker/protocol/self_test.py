@@ -15,7 +15,8 @@ class SelfTestReport(BaseModel):
     cuda: str | None = None  # that torch was built for
     driver: str | None = None
     capability: str | None = None  # like 9.0
-    context: int | None = None  # of the device, by the process beside the allocator
+    context: int | None = None  # of the device, by the process beside the allocator, once it could compute
+    context_after: int | None = None  # the same at the end: it grows while kernels are loaded
     workspaces: int | None = None  # that cuBLAS took from the allocator
     process: int | None = None  # of the device by the whole process, as NVML tells it
     sees_us: bool | None = None  # whether NVML lists this box's processes under their own numbers

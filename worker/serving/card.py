@@ -9,7 +9,8 @@ from pathlib import Path
 
 from loractl.common.errors import LoractlError
 from loractl.common.memory.config import read_shape
-from loractl.common.memory.plan import CONTEXT_BYTES, MIB, SEGMENT_BYTES, WORKSPACE_BYTES
+from loractl.common.memory.context import CONTEXT_BYTES
+from loractl.common.memory.plan import MIB, SEGMENT_BYTES, WORKSPACE_BYTES
 from loractl.common.memory.weights import weight_bytes
 from loractl.common.settings import Settings
 from loractl.common.store.store import Store

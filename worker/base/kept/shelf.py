@@ -12,7 +12,7 @@ import torch
 
 from loractl.common.fingerprint import changed_files
 from loractl.common.job.status import Reason
-from loractl.common.memory.plan import CONTEXT_BYTES
+from loractl.common.memory.context import CONTEXT_BYTES
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import forget_peaks, lift_limit, release
 from loractl.worker.base.hub import pin

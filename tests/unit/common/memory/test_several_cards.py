@@ -6,7 +6,8 @@ import pytest
 
 from loractl.common.job.method import Method, Parallel
 from loractl.common.job.sections import TrainingSpec
-from loractl.common.memory.plan import CONTEXT_BYTES, LINK_BYTES, plan
+from loractl.common.memory.context import CONTEXT_BYTES
+from loractl.common.memory.plan import LINK_BYTES, plan
 from loractl.common.memory.step import Stack
 from loractl.common.memory.weights import nf4_bytes
 

@@ -57,6 +57,21 @@ def gib_of(size: int | None) -> float:
 # --- bytes ---
 
 
+def test_a_card_keeps_free_what_contexts_take_beyond_the_plans(store: Store) -> None:
+    """Of each job that may run there: a job that fills the card to the last byte would run out of memory."""
+    store.submit(submission(lora=23, method="lora"))
+    found = {"fault": None, "context": 600 * 2**20, "context_after": 756 * 2**20}  # 500 MiB are planned
+    show(store, margin=0.5, max_jobs=2, self_test=found)
+    (card,), (node,) = store.fleet().cards.values(), store.nodes()
+    assert card.margin == GIB and card.free == node.usable == 23 * GIB
+    assert isinstance(store.claim("box:0"), Claim)
+    store.submit(submission(lora=23.2, method="lora"))
+    show(store, "box:1", margin=0.5, max_jobs=2, self_test=found)
+    assert store.claim("box:1") is None
+    show(store, "box:1", margin=0.5, max_jobs=2, self_test={"fault": None, "context": 140 * 2**20})
+    assert isinstance(store.claim("box:1"), Claim)
+
+
 def test_a_card_with_a_fault_takes_nothing_until_it_works_again(store: Store) -> None:
     store.submit(submission())
     assert take(store, fault="it is lost") is None
