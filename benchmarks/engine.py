@@ -1,11 +1,13 @@
-"""A step by the engine beside other tools': python -m benchmarks.engine MODEL ROWS BASE BATCH [SIDE=PYTHON ...]
+"""A step by the engine beside other tools': python -m benchmarks.engine MODEL ROWS BASES BATCH [SIDE=PYTHON ...]
 
-BASE is bf16 or nf4, BATCH the rows of a step. The sides are `loractl` and `tutorial` (transformers' Trainer on peft's
-model), and those that are named with the Python of an environment of their own: `trl_sft=/tmp/trl/bin/python`,
-`llamafactory_sft=/tmp/llamafactory/bin/python`. Each is a process on one thread; all learn the same rows in the same
-order and take their steps in turn. Told are real tokens a CPU second (the median step; the first one is left out, since
-it compiles kernels), the loss on held-out rows after the last step, and the largest resident set. `limit` is what the
-base's matrix products alone take: forward, and the gradients of their inputs. A table takes two to four minutes of CPU.
+BASES are some of bf16, fp32 and nf4, like bf16,fp32; each side takes steps in each. BATCH: the rows of a step. The
+sides are `loractl` and `tutorial` (transformers' Trainer on peft's model), and those that are named with the Python of
+an environment of their own: `trl_sft=/tmp/trl/bin/python`, `llamafactory_sft=/tmp/llamafactory/bin/python`. Each is a
+process on one thread; all learn the same rows in the same order and take their steps in turn. Told are real tokens a
+CPU second (the median step; the first one is left out, since it compiles kernels), their ratio to the tutorial's in the
+base that is its fastest here, the loss on held-out rows after the last step, and the largest resident set. `limit` is
+what the base's matrix products alone take: forward, and the gradients of their inputs. A base takes two to four minutes
+of CPU.
 """
 
 from __future__ import annotations
@@ -28,26 +30,29 @@ SIDES = Path(__file__).parent / "sides"
 
 
 def main() -> None:
-    model, rows, base, batch, *rivals = sys.argv[1:]
+    model, rows, bases, batch, *rivals = sys.argv[1:]
     pythons = dict.fromkeys(OURS, sys.executable) | dict(rival.split("=", 1) for rival in rivals)
+    job = job_of(str(Path(model).resolve()), str(Path(rows).resolve()), int(batch))
     with tempfile.TemporaryDirectory() as folder:
-        job = job_of(str(Path(model).resolve()), str(Path(rows).resolve()), base, int(batch))
-        (Path(folder) / "job.json").write_text(json.dumps(job), "utf-8")
-        sides = {name: Side(name, python, folder) for name, python in pythons.items()}
+        sides: dict[tuple[str, str], Side] = {}
+        for base in bases.split(","):
+            of_base = Path(folder) / base
+            of_base.mkdir()
+            (of_base / "job.json").write_text(json.dumps({**job, "base": base}), "utf-8")
+            sides |= {(name, base): Side(name, python, str(of_base)) for name, python in pythons.items()}
         for _ in range(STEPS):
             for side in sides.values():
                 side.step()
         ends = {name: side.end() for name, side in sides.items()}
     most = limit(job)
-    print(
-        f"{base}, {batch} rows     tokens a CPU second   ratio   held-out loss   peak RSS, MiB   ratio   of the limit"
-    )
-    slow, heavy = sides["tutorial"].speed, ends["tutorial"]["peak"]
-    for name, side in sides.items():
-        loss, peak = ends[name]["loss"], ends[name]["peak"]
+    slow, heavy = max((side.speed, ends[of]["peak"]) for of, side in sides.items() if of[0] == "tutorial")
+    what = "tokens a CPU second   ratio   held-out loss   peak RSS, MiB   ratio   of the limit"
+    print(f"{batch + ' rows':22s}{what}")
+    for (name, base), side in sides.items():
+        loss, peak = ends[name, base]["loss"], ends[name, base]["peak"]
         print(
-            f"{name:16s}{side.speed:23.0f}{side.speed / slow:7.2f}x{loss:16.4f}{peak:16.0f}{peak / heavy:8.2f}"
-            f"{side.speed / most:15.2f}",
+            f"{name + ', ' + base:22s}{side.speed:20.0f}{side.speed / slow:7.2f}x{loss:16.4f}{peak:16.0f}"
+            f"{peak / heavy:8.2f}{side.speed / most:15.2f}",
             flush=True,
         )
 
@@ -88,7 +93,7 @@ class Side:
         return found
 
 
-def job_of(model: str, rows: str, base: str, batch: int, max_length: int = 256) -> dict[str, Any]:
+def job_of(model: str, rows: str, batch: int, max_length: int = 256) -> dict[str, Any]:
     """Rows as tokens, and the settings of all sides."""
     from loractl.common.job.spec import JobSpec
     from loractl.worker.base.model import load_tokenizer
@@ -102,7 +107,7 @@ def job_of(model: str, rows: str, base: str, batch: int, max_length: int = 256) 
         return [{"input_ids": [*row.input_ids], "labels": [*row.labels]} for row in some]
 
     return {
-        "model": model, "base": base, "batch": batch, "steps": STEPS, "learning_rate": 1e-3, "lora": LORA,
+        "model": model, "batch": batch, "steps": STEPS, "learning_rate": 1e-3, "lora": LORA,
         "train": plain(data.train.rows[: STEPS * batch]), "held_out": plain(data.held_out.rows[:HELD_OUT]),
         "pad": tokenizer.pad_token_id,
     }  # fmt: skip

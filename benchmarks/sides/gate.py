@@ -28,6 +28,16 @@ class Gate(TrainerCallback):
         os.dup2(2, 1)  # what libraries print
         self._began, self._tokens = 0.0, 0
 
+    @property
+    def in_16_bit(self) -> bool:
+        """Whether autocast computes in bf16, over weights in that."""
+        return bool(self.job["base"] != "fp32")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that are not in NF4."""
+        return torch.bfloat16 if self.in_16_bit else torch.float32
+
     def counted(self, collate: Callable[[Sequence[Any]], dict[str, Any]]) -> Callable[[Sequence[Any]], dict[str, Any]]:
         """A collator that counts the real tokens of what it makes."""
 

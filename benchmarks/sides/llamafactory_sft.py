@@ -42,7 +42,7 @@ run_exp(
         "tokenized_path": f"{folder}/rows", "output_dir": f"{folder}/out", "max_steps": job["steps"],
         "finetuning_type": "lora", "lora_target": "all", "lora_rank": job["lora"]["r"],
         "lora_alpha": job["lora"]["lora_alpha"], "lora_dropout": job["lora"]["lora_dropout"],
-        "per_device_train_batch_size": job["batch"], "learning_rate": job["learning_rate"], "bf16": True,
+        "per_device_train_batch_size": job["batch"], "learning_rate": job["learning_rate"], "bf16": gate.in_16_bit,
         "use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 0,
         "disable_shuffling": True, "disable_gradient_checkpointing": True,
         **({"quantization_bit": 4} if job["base"] == "nf4" else {}),

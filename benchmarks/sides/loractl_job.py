@@ -22,14 +22,14 @@ from loractl.worker.engine.passes.shared import SharedPass
 
 load_kernels()
 gate = Gate(sys.argv[1])
-job = gate.job
+job, dtype = gate.job, str(gate.dtype).removeprefix("torch.")
 spec = JobSpec.model_validate(
     {
         "name": "benchmark", "base_model": job["model"], "method": "qlora" if job["base"] == "nf4" else "lora",
-        "dataset": {"path": "x.jsonl"}, "lora": job["lora"], "training": {"dtype": "bfloat16"},
+        "dataset": {"path": "x.jsonl"}, "lora": job["lora"], "training": {"dtype": dtype},
     }
 )  # fmt: skip
-method, precision = Method(spec.method), choose_precision("cpu", "bfloat16")
+method, precision = Method(spec.method), choose_precision("cpu", dtype)
 base = shared_base(load_base(job["model"], method, "cpu", precision), precision)
 assert base is not None
 set_seed(0)
@@ -45,7 +45,7 @@ class Counted(SharedPass):
 
 arguments = TrainingArguments(
     output_dir=tempfile.mkdtemp(), max_steps=job["steps"], per_device_train_batch_size=job["batch"],
-    learning_rate=job["learning_rate"], bf16=True, use_cpu=True, save_strategy="no", report_to=[],
+    learning_rate=job["learning_rate"], bf16=gate.in_16_bit, use_cpu=True, save_strategy="no", report_to=[],
     disable_tqdm=True, optim="adamw_torch_fused", train_sampling_strategy="sequential", data_seed=0, seed=0,
 )  # fmt: skip
 rows = [TokenRow(number=n, **row) for n, row in enumerate(job["train"])]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 import tempfile
 
-import torch
 from datasets import Dataset
 from gate import IGNORED, Gate, keep_nf4_in_training_mode, quantization
 from peft import LoraConfig
@@ -29,9 +28,9 @@ trainer = SFTTrainer(
     model=job["model"],
     args=SFTConfig(
         output_dir=tempfile.mkdtemp(), max_steps=job["steps"], per_device_train_batch_size=job["batch"],
-        learning_rate=job["learning_rate"], bf16=True, use_cpu=True, save_strategy="no", report_to=[],
+        learning_rate=job["learning_rate"], bf16=gate.in_16_bit, use_cpu=True, save_strategy="no", report_to=[],
         disable_tqdm=True, seed=0, max_length=None, gradient_checkpointing=False, completion_only_loss=True,
-        train_sampling_strategy="sequential", model_init_kwargs={"dtype": torch.bfloat16, **options},
+        train_sampling_strategy="sequential", model_init_kwargs={"dtype": gate.dtype, **options},
     ),
     train_dataset=rows,
     peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **job["lora"]),
