@@ -4,8 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
+ALL := .[worker,postgres,s3,web,dev]
+BUILT_BY := 'setuptools>=77'
+FROM_WHEELS := $(if $(wildcard wheels/),--no-index --find-links wheels)
 
-.PHONY: help dev model demo test tests test-long lint check chaos gpu clean
+.PHONY: help dev wheels model demo test tests test-long lint check chaos gpu clean
 
 # Where it is set, as in many container images, every process compiles all of loractl anew, and the tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE
@@ -17,10 +20,13 @@ help:  ## list the targets
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "loractl needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	@echo "Installing loractl and its training stack into .venv: pip says what it does, some hundred MB in a minute or more ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --disable-pip-version-check -e '.[worker,postgres,s3,web,dev]'
+	@$(BIN)/python -m pip install --disable-pip-version-check $(FROM_WHEELS) -e '$(ALL)'
 	@touch $@
 
-dev: .venv/installed  ## make .venv with everything in it
+dev: .venv/installed  ## make .venv with everything in it; from wheels/ alone where that is
+
+wheels:  ## download what make dev installs into wheels/: for a clone on a machine without network
+	@$(PYTHON) -m pip download --disable-pip-version-check --dest wheels '$(ALL)' $(BUILT_BY)
 
 $(MODEL)/model.safetensors: .venv/installed
 	@$(BIN)/python examples/get_model.py $(MODEL)
@@ -62,7 +68,6 @@ chaos: dev  ## CHAOS_JOBS jobs (1000) under faults drawn from CHAOS_SEED; writes
 
 gpu: dev  ## on one large NVIDIA card, 8 minutes at most: what only a card can show; writes docs/gpu.md. GPU=long: 40
 	$(BIN)/python -m tests.gpu docs/gpu.md $(GPU)
-	$(BIN)/python -m tests.gpu docs/gpu.md
 
 clean:  ## remove what make made, .venv and the model included
 	rm -rf .venv .demo .demo-adapters models build dist

@@ -33,6 +33,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("make gpu needs an NVIDIA card and a torch with CUDA; nothing was run, docs/gpu.md stays as it is")
         return 1
+    name = _name_of_card()
     began, folder = time.monotonic(), Path(tempfile.mkdtemp(prefix="loractl-gpu-"))
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORACTL_", "AWS_"))}
     long = sys.argv[2:] == ["long"]
@@ -43,10 +44,18 @@ def main() -> int:
         stop_embedded(load_settings(rig.cli.environment))
         shutil.rmtree(folder, ignore_errors=True)
     when = f"{dt.datetime.now(dt.UTC):%Y-%m-%d %H:%M} UTC, torch {torch.__version__}"
-    text = page(figures, torch.cuda.get_device_name(), when, time.monotonic() - began)
+    text = page(figures, name, when, time.monotonic() - began, sum(rig.workshop.seconds))
     Path(sys.argv[1]).write_text(text)
     print(text)
     return 0 if well(figures) else 1
+
+
+def _name_of_card() -> str:
+    """Asked of the driver: this process starts no context, which would be one more program on the card."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    return str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
 
 
 def well(figures: Mapping[str, Sequence[Figure]]) -> bool:
@@ -60,7 +69,7 @@ def run(rig: Rig) -> dict[str, list[Figure]]:
     figures: dict[str, list[Figure]] = {name: [] for name in EXPERIMENTS}
     for name, experiment in EXPERIMENTS.items():
         began = time.monotonic()
-        if began + (0 if experiment.always else experiment.seconds) > rig.deadline:
+        if (0 if experiment.always else experiment.seconds) > rig.left:
             continue
         try:
             for figure in experiment.run(rig):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..conftest import ROOT
 from ..models import make_tiny_model
 
 LLAMA = {"vocab_size": 128256, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
@@ -17,6 +21,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             **LLAMA, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
             "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+        },
+    ),
+    "llama 1B": (
+        "llama",
+        {
+            **LLAMA, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True,
         },
     ),
     "mistral 2B": (
@@ -55,7 +66,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-"""Six families at 1 to 8B. Mistral has its own layers, but 8 of 32: the disk must hold all of them at once."""
+"""Families at 1 to 8B. Mistral has its own layers, but 8 of 32: the disk must hold all of them at once."""
 
 SMALLER = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -74,15 +85,26 @@ class Workshop:
     folder: Path
     device: str  # cuda, or cpu for the rehearsal
     small: bool = False
+    seconds: list[float] = field(default_factory=list)  # what each model took to be made: mostly the disk's
 
     def model(self, family: str) -> Path:
         """A model of the family with its real shape, random weights in bf16 and the tests' tokenizer; made once."""
+        folder, began = self.folder / family.replace(" ", "-"), time.monotonic()
+        if (folder / "config.json").exists():
+            return folder
+        if self.device == "cpu":
+            self.make(family, folder)
+        else:  # a process of its own, whose context leaves the card with it
+            command = [sys.executable, "-m", "tests.gpu.families", str(self.folder), family, str(folder)]
+            subprocess.run(command, check=True, cwd=ROOT)
+        self.seconds.append(time.monotonic() - began)
+        return folder
+
+    def make(self, family: str, folder: Path) -> None:
+        """Make it on the device, and write it."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        folder = self.folder / family.replace(" ", "-")
-        if (folder / "config.json").exists():
-            return folder
         kind, numbers = FAMILIES[family]
         heads = (
             {"num_key_value_heads": min(2, numbers["num_key_value_heads"])} if "num_key_value_heads" in numbers else {}
@@ -94,12 +116,8 @@ class Workshop:
         with torch.device(self.device):
             config = AutoConfig.for_model(kind, **shape, **marks)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(folder)
         self._add_tokenizer(folder)
-        del model
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
-        return folder
+        model.save_pretrained(folder)
 
     def _add_tokenizer(self, folder: Path) -> None:
         """The tests' tokenizer: 400 words, which every family's vocabulary has room for."""
@@ -107,5 +125,11 @@ class Workshop:
         if not source.exists():
             make_tiny_model(source)
         for path in source.iterdir():
+            folder.mkdir(parents=True, exist_ok=True)
             if path.name not in ("config.json", "generation_config.json") and path.suffix != ".safetensors":
                 shutil.copy(path, folder)
+
+
+if __name__ == "__main__":
+    made, family, folder = sys.argv[1:]
+    Workshop(folder=Path(made), device="cuda").make(family, Path(folder))

@@ -81,7 +81,7 @@ def _order(rig: Rig, folder: Path) -> Start:
 
 
 def _in_a_trainer(rig: Rig, order: Start) -> list[Told]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": rig.uuid if rig.device == "cuda" else ""}
+    environment = {**os.environ, **rig.of_a_trainer}
     process = subprocess.Popen(
         [sys.executable, "-m", "loractl.worker.training.trainer"],
         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,

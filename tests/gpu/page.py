@@ -9,11 +9,15 @@ from .rig import Figure
 
 WHAT_IT_IS = """\
 `make gpu` asks a real card what the CPU's tests can't: whether its kernels, its memory and its driver do what loractl
-counts on, and measures the engine there. It takes at most 8 minutes on one card of 40 GiB or more, 35 GB of disk for
-models with random weights, and no network; what it has no time for is left out, the last ones first.
-`make gpu GPU=long` takes up to 40 minutes and 45 GB: speeds and packs at 8B, LoRA at 8B, and the plans of all families.
-It writes this page, and ends non-zero when a line is not as it should be. `tests/gpu/test_rehearsal.py` runs its parts
-on a processor.
+counts on, and measures the engine there. It takes at most 8 minutes on one card of 40 GiB or more, and those in which
+35 GB of models with random weights are written. After three the first five experiments have told whether it works, how
+fast, and with how much memory. What it has no time for is left out, the last ones first. `make gpu GPU=long` takes up
+to 40 minutes and 45 GB: speeds and packs at 8B, LoRA at 8B, and the plans of all families. It writes this page, and
+ends non-zero when a line is not as it should be. `tests/gpu/test_rehearsal.py` runs its parts on a processor.
+
+A box without network: `make wheels` on a machine that has one, with the same Python and kind of processor, downloads
+into `wheels/` all that is installed. Copied into the clone on the box, it is all that `make gpu` installs from. With
+`liger-kernel` in `.venv` (`pip install liger-kernel`) the Trainer with its kernels is measured, too.
 """
 
 SEVERAL = """\
@@ -64,8 +68,11 @@ Read in the libraries' sources, and to be looked at where a figure is not as it 
 NEVER = "# Real cards: never run"
 
 
-def page(figures: Mapping[str, Sequence[Figure]], card: str | None, when: str = "", seconds: float = 0) -> str:
-    """The page. `figures`: by experiment, none for one that was not reached; `card`: None before the first run."""
+def page(
+    figures: Mapping[str, Sequence[Figure]], card: str | None, when: str = "", seconds: float = 0, making: float = 0
+) -> str:
+    """The page. `figures`: by experiment, none for one that was not reached; `card`: None before the first run;
+    `making`: of the seconds, those in which models were made and written."""
     if card is None:
         asked = "\n".join(f"- {name}. {EXPERIMENTS[name].asks}" for name in figures)
         why = "No figure on this page: no machine with a card was at hand."
@@ -75,9 +82,8 @@ def page(figures: Mapping[str, Sequence[Figure]], card: str | None, when: str = 
         f"| {name} | {_cell(f.what)} | {_cell(f.value)} | {_mark(f)} |" for name, part in figures.items() for f in part
     ]
     lines += [f"| {name} | {_missing(name)} |" for name, part in figures.items() if not part]
-    head = (
-        f"# Real cards: run on {card}\n\n{when}, {seconds:.0f} s, {wrong} lines not as they should be.\n\n{WHAT_IT_IS}"
-    )
+    took = f"{seconds:.0f} s, {making:.0f} of them to make and write models"
+    head = f"# Real cards: run on {card}\n\n{when}, {took}; {wrong} lines not as they should be.\n\n{WHAT_IT_IS}"
     return "\n".join(
         [
             head,

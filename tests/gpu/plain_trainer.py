@@ -11,14 +11,16 @@ if TYPE_CHECKING:
     from .solo import Clock, Course
 
 
-def train(course: Course, clock: Clock) -> Any:
-    """Train on the course's rows; returns the adapted model."""
+def train(course: Course, clock: Clock, *, liger: bool = False) -> Any:
+    """Train on the course's rows, with `liger` by Liger's kernels; returns the adapted model."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import Trainer, set_seed
 
     base = load(course)
     if course.method == "qlora":
-        base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+        base = prepare_model_for_kbit_training(
+            base, use_gradient_checkpointing=course.recomputes, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
         if course.device == "cpu":
             from loractl.worker.base.arithmetic import keep_nf4_in_training_mode
 
@@ -30,7 +32,12 @@ def train(course: Course, clock: Clock) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
             model=adapted,
-            args=course.arguments(folder, remove_unused_columns=False, gradient_checkpointing=True),
+            args=course.arguments(
+                folder,
+                remove_unused_columns=False,
+                gradient_checkpointing=course.recomputes,
+                use_liger_kernel=liger,
+            ),
             train_dataset=[{"input_ids": row.input_ids, "labels": row.labels} for row in course.train],
             data_collator=lambda rows: padded(rows, course.pad),
             callbacks=[clock],

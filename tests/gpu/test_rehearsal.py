@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,10 @@ from loractl.common.memory.plan import plan
 from loractl.common.queue.valkey import stop_embedded
 from loractl.common.settings import load_settings
 
+from ..conftest import ROOT
 from . import faulty_trainer
-from .__main__ import run, well
-from .attention import compare
+from .__main__ import BUDGET_S, run, well
+from .attention import compare, weigh
 from .experiments import EXPERIMENTS
 from .families import FAMILIES, HALF, Workshop
 from .lab import Lab
@@ -25,8 +29,9 @@ from .ladder import ROWS, SHARE, spec_of
 from .packs import Bench, verdicts
 from .page import NEVER, page
 from .rig import Figure, Rig, make_rig
-from .solo import SIDES, Course, measure
-from .speeds import NARROW, pack_figures, rows_figure, solo_figures
+from .solo import SIDES, Course, expected, measure
+from .speeds import FIRST, NARROW, memory_figure, pack_figures, rows_figure, solo_figures, split_figure
+from .split import STEPS, look_at, part_of, split
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
 
@@ -62,9 +67,9 @@ def test_the_page_says_that_it_was_never_run_until_it_was() -> None:
     written = DOCUMENT.read_text()
     assert written == never if written.startswith(NEVER) else written.startswith("# Real cards: run on ")
     figures = {"A": [Figure(what="x|y", value="two\nlines", ok=False)], "B": []}
-    text = page(figures, "NVIDIA H100", "today", 12.3)
+    text = page(figures, "NVIDIA H100", "today", 12.3, 4.1)
     assert text.splitlines()[0] == "# Real cards: run on NVIDIA H100"
-    assert "today, 12 s, 1 lines not as they should be." in text
+    assert "today, 12 s, 4 of them to make and write models; 1 lines not as they should be." in text
     assert "| A | x\\|y | two lines | no |" in text and "| B | not reached | | no |" in text
 
 
@@ -87,13 +92,79 @@ def test_rows_are_as_long_as_they_are_said_to_be(mixed: bool, tmp_path: Path) ->
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_the_engine_and_the_trainer_learn_the_same_rows_alike(method: str, tmp_path: Path) -> None:
     rig = workshop_rig(tmp_path)
-    course = Course.of(str(rig.workshop.model(NARROW)), str(rig.rows(16, 128)), method, "cpu", 4, 2, 128)
+    model, rows = str(rig.workshop.model(NARROW)), str(rig.rows(16, 128))
+    course = Course.of(model, rows, method, "cpu", 4, 2, 128, FIRST[0].dropout, method == "lora")
     sides = {side: measure(side, course) for side in SIDES}
     assert [sides[side]["pass"] for side in SIDES] == ["SharedPass", "PaddedPass", "padded"]
     assert all(side["seconds"] > 0 for side in sides.values())
     assert sides["exact"]["loss"] == pytest.approx(sides["trainer"]["loss"], rel=1e-3)
-    figures = list(solo_figures(sides, method))
-    assert [f.what for f in figures if not f.ok] == [] and len(figures) == 4
+    card = expected(course)
+    # forwards and backwards, two operations a weight and token
+    assert card["needs"] == 4 * (2 * (4 * 64 * 64 - 2 * 64 * 32 + 3 * 64 * 128) + 512 * 64) * course.tokens
+    figures = list(solo_figures({"card": card, **sides}, method, on_card=False))
+    assert [f.what for f in figures if not f.ok] == [] and len(figures) == 3
+    beyond = {**sides["lean"], "allocated": 2 * card["planned"]}
+    assert not all(f.ok for f in solo_figures({"card": card, **sides, "lean": beyond}, method))
+
+
+def test_a_step_is_split_by_its_kernels_names_and_two_at_once_count_once() -> None:
+    kernels = {
+        "void flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>": "attention",
+        "fmha_cutlassF_f16_aligned_64x128_rf_sm75(...)": "attention",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64": "products",
+        "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16>": "products",
+        "nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN": "products",
+        "aten::addmm": "products",
+        "void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>": "NF4",
+        "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel": "norms",
+        "_rms_norm_backward_kernel": "norms",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<LpNormFunctor>": "optimizer",
+        "Memcpy HtoD (Pageable -> Device)": "copies",
+        "void at::native::vectorized_elementwise_kernel<4, MulFunctor>": "elementwise",
+        "void at::native::distribution_elementwise_grid_stride_kernel<normal_kernel>": "elementwise",
+        "silu_backward_summary": "elementwise",
+    }
+    assert {name: part_of(name) for name in kernels} == kernels
+    found = split([("gemm", 0, 1000), ("silu", 500, 2000), ("gemm", 3000, 5000)], 2)
+    assert found == {"parts": {"products": 1.5, "elementwise": 0.5}, "gaps": 0.5, "kernels": 1}
+    assert split_figure({**found, "recomputes": True}, "x").value == (
+        "2: products 1.5 (60%), elementwise 0.5 (20%), gaps between kernels 0.5 (20%); 1 kernels"
+    )
+    assert not split_figure({**split([], 2), "recomputes": True}, "x").ok
+
+
+def test_an_engine_s_step_is_looked_at(tmp_path: Path) -> None:
+    rig = workshop_rig(tmp_path)
+    model, rows = str(rig.workshop.model(NARROW)), str(rig.rows(16, 128))
+    found = look_at(Course.of(model, rows, "lora", "cpu", STEPS + 3, 2, 128, 0.05))
+    assert found["parts"]["products"] > 0 and found["kernels"] > 100
+
+
+def test_one_row_is_weighed_without_flash_attention_beside_its_scores() -> None:
+    found = {"shape": "64/float32", **weigh(torch.device("cpu"), 64, "float32")}
+    assert found["scores"] == 32 * 64 * 64 * 4 and memory_figure(found, on_card=False).ok
+    assert not memory_figure({**found, "taken": found["scores"]}, on_card=True).ok, "it holds them"
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_time_in_which_models_are_made_is_not_the_experiments(tmp_path: Path) -> None:
+    rig = workshop_rig(tmp_path)
+    rig = replace(rig, deadline=time.monotonic() + 5)
+    assert rig.left <= 5
+    rig.workshop.seconds.append(100.0)
+    assert 100 < rig.left <= 105
+
+
+def test_make_runs_it_once_and_with_what_was_asked() -> None:
+    said = subprocess.run(["make", "-n", "gpu", "GPU=long"], cwd=ROOT, capture_output=True, text=True, check=True)
+    runs = [line for line in said.stdout.splitlines() if "tests.gpu" in line]
+    assert runs == [".venv/bin/python -m tests.gpu docs/gpu.md long"]
+
+
+def test_what_answers_the_first_questions_takes_three_minutes() -> None:
+    first = list(EXPERIMENTS.values())[:5]
+    assert all(one.always for one in first) and sum(one.seconds for one in first) <= 180
+    assert sum(one.seconds for one in EXPERIMENTS.values() if one.always) <= BUDGET_S
 
 
 def test_rows_at_once_are_compared_with_row_by_row_and_a_card_without_the_kernel_is_told() -> None:
