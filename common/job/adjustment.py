@@ -1,4 +1,4 @@
-"""How a run is made to fit the memory: the same effective batch in smaller pieces, then gradient checkpointing."""
+"""How a run is made to fit its memory: the same effective batch in smaller pieces, and blocks that are recomputed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Adjustment:
-    """What out-of-memory has changed in a job; None leaves what its spec says."""
+    """What a run's memory has changed in a job; None leaves what its spec says."""
 
     micro_batch: int | None = None  # per_device_train_batch_size
     accumulation: int | None = None  # gradient_accumulation_steps
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool | None = None  # False, though the spec leaves it open: its attempt was given the room
     eval_batch: int | None = None  # per_device_eval_batch_size
 
     def as_json(self) -> dict[str, Any]:
@@ -42,13 +42,36 @@ def adjusted(spec: JobSpec, adjustment: Adjustment) -> JobSpec:
     )
 
 
+def is_roomy(spec: JobSpec, adjustment: Adjustment) -> bool:
+    """Whether the placement has given an attempt the room to train without recomputing."""
+    return spec.training.gradient_checkpointing is None and adjustment.gradient_checkpointing is False
+
+
+def in_its_room(spec: JobSpec, adjustment: Adjustment, micro_batch: int) -> Adjustment:
+    """The job without recomputing, in micro-batches of so many rows of the same effective batch."""
+    roomy = replace(adjustment, gradient_checkpointing=False)
+    if micro_batch == spec.training.per_device_train_batch_size:
+        return roomy
+    return replace(roomy, micro_batch=micro_batch, accumulation=spec.training.effective_batch // micro_batch)
+
+
+def without_room(spec: JobSpec, adjustment: Adjustment) -> Adjustment:
+    """What holds for every attempt: the room was one attempt's."""
+    if not is_roomy(spec, adjustment):
+        return adjustment
+    return replace(adjustment, micro_batch=None, accumulation=None, gradient_checkpointing=None)
+
+
 def next_adjustment(spec: JobSpec, adjustment: Adjustment, *, on_gpu: bool, cards: int = 1) -> Adjustment | None:
     """The next step down after out-of-memory; None when only another method or a larger card can help.
 
     Half the micro-batch of a card (the largest divisor of the effective batch up to half) with the accumulation that
     keeps the effective batch, down to one row; then gradient checkpointing, which is on from the start on a GPU unless
-    the job refuses it. `cards`: that share the job.
+    the job refuses it. A run that has the room to do without recomputing begins to recompute, in its own micro-batches.
+    `cards`: that share the job.
     """
+    if is_roomy(spec, adjustment):
+        return replace(without_room(spec, adjustment), gradient_checkpointing=True)
     training = adjusted(spec, adjustment).training
     batch, _ = training.rows_a_card(cards)
     if batch > 1:
@@ -75,6 +98,8 @@ def in_words(
         return f"out of memory{where} evaluating {_rows(sizes[0])} at once: evaluates {sizes[1]}"
     (batch, _), (smaller, pieces) = old.training.rows_a_card(cards), new.training.rows_a_card(cards)
     how = f"{smaller}, accumulating {pieces} (same effective batch)" if smaller != batch else "gradient checkpointing"
+    if is_roomy(spec, before) and smaller != batch:
+        how = f"gradient checkpointing and {how}"
     each = f" on each of {cards} cards" if cards > 1 else ""
     return f"out of memory{where} with {_rows(batch)} at once{each}: {then} with {how}"
 

@@ -21,6 +21,39 @@ class Need:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoomyForm:
+    """How a job would train without recomputing: rows of a micro-batch, and bytes of its card."""
+
+    micro_batch: int
+    bytes: int  # corrected by measured peaks
+    planned: int  # the plan alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roomy:
+    """What a job may have beyond its need where nobody else wants it, by method, the fastest form first."""
+
+    lora: tuple[RoomyForm, ...] = ()
+    qlora: tuple[RoomyForm, ...] = ()
+
+    def of(self, method: Method) -> tuple[RoomyForm, ...]:
+        return self.qlora if method is Method.QLORA else self.lora
+
+    def as_json(self) -> dict[str, Any] | None:
+        """None for a job that has no such form."""
+        if not self.lora and not self.qlora:
+            return None
+        return {name: [vars(form) for form in forms] for name, forms in vars(self).items()}
+
+    @classmethod
+    def read(cls, column: Mapping[str, Any] | None) -> Roomy:
+        """What `as_json` has written. Raises KeyError, TypeError, AttributeError for anything else."""
+        if column is None:
+            return cls()
+        return cls(**{name: tuple(RoomyForm(**form) for form in forms) for name, forms in column.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
 class SharedNeed:
     """What a job needs of each of several cards that divide it."""
 

@@ -341,7 +341,8 @@ class TrainingSpec(Section):
     per_device_train_batch_size: int = Field(4, ge=1, le=2**16)
     gradient_accumulation_steps: int = Field(4, ge=1, le=2**16)
     gradient_checkpointing: bool | None = None
-    """null: on a GPU yes, on a CPU no (it costs 1.5 to 2 times the time there)."""
+    """null: on a GPU yes, unless the job is alone on its card and nobody else wants the room; on a CPU no (it costs
+    1.5 to 2 times the time there)."""
     warmup_steps: float = Field(0.03, ge=0, le=LARGEST)
     """A number of steps, or below 1 a share of all steps."""
     lr_scheduler_type: Literal[

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.need import Need, Roomy, RoomyForm
 
 MIN_MEASURED = 3
 """Fewer attempts teach nothing about a family."""
@@ -34,6 +34,7 @@ class Measured:
     reserved: int | None
     peak: int | None  # of the process; None: not measured
     out_of_memory: bool
+    roomy: bool = False  # it had the room to do without recomputing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,7 @@ class Accuracy:
     device_name: str
     method: Method
     family: str | None
+    roomy: bool = False  # without recomputing
     count: int
     ratio: float  # mean of measured / planned
     spread: float  # its standard deviation
@@ -61,39 +63,61 @@ class Accuracy:
 
 
 def accuracy(attempts: Iterable[Measured]) -> list[Accuracy]:
-    """Predicted against measured, by device model, method and family."""
-    ratios: dict[tuple[str, Method, str | None], list[float]] = {}
+    """Predicted against measured, by device model, method, family, and whether it recomputed."""
+    ratios: dict[tuple[str, Method, str | None, bool], list[float]] = {}
     for attempt in attempts:
         if attempt.planned and attempt.peak and not attempt.out_of_memory:
-            family = attempt.device_name, attempt.method, attempt.family
+            family = attempt.device_name, attempt.method, attempt.family, attempt.roomy
             ratios.setdefault(family, []).append(attempt.peak / attempt.planned)
     return [
         Accuracy(
             device_name=device,
             method=method,
             family=family,
+            roomy=roomy,
             count=len(measured),
             ratio=statistics.fmean(measured),
             spread=statistics.stdev(measured) if len(measured) > 1 else 0.0,
             worst=max(measured),
         )
-        for (device, method, family), measured in sorted(ratios.items(), key=lambda item: tuple(map(str, item[0])))
+        for (device, method, family, roomy), measured in sorted(
+            ratios.items(), key=lambda item: tuple(map(str, item[0]))
+        )
     ]
 
 
 def learned(planned: Need, need_key: str, attempts: Sequence[Measured]) -> Need:
     """The plan corrected by what was measured. `attempts`: those of the same key or the same family."""
+    attempts = [attempt for attempt in attempts if not attempt.roomy]
     return Need(
         lora=_learned(planned.lora, Method.LORA, need_key, attempts),
         qlora=_learned(planned.qlora, Method.QLORA, need_key, attempts),
     )
 
 
+def learned_roomy(planned: Roomy, need_key: str, attempts: Sequence[Measured]) -> Roomy:
+    """The same of what the job would take without recomputing, by the attempts that had the room. A micro-batch of one
+    size teaches those of others in proportion to their plans."""
+
+    def corrected(method: Method) -> tuple[RoomyForm, ...]:
+        factor = _factor(need_key, [a for a in attempts if a.roomy and a.method is method])
+        return tuple(replace(form, bytes=int(form.planned * factor)) for form in planned.of(method))
+
+    return Roomy(lora=corrected(Method.LORA), qlora=corrected(Method.QLORA))
+
+
+def _factor(need_key: str, attempts: Sequence[Measured]) -> float:
+    same = [(a, a.planned) for a in attempts if a.need_key == need_key and a.planned]
+    too_little = [a.reserved * GROWTH / planned for a, planned in same if a.out_of_memory and a.reserved]
+    like_it = [a.peak * LIKE_IT_SPARE / planned for a, planned in same if a.peak and not a.out_of_memory]
+    factors = [entry.factor for entry in accuracy(attempts) if entry.factor is not None]
+    return max(*(like_it or factors or [1.0]), *too_little, 0.0)
+
+
 def peaks_like(need_key: str, method: Method, attempts: Iterable[Measured]) -> list[int]:
     """Measured peaks of jobs just like it, in bytes."""
-    return [
-        a.peak for a in attempts if a.need_key == need_key and a.method is method and a.peak and not a.out_of_memory
-    ]
+    same = [a for a in attempts if a.need_key == need_key and a.method is method and not a.roomy]
+    return [a.peak for a in same if a.peak and not a.out_of_memory]
 
 
 def _learned(planned: int | None, method: Method, need_key: str, attempts: Sequence[Measured]) -> int | None:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loractl.common.job.method import Method, Parallel
-from loractl.common.job.need import SharedNeed
+from loractl.common.job.need import RoomyForm, SharedNeed
 from loractl.common.units import GIB
 
 from .cards import Card, Kept, Occupant, Reservation, Room, largest_gpu, least_limit, room_at, takes
@@ -55,6 +55,8 @@ class Placement:
     beside: tuple[GangShare, ...] = ()  # what it has of other cards of the box
     parallel: Parallel = Parallel.NONE
     join: Join | None = None  # the running host that it joins; `reserved` is its own part there
+    room: int = 0  # bytes of that card that it may have, `reserved` among them
+    form: RoomyForm | None = None  # in which it does without recomputing; `reserved` is that form's
 
     @property
     def shares(self) -> tuple[GangShare, ...]:
@@ -277,7 +279,8 @@ def _best(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Placement | Declined
             declined = declined or elsewhere
         if holding:
             card = _nearest(holding, job, method, fleet)
-            return Placement(job=job, node=card.node, method=method, reserved=card.free if size is None else size)
+            reserved = card.free if size is None else size
+            return Placement(job=job, node=card.node, method=method, reserved=reserved, room=fleet.room(card))
     return declined
 
 

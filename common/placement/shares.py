@@ -25,6 +25,11 @@ def charge(past: float, running: Iterable[tuple[int, float]]) -> float:
     return past + sum(size / GIB * max(seconds, START_CHARGE_S) / 3600 for size, seconds in running)
 
 
+def within_need(reserved: int, need: int | None) -> int:
+    """Bytes that a job is charged for where it may reserve more than its need: nobody else wanted the rest."""
+    return reserved if need is None else min(reserved, need)
+
+
 def with_base(reserved: int, base: int, *, joined: bool, share: float) -> int:
     """Bytes that a job is charged for where it shares a base: its own part, and its share of the base's bytes.
 

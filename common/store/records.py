@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.halving import rung_step
 from loractl.common.job.method import Method, Parallel
-from loractl.common.job.need import Need, Ways
+from loractl.common.job.need import Need, Roomy, Ways
 from loractl.common.job.status import Stage, Status
 from loractl.common.job.sweep import RungPoint
 from loractl.common.placement.gangs import GangShare
@@ -38,6 +38,7 @@ class Submission:
     family: str | None = None
     adjustment: Adjustment = field(default_factory=Adjustment)  # to begin with
     ways: Ways = field(default_factory=Ways)  # on how many cards it may run
+    roomy: Roomy = field(default_factory=Roomy)  # beyond its need
     purpose: str = ""  # for the history, like: to reproduce job 12
 
     @property
@@ -66,6 +67,7 @@ class MemoryPlan:
     need: Need  # corrected by measured peaks
     planned: Need
     ways: Ways
+    roomy: Roomy
     need_key: str
     family: str | None
 
@@ -121,6 +123,8 @@ class Progress:
     evaluated: int | None = None  # rows and answers of base and tuned together
     to_evaluate: int | None = None
     need: Need | None = None  # a better plan, from the data's own lengths or a trace
+    roomy: Roomy | None = None  # the same of what it may have beyond that
+    running: int | None = None  # bytes of this attempt by that plan, where it was given the room
     vram_peak: int | None = None
     vram_allocated: int | None = None
     vram_process: int | None = None

@@ -45,7 +45,7 @@ GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, he
     to_evaluate, attempt,
     node, gpu, method, started_at, vram_reserved, vram_lora, vram_qlora, vram_needed, vram_class, planned, need_key,
     family, engine, queue_key, lora_until, checkpoint, adjustment, adapter_uri, report_uri, result_host, result_until,
-    manifest_sha256, lab_failures, lab_step, avoids, gangs) ON jobs TO loractl_worker;
+    manifest_sha256, lab_failures, lab_step, avoids, gangs, roomy) ON jobs TO loractl_worker;
 GRANT INSERT, UPDATE ON attempts, uses, fleet_rounds, locks TO loractl_worker;
 GRANT DELETE ON wishes TO loractl_worker;
 GRANT INSERT, UPDATE, DELETE ON nodes, hosts, drains, tags, outbox TO loractl_worker;
@@ -111,7 +111,7 @@ DECLARE
     WHEN 'retry' THEN '{status,reason,message,held,ended_at,not_before,retries_used,step,total_steps,loss,
       tokens_per_second,cancel_requested,lab_failures,lab_step,avoids,result_until}'
     WHEN 'edited' THEN '{name,labels,spec,spec_hash,priority,methods,preemptible,version,max_retries,vram_lora,
-      vram_qlora,vram_needed,vram_class,planned,need_key,family,engine,queue_key,lora_until,adjustment,gangs}'
+      vram_qlora,vram_needed,vram_class,planned,need_key,family,engine,queue_key,lora_until,adjustment,gangs,roomy}'
     END;
 BEGIN
   IF columns IS NULL OR to_jsonb(before) - columns <> to_jsonb(after) - columns THEN

@@ -11,7 +11,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method
-from loractl.common.job.need import Ways
+from loractl.common.job.need import Roomy, Ways
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.memory.context import context_excess
 from loractl.common.units import LARGEST
@@ -78,6 +78,13 @@ def _is_checkpoint(value: Any) -> bool:
 def _can_be_divided(value: Any) -> bool:
     ways = Ways.read(value).gangs
     return all(is_whole(w.cards, 1) and is_size(w.need.lora) and is_size(w.need.qlora) for w in ways)
+
+
+def _is_roomy(value: Any) -> bool:
+    forms = [form for method in Method for form in Roomy.read(value).of(method)]
+    return all(is_whole(one.micro_batch, 1) and is_whole(one.planned, 1, MOST_BYTES) for one in forms) and all(
+        is_whole(one.bytes, 1, MOST_BYTES) for one in forms
+    )
 
 
 WAITS = text("status = 'queued'")
@@ -153,6 +160,8 @@ class Job(Base):
     gangs: Mapped[dict[str, Any] | None] = mapped_column(  # null: one card is to have it
         Json(_can_be_divided, {"alone": True, "ways": []}, null=True, none_as_null=True)
     )
+    # what it may have beyond its need, to train without recomputing: {method: [{"micro_batch", "bytes", "planned"}]}
+    roomy: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_roomy, null=True, none_as_null=True))
     # the newest one in the artifact store: step, prefix
     checkpoint: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_checkpoint, null=True))
     result_host: Mapped[str | None]  # the box that holds a finished result which is not stored yet
@@ -248,6 +257,7 @@ class Attempt(Base):
     engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it took: common/memory/engine.py
     vram_planned: Mapped[Bytes | None]
     vram_reserved: Mapped[Bytes | None]
+    roomy: Mapped[bool | None]  # it was given the room to do without recomputing; null: an earlier version's
     vram_peak: Mapped[Bytes | None]  # reserved by CUDA's allocator; on a CPU the process's resident set
     vram_allocated: Mapped[Bytes | None]  # of it, by tensors
     vram_process: Mapped[Bytes | None]  # of the device, by the whole process, context included

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import LoractlError, UsageError
 from loractl.common.job.method import MOST_CARDS, Method
-from loractl.common.job.need import Need, Ways, choose_method, within
+from loractl.common.job.need import Need, Roomy, Ways, choose_method, within
 from loractl.common.job.status import Status
 from loractl.common.memory.config import read_shape
-from loractl.common.memory.correction import learned, peaks_like
+from loractl.common.memory.correction import learned, learned_roomy, peaks_like
 from loractl.common.memory.fit import Fit, largest_fit
 from loractl.common.memory.need_key import model_family, need_key
 from loractl.common.memory.plan import Plan, plan, predict
+from loractl.common.memory.roomy import plan_roomy
 from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, Stack
 from loractl.common.placement.cards import MARGIN_BYTES, Card
@@ -96,6 +97,7 @@ class MemoryNeed:
     title: str
     plans: Mapping[Method, Plan]  # of the methods that are open to it
     reserved: Need  # the plans, corrected by what was measured
+    roomy: Roomy = field(default_factory=Roomy)  # the same where it does without recomputing
     submitted: Submitted | None = None  # what it waits for, where that is something else
     choice: Method | None  # on the best card; None: no card holds it
     lengths: Lengths | None  # of the rows, where they were counted
@@ -115,8 +117,9 @@ class MemoryNeed:
 
         `methods`: for each open one `peak_bytes`, `margin_bytes`, `parts` (bytes by part), `reserved_bytes`,
         `submitted_bytes` (of one card, what it waits for: until a trainer has counted its rows, for rows of
-        max_length), and with --solve `largest` (`micro_batch`, `max_length`, and `all_rows`: whether the rows end the
-        micro-batch, and not the memory); `choice`: the method that the best card would take, or null; `lengths`: in
+        max_length), `roomy` (without recomputing: `micro_batch`, `bytes`, the fastest first), and with --solve
+        `largest` (`micro_batch`, `max_length`, and `all_rows`: whether the rows end the micro-batch, and not the
+        memory); `choice`: the method that the best card would take, or null; `lengths`: in
         tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `rows`: how many are used,
         `train`, `held_out` and, where there are, `final`, and `left_out` as too long, or null;
         `planned_for`: a sentence; `device`: gpu or cpu;
@@ -143,6 +146,7 @@ class MemoryNeed:
             "parts": planned.parts,
             "reserved_bytes": self.reserved.of(method),
             "submitted_bytes": (self.reserved if self.submitted is None else self.submitted.need).of(method),
+            "roomy": [{"micro_batch": form.micro_batch, "bytes": form.bytes} for form in self.roomy.of(method)],
             **({} if self.largest is None else {"largest": vars(self.largest.by_method[method])}),
         }
 
@@ -222,6 +226,7 @@ def memory_need(
         title=job.title,
         plans=plans,
         reserved=need,
+        roomy=_roomy(spec, learned_roomy(plan_roomy(spec, counted.lengths, stack=stack), key, measured)),
         submitted=None if first is None or first.need == need else _submitted(asked, first, card, fleet),
         choice=choice,
         lengths=counted.lengths,
@@ -236,6 +241,17 @@ def memory_need(
         status=job.status,
         patience_s=job.patience_s if Method.QLORA in methods else 0.0,
     )
+
+
+def _roomy(spec: JobSpec, roomy: Roomy) -> Roomy:
+    """The forms that the job's own limit leaves; none for a job that only several cards may have."""
+    most = spec.resources.max_vram
+    if spec.resources.cards not in (1, "auto"):
+        return Roomy()
+    lora, qlora = (
+        tuple(form for form in forms if most is None or form.bytes <= most) for forms in (roomy.lora, roomy.qlora)
+    )
+    return Roomy(lora=lora, qlora=qlora)
 
 
 def _after_patience(room: CardRoom, patience_s: float) -> CardRoom:

@@ -96,14 +96,16 @@ def submission_of(repetition: Repetition, settings: Settings, store: Store) -> S
 
 
 def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
-    """The job's spec with the worker's own choices fixed: method, number format, optimizer, and the commits of what is
-    on the hub."""
+    """The job's spec with what was chosen for it fixed: method, number format, optimizer, whether it recomputes, and
+    the commits of what is on the hub."""
     from loractl.common.job.file import override_spec
     from loractl.common.job.method import Method
 
     spec, training = override_spec(job.spec, (), f"job {job.job_id}"), report["training"]
     taken = {"dtype": training["precision"], "optim": training["optim"]}
     left = {key: value for key, value in taken.items() if getattr(spec.training, key) == "auto"}
+    if spec.training.gradient_checkpointing is None:
+        left["gradient_checkpointing"] = training.get("gradient_checkpointing")  # an early report has none
     labels = {**spec.labels, REPRODUCES: str(job.job_id)}
     if len(labels) > MOST_LABELS:
         raise UsageError(

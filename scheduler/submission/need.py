@@ -11,9 +11,10 @@ from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, Ways, least_need, permitted_methods, within
 from loractl.common.memory.config import HOW_TO_NAME_IT, foreign_format, read_shape
-from loractl.common.memory.correction import learned
+from loractl.common.memory.correction import learned, learned_roomy
 from loractl.common.memory.need_key import model_family, need_key
 from loractl.common.memory.plan import predict
+from loractl.common.memory.roomy import plan_roomy
 from loractl.common.memory.step import Stack
 from loractl.common.memory.ways import plan_ways
 from loractl.common.module_pattern import ModulePattern
@@ -46,7 +47,8 @@ def plan_job(
     stack = fleet_stack(store, devices)
     planned = predict(spec, stack=stack)
     key, family = need_key(spec, data), model_family(spec)
-    need = learned(planned, key, store.measured(key, family) if store is not None and stack.on_gpu else [])
+    measured = store.measured(key, family) if store is not None and stack.on_gpu else []
+    need = learned(planned, key, measured)
     methods = open_methods(spec)
     if (least := least_need(methods, need) or 0) > ABSURD:
         raise UsageError(
@@ -64,6 +66,7 @@ def plan_job(
         need_key=key,
         family=family,
         ways=ways,
+        roomy=learned_roomy(plan_roomy(spec, stack=stack), key, measured),
     )
 
 

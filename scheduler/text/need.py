@@ -30,7 +30,7 @@ def need_text(need: MemoryNeed, next_command: str, screen: Screen) -> str:
         lines += [*([""] if lines else []), *head, ""]
         lines += _parts(plan, longest, screen)
     lines += ["", *map(screen.dim, wrapped(need.planned_for, "", screen))]
-    lines += [line for text in _until_it_runs(need) for line in wrapped(text, "", screen)]
+    lines += [line for text in (*_until_it_runs(need), *_in_its_room(need)) for line in wrapped(text, "", screen)]
     if need.patience_s:
         patient = f"For {duration(need.patience_s)} it waits for a card that holds LoRA; then QLoRA will do."
         lines += wrapped(patient, "", screen)
@@ -95,6 +95,18 @@ def _until_it_runs(need: MemoryNeed) -> list[str]:
     return [text]
 
 
+def _in_its_room(need: MemoryNeed) -> list[str]:
+    """What the job may have beyond its need, and when it has it."""
+    method = need.choice or next(iter(need.plans))
+    whole, *pieces = need.roomy.of(method) or (None,)
+    if whole is None:
+        return []
+    sizes = [f"{gib(whole.bytes)} GiB"]
+    sizes += [f"{gib(one.bytes)} with {one.micro_batch} row{'s' * (one.micro_batch > 1)} at once" for one in pieces]
+    when = "it has that room where it is alone on a card and no ready job wants it"
+    return [f"Without recomputing it takes {', '.join(sizes)} ({method.value}): {when}."]
+
+
 def _like_it(measured: Sequence[int]) -> str:
     if not measured:
         return ""
@@ -156,7 +168,7 @@ def accuracy_text(answer: PlanAccuracy, screen: Screen) -> str:
     rows = [
         [
             fit(row.device_name, max(12, screen.width - 60)),
-            row.method.value,
+            f"{row.method.value}, roomy" if row.roomy else row.method.value,
             fit(row.family or "–", 12),
             str(row.count),
             f"{row.ratio:.2f}",

@@ -23,7 +23,7 @@ import torch
 
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method, Parallel
-from loractl.common.job.need import Need
+from loractl.common.job.need import Roomy
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.plan import predict
@@ -304,6 +304,38 @@ def test_the_need_is_planned_again_for_the_lengths_of_the_rows(tiny_model: Path,
     assert planned.qlora is not None and asked.qlora is not None and planned.qlora < asked.qlora
 
 
+def test_an_attempt_that_was_given_room_plans_its_own_size_and_the_job_s_need(
+    tiny_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """On a simulated card: what a trainer plans is a card's, and later attempts have their own room or none."""
+    room = Adjustment(micro_batch=1, accumulation=8, gradient_checkpointing=False)
+    given = make_order(tmp_path / "a", tiny_model, data, max_steps=1, per_device_train_batch_size=2, adjustment=room)
+    other = make_order(tmp_path / "b", tiny_model, data, max_steps=1, per_device_train_batch_size=2)
+    roomy, plain = (
+        next(m for m in here(order.model_copy(update={"gpu": "sim-0"})) if isinstance(m, Planned))
+        for order in (given, other)
+    )
+    assert (roomy.lora, roomy.qlora, roomy.roomy) == (plain.lora, plain.qlora, plain.roomy)
+    whole = Roomy.read(plain.roomy).lora[0]
+    assert whole.micro_batch == 2 and roomy.lora is not None and roomy.running is not None and plain.running is None
+    assert roomy.lora < roomy.running < whole.bytes, "one of two rows at once"
+
+
+def test_a_run_that_was_given_room_recomputes_first_when_it_does_not_fit(
+    wide_model: Path, data: Path, tmp_path: Path, warm_start: warm.Start
+) -> None:
+    room = Adjustment(gradient_checkpointing=False)
+    order = make_order(
+        tmp_path / "a", wide_model, data, limit=LIMIT, per_device_train_batch_size=16, max_steps=1, adjustment=room
+    )
+    told = in_a_trainer(order, warm_start)
+    ended = told[-1]
+    assert isinstance(ended, Ended) and ended.reason is Reason.OK
+    assert next(iter(notes(told))) == "out of memory with 16 rows at once: goes on with gradient checkpointing"
+    adjustments = [m.adjustment for m in told if isinstance(m, Adjusted)]
+    assert adjustments[0] == Adjustment(gradient_checkpointing=True)
+
+
 @pytest.mark.parametrize(
     ("planned", "size", "limit"), [(10, 8, 9), (None, 8, 8), (10, None, 12), (10, 20, 12)], ids=str
 )
@@ -313,7 +345,7 @@ def test_a_trainer_is_held_to_what_a_better_plan_leaves_it(
     """12 GiB were reserved for a plan of 10: such jobs took a fifth more. The store lowers it by the same rule."""
     order = make_order(tmp_path / "a", tiny_model, data, limit=12 * GIB)
     order = order.model_copy(update={"vram_reserved": 12 * GIB, "vram_planned": planned and planned * GIB})
-    lowered = lowered_limit(order, Need(lora=size and size * GIB, qlora=None))
+    lowered = lowered_limit(order, size and size * GIB)
     assert lowered is not None and lowered // GIB == limit
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from loractl.common.job.need import Need, permitted_methods, within
+from loractl.common.job.need import Need, Roomy, RoomyForm, permitted_methods, within
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Status
 from loractl.common.store.records import Claim, Left, NodeState, StoredResult, Submission
@@ -49,12 +49,23 @@ def spec(**keys: Any) -> JobSpec:
     return JobSpec.model_validate({"name": "tiny", "base_model": "org/model", "dataset": {"path": "org/data"}, **keys})
 
 
-def submission(*, lora: float | None = 4, qlora: float | None = 2, user: str = "ada", **keys: Any) -> Submission:
-    """A job that needs so many GiB with each method (None: not known)."""
+def submission(
+    *,
+    lora: float | None = 4,
+    qlora: float | None = 2,
+    user: str = "ada",
+    roomy: dict[int, float] | None = None,
+    **keys: Any,
+) -> Submission:
+    """A job that needs so many GiB with each method (None: not known). `roomy`: GiB of LoRA without recomputing, by the
+    rows of a micro-batch."""
+    forms = [RoomyForm(micro_batch=n, bytes=int(gib * GIB), planned=int(gib * GIB)) for n, gib in (roomy or {}).items()]
     need = Need(lora=_bytes(lora), qlora=_bytes(qlora))
     wanted = spec(**keys)
     methods = within(permitted_methods(wanted.method), need, wanted.resources.max_vram)
-    return Submission(spec=wanted, user=user, data={}, need=need, planned=need, methods=methods)
+    return Submission(
+        spec=wanted, user=user, data={}, need=need, planned=need, methods=methods, roomy=Roomy(lora=tuple(forms))
+    )
 
 
 def node_state(node: str = "box:0", **changed: Any) -> NodeState:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.need import Need
+from loractl.common.job.need import Need, Roomy
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.pack_rule import MeasuredPass
 from loractl.common.store.records import Beat, Claim, Progress, rung_points
@@ -225,7 +225,9 @@ def _fold(progress: Progress, message: Told) -> Progress:
     if isinstance(message, Adjusted):
         return replace(progress, adjustment=message.adjustment)
     if isinstance(message, Planned):
-        return replace(progress, need=Need(lora=message.lora, qlora=message.qlora))
+        need, roomy = Need(lora=message.lora, qlora=message.qlora), message.roomy
+        roomy_too = None if roomy is None else Roomy.read(roomy)
+        return replace(progress, need=need, roomy=roomy_too, running=message.running)
     assert isinstance(message, Stepped)
     metrics = tuple((message.step, name, value) for name, value in message.metrics.items())
     return replace(

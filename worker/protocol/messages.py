@@ -5,7 +5,7 @@ Every message names its job: a host serves jobs after each other and beside each
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -173,6 +173,8 @@ class Planned(_Message):
     type: Literal["planned"] = "planned"
     lora: int | None
     qlora: int | None
+    roomy: dict[str, Any] | None = None  # the same where it does without recomputing, as the job's row has it
+    running: int | None = None  # of this attempt, where it was given the room to do so
 
 
 class Note(_Message):

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select
 
-from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.adjustment import Adjustment, adjusted, in_its_room, without_room
 from loractl.common.job.method import Method
-from loractl.common.job.need import Need, permitted_methods
+from loractl.common.job.need import Need, Roomy, RoomyForm, permitted_methods
 from loractl.common.job.status import Stage, Status
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.cards import Card, could_start, least_limit
 from loractl.common.placement.gangs import may_share
 from loractl.common.placement.hosts import Seat, joined, seat
 from loractl.common.placement.joins import may_join, open_bases
+from loractl.common.placement.roomy import gains_more_in_a_pack, with_room
 from loractl.common.placement.rule import Placement
+from loractl.common.units import gib
 
 from ..aside import look_again, set_aside
 from ..attempt_columns import begun
@@ -31,10 +33,10 @@ from ..transaction import SKIP_LOCKED, Transaction
 from .cards.decisions import decide
 from .cards.hosts import beside, take_place, take_seat
 from .cards.nodes import read_fleet
-from .cards.packs import key_of
+from .cards.packs import key_of, tokens_of
 from .cards.shares import lock, own_first, write
 from .changes import answer_wishes, is_asked_to_stop
-from .lines import unreadable_met
+from .lines import read_wanted, unreadable_met
 from .outbox.notices import tell_of_job, tell_of_jobs
 from .sweeps import read_rungs
 
@@ -73,7 +75,7 @@ def claim(
     given = _given(tx, mine, cards, fleet.charges, now)
     for job_id in sorted(unreadable_met(tx.session))[:_ASIDE_AT_ONCE]:
         tx.apart(job_id, lambda job_id=job_id: tell_of_jobs(tx, look_again(tx, job_id)))  # type: ignore[misc]
-    return _take(tx, given, cards, row, lease_s) if isinstance(given, Placement) else given
+    return _take(tx, given, cards, row, lease_s, joins) if isinstance(given, Placement) else given
 
 
 def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
@@ -107,7 +109,9 @@ def _could_share(placed: Placement, mine: Card) -> bool:
     return bool(placed.beside) and may_share(mine, placed.job) and any(one.bytes <= room for one in placed.shares)
 
 
-def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node, lease_s: float) -> Claim | Left:
+def _take(
+    tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node, lease_s: float, joins: bool
+) -> Claim | Left:
     now = tx.now()
     job = tx.session.get(Job, placed.job.job_id, with_for_update=SKIP_LOCKED, populate_existing=True)
     if job is None or job.status is not Status.QUEUED:
@@ -123,6 +127,7 @@ def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node,
         tell_of_job(tx, job)
         return Left(nodes=frozenset())
     key = None if placed.beside else key_of(job, asked.spec, placed.method)
+    placed = _in_its_room(tx, placed, job, asked, cards, node, joins and key is not None)
     taken, *others = _seats(placed, key, cards)
     join = placed.join
     if join is None and not all(take_seat(tx, one, job.job_id, job.attempt + 1) for one in (taken, *others)):
@@ -130,7 +135,32 @@ def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node,
     if join is not None and not take_place(tx, taken, join.base):
         return Left(nodes=frozenset())
     claim = _start(tx, job, asked, _begin(tx, job, placed, node, lease_s, now), taken, placed)
-    return replace(claim, packs=key is not None)
+    # one that does not recompute leaves others no room in its trainer
+    return replace(claim, packs=key is not None and placed.form is None)
+
+
+def _in_its_room(
+    tx: Transaction, placed: Placement, job: Job, asked: _Asked, cards: Sequence[Card], node: Node, joins: bool
+) -> Placement:
+    """The placement with the room that nobody else wants, see placement/roomy.py. `joins`: others might join the job.
+
+    What out-of-memory has changed in a job stands: it has shown that plans are too low for it. A simulated card gives
+    its own micro-batches alone: a processor trains there, and would round otherwise.
+    """
+    spec, changed = asked.spec, asked.adjustment
+    if not (changed.micro_batch is changed.gradient_checkpointing is spec.training.gradient_checkpointing is None):
+        return placed
+    if joins and gains_more_in_a_pack(tokens_of(spec, None, job.data.get("path") or {}), placed.method):
+        return placed
+    most, rows = spec.resources.max_vram, spec.training.per_device_train_batch_size
+    forms = [
+        form
+        for form in Roomy.read(job.roomy).of(placed.method)
+        if form.micro_batch == rows or (node.kind == "nvml" and spec.training.effective_batch % form.micro_batch == 0)
+        if most is None or form.bytes <= most
+    ]
+    card = next(card for card in cards if card.node == placed.node)
+    return with_room(placed, card, forms, lambda free: read_wanted(tx.session, tx.now(), job.job_id, free))
 
 
 def _at_limit(tx: Transaction, user: str, cards: Sequence[Card]) -> bool:
@@ -175,7 +205,7 @@ def _read(job: Job) -> _Asked | str:
         return f"{'.'.join(map(str, first['loc'])) or 'the spec'}: {first['msg']}"
     return _Asked(
         spec=spec,
-        adjustment=Adjustment(**(job.adjustment or {})),
+        adjustment=without_room(spec, Adjustment(**(job.adjustment or {}))),
         checkpoint=None if job.checkpoint is None else StoredCheckpoint(**job.checkpoint),
     )
 
@@ -193,8 +223,9 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: fl
         method=placed.method.value,
         engine=ENGINE,
         # Plans are for GPUs: on a processor no plan is noted.
-        vram_planned=None if node.kind == "cpu" or placed.beside else job.planned.get(placed.method.value),
+        vram_planned=None if node.kind == "cpu" or placed.beside else _planned(job, placed),
         vram_reserved=placed.reserved,
+        roomy=placed.form is not None,
         started_at=now,
     )
     if placed.join is not None:
@@ -210,6 +241,10 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: fl
     return attempt
 
 
+def _planned(job: Job, placed: Placement) -> int | None:
+    return job.planned.get(placed.method.value) if placed.form is None else placed.form.planned
+
+
 def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Seat, placed: Placement) -> Claim:
     """Tell the history of the attempt, and give it what it needs to know."""
     method = Method(attempt.method)
@@ -219,20 +254,26 @@ def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Se
         warm = f", {beside(tx, placed.join.base.host, job.job_id)}"
     cards = " and ".join(share.node for share in placed.shares)
     how = f", {placed.parallel.value} over {len(placed.shares)} cards" if placed.beside else ""
-    text = f"attempt {attempt.attempt} started on {cards} with {method.value}{why}{how}{warm}"
+    adjustment, spec, room = asked.adjustment, asked.spec, ""
+    if placed.form is not None:
+        adjustment = in_its_room(spec, adjustment, placed.form.micro_batch)
+        room = (
+            f", {_in_words(spec, adjustment, placed.form, Need(lora=job.vram_lora, qlora=job.vram_qlora).of(method))}"
+        )
+    text = f"attempt {attempt.attempt} started on {cards} with {method.value}{why}{how}{warm}{room}"
     tx.tell(job.job_id, attempt.attempt, "started", text)
     return Claim(
         job_id=job.job_id,
         attempt=attempt.attempt,
         token=attempt.token,
         user=job.user,
-        spec=asked.spec,
+        spec=spec,
         data=job.data,
         method=method,
         vram_planned=attempt.vram_planned,
         vram_reserved=attempt.vram_reserved,
         method_why=why.strip(" ()"),
-        adjustment=asked.adjustment,
+        adjustment=adjustment,
         changes=_changes(tx, job.job_id) if attempt.attempt > 1 else (),
         checkpoint=asked.checkpoint,
         result_host=job.result_host,
@@ -244,6 +285,16 @@ def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Se
         shares=placed.shares if placed.beside else (),
         parallel=placed.parallel,
     )
+
+
+def _in_words(spec: JobSpec, adjustment: Adjustment, form: RoomyForm, need: int | None) -> str:
+    """How an attempt trains that has the room to do without recomputing, for the history."""
+    pieces, asked = adjusted(spec, adjustment).training, spec.training
+    how = ""
+    if form.micro_batch != asked.per_device_train_batch_size:
+        rows = f"{form.micro_batch} row{'s' * (form.micro_batch > 1)} at once"
+        how = f" in {rows}, accumulating {pieces.gradient_accumulation_steps} (same effective batch)"
+    return f"without recomputing{how}: {gib(form.bytes)} GiB in place of {gib(need)}, which nobody else wants now"
 
 
 def _why_method(wanted: Method | Sequence[Method], taken: Method, need: Need) -> str:

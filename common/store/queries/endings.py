@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from sqlalchemy import exists, or_, select, update
 
+from loractl.common.job.method import Method
 from loractl.common.job.status import (
     KEEPING,
     LAB_FAILURE_LIMIT,
@@ -18,7 +19,7 @@ from loractl.common.job.status import (
     retry_delay_s,
 )
 from loractl.common.placement.lines import RESULT_FIRST_S
-from loractl.common.placement.shares import base_share, decayed, with_base
+from loractl.common.placement.shares import base_share, decayed, with_base, within_need
 from loractl.common.text import storable
 from loractl.common.units import GIB
 
@@ -289,6 +290,8 @@ def _had(tx: Transaction, job: Job, start: dt.datetime, now: dt.datetime) -> int
     own = tx.session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
     beside = read_beside(tx.session, [job.job_id]).get(job.job_id, [])
     reserved = (job.vram_reserved or 0) + sum(share.bytes for share in beside)
+    if own is not None and own.roomy:
+        reserved = within_need(reserved, job.vram_qlora if job.method == Method.QLORA.value else job.vram_lora)
     if own is None or not own.shared:
         return reserved
     others = (Attempt.host == own.host, Attempt.token != own.token)

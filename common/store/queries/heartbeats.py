@@ -6,6 +6,7 @@ import math
 
 from sqlalchemy import ColumnElement, insert, select, update
 
+from loractl.common.job.adjustment import without_room
 from loractl.common.text import storable
 
 from ..attempt_columns import EXPECTED, REACHED
@@ -79,13 +80,13 @@ def record(tx: Transaction, claim: Claim, progress: Progress) -> None:
         lines = {"at": tx.now(), "text": storable(progress.log)}
         tx.session.execute(insert(LogChunk).values(job_id=claim.job_id, attempt=claim.attempt, **lines))
     if progress.adjustment is not None:
-        change = mine(claim).values(adjustment=progress.adjustment.as_json())
+        change = mine(claim).values(adjustment=without_room(claim.spec, progress.adjustment).as_json())
         tx.session.execute(change.execution_options(synchronize_session="fetch"))
     if progress.result_host is not None:
         change = mine(claim).values(result_host=progress.result_host or None)
         tx.session.execute(change.execution_options(synchronize_session="fetch"))
     if progress.need is not None:
-        plan_again(tx, claim, progress.need)
+        plan_again(tx, claim, progress.need, progress.roomy, progress.running)
     measured = {name: value for name in _MEASURED if (value := getattr(progress, name)) is not None}
     if measured:
         tx.session.execute(update(Attempt).where(*_own(claim)).values(**measured))

@@ -276,7 +276,7 @@ def read_measured(tx: Transaction, need_key: str | None, family: str | None, lim
         asked = union(select(alike), *([select(related)] if family else [])).subquery()
     columns = (
         Attempt.device_name, Attempt.method, asked.c.family, asked.c.need_key, Attempt.vram_planned,
-        Attempt.vram_reserved, Attempt.vram_process, Attempt.vram_peak, Attempt.reason,
+        Attempt.vram_reserved, Attempt.vram_process, Attempt.vram_peak, Attempt.reason, Attempt.roomy,
     )  # fmt: skip
     query = select(*columns).join(asked, asked.c.job_id == Attempt.job_id).where(Attempt.device_kind == "nvml")
     query = query.where(Attempt.reason.in_([Reason.OK, Reason.OUT_OF_MEMORY]), Attempt.method.in_(list(Method)))
@@ -297,6 +297,7 @@ def read_measured(tx: Transaction, need_key: str | None, family: str | None, lim
             reserved=row.vram_reserved,
             peak=row.vram_process or row.vram_peak,
             out_of_memory=row.reason is Reason.OUT_OF_MEMORY,
+            roomy=bool(row.roomy),
         )
         for row in tx.session.execute(query.order_by(Attempt.started_at.desc()).limit(limit))
     ]

@@ -81,6 +81,10 @@ _LEAST = text(
     " ORDER BY vram_needed LIMIT 1"
 ).columns(vram_needed=Job.vram_needed.type)
 
+_WANTED = text(
+    f"{EVERY_KEY} SELECT EXISTS (SELECT 1 FROM keys WHERE (SELECT 1 FROM jobs WHERE {_READY} AND queue_key = keys.k"  # noqa: S608  no input
+    " AND vram_needed <= :free AND job_id <> :job_id LIMIT 1) = 1)"
+).bindparams(bindparam("now", type_=UtcDateTime()))
 _TYPES = {column.key: column.type for column in Job.__table__.columns} | {"again": UtcDateTime()}
 _READ = (*_OF_ROW.replace('"', "").split(", "), "again")
 
@@ -153,6 +157,12 @@ def _joiners(bases: int) -> TextualSelect:
         f"SELECT {_COLUMNS} FROM jobs WHERE job_id IN ({' UNION ALL '.join(parts)})"  # noqa: S608  no input
         " ORDER BY base_model, priority DESC, job_id"
     )
+
+
+def read_wanted(session: Session, now: dt.datetime, job_id: int, free: int) -> bool:
+    """Whether another ready job than this one needs no more than `free` bytes."""
+    asked = {"now": now, "job_id": job_id, "free": free}
+    return bool(session.execute(_WANTED, asked).scalar())
 
 
 def read_order(session: Session, now: dt.datetime, charges: Mapping[str, float], limit: int) -> list[Waiting]:

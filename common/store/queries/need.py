@@ -13,10 +13,10 @@ from sqlalchemy import select, update
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method
-from loractl.common.job.need import Need, SharedNeed, Ways, within
+from loractl.common.job.need import Need, Roomy, RoomyForm, SharedNeed, Ways, within
 from loractl.common.job.status import Status
 from loractl.common.memory.config import read_shape
-from loractl.common.memory.correction import GROWTH, learned
+from loractl.common.memory.correction import GROWTH, learned, learned_roomy
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.gangs import gang_of
 from loractl.common.placement.joins import own_part
@@ -41,10 +41,13 @@ OUTSIDER_SHARE = 0.85
 """An attempt that ran out of memory below this share of its reservation lacked what another program had taken."""
 
 
-def plan_again(tx: Transaction, claim: Claim, planned: Need) -> None:
+def plan_again(
+    tx: Transaction, claim: Claim, planned: Need, roomy: Roomy | None = None, running: int | None = None
+) -> None:
     """Take a better plan for later attempts. What this one reserves beyond it goes back to the card.
 
-    What a job on several cards plans is not what it needs of one.
+    `roomy`: the better plan without recomputing; `running`: this attempt's own plan where it does not recompute. What a
+    job on several cards plans is not what it needs of one.
     """
     if claim.shares:
         return
@@ -57,16 +60,31 @@ def plan_again(tx: Transaction, claim: Claim, planned: Need) -> None:
             learned = known[name] / before if known[name] and before else 1.0
             known[name] = int(size * learned)
     job.planned, job.vram_lora, job.vram_qlora = new, known["lora"], known["qlora"]
+    if roomy is not None:
+        job.roomy = _as_learned(Roomy.read(job.roomy), roomy).as_json()
     size, attempt = known[claim.method.value], tx.session.get(Attempt, (claim.job_id, claim.attempt))
+    plan = new.get(claim.method.value)
+    if running is not None and claim.vram_planned and claim.vram_reserved:
+        size, plan = int(running * claim.vram_reserved / claim.vram_planned), running
     if size is not None and attempt is not None and attempt.joined:
         size = own_part(size, attempt.base_bytes or 0)
     if claim.vram_planned is not None or job.planned.get(claim.method.value) is not None:
         own = (Attempt.job_id == claim.job_id) & (Attempt.attempt == claim.attempt)
-        tx.session.execute(update(Attempt).where(own).values(vram_planned=new.get(claim.method.value)))
+        tx.session.execute(update(Attempt).where(own).values(vram_planned=plan))
     if size is not None and job.vram_reserved is not None and size < job.vram_reserved:
         text = f"planned {gib(size)} GiB from the data's own lengths, {gib(job.vram_reserved)} were reserved"
         tx.tell(job.job_id, claim.attempt, "planned", text)
         job.vram_reserved = size
+
+
+def _as_learned(before: Roomy, now: Roomy) -> Roomy:
+    """The better plan, corrected as the one before was by what was learned from measured peaks."""
+
+    def corrected(method: Method) -> tuple[RoomyForm, ...]:
+        factor = next((form.bytes / form.planned for form in before.of(method)), 1.0)
+        return tuple(replace(form, bytes=int(form.planned * factor)) for form in now.of(method))
+
+    return Roomy(lora=corrected(Method.LORA), qlora=corrected(Method.QLORA))
 
 
 def plan_anew(read: Callable[[], Transaction], write: Callable[[], Transaction]) -> list[int]:
@@ -113,6 +131,7 @@ def _plan(job: Job, read: Callable[[], Transaction]) -> MemoryPlan | None:
     from loractl.common.job.spec import JobSpec
     from loractl.common.memory.need_key import model_family, need_key
     from loractl.common.memory.plan import predict
+    from loractl.common.memory.roomy import plan_roomy
     from loractl.common.memory.step import Stack
     from loractl.common.memory.ways import plan_ways
 
@@ -124,10 +143,11 @@ def _plan(job: Job, read: Callable[[], Transaction]) -> MemoryPlan | None:
     with read() as tx:
         kinds = set(tx.session.scalars(select(Node.kind).distinct()))
         measured = read_measured(tx, key, family, MEASURED)
-    planned = predict(spec, stack=Stack(on_gpu=kinds != {"cpu"}))  # as submit does it
-    need = learned(planned, key, measured)
+    stack = Stack(on_gpu=kinds != {"cpu"})  # as submit does it
+    planned = predict(spec, stack=stack)
+    need, roomy = learned(planned, key, measured), learned_roomy(plan_roomy(spec, stack=stack), key, measured)
     ways = plan_ways(spec, [Method(name) for name in job.methods], planned, need)
-    return MemoryPlan(need=need, planned=planned, ways=ways, need_key=key, family=family)
+    return MemoryPlan(need=need, planned=planned, ways=ways, roomy=roomy, need_key=key, family=family)
 
 
 def _take_plan(tx: Transaction, job_id: int, plan: MemoryPlan, done: list[int]) -> None:
@@ -139,7 +159,7 @@ def _take_plan(tx: Transaction, job_id: int, plan: MemoryPlan, done: list[int]) 
     job.vram_lora, job.vram_qlora = pick(before.lora, plan.need.lora), pick(before.qlora, plan.need.qlora)
     job.planned = {name: pick(job.planned.get(name), size) for name, size in vars(plan.planned).items()}
     job.need_key, job.family, job.engine = plan.need_key, plan.family, ENGINE
-    job.gangs = plan.ways.as_json()
+    job.gangs, job.roomy = plan.ways.as_json(), plan.roomy.as_json()
     line_up(job, node_labels(job), tx.now())
     now = Need(lora=job.vram_lora, qlora=job.vram_qlora)
     if told := [f"{name} {gib(size)} GiB" for name, size in vars(now).items() if size and size != vars(before)[name]]:

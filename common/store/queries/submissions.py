@@ -102,6 +102,7 @@ def _planned(submission: Submission) -> dict[str, Any]:
         "vram_qlora": submission.need.qlora,
         "planned": vars(submission.planned),
         "gangs": submission.ways.as_json(),
+        "roomy": submission.roomy.as_json(),
         "need_key": submission.need_key,
         "family": submission.family,
         "engine": ENGINE,

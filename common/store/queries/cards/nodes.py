@@ -12,10 +12,11 @@ from sqlalchemy import ColumnElement, and_, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import NameTaken
+from loractl.common.job.method import Method
 from loractl.common.job.status import OUTCOMES, Blamed, Reason, Status
 from loractl.common.placement.cards import Card
 from loractl.common.placement.closure import REMEMBERED_S, CardFailure, closure
-from loractl.common.placement.shares import charge, decayed, with_base
+from loractl.common.placement.shares import charge, decayed, with_base, within_need
 
 from ...fleet import NODE_STALE_S, OCCUPANT, InsideHost, card_of
 from ...hosts import TrainerHost
@@ -27,7 +28,7 @@ from .shares import beside, is_late, running_on
 
 # Made once: SQLAlchemy takes longer to make such a statement than to run it.
 _NODES, _HOSTS, _USES, _DRAINS = select(Node), select(TrainerHost), select(Use), select(DrainOrder)
-_OCCUPANTS = select(*OCCUPANT).where(Job.status == Status.RUNNING)
+_OCCUPANTS = select(*OCCUPANT, Job.method, Job.vram_lora, Job.vram_qlora).where(Job.status == Status.RUNNING)
 
 
 def arrive(tx: Transaction, state: NodeState, give_back: Callable[[Transaction, str], list[int]]) -> Arrival:
@@ -135,7 +136,7 @@ def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
 class _FleetRows:
     """What runs in the fleet. A claim needs it for the cards and for the charges, and reads it once."""
 
-    jobs: list[Any]  # rows of OCCUPANT
+    jobs: list[Any]  # rows of OCCUPANT, with their needs
     shares: list[Any]  # the same of their cards beside the first
     hosts: list[TrainerHost]
     inside: list[InsideHost]
@@ -228,7 +229,11 @@ def _charges(session: Session, now: dt.datetime, running: _FleetRows) -> dict[st
     for row in running.jobs:
         seconds = 0.0 if row.started_at is None else (now - row.started_at).total_seconds()
         base, joined, count = parts.get(row.job_id, (0, False, 1))
-        size = with_base((row.vram_reserved or 0) + others[row.job_id], base, joined=joined, share=1 / count)
+        reserved = (row.vram_reserved or 0) + others[row.job_id]
+        if row.job_id not in others:
+            need = row.vram_qlora if row.method == Method.QLORA.value else row.vram_lora
+            reserved = within_need(reserved, need)
+        size = with_base(reserved, base, joined=joined, share=1 / count)
         now_held.setdefault(row.user, []).append((size, seconds))
     return {user: charge(past.get(user, 0.0), now_held.get(user, ())) for user in past.keys() | now_held.keys()}
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.job.adjustment import Adjustment, adjusted, in_words, next_adjustment
+from loractl.common.job.adjustment import (
+    Adjustment,
+    adjusted,
+    in_its_room,
+    in_words,
+    is_roomy,
+    next_adjustment,
+    without_room,
+)  # fmt: skip
 from loractl.common.job.spec import JobSpec
 
 
@@ -102,3 +110,34 @@ def test_the_history_says_what_did_not_fit_and_how_the_run_goes_on() -> None:
     checkpointed = Adjustment(micro_batch=1, accumulation=32, gradient_checkpointing=True)
     assert in_words(spec, one, checkpointed) == "out of memory with 1 row at once: goes on with gradient checkpointing"
     assert in_words(spec, none, Adjustment(eval_batch=4)) == "out of memory evaluating 8 rows at once: evaluates 4"
+
+
+def test_a_run_in_its_room_recomputes_first_in_its_own_micro_batches_and_is_halved_then() -> None:
+    spec = job(4, 2)
+    roomy = in_its_room(spec, Adjustment(eval_batch=2), 1)
+    assert roomy == Adjustment(micro_batch=1, accumulation=8, gradient_checkpointing=False, eval_batch=2)
+    lower = next_adjustment(spec, roomy, on_gpu=True)
+    assert lower == Adjustment(gradient_checkpointing=True, eval_batch=2)
+    assert adjusted(spec, lower).training.rows_a_card(1) == (4, 2)
+    halved = next_adjustment(spec, lower, on_gpu=True)
+    assert halved == Adjustment(micro_batch=2, accumulation=4, gradient_checkpointing=True, eval_batch=2)
+    assert in_words(spec, roomy, lower) == (
+        "out of memory with 1 row at once: goes on with gradient checkpointing and 4, accumulating 2 "
+        "(same effective batch)"
+    )
+    whole = in_its_room(spec, Adjustment(), 4)
+    assert whole == Adjustment(gradient_checkpointing=False)
+    back = next_adjustment(spec, whole, on_gpu=True)
+    assert back is not None
+    assert in_words(spec, whole, back) == "out of memory with 4 rows at once: goes on with gradient checkpointing"
+
+
+def test_the_room_is_one_attempt_s_and_what_a_person_refused_is_no_room() -> None:
+    spec, refused = job(4, 2), job(4, 2, checkpointing=False)
+    assert without_room(
+        spec, Adjustment(micro_batch=1, accumulation=8, gradient_checkpointing=False, eval_batch=2)
+    ) == (Adjustment(eval_batch=2))
+    halved = Adjustment(micro_batch=2, accumulation=4, gradient_checkpointing=True)
+    assert without_room(spec, halved) == halved, "out of memory changed it: that holds for later attempts"
+    kept = Adjustment(micro_batch=2, accumulation=4, gradient_checkpointing=False)
+    assert without_room(refused, kept) == kept and not is_roomy(refused, kept)

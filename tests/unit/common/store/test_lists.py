@@ -35,6 +35,13 @@ ASKED: dict[str, Callable[[Store], Any]] = {
     "ended": lambda store: store.ended(NOON, 8),
 }
 
+
+def claim_with_room(store: Store) -> None:
+    store.see_node(node_state("box:1", total=80 * GIB, max_jobs=4))
+    store.submit(submission(method="lora", priority=9, base_model="org/b", roomy={4: 40}))
+    assert isinstance(store.claim("box:1", joins=True), Claim)
+
+
 ROUNDS: dict[str, Callable[[Store], Any]] = {
     "unfinished": lambda store: store.has_unfinished(GIB, {}),
     "classes": lambda store: store.waiting_classes((8, 12)),
@@ -46,6 +53,7 @@ ROUNDS: dict[str, Callable[[Store], Any]] = {
     "overview of an owner": lambda store: store.glance(Choice(user="ada"), Page(), NOON),
     "measured alike": lambda store: store.measured("key", "llama"),
     "claim": lambda store: store.claim("box:0", joins=True),
+    "claim with room": claim_with_room,
     "turn": lambda store: store.take_turn("box:0", 0.0, 0.0),
     "preempt": lambda store: store.preempt(),
     "patience": lambda store: store.end_patience(),

@@ -13,7 +13,7 @@ from loractl.common.fingerprint import fingerprint
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method
 from loractl.common.settings import load_settings
-from loractl.common.store.records import NodeState
+from loractl.common.store.records import Claim, NodeState
 from loractl.common.store.store import Store
 from loractl.scheduler.answers.reproduction import Repetition, plan_repetition, submission_of
 
@@ -59,6 +59,19 @@ def test_what_was_left_to_the_worker_is_fixed_to_what_it_took(store: Store, tmp_
     assert (fixed.training.dtype, fixed.training.optim) == ("bfloat16", "paged_adamw_8bit")
     assert fixed.labels == {"a": "b", "reproduces": "1"}
     assert fixed.lora == asked.lora and fixed.training.seed == 5 and fixed.dataset == asked.dataset
+
+
+def test_whether_it_recomputed_is_fixed_with_the_pieces_of_its_room(store: Store, tmp_path: Path) -> None:
+    room = Adjustment(micro_batch=2, accumulation=8, gradient_checkpointing=False)
+    told = {"gradient_checkpointing": False, "adjustment": room.as_json()}
+    repetition = again(store, tmp_path, report(training=told))
+    assert repetition.spec.training.gradient_checkpointing is False
+    settings = load_settings({"LORACTL_HOME": str(tmp_path)})
+    job_id = store.submit(submission_of(repetition, settings, store))
+    claim = take(store, node="box:1")
+    assert isinstance(claim, Claim) and (claim.job_id, claim.adjustment) == (job_id, room), "no placement changes it"
+    asked = again(store, tmp_path, report(training=told), training={"gradient_checkpointing": True})
+    assert asked.spec.training.gradient_checkpointing is True
 
 
 def test_what_the_job_file_said_is_not_overruled(store: Store, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.need import Need, Roomy, RoomyForm
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import Measured, accuracy
 from loractl.common.memory.fit import Fit
@@ -99,6 +99,18 @@ def test_a_plan_shows_both_methods_part_by_part(plans: dict[Method, Plan]) -> No
     assert sum(line.lstrip().startswith("margin ") for line in lines) == 2
     assert lines[-1] == "Submit it: x"
     assert [line.split()[0] for line in lines if "kestrel:0" in line or "merlin:0" in line] == ["fits", "never"]
+
+
+def test_a_plan_says_what_the_job_takes_without_recomputing_and_when(plans: dict[Method, Plan]) -> None:
+    forms = tuple(RoomyForm(micro_batch=n, bytes=n * 10 * GIB, planned=1) for n in (4, 2, 1))
+    found = need(plans, roomy=Roomy(qlora=forms))
+    said = " ".join(need_text(found, "x", PIPE).split())
+    assert (
+        "Without recomputing it takes 40.0 GiB, 20.0 with 2 rows at once, 10.0 with 1 row at once (qlora): it has that "
+        "room where it is alone on a card and no ready job wants it."
+    ) in said
+    assert found.as_json()["methods"]["qlora"]["roomy"][1] == {"micro_batch": 2, "bytes": 20 * GIB}
+    assert "recomputing" not in need_text(need(plans), "x", PIPE)
 
 
 def test_what_does_not_fit_is_said_in_words(plans: dict[Method, Plan]) -> None:

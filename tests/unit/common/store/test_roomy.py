@@ -1,0 +1,251 @@
+"""The claim gives a job that is alone on its card the room to do without recomputing, if nobody else wants it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.need import Need, Roomy, RoomyForm
+from loractl.common.job.status import Reason, Status
+from loractl.common.memory.correction import Measured
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+
+from ...factories import RESULT, Clock, node_state, submission
+
+NODE = "box:0"
+FORMS = {4: 40.0, 2: 23.0, 1: 15.0}
+NOTHING = Progress()
+
+
+def show(store: Store, total: float = 80, **state: Any) -> None:
+    store.see_node(node_state(NODE, **{"total": int(total * GIB), "max_jobs": 4, **state}))
+
+
+def queue(store: Store, gib: float = 8, **keys: Any) -> int:
+    return store.submit(submission(lora=gib, method="lora", **{"roomy": FORMS, "max_retries": 0, **keys}))
+
+
+def claim(store: Store, **asked: Any) -> Claim:
+    taken = store.claim(NODE, **{"joins": True, **asked})
+    assert isinstance(taken, Claim), taken
+    return taken
+
+
+def reserved(store: Store, mine: Claim) -> tuple[float, bool | None]:
+    """GiB as the card's ledger has them, and whether the attempt's row says that it was given room."""
+    attempt = store.attempts(mine.job_id)[-1]
+    (job,) = [one for one in store.fleet().cards[NODE].running if one.job_id == mine.job_id]
+    assert job.reserved == attempt.vram_reserved == mine.vram_reserved
+    return job.reserved / GIB, attempt.roomy
+
+
+def test_alone_on_its_card_a_job_trains_without_recomputing(store: Store) -> None:
+    show(store)
+    job_id = queue(store)
+    row = store.job(job_id)
+    assert (row.vram_needed, row.vram_class) == (8 * GIB, 8), "its line is that of its need"
+    mine = claim(store)
+    assert reserved(store, mine) == (40, True)
+    assert mine.adjustment == Adjustment(gradient_checkpointing=False)
+    assert mine.vram_planned == 40 * GIB and not mine.packs
+    started = store.events(job_id)[-1].text
+    assert started.endswith("without recomputing: 40.0 GiB in place of 8.0, which nobody else wants now")
+    assert store.job(job_id).adjustment is None, "the room is this attempt's"
+
+
+def test_on_a_smaller_card_it_takes_the_same_batch_in_smaller_pieces(store: Store) -> None:
+    show(store, 24, max_jobs=1)
+    mine, pieces = (queue(store), claim(store))[1], {"micro_batch": 2, "accumulation": 8}
+    assert reserved(store, mine) == (23, True)
+    assert mine.adjustment == Adjustment(**pieces, gradient_checkpointing=False)
+    assert "without recomputing in 2 rows at once, accumulating 8 (same effective batch)" in (
+        store.events(mine.job_id)[-1].text
+    )
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"training": {"gradient_checkpointing": True}},
+        {"training": {"gradient_checkpointing": False}},
+        {"resources": {"max_vram": "14GiB"}},
+    ],
+)
+def test_what_the_job_itself_says_holds(asked: dict[str, Any], store: Store) -> None:
+    show(store)
+    queue(store, **asked)
+    mine = claim(store)
+    assert (reserved(store, mine), mine.adjustment) == ((8, False), Adjustment())
+
+
+def test_a_job_that_out_of_memory_has_changed_gets_no_room(store: Store) -> None:
+    show(store)
+    queue(store)
+    first = claim(store)
+    store.beat(first, Progress(adjustment=Adjustment(gradient_checkpointing=True)))
+    store.finish(first, Reason.TRAINER_ERROR, "crash", NOTHING)
+    store.retry(first.job_id, "ada")
+    second = claim(store)
+    assert (reserved(store, second), second.adjustment) == ((8, False), Adjustment(gradient_checkpointing=True))
+
+
+def test_what_an_evaluation_has_changed_leaves_the_room_to_the_next_attempt(store: Store) -> None:
+    show(store, 24, max_jobs=1)
+    queue(store)
+    first = claim(store)
+    store.beat(first, Progress(adjustment=Adjustment(**{**first.adjustment.as_json(), "eval_batch": 1})))
+    assert store.job(first.job_id).adjustment == {"eval_batch": 1}
+    store.finish(first, Reason.TRAINER_ERROR, "crash", NOTHING)
+    store.retry(first.job_id, "ada")
+    show(store, 16, max_jobs=1)
+    assert claim(store).adjustment == (
+        Adjustment(micro_batch=1, accumulation=16, gradient_checkpointing=False, eval_batch=1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "room"),
+    [
+        ({"gib": 72, "base_model": "org/b"}, False),  # it fits beside the need
+        ({"gib": 73, "base_model": "org/b"}, True),  # it fits only once this one has left
+        ({"gib": 73}, True),  # on its base, too: nobody joins one that has the room
+    ],
+)
+def test_a_ready_job_that_would_use_the_room_has_it(other: dict[str, Any], room: bool, store: Store) -> None:
+    show(store)
+    queue(store)
+    queue(store, roomy=None, **other)
+    assert reserved(store, claim(store)) == ((40, True) if room else (8, False))
+
+
+def test_a_job_that_is_held_wants_nothing(store: Store) -> None:
+    show(store)
+    queue(store)
+    store.hold(queue(store, base_model="org/b"), "ada")
+    assert reserved(store, claim(store)) == (40, True)
+
+
+def test_where_one_runs_at_a_time_no_other_wants_the_room(store: Store) -> None:
+    show(store, 24, max_jobs=1)
+    queue(store)
+    queue(store)
+    assert reserved(store, claim(store)) == (23, True)
+
+
+@pytest.mark.parametrize(("length", "joins", "room"), [(8, True, False), (8, False, True), (512, True, True)])
+def test_a_job_of_short_rows_stays_open_to_those_that_would_join_it(
+    length: int, joins: bool, room: bool, store: Store
+) -> None:
+    show(store)
+    queue(store, dataset={"path": "org/data", "max_length": length})
+    mine = claim(store, joins=joins)
+    assert (reserved(store, mine)[1], mine.packs) == (room, not room)
+
+
+@pytest.mark.parametrize("own", [{"task_type": "SEQ_CLS"}, {"resources": {"exclusive": True}}])
+def test_a_job_that_nobody_could_join_need_not_stay_open(own: dict[str, Any], store: Store) -> None:
+    show(store)
+    queue(store, dataset={"path": "org/data", "max_length": 8}, **own)
+    assert reserved(store, claim(store)) == (40, True)
+
+
+def test_beside_a_running_job_each_has_its_need(store: Store) -> None:
+    show(store)
+    first, second = queue(store), queue(store)
+    assert [reserved(store, claim(store)) for _ in (first, second)] == [(8, False), (8, False)]
+
+
+def test_a_job_that_comes_later_takes_what_is_left(store: Store) -> None:
+    show(store)
+    queue(store)
+    claim(store)
+    queue(store, 39, roomy=None, base_model="org/b")
+    assert claim(store).vram_reserved == 39 * GIB
+
+
+def test_the_room_is_charged_to_nobody(timed: Store, clock: Clock) -> None:
+    show(timed)
+    queue(timed)
+    mine = claim(timed)
+    assert timed.fleet().charges == {"ada": 8.0}, "an hour of its need as soon as it starts"
+    clock.forward(2 * 3600)
+    timed.finish(mine, Reason.OK, "done", NOTHING, RESULT)
+    assert timed.fleet().charges == {"ada": 16.0}
+
+
+def test_a_simulated_card_never_changes_the_pieces(store: Store) -> None:
+    """A processor trains there: its bits must not depend on who waits."""
+    show(store, 24, kind="sim")
+    queue(store)
+    mine = claim(store)
+    assert (reserved(store, mine), mine.adjustment) == ((8, False), Adjustment())
+    store.finish(mine, Reason.OK, "done", NOTHING, RESULT)
+    show(store, 80, kind="sim")
+    queue(store)
+    assert claim(store).adjustment == Adjustment(gradient_checkpointing=False)
+
+
+def test_a_better_plan_gives_the_rest_back_and_teaches_the_job_both_sizes(store: Store) -> None:
+    show(store)
+    job_id = queue(store)
+    mine = claim(store)
+    better = Roomy(lora=(RoomyForm(micro_batch=4, bytes=20 * GIB, planned=20 * GIB),))
+    need = Need(lora=6 * GIB, qlora=5 * GIB)
+    assert store.beat(mine, Progress(need=need, roomy=better, running=20 * GIB)).accepted
+    row, (attempt,) = store.job(job_id), store.attempts(job_id)
+    assert (row.vram_reserved, row.vram_lora, row.planned) == (20 * GIB, 6 * GIB, vars(need))
+    assert (attempt.vram_planned, Roomy.read(row.roomy)) == (20 * GIB, better)
+    store.finish(mine, Reason.TRAINER_ERROR, "crash", NOTHING)
+    store.retry(job_id, "ada")
+    show(store, 24, max_jobs=1)
+    assert reserved(store, claim(store)) == (20, True)
+
+
+def test_the_peak_of_an_attempt_that_had_the_room_is_told_apart(store: Store) -> None:
+    show(store)
+    for other in ("org/a", "org/b"):
+        queue(store, base_model=other)
+        mine = claim(store)
+        store.beat(mine, Progress(vram_process=30 * GIB))
+        store.finish(mine, Reason.OK, "done", NOTHING, RESULT)
+        queue(store, base_model="org/c", roomy=None)
+        store.finish(claim(store), Reason.OK, "done", NOTHING, RESULT)
+    found: list[Measured] = store.measured()
+    assert sorted((one.roomy, one.planned) for one in found) == [(False, 8 * GIB)] * 2 + [(True, 40 * GIB)] * 2
+
+
+def test_an_attempt_of_an_earlier_version_leaves_it_open(store: Store) -> None:
+    show(store)
+    queue(store)
+    mine = claim(store)
+    with store._engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE attempts SET roomy = NULL")
+    store.finish(mine, Reason.OK, "done", NOTHING, RESULT)
+    assert [one.roomy for one in store.measured()] == [False]
+    assert store.job(mine.job_id).status is Status.SUCCEEDED
+
+
+def test_the_claim_asks_once_however_many_wait(store: Store) -> None:
+    def statements(waiting: int) -> int:
+        seen: list[str] = []
+
+        def note(_c: Any, _cu: Any, statement: str, *_: Any) -> None:
+            seen.append(statement)
+
+        for _ in range(waiting):
+            queue(store, 100, base_model="org/b")
+        queue(store)
+        event.listen(store._engine, "before_cursor_execute", note)
+        mine = claim(store)
+        event.remove(store._engine, "before_cursor_execute", note)
+        assert mine.adjustment.gradient_checkpointing is False
+        store.finish(mine, Reason.OK, "done", NOTHING, RESULT)
+        return len(seen)
+
+    show(store)
+    assert statements(1) == statements(5) == statements(30)
