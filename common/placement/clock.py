@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from loractl.common.job.method import Method
+from loractl.common.job.need import RoomyForm
 
 from .cards import Card, Occupant, WarmBase
 from .hosts import Seat, joined, may_wait, seat
@@ -31,6 +32,14 @@ class ReplayedBase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReplayedForm:
+    """How a job to replay may do without recomputing, where nobody else wants the room."""
+
+    form: RoomyForm
+    time: float  # share of its seconds
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReplayedJob:
     """A job to replay; it arrives at `waiting.since`."""
 
@@ -38,6 +47,12 @@ class ReplayedJob:
     seconds: float | None  # from its first step on, with a card of its own; None: not known, it never ends
     base: ReplayedBase | None = None  # None: it starts in no time, and leaves no host
     packed: PackedJob | None = None  # as the pack rule sees it; None: it trains beside no other job
+    roomy: tuple[ReplayedForm, ...] = ()  # the fastest first
+
+    def seconds_in(self, form: RoomyForm | None) -> float | None:
+        """From its first step on, in that form."""
+        times = (one.time for one in self.roomy if one.form == form)
+        return None if self.seconds is None else self.seconds * next(times, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +183,8 @@ class Clock:
             beside=tuple(share.node for share in placed.beside),
         )
         start_s = _start_s(asked, seated)
-        left = None if asked.seconds is None else start_s + asked.seconds
+        seconds = asked.seconds_in(placed.form)
+        left = None if seconds is None else start_s + seconds
         packed = asked.packed if placed.join is None else placed.join.packed
         nodes = tuple(share.node for share in placed.shares)
         limit_s = None if packed is None else packed.limit_seconds
@@ -180,7 +196,7 @@ class Clock:
         host = next((base.host for base in card.hosts if base.job_id == job.job_id), None)
         if placed.join is not None:
             host = placed.join.base.host
-        elif host is not None and packed is not None:
+        elif host is not None and packed is not None and placed.form is None:
             heapq.heappush(self._opens, (self._moment + start_s, card.node, host))
         occupant = Occupant(job_id=job.job_id, user=job.user, reserved=placed.reserved, ends=ends, began=now, host=host)
         self.cards[card.node] = card

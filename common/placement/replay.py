@@ -11,12 +11,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from loractl.common.job.need import RoomyForm
 from loractl.common.units import GIB
 
 from .cards import Card, Occupant
 from .clock import Clock, ReplayedJob, ReplayedRun
 from .joins import Newcomers, open_bases
-from .lines import JoinedLine, KeptLine, Line, Waiting
+from .lines import JoinedLine, KeptLine, Line, Openings, Waiting
+from .roomy import gains_more_in_a_pack, with_room
 from .rule import Placement, place
 from .shares import charge, decayed
 
@@ -92,7 +94,8 @@ class PlacementRule:
     """The rule of `place`, with each user's charge as the database would keep it.
 
     `charges`: GiB hours by user at `since`, what runs there included; without them no user has used anything yet.
-    `newcomers`: what a join asks of a waiting job; without it none joins a host.
+    `newcomers`: what a join asks of a waiting job; without it none joins a host. `roomy`: what jobs may have beyond
+    their needs, by number.
     """
 
     def __init__(
@@ -101,8 +104,10 @@ class PlacementRule:
         since: dt.datetime | None = None,
         running: Iterable[Occupant] = (),
         newcomers: Newcomers | None = None,
+        roomy: Mapping[int, Sequence[RoomyForm]] | None = None,
     ) -> None:
         self._newcomers = newcomers
+        self._roomy = roomy or {}
         self._levels: dict[int, dict[str, KeptLine]] = {}
         self._all = KeptLine()
         self._past: dict[str, tuple[float, dt.datetime]] = {}
@@ -129,8 +134,29 @@ class PlacementRule:
             job = placement.job
             size = sum(share.bytes for share in placement.shares)
             self._running[job.job_id] = (job.user, size, now, True)
-            self._drop(job)
-        return placed
+        by_node, given = {card.node: card for card in cards}, list[Placement]()
+        for placement in placed:
+            self._drop(placement.job)
+            card = by_node[placement.node]
+            given.append(self._with_room(placement, card))
+            job, size = placement.job, given[-1].reserved
+            by_node[card.node] = card.with_job(Occupant(job_id=job.job_id, user=job.user, reserved=size))
+        return given
+
+    def _with_room(self, placed: Placement, card: Card) -> Placement:
+        """The placement with the room that nobody else wants. Those that start after it still wait when that is asked:
+        each node claims for itself."""
+        forms, job = self._roomy.get(placed.job.job_id, ()), placed.job
+        newcomer = None if self._newcomers is None or not forms else self._newcomers(job)
+        if newcomer is not None and gains_more_in_a_pack(newcomer.packed.tokens, placed.method):
+            return placed
+        labels = frozenset({card.labels})
+
+        def wanted(free: int) -> bool:
+            openings = Openings(gpu=free, processor=(0, 0), unknown=False, labels=labels)
+            return self._all.reader().next(openings) is not None
+
+        return with_room(placed, card, forms, wanted)
 
     def ended(self, job_id: int, now: dt.datetime) -> None:
         if job_id not in self._running:

@@ -53,6 +53,9 @@ that take turns (1). Small fine-tunes leave a large card idle between kernels, l
     show_default=True,
     help="What a pass costs beside its tokens, whoever shares it.",
 )
+@click.option(
+    "--roomy/--no-roomy", default=False, show_default=True, help="Let jobs do without recomputing, as 8B in NF4 would."
+)
 @click.option("--longest", metavar="DURATION", help="Leave out jobs that take longer, like 1d.")
 @click.option("--limit", type=click.IntRange(1), help="Only so many jobs, the first to arrive.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw waits and memory use into a PNG.")
@@ -69,6 +72,7 @@ def sim(
     spare: bool,
     micro_batch: int | None,
     pass_cost: float,
+    roomy: bool,
     longest: str | None,
     limit: int | None,
     plot: Path | None,
@@ -93,7 +97,7 @@ def sim(
         raise UsageError("--pass-cost says nothing without --micro-batch", "like --micro-batch 64 --pass-cost 50")
     law = _law(pass_cost)
     passes = None if micro_batch is None else Passes(tokens=micro_batch, law=law)
-    nodes = Nodes(keep_warm_s=_seconds("--keep-warm", keep_warm), spare=spare, passes=passes)
+    nodes = Nodes(keep_warm_s=_seconds("--keep-warm", keep_warm), spare=spare, passes=passes, roomy=roomy)
     if plot is not None:
         require_matplotlib("sim")
     cards = parse_fleet(fleet, max_jobs_per_gpu)

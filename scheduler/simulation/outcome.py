@@ -24,23 +24,26 @@ class Contender:
     """A rule, and what the nodes do under it."""
 
     title: str  # for people; a star marks a rule that knows what no real scheduler knows
-    make: Callable[[Newcomers | None], Rule]
+    make: Callable[[Newcomers | None, Sequence[ReplayedJob]], Rule]
     hosts: bool = False  # trainers stay with their bases
     packs: bool = False  # jobs join others in them
     spares: bool = False  # spare trainers wait for jobs
+    roomy: bool = False  # jobs do without recomputing where nobody else wants the room
 
 
-def _ours(newcomers: Newcomers | None) -> Rule:
-    return PlacementRule(newcomers=newcomers)
+def _ours(newcomers: Newcomers | None, jobs: Sequence[ReplayedJob]) -> Rule:
+    roomy = {job.waiting.job_id: [one.form for one in job.roomy] for job in jobs}
+    return PlacementRule(newcomers=newcomers, roomy=roomy)
 
 
 POLICIES: dict[str, Contender] = {
-    "loractl": Contender(title="loractl", make=_ours, hosts=True, packs=True, spares=True),
-    "without_packs": Contender(title="without packs", make=_ours, hosts=True, spares=True),
-    "without_hosts": Contender(title="without hosts", make=_ours, spares=True),
-    "fifo": Contender(title="fifo", make=lambda _: fifo()),
-    "shortest_first": Contender(title="shortest first*", make=lambda _: shortest_first()),
-    "best_fit": Contender(title="best fit", make=lambda _: best_fit()),
+    "loractl": Contender(title="loractl", make=_ours, hosts=True, packs=True, spares=True, roomy=True),
+    "recomputing": Contender(title="recomputing", make=_ours, hosts=True, packs=True, spares=True),
+    "without_packs": Contender(title="without packs", make=_ours, hosts=True, spares=True, roomy=True),
+    "without_hosts": Contender(title="without hosts", make=_ours, spares=True, roomy=True),
+    "fifo": Contender(title="fifo", make=lambda *_: fifo()),
+    "shortest_first": Contender(title="shortest first*", make=lambda *_: shortest_first()),
+    "best_fit": Contender(title="best fit", make=lambda *_: best_fit()),
 }
 """What is compared, ours first."""
 
@@ -55,6 +58,7 @@ class Nodes:
     keep_warm_s: float = KEEP_WARM_S
     spare: bool = True
     passes: Passes | None = None  # None: no job joins others in a host
+    roomy: bool = False  # what jobs take without recomputing is as forms_of has it; False: it is not known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,7 @@ class Course:
     took: float  # from its arrival to its end
     warm: bool = False  # it started in a host that had its base
     joined: bool = False  # others trained there
+    roomy: bool = False  # it did without recomputing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,11 @@ class RuleOutcome:
         """The part of all jobs that joined others in a host."""
         return sum(course.joined for course in self.courses) / len(self.courses) if self.courses else 0.0
 
+    @property
+    def roomy(self) -> float:
+        """The part of all jobs that did without recomputing."""
+        return sum(course.roomy for course in self.courses) / len(self.courses) if self.courses else 0.0
+
     def by_class(self) -> dict[int, list[Course]]:
         """The courses by VRAM class, in GiB."""
         classes: dict[int, list[Course]] = {}
@@ -119,6 +129,7 @@ class RuleOutcome:
             "vram_utilisation": self.utilisation,
             "warm_starts": self.warm,
             "joins": self.joined,
+            "roomy": self.roomy,
             "waits_by_class": {
                 str(size): {
                     "jobs": len(courses),
@@ -141,6 +152,15 @@ class Simulation:
     load: float | None  # see load_of
     nodes: Nodes
     outcomes: Mapping[str, RuleOutcome]  # by policy; ours is "loractl"
+
+    @property
+    def later(self) -> list[float]:
+        """Seconds by which each job ends later for the room that jobs are given, below 0 sooner, in the order of their
+        arrival; empty where that was not asked."""
+        if (without := self.outcomes.get("recomputing")) is None:
+            return []
+        pairs = zip(self.outcomes["loractl"].courses, without.courses, strict=True)
+        return [ours.took - theirs.took for ours, theirs in pairs]
 
     @property
     def how_loaded(self) -> str:
@@ -166,15 +186,17 @@ class Simulation:
             "micro_batch": None if self.nodes.passes is None else self.nodes.passes.tokens,
             "base_models": len(self.chosen.base_models),
             "load": None if self.load is None or math.isinf(self.load) else self.load,
+            "later": {"jobs": sum(one > 0 for one in self.later), "most_s": max(self.later)} if self.later else None,
             "policies": {name: outcome.as_json() for name, outcome in self.outcomes.items()},
         }
 
 
 def policies_for(chosen: Chosen, nodes: Nodes) -> tuple[str, ...]:
     """The policies that may differ on these jobs: without base models hosts change nothing."""
-    if not chosen.base_models:
-        return RULES
-    return tuple(name for name in POLICIES if nodes.passes is not None or name != "without_packs")
+    idle = {"recomputing"} if not nodes.roomy else set()
+    idle |= {"without_packs"} if nodes.passes is None else set()
+    idle |= {"without_packs", "without_hosts"} if not chosen.base_models else set()
+    return tuple(name for name in POLICIES if name not in idle)
 
 
 def simulate(
@@ -191,9 +213,10 @@ def simulate(
     for name in policies_for(chosen, nodes) if policies is None else policies:
         policy = POLICIES[name]
         passes = nodes.passes if policy.packs else None
-        jobs = to_replay(chosen.jobs, compress, spare=policy.spares and nodes.spare, passes=passes)
+        spare, roomy = policy.spares and nodes.spare, policy.roomy and nodes.roomy
+        jobs = to_replay(chosen.jobs, compress, spare=spare, passes=passes, roomy=roomy)
         keep_warm_s = nodes.keep_warm_s if policy.hosts else 0.0
-        rule = policy.make(None if passes is None else newcomers_of(jobs))
+        rule = policy.make(None if passes is None else newcomers_of(jobs), jobs)
         replayed = replay(jobs, known, BEGIN, rule, contention=contention, keep_warm_s=keep_warm_s)
         outcomes[name] = outcome_of(jobs, cards, replayed)
     return Simulation(
@@ -221,6 +244,7 @@ def outcome_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card], replayed: Rep
                 took=(run.ended - since).total_seconds(),
                 warm=run.warm,
                 joined=run.joined,
+                roomy=run.reserved > (job.waiting.least or 0) and not run.joined,
             )
         )
     return RuleOutcome(

@@ -17,6 +17,7 @@ from .workload import fleet_text
 # Lines differ in shade, width and dash, so that a grey print can be read too.
 _STYLES: dict[str, dict[str, Any]] = {
     "loractl": {"color": "#0b3d91", "linewidth": 2.6, "linestyle": "-", "zorder": 5},
+    "recomputing": {"color": "#7a9be8", "linewidth": 1.8, "linestyle": (0, (3, 2)), "zorder": 4},
     "without_packs": {"color": "#2f62c9", "linewidth": 1.8, "linestyle": (0, (6, 2)), "zorder": 4},
     "without_hosts": {"color": "#5b8def", "linewidth": 1.6, "linestyle": "-.", "zorder": 4},
     "fifo": {"color": "#b5541c", "linewidth": 1.6, "linestyle": "-"},

@@ -20,6 +20,7 @@ from loractl.common.placement.pack_rule import PackedJob, PassLaw
 from loractl.common.units import GIB, parse_duration, parse_size
 
 from .cold_start import start_of
+from .room import forms_of
 
 BEGIN = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
 """When a trace begins; only distances from it count."""
@@ -115,11 +116,17 @@ class Passes:
 
 
 def to_replay(
-    jobs: Sequence[TraceJob], compress: float, *, spare: bool = False, passes: Passes | None = None
+    jobs: Sequence[TraceJob],
+    compress: float,
+    *,
+    spare: bool = False,
+    passes: Passes | None = None,
+    roomy: bool = False,
 ) -> list[ReplayedJob]:
     """The jobs for a replay from BEGIN on, their arrivals `compress` times as close, numbered by arrival.
 
-    `spare`: a job that loads its base does so in a spare trainer. `passes`: where jobs may share a trainer.
+    `spare`: a job that loads its base does so in a spare trainer. `passes`: where jobs may share a trainer. `roomy`:
+    where they may do without recomputing.
     """
     law = None if passes is None else passes.law
     first = min((job.arrival for job in jobs), default=0.0)
@@ -137,6 +144,7 @@ def to_replay(
             seconds=job.seconds,
             base=start_of(job.base_size, spare=spare, law=law) if job.base_size else None,
             packed=PackedJob(tokens=passes.tokens) if passes is not None and job.base_model else None,
+            roomy=forms_of(job.need) if roomy else (),
         )
         for number, job in enumerate(jobs, start=1)
     ]

@@ -27,6 +27,8 @@ def text(done: Simulation, screen: Screen) -> str:
     ]
     if done.how_loaded.startswith("load"):
         notes.append("load: how busy the jobs keep the cards, alone on one each; above 1 they fall behind.")
+    if done.nodes.roomy:
+        notes.append("recomputing: loractl's rule, but no job does without.")
     if done.chosen.base_models:
         if done.nodes.passes is not None:
             notes.append("without packs: loractl's rule, with one job at a time in a host.")
@@ -54,6 +56,8 @@ def _what(done: Simulation) -> list[str]:
     ]
     if chosen.base_models:
         lines += _bases(done)
+    if done.nodes.roomy:
+        lines += _roomy(done)
     if chosen.never:
         lines.append(f"Larger than every card, and not replayed: {thousands(chosen.never)}.")
     if chosen.longer:
@@ -75,6 +79,16 @@ def _bases(done: Simulation) -> list[str]:
         )
     if alone := sum(not job.base_model for job in jobs):
         lines.append(f"With a base model that no other job has: {thousands(alone)}.")
+    return lines
+
+
+def _roomy(done: Simulation) -> list[str]:
+    """How many jobs did without recomputing, and how many ends that made later."""
+    later = [seconds for seconds in done.later if seconds > 0]
+    share = len(later) / len(done.later) if done.later else 0.0
+    lines = [f"{done.outcomes['loractl'].roomy:.0%} of the jobs did without recomputing."]
+    if later:
+        lines.append(f"{share:.0%} end later for it, the worst by {span(max(later))}.")
     return lines
 
 

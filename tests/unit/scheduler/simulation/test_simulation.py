@@ -16,7 +16,16 @@ from loractl.common.units import GIB
 from loractl.scheduler.simulation.baselines import fifo
 from loractl.scheduler.simulation.bases import with_bases
 from loractl.scheduler.simulation.cold_start import start_of
-from loractl.scheduler.simulation.outcome import Course, Simulation, load_of, mean, outcome_of, quantile, simulate
+from loractl.scheduler.simulation.outcome import (
+    Course,
+    Nodes,
+    Simulation,
+    load_of,
+    mean,
+    outcome_of,
+    quantile,
+    simulate,
+)
 from loractl.scheduler.simulation.picture import binned, draw
 from loractl.scheduler.simulation.workload import (
     BEGIN,
@@ -295,6 +304,50 @@ def test_the_rule_beats_whole_cards_by_age_on_a_busy_lab_and_makes_large_jobs_wa
 
 def p99_wait(courses: Sequence[Course]) -> float:
     return quantile([course.wait for course in courses], 0.99)
+
+
+def in_their_room(jobs: Sequence[TraceJob], fleet: str) -> Simulation:
+    cards, workload = parse_fleet(fleet), Workload(jobs=tuple(jobs))
+    return simulate(choose(workload, cards, 1e9, None), cards, 1.0, 0.5, Nodes(roomy=True), ("loractl", "recomputing"))
+
+
+def test_a_job_alone_takes_less_time_in_its_room_and_a_later_one_waits_for_its_end() -> None:
+    first, later = (TraceJob(arrival=at, need=10 * GIB, seconds=1000, user="ada") for at in (0, 100))
+    done = in_their_room([first, later], "24GiB")
+    assert [(c.took, c.roomy) for c in done.outcomes["loractl"].courses] == [(790, True), (1480, True)]
+    assert [c.took for c in done.outcomes["recomputing"].courses] == [1000, 1900]
+    assert done.later == [-210, -420]
+    wide = in_their_room([first, replace(later, need=40 * GIB)], "80GiB")
+    assert [c.took for c in wide.outcomes["loractl"].courses] == [710, 610 + 790]
+    assert wide.outcomes["recomputing"].courses[1].wait == 0 < wide.outcomes["loractl"].courses[1].wait
+
+
+def test_jobs_that_come_together_have_their_needs() -> None:
+    jobs = [TraceJob(arrival=0, need=10 * GIB, seconds=1000, user="ada")] * 3
+    assert in_their_room(jobs, "80GiB").outcomes["loractl"].roomy == 0
+    assert in_their_room(jobs, "24GiB,24GiB,24GiB").outcomes["loractl"].roomy == 1, "no other runs beside them"
+
+
+def test_on_a_busy_lab_the_room_makes_the_mean_job_end_sooner() -> None:
+    rng, clock, jobs = random.Random(3), 0.0, []
+    for _ in range(600):
+        clock += rng.expovariate(1 / 400)
+        need, seconds = rng.choice((6, 9, 11, 18, 22, 40, 70)) * GIB, min(86400, rng.lognormvariate(6.9, 1.3))
+        jobs.append(TraceJob(arrival=clock, need=need, seconds=seconds, user=rng.choice("abcdef")))
+    done = in_their_room(jobs, "2x12GiB,2x24GiB,48GiB,80GiB")
+    assert mean(done.later) < 0
+    ours, without = (done.outcomes[name] for name in ("loractl", "recomputing"))
+    assert p99_wait(ours.largest_tenth) <= p99_wait(without.largest_tenth)
+
+
+def test_the_command_tells_what_room_saves_and_whom_it_costs(cli: Cli, own: Path) -> None:
+    done = cli("sim", own, "--fleet", "24GiB,80GiB", "--roomy").stdout
+    assert "of the jobs did without recomputing." in done and "\nrecomputing " in done
+    value = json.loads(cli("sim", own, "--fleet", "24GiB,80GiB", "--roomy", "--json").stdout)
+    assert list(value["policies"])[:2] == ["loractl", "recomputing"]
+    assert value["policies"]["loractl"]["roomy"] > 0 == value["policies"]["recomputing"]["roomy"]
+    assert set(value["later"]) == {"jobs", "most_s"}
+    assert json.loads(cli("sim", own, "--fleet", "80GiB", "--json").stdout)["later"] is None
 
 
 def test_the_command_tells_what_hosts_save(cli: Cli, own: Path) -> None:
