@@ -1,18 +1,24 @@
 """What a card would do in a step, counted without one: python -m benchmarks.budget writes docs/budget.md.
 
 It takes half a minute of a processor and a C++ compiler (tests/fake_cuda). The card's milliseconds are no measurement.
+With `roomy` it prints what a step takes without recomputing, in its own micro-batch and in smaller ones.
 """
 
 from __future__ import annotations
 
+import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.fake_cuda import put_in, why_not
 
 if TYPE_CHECKING:
-    from tests.fake_cuda.budget import Step
+    from tests.fake_cuda.budget import Shape, Step
+
+START_S = 20e-6
+"""Of Python, to start a kernel: docs/budget.md says 15 to 25 us."""
 
 PAGE = Path(__file__).parents[1] / "docs" / "budget.md"
 
@@ -57,8 +63,29 @@ def main() -> None:
     from tests.fake_cuda.budget import SHAPES, WAYS, counted
 
     warnings.simplefilter("ignore")
+    if sys.argv[1:] == ["roomy"]:
+        for shape in SHAPES.values():
+            print_pieces(shape)
+        return
     lines = [line(name, side, counted(shape, way)) for name, shape in SHAPES.items() for way, side in WAYS.items()]
     PAGE.write_text(HEAD + "\n".join(lines) + "\n", "utf-8")
+
+
+def print_pieces(shape: Shape) -> None:
+    """Of a step that recomputes the share that each number of rows at once takes without, by card, and what starting
+    the kernels takes of it; the larger one counts."""
+    from tests.fake_cuda.budget import counted
+
+    whole, rows = counted(shape, "shared"), shape.rows
+    while rows:
+        step, pieces = counted(replace(shape, rows=rows), "shared", recomputes=False), shape.rows // rows
+        starting = 1e3 * START_S * step.kernels * pieces
+        found = [
+            f"{card} {pieces * ms / whole.milliseconds[card]:.2f} ({starting / whole.milliseconds[card]:.2f} to start)"
+            for card, ms in step.milliseconds.items()
+        ]
+        print(f"{shape.name}, {rows} at once: {', '.join(found)}", flush=True)
+        rows //= 2
 
 
 def line(name: str, side: str, step: Step) -> str:

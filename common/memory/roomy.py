@@ -13,12 +13,12 @@ from .shape import Shape
 from .step import Lengths, Stack, micro_batch
 
 LEAST_WORK = 10**11
-"""Weights of a block times tokens of a micro-batch, from which on smaller micro-batches pay. Each reads the base again,
-dequantises it where it is in NF4, and starts all kernels again. Counted for a 4090 as docs/budget.md says, a step takes
-of one that recomputes: 8B in NF4, 4 rows of 1,024, 0.71; 2 and 1 of them at once 0.74 and 0.79 (work 4.5e11
-and 2.2e11); 8B, 2 of 8 rows of 256 at once 0.86 (1.1e11); 1B, 2 of 4 rows of 1,024 0.77 (1.2e11), 1 of them 0.91
-(0.6e11). Below, Python takes longer to start the kernels, at 20 us each, than the card to run them: 8B, 1 of 8 rows of
-256 1.44, 0.5B, 8 of 16 rows of 128 1.5 (0.2e11)."""
+"""Weights of a block times tokens of a micro-batch, from which on smaller micro-batches pay. Each reads the base
+again, dequantises it where it is in NF4, and starts all kernels again. Counted for a 4090 (`python -m
+benchmarks.budget roomy`), a step takes of one that recomputes: 8B in NF4, 4 rows of 1,024, 0.71, with 2 and 1 of them
+at once 0.74 and 0.79 (work 4.5e11 and 2.2e11); 8B, 2 of 8 rows of 256, 0.73 (1.1e11); 1B in NF4, 2 of 4 rows of
+1,024, 0.77 (1.2e11), 1 of them 0.91 (0.6e11). Below, Python takes longer to start the kernels, at 20 us each, than
+the card to run them: 8B, 1 of 8 rows of 256, 1.39 (0.6e11)."""
 
 
 def plan_roomy(spec: JobSpec, lengths: Lengths | None = None, *, stack: Stack | None = None) -> Roomy:

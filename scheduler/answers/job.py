@@ -164,6 +164,7 @@ class PastAttempt:
     message: str | None
     resumed_from_step: int | None
     shared: bool  # others were in its trainer with it
+    roomy: bool | None  # it was given the room to do without recomputing; None: of an earlier version
 
     cards: tuple[CardPart, ...] = ()  # all of them, its first one first; of several each is planned alike
 
@@ -171,6 +172,11 @@ class PastAttempt:
     def place(self) -> str:
         """Its cards in as few letters as can be."""
         return in_short([part.node for part in self.cards] or [self.node])
+
+    @property
+    def how(self) -> str:
+        """Its method, and whether it began without recomputing."""
+        return f"{self.method}, roomy" if self.roomy else self.method
 
     @property
     def planned(self) -> int | None:

@@ -64,7 +64,7 @@ def _memory(last: PastAttempt, job: JobState, screen: Screen) -> list[str]:
     """The last attempt's peak and plan, its method and speed. On a processor both are of all that the process holds,
     libraries included."""
     several = len(last.cards) > 1
-    how = f"method {last.method}"
+    how = f"method {last.how}"
     how += f"   speed {job.tokens_per_second:.0f} tok/s" if job.tokens_per_second else ""
     of_ram = " of RAM" if last.device_kind == "cpu" else ""
     peak = f"{gib(last.peak)} GiB{of_ram} at most{' on one card' if several else ''}" if last.peak else ""
@@ -145,7 +145,7 @@ def _attempt_row(attempt: PastAttempt, now: dt.datetime) -> list[str]:
     return [
         str(attempt.attempt),
         clean_line(attempt.place),
-        attempt.method,
+        attempt.how,
         gib(attempt.planned),
         gib(attempt.peak),
         clock(attempt.started_at, now),

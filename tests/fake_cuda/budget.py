@@ -115,10 +115,10 @@ class Step:
     milliseconds: dict[str, float]  # by card
 
 
-def counted(shape: Shape, way: str) -> Step:
-    """A forward and a backward pass with recomputation, in bf16 on an Ada card."""
+def counted(shape: Shape, way: str, *, recomputes: bool = True) -> Step:
+    """A forward and a backward pass, in bf16 on an Ada card."""
     model = MODELS[shape.model]
-    one, two = (_by_operator(shape, way, layers) for layers in (1, 2))
+    one, two = (_by_operator(shape, way, layers, recomputes) for layers in (1, 2))
     whole = {
         name: work.plus(work.plus(one.get(name, Work()), -1), model.layers - 2)  # beyond the second block
         for name, work in two.items()
@@ -143,9 +143,9 @@ def _seconds(name: str, work: Work, rates: Rates) -> float:
     return max(both, work.kernels * rates.least_s)
 
 
-def _by_operator(shape: Shape, way: str, layers: int) -> dict[str, Work]:
-    config = MODELS[shape.model].config | {"num_hidden_layers": layers}
-    case = Case(way=way, method=shape.method, model=config, lora=ADAPTER, rows=(shape.tokens,) * shape.rows)
+def _by_operator(shape: Shape, way: str, layers: int, recomputes: bool) -> dict[str, Work]:
+    config, rows = MODELS[shape.model].config | {"num_hidden_layers": layers}, (shape.tokens,) * shape.rows
+    case = Case(way=way, method=shape.method, recomputes=recomputes, model=config, lora=ADAPTER, rows=rows)
     with card(case.capability), _attention_of_a_card():
         precision = choose_precision("cuda")
         (learner,) = learners_of(case, base_on_card(case.model, case.method, precision), precision)

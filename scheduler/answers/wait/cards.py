@@ -13,6 +13,7 @@ from loractl.common.placement.cards import Card, avoided, holds_now, room_at, su
 from loractl.common.placement.gangs import may_share
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.reach import out_of_reach
+from loractl.common.placement.shares import within_need
 from loractl.common.store.fleet import (
     NODE_STALE_S,
     Avoidance,
@@ -117,11 +118,25 @@ def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
     if not opening.after:
         warm = any(card.has_warm(me.base_model, method) for method in me.methods)
         return fit("now", _now(me, card, view) + (", its base is loaded there" if warm else ""), view.now)
-    what = f"{'has a slot' if opening.only_slot else 'fits'} when {when_they_end(opening.after)}"
+    what = (
+        f"{'has a slot' if opening.only_slot else 'fits'} when {when_they_end(opening.after)}{_beyond(me, card, view)}"
+    )
     refused = refused_join(me, card, view)
     if opening.at is None:
         return fit("?", f"{what}, which is not known{refused}")
     return fit(clock(opening.at, view.now), what + refused, opening.at)
+
+
+def _beyond(me: Waiting, card: Card, view: FleetView) -> str:
+    """Whose room beyond its need the job would fit into, as words behind those that must end."""
+    if me.least is None or me.least <= card.free or not card.slots:
+        return ""
+    for one in card.running:
+        row = view.running.get(one.job_id)
+        need = None if row is None else row.vram_qlora if row.method == Method.QLORA.value else row.vram_lora
+        if need is not None and me.least <= card.free + one.reserved - within_need(one.reserved, need):
+            return f", which took {gib(one.reserved - need)} beyond its need when nobody wanted them"
+    return ""
 
 
 def _share(me: Waiting, gang: SharedNeed, card: Card, view: FleetView, fit: Callable[..., CardFit]) -> CardFit:

@@ -68,6 +68,17 @@ def test_the_smaller_method_of_several_decides_what_never_fits() -> None:
 # --- policy ---
 
 
+def test_whose_room_beyond_its_need_a_job_would_fit_into_is_named() -> None:
+    def fits(**changed: Any) -> str:
+        holder = running(3, "box:0", 40, 600, **{"vram_lora": 8 * GIB, **changed})
+        (found,) = card_fits(waits(lora=45, qlora=45), fleet([card(total=80, max_jobs=4)], ran=[holder]))
+        return found.then
+
+    assert fits() == "fits when 3 ends, which took 32.0 beyond its need when nobody wanted them"
+    assert fits(vram_lora=40 * GIB) == fits(vram_lora=None) == "fits when 3 ends"
+    assert fits(vram_lora=36 * GIB) == "fits when 3 ends", "its need alone leaves too little"
+
+
 def test_a_held_job_waits_for_a_person_whatever_is_free() -> None:
     assert told(waits(held=True, message="held: its worker was lost 3 times"), card()) == (
         "held",
