@@ -319,6 +319,8 @@ def test_an_attempt_that_was_given_room_plans_its_own_size_and_the_job_s_need(
     whole = Roomy.read(plain.roomy).lora[0]
     assert whole.micro_batch == 2 and roomy.lora is not None and roomy.running is not None and plain.running is None
     assert roomy.lora < roomy.running < whole.bytes, "one of two rows at once"
+    page = (tmp_path / "a" / "result" / "report.html").read_text()
+    assert "1 × 8 accumulated, 2 × 4 asked: so its card had room to train without recomputing" in page
 
 
 def test_a_run_that_was_given_room_recomputes_first_when_it_does_not_fit(

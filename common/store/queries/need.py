@@ -66,6 +66,8 @@ def plan_again(
     plan = new.get(claim.method.value)
     if running is not None and claim.vram_planned and claim.vram_reserved:
         size, plan = int(running * claim.vram_reserved / claim.vram_planned), running
+    elif attempt is not None and attempt.roomy:
+        plan = attempt.vram_planned  # out of memory took the room back: its peak is still the larger size's
     if size is not None and attempt is not None and attempt.joined:
         size = own_part(size, attempt.base_bytes or 0)
     if claim.vram_planned is not None or job.planned.get(claim.method.value) is not None:

@@ -182,10 +182,14 @@ class Life(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 5]),
         preemptible=st.booleans(),
         max_retries=st.integers(0, 1),
+        roomy=st.sampled_from([None, {4: LARGE}]),
     )
-    def submit(self, size: int, priority: int, preemptible: bool, max_retries: int) -> Known:
+    def submit(
+        self, size: int, priority: int, preemptible: bool, max_retries: int, roomy: dict[int, float] | None = None
+    ) -> Known:
+        """`roomy`: it may have as much as a large job needs, where nobody else wants that."""
         wanted = submission(
-            lora=size, method="lora", priority=priority, preemptible=preemptible, max_retries=max_retries
+            lora=size, method="lora", priority=priority, preemptible=preemptible, max_retries=max_retries, roomy=roomy
         )
         job_id = self.store.submit(wanted)
         assert all(job_id > earlier for earlier in self.known), "a number is never given twice"

@@ -206,6 +206,15 @@ def test_a_better_plan_gives_the_rest_back_and_teaches_the_job_both_sizes(store:
     assert reserved(store, claim(store)) == (20, True)
 
 
+def test_a_plan_that_comes_once_out_of_memory_took_the_room_back_is_of_the_need(store: Store) -> None:
+    show(store)
+    queue(store)
+    mine = claim(store)
+    store.beat(mine, Progress(need=Need(lora=6 * GIB, qlora=5 * GIB)))
+    (attempt,) = store.attempts(mine.job_id)
+    assert (store.job(mine.job_id).vram_reserved, attempt.vram_planned) == (6 * GIB, 40 * GIB), "its peak is of 40"
+
+
 def test_the_peak_of_an_attempt_that_had_the_room_is_told_apart(store: Store) -> None:
     show(store)
     for other in ("org/a", "org/b"):
