@@ -22,6 +22,9 @@ START_S = 20e-6
 
 PAGE = Path(__file__).parents[1] / "docs" / "budget.md"
 
+START_S = (15e-6, 25e-6)
+"""What Python and torch take to start a kernel."""
+
 HEAD = """\
 # A step's budget on a card
 
@@ -35,21 +38,23 @@ rows have the same length, and all of their tokens but the first are learned. Th
 `loractl` is a job's default. `Trainer` is transformers' Trainer on peft's model, by `training.exact`, whose steps are
 the Trainer's bit for bit. 0.5B is Qwen2.5's shape, 1B Llama 3.2's, 8B Llama 3's.
 
-- Kernels: one for each operator that is no view. A product over NF4 starts four, attention's backward pass three.
+- Kernels: one for each operator that is no view. A product over NF4 starts four, attention's backward pass three, the
+  gradient of a slice two.
 - GB: every tensor that an operator is given is read once, every one that it makes is written once. Caches are left out.
   Elementwise is what is no product, no attention and no loss.
 - TFLOP: of matrix products and attention; what is recomputed counts as often as it runs.
-- Milliseconds: each operator takes as long as its bytes or its products, at least 3 us a kernel (H100: 2.5). Assumed
-  are 0.9 TB/s and 150 TFLOPS on a 4090, 2.6 TB/s and 600 TFLOPS on an H100. What Python takes to start the kernels is
-  left out: at 15 to 25 us each, small steps on an H100 wait for that.
+- Milliseconds: each call of an operator takes as long as its bytes or its products, at least 3 us a kernel (H100: 2.5).
+  Assumed are 0.9 TB/s and 150 TFLOPS on a 4090, 2.6 TB/s and 600 TFLOPS on an H100.
+- H100 waits: Python and torch take 15 to 25 us to start a kernel. Where that is more than the milliseconds, an H100
+  waits for the rest of it.
 - Blocks are alike: models of one and of two blocks are counted at full width, and each further block costs their
   difference.
 
 Liger's kernels are not counted: they are Triton's, which torch does not see as operators and which read a tensor's
 memory; a fake tensor has none.
 
-| step | side | kernels | GB | elementwise | TFLOP | 4090, ms | H100, ms |
-| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |
+| step | side | kernels | GB | elementwise | TFLOP | 4090, ms | H100, ms | H100 waits, ms |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 """
 
 
@@ -90,7 +95,9 @@ def print_pieces(shape: Shape) -> None:
 
 def line(name: str, side: str, step: Step) -> str:
     counts = f"{step.kernels:,} | {step.gigabytes:,.1f} | {step.elementwise:,.1f} | {step.teraflop:,.2f}"
-    return f"| {name} | {side} | {counts} | " + " | ".join(f"{ms:,.0f}" for ms in step.milliseconds.values()) + " |"
+    card = " | ".join(f"{ms:,.0f}" for ms in step.milliseconds.values())
+    waits = [max(0.0, 1e3 * step.kernels * start - step.milliseconds["H100"]) for start in START_S]
+    return f"| {name} | {side} | {counts} | {card} | {' to '.join(f'{ms:,.0f}' for ms in waits) if any(waits) else 0} |"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.engine.loss import MicroBatch, learned_in
 
 from .card import card
-from .count import Count, Work, kind_of
+from .count import CARDS, Count, Work, kind_of
 from .passes import Case, base_on_card, learners_of, rows_of
 
 WAYS = {"shared": "loractl", "padded": "Trainer"}
@@ -90,21 +90,6 @@ ADAPTER = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rates:
-    """What a card reaches in real kernels: assumed, below its data sheet's."""
-
-    bytes: float  # a second
-    operations: float  # a second, of products in 16 bit
-    least_s: float  # of a kernel
-
-
-CARDS = {
-    "4090": Rates(bytes=0.9e12, operations=150e12, least_s=3e-6),
-    "H100": Rates(bytes=2.6e12, operations=600e12, least_s=2.5e-6),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Step:
     """Of one step, without the optimizer's."""
 
@@ -130,17 +115,9 @@ def counted(shape: Shape, way: str, *, recomputes: bool = True) -> Step:
         elementwise=sum(work.bytes for work in slow) / 1e9,
         teraflop=sum(work.operations for work in whole.values()) / 1e12,
         milliseconds={
-            card: 1e3 * sum(_seconds(name, work, rates) for name, work in whole.items())
-            for card, rates in CARDS.items()
+            card: 1e3 * sum(work.seconds[number] for work in whole.values()) for number, card in enumerate(CARDS)
         },
     )
-
-
-def _seconds(name: str, work: Work, rates: Rates) -> float:
-    """By the roofline: a kernel takes as long as its bytes or its operations; those of NF4 come after each other."""
-    moving, multiplying = work.bytes / rates.bytes, work.operations / rates.operations
-    both = moving + multiplying if name == "bitsandbytes.gemm_4bit" else max(moving, multiplying)
-    return max(both, work.kernels * rates.least_s)
 
 
 def _by_operator(shape: Shape, way: str, layers: int, recomputes: bool) -> dict[str, Work]:

@@ -36,6 +36,9 @@ NARROWER = ((8, 6), (8, 9), (12, 0)), 192
 """Cards with less memory on their chips, and the width of a head up to which FlashAttention has a backward pass there
 (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
 
+OWN = ("silu_backward",)
+"""Operators with a kernel of their own on a card, which a torch without CUDA makes of others."""
+
 
 @contextlib.contextmanager
 def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
@@ -92,6 +95,9 @@ def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
         stack.enter_context(patch.object(functional, "scaled_dot_product_attention", _attend))
         stack.enter_context(patch.object(torch.nn.Module, "to", _to))
         stack.enter_context(patch.object(dora, "dequantize_module_weight", _dequantized))
+        kernels = stack.enter_context(torch.library._scoped_library("aten", "IMPL", "CUDA"))
+        for name in OWN:
+            kernels.impl(name, _no_kernel)
         # where there is a card it would bring up CUDA, and let torch.tensor write there
         stack.enter_context(patch.object(FakeTensorMode, "avoid_device_init", True))
         # peft copies layers, and a copied tensor brought a copy of its mode
@@ -155,6 +161,10 @@ class Dice(torch.Generator):
     def set_state(self, state: Any) -> Any:
         assert state == self.state
         return self
+
+
+def _no_kernel(*_: Any) -> Any:
+    raise AssertionError("a tensor without content was computed")
 
 
 @contextlib.contextmanager

@@ -19,8 +19,12 @@ from .watch import name_of, tensors_of
 NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh", "_unsafe_view")
 """Operators that start nothing, beside views."""
 
-KERNELS = {"bitsandbytes.gemm_4bit": 4, "_varlen_attn_backward": 3, "_scaled_dot_product_flash_attention_backward": 3}
-"""Of operators that start several: NF4's scales, their offset, its weight and the product; attention's own."""
+KERNELS = {
+    "bitsandbytes.gemm_4bit": 4, "_varlen_attn_backward": 3, "_scaled_dot_product_flash_attention_backward": 3,
+    "slice_backward": 2, "select_backward": 2,
+}  # fmt: skip
+"""Of operators that start several: NF4's scales, their offset, its weight and the product; attention's own; zeros, and
+a gradient that is copied into them."""
 
 ATTENTION = ("_varlen_attn", "_varlen_attn_backward", "_scaled_dot_product_flash_attention",
              "_scaled_dot_product_flash_attention_backward")  # fmt: skip
@@ -35,18 +39,46 @@ SEEN_TWICE = ("index", "embedding", "index_select", "gather")
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What a card reaches in real kernels: assumed, below its data sheet's."""
+
+    bytes: float  # a second
+    operations: float  # a second, of products in 16 bit
+    least_s: float  # of a kernel
+
+
+CARDS = {
+    "4090": Rates(bytes=0.9e12, operations=150e12, least_s=3e-6),
+    "H100": Rates(bytes=2.6e12, operations=600e12, least_s=2.5e-6),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """Of a step, or of a part of it."""
 
     kernels: float = 0
     bytes: float = 0
     operations: float = 0
+    seconds: tuple[float, ...] = (0.0,) * len(CARDS)  # by card
+
+    @classmethod
+    def of(cls, name: str, moved: float, operations: float) -> Work:
+        """One call of an operator. By the roofline: it takes as long as its bytes or its products. NF4's kernels come
+        after each other."""
+        kernels, seconds = KERNELS.get(name, 1), []
+        for rates in CARDS.values():
+            moving, multiplying = moved / rates.bytes, operations / rates.operations
+            both = moving + multiplying if name == "bitsandbytes.gemm_4bit" else max(moving, multiplying)
+            seconds.append(max(both, kernels * rates.least_s))
+        return cls(kernels=kernels, bytes=moved, operations=operations, seconds=tuple(seconds))
 
     def plus(self, other: Work, times: float = 1) -> Work:
         return Work(
             kernels=self.kernels + times * other.kernels,
             bytes=self.bytes + times * other.bytes,
             operations=self.operations + times * other.operations,
+            seconds=tuple(mine + times * its for mine, its in zip(self.seconds, other.seconds, strict=True)),
         )
 
 
@@ -62,11 +94,7 @@ class Count(TorchDispatchMode):
         name = name_of(func)
         if not (name.startswith("prim.") or name in NO_KERNEL or _is_view(func)):
             given, made = list(tensors_of((args, kwargs))), list(tensors_of(out))
-            work = Work(
-                kernels=KERNELS.get(name, 1),
-                bytes=_moved(name, args, given, made),
-                operations=_operations(name, args, given, made),
-            )
+            work = Work.of(name, _moved(name, args, given, made), _operations(name, args, given, made))
             self.by_operator[name] = self.by_operator[name].plus(work)
         return out
 
