@@ -187,38 +187,37 @@ class _Product(torch.autograd.Function):
         parts: list[_Factors],
         *factors: torch.Tensor,
     ) -> Any:
-        ctx.frozen, ctx.parts, ctx.lengths, widened = frozen, parts, lengths, wide.widens(x)
-        ctx.narrow = x.dtype
-        kind, saved = torch.float32 if widened else x.dtype, [x, *factors] if parts else []
+        ctx.frozen, ctx.parts, ctx.lengths, ctx.narrow, ctx.kept = frozen, parts, lengths, x.dtype, None
+        ctx.widened = widened = wide.widens(x)
+        kind = torch.float32 if widened else x.dtype
+        above, below = factors[: len(parts)], factors[len(parts) :]
         with wide.as_it_is(x):
-            read = x.to(kind)
+            read, saved, inners = x.to(kind), [*factors], []
+            for part, a in zip(parts, above, strict=True):
+                mask = _mask(x[part.rows], part) if part.dropout else None
+                seen = read[part.rows] if mask is None else _dropped(read[part.rows], mask, part)
+                inners.append(seen @ a.to(kind).T)
+                saved += [x[part.rows], inners[-1], *([] if mask is None else [mask])]
+            if parts:
+                ctx.kept = _Kept.node(x, saved)
             answer = frozen(read, lengths, widened=widened)
-            for part, a, b in zip(parts, factors[: len(parts)], factors[len(parts) :], strict=True):
-                seen = read[part.rows]
-                if part.dropout:
-                    mask = _mask(x[part.rows], part)
-                    saved.append(mask)
-                    seen = _dropped(seen, mask, part)
-                inner = seen @ a.to(kind).T
-                saved.append(inner)
+            for part, inner, b in zip(parts, inners, below, strict=True):
                 answer[part.rows].addmm_(inner, b.to(kind).T, alpha=part.scaling)
-        ctx.save_for_backward(*saved)
         return answer.to(x.dtype) if rounds else answer
 
     @staticmethod
     def backward(ctx: Any, given: torch.Tensor) -> Any:
-        narrow, count = ctx.narrow, len(ctx.parts)
-        x, *saved = ctx.saved_tensors or [given.new_empty(0, dtype=narrow)]
-        widened = wide.widens(x)
+        narrow, widened, count = ctx.narrow, ctx.widened, len(ctx.parts)
+        saved, ctx.kept = () if ctx.kept is None else ctx.kept.saved_tensors, None
         kind = torch.float32 if widened else narrow
         # contiguous: the library picks a kernel by strides, too, which are those of the whole pass
-        x, given = x.to(kind), given.contiguous().to(kind)
+        given = given.contiguous().to(kind)
         above, below, rest = saved[:count], saved[count : 2 * count], iter(saved[2 * count :])
         back = ctx.frozen.gradient(given, ctx.lengths, widened=widened) if ctx.needs_input_grad[0] else None
         to_a, to_b = [], []
         for part, a, b in zip(ctx.parts, above, below, strict=True):
-            mask = next(rest) if part.dropout else None
-            inner, seen, of_answer = next(rest), x[part.rows], given[part.rows]
+            seen, inner, mask = next(rest).to(kind), next(rest), next(rest) if part.dropout else None
+            of_answer = given[part.rows]
             # this way round: a library takes twice as long for a product that is a few numbers wide
             of_b = (inner.T @ of_answer).T.to(b.dtype)
             to_b.append(torch.mul(of_b, part.scaling, out=torch.empty_like(b)))
@@ -226,11 +225,28 @@ class _Product(torch.autograd.Function):
             to_a.append((of_inner.T @ (seen if mask is None else _dropped(seen, mask, part))).to(a.dtype))
             if back is None:
                 continue
+            own = back[part.rows]
             if mask is None:
-                back[part.rows].addmm_(of_inner, a.to(kind))
+                own.addmm_(of_inner, a.to(kind))
             else:
-                back[part.rows] += _dropped(of_inner @ a.to(kind), mask, part)
+                own += _dropped(of_inner @ a.to(kind), mask, part)
         return (back if back is None else back.to(narrow), None, None, None, None, *to_a, *to_b)
+
+
+class _Kept(torch.autograd.Function):
+    """What a product's backward pass needs, saved before the product is made: recomputation of a block ends with the
+    last tensor that is saved in it, and so does not make the block's last product again."""
+
+    @staticmethod
+    def node(x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Any:
+        """Has them as `saved_tensors`, as long as it lives: it is in no graph. `x`: the product's input."""
+        with torch.enable_grad():
+            return _Kept.apply(x, *tensors).grad_fn
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*tensors)
+        return x.new_empty(0)
 
 
 def _mask(x: torch.Tensor, part: _Factors) -> torch.Tensor:
