@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from loractl.common.job.method import Method
+from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
 from loractl.worker.engine.loss import MicroBatch, learned_in
+from loractl.worker.engine.passes import card, wide
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.product import FrozenProduct
 from loractl.worker.engine.passes.shared import SharedPass
+from loractl.worker.engine.streams import RandomStreams
 
-from .test_lean import BF16, spec_of
+from .test_lean import BF16, FP32, adapted, spec_of
 from .test_pack import rows
 
 
@@ -43,3 +46,40 @@ def test_a_block_that_is_recomputed_does_not_make_its_last_product_again(
     forward.learn(batch, torch.autograd.backward)
     assert made[64, 128] == 2 * 2 * 2, "gate and up of two blocks, forwards and again"
     assert made[128, 64] == 2, "down, forwards alone"
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_card_s_way_learns_what_a_processor_s_does(
+    tiny_model: Path, method: str, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same masks, for two trainings of odd lengths, in fp32."""
+    theirs = gradients(tiny_model, method, dropout, FP32)
+    monkeypatch.setattr(card, "PLACES", ("cpu",))
+    ours = gradients(tiny_model, method, dropout, FP32)
+    assert float(theirs.norm()) > 0 and float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+def test_it_is_as_near_to_fp32_in_bf16(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = gradients(tiny_model, "lora", 0.1, FP32)
+    with wide.narrow():
+        theirs = gradients(tiny_model, "lora", 0.1, BF16)
+        monkeypatch.setattr(card, "PLACES", ("cpu",))
+        ours = gradients(tiny_model, "lora", 0.1, BF16)
+    assert 0 < float((ours - exact).norm()) < 1.1 * float((theirs - exact).norm())
+
+
+def gradients(folder: Path, method: str, dropout: float, precision: Precision) -> torch.Tensor:
+    """Of two trainings that pass a base together, with recomputation."""
+    base = shared_base(load_base(str(folder), Method(method), "cpu", precision), precision)
+    assert base is not None
+    pieces = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = adapted(base.view(), spec_of(method, lora={"lora_dropout": dropout}), precision)
+        forward = SharedPass(base, model, streams=RandomStreams(torch.device("cpu")))
+        batch = MicroBatch(rows=(some := rows(3, seed, lengths=range(5, 40))), learned=learned_in(some), pieces=1)
+        pieces.append(forward.piece(batch, torch.autograd.backward))
+    base.learn(pieces, recomputes=True)
+    trained = [p for piece in pieces for p in piece.model.parameters() if p.requires_grad]
+    return torch.cat([p.grad.double().flatten() for p in trained if p.grad is not None])

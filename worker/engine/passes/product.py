@@ -15,6 +15,7 @@ import torch
 
 from . import apart, wide
 from .apart import LayerShape
+from .card import is_on_card
 
 ADAPTER = "default"
 """peft's name of an adapter that is alone in its view of the base."""
@@ -159,6 +160,7 @@ class _Factors:
     """One adapter's part of a product."""
 
     rows: slice
+    kind: torch.dtype  # of its gradients
     scaling: float
     dropout: float
     generator: torch.Generator
@@ -166,8 +168,13 @@ class _Factors:
     @classmethod
     def of(cls, span: Span, layer: Any) -> _Factors:
         dropout = getattr(layer.lora_dropout[ADAPTER], "p", 0.0) if torch.is_grad_enabled() else 0.0
-        rows = slice(span.begin, span.end)
-        return cls(rows=rows, scaling=layer.scaling[ADAPTER], dropout=dropout, generator=span.generator)
+        return cls(
+            rows=slice(span.begin, span.end),
+            kind=layer.lora_A[ADAPTER].weight.dtype,
+            scaling=layer.scaling[ADAPTER],
+            dropout=dropout,
+            generator=span.generator,
+        )
 
 
 class _Product(torch.autograd.Function):
@@ -190,19 +197,21 @@ class _Product(torch.autograd.Function):
         ctx.frozen, ctx.parts, ctx.lengths, ctx.narrow, ctx.kept = frozen, parts, lengths, x.dtype, None
         ctx.widened = widened = wide.widens(x)
         kind = torch.float32 if widened else x.dtype
-        above, below = factors[: len(parts)], factors[len(parts) :]
         with wide.as_it_is(x):
-            read, saved, inners = x.to(kind), [*factors], []
+            read, inners = x.to(kind), []
+            above, below = ([factor.to(kind) for factor in half] for half in _halves(factors))
+            saved = [*above, *below]
             for part, a in zip(parts, above, strict=True):
-                mask = _mask(x[part.rows], part) if part.dropout else None
-                seen = read[part.rows] if mask is None else _dropped(read[part.rows], mask, part)
-                inners.append(seen @ a.to(kind).T)
-                saved += [x[part.rows], inners[-1], *([] if mask is None else [mask])]
+                seen, mask = read[part.rows], _mask(x[part.rows], part) if part.dropout else None
+                seen = seen if mask is None else _dropped(seen, mask, part)
+                inners.append(seen @ a.T)
+                # a processor drops it again: memory costs it more
+                saved += [seen if is_on_card(x) else x[part.rows], inners[-1], *([] if mask is None else [mask])]
             if parts:
-                ctx.kept = _Kept.node(x, saved)
+                ctx.kept = _Kept.node(x, factors, saved)
             answer = frozen(read, lengths, widened=widened)
             for part, inner, b in zip(parts, inners, below, strict=True):
-                answer[part.rows].addmm_(inner, b.to(kind).T, alpha=part.scaling)
+                answer[part.rows].addmm_(inner, b.T, alpha=part.scaling)
         return answer.to(x.dtype) if rounds else answer
 
     @staticmethod
@@ -212,25 +221,48 @@ class _Product(torch.autograd.Function):
         kind = torch.float32 if widened else narrow
         # contiguous: the library picks a kernel by strides, too, which are those of the whole pass
         given = given.contiguous().to(kind)
-        above, below, rest = saved[:count], saved[count : 2 * count], iter(saved[2 * count :])
+        (above, below), rest = _halves(saved[: 2 * count]), iter(saved[2 * count :])
         back = ctx.frozen.gradient(given, ctx.lengths, widened=widened) if ctx.needs_input_grad[0] else None
         to_a, to_b = [], []
         for part, a, b in zip(ctx.parts, above, below, strict=True):
             seen, inner, mask = next(rest).to(kind), next(rest), next(rest) if part.dropout else None
-            of_answer = given[part.rows]
-            # this way round: a library takes twice as long for a product that is a few numbers wide
-            of_b = (inner.T @ of_answer).T.to(b.dtype)
-            to_b.append(torch.mul(of_b, part.scaling, out=torch.empty_like(b)))
-            of_inner = (of_answer @ b.to(kind)).mul_(part.scaling)
-            to_a.append((of_inner.T @ (seen if mask is None else _dropped(seen, mask, part))).to(a.dtype))
+            if mask is not None and not is_on_card(given):
+                seen = _dropped(seen, mask, part)
+            of_b, of_inner = _slopes(given[part.rows], inner, b, part)
+            to_a.append((of_inner.T @ seen).to(part.kind))
+            to_b.append(of_b)
             if back is None:
                 continue
             own = back[part.rows]
             if mask is None:
-                own.addmm_(of_inner, a.to(kind))
+                own.addmm_(of_inner, a)
+            elif is_on_card(given):
+                own.addcmul_(of_inner @ a, mask, value=1 / (1 - part.dropout))
             else:
-                own += _dropped(of_inner @ a.to(kind), mask, part)
+                own += _dropped(of_inner @ a, mask, part)
         return (back if back is None else back.to(narrow), None, None, None, None, *to_a, *to_b)
+
+
+def _halves(factors: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """Every A, and every B."""
+    return factors[: len(factors) // 2], factors[len(factors) // 2 :]
+
+
+def _slopes(
+    of_answer: torch.Tensor, inner: torch.Tensor, b: torch.Tensor, part: _Factors
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of B and of what it is given. A card scales them as it multiplies."""
+    if is_on_card(of_answer):
+        nothing = inner.new_empty(())
+        of_b, of_inner = (
+            torch.addmm(nothing, left, right, beta=0, alpha=part.scaling)
+            for left, right in ((of_answer.T, inner), (of_answer, b))
+        )
+        return of_b.to(part.kind), of_inner
+    # this way round: a library takes twice as long for a product that is a few numbers wide
+    of_b = (inner.T @ of_answer).T.to(part.kind)
+    of_b = torch.mul(of_b, part.scaling, out=of_b.new_empty(of_b.shape))
+    return of_b, (of_answer @ b).mul_(part.scaling)
 
 
 class _Kept(torch.autograd.Function):
@@ -238,13 +270,13 @@ class _Kept(torch.autograd.Function):
     last tensor that is saved in it, and so does not make the block's last product again."""
 
     @staticmethod
-    def node(x: torch.Tensor, tensors: Sequence[torch.Tensor]) -> Any:
-        """Has them as `saved_tensors`, as long as it lives: it is in no graph. `x`: the product's input."""
+    def node(x: torch.Tensor, factors: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Any:
+        """Has them as `saved_tensors`, as long as it lives: it is in no graph. `x`, `factors`: which have gradients."""
         with torch.enable_grad():
-            return _Kept.apply(x, *tensors).grad_fn
+            return _Kept.apply(tensors, x, *factors).grad_fn
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensors: Sequence[torch.Tensor], x: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(*tensors)
         return x.new_empty(0)
 
@@ -252,13 +284,15 @@ class _Kept(torch.autograd.Function):
 def _mask(x: torch.Tensor, part: _Factors) -> torch.Tensor:
     """What dropout keeps: on a processor the numbers that torch's own multiplies its input with, on a card a byte an
     element."""
-    kind = torch.bool if x.is_cuda else x.dtype
+    kind = torch.bool if is_on_card(x) else x.dtype
     mask = torch.empty(x.shape, dtype=kind, device=x.device).bernoulli_(1 - part.dropout, generator=part.generator)
-    return mask if x.is_cuda else mask.div_(1 - part.dropout)
+    return mask if kind is torch.bool else mask.div_(1 - part.dropout)
 
 
 def _dropped(x: torch.Tensor, mask: torch.Tensor, part: _Factors) -> torch.Tensor:
-    return (x * mask).div_(1 - part.dropout) if mask.dtype is torch.bool else x * mask
+    if mask.dtype is torch.bool:  # the kernel that also scales
+        return torch.ops.aten.native_dropout_backward(x, mask, 1 / (1 - part.dropout))
+    return x * mask
 
 
 def _compute_type(x: torch.Tensor) -> torch.dtype:

@@ -1,0 +1,12 @@
+"""Where a step goes a card's way: in fewer kernels that move fewer bytes, and round otherwise than a processor's."""
+
+from __future__ import annotations
+
+import torch
+
+PLACES = ("cuda",)
+"""Kinds of devices that go it. A processor's bits are promised, and it gains nothing."""
+
+
+def is_on_card(x: torch.Tensor) -> bool:
+    return x.device.type in PLACES
