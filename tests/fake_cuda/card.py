@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from loractl.worker.base import shared_heads
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.passes import varlen
+from loractl.worker.engine.passes import norm, varlen
 from loractl.worker.engine.passes.lean import RowsBehindEachOther
 from loractl.worker.engine.streams import RandomStreams
 
@@ -36,7 +36,7 @@ NARROWER = ((8, 6), (8, 9), (12, 0)), 192
 """Cards with less memory on their chips, and the width of a head up to which FlashAttention has a backward pass there
 (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)."""
 
-OWN = ("silu_backward",)
+OWN = ("silu_backward", "_fused_rms_norm", "_fused_rms_norm_backward")
 """Operators with a kernel of their own on a card, which a torch without CUDA makes of others."""
 
 
@@ -74,6 +74,13 @@ def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
         """Its fused kernel for older cards, fp32 and masks."""
         return not params.enable_gqa
 
+    is_row_norm = norm._is_row_norm
+
+    def is_norm(module: Any) -> bool:
+        """Asked of numbers on the processor, which are no fake ones."""
+        with _disable_current_modes(), unset_fake_temporarily():
+            return is_row_norm(module)
+
     _forget()
     said = {
         "is_available": lambda: True,
@@ -93,6 +100,7 @@ def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
         stack.enter_context(patch.object(torch.backends.cuda, "can_use_flash_attention", takes_flash))
         stack.enter_context(patch.object(torch.backends.cuda, "can_use_efficient_attention", takes_efficient))
         stack.enter_context(patch.object(functional, "scaled_dot_product_attention", _attend))
+        stack.enter_context(patch.object(norm, "_is_row_norm", is_norm))
         stack.enter_context(patch.object(torch.nn.Module, "to", _to))
         stack.enter_context(patch.object(dora, "dequantize_module_weight", _dequantized))
         kernels = stack.enter_context(torch.library._scoped_library("aten", "IMPL", "CUDA"))

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 ONE_TYPE = (
     "mm", "addmm", "addmm_", "bmm", "baddbmm", "_grouped_mm", "_varlen_attn", "_varlen_attn_backward",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
+    "_fused_rms_norm",
 )  # fmt: skip
 """Operators whose CUDA kernels take one type alone, in their first three tensors."""
 

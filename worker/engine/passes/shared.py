@@ -53,10 +53,10 @@ class SharedBase:
         self._products: dict[str, SharedProduct] = {}  # by the layer's path
         self._asked = False  # whether this machine's products of several trainings have the bits of each alone
         self.apart: str | None = None  # why each training's rows are multiplied by themselves; None: they are together
+        take_over_norms(self._words)
         if model.device.type == "cpu":
             # the head's chunks are of one training each, but where its weight is widened for all of them
             self._take_over(head=wide.may_widen(model.device, precision.base))
-            take_over_norms(self._words)
             for block in ExpertsApart.blocks(self._words):
                 block.forward = ExpertsApart(block, self._spans)
         self._blocks: list[Any] | None = None  # that can be recomputed; None: not prepared for it
