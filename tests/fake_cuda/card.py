@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from loractl.worker.base import shared_heads
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.passes import norm, varlen
+from loractl.worker.engine.passes import norm, rotary, varlen
 from loractl.worker.engine.passes.lean import RowsBehindEachOther
 from loractl.worker.engine.streams import RandomStreams
 
@@ -74,12 +74,14 @@ def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
         """Its fused kernel for older cards, fp32 and masks."""
         return not params.enable_gqa
 
-    is_row_norm = norm._is_row_norm
-
-    def is_norm(module: Any) -> bool:
+    def tried(question: Any) -> Any:
         """Asked of numbers on the processor, which are no fake ones."""
-        with _disable_current_modes(), unset_fake_temporarily():
-            return is_row_norm(module)
+
+        def ask(about: Any) -> bool:
+            with _disable_current_modes(), unset_fake_temporarily():
+                return bool(question(about))
+
+        return ask
 
     _forget()
     said = {
@@ -100,7 +102,8 @@ def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
         stack.enter_context(patch.object(torch.backends.cuda, "can_use_flash_attention", takes_flash))
         stack.enter_context(patch.object(torch.backends.cuda, "can_use_efficient_attention", takes_efficient))
         stack.enter_context(patch.object(functional, "scaled_dot_product_attention", _attend))
-        stack.enter_context(patch.object(norm, "_is_row_norm", is_norm))
+        stack.enter_context(patch.object(norm, "_is_row_norm", tried(norm._is_row_norm)))
+        stack.enter_context(patch.object(rotary, "_turns_halves", tried(rotary._turns_halves)))
         stack.enter_context(patch.object(torch.nn.Module, "to", _to))
         stack.enter_context(patch.object(dora, "dequantize_module_weight", _dequantized))
         kernels = stack.enter_context(torch.library._scoped_library("aten", "IMPL", "CUDA"))

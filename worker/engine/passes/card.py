@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
 PLACES = ("cuda",)
 """Kinds of devices that go it. A processor's bits are promised, and it gains nothing."""
 
 
-def is_on_card(x: torch.Tensor) -> bool:
+def is_on_card(x: Any) -> bool:
+    """Of a tensor, or of a model."""
     return x.device.type in PLACES

@@ -26,6 +26,7 @@ from loractl.worker.engine.streams import RandomStreams
 
 from . import wide
 from .cross_entropy import SummedLosses
+from .rotary import Rotary
 from .rows import RowLayout
 from .scratch import Scratch
 
@@ -84,6 +85,7 @@ class LeanModel:
         self._precision = precision
         self._decoder = words.base_model
         self._layout = RowLayout(words)
+        self._rotary = Rotary(words)
         self._kind: Any = None  # of the decoder's answer
         self._adapters = [m for m in words.modules() if hasattr(m, "cast_input_dtype_enabled")]
 
@@ -99,7 +101,7 @@ class LeanModel:
         for layer in self._adapters:
             layer.cast_input_dtype_enabled = False
         try:
-            with self._layout.of(lengths):
+            with self._layout.of(lengths), self._rotary.taken_over():
                 yield
         finally:
             for layer in self._adapters:

@@ -45,7 +45,7 @@ def attend(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (_as_autocast(states)[0].transpose(0, 1) for states in (query, key, value))
+    q, k, v = (_as_autocast(states).squeeze(0).transpose(0, 1) for states in (query, key, value))
     before = -1 if window is None or window >= longest else window - 1
     sides = {"window_size": (before, 0), "enable_gqa": True}
     answer = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scaling, **sides)
