@@ -57,7 +57,7 @@ def test_a_card_s_way_learns_what_a_processor_s_does(
     theirs = gradients(tiny_model, method, dropout, FP32)
     monkeypatch.setattr(card, "PLACES", ("cpu",))
     ours = gradients(tiny_model, method, dropout, FP32)
-    assert float(theirs.norm()) > 0 and float((ours - theirs).norm() / theirs.norm()) < 1e-5
+    assert float(theirs.norm()) > 0 and float((ours - theirs).norm() / theirs.norm()) < 1e-4
 
 
 def test_it_is_as_near_to_fp32_in_bf16(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +70,7 @@ def test_it_is_as_near_to_fp32_in_bf16(tiny_model: Path, monkeypatch: pytest.Mon
 
 
 def gradients(folder: Path, method: str, dropout: float, precision: Precision) -> torch.Tensor:
-    """Of two trainings that pass a base together, with recomputation."""
+    """Of the second step of two trainings that pass a base together, with recomputation."""
     base = shared_base(load_base(str(folder), Method(method), "cpu", precision), precision)
     assert base is not None
     pieces = []
@@ -80,6 +80,10 @@ def gradients(folder: Path, method: str, dropout: float, precision: Precision) -
         forward = SharedPass(base, model, streams=RandomStreams(torch.device("cpu")))
         batch = MicroBatch(rows=(some := rows(3, seed, lengths=range(5, 40))), learned=learned_in(some), pieces=1)
         pieces.append(forward.piece(batch, torch.autograd.backward))
-    base.learn(pieces, recomputes=True)
     trained = [p for piece in pieces for p in piece.model.parameters() if p.requires_grad]
+    base.learn(pieces, recomputes=True)
+    for p in trained:
+        p.data -= 0.1 * p.grad / p.grad.norm()
+        p.grad = None
+    base.learn(pieces, recomputes=True)
     return torch.cat([p.grad.double().flatten() for p in trained if p.grad is not None])

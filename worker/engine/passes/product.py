@@ -36,6 +36,7 @@ class Spans:
 
     def __init__(self) -> None:
         self.now: tuple[Span, ...] = ()
+        self._cast: tuple[Any, dict[torch.Tensor, torch.Tensor]] = (None, {})  # of which block, and to which type
 
     @property
     def lengths(self) -> list[int]:
@@ -45,10 +46,30 @@ class Spans:
     def of(self, spans: Sequence[Span]) -> Iterator[None]:
         """Until the backward pass is over: blocks that are recomputed need them too."""
         before, self.now = self.now, tuple(spans)
+        self._cast = (None, {})  # an optimizer may have changed the factors since
         try:
             yield
         finally:  # also where torch ends a block's recomputation early, by an error of its own
-            self.now = before
+            self.now, self._cast = before, (None, {})
+
+    def cast(self, block: list[SharedProduct], kind: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:
+        """The factors of a block's products that are of another type, and each one in this type. One kernel casts them
+        all: a card would start one for each, and a Llama's block has fourteen."""
+        if self._cast[0] != (id(block), kind):
+            layers = [layer for product in block for span in self.now if (layer := product.layers.get(span.owner))]
+            plain = [layer for layer in layers if ADAPTER not in layer.lora_variant]
+            before = [factor for layer in plain for factor in _factors(layer) if factor.dtype is not kind]
+            with torch.no_grad():
+                after = [torch.empty_like(factor, dtype=kind) for factor in before]
+                if before:
+                    torch._foreach_copy_(after, before)
+            self._cast = (id(block), kind), dict(zip(before, after, strict=True))
+        return self._cast[1]
+
+
+def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B."""
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
 
 class ExpertsApart:
@@ -81,8 +102,10 @@ class ExpertsApart:
 class SharedProduct:
     """In place of a linear layer's forward()."""
 
-    def __init__(self, linear: Any, spans: Spans) -> None:
-        self._linear = linear
+    def __init__(self, linear: Any, spans: Spans, block: list[SharedProduct]) -> None:
+        """`block`: has the products of the same block of the model, and is given this one."""
+        block.append(self)
+        self._linear, self._block = linear, block
         self._own: Callable[[torch.Tensor], torch.Tensor] = linear.forward
         self._spans = spans
         self._frozen = FrozenProduct.of(linear)
@@ -134,11 +157,11 @@ class SharedProduct:
         return apart.each(self._own, x, self._lengths(x)) if several else self._own(x)
 
     def _together(self, x: torch.Tensor, taken: list[tuple[Span, Any]]) -> torch.Tensor:
-        above = [layer.lora_A[ADAPTER].weight for _, layer in taken]
-        below = [layer.lora_B[ADAPTER].weight for _, layer in taken]
+        factors = [factor for half in zip(*(_factors(layer) for _, layer in taken), strict=True) for factor in half]
         parts = [_Factors.of(span, layer) for span, layer in taken]
-        flat = x.reshape(-1, x.shape[-1]).to(_compute_type(x))
-        answer = _Product.apply(flat, self._frozen, self.rounds, self._lengths(x), parts, *above, *below)
+        flat = x.reshape(-1, x.shape[-1]).to(kind := _compute_type(x))
+        casts = self._spans.cast(self._block, kind) if is_on_card(x) else {}
+        answer = _Product.apply(flat, self._frozen, self.rounds, self._lengths(x), parts, casts, *factors)
         answer = answer.view(*x.shape[:-1], -1)
         # a layer in NF4 answers in its input's type
         return answer.to(x.dtype) if hasattr(self._linear, "quant_state") else answer
@@ -192,6 +215,7 @@ class _Product(torch.autograd.Function):
         rounds: bool,
         lengths: list[int],
         parts: list[_Factors],
+        casts: dict[torch.Tensor, torch.Tensor],
         *factors: torch.Tensor,
     ) -> Any:
         ctx.frozen, ctx.parts, ctx.lengths, ctx.narrow, ctx.kept = frozen, parts, lengths, x.dtype, None
@@ -199,7 +223,7 @@ class _Product(torch.autograd.Function):
         kind = torch.float32 if widened else x.dtype
         with wide.as_it_is(x):
             read, inners = x.to(kind), []
-            above, below = ([factor.to(kind) for factor in half] for half in _halves(factors))
+            above, below = ([casts.get(factor, factor).to(kind) for factor in half] for half in _halves(factors))
             saved = [*above, *below]
             for part, a in zip(parts, above, strict=True):
                 seen, mask = read[part.rows], _mask(x[part.rows], part) if part.dropout else None
@@ -240,7 +264,7 @@ class _Product(torch.autograd.Function):
                 own.addcmul_(of_inner @ a, mask, value=1 / (1 - part.dropout))
             else:
                 own += _dropped(of_inner @ a, mask, part)
-        return (back if back is None else back.to(narrow), None, None, None, None, *to_a, *to_b)
+        return (back if back is None else back.to(narrow), None, None, None, None, None, *to_a, *to_b)
 
 
 def _halves(factors: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,7 @@ class SharedBase:
         self._spans = Spans()
         self._head: SharedProduct | None = None  # where several trainings may be given to it together
         self._products: dict[str, SharedProduct] = {}  # by the layer's path
+        self._in_block: dict[str, list[SharedProduct]] = {}  # by the block's path
         self._asked = False  # whether this machine's products of several trainings have the bits of each alone
         self.apart: str | None = None  # why each training's rows are multiplied by themselves; None: they are together
         take_over_norms(self._words)
@@ -106,7 +108,8 @@ class SharedBase:
     def _product(self, path: str) -> SharedProduct:
         if path not in self._products:
             linear = self._words.get_submodule(path)
-            self._products[path] = linear.forward = SharedProduct(linear, self._spans)
+            block = self._in_block.setdefault(_block_of(path), [])
+            self._products[path] = linear.forward = SharedProduct(linear, self._spans, block)
         return self._products[path]
 
     def _take_over(self, *, head: bool = True) -> None:
@@ -192,6 +195,12 @@ class SharedBase:
         """Around a block, and around its recomputation, which draws what the block drew."""
         generators = [span.generator for span in self._spans.now]
         return contextlib.nullcontext(), _standing(generators, [generator.get_state() for generator in generators])
+
+
+def _block_of(path: str) -> str:
+    """The path of the block that a layer is in; its own, where it is in none."""
+    block = re.match(r".*?\.\d+(?=\.)", path)
+    return path if block is None else block.group()
 
 
 def _is_plain(layer: Any) -> bool:
