@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,9 @@ LOSS = ("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_back
 SEEN_TWICE = ("index", "embedding", "index_select", "gather")
 """Operators that read as much of their first tensor as they write."""
 
+SOME_ALONE = ("scatter_add_",)
+"""Operators that change some numbers of their first tensor, those that the others name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
@@ -63,14 +67,11 @@ class Work:
     seconds: tuple[float, ...] = (0.0,) * len(CARDS)  # by card
 
     @classmethod
-    def of(cls, name: str, moved: float, operations: float) -> Work:
-        """One call of an operator. By the roofline: it takes as long as its bytes or its products. NF4's kernels come
-        after each other."""
-        kernels, seconds = KERNELS.get(name, 1), []
-        for rates in CARDS.values():
-            moving, multiplying = moved / rates.bytes, operations / rates.operations
-            both = moving + multiplying if name == "bitsandbytes.gemm_4bit" else max(moving, multiplying)
-            seconds.append(max(both, kernels * rates.least_s))
+    def of(cls, kernels: float, moved: float, operations: float) -> Work:
+        """One call of an operator. By the roofline: it takes as long as its bytes or its products."""
+        seconds = [
+            max(moved / rates.bytes, operations / rates.operations, kernels * rates.least_s) for rates in CARDS.values()
+        ]
         return cls(kernels=kernels, bytes=moved, operations=operations, seconds=tuple(seconds))
 
     def plus(self, other: Work, times: float = 1) -> Work:
@@ -94,8 +95,8 @@ class Count(TorchDispatchMode):
         name = name_of(func)
         if not (name.startswith("prim.") or name in NO_KERNEL or _is_view(func)):
             given, made = list(tensors_of((args, kwargs))), list(tensors_of(out))
-            work = Work.of(name, _moved(name, args, given, made), _operations(name, args, given, made))
-            self.by_operator[name] = self.by_operator[name].plus(work)
+            for work in _works(name, args, given, made):
+                self.by_operator[name] = self.by_operator[name].plus(work)
         return out
 
 
@@ -111,12 +112,24 @@ def _is_view(func: Any) -> bool:
     return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
 
 
-def _moved(name: str, args: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> int:
+def _works(name: str, args: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> Iterator[Work]:
+    """One call; of a product over NF4 two: the weight is unpacked into 16 bit, then read for the product."""
+    kernels, moved, operations = KERNELS.get(name, 1), _moved(name, given, made), _operations(name, args, given, made)
+    if name != "bitsandbytes.gemm_4bit":
+        yield Work.of(kernels, moved, operations)
+        return
+    weight, multiplied = 2 * math.prod(args[2]), _size(args[0]) + sum(map(_size, made))
+    yield Work.of(kernels - 1, moved - multiplied + weight, 0)
+    yield Work.of(1, weight + multiplied, operations)
+
+
+def _moved(name: str, given: list[torch.Tensor], made: list[torch.Tensor]) -> int:
     if name in SEEN_TWICE:
         return 2 * sum(map(_size, made))
+    if name in SOME_ALONE:
+        return 2 * sum(map(_size, given[1:]))
     read = {id(tensor): _size(tensor) for tensor in given}
-    more = 2 * 2 * math.prod(args[2]) if name == "bitsandbytes.gemm_4bit" else 0  # the weight in 16 bit, there and back
-    return sum(read.values()) + sum(map(_size, made)) + more
+    return sum(read.values()) + sum(map(_size, made))
 
 
 def _size(tensor: torch.Tensor) -> int:
