@@ -25,8 +25,8 @@ def test_one_job_trains_with_qlora_on_the_small_card_while_another_does_with_lor
     make_cli: Callable[..., Cli], tmp_path: Path
 ) -> None:
     # Not 8 and 24 GiB: a model that a processor trains in seconds needs half a GiB, nearly all of it a CUDA context.
-    # So the cards are cut to the job: the small one holds its QLoRA plan and not its LoRA plan, the large one holds LoRA
-    # without recomputing, too.
+    # So the cards are cut to the job: the small one holds its QLoRA plan and not its LoRA plan, the large one holds
+    # LoRA without recomputing, too.
     model, config_alone = make_tiny_model(tmp_path / "model", hidden=512, layers=4), tmp_path / "config-alone"
     config_alone.mkdir()
     shutil.copy(model / "config.json", config_alone)
