@@ -94,7 +94,8 @@ class Count(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = name_of(func)
         if not (name.startswith("prim.") or name in NO_KERNEL or _is_view(func)):
-            given, made = list(tensors_of((args, kwargs))), list(tensors_of(out))
+            read = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+            given, made = list(tensors_of((args, read))), list(tensors_of(out))
             for work in _works(name, args, given, made):
                 self.by_operator[name] = self.by_operator[name].plus(work)
         return out

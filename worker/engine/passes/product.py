@@ -21,6 +21,11 @@ ADAPTER = "default"
 """peft's name of an adapter that is alone in its view of the base."""
 
 
+UNPACKED = 1536
+"""Rows beyond which bitsandbytes 0.50 unpacks a weight in 4 bit before it multiplies (backends/cuda/ops.py). For fewer
+it may have a kernel that does both."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Span:
     """The tokens of one adapter's micro-batch, behind each other in the one row of a pass."""
@@ -204,7 +209,8 @@ class _Product(torch.autograd.Function):
     """x W + s (dropout(x) A) B, with each adapter's A, B, s and dropout on its own rows.
 
     The factors' part is added where the base's product lies, forward and backward: no tensor of the size of the answer
-    is made for it. All is computed in the type of `x`, or in fp32 where a processor is faster so.
+    is made for it. A card adds the base's product to the factors', since what a large product reads and writes beside
+    its weight costs it nothing. All is computed in the type of `x`, or in fp32 where a processor is faster so.
     """
 
     @staticmethod
@@ -233,9 +239,15 @@ class _Product(torch.autograd.Function):
                 saved += [seen if is_on_card(x) else x[part.rows], inners[-1], *([] if mask is None else [mask])]
             if parts:
                 ctx.kept = _Kept.node(x, factors, saved)
-            answer = frozen(read, lengths, widened=widened)
-            for part, inner, b in zip(parts, inners, below, strict=True):
-                answer[part.rows].addmm_(inner, b.T, alpha=part.scaling)
+            if parts and frozen.adds(x):
+                answer = _room(x, frozen.shape.outputs, parts)
+                for part, inner, b in zip(parts, inners, below, strict=True):
+                    _scaled(inner, b.T, part.scaling, answer[part.rows])
+                frozen.add(x, answer)
+            else:
+                answer = frozen(read, lengths, widened=widened)
+                for part, inner, b in zip(parts, inners, below, strict=True):
+                    answer[part.rows].addmm_(inner, b.T, alpha=part.scaling)
         return answer.to(x.dtype) if rounds else answer
 
     @staticmethod
@@ -246,11 +258,17 @@ class _Product(torch.autograd.Function):
         # contiguous: the library picks a kernel by strides, too, which are those of the whole pass
         given = given.contiguous().to(kind)
         (above, below), rest = _halves(saved[: 2 * count]), iter(saved[2 * count :])
-        back = ctx.frozen.gradient(given, ctx.lengths, widened=widened) if ctx.needs_input_grad[0] else None
+        back, adds = None, count > 0 and is_on_card(given)
+        if ctx.needs_input_grad[0]:
+            back = (
+                _room(given, ctx.frozen.shape.inputs, ctx.parts)
+                if adds
+                else ctx.frozen.gradient(given, ctx.lengths, widened=widened)
+            )
         to_a, to_b = [], []
         for part, a, b in zip(ctx.parts, above, below, strict=True):
             seen, inner, mask = next(rest).to(kind), next(rest), next(rest) if part.dropout else None
-            if mask is not None and not is_on_card(given):
+            if mask is not None and not adds:
                 seen = _dropped(seen, mask, part)
             of_b, of_inner = _slopes(given[part.rows], inner, b, part)
             to_a.append((of_inner.T @ seen).to(part.kind))
@@ -258,12 +276,16 @@ class _Product(torch.autograd.Function):
             if back is None:
                 continue
             own = back[part.rows]
-            if mask is None:
+            if adds:
+                _scaled(of_inner, a, 1 / (1 - part.dropout), own)
+                if mask is not None:
+                    own.mul_(mask)
+            elif mask is None:
                 own.addmm_(of_inner, a)
-            elif is_on_card(given):
-                own.addcmul_(of_inner @ a, mask, value=1 / (1 - part.dropout))
             else:
                 own += _dropped(of_inner @ a, mask, part)
+        if adds and back is not None:
+            ctx.frozen.add_gradient(given, back)
         return (back if back is None else back.to(narrow), None, None, None, None, None, *to_a, *to_b)
 
 
@@ -277,16 +299,21 @@ def _slopes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of B and of what it is given. A card scales them as it multiplies."""
     if is_on_card(of_answer):
-        nothing = inner.new_empty(())
-        of_b, of_inner = (
-            torch.addmm(nothing, left, right, beta=0, alpha=part.scaling)
-            for left, right in ((of_answer.T, inner), (of_answer, b))
-        )
-        return of_b.to(part.kind), of_inner
+        return _scaled(of_answer.T, inner, part.scaling).to(part.kind), _scaled(of_answer, b, part.scaling)
     # this way round: a library takes twice as long for a product that is a few numbers wide
     of_b = (inner.T @ of_answer).T.to(part.kind)
     of_b = torch.mul(of_b, part.scaling, out=of_b.new_empty(of_b.shape))
     return of_b, (of_answer @ b).mul_(part.scaling)
+
+
+def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float, out: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=scale, out=out)
+
+
+def _room(x: torch.Tensor, width: int, parts: Sequence[_Factors]) -> torch.Tensor:
+    """For as many rows as `x` has; zeros where not all of them are adapted."""
+    covered = sum(part.rows.stop - part.rows.start for part in parts) == len(x)
+    return x.new_empty(len(x), width) if covered else x.new_zeros(len(x), width)
 
 
 class _Kept(torch.autograd.Function):
@@ -413,6 +440,17 @@ class FrozenProduct:
         if given.device.type == "cpu":
             return apart.input_gradient(given, weight, self._pieces(given, lengths))
         return given @ weight
+
+    def adds(self, x: torch.Tensor) -> bool:
+        """Whether a card may add the answer to what lies there already."""
+        few = hasattr(self._linear, "quant_state") and len(x) <= UNPACKED
+        return is_on_card(x) and self._linear.bias is None and self.shape.stored is x.dtype and not few
+
+    def add(self, x: torch.Tensor, answer: torch.Tensor) -> None:
+        answer.addmm_(x, self._weight().T)
+
+    def add_gradient(self, given: torch.Tensor, back: torch.Tensor) -> None:
+        back.addmm_(given, self._weight().to(given.dtype))
 
     def _pieces(self, x: torch.Tensor, lengths: Sequence[int]) -> Sequence[int]:
         """How many rows are multiplied at a time on a processor."""
