@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -103,11 +104,12 @@ class ScaledOptimizer:
         return torch.nn.utils.clip_grad_norm_(parameters, most)
 
     def step(self) -> None:
-        if self.scaler is None:
-            self.inner.step()
-            return
-        before = self.scaler.get_scale()
-        self.scaler.step(self.inner)
+        with _without_waits(self.inner):
+            if self.scaler is None:
+                self.inner.step()
+                return
+            before = self.scaler.get_scale()
+            self.scaler.step(self.inner)
         self.scaler.update()
         self.step_was_skipped = self.scaler.get_scale() < before
 
@@ -118,3 +120,20 @@ class ScaledOptimizer:
         self.inner.load_state_dict(state["optimizer"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
+
+
+@contextlib.contextmanager
+def _without_waits(optimizer: Any) -> Iterator[None]:
+    """bitsandbytes waits for the card after each tensor (optim/optimizer.py, step), 448 times for all layers of an 8B
+    model. Its kernels run on the stream on which a training does all, so nothing needs that but paged state, which
+    moves between memories."""
+    if getattr(optimizer, "is_paged", True):
+        yield
+        return
+    from bitsandbytes.optim import optimizer as library
+
+    wait, library.sync_gpu = library.sync_gpu, lambda tensor: None
+    try:
+        yield
+    finally:
+        library.sync_gpu = wait
