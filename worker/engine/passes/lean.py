@@ -25,7 +25,7 @@ from loractl.worker.engine.loss import Backward, MicroBatch
 from loractl.worker.engine.streams import RandomStreams
 
 from . import wide
-from .cross_entropy import SummedLosses
+from .cross_entropy import LateGradient, scaled, summed_losses, widened
 from .rotary import Rotary
 from .rows import RowLayout
 from .scratch import Scratch
@@ -142,17 +142,23 @@ class LeanModel:
             if apart is not None:
                 apart.lengths = lengths
             piece = hidden.detach()[place].requires_grad_()
-            logits = self.logits(piece) if scratch is None else self._own_logits(piece)
+            logits = self._own_logits(piece)
             if apart is not None and not apart.scratch.holds(logits):
                 apart.scratch.leave()  # scaled or capped logits lie elsewhere; their softmax takes as much again
+            kind, slope = logits.dtype, list[torch.Tensor]()
+            start = LateGradient.apply(logits, slope)
+            logits = widened(logits.detach(), scratch)  # those in 16 bit go
             smoothings = [owner.smoothing for owner in owners]
-            sums = SummedLosses.apply(logits, torch.cat(targets), lengths, smoothings, scratch)
+            sums, whole = summed_losses(logits, torch.cat(targets), lengths, smoothings, scratch)
             del logits  # the backward pass has its room
-            shares = [one / owner.count for one, owner in zip(sums.unbind(), owners, strict=True)]
-            _back(shares, [owner.backward for owner in owners])
+            shares = [one / owner.count for one, owner in zip(sums, owners, strict=True)]
+            scales = [_scale(share, owner) for share, owner in zip(shares, owners, strict=True)]
+            slope.append(scaled(whole, lengths, scales, kind))
+            del whole
+            torch.autograd.backward(start, start.detach())
             gradient[place] = piece.grad
             for (number, _), share in zip(chunk, shares, strict=True):
-                totals[number] += share.detach()
+                totals[number] += share
         return totals, gradient
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -184,13 +190,11 @@ def _scratch_for(hidden: torch.Tensor) -> Scratch | None:
     return Scratch() if hidden.device.type == "cpu" and type(hidden) is torch.Tensor else None
 
 
-def _back(losses: Sequence[torch.Tensor], backwards: Sequence[Backward]) -> None:
-    """One backward pass of several losses, each scaled by its own training."""
-    scales = []
-    for loss, backward in zip(losses, backwards, strict=True):
-        backward(proxy := loss.detach().requires_grad_())
-        scales.append(proxy.grad)
-    torch.autograd.backward(losses, scales)
+def _scale(loss: torch.Tensor, owner: HeadPart) -> torch.Tensor:
+    """What the gradient of its sum is multiplied by: a training scales its loss itself."""
+    owner.backward(proxy := loss.detach().requires_grad_())
+    assert proxy.grad is not None
+    return proxy.grad / owner.count
 
 
 class LeanPass:
