@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 _APART = ("preemptible", "resources", "max_retries", "lora_patience", "notify")
 _TOLD_BY_THE_RUN = (
-    "method", "revision", "training.dtype", "training.optim", "dataset.path", "dataset.more", "dataset.eval_path",
-    "dataset.final_path", "evaluation.regression",
+    "method", "revision", "training.dtype", "training.optim", "training.gradient_checkpointing", "dataset.path",
+    "dataset.more", "dataset.eval_path", "dataset.final_path", "evaluation.regression",
 )  # fmt: skip
 """Settings that a repetition fixes to the values taken. The reports of both runs have them under `_RAN_WITH`."""
 

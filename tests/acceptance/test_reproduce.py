@@ -92,7 +92,7 @@ def test_a_job_that_memory_had_changed_is_reproduced_bit_for_bit(
     assert shown["labels"] == {"project": "desk", "reproduces": "1"}
     assert shown["events"][0]["text"] == "queued by tester, to reproduce job 1"
     assert shown["spec"]["method"] == "lora"
-    assert "auto" not in (shown["spec"]["training"]["dtype"], shown["spec"]["training"]["optim"])
+    assert not {"auto", None} & {shown["spec"]["training"][key] for key in ("dtype", "optim", "gradient_checkpointing")}
     report = json.loads(cli("report", 2, "--json").stdout)["training"]
     assert (report["per_device_train_batch_size"], report["gradient_accumulation_steps"]) == (2, 2)
 
