@@ -48,8 +48,8 @@ def _compare(model: str, rows: str, kind: str, shapes: list[str]) -> str:
         alone.step()
     same = all(
         torch.equal(a, b)
-        for mine, theirs in zip(together.members, alone.members, strict=True)
-        for a, b in zip(mine.trained, theirs.trained, strict=True)
+        for n in range(len(shapes))
+        for a, b in zip(together.steps.loops[n].trained, alone.steps.loops[n].trained, strict=True)
     )
     pack, single = (statistics.median(side.costs[1:]) for side in (together, alone))
     count, tokens = len(shapes), [_tokens(shape) for shape in shapes]

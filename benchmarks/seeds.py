@@ -80,8 +80,8 @@ def _train(model: str, rows: str, side: str, seed: int) -> float:
     from loractl.worker.base.model import load_base, load_tokenizer
     from loractl.worker.data.batch import collate, inputs_of
     from loractl.worker.data.prepared import prepare_data
-    from loractl.worker.engine.loop import run
-    from loractl.worker.engine.member import MemberRows, PackMember
+    from loractl.worker.engine.engine import Engine
+    from loractl.worker.engine.loop import MemberRows, TrainingLoop
     from loractl.worker.engine.passes.choice import shared_base
     from loractl.worker.engine.passes.shared import SharedPass
 
@@ -109,7 +109,9 @@ def _train(model: str, rows: str, side: str, seed: int) -> float:
     if shared is not None:
         compute_in(adapted, precision)
         rows_of = MemberRows(train=train, held_out=[])
-        run([PackMember(SharedPass(shared, adapted), arguments, rows_of)])
+        with Engine().session(adapted.device) as session:
+            forward = SharedPass(shared, adapted, streams=session.streams)
+            TrainingLoop(session, forward, arguments, rows_of).run()
     else:
         inputs: list[Any] = [inputs_of(row) for row in train]
         Trainer(

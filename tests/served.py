@@ -14,18 +14,18 @@ from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.worker.serving import server
 from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice
-from loractl.worker.serving.decoding import Engine
+from loractl.worker.serving.decoding import Decoder
 from loractl.worker.serving.http import Names, make_app
 from loractl.worker.serving.library import Library
 
 
-def engine_of(model: Path) -> Engine:
+def engine_of(model: Path) -> Decoder:
     """The base alone, in fp32."""
-    return Engine(AdapterPool(BaseChoice(model=str(model), revision=None, dtype="float32")))
+    return Decoder(AdapterPool(BaseChoice(model=str(model), revision=None, dtype="float32")))
 
 
 @contextlib.contextmanager
-def served(engine: Engine, model: Path, home: Path, key: str | None = None) -> Iterator[int]:
+def served(engine: Decoder, model: Path, home: Path, key: str | None = None) -> Iterator[int]:
     """The port of a server that answers."""
     settings = load_settings({"LORACTL_HOME": str(home)})
     connect(settings).dispose()

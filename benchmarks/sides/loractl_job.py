@@ -1,4 +1,4 @@
-"""loractl's engine with one member."""
+"""loractl's engine with one training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from loractl.worker.base.kernels import load_kernels
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loop import run
-from loractl.worker.engine.member import MemberRows, PackMember
+from loractl.worker.engine.engine import Engine
+from loractl.worker.engine.loop import MemberRows, TrainingLoop
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.shared import SharedPass
 
@@ -49,5 +49,7 @@ arguments = TrainingArguments(
     disable_tqdm=True, optim="adamw_torch_fused", train_sampling_strategy="sequential", data_seed=0, seed=0,
 )  # fmt: skip
 rows = [TokenRow(number=n, **row) for n, row in enumerate(job["train"])]
-run([PackMember(Counted(base, adapted), arguments, MemberRows(train=rows, held_out=[]), (gate,))])
+with Engine().session(adapted.device) as session:
+    forward = Counted(base, adapted, streams=session.streams)
+    TrainingLoop(session, forward, arguments, MemberRows(train=rows, held_out=[]), (gate,)).run()
 gate.end(adapted)

@@ -1,13 +1,16 @@
-"""One base in this process, and members on it that learn rows of a given number of tokens."""
+"""One base in this process, and trainings on it that learn rows of a given number of tokens."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import tempfile
 import time
 from dataclasses import dataclass, field
 from typing import Any
+
+from .steps import Steps
 
 STEPS = 6
 """The first one is not measured: it compiles kernels."""
@@ -53,22 +56,22 @@ class Lab:
         self._once = _each_by_itself if apart else None
 
     def side(self, shapes: list[str], *, one_pack: bool) -> Side:
-        from loractl.worker.engine.pack import Pack
+        import torch
 
-        members = [self.member(number, shape) for number, shape in enumerate(shapes)]
-        packs = [Pack()] if one_pack else [Pack() for _ in members]
-        for pack, member in zip(itertools.cycle(packs), members, strict=False):
-            pack.join(member)
-        return Side(packs=packs, members=members)
+        make = [functools.partial(self.loop, number, shape) for number, shape in enumerate(shapes)]
+        return Side(steps=Steps(torch.device(self._device), make, together=one_pack))
 
-    def member(self, number: int, shape: str) -> Any:
-        """The same one whenever it is made."""
+    def loop(self, number: int, shape: str, session: Any) -> Any:
+        """A training of the engine; the same one whenever it is made."""
+        return session.run(functools.partial(self._loop, number, shape, session))
+
+    def _loop(self, number: int, shape: str, session: Any) -> Any:
         from transformers import TrainingArguments, set_seed
 
         from loractl.worker.base.arithmetic import compute_in
         from loractl.worker.base.lora import add_adapter
         from loractl.worker.data.tokens import TokenRow
-        from loractl.worker.engine.member import MemberRows, PackMember
+        from loractl.worker.engine.loop import MemberRows, TrainingLoop
         from loractl.worker.engine.passes.shared import SharedPass
 
         count, _, length = shape.rpartition("x")
@@ -89,8 +92,8 @@ class Lab:
             learning_rate=1e-3,
             train_sampling_strategy="sequential", activation_checkpointing=self._recompute, disable_tqdm=True,
         )  # fmt: skip
-        forward = SharedPass(self.base, model, once=self._once)
-        return PackMember(forward, arguments, MemberRows(train=rows, held_out=rows[-batch:]))
+        forward = SharedPass(self.base, model, streams=session.streams, once=self._once)
+        return TrainingLoop(session, forward, arguments, MemberRows(train=rows, held_out=rows[-batch:]))
 
 
 def _each_by_itself(question: str, find_out: Any, /, *, keeps: Any) -> Any:
@@ -102,16 +105,13 @@ def _each_by_itself(question: str, find_out: Any, /, *, keeps: Any) -> Any:
 
 @dataclass
 class Side:
-    """Members, and what their steps took."""
+    """Trainings, and what their steps took."""
 
-    packs: list[Any]
-    members: list[Any]
+    steps: Steps
     costs: list[float] = field(default_factory=list)
 
     def step(self) -> None:
         gc.collect()
         began = time.process_time()
-        for pack in self.packs:
-            for ending in pack.step():
-                raise ending.error or RuntimeError("a member ended")
+        self.steps.step()
         self.costs.append(time.process_time() - began)

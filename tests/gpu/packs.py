@@ -9,16 +9,18 @@ members are alike in shape. Its first and last member are trained alone, too, to
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .lab import Lab
 from .solo import UNMEASURED, forget
+from .steps import Steps, steps_of
 
 STEPS = 3
 """That are measured."""
@@ -38,9 +40,9 @@ class Bench:
         """A pack of so many members, and what they take and learn alone."""
         forget(self.device)
         shape = str(length)
-        seconds, ours = self.train([self.lab.member(n, shape) for n in range(count)], self.memory)
+        seconds, ours = self.train(range(count), shape, self.memory)
         forget(self.device)
-        alone = {n: self.train([self.lab.member(n, shape)])[:2] for n in (0, count - 1)}
+        alone = {n: self.train([n], shape) for n in (0, count - 1)}
         one = statistics.median(took for took, _ in alone.values())
         pairs = [(ours.results[n], result.results[0]) for n, (_, result) in alone.items()]
         return {
@@ -55,32 +57,37 @@ class Bench:
             "moved": max(a.away(b) for a, b in pairs),
         }
 
-    def train(self, members: list[Any], look: Callable[[], Any] = lambda: None) -> tuple[float, Trained]:
-        """The median step of these in one pack, and what the first and last of them have become."""
-        from loractl.worker.base.arithmetic import evaluating
-        from loractl.worker.engine.pack import Pack
+    def train(
+        self, members: Sequence[int], shape: str, look: Callable[[], Any] = lambda: None
+    ) -> tuple[float, Trained]:
+        """The median step of these in one pass, and what the first and last of them have become."""
+        import torch
 
-        pack = Pack()
-        for member in members:
-            pack.join(member)
-        begun = {id(m): [p.detach().cpu().clone() for p in m.trained] for m in (members[0], members[-1])}
-        took = [self._step(pack) for _ in range(UNMEASURED + STEPS)][UNMEASURED:]
-        memory, results = look(), {}
-        for n in sorted({0, len(members) - 1}):
-            member = members[n]
-            member.streams.take_over()
-            with evaluating(member.model):
-                loss = member.forward.held_out_loss(member.rows.held_out)
-            weights = [p.detach().cpu().clone() for p in member.trained]
-            results[n] = Result(loss=loss, weights=weights, begun=begun[id(member)])
+        from loractl.worker.base.arithmetic import evaluating
+
+        def weights(loop: Any) -> list[Any]:
+            return [p.detach().cpu().clone() for p in loop.trained]
+
+        def held_out(loop: Any) -> float:
+            with evaluating(loop.model):
+                return float(loop.forward.held_out_loss(loop.rows.held_out))
+
+        make = [functools.partial(self.lab.loop, number, shape) for number in members]
+        with steps_of(torch.device(self.device), *make) as steps:
+            ends = sorted({0, len(members) - 1})
+            begun = {n: steps.run(weights, n) for n in ends}
+            took = [self._step(steps) for _ in range(UNMEASURED + STEPS)][UNMEASURED:]
+            memory = steps.run(lambda loop: look())
+            results = {
+                n: Result(loss=steps.run(held_out, n), weights=steps.run(weights, n), begun=begun[n]) for n in ends
+            }
         return statistics.median(took), Trained(results=results, memory=memory)
 
-    def _step(self, pack: Any) -> float:
-        self._wait()
+    def _step(self, steps: Steps) -> float:
+        steps.run(lambda loop: self._wait())
         began = time.perf_counter()
-        for ending in pack.step():
-            raise ending.error or RuntimeError("a member ended")
-        self._wait()
+        steps.step()
+        steps.run(lambda loop: self._wait())
         return time.perf_counter() - began
 
     def _wait(self) -> None:

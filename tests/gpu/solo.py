@@ -176,18 +176,26 @@ def measure(side: str, course: Course) -> dict[str, Any]:
 
 
 def _by_the_engine(course: Course, clock: Any, *, exact: bool) -> tuple[Any, str]:
-    from loractl.worker.engine.loop import run
+    import torch
 
-    with tempfile.TemporaryDirectory() as folder:
-        member, why = member_of(course, folder, (clock,), exact=exact)
-        run([member])
-    return member.model, type(member.forward).__name__ + (f" ({why})" if why else "")
+    from loractl.worker.engine.engine import Engine
+
+    with tempfile.TemporaryDirectory() as folder, Engine().session(torch.device(course.device)) as session:
+        loop, why = loop_of(session, course, folder, (clock,), exact=exact)
+        loop.run()
+    return loop.model, type(loop.forward).__name__ + (f" ({why})" if why else "")
 
 
-def member_of(
-    course: Course, folder: str, callbacks: tuple[Any, ...], *, exact: bool = False
+def loop_of(
+    session: Any, course: Course, folder: str, callbacks: tuple[Any, ...], *, exact: bool = False
 ) -> tuple[Any, str | None]:
-    """The training as a member of the engine; and why it is not the lean, shared one."""
+    """The training's loop; and why its pass is not the lean, shared one."""
+    return session.run(lambda: _loop_of(session, course, folder, callbacks, exact=exact))
+
+
+def _loop_of(
+    session: Any, course: Course, folder: str, callbacks: tuple[Any, ...], *, exact: bool
+) -> tuple[Any, str | None]:
     from transformers import set_seed
 
     from loractl.common.job.method import Method
@@ -195,7 +203,7 @@ def member_of(
     from loractl.worker.base.learner import Learner
     from loractl.worker.base.lora import add_adapter
     from loractl.worker.base.model import load_base, load_tokenizer
-    from loractl.worker.engine.member import MemberRows, PackMember
+    from loractl.worker.engine.loop import MemberRows, TrainingLoop
     from loractl.worker.engine.passes.choice import forward_pass, shared_base
 
     spec = course.spec(exact=exact)
@@ -206,9 +214,10 @@ def member_of(
     adapted = add_adapter(base if shared is None else shared.view(), spec, method)
     compute_in(adapted, precision)
     learner = Learner(model=adapted, tokenizer=load_tokenizer(course.model), precision=precision)
-    forward, why = forward_pass(learner, spec, course.length, shared)
+    forward, why = forward_pass(learner, spec, course.length, shared, session.streams)
     arguments = course.arguments(folder, activation_checkpointing=course.recomputes)
-    return PackMember(forward, arguments, MemberRows(train=course.train, held_out=[]), callbacks), why
+    rows = MemberRows(train=course.train, held_out=[])
+    return TrainingLoop(session, forward, arguments, rows, callbacks), why
 
 
 def forget(device: str) -> None:

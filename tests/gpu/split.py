@@ -17,7 +17,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from .solo import UNMEASURED, Course, forget, member_of
+from .solo import UNMEASURED, Course, forget, loop_of
+from .steps import Steps, steps_of
 
 STEPS = 2
 """That are looked at."""
@@ -61,31 +62,30 @@ def split(kernels: Iterable[tuple[str, float, float]], steps: int) -> dict[str, 
 
 def look_at(course: Course) -> dict[str, Any]:
     """Steps of the engine, under torch's profiler."""
-    from loractl.worker.engine.pack import Pack
+    import torch
 
     forget(course.device)
-    pack = Pack()
     with tempfile.TemporaryDirectory() as folder:
-        member, _ = member_of(course, folder, ())
-        pack.join(member)
-        for _ in range(UNMEASURED):
-            list(pack.step())
-        return split(_kernels(pack, course.device), STEPS)
+        make = lambda session: loop_of(session, course, folder, ())[0]  # noqa: E731
+        with steps_of(torch.device(course.device), make) as steps:
+            for _ in range(UNMEASURED):
+                steps.step()
+            return split(_kernels(steps, course.device), STEPS)
 
 
-def _kernels(pack: Any, device: str) -> list[tuple[str, float, float]]:
+def _kernels(steps: Steps, device: str) -> list[tuple[str, float, float]]:
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     from .solo import wait_for
 
     on_card = device == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]) as seen:
-        for _ in range(STEPS):
-            for ending in pack.step():
-                if ending.error is not None:
-                    raise ending.error
-        wait_for(device)
+    seen = profile(activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU])
+    steps.run(lambda loop: seen.start())  # it sees operators of the thread that starts it
+    for _ in range(STEPS):
+        steps.step()
+    steps.run(lambda loop: wait_for(device))
+    steps.run(lambda loop: seen.stop())
     if on_card:
         events = [one for one in seen.events() if one.device_type == DeviceType.CUDA]
     else:

@@ -20,8 +20,8 @@ from loractl.worker.base.model import load_base
 from loractl.worker.data.batch import collate, inputs_of
 from loractl.worker.data.packing import pack
 from loractl.worker.data.tokens import IGNORED, TokenRow
-from loractl.worker.engine.loop import run
-from loractl.worker.engine.member import MemberRows, PackMember
+from loractl.worker.engine.engine import Engine, Session
+from loractl.worker.engine.loop import MemberRows, TrainingLoop
 from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.protocol.marker import MARKER
 from loractl.worker.protocol.messages import Note, Stepped
@@ -106,18 +106,24 @@ class Case:
     def arguments(self) -> TrainingArguments:
         return training_arguments(self.order, self.spec, self.precision)
 
-    def member(self, *callbacks: TrainerCallback) -> PackMember:
-        model, arguments = self.model(), self.arguments()
-        compute_in(model, self.precision)
-        forward = PaddedPass(model, PAD, arguments.label_smoothing_factor)
-        return PackMember(forward, arguments, MemberRows(train=self.rows, held_out=self.held_out), callbacks)
+    def loop(self, session: Session, *callbacks: TrainerCallback) -> TrainingLoop:
+        arguments = self.arguments()
+
+        def made() -> PaddedPass:
+            model, noise = self.model(), arguments.neftune_noise_alpha
+            compute_in(model, self.precision)
+            return PaddedPass(model, PAD, arguments.label_smoothing_factor, session.streams, noise=noise)
+
+        rows = MemberRows(train=self.rows, held_out=self.held_out)
+        return TrainingLoop(session, session.run(made), arguments, rows, callbacks)
 
     def by_engine(self, *more: TrainerCallback, resume: Path | None = None) -> Course:
         course = Course()
-        member = self.member(Watch(course), *more)
-        if resume is not None:
-            member.resume(resume)
-        run([member])
+        with Engine().session(torch.device("cpu")) as session:
+            loop = self.loop(session, Watch(course), *more)
+            if resume is not None:
+                loop.resume(resume)
+            loop.run()
         return course
 
     def by_trainer(self) -> Course:

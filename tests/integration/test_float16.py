@@ -20,7 +20,7 @@ from loractl.worker.base.source import family_of
 from loractl.worker.engine.optimizer import ScaledOptimizer
 from loractl.worker.protocol.messages import Note, Planned, Stepped, Told
 from loractl.worker.training import need
-from loractl.worker.training.loop import SKIPS, Brake
+from loractl.worker.training.fit import SKIPS, Brake
 from loractl.worker.training.progress import Teller
 from loractl.worker.training.recipe import _about_fp16
 from loractl.worker.training.recorder import Recorder

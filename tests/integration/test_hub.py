@@ -80,7 +80,7 @@ def answer(what: str, name: str, revision: str | None) -> tuple[str, str]:
             return "ok", str(load().config.hidden_size)
         if what == "kept":
             shelf, source = Shelf(), (name, revision)
-            found = [shelf.base("k", source, load, aside=contextlib.nullcontext, joins=j)[1] for j in (False, True)]
+            found = [shelf.base("k", source, load, joins=j)[1] for j in (False, True)]
             return "ok", str(found)
         rows, commit = load_pinned(name, revision or "")
         return "ok", f"{sum(1 for _ in rows)} rows of {commit}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import contextlib
 import json
 import logging
 import os
@@ -20,7 +19,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from bitsandbytes import functional as F
 from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -173,7 +171,7 @@ def test_files_of_the_same_content_are_the_same_base_whatever_else_of_them_chang
 
     def joins() -> bool:
         source, load = (order.spec.base_model, order.spec.revision), pytest.fail
-        return shelf.base(order.keep, source, load, aside=contextlib.nullcontext, joins=True)[1]
+        return shelf.base(order.keep, source, load, joins=True)[1]
 
     assert joins()
     file.chmod(0o600)
@@ -211,7 +209,7 @@ def test_settings_that_came_or_went_are_loaded_anew(
             return load_base(order.spec.base_model, Method.LORA, "cpu", choose_precision("cpu"))
 
         source = (order.spec.base_model, order.spec.revision)
-        base, _ = shelf.base(order.keep, source, load, aside=contextlib.nullcontext)
+        base, _ = shelf.base(order.keep, source, load)
         shelf.identify(tmp_path / "cache", source).wait()
         return base.generation_config.eos_token_id
 
@@ -377,7 +375,7 @@ def test_whatever_a_training_switches_for_the_next_one_ends_the_host(tiny_model:
     resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
     shelf = Shelf()
     shelf.begin()
-    shelf.base("key", (str(tiny_model), None), load, aside=contextlib.nullcontext)
+    shelf.base("key", (str(tiny_model), None), load)
     assert shelf.settle()[1] == "", "as it is"
     for name, (switch, back) in SWITCHES.items():
         shelf.begin()
@@ -427,7 +425,7 @@ def test_a_new_process_tries_no_rows_that_the_box_knows_to_be_right(
     assert tries("other layers", lora={"target_modules": ["q_proj"]}) == 1
     assert tries("other method", method="qlora") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(transformers, "__version__", "99")
+        patch.setattr(tried.transformers, "__version__", "99")
         assert tries("other code") == 1
     with_one_bit_more(tiny_model / "model.safetensors")
     assert tries("other files") == 1
@@ -441,8 +439,7 @@ def test_what_was_wrong_is_tried_again_and_few_answers_stay(tmp_path: Path, monk
         known, done = Knowledge(), list[int]()
 
         def once(question: str, find_out: Callable[[], Any], /, *, keeps: Callable[[Any], bool]) -> Known[Any]:
-            stop, aside = (lambda: None), contextlib.nullcontext
-            return known.once(question, 1, find_out, check_stop=stop, aside=aside, keeps=keeps)
+            return known.once(question, 1, find_out, check_stop=lambda: None, keeps=keeps)
 
         def find_out() -> str | None:
             done.append(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 from collections.abc import Callable
@@ -83,8 +82,7 @@ def spec_of(method: str = "lora", **sections: Any) -> JobSpec:
 
 def asking(knowledge: Knowledge) -> Once[Any]:
     def once(question: str, find_out: Callable[[], Any], /, *, keeps: Callable[[Any], bool]) -> Known[Any]:
-        stop, aside = (lambda: None), contextlib.nullcontext
-        return knowledge.once(question, 1, find_out, check_stop=stop, aside=aside, keeps=keeps)
+        return knowledge.once(question, 1, find_out, check_stop=lambda: None, keeps=keeps)
 
     return once
 

@@ -190,7 +190,7 @@ def test_every_optimizer_trains_and_holds_the_state_that_the_plan_counts(
     recipe: Recipe, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     """Measured on the optimizer itself at the end of a run, per trained tensor."""
-    from loractl.worker.engine import member as module
+    from loractl.worker.engine import loop as module
 
     made: list[Any] = []
     make = module.make_optimizer

@@ -33,8 +33,8 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import data_bytes, is_out_of_memory
 from loractl.worker.base.model import load_base
 from loractl.worker.protocol.messages import Adjusted, Ended, Note, Planned, Start, Stepped, Told, decode_told, encode
+from loractl.worker.training import fit
 from loractl.worker.training.need import lowered_limit
-from loractl.worker.training.probe import Probe
 from loractl.worker.training.recipe import train
 from loractl.worker.training.run import Run, Stopped
 
@@ -149,6 +149,8 @@ def here(order: Start, *, stop_after: int | None = None) -> list[Told]:
         told.append(train(run))
     except Stopped:
         assert stop_after is not None
+    finally:
+        run.close()
     return told
 
 
@@ -189,11 +191,8 @@ def apart(some: dict[int, float], others: dict[int, float]) -> float:
 def test_a_probe_changes_no_bit_of_the_run(
     method: str, tiny_model: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    probed = []
-    on_train_begin = Probe.on_train_begin
-    monkeypatch.setattr(
-        Probe, "on_train_begin", lambda self, *a, **k: probed.append(on_train_begin(self, *a, **k))
-    )  # the real one, counted
+    probed, try_longest = [], fit.try_longest
+    monkeypatch.setattr(fit, "try_longest", lambda *of: probed.append(try_longest(*of)))  # the real one, counted
     settings: dict[str, Any] = {
         "method": method,
         "samples": 0,

@@ -1,10 +1,12 @@
-"""A pack of several trainings: each is what it would be alone, bit for bit, whatever happens to the others."""
+"""Several trainings on one base: each is what it would be alone, bit for bit, whatever happens to the others."""
 
 from __future__ import annotations
 
 import gc
 import itertools
+import random
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -15,21 +17,20 @@ import torch
 from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from loractl.common.job.method import Method
-from loractl.worker.base.arithmetic import compute_in, evaluating
+from loractl.worker.base.arithmetic import compute_in
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
 from loractl.worker.data.tokens import IGNORED, TokenRow
-from loractl.worker.engine.loop import run
-from loractl.worker.engine.member import MemberRows, PackMember
-from loractl.worker.engine.pack import Ending, Pack
+from loractl.worker.engine.engine import Engine, Session
+from loractl.worker.engine.loop import MemberRows, TrainingLoop
 from loractl.worker.engine.passes import rows as rows_apart
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.shared import SharedBase, SharedPass
-from loractl.worker.engine.relay import Relay
-from loractl.worker.engine.streams import RandomStreams
 
 from ..models import make_tiny_model
 from .test_engine import Case, Course, Watch
+
+CPU = torch.device("cpu")
 
 MUTE = 2  # the seed of a training that learns nothing of some rows
 
@@ -62,38 +63,31 @@ class Lab:
         assert shared is not None
         return shared
 
-    def member(
-        self,
-        name: str,
-        settings: Settings,
-        course: Course,
-        *more: TrainerCallback,
-        resume: Path | None = None,
-        streams: RandomStreams | None = None,
-    ) -> PackMember:
-        """A training on the lab's base. Members of one name and seed are the same training."""
+    def loop(
+        self, session: Session, name: str, settings: Settings, course: Course, *more: TrainerCallback
+    ) -> TrainingLoop:
+        """A training on the lab's base. Those of one name and seed are the same training."""
         case = self._case(name, settings)
-        streams = streams or RandomStreams(torch.device("cpu"))
-        streams.take_over()
-        torch.manual_seed(case.spec.training.seed)
-        model = add_adapter(self.base.view(), case.spec, Method(self._method))
-        for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
-            parameter.data.normal_(std=0.05)  # else the first factor has no gradient in the first step
-        compute_in(model, case.precision)
         seed = case.spec.training.seed
-        forward = SharedPass(self.base, model, case.spec.training.label_smoothing_factor, streams)
+
+        def made() -> SharedPass:
+            torch.manual_seed(seed)
+            model = add_adapter(self.base.view(), case.spec, Method(self._method))
+            for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
+                parameter.data.normal_(std=0.05)  # else the first factor has no gradient in the first step
+            compute_in(model, case.precision)
+            return SharedPass(self.base, model, case.spec.training.label_smoothing_factor, session.streams)
+
         learned = MemberRows(
             train=rows(9, seed, mute=seed == MUTE, lengths=self.lengths),
             held_out=rows(5, seed + 100, lengths=self.lengths),
         )
-        member = PackMember(forward, case.arguments(), learned, (Watch(course), *more))
-        if resume is not None:
-            member.resume(resume)
-        return member
+        return TrainingLoop(session, session.run(made), case.arguments(), learned, (Watch(course), *more))
 
     def alone(self, name: str, settings: Settings, *more: TrainerCallback) -> Course:
         course = Course()
-        run([self.member(name, settings, course, *more)])
+        with Engine().session(CPU) as session:
+            self.loop(session, name, settings, course, *more).run()
         return course
 
     def _case(self, name: str, settings: Settings) -> Case:
@@ -107,11 +101,94 @@ class Lab:
         )
 
 
-def lead(pack: Pack, until: Callable[[], bool] = lambda: False) -> list[Ending]:
-    endings: list[Ending] = []
-    while pack.members and not until():
-        endings += pack.step()
-    return endings
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+class Together:
+    """Trainings of one engine, each in a thread of its own."""
+
+    def __init__(self, lab: Lab, patience: float = 200.0) -> None:
+        """Whoever was in a pass is waited for: which ones meet does not hang on how busy the machine is."""
+        self.engine, self._lab = Engine(patience=patience), lab
+        self.failed: dict[str, BaseException] = {}
+        self.passes: list[int] = []  # of how many each was, tried again ones too
+        self._threads: list[threading.Thread] = []
+        learn = lab.base.learn
+        lab.base.learn = lambda pieces, **how: self.passes.append(len(pieces)) or learn(pieces, **how)  # type: ignore[method-assign, func-returns-value]
+
+    def start(
+        self,
+        name: str,
+        settings: Settings,
+        course: Course,
+        *more: TrainerCallback,
+        resume: Path | None = None,
+        change: Callable[[TrainingLoop], None] = lambda loop: None,
+        delay: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Train in a thread. `delay` is called before each micro-batch."""
+        self.start_as(
+            name, lambda session: self._lab.loop(session, name, settings, course, *more), resume, change, delay
+        )
+
+    def start_as(
+        self,
+        name: str,
+        make: Callable[[Session], TrainingLoop],
+        resume: Path | None = None,
+        change: Callable[[TrainingLoop], None] = lambda loop: None,
+        delay: Callable[[], None] = lambda: None,
+    ) -> None:
+        def train() -> None:
+            try:
+                with self.engine.session(CPU) as session:
+                    loop, learn = make(session), session.learn
+                    change(loop)
+                    if resume is not None:
+                        loop.resume(resume)
+                    session.learn = lambda *of: (delay(), learn(*of))[1]  # type: ignore[method-assign, func-returns-value]
+                    loop.run()
+            except Exception as error:  # noqa: BLE001  looked at by the test
+                self.failed[name] = error
+
+        self._threads.append(threading.Thread(target=train, name=name))
+        self._threads[-1].start()
+
+    def meeting(self, count: int) -> Callable[[], None]:
+        """A delay that lets the first micro-batches of so many trainings wait for the engine at the same time."""
+        met = threading.Barrier(count, action=lambda: self._hold(count))
+        seen = set[threading.Thread]()
+
+        def delay() -> None:
+            if threading.current_thread() not in seen:
+                seen.add(threading.current_thread())
+                met.wait(60)
+
+        return delay
+
+    def _hold(self, count: int) -> None:
+        begun = threading.Event()
+
+        def wait() -> None:
+            begun.set()
+            wait_for(lambda: self.engine.waiting >= count)
+
+        def hold() -> None:
+            with self.engine.session(CPU) as session:
+                session.run(wait)
+
+        self._threads.append(threading.Thread(target=hold))
+        self._threads[-1].start()
+        assert begun.wait(60)
+
+    def end(self) -> None:
+        for thread in self._threads:
+            thread.join(timeout=120)
+        assert not [thread for thread in self._threads if thread.is_alive()]
 
 
 def same(ours: Course, theirs: Course, steps: int | None = None) -> None:
@@ -155,25 +232,51 @@ def test_a_member_is_what_it_would_be_alone_whoever_comes_and_goes(tiny_model: P
     """Over the ends of epochs, with one that joins late, one that leaves early, one whose weights are no numbers."""
     lab = Lab(tiny_model, tmp_path, **BASES[base])
     alone = {name: lab.alone(name, settings) for name, settings in MEMBERS.items()}
-    together = {name: Course() for name in [*MEMBERS, "gone", "poisoned"]}
-    pack = Pack()
+    courses = {name: Course() for name in [*MEMBERS, "gone", "poisoned"]}
+    together, begun = Together(lab), threading.Event()
     for name in ("evaluated", "accumulating"):
-        pack.join(lab.member(name, MEMBERS[name], together[name]))
-    gone = lab.member("gone", MEMBERS["large"], together["gone"])
-    pack.join(gone)
-    poisoned = lab.member("poisoned", ({}, {"seed": 9, "max_steps": 2}), together["poisoned"])
-    next(p for n, p in poisoned.model.named_parameters() if "lora_B" in n).data.fill_(torch.nan)
-    pack.join(poisoned)
-    assert pack.step() == []
-    pack.join(lab.member("large", MEMBERS["large"], together["large"]))
-    assert pack.step() == [Ending(member=poisoned, error=None)]
-    pack.leave(gone)
-    pack.join(lab.member("DoRA", MEMBERS["DoRA"], together["DoRA"]))
-    endings = lead(pack)
-    assert len(endings) == len(MEMBERS) and not [ending.error for ending in endings if ending.error]
+        together.start(name, MEMBERS[name], courses[name], At(1, begun.set))
+    together.start("gone", MEMBERS["large"], courses["gone"], Failing())
+    together.start("poisoned", ({}, {"seed": 9, "max_steps": 2}), courses["poisoned"], change=poison)
+    assert begun.wait(60)
+    for name in ("large", "DoRA"):
+        together.start(name, MEMBERS[name], courses[name])
+    together.end()
+    assert together.failed.keys() == {"gone"} and isinstance(together.failed["gone"], ZeroDivisionError)
     for name, course in alone.items():
-        same(together[name], course)
-    assert not bool(torch.isfinite(together["poisoned"].gradients[0][0]).all())
+        same(courses[name], course)
+    assert not bool(torch.isfinite(courses["poisoned"].gradients[0][0]).all())
+    assert max(together.passes) > 2
+
+
+def poison(loop: TrainingLoop) -> None:
+    next(p for n, p in loop.model.named_parameters() if "lora_B" in n).data.fill_(torch.nan)
+
+
+class At(TrainerCallback):
+    """Calls something at the end of a step."""
+
+    def __init__(self, step: int, call: Callable[[], None]) -> None:
+        self._step, self._call = step, call
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._step:
+            self._call()
+
+
+@pytest.mark.parametrize("base", ["lora in bf16, checkpointing", "nf4"])
+def test_which_trainings_meet_in_a_pass_decides_nothing(tiny_model: Path, tmp_path: Path, base: str) -> None:
+    """Each asks when it likes, and nobody waits: passes are of those that happen to meet."""
+    lab, chance = Lab(tiny_model, tmp_path, **BASES[base], max_steps=5), random.Random(tiny_model.name + base)
+    settings: dict[str, Settings] = {f"{n}": ({"lora_dropout": 0.1}, {"seed": 10 + n}) for n in range(4)}
+    alone = {name: lab.alone(name, chosen) for name, chosen in settings.items()}
+    together, courses = Together(lab, patience=0.0), {name: Course() for name in settings}
+    for name, chosen in settings.items():
+        together.start(name, chosen, courses[name], delay=lambda: time.sleep(chance.uniform(0, 0.02)))
+    together.end()
+    assert not together.failed and len(set(together.passes)) > 1
+    for name, course in alone.items():
+        same(courses[name], course)
 
 
 @pytest.fixture(scope="module")
@@ -229,29 +332,33 @@ def _same_together(lab: Lab) -> None:
         for rows, more in ((1, ["k_proj"]), (2, []), (4, []))
     }
     alone = {name: lab.alone(name, settings) for name, settings in members.items()}
-    together, passes = {name: Course() for name in members}, list[int]()
-    learn = lab.base.learn
-    lab.base.learn = lambda pieces, **how: passes.append(len(pieces)) or learn(pieces, **how)  # type: ignore[method-assign, func-returns-value]
-    run([lab.member(name, settings, together[name]) for name, settings in members.items()])
+    together, courses = Together(lab), {name: Course() for name in members}
+    meeting = together.meeting(len(members))
+    for name, settings in members.items():
+        together.start(name, settings, courses[name], delay=meeting)
+    together.end()
+    assert not together.failed
     for name, course in alone.items():
-        same(together[name], course)
-    assert passes == [3, 3]  # none that failed was made up for by halves
+        same(courses[name], course)
+    assert together.passes == [3, 3]  # none that failed was made up for by halves
 
 
 @pytest.mark.parametrize("base", ["lora in bf16, checkpointing", "nf4"])
 def test_a_checkpoint_is_resumed_in_another_pack_bit_for_bit(tiny_model: Path, tmp_path: Path, base: str) -> None:
     lab = Lab(tiny_model, tmp_path, **BASES[base], save_steps=4)
     whole, rest, other = Course(), Course(), Course()
-    settings = MEMBERS["evaluated"]
-    saved = lab.member("whole", settings, whole)
-    run([saved, lab.member("beside", MEMBERS["large"], other)])
+    settings, saved = MEMBERS["evaluated"], list[Path]()
+    together = Together(lab)
+    keep = lambda loop: saved.append(Path(loop.args.output_dir) / "checkpoint-4")  # noqa: E731
+    together.start("whole", settings, whole, change=keep)
+    together.start("beside", MEMBERS["large"], other)
+    together.end()
     lab.base = lab.load()  # in another process it is another one
-    pack = Pack()
-    pack.join(lab.member("new", MEMBERS["accumulating"], Course()))
-    pack.step()
-    resumed = lab.member("rest", settings, rest, resume=Path(saved.args.output_dir) / "checkpoint-4")
-    pack.join(resumed)
-    lead(pack)
+    again = Together(lab)
+    again.start("new", MEMBERS["accumulating"], Course())
+    again.start("rest", settings, rest, resume=saved[0])
+    again.end()
+    assert not together.failed and not again.failed
     assert rest.log[:-1] == whole.log[:-1] and len(rest.gradients) == 2
     assert all(torch.equal(weight, whole.weights[key]) for key, weight in rest.weights.items())
 
@@ -276,18 +383,16 @@ def test_a_pass_without_memory_is_tried_again_in_halves_and_who_fails_alone_ends
     """Dropout draws, and gradients of a window half done, are those of a pass that never failed."""
     lab = Lab(tiny_model, tmp_path, **BASES["lora in fp32"])
     alone = {name: lab.alone(name, MEMBERS[name]) for name in ("evaluated", "accumulating")}
-    together = {name: Course() for name in [*alone, "large"]}
-    shortage = Shortage(lab.base, most=130)  # three rows of the large one are more
-    pack = Pack()
-    for name in together:
-        pack.join(lab.member(name, MEMBERS[name], together[name]))
-    large = pack.members[-1]
-    (first,) = pack.step()
-    assert first.member is large and isinstance(first.error, torch.OutOfMemoryError)
-    assert shortage.met == 3, "all, the half with the large one, and that alone: each once"
-    assert not [ending for ending in lead(pack) if ending.error]
+    courses = {name: Course() for name in [*alone, "large"]}
+    together, shortage = Together(lab), Shortage(lab.base, most=130)  # three rows of the large one are more
+    meeting = together.meeting(3)
+    for name, course in courses.items():
+        together.start(name, MEMBERS[name], course, delay=meeting)
+    together.end()
+    assert together.failed.keys() == {"large"} and isinstance(together.failed["large"], torch.OutOfMemoryError)
+    assert together.passes[0] == 3 and shortage.met >= 2, "all, and the large one alone at last"
     for name, course in alone.items():
-        same(together[name], course)
+        same(courses[name], course)
 
 
 class End(TrainerCallback):
@@ -310,10 +415,13 @@ def test_a_stop_between_micro_batches_leaves_a_checkpoint_that_resumes_bit_for_b
     strategy = {"train_sampling_strategy": "group_by_length", "max_steps": 5}
     settings = ({"lora_dropout": 0.2}, {**MEMBERS["accumulating"][1], **strategy})
     whole, rest = lab.alone("whole", settings), Course()
-    stopped = lab.member("stopped", settings, Course(), End(step=3, piece=2))  # at the end of an epoch
-    run([stopped])
-    assert stopped.state.global_step == 3
-    run([lab.member("rest", settings, rest, resume=Path(stopped.args.output_dir) / "checkpoint-3")])
+    with Engine().session(CPU) as session:
+        stopped = lab.loop(session, "stopped", settings, Course(), End(step=3, piece=2))  # at the end of an epoch
+        stopped.run()
+        assert stopped.state.global_step == 3
+        resumed = lab.loop(session, "rest", settings, rest)
+        resumed.resume(Path(stopped.args.output_dir) / "checkpoint-3")
+        resumed.run()
     assert rest.log[:-1] == whole.log[:-1]
     assert all(torch.equal(weight, whole.weights[key]) for key, weight in rest.weights.items())
 
@@ -324,10 +432,11 @@ def test_an_evaluation_of_one_changes_no_gradient_of_others(tiny_model: Path, tm
     weights = [p.detach().clone() for p in lab.base.model.parameters()]
     settings: Settings = ({"r": 4}, {"max_steps": 4, "logging_steps": 1})
     alone, beside, evaluated = lab.alone("alone", settings), Course(), Course()
-    pack = Pack()
-    pack.join(lab.member("beside", settings, beside))
-    pack.join(lab.member("evaluated", ({}, {"eval_steps": 1, "max_steps": 3}), evaluated))
-    lead(pack)
+    together = Together(lab)
+    together.start("beside", settings, beside)
+    together.start("evaluated", ({}, {"eval_steps": 1, "max_steps": 3}), evaluated)
+    together.end()
+    assert not together.failed
     assert sum("eval_loss" in line for line in evaluated.log) == 3
     same(beside, alone)
     assert all(torch.equal(a, b) for a, b in zip(weights, lab.base.model.parameters(), strict=True))
@@ -335,13 +444,29 @@ def test_an_evaluation_of_one_changes_no_gradient_of_others(tiny_model: Path, tm
 
 def test_an_evaluation_is_sliced_between_the_steps_of_others(tiny_model: Path, tmp_path: Path) -> None:
     lab = Lab(tiny_model, tmp_path, **BASES["lora in fp32"])
-    pack, beside = Pack(), Course()
-    pack.join(lab.member("beside", ({}, {"max_steps": 8}), beside))
-    evaluated = lab.member("evaluated", ({}, {"max_steps": 2, "eval_steps": 1}), Course())
-    evaluated.args.per_device_eval_batch_size = 1  # five rows are held out
-    pack.join(evaluated)
-    lead(pack, until=lambda: evaluated.state.global_step == 2)
-    assert len(beside.gradients) == 1 + 5 + 1
+    together, order, meeting = Together(lab), list[str](), None
+    meeting = together.meeting(2)
+    small = lambda loop: setattr(loop.args, "per_device_eval_batch_size", 1)  # noqa: E731  five rows are held out
+    settings: Settings = ({}, {"max_steps": 2, "eval_steps": 1})
+    together.start("beside", ({}, {"max_steps": 30}), Course(), Ticks(order, "step"), delay=meeting)
+    together.start("evaluated", settings, Course(), Ticks(order, "scored"), change=small, delay=meeting)
+    together.end()
+    begun, ended = order.index("scored"), len(order) - order[::-1].index("scored")
+    assert not together.failed and "step" in order[begun:ended]
+
+
+class Ticks(TrainerCallback):
+    """Notes steps, or batches that are evaluated."""
+
+    def __init__(self, order: list[str], what: str) -> None:
+        self._order, self._what = order, what
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._what == "step":
+            self._order.append("step")
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._order.append("scored")
 
 
 def test_members_that_need_padding_train_beside_the_others(tiny_model: Path, tmp_path: Path) -> None:
@@ -349,56 +474,113 @@ def test_members_that_need_padding_train_beside_the_others(tiny_model: Path, tmp
     lab = Lab(tiny_model, tmp_path, **BASES["lora in fp32"])
     exact = Case(tiny_model, tmp_path / "exact", "lora", {"lora_dropout": 0.2}, {"gradient_accumulation_steps": 2})
     theirs, ours = exact.by_trainer(), Course()
-    pack = Pack()
-    pack.join(lab.member("lean", MEMBERS["large"], Course()))
-    pack.join(exact.member(Watch(ours)))
-    lead(pack)
+    together = Together(lab)
+    together.start("lean", MEMBERS["large"], Course())
+    together.start_as("exact", lambda session: exact.loop(session, Watch(ours)))
+    together.end()
+    assert not together.failed
     same(ours, theirs)
 
 
 def test_nothing_of_a_member_stays_in_the_base(tiny_model: Path, tmp_path: Path) -> None:
     lab = Lab(tiny_model, tmp_path, **BASES["lora in fp32"])
-    member = lab.member("a", MEMBERS["large"], Course())
-    run([member])
-    tensors = [weakref.ref(parameter) for parameter in member.trained]
-    del member
-    gc.collect()
+    with Engine().session(CPU) as session:
+        loop = lab.loop(session, "a", MEMBERS["large"], Course())
+        loop.run()
+        tensors = [weakref.ref(parameter) for parameter in loop.trained]
+        del loop
+        gc.collect()
     assert tensors and not [ref for ref in tensors if ref() is not None]
 
 
-def test_trainings_in_threads_take_turns_and_are_what_they_would_be_alone(tiny_model: Path, tmp_path: Path) -> None:
-    """With an evaluation after each, of which the others wait for a slice at a time, and one that fails."""
+def test_pieces_of_work_draw_their_own_random_numbers(tiny_model: Path, tmp_path: Path) -> None:
+    """An evaluation and answers after each training, between the steps of the others."""
     lab = Lab(tiny_model, tmp_path, **BASES["lora in fp32"])
     names = ("evaluated", "accumulating", "large")
     alone = {name: lab.alone(name, MEMBERS[name]) for name in names}
-    together, relay, failed = {name: Course() for name in names}, Relay(), []
+    courses, together, drawn = {name: Course() for name in names}, Together(lab), dict[str, torch.Tensor]()
 
-    def train(name: str) -> None:
-        with relay.leg(torch.device("cpu")) as leg:
-            member = lab.member(name, MEMBERS[name], together[name], streams=leg.streams)
-            leg.train(member)
-            for row in member.rows.held_out:
-                with evaluating(member.model):
-                    member.forward.held_out_loss([row])
-                torch.rand(7)  # generating answers draws, too
-                leg.pause()
+    def after(loop: TrainingLoop, name: str) -> None:
+        train = loop.run
+
+        def run() -> None:
+            train()
+            for row in loop.rows.held_out:
+                loop.session.run(lambda row=row: loop._score([row]))
+                drawn[name] = loop.session.run(lambda: torch.rand(7))  # generating answers draws, too
+
+        loop.run = run  # type: ignore[method-assign]
+
+    for name in names:
+        together.start(name, MEMBERS[name], courses[name], change=lambda loop, name=name: after(loop, name))
+    together.end()
+    assert not together.failed and len(drawn) == 3
+    for name, course in alone.items():
+        same(courses[name], course)
+
+
+def test_an_error_crosses_threads_without_what_it_held(tiny_model: Path, tmp_path: Path) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
 
     def fail() -> None:
-        with relay.leg(torch.device("cpu")) as leg:
-            member = lab.member("failing", ({}, {"seed": 9}), Course(), Failing(), streams=leg.streams)
-            try:
-                leg.train(member)
-            except ZeroDivisionError:
-                failed.append(leg)
+        tensor = torch.ones(3)
+        held.append(weakref.ref(tensor))
+        raise ZeroDivisionError("mine")
 
-    threads = [threading.Thread(target=train, args=(name,)) for name in names] + [threading.Thread(target=fail)]
-    for thread in threads:
+    with Engine().session(CPU) as session, pytest.raises(ZeroDivisionError, match="mine") as raised:
+        session.run(fail)
+    assert held[0]() is None
+    assert any("in fail" in note for note in raised.value.__notes__), "where it was raised is told"
+
+
+def test_a_long_piece_lets_others_go_first_and_is_one_at_a_time() -> None:
+    order: list[str] = []
+    engine = Engine()
+    begun, asked = threading.Event(), threading.Event()
+
+    def long(session: Session, name: str) -> None:
+        order.append(f"{name} begins")
+        begun.set()
+        assert asked.wait(30)
+        wait_for(lambda: engine.waiting == 2) if name == "a" else None
+        with torch.no_grad():
+            session.pause()
+            assert not torch.is_grad_enabled()
+        order.append(f"{name} ends")
+
+    def short() -> None:
+        assert torch.is_grad_enabled()
+        order.append("short")
+
+    with engine.session(CPU) as a, engine.session(CPU) as b, engine.session(CPU) as c:
+        threads = [threading.Thread(target=a.run_long, args=(lambda: long(a, "a"), lambda: None))]
+        threads[0].start()
+        assert begun.wait(30)
+        threads += [
+            threading.Thread(target=b.run_long, args=(lambda: long(b, "b"), lambda: None)),
+            threading.Thread(target=c.run, args=(short,)),
+        ]
+        threads[1].start()
+        threads[2].start()
+        asked.set()
+        for thread in threads:
+            thread.join(30)
+    assert order == ["a begins", "short", "a ends", "b begins", "b ends"]
+
+
+def test_who_waits_for_a_long_piece_of_another_can_be_stopped() -> None:
+    engine, go_on = Engine(), threading.Event()
+    with engine.session(CPU) as a, engine.session(CPU) as b:
+        thread = threading.Thread(target=a.run_long, args=(lambda: go_on.wait(30), lambda: None))
         thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-    assert not [thread for thread in threads if thread.is_alive()] and len(failed) == 1
-    for name, course in alone.items():
-        same(together[name], course)
+
+        def stop() -> None:
+            raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            b.run_long(lambda: pytest.fail("it was stopped"), stop)
+        go_on.set()
+        thread.join(30)
 
 
 class Failing(TrainerCallback):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from loractl.worker.serving import http, lane
-from loractl.worker.serving.decoding import Engine
+from loractl.worker.serving.decoding import Decoder
 from loractl.worker.serving.logprobs import TextForm, TokenLogprob, TokenTexts
 
 from ..served import engine_of, served
@@ -25,12 +25,12 @@ CLOSE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model: Path) -> Engine:
+def engine(tiny_model: Path) -> Decoder:
     return engine_of(tiny_model)
 
 
 @pytest.fixture(scope="module")
-def client(engine: Engine, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+def client(engine: Decoder, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     with (
         served(engine, tiny_model, tmp_path_factory.mktemp("home")) as port,
         openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="unused", max_retries=0) as asking,
@@ -86,7 +86,7 @@ def test_n_choices_are_drawn_by_the_seeds_that_follow_the_first(client: openai.O
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_prompts_are_answered_in_their_order_as_text_or_as_tokens(
-    client: openai.OpenAI, engine: Engine, stream: bool
+    client: openai.OpenAI, engine: Decoder, stream: bool
 ) -> None:
     ids = [engine.tokenizer(text).input_ids for text in TEXTS]
     hot = {"temperature": 1.5, "seed": 3, "n": 2}
@@ -106,7 +106,7 @@ def test_prompts_are_answered_in_their_order_as_text_or_as_tokens(
 
 
 def test_answers_of_one_request_share_each_pass(
-    client: openai.OpenAI, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    client: openai.OpenAI, engine: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
     forward = lane.Lane._forward
@@ -122,7 +122,7 @@ def test_answers_of_one_request_share_each_pass(
 
 @pytest.mark.parametrize("draw", [{"temperature": 0}, {"temperature": 1.7, "seed": 5, "extra_body": {"top_k": 9}}])
 def test_a_chat_s_logprobs_are_the_model_s_own_distribution(
-    client: openai.OpenAI, engine: Engine, plain: Any, draw: dict[str, Any]
+    client: openai.OpenAI, engine: Decoder, plain: Any, draw: dict[str, Any]
 ) -> None:
     choice = chat(client, logprobs=True, top_logprobs=5, **draw).choices[0]
     content = choice.logprobs.content
@@ -142,7 +142,7 @@ def test_a_chat_s_logprobs_are_the_model_s_own_distribution(
 
 @pytest.mark.parametrize("at_once", [2**26, 400 * 3 * 4], ids=["in one pass", "four columns a pass"])
 def test_an_echoed_prompt_is_scored_as_transformers_does(
-    client: openai.OpenAI, engine: Engine, plain: Any, monkeypatch: pytest.MonkeyPatch, at_once: int
+    client: openai.OpenAI, engine: Decoder, plain: Any, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     """Prompts of several lengths in one batch, padded, and read in parts."""
     monkeypatch.setattr(lane, "MOST_LOGITS", at_once)
@@ -190,7 +190,7 @@ def test_streamed_logprobs_are_those_of_the_whole_answer(client: openai.OpenAI, 
     assert content == chat(client, **asked).choices[0].logprobs.content and len(content) > 3
 
 
-def test_a_prompt_alone_is_scored_up_to_the_whole_context(client: openai.OpenAI, engine: Engine, plain: Any) -> None:
+def test_a_prompt_alone_is_scored_up_to_the_whole_context(client: openai.OpenAI, engine: Decoder, plain: Any) -> None:
     ids = [3 + n % 290 for n in range(engine.context)]
     done = complete(client, ids, max_tokens=0, logprobs=0, echo=True)
     told = done.choices[0].logprobs.token_logprobs
@@ -287,7 +287,7 @@ def test_places_are_told_where_a_tokenizer_has_spaces_in_its_tokens_and_bytes_fo
 
 
 def test_a_caller_who_leaves_while_the_answer_comes_frees_the_place(
-    client: openai.OpenAI, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    client: openai.OpenAI, engine: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(http, "GONE_S", 0.05)
     step, steps = lane.Lane.step, []
@@ -305,7 +305,7 @@ def test_a_caller_who_leaves_while_the_answer_comes_frees_the_place(
     assert len(steps) < 300, "it was not answered to its end"
 
 
-def test_tokens_come_back_as_text_as_far_as_a_prompt_may_be_long(client: openai.OpenAI, engine: Engine) -> None:
+def test_tokens_come_back_as_text_as_far_as_a_prompt_may_be_long(client: openai.OpenAI, engine: Decoder) -> None:
     address = str(client.base_url.join("/detokenize"))
     ids = engine.tokenizer(TEXTS[0]).input_ids
 

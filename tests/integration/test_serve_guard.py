@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from loractl.worker.serving import http
-from loractl.worker.serving.decoding import Engine
+from loractl.worker.serving.decoding import Decoder
 
 from ..served import engine_of, served
 
@@ -24,12 +24,12 @@ ASKED = {"model": "base", "messages": [{"role": "user", "content": "queue"}], "m
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model: Path) -> Engine:
+def engine(tiny_model: Path) -> Decoder:
     return engine_of(tiny_model)
 
 
 @pytest.fixture
-def serve(engine: Engine, tiny_model: Path, home: Path) -> Iterator[Callable[..., int]]:
+def serve(engine: Decoder, tiny_model: Path, home: Path) -> Iterator[Callable[..., int]]:
     """Starts the real server in this process; returns its port."""
     with contextlib.ExitStack() as servers:
         yield lambda key=None: servers.enter_context(served(engine, tiny_model, home, key))
@@ -234,7 +234,7 @@ def test_a_body_that_does_not_come_is_answered(serve: Callable[..., int], monkey
 
 
 def test_a_prompt_that_can_not_fit_is_refused_before_it_is_tokenised(
-    serve: Callable[..., int], engine: Engine, monkeypatch: pytest.MonkeyPatch
+    serve: Callable[..., int], engine: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port, read = serve(), []
     monkeypatch.setattr(http, "prompt_for", lambda *given: read.append("chat"))

@@ -108,7 +108,7 @@ def limit_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> Non
 def _prepare_processor() -> None:
     # oneDNN keeps what it compiled for 1,024 shapes, 50 MB for each length of a batch: it would grow into the limit.
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "32"
-    _start_threads()
+    start_threads()
     # A large tensor gets its own mapping, which goes when it is freed: glibc's heap does not give holes back, and the
     # smaller batch would find no more room than the larger one. Not a small one: pages that come anew for each tensor
     # of a step made it 1.45 times as slow.
@@ -116,7 +116,7 @@ def _prepare_processor() -> None:
     _libc_call("mallopt", _M_TRIM_THRESHOLD, _TRIM_BYTES)
 
 
-def _start_threads() -> None:
+def start_threads() -> None:
     """Those of OpenMP, which each thread has for itself: it ends the process when it gets no stack for one later."""
     warm = torch.ones(512, 512, requires_grad=True)
     (warm @ warm).sum().backward()
@@ -197,6 +197,12 @@ def _no_room_for_handle() -> bool:
     return free < HANDLE_BYTES
 
 
+def has_limit() -> bool:
+    """Whether this process is held to a limit of its own memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    return soft != hard
+
+
 def in_own_thread(work: Callable[[], Answer]) -> Answer:
     """What the work gives, where less of it is tried after out-of-memory in this process.
 
@@ -204,8 +210,7 @@ def in_own_thread(work: Callable[[], Answer]) -> Answer:
     assembler keeps the error ("could not create a primitive"; torch 2.13, bf16 on a processor that has instructions
     for it). So a process that is held to a limit works in a thread that ends with its failure.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if soft == hard:
+    if not has_limit():
         return work()
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
@@ -217,7 +222,7 @@ def in_own_thread(work: Callable[[], Answer]) -> Answer:
 
 
 def _in_new_thread(work: Callable[[], Answer]) -> Answer:
-    with ThreadPoolExecutor(max_workers=1, initializer=_start_threads) as thread:
+    with ThreadPoolExecutor(max_workers=1, initializer=start_threads) as thread:
         return thread.submit(work).result()
 
 

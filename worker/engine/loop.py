@@ -1,19 +1,293 @@
-"""The loop: a pack that takes steps until each of its members has come to its end."""
+"""The loop of a training: epochs, windows of micro-batches, learn, step, log, evaluate, save, stop.
+
+It runs in the training's own thread and asks the engine for all that computes. It calls transformers' callbacks as
+transformers' Trainer does, in the same order and with the same arguments: trackers are made for them.
+"""
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from .member import PackMember
-from .pack import Pack
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, get_scheduler
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+from transformers.trainer_utils import speed_metrics
+
+from loractl.worker.base.arithmetic import evaluating, random_streams_kept
+from loractl.worker.data.token_rows import lengths_in
+from loractl.worker.data.tokens import TokenRow
+
+from .engine import ForwardPass, Session
+from .held_out import held_out_batches, loss_per_token
+from .loss import LossLog, MicroBatch, learned_in
+from .optimizer import ScaledOptimizer, make_optimizer
+from .order import RowOrder
+from .snapshot import drop_older, read_snapshot, write_snapshot
+from .streams import read_streams, restore_streams, seed_streams
 
 
-def run(members: Sequence[PackMember]) -> None:
-    """Train members to their ends. What one raises comes through: with one member it is the job's own failure."""
-    pack = Pack()
-    for member in members:
-        pack.join(member)
-    while pack.members:
-        for ending in pack.step():
-            if ending.error is not None:
-                raise ending.error
+@dataclass(frozen=True, kw_only=True)
+class MemberRows:
+    """Rows to train on, and rows held out."""
+
+    train: Sequence[TokenRow]
+    held_out: Sequence[TokenRow]
+
+
+KEPT_CHECKPOINTS = 2
+
+PROGRESS = ("global_step", "max_steps", "epoch", "total_flos", "log_history")
+"""What a checkpoint says of how far the training is, by the names of transformers' TrainerState."""
+
+
+class TrainingLoop:
+    """One training on a base, with all that is its own: adapter, optimizer, schedule, order of rows, accumulation,
+    clip, loss scaler, log, checkpoints and end."""
+
+    def __init__(
+        self,
+        session: Session,
+        forward: ForwardPass,
+        args: TrainingArguments,
+        rows: MemberRows,
+        callbacks: Sequence[TrainerCallback] = (),
+        *,
+        pages: bool = True,
+    ) -> None:
+        """`pages`: the optimizer's state may be paged, since the process ends with this training."""
+        self.session, self.forward, self.args, self.rows = session, forward, args, rows
+        self.model = forward.model
+        session.run(partial(self._make, callbacks, pages))
+
+    def _make(self, callbacks: Sequence[TrainerCallback], pages: bool) -> None:
+        args, forward = self.args, self.forward
+        seed_streams(args.seed)
+        if args.activation_checkpointing:
+            forward.recompute_blocks()
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        scaler = torch.amp.GradScaler(forward.device.type) if args.fp16 else None
+        self.optimizer = ScaledOptimizer(make_optimizer(self.model, args, pages), scaler)
+        self.order = RowOrder(lengths_in(self.rows.train), args)
+        self.control, self.state = TrainerControl(), self._first_state()
+        self._schedule = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=self.optimizer.inner,
+            num_warmup_steps=args.get_warmup_steps(self.state.max_steps),
+            num_training_steps=self.state.max_steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        self._events = CallbackHandler(
+            [DefaultFlowCallback(), *_trackers(args), *callbacks], self.model, None, self.optimizer, self._schedule
+        )
+        self._log = LossLog(forward.device)
+        self._before: dict[str, Any] = {}  # what a window begun moves before its step
+        self._saved = 0  # the step of the last checkpoint
+        self._resumed: dict[str, Any] | None = None  # the streams of the checkpoint that it goes on from
+        self._in_epoch = False
+        self._operations = 6 * self.model.num_parameters(exclude_embeddings=True)  # of a token, for trackers
+        self._began, self._first_step, self._first_epoch = 0.0, 0, 0.0
+        self.model.train()
+        self._zero()
+
+    @property
+    def ended(self) -> bool:
+        return self.control.should_training_stop
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What it holds beside the base: its adapter, and the optimizer's state."""
+        state = (value for held in self.optimizer.inner.state.values() for value in held.values())
+        return [*self.trained, *(value for value in state if isinstance(value, torch.Tensor))]
+
+    def run(self) -> None:
+        """Train to the end. What computing, callbacks or files raise comes through."""
+        ask = self.session.run
+        ask(self._begin)
+        while not self.ended:
+            for batch in ask(self._open_window):
+                loss = self.session.learn(self.forward, batch, self.trained, self.optimizer.backward)
+                ask(partial(self._took, batch, loss))
+                if self.ended and not batch.is_last:
+                    ask(self._abandon_window)
+                    break
+            else:
+                if self.control.should_evaluate:
+                    self._evaluate()
+                if self.control.should_save:
+                    ask(self._save)
+                if self.ended or self.state.global_step % self.order.windows == 0:
+                    ask(self._end_epoch)
+        ask(self._finish)
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint. Raises TrainingFailed for one that does not belong to it, and what reading raises.
+
+        Its streams are put in place to see that they can be, and again once the callbacks have begun: they may draw.
+        """
+        self.session.run(partial(self._resume, folder))
+
+    def _resume(self, folder: Path) -> None:
+        saved = read_snapshot(self.model, folder)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self._schedule.load_state_dict(saved["schedule"])
+        for name in PROGRESS:
+            if name != "max_steps":  # the job's own: it is the same training
+                setattr(self.state, name, saved["progress"][name])
+        self._log.restore(saved["log"])
+        self.order.rows = saved["order"]
+        self._resumed = saved["streams"]
+        restore_streams(self._resumed, self.forward.device)
+
+    def _finish(self) -> None:
+        """Log the sums of the whole run, and let the trackers close what they opened."""
+        steps = self.state.global_step - self._first_step
+        samples = len(self.rows.train) * (self.state.epoch - self._first_epoch)
+        metrics = speed_metrics("train", self._began, num_samples=samples, num_steps=steps)
+        self._say(
+            {**metrics, "total_flos": self.state.total_flos, "train_loss": self._log.mean(self.state.global_step)}
+        )
+        self._tell("on_train_end")
+
+    def _first_state(self) -> TrainerState:
+        args, windows = self.args, self.order.windows
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * windows)
+        state = TrainerState(train_batch_size=args.per_device_train_batch_size, max_steps=steps)
+        state.num_train_epochs = math.ceil(steps / windows) if args.max_steps > 0 else math.ceil(args.num_train_epochs)
+        state.compute_steps(args, steps)
+        return state
+
+    def _begin(self) -> None:
+        """Tell the callbacks, and stand before the first micro-batch."""
+        self._began, self._first_step, self._first_epoch = time.time(), self.state.global_step, self.state.epoch
+        self._tell("on_init_end")
+        self._tell("on_train_begin")
+        if self._resumed is not None:
+            restore_streams(self._resumed, self.forward.device)
+
+    def _open_window(self) -> list[MicroBatch]:
+        """The next rows to learn from before a step."""
+        epoch, window = divmod(self.state.global_step, self.order.windows)
+        if self.args.gradient_accumulation_steps > 1:
+            log, streams = self._log.state(), read_streams(self.forward.device)
+            self._before = {"log": log, "streams": streams, "order": self.order.rows, "flos": self.state.total_flos}
+        if not self._in_epoch:
+            self._in_epoch = True
+            self._tell("on_epoch_begin")
+            if window == 0:
+                self.order.begin(epoch)
+            elif self.order.redrawn:
+                self.order.rows = self.order.draw(epoch)
+        pieces = [[self.rows.train[n] for n in rows] for rows in self.order.window(window)]
+        learned = sum(learned_in(rows) for rows in pieces)
+        self._tell("on_step_begin")
+        return [
+            MicroBatch(rows=rows, learned=learned, pieces=len(pieces), number=number)
+            for number, rows in enumerate(pieces)
+        ]
+
+    def _took(self, batch: MicroBatch, loss: torch.Tensor) -> None:
+        """Count the loss of a micro-batch, whose gradients are there; after the window's last one, take the step."""
+        self._log.add(loss)
+        self.state.total_flos += self._operations * self.forward.tokens(batch.rows)
+        if batch.is_last:
+            self._step()
+        else:
+            self._tell("on_substep_end")
+
+    def _step(self) -> None:
+        """Clip, step, schedule, log."""
+        norm = self.optimizer.clip(self.trained, self.args.max_grad_norm)
+        self._tell("on_pre_optimizer_step")
+        self.optimizer.step()
+        self._tell("on_optimizer_step")
+        rate = self._schedule.get_last_lr()[0]
+        if not self.optimizer.step_was_skipped:
+            self._schedule.step()
+        self._zero()
+        self._count_step()
+        self._tell("on_step_end")
+        if self.control.should_log:
+            mean = self._log.take(self.state.global_step)
+            self._say({"loss": mean, "grad_norm": norm.item(), "learning_rate": float(rate)})
+
+    def _end_epoch(self) -> None:
+        self._in_epoch = False
+        self._tell("on_epoch_end")
+
+    def _abandon_window(self) -> None:
+        """Stand where the last step ended: a checkpoint of a window half learned would have to hold its gradients."""
+        self._zero()
+        self._log.restore(self._before["log"])
+        self.order.rows, self.state.total_flos = self._before["order"], self._before["flos"]
+        restore_streams(self._before["streams"], self.forward.device)
+        if self.control.should_save and self._saved != self.state.global_step > self._first_step:
+            self._save()
+
+    def _count_step(self) -> None:
+        epoch, window = divmod(self.state.global_step, self.order.windows)
+        done = min(self.order.micro_batches, (window + 1) * self.args.gradient_accumulation_steps)
+        self.state.global_step += 1
+        self.state.epoch = epoch + done / self.order.micro_batches
+
+    def _evaluate(self) -> None:
+        """On the held-out rows, a batch at a time: others compute in between."""
+        began, rows = time.time(), self.rows.held_out
+        batches = held_out_batches(rows, self.args.per_device_eval_batch_size)
+        sums = [self.session.run(partial(self._score, batch)) for batch in batches]
+        metrics = speed_metrics("eval", began, num_samples=len(rows), num_steps=len(batches))
+        self.session.run(partial(self._evaluated, {"eval_loss": loss_per_token(batches, sums), **metrics}))
+
+    def _score(self, batch: Sequence[TokenRow]) -> float:
+        with random_streams_kept():
+            with evaluating(self.model):
+                loss = self.forward.held_out_loss(batch)
+            self._tell("on_prediction_step")
+        return loss
+
+    def _evaluated(self, metrics: dict[str, float]) -> None:
+        with random_streams_kept():
+            self._say(metrics)
+            self._tell("on_evaluate", metrics=metrics)
+
+    def _save(self) -> None:
+        folder = Path(self.args.output_dir)
+        state = {
+            "progress": {name: getattr(self.state, name) for name in PROGRESS},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "log": self._log.state(),
+            "order": torch.empty(0, dtype=torch.int64) if self.order.redrawn else self.order.rows,
+            "streams": read_streams(self.forward.device),
+        }
+        write_snapshot(self.model, state, folder / f"checkpoint-{self.state.global_step}")
+        self._tell("on_save")
+        self._saved = self.state.global_step
+        drop_older(folder, KEPT_CHECKPOINTS)  # after the new one is closed: there is always a whole one
+
+    def _say(self, logs: dict[str, Any]) -> None:
+        """Add a line to the log, and tell trackers."""
+        logs["epoch"] = self.state.epoch
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self._tell("on_log", logs=logs)
+
+    def _tell(self, event: str, **told: Any) -> None:
+        self.control = getattr(self._events, event)(self.args, self.state, self.control, **told)
+
+    def _zero(self) -> None:
+        for parameter in self.trained:
+            parameter.grad = None
+
+
+def _trackers(args: TrainingArguments) -> list[TrainerCallback]:
+    """transformers' callbacks for the places that the job reports to."""
+    if not args.report_to:
+        return []
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    return [kind() for kind in get_reporting_integration_callbacks(args.report_to)]

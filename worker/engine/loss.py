@@ -25,6 +25,11 @@ class MicroBatch:
     number: int = 0  # its place in the window
     divided: bool = False  # its rows are one rank's part of it
 
+    @property
+    def is_last(self) -> bool:
+        """Whether a step follows it."""
+        return self.number == self.pieces - 1
+
 
 def learned_in(rows: Sequence[TokenRow]) -> int:
     """Tokens that rows are learned from, or the rows themselves where each has a label. No token precedes a row's

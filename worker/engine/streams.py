@@ -32,6 +32,11 @@ class RandomStreams:
             restore_streams(self._kept, self._device)
         RandomStreams._at_work = self
 
+    @classmethod
+    def at_work(cls) -> RandomStreams | None:
+        """Whose streams are in the process's generators."""
+        return cls._at_work
+
     @contextlib.contextmanager
     def drawing(self) -> Iterator[torch.Generator]:
         """A generator that draws torch's next numbers of this training, whoever is at work. What is drawn until an

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from loractl.common.job.sections import Metric
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.arithmetic import evaluating, whole_modules
-from loractl.worker.base.batches import in_batches
+from loractl.worker.base.batches import HERE, Computer, in_batches
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.batch import collate, inputs_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.tokens import TokenRow
 
 from .confusion import Labels, label_metrics
-from .evaluation import Evaluation, counter
+from .evaluation import Evaluation, counter, measuring
 from .losses import LOSS
 from .statistics import Array
 
@@ -36,13 +36,17 @@ def evaluate_classifier(
     spec: JobSpec,
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
+    asked: Computer = HERE,
 ) -> Evaluation:
     """Score the head on the held-out rows, beside the baseline that reads no text."""
     began = time.monotonic()
     model, pad, batch = learner.model, learner.tokenizer.pad_token_id, spec.evaluation.per_device_eval_batch_size
     rows = data.held_out.rows[: spec.evaluation.max_rows]
-    with evaluating(model), whole_modules(model, learner.precision.base):
-        logits = classify(model, pad, rows, batch, counter(len(rows), check_stop, progress))
+
+    def run(work: Callable[[], None]) -> None:
+        asked.run(partial(measuring, learner, work))
+
+    logits = classify(model, pad, rows, batch, counter(len(rows), check_stop, progress), run)
     expected, shares = _places(rows), _shares(data)
     majority = int(shares.argmax())
     losses = -np.log(shares)[expected], row_losses(logits, expected)
@@ -68,7 +72,12 @@ def evaluate_classifier(
 
 
 def classify(
-    model: Any, pad: int, rows: Sequence[TokenRow], batch: int, tick: Callable[[int], None] = lambda n: None
+    model: Any,
+    pad: int,
+    rows: Sequence[TokenRow],
+    batch: int,
+    tick: Callable[[int], None] = lambda n: None,
+    run: Callable[[Callable[[], None]], None] = HERE.run,
 ) -> Array:
     """The head's logits for each row, float64 of shape (rows, labels), for a model in eval mode. Longest rows first, so
     that an out-of-memory comes at once."""
@@ -80,9 +89,8 @@ def classify(
         del tensors["labels"]
         logits = model(**{name: t.to(model.device) for name, t in tensors.items()}, use_cache=False).logits
         answered.update(zip(chosen, logits.double().cpu().numpy(), strict=True))
-        tick(len(chosen))
 
-    in_batches(order, batch, work)
+    in_batches(order, batch, work, run, tick)
     return np.stack([answered[place] for place in range(len(rows))])
 
 

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy as np
 from loractl.common.job.sections import DataFormat, Metric
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import evaluating, whole_modules
+from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
@@ -62,11 +64,12 @@ def evaluate(
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
     once: Once[_Measured] | None = None,
+    asked: Computer = HERE,
 ) -> Evaluation:
     """Score base and tuned on the held-out rows, and generate answers of each.
 
     Answers: of the first `evaluation.samples` rows in full; where answers are labels, of every row, as long as a label.
-    `once`: None: the base is measured here and now.
+    `once`: None: the base is measured here and now. `asked` does each batch.
     """
     began = time.monotonic()
     work = Work.of(data, spec, learner.tokenizer)
@@ -76,13 +79,13 @@ def evaluate(
     def measure_base() -> _Measured:
         nonlocal here
         here = True
-        return _measure(learner, work, spec, tick, check_stop, base=True)
+        return _measure(learner, work, spec, tick, check_stop, asked, base=True)
 
     known = None if once is None else once(_question(learner, work, spec), measure_base, keeps=_Measured.is_as_asked)
     base = measure_base() if known is None else known.answer
     if not here:
         tick(work.passes)
-    tuned = _measure(learner, work, spec, tick, check_stop, base=False)
+    tuned = _measure(learner, work, spec, tick, check_stop, asked, base=False)
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = _labels(work, base, tuned) if work.labelled else None
     wanted, stops = set(spec.evaluation.metrics), data.format is not DataFormat.TEXT
@@ -208,11 +211,12 @@ def _measure(
     work: Work,
     spec: JobSpec,
     tick: Callable[[int], None],
-    between: Callable[[], None],
+    check_stop: Callable[[], None],
+    asked: Computer,
     *,
     base: bool,
 ) -> _Measured:
-    """Let one model do the work: the base, or the tuned one. `between`: called after each token of an answer."""
+    """Let one model do the work: the base, or the tuned one."""
     model, tokenizer, batch = learner.model, learner.tokenizer, spec.evaluation.per_device_eval_batch_size
 
     smaller: list[bool] = []
@@ -220,24 +224,40 @@ def _measure(
     def halved() -> None:
         smaller.append(True)
 
+    def between() -> None:
+        check_stop()
+        asked.pause()
+
+    def run(piece: Callable[[], None]) -> None:
+        asked.run(partial(measuring, learner, piece, base=base))
+
+    def run_long(piece: Callable[[], None]) -> None:
+        asked.run_long(partial(measuring, learner, piece, base=base), check_stop)
+
     def score(rows: list[TokenRow]) -> RowScores:
-        return score_rows(model, tokenizer, rows, batch, tick, learner.scorer, halved)
+        return score_rows(model, tokenizer, rows, batch, tick, learner.scorer, halved, run)
 
     def answer(prompts: list[Prompt], longest: int) -> list[tuple[str, bool]]:
-        return generate(model, tokenizer, [prompt.ids for prompt in prompts], batch, longest, tick, between, halved)
+        ids = [prompt.ids for prompt in prompts]
+        return generate(model, tokenizer, ids, batch, longest, tick, between, halved, run_long)
 
-    with evaluating(model, base=base), whole_modules(model, learner.precision.base):
-        rows, whole, alone, regression = map(score, work.scored_apart)
-        texts, labels = answer(work.prompts, work.longest_answer), answer(work.labelled, work.label_tokens)
-        return _Measured(
-            rows=by_example(rows, work.rows),
-            whole=whole,
-            alone=alone,
-            regression=by_example(regression, work.regression),
-            texts=texts,
-            labels=labels,
-            halved=bool(smaller),
-        )
+    rows, whole, alone, regression = map(score, work.scored_apart)
+    texts, labels = answer(work.prompts, work.longest_answer), answer(work.labelled, work.label_tokens)
+    return _Measured(
+        rows=by_example(rows, work.rows),
+        whole=whole,
+        alone=alone,
+        regression=by_example(regression, work.regression),
+        texts=texts,
+        labels=labels,
+        halved=bool(smaller),
+    )
+
+
+def measuring(learner: Learner, work: Callable[[], None], *, base: bool = False) -> None:
+    """Do a piece of an evaluation in its modes; with `base`, with the adapter switched off."""
+    with evaluating(learner.model, base=base), whole_modules(learner.model, learner.precision.base):
+        work()
 
 
 def _question(learner: Learner, work: Work, spec: JobSpec) -> str:

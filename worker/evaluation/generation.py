@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from loractl.worker.base.batches import in_batches
+from loractl.worker.base.batches import HERE, in_batches
 
 
 def generate(
@@ -19,10 +19,11 @@ def generate(
     tick: Callable[[int], None] = lambda n: None,
     between: Callable[[], None] | None = None,
     halved: Callable[[], None] = lambda: None,
+    run: Callable[[Callable[[], None]], None] = HERE.run,
 ) -> list[tuple[str, bool]]:
     """(answer, ended by itself) for each prompt: greedy, in left-padded batches of similar length.
 
-    `between`: called after each token of a batch; what it raises comes through. `halved`: see score_rows.
+    `between`: called after each token of a batch; what it raises comes through. `halved`, `run`: see score_rows.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
@@ -50,9 +51,8 @@ def generate(
             end = next((n for n, token in enumerate(tokens) if token in ends), None)
             text = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
             answers[place] = (text, end is not None)
-        tick(len(chosen))
 
-    if in_batches(order, batch, answer) < batch:
+    if in_batches(order, batch, answer, run, tick) < batch:
         halved()
     return answers
 

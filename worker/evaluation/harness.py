@@ -26,8 +26,9 @@ from loractl.common.job.sections import EvaluationSpec
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import evaluating, whole_modules
+from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.gauge import in_own_thread, is_out_of_memory, release
+from loractl.worker.base.gauge import is_out_of_memory, release
 from loractl.worker.base.hub import Refusal, refusal
 
 from .comparison import Compared, Measure
@@ -111,7 +112,13 @@ def find_tasks(spec: JobSpec, folder: str | None) -> Any:
 
 
 def score_tasks(
-    model: Any, tokenizer: Any, spec: JobSpec, manager: Any, compute: torch.dtype, check_stop: Callable[[], None]
+    model: Any,
+    tokenizer: Any,
+    spec: JobSpec,
+    manager: Any,
+    compute: torch.dtype,
+    check_stop: Callable[[], None],
+    engine: Computer = HERE,
 ) -> Benchmarks:
     """Run the job's tasks on the base, which is the model with its adapter switched off, and on the tuned model.
 
@@ -122,13 +129,24 @@ def score_tasks(
     os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork this process, with model and device, once a core
     asked, batch, both = spec.evaluation, spec.evaluation.per_device_eval_batch_size, []
 
-    def run(rows: int) -> Results:
-        return _results(_wrapped(model, tokenizer, rows, check_stop), asked, manager, rows)
+    def between() -> None:
+        check_stop()
+        engine.pause()
+
+    def score(rows: int, *, base: bool) -> Results:
+        with evaluating(model, base=base), whole_modules(model, compute):
+            return _results(_wrapped(model, tokenizer, rows, between), asked, manager, rows)
 
     for base in (True, False):
-        with evaluating(model, base=base), whole_modules(model, compute):
-            results, batch = _halving(run, batch)
-        both.append(results)
+        while True:
+            try:
+                both.append(engine.run_long(functools.partial(score, batch, base=base), check_stop))
+                break
+            except Exception as error:
+                if batch == 1 or not is_out_of_memory(error):
+                    raise
+            batch //= 2  # lm_eval takes the longest rows first: little is done twice
+            engine.run(release)  # outside of the handler: until it ends, the error's traceback holds the tensors
     config = both[1]["config"]
     return Benchmarks(
         asked=tuple(asked.lm_eval),
@@ -196,18 +214,6 @@ def _not_to_be_had(name: str, error: Exception) -> TrainingFailed:
     said = answer or next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     reason = Reason.TRAINER_ERROR if answer is Refusal.AWAY else Reason.BAD_SPEC
     return TrainingFailed(reason, f"{KEY}: {name} can't be set up on this worker: {said}")
-
-
-def _halving(run: Callable[[int], Results], batch: int) -> tuple[Results, int]:
-    """The results, and the rows at once that fitted. lm_eval takes the longest rows first: little is done twice."""
-    while True:
-        try:
-            return in_own_thread(functools.partial(run, batch)), batch
-        except Exception as error:
-            if batch == 1 or not is_out_of_memory(error):
-                raise
-        batch //= 2
-        release()  # outside of the handler: until it ends, the error's traceback holds the tensors
 
 
 def _results(wrapped: Any, asked: EvaluationSpec, manager: Any, batch: int) -> Results:

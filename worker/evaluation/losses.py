@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from loractl.common.job.sections import Metric
-from loractl.worker.base.batches import in_batches
+from loractl.worker.base.batches import HERE, in_batches
 from loractl.worker.base.learner import Scorer
 from loractl.worker.data.batch import collate
 from loractl.worker.data.tokens import IGNORED, TokenRow
@@ -46,9 +46,11 @@ def score_rows(
     tick: Callable[[int], None] = lambda n: None,
     scorer: Scorer | None = None,
     halved: Callable[[], None] = lambda: None,
+    run: Callable[[Callable[[], None]], None] = HERE.run,
 ) -> RowScores:
     """Cross-entropy of every learned token, in fp32, for a model in eval mode. Longest rows first, so that an
-    out-of-memory comes at once. `halved`: called where that made batches smaller, whose sums are rounded otherwise."""
+    out-of-memory comes at once. `halved`: called where that made batches smaller, whose sums are rounded otherwise.
+    `run` does a batch, and `tick` is told its rows."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     result = np.zeros((5, len(rows)))
 
@@ -56,9 +58,8 @@ def score_rows(
         picked = [rows[i] for i in chosen]
         sums = _sums(model, tokenizer, picked) if scorer is None else _lean_sums(scorer, tokenizer, picked)
         result[:, chosen] = sums.double().cpu().numpy()
-        tick(len(chosen))
 
-    if in_batches(order, batch, score) < batch:
+    if in_batches(order, batch, score, run, tick) < batch:
         halved()
     names = ("loss", "tokens", "stop_loss", "stops", "right")
     return RowScores(**dict(zip(names, result, strict=True)))

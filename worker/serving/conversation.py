@@ -16,7 +16,7 @@ from loractl.worker.data.prompt import prompt_for
 
 from .adapter_pool import AdapterPool, BaseChoice, open_pool
 from .card import Footprint, take_card
-from .decoding import Engine
+from .decoding import Decoder
 from .library import Library, Listed, same_base
 from .request import Ask, Said
 
@@ -98,7 +98,7 @@ def open_conversation(
     device = take_card(library.settings, library.store, style.gpu, footprint)
     choice = BaseChoice.of(base, trained, device, run_code=library.may_run_code(adapter))
     pool = open_pool(choice, library, [adapter], tell, warn)
-    return Conversation(library=library, pool=pool, engine=Engine(pool), adapter=adapter, style=style, tools=known)
+    return Conversation(library=library, pool=pool, engine=Decoder(pool), adapter=adapter, style=style, tools=known)
 
 
 @dataclass(kw_only=True)
@@ -107,7 +107,7 @@ class Conversation:
 
     library: Library
     pool: AdapterPool
-    engine: Engine
+    engine: Decoder
     adapter: Listed
     style: Style
     tools: list[dict[str, Any]] = field(default_factory=list)

@@ -52,7 +52,7 @@ class TooLong(UsageError):
     """A request that no batch can hold."""
 
 
-class Engine:
+class Decoder:
     """Answers requests on a base in memory. `ask` is for any thread; one thread at a time steps."""
 
     def __init__(self, pool: AdapterPool, limits: Limits | None = None) -> None:

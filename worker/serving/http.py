@@ -28,7 +28,7 @@ from loractl.worker.data.tokens import message_of
 
 from .access import AccessControl, answered
 from .call_form import CallForm, CallReader, form_of
-from .decoding import Engine, TooLong
+from .decoding import Decoder, TooLong
 from .library import Library, Listed
 from .logprobs import TokenTexts
 from .openai_api import ApiError, ChatRequest, DetokenizeRequest, TextRequest, TokenizeRequest, refusal
@@ -94,7 +94,7 @@ class Names:
         return known[name] if name in known else known[f"{name}:latest"]
 
 
-def make_app(engine: Engine, names: Names, library: Library, *, key: str | None, temperature: float = 0.0) -> FastAPI:
+def make_app(engine: Decoder, names: Names, library: Library, *, key: str | None, temperature: float = 0.0) -> FastAPI:
     """The application: what HAS names, /health, and the tokenizer as vLLM's servers offer it."""
     service = Service(engine, names, library, temperature)
     app = FastAPI(title="loractl", docs_url=None, redoc_url=None, openapi_url=None, lifespan=service.open)
@@ -171,7 +171,7 @@ async def _read(request: Request, kind: Any) -> Any:
 class Service:
     """Takes requests on the event loop, and hands them to the one thread that decodes."""
 
-    def __init__(self, engine: Engine, names: Names, library: Library, temperature: float) -> None:
+    def __init__(self, engine: Decoder, names: Names, library: Library, temperature: float) -> None:
         self._engine, self._names, self._library, self._temperature = engine, names, library, temperature
         self._texts = TokenTexts(engine.tokenizer)
         self._over = threading.Event()

@@ -16,7 +16,7 @@ from loractl.worker.protocol.trust import check_base
 
 from .adapter_pool import BaseChoice, open_pool, warn_of_arithmetic
 from .card import Footprint, take_card
-from .decoding import Engine, Limits
+from .decoding import Decoder, Limits
 from .http import Names
 from .library import Library, Listed, same_base, usual_arithmetic
 
@@ -37,7 +37,7 @@ class ServeOptions:
 
 def load_served(
     library: Library, options: ServeOptions, tell: Callable[[str], None], warn: Callable[[str], None]
-) -> tuple[Engine, Names]:
+) -> tuple[Decoder, Names]:
     """Check every name before the base is loaded, for that takes long. Raises LoractlError."""
     given = _given(options.adapters, library)
     model, revision, trusted = _base_of(options.base, given, library)
@@ -50,7 +50,7 @@ def load_served(
     pool = open_pool(base, library, list((given or {}).values()), tell, warn, options.adapter_memory)
     if given is None:
         warn_of_arithmetic(pool, served, warn)
-    engine = Engine(pool, Limits(rows=options.max_batch, cache_bytes=options.cache_memory))
+    engine = Decoder(pool, Limits(rows=options.max_batch, cache_bytes=options.cache_memory))
     shown = ", ".join(sorted(names.all())) or "none is stored yet"
     tell(f"Models: base; adapters: {shown}.")
     return engine, names

@@ -1,17 +1,14 @@
 """The longest batches of a job, tried before its first step: what does not fit is known within a minute.
 
-The probe takes part in a training as a callback, when model, optimizer and autocast are as the steps will find them.
 It leaves no trace: weights, optimizer, gradients and random numbers are as before.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from transformers import TrainerCallback
 
 from loractl.common.memory.optimizer import state_bytes
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
@@ -21,8 +18,9 @@ from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.engine import ForwardPass
+from loractl.worker.engine.loop import TrainingLoop
 from loractl.worker.engine.loss import MicroBatch, learned_in
-from loractl.worker.engine.member import ForwardPass, PackMember
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.evaluation.classifier import classify
 from loractl.worker.evaluation.losses import score_rows
@@ -38,68 +36,69 @@ class DoesNotFit(Exception):
     """A batch of the training ran out of memory before the run began."""
 
 
-class Probe(TrainerCallback):
-    """Tries a training step on the longest rows, then the evaluation's longest batch.
+def try_longest(loop: TrainingLoop, learner: Learner, data: PreparedData, run: Run) -> None:
+    """Try a training step on the longest rows, then the evaluation's longest batch.
 
     Where the latter does not fit it is made smaller, and the run is told the rows that fit. Raises DoesNotFit where the
     training does not fit, and out-of-memory as it is where evaluating a single row does not.
     """
-
-    member: PackMember  # given once it is made, with this among its callbacks
-
-    def __init__(self, learner: Learner, data: PreparedData, run: Run) -> None:
-        self._learner = learner
-        self._data = data
-        self._run = run
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        member, failure = self.member, None
-        with random_streams_kept(), _held(_bytes_to_come(member), member.forward.device):
-            try:
-                _try_step(member, self._largest(args.per_device_train_batch_size))
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                failure = in_a_sentence(error)
-            finally:
-                member.model.zero_grad()
-            if failure is None:
-                self._tell_attention(member.forward)
-                self._try_evaluation(args)
+    ask, held = run.session.run, list[torch.Tensor]()
+    rows = _largest(data, run, loop.args.per_device_train_batch_size)
+    try:
+        ask(partial(_try_step, loop, rows, held))
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        failure: str | None = in_a_sentence(error)
+    else:
+        failure = None
+    try:
         if failure is not None:
-            raise DoesNotFit(failure)  # outside of the handler: the error's traceback holds the batch's tensors
+            raise DoesNotFit(failure)  # outside of the handler: the error holds nothing, and neither may its place
+        _tell_attention(loop.forward, run)
+        _try_evaluation(loop, learner, data, run)
+    finally:
+        ask(held.clear)
 
-    def _tell_attention(self, forward: ForwardPass) -> None:
-        """Say why a card starts kernels for each row: a step of many short rows may take several times as long so."""
-        if isinstance(forward, LeanPass) and forward.by_row is not None:
-            self._run.note("engine", f"attention goes row by row: {forward.by_row}")
 
-    def _largest(self, size: int) -> list[TokenRow]:
-        """The largest batch that can come; on several cards each of them has the longest rows."""
-        cards = self._run.cards
-        return longest(self._data.trained_rows, size // cards) * cards
+def _tell_attention(forward: ForwardPass, run: Run) -> None:
+    """Say why a card starts kernels for each row: a step of many short rows may take several times as long so."""
+    if isinstance(forward, LeanPass) and forward.by_row is not None:
+        run.note("engine", f"attention goes row by row: {forward.by_row}")
 
-    def _try_evaluation(self, args: Any) -> None:
-        """A batch as it is evaluated in mid-training, where it is, and as the report's evaluation does it."""
-        model, tokenizer = self._learner.model, self._learner.tokenizer
-        in_training, wanted = args.eval_strategy != "no", args.per_device_eval_batch_size
-        rows = self._data.held_out.rows.first(self._run.spec.evaluation.max_rows)
-        batch = longest(rows, wanted)
 
-        def work(chosen: list[int]) -> None:
-            picked = [batch[i] for i in chosen]
-            if in_training:
-                self.member.forward.held_out_loss(picked)
-            if self._data.label_names:
-                classify(model, tokenizer.pad_token_id, picked, len(picked))
-            else:
-                score_rows(model, tokenizer, picked, len(picked), scorer=self._learner.scorer)
+def _largest(data: PreparedData, run: Run, size: int) -> list[TokenRow]:
+    """The largest batch that can come; on several cards each of them has the longest rows."""
+    return longest(data.trained_rows, size // run.cards) * run.cards
 
-        with evaluating(model):
-            fitting = in_batches(list(range(len(batch))), wanted, work)
-        if fitting != wanted:
-            args.per_device_eval_batch_size = fitting
-            self._run.adjust_evaluation(fitting)
+
+def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, run: Run) -> None:
+    """A batch as it is evaluated in mid-training, where it is, and as the report's evaluation does it."""
+    model, tokenizer, args = learner.model, learner.tokenizer, loop.args
+    in_training, wanted = args.eval_strategy != "no", args.per_device_eval_batch_size
+    batch = longest(data.held_out.rows.first(run.spec.evaluation.max_rows), wanted)
+
+    def work(chosen: list[int]) -> None:
+        picked = [batch[i] for i in chosen]
+        if in_training:
+            loop.forward.held_out_loss(picked)
+        if data.label_names:
+            classify(model, tokenizer.pad_token_id, picked, len(picked), run=_done)
+        else:
+            score_rows(model, tokenizer, picked, len(picked), scorer=learner.scorer, run=_done)
+
+    def tried(piece: Callable[[], None]) -> None:
+        with random_streams_kept(), evaluating(model):
+            piece()
+
+    fitting = in_batches(list(range(len(batch))), wanted, work, lambda piece: run.session.run(partial(tried, piece)))
+    if fitting != wanted:
+        args.per_device_eval_batch_size = fitting
+        run.adjust_evaluation(fitting)
+
+
+def _done(piece: Callable[[], None]) -> None:
+    piece()
 
 
 def longest(rows: Sequence[TokenRow], count: int) -> list[TokenRow]:
@@ -108,32 +107,24 @@ def longest(rows: Sequence[TokenRow], count: int) -> list[TokenRow]:
     return [rows[place] for place in sorted(range(len(rows)), key=lambda place: -lengths[place])[:count]]
 
 
-def _try_step(member: PackMember, rows: list[TokenRow]) -> None:
-    """Forward and backward as the steps do it, with what is held at the same time in a real one."""
-    pieces = member.args.gradient_accumulation_steps
-    if pieces > 1:
-        for parameter in member.trained:  # the gradients of the micro-batches before this one
-            parameter.grad = torch.zeros_like(parameter)
-    batch = MicroBatch(rows=rows, learned=max(1, learned_in(rows)), pieces=pieces)
-    member.forward.learn(batch, member.optimizer.backward)
+def _try_step(loop: TrainingLoop, rows: list[TokenRow], held: list[torch.Tensor]) -> None:
+    """Forward and backward as the steps do it, with what is `held` at the same time in a real one."""
+    pieces, device = loop.args.gradient_accumulation_steps, loop.forward.device
+    with random_streams_kept():
+        held.append(torch.empty(_bytes_to_come(loop), dtype=torch.uint8, device=device))
+        try:
+            if pieces > 1:
+                for parameter in loop.trained:  # the gradients of the micro-batches before this one
+                    parameter.grad = torch.zeros_like(parameter)
+            batch = MicroBatch(rows=rows, learned=max(1, learned_in(rows)), pieces=pieces)
+            loop.forward.learn(batch, loop.optimizer.backward)
+        finally:
+            loop.model.zero_grad()
 
 
-def _bytes_to_come(member: PackMember) -> int:
+def _bytes_to_come(loop: TrainingLoop) -> int:
     """What the steps will hold and the probe does not: the optimizer's state, unless it came from a checkpoint."""
-    room = PROCESSOR_ROOM_BYTES if member.forward.device.type == "cpu" else 0
-    if member.optimizer.inner.state:
+    room = PROCESSOR_ROOM_BYTES if loop.forward.device.type == "cpu" else 0
+    if loop.optimizer.inner.state:
         return room
-    return room + sum(state_bytes(member.args.optim.value, parameter.numel()) for parameter in member.trained)
-
-
-@contextlib.contextmanager
-def _held(size: int, device: torch.device) -> Iterator[None]:
-    """Hold so much memory. Raises DoesNotFit."""
-    try:
-        block = torch.empty(size, dtype=torch.uint8, device=device)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise DoesNotFit(in_a_sentence(error)) from None
-    yield
-    del block
+    return room + sum(state_bytes(loop.args.optim.value, parameter.numel()) for parameter in loop.trained)

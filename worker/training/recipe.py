@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from loractl.worker.data.packing import check_apart
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.template import templated
 from loractl.worker.data.tokens import APART
+from loractl.worker.engine.engine import ForwardPass
 from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.shared import SharedBase
@@ -46,8 +48,8 @@ from loractl.worker.evaluation.report import build_report, write_report
 from loractl.worker.protocol.messages import Ancestor, Ended
 
 from .arguments import check_trackers
+from .fit import Callbacks, fit
 from .gang.meeting import Gang, base_of, gathered
-from .loop import Callbacks, fit
 from .need import tell_need, tell_padded
 from .preparation.aside import is_large, prepare_aside
 from .preparation.rows import prepare_rows
@@ -60,67 +62,49 @@ MOST_NAMED = 8
 
 def train(run: Run) -> Ended:
     """Prepare, train, evaluate, and leave adapter and report in the order's output folder."""
-    order, began = run.order, time.time()
+    order, began, ask = run.order, time.time(), run.session.run
     out = Path(order.output_dir)
 
     check_trackers(run.spec)
     check_package(run.spec)
     # 1. The data, before any memory is taken.
     run.stage(Stage.PREPARING)
-    set_seed(run.spec.training.seed)
-    with run.leg.aside():  # others compute meanwhile
-        lent = _tokenizer(run)
-        tokenizer = templated(lent.tokenizer, run.spec.dataset.template)
-        data = _prepared(run, tokenizer)
-    tasks = find_tasks(run.spec, order.lm_eval_tasks)
-    tell_need(run, data)
-    run.between()
+    ask(partial(set_seed, run.spec.training.seed))
+    lent = _tokenizer(run)
+    tokenizer = templated(lent.tokenizer, run.spec.dataset.template)
+    data = _prepared(run, tokenizer)
+    tasks = ask(partial(find_tasks, run.spec, order.lm_eval_tasks))  # they are other people's programs, and may draw
+    ask(partial(tell_need, run, data))
+    run.check_stop()
 
-    # 2. The base model, in NF4 for QLoRA, and a fresh adapter.
-    gang = gathered(order, _head(run.spec, data, tokenizer), tokenizer.pad_token_id)
-    learner, identity, shared = _load(run, data, tokenizer, gang)
-    forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.leg.streams, _tried(run, learner))
-    if isinstance(forward, LeanPass):
-        if why is not None:
-            run.note("engine", f"no other job trains beside it: {why}")
-        if run.order.joins and shared is not None and shared.apart is not None:
-            run.note("engine", f"the rows of each training are multiplied by themselves: {shared.apart}")
-        learner = replace(learner, scorer=forward)
-    elif why is not None:
-        tell_padded(run, data, why)
-    steps = forward if gang is None else gang.lead(forward, run.spec, learner.precision)
+    run.shelf.compare(order.keep, (run.spec.base_model, run.spec.revision), run.phase, run.check_stop)
+    # 2. The base model, in NF4 for QLoRA, a fresh adapter, and how a step passes them.
+    learner, steps, identity = ask(partial(_ready, run, data, tokenizer))
 
     # 3. Train, from the newest checkpoint of this very training if there is one.
-    callbacks = Callbacks.of(run, learner, data, checkpoint_to_resume(run, data))
+    callbacks = ask(lambda: Callbacks.of(run, learner, data, checkpoint_to_resume(run, data)))
     arguments = fit(run, learner, steps, data, callbacks)
-    callbacks.best.take(learner.model)
-    check_finite(learner.model)
 
     # 4. Keep the adapter before anything else can fail.
-    save_adapter(learner.model, tokenizer, order.spec, out / "adapter")
-    if order.init_from is not None:
-        (out / "adapter" / LINEAGE).write_text(json.dumps({"init_from": order.init_from.lineage()}, indent=1), "utf-8")
+    ask(partial(_keep, run, learner, tokenizer, callbacks))
     (out / "job.json").write_text(json.dumps(_resolved(run, arguments), indent=1), "utf-8")
 
-    run.leg.pause()
     # 5. Base against tuned on rows that were never trained on.
     run.stage(Stage.EVALUATING)
     evaluation = _evaluate(run, learner, data, tasks, callbacks)
     final = _evaluate_final(run, learner, data, callbacks)
     if isinstance(steps, DividedPass):
-        steps.end()
+        ask(steps.end)
 
     # 6. The report, and the manifest's other files.
-    course = _course(run, callbacks, arguments, time.time() - began)
+    course = ask(partial(_course, run, callbacks, arguments, time.time() - began))
     run.say("hashes the base's files, and writes the report")
-    with run.leg.aside():
-        base = identity.wait()
-    report = build_report(order, base, learner, data, evaluation, course, final)
+    report = build_report(order, identity.wait(), learner, data, evaluation, course, final)
     write_report(report, out)
     write_page(report, out)
     write_model_card(report, out / "adapter")
     run.shelf.tokenizers.give_back(lent)
-    run.require_base()
+    ask(run.require_base)
     return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.peaks())
 
 
@@ -176,6 +160,33 @@ def _note_data(run: Run, data: PreparedData) -> None:
         run.note("warning", f"data: {warning}")
 
 
+def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, ForwardPass, BaseIdentity]:
+    """The model with a fresh adapter, how its steps are computed, and what identifies the base once it is hashed.
+    Raises TrainingFailed."""
+    gang = gathered(run.order, _head(run.spec, data, tokenizer), tokenizer.pad_token_id)
+    learner, identity, shared = _load(run, data, tokenizer, gang)
+    forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.session.streams, _tried(run, learner))
+    if isinstance(forward, LeanPass):
+        if why is not None:
+            run.note("engine", f"no other job trains beside it: {why}")
+        if run.order.joins and shared is not None and shared.apart is not None:
+            run.note("engine", f"the rows of each training are multiplied by themselves: {shared.apart}")
+        learner = replace(learner, scorer=forward)
+    elif why is not None:
+        tell_padded(run, data, why)
+    return learner, forward if gang is None else gang.lead(forward, run.spec, learner.precision), identity
+
+
+def _keep(run: Run, learner: Learner, tokenizer: Any, callbacks: Callbacks) -> None:
+    """Leave the trained adapter in the order's output folder. Raises TrainingFailed."""
+    order, folder = run.order, Path(run.order.output_dir) / "adapter"
+    callbacks.best.take(learner.model)
+    check_finite(learner.model)
+    save_adapter(learner.model, tokenizer, order.spec, folder)
+    if order.init_from is not None:
+        (folder / LINEAGE).write_text(json.dumps({"init_from": order.init_from.lineage()}, indent=1), "utf-8")
+
+
 def _load(
     run: Run, data: PreparedData, tokenizer: Any, gang: Gang | None
 ) -> tuple[Learner, BaseIdentity, SharedBase | None]:
@@ -221,10 +232,9 @@ def _base(run: Run, precision: Precision, head: Head | None) -> Any:
         order.keep,
         source,
         load,
-        aside=run.leg.aside,
         joins=order.joins,
         tell=run.phase,
-        check_stop=run.check_stop,
+        check_stop=run.between,
     )
     if was_here:
         run.phase(f"takes {name}, which is loaded already")
@@ -298,7 +308,7 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
         return evaluation
     run.note("evaluation", f"scoring base and tuned on {', '.join(run.spec.evaluation.lm_eval)} of lm_eval")
     model, tokenizer, compute = learner.model, learner.tokenizer, learner.precision.base
-    scored = score_tasks(model, tokenizer, run.spec, tasks, compute, run.check_stop)
+    scored = score_tasks(model, tokenizer, run.spec, tasks, compute, run.check_stop, run.session)
     return replace(evaluation, benchmarks=scored)
 
 
@@ -317,8 +327,8 @@ def _on(data: PreparedData, work: str) -> list[str]:
 
 def _measure(run: Run, learner: Learner, data: PreparedData, progress: Callable[[int, int], None]) -> Evaluation:
     if data.label_names:
-        return evaluate_classifier(learner, data, run.spec, run.between, progress)
-    return evaluate(learner, data, run.spec, run.between, progress, _once(run))
+        return evaluate_classifier(learner, data, run.spec, run.check_stop, progress, run.session)
+    return evaluate(learner, data, run.spec, run.check_stop, progress, _once(run), run.session)
 
 
 def _once(run: Run) -> Once[Any]:
@@ -327,9 +337,7 @@ def _once(run: Run) -> Once[Any]:
     def once(
         question: str, find_out: Callable[[], Any], *, keeps: Callable[[Any], bool] = lambda found: True
     ) -> Known[Any]:
-        return run.shelf.knowledge.once(
-            question, run.order.job_id, find_out, check_stop=run.check_stop, aside=run.leg.aside, keeps=keeps
-        )
+        return run.shelf.knowledge.once(question, run.order.job_id, find_out, check_stop=run.between, keeps=keeps)
 
     return once
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import Gauge
 from loractl.worker.base.kept.shelf import Shelf
-from loractl.worker.engine.relay import Leg, solo_leg
+from loractl.worker.engine.engine import Engine, Session
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import Adjusted, GoingOn, Note, Peaks, StageChanged, Start, Told
 
@@ -40,8 +41,7 @@ class Run:
     stop: threading.Event = field(default_factory=threading.Event)
     save_on_stop: threading.Event = field(default_factory=threading.Event)
     shelf: Shelf = field(default_factory=Shelf)  # that has the base, where this process has loaded it before
-    part: InitVar[Leg | None] = None  # of the process's computing; None: it computes alone
-    leg: Leg = field(init=False)
+    part: InitVar[Session | None] = None  # of the process's engine; None: it has one of its own
     company: Company = field(default_factory=Company)
     allowance: Allowance = field(default_factory=Allowance)
     traces: Traces = field(init=False)
@@ -52,13 +52,26 @@ class Run:
     changes: list[str] = field(init=False)  # the same in words, one a step down
     gauge: Gauge = field(init=False)
     _signed: float = field(default_factory=time.monotonic)  # when it last said that it is at work
+    _session: Session | None = field(init=False)
+    _own: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    def __post_init__(self, part: Leg | None) -> None:
-        self.leg = solo_leg(torch.device(self.order.device)) if part is None else part
+    def __post_init__(self, part: Session | None) -> None:
+        self._session = part
         self.adjustment = self.order.adjustment
         self.changes = list(self.order.changes)
         self.gauge = Gauge(self.order.device, self.order.gpu)
         self.traces = Traces(order=self.order)
+
+    @property
+    def session(self) -> Session:
+        """Who does all that computes. One of its own is there until `close`."""
+        if self._session is None:
+            self._session = self._own.enter_context(Engine().session(torch.device(self.order.device)))
+        return self._session
+
+    def close(self) -> None:
+        """Nothing more is computed."""
+        self._own.close()
 
     @property
     def spec(self) -> JobSpec:
@@ -97,7 +110,7 @@ class Run:
 
     def peaks(self) -> Peaks:
         """The job's peaks for its row: of a process that it has shared they are not its own."""
-        found = self.gauge.look()
+        found = self.session.run(self.gauge.look)
         return Peaks(held=found.held) if self.company.shared else found
 
     def adjust(self, adjustment: Adjustment) -> None:
@@ -138,14 +151,14 @@ class Run:
             self.tell(GoingOn(job_id=self.order.job_id))
 
     def between(self) -> None:
-        """Call it between two pieces of work: it lets others of the process go first. Raises Stopped."""
+        """Call it within a long piece of work: it lets others of the process go first. Raises Stopped."""
         self.check_stop()
-        self.leg.pause()
+        self.session.pause()
 
     def hold_to(self, limit: int | None) -> None:
         """Allow the process so much for this job, beside what others have."""
-        self.allowance.grant(self.order, limit, self.shelf.size)
+        self.session.run(lambda: self.allowance.grant(self.order, limit, self.shelf.size))
 
     def lower_to(self, limit: int | None) -> None:
         """Leave the rest of what was allowed to other jobs."""
-        self.allowance.lower(self.order, limit, self.shelf.size)
+        self.session.run(lambda: self.allowance.lower(self.order, limit, self.shelf.size))

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeVar
 
 from loractl.common.errors import DataError
 from loractl.common.job.status import Reason, Stage
@@ -39,12 +39,13 @@ from .spare import Marks, prepare
 
 if TYPE_CHECKING:
     from loractl.worker.base.kept.shelf import Shelf
-    from loractl.worker.engine.relay import Relay
+    from loractl.worker.engine.engine import Engine
 
     from .host.allowance import Allowance
     from .host.traces import Traces
     from .run import Run
 
+Answer = TypeVar("Answer")
 Tell = Callable[[Told], None]
 Recipe = Callable[[Start, Orders, Tell], Ended]
 
@@ -137,7 +138,7 @@ class _Host:
     def __init__(self, company: Company, tell: Tell) -> None:
         self._company, self._tell = company, tell
         self._shelf: Shelf | None = None
-        self._relay: Relay | None = None
+        self._engine: Engine | None = None
         self._allowance: Allowance | None = None
         self._traces: dict[int, Traces] = {}
         self._fault: str | None = None  # why this process ends with its last member
@@ -147,28 +148,26 @@ class _Host:
     def begin(self, order: Start, *, alone: bool) -> None:
         _load()
         from loractl.worker.base.kept.shelf import Shelf
-        from loractl.worker.engine.helpers import give_up_helpers
+        from loractl.worker.engine.engine import Engine
         from loractl.worker.engine.meter import PassMeter
-        from loractl.worker.engine.relay import Relay
 
         from .host.allowance import Allowance
 
         if alone:
             self._shelf = self._shelf or Shelf()
             self._shelf.begin()
-            self._relay, self._allowance = Relay(PassMeter(self._passed), self._learned), Allowance()
-            self._fault = None
-        give_up_helpers()  # of the main thread, from imports and from sums of weights
+            self._engine = self._engine or Engine(PassMeter(self._passed), self._learned)
+            self._allowance, self._fault = Allowance(), None
 
     def serve(self, order: Start, orders: Orders, tell: Tell) -> Ended:
         import torch
 
         from .run import Run
 
-        assert self._shelf is not None and self._relay is not None and self._allowance is not None
+        assert self._shelf is not None and self._engine is not None and self._allowance is not None
         company, allowance, shelf = self._company, self._allowance, self._shelf
-        with self._relay.leg(torch.device(order.device)) as leg:
-            run = Run(order=order, tell=tell, shelf=shelf, part=leg, company=company, allowance=allowance)
+        with self._engine.session(torch.device(order.device)) as session:
+            run = Run(order=order, tell=tell, shelf=shelf, part=session, company=company, allowance=allowance)
             self._traces[order.job_id] = run.traces
             self._aside.discard(order.job_id)
             ended = _run(run, orders)
@@ -179,13 +178,10 @@ class _Host:
             return ended
 
     def let_go(self, order: Start, ended: Ended) -> str | None:
-        from loractl.worker.base.gauge import release
-
         assert self._shelf is not None and self._allowance is not None
         fault = self._traces.pop(order.job_id).left() or self._fault or self._company.lost or self._spoilt_by(ended)
         try:
-            release()
-            self._allowance.take_back(order, self._shelf.size)
+            self._compute(functools.partial(self._forget, order))
         except RuntimeError as error:  # a card that has failed refuses this, too; the others still tell their ends
             fault = fault or f"{type(error).__name__}: {error}".splitlines()[0]
         self._fault = self._fault or fault
@@ -197,15 +193,31 @@ class _Host:
         assert self._shelf is not None
         size, why = None, self._fault
         if why is None:
-            self._relay = self._allowance = None
+            self._allowance = None
             try:
-                size, why = self._shelf.settle()
+                size, why = self._compute(self._shelf.settle)
             except Exception as error:  # noqa: BLE001  whatever it is, the job has ended and this process must go
                 why = f"{type(error).__name__}: {error}"
             if size is None:
                 line = log_line("trainer", f"its base does not stay: {why}")
                 self._company.write(order.job_id, line, self._tell)
         return ended.model_copy(update={"base_bytes": size})
+
+    def _forget(self, order: Start) -> None:
+        """Give back what a member that left others had of the device."""
+        from loractl.worker.base.gauge import release
+
+        assert self._shelf is not None and self._allowance is not None
+        release()
+        self._allowance.take_back(order, self._shelf.size)
+
+    def _compute(self, work: Callable[[], Answer]) -> Answer:
+        """Work of the process itself, by the engine's thread. It draws nothing."""
+        import torch
+
+        assert self._engine is not None
+        with self._engine.session(torch.device("cpu")) as session:
+            return session.run(work)
 
     def _spoilt_by(self, ended: Ended) -> str | None:
         """What a job's end says against this process."""
@@ -249,7 +261,8 @@ def _run_alone(order: Start, orders: Orders, tell: Tell) -> Ended:
     _load()
     from .run import Run
 
-    ended = _run(Run(order=order if gang is None else gang.order, tell=tell), orders)
+    with contextlib.closing(Run(order=order if gang is None else gang.order, tell=tell)) as run:
+        ended = _run(run, orders)
     return ended if gang is None else gang.settle(ended)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -18,7 +18,7 @@ class Ended(Exception):
 def ask(
     knowledge: Knowledge, job_id: int, find_out: Callable[[], str], stop: Callable[[], None] = lambda: None
 ) -> Known[str]:
-    return knowledge.once("what?", job_id, find_out, check_stop=stop, aside=contextlib.nullcontext)
+    return knowledge.once("what?", job_id, find_out, check_stop=stop)
 
 
 def never() -> str:
@@ -29,21 +29,20 @@ def test_what_was_found_out_is_not_found_out_again() -> None:
     knowledge = Knowledge()
     assert ask(knowledge, 1, lambda: "that") == ask(knowledge, 2, never) == Known("that", 1)
     for n in range(KEPT):
-        knowledge.once(str(n), 3, lambda: "more", check_stop=lambda: None, aside=contextlib.nullcontext)
+        knowledge.once(str(n), 3, lambda: "more", check_stop=lambda: None)
     assert ask(knowledge, 4, lambda: "anew").job_id == 4, "old ones go"
 
 
 def test_what_is_for_one_alone_is_found_out_anew_by_the_next() -> None:
     knowledge, unsure = Knowledge(), {"keeps": lambda found: found != "in halves"}
-    how = {"check_stop": lambda: None, "aside": contextlib.nullcontext}
-    assert knowledge.once("what?", 1, lambda: "in halves", **how, **unsure) == Known("in halves", 1)
-    assert knowledge.once("what?", 2, lambda: "whole", **how, **unsure) == Known("whole", 2)
+    for job_id, found in ((1, "in halves"), (2, "whole")):
+        known = knowledge.once("what?", job_id, lambda found=found: found, check_stop=lambda: None, **unsure)
+        assert known == Known(found, job_id)
     assert ask(knowledge, 3, never) == Known("whole", 2)
 
 
-def test_others_wait_aside_and_one_of_them_goes_on_where_it_fails() -> None:
+def test_others_wait_and_one_of_them_goes_on_where_it_fails() -> None:
     knowledge, seeking, fail = Knowledge(), threading.Event(), threading.Event()
-    asides: list[int] = []
 
     def fails() -> str:
         seeking.set()
@@ -54,19 +53,12 @@ def test_others_wait_aside_and_one_of_them_goes_on_where_it_fails() -> None:
         with contextlib.suppress(Ended):
             ask(knowledge, 1, fails)
 
-    @contextlib.contextmanager
-    def aside() -> Iterator[None]:
-        asides.append(1)
-        if len(asides) == 1:
-            fail.set()
-        yield
-
     thread = threading.Thread(target=first)
     thread.start()
     assert seeking.wait(30)
-    found = knowledge.once("what?", 2, lambda: "mine", check_stop=lambda: None, aside=aside)
+    found = ask(knowledge, 2, lambda: "mine", stop=fail.set)  # it is called once this one waits
     thread.join()
-    assert found == Known("mine", 2) and asides
+    assert found == Known("mine", 2) and fail.is_set()
 
 
 def test_who_waits_can_be_stopped() -> None:

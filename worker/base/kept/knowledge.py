@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -49,13 +48,12 @@ class Knowledge:
         find_out: Callable[[], Found],
         *,
         check_stop: Callable[[], None],
-        aside: Callable[[], AbstractContextManager[None]],
         keeps: Callable[[Found], bool] = lambda found: True,
     ) -> Known[Found]:
         """The answer that is here, or that another training is about to have; else what `find_out` returns or raises.
 
-        `check_stop` is called while this one waits for another, and `aside` lets that compute. Where it fails, or what
-        it found is for itself alone (`keeps`), one of those that wait finds out.
+        `check_stop` is called while this one waits for another. Where that fails, or what it found is for itself alone
+        (`keeps`), one of those that wait finds out.
         """
         while True:
             with self._changed:
@@ -66,7 +64,7 @@ class Knowledge:
             if mine:
                 return self._find(question, job_id, find_out, keeps)
             check_stop()
-            with aside(), self._changed:
+            with self._changed:
                 self._changed.wait_for(lambda: question not in self._sought, LOOK_S)
 
     def _known(self, question: str) -> Known[Any] | None:

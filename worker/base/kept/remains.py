@@ -44,7 +44,8 @@ class Surroundings:
 
     def left(self, kept: Collection[torch.Tensor]) -> str | None:
         """What of a training is still here, in words; None: nothing but the tensors that are kept."""
-        threads = [t for t in threading.enumerate() if t.ident not in self.threads and not _is_foreign(t)]
+        here = self.threads | {threading.get_ident()}
+        threads = [t for t in threading.enumerate() if t.ident not in here and not _is_foreign(t)]
         for thread in threads:
             thread.join(timeout=JOIN_S)
         if alive := [thread.name for thread in threads if thread.is_alive()]:

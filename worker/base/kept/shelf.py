@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,18 +70,17 @@ class Shelf:
         source: tuple[str, str | None],
         load: Callable[[], Any],
         *,
-        aside: Callable[[], AbstractContextManager[None]],
         joins: bool = False,
         tell: Callable[[str], None] = lambda text: None,
         check_stop: Callable[[], None] = lambda: None,
     ) -> tuple[Any, bool]:
         """The base, and whether it was here. `source`: its name and revision. `key`: None for one that never stays.
-        `aside` lets others compute while its files are hashed; `tell` says so first, `check_stop` is called meanwhile.
+        `check_stop` is called while its files are hashed, and `tell` says so first.
 
         Raises TrainingFailed(host_lost) for a training that must find it here (`joins`) and does not.
         """
         traits: Traits = frozenset() if key is None else traits_of(*source)
-        if self._imprint is not None and self._key == key and self._same_files(source, traits, aside, tell, check_stop):
+        if self._imprint is not None and self._key == key and self._same_files(source, traits, tell, check_stop):
             return self._imprint.model, True
         if joins:
             raise TrainingFailed(Reason.HOST_LOST, "the trainer that it was to join has another base")
@@ -97,6 +95,17 @@ class Shelf:
             self._code = Code(model)
         return model, False
 
+    def compare(
+        self,
+        key: str | None,
+        source: tuple[str, str | None],
+        tell: Callable[[str], None],
+        check_stop: Callable[[], None],
+    ) -> None:
+        """Hash what `base` will ask for, while others compute: a large base's files take minutes."""
+        if key is not None and self._imprint is not None and self._key == key:
+            self._same_files(source, traits_of(*source), tell, check_stop)
+
     def identify(self, cache: Path, source: tuple[str, str | None]) -> BaseIdentity:
         """Begin to hash the files of the base that a training has, with what is remembered below `cache`."""
         found, self._cache = BaseIdentity(*source, cache), cache
@@ -107,7 +116,6 @@ class Shelf:
         self,
         source: tuple[str, str | None],
         traits: Traits,
-        aside: Callable[[], AbstractContextManager[None]],
         tell: Callable[[str], None],
         check_stop: Callable[[], None],
     ) -> bool:
@@ -118,11 +126,10 @@ class Shelf:
         if self._identity is None:
             return False
         tell("compares the base's files with those that were loaded")
-        with aside():
-            if (then := self._identity.files_at(self._traits, check_stop)) is None:
-                return False
-            found = BaseIdentity(*source, self._cache)
-            now = found.files_at(traits, check_stop)
+        if (then := self._identity.files_at(self._traits, check_stop)) is None:
+            return False
+        found = BaseIdentity(*source, self._cache)
+        now = found.files_at(traits, check_stop)
         if now is None or changed_files(then, now) or not SETTINGS.isdisjoint(then.keys() ^ now.keys()):
             return False
         self._traits, self._identity = traits, found

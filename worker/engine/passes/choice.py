@@ -90,6 +90,7 @@ def forward_pass(
         training.label_smoothing_factor,
         streams,
         compiled=training.torch_compile,
+        noise=training.neftune_noise_alpha,
     )
     if training.exact:
         return padded, None

@@ -10,6 +10,7 @@ import torch
 from loractl.worker.data.batch import collate, inputs_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import Backward, MicroBatch, accepts_window, classified, learned_in, smoothed
+from loractl.worker.engine.noise import noisy_embeddings
 from loractl.worker.engine.streams import RandomStreams
 
 
@@ -17,14 +18,21 @@ class PaddedPass:
     """Losses of a model, equal bit for bit to those of transformers' Trainer."""
 
     def __init__(
-        self, model: Any, pad: int, smoothing: float, streams: RandomStreams | None = None, *, compiled: bool = False
+        self,
+        model: Any,
+        pad: int,
+        smoothing: float,
+        streams: RandomStreams | None = None,
+        *,
+        compiled: bool = False,
+        noise: float | None = None,
     ) -> None:
-        """`streams`: that the training draws from; None: it has them to itself."""
+        """`streams`: that the training draws from; None: it has them to itself. `noise`: NEFTune's alpha."""
         self.model = model
         self.device: torch.device = model.device
         self.streams = streams or RandomStreams(self.device)
         self._pad = pad
-        self._smoothing = smoothing
+        self._smoothing, self._noise = smoothing, noise
         self._learner = torch.compile(model, backend="inductor") if compiled else model
         self._whole_windows = accepts_window(model)
         self._routed = getattr(model.config.get_text_config(), "output_router_logits", False)
@@ -35,10 +43,11 @@ class PaddedPass:
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
-        loss = self._loss(self._learner, batch.rows, batch.learned, self._smoothing)
-        if self._averages_alone(batch.rows):
-            loss = loss * learned_in(batch.rows) / batch.learned if batch.divided else loss / batch.pieces
-        backward(loss)
+        with noisy_embeddings(self.model, self._noise):
+            loss = self._loss(self._learner, batch.rows, batch.learned, self._smoothing)
+            if self._averages_alone(batch.rows):
+                loss = loss * learned_in(batch.rows) / batch.learned if batch.divided else loss / batch.pieces
+            backward(loss)
         return loss.detach()
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
 from loractl.worker.base.arithmetic import evaluating
-from loractl.worker.base.gauge import in_own_thread, release
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import MicroBatch
-from loractl.worker.engine.noise import noisy_embeddings
 
 from .link import Link
 from .part import OwnPass, Part, RankFull
@@ -23,36 +20,34 @@ from .shards import Shards
 class Follower:
     """One rank but the leader's."""
 
-    def __init__(self, model: Any, link: Link, shards: Shards | None, make_pass: Callable[[bool], OwnPass]) -> None:
-        """`make_pass`: the adapted model's forward pass, the lean one or not."""
+    def __init__(
+        self, model: Any, link: Link, shards: Shards | None, make_pass: Callable[[bool, float | None], OwnPass]
+    ) -> None:
+        """`make_pass`: the adapted model's forward pass, the lean one or not, with NEFTune's noise."""
         self._model, self._link, self._shards, self._make_pass = model, link, shards, make_pass
         self._own: OwnPass | None = None
         self._part: Part | None = None
         self._scale = 1.0
 
-    def follow(self) -> None:
-        """Obey until the leader ends. What goes wrong here comes through, and ends the whole training."""
-        self._model.train()
-        with contextlib.ExitStack() as stack:
-            while in_own_thread(partial(self._obey_while_there_is_room, stack)):
-                release()
-        self._link.close()
+    def follow(self, run: Callable[[Callable[[], None]], None]) -> None:
+        """Obey until the leader ends. `run` does all that computes. What goes wrong here comes through, and ends the
+        whole training."""
+        while True:
+            with contextlib.suppress(RankFull):  # the leader says what follows
+                run(self._follow)
+                return
 
-    def _obey_while_there_is_room(self, stack: contextlib.ExitStack) -> bool:
-        """False once the leader has ended; true where a rank had no room, and the leader says what follows."""
-        try:
-            for order in self._link.orders():
-                if order["kind"] == "end":
-                    break
-                if order["kind"] == "pass":
-                    stack.enter_context(noisy_embeddings(self._model, order["noise"]))
-                    self._own = self._make_pass(order["lean"])
-                    self._part = Part(self._own, self._link, lockstep=self._shards is not None)
-                else:
-                    self._obey(order)
-        except RankFull:
-            return True
-        return False
+    def _follow(self) -> None:
+        self._model.train()
+        for order in self._link.orders():
+            if order["kind"] == "end":
+                break
+            if order["kind"] == "pass":
+                self._own = self._make_pass(order["lean"], order["noise"])
+                self._part = Part(self._own, self._link, lockstep=self._shards is not None)
+            else:
+                self._obey(order)
+        self._link.close()
 
     def _obey(self, order: dict[str, Any]) -> None:
         if order["kind"] == "gather":

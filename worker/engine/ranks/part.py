@@ -25,7 +25,7 @@ def rows_of(rows: Sequence[TokenRow], rank: int, size: int) -> list[TokenRow]:
     return list(rows[begin:end])
 
 
-class RankFull(Exception):
+class RankFull(MemoryError):
     """Some rank had no memory for its rows, and no rank has learned from them."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from transformers import set_seed
@@ -23,6 +24,11 @@ from .meeting import Gang, base_of
 
 def follow(run: Run) -> Ended:
     """All that a process does which does not lead: it loads the model, and does its part of each step."""
+    run.session.run(partial(_prepared, run)).follow(run.session.run)
+    return Ended(job_id=run.order.job_id, reason=Reason.OK, message="", peaks=run.peaks())
+
+
+def _prepared(run: Run) -> Follower:
     order, spec = run.order, run.spec
     gang = Gang(order)
     told = next(gang.link.orders())
@@ -37,11 +43,10 @@ def follow(run: Run) -> Ended:
     model = gang.adapted(load)
     compute_in(model, precision)
 
-    def make_pass(lean: bool) -> OwnPass:
+    def make_pass(lean: bool, noise: float | None) -> OwnPass:
         smoothing = spec.training.label_smoothing_factor
         if lean:
             return LeanPass(model, precision, smoothing)
-        return PaddedPass(model, told["pad"], smoothing, compiled=spec.training.torch_compile)
+        return PaddedPass(model, told["pad"], smoothing, compiled=spec.training.torch_compile, noise=noise)
 
-    Follower(model, gang.link, gang.shards, make_pass).follow()
-    return Ended(job_id=order.job_id, reason=Reason.OK, message="", peaks=run.gauge.look())
+    return Follower(model, gang.link, gang.shards, make_pass)

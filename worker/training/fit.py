@@ -1,4 +1,4 @@
-"""The training itself: the engine with one member, started again with smaller batches where the first do not fit."""
+"""The training itself, started again with smaller batches where the first do not fit."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from transformers import TrainerCallback, TrainingArguments
 from loractl.common.job.adjustment import next_adjustment
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.gauge import in_own_thread, release
+from loractl.worker.base.gauge import release
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
-from loractl.worker.engine.member import ForwardPass, MemberRows, PackMember
+from loractl.worker.engine.engine import ForwardPass
+from loractl.worker.engine.loop import MemberRows, TrainingLoop
 from loractl.worker.engine.passes.shared import SharedPass
 from loractl.worker.engine.snapshot import read_snapshot
 from loractl.worker.evaluation.evaluation import Work
@@ -28,7 +29,7 @@ from .arguments import training_arguments
 from .best import BestKeeper
 from .checkpoint import Checkpoint
 from .closer import CheckpointCloser
-from .probe import DoesNotFit, Probe, longest
+from .probe import DoesNotFit, longest, try_longest
 from .progress import Teller
 from .recorder import Recorder
 from .resume import ResumeCheck, ResumeProof, begun_with, belongs_to, readable
@@ -139,12 +140,12 @@ def fit(
     checkpoint = callbacks.checkpoint
     optimizer = begun_with(run.order, checkpoint)
     if checkpoint is not None and checkpoint.finished:
-        _take_finished(run, learner, callbacks, checkpoint)
+        run.session.run(partial(_take_finished, run, learner, callbacks, checkpoint))
         return training_arguments(run.order, run.spec, learner.precision, optimizer)
     while True:
-        arguments = training_arguments(run.order, run.spec, learner.precision, optimizer)
-        failure = in_own_thread(partial(_fit_once, run, learner, forward, data, arguments, callbacks))
-        release()  # of what did not fit, or of optimizer and gradients, which the evaluation needs no more
+        arguments = run.session.run(partial(training_arguments, run.order, run.spec, learner.precision, optimizer))
+        failure = _fit_once(run, learner, forward, data, arguments, callbacks)
+        run.session.run(release)  # of what did not fit, or of optimizer and gradients, which nobody needs any more
         if failure is None:
             return arguments
         lighter = next_adjustment(run.order.spec, run.adjustment, on_gpu=run.on_gpu, cards=run.cards)
@@ -182,23 +183,22 @@ def _fit_once(
     # the rows that the report measures: the losses of both are compared
     rows = MemberRows(train=data.trained_rows, held_out=data.held_out.rows.first(run.spec.evaluation.max_rows))
     # Without a limit no allocation fails on a processor: the kernel kills a process, and a probe would see nothing.
-    probes = [Probe(learner, data, run)] if run.on_gpu or run.order.memory_limit is not None else []
-    # after the probe: the others say that training begins
-    called = (*probes, *callbacks.in_order, BaseOpening(run, forward))
-    member = PackMember(forward, arguments, rows, called, pages=run.order.keep is None)
-    for probe in probes:
-        probe.member = member
+    probed = run.on_gpu or run.order.memory_limit is not None
+    called = (*callbacks.in_order, BaseOpening(run, forward))
+    loop = TrainingLoop(run.session, forward, arguments, rows, called, pages=run.order.keep is None)
     if callbacks.checkpoint is not None:
         with readable(callbacks.checkpoint):
-            member.resume(callbacks.checkpoint.path)
-            callbacks.recorder.take_losses(member.state.log_history)
+            loop.resume(callbacks.checkpoint.path)
+            callbacks.recorder.take_losses(loop.state.log_history)
             callbacks.best.bring(callbacks.checkpoint.path)
     try:
-        run.leg.train(member)
+        if probed:
+            try_longest(loop, learner, data, run)
+        loop.run()
     except DoesNotFit as failure:
         return str(failure)
     finally:
-        run.traces.note(member.tensors)
-    if run.stop.is_set() and member.state.global_step < member.state.max_steps and callbacks.best.stopped_early is None:
+        run.traces.note(loop.tensors)
+    if run.stop.is_set() and loop.state.global_step < loop.state.max_steps and callbacks.best.stopped_early is None:
         raise Stopped
     return None
