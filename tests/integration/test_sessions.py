@@ -47,6 +47,15 @@ def test_a_recipe_s_own_thread_computes_nothing(recipe: Recipe, tmp_path: Path, 
     assert not here.seen
 
 
+def test_what_a_session_drew_from_is_not_asked_for_once_it_is_over() -> None:
+    """Of a card that has failed the state can't be read, or of one that never was here."""
+    engine = Engine()
+    with engine.session(torch.device("cuda")) as gone:
+        gone.run(int)
+    with engine.session(CPU) as session:
+        assert session.run(int) == 0
+
+
 def test_who_asks_after_its_session_is_told() -> None:
     with Engine().session(CPU) as session:
         assert session.run(lambda: threading.current_thread().name) == "engine"

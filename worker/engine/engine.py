@@ -142,6 +142,7 @@ class Engine:
                 self._too_many = None
                 for together in self._last.values():
                     together.discard(one)
+                one.streams.over = True
                 self._changed.notify_all()
 
     def _start(self) -> None:

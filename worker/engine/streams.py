@@ -20,13 +20,14 @@ class RandomStreams:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept: dict[str, Any] = {}  # while another one is at work; empty: it has not begun to draw
+        self.over = False  # nothing of them is wanted any more
 
     def take_over(self) -> None:
         """Call it before the training does anything that may draw. It costs nothing where no other came between."""
         before = RandomStreams._at_work
         if before is self:
             return
-        if before is not None:
+        if before is not None and not before.over:
             before._kept = read_streams(before._device)
         if self._kept:
             restore_streams(self._kept, self._device)
