@@ -21,6 +21,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from loractl.common.errors import LoractlError
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import has_limit, in_a_sentence, is_out_of_memory, release, start_threads
 from loractl.worker.data.tokens import TokenRow
 
@@ -405,12 +407,14 @@ class Session:
 
 
 def as_value(error: BaseException) -> BaseException:
-    """The error as it may cross threads: each traceback becomes a note, and what its frames held is free."""
+    """The error as it may cross threads: each traceback becomes a note, and what its frames held is free. Those of ours
+    say all in their sentence."""
     one: BaseException | None = error
     while one is not None and one.__traceback__ is not None:
-        with contextlib.suppress(MemoryError):  # then the frames are not told
-            frames = "".join(traceback.format_tb(one.__traceback__))
-            one.add_note(f"In the engine's thread:\n{frames}")
+        if not isinstance(one, (TrainingFailed, LoractlError)):
+            with contextlib.suppress(MemoryError):  # then the frames are not told
+                frames = "".join(traceback.format_tb(one.__traceback__))
+                one.add_note(f"In the engine's thread:\n{frames}")
         one.__traceback__ = None
         one = one.__cause__ or one.__context__
     return error
