@@ -113,7 +113,9 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def pass_of_two(engine: Engine, base: Base, a: Session, c: Session) -> tuple[Pass, Pass]:
     """Let both learn in one pass."""
     passes = Pass(base, a), Pass(base, c)
-    hold = in_thread(lambda: a.run(lambda: wait_for(lambda: engine.waiting == 2)))
+    begun = threading.Event()
+    hold = in_thread(lambda: a.run(lambda: (begun.set(), wait_for(lambda: engine.waiting == 2))))
+    assert begun.wait(30)
     learning = [in_thread(lambda s=s, p=p: learn(s, p)) for s, p in zip((a, c), passes, strict=True)]
     for thread in (hold, *learning):
         thread.join(30)
