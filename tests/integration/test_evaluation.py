@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
+from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.batches import in_batches
+from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.evaluation.answers import rouge
 from loractl.worker.evaluation.comparison import Compared
 from loractl.worker.evaluation.confusion import Labels, label_metrics
+from loractl.worker.evaluation.generation import generate
 from loractl.worker.evaluation.losses import LOSS
 from loractl.worker.evaluation.report import verdict
 from loractl.worker.evaluation.statistics import BOOTSTRAP_SEED, draws, paired_interval
@@ -184,6 +189,25 @@ def test_a_prompt_that_is_longer_than_any_row_is_not_answered(recipe: Recipe, tm
     found = evaluation(tmp_path / "a")
     assert ended.reason is Reason.OK and found["rows"] == 2
     assert [answer["row"] for answer in found["answers"]] == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_batch_s_first_answered_tokens_copy_no_head(dtype: torch.dtype, tiny_model: Path) -> None:
+    """Of eight prompts it would be eight heads at once: half a gigabyte for a model of 135M parameters."""
+
+    class Spread(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            sizes.append(made.numel() if isinstance(made, torch.Tensor) else 0)
+            return made
+
+    model, sizes = load_base(str(tiny_model), Method.LORA, "cpu", Precision(base=dtype, amp=None)), list[int]()
+    model.requires_grad_(False)  # as it is under an adapter
+    prompts = [[3 + n for n in range(9)]] * 32
+    with torch.no_grad(), Spread():
+        answers = generate(model, load_tokenizer(str(tiny_model)), prompts, 32, 2)
+    assert len(answers) == 32
+    assert max(sizes) < 32 * model.lm_head.weight.numel()
 
 
 def test_answers_that_are_labels_are_scored_on_every_held_out_row(recipe: Recipe, tmp_path: Path) -> None:

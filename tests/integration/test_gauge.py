@@ -87,6 +87,20 @@ def test_a_trainer_on_a_card_has_attention_that_needs_no_plan_for_a_length(
     assert device_environment(processor, "1", 1).get(name) == own
 
 
+@pytest.mark.parametrize("own", ["1024", None])
+def test_a_trainer_on_a_processor_keeps_kernels_for_few_shapes(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN keeps 1,024 of them, some thirty for each number of tokens: what a plan could not know."""
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv(name, own)
+    card, processor = NvmlDevice(index=0, uuid="GPU-a", name="a card", total=GIB), CpuDevice(total=GIB)
+    assert device_environment(processor, "1", 1)[name] == (own or "128")
+    assert device_environment(card, "1", 1).get(name) == own
+
+
 @pytest.mark.parametrize("own", ["glibc.malloc.hugetlb=0", None])
 def test_a_trainer_on_a_processor_asks_for_large_pages_unless_the_box_s_owner_says_otherwise(
     own: str | None, monkeypatch: pytest.MonkeyPatch
