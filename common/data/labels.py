@@ -35,6 +35,8 @@ def labels_of(train: Sequence[Example]) -> tuple[str, ...]:
 
     A label's place is its number in the model's head. The same rows in another order give the same places.
     """
+    if not train or train[0].label is None:  # of other formats none has one
+        return ()
     names = {example.label for example in train if example.label is not None}
     if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
@@ -42,12 +44,12 @@ def labels_of(train: Sequence[Example]) -> tuple[str, ...]:
 
 
 def check_taught(train: Sequence[Example], file: str | Path) -> tuple[str, ...]:
-    """The labels that are taught. Raises DataError where there is only one: a head that always says it is right."""
+    """The labels that are taught; none of rows that have no labels. Raises DataError where there is only one: a head
+    that always says it is right."""
     labels = labels_of(train)
-    if len(labels) < 2:
-        what = f"every row to train on has the label {labels[0]!r}" if labels else "no row to train on has a label"
-        hint = "a classifier needs rows of two labels or more"
-        raise DataError(file, f"{what}: there is nothing to learn", hint=hint, kind="one label only")
+    if len(labels) == 1:
+        what = f"every row to train on has the label {labels[0]!r}: there is nothing to learn"
+        raise DataError(file, what, hint="a classifier needs rows of two labels or more", kind="one label only")
     return labels
 
 

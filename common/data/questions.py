@@ -16,6 +16,7 @@ from .rows import DataFile, RawRow, Told, column_names
 
 CHAT = (DataFormat.MESSAGES, DataFormat.SHAREGPT, DataFormat.ALPACA, DataFormat.PROMPT_COMPLETION)
 PLAIN = (DataFormat.PROMPT_COMPLETION, DataFormat.TEXT)
+LABELLED = (DataFormat.CLASSIFICATION,)
 
 _TALKS = (DataFormat.MESSAGES, DataFormat.SHAREGPT)
 
@@ -71,9 +72,7 @@ class Questions:
 
     def _reader(self, first: RawRow) -> Callable[[RawRow], tuple[Turn, ...]]:
         """How rows like the first one are read. Raises DataError where no column of it asks anything."""
-        formats: tuple[DataFormat, ...] = PLAIN if self._format in PLAIN else CHAT
-        if self._format is DataFormat.CLASSIFICATION:
-            formats = (self._format,)
+        formats: tuple[DataFormat, ...] = next(alike for alike in (PLAIN, LABELLED, CHAT) if self._format in alike)
         tried = sorted(formats, key=lambda format: format is not self._format)  # the training's own first
         found = next((format for format in tried if first.value.get(_ASKING[format]) is not None), None)
         path = self._path

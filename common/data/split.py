@@ -82,8 +82,7 @@ def _split(
         train, held_out = split_held_out(examples, dataset.test_size, file)
         repeated = len(examples) - len(train) - len(held_out)
         train, final, twice = _set_final_apart(train, dataset, len(held_out))
-        if format is DataFormat.CLASSIFICATION:
-            check_taught(train, file)
+        check_taught(train, file)
         return Split(
             format=format,
             why=why,
@@ -99,9 +98,8 @@ def _split(
         )
     held_rows = map_columns(held_rows, dataset.columns, held_file)
     held_out, also_dropped = parse_examples(held_rows, format, held_file, dataset.on_bad_row, dataset.template, reading)
-    if format is DataFormat.CLASSIFICATION:
-        held_out, untold = _of_known_labels(held_out, check_taught(examples, file), held_file, dataset.on_bad_row)
-        also_dropped += untold
+    held_out, untold = _of_known_labels(held_out, check_taught(examples, file), held_file, dataset.on_bad_row)
+    also_dropped += untold
     new = distinct(held_out, trained := frozenset(examples.likenesses))
     if not new:
         hint = "name a file with other rows, or leave eval_path out: then dataset.test_size of the rows are held out"
@@ -128,9 +126,8 @@ def _with_final_file(split: Split, dataset: DatasetSpec, rows: Iterable[RawRow],
     file = dataset.final_path or dataset.path
     rows = map_columns(rows, dataset.columns, file)
     final, dropped = parse_examples(rows, split.format, file, dataset.on_bad_row, dataset.template, reading)
-    if split.format is DataFormat.CLASSIFICATION:
-        final, untold = _of_known_labels(final, check_taught(split.train, dataset.path), file, dataset.on_bad_row)
-        dropped += untold
+    final, untold = _of_known_labels(final, check_taught(split.train, dataset.path), file, dataset.on_bad_row)
+    dropped += untold
     used = frozenset((*split.train.likenesses, *split.held_out.likenesses))
     new = distinct(final, used)
     if not new:
@@ -196,14 +193,12 @@ def fitting(
     for side, name, of in [*sides, (last, "that is final", final_file)] if last is not None else sides:
         if not side:
             raise no_row_fits(of, dataset.max_length, f" {name}")
-    dropped = split.dropped
-    if split.format is DataFormat.CLASSIFICATION:
-        labels = check_taught(trained, file)
-        held, untold = _of_known_labels(held, labels, held_file, dataset.on_bad_row)
+    labels = check_taught(trained, file)
+    held, untold = _of_known_labels(held, labels, held_file, dataset.on_bad_row)
+    dropped = split.dropped + untold
+    if last is not None:
+        last, untold = _of_known_labels(last, labels, final_file, dataset.on_bad_row)
         dropped = dropped + untold
-        if last is not None:
-            last, untold = _of_known_labels(last, labels, final_file, dataset.on_bad_row)
-            dropped = dropped + untold
     return replace(split, train=trained, held_out=held, final=last, dropped=dropped)
 
 
@@ -258,7 +253,10 @@ def _set_apart(
 def _of_known_labels(
     held_out: Examples, labels: tuple[str, ...], file: str | Path, on_bad_row: BadRow
 ) -> tuple[Examples, list[str]]:
-    """The held-out rows with a label that is taught, and a sentence for each other row, where those are left out."""
+    """The held-out rows with a label that is taught, and a sentence for each other row, where those are left out. Rows
+    that teach no labels have none."""
+    if not labels:
+        return held_out, []
     refused = untaught(held_out, labels, file)
     if refused and (on_bad_row is BadRow.ERROR or len(refused) == len(held_out)):
         refused[0].hint = "teach it, correct it, or leave such rows out with dataset.on_bad_row: drop"

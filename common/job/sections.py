@@ -102,10 +102,6 @@ class Metric(enum.StrEnum):
     CONTEXT = "context"  # later answers of a conversation, and what the earlier ones are worth to them
 
 
-CLASSIFIED = (Metric.LOSS, Metric.LABELS)
-"""What can be measured of a classifier, which generates nothing."""
-
-
 def _printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("holds control characters")
@@ -228,6 +224,11 @@ TaskName = Annotated[str, AfterValidator(_task_name)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def is_set(section: Section, key: str) -> bool:
+    """Whether a key was written and says something."""
+    return key in section.model_fields_set and getattr(section, key) is not None
 
 
 class SourceSpec(Section):

@@ -8,11 +8,12 @@ from typing import Annotated, Any, get_args, get_origin
 from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
 from .hub_name import REVISION
+from .kinds.kind import TaskKind
+from .kinds.known import kind_of
 from .method import Method
 from .need import permitted_methods
 from .sections import (
     AS_WRITTEN,
-    CLASSIFIED,
     ChannelName,
     DataFormat,
     DatasetSpec,
@@ -27,6 +28,7 @@ from .sections import (
     Section,
     TaskType,
     TrainingSpec,
+    is_set,
 )
 
 
@@ -61,29 +63,23 @@ class JobSpec(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_the_task(cls, value: Any) -> Any:
-        """Defaults of a classifier: it reads one format and generates nothing."""
-        if not isinstance(value, dict) or value.get("task_type") != TaskType.SEQ_CLS:
-            return value
-        value = {"evaluation": {}, **value}
-        dataset, evaluation = value.get("dataset"), value["evaluation"]
-        if isinstance(dataset, dict) and dataset.get("format", DataFormat.AUTO) == DataFormat.AUTO:
-            value["dataset"] = {**dataset, "format": DataFormat.CLASSIFICATION}
-        if isinstance(evaluation, dict):
-            metrics = evaluation.get("metrics", list(CLASSIFIED))
-            told = isinstance(metrics, list) and all(metric in list(CLASSIFIED) for metric in metrics)
-            # metrics that can't be measured are answered with the task, not with the samples that they would need
-            value["evaluation"] = {"metrics": metrics, **({"samples": 0} if told else {}), **evaluation}
-        return value
+    def _defaults_of_the_kind(cls, value: Any) -> Any:
+        known = isinstance(value, dict) and value.get("task_type") in list(TaskType)
+        return kind_of(value["task_type"]).defaults(value) if known else value
 
     @model_validator(mode="after")
     def _combinations(self, info: ValidationInfo) -> JobSpec:
-        wrong = _unfit_for_the_task(self)  # also in a stored spec: it can't be trained
+        wrong = [*_around_plain_rows(self), *self.kind.unfit(self)]  # also in a stored spec: it can't be trained
         if info.context == AS_WRITTEN:
-            wrong += [*_said_twice_or_never(self), *_without_what_they_need(self)]
+            wrong += [*self.kind.idle(self), *_said_twice_or_never(self), *_without_what_they_need(self)]
         if wrong:
             raise ValueError("\n".join(wrong))  # "key: sentence" each, so that the file's line can be named
         return self
+
+    @property
+    def kind(self) -> TaskKind:
+        """What it learns to do."""
+        return kind_of(self.task_type)
 
     def data_sets(self) -> dict[str, str]:
         """The data sets that the job names, by what they are for: path, more.0 and so on, eval_path, final_path,
@@ -123,45 +119,17 @@ PLAIN = (DataFormat.TEXT, DataFormat.PROMPT_COMPLETION, DataFormat.CLASSIFICATIO
 """Formats whose rows are taken as they are."""
 
 
-def _unfit_for_the_task(spec: JobSpec) -> list[str]:
-    """ "key: sentence" for each key that means nothing for the job's task."""
-    dataset, evaluation, classifier = spec.dataset, spec.evaluation, spec.task_type is TaskType.SEQ_CLS
-    wrong = []
+def _around_plain_rows(spec: JobSpec) -> Iterator[str]:
+    """ "key: sentence" for a template that nothing would be written by."""
+    dataset = spec.dataset
     if dataset.template is not PromptTemplate.CHAT and dataset.format in PLAIN:
-        wrong.append(f"dataset.template: rows of the format {dataset.format.value} are taken as they are; leave it out")
-    if not classifier:
-        what = "is for task_type: SEQ_CLS, which learns labels; set that, or take another format"
-        return wrong + (
-            [f"dataset.format: classification {what}"] if dataset.format is DataFormat.CLASSIFICATION else []
-        )
-    if dataset.format is not DataFormat.CLASSIFICATION:
-        what = "has no labels: SEQ_CLS reads classification, rows with text and label (dataset.columns renames yours)"
-        wrong.append(f"dataset.format: {dataset.format.value} {what}")
-    if others := ", ".join(m.value for m in evaluation.metrics if m not in CLASSIFIED):
-        wrong.append(
-            f"evaluation.metrics: a classifier generates nothing: {others} can't be measured, loss and labels can"
-        )
-    if evaluation.samples and _is_set(evaluation, "samples"):
-        wrong.append("evaluation.samples: a classifier generates no answers; leave it out")
-    if evaluation.regression is not None:
-        wrong.append("evaluation.regression: a classifier's head knows nothing but its labels; leave it out")
-    if evaluation.lm_eval:
-        wrong.append("evaluation.lm_eval: a classifier goes on with no text, as these tasks ask for; leave it out")
-    if spec.training.packing:
-        wrong.append("training.packing: a classifier's row is one text with one label; set packing: false")
-    heads = {"lm_head", "embed_out", "score", "classifier"}
-    if named := ", ".join(name for name in spec.lora.modules_to_save if name.rpartition(".")[2] in heads):
-        what = "a classifier has only its own head, which is trained in full and stored as it is"
-        wrong.append(f"lora.modules_to_save: {named}: {what}; leave it out")
-    return wrong
+        yield f"dataset.template: rows of the format {dataset.format.value} are taken as they are; leave it out"
 
 
 def _said_twice_or_never(spec: JobSpec) -> Iterator[str]:
     """ "key: sentence" for what two keys both say, or for what neither says."""
     dataset, training = spec.dataset, spec.training
-    if spec.task_type is TaskType.SEQ_CLS and _is_set(spec.evaluation, "max_new_tokens"):
-        yield "evaluation.max_new_tokens: a classifier generates no answers; leave it out"
-    if dataset.eval_path and _is_set(dataset, "test_size"):
+    if dataset.eval_path and is_set(dataset, "test_size"):
         yield "dataset.test_size: dataset.eval_path says what is held out already; keep one of them"
     if dataset.eval_path is None and dataset.eval_split is not None:
         yield "dataset.eval_split: is for dataset.eval_path, and there is none; name one, or leave it out"
@@ -174,7 +142,7 @@ def _said_twice_or_never(spec: JobSpec) -> Iterator[str]:
         yield "training.num_train_epochs: is null, and so is training.max_steps; one must say when to stop"
     if dataset.eval_path is None and dataset.test_size is None:
         yield "dataset.test_size: is null, and there is no dataset.eval_path; one must say what is held out"
-    if training.max_steps and _is_set(training, "num_train_epochs"):
+    if training.max_steps and is_set(training, "num_train_epochs"):
         yield "training.num_train_epochs: training.max_steps says when to stop already; keep one of them"
 
 
@@ -210,10 +178,6 @@ def _uneven(spec: JobSpec) -> Iterator[str]:
         yield "resources.parallel: says how several cards divide a job, and resources.cards is 1; leave one of them out"
     if cards == "auto" and parallel == "data":
         yield "resources.parallel: data has the whole base on each card, so auto takes one; set resources.cards"
-
-
-def _is_set(section: BaseModel, key: str) -> bool:
-    return key in section.model_fields_set and getattr(section, key) is not None
 
 
 def _all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -6,7 +6,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.job.sections import PromptTemplate, TaskType
+from loractl.common.job.kinds.known import ANSWERS
+from loractl.common.job.sections import PromptTemplate
 
 from .config import read_shape
 from .engine import ENGINE
@@ -42,7 +43,7 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
     if spec.dataset.template is not PromptTemplate.CHAT:
         deciding["dataset"] |= {"template": spec.dataset.template.value}
     # The rest only where it is set: what was measured under the key's older form still counts.
-    if spec.task_type is TaskType.SEQ_CLS:
+    if spec.task_type is not ANSWERS.task:
         deciding["task_type"] = spec.task_type.value
     if spec.revision is not None:
         deciding["revision"] = spec.revision

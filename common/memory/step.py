@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loractl.common.job.method import Method, Parallel
-from loractl.common.job.sections import TaskType
 from loractl.common.job.spec import JobSpec
 
 from .shape import Shape
@@ -21,9 +20,6 @@ HEAD_CHUNK = 256
 
 MOST_LONGEST = 256
 """Rows whose own lengths are counted; further ones of a micro-batch are taken to be as long as the last of them."""
-
-UNREAD_LABELS = 100
-"""A classifier's labels while its data have not been read: more than most have, and less than 10 MiB of head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +148,7 @@ def is_lean(shape: Shape, spec: JobSpec) -> bool:
     """Whether the engine trains a job without padding, as `forward_pass` of worker/engine/passes/choice.py decides."""
     training = spec.training
     padded = training.exact or training.torch_compile or training.neftune_noise_alpha is not None
-    return not padded and spec.task_type is not TaskType.SEQ_CLS and not shape.needs_padding
+    return not padded and spec.kind.padded is None and not shape.needs_padding
 
 
 def micro_batch(spec: JobSpec, lengths: Lengths | None, cards: int = 1) -> int:
@@ -163,9 +159,7 @@ def micro_batch(spec: JobSpec, lengths: Lengths | None, cards: int = 1) -> int:
 
 def planned_labels(spec: JobSpec, lengths: Lengths | None) -> int | None:
     """Labels of a classifier, as many as its data have or a guess; None for a job that learns to answer."""
-    if spec.task_type is not TaskType.SEQ_CLS:
-        return None
-    return (lengths and lengths.labels) or UNREAD_LABELS
+    return spec.kind.planned_labels(lengths.labels if lengths else None)
 
 
 def checkpoints_activations(spec: JobSpec, *, on_gpu: bool = True) -> bool:

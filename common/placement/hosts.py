@@ -55,8 +55,8 @@ def why_alone(spec: JobSpec) -> str | None:
         return "it is compared with another run bit by bit"
     if spec.resources.exclusive:
         return "resources.exclusive"
-    if spec.task_type == "SEQ_CLS":
-        return "a classifier changes its base's head"
+    if spec.kind.alone is not None:
+        return spec.kind.alone
     if spec.lora.modules_to_save:
         return "lora.modules_to_save changes the base itself"
     if spec.lora.init_lora_weights == "loftq":

@@ -16,6 +16,7 @@ from .report import result_of
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
+    from loractl.common.job.kinds.kind import TaskKind
     from loractl.common.store.store import Store
 
 Report = dict[str, Any]
@@ -58,8 +59,15 @@ class FinishedJob:
 
     @property
     def task(self) -> str:
-        """The job's task_type; jobs that are older than the key learn to answer."""
-        return str(self.spec.get("task_type", "CAUSAL_LM"))
+        """The job's task_type."""
+        return str(self.kind.task)
+
+    @property
+    def kind(self) -> TaskKind:
+        """What the job learned to do."""
+        from loractl.common.job.kinds.known import kind_of
+
+        return kind_of(self.spec.get("task_type"))
 
     @property
     def measured_loss(self) -> float | None:

@@ -37,7 +37,6 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     from loractl.common.data.rows import open_rows
     from loractl.common.data.sources import about_sources, gather
     from loractl.common.data.split import split_data
-    from loractl.common.job.sections import DataFormat
 
     _refuse_unknown_names(spec)
     dataset, sources = spec.dataset, spec.dataset.sources
@@ -61,8 +60,7 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     if dataset.eval_path is not None and held_out is None:  # what is held out can't be read here
         reading = Reading.of(dataset)
         gathered = gather(dataset, readable, reading)
-        if gathered.format is DataFormat.CLASSIFICATION:
-            check_taught(gathered.examples, dataset.path)
+        check_taught(gathered.examples, dataset.path)
         findings = about_sources(gathered.portions, ()) + check_examples(gathered.examples, [], told=looked)
         findings += about_fields(tuple(reading.unused))
         return findings + about_warmup(spec.training, len(gathered.examples))

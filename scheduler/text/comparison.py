@@ -130,7 +130,7 @@ def _changes(answer: Comparison, screen: Screen) -> list[str]:
     judged = [job.against for job in answer.jobs if job.against]
     if not judged:
         return []
-    of = "row" if answer.best.task == "SEQ_CLS" else "token"
+    of = answer.best.kind.loss_of
     note = f"Change of the held-out loss in nats a {of} on the same {judged[0].rows} rows, with its 95 % interval"
     return ["", screen.dim(f"{note}; readings at 5 % for all pairs together (Holm).")]
 

@@ -130,7 +130,7 @@ def test_others_train_on_while_a_process_prepares_the_data_of_one_that_joins(
         def none_here(*_: object) -> None:
             raise AssertionError("a row became tokens in the process that trains")
 
-        monkeypatch.setattr("loractl.worker.data.token_set.encode", none_here)
+        monkeypatch.setattr("loractl.worker.data.forms.encode", none_here)
         others = {2: joining, 3: joining | {"dataset": bad}, 4: joining, 5: joining}
         orders = [start(f"job{n}", job_id=n, keep=True, joins=True, **keys) for n, keys in others.items()]
         process.send(*(order.model_copy(update={"mark": MARK}) for order in orders))

@@ -8,7 +8,6 @@ from typing import Any
 
 from loractl.common.adapter_config import CONFIG, allowed, check_adapter_config, portable_name
 from loractl.common.errors import ArtifactError
-from loractl.common.job.sections import TaskType
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 
@@ -31,9 +30,6 @@ def save_adapter(model: Any, tokenizer: Any, spec: JobSpec, folder: Path) -> Non
     model.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
     _rewrite_config(folder / CONFIG, spec)
-    if spec.task_type is TaskType.SEQ_CLS:
-        labels = [name for _, name in sorted(model.config.id2label.items())]
-        (folder / LABELS).write_text(json.dumps(labels, indent=2) + "\n", "utf-8")
     for path in list(folder.rglob("*")):
         # peft's README.md is an empty form that names the base's place on this box; the model card is written later
         if path.is_file() and (path.suffix not in SUFFIXES or path.name == "README.md"):

@@ -38,7 +38,7 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
     if wrong := [name for name in spec.lora.modules_to_save if not is_module_name(name)]:  # peft's own are expressions
         raise TrainingFailed(Reason.BAD_SPEC, f"lora.modules_to_save: {wrong[0]!r} is no name of a module")
     config = LoraConfig(
-        task_type=spec.task_type.value,  # for SEQ_CLS peft itself adds the head to modules_to_save
+        task_type=spec.kind.peft,  # for SEQ_CLS peft itself adds the head to modules_to_save
         r=spec.lora.r,
         lora_alpha=spec.lora.lora_alpha,
         lora_dropout=spec.lora.lora_dropout,

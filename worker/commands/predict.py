@@ -44,7 +44,6 @@ def predict(adapter: str, file: Path, output: Path | None, **style: Any) -> None
     read. All rows are checked before the base is loaded.
     """
     from loractl.common.data.questions import Questions
-    from loractl.common.job.sections import TaskType
     from loractl.common.settings import load_settings
     from loractl.worker.serving.library import Library
 
@@ -52,16 +51,16 @@ def predict(adapter: str, file: Path, output: Path | None, **style: Any) -> None
         _check_output(output, file)
     library = Library(load_settings(), warn)
     listed = library.find_any(adapter)
-    classifier = listed.spec.task_type is TaskType.SEQ_CLS
+    writes = listed.spec.kind.writes
     context = click.get_current_context()
     given = [name for name in ANSWER_OPTIONS if context.get_parameter_source(name) is not _DEFAULT]
-    if classifier and given:
+    if given and not writes:
         option = f"--{given[0].replace('_', '-')}"
         raise UsageError(f"{option} is for answers, and {listed.name} is a classifier", "leave it out")
     read = partial(Questions, file, listed.spec.dataset, library.format(listed))
     with progress_bar() as report:
         rows = sum(1 for _ in read(partial(report, "Reading rows")))
-    opened = _classifier(library, listed, style["gpu"]) if classifier else _answerer(library, adapter, style)
+    opened = _answerer(library, adapter, style) if writes else _classifier(library, listed, style["gpu"])
     failed = write_outcomes(opened(read()), rows, output)
     if output is not None:
         tell(f"{output}: {rows} row{'' if rows == 1 else 's'}.")

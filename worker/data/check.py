@@ -28,10 +28,11 @@ from loractl.common.job.slices import held_out_split
 from loractl.common.job.spec import JobSpec
 from loractl.common.progress import Report
 
+from .forms import form_of
 from .origin import load_rows
 from .prepared import PreparedData
 from .token_findings import TemplateLook, TokenLook
-from .tokens import TokenRow, encode
+from .tokens import TokenRow
 
 RENDERED_ROWS = 200
 """Rows that a trainer renders for the look at what the template leaves out: it treats all rows alike."""
@@ -206,7 +207,7 @@ def _tokenise(
     total, done = sum(map(len, sides)), 0
     for look, examples in zip(looks, sides, strict=True):
         for example in examples:
-            look.see(encode(example, tokenizer, split.format))
+            look.see(form_of(split.format).encode(example, tokenizer))
             if look is looks[0] and look.numbers[-1:] == array("q", [example.number]):  # it is used
                 template.see(example)
             report("Tokenising", done, total)
@@ -220,7 +221,7 @@ def _shown(tokens: TokenLook, split: Split, tokenizer: Any, labels: Collection[s
     wanted = [tokens.numbers[ordered[place]] for place in places]
     found = {example.number: example for example in split.train if example.number in wanted}
     examples = [found[number] for number in wanted]
-    rows = [encode(example, tokenizer, split.format)[-1] for example in examples]
+    rows = [form_of(split.format).encode(example, tokenizer)[-1] for example in examples]
     place_of = {name: place for place, name in enumerate(labels)}
     return [replace(row, label=place_of.get(str(e.label))) for row, e in zip(rows, examples, strict=True)]
 

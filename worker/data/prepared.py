@@ -199,15 +199,14 @@ def prepare_data(
     numbers = [set(tokens.rows.numbers) for tokens in (train_set, held_set, final_set) if tokens is not None]
     split = fitting(split, dataset, *numbers)
     held_set, label_names = _only(held_set, split.held_out), labels_of(split.train)
-    if label_names:
-        train_set, held_set = (
-            _with_labels(tokens, examples, label_names)
-            for tokens, examples in ((train_set, split.train), (held_set, split.held_out))
-        )
+    train_set, held_set = (
+        _with_labels(tokens, examples, label_names)
+        for tokens, examples in ((train_set, split.train), (held_set, split.held_out))
+    )
     final = None
     if final_set is not None and split.final is not None:
         final_set = _only(final_set, split.final)
-        final_set = _with_labels(final_set, split.final, label_names) if label_names else final_set
+        final_set = _with_labels(final_set, split.final, label_names)
         final = FinalRows(
             tokens=final_set, examples=split.final, overlap=split.final_overlap, repeated=split.final_repeated
         )
@@ -258,7 +257,10 @@ def prepare_regression(
 
 
 def _with_labels(tokens: TokenSet, examples: Sequence[Example], label_names: Sequence[str]) -> TokenSet:
-    """The rows with their labels' places. They are not in the cache: a label's place depends on all training rows."""
+    """The rows with their labels' places; without labels as they are. They are not in the cache: a label's place
+    depends on all training rows."""
+    if not label_names:
+        return tokens
     place = {name: n for n, name in enumerate(label_names)}
     label_of = {e.number: place[e.label] for e in examples if e.label is not None}
     return replace(tokens, rows=tokens.rows.labelled([label_of[number] for number in tokens.rows.numbers]))

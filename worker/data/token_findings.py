@@ -15,11 +15,12 @@ from typing import Any
 
 from loractl.common.data.example import Example
 from loractl.common.data.findings import SHOWN_ROWS, Finding, Level, about_rows
-from loractl.common.job.sections import DataFormat, Overflow
+from loractl.common.job.sections import Overflow
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.config import find_config
 
-from .tokens import APART, IGNORED, TokenRow, cut, rendered, rendered_answers, teaches, thought_and_answer, with_thought
+from .forms import form_of
+from .tokens import APART, IGNORED, TokenRow, cut, rendered, rendered_answers, thought_and_answer, with_thought
 
 FEW_STEPS = 10
 """Fewer optimizer steps than these hardly move an adapter."""
@@ -92,7 +93,7 @@ class TokenLook:
 
     def see(self, rows: Sequence[TokenRow]) -> None:
         """The rows of one example."""
-        number, most = rows[0].number, self.max_length
+        number, most, form = rows[0].number, self.max_length, form_of(self._spec.dataset.format)
         self.lengths.extend(len(row.input_ids) for row in rows)
         if any(len(row.input_ids) > most for row in rows):
             self._too_long.append(number)
@@ -109,7 +110,7 @@ class TokenLook:
         for numbers in (self._doubled, self._open_ended, self._strange, self._beyond, self._long_answers):
             if any(numbers is one for one in found):
                 numbers.append(number)
-        if all(len(row.input_ids) > most and not teaches(cut(row, most)) for row in rows):
+        if all(len(row.input_ids) > most and not form.teaches(cut(row, most)) for row in rows):
             self._empty.append(number)
 
     def _faults(self, row: TokenRow) -> list[tuple[array[int], bool]]:
@@ -166,9 +167,7 @@ class TokenLook:
         if dataset.on_overflow is Overflow.DROP:
             text = f"{{n}} left out, with more than dataset.max_length ({most}) tokens"
             return _about_each("warning", "too long, left out", text, too_long, hint)
-        # a classifier learns no token
-        none = dataset.format is DataFormat.CLASSIFICATION
-        empty = tuple(array("q") if none else look._empty for look in looks)
+        empty = tuple(look._empty for look in looks)
         text = f"{{n}} with no token to learn within dataset.max_length ({most})"
         findings = _about_each("error", "no learned token", text, empty, hint)
         cut = [sorted(set(numbers) - set(untaught)) for numbers, untaught in zip(too_long, empty, strict=True)]

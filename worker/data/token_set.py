@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from loractl.common.errors import DataError
 from loractl.common.files import sync
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 
+from .forms import form_of
 from .token_rows import TokenRows
-from .tokens import IGNORED, TokenRow, cut, encode, teaches
+from .tokens import IGNORED, TokenRow
 
 _CACHE_VERSION = 7
 
@@ -140,10 +141,10 @@ class _Fitting:
     apart_rows: int = field(default=0, init=False)
 
     def rows_of(self, examples: Sequence[Example]) -> Iterator[TokenRow]:
-        file, dataset = self.file, self.dataset
+        file, dataset, form = self.file, self.dataset, form_of(self.format)
         for example in examples:
             try:
-                rows = encode(example, self.tokenizer, self.format)
+                rows = form.encode(example, self.tokenizer)
             except ValueError as error:
                 raise DataError(file, str(error), row=example.number) from error
             longest = max(len(row.input_ids) for row in rows)
@@ -158,10 +159,9 @@ class _Fitting:
                 if dataset.on_overflow is Overflow.DROP:
                     self.too_long += 1
                     continue
-                rows = [self._cut(row, example) for row in rows]
+                rows = [form.cut(row, example, self.tokenizer, dataset.max_length) for row in rows]
                 self.truncated += 1
-            if self.format is not DataFormat.CLASSIFICATION:
-                rows = [row for row in rows if teaches(row)]
+            rows = [row for row in rows if form.teaches(row)]
             if not rows:
                 raise DataError(
                     file,
@@ -173,13 +173,6 @@ class _Fitting:
                 self.apart += 1
                 self.apart_rows += len(rows)
             yield from rows
-
-    def _cut(self, row: TokenRow, example: Example) -> TokenRow:
-        most = self.dataset.max_length
-        if self.format is DataFormat.CLASSIFICATION:  # cut as its users will cut it: some tokenizers close each text
-            ids = list(self.tokenizer(example.text, truncation=True, max_length=most).input_ids)
-            return replace(row, input_ids=ids, labels=[IGNORED] * len(ids))
-        return cut(row, most)
 
 
 def _kept(folder: Path) -> TokenSet | None:

@@ -1,7 +1,7 @@
 """From an example to token ids and labels: the chat template, and what is learned.
 
 Loss falls on answers only (on everything for `text`), the end-of-sequence token is learned, and there is one BOS at
-most. For a classifier loss falls on a row's label alone, and its text is what the tokenizer makes of it.
+most.
 """
 
 from __future__ import annotations
@@ -48,17 +48,12 @@ def encode(example: Example, tokenizer: Any, format: DataFormat) -> list[TokenRo
     """The rows of one example, untruncated: one, or for a conversation that the chat template renders otherwise when it
     goes on, one for each answer.
 
-    Raises ValueError when the chat template refuses it, and for a text without a token.
+    Raises ValueError when the chat template refuses it.
     """
     if example.turns:
         return [
             TokenRow(number=example.number, input_ids=ids, labels=labels) for ids, labels in _chat(example, tokenizer)
         ]
-    if format is DataFormat.CLASSIFICATION:
-        ids = list(tokenizer(example.text).input_ids)
-        if not ids:
-            raise ValueError("has a text that the model's tokenizer turns into no token")
-        return [TokenRow(number=example.number, input_ids=ids, labels=[IGNORED] * len(ids))]
     ids, labels = _encode_text(example, tokenizer, learn_all=format is DataFormat.TEXT)
     return [TokenRow(number=example.number, input_ids=ids, labels=labels)]
 

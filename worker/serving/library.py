@@ -18,7 +18,7 @@ from loractl.common.errors import ArtifactError, UsageError
 from loractl.common.fingerprint import changed_files
 from loractl.common.job.method import Method
 from loractl.common.job.reference import parse_reference
-from loractl.common.job.sections import DataFormat, TaskType
+from loractl.common.job.sections import DataFormat
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.engine import LEAN
 from loractl.common.settings import Settings
@@ -99,7 +99,7 @@ class Library:
     def find(self, text: str) -> Listed:
         """What a person calls an adapter that writes text. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
         listed = self.find_any(text)
-        if listed.spec.task_type is TaskType.SEQ_CLS:
+        if not listed.spec.kind.writes:
             raise UsageError(
                 f"{listed.name} (job {listed.job_id}) is a classifier, which writes no text",
                 f"loractl predict {listed.job_id} FILE names the label of each row",
@@ -118,7 +118,7 @@ class Library:
             if row.base_model != base:
                 continue
             listed = self._listed(row, self._store.job(row.job_id))
-            if listed.spec.revision != revision or listed.spec.task_type is TaskType.SEQ_CLS:
+            if listed.spec.revision != revision or not listed.spec.kind.writes:
                 continue
             known[str(row.job_id)] = listed
             for tag in tags.get(row.job_id, ()):

@@ -21,8 +21,7 @@ from loractl.worker.engine.engine import ForwardPass
 from loractl.worker.engine.loop import MemberRows, TrainingLoop
 from loractl.worker.engine.passes.shared import SharedPass
 from loractl.worker.engine.snapshot import read_snapshot
-from loractl.worker.evaluation.evaluation import Work
-from loractl.worker.evaluation.stretches import ROWS, Stretch
+from loractl.worker.evaluation.stretches import Stretch
 from loractl.worker.protocol.messages import Opened
 
 from .arguments import training_arguments
@@ -60,13 +59,8 @@ class Callbacks:
 
 
 def _stretches(data: PreparedData | None, run: Run, learner: Learner) -> list[Stretch]:
-    """The work of an evaluation. A classifier's baseline looks at no text, and its head answers in one pass."""
-    if data is None:
-        return []
-    work = Work.of(data, run.spec, learner.tokenizer).stretches
-    if data.label_names:
-        return [part for part in work if part.kind == ROWS]
-    return [*work, *(part.adapted for part in work)]
+    """The work of an evaluation."""
+    return [] if data is None else run.kind.stretches(run.spec, data, learner.tokenizer)
 
 
 SKIPS = 20

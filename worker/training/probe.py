@@ -22,8 +22,6 @@ from loractl.worker.engine.engine import ForwardPass
 from loractl.worker.engine.loop import TrainingLoop
 from loractl.worker.engine.loss import MicroBatch, learned_in
 from loractl.worker.engine.passes.lean import LeanPass
-from loractl.worker.evaluation.classifier import classify
-from loractl.worker.evaluation.losses import score_rows
 
 from .run import Run
 
@@ -74,7 +72,7 @@ def _largest(data: PreparedData, run: Run, size: int) -> list[TokenRow]:
 
 def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, run: Run) -> None:
     """A batch as it is evaluated in mid-training, where it is, and as the report's evaluation does it."""
-    model, tokenizer, args = learner.model, learner.tokenizer, loop.args
+    args = loop.args
     in_training, wanted = args.eval_strategy != "no", args.per_device_eval_batch_size
     batch = longest(data.held_out.rows.first(run.spec.evaluation.max_rows), wanted)
 
@@ -82,23 +80,16 @@ def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, ru
         picked = [batch[i] for i in chosen]
         if in_training:
             loop.forward.held_out_loss(picked)
-        if data.label_names:
-            classify(model, tokenizer.pad_token_id, picked, len(picked), run=_done)
-        else:
-            score_rows(model, tokenizer, picked, len(picked), scorer=learner.scorer, run=_done)
+        run.kind.score(learner, picked)
 
     def tried(piece: Callable[[], None]) -> None:
-        with random_streams_kept(), evaluating(model):
+        with random_streams_kept(), evaluating(learner.model):
             piece()
 
     fitting = in_batches(list(range(len(batch))), wanted, work, lambda piece: run.session.run(partial(tried, piece)))
     if fitting != wanted:
         args.per_device_eval_batch_size = fitting
         run.adjust_evaluation(fitting)
-
-
-def _done(piece: Callable[[], None]) -> None:
-    piece()
 
 
 def longest(rows: Sequence[TokenRow], count: int) -> list[TokenRow]:

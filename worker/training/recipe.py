@@ -16,7 +16,7 @@ from transformers import TrainingArguments, set_seed
 from loractl.common.adapter_config import portable_name
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
-from loractl.worker.base.adapter import LINEAGE, WEIGHTS, load_stored, read_labels, save_adapter
+from loractl.worker.base.adapter import LINEAGE, WEIGHTS, load_stored, save_adapter
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, overflows_fp16
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.head import Head
@@ -39,9 +39,8 @@ from loractl.worker.engine.passes.shared import SharedBase
 from loractl.worker.engine.passes.tried import Tried
 from loractl.worker.engine.ranks.leader import DividedPass
 from loractl.worker.evaluation.card import write_model_card
-from loractl.worker.evaluation.classifier import evaluate_classifier
 from loractl.worker.evaluation.course import TrainingCourse
-from loractl.worker.evaluation.evaluation import Evaluation, evaluate
+from loractl.worker.evaluation.evaluation import Evaluation
 from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks
 from loractl.worker.evaluation.page import write_page
 from loractl.worker.evaluation.report import build_report, write_report
@@ -55,9 +54,6 @@ from .preparation.aside import is_large, prepare_aside
 from .preparation.rows import prepare_rows
 from .resume import checkpoint_to_resume
 from .run import Run
-
-MOST_NAMED = 8
-"""So many labels are named in an error."""
 
 
 def train(run: Run) -> Ended:
@@ -163,8 +159,9 @@ def _note_data(run: Run, data: PreparedData) -> None:
 def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, ForwardPass, BaseIdentity]:
     """The model with a fresh adapter, how its steps are computed, and what identifies the base once it is hashed.
     Raises TrainingFailed."""
-    gang = gathered(run.order, _head(run.spec, data, tokenizer), tokenizer.pad_token_id)
-    learner, identity, shared = _load(run, data, tokenizer, gang)
+    head = run.kind.head(run.spec, data, tokenizer)
+    gang = gathered(run.order, head, tokenizer.pad_token_id)
+    learner, identity, shared = _load(run, data, tokenizer, head, gang)
     forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.session.streams, _tried(run, learner))
     if isinstance(forward, LeanPass):
         if why is not None:
@@ -183,12 +180,13 @@ def _keep(run: Run, learner: Learner, tokenizer: Any, callbacks: Callbacks) -> N
     callbacks.best.take(learner.model)
     check_finite(learner.model)
     save_adapter(learner.model, tokenizer, order.spec, folder)
+    run.kind.leave(learner.model, folder)
     if order.init_from is not None:
         (folder / LINEAGE).write_text(json.dumps({"init_from": order.init_from.lineage()}, indent=1), "utf-8")
 
 
 def _load(
-    run: Run, data: PreparedData, tokenizer: Any, gang: Gang | None
+    run: Run, data: PreparedData, tokenizer: Any, head: Head | None, gang: Gang | None
 ) -> tuple[Learner, BaseIdentity, SharedBase | None]:
     """The base model with a fresh adapter, what identifies the base once it is hashed, and the base where others may
     train on it. Raises TrainingFailed."""
@@ -196,7 +194,7 @@ def _load(
     precision = choose_precision(order.device, spec.training.dtype, family := family_of(spec.base_model, spec.revision))
     if said := _about_fp16(spec, precision, family, on_gpu=run.on_gpu):
         run.note("precision", said)
-    head, shared = _head(spec, data, tokenizer), None
+    shared = None
 
     def load() -> Any:
         nonlocal shared
@@ -244,9 +242,8 @@ def _base(run: Run, precision: Precision, head: Head | None) -> Any:
 def _begin_from(run: Run, model: Any, data: PreparedData, ancestor: Ancestor) -> None:
     """Put a stored adapter's weights in place of the fresh ones. Raises TrainingFailed where they do not fit."""
     folder = Path(ancestor.path)
-    if data.label_names and (known := read_labels(folder)) != data.label_names:
-        differing = sorted({*known} ^ {*data.label_names})[:MOST_NAMED]
-        where = f"the rows and {ancestor.name} (job {ancestor.job_id}) differ in the labels {', '.join(differing)}"
+    if (differing := run.kind.misfit(data, folder)) is not None:
+        where = f"the rows and {ancestor.name} (job {ancestor.job_id}) differ in {differing}"
         raise TrainingFailed(Reason.BAD_DATA, f"lora.init_from: {where}")
     load_stored(model, folder / WEIGHTS)
     run.note("adapter", f"begins from the adapter of {ancestor.name} (job {ancestor.job_id})")
@@ -261,13 +258,6 @@ def _about_fp16(spec: JobSpec, precision: Precision, family: str, *, on_gpu: boo
     if precision.amp is None and spec.training.dtype == "auto":
         return f"{family} overflows float16, and this card has no bfloat16: it trains in float32, slower"
     return None
-
-
-def _head(spec: JobSpec, data: PreparedData, tokenizer: Any) -> Head | None:
-    """A classifier's head, for the labels of its training rows; None for a job that learns to answer."""
-    if not data.label_names:
-        return None
-    return Head(labels=data.label_names, pad=tokenizer.pad_token_id, seed=spec.training.seed)
 
 
 def check_finite(model: Any) -> None:
@@ -297,10 +287,9 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
     most, rows = run.spec.evaluation.max_rows, data.held_out.rows.examples
     rows = rows if most is None else min(rows, most)
     work = f"{rows} held-out row{'s' * (rows != 1)}"
-    answers = 0 if data.label_names else min(run.spec.evaluation.samples, len(data.held_out_examples))
-    if answers:
+    if answers := run.kind.answers(run.spec, data):
         work += f", with {answers} answer{'s' * (answers != 1)} of at most {run.spec.evaluation.max_new_tokens} tokens"
-    evaluation = _measure(run, learner, data, callbacks.teller.evaluating(_on(data, work)))
+    evaluation = _measure(run, learner, data, callbacks.teller.evaluating(_on(run, work)))
     if evaluation.base_job is not None:
         run.note("evaluation", f"job {evaluation.base_job} has measured the base in this process, on the same rows")
     callbacks.teller.tell_held_out(evaluation)
@@ -316,19 +305,17 @@ def _evaluate_final(run: Run, learner: Learner, data: PreparedData, callbacks: C
     """The same on the final rows, for the report's file alone: neither log nor database get a figure of it."""
     if (final := data.of_final) is None:
         return None
-    return _measure(run, learner, final, callbacks.teller.evaluating(_on(final, "the final rows"), final=True))
+    return _measure(run, learner, final, callbacks.teller.evaluating(_on(run, "the final rows"), final=True))
 
 
-def _on(data: PreparedData, work: str) -> list[str]:
+def _on(run: Run, work: str) -> list[str]:
     """What is measured, one after the other."""
-    models = ("the classifier",) if data.label_names else ("the base", "the tuned model")
-    return [f"{model} on {work}" for model in models]
+    return [f"{model} on {work}" for model in run.kind.measured]
 
 
 def _measure(run: Run, learner: Learner, data: PreparedData, progress: Callable[[int, int], None]) -> Evaluation:
-    if data.label_names:
-        return evaluate_classifier(learner, data, run.spec, run.check_stop, progress, run.session)
-    return evaluate(learner, data, run.spec, run.check_stop, progress, _once(run), run.session)
+    spec, stop = run.spec, run.check_stop
+    return run.kind.evaluate(learner, data, spec, stop, progress, _once(run), run.session)
 
 
 def _once(run: Run) -> Once[Any]:

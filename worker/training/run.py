@@ -23,6 +23,8 @@ from loractl.worker.protocol.messages import Adjusted, GoingOn, Note, Peaks, Sta
 from .host.allowance import Allowance
 from .host.company import Company
 from .host.traces import Traces
+from .kinds.kind import TrainedKind
+from .kinds.known import trained_kind
 
 SIGN_S = 10.0
 """Seconds between two signs of life."""
@@ -77,6 +79,11 @@ class Run:
     def spec(self) -> JobSpec:
         """The job as it runs: its spec, adjusted to the memory."""
         return adjusted(self.order.spec, self.adjustment)
+
+    @property
+    def kind(self) -> TrainedKind:
+        """What it learns to do."""
+        return trained_kind(self.order.spec)
 
     @property
     def cards(self) -> int:

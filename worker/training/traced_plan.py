@@ -25,17 +25,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from loractl.common.job.method import Method
-from loractl.common.job.sections import TaskType
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.optimizer import optimizer_name, state_bytes
 from loractl.common.memory.plan import Plan, traced_plan
 from loractl.common.memory.step import Lengths, checkpoints_activations, micro_batch, planned_labels
 from loractl.worker.base.arithmetic import Precision, compute_in
-from loractl.worker.base.head import HEAD, label_settings
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.source import source_of
-from loractl.worker.engine.loss import classified
 from loractl.worker.engine.passes.lean import LeanPass, RowsBehindEachOther
+
+from .kinds.known import trained_kind
 
 BLOCK = 512
 """Bytes that CUDA's caching allocator rounds a tensor up to (kMinBlockSize in c10/cuda/CUDACachingAllocator)."""
@@ -66,9 +65,7 @@ def trace_plan(model: str | Path, spec: JobSpec, method: Method, lengths: Length
     """
     from transformers import AutoConfig
 
-    classes = label_settings(list(map(str, range(planned_labels(spec, lengths) or 0))))
-    options = {**classes, "pad_token_id": 0} if spec.task_type is TaskType.SEQ_CLS else {}
-    options |= source_of(str(model), spec.revision)
+    options = trained_kind(spec).settings(planned_labels(spec, lengths)) | source_of(str(model), spec.revision)
     config = AutoConfig.from_pretrained(str(model), trust_remote_code=False, **options)
     tokens = lengths.train if lengths else spec.dataset.max_length
     batch = micro_batch(spec, lengths)
@@ -116,7 +113,7 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean:
         live.watch(state)
         held = live.now - weights - adapter
         rows = torch.zeros((batch, tokens), dtype=torch.int64)
-        count, labels = torch.tensor(1), torch.zeros(batch, dtype=torch.int64)
+        count = torch.tensor(1)
         passing, learned = LeanPass(model, precision), list[torch.Tensor]()
         laid = _laid(batch, tokens)
 
@@ -124,13 +121,8 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean:
             if lean:
                 passing.learn_rows(laid, 1, torch.autograd.backward)
                 return
-            inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "num_items_in_batch": count}
-            # of the output the loss alone is kept, so that the logits are gone by the backward pass
-            if spec.task_type is TaskType.SEQ_CLS:
-                loss = classified(model(**inputs)["logits"], labels, count, 0.0)
-            else:
-                loss = model(**inputs, labels=rows)[0]
-            torch.autograd.backward(loss)
+            inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
+            torch.autograd.backward(trained_kind(spec).traced_loss(model, inputs, count))
 
         with _AsOnCuda(), live:
             for parameter in trained:
@@ -157,17 +149,14 @@ def _dtype(spec: JobSpec) -> torch.dtype:
 
 def build(config: Any, spec: JobSpec, method: Method) -> Any:
     """The model with its adapter on the meta device, in NF4 where bitsandbytes would put it."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.base import get_keys_to_not_convert
 
     asked = spec.training.attn_implementation
     options = {} if asked in ("auto", "flash_attention_2") else {"attn_implementation": asked}
-    dtype = _dtype(spec)
-    classifier = spec.task_type is TaskType.SEQ_CLS
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    dtype, kind = _dtype(spec), trained_kind(spec)
     with torch.device("meta"):
-        base = auto.from_config(copy.deepcopy(config), dtype=dtype, **options)
+        base = kind.built(copy.deepcopy(config), dtype=dtype, **options)
         if method is Method.QLORA:
             quantization = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -175,8 +164,7 @@ def build(config: Any, spec: JobSpec, method: Method) -> Any:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
             )
-            kept = [HEAD] if classifier else get_keys_to_not_convert(base)
-            base = replace_with_bnb_linear(base, kept, quantization)
+            base = replace_with_bnb_linear(base, kind.unquantised(base), quantization)
         return add_adapter(base, spec, method)
 
 

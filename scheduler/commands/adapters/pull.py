@@ -21,6 +21,7 @@ def pull(adapter: str, folder: Path) -> None:
     from loractl.common.artifacts import WEIGHTS
     from loractl.common.binding import result_binding
     from loractl.common.errors import UsageError
+    from loractl.common.job.kinds.known import kind_of
     from loractl.common.text import clean_line
     from loractl.common.units import amount
     from loractl.scheduler.answers.adapters import stored_adapter
@@ -40,7 +41,7 @@ def pull(adapter: str, folder: Path) -> None:
     check_adapter_weights(folder / WEIGHTS.removeprefix("adapter/"), stored.job_id)
     size = sum(file.size for file in files.values())
     click.echo(f"The adapter of job {stored.job_id} ({len(files)} files, {amount(size)}) is in {folder}.")
-    if job.spec.get("task_type") == "SEQ_CLS":  # its base needs the head and its labels first
+    if not kind_of(job.spec.get("task_type")).writes:  # its base needs the head and its labels first
         click.echo(f"How to load the classifier: {folder}/README.md", err=True)
         return
     base = clean_line(stored.base_model)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from loractl.common.job.sections import TaskType
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.families import ROW_ATTENTION
 from loractl.worker.base.arithmetic import Precision, evaluating
@@ -121,8 +120,8 @@ def _fault(lean: LeanPass, spec: JobSpec, longest: int, once: Once[str | None] |
 
 
 def _by_options(spec: JobSpec) -> str | None:
-    if spec.task_type is TaskType.SEQ_CLS:
-        return "a classifier's head looks for a row's last token before the padding"
+    if spec.kind.padded is not None:
+        return spec.kind.padded
     if spec.training.torch_compile:
         return "a compiled model needs rows of few lengths"
     if spec.training.neftune_noise_alpha is not None:

@@ -1,0 +1,57 @@
+"""A kind of training, as far as no model is needed to know it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from loractl.common.job.sections import DatasetSpec, EvaluationSpec, LoraSpec, TaskType, TrainingSpec
+
+
+class Sections(Protocol):
+    """The parts of a job file that a kind has a say in."""
+
+    @property
+    def dataset(self) -> DatasetSpec: ...
+
+    @property
+    def lora(self) -> LoraSpec: ...
+
+    @property
+    def training(self) -> TrainingSpec: ...
+
+    @property
+    def evaluation(self) -> EvaluationSpec: ...
+
+
+class TaskKind:
+    """What a job learns to do. Whoever would ask for a task by its name asks its kind instead; a new one is a module
+    here and, for what needs a model, one in worker/training/kinds."""
+
+    task: TaskType
+    peft = "CAUSAL_LM"
+    """peft's word for what its adapter is added to."""
+    padded: str | None = None
+    """Why its rows can't lie behind each other in a pass; None: they can."""
+    alone: str | None = None
+    """Why its base serves no other job; None: it does."""
+    writes = True
+    """Whether its adapter goes on with a text, so that it can be asked by `generate`, `chat` and `serve`."""
+    loss_of = "token"
+    """What a loss is the mean of."""
+
+    def defaults(self, written: dict[str, Any]) -> dict[str, Any]:
+        """A job file with the defaults that differ for the kind."""
+        return written
+
+    def unfit(self, spec: Sections) -> Iterator[str]:
+        """ "key: sentence" for each key that means nothing for the kind."""
+        yield from ()
+
+    def idle(self, spec: Sections) -> Iterator[str]:
+        """The same for keys of a job file that would have no effect, which a stored spec may have."""
+        yield from ()
+
+    def planned_labels(self, known: int | None) -> int | None:
+        """Outputs of a head of its own, where it has one. `known`: those that its data name, once they are read."""
+        return None

@@ -1,0 +1,20 @@
+"""The kinds that there are."""
+
+from __future__ import annotations
+
+from loractl.common.job.sections import TaskType
+
+from .answers import Answers
+from .classes import Classes
+from .kind import TaskKind
+
+ANSWERS = Answers()
+"""The kind of a job that names none."""
+
+_KINDS: dict[TaskType, TaskKind] = {kind.task: kind for kind in (ANSWERS, Classes())}
+
+
+def kind_of(task: str | None) -> TaskKind:
+    """The kind of a `task_type`, which a stored spec may lack: jobs that are older than the key learn to answer. Raises
+    ValueError for one that there is not."""
+    return ANSWERS if task is None else _KINDS[TaskType(task)]
