@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from loractl.worker.base import shared_heads
 from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.loss import LearnedTokens
 from loractl.worker.engine.passes import norm, rotary, varlen
 from loractl.worker.engine.passes.lean import RowsBehindEachOther
 from loractl.worker.engine.streams import RandomStreams
@@ -43,12 +44,12 @@ OWN = ("silu_backward", "_fused_rms_norm", "_fused_rms_norm_backward")
 @contextlib.contextmanager
 def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
     """Tensors that are made in this block are fake, and there is a card of this capability for them."""
-    of = RowsBehindEachOther.of
+    of: dict[Any, Any] = {kind: kind.of for kind in (RowsBehindEachOther, LearnedTokens)}
 
-    def laid(cls: Any, rows: Sequence[TokenRow], device: torch.device) -> RowsBehindEachOther:
+    def laid(cls: Any, rows: Sequence[TokenRow], device: torch.device) -> Any:
         """Laid out for real on the processor, whose tensors are then copied to the card."""
         with _disable_current_modes(), unset_fake_temporarily():
-            made = of(rows, torch.device("cpu"))
+            made = of[cls](rows, torch.device("cpu"))
         tensors = {one.name: getattr(made, one.name) for one in fields(made)}
         moved = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -96,7 +97,8 @@ def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
     with contextlib.ExitStack() as stack:
         for name, answer in said.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
-        stack.enter_context(patch.object(RowsBehindEachOther, "of", classmethod(laid)))
+        for kind in of:
+            stack.enter_context(patch.object(kind, "of", classmethod(laid)))
         stack.enter_context(patch.object(RandomStreams, "drawing", _drawing))
         stack.enter_context(patch.object(varlen, "_is_right", right))
         stack.enter_context(patch.object(torch.backends.cuda, "can_use_flash_attention", takes_flash))

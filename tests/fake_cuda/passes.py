@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +17,7 @@ from loractl.worker.base.arithmetic import Precision, choose_precision, compute_
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.shared_heads import repeat_where_needed
 from loractl.worker.data.tokens import IGNORED, TokenRow
-from loractl.worker.engine.loss import MicroBatch, learned_in
+from loractl.worker.engine.loss import BentLoss, LearnedTokens, MicroBatch
 from loractl.worker.engine.optimizer import ScaledOptimizer
 from loractl.worker.engine.passes import product, varlen
 from loractl.worker.engine.passes.choice import shared_base
@@ -59,6 +59,7 @@ class Case:
     capability: tuple[int, int] = (8, 9)
     recomputes: bool = True
     evaluates: bool = False
+    bends: bool = False  # the loss of the first member
     lora: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     rows: tuple[int, ...] = ROWS
@@ -145,12 +146,29 @@ def learners_of(case: Case, base: Any, precision: Precision) -> list[Any]:
         model = _adapted(base, spec, case.method)
         if case.way == "padded":
             compute_in(model, precision)
-            return [_recomputing(case, PaddedPass(model, 0, 0.0))]
-        return [_recomputing(case, LeanPass(model, precision))]
+            return [_recomputing(case, PaddedPass(model, 0, 0.0, loss=_loss(case)))]
+        return [_recomputing(case, LeanPass(model, precision, loss=_loss(case)))]
     shared = shared_base(base, precision)
     assert shared is not None
     views = [_adapted(shared.view(), spec, case.method) for _ in range(case.members)]
-    return [_recomputing(case, SharedPass(shared, view)) for view in views]
+    losses = [_loss(case), *[None] * (len(views) - 1)]
+    passes = [SharedPass(shared, view, loss=loss) for view, loss in zip(views, losses, strict=True)]
+    return [_recomputing(case, one) for one in passes]
+
+
+class RowLoss(BentLoss):
+    """As bent as a preference's, and of each row by itself."""
+
+    def count(self, rows: Sequence[TokenRow]) -> int:
+        return len(rows)
+
+    def summed(self, logp: torch.Tensor, tokens: LearnedTokens) -> torch.Tensor:
+        own = logp.new_zeros(len(tokens.rows), 1).index_put((tokens.row_of, tokens.example_of), logp, accumulate=True)
+        return -torch.nn.functional.logsigmoid(own).sum()
+
+
+def _loss(case: Case) -> BentLoss | None:
+    return RowLoss() if case.bends else None
 
 
 def _adapted(base: Any, spec: JobSpec, method: Method) -> Any:
@@ -174,12 +192,13 @@ def _learn(case: Case, learners: list[Any]) -> None:
         scaler = torch.amp.GradScaler("cuda") if fp16 else None
         steps.append((trained, ScaledOptimizer(torch.optim.AdamW(trained, fused=True), scaler)))
     rows = rows_of(case.rows)
-    batch = MicroBatch(rows=rows, learned=learned_in(rows), pieces=1)
+    batches = [MicroBatch(rows=rows, learned=learner.loss.count(rows), pieces=1) for learner in learners]
     if len(learners) > 1:
-        pieces = [one.piece(batch, step.backward) for one, (_, step) in zip(learners, steps, strict=True)]
+        asked = zip(learners, batches, steps, strict=True)
+        pieces = [one.piece(batch, step.backward) for one, batch, (_, step) in asked]
         learners[0].base.learn(pieces, recomputes=learners[0].recomputes)
     else:
-        learners[0].learn(batch, steps[0][1].backward)
+        learners[0].learn(batches[0], steps[0][1].backward)
     for trained, step in steps:
         step.clip(trained, 1.0)
         if step.scaler is None:  # which reads whether something overflowed
@@ -229,6 +248,9 @@ CASES: dict[str, Case] = {
     "one row": Case(rows=(9,)),
     "whole modules": Case(way="lean", lora={"modules_to_save": ["model.norm"]}),
     "biases, windows": Case(model=WINDOWS),
+    "a bent loss beside another, fp16": Case(members=2, bends=True, dtype="float16"),
+    "a bent loss alone, nf4": Case(way="lean", method=Method.QLORA, bends=True),
+    "a bent loss, padded": Case(way="padded", bends=True),
     "evaluation": Case(evaluates=True),
     "evaluation, nf4": Case(evaluates=True, method=Method.QLORA),
 }

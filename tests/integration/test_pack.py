@@ -8,7 +8,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,20 @@ import torch
 from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 
 from loractl.common.job.method import Method
-from loractl.worker.base.arithmetic import compute_in
+from loractl.worker.base.arithmetic import compute_in, evaluating
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.engine import Engine, Session
 from loractl.worker.engine.loop import MemberRows, TrainingLoop
 from loractl.worker.engine.passes import rows as rows_apart
+from loractl.worker.engine.passes import wide
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.shared import SharedBase, SharedPass
 
 from ..models import make_tiny_model
 from .test_engine import Case, Course, Watch
+from .test_loss import Preference, pairs, plainly, preference
 
 CPU = torch.device("cpu")
 
@@ -55,6 +57,7 @@ class Lab:
         self._model, self._folder, self._method, self._dtype = model, folder, method, dtype
         self._training, self._numbers = training, itertools.count()
         self.lengths = range(33, 61)  # tokens of a row
+        self.beta: dict[str, float] = {}  # of the trainings by name that learn preferences
         self.base = self.load()
 
     def load(self) -> SharedBase:
@@ -68,7 +71,14 @@ class Lab:
     ) -> TrainingLoop:
         """A training on the lab's base. Those of one name and seed are the same training."""
         case = self._case(name, settings)
-        seed = case.spec.training.seed
+        seed, loss = case.spec.training.seed, None
+        learned = MemberRows(
+            train=rows(9, seed, mute=seed == MUTE, lengths=self.lengths),
+            held_out=rows(5, seed + 100, lengths=self.lengths),
+        )
+        if name in self.beta:
+            learned = MemberRows(train=pairs(9, seed, self.lengths), held_out=pairs(5, seed + 100, self.lengths))
+            loss = preference([*learned.train, *learned.held_out], self.beta[name])
 
         def made() -> SharedPass:
             torch.manual_seed(seed)
@@ -76,12 +86,9 @@ class Lab:
             for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
                 parameter.data.normal_(std=0.05)  # else the first factor has no gradient in the first step
             compute_in(model, case.precision)
-            return SharedPass(self.base, model, case.spec.training.label_smoothing_factor, session.streams)
+            smoothing = case.spec.training.label_smoothing_factor
+            return SharedPass(self.base, model, smoothing, session.streams, loss=loss)
 
-        learned = MemberRows(
-            train=rows(9, seed, mute=seed == MUTE, lengths=self.lengths),
-            held_out=rows(5, seed + 100, lengths=self.lengths),
-        )
         return TrainingLoop(session, session.run(made), case.arguments(), learned, (Watch(course), *more))
 
     def alone(self, name: str, settings: Settings, *more: TrainerCallback) -> Course:
@@ -323,14 +330,49 @@ def test_how_a_row_attends_does_not_depend_on_the_rows_of_others(
     _same_together(Lab(tiny_model, tmp_path, **BASES["lora in bf16, checkpointing"], max_steps=2))
 
 
-def _same_together(lab: Lab) -> None:
+@pytest.mark.parametrize(
+    ("base", "widened"), [("lora in fp32", False), ("lora in bf16, checkpointing", True), ("nf4", False)]
+)
+def test_trainings_of_several_losses_are_what_each_is_alone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, widened: bool
+) -> None:
+    """Two that learn preferences, and two of tokens; where products are widened, they share the head's chunks."""
+    monkeypatch.setattr(wide, "multiplies_wide", lambda: widened)
+    lab = Lab(tiny_model, tmp_path, **BASES[base], max_steps=2, eval_steps=2)
+    lab.beta = {"sharp": 0.5, "preferences": 0.1}
     members: dict[str, Settings] = {
-        f"{rows} rows": (
-            {"target_modules": ["q_proj", "v_proj", *more]},
-            {"seed": 5 + rows, "per_device_train_batch_size": rows},
-        )
-        for rows, more in ((1, ["k_proj"]), (2, []), (4, []))
+        "sharp": ({"lora_dropout": 0.1}, {"seed": 5, "per_device_train_batch_size": 3}),
+        "tokens": ({}, {"seed": 6}),
+        "preferences": ({}, {"seed": 7, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}),
+        "smoothed": ({"r": 4}, {"seed": 8, "label_smoothing_factor": 0.1}),
     }
+    _same_together(lab, members, passes=(4, 4, 1, 1))
+
+
+def test_a_training_is_measured_in_its_midst_by_the_loss_that_it_learns(tiny_model: Path, tmp_path: Path) -> None:
+    lab, course = Lab(tiny_model, tmp_path, **BASES["lora in fp32"], max_steps=2, eval_steps=2), Course()
+    lab.beta = {"preferences": 0.1}
+    with Engine().session(CPU) as session:
+        loop = lab.loop(session, "preferences", ({}, {}), course)
+        loop.args.per_device_eval_batch_size = 2
+        loop.run()
+    (measured,) = [line["eval_loss"] for line in course.log if "eval_loss" in line]
+    rows, loss = loop.rows.held_out, loop.forward.loss
+    assert isinstance(loss, Preference) and len(rows) == 5
+    with evaluating(loop.model), torch.no_grad():
+        assert measured == pytest.approx(float(plainly(loop.model, rows, loss)) / len(rows), rel=1e-5)
+
+
+THREE: dict[str, Settings] = {
+    f"{rows} rows": (
+        {"target_modules": ["q_proj", "v_proj", *more]},
+        {"seed": 5 + rows, "per_device_train_batch_size": rows},
+    )
+    for rows, more in ((1, ["k_proj"]), (2, []), (4, []))
+}
+
+
+def _same_together(lab: Lab, members: dict[str, Settings] = THREE, passes: Sequence[int] = (3, 3)) -> None:
     alone = {name: lab.alone(name, settings) for name, settings in members.items()}
     together, courses = Together(lab), {name: Course() for name in members}
     meeting = together.meeting(len(members))
@@ -340,7 +382,7 @@ def _same_together(lab: Lab) -> None:
     assert not together.failed
     for name, course in alone.items():
         same(courses[name], course)
-    assert together.passes == [3, 3]  # none that failed was made up for by halves
+    assert together.passes == list(passes)  # none that failed was made up for by halves
 
 
 @pytest.mark.parametrize("base", ["lora in bf16, checkpointing", "nf4"])

@@ -26,7 +26,7 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import has_limit, in_a_sentence, is_out_of_memory, release, start_threads
 from loractl.worker.data.tokens import TokenRow
 
-from .loss import Backward, MicroBatch
+from .loss import Backward, Loss, MicroBatch
 from .meter import PassMeter
 from .passes.shared import SharedPass
 from .streams import RandomStreams
@@ -47,6 +47,10 @@ class ForwardPass(Protocol):
     device: torch.device
     streams: RandomStreams
 
+    @property
+    def loss(self) -> Loss:
+        """What is learned from rows."""
+
     def recompute_blocks(self) -> None:
         """Hold a block's activations in the backward pass alone."""
 
@@ -54,7 +58,8 @@ class ForwardPass(Protocol):
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
-        """The summed loss of one batch of held-out rows, in nats and not smoothed, for a model in eval mode."""
+        """The loss of one batch of held-out rows, not smoothed and summed over what it counts, for a model in eval
+        mode."""
 
     def tokens(self, rows: Sequence[TokenRow]) -> int:
         """Tokens that pass the model."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from loractl.worker.data.tokens import TokenRow
 
-from .loss import learned_in
+from .loss import Loss
 
 
 def held_out_batches(rows: Sequence[TokenRow], size: int) -> list[list[TokenRow]]:
@@ -15,7 +15,7 @@ def held_out_batches(rows: Sequence[TokenRow], size: int) -> list[list[TokenRow]
     return [longest_first[at : at + size] for at in range(0, len(rows), size)]
 
 
-def loss_per_token(batches: Sequence[Sequence[TokenRow]], sums: Sequence[float]) -> float:
+def mean_loss(loss: Loss, batches: Sequence[Sequence[TokenRow]], sums: Sequence[float]) -> float:
     """The loss per learned token (of a classifier: per row) over all rows, as the report measures it: no matter how
     large the batches are. `sums`: each batch's summed loss, in nats."""
-    return sum(sums) / sum(learned_in(batch) for batch in batches)
+    return sum(sums) / sum(loss.count(batch) for batch in batches)

@@ -24,8 +24,8 @@ from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 
 from .engine import ForwardPass, Session
-from .held_out import held_out_batches, loss_per_token
-from .loss import LossLog, MicroBatch, learned_in
+from .held_out import held_out_batches, mean_loss
+from .loss import LossLog, MicroBatch
 from .optimizer import ScaledOptimizer, make_optimizer
 from .order import RowOrder
 from .snapshot import drop_older, read_snapshot, write_snapshot
@@ -184,7 +184,7 @@ class TrainingLoop:
             elif self.order.redrawn:
                 self.order.rows = self.order.draw(epoch)
         pieces = [[self.rows.train[n] for n in rows] for rows in self.order.window(window)]
-        learned = sum(learned_in(rows) for rows in pieces)
+        learned = sum(self.forward.loss.count(rows) for rows in pieces)
         self._tell("on_step_begin")
         return [
             MicroBatch(rows=rows, learned=learned, pieces=len(pieces), number=number)
@@ -241,7 +241,8 @@ class TrainingLoop:
         batches = held_out_batches(rows, self.args.per_device_eval_batch_size)
         sums = [self.session.run(partial(self._score, batch)) for batch in batches]
         metrics = speed_metrics("eval", began, num_samples=len(rows), num_steps=len(batches))
-        self.session.run(partial(self._evaluated, {"eval_loss": loss_per_token(batches, sums), **metrics}))
+        measured = {"eval_loss": mean_loss(self.forward.loss, batches, sums), **metrics}
+        self.session.run(partial(self._evaluated, measured))
 
     def _score(self, batch: Sequence[TokenRow]) -> float:
         with random_streams_kept():

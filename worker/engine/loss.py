@@ -1,14 +1,17 @@
-"""Losses: what a window of micro-batches is averaged over, smoothed labels, and a classifier's."""
+"""Losses: functions of the log-probabilities of what rows are learned from, and what a window's loss is divided by."""
 
 from __future__ import annotations
 
+import bisect
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from loractl.common.job.sections import TaskType
 from loractl.worker.data.tokens import IGNORED, TokenRow
 
 Backward = Callable[[torch.Tensor], None]
@@ -20,7 +23,7 @@ class MicroBatch:
     """Rows that one forward pass learns from, and the window of micro-batches whose gradients make one step."""
 
     rows: list[TokenRow]
-    learned: int  # tokens, or a classifier's rows, of the whole window: the loss is their mean
+    learned: int  # of the whole window, as the loss counts them: their mean is what is learned
     pieces: int  # micro-batches of the window
     number: int = 0  # its place in the window
     divided: bool = False  # its rows are one rank's part of it
@@ -32,9 +35,109 @@ class MicroBatch:
 
 
 def learned_in(rows: Sequence[TokenRow]) -> int:
-    """Tokens that rows are learned from, or the rows themselves where each has a label. No token precedes a row's
-    first one, so nothing learns to guess it."""
-    return sum(1 if row.label is not None else sum(label != IGNORED for label in row.labels[1:]) for row in rows)
+    """Tokens that rows are learned from. No token precedes a row's first one, so nothing learns to guess it."""
+    return sum(label != IGNORED for row in rows for label in row.labels[1:])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossEntropy:
+    """The mean over learned tokens, whose slope is known beforehand: the head passes once."""
+
+    smoothing: float = 0.0  # of labels
+
+    def count(self, rows: Sequence[TokenRow]) -> int:
+        """What the loss of some rows is divided by."""
+        return learned_in(rows)
+
+    @property
+    def held_out(self) -> CrossEntropy:
+        """What held-out rows are measured by."""
+        return CrossEntropy()
+
+    def of_logits(
+        self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[TokenRow], count: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss by the logits of padded rows, divided by `count`."""
+        return smoothed(logits, labels, count, self.smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelLoss:
+    """A classifier's: the mean over its rows, by the logits of their labels."""
+
+    smoothing: float = 0.0
+
+    def count(self, rows: Sequence[TokenRow]) -> int:
+        return sum(row.label is not None for row in rows)
+
+    @property
+    def held_out(self) -> LabelLoss:
+        return LabelLoss()
+
+    def of_logits(
+        self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[TokenRow], count: torch.Tensor
+    ) -> torch.Tensor:
+        return classified(logits, labels, count, self.smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedTokens:
+    """Where the learned tokens of some rows are, row by row. Tensors of shape (tokens,)."""
+
+    rows: Sequence[TokenRow]
+    row_of: torch.Tensor  # the place of each one's row in `rows`
+    example_of: torch.Tensor  # of which example in that row: 0, or 1 and more behind its `starts`
+    place: torch.Tensor  # its own in that row
+
+    @classmethod
+    def of(cls, rows: Sequence[TokenRow], device: torch.device) -> LearnedTokens:
+        found = [
+            (number, bisect.bisect(row.starts, at), at)
+            for number, row in enumerate(rows)
+            for at, label in enumerate(row.labels)
+            if at and label != IGNORED
+        ]
+        row_of, example_of, place = torch.tensor(found, dtype=torch.int64, device=device).view(-1, 3).unbind(1)
+        return cls(rows=rows, row_of=row_of, example_of=example_of, place=place)
+
+
+class BentLoss(ABC):
+    """Any function of the log-probabilities of a micro-batch's learned tokens, as DPO's is. Each token's slope
+    depends on all of them, so the head passes twice.
+
+    It keeps nothing of what it is asked: where a pass fails, the same rows are tried again.
+    """
+
+    @abstractmethod
+    def count(self, rows: Sequence[TokenRow]) -> int:
+        """What the loss of some rows is divided by, such as pairs; 0 where nothing of them is learned."""
+
+    @abstractmethod
+    def summed(self, logp: torch.Tensor, tokens: LearnedTokens) -> torch.Tensor:
+        """The loss of some rows, summed over what `count` counts, with a graph to the log-probabilities: in fp32, of
+        shape (tokens,)."""
+
+    @property
+    def held_out(self) -> BentLoss:
+        return self
+
+    def of_logits(
+        self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[TokenRow], count: torch.Tensor
+    ) -> torch.Tensor:
+        tokens = LearnedTokens.of(rows, logits.device)
+        logits, targets = logits[tokens.row_of, tokens.place - 1], labels[tokens.row_of, tokens.place]
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        return self.summed(-losses, tokens) / count
+
+
+TokenLoss = CrossEntropy | BentLoss
+Loss = TokenLoss | LabelLoss
+
+
+def own_loss(model: Any, smoothing: float) -> Loss:
+    """What an adapted model learns from where nobody says: a classifier its labels, another one its tokens."""
+    classifies = any(config.task_type == TaskType.SEQ_CLS.value for config in model.peft_config.values())
+    return LabelLoss(smoothing=smoothing) if classifies else CrossEntropy(smoothing=smoothing)
 
 
 def smoothed(logits: torch.Tensor, labels: torch.Tensor, learned: torch.Tensor, smoothing: float) -> torch.Tensor:

@@ -1,16 +1,18 @@
 """The lean forward pass: nothing is computed that nobody learns from.
 
 Rows lie behind each other without padding. The head sees learned tokens alone, some hundred at a time, and each chunk's
-gradient is taken at once, so that logits of a whole batch never exist. Adapters read their input in the number format
-that it has.
+gradient is taken at once, so that logits of a whole batch never exist. Where the loss bends, they see it once before,
+without a graph: each token's slope depends on the log-probabilities of all. Adapters read their input in the number
+format that it has.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +20,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 
 from loractl.common.memory.step import HEAD_CHUNK
-from loractl.worker.base.arithmetic import AMP, Precision
+from loractl.worker.base.arithmetic import AMP, Precision, random_streams_kept
 from loractl.worker.base.learner import ScoredTokens
 from loractl.worker.data.tokens import IGNORED, TokenRow
-from loractl.worker.engine.loss import Backward, MicroBatch
+from loractl.worker.engine.loss import Backward, BentLoss, CrossEntropy, LearnedTokens, MicroBatch, TokenLoss
 from loractl.worker.engine.streams import RandomStreams
 
 from . import wide
@@ -72,8 +74,21 @@ class HeadPart:
 
     targets: torch.Tensor
     count: int  # that the loss is divided by
-    smoothing: float
+    smoothing: float  # of labels, where it is cross-entropy
+    bent: Callable[[torch.Tensor], torch.Tensor] | None  # from log-probabilities to the summed loss, where it is not
     backward: Backward
+
+    @classmethod
+    def of(
+        cls, laid: RowsBehindEachOther, rows: Sequence[TokenRow], count: int, loss: TokenLoss, backward: Backward
+    ) -> HeadPart:
+        """Before the rows pass the model: a card would be waited for afterwards."""
+        smoothing, bent = 0.0, None
+        if isinstance(loss, CrossEntropy):
+            smoothing = loss.smoothing
+        else:
+            bent = functools.partial(loss.summed, tokens=LearnedTokens.of(rows, laid.targets.device))
+        return cls(targets=laid.targets, count=count, smoothing=smoothing, bent=bent, backward=backward)
 
 
 class LeanModel:
@@ -134,17 +149,23 @@ class LeanModel:
         chunk. `apart`: of the head, where a chunk may be of several trainings."""
         totals, gradient = [torch.zeros((), device=self.device) for _ in parts], torch.empty_like(hidden)
         begin, scratch = 0, _scratch_for(hidden) if apart is None else apart.scratch
+        slopes = dict[int, torch.Tensor]()  # of each token, where a training's loss bends
+        ends = itertools.accumulate(len(part.targets) for part in parts)
+        for number, (part, end) in enumerate(zip(parts, ends, strict=True)):
+            if part.bent is not None and len(part.targets):
+                own = hidden.detach()[end - len(part.targets) : end]
+                logp = self._log_probabilities(own, part.targets, apart, scratch).requires_grad_()
+                share = part.bent(logp) / part.count
+                part.backward(share)
+                assert logp.grad is not None
+                totals[number], slopes[number] = share.detach(), logp.grad
         for chunk in _chunks([len(part.targets) for part in parts], joined=apart is not None):
             owners = [parts[number] for number, _ in chunk]
             targets = [part.targets[tokens] for part, (_, tokens) in zip(owners, chunk, strict=True)]
             lengths = [len(one) for one in targets]
             place = slice(begin, begin := begin + sum(lengths))
-            if apart is not None:
-                apart.lengths = lengths
             piece = hidden.detach()[place].requires_grad_()
-            logits = self._own_logits(piece)
-            if apart is not None and not apart.scratch.holds(logits):
-                apart.scratch.leave()  # scaled or capped logits lie elsewhere; their softmax takes as much again
+            logits = self._apart_logits(piece, lengths, apart)
             kind, slope = logits.dtype, list[torch.Tensor]()
             start = LateGradient.apply(logits, slope)
             logits = widened(logits.detach(), scratch)  # those in 16 bit go
@@ -152,14 +173,39 @@ class LeanModel:
             sums, whole = summed_losses(logits, torch.cat(targets), lengths, smoothings, scratch)
             del logits  # the backward pass has its room
             shares = [one / owner.count for one, owner in zip(sums, owners, strict=True)]
-            scales = [_scale(share, owner) for share, owner in zip(shares, owners, strict=True)]
+            scales = [
+                -slopes[number][tokens, None] if number in slopes else _scale(share, owner)
+                for (number, tokens), share, owner in zip(chunk, shares, owners, strict=True)
+            ]
             slope.append(scaled(whole, lengths, scales, kind))
             del whole
             torch.autograd.backward(start, start.detach())
             gradient[place] = piece.grad
             for (number, _), share in zip(chunk, shares, strict=True):
-                totals[number] += share
+                if number not in slopes:
+                    totals[number] += share
         return totals, gradient
+
+    def _log_probabilities(
+        self, hidden: torch.Tensor, targets: torch.Tensor, apart: wide.Apart | None, scratch: Scratch | None
+    ) -> torch.Tensor:
+        """One training's, in fp32, chunk by chunk and without a graph."""
+        found = []
+        with torch.no_grad(), random_streams_kept():  # where the head drops, it drops the same again
+            for piece, expected in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+                logits = widened(self._apart_logits(piece, [len(piece)], apart), scratch)
+                found.append(F.cross_entropy(logits, expected, reduction="none").neg_())
+                del logits  # before the next chunk's
+        return torch.cat(found)
+
+    def _apart_logits(self, hidden: torch.Tensor, lengths: list[int], apart: wide.Apart | None) -> torch.Tensor:
+        """The head's own logits of so many tokens of each training."""
+        if apart is not None:
+            apart.lengths = lengths
+        logits = self._own_logits(hidden)
+        if apart is not None and not apart.scratch.holds(logits):
+            apart.scratch.leave()  # scaled or capped logits lie elsewhere; their softmax takes as much again
+        return logits
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         amp = self._precision.amp
@@ -201,12 +247,19 @@ class LeanPass:
     """Losses of an adapted model without the waste."""
 
     def __init__(
-        self, model: Any, precision: Precision, smoothing: float = 0.0, streams: RandomStreams | None = None
+        self,
+        model: Any,
+        precision: Precision,
+        smoothing: float = 0.0,
+        streams: RandomStreams | None = None,
+        *,
+        loss: TokenLoss | None = None,
     ) -> None:
-        """`streams`: that the training draws from; None: it has them to itself."""
+        """`streams`: that the training draws from; None: it has them to itself. `loss`: None for cross-entropy with
+        labels smoothed by `smoothing`."""
         self.model = model
         self.device: torch.device = model.device
-        self.smoothing = smoothing
+        self.loss = CrossEntropy(smoothing=smoothing) if loss is None else loss
         self.streams = streams or RandomStreams(self.device)
         self._lean = LeanModel(model.get_base_model(), precision)
 
@@ -216,15 +269,18 @@ class LeanPass:
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
-        return self.learn_rows(RowsBehindEachOther.of(batch.rows, self.device), batch.learned, backward)
+        laid = RowsBehindEachOther.of(batch.rows, self.device)
+        return self.learn_rows(laid, batch.learned, backward, batch.rows)
 
-    def learn_rows(self, rows: RowsBehindEachOther, count: int, backward: Backward) -> torch.Tensor:
-        """The same for rows that are laid behind each other; the loss is their sum divided by `count`."""
-        with self._lean.lean(rows.lengths):
-            learned = self._decoded(rows)[rows.places]
-            part = HeadPart(targets=rows.targets, count=count, smoothing=self.smoothing, backward=backward)
+    def learn_rows(
+        self, laid: RowsBehindEachOther, count: int, backward: Backward, rows: Sequence[TokenRow] = ()
+    ) -> torch.Tensor:
+        """The same for `rows` that are laid behind each other; the loss is their sum divided by `count`."""
+        part = HeadPart.of(laid, rows, count, self.loss, backward)
+        with self._lean.lean(laid.lengths):
+            learned = self._decoded(laid)[laid.places]
             (total,), gradient = self._lean.learn_head(learned, [part])
-            if len(rows.places):
+            if len(laid.places):
                 torch.autograd.backward(learned, gradient)
         return total
 
@@ -237,8 +293,12 @@ class LeanPass:
                 hidden.backward(torch.zeros_like(hidden))
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
-        """The summed loss of one batch of held-out rows, in nats and not smoothed, for a model in eval mode."""
-        return sum(float(scored.losses.double().sum()) for scored in self.scores(rows))
+        """The loss of one batch of held-out rows, not smoothed and summed over what it counts, for a model in eval
+        mode."""
+        losses = [scored.losses for scored in self.scores(rows)]
+        if isinstance(self.loss, BentLoss) and losses:
+            return float(self.loss.summed(-torch.cat(losses), LearnedTokens.of(rows, self.device)))
+        return sum(float(some.double().sum()) for some in losses)
 
     def scores(self, rows: Sequence[TokenRow]) -> list[ScoredTokens]:
         """Every learned token of some rows, for a model in eval mode."""

@@ -9,7 +9,7 @@ import torch
 
 from loractl.worker.data.batch import collate, inputs_of
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loss import Backward, MicroBatch, accepts_window, classified, learned_in, smoothed
+from loractl.worker.engine.loss import Backward, CrossEntropy, Loss, MicroBatch, accepts_window, own_loss
 from loractl.worker.engine.noise import noisy_embeddings
 from loractl.worker.engine.streams import RandomStreams
 
@@ -26,13 +26,16 @@ class PaddedPass:
         *,
         compiled: bool = False,
         noise: float | None = None,
+        loss: Loss | None = None,
     ) -> None:
-        """`streams`: that the training draws from; None: it has them to itself. `noise`: NEFTune's alpha."""
+        """`streams`: that the training draws from; None: it has them to itself. `noise`: NEFTune's alpha. `loss`: None
+        for the model's own, with labels smoothed by `smoothing`."""
         self.model = model
         self.device: torch.device = model.device
         self.streams = streams or RandomStreams(self.device)
         self._pad = pad
-        self._smoothing, self._noise = smoothing, noise
+        self.loss = own_loss(model, smoothing) if loss is None else loss
+        self._noise = noise
         self._learner = torch.compile(model, backend="inductor") if compiled else model
         self._whole_windows = accepts_window(model)
         self._routed = getattr(model.config.get_text_config(), "output_router_logits", False)
@@ -44,21 +47,19 @@ class PaddedPass:
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
         with noisy_embeddings(self.model, self._noise):
-            loss = self._loss(self._learner, batch.rows, batch.learned, self._smoothing)
-            if self._averages_alone(batch.rows):
-                loss = loss * learned_in(batch.rows) / batch.learned if batch.divided else loss / batch.pieces
+            loss = self._loss(self._learner, batch.rows, batch.learned, self.loss)
+            if _is_model_s_own(self.loss) and not self._whole_windows:  # averaged over the micro-batch
+                loss = loss * self.loss.count(batch.rows) / batch.learned if batch.divided else loss / batch.pieces
             backward(loss)
         return loss.detach()
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
-        """The summed loss of one batch of held-out rows, in nats and not smoothed, for a model in eval mode.
-
-        Without the part for its router that a model may add: the report's has none.
-        """
+        """The loss of one batch of held-out rows, not smoothed and summed over what it counts, for a model in eval
+        mode. Without the part for its router that a model may add: the report's has none."""
         alone = {"output_router_logits": False} if self._routed else {}
         with torch.no_grad():
-            learned = max(1, learned_in(rows))
-            return learned * float(self._loss(self.model, rows, learned, smoothing=0.0, **alone))
+            learned = max(1, self.loss.count(rows))
+            return learned * float(self._loss(self.model, rows, learned, self.loss.held_out, **alone))
 
     def pass_through(self, row: TokenRow, *, learns: bool = False) -> None:
         """A pass that leaves nothing, or gradients of zero: for a rank without rows while others have some."""
@@ -71,19 +72,17 @@ class PaddedPass:
         """Tokens that pass the model, padding included."""
         return len(rows) * max(len(row.input_ids) for row in rows)
 
-    def _averages_alone(self, rows: Sequence[TokenRow]) -> bool:
-        """Whether the loss was averaged over the micro-batch: some models' own code knows nothing of a window."""
-        return not (self._whole_windows or self._smoothing or rows[0].label is not None)
-
-    def _loss(self, model: Any, rows: Sequence[TokenRow], learned: int, smoothing: float, **how: bool) -> torch.Tensor:
+    def _loss(self, model: Any, rows: Sequence[TokenRow], learned: int, loss: Loss, **how: bool) -> torch.Tensor:
         inputs = {name: t.to(self.device) for name, t in collate([inputs_of(row) for row in rows], self._pad).items()}
         count = torch.tensor(float(learned), device=self.device)
-        if rows[0].label is not None:
+        if not _is_model_s_own(loss):
             labels = inputs.pop("labels")
-            return classified(model(**inputs)["logits"], labels, count, smoothing)
-        if smoothing:
-            labels = inputs.pop("labels")
-            return smoothed(model(**inputs)["logits"], labels, count, smoothing)
+            return loss.of_logits(model(**inputs)["logits"], labels, rows, count)
         window = {"num_items_in_batch": count} if self._whole_windows else {}
         # of the output the loss alone is kept, so that the logits are gone by the backward pass
         return model(**inputs, **window, **how)["loss"]
+
+
+def _is_model_s_own(loss: Loss) -> bool:
+    """Whether the model's code computes it. Some of that knows nothing of a window."""
+    return isinstance(loss, CrossEntropy) and not loss.smoothing

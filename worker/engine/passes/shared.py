@@ -19,7 +19,7 @@ from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.processor import arithmetic
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loss import Backward, MicroBatch
+from loractl.worker.engine.loss import Backward, MicroBatch, TokenLoss
 from loractl.worker.engine.streams import RandomStreams
 
 from . import apart, wide
@@ -37,7 +37,7 @@ class Piece:
     batch: MicroBatch
     backward: Backward
     streams: RandomStreams
-    smoothing: float
+    loss: TokenLoss
 
 
 class SharedBase:
@@ -140,17 +140,12 @@ class SharedBase:
 
     def _learn(self, pieces: Sequence[Piece], laid: Sequence[RowsBehindEachOther]) -> list[torch.Tensor]:
         places = _together([rows.places for rows in laid], [rows.tokens for rows in laid])
+        parts = [
+            HeadPart.of(rows, piece.batch.rows, piece.batch.learned, piece.loss, piece.backward)
+            for piece, rows in zip(pieces, laid, strict=True)
+        ]
         with self._passing([(piece.model, piece.streams) for piece in pieces], laid):
             learned = self._decoded(laid)[places]
-            parts = [
-                HeadPart(
-                    targets=rows.targets,
-                    count=piece.batch.learned,
-                    smoothing=piece.smoothing,
-                    backward=piece.backward,
-                )
-                for piece, rows in zip(pieces, laid, strict=True)
-            ]
             with contextlib.nullcontext() if self._head is None else self._head.apart() as apart:
                 losses, gradient = self._lean.learn_head(learned, parts, apart)
             torch.autograd.backward(learned, gradient)
@@ -245,9 +240,11 @@ class SharedPass(LeanPass):
         smoothing: float = 0.0,
         streams: RandomStreams | None = None,
         once: Once[str | None] | None = None,
+        *,
+        loss: TokenLoss | None = None,
     ) -> None:
         """`once`: finds out how this machine multiplies, where nobody has."""
-        super().__init__(adapted, base.precision, smoothing, streams)
+        super().__init__(adapted, base.precision, smoothing, streams, loss=loss)
         self.base = base
         self.recomputes = False
         base.take_in(adapted, once)
@@ -267,4 +264,4 @@ class SharedPass(LeanPass):
 
     def piece(self, batch: MicroBatch, backward: Backward) -> Piece:
         """This training's part of a pass."""
-        return Piece(model=self.model, batch=batch, backward=backward, streams=self.streams, smoothing=self.smoothing)
+        return Piece(model=self.model, batch=batch, backward=backward, streams=self.streams, loss=self.loss)

@@ -39,7 +39,7 @@ class DividedPass:
     ) -> None:
         """`scales`: losses are scaled for float16. `noise`: NEFTune's alpha."""
         self.own, self.link, self._shards = own, link, shards
-        self.model, self.device, self.streams = own.model, own.device, own.streams
+        self.model, self.device, self.streams, self.loss = own.model, own.device, own.streams, own.loss
         self.ranks = link.size
         self._scales = scales
         link.order("pass", lean=isinstance(own, LeanPass), noise=noise)
@@ -61,7 +61,8 @@ class DividedPass:
         return self._together(lambda: self._part.learn(batch, backward))
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
-        """The summed loss of one batch of held-out rows, in nats and not smoothed, for a model in eval mode."""
+        """The loss of one batch of held-out rows, not smoothed and summed over what it counts, for a model in eval
+        mode."""
         self.link.order("score", rows=[dataclasses.asdict(row) for row in rows], spread=not self._spread)
         if not self._spread:
             self._part.take_weights()

@@ -9,7 +9,7 @@ import torch
 
 from loractl.worker.base.gauge import in_a_sentence, is_out_of_memory, release
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loss import Backward, MicroBatch, learned_in
+from loractl.worker.engine.loss import Backward, MicroBatch
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
 
@@ -77,7 +77,7 @@ class Part:
 
     def _learn_own(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         rows = rows_of(batch.rows, self._link.rank, self._link.size)
-        if learned_in(rows):
+        if self._own.loss.count(rows):
             own = MicroBatch(rows=rows, learned=batch.learned, pieces=batch.pieces, divided=True)
             return self._own.learn(own, backward)
         if self._lockstep:
