@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from loractl.common.memory.step import HEAD_CHUNK
 from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.base.learner import Learner
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import (
     Backward,
@@ -25,7 +27,7 @@ from loractl.worker.engine.loss import (
     learned_in,
 )
 from loractl.worker.engine.optimizer import ScaledOptimizer
-from loractl.worker.engine.passes.choice import shared_base
+from loractl.worker.engine.passes.choice import forward_pass, shared_base
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.engine.passes.shared import SharedPass
@@ -163,6 +165,20 @@ def test_a_loss_of_pairs_is_learned_as_autograd_learns_it_from_all_logits(way: C
     near({name: len(rows) * gradient for name, gradient in ours.items()}, theirs)
     with evaluating(forward.model):
         assert forward.held_out_loss(rows) == pytest.approx(total, rel=1e-6)
+
+
+def test_a_job_s_pass_learns_by_the_loss_that_it_is_given() -> None:
+    base, loss = shared_base(base_of("Llama"), FP32), preference(pairs(1))
+    assert base is not None
+    found = []
+    for exact, common in ((False, base), (False, None), (True, None)):
+        spec = spec_of(training={"exact": exact})
+        learner = Learner(model=adapted(base.view(), spec), tokenizer=SimpleNamespace(pad_token_id=PAD), precision=FP32)
+        forward, _ = forward_pass(learner, spec, 40, common, loss=loss)
+        assert forward.loss is loss
+        assert forward_pass(learner, spec, 40, common)[0].loss == CrossEntropy()
+        found.append(type(forward))
+    assert found == [SharedPass, LeanPass, PaddedPass]
 
 
 @pytest.mark.parametrize("way", [lean, shared])
