@@ -20,7 +20,7 @@ from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.engine import ForwardPass
 from loractl.worker.engine.loop import TrainingLoop
-from loractl.worker.engine.loss import MicroBatch, learned_in
+from loractl.worker.engine.loss import MicroBatch
 from loractl.worker.engine.passes.lean import LeanPass
 
 from .run import Run
@@ -107,7 +107,7 @@ def _try_step(loop: TrainingLoop, rows: list[TokenRow], held: list[torch.Tensor]
             if pieces > 1:
                 for parameter in loop.trained:  # the gradients of the micro-batches before this one
                     parameter.grad = torch.zeros_like(parameter)
-            batch = MicroBatch(rows=rows, learned=max(1, learned_in(rows)), pieces=pieces)
+            batch = MicroBatch(rows=rows, learned=max(1, loop.forward.loss.count(rows)), pieces=pieces)
             loop.forward.learn(batch, loop.optimizer.backward)
         finally:
             loop.model.zero_grad()
