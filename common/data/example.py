@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _BETWEEN_DIGITS = re.compile(r" (?<=[0-9] )(?=[0-9])")
@@ -42,10 +42,10 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """What one row teaches: a conversation, a prompt with its completion, plain text, or a text's label.
+    """What one row teaches: a conversation, a prompt with its completion, plain text, a text's label, or a pair.
 
     Exactly one of `turns` and `text` is set; `prompt` is the part of `text` that is given, not learned. With a `label`
-    all of the text is given.
+    all of the text is given. A pair has the answer that was chosen there.
     """
 
     number: int
@@ -54,6 +54,30 @@ class Example:
     text: str = ""
     label: str | None = None
     tools: str = ""  # that the answers may call, in OpenAI's form, as JSON
+    rejected: str = ""  # of a pair: the answer that was not chosen, as text, or its turns as JSON
+
+    @property
+    def asked(self) -> tuple[Turn, ...]:
+        """A pair's turns before its answers."""
+        return self.turns[: self.answers[0]] if self.turns else ()
+
+    @property
+    def other(self) -> Example:
+        """A pair's prompt with the answer that was rejected."""
+        if not self.turns:
+            return replace(self, text=self.prompt + self.rejected, rejected="")
+        said = tuple(Turn(**turn) for turn in json.loads(self.rejected))
+        return replace(self, turns=(*self.asked, *said), rejected="")
+
+    @property
+    def sides(self) -> tuple[Example, ...]:
+        """What of it is a text of its own: a pair's two answers, each behind its prompt."""
+        return (self, self.other) if self.rejected else (self,)
+
+    @property
+    def said(self) -> str:
+        """A pair's answer that was chosen, whole."""
+        return "\n".join(turn.said for turn in self.turns[len(self.asked) :]) or self.text[len(self.prompt) :]
 
     @property
     def answers(self) -> list[int]:
@@ -71,11 +95,13 @@ class Example:
     def likeness(self) -> int:
         """64 bits that are equal for rows which differ in case or spaces alone: a model that learned one knows both.
 
-        A space between two digits counts, and so does a classifier's label as it is.
+        A space between two digits counts, and so does a classifier's label as it is. Pairs are alike that answer the
+        same prompt.
         """
-        parts = [part for turn in self.turns for part in (turn.role, _folded(turn.content), *map(_folded, turn.apart))]
+        turns, text = (self.asked, self.prompt) if self.rejected else (self.turns, self.text)
+        parts = [part for turn in turns for part in (turn.role, _folded(turn.content), *map(_folded, turn.apart))]
         parts += [_folded(self.tools)] if self.tools else []
-        parts += [_folded(self.text), "" if self.label is None else f"label {self.label}"]  # the prompt is in the text
+        parts += [_folded(text), "" if self.label is None else f"label {self.label}"]  # the prompt is in the text
         joined = "\x1f".join(parts).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.sha256(joined).digest()[:8], "big")
 
@@ -83,6 +109,7 @@ class Example:
         content: list[Any] = [[(t.role, t.content, *t.apart) for t in self.turns], self.prompt, self.text]
         content += [{"tools": self.tools}] if self.tools else []
         content += [] if self.label is None else [self.label]
+        content += [{"rejected": self.rejected}] if self.rejected else []
         return hashlib.sha256(json.dumps(content).encode())
 
 

@@ -35,7 +35,8 @@ class Examples(Sequence[Example]):
         self.digests.append(example.digest())
         self.likenesses.append(example.likeness())
         self._newest.append(example)
-        self._characters += len(example.text) + len(example.tools) + sum(len(turn.said) for turn in example.turns)
+        self._characters += sum(map(len, (example.text, example.tools, example.rejected)))
+        self._characters += sum(len(turn.said) for turn in example.turns)
         self._spilled = self._spilled or self._characters > IN_MEMORY
         while self._spilled and len(self._newest) >= IN_A_BLOCK:
             self._blocks.write(self._newest[:IN_A_BLOCK])

@@ -14,6 +14,12 @@ from typing import Any
 
 from loractl.common.job.sections import DataFormat, DatasetSpec, RowFields
 
+SIDES = ("chosen", "rejected")
+"""The columns of a pair's answers."""
+
+MESSAGES = ("messages", "conversations", "prompt", *SIDES)
+"""Columns that may hold a message, or a list of them."""
+
 _OF_ROW: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.MESSAGES: ("messages", "tools"),
     DataFormat.SHAREGPT: ("conversations", "system", "tools"),
@@ -21,6 +27,14 @@ _OF_ROW: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.PROMPT_COMPLETION: ("prompt", "completion"),
     DataFormat.TEXT: ("text",),
     DataFormat.CLASSIFICATION: ("text", "label"),
+    DataFormat.PREFERENCE: (*MESSAGES, "instruction", "input", "system", "tools"),
+    DataFormat.PREFERENCE_TEXT: ("prompt", *SIDES),
+}
+
+_TALKS: dict[DataFormat, tuple[str, ...]] = {
+    DataFormat.MESSAGES: ("messages",),
+    DataFormat.SHAREGPT: ("conversations",),
+    DataFormat.PREFERENCE: MESSAGES,
 }
 
 _OF_MESSAGE = ("content", "role", "from", "value", "reasoning_content", "weight", "tool_calls", "name", "tool_call_id")
@@ -30,7 +44,7 @@ _LATER = ("tools", "reasoning_content", "weight", "tool_calls", "name", "tool_ca
 
 _MEANT = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "loractl trains on text alone"),
-    **dict.fromkeys(("chosen", "rejected"), "loractl does not train on preferences yet"),
+    **dict.fromkeys(("chosen", "rejected"), "task_type: preference learns from pairs"),
     **dict.fromkeys(("tools", "tool_calls"), "tools are read of messages and conversations alone"),
     **dict.fromkeys(("functions", "function_call"), "write them as tools and tool_calls"),
     **dict.fromkeys(("thinking", "reasoning"), "write it as reasoning_content"),
@@ -71,12 +85,12 @@ class Reading:
         for name, value in row.items():
             if _holds(value) and (name not in _OF_ROW[format] or name in later):
                 yield name
-        column = {DataFormat.MESSAGES: "messages", DataFormat.SHAREGPT: "conversations"}.get(format)
-        messages = row.get(column) if column is not None else None
-        for message in messages if isinstance(messages, list) else ():
-            for name, value in message.items() if isinstance(message, dict) else ():
-                if _holds(value) and (name not in _OF_MESSAGE or name in later):
-                    yield f"{column}.{name}"
+        for column in _TALKS.get(format, ()):
+            held = row.get(column)
+            for message in held if isinstance(held, list) else (held,):
+                for name, value in message.items() if isinstance(message, dict) else ():
+                    if _holds(value) and (name not in _OF_MESSAGE or name in later):
+                        yield f"{column}.{name}"
 
 
 def advice_about(name: str) -> str:

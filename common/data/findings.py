@@ -59,7 +59,7 @@ def about_rows(level: Level, kind: str, text: str, rows: Sequence[int], hint: st
 def number_rows(text: str, rows: int) -> str:
     """A sentence with its number of rows for `{n}`, and the form of each `{stands|stand}` for one row or several."""
     text = text.replace("{n}", "1 row" if rows == 1 else f"{rows} rows")
-    return re.sub(r"\{(\w+)\|(\w+)\}", lambda verb: verb[1] if rows == 1 else verb[2], text)
+    return re.sub(r"\{([\w ]+)\|([\w ]+)\}", lambda verb: verb[1] if rows == 1 else verb[2], text)
 
 
 def about_fields(names: Sequence[str]) -> list[Finding]:

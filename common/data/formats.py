@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from loractl.common.job.sections import BadRow, DataFormat, PromptTemplate
 
 from .example import Example, Turn
 from .examples import Examples
-from .fields import Reading, advice_about, tool_calls, tools
+from .fields import MESSAGES, SIDES, Reading, advice_about, tool_calls, tools
 from .labels import LONGEST, label_name
+from .pairs import CONVERSATION, conversation_pair, is_text, said_of, text_pair
 from .rows import RawRow, column_names, kind_of
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -87,15 +89,19 @@ class _Mapped:
 def _renamed(value: Mapping[str, Any], outer: Mapping[str, str], inner: Mapping[str, str]) -> dict[str, Any]:
     kept = {key: content for key, content in value.items() if key not in outer and key not in outer.values()}
     named = kept | {ours: value.get(theirs) for ours, theirs in outer.items()}
-    for key in ("messages", "conversations") if inner else ():
-        if isinstance(messages := named.get(key), list):
-            named[key] = [
-                {**message, **{ours: message.get(theirs) for ours, theirs in inner.items()}}
-                if isinstance(message, dict)
-                else message
-                for message in messages
-            ]
+    for key in MESSAGES if inner else ():
+        if isinstance(held := named.get(key), list):
+            named[key] = [_named(message, inner) for message in held]
+        elif isinstance(held, dict):
+            named[key] = _named(held, inner)
     return named
+
+
+def _named(message: Any, inner: Mapping[str, str]) -> Any:
+    if not isinstance(message, dict):
+        return message
+    kept = {key: value for key, value in message.items() if key not in inner.values()}
+    return kept | {ours: message.get(theirs) for ours, theirs in inner.items()}
 
 
 def detect_format(
@@ -107,14 +113,18 @@ def detect_format(
     if wanted is DataFormat.CLASSIFICATION:
         _check_labelled(first, columns, file)
         return wanted, "what task_type: SEQ_CLS reads"
+    if wanted is DataFormat.PREFERENCE:
+        _check_paired(first, columns, file)
+        return (DataFormat.PREFERENCE_TEXT if is_text(first.value) else wanted), "what task_type: preference reads"
     if wanted is not DataFormat.AUTO:
         return wanted, "set by dataset.format"
     for format, needed in _COLUMNS.items():
         if all(column in columns for column in needed):
             return format, f"the rows have {' and '.join(needed)}"
     if {"chosen", "rejected"} <= columns.keys():
-        hint = "answers that were chosen alone: dataset.columns: {completion: chosen}, dataset.ignore: [rejected]"
-        what = "the rows are preferences (chosen, rejected), which loractl does not train on yet"
+        hint = "set task_type: preference; or for the chosen answers alone dataset.ignore: [rejected], with "
+        hint += "dataset.columns: {completion: chosen}, or {messages: chosen} where they are conversations"
+        what = "the rows are pairs (chosen, rejected), which task_type: preference learns from"
         raise DataError(file, what, row=first.number, hint=hint, kind="unknown columns")
     forms = "; ".join(f"{format.value}: {', '.join(needed)}" for format, needed in _COLUMNS.items())
     raise DataError(
@@ -124,6 +134,15 @@ def detect_format(
         hint=f"known columns: {forms}; name yours with dataset.columns, like {{prompt: question}}",
         kind="unknown columns",
     )
+
+
+def _check_paired(first: RawRow, columns: Mapping[str, Any], file: str | Path) -> None:
+    """A pair has two answers, and a prompt that may be in them. Raises DataError."""
+    if not {*SIDES} <= first.value.keys():
+        what = f"pairs are rows with chosen and rejected, and the columns are {column_names(columns)}"
+        hint = "name yours with dataset.columns, like {chosen: better, rejected: worse}; answers are for "
+        hint += "task_type: CAUSAL_LM"
+        raise DataError(file, what, row=first.number, hint=hint, kind="unknown columns")
 
 
 def _check_labelled(first: RawRow, columns: Mapping[str, Any], file: str | Path) -> None:
@@ -176,6 +195,8 @@ def parse_each(
         DataFormat.PROMPT_COMPLETION: _prompt_completion,
         DataFormat.TEXT: _text,
         DataFormat.CLASSIFICATION: _classification,
+        DataFormat.PREFERENCE: functools.partial(_pair, reading, template),
+        DataFormat.PREFERENCE_TEXT: text_pair,
     }
     parse, examples, refused = parsers[format], Examples(), list[DataError]()
     for row in rows:
@@ -194,6 +215,23 @@ def _conversation(reading: Reading, column: str, speaker: str, said: str, row: R
     if not any(turn.teaches for turn in turns):
         raise DataError(file, "has no assistant message to learn from", row=row.number, kind="nothing to learn")
     return Example(number=row.number, turns=turns, tools=tools_of(row, file) if reading.wants("tools") else "")
+
+
+def _pair(reading: Reading, template: PromptTemplate, row: RawRow, file: str | Path) -> Example:
+    row = replace(row, value={name: value for name, value in row.value.items() if name not in reading.ignore})
+    if row.value.get("instruction") is not None and not any(row.value.get(name) for name in ("prompt", *CONVERSATION)):
+        heading = "" if template is PromptTemplate.CHAT else INPUT
+        asked = [{"role": turn.role, "content": turn.content} for turn in instruction_turns(row, file, heading)]
+        row = replace(row, value={**row.value, "prompt": asked, "system": None})
+    said = said_of(row, file)
+
+    def turns(side: str, messages: list[Any]) -> tuple[Turn, ...]:
+        whole = replace(row, value={side: [*(said.asked or ()), *messages]})
+        return conversation_turns(whole, file, side, "role", "content", reading)
+
+    sides = [turns(side, messages) for side, messages in zip(SIDES, said.answers, strict=True)]
+    count = None if said.asked is None else len(said.asked)
+    return conversation_pair(row, file, count, sides, tools_of(row, file) if reading.wants("tools") else "")
 
 
 def tools_of(row: RawRow, file: str | Path) -> str:

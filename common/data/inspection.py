@@ -32,6 +32,9 @@ FEW_OF_A_LABEL = 8
 LOPSIDED = 0.9
 """From this share of one label on, a model that always gives this label looks good."""
 
+ONE_SIDED = 0.75
+"""From this share of pairs on, one answer's length says which one was chosen."""
+
 SHORT_CHARACTERS = 2
 
 SHOWN_PAIRS = 3
@@ -58,7 +61,7 @@ def check_examples(
     leaks, labelled = leaks or Leaks(held_out), _Labelled(held_out)
     looks = (leaks, final) if final is not None else (leaks,)
     first = (_Repeated(), *looks, Giveaway(len(train), held_out))
-    then = (_Answers(), _Texts(), _Borders(), labelled)
+    then = (_Answers(), _Texts(), _Borders(), labelled, _Pairs())
     for count, example in enumerate(train):
         question = _prompt_hash(example) if _asks(example) else None
         for look in (*first, *then):
@@ -66,7 +69,8 @@ def check_examples(
         if told is not None and count % 1000 == 0:
             told(count, len(train))
     findings = [*_counts(train, held_out, final), *(finding for look in first for finding in look.findings())]
-    findings += _held_back(left_out) if left_out is not None else []
+    pairs = bool(train) and bool(train[0].rejected)
+    findings += _held_back(left_out, pairs=pairs) if left_out is not None else []
     return findings + [finding for look in then for finding in look.findings()]
 
 
@@ -89,22 +93,27 @@ class LeftOut(Protocol):
     def final_repeated(self) -> int: ...
 
 
-def _held_back(left_out: LeftOut) -> Iterator[Finding]:
+def _held_back(left_out: LeftOut, *, pairs: bool) -> Iterator[Finding]:
+    """`pairs`: rows are alike that answer one prompt, whatever the answers are."""
     overlap, near, repeated = left_out.overlap, left_out.near, left_out.repeated
+    of = "{its prompt is|their prompts are}" if pairs else "{it is|they are}"
     if overlap:
-        text = "{n} of the held-out file left out, because {it|they} {is|are} trained on"
-        text += f", {near} of them in another case or with other spaces" if near else ""
+        text = f"{{n}} of the held-out file left out, because {of} trained on"
+        text += f", {near} of them in another case or with other spaces" if near and not pairs else ""
         text = number_rows(text, overlap)
         yield Finding(level="warning", kind="overlap", text=text, count=overlap)
+    again = "{stands|stand} there already, but for case and spaces"
     if repeated:
-        text = "{n} held out {stands|stand} there already, but for case and spaces: each row counts once"
+        text = "{n} held out {answers|answer} a prompt that is held out already: each prompt is measured once"
+        text = text if pairs else f"{{n}} held out {again}: each row counts once"
         text = number_rows(text, repeated)
         yield Finding(level="warning", kind="repeated held-out rows", text=text, count=repeated)
-    if again := left_out.final_overlap:
-        text = number_rows("{n} of the final file left out, because {it|they} {is|are} trained on or held out", again)
-        yield Finding(level="warning", kind="overlap", text=text, count=again)
+    if overlap := left_out.final_overlap:
+        text = number_rows(f"{{n}} of the final file left out, because {of} trained on or held out", overlap)
+        yield Finding(level="warning", kind="overlap", text=text, count=overlap)
     if twice := left_out.final_repeated:
-        text = number_rows("{n} of the final ones {stands|stand} there already, but for case and spaces", twice)
+        again = "{answers|answer} a prompt that is among them already" if pairs else again
+        text = number_rows(f"{{n}} of the final ones {again}", twice)
         yield Finding(level="warning", kind="repeated held-out rows", text=text, count=twice)
 
 
@@ -141,7 +150,7 @@ class _Repeated:
     def see(self, example: Example, question: int | None) -> None:
         self._rows.append(example.digest())
         self._numbers.append(example.number)
-        if question is not None:
+        if question is not None and not example.rejected:  # a prompt may have any number of pairs
             self._questions.append(question)
             self._answers.append(_digest(answer_of(example).strip()))
             self._asked.append(example.number)
@@ -293,6 +302,38 @@ class _Labelled:
             yield Finding(level="note", kind="labels not held out", text=text, count=len(unseen))
 
 
+class _Pairs:
+    """What else than its worth tells a pair's chosen answer from the rejected one, and pairs that say the opposite."""
+
+    def __init__(self) -> None:
+        self._longer = self._shorter = 0
+        self._numbers = array("q")
+        self._both, self._first = array("Q"), array("Q")  # digests of a prompt with both answers, with the chosen one
+
+    def see(self, example: Example, question: int | None) -> None:
+        if not example.rejected:
+            return
+        chosen, rejected = (one.said for one in example.sides)
+        self._longer += len(chosen) > len(rejected)
+        self._shorter += len(chosen) < len(rejected)
+        prompt = example.likeness()
+        sides = [_digest(f"{prompt} {answer}") for answer in (chosen, rejected)]
+        self._numbers.append(example.number)
+        self._both.append(sides[0] ^ sides[1])
+        self._first.append(sides[0])
+
+    def findings(self) -> Iterator[Finding]:
+        pairs = len(self._numbers)
+        most, word = max((self._longer, "longer"), (self._shorter, "shorter"))
+        if pairs >= FEW_TRAINED and most >= ONE_SIDED * pairs:
+            text = f"chosen is {word} in {100 * most / pairs:.0f} % of pairs: length may be what is learned"
+            yield Finding(level="warning", kind="length bias", text=text, count=most)
+        swapped = [places for places in _equal(self._both) if len({self._first[place] for place in places}) > 1]
+        numbers = sorted(self._numbers[place] for places in swapped for place in places)
+        text = "{n} whose rejected answer another row of the same prompt has as the chosen one, and the other way round"
+        yield from about_rows("warning", "contradicting answers", text, numbers)
+
+
 def _shares(shares: Sequence[tuple[str, float]]) -> str:
     """The labels with their shares, the first six of them."""
     listed = ", ".join(f"{_quoted(label)} {100 * share:.0f} %" for label, share in shares[:6])
@@ -312,9 +353,9 @@ class _Texts:
                 break
         if any(map(_CONTROL.search, _parts(example))):
             self._hidden.append(example.number)
-        if any(turn.role == "user" and not turn.content.strip() for turn in example.turns):
+        if any(turn.role == "user" and not turn.content.strip() for one in example.sides for turn in one.turns):
             self._blank.append(example.number)
-        if (example.turns or example.prompt) and answer_of(example)[-1:].isspace():
+        if (example.turns or example.prompt) and any(answer_of(one)[-1:].isspace() for one in example.sides):
             self._padded.append(example.number)
 
     def findings(self) -> Iterator[Finding]:
@@ -341,14 +382,17 @@ class _Borders:
 
     def __init__(self) -> None:
         self._spaced, self._glued = array("q"), array("q")
+        self._pairs = False
 
     def see(self, example: Example, question: int | None) -> None:
         if not example.prompt:
             return
-        last, first = example.prompt[-1], example.text[len(example.prompt)]
-        if last == " " and not first.isspace():
+        self._pairs = self._pairs or bool(example.rejected)
+        last, begun = example.prompt[-1], [one.text[len(one.prompt)] for one in example.sides]
+        if last == " " and not all(map(str.isspace, begun)):
             self._spaced.append(example.number)
-        if (last.isalnum() or last in _CLOSES) and first.isalnum() and not (_is_wide(last) or _is_wide(first)):
+        closed = (last.isalnum() or last in _CLOSES) and not _is_wide(last)
+        if closed and any(first.isalnum() and not _is_wide(first) for first in begun):
             self._glued.append(example.number)
 
     def findings(self) -> Iterator[Finding]:
@@ -356,9 +400,12 @@ class _Borders:
         hint = "most tokenizers put a word's space before it"
         hint += ": let the prompt end without, and the completion begin with one"
         yield from about_rows("warning", "space before the answer", text, self._spaced, hint)
-        text = "{n} whose prompt and completion run together without a space"
+        text = f"{{n}} whose prompt and {'answers' if self._pairs else 'completion'} run together without a space"
         hint = "nothing is put between them: begin the completion with a space, or use instruction and output instead, "
         hint += "like dataset.columns: {instruction: question, output: answer}"
+        if self._pairs:
+            hint = "plain text is joined as it is: begin the answers with a space; for the model's chat template "
+            hint += "call the prompt instruction, with dataset.columns: {instruction: prompt}"
         yield from about_rows("warning", "words run together", text, self._glued, hint)
 
 
@@ -407,8 +454,9 @@ def _question(example: Example) -> str:
 
 
 def _parts(example: Example) -> Iterator[str]:
-    yield from (turn.said for turn in example.turns)
-    yield example.text
+    for side in example.sides:
+        yield from (turn.said for turn in side.turns)
+        yield side.text
 
 
 def _quoted(text: str) -> str:

@@ -12,13 +12,20 @@ from loractl.common.job.sections import DataFormat, DatasetSpec, PromptTemplate
 from .example import Turn
 from .fields import Reading
 from .formats import INNER_COLUMNS, INPUT, conversation_turns, instruction_turns, map_columns, text_of, tools_of
+from .pairs import prompt_row
 from .rows import DataFile, RawRow, Told, column_names
 
-CHAT = (DataFormat.MESSAGES, DataFormat.SHAREGPT, DataFormat.ALPACA, DataFormat.PROMPT_COMPLETION)
-PLAIN = (DataFormat.PROMPT_COMPLETION, DataFormat.TEXT)
+CHAT = (
+    DataFormat.MESSAGES,
+    DataFormat.SHAREGPT,
+    DataFormat.ALPACA,
+    DataFormat.PROMPT_COMPLETION,
+    DataFormat.PREFERENCE,
+)
+PLAIN = (DataFormat.PROMPT_COMPLETION, DataFormat.TEXT, DataFormat.PREFERENCE_TEXT)
 LABELLED = (DataFormat.CLASSIFICATION,)
 
-_TALKS = (DataFormat.MESSAGES, DataFormat.SHAREGPT)
+_TALKS = (DataFormat.MESSAGES, DataFormat.SHAREGPT, DataFormat.PREFERENCE)
 
 _ASKING = {
     DataFormat.MESSAGES: "messages",
@@ -27,6 +34,8 @@ _ASKING = {
     DataFormat.PROMPT_COMPLETION: "prompt",
     DataFormat.TEXT: "text",
     DataFormat.CLASSIFICATION: "text",
+    DataFormat.PREFERENCE: "prompt",
+    DataFormat.PREFERENCE_TEXT: "prompt",
 }
 """The column that holds the question."""
 
@@ -87,9 +96,7 @@ class Questions:
                 kind="unknown columns",
             )
         if found is DataFormat.MESSAGES:
-            return lambda row: _asked(
-                row, conversation_turns(row, path, "messages", "role", "content", self._reading), path
-            )
+            return lambda row: _asked(row, self._turns(row, "messages"), path)
         if found is DataFormat.SHAREGPT:
             return lambda row: _asked(
                 row, conversation_turns(row, path, "conversations", "from", "value", self._reading), path
@@ -98,7 +105,12 @@ class Questions:
             heading = "" if self._dataset.template is PromptTemplate.CHAT else INPUT
             return lambda row: instruction_turns(row, path, heading)
         column = _ASKING[found]
+        if found is DataFormat.PREFERENCE:
+            return lambda row: _asked(row, self._turns(prompt_row(row, path), column), path)
         return lambda row: (Turn(role="user", content=text_of(row, column, path)),)
+
+    def _turns(self, row: RawRow, column: str) -> tuple[Turn, ...]:
+        return conversation_turns(row, self._path, column, "role", "content", self._reading)
 
 
 def _asked(row: RawRow, turns: tuple[Turn, ...], path: Path) -> tuple[Turn, ...]:

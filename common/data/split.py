@@ -19,9 +19,6 @@ from .labels import check_taught, untaught
 from .rows import RawRow
 from .sources import Portion, about_sources, gather, in_turn
 
-ALL_TRAINED_ON = "all of its rows are trained on, too"
-"""What is wrong with a file of rows to measure by, none of which is new."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
@@ -34,12 +31,12 @@ class Split:
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
     overlap: int  # rows of the held-out file left out because they are trained on
     near: int  # of those, the ones that differ from what is trained on in case or spaces
-    repeated: int  # held-out rows left out because they stand there already, but for case and spaces
+    repeated: int  # held-out rows left out because one like them is held out already
     portions: tuple[Portion, ...]
     unused: tuple[str, ...] = ()  # fields of rows that are not read
     final: Examples | None = None  # what nothing chooses by; None: the job has no such rows
     final_overlap: int = 0  # rows of the final file left out because they are trained on or held out
-    final_repeated: int = 0  # final rows left out because they stand there already
+    final_repeated: int = 0  # final rows left out because one like them is final already
 
     def about_sources(self, dataset: DatasetSpec) -> list[Finding]:
         """How many rows come from which data set, where there are several."""
@@ -103,7 +100,7 @@ def _split(
     new = distinct(held_out, trained := frozenset(examples.likenesses))
     if not new:
         hint = "name a file with other rows, or leave eval_path out: then dataset.test_size of the rows are held out"
-        raise DataError(held_file, ALL_TRAINED_ON, hint=hint, kind="overlap")
+        raise DataError(held_file, all_trained_on(held_out), hint=hint, kind="overlap")
     overlap, known = sum(one in trained for one in held_out.likenesses), frozenset(examples.digests)
     train, final, twice = _set_final_apart(examples, dataset, 0, frozenset(held_out.likenesses))
     return Split(
@@ -132,10 +129,15 @@ def _with_final_file(split: Split, dataset: DatasetSpec, rows: Iterable[RawRow],
     new = distinct(final, used)
     if not new:
         hint = "name a file with other rows, or set dataset.final_size instead"
-        raise DataError(file, "all of its rows are trained on or held out, too", hint=hint, kind="overlap")
+        raise DataError(file, all_trained_on(final, "trained on or held out"), hint=hint, kind="overlap")
     overlap = sum(one in used for one in final.likenesses)
     repeated = len(final) - len(new) - overlap
     return replace(split, dropped=split.dropped + dropped, final=new, final_overlap=overlap, final_repeated=repeated)
+
+
+def all_trained_on(rows: Sequence[Example], used: str = "trained on") -> str:
+    """What is wrong with a file of rows to measure by, none of which is new."""
+    return f"all of its {'prompts' if rows and rows[0].rejected else 'rows'} are {used}, too"
 
 
 def _set_final_apart(
@@ -232,7 +234,9 @@ def _set_apart(
     label_of = dict(zip(rows.likenesses, (e.label for e in rows), strict=True)) if labelled else {}
     different = len(label_of) or len(set(rows.likenesses))
     if different < 2:
-        what = f"needs at least two different rows: one to train on and one {'final' if final else 'held out'}"
+        different_ones = "prompts" if rows and rows[0].rejected else "rows"
+        what = f"needs at least two different {different_ones}: one to train on and one "
+        what += "final" if final else "held out"
         raise DataError(file, what, hint=f"or set dataset.{key}", kind="too few rows")
     apart: dict[int, int] = {}  # likeness: the place of the row that stands for it
     left: Counter[str | None] = Counter(label_of.values()) if labelled else Counter({None: different})

@@ -24,6 +24,9 @@ _ITS_OWN = frozenset({"base_model", "revision", "task_type", "evaluation.regress
 _READ_ALIKE = frozenset({"dataset.max_length", "dataset.on_overflow"})
 """Keys of `dataset` that may change without another look at the stored rows."""
 
+_PARTS = frozenset({"dataset", "lora", "training"})
+"""Sections that are parts of their own; every other key is of the part that is called job, see training_digests."""
+
 _TIMES = frozenset({"resources.time_limit", "lora_patience"})
 
 
@@ -111,7 +114,7 @@ class Amended:
             elif section == "evaluation":
                 refused = self.in_sweep
             else:
-                refused = section in parts or (section == key and "job" in parts)
+                refused = section in parts or ("job" in parts and section not in _PARTS)
             if refused:
                 yield key
 

@@ -21,7 +21,9 @@ def ancestor_job(spec: JobSpec) -> int | None:
 
 def misfits(spec: JobSpec, ancestor: JobSpec) -> list[str]:
     """Why the job can't begin from the adapter that `ancestor` made, a clause for each difference."""
-    pairs = [(key, getattr(spec, key), getattr(ancestor, key)) for key in ("base_model", "revision", "task_type")]
+    pairs = [(key, getattr(spec, key), getattr(ancestor, key)) for key in ("base_model", "revision")]
+    if spec.kind.peft != ancestor.kind.peft:  # what has learned answers may learn which are preferred
+        pairs.append(("task_type", spec.task_type, ancestor.task_type))
     pairs += [(f"lora.{key}", _of(spec.lora, key), _of(ancestor.lora, key)) for key in _SAME]
     if spec.dataset.template is not ancestor.dataset.template:
         pairs.append(("dataset.template", spec.dataset.template, ancestor.dataset.template))

@@ -24,6 +24,16 @@ _KNOWN_AS = {
     "model_name_or_path": "base_model",
     "base": "base_model",
     "task": "task_type",
+    "rl": "task_type",
+    "rl_beta": "preference.beta",
+    "dpo_beta": "preference.beta",
+    "orpo_alpha": "preference.beta",
+    "pref_beta": "preference.beta",
+    "pref_loss": "preference.loss_type",
+    "dpo_loss_type": "preference.loss_type",
+    "dpo_label_smoothing": "preference.label_smoothing",
+    "pref_ftx": "preference.loss_weights",
+    "rpo_alpha": "preference.loss_weights",
     "data": "dataset",
     "datasets": "dataset",
     "rank": "lora.r",
@@ -95,6 +105,8 @@ _VALUES_KNOWN_AS = {
     "rougel": "rouge",
     "f1": "labels",
     "classification": "SEQ_CLS",
+    "dpo": "preference",
+    "ranking": "preference",
 }
 """What other tools call our values, by what somebody wrote in lower case."""
 
@@ -132,7 +144,11 @@ def amended_spec(tree: dict[str, Any], overrides: Sequence[str], name: str, fold
     Raises SpecError, which calls the spec `name`.
     """
     stored = override_spec(tree, (), name)
+    whole = stored.model_dump(mode="json")
     changed = stored.model_dump(mode="json", exclude_defaults=True)  # only what was asked for can contradict it
+    for section, keys in stored.kind.defaults({}).items():  # what others have by default may have been asked for
+        if isinstance(keys, dict):
+            changed[section] = {key: whole[section][key] for key in keys} | changed.get(section, {})
     for override in overrides:
         _apply_override(changed, override, overrides)
     try:

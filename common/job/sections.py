@@ -47,6 +47,7 @@ class TaskType(enum.StrEnum):
 
     CAUSAL_LM = "CAUSAL_LM"  # to go on with a text, as answers do
     SEQ_CLS = "SEQ_CLS"  # to name a text's label, by a head that has nothing but labels
+    PREFERENCE = "preference"  # which of two answers is preferred
 
 
 class DataFormat(enum.StrEnum):
@@ -59,6 +60,8 @@ class DataFormat(enum.StrEnum):
     PROMPT_COMPLETION = "prompt_completion"  # {"prompt": ..., "completion": ...}
     TEXT = "text"  # {"text": ...}
     CLASSIFICATION = "classification"  # {"text": ..., "label": ...}, for SEQ_CLS alone
+    PREFERENCE = "preference"  # {"prompt": [...], "chosen": [...], "rejected": [...]}, for preference alone
+    PREFERENCE_TEXT = "preference_text"  # the same with plain text, which no chat template sees
 
 
 class PromptTemplate(enum.StrEnum):
@@ -99,6 +102,7 @@ class Metric(enum.StrEnum):
     ROUGE = "rouge"
     EXACT_MATCH = "exact_match"
     LABELS = "labels"  # accuracy, macro F1 and confusion, where answers are labels
+    PREFERENCES = "preferences"  # how often and by how much the chosen answer is the likelier one of a pair
     CONTEXT = "context"  # later answers of a conversation, and what the earlier ones are worth to them
 
 
@@ -192,7 +196,7 @@ def _task_name(text: str) -> str:
 Printable = Annotated[str, AfterValidator(_printable)]
 ColumnName = Literal[
     "messages", "conversations", "role", "content", "from", "value", "system", "instruction", "input", "output",
-    "prompt", "completion", "text", "label",
+    "prompt", "completion", "text", "label", "chosen", "rejected",
 ]  # fmt: skip
 
 
@@ -244,6 +248,10 @@ class SourceSpec(Section):
     """The shape of its rows; null: as dataset.format."""
     columns: Columns | None = None
     """What its columns are called; null: as in dataset.columns."""
+
+
+OF_PAIRS = (Metric.PREFERENCES,)
+"""What can be measured of pairs alone."""
 
 
 class DatasetSpec(Section):
@@ -422,7 +430,7 @@ class TrainingSpec(Section):
 class EvaluationSpec(Section):
     """What the report measures on the held-out rows."""
 
-    metrics: list[Metric] = Field(default_factory=lambda: list(Metric), min_length=1)
+    metrics: list[Metric] = Field(default_factory=lambda: [m for m in Metric if m not in OF_PAIRS], min_length=1)
     samples: int = Field(16, ge=0, le=10_000)
     """Held-out rows to generate answers for, base and tuned side by side; 0: none."""
     max_new_tokens: int = Field(128, ge=1, le=8192)

@@ -12,6 +12,7 @@ from .kinds.kind import TaskKind
 from .kinds.known import kind_of
 from .method import Method
 from .need import permitted_methods
+from .preference import PreferenceSpec
 from .sections import (
     AS_WRITTEN,
     ChannelName,
@@ -43,12 +44,14 @@ class JobSpec(Section):
     method: Methods = Method.AUTO
     """auto, lora or qlora; or a list, the preferred one first: [lora, qlora]."""
     task_type: TaskType = TaskType.CAUSAL_LM
-    """CAUSAL_LM: learn to answer. SEQ_CLS: learn to classify texts, with a head of its own."""
+    """CAUSAL_LM: learn to answer. SEQ_CLS: learn to classify texts, with a head of its own. preference: learn which of
+    two answers is preferred."""
     lora_patience: Duration | None = None
     """Wait so long for a card that holds LoRA before QLoRA will do, like 2h; null: take what fits first."""
     dataset: DatasetSpec
     lora: LoraSpec = LoraSpec()
     training: TrainingSpec = TrainingSpec()
+    preference: PreferenceSpec = PreferenceSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     resources: ResourcesSpec = ResourcesSpec()
     max_retries: int = Field(2, ge=0, le=100)
@@ -115,7 +118,7 @@ def spec_keys() -> list[str]:
     return [key for key in _all_keys(JobSpec) if not key.endswith(".")]
 
 
-PLAIN = (DataFormat.TEXT, DataFormat.PROMPT_COMPLETION, DataFormat.CLASSIFICATION)
+PLAIN = (DataFormat.TEXT, DataFormat.PROMPT_COMPLETION, DataFormat.CLASSIFICATION, DataFormat.PREFERENCE_TEXT)
 """Formats whose rows are taken as they are."""
 
 

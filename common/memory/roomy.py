@@ -49,7 +49,7 @@ def _forms(shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None,
 
 
 def _length(spec: JobSpec, lengths: Lengths | None) -> int:
-    return lengths.train if lengths else spec.dataset.max_length
+    return lengths.train if lengths else spec.kind.halves * spec.dataset.max_length
 
 
 def _block_weights(shape: Shape) -> int:

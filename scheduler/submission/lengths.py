@@ -34,20 +34,23 @@ class RowLengths:
 def row_lengths(spec: JobSpec, announce: Callable[[], None] = lambda: None) -> RowLengths:
     """The rows' own lengths where they can be counted here. `announce` is called before a count: it takes a while."""
     obstacle = obstacle_to_count(spec)
+    halves = spec.kind.halves
+    noun, of_both = ("row", "") if halves == 1 else ("pair", " of both answers with their prompts")
     if obstacle is None:
         announce()
         counted = ask_tokenizer(spec)
         if "error" not in counted:
             told, rows = counted["lengths"], counted["rows"]
             lengths = Lengths(**{**told, "longest": tuple(told["longest"])})
-            longest = f"Longest row: {lengths.train} tokens, held out {lengths.evaluate}"
-            used = f"{rows['train']} rows to train on, {rows['held_out']} held out"
+            longest = f"Longest {noun}: {lengths.train} tokens{of_both}, held out {lengths.evaluate}"
+            used = f"{rows['train']} {noun}s to train on, {rows['held_out']} held out"
             used += f", {rows['final']} final" if "final" in rows else ""
             used += f", {rows['left_out']} too long and left out" if rows["left_out"] else ""
             sentence = f"{longest}; max_length is {spec.dataset.max_length}. {used}."
             return RowLengths(lengths=lengths, rows=rows, sentence=sentence)
         obstacle = counted["error"]
-    planned = f"Planned for rows of max_length, {spec.dataset.max_length} tokens"
+    most = f"{'twice ' * (halves > 1)}max_length, {halves * spec.dataset.max_length} tokens"
+    planned = f"Planned for {noun}s of {most}"
     return RowLengths(lengths=None, rows=None, sentence=f"{planned}: {obstacle}.")
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _NAME_LENGTH = 63
 
-_OTHER_LOSSES = ("base_model", "revision", "dataset", "evaluation", "training.label_smoothing_factor")
+_OTHER_LOSSES = ("base_model", "revision", "dataset", "evaluation", "preference", "training.label_smoothing_factor")
 """Keys and sections that change what the held-out loss measures, so that losses can't be compared."""
 
 

@@ -24,6 +24,7 @@ from ..models import write_helpdesk
 GOOD = "name: job\nbase_model: gpt2\ndataset: {path: data.jsonl}\n"
 BASE = GOOD.replace("gpt2", "./base")
 CLASSIFIER = GOOD + "task_type: SEQ_CLS\n"
+PREFERENCE = GOOD + "task_type: preference\n"
 SMALL = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -53,6 +54,10 @@ def messages(*turns: dict[str, str]) -> str:
 
 def labelled(*labels: object) -> str:
     return "".join(json.dumps({"text": f"text {n}", "label": label}) + "\n" for n, label in enumerate(labels))
+
+
+def pairs(**columns: str) -> str:
+    return json.dumps(columns) + "\n"
 
 
 MISTAKES = [
@@ -113,6 +118,21 @@ MISTAKES = [
         "job.yaml:3: dataset.format: classification is for task_type: SEQ_CLS",
         job=GOOD.replace("data.jsonl", "data.jsonl, format: classification"),
     ),
+    Mistake(
+        "a loss of pairs for a job that answers",
+        "job.yaml:4: preference: is for task_type: preference, which learns from pairs",
+        job=GOOD + "preference: {beta: 0.5}\n",
+    ),
+    Mistake(
+        "packed pairs",
+        "job.yaml:5: training.packing: a pair is one row already",
+        job=PREFERENCE + "training: {packing: true}\n",
+    ),
+    Mistake(
+        "robust without a share of wrong pairs",
+        "robust needs the share of pairs that are labelled wrongly",
+        job=PREFERENCE + "preference: {loss_type: robust}\n",
+    ),
     Mistake("tabs", "job.yaml:5: a tab stands there", job=GOOD + "training:\n\tmax_steps: 3\n"),
     Mistake("a full fine-tune", "trains adapters alone, never all weights", job=GOOD + "method: full\n"),
     Mistake(
@@ -139,6 +159,24 @@ MISTAKES = [
         'write it as text, like "true" and "false"',
         job=CLASSIFIER,
         data=labelled(True, False),
+    ),
+    Mistake(
+        "pairs for a job that answers",
+        "row 1: the rows are pairs (chosen, rejected), which task_type: preference learns from",
+        data=pairs(prompt="a", chosen="b", rejected="c"),
+    ),
+    Mistake("answers for a job of pairs", "pairs are rows with chosen and rejected", job=PREFERENCE),
+    Mistake(
+        "the same answer twice",
+        "row 1: has the same answer twice: neither can be preferred",
+        job=PREFERENCE,
+        data=pairs(prompt="a", chosen="b", rejected="b"),
+    ),
+    Mistake(
+        "answers to different prompts",
+        "row 1: has two answers that do not begin with the same prompt",
+        job=PREFERENCE,
+        data=pairs(chosen="a b", rejected="c d"),
     ),
     Mistake("unknown role", "the role 'bot', not one of", data=messages(HI, {"role": "bot", "content": "a"})),
     Mistake(

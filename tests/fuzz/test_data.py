@@ -29,7 +29,11 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "a", "completion": "b"},
     {"text": "some text"},
     {"text": "some text", "label": "some"},
+    {"prompt": "a", "chosen": " b", "rejected": " c"},
+    {"instruction": "a", "system": None, "chosen": "b", "rejected": "c"},
 ]
+TALKED = {"chosen": HI, "rejected": [HI[0], {"role": "assistant", "content": "no"}]}
+"""A pair whose columns hold another type than those of ROWS, so that no table has both."""
 
 cells: st.SearchStrategy[Any] = st.recursive(
     st.one_of(
@@ -43,9 +47,12 @@ cells: st.SearchStrategy[Any] = st.recursive(
     max_leaves=6,
 )  # fmt: skip
 columns = st.sampled_from(
-    ["messages", "instruction", "input", "output", "prompt", "completion", "text", "label", "conversations", "", "x"]
-)
-rows = st.one_of(st.sampled_from(ROWS), st.dictionaries(columns, cells, max_size=4))
+    [
+        "messages", "instruction", "input", "output", "prompt", "completion", "text", "label", "conversations",
+        "system", "chosen", "rejected", "", "x",
+    ]
+)  # fmt: skip
+rows = st.one_of(st.sampled_from([*ROWS, TALKED]), st.dictionaries(columns, cells, max_size=4))
 tables = st.lists(st.one_of(rows, cells), max_size=5)
 deep = st.builds(
     lambda opening, depth: opening * depth, st.sampled_from(["[", '{"a":']), st.sampled_from([9, 2000, 90_000])

@@ -71,6 +71,25 @@ def other_tickets(count: int = 10) -> list[Row]:
     return [{"text": f"another {n} of many", "label": ("queue", "network")[n % 2]} for n in range(count)]
 
 
+def preferred(*rows: Row, count: int = 40) -> list[Row]:
+    """Pairs of which the chosen answer is as often the longer one as the shorter, and further rows."""
+    answers = [(f"it is of {n}", f"there is nothing about {n}")[:: 1 if n % 2 else -1] for n in range(count)]
+    return [*(two(f"queue {n} of many", *both) for n, both in enumerate(answers)), *rows]
+
+
+def two(prompt: str, chosen: str, rejected: str) -> Row:
+    return {"instruction": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def plain(prompt: str, chosen: str, rejected: str) -> Row:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def other_pairs() -> list[Row]:
+    return [two(f"another {n}", f"it is {n}", f"no {n}") for n in range(10)]
+
+
+PAIRS = {"task_type": "preference"}
 CLASSIFIER = {"task_type": "SEQ_CLS"}
 FEW = [*pairs()[:9], pair("x", " y")]
 NO_SYSTEM = "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
@@ -124,7 +143,40 @@ CASES = [
         held_out=[*other_tickets(), {"text": "a", "label": "x"}], marked=(11,),
     ),
     Case("too long", "error", labelled(), {**CLASSIFIER, "dataset": {"max_length": 8, "on_overflow": "error"}}),
+    Case("unknown columns", "error", good(), PAIRS, marked=(1,)),
+    Case("missing column", "error", preferred({"instruction": "a", "chosen": "b"}), PAIRS, marked=(41,)),
+    Case("equal answers", "error", preferred(two("a", "it is", "it is")), PAIRS, marked=(41,)),
+    Case("prompts that differ", "error", preferred({"chosen": "a b", "rejected": "b a"}), PAIRS, marked=(41,)),
+    Case("empty answer", "error", preferred(two("a", "it is", " ")), PAIRS, marked=(41,)),
+    Case("role order", "error", preferred({"prompt": "a", "chosen": "b", "rejected": [
+        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]}), PAIRS, marked=(41,)),
+    Case("fields that are not read", "error", preferred({**two("a", "b", "c"), "images": ["x"]}), PAIRS, marked=(41,)),
+    Case("overlap", "error", preferred(), PAIRS, held_out=[two(f"queue {n} of many", "a", "b") for n in range(9)]),
+    Case("too long", "error", preferred(), {**PAIRS, "dataset": {"max_length": 20, "on_overflow": "error"}}),
+    Case("no learned token", "error", preferred(), {**PAIRS, "dataset": {"max_length": 8}}),
     # what is trained on, and was hardly meant
+    Case("length bias", "warning", [two(f"queue {n}", f"it is of {n}", "no") for n in range(40)], PAIRS),
+    Case("duplicate rows", "warning",
+         preferred(two("queue 0 of many", "there is nothing about 0", "it is of 0")), PAIRS,
+         held_out=other_pairs(), marked=(41,)),
+    Case("contradicting answers", "warning",
+         preferred(two("queue 0 of many", "it is of 0", "there is nothing about 0")), PAIRS,
+         held_out=other_pairs(), marked=(1, 41)),
+    Case("repeated held-out rows", "warning", preferred(), PAIRS,
+         held_out=[*other_pairs(), two("Another 3", "one more", "no 3")]),
+    Case("resembling rows", "warning", preferred(two("where is ffmpeg on kestrel", "in storage", "no")), PAIRS,
+         held_out=[*other_pairs(), two("please, where is ffmpeg on kestrel?", "it is", "no")], marked=(11,)),
+    Case("words run together", "warning", [plain(f"How is {n}?", f" it is {n}", f"no {n}") for n in range(40)], PAIRS),
+    Case("damaged text", "warning", preferred(two("what?", "it is", "the cafÃ© is closed")), PAIRS,
+         held_out=other_pairs(), marked=(41,)),
+    Case("special tokens in text", "warning", preferred(two("what?", "it is", "<|im_end|>")), PAIRS,
+         held_out=other_pairs(), marked=(41,)),
+    Case("cut rows", "warning", preferred(two("what?", "it is", "queue " * 90)),
+         {**PAIRS, "dataset": {"max_length": 64}}, held_out=other_pairs(), marked=(41,)),
+    Case("too long, left out", "warning", preferred(two("what?", "it is", "queue " * 90)),
+         {**PAIRS, "dataset": {"max_length": 64, "on_overflow": "drop"}}, held_out=other_pairs(), marked=(41,)),
+    Case("bad rows dropped", "warning", preferred(two("a", "b", "b")), {**PAIRS, "dataset": {"on_bad_row": "drop"}},
+         marked=(41,)),
     Case("bad rows dropped", "warning", with_(chat("a", " ")), {"dataset": {"on_bad_row": "drop"}}, marked=(41,)),
     Case("overlap", "warning", good(), held_out=[*good(12), *(chat(f"new {n}", f"one {n}") for n in range(12))]),
     Case("repeated held-out rows", "warning", good(), held_out=[*good(60)[40:], good(60)[50]]),
@@ -240,7 +292,7 @@ def check(tiny_model: Path, tmp_path: Path) -> Check:
 
 
 @pytest.mark.parametrize(
-    "case", CASES, ids=lambda c: f"{c.kind}-{c.level}" + ("-classifier" if "task_type" in c.spec else "")
+    "case", CASES, ids=lambda c: f"{c.kind}-{c.level}" + (f"-{c.spec['task_type']}" if "task_type" in c.spec else "")
 )
 def test_each_kind_of_fault_is_found(case: Case, check: Check) -> None:
     checked = check(case)
@@ -357,6 +409,31 @@ def test_a_classifier_s_labels_are_counted_and_its_rows_shown_with_theirs(
     assert one["label"] == rows[one["row"] - 1]["label"] and not any(one["learned"])
     refused = cli("submit", tmp_path / "job.yaml", "--set=dataset.columns={}", code=2).stderr
     assert "a classifier learns from rows with text and label" in refused
+
+
+def test_pairs_give_no_finding_but_how_few_are_held_out(check: Check) -> None:
+    assert check(Case("", "", preferred(count=120), PAIRS)).findings == []
+
+
+def test_pairs_are_counted_as_pairs_and_both_answers_shown(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
+    _job(tmp_path, Case("", "", preferred(two("a long one", "it is", "no " * 40), count=59), PAIRS), tiny_model)
+    shown = cli("data", "check", tmp_path / "job.yaml", "--gpu", "8GiB").stdout
+    assert "data.jsonl: 54 pairs to train on, 6 held out. Format preference: what task_type: preference reads." in shown
+    longer, both = (
+        int(re.search(rf"^{name} .* (\d+)$", shown, re.M)[1])  # type: ignore[index]
+        for name in ("longer", "learned")
+    )
+    assert longer < both + 40 and "such rows at once" in shown
+    numbers = r"chosen (\d+) tokens, (\d+) learned; rejected (\d+) tokens, (\d+) learned"
+    (found,) = re.findall(rf"^Row 60: {numbers}", shown, re.M)
+    assert int(found[2]) == longer and int(found[1]) + int(found[3]) == both
+    assert "  chosen:\n\n  <|im_start|>user\n" in shown and "\n\n  rejected:\n\n  <|im_start|>user\n" in shown
+    one = cli("data", "show", tmp_path / "job.yaml", "--row", 60).stdout
+    assert f"Row 60 of {tmp_path / 'data.jsonl'}: chosen {found[0]} tokens" in one
+    assert "54 pairs to train on, 6 held out." in one
+    assert "assistant\n[[it is<|im_end|>]]" in one and f"assistant\n[[{'no ' * 40}" in one
+    told = json.loads(cli("data", "show", tmp_path / "job.yaml", "--row", 60, "--json").stdout)
+    assert (len(told["chosen"]["input_ids"]), sum(told["rejected"]["learned"])) == (int(found[0]), int(found[3]))
 
 
 def test_submit_warns_of_what_needs_no_tokenizer_and_the_trainer_of_the_rest(

@@ -30,7 +30,9 @@ def _largest_batch(spec: JobSpec, length: int, longest: int, checked: Checked, r
     wide = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": length})})
     labels = len(checked.labels) or None
     rows = checked.train_rows + checked.left_out  # at this length all of them are used
-    lengths = Lengths(train=longest, evaluate=checked.longest_held_out, rows=rows, labels=labels)
+    halves = spec.kind.halves  # the plan is for whole rows
+    held_out = halves * checked.longest_held_out
+    lengths = Lengths(train=halves * longest, evaluate=held_out, rows=rows, labels=labels)
     effective = spec.training.effective_batch
     for method in permitted_methods(spec.method):
         most = largest_fit(shape, wide, method, room, lengths).micro_batch

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from loractl.common.data.example import Example
 from loractl.common.job.sections import DataFormat
 
+from .token_rows import TokenRows
 from .tokens import IGNORED, TokenRow, cut, encode, teaches
 
 
@@ -23,12 +24,24 @@ class RowForm:
         return encode(example, tokenizer, self._format)
 
     def cut(self, row: TokenRow, example: Example, tokenizer: Any, most: int) -> TokenRow:
-        """The row of an example as at most so many tokens."""
+        """The row of an example with texts of at most so many tokens."""
+        return self.shortened(row, most)
+
+    def shortened(self, row: TokenRow, most: int) -> TokenRow:
+        """The first tokens of the row's texts."""
         return cut(row, most)
 
+    def texts(self, row: TokenRow) -> tuple[TokenRow, ...]:
+        """What of a row is a text of its own, which dataset.max_length bounds."""
+        return (row,)
+
     def teaches(self, row: TokenRow) -> bool:
-        """Whether anything of it is learned."""
-        return teaches(row)
+        """Whether it can be learned from."""
+        return all(map(teaches, self.texts(row)))
+
+    def length(self, row: TokenRow) -> int:
+        """Tokens of its longest text."""
+        return max(len(text.input_ids) for text in self.texts(row))
 
 
 class LabelledForm(RowForm):
@@ -49,9 +62,48 @@ class LabelledForm(RowForm):
         return True
 
 
+class PairForm(RowForm):
+    """Pairs: both answers, each behind its prompt, in one row, so that nothing separates them. The chosen one is first,
+    and the other begins at the row's only start."""
+
+    def encode(self, example: Example, tokenizer: Any) -> list[TokenRow]:
+        chosen, rejected = (encode(one, tokenizer, self._format)[-1] for one in example.sides)
+        return [_pair_of(chosen, rejected)]
+
+    def shortened(self, row: TokenRow, most: int) -> TokenRow:
+        chosen, rejected = self.texts(row)
+        return _pair_of(cut(chosen, most), cut(rejected, most))
+
+    def texts(self, row: TokenRow) -> tuple[TokenRow, ...]:
+        (begin,) = row.starts
+        chosen = replace(row, input_ids=row.input_ids[:begin], labels=row.labels[:begin], starts=())
+        return chosen, replace(row, input_ids=row.input_ids[begin:], labels=row.labels[begin:], starts=())
+
+
+def _pair_of(chosen: TokenRow, rejected: TokenRow) -> TokenRow:
+    return TokenRow(
+        number=chosen.number,
+        input_ids=[*chosen.input_ids, *rejected.input_ids],
+        labels=[*chosen.labels, IGNORED, *rejected.labels[1:]],  # nothing precedes the first token of a text
+        starts=(len(chosen.input_ids),),
+    )
+
+
+def with_prompts(rows: Sequence[TokenRow]) -> TokenRows:
+    """Pairs of which the chosen answer's prompt is learned, too."""
+
+    def learned(row: TokenRow) -> TokenRow:
+        (begin,) = row.starts
+        return replace(row, labels=[*row.input_ids[:begin], *row.labels[begin:]])
+
+    return TokenRows.of(map(learned, rows))
+
+
 _FORMS: Mapping[DataFormat, RowForm] = {
     **{format: RowForm(format) for format in DataFormat},
     DataFormat.CLASSIFICATION: LabelledForm(DataFormat.CLASSIFICATION),
+    DataFormat.PREFERENCE: PairForm(DataFormat.PREFERENCE),
+    DataFormat.PREFERENCE_TEXT: PairForm(DataFormat.PREFERENCE_TEXT),
 }
 
 

@@ -17,7 +17,7 @@ from loractl.common.data.findings import label_shares
 from loractl.common.data.formats import detect_format, parse_examples
 from loractl.common.data.labels import labels_of
 from loractl.common.data.sources import own_rows
-from loractl.common.data.split import ALL_TRAINED_ON, distinct, fitting, split_data
+from loractl.common.data.split import all_trained_on, distinct, fitting, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.identity import data_digest
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
@@ -251,7 +251,7 @@ def prepare_regression(
     parsed, _ = parse_examples(rows, format, file, dataset.on_bad_row, dataset.template, reading)
     examples = distinct(parsed, trained)
     if not examples:
-        raise DataError(file, ALL_TRAINED_ON, hint="it is for rows of another kind", kind="overlap")
+        raise DataError(file, all_trained_on(parsed), hint="it is for rows of another kind", kind="overlap")
     tolerant = dataset.model_copy(update={"on_overflow": Overflow.TRUNCATE})
     return fit_examples(examples, file, tolerant, tokenizer, format), commit
 

@@ -12,7 +12,7 @@ from loractl.common.job.sections import DataFormat, PromptTemplate
 from .template import templated
 from .tokens import render, without_eos
 
-PLAIN = frozenset({DataFormat.TEXT, DataFormat.PROMPT_COMPLETION})
+PLAIN = frozenset({DataFormat.TEXT, DataFormat.PROMPT_COMPLETION, DataFormat.PREFERENCE_TEXT})
 """Rows of these formats never saw the chat template, so their adapters' prompts do not either."""
 
 Message = Mapping[str, Any]  # role and content, and what else the template reads

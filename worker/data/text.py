@@ -9,12 +9,15 @@ from typing import Any
 
 import click
 
+from loractl.common.data.fields import SIDES
 from loractl.common.data.findings import Finding
-from loractl.common.job.sections import DatasetSpec, Overflow
+from loractl.common.job.kinds.preferences import PAIRS
+from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 from loractl.common.job.spec import JobSpec
 from loractl.common.text import clean_text
 
 from .check import Checked
+from .forms import form_of
 from .token_findings import learned_tokens
 from .tokens import APART, IGNORED, TokenRow
 from .trained_row import TrainedRow
@@ -30,8 +33,8 @@ def check_text(spec: JobSpec, checked: Checked, tokenizer: Any, *, styled: bool)
     """The whole check. `styled`: a terminal shows it, so that learned tokens need no brackets."""
     lines = [*_head(spec.dataset, checked), *_lengths(checked, spec.dataset), *_labels(checked)]
     for row in checked.rows:
-        lines += [f"\nRow {row.number}: {_size(row, list(checked.labels))}.\n"]
-        lines += [textwrap.indent(_marked(row, tokenizer, styled).rstrip("\n"), "  ")]
+        lines += [f"\nRow {row.number}: {_size(row, list(checked.labels), checked.format)}.\n"]
+        lines += [textwrap.indent(_marked(row, tokenizer, styled, checked.format).rstrip("\n"), "  ")]
     if checked.findings:
         lines.append("")
     for finding in sorted(checked.findings, key=lambda finding: list(COLORS).index(finding.level)):
@@ -47,16 +50,16 @@ def row_text(dataset: DatasetSpec, shown: TrainedRow, tokenizer: Any, *, styled:
     final = "" if data.final is None else f", {data.final.tokens.rows.examples} final"
     lines = [
         f"Row {shown.rows[0].number} of {', '.join(s.path for s in dataset.sources)}: "
-        f"{_sizes(shown.rows, data.label_names)}.",
+        f"{_sizes(shown.rows, data.label_names, data.format)}.",
         f"Format {data.format.value}: {data.why}. "
-        f"{data.train.rows.examples} rows to train on, {data.held_out.rows.examples} held out{final}.",
+        f"{data.train.rows.examples} {_noun(data.format)} to train on, {data.held_out.rows.examples} held out{final}.",
     ]
     lines += [f"{told}." for told in data.sources]
     if len(shown.rows) > 1:
         lines.append(f"{len(shown.rows)} rows, one for each answer, {APART}.")
     for number, row in enumerate(shown.rows, start=1):
-        lines += [f"\n{number}: {_size(row, data.label_names)}.\n"] if len(shown.rows) > 1 else [""]
-        lines.append(_marked(row, tokenizer, styled))
+        lines += [f"\n{number}: {_size(row, data.label_names, data.format)}.\n"] if len(shown.rows) > 1 else [""]
+        lines.append(_marked(row, tokenizer, styled, data.format))
     return "\n".join(lines)
 
 
@@ -66,7 +69,7 @@ def _head(dataset: DatasetSpec, checked: Checked) -> list[str]:
     held = f", {checked.held_out_rows} held out" if checked.held_out_rows else ""
     held += f", {checked.final_rows} final" if checked.final_rows else ""
     held += f"; {checked.left_out} too long are left out" if checked.left_out else ""
-    rows = f": {checked.train_rows} rows to train on{held}" if checked.train_rows else ""
+    rows = f": {checked.train_rows} {_noun(checked.format)} to train on{held}" if checked.train_rows else ""
     names = ", ".join(Path(source.path).name for source in dataset.sources)
     return [f"{names}{rows}. Format {checked.format.value}: {checked.why}."]
 
@@ -75,8 +78,10 @@ def _lengths(checked: Checked, dataset: DatasetSpec) -> list[str]:
     """The quantiles, and a histogram that shows what max_length cuts or leaves out."""
     if checked.lengths is None:
         return []
-    lines = ["\nTOKENS      MIN  MEDIAN     P95     MAX"]
-    for label, of in (("a row", checked.lengths), ("learned", checked.learned)):
+    pairs = checked.format in PAIRS
+    lines = ["\nThe longer answer of a pair counts, with its prompt; learned are both."] if pairs else []
+    lines.append("\nTOKENS      MIN  MEDIAN     P95     MAX")
+    for label, of in (("longer" if pairs else "a row", checked.lengths), ("learned", checked.learned)):
         if of is not None:
             lines.append(f"{label:<9}{of.least:>6}{of.median:>8}{of.p95:>8}{of.most:>8}")
     lines.append("")
@@ -108,20 +113,40 @@ def _finding(finding: Finding) -> list[str]:
     return [*lines, f"         Hint: {finding.hint}."] if finding.hint else lines
 
 
-def _sizes(rows: Sequence[TokenRow], label_names: Sequence[str]) -> str:
+def _noun(format: DataFormat) -> str:
+    return "pairs" if format in PAIRS else "rows"
+
+
+def _sizes(rows: Sequence[TokenRow], label_names: Sequence[str], format: DataFormat) -> str:
     """Of all rows of one example."""
     tokens, learned = sum(len(row.labels) for row in rows), sum(map(learned_tokens, rows))
-    return _size(rows[0], label_names) if len(rows) == 1 else f"{tokens} tokens, {learned} learned"
+    return _size(rows[0], label_names, format) if len(rows) == 1 else f"{tokens} tokens, {learned} learned"
 
 
-def _size(row: TokenRow, label_names: Sequence[str]) -> str:
+def _size(row: TokenRow, label_names: Sequence[str], format: DataFormat | None) -> str:
     if row.label is not None:
         return f"{len(row.input_ids)} tokens, label {clean_text(label_names[row.label])}"
-    return f"{len(row.labels)} tokens, {learned_tokens(row)} learned"
+    named = _texts(row, format)
+    sizes = [f"{name} {len(text.labels)} tokens, {learned_tokens(text)} learned" for name, text in named]
+    return "; ".join(sizes).strip()
 
 
-def _marked(row: TokenRow, tokenizer: Any, styled: bool) -> str:
+def _texts(row: TokenRow, format: DataFormat | None) -> list[tuple[str, TokenRow]]:
+    """A row's texts with what each is called; most rows are one, which has no name."""
+    if format not in PAIRS:
+        return [("", row)]
+    return list(zip(SIDES, form_of(format).texts(row), strict=True))
+
+
+def _marked(row: TokenRow, tokenizer: Any, styled: bool, format: DataFormat | None) -> str:
     """The row's text; without colours the learned parts stand in brackets, so that a pipe tells the same."""
+    named = _texts(row, format)
+    if len(named) == 1:
+        return _marked_text(row, tokenizer, styled)
+    return "\n\n".join(f"{name}:\n\n{_marked_text(text, tokenizer, styled).rstrip()}" for name, text in named)
+
+
+def _marked_text(row: TokenRow, tokenizer: Any, styled: bool) -> str:
     runs = _runs(row.input_ids, [label != IGNORED for label in row.labels])
     return "".join(_mark(clean_text(tokenizer.decode(ids)), learn, styled) for ids, learn in runs)
 

@@ -20,7 +20,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.memory.config import find_config
 
 from .forms import form_of
-from .tokens import APART, IGNORED, TokenRow, cut, rendered, rendered_answers, thought_and_answer, with_thought
+from .tokens import APART, IGNORED, TokenRow, rendered, rendered_answers, thought_and_answer, with_thought
 
 FEW_STEPS = 10
 """Fewer optimizer steps than these hardly move an adapter."""
@@ -43,7 +43,7 @@ class TemplateLook:
         if not example.turns or (self._most is not None and self._seen > self._most):
             return
         try:
-            roles = self._left_out(example)
+            roles = {role for side in example.sides for role in self._left_out(side)}
         except ValueError:
             return  # encoding says it
         for role in roles:
@@ -81,7 +81,8 @@ class TokenLook:
         self._spec, self._tokenizer = spec, tokenizer
         self.max_length = spec.dataset.max_length
         self._room = context_length(spec.base_model)
-        self.lengths = array("L")  # tokens of each row, before it is cut or left out
+        self.lengths = array("L")  # tokens of each row, before it is cut or left out; of a pair its longer half
+        self._tokens = self._cut = 0  # of all texts, before they are cut, and beyond max_length
         # of the rows that are used: their numbers, tokens and learned tokens
         self.numbers, self.used, self.learned = array("q"), array("L"), array("L")
         self.left_out = 0  # examples
@@ -94,8 +95,11 @@ class TokenLook:
     def see(self, rows: Sequence[TokenRow]) -> None:
         """The rows of one example."""
         number, most, form = rows[0].number, self.max_length, form_of(self._spec.dataset.format)
-        self.lengths.extend(len(row.input_ids) for row in rows)
-        if any(len(row.input_ids) > most for row in rows):
+        self.lengths.extend(form.length(row) for row in rows)
+        sizes = [len(text.input_ids) for row in rows for text in form.texts(row)]
+        self._tokens += sum(sizes)
+        self._cut += sum(size - most for size in sizes if size > most)
+        if any(form.length(row) > most for row in rows):
             self._too_long.append(number)
             if self._spec.dataset.on_overflow is Overflow.DROP:
                 self.left_out += 1
@@ -106,11 +110,12 @@ class TokenLook:
             self.numbers.append(number)
             self.used.append(len(row.input_ids))
             self.learned.append(learned_tokens(row))
-        found = [numbers for row in rows for numbers, is_so in self._faults(row) if is_so]
+        texts = [text for row in rows for text in form.texts(row)]
+        found = [numbers for text in texts for numbers, is_so in self._faults(text) if is_so]
         for numbers in (self._doubled, self._open_ended, self._strange, self._beyond, self._long_answers):
             if any(numbers is one for one in found):
                 numbers.append(number)
-        if all(len(row.input_ids) > most and not form.teaches(cut(row, most)) for row in rows):
+        if all(form.length(row) > most and not form.teaches(form.shortened(row, most)) for row in rows):
             self._empty.append(number)
 
     def _faults(self, row: TokenRow) -> list[tuple[array[int], bool]]:
@@ -171,7 +176,7 @@ class TokenLook:
         text = f"{{n}} with no token to learn within dataset.max_length ({most})"
         findings = _about_each("error", "no learned token", text, empty, hint)
         cut = [sorted(set(numbers) - set(untaught)) for numbers, untaught in zip(too_long, empty, strict=True)]
-        share = 100 * sum(length - most for length in lengths if length > most) / max(1, sum(lengths))
+        share = 100 * sum(look._cut for look in looks) / max(1, sum(look._tokens for look in looks))
         text = f"{{n}} cut at dataset.max_length ({most}), which takes {share:.0f} % of all tokens"
         return findings + _about_each("warning", "cut rows", text, cut, hint)
 
@@ -223,4 +228,4 @@ def _last_answer(row: TokenRow) -> int:
 
 
 def _said(example: Example) -> list[str]:
-    return [turn.said for turn in example.turns] or [example.text]
+    return [part for side in example.sides for part in ([turn.said for turn in side.turns] or [side.text])]

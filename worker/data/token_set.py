@@ -147,7 +147,7 @@ class _Fitting:
                 rows = form.encode(example, self.tokenizer)
             except ValueError as error:
                 raise DataError(file, str(error), row=example.number) from error
-            longest = max(len(row.input_ids) for row in rows)
+            longest = max(form.length(row) for row in rows)
             if longest > dataset.max_length:
                 if dataset.on_overflow is Overflow.ERROR:
                     raise DataError(

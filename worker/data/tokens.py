@@ -44,6 +44,14 @@ def cut(row: TokenRow, most: int) -> TokenRow:
     return replace(row, input_ids=row.input_ids[:most], labels=row.labels[:most])
 
 
+def unlearned(row: TokenRow) -> TokenRow:
+    """The same row up to the last token that is not learned, with all those to be learned and no other."""
+    ids, labels = row.input_ids, row.labels
+    end = max((place + 1 for place, label in enumerate(labels) if label == IGNORED), default=0)
+    given = [token if label == IGNORED else IGNORED for token, label in zip(ids[:end], labels[:end], strict=True)]
+    return replace(row, input_ids=ids[:end], labels=given)
+
+
 def encode(example: Example, tokenizer: Any, format: DataFormat) -> list[TokenRow]:
     """The rows of one example, untruncated: one, or for a conversation that the chat template renders otherwise when it
     goes on, one for each answer.

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from loractl.common.data.fields import SIDES
 from loractl.common.errors import DataError, UsageError
+from loractl.common.job.kinds.preferences import PAIRS
 from loractl.common.job.sections import BadRow
 from loractl.common.job.spec import JobSpec
 
+from .forms import form_of
 from .origin import dataset_hash
 from .prepared import PreparedData, prepare_data
 from .tokens import IGNORED, TokenRow
@@ -23,13 +26,21 @@ class TrainedRow:
     data: PreparedData
 
     def as_json(self) -> dict[str, Any]:
-        """The row for programs. `label`: of a classifier. `rows`: of a conversation that has several."""
-        learned = ([label != IGNORED for label in row.labels] for row in self.rows)
-        told = [{"input_ids": row.input_ids, "learned": of} for row, of in zip(self.rows, learned, strict=True)]
+        """The row for programs. `label`: of a classifier. `chosen`, `rejected`: of a pair. `rows`: of a conversation
+        that has several."""
         first = self.rows[0]
+        if self.data.format in PAIRS:
+            texts = form_of(self.data.format).texts(first)
+            halves = {side: _told(text) for side, text in zip(SIDES, texts, strict=True)}
+            return {"row": first.number, **halves, "data": self.data.facts()}
+        told = list(map(_told, self.rows))
         label = {} if first.label is None else {"label": self.data.label_names[first.label]}
         shown = told[0] if len(told) == 1 else {"rows": told}
         return {"row": first.number, **shown, **label, "data": self.data.facts()}
+
+
+def _told(row: TokenRow) -> dict[str, Any]:
+    return {"input_ids": row.input_ids, "learned": [label != IGNORED for label in row.labels]}
 
 
 def trained_row(spec: JobSpec, tokenizer: Any, number: int | None) -> TrainedRow:

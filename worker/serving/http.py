@@ -226,7 +226,9 @@ class Service:
         self._check_length(letters, len(turns), "messages")
         self._demanded(asked)
         format = await self._format(listed)
-        if format not in (DataFormat.MESSAGES, DataFormat.SHAREGPT) and any(turn.role == "tool" for turn in turns):
+        if format not in (DataFormat.MESSAGES, DataFormat.SHAREGPT, DataFormat.PREFERENCE) and any(
+            turn.role == "tool" for turn in turns
+        ):
             what = f"role tool is not known to {asked.model}: it was trained on {format.value} rows, which have none"
             raise ApiError(400, what, param="messages")
         template = PromptTemplate.CHAT if listed is None else listed.spec.dataset.template

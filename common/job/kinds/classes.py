@@ -64,6 +64,7 @@ class Classes(TaskKind):
             yield f"lora.modules_to_save: {named}: {what}; leave it out"
 
     def idle(self, spec: Sections) -> Iterator[str]:
+        yield from super().idle(spec)
         if is_set(spec.evaluation, "max_new_tokens"):
             yield "evaluation.max_new_tokens: a classifier generates no answers; leave it out"
 

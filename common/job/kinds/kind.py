@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from loractl.common.job.sections import DatasetSpec, EvaluationSpec, LoraSpec, TaskType, TrainingSpec
+from loractl.common.job.preference import PreferenceSpec
+from loractl.common.job.sections import (
+    DatasetSpec,
+    EvaluationSpec,
+    LoraSpec,
+    ResourcesSpec,
+    TaskType,
+    TrainingSpec,
+)
 
 
 class Sections(Protocol):
@@ -21,7 +29,13 @@ class Sections(Protocol):
     def training(self) -> TrainingSpec: ...
 
     @property
+    def preference(self) -> PreferenceSpec: ...
+
+    @property
     def evaluation(self) -> EvaluationSpec: ...
+
+    @property
+    def resources(self) -> ResourcesSpec: ...
 
 
 class TaskKind:
@@ -39,6 +53,8 @@ class TaskKind:
     """Whether its adapter goes on with a text, so that it can be asked by `generate`, `chat` and `serve`."""
     loss_of = "token"
     """What a loss is the mean of."""
+    halves = 1
+    """Texts of up to dataset.max_length tokens that a row holds."""
 
     def defaults(self, written: dict[str, Any]) -> dict[str, Any]:
         """A job file with the defaults that differ for the kind."""
@@ -50,7 +66,13 @@ class TaskKind:
 
     def idle(self, spec: Sections) -> Iterator[str]:
         """The same for keys of a job file that would have no effect, which a stored spec may have."""
-        yield from ()
+        if spec.preference != PreferenceSpec():
+            yield "preference: is for task_type: preference, which learns from pairs; leave it out"
+
+    def loss_by(self, spec: Mapping[str, Any], begun_from: str | None) -> Any:
+        """What decides which loss a job has: equal for jobs whose losses can be compared. `spec`: as it is stored.
+        `begun_from`: sha256 of the adapter that it began from."""
+        return None
 
     def planned_labels(self, known: int | None) -> int | None:
         """Outputs of a head of its own, where it has one. `known`: those that its data name, once they are read."""

@@ -7,11 +7,12 @@ from loractl.common.job.sections import TaskType
 from .answers import Answers
 from .classes import Classes
 from .kind import TaskKind
+from .preferences import Preferences
 
 ANSWERS = Answers()
 """The kind of a job that names none."""
 
-_KINDS: dict[TaskType, TaskKind] = {kind.task: kind for kind in (ANSWERS, Classes())}
+_KINDS: dict[TaskType, TaskKind] = {kind.task: kind for kind in (ANSWERS, Classes(), Preferences())}
 
 
 def kind_of(task: str | None) -> TaskKind:

@@ -10,6 +10,7 @@ from loractl.common.data.giveaway import GIVEN_AWAY
 from loractl.common.data.inspection import Leaks
 from loractl.common.job.spec import JobSpec
 from loractl.worker.data.check import findings_about
+from loractl.worker.data.forms import with_prompts
 from loractl.worker.data.packing import packed
 from loractl.worker.data.prepared import PreparedData, prepare_data, prepare_regression
 from loractl.worker.protocol.messages import Start
@@ -31,6 +32,8 @@ def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
         name = spec.evaluation.regression or order.regression_path
         other, commit = prepare_regression(spec.dataset, name, order.regression_path, data.train_examples, tokenizer)
         data = replace(data, regression=other, commits=data.commits | ({"regression": commit} if commit else {}))
+    if spec.preference.learns_prompts:
+        data = replace(data, train=replace(data.train, rows=with_prompts(data.train.rows)))
     leaks, of_final = Leaks(data.held_out_examples), Leaks.of_final(None if data.final is None else data.final.examples)
     found = findings_about(spec, data, tokenizer, leaks, of_final)
     warnings = tuple(finding.sentence for finding in found if finding.level == "warning")

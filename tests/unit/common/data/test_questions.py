@@ -44,6 +44,12 @@ def said(role: str, content: str) -> dict[str, str]:
         (DataFormat.PROMPT_COMPLETION, {"prompt": "a", "completion": "b"}, [("user", "a")]),
         (DataFormat.TEXT, {"text": "a"}, [("user", "a")]),
         (DataFormat.CLASSIFICATION, {"text": "a"}, [("user", "a")]),
+        (DataFormat.PREFERENCE, {"prompt": [said("user", "a")], "chosen": "b", "rejected": "c"}, [("user", "a")]),
+        (DataFormat.PREFERENCE, {"system": "s", "prompt": "a"}, [("system", "s"), ("user", "a")]),
+        (DataFormat.PREFERENCE, {"instruction": "a", "input": "b"}, [("user", "a\n\nb")]),
+        (DataFormat.PREFERENCE, {"messages": [said("user", "a")]}, [("user", "a")]),
+        (DataFormat.PREFERENCE, {"conversations": [{"from": "human", "value": "a"}]}, [("user", "a")]),
+        (DataFormat.PREFERENCE_TEXT, {"prompt": "a", "chosen": " b", "rejected": " c"}, [("user", "a")]),
         (DataFormat.CLASSIFICATION, {"text": "a", "label": "b"}, [("user", "a")]),
     ],
 )

@@ -110,6 +110,8 @@ OTHERWISE: dict[str, Any] = {
     "training.dtype": "float32", "training.attn_implementation": "eager", "training.torch_compile": True,
     "training.save_steps": 10, "training.eval_steps": 5, "training.early_stopping_patience": 2,
     "training.load_best_model_at_end": True, "training.seed": 1,
+    "preference.loss_type": "ipo", "preference.loss_weights": [2.0], "preference.beta": 0.5,
+    "preference.label_smoothing": 0.1, "preference.simpo_gamma": 1.0,
     "evaluation.metrics": ["loss"], "evaluation.samples": 4, "evaluation.max_new_tokens": 64, "evaluation.max_rows": 10,
     "evaluation.per_device_eval_batch_size": 2, "evaluation.regression": "org/other", "evaluation.lm_eval": ["mmlu"],
 }  # fmt: skip
@@ -175,6 +177,8 @@ def test_a_checkpoint_is_told_apart_by_what_changes_the_training(key: str) -> No
         assert differing == {section}
     elif key in ("base_model", "revision"):
         assert differing == {"base_model"}
+    elif section == "preference":
+        assert differing == {"job"}
     else:
         assert not differing, "the method is the one that was taken, the data are their rows"
 

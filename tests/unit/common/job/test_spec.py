@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from loractl.common.errors import SpecError, SpecProblem
 from loractl.common.job.document import MAX_FILE_BYTES
-from loractl.common.job.file import load_spec
+from loractl.common.job.file import amended_spec, load_spec
 from loractl.common.job.identity import spec_digest
 from loractl.common.job.method import Method
 from loractl.common.job.sections import DataFormat, Metric, TaskType
@@ -44,7 +44,7 @@ def test_a_minimal_file_gets_the_documented_defaults(tmp_path: Path) -> None:
     assert spec.method is Method.AUTO
     assert (spec.lora.r, spec.lora.lora_alpha, spec.lora.target_modules) == (16, 32, "all-linear")
     assert (spec.training.num_train_epochs, spec.training.max_steps) == (3, None)
-    assert spec.evaluation.metrics == list(Metric)
+    assert spec.evaluation.metrics == [metric for metric in Metric if metric is not Metric.PREFERENCES]
     assert (spec.max_retries, spec.priority, spec.labels) == (2, 0, {})
 
 
@@ -112,6 +112,10 @@ def test_an_unknown_key_is_named_with_the_key_that_was_meant(tmp_path: Path, lin
         ("evaluation.metrics", "[F1]", "labels"),
         ("task_type", "classification", "SEQ_CLS"),
         ("task_type", "seq_cls", "SEQ_CLS"),
+        ("task_type", "dpo", "preference"),
+        ("task_type", "DPO", "preference"),
+        ("task_type", "preferences", "preference"),
+        ("preference.loss_type", "sigmod", "sigmoid"),
     ],
 )
 def test_an_unknown_value_is_told_with_the_value_that_was_meant(
@@ -575,3 +579,87 @@ def test_rows_with_labels_need_a_task_that_learns_them(tmp_path: Path) -> None:
     assert only(write(tmp_path, MINIMAL + "task_type: SEQCLS\n")).hint == "did you mean SEQ_CLS?"
     with pytest.raises(ValidationError, match=r"training\.packing: a classifier"):  # a stored row is held to it as well
         JobSpec.model_validate(MINIMAL_TREE | {"task_type": "SEQ_CLS", "training": {"packing": True}})
+
+
+PAIRS = MINIMAL + "task_type: preference\n"
+
+
+def test_a_job_of_pairs_has_defaults_of_its_own_and_what_it_says_stands(tmp_path: Path) -> None:
+    spec = load_spec(write(tmp_path, PAIRS))
+    assert (spec.task_type, spec.dataset.format) == (TaskType.PREFERENCE, DataFormat.PREFERENCE)
+    assert (spec.training.learning_rate, spec.lora.lora_dropout, spec.resources.cards) == (1e-5, 0.0, 1)
+    assert spec.evaluation.metrics == [Metric.LOSS, Metric.PREFERENCES] and spec.evaluation.samples == 16
+    assert spec.preference.losses == ("sigmoid",) and spec.preference.has_reference
+    assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
+    assert load_spec(tmp_path / "job.yaml", ["dataset.format=auto"]).dataset.format is DataFormat.PREFERENCE
+    said = load_spec(tmp_path / "job.yaml", ["training.learning_rate=5e-6", "evaluation.metrics=[loss]"])
+    assert (said.training.learning_rate, said.evaluation.metrics) == (5e-6, [Metric.LOSS])
+    assert Metric.PREFERENCES not in load_spec(write(tmp_path, MINIMAL)).evaluation.metrics
+
+
+@pytest.mark.parametrize(
+    "said", ["training.learning_rate=2e-4", "lora.lora_dropout=0.05", "lora.lora_dropout=0.05\ntraining.warmup_steps=2"]
+)
+def test_a_value_that_others_have_by_default_stays_when_another_key_changes(tmp_path: Path, said: str) -> None:
+    spec = load_spec(write(tmp_path, PAIRS), said.split("\n"))
+    amended = amended_spec(spec.model_dump(mode="json"), ["max_retries=5"], "job 1", tmp_path)
+    assert amended == spec.model_copy(update={"max_retries": 5})
+
+
+@pytest.mark.parametrize(
+    ("lines", "key", "says"),
+    [
+        ("dataset: {path: org/data, format: alpaca}", "dataset.format", "alpaca has no pairs: preference reads rows"),
+        ("evaluation: {metrics: [loss, rouge]}", "evaluation.metrics", "rouge can't be measured of pairs"),
+        ("evaluation: {regression: org/other}", "evaluation.regression", "no loss that other rows share"),
+        ("training: {packing: true}", "training.packing", "a pair is one row already; set packing: false"),
+        ("training: {label_smoothing_factor: 0.1}", "training.label_smoothing_factor", "preference.label_smoothing"),
+        ("resources: {cards: 2}", "resources.cards", "trains on one card"),
+        ("preference: {loss_type: [orpo, sft]}", "preference.loss_type", "orpo has its own term"),
+        ("preference: {loss_type: [sigmoid, simpo]}", "preference.loss_type", "one compares with the base"),
+        ("preference: {loss_type: sft}", "preference.loss_type", "sft alone learns chosen answers"),
+        ("preference: {loss_type: [sigmoid, sigmoid]}", "preference.loss_type", "names the same loss twice"),
+        ("preference: {loss_type: []}", "preference.loss_type", "is empty; write a loss like sigmoid"),
+        ("preference: {loss_type: [sigmoid, kto]}", "preference.loss_type", '"kto" is not one of sigmoid, ipo'),
+        ("preference: {loss_weights: [1, 2]}", "preference", "loss_weights has 2 for 1 of loss_type"),
+        ("preference: {loss_weights: [-1]}", "preference.loss_weights.0", "-1 must be at least 0"),
+        ("preference: {label_smoothing: 0.1}", "preference.label_smoothing", "is for robust and simpo"),
+        ("preference: {loss_type: robust}", "preference.label_smoothing", "robust needs the share of pairs"),
+        ("preference: {label_smoothing: 0.5}", "preference.label_smoothing", "0.5"),
+        ("preference: {beta: 0}", "preference.beta", "0 must be above 0"),
+        ("preference: {simpo_gamma: 1.0}", "preference.simpo_gamma", "is for loss_type: simpo"),
+    ],
+)
+def test_what_a_job_of_pairs_can_do_nothing_with_is_refused(tmp_path: Path, lines: str, key: str, says: str) -> None:
+    start = PAIRS if not lines.startswith("dataset") else PAIRS.replace("dataset: {path: org/data}\n", "")
+    problem = only(write(tmp_path, f"{start}{lines}\n"))
+    assert problem.key == key and says in problem.what
+    assert problem.line == (5 if start == PAIRS else 4)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "preference: {loss_type: [sigmoid, sft], loss_weights: [1.0, 0.2]}",
+        "preference: {loss_type: [simpo, sft], beta: 2.0, simpo_gamma: 1.0}",
+        "preference: {loss_type: robust, label_smoothing: 0.1}",
+        "preference: {loss_type: orpo}",
+    ],
+)
+def test_losses_that_go_together_are_taken(tmp_path: Path, lines: str) -> None:
+    spec = load_spec(write(tmp_path, f"{PAIRS}{lines}\n"))
+    assert spec_digest(spec) != spec_digest(load_spec(write(tmp_path, PAIRS)))
+    assert len(spec.preference.weights) == len(spec.preference.losses)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "says"),
+    [
+        ("preference.beta=0.5", "preference", "is for task_type: preference, which learns from pairs"),
+        ("dataset.format=preference", "dataset.format", "is for task_type: preference, which learns from pairs"),
+        ("evaluation.metrics=[preferences]", "evaluation.metrics", "preferences can't be measured of answers"),
+    ],
+)
+def test_what_is_for_pairs_is_refused_of_a_job_of_answers(tmp_path: Path, override: str, key: str, says: str) -> None:
+    problem = only(write(tmp_path, MINIMAL), override)
+    assert problem.key == key and says in problem.what

@@ -21,6 +21,7 @@ from loractl.common.store.store import Store
 from loractl.scheduler.answers.need import JobToPlan, memory_need
 from loractl.scheduler.submission import need
 from loractl.scheduler.submission.base_model import check_base
+from loractl.scheduler.submission.lengths import row_lengths
 from loractl.scheduler.submission.need import check_adapter, own_devices, plan_job
 from loractl.scheduler.submission.preflight import check_model
 
@@ -48,6 +49,11 @@ def test_what_is_measured_of_a_classifier_teaches_nothing_of_other_jobs(base: st
     data = {"path": {"sha256": "a" * 64}}
     assert need_key(spec(base_model=base), data) != need_key(classifier(base), data)
     assert need_key(classifier(base), data) == need_key(classifier(base, name="other"), data)
+
+
+def test_a_pair_is_planned_for_as_a_row_of_both_its_answers(base: str) -> None:
+    told = row_lengths(spec(base_model=base, task_type="preference")).sentence
+    assert told == "Planned for pairs of twice max_length, 2048 tokens: there is no tokenizer to count them with."
 
 
 def test_a_classifier_needs_less_than_a_job_that_learns_words(base: str) -> None:

@@ -67,6 +67,18 @@ def test_only_what_stands_before_the_first_answer_counts_held_out_rows_too(base:
     assert may_fill_a_row(job(base, eval_path=str(held_out), test_size=None))
 
 
+@pytest.mark.parametrize("column", ["prompt", "instruction"])
+def test_of_a_pair_its_prompt_counts(base: Path, column: str) -> None:
+    long, rows = "word " * LENGTH, base.parent / "pairs.jsonl"
+
+    def preferred(prompt: str, answer: str) -> JobSpec:
+        rows.write_text(json.dumps({column: prompt, "chosen": answer, "rejected": " no"}) + "\n")
+        tree = {"name": "job", "base_model": str(base), "task_type": "preference"}
+        return JobSpec.model_validate({**tree, "dataset": {"path": str(rows), "max_length": LENGTH}})
+
+    assert may_fill_a_row(preferred(long, " word")) and not may_fill_a_row(preferred("word", f" {long}"))
+
+
 def test_of_plain_text_all_is_learned(base: Path) -> None:
     rows = base.parent / "texts.jsonl"
     rows.write_text(json.dumps({"text": "word " * LENGTH}) + "\n")

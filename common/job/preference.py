@@ -1,0 +1,82 @@
+"""The section of the job file that says how pairs are learned from, under TRL's names."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+from pydantic_core import PydanticKnownError
+
+from .sections import Section
+
+LOSSES = ("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "sft")
+
+
+def _losses(value: Any) -> str | list[str]:
+    """One loss, or a list of them. Not a union for pydantic: it would complain once for each kind."""
+    if not isinstance(value, list):
+        if value not in LOSSES:
+            raise PydanticKnownError("enum", {"expected": ", ".join(LOSSES)})
+        return str(value)
+    for name in value:
+        if name not in LOSSES:
+            raise ValueError(f"{json.dumps(name, default=str)} is not one of {', '.join(LOSSES)}")
+    if not value:
+        raise ValueError("is empty; write a loss like sigmoid, or a list like [sigmoid, sft]")
+    if len(set(value)) < len(value):
+        raise ValueError("names the same loss twice")
+    return [str(name) for name in value]
+
+
+ALONE = frozenset({"orpo"})
+"""Losses that learn the chosen answers themselves."""
+
+REFERENCE_FREE = frozenset({"simpo", "orpo"})
+"""Losses that compare the two answers with each other alone, and not with what the base makes of them."""
+
+SMOOTHED = frozenset({"robust", "simpo"})
+"""Losses that know of pairs which are labelled wrongly."""
+
+
+class PreferenceSpec(Section):
+    """The loss of pairs; names and meaning are those of TRL's DPOConfig, CPOConfig and ORPOConfig."""
+
+    loss_type: Annotated[str | list[str], BeforeValidator(_losses)] = "sigmoid"
+    """sigmoid (DPO, arXiv:2305.18290), ipo (2310.12036), hinge (2305.10425), robust (2403.00409), simpo (2405.14734),
+    orpo (2403.07691); or several, as [sigmoid, sft], where sft is the loss of the chosen answers."""
+    loss_weights: list[Annotated[float, Field(ge=0)]] | None = None
+    """The weight of each of several losses; null: 1 each."""
+    beta: float = Field(0.1, gt=0)
+    """How far the adapter may go from the base; ipo's tau, the scale of simpo's rewards, the weight of orpo's odds
+    ratio."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs that are labelled wrongly, for robust and simpo."""
+    simpo_gamma: float = Field(0.5, ge=0)
+    """By how much simpo wants the chosen answer's reward to be above the rejected one's."""
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The losses that are added up."""
+        return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each."""
+        return (1.0,) * len(self.losses) if self.loss_weights is None else tuple(self.loss_weights)
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the base's own log-probabilities are asked for."""
+        return not REFERENCE_FREE & {*self.losses}
+
+    @property
+    def learns_prompts(self) -> bool:
+        """Whether the term for the chosen answers learns the text before them as well, as orpo's does."""
+        return "orpo" in self.losses
+
+    @model_validator(mode="after")
+    def _one_weight_each(self) -> PreferenceSpec:
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
+            raise ValueError(f"loss_weights has {len(self.loss_weights)} for {len(self.losses)} of loss_type")
+        return self
