@@ -25,7 +25,7 @@ from loractl.worker.data.tokens import TokenRow
 
 from .engine import ForwardPass, Session
 from .held_out import held_out_batches, mean_loss
-from .loss import LossLog, MicroBatch
+from .loss import LossLog, MicroBatch, meet
 from .optimizer import ScaledOptimizer, make_optimizer
 from .order import RowOrder
 from .snapshot import drop_older, read_snapshot, write_snapshot
@@ -186,6 +186,8 @@ class TrainingLoop:
         pieces = [[self.rows.train[n] for n in rows] for rows in self.order.window(window)]
         learned = sum(self.forward.loss.count(rows) for rows in pieces)
         self._tell("on_step_begin")
+        for rows in pieces:
+            meet(self.forward.loss, rows)
         return [
             MicroBatch(rows=rows, learned=learned, pieces=len(pieces), number=number)
             for number, rows in enumerate(pieces)
@@ -245,6 +247,7 @@ class TrainingLoop:
         self.session.run(partial(self._evaluated, measured))
 
     def _score(self, batch: Sequence[TokenRow]) -> float:
+        meet(self.forward.loss, batch)
         with random_streams_kept():
             with evaluating(self.model):
                 loss = self.forward.held_out_loss(batch)

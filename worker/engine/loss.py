@@ -108,6 +108,9 @@ class BentLoss(ABC):
     It keeps nothing of what it is asked: where a pass fails, the same rows are tried again.
     """
 
+    def meet(self, rows: Sequence[TokenRow]) -> None:  # noqa: B027  most need to know nothing
+        """Before rows are passed: find out what must be known of them, which may pass the model without a graph."""
+
     @abstractmethod
     def count(self, rows: Sequence[TokenRow]) -> int:
         """What the loss of some rows is divided by, such as pairs; 0 where nothing of them is learned."""
@@ -132,6 +135,12 @@ class BentLoss(ABC):
 
 TokenLoss = CrossEntropy | BentLoss
 Loss = TokenLoss | LabelLoss
+
+
+def meet(loss: Loss, rows: Sequence[TokenRow]) -> None:
+    """Let a loss know the rows that are passed next."""
+    if isinstance(loss, BentLoss):
+        loss.meet(rows)
 
 
 def own_loss(model: Any, smoothing: float) -> Loss:

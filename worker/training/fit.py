@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,9 @@ from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import release
 from loractl.worker.base.learner import Learner
+from loractl.worker.data.forms import with_prompts
 from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.engine import ForwardPass
 from loractl.worker.engine.loop import MemberRows, TrainingLoop
 from loractl.worker.engine.passes.shared import SharedPass
@@ -175,7 +178,10 @@ def _fit_once(
             Path(run.order.output_dir) / "tensorboard"
         )  # stored with the result
     # the rows that the report measures: the losses of both are compared
-    rows = MemberRows(train=data.trained_rows, held_out=data.held_out.rows.first(run.spec.evaluation.max_rows))
+    held_out: Sequence[TokenRow] = data.held_out.rows.first(run.spec.evaluation.max_rows)
+    if run.spec.preference.learns_prompts:
+        held_out = with_prompts(held_out)
+    rows = MemberRows(train=data.trained_rows, held_out=held_out)
     # Without a limit no allocation fails on a processor: the kernel kills a process, and a probe would see nothing.
     probed = run.on_gpu or run.order.memory_limit is not None
     called = (*callbacks.in_order, BaseOpening(run, forward))

@@ -20,7 +20,7 @@ from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.engine import ForwardPass
 from loractl.worker.engine.loop import TrainingLoop
-from loractl.worker.engine.loss import MicroBatch
+from loractl.worker.engine.loss import MicroBatch, meet
 from loractl.worker.engine.passes.lean import LeanPass
 
 from .run import Run
@@ -79,6 +79,7 @@ def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, ru
     def work(chosen: list[int]) -> None:
         picked = [batch[i] for i in chosen]
         if in_training:
+            meet(loop.forward.loss, picked)
             loop.forward.held_out_loss(picked)
         run.kind.score(learner, picked)
 
@@ -102,6 +103,7 @@ def _try_step(loop: TrainingLoop, rows: list[TokenRow], held: list[torch.Tensor]
     """Forward and backward as the steps do it, with what is `held` at the same time in a real one."""
     pieces, device = loop.args.gradient_accumulation_steps, loop.forward.device
     with random_streams_kept():
+        meet(loop.forward.loss, rows)
         held.append(torch.empty(_bytes_to_come(loop), dtype=torch.uint8, device=device))
         try:
             if pieces > 1:

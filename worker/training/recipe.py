@@ -33,6 +33,7 @@ from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.template import templated
 from loractl.worker.data.tokens import APART
 from loractl.worker.engine.engine import ForwardPass
+from loractl.worker.engine.loss import Loss
 from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.shared import SharedBase
@@ -87,8 +88,8 @@ def train(run: Run) -> Ended:
 
     # 5. Base against tuned on rows that were never trained on.
     run.stage(Stage.EVALUATING)
-    evaluation = _evaluate(run, learner, data, tasks, callbacks)
-    final = _evaluate_final(run, learner, data, callbacks)
+    evaluation = _evaluate(run, learner, steps.loss, data, tasks, callbacks)
+    final = _evaluate_final(run, learner, steps.loss, data, callbacks)
     if isinstance(steps, DividedPass):
         ask(steps.end)
 
@@ -162,7 +163,8 @@ def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, Forwa
     head = run.kind.head(run.spec, data, tokenizer)
     gang = gathered(run.order, head, tokenizer.pad_token_id)
     learner, identity, shared = _load(run, data, tokenizer, head, gang)
-    forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.session.streams, _tried(run, learner))
+    loss, tried = run.kind.loss(run.spec), _tried(run, learner)
+    forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.session.streams, tried, loss)
     if isinstance(forward, LeanPass):
         if why is not None:
             run.note("engine", f"no other job trains beside it: {why}")
@@ -171,6 +173,7 @@ def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, Forwa
         learner = replace(learner, scorer=forward)
     elif why is not None:
         tell_padded(run, data, why)
+    run.kind.refer(forward.loss, learner, partial(_known, run), begun=run.order.init_from is not None)
     return learner, forward if gang is None else gang.lead(forward, run.spec, learner.precision), identity
 
 
@@ -282,14 +285,16 @@ def _resolved(run: Run, arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callbacks: Callbacks) -> Evaluation:
+def _evaluate(
+    run: Run, learner: Learner, loss: Loss, data: PreparedData, tasks: Any, callbacks: Callbacks
+) -> Evaluation:
     """`tasks`: what `find_tasks` returned."""
     most, rows = run.spec.evaluation.max_rows, data.held_out.rows.examples
     rows = rows if most is None else min(rows, most)
     work = f"{rows} held-out row{'s' * (rows != 1)}"
     if answers := run.kind.answers(run.spec, data):
         work += f", with {answers} answer{'s' * (answers != 1)} of at most {run.spec.evaluation.max_new_tokens} tokens"
-    evaluation = _measure(run, learner, data, callbacks.teller.evaluating(_on(run, work)))
+    evaluation = _measure(run, learner, loss, data, callbacks.teller.evaluating(_on(run, work)))
     if evaluation.base_job is not None:
         run.note("evaluation", f"job {evaluation.base_job} has measured the base in this process, on the same rows")
     callbacks.teller.tell_held_out(evaluation)
@@ -301,11 +306,14 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
     return replace(evaluation, benchmarks=scored)
 
 
-def _evaluate_final(run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks) -> Evaluation | None:
+def _evaluate_final(
+    run: Run, learner: Learner, loss: Loss, data: PreparedData, callbacks: Callbacks
+) -> Evaluation | None:
     """The same on the final rows, for the report's file alone: neither log nor database get a figure of it."""
     if (final := data.of_final) is None:
         return None
-    return _measure(run, learner, final, callbacks.teller.evaluating(_on(run, "the final rows"), final=True))
+    progress = callbacks.teller.evaluating(_on(run, "the final rows"), final=True)
+    return _measure(run, learner, loss, final, progress)
 
 
 def _on(run: Run, work: str) -> list[str]:
@@ -313,9 +321,11 @@ def _on(run: Run, work: str) -> list[str]:
     return [f"{model} on {work}" for model in run.kind.measured]
 
 
-def _measure(run: Run, learner: Learner, data: PreparedData, progress: Callable[[int, int], None]) -> Evaluation:
+def _measure(
+    run: Run, learner: Learner, loss: Loss, data: PreparedData, progress: Callable[[int, int], None]
+) -> Evaluation:
     spec, stop = run.spec, run.check_stop
-    return run.kind.evaluate(learner, data, spec, stop, progress, _once(run), run.session)
+    return run.kind.evaluate(learner, data, spec, stop, progress, _once(run), run.session, loss)
 
 
 def _once(run: Run) -> Once[Any]:
@@ -327,6 +337,17 @@ def _once(run: Run) -> Once[Any]:
         return run.shelf.knowledge.once(question, run.order.job_id, find_out, check_stop=run.between, keeps=keeps)
 
     return once
+
+
+def _known(run: Run, what: str) -> dict[Any, Any]:
+    """What trainings of this process have found out about something, which they add to. Another ancestor is another
+    something."""
+    ancestor = run.order.init_from
+    told = {} if ancestor is None else ancestor.lineage()
+    found: dict[Any, Any] = _once(run)(
+        f"{what} {json.dumps(told, sort_keys=True)}", dict, keeps=lambda known: True
+    ).answer
+    return found
 
 
 def _tried(run: Run, learner: Learner) -> Tried:

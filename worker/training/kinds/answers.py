@@ -14,6 +14,7 @@ from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.loss import BentLoss, Loss
 from loractl.worker.evaluation.evaluation import Evaluation, Work, evaluate
 from loractl.worker.evaluation.losses import score_rows
 from loractl.worker.evaluation.stretches import Stretch
@@ -26,6 +27,12 @@ class TrainedAnswers:
 
     def head(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> None:
         return None
+
+    def loss(self, spec: JobSpec) -> BentLoss | None:
+        return None
+
+    def refer(self, loss: Loss, learner: Learner, known: Callable[[str], dict[Any, Any]], *, begun: bool) -> None:
+        """It is compared with nothing."""
 
     def misfit(self, data: PreparedData, stored: Path) -> str | None:
         return None
@@ -52,6 +59,7 @@ class TrainedAnswers:
         progress: Callable[[int, int], None],
         once: Once[Any],
         asked: Computer,
+        loss: Loss,
     ) -> Evaluation:
         return evaluate(learner, data, spec, check_stop, progress, once, asked)
 

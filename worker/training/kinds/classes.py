@@ -17,7 +17,7 @@ from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loss import classified
+from loractl.worker.engine.loss import Loss, classified
 from loractl.worker.evaluation.classifier import classify, evaluate_classifier
 from loractl.worker.evaluation.evaluation import Evaluation, Work
 from loractl.worker.evaluation.stretches import ROWS, Stretch
@@ -33,6 +33,12 @@ class TrainedClasses:
 
     def head(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> Head:
         return Head(labels=data.label_names, pad=tokenizer.pad_token_id, seed=spec.training.seed)
+
+    def loss(self, spec: JobSpec) -> None:
+        return None
+
+    def refer(self, loss: Loss, learner: Learner, known: Callable[[str], dict[Any, Any]], *, begun: bool) -> None:
+        """It is compared with nothing."""
 
     def misfit(self, data: PreparedData, stored: Path) -> str | None:
         if (known := read_labels(stored)) == data.label_names:
@@ -61,6 +67,7 @@ class TrainedClasses:
         progress: Callable[[int, int], None],
         once: Once[Any],
         asked: Computer,
+        loss: Loss,
     ) -> Evaluation:
         return evaluate_classifier(learner, data, spec, check_stop, progress, asked)
 

@@ -15,6 +15,7 @@ from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.loss import BentLoss, Loss
 from loractl.worker.evaluation.evaluation import Evaluation
 from loractl.worker.evaluation.stretches import Stretch
 
@@ -27,6 +28,13 @@ class TrainedKind(Protocol):
 
     def head(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> Head | None:
         """A head in place of the base's own; None: the base keeps its."""
+
+    def loss(self, spec: JobSpec) -> BentLoss | None:
+        """What is learned from rows; None: the model's own loss, by tokens or labels."""
+
+    def refer(self, loss: Loss, learner: Learner, known: Callable[[str], dict[Any, Any]], *, begun: bool) -> None:
+        """Let its loss know the model that the adapter is compared with. `known`: what trainings of this process have
+        found out about something; `begun`: the adapter has the weights of a stored one."""
 
     def misfit(self, data: PreparedData, stored: Path) -> str | None:
         """What the rows and a stored adapter, from which the job is to begin, differ in. Raises ArtifactError."""
@@ -52,8 +60,9 @@ class TrainedKind(Protocol):
         progress: Callable[[int, int], None],
         once: Once[Any],
         asked: Computer,
+        loss: Loss,
     ) -> Evaluation:
-        """What the report says of the held-out rows."""
+        """What the report says of the held-out rows. `loss`: that was learned."""
 
     def settings(self, labels: int | None) -> dict[str, Any]:
         """Keys of the model's config that it needs. `labels`: as planned."""

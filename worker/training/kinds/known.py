@@ -8,8 +8,13 @@ from loractl.common.job.spec import JobSpec
 from .answers import TrainedAnswers
 from .classes import TrainedClasses
 from .kind import TrainedKind
+from .preferences import TrainedPreferences
 
-_KINDS: dict[TaskType, TrainedKind] = {TaskType.CAUSAL_LM: TrainedAnswers(), TaskType.SEQ_CLS: TrainedClasses()}
+_KINDS: dict[TaskType, TrainedKind] = {
+    TaskType.CAUSAL_LM: TrainedAnswers(),
+    TaskType.SEQ_CLS: TrainedClasses(),
+    TaskType.PREFERENCE: TrainedPreferences(),
+}
 
 
 def trained_kind(spec: JobSpec) -> TrainedKind:

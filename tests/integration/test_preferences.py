@@ -1,0 +1,199 @@
+"""Jobs that learn from pairs: their loss, their reference, alone and beside jobs that learn answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from loractl.common.job.preference import PreferenceSpec
+from loractl.common.job.sections import DataFormat
+from loractl.common.job.status import Reason
+from loractl.worker.data.forms import form_of
+from loractl.worker.data.tokens import IGNORED, TokenRow
+from loractl.worker.engine.loss import LearnedTokens
+from loractl.worker.engine.pairs import PairLoss
+from loractl.worker.protocol.messages import Opened, Start, Stepped
+
+from .conftest import Recipe
+from .test_members import LONG, Process, weights
+
+PAIRS: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 2e-3}
+
+
+def pairs(path: Path, count: int = 60) -> Path:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"item {n} of {n % 7}?"}],
+            "chosen": [{"role": "assistant", "content": f"number {n * 3} " + "and good " * (1 + n % 3)}],
+            "rejected": [{"role": "assistant", "content": f"bad {n % 5} " * (1 + n % 4)}],
+        }
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """What `start` and `recipe` take for a job on pairs."""
+    data = pairs(tmp_path / "pairs.jsonl")
+
+    def keys(preference: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+        job = {"task_type": "preference", "preference": preference or {}, **more.pop("job", {})}
+        dataset = {"path": str(data), **more.pop("dataset", {})}
+        return {**PAIRS, "dataset": dataset, "job": job, "evaluation": {"samples": 1}, **more}
+
+    return keys
+
+
+def losses(told: list[Any]) -> list[float]:
+    return [m.metrics["loss"] for m in told if isinstance(m, Stepped) and "loss" in m.metrics]
+
+
+def test_a_pair_is_one_row_with_both_answers_behind_the_same_prompt(tmp_path: Path, tiny_model: Path) -> None:
+    from loractl.common.data.formats import parse_each
+    from loractl.common.data.rows import open_rows
+    from loractl.worker.base.model import load_tokenizer
+
+    file, tokenizer = pairs(tmp_path / "pairs.jsonl", 3), load_tokenizer(str(tiny_model))
+    (example, *_), refused = parse_each(open_rows(file, "train"), DataFormat.PREFERENCE, file)
+    form = form_of(DataFormat.PREFERENCE)
+    (row,) = form.encode(example, tokenizer)
+    chosen, rejected = form.texts(row)
+    assert not refused
+    assert [tokenizer.decode(text.input_ids) for text in (chosen, rejected)] == [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "item 0 of 0?"}, {"role": "assistant", "content": answer}], tokenize=False
+        )
+        for answer in ("number 0 and good ", "bad 0 ")
+    ]
+    learned = [tokenizer.decode([label for label in text.labels if label != IGNORED]) for text in (chosen, rejected)]
+    assert learned == ["number 0 and good <|im_end|>", "bad 0 <|im_end|>"]
+
+
+def test_the_first_loss_is_that_of_a_model_which_is_its_own_reference(recipe: Recipe, asked: Any) -> None:
+    ended, told = recipe("a", **asked())
+    found = losses(told)
+    assert ended.reason is Reason.OK
+    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found[-1] < 0.9 * found[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_training_that_goes_on_after_a_stop_leaves_the_same_adapter(
+    recipe: Recipe, asked: Any, tmp_path: Path, method: str
+) -> None:
+    keys = asked({"loss_type": ["sigmoid", "sft"]}, method=method, eval_steps=2, gradient_accumulation_steps=2)
+    recipe("whole", **keys)
+    recipe("begun", stop_after=3, **keys)
+    recipe("resumed", resume="begun", **keys)
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
+
+
+def test_jobs_on_pairs_and_jobs_on_answers_in_one_process_leave_what_they_leave_alone(
+    recipe: Recipe, start: Callable[..., Start], asked: Any, tmp_path: Path
+) -> None:
+    wanted: list[dict[str, Any]] = [
+        {**LONG, "max_steps": 10},
+        asked(max_steps=8),
+        {**LONG, "seed": 5, "lora": {"r": 8, "lora_dropout": 0.1}},
+        asked({"loss_type": "simpo"}, seed=3),
+    ]
+    for number, keys in enumerate(wanted, start=1):
+        recipe(f"alone{number}", **keys)
+    process = Process()
+
+    def begin_others() -> None:
+        process.send(*(start(f"b{n}", job_id=n, keep=True, joins=True, **wanted[n - 1]) for n in (2, 3, 4)))
+
+    process.when(1, Opened, begin_others)
+    process.send(start("b1", job_id=1, keep=True, **wanted[0]))
+    process.join()
+    assert {process.ended(job).reason for job in (1, 2, 3, 4)} == {Reason.OK}, process.remained()
+    assert [weights(tmp_path / f"b{n}") for n in (1, 2, 3, 4)] == [
+        weights(tmp_path / f"alone{n}") for n in (1, 2, 3, 4)
+    ]
+
+
+def test_the_adapter_that_a_job_begins_from_is_its_reference(
+    recipe: Recipe, start: Callable[..., Start], asked: Any, tmp_path: Path
+) -> None:
+    from loractl.worker.protocol.messages import Ancestor
+    from loractl.worker.training.recipe import train
+    from loractl.worker.training.run import Run
+
+    recipe("first", max_steps=4)
+    told: list[Any] = []
+    folder = tmp_path / "first" / "result" / "adapter"
+    order = start("second", job_id=2, **asked(lora={"init_from": "1"}, dtype="float32"))
+    ancestor = Ancestor(job_id=1, name="tiny", sha256="0" * 64, path=str(folder))
+    order = order.model_copy(update={"init_from": ancestor})
+    state = Run(order=order, tell=told.append)
+    try:
+        assert train(state).reason is Reason.OK
+    finally:
+        state.close()
+    assert losses(told)[0] == pytest.approx(math.log(2), abs=1e-6), "the base prefers otherwise than this adapter"
+    measured = json.loads((tmp_path / "second" / "result" / "report.json").read_text())["evaluation"]["metrics"]
+    (loss,) = [metric for metric in measured if metric["name"] == "loss"]
+    assert abs(loss["base"] - math.log(2)) > 1e-4, "the base is not the reference"
+
+
+def rows_of(count: int, tokens: int = 12) -> list[TokenRow]:
+    ids = [[3 + (n * 37 + at * 11) % 250 for at in range(2 * tokens)] for n in range(count)]
+    labels = [[IGNORED] * 4 + row[4:tokens] + [IGNORED] * 4 + row[tokens + 4 :] for row in ids]
+    return [
+        TokenRow(number=n, input_ids=row, labels=label, starts=(tokens,))
+        for n, (row, label) in enumerate(zip(ids, labels, strict=True))
+    ]
+
+
+class Known:
+    """A reference that is known."""
+
+    def meet(self, rows: Any) -> None: ...
+
+    def of(self, row: TokenRow) -> tuple[float, float]:
+        return -3.0 - row.number, -2.0 + row.number
+
+
+def by_hand(name: str, asked: PreferenceSpec, logp: torch.Tensor) -> torch.Tensor:
+    """The loss of three pairs of eight tokens an answer, by the papers' formulas."""
+    each = logp.view(3, 2, 8)
+    chosen, rejected = each.sum(-1).unbind(1)
+    margins = (chosen - rejected) - (torch.tensor([-3.0, -4.0, -5.0]) - torch.tensor([-2.0, -1.0, 0.0]))
+    beta = asked.beta
+    if name == "sigmoid":
+        return -torch.log(torch.sigmoid(beta * margins)).sum()
+    if name == "hinge":
+        return (1 - beta * margins).clamp(min=0).sum()
+    if name == "ipo":
+        return ((margins / 8 - 1 / (2 * beta)) ** 2).sum()
+    if name == "robust":
+        right, wrong = (-F.logsigmoid(beta * margins), -F.logsigmoid(-beta * margins))
+        return ((0.9 * right - 0.1 * wrong) / 0.8).sum()
+    chosen, rejected = (each.mean(-1)).unbind(1)
+    if name == "simpo":
+        return -F.logsigmoid(beta * (chosen - rejected) - 0.5).sum()
+    odds = torch.log(chosen.exp() / (1 - chosen.exp())) - torch.log(rejected.exp() / (1 - rejected.exp()))
+    return (-beta * F.logsigmoid(odds)).sum() - 3 * chosen.mean()
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "robust", "simpo", "orpo"])
+def test_a_loss_is_its_paper_s(name: str) -> None:
+    asked = PreferenceSpec(loss_type=name, beta=0.4, label_smoothing=0.1 if name == "robust" else 0.0)
+    rows = rows_of(3)
+    tokens = LearnedTokens.of(rows, torch.device("cpu"))
+    logp = (-torch.rand(3 * 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.1).requires_grad_()
+    loss = PairLoss(asked, Known() if asked.has_reference else None)
+    found, expected = loss.summed(logp, tokens), by_hand(name, asked, logp)
+    assert float(found) == pytest.approx(float(expected), rel=1e-6)
+    slopes = [torch.autograd.grad(value, logp, retain_graph=True)[0] for value in (found, expected)]
+    assert torch.allclose(*slopes, rtol=1e-6)

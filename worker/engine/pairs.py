@@ -1,0 +1,203 @@
+"""Losses of pairs: from what a model makes of two answers to how far it is from preferring the chosen one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812  torch's own name for it
+
+from loractl.common.job.preference import PreferenceSpec
+from loractl.worker.data.tokens import IGNORED, TokenRow
+
+from .loss import BentLoss, LearnedTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Pairs as a model scores them: tensors of shape (pairs,), log-probabilities summed over tokens, in nats."""
+
+    chosen: torch.Tensor
+    rejected: torch.Tensor
+    chosen_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor
+    learned: torch.Tensor  # of the tokens that a term for answers learns: those chosen, for orpo with their prompt
+    learned_tokens: torch.Tensor
+
+    @property
+    def margins(self) -> torch.Tensor:
+        """By how much the chosen answer is the likelier one."""
+        return self.chosen - self.rejected
+
+    @property
+    def mean_margins(self) -> torch.Tensor:
+        """The same a token, so that no answer is likelier since it is shorter."""
+        return self.chosen / self.chosen_tokens - self.rejected / self.rejected_tokens
+
+
+A_TOKEN = frozenset({"ipo", "simpo", "orpo"})
+"""Losses that compare answers by their mean log-probability of a token."""
+
+
+def margins(asked: PreferenceSpec, pairs: Pairs) -> torch.Tensor:
+    """By how much a pair's chosen answer is the likelier one, in the loss's own measure."""
+    return pairs.mean_margins if A_TOKEN & {*asked.losses} else pairs.margins
+
+
+def pair_losses(asked: PreferenceSpec, pairs: Pairs, reference: Pairs | None) -> torch.Tensor:
+    """The loss of each pair, of shape (pairs,), but for terms that learn the chosen answers (`answer_losses`).
+
+    `reference`: what the model that the adapter must stay near makes of the same pairs. Formulas: TRL 1.16's.
+    """
+    total = torch.zeros_like(pairs.chosen)
+    for name, weight in zip(asked.losses, asked.weights, strict=True):
+        if name in _LOSSES:
+            total = total + weight * _LOSSES[name](asked, pairs, reference or pairs)
+    return total
+
+
+def answer_weight(asked: PreferenceSpec) -> float:
+    """The weight of the term that learns the chosen answers, token by token; 0: there is none."""
+    weights = dict(zip(asked.losses, asked.weights, strict=True))
+    return weights.get("sft", weights.get("orpo", 0.0))
+
+
+def _delta(pairs: Pairs, reference: Pairs) -> torch.Tensor:
+    """The difference of the answers' log-ratios to the reference."""
+    return pairs.margins - reference.margins
+
+
+def _sigmoid(asked: PreferenceSpec, pairs: Pairs, reference: Pairs) -> torch.Tensor:
+    return -F.logsigmoid(asked.beta * _delta(pairs, reference))
+
+
+def _hinge(asked: PreferenceSpec, pairs: Pairs, reference: Pairs) -> torch.Tensor:
+    return torch.relu(1 - asked.beta * _delta(pairs, reference))
+
+
+def _ipo(asked: PreferenceSpec, pairs: Pairs, reference: Pairs) -> torch.Tensor:
+    delta = (pairs.chosen - reference.chosen) / pairs.chosen_tokens
+    delta = delta - (pairs.rejected - reference.rejected) / pairs.rejected_tokens
+    return (delta - 1 / (2 * asked.beta)) ** 2
+
+
+def _robust(asked: PreferenceSpec, pairs: Pairs, reference: Pairs) -> torch.Tensor:
+    delta, wrong = asked.beta * _delta(pairs, reference), asked.label_smoothing
+    return (wrong * F.logsigmoid(-delta) - (1 - wrong) * F.logsigmoid(delta)) / (1 - 2 * wrong)
+
+
+def _simpo(asked: PreferenceSpec, pairs: Pairs, reference: Pairs) -> torch.Tensor:
+    logits, wrong = asked.beta * pairs.mean_margins - asked.simpo_gamma, asked.label_smoothing
+    return -(1 - wrong) * F.logsigmoid(logits) - wrong * F.logsigmoid(-logits)
+
+
+def _orpo(asked: PreferenceSpec, pairs: Pairs, reference: Pairs) -> torch.Tensor:
+    """The odds ratio's part (its equations 4 and 7); the answers' own is a term for answers."""
+    chosen, rejected = pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
+    odds = (chosen - rejected) - (_log_of_rest(chosen) - _log_of_rest(rejected))
+    return -asked.beta * F.logsigmoid(odds)
+
+
+def _log_of_rest(log_probability: torch.Tensor) -> torch.Tensor:
+    """log(1 - exp(x)) for x < 0, in the form that is exact on either side of -log 2 (Maechler 2012)."""
+    near = torch.log(-torch.expm1(log_probability))
+    far = torch.log1p(-torch.exp(log_probability))
+    return torch.where(log_probability > -0.6931472, near, far)
+
+
+_Loss = Callable[[PreferenceSpec, Pairs, Pairs], torch.Tensor]
+
+_LOSSES: dict[str, _Loss] = {
+    "sigmoid": _sigmoid,
+    "hinge": _hinge,
+    "ipo": _ipo,
+    "robust": _robust,
+    "simpo": _simpo,
+    "orpo": _orpo,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How many tokens of a pair's row are learned, text by text, as `LearnedTokens` has them behind each other."""
+
+    asked: int  # of the prompt, before the chosen answer
+    chosen: int
+    rejected: int
+
+    @classmethod
+    def of(cls, row: TokenRow) -> Sizes:
+        (begin,) = row.starts
+        first, second = row.labels[1:begin], row.labels[begin:]
+        learned = sum(label != IGNORED for label in first)
+        # where the prompt is learned, too, it ends where the other text's answer begins
+        prompt = next(place for place, label in enumerate(second) if label != IGNORED)
+        asked = prompt - 1 if first[0] != IGNORED else 0
+        return cls(asked=asked, chosen=learned - asked, rejected=sum(label != IGNORED for label in second))
+
+
+class PairReference(Protocol):
+    """What the model that an adapter must stay near makes of pairs."""
+
+    def meet(self, rows: Sequence[TokenRow]) -> None:
+        """Find out what is not known of some rows. It passes the model, without a graph."""
+
+    def of(self, row: TokenRow) -> tuple[float, float]:
+        """The summed log-probabilities of a pair's answers, in nats, of a row that it has met."""
+
+
+class PairLoss(BentLoss):
+    """The mean over pairs of what a job names."""
+
+    def __init__(self, asked: PreferenceSpec, reference: PairReference | None = None, *, by_pair: bool = False) -> None:
+        """`by_pair`: a term for answers is each pair's own mean over its tokens; else it is that of a micro-batch, as
+        TRL has it."""
+        self.asked, self.reference, self._by_pair = asked, reference, by_pair
+
+    def count(self, rows: Sequence[TokenRow]) -> int:
+        return len(rows)
+
+    def meet(self, rows: Sequence[TokenRow]) -> None:
+        if self.reference is not None:
+            self.reference.meet(rows)
+
+    @property
+    def held_out(self) -> PairLoss:
+        return PairLoss(self.asked, self.reference, by_pair=True)
+
+    def summed(self, logp: torch.Tensor, tokens: LearnedTokens) -> torch.Tensor:
+        pairs = pairs_of(logp, tokens.rows)
+        total = pair_losses(self.asked, pairs, self._reference(pairs, tokens.rows)).sum()
+        if not (weight := answer_weight(self.asked)):
+            return total
+        if self._by_pair:
+            return total - weight * (pairs.learned / pairs.learned_tokens).sum()
+        return total - weight * len(tokens.rows) * pairs.learned.sum() / pairs.learned_tokens.sum()
+
+    def _reference(self, pairs: Pairs, rows: Sequence[TokenRow]) -> Pairs | None:
+        if self.reference is None:
+            return None
+        known = torch.tensor([self.reference.of(row) for row in rows], device=pairs.chosen.device).unbind(1)
+        return replace(pairs, chosen=known[0], rejected=known[1])
+
+
+def pairs_of(logp: torch.Tensor, rows: Sequence[TokenRow]) -> Pairs:
+    """Pairs by the log-probabilities of their learned tokens, row by row: in fp32, of shape (tokens,)."""
+    sizes = [Sizes.of(row) for row in rows]
+    # one sum a text, each of the same tokens in the same order however many others there are
+    parts = logp.split([size for one in sizes for size in (one.asked, one.chosen, one.rejected)])
+    asked, chosen, rejected = (torch.stack([part.sum() for part in parts[n::3]]) for n in range(3))
+
+    def counts(*found: int) -> torch.Tensor:
+        return torch.tensor(found, dtype=logp.dtype, device=logp.device)
+
+    return Pairs(
+        chosen=chosen,
+        rejected=rejected,
+        chosen_tokens=counts(*(size.chosen for size in sizes)),
+        rejected_tokens=counts(*(size.rejected for size in sizes)),
+        learned=asked + chosen,
+        learned_tokens=counts(*(size.asked + size.chosen for size in sizes)),
+    )
