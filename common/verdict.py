@@ -138,11 +138,22 @@ class ReportVerdict:
 ANSWERS = frozenset({"exact_match", "rouge1", "rouge2", "rougeL", "accuracy", "macro_f1"})
 """Measures of what the model answers. Where they contradict the loss, neither decides alone."""
 
+LOSSES = frozenset({"loss", "new_rows_loss", "perplexity"})
+ACCURACIES = frozenset({"preference_accuracy", "new_rows_preference_accuracy"})
+"""Measures whose numbers a verdict's sentence has, or that say the same as one of those."""
+
+MIN_TURNED = 6
+"""So many pairs must have turned: fewer turn one way all of them, by chance, more often than one time in twenty."""
+
+OTHER_LENGTH = 1.5
+"""From this ratio on, one sees that answers became longer, or shorter."""
+
 
 def report_verdict(
     metrics: Sequence[Mapping[str, Any]], base: str = "the base", doubts: Sequence[str] = (), rows: str = "held-out"
 ) -> ReportVerdict:
-    """What a report's metrics say against `base`. The loss decides, unless the answers say the opposite.
+    """What a report's metrics say against `base`. The loss decides, unless the answers say the opposite. Of pairs it
+    does not decide either where it has not clearly changed, and the share that is preferred rightly has.
 
     `rows`: what those that were measured on are called. `doubts`: sentences about them, which follow the measures that
     got worse, in `aside`.
@@ -151,8 +162,9 @@ def report_verdict(
     every, new = named["loss"], named.get("new_rows_loss")
     loss = every if new is None or new["cases"] < MIN_NEW else new
     shown = written(loss)
-    numbers = f"loss {shown.base} -> {shown.tuned}"
-    measured = f"held-out {numbers}" if rows == "held-out" else f"{numbers} on {rows} rows"
+    accuracy = named.get("new_rows_preference_accuracy" if loss is new else "preference_accuracy")
+    of = _of_rows(loss, metrics, rows) if accuracy is None else _of_pairs(loss, accuracy, named, rows)
+    measured = of.measured
     if new is not None:
         seen = every["cases"] - new["cases"]
         about = f"{seen} of {every['cases']} {rows} rows resemble rows to train on"
@@ -163,13 +175,13 @@ def report_verdict(
     reading, short, sentence = {
         "too few cases": (
             "too_few_rows",
-            f"too few {rows} rows to say",
-            f"Too few {rows} rows ({loss['cases']}) to say whether it is better: {measured}.",
+            f"too few {rows} {of.cases} to say",
+            f"Too few {rows} {of.cases} ({loss['cases']}) to say whether it is better: {measured}.",
         ),
         "no clear change": (
             "no_measurable_gain",
             "no measurable gain",
-            f"No measurable gain: {measured}, and the interval of the change holds zero.",
+            f"No measurable gain: {measured}, and the interval of {of.changed} holds zero.",
         ),
         "no practical change": (
             "no_practical_change",
@@ -180,22 +192,87 @@ def report_verdict(
         "better": ("better", "better", f"Better than {base}: {measured}."),
     }[shown.reading]
     opposite = {"better": "worse", "worse": "better"}.get(reading)
-    against = [metric for metric in metrics if metric["name"] in ANSWERS and metric["reading"] == opposite]
+    against = [metric for metric in of.judges if metric["reading"] == opposite]
     unsure = [metric for metric in metrics if _points_down(metric)] if reading == "better" else []
     if against:
-        reading, short = "mixed", f"{reading} loss, {opposite} answers"
-        sentence = f"{short.capitalize()} than {base}'s: {measured}; {_told(against)}."
+        reading, short = "mixed", f"{reading} loss, {opposite} {of.what}"
+        told = [_told(more)] if (more := [metric for metric in against if metric is not accuracy]) else []
+        sentence = f"{short.capitalize()} than {base}'s: {'; '.join([measured, *told])}."
+    elif accuracy is not None and accuracy in of.judges and shown.reading.startswith("no "):
+        reading, short = "mixed", f"{accuracy['reading']} {of.what}, {shown.reading} of the loss"
+        sentence = (
+            f"{accuracy['reading'].capitalize()} {of.what} than {base}'s, {shown.reading} of the loss: {measured}."
+        )
     elif unsure:
         cases = max(int(metric["cases"]) for metric in unsure)
         few = f"{cases} answer{'s' * (cases != 1)} {'are' if cases != 1 else 'is'} too few to say"
         short = f"{short}, by loss"
         sentence = f"Better than {base} by loss: {measured}; {_told(unsure)}, but {few}."
-    said = {"loss", "new_rows_loss", "perplexity", *(metric["name"] for metric in against)}
+    sentence = f"{sentence.removesuffix('.')}{of.answers}."
+    said = {*LOSSES, *ACCURACIES, *(metric["name"] for metric in against)}
     worse = [metric["label"] for metric in metrics if metric["reading"] == "worse" and metric["name"] not in said]
     asides = [f"Worse on {' and '.join(worse)}."] if worse and reading != "too_few_rows" else []
     return ReportVerdict(
-        reading=reading, short=f"{short}, {numbers}", sentence=sentence, aside=" ".join([*asides, *doubts])
+        reading=reading, short=f"{short}, {of.numbers}", sentence=sentence, aside=" ".join([*asides, *doubts])
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """What a verdict is about, in words."""
+
+    numbers: str  # for a job's line
+    measured: str
+    judges: Sequence[Mapping[str, Any]]  # measures that may contradict the loss
+    cases: str = "rows"
+    what: str = "answers"
+    changed: str = "the change"
+    answers: str = ""  # what became of them
+
+
+def _of_rows(loss: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], rows: str) -> _Subject:
+    shown = written(loss)
+    numbers = f"loss {shown.base} -> {shown.tuned}"
+    return _Subject(
+        numbers=numbers,
+        measured=f"held-out {numbers}" if rows == "held-out" else f"{numbers} on {rows} rows",
+        judges=[metric for metric in metrics if metric["name"] in ANSWERS],
+    )
+
+
+def _of_pairs(
+    loss: Mapping[str, Any], accuracy: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]], rows: str
+) -> _Subject:
+    shown, right = written(loss), written(accuracy)
+    numbers, share = f"loss {shown.base} -> {shown.tuned}", f"{right.base} -> {right.tuned} %"
+    margin, lengths = named.get("preference_margin"), named.get("answer_tokens")
+    of_the_same = margin is not None and margin["cases"] == accuracy["cases"]
+    return _Subject(
+        numbers=f"chosen likelier in {share}, {numbers}",
+        measured=f"the chosen answer is the likelier one in {share} of {accuracy['cases']} {rows} pairs, {numbers}",
+        judges=[*([accuracy] if _turned(accuracy) else []), *([margin] if margin and of_the_same else [])],
+        cases="pairs",
+        what="preferences",
+        changed="the loss's change",
+        answers="" if lengths is None else _other_length(lengths),
+    )
+
+
+def _turned(accuracy: Mapping[str, Any]) -> bool:
+    """Whether clearly more pairs are preferred rightly than before, or fewer."""
+    clear = accuracy["reading"] in ("better", "worse")
+    return clear and round(abs(accuracy["change"]) * accuracy["cases"] / 100) >= MIN_TURNED
+
+
+def _other_length(lengths: Mapping[str, Any]) -> str:
+    """What is said of answers that are clearly much longer or shorter than the base's; else nothing."""
+    base, tuned, low, high = (lengths[key] for key in ("base", "tuned", "low", "high"))
+    if not has_interval(lengths) or low <= 0 <= high or max(base, tuned) < OTHER_LENGTH * min(base, tuned):
+        return ""
+    times = round(tuned / base, 1) if base else 0.0
+    size = {2.0: "twice", 0.5: "half"}.get(times, f"{times:g} times" if times else "")
+    than = f"{size} as long" if size else ("longer" if tuned > base else "shorter")
+    return f"; answers {than} ({base:.0f} -> {tuned:.0f} tokens)"
 
 
 def chose_step(*, keeps_best: bool, evaluations: int, stopped_early: bool) -> bool:
@@ -222,8 +299,16 @@ def badge(reading: str) -> str:
     return BADGES.get(reading, reading.replace("_", " ").capitalize())
 
 
+def are_of_pairs(answers: Mapping[str, Any]) -> bool:
+    """Whether answers of base and tuned stand beside one that was chosen and one that was rejected."""
+    return answers.get("rejected") is not None
+
+
 def answer_groups(answers: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
-    """(key, title, answers) by what changed: repaired and broken first."""
+    """(key, title, answers) by what changed: repaired and broken first. Answers to pairs' prompts, of which none is
+    right or wrong, are one group."""
+    if any(are_of_pairs(answer) for answer in answers):
+        return [("all", "answers", list(answers))]
     kinds = [
         ("repaired", "base wrong, tuned right", False, True),
         ("broken", "base right, tuned wrong", True, False),

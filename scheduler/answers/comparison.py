@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 Report = dict[str, Any]
 
 LEVEL = 0.05
+
+OTHER_LOSS = "another loss"
+"""The reading of a job that has another loss than the best one."""
+
 _APART = {"name", "labels", "priority"}  # settings that have no effect on the result
 _BASE = {"base_model", "revision"}  # settings that name the base
 
@@ -87,11 +91,18 @@ class FinishedJob:
 
     @property
     def rows(self) -> tuple[Any, ...] | None:
-        """Equal for jobs that were measured on the same tokens. None for a report that does not say."""
+        """Equal for jobs that were measured on the same tokens, by the same loss. None for a report that does not say
+        which."""
         losses = self.report["evaluation"].get("row_losses")
         if not losses:
             return None
-        return held_out_hash(self.report), *((row, tokens) for row, tokens, *_ in losses)
+        return held_out_hash(self.report), self.loss_by, *((row, tokens) for row, tokens, *_ in losses)
+
+    @property
+    def loss_by(self) -> Any:
+        """Equal for jobs that have the same loss."""
+        begun_from = (self.report.get("adapter") or {}).get("init_from") or {}
+        return self.kind.loss_by(self.spec, begun_from.get("sha256"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +141,9 @@ class Comparison:
         """How the job's loss compares with the best one's."""
         if job is self.best:
             return "best" if job.rows else "least loss"
-        return job.against.reading if job.against else "other held-out rows"
+        if job.against:
+            return job.against.reading
+        return "other held-out rows" if job.loss_by == self.best.loss_by else OTHER_LOSS
 
     def as_json(self) -> dict[str, Any]:
         """The comparison as JSON values.

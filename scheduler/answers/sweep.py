@@ -14,7 +14,7 @@ from loractl.common.text import clean_line, number
 from loractl.common.verdict import MIN_CASES, chose_step, written
 
 from .choice import CorrectedChange, corrected
-from .comparison import Comparison, FinishedJob, comparison
+from .comparison import OTHER_LOSS, Comparison, FinishedJob, comparison
 from .final import FinalResult, look
 from .job import trouble_on
 from .report import result_of
@@ -80,7 +80,7 @@ class SweepComparison:
     @property
     def clear(self) -> bool:
         """Whether the best one's loss is clearly less than that of each other result."""
-        return self.runner_up is not None and not self.alike and not self._on_other_rows
+        return self.runner_up is not None and not self.alike and not self._measured_otherwise
 
     @property
     def alike(self) -> list[int]:
@@ -88,8 +88,13 @@ class SweepComparison:
         return [job.job_id for job in self.comparison.jobs[1:] if job.against and job.against.reading != "worse"]
 
     @property
-    def _on_other_rows(self) -> list[int]:
-        return [job.job_id for job in self.comparison.jobs[1:] if not job.against]
+    def _measured_otherwise(self) -> dict[str, list[int]]:
+        """Those that were not compared with the best one, by why."""
+        found: dict[str, list[int]] = {}
+        for job in self.comparison.jobs[1:]:
+            if not job.against:
+                found.setdefault(self.comparison.reading(job), []).append(job.job_id)
+        return found
 
     @functools.cached_property
     def corrected(self) -> CorrectedChange | None:
@@ -181,8 +186,9 @@ class SweepComparison:
             rows = len(best.report["evaluation"]["row_losses"])
             few = f"on {rows} rows " if rows < MIN_CASES else ""
             told.append(f"{few}{_some(self.alike)} can't be told apart from it")
-        if other := self._on_other_rows:
-            told.append(f"{_some(other)} {'was' if len(other) == 1 else 'were'} measured on other rows")
+        for why, other in self._measured_otherwise.items():
+            how = "by another loss" if why == OTHER_LOSS else "on other rows"
+            told.append(f"{_some(other)} {'was' if len(other) == 1 else 'were'} measured {how}")
         return f"{head}; {', and '.join(told)}."
 
     def as_json(self) -> dict[str, Any]:

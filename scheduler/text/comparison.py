@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.text import clean_line, number, signed
 from loractl.common.units import duration, gib
 from loractl.common.verdict import decimals
+from loractl.scheduler.answers.comparison import OTHER_LOSS
 from loractl.scheduler.answers.sweep import settings_of
 from loractl.scheduler.answers.wait.gangs import in_words
 from loractl.scheduler.figure import save, without_box
@@ -23,10 +24,15 @@ if TYPE_CHECKING:
     from loractl.scheduler.answers.sweep import SweepComparison
 
 
+OF_PAIRS = ("preference_accuracy",)
+"""Also of jobs whose losses differ in kind."""
+
+OTHERS = (*OF_PAIRS, "accuracy", "exact_match", "rougeL")
+
+
 def comparison_text(answer: Comparison, screen: Screen) -> str:
     """Losses, memory and time, and below them the settings in which the jobs differ."""
-    jobs = answer.jobs
-    others = [name for name in ("accuracy", "exact_match", "rougeL") if all(name in job.metrics for job in jobs)][:2]
+    jobs, others = answer.jobs, _others(answer)
     heads = [_title(answer.best, name) for name in others]
     rows = [
         [
@@ -44,6 +50,11 @@ def comparison_text(answer: Comparison, screen: Screen) -> str:
     lines = table(headers, rows, screen, right=("JOB", "LOSS", "PEAK GIB", "TIME", *heads))
     lines += ["", *_settings_apart(answer, screen), *_note(answer, screen)]
     return "\n".join(lines)
+
+
+def _others(answer: Comparison, among: Sequence[str] = OTHERS) -> list[str]:
+    """Measures that are told beside the loss: those that all jobs have."""
+    return [name for name in among if all(name in job.metrics for job in answer.jobs)][:2]
 
 
 def sweep_comparison_text(answer: SweepComparison, screen: Screen) -> str:
@@ -128,26 +139,38 @@ def _note(answer: Comparison, screen: Screen) -> list[str]:
 
 def _changes(answer: Comparison, screen: Screen) -> list[str]:
     judged = [job.against for job in answer.jobs if job.against]
+    other = [str(job.job_id) for job in answer.jobs if answer.reading(job) == OTHER_LOSS]
+    if other:
+        learn = "learns" if len(other) == 1 else "learn"
+        what = (
+            f"{in_words(other)} {learn} by another loss than {answer.best.job_id}: compare their preference accuracy."
+        )
+        lines = ["", screen.dim(what)]
+    else:
+        lines = []
     if not judged:
-        return []
+        return lines
     of = answer.best.kind.loss_of
     note = f"Change of the held-out loss in nats a {of} on the same {judged[0].rows} rows, with its 95 % interval"
-    return ["", screen.dim(f"{note}; readings at 5 % for all pairs together (Holm).")]
+    return [*lines, "", screen.dim(f"{note}; readings at 5 % for all pairs together (Holm).")]
 
 
 def _finished(answer: SweepComparison, screen: Screen) -> list[str]:
     members = {member.job_id: member for member in answer.sweep.members}
+    others = _others(answer.comparison, OF_PAIRS)
+    heads = [_title(answer.comparison.best, name) for name in others]
     rows = [
         [
             str(job.job_id),
             *settings_of(answer.sweep, members[job.job_id]),
             *_judged(answer.comparison, job, screen),
+            *(number(job.metrics[name]["tuned"], 1) for name in others),
             duration(job.report["wall_seconds"]),
         ]
         for job in answer.comparison.jobs
     ]
-    headers = ["JOB", *titles(answer.sweep), "LOSS", "AGAINST THE BEST", "READING", "TIME"]
-    return table(headers, rows, screen, right=(*number_columns(headers, rows), "LOSS", "TIME"))
+    headers = ["JOB", *titles(answer.sweep), "LOSS", "AGAINST THE BEST", "READING", *heads, "TIME"]
+    return table(headers, rows, screen, right=(*number_columns(headers, rows), "LOSS", *heads, "TIME"))
 
 
 def _stopped(answer: SweepComparison, screen: Screen) -> list[str]:

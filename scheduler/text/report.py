@@ -6,7 +6,7 @@ from typing import Any
 
 from loractl.common.text import clean_line, number, signed
 from loractl.common.units import duration, gib, thousands
-from loractl.common.verdict import written
+from loractl.common.verdict import are_of_pairs, written
 
 from .screen import Screen, block, table
 
@@ -60,9 +60,8 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str
     order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], not a["tuned_exact"], a["row"]))
     for answer in order[:answers]:
         lines += ["", screen.style(f"Row {answer['row']}: ", bold=True) + block(answer["prompt"], screen)]
-        for name in ("expected", "base", "tuned"):
-            right = "" if name == "expected" else (" (right)" if answer[f"{name}_exact"] else " (wrong)")
-            lines.append(screen.dim(f"  {name}{right}: ") + block(answer[name] or "(nothing)", screen, indent=4))
+        for name, text in _side_by_side(answer):
+            lines.append(screen.dim(f"  {name}: ") + block(text or "(nothing)", screen, indent=4))
     hidden = len(order) - answers
     if hidden > 0:
         more = "1 more answer" if hidden == 1 else f"{hidden} more answers"
@@ -71,6 +70,15 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str
             screen.dim(f"{more}: loractl report {report['job']['job_id']} --answers {len(order)}"),
         ]
     return "\n".join(lines)
+
+
+def _side_by_side(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    """The texts that stand beside each other, and what each is."""
+    if are_of_pairs(answer):
+        named = [("chosen", "expected"), ("rejected", "rejected"), ("base", "base"), ("tuned", "tuned")]
+        return [(name, answer[key]) for name, key in named]
+    right = {who: "right" if answer[f"{who}_exact"] else "wrong" for who in ("base", "tuned")}
+    return [("expected", answer["expected"]), *((f"{who} ({word})", answer[who]) for who, word in right.items())]
 
 
 def _labels_table(labels: dict[str, Any] | None, screen: Screen) -> list[str]:

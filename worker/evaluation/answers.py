@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ class Prompt:
     ids: list[int]
     shown: str
     expected: str
+    rejected: str | None = None  # of a pair: the answer that was not chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class Answer:
     tuned: str
     base_ended: bool  # stopped by itself rather than at max_new_tokens
     tuned_ended: bool
+    rejected: str | None = None  # as the prompt has it
 
     @property
     def base_exact(self) -> bool:
@@ -55,9 +57,24 @@ def prompts_of(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
     """The prompts of the examples that have one: plain text has none. Those of more than `max_length` tokens are left
     out, as of a long conversation whose last answers were cut off: memory was planned, and trained on, for rows of that
     length, and the model may know no more places."""
-    asked = [(example.number, prompt_of(example, tokenizer)) for example in examples]
-    prompts = [Prompt(row=number, ids=found[0], shown=found[1], expected=found[2]) for number, found in asked if found]
+    prompts = [prompt for example in examples if (prompt := _prompt(example, tokenizer)) is not None]
     return [prompt for prompt in prompts if len(prompt.ids) <= max_length]
+
+
+def _prompt(example: Example, tokenizer: Any) -> Prompt | None:
+    """The question of the last answer; of a pair that of the first, up to which both are the same."""
+    if not example.rejected:
+        found, other = prompt_of(example, tokenizer), None
+    else:
+        found, other = (prompt_of(_first_answer(one), tokenizer) for one in (example, example.other))
+    if found is None:
+        return None
+    ids, shown, expected = found
+    return Prompt(row=example.number, ids=ids, shown=shown, expected=expected, rejected=other[2] if other else None)
+
+
+def _first_answer(example: Example) -> Example:
+    return replace(example, turns=example.turns[: example.answers[0] + 1]) if example.turns else example
 
 
 def side_by_side(
@@ -73,6 +90,7 @@ def side_by_side(
             base_ended=of_base[1],
             tuned=of_tuned[0],
             tuned_ended=of_tuned[1],
+            rejected=prompt.rejected,
         )
         for prompt, of_base, of_tuned in zip(prompts, base, tuned, strict=True)
     ]
@@ -108,8 +126,13 @@ class _Words:
     nothing like itself. English text has the same words. Chinese and Japanese put no spaces: a character is a word."""
 
     def tokenize(self, text: str) -> list[str]:
-        words = "".join(f" {c} " if _IDEOGRAPHIC.match(c) else c if _is_of_word(c) else " " for c in text.lower())
-        return words.split()
+        return words(text)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in any script, in lower case."""
+    apart = "".join(f" {c} " if _IDEOGRAPHIC.match(c) else c if _is_of_word(c) else " " for c in text.lower())
+    return apart.split()
 
 
 _IDEOGRAPHIC = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")

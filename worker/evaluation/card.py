@@ -34,7 +34,7 @@ def write_model_card(report: dict[str, Any], adapter: Path) -> None:
         "",
         f"- {report['verdict']['sentence']}",
         *(f"- {aside}" for aside in [report["verdict"].get("aside")] if aside),
-        f"- held-out loss on {report['evaluation']['rows']} rows: {losses}",
+        f"- held-out {loss['label']} on {report['evaluation']['rows']} rows: {losses}",
         f"- {training['steps']} steps at learning rate {training['learning_rate']:g}, batch "
         f"{training['per_device_train_batch_size']} x {training['gradient_accumulation_steps']}, seed {report['seed']}",
         f"- data: {data['train_rows']} rows, sha256 {', '.join(one or 'unknown (from the hub)' for one in hashes)}",

@@ -22,8 +22,9 @@ from loractl.worker.base.arithmetic import evaluating, whole_modules
 from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.learner import Learner
+from loractl.worker.data.forms import form_of
 from loractl.worker.data.prepared import PreparedData
-from loractl.worker.data.tokens import TokenRow
+from loractl.worker.data.tokens import TokenRow, unlearned
 
 from .answers import Answer, Prompt, answer_metrics, prompts_of, side_by_side
 from .comparison import Compared, Measure
@@ -63,7 +64,7 @@ def evaluate(
     spec: JobSpec,
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
-    once: Once[_Measured] | None = None,
+    once: Once[MeasuredModel] | None = None,
     asked: Computer = HERE,
 ) -> Evaluation:
     """Score base and tuned on the held-out rows, and generate answers of each.
@@ -73,19 +74,7 @@ def evaluate(
     """
     began = time.monotonic()
     work = Work.of(data, spec, learner.tokenizer)
-    tick = counter(2 * work.passes, check_stop, progress)
-    here = False
-
-    def measure_base() -> _Measured:
-        nonlocal here
-        here = True
-        return _measure(learner, work, spec, tick, check_stop, asked, base=True)
-
-    known = None if once is None else once(_question(learner, work, spec), measure_base, keeps=_Measured.is_as_asked)
-    base = measure_base() if known is None else known.answer
-    if not here:
-        tick(work.passes)
-    tuned = _measure(learner, work, spec, tick, check_stop, asked, base=False)
+    base, tuned, base_job = measure_both(learner, work, spec, check_stop, progress, once, asked)
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = _labels(work, base, tuned) if work.labelled else None
     wanted, stops = set(spec.evaluation.metrics), data.format is not DataFormat.TEXT
@@ -110,8 +99,36 @@ def evaluate(
         ],
         labels=labels,
         turns=by_turn(work.turns, base.whole, tuned.whole),
-        base_job=None if here or known is None else known.job_id,
+        base_job=base_job,
     )
+
+
+def measure_both(
+    learner: Learner,
+    work: Work,
+    spec: JobSpec,
+    check_stop: Callable[[], None],
+    progress: Callable[[int, int], None],
+    once: Once[MeasuredModel] | None,
+    asked: Computer,
+) -> tuple[MeasuredModel, MeasuredModel, int | None]:
+    """Let base and tuned do the work. Returns what they gave, and the job that measured the base, where another did."""
+    tick = counter(2 * work.passes, check_stop, progress)
+    here = False
+
+    def measure_base() -> MeasuredModel:
+        nonlocal here
+        here = True
+        return _measure(learner, work, spec, tick, check_stop, asked, base=True)
+
+    known = (
+        None if once is None else once(_question(learner, work, spec), measure_base, keeps=MeasuredModel.is_as_asked)
+    )
+    base = measure_base() if known is None else known.answer
+    if not here:
+        tick(work.passes)
+    tuned = _measure(learner, work, spec, tick, check_stop, asked, base=False)
+    return base, tuned, None if here or known is None else known.job_id
 
 
 def counter(total: int, check_stop: Callable[[], None], progress: Callable[[int, int], None]) -> Callable[[int], None]:
@@ -131,7 +148,9 @@ def counter(total: int, check_stop: Callable[[], None], progress: Callable[[int,
 class Work:
     """What base and tuned are both measured on."""
 
-    rows: list[TokenRow]
+    rows: list[TokenRow]  # of a pair the chosen answer behind its prompt
+    rejected: list[TokenRow]  # of a pair the other answer
+    given: list[TokenRow]  # what of `rows` is not learned as an answer, where the loss learns that, too
     prompts: list[Prompt]
     labels: list[str]
     labelled: list[Prompt]
@@ -148,8 +167,13 @@ class Work:
         labels = labels_taught(data.answer_shares) if Metric.LABELS in asked.metrics else []
         label_tokens = max((len(tokenizer(name, add_special_tokens=False).input_ids) for name in labels), default=0)
         several = answers_of(examples, tokenizer, most) if Metric.CONTEXT in asked.metrics else []
+        form = form_of(data.format)
+        texts = [form.texts(row) for row in data.held_out.rows.first(asked.max_rows)]
+        rows = [text for text, *_ in texts]
         return cls(
-            rows=data.held_out.rows.first(asked.max_rows),
+            rows=rows,
+            rejected=[text for _, *others in texts for text in others],
+            given=list(map(unlearned, rows)) if spec.preference.learns_prompts else [],
             prompts=prompts_of(data.held_out_examples[: asked.samples], tokenizer, most),
             labels=labels,
             labelled=prompts_of(examples, tokenizer, most) if labels else [],
@@ -172,10 +196,10 @@ class Work:
 
     @property
     def scored_apart(self) -> tuple[list[TokenRow], ...]:
-        """Every row that is scored: held-out rows, answers after all that was said, answers after a question alone, and
-        regression rows."""
+        """Every row that is scored: held-out rows, of pairs the other half and the prompts, answers after all that was
+        said, answers after a question alone, and regression rows."""
         alone = [turn.alone for turn in self.turns if turn.alone is not None]
-        return self.rows, [turn.whole for turn in self.turns], alone, self.regression
+        return self.rows, self.rejected, self.given, [turn.whole for turn in self.turns], alone, self.regression
 
     @property
     def stretches(self) -> list[Stretch]:
@@ -190,10 +214,12 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Measured:
+class MeasuredModel:
     """What one model gave."""
 
     rows: RowScores
+    rejected: RowScores
+    given: RowScores
     whole: RowScores
     alone: RowScores
     regression: RowScores
@@ -215,7 +241,7 @@ def _measure(
     asked: Computer,
     *,
     base: bool,
-) -> _Measured:
+) -> MeasuredModel:
     """Let one model do the work: the base, or the tuned one."""
     model, tokenizer, batch = learner.model, learner.tokenizer, spec.evaluation.per_device_eval_batch_size
 
@@ -241,10 +267,12 @@ def _measure(
         ids = [prompt.ids for prompt in prompts]
         return generate(model, tokenizer, ids, batch, longest, tick, between, halved, run_long)
 
-    rows, whole, alone, regression = map(score, work.scored_apart)
+    rows, rejected, given, whole, alone, regression = map(score, work.scored_apart)
     texts, labels = answer(work.prompts, work.longest_answer), answer(work.labelled, work.label_tokens)
-    return _Measured(
+    return MeasuredModel(
         rows=by_example(rows, work.rows),
+        rejected=rejected,
+        given=given,
         whole=whole,
         alone=alone,
         regression=by_example(regression, work.regression),
@@ -277,6 +305,6 @@ def _question(learner: Learner, work: Work, spec: JobSpec) -> str:
     return found.hexdigest()
 
 
-def _labels(work: Work, base: _Measured, tuned: _Measured) -> Labels:
+def _labels(work: Work, base: MeasuredModel, tuned: MeasuredModel) -> Labels:
     said = ([text for text, _ in measured.labels] for measured in (base, tuned))
     return Labels.of(work.labels, [prompt.expected for prompt in work.labelled], *said)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.chart import forest, loss_chart
+from loractl.common.job.kinds.known import kind_of
 from loractl.common.text import signed
 from loractl.common.units import amount, duration, gib, thousands
 from loractl.common.verdict import answer_groups, badge, written
@@ -33,6 +34,7 @@ def render_html(report: dict[str, Any]) -> str:
         forest=forest(report["evaluation"]["metrics"]),
         groups=answer_groups(report["evaluation"]["answers"]),
         badge=badge(report["verdict"]["reading"]),
+        loss_of=kind_of(report.get("task_type")).loss_of,
     )
 
 

@@ -23,16 +23,17 @@ COLUMNS = 7
 
 REPORT_WAIT_S = 1.0
 
-_FIRST = ("loss", "accuracy", "exact_match", "rougeL", "f1_macro")
+_FIRST = ("loss", "preference_accuracy", "accuracy", "exact_match", "rougeL", "f1_macro")
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterRow:
-    """An adapter, who made it, and its changes by the measure's name."""
+    """An adapter, who made it, and its changes by the measure's name and label: a loss of pairs is another measure than
+    one of tokens."""
 
     adapter: StoredAdapter
     user: str
-    changes: Mapping[str, ReportedChange]
+    changes: Mapping[tuple[str, str], ReportedChange]
     told: str | None  # why no change is known; None: some are
 
 
@@ -99,17 +100,21 @@ def _row(
             content = digest(report)
         except ArtifactError as error:
             told = error.sentence
-    changes = {} if content is None else {change.name: change for change in (*content.changes, *content.harness)}
+    changes = (
+        {}
+        if content is None
+        else {(change.name, change.label): change for change in (*content.changes, *content.harness)}
+    )
     return AdapterRow(adapter=adapter, user=job.user, changes=changes, told=told), content
 
 
 def _measures(rows: list[AdapterRow]) -> tuple[tuple[str, str, str], ...]:
     """The measures that most adapters have, the usual ones first."""
-    known = {name: change for row in rows for name, change in row.changes.items()}
-    count = {name: sum(name in row.changes for row in rows) for name in known}
+    known = {key: change for row in rows for key, change in row.changes.items()}
+    count = {key: sum(key in row.changes for row in rows) for key in known}
     usual = {name: place for place, name in enumerate(_FIRST)}
-    order = sorted(known, key=lambda name: (usual.get(name, len(usual)), -count[name], name))[:COLUMNS]
-    return tuple((name, known[name].label, known[name].unit) for name in order)
+    order = sorted(known, key=lambda key: (usual.get(key[0], len(usual)), -count[key], key))[:COLUMNS]
+    return tuple((*key, known[key].unit) for key in order)
 
 
 def _origin(row: AdapterRow, job: Job, report: Mapping[str, Any], content: ReportDigest | None) -> AdapterOrigin:

@@ -114,4 +114,5 @@ def _inside(place: float) -> float:
 def _answer(answer: Mapping[str, Any]) -> Mapping[str, Any]:
     texts = {key: str(answer[key]) for key in ("prompt", "expected", "base", "tuned")}
     right = {key: bool(answer[key]) for key in ("base_exact", "tuned_exact", "base_ended", "tuned_ended")}
-    return {"row": int(answer["row"]), **texts, **right}
+    rejected = None if answer.get("rejected") is None else str(answer["rejected"])
+    return {"row": int(answer["row"]), **texts, **right, "rejected": rejected}

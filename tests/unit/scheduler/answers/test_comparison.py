@@ -117,6 +117,45 @@ def test_jobs_on_other_rows_are_not_compared_row_by_row() -> None:
     assert "other held-out rows" in comparison_text(order, SCREEN)
 
 
+def of_pairs(job_id: int, mean: float, begun_from: str = "", **preference: Any) -> FinishedJob:
+    """A job that learned from pairs: a row is a pair, of weight 1."""
+    made = job(job_id, noisy(mean, 0.2), task_type="preference", preference=preference)
+    evaluation = made.report["evaluation"]
+    evaluation["row_losses"] = [[n, 1, base / w, tuned / w] for n, w, base, tuned in evaluation["row_losses"]]
+    share = {"name": "preference_accuracy", "label": "preference accuracy", "unit": "%", "tuned": 50.0 + 10 * job_id}
+    evaluation["metrics"].append(share)
+    made.report["adapter"] = {"init_from": {"sha256": begun_from} if begun_from else None}
+    return made
+
+
+def test_pairs_are_compared_pair_by_pair_and_told_with_the_share_that_is_preferred_rightly() -> None:
+    order = compared([of_pairs(1, 0.5), of_pairs(2, 0.7, loss_type="sigmoid"), of_pairs(3, 0.9, beta=0.1)])
+    assert [one.against.reading for one in order.jobs if one.against] == ["worse", "worse"], (
+        "defaults are the same loss"
+    )
+    text = comparison_text(order, SCREEN)
+    assert "in nats a pair on the same 40 rows" in text and "PREFERENCE ACCURACY %" in text and " 60.0 " in text
+    assert "another loss" not in text
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "alike"),
+    [
+        ({"beta": 0.1}, {"beta": 0.5}, False), ({"loss_type": "ipo"}, {"loss_type": ["ipo", "sft"]}, False),
+        ({"begun_from": "a"}, {"begun_from": "b"}, False), ({}, {"begun_from": "b"}, False),
+        ({"begun_from": "a", "loss_type": "simpo"}, {"begun_from": "b", "loss_type": "simpo"}, True),
+    ],
+    ids=["beta", "terms", "other references", "base and adapter", "no reference"],
+)  # fmt: skip
+def test_losses_of_pairs_that_are_not_one_measure_are_not_compared(
+    first: dict[str, Any], second: dict[str, Any], alike: bool
+) -> None:
+    order = compared([of_pairs(1, 0.5, **first), of_pairs(2, 0.9, **second)])
+    assert order.reading(order.jobs[1]) == ("worse" if alike else "another loss")
+    told = "2 learns by another loss than 1: compare their preference accuracy."
+    assert (told in comparison_text(order, SCREEN)) != alike
+
+
 def test_few_rows_get_no_reading_and_a_missing_loss_no_place() -> None:
     order = compared([job(1, noisy(1.0, 0.1, rows=5)), job(2, noisy(2.0, 0.1, rows=5))])
     assert order.jobs[1].against is not None and order.jobs[1].against.reading == "too few rows"

@@ -80,13 +80,14 @@ def test_members_that_may_be_stopped_are_evaluated_at_the_rungs(job: Path) -> No
     "varied",
     [
         "base_model=./base,org/other", "revision=main,old", "dataset.max_length=128,256", "evaluation.max_rows=4,8",
-        "training.label_smoothing_factor=0,0.1", "training={label_smoothing_factor: 0},{seed: 1}",
+        "training.label_smoothing_factor=0,0.1", "preference.beta=0.1,0.5",
+        "training={label_smoothing_factor: 0},{seed: 1}",
     ],
 )  # fmt: skip
 def test_losses_that_say_nothing_of_each_other_are_not_compared_on_the_way(job: Path, varied: str) -> None:
     error = refused(job, varied, options=("--early-stop",))
     assert isinstance(error, UsageError) and varied.partition("=")[0] in error.sentence and error.hint
-    if "revision" not in varied:  # a folder has none
+    if not varied.startswith(("revision", "preference")):  # a folder has none, and this job learns from no pairs
         assert len(members(job, varied)) == 2, "without stopping, each may be looked at by itself"
 
 

@@ -184,6 +184,8 @@ def test_a_winner_is_clear_only_where_the_rows_say_so() -> None:
     few = judged(both, job(1, noisy(1.0, 0.1, rows=5)), job(2, noisy(2.0, 0.1, rows=5)))
     assert few.sentence.endswith("; on 5 rows 2 can't be told apart from it.")
     assert "2 was measured on other rows" in judged(both, job(1, best), job(2, far, rows="others")).sentence
+    betas = [job(n, some, task_type="preference", preference={"beta": n}) for n, some in ((1, best), (2, far))]
+    assert judged(both, *betas).sentence.endswith("; 2 was measured by another loss.")
     assert "the only member with a result" in judged(both, job(1, best)).sentence
     assert judged(view(done(1, 1.0), member(2, 0.1)), job(1, best)).sentence.startswith("Best so far: 1 ")
 

@@ -96,6 +96,23 @@ def test_answers_are_listed_by_what_changed_and_in_parts(web: Web) -> None:
     assert "Ticket 21:" in broken and "Ticket 17:" not in broken and "Ticket 1:" not in broken
 
 
+def test_a_job_that_learned_from_pairs_shows_both_answers_beside_those_of_the_models(own_web: Web) -> None:
+    lab = own_web.lab
+    claim = webs.run(lab, "pairs", "mara", "kestrel:0", 3)
+    value = webs.the_report(claim.job_id, "pairs", "mara", 0.69, 0.52)["evaluation"]
+    loss = {**value["metrics"][0], "label": "preference loss"}
+    texts = {"expected": "Ask <b>support</b>.", "rejected": "", "base_ended": False, "base_exact": True}
+    answers = [{**answer, **texts} for answer in value["answers"][:6]]
+    webs.store_result(lab, claim, 0.69, 0.52, evaluation={**value, "metrics": [loss], "answers": answers})
+    page = own_web.client.get(f"/jobs/{claim.job_id}").text
+    told = words(page)
+    assert "Answers 6" in told and "base wrong" not in told and "Expected" not in told
+    assert "Ticket 0: /scratch on heron is full Chosen Ask <b>support</b>. Rejected Base cut off I" in told
+    assert "<b>support" not in page
+    assert "Ticket 5:" in words(own_web.client.get(f"/jobs/{claim.job_id}?answers=all&from=6").text)
+    assert "preference loss" in words(own_web.client.get("/adapters").text), "a column of its own"
+
+
 def test_a_waiting_job_s_page_says_card_by_card_why(web: Web) -> None:
     page = words(web.client.get("/jobs/17").text)
     assert "osprey:0 when 12 ends" in page and "card is smaller than the job" in page

@@ -1,0 +1,157 @@
+"""What a verdict says of pairs, on made-up numbers: it weighs how many are preferred rightly beside the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loractl.common.verdict import BADGES, MeasuredChange, ReportVerdict, answer_groups, report_verdict
+
+UNITS = {"preference_accuracy": "%", "new_rows_preference_accuracy": "%", "repetition": "%", "answer_tokens": "tokens"}
+BETTER = {"preference_accuracy": True, "new_rows_preference_accuracy": True, "preference_margin": True}
+
+
+def measure(name: str, base: float, tuned: float, spread: float, cases: int = 59) -> dict[str, Any]:
+    unit, higher = UNITS.get(name, "nats"), None if name == "answer_tokens" else BETTER.get(name, False)
+    change = tuned - base
+    judged = MeasuredChange(
+        base=base, change=change, low=change - spread, high=change + spread, cases=cases, unit=unit,
+        higher_is_better=higher,
+    )  # fmt: skip
+    known = {"name": name, "label": name.replace("_", " "), "unit": unit, "cases": cases, "base": base, "tuned": tuned}
+    return {**known, "change": change, "low": judged.low, "high": judged.high, "reading": judged.reading}
+
+
+def said(*metrics: dict[str, Any], **how: Any) -> ReportVerdict:
+    return report_verdict(metrics, **how)
+
+
+GAIN, LOSS, SAME = (measure("loss", base, tuned, 0.1) for base, tuned in ((0.69, 0.52), (0.52, 0.69), (0.69, 0.68)))
+ROSE, FELL, STAYED = (
+    measure("preference_accuracy", base, tuned, 5) for base, tuned in ((61, 78), (78, 61), (61, 62.7))
+)
+APART, NEARER, MARGIN = (measure("preference_margin", base, tuned, 0.5) for base, tuned in ((1, 4), (4, 1), (1, 1.2)))
+UP, DOWN = "61.0 -> 78.0 % of 59 held-out pairs", "78.0 -> 61.0 % of 59 held-out pairs"
+LIKELIER = "the chosen answer is the likelier one in"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "reading", "sentence", "short"),
+    [
+        (
+            [GAIN, ROSE, APART], "better", f"Better than the base: {LIKELIER} {UP}, loss 0.69 -> 0.52.",
+            "better, chosen likelier in 61.0 -> 78.0 %, loss 0.69 -> 0.52",
+        ),
+        (
+            [GAIN, STAYED, MARGIN], "better",
+            f"Better than the base: {LIKELIER} 61.0 -> 62.7 % of 59 held-out pairs, loss 0.69 -> 0.52.",
+            "better, chosen likelier in 61.0 -> 62.7 %, loss 0.69 -> 0.52",
+        ),
+        (
+            [LOSS, FELL, MARGIN], "worse", f"Worse than the base: {LIKELIER} {DOWN}, loss 0.52 -> 0.69.",
+            "worse, chosen likelier in 78.0 -> 61.0 %, loss 0.52 -> 0.69",
+        ),
+        (
+            [SAME, STAYED, MARGIN], "no_measurable_gain",
+            f"No measurable gain: {LIKELIER} 61.0 -> 62.7 % of 59 held-out pairs, loss 0.69 -> 0.68, and the interval "
+            "of the loss's change holds zero.",
+            "no measurable gain, chosen likelier in 61.0 -> 62.7 %, loss 0.69 -> 0.68",
+        ),
+        (
+            [GAIN, FELL, MARGIN], "mixed",
+            f"Better loss, worse preferences than the base's: {LIKELIER} {DOWN}, loss 0.69 -> 0.52.",
+            "better loss, worse preferences, chosen likelier in 78.0 -> 61.0 %, loss 0.69 -> 0.52",
+        ),
+        (
+            [LOSS, STAYED, APART], "mixed",
+            f"Worse loss, better preferences than the base's: {LIKELIER} 61.0 -> 62.7 % of 59 held-out pairs, "
+            "loss 0.52 -> 0.69; preference margin 1.00 -> 4.00.",
+            "worse loss, better preferences, chosen likelier in 61.0 -> 62.7 %, loss 0.52 -> 0.69",
+        ),
+        (
+            [SAME, ROSE, APART], "mixed",
+            f"Better preferences than the base's, no clear change of the loss: {LIKELIER} {UP}, loss 0.69 -> 0.68.",
+            "better preferences, no clear change of the loss, chosen likelier in 61.0 -> 78.0 %, loss 0.69 -> 0.68",
+        ),
+        (
+            [SAME, STAYED, APART], "no_measurable_gain",
+            f"No measurable gain: {LIKELIER} 61.0 -> 62.7 % of 59 held-out pairs, loss 0.69 -> 0.68, and the interval "
+            "of the loss's change holds zero.",
+            "no measurable gain, chosen likelier in 61.0 -> 62.7 %, loss 0.69 -> 0.68",
+        ),
+    ],
+    ids=["both better", "loss better", "both worse", "neither", "fewer", "margin", "share alone", "margin alone"],
+)  # fmt: skip
+def test_the_share_of_pairs_and_the_loss_are_weighed_together(
+    metrics: list[dict[str, Any]], reading: str, sentence: str, short: str
+) -> None:
+    found = said(*metrics)
+    assert (found.reading, found.sentence, found.short) == (reading, sentence, short)
+    assert reading in BADGES and "accuracy" not in found.aside, "it is in the sentence"
+
+
+def test_a_few_pairs_that_all_turned_one_way_are_no_change_of_preferences() -> None:
+    """Four of four do so one time in eight, and then the bootstrap's interval leaves out zero as well."""
+    for turned, reading in ((4, "no_measurable_gain"), (5, "no_measurable_gain"), (6, "mixed")):
+        tuned = 61.0 + 100 * turned / 59
+        assert said(SAME, measure("preference_accuracy", 61.0, tuned, 1)).reading == reading
+
+
+def test_too_few_pairs_are_too_few_however_much_changed() -> None:
+    few = [measure("loss", 0.69, 0.2, 0.1, cases=5), measure("preference_accuracy", 20, 100, 5, cases=5)]
+    found = said(*few)
+    assert found.reading == "too_few_rows"
+    assert found.sentence.startswith("Too few held-out pairs (5) to say whether it is better: ")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "told"),
+    [
+        (measure("answer_tokens", 41, 83, 10, cases=16), "; answers twice as long (41 -> 83 tokens)."),
+        (measure("answer_tokens", 41, 130, 10, cases=16), "; answers 3.2 times as long (41 -> 130 tokens)."),
+        (measure("answer_tokens", 80, 39, 10, cases=16), "; answers half as long (80 -> 39 tokens)."),
+        (measure("answer_tokens", 0, 39, 10, cases=16), "; answers longer (0 -> 39 tokens)."),
+        (measure("answer_tokens", 39, 0, 10, cases=16), "; answers shorter (39 -> 0 tokens)."),
+        (measure("answer_tokens", 41, 60, 10, cases=16), "0.52."),
+        (measure("answer_tokens", 41, 83, 50, cases=16), "0.52."),
+        (measure("answer_tokens", 41, 83, 10, cases=7), "0.52."),
+        (measure("answer_tokens", 0, 0, 0, cases=16), "0.52."),
+    ],
+    ids=["twice", "thrice", "half", "from nothing", "to nothing", "a little", "not clear", "few", "nothing"],
+)  # fmt: skip
+def test_answers_of_another_length_are_told_in_the_first_sentence(lengths: dict[str, Any], told: str) -> None:
+    found = said(GAIN, ROSE, lengths)
+    assert found.sentence.endswith(told) and found.sentence.count("answers ") == ("answers" in told)
+    assert said(GAIN, lengths).sentence == "Better than the base: held-out loss 0.69 -> 0.52.", "of pairs alone"
+
+
+def test_chosen_answers_that_became_less_likely_and_answers_that_repeat_stand_aside() -> None:
+    found = said(GAIN, ROSE, measure("chosen_loss", 1.2, 2.4, 0.1), measure("repetition", 1, 30, 5, cases=16))
+    assert (found.reading, found.aside) == ("better", "Worse on chosen loss and repetition.")
+
+
+def test_pairs_like_none_to_train_on_decide_where_they_are_enough() -> None:
+    every = [GAIN, ROSE, APART]
+    new = [measure("new_rows_loss", 0.69, 0.68, 0.1, cases=40)]
+    new.append(measure("new_rows_preference_accuracy", 60, 55, 10, cases=40))
+    found = said(*every, *new)
+    assert found.reading == "no_measurable_gain"
+    assert f"{LIKELIER} 60.0 -> 55.0 % of 40 held-out pairs, loss 0.69 -> 0.68" in found.sentence
+    assert found.aside == "19 of 59 held-out rows resemble rows to train on; the verdict is of the other 40."
+    worse = [measure("new_rows_loss", 0.52, 0.69, 0.1, cases=40), new[1]]
+    assert said(*every, *worse).reading == "worse", "the margin is of all pairs, those that were given away too"
+
+
+def test_final_pairs_are_called_so_and_without_the_share_the_loss_alone_decides() -> None:
+    assert said(GAIN, ROSE, rows="final").sentence == (
+        f"Better than the base: {LIKELIER} 61.0 -> 78.0 % of 59 final pairs, loss 0.69 -> 0.52."
+    )
+    assert said(GAIN).sentence == "Better than the base: held-out loss 0.69 -> 0.52."
+
+
+def test_answers_to_pairs_prompts_are_one_group_and_neither_right_nor_wrong() -> None:
+    answer = {"base_exact": False, "tuned_exact": True}
+    assert [key for key, _, some in answer_groups([answer]) if some] == ["repaired"]
+    pairs = [{**answer, "rejected": ""}, {"base_exact": False, "tuned_exact": False, "rejected": "no"}]
+    assert answer_groups(pairs) == [("all", "answers", pairs)]

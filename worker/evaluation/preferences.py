@@ -1,0 +1,168 @@
+"""Pairs on held-out rows: how often and by how much base and tuned find the chosen answer likelier, and what became of
+the answers that they give themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loractl.common.job.preference import PreferenceSpec
+from loractl.common.job.sections import Metric
+from loractl.common.job.spec import JobSpec
+from loractl.worker.base.batches import HERE, Computer
+from loractl.worker.base.kept.knowledge import Once
+from loractl.worker.base.learner import Learner
+from loractl.worker.data.prepared import PreparedData
+from loractl.worker.engine.pairs import Pairs, answer_weight, margins, pair_losses
+
+from .answers import Answer, answer_metrics, side_by_side, words
+from .comparison import Compared, Measure, percent
+from .evaluation import Evaluation, MeasuredModel, Work, measure_both
+from .losses import RowScores
+from .statistics import Array
+
+LOSS = Measure(name="loss", label="preference loss")
+ACCURACY = percent("preference_accuracy", "preference accuracy")
+NEW_ROWS_LOSS = Measure(name="new_rows_loss", label="preference loss, pairs like none that is trained on")
+NEW_ROWS_ACCURACY = percent("new_rows_preference_accuracy", "preference accuracy, pairs like none that is trained on")
+MARGIN = Measure(name="preference_margin", label="preference margin", higher_is_better=True)
+CHOSEN_LOSS = Measure(name="chosen_loss", label="loss of chosen answers")
+LENGTH = Measure(name="answer_tokens", label="answer length", unit="tokens", higher_is_better=None)
+REPETITION = Measure(name="repetition", label="repetition", unit="%")
+
+RUN = 4
+"""Words in a row that an answer may say twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScores:
+    """What one model makes of pairs, in their order: of both answers, and of the prompts where the loss learns them."""
+
+    chosen: RowScores
+    rejected: RowScores
+    given: RowScores
+
+    @classmethod
+    def of(cls, measured: MeasuredModel) -> PairScores:
+        return cls(chosen=measured.rows, rejected=measured.rejected, given=measured.given)
+
+    @property
+    def pairs(self) -> Pairs:
+        """The same as the losses take it, in float64."""
+        chosen, rejected = self.chosen, self.rejected
+        prompts, prompt_tokens = (self.given.loss, self.given.tokens) if len(self.given.loss) else (0.0, 0.0)
+        values = {
+            "chosen": -chosen.loss,
+            "rejected": -rejected.loss,
+            "chosen_tokens": chosen.tokens,
+            "rejected_tokens": rejected.tokens,
+            "learned": -(chosen.loss + prompts),
+            "learned_tokens": chosen.tokens + prompt_tokens,
+        }
+        return Pairs(**{name: torch.from_numpy(array) for name, array in values.items()})
+
+
+def evaluate_preferences(
+    learner: Learner,
+    data: PreparedData,
+    spec: JobSpec,
+    check_stop: Callable[[], None],
+    progress: Callable[[int, int], None] = lambda done, of: None,
+    once: Once[MeasuredModel] | None = None,
+    asked: Computer = HERE,
+    reference: Pairs | None = None,
+) -> Evaluation:
+    """Score both answers of every held-out pair, and let base and tuned answer the first `evaluation.samples` prompts.
+
+    `reference`: what the adapter that `lora.init_from` names makes of the pairs of `Work.of`; None: the loss is
+    measured from the base. `once`, `asked`: see `evaluate`.
+    """
+    began = time.monotonic()
+    work = Work.of(data, spec, learner.tokenizer)
+    base, tuned, base_job = measure_both(learner, work, spec, check_stop, progress, once, asked)
+    scores = PairScores.of(base), PairScores.of(tuned)
+    losses = pair_row_losses(spec.preference, scores, reference)
+    answers, wanted = side_by_side(work.prompts, base.texts, tuned.texts), set(spec.evaluation.metrics)
+    given_away = np.isin(work.numbers, data.given_away)
+    metrics = pair_metrics(spec.preference, scores, losses, wanted, given_away)
+    return Evaluation(
+        metrics=metrics + written_metrics(answers, learner.tokenizer),
+        answers=answers,
+        rows=len(work.numbers),
+        seconds=time.monotonic() - began,
+        row_losses=[
+            (number, 1, round(float(before), 6), round(float(after), 6))
+            for number, before, after in zip(work.numbers, *losses, strict=True)
+        ],
+        base_job=base_job,
+    )
+
+
+def pair_row_losses(
+    asked: PreferenceSpec, scores: tuple[PairScores, PairScores], reference: Pairs | None = None
+) -> tuple[Array, Array]:
+    """The loss of each pair, for base and for tuned. A term for the chosen answers is the mean of the pair's own
+    tokens. `reference`: None: the base."""
+    near = reference or scores[0].pairs
+
+    def losses(of: PairScores) -> Array:
+        pairs, weight = of.pairs, answer_weight(asked)
+        found = pair_losses(asked, pairs, near)
+        return np.asarray((found - weight * pairs.learned / pairs.learned_tokens if weight else found).numpy())
+
+    base, tuned = scores
+    return losses(base), losses(tuned)
+
+
+def pair_metrics(
+    asked: PreferenceSpec,
+    scores: tuple[PairScores, PairScores],
+    losses: tuple[Array, Array],
+    wanted: set[Metric],
+    given_away: npt.NDArray[np.bool_],
+) -> list[Compared]:
+    """What is measured of the pairs of base and tuned. `given_away`: by pair, whether a row to train on gives it away;
+    loss and accuracy of the others are told, too."""
+    each = np.ones(len(given_away))
+    base, tuned = (np.asarray(margins(asked, of.pairs).numpy()) for of in scores)
+    right: tuple[Array, Array] = 100 * (base > 0).astype(np.float64), 100 * (tuned > 0).astype(np.float64)
+    new = ~given_away
+    apart = bool(given_away.any() and new.any())
+    metrics = [LOSS.compare(*losses, each)]
+    if apart:
+        metrics.append(NEW_ROWS_LOSS.compare(losses[0][new], losses[1][new], each[new]))
+    if Metric.PREFERENCES in wanted:
+        metrics.append(ACCURACY.compare(*right, each))
+        if apart:
+            metrics.append(NEW_ROWS_ACCURACY.compare(right[0][new], right[1][new], each[new]))
+        metrics.append(MARGIN.compare(base, tuned, each))
+    chosen = [of.chosen for of in scores]
+    return [*metrics, CHOSEN_LOSS.compare(chosen[0].loss, chosen[1].loss, chosen[0].tokens)]
+
+
+def written_metrics(answers: Sequence[Answer], tokenizer: Any) -> list[Compared]:
+    """How long the generated answers are, how much of them repeats, and how many end by themselves."""
+    if not answers:
+        return []
+
+    def length(text: str) -> float:
+        return len(tokenizer(text, add_special_tokens=False).input_ids)
+
+    def compared(measure: Measure, value: Callable[[str], float]) -> Compared:
+        base, tuned = (np.array([value(getattr(a, who)) for a in answers], float) for who in ("base", "tuned"))
+        return measure.compare(base, tuned, np.ones(len(answers)))
+
+    return [compared(LENGTH, length), compared(REPETITION, repetition), *answer_metrics(answers, set())]
+
+
+def repetition(text: str) -> float:
+    """The share, in percent, of the text's runs of four words that stood in it before."""
+    said = words(text)
+    runs = [tuple(said[place : place + RUN]) for place in range(len(said) - RUN + 1)]
+    return 100 * (1 - len(set(runs)) / len(runs)) if runs else 0.0
