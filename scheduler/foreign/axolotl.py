@@ -11,6 +11,7 @@ from loractl.common.errors import UsageError
 
 from .axolotl_base import BASE_KEYS, base_format, names_four_bit, nf4
 from .axolotl_rows import carry_rows
+from .preferences import AXOLOTL_RL, axolotl_loss, is_of_pairs
 from .translation import (
     ANSWERS,
     ATTENTION,
@@ -51,7 +52,7 @@ from .translation import (
 )
 
 _OBJECTIVES = (
-    "rl", "reward_model", "process_reward_model", "kd_trainer", "gkd_trainer", "block_diffusion", "diffusion", "ebft",
+    "reward_model", "process_reward_model", "kd_trainer", "gkd_trainer", "block_diffusion", "diffusion", "ebft",
 )  # fmt: skip
 """Keys of trainings by another objective."""
 
@@ -66,7 +67,7 @@ _PICTURES = {"processor_type", "image_size", "image_resize_algorithm", "is_multi
 
 
 def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
-    """The job of an Axolotl file. Raises UsageError unless it trains LoRA on rows with answers."""
+    """The job of an Axolotl file. Raises UsageError unless it trains LoRA on rows with answers, or on pairs of them."""
     draft = Draft("Axolotl")
     _refuse(theirs, file)
     draft.put("base_model", "base_model", theirs["base_model"])
@@ -76,6 +77,8 @@ def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
     skip_all(draft, theirs, _NOT_NEEDED, _KERNELS)
     leave_all(draft, theirs, _REASONS)
     carry_by_rules(draft, theirs, _RULES)
+    if theirs.get("rl"):
+        axolotl_loss(draft, theirs)
     _warmup_and_batch(draft, theirs)
     carry_rows(draft, theirs, file, folder)
     tell_held_out(draft, theirs, "val_set_size")
@@ -88,12 +91,15 @@ def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
         draft.differ(
             "lora_target_linear", "no layers are named: peft chooses there, and here every linear layer is adapted"
         )
-    fill_in(draft, _DEFAULTS | ({"training.optim": OWN_OPTIMIZER} if four_bit and "optimizer" not in theirs else {}))
+    defaults = {key: value for key, value in _DEFAULTS.items() if key != "lora.lora_dropout" or not is_of_pairs(draft)}
+    fill_in(draft, defaults | ({"training.optim": OWN_OPTIMIZER} if four_bit and "optimizer" not in theirs else {}))
     return draft
 
 
 def _refuse(theirs: dict[str, Any], file: Path) -> None:
     """Raises UsageError for what is no LoRA training on rows of text with answers."""
+    if (rl := theirs.get("rl")) and str(rl).lower() not in AXOLOTL_RL:
+        raise refuse_objective(f"{file} has rl: {rl}", "take rl out")
     for key in _OBJECTIVES:
         if theirs.get(key):
             raise refuse_objective(f"{file} has {key}", f"take {key} out")

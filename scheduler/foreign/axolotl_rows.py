@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from loractl.common.data.fields import SIDES
 from loractl.common.errors import UsageError
 
-from .translation import Draft, carry_source, from_here, put_split, set_key, short, unset_key
+from .preferences import is_of_pairs
+from .translation import Draft, carry_source, from_here, get_key, put_split, set_key, short, unset_key
 
 _ROLES = {"user": {"human", "user"}, "assistant": {"gpt", "chatgpt", "assistant"}, "system": {"system"},
           "tool": {"tool", "observation", "function_response"}}  # fmt: skip
@@ -42,10 +44,12 @@ def carry_rows(draft: Draft, theirs: dict[str, Any], file: Path, folder: Path) -
         hint = "write it as datasets with type: completion, and with max_steps or num_epochs"
         raise UsageError(f"{file} streams its rows (pretraining_dataset), and a job reads a data set as a whole", hint)
     entries = _entries(theirs.get("datasets"))
-    if not entries or "path" not in entries[0]:
-        raise UsageError(f"{file} names no data set", "datasets needs an entry with a path")
+    if not entries or not all("path" in entry for entry in entries):
+        what = "names a data set without its path" if entries else "names no data set"
+        raise UsageError(f"{file} {what}", "every entry of datasets needs a path")
+    pairs = is_of_pairs(draft)
     for number, entry in enumerate(entries):
-        own, others = _source(draft.tool, f"datasets[{number}]", entry, file.parent, folder)
+        own, others = _source(draft.tool, f"datasets[{number}]", entry, file.parent, folder, pairs=pairs)
         carry_source(draft, "datasets" if number == 0 else f"datasets[{number}]", own)
         for place in others:
             more = Draft(draft.tool, job={"dataset": {**own.job["dataset"], "path": place}})
@@ -57,14 +61,17 @@ def _entries(value: Any) -> list[dict[str, Any]]:
     return [entry for entry in (value if isinstance(value, list) else [value]) if isinstance(entry, dict)]
 
 
-def _source(tool: str, key: str, entry: dict[str, Any], source: Path, folder: Path) -> tuple[Draft, list[str]]:
+def _source(
+    tool: str, key: str, entry: dict[str, Any], source: Path, folder: Path, *, pairs: bool
+) -> tuple[Draft, list[str]]:
     """One entry as a draft that has nothing but a data set, and where its further files are."""
     draft = Draft(tool)
     first, *others = _places(draft, key, entry, source, folder)
     set_key(draft.job, "dataset.path", first)
     put_split(draft, f"{key}.split", "dataset.split", entry.get("split"))
-    _format(draft, key, entry)
+    (_pairs if pairs else _format)(draft, key, entry)
     known = {"path", "data_files", "ds_type", "revision", "split", *_columns(draft, key, entry)}
+    known |= {f"field_{side}" for side in SIDES} if pairs else set()
     for name in sorted(entry.keys() - known, key=str):
         if name == "roles" and _known_roles(entry[name]):
             draft.skip(f"{key}.roles")
@@ -135,6 +142,68 @@ def _format(draft: Draft, entry: str, first: dict[str, Any]) -> None:
             draft.differ(key, _PROMPTS[kind])
     else:
         draft.leave(key, f"{short(kind)}: rows are recognised by their columns instead")
+
+
+_TEMPLATED = ("chatml", "llama3")
+"""What the first word of a type says of the marks around messages."""
+
+_QUESTIONS = {
+    "intel": {"instruction": "question"},
+    "icr": {"instruction": "input"},
+    "prompt_pairs": {"instruction": "prompt"},
+    "argilla": {"chosen": "chosen_response", "rejected": "rejected_response"},
+    "default": {"instruction": "prompt"},
+    "argilla_chat": {},
+    "ultra": {},
+}
+"""Columns of the rows of a type of pairs, by its last word, where they have other names here."""
+
+
+_AS_THEY_ARE = (
+    None, "passthrough",
+    "chat_template", "chat_template.default", "chat_template.argilla", "chat_template.argilla_chat",
+)  # fmt: skip
+"""Types of pairs that need no key."""
+
+
+def _pairs(draft: Draft, entry: str, first: dict[str, Any]) -> None:
+    """What kind of pairs the data set has: a form by name, or names of columns with formats."""
+    kind, key = first.get("type"), f"{entry}.type"
+    for side in SIDES:
+        _rename(
+            draft, f"{entry}.field_{side}", {side: name} if (name := first.get(f"field_{side}", side)) != side else {}
+        )
+    if isinstance(kind, dict):
+        _formatted_pairs(draft, key, kind)
+        return
+    marks, _, form = str(kind or "passthrough").partition(".")
+    if marks in _TEMPLATED and form in _QUESTIONS:
+        _rename(draft, key, _QUESTIONS[form])
+        what = f"{kind}: {marks}'s marks stand around messages there, here those of the model's own chat template"
+        if form == "default":
+            what += "; the question is the first column of prompt, input, question, instruction there, here prompt"
+        draft.differ(key, what)
+    elif kind not in _AS_THEY_ARE:
+        draft.leave(key, f"{short(kind)}: pairs are recognised by their columns instead, chosen and rejected")
+
+
+def _rename(draft: Draft, key: str, columns: dict[str, Any]) -> None:
+    if columns:
+        draft.put(key, "dataset.columns", {**(get_key(draft.job, "dataset.columns") or {}), **columns})
+
+
+def _formatted_pairs(draft: Draft, key: str, kind: dict[str, Any]) -> None:
+    """Names of columns, and texts around what they hold, which the model's chat template takes the place of."""
+    formats = sorted(name for name in map(str, kind) if name.endswith("_format") and kind.get(name))
+    plain = all(kind[name] == f"{{{name.removesuffix('_format')}}}" for name in formats)
+    ours_of = {"prompt": "prompt" if plain else "instruction", **{side: side for side in SIDES}}
+    ours_of |= {} if plain else {"system": "system"}
+    named = {ours: kind.get(f"field_{theirs}") or theirs for theirs, ours in ours_of.items()}
+    _rename(draft, key, {ours: name for ours, name in named.items() if ours != name})
+    if plain:
+        set_key(draft.job, "dataset.format", "preference_text")
+    else:
+        draft.leave(key, f"{', '.join(formats)}: prompts are made by the model's own chat template")
 
 
 def _columns(draft: Draft, entry: str, first: dict[str, Any]) -> set[str]:

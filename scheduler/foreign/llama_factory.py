@@ -10,6 +10,7 @@ from typing import Any
 from loractl.common.errors import UsageError
 
 from .llama_factory_rows import carry_rows
+from .preferences import factory_loss, is_of_pairs
 from .translation import (
     ANSWERS,
     BF16,
@@ -64,7 +65,9 @@ def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Draf
     skip_all(draft, theirs, _NOT_NEEDED, _KERNELS)
     leave_all(draft, theirs, _REASONS)
     carry_by_rules(draft, theirs, _RULES)
-    if theirs.get("packing") or theirs.get("neat_packing"):
+    if theirs.get("stage") == "dpo":
+        factory_loss(draft, theirs)
+    elif theirs.get("packing") or theirs.get("neat_packing"):
         set_key(draft.job, "training.packing", True)  # either switches it on, whatever the other says
     carry_rows(draft, theirs, file, folder)
     tell_held_out(draft, theirs, "val_size")
@@ -81,7 +84,8 @@ def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Draf
     own = {"training.optim": OWN_OPTIMIZER} if bits == 4 and "optim" not in theirs else {}
     rank = get_key(draft.job, "lora.r")
     rank = rank if isinstance(rank, int) else _DEFAULTS["lora.r"]
-    fill_in(draft, {**_DEFAULTS, **own, "lora.lora_alpha": 2 * rank})
+    defaults = {key: value for key, value in _DEFAULTS.items() if key != "lora.lora_dropout" or not is_of_pairs(draft)}
+    fill_in(draft, {**defaults, **own, "lora.lora_alpha": 2 * rank})
     return draft
 
 
@@ -90,7 +94,7 @@ def _refuse(theirs: dict[str, Any], file: Path) -> None:
     stage, kind = theirs.get("stage", "sft"), theirs.get("finetuning_type", "lora")
     if not theirs.get("do_train") and (other := next((key for key in _NO_TRAINING if theirs.get(key)), None)):
         raise UsageError(f"{file} does not train ({other} without do_train), and a job does", _NO_TRAINING[other])
-    if stage not in ("sft", "pt"):
+    if stage not in ("sft", "pt", "dpo"):
         raise refuse_objective(f"{file} has stage: {stage}", "set stage: sft")
     if kind != "lora":
         raise UsageError(

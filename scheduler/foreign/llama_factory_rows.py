@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from loractl.common.data.fields import SIDES
 from loractl.common.errors import UsageError
 
-from .translation import Draft, carry_source, from_here, get_key, put_split, refuse_objective, set_key, short, unset_key
+from .preferences import is_of_pairs
+from .translation import Draft, carry_source, from_here, get_key, put_split, set_key, short, unset_key
 
 _LISTING = "dataset_info.json"
 _MARKS = {"user_tag": {"human", "user"}, "assistant_tag": {"gpt", "assistant", "chatgpt"}, "system_tag": {"system"},
@@ -23,13 +25,13 @@ def carry_rows(draft: Draft, theirs: dict[str, Any], file: Path, folder: Path) -
     place, most = _place(file, str(theirs.get("dataset_dir", "data"))), theirs.get("max_samples")
     if "dataset_dir" in theirs:
         draft.skip("dataset_dir")
-    alpaca = get_key(draft.job, "dataset.template") == "alpaca"
+    alpaca, pairs = get_key(draft.job, "dataset.template") == "alpaca", is_of_pairs(draft)
     names = _names(theirs["dataset"])
     entry: dict[str, Any] = {}
     for number, name in enumerate(names):
         own = Draft(draft.tool, job={"dataset": {"template": "alpaca"}} if alpaca else {})
-        listed = _data(own, name, place, folder, most)
-        _columns(own, listed, texts=theirs.get("stage") == "pt")
+        listed = _data(own, name, place, folder, most, pairs=pairs)
+        _columns(own, listed, texts=theirs.get("stage") == "pt", pairs=pairs)
         carry_source(draft, "dataset" if number == 0 else f"dataset: {name}", own)
         entry = entry or listed
     if "max_samples" in theirs and "max_samples" not in draft.left_out:
@@ -46,7 +48,7 @@ def _names(named: Any) -> list[str]:
 def _held_out(draft: Draft, names: list[str], entry: dict[str, Any], place: Path, folder: Path, most: Any) -> None:
     """Rows to measure by, which LLaMA-Factory reads from the split train as well."""
     own = Draft(draft.tool)
-    listed = _data(own, names[0], place, folder, most)
+    listed = _data(own, names[0], place, folder, most, pairs=is_of_pairs(draft))
     said = own.job["dataset"]
     draft.put("eval_dataset", "dataset.eval_path", said["path"])
     draft.left_out |= own.left_out
@@ -92,10 +94,10 @@ def _place(file: Path, named: str) -> Path:
     return next((place for place in places if (place / _LISTING).is_file()), places[0])
 
 
-def _data(draft: Draft, name: str, place: Path, folder: Path, most: Any) -> dict[str, Any]:
+def _data(draft: Draft, name: str, place: Path, folder: Path, most: Any, *, pairs: bool) -> dict[str, Any]:
     """Look a data set up in dataset_info.json, as LLaMA-Factory does. Returns what that says of it.
 
-    `most`: so many rows of it are read, the first ones.
+    `most`: so many rows of it are read, the first ones. `pairs`: it must have pairs; else it must not.
     """
     listing = place / _LISTING
     entry = _listed(listing, name)
@@ -117,8 +119,10 @@ def _data(draft: Draft, name: str, place: Path, folder: Path, most: Any) -> dict
     if seen := {"images", "videos", "audios"} & columns.keys():
         what = f"{listing}: {name} has {', '.join(sorted(seen))}"
         raise UsageError(f"{what}, and loractl trains on text alone", "name a data set of text alone")
-    if entry.get("ranking") is True:
-        raise refuse_objective(f"{listing}: {name} has pairs (ranking)", "take another data set")
+    if entry and pairs is not (entry.get("ranking") is True):
+        has, learns, other = ("no pairs (ranking)", "pairs", "sft") if pairs else ("pairs (ranking)", "answers", "dpo")
+        what = f"{listing}: {name} has {has}, and this stage learns from {learns}"
+        raise UsageError(what, f"set stage: {other}, or take another data set")
     _told(draft, entry)
     return entry
 
@@ -152,8 +156,9 @@ def _listed(listing: Path, name: str) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
 
 
-def _columns(draft: Draft, entry: dict[str, Any], *, texts: bool) -> None:
-    """The listing's names of columns, where they differ from loractl's. `texts`: rows are plain text, in one column."""
+def _columns(draft: Draft, entry: dict[str, Any], *, texts: bool, pairs: bool) -> None:
+    """The listing's names of columns, where they differ from loractl's. `texts`: rows are plain text, in one column.
+    `pairs`: in place of an answer they have two."""
     columns, tags = ({} if not isinstance(part := entry.get(key), dict) else part for key in ("columns", "tags"))
     if texts:
         theirs = {"text": columns.get("prompt", "instruction" if entry else "text")}
@@ -169,7 +174,8 @@ def _columns(draft: Draft, entry: dict[str, Any], *, texts: bool) -> None:
         }
         known = {"messages", "system"}
     else:
-        ours_of = {"prompt": "instruction", "query": "input", "response": "output", "system": "system"}
+        ours_of = {"prompt": "instruction", "query": "input", "system": "system"}
+        ours_of |= {} if pairs else {"response": "output"}
         theirs = {ours: columns.get(name, ours) for name, ours in ours_of.items()}
         known = set(ours_of)
         if entry and columns.get("query", "input"):
@@ -177,6 +183,9 @@ def _columns(draft: Draft, entry: dict[str, Any], *, texts: bool) -> None:
             alpaca = get_key(draft.job, "dataset.template") == "alpaca"
             here = "under ### Input: here, and the first sentence names it" if alpaca else "after an empty line here"
             draft.differ(f"{_LISTING}: columns.query", f"a row's input follows on the next line there, {here}")
+    if pairs:
+        theirs |= {side: columns.get(side, side) for side in SIDES}
+        known |= {*SIDES}
     renamed = {ours: name for ours, name in theirs.items() if name and name != ours}
     if renamed:
         draft.put(f"{_LISTING}: columns", "dataset.columns", renamed)

@@ -14,7 +14,7 @@ from loractl.common.adapter_config import is_module_name
 from loractl.common.errors import UsageError
 from loractl.common.job.slices import parse_split
 
-NOT_SUPERVISED = "loractl fine-tunes adapters on rows with answers"
+NOT_SUPERVISED = "loractl fine-tunes adapters on rows with answers, labels or pairs of answers"
 
 
 @dataclass
@@ -127,7 +127,7 @@ def carry_source(draft: Draft, theirs: str, own: Draft) -> None:
         draft.carried[theirs] = "dataset.path"
         draft.job["dataset"] = first | said
         return
-    texts = {"text": "plain text"}
+    texts = {"text": "plain text", "preference_text": "plain text"}
     forms = [texts.get(str(each.get("format")), "conversations") for each in (first, said)]
     if forms[0] != forms[1]:
         draft.leave(theirs, f"{short(said['path'])}: {forms[1]} next to {forms[0]}: train a job on each")

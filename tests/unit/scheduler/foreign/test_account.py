@@ -27,6 +27,13 @@ QLORA = AXOLOTL.replace("lora\n", "qlora\n", 1)
 FACTORY = "model_name_or_path: a/b\nval_size: 0.1\nbf16: true\ndataset: rows\ntemplate: tokenizer_default\n"
 
 
+def with_lines(text: str, lines: str) -> str:
+    """A file with these lines, in place of its own lines of the same keys."""
+    keys = {line.partition(":")[0] for line in lines.splitlines()}
+    kept = [line for line in text.splitlines() if line.partition(":")[0] not in keys]
+    return "\n".join([*kept, lines]) + "\n"
+
+
 @pytest.mark.parametrize(
     ("line", "key", "value"),
     [
@@ -246,7 +253,9 @@ def test_a_listing_is_found_where_the_tool_is_started(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence", "hint"),
     [
-        (AXOLOTL + "rl: dpo\n", "has rl", "rows with answers"),
+        (with_lines(AXOLOTL, "datasets: [{path: o/d}, {type: alpaca}]"), "without its path", "needs a path"),
+        (AXOLOTL + "rl: kto\n", "has rl: kto", "rows with answers"),
+        (AXOLOTL + "rl: grpo\n", "has rl: grpo", "rows with answers"),
         (AXOLOTL + "gkd_trainer: true\n", "has gkd_trainer", "rows with answers"),
         (AXOLOTL + "block_diffusion: {canvas_length: 8}\n", "has block_diffusion", "rows with answers"),
         (AXOLOTL + "plugins: [axolotl.integrations.kd.KDPlugin]\n", "KDPlugin", "rows with answers"),
@@ -261,7 +270,9 @@ def test_a_listing_is_found_where_the_tool_is_started(tmp_path: Path) -> None:
         ("model_name_or_path: a/b\nadapter_name_or_path: c\nexport_dir: d\n", "does not train", "adapters merge"),
         ("model_name_or_path: a/b\ntemplate: qwen\ninfer_backend: vllm\n", "does not train", "loractl generate"),
         (FACTORY + "do_predict: true\n", "does not train", "loractl predict"),
-        ("model_name_or_path: a/b\nstage: dpo\ndataset: d\n", "stage: dpo", "stage: sft"),
+        ("model_name_or_path: a/b\nstage: kto\ndataset: d\n", "stage: kto", "stage: sft"),
+        ("model_name_or_path: a/b\nstage: ppo\ndataset: d\n", "stage: ppo", "stage: sft"),
+        ("model_name_or_path: a/b\nstage: rm\ndataset: d\n", "stage: rm", "stage: sft"),
         (FACTORY + "finetuning_type: oft\n", "finetuning_type: oft", "finetuning_type: lora"),
     ],
 )  # fmt: skip
@@ -274,16 +285,136 @@ def test_what_is_refused_says_why_and_what_to_do(tmp_path: Path, text: str, sent
     assert result.exit_code != 0 and "Traceback" not in result.output
 
 
-def test_rows_that_are_pairs_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoractlError, match="pairs"):
+def test_a_stage_that_does_not_learn_from_such_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(LoractlError, match=r"has pairs \(ranking\), and this stage learns from answers") as refused:
         import_text(tmp_path, FACTORY, {"hf_hub_url": "o/d", "ranking": True})
+    assert refused.value.hint == "set stage: dpo, or take another data set"
+    with pytest.raises(LoractlError, match=r"has no pairs \(ranking\), and this stage learns from pairs"):
+        import_text(tmp_path, FACTORY + "stage: dpo\n", {"hf_hub_url": "o/d"})
 
 
-def with_lines(text: str, lines: str) -> str:
-    """A file with these lines, in place of its own lines of the same keys."""
-    keys = {line.partition(":")[0] for line in lines.splitlines()}
-    kept = [line for line in text.splitlines() if line.partition(":")[0] not in keys]
-    return "\n".join([*kept, lines]) + "\n"
+RANKED = {"hf_hub_url": "o/d", "ranking": True, "columns": {"chosen": "chosen", "rejected": "rejected"}}
+DPO = AXOLOTL.replace("type: alpaca", "type: chat_template.default") + "rl: dpo\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "preference", "left"),
+    [
+        ("", {}, []),
+        ("rl: IPO\nrl_beta: 0.2", {"loss_type": "ipo", "beta": 0.2}, []),
+        ("rl: orpo\norpo_alpha: 0.3", {"loss_type": "orpo", "beta": 0.3}, []),
+        ("rl: orpo\norpo_alpha: 0.3\nrl_beta: 0.4", {"loss_type": "orpo", "beta": 0.4}, []),
+        ("trl: {beta: 0.5}\nrl_beta: 0.4", {"beta": 0.5}, []),
+        ("trl: {beta: 0.5, num_generations: 4}", {"beta": 0.5}, ["trl"]),
+        ("dpo_beta: 0.2", {"beta": 0.2}, []),
+        ("rl: simpo\ncpo_alpha: 0\nsimpo_gamma: 1.0", {"loss_type": "simpo", "simpo_gamma": 1.0}, []),
+        ("rl: simpo\ncpo_alpha: 0.5", {"loss_type": ["simpo", "sft"], "loss_weights": [1.0, 0.5]}, []),
+        ("rl: simpo", {"loss_type": ["simpo", "sft"]}, []),
+        ("dpo_loss_type: [hinge]\nsimpo_gamma: 1.0", {"loss_type": "hinge"}, []),
+        ("dpo_loss_type: [sigmoid, sft]\ndpo_loss_weights: [1.0, 0.2]",
+         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}, []),
+        ("dpo_loss_type: [robust]\ndpo_label_smoothing: 0.1", {"loss_type": "robust", "label_smoothing": 0.1}, []),
+        ("dpo_loss_type: [robust]", {"loss_type": "sigmoid"}, []),
+        ("dpo_label_smoothing: 0.1", {}, []),
+        ("rpo_alpha: 0.2", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}, []),
+        ("dpo_loss_type: [apo_zero]\ndpo_loss_weights: [2.0]", {}, ["dpo_loss_type", "dpo_loss_weights"]),
+        ("dpo_loss_type: [sigmoid]\ndpo_loss_weights: [1, 2]", {"loss_type": "sigmoid"}, ["dpo_loss_weights"]),
+        ("dpo_use_weighting: true", {}, ["dpo_use_weighting"]),
+        ("precompute_ref_log_probs: true\ndpo_padding_free: true\nmax_prompt_len: 512\nlora_dropout: 0.1", {}, []),
+    ],
+)  # fmt: skip
+def test_axolotl_s_losses_of_pairs_are_carried(
+    tmp_path: Path, lines: str, preference: dict[str, Any], left: list[str]
+) -> None:
+    made = import_text(tmp_path, with_lines(DPO, lines))
+    assert made.job["task_type"] == "preference" and made.job.get("preference", {}) == preference
+    assert sorted(made.left_out) == left and not made.otherwise
+    assert "lora_dropout" not in made.job.get("lora", {}), "TRL switches dropout off"
+
+
+@pytest.mark.parametrize(
+    ("entry", "columns", "said"),
+    [
+        ("type: chat_template.default, field_messages: talk, field_chosen: good, field_rejected: bad",
+         {"messages": "talk", "chosen": "good", "rejected": "bad"}, ""),
+        ("type: chat_template.argilla", {}, ""),
+        ("type: chat_template.default, message_property_mappings: {role: from, content: value}",
+         {"role": "from", "content": "value"}, ""),
+        ("type: chatml.intel", {"instruction": "question"}, "chatml's marks"),
+        ("type: llama3.icr", {"instruction": "input"}, "llama3's marks"),
+        ("type: chatml.prompt_pairs", {"instruction": "prompt"}, "chatml's marks"),
+        ("type: chatml.argilla", {"chosen": "chosen_response", "rejected": "rejected_response"}, "chatml's marks"),
+        ("type: chatml.argilla_chat", {}, "chatml's marks"),
+        ("type: llama3.ultra", {}, "llama3's marks"),
+        ("type: chatml.default", {"instruction": "prompt"}, "the first column of prompt, input"),
+        ("type: passthrough", {}, ""),
+        ("type: {field_prompt: ask, field_chosen: good, field_rejected: bad}",
+         {"prompt": "ask", "chosen": "good", "rejected": "bad"}, ""),
+    ],
+)  # fmt: skip
+def test_axolotl_s_types_of_pairs_are_carried(tmp_path: Path, entry: str, columns: dict[str, str], said: str) -> None:
+    made = import_text(tmp_path, with_lines(DPO, f"datasets: [{{path: o/d, {entry}}}]"))
+    assert made.job["dataset"].get("columns", {}) == columns and not made.left_out
+    assert [said in how for how in made.otherwise.values()] == [True] * bool(said)
+    assert made.job["dataset"].get("format") == ("preference_text" if "field_prompt" in entry else None)
+
+
+def test_what_axolotl_writes_around_a_pair_is_named(tmp_path: Path) -> None:
+    kind = (
+        "{field_prompt: ask, field_system: role, prompt_format: '[INST] {prompt} [/INST]', chosen_format: '{chosen}'}"
+    )
+    made = import_text(tmp_path, with_lines(DPO, f"datasets: [{{path: o/d, type: {kind}}}]"))
+    assert made.job["dataset"]["columns"] == {"instruction": "ask", "system": "role"}
+    assert "chat template" in made.left_out["datasets[0].type"]
+    ranked = import_text(tmp_path, with_lines(DPO, "datasets: [{path: o/d, type: zephyr.nectar}]"))
+    assert "chosen and rejected" in ranked.left_out["datasets[0].type"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "preference", "left", "otherwise"),
+    [
+        ("", {}, [], []),
+        ("pref_loss: sigmoid\npref_beta: 0.2", {"loss_type": "sigmoid", "beta": 0.2}, [], []),
+        ("pref_loss: hinge\nlora_dropout: 0.1\npacking: true", {"loss_type": "hinge"}, [], []),
+        ("pref_loss: ipo\nsimpo_gamma: 1.0", {"loss_type": "ipo"}, [], []),
+        ("pref_loss: simpo\nsimpo_gamma: 1.0", {"loss_type": "simpo", "simpo_gamma": 1.0}, [], []),
+        ("pref_loss: orpo", {"loss_type": "orpo"}, [], ["pref_loss"]),
+        ("pref_loss: orpo\npref_ftx: 0.2", {"loss_type": "orpo"}, ["pref_ftx"], ["pref_loss"]),
+        ("pref_ftx: 0.2", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}, [], ["pref_ftx"]),
+        ("pref_ftx: 0.0", {}, [], []),
+        ("pref_loss: kto_pair", {}, ["pref_loss"], []),
+        ("dpo_label_smoothing: 0.1", {}, ["dpo_label_smoothing"], []),
+        ("ref_model: a/c\nld_alpha: 0.5\npref_bco_weight: 0.1", {}, ["ld_alpha", "pref_bco_weight", "ref_model"], []),
+    ],
+)  # fmt: skip
+def test_llama_factory_s_losses_of_pairs_are_carried(
+    tmp_path: Path, lines: str, preference: dict[str, Any], left: list[str], otherwise: list[str]
+) -> None:
+    made = import_text(tmp_path, with_lines(FACTORY, f"stage: dpo\n{lines}"), RANKED)
+    assert made.job["task_type"] == "preference" and made.job.get("preference", {}) == preference
+    assert sorted(made.left_out) == left
+    assert sorted(made.otherwise.keys() & {"pref_loss", "pref_ftx"}) == otherwise
+    assert "lora_dropout" not in made.job["lora"] and "packing" not in made.job["training"]
+    assert made.job["training"]["learning_rate"] == 5e-5, "its default, not the kind's"
+
+
+@pytest.mark.parametrize(
+    ("entry", "columns"),
+    [
+        (RANKED, {}),
+        ({**RANKED, "columns": {"prompt": "ask", "query": "", "chosen": "good", "rejected": "bad"}},
+         {"instruction": "ask", "chosen": "good", "rejected": "bad"}),
+        ({**RANKED, "formatting": "sharegpt"}, {}),
+        ({**RANKED, "formatting": "sharegpt", "columns": {"messages": "talk", "chosen": "good", "rejected": "bad"},
+          "tags": {"role_tag": "role", "content_tag": "content"}},
+         {"messages": "talk", "chosen": "good", "rejected": "bad"}),
+    ],
+)  # fmt: skip
+def test_a_listing_s_pairs_are_read_by_their_names(
+    tmp_path: Path, entry: dict[str, Any], columns: dict[str, str]
+) -> None:
+    made = import_text(tmp_path, with_lines(FACTORY, "stage: dpo"), entry)
+    assert made.job["dataset"].get("columns", {}) == columns and not made.left_out
 
 
 def import_text(folder: Path, text: str, entry: dict[str, Any] | None = None) -> Imported:

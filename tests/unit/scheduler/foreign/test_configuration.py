@@ -103,6 +103,35 @@ loraplus_lr_ratio: 16.0
 """
 
 
+AXOLOTL_PAIRS = """
+base_model: org/small-1b
+adapter: lora
+rl: dpo
+dpo_loss_type: [robust, sft]
+dpo_loss_weights: [1.0, 0.5]
+dpo_label_smoothing: 0.1
+rl_beta: 0.2
+trl: {beta: 0.3}
+cpo_alpha: 0.5
+simpo_gamma: 1.0
+sample_packing: true
+datasets:
+  - {path: o/d, type: chatml.intel, field_chosen: good}
+  - {path: o/e, type: {field_prompt: ask, prompt_format: "{prompt}"}}
+"""
+
+FACTORY_PAIRS = """
+model_name_or_path: org/small-1b
+stage: dpo
+pref_loss: simpo
+pref_beta: 2.0
+pref_ftx: 0.5
+simpo_gamma: 1.0
+dpo_label_smoothing: 0.1
+dataset: pairs
+"""
+
+
 def test_an_axolotl_file_becomes_a_job_and_every_key_is_accounted_for(tmp_path: Path) -> None:
     (tmp_path / "tickets.jsonl").write_text("{}\n")
     told, spec = imported(tmp_path, AXOLOTL)
@@ -360,9 +389,9 @@ def test_the_job_file_is_printed_and_the_account_stands_beside_it(tmp_path: Path
     ("text", "sentence"),
     [
         ("base_model: a/b\ndatasets: [{path: o/d}]\n", "trains all weights"),
-        ("base_model: a/b\nrl: dpo\nadapter: lora\ndatasets: [{path: o/d}]\n", "has rl"),
+        ("base_model: a/b\nrl: kto\nadapter: lora\ndatasets: [{path: o/d}]\n", "has rl: kto"),
         ("base_model: a/b\nadapter: lora\ndatasets: []\n", "names no data set"),
-        ("model_name_or_path: a/b\nstage: dpo\n", "has stage: dpo"),
+        ("model_name_or_path: a/b\nstage: kto\n", "has stage: kto"),
         ("model_name_or_path: a/b\nfinetuning_type: full\ndataset: d\n", "finetuning_type: full"),
         ("model_name_or_path: a/b\n", "names no data set"),
         ("name: job\n", "neither Axolotl's nor LLaMA-Factory's"),
@@ -383,7 +412,7 @@ ANYTHING = st.recursive(
 
 
 @settings(max_examples=examples(300), suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), text=st.sampled_from([AXOLOTL, FACTORY]))
+@given(data=st.data(), text=st.sampled_from([AXOLOTL, FACTORY, AXOLOTL_PAIRS, FACTORY_PAIRS]))
 def test_whatever_a_setting_holds_it_is_carried_left_out_or_refused(
     tmp_path: Path, data: st.DataObject, text: str
 ) -> None:
