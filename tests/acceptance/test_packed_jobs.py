@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -31,35 +34,59 @@ def _job(folder: Path, steps: int) -> Path:
     return folder / "packed.yaml"
 
 
+def _job_on_pairs(folder: Path, steps: int) -> Path:
+    rows = [
+        {"prompt": f"item {n} is", "chosen": f" number {3 * n} and good", "rejected": f" bad {n % 7} and worse"}
+        for n in range(60)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "pairs.yaml").write_text(
+        f"name: pairs\nbase_model: {folder / 'model'}\nmethod: lora\ntask_type: preference\n"
+        "dataset: {path: pairs.jsonl, max_length: 128, test_size: 0.1}\nlora: {r: 4}\n"
+        f"training: {{max_steps: {steps}, per_device_train_batch_size: 2, gradient_accumulation_steps: 1, "
+        "save_steps: 20, logging_steps: 5}\nevaluation: {samples: 1, max_new_tokens: 4}\n"
+    )
+    return folder / "pairs.yaml"
+
+
 @pytest.mark.cold
 @pytest.mark.long
-def test_a_sweep_trains_in_one_process_and_a_killed_one_gives_its_jobs_back(
+def test_jobs_train_in_one_process_which_is_killed_three_times_and_gives_them_back(
     make_cli: Callable[..., Cli], tmp_path: Path
 ) -> None:
+    """A sweep of two on answers, and a job on pairs, which the same base serves."""
     cli, lines = make_cli(), list[str]()
-    job = _job(tmp_path, steps=300)
+    job, pairs = _job(tmp_path, steps=300), _job_on_pairs(tmp_path, steps=300)
     cli("sweep", job, "--set", "training.seed=1,2")
+    cli("submit", pairs)
     worker = cli.start("worker", "--keep-warm", "5min")
     assert worker.stdout
     out = worker.stdout
     threading.Thread(target=lambda: lines.extend(out), daemon=True).start()
     try:
-        until_job(cli, 1, lambda job: job.step and job.step > 1, seconds=120)
-        until_job(cli, 2, lambda job: job.checkpoint is not None, seconds=120)
-        (host,) = _trainers(worker.pid)
+        for attempt in (1, 2, 3):
+            for number in (1, 2, 3):
+                until_job(cli, number, partial(_has_gone_on, attempt), seconds=240)
+            (host,) = _trainers(worker.pid)
+            os.kill(host, signal.SIGKILL)
         assert "joins the trainer" in cli("logs", 2).stdout
-        os.kill(host, signal.SIGKILL)
-        jobs = [until_job(cli, n, lambda job: job.status == "succeeded", seconds=PATIENCE_S) for n in (1, 2)]
-        assert [(job.retries_used, job.attempt) for job in jobs] == [(0, 2), (0, 2)], "\n".join(lines)
-        assert "shared its trainer with another job" in cli("show", 1).stdout
+        jobs = [until_job(cli, n, lambda job: job.status == "succeeded", seconds=PATIENCE_S) for n in (1, 2, 3)]
+        assert [(job.retries_used, job.attempt) for job in jobs] == [(0, 4)] * 3, "\n".join(lines)
+        assert "shared its trainer with other jobs" in cli("show", 1).stdout
         for seed in (1, 2):
             cli("submit", job, f"--set=training.seed={seed}", "--set=resources.exclusive=true")
-        for seed, ours in zip((3, 4), jobs, strict=True):
-            alone = until_job(cli, seed, lambda job: job.status == "succeeded", seconds=PATIENCE_S)
+        cli("submit", pairs, "--set=resources.exclusive=true")
+        for number, ours in zip((4, 5, 6), jobs, strict=True):
+            alone = until_job(cli, number, lambda job: job.status == "succeeded", seconds=PATIENCE_S)
             assert _weights(alone.adapter_uri) == _weights(ours.adapter_uri)
     finally:
         worker.kill()
         worker.wait()
+
+
+def _has_gone_on(attempt: int, job: Any) -> bool:
+    """Whether an attempt has stored a checkpoint, and the next steps were lost with it."""
+    return job.attempt == attempt and job.step is not None and job.step > 25 * attempt and job.checkpoint is not None
 
 
 def _trainers(worker: int) -> list[int]:

@@ -370,6 +370,11 @@ ELSEWHERE = {
     "dataset.eval_split": "tests/integration/test_sources.py",
     "dataset.final_path": "tests/integration/test_evaluation.py",
     "dataset.final_size": "tests/integration/test_preparation.py",
+    "preference.loss_type": "tests/integration/test_preferences.py",
+    "preference.loss_weights": "tests/integration/test_preferences.py",
+    "preference.beta": "tests/integration/test_preferences.py",
+    "preference.label_smoothing": "tests/integration/test_preferences.py",
+    "preference.simpo_gamma": "tests/integration/test_preferences.py",
 }
 """Keys whose effect another file's tests show."""
 

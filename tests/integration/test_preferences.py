@@ -181,14 +181,15 @@ def by_hand(name: str, asked: PreferenceSpec, logp: torch.Tensor) -> torch.Tenso
         return ((0.9 * right - 0.1 * wrong) / 0.8).sum()
     chosen, rejected = (each.mean(-1)).unbind(1)
     if name == "simpo":
-        return -F.logsigmoid(beta * (chosen - rejected) - 0.5).sum()
+        return -F.logsigmoid(beta * (chosen - rejected) - 0.7).sum()
     odds = torch.log(chosen.exp() / (1 - chosen.exp())) - torch.log(rejected.exp() / (1 - rejected.exp()))
     return (-beta * F.logsigmoid(odds)).sum() - 3 * chosen.mean()
 
 
 @pytest.mark.parametrize("name", ["sigmoid", "hinge", "ipo", "robust", "simpo", "orpo"])
 def test_a_loss_is_its_paper_s(name: str) -> None:
-    asked = PreferenceSpec(loss_type=name, beta=0.4, label_smoothing=0.1 if name == "robust" else 0.0)
+    smoothing = 0.1 if name == "robust" else 0.0
+    asked = PreferenceSpec(loss_type=name, beta=0.4, label_smoothing=smoothing, simpo_gamma=0.7)
     rows = rows_of(3)
     tokens = LearnedTokens.of(rows, torch.device("cpu"))
     logp = (-torch.rand(3 * 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.1).requires_grad_()
@@ -197,3 +198,17 @@ def test_a_loss_is_its_paper_s(name: str) -> None:
     assert float(found) == pytest.approx(float(expected), rel=1e-6)
     slopes = [torch.autograd.grad(value, logp, retain_graph=True)[0] for value in (found, expected)]
     assert torch.allclose(*slopes, rtol=1e-6)
+
+
+def test_several_losses_are_added_by_their_weights() -> None:
+    rows = rows_of(3)
+    tokens = LearnedTokens.of(rows, torch.device("cpu"))
+    logp = -torch.rand(3 * 16, generator=torch.Generator().manual_seed(1))
+
+    def loss(*names: str, weights: list[float] | None = None) -> float:
+        asked = PreferenceSpec(loss_type=list(names), loss_weights=weights)
+        return float(PairLoss(asked, Known()).summed(logp, tokens))
+
+    answers = -3 * float(logp.view(3, 2, 8)[:, 0].mean())
+    assert loss("sigmoid", "sft", weights=[1.0, 0.5]) == pytest.approx(loss("sigmoid") + 0.5 * answers)
+    assert loss("hinge", "ipo", weights=[2.0, 3.0]) == pytest.approx(2 * loss("hinge") + 3 * loss("ipo"))
