@@ -19,7 +19,7 @@ from ..models import make_tiny_model, write_helpdesk
 from ..waiting import until_job
 
 PATIENCE_S = 900
-"""For 2,000 steps of three jobs, beside other work on two cores."""
+"""For 2,000 steps of two jobs, beside other work on two cores."""
 
 
 def _job(folder: Path, steps: int) -> Path:
@@ -54,10 +54,10 @@ def _job_on_pairs(folder: Path, steps: int) -> Path:
 def test_jobs_train_in_one_process_which_is_killed_three_times_and_gives_them_back(
     make_cli: Callable[..., Cli], tmp_path: Path
 ) -> None:
-    """A sweep of two on answers, and a job on pairs, which the same base serves."""
+    """One learns answers and one pairs, on the same base. Whether a third joins hangs on what a pass takes."""
     cli, lines = make_cli(), list[str]()
     job, pairs = _job(tmp_path, steps=2000), _job_on_pairs(tmp_path, steps=2000)
-    cli("sweep", job, "--set", "training.seed=1,2")
+    cli("submit", job)
     cli("submit", pairs)
     worker = cli.start("worker", "--keep-warm", "5min")
     assert worker.stdout
@@ -65,18 +65,17 @@ def test_jobs_train_in_one_process_which_is_killed_three_times_and_gives_them_ba
     threading.Thread(target=lambda: lines.extend(out), daemon=True).start()
     try:
         for attempt in (1, 2, 3):
-            for number in (1, 2, 3):
+            for number in (1, 2):
                 until_job(cli, number, partial(_has_gone_on, attempt), seconds=240)
             (host,) = _trainers(worker.pid)
             os.kill(host, signal.SIGKILL)
         assert "joins the trainer" in cli("logs", 2).stdout
-        jobs = [until_job(cli, n, lambda job: job.status == "succeeded", seconds=PATIENCE_S) for n in (1, 2, 3)]
-        assert [(job.retries_used, job.attempt) for job in jobs] == [(0, 4)] * 3, "\n".join(lines)
-        assert "shared its trainer with other jobs" in cli("show", 1).stdout
-        for seed in (1, 2):
-            cli("submit", job, f"--set=training.seed={seed}", "--set=resources.exclusive=true")
-        cli("submit", pairs, "--set=resources.exclusive=true")
-        for number, ours in zip((4, 5, 6), jobs, strict=True):
+        jobs = [until_job(cli, n, lambda job: job.status == "succeeded", seconds=PATIENCE_S) for n in (1, 2)]
+        assert [(job.retries_used, job.attempt) for job in jobs] == [(0, 4)] * 2, "\n".join(lines)
+        assert "shared its trainer with another job" in cli("show", 1).stdout
+        for file in (job, pairs):
+            cli("submit", file, "--set=resources.exclusive=true")
+        for number, ours in zip((3, 4), jobs, strict=True):
             alone = until_job(cli, number, lambda job: job.status == "succeeded", seconds=PATIENCE_S)
             assert _weights(alone.adapter_uri) == _weights(ours.adapter_uri)
     finally:
