@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from loractl.common.job.preference import PreferenceSpec
 from loractl.common.memory.step import HEAD_CHUNK
 from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.base.learner import Learner
@@ -27,6 +28,7 @@ from loractl.worker.engine.loss import (
     learned_in,
 )
 from loractl.worker.engine.optimizer import ScaledOptimizer
+from loractl.worker.engine.pairs import PairLoss
 from loractl.worker.engine.passes.choice import forward_pass, shared_base
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
@@ -165,6 +167,16 @@ def test_a_loss_of_pairs_is_learned_as_autograd_learns_it_from_all_logits(way: C
     near({name: len(rows) * gradient for name, gradient in ours.items()}, theirs)
     with evaluating(forward.model):
         assert forward.held_out_loss(rows) == pytest.approx(total, rel=1e-6)
+
+
+@pytest.mark.parametrize("way", [lean, shared, padded])
+def test_held_out_pairs_have_the_same_loss_in_batches_of_any_size(way: Callable[[TokenLoss], Any]) -> None:
+    """Also the term for their answers, which a step takes the mean of over its micro-batch."""
+    rows = pairs(5)
+    forward = way(PairLoss(PreferenceSpec(loss_type=["simpo", "sft"])))
+    with evaluating(forward.model):
+        alone = [forward.held_out_loss([row]) for row in rows]
+        assert forward.held_out_loss(rows) == pytest.approx(sum(alone), rel=1e-6)
 
 
 def test_a_job_s_pass_learns_by_the_loss_that_it_is_given() -> None:

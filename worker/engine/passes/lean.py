@@ -297,7 +297,7 @@ class LeanPass:
         mode."""
         losses = [scored.losses for scored in self.scores(rows)]
         if isinstance(self.loss, BentLoss) and losses:
-            return float(self.loss.summed(-torch.cat(losses), LearnedTokens.of(rows, self.device)))
+            return float(self.loss.held_out.summed(-torch.cat(losses), LearnedTokens.of(rows, self.device)))
         return sum(float(some.double().sum()) for some in losses)
 
     def scores(self, rows: Sequence[TokenRow]) -> list[ScoredTokens]:
