@@ -212,3 +212,14 @@ def test_several_losses_are_added_by_their_weights() -> None:
     answers = -3 * float(logp.view(3, 2, 8)[:, 0].mean())
     assert loss("sigmoid", "sft", weights=[1.0, 0.5]) == pytest.approx(loss("sigmoid") + 0.5 * answers)
     assert loss("hinge", "ipo", weights=[2.0, 3.0]) == pytest.approx(2 * loss("hinge") + 3 * loss("ipo"))
+
+
+def test_orpo_learns_on_where_an_answer_is_certain() -> None:
+    """Short answers that are known by heart have a probability of 1 in fp32, whose odds are infinite."""
+    tokens = LearnedTokens.of(rows_of(3), torch.device("cpu"))
+    logp = torch.full((3 * 16,), -1.0)
+    logp[:8], logp[24:32] = 0.0, 0.0  # the first row's chosen answer, and the second one's rejected one
+    value = PairLoss(PreferenceSpec(loss_type="orpo")).summed(logp.requires_grad_(), tokens)
+    value.backward()
+    assert torch.isfinite(value)
+    assert logp.grad is not None and bool(torch.isfinite(logp.grad).all())

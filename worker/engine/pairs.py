@@ -95,9 +95,17 @@ def _simpo(asked: PreferenceSpec, pairs: Pairs, reference: Pairs) -> torch.Tenso
 
 def _orpo(asked: PreferenceSpec, pairs: Pairs, reference: Pairs) -> torch.Tensor:
     """The odds ratio's part (its equations 4 and 7); the answers' own is a term for answers."""
-    chosen, rejected = pairs.chosen / pairs.chosen_tokens, pairs.rejected / pairs.rejected_tokens
+    # a certain answer has infinite odds, whose slope is no number
+    chosen, rejected = (
+        (each / tokens).clamp(max=-_LEAST)
+        for each, tokens in ((pairs.chosen, pairs.chosen_tokens), (pairs.rejected, pairs.rejected_tokens))
+    )
     odds = (chosen - rejected) - (_log_of_rest(chosen) - _log_of_rest(rejected))
     return -asked.beta * F.logsigmoid(odds)
+
+
+_LEAST = torch.finfo(torch.float32).eps
+"""The mean log-probability of a token, below zero, from which on an answer counts as certain."""
 
 
 def _log_of_rest(log_probability: torch.Tensor) -> torch.Tensor:
