@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +16,18 @@ import torch.nn.functional as F
 from loractl.common.job.preference import PreferenceSpec
 from loractl.common.job.sections import DataFormat
 from loractl.common.job.status import Reason
+from loractl.worker.base.learner import Learner
 from loractl.worker.data.forms import form_of
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import LearnedTokens
 from loractl.worker.engine.pairs import PairLoss
 from loractl.worker.protocol.messages import Opened, Start, Stepped
+from loractl.worker.training.reference import FrozenReference
 
 from .conftest import Recipe
+from .test_engine import PAD
+from .test_lean import FP32, adapted, base_of, spec_of
+from .test_loss import pairs as answer_pairs
 from .test_members import LONG, Process, weights
 
 PAIRS: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 2e-3}
@@ -223,3 +229,15 @@ def test_orpo_learns_on_where_an_answer_is_certain() -> None:
     value.backward()
     assert torch.isfinite(value)
     assert logp.grad is not None and bool(torch.isfinite(logp.grad).all())
+
+
+def test_a_padded_pair_s_reference_does_not_depend_on_the_pairs_beside_it() -> None:
+    """Else a training that goes on after a stop, or meets what another one knows, would leave another adapter."""
+    model, rows = adapted(base_of("Llama"), spec_of()), answer_pairs(12)
+    tokenizer = SimpleNamespace(pad_token_id=PAD, eos_token_id=2)
+    learner = Learner(model=model, tokenizer=tokenizer, precision=FP32)
+    together, alone = FrozenReference(learner, {}), FrozenReference(learner, {})
+    together.meet(rows)
+    for row in rows:
+        alone.meet([row])
+    assert [together.of(row) for row in rows] == [alone.of(row) for row in rows]

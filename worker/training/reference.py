@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from loractl.worker.base.learner import Learner
 from loractl.worker.data.forms import form_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.pairs import Pairs, Sizes
-from loractl.worker.evaluation.losses import score_rows
+from loractl.worker.evaluation.losses import RowScores, score_rows
 
 Known = dict[bytes, tuple[float, float]]
 """Summed log-probabilities of a pair's answers, chosen and rejected, by what the row is."""
@@ -40,13 +41,18 @@ class FrozenReference:
         if not new:
             return
         learner, form = self._learner, form_of(DataFormat.PREFERENCE)
-        texts = [text for row in new.values() for text in form.texts(row)]
+        texts = [form.texts(row) for row in new.values()]
+        # padding rounds otherwise with other pairs beside: what is known would depend on who met a pair first
+        groups = texts if learner.scorer is None else [tuple(itertools.chain(*texts))]
+        sums = list[float]()
         with random_streams_kept(), self._as_it_was(), whole_modules(learner.model, learner.precision.base):
-            scores = score_rows(
-                learner.model, learner.tokenizer, texts, len(texts), scorer=learner.scorer, run=lambda piece: piece()
-            )
-        sums = iter((-scores.loss).tolist())
-        self._known.update({key: (next(sums), next(sums)) for key in new})
+            for group in groups:
+                sums += (-self._scored(list(group)).loss).tolist()
+        self._known.update(dict(zip(new, zip(sums[::2], sums[1::2], strict=True), strict=True)))
+
+    def _scored(self, texts: list[TokenRow]) -> RowScores:
+        model, tokenizer, scorer = self._learner.model, self._learner.tokenizer, self._learner.scorer
+        return score_rows(model, tokenizer, texts, len(texts), scorer=scorer, run=lambda piece: piece())
 
     def of(self, row: TokenRow) -> tuple[float, float]:
         return self._known[_key(row)]
