@@ -17,10 +17,10 @@ from loractl.common.job.preference import PreferenceSpec
 from loractl.common.job.sections import DataFormat
 from loractl.common.job.status import Reason
 from loractl.worker.base.learner import Learner
-from loractl.worker.data.forms import form_of
-from loractl.worker.data.tokens import IGNORED, TokenRow
+from loractl.worker.data.forms import form_of, with_prompts
+from loractl.worker.data.tokens import IGNORED, TokenRow, unlearned
 from loractl.worker.engine.loss import LearnedTokens
-from loractl.worker.engine.pairs import PairLoss
+from loractl.worker.engine.pairs import PairLoss, Sizes
 from loractl.worker.protocol.messages import Opened, Start, Stepped
 from loractl.worker.training.reference import FrozenReference
 
@@ -241,3 +241,24 @@ def test_a_padded_pair_s_reference_does_not_depend_on_the_pairs_beside_it() -> N
     for row in rows:
         alone.meet([row])
     assert [together.of(row) for row in rows] == [alone.of(row) for row in rows]
+
+
+def test_orpo_s_prompt_ends_where_the_chosen_answer_begins() -> None:
+    """A token that crosses the border counts as prompt, so that both prompts may have other numbers of tokens."""
+    ids = [5, 6, 40, 41, 5, 6, 7, 50, 51]
+    labels = [IGNORED, IGNORED, 40, 41, IGNORED, IGNORED, IGNORED, 50, 51]
+    row = TokenRow(number=1, input_ids=ids, labels=labels, starts=(4,))
+    (learned,) = with_prompts([row])
+    assert Sizes.of(row) == Sizes(asked=0, chosen=2, rejected=2)
+    assert Sizes.of(learned) == Sizes(asked=1, chosen=2, rejected=2)
+
+
+def test_what_others_say_within_a_chosen_answer_is_learned_by_orpo_no_more_than_by_others() -> None:
+    ids = [5, 6, 40, 8, 9, 42, 5, 6, 50]
+    labels = [IGNORED, IGNORED, 40, IGNORED, IGNORED, 42, IGNORED, IGNORED, 50]
+    row = TokenRow(number=1, input_ids=ids, labels=labels, starts=(6,))
+    (learned,) = with_prompts([row])
+    assert learned.labels == [5, 6, *labels[2:]]
+    assert Sizes.of(learned) == Sizes(asked=1, chosen=2, rejected=1)
+    chosen, _ = form_of(DataFormat.PREFERENCE).texts(row)
+    assert unlearned(chosen).input_ids == [5, 6] == unlearned(chosen).labels, "as the report measures it"

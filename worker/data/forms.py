@@ -10,7 +10,7 @@ from loractl.common.data.example import Example
 from loractl.common.job.sections import DataFormat
 
 from .token_rows import TokenRows
-from .tokens import IGNORED, TokenRow, cut, encode, teaches
+from .tokens import IGNORED, TokenRow, asked_in, cut, encode, teaches
 
 
 class RowForm:
@@ -93,8 +93,8 @@ def with_prompts(rows: Sequence[TokenRow]) -> TokenRows:
     """Pairs of which the chosen answer's prompt is learned, too."""
 
     def learned(row: TokenRow) -> TokenRow:
-        (begin,) = row.starts
-        return replace(row, labels=[*row.input_ids[:begin], *row.labels[begin:]])
+        asked = asked_in(row)
+        return replace(row, labels=[*row.input_ids[:asked], *row.labels[asked:]], asked=asked)
 
     return TokenRows.of(map(learned, rows))
 

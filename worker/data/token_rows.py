@@ -22,8 +22,8 @@ class TokenRows(Sequence[TokenRow]):
     """Rows in their order. Each is made anew when it is asked for.
 
     Columns: `number` and `end` (the place behind its last token) have a value for each row, `input_ids` and `labels`
-    one for each token. `start` has a value for each further example of packed rows, `start_end` and a classifier's
-    `label` one for each row; these are missing where no row has any.
+    one for each token. `start` has a value for each further example of packed rows, `start_end`, a classifier's `label`
+    and a pair's `asked` one for each row; these are missing where no row has any.
     """
 
     def __init__(self, columns: Mapping[str, Column], folder: Path | None = None) -> None:
@@ -34,7 +34,7 @@ class TokenRows(Sequence[TokenRow]):
     def of(cls, rows: Iterable[TokenRow]) -> TokenRows:
         """The columns of these rows, which are looked at once."""
         number, end, ids, labels = array("q"), array("q"), array("i"), array("i")
-        start, start_end, label = array("q"), array("q"), array("q")
+        start, start_end, label, asked = array("q"), array("q"), array("q"), array("q")
         for row in rows:
             number.append(row.number)
             ids.extend(row.input_ids)
@@ -42,11 +42,13 @@ class TokenRows(Sequence[TokenRow]):
             end.append(len(ids))
             start.extend(row.starts)
             start_end.append(len(start))
+            asked.append(row.asked)
             if row.label is not None:
                 label.append(row.label)
         columns = {"number": number, "end": end, "input_ids": ids, "labels": labels}
         columns |= {"start": start, "start_end": start_end} if start else {}
         columns |= {"label": label} if label else {}
+        columns |= {"asked": asked} if any(asked) else {}
         return cls({name: np.asarray(column) for name, column in columns.items()})
 
     @classmethod
@@ -155,6 +157,7 @@ class TokenRows(Sequence[TokenRow]):
             labels=columns["labels"][tokens].tolist(),
             starts=tuple(columns["start"][self._span("start_end", place)].tolist()) if "start" in columns else (),
             label=int(columns["label"][place]) if "label" in columns else None,
+            asked=int(columns["asked"][place]) if "asked" in columns else 0,
         )
 
     def _span(self, ends: str, place: int) -> slice:

@@ -32,6 +32,7 @@ class TokenRow:
     labels: list[int]
     starts: tuple[int, ...] = ()  # of a packed row: where its second and further examples begin
     label: int | None = None  # of a classifier's row: its place in PreparedData.label_names
+    asked: int = 0  # of a pair's row whose prompt is learned, too: tokens before the chosen answer
 
 
 def teaches(row: TokenRow) -> bool:
@@ -44,12 +45,15 @@ def cut(row: TokenRow, most: int) -> TokenRow:
     return replace(row, input_ids=row.input_ids[:most], labels=row.labels[:most])
 
 
+def asked_in(row: TokenRow) -> int:
+    """How many tokens the row has before the first one that is learned."""
+    return next((place for place, label in enumerate(row.labels) if label != IGNORED), len(row.labels))
+
+
 def unlearned(row: TokenRow) -> TokenRow:
-    """The same row up to the last token that is not learned, with all those to be learned and no other."""
-    ids, labels = row.input_ids, row.labels
-    end = max((place + 1 for place, label in enumerate(labels) if label == IGNORED), default=0)
-    given = [token if label == IGNORED else IGNORED for token, label in zip(ids[:end], labels[:end], strict=True)]
-    return replace(row, input_ids=ids[:end], labels=given)
+    """What stands before the row's answer, all of it to be learned."""
+    given = row.input_ids[: asked_in(row)]
+    return replace(row, input_ids=given, labels=given)
 
 
 def encode(example: Example, tokenizer: Any, format: DataFormat) -> list[TokenRow]:

@@ -140,9 +140,7 @@ class Sizes:
         (begin,) = row.starts
         first, second = row.labels[1:begin], row.labels[begin:]
         learned = sum(label != IGNORED for label in first)
-        # where the prompt is learned, too, it ends where the other text's answer begins
-        prompt = next(place for place, label in enumerate(second) if label != IGNORED)
-        asked = prompt - 1 if first[0] != IGNORED else 0
+        asked = max(0, row.asked - 1)  # nothing learns to guess the first one
         return cls(asked=asked, chosen=learned - asked, rejected=sum(label != IGNORED for label in second))
 
 

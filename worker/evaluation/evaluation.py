@@ -150,7 +150,7 @@ class Work:
 
     rows: list[TokenRow]  # of a pair the chosen answer behind its prompt
     rejected: list[TokenRow]  # of a pair the other answer
-    given: list[TokenRow]  # what of `rows` is not learned as an answer, where the loss learns that, too
+    given: list[TokenRow]  # what of `rows` stands before the answer, where the loss learns that, too
     prompts: list[Prompt]
     labels: list[str]
     labelled: list[Prompt]
