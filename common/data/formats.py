@@ -196,7 +196,7 @@ def parse_each(
         DataFormat.TEXT: _text,
         DataFormat.CLASSIFICATION: _classification,
         DataFormat.PREFERENCE: functools.partial(_pair, reading, template),
-        DataFormat.PREFERENCE_TEXT: text_pair,
+        DataFormat.PREFERENCE_TEXT: lambda row, file: text_pair(_heeded(row, reading), file),
     }
     parse, examples, refused = parsers[format], Examples(), list[DataError]()
     for row in rows:
@@ -218,7 +218,7 @@ def _conversation(reading: Reading, column: str, speaker: str, said: str, row: R
 
 
 def _pair(reading: Reading, template: PromptTemplate, row: RawRow, file: str | Path) -> Example:
-    row = replace(row, value={name: value for name, value in row.value.items() if name not in reading.ignore})
+    row = _heeded(row, reading)
     if row.value.get("instruction") is not None and not any(row.value.get(name) for name in ("prompt", *CONVERSATION)):
         heading = "" if template is PromptTemplate.CHAT else INPUT
         asked = [{"role": turn.role, "content": turn.content} for turn in instruction_turns(row, file, heading)]
@@ -232,6 +232,11 @@ def _pair(reading: Reading, template: PromptTemplate, row: RawRow, file: str | P
     sides = [turns(side, messages) for side, messages in zip(SIDES, said.answers, strict=True)]
     count = None if said.asked is None else len(said.asked)
     return conversation_pair(row, file, count, sides, tools_of(row, file) if reading.wants("tools") else "")
+
+
+def _heeded(row: RawRow, reading: Reading) -> RawRow:
+    """A pair's row without what is to be ignored: a prompt may stand in its answers."""
+    return replace(row, value={name: value for name, value in row.value.items() if name not in reading.ignore})
 
 
 def tools_of(row: RawRow, file: str | Path) -> str:

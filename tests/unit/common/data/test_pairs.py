@@ -275,6 +275,12 @@ def test_the_prompt_in_the_answers_is_taken_where_the_other_is_ignored() -> None
     assert learned(row, ignore=["prompt"]).turns == TURNS
 
 
+def test_the_prompt_in_plain_answers_is_taken_where_the_other_is_ignored() -> None:
+    row = {"prompt": "row 7", "chosen": "Human: How? Assistant: So.", "rejected": "Human: How? Assistant: Why ask?"}
+    found = learned(row, ignore=["prompt"])
+    assert (found.prompt, found.text) == ("Human: How? Assistant:", row["chosen"])
+
+
 @pytest.mark.parametrize(
     ("row", "name"),
     [
