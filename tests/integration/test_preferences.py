@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,9 @@ from loractl.worker.data.forms import form_of, with_prompts
 from loractl.worker.data.tokens import IGNORED, TokenRow, unlearned
 from loractl.worker.engine.loss import LearnedTokens
 from loractl.worker.engine.pairs import PairLoss, Sizes
+from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.protocol.messages import Opened, Start, Stepped
+from loractl.worker.training.kinds.known import trained_kind
 from loractl.worker.training.reference import FrozenReference
 
 from .conftest import Recipe
@@ -262,3 +265,22 @@ def test_what_others_say_within_a_chosen_answer_is_learned_by_orpo_no_more_than_
     assert Sizes.of(learned) == Sizes(asked=1, chosen=2, rejected=1)
     chosen, _ = form_of(DataFormat.PREFERENCE).texts(row)
     assert unlearned(chosen).input_ids == [5, 6] == unlearned(chosen).labels, "as the report measures it"
+
+
+def test_a_reference_is_shared_by_those_that_compute_alike() -> None:
+    """Padded rows round otherwise, and a job with NEFTune has such on the same base."""
+    model, rows = adapted(base_of("Llama"), spec_of()), answer_pairs(12)
+    padded = Learner(model=model, tokenizer=SimpleNamespace(pad_token_id=PAD, eos_token_id=2), precision=FP32)
+    lean = replace(padded, scorer=LeanPass(model, FP32))
+    kind, asked = trained_kind(spec_of(task_type="preference")), PreferenceSpec()
+
+    def met(learner: Learner, found: dict[str, dict[Any, Any]]) -> dict[Any, Any]:
+        loss = PairLoss(asked)
+        kind.refer(loss, learner, lambda what: found.setdefault(what, {}), begun=False)
+        loss.meet(rows)
+        return {row.number: loss.reference.of(row) for row in rows if loss.reference is not None}
+
+    shared = dict[str, dict[Any, Any]]()
+    assert met(padded, shared) == met(padded, shared)
+    assert len(shared) == 1
+    assert met(lean, shared) == met(lean, {}) != met(padded, {})

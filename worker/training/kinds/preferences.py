@@ -33,7 +33,8 @@ class TrainedPreferences(TrainedAnswers):
         if not loss.asked.has_reference:
             return
         weights = [p.detach().clone() for p in learner.model.parameters() if p.requires_grad] if begun else None
-        loss.reference = FrozenReference(learner, known("reference of pairs"), weights)
+        question = f"reference of pairs, by {type(learner.scorer).__name__}"  # which rounds in its own way
+        loss.reference = FrozenReference(learner, known(question), weights)
 
     def score(self, learner: Learner, rows: list[TokenRow]) -> None:
         # an evaluation's batch has as many answers as this one has pairs: at worst the longest ones
