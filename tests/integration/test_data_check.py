@@ -154,6 +154,8 @@ CASES = [
     Case("overlap", "error", preferred(), PAIRS, held_out=[two(f"queue {n} of many", "a", "b") for n in range(9)]),
     Case("too long", "error", preferred(), {**PAIRS, "dataset": {"max_length": 20, "on_overflow": "error"}}),
     Case("no learned token", "error", preferred(), {**PAIRS, "dataset": {"max_length": 8}}),
+    Case("no learned token", "error", preferred(two("what?", "queue " * 90 + "yes", "queue " * 90 + "no")),
+         {**PAIRS, "dataset": {"max_length": 64}}, held_out=other_pairs(), marked=(41,)),
     # what is trained on, and was hardly meant
     Case("length bias", "warning", [two(f"queue {n}", f"it is of {n}", "no") for n in range(40)], PAIRS),
     Case("duplicate rows", "warning",

@@ -16,6 +16,9 @@ from .tokens import IGNORED, TokenRow, asked_in, cut, encode, teaches
 class RowForm:
     """Conversations, and texts of which all or the end is learned."""
 
+    lesson = "token"
+    """What a row that is cut too early has none of."""
+
     def __init__(self, format: DataFormat) -> None:
         self._format = format
 
@@ -38,6 +41,10 @@ class RowForm:
     def teaches(self, row: TokenRow) -> bool:
         """Whether it can be learned from."""
         return all(map(teaches, self.texts(row)))
+
+    def survives(self, row: TokenRow) -> bool:
+        """The same of a row that was cut."""
+        return self.teaches(row)
 
     def length(self, row: TokenRow) -> int:
         """Tokens of its longest text."""
@@ -66,6 +73,8 @@ class PairForm(RowForm):
     """Pairs: both answers, each behind its prompt, in one row, so that nothing separates them. The chosen one is first,
     and the other begins at the row's only start."""
 
+    lesson = "difference between two answers"
+
     def encode(self, example: Example, tokenizer: Any) -> list[TokenRow]:
         chosen, rejected = (encode(one, tokenizer, self._format)[-1] for one in example.sides)
         return [_pair_of(chosen, rejected)]
@@ -78,6 +87,10 @@ class PairForm(RowForm):
         (begin,) = row.starts
         chosen = replace(row, input_ids=row.input_ids[:begin], labels=row.labels[:begin], starts=())
         return chosen, replace(row, input_ids=row.input_ids[begin:], labels=row.labels[begin:], starts=())
+
+    def survives(self, row: TokenRow) -> bool:
+        chosen, rejected = self.texts(row)
+        return self.teaches(row) and chosen.input_ids != rejected.input_ids  # answers may begin alike
 
 
 def _pair_of(chosen: TokenRow, rejected: TokenRow) -> TokenRow:

@@ -115,7 +115,7 @@ class TokenLook:
         for numbers in (self._doubled, self._open_ended, self._strange, self._beyond, self._long_answers):
             if any(numbers is one for one in found):
                 numbers.append(number)
-        if all(form.length(row) > most and not form.teaches(form.shortened(row, most)) for row in rows):
+        if all(form.length(row) > most and not form.survives(form.shortened(row, most)) for row in rows):
             self._empty.append(number)
 
     def _faults(self, row: TokenRow) -> list[tuple[array[int], bool]]:
@@ -173,7 +173,7 @@ class TokenLook:
             text = f"{{n}} left out, with more than dataset.max_length ({most}) tokens"
             return _about_each("warning", "too long, left out", text, too_long, hint)
         empty = tuple(look._empty for look in looks)
-        text = f"{{n}} with no token to learn within dataset.max_length ({most})"
+        text = f"{{n}} with no {form_of(dataset.format).lesson} to learn within dataset.max_length ({most})"
         findings = _about_each("error", "no learned token", text, empty, hint)
         cut = [sorted(set(numbers) - set(untaught)) for numbers, untaught in zip(too_long, empty, strict=True)]
         share = 100 * sum(look._cut for look in looks) / max(1, sum(look._tokens for look in looks))

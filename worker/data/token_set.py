@@ -161,11 +161,12 @@ class _Fitting:
                     continue
                 rows = [form.cut(row, example, self.tokenizer, dataset.max_length) for row in rows]
                 self.truncated += 1
-            rows = [row for row in rows if form.teaches(row)]
+            teaches = form.teaches if longest <= dataset.max_length else form.survives
+            rows = list(filter(teaches, rows))
             if not rows:
                 raise DataError(
                     file,
-                    f"has no token to learn within dataset.max_length ({dataset.max_length})",
+                    f"has no {form.lesson} to learn within dataset.max_length ({dataset.max_length})",
                     row=example.number,
                     hint="raise dataset.max_length, or set dataset.on_overflow: drop",
                 )
