@@ -47,7 +47,9 @@ class Preferences(TaskKind):
     def loss_by(self, spec: Mapping[str, Any], begun_from: str | None) -> Any:
         """Its terms and their numbers, and what it is measured from."""
         asked = PreferenceSpec.model_construct(**(spec.get("preference") or {}))
-        return asked.model_dump(), begun_from if asked.has_reference else None
+        said = asked.model_dump() | {"loss_type": asked.losses, "loss_weights": asked.weights}  # however it is written
+        reference = [spec.get("base_model"), spec.get("revision"), begun_from]
+        return said, reference if asked.has_reference else None
 
     def unfit(self, spec: Sections) -> Iterator[str]:
         asked, training = spec.preference, spec.training

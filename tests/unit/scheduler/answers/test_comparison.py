@@ -117,9 +117,9 @@ def test_jobs_on_other_rows_are_not_compared_row_by_row() -> None:
     assert "other held-out rows" in comparison_text(order, SCREEN)
 
 
-def of_pairs(job_id: int, mean: float, begun_from: str = "", **preference: Any) -> FinishedJob:
+def of_pairs(job_id: int, mean: float, begun_from: str = "", base: str = "m", **preference: Any) -> FinishedJob:
     """A job that learned from pairs: a row is a pair, of weight 1."""
-    made = job(job_id, noisy(mean, 0.2), task_type="preference", preference=preference)
+    made = job(job_id, noisy(mean, 0.2), task_type="preference", base_model=base, preference=preference)
     evaluation = made.report["evaluation"]
     evaluation["row_losses"] = [[n, 1, base / w, tuned / w] for n, w, base, tuned in evaluation["row_losses"]]
     share = {"name": "preference_accuracy", "label": "preference accuracy", "unit": "%", "tuned": 50.0 + 10 * job_id}
@@ -144,8 +144,10 @@ def test_pairs_are_compared_pair_by_pair_and_told_with_the_share_that_is_preferr
         ({"beta": 0.1}, {"beta": 0.5}, False), ({"loss_type": "ipo"}, {"loss_type": ["ipo", "sft"]}, False),
         ({"begun_from": "a"}, {"begun_from": "b"}, False), ({}, {"begun_from": "b"}, False),
         ({"begun_from": "a", "loss_type": "simpo"}, {"begun_from": "b", "loss_type": "simpo"}, True),
+        ({"base": "m"}, {"base": "n"}, False), ({"base": "n", "loss_type": "simpo"}, {"loss_type": "simpo"}, True),
+        ({"loss_type": "ipo"}, {"loss_type": ["ipo"], "loss_weights": [1.0]}, True),
     ],
-    ids=["beta", "terms", "other references", "base and adapter", "no reference"],
+    ids=["beta", "terms", "other references", "base and adapter", "no reference", "other bases", "no base", "written"],
 )  # fmt: skip
 def test_losses_of_pairs_that_are_not_one_measure_are_not_compared(
     first: dict[str, Any], second: dict[str, Any], alike: bool
