@@ -79,4 +79,6 @@ class PreferenceSpec(Section):
     def _one_weight_each(self) -> PreferenceSpec:
         if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
             raise ValueError(f"loss_weights has {len(self.loss_weights)} for {len(self.losses)} of loss_type")
+        if not any(self.weights):
+            raise ValueError("loss_weights are 0, all of them: nothing would be learned")
         return self

@@ -622,6 +622,7 @@ def test_a_value_that_others_have_by_default_stays_when_another_key_changes(tmp_
         ("preference: {loss_type: []}", "preference.loss_type", "is empty; write a loss like sigmoid"),
         ("preference: {loss_type: [sigmoid, kto]}", "preference.loss_type", '"kto" is not one of sigmoid, ipo'),
         ("preference: {loss_weights: [1, 2]}", "preference", "loss_weights has 2 for 1 of loss_type"),
+        ("preference: {loss_weights: [0]}", "preference", "loss_weights are 0, all of them: nothing would be learned"),
         ("preference: {loss_weights: [-1]}", "preference.loss_weights.0", "-1 must be at least 0"),
         ("preference: {label_smoothing: 0.1}", "preference.label_smoothing", "is for robust and simpo"),
         ("preference: {loss_type: robust}", "preference.label_smoothing", "robust needs the share of pairs"),
