@@ -145,6 +145,10 @@ ACCURACIES = frozenset({"preference_accuracy", "new_rows_preference_accuracy"})
 MIN_TURNED = 6
 """So many pairs must have turned: fewer turn one way all of them, by chance, more often than one time in twenty."""
 
+SPOILT = 1.0
+"""Nats a token from which on the chosen answers' own loss decides, too: each of their tokens is e times less likely. A
+margin grows as well where both answers become unlikely and the rejected one more so."""
+
 OTHER_LENGTH = 1.5
 """From this ratio on, one sees that answers became longer, or shorter."""
 
@@ -194,7 +198,13 @@ def report_verdict(
     opposite = {"better": "worse", "worse": "better"}.get(reading)
     against = [metric for metric in of.judges if metric["reading"] == opposite]
     unsure = [metric for metric in metrics if _points_down(metric)] if reading == "better" else []
-    if against:
+    spoilt = named.get("chosen_loss", {})
+    if reading == "better" and spoilt.get("reading") == "worse" and spoilt["change"] >= SPOILT:
+        reading, short, shown = "mixed", "better preferences, spoilt answers", written(spoilt)
+        cost = f"the chosen answers' own loss rose, {shown.base} -> {shown.tuned} nats a token"
+        sentence = f"Better preferences than {base}'s, but spoilt answers: {measured}; {cost}."
+        against = [*against, spoilt]
+    elif against:
         reading, short = "mixed", f"{reading} loss, {opposite} {of.what}"
         told = [_told(more)] if (more := [metric for metric in against if metric is not accuracy]) else []
         sentence = f"{short.capitalize()} than {base}'s: {'; '.join([measured, *told])}."
