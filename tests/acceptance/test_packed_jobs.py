@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import threading
@@ -34,31 +33,14 @@ def _job(folder: Path, steps: int) -> Path:
     return folder / "packed.yaml"
 
 
-def _job_on_pairs(folder: Path, steps: int) -> Path:
-    rows = [
-        {"prompt": f"item {n} is", "chosen": f" number {3 * n} and good", "rejected": f" bad {n % 7} and worse"}
-        for n in range(60)
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "pairs.yaml").write_text(
-        f"name: pairs\nbase_model: {folder / 'model'}\nmethod: lora\ntask_type: preference\n"
-        "dataset: {path: pairs.jsonl, max_length: 128, test_size: 0.1}\nlora: {r: 4}\n"
-        f"training: {{max_steps: {steps}, per_device_train_batch_size: 2, gradient_accumulation_steps: 1, "
-        "save_steps: 20, logging_steps: 5}\nevaluation: {samples: 1, max_new_tokens: 4}\n"
-    )
-    return folder / "pairs.yaml"
-
-
 @pytest.mark.cold
 @pytest.mark.long
-def test_jobs_train_in_one_process_which_is_killed_three_times_and_gives_them_back(
+def test_a_sweep_trains_in_one_process_which_is_killed_three_times_and_gives_its_jobs_back(
     make_cli: Callable[..., Cli], tmp_path: Path
 ) -> None:
-    """One learns answers and one pairs, on the same base. Whether a third joins hangs on what a pass takes."""
     cli, lines = make_cli(), list[str]()
-    job, pairs = _job(tmp_path, steps=2000), _job_on_pairs(tmp_path, steps=2000)
-    cli("submit", job)
-    cli("submit", pairs)
+    job = _job(tmp_path, steps=2000)
+    cli("sweep", job, "--set", "training.seed=1,2")
     worker = cli.start("worker", "--keep-warm", "5min")
     assert worker.stdout
     out = worker.stdout
@@ -73,8 +55,8 @@ def test_jobs_train_in_one_process_which_is_killed_three_times_and_gives_them_ba
         jobs = [until_job(cli, n, lambda job: job.status == "succeeded", seconds=PATIENCE_S) for n in (1, 2)]
         assert [(job.retries_used, job.attempt) for job in jobs] == [(0, 4)] * 2, "\n".join(lines)
         assert "shared its trainer with another job" in cli("show", 1).stdout
-        for file in (job, pairs):
-            cli("submit", file, "--set=resources.exclusive=true")
+        for seed in (1, 2):
+            cli("submit", job, f"--set=training.seed={seed}", "--set=resources.exclusive=true")
         for number, ours in zip((3, 4), jobs, strict=True):
             alone = until_job(cli, number, lambda job: job.status == "succeeded", seconds=PATIENCE_S)
             assert _weights(alone.adapter_uri) == _weights(ours.adapter_uri)
