@@ -173,6 +173,22 @@ def test_jobs_in_one_process_leave_the_adapters_that_they_leave_alone(
     assert not [note for note in process.of(3, Note) if note.kind == "saved"]
 
 
+def test_a_job_learns_what_it_learns_alone_while_one_that_it_joined_answers(
+    recipe: Recipe, start: Callable[..., Start], tmp_path: Path
+) -> None:
+    """DoRA casts its factors by torch's autocast, which answers are in, too."""
+    first = {**LONG, "dtype": "bfloat16", "max_steps": 3, "evaluation": {"max_new_tokens": 24}}
+    lora = {"use_dora": True, "lora_dropout": 0.1}
+    joins = {**LONG, "dtype": "bfloat16", "max_steps": 14, "eval_steps": 4, "lora": lora, "evaluation": {"samples": 0}}
+    recipe("alone", **joins)
+    process = Process()
+    process.when(1, Opened, lambda: process.send(start("two", job_id=2, keep=True, joins=True, **joins)))
+    process.send(start("one", job_id=1, keep=True, **first))
+    process.join()
+    assert {job: process.ended(job).reason for job in (1, 2)} == {1: Reason.OK, 2: Reason.OK}
+    assert weights(tmp_path / "two") == weights(tmp_path / "alone")
+
+
 def test_a_job_that_joins_on_a_machine_that_rounds_by_rows_says_so(
     start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
 ) -> None:

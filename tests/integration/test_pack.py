@@ -610,6 +610,49 @@ def test_a_long_piece_lets_others_go_first_and_is_one_at_a_time() -> None:
     assert order == ["a begins", "short", "a ends", "b begins", "b ends"]
 
 
+@pytest.mark.parametrize("casts", [False, True])
+@pytest.mark.parametrize("name", ["DoRA", "exact"])
+def test_steps_within_a_long_piece_see_no_factor_as_it_was_before_a_step(
+    tiny_model: Path, tmp_path: Path, name: str, casts: bool
+) -> None:
+    """Torch keeps the casts of weights until a thread's outermost autocast ends, be it switched off: answers of a job
+    without modules trained in full are in such a one."""
+    lab = Lab(tiny_model, tmp_path, **BASES["lora in bf16, checkpointing"])
+    numbers = itertools.count()
+
+    def loop(session: Session, course: Course) -> TrainingLoop:
+        if name == "exact":  # and so by peft's own code
+            how = {"dtype": "bfloat16", "learning_rate": 0.01, "max_steps": 4}
+            case = Case(tiny_model, tmp_path / f"exact-{next(numbers)}", "lora", {"lora_dropout": 0.2}, how)
+            return case.loop(session, Watch(course))
+        return lab.loop(session, name, MEMBERS[name], course)
+
+    alone, within, together = Course(), Course(), Together(lab)
+    with Engine().session(CPU) as session:
+        loop(session, alone).run()
+    begun, over = threading.Event(), threading.Event()
+
+    def answer() -> None:
+        begun.set()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=casts), torch.no_grad():
+            while not over.is_set():
+                session.pause()
+            assert torch.is_autocast_enabled("cpu") == casts
+        assert not torch.is_autocast_enabled("cpu") and torch.autocast_increment_nesting() == 1
+        torch.autocast_decrement_nesting()
+
+    with together.engine.session(CPU) as session:
+        thread = threading.Thread(target=session.run_long, args=(answer, lambda: None))
+        thread.start()
+        assert begun.wait(60)
+        together.start_as(name, lambda session: loop(session, within))
+        together.end()
+        over.set()
+        thread.join(60)
+    assert not together.failed
+    same(within, alone)
+
+
 def test_who_waits_for_a_long_piece_of_another_can_be_stopped() -> None:
     engine, go_on = Engine(), threading.Event()
     with engine.session(CPU) as a, engine.session(CPU) as b:

@@ -433,9 +433,24 @@ def _no_modes() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
-                # casts would be kept to the end of the outer mode, beyond the step that changes what was cast
-                stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(_outside_of_autocast())
         yield
+
+
+@contextlib.contextmanager
+def _outside_of_autocast() -> Iterator[None]:
+    """As if no autocast had begun in this thread. The casts of weights are kept to the end of the outermost one, be it
+    switched off: beyond a step within that changes what was cast."""
+    depth = torch.autocast_increment_nesting() - 1
+    while torch.autocast_decrement_nesting() > 0:
+        pass
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        for _ in range(depth):
+            torch.autocast_increment_nesting()
 
 
 def _is_long(ask: _Ask) -> bool:
