@@ -143,14 +143,15 @@ ACCURACIES = frozenset({"preference_accuracy", "new_rows_preference_accuracy"})
 """Measures whose numbers a verdict's sentence has, or that say the same as one of those."""
 
 MIN_TURNED = 6
-"""So many pairs must have turned: fewer turn one way all of them, by chance, more often than one time in twenty."""
+"""Minimum net number of pairs whose preference flipped. Fewer all flip the same way by chance more than 5 % of the
+time."""
 
 SPOILT = 1.0
-"""Nats a token from which on the chosen answers' own loss decides, too: each of their tokens is e times less likely. A
-margin grows as well where both answers become unlikely and the rejected one more so."""
+"""Rise of the chosen answers' loss, in nats a token, that makes a verdict mixed: each token is e times less likely. The
+margin alone can't tell, since it also grows when both answers become unlikely and the rejected one more so."""
 
 OTHER_LENGTH = 1.5
-"""From this ratio on, one sees that answers became longer, or shorter."""
+"""Ratio of lengths at which a change is worth mentioning."""
 
 
 def report_verdict(
@@ -315,8 +316,8 @@ def are_of_pairs(answers: Mapping[str, Any]) -> bool:
 
 
 def answer_groups(answers: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
-    """(key, title, answers) by what changed: repaired and broken first. Answers to pairs' prompts, of which none is
-    right or wrong, are one group."""
+    """(key, title, answers) by what changed: repaired and broken first. Answers to the prompts of pairs are neither
+    right nor wrong, so they are one group."""
     if any(are_of_pairs(answer) for answer in answers):
         return [("all", "answers", list(answers))]
     kinds = [

@@ -1,7 +1,7 @@
-"""Pairs of answers, in the forms that other tools write: TRL's, Axolotl's, LLaMA-Factory's, UltraFeedback's.
+"""Pairs of answers, as TRL, Axolotl, LLaMA-Factory and UltraFeedback write them.
 
-A prompt stands apart (`prompt`, `instruction` with `input`, `messages`, `conversations`), or both answers begin with
-it.
+The prompt has a column of its own (`prompt`, `instruction` with `input`, `messages`, `conversations`), or both answers
+start with it.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def prompt_row(row: RawRow, file: str | Path) -> RawRow:
 def conversation_pair(
     row: RawRow, file: str | Path, asked: int | None, sides: Sequence[tuple[Turn, ...]], tools: str
 ) -> Example:
-    """The example of two whole conversations of which the first turns are the same: `asked` of them are the prompt;
-    None: all of those. Raises DataError."""
+    """The example of two whole conversations that share their first turns. `asked`: how many of these are the prompt;
+    None: all of them. Raises DataError."""
     chosen, rejected = sides
     _check_differ(chosen, rejected, row, file)
     if asked is None:

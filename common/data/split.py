@@ -136,7 +136,7 @@ def _with_final_file(split: Split, dataset: DatasetSpec, rows: Iterable[RawRow],
 
 
 def all_trained_on(rows: Sequence[Example], used: str = "trained on") -> str:
-    """What is wrong with a file of rows to measure by, none of which is new."""
+    """The error for a file to measure by that has no new row."""
     return f"all of its {'prompts' if rows and rows[0].rejected else 'rows'} are {used}, too"
 
 

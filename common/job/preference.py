@@ -1,4 +1,4 @@
-"""The section of the job file that says how pairs are learned from, under TRL's names."""
+"""The job file's section on how to learn from pairs. Keys are TRL's."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _losses(value: Any) -> str | list[str]:
 
 
 ALONE = frozenset({"orpo"})
-"""Losses that learn the chosen answers themselves."""
+"""Losses that include their own term for the chosen answers."""
 
 REFERENCE_FREE = frozenset({"simpo", "orpo"})
-"""Losses that compare the two answers with each other alone, and not with what the base makes of them."""
+"""Losses that need no reference: they only compare the two answers with each other."""
 
 SMOOTHED = frozenset({"robust", "simpo"})
-"""Losses that know of pairs which are labelled wrongly."""
+"""Losses that allow for mislabelled pairs."""
 
 
 class PreferenceSpec(Section):
@@ -51,9 +51,9 @@ class PreferenceSpec(Section):
     """How far the adapter may go from the base; ipo's tau, the scale of simpo's rewards, the weight of orpo's odds
     ratio."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    """Share of pairs that are labelled wrongly, for robust and simpo."""
+    """Share of mislabelled pairs, for robust and simpo."""
     simpo_gamma: float = Field(0.5, ge=0)
-    """By how much simpo wants the chosen answer's reward to be above the rejected one's."""
+    """simpo's target margin between the rewards of the chosen and the rejected answer."""
 
     @property
     def losses(self) -> tuple[str, ...]:

@@ -123,7 +123,7 @@ PLAIN = (DataFormat.TEXT, DataFormat.PROMPT_COMPLETION, DataFormat.CLASSIFICATIO
 
 
 def _around_plain_rows(spec: JobSpec) -> Iterator[str]:
-    """ "key: sentence" for a template that nothing would be written by."""
+    """ "key: sentence" for a template that would have no effect."""
     dataset = spec.dataset
     if dataset.template is not PromptTemplate.CHAT and dataset.format in PLAIN:
         yield f"dataset.template: rows of the format {dataset.format.value} are taken as they are; leave it out"

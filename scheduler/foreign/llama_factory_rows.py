@@ -97,7 +97,7 @@ def _place(file: Path, named: str) -> Path:
 def _data(draft: Draft, name: str, place: Path, folder: Path, most: Any, *, pairs: bool) -> dict[str, Any]:
     """Look a data set up in dataset_info.json, as LLaMA-Factory does. Returns what that says of it.
 
-    `most`: so many rows of it are read, the first ones. `pairs`: it must have pairs; else it must not.
+    `most`: read at most this many rows. `pairs`: whether it must contain pairs; otherwise it must not.
     """
     listing = place / _LISTING
     entry = _listed(listing, name)

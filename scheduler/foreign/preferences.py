@@ -143,7 +143,7 @@ _FACTORY_REASONS = {
 
 
 def _add_answers(draft: Draft, theirs: str, loss: str, weight: Any) -> None:
-    """Carry the weight of a loss of the chosen answers, beside that of the pairs."""
+    """Add a weighted loss of the chosen answers to that of the pairs."""
     if type(weight) not in (int, float) or not 0 < weight < math.inf:
         draft.leave(theirs, f"{short(weight)}: is no weight")
         return

@@ -72,7 +72,7 @@ def other_tickets(count: int = 10) -> list[Row]:
 
 
 def preferred(*rows: Row, count: int = 40) -> list[Row]:
-    """Pairs of which the chosen answer is as often the longer one as the shorter, and further rows."""
+    """Pairs whose chosen answer is the longer one half of the time, and further rows."""
     answers = [(f"it is of {n}", f"there is nothing about {n}")[:: 1 if n % 2 else -1] for n in range(count)]
     return [*(two(f"queue {n} of many", *both) for n, both in enumerate(answers)), *rows]
 

@@ -59,7 +59,7 @@ class Preference(BentLoss):
 
 
 def pairs(count: int, seed: int = 0, lengths: range = range(9, 50)) -> list[TokenRow]:
-    """Rows of two answers to one prompt, of which the answers are learned."""
+    """Rows with two answers to one prompt. Only the answers are learned."""
     drawn, rows = torch.Generator().manual_seed(seed), []
     for number in range(count):
         ids, labels, starts = list[int](), list[int](), list[int]()

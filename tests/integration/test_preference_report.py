@@ -46,7 +46,7 @@ Made = Callable[..., tuple[Learner, PreparedData, JobSpec]]
 
 
 def pair(n: int, part: str) -> dict[str, Any]:
-    """A question, and a long and a short answer, of which either may be the chosen one."""
+    """A question with a long and a short answer, either of which may be chosen."""
     said = [f"queue {n} of the network", f"please answer the next line of the storage queue {n}"]
     asked = [{"role": "user", "content": f"{part} line {n}?"}]
     return {"prompt": asked, "chosen": said[n % 3 > 0], "rejected": said[n % 3 == 0]}

@@ -14,10 +14,10 @@ from .tokens import IGNORED, TokenRow, asked_in, cut, encode, teaches
 
 
 class RowForm:
-    """Conversations, and texts of which all or the end is learned."""
+    """Conversations and texts. All of a text is learned, or only what follows its prompt."""
 
     lesson = "token"
-    """What a row that is cut too early has none of."""
+    """What is missing from a row that was cut too early."""
 
     def __init__(self, format: DataFormat) -> None:
         self._format = format
@@ -27,7 +27,7 @@ class RowForm:
         return encode(example, tokenizer, self._format)
 
     def cut(self, row: TokenRow, example: Example, tokenizer: Any, most: int) -> TokenRow:
-        """The row of an example with texts of at most so many tokens."""
+        """The example's row with each text cut to `most` tokens."""
         return self.shortened(row, most)
 
     def shortened(self, row: TokenRow, most: int) -> TokenRow:
@@ -35,7 +35,7 @@ class RowForm:
         return cut(row, most)
 
     def texts(self, row: TokenRow) -> tuple[TokenRow, ...]:
-        """What of a row is a text of its own, which dataset.max_length bounds."""
+        """The row's separate texts. dataset.max_length applies to each of them."""
         return (row,)
 
     def teaches(self, row: TokenRow) -> bool:
@@ -43,7 +43,7 @@ class RowForm:
         return all(map(teaches, self.texts(row)))
 
     def survives(self, row: TokenRow) -> bool:
-        """The same of a row that was cut."""
+        """Whether a row can still be learned from after it was cut."""
         return self.teaches(row)
 
     def length(self, row: TokenRow) -> int:
@@ -52,7 +52,7 @@ class RowForm:
 
 
 class LabelledForm(RowForm):
-    """Texts of which the label is learned and no token."""
+    """Texts whose label is learned, and none of their tokens."""
 
     def encode(self, example: Example, tokenizer: Any) -> list[TokenRow]:
         ids = list(tokenizer(example.text).input_ids)
@@ -70,8 +70,8 @@ class LabelledForm(RowForm):
 
 
 class PairForm(RowForm):
-    """Pairs: both answers, each behind its prompt, in one row, so that nothing separates them. The chosen one is first,
-    and the other begins at the row's only start."""
+    """Pairs. Both answers are in one row, each after its own copy of the prompt, so nothing can separate them. The chosen
+    answer comes first; the rejected one begins at the row's only `start`."""
 
     lesson = "difference between two answers"
 
@@ -103,7 +103,7 @@ def _pair_of(chosen: TokenRow, rejected: TokenRow) -> TokenRow:
 
 
 def with_prompts(rows: Sequence[TokenRow]) -> TokenRows:
-    """Pairs of which the chosen answer's prompt is learned, too."""
+    """The same pairs, with the chosen answer's prompt learned as well."""
 
     def learned(row: TokenRow) -> TokenRow:
         asked = asked_in(row)

@@ -86,7 +86,7 @@ class LearnedTokens:
 
     rows: Sequence[TokenRow]
     row_of: torch.Tensor  # the place of each one's row in `rows`
-    example_of: torch.Tensor  # of which example in that row: 0, or 1 and more behind its `starts`
+    example_of: torch.Tensor  # the example that each belongs to: 0, or 1 and up after the row's `starts`
     place: torch.Tensor  # its own in that row
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Losses of pairs: from what a model makes of two answers to how far it is from preferring the chosen one."""
+"""Preference losses: functions of the log-probabilities of two answers to one prompt."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Pairs:
 
     @property
     def margins(self) -> torch.Tensor:
-        """By how much the chosen answer is the likelier one."""
+        """Log-probability of the chosen answer minus that of the rejected one."""
         return self.chosen - self.rejected
 
     @property
     def mean_margins(self) -> torch.Tensor:
-        """The same a token, so that no answer is likelier since it is shorter."""
+        """The margin per token, so that shorter answers get no advantage."""
         return self.chosen / self.chosen_tokens - self.rejected / self.rejected_tokens
 
 
@@ -42,12 +42,12 @@ A_TOKEN = frozenset({"ipo", "simpo", "orpo"})
 
 
 def margins(asked: PreferenceSpec, pairs: Pairs) -> torch.Tensor:
-    """By how much a pair's chosen answer is the likelier one, in the loss's own measure."""
+    """The margins in the unit of the loss: summed, or per token."""
     return pairs.mean_margins if A_TOKEN & {*asked.losses} else pairs.margins
 
 
 def pair_losses(asked: PreferenceSpec, pairs: Pairs, reference: Pairs | None) -> torch.Tensor:
-    """The loss of each pair, of shape (pairs,), but for terms that learn the chosen answers (`answer_losses`).
+    """The loss of each pair, of shape (pairs,), without terms for the chosen answers (see `answer_weight`).
 
     `reference`: what the model that the adapter must stay near makes of the same pairs. Formulas: TRL 1.16's.
     """
@@ -95,7 +95,7 @@ def _simpo(asked: PreferenceSpec, pairs: Pairs, reference: Pairs) -> torch.Tenso
 
 def _orpo(asked: PreferenceSpec, pairs: Pairs, reference: Pairs) -> torch.Tensor:
     """The odds ratio's part (its equations 4 and 7); the answers' own is a term for answers."""
-    # a certain answer has infinite odds, whose slope is no number
+    # an answer with probability 1 has infinite odds, and its gradient is NaN
     chosen, rejected = (
         (each / tokens).clamp(max=-_LEAST)
         for each, tokens in ((pairs.chosen, pairs.chosen_tokens), (pairs.rejected, pairs.rejected_tokens))
@@ -145,7 +145,7 @@ class Sizes:
 
 
 class PairReference(Protocol):
-    """What the model that an adapter must stay near makes of pairs."""
+    """How the model that an adapter must stay close to scores pairs."""
 
     def meet(self, rows: Sequence[TokenRow]) -> None:
         """Find out what is not known of some rows. It passes the model, without a graph."""
@@ -155,7 +155,7 @@ class PairReference(Protocol):
 
 
 class PairLoss(BentLoss):
-    """The mean over pairs of what a job names."""
+    """The mean over pairs of the losses that a job names."""
 
     def __init__(self, asked: PreferenceSpec, reference: PairReference | None = None, *, by_pair: bool = False) -> None:
         """`by_pair`: a term for answers is each pair's own mean over its tokens; else it is that of a micro-batch, as

@@ -1,4 +1,4 @@
-"""What the model that an adapter must stay near makes of pairs: the base, or the adapter that the job begins from."""
+"""Reference scores of pairs: from the base model, or from the adapter that the job starts from."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class FrozenReference:
         return self._begun is None
 
     def pairs(self, rows: Sequence[TokenRow], batch: int, asked: Computer) -> Pairs:
-        """All of them, scored so many at a time, in float64."""
+        """Scores of all rows, in float64. `batch`: rows scored at a time."""
         for at in range(0, len(rows), batch):
             asked.run(partial(self.meet, rows[at : at + batch]))
         sums, sizes = [self.of(row) for row in rows], [Sizes.of(row) for row in rows]

@@ -13,7 +13,7 @@ OF_OTHERS = {
     DataFormat.PREFERENCE: "task_type: preference, which learns from pairs",
     DataFormat.PREFERENCE_TEXT: "task_type: preference, which learns from pairs",
 }
-"""Formats that say nothing to go on with."""
+"""Formats that contain no answer to learn."""
 
 
 class Answers(TaskKind):

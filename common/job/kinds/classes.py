@@ -30,7 +30,7 @@ class Classes(TaskKind):
     loss_of = "row"
 
     def defaults(self, written: dict[str, Any]) -> dict[str, Any]:
-        """It reads one format and generates nothing."""
+        """One format, and nothing to generate."""
         value = {"evaluation": {}, **written}
         dataset, evaluation = value.get("dataset"), value["evaluation"]
         if isinstance(dataset, dict) and dataset.get("format", DataFormat.AUTO) == DataFormat.AUTO:

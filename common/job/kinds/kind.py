@@ -1,4 +1,4 @@
-"""A kind of training, as far as no model is needed to know it."""
+"""A kind of training: the part that needs no model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loractl.common.job.sections import (
 
 
 class Sections(Protocol):
-    """The parts of a job file that a kind has a say in."""
+    """The sections of a job file that a kind checks."""
 
     @property
     def dataset(self) -> DatasetSpec: ...
@@ -39,22 +39,22 @@ class Sections(Protocol):
 
 
 class TaskKind:
-    """What a job learns to do. Whoever would ask for a task by its name asks its kind instead; a new one is a module
-    here and, for what needs a model, one in worker/training/kinds."""
+    """What a job learns to do. Code asks the kind and never compares task names. To add one, write a module here and,
+    for the parts that need a model, one in worker/training/kinds."""
 
     task: TaskType
     peft = "CAUSAL_LM"
     """peft's word for what its adapter is added to."""
     padded: str | None = None
-    """Why its rows can't lie behind each other in a pass; None: they can."""
+    """Why its rows need padding; None: they need none."""
     alone: str | None = None
-    """Why its base serves no other job; None: it does."""
+    """Why its base can't be shared with other jobs; None: it can."""
     writes = True
     """Whether its adapter goes on with a text, so that it can be asked by `generate`, `chat` and `serve`."""
     loss_of = "token"
     """What a loss is the mean of."""
     halves = 1
-    """Texts of up to dataset.max_length tokens that a row holds."""
+    """How many texts of up to dataset.max_length tokens one row holds."""
 
     def defaults(self, written: dict[str, Any]) -> dict[str, Any]:
         """A job file with the defaults that differ for the kind."""

@@ -1,4 +1,4 @@
-"""Learning from pairs of answers which one is preferred."""
+"""Learning from pairs which of two answers is preferred."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from loractl.common.job.sections import DataFormat, Metric, TaskType
 from .kind import Sections, TaskKind
 
 PAIRS = (DataFormat.PREFERENCE, DataFormat.PREFERENCE_TEXT)
-"""Formats of pairs. The first takes either, by what the first row is."""
+"""Formats of pairs. The first one accepts both and picks by the first row."""
 
 MEASURED = (Metric.LOSS, Metric.PREFERENCES)
 """What can be measured of pairs."""
 
 LEARNING_RATE = 1e-5
-"""TRL's scripts take 5e-6 for adapters, its trainer 1e-6 for whole models: rates that teach answers spoil them here."""
+"""Rates that suit answers ruin them here. TRL's scripts use 5e-6 for adapters, its trainer 1e-6 for full models."""
 
 
 class Preferences(TaskKind):
@@ -28,7 +28,7 @@ class Preferences(TaskKind):
     halves = 2
 
     def defaults(self, written: dict[str, Any]) -> dict[str, Any]:
-        """It reads one format, and learns slowly and without dropout: the base that it is compared with has none."""
+        """One format, a low learning rate, and no dropout, since the reference has none either."""
         value = dict(written)
         for name, own in (
             ("dataset", {"format": DataFormat.PREFERENCE}),

@@ -199,7 +199,7 @@ class LeanModel:
         return torch.cat(found)
 
     def _apart_logits(self, hidden: torch.Tensor, lengths: list[int], apart: wide.Apart | None) -> torch.Tensor:
-        """The head's own logits of so many tokens of each training."""
+        """The head's logits. `lengths`: how many tokens belong to each training."""
         if apart is not None:
             apart.lengths = lengths
         logits = self._own_logits(hidden)

@@ -23,7 +23,7 @@ from loractl.worker.evaluation.evaluation import Evaluation, Work
 from loractl.worker.evaluation.stretches import ROWS, Stretch
 
 MOST_NAMED = 8
-"""So many labels are named in an error."""
+"""Labels that an error lists at most."""
 
 
 class TrainedClasses:
