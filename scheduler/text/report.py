@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from loractl.common.job.kinds.known import kind_of
 from loractl.common.text import clean_line, number, signed
 from loractl.common.units import duration, gib, thousands
 from loractl.common.verdict import are_of_pairs, written
 
 from .screen import Screen, block, table
+
+_OF_SHARES = "; its loss is that of the labels' shares of the training rows"
+"""What a classifier's baseline is as sure of."""
 
 
 def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str = "") -> str:
@@ -39,9 +43,9 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str
     headers = ["MEASURE", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
     lines += table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE"))
     training, data, e = report["training"], report["data"], report["evaluation"]
-    if e.get("baseline"):  # a classifier's; older reports have none
-        what = "its loss is that of the labels' shares of the training rows"
-        lines += ["", f"Base: {clean_line(e['baseline'])}; {what}."]
+    if e.get("baseline"):  # older reports have none
+        what = "" if kind_of(report.get("task_type")).writes else _OF_SHARES
+        lines += ["", f"Base: {clean_line(e['baseline'])}{what}."]
     lines += _labels_table(e.get("labels"), screen) + _turns_table(e.get("turns"), screen)
     lines += _harness_table(e.get("lm_eval"), screen)
     apart = data.get("conversations_apart", 0)  # none in a report of an earlier version

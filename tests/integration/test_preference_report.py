@@ -27,14 +27,13 @@ from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.prepared import PreparedData, prepare_data
-from loractl.worker.engine.pairs import PairLoss
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.evaluation.card import write_model_card
 from loractl.worker.evaluation.evaluation import Evaluation
-from loractl.worker.evaluation.losses import RowScores
 from loractl.worker.evaluation.page import render_html
-from loractl.worker.evaluation.preferences import PairScores, evaluate_preferences, repetition
+from loractl.worker.evaluation.preferences import evaluate_preferences, repetition
 from loractl.worker.evaluation.report import _evaluation, verdict
+from loractl.worker.training.kinds.kind import Measuring
 from loractl.worker.training.kinds.known import trained_kind
 
 from ..acceptance.test_report_page import report
@@ -190,18 +189,22 @@ def test_orpo_learns_the_prompt_with_the_chosen_answer_even_one_of_a_token(made:
     assert metrics["loss"].tuned == pytest.approx(np.mean(losses), rel=1e-4)
 
 
-def test_a_reference_of_its_own_takes_the_base_s_place_in_the_loss_alone(made: Made) -> None:
+def test_a_job_that_started_from_an_adapter_is_compared_with_that_one(made: Made) -> None:
+    """Shuffled pairs would look better else: the bare base is far from any adapter, so its own loss is high."""
     learner, data, spec = made()
+    started = [parameter.detach().clone() for parameter in learner.model.parameters() if parameter.requires_grad]
+    found, same = evaluated(replace(learner, started=started), data, spec)
+    assert (found.baseline, found.against) == ("the starting adapter", "the starting adapter")
+    assert same["loss"].base == same["loss"].tuned == pytest.approx(np.log(2), rel=1e-6)
+    assert same["preference_margin"].change == 0 == same["chosen_loss"].change
     _, plain = evaluated(learner, data, spec)
-    values = np.full(10, 5.0)
-    scores = RowScores(loss=values, tokens=values, stop_loss=values, stops=values, right=values)
-    nothing = RowScores(**{name: np.zeros(0) for name in vars(scores)})
-    indifferent = PairScores(chosen=scores, rejected=scores, given=nothing)
-    _, found = evaluated(learner, data, spec, reference=indifferent.pairs)
-    base, tuned = both(learner, [pair(n, "eval_path") for n in range(10)])
-    for who, sums in (("base", base), ("tuned", tuned)):
-        assert getattr(found["loss"], who) == pytest.approx(np.mean([softplus(0.1 * s.margin) for s in sums]), rel=1e-4)
-        assert getattr(found["preference_margin"], who) == getattr(plain["preference_margin"], who)
+    assert same["preference_margin"].tuned == plain["preference_margin"].tuned != plain["preference_margin"].base
+    with torch.no_grad():
+        for parameter in learner.model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    _, moved = evaluated(replace(learner, started=started), data, spec)
+    assert moved["preference_margin"].base == plain["preference_margin"].tuned != moved["preference_margin"].tuned
 
 
 def _noted(told: list[tuple[int, int]], *at: int) -> None:
@@ -216,11 +219,23 @@ def test_the_work_that_is_told_adds_up_also_where_the_base_is_known(made: Made) 
     def once(question: str, find_out: Any, *, keeps: Any) -> Any:
         return knowledge.once(question, 7, find_out, check_stop=lambda: None, keeps=keeps)
 
-    found, loss = [], PairLoss(spec.preference)
+    found = []
     for _ in range(2):
         told.clear()
         tell = partial(_noted, told)
-        found.append(kind.evaluate(learner, data, spec, lambda: None, tell, once, HERE, loss))
+        found.append(
+            kind.evaluate(
+                Measuring(
+                    learner=learner,
+                    data=data,
+                    spec=spec,
+                    check_stop=lambda: None,
+                    progress=tell,
+                    once=once,
+                    asked=HERE,
+                )
+            )
+        )
         total = 2 * (20 + 3)
         assert {of for _, of in told} == {total} == {sum(stretch.count for stretch in stretches)}
         assert told[-1][0] == total and [done for done, _ in told] == sorted(done for done, _ in told)

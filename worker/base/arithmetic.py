@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -129,6 +129,20 @@ def evaluating(model: Any, *, base: bool = False) -> Iterator[Any]:
             yield model
     finally:
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def trained_weights(model: Any, weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    """The trained parameters have these weights meanwhile, copied to where the model is."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    now = [parameter.data for parameter in trained]
+    try:
+        for parameter, weight in zip(trained, weights, strict=True):
+            parameter.data = weight.to(parameter.device)
+        yield
+    finally:
+        for parameter, weight in zip(trained, now, strict=True):
+            parameter.data = weight
 
 
 @contextlib.contextmanager

@@ -36,3 +36,10 @@ class Learner:
     tokenizer: Any
     precision: Precision
     scorer: Scorer | None = None  # None: the model itself, with padding and all logits
+    started: Sequence[torch.Tensor] | None = None
+    """The adapter's first weights, in main memory, where it is compared with these; None: with the bare base."""
+
+    @property
+    def compared_with(self) -> str:
+        """What base stands for in its report."""
+        return "the base" if self.started is None else "the starting adapter"

@@ -70,8 +70,8 @@ class LabelledForm(RowForm):
 
 
 class PairForm(RowForm):
-    """Pairs. Both answers are in one row, each after its own copy of the prompt, so nothing can separate them. The chosen
-    answer comes first; the rejected one begins at the row's only `start`."""
+    """Pairs. Both answers are in one row, each after its own copy of the prompt, so nothing can separate them. The
+    chosen answer comes first; the rejected one begins at the row's only `start`."""
 
     lesson = "difference between two answers"
 

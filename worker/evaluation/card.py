@@ -9,8 +9,6 @@ from typing import Any
 from loractl.common.adapter_config import portable_name
 from loractl.worker.base.adapter import LABELS
 
-from .classifier import BASELINE
-
 CARD_LABELS = 20
 """So many labels a model card lists; labels.json has them all."""
 
@@ -21,7 +19,9 @@ def write_model_card(report: dict[str, Any], adapter: Path) -> None:
     loss = next(m for m in report["evaluation"]["metrics"] if m["name"] == "loss")
     baseline = report["evaluation"].get("baseline")
     hashes = [data["sha256"], *data["more_sha256"]]
-    losses = f"{'base' if baseline is None else BASELINE} {loss['base']:.4f}, tuned {loss['tuned']:.4f}"
+    losses = (
+        f"{'base' if baseline is None else baseline.partition(', ')[0]} {loss['base']:.4f}, tuned {loss['tuned']:.4f}"
+    )
     lines = [
         "---",
         "library_name: peft",

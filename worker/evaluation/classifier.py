@@ -68,6 +68,7 @@ def evaluate_classifier(
         ],
         labels=labels if wanted else None,
         baseline=f"{BASELINE}, {data.label_names[majority]}",
+        against=BASELINE,
     )
 
 

@@ -6,6 +6,7 @@ that share their base and their held-out rows, like those of a sweep, have it me
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -18,7 +19,7 @@ import numpy as np
 
 from loractl.common.job.sections import DataFormat, Metric
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.arithmetic import evaluating, whole_modules
+from loractl.worker.base.arithmetic import evaluating, trained_weights, whole_modules
 from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.learner import Learner
@@ -54,6 +55,7 @@ class Evaluation:
     labels: Labels | None = None
     turns: list[Turns] = field(default_factory=list)
     baseline: str | None = None  # the name of `base` where it is not the base model
+    against: str = "the base"  # the same in a verdict
     benchmarks: Benchmarks | None = None  # of the lm-eval harness, where the job names tasks
     base_job: int | None = None  # that measured the base, where it was another one in the same process
 
@@ -121,9 +123,9 @@ def measure_both(
         here = True
         return _measure(learner, work, spec, tick, check_stop, asked, base=True)
 
-    known = (
-        None if once is None else once(_question(learner, work, spec), measure_base, keeps=MeasuredModel.is_as_asked)
-    )
+    shared = once if learner.started is None else None  # other trainings started elsewhere
+    question = _question(learner, work, spec)
+    known = None if shared is None else shared(question, measure_base, keeps=MeasuredModel.is_as_asked)
     base = measure_base() if known is None else known.answer
     if not here:
         tick(work.passes)
@@ -283,8 +285,11 @@ def _measure(
 
 
 def measuring(learner: Learner, work: Callable[[], None], *, base: bool = False) -> None:
-    """Do a piece of an evaluation in its modes; with `base`, with the adapter switched off."""
-    with evaluating(learner.model, base=base), whole_modules(learner.model, learner.precision.base):
+    """Do a piece of an evaluation in its modes. `base`: with the adapter switched off, or as it started."""
+    started = learner.started if base else None
+    weights = contextlib.nullcontext() if started is None else trained_weights(learner.model, started)
+    whole = whole_modules(learner.model, learner.precision.base)
+    with evaluating(learner.model, base=base and started is None), weights, whole:
         work()
 
 

@@ -76,18 +76,16 @@ def evaluate_preferences(
     progress: Callable[[int, int], None] = lambda done, of: None,
     once: Once[MeasuredModel] | None = None,
     asked: Computer = HERE,
-    reference: Pairs | None = None,
 ) -> Evaluation:
     """Score both answers of every held-out pair, and let base and tuned answer the first `evaluation.samples` prompts.
 
-    `reference`: what the adapter that `lora.init_from` names makes of the pairs of `Work.of`; None: the loss is
-    measured from the base. `once`, `asked`: see `evaluate`.
+    `once`, `asked`: see `evaluate`.
     """
     began = time.monotonic()
     work = Work.of(data, spec, learner.tokenizer)
     base, tuned, base_job = measure_both(learner, work, spec, check_stop, progress, once, asked)
     scores = PairScores.of(base), PairScores.of(tuned)
-    losses = pair_row_losses(spec.preference, scores, reference)
+    losses = pair_row_losses(spec.preference, scores)
     answers, wanted = side_by_side(work.prompts, base.texts, tuned.texts), set(spec.evaluation.metrics)
     given_away = np.isin(work.numbers, data.given_away)
     metrics = pair_metrics(spec.preference, scores, losses, wanted, given_away)
@@ -101,15 +99,15 @@ def evaluate_preferences(
             for number, before, after in zip(work.numbers, *losses, strict=True)
         ],
         base_job=base_job,
+        baseline=None if learner.started is None else learner.compared_with,
+        against=learner.compared_with,
     )
 
 
-def pair_row_losses(
-    asked: PreferenceSpec, scores: tuple[PairScores, PairScores], reference: Pairs | None = None
-) -> tuple[Array, Array]:
+def pair_row_losses(asked: PreferenceSpec, scores: tuple[PairScores, PairScores]) -> tuple[Array, Array]:
     """The loss of each pair, for base and for tuned. A term for the chosen answers is the mean of the pair's own
-    tokens. `reference`: None: the base."""
-    near = reference or scores[0].pairs
+    tokens. The base is the reference."""
+    near = scores[0].pairs
 
     def losses(of: PairScores) -> Array:
         pairs, weight = of.pairs, answer_weight(asked)

@@ -16,7 +16,6 @@ from loractl.worker.data.prepared import PreparedData
 from loractl.worker.protocol.messages import Start
 from loractl.worker.protocol.versions import installed_versions
 
-from .classifier import BASELINE
 from .comparison import Compared
 from .course import TrainingCourse
 from .evaluation import Evaluation
@@ -45,14 +44,13 @@ def build_report(
     reports leave out (`ArtifactStore.read_report`).
     """
     spec, last = order.spec, data.of_final
-    against = "the base" if evaluation.baseline is None else BASELINE
     measured = (
         {}
         if final is None or last is None
         else {
             FINAL: {
                 "sha256": last.facts()["final_sha256"],
-                "verdict": verdict(final.metrics, against, last.doubts("final"), "final"),
+                "verdict": verdict(final.metrics, final.against, last.doubts("final"), "final"),
                 **_evaluation(final),
             }
         }
@@ -66,7 +64,7 @@ def build_report(
         "method": order.method.value,
         "method_why": order.method_why,
         "spec": spec.model_dump(mode="json"),
-        "verdict": verdict(evaluation.metrics, against, [*_chosen(spec, course), *data.doubts()]),
+        "verdict": verdict(evaluation.metrics, evaluation.against, [*_chosen(spec, course), *data.doubts()]),
         "adapter": _adapter(order, learner.model),
         "data": {
             **data.facts(),

@@ -33,7 +33,6 @@ from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.template import templated
 from loractl.worker.data.tokens import APART
 from loractl.worker.engine.engine import ForwardPass
-from loractl.worker.engine.loss import Loss
 from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.shared import SharedBase
@@ -50,6 +49,7 @@ from loractl.worker.protocol.messages import Ancestor, Ended
 from .arguments import check_trackers
 from .fit import Callbacks, fit
 from .gang.meeting import Gang, base_of, gathered
+from .kinds.kind import Measuring
 from .need import tell_need, tell_padded
 from .preparation.aside import is_large, prepare_aside
 from .preparation.rows import prepare_rows
@@ -88,8 +88,8 @@ def train(run: Run) -> Ended:
 
     # 5. Base against tuned on rows that were never trained on.
     run.stage(Stage.EVALUATING)
-    evaluation = _evaluate(run, learner, steps.loss, data, tasks, callbacks)
-    final = _evaluate_final(run, learner, steps.loss, data, callbacks)
+    evaluation = _evaluate(run, learner, data, tasks, callbacks)
+    final = _evaluate_final(run, learner, data, callbacks)
     if isinstance(steps, DividedPass):
         ask(steps.end)
 
@@ -173,7 +173,7 @@ def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, Forwa
         learner = replace(learner, scorer=forward)
     elif why is not None:
         tell_padded(run, data, why)
-    run.kind.refer(forward.loss, learner, partial(_known, run), begun=run.order.init_from is not None)
+    run.kind.refer(forward.loss, learner, partial(_known, run))
     return learner, forward if gang is None else gang.lead(forward, run.spec, learner.precision), identity
 
 
@@ -216,7 +216,9 @@ def _load(
     compute_in(model, precision)
     if data.packed is not None:
         check_apart(model, data.packed, tokenizer.pad_token_id)
-    return Learner(model=model, tokenizer=tokenizer, precision=precision), identity, shared
+    compares = order.init_from is not None and run.kind.from_ancestor
+    started = [p.detach().cpu().clone() for p in model.parameters() if p.requires_grad] if compares else None
+    return Learner(model=model, tokenizer=tokenizer, precision=precision, started=started), identity, shared
 
 
 def _base(run: Run, precision: Precision, head: Head | None) -> Any:
@@ -285,16 +287,14 @@ def _resolved(run: Run, arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def _evaluate(
-    run: Run, learner: Learner, loss: Loss, data: PreparedData, tasks: Any, callbacks: Callbacks
-) -> Evaluation:
+def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callbacks: Callbacks) -> Evaluation:
     """`tasks`: what `find_tasks` returned."""
     most, rows = run.spec.evaluation.max_rows, data.held_out.rows.examples
     rows = rows if most is None else min(rows, most)
     work = f"{rows} held-out row{'s' * (rows != 1)}"
     if answers := run.kind.answers(run.spec, data):
         work += f", with {answers} answer{'s' * (answers != 1)} of at most {run.spec.evaluation.max_new_tokens} tokens"
-    evaluation = _measure(run, learner, loss, data, callbacks.teller.evaluating(_on(run, work)))
+    evaluation = _measure(run, learner, data, callbacks.teller.evaluating(_on(run, learner, work)))
     if evaluation.base_job is not None:
         run.note("evaluation", f"job {evaluation.base_job} has measured the base in this process, on the same rows")
     callbacks.teller.tell_held_out(evaluation)
@@ -306,26 +306,31 @@ def _evaluate(
     return replace(evaluation, benchmarks=scored)
 
 
-def _evaluate_final(
-    run: Run, learner: Learner, loss: Loss, data: PreparedData, callbacks: Callbacks
-) -> Evaluation | None:
+def _evaluate_final(run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks) -> Evaluation | None:
     """The same on the final rows, for the report's file alone: neither log nor database get a figure of it."""
     if (final := data.of_final) is None:
         return None
-    progress = callbacks.teller.evaluating(_on(run, "the final rows"), final=True)
-    return _measure(run, learner, loss, final, progress)
+    progress = callbacks.teller.evaluating(_on(run, learner, "the final rows"), final=True)
+    return _measure(run, learner, final, progress)
 
 
-def _on(run: Run, work: str) -> list[str]:
+def _on(run: Run, learner: Learner, work: str) -> list[str]:
     """What is measured, one after the other."""
-    return [f"{model} on {work}" for model in run.kind.measured]
+    return [f"{model} on {work}" for model in run.kind.measured(learner)]
 
 
-def _measure(
-    run: Run, learner: Learner, loss: Loss, data: PreparedData, progress: Callable[[int, int], None]
-) -> Evaluation:
-    spec, stop = run.spec, run.check_stop
-    return run.kind.evaluate(learner, data, spec, stop, progress, _once(run), run.session, loss)
+def _measure(run: Run, learner: Learner, data: PreparedData, progress: Callable[[int, int], None]) -> Evaluation:
+    return run.kind.evaluate(
+        Measuring(
+            learner=learner,
+            data=data,
+            spec=run.spec,
+            check_stop=run.check_stop,
+            progress=progress,
+            once=_once(run),
+            asked=run.session,
+        )
+    )
 
 
 def _once(run: Run) -> Once[Any]:

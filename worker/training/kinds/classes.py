@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +11,29 @@ import torch
 
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.adapter import LABELS, read_labels
-from loractl.worker.base.batches import Computer
 from loractl.worker.base.head import HEAD, Head, label_settings
-from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loss import Loss, classified
+from loractl.worker.engine.loss import classified
 from loractl.worker.evaluation.classifier import classify, evaluate_classifier
 from loractl.worker.evaluation.evaluation import Evaluation, Work
 from loractl.worker.evaluation.stretches import ROWS, Stretch
+
+from .kind import Measuring, TrainedKind
 
 MOST_NAMED = 8
 """Labels that an error lists at most."""
 
 
-class TrainedClasses:
+class TrainedClasses(TrainedKind):
     """Its baseline looks at no text, and its head answers in one pass."""
 
-    measured: Sequence[str] = ("the classifier",)
+    def measured(self, learner: Learner) -> Sequence[str]:
+        return ("the classifier",)
 
     def head(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> Head:
         return Head(labels=data.label_names, pad=tokenizer.pad_token_id, seed=spec.training.seed)
-
-    def loss(self, spec: JobSpec) -> None:
-        return None
-
-    def refer(self, loss: Loss, learner: Learner, known: Callable[[str], dict[Any, Any]], *, begun: bool) -> None:
-        """It is compared with nothing."""
 
     def misfit(self, data: PreparedData, stored: Path) -> str | None:
         if (known := read_labels(stored)) == data.label_names:
@@ -58,18 +53,8 @@ class TrainedClasses:
     def score(self, learner: Learner, rows: list[TokenRow]) -> None:
         classify(learner.model, learner.tokenizer.pad_token_id, rows, len(rows), run=lambda piece: piece())
 
-    def evaluate(
-        self,
-        learner: Learner,
-        data: PreparedData,
-        spec: JobSpec,
-        check_stop: Callable[[], None],
-        progress: Callable[[int, int], None],
-        once: Once[Any],
-        asked: Computer,
-        loss: Loss,
-    ) -> Evaluation:
-        return evaluate_classifier(learner, data, spec, check_stop, progress, asked)
+    def evaluate(self, work: Measuring) -> Evaluation:
+        return evaluate_classifier(work.learner, work.data, work.spec, work.check_stop, work.progress, work.asked)
 
     def settings(self, labels: int | None) -> dict[str, Any]:
         return {**label_settings(list(map(str, range(labels or 0)))), "pad_token_id": 0}
