@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import PydanticKnownError
 
-from .sections import Section
+from .sections import Section, one_or_list
 
 LOSSES = ("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "sft")
 
 
 def _losses(value: Any) -> str | list[str]:
-    """One loss, or a list of them. Not a union for pydantic: it would complain once for each kind."""
-    if not isinstance(value, list):
-        if value not in LOSSES:
-            raise PydanticKnownError("enum", {"expected": ", ".join(LOSSES)})
-        return str(value)
-    for name in value:
-        if name not in LOSSES:
-            raise ValueError(f"{json.dumps(name, default=str)} is not one of {', '.join(LOSSES)}")
-    if not value:
-        raise ValueError("is empty; write a loss like sigmoid, or a list like [sigmoid, sft]")
-    if len(set(value)) < len(value):
-        raise ValueError("names the same loss twice")
-    return [str(name) for name in value]
+    return one_or_list(value, "loss", LOSSES, LOSSES, "a loss like sigmoid, or a list like [sigmoid, sft]")
 
 
 ALONE = frozenset({"orpo"})

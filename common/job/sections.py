@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import json
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -112,20 +113,26 @@ def _printable(text: str) -> str:
     return text
 
 
-def _methods(value: Any) -> Method | list[Method]:
-    """One method, or a list of fixed ones. Not a union for pydantic: it would complain once for each kind."""
+def one_or_list(value: Any, noun: str, names: Sequence[str], in_a_list: Sequence[str], example: str) -> str | list[str]:
+    """One name, or a list of different ones. Not a union for pydantic: it would complain once for each kind."""
     if not isinstance(value, list):
-        if value not in list(Method):
-            raise PydanticKnownError("enum", {"expected": ", ".join(Method)})
-        return Method(value)
+        if value not in names:
+            raise PydanticKnownError("enum", {"expected": ", ".join(names)})
+        return str(value)
     for name in value:
-        if name not in (Method.LORA, Method.QLORA):
-            raise ValueError(f"{json.dumps(name, default=str)} is not one of lora, qlora")
+        if name not in in_a_list:
+            raise ValueError(f"{json.dumps(name, default=str)} is not one of {', '.join(in_a_list)}")
     if not value:
-        raise ValueError("is empty; write auto, lora, qlora, or a list like [lora, qlora]")
+        raise ValueError(f"is empty; write {example}")
     if len(set(value)) < len(value):
-        raise ValueError("names the same method twice")
-    return [Method(name) for name in value]
+        raise ValueError(f"names the same {noun} twice")
+    return [str(name) for name in value]
+
+
+def _methods(value: Any) -> Method | list[Method]:
+    example = "auto, lora, qlora, or a list like [lora, qlora]"
+    found = one_or_list(value, "method", list(Method), (Method.LORA, Method.QLORA), example)
+    return Method(found) if isinstance(found, str) else [Method(name) for name in found]
 
 
 def _cards(value: Any) -> int | Literal["auto"]:

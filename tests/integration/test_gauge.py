@@ -74,31 +74,26 @@ def test_a_trainer_on_a_card_has_blocks_that_grow(own: str | None, monkeypatch: 
     assert "expandable_segments:True" not in seen[1].values()
 
 
-@pytest.mark.parametrize("own", ["0", None])
-def test_a_trainer_on_a_card_has_attention_that_needs_no_plan_for_a_length(
-    own: str | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("set_by_owner", [True, False])
+@pytest.mark.parametrize(
+    ("name", "ours", "owners", "on"),
+    [
+        # attention that needs no plan for each length
+        pytest.param("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1", "0", "card", id="attention"),
+        # oneDNN keeps 1,024 kernels, some thirty for each number of tokens: what a plan could not know
+        pytest.param("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128", "1024", "processor", id="kernels"),
+    ],
+)
+def test_a_trainer_has_settings_for_its_kind_of_device_unless_the_owner_has_set_them(
+    name: str, ours: str, owners: str, on: str, set_by_owner: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "TORCH_CUDNN_SDPA_DEPRIORITIZED"
+    own = owners if set_by_owner else None
     monkeypatch.delenv(name, raising=False)
     if own is not None:
         monkeypatch.setenv(name, own)
-    card, processor = NvmlDevice(index=0, uuid="GPU-a", name="a card", total=GIB), CpuDevice(total=GIB)
-    assert device_environment(card, "1", 1)[name] == (own or "1")
-    assert device_environment(processor, "1", 1).get(name) == own
-
-
-@pytest.mark.parametrize("own", ["1024", None])
-def test_a_trainer_on_a_processor_keeps_kernels_for_few_shapes(
-    own: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """oneDNN keeps 1,024 of them, some thirty for each number of tokens: what a plan could not know."""
-    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    monkeypatch.delenv(name, raising=False)
-    if own is not None:
-        monkeypatch.setenv(name, own)
-    card, processor = NvmlDevice(index=0, uuid="GPU-a", name="a card", total=GIB), CpuDevice(total=GIB)
-    assert device_environment(processor, "1", 1)[name] == (own or "128")
-    assert device_environment(card, "1", 1).get(name) == own
+    devices = {"card": NvmlDevice(index=0, uuid="GPU-a", name="a card", total=GIB), "processor": CpuDevice(total=GIB)}
+    seen = {kind: device_environment(device, "1", 1).get(name) for kind, device in devices.items()}
+    assert seen == dict.fromkeys(devices, own) | {on: own or ours}
 
 
 @pytest.mark.parametrize("own", ["glibc.malloc.hugetlb=0", None])
