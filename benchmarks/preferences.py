@@ -28,7 +28,7 @@ def main() -> None:
     for base in bases.split(","):
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "job.json").write_text(json.dumps({**job, "base": base}), "utf-8")
-            sides = {"trl_dpo": Side("trl_dpo", trl, folder), "loractl": Side("loractl_pairs", sys.executable, folder)}
+            sides = {"trl_dpo": Side("trl_dpo", trl, folder), "loractl": Side("loractl", sys.executable, folder)}
             for _ in range(STEPS):
                 for side in sides.values():
                     side.step()

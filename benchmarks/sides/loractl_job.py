@@ -1,4 +1,4 @@
-"""loractl's engine with one training."""
+"""loractl's engine with one training, on rows that are tokens already or on pairs of plain text."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import tempfile
 from gate import Gate
 from transformers import TrainingArguments, set_seed
 
+from loractl.common.data.formats import parse_each
+from loractl.common.data.rows import RawRow
 from loractl.common.job.method import Method
+from loractl.common.job.sections import DataFormat
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import choose_precision, compute_in
 from loractl.worker.base.kernels import load_kernels
+from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
-from loractl.worker.base.model import load_base
+from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.data.forms import form_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.engine import Engine
 from loractl.worker.engine.loop import MemberRows, TrainingLoop
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.shared import SharedPass
+from loractl.worker.training.kinds.known import trained_kind
 
 load_kernels()
 gate = Gate(sys.argv[1])
@@ -27,6 +33,7 @@ spec = JobSpec.model_validate(
     {
         "name": "benchmark", "base_model": job["model"], "method": "qlora" if job["base"] == "nf4" else "lora",
         "dataset": {"path": "x.jsonl"}, "lora": job["lora"], "training": {"dtype": dtype},
+        "task_type": "preference" if "pairs" in job else "CAUSAL_LM",
     }
 )  # fmt: skip
 method, precision = Method(spec.method), choose_precision("cpu", dtype)
@@ -48,8 +55,16 @@ arguments = TrainingArguments(
     learning_rate=job["learning_rate"], bf16=gate.in_16_bit, use_cpu=True, save_strategy="no", report_to=[],
     disable_tqdm=True, optim="adamw_torch_fused", train_sampling_strategy="sequential", data_seed=0, seed=0,
 )  # fmt: skip
-rows = [TokenRow(number=n, **row) for n, row in enumerate(job["train"])]
+tokenizer, loss = load_tokenizer(job["model"]), trained_kind(spec).loss(spec)
+if "pairs" in job:
+    raw = [RawRow(number=n, value=pair) for n, pair in enumerate(job["pairs"])]
+    form, examples = form_of(DataFormat.PREFERENCE_TEXT), parse_each(raw, DataFormat.PREFERENCE_TEXT, "pairs")[0]
+    rows = [form.shortened(row, job["max_length"]) for one in examples for row in form.encode(one, tokenizer)]
+else:
+    rows = [TokenRow(number=n, **row) for n, row in enumerate(job["train"])]
 with Engine().session(adapted.device) as session:
-    forward = Counted(base, adapted, streams=session.streams)
+    forward = Counted(base, adapted, streams=session.streams, loss=loss)
+    learner = Learner(model=adapted, tokenizer=tokenizer, precision=precision, scorer=forward)
+    trained_kind(spec).refer(forward.loss, learner, lambda what: {})
     TrainingLoop(session, forward, arguments, MemberRows(train=rows, held_out=[]), (gate,)).run()
 gate.end(adapted)

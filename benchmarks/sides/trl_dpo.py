@@ -9,7 +9,7 @@ import sys
 import tempfile
 
 from datasets import Dataset
-from gate import Gate, keep_nf4_in_training_mode, peak_mib, quantization
+from gate import Gate, keep_nf4_in_training_mode, quantization
 from peft import LoraConfig
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
@@ -33,4 +33,4 @@ trainer = DPOTrainer(
 keep_nf4_in_training_mode(trainer.model)
 trainer.data_collator = gate.counted(trainer.data_collator)
 trainer.train()
-gate.tell(peak=peak_mib())
+gate.end(trainer.model)
