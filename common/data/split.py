@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loractl.common.errors import DataError
-from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec
+from loractl.common.job.sections import PLAIN, BadRow, DataFormat, DatasetSpec, PromptTemplate
 
 from .example import Example
 from .examples import Examples
@@ -39,9 +39,15 @@ class Split:
     final_repeated: int = 0  # final rows left out because one like them is final already
 
     def about_sources(self, dataset: DatasetSpec) -> list[Finding]:
-        """How many rows come from which data set, where there are several."""
+        """How many rows come from which of several data sets, and whether the job's template has no effect on them."""
         held_out = [] if dataset.eval_path else [example.number for example in self.held_out]
-        return about_sources(self.portions, held_out)
+        findings = about_sources(self.portions, held_out)
+        if dataset.template is not PromptTemplate.CHAT and self.format in PLAIN:
+            what = f"dataset.template: {dataset.template.value} has no effect"
+            text = f"{what}: rows of the format {self.format.value} are taken as they are"
+            hint = "leave dataset.template out, or give rows with instruction, messages or conversations"
+            findings.append(Finding(level="warning", kind="unused template", text=text, hint=hint))
+        return findings
 
 
 def split_data(

@@ -31,8 +31,8 @@ class PreferenceSpec(Section):
     loss_type: Annotated[str | list[str], BeforeValidator(_losses)] = "sigmoid"
     """sigmoid (DPO, arXiv:2305.18290), ipo (2310.12036), hinge (2305.10425), robust (2403.00409), simpo (2405.14734),
     orpo (2403.07691); or several, as [sigmoid, sft], where sft is the loss of the chosen answers."""
-    loss_weights: list[Annotated[float, Field(ge=0)]] | None = None
-    """The weight of each of several losses; null: 1 each."""
+    loss_weights: list[Annotated[float, Field(gt=0)]] | None = None
+    """The weight of each of several losses; null: 1 each. A loss that should not count is left out of loss_type."""
     beta: float = Field(0.1, gt=0)
     """How far the adapter may go from the base; ipo's tau, the scale of simpo's rewards, the weight of orpo's odds
     ratio."""
@@ -65,6 +65,4 @@ class PreferenceSpec(Section):
     def _one_weight_each(self) -> PreferenceSpec:
         if self.loss_weights is not None and len(self.loss_weights) != len(self.losses):
             raise ValueError(f"loss_weights has {len(self.loss_weights)} for {len(self.losses)} of loss_type")
-        if not any(self.weights):
-            raise ValueError("loss_weights are 0, all of them: nothing would be learned")
         return self

@@ -65,6 +65,10 @@ class DataFormat(enum.StrEnum):
     PREFERENCE_TEXT = "preference_text"  # the same with plain text, which no chat template sees
 
 
+PLAIN = (DataFormat.TEXT, DataFormat.PROMPT_COMPLETION, DataFormat.CLASSIFICATION, DataFormat.PREFERENCE_TEXT)
+"""Formats whose rows are taken as they are."""
+
+
 class PromptTemplate(enum.StrEnum):
     """What is written around the turns of a conversation."""
 

@@ -15,8 +15,8 @@ from .need import permitted_methods
 from .preference import PreferenceSpec
 from .sections import (
     AS_WRITTEN,
+    PLAIN,
     ChannelName,
-    DataFormat,
     DatasetSpec,
     Duration,
     EvaluationSpec,
@@ -116,10 +116,6 @@ class JobSpec(Section):
 def spec_keys() -> list[str]:
     """Every key of the job file as a dotted path, sections left out."""
     return [key for key in _all_keys(JobSpec) if not key.endswith(".")]
-
-
-PLAIN = (DataFormat.TEXT, DataFormat.PROMPT_COMPLETION, DataFormat.CLASSIFICATION, DataFormat.PREFERENCE_TEXT)
-"""Formats whose rows are taken as they are."""
 
 
 def _around_plain_rows(spec: JobSpec) -> Iterator[str]:

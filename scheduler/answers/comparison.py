@@ -96,7 +96,8 @@ class FinishedJob:
         losses = self.report["evaluation"].get("row_losses")
         if not losses:
             return None
-        return held_out_hash(self.report), self.loss_by, *((row, tokens) for row, tokens, *_ in losses)
+        measured = ((row, weight, *tokens) for row, weight, _, _, *tokens in losses)
+        return held_out_hash(self.report), self.loss_by, *measured
 
     @property
     def loss_by(self) -> Any:

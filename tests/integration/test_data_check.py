@@ -94,6 +94,8 @@ CLASSIFIER = {"task_type": "SEQ_CLS"}
 FEW = [*pairs()[:9], pair("x", " y")]
 NO_SYSTEM = "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}<|im_end|>{% endif %}{% endfor %}"
 NO_TOOL = NO_SYSTEM.replace("system", "tool")
+TRIMS = "{% for m in messages %}{{ m['role'] + ':' + m['content'] | trim }}<|im_end|>{% endfor %}"
+TRIMS += "{% if add_generation_prompt %}assistant:{% endif %}"
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
 
 
@@ -154,6 +156,12 @@ CASES = [
     Case("overlap", "error", preferred(), PAIRS, held_out=[two(f"queue {n} of many", "a", "b") for n in range(9)]),
     Case("too long", "error", preferred(), {**PAIRS, "dataset": {"max_length": 20, "on_overflow": "error"}}),
     Case("no learned token", "error", preferred(), {**PAIRS, "dataset": {"max_length": 8}}),
+    Case("no learned token", "error", preferred(two("what?", "yes", " yes ")), PAIRS, template=TRIMS, marked=(41,)),
+    Case("unused template", "warning", pairs(), {"dataset": {"template": "alpaca"}}),
+    Case(
+        "unused template", "warning", [plain(f"is it {n}? ", "yes", "no") for n in range(40)],
+        {**PAIRS, "dataset": {"template": "alpaca"}},
+    ),
     Case("no learned token", "error", preferred(two("what?", "queue " * 90 + "yes", "queue " * 90 + "no")),
          {**PAIRS, "dataset": {"max_length": 64}}, held_out=other_pairs(), marked=(41,)),
     # what is trained on, and was hardly meant

@@ -152,8 +152,10 @@ def test_loss_share_and_margins_are_those_by_hand(made: Made, lean: bool) -> Non
         tokens = sum(one.chosen_tokens for one in sums)
         assert getattr(metrics["chosen_loss"], who) == pytest.approx(-sum(o.chosen for o in sums) / tokens, rel=1e-4)
     assert 0 < metrics["preference_accuracy"].base < 100
-    rows = [(number, cases, before, pytest.approx(loss, rel=1e-4)) for number, cases, before, loss in
-            zip(range(1, 11), [1] * 10, [round(math.log(2), 6)] * 10, losses, strict=True)]  # fmt: skip
+    rows = [
+        (number, 1, round(math.log(2), 6), pytest.approx(loss, rel=1e-4), one.chosen_tokens + one.rejected_tokens)
+        for number, loss, one in zip(range(1, 11), losses, base, strict=True)
+    ]
     assert found.rows == 10 and found.row_losses == rows
 
 

@@ -42,10 +42,6 @@ class RowForm:
         """Whether it can be learned from."""
         return all(map(teaches, self.texts(row)))
 
-    def survives(self, row: TokenRow) -> bool:
-        """Whether a row can still be learned from after it was cut."""
-        return self.teaches(row)
-
     def length(self, row: TokenRow) -> int:
         """Tokens of its longest text."""
         return max(len(text.input_ids) for text in self.texts(row))
@@ -88,9 +84,10 @@ class PairForm(RowForm):
         chosen = replace(row, input_ids=row.input_ids[:begin], labels=row.labels[:begin], starts=())
         return chosen, replace(row, input_ids=row.input_ids[begin:], labels=row.labels[begin:], starts=())
 
-    def survives(self, row: TokenRow) -> bool:
+    def teaches(self, row: TokenRow) -> bool:
         chosen, rejected = self.texts(row)
-        return self.teaches(row) and chosen.input_ids != rejected.input_ids  # answers may begin alike
+        # answers may begin alike and be cut there, or differ in what the template takes away, like a space
+        return super().teaches(row) and chosen.input_ids != rejected.input_ids
 
 
 def _pair_of(chosen: TokenRow, rejected: TokenRow) -> TokenRow:

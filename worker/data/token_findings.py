@@ -89,7 +89,7 @@ class TokenLook:
         self._apart = array("q")
         self._doubled, self._open_ended, self._strange = array("q"), array("q"), array("q")
         self._beyond, self._long_answers = array("q"), array("q")
-        self._too_long, self._empty = array("q"), array("q")
+        self._too_long, self._empty, self._untaught = array("q"), array("q"), array("q")
         self._given = False  # some tokens are not learned
 
     def see(self, rows: Sequence[TokenRow]) -> None:
@@ -115,8 +115,8 @@ class TokenLook:
         for numbers in (self._doubled, self._open_ended, self._strange, self._beyond, self._long_answers):
             if any(numbers is one for one in found):
                 numbers.append(number)
-        if all(form.length(row) > most and not form.survives(form.shortened(row, most)) for row in rows):
-            self._empty.append(number)
+        if not any(form.teaches(form.shortened(row, most)) for row in rows):
+            (self._empty if any(map(form.teaches, rows)) else self._untaught).append(number)
 
     def _faults(self, row: TokenRow) -> list[tuple[array[int], bool]]:
         """Where a row is noted, and whether it should be."""
@@ -164,17 +164,20 @@ class TokenLook:
         """What dataset.max_length does to the rows, and to those of other looks, which are held out or final."""
         looks = (self, held_out, final)
         dataset, lengths = self._spec.dataset, [length for look in looks for length in look.lengths]
+        untaught = tuple(look._untaught for look in looks)
+        text = f"{{n}} with no {form_of(dataset.format).lesson} to learn, as the model's template and tokenizer show it"
+        unfit = _about_each("error", "no learned token", text, untaught)
         most, too_long = dataset.max_length, tuple(look._too_long for look in looks)
         hint = f"dataset.max_length: {max(lengths, default=0)} would hold them all"
         if dataset.on_overflow is Overflow.ERROR:
             text = f"{{n}} of more than dataset.max_length ({most}) tokens"
-            return _about_each("error", "too long", text, too_long, hint)
+            return unfit + _about_each("error", "too long", text, too_long, hint)
         if dataset.on_overflow is Overflow.DROP:
             text = f"{{n}} left out, with more than dataset.max_length ({most}) tokens"
-            return _about_each("warning", "too long, left out", text, too_long, hint)
+            return unfit + _about_each("warning", "too long, left out", text, too_long, hint)
         empty = tuple(look._empty for look in looks)
         text = f"{{n}} with no {form_of(dataset.format).lesson} to learn within dataset.max_length ({most})"
-        findings = _about_each("error", "no learned token", text, empty, hint)
+        findings = unfit + _about_each("error", "no learned token", text, empty, hint)
         cut = [sorted(set(numbers) - set(untaught)) for numbers, untaught in zip(too_long, empty, strict=True)]
         share = 100 * sum(look._cut for look in looks) / max(1, sum(look._tokens for look in looks))
         text = f"{{n}} cut at dataset.max_length ({most}), which takes {share:.0f} % of all tokens"

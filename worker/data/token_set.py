@@ -161,8 +161,9 @@ class _Fitting:
                     continue
                 rows = [form.cut(row, example, self.tokenizer, dataset.max_length) for row in rows]
                 self.truncated += 1
-            teaches = form.teaches if longest <= dataset.max_length else form.survives
-            rows = list(filter(teaches, rows))
+            rows = list(filter(form.teaches, rows))
+            if not rows and longest <= dataset.max_length:
+                raise DataError(file, f"has no {form.lesson} to learn", row=example.number)
             if not rows:
                 raise DataError(
                     file,

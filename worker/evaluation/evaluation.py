@@ -50,8 +50,10 @@ class Evaluation:
     answers: list[Answer]
     rows: int
     seconds: float
-    row_losses: list[tuple[int, int, float, float]]
-    """(row, learned tokens, summed loss of base, of tuned in nats): with them two jobs are compared row by row."""
+    row_losses: list[tuple[int, int, float, float] | tuple[int, int, float, float, int]]
+    """(row, weight, loss of the base, loss of the tuned model in nats): with them two jobs are compared row by row. An
+    answer weighs its learned tokens, over which its losses are summed; a label and a pair weigh 1. A fifth value counts
+    the tokens of a pair's two answers."""
     labels: Labels | None = None
     turns: list[Turns] = field(default_factory=list)
     baseline: str | None = None  # the name of `base` where it is not the base model

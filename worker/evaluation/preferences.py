@@ -53,6 +53,11 @@ class PairScores:
         return cls(chosen=measured.rows, rejected=measured.rejected, given=measured.given)
 
     @property
+    def tokens(self) -> Array:
+        """Of both answers of each pair."""
+        return self.chosen.tokens + self.rejected.tokens
+
+    @property
     def pairs(self) -> Pairs:
         """The same as the losses take it, in float64."""
         chosen, rejected = self.chosen, self.rejected
@@ -95,8 +100,8 @@ def evaluate_preferences(
         rows=len(work.numbers),
         seconds=time.monotonic() - began,
         row_losses=[
-            (number, 1, round(float(before), 6), round(float(after), 6))
-            for number, before, after in zip(work.numbers, *losses, strict=True)
+            (number, 1, round(float(before), 6), round(float(after), 6), int(tokens))
+            for number, tokens, before, after in zip(work.numbers, scores[0].tokens, *losses, strict=True)
         ],
         base_job=base_job,
         baseline=None if learner.started is None else learner.compared_with,

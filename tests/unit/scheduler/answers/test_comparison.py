@@ -158,6 +158,15 @@ def test_losses_of_pairs_that_are_not_one_measure_are_not_compared(
     assert (told in comparison_text(order, SCREEN)) != alike
 
 
+def test_pairs_that_were_cut_elsewhere_are_other_rows() -> None:
+    jobs = [of_pairs(1, 0.5), of_pairs(2, 0.9)]
+    for job, cut in zip(jobs, (0, 3), strict=True):
+        for row in job.report["evaluation"]["row_losses"]:
+            row.append(40 - cut)
+    order = compared(jobs)
+    assert order.jobs[1].against is None and order.reading(order.jobs[1]) == "other held-out rows"
+
+
 def test_few_rows_get_no_reading_and_a_missing_loss_no_place() -> None:
     order = compared([job(1, noisy(1.0, 0.1, rows=5)), job(2, noisy(2.0, 0.1, rows=5))])
     assert order.jobs[1].against is not None and order.jobs[1].against.reading == "too few rows"
