@@ -308,6 +308,19 @@ def test_a_classifier_is_planned_as_it_is_traced(
     assert found.parts["adapter"] == pytest.approx(trace.adapter, abs=2048)
 
 
+@pytest.mark.parametrize(("method", "checkpointing", "vocab"), SETTINGS)
+def test_pairs_are_planned_as_they_are_traced(method: Method, checkpointing: bool, vocab: int, tmp_path: Path) -> None:
+    """A bent loss passes the head twice, and holds nothing of the first time."""
+    asked = job("llama", checkpointing=checkpointing).model_dump(include={"name", "base_model", "training"})
+    pairs = {"task_type": "preference", "dataset": {"path": "org/data", "max_length": TOKENS}, "lora": {"r": 8}}
+    spec = JobSpec.model_validate(asked | pairs)
+    sizes = config("llama", vocab=vocab)
+    trace = trace_step(real(sizes, tmp_path), spec, method, 2 * TOKENS, lean=True)
+    found = plan(shape(sizes), spec, method, Lengths(train=2 * TOKENS, evaluate=1))
+    assert found.tensor_bytes == pytest.approx(trace.peak, rel=TOLERANCE)
+    assert found.parts["adapter"] == pytest.approx(trace.adapter, abs=2048)
+
+
 def test_the_plan_by_trace_of_a_classifier_is_that_of_its_shape(tmp_path: Path) -> None:
     sizes = config("llama", vocab=3000)
     real(sizes, tmp_path)

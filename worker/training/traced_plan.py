@@ -32,6 +32,7 @@ from loractl.common.memory.step import Lengths, checkpoints_activations, micro_b
 from loractl.worker.base.arithmetic import Precision, compute_in
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.source import source_of
+from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.passes.lean import LeanPass, RowsBehindEachOther
 
 from .kinds.known import trained_kind
@@ -100,6 +101,8 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean:
             }
         )
     batch = spec.training.per_device_train_batch_size
+    laid_rows = _rows(batch, tokens, spec.kind.halves)
+    laid = RowsBehindEachOther.of(laid_rows, torch.device("cpu"))
     precision = Precision(base=_dtype(spec), amp=None if spec.training.dtype == "float32" else "bf16")
     with FakeTensorMode(allow_non_fake_inputs=True), _masks(padded=batch > 1 or spec.training.packing):
         constants = _make_fake(model)
@@ -114,12 +117,12 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean:
         held = live.now - weights - adapter
         rows = torch.zeros((batch, tokens), dtype=torch.int64)
         count = torch.tensor(1)
-        passing, learned = LeanPass(model, precision), list[torch.Tensor]()
-        laid = _laid(batch, tokens)
+        loss = trained_kind(spec).loss(spec) if lean else None
+        passing, learned = LeanPass(model, precision, loss=loss), list[torch.Tensor]()
 
         def step() -> None:
             if lean:
-                passing.learn_rows(laid, 1, torch.autograd.backward)
+                passing.learn_rows(laid, 1, torch.autograd.backward, laid_rows)
                 return
             inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
             torch.autograd.backward(trained_kind(spec).traced_loss(model, inputs, count))
@@ -136,11 +139,12 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean:
     return Trace(weights=weights, adapter=adapter, state=held, peak=peak)
 
 
-def _laid(batch: int, tokens: int) -> RowsBehindEachOther:
-    """Rows without content, of which all but each first token is learned."""
-    whole, learned = (torch.zeros(count, dtype=torch.int64) for count in (batch * tokens, batch * (tokens - 1)))
-    given = {"ids": whole[None], "positions": whole[None], "places": learned, "targets": learned, "row_of": learned}
-    return RowsBehindEachOther(lengths=[tokens] * batch, **given)
+def _rows(batch: int, tokens: int, halves: int) -> list[TokenRow]:
+    """Rows without content, of which all but the first token of each text is learned. `halves`: texts of a row."""
+    text = tokens // halves
+    labels = [IGNORED, *[0] * (text - 1)] * halves
+    starts = tuple(range(text, text * halves, text))
+    return [TokenRow(number=n, input_ids=[0] * len(labels), labels=labels, starts=starts) for n in range(batch)]
 
 
 def _dtype(spec: JobSpec) -> torch.dtype:
