@@ -24,7 +24,7 @@ def compare(job_ids: tuple[int, ...], sweep_id: int | None, plot: Path | None, a
     """
     from loractl.common.errors import UsageError
     from loractl.scheduler.answers.comparison import comparison
-    from loractl.scheduler.answers.sweep import sweep_comparison
+    from loractl.scheduler.answers.winner import sweep_comparison
     from loractl.scheduler.figure import require_matplotlib
     from loractl.scheduler.session import open_stores
     from loractl.scheduler.text.comparison import comparison_text, draw_comparison, sweep_comparison_text

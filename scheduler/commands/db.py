@@ -71,7 +71,7 @@ def db_roles(
     Say it again after each upgrade, and for each new person or box. New passwords are made and shown once.
     """
     from loractl.common.settings import load_settings
-    from loractl.scheduler.text.upkeep import roles
+    from loractl.scheduler.text.roles import roles
     from loractl.scheduler.upkeep.roles import set_up_roles, wanted_logins
 
     chosen = None if passwords is None else passwords.read().splitlines()

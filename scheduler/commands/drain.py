@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
 from loractl.common.errors import UsageError
 
-from .named import Target
+from .named import completed
+
+if TYPE_CHECKING:
+    from loractl.common.store.store import Store
+
+
+class Target(click.types.StringParamType):
+    """An argument that names a box or a card."""
+
+    name = "target"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Boxes and their cards."""
+        return completed(incomplete, _known_targets)
+
+
+def _known_targets(store: Store) -> Iterator[tuple[str, str]]:
+    from loractl.scheduler.answers.fleet import fleet
+
+    for target in sorted(fleet(store).targets):
+        yield target, "a card" if ":" in target else "a box"
 
 
 @click.command()

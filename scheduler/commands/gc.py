@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import click
+
+from .output import show
 
 
 @click.command()
@@ -34,7 +34,7 @@ def gc(keep_last: int | None, older_than: str, jobs: bool, dry_run: bool, force:
     rows of ended jobs only with --jobs.
     """
     from loractl.scheduler.session import open_artifacts, open_session
-    from loractl.scheduler.text.upkeep import line, total
+    from loractl.scheduler.text.garbage import line, total
     from loractl.scheduler.upkeep.garbage import Cleaner, Cleared, Policy, parse_age
 
     policy = Policy(keep_last=keep_last, older_than=parse_age(older_than), past_jobs=jobs)
@@ -48,4 +48,4 @@ def gc(keep_last: int | None, older_than: str, jobs: bool, dry_run: bool, force:
         if not as_json:
             click.echo(line(garbage))
     cleared = Cleared(dry_run=dry_run, removed=tuple(gone))
-    click.echo(json.dumps(cleared.as_json()) if as_json else total(cleared))
+    show(cleared, as_json, lambda: total(cleared))

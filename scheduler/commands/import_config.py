@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import click
 
 from loractl.common.errors import UsageError
+
+from .output import show
 
 
 @click.command("import")
@@ -25,12 +26,10 @@ def import_config(file: Path, output: Path | None, as_json: bool) -> None:
     if output is not None and output.exists():
         raise UsageError(f"{output} exists already", "name a new file")
     imported = import_file(file, output.parent if output is not None else Path())
-    if as_json:
-        click.echo(json.dumps(imported.as_json()))
+    if as_json or output is None:
+        show(imported, as_json, lambda: job_file(imported, file).removesuffix("\n"))
     if output is not None:
         _write(output, job_file(imported, file))
-    elif not as_json:
-        click.echo(job_file(imported, file), nl=False)
     if not as_json:
         click.echo(account(imported, file, output), err=True)
 

@@ -77,17 +77,7 @@ class JobName(click.types.StringParamType):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The newest jobs' numbers and names, and tags."""
-        return _items(incomplete, _known_jobs)
-
-
-class Target(click.types.StringParamType):
-    """An argument that names a box or a card."""
-
-    name = "target"
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Boxes and their cards."""
-        return _items(incomplete, _known_targets)
+        return completed(incomplete, _known_jobs)
 
 
 class AdapterName(click.types.StringParamType):
@@ -97,7 +87,7 @@ class AdapterName(click.types.StringParamType):
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Names and tags."""
-        return _items(incomplete, _known_adapters)
+        return completed(incomplete, _known_adapters)
 
 
 class Setting(click.types.StringParamType):
@@ -112,7 +102,7 @@ class Setting(click.types.StringParamType):
         return [CompletionItem(f"{key}=", type="nospace") for key in spec_keys() if key.startswith(incomplete)]
 
 
-def _items(incomplete: str, known: Callable[[Store], Iterable[tuple[str, str]]]) -> list[CompletionItem]:
+def completed(incomplete: str, known: Callable[[Store], Iterable[tuple[str, str]]]) -> list[CompletionItem]:
     """What begins like that. A shell that completes shows no error: without a database there is nothing to complete."""
     from loractl.common.store.database import DatabaseError
     from loractl.scheduler.session import open_session
@@ -137,18 +127,11 @@ def _known_jobs(store: Store) -> Iterator[tuple[str, str]]:
 
 def _known_adapters(store: Store) -> Iterator[tuple[str, str]]:
     from loractl.common.store.records import Page
-    from loractl.scheduler.answers.adapters import adapter_list
 
-    stored = adapter_list(store, Page(limit=COMPLETED)).adapters
+    stored = store.newest_adapters(Page(limit=COMPLETED))[:COMPLETED][::-1]
     for name in dict.fromkeys(adapter.name for adapter in stored):
         yield name, "the newest adapter of this name"
+    tags = store.tags([adapter.job_id for adapter in stored])
     for adapter in stored:
-        for tag in adapter.tags:
+        for tag in tags.get(adapter.job_id, ()):
             yield f"{adapter.name}:{tag}", f"job {adapter.job_id}"
-
-
-def _known_targets(store: Store) -> Iterator[tuple[str, str]]:
-    from loractl.scheduler.answers.fleet import fleet
-
-    for target in sorted(fleet(store).targets):
-        yield target, "a card" if ":" in target else "a box"

@@ -1,9 +1,9 @@
-"""How a command prints its answer: as the answer's own JSON, or as text."""
+"""How a command prints its answer, as the answer's own JSON or as text; and what it says on stderr."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, TypeVar
 
 import click
@@ -56,3 +56,14 @@ def paged(what: str) -> Callable[[Command], Command]:
         return limit(after(command))
 
     return add
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Print the lines on stderr."""
+    for line in lines:
+        click.echo(line, err=True)
+
+
+def hint(text: str) -> None:
+    """Print the next command on stderr, dim."""
+    click.echo(click.style(text, dim=True), err=True)

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import click
 
-from .output import show
-from .warnings import hint, warn
+from .output import hint, show, warn
 
 
 @click.command()

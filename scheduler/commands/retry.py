@@ -23,8 +23,8 @@ def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     from loractl.scheduler.submission.edit import amendment, unchecked_rows, unknown_channels
     from loractl.scheduler.submission.intake import wake_for
 
+    from .output import hint, warn
     from .several import for_each
-    from .warnings import hint, warn
 
     settings, store = open_session()
     with open_sender(settings) as sender:

@@ -12,8 +12,8 @@ import click
 from loractl.common.errors import UsageError
 
 from .named import Setting
-from .output import show
-from .warnings import hint, warn, warn_of_data
+from .output import hint, show, warn
+from .warnings import warn_of_data
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import click
 
 from .named import Setting
-from .output import show
-from .warnings import hint, warn, warn_of_data
+from .output import hint, show, warn
+from .warnings import warn_of_data
 
 if TYPE_CHECKING:
     from loractl.common.settings import Settings
-    from loractl.scheduler.answers.submission import SweepDraft
+    from loractl.scheduler.answers.sweep_draft import SweepDraft
 
 
 @click.command()
@@ -40,10 +40,10 @@ def sweep(
 
     Every member is checked before any is queued, and all are queued or none. One value alone holds for all members.
     """
-    from loractl.scheduler.answers.submission import sweep_draft
+    from loractl.scheduler.answers.sweep_draft import sweep_draft
     from loractl.scheduler.submission.preflight import check_addresses
     from loractl.scheduler.text.screen import detect_screen
-    from loractl.scheduler.text.sweep import draft_text
+    from loractl.scheduler.text.sweep_draft import draft_text
 
     settled = check_addresses()
     draft = sweep_draft(job_file, settings, trials=trials, seed=seed, early_stop=early_stop)
@@ -93,7 +93,7 @@ def _queue(draft: SweepDraft, job_file: Path, as_json: bool) -> None:
     from loractl.scheduler.submission.intake import enqueue_sweep, with_own_channels
     from loractl.scheduler.submission.members import submissions
     from loractl.scheduler.text.screen import detect_screen
-    from loractl.scheduler.text.sweep import queued_text
+    from loractl.scheduler.text.sweep_draft import queued_text
 
     settings, store, artifacts = open_stores()
     _warn_of_files(draft, job_file)

@@ -1,26 +1,14 @@
-"""Warnings that a command prints on stderr when it queues jobs."""
+"""What a command that queues jobs says of their data, on stderr."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
+from .output import hint, warn
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
-
-
-def warn(lines: Iterable[str]) -> None:
-    """Print the lines on stderr."""
-    for line in lines:
-        click.echo(line, err=True)
-
-
-def hint(text: str) -> None:
-    """Print the next command on stderr, dim."""
-    click.echo(click.style(text, dim=True), err=True)
 
 
 def warn_of_data(spec: JobSpec, job_file: Path | None) -> None:

@@ -12,16 +12,15 @@ from loractl.common.text import clean_line, number, signed
 from loractl.common.units import duration, gib
 from loractl.common.verdict import decimals
 from loractl.scheduler.answers.comparison import OTHER_LOSS
-from loractl.scheduler.answers.sweep import settings_of
+from loractl.scheduler.answers.sweep import settings_of, shares, titles
 from loractl.scheduler.answers.wait.gangs import in_words
 from loractl.scheduler.figure import save, without_box
 
-from .screen import Screen, table
-from .sweep import number_columns, shares, titles
+from .screen import Screen, number_columns, table
 
 if TYPE_CHECKING:
     from loractl.scheduler.answers.comparison import Comparison, FinishedJob
-    from loractl.scheduler.answers.sweep import SweepComparison
+    from loractl.scheduler.answers.winner import SweepComparison
 
 
 OF_PAIRS = ("preference_accuracy",)

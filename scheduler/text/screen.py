@@ -156,3 +156,16 @@ def joined(lines: Sequence[str], screen: Screen) -> str:
     """The lines as one text, in ASCII where the screen has no other letters."""
     text = "\n".join(lines)
     return text if screen.unicode else text.translate(_ASCII).encode("ascii", "replace").decode()
+
+
+def number_columns(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The heads of those columns in which every cell is a number: they stand right."""
+    return [head for n, head in enumerate(headers) if all(_is_number(row[n]) for row in rows)]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loractl.common.job.status import Stage, Status
 from loractl.common.text import clean_line
 from loractl.common.units import thousands
-from loractl.scheduler.answers.sweep import count, named_settings, settings_of, short_keys, short_setting
+from loractl.scheduler.answers.sweep import count, loss_of, named_settings, settings_of, shares, titles
 from loractl.scheduler.answers.wait.gangs import in_short
 
-from .screen import Screen, bar, fit, table, wrapped_table
+from .screen import Screen, bar, fit, number_columns, table, wrapped_table
 
 if TYPE_CHECKING:
     from loractl.common.job.sweep import Member, SweepView
-    from loractl.scheduler.answers.submission import SweepDraft
     from loractl.scheduler.answers.sweep import SweepStanding
 
 _DOING = {
@@ -43,7 +41,7 @@ def overview(views: Sequence[SweepView], screen: Screen) -> list[str]:
             screen.style(f"{fit(view.name, 16)} {times}{len(view.members)}", bold=True),
             fit(view.user, 8),
             *(str(each[name]) for name in names),
-            "–" if view.best is None else f"{_loss_of(view.best)} with {named_settings(view, view.best)}",
+            "–" if view.best is None else f"{loss_of(view.best)} with {named_settings(view, view.best)}",
         ]
         for view, each in zip(views, counts, strict=True)
     ]
@@ -61,61 +59,13 @@ def opened(standing: SweepStanding, screen: Screen) -> str:
     rows = [_row(standing, member, screen) for member in view.members]
     lines += ["", *table(headers, rows, screen, right=(*number_columns(headers, rows), "LOSS", "AT"))]
     if view.best is not None:
-        best = f"{view.best.job_id} ({named_settings(view, view.best)}), held-out loss {_loss_of(view.best)}"
+        best = f"{view.best.job_id} ({named_settings(view, view.best)}), held-out loss {loss_of(view.best)}"
         lines += ["", screen.style("Best: " if view.ended else "Best so far: ", bold=True) + best + "."]
     saved, steps = view.saved_steps
     if view.ended and view.rungs and steps:
         part = f"{thousands(saved)} of {thousands(steps)} steps ({saved / steps * 100:.0f} %)"
         lines.append(f"Stopping the losers saved {part}.")
     return "\n".join([*lines, "", screen.dim(_next_command(view))])
-
-
-def queued_text(view: SweepView, screen: Screen) -> str:
-    """A sentence that the members are queued, and the points that were drawn."""
-    jobs = listed([member.job_id for member in view.members])
-    losers = f"; losers stop after {shares(view.rungs)} of their steps" if view.rungs else ""
-    lines = [f"Sweep {view.sweep_id}: {len(view.members)} jobs ({jobs}) are queued{losers}."]
-    if view.trials is not None:
-        members = [(str(member.job_id), member.settings) for member in view.members]
-        lines += ["", f"Drawn with seed {view.seed}:", *_points("JOB", members, screen)]
-    return "\n".join(lines)
-
-
-def draft_text(answer: SweepDraft, screen: Screen) -> str:
-    """The members that would be queued."""
-    drawn = "" if answer.trials is None else f", drawn with seed {answer.seed}"
-    losers = f" Losers would stop after {shares(answer.rungs)} of their steps." if answer.rungs else ""
-    lines = [*_points("NAME", answer.points, screen), ""]
-    return "\n".join([*lines, f"{len(answer.specs)} jobs{drawn}; none is queued.{losers}"])
-
-
-def titles(view: SweepView) -> list[str]:
-    """The varied keys as heads of columns."""
-    return [name.upper() for name in short_keys(view)]
-
-
-def number_columns(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The heads of those columns in which every cell is a number: they stand right."""
-    return [head for n, head in enumerate(headers) if all(_is_number(row[n]) for row in rows)]
-
-
-def shares(rungs: Sequence[float]) -> str:
-    """0.25 and 0.5 as "25 % and 50 %"."""
-    return " and ".join(f"{rung * 100:g} %" for rung in rungs)
-
-
-def listed(job_ids: Sequence[int]) -> str:
-    """12, 13, 14 as "12 to 14"; numbers with gaps one by one."""
-    if len(job_ids) > 2 and all(b == a + 1 for a, b in itertools.pairwise(job_ids)):
-        return f"{job_ids[0]} to {job_ids[-1]}"
-    return ", ".join(map(str, job_ids))
-
-
-def _points(first: str, members: Sequence[tuple[str, Mapping[str, Any]]], screen: Screen) -> list[str]:
-    """The settings of each member, under what `first` says."""
-    headers = [first, *members[0][1]]
-    rows = [[name, *map(short_setting, settings.values())] for name, settings in members]
-    return table(headers, rows, screen, right=number_columns(headers, rows))
 
 
 def _row(standing: SweepStanding, member: Member, screen: Screen) -> list[str]:
@@ -151,13 +101,6 @@ def _told(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {words.get(name, name)}" for name, number in counts.items() if number)
 
 
-def _loss_of(member: Member) -> str:
-    if member.final_loss is not None:
-        return f"{member.final_loss:.3f}"
-    point = member.rungs[-1]
-    return f"{point.loss:.3f} at {point.rung * 100:g} %"
-
-
 def _next_command(view: SweepView) -> str:
     if not view.members:
         return "It has no jobs."
@@ -170,11 +113,3 @@ def _next_command(view: SweepView) -> str:
         return f"What went wrong: loractl status {view.members[0].job_id}"
     best = f"its report: loractl report {view.best.job_id}"
     return f"Is it clearly the best? loractl compare --sweep {view.sweep_id}   {best}"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

@@ -11,7 +11,8 @@ from loractl.common.errors import LoractlError
 
 from ..comparison import FinishedJob, compared
 from ..final import seen
-from ..sweep import SweepComparison, short_keys, short_setting
+from ..sweep import short_keys, short_setting
+from ..winner import SweepComparison
 from .measures import UNREADABLE
 
 if TYPE_CHECKING:

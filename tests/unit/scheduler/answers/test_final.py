@@ -22,7 +22,8 @@ from loractl.scheduler.answers.job import job_history
 from loractl.scheduler.answers.lab.shelf import ReportShelf
 from loractl.scheduler.answers.report import report
 from loractl.scheduler.answers.sameness import sameness
-from loractl.scheduler.answers.sweep import SweepComparison, sweep_comparison, sweep_standing
+from loractl.scheduler.answers.sweep import sweep_standing
+from loractl.scheduler.answers.winner import SweepComparison, sweep_comparison
 from loractl.scheduler.text.comparison import sweep_comparison_text
 from loractl.scheduler.text.report import report_text
 from loractl.scheduler.text.screen import Screen

@@ -13,12 +13,14 @@ from loractl.common.job.sweep import Member, RungPoint, SweepView
 from loractl.scheduler.answers.comparison import FinishedJob, compared
 from loractl.scheduler.answers.job import state_of
 from loractl.scheduler.answers.overview import Overview
-from loractl.scheduler.answers.sweep import SweepComparison, SweepStanding
+from loractl.scheduler.answers.sweep import SweepStanding
 from loractl.scheduler.answers.wait.queue import WaitingJobs
+from loractl.scheduler.answers.winner import SweepComparison
 from loractl.scheduler.text.comparison import sweep_comparison_text
 from loractl.scheduler.text.jobs import overview_text
 from loractl.scheduler.text.screen import Screen
-from loractl.scheduler.text.sweep import listed, opened, overview
+from loractl.scheduler.text.sweep import opened, overview
+from loractl.scheduler.text.sweep_draft import listed
 
 from ...factories import NOON
 from ...factories import job as row
