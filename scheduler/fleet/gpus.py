@@ -1,0 +1,23 @@
+"""loractl gpus: the devices of all boxes and what uses them."""
+
+from __future__ import annotations
+
+import click
+
+from loractl.scheduler.cli.output import show
+from loractl.scheduler.cli.screen import detect_screen
+
+
+@click.command()
+@click.option("--used", is_flag=True, help="Show what jobs hold now beside what their plans reserve.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def gpus(used: bool, as_json: bool) -> None:
+    """List the devices of all boxes and what uses them."""
+    from loractl.scheduler.cli.session import open_session
+
+    from .answer import fleet
+    from .text import devices
+
+    _, store = open_session()
+    answer = fleet(store)
+    show(answer, as_json, lambda: devices(answer, detect_screen(), used=used))
