@@ -26,8 +26,8 @@ COMMANDS: Commands = {
         "Serve this box's devices: claim waiting jobs that fit and train them.",
     ),
     "status": ("loractl.scheduler.status.command:status", "List what runs and what waits, or one job in full."),
-    "show": ("loractl.scheduler.status.show:show", "Show a job's history, attempts and resolved spec."),
-    "logs": ("loractl.scheduler.status.logs:logs", "Print a job's log."),
+    "show": ("loractl.scheduler.status.command:show", "Show a job's history, attempts and resolved spec."),
+    "logs": ("loractl.scheduler.status.command:logs", "Print a job's log."),
     "report": ("loractl.scheduler.report.command:report", "Print a job's evaluation report: base against tuned."),
     "compare": (
         "loractl.scheduler.compare.command:compare",
@@ -46,10 +46,10 @@ COMMANDS: Commands = {
     "chat": ("loractl.worker.commands.chat:chat", "Talk with an adapter; /adapter switches to another one in place."),
     "serve": ("loractl.worker.commands.serve:serve", "Serve a base and its adapters over an OpenAI-compatible API."),
     "matrix": ("loractl.worker.commands.matrix:matrix", "Score several adapters on several tasks, on one loaded base."),
-    "cancel": ("loractl.scheduler.change.cancel:cancel", "Cancel waiting or running jobs."),
-    "hold": ("loractl.scheduler.change.hold:hold", "Keep waiting jobs from starting until loractl retry."),
-    "edit": ("loractl.scheduler.change.edit:edit", "Change what is asked of a job that waits or runs."),
-    "retry": ("loractl.scheduler.change.retry:retry", "Queue failed, cancelled or held jobs again."),
+    "cancel": ("loractl.scheduler.change.command:cancel", "Cancel waiting or running jobs."),
+    "hold": ("loractl.scheduler.change.command:hold", "Keep waiting jobs from starting until loractl retry."),
+    "edit": ("loractl.scheduler.change.command:edit", "Change what is asked of a job that waits or runs."),
+    "retry": ("loractl.scheduler.change.command:retry", "Queue failed, cancelled or held jobs again."),
     "why": (
         "loractl.scheduler.why.command:why",
         "Explain why a job waits, card by card, and when it will start.",
@@ -58,7 +58,7 @@ COMMANDS: Commands = {
         "loractl.scheduler.plan.command:plan",
         "Show what a job will need of a card, part by part, before it runs.",
     ),
-    "gpus": ("loractl.scheduler.fleet.gpus:gpus", "List the devices of all boxes and what uses them."),
+    "gpus": ("loractl.scheduler.fleet.command:gpus", "List the devices of all boxes and what uses them."),
     "web": (
         "loractl.scheduler.web.command:web",
         "Show the lab as a page in a browser, and its numbers to Prometheus.",
@@ -81,11 +81,11 @@ COMMANDS: Commands = {
         "Make a lab on this server box, and invite boxes and people.",
     ),
     "join": (
-        "loractl.scheduler.lab.join_command:join",
+        "loractl.scheduler.lab.command:join",
         "Join a lab with the line that its server box has printed.",
     ),
     "doctor": (
-        "loractl.scheduler.lab.doctor:doctor",
+        "loractl.scheduler.lab.command:doctor",
         "Check this installation: services, disks, cards, versions; and what to do.",
     ),
     "completion": (

@@ -1,4 +1,4 @@
-"""loractl drain and undrain: close a box or a card for new jobs, and open it again."""
+"""loractl gpus, and loractl drain and undrain, which close a box or a card for new jobs and open it again."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from click.shell_completion import CompletionItem
 
 from loractl.common.errors import UsageError
 from loractl.scheduler.cli.named import completed
+from loractl.scheduler.cli.output import show
+from loractl.scheduler.cli.screen import detect_screen
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
@@ -101,3 +103,18 @@ def end_of_drain(text: str, now: dt.datetime) -> dt.datetime:
     if moment <= now:
         raise UsageError(f"--until: {text} is over already")
     return moment
+
+
+@click.command()
+@click.option("--used", is_flag=True, help="Show what jobs hold now beside what their plans reserve.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def gpus(used: bool, as_json: bool) -> None:
+    """List the devices of all boxes and what uses them."""
+    from loractl.scheduler.cli.session import open_session
+
+    from .answer import fleet
+    from .text import devices
+
+    _, store = open_session()
+    answer = fleet(store)
+    show(answer, as_json, lambda: devices(answer, detect_screen(), used=used))

@@ -1,16 +1,18 @@
-"""loractl status: what runs and what waits, one job in full, or the members of a sweep."""
+"""loractl status, show and logs: what runs and what waits, one job in full, a sweep's members, a log."""
 
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 from loractl.common.errors import UsageError
+from loractl.common.text import clean_line
+from loractl.scheduler.cli import output
 from loractl.scheduler.cli.named import JobName, job_named
-from loractl.scheduler.cli.output import paged, show, show_page
 from loractl.scheduler.cli.screen import detect_screen
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--watch", is_flag=True, help="Redraw until the job has ended; its outcome is the exit status.")
 @click.option("--user", help="Only this person's jobs; me is yourself.")
 @click.option("--label", metavar="KEY=VALUE", help="Only jobs with this label.")
-@paged("jobs that wait, or of all with -a")
+@output.paged("jobs that wait, or of all with -a")
 @click.option("--sweep", "sweep_id", type=int, metavar="N", help="The members of a sweep.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def status(
@@ -82,7 +84,7 @@ def _job(store: Store, job_id: int, *, watch: bool, as_json: bool) -> None:
 
         sys.exit(follow(store, job_id))
     answer = job_in_full(store, job_id)
-    show(answer, as_json, lambda: job_text(answer, detect_screen()))
+    output.show(answer, as_json, lambda: job_text(answer, detect_screen()))
 
 
 def _all(store: Store, choice: Choice, page: Page, *, as_json: bool) -> None:
@@ -90,7 +92,7 @@ def _all(store: Store, choice: Choice, page: Page, *, as_json: bool) -> None:
     from .overview_text import job_list_text
 
     answer = job_list(store, choice, page)
-    show_page(answer, as_json, lambda: job_list_text(answer, detect_screen()))
+    output.show_page(answer, as_json, lambda: job_list_text(answer, detect_screen()))
 
 
 def _overview(settings: Settings, store: Store, choice: Choice, page: Page, *, watch: bool, as_json: bool) -> None:
@@ -107,7 +109,7 @@ def _overview(settings: Settings, store: Store, choice: Choice, page: Page, *, w
     answer, screen = look(), detect_screen()
     if _asked_for(click.get_current_context()):
         screen = replace(screen, height=None)
-    show_page(answer, as_json, lambda: overview_text(answer, screen))
+    output.show_page(answer, as_json, lambda: overview_text(answer, screen))
 
 
 def _asked_for(context: click.Context) -> bool:
@@ -129,4 +131,57 @@ def _sweep(store: Store, sweep_id: int, *, watch: bool, as_json: bool) -> None:
         redraw(frame)
         return
     answer = sweep_standing(store, sweep_id)
-    show(answer, as_json, lambda: opened(answer, detect_screen()))
+    output.show(answer, as_json, lambda: opened(answer, detect_screen()))
+
+
+@click.command()
+@click.argument("job", type=JobName(), metavar="JOB")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show(job: str, as_json: bool) -> None:
+    """Show a job's history, attempts and resolved spec."""
+    from loractl.scheduler.cli.session import open_session
+
+    from .job import job_history
+    from .job_text import history_text
+
+    _, store = open_session()
+    job_id = job_named(store, job)
+    answer = job_history(store, job_id)
+    output.show(answer, as_json, lambda: history_text(answer, detect_screen()))
+
+
+POLL_S = 1.0
+
+
+@click.command()
+@click.argument("job", type=JobName(), metavar="JOB")
+@click.option("-f", "--follow", "following", is_flag=True, help="Go on until the job has ended.")
+@click.option("--tail", type=click.IntRange(0), metavar="N", help="Only the last N lines, and what follows with -f.")
+def logs(job: str, following: bool, tail: int | None) -> None:
+    """Print a job's log."""
+    from loractl.scheduler.cli.session import open_artifacts, open_session
+
+    from .log import job_log, log_since
+
+    settings, store = open_session()
+    job_id = job_named(store, job)
+    log = job_log(store, lambda: open_artifacts(settings), job_id)
+    _print(log.text if tail is None else _last_lines(log.text, tail))
+    empty = not log.text
+    while following and not log.job.status.is_terminal:
+        time.sleep(POLL_S)
+        log = log_since(store, log)
+        _print(log.text)
+        empty = empty and not log.text
+    if empty:
+        why = "was removed with its result" if log.removed else f"is empty so far ({log.job.status.value})"
+        click.echo(f"The log of job {job_id} {why}.", err=True)
+
+
+def _last_lines(text: str, count: int) -> str:
+    lines = text.splitlines(keepends=True)
+    return "".join(lines[len(lines) - count :]) if count < len(lines) else text
+
+
+def _print(text: str) -> None:
+    click.echo("\n".join(clean_line(line) for line in text.split("\n")), nl=False)

@@ -14,9 +14,9 @@ from loractl.common.errors import DataError, UsageError
 from loractl.common.placement.replay import replay
 from loractl.common.units import GIB
 from loractl.scheduler.cli.screen import Screen
+from loractl.scheduler.simulation.assumptions import start_of
 from loractl.scheduler.simulation.baselines import fifo
 from loractl.scheduler.simulation.bases import with_bases
-from loractl.scheduler.simulation.cold_start import start_of
 from loractl.scheduler.simulation.outcome import (
     Course,
     Nodes,

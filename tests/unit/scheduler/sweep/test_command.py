@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from loractl.common.errors import LoractlError, SpecError, UsageError, WrongState
-from loractl.scheduler.change.cancel import cancel
+from loractl.scheduler.change.command import cancel
 from loractl.scheduler.compare.command import compare
 from loractl.scheduler.status.command import status
 from loractl.scheduler.sweep.command import sweep
