@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import click
@@ -179,14 +177,6 @@ def test_a_simulation_prints_its_own_json(tmp_path: Path) -> None:
     cards = parse_fleet("24GiB,80GiB")
     answer = simulate(choose(read_trace(trace), cards, math.inf, None), cards, 1.0, CONTENTION)
     assert json.loads(done.stdout) == json.loads(json.dumps(answer.as_json()))
-
-
-@pytest.mark.parametrize("name", sorted({line.split()[0] for line in (*ASKED, *OF_RESULTS, *ELSEWHERE)}))
-def test_a_reading_command_shapes_no_json(name: str) -> None:
-    command = cli.get_command(click.Context(cli), name)  # type: ignore[attr-defined]
-    source = Path(import_module(command.callback.__module__).__file__ or "").read_text(encoding="utf-8")
-    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import)]
-    assert "json" not in {alias.name for node in imports for alias in node.names}
 
 
 def with_json(group: click.Group, path: str = "") -> Iterator[str]:
