@@ -119,7 +119,7 @@ def _in_this_process(settings: Settings, store: Store, file: Path) -> float:
     """Submit a job here, with all imports done; the time at which its row was committed."""
     from loractl.common.artifacts import open_store
     from loractl.common.job.file import load_spec
-    from loractl.scheduler.submission.intake import submit_job
+    from loractl.scheduler.submit.intake import submit_job
 
     committed = []
     submit = store.submit
@@ -147,7 +147,7 @@ def _ended(store: Store) -> Job:
 
 @contextlib.contextmanager
 def _postgresql(folder: Path) -> Iterator[str]:
-    from tests.services import postgres
+    from ..tests.services import postgres
 
     with postgres(folder / "postgresql") as url:
         yield url.replace("postgresql://", "postgresql+psycopg://", 1)

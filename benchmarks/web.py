@@ -33,9 +33,9 @@ from loractl.common.store.records import NodeState, Submission
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
-from loractl.scheduler.answers.lab.shelf import ReportShelf
 from loractl.scheduler.web import metrics, site
 from loractl.scheduler.web.access import Access
+from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import make_site
 
 from .claim import postgresql, sqlite

@@ -18,7 +18,7 @@ LoractlError                    1  failed
 │   └── NotStorable             1  no store would take it, now or later
 └── WrongState                  1  the job's state does not allow that
 
-The command line (`loractl.scheduler.cli.main`) prints one that reaches it, and exits with its code. A supervisor
+The command line (`loractl.scheduler.cli.main.main`) prints one that reaches it, and exits with its code. A supervisor
 ends the attempt with a reason instead; a server answers with the sentence. Other code catches one only to go on.
 """
 

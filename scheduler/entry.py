@@ -9,7 +9,7 @@ from typing import NoReturn
 def main() -> NoReturn:
     """Run the command line; before it can answer a Ctrl-C itself, end as it would."""
     try:
-        from .cli import main as run
+        from loractl.scheduler.cli.main import main as run
     except KeyboardInterrupt:
         sys.exit(130)  # ExitCode.INTERRUPTED, whose module may be what was interrupted
     run()

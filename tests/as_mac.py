@@ -67,7 +67,7 @@ def become() -> None:
 
 def run(command: list[str]) -> dict[str, Any]:
     """As the console script does."""
-    from loractl.scheduler.cli import main
+    from loractl.scheduler.cli.main import main
 
     out, page, code = io.StringIO(), [], 0
     sys.argv = ["loractl", *command]

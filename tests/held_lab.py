@@ -34,10 +34,10 @@ from loractl.common.settings import Settings, load_settings
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
-from loractl.scheduler import session
-from loractl.scheduler.cli import cli
-from loractl.scheduler.submission.data import store_data
-from loractl.scheduler.submission.need import own_devices, plan_job
+from loractl.scheduler.cli import session
+from loractl.scheduler.cli.main import cli
+from loractl.scheduler.submit.data import store_data
+from loractl.scheduler.submit.need import own_devices, plan_job
 from loractl.worker.attempt.drain import Drain, Wish
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import Device, find_devices

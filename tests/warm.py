@@ -55,7 +55,7 @@ MODULES = {
 }
 """What commands, nodes and trainers start by `python -m`, and the server that has it."""
 
-COMMAND = ["-P", "-c", "from loractl.scheduler.cli import main; main()"]
+COMMAND = ["-P", "-c", "from loractl.scheduler.cli.main import main; main()"]
 """What `join` starts for `doctor`."""
 
 READ_AT_START = ("LD_", "LANG", "LC_", "PYTHONIOENCODING", "PYTHONUTF8")

@@ -214,7 +214,7 @@ def _run(module: str, argv: list[str], environment: dict[str, str]) -> int:
 def _main(module: str) -> int:
 
     if not module:
-        from loractl.scheduler.cli import main as command
+        from loractl.scheduler.cli.main import main as command
 
         command()
     if module == PROGRAM:

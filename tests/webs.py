@@ -22,7 +22,7 @@ from loractl.common.store.records import Claim, Progress, StoredResult
 from loractl.common.store.store import Store
 from loractl.common.store.tables import LEASES, FleetRound
 from loractl.common.units import GIB
-from loractl.scheduler.answers.lab.shelf import ReportShelf
+from loractl.scheduler.web.pages.shelf import ReportShelf
 
 from .acceptance.test_report_page import report
 from .models import weights_of

@@ -1,1 +1,4 @@
-"""Other tools' configurations, turned into job files. No database, no queue."""
+"""Other tools' configurations as job files: loractl import. No database, no queue.
+
+Others use nothing of it.
+"""

@@ -1,1 +1,4 @@
-"""Replays of job traces on a fleet, under our placement rule and others. No database, no queue."""
+"""Traces of jobs replayed on a fleet, under our placement rule and others: loractl sim. No database.
+
+Others use nothing of it.
+"""

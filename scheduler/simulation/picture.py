@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.units import GIB, thousands
-from loractl.scheduler.figure import save, without_box
+from loractl.scheduler.cli.figure import save, without_box
 
 from .outcome import POLICIES, RuleOutcome, Simulation
 from .workload import fleet_text

@@ -19,8 +19,7 @@ from loractl.common.placement.lines import Waiting
 from loractl.common.placement.pack_rule import PackedJob, PassLaw
 from loractl.common.units import GIB, parse_duration, parse_size
 
-from .cold_start import start_of
-from .room import forms_of
+from .assumptions import forms_of, start_of
 
 BEGIN = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
 """When a trace begins; only distances from it count."""

@@ -1,1 +1,4 @@
-"""Answers drawn as pages for a browser, and as numbers for Prometheus. Nothing is changed: every route only reads."""
+"""The lab as pages in a browser, and as numbers for Prometheus: loractl web. Every route only reads.
+
+Others use nothing of it.
+"""

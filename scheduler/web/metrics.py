@@ -23,12 +23,13 @@ from loractl import __version__
 from loractl.common.errors import LoractlError
 from loractl.common.job.status import BLAMED, Reason
 from loractl.common.store.database import REFUSALS
-from loractl.scheduler.answers.lab.census import LabCensus, lab_census, runs_since
+
+from .census import LabCensus, lab_census, runs_since
 
 if TYPE_CHECKING:
     from loractl.common.store.records import PastRun
     from loractl.common.store.store import Store
-    from loractl.scheduler.answers.fleet import DeviceState
+    from loractl.scheduler.fleet.answer import DeviceState
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -25,16 +25,16 @@ from loractl.common.text import clean_text
 from loractl.common.units import LARGEST
 
 from .guard import Guard
-from .markup import render, static_file
 from .metrics import CONTENT_TYPE, Exporter
-from .pages import PARAMETERS, Asked, Drawn, Pages, number_of
+from .pages.markup import render, static_file
+from .pages.pages import PARAMETERS, Asked, Drawn, Pages, number_of
 from .trouble import NoSuchPage, page_of, told
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
-    from loractl.scheduler.answers.lab.shelf import ReportShelf
 
     from .access import Access
+    from .pages.shelf import ReportShelf
 
 FRESH_S = 1.5
 """A page is drawn once in so long, however many look at it."""

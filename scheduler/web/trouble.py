@@ -16,7 +16,7 @@ from loractl.common.errors import (
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.schema import HEAD
 
-from .pages import Drawn
+from .pages.pages import Drawn
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store

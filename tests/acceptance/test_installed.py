@@ -19,7 +19,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from loractl.scheduler.setup.line import JoinLine, new_secret
+from loractl.scheduler.lab.line import JoinLine, new_secret
 
 from ..models import write_helpdesk
 

@@ -16,7 +16,7 @@ from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.roles import SUBMIT, WORK
 from loractl.common.store.store import Store
-from loractl.scheduler.setup.line import read_line
+from loractl.scheduler.lab.line import read_line
 
 from .. import services
 from ..conftest import Cli

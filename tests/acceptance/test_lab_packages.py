@@ -35,7 +35,7 @@ mount --bind {Path(sqlalchemy.__file__).parents[1]} /opt/loractl/libraries
 cd /opt/loractl/lib/python*/site-packages
 echo /opt/loractl/libraries > libraries.pth
 cp -rL {ROOT}/src/loractl .
-printf '#!/opt/loractl/bin/python\\nfrom loractl.scheduler.cli import main\\nmain()\\n' > {LORACTL}
+printf '#!/opt/loractl/bin/python\\nfrom loractl.scheduler.cli.main import main\\nmain()\\n' > {LORACTL}
 chmod 755 {LORACTL}
 """
 """As pip would: loractl itself where deploy.md has it, its libraries from the tests' environment."""

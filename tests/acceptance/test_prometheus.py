@@ -22,9 +22,9 @@ import yaml
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.store.database import make_engine
 from loractl.common.store.store import Store
-from loractl.scheduler.answers.lab.shelf import ReportShelf
 from loractl.scheduler.web import metrics
 from loractl.scheduler.web.access import Access
+from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import make_site
 
 from .. import services, webs

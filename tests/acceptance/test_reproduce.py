@@ -17,7 +17,7 @@ from loractl.common.job.file import load_spec
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store
-from loractl.scheduler.submission.need import plan_job
+from loractl.scheduler.submit.need import plan_job
 
 from ..conftest import Cli
 from ..models import write_job

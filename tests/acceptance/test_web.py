@@ -78,7 +78,7 @@ def test_the_command_serves_and_leaves_the_database_as_it_is(running_web: Runnin
 @pytest.mark.cold
 def test_no_other_command_loads_the_web_s_packages() -> None:
     script = (
-        "import sys; from click.testing import CliRunner; from loractl.scheduler.cli import cli, COMMANDS\n"
+        "import sys; from click.testing import CliRunner; from loractl.scheduler.cli.main import cli, COMMANDS\n"
         "for args in (['--help'], ['status', '--help'], ['web', '--help']):\n"
         "    assert CliRunner().invoke(cli, args).exit_code == 0\n"
         "print(sorted({'starlette', 'uvicorn', 'jinja2', 'prometheus_client', 'sqlalchemy'} & set(sys.modules)))"

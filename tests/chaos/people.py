@@ -127,7 +127,7 @@ class People:
             self._change(job, "priority", HIGH)
 
     def _change(self, job: Job, key: str, value: int) -> None:
-        from loractl.scheduler.submission.edit import amendment
+        from loractl.scheduler.change.amendment import amendment
 
         def work() -> None:
             self.store.edit(amendment(self.store, job.job_id, [f"{key}={value}"]), USER)

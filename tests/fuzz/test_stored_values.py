@@ -35,30 +35,30 @@ from loractl.common.store.roles import SUBMIT
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base
 from loractl.common.units import GIB, LARGEST
-from loractl.scheduler.answers.adapters import adapter_list
-from loractl.scheduler.answers.fleet import fleet
-from loractl.scheduler.answers.job import job_history, job_in_full
-from loractl.scheduler.answers.lab.shelf import ReportShelf
-from loractl.scheduler.answers.overview import job_list, overview
-from loractl.scheduler.answers.sweep import sweep_standing
-from loractl.scheduler.answers.why import why
-from loractl.scheduler.text.adapters import adapters_text
-from loractl.scheduler.text.fleet import devices
-from loractl.scheduler.text.history import history_text, job_text
-from loractl.scheduler.text.jobs import job_list_text, overview_text
-from loractl.scheduler.text.sweep import opened
-from loractl.scheduler.text.why import why_text
-from loractl.scheduler.upkeep.garbage import Cleaner, Policy, parse_age
-from loractl.scheduler.web.markup import render
+from loractl.scheduler.adapters.answer import adapter_list
+from loractl.scheduler.adapters.text import adapters_text
+from loractl.scheduler.fleet.answer import fleet
+from loractl.scheduler.fleet.text import devices
+from loractl.scheduler.garbage.cleaner import Cleaner, Policy, parse_age
+from loractl.scheduler.status.job import job_history, job_in_full
+from loractl.scheduler.status.job_text import history_text, job_text
+from loractl.scheduler.status.overview import job_list, overview
+from loractl.scheduler.status.overview_text import job_list_text, overview_text
+from loractl.scheduler.status.standing import sweep_standing
+from loractl.scheduler.status.standing_text import opened
 from loractl.scheduler.web.metrics import Exporter
-from loractl.scheduler.web.pages import Asked, Drawn, Pages
+from loractl.scheduler.web.pages.markup import render
+from loractl.scheduler.web.pages.pages import Asked, Drawn, Pages
+from loractl.scheduler.web.pages.shelf import ReportShelf
+from loractl.scheduler.why.answer import why
+from loractl.scheduler.why.text import why_text
 
 from .. import webs
 from ..conftest import kept_engine
 from ..databases import UPGRADED, database
 from ..roles import role
 from ..unit.factories import EXAMPLES, NOON, Clock, node_state, spec, submission
-from ..unit.scheduler.text.screens import WIDE
+from ..unit.scheduler.screens import WIDE
 
 stored = settings(
     max_examples=EXAMPLES if EXAMPLES > 60 else 10,  # half a second each

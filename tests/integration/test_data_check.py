@@ -18,7 +18,7 @@ from loractl.common.errors import DataError
 from loractl.common.job.file import load_spec
 from loractl.common.job.spec import JobSpec
 from loractl.common.units import GIB, gib
-from loractl.scheduler.submission.need import plan_job
+from loractl.scheduler.submit.need import plan_job
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.check import Checked, check_data, findings_about
 from loractl.worker.data.prepared import prepare_data

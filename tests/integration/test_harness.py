@@ -21,8 +21,8 @@ from loractl.common.job.identity import spec_digest
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.scheduler.text.report import report_text
-from loractl.scheduler.text.screen import Screen
+from loractl.scheduler.cli.screen import Screen
+from loractl.scheduler.report.text import report_text
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.lora import add_adapter

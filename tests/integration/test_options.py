@@ -339,7 +339,7 @@ ELSEWHERE = {
     "task_type": "tests/integration/test_classify.py",
     "method": "tests/acceptance/test_placement.py",
     "base_model": "tests/integration/test_data_check.py",
-    "labels": "tests/unit/scheduler/text/test_jobs.py",
+    "labels": "tests/unit/scheduler/status/test_text.py",
     "revision": "tests/acceptance/test_hub.py",
     "max_retries": "tests/unit/common/store/test_machine.py",
     "notify": "tests/unit/common/store/test_outbox.py",

@@ -28,10 +28,10 @@ from loractl.common.store.records import Claim, Delivery, Progress, SpentLog, St
 from loractl.common.store.roles import apply_roles, unbounded
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
-from loractl.scheduler.answers.health.services import see_logins
-from loractl.scheduler.answers.lab.shelf import ReportShelf
-from loractl.scheduler.submission.edit import amendment
+from loractl.scheduler.change.amendment import amendment
+from loractl.scheduler.lab.health.services import see_logins
 from loractl.scheduler.web.access import Access
+from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import make_site
 
 from ..conftest import Cli

@@ -17,9 +17,9 @@ from torch.nn.functional import cross_entropy
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
-from loractl.scheduler.answers.lab.measures import digest
-from loractl.scheduler.text.report import report_text
-from loractl.scheduler.text.screen import Screen
+from loractl.scheduler.cli.screen import Screen
+from loractl.scheduler.report.text import report_text
+from loractl.scheduler.web.pages.measures import digest
 from loractl.worker.base.arithmetic import choose_precision, evaluating
 from loractl.worker.base.batches import HERE
 from loractl.worker.base.kept.knowledge import Knowledge

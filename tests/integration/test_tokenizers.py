@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from loractl.common.errors import UsageError
-from loractl.scheduler.answers.need import JobToPlan, memory_need
-from loractl.scheduler.submission.base_model import check_base
-from loractl.scheduler.submission.need import check_adapter
+from loractl.scheduler.plan.answer import JobToPlan, memory_need
+from loractl.scheduler.submit.base_model import check_base
+from loractl.scheduler.submit.need import check_adapter
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.kept.tokenizers import KEPT, Tokenizers
 from loractl.worker.base.model import load_tokenizer
@@ -50,7 +50,7 @@ def test_the_next_training_has_the_tokenizer_as_it_was_made(tiny_model: Path, tm
 
 
 def test_no_tokenizer_outlives_its_files_and_few_wait(tmp_path: Path) -> None:
-    from tests.models import make_tiny_model
+    from ..models import make_tiny_model
 
     folder, kept = make_tiny_model(tmp_path / "model"), Tokenizers()
 

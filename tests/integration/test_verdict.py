@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from loractl.common.verdict import BADGES, MeasuredChange, decimals, noticeable, written
-from loractl.scheduler.text.report import report_text
-from loractl.scheduler.text.screen import Screen
+from loractl.scheduler.cli.screen import Screen
+from loractl.scheduler.report.text import report_text
 from loractl.worker.evaluation.comparison import Compared
 from loractl.worker.evaluation.dialogue import CONTEXT_GAIN
 from loractl.worker.evaluation.losses import RowScores, loss_metrics

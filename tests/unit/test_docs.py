@@ -15,8 +15,8 @@ from pydantic import BaseModel
 
 from loractl.common.errors import ExitCode
 from loractl.common.job.spec import JobSpec, spec_keys
-from loractl.scheduler.answers.job import JSON_FIELDS
-from loractl.scheduler.cli import COMMANDS, cli
+from loractl.scheduler.cli.main import COMMANDS, cli
+from loractl.scheduler.status.job import JSON_FIELDS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(

@@ -21,15 +21,15 @@ from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, Progress, SpentLog
 from loractl.common.store.store import Store
-from loractl.scheduler.cli import cli
-from loractl.scheduler.upkeep.backup import back_up, restore
+from loractl.scheduler.cli.main import cli
+from loractl.scheduler.database.backup import back_up, restore
 from loractl.worker.serving.library import Library
 
 from ... import services
 from ...acceptance.test_report_page import report as page_report
 from ...models import weights_of
 from ..factories import RESULT, submission, take
-from .answers.test_comparison import job
+from .compare.test_answer import job
 
 READERS = (
     "adapters pull 1 {new}", "adapters show 1", "report 1", "report 1 --json", "report 1 --html {new}", "logs 1",

@@ -9,11 +9,11 @@ import pytest
 
 from loractl.common.errors import SweepNotFound, UsageError
 from loractl.common.store.store import Store
-from loractl.scheduler.commands.drain import end_of_drain
-from loractl.scheduler.submission.need import plan_job
+from loractl.scheduler.fleet.command import end_of_drain
+from loractl.scheduler.submit.need import plan_job
 
 from ..factories import NOON, spec
-from .submission.test_need import SMALL
+from .submit.test_need import SMALL
 
 
 @pytest.mark.parametrize("text", ["99999999d", "9999999999d"])

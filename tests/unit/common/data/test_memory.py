@@ -15,7 +15,7 @@ from loractl.common import progress
 from loractl.common.data.example import Example, Turn
 from loractl.common.data.examples import IN_A_BLOCK, IN_MEMORY, Examples
 from loractl.common.data.inspection import check_examples
-from loractl.scheduler.submission.data import check_data
+from loractl.scheduler.submit.data import check_data
 
 from ...factories import spec
 

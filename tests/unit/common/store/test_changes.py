@@ -18,7 +18,7 @@ from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job, JobLabel, Tag
-from loractl.scheduler.submission.edit import amendment
+from loractl.scheduler.change.amendment import amendment
 
 from ....conftest import examples
 from ....databases import KeptDatabase

@@ -17,10 +17,10 @@ from loractl.common.store.fleet import LEAVES_IN_S
 from loractl.common.store.records import Choice, Claim, Left, NewHost, Page, Progress, Submission
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
-from loractl.scheduler.answers.fleet import fleet
-from loractl.scheduler.answers.overview import overview
-from loractl.scheduler.text.jobs import overview_text
-from loractl.scheduler.text.screen import Screen
+from loractl.scheduler.cli.screen import Screen
+from loractl.scheduler.fleet.answer import fleet
+from loractl.scheduler.status.overview import overview
+from loractl.scheduler.status.overview_text import overview_text
 
 from ...factories import RESULT, Clock, node_state, submission
 

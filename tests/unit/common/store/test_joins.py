@@ -22,8 +22,8 @@ from loractl.common.store.records import Claim, NewHost, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base
 from loractl.common.units import GIB
-from loractl.scheduler.answers.wait.reasons import explain
-from loractl.scheduler.answers.wait.starts import expected_starts, read_starts
+from loractl.scheduler.wait.reasons import explain
+from loractl.scheduler.wait.starts import expected_starts, read_starts
 
 from ...factories import RESULT, Clock, node_state, submission
 

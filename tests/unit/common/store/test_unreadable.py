@@ -13,14 +13,14 @@ from loractl.common.store.records import Choice, Claim, Left, NewHost, Page, Pro
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
-from loractl.scheduler.answers.job import job_history, job_in_full
-from loractl.scheduler.answers.overview import job_list, overview
-from loractl.scheduler.text.history import history_text, job_text
-from loractl.scheduler.text.jobs import job_list_text, overview_text
+from loractl.scheduler.status.job import job_history, job_in_full
+from loractl.scheduler.status.job_text import history_text, job_text
+from loractl.scheduler.status.overview import job_list, overview
+from loractl.scheduler.status.overview_text import job_list_text, overview_text
 
 from ....databases import SQLITE_ALONE
 from ...factories import NOON, Clock, submission, take
-from ...scheduler.text.screens import WIDE
+from ...scheduler.screens import WIDE
 
 POISON = {
     "methods": ["'[\"x\"]'", "'null'", "'5'", "'{}'", "'[[\"lora\"]]'"],

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from loractl.common.errors import LoractlError
 from loractl.common.job.method import Method
-from loractl.scheduler.cli import cli
+from loractl.scheduler.cli.main import cli
 from loractl.scheduler.foreign.configuration import Imported, import_file
 
 AXOLOTL = """

@@ -17,7 +17,7 @@ from loractl.common.job.file import load_spec
 from loractl.common.job.method import Method
 from loractl.common.job.sections import AS_WRITTEN, DataFormat, PromptTemplate
 from loractl.common.job.spec import JobSpec
-from loractl.scheduler.cli import cli
+from loractl.scheduler.cli.main import cli
 from loractl.scheduler.foreign.configuration import import_file
 
 from ....conftest import examples

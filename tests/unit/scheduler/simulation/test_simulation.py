@@ -13,9 +13,10 @@ import pytest
 from loractl.common.errors import DataError, UsageError
 from loractl.common.placement.replay import replay
 from loractl.common.units import GIB
+from loractl.scheduler.cli.screen import Screen
+from loractl.scheduler.simulation.assumptions import start_of
 from loractl.scheduler.simulation.baselines import fifo
 from loractl.scheduler.simulation.bases import with_bases
-from loractl.scheduler.simulation.cold_start import start_of
 from loractl.scheduler.simulation.outcome import (
     Course,
     Nodes,
@@ -27,6 +28,7 @@ from loractl.scheduler.simulation.outcome import (
     simulate,
 )
 from loractl.scheduler.simulation.picture import binned, draw
+from loractl.scheduler.simulation.text import span, text
 from loractl.scheduler.simulation.workload import (
     BEGIN,
     Chosen,
@@ -37,8 +39,6 @@ from loractl.scheduler.simulation.workload import (
     read_trace,
     to_replay,
 )
-from loractl.scheduler.text.screen import Screen
-from loractl.scheduler.text.simulation import span, text
 
 from ....conftest import Cli
 

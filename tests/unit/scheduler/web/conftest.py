@@ -12,8 +12,8 @@ from sqlalchemy import text
 from starlette.testclient import TestClient
 
 from loractl.common.store.database import make_engine
-from loractl.scheduler.answers.lab.shelf import ReportShelf
 from loractl.scheduler.web.access import Access
+from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import make_site
 
 from .... import webs

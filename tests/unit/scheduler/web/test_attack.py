@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from loractl.scheduler.answers.lab.floor import lab_floor
-from loractl.scheduler.web import pages
+from loractl.scheduler.web.pages import pages
+from loractl.scheduler.web.pages.floor import lab_floor
 
 from .conftest import PAGES, Web
 from .test_guard import EVIL

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loractl.scheduler.web.drawing import labels
+from loractl.scheduler.web.pages.drawing import labels
 
 from .conftest import Web
 from .test_pages import words

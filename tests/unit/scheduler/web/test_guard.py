@@ -17,7 +17,7 @@ from loractl.common.errors import ExitCode, Forbidden, LoractlError, UsageError
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect_to_read, make_engine
 from loractl.common.store.store import Store
-from loractl.scheduler.cli import cli
+from loractl.scheduler.cli.main import cli
 from loractl.scheduler.web.access import Access, access_to, home_token
 from loractl.scheduler.web.guard import COOKIE
 

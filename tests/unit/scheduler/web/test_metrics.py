@@ -19,9 +19,9 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.settings import load_settings
 from loractl.common.store.records import Delivery, Progress
 from loractl.common.units import GIB
-from loractl.scheduler.answers.health.condition import Level
-from loractl.scheduler.answers.health.services import see_boxes
-from loractl.scheduler.answers.lab.census import SETTLED_S
+from loractl.scheduler.lab.health.condition import Level
+from loractl.scheduler.lab.health.services import see_boxes
+from loractl.scheduler.web.census import SETTLED_S
 from loractl.scheduler.web.metrics import RATIO_BUCKETS, WAIT_BUCKETS, Exporter
 
 from .... import webs

@@ -13,9 +13,9 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.placement.hosts import base_key
 from loractl.common.store.records import NewHost
 from loractl.common.units import GIB
-from loractl.scheduler.answers.job import state_of
-from loractl.scheduler.answers.lab.shelf import ReportShelf
-from loractl.scheduler.web.pages import commands_for
+from loractl.scheduler.status.job import state_of
+from loractl.scheduler.web.pages.pages import commands_for
+from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import FRESH_S
 
 from .... import webs

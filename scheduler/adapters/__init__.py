@@ -1,0 +1,4 @@
+"""The stored adapters, and where each comes from: loractl adapters.
+
+Others use answer.
+"""

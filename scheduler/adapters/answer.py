@@ -1,0 +1,153 @@
+"""The stored adapters: what people call them, and where each comes from."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.artifacts import attempt_prefix
+from loractl.common.binding import result_binding
+from loractl.common.errors import AdapterNotFound
+from loractl.common.job.reference import LATEST, parse_reference
+from loractl.scheduler.report.answer import result_of
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.store.records import Page
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Adapter, Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredAdapter:
+    """One adapter with its tags."""
+
+    job_id: int
+    attempt: int
+    name: str
+    base_model: str
+    method: str
+    uri: str
+    size: int  # bytes
+    sha256: str
+    created_at: dt.datetime
+    tags: tuple[str, ...]
+    init_from: int | None = None  # the job whose adapter it was begun from
+
+    @property
+    def tags_set(self) -> tuple[str, ...]:
+        """The tags that a person has set."""
+        return tuple(tag for tag in self.tags if tag != LATEST)
+
+    @property
+    def prefix(self) -> str:
+        """Where its files are in the artifact store."""
+        return attempt_prefix(self.job_id, self.attempt)
+
+    def as_json(self) -> dict[str, Any]:
+        """The columns of the table adapters, `tags`, and `init_from`: the job whose adapter it was begun from."""
+        return {**vars(self), "created_at": self.created_at.isoformat(), "tags": list(self.tags)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterList:
+    """A page of the stored adapters, the oldest first."""
+
+    adapters: tuple[StoredAdapter, ...]
+    after: int | None  # the job after which a page of older ones goes on; None: there are none
+    now: dt.datetime
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Each as StoredAdapter has it."""
+        return [adapter.as_json() for adapter in self.adapters]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """Where an adapter comes from."""
+
+    adapter: StoredAdapter
+    user: str
+    spec: dict[str, Any]
+    report: dict[str, Any]
+    now: dt.datetime
+    bound: bool  # whether its row has the hash of its manifest
+
+    def as_json(self) -> dict[str, Any]:
+        """What StoredAdapter has, and beside it:
+
+        `user`; `bound`; `revision` and `lora` of the job's spec; `data`: its `format`, `sha256`, `train_rows` and
+        `held_out_rows`; the report's `verdict` and `versions`.
+        """
+        data = self.report["data"]
+        return {
+            **self.adapter.as_json(),
+            "user": self.user,
+            "bound": self.bound,
+            "revision": self.spec.get("revision"),
+            "lora": self.spec["lora"],
+            "data": {key: data[key] for key in ("format", "sha256", "train_rows", "held_out_rows")},
+            "verdict": self.report["verdict"],
+            "versions": self.report["versions"],
+        }
+
+
+def adapter_list(store: Store, page: Page) -> AdapterList:
+    """A page of the stored adapters; the first page has the newest ones."""
+    found = store.newest_adapters(page)
+    rows = found[: page.limit][::-1]
+    numbers = [row.job_id for row in rows]
+    tags, ancestors = store.tags(numbers), store.ancestors(numbers)
+    return AdapterList(
+        adapters=tuple(_stored(row, tags.get(row.job_id, []), ancestors.get(row.job_id)) for row in rows),
+        after=rows[0].job_id if len(found) > len(rows) else None,
+        now=store.now(),
+    )
+
+
+def lineage(store: Store, artifacts: ArtifactStore, text: str) -> Lineage:
+    """Where the adapter that a person means comes from. Raises as `stored_adapter` does, ArtifactError."""
+    adapter, job = stored_adapter(store, text)
+    stored = result_binding(store, job)
+    report = artifacts.read_report(stored)
+    bound = stored.manifest_sha256 is not None
+    return Lineage(adapter=adapter, user=job.user, spec=job.spec, report=report, now=store.now(), bound=bound)
+
+
+def stored_adapter(store: Store, text: str) -> tuple[StoredAdapter, Job]:
+    """The adapter that a person means, and its job.
+
+    Raises UsageError for a text that is not a name, AdapterNotFound; WrongState for a job without one, with the reason.
+    """
+    reference = parse_reference(text)
+    try:
+        row = store.adapter(reference)
+    except AdapterNotFound:
+        if reference.job_id is not None:
+            result_of(store, reference.job_id)
+        raise
+    number = row.job_id
+    adapter = _stored(row, store.tags([number]).get(number, []), store.ancestors([number]).get(number))
+    return adapter, store.job(number)
+
+
+def results_to_bind(store: Store, names: Sequence[str]) -> list[int]:
+    """The jobs whose results are not bound yet: of the named adapters, or all. Raises as `stored_adapter` does."""
+    if not names:
+        return [job.job_id for job in store.not_bound()]
+    jobs = {job.job_id: job for _, job in (stored_adapter(store, name) for name in names)}.values()
+    return [job.job_id for job in jobs if job.manifest_sha256 is None]
+
+
+def bind_result(store: Store, artifacts: ArtifactStore, user: str, job_id: int) -> None:
+    """Bind a result to its row as it is now. Raises ArtifactError when it does not match its manifest or its row."""
+    stored = artifacts.bound(result_binding(store, store.job(job_id)))
+    assert stored.manifest_sha256 is not None
+    store.bind_result(job_id, stored.manifest_sha256, user)
+
+
+def _stored(row: Adapter, tags: list[str], init_from: int | None) -> StoredAdapter:
+    columns = {column.key: getattr(row, column.key) for column in row.__table__.columns}
+    return StoredAdapter(**columns, tags=tuple(tags), init_from=init_from)

@@ -1,0 +1,221 @@
+"""loractl adapters: look after the stored adapters."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from loractl.scheduler.cli.lazy import Commands, LazyGroup
+from loractl.scheduler.cli.named import AdapterName
+from loractl.scheduler.cli.output import paged, show, show_page
+
+COMMANDS: Commands = {
+    "delete": (
+        "loractl.scheduler.adapters.command:delete",
+        "Remove adapters for good, with their reports; a tagged one is refused.",
+    ),
+    "list": ("loractl.scheduler.adapters.command:list_adapters", "List them with their tags."),
+    "pull": ("loractl.scheduler.adapters.command:pull", "Copy an adapter into a new folder, verified."),
+    "show": (
+        "loractl.scheduler.adapters.command:show_adapter",
+        "Show where an adapter comes from: base, data, job, versions.",
+    ),
+    "tag": (
+        "loractl.scheduler.adapters.command:tag",
+        "Let NAME:TAG mean this adapter; loractl gc keeps it.",
+    ),
+    "untag": ("loractl.scheduler.adapters.command:untag", "Forget a tag; the adapter stays."),
+    "bind": (
+        "loractl.scheduler.adapters.command:bind",
+        "Bind results that an earlier version stored to their rows.",
+    ),
+    "merge": (
+        "loractl.worker.commands.merge:merge",
+        "Make a full model of base and adapter, and prove that it is the same.",
+    ),
+}
+
+
+@click.group(cls=LazyGroup, lazy=COMMANDS, invoke_without_command=True)
+@paged("adapters, the newest")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def adapters(ctx: click.Context, limit: int, after: int | None, as_json: bool) -> None:
+    """Look after the stored adapters: list, tag, pull, merge, delete.
+
+    ADAPTER is a job's number (12), a job's name for the newest of that name (support, the same as support:latest), or a
+    name and a tag (support:prod).
+    """
+    if ctx.invoked_subcommand is None:
+        print_adapters(limit, after, as_json)
+
+
+@click.command("list")
+@paged("adapters, the newest")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def list_adapters(limit: int, after: int | None, as_json: bool) -> None:
+    """List them with their tags."""
+    print_adapters(limit, after, as_json)
+
+
+def print_adapters(limit: int, after: int | None, as_json: bool) -> None:
+    """Print a page of the stored adapters, as JSON or as a table."""
+    from loractl.common.store.records import Page
+    from loractl.scheduler.cli.screen import detect_screen
+    from loractl.scheduler.cli.session import open_session
+
+    from .answer import adapter_list
+    from .text import adapters_text
+
+    _, store = open_session()
+    answer = adapter_list(store, Page(limit=limit, after=after))
+    show_page(answer, as_json, lambda: adapters_text(answer, detect_screen()))
+
+
+@click.command("show")
+@click.argument("adapter", type=AdapterName(), metavar="ADAPTER")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def show_adapter(adapter: str, as_json: bool) -> None:
+    """Show where an adapter comes from: base, data, job, versions."""
+    from loractl.scheduler.cli.session import open_stores
+
+    from .answer import lineage
+    from .text import lineage_text
+
+    _, store, artifacts = open_stores()
+    answer = lineage(store, artifacts, adapter)
+    show(answer, as_json, lambda: lineage_text(answer))
+
+
+@click.command()
+@click.argument("adapter", type=AdapterName(), metavar="ADAPTER")
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
+def pull(adapter: str, folder: Path) -> None:
+    """Copy an adapter into a new folder, verified.
+
+    peft's PeftModel.from_pretrained loads it from there.
+    """
+    from loractl.common.adapter_config import CONFIG, check_adapter_config, check_adapter_weights
+    from loractl.common.artifacts import WEIGHTS
+    from loractl.common.binding import result_binding
+    from loractl.common.errors import UsageError
+    from loractl.common.job.kinds.known import kind_of
+    from loractl.common.text import clean_line
+    from loractl.common.units import amount
+    from loractl.scheduler.cli.session import open_stores
+
+    from .answer import stored_adapter
+
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty", "name a new folder")
+    _, store, artifacts = open_stores()
+    stored, job = stored_adapter(store, adapter)
+    files_of = result_binding(store, job)
+    check_adapter_config(artifacts.read_bytes(files_of, f"adapter/{CONFIG}"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} can't be made: {error.strerror}") from error
+    files = artifacts.pull(files_of, "adapter/", folder)
+    check_adapter_weights(folder / WEIGHTS.removeprefix("adapter/"), stored.job_id)
+    size = sum(file.size for file in files.values())
+    click.echo(f"The adapter of job {stored.job_id} ({len(files)} files, {amount(size)}) is in {folder}.")
+    if not kind_of(job.spec.get("task_type")).writes:  # its base needs the head and its labels first
+        click.echo(f"How to load the classifier: {folder}/README.md", err=True)
+        return
+    base = clean_line(stored.base_model)
+    click.echo(f"Load it on {base}:  PeftModel.from_pretrained(base, {str(folder)!r})", err=True)
+
+
+@click.command()
+@click.argument("adapter", type=AdapterName(), metavar="ADAPTER")
+@click.argument("name", metavar="TAG")
+def tag(adapter: str, name: str) -> None:
+    """Let NAME:TAG mean this adapter; loractl gc keeps it."""
+    from loractl.common.job.reference import check_tag, parse_reference
+    from loractl.common.text import clean_line
+    from loractl.scheduler.cli.session import open_session
+
+    check_tag(name)
+    settings, store = open_session()
+    row, before = store.tag(parse_reference(adapter), name, settings.user)
+    moved = f"; it was job {before}" if before not in (None, row.job_id) else ""
+    click.echo(f"{clean_line(row.name)}:{name} is the adapter of job {row.job_id} now{moved}.")
+
+
+@click.command()
+@click.argument("name", metavar="NAME:TAG")
+def untag(name: str) -> None:
+    """Forget a tag; the adapter stays."""
+    from loractl.common.errors import UsageError
+    from loractl.common.job.reference import check_tag, parse_reference
+    from loractl.scheduler.cli.session import open_session
+
+    reference = parse_reference(name)
+    if reference.name is None or ":" not in name:
+        raise UsageError(f"{name!r} is not of the form NAME:TAG", "like support:prod")
+    check_tag(reference.tag)
+    settings, store = open_session()
+    click.echo(f"{reference} is forgotten; it was job {store.untag(reference, settings.user)}.")
+
+
+@click.command()
+@click.argument("names", nargs=-1, required=True, type=AdapterName(), metavar="ADAPTER...")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def delete(names: tuple[str, ...], yes: bool) -> None:
+    """Remove adapters for good, with their reports; a tagged one is refused."""
+    from loractl.common.errors import WrongState
+    from loractl.common.text import clean_line
+    from loractl.common.units import amount
+    from loractl.scheduler.cli.session import open_stores
+
+    from .answer import stored_adapter
+
+    settings, store, artifacts = open_stores()
+    adapters = {adapter.job_id: adapter for adapter, _ in (stored_adapter(store, name) for name in names)}.values()
+    for adapter in adapters:
+        if adapter.tags_set:
+            named = f"{adapter.name}:{adapter.tags_set[0]}"
+            hint = f"first: loractl adapters untag {named}"
+            raise WrongState(f"the adapter of job {adapter.job_id} is tagged {named}", hint)
+        if descendants := store.descendants(adapter.job_id):
+            jobs = ", ".join(map(str, descendants[:5])) + (", ..." if descendants[5:] else "")
+            raise WrongState(
+                f"job {jobs} is to begin from the adapter of job {adapter.job_id}", "wait for it, or cancel it"
+            )
+    what = ", ".join(f"{clean_line(a.name)} (job {a.job_id}, {amount(a.size)})" for a in adapters)
+    if not yes:
+        click.confirm(f"Remove {what} with its report, for good?", abort=True, err=True)
+    for adapter in adapters:
+        if not store.remove_result(adapter.job_id, settings.user, "loractl adapters delete"):
+            raise WrongState(f"the adapter of job {adapter.job_id} was removed or tagged by somebody else just now")
+        artifacts.remove(adapter.prefix)
+        click.echo(f"The adapter of job {adapter.job_id} ({clean_line(adapter.name)}) is removed.")
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[ADAPTER]...")
+def bind(names: tuple[str, ...]) -> None:
+    """Bind results of earlier versions to their rows, as they are now; without ADAPTER all of them.
+
+    Each file is read and compared with its manifest, and the weights with their row. From then on every reader refuses
+    a result that somebody has changed in the store.
+    """
+    from loractl.common.errors import ArtifactError, ExitCode
+    from loractl.common.text import clean_line
+    from loractl.scheduler.cli.session import open_stores
+
+    from .answer import bind_result, results_to_bind
+
+    settings, store, artifacts = open_stores()
+    failed = False
+    for job_id in results_to_bind(store, names):
+        try:
+            bind_result(store, artifacts, settings.user, job_id)
+            click.echo(f"The result of job {job_id} is bound to its row.")
+        except ArtifactError as error:
+            failed = True
+            click.echo(clean_line(f"Error: job {job_id} is not bound: {error.sentence}"), err=True)
+    sys.exit(ExitCode.FAILED if failed else ExitCode.OK)

@@ -1,0 +1,4 @@
+"""Jobs that are there, changed: loractl edit, retry, hold and cancel.
+
+Others use nothing of it.
+"""

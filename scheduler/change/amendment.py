@@ -1,0 +1,137 @@
+"""A change of what is asked of a submitted job: checked, and planned again where it changes the job's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loractl.common.channel.channels import unknown_names
+from loractl.common.errors import WrongState
+from loractl.common.job.amendment import Amended, Standing, changes
+from loractl.common.job.file import amended_spec, override_spec
+from loractl.common.job.method import Method
+from loractl.common.job.need import Need, Ways
+from loractl.common.job.status import Status
+from loractl.common.memory.need_key import need_key
+from loractl.common.store.columns import word
+from loractl.common.store.records import Amendment, Submission
+from loractl.scheduler.submit.ancestor import settle_ancestor
+from loractl.scheduler.submit.draft import JobDraft, rows_at_hand
+from loractl.scheduler.submit.need import admit, open_methods, plan_job
+from loractl.scheduler.submit.overflow import check_overflow, unchecked
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.job.spec import JobSpec
+    from loractl.common.settings import Settings
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Job
+
+
+def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
+    """What `KEY=VALUE` overrides change of a job, for Store.edit and Store.retry.
+
+    Raises JobNotFound, SpecError, UsageError for a change that would make another training of it, WrongState when it
+    has its result.
+    """
+    job = store.job(job_id)
+    if job.status is Status.SUCCEEDED:
+        raise WrongState(
+            f"job {job_id} has succeeded: nothing of it changes any more",
+            f"queue another: loractl submit --like {job_id} --set KEY=VALUE",
+        )
+    name = f"job {job_id}"
+    before = override_spec(job.spec, (), name)
+    after = settle_ancestor(amended_spec(job.spec, overrides, name, Path.cwd()), store)
+    Amended(
+        job_id=job_id,
+        standing=_standing(store, job),
+        taken=word(Method, job.method) if job.method else None,
+        in_sweep=job.sweep_id is not None,
+        before=before,
+        after=after,
+    ).require_allowed()
+    anew = need_key(before, job.data) != need_key(after, job.data)
+    submission = plan_job(after, job.user, job.data, store) if anew else _as_known(job, before, after)
+    text = ", ".join(map(str, changes(before, after)))
+    seen = job.status, job.attempt, job.spec
+    return Amendment(
+        job_id=job_id,
+        seen=seen,
+        submission=submission,
+        planned_anew=anew,
+        new_batch=before.training.effective_batch != after.training.effective_batch,
+        text=text,
+    )
+
+
+def unchecked_rows(
+    changed: Amendment, open_store: Callable[[], ArtifactStore], announce: Callable[[], None]
+) -> list[str]:
+    """Look at a job's rows again where a change cuts or refuses others of them. Returns what could not be looked at.
+
+    Raises UsageError and DataError for rows that the worker would refuse, ArtifactError for rows that are gone.
+    """
+    (_, _, before), submission = changed.seen, changed.submission
+    if before["dataset"] == submission.spec.dataset.model_dump(mode="json"):
+        return []
+    draft = JobDraft(spec=submission.spec, like=changed.job_id, stored=submission.data)
+    with rows_at_hand(draft, open_store()) as spec:
+        return unchecked(check_overflow(spec, announce))
+
+
+def unknown_channels(changed: Amendment, settings: Settings) -> list[str]:
+    """Warnings of channels that the change names and this machine lacks."""
+    (_, _, before), spec = changed.seen, changed.submission.spec
+    if before.get("notify") == spec.notify:
+        return []
+    return unknown_names(spec.notify, settings.channels, changed.submission.user)
+
+
+def require_unended(store: Store, job_id: int) -> None:
+    """Raises WrongState for a job that has ended: a change alone would not run it."""
+    job = store.job(job_id)
+    if job.status in (Status.FAILED, Status.CANCELLED):
+        raise WrongState(
+            f"job {job_id} {job.status.in_words}: it does not wait",
+            f"loractl retry {job_id} --set KEY=VALUE queues it again with the change",
+        )
+
+
+def _standing(store: Store, job: Job) -> Standing:
+    if job.status is Status.RUNNING:
+        return Standing.RUNNING
+    return Standing.BEGUN if job.attempt and _has_trained(store, job) else Standing.NEW
+
+
+def _has_trained(store: Store, job: Job) -> bool:
+    """Whether an attempt has taken a step. A retry forgets the last attempt's: its losses stay."""
+    left = job.checkpoint is not None or job.result_host is not None
+    return left or bool(job.step) or bool(store.metrics(job.job_id, "loss"))
+
+
+def _as_known(job: Job, before: JobSpec, after: JobSpec) -> Submission:
+    """What decides its memory is as before: its need is too, with all that its attempts have taught, of one card and of
+    each of several."""
+    need, methods = Need(lora=job.vram_lora, qlora=job.vram_qlora), tuple(Method(name) for name in job.methods)
+    ways = Ways.read(job.gangs)
+    if _divided(before) != _divided(after):
+        methods, ways = admit(after, open_methods(after), need, need)
+    return Submission(
+        spec=after,
+        user=job.user,
+        data=job.data,
+        need=need,
+        planned=need,
+        methods=methods,
+        need_key=job.need_key,
+        family=job.family,
+        ways=ways,
+    )
+
+
+def _divided(spec: JobSpec) -> tuple[object, ...]:
+    """What decides on how many cards a job may run, and with which methods, beside its memory."""
+    asked = spec.resources
+    return spec.method, asked.max_vram, asked.cards, asked.parallel, spec.training.even_cards

@@ -1,0 +1,180 @@
+"""loractl edit, retry, hold and cancel: jobs that are there, changed; of several, what can be done is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from loractl.scheduler.cli.named import JobName, Setting, jobs_named
+
+if TYPE_CHECKING:
+    from loractl.common.store.store import Store
+
+
+@click.command()
+@click.argument("jobs", nargs=-1, required=True, type=JobName(), metavar="JOB...")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    required=True,
+    type=Setting(),
+    metavar="KEY=VALUE",
+    help="A key's new value, like priority=5.",
+)
+def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+    """Change what is asked of a job that waits or runs.
+
+    Before a job begins all may change but its base and its data; while it runs priority, labels and
+    resources.time_limit. A job that has begun and waits again takes what leaves its checkpoint valid.
+    """
+    from loractl.common.queue.sender import open_sender
+    from loractl.scheduler.cli.output import hint, warn
+    from loractl.scheduler.cli.session import open_artifacts, open_session
+    from loractl.scheduler.submit.intake import wake_for
+
+    from .amendment import amendment, require_unended, unchecked_rows, unknown_channels
+
+    settings, store = open_session()
+    with open_sender(settings) as sender:
+
+        def change(job_id: int) -> None:
+            require_unended(store, job_id)
+            changed = amendment(store, job_id, overrides)
+            warn(unknown_channels(changed, settings))
+            warn(unchecked_rows(changed, lambda: open_artifacts(settings), lambda: hint("Counting tokens ...")))
+            job = store.edit(changed, settings.user)
+            click.echo(f"Job {job_id} is changed: {changed.text}.")
+            warn(wake_for(job, sender))
+
+        _for_each(jobs_named(store, jobs), change)
+
+
+@click.command()
+@click.argument("jobs", nargs=-1, required=True, type=JobName(), metavar="JOB...")
+@click.option(
+    "--set", "overrides", multiple=True, type=Setting(), metavar="KEY=VALUE",
+    help="A key's new value, like resources.time_limit=2h; what leaves the job's checkpoint valid.",
+)  # fmt: skip
+def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+    """Queue failed, cancelled or held jobs again.
+
+    They go on from their checkpoints, where they have some.
+    """
+    from loractl.common.queue.sender import open_sender
+    from loractl.scheduler.cli.output import hint, warn
+    from loractl.scheduler.cli.session import open_artifacts, open_session
+    from loractl.scheduler.submit.intake import wake_for
+
+    from .amendment import amendment, unchecked_rows, unknown_channels
+
+    settings, store = open_session()
+    with open_sender(settings) as sender:
+
+        def queue(job_id: int) -> None:
+            changed = amendment(store, job_id, overrides) if overrides else None
+            if changed is not None:
+                warn(unknown_channels(changed, settings))
+                warn(unchecked_rows(changed, lambda: open_artifacts(settings), lambda: hint("Counting tokens ...")))
+            job = store.retry(job_id, settings.user, changed)
+            click.echo(f"Job {job_id} is queued again{f': {changed.text}' if changed else ''}.")
+            warn(wake_for(job, sender))
+
+        _for_each(jobs_named(store, jobs), queue)
+
+
+@click.command()
+@click.argument("jobs", nargs=-1, required=True, type=JobName(), metavar="JOB...")
+@click.option("--reason", default="", metavar="TEXT", help="Why; status shows it to the others.")
+def hold(jobs: tuple[str, ...], reason: str) -> None:
+    """Keep waiting jobs from starting until loractl retry."""
+    from loractl.scheduler.cli.session import open_session
+
+    settings, store = open_session()
+
+    def keep(job_id: int) -> None:
+        store.hold(job_id, settings.user, " ".join(reason.split()))
+        click.echo(f"Job {job_id} is held; loractl retry {job_id} releases it.")
+
+    _for_each(jobs_named(store, jobs), keep)
+
+
+@click.command()
+@click.argument("jobs", nargs=-1, type=JobName(), metavar="JOB...")
+@click.option("--sweep", "sweep_id", type=int, metavar="N", help="All members of a sweep that have not ended.")
+@click.option("--user", help="All of this person's jobs that have not ended; me is yourself.")
+@click.option("--queued", is_flag=True, help="With --user: only those that wait.")
+def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued: bool) -> None:
+    """Cancel waiting or running jobs.
+
+    JOB is a number, a range like 3-9, the name of one job, or name:tag.
+
+    A waiting job ends at once; a running one's trainer is asked to stop and killed if it does not within 10 s. Its
+    checkpoints are removed. Of several jobs, those that can't be cancelled are named, and the others are.
+    """
+    from loractl.common.errors import UsageError
+    from loractl.scheduler.cli.session import open_session
+
+    if [bool(jobs), sweep_id is not None, user is not None].count(True) != 1 or (queued and user is None):
+        hint = "like loractl cancel 12, loractl cancel --sweep 3, or loractl cancel --user me --queued"
+        raise UsageError("cancel takes jobs, or a sweep, or a person's jobs", hint)
+    settings, store = open_session()
+    job_ids = jobs_named(store, jobs)
+    if user is not None:
+        job_ids = _unfinished(store, settings.user if user == "me" else user, queued=queued)
+        if not job_ids:
+            click.echo("No such job waits." if queued else "No such job waits or runs.")
+    if sweep_id is not None:
+        for job in store.cancel_sweep(sweep_id, settings.user):
+            _tell(store, job.job_id)
+
+    def end(job_id: int) -> None:
+        store.cancel(job_id, settings.user)
+        _tell(store, job_id)
+
+    _for_each(job_ids, end)
+
+
+def _unfinished(store: Store, user: str, *, queued: bool) -> list[int]:
+    from loractl.common.job.status import Status
+
+    statuses = (Status.QUEUED,) if queued else (Status.QUEUED, Status.RUNNING)
+    return sorted(job.job_id for job in store.jobs(statuses=statuses, user=user))
+
+
+def _tell(store: Store, job_id: int) -> None:
+    from loractl.common.job.status import Status
+    from loractl.common.text import clean_line
+    from loractl.scheduler.status.job import job_state
+
+    job = job_state(store, job_id)
+    if job.status is Status.CANCELLED:
+        click.echo(f"Job {job_id} is cancelled.")
+        return
+    if job.status is not Status.RUNNING:  # it ended before its trainer could be asked to stop
+        click.echo(f"Job {job_id} {job.status.in_words}.")
+        return
+    kept = f"nothing of its training is kept, so loractl retry {job_id} would begin anew"
+    click.echo(f"Job {job_id} is being stopped on {clean_line(job.where)}; {kept}.")
+
+
+def _for_each(job_ids: Sequence[int], do: Callable[[int], None]) -> None:
+    """Do it for each job. Of several, those that can't are named and the others done; the exit status is 1 then.
+
+    Raises JobNotFound and WrongState for a job that was named alone.
+    """
+    from loractl.common.errors import ExitCode, JobNotFound, WrongState
+
+    refused = False
+    for job_id in dict.fromkeys(job_ids):
+        try:
+            do(job_id)
+        except (JobNotFound, WrongState) as error:
+            if len(job_ids) == 1:
+                raise
+            refused = True
+            click.echo(f"Error: {error.sentence}", err=True)
+    if refused:
+        raise click.exceptions.Exit(ExitCode.FAILED)

@@ -1,0 +1,169 @@
+"""The `loractl` command: its subcommands load when they are called, and every error becomes a sentence and a code."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import io
+import sys
+from typing import NoReturn
+
+import click
+
+from loractl import __version__
+from loractl.common.errors import ExitCode, LoractlError, SpecError
+
+from .lazy import Commands, LazyGroup
+
+COMMANDS: Commands = {
+    "submit": ("loractl.scheduler.submit.command:submit", "Queue the jobs of one or more job files."),
+    "sweep": (
+        "loractl.scheduler.sweep.command:sweep",
+        "Try settings of a job file in a group of jobs; losers may stop early.",
+    ),
+    "worker": (
+        "loractl.worker.commands.worker:worker",
+        "Serve this box's devices: claim waiting jobs that fit and train them.",
+    ),
+    "status": ("loractl.scheduler.status.command:status", "List what runs and what waits, or one job in full."),
+    "show": ("loractl.scheduler.status.command:show", "Show a job's history, attempts and resolved spec."),
+    "logs": ("loractl.scheduler.status.command:logs", "Print a job's log."),
+    "report": ("loractl.scheduler.report.command:report", "Print a job's evaluation report: base against tuned."),
+    "compare": (
+        "loractl.scheduler.compare.command:compare",
+        "Compare finished jobs: losses, memory, time, and their settings.",
+    ),
+    "reproduce": (
+        "loractl.scheduler.reproduce.command:reproduce",
+        "Run a finished job again, and check that it came out the same.",
+    ),
+    "adapters": (
+        "loractl.scheduler.adapters.command:adapters",
+        "Look after the stored adapters: list, tag, pull, merge, delete.",
+    ),
+    "generate": ("loractl.worker.commands.generate:generate", "Answer a prompt with an adapter, or with its base."),
+    "predict": ("loractl.worker.commands.predict:predict", "Label or answer every row of a file, a JSON line each."),
+    "chat": ("loractl.worker.commands.chat:chat", "Talk with an adapter; /adapter switches to another one in place."),
+    "serve": ("loractl.worker.commands.serve:serve", "Serve a base and its adapters over an OpenAI-compatible API."),
+    "matrix": ("loractl.worker.commands.matrix:matrix", "Score several adapters on several tasks, on one loaded base."),
+    "cancel": ("loractl.scheduler.change.command:cancel", "Cancel waiting or running jobs."),
+    "hold": ("loractl.scheduler.change.command:hold", "Keep waiting jobs from starting until loractl retry."),
+    "edit": ("loractl.scheduler.change.command:edit", "Change what is asked of a job that waits or runs."),
+    "retry": ("loractl.scheduler.change.command:retry", "Queue failed, cancelled or held jobs again."),
+    "why": (
+        "loractl.scheduler.why.command:why",
+        "Explain why a job waits, card by card, and when it will start.",
+    ),
+    "plan": (
+        "loractl.scheduler.plan.command:plan",
+        "Show what a job will need of a card, part by part, before it runs.",
+    ),
+    "gpus": ("loractl.scheduler.fleet.command:gpus", "List the devices of all boxes and what uses them."),
+    "web": (
+        "loractl.scheduler.web.command:web",
+        "Show the lab as a page in a browser, and its numbers to Prometheus.",
+    ),
+    "sim": (
+        "loractl.scheduler.simulation.command:sim",
+        "Replay a trace of jobs on a fleet under the placement rule and others.",
+    ),
+    "drain": ("loractl.scheduler.fleet.command:drain", "Keep new jobs from a box or a card, with a reason."),
+    "undrain": ("loractl.scheduler.fleet.command:undrain", "Let jobs on to a drained box or card again."),
+    "data": ("loractl.worker.commands.data:data", "Check a job's data, and look at them as the trainer sees them."),
+    "import": (
+        "loractl.scheduler.foreign.command:import_config",
+        "Turn an Axolotl or LLaMA-Factory YAML into a job file.",
+    ),
+    "gc": ("loractl.scheduler.garbage.command:gc", "Remove stored files and rows that no one needs any more."),
+    "db": ("loractl.scheduler.database.command:db", "Look after the database."),
+    "lab": (
+        "loractl.scheduler.lab.command:lab",
+        "Make a lab on this server box, and invite boxes and people.",
+    ),
+    "join": (
+        "loractl.scheduler.lab.command:join",
+        "Join a lab with the line that its server box has printed.",
+    ),
+    "doctor": (
+        "loractl.scheduler.lab.command:doctor",
+        "Check this installation: services, disks, cards, versions; and what to do.",
+    ),
+    "completion": (
+        "loractl.scheduler.cli.completion:completion",
+        "Print the line that turns on shell completion.",
+    ),
+}
+
+
+@click.group(
+    cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.version_option(__version__, prog_name="loractl")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Queue LoRA and QLoRA fine-tunes on a lab's GPU boxes.
+
+    Write a job file, then:  loractl submit job.yaml;  loractl worker (on each box);  loractl status
+    """
+
+
+def main() -> NoReturn:
+    """The console script: exit codes are those of loractl.common.errors.ExitCode."""
+    gc.set_threshold(100_000)  # importing makes many objects and no garbage: an eighth of a command's time
+    atexit.register(gc.freeze)  # at its end Python looks for garbage in all of them: a quarter of submit's time
+    debug = "--debug" in sys.argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a dash that the terminal's encoding lacks must not end a command
+    try:
+        sys.exit(cli.main(standalone_mode=False) or ExitCode.OK)
+    except LoractlError as error:
+        if debug:
+            sys.excepthook(type(error), error, error.__traceback__)
+        _print_error(error)
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.Abort:
+        click.echo("Interrupted.", err=True)
+        sys.exit(ExitCode.INTERRUPTED)
+    except click.exceptions.NoArgsIsHelpError as bare:
+        click.echo(bare.format_message())  # a group without a subcommand: its help is the answer
+        sys.exit(ExitCode.USAGE)
+    except click.ClickException as wrong:
+        said = wrong.format_message().replace("\n\t", " ")  # click puts each choice on a line of its own
+        click.echo(f"Error: {said}", err=True)
+        if isinstance(wrong, click.UsageError) and wrong.ctx is not None and "\nHint: " not in said:
+            click.echo(f"Hint: {wrong.ctx.command_path} --help", err=True)
+        sys.exit(ExitCode.USAGE)
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.INTERRUPTED)
+    except Exception as error:
+        if debug:
+            raise
+        sys.exit(_unexpected(error))
+
+
+def _unexpected(error: Exception) -> ExitCode:
+    """An unexpected error is still one sentence. A database that went away during the command is named."""
+    from loractl.common.settings import load_settings
+    from loractl.common.store.database import outage, unreachable
+
+    if (why := outage(error)) is not None:
+        known = unreachable(load_settings(), why)
+        _print_error(known)
+        return known.exit_code
+    click.echo(f"Error: {type(error).__name__}: {error}", err=True)
+    click.echo("Hint: this is a fault of loractl; loractl --debug ... shows where", err=True)
+    return ExitCode.FAILED
+
+
+def _print_error(error: LoractlError) -> None:
+    if isinstance(error, SpecError):
+        for problem in error.problems:
+            click.echo(f"Error: {problem}", err=True)
+            if problem.hint:
+                click.echo(f"Hint: {problem.hint}", err=True)
+        return
+    click.echo(f"Error: {error.sentence}", err=True)
+    if error.hint:
+        click.echo(f"Hint: {error.hint}", err=True)

@@ -1,0 +1,69 @@
+"""How a command prints its answer, as the answer's own JSON or as text; and what it says on stderr."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
+
+import click
+
+from loractl.common.units import LARGEST
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class HasJson(Protocol):
+    """An answer: its one as_json is what --json prints."""
+
+    def as_json(self) -> Any: ...
+
+
+class Paged(HasJson, Protocol):
+    """An answer that is a part of a list."""
+
+    @property
+    def after(self) -> int | None:
+        """The job after which the next part begins; None: this is the last one."""
+        ...
+
+
+def show(answer: HasJson, as_json: bool, text: Callable[[], str]) -> None:
+    """Print the answer's JSON, or its text."""
+    click.echo(json.dumps(answer.as_json()) if as_json else text())
+
+
+def show_page(answer: Paged, as_json: bool, text: Callable[[], str]) -> None:
+    """The same for a part of a list. The text says how to go on; beside JSON it stands in stderr."""
+    show(answer, as_json, text)
+    if as_json and answer.after is not None:
+        click.echo(f"More: the same command with --after {answer.after}", err=True)
+
+
+def paged(what: str) -> Callable[[Command], Command]:
+    """The options of a command that prints a list in parts; `what` it lists."""
+
+    def add(command: Command) -> Command:
+        after = click.option(
+            "--after",
+            type=click.IntRange(1, LARGEST),
+            metavar="JOB",
+            help="Go on behind this job, the last one listed.",
+        )
+        limit = click.option(
+            "-n", "--limit", type=click.IntRange(1), default=50, show_default=True, help=f"At most so many {what}."
+        )
+        return limit(after(command))
+
+    return add
+
+
+def warn(lines: Iterable[str]) -> None:
+    """Print the lines on stderr."""
+    for line in lines:
+        click.echo(line, err=True)
+
+
+def hint(text: str) -> None:
+    """Print the next command on stderr, dim."""
+    click.echo(click.style(text, dim=True), err=True)

@@ -1,1 +1,0 @@
-"""loractl adapters, one subcommand a module: each parses, asks and prints. No query."""

@@ -1,0 +1,214 @@
+"""The best of a sweep's finished members: how clearly, and what the choice among them made of its loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.errors import WrongState
+from loractl.common.text import number
+from loractl.common.verdict import MIN_CASES, chose_step, written
+from loractl.scheduler.report.answer import result_of
+from loractl.scheduler.report.final import FinalResult, look
+from loractl.scheduler.status.standing import named_settings
+from loractl.scheduler.wait.gangs import in_words
+
+from .answer import OTHER_LOSS, Comparison, FinishedJob, comparison
+from .choice import CorrectedChange, corrected
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.job.sweep import Member, SweepView
+    from loractl.common.store.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepComparison:
+    """A sweep with its finished members compared."""
+
+    sweep: SweepView
+    comparison: Comparison
+    final: FinalResult | None = None  # of the best one, once all have ended
+
+    @property
+    def runner_up(self) -> FinishedJob | None:
+        """The second best; None where only one member has a result."""
+        return self.comparison.jobs[1] if len(self.comparison.jobs) > 1 else None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the best one's loss is clearly less than that of each other result."""
+        return self.runner_up is not None and not self.alike and not self._measured_otherwise
+
+    @property
+    def alike(self) -> list[int]:
+        """The members that can't be told apart from the best one."""
+        return [job.job_id for job in self.comparison.jobs[1:] if job.against and job.against.reading != "worse"]
+
+    @property
+    def _measured_otherwise(self) -> dict[str, list[int]]:
+        """Those that were not compared with the best one, by why."""
+        found: dict[str, list[int]] = {}
+        for job in self.comparison.jobs[1:]:
+            if not job.against:
+                found.setdefault(self.comparison.reading(job), []).append(job.job_id)
+        return found
+
+    @functools.cached_property
+    def corrected(self) -> CorrectedChange | None:
+        """The best one's change as it would be on rows that did not choose it; None where that can't be told."""
+        return corrected(self.comparison) if self.chosen else None
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the best one is the best of several, and so looks better on these rows than it is."""
+        return self.runner_up is not None or any(member.rungs for member in self.stopped)
+
+    def _chosen_beside(self) -> Iterator[str]:
+        """What these rows chose beside the best of the results."""
+        if stopped := sum(bool(member.rungs) for member in self.stopped):
+            yield f"{stopped} more lost on these rows and were stopped"
+        best, training = self.comparison.best, self.comparison.best.report["training"]
+        if chose_step(
+            keeps_best=bool((best.spec.get("training") or {}).get("load_best_model_at_end")),
+            evaluations=len(training.get("eval_losses") or ()),
+            stopped_early=training.get("stopped_early_at_step") is not None,
+        ):
+            yield "these rows chose its step, too"
+
+    @property
+    def second_look(self) -> str:
+        """What is said of the best one beside its loss: by its final rows, or else what the choice made of that loss.
+        Empty where there was no choice."""
+        if self.final is not None:
+            return self.final.sentence
+        if not self.comparison.best.report["data"].get("final_rows"):
+            return self.caution
+        ask = f"loractl compare --sweep {self.sweep.sweep_id}"
+        told = f"shown by {ask}, and nobody has looked yet" if self.sweep.ended else "shown once all members have ended"
+        return f"{self.caution} What its final rows say is {told}.".lstrip()
+
+    @property
+    def caution(self) -> str:
+        """What the choice made of the best one's loss; empty where there was none."""
+        if not self.chosen:
+            return ""
+        if (change := self.corrected) is None or self.runner_up is None:
+            return "Its loss is optimistic, since it was chosen on these rows."
+        also = f" It stays optimistic: {'; '.join(more)}." if (more := list(self._chosen_beside())) else ""
+        if change.among == 1:
+            return f"No other comes near it: the choice changes nothing of its loss.{also}"
+        shown = written(change.metric)
+        loss = f"loss {shown.base} -> {shown.tuned}, {shown.change} ({shown.interval}), {shown.reading}"
+        how = f"Corrected for the choice among {change.among} on the same {change.rows} rows"
+        return f"{how}, against the base: {loss}.{also}"
+
+    @property
+    def stopped(self) -> tuple[Member, ...]:
+        """The members that were stopped early."""
+        return tuple(member for member in self.sweep.members if member.pruned)
+
+    @property
+    def stopped_ahead(self) -> Member | None:
+        """The stopped member with the least loss, where that is less than the runner-up's, or than the only result's.
+
+        It lost to members that are not among the results, or to the best one, and no one knows where it would have
+        ended: it is no runner-up.
+        """
+        last = self.runner_up or self.comparison.best
+        ahead = [(m.rungs[-1].loss, m.job_id, m) for m in self.stopped if m.rungs and m.rungs[-1].loss < last.loss]
+        return min(ahead)[-1] if ahead else None
+
+    @property
+    def sentence(self) -> str:
+        """The member with the least held-out loss, and whether the difference from the next one is clear."""
+        if (ahead := self.stopped_ahead) is None:
+            return self._verdict
+        point = ahead.rungs[-1]
+        had = f"{number(point.loss, 3)} when it was stopped at {point.rung * 100:g} %"
+        return f"{self._verdict} Job {ahead.job_id} had {had}."
+
+    @property
+    def _verdict(self) -> str:
+        best = self.comparison.best
+        member = next(member for member in self.sweep.members if member.job_id == best.job_id)
+        so_far = "" if self.sweep.ended else " so far"
+        loss = number(best.measured_loss, 3)
+        head = f"Best{so_far}: {best.job_id} ({named_settings(self.sweep, member)}), held-out loss {loss}"
+        if self.runner_up is None:
+            return f"{head}, the only member with a result."
+        if self.clear:
+            return f"{head}, clearly less than every other result."
+        told = []
+        if self.alike:
+            rows = len(best.report["evaluation"]["row_losses"])
+            few = f"on {rows} rows " if rows < MIN_CASES else ""
+            told.append(f"{few}{_some(self.alike)} can't be told apart from it")
+        for why, other in self._measured_otherwise.items():
+            how = "by another loss" if why == OTHER_LOSS else "on other rows"
+            told.append(f"{_some(other)} {'was' if len(other) == 1 else 'were'} measured {how}")
+        return f"{head}; {', and '.join(told)}."
+
+    def as_json(self) -> dict[str, Any]:
+        """What a comparison has (`jobs`, `differences`), and beside it:
+
+        `sweep_id`, `ended`; `winner`: the best one's `job_id`, the `runner_up` (null without one), whether its loss is
+        `clear`ly less than every other, the members that are `alike`, the `sentence` that says so, its change
+        `corrected` for the choice (see CorrectedChange; null where there is none), the `caution`, and `final`, what it
+        measured on its final rows (see FinalResult; null where it has none, and before all have ended); `stopped`: each
+        member that was stopped early with `job_id`, `settings`, `step`, `total_steps` and `rungs`.
+        """
+        return {
+            **self.comparison.as_json(),
+            "sweep_id": self.sweep.sweep_id,
+            "ended": self.sweep.ended,
+            "winner": {
+                "job_id": self.comparison.best.job_id,
+                "runner_up": None if self.runner_up is None else self.runner_up.job_id,
+                "clear": self.clear,
+                "alike": self.alike,
+                "sentence": self.sentence,
+                "corrected": None if self.corrected is None else self.corrected.as_json(),
+                "caution": self.caution,
+                "final": None if self.final is None else self.final.as_json(),
+            },
+            "stopped": [_as_stopped(member) for member in self.stopped],
+        }
+
+
+def sweep_comparison(store: Store, artifacts: ArtifactStore, sweep_id: int, user: str) -> SweepComparison:
+    """Compare the finished members of a sweep for `user`, who looks at the final rows of the best one once all have
+    ended. Raises SweepNotFound; WrongState where no member has a result."""
+    sweep = store.sweep(sweep_id)
+    finished = [member.job_id for member in sweep.members if member.has_result]
+    if not finished:
+        raise WrongState(
+            f"no member of sweep {sweep_id} has a result",
+            f"loractl status --sweep {sweep_id} shows where they stand",
+        )
+    order = comparison(store, artifacts, finished)
+    best = order.best.job_id
+    final = look(store, artifacts, best, result_of(store, best).stored, user) if sweep.ended else None
+    return SweepComparison(sweep=sweep, comparison=order, final=final)
+
+
+MOST_NAMED = 6
+
+
+def _some(job_ids: Sequence[int]) -> str:
+    """The numbers of some jobs, or how many more there are."""
+    if len(job_ids) <= MOST_NAMED:
+        return in_words([str(job_id) for job_id in job_ids])
+    return f"{', '.join(map(str, job_ids[:MOST_NAMED]))} and {len(job_ids) - MOST_NAMED} more"
+
+
+def _as_stopped(member: Member) -> dict[str, Any]:
+    return {
+        "job_id": member.job_id,
+        "settings": dict(member.settings),
+        "step": member.step,
+        "total_steps": member.total_steps,
+        "rungs": [vars(point) for point in member.rungs],
+    }

@@ -1,0 +1,4 @@
+"""The database's form, backups and roles: loractl db.
+
+Others use backup.
+"""

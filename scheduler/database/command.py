@@ -1,0 +1,136 @@
+"""loractl db: care for the database: its form, its backups, its embedded services."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import click
+
+from loractl.scheduler.cli.output import show
+
+if TYPE_CHECKING:
+    from .contents import Contents
+
+
+@click.group()
+def db() -> None:
+    """Look after the database."""
+
+
+@db.command("upgrade")
+@click.option(
+    "--backup", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Make a backup before a change."
+)
+@click.option("--force", is_flag=True, help="Upgrade while workers of the older form still serve.")
+def db_upgrade(backup: Path | None, force: bool) -> None:
+    """Bring the tables to this loractl's form.
+
+    Stop all workers first. The embedded SQLite does it by itself.
+    """
+    from loractl.common.settings import load_settings, redacted
+
+    from .revision import bring_to_head
+
+    settings = load_settings()
+    done = bring_to_head(settings, backup, force=force)
+    if done.saved is not None:
+        click.echo(f"{backup} holds the state before: {_held(done.saved)}.")
+    same = done.before == done.after
+    way = f"is already at revision {done.after}" if same else f"went from {done.before or 'empty'} to {done.after}"
+    click.echo(f"{redacted(settings.database_url)} {way}.")
+    if done.roles_wanted:
+        click.echo(_ROLES, err=True)
+
+
+_ROLES = "Give the roles their rights to what is new: loractl db roles"
+
+
+def _held(contents: Contents) -> str:
+    many = f"{contents.jobs} job{'' if contents.jobs == 1 else 's'}"
+    last = f", last change {contents.last_event[:19]} UTC" if contents.last_event else ""
+    return f"{many}, the newest {contents.newest}{last}, revision {contents.revision}" if contents.jobs else many
+
+
+@db.command("roles")
+@click.option("--person", "people", multiple=True, metavar="NAME", help="A login that submits. You may give several.")
+@click.option("--box", "boxes", multiple=True, metavar="NAME", help="A login that runs jobs. You may give several.")
+@click.option("--web", "pages", multiple=True, metavar="NAME", help="A login that only reads, for loractl web.")
+@click.option("--renew", is_flag=True, help="Give logins that are there a new password, too.")
+@click.option("--passwords", type=click.File(), metavar="FILE", help="Read passwords, a line a login; - is stdin.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def db_roles(
+    people: tuple[str, ...],
+    boxes: tuple[str, ...],
+    pages: tuple[str, ...],
+    renew: bool,
+    passwords: TextIO | None,
+    as_json: bool,
+) -> None:
+    """Let PostgreSQL hold each person and box to its part. Say it as the owner of the tables.
+
+    Say it again after each upgrade, and for each new person or box. New passwords are made and shown once.
+    """
+    from loractl.common.settings import load_settings
+
+    from .roles import set_up_roles, wanted_logins
+    from .text import roles
+
+    chosen = None if passwords is None else passwords.read().splitlines()
+    answer = set_up_roles(load_settings(), wanted_logins(people, boxes, pages, chosen), renew=renew)
+    show(answer, as_json, lambda: roles(answer))
+
+
+@db.command("backup")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def db_backup(file: Path, as_json: bool) -> None:
+    """Copy the database, as of one moment, into a new file.
+
+    Workers may run meanwhile. What the jobs have stored is not in it: copy the artifacts afterwards.
+    """
+    from loractl.common.settings import load_settings, redacted
+    from loractl.common.units import amount
+
+    from .backup import back_up
+
+    settings = load_settings()
+    contents = back_up(settings, file)
+    show(contents, as_json, lambda: f"{file} ({amount(file.stat().st_size)}) holds {_held(contents)}.")
+    if not as_json:
+        click.echo(f"Now copy what they have stored, too: {redacted(settings.artifacts_url)}", err=True)
+
+
+@db.command("restore")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE")
+@click.option("--force", is_flag=True, help="Give up what has changed in the embedded database since the backup.")
+def db_restore(file: Path, force: bool) -> None:
+    """Put a backup in the database's place.
+
+    That is the embedded database, or an empty one of PostgreSQL. Stop all workers first, and bring the artifacts back
+    before: numbers of jobs that have stored something there are not given again.
+    """
+    from loractl.common.settings import load_settings
+
+    from .backup import SKIPPED_NUMBERS, restore
+
+    done = restore(load_settings(), file, force=force)
+    click.echo(f"{_held(done.contents)}: they are back. Those that ran go on with the next loractl worker.")
+    if done.store_away is not None:
+        click.echo(f"{done.store_away}: numbers of jobs go on {SKIPPED_NUMBERS} further, to give none twice.", err=True)
+    if done.roles_wanted:
+        click.echo(_ROLES, err=True)
+
+
+@db.command("stop")
+def db_stop() -> None:
+    """Shut the embedded Valkey down.
+
+    Its queue is saved, and the next command that needs it starts it again.
+    """
+    from loractl.common.queue.valkey import stop_embedded
+    from loractl.common.settings import load_settings
+
+    click.echo(
+        "The embedded Valkey has stopped." if stop_embedded(load_settings()) else "No embedded Valkey was running."
+    )

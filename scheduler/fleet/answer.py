@@ -1,0 +1,178 @@
+"""The fleet: every device that a worker has reported, and what uses it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.placement.cards import Card, WarmBase
+from loractl.common.settings import LEASE_S
+from loractl.common.store.fleet import FleetView, fault_of
+from loractl.scheduler.wait.cards import SILENT_S
+
+if TYPE_CHECKING:
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import DrainOrder, Node
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClosedBy:
+    """A person's order that keeps a card empty."""
+
+    user: str
+    reason: str
+    until: dt.datetime | None  # None: until loractl undrain
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names."""
+        return {**vars(self), "until": None if self.until is None else self.until.isoformat()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceState:
+    """One device, as it was last seen. Sizes in bytes."""
+
+    node: str  # host:index
+    host: str
+    gpu: str  # UUID
+    device_name: str
+    kind: str  # nvml, cpu, sim
+    total: int
+    free: int  # what a new job may take
+    reserved: int  # by running jobs, as its worker saw it last
+    outside: tuple[Mapping[str, Any], ...]  # other people's processes: pid, user, name, bytes
+    outside_bytes: int  # held by programs that are not ours, now or a short while ago
+    used: Mapping[str, Any]  # bytes measured now, by job
+    margin: int  # what the box's owner keeps free
+    max_jobs: int
+    user_limit: int | None  # running jobs a user may have
+    labels: Mapping[str, str]
+    load: int | None  # percent
+    temperature: int | None  # °C
+    versions: Mapping[str, str]
+    draining: bool  # its worker is stopping
+    gangs: bool  # its worker serves jobs on several cards
+    fault: str | None  # why nothing can run on it, with the next step
+    self_test: Mapping[str, Any] | None  # what it showed before it served; null: it had none
+    instance: str | None  # of the box: two boxes may call themselves the same
+    machine: str | None  # its machine-id, of which a home may be a copy
+    boot: str | None  # its boot id, of which a whole machine may be a copy
+    seen_at: dt.datetime
+
+    card: Card  # as the placement rule sees it, with the jobs that run there
+    closed_by: ClosedBy | None
+    silent_s: float | None  # for how long it has not been seen; None: it is online
+    failures: Mapping[str, int]  # of the lab's there since it last ended an attempt well, by reason, at most a day old
+    spread: Mapping[int, tuple[str, ...]]  # all cards of the jobs there that run on several
+
+    def cards_of(self, job_id: int) -> tuple[str, ...]:
+        """All cards of a job that runs there."""
+        return self.spread.get(job_id, (self.node,))
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields of the device up to `seen_at`, and `open`, `jobs`, `hosts`, `drained` and `failures`.
+
+        `open`: whether it takes jobs; `jobs`: job_id, user and reserved bytes of each that runs there, and all its
+        `cards`; `hosts`: the trainers there that keep their bases, and the jobs that are in each; `drained`: by whom,
+        why and until when, or null; `failures`: how many attempts failed there for the lab, by reason.
+        """
+        columns = {name: getattr(self, name) for name in DEVICE_FIELDS}
+        return {
+            **columns,
+            "outside": [dict(process) for process in self.outside],
+            "seen_at": self.seen_at.isoformat(),
+            "open": self.card.open,
+            "jobs": [
+                {"job_id": j.job_id, "user": j.user, "reserved": j.reserved, "cards": list(self.cards_of(j.job_id))}
+                for j in self.card.running
+            ],
+            "hosts": [_host_as_json(base, self.card) for base in self.card.hosts],
+            "drained": None if self.closed_by is None else self.closed_by.as_json(),
+            "failures": dict(self.failures),
+        }
+
+
+def _host_as_json(base: WarmBase, card: Card) -> dict[str, Any]:
+    """`leaving`: it goes, and its bytes are held until its process has ended; `open`: jobs may train beside those in
+    it; `spoilt`: why none may, and it ends with its last job; `jobs`: those that run in it; `leavers`: those that have
+    ended, and hold `bytes` until they are out of it; `job_id`: the one whose reservation holds the base."""
+    names = ("host", "base_model", "bytes", "job_id", "leaving", "open", "spoilt")
+    return {
+        **{name: getattr(base, name) for name in names},
+        "method": base.method.value,
+        "jobs": [job.job_id for job in card.inside(base)],
+        "leavers": [vars(one) for one in base.leavers],
+    }
+
+
+DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-5]
+"""The columns of a node; `free` is counted again."""
+
+
+STOPPED = "somebody's transaction holds the row fleet of locks: pg_stat_activity names it, pg_terminate_backend ends it"
+"""What to do when no worker goes round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """All devices at one moment, by name."""
+
+    devices: tuple[DeviceState, ...]
+    now: dt.datetime
+    round_at: dt.datetime | None = None  # when a node last went round for all
+
+    @property
+    def stopped_s(self) -> float | None:
+        """Seconds since a node last went round for all, though some are online; None if that is at most a lease.
+
+        Leases that are over are not ended then, nobody gives way, and no patience ends.
+        """
+        silent = None if self.round_at is None else (self.now - self.round_at).total_seconds()
+        online = any(device.silent_s is None for device in self.devices)
+        return silent if silent is not None and silent > LEASE_S and online else None
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Each device's fields."""
+        return [device.as_json() for device in self.devices]
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """What can be drained: the boxes and their cards, by name."""
+        return frozenset(name for device in self.devices for name in (device.node, device.host))
+
+    def jobs_on(self, target: str) -> list[int]:
+        """The jobs that run on a box or a card, by number."""
+        devices = [device for device in self.devices if target in (device.node, device.host)]
+        return sorted({job.job_id for device in devices for job in device.card.running})
+
+
+def fleet(store: Store) -> Fleet:
+    """Every device that a worker has reported, unless its row was removed."""
+    return fleet_of(store.fleet())
+
+
+def fleet_of(view: FleetView) -> Fleet:
+    """The devices of a view."""
+    devices = tuple(_device(view.nodes[name], card, view) for name, card in view.cards.items())
+    return Fleet(devices=devices, now=view.now, round_at=view.round_at)
+
+
+def _device(node: Node, card: Card, view: FleetView) -> DeviceState:
+    columns = {name: getattr(node, name) for name in DEVICE_FIELDS}
+    silent_s = (view.now - node.seen_at).total_seconds()
+    more: dict[str, Any] = {"fault": fault_of(node), "free": card.free, "outside": tuple(node.outside)}
+    return DeviceState(
+        **columns | more,
+        card=card,
+        closed_by=_closed_by(view.drain_of(node.node)),
+        silent_s=silent_s if silent_s > SILENT_S else None,
+        failures=Counter(failure.reason.value for failure in view.failures if failure.node == node.node),
+        spread={job.job_id: names for job in card.running if len(names := tuple(view.cards_of(job.job_id))) > 1},
+    )
+
+
+def _closed_by(order: DrainOrder | None) -> ClosedBy | None:
+    return None if order is None else ClosedBy(user=order.user, reason=order.reason, until=order.until)

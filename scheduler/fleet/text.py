@@ -1,0 +1,104 @@
+"""How the fleet looks on a terminal: every card, its memory by owner, and what uses it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loractl.common.adapter_config import portable_name
+from loractl.common.placement.joins import spoilt_bases
+from loractl.common.units import GIB, clock, duration, gib
+from loractl.scheduler.cli.screen import Screen, card_name, fit, joined, wrapped_table
+from loractl.scheduler.wait.cards import process_name
+from loractl.scheduler.wait.gangs import in_short
+
+if TYPE_CHECKING:
+    import datetime as dt
+
+    from loractl.common.placement.cards import Card
+
+    from .answer import DeviceState, Fleet
+
+
+def devices(fleet: Fleet, screen: Screen, *, used: bool = False) -> str:
+    """Every card, its memory by owner, and what uses it."""
+    if not fleet.devices:
+        return "No worker is online. Start one on a GPU box: loractl worker"
+    wide = screen.width >= 110
+    headers = ["CARD", "MEMORY", "FREE", *(["USED"] if used else []), "OF", "LOAD", "USED BY"]
+    headers = ["CARD", "MODEL", *headers[1:]] if wide else headers
+    rows = [_row(device, fleet.now, screen, used=used) for device in fleet.devices]
+    colors = ["" if _obstacle(device, fleet.now) is None else "yellow" for device in fleet.devices]
+    lines = wrapped_table(headers, rows, colors, screen, right=("FREE", "USED", "OF", "LOAD"))
+    marks = "█ ▓ jobs, by plan   ▒ outside loractl   · free   ─ closed" if screen.unicode else ""
+    marks = marks or "# = jobs, by plan   x outside loractl   . free   - closed"
+    closing = "GiB." if used else "GiB.  loractl gpus --used shows what jobs really hold."
+    warm = any(device.card.waiting_bases for device in fleet.devices)
+    notes = [closing, *(["A base that is warm counts as free: it goes when a job needs its room."] if warm else [])]
+    return joined([*lines, "", screen.dim(marks), *map(screen.dim, notes)], screen)
+
+
+def _row(device: DeviceState, now: dt.datetime, screen: Screen, *, used: bool) -> list[str]:
+    card, wide = device.card, screen.width >= 110
+    held = card.measured
+    return [
+        screen.style(card_name(card.node), bold=True),
+        *([fit(device.device_name, 22)] if wide else []),
+        _memory_bar(card, 36 if wide else 20, screen),
+        gib(card.free) if card.open else "–",
+        *([gib(held) if held else "–"] if used else []),
+        f"{card.total / GIB:.0f}" if card.total else "?",
+        "–" if device.load is None or device.silent_s is not None else f"{device.load}%",
+        _obstacle(device, now) or _users(device),
+    ]
+
+
+def _memory_bar(card: Card, width: int, screen: Screen) -> str:
+    """Others first, then each job's part, then what is free; rounded so that every held part is visible."""
+    blocks = ("▒", "█", "▓", "·", "─") if screen.unicode else ("x", "#", "=", ".", "-")
+    if not card.total or (not card.open and not card.running):
+        return blocks[4] * width
+    parts = [(blocks[0], card.outside)]
+    parts += [(blocks[1 + n % 2], max(job.reserved, job.used)) for n, job in enumerate(card.running)]
+    parts += [(blocks[1 + len(card.running) % 2], base.bytes) for base in card.bases_beside_jobs]
+    parts += [(blocks[1 + n % 2], one.bytes) for n, one in enumerate(card.leavers, len(card.running) + 1)]
+    shares = [(mark, min(1.0, size / card.total)) for mark, size in parts]  # a row may tell more than the card has
+    cells = "".join(mark * max(1, round(share * width)) for mark, share in shares if share >= 1 / 200)[:width]
+    return screen.style(cells, fg="blue") + blocks[3] * (width - len(cells))
+
+
+def _obstacle(device: DeviceState, now: dt.datetime) -> str | None:
+    """Why the card takes no jobs; None where it does."""
+    if device.silent_s is not None:
+        return f"not seen for {duration(device.silent_s)}"
+    if device.fault is not None:
+        return f"closed: {device.fault}"
+    if (order := device.closed_by) is not None:
+        until = f" until {clock(order.until, now)}" if order.until else ""
+        return f"drained by {order.user}{until}: {order.reason}"
+    return "its worker is stopping" if device.draining else None
+
+
+def _jobs(device: DeviceState) -> list[str]:
+    """The jobs of a card: those that train in one process together, one on several cards with all of them."""
+    card = device.card
+    alone = [
+        f"{job.user} {job.job_id}" + (f" on {in_short(cards)}" if len(cards := device.cards_of(job.job_id)) > 1 else "")
+        for job in card.running
+        if not card.companions(job.job_id)
+    ]
+    packs = [jobs for base in card.hosts if len(jobs := card.inside(base)) > 1]
+    return [*alone, *(f"{' + '.join(f'{job.user} {job.job_id}' for job in jobs)} on one base" for jobs in packs)]
+
+
+def _users(device: DeviceState) -> str:
+    jobs = _jobs(device)
+    others = [process_name(process) for process in device.outside]
+    if len(others) > 2:
+        others = [*others[:2], f"{len(others) - 2} more"]
+    bases = [f"{portable_name(base.base_model)} is warm" for base in device.card.waiting_bases]
+    bases += [
+        f"{portable_name(base.base_model)} takes no more jobs: {base.spoilt}" for base in spoilt_bases(device.card)
+    ]
+    leavers = [f"{one.job_id} is leaving, {gib(one.bytes)} held" for one in device.card.leavers]
+    failures = ", ".join(f"{count} {reason}" for reason, count in sorted(device.failures.items()))
+    return ", ".join([*jobs, *leavers, *bases, *others, *([f"failed lately: {failures}"] if failures else [])]) or "–"

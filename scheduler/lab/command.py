@@ -1,0 +1,169 @@
+"""loractl lab, join and doctor: a lab made on its server box, joined by its line, and looked at part by part."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from loractl.common.errors import ExitCode
+from loractl.scheduler.cli.output import show
+from loractl.scheduler.cli.screen import detect_screen
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def guests(command: Command) -> Command:
+    """The options that name who is invited."""
+    boxes = click.option("--box", "boxes", multiple=True, metavar="NAME", help="Invite this box. You may give several.")
+    people = click.option("--person", "people", multiple=True, metavar="NAME", help="Invite this person. Likewise.")
+    address = click.option("--address", metavar="HOST", help="This server box's address, as others reach it.")
+    valid = click.option("--valid", default="1h", show_default=True, metavar="TIME", help="How long the lines serve.")
+    as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+    return boxes(people(address(valid(as_json(command)))))
+
+
+@click.group()
+def lab() -> None:
+    """Make a lab on this server box, and invite boxes and people."""
+
+
+@lab.command("init")
+@guests
+@click.option("--packages", "services", flag_value="packages", help="Run PostgreSQL and Valkey from apt's packages.")
+@click.option("--containers", "services", flag_value="containers", help="Run them and S3 with Docker Compose.")
+@click.option("--artifacts", metavar="URL", help="With --packages: the store, like file:///lab/loractl.")
+@click.option("--network", "networks", multiple=True, metavar="CIDR", help="Let this network in, beside our own.")
+@click.option("--take-over", is_flag=True, help="With --packages: use PostgreSQL and Valkey that were here before.")
+def lab_init(
+    boxes: tuple[str, ...],
+    people: tuple[str, ...],
+    address: str | None,
+    valid: str,
+    as_json: bool,
+    services: str | None,
+    artifacts: str | None,
+    networks: tuple[str, ...],
+    take_over: bool,
+) -> None:
+    """Make a lab, and print join lines for a box and a person.
+
+    With --box and --person the lines are for those. Without --packages and --containers the lab is on the servers that
+    the settings name: say it as the owner of the database. Said again it changes nothing, and prints new lines.
+    """
+    from .lab import Guest
+    from .server_box import LabWish, make_lab
+    from .text import lab_made
+
+    wanted = _guests(boxes, people) or [Guest(kind="box"), Guest(kind="person")]
+    wish = LabWish(services=services, address=address, artifacts_url=artifacts, networks=networks, take_over=take_over)
+    answer = make_lab(wish, wanted, _validity(valid))
+    show(answer, as_json, lambda: lab_made(answer))
+
+
+@lab.command("invite")
+@guests
+def lab_invite(boxes: tuple[str, ...], people: tuple[str, ...], address: str | None, valid: str, as_json: bool) -> None:
+    """Print a join line for each box and person named.
+
+    One that is there gets a new password when it joins.
+    """
+    from loractl.common.errors import UsageError
+    from loractl.common.settings import load_settings
+
+    from .lab import invite_guests
+    from .text import invited
+
+    if not (wanted := _guests(boxes, people)):
+        raise UsageError("nobody is named", "loractl lab invite --box heron --person ada")
+    answer = invite_guests(load_settings(), wanted, address, valid_s=_validity(valid))
+    show(answer, as_json, lambda: invited(answer))
+
+
+def _guests(boxes: tuple[str, ...], people: tuple[str, ...]) -> list[Any]:
+    from .lab import Guest
+
+    return [Guest(kind=kind, name=name) for kind, names in (("box", boxes), ("person", people)) for name in names]
+
+
+def _validity(text: str) -> float:
+    from loractl.common.errors import UsageError
+    from loractl.common.units import parse_duration
+
+    try:
+        seconds = parse_duration(text)
+    except ValueError as error:
+        raise UsageError(f"--valid: {text!r} {error}") from None
+    if not 1 <= seconds <= 7 * 24 * 3600:
+        raise UsageError(f"--valid: {text!r} is not between 1s and 7d", "like 1h")
+    return seconds
+
+
+@click.command()
+@click.argument("line", default="-")
+@click.option("--name", metavar="NAME", help="The login, and the box's name.  [default: the machine's, or your login]")
+@click.option("--no-service", is_flag=True, help="On a box, as root: write config.toml, and install no service.")
+@click.option("--replace", is_flag=True, help="Leave the lab that this machine is in.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def join(line: str, name: str | None, no_service: bool, replace: bool, as_json: bool) -> None:
+    """Join a lab with the line that its server box has printed.
+
+    Without LINE, or for -, it is read from stdin. Everything is checked before the line is used. On a GPU box, as root,
+    the worker becomes a service.
+    """
+    from .join import JoinWish
+    from .join import join as join_lab
+    from .line import read_line
+    from .text import joined_lab
+
+    if line == "-":
+        if sys.stdin.isatty():
+            click.echo("Paste the join line, then Enter:", err=True)
+        line = sys.stdin.readline()
+    wish = JoinWish(name=name, service=not no_service, replace=replace)
+    answer = join_lab(read_line(line), wish)
+    show(answer, as_json, lambda: joined_lab(answer, detect_screen()))
+    sys.exit(ExitCode.OK if answer.diagnosis.ok else ExitCode.FAILED)
+
+
+@click.command()
+@click.option("--patience", default="10s", show_default=True, metavar="TIME", help="How long a check may take.")
+@click.option("--check", "names", multiple=True, metavar="NAME", help="Only this check, and what it needs.")
+@click.option("--service", is_flag=True, help="As root on a GPU box: with its worker's settings, and as its user.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(patience: str, names: tuple[str, ...], service: bool, as_json: bool) -> None:
+    """Check this installation: services, disks, cards, versions; and what to do.
+
+    Exit status 1 where a line says error. A service that hangs is such a line. Nothing is changed that stays.
+    """
+    from .health.diagnosis import diagnose
+    from .text import health
+
+    if service:
+        from .checkup import service_diagnosis
+
+        answer = service_diagnosis(names)
+    else:
+        answer = diagnose(_patience(patience), names)
+    show(answer, as_json, lambda: health(answer, detect_screen()))
+    code = ExitCode.OK if answer.ok else ExitCode.FAILED
+    if answer.hung:  # Python would wait at its end for threads of libraries that wait for an answer
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _patience(text: str) -> float:
+    from loractl.common.errors import UsageError
+    from loractl.common.units import parse_duration
+
+    try:
+        seconds = parse_duration(text)
+    except ValueError as error:
+        raise UsageError(f"--patience: {text!r} {error}") from None
+    if not 0 < seconds <= 3600:
+        raise UsageError(f"--patience: {text!r} is not between 0 and 1h", "like 10s")
+    return seconds

@@ -1,0 +1,175 @@
+"""A machine joins a lab: the line looked at, everything checked, and only then its login made and its file written."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import re
+import secrets
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loractl.common.errors import LoractlError, ServiceRefused, ServiceUnreachable, UsageError, WrongState
+from loractl.common.settings import load_settings
+from loractl.common.store.database import make_engine, reachable
+from loractl.common.store.entrance.invitations import Invited, entered, look
+from loractl.common.store.roles import WORK
+
+from .addresses import LabAddresses, read_addresses, refuse_another_store, right_to_results, urls_with_certificates
+from .checkup import diagnosed
+from .health.box import has_training_stack
+from .health.condition import Diagnosis, Level
+from .line import JoinLine
+from .place import SERVICE, Membership, Place
+from .seal import unseal
+from .unit import install_unit, service_user, start_service, systemd_runs
+
+_STACK = "pip install 'loractl[worker,postgres,s3]'; the line serves on. For a person ask for another line"
+BEFORE = ("queue", "store", "disk")
+"""What is looked at before the line is used: another try must be possible."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinWish:
+    """How a machine wants to join. `name`: None for its own. `service`: False for no unit, though root says it."""
+
+    name: str | None = None
+    service: bool = True
+    replace: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinAnswer:
+    """What was done, and what doctor finds now. `service`: started, installed, or None without one."""
+
+    kind: str
+    name: str
+    host: str  # of the database
+    file: str
+    embedded: str | None  # a database of before, whose jobs stay in it
+    service: str | None
+    diagnosis: Diagnosis = field(repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names; `diagnosis`: as doctor --json prints it."""
+        return {**vars(self), "diagnosis": self.diagnosis.as_json()}
+
+
+def join(line: JoinLine, wish: JoinWish) -> JoinAnswer:
+    """Join this machine. Until its login is made the line serves on, and nothing of this machine is changed.
+
+    Raises UsageError, WrongState, ServiceUnreachable, and LoractlError for a check that fails.
+    """
+    url = line.url(line.login, line.password, line.tls)
+    engine = make_engine(url.replace("postgresql:", "postgresql+psycopg:", 1), connections=1, kept=1)
+    settings = load_settings({"LORACTL_HOME": "/nonexistent", "LORACTL_DATABASE_URL": url})  # no config.toml
+    try:
+        with _valid(), reachable(settings):
+            invited = look(engine)
+        lab = _opened(line, invited)
+        kind = "box" if invited.role == WORK else "person"
+        if kind == "box" and not has_training_stack():
+            raise UsageError("this line is for a GPU box, which needs the training stack", _STACK)
+        place = _place(kind, wish)
+        place.refuse_joined(wish.replace)
+        refuse_another_store(lab)
+        name, password = invited.name or wish.name or _own_name(kind), secrets.token_hex(24)
+        if wish.name not in (None, name):
+            raise UsageError(f"this line is for {name}", "leave --name out, or ask for another line")
+        with contextlib.ExitStack() as undone:
+            if place.service:
+                undone.enter_context(service_user())
+            _refuse_broken(place, kind, lambda folder: _entry(line, lab, kind, (name, password), folder))
+            entry = _entry(line, lab, kind, (name, password), place.folder)
+            with _valid(), reachable(settings), place.prepared(entry), entered(engine, name, password):
+                pass
+    finally:
+        engine.dispose()
+    service, diagnosis = _serve(place, entry)
+    embedded = place.home / "loractl.db"
+    return JoinAnswer(
+        kind=kind, name=name, host=line.host, file=str(place.file), service=service, diagnosis=diagnosis,
+        embedded=str(embedded) if embedded.exists() else None,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _valid() -> Iterator[None]:
+    """The database knows a spent line as a login that may not come in."""
+    try:
+        yield
+    except ServiceUnreachable as error:
+        if not isinstance(error, ServiceRefused):
+            error.hint = "does this machine reach that address? A firewall, another network, or the server box is off"
+            raise
+        what = "the database does not take this join line: it was used, its hour is over, or it was taken back"
+        raise WrongState(what, "on the server box: loractl lab invite") from error
+
+
+def _opened(line: JoinLine, invited: Invited) -> LabAddresses:
+    try:
+        return read_addresses(unseal(line.key, invited.sealed))
+    except ValueError as error:
+        raise WrongState("what the database keeps for this line was changed", "loractl lab invite") from error
+
+
+def _place(kind: str, wish: JoinWish) -> Place:
+    if kind == "box" and wish.service and os.geteuid() == 0:
+        return SERVICE
+    home = Path(os.environ.get("LORACTL_HOME") or "~/.loractl").expanduser().absolute()
+    return Place(folder=home, home=home, service=False)
+
+
+def _entry(line: JoinLine, lab: LabAddresses, kind: str, login: tuple[str, str], folder: Path) -> Membership:
+    """What is written of the lab, with certificates in the folder. `login`: name and password."""
+    tls, redis_url, certificates = urls_with_certificates(lab, folder)
+    return Membership(
+        database_url=line.url(*login, tls),
+        redis_url=redis_url,
+        artifacts_url=lab.artifacts_url,
+        host=login[0] if kind == "box" else None,
+        s3=lab.s3,
+        files=certificates,
+    )
+
+
+def _own_name(kind: str) -> str:
+    """The machine's or the person's; who became root by sudo is still that person."""
+    own = socket.gethostname().partition(".")[0] if kind == "box" else os.environ.get("SUDO_USER") or getpass.getuser()
+    return re.sub(r"[^a-z0-9_.-]", "-", own.lower())
+
+
+def _refuse_broken(place: Place, kind: str, membership_in: Callable[[Path], Membership]) -> None:
+    """Raises LoractlError for the first thing that would not work; certificates lie in a folder of their own here."""
+    with tempfile.TemporaryDirectory(prefix="loractl-join-") as folder:
+        Path(folder).chmod(0o755)  # the service's user reads them
+        entry = membership_in(Path(folder))
+        for path, text in entry.files.items():
+            path.write_text(text)
+            path.chmod(0o644)
+        found = diagnosed(place, entry.variables(), BEFORE)
+    for condition in found.conditions:
+        if kind == "box" and condition.check == "store" and "takes no results" in condition.sentence:
+            hint = f"a box stores results: {right_to_results(entry.artifacts_url)}"
+            raise LoractlError(f"store: {condition.sentence}", hint)
+        if condition.level is Level.ERROR:
+            hint = f"{condition.hint or 'mend it'}; then say it again: nothing was changed here, the line serves on"
+            raise LoractlError(f"{condition.check}: {condition.sentence}", hint)
+
+
+def _serve(place: Place, entry: Membership) -> tuple[str | None, Diagnosis]:
+    """Start the service where all is well; what doctor finds before the worker takes the cards."""
+    if place.service:
+        install_unit()
+    diagnosis = diagnosed(place, entry.variables())
+    if not place.service:
+        return None, diagnosis
+    if not (diagnosis.ok and systemd_runs()):
+        return "installed", diagnosis
+    start_service()
+    return "started", diagnosis

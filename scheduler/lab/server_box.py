@@ -1,0 +1,111 @@
+"""loractl lab init on a server box: services where they are asked for, then the lab on them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from loractl.common.errors import LoractlError, UsageError, WrongState
+from loractl.common.settings import Settings, load_settings
+
+from .containers import start_containers
+from .health.condition import Level
+from .health.diagnosis import diagnose
+from .lab import Guest, LabAnswer, set_up_lab
+from .packages import OWNER, ServerBox, install_services
+from .place import SERVICE_USER, Place
+from .process import run
+
+PATIENCE_S = 120.0
+"""A new database writes its first files; a container is started anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabWish:
+    """How the lab is wanted. `services`: packages, containers, or None for servers that run and the settings name."""
+
+    services: str | None = None
+    address: str | None = None
+    artifacts_url: str | None = None
+    networks: tuple[str, ...] = ()
+    take_over: bool = False
+
+
+def make_lab(wish: LabWish, guests: Sequence[Guest], valid_s: float) -> LabAnswer:
+    """Start services, make tables and roles, and invite the guests. What is there already stays as it is.
+
+    Raises UsageError, WrongState, LoractlError for a service that does not answer, and what set_up_lab raises.
+    """
+    settings, done = load_settings(), tuple[str, ...]()
+    if wish.services is not None:
+        done = _start(wish, settings)
+        settings = load_settings()
+        _wait_for(("database", "queue", "store"), PATIENCE_S)
+    elif wish.artifacts_url or wish.networks or wish.take_over:
+        raise UsageError("--artifacts, --network and --take-over go with --packages", "set LORACTL_ARTIFACTS_URL")
+    elif not settings.embedded_database and settings.redis_url is not None:
+        _wait_for(("database", "queue", "store"), 0)
+    return replace(set_up_lab(settings, guests, wish.address, valid_s=valid_s), done=done)
+
+
+def _start(wish: LabWish, settings: Settings) -> tuple[str, ...]:
+    """Start the services, and write the owner's config.toml."""
+    if wish.address is None:
+        raise UsageError("--address is missing", "the address by which other boxes reach this one, like 10.0.0.5")
+    place = Place(folder=settings.home, home=settings.home, service=False)
+    place.refuse_joined(replace=True)
+    user = urlsplit(settings.database_url).username
+    if not settings.embedded_database and user != OWNER:
+        raise WrongState(f"{settings.home} is in a lab already, as {user}", "set LORACTL_HOME to the lab's own folder")
+    if wish.services == "containers":
+        entry, done = start_containers(wish.address, settings)
+    else:
+        store = _artifacts(wish, settings)
+        box = ServerBox(address=wish.address, artifacts_url=store, networks=wish.networks, take_over=wish.take_over)
+        entry, done = install_services(box, settings)
+        _share(entry.artifacts_url)
+    with place.prepared(entry):
+        pass
+    return (*done, f"{place.file} has the owner's addresses and passwords.")
+
+
+def _artifacts(wish: LabWish, settings: Settings) -> str:
+    """Where results go. The home's own folder is no other box's."""
+    url = wish.artifacts_url or settings.artifacts_url
+    if url == (settings.home / "artifacts").as_uri():
+        hint = "--artifacts file:///lab/loractl, mounted everywhere; or s3://BUCKET/lab and AWS_ variables"
+        raise UsageError("the lab has no store that all boxes reach", hint)
+    if not url.startswith(("file:///", "s3://")):
+        raise UsageError(f"{url} is no store of a lab", "like file:///lab/loractl or s3://loractl/lab")
+    return url
+
+
+def _share(artifacts_url: str) -> None:
+    """A new folder for all: everybody writes data sets, and workers alone results (docs/deploy.md)."""
+    folder = Path(unquote(artifacts_url.removeprefix("file://")))
+    if not artifacts_url.startswith("file://") or (folder / "jobs").exists():
+        return
+    run("groupadd", "--system", "--force", SERVICE_USER)
+    try:
+        for part, group, mode in (("datasets", "root", 0o2777), ("jobs", SERVICE_USER, 0o2775)):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            shutil.chown(folder / part, "root", group)
+            (folder / part).chmod(mode)
+    except OSError as error:
+        raise LoractlError(f"{folder} can't be made: {error.strerror}", "--artifacts names it") from error
+
+
+def _wait_for(checks: tuple[str, ...], seconds: float) -> None:
+    """Until all of them answer, as doctor looks at them. Raises LoractlError for the first that does not."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = diagnose(names=checks).conditions
+        if (wrong := next((c for c in found if c.level is Level.ERROR), None)) is None:
+            return
+        if time.monotonic() > deadline:
+            raise LoractlError(f"{wrong.check}: {wrong.sentence}", wrong.hint)
+        time.sleep(1)

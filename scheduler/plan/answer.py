@@ -1,0 +1,368 @@
+"""What a job will need of a card: its plan part by part, the cards that hold it, and the largest form that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.errors import LoractlError, UsageError
+from loractl.common.job.method import MOST_CARDS, Method
+from loractl.common.job.need import Need, Roomy, Ways, choose_method, within
+from loractl.common.job.status import Status
+from loractl.common.memory.config import read_shape
+from loractl.common.memory.correction import learned, learned_roomy, peaks_like
+from loractl.common.memory.fit import Fit, largest_fit
+from loractl.common.memory.need_key import model_family, need_key
+from loractl.common.memory.plan import Plan, plan, predict
+from loractl.common.memory.roomy import plan_roomy
+from loractl.common.memory.shape import Shape
+from loractl.common.memory.step import Lengths, Stack
+from loractl.common.placement.cards import MARGIN_BYTES, Card
+from loractl.common.store.fleet import unreadable
+from loractl.common.units import GIB, duration, gib
+from loractl.scheduler.submit.lengths import row_lengths
+from loractl.scheduler.submit.need import check_adapter, fleet_stack, open_methods, stored_hashes
+
+from .solutions import CardGroup, PlannedForm, Solution, in_another_form, on_more_cards, with_one_row
+
+if TYPE_CHECKING:
+    from loractl.common.job.spec import JobSpec
+    from loractl.common.store.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobToPlan:
+    """A job file, or a submitted job, with changes."""
+
+    title: str
+    spec: JobSpec
+    data: Mapping[str, Any]  # its stored data sets; empty: none is stored
+    status: Status | None = None  # of a submitted job
+    row: QueuedNeed | None = None  # of one that waits as it is
+    patience_s: float = 0.0  # for so long QLoRA will not do
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueuedNeed:
+    """What a waiting job's row asks for: no plan made now says how long its rows were for the trainer that it had."""
+
+    need: Need
+    ways: Ways
+    begun: bool  # an attempt may have counted its tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardRoom:
+    """Whether a card holds the job."""
+
+    word: str  # fits, tight (once others have left it, or its patience is over), never
+    card: str
+    total_gib: str
+    how: str  # the method, or how much is missing
+    method: Method | None = None  # None: it never holds the job
+
+    def as_json(self) -> dict[str, Any]:
+        """`fits`: the word; `card`; `of`: the card's size in GiB; `how`."""
+        return {"fits": self.word, "card": self.card, "of": self.total_gib, "how": self.how}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LargestFit:
+    """What fits a card at most, by method."""
+
+    room: int  # bytes
+    which: str  # card that is
+    by_method: Mapping[Method, Fit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """What a job waits for: submit reserves for rows of max_length, and the trainer that has counted them for less."""
+
+    need: Need  # of one card
+    ways: Ways
+    choice: Method | None  # on the best card, or on a box's; None: nothing holds it
+    box: CardGroup | None  # whose cards would hold it together, where one does not or is not to
+    begun: bool  # it has had a trainer
+    max_length: int
+    longest: int | None  # tokens of the longest row, where they were counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryNeed:
+    """What a job will need, before it runs."""
+
+    title: str
+    plans: Mapping[Method, Plan]  # of the methods that are open to it
+    reserved: Need  # the plans, corrected by what was measured
+    roomy: Roomy = field(default_factory=Roomy)  # the same where it does without recomputing
+    submitted: Submitted | None = None  # what it waits for, where that is something else
+    choice: Method | None  # on the best card; None: no card holds it
+    lengths: Lengths | None  # of the rows, where they were counted
+    rows: Mapping[str, int] | None = None  # how many are used, where they were counted
+    planned_for: str  # what was taken for the rows' lengths, in a sentence
+    measured: tuple[int, ...]  # peaks of jobs just like it, in bytes
+    cards: tuple[CardRoom, ...]
+    on_gpu: bool = True  # False: planned for a processor, since the fleet has nothing else
+    largest: LargestFit | None  # where it was asked for
+    one_holds: bool = False  # one card would hold it, and no box holds it on as many as it asks for
+    solutions: tuple[Solution, ...] = ()  # where no card holds it alone; all of them where they were asked for
+    status: Status | None = None  # of a submitted job
+    patience_s: float = 0.0  # for so long it waits for a card that holds LoRA, where it would go with QLoRA
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan by method, the choice, the lengths and the cards.
+
+        `methods`: for each open one `peak_bytes`, `margin_bytes`, `parts` (bytes by part), `reserved_bytes`,
+        `submitted_bytes` (of one card, what it waits for: until a trainer has counted its rows, for rows of
+        max_length), `roomy` (without recomputing: `micro_batch`, `bytes`, the fastest first), and with --solve
+        `largest` (`micro_batch`, `max_length`, and `all_rows`: whether the rows end the micro-batch, and not the
+        memory); `choice`: the method that the best card would take, or null; `lengths`: in
+        tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `rows`: how many are used,
+        `train`, `held_out` and, where there are, `final`, and `left_out` as too long, or null;
+        `planned_for`: a sentence; `device`: gpu or cpu;
+        `cards`: one entry a card; `solutions`: where no card holds it alone, what would (`settings` as KEY=VALUE,
+        `words`, `method`, `cards`, `parallel`, `bytes` of each); all with --solve.
+        """
+        return {
+            "methods": {method.value: self._method(method, planned) for method, planned in self.plans.items()},
+            "choice": None if self.choice is None else self.choice.value,
+            "lengths": None
+            if self.lengths is None
+            else {name: of for name, of in vars(self.lengths).items() if name != "longest"},
+            "rows": None if self.rows is None else dict(self.rows),
+            "planned_for": self.planned_for,
+            "device": "gpu" if self.on_gpu else "cpu",
+            "cards": [card.as_json() for card in self.cards],
+            "solutions": [solution.as_json() for solution in self.solutions],
+        }
+
+    def _method(self, method: Method, planned: Plan) -> dict[str, Any]:
+        return {
+            "peak_bytes": planned.peak_bytes,
+            "margin_bytes": planned.margin_bytes,
+            "parts": planned.parts,
+            "reserved_bytes": self.reserved.of(method),
+            "submitted_bytes": (self.reserved if self.submitted is None else self.submitted.need).of(method),
+            "roomy": [{"micro_batch": form.micro_batch, "bytes": form.bytes} for form in self.roomy.of(method)],
+            **({} if self.largest is None else {"largest": vars(self.largest.by_method[method])}),
+        }
+
+
+def job_to_plan(store: Store, job: str, overrides: tuple[str, ...]) -> JobToPlan:
+    """The job file of that name, else the submitted job of that number. Raises SpecError, JobNotFound."""
+    from loractl.common.job.file import load_spec, override_spec
+
+    if not job.isdigit() or Path(job).exists():
+        found = load_spec(Path(job), overrides)
+        return JobToPlan(title=Path(job).name, spec=found, data={}, patience_s=found.lora_patience or 0.0)
+    row = store.job(int(job))
+    spec = override_spec(row.spec, overrides, f"job {job}")
+    asks, patience_s = None, 0.0
+    if row.status is Status.QUEUED and spec.lora_patience is not None and row.lora_until is not None:
+        patience_s = max(0.0, (row.lora_until - store.now()).total_seconds())
+    if row.status is Status.QUEUED and not overrides and not unreadable(vars(row)):
+        need = Need(lora=row.vram_lora, qlora=row.vram_qlora)
+        asks = QueuedNeed(need=need, ways=Ways.read(row.gangs), begun=row.attempt > 0)
+    title = f"{job} {row.name}"
+    return JobToPlan(title=title, spec=spec, data=row.data, status=row.status, row=asks, patience_s=patience_s)
+
+
+def memory_need(
+    store: Store,
+    job: JobToPlan,
+    card: int | None,
+    *,
+    solve: bool,
+    devices: str | None = None,
+    announce: Callable[[], None] = lambda: None,
+) -> MemoryNeed:
+    """What the job needs, of the fleet's cards or of one with so many bytes. `devices`: see own_devices; `announce`:
+    see row_lengths.
+
+    Raises LoractlError where the base can't be planned here, UsageError for a job or a question that makes no sense.
+    """
+    spec = job.spec
+    check_adapter(spec)
+    shape = _shape(spec)
+    counted = row_lengths(spec, announce)
+    methods = open_methods(spec)
+    fleet = [] if card is not None else list(store.fleet().cards.values())
+    stack = fleet_stack(store, devices) if card is None else Stack()
+    plans = {method: plan(shape, spec, method, counted.lengths, stack=stack) for method in methods}
+    key = need_key(spec, dict(job.data) or stored_hashes(spec))
+    measured = store.measured(key, model_family(spec)) if stack.on_gpu else []  # peaks of cards alone
+    planned = {method: plans[method].need_bytes if method in plans else None for method in (Method.LORA, Method.QLORA)}
+    planned_need = Need(lora=planned[Method.LORA], qlora=planned[Method.QLORA])
+    need = learned(planned_need, key, measured)
+    admitted = within(methods, need, spec.resources.max_vram)
+    cards, choice = _alone(card, fleet, admitted, need)
+    places = _such_cards(card) if card is not None else fleet
+    asked = PlannedForm(spec=spec, methods=methods, planned=planned_need, need=need, lengths=counted.lengths)
+    ways = asked.ways(spec) if stack.on_gpu else Ways()
+    solutions: list[Solution] = []
+    one_holds = False
+    if choice is None or not ways.alone:
+        boxes, method = asked.boxes(ways, places)
+        several = [_room_of(box) for box in boxes]
+        if not ways.alone and not several:
+            several = [CardRoom(word="never", card=f"{spec.resources.cards} cards", total_gib="–", how="of no box")]
+        cards, one, choice = (*cards, *several) if ways.alone else tuple(several), choice, method
+        one_holds = one is not None and choice is None
+        if stack.on_gpu and (one is None or choice is None):
+            solutions += on_more_cards(asked, boxes, places)
+        if stack.on_gpu and one is None and solve:
+            solutions += with_one_row(asked, places, min((found.cards for found in solutions), default=MOST_CARDS + 1))
+        if stack.on_gpu and (one is None or choice is None) and solve:
+            solutions += in_another_form(asked, shape, _room(card, fleet)[0], places)
+    first = job.row
+    if first is None and counted.lengths is not None and job.status in (None, Status.QUEUED):
+        whole = predict(spec, stack=stack)
+        long = replace(asked, planned=whole, need=learned(whole, key, measured), lengths=None)
+        first = QueuedNeed(need=long.need, ways=long.ways(spec) if stack.on_gpu else Ways(), begun=False)
+    return MemoryNeed(
+        title=job.title,
+        plans=plans,
+        reserved=need,
+        roomy=_roomy(spec, learned_roomy(plan_roomy(spec, counted.lengths, stack=stack), key, measured)),
+        submitted=None if first is None or first.need == need else _submitted(asked, first, card, fleet),
+        choice=choice,
+        lengths=counted.lengths,
+        rows=counted.rows,
+        planned_for=counted.sentence,
+        measured=tuple(peaks_like(key, choice or methods[0], measured)),
+        cards=tuple(_after_patience(room, job.patience_s) for room in cards),
+        on_gpu=stack.on_gpu,
+        largest=_largest(shape, spec, methods, counted.lengths, _room(card, fleet), stack) if solve else None,
+        one_holds=one_holds,
+        solutions=tuple(solutions),
+        status=job.status,
+        patience_s=job.patience_s if Method.QLORA in methods else 0.0,
+    )
+
+
+def _roomy(spec: JobSpec, roomy: Roomy) -> Roomy:
+    """The forms that the job's own limit leaves; none for a job that only several cards may have."""
+    most = spec.resources.max_vram
+    if spec.resources.cards not in (1, "auto"):
+        return Roomy()
+    lora, qlora = (
+        tuple(form for form in forms if most is None or form.bytes <= most) for forms in (roomy.lora, roomy.qlora)
+    )
+    return Roomy(lora=lora, qlora=qlora)
+
+
+def _after_patience(room: CardRoom, patience_s: float) -> CardRoom:
+    """A card takes no job with QLoRA that still waits for one that holds LoRA."""
+    if not patience_s or room.method is not Method.QLORA:
+        return room
+    return replace(room, word="tight", how=f"{room.how}, once it has waited {duration(patience_s)} for lora")
+
+
+def _submitted(asked: PlannedForm, first: QueuedNeed, card: int | None, fleet: Sequence[Card]) -> Submitted:
+    spec, lengths, form = asked.spec, asked.lengths, replace(asked, need=first.need)
+    _, choice = _alone(card, fleet, within(asked.methods, first.need, spec.resources.max_vram), first.need)
+    box = None
+    if choice is None or not first.ways.alone:
+        boxes, choice = form.boxes(first.ways, _such_cards(card) if card is not None else fleet)
+        box = min((box for box in boxes if box.method is choice), key=lambda box: box.way.cards, default=None)
+    return Submitted(
+        **vars(first),
+        choice=choice,
+        box=box,
+        max_length=spec.dataset.max_length,
+        longest=None if lengths is None else max(lengths.train, lengths.evaluate),
+    )
+
+
+def _shape(spec: JobSpec) -> Shape:
+    shape = read_shape(spec.base_model, spec.revision)
+    if shape is None:
+        raise LoractlError(
+            f"base_model {spec.base_model} can't be planned here: there is no config.json of a known architecture",
+            "that file is enough, in a folder or in the hub's cache; without it the job gets a card of its own",
+        )
+    return shape
+
+
+def _alone(
+    card: int | None, fleet: Sequence[Card], admitted: Sequence[Method], need: Need
+) -> tuple[tuple[CardRoom, ...], Method | None]:
+    """Whether one card holds the job: one of so many bytes, or one of the fleet's."""
+    return _on_one(card, admitted, need) if card is not None else _on_fleet(fleet, admitted, need)
+
+
+def _on_one(size: int, admitted: Sequence[Method], need: Need) -> tuple[tuple[CardRoom, ...], Method | None]:
+    """Whether a card of this size holds the job, and the method that it would take."""
+    room = max(0, size - MARGIN_BYTES)
+    method = choose_method(admitted, need, room)
+    how = f"with {method.value}" if method else f"{gib(_short(admitted, need, room))} GiB short"
+    word = "fits" if method else "never"
+    return (CardRoom(word=word, card="a card", total_gib=f"{size / GIB:.0f}", how=how, method=method),), method
+
+
+def _on_fleet(
+    cards: Sequence[Card], admitted: Sequence[Method], need: Need
+) -> tuple[tuple[CardRoom, ...], Method | None]:
+    """Every card, and the method that the best of them would take."""
+    methods = [choose_method(admitted, need, card.usable) for card in cards]
+    rooms = tuple(_card_room(card, method, admitted, need) for card, method in zip(cards, methods, strict=True))
+    best = min((admitted.index(method) for method in methods if method is not None), default=None)
+    return rooms, None if best is None else admitted[best]
+
+
+def _such_cards(size: int) -> list[Card]:
+    """As many cards of this size as a job may have, in a box of their own."""
+    return [Card(node=f"a box:{n}", total=size, margin=MARGIN_BYTES, gangs=True) for n in range(MOST_CARDS)]
+
+
+def _room_of(box: CardGroup) -> CardRoom:
+    return CardRoom(
+        word="fits" if box.now else "tight",
+        card=box.words,
+        total_gib=f"{box.smallest / GIB:.0f}",
+        how=f"with {box.method.value}, {box.way.parallel.value}: {gib(box.size)} GiB of each",
+        method=box.method,
+    )
+
+
+def _card_room(card: Card, method: Method | None, admitted: Sequence[Method], need: Need) -> CardRoom:
+    def room(word: str, how: str) -> CardRoom:
+        return CardRoom(word=word, card=card.node, total_gib=f"{card.total / GIB:.0f}", how=how, method=method)
+
+    if method is None:
+        return room("never", f"{gib(_short(admitted, need, card.usable))} GiB short")
+    size = need.of(method)
+    if size is None or size > card.capacity:
+        return room("tight", f"with {method.value}, once others have left it")
+    now = card.open and card.slots and size <= card.free
+    return room("fits", f"with {method.value}{'' if now else f', {gib(card.free)} GiB are free now'}")
+
+
+def _short(methods: Sequence[Method], need: Need, limit: int) -> int:
+    """How many bytes are missing for the method that needs least."""
+    return min((size for m in methods if (size := need.of(m)) is not None), default=limit) - limit
+
+
+def _room(card: int | None, fleet: Sequence[Card]) -> tuple[int, str]:
+    """The bytes that the largest form must fit into, and the card that has them."""
+    if card is not None:
+        return card - MARGIN_BYTES, f"a card of {card / GIB:.0f} less what is kept free"
+    return max((other.usable for other in fleet), default=0), "the largest card"
+
+
+def _largest(
+    shape: Shape,
+    spec: JobSpec,
+    methods: Sequence[Method],
+    lengths: Lengths | None,
+    space: tuple[int, str],
+    stack: Stack,
+) -> LargestFit:
+    room, which = space
+    if room <= 0:
+        raise UsageError("--solve needs a card to fit into", "add --gpu 24GiB, or start a worker")
+    fits = {method: largest_fit(shape, spec, method, room, lengths, stack=stack) for method in methods}
+    return LargestFit(room=room, which=which, by_method=fits)

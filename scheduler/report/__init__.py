@@ -1,0 +1,4 @@
+"""What a finished job measured, base against tuned: loractl report.
+
+Others use answer, final.
+"""

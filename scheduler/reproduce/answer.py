@@ -1,0 +1,203 @@
+"""How a finished job runs again, by its row and its report, and what can't be the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.errors import UsageError
+from loractl.common.job.adjustment import Adjustment, adjusted
+from loractl.common.placement.hosts import REPRODUCES
+from loractl.common.text import clean_line
+from loractl.scheduler.report.answer import result_of
+from loractl.scheduler.submit.need import own_devices, plan_job
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.job.spec import JobSpec
+    from loractl.common.settings import Settings
+    from loractl.common.store.records import Submission
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Attempt, Job, Node
+
+MOST_LABELS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caveat:
+    """Something that can't be the same as before, or may not be."""
+
+    what: str
+    then: str
+    now: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repetition:
+    """How a finished job runs again."""
+
+    job_id: int  # of the one that is repeated
+    spec: JobSpec
+    adjustment: Adjustment
+    data: dict[str, Any]
+    caveats: tuple[Caveat, ...]
+    new: int | None = None  # the new job, once it is queued
+
+    def as_json(self) -> dict[str, Any]:
+        """The repetition as JSON values.
+
+        `job_id`: of the new job, null when none was queued; `reproduces`: of the one that is repeated; `different`:
+        each thing that can't be the same, or not known to be, with `what`, `then`, `now`; the `adjustment`, `spec` and
+        `data` that it runs with.
+        """
+        return {
+            "job_id": self.new,
+            REPRODUCES: self.job_id,
+            "different": [vars(caveat) for caveat in self.caveats],
+            "adjustment": self.adjustment.as_json(),
+            "spec": self.spec.model_dump(mode="json"),
+            "data": self.data,
+        }
+
+
+def repetition(store: Store, artifacts: ArtifactStore, settings: Settings, job_id: int) -> Repetition:
+    """How a finished job would run again. Raises JobNotFound, WrongState without a result, and as plan_repetition."""
+    result = result_of(store, job_id)
+    return plan_repetition(result.job, artifacts.read_report(result.stored), store, settings)
+
+
+def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Settings) -> Repetition:
+    """The same resolved spec, method and pieces of the batch, and what can't be the same.
+
+    Raises SpecError for a spec that this version can't read, UsageError where no label is left.
+    """
+    spec, online = _same_spec(job, report), _online(store)
+    caveats = (
+        *_versions(report, online),
+        *_devices(store.attempts(job.job_id), online),
+        *_base(spec, report, settings.cache_dir),
+        *_hub_data(spec, job),
+        *_changes(report),
+        *_company(report),
+    )
+    adjustment = Adjustment(**report["training"].get("adjustment", {}))
+    return Repetition(job_id=job.job_id, spec=spec, adjustment=adjustment, data=job.data, caveats=caveats)
+
+
+def submission_of(repetition: Repetition, settings: Settings, store: Store) -> Submission:
+    """What is written for the new job. Its need is planned for the pieces of the batch that the old run ended with."""
+    runs = adjusted(repetition.spec, repetition.adjustment)
+    planned = plan_job(runs, settings.user, repetition.data, store, own_devices(settings))
+    purpose = f"to reproduce job {repetition.job_id}"
+    return replace(planned, spec=repetition.spec, adjustment=repetition.adjustment, purpose=purpose)
+
+
+def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
+    """The job's spec with what was chosen for it fixed: method, number format, optimizer, whether it recomputes, and
+    the commits of what is on the hub."""
+    from loractl.common.job.file import override_spec
+    from loractl.common.job.method import Method
+
+    spec, training = override_spec(job.spec, (), f"job {job.job_id}"), report["training"]
+    taken = {"dtype": training["precision"], "optim": training["optim"]}
+    left = {key: value for key, value in taken.items() if getattr(spec.training, key) == "auto"}
+    if spec.training.gradient_checkpointing is None:
+        left["gradient_checkpointing"] = training.get("gradient_checkpointing")  # an early report has none
+    labels = {**spec.labels, REPRODUCES: str(job.job_id)}
+    if len(labels) > MOST_LABELS:
+        raise UsageError(
+            f"job {job.job_id} has {MOST_LABELS} labels, so that none is left for {REPRODUCES}",
+            f"take what is stored and submit it yourself: loractl show {job.job_id}",
+        )
+    return _pinned_data(spec, report["data"].get("commits", {})).model_copy(
+        update={
+            "method": Method(report["method"]),
+            "lora_patience": None,
+            "revision": report.get("base", {}).get("commit") or spec.revision,
+            "training": spec.training.model_copy(update=left),
+            "labels": labels,
+        }
+    )
+
+
+def _pinned_data(spec: JobSpec, commits: dict[str, str]) -> JobSpec:
+    """The job with its data of the hub, each at the commit that was read."""
+    named = spec.data_sets()
+    return spec.with_data_sets({key: f"{named[key].partition('@')[0]}@{commit}" for key, commit in commits.items()})
+
+
+def _online(store: Store) -> list[Node]:
+    from loractl.common.store.fleet import NODE_STALE_S
+
+    now = store.now()
+    return [node for node in store.nodes() if (now - node.seen_at).total_seconds() <= NODE_STALE_S]
+
+
+def _versions(report: dict[str, Any], online: Sequence[Node]) -> Iterator[Caveat]:
+    """Packages that the workers have in another version than the report names."""
+    if not online:
+        yield Caveat(what="versions and device", then="in its report", now="unknown: no worker is online")
+    for name, then in report["versions"].items():
+        others: dict[str, str] = {}  # version -> the first node that has it
+        for node in online:
+            if (version := node.versions.get(name, "a worker that does not say")) != then:
+                others.setdefault(version, node.node)
+        if others:
+            now = ", ".join(f"{clean_line(version)} on {clean_line(node)}" for version, node in others.items())
+            yield Caveat(what=name, then=clean_line(then), now=now)
+
+
+def _devices(attempts: Sequence[Attempt], online: Sequence[Node]) -> Iterator[Caveat]:
+    """Devices of another model than the one that the job ran on; sums are in another order there."""
+    used = list(dict.fromkeys(clean_line(attempt.device_name or attempt.node) for attempt in attempts))
+    named = {clean_line(node.device_name): clean_line(node.node) for node in online}
+    others = {device: node for device, node in named.items() if device != used[-1]}
+    if others:
+        yield Caveat(what="device", then=used[-1], now=", ".join(f"{name} on {node}" for name, node in others.items()))
+    if len(used) > 1 and attempts[-1].resumed_from_step:
+        yield Caveat(what="device", then=" and then ".join(used), now="one attempt on one device")
+
+
+def _base(spec: JobSpec, report: dict[str, Any], cache: Path) -> Iterator[Caveat]:
+    """A base model with files that have changed, or that can't be checked from here."""
+    from loractl.common.fingerprint import changed_files, fingerprint
+
+    base, folder = report.get("base"), Path(spec.base_model)
+    if not folder.is_absolute():
+        if base is None:  # a report of an earlier version
+            now = f"revision {spec.revision or 'main'} as it is today"
+            yield Caveat(what="base model", then="its commit is not in the report", now=now)
+        return
+    if base is None:
+        yield Caveat(what="base model", then="its hash is not in the report", now=str(folder))
+    elif not folder.is_dir():
+        yield Caveat(what="base model", then=f"sha256 {base['sha256'][:12]}", now="not on this machine: --check tells")
+    elif changed := changed_files(base["files"], fingerprint(folder, cache)):
+        yield Caveat(what="base model", then=f"sha256 {base['sha256'][:12]}", now=f"{', '.join(changed)} changed")
+
+
+def _hub_data(spec: JobSpec, job: Job) -> Iterator[Caveat]:
+    """Data of the hub without a known commit: the main branch may have moved."""
+    for key, text in spec.data_sets().items():
+        if key not in job.data and "@" not in text:
+            section = "evaluation" if key == "regression" else "dataset"
+            now = "the hub's main branch as it is today, with no revision to hold it"
+            yield Caveat(what=f"{section}.{key}", then=clean_line(text), now=now)
+
+
+def _changes(report: dict[str, Any]) -> Iterator[Caveat]:
+    """A change in mid-training: the repetition takes the last pieces of the batch from its first step on."""
+    training = report["training"]
+    if training.get("changes") and training["resumed_from_step"]:
+        now = f"{training['per_device_train_batch_size']} rows at once from the first step"
+        yield Caveat(what="batch", then=clean_line(training["changes"][-1]), now=now)
+
+
+def _company(report: dict[str, Any]) -> Iterator[Caveat]:
+    """Jobs that were in the same trainer. Nobody knows beforehand which will be there the next time."""
+    others = report["training"].get("companions") or ()
+    if others:
+        then = ", ".join(map(str, others))
+        yield Caveat(what="other jobs in its trainer", then=then, now="not known before it runs")

@@ -1,0 +1,41 @@
+"""What a replay assumes of a trace's jobs: how long a start takes, and what they take without recomputing."""
+
+from __future__ import annotations
+
+from loractl.common.job.need import RoomyForm
+from loractl.common.placement.clock import ReplayedBase, ReplayedForm
+from loractl.common.placement.pack_rule import PassLaw
+from loractl.common.units import GIB
+
+IMPORT_S = 7.4
+"""Seconds in which a new trainer imports its libraries, on a two-core machine; a spare trainer has done it before."""
+
+WARM_S = 0.6
+"""Seconds from the claim to the first step in a host that has the base: the median of benchmarks/hosts.py, see
+docs/architecture.md#hosts."""
+
+LOAD_BYTES_S = 0.28 * GIB
+"""Bytes of a base that are read, checked and placed in a second. Chosen, not measured on a card: with it a base of 8B
+parameters in 16 bit takes a minute, and SmolLM2-135M 9.2 s with its imports, as was measured there."""
+
+
+def start_of(size: int, *, spare: bool, law: PassLaw | None = None) -> ReplayedBase:
+    """The start of a job whose loaded base has `size` bytes. `spare`: a spare trainer is ready each time.
+
+    `law`: of passes over the base, where jobs may share a trainer.
+    """
+    cold_s = WARM_S + size / LOAD_BYTES_S + (0.0 if spare else IMPORT_S)
+    return ReplayedBase(bytes=size, cold_s=cold_s, warm_s=WARM_S, law=law)
+
+
+FORMS = ((4, 4.5, 0.71), (2, 2.6, 0.74), (1, 1.7, 0.79))
+"""Rows at once, bytes as a multiple of the need, and the share of the time: of 8B in NF4, 4 rows of 1,024 tokens, rank
+16. The bytes are the memory plan's, the times counted for a 4090 (docs/budget.md): none was measured on a card."""
+
+
+def forms_of(need: int) -> tuple[ReplayedForm, ...]:
+    """The forms of a job that needs so many bytes, each as if it were such a job."""
+    return tuple(
+        ReplayedForm(form=RoomyForm(micro_batch=rows, bytes=int(times * need), planned=int(times * need)), time=share)
+        for rows, times, share in FORMS
+    )

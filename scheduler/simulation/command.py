@@ -1,0 +1,161 @@
+"""loractl sim: replay a trace of jobs on a given fleet, under our placement rule and others."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from click.core import ParameterSource
+
+from loractl.common.errors import UsageError
+from loractl.common.placement.pack_rule import START, PassLaw
+from loractl.scheduler.cli.output import show
+
+if TYPE_CHECKING:
+    from .workload import Chosen
+
+CONTENTION = 0.5
+"""Two jobs on a card run at two thirds of their speed each: between cards that are shared for nothing (0) and jobs
+that take turns (1). Small fine-tunes leave a large card idle between kernels, large ones don't."""
+
+
+@click.command()
+@click.argument("trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="TRACE")
+@click.option("--fleet", required=True, metavar="SIZES", help="The cards, like 2x12GiB,2x24GiB,80GiB.")
+@click.option("--max-jobs-per-gpu", type=click.IntRange(1), help="Jobs that may share a card; by default as a worker.")
+@click.option("--compress", type=float, default=1.0, show_default=True, help="Let jobs arrive so many times as fast.")
+@click.option(
+    "--contention",
+    type=click.FloatRange(0.0),
+    default=CONTENTION,
+    show_default=True,
+    help="What sharing a card costs: each of k jobs runs at 1/(1 + C(k-1)) of its speed.",
+)
+@click.option(
+    "--base-models", metavar="COUNT", help="Base models of a trace that names none: drawn for each job; each: its own."
+)
+@click.option("--base-size", metavar="SIZE", help="What such a base takes of a card once loaded.  [default: 5GiB]")
+@click.option("--keep-warm", metavar="TIME", default="10min", show_default=True, help="As of a worker; 0: no hosts.")
+@click.option("--spare/--no-spare", default=True, show_default=True, help="As of a worker.")
+@click.option(
+    "--micro-batch", type=click.IntRange(1), metavar="TOKENS", help="Let jobs of so many tokens a pass join hosts."
+)
+@click.option(
+    "--pass-cost",
+    type=click.FloatRange(0.0),
+    metavar="TOKENS",
+    default=START[True][0],
+    show_default=True,
+    help="What a pass costs beside its tokens, whoever shares it.",
+)
+@click.option(
+    "--roomy/--no-roomy", default=False, show_default=True, help="Let jobs do without recomputing, as 8B in NF4 would."
+)
+@click.option("--longest", metavar="DURATION", help="Leave out jobs that take longer, like 1d.")
+@click.option("--limit", type=click.IntRange(1), help="Only so many jobs, the first to arrive.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw waits and memory use into a PNG.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def sim(
+    trace: Path,
+    fleet: str,
+    max_jobs_per_gpu: int | None,
+    compress: float,
+    contention: float,
+    base_models: str | None,
+    base_size: str | None,
+    keep_warm: str,
+    spare: bool,
+    micro_batch: int | None,
+    pass_cost: float,
+    roomy: bool,
+    longest: str | None,
+    limit: int | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Replay a trace of jobs on a fleet under the placement rule and others.
+
+    TRACE is a CSV with the columns arrival, vram, duration and user, and perhaps priority, base_model and base_size, or
+    openb's list of pods. Where base models are known, a job begins at once in a host that has its base, and later where
+    it loads it anew.
+    """
+    from loractl.scheduler.cli.figure import require_matplotlib
+    from loractl.scheduler.cli.screen import detect_screen
+
+    from .outcome import Nodes, policies_for, simulate
+    from .text import text
+    from .workload import Passes, choose, parse_fleet, read_trace
+
+    bound = math.inf if longest is None else _seconds("--longest", longest)
+    _check(compress, contention)
+    given = click.get_current_context().get_parameter_source("pass_cost") is not ParameterSource.DEFAULT
+    if given and micro_batch is None:
+        raise UsageError("--pass-cost says nothing without --micro-batch", "like --micro-batch 64 --pass-cost 50")
+    law = _law(pass_cost)
+    passes = None if micro_batch is None else Passes(tokens=micro_batch, law=law)
+    nodes = Nodes(keep_warm_s=_seconds("--keep-warm", keep_warm), spare=spare, passes=passes, roomy=roomy)
+    if plot is not None:
+        require_matplotlib("sim")
+    cards = parse_fleet(fleet, max_jobs_per_gpu)
+    chosen = _on_bases(choose(read_trace(trace), cards, bound, limit), base_models, base_size)
+    if not chosen.jobs:
+        raise UsageError(f"{trace} has no job that this fleet and these options leave", "larger cards: --fleet 80GiB")
+    if passes is not None and not chosen.base_models:
+        raise UsageError("--micro-batch says nothing of jobs without a base model", "one for all: --base-models 1")
+    names = policies_for(chosen, nodes)
+    with click.progressbar(names, label="Replaying", file=sys.stderr, hidden=not sys.stderr.isatty()) as policies:
+        done = simulate(chosen, cards, compress, contention, nodes, policies)
+    if plot is not None:
+        from .picture import draw
+
+        draw(done, plot)
+        click.echo(f"The picture is in {plot}.", err=True)
+    show(done, as_json, lambda: text(done, detect_screen()))
+
+
+def _check(compress: float, contention: float) -> None:
+    """Raises UsageError for numbers that make no sense."""
+    if not (math.isfinite(compress) and compress > 0):
+        raise UsageError(f"--compress {compress:g} is not above 0", "2 lets the jobs arrive twice as fast")
+    if not math.isfinite(contention):
+        raise UsageError(f"--contention {contention:g} is not a number", "0: sharing is free; 1: jobs take turns")
+
+
+def _law(pass_cost: float) -> PassLaw:
+    """A pass in tokens: what it costs, each of its tokens, and what each member costs."""
+    if not math.isfinite(pass_cost):
+        raise UsageError(f"--pass-cost {pass_cost:g} is not a number", "like --pass-cost 300")
+    return PassLaw(fixed=pass_cost, token=1.0, member=START[True][1])
+
+
+def _on_bases(chosen: Chosen, base_models: str | None, base_size: str | None) -> Chosen:
+    """The jobs on the base models that were asked for. Raises UsageError."""
+    from loractl.common.units import parse_size
+
+    from .bases import parse_count, with_bases
+
+    if base_models is None:
+        if base_size is not None:
+            raise UsageError("--base-size says nothing without --base-models", "like --base-models 6 --base-size 5GiB")
+        return chosen
+    try:
+        size = parse_size(base_size or "5GiB")
+        if not size:
+            raise ValueError("is no base; write its size with a unit")
+    except ValueError as error:
+        raise UsageError(f"--base-size {base_size} {error}", "like --base-size 5GiB") from error
+    return replace(chosen, jobs=with_bases(chosen.jobs, parse_count(base_models), size))
+
+
+def _seconds(option: str, text: str) -> float:
+    """The seconds of an option's duration. Raises UsageError."""
+    from loractl.common.units import parse_duration
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text} {error}", f"like {option} 1d") from error

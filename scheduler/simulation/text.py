@@ -1,0 +1,121 @@
+"""How a simulation looks on a terminal."""
+
+from __future__ import annotations
+
+from loractl.common.units import thousands
+from loractl.scheduler.cli.screen import Screen, table
+
+from .outcome import POLICIES, RULES, RuleOutcome, Simulation, mean, quantile, waits_of
+from .workload import fleet_text
+
+
+def text(done: Simulation, screen: Screen) -> str:
+    """A sentence, what each rule made of the jobs, and how long they waited by what they need."""
+    ours, fifo = (mean([c.took for c in done.outcomes[name].courses]) for name in ("loractl", "fifo"))
+    change = 1 - ours / fifo if fifo else 0.0
+    against = f"{abs(change):.0%} {'sooner' if change >= 0 else 'later'} than" if abs(change) >= 0.005 else "as soon as"
+    head = f"With loractl a job ends {span(ours)} after it arrives, {against} by fifo."
+    lines = [screen.style(head, bold=True), *_what(done), ""]
+    headers = ["RULE", "MEAN", "P99", "MEAN WAIT", "P99", "LARGEST", "MAKESPAN", "VRAM"]
+    lines += table(headers, [_row(name, out) for name, out in done.outcomes.items()], screen, right=headers[1:])
+    lines += ["", *_by_class(done, screen), ""]
+    notes = [
+        "MEAN, P99: from arrival to end. LARGEST: p99 wait of the tenth that needs most.",
+        "VRAM: reserved, of all cards, over the makespan.",
+        "fifo: whole cards by age, the first blocks the rest. best fit: shared by age.",
+        "shortest first*: whole cards; it knows how long each job will take.",
+    ]
+    if done.how_loaded.startswith("load"):
+        notes.append("load: how busy the jobs keep the cards, alone on one each; above 1 they fall behind.")
+    if done.nodes.roomy:
+        notes.append("recomputing: loractl's rule, but no job does without.")
+    if done.chosen.base_models:
+        if done.nodes.passes is not None:
+            notes.append("without packs: loractl's rule, with one job at a time in a host.")
+        notes.append("without hosts: loractl's rule, but each job loads its base anew.")
+    return "\n".join([*lines, *(screen.dim(note) for note in notes)])
+
+
+def span(seconds: float) -> str:
+    """A time in one number, so that a column of them can be compared: 45 s, 12 min, 11.0 h, 3.2 d."""
+    for below, size, unit in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < below:
+            return f"{seconds / size:.{0 if size < 3600 else 1}f} {unit}"
+    return f"{seconds / 86400:.1f} d"
+
+
+def _what(done: Simulation) -> list[str]:
+    chosen, workload = done.chosen, done.chosen.workload
+    users = len({job.user for job in chosen.jobs})
+    people = f"{users} user{'' if users == 1 else 's'}"
+    if workload.users_are != "user":
+        people += f" (its {workload.users_are}, for want of users)"
+    lines = [
+        f"{thousands(len(chosen.jobs))} jobs of {people},",
+        f"on {fleet_text(done.cards)}; {done.how_loaded}contention {done.contention:g}.",
+    ]
+    if chosen.base_models:
+        lines += _bases(done)
+    if done.nodes.roomy:
+        lines += _roomy(done)
+    if chosen.never:
+        lines.append(f"Larger than every card, and not replayed: {thousands(chosen.never)}.")
+    if chosen.longer:
+        lines.append(f"Longer than --longest, and not replayed: {thousands(chosen.longer)}.")
+    if workload.left_out:
+        lines.append(f"No job on one card with a lifetime, and not read: {thousands(workload.left_out)} rows.")
+    return lines
+
+
+def _bases(done: Simulation) -> list[str]:
+    """How many base models there are, and how many jobs found theirs loaded."""
+    jobs, count = done.chosen.jobs, len(done.chosen.base_models)
+    found = f"{done.outcomes['loractl'].warm:.0%} of the jobs found theirs loaded"
+    lines = [f"{thousands(count)} base model{'' if count == 1 else 's'}, kept {span(done.nodes.keep_warm_s)}: {found}."]
+    if done.nodes.passes is not None:
+        lines.append(
+            f"Micro-batches of {thousands(done.nodes.passes.tokens)} tokens: "
+            f"{done.outcomes['loractl'].joined:.0%} of the jobs joined others in a host."
+        )
+    if alone := sum(not job.base_model for job in jobs):
+        lines.append(f"With a base model that no other job has: {thousands(alone)}.")
+    return lines
+
+
+def _roomy(done: Simulation) -> list[str]:
+    """How many jobs did without recomputing, and how many ends that made later."""
+    later = [seconds for seconds in done.later if seconds > 0]
+    share = len(later) / len(done.later) if done.later else 0.0
+    lines = [f"{done.outcomes['loractl'].roomy:.0%} of the jobs did without recomputing."]
+    if later:
+        lines.append(f"{share:.0%} end later for it, the worst by {span(max(later))}.")
+    return lines
+
+
+def _row(name: str, out: RuleOutcome) -> list[str]:
+    took, waits = [c.took for c in out.courses], waits_of(out.courses)
+    return [
+        POLICIES[name].title,
+        span(mean(took)),
+        span(quantile(took, 0.99)),
+        span(mean(waits)),
+        span(quantile(waits, 0.99)),
+        span(quantile(waits_of(out.largest_tenth), 0.99)),
+        span(out.makespan),
+        f"{out.utilisation:.0%}",
+    ]
+
+
+def _by_class(done: Simulation, screen: Screen) -> list[str]:
+    """Mean waits by VRAM class, a class a row."""
+    classes = {name: done.outcomes[name].by_class() for name in RULES}
+    headers = ["MEAN WAIT BY NEED", "JOBS", *(POLICIES[name].title.upper() for name in classes)]
+    rows = [
+        [
+            f"{'≤' if screen.unicode else 'to'} {size} GiB",
+            thousands(len(courses)),
+            *(span(mean(waits_of(courses[size]))) for courses in classes.values()),
+        ]
+        for size, courses in classes["loractl"].items()
+    ]
+    return table(headers, rows, screen, right=headers[1:])

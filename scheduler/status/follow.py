@@ -1,0 +1,64 @@
+"""How a command follows a job to its end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from loractl.common.errors import ExitCode
+from loractl.common.job.status import Status
+from loractl.scheduler.cli.live import REDRAW_S, LiveText
+from loractl.scheduler.cli.screen import detect_screen
+
+from .job import JobState, held_out_losses, job_in_full, job_state
+from .job_text import job_text, state_line
+
+if TYPE_CHECKING:
+    from loractl.common.store.store import Store
+
+POLL_S = 1.0
+
+
+def follow(store: Store, job_id: int) -> ExitCode:
+    """Watch a job until it has ended or is held: redrawn on a terminal, a line a change elsewhere.
+
+    Ctrl-C leaves the job alone, says so, and raises click's Exit.
+    """
+    try:
+        job = _redraw(store, job_id) if sys.stdout.isatty() else _tell_changes(store, job_id)
+    except KeyboardInterrupt:
+        again = f"loractl status {job_id} --watch; stop it: loractl cancel {job_id}"
+        click.echo(f"\nJob {job_id} goes on: {again}", err=True)
+        raise click.exceptions.Exit(ExitCode.INTERRUPTED) from None
+    return ExitCode.OK if job.status is Status.SUCCEEDED else ExitCode.FAILED
+
+
+def _redraw(store: Store, job_id: int) -> JobState:
+    live = LiveText()
+    while True:
+        answer = job_in_full(store, job_id)
+        over = _is_over(answer.job)
+        live.draw(job_text(answer, detect_screen()), last=over)
+        if over:
+            return answer.job
+        time.sleep(REDRAW_S)
+
+
+def _tell_changes(store: Store, job_id: int) -> JobState:
+    said = ""
+    while True:
+        job = job_state(store, job_id)
+        if (line := state_line(job, held_out_losses(store, job_id))) != said:
+            click.echo(line, err=True)
+            said = line
+        if _is_over(job):
+            click.echo(f"Job {job_id} {job.status.value}: {job.message}")
+            return job
+        time.sleep(POLL_S)
+
+
+def _is_over(job: JobState) -> bool:
+    return job.status.is_terminal or job.held

@@ -1,0 +1,330 @@
+"""One job: what everyone may see of it, its course, and its whole history."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.store.columns import unreadable_of
+from loractl.scheduler.wait.cards import trouble_of
+from loractl.scheduler.wait.gangs import in_short, in_words
+from loractl.scheduler.wait.queue import waiting_jobs
+from loractl.scheduler.wait.reasons import Wait
+
+if TYPE_CHECKING:
+    from loractl.common.store.fleet import FleetView
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Attempt, AttemptShare, Event, Job
+
+JSON_FIELDS = (
+    "job_id", "name", "user", "status", "reason", "message", "stage", "method", "base_model", "step", "total_steps",
+    "loss", "eta_seconds", "node", "gpu", "attempt", "submitted_at", "started_at", "ended_at", "adapter_uri",
+    "report_uri", "labels", "sweep_id", "cards", "companions",
+)  # fmt: skip
+"""What --json says about a job: the table's columns, where it runs, and beside whom."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """Where a job stands."""
+
+    job_id: int
+    name: str
+    user: str
+    status: Status
+    reason: Reason | None  # how it ended, or its last attempt
+    message: str | None  # why, in one sentence
+    stage: Stage | None  # of a running one
+    method: str | None
+    base_model: str
+    step: int | None
+    total_steps: int | None
+    loss: float | None  # the last logged one
+    eta_seconds: float | None  # until it ends, as of the last beat
+    node: str | None
+    gpu: str | None
+    attempt: int  # 0: none has started
+    submitted_at: dt.datetime
+    started_at: dt.datetime | None
+    ended_at: dt.datetime | None
+    adapter_uri: str | None
+    report_uri: str | None
+    labels: Mapping[str, str]
+    sweep_id: int | None  # the sweep that it belongs to
+
+    # shown to people, not in the JSON
+    priority: int
+    held: bool
+    cancel_requested: bool
+    tokens_per_second: float | None
+    vram_needed: int | None  # bytes; None: not known yet
+    has_checkpoint: bool  # in the artifact store, to go on from
+    eta_spread_seconds: float | None  # half width of the range in which it ends
+    evaluated: int | None  # rows and answers of base and tuned together, while it evaluates
+    to_evaluate: int | None
+
+    cards: tuple[str, ...] = ()  # on which it runs, its first one first; none while it does not run
+    companions: tuple[int, ...] = ()  # other jobs that train in its trainer
+
+    @property
+    def where(self) -> str:
+        """The cards on which it runs, in words."""
+        return in_words(self.cards or (self.node or "",))
+
+    @property
+    def place(self) -> str:
+        """The same in as few letters as can be."""
+        return in_short(self.cards or (self.node or "–",))
+
+    @property
+    def share(self) -> float | None:
+        """How much of its stage is done, of 1: of its evaluation while it evaluates, else of its steps."""
+        if self.stage is Stage.EVALUATING:
+            return None if self.evaluated is None or not self.to_evaluate else self.evaluated / self.to_evaluate
+        return self.step / self.total_steps if self.step is not None and self.total_steps else None
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON_FIELDS, with times as ISO 8601; a status, a stage and a reason by its word."""
+        return {name: _plain(getattr(self, name)) for name in JSON_FIELDS}
+
+
+_STATE_FIELDS = tuple(JobState.__annotations__)[:-2]
+
+
+def state_of(job: Job, view: FleetView | None = None) -> JobState:
+    """What everyone may see of a row. `view`: without it a running job's first card alone is known, and no company."""
+    state = JobState(**{name: getattr(job, name) for name in _STATE_FIELDS})
+    if job.status is not Status.QUEUED and (what := unreadable_of(vars(job))):
+        said = f"{job.message}; " if job.message else ""
+        state = replace(state, message=f"{said}its row can't be read: {what}")
+    if job.status is not Status.RUNNING or job.node is None:
+        return state
+    card = None if view is None else view.cards.get(job.node)
+    return replace(
+        state,
+        cards=(job.node, *sorted(set([] if view is None else view.cards_of(job.job_id)) - {job.node})),
+        companions=() if card is None else card.companions(job.job_id),
+    )
+
+
+def job_state(store: Store, job_id: int) -> JobState:
+    """Where a job stands, without its company. Raises JobNotFound."""
+    job = store.job(job_id)
+    state = state_of(job)
+    others = [share.node for share in store.shares(job_id) if share.attempt == job.attempt and share.rank > 0]
+    return replace(state, cards=(*state.cards, *others)) if state.cards else state
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastEvent:
+    """One line of a job's history."""
+
+    at: dt.datetime
+    attempt: int | None
+    kind: str
+    text: str
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names."""
+        return {**vars(self), "at": self.at.isoformat()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardPart:
+    """What an attempt has of one of its cards, in bytes."""
+
+    node: str
+    reserved: int | None
+    used: int | None  # measured now; None: it does not run, or nothing is measured yet
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastAttempt:
+    """One run of a job, on one card or on several."""
+
+    job_id: int
+    attempt: int
+    node: str
+    gpu: str
+    method: str
+    vram_planned: int | None  # bytes
+    vram_reserved: int | None
+    vram_peak: int | None  # reserved by CUDA's allocator; on a CPU the process's resident set
+    vram_allocated: int | None  # of it, by tensors
+    vram_process: int | None  # of the device, by the whole process, context included
+    device_name: str | None
+    device_kind: str | None
+    started_at: dt.datetime
+    ended_at: dt.datetime | None
+    reason: Reason | None
+    message: str | None
+    resumed_from_step: int | None
+    shared: bool  # others were in its trainer with it
+    roomy: bool | None  # it was given the room to do without recomputing; None: of an earlier version
+
+    cards: tuple[CardPart, ...] = ()  # all of them, its first one first; of several each is planned alike
+
+    @property
+    def place(self) -> str:
+        """Its cards in as few letters as can be."""
+        return in_short([part.node for part in self.cards] or [self.node])
+
+    @property
+    def how(self) -> str:
+        """Its method, and whether it began without recomputing."""
+        return f"{self.method}, roomy" if self.roomy else self.method
+
+    @property
+    def planned(self) -> int | None:
+        """Bytes of the plan; of several cards those of each."""
+        return self.vram_reserved if len(self.cards) > 1 else self.vram_planned
+
+    @property
+    def peak(self) -> int | None:
+        """The measured peak in bytes; of several cards that of the fullest."""
+        return self.vram_process or self.vram_peak
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names: columns, and `cards` with `node`, `reserved` and `used` of each."""
+        columns = {name: _plain(getattr(self, name)) for name in _ATTEMPT_FIELDS}
+        return {**columns, "cards": [vars(part) for part in self.cards]}
+
+
+_ATTEMPT_FIELDS = tuple(PastAttempt.__annotations__)[:-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobInFull:
+    """A job with its course so far."""
+
+    job: JobState
+    wait: Wait | None  # of one that waits
+    attempts: tuple[PastAttempt, ...]
+    events: tuple[PastEvent, ...]
+    losses: tuple[tuple[int, float], ...]  # step, logged training loss
+    held_out: tuple[tuple[int, float], ...]  # step, loss on held-out rows
+    now: dt.datetime
+    trouble: str | None = None  # what is wrong with a card of a running one, in a few words
+    still_holds: int = 0  # bytes of a card, of one that has ended and is not out of its trainer yet
+
+    def as_json(self) -> dict[str, Any]:
+        """The job's fields; `loractl show` has the history."""
+        return self.job.as_json()
+
+
+def job_in_full(store: Store, job_id: int) -> JobInFull:
+    """A job, why it waits, and its course. Raises JobNotFound."""
+    row = store.job(job_id)
+    attempts = store.attempts(job_id)
+    leaves = any(attempt.inside for attempt in attempts)
+    view = store.fleet() if leaves or row.status in (Status.QUEUED, Status.RUNNING) else None
+    job = state_of(row, view)
+    return JobInFull(
+        job=job,
+        wait=waiting_jobs(store, [row], view).reasons.get(job_id),
+        trouble=None if view is None else trouble_on(view, job.cards),
+        attempts=_attempts(store, job, view, attempts),
+        still_holds=_still_held(view, job_id) if leaves else 0,
+        events=_events(store, job_id),
+        losses=tuple((point.step, point.value) for point in store.metrics(job_id, "loss")),
+        held_out=held_out_losses(store, job_id),
+        now=store.now(),
+    )
+
+
+def trouble_on(view: FleetView, cards: Sequence[str]) -> str | None:
+    """What is wrong with a card of a running job, in a few words; of several with its name. None: nothing is."""
+    for card in cards:
+        if card in view.nodes and (said := trouble_of(view, card)) is not None:
+            return f"{said} ({card})" if len(cards) > 1 else said
+    return None
+
+
+def _still_held(view: FleetView | None, job_id: int) -> int:
+    """Bytes that a job holds of cards though it has ended: it is not out of its trainers yet."""
+    cards = () if view is None else view.cards.values()
+    return sum(one.bytes for card in cards for one in card.leavers if one.job_id == job_id)
+
+
+def held_out_losses(store: Store, job_id: int) -> tuple[tuple[int, float], ...]:
+    """Step and loss on held-out rows, of each evaluation in mid-training so far."""
+    return tuple((point.step, point.value) for point in store.metrics(job_id, "eval_loss"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobHistory:
+    """A job with its whole past, and its resolved spec."""
+
+    job: JobState
+    spec: Mapping[str, Any]
+    data: Mapping[str, Any]  # stored data sets: {"path": {"uri", "sha256"}, "eval_path": ...}
+    attempts: tuple[PastAttempt, ...]
+    events: tuple[PastEvent, ...]
+    now: dt.datetime
+
+    @property
+    def had_several(self) -> bool:
+        """Whether an attempt had several cards."""
+        return any(len(attempt.cards) > 1 for attempt in self.attempts)
+
+    def as_json(self) -> dict[str, Any]:
+        """The job's fields, `spec`, `data`, `attempts` and `events`."""
+        return {
+            **self.job.as_json(),
+            "spec": dict(self.spec),
+            "data": dict(self.data),
+            "attempts": [attempt.as_json() for attempt in self.attempts],
+            "events": [event.as_json() for event in self.events],
+        }
+
+
+def job_history(store: Store, job_id: int) -> JobHistory:
+    """A job's whole past. Raises JobNotFound."""
+    row = store.job(job_id)
+    view = store.fleet() if row.status is Status.RUNNING else None
+    job = state_of(row, view)
+    return JobHistory(
+        job=job,
+        spec=row.spec,
+        data=row.data,
+        attempts=_attempts(store, job, view, store.attempts(job_id)),
+        events=_events(store, job_id),
+        now=store.now(),
+    )
+
+
+def _attempts(store: Store, job: JobState, view: FleetView | None, rows: Sequence[Attempt]) -> tuple[PastAttempt, ...]:
+    shares = store.shares(job.job_id)
+    known = [] if view is None else [view.nodes[card] for card in job.cards if card in view.nodes]
+    used = {node.node: node.used.get(str(job.job_id)) for node in known}
+
+    def told(row: Attempt) -> PastAttempt:
+        mine = [share for share in shares if share.attempt == row.attempt]
+        return attempt_of(row, mine, used if row.ended_at is None else None)
+
+    return tuple(map(told, rows))
+
+
+def _events(store: Store, job_id: int) -> tuple[PastEvent, ...]:
+    return tuple(map(event_of, store.events(job_id)))
+
+
+def attempt_of(row: Attempt, shares: Sequence[AttemptShare] = (), used: Mapping[str, Any] | None = None) -> PastAttempt:
+    """What everyone may see of an attempt. `shares`: of its cards, by rank, where it has several; `used`: bytes that
+    are measured now, by card."""
+    held: list[tuple[str, int | None]] = [(share.node, share.bytes) for share in shares]
+    held = held or [(row.node, row.vram_reserved)]
+    cards = tuple(CardPart(node=node, reserved=size, used=(used or {}).get(node)) for node, size in held)
+    return PastAttempt(**{name: getattr(row, name) for name in _ATTEMPT_FIELDS}, cards=cards)
+
+
+def event_of(row: Event) -> PastEvent:
+    """A line of the history."""
+    return PastEvent(at=row.at, attempt=row.attempt, kind=row.kind, text=row.text)
+
+
+def _plain(value: Any) -> Any:
+    return value.isoformat() if isinstance(value, dt.datetime) else list(value) if isinstance(value, tuple) else value

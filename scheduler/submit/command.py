@@ -1,0 +1,147 @@
+"""loractl submit: check job files and their data, and queue the jobs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loractl.common.errors import UsageError
+from loractl.scheduler.cli.named import Setting
+from loractl.scheduler.cli.output import hint, show, warn
+
+from .warnings import warn_of_data
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.settings import Settings
+
+    from .answer import JobDrafts
+    from .draft import JobDraft
+
+
+@click.command()
+@click.argument("job_files", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--like", type=int, metavar="JOB", help="In place of files: a submitted job's settings and rows.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    type=Setting(),
+    metavar="KEY=VALUE",
+    help="Override a key, like training.max_steps=20.",
+)
+@click.option("--dry-run", is_flag=True, help="Check all that submit checks, print the job and queue nothing.")
+@click.option("--wait", is_flag=True, help="Follow the job; exit 0 when it succeeded, 1 when not.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def submit(
+    job_files: tuple[Path, ...], like: int | None, overrides: tuple[str, ...], dry_run: bool, wait: bool, as_json: bool
+) -> None:
+    """Queue the jobs of one or more job files.
+
+    Every file is checked before any is queued. A local data set is uploaded to the artifact store.
+    """
+    from .answer import JobDrafts
+    from .draft import like_job, of_file
+    from .preflight import check_addresses
+
+    if bool(job_files) is (like is not None):
+        raise UsageError("submit takes job files, or --like JOB", "like loractl submit job.yaml")
+    settings = check_addresses()
+    if like is None:
+        drafts = [of_file(path, overrides) for path in job_files]
+    else:
+        from loractl.scheduler.cli.session import open_session
+
+        drafts = [like_job(open_session()[1], like, overrides)]
+    if dry_run:
+        _check(drafts, settings)
+        resolved = JobDrafts(specs=tuple(draft.spec for draft in drafts))
+        show(resolved, as_json, lambda: _as_yaml(resolved))
+    else:
+        _queue(drafts, wait=wait, as_json=as_json)
+
+
+def _check(drafts: Sequence[JobDraft], settings: Settings) -> None:
+    """What submit looks at before it queues, with nothing written; what is doubtful is said."""
+    from loractl.scheduler.cli.session import open_artifacts, open_to_check
+
+    from .intake import doubts_of, plan_all
+
+    (store, unknown), artifacts = open_to_check(settings), open_artifacts(settings)
+    _warn_of_files(drafts)
+    doubts = _doubts_about_bases(drafts, settings)
+    planned = plan_all(drafts, settings, store)
+    doubts += _doubts_about_rows(drafts, artifacts)
+    for submission in planned:
+        doubts += doubts_of(submission.spec.name, submission, settings, store)
+    warn(dict.fromkeys([*doubts, *([unknown] if unknown else [])]))
+
+
+def _warn_of_files(drafts: Sequence[JobDraft]) -> None:
+    for draft in drafts:
+        if draft.like is None:
+            warn_of_data(draft.spec, draft.job_file)
+
+
+def _doubts_about_bases(drafts: Sequence[JobDraft], settings: Settings) -> list[str]:
+    from .preflight import check_model
+
+    return [line for draft in drafts for line in check_model(draft.spec, settings)]
+
+
+def _doubts_about_rows(drafts: Sequence[JobDraft], artifacts: ArtifactStore) -> list[str]:
+    from .draft import rows_at_hand
+    from .overflow import check_overflow, unchecked
+
+    doubts: list[str] = []
+    for draft in drafts:
+        with rows_at_hand(draft, artifacts) as spec:
+            if draft.like is not None:
+                warn_of_data(spec, None)
+            doubts += unchecked(check_overflow(spec, lambda: hint("Counting tokens ...")))
+    return doubts
+
+
+def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
+    from loractl.common.errors import ExitCode
+    from loractl.scheduler.cli.session import open_stores
+
+    from .intake import enqueue, plan_all, store_all
+
+    settings, store, artifacts = open_stores()
+    _warn_of_files(drafts)
+    doubts = _doubts_about_bases(drafts, settings)
+    planned = plan_all(drafts, settings, store)
+    doubts += _doubts_about_rows(drafts, artifacts)
+    queued = []
+    for submission in store_all(drafts, planned, artifacts):
+        entry = enqueue(submission, settings, store)
+        queued.append(entry.job_id)
+        if not as_json:
+            click.echo(entry.sentence)
+        warn(entry.warnings)
+    warn(dict.fromkeys(doubts))
+    if as_json:
+        from loractl.scheduler.status.job import job_state
+
+        from .answer import QueuedJobs
+
+        show(QueuedJobs(jobs=tuple(job_state(store, job_id) for job_id in queued)), as_json, str)
+    if wait:
+        from loractl.scheduler.status.follow import follow
+
+        sys.exit(max((follow(store, job_id) for job_id in queued), default=ExitCode.OK))
+    if not as_json:
+        hint(f"Follow it: loractl status {queued[-1]} --watch")
+
+
+def _as_yaml(drafts: JobDrafts) -> str:
+    import yaml
+
+    return "".join(yaml.safe_dump(value, sort_keys=False, allow_unicode=True) for value in drafts.as_json()).rstrip(
+        "\n"
+    )

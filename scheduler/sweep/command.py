@@ -1,0 +1,112 @@
+"""loractl sweep: one job file with different settings, as a group of jobs. Losers may be stopped early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from loractl.scheduler.cli.named import Setting
+from loractl.scheduler.cli.output import hint, show, warn
+from loractl.scheduler.submit.warnings import warn_of_data
+
+if TYPE_CHECKING:
+    from loractl.common.settings import Settings
+
+    from .answer import SweepDraft
+
+
+@click.command()
+@click.argument("job_file", type=click.Path(path_type=Path))
+@click.option(
+    "--set", "settings", multiple=True, type=Setting(), metavar="KEY=VALUES",
+    help="Values to try, like lora.r=8,16,32, or a range to draw from: log:1e-5..1e-3, uniform:0..0.1, int:4..64.",
+)  # fmt: skip
+@click.option("--early-stop", is_flag=True, help="Stop members that lose at 25 % and at 50 % of their steps.")
+@click.option("--trials", type=click.IntRange(2), metavar="N", help="Draw N points instead of running all.")
+@click.option("--seed", type=click.IntRange(0), metavar="S", help="Of the draw, 0 unless given.")
+@click.option("--dry-run", is_flag=True, help="Check and print the members, and queue nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def sweep(
+    job_file: Path,
+    settings: tuple[str, ...],
+    early_stop: bool,
+    trials: int | None,
+    seed: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Try settings of a job file in a group of jobs; losers may stop early.
+
+    Every member is checked before any is queued, and all are queued or none. One value alone holds for all members.
+    """
+    from loractl.scheduler.cli.screen import detect_screen
+    from loractl.scheduler.submit.preflight import check_addresses
+
+    from .answer import sweep_draft
+    from .text import draft_text
+
+    settled = check_addresses()
+    draft = sweep_draft(job_file, settings, trials=trials, seed=seed, early_stop=early_stop)
+    if dry_run:
+        _check(draft, job_file, settled)
+        show(draft, as_json, lambda: draft_text(draft, detect_screen()))
+    else:
+        _queue(draft, job_file, as_json)
+
+
+def _check(draft: SweepDraft, job_file: Path, settings: Settings) -> None:
+    """What sweep looks at before it queues, with nothing written; what is doubtful is said."""
+    from loractl.scheduler.cli.session import open_to_check
+    from loractl.scheduler.submit.intake import doubts_of, with_own_channels
+
+    from .members import planned
+
+    store, unknown = open_to_check(settings)
+    _warn_of_files(draft, job_file)
+    doubts = _doubts(draft, settings)
+    members = planned([with_own_channels(spec, settings) for spec in draft.specs], settings, store)
+    largest = max(members, key=lambda member: member.first_need or 0)
+    doubts += [*doubts_of(largest.spec.name, largest, settings, store), *([unknown] if unknown else [])]
+    warn(dict.fromkeys(doubts))
+
+
+def _warn_of_files(draft: SweepDraft, job_file: Path) -> None:
+    from .members import with_different_data
+
+    for spec in with_different_data(draft.specs):
+        warn_of_data(spec, job_file)
+
+
+def _doubts(draft: SweepDraft, settings: Settings) -> list[str]:
+    from loractl.scheduler.submit.overflow import check_overflow, unchecked
+    from loractl.scheduler.submit.preflight import check_model
+
+    from .members import with_different_bases, with_different_data
+
+    doubts = [line for spec in with_different_bases(draft.specs) for line in check_model(spec, settings)]
+    for spec in with_different_data(draft.specs):
+        doubts += unchecked(check_overflow(spec, lambda: hint("Counting tokens ...")))
+    return doubts
+
+
+def _queue(draft: SweepDraft, job_file: Path, as_json: bool) -> None:
+    from loractl.scheduler.cli.screen import detect_screen
+    from loractl.scheduler.cli.session import open_stores
+    from loractl.scheduler.status.standing import SweepStanding
+    from loractl.scheduler.submit.intake import enqueue_sweep, with_own_channels
+
+    from .members import submissions
+    from .text import queued_text
+
+    settings, store, artifacts = open_stores()
+    _warn_of_files(draft, job_file)
+    warn(dict.fromkeys(_doubts(draft, settings)))
+    specs = [with_own_channels(spec, settings) for spec in draft.specs]
+    members = submissions(specs, settings, store, artifacts)
+    entry = enqueue_sweep(draft.new_sweep(settings.user), members, settings, store)
+    show(SweepStanding(sweep=entry.sweep), as_json, lambda: queued_text(entry.sweep, detect_screen()))
+    warn(entry.warnings)
+    if not as_json:
+        hint(f"Follow it: loractl status --sweep {entry.sweep.sweep_id}")

@@ -1,1 +1,0 @@
-"""Care for an installation: backups, and the removal of garbage. It prints nothing."""

@@ -1,0 +1,72 @@
+"""How a job's loss went: its attempts one after the other, and the steps that a later one repeated."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loractl.common.store.records import CoursePoint
+    from loractl.common.store.store import Store
+    from loractl.scheduler.status.job import PastAttempt
+
+MOST_POINTS = 600
+"""Points of a line on a job's page: more than a screen has room for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptSpan:
+    """The steps that an attempt took."""
+
+    attempt: int
+    place: str  # its cards in as few letters as can be
+    first: int
+    last: int
+    repeated: int  # steps at its end that the next attempt took again
+    ended_well: bool | None  # None: it goes on
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobCourse:
+    """The losses of a job over its steps. Thinned where there are very many."""
+
+    runs: tuple[tuple[tuple[int, float], ...], ...]  # step and training loss, by attempt
+    held_out: tuple[tuple[int, float], ...]
+    spans: tuple[AttemptSpan, ...]
+
+    @property
+    def repeated_steps(self) -> int:
+        return sum(span.repeated for span in self.spans)
+
+
+def job_course(store: Store, job_id: int, attempts: Sequence[PastAttempt]) -> JobCourse:
+    """The course so far."""
+    points = store.thinned([job_id], "loss", MOST_POINTS)
+    by_attempt = {number: list(run) for number, run in itertools.groupby(points, lambda point: point.attempt)}
+    held_out = {point.step: point.value for point in store.thinned([job_id], "eval_loss", MOST_POINTS)}
+    return JobCourse(
+        runs=tuple(tuple((p.step, p.value) for p in run) for run in by_attempt.values()),
+        held_out=tuple(sorted(held_out.items())),
+        spans=tuple(_spans(by_attempt, attempts)),
+    )
+
+
+def _spans(by_attempt: dict[int, list[CoursePoint]], attempts: Sequence[PastAttempt]) -> list[AttemptSpan]:
+    trained = [attempt for attempt in attempts if attempt.attempt in by_attempt]
+    spans = []
+    for this, following in itertools.zip_longest(trained, trained[1:]):
+        run = by_attempt[this.attempt]
+        again = run[-1].step if following is None else (following.resumed_from_step or 0)
+        spans.append(
+            AttemptSpan(
+                attempt=this.attempt,
+                place=this.place,
+                first=this.resumed_from_step or 0,
+                last=run[-1].step,
+                repeated=max(0, run[-1].step - again),
+                ended_well=None if this.ended_at is None else str(this.reason) == "ok",
+            )
+        )
+    return spans

@@ -1,0 +1,134 @@
+"""All that is known about one job, for its page."""
+
+from __future__ import annotations
+
+import datetime as dt
+import itertools
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.errors import LoractlError, SweepNotFound
+from loractl.common.job.status import Status
+from loractl.scheduler.compare.answer import flat_settings
+from loractl.scheduler.status.job import JobHistory, JobState, PastEvent, job_history, trouble_on
+from loractl.scheduler.why.answer import Why, why
+
+from .course import JobCourse, job_course
+from .measures import ReportDigest, digest
+
+if TYPE_CHECKING:
+    from loractl.common.store.store import Store
+
+    from .shelf import ReportShelf
+
+LOG_CHUNKS, LOG_LINES = 3, 60
+"""What the end of a log is made of."""
+
+REPORT_WAIT_S = 1.5
+"""A page waits so long for a report; the next one will have it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSetting:
+    """A key of the resolved job file."""
+
+    key: str
+    value: Any
+    varied: bool  # its sweep tries several values of it
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobDossier:
+    """A job with all that is known about it."""
+
+    history: JobHistory
+    course: JobCourse
+    wait: Why | None  # of one that waits
+    trouble: str | None  # what is wrong with a card of a running one, in a few words
+    settings: tuple[ResolvedSetting, ...]
+    sweep_name: str | None
+    report: ReportDigest | None
+    report_missing: str | None  # why there is none, where one should be
+    log_end: str
+    card_bytes: Mapping[int, int]  # bytes of the card of each attempt, where that card is still known
+
+    @property
+    def job(self) -> JobState:
+        return self.history.job
+
+    @property
+    def told(self) -> tuple[PastEvent, ...]:
+        """The history, with checkpoints that follow each other as one line: a long job saves hundreds."""
+        runs = itertools.groupby(self.history.events, key=lambda event: (event.kind == "saved", event.attempt))
+        return tuple(event for (saved, _), run in runs for event in (_as_one(list(run)) if saved else run))
+
+    @property
+    def trained_s(self) -> float:
+        """Seconds of all attempts; of one that goes on until now."""
+        now = self.history.now
+        return sum(((a.ended_at or now) - a.started_at).total_seconds() for a in self.history.attempts)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds from submission to the first start, or until now."""
+        first = self.history.attempts[0].started_at if self.history.attempts else self._waits_until
+        return max(0.0, (first - self.job.submitted_at).total_seconds())
+
+    @property
+    def _waits_until(self) -> dt.datetime:
+        return self.job.ended_at or self.history.now
+
+
+def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
+    """A job in full. Raises JobNotFound."""
+    row = store.job(job_id)
+    history = job_history(store, job_id)
+    answer = why(store, job_id, with_remedies=False) if row.status is Status.QUEUED else None
+    view = store.fleet() if row.status is Status.RUNNING else None
+    known = {node.node: node.total for node in store.nodes()}
+    varied, sweep_name = _of_sweep(store, row.sweep_id)
+    report, missing = _report(shelf, history.job, row.manifest_sha256)
+    return JobDossier(
+        history=history,
+        course=job_course(store, job_id, history.attempts),
+        wait=answer if isinstance(answer, Why) else None,
+        trouble=None if view is None else trouble_on(view, history.job.cards),
+        settings=tuple(ResolvedSetting(key=k, value=v, varied=k in varied) for k, v in flat_settings(history.spec)),
+        sweep_name=sweep_name,
+        report=report,
+        report_missing=missing,
+        log_end=_end("".join(chunk.text for chunk in store.log_end(job_id, LOG_CHUNKS))),
+        card_bytes={a.attempt: known[a.node] for a in history.attempts if a.node in known},
+    )
+
+
+def _as_one(saved: list[PastEvent]) -> list[PastEvent]:
+    if len(saved) < 3:
+        return saved
+    first, last = saved[0].text.rpartition(" ")[2], saved[-1].text.rpartition(" ")[2]
+    return [replace(saved[-1], text=f"saved steps {first} to {last}, {len(saved)} checkpoints")]
+
+
+def _of_sweep(store: Store, sweep_id: int | None) -> tuple[Collection[str], str | None]:
+    if sweep_id is None:
+        return (), None
+    try:
+        head = store.sweep_head(sweep_id)
+    except SweepNotFound:
+        return (), None
+    return tuple(head.settings.get("varied") or ()), head.name
+
+
+def _report(shelf: ReportShelf, job: JobState, stamp: str | None) -> tuple[ReportDigest | None, str | None]:
+    if job.status is not Status.SUCCEEDED:
+        return None, None
+    try:
+        content = shelf.report(job.job_id, stamp, wait_s=REPORT_WAIT_S)
+        return (None, "it is still being read from the artifact store") if content is None else (digest(content), None)
+    except LoractlError as error:
+        return None, error.sentence
+
+
+def _end(text: str) -> str:
+    return "\n".join(text.splitlines()[-LOG_LINES:])

@@ -1,0 +1,105 @@
+"""Templates filled with answers: all that is printed is escaped, and has no character that steers a screen."""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+import json
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+from markupsafe import Markup
+
+from loractl.common.text import clean_text, number, signed
+from loractl.common.units import GIB, amount, clock, duration, gib, thousands
+from loractl.scheduler.wait.gangs import in_words
+
+from . import drawing
+
+OWNER_COLOURS = 8
+
+
+@functools.cache
+def static_file(name: str) -> bytes:
+    """A file that pages ask for: style, script, icon."""
+    return (files(__package__) / name).read_bytes()
+
+
+@functools.cache
+def static_url(name: str) -> str:
+    """Its address; another content has another one, so browsers may keep it."""
+    return f"/static/{name}?v={sha256(static_file(name)).hexdigest()[:12]}"
+
+
+def render(template: str, **values: Any) -> Markup:
+    """The template filled with the values."""
+    return Markup(_environment().get_template(template).render(**values))  # noqa: S704  made by autoescaping templates
+
+
+@functools.cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FunctionLoader(lambda name: (files(__package__) / name).read_text("utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_finalize,
+    )
+    environment.filters.update(_FILTERS)
+    environment.globals.update(static_url=static_url, GIB=GIB, drawing=drawing)
+    return environment
+
+
+def _finalize(value: Any) -> Any:
+    """What is printed, without control characters: in a page they could turn the reading direction round."""
+    if isinstance(value, str) and not isinstance(value, Markup) and not value.isprintable():
+        return clean_text(value)
+    return "" if value is None else value
+
+
+def _setting(value: Any) -> str:
+    """A value of a job file on one line."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _model(name: str) -> str:
+    """The last part of a model's name or folder."""
+    return name.rstrip("/").rpartition("/")[2] or name
+
+
+def _method(name: str | None) -> str:
+    return {"lora": "LoRA", "qlora": "QLoRA"}.get(name or "", name or "")
+
+
+def _later(now: dt.datetime, seconds: float) -> dt.datetime:
+    return now + dt.timedelta(seconds=seconds)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * min(1.0, max(0.0, share)):.0f} %"
+
+
+def _upper_first(text: str) -> str:
+    return text if text.startswith("loractl ") else text[:1].upper() + text[1:]  # a command is typed as it stands
+
+
+def _owner(name: str, owners: Mapping[str, int]) -> int:
+    """The number of an owner's colour, from 1."""
+    return owners.get(name, sum(name.encode()) % OWNER_COLOURS) % OWNER_COLOURS + 1
+
+
+def _program(process: Mapping[str, Any]) -> str:
+    """Another person's program in a few words."""
+    name, user = process.get("name") or f"pid {process.get('pid', '?')}", process.get("user")
+    return f"{user} · {name}" if user else str(name)
+
+
+_FILTERS: dict[str, Callable[..., Any]] = {
+    "amount": amount, "clock": clock, "duration": duration, "gib": gib, "in_words": in_words, "later": _later,
+    "method": _method, "model": _model, "number": number, "owner": _owner, "percent": _percent, "program": _program,
+    "setting": _setting, "signed": signed, "thousands": thousands, "upper_first": _upper_first,
+}  # fmt: skip

@@ -1,0 +1,132 @@
+"""The stored adapters by what was measured of them: a row an adapter, a column a measure, grouped by base model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.errors import ArtifactError, LoractlError
+from loractl.scheduler.adapters.answer import AdapterList, StoredAdapter, adapter_list
+
+from .measures import UNREADABLE, ReportDigest, ReportedChange, digest
+
+if TYPE_CHECKING:
+    from loractl.common.store.records import Page
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Job
+
+    from .shelf import ReportShelf
+
+COLUMNS = 7
+"""Measures that have a column; the others stand in the adapter's own report."""
+
+REPORT_WAIT_S = 1.0
+
+_FIRST = ("loss", "preference_accuracy", "accuracy", "exact_match", "rougeL", "f1_macro")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRow:
+    """An adapter, who made it, and its changes by the measure's name and label: a loss of pairs is another measure than
+    one of tokens."""
+
+    adapter: StoredAdapter
+    user: str
+    changes: Mapping[tuple[str, str], ReportedChange]
+    told: str | None  # why no change is known; None: some are
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOrigin:
+    """Where one adapter comes from."""
+
+    row: AdapterRow
+    settings: Mapping[str, Any]  # of its job: revision, lora, dataset
+    data: Mapping[str, Any]  # of its report: format, sha256, rows; empty while that is not read
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterMatrix:
+    """A page of the stored adapters."""
+
+    listed: AdapterList
+    measures: tuple[tuple[str, str, str], ...]  # name, label, unit of each column
+    bases: tuple[tuple[str, tuple[AdapterRow, ...]], ...]
+    chosen: AdapterOrigin | None
+
+
+def adapter_matrix(store: Store, shelf: ReportShelf, page: Page, chosen: int | None = None) -> AdapterMatrix:
+    """The page's adapters by base model, and where the chosen one (a job) comes from, if it is among them."""
+    listed = adapter_list(store, page)
+    rows, found = [], None
+    jobs = store.numbered([adapter.job_id for adapter in listed.adapters])
+    for job in jobs.values():
+        shelf.known(job.job_id, job.manifest_sha256)
+    patience = REPORT_WAIT_S
+    for adapter in reversed([adapter for adapter in listed.adapters if adapter.job_id in jobs]):
+        job = jobs[adapter.job_id]
+        report, told = _read(shelf, job, patience)
+        if report is None:
+            patience = 0.0
+        row, content = _row(adapter, job, report, told)
+        rows.append(row)
+        if adapter.job_id == chosen:
+            found = _origin(row, job, report or {}, content)
+    bases = dict.fromkeys(row.adapter.base_model for row in rows)
+    return AdapterMatrix(
+        listed=listed,
+        measures=_measures(rows),
+        bases=tuple((base, tuple(row for row in rows if row.adapter.base_model == base)) for base in bases),
+        chosen=found,
+    )
+
+
+def _read(shelf: ReportShelf, job: Job, patience: float) -> tuple[dict[str, Any] | None, str | None]:
+    try:
+        report = shelf.report(job.job_id, job.manifest_sha256, wait_s=patience)
+    except LoractlError as error:
+        return None, error.sentence
+    return report, "its report is still being read" if report is None else None
+
+
+def _row(
+    adapter: StoredAdapter, job: Job, report: dict[str, Any] | None, told: str | None
+) -> tuple[AdapterRow, ReportDigest | None]:
+    content = None
+    if report is not None:
+        try:
+            content = digest(report)
+        except ArtifactError as error:
+            told = error.sentence
+    changes = (
+        {}
+        if content is None
+        else {(change.name, change.label): change for change in (*content.changes, *content.harness)}
+    )
+    return AdapterRow(adapter=adapter, user=job.user, changes=changes, told=told), content
+
+
+def _measures(rows: list[AdapterRow]) -> tuple[tuple[str, str, str], ...]:
+    """The measures that most adapters have, the usual ones first."""
+    known = {key: change for row in rows for key, change in row.changes.items()}
+    count = {key: sum(key in row.changes for row in rows) for key in known}
+    usual = {name: place for place, name in enumerate(_FIRST)}
+    order = sorted(known, key=lambda key: (usual.get(key[0], len(usual)), -count[key], key))[:COLUMNS]
+    return tuple((*key, known[key].unit) for key in order)
+
+
+def _origin(row: AdapterRow, job: Job, report: Mapping[str, Any], content: ReportDigest | None) -> AdapterOrigin:
+    try:
+        told = report["data"]
+        data = {key: told[key] for key in ("format", "train_rows", "held_out_rows")}
+        data |= {"final_rows": told.get("final_rows"), "hashes": [told["sha256"], *told.get("more_sha256", ())]}
+    except UNREADABLE:
+        data = {}
+    return AdapterOrigin(
+        row=row,
+        settings={key: job.spec.get(key) for key in ("revision", "lora", "dataset")},
+        data=data,
+        sentence="" if content is None else content.sentence,
+    )

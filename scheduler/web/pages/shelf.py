@@ -1,0 +1,113 @@
+"""The reports of finished jobs, kept once they were read: a result never changes, and its store may be slow or away."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as StillReading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.artifacts import REPORT, split_final
+from loractl.common.errors import ArtifactError, LoractlError
+from loractl.scheduler.report.answer import result_of
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
+    from loractl.common.store.store import Store
+
+KEPT = 200
+"""Reports that are kept."""
+
+LARGEST = 16 * 2**20
+"""Bytes of a file of a result that is read for a page; a report of loractl's has a few hundred KiB."""
+
+AGAIN_S = 30.0
+"""After so long a report that could not be read is asked for again."""
+
+READERS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    shown: dict[str, Any]
+    final: dict[str, Any] | None  # of final rows
+
+
+class ReportShelf:
+    """Reads reports beside the page that wants them, so that no page waits long for the artifact store."""
+
+    def __init__(self, store: Store, open_artifacts: Callable[[], ArtifactStore]) -> None:
+        self._store, self._open = store, open_artifacts
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="report")
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[int, tuple[float, str | None, Future[_Report]]] = OrderedDict()
+        self._artifacts: ArtifactStore | None = None
+
+    def report(self, job_id: int, stamp: str | None, wait_s: float = 0.0) -> dict[str, Any] | None:
+        """A finished job's report; None while it is being read. Raises LoractlError where it can't be.
+
+        `stamp`: what its row says of the result (manifest_sha256); another one is another result.
+        """
+        found = self._asked(job_id, stamp)
+        try:
+            return found.result(timeout=wait_s).shown
+        except StillReading:
+            return None
+
+    def final(self, job_id: int) -> dict[str, Any] | None:
+        """What a report that was read says of final rows. It is for pages that show a look which somebody has taken."""
+        with self._lock:
+            entry = self._kept.get(job_id)
+        done = entry is not None and entry[2].done() and entry[2].exception() is None
+        return entry[2].result().final if entry is not None and done else None
+
+    def known(self, job_id: int, stamp: str | None) -> dict[str, Any] | None:
+        """The report if it was read already; it is asked for, and no error is told."""
+        try:
+            return self.report(job_id, stamp)
+        except LoractlError:
+            return None
+
+    def stored_log(self, job_id: int) -> str:
+        """The log that is stored with a result. Raises LoractlError."""
+        return self._read_file(job_id, "log.txt").decode(errors="replace")
+
+    def _asked(self, job_id: int, stamp: str | None) -> Future[_Report]:
+        now = time.monotonic()
+        with self._lock:
+            entry = self._kept.get(job_id)
+            if entry is not None and entry[1] == stamp and not self._failed(entry[2], now - entry[0]):
+                self._kept.move_to_end(job_id)
+                return entry[2]
+            reading = self._readers.submit(self._read, job_id)
+            self._kept[job_id] = now, stamp, reading
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+            return reading
+
+    @staticmethod
+    def _failed(reading: Future[_Report], age: float) -> bool:
+        return reading.done() and reading.exception() is not None and age > AGAIN_S
+
+    def _read(self, job_id: int) -> _Report:
+        try:
+            content = json.loads(self._read_file(job_id, REPORT))
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise ArtifactError(f"the report of job {job_id} is none of loractl's")
+        shown, final = split_final(content)
+        return _Report(shown=shown, final=final)
+
+    def _read_file(self, job_id: int, name: str) -> bytes:
+        artifacts = self._artifacts = self._artifacts or self._open()
+        stored = result_of(self._store, job_id).stored
+        file = artifacts.manifest(stored).get(name)
+        if file is not None and file.size > LARGEST:
+            raise ArtifactError(f"{name} of job {job_id} is too large for a page: {file.size} bytes")
+        return artifacts.read_bytes(stored, name)

@@ -1,0 +1,4 @@
+"""Why one job waits, card by card: loractl why.
+
+Others use answer.
+"""

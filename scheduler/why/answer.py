@@ -1,0 +1,114 @@
+"""Why one job waits: the reason, every card, who goes first, when it starts, and what would help."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.job.status import Status
+from loractl.scheduler.status.job import JobState, state_of, trouble_on
+from loractl.scheduler.wait.cards import CardFit, card_fits
+from loractl.scheduler.wait.gangs import CardsAsked, asked_of
+from loractl.scheduler.wait.queue import reason
+from loractl.scheduler.wait.reasons import Tier, Wait
+from loractl.scheduler.wait.remedies import remedies
+from loractl.scheduler.wait.rivals import ahead_of, reaches, rivals
+from loractl.scheduler.wait.starts import REPLAYED_JOBS, ExpectedStart, read_starts
+
+if TYPE_CHECKING:
+    from loractl.common.placement.lines import Waiting
+    from loractl.common.store.fleet import FleetView
+    from loractl.common.store.store import Store
+    from loractl.common.store.tables import Job
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotWaiting:
+    """A job that runs or has ended."""
+
+    job: JobState
+    trouble: str | None = None  # what is wrong with a card on which it runs, in a few words
+
+    def as_json(self) -> dict[str, Any]:
+        """`job_id`, `status`, `word` (always null), and the job's message as `sentence`."""
+        return {
+            "job_id": self.job.job_id,
+            "status": self.job.status.value,
+            "word": None,
+            "sentence": self.job.message,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ahead:
+    """Who goes before a job."""
+
+    jobs: tuple[tuple[int, str], ...]  # number and owner, the first to start first
+    complete: bool  # False: more than these, so many wait
+    of: int | None  # jobs that could take the same cards, this one included; None: more than were read
+
+
+@dataclass(frozen=True, kw_only=True)
+class Why:
+    """Why a job waits."""
+
+    job: JobState
+    wait: Wait
+    start: ExpectedStart | None  # None: not known
+    cards: tuple[CardFit, ...]
+    ahead: Ahead
+    remedies: tuple[str, ...]  # sentences; empty where nothing helps, or nothing was tried
+    now: dt.datetime
+    asks: CardsAsked | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The reason, the start and the cards.
+
+        `tier`: never, policy, fleet, capacity or next; `word` and `sentence`: the reason; `vram_needed`: bytes, null
+        while not known; `asks`: `cards`, `bytes` of each, null while not known, and `parallel`; `expected_start`:
+        `at`, `spread_s`, `node` and `nodes`, or null; `cards`: how each card sees the job.
+        """
+        return {
+            "job_id": self.job.job_id,
+            "tier": self.wait.tier.name.lower(),
+            "word": self.wait.word,
+            "sentence": self.wait.sentence,
+            "vram_needed": self.job.vram_needed,
+            "asks": None if self.asks is None else self.asks.as_json(),
+            "expected_start": None if self.start is None else self.start.as_json(),
+            "cards": [card.as_json() for card in self.cards],
+        }
+
+
+def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWaiting:
+    """Why a job waits. Raises JobNotFound. Remedies take time: the job is planned in smaller forms."""
+    job = store.job(job_id)
+    if job.status is not Status.QUEUED:
+        if job.status is not Status.RUNNING:
+            return NotWaiting(job=state_of(job))
+        there = store.fleet()
+        state = state_of(job, there)
+        return NotWaiting(job=state, trouble=trouble_on(there, state.cards))
+    view, waiting = store.fleet(), store.ready(REPLAYED_JOBS + 1)
+    starts = read_starts(store, view, waiting)
+    wait = reason(job, view, waiting, starts)
+    helpless = wait.tier in (Tier.POLICY, Tier.NEXT) or not with_remedies
+    release = (f"Release it: loractl retry {job_id}",) if wait.word == "held" else ()
+    return Why(
+        job=state_of(job),
+        wait=wait,
+        start=starts.get(job_id),
+        cards=tuple(card_fits(job, view)),
+        ahead=_ahead(job, view, waiting),
+        remedies=release if helpless else remedies(job, view, store.would_start),
+        now=view.now,
+        asks=asked_of(job, view),
+    )
+
+
+def _ahead(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> Ahead:
+    jobs = tuple((other.job_id, other.user) for other in ahead_of(job, view, waiting))
+    of = len(rivals(job, view, waiting)) + 1 if len(waiting) <= REPLAYED_JOBS else None
+    return Ahead(jobs=jobs, complete=reaches(job, waiting), of=of)

@@ -1,0 +1,94 @@
+"""How a job's wait looks on a terminal: the reason in a sentence, every card, who goes first, what would help."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loractl.common.job.status import Status
+from loractl.common.text import clean_line
+from loractl.common.units import GIB, clock, duration, gib
+from loractl.scheduler.cli.screen import Screen, card_name, joined, wrapped, wrapped_table
+from loractl.scheduler.wait.gangs import in_words
+from loractl.scheduler.wait.reasons import Tier
+from loractl.scheduler.wait.starts import REPLAYED_JOBS
+
+from .answer import NotWaiting, Why
+
+if TYPE_CHECKING:
+    from .answer import Ahead
+
+
+def why_text(answer: Why | NotWaiting, screen: Screen) -> str:
+    """Why a job waits, or a sentence that it does not."""
+    if isinstance(answer, NotWaiting):
+        return _not_waiting(answer)
+    job, wait = answer.job, answer.wait
+    lines = wrapped(f"{job.job_id} {job.name} waits for {_asked(answer)}.", f"{job.job_id} {job.name}", screen)
+    lines += wrapped(f"Reason: {wait.word}, {wait.sentence}.", wait.word, screen)
+    lines += _start(answer, screen)
+    if answer.cards:
+        lines += ["", *_cards(answer, screen)]
+    closing = [*([] if wait.tier is Tier.NEVER else [_ahead(answer.ahead)]), *answer.remedies]
+    lines += [""] if closing else []
+    for text in closing:
+        lines += wrapped(text, "", screen)
+    return joined(lines, screen)
+
+
+def _asked(answer: Why) -> str:
+    size, cards = answer.job.vram_needed, 1
+    if answer.asks is not None:
+        size, cards = answer.asks.bytes, answer.asks.cards
+    if cards > 1:
+        return f"{cards} cards of one box" if size is None else f"{gib(size)} GiB on each of {cards} cards of one box"
+    return "a card of its own" if size is None else f"{gib(size)} GiB on one card"
+
+
+def _not_waiting(answer: NotWaiting) -> str:
+    job = answer.job
+    trouble = f", its card is {answer.trouble}" if answer.trouble else ""
+    place = clean_line(f" on {job.where}{trouble}" if job.status is Status.RUNNING else f": {job.message}")
+    return f"Job {job.job_id} does not wait: it {job.status.in_words}{place}. In full: loractl show {job.job_id}"
+
+
+def _start(answer: Why, screen: Screen) -> list[str]:
+    start, wait = answer.start, answer.wait
+    if start is not None and start.at > answer.now:
+        spread = f" ± {duration(start.spread_s)}" if start.spread_s >= 1 else ""
+        at = clock(start.at, answer.now)
+        return wrapped(f"Expected start: {at}{spread} on {in_words(start.nodes)}.", at, screen)
+    if wait.word in ("never", "next"):
+        return []
+    hangs = ": the end of what runs or goes before it is not measured yet" if wait.tier is Tier.CAPACITY else ""
+    return wrapped(f"Expected start: not known{hangs}.", "", screen)
+
+
+def _cards(answer: Why, screen: Screen) -> list[str]:
+    """A row a card; those on which the job is expected to start are marked."""
+    free = [card.node for card in answer.cards if card.when == "now"]
+    wanted = 1 if answer.asks is None else answer.asks.cards
+    best = answer.start.nodes if answer.start is not None else free[:1] if wanted == 1 else ()
+    arrow = "→" if screen.unicode else ">"
+    rows = [
+        [
+            f"{arrow if card.node in best else ' '} {card_name(card.node)}",
+            gib(card.free),
+            f"{card.total / GIB:.0f}",
+            card.when,
+            card.then,
+        ]
+        for card in answer.cards
+    ]
+    colors = ["green" if card.node in best else "" for card in answer.cards]
+    return wrapped_table(["  CARD", "FREE", "OF", "FREE AT", "THEN"], rows, colors, screen, right=("FREE", "OF"))
+
+
+def _ahead(ahead: Ahead) -> str:
+    if not ahead.jobs:
+        return "Nothing is ahead of it." if ahead.complete else "Too many jobs wait to say which are ahead of it."
+    named = ", ".join(f"{job_id} ({user})" for job_id, user in ahead.jobs[:3])
+    if not ahead.complete:
+        return f"Ahead of it: {named} and at least {len(ahead.jobs[3:])} more."
+    more = f" and {len(ahead.jobs) - 3} more" if len(ahead.jobs) > 3 else ""
+    total = f"more than {REPLAYED_JOBS}" if ahead.of is None else f"{ahead.of}"
+    return f"Ahead of it: {named}{more}. Position {len(ahead.jobs) + 1} of {total}."

@@ -1,0 +1,43 @@
+"""What cancel says of a job that ends while it is asked to stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from loractl.common.job.status import Reason
+from loractl.common.settings import load_settings
+from loractl.common.store.database import connect
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
+from loractl.scheduler.change.command import cancel
+
+from ...factories import RESULT, submission, take
+
+
+def test_a_job_that_ends_in_between_is_not_said_to_be_stopping(
+    upgraded_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"}
+    store = Store(connect(load_settings(environment)))
+    ended, runs, waits = (store.submit(submission()) for _ in range(3))
+    claim, other = take(store), take(store)
+    assert isinstance(claim, Claim) and isinstance(other, Claim) and (claim.job_id, other.job_id) == (ended, runs)
+    asked = Store.cancel
+
+    def ends_at_once(self: Store, job_id: int, user: str) -> Job:
+        job = asked(self, job_id, user)
+        if job_id == ended:
+            store.finish(claim, Reason.OK, "done", Progress(), RESULT)
+        return job
+
+    monkeypatch.setattr(Store, "cancel", ends_at_once)
+    told = CliRunner(env=environment).invoke(cancel, [str(n) for n in (ended, runs, waits)])
+    assert told.exception is None, told.exception
+    first, second, third = told.output.splitlines()
+    assert first == f"Job {ended} has succeeded."
+    assert second.startswith(f"Job {runs} is being stopped on box:0; nothing of its training is kept")
+    assert third == f"Job {waits} is cancelled."

@@ -1,0 +1,94 @@
+"""A data set that is no file must be one that the hub can have."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from loractl.common.artifacts import ArtifactStore
+from loractl.common.errors import DataError
+from loractl.common.store.store import Store
+from loractl.scheduler.submit.data import check_data, store_data
+from loractl.scheduler.submit.draft import like_job, rows_at_hand
+
+from ....databases import SQLITE_ALONE
+from ...factories import spec, submission
+
+
+@pytest.mark.parametrize(
+    "name", ["json", "csv", "squad", "a/b/c", "hf://datasets/a/b", "no such file", "data@main", "a/b@", "a/b@../c"]
+)
+def test_a_name_that_is_neither_is_refused_at_submit(name: str) -> None:
+    with pytest.raises(DataError, match="no data set of the hub") as caught:
+        check_data(spec(dataset={"path": name}))
+    assert "owner/name" in str(caught.value.hint)
+    with pytest.raises(DataError, match="no data set of the hub"):
+        check_data(spec(dataset={"path": "org/data", "eval_path": name}))
+
+
+def test_a_hub_id_is_left_to_the_worker() -> None:
+    check_data(spec(dataset={"path": "org/data", "eval_path": "org-2/data_set.v2"}))
+    check_data(spec(dataset={"path": "org/data@refs/pr/1", "eval_path": "org/data@v1.0"}))
+
+
+def test_what_is_stored_of_a_file_of_lines_says_how_many_rows_and_bytes_it_has(tmp_path: Path) -> None:
+    lines, other = tmp_path / "rows.jsonl", tmp_path / "rows.csv"
+    lines.write_text('{"text": "a"}\n\n{"text": "bcd"}')
+    other.write_text("text\na\n")
+    store = ArtifactStore(f"file://{tmp_path / 'store'}")
+    wanted = spec(dataset={"path": str(lines), "eval_path": str(other)})
+    stored = store_data(wanted, store)
+    assert (stored["path"]["rows"], stored["path"]["bytes"]) == (2, 14 + 15)
+    assert stored["path"]["tokens"] == (6 + 8) // 3 + 8 + 7, "three small letters for one, else a byte"
+    assert set(stored["eval_path"]) == {"uri", "sha256"}
+
+
+def rows_in(file: Path, what: str, count: int) -> str:
+    file.write_text("".join(json.dumps({"text": f"{what} number {n}"}) + "\n" for n in range(count)), "utf-8")
+    return str(file)
+
+
+def test_submit_says_how_many_rows_come_from_where_and_stores_each_file(tmp_path: Path) -> None:
+    main, other = rows_in(tmp_path / "a.jsonl", "mine", 80), rows_in(tmp_path / "b.jsonl", "other", 900)
+    wanted = spec(dataset={"path": main, "more": [{"path": other, "share": 0.2, "split": "train[:50%]"}]})
+    (told,) = [finding for finding in check_data(wanted) if finding.kind == "several data sets"]
+    assert told.text.startswith("80 rows of a.jsonl (") and ", 20 of the 450 rows of b.jsonl (" in told.text
+    stored = store_data(wanted, ArtifactStore(f"file://{tmp_path / 'store'}"))
+    assert stored.keys() == {"path", "more.0"} and stored["more.0"]["rows"] == 900
+    Path(other).write_text('{"text": "good"}\n{"text": ""}\n' * 2, "utf-8")
+    with pytest.raises(DataError, match=r"b\.jsonl: row 2: text is empty"):
+        check_data(wanted)
+
+
+def test_rows_are_held_out_of_the_file_that_is_trained_on_by_slices(tmp_path: Path) -> None:
+    file = rows_in(tmp_path / "a.jsonl", "mine", 100)
+    sliced = {"path": file, "split": "train[:90%]", "eval_path": file, "eval_split": "train[90%:]", "test_size": None}
+    assert not {finding.kind for finding in check_data(spec(dataset=sliced))} & {"overlap", "few held-out rows"}
+    sliced["split"] = "train[:95%]"
+    (overlap,) = [finding for finding in check_data(spec(dataset=sliced)) if finding.kind == "overlap"]
+    assert overlap.count == 5
+    with pytest.raises(DataError, match="has the split train alone"):
+        check_data(spec(dataset={**sliced, "eval_split": "test"}))
+
+
+@SQLITE_ALONE
+def test_a_job_like_another_takes_its_stored_rows_but_for_those_that_it_names_itself(
+    store: Store, tmp_path: Path
+) -> None:
+    main, other = rows_in(tmp_path / "a.jsonl", "mine", 40), rows_in(tmp_path / "b.jsonl", "other", 40)
+    wanted = spec(dataset={"path": main, "more": [{"path": other, "share": 0.2}]})
+    artifacts = ArtifactStore(f"file://{tmp_path / 'store'}")
+    stored = store_data(wanted, artifacts)
+    job_id = store.submit(replace(submission(dataset=wanted.dataset.model_dump()), data=stored))
+    Path(main).unlink()
+    Path(other).unlink()
+    draft = like_job(store, job_id, ["dataset.split=train[:30]"])
+    assert draft.stored == stored
+    with rows_at_hand(draft, artifacts) as here:
+        (told,) = [finding for finding in check_data(here) if finding.kind == "several data sets"]
+        assert told.count == 38, "30, and a fifth of all"
+    changed = like_job(store, job_id, ["dataset.more=[{path: org/data}]"])
+    assert changed.stored.keys() == {"path"} and changed.spec.data_sets()["more.0"] == "org/data"

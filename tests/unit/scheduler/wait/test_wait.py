@@ -1,0 +1,524 @@
+"""Why a job waits: each word and its sentence, each card, the expected start, and what would help."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from typing import Any
+
+import pytest
+
+from loractl import __version__
+from loractl.common.job.method import Method
+from loractl.common.job.status import Reason
+from loractl.common.placement.rule import RESERVE_AFTER_S
+from loractl.common.store.fleet import NODE_STALE_S
+from loractl.common.store.tables import Job
+from loractl.common.units import GIB
+from loractl.scheduler.wait.cards import SILENT_S, card_fits, closed_cards, process_name, trouble_of
+from loractl.scheduler.wait.queue import WaitingJobs, reason, without_queue
+from loractl.scheduler.wait.reasons import Tier, explain
+from loractl.scheduler.wait.remedies import without_others
+from loractl.scheduler.wait.rivals import ahead_of
+from loractl.scheduler.wait.starts import REPLAYED_JOBS, ExpectedStart, expected_starts
+
+from ...factories import NOON
+from ...fleets import card, drained, fleet, host, in_seconds, ready, running, waits
+
+LORA_ONLY = (Method.LORA,)
+TWO_HOURS_AGO = in_seconds(-7200)
+NOTEBOOK = {"pid": 4711, "user": "tomas", "name": "vllm", "bytes": 16 * GIB}
+
+
+def told(job: Job, *nodes: Any, **others: Any) -> tuple[str, str]:
+    """The word and the sentence for a job that waits with `others` in the fleet."""
+    others["waiting"] = [*others.get("waiting", ()), job]
+    wait = explain(job, fleet(nodes, **others))
+    return wait.word, wait.sentence
+
+
+# --- never ---
+
+
+def test_a_job_larger_than_every_card_never_starts_and_says_by_how_much() -> None:
+    nodes = card("a:0", 24), card("b:0", 48, margin=1, outside_bytes=40), card("off:0", 40, draining=True)
+    assert told(waits(lora=60, qlora=50), *nodes) == ("never", "needs 50.0 GiB, the largest card has 47.0")
+    assert told(waits(lora=60, qlora=47), *nodes)[0] != "never", "others may leave"
+
+
+def test_a_label_that_no_box_has_is_named() -> None:
+    job = waits(labels={"nvlink": "yes", "site": "roof"})
+    assert told(job, card(labels={"nvlink": "yes"})) == ("never", "no box has the label nvlink=yes, site=roof")
+    assert told(job) == ("worker", "no worker is online: start loractl worker on a box"), "none is known at all"
+
+
+def test_a_job_whose_own_limit_is_below_its_need_never_starts() -> None:
+    job = waits(methods=())
+    job.spec = {"resources": {"max_vram": 2 * GIB}}
+    assert told(job, card()) == ("never", "its resources.max_vram, 2.0, is below every need")
+
+
+def test_the_smaller_method_of_several_decides_what_never_fits() -> None:
+    assert told(waits(lora=30, qlora=20), card(total=24), ran=[running(1, "box:0", 5)])[0] == "memory"
+    assert told(waits(lora=30, qlora=20, methods=LORA_ONLY), card(total=24))[0] == "never"
+    until = in_seconds(3600)
+    assert told(waits(lora=30, qlora=20, lora_until=until), card(total=24))[0] != "never", "it will take QLoRA later"
+
+
+# --- policy ---
+
+
+def test_whose_room_beyond_its_need_a_job_would_fit_into_is_named() -> None:
+    def fits(**changed: Any) -> str:
+        holder = running(3, "box:0", 40, 600, **{"vram_lora": 8 * GIB, **changed})
+        (found,) = card_fits(waits(lora=45, qlora=45), fleet([card(total=80, max_jobs=4)], ran=[holder]))
+        return found.then
+
+    assert fits() == "fits when 3 ends, which took 32.0 beyond its need when nobody wanted them"
+    assert fits(vram_lora=40 * GIB) == fits(vram_lora=None) == "fits when 3 ends"
+    assert fits(vram_lora=36 * GIB) == "fits when 3 ends", "its need alone leaves too little"
+
+
+def test_a_held_job_waits_for_a_person_whatever_is_free() -> None:
+    assert told(waits(held=True, message="held: its worker was lost 3 times"), card()) == (
+        "held",
+        "its worker was lost 3 times",
+    )
+    assert told(waits(held=True), card()) == ("held", "until loractl retry")
+    assert told(waits(held=True, message="held by ada"), card()) == ("held", "by ada")
+
+
+def test_a_failed_attempt_waits_for_its_time_and_then_like_any_other() -> None:
+    assert told(waits(attempt=2, not_before=in_seconds(40)), card()) == ("retry", "attempt 3 in 40 s")
+    assert told(waits(attempt=2, not_before=NOON), card())[0] == "next"
+
+
+def test_a_job_that_only_a_newer_worker_can_read_says_so() -> None:
+    left = waits(attempt=0, not_before=in_seconds(40), message="written by loractl 9.0")
+    assert told(left, card()) == ("version", "written by loractl 9.0")
+    failed = waits(attempt=1, not_before=in_seconds(40), message="it crashed", reason=Reason.TRAINER_ERROR)
+    assert told(failed, card()) == ("retry", "attempt 2 in 40 s")
+
+
+def test_a_user_at_the_limit_is_told_so() -> None:
+    nodes = card("a:0", user_limit=2), card("b:0", user_limit=1, draining=True), card("c:0")
+    ran = [running(1, "a:0", 8), running(2, "b:0", 8), running(3, "c:0", 8, user="bob")]
+    assert told(waits(), *nodes, ran=ran) == ("limit", "ada runs 2, the limit is 2")
+    assert told(waits(user="bob"), *nodes, ran=ran)[0] != "limit"
+
+
+def test_a_job_behind_the_last_one_that_its_user_may_run_says_so() -> None:
+    nodes = card("a:0", user_limit=1), card("b:0")
+    assert told(waits(8), *nodes, waiting=[waits(7)]) == ("limit", "7 goes first on a:0, and ada may run 1 at a time")
+    assert told(waits(8, user="bob"), *nodes, waiting=[waits(7)])[0] == "next"
+
+
+def test_a_job_whose_result_lies_on_a_box_names_it_and_until_when() -> None:
+    until = {"result_host": "heron", "result_until": in_seconds(300)}
+    mine, other = card("heron:0"), card("owl:0", 48)
+    assert told(waits(**until), mine, other) == ("next", "heron:0 is about to take it")
+    text = r"heron, {}, has its finished result and alone may take it until .*\d"
+
+    def state(*nodes: Any, **more: Any) -> str:
+        word, sentence = told(waits(**until), *nodes, **more)
+        assert word == "result"
+        matched = re.fullmatch(text.format("(.*)"), sentence)
+        assert matched is not None, sentence
+        return matched[1]
+
+    assert state(mine, other, ran=[running(1, "heron:0", 20)]) == "busy now"
+    assert state(other) == "which has no worker now"
+    assert state(mine, other, drains=[drained("heron")]) == "drained by lena"
+    assert state(card("heron:0", seen_at=TWO_HOURS_AGO), other) == "last seen 2 h 00 min ago"
+    assert state(card("heron:0", draining=True), other) == "whose worker is being stopped"
+    over = waits(result_host="heron", result_until=NOON)
+    assert told(over, card("heron:0", draining=True), other) == ("next", "owl:0 is about to take it")
+    view = fleet([mine, other], waiting=[waits(**until)])
+    then = {fit.node: fit.then for fit in card_fits(waits(**until), view)}
+    assert then == {
+        "heron:0": "about to take it",
+        "owl:0": "until then heron alone may take it: it has the finished result",
+    }
+
+
+def failed(name: str, until: float = 600) -> dict[str, dict[str, str]]:
+    """What a job's row says after a gpu_error."""
+    return {name: {"reason": "gpu_error", "until": in_seconds(until).isoformat()}}
+
+
+def test_a_card_that_failed_it_is_named_with_the_reason_and_until_when() -> None:
+    nodes, ran = (card("a:0"), card("b:0")), [running(1, "b:0", 24)]
+    for name in ("a:0", "a"):
+        word, sentence = told(waits(avoids=failed(name)), *nodes, ran=ran)
+        assert word == "avoids"
+        assert re.fullmatch(r"a:0 failed it \(gpu_error\): until .*\d for another card", sentence)
+        found = fits(waits(avoids=failed(name)), *nodes, ran=ran)
+        assert found["a:0"][1] == "failed it (gpu_error), avoided until then"
+        assert found["b:0"] == ("?", "fits when 1 ends, which is not known")
+    assert told(waits(avoids=failed("a:0")), card("a:0"), card("b:0", 2))[0] == "next", "the other is too small"
+    over = {"a:0": {"reason": "gpu_error", "until": NOON.isoformat()}}
+    assert told(waits(avoids=over), *nodes, ran=ran)[0] == "next"
+
+
+def test_a_pause_after_a_failure_of_the_lab_says_where_and_how() -> None:
+    job = waits(attempt=1, not_before=in_seconds(9), reason=Reason.DISK_FULL, message="full", node="a:0")
+    assert told(job, card()) == ("retry", "attempt 2 in 9 s: a:0 failed it (disk_full)")
+    again = waits(attempt=2, not_before=in_seconds(9), reason=Reason.GPU_ERROR, message="lost", node="a:0")
+    again.avoids = {**failed("a:0", 300), **failed("a:1")}
+    assert told(again, card("a:0"), card("a:1"))[1] == "attempt 3 in 9 s: a:1 failed it (gpu_error)", "it had both"
+
+
+# --- fleet ---
+
+
+def test_a_card_that_is_closed_by_a_fault_is_named_with_it() -> None:
+    lost = "the driver has lost it: reset it"
+    assert told(waits(), card(fault=lost)) == ("closed", f"box:0: {lost}")
+    assert told(waits(), card(fault=lost), card("b:0"))[0] == "next", "another takes it"
+    (fit,) = card_fits(waits(), fleet([card(fault=lost)]))
+    assert (fit.when, fit.then) == ("?", f"closed: {lost}")
+
+
+def test_a_card_that_can_t_be_read_may_be_large_enough() -> None:
+    unread, small = card(total=0, fault="reboot the box"), card("b:0", 4)
+    for nodes in ((unread,), (unread, small)):
+        assert told(waits(lora=60, qlora=50), *nodes) == ("closed", "box:0: reboot the box")
+    assert {fit.when for fit in card_fits(waits(lora=60, qlora=50), fleet([unread, small]))} == {"?", "never"}
+
+
+def test_a_drained_card_is_named_with_who_why_and_until_when() -> None:
+    order = drained("box:0", until=in_seconds(3600))
+    word, sentence = told(waits(), card(), drains=[order])
+    assert word == "drained"
+    assert re.fullmatch(r"box:0 by lena until .*\d: replacing a fan", sentence)
+    assert told(waits(), card(), drains=[drained("box")]) == ("drained", "box:0 by lena: replacing a fan")
+    assert told(waits(), card(), drains=[drained("box", until=NOON)])[0] == "next", "it is over"
+    assert told(waits(), card(), card("b:0", 4), drains=[drained("box")])[0] == "next", "a smaller card takes QLoRA"
+    small = card("b:0", 2)
+    assert told(waits(), card(), small, drains=[drained("box")])[0] == "drained", "the other can't hold it"
+
+
+def test_a_silent_box_was_seen_so_long_ago() -> None:
+    silent = card(seen_at=in_seconds(-NODE_STALE_S - 540))
+    assert told(waits(), silent) == ("offline", "box:0 was last seen 10 min ago")
+    assert told(waits(), card(seen_at=in_seconds(-SILENT_S)))[0] == "next", "a late look is not silence"
+
+
+def test_a_stopping_worker_takes_nothing_more() -> None:
+    assert told(waits(), card(draining=True)) == ("stopping", "the worker of box:0 is being stopped")
+
+
+def test_a_box_that_is_silent_or_drained_is_told_at_once() -> None:
+    silent = card("heron:0", seen_at=in_seconds(-20)), card("heron:1", seen_at=in_seconds(-20))
+    view = fleet([*silent, card("crane:0"), card("crane:1"), card("owl:0", draining=True)], drains=[drained("crane:1")])
+    assert closed_cards(view) == ["crane:1 drained by lena", "heron silent for 20 s", "owl being stopped"]
+    assert told(waits(), card(seen_at=in_seconds(-20))) == (
+        "offline",
+        "box:0 would take it and has been silent for 20 s",
+    )
+    assert trouble_of(view, "crane:0") is None and closed_cards(fleet([card(seen_at=in_seconds(-14))])) == []
+    assert closed_cards(fleet([card(seen_at=in_seconds(-4000))])) == [], "a box that is long gone is no news"
+
+
+def test_while_the_queue_is_away_that_is_the_reason_of_what_a_card_is_about_to_take() -> None:
+    job, full = waits(), waits(8, 500)
+    view = fleet([card()], waiting=[job, full])
+    waits_for = WaitingJobs(reasons={job.job_id: explain(job, view), full.job_id: explain(full, view)})
+    told_so = without_queue(waits_for, "the queue is unreachable at redis://lab").reasons
+    assert told_so[7].word == "queue" and told_so[7].sentence.startswith(
+        "the queue is unreachable at redis://lab; box:0"
+    )
+    assert told_so[8] == waits_for.reasons[8]
+
+
+def test_a_silent_box_of_another_version_is_to_be_upgraded() -> None:
+    old = card(seen_at=TWO_HOURS_AGO, versions={"loractl": "0.0.9"})
+    assert told(waits(), old) == (
+        "version",
+        f"box:0 ran loractl 0.0.9, this is {__version__}: upgrade its worker",
+    )
+
+
+def test_a_processor_that_leaves_a_job_to_gpus_which_lack_its_label_says_so() -> None:
+    job = waits(labels={"site": "roof"})
+    word, sentence = told(job, card("gpu:0"), card("cpu:0", kind="cpu", labels={"site": "roof"}))
+    assert (word, sentence) == (
+        "worker",
+        "cpu:0 is a processor, for what no GPU of the fleet can hold; no GPU with its labels is online",
+    )
+
+
+# --- next, and capacity ---
+
+
+def test_a_job_that_the_rule_places_is_next_and_says_when_that_is_late() -> None:
+    assert told(waits(), card()) == ("next", "box:0 is about to take it")
+    assert told(waits(submitted_at=in_seconds(-300)), card()) == ("next", "box:0 is about to take it, waiting 5 min")
+
+
+def test_memory_that_running_jobs_hold_is_free_when_they_end() -> None:
+    ran = [running(11, "box:0", 20, 600), running(12, "box:0", 20, 60), running(13, "box:0", 20, None)]
+    assert told(waits(lora=24, qlora=24), card(total=64, max_jobs=4), ran=ran) == ("memory", "box:0 when 12 ends")
+    assert told(waits(lora=44, qlora=44), card(total=64, max_jobs=4), ran=ran) == (
+        "memory",
+        "box:0 when 12 and 11 end",
+    )
+    assert told(waits(lora=64, qlora=64), card(total=64, max_jobs=4), ran=ran) == (
+        "memory",
+        "box:0 when 12, 11 and 1 more end",
+    )
+
+
+def test_the_card_that_is_free_first_is_named() -> None:
+    nodes = card("a:0"), card("b:0"), card("c:0")
+    ran = [running(1, "a:0", 20, 900), running(2, "b:0", 20, 300), running(3, "c:0", 20, None)]
+    assert told(waits(), *nodes, ran=ran) == ("memory", "b:0 when 2 ends")
+
+
+def test_a_card_with_room_but_no_slot_is_busy() -> None:
+    assert told(waits(), card(total=48), ran=[running(11, "box:0", 8, 60)]) == ("busy", "box:0 when 11 ends")
+
+
+def test_qlora_that_fits_sooner_is_what_a_job_waits_for() -> None:
+    nodes = card("a:0", 24, max_jobs=3), card("b:0", 8)
+    ran = [running(1, "a:0", 20, 900), running(2, "b:0", 8, 60)]
+    assert told(waits(lora=20, qlora=8), *nodes, ran=ran) == ("memory", "b:0 when 2 ends")
+
+
+def test_memory_that_others_hold_is_told_with_whose_it_is() -> None:
+    node = card(outside_bytes=20, outside=[NOTEBOOK, {**NOTEBOOK, "pid": 4712, "bytes": 4 * GIB}])
+    assert told(waits(lora=8, qlora=8), node) == (
+        "memory",
+        "vllm of tomas (pid 4711) and 1 more hold 20.0 on box:0, 4.0 are left",
+    )
+    nameless = card(outside_bytes=20, outside=[{"pid": 4711, "user": None, "name": None, "bytes": 20 * GIB}])
+    assert told(waits(lora=8, qlora=8), nameless) == ("memory", "pid 4711 holds 20.0 on box:0, 4.0 are left")
+    assert told(waits(lora=8, qlora=8), card(outside_bytes=20)) == (
+        "memory",
+        "something outside loractl holds 20.0, or did lately on box:0, 4.0 are left",
+    )
+    assert told(waits(lora=8, qlora=4), node)[0] == "next", "QLoRA fits beside them"
+
+
+def test_a_job_behind_another_one_says_whose_turn_it_is() -> None:
+    mine = waits(7, lora=20, qlora=20)
+    assert told(mine, card(), waiting=[waits(9, priority=3, user="bob")]) == (
+        "order",
+        "9 has a higher priority on box:0",
+    )
+    assert told(mine, card(), waiting=[waits(6)]) == ("order", "6 goes first on box:0")
+    assert told(mine, card(), waiting=[waits(9, user="bob")], charges={"ada": 5.0}) == (
+        "share",
+        "bob had less of the cards: 9 goes first on box:0",
+    )
+
+
+def test_a_card_that_is_kept_for_a_job_that_waited_long_is_kept_from_the_next() -> None:
+    first = waits(5, lora=40, qlora=40, submitted_at=in_seconds(-RESERVE_AFTER_S))
+    ran = [running(1, "box:0", 20, 600)]
+    second = waits(9, lora=20, qlora=20, user="bob")
+    node = card(total=48, max_jobs=4)
+    assert told(second, node, ran=ran, waiting=[first], charges={"bob": 99.0}) == (
+        "kept",
+        "box:0 is kept for 5, which goes first",
+    )
+    assert told(first, node, ran=ran, waiting=[second], charges={"bob": 99.0}) == (
+        "memory",
+        "box:0 when 1 ends (kept for it)",
+    )
+    small = waits(9, lora=8, qlora=8, user="bob")
+    assert told(small, node, ran=ran, waiting=[first], charges={"bob": 99.0})[0] == "next", (
+        "it takes nothing from the first"
+    )
+
+
+def test_patience_is_told_with_the_card_that_would_take_qlora() -> None:
+    job = waits(lora=40, qlora=8, lora_until=in_seconds(3600))
+    word, sentence = told(job, card(), card("b:0", 48, draining=True))
+    assert word == "patience"
+    assert re.fullmatch(r"until .*\d for LoRA; QLoRA would fit on box:0 now", sentence)
+    word, sentence = told(job, card(), ran=[running(1, "box:0", 24, 600)])
+    assert word == "patience"
+    assert re.fullmatch(r"until .*\d for LoRA, for which no card has room; then for QLoRA", sentence)
+    assert told(job, card("b:0", 48), ran=[running(1, "b:0", 48, 600)]) == ("memory", "b:0 when 1 ends")
+
+
+def test_a_card_for_qlora_alone_is_nothing_before_the_patience_is_over() -> None:
+    when, then = fits(waits(lora=40, qlora=8, lora_until=in_seconds(3600)), card())["box:0"]
+    assert when not in ("now", "never", "?")
+    assert then == "too small for LoRA, which it waits for until then"
+
+
+# --- card by card ---
+
+
+def fits(job: Job, *nodes: Any, **others: Any) -> dict[str, tuple[str, str]]:
+    others["waiting"] = [*others.get("waiting", ()), job]
+    return {fit.node: (fit.when, fit.then) for fit in card_fits(job, fleet(nodes, **others))}
+
+
+def test_each_card_says_what_it_is_for_the_job() -> None:
+    nodes = [
+        card("a:0"), card("b:0", 2), card("c:0", labels={}), card("d:0", draining=True),
+        card("e:0", seen_at=TWO_HOURS_AGO), card("f:0"), card("g:0"), card("h:0", outside_bytes=22, outside=[NOTEBOOK]),
+        card("i:0"), card("j:0", 2),
+    ]  # fmt: skip
+    for one in nodes:
+        if one.node != "c:0":
+            one.labels = {"nvlink": "yes"}
+    found = fits(
+        waits(labels={"nvlink": "yes"}),
+        *nodes,
+        ran=[running(1, "f:0", 24, 600), running(2, "g:0", 24)],
+        drains=[drained("i"), drained("j")],
+    )
+    when = found["f:0"][0]
+    assert found == {
+        "a:0": ("now", "about to take it"),
+        "b:0": ("never", "card is smaller than the job"),
+        "c:0": ("never", "lacks the label nvlink=yes"),
+        "d:0": ("?", "its worker is stopping"),
+        "e:0": ("?", "not seen for 2 h 00 min"),
+        "f:0": (when, "fits when 1 ends"),
+        "g:0": ("?", "fits when 2 ends, which is not known"),
+        "h:0": ("?", "vllm of tomas holds 22.0, no end known"),
+        "i:0": ("?", "drained by lena: replacing a fan"),
+        "j:0": ("never", "card is smaller than the job"),
+    }
+    assert when not in ("now", "never", "?")
+
+
+def test_a_card_with_room_says_who_goes_first_there() -> None:
+    mine = waits(7)
+    assert fits(mine, card(), waiting=[waits(6)])["box:0"] == ("now", "6 goes first")
+    first = waits(5, lora=40, qlora=40, submitted_at=in_seconds(-RESERVE_AFTER_S))
+    big = card(total=48, max_jobs=4)
+    found = fits(waits(9, lora=20, qlora=20), big, ran=[running(1, "box:0", 20, 600)], waiting=[first])
+    assert found["box:0"] == ("now", "kept for 5")
+
+
+def test_qlora_that_fits_now_beats_lora_that_fits_later() -> None:
+    node = card(total=24, max_jobs=2)
+    assert fits(waits(lora=20, qlora=8), node, ran=[running(1, "box:0", 12, 600)])["box:0"][0] == "now"
+
+
+def test_a_processor_leaves_to_gpus_what_they_can_hold() -> None:
+    nodes = card("cpu:0", 64, kind="cpu"), card("gpu:0", 24)
+    assert fits(waits(lora=40, qlora=30), *nodes) == {
+        "cpu:0": ("now", "about to take it"),
+        "gpu:0": ("never", "card is smaller than the job"),
+    }
+    ran = [running(1, "gpu:0", 24, 600)]
+    assert fits(waits(), *nodes, ran=ran)["cpu:0"] == ("never", "a processor is for what no GPU of the fleet can hold")
+
+
+# --- expected starts ---
+
+
+def test_jobs_start_when_those_before_them_end_as_measured() -> None:
+    ran = [
+        running(1, "a:0", 20, 600, eta_spread_seconds=60.0),
+        running(2, "b:0", 20, 900, eta_spread_seconds=600.0),
+    ]
+    waiting = [waits(7, lora=24, qlora=24), waits(8, lora=24, qlora=24), waits(9, lora=24, qlora=24)]
+    view = fleet([card("a:0"), card("b:0")], ran, waiting)
+    found = expected_starts(view, ready(waiting))
+    assert found == {
+        7: ExpectedStart(at=in_seconds(600), spread_s=60.0, node="a:0"),
+        8: ExpectedStart(at=in_seconds(900), spread_s=600.0, node="b:0"),
+    }, "when 7 and 8 end nobody knows, so 9 has no time"
+
+
+def test_a_job_behind_an_end_that_nobody_knows_gets_no_time() -> None:
+    waiting = [waits(7, lora=24, qlora=24)]
+    view = fleet([card()], [running(1, "box:0", 20)], waiting)
+    assert expected_starts(view, ready(waiting)) == {}
+
+
+def test_a_late_end_may_change_the_card_and_the_spread_covers_it() -> None:
+    ran = [running(1, "a:0", 20, 600, eta_spread_seconds=500.0), running(2, "b:0", 20, 700, eta_spread_seconds=10.0)]
+    waiting = [waits(7, lora=24, qlora=24)]
+    view = fleet([card("a:0"), card("b:0")], ran, waiting)
+    assert expected_starts(view, ready(waiting)) == {7: ExpectedStart(at=in_seconds(600), spread_s=110.0, node="a:0")}
+
+
+def test_the_base_of_a_job_that_ends_draws_the_next_one_to_its_card() -> None:
+    nodes, waiting = [card("a:0"), card("b:0", 48)], [waits(7, lora=24, qlora=24)]
+    ran = [running(1, "a:0", 20, 600), running(2, "b:0", 40, 600, attempt=1)]
+    alone, beside = fleet(nodes, ran, waiting), fleet(nodes, ran, waiting, hosts=[host(on="b:0", job_id=2)])
+    assert expected_starts(alone, ready(waiting))[7].node == "a:0", "the smaller card"
+    assert expected_starts(beside, ready(waiting))[7].node == "b:0"
+
+
+def test_a_job_that_starts_now_starts_now() -> None:
+    waiting = [waits(7)]
+    assert expected_starts(fleet([card()], (), waiting), ready(waiting))[7] == ExpectedStart(
+        at=NOON, spread_s=0.0, node="box:0"
+    )
+
+
+# --- what is ahead, and what would help ---
+
+
+def test_who_is_ahead_follows_the_rule_and_leaves_out_whom_no_card_of_mine_could_hold() -> None:
+    mine = waits(7, lora=8, qlora=8)
+    waiting = [
+        waits(3), waits(4, lora=60, qlora=60), waits(8), waits(9, priority=1, user="bob"),
+        waits(10, user="cyd"), waits(2, user="eve"), mine,
+    ]  # fmt: skip
+    view = fleet(
+        [card(), card("big:0", 80, labels={"site": "roof"}, draining=True)], [running(1, "box:0", 20)], waiting
+    )
+    view.charges.update({"ada": 5.0, "cyd": 1.0, "eve": 9.0})
+    assert [other.job_id for other in ahead_of(mine, view, ready(waiting))] == [9, 10, 3]
+
+
+def test_without_any_worker_the_older_ones_are_ahead() -> None:
+    mine, waiting = waits(7, lora=8, qlora=8), [waits(3, lora=8, qlora=8), waits(8, lora=8, qlora=8)]
+    assert [other.job_id for other in ahead_of(mine, fleet([], (), [*waiting, mine]), ready([*waiting, mine]))] == [3]
+
+
+def test_a_job_behind_the_beginning_of_the_order_is_told_what_is_sure() -> None:
+    mine = waits(999, lora=8, qlora=8)
+    before = [waits(number, lora=8, qlora=8) for number in range(10, 10 + REPLAYED_JOBS + 1)]
+    view = fleet([card()], [running(1, "box:0", 20)], [*before, mine])
+    assert reason(mine, view, ready(before), {}).sentence.endswith("; 10 and at least 200 more go first")
+    assert reason(mine, view, ready([*before[:3], mine]), {}).sentence.endswith("; 10 and 2 more go first")
+
+
+def test_a_program_in_the_way_is_named_only_when_it_alone_is() -> None:
+    node = card(outside_bytes=20, outside=[NOTEBOOK])
+    job = waits(lora=8, qlora=8)
+    assert without_others(job, fleet([node], (), [job])) == ("box:0", "vllm of tomas")
+    assert without_others(job, fleet([node], [running(1, "box:0", 4)], [job])) is None, "no slot is free"
+    assert without_others(waits(lora=4, qlora=4), fleet([node], (), [job])) is None, "it fits beside it"
+
+
+@pytest.mark.parametrize(
+    ("process", "name"),
+    [
+        (NOTEBOOK, "vllm of tomas"),
+        ({"pid": 5, "user": None, "name": None, "bytes": None}, "pid 5"),
+        ({"pid": 5, "user": "eve", "name": None, "bytes": 1}, "pid 5 of eve"),
+    ],
+)
+def test_a_program_is_named_by_what_is_known_of_it(process: dict[str, Any], name: str) -> None:
+    assert process_name(process) == name
+
+
+def test_the_tiers_are_told_in_their_order() -> None:
+    assert list(Tier) == [Tier.NEVER, Tier.POLICY, Tier.FLEET, Tier.CAPACITY, Tier.NEXT]
+    too_large = waits(lora=99, qlora=99, held=True)
+    assert told(too_large, card())[0] == "never"
+    assert told(waits(held=True), card(draining=True))[0] == "held"
+    assert (
+        told(waits(not_before=in_seconds(dt.timedelta(minutes=5).total_seconds())), card(draining=True))[0] == "retry"
+    )
+
+
+def test_a_card_that_has_the_job_s_base_says_so() -> None:
+    job = waits(lora=8)
+    view = fleet([card("cold:0", 24), card("warm:0", 48)], waiting=[job], hosts=[host(on="warm:0")])
+    assert {fit.node: fit.then for fit in card_fits(job, view)} == {
+        "cold:0": "fits", "warm:0": "about to take it, its base is loaded there"
+    }  # fmt: skip

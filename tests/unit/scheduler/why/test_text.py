@@ -1,0 +1,75 @@
+"""How a wait looks: within the screen, in ASCII where it must be, without escapes in a pipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from loractl.common.store.fleet import FleetView
+from loractl.scheduler.cli.screen import Screen
+from loractl.scheduler.status.job import state_of
+from loractl.scheduler.wait.cards import card_fits
+from loractl.scheduler.wait.reasons import Tier, Wait, explain
+from loractl.scheduler.wait.starts import ExpectedStart
+from loractl.scheduler.why.answer import Ahead, Why
+from loractl.scheduler.why.text import why_text
+
+from ...fleets import in_seconds, waits
+from ..screens import HOSTILE, PIPE, crowded, lab, seemly, shown
+
+
+def why(view: FleetView, screen: Screen, job: Any, start: ExpectedStart | None = None, wait: Wait | None = None) -> str:
+    answer = Why(
+        job=state_of(job),
+        wait=wait or explain(job, view),
+        start=start,
+        cards=tuple(card_fits(job, view)),
+        ahead=Ahead(jobs=((1486, "priya"),), complete=True, of=9),
+        remedies=(
+            "It would start now on heron:3 with max_length 1536.  Try: loractl plan 1485 --set dataset.max_length=1536",
+            "It would fit now on heron:3 without vllm of tomás.",
+        ),
+        now=view.now,
+    )
+    return why_text(answer, screen)
+
+
+@shown
+@pytest.mark.parametrize("view", [lab, crowded])
+def test_a_reason_fits_any_screen(view: Any, screen: Screen) -> None:
+    found = view()
+    job = waits(10**6 + 99, 9000, 9000, name="n" * 63, user=HOSTILE) if view is crowded else waits(1485, 30, 25)
+    node = list(found.cards)[-1]
+    seemly(why(found, screen, job, ExpectedStart(at=in_seconds(10**6), spread_s=86_400 * 3, node=node)), screen)
+    seemly(why(found, screen, job, wait=Wait(tier=Tier.POLICY, word="held", sentence=HOSTILE * 40)), screen)
+
+
+def test_a_reason_stands_before_the_cards_and_what_would_help_after_them() -> None:
+    view, job = lab(), waits(1485, 30, 25, name="sql-gen")
+    lines = why(view, PIPE, job, ExpectedStart(at=in_seconds(600), spread_s=120.0, node="heron:0")).splitlines()
+    assert lines[0] == "1485 sql-gen waits for 25.0 GiB on one card."
+    assert lines[1] == "Reason: memory, heron:0 when 1471 ends."
+    assert lines[2].startswith("Expected start: ") and lines[2].endswith(" ± 2 min on heron:0.")
+    assert lines[4].split() == ["CARD", "FREE", "OF", "FREE", "AT", "THEN"]
+    cards = {line[2:].split()[0]: line for line in lines[5:11]}
+    assert cards["heron:0"].startswith("→ heron:0     4.0  48")
+    assert cards["heron:0"].endswith("fits when 1471 ends")
+    assert cards["kestrel:0"] == "  kestrel:0   6.2  24  never      card is smaller than the job"
+    assert cards["osprey:0"].split(maxsplit=3)[3].endswith("its worker is stopping")
+    assert lines[12] == "Ahead of it: 1486 (priya). Position 2 of 9."
+    assert lines[13:] == [
+        "It would start now on heron:3 with max_length 1536.  Try: loractl plan 1485",
+        "--set dataset.max_length=1536",
+        "It would fit now on heron:3 without vllm of tomás.",
+    ]
+
+
+def test_an_expected_start_that_is_not_known_says_so_unless_it_is_plain() -> None:
+    view = lab()
+    assert "Expected start: not known" in why(view, PIPE, waits(1485, 30, 25))
+    assert "Expected start" not in why(view, PIPE, waits(1485, 300, 250)), "never is never"
+
+
+def test_a_job_of_unknown_need_waits_for_a_card_of_its_own() -> None:
+    assert why(lab(), PIPE, waits(1485, None, None)).startswith("1485 helpdesk waits for a card of its own.")
