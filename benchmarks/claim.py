@@ -104,12 +104,12 @@ def measure(engine: Engine, mix: Mix, count: int) -> tuple[list[float], float]:
             node=f"box:{number}", host="box", gpu=f"GPU-{number}", device_name="a card", kind="nvml", total=gib * GIB,
             outside_bytes=outside if mix.waited_s < 1800 else 0, max_jobs=4 if gib >= 48 else 1,
         )  # fmt: skip
-        store.see_node(state)
+        store.cards.see(state)
     mine = "box:0" if mix.small else f"box:{len(CARDS) - 1}"
     times, trips = [], []
     for n in range(CLAIMS + WARM_UP):
         began = time.perf_counter()
-        claim = store.claim(mine)
+        claim = store.attempts.claim(mine)
         if n >= WARM_UP:
             times.append((time.perf_counter() - began) * 1000)
         assert (getattr(claim, "job_id", None) is None) == mix.small, claim

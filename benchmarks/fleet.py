@@ -97,14 +97,14 @@ def fill(url: str, nodes: int, jobs: int) -> list[Claim]:
     upgrade(engine)
     store = Store(engine)
     for number in range(jobs):
-        store.see_node(state(number))
-        store.submit(submission(40, user=f"user{number % 12}", preemptible=True))
-    claims = [claim for number in range(jobs) if isinstance(claim := store.claim(name(number)), Claim)]
+        store.cards.see(state(number))
+        store.jobs.submit(submission(40, user=f"user{number % 12}", preemptible=True))
+    claims = [claim for number in range(jobs) if isinstance(claim := store.attempts.claim(name(number)), Claim)]
     assert len(claims) == jobs, "every job has a card"
     for number in range(jobs, nodes):
-        store.see_node(state(number))
+        store.cards.see(state(number))
     for number in range(WAITING):
-        store.submit(submission(70, user=f"user{number % 12}", priority=5))
+        store.jobs.submit(submission(70, user=f"user{number % 12}", priority=5))
     engine.dispose()
     return claims
 
@@ -160,28 +160,28 @@ def serve(share: tuple[str, list[int], list[Claim], float]) -> Times:
 
 def look(store: Store, times: Times, number: int) -> None:
     with times.of("a look"):
-        store.see_node(state(number))
-        store.drains()
+        store.cards.see(state(number))
+        store.cards.drains()
 
 
 def go_round(store: Store, times: Times, number: int) -> None:
     turn = None
     with times.of("asking for the turn"):
-        turn = store.take_turn(name(number), FLEET_ROUND_S, 0.0)
+        turn = store.cards.take_turn(name(number), FLEET_ROUND_S, 0.0)
     if turn is not None:
         with times.of("the fleet's round"):
-            store.reap()
-            store.preempt()
-            store.end_patience()
+            store.attempts.reap()
+            store.cards.preempt()
+            store.jobs.end_patience()
     with times.of("waiting rows"):
-        store.waiting_classes(served_classes(CARD))
+        store.jobs.waiting_classes(served_classes(CARD))
 
 
 def watch(store: Store, times: Times, number: int) -> None:
     with times.of("a box's watchdog"):
-        rows = store.nodes(host(number))
+        rows = store.cards.nodes(host(number))
         store.now()
-        store.waiting_classes({size for row in rows for size in served_classes(row.free)})
+        store.jobs.waiting_classes({size for row in rows for size in served_classes(row.free)})
 
 
 class Beats:
@@ -194,7 +194,7 @@ class Beats:
         self._step += 1
         progress = Progress(step=self._step, total_steps=1000, metrics=((self._step, "loss", 1.0),), log="a line\n")
         with self._times.of("a heartbeat"):
-            assert self._store.beat(self._claim, progress).accepted
+            assert self._store.attempts.beat(self._claim, progress).accepted
 
 
 def lose(url: str, claims: list[Claim], seconds: float) -> None:

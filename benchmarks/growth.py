@@ -51,7 +51,7 @@ def measure(engine: Engine, jobs: int, progress: Progress) -> float:
     """Bytes that a job adds."""
     upgrade(engine)
     store = Store(engine)
-    store.see_node(NodeState(node="a:0", host="a", gpu="GPU", device_name="a card", kind="nvml", total=80 * GIB))
+    store.cards.see(NodeState(node="a:0", host="a", gpu="GPU", device_name="a card", kind="nvml", total=80 * GIB))
     _run(store, progress)
     before = _size(engine)
     for _ in range(jobs):
@@ -62,16 +62,18 @@ def measure(engine: Engine, jobs: int, progress: Progress) -> float:
 def _run(store: Store, progress: Progress) -> None:
     spec = JobSpec.model_validate({"name": "bench", "base_model": "org/model", "dataset": {"path": "org/data"}})
     need = Need(lora=4 * GIB, qlora=2 * GIB)
-    store.submit(
+    store.jobs.submit(
         Submission(spec=spec, user="ada", data={}, need=need, planned=need, methods=(Method.LORA, Method.QLORA))
     )
-    claim = store.claim("a:0")
+    claim = store.attempts.claim("a:0")
     assert isinstance(claim, Claim)
     for stage in Stage:
-        store.beat(claim, Progress(stage=stage, events=tuple(("note", note) for note in NOTES)))
-    store.beat(claim, progress)
-    stored = StoredResult(adapter_uri="s3://a", report_uri="s3://r", adapter_size=10**6, adapter_sha256="0" * 64)
-    store.finish(claim, Reason.OK, "better, loss 4.49 -> 0.76", Progress(), stored)
+        store.attempts.beat(claim, Progress(stage=stage, events=tuple(("note", note) for note in NOTES)))
+    store.attempts.beat(claim, progress)
+    stored = StoredResult(
+        adapter_uri="s3://a", report_uri="s3://r", adapter_size=10**6, adapter_sha256="0" * 64, manifest_sha256="1" * 64
+    )
+    store.attempts.finish(claim, Reason.OK, "better, loss 4.49 -> 0.76", Progress(), stored)
 
 
 def _size(engine: Engine) -> int:

@@ -86,15 +86,15 @@ def _measure(folder: Path, environment: dict[str, str], jobs: int) -> dict[str, 
     store = Store(connect(settings))
     worker = subprocess.Popen([_command(), "worker"], env=environment, stderr=subprocess.DEVNULL)
     try:
-        _until(lambda: bool(store.nodes()))
+        _until(lambda: bool(store.cards.nodes()))
         time.sleep(3)
         times: dict[str, list[float]] = {}
         for n in range(jobs + 1):
             whole = _by_command(folder, environment, n)
             job = _ended(store)
-            started = store.attempts(job.job_id)[0].started_at
+            started = store.attempts.of_job(job.job_id)[0].started_at
             committed = _in_this_process(settings, store, folder / f"job-{n}.yaml")
-            claimed = store.attempts(_ended(store).job_id)[0].started_at.timestamp()
+            claimed = store.attempts.of_job(_ended(store).job_id)[0].started_at.timestamp()
             if n == 0:
                 continue  # the first one warms files and caches
             row = (started - job.submitted_at).total_seconds()
@@ -122,27 +122,27 @@ def _in_this_process(settings: Settings, store: Store, file: Path) -> float:
     from loractl.scheduler.submit.intake import submit_job
 
     committed = []
-    submit = store.submit
+    submit = store.jobs.submit
 
     def noted(submission: Submission) -> int:
         job_id = submit(submission)
         committed.append(time.time())
         return job_id
 
-    store.submit = noted  # type: ignore[method-assign]
+    store.jobs.submit = noted  # type: ignore[method-assign]
     try:
         submit_job(load_spec(file), settings, store, open_store(settings))
     finally:
-        store.submit = submit  # type: ignore[method-assign]
+        store.jobs.submit = submit  # type: ignore[method-assign]
     return committed[0]
 
 
 def _ended(store: Store) -> Job:
     """The newest job, once the node has ended it and is idle again."""
-    newest = store.jobs(limit=1)[0].job_id
-    _until(lambda: store.job(newest).status is Status.FAILED)
+    newest = store.jobs.matching(limit=1)[0].job_id
+    _until(lambda: store.jobs.get(newest).status is Status.FAILED)
     time.sleep(0.5)
-    return store.job(newest)
+    return store.jobs.get(newest)
 
 
 @contextlib.contextmanager

@@ -107,12 +107,12 @@ def _prepare(engine: Engine, filled: Callable[[Engine, Store, int], None], rows:
             node=f"box:{number}", host="box", gpu=f"GPU-{number}", device_name="a card", kind="nvml", total=gib * GIB,
             max_jobs=4 if gib >= 48 else 1,
         )  # fmt: skip
-        store.see_node(card)
+        store.cards.see(card)
     filled(engine, store, rows)
     _one(engine, store, 1)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("ANALYZE"))
-    return store.jobs(limit=1)[0].job_id
+    return store.jobs.matching(limit=1)[0].job_id
 
 
 def _one(engine: Engine, store: Store, _: int) -> None:

@@ -93,7 +93,7 @@ def measure(database: str, engine: Engine, jobs: int) -> None:
 
 def pages_of(store: Store, jobs: int) -> dict[str, str]:
     """What is looked at, by a name for it."""
-    running, half = min(store.fleet().running), max(2, jobs // 2)
+    running, half = min(store.cards.fleet().running), max(2, jobs // 2)
     sweep = max(1, jobs // 200 - 2)
     return {
         "lab": "/", "lab, one owner": "/?user=ada", "lab, a label": "/?label=team=vision", "jobs": "/jobs",
@@ -145,7 +145,7 @@ def fill(store: Store, engine: Engine, jobs: int) -> None:
     """Jobs in every state: one is submitted and copied in the database, whose rows are as wide as real ones."""
     for card in CARDS:
         host = card.partition(":")[0]
-        store.see_node(
+        store.cards.see(
             NodeState(node=card, host=host, gpu=card, device_name="a card", kind="nvml", total=80 * GIB, max_jobs=4)
         )
     spec = JobSpec.model_validate(
@@ -153,7 +153,7 @@ def fill(store: Store, engine: Engine, jobs: int) -> None:
     )
     need = Need(lora=18 * GIB, qlora=9 * GIB)
     methods = permitted_methods(spec.method)
-    first = store.submit(Submission(spec=spec, user="ada", data={}, need=need, planned=need, methods=methods))
+    first = store.jobs.submit(Submission(spec=spec, user="ada", data={}, need=need, planned=need, methods=methods))
     names = " ".join(f"WHEN {n} THEN '{user}'" for n, user in enumerate(USERS))
     cards = " ".join(f"WHEN {n} THEN '{card}'" for n, card in enumerate(CARDS))
     running, waiting = min(64, jobs // 4), max(5, jobs // 50)

@@ -18,7 +18,7 @@ def result_binding(store: Store, job: Job) -> Binding:
     prefix = attempt_prefix(job.job_id, job.attempt)
     if job.manifest_sha256 is not None:
         return Binding(prefix=prefix, manifest_sha256=job.manifest_sha256)
-    row = store.adapter(Reference(job_id=job.job_id))
+    row = store.adapters.get(Reference(job_id=job.job_id))
     return Binding(prefix=prefix, manifest_sha256=None, weights_sha256=row.sha256)
 
 

@@ -236,7 +236,7 @@ class HeldLab:
             replace(
                 place,
                 clock=self.clock,
-                store=Store(place.store._engine, self.time, settings.lease_s),
+                store=Store(place.store.engine, self.time, settings.lease_s),
                 artifacts=_NearStore(settings.artifacts_url),
                 launch=lambda *_: self._launch(does),
             )
@@ -272,8 +272,8 @@ class HeldLab:
         for thread in [self.clock.start(node.end, f"end of {place.node}") for place, node in ending]:
             self.clock.join(thread)
         for place, _ in ending:
-            place.store.forget_node(place.node)  # as `loractl worker` does, which has seen it end
-            place.store._engine.dispose()
+            place.store.cards.forget(place.node)  # as `loractl worker` does, which has seen it end
+            place.store.engine.dispose()
 
     def submit(self, *options: str, name: str = "job", steps: int = 10, user: str = "ada") -> int:
         file = write_job(self.folder, self.folder, name=name)
@@ -284,7 +284,7 @@ class HeldLab:
     def submit_file(self, file: Path, *overrides: str, user: str = "ada") -> int:
         settings, spec = self.settings(), load_spec(file, overrides)
         data = store_data(spec, ArtifactStore(settings.artifacts_url))
-        job_id = self.store.submit(plan_job(spec, user, data, self.store, own_devices(settings)))
+        job_id = self.store.jobs.submit(plan_job(spec, user, data, self.store, own_devices(settings)))
         self.wake()
         return job_id
 
@@ -310,7 +310,7 @@ class HeldLab:
     def until(self, job_id: int, holds: Callable[[Job], object], seconds: float = 60) -> Job:
         """The job once `holds` is true of it, looked at 600 times."""
         deadline = self.clock.now() + seconds
-        while not holds(job := self.store.job(job_id)):
+        while not holds(job := self.store.jobs.get(job_id)):
             assert self.clock.now() < deadline, f"after {seconds} s: {job.status} {job.stage} {job.step} {job.message}"
             self.clock.sleep(seconds / 600)
         return job
@@ -320,7 +320,7 @@ class HeldLab:
             session.execute(update(Job).where(Job.job_id == job_id).values(**values))
 
     def reasons(self, job_id: int) -> list[Reason | None]:
-        return [attempt.reason for attempt in self.store.attempts(job_id)]
+        return [attempt.reason for attempt in self.store.attempts.of_job(job_id)]
 
     @property
     def alive(self) -> int:

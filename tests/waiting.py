@@ -18,7 +18,7 @@ def until_job(cli: Cli, job_id: int, holds: Callable[[Job], object], seconds: fl
     engine = connect(load_settings(cli.environment))
     store, deadline = Store(engine), time.monotonic() + seconds
     try:
-        while not holds(job := store.job(job_id)):
+        while not holds(job := store.jobs.get(job_id)):
             told = f"{job.status} {job.stage} {job.step} {job.reason} {job.message}"
             assert job.status != "failed" and time.monotonic() < deadline, f"after {seconds} s: {told}"
             time.sleep(0.05)

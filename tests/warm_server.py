@@ -266,7 +266,7 @@ def _ask_a_database() -> None:
 
     with tempfile.TemporaryDirectory() as home:
         engine = connect(load_settings({"LORACTL_HOME": home}))
-        Store(engine).fleet()
+        Store(engine).cards.fleet()
         engine.dispose()
 
 

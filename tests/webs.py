@@ -73,7 +73,7 @@ def seed(url: str, folder: Path, now: dt.datetime | None = None) -> SeededLab:
     ):  # fmt: skip
         finish(lab, name, user, *losses)
     failed = run(lab, "law-cite", "jonas", "kestrel:1", 9, steps=30)
-    lab.store.finish(failed, Reason.BAD_DATA, "data/law.jsonl: row 4120: there is no answer", Progress())
+    lab.store.attempts.finish(failed, Reason.BAD_DATA, "data/law.jsonl: row 4120: there is no answer", Progress())
     resumed(lab)
     for name, user, node, size, steps in (
         ("med-summ-70b", "priya", "osprey:0", 61, 1200), ("sql-gen-32b", "wei", "heron:0", 31, 800),
@@ -86,8 +86,8 @@ def seed(url: str, folder: Path, now: dt.datetime | None = None) -> SeededLab:
     ):  # fmt: skip
         queue(lab, name, user, size, **keys)
     held = queue(lab, "sql-gen-long", "wei", 33)
-    lab.store.hold(held, "wei", "until the new data are there")
-    lab.store.drain("heron:2", "lena", "replacing a fan")
+    lab.store.jobs.hold(held, "wei", "until the new data are there")
+    lab.store.cards.drain("heron:2", "lena", "replacing a fan")
     lab.pass_((end - lab.now).total_seconds())
     return lab
 
@@ -101,9 +101,9 @@ def reopen(url: str, folder: Path, now: dt.datetime) -> SeededLab:
 
 def see_cards(store: Store, **changed: dict[str, Any]) -> None:
     """Every card's worker writes its row, and one has gone round for all."""
-    with store._write() as tx:
+    with store.begin(read_only=False) as tx:
         tx.put(FleetRound, "name", {"name": LEASES, "node": "heron:0", "at": tx.now(), "settled_at": tx.now()})
-    jobs = {job.job_id: job for job in store.fleet().running.values()}
+    jobs = {job.job_id: job for job in store.cards.fleet().running.values()}
     for node, (name, size) in CARDS.items():
         used = {str(n): int(0.9 * (job.vram_reserved or 0)) for n, job in jobs.items() if job.node == node}
         outside: list[dict[str, Any]] = []
@@ -113,13 +113,13 @@ def see_cards(store: Store, **changed: dict[str, Any]) -> None:
             "device_name": name, "total": size * GIB, "margin": GIB // 2, "max_jobs": 4, "used": used, "load": 91,
             "temperature": 61, "outside": outside, "outside_bytes": sum(p["bytes"] for p in outside),
         }  # fmt: skip
-        store.see_node(node_state(node, **{**state, **changed.get(node, {})}))
+        store.cards.see(node_state(node, **{**state, **changed.get(node, {})}))
 
 
 def queue(lab: SeededLab, name: str, user: str, size: float, **keys: Any) -> int:
     """A job that waits, and tells a channel."""
     keys = {"base_model": "org/Llama-3.1-8B", "method": "lora", "notify": ["ops"], **keys}
-    return lab.store.submit(submission(lora=size, qlora=None, user=user, name=name, **keys))
+    return lab.store.jobs.submit(submission(lora=size, qlora=None, user=user, name=name, **keys))
 
 
 def run(lab: SeededLab, name: str, user: str, node: str, size: float, *, steps: int = 0, of: int = 1500) -> Claim:
@@ -131,9 +131,9 @@ def run(lab: SeededLab, name: str, user: str, node: str, size: float, *, steps: 
 def begin(lab: SeededLab, node: str, *, steps: int, of: int, size: float = 8) -> Claim:
     """What waits is claimed by that card, and has trained so many steps."""
     others = frozenset(CARDS) - {node}
-    claim = lab.store.claim(node, distrusted=others)
+    claim = lab.store.attempts.claim(node, distrusted=others)
     assert isinstance(claim, Claim), f"nothing for {node}: {claim}"
-    lab.store.beat(
+    lab.store.attempts.beat(
         claim, Progress(stage=Stage.PREPARING, events=(("data", "900 rows, 100 held out"),), log="loading\n")
     )
     if steps:
@@ -148,7 +148,7 @@ def train(lab: SeededLab, claim: Claim, first: int, last: int, of: int, size: fl
     ]
     held = [(s, "eval_loss", floor + 0.15 + 2 * math.exp(-s / 220)) for s in range(first + 100, last + 1, 100)]
     lab.pass_(last - first)
-    lab.store.beat(
+    lab.store.attempts.beat(
         claim,
         Progress(
             stage=Stage.TRAINING, step=last, total_steps=of, loss=losses[-1][2] if losses else None,
@@ -162,13 +162,13 @@ def train(lab: SeededLab, claim: Claim, first: int, last: int, of: int, size: fl
 def resumed(lab: SeededLab) -> None:
     """A job that was lost once, ran out of memory once, and went on each time."""
     first = run(lab, "triage-long", "mara", "kestrel:0", 14, steps=200)
-    lab.store.finish(first, Reason.OUT_OF_MEMORY, "out of memory at step 200", Progress())
+    lab.store.attempts.finish(first, Reason.OUT_OF_MEMORY, "out of memory at step 200", Progress())
     second = begin(lab, "heron:2", steps=0, of=900)
-    lab.store.beat(second, Progress(resumed_from_step=180))
+    lab.store.attempts.beat(second, Progress(resumed_from_step=180))
     train(lab, second, 180, 520, 900, 17)
-    lab.store.finish(second, Reason.WORKER_LOST, "heron was silent for 60 s", Progress())
+    lab.store.attempts.finish(second, Reason.WORKER_LOST, "heron was silent for 60 s", Progress())
     third = begin(lab, "heron:2", steps=0, of=900)
-    lab.store.beat(third, Progress(resumed_from_step=500))
+    lab.store.attempts.beat(third, Progress(resumed_from_step=500))
     train(lab, third, 500, 900, 900, 17)
     store_result(lab, third, 2.5, 0.9)
 
@@ -182,7 +182,7 @@ def finish(lab: SeededLab, name: str, user: str, base: float, tuned: float, node
 
 def store_result(lab: SeededLab, claim: Claim, base: float, tuned: float, **changes: Any) -> None:
     """Its adapter and its report, as a worker stores them."""
-    job = lab.store.job(claim.job_id)
+    job = lab.store.jobs.get(claim.job_id)
     value = the_report(job.job_id, job.name, job.user, base, tuned)
     value.update(changes)
     prefix = attempt_prefix(claim.job_id, claim.attempt)
@@ -202,7 +202,7 @@ def store_result(lab: SeededLab, claim: Claim, base: float, tuned: float, **chan
         adapter_size=168_000_000, adapter_sha256=manifest[WEIGHTS].sha256, manifest_sha256=manifest_sha256(manifest),
     )  # fmt: skip
     done = Progress(metrics=((600, "held_out_loss", tuned),))
-    assert lab.store.finish(claim, Reason.OK, sentence, done, stored)
+    assert lab.store.attempts.finish(claim, Reason.OK, sentence, done, stored)
 
 
 def the_report(job_id: int, name: str, user: str, base: float, tuned: float) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def _sweep(lab: SeededLab) -> None:
         )
         for rate, r in points
     ]
-    lab.store.submit_sweep(NewSweep(name="triage-sweep", user="mara", varied=varied), members)
+    lab.store.sweeps.submit(NewSweep(name="triage-sweep", user="mara", varied=varied), members)
     for n, (rate, _r) in enumerate(points):
         claim = begin(lab, "heron:2", steps=0, of=400)
         floor = 0.6 + 0.1 * n + abs(math.log10(rate / 1e-4)) / 2
@@ -260,4 +260,4 @@ def _sweep(lab: SeededLab) -> None:
         if n < 5:
             store_result(lab, claim, 3.0, floor + 0.2)
         else:
-            lab.store.finish(claim, Reason.DIVERGED, "the loss rose to 80", Progress())
+            lab.store.attempts.finish(claim, Reason.DIVERGED, "the loss rose to 80", Progress())

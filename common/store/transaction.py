@@ -37,9 +37,13 @@ class Transaction:
     """Committed at the end, rolled back on an error; its rows stay readable afterwards.
 
     `clock` is for tests. Without it the time is PostgreSQL's, or, with SQLite (one machine), the system's.
+    `lease_s`: how long an attempt that is claimed or beaten for here may be silent.
     """
 
-    def __init__(self, engine: Engine, *, clock: Callable[[], dt.datetime] | None, read_only: bool) -> None:
+    def __init__(
+        self, engine: Engine, *, clock: Callable[[], dt.datetime] | None, lease_s: float, read_only: bool
+    ) -> None:
+        self.lease_s = lease_s
         self._dialect = engine.dialect.name
         self._clock = clock
         self.session = Session(engine.execution_options(read_only=read_only), expire_on_commit=False)

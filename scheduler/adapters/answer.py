@@ -96,10 +96,10 @@ class Lineage:
 
 def adapter_list(store: Store, page: Page) -> AdapterList:
     """A page of the stored adapters; the first page has the newest ones."""
-    found = store.newest_adapters(page)
+    found = store.adapters.newest(page)
     rows = found[: page.limit][::-1]
     numbers = [row.job_id for row in rows]
-    tags, ancestors = store.tags(numbers), store.ancestors(numbers)
+    tags, ancestors = store.adapters.tags(numbers), store.adapters.ancestors(numbers)
     return AdapterList(
         adapters=tuple(_stored(row, tags.get(row.job_id, []), ancestors.get(row.job_id)) for row in rows),
         after=rows[0].job_id if len(found) > len(rows) else None,
@@ -123,29 +123,31 @@ def stored_adapter(store: Store, text: str) -> tuple[StoredAdapter, Job]:
     """
     reference = parse_reference(text)
     try:
-        row = store.adapter(reference)
+        row = store.adapters.get(reference)
     except AdapterNotFound:
         if reference.job_id is not None:
             result_of(store, reference.job_id)
         raise
     number = row.job_id
-    adapter = _stored(row, store.tags([number]).get(number, []), store.ancestors([number]).get(number))
-    return adapter, store.job(number)
+    adapter = _stored(
+        row, store.adapters.tags([number]).get(number, []), store.adapters.ancestors([number]).get(number)
+    )
+    return adapter, store.jobs.get(number)
 
 
 def results_to_bind(store: Store, names: Sequence[str]) -> list[int]:
     """The jobs whose results are not bound yet: of the named adapters, or all. Raises as `stored_adapter` does."""
     if not names:
-        return [job.job_id for job in store.not_bound()]
+        return [job.job_id for job in store.results.not_bound()]
     jobs = {job.job_id: job for _, job in (stored_adapter(store, name) for name in names)}.values()
     return [job.job_id for job in jobs if job.manifest_sha256 is None]
 
 
 def bind_result(store: Store, artifacts: ArtifactStore, user: str, job_id: int) -> None:
     """Bind a result to its row as it is now. Raises ArtifactError when it does not match its manifest or its row."""
-    stored = artifacts.bound(result_binding(store, store.job(job_id)))
+    stored = artifacts.bound(result_binding(store, store.jobs.get(job_id)))
     assert stored.manifest_sha256 is not None
-    store.bind_result(job_id, stored.manifest_sha256, user)
+    store.results.bind(job_id, stored.manifest_sha256, user)
 
 
 def _stored(row: Adapter, tags: list[str], init_from: int | None) -> StoredAdapter:

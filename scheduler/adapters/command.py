@@ -140,7 +140,7 @@ def tag(adapter: str, name: str) -> None:
 
     check_tag(name)
     settings, store = open_session()
-    row, before = store.tag(parse_reference(adapter), name, settings.user)
+    row, before = store.adapters.tag(parse_reference(adapter), name, settings.user)
     moved = f"; it was job {before}" if before not in (None, row.job_id) else ""
     click.echo(f"{clean_line(row.name)}:{name} is the adapter of job {row.job_id} now{moved}.")
 
@@ -158,7 +158,7 @@ def untag(name: str) -> None:
         raise UsageError(f"{name!r} is not of the form NAME:TAG", "like support:prod")
     check_tag(reference.tag)
     settings, store = open_session()
-    click.echo(f"{reference} is forgotten; it was job {store.untag(reference, settings.user)}.")
+    click.echo(f"{reference} is forgotten; it was job {store.adapters.untag(reference, settings.user)}.")
 
 
 @click.command()
@@ -180,7 +180,7 @@ def delete(names: tuple[str, ...], yes: bool) -> None:
             named = f"{adapter.name}:{adapter.tags_set[0]}"
             hint = f"first: loractl adapters untag {named}"
             raise WrongState(f"the adapter of job {adapter.job_id} is tagged {named}", hint)
-        if descendants := store.descendants(adapter.job_id):
+        if descendants := store.adapters.descendants(adapter.job_id):
             jobs = ", ".join(map(str, descendants[:5])) + (", ..." if descendants[5:] else "")
             raise WrongState(
                 f"job {jobs} is to begin from the adapter of job {adapter.job_id}", "wait for it, or cancel it"
@@ -189,7 +189,7 @@ def delete(names: tuple[str, ...], yes: bool) -> None:
     if not yes:
         click.confirm(f"Remove {what} with its report, for good?", abort=True, err=True)
     for adapter in adapters:
-        if not store.remove_result(adapter.job_id, settings.user, "loractl adapters delete"):
+        if not store.results.remove(adapter.job_id, settings.user, "loractl adapters delete"):
             raise WrongState(f"the adapter of job {adapter.job_id} was removed or tagged by somebody else just now")
         artifacts.remove(adapter.prefix)
         click.echo(f"The adapter of job {adapter.job_id} ({clean_line(adapter.name)}) is removed.")

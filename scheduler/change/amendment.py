@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 
 def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
-    """What `KEY=VALUE` overrides change of a job, for Store.edit and Store.retry.
+    """What `KEY=VALUE` overrides change of a job, for `store.jobs.edit` and `store.jobs.retry`.
 
     Raises JobNotFound, SpecError, UsageError for a change that would make another training of it, WrongState when it
     has its result.
     """
-    job = store.job(job_id)
+    job = store.jobs.get(job_id)
     if job.status is Status.SUCCEEDED:
         raise WrongState(
             f"job {job_id} has succeeded: nothing of it changes any more",
@@ -91,7 +91,7 @@ def unknown_channels(changed: Amendment, settings: Settings) -> list[str]:
 
 def require_unended(store: Store, job_id: int) -> None:
     """Raises WrongState for a job that has ended: a change alone would not run it."""
-    job = store.job(job_id)
+    job = store.jobs.get(job_id)
     if job.status in (Status.FAILED, Status.CANCELLED):
         raise WrongState(
             f"job {job_id} {job.status.in_words}: it does not wait",
@@ -108,7 +108,7 @@ def _standing(store: Store, job: Job) -> Standing:
 def _has_trained(store: Store, job: Job) -> bool:
     """Whether an attempt has taken a step. A retry forgets the last attempt's: its losses stay."""
     left = job.checkpoint is not None or job.result_host is not None
-    return left or bool(job.step) or bool(store.metrics(job.job_id, "loss"))
+    return left or bool(job.step) or bool(store.jobs.metrics(job.job_id, "loss"))
 
 
 def _as_known(job: Job, before: JobSpec, after: JobSpec) -> Submission:

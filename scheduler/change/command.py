@@ -45,7 +45,7 @@ def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
             changed = amendment(store, job_id, overrides)
             warn(unknown_channels(changed, settings))
             warn(unchecked_rows(changed, lambda: open_artifacts(settings), lambda: hint("Counting tokens ...")))
-            job = store.edit(changed, settings.user)
+            job = store.jobs.edit(changed, settings.user)
             click.echo(f"Job {job_id} is changed: {changed.text}.")
             warn(wake_for(job, sender))
 
@@ -78,7 +78,7 @@ def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
             if changed is not None:
                 warn(unknown_channels(changed, settings))
                 warn(unchecked_rows(changed, lambda: open_artifacts(settings), lambda: hint("Counting tokens ...")))
-            job = store.retry(job_id, settings.user, changed)
+            job = store.jobs.retry(job_id, settings.user, changed)
             click.echo(f"Job {job_id} is queued again{f': {changed.text}' if changed else ''}.")
             warn(wake_for(job, sender))
 
@@ -95,7 +95,7 @@ def hold(jobs: tuple[str, ...], reason: str) -> None:
     settings, store = open_session()
 
     def keep(job_id: int) -> None:
-        store.hold(job_id, settings.user, " ".join(reason.split()))
+        store.jobs.hold(job_id, settings.user, " ".join(reason.split()))
         click.echo(f"Job {job_id} is held; loractl retry {job_id} releases it.")
 
     _for_each(jobs_named(store, jobs), keep)
@@ -127,11 +127,11 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
         if not job_ids:
             click.echo("No such job waits." if queued else "No such job waits or runs.")
     if sweep_id is not None:
-        for job in store.cancel_sweep(sweep_id, settings.user):
+        for job in store.sweeps.cancel(sweep_id, settings.user):
             _tell(store, job.job_id)
 
     def end(job_id: int) -> None:
-        store.cancel(job_id, settings.user)
+        store.jobs.cancel(job_id, settings.user)
         _tell(store, job_id)
 
     _for_each(job_ids, end)
@@ -141,7 +141,7 @@ def _unfinished(store: Store, user: str, *, queued: bool) -> list[int]:
     from loractl.common.job.status import Status
 
     statuses = (Status.QUEUED,) if queued else (Status.QUEUED, Status.RUNNING)
-    return sorted(job.job_id for job in store.jobs(statuses=statuses, user=user))
+    return sorted(job.job_id for job in store.jobs.matching(statuses=statuses, user=user))
 
 
 def _tell(store: Store, job_id: int) -> None:

@@ -35,10 +35,10 @@ def job_named(store: Store, text: str) -> int:
     if ":" in text:
         from loractl.common.job.reference import parse_reference
 
-        return store.adapter(parse_reference(text)).job_id
+        return store.adapters.get(parse_reference(text)).job_id
     from loractl.common.store.records import Choice, Page
 
-    jobs = store.newest(Choice(name=text), Page(limit=MOST_LISTED))
+    jobs = store.jobs.newest(Choice(name=text), Page(limit=MOST_LISTED))
     if not jobs:
         raise JobNotFound(text)
     if len(jobs) > 1:
@@ -64,7 +64,7 @@ def _range(store: Store, text: str) -> list[int]:
     from loractl.common.store.records import Choice, Page
 
     page = Page(limit=last - first + 1, after=last + 1 if last < LARGEST else None)
-    found = sorted(job.job_id for job in store.newest(Choice(), page) if first <= job.job_id <= last)
+    found = sorted(job.job_id for job in store.jobs.newest(Choice(), page) if first <= job.job_id <= last)
     if not found:
         raise JobNotFound(text)
     return found
@@ -118,7 +118,7 @@ def completed(incomplete: str, known: Callable[[Store], Iterable[tuple[str, str]
 def _known_jobs(store: Store) -> Iterator[tuple[str, str]]:
     from loractl.common.store.records import Choice, Page
 
-    jobs = store.newest(Choice(), Page(limit=COMPLETED))
+    jobs = store.jobs.newest(Choice(), Page(limit=COMPLETED))
     for job in jobs:
         yield str(job.job_id), f"{job.name} ({job.status.value})"
     for name in dict.fromkeys(job.name for job in jobs):
@@ -129,10 +129,10 @@ def _known_jobs(store: Store) -> Iterator[tuple[str, str]]:
 def _known_adapters(store: Store) -> Iterator[tuple[str, str]]:
     from loractl.common.store.records import Page
 
-    stored = store.newest_adapters(Page(limit=COMPLETED))[:COMPLETED][::-1]
+    stored = store.adapters.newest(Page(limit=COMPLETED))[:COMPLETED][::-1]
     for name in dict.fromkeys(adapter.name for adapter in stored):
         yield name, "the newest adapter of this name"
-    tags = store.tags([adapter.job_id for adapter in stored])
+    tags = store.adapters.tags([adapter.job_id for adapter in stored])
     for adapter in stored:
         for tag in tags.get(adapter.job_id, ()):
             yield f"{adapter.name}:{tag}", f"job {adapter.job_id}"

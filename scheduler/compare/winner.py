@@ -181,7 +181,7 @@ class SweepComparison:
 def sweep_comparison(store: Store, artifacts: ArtifactStore, sweep_id: int, user: str) -> SweepComparison:
     """Compare the finished members of a sweep for `user`, who looks at the final rows of the best one once all have
     ended. Raises SweepNotFound; WrongState where no member has a result."""
-    sweep = store.sweep(sweep_id)
+    sweep = store.sweeps.get(sweep_id)
     finished = [member.job_id for member in sweep.members if member.has_result]
     if not finished:
         raise WrongState(

@@ -151,7 +151,7 @@ class Fleet:
 
 def fleet(store: Store) -> Fleet:
     """Every device that a worker has reported, unless its row was removed."""
-    return fleet_of(store.fleet())
+    return fleet_of(store.cards.fleet())
 
 
 def fleet_of(view: FleetView) -> Fleet:

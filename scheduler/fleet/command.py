@@ -58,7 +58,7 @@ def drain(target: str, reason: str, until: str | None, at_once: bool) -> None:
     if not reason.strip() or not reason.isprintable() or len(reason) > 200:
         raise UsageError("--reason must be one line of 1 to 200 characters, which those who wait will read")
     end = None if until is None else end_of_drain(until, known.now)
-    store.drain(target, settings.user, reason.strip(), until=end, at_once=at_once)
+    store.cards.drain(target, settings.user, reason.strip(), until=end, at_once=at_once)
     left = _left(fleet(store).jobs_on(target), at_once)
     click.echo(f"{target} takes no more jobs{left}. End it: loractl undrain {target}")
 
@@ -70,8 +70,8 @@ def undrain(target: str) -> None:
     from loractl.scheduler.cli.session import open_session
 
     _, store = open_session()
-    if not store.end_drain(target):
-        drained = sorted(store.drains())
+    if not store.cards.end_drain(target):
+        drained = sorted(store.cards.drains())
         raise UsageError(f"{target} is not drained", f"drained: {', '.join(drained)}" if drained else None)
     click.echo(f"{target} takes jobs again.")
 

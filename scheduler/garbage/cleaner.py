@@ -126,7 +126,7 @@ class Cleaner:
         Two databases use the same job numbers: one must not judge what the other one's jobs have stored.
         """
         stored = {_job_of(held)[0] for held in self._artifacts.holdings("jobs")}
-        if unknown := sorted(stored - self._store.over(stored).known):
+        if unknown := sorted(stored - self._store.results.over(stored).known):
             numbers = ", ".join(map(str, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
             raise UsageError(
                 f"the artifact store has files of jobs that this database does not know: {numbers}",
@@ -146,14 +146,14 @@ class Cleaner:
         yield from self._cache(gone)
         yield from self._logs()
         if self._policy.past_jobs:
-            yield from (_course(job) for job in self._store.courses(self._limit()) if job.job_id not in gone)
-            yield from (_past(job) for job in self._store.past_jobs(self._limit(), gone))
+            yield from (_course(job) for job in self._store.results.courses(self._limit()) if job.job_id not in gone)
+            yield from (_past(job) for job in self._store.results.past_jobs(self._limit(), gone))
 
     def remove(self) -> Iterator[Garbage]:
         """Remove it and yield what has gone. Each kind is looked up just before it goes."""
         for garbage in self._results(self._old_results()):
             assert garbage.job_id is not None
-            if self._store.remove_result(garbage.job_id, self._settings.user):
+            if self._store.results.remove(garbage.job_id, self._settings.user):
                 self._artifacts.remove(garbage.name)
                 yield garbage
         for garbage in self._below_jobs():
@@ -162,7 +162,7 @@ class Cleaner:
                 self._artifacts.remove(garbage.name)
                 yield garbage
             # a job that was queued again meanwhile goes on from its checkpoint, and a retry stores new ones
-            elif (attempt := self._store.forget_checkpoint(garbage.job_id)) is not None:
+            elif (attempt := self._store.results.forget_checkpoint(garbage.job_id)) is not None:
                 self._artifacts.remove_checkpoints(garbage.job_id, attempt)
                 yield garbage
         for file in self._unfinished():
@@ -179,15 +179,15 @@ class Cleaner:
                 yield garbage
         for garbage in self._work():
             # a job that was queued again since we looked goes on from there
-            if garbage.job_id is not None and self._store.forget_finished(garbage.job_id, *self._here()):
+            if garbage.job_id is not None and self._store.results.forget_finished(garbage.job_id, *self._here()):
                 _remove_here(Path(garbage.name))
                 yield garbage
         for garbage in self._cache():
             _remove_here(Path(garbage.name))
             yield garbage
-        for spent in self._store.spent_logs():
+        for spent in self._store.results.spent_logs():
             if self._is_stored(spent):
-                self._store.forget_log(spent)
+                self._store.results.forget_log(spent)
                 yield _log(spent.job_id, spent.attempt, spent.size)
         if self._policy.past_jobs:
             yield from self._forget_past()
@@ -195,17 +195,17 @@ class Cleaner:
     def _forget_past(self) -> Iterator[Garbage]:
         """Rows of jobs that ended long ago. A job that has files in the store stays: no one could judge them."""
         limit = self._limit()
-        for courses in _batches(self._store.courses(limit)):
-            self._store.forget_courses([job.job_id for job in courses])
+        for courses in _batches(self._store.results.courses(limit)):
+            self._store.results.forget_courses([job.job_id for job in courses])
             yield from map(_course, courses)
         held = {_job_of(holding)[0] for holding in self._artifacts.holdings("jobs")}
-        past = [job for job in self._store.past_jobs(limit) if job.job_id not in held]
+        past = [job for job in self._store.results.past_jobs(limit) if job.job_id not in held]
         for jobs in _batches(past):
-            gone = self._store.forget_jobs([job.job_id for job in jobs], limit)
+            gone = self._store.results.forget_jobs([job.job_id for job in jobs], limit)
             yield from (_past(job) for job in jobs if job.job_id in gone)
 
     def _old_results(self) -> list[Job]:
-        return [] if self._policy.keep_last is None else self._store.beyond_newest(self._policy.keep_last)
+        return [] if self._policy.keep_last is None else self._store.results.beyond_newest(self._policy.keep_last)
 
     def _results(self, old: Collection[Job]) -> Iterator[Garbage]:
         sizes = {held.name: held.size for held in self._artifacts.holdings("jobs")} if old else {}
@@ -216,7 +216,7 @@ class Cleaner:
     def _below_jobs(self) -> Iterator[Garbage]:
         """Stored attempts without a kept result, and checkpoints of ended jobs."""
         held = self._artifacts.holdings("jobs")
-        over = self._store.over({_job_of(holding)[0] for holding in held}, self._limit())
+        over = self._store.results.over({_job_of(holding)[0] for holding in held}, self._limit())
         for holding in held:
             job_id, attempt = _job_of(holding)
             if attempt is None and job_id in over.jobs:
@@ -238,7 +238,7 @@ class Cleaner:
     def _data(self, without: Collection[int] = ()) -> Iterator[Garbage]:
         limit = self._limit()
         held = [holding for holding in self._artifacts.holdings("datasets") if holding.changed_at < limit]
-        needed = self._store.needed_data(limit, without) if held else set()
+        needed = self._store.results.needed_data(limit, without) if held else set()
         for holding in held:
             if holding.name.rpartition("/")[2] not in needed:
                 why = f"no job needs it, last submitted {holding.changed_at:%Y-%m-%d}"
@@ -246,14 +246,14 @@ class Cleaner:
 
     def _work(self) -> Iterator[Garbage]:
         folders = {int(p.name): p for p in _children(self._settings.work_dir) if _NUMBER.fullmatch(p.name)}
-        for job_id in sorted(self._store.over(folders, self._limit()).jobs):
+        for job_id in sorted(self._store.results.over(folders, self._limit()).jobs):
             folder, why = folders[job_id], f"job {job_id} has ended"
             yield Garbage(kind=Kind.WORK, name=str(folder), size=_size(folder), why=why, job_id=job_id)
 
     def _cache(self, without: Collection[int] = ()) -> Iterator[Garbage]:
         """Entries that were not read for long, except data that a job still needs."""
         limit = self._limit()
-        needed = self._store.needed_data(limit, without)
+        needed = self._store.results.needed_data(limit, without)
         for part in ("datasets", "tokenised", "bases", "adapters"):
             for entry in _children(self._settings.cache_dir / part):
                 with contextlib.suppress(FileNotFoundError):  # a trainer has just put it in its place
@@ -263,13 +263,13 @@ class Cleaner:
                         yield Garbage(kind=Kind.CACHE, name=str(entry), size=_size(entry), why=why)
 
     def _logs(self) -> Iterator[Garbage]:
-        for log in self._store.spent_logs():
+        for log in self._store.results.spent_logs():
             yield _log(log.job_id, log.attempt, log.size)
 
     def _is_stored(self, log: SpentLog) -> bool:
         """Whether the log can be read from the store, or was removed with its result. The lines stay where somebody has
         changed the result there."""
-        job = self._store.job(log.job_id)
+        job = self._store.jobs.get(log.job_id)
         if job.report_uri is None:
             return True
         try:

@@ -26,4 +26,4 @@ class PlanAccuracy:
 
 def plan_accuracy(store: Store) -> PlanAccuracy:
     """What all measured attempts say about the plans."""
-    return PlanAccuracy(rows=tuple(accuracy(store.measured())))
+    return PlanAccuracy(rows=tuple(accuracy(store.attempts.measured())))

@@ -158,7 +158,7 @@ def job_to_plan(store: Store, job: str, overrides: tuple[str, ...]) -> JobToPlan
     if not job.isdigit() or Path(job).exists():
         found = load_spec(Path(job), overrides)
         return JobToPlan(title=Path(job).name, spec=found, data={}, patience_s=found.lora_patience or 0.0)
-    row = store.job(int(job))
+    row = store.jobs.get(int(job))
     spec = override_spec(row.spec, overrides, f"job {job}")
     asks, patience_s = None, 0.0
     if row.status is Status.QUEUED and spec.lora_patience is not None and row.lora_until is not None:
@@ -189,11 +189,11 @@ def memory_need(
     shape = _shape(spec)
     counted = row_lengths(spec, announce)
     methods = open_methods(spec)
-    fleet = [] if card is not None else list(store.fleet().cards.values())
+    fleet = [] if card is not None else list(store.cards.fleet().cards.values())
     stack = fleet_stack(store, devices) if card is None else Stack()
     plans = {method: plan(shape, spec, method, counted.lengths, stack=stack) for method in methods}
     key = need_key(spec, dict(job.data) or stored_hashes(spec))
-    measured = store.measured(key, model_family(spec)) if stack.on_gpu else []  # peaks of cards alone
+    measured = store.attempts.measured(key, model_family(spec)) if stack.on_gpu else []  # peaks of cards alone
     planned = {method: plans[method].need_bytes if method in plans else None for method in (Method.LORA, Method.QLORA)}
     planned_need = Need(lora=planned[Method.LORA], qlora=planned[Method.QLORA])
     need = learned(planned_need, key, measured)

@@ -56,7 +56,7 @@ def report_page(store: Store, artifacts: ArtifactStore, job_id: int) -> bytes:
 
 def result_of(store: Store, job_id: int) -> JobResult:
     """The job and the place of its verified result. Raises JobNotFound; WrongState while there is no result."""
-    job = store.job(job_id)
+    job = store.jobs.get(job_id)
     if job.status is not Status.SUCCEEDED:
         raise WrongState(
             f"job {job_id} has no result: it {job.status.in_words}", f"loractl status {job_id} shows where it stands"

@@ -54,12 +54,12 @@ def look(store: Store, artifacts: ArtifactStore, job_id: int, stored: Binding, u
     content = artifacts.read_final(stored)
     if content is None:
         return None
-    return FinalResult(job_id=job_id, content=content, looks=store.look(job_id, str(content["sha256"]), user))
+    return FinalResult(job_id=job_id, content=content, looks=store.results.look(job_id, str(content["sha256"]), user))
 
 
 def seen(store: Store, job_id: int, content: Mapping[str, Any] | None) -> FinalResult | None:
     """The same for who only reads: None while nobody has looked at this job's."""
-    looks = [] if content is None else store.looks(str(content["sha256"]))
+    looks = [] if content is None else store.results.looks(str(content["sha256"]))
     while looks and looks[-1].job_id != job_id:
         looks.pop()
     return FinalResult(job_id=job_id, content=content, looks=looks) if content is not None and looks else None

@@ -76,7 +76,7 @@ def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Se
     spec, online = _same_spec(job, report), _online(store)
     caveats = (
         *_versions(report, online),
-        *_devices(store.attempts(job.job_id), online),
+        *_devices(store.attempts.of_job(job.job_id), online),
         *_base(spec, report, settings.cache_dir),
         *_hub_data(spec, job),
         *_changes(report),
@@ -132,7 +132,7 @@ def _online(store: Store) -> list[Node]:
     from loractl.common.store.fleet import NODE_STALE_S
 
     now = store.now()
-    return [node for node in store.nodes() if (now - node.seen_at).total_seconds() <= NODE_STALE_S]
+    return [node for node in store.cards.nodes() if (now - node.seen_at).total_seconds() <= NODE_STALE_S]
 
 
 def _versions(report: dict[str, Any], online: Sequence[Node]) -> Iterator[Caveat]:

@@ -112,9 +112,9 @@ def state_of(job: Job, view: FleetView | None = None) -> JobState:
 
 def job_state(store: Store, job_id: int) -> JobState:
     """Where a job stands, without its company. Raises JobNotFound."""
-    job = store.job(job_id)
+    job = store.jobs.get(job_id)
     state = state_of(job)
-    others = [share.node for share in store.shares(job_id) if share.attempt == job.attempt and share.rank > 0]
+    others = [share.node for share in store.attempts.shares(job_id) if share.attempt == job.attempt and share.rank > 0]
     return replace(state, cards=(*state.cards, *others)) if state.cards else state
 
 
@@ -217,10 +217,10 @@ class JobInFull:
 
 def job_in_full(store: Store, job_id: int) -> JobInFull:
     """A job, why it waits, and its course. Raises JobNotFound."""
-    row = store.job(job_id)
-    attempts = store.attempts(job_id)
+    row = store.jobs.get(job_id)
+    attempts = store.attempts.of_job(job_id)
     leaves = any(attempt.inside for attempt in attempts)
-    view = store.fleet() if leaves or row.status in (Status.QUEUED, Status.RUNNING) else None
+    view = store.cards.fleet() if leaves or row.status in (Status.QUEUED, Status.RUNNING) else None
     job = state_of(row, view)
     return JobInFull(
         job=job,
@@ -229,7 +229,7 @@ def job_in_full(store: Store, job_id: int) -> JobInFull:
         attempts=_attempts(store, job, view, attempts),
         still_holds=_still_held(view, job_id) if leaves else 0,
         events=_events(store, job_id),
-        losses=tuple((point.step, point.value) for point in store.metrics(job_id, "loss")),
+        losses=tuple((point.step, point.value) for point in store.jobs.metrics(job_id, "loss")),
         held_out=held_out_losses(store, job_id),
         now=store.now(),
     )
@@ -251,7 +251,7 @@ def _still_held(view: FleetView | None, job_id: int) -> int:
 
 def held_out_losses(store: Store, job_id: int) -> tuple[tuple[int, float], ...]:
     """Step and loss on held-out rows, of each evaluation in mid-training so far."""
-    return tuple((point.step, point.value) for point in store.metrics(job_id, "eval_loss"))
+    return tuple((point.step, point.value) for point in store.jobs.metrics(job_id, "eval_loss"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,21 +283,21 @@ class JobHistory:
 
 def job_history(store: Store, job_id: int) -> JobHistory:
     """A job's whole past. Raises JobNotFound."""
-    row = store.job(job_id)
-    view = store.fleet() if row.status is Status.RUNNING else None
+    row = store.jobs.get(job_id)
+    view = store.cards.fleet() if row.status is Status.RUNNING else None
     job = state_of(row, view)
     return JobHistory(
         job=job,
         spec=row.spec,
         data=row.data,
-        attempts=_attempts(store, job, view, store.attempts(job_id)),
+        attempts=_attempts(store, job, view, store.attempts.of_job(job_id)),
         events=_events(store, job_id),
         now=store.now(),
     )
 
 
 def _attempts(store: Store, job: JobState, view: FleetView | None, rows: Sequence[Attempt]) -> tuple[PastAttempt, ...]:
-    shares = store.shares(job.job_id)
+    shares = store.attempts.shares(job.job_id)
     known = [] if view is None else [view.nodes[card] for card in job.cards if card in view.nodes]
     used = {node.node: node.used.get(str(job.job_id)) for node in known}
 
@@ -309,7 +309,7 @@ def _attempts(store: Store, job: JobState, view: FleetView | None, rows: Sequenc
 
 
 def _events(store: Store, job_id: int) -> tuple[PastEvent, ...]:
-    return tuple(map(event_of, store.events(job_id)))
+    return tuple(map(event_of, store.jobs.events(job_id)))
 
 
 def attempt_of(row: Attempt, shares: Sequence[AttemptShare] = (), used: Mapping[str, Any] | None = None) -> PastAttempt:

@@ -30,7 +30,7 @@ class JobLog:
 
 def job_log(store: Store, open_artifacts: Callable[[], ArtifactStore], job_id: int) -> JobLog:
     """The whole log of all attempts; the store is opened where it is needed. Raises JobNotFound, ArtifactError."""
-    job, chunks = store.job(job_id), store.log(job_id)
+    job, chunks = store.jobs.get(job_id), store.jobs.log(job_id)
     stored = _stored(store, open_artifacts, job, {chunk.attempt for chunk in chunks})
     text = "".join(chunk.text for chunk in chunks) + stored
     return JobLog(job=state_of(job), text=text, last=chunks[-1].chunk_id if chunks else 0)
@@ -38,8 +38,8 @@ def job_log(store: Store, open_artifacts: Callable[[], ArtifactStore], job_id: i
 
 def log_since(store: Store, log: JobLog) -> JobLog:
     """What a job has logged since an earlier look. The job is read first: nothing is missed at its end."""
-    job = store.job(log.job.job_id)
-    chunks = store.log(job.job_id, after=log.last)
+    job = store.jobs.get(log.job.job_id)
+    chunks = store.jobs.log(job.job_id, after=log.last)
     text = "".join(chunk.text for chunk in chunks)
     return JobLog(job=state_of(job), text=text, last=chunks[-1].chunk_id if chunks else log.last)
 

@@ -101,8 +101,8 @@ def overview(
     """
     now = store.now()
     midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0).astimezone(dt.UTC)
-    seen = store.glance(choice, page, midnight, alone=alone, most_sweeps=SWEEPS_SHOWN if with_sweeps else 0)
-    first, view = page.after is None, view or store.fleet()
+    seen = store.jobs.glance(choice, page, midnight, alone=alone, most_sweeps=SWEEPS_SHOWN if with_sweeps else 0)
+    first, view = page.after is None, view or store.cards.fleet()
     running = tuple(state_of(job, view) for job in seen.running)
     places = {card for job in running for card in job.cards if card in view.nodes}
     only_sweeps = bool(seen.waiting_count) and not seen.waiting  # no line of a job says what it waits for
@@ -113,7 +113,7 @@ def overview(
         waits=waiting_jobs(store, seen.waiting, view),
         running_count=len(seen.running),
         waiting_count=seen.waiting_count,
-        sweeps=tuple(store.sweeps(seen.sweep_ids)) if first and seen.sweep_ids else (),
+        sweeps=tuple(store.sweeps.several(seen.sweep_ids)) if first and seen.sweep_ids else (),
         sweep_count=seen.sweep_count,
         ended=seen.ended,
         after=seen.waiting[-1].job_id if seen.more_wait else None,
@@ -135,9 +135,9 @@ def told_of_queue(answer: Overview, settings: Settings) -> Overview:
 
 def job_list(store: Store, choice: Choice, page: Page) -> JobList:
     """A page of the jobs, in any state, the newest first."""
-    found = store.newest(choice, page)
+    found = store.jobs.newest(choice, page)
     rows = found[: page.limit]
-    view = None if all(job.status.is_terminal for job in rows) else store.fleet()
+    view = None if all(job.status.is_terminal for job in rows) else store.cards.fleet()
     return JobList(
         jobs=tuple(state_of(job, view) for job in rows),
         waits=waiting_jobs(store, rows, view),

@@ -57,9 +57,9 @@ class SweepStanding:
 
 def sweep_standing(store: Store, sweep_id: int) -> SweepStanding:
     """Raises SweepNotFound."""
-    sweep = store.sweep(sweep_id)
+    sweep = store.sweeps.get(sweep_id)
     running = [member for member in sweep.members if member.status is Status.RUNNING]
-    there = store.fleet() if running else None
+    there = store.cards.fleet() if running else None
     found = {m.job_id: said for m in running if there is not None and (said := trouble_on(there, m.cards))}
     return SweepStanding(sweep=sweep, troubles=found)
 

@@ -22,10 +22,10 @@ def settle_ancestor(spec: JobSpec, store: Store) -> JobSpec:
     if (text := spec.lora.init_from) is None:
         return spec
     try:
-        row = store.adapter(parse_reference(text))
+        row = store.adapters.get(parse_reference(text))
     except AdapterNotFound as error:
         raise UsageError(f"lora.init_from: {error.sentence}", "loractl adapters lists them") from error
-    ancestor = override_spec(store.job(row.job_id).spec, (), f"job {row.job_id}")
+    ancestor = override_spec(store.jobs.get(row.job_id).spec, (), f"job {row.job_id}")
     if wrong := misfits(spec, ancestor):
         raise UsageError(
             f"{spec.name} can't begin from {row.name} (job {row.job_id}): {'; '.join(wrong)}",

@@ -35,7 +35,7 @@ def of_file(path: Path, overrides: Sequence[str]) -> JobDraft:
 
 def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> JobDraft:
     """A new job with a submitted one's settings and rows, but for the overrides. Raises JobNotFound, SpecError."""
-    job, name = store.job(job_id), f"job {job_id}"
+    job, name = store.jobs.get(job_id), f"job {job_id}"
     spec = amended_spec(job.spec, overrides, name, Path.cwd())
     given = {override.partition("=")[0].partition(".")[2] for override in overrides}
     kept = spec.data_sets().keys() & job.data.keys()

@@ -84,7 +84,7 @@ def enqueue(submission: Submission, settings: Settings, store: Store) -> Entry:
     """Write the job and wake the nodes."""
     size_class = vram_class(submission.first_need)
     with open_sender(settings) as sender:
-        job_id = store.submit(submission)
+        job_id = store.jobs.submit(submission)
         away = _ring(sender, [size_class], f"Job {job_id}")
     purpose = f", {submission.purpose}" if submission.purpose else ""
     sentence = f"Job {job_id} ({submission.spec.name}) is queued{purpose}."
@@ -97,9 +97,9 @@ def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settin
     """Write all members or none, and wake the nodes. Of the warnings only those about the largest member are told."""
     classes = sorted({vram_class(member.first_need) for member in members})
     with open_sender(settings) as sender:
-        sweep_id = store.submit_sweep(new, members)
+        sweep_id = store.sweeps.submit(new, members)
         away = _ring(sender, classes, f"Sweep {sweep_id}")
-    sweep = store.sweep(sweep_id)
+    sweep = store.sweeps.get(sweep_id)
     pairs = zip(sweep.members, members, strict=True)
     largest, submission = max(pairs, key=lambda pair: pair[1].first_need or 0)
     return SweepEntry(sweep=sweep, warnings=(*doubts_of(f"job {largest.job_id}", submission, settings, store), *away))
@@ -126,7 +126,7 @@ def doubts_of(name: str, submission: Submission, settings: Settings, store: Stor
     for text in spec.data_sets().values():
         if not is_local(text):
             doubts.append(f"Note: {text} is no file here and is taken for a data set on the hub.")
-    nodes = [] if store is None else store.nodes()
+    nodes = [] if store is None else store.cards.nodes()
     least, largest = submission.first_need, max((node.usable for node in nodes), default=None)
     if least is not None and largest is not None and least > largest:
         doubts.append(

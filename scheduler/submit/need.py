@@ -47,7 +47,7 @@ def plan_job(
     stack = fleet_stack(store, devices)
     planned = predict(spec, stack=stack)
     key, family = need_key(spec, data), model_family(spec)
-    measured = store.measured(key, family) if store is not None and stack.on_gpu else []
+    measured = store.attempts.measured(key, family) if store is not None and stack.on_gpu else []
     need = learned(planned, key, measured)
     methods = open_methods(spec)
     if (least := least_need(methods, need) or 0) > ABSURD:
@@ -84,7 +84,7 @@ _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
 def fleet_stack(store: Store | None, devices: str | None = None) -> Stack:
     """How the fleet trains: on processors where no worker has shown anything else. Where none shows anything now,
     `devices` counts, see own_devices."""
-    kinds = {node.kind for node in store.nodes()} if store is not None else set()
+    kinds = {node.kind for node in store.cards.nodes()} if store is not None else set()
     return Stack(on_gpu=kinds != {"cpu"} if kinds else devices != "cpu")
 
 

@@ -38,7 +38,7 @@ def waiting_jobs(store: Store, jobs: Sequence[Job], view: FleetView | None = Non
     queued = [job for job in jobs if job.status is Status.QUEUED]
     if not queued:
         return WaitingJobs()
-    view, ready = view or store.fleet(), store.ready(REPLAYED_JOBS + 1)
+    view, ready = view or store.cards.fleet(), store.jobs.ready(REPLAYED_JOBS + 1)
     starts = read_starts(store, view, ready) if view.running else {}
     return WaitingJobs(
         reasons={job.job_id: reason(job, view, ready, starts) for job in queued},

@@ -43,7 +43,7 @@ class ExpectedStart:
 def read_starts(store: Store, view: FleetView, waiting: Sequence[Waiting]) -> dict[int, ExpectedStart]:
     """See expected_starts. What a join asks of waiting jobs is read where there is a host to join."""
     joined = len(waiting) <= REPLAYED_JOBS and any(open_bases(card) for card in view.cards.values())
-    return expected_starts(view, waiting, store.newcomers(waiting) if joined else {})
+    return expected_starts(view, waiting, store.cards.newcomers(waiting) if joined else {})
 
 
 def expected_starts(

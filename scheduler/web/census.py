@@ -48,26 +48,26 @@ class LabCensus:
 
 def lab_census(store: Store) -> LabCensus:
     """The lab as it is now."""
-    view = store.fleet()
+    view = store.cards.fleet()
     reserved: dict[int, dict[str, int]] = {}
     for name, card in view.cards.items():
         for occupant in card.running:
             reserved.setdefault(occupant.job_id, {})[name] = occupant.reserved
     return LabCensus(
         now=view.now,
-        counts=store.counts(),
-        oldest_ready=store.oldest_ready(),
+        counts=store.jobs.counts(),
+        oldest_ready=store.jobs.oldest_ready(),
         round_at=view.round_at,
         devices=fleet_of(view).devices,
         running=[_running(job, reserved.get(job.job_id, {})) for job in list(view.running.values())[:MOST_RUNNING]],
-        traffic=store.traffic(),
+        traffic=store.outbox.traffic(),
     )
 
 
 def runs_since(store: Store, since: dt.datetime) -> tuple[Sequence[PastRun], dt.datetime]:
     """The attempts that began or ended since a moment, and the moment up to which they are known."""
     until = max(since, store.now() - dt.timedelta(seconds=SETTLED_S))
-    return store.runs(since, until), until
+    return store.attempts.runs(since, until), until
 
 
 def _running(job: Job, reserved: Mapping[str, int]) -> RunningJob:

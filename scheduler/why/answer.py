@@ -84,14 +84,14 @@ class Why:
 
 def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWaiting:
     """Why a job waits. Raises JobNotFound. Remedies take time: the job is planned in smaller forms."""
-    job = store.job(job_id)
+    job = store.jobs.get(job_id)
     if job.status is not Status.QUEUED:
         if job.status is not Status.RUNNING:
             return NotWaiting(job=state_of(job))
-        there = store.fleet()
+        there = store.cards.fleet()
         state = state_of(job, there)
         return NotWaiting(job=state, trouble=trouble_on(there, state.cards))
-    view, waiting = store.fleet(), store.ready(REPLAYED_JOBS + 1)
+    view, waiting = store.cards.fleet(), store.jobs.ready(REPLAYED_JOBS + 1)
     starts = read_starts(store, view, waiting)
     wait = reason(job, view, waiting, starts)
     helpless = wait.tier in (Tier.POLICY, Tier.NEXT) or not with_remedies
@@ -102,7 +102,7 @@ def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWa
         start=starts.get(job_id),
         cards=tuple(card_fits(job, view)),
         ahead=_ahead(job, view, waiting),
-        remedies=release if helpless else remedies(job, view, store.would_start),
+        remedies=release if helpless else remedies(job, view, store.cards.would_start),
         now=view.now,
         asks=asked_of(job, view),
     )

@@ -72,7 +72,7 @@ class Lab:
 
     def until(self, job_id: int, holds: Callable[[Job], object], seconds: float = 60) -> Job:
         deadline = time.monotonic() + seconds
-        while not holds(job := self.store.job(job_id)):
+        while not holds(job := self.store.jobs.get(job_id)):
             assert time.monotonic() < deadline, f"after {seconds} s: {job.status} {job.stage} {job.step} {job.message}"
             time.sleep(0.1)
         return job
@@ -82,7 +82,7 @@ class Lab:
             session.execute(update(Job).where(Job.job_id == job_id).values(**values))
 
     def reasons(self, job_id: int) -> list[Reason | None]:
-        return [attempt.reason for attempt in self.store.attempts(job_id)]
+        return [attempt.reason for attempt in self.store.attempts.of_job(job_id)]
 
     def starts(self) -> list[str]:
         """JOB.ATTEMPT of each quick trainer."""

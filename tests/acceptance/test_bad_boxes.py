@@ -30,13 +30,13 @@ def test_a_frozen_worker_that_wakes_up_after_its_lease_is_refused_and_its_files_
     lab.until(job_id, lambda job: job.attempt == 2 and job.step)
     noticed = time.monotonic() - began
     assert noticed < LEASE_S + 20, f"noticed within the lease, and a worker's start: {noticed:.0f} s"
-    resumed = lab.store.attempts(job_id)[1].resumed_from_step or 0
+    resumed = lab.store.attempts.of_job(job_id)[1].resumed_from_step or 0
     assert resumed >= frozen_at - 10, "at most one checkpoint interval is lost"
     for process in frozen:
         process.send_signal(signal.SIGCONT)
     lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
     assert lab.reasons(job_id) == [Reason.WORKER_LOST, Reason.OK]
-    (adapter,) = lab.store.adapters()
+    (adapter,) = lab.store.adapters.all()
     assert adapter.uri.endswith(f"jobs/{job_id}/attempt-2/adapter")
     lab.cli("adapters", "pull", job_id, tmp_path / "pulled")
     assert (tmp_path / "pulled" / "adapter_model.safetensors").read_bytes() == weights_of("attempt 2")

@@ -52,7 +52,7 @@ def start(make_cli: Callable[..., Cli], library: StandIn) -> Iterator[Start]:
 
 
 def faults(store: Store) -> dict[str, str | None]:
-    return {row.node: row.fault for row in store.nodes()}
+    return {row.node: row.fault for row in store.cards.nodes()}
 
 
 def until(holds: Callable[[], object], seconds: float = 60) -> None:
@@ -75,7 +75,7 @@ def test_a_box_of_gpus_with_a_torch_for_processors_closes_its_cards_and_trains_n
     until(lambda: faults(store).get("heron:0") == "its self-test has not ended yet")
     cli("submit", write_job(tmp_path, tiny_model))
     until(lambda: "no CUDA build" in str(faults(store)["heron:0"]))
-    (row,) = store.nodes()
+    (row,) = store.cards.nodes()
     assert (row.kind, row.self_test["torch"], row.outside_bytes) == ("nvml", torch.__version__, 0)
-    assert store.attempts(1) == []
+    assert store.attempts.of_job(1) == []
     assert "has no CUDA build: install one that has" in " ".join(cli("why", 1).stdout.split())

@@ -61,11 +61,11 @@ def test_each_login_may_its_part_and_a_second_time_changes_nothing(lab: Cli, own
     first = {login["name"]: login for login in json.loads(lab(*asked, "--json").stdout)["logins"]}
     assert all(login["new"] and login["url"].startswith("postgresql://") for login in first.values())
     engines = {name: make_engine(login["url"].replace("://", "+psycopg://", 1)) for name, login in first.items()}
-    job_id = Store(engines[ada]).submit(submission())
-    assert Store(engines[page]).job(job_id).user == ada
+    job_id = Store(engines[ada]).jobs.submit(submission())
+    assert Store(engines[page]).jobs.get(job_id).user == ada
     for name in (heron, page):
         with pytest.raises(Forbidden):
-            Store(engines[name]).submit(submission())
+            Store(engines[name]).jobs.submit(submission())
     with owner.connect() as connection:
         connection.exec_driver_sql(f"GRANT DELETE ON jobs, nodes TO {SUBMIT}")
     again = lab(*asked).stdout

@@ -41,7 +41,7 @@ def test_a_trainer_that_prints_without_end_fills_neither_disk_nor_database(
     assert whole.endswith("\n[the log file ends here: it has 64 MiB]\n")
 
     engine = make_engine(f"sqlite:///{home / 'loractl.db'}")
-    kept = sum(len(chunk.text) for chunk in Store(engine).log(1))
+    kept = sum(len(chunk.text) for chunk in Store(engine).jobs.log(1))
     engine.dispose()
     assert kept <= DATABASE_LIMIT + len(IS_LONG) + 100 * len(LEFT_OUT)
     assert cli("logs", 1, "--tail", 2).stdout, "the last lines are there, whatever came before"

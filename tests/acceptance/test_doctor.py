@@ -140,7 +140,7 @@ def test_boxes_of_other_versions_silent_ones_and_closed_cards_are_named(cli: Cli
         box_state("heron:0"), box_state("heron:1", fault="it must be reset"), box_state("owl:0", version="0.0.1"),
         box_state("wren:0"), box_state("finch:0", torch="2.11.0"),
     ):  # fmt: skip
-        store.see_node(state)
+        store.cards.see(state)
     with engine.begin() as connection:
         connection.execute(text("UPDATE nodes SET seen_at = datetime('now', '-2 hours') WHERE node = 'wren:0'"))
         columns = "message_id, event, channel, user, kind, subject, text, at, due_at"
@@ -231,7 +231,7 @@ def test_a_card_with_a_fault_fails_and_a_served_one_is_left_alone(make_cli: Call
     worker = cli.start("worker", "--reserve", "0")
     store = Store(connect(load_settings(cli.environment)))
     deadline = time.monotonic() + 60
-    while not store.nodes():
+    while not store.cards.nodes():
         assert time.monotonic() < deadline and worker.poll() is None
         time.sleep(0.1)
     assert "a worker serves them" in checks(cli)["cards"][0]["sentence"]

@@ -45,10 +45,10 @@ def test_a_node_that_starts_in_an_outage_of_the_database_takes_no_living_job_ove
     admin = create_engine(make_url(postgres_server).set(drivername="postgresql+psycopg"), isolation_level="AUTOCOMMIT")
     try:
         _until(lambda: _turn_at(store) is not None)
-        store.see_node(node_state("heron:0", total=8 * GIB))
-        store.drain("owl", "ada", "the job is heron's")
-        store.submit(submission(lora=4))
-        claim = store.claim("heron:0")
+        store.cards.see(node_state("heron:0", total=8 * GIB))
+        store.cards.drain("owl", "ada", "the job is heron's")
+        store.jobs.submit(submission(lora=4))
+        claim = store.attempts.claim("heron:0")
         assert isinstance(claim, Claim)
         with admin.connect() as server:
             server.execute(text(f"ALTER DATABASE {engine.url.database} ALLOW_CONNECTIONS false"))
@@ -62,8 +62,8 @@ def test_a_node_that_starts_in_an_outage_of_the_database_takes_no_living_job_ove
             server.execute(text(f"ALTER DATABASE {engine.url.database} ALLOW_CONNECTIONS true"))
         back = store.now()
         _until(lambda: (_turn_at(store) or back) > back)
-        assert store.job(claim.job_id).attempt == 1 and store.beat(claim, Progress(step=1)).accepted
-        _until(lambda: store.job(claim.job_id).status is Status.QUEUED, seconds=3 * LEASE_S + 20)
+        assert store.jobs.get(claim.job_id).attempt == 1 and store.attempts.beat(claim, Progress(step=1)).accepted
+        _until(lambda: store.jobs.get(claim.job_id).status is Status.QUEUED, seconds=3 * LEASE_S + 20)
     finally:
         worker.send_signal(signal.SIGINT)
         worker.communicate(timeout=60)
@@ -82,10 +82,10 @@ def test_a_copied_home_with_an_equal_name_takes_no_running_job(
     }  # fmt: skip
     engine = make_engine(upgraded_url)
     store = Store(engine)
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     workers = [make_cli(**shared).start("worker")]
     try:
-        _until(lambda: store.job(job_id).status is Status.RUNNING)
+        _until(lambda: store.jobs.get(job_id).status is Status.RUNNING)
         shutil.copytree(home / "run", tmp_path / "copy" / "run")
         workers.append(make_cli(**shared, LORACTL_HOME=str(tmp_path / "copy")).start("worker"))
         assert workers[1].stdout is not None
@@ -94,9 +94,9 @@ def test_a_copied_home_with_an_equal_name_takes_no_running_job(
             line = workers[1].stdout.readline()
             assert line, said
             said += line
-        job = store.job(job_id)
+        job = store.jobs.get(job_id)
         assert (job.status, job.attempt) == (Status.RUNNING, 1)
-        assert [attempt.reason for attempt in store.attempts(job_id)] == [None]
+        assert [attempt.reason for attempt in store.attempts.of_job(job_id)] == [None]
     finally:
         for worker in reversed(workers):
             worker.send_signal(signal.SIGINT)
@@ -106,7 +106,7 @@ def test_a_copied_home_with_an_equal_name_takes_no_running_job(
 
 def _turn_at(store: Store) -> dt.datetime | None:
     """When a node last took its turn for the fleet."""
-    with store._read() as tx:
+    with store.begin(read_only=True) as tx:
         return tx.session.scalar(select(FleetRound.at).where(FleetRound.name == "leases"))
 
 

@@ -87,15 +87,15 @@ def test_no_message_makes_a_node_do_more_than_look_at_the_rows(
     try:
         engine = connect(load_settings(cli.environment))
         store = Store(engine)
-        _until(lambda: store.job(1).status is Status.RUNNING)
+        _until(lambda: store.jobs.get(1).status is Status.RUNNING)
         messages = forged(mark)
         for text in messages:
             client.lpush(CARD, text)
         client.lpush("elsewhere", "x")
-        _until(lambda: store.job(1).status is Status.SUCCEEDED)
+        _until(lambda: store.jobs.get(1).status is Status.SUCCEEDED)
         _until(lambda: client.llen(CARD) == 0)
         assert worker.poll() is None
-        assert [attempt.reason.value for attempt in store.attempts(1) if attempt.reason] == ["ok"]
+        assert [attempt.reason.value for attempt in store.attempts.of_job(1) if attempt.reason] == ["ok"]
         engine.dispose()
     finally:
         worker.terminate()

@@ -63,7 +63,7 @@ def test_a_drain_of_either_card_gives_the_job_back_with_a_checkpoint(
         drained = until_job(box, 1, lambda job: job.status is Status.QUEUED, seconds=60)
         box("undrain", card)
         until_job(box, 1, lambda job, before=drained.attempt: trains(job) and job.attempt > before, seconds=120)
-    attempts = store_of(box).attempts(1)
+    attempts = store_of(box).attempts.of_job(1)
     assert [attempt.reason for attempt in attempts[:2]] == ["drained", "drained"]
     assert all(attempt.resumed_from_step for attempt in attempts[1:])
     box("cancel", 1)
@@ -86,7 +86,7 @@ def test_a_rank_that_is_killed_ends_the_attempt_and_the_next_goes_on(
     assert not alive
     print(f"both ranks had ended after {time.monotonic() - began:.1f} s")
     until_job(box, 1, lambda job: trains(job) and job.attempt == 2, seconds=180)
-    first, second = store_of(box).attempts(1)
+    first, second = store_of(box).attempts.of_job(1)
     assert first.reason == "killed" and second.resumed_from_step
     box("cancel", 1)
     until_job(box, 1, lambda job: job.status is Status.CANCELLED, seconds=60)

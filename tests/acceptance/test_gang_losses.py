@@ -37,7 +37,7 @@ class Gangs:
         file = write_job(self.lab.folder, self.model)
         on = ("--set=resources.parallel=sharded",) if cards > 1 else ()
         self.lab.cli("submit", file, f"--set=resources.cards={cards}", *on, *options)
-        return max(job.job_id for job in self.lab.store.jobs())
+        return max(job.job_id for job in self.lab.store.jobs.matching())
 
     def trains(self, job_id: int, attempt: int = 1, cards: int = 2) -> Job:
         """The job once this attempt has done some steps, with so many ranks."""
@@ -95,17 +95,17 @@ def test_it_gives_way_on_both_cards_and_goes_on_on_one(gangs: Gangs) -> None:
     high = [gangs.submit("--set=priority=5", *LASTING, cards=1) for _ in range(2)]
     for job_id in high:
         lab.until(job_id, lambda job: job.status is Status.RUNNING and job.step, seconds=120)
-    given = lab.store.attempts(low)[0]
+    given = lab.store.attempts.of_job(low)[0]
     assert given.reason == Reason.PREEMPTED and "which has a higher priority" in (given.message or "")
     assert gangs.ranks(low) == []
-    assert {lab.store.job(job_id).node for job_id in high} == {"heron:0", "heron:1"}
+    assert {lab.store.jobs.get(job_id).node for job_id in high} == {"heron:0", "heron:1"}
     lab.cli("cancel", high[0])
     lab.until(high[0], lambda job: job.status is Status.CANCELLED)
-    assert lab.store.job(low).status is Status.QUEUED, "it waits for two cards"
+    assert lab.store.jobs.get(low).status is Status.QUEUED, "it waits for two cards"
     lab.cli("edit", low, "--set=resources.cards=1", "--set=resources.parallel=auto")
     gangs.trains(low, attempt=2, cards=1)
-    assert (lab.store.attempts(low)[1].resumed_from_step or 0) >= (given.resumed_from_step or 0) + 5
-    assert lab.store.job(low).retries_used == 0
+    assert (lab.store.attempts.of_job(low)[1].resumed_from_step or 0) >= (given.resumed_from_step or 0) + 5
+    assert lab.store.jobs.get(low).retries_used == 0
 
 
 @OWN
@@ -127,7 +127,7 @@ def test_a_lost_box_s_job_goes_on_on_the_cards_of_another(gangs: Gangs, how: sig
     lab.until(job_id, lambda job: job.attempt == 2 and job.status is Status.RUNNING)
     assert time.monotonic() - began < LEASE_S + 20, "noticed within the lease, and a worker's start"
     gangs.trains(job_id, attempt=2, cards=4 if how is signal.SIGSTOP else 2)
-    first, second = lab.store.attempts(job_id)
+    first, second = lab.store.attempts.of_job(job_id)
     assert first.reason == Reason.WORKER_LOST and second.node.startswith("owl:")
     assert (second.resumed_from_step or 0) >= reached - 10, "at most one checkpoint interval is lost, and a step or two"
     for process in whole:
@@ -165,7 +165,7 @@ def test_the_second_card_s_node_alone_ends_all_ranks_and_the_job_goes_on(gangs: 
     if how is signal.SIGSTOP:
         node.resume()
     gangs.trains(job_id, attempt=2)
-    first, again = lab.store.attempts(job_id)
+    first, again = lab.store.attempts.of_job(job_id)
     assert (first.reason, lost.retries_used) == (Reason.WORKER_LOST, 0)
     assert (first.message or "").startswith(second)
     assert again.resumed_from_step
@@ -184,4 +184,4 @@ def test_no_rank_stays_on_a_card_while_the_node_that_started_it_stands_still(gan
     assert set(lost.avoids or {}) == {node}
     leader.resume()
     gangs.trains(job_id, attempt=2)
-    assert lab.store.attempts(job_id)[0].reason == Reason.WORKER_LOST
+    assert lab.store.attempts.of_job(job_id)[0].reason == Reason.WORKER_LOST

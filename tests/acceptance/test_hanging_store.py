@@ -37,14 +37,14 @@ def s3(s3_server: S3) -> Iterator[tuple[Link, dict[str, str]]]:
 
 
 def history(lab: Lab, job_id: int) -> list[str]:
-    return [event.text for event in lab.store.events(job_id)]
+    return [event.text for event in lab.store.jobs.events(job_id)]
 
 
 def waits_for(lab: Lab, job_id: int, what: str, attempt: int) -> None:
     """Until the history of this attempt says that it waits for the store."""
     deadline = time.monotonic() + 40
     begins = f"waits for the artifact store: {what}"
-    while not any(e.attempt == attempt and e.text.startswith(begins) for e in lab.store.events(job_id)):
+    while not any(e.attempt == attempt and e.text.startswith(begins) for e in lab.store.jobs.events(job_id)):
         assert time.monotonic() < deadline, history(lab, job_id)
         time.sleep(0.1)
 

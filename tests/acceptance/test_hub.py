@@ -57,7 +57,7 @@ def test_hub_ids_are_fetched_once_pinned_in_the_report_and_taken_from_the_cache_
     nowhere = cli.with_environment(HF_HOME=str(tmp_path / "nowhere"))
     nowhere("submit", job)
     store = Store(connect(load_settings(cli.environment)))
-    planned = [store.job(job_id).vram_lora for job_id in (1, 2, 3)]
+    planned = [store.jobs.get(job_id).vram_lora for job_id in (1, 2, 3)]
     assert planned[0] is not None, "unknown at submit; the trainer told it once the config was there"
     assert planned[1] is not None, "planned at submit from the cached config of that commit"
     assert planned[2] is None, "a client without the config knows no need: the job takes an empty card"

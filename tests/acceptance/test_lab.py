@@ -80,7 +80,7 @@ def test_a_box_and_a_person_join_with_the_lines_that_init_prints(lab: Lab, postg
         assert role_of(postgres_url, who) == [role]
     assert load_settings(box.environment).host == "lab-heron"
     engine = connect(load_settings(person.environment))
-    assert Store(engine).submit(submission()) == 1
+    assert Store(engine).jobs.submit(submission()) == 1
     engine.dispose()
     for line in (box_line, person_line):
         again = lab.machine("late")("join", line, "--no-service", code=1)

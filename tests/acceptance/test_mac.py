@@ -34,7 +34,7 @@ def on_a_mac(home: Path, *commands: list[str], **environment: str) -> list[dict[
 def test_a_person_s_commands_need_nothing_of_linux(postgres_server: str, tmp_path: Path) -> None:
     with database(postgres_server, UPGRADED) as url, services.valkey(tmp_path, "secret") as queue:
         lab = webs.seed(url, tmp_path / "artifacts")
-        done = next(row for row in lab.store.adapters() if row.name == "triage-r32")
+        done = next(row for row in lab.store.adapters.all() if row.name == "triage-r32")
         write_helpdesk(tmp_path / "data.jsonl")
         (tmp_path / "job.yaml").write_text("name: mac\nbase_model: gpt2\ndataset: {path: data.jsonl}\n")
         answers = on_a_mac(

@@ -26,12 +26,12 @@ def lab(cli: Cli, home: Path) -> Cli:
     store = Store(engine)
     user = load_settings(cli.environment).user
     for name in ("tickets", "alone", "twice", "twice"):
-        store.submit(replace(submission(name=name), user=user))
-    store.submit(replace(submission(name="other"), user="bob"))
+        store.jobs.submit(replace(submission(name=name), user=user))
+    store.jobs.submit(replace(submission(name="other"), user="bob"))
     claim = take(store)
     assert isinstance(claim, Claim) and claim.job_id == 1
-    store.finish(claim, Reason.OK, "better", Progress(), RESULT)
-    store.tag(parse_reference("1"), "prod", user)
+    store.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT)
+    store.adapters.tag(parse_reference("1"), "prod", user)
     engine.dispose()
     return cli
 

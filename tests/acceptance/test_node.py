@@ -99,10 +99,10 @@ def test_a_supervisor_that_hangs_loses_its_trainer_and_the_slot_takes_the_next_j
     store = Store(connect(load_settings(cli.environment)))
     worker = cli.start("worker", warm_start=True)
     try:
-        _until(lambda: [a.reason for a in store.attempts(1)][:1] == [Reason.WORKER_LOST])
-        store.hold(1, "tester") if store.job(1).status is Status.QUEUED else store.cancel(1, "tester")
+        _until(lambda: [a.reason for a in store.attempts.of_job(1)][:1] == [Reason.WORKER_LOST])
+        store.jobs.hold(1, "tester") if store.jobs.get(1).status is Status.QUEUED else store.jobs.cancel(1, "tester")
         cli("submit", job)
-        _until(lambda: bool(store.attempts(2)))
+        _until(lambda: bool(store.attempts.of_job(2)))
     finally:
         worker.send_signal(signal.SIGINT)
         worker.send_signal(signal.SIGINT)
@@ -124,12 +124,12 @@ def test_jobs_start_without_the_queue(run_with: Callable[..., Cli], home: Path, 
         store = Store(connect(load_settings(cli.environment)))
         worker = cli.start("worker", warm_start=True)
         try:
-            _until(lambda: store.job(1).status is Status.FAILED)
+            _until(lambda: store.jobs.get(1).status is Status.FAILED)
             _until(lambda: len(phone.requests) > 0)
         finally:
             worker.send_signal(signal.SIGINT)
             worker.communicate(timeout=60)
-    assert store.job(1).message == "nothing is trained"
+    assert store.jobs.get(1).message == "nothing is trained"
     (message,) = phone.requests
     assert message.json["title"].endswith(": failed (bad_data), nothing is trained")
 
@@ -143,15 +143,15 @@ def test_a_queue_that_answers_with_errors_stops_no_job_and_is_used_again(
     worker = cli.start("worker", warm_start=True)
     try:
         cli("submit", write_job(tmp_path, HUB_MODEL), "--set=max_retries=0")
-        _until(lambda: store.job(1).status is Status.RUNNING)
+        _until(lambda: store.jobs.get(1).status is Status.RUNNING)
         queue = Redis(unix_socket_path=str(home / "run" / "valkey.sock"))
         queue.config_set("min-replicas-to-write", 1)
         time.sleep(5)
-        assert store.job(1).status is Status.RUNNING and store.job(1).attempt == 1
+        assert store.jobs.get(1).status is Status.RUNNING and store.jobs.get(1).attempt == 1
         queue.config_set("min-replicas-to-write", 0)
         cli("cancel", 1)
         cli("submit", write_job(tmp_path, HUB_MODEL), "--set=max_retries=0")
-        _until(lambda: store.job(2).status is Status.RUNNING)
+        _until(lambda: store.jobs.get(2).status is Status.RUNNING)
     finally:
         worker.send_signal(signal.SIGINT)
         said, _ = worker.communicate(timeout=90)
@@ -198,14 +198,14 @@ def test_a_message_that_finds_no_idle_slot_is_passed_on_to_the_card_that_has_roo
     settings = load_settings(make_cli().environment)
     store = Store(connect(settings))
     for node in ("full:0", "free:0"):
-        store.see_node(node_state(node, total=8 * GIB, max_jobs=1))
-    store.submit(submission(lora=4))
-    held = store.claim("full:0")
+        store.cards.see(node_state(node, total=8 * GIB, max_jobs=1))
+    store.jobs.submit(submission(lora=4))
+    held = store.attempts.claim("full:0")
     if not isinstance(held, Claim):  # the rule gave it to the other card
-        held = store.claim("free:0")
+        held = store.attempts.claim("free:0")
     assert isinstance(held, Claim)
-    busy, free = ("full:0", "free:0") if store.job(held.job_id).node == "full:0" else ("free:0", "full:0")
-    store.submit(submission(lora=4))
+    busy, free = ("full:0", "free:0") if store.jobs.get(held.job_id).node == "full:0" else ("free:0", "full:0")
+    store.jobs.submit(submission(lora=4))
 
     device = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
     place = Workplace(

@@ -61,13 +61,13 @@ def test_a_database_that_is_away_or_only_reads_for_longer_than_a_lease_costs_not
             assert told.startswith("Error: the database")
             time.sleep(1.4 * LEASE_S)
             _reconnect(server, f"ALTER DATABASE {name} {back}", str(name))
-            beaten = lab.store.job(long).lease_expires_at
+            beaten = lab.store.jobs.get(long).lease_expires_at
             lab.until(long, lambda job, before=beaten: job.lease_expires_at != before)
     lab.until(long, lambda job: job.status is Status.SUCCEEDED)
     lab.until(behind, lambda job: job.status is Status.SUCCEEDED)
     assert lab.starts() == [f"{long}.1", f"{behind}.1"], "the training went on, and nobody took its job"
-    steps = [point.step for point in lab.store.metrics(long, "loss")]
-    history = [event.text for event in lab.store.events(long)]
+    steps = [point.step for point in lab.store.jobs.metrics(long, "loss")]
+    history = [event.text for event in lab.store.jobs.events(long)]
     assert steps == list(range(1, 221)), f"what was told meanwhile is written afterwards: {history}"
 
     nodes = _nodes_of(home)

@@ -41,7 +41,7 @@ def test_one_job_trains_with_qlora_on_the_small_card_while_another_does_with_lor
         Store(connect(load_settings(cli.environment))),
     )
     try:
-        while len(store.nodes()) < 2:
+        while len(store.cards.nodes()) < 2:
             time.sleep(0.1)
         cli("submit", *jobs, "--set", "resources.exclusive=true")  # else jobs of such short rows stay open to others
         for number in (1, 2):

@@ -47,15 +47,15 @@ def first(postgres_url: str) -> Iterator[Store]:
     engine = make_engine(postgres_url)
     upgrade(engine)
     store = Store(engine)
-    store.submit(submission(name="ended"))
+    store.jobs.submit(submission(name="ended"))
     claim = take(store)
     assert isinstance(claim, Claim)
     points = tuple((step, "loss", 1 / step) for step in range(1, 40))
     odd = 'tab\tbackslash \\N quote " newline\nünï✓'
-    store.finish(claim, Reason.BAD_DATA, odd, Progress(log=odd, metrics=points))
-    store.submit(submission(name="runs"))
+    store.attempts.finish(claim, Reason.BAD_DATA, odd, Progress(log=odd, metrics=points))
+    store.jobs.submit(submission(name="runs"))
     assert isinstance(take(store), Claim)
-    store.submit(submission(name="waits", notify=["ops"]))
+    store.jobs.submit(submission(name="waits", notify=["ops"]))
     yield store
     engine.dispose()
 
@@ -77,16 +77,16 @@ def opened(url: str) -> Iterator[Engine]:
 def test_a_lab_is_copied_by_a_login_that_only_reads_and_goes_on_in_another_database(
     first: Store, postgres_url: str, second: str, make_cli: Callable[..., Cli], home: Path, tmp_path: Path
 ) -> None:
-    page = apply_roles(first._engine, [WantedLogin(name=f"page_{os.getpid()}", role="loractl_web")]).logins[0]
+    page = apply_roles(first.engine, [WantedLogin(name=f"page_{os.getpid()}", role="loractl_web")]).logins[0]
     assert page.url is not None
     try:
         told = make_cli(LORACTL_DATABASE_URL=page.url)("db", "backup", tmp_path / "lab.backup").stdout
     finally:
-        with first._engine.begin() as connection:
+        with first.engine.begin() as connection:
             connection.execute(text(f"DROP OWNED BY page_{os.getpid()}; DROP ROLE page_{os.getpid()}"))
     assert " holds 3 jobs, the newest 3, last change 20" in told and f"revision {HEAD}." in told
     assert (tmp_path / "lab.backup").stat().st_mode & 0o777 == 0o600
-    lost = first.submit(submission(name="lost"))
+    lost = first.jobs.submit(submission(name="lost"))
     cli = make_cli(LORACTL_DATABASE_URL=second)
     stored = home / "artifacts" / "jobs" / "9" / "attempt-1"
     stored.mkdir(parents=True)
@@ -102,13 +102,13 @@ def test_a_lab_is_copied_by_a_login_that_only_reads_and_goes_on_in_another_datab
     with opened(second) as engine:
         assert revision(engine) == HEAD
         back = Store(engine)
-        states = [(job.name, job.status) for job in back.jobs()[::-1]]
+        states = [(job.name, job.status) for job in back.jobs.matching()[::-1]]
         assert states == [("ended", Status.FAILED), ("runs", Status.RUNNING), ("waits", Status.QUEUED)]
-        assert back.events(1)[-1].text == first.events(1)[-1].text and "✓" in back.job(1).message
-        assert [point.value for point in back.metrics(1, "loss")] == [1 / step for step in range(1, 40)]
-        assert back.reap() and back.job(2).status is Status.QUEUED, "the worker that it ran on is gone"
-        assert back.submit(submission()) == 10 > lost, "9 has stored something, though no row knows it"
-        assert back.events(10), "the history goes on counting, too"
+        assert back.jobs.events(1)[-1].text == first.jobs.events(1)[-1].text and "✓" in back.job(1).message
+        assert [point.value for point in back.jobs.metrics(1, "loss")] == [1 / step for step in range(1, 40)]
+        assert back.attempts.reap() and back.jobs.get(2).status is Status.QUEUED, "the worker that it ran on is gone"
+        assert back.jobs.submit(submission()) == 10 > lost, "9 has stored something, though no row knows it"
+        assert back.jobs.events(10), "the history goes on counting, too"
 
 
 def test_what_changes_while_it_is_copied_is_in_it_wholly_or_not_at_all(
@@ -118,27 +118,29 @@ def test_what_changes_while_it_is_copied_is_in_it_wholly_or_not_at_all(
 
     def submits() -> None:
         while not over.is_set():
-            first.submit(submission())
+            first.jobs.submit(submission())
 
     thread = threading.Thread(target=submits)
     thread.start()
     try:
-        dumped = dump(first._engine, tmp_path / "lab.backup")
+        dumped = dump(first.engine, tmp_path / "lab.backup")
     finally:
         over.set()
         thread.join()
     with opened(second) as engine:
         load(engine, tmp_path / "lab.backup", lambda newest: newest)
         back = Store(engine)
-        assert len(back.jobs()) == dumped.jobs
-        assert all(back.events(job.job_id) for job in back.jobs()), "each job has its history, each history its job"
+        assert len(back.jobs.matching()) == dumped.jobs
+        assert all(back.jobs.events(job.job_id) for job in back.jobs.matching()), (
+            "each job has its history, each history its job"
+        )
 
 
 def test_a_database_that_is_not_empty_is_refused_and_stays(first: Store, postgres_url: str, tmp_path: Path) -> None:
-    dump(first._engine, tmp_path / "lab.backup")
+    dump(first.engine, tmp_path / "lab.backup")
     before = rows(postgres_url)
     with pytest.raises(WrongState) as refused:
-        load(first._engine, tmp_path / "lab.backup", lambda newest: newest)
+        load(first.engine, tmp_path / "lab.backup", lambda newest: newest)
     assert refused.value.sentence.startswith("the database is not empty: there are rows in jobs")
     assert "createdb" in (refused.value.hint or "") and rows(postgres_url) == before
 
@@ -146,12 +148,12 @@ def test_a_database_that_is_not_empty_is_refused_and_stays(first: Store, postgre
 def test_tables_that_are_there_and_empty_are_filled_with_the_roles_triggers_on(
     first: Store, second: str, tmp_path: Path
 ) -> None:
-    dump(first._engine, tmp_path / "lab.backup")
+    dump(first.engine, tmp_path / "lab.backup")
     with opened(second) as engine:
         upgrade(engine)
         apply_roles(engine)
         load(engine, tmp_path / "lab.backup", lambda newest: newest)
-        assert [job.user for job in Store(engine).jobs()] == ["ada"] * 3, "not the login that restores"
+        assert [job.user for job in Store(engine).jobs.matching()] == ["ada"] * 3, "not the login that restores"
         with engine.connect() as connection:
             off = text("SELECT count(*) FROM pg_trigger WHERE tgname LIKE 'loractl%' AND tgenabled <> 'O'")
             assert connection.execute(off).scalar() == 0
@@ -167,8 +169,8 @@ def test_a_dump_of_an_older_revision_is_brought_to_this_one(postgres_url: str, s
         assert dump(engine, tmp_path / "old.backup").revision == "0010"
     with opened(second) as engine:
         load(engine, tmp_path / "old.backup", lambda newest: newest)
-        assert revision(engine) == HEAD and Store(engine).users() == ["ada"]
-        assert Store(engine).submit(submission()) == 1
+        assert revision(engine) == HEAD and Store(engine).jobs.users() == ["ada"]
+        assert Store(engine).jobs.submit(submission()) == 1
 
 
 @pytest.mark.parametrize("fault", ["cut", "flipped", "text", "newer", "a table less", "a row more"])
@@ -176,7 +178,7 @@ def test_what_is_no_whole_dump_is_refused_and_nothing_is_written(
     first: Store, second: str, tmp_path: Path, fault: str
 ) -> None:
     file = tmp_path / "lab.backup"
-    dump(first._engine, file)
+    dump(first.engine, file)
     content = bytearray(file.read_bytes())
     if fault == "cut":
         file.write_bytes(content[: len(content) // 2])

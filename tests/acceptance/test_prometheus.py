@@ -144,7 +144,7 @@ def test_it_loads_the_rules_scrapes_and_an_alert_fires_when_a_row_is_old(sqlite_
         assert {series["metric"]["job_id"] for series in jobs} == {"12", "13", "14"}
         assert all("exported_job" not in series["metric"] for series in jobs)
         assert "LoractlBoxSilent" not in watched.firing()
-        with lab.store._engine.begin() as connection:
+        with lab.store.engine.begin() as connection:
             aged = "UPDATE nodes SET seen_at = datetime(seen_at, '-10 minutes') WHERE host = 'osprey'"
             connection.exec_driver_sql(aged)
         watched.until(lambda: "LoractlBoxSilent" in watched.firing())

@@ -69,7 +69,7 @@ def test_a_job_that_memory_had_changed_is_reproduced_bit_for_bit(
     second = dict(zip(("uri", "sha256"), open_store(settings).put_dataset(tmp_path / "more.jsonl"), strict=True))
     store = Store(connect(settings))
     planned = plan_job(spec, "tester", {"path": {"uri": uri, "sha256": digest}, "more.0": second}, store)
-    store.submit(replace(planned, adjustment=Adjustment(micro_batch=2, accumulation=2)))
+    store.jobs.submit(replace(planned, adjustment=Adjustment(micro_batch=2, accumulation=2)))
     (tmp_path / "data.jsonl").unlink()
     (tmp_path / "more.jsonl").unlink()
     cli("status", 1, "--watch", timeout=180)

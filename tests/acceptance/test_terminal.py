@@ -32,8 +32,8 @@ def lab(cli: Cli, home: Path, tmp_path: Path) -> Cli:
     engine = connect(settings)
     store = Store(engine)
     for name in ("ends", "fails", "runs", "waits", "held"):
-        store.submit(replace(submission(name=name, max_retries=0), user=EVIL))
-    store.hold(5, EVIL, EVIL)
+        store.jobs.submit(replace(submission(name=name, max_retries=0), user=EVIL))
+    store.jobs.hold(5, EVIL, EVIL)
     card = {
         "gpu": EVIL,
         "device_name": EVIL,
@@ -44,18 +44,18 @@ def lab(cli: Cli, home: Path, tmp_path: Path) -> Cli:
         claim = take(store, **card)
         assert isinstance(claim, Claim)
         told = Progress(stage=Stage.TRAINING, step=1, total_steps=3, events=((EVIL[:20], EVIL),), log=f"{EVIL}\n")
-        assert store.beat(claim, told).accepted
+        assert store.attempts.beat(claim, told).accepted
         if number == 1:
-            store.finish(claim, Reason.OK, EVIL, Progress(), _result(settings, claim, tmp_path))
+            store.attempts.finish(claim, Reason.OK, EVIL, Progress(), _result(settings, claim, tmp_path))
         elif number == 2:
-            store.finish(claim, Reason.TRAINER_ERROR, EVIL, Progress())
-    store.see_node(node_state("waits:0", **card))
+            store.attempts.finish(claim, Reason.TRAINER_ERROR, EVIL, Progress())
+    store.cards.see(node_state("waits:0", **card))
     with engine.begin() as connection:
         for column in ("name", "base_model", "node", "gpu", "family"):
             connection.execute(text(f"UPDATE jobs SET {column} = :evil WHERE {column} IS NOT NULL"), {"evil": EVIL})
         connection.execute(text("UPDATE attempts SET node = :evil, message = :evil"), {"evil": EVIL})
         connection.execute(text("UPDATE adapters SET name = :evil, base_model = :evil, uri = :evil"), {"evil": EVIL})
-    store.drain("box", EVIL, EVIL)
+    store.cards.drain("box", EVIL, EVIL)
     engine.dispose()
     return cli
 

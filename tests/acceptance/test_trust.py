@@ -32,11 +32,11 @@ def test_a_row_can_make_a_worker_read_only_what_its_owner_allows(
     settings = load_settings(cli.environment)
     engine = connect(settings)
     store = Store(engine)
-    good = store.job(1)
+    good = store.jobs.get(1)
 
     def forge(base: object, path: object = "org/data", data: dict[str, Any] | None = None) -> int:
         made = submission(base_model=str(base), dataset={"path": str(path)}, max_retries=0)
-        return store.submit(replace(made, data=data or {}))
+        return store.jobs.submit(replace(made, data=data or {}))
 
     refused = {
         forge(outside / "base", data=good.data): "LORACTL_MODEL_ROOTS",
@@ -53,10 +53,10 @@ def test_a_row_can_make_a_worker_read_only_what_its_owner_allows(
     }
     cli("worker", "--drain-when-idle", timeout=200)
     for job_id, why in refused.items():
-        job = store.job(job_id)
+        job = store.jobs.get(job_id)
         assert job.status.value == "failed", (job_id, job.status, job.message)
         assert why in (job.message or ""), (job_id, job.message)
-        assert all(attempt.reason is not None for attempt in store.attempts(job_id))
-    assert store.job(1).status.value == "succeeded"
+        assert all(attempt.reason is not None for attempt in store.attempts.of_job(job_id))
+    assert store.jobs.get(1).status.value == "succeeded"
     assert json.loads(cli("report", 1, "--json").stdout)["base_model"] == str(allowed / "base")
     engine.dispose()

@@ -507,10 +507,10 @@ class Injector:
     def mend(self) -> int:
         """What a person does: look at what loractl has drained, mend that box, open it again. Returns how many."""
         with contextlib.suppress(DBAPIError):
-            targets = [target for target, order in self.store.drains().items() if order.user == "loractl"]
+            targets = [target for target, order in self.store.cards.drains().items() if order.user == "loractl"]
             for target in targets:
                 self.repair(target.partition(":")[0])
-                self.store.end_drain(target)
+                self.store.cards.end_drain(target)
             return len(targets)
         return 0
 
@@ -567,13 +567,13 @@ class Injector:
     def _cancel(self, fault: Fault) -> bool:
         """Of a waiting or running job; a job in its last moments may still end well."""
         try:
-            jobs = self.store.jobs(statuses=[Status.RUNNING, Status.QUEUED])
+            jobs = self.store.jobs.matching(statuses=[Status.RUNNING, Status.QUEUED])
             jobs = [job for job in jobs if job.job_id not in self.cancelled]
             if not jobs:
                 return False
             job = jobs[int(fault.share * len(jobs))]
             self.asked.add(job.job_id)
-            self.store.cancel(job.job_id, "chaos")
+            self.store.jobs.cancel(job.job_id, "chaos")
         except (DBAPIError, WrongState):  # the database is away, or the job has just ended: nothing was promised
             return False
         self.cancelled[job.job_id] = _now()

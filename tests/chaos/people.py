@@ -111,7 +111,7 @@ class People:
 
     def _edit(self, rng: random.Random) -> None:
         """Of a job that waits or runs its time limit; of one that was never begun how long it trains."""
-        job = _any(rng, self.store.jobs(statuses=[Status.RUNNING, Status.QUEUED]))
+        job = _any(rng, self.store.jobs.matching(statuses=[Status.RUNNING, Status.QUEUED]))
         if job is None:
             return
         begun = job.status is Status.RUNNING or job.attempt or job.sweep_id is not None
@@ -122,7 +122,9 @@ class People:
 
     def _raise(self, rng: random.Random) -> None:
         """Let a waiting job go before all others: where none makes room for it, one that may gives way."""
-        waiting = [job for job in self.store.jobs(statuses=[Status.QUEUED]) if not job.held and job.priority < HIGH]
+        waiting = [
+            job for job in self.store.jobs.matching(statuses=[Status.QUEUED]) if not job.held and job.priority < HIGH
+        ]
         if (job := _any(rng, waiting)) is not None:
             self._change(job, "priority", HIGH)
 
@@ -130,16 +132,16 @@ class People:
         from loractl.scheduler.change.amendment import amendment
 
         def work() -> None:
-            self.store.edit(amendment(self.store, job.job_id, [f"{key}={value}"]), USER)
+            self.store.jobs.edit(amendment(self.store, job.job_id, [f"{key}={value}"]), USER)
 
         self._ask("edit", job.job_id, work, key=key, value=value)
 
     def _hold(self, rng: random.Random) -> None:
-        waiting = [job for job in self.store.jobs(statuses=[Status.QUEUED]) if not job.held]
+        waiting = [job for job in self.store.jobs.matching(statuses=[Status.QUEUED]) if not job.held]
         if (job := _any(rng, waiting)) is None:
             return
         self.holding.add(job.job_id)  # first: else who looks after held jobs finds it
-        if self._ask("hold", job.job_id, lambda: self.store.hold(job.job_id, USER, "chaos")):
+        if self._ask("hold", job.job_id, lambda: self.store.jobs.hold(job.job_id, USER, "chaos")):
             self._releases.append((time.monotonic() + rng.uniform(0.5, 2.5) * self.lab.lease_s, job.job_id))
         else:
             self.holding.discard(job.job_id)
@@ -149,29 +151,29 @@ class People:
             if due[0] > now:
                 continue
             try:
-                job = self.store.job(due[1])
+                job = self.store.jobs.get(due[1])
             except REFUSALS:
                 continue
             waits = job.status is Status.QUEUED and job.held  # it may have been cancelled, or was released unheard
-            if not waits or self._ask("retry", due[1], lambda due=due: self.store.retry(due[1], USER)):
+            if not waits or self._ask("retry", due[1], lambda due=due: self.store.jobs.retry(due[1], USER)):
                 self._releases.remove(due)
                 self.holding.discard(due[1])
 
     def _retry(self, rng: random.Random) -> None:
         """Of a job that was cancelled, failed, or was stopped by its sweep: once each."""
         settled, again = _now() - SETTLED, {act.job_id for act in self.acts if act.kind == "retry"}
-        ended = self.store.jobs(statuses=[Status.CANCELLED, Status.FAILED])
+        ended = self.store.jobs.matching(statuses=[Status.CANCELLED, Status.FAILED])
         ended = [job for job in ended if job.job_id not in again and job.ended_at and job.ended_at < settled]
         if (job := _any(rng, ended)) is not None:
-            self._ask("retry", job.job_id, lambda: self.store.retry(job.job_id, USER))
+            self._ask("retry", job.job_id, lambda: self.store.jobs.retry(job.job_id, USER))
 
     def _tag(self, rng: random.Random) -> None:
         """Every second time an adapter that gc may find to be an older one."""
-        adapters = self.store.adapters()
+        adapters = self.store.adapters.all()
         swept = [one for one in adapters if one.name.startswith(SWEPT)]
         if (one := _any(rng, swept if swept and rng.random() < 0.5 else adapters)) is not None:
             tag = f"chaos-{len(self.acts)}"
-            self._ask("tag", one.job_id, lambda: self.store.tag(Reference(job_id=one.job_id), tag, USER))
+            self._ask("tag", one.job_id, lambda: self.store.adapters.tag(Reference(job_id=one.job_id), tag, USER))
 
     def _sweep(self, rng: random.Random) -> None:
         """With rungs; a sweep whose number nobody has seen runs all the same."""
@@ -194,9 +196,9 @@ class People:
         if not self._sweeps:
             return
         sweep_id = self._sweeps.pop()
-        self.injector.asked |= {member.job_id for member in self.store.sweep(sweep_id).members}
+        self.injector.asked |= {member.job_id for member in self.store.sweeps.get(sweep_id).members}
         try:
-            gone = self.store.cancel_sweep(sweep_id, USER)
+            gone = self.store.sweeps.cancel(sweep_id, USER)
         except LoractlError:  # all have ended
             return
         self.injector.cancelled.update({job.job_id: _now() for job in gone})

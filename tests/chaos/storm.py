@@ -236,10 +236,10 @@ def _look_after(run: _Run) -> None:
     while not run.stop.wait(1.0):
         run.mended += run.injector.mend()
         with contextlib.suppress(DBAPIError):
-            for job in run.store.jobs(statuses=[Status.QUEUED]):
+            for job in run.store.jobs.matching(statuses=[Status.QUEUED]):
                 if job.held and job.job_id not in run.people.holding:
                     with contextlib.suppress(WrongState):
-                        run.store.retry(job.job_id, "chaos")
+                        run.store.jobs.retry(job.job_id, "chaos")
                         run.released += 1
 
 
@@ -360,7 +360,7 @@ def _probe(run: _Run, say: Callable[[str], None]) -> dict[str, list[float]]:
             run.printed += numbers
             while _unended(run) and not run.stop.is_set():
                 _pause(run, 0.2)
-            job = run.store.attempts(numbers[0])[0]
+            job = run.store.attempts.of_job(numbers[0])[0]
             found.setdefault(name, []).append((job.started_at - back).total_seconds())
             say(f"{name} back: a new job started after {found[name][-1]:.1f} s")
     return found

@@ -38,12 +38,12 @@ def engine(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engin
 def one_job(engine: Engine) -> None:
     """Job 1 is submitted, claimed, beats, and ends well; then another waits."""
     store = Store(engine)
-    store.submit(submission())
+    store.jobs.submit(submission())
     claim = take(store)
     assert isinstance(claim, Claim)
-    store.beat(claim, Progress(step=5))
-    assert store.finish(claim, Reason.OK, "better", Progress(step=9), STORED) is Status.SUCCEEDED
-    store.cancel(store.submit(submission()), "ada")
+    store.attempts.beat(claim, Progress(step=5))
+    assert store.attempts.finish(claim, Reason.OK, "better", Progress(step=9), STORED) is Status.SUCCEEDED
+    store.jobs.cancel(store.jobs.submit(submission()), "ada")
 
 
 def seen(engine: Engine) -> History:

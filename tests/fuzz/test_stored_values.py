@@ -119,19 +119,19 @@ def fill(url: str, artifacts: ArtifactStore) -> None:
     webs.see_cards(lab.store)
     webs.finish(lab, "ended", "mara", 2.5, 0.9, "kestrel:0")
     failed = webs.run(lab, "failed", "mara", "kestrel:0", 9, steps=30)
-    lab.store.finish(failed, Reason.BAD_DATA, "data/law.jsonl: row 4120: there is no answer", Progress())
+    lab.store.attempts.finish(failed, Reason.BAD_DATA, "data/law.jsonl: row 4120: there is no answer", Progress())
     claim = webs.run(lab, "runs", "mara", "kestrel:1", 9, steps=30)
-    assert lab.store.open_host(claim, NewHost(host="mark", node="kestrel:1", key="k" * 64, bytes=GIB))
-    lab.store.note_passes("mark", [MeasuredPass(tokens=64, members=1, seconds=0.5)])
+    assert lab.store.hosts.open(claim, NewHost(host="mark", node="kestrel:1", key="k" * 64, bytes=GIB))
+    lab.store.hosts.note_passes("mark", [MeasuredPass(tokens=64, members=1, seconds=0.5)])
     members = [replace(submission(lora=95, qlora=None), spec=spec(name="member", lora={"r": r})) for r in (8, 16)]
-    lab.store.submit_sweep(
+    lab.store.sweeps.submit(
         NewSweep(name="sweep", user="mara", varied={"lora.r": "8,16"}, rungs=(0.25, 0.5), trials=2, seed=1), members
     )
     webs.queue(lab, "waits", "wei", 92)
     way = SharedNeed(cards=2, parallel=Parallel.DATA, need=Need(lora=50 * GIB, qlora=None))
     job = replace(submission(lora=92, qlora=None, user="wei", name="shared"), ways=Ways(gangs=(way,)))
-    lab.store.submit(replace(job, data={"path": {"uri": "datasets/x", "rows": 10, "tokens": 100, "bytes": 1000}}))
-    lab.store.tag(Reference(name="ended"), "prod", "wei")
+    lab.store.jobs.submit(replace(job, data={"path": {"uri": "datasets/x", "rows": 10, "tokens": 100, "bytes": 1000}}))
+    lab.store.adapters.tag(Reference(name="ended"), "prod", "wei")
     engine.dispose()
 
 
@@ -174,7 +174,7 @@ def answers(store: Store, shelf: ReportShelf, job_ids: Iterable[int]) -> None:
         one, history = job_in_full(store, job_id), job_history(store, job_id)
         shown([job_text(one, WIDE), history_text(history, WIDE)], [one, history])
         drawn([pages.job(Asked({}), job_id)])
-    for sweep in store.newest_sweeps(Page()):
+    for sweep in store.sweeps.newest(Page()):
         if not 0 < sweep.sweep_id <= LARGEST:
             continue  # no one can ask for it
         standing = sweep_standing(store, sweep.sweep_id)
@@ -197,13 +197,13 @@ def drawn(pages: Iterable[Drawn]) -> None:
 
 def rounds(store: Store) -> None:
     """What nodes do for all."""
-    store.set_aside_unreadable()
-    store.take_turn("fresh:0", 0.0, 0.0)
-    store.end_patience()
-    store.preempt()
-    store.plan_anew()
-    store.waiting_classes((8, 24))
-    store.has_unfinished(2**40, {})
+    store.jobs.set_aside_unreadable()
+    store.cards.take_turn("fresh:0", 0.0, 0.0)
+    store.jobs.end_patience()
+    store.cards.preempt()
+    store.jobs.plan_anew()
+    store.jobs.waiting_classes((8, 24))
+    store.jobs.has_unfinished(2**40, {})
 
 
 def claim_until(store: Store, job_id: int) -> None:
@@ -211,9 +211,9 @@ def claim_until(store: Store, job_id: int) -> None:
     idle = set(webs.CARDS)
     for _ in range(12):
         for node in FRESH:
-            store.see_node(node_state(node, total=400 * GIB, max_jobs=64))
+            store.cards.see(node_state(node, total=400 * GIB, max_jobs=64))
         for node in FRESH:
-            claim = store.claim(node, joins=True, gangs=True, distrusted=frozenset(idle))
+            claim = store.attempts.claim(node, joins=True, gangs=True, distrusted=frozenset(idle))
             if isinstance(claim, Claim) and claim.job_id == job_id:
                 return
             idle |= claim.nodes - set(FRESH) if isinstance(claim, Left) else set()
@@ -241,7 +241,7 @@ def look(url: str, artifacts: ArtifactStore, home: Path, poison: Callable[[Engin
         if not (job_ids := [job_id for job_id in poison(engine) if 0 < job_id <= LARGEST]):  # others no one can ask for
             return
         ended = raw(engine, "status IN ('succeeded', 'failed', 'cancelled')")
-        healthy = store.submit(submission(lora=1, qlora=1, user="healthy", name="healthy"))
+        healthy = store.jobs.submit(submission(lora=1, qlora=1, user="healthy", name="healthy"))
         glance(store, shelf, job_ids)
         rounds(store)
         claim_until(store, healthy)
@@ -251,8 +251,8 @@ def look(url: str, artifacts: ArtifactStore, home: Path, poison: Callable[[Engin
         numbers = ", ".join(str(one[0]) for one in ended) or "0"
         assert raw(engine, f"job_id IN ({numbers})") == ended, "an ended job was written"
         clock.forward(7200)
-        store.reap()
-        assert store.job(healthy).status is not Status.RUNNING
+        store.attempts.reap()
+        assert store.jobs.get(healthy).status is not Status.RUNNING
         overview(store, Choice(), Page())
     finally:
         engine.dispose()

@@ -57,7 +57,7 @@ def two_methods_at_once(rig: Rig) -> Iterator[Figure]:
     with watched(rig) as peaks:
         rig.work(LORACTL_MAX_JOBS_PER_GPU="2" if rig.device == "cuda" else "1")
     yield from (rig.outcome(job) for job in jobs)
-    attempts = [rig.store.attempts(job)[0] for job in jobs]
+    attempts = [rig.store.attempts.of_job(job)[0] for job in jobs]
     first_end = min(a.ended_at for a in attempts if a.ended_at is not None)
     together = max(a.started_at for a in attempts) < first_end
     yield Figure(what="both ran at once", value=str(together), ok=together or rig.device == "cpu")
@@ -75,7 +75,7 @@ def plans(rig: Rig) -> Iterator[Figure]:
     jobs = {(family, m): rig.submit(f"plan-{n}-{m}", family, m) for n, family in enumerate(families) for m in METHODS}
     rig.work()
     for (family, method), job in jobs.items():
-        last, row = rig.store.attempts(job)[-1], rig.store.job(job)
+        last, row = rig.store.attempts.of_job(job)[-1], rig.store.jobs.get(job)
         sizes = [mib(size) for size in (last.vram_planned, last.vram_allocated, last.vram_peak, last.vram_process)]
         within = rig.device == "cpu" or (last.vram_process or 0) <= (last.vram_reserved or 0)
         yield Figure(
@@ -91,7 +91,7 @@ def half_precision(rig: Rig) -> Iterator[Figure]:
     job = rig.submit("float16", HALF, "lora", dtype=dtype)
     rig.work()
     yield rig.outcome(job)
-    yield Figure(what="float16: the last loss", value=str(rig.store.job(job).loss))
+    yield Figure(what="float16: the last loss", value=str(rig.store.jobs.get(job).loss))
 
 
 def out_of_memory(rig: Rig) -> Iterator[Figure]:
@@ -101,14 +101,14 @@ def out_of_memory(rig: Rig) -> Iterator[Figure]:
     job = rig.submit("robbed", HALF, "lora", per_device_train_batch_size=batch, max_steps=steps)
     everything = rig.total if rig.device == "cuda" else 2**26
     with rig.worker("--high-water", "5s"):
-        rig.until(lambda: rig.store.job(job).status is not Status.QUEUED, "a start")
+        rig.until(lambda: rig.store.jobs.get(job).status is not Status.QUEUED, "a start")
         with rig.thief(everything) as thief:
             assert thief.stdout and thief.stdout.readline().startswith("took "), "the thief got nothing"
             began = time.monotonic()
             rig.until(lambda: _met_the_thief(rig, job) or time.monotonic() - began > 30, "the thief's effect")
         rig.until_over(job)
-    row = rig.store.job(job)
-    reasons = [str(attempt.reason and attempt.reason.value) for attempt in rig.store.attempts(job)]
+    row = rig.store.jobs.get(job)
+    reasons = [str(attempt.reason and attempt.reason.value) for attempt in rig.store.attempts.of_job(job)]
     yield Figure(
         what="beside a thief of all free memory",
         value=f"{row.status.value} after {', '.join(reasons)}; adjusted: {row.adjustment}",
@@ -118,8 +118,8 @@ def out_of_memory(rig: Rig) -> Iterator[Figure]:
 
 def _met_the_thief(rig: Rig, job: int) -> bool:
     """Whether the job has ended, was adjusted, or an attempt of it has ended."""
-    row = rig.store.job(job)
-    ended = any(attempt.ended_at is not None for attempt in rig.store.attempts(job))
+    row = rig.store.jobs.get(job)
+    ended = any(attempt.ended_at is not None for attempt in rig.store.attempts.of_job(job))
     return row.status.is_terminal or row.adjustment is not None or ended
 
 
@@ -129,29 +129,31 @@ def killed(rig: Rig) -> Iterator[Figure]:
     with rig.worker("--keep-warm=0"):  # a trainer that stays pages nothing
         rig.until_job(job, lambda row: (row.step or 0) >= 9, "step 9")
         os.kill(rig.trainer_of(job).pid, signal.SIGKILL)
-        rig.until_job(job, lambda row: row.attempt == 2 and rig.store.attempts(job)[1].resumed_from_step, "a resume")
+        rig.until_job(
+            job, lambda row: row.attempt == 2 and rig.store.attempts.of_job(job)[1].resumed_from_step, "a resume"
+        )
         if rig.small:
-            rig.store.cancel(job, "tester")
+            rig.store.jobs.cancel(job, "tester")
         rig.until_over(job)
-    second = rig.store.attempts(job)[1]
-    well = rig.small or rig.store.job(job).status is Status.SUCCEEDED
+    second = rig.store.attempts.of_job(job)[1]
+    well = rig.small or rig.store.jobs.get(job).status is Status.SUCCEEDED
     yield Figure(what="kill -9, then resumed", value=f"from step {second.resumed_from_step}: {second.reason}", ok=well)
 
 
 def shared(rig: Rig) -> Iterator[Figure]:
     """Two jobs, `serve` and an outsider on one card."""
-    served = next(a.job_id for a in rig.store.adapters() if "both" in a.name)
+    served = next(a.job_id for a in rig.store.adapters.all() if "both" in a.name)
     with serving(rig, served) as ask, rig.thief(min(2 * GIB, rig.total // 8)) as stranger:
         jobs = [rig.submit(f"shared-{n}", HALF, "lora") for n in range(1 if rig.small else 2)]
         with rig.worker():
             answers = 0
-            while not all(rig.store.job(job).status.is_terminal for job in jobs):
+            while not all(rig.store.jobs.get(job).status.is_terminal for job in jobs):
                 ask()
                 answers += 1
                 time.sleep(0.5)
                 if rig.left <= 0:
                     raise TimeoutError("the jobs beside serve did not end")
-            (row,) = rig.store.nodes()
+            (row,) = rig.store.cards.nodes()
             seen = [program for program in row.outside if program["pid"] == stranger.pid]
     yield from (rig.outcome(job) for job in jobs)
     yield Figure(what="answers of serve meanwhile", value=str(answers), ok=answers > 0)
@@ -197,12 +199,12 @@ def faults(rig: Rig) -> Iterator[Figure]:
     for how, reason in (("assert", Reason.TRAINER_ERROR), ("address", Reason.GPU_ERROR)):
         job = rig.submit(f"fault-{how}", HALF, "lora")
         with rig.worker(GPU_FAULT=how, **trainer):
-            rig.until(lambda job=job: any(a.ended_at for a in rig.store.attempts(job)), how)
-            rig.store.cancel(job, "tester")
-        first = rig.store.attempts(job)[0]
+            rig.until(lambda job=job: any(a.ended_at for a in rig.store.attempts.of_job(job)), how)
+            rig.store.jobs.cancel(job, "tester")
+        first = rig.store.attempts.of_job(job)[0]
         yield Figure(what=f"a kernel's {how}", value=f"{first.reason}: {first.message}", ok=first.reason is reason)
-        for target in rig.store.drains():
-            rig.store.end_drain(target)  # it failed on purpose
+        for target in rig.store.cards.drains():
+            rig.store.cards.end_drain(target)  # it failed on purpose
 
 
 @contextmanager

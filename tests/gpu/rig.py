@@ -197,7 +197,7 @@ class Rig:
         """Wait for it as long as the job has not ended: a job that failed must not cost the other experiments' time."""
 
         def seen() -> bool:
-            row = self.store.job(job)
+            row = self.store.jobs.get(job)
             if not holds(row) and row.status.is_terminal:
                 raise RuntimeError(f"{row.name} ended before {what}: {row.reason}, {row.message}")
             return bool(holds(row))
@@ -205,7 +205,7 @@ class Rig:
         self.until(seen, what)
 
     def until_over(self, *jobs: int) -> None:
-        self.until(lambda: all(self.store.job(job).status.is_terminal for job in jobs), f"the end of {jobs}")
+        self.until(lambda: all(self.store.jobs.get(job).status.is_terminal for job in jobs), f"the end of {jobs}")
 
     def trainer_of(self, job: int) -> psutil.Process:
         """The trainer's process of a running job."""
@@ -220,7 +220,7 @@ class Rig:
 
     def outcome(self, job: int) -> Figure:
         """How a job ended, in how many attempts; it must have succeeded in one."""
-        row, attempts = self.store.job(job), self.store.attempts(job)
+        row, attempts = self.store.jobs.get(job), self.store.attempts.of_job(job)
         reasons = ", ".join(str(attempt.reason and attempt.reason.value) for attempt in attempts)
         well = row.status is Status.SUCCEEDED and len(attempts) == 1
         return Figure(what=f"{row.name}: attempts", value=f"{reasons} ({row.message})", ok=well)

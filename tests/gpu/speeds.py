@@ -233,7 +233,7 @@ def _one_after_another(
 
 def _memory(rig: Rig, job: int, what: str) -> Figure:
     """Plan beside what was measured. Once other jobs were in its process, the peaks are not a job's own."""
-    last, row = rig.store.attempts(job)[-1], rig.store.job(job)
+    last, row = rig.store.attempts.of_job(job)[-1], rig.store.jobs.get(job)
     sizes = [mib(size) for size in (last.vram_planned, last.vram_allocated, last.vram_peak, last.vram_process)]
     within = rig.device == "cpu" or (last.vram_process or 0) <= (last.vram_reserved or 0)
     well = row.status is Status.SUCCEEDED and row.attempt == 1

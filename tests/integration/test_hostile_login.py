@@ -51,35 +51,35 @@ def edits(job_id: int) -> str:
 def test_who_holds_the_locks_of_an_earlier_version_stops_no_round(
     person: Store, box: Store, lab: Logins, clock: Clock
 ) -> None:
-    person.submit(submission())
+    person.jobs.submit(submission())
     assert isinstance(take(box), Claim)
     with held_open(lab.person, OLD_LOCKS):
         clock.forward(1.1 * LEASE_S)
-        assert box.take_turn("box:0", 0, 0) is not None
-        assert [job_id for job_id, _ in box.reap()] == [1]
-        assert box.end_patience() == [] and box.preempt() == ()
+        assert box.cards.take_turn("box:0", 0, 0) is not None
+        assert [job_id for job_id, _ in box.attempts.reap()] == [1]
+        assert box.jobs.end_patience() == [] and box.cards.preempt() == ()
 
 
 def test_a_row_that_a_login_keeps_locked_costs_no_attempt_and_no_beat_is_lost(
     person: Store, box: Store, lab: Logins, postgres_url: str, clock: Clock
 ) -> None:
     """Its own login holds it by an edit, the owner by hand."""
-    job_id = person.submit(submission())
+    job_id = person.jobs.submit(submission())
     claim = take(box)
     assert isinstance(claim, Claim)
     for url, statement in ((postgres_url, "SELECT * FROM jobs FOR UPDATE"), (lab.person, edits(job_id))):
         with held_open(url, statement):
             for _ in range(8):
                 clock.forward(LEASE_S / 5)
-                beat = box.beat(claim, Progress(stage=Stage.TRAINING, step=5))
+                beat = box.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=5))
                 assert (beat.accepted, beat.recorded) == (True, False)
-                assert box.reap() == []
+                assert box.attempts.reap() == []
             if url == lab.person:
-                person.cancel(job_id, "ada")
-                assert box.beat(claim, Progress()).cancel_requested, "a wish needs nobody's row"
-        assert box.reap() == [], "its own row holds the lease"
-        told = box.beat(claim, Progress(stage=Stage.TRAINING, step=5))
-        assert told.accepted and told.recorded and box.job(job_id).step == 5
+                person.jobs.cancel(job_id, "ada")
+                assert box.attempts.beat(claim, Progress()).cancel_requested, "a wish needs nobody's row"
+        assert box.attempts.reap() == [], "its own row holds the lease"
+        told = box.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=5))
+        assert told.accepted and told.recorded and box.jobs.get(job_id).step == 5
     assert told.cancel_requested
 
 
@@ -87,38 +87,38 @@ def test_who_changes_a_job_whose_row_somebody_keeps_locked_is_told_who_it_is(
     person: Store, box: Store, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(changes, "PATIENCE_MS", 50)
-    running, waiting = person.submit(submission()), person.submit(submission())
+    running, waiting = person.jobs.submit(submission()), person.jobs.submit(submission())
     assert isinstance(take(box), Claim)
     for job_id in (running, waiting):
         said = "SET application_name = 'psql left open'", f"SELECT * FROM jobs WHERE job_id = {job_id} FOR UPDATE"
         told = pytest.raises(WrongState, match=r"postgres's session \d+ \(psql left open\) keeps its row locked")
         with held_open(postgres_url, *said), told:
-            person.cancel(job_id, "ada")
-        assert not person.job(job_id).cancel_requested and person.job(job_id).status is not Status.CANCELLED
-        person.cancel(job_id, "ada")
+            person.jobs.cancel(job_id, "ada")
+        assert not person.jobs.get(job_id).cancel_requested and person.jobs.get(job_id).status is not Status.CANCELLED
+        person.jobs.cancel(job_id, "ada")
 
 
 def test_a_line_of_a_history_that_is_never_committed_holds_nobody_up(person: Store, box: Store, lab: Logins) -> None:
-    job_id = person.submit(submission())
+    job_id = person.jobs.submit(submission())
     line = f"INSERT INTO events (job_id, at, kind, text) VALUES ({job_id}, now(), 'queued', 'queued by me')"
     with held_open(lab.person, line):
         claim = take(box)
-        assert isinstance(claim, Claim) and box.beat(claim, Progress()).recorded
-        assert box.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+        assert isinstance(claim, Claim) and box.attempts.beat(claim, Progress()).recorded
+        assert box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
 
 
 def test_who_is_silent_for_a_lease_ends_also_where_its_row_was_locked_once(
     person: Store, box: Store, lab: Logins, clock: Clock
 ) -> None:
-    job_id = person.submit(submission())
+    job_id = person.jobs.submit(submission())
     claim = take(box)
     assert isinstance(claim, Claim)
     with held_open(lab.person, edits(job_id)):
-        assert not box.beat(claim, Progress()).recorded
+        assert not box.attempts.beat(claim, Progress()).recorded
         clock.forward(1.2 * LEASE_S)
-        assert box.reap() == [], "who holds its row is passed over"
-    assert [lost for lost, _ in box.reap()] == [job_id]
-    assert not box.beat(claim, Progress()).accepted
+        assert box.attempts.reap() == [], "who holds its row is passed over"
+    assert [lost for lost, _ in box.attempts.reap()] == [job_id]
+    assert not box.attempts.beat(claim, Progress()).accepted
 
 
 @pytest.fixture
@@ -138,13 +138,13 @@ def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
 ) -> None:
     claims: dict[int, Claim] = {}
     for _ in range(10):
-        person.submit(submission(max_retries=0))
+        person.jobs.submit(submission(max_retries=0))
         claim = take(box)
         assert isinstance(claim, Claim)
         claims[claim.job_id] = claim
     for name in ("waits", "waits-too"):
-        person.submit(submission(name=name))
-    person.hold(11, "ada")
+        person.jobs.submit(submission(name=name))
+    person.jobs.hold(11, "ada")
     owner = make_engine(postgres_url)
     before = _asked_and_held(owner)
     over, said = threading.Event(), list[str]()
@@ -158,9 +158,9 @@ def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
             step += 1
             clock.forward(LEASE_S / 10)
             for claim in claims.values():
-                assert box.beat(claim, Progress(stage=Stage.TRAINING, step=step)).accepted
-            box.take_turn("box:0", 0, 0)
-            assert box.reap() == []
+                assert box.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=step)).accepted
+            box.cards.take_turn("box:0", 0, 0)
+            assert box.attempts.reap() == []
     finally:
         over.set()
         for thread in threads:
@@ -168,7 +168,7 @@ def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
     assert len({statement.split("(")[0] for statement in said}) > 5, "it was let through"
     assert _asked_and_held(owner) == before
     for claim in claims.values():
-        assert box.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+        assert box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
     owner.dispose()
 
 

@@ -21,6 +21,8 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, NewHost
 from loractl.common.store.store import Store
+from loractl.common.store.verbs.cards import CardVerbs
+from loractl.common.store.verbs.hosts import HostVerbs
 from loractl.common.units import GIB
 from loractl.worker.attempt.state import begin
 from loractl.worker.attempt.supervisor import supervise
@@ -65,7 +67,7 @@ if __name__ == "__main__":
 def place(quick_place: Callable[[str], Workplace]) -> Workplace:
     """Its trainers do what QUICK says, and may stay."""
     place = quick_place(QUICK)
-    place.store.see_node(_state())
+    place.store.cards.see(_state())
     return place
 
 
@@ -88,8 +90,8 @@ class Lab:
         self.store = place.store
 
     def claim(self, does: str = "ends", base: str = "org/a", **keys: Any) -> Claim:
-        self.store.submit(submission(base_model=base, labels={"does": does}, lora=1, method="lora", **keys))
-        claim = self.store.claim("box:0")
+        self.store.jobs.submit(submission(base_model=base, labels={"does": does}, lora=1, method="lora", **keys))
+        claim = self.store.attempts.claim("box:0")
         assert isinstance(claim, Claim)
         self.hosts.let_go(claim.leaving)
         return claim
@@ -98,7 +100,7 @@ class Lab:
         """The process in which a job was, and the place of the job among those of this process."""
         claim = self.claim(does, base, **keys)
         supervise(self.place, begin(claim, self.place.settings.work_dir))
-        job = self.store.job(claim.job_id)
+        job = self.store.jobs.get(claim.job_id)
         assert job.reason is Reason.BAD_DATA, job.message
         pid, name, served = str(job.message).split()
         assert name == str(job.job_id)
@@ -109,7 +111,7 @@ class Lab:
 
     @property
     def rows(self) -> list[str]:
-        return [row.host for row in self.store.hosts("box:0")]
+        return [row.host for row in self.store.hosts.of_card("box:0")]
 
 
 @contextmanager
@@ -141,7 +143,7 @@ def test_the_next_job_on_a_base_goes_on_in_its_process_and_the_host_is_no_stray(
         assert own.run() == (first, 2)
         end_strays(own.place)
         assert own.run(user="bob") == (first, 3), "no code of one person runs in it"
-        log = "".join(chunk.text for chunk in place.store.log(3))
+        log = "".join(chunk.text for chunk in place.store.jobs.log(3))
         assert "job 3 is number 3" in log and "job 2" not in log and "taken" not in log
 
 
@@ -149,14 +151,14 @@ def test_a_host_for_another_base_has_ended_before_a_new_trainer_starts(
     place: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LOOK_S", 1000.0)  # it is told, and need not look
-    place.store.see_node(replace(_state(), max_jobs=1))
+    place.store.cards.see(replace(_state(), max_jobs=1))
     with lab(place) as own:
         first, _ = own.run()
         claim = own.claim(base="org/b")
         assert claim.leaving == tuple(own.rows) and claim.host is None
         supervise(own.place, begin(claim, place.settings.work_dir))
         assert not psutil.pid_exists(first)
-        pid, _, served = str(place.store.job(claim.job_id).message).split()
+        pid, _, served = str(place.store.jobs.get(claim.job_id).message).split()
         assert int(pid) != first and served == "1"
         until(lambda: len(own.rows) == 1)
 
@@ -172,7 +174,7 @@ def test_a_job_that_meets_a_dead_or_frozen_host_starts_at_once_in_a_new_process(
         assert claim.host == own.rows[0]
         os.kill(first, sent)
         supervise(own.place, begin(claim, place.settings.work_dir))
-        job = place.store.job(claim.job_id)
+        job = place.store.jobs.get(claim.job_id)
         pid, _, served = str(job.message).split()
         assert int(pid) != first and served == "1" and not psutil.pid_exists(first)
         assert (job.attempt, job.retries_used, job.lab_failures) == (1, 0, 0), "it cost the job nothing"
@@ -194,7 +196,7 @@ def test_a_job_that_dies_in_a_host_takes_it_along_and_leaves_no_row(place: Workp
         claim = own.claim("dies")
         assert claim.host is not None
         supervise(own.place, begin(claim, place.settings.work_dir))
-        job = place.store.job(claim.job_id)
+        job = place.store.jobs.get(claim.job_id)
         assert (job.status, job.retries_used) == (Status.QUEUED, 1), "as with any trainer that ends without a word"
         until(lambda: own.rows == [])
         assert own.marks_of_processes() == set()
@@ -209,9 +211,9 @@ def test_a_cancelled_job_leaves_its_host_warm(place: Workplace) -> None:
         thread = threading.Thread(target=supervise, args=(own.place, state))
         thread.start()
         until(lambda: state.step == 1)
-        place.store.cancel(claim.job_id, "bob")
+        place.store.jobs.cancel(claim.job_id, "bob")
         thread.join(timeout=20)
-        assert place.store.job(claim.job_id).status is Status.CANCELLED
+        assert place.store.jobs.get(claim.job_id).status is Status.CANCELLED
         assert own.run() == (first, 3)
 
 
@@ -222,14 +224,18 @@ def test_a_job_of_its_own_and_one_that_left_something_end_their_process(place: W
         assert not psutil.pid_exists(pid) and own.rows == []
 
 
-class Deaf(Store):
-    """A store whose database is lost once behind each of these verbs, as where the network goes."""
+class DeafHosts(HostVerbs):
+    """The database takes what is asked, and its answer is lost."""
+
+    def keep(self, claim: Claim, new: NewHost) -> bool:
+        super().keep(claim, new)
+        raise OperationalError("the answer was lost", None, ConnectionError())
+
+
+class AwayOnce(CardVerbs):
+    """The database is away at the first try."""
 
     lost = False
-
-    def keep_host(self, claim: Claim, new: NewHost) -> bool:
-        super().keep_host(claim, new)
-        raise OperationalError("the answer was lost", None, ConnectionError())
 
     def drain(self, *asked: Any, **more: Any) -> None:
         if not self.lost:
@@ -239,7 +245,9 @@ class Deaf(Store):
 
 
 def test_a_row_whose_answer_was_lost_goes_with_the_trainer(place: Workplace) -> None:
-    with lab(replace(place, store=Deaf(connect(place.settings)))) as own:
+    store = Store(connect(place.settings))
+    store.hosts = DeafHosts(store.begin)
+    with lab(replace(place, store=store)) as own:
         own.run()
         until(lambda: own.rows == [] and own.marks_of_processes() == set(), seconds=10)
 
@@ -253,10 +261,11 @@ def test_a_card_is_closed_for_a_base_that_does_not_go_though_the_database_was_aw
         (mark,), look = own.rows, own.watch.look
         left = {f"host-{mark}": 2**30}
         monkeypatch.setattr(own.watch, "look", lambda: replace(look(), used=left))
-        own.hosts.place = replace(own.place, store=Deaf(connect(place.settings)))
+        own.hosts.place = replace(own.place, store=(store := Store(connect(place.settings))))
+        store.cards, store.hosts = AwayOnce(store.begin), DeafHosts(store.begin)
         own.hosts.closed = True
-        until(lambda: "box:0" in own.store.drains(), seconds=10)
-        assert own.store.drains()["box:0"].reason.startswith("a base left 1.0 GiB of memory behind")
+        until(lambda: "box:0" in own.store.cards.drains(), seconds=10)
+        assert own.store.cards.drains()["box:0"].reason.startswith("a base left 1.0 GiB of memory behind")
         left.clear()
         until(lambda: own.rows == [])
 

@@ -75,7 +75,7 @@ def test_a_line_makes_one_login_of_its_role_once(
     with entered(engine, ada, "a" * 20) as name:
         assert name == ada
     person = make_engine(owner.url.set(username=ada, password="a" * 20).render_as_string(hide_password=False))
-    assert Store(person).submit(submission()) == 1
+    assert Store(person).jobs.submit(submission()) == 1
     with pytest.raises(Forbidden), person.begin() as connection:
         connection.execute(text("SELECT * FROM loractl_lab.invitations"))
     with pytest.raises(Forbidden), person.begin() as connection:

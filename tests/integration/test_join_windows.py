@@ -78,8 +78,8 @@ def _quick(place: Workplace, tmp_path: Path) -> None:
 
 def _comes(own: Crowd) -> Claim:
     """A job that begins to join the others; it may not be in yet."""
-    own.store.submit(submission(base_model="org/a", labels={"does": "steps"}, lora=1, method="lora"))
-    claim = own.store.claim("box:0")
+    own.store.jobs.submit(submission(base_model="org/a", labels={"does": "steps"}, lora=1, method="lora"))
+    claim = own.store.attempts.claim("box:0")
     assert isinstance(claim, Claim)
     claim = replace(claim, packs=True, joins=True, host=own.rows[0])
     own.follow(claim)
@@ -113,7 +113,7 @@ def test_a_trainer_that_freezes_between_two_jobs_is_ended_by_the_one_that_was_to
     with crowd(place) as own:
         second = _comes_as_the_last_leaves(own, tmp_path, "import signal; os.kill(os.getpid(), signal.SIGSTOP)")
         own.join(second)
-        job = place.store.job(second)
+        job = place.store.jobs.get(second)
         assert (job.status, job.reason, job.retries_used) == (Status.QUEUED, Reason.HOST_LOST, 0)
         until(lambda: not own.marks_of_processes(), seconds=5)
         until(lambda: own.rows == [] and not own.hosts.marks, seconds=5)
@@ -135,7 +135,7 @@ def test_a_job_may_come_back_as_soon_as_it_has_left(place: Workplace, tmp_path: 
         (tmp_path / "comes back").touch()
         own.states[second].card_drained = "box:0 is drained"
         own.join(second)
-        claim = place.store.claim("box:0")
+        claim = place.store.attempts.claim("box:0")
         assert isinstance(claim, Claim) and (claim.job_id, claim.attempt) == (second, 2)
         own.follow(replace(claim, packs=True, joins=True, host=host))
         until(lambda: own.states[second].step >= 1 or not own.threads[second].is_alive())
@@ -163,7 +163,7 @@ def test_who_comes_into_a_trainer_that_is_ending_goes_back_free_of_charge(
         own.join(second)
         (own.states[last].folder / "gone").touch()
         own.join(last)
-        job = place.store.job(second)
+        job = place.store.jobs.get(second)
         assert (job.status, job.reason, job.retries_used) == (Status.QUEUED, Reason.HOST_LOST, 0), job.message
         until(lambda: own.rows == [])
 

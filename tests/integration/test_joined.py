@@ -20,6 +20,7 @@ from loractl.common.placement.cards import Card
 from loractl.common.store.database import connect
 from loractl.common.store.records import Beat, Claim, Progress
 from loractl.common.store.store import Store
+from loractl.common.store.verbs.attempts import AttemptVerbs
 from loractl.common.units import GIB
 from loractl.worker.attempt import stops
 from loractl.worker.attempt.link import trainer as module
@@ -74,7 +75,7 @@ if __name__ == "__main__":
 def place(quick_place: Callable[[str], Workplace]) -> Workplace:
     """Its trainers do what QUICK says, and may be joined. A beat a second."""
     place = quick_place(QUICK)
-    place.store.see_node(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=4))
+    place.store.cards.see(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=4))
     return replace(place, settings=replace(place.settings, lease_s=6))
 
 
@@ -88,8 +89,8 @@ class Crowd(Lab):
 
     def start(self, does: str = "steps", *, joins: bool = False) -> int:
         """Begin a job, in a trainer of its own or in that of the others; its number once it trains."""
-        self.store.submit(submission(base_model="org/a", labels={"does": does}, lora=1, method="lora"))
-        claim = self.store.claim("box:0")
+        self.store.jobs.submit(submission(base_model="org/a", labels={"does": does}, lora=1, method="lora"))
+        claim = self.store.attempts.claim("box:0")
         assert isinstance(claim, Claim)
         self.follow(replace(claim, packs=True, joins=joins, host=self.rows[0] if joins else None))
         until(lambda: self.states[claim.job_id].step >= 1)
@@ -116,7 +117,7 @@ class Crowd(Lab):
 
     @property
     def card(self) -> Card:
-        return self.store.fleet().cards["box:0"]
+        return self.store.cards.fleet().cards["box:0"]
 
     def pid(self, job: int) -> int:
         (pid,) = self.states[job].pids
@@ -149,15 +150,17 @@ def test_a_job_joins_goes_on_when_the_first_has_ended_and_leaves_the_base_warm(p
         assert own.marks_of_processes() == set(own.rows), "who ends an attempt's processes does not find it"
         assert set(by_mark(own.watch.look().used)) == {own.rows[0]}
         end_strays(own.place)
-        assert place.store.hosts("box:0")[0].law is not None, "passes were measured"
+        assert place.store.hosts.of_card("box:0")[0].law is not None, "passes were measured"
         lines = own.log(first), own.log(second)
         assert [f"job {n} prints" in lines[n - 1] for n in (first, second)] == [True, False], "it prints as nobody's"
         assert f"line of {second}" in lines[1] and f"line of {second}" not in lines[0]
         own.end(first)
-        assert place.store.job(first).reason is Reason.BAD_DATA
+        assert place.store.jobs.get(first).reason is Reason.BAD_DATA
         assert psutil.pid_exists(own.pid(second)) and own.threads[second].is_alive()
-        place.store.submit(submission(base_model="org/a", labels={"does": "steps"}, lora=1, method="lora"))
-        assert place.store.claim("box:0", 0, {own.rows[0]: 24 * GIB}, joins=True) is None, "its process has the card"
+        place.store.jobs.submit(submission(base_model="org/a", labels={"does": "steps"}, lora=1, method="lora"))
+        assert place.store.attempts.claim("box:0", 0, {own.rows[0]: 24 * GIB}, joins=True) is None, (
+            "its process has the card"
+        )
         third = own.start(joins=True)
         own.end(second)
         own.end(third)
@@ -179,14 +182,14 @@ def test_a_cancelled_member_leaves_alone_and_a_lost_lease_ends_no_other(place: W
         first = own.start()
         until(lambda: own.rows)
         second, third = own.start(joins=True), own.start(joins=True)
-        place.store.cancel(second, "bob")
+        place.store.jobs.cancel(second, "bob")
         own.join(second)
-        assert place.store.job(second).status is Status.CANCELLED
+        assert place.store.jobs.get(second).status is Status.CANCELLED
         own.states[first].lease_lost = True
         own.join(first)
         assert own.threads[third].is_alive() and psutil.pid_exists(own.pid(third))
         own.end(third)
-        assert place.store.job(third).reason is Reason.BAD_DATA
+        assert place.store.jobs.get(third).reason is Reason.BAD_DATA
 
 
 @pytest.mark.parametrize("meanwhile", ["its result is stored", "its end waits for the database"])
@@ -196,25 +199,25 @@ def test_an_attempt_that_is_lost_when_its_trainer_stays_is_out_of_it(
     with crowd(place) as own:
         first = own.start()
         until(lambda: own.rows)
-        keep, finish = own.hosts.keep, place.store.finish
+        keep, finish = own.hosts.keep, place.store.attempts.finish
 
         def kept(*what: Any) -> bool:
             stays = keep(*what)
-            own.store.give_back("box:0")
+            own.store.attempts.give_back("box:0")
             own.states[first].lease_lost = True  # a beat says so
             return stays
 
         def late(*what: Any, **more: Any) -> Status | None:
-            own.store.give_back("box:0")
+            own.store.attempts.give_back("box:0")
             return finish(*what, **more)
 
         if "stored" in meanwhile:
             monkeypatch.setattr(own.hosts, "keep", kept)
         else:
-            monkeypatch.setattr(own.store, "finish", late)
+            monkeypatch.setattr(own.store.attempts, "finish", late)
         own.end(first)
-        assert place.store.attempts(first)[0].reason is Reason.WORKER_LOST
-        assert place.store.send_off_host(own.rows[0], "box:0"), "no job is in it any more"
+        assert place.store.attempts.of_job(first)[0].reason is Reason.WORKER_LOST
+        assert place.store.hosts.send_off(own.rows[0], "box:0"), "no job is in it any more"
 
 
 def test_a_trainer_that_is_killed_gives_all_its_jobs_back_and_spends_no_retry(place: Workplace) -> None:
@@ -224,7 +227,7 @@ def test_a_trainer_that_is_killed_gives_all_its_jobs_back_and_spends_no_retry(pl
         second = own.start(joins=True)
         os.kill(own.pid(first), signal.SIGKILL)
         own.join(first, second)
-        for job in (place.store.job(first), place.store.job(second)):
+        for job in (place.store.jobs.get(first), place.store.jobs.get(second)):
             assert (job.status, job.reason, job.retries_used, job.attempt) == (
                 Status.QUEUED, Reason.HOST_LOST, 0, 1
             )  # fmt: skip
@@ -239,7 +242,7 @@ def test_a_drained_card_stops_all_its_members(place: Workplace) -> None:
         second = own.start(joins=True)
         place.drain.ask("checkpoint")
         own.join(first, second)
-        assert {place.store.job(n).reason for n in (first, second)} == {Reason.DRAINED}
+        assert {place.store.jobs.get(n).reason for n in (first, second)} == {Reason.DRAINED}
 
 
 def test_a_member_that_does_not_leave_ends_the_others_only_where_none_takes_a_step(
@@ -250,19 +253,19 @@ def test_a_member_that_does_not_leave_ends_the_others_only_where_none_takes_a_st
         first = own.start()
         until(lambda: own.rows)
         deaf = own.start("deaf", joins=True)
-        place.store.cancel(deaf, "bob")
+        place.store.jobs.cancel(deaf, "bob")
         until(lambda: own.states[deaf].kill_at is not None)
         own.states[deaf].kill_at = 0.0
         own.threads[deaf].join(timeout=2)
         assert own.threads[deaf].is_alive() and own.threads[first].is_alive(), "the other one takes steps"
         frozen = time.monotonic()
         os.kill(own.pid(first), signal.SIGSTOP)
-        assert place.store.job(deaf).status is Status.CANCELLED, "its row does not wait for that"
+        assert place.store.jobs.get(deaf).status is Status.CANCELLED, "its row does not wait for that"
         assert [one.job_id for one in own.card.leavers] == [deaf], "what it holds stays held"
         own.join(first, deaf)
         assert time.monotonic() - frozen > 1.2, "neither is killed before"
-        assert place.store.job(deaf).status is Status.CANCELLED
-        assert place.store.job(first).reason is Reason.HOST_LOST
+        assert place.store.jobs.get(deaf).status is Status.CANCELLED
+        assert place.store.jobs.get(first).reason is Reason.HOST_LOST
         until(lambda: own.rows == [] and not own.card.leavers)
 
 
@@ -271,9 +274,9 @@ def test_a_cancelled_member_s_row_closes_at_once_and_it_holds_its_part_until_it_
         first = own.start()
         until(lambda: own.rows)
         deaf = own.start("deaf", joins=True)
-        place.store.cancel(deaf, "bob")
-        until(lambda: place.store.job(deaf).status is Status.CANCELLED, seconds=5)
-        assert own.threads[deaf].is_alive() and place.store.attempts(deaf)[0].reason is Reason.CANCELLED
+        place.store.jobs.cancel(deaf, "bob")
+        until(lambda: place.store.jobs.get(deaf).status is Status.CANCELLED, seconds=5)
+        assert own.threads[deaf].is_alive() and place.store.attempts.of_job(deaf)[0].reason is Reason.CANCELLED
         (leaver,) = own.card.leavers
         assert leaver.job_id == deaf and leaver.bytes == GIB - 2**20, "the base is the host's"
         end_strays(own.place)
@@ -283,7 +286,7 @@ def test_a_cancelled_member_s_row_closes_at_once_and_it_holds_its_part_until_it_
         own.end(first)
         (own.states[deaf].folder / "end").touch()
         own.join(deaf)
-        assert (place.store.job(deaf).status, own.card.leavers) == (Status.CANCELLED, [])
+        assert (place.store.jobs.get(deaf).status, own.card.leavers) == (Status.CANCELLED, [])
         assert len(own.card.waiting_bases) == 1 and psutil.pid_exists(own.pid(deaf)), "the base waits for a job"
 
 
@@ -292,15 +295,15 @@ def test_a_job_whose_earlier_attempt_is_still_in_the_trainer_goes_back_at_once_a
         first = own.start()
         until(lambda: own.rows)
         deaf = own.start("deaf", joins=True)
-        place.store.cancel(deaf, "bob")
-        until(lambda: place.store.job(deaf).status is Status.CANCELLED)
+        place.store.jobs.cancel(deaf, "bob")
+        until(lambda: place.store.jobs.get(deaf).status is Status.CANCELLED)
         earlier, thread = own.states[deaf], own.threads[deaf]
-        place.store.retry(deaf, "bob")
-        claim = place.store.claim("box:0", joins=True)
+        place.store.jobs.retry(deaf, "bob")
+        claim = place.store.attempts.claim("box:0", joins=True)
         assert isinstance(claim, Claim) and not claim.joins
         own.follow(replace(claim, joins=True, host=own.rows[0]))  # as of a claim that did not know it
         own.join(deaf)
-        back = place.store.job(deaf)
+        back = place.store.jobs.get(deaf)
         assert (back.status, back.reason, back.retries_used) == (Status.QUEUED, Reason.HOST_LOST, 0)
         assert back.message == "its earlier attempt has not left the trainer that it was to join"
         assert thread.is_alive() and own.threads[first].is_alive()
@@ -317,10 +320,10 @@ def test_a_member_that_hangs_past_its_time_is_ended_in_its_row_and_others_go_on(
         deaf = own.start("deaf", joins=True)
         own.states[deaf].card_drained = "box:1 is being drained"
         until(lambda: own.states[deaf].kill_at is not None)
-        assert place.store.job(deaf).status is Status.RUNNING, "it has time for a checkpoint"
+        assert place.store.jobs.get(deaf).status is Status.RUNNING, "it has time for a checkpoint"
         own.states[deaf].kill_at = 0.0
-        until(lambda: place.store.job(deaf).status is Status.QUEUED)
-        assert place.store.job(deaf).reason is Reason.DRAINED and own.threads[deaf].is_alive()
+        until(lambda: place.store.jobs.get(deaf).status is Status.QUEUED)
+        assert place.store.jobs.get(deaf).reason is Reason.DRAINED and own.threads[deaf].is_alive()
         own.end(deaf)
         assert own.threads[first].is_alive() and not own.card.leavers
         own.end(first)
@@ -333,7 +336,7 @@ def test_a_member_that_says_nothing_for_long_ends_alone(place: Workplace, monkey
         silent = own.start("silent", joins=True)
         monkeypatch.setattr(stops, "SILENCE_S", 1.5)
         own.join(silent)
-        assert place.store.job(silent).reason is Reason.TRAINER_ERROR
+        assert place.store.jobs.get(silent).reason is Reason.TRAINER_ERROR
         assert own.threads[first].is_alive()
         own.end(first)
 
@@ -344,15 +347,15 @@ def test_a_spoilt_trainer_takes_no_more_jobs_and_ends_with_its_last(place: Workp
         until(lambda: own.rows)
         second = own.start("spoils", joins=True)
         own.end(second)
-        (row,) = place.store.hosts("box:0")
+        (row,) = place.store.hosts.of_card("box:0")
         assert row.spoilt == f"job {second} left something there"
-        place.store.submit(submission(base_model="org/a", labels={"does": "steps"}, lora=1, method="lora"))
-        place.store.see_node(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=4))
-        claim = place.store.claim("box:0", joins=True)
+        place.store.jobs.submit(submission(base_model="org/a", labels={"does": "steps"}, lora=1, method="lora"))
+        place.store.cards.see(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=4))
+        claim = place.store.attempts.claim("box:0", joins=True)
         assert isinstance(claim, Claim) and not claim.joins
         own.follow(replace(claim, joins=True, host=row.host))  # as of a claim just before that
         own.join(claim.job_id)
-        back = place.store.job(claim.job_id)
+        back = place.store.jobs.get(claim.job_id)
         assert (back.status, back.reason, back.retries_used) == (Status.QUEUED, Reason.HOST_LOST, 0)
         assert "takes no more jobs" in str(back.message) and own.threads[first].is_alive()
         own.end(first)
@@ -366,15 +369,15 @@ def test_who_runs_out_of_memory_beside_others_goes_on_alone_with_less(place: Wor
         until(lambda: own.rows)
         second = own.start("grows", joins=True)
         own.end(second)
-        job = place.store.job(second)
+        job = place.store.jobs.get(second)
         assert (job.status, job.reason) == (Status.QUEUED, Reason.HOST_LOST)
         assert Adjustment(**(job.adjustment or {})) != Adjustment() and "goes on alone" in str(job.message)
         assert own.threads[first].is_alive()
         own.end(first)
 
 
-class Broken(Store):
-    """A store that raises what no one expects for one job's beats."""
+class Broken(AttemptVerbs):
+    """Raises what no one expects for one job's beats."""
 
     failing: int | None = None
     failed = threading.Event()
@@ -388,14 +391,15 @@ class Broken(Store):
 
 def test_a_trainer_ends_though_the_others_left_while_its_last_member_was_leaving(place: Workplace) -> None:
     """Who was among others when it began to leave is the last when it is out."""
-    store = Broken(connect(place.settings))
+    store = Store(connect(place.settings))
+    store.attempts = broken = Broken(store.begin)
     with crowd(replace(place, store=store)) as own:
         first = own.start()
         until(lambda: own.rows)
         last = own.start("deaf", joins=True)
-        pid, link, store.failing = own.pid(first), own.states[last].trainer, last
+        pid, link, broken.failing = own.pid(first), own.states[last].trainer, last
         assert link is not None
-        assert store.failed.wait(60)
+        assert broken.failed.wait(60)
         time.sleep(0.5)  # its supervisor begins to wait until the job has left, of which nothing tells
         own.end(first)
         assert link.trainer.count == 1 and psutil.pid_exists(pid)
@@ -407,11 +411,11 @@ def test_a_trainer_ends_though_the_others_left_while_its_last_member_was_leaving
 
 def test_a_job_that_comes_when_the_trainer_has_gone_goes_back_free_of_charge(place: Workplace) -> None:
     with crowd(place) as own:
-        place.store.submit(submission(base_model="org/a", labels={"does": "steps"}, lora=1, method="lora"))
-        claim = place.store.claim("box:0")
+        place.store.jobs.submit(submission(base_model="org/a", labels={"does": "steps"}, lora=1, method="lora"))
+        claim = place.store.attempts.claim("box:0")
         assert isinstance(claim, Claim)
         own.follow(replace(claim, joins=True, host="0123456789abcdef"))
         own.join(claim.job_id)
-        job = place.store.job(claim.job_id)
+        job = place.store.jobs.get(claim.job_id)
         assert (job.status, job.reason, job.retries_used) == (Status.QUEUED, Reason.HOST_LOST, 0)
         assert run_mark(claim.token) not in own.marks_of_processes()

@@ -41,30 +41,41 @@ from ..unit.factories import RESULT, submission, take
 
 
 def test_who_submits_can_submit_cancel_hold_retry_and_read(person: Store, box: Store) -> None:
-    first, second = person.submit(submission()), person.submit(submission(name="b"))
-    person.hold(second, "ada", "wait")
-    person.retry(second, "ada")
-    person.cancel(second, "ada")
-    person.retry(second, "ada")
+    first, second = person.jobs.submit(submission()), person.jobs.submit(submission(name="b"))
+    person.jobs.hold(second, "ada", "wait")
+    person.jobs.retry(second, "ada")
+    person.jobs.cancel(second, "ada")
+    person.jobs.retry(second, "ada")
     assert isinstance(take(box), Claim)
-    assert person.cancel(first, "ada").cancel_requested, "a running job is asked"
-    for read in (person.jobs, person.fleet, person.nodes, person.adapters, person.measured, person.drains, person.now):
+    assert person.jobs.cancel(first, "ada").cancel_requested, "a running job is asked"
+    for read in (
+        person.jobs,
+        person.cards.fleet,
+        person.cards.nodes,
+        person.adapters,
+        person.attempts.measured,
+        person.cards.drains,
+        person.now,
+    ):
         read()
-    for read_one in (person.job, person.events, person.attempts, person.log):
+    for read_one in (person.jobs.get, person.jobs.events, person.attempts, person.jobs.log):
         read_one(first)
 
 
 def test_a_look_at_final_rows_is_the_login_s_and_of_now(person: Store, box: Store, lab: Logins) -> None:
-    job_id = person.submit(submission())
+    job_id = person.jobs.submit(submission())
     claim = take(box)
-    assert isinstance(claim, Claim) and box.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+    assert (
+        isinstance(claim, Claim)
+        and box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+    )
     engine = make_engine(lab.person)
     with engine.begin() as connection:
         row = f"({job_id}, 99, 'f', 'eve', '2001-01-01')"
         connection.exec_driver_sql(f'INSERT INTO looks (job_id, sweep_id, rows_sha256, "user", at) VALUES {row}')
     engine.dispose()
-    person.look(job_id, "f", "eve")
-    login, looks = make_url(lab.person).username, box.look(job_id, "f", "heron")
+    person.results.look(job_id, "f", "eve")
+    login, looks = make_url(lab.person).username, box.results.look(job_id, "f", "heron")
     assert [(one.user, one.sweep_id) for one in looks] == [(login, None), (login, None), ("heron", None)]
     assert all(abs((one.at - box.now()).total_seconds()) < 600 for one in looks)
 
@@ -72,10 +83,13 @@ def test_a_look_at_final_rows_is_the_login_s_and_of_now(person: Store, box: Stor
 def test_who_submits_takes_no_number_that_the_next_row_of_another_would_have(
     person: Store, box: Store, lab: Logins
 ) -> None:
-    job_id = person.submit(submission())
+    job_id = person.jobs.submit(submission())
     claim = take(box)
-    assert isinstance(claim, Claim) and box.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
-    waits = person.submit(submission(name="b"))
+    assert (
+        isinstance(claim, Claim)
+        and box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+    )
+    waits = person.jobs.submit(submission(name="b"))
     columns = {
         "events": ("event_id, job_id, at, kind, text", f"{waits}, now(), 'queued', 'queued by ada'"),
         "sweeps": ('sweep_id, name, "user", created_at, settings', "'s', 'ada', now(), '{}'"),
@@ -91,13 +105,13 @@ def test_who_submits_takes_no_number_that_the_next_row_of_another_would_have(
             drawn = connection.exec_driver_sql(f"SELECT nextval('{table}_{number}_seq')").scalar_one()
             assert drawn > taken, table
     engine.dispose()
-    assert len(box.look(job_id, "f", "heron")) == 40
+    assert len(box.results.look(job_id, "f", "heron")) == 40
 
 
 def test_the_page_s_role_reads_all_that_is_shown_and_writes_nothing(
     lab: Logins, person: Store, box: Store, postgres_url: str, tmp_path: Path
 ) -> None:
-    first, name = person.submit(submission()), f"web_{secrets.token_hex(4)}"
+    first, name = person.jobs.submit(submission()), f"web_{secrets.token_hex(4)}"
     assert isinstance(take(box), Claim)
     with role(postgres_url, name, "loractl_web") as url:
         store = Store(make_engine(url, read_only=True))
@@ -109,24 +123,27 @@ def test_the_page_s_role_reads_all_that_is_shown_and_writes_nothing(
         assert "loractl_database_up 1.0" in client.get("/metrics").text
         writing = Store(make_engine(url))
         for write in (
-            lambda: writing.submit(submission()),
-            lambda: writing.cancel(first, name),
-            lambda: writing.look(first, "f", name),
+            lambda: writing.jobs.submit(submission()),
+            lambda: writing.jobs.cancel(first, name),
+            lambda: writing.results.look(first, "f", name),
         ):
             with pytest.raises(Forbidden):
                 write()
         for one in (store, writing):
-            one._engine.dispose()
+            one.engine.dispose()
 
 
 def test_who_submits_edits_what_is_its_own_and_no_more(
     person: Store, box: Store, lab: Logins, postgres_url: str
 ) -> None:
     owner = make_engine(postgres_url)
-    others, mine = Store(owner).submit(submission(user="eve")), person.submit(submission(resources={"time_limit": 9}))
+    others, mine = (
+        Store(owner).jobs.submit(submission(user="eve")),
+        person.jobs.submit(submission(resources={"time_limit": 9})),
+    )
 
     def edit(job_id: int, *overrides: str) -> None:
-        person.edit(amendment(person, job_id, overrides), "ada")
+        person.jobs.edit(amendment(person, job_id, overrides), "ada")
 
     edit(mine, "priority=4", "name=mine", "lora_patience=1h", "resources.node_labels.a=b", "dataset.max_length=64")
     edit(mine, "resources.node_labels={}", "lora_patience=null", "method=lora", "training.learning_rate=0.1")
@@ -135,9 +152,9 @@ def test_who_submits_edits_what_is_its_own_and_no_more(
     claim = take(box)
     assert isinstance(claim, Claim) and claim.job_id == mine
     edit(mine, "resources.time_limit=8", "priority=5", "labels.a=b")
-    assert box.beat(claim, Progress()).time_limit == 8
-    box.finish(claim, Reason.TIMED_OUT, "ran longer", Progress())
-    person.retry(mine, "ada", amendment(person, mine, ["resources.time_limit=7"]))
+    assert box.attempts.beat(claim, Progress()).time_limit == 8
+    box.attempts.finish(claim, Reason.TIMED_OUT, "ran longer", Progress())
+    person.jobs.retry(mine, "ada", amendment(person, mine, ["resources.time_limit=7"]))
     again = take(box)
     assert isinstance(again, Claim) and again.spec.resources.time_limit == 7
     engine = make_engine(lab.person)
@@ -163,18 +180,18 @@ def test_who_submits_edits_what_is_its_own_and_no_more(
 )
 def test_who_submits_reproduces_a_job_in_the_pieces_in_which_it_ended(person: Store, smaller: Adjustment) -> None:
     """Its first row has a history: what out-of-memory had changed in the other job."""
-    job_id = person.submit(replace(submission(), adjustment=smaller, purpose="to reproduce job 1"))
-    assert person.job(job_id).adjustment == smaller.as_json()
+    job_id = person.jobs.submit(replace(submission(), adjustment=smaller, purpose="to reproduce job 1"))
+    assert person.jobs.get(job_id).adjustment == smaller.as_json()
 
 
 def test_a_job_in_smaller_pieces_is_edited_to_no_other_batch(person: Store, lab: Logins) -> None:
     """It would train with the batch of its pieces, whatever its file says."""
     adjustment = Adjustment(micro_batch=1, accumulation=16)
-    job_id = person.submit(replace(submission(), adjustment=adjustment, purpose="to reproduce job 1"))
+    job_id = person.jobs.submit(replace(submission(), adjustment=adjustment, purpose="to reproduce job 1"))
     engine = make_engine(lab.person)
 
     def edit(**training: float) -> None:
-        spec = person.job(job_id).spec
+        spec = person.jobs.get(job_id).spec
         new = json.dumps({"spec": {**spec, "training": {**spec["training"], **training}}})
         call = text("SELECT loractl_change(:job_id, 'edited', '{}', CAST(:new AS json), 'ada', '')")
         with engine.begin() as connection:
@@ -185,7 +202,7 @@ def test_a_job_in_smaller_pieces_is_edited_to_no_other_batch(person: Store, lab:
         edit(gradient_accumulation_steps=3)
     engine.dispose()
     change = amendment(person, job_id, ["training.gradient_accumulation_steps=3"])
-    assert person.edit(change, "ada").adjustment is None, "with its pieces gone it may take another one"
+    assert person.jobs.edit(change, "ada").adjustment is None, "with its pieces gone it may take another one"
 
 
 def test_a_box_plans_anew_what_waits_since_before_an_upgrade(
@@ -194,32 +211,32 @@ def test_a_box_plans_anew_what_waits_since_before_an_upgrade(
     config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
               "num_attention_heads": 2, "vocab_size": 500}  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    job_id = person.submit(submission(lora=30, base_model=str(tmp_path)))
+    job_id = person.jobs.submit(submission(lora=30, base_model=str(tmp_path)))
     owner = make_engine(postgres_url)
     with owner.begin() as connection:
         connection.execute(text(f"UPDATE jobs SET engine = 1 WHERE job_id = {job_id}"))
     owner.dispose()
-    assert box.plan_anew() == [job_id]
-    assert (box.job(job_id).vram_lora or 0) < GIB
+    assert box.jobs.plan_anew() == [job_id]
+    assert (box.jobs.get(job_id).vram_lora or 0) < GIB
 
 
 def test_who_submits_cannot_claim_or_touch_what_is_a_worker_s(person: Store, box: Store) -> None:
-    running = person.submit(submission())
-    person.submit(submission(name="waits"))
+    running = person.jobs.submit(submission())
+    person.jobs.submit(submission(name="waits"))
     claim = take(box)
     assert isinstance(claim, Claim)
     for forbidden in (
-        lambda: person.claim("box:0"),
+        lambda: person.attempts.claim("box:0"),
         lambda: take(person),
-        lambda: person.finish(claim, Reason.OK, "", Progress(), RESULT),
-        lambda: person.keep_checkpoint(claim, StoredCheckpoint(step=1, prefix="jobs/1/checkpoints/1-1")),
-        lambda: person.drain("box", "ada", "mine"),
-        lambda: person.forget_node("box:0"),
-        lambda: person.remove_result(running, "ada"),
+        lambda: person.attempts.finish(claim, Reason.OK, "", Progress(), RESULT),
+        lambda: person.attempts.keep_checkpoint(claim, StoredCheckpoint(step=1, prefix="jobs/1/checkpoints/1-1")),
+        lambda: person.cards.drain("box", "ada", "mine"),
+        lambda: person.cards.forget("box:0"),
+        lambda: person.results.remove(running, "ada"),
     ):
         with pytest.raises(Forbidden, match=r"does not let ada_\w+ do that"):
             forbidden()
-    assert box.job(running).token == claim.token
+    assert box.jobs.get(running).token == claim.token
 
 
 def _called(number: int, kind: str, new: str, expected: str = "{}") -> str:
@@ -337,16 +354,21 @@ UNREADABLE = {
 def test_by_hand_who_submits_cannot_do_more(person: Store, box: Store, lab: Logins, postgres_url: str) -> None:
     owner = make_engine(postgres_url)
     for name in ("runs", "waits"):
-        person.submit(submission(name=name))
+        person.jobs.submit(submission(name=name))
     claim = take(box)
-    assert isinstance(claim, Claim) and box.beat(claim, Progress(stage=Stage.TRAINING, step=1, loss=1.0)).accepted
-    person.hold(2, "ada")
-    assert Store(owner).submit(submission(user="eve", priority=9)) == 3
+    assert (
+        isinstance(claim, Claim) and box.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=1, loss=1.0)).accepted
+    )
+    person.jobs.hold(2, "ada")
+    assert Store(owner).jobs.submit(submission(user="eve", priority=9)) == 3
     over = take(box, node="box:1")
-    assert isinstance(over, Claim) and box.finish(over, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
-    person.tag(Reference(job_id=3), "prod", "ada")
-    person.look(3, "f" * 64, "ada")
-    assert Store(owner).submit(submission(user="eve", name="waits")) == 4
+    assert (
+        isinstance(over, Claim)
+        and box.attempts.finish(over, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+    )
+    person.adapters.tag(Reference(job_id=3), "prod", "ada")
+    person.results.look(3, "f" * 64, "ada")
+    assert Store(owner).jobs.submit(submission(user="eve", name="waits")) == 4
     before = _all_rows(owner)
     engine = make_engine(lab.person)
     for statement in BY_HAND:
@@ -365,7 +387,7 @@ def _all_rows(owner: Engine) -> dict[str, list[Any]]:
 
 
 def test_a_new_row_has_no_history(person: Store, lab: Logins) -> None:
-    person.submit(submission())
+    person.jobs.submit(submission())
     engine = make_engine(lab.person)
     with engine.connect() as connection:
         names = connection.execute(text("SELECT * FROM jobs LIMIT 0")).keys()
@@ -387,7 +409,7 @@ def test_a_new_row_has_no_history(person: Store, lab: Logins) -> None:
                 copy({**columns, f'"{name}"': value})
                 pytest.fail(f"a new row with {name} = {value} was let through")
     engine.dispose()
-    assert [job.job_id for job in person.jobs()] == [2, 1]
+    assert [job.job_id for job in person.jobs.matching()] == [2, 1]
 
 
 def test_what_a_login_makes_of_its_own_is_not_taken_for_the_lab_s(
@@ -395,7 +417,7 @@ def test_what_a_login_makes_of_its_own_is_not_taken_for_the_lab_s(
 ) -> None:
     """Temporary tables and sequences go before those of the lab, wherever a name does not say whose it is."""
     owner = make_engine(postgres_url)
-    others, mine = Store(owner).submit(submission(user="eve")), person.submit(submission())
+    others, mine = Store(owner).jobs.submit(submission(user="eve")), person.jobs.submit(submission())
     copy = f"r record; BEGIN SELECT * INTO r FROM public.jobs WHERE job_id = {mine}; j := r; j.job_id := 4711;"
     number = ("CREATE TEMP SEQUENCE jobs_job_id_seq", "SELECT setval('pg_temp.jobs_job_id_seq', 4711)",
               f"DO $$ DECLARE j public.jobs; {copy} INSERT INTO public.jobs SELECT j.*; END $$")  # fmt: skip
@@ -417,28 +439,28 @@ def test_what_a_login_makes_of_its_own_is_not_taken_for_the_lab_s(
 
 def test_who_did_it_is_the_login_whatever_the_client_claims(person: Store, box: Store, lab: Logins) -> None:
     login = make_url(lab.person).username
-    job_id = person.submit(submission(user="bob", resources={"node_labels": {"nvlink": "yes"}}))
-    job = person.job(job_id)
+    job_id = person.jobs.submit(submission(user="bob", resources={"node_labels": {"nvlink": "yes"}}))
+    job = person.jobs.get(job_id)
     assert job.user == login and job.queue_key.endswith(f'|{{"nvlink": "yes"}}|{login}')
-    person.hold(job_id, "bob", "mine")
-    assert person.job(job_id).message == f"held by {login}: mine"
-    person.retry(job_id, "bob")
-    person.cancel(job_id, "bob")
-    assert person.job(job_id).message == f"cancelled by {login}"
-    first, *told = [event.text for event in person.events(job_id)]
+    person.jobs.hold(job_id, "bob", "mine")
+    assert person.jobs.get(job_id).message == f"held by {login}: mine"
+    person.jobs.retry(job_id, "bob")
+    person.jobs.cancel(job_id, "bob")
+    assert person.jobs.get(job_id).message == f"cancelled by {login}"
+    first, *told = [event.text for event in person.jobs.events(job_id)]
     assert first == f"queued by bob (login {login})"
     assert told == [f"held by {login}: mine", f"queued again by {login}", f"cancelled by {login}"]
-    person.retry(job_id, str(login))
-    assert person.events(job_id)[-1].text == f"queued again by {login}"
-    person.hold(job_id, str(login), "by bob")
-    assert person.job(job_id).message == f"held by {login}: by bob"
-    person.retry(job_id, str(login))
+    person.jobs.retry(job_id, str(login))
+    assert person.jobs.events(job_id)[-1].text == f"queued again by {login}"
+    person.jobs.hold(job_id, str(login), "by bob")
+    assert person.jobs.get(job_id).message == f"held by {login}: by bob"
+    person.jobs.retry(job_id, str(login))
     assert isinstance(take(box, labels={"nvlink": "yes"}), Claim)
 
 
 def test_a_worker_can_run_jobs_to_their_end_and_clean_up(person: Store, box: Store) -> None:
     for name in ("ends", "fails", "lost"):
-        person.submit(submission(name=name, max_retries=0))
+        person.jobs.submit(submission(name=name, max_retries=0))
     claim = take(box)
     assert isinstance(claim, Claim)
     progress = Progress(
@@ -446,52 +468,52 @@ def test_a_worker_can_run_jobs_to_their_end_and_clean_up(person: Store, box: Sto
         evaluated=1, to_evaluate=2, tokens_per_second=9.0, metrics=((1, "loss", 1.0),), events=(("data", "rows"),),
         log="line\n", vram_peak=GIB, need=Need(lora=3 * GIB, qlora=GIB), adjustment=Adjustment(micro_batch=1),
     )  # fmt: skip
-    assert box.beat(claim, progress).accepted
-    assert box.keep_checkpoint(claim, StoredCheckpoint(step=1, prefix="jobs/1/checkpoints/1-1"))
-    assert box.finish(claim, Reason.OK, "done", progress, RESULT) is Status.SUCCEEDED
+    assert box.attempts.beat(claim, progress).accepted
+    assert box.attempts.keep_checkpoint(claim, StoredCheckpoint(step=1, prefix="jobs/1/checkpoints/1-1"))
+    assert box.attempts.finish(claim, Reason.OK, "done", progress, RESULT) is Status.SUCCEEDED
     second = take(box)
     assert isinstance(second, Claim)
-    box.finish(second, Reason.OUT_OF_MEMORY, "out of memory", Progress())
+    box.attempts.finish(second, Reason.OUT_OF_MEMORY, "out of memory", Progress())
     assert isinstance(take(box), Claim)
-    box.give_back("box:0")
-    assert box.take_turn("box:0", 5, 15) is not None
-    for verb in (box.reap, box.end_patience, box.preempt, box.fleet, box.spent_logs):
+    box.attempts.give_back("box:0")
+    assert box.cards.take_turn("box:0", 5, 15) is not None
+    for verb in (box.attempts.reap, box.jobs.end_patience, box.cards.preempt, box.cards.fleet, box.results.spent_logs):
         verb()
-    box.drain("box", "loractl", "left something behind", until=box.now() + dt.timedelta(hours=1))
-    assert box.end_drain("box")
-    assert not box.bind_result(claim.job_id, "c" * 64, "heron"), "it is bound"
-    assert box.remove_result(claim.job_id, "heron")
-    assert box.forget_checkpoint(claim.job_id)
-    box.forget_log(SpentLog(job_id=claim.job_id, attempt=1, size=5))
-    box.forget_node("box:0")
+    box.cards.drain("box", "loractl", "left something behind", until=box.now() + dt.timedelta(hours=1))
+    assert box.cards.end_drain("box")
+    assert not box.results.bind(claim.job_id, "c" * 64, "heron"), "it is bound"
+    assert box.results.remove(claim.job_id, "heron")
+    assert box.results.forget_checkpoint(claim.job_id)
+    box.results.forget_log(SpentLog(job_id=claim.job_id, attempt=1, size=5))
+    box.cards.forget("box:0")
 
 
 def test_a_sweep_is_submitted_by_one_role_and_thinned_out_by_the_other(person: Store, box: Store) -> None:
     asked = {"training": {"max_steps": 8, "eval_steps": 0.25}}
     sweep = NewSweep(name="a", user="ada", varied={"lora.r": "4,8"}, rungs=(0.25,))
     with pytest.raises(Forbidden):
-        box.submit_sweep(sweep, [submission(**asked)])
-    sweep_id = person.submit_sweep(sweep, [submission(**asked), submission(**asked)])
+        box.sweeps.submit(sweep, [submission(**asked)])
+    sweep_id = person.sweeps.submit(sweep, [submission(**asked), submission(**asked)])
     told = []
     for loss in (1.0, 2.0):
         claim = take(box)
         assert isinstance(claim, Claim)
-        told.append(box.beat(claim, Progress(step=2, total_steps=8, metrics=((2, "eval_loss", loss),))).pruned)
+        told.append(box.attempts.beat(claim, Progress(step=2, total_steps=8, metrics=((2, "eval_loss", loss),))).pruned)
     assert told[0] is None and told[1] is not None
-    assert box.finish(claim, Reason.PRUNED, told[1], Progress()) is Status.CANCELLED
-    person.retry(claim.job_id, "ada")
-    assert len(person.cancel_sweep(sweep_id, "ada")) == 2
-    assert person.sweep(sweep_id).members[1].rungs[0].loss == 2.0
+    assert box.attempts.finish(claim, Reason.PRUNED, told[1], Progress()) is Status.CANCELLED
+    person.jobs.retry(claim.job_id, "ada")
+    assert len(person.sweeps.cancel(sweep_id, "ada")) == 2
+    assert person.sweeps.get(sweep_id).members[1].rungs[0].loss == 2.0
 
 
 def test_a_box_writes_and_sends_messages_and_a_person_writes_none(person: Store, box: Store, lab: Logins) -> None:
-    person.submit(submission(notify=["ops"]))
+    person.jobs.submit(submission(notify=["ops"]))
     claim = take(box)
     assert isinstance(claim, Claim)
-    box.finish(claim, Reason.OK, "better", Progress(), RESULT)
+    box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT)
     ops = (Channel(name="ops", kind="slack", lab=True),)
-    box.take_turn("box:0", 0, 0)
-    parcel = box.lease_message(ops, 90)
+    box.cards.take_turn("box:0", 0, 0)
+    parcel = box.outbox.lease(ops, 90)
     assert parcel is not None and parcel.subject == "tiny: better"
     engine = make_engine(lab.person)
     for forged in ("UPDATE outbox SET subject = 'x'", "DELETE FROM outbox"):
@@ -499,14 +521,14 @@ def test_a_box_writes_and_sends_messages_and_a_person_writes_none(person: Store,
             connection.execute(text(forged))
     engine.dispose()
     with pytest.raises(Forbidden):
-        person.settle_message(parcel, Delivery(sent=True))
-    assert box.settle_message(parcel, Delivery(sent=True))
+        person.outbox.settle(parcel, Delivery(sent=True))
+    assert box.outbox.settle(parcel, Delivery(sent=True))
 
 
 def test_a_worker_cannot_submit_or_change_what_was_asked(person: Store, box: Store, lab: Logins) -> None:
-    person.submit(submission())
+    person.jobs.submit(submission())
     with pytest.raises(Forbidden, match=r"does not let heron_\w+ do that"):
-        box.submit(submission())
+        box.jobs.submit(submission())
     engine = make_engine(lab.box)
     for change in ("spec = '{}'", "data = '{}'", "\"user\" = 'eve'", "base_model = 'org/other'", "priority = 9"):
         with pytest.raises(Forbidden), engine.begin() as connection:

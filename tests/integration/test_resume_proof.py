@@ -113,7 +113,7 @@ class Lab:
         wanted = Submission(
             spec=spec, user="ada", data=stored, need=need, planned=need, methods=permitted_methods(spec.method)
         )
-        return self.store.submit(wanted)
+        return self.store.jobs.submit(wanted)
 
     def attempt(self, box: str) -> Status | None:
         """Claim and run on a box."""
@@ -121,8 +121,10 @@ class Lab:
         settings = load_settings({"LORACTL_HOME": str(home), "LORACTL_ARTIFACTS_URL": self.artifacts.url, **WARM})
         (device,) = find_devices(load_settings({"LORACTL_HOME": str(home), "LORACTL_DEVICES": "cpu"}))
         self.clock.forward(3600)  # whatever it waits for is over
-        self.store.see_node(NodeState(node=f"{box}:0", host=box, gpu="cpu", device_name="CPU", kind="cpu", total=2**40))
-        claim = self.store.claim(f"{box}:0")
+        self.store.cards.see(
+            NodeState(node=f"{box}:0", host=box, gpu="cpu", device_name="CPU", kind="cpu", total=2**40)
+        )
+        claim = self.store.attempts.claim(f"{box}:0")
         assert isinstance(claim, Claim)
         place = Workplace(
             settings=settings, store=self.store, artifacts=StoreClient(self.artifacts.url), device=device,
@@ -131,13 +133,13 @@ class Lab:
         return supervise(place, begin(claim, settings.work_dir))
 
     def curve(self, job_id: int, name: str) -> dict[tuple[int, int], float]:
-        return {(p.attempt, p.step): p.value for p in self.store.metrics(job_id, name)}
+        return {(p.attempt, p.step): p.value for p in self.store.jobs.metrics(job_id, name)}
 
     def adapter(self, job_id: int) -> dict[str, bytes]:
         import torch
         from safetensors.torch import load
 
-        stored = result_binding(self.store, self.store.job(job_id))
+        stored = result_binding(self.store, self.store.jobs.get(job_id))
         assert stored.manifest_sha256 is not None
         weights = load(self.artifacts.read_bytes(stored, WEIGHTS))
         return {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in weights.items()}
@@ -172,13 +174,13 @@ def test_three_kills_in_one_run_change_no_bit_of_it(
         monkeypatch.setattr(TrainerLink, "hear", lambda link, message, kill=kill: kill.hear(link, message))
         assert lab.attempt(box) is Status.QUEUED
         assert kill.done.is_set()
-        if lab.store.job(killed).held:  # thrice without a further checkpoint
-            lab.store.retry(killed, "ada")
+        if lab.store.jobs.get(killed).held:  # thrice without a further checkpoint
+            lab.store.jobs.retry(killed, "ada")
     monkeypatch.setattr(TrainerLink, "hear", HEAR)
     monkeypatch.delenv(warm.SOCKET)
     assert lab.attempt("owl") is Status.SUCCEEDED
 
-    attempts = lab.store.attempts(killed)
+    attempts = lab.store.attempts.of_job(killed)
     assert [a.reason for a in attempts] == [*[Reason.KILLED] * 3, Reason.OK]
     resumed = [a.resumed_from_step or 0 for a in attempts[1:]]
     reached = [max(step for n, step in lab.curve(killed, "loss") if n == a.attempt) for a in attempts[:3]]

@@ -85,7 +85,7 @@ def test_the_database_answers_by_tls_to_who_trusts_its_authority(
     done = cli("submit", tmp_path / "job.yaml")
     assert "Warning" not in done.stderr
     engine = connect(load_settings(cli.environment))
-    assert [job.job_id for job in Store(engine).jobs()] == [1]
+    assert [job.job_id for job in Store(engine).jobs.matching()] == [1]
     engine.dispose()
 
 

@@ -81,9 +81,9 @@ def node_state(node: str = "box:0", **changed: Any) -> NodeState:
 def take(store: Store, free: int = PLENTY, node: str = "box:0", **state: Any) -> Claim | Left | None:
     """A claim by a card that has `free` bytes for new jobs beside what it runs."""
     seen = node_state(node, **{"total": free, "max_jobs": 64, **state})
-    reserved = sum(job.reserved for job in store.see_node(seen).running)
-    store.see_node(replace(seen, total=free + reserved))
-    return store.claim(node)
+    reserved = sum(job.reserved for job in store.cards.see(seen).running)
+    store.cards.see(replace(seen, total=free + reserved))
+    return store.attempts.claim(node)
 
 
 def job(**changed: Any) -> Job:

@@ -128,7 +128,7 @@ class CheckpointUpload:
         claim, began = self._claim, self._clock.now()
         try:
             copy.stored = copy.stored or self._upload(copy)
-            if not self._store.keep_checkpoint(claim, copy.stored):
+            if not self._store.attempts.keep_checkpoint(claim, copy.stored):
                 self._artifacts.remove_checkpoint(copy.stored.prefix)  # the lease is lost: no row will name it
                 return True
         except Exception as error:  # noqa: BLE001  if this thread ended, no later checkpoint would be stored

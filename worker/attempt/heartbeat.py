@@ -25,7 +25,7 @@ def beat(place: Workplace, state: AttemptState) -> None:
         return  # its row is closed
     answer: Beat | None
     try:
-        answer = place.store.beat(state.claim, state.progress())
+        answer = place.store.attempts.beat(state.claim, state.progress())
     except REFUSALS as error:
         answer = _beat_alone(place, state, error)
     finally:
@@ -46,7 +46,7 @@ def _beat_alone(place: Workplace, state: AttemptState, error: BaseException) -> 
         log.warning("job %s: the database refused a beat: %s", state.claim.job_id, told_by(error))
         state.turn()
         try:
-            return place.store.beat(state.claim, state.bare_progress(told_by(error)))
+            return place.store.attempts.beat(state.claim, state.bare_progress(told_by(error)))
         except REFUSALS as again:
             why = outage(again) or told_by(again)
     log.warning("job %s: the database takes no beat, training goes on: %s", state.claim.job_id, why)

@@ -144,7 +144,7 @@ def _ancestor(place: Workplace, state: AttemptState) -> Ancestor | None:
     if (job_id := ancestor_job(spec)) is None:
         raise Refused("lora.init_from: the row does not name it by a job's number")
     try:
-        row, job = store.adapter(Reference(job_id=job_id)), store.job(job_id)
+        row, job = store.adapters.get(Reference(job_id=job_id)), store.jobs.get(job_id)
     except (AdapterNotFound, JobNotFound):
         raise Refused(f"lora.init_from: the adapter of job {job_id} was removed") from None
     if wrong := misfits(spec, JobSpec.model_validate(job.spec)):

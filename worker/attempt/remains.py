@@ -60,10 +60,10 @@ def make_room(place: Workplace, folder: Path, needed: int) -> None:
     if shutil.disk_usage(folder).free >= needed:
         return
     found = {int(path.name): path for path in work.iterdir() if re.fullmatch(r"[1-9]\d{0,17}", path.name, re.ASCII)}
-    ended = place.store.over(found).jobs
+    ended = place.store.results.over(found).jobs
     for job_id in sorted(ended, key=lambda job_id: _changed_at(found[job_id])):
         left = _below(found[job_id])  # before we ask: an attempt that begins after that has a folder of its own
-        if left and place.store.forget_finished(job_id, host, "its disk was needed for another job"):
+        if left and place.store.results.forget_finished(job_id, host, "its disk was needed for another job"):
             log.warning("job %s: what it left here is removed, the disk is needed", job_id)
             for path in left:
                 remove_tree(path)
@@ -88,7 +88,7 @@ def _below(folder: Path) -> list[Path]:
 
 def _is_over(place: Workplace, state: AttemptState) -> bool:
     """Whether the job needs its files no more, by its row of this moment: a person may have queued it again."""
-    job = place.store.job(state.claim.job_id)
+    job = place.store.jobs.get(state.claim.job_id)
     return job.status.is_terminal and job.attempt == state.claim.attempt and job.reason not in KEEPING
 
 

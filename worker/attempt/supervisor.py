@@ -73,7 +73,7 @@ def _leave_host(place: Workplace, state: AttemptState) -> None:
     if state.host is None and not state.stayed:
         return
     try:
-        _insist(place, state, lambda: place.store.leave_host(state.claim))
+        _insist(place, state, lambda: place.store.hosts.leave(state.claim))
     except REFUSALS as error:
         log.warning("job %s: what it held of its trainer stays held: %s", state.claim.job_id, told_by(error))
 
@@ -87,7 +87,9 @@ def _finish(
     """
 
     def write(reason: Reason, message: str, last: Progress, result: StoredResult | None) -> Status | None:
-        return _insist(place, state, lambda: place.store.finish(state.claim, reason, message, last, result, card=card))
+        return _insist(
+            place, state, lambda: place.store.attempts.finish(state.claim, reason, message, last, result, card=card)
+        )
 
     card = state.failed_card
     last = state.progress(last=True)

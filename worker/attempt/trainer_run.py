@@ -185,7 +185,7 @@ def _await_other_cards(place: Workplace, state: AttemptState) -> None:
         deadline, woken = place.clock.now() + LEAVING_S, set[str]()
         while place.clock.now() < deadline:
             with contextlib.suppress(*REFUSALS):  # the database is away
-                waited_for = {node for node in others if any(row.leaving for row in place.store.hosts(node))}
+                waited_for = {node for node in others if any(row.leaving for row in place.store.hosts.of_card(node))}
                 if not waited_for:
                     return
                 place.wake_others(waited_for - woken)
@@ -245,7 +245,7 @@ def _close_row(place: Workplace, state: AttemptState) -> None:
     not take that now, it is tried again, at the last when the job is out."""
     assert state.forced is not None
     try:
-        status = place.store.finish(state.claim, *state.forced, state.progress(last=True), inside=True)
+        status = place.store.attempts.finish(state.claim, *state.forced, state.progress(last=True), inside=True)
     except REFUSALS as error:
         log.warning("job %s: its row is closed later: %s", state.claim.job_id, told_by(error))
         return

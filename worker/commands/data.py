@@ -97,5 +97,5 @@ def _room(gpu: str | None) -> int | None:
     from loractl.common.store.database import connect
     from loractl.common.store.store import Store
 
-    cards = Store(connect(settings)).fleet().cards.values()
+    cards = Store(connect(settings)).cards.fleet().cards.values()
     return max((card.usable for card in cards if not card.processor), default=None)

@@ -68,7 +68,7 @@ class Messenger:
 
     def send_due(self) -> bool:
         """Try the oldest message that is due; False when there is none."""
-        parcel = self._store.lease_message(tuple(self._channels.values()), self._lease_s)
+        parcel = self._store.outbox.lease(tuple(self._channels.values()), self._lease_s)
         if parcel is None:
             return False
         delivery = deliver(self._channels[parcel.channel], parcel)
@@ -76,7 +76,7 @@ class Messenger:
             log.warning(
                 "message %s to channel %s, try %s: %s", parcel.message_id, parcel.channel, parcel.tries, delivery.why
             )
-        self._store.settle_message(parcel, delivery)
+        self._store.outbox.settle(parcel, delivery)
         return True
 
     def _run(self) -> None:

@@ -122,7 +122,7 @@ class Box:
         for device in (device for device in self._devices if device.number in ended):
             with unserved(self._settings, device) as free:
                 if free:  # else it is served for another worker, whose row and bases these are
-                    self._store.forget_node(self._name(device), identity)
+                    self._store.cards.forget(self._name(device), identity)
 
     def _start(self, number: str) -> None:
         # A session of its own: the terminal's Ctrl-C reaches this process alone, which then decides.
@@ -176,16 +176,16 @@ class Box:
         Not before its nodes have told of their devices: until then no row says what several of them could hold.
         """
         self._began = self._began or self._store.now()
-        told = {row.node for row in self._store.nodes(self._settings.host) if row.seen_at >= self._began}
+        told = {row.node for row in self._store.cards.nodes(self._settings.host) if row.seen_at >= self._began}
         if any(self._name(d) not in told for d in self._devices if d.number not in self._given_up):
             return False
         closed = self._drained()
         taking = [d.total for d in self._devices if d.number not in self._given_up and self._name(d) not in closed]
         largest = max(taking, default=None)
-        return not self._store.has_unfinished(largest, self._labels)
+        return not self._store.jobs.has_unfinished(largest, self._labels)
 
     def _drained(self) -> list[str]:
-        drains, names = self._store.drains(), [self._name(device) for device in self._devices]
+        drains, names = self._store.cards.drains(), [self._name(device) for device in self._devices]
         return names if self._settings.host in drains else [name for name in names if name in drains]
 
     def _tell_of_the_rest(self) -> None:
@@ -194,7 +194,7 @@ class Box:
         from loractl.common.store.database import REFUSALS
 
         with contextlib.suppress(*REFUSALS):
-            left = self._store.jobs(statuses=[Status.QUEUED])
+            left = self._store.jobs.matching(statuses=[Status.QUEUED])
             held = [job.job_id for job in left if job.held]
             others = [job.job_id for job in left if not job.held]
             closed = "".join(f", or for {name}, which is drained" for name in self._drained())
@@ -262,7 +262,7 @@ class Box:
             if not self._store.takes_writes():
                 self._stuck_since.clear()  # a node that can't write its row is not stuck
                 return
-            rows, asked_at = {row.node: row for row in self._store.nodes(self._settings.host)}, self._store.now()
+            rows, asked_at = {row.node: row for row in self._store.cards.nodes(self._settings.host)}, self._store.now()
             given = self._given(rows.values())
         except REFUSALS:
             self._stuck_since.clear()  # this can't be told then
@@ -291,9 +291,9 @@ class Box:
     def _given(self, rows: Iterable[Node]) -> set[str]:
         """The nodes to which the rule gives a waiting job; it is asked only where one waits that may fit this box."""
         fitting = {size for row in rows for size in served_classes(row.free)}
-        if not self._store.waiting_classes(fitting):
+        if not self._store.jobs.waiting_classes(fitting):
             return set()
-        return {d.placed.node for d in self._store.fleet().decisions if d.placed is not None}
+        return {d.placed.node for d in self._store.cards.fleet().decisions if d.placed is not None}
 
     def _drain(self) -> None:
         for process in self._nodes.values():

@@ -74,7 +74,7 @@ class Claimer:
         self._began = self._began or now
         self._since = self._since or place.store.now() - dt.timedelta(seconds=now - self._made)
         # a worker that was killed has left the rows of its cards, which say nothing of those that start now
-        others = [row for row in place.store.nodes(place.settings.host) if row.node != place.node]
+        others = [row for row in place.store.cards.nodes(place.settings.host) if row.node != place.node]
         ready = sum(row.fault != NOT_TESTED and row.seen_at >= self._since for row in others)
         self._settled = ready >= self._others or now - self._began > SETTLE_S
         return self._settled
@@ -86,7 +86,7 @@ class Claimer:
         distrusted = frozenset(node for node, since in self._left.items() if now - since > HOLD_BACK_S)
         place = self._place
         can = {"joins": place.hosts is not None, "gangs": place.device.kind != "cpu"}
-        claim = place.store.claim(place.node, seen.outside, by_mark(seen.used), distrusted, **can)
+        claim = place.store.attempts.claim(place.node, seen.outside, by_mark(seen.used), distrusted, **can)
         if isinstance(claim, Left):
             self._left = {node: self._left.get(node, now) for node in claim.nodes}
         return claim

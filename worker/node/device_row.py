@@ -30,11 +30,11 @@ class DeviceRow:
 
     def arrive(self) -> Arrival:
         """Write the row of a node that is about to serve, unless another one has its name. Raises NameTaken."""
-        return self._place.store.arrive(self._state(draining=False))
+        return self._place.store.cards.arrive(self._state(draining=False))
 
     def write(self, *, draining: bool) -> Card:
         """Look at the device and write its row; returns the card with what runs on it. Raises NameTaken."""
-        return self._place.store.see_node(self._state(draining=draining))
+        return self._place.store.cards.see(self._state(draining=draining))
 
     def _state(self, *, draining: bool) -> NodeState:
         place, device = self._place, self._place.device

@@ -177,7 +177,7 @@ class Monitor:
 
         A job on several cards is given back for each of them.
         """
-        place, orders = self._place, self._place.store.drains()
+        place, orders = self._place, self._place.store.cards.drains()
         order = orders.get(place.node) or orders.get(place.settings.host)
         at_once = order is not None and order.now
         if order is not None and at_once and not place.drain.ordered:
@@ -193,21 +193,21 @@ class Monitor:
 
     def _wake_others(self) -> None:
         """Pass on a message that no slot here could take, by the claim's own rule."""
-        given = {d.placed.node for d in self._place.store.fleet().decisions if d.placed is not None}
+        given = {d.placed.node for d in self._place.store.cards.fleet().decisions if d.placed is not None}
         self._place.wake_others(given - {self._place.node})
 
     def _go_round(self, slots: Slots) -> None:
         """Look for jobs with a lost message or one that came while nothing fitted."""
         end_strays(self._place)
         wanted = set(VRAM_CLASSES) if self._joinable else self._serving
-        if self._place.drain.wish is None and self._place.store.waiting_classes(wanted):
+        if self._place.drain.wish is None and self._place.store.jobs.waiting_classes(wanted):
             slots.wake()
 
     def _plan_anew(self) -> None:
         """Plan what waits since before an upgrade. Each node looks: it plans the jobs whose bases its box has."""
         if self._place.clock.now() < self._next_plans:
             return
-        planned = self._place.store.plan_anew()
+        planned = self._place.store.jobs.plan_anew()
         for job_id in planned:
             log.info("job %s is planned anew for the steps of this version", job_id)
         if not planned:  # else there may be more
@@ -225,19 +225,19 @@ class Monitor:
     def _tend_fleet(self) -> None:
         """What concerns all jobs, unless another node sees to it: ending lost attempts, giving way, patience."""
         store, pace = self._place.store, self._pace
-        turn = store.take_turn(self._place.node, FLEET_ROUND_S * pace, SETTLE_S * pace)
+        turn = store.cards.take_turn(self._place.node, FLEET_ROUND_S * pace, SETTLE_S * pace)
         if turn is None:
             return
-        for job_id, _ in () if turn.settling else store.reap():
+        for job_id, _ in () if turn.settling else store.attempts.reap():
             log.warning("job %s: its worker was lost, it waits again", job_id)
         if self._place.clock.now() >= self._next_aside:
-            aside = store.set_aside_unreadable(self._looked_at)
+            aside = store.jobs.set_aside_unreadable(self._looked_at)
             self._looked_at = aside.after
             if aside.after is None:  # else more wait behind, for the next turn
                 self._next_aside = self._place.clock.now() + ASIDE_S * pace
             for job_id in aside.jobs:
                 log.warning("job %s: its row can't be read, it is set aside", job_id)
-        for job_id in store.preempt():
+        for job_id in store.cards.preempt():
             log.info("job %s gives way to one of higher priority", job_id)
-        for job_id, _ in store.end_patience():
+        for job_id, _ in store.jobs.end_patience():
             log.info("job %s has waited long enough for LoRA", job_id)

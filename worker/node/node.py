@@ -188,7 +188,7 @@ class DeviceNode:
         said = False
         while self._place.drain.wish != "now" and not self._place.drain.alone:
             try:
-                if not self._place.store.serves_beside(self._place.node):
+                if not self._place.store.cards.serves_beside(self._place.node):
                     return
             except REFUSALS as error:
                 if not said:

@@ -134,7 +134,7 @@ def _reserved(settings: Settings, store: Store, cards: Sequence[Device], footpri
 
 def _offers(settings: Settings, store: Store, cards: Sequence[Device]) -> list[_Offer]:
     """What the ledger and the driver leave of each card."""
-    view = store.fleet()
+    view = store.cards.fleet()
     known = {node.gpu: view.cards[node.node] for node in view.nodes.values() if node.host == settings.host}
     offers = []
     for device in cards:

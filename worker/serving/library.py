@@ -108,16 +108,16 @@ class Library:
 
     def find_any(self, text: str) -> Listed:
         """What a person calls an adapter, classifiers too. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
-        row = self._store.adapter(parse_reference(text))
-        return self._listed(row, self._store.job(row.job_id))
+        row = self._store.adapters.get(parse_reference(text))
+        return self._listed(row, self._store.jobs.get(row.job_id))
 
     def on(self, base: str, revision: str | None) -> dict[str, Listed]:
         """The stored adapters of a base by job number and by every name and tag that they have."""
-        tags, known = self._store.tags(), {}
-        for row in self._store.adapters():
+        tags, known = self._store.adapters.tags(), {}
+        for row in self._store.adapters.all():
             if row.base_model != base:
                 continue
-            listed = self._listed(row, self._store.job(row.job_id))
+            listed = self._listed(row, self._store.jobs.get(row.job_id))
             if listed.spec.revision != revision or not listed.spec.kind.writes:
                 continue
             known[str(row.job_id)] = listed
@@ -128,7 +128,7 @@ class Library:
     def _listed(self, row: Adapter, job: Job) -> Listed:
         spec = JobSpec.model_validate(job.spec)
         check_base(spec.base_model, self._settings.model_roots)
-        engines = {attempt.attempt: attempt.engine for attempt in self._store.attempts(row.job_id)}
+        engines = {attempt.attempt: attempt.engine for attempt in self._store.attempts.of_job(row.job_id)}
         return Listed(
             job_id=row.job_id,
             attempt=row.attempt,

@@ -184,7 +184,7 @@ class Hosts:
         new = NewHost(host=trainer.mark, node=self.place.node, key=key, bytes=size)
         self.let_in(trainer)
         try:
-            written = self._may_wait() and self.place.store.open_host(claim, new)
+            written = self._may_wait() and self.place.store.hosts.open(claim, new)
         except REFUSALS as error:
             self._may_be_written(trainer.mark)
             log.warning("no job can join job %s: %s", claim.job_id, told_by(error))
@@ -210,7 +210,7 @@ class Hosts:
             if mark not in self._written or mark in self._spoilt:
                 return
         try:
-            self.place.store.spoil_host(mark, self.place.node, why)
+            self.place.store.hosts.spoil(mark, self.place.node, why)
         except REFUSALS as error:
             log.warning("jobs may still be sent to process %s, which takes none: %s", mark, told_by(error))
             return
@@ -223,7 +223,7 @@ class Hosts:
             if mark not in self._written:
                 return
         try:
-            self.place.store.note_passes(mark, passes)
+            self.place.store.hosts.note_passes(mark, passes)
         except REFUSALS as error:
             log.warning("the pack rule learns nothing of process %s: %s", mark, told_by(error))
 
@@ -234,7 +234,7 @@ class Hosts:
         trainer = SpareTrainer(process=host.process, mark=host.mark, environment=environment, clock=clock)
         try:
             kept = self._may_wait() and trainer.shows(host_name(host.mark), host.mark)
-            kept = kept and self.place.store.keep_host(claim, new)
+            kept = kept and self.place.store.hosts.keep(claim, new)
         except REFUSALS as error:
             kept = False
             self._may_be_written(host.mark)
@@ -311,7 +311,7 @@ class Hosts:
 
     def _look_around(self, waiting: Mapping[str, _Waiting]) -> None:
         """Follow the rows, and see whether others use the card. `waiting`: those that waited before this look."""
-        rows = {row.host: row for row in self.place.store.hosts(self.place.node)}
+        rows = {row.host: row for row in self.place.store.hosts.of_card(self.place.node)}
         self._let_go([m for m in waiting if m not in rows or rows[m].leaving], "its row says so")
         with self._changed:
             self._over |= rows.keys() - self._marks
@@ -327,7 +327,7 @@ class Hosts:
             host = self._waiting.get(mark)
         if host is None:
             return
-        if self.place.store.send_off_host(mark, self.place.node):
+        if self.place.store.hosts.send_off(mark, self.place.node):
             self._let_go([mark], why)
         else:
             host.until = self.place.clock.now() + RECONCILE_S
@@ -371,7 +371,7 @@ class Hosts:
     def _close(self, why: str) -> bool:
         """Close the card. False: the database is away, and it is tried again."""
         try:
-            self.place.store.drain(self.place.node, "loractl", why)
+            self.place.store.cards.drain(self.place.node, "loractl", why)
         except REFUSALS as error:
             log.warning("%s can't be closed (%s): %s", self.place.node, told_by(error), why)
             return False
@@ -388,7 +388,7 @@ class Hosts:
         if not over:
             return
         try:
-            self.place.store.forget_hosts(over)
+            self.place.store.hosts.forget(over)
         except REFUSALS as error:
             log.warning("rows of hosts that have ended stay until the database is back: %s", told_by(error))
             return

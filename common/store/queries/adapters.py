@@ -19,12 +19,14 @@ from .jobs import read_job
 
 
 def read_adapter(tx: Transaction, reference: Reference) -> Adapter:
+    """The stored adapter that a person means. Raises JobNotFound, AdapterNotFound."""
     if reference.job_id is not None:
         read_job(tx, reference.job_id)
     return _find(tx.session, reference)
 
 
 def tag(tx: Transaction, reference: Reference, tag: str, user: str) -> tuple[Adapter, int | None]:
+    """Let name:tag mean this adapter; returns it, and the job of the adapter that the tag named before."""
     adapter = _find(tx.session, reference)
     before = _tagged(tx, adapter.name, tag)
     if not _set_tag(tx, (adapter.name, tag), adapter.job_id, before, user):
@@ -33,6 +35,7 @@ def tag(tx: Transaction, reference: Reference, tag: str, user: str) -> tuple[Ada
 
 
 def untag(tx: Transaction, reference: Reference, user: str) -> int:
+    """Forget a tag; returns the job that had it. Raises AdapterNotFound."""
     name = reference.name or ""
     before = _tagged(tx, name, reference.tag)
     if before is None:
@@ -82,14 +85,19 @@ def _set_tag(tx: Transaction, key: tuple[str, str], job_id: int | None, before: 
     return True
 
 
+def every() -> Select[Adapter]:
+    """All stored adapters, by their job's number."""
+    return select(Adapter).order_by(Adapter.job_id)
+
+
 def newest_adapters(page: Page) -> Select[Adapter]:
     """The page's adapters, the newest job first, and one more where there is one."""
     query = select(Adapter).order_by(Adapter.job_id.desc()).limit(page.limit + 1)
     return query if page.after is None else query.where(Adapter.job_id < page.after)
 
 
-def read_tags(tx: Transaction, job_ids: Collection[int] | None) -> dict[int, list[str]]:
-    """The tags of each tagged job, and latest for the newest adapter of each name. None: of all jobs."""
+def read_tags(tx: Transaction, job_ids: Collection[int] | None = None) -> dict[int, list[str]]:
+    """The tags of each job's adapter, or of these jobs; the newest of a name has latest."""
     newest, given = select(Adapter.job_id).where(_is_newest()), select(Tag).order_by(Tag.tag)
     if job_ids is not None:
         newest, given = newest.where(Adapter.job_id.in_(job_ids)), given.where(Tag.job_id.in_(job_ids))

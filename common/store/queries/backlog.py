@@ -39,6 +39,7 @@ def node_labels(job: Job) -> dict[str, str]:
 
 
 def end_patience(tx: Transaction) -> list[tuple[int, int]]:
+    """Permit QLoRA to jobs that have waited long enough for LoRA; returns their (job_id, vram_class)."""
     if not tx.is_alone():
         return []
     now = tx.now()
@@ -59,6 +60,7 @@ def _end_patience(tx: Transaction, job: Job, now: dt.datetime) -> None:
 
 
 def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
+    """The given VRAM classes that have a job to claim now."""
     sizes, ready = list(classes), select(Job.vram_class).where(*_is_ready(tx.now())).order_by(Job.vram_class).limit(1)
     if not sizes:
         return set()
@@ -77,6 +79,9 @@ _FITTING = sql(
 
 
 def has_unfinished(tx: Transaction, largest: int | None, labels: Mapping[str, str]) -> bool:
+    """Whether a job runs, or waits, is not held, and would fit into `largest` bytes of a box with these labels.
+    None: the box takes no jobs.
+    """
     runs = tx.session.scalar(select(Job.job_id).where(Job.status == Status.RUNNING).limit(1)) is not None
     if runs or largest is None:
         return runs

@@ -23,13 +23,13 @@ from loractl.common.placement.roomy import gains_more_in_a_pack, with_room
 from loractl.common.placement.rule import Placement
 from loractl.common.units import gib
 
-from ..aside import look_again, set_aside
 from ..attempt_columns import begun
 from ..fleet import unreadable
 from ..guard import move
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node
 from ..transaction import SKIP_LOCKED, Transaction
+from .aside import look_again, set_aside
 from .cards.decisions import decide
 from .cards.hosts import beside, take_place, take_seat
 from .cards.nodes import read_fleet
@@ -50,23 +50,30 @@ _ASIDE_AT_ONCE = 50
 def claim(
     tx: Transaction,
     node: str,
-    lease_s: float,
-    outside: int | None,
-    used: Mapping[str, int],
-    distrusted: frozenset[str],
-    joins: bool,
-    gangs: bool,
+    outside: int | None = None,
+    used: Mapping[str, int] | None = None,
+    distrusted: frozenset[str] = frozenset(),
+    joins: bool = False,
+    gangs: bool = False,
 ) -> Claim | Left | None:
     # Two slots of one card must not both reserve the same bytes.
+    """Take the job that the placement rule gives this card: a token, a lease and a part of its memory.
+
+    `outside`, `used`: what the device shows at this moment (bytes held by others; bytes by job), when that is newer
+    than the node's row. `distrusted`: nodes that did not take what was left to them; the rule goes without them.
+    `joins`: the node can put a job into a trainer that has others. `gangs`: it can start one on several cards.
+    Left: the rule gives every job that fits here to other cards; without nodes, look again at once. None: nothing
+    fits.
+    """
     row = lock(tx, node, gangs=gangs)
     if row is None:
         return None
     now = tx.now()  # under the lock: a start is later than the end that made room for it
-    fleet = read_fleet(tx.session, now, lease_s if gangs else None)
+    fleet = read_fleet(tx.session, now, tx.lease_s if gangs else None)
     mine = next(card for card in fleet.cards if card.node == node)
     mine = replace(mine, silent=False, gangs=gangs and mine.gangs)
     if outside is not None:
-        mine = _as_measured(mine, outside, used)
+        mine = _as_measured(mine, outside, used or {})
     if not joins:
         mine = replace(mine, hosts=tuple(replace(base, open=False) for base in mine.hosts))
     cards = [mine if card.node == node else replace(card, stuck=card.node in distrusted) for card in fleet.cards]
@@ -75,7 +82,7 @@ def claim(
     given = _given(tx, mine, cards, fleet.charges, now)
     for job_id in sorted(unreadable_met(tx.session))[:_ASIDE_AT_ONCE]:
         tx.apart(job_id, lambda job_id=job_id: tell_of_jobs(tx, look_again(tx, job_id)))  # type: ignore[misc]
-    return _take(tx, given, cards, row, lease_s, joins) if isinstance(given, Placement) else given
+    return _take(tx, given, cards, row, joins) if isinstance(given, Placement) else given
 
 
 def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
@@ -109,9 +116,7 @@ def _could_share(placed: Placement, mine: Card) -> bool:
     return bool(placed.beside) and may_share(mine, placed.job) and any(one.bytes <= room for one in placed.shares)
 
 
-def _take(
-    tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node, lease_s: float, joins: bool
-) -> Claim | Left:
+def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node, joins: bool) -> Claim | Left:
     now = tx.now()
     job = tx.session.get(Job, placed.job.job_id, with_for_update=SKIP_LOCKED, populate_existing=True)
     if job is None or job.status is not Status.QUEUED:
@@ -134,7 +139,7 @@ def _take(
         return Left(nodes=frozenset())
     if join is not None and not take_place(tx, taken, join.base):
         return Left(nodes=frozenset())
-    claim = _start(tx, job, asked, _begin(tx, job, placed, node, lease_s, now), taken, placed)
+    claim = _start(tx, job, asked, _begin(tx, job, placed, node, now), taken, placed)
     # one that does not recompute leaves others no room in its trainer
     return replace(claim, packs=key is not None and placed.form is None)
 
@@ -210,7 +215,7 @@ def _read(job: Job) -> _Asked | str:
     )
 
 
-def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: float, now: dt.datetime) -> Attempt:
+def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, now: dt.datetime) -> Attempt:
     """Write the attempt, in its own row and in the job's."""
     attempt = Attempt(
         job_id=job.job_id,
@@ -233,7 +238,7 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, lease_s: fl
         attempt.host, attempt.base_bytes, attempt.joined, attempt.shared = base.host, base.bytes, True, True
     same = ("attempt", "token", "node", "gpu", "method", "vram_reserved", "started_at")
     columns = {**begun(), **{name: getattr(attempt, name) for name in same}}
-    columns |= {"stage": Stage.PREPARING, "lease_expires_at": tx.now_in(lease_s)}
+    columns |= {"stage": Stage.PREPARING, "lease_expires_at": tx.now_in(tx.lease_s)}
     if not tx.change(move(job.job_id, Status.QUEUED, Status.RUNNING).values(**columns)):
         raise AssertionError(f"job {job.job_id} was locked and yet changed")
     tx.session.add(attempt)

@@ -57,10 +57,19 @@ def finish(
     reason: Reason,
     message: str,
     progress: Progress,
-    result: StoredResult | None,
+    result: StoredResult | None = None,
+    *,
     inside: bool = False,
     card: str | None = None,
 ) -> Status | None:
+    """End the attempt; the job succeeds, fails, is cancelled, or waits for its next attempt.
+
+    `inside`: it is not out of its host yet, and what it reserves stays held until it leaves it.
+    `card`: of several the one that failed.
+    Returns the job's status afterwards, or None when the lease was lost: then nothing was written.
+    """
+    if (reason is Reason.OK) != (result is not None):
+        raise ValueError("a result goes with reason ok, and only with it")
     now = tx.now()
     job = tx.session.scalars(select(Job).where(Job.job_id == claim.job_id).with_for_update(key_share=True)).one()
     if job.token != claim.token or job.status is not Status.RUNNING:
@@ -73,7 +82,7 @@ def finish(
     return job.status
 
 
-def reap(tx: Transaction, lease_s: float) -> list[Job]:
+def reap(tx: Transaction) -> list[Job]:
     """End the oldest expired leases, at most REAPED of them, unless another node does so now; returns their jobs."""
     if not tx.is_alone():
         return []
@@ -85,35 +94,36 @@ def reap(tx: Transaction, lease_s: float) -> list[Job]:
     oldest = over.order_by(Job.lease_expires_at, Job.job_id).limit(REAPED).with_for_update(**SKIP_LOCKED)
     lost = sorted(tx.session.scalars(oldest), key=_turn)
     for job in lost:
-        _end_lost(tx, job, f"{job.node} was silent for {lease_s:.0f} s", now)
-    return lost + _reap_gangs(tx, lease_s, now)
+        _end_lost(tx, job, f"{job.node} was silent for {tx.lease_s:.0f} s", now)
+    return lost + _reap_gangs(tx, now)
 
 
-def _reap_gangs(tx: Transaction, lease_s: float, now: dt.datetime) -> list[Job]:
+def _reap_gangs(tx: Transaction, now: dt.datetime) -> list[Job]:
     """End jobs on several cards of which one, not the first, has a silent node: a job of that card would end too."""
-    gone = dict(silent(tx.session, now - dt.timedelta(seconds=lease_s), REAPED))
+    gone = dict(silent(tx.session, now - dt.timedelta(seconds=tx.lease_s), REAPED))
     if not gone:
         return []
     running = select(Job).where(Job.job_id.in_(gone), Job.status == Status.RUNNING).with_for_update(**SKIP_LOCKED)
     lost = sorted(tx.session.scalars(running), key=_turn)
     for job in lost:
         card = gone[job.job_id]
-        _end_lost(tx, job, f"{card} was silent for {lease_s:.0f} s", now, card)
+        _end_lost(tx, job, f"{card} was silent for {tx.lease_s:.0f} s", now, card)
     return lost
 
 
-def reap_all(begin: Callable[[], Transaction], lease_s: float) -> list[tuple[int, int]]:
+def reap_all(begin: Callable[[], Transaction]) -> list[tuple[int, int]]:
     """End all expired leases, a few in a transaction; (job_id, vram_class) of jobs that wait again."""
     lost: list[Job] = []
     while True:
         with begin() as tx:
-            some = reap(tx, lease_s)
+            some = reap(tx)
         lost += some
         if len(some) < REAPED:
             return [(job.job_id, job.vram_class) for job in lost if job.status is Status.QUEUED and not job.held]
 
 
 def give_back(tx: Transaction, node: str) -> list[int]:
+    """End what runs on a node as worker_lost at once. A node calls it when it starts: it has no attempts yet."""
     now = tx.now()
     here = or_(Job.node == node, Job.job_id.in_(running_on(node)))
     running = select(Job).where(Job.status == Status.RUNNING, here)

@@ -22,7 +22,11 @@ _MEASURED = ("vram_peak", "vram_allocated", "vram_process", "resumed_from_step")
 """The part of it that the attempt's own row keeps."""
 
 
-def beat(tx: Transaction, claim: Claim, progress: Progress, lease_s: float) -> Beat:
+def beat(tx: Transaction, claim: Claim, progress: Progress) -> Beat:
+    """Extend the lease and write what is new: progress, metrics, events, log lines.
+
+    A member of a sweep that reaches a rung is compared in this transaction, and may be told to stop.
+    """
     values = {
         name: value
         for name in ("stage", *REACHED, *EXPECTED)
@@ -33,10 +37,10 @@ def beat(tx: Transaction, claim: Claim, progress: Progress, lease_s: float) -> B
     free = select(Job.job_id).where(Job.job_id == claim.job_id).with_for_update(**SKIP_LOCKED)
     alive = mine(claim).where(Job.job_id.in_(free)).returning(*wishes)
     row = tx.session.execute(
-        alive.values(lease_expires_at=tx.now_in(lease_s), cancel_requested=ASKED_TO_STOP.element, **values)
+        alive.values(lease_expires_at=tx.now_in(tx.lease_s), cancel_requested=ASKED_TO_STOP.element, **values)
     ).first()
     if row is None:
-        return _beat_beside(tx, claim, lease_s)
+        return _beat_beside(tx, claim)
     record(tx, claim, progress)
     return Beat(
         accepted=True,
@@ -47,11 +51,11 @@ def beat(tx: Transaction, claim: Claim, progress: Progress, lease_s: float) -> B
     )
 
 
-def _beat_beside(tx: Transaction, claim: Claim, lease_s: float) -> Beat:
+def _beat_beside(tx: Transaction, claim: Claim) -> Beat:
     """A beat while somebody's transaction has the job's row locked: the attempt's own row holds the lease, which nobody
     but workers can lock. Refused where the attempt has ended."""
     running = (*_own(claim), Attempt.token == claim.token, Attempt.ended_at.is_(None))
-    if not tx.change(update(Attempt).where(*running).values(lease_expires_at=tx.now_in(lease_s))):
+    if not tx.change(update(Attempt).where(*running).values(lease_expires_at=tx.now_in(tx.lease_s))):
         return Beat(accepted=False)
     wished = select(ASKED_TO_STOP, Job.preempted_by)
     asked, preempted_by = tx.session.execute(wished.where(Job.job_id == claim.job_id)).one()
@@ -68,6 +72,7 @@ def _seconds(limit: str | float | None) -> float | None:
 
 
 def keep_checkpoint(tx: Transaction, claim: Claim, checkpoint: StoredCheckpoint) -> bool:
+    """Name a stored checkpoint as the one that a later attempt goes on from; False when the lease is lost."""
     return tx.change(mine(claim).values(checkpoint=vars(checkpoint))) == 1
 
 

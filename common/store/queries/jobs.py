@@ -19,7 +19,19 @@ from loractl.common.units import LARGEST
 
 from ..columns import LONG_AGO
 from ..records import Choice, CoursePoint, JobCount, Page, PastRun
-from ..tables import ASKED_TO_STOP, WAITS, Attempt, AttemptShare, Event, Job, JobLabel, LogChunk, MetricPoint, Sweep
+from ..tables import (
+    ASKED_TO_STOP,
+    WAITS,
+    Attempt,
+    AttemptShare,
+    Event,
+    Job,
+    JobLabel,
+    LogChunk,
+    MetricPoint,
+    Sweep,
+    Use,
+)
 from ..transaction import Transaction
 
 LOOKED_AT = 10
@@ -47,6 +59,11 @@ def read_job(tx: Transaction, job_id: int) -> Job:
     return job
 
 
+def read_one(tx: Transaction, job_id: int) -> Job:
+    """One job. Raises JobNotFound."""
+    return with_wishes(tx, [read_job(tx, job_id)])[0]
+
+
 def with_wishes(tx: Transaction, jobs: Sequence[Job]) -> list[Job]:
     """The same jobs. Those that somebody has asked to stop say so, even if no heartbeat has read the wish yet."""
     running = [job for job in jobs if job.status is Status.RUNNING and not job.cancel_requested]
@@ -57,14 +74,17 @@ def with_wishes(tx: Transaction, jobs: Sequence[Job]) -> list[Job]:
     return list(jobs)
 
 
-def matching(
-    statuses: Sequence[Status],
-    user: str | None,
-    label: tuple[str, str] | None,
-    ended_since: dt.datetime | None,
-    sweep_id: int | None,
-) -> Select[Job]:
-    """Jobs that match every filter that is given, newest first."""
+def read_matching(
+    tx: Transaction,
+    *,
+    statuses: Sequence[Status] = (),
+    user: str | None = None,
+    label: tuple[str, str] | None = None,
+    ended_since: dt.datetime | None = None,
+    sweep_id: int | None = None,
+    limit: int | None = None,
+) -> list[Job]:
+    """Jobs that match every given filter, newest first."""
     query = select(Job).where(*_chosen(Choice(user=user, label=label))).order_by(Job.job_id.desc())
     if statuses:
         query = query.where(Job.status.in_(statuses))
@@ -72,7 +92,18 @@ def matching(
         query = query.where(Job.ended_at >= ended_since)
     if sweep_id is not None:
         query = query.where(Job.sweep_id == sweep_id)
-    return query
+    return with_wishes(tx, tx.session.scalars(query.limit(limit)).all())
+
+
+def read_numbered(tx: Transaction, job_ids: Collection[int]) -> dict[int, Job]:
+    """Those of the jobs that exist, by number."""
+    return {job.job_id: job for job in tx.session.scalars(select(Job).where(Job.job_id.in_(job_ids)))}
+
+
+def read_users(tx: Transaction) -> list[str]:
+    """Everybody who ever had a card, has one, or waits for one, by name."""
+    unended = select(Job.user).where(Job.status.in_([Status.QUEUED, Status.RUNNING]))
+    return sorted(tx.session.scalars(union(select(Use.user), unended)))
 
 
 def newest(choice: Choice, page: Page) -> Select[Job]:
@@ -89,8 +120,12 @@ def newest(choice: Choice, page: Page) -> Select[Job]:
 
 
 def read_glance(
-    tx: Transaction, choice: Choice, page: Page, ended_since: dt.datetime, alone: bool, most_sweeps: int
+    tx: Transaction, choice: Choice, page: Page, ended_since: dt.datetime, *, alone: bool = False, most_sweeps: int = 20
 ) -> Glance:
+    """What runs, a page of what waits, and numbers for the rest.
+
+    `alone`: the page has no members of sweeps. Raises JobNotFound for a page after a job that does not exist.
+    """
     chosen = _chosen(choice)
     waiting = _read_waiting(tx, choice, page, alone)
     count = select(func.count()).select_from(Job).where(WAITS, *chosen)
@@ -167,27 +202,35 @@ def events(job_id: int) -> Select[Event]:
 
 
 def metrics(job_id: int, name: str) -> Select[MetricPoint]:
+    """The points of one metric, by attempt and step."""
     points = select(MetricPoint).where(MetricPoint.job_id == job_id, MetricPoint.name == name)
     return points.order_by(MetricPoint.attempt, MetricPoint.step)
 
 
-def log(job_id: int, after: int) -> Select[LogChunk]:
+def log(job_id: int, after: int = 0) -> Select[LogChunk]:
+    """Log chunks of all attempts with a chunk_id above `after`."""
     chunks = select(LogChunk).where(LogChunk.job_id == job_id, LogChunk.chunk_id > after)
     return chunks.order_by(LogChunk.chunk_id)
 
 
-def log_end(job_id: int, chunks: int) -> Select[LogChunk]:
-    """The last chunks, the newest first."""
-    return select(LogChunk).where(LogChunk.job_id == job_id).order_by(LogChunk.chunk_id.desc()).limit(chunks)
+def log_part(job_id: int, after: int, chunks: int) -> Select[LogChunk]:
+    """Up to `chunks` chunks of a job's log, after the one with the number `after`."""
+    return log(job_id, after).limit(chunks)
+
+
+def read_log_end(tx: Transaction, job_id: int, chunks: int) -> list[LogChunk]:
+    """The last chunks of a job's log, in their order."""
+    last = select(LogChunk).where(LogChunk.job_id == job_id).order_by(LogChunk.chunk_id.desc()).limit(chunks)
+    return list(tx.session.scalars(last))[::-1]
 
 
 def ended(since: dt.datetime, limit: int) -> Select[Job]:
-    """The jobs that ended last."""
+    """The jobs that ended last, the newest first."""
     return select(Job).where(Job.ended_at >= since).order_by(Job.ended_at.desc()).limit(limit)
 
 
 def read_course(tx: Transaction, job_ids: Collection[int], name: str, most: int) -> list[CoursePoint]:
-    """A metric of each job in its order, thinned to about so many points a job; the last one is always there."""
+    """A metric of each job in its order, thinned to about `most` points a job; the last one is always there."""
     order = (MetricPoint.attempt, MetricPoint.step)
     mine = MetricPoint.job_id
     numbered = (
@@ -232,10 +275,10 @@ def read_counts(tx: Transaction) -> list[JobCount]:
     return counts
 
 
-def oldest_ready(now: dt.datetime) -> Select[dt.datetime]:
-    """When the oldest job that could be claimed now was submitted."""
-    ready = (WAITS, ~Job.held, or_(Job.not_before.is_(None), Job.not_before <= now))
-    return select(Job.submitted_at).where(*ready).order_by(Job.job_id).limit(1)
+def read_oldest_ready(tx: Transaction) -> dt.datetime | None:
+    """When the oldest job that could be claimed now was submitted; None: there is none."""
+    ready = (WAITS, ~Job.held, or_(Job.not_before.is_(None), Job.not_before <= tx.now()))
+    return tx.session.scalar(select(Job.submitted_at).where(*ready).order_by(Job.job_id).limit(1))
 
 
 def read_runs(tx: Transaction, since: dt.datetime, until: dt.datetime) -> list[PastRun]:
@@ -266,7 +309,12 @@ def read_runs(tx: Transaction, since: dt.datetime, until: dt.datetime) -> list[P
     ]
 
 
-def read_measured(tx: Transaction, need_key: str | None, family: str | None, limit: int) -> list[Measured]:
+def read_measured(
+    tx: Transaction, need_key: str | None = None, family: str | None = None, limit: int = 1000
+) -> list[Measured]:
+    """Attempts on real GPUs that ended well or out of memory, the newest first: all, or those of the `limit` newest
+    jobs of the key and of the family.
+    """
     every = select(Job.job_id, Job.family, Job.need_key)
     asked = every.subquery()
     if need_key is not None:

@@ -19,5 +19,5 @@ def look(tx: Transaction, job_id: int, rows_sha256: str, user: str) -> int:
 
 
 def looks(rows_sha256: str) -> Select[FinalLook]:
-    """All at these rows, in their order."""
+    """All looks at what was measured on these final rows, in their order."""
     return select(FinalLook).where(FinalLook.rows_sha256 == rows_sha256).order_by(FinalLook.look_id)

@@ -56,7 +56,11 @@ def beyond_newest(keep: int) -> Select[Job]:
     )
 
 
-def read_over(tx: Transaction, job_ids: Collection[int], kept_since: dt.datetime | None) -> Over:
+def read_over(tx: Transaction, job_ids: Collection[int], kept_since: dt.datetime | None = None) -> Over:
+    """Which of these jobs, and which of their attempts, need no files any more.
+
+    A job that failed since then keeps what a retry goes on from.
+    """
     known: set[int] = set()
     jobs: set[int] = set()
     attempts: set[tuple[int, int]] = set()
@@ -74,7 +78,7 @@ def read_over(tx: Transaction, job_ids: Collection[int], kept_since: dt.datetime
     return Over(known=frozenset(known), jobs=frozenset(jobs), attempts=frozenset(attempts))
 
 
-def read_needed_data(tx: Transaction, ended_since: dt.datetime, without: Collection[int]) -> set[str]:
+def read_needed_data(tx: Transaction, ended_since: dt.datetime, without: Collection[int] = ()) -> set[str]:
     """File names of the data sets of jobs that wait, run, have a result, or ended since then and may be retried.
 
     `without`: jobs with results that count as removed.
@@ -98,7 +102,10 @@ def _names_in(tx: Transaction, job_id: int) -> list[str]:
     return re.findall(r'([^"/]+)"', kept or "")
 
 
-def remove_result(tx: Transaction, job_id: int, user: str, by: str) -> bool:
+def remove_result(tx: Transaction, job_id: int, user: str, by: str = "loractl gc") -> bool:
+    """Forget a job's adapter and report: their files may go then. False when it has none, it is tagged, or an
+    open job begins from it.
+    """
     gone = _drop_result(tx, job_id)
     if gone:
         tx.tell(job_id, None, "removed", f"adapter and report removed by {user} ({by})")
@@ -106,10 +113,12 @@ def remove_result(tx: Transaction, job_id: int, user: str, by: str) -> bool:
 
 
 def not_bound() -> Select[Job]:
+    """Jobs whose results an earlier version stored: their rows don't have the hash of the manifest."""
     return select(Job).where(_has_result(), Job.manifest_sha256.is_(None)).order_by(Job.job_id)
 
 
 def bind_result(tx: Transaction, job_id: int, manifest_sha256: str, user: str) -> bool:
+    """Write the hash of a result's manifest into its row; False when it has none to bind, or has a hash already."""
     free = update(Job).where(Job.job_id == job_id, _has_result(), Job.manifest_sha256.is_(None))
     bound = tx.change(free.values(manifest_sha256=manifest_sha256)) == 1
     if bound:
@@ -118,6 +127,9 @@ def bind_result(tx: Transaction, job_id: int, manifest_sha256: str, user: str) -
 
 
 def forget_checkpoint(tx: Transaction, job_id: int) -> int | None:
+    """Forget an ended job's stored checkpoint. Returns its newest attempt: the files of those up to it may go then,
+    and a retry's may not. None when the job has not ended.
+    """
     ended_job = update(Job).where(Job.job_id == job_id, Job.status.in_(ENDED))
     return tx.session.scalar(
         ended_job.values(checkpoint=None).returning(Job.attempt), execution_options={"synchronize_session": False}
@@ -125,6 +137,7 @@ def forget_checkpoint(tx: Transaction, job_id: int) -> int | None:
 
 
 def forget_finished(tx: Transaction, job_id: int, host: str, why: str) -> bool:
+    """Forget what an ended job has left on a box: it may go then. False when the job has not ended."""
     ended_job = update(Job).where(Job.job_id == job_id, Job.status.in_(ENDED))
     if not tx.change(ended_job.values(result_until=None)):
         return False
@@ -144,12 +157,16 @@ def read_spent_logs(tx: Transaction) -> list[SpentLog]:
 
 
 def forget_log(tx: Transaction, log: SpentLog) -> None:
+    """Remove an attempt's log lines."""
     own = (LogChunk.job_id == log.job_id) & (LogChunk.attempt == log.attempt)
     tx.session.execute(delete(LogChunk).where(own))
 
 
-def read_past(tx: Transaction, ended_before: dt.datetime, without: Collection[int]) -> list[PastJob]:
-    """Ended jobs without a result. `without`: jobs with results that count as removed."""
+def read_past(tx: Transaction, ended_before: dt.datetime, without: Collection[int] = ()) -> list[PastJob]:
+    """Jobs without a result that ended before that, by number; none of a sweep that goes on.
+
+    `without`: jobs with results that count as removed.
+    """
     found: dict[int, PastJob] = {}
     for some in (None, *_parts(without)):
         given = _may_go(ended_before) if some is None else _is_past(ended_before) & Job.job_id.in_(some)
@@ -159,6 +176,7 @@ def read_past(tx: Transaction, ended_before: dt.datetime, without: Collection[in
 
 
 def forget_jobs(tx: Transaction, job_ids: Collection[int], ended_before: dt.datetime) -> set[int]:
+    """Remove such jobs with all their rows, and sweeps that have no member left; returns the jobs that went."""
     gone: set[int] = set()
     for some in _parts(job_ids):
         # what hangs on a job goes with it, by its foreign key
@@ -178,6 +196,7 @@ def read_courses(tx: Transaction, ended_before: dt.datetime) -> list[PastJob]:
 
 
 def forget_courses(tx: Transaction, job_ids: Collection[int]) -> None:
+    """Remove the values of single steps; those that sweeps are judged by stay."""
     for some in _parts(job_ids):
         points = delete(MetricPoint).where(MetricPoint.job_id.in_(some), _of_one_step())
         tx.session.execute(points, execution_options={"synchronize_session": False})

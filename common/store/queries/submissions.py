@@ -19,10 +19,12 @@ from .backlog import line_up
 
 
 def submit(tx: Transaction, submission: Submission) -> int:
+    """Write a QUEUED job; its number is durable when this returns."""
     return _queue(tx, submission, tx.now())
 
 
 def submit_sweep(tx: Transaction, sweep: NewSweep, members: Sequence[Submission]) -> int:
+    """Write all members of a sweep as QUEUED jobs, or none; returns the sweep's number."""
     now = tx.now()
     settings = {"varied": dict(sweep.varied), "trials": sweep.trials, "seed": sweep.seed}
     rungs = None if sweep.rungs is None else list(sweep.rungs)

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Row, Select, select, text
 from sqlalchemy.orm import Session
 
+from loractl.common.errors import SweepNotFound
 from loractl.common.job.halving import judge
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import Member, RungPoint, SweepView, metric_of, setting
@@ -82,6 +83,25 @@ def read_sweeps(session: Session, sweep_ids: Collection[int], *, settings: bool 
             )
         )
     return views
+
+
+def read_several(tx: Transaction, sweep_ids: Collection[int], *, settings: bool = True) -> list[SweepView]:
+    """Those of the sweeps that exist, with their members, by number. `settings`: also those of the members."""
+    return read_sweeps(tx.session, sweep_ids, settings=settings)
+
+
+def read_sweep(tx: Transaction, sweep_id: int) -> SweepView:
+    """One sweep with its members. Raises SweepNotFound."""
+    for view in read_sweeps(tx.session, [sweep_id]):
+        return view
+    raise SweepNotFound(sweep_id)
+
+
+def read_head(tx: Transaction, sweep_id: int) -> Sweep:
+    """A sweep's own row, without its members. Raises SweepNotFound."""
+    for row in tx.session.scalars(select(Sweep).where(Sweep.sweep_id == sweep_id)):
+        return row
+    raise SweepNotFound(sweep_id)
 
 
 def newest_sweeps(page: Page) -> Select[Sweep]:

@@ -25,6 +25,10 @@ _TRIES = 5
 
 
 def cancel(tx: Transaction, job_id: int, user: str) -> Job:
+    """Cancel a waiting job now, or ask a running one's trainer to stop.
+
+    Raises JobNotFound, WrongState when it has ended.
+    """
     for _ in range(_TRIES):
         job = read_job(tx, job_id)
         if job.status is Status.RUNNING:
@@ -40,6 +44,7 @@ def cancel(tx: Transaction, job_id: int, user: str) -> Job:
 
 
 def cancel_sweep(tx: Transaction, sweep_id: int, user: str) -> list[Job]:
+    """Cancel all members of a sweep that have not ended. Raises SweepNotFound, WrongState when all have."""
     if not 0 < sweep_id <= LARGEST:
         raise SweepNotFound(sweep_id)
     left = select(Job.job_id).where(Job.sweep_id == sweep_id, Job.status.in_([Status.QUEUED, Status.RUNNING]))
@@ -61,7 +66,8 @@ def _cancel_if_open(tx: Transaction, job_id: int, user: str) -> Job | None:
         raise
 
 
-def hold(tx: Transaction, job_id: int, user: str, reason: str) -> Job:
+def hold(tx: Transaction, job_id: int, user: str, reason: str = "") -> Job:
+    """Keep a waiting job from starting until `retry`. Raises JobNotFound, WrongState."""
     for _ in range(_TRIES):
         job = read_job(tx, job_id)
         if job.status is not Status.QUEUED:
@@ -78,6 +84,10 @@ def _back_to_the_queue(job: Job) -> str:
 
 
 def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None = None) -> Job:
+    """Queue a failed, cancelled or held job again, with all its retries, and what is to change of it.
+
+    Raises JobNotFound, WrongState.
+    """
     for _ in range(_TRIES):
         job = read_job(tx, job_id) if amendment is None else edit(tx, amendment, user)
         if Status.QUEUED not in _after(job):
@@ -100,7 +110,7 @@ def _after(job: Job) -> frozenset[Status]:
 
 
 def edit(tx: Transaction, amendment: Amendment, user: str) -> Job:
-    """Raises WrongState when the job is no more as it was looked at."""
+    """Change what is asked of a job. Raises JobNotFound, WrongState when it has changed since it was looked at."""
     now, job = tx.now(), read_job(tx, amendment.job_id)
     if (job.status, job.attempt, job.spec) != amendment.seen:
         raise _changed(job.job_id)

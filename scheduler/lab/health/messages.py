@@ -16,7 +16,7 @@ def see_messages(settings: Settings) -> Iterator[Condition]:
     if (fault := settings.channels_fault) is not None:
         yield broken("messages", fault.sentence, fault.hint)
     with one_look(settings) as engine:
-        stuck = Store(engine).stuck_messages()
+        stuck = Store(engine).outbox.stuck()
     for pile in stuck:
         several = f"{pile.count} message{'s' * (pile.count != 1)} to channel {pile.channel}"
         if pile.outcome is None:

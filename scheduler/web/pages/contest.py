@@ -62,7 +62,7 @@ class SweepContest:
 
 def sweep_contest(store: Store, shelf: ReportShelf, sweep_id: int) -> SweepContest:
     """A sweep in full. Raises SweepNotFound."""
-    sweep = store.sweep(sweep_id)
+    sweep = store.sweeps.get(sweep_id)
     drawn = [member.job_id for member in sweep.members][:LINES]
     lines = _lines(store, drawn, "eval_loss")
     finished = _finished(shelf, store, sweep)
@@ -81,13 +81,13 @@ def sweep_contest(store: Store, shelf: ReportShelf, sweep_id: int) -> SweepConte
 
 def newest_sweeps(store: Store, page: Page) -> tuple[list[SweepView], int | None]:
     """A page of the sweeps, the newest first, and the sweep behind which the next one goes on."""
-    found = store.newest_sweeps(page)
+    found = store.sweeps.newest(page)
     ids = [row.sweep_id for row in found[: page.limit]]
-    return store.sweep_lines(ids)[::-1], ids[-1] if len(found) > len(ids) else None
+    return store.sweeps.several(ids, settings=False)[::-1], ids[-1] if len(found) > len(ids) else None
 
 
 def _lines(store: Store, job_ids: Sequence[int], name: str) -> dict[int, list[tuple[int, float]]]:
-    points = store.thinned(job_ids, name, LINE_POINTS)
+    points = store.jobs.thinned(job_ids, name, LINE_POINTS)
     return {
         job_id: sorted({point.step: point.value for point in run}.items())
         for job_id, run in itertools.groupby(points, lambda point: point.job_id)
@@ -96,7 +96,7 @@ def _lines(store: Store, job_ids: Sequence[int], name: str) -> dict[int, list[tu
 
 def _finished(shelf: ReportShelf, store: Store, sweep: SweepView) -> list[FinishedJob]:
     """The members with a result whose reports are there by now."""
-    rows = {job.job_id: job for job in store.jobs(sweep_id=sweep.sweep_id) if job.report_uri is not None}
+    rows = {job.job_id: job for job in store.jobs.matching(sweep_id=sweep.sweep_id) if job.report_uri is not None}
     for row in rows.values():
         shelf.known(row.job_id, row.manifest_sha256)  # all are asked for before the first one is waited for
     found, patience = [], REPORTS_WAIT_S
@@ -162,7 +162,7 @@ def _common(store: Store, sweep: SweepView) -> list[tuple[str, Any]]:
 
     if not sweep.members:
         return []
-    spec = store.job(sweep.members[0].job_id).spec
+    spec = store.jobs.get(sweep.members[0].job_id).spec
     return [(key, value) for key, value in flat_settings(spec) if key not in sweep.varied and key != "name"]
 
 

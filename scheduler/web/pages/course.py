@@ -43,9 +43,9 @@ class JobCourse:
 
 def job_course(store: Store, job_id: int, attempts: Sequence[PastAttempt]) -> JobCourse:
     """The course so far."""
-    points = store.thinned([job_id], "loss", MOST_POINTS)
+    points = store.jobs.thinned([job_id], "loss", MOST_POINTS)
     by_attempt = {number: list(run) for number, run in itertools.groupby(points, lambda point: point.attempt)}
-    held_out = {point.step: point.value for point in store.thinned([job_id], "eval_loss", MOST_POINTS)}
+    held_out = {point.step: point.value for point in store.jobs.thinned([job_id], "eval_loss", MOST_POINTS)}
     return JobCourse(
         runs=tuple(tuple((p.step, p.value) for p in run) for run in by_attempt.values()),
         held_out=tuple(sorted(held_out.items())),

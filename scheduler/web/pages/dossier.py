@@ -82,11 +82,11 @@ class JobDossier:
 
 def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
     """A job in full. Raises JobNotFound."""
-    row = store.job(job_id)
+    row = store.jobs.get(job_id)
     history = job_history(store, job_id)
     answer = why(store, job_id, with_remedies=False) if row.status is Status.QUEUED else None
-    view = store.fleet() if row.status is Status.RUNNING else None
-    known = {node.node: node.total for node in store.nodes()}
+    view = store.cards.fleet() if row.status is Status.RUNNING else None
+    known = {node.node: node.total for node in store.cards.nodes()}
     varied, sweep_name = _of_sweep(store, row.sweep_id)
     report, missing = _report(shelf, history.job, row.manifest_sha256)
     return JobDossier(
@@ -98,7 +98,7 @@ def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
         sweep_name=sweep_name,
         report=report,
         report_missing=missing,
-        log_end=_end("".join(chunk.text for chunk in store.log_end(job_id, LOG_CHUNKS))),
+        log_end=_end("".join(chunk.text for chunk in store.jobs.log_end(job_id, LOG_CHUNKS))),
         card_bytes={a.attempt: known[a.node] for a in history.attempts if a.node in known},
     )
 
@@ -114,7 +114,7 @@ def _of_sweep(store: Store, sweep_id: int | None) -> tuple[Collection[str], str 
     if sweep_id is None:
         return (), None
     try:
-        head = store.sweep_head(sweep_id)
+        head = store.sweeps.head(sweep_id)
     except SweepNotFound:
         return (), None
     return tuple(head.settings.get("varied") or ()), head.name

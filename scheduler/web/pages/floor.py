@@ -79,11 +79,11 @@ class LabFloor:
 
 def lab_floor(store: Store, shelf: ReportShelf, choice: Choice, page: Page) -> LabFloor:
     """The lab as it is now. Raises JobNotFound for a page behind a job that does not exist."""
-    view = store.fleet()
+    view = store.cards.fleet()
     seen = overview(store, choice, page, view=view, with_sweeps=False)
     shown = seen.running[:SHOWN_RUNNING]
     in_order = page.after is None and seen.after is None
-    points = store.thinned([job.job_id for job in shown], "loss", SPARK_POINTS) if shown else []
+    points = store.jobs.thinned([job.job_id for job in shown], "loss", SPARK_POINTS) if shown else []
     losses = {job_id: list(run) for job_id, run in itertools.groupby(points, lambda point: point.job_id)}
     return LabFloor(
         seen=seen,
@@ -92,7 +92,7 @@ def lab_floor(store: Store, shelf: ReportShelf, choice: Choice, page: Page) -> L
         waiting=tuple(_as_tried(store, seen)) if in_order else seen.waiting,
         in_order=in_order,
         sparks={job_id: [point.value for point in run] for job_id, run in losses.items()},
-        ended=tuple(_ended(job, shelf) for job in store.ended(view.now - dt.timedelta(days=1), SHOWN_ENDED)),
+        ended=tuple(_ended(job, shelf) for job in store.jobs.ended(view.now - dt.timedelta(days=1), SHOWN_ENDED)),
         shares=tuple(_shares(view)),
         notices=tuple(itertools.islice(_notices(store, seen, view), 4)),
     )
@@ -100,7 +100,7 @@ def lab_floor(store: Store, shelf: ReportShelf, choice: Choice, page: Page) -> L
 
 def _as_tried(store: Store, seen: Overview) -> list[JobState]:
     """The waiting jobs of a page that has all of them: as the rule tries them, then those that it does not try now."""
-    turns = {job.job_id: turn for turn, job in enumerate(store.ready(len(seen.waiting) + 1))}
+    turns = {job.job_id: turn for turn, job in enumerate(store.jobs.ready(len(seen.waiting) + 1))}
     last = len(turns)
 
     def place(job: JobState) -> tuple[bool, int, int]:
@@ -139,7 +139,7 @@ def _notices(store: Store, seen: Overview, view: FleetView) -> Iterator[Notice]:
         if (fault := fault_of(node)) is not None:
             yield Notice(text=f"{name} is closed: {fault}", command="loractl gpus")
     waiting = [job for job in seen.waiting if seen.waits.reasons[job.job_id].word in ("memory", "busy")]
-    rows = store.numbered([state.job_id for state in waiting[:ASKED_FOR_ROOM]])
+    rows = store.jobs.numbered([state.job_id for state in waiting[:ASKED_FOR_ROOM]])
     for state in waiting[:ASKED_FOR_ROOM]:
         held = without_others(rows[state.job_id], view) if state.job_id in rows else None
         if held is not None:

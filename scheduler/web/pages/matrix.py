@@ -61,7 +61,7 @@ def adapter_matrix(store: Store, shelf: ReportShelf, page: Page, chosen: int | N
     """The page's adapters by base model, and where the chosen one (a job) comes from, if it is among them."""
     listed = adapter_list(store, page)
     rows, found = [], None
-    jobs = store.numbered([adapter.job_id for adapter in listed.adapters])
+    jobs = store.jobs.numbered([adapter.job_id for adapter in listed.adapters])
     for job in jobs.values():
         shelf.known(job.job_id, job.manifest_sha256)
     patience = REPORT_WAIT_S

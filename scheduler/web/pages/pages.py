@@ -152,10 +152,10 @@ class Pages:
 
         Raises JobNotFound.
         """
-        job = self._store.job(job_id)
+        job = self._store.jobs.get(job_id)
 
         def part(after: int) -> tuple[str, int]:
-            chunks = self._store.log_part(job_id, after, 8)
+            chunks = self._store.jobs.log_part(job_id, after, 8)
             if not chunks and after == 0 and job.report_uri is not None:  # loractl gc keeps it with the result alone
                 return self._shelf.stored_log(job_id), LARGEST
             return "".join(chunk.text for chunk in chunks), chunks[-1].chunk_id if chunks else 0
@@ -170,7 +170,7 @@ class Pages:
         """A number for everybody who had a card or waits for one: the same on all pages."""
         read_at, owners = self._owners
         if time.monotonic() - read_at >= OWNERS_KEPT_S:
-            owners = {name: n for n, name in enumerate(self._store.users())}
+            owners = {name: n for n, name in enumerate(self._store.jobs.users())}
             self._owners = time.monotonic(), owners
         return owners
 

@@ -110,25 +110,27 @@ def _fill(store: Store, home: Path) -> None:
     base.mkdir()
     (base / "config.json").write_text(json.dumps(CONFIG))
     for number, name in enumerate(("ends", "fails", "runs", "ends-too"), start=1):
-        store.submit(submission(name=name, max_retries=0, labels={"project": "support"}))
+        store.jobs.submit(submission(name=name, max_retries=0, labels={"project": "support"}))
         claim = take(store, 8 * GIB, outside=[{"pid": 1, "user": "tomas", "name": "vllm", "bytes": GIB}])
         assert isinstance(claim, Claim)
         metrics = ((1, "loss", 3.0), (3, "loss", 1.5), (3, "eval_loss", 1.6))
         told = Progress(stage=Stage.TRAINING, step=3, total_steps=30, eta_seconds=900.0, eta_spread_seconds=60.0)
-        assert store.beat(claim, told).accepted
-        assert store.beat(claim, Progress(metrics=metrics, events=(("note", "began"),), log="a line\n")).accepted
+        assert store.attempts.beat(claim, told).accepted
+        assert store.attempts.beat(
+            claim, Progress(metrics=metrics, events=(("note", "began"),), log="a line\n")
+        ).accepted
         if name.startswith("ends"):
             result = replace(RESULT, manifest_sha256=_store_result(home, number))
-            store.finish(claim, Reason.OK, "done", Progress(vram_process=3 * GIB), result)
+            store.attempts.finish(claim, Reason.OK, "done", Progress(vram_process=3 * GIB), result)
         elif name == "fails":
-            store.finish(claim, Reason.TRAINER_ERROR, "it crashed", Progress())
-    store.submit(submission(name="waits", lora=6, qlora=5, base_model=str(base)))
-    store.submit(submission(name="larger", lora=60, qlora=50, user="bob"))
+            store.attempts.finish(claim, Reason.TRAINER_ERROR, "it crashed", Progress())
+    store.jobs.submit(submission(name="waits", lora=6, qlora=5, base_model=str(base)))
+    store.jobs.submit(submission(name="larger", lora=60, qlora=50, user="bob"))
     members = [submission(name=f"triage-{number}") for number in (1, 2)]
-    store.submit_sweep(NewSweep(name="triage", user="ada", varied={"lora.r": "8,16"}), members)
-    store.tag(parse_reference("1"), "prod", "ada")
-    store.see_node(node_state("merlin:0", total=24 * GIB))
-    store.drain("merlin", "lena", "replacing a fan")
+    store.sweeps.submit(NewSweep(name="triage", user="ada", varied={"lora.r": "8,16"}), members)
+    store.adapters.tag(parse_reference("1"), "prod", "ada")
+    store.cards.see(node_state("merlin:0", total=24 * GIB))
+    store.cards.drain("merlin", "lena", "replacing a fan")
 
 
 def _store_result(home: Path, job_id: int) -> str:

@@ -65,8 +65,8 @@ class Lab:
         folder = self.folder / f"result-{job_id}"
         closed, digest = stores(self.settings, folder, job_id, weights, "Better than the base", told=told)
         result = replace(RESULT, manifest_sha256=closed, adapter_sha256=digest)
-        self.store.finish(claim, Reason.OK, "done", Progress(log="step 1\n"), result)
-        self.store.forget_log(SpentLog(job_id=job_id, attempt=1, size=7))
+        self.store.attempts.finish(claim, Reason.OK, "done", Progress(log="step 1\n"), result)
+        self.store.results.forget_log(SpentLog(job_id=job_id, attempt=1, size=7))
 
     def replace_result(self, weights: bytes) -> None:
         """Put a whole result in the place of the first one: adapter, report, page, log and a manifest that fits."""
@@ -75,7 +75,7 @@ class Lab:
 
     def forget_binding(self) -> None:
         """The rows as an earlier version has left them."""
-        with self.store._engine.begin() as connection:
+        with self.store.engine.begin() as connection:
             connection.execute(text("UPDATE jobs SET manifest_sha256 = NULL"))
 
 
@@ -123,12 +123,12 @@ def lab(
         monkeypatch.setenv(name, value)
     settings = load_settings()
     store = Store(connect(settings))
-    store.submit_sweep(NewSweep(name="a", user="ada", varied={"lora.r": "4,8"}), [submission(), submission()])
+    store.sweeps.submit(NewSweep(name="a", user="ada", varied={"lora.r": "4,8"}), [submission(), submission()])
     lab = Lab(settings=settings, store=store, folder=tmp_path)
     for job_id in (1, 2):
         lab.finish(job_id)
     yield lab
-    store._engine.dispose()
+    store.engine.dispose()
 
 
 def refused(done: Result, what: str) -> bool:
@@ -174,7 +174,7 @@ def test_results_of_an_earlier_version_are_bound_by_a_command(lab: Lab) -> None:
     lab.forget_binding()
     done = lab.ask("adapters bind")
     assert done.exit_code == 0 and done.stdout.count("is bound to its row.") == 2
-    assert lab.store.events(1)[-1].text == "its stored result was bound to its row by ada"
+    assert lab.store.jobs.events(1)[-1].text == "its stored result was bound to its row by ada"
     assert lab.ask("report 1").stderr == "" and lab.ask("adapters bind").stdout == ""
     lab.replace_result(TRAINED)
     assert refused(lab.ask("report 1"), "its manifest is not the one"), "the weights are right, the report is not"
@@ -187,7 +187,7 @@ def test_a_result_with_other_weights_is_not_bound_and_the_others_are(lab: Lab) -
     assert done.exit_code == ExitCode.FAILED
     assert "Error: job 1 is not bound: " in done.stderr and "its weights are not those" in done.stderr
     assert done.stdout == "The result of job 2 is bound to its row.\n"
-    assert [job.job_id for job in lab.store.not_bound()] == [1]
+    assert [job.job_id for job in lab.store.results.not_bound()] == [1]
 
 
 def test_a_page_with_a_script_is_not_written_even_where_nothing_binds_it(lab: Lab) -> None:
@@ -205,7 +205,7 @@ def test_a_page_with_a_script_is_not_written_even_where_nothing_binds_it(lab: La
 )
 @pytest.mark.parametrize("lab", ["folder"], indirect=True)
 def test_a_report_of_another_form_is_told_in_a_sentence(lab: Lab, told: str) -> None:
-    lab.store.submit(submission())
+    lab.store.jobs.submit(submission())
     lab.finish(3, told=told)
     for line in ("adapters show 3", "report 3", "compare 1 3", "reproduce 3 --dry-run", "reproduce 1 --check 3"):
         error = lab.ask(line).exception
@@ -219,7 +219,7 @@ def test_a_report_of_another_form_is_told_in_a_sentence(lab: Lab, told: str) -> 
 @pytest.mark.parametrize("weights", [b"", b"weights", TRAINED[:-1], TRAINED + b"x", b"\xff" * 64])
 @pytest.mark.parametrize("lab", ["folder"], indirect=True)
 def test_weights_that_nothing_can_load_are_not_handed_out(lab: Lab, weights: bytes) -> None:
-    lab.store.submit(submission())
+    lab.store.jobs.submit(submission())
     lab.finish(3, weights)
     error = lab.ask("adapters pull 3 {new}").exception
     assert isinstance(error, ArtifactError) and error.exit_code is ExitCode.FAILED and error.hint

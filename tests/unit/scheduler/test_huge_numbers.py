@@ -30,13 +30,13 @@ def test_a_plan_that_no_card_could_ever_hold_is_refused_before_it_is_a_row(store
         training={"per_device_train_batch_size": 2**16, "exact": True},
     )
     with pytest.raises(UsageError, match="which no card has"):
-        store.submit(plan_job(huge, "ada", {}, store))
-    assert store.jobs() == []
+        store.jobs.submit(plan_job(huge, "ada", {}, store))
+    assert store.jobs.matching() == []
 
 
 def test_a_sweep_with_a_number_that_no_database_takes_does_not_exist(store: Store) -> None:
     for number in (10**20, 2**31, 0, -1):
         with pytest.raises(SweepNotFound):
-            store.sweep(number)
+            store.sweeps.get(number)
         with pytest.raises(SweepNotFound):
-            store.cancel_sweep(number, "ada")
+            store.sweeps.cancel(number, "ada")

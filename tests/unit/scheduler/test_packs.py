@@ -33,11 +33,11 @@ PIPE = Screen(width=120, unicode=True, color=False)
 
 def queue(store: Store, length: int = 8, **keys: Any) -> int:
     rows = {"dataset": {"path": "org/data", "max_length": length}, "training": {"per_device_train_batch_size": 1}}
-    return store.submit(submission(lora=8, method="lora", **{**rows, **keys}))
+    return store.jobs.submit(submission(lora=8, method="lora", **{**rows, **keys}))
 
 
 def claim(store: Store) -> Claim:
-    mine = store.claim(NODE, joins=True)
+    mine = store.attempts.claim(NODE, joins=True)
     assert isinstance(mine, Claim)
     return mine
 
@@ -45,11 +45,11 @@ def claim(store: Store) -> Claim:
 @pytest.fixture
 def packed(store: Store) -> Store:
     """A small card whose one trainer has a base of 5 GiB and takes more jobs."""
-    store.see_node(node_state(NODE, total=24 * GIB, max_jobs=1))
+    store.cards.see(node_state(NODE, total=24 * GIB, max_jobs=1))
     queue(store)
     mine = claim(store)
     key = base_key(mine.spec, mine.method)
-    assert key is not None and store.open_host(mine, NewHost(host="h", node=NODE, key=key, bytes=5 * GIB))
+    assert key is not None and store.hosts.open(mine, NewHost(host="h", node=NODE, key=key, bytes=5 * GIB))
     return store
 
 
@@ -74,12 +74,12 @@ def test_a_job_that_does_not_join_says_by_which_numbers(packed: Store) -> None:
 
 def test_every_card_with_its_base_says_why_it_does_not_join_there(packed: Store) -> None:
     """One of them alone said so, and that an end is not known stood behind the numbers."""
-    packed.see_node(node_state("owl:0", total=24 * GIB, max_jobs=1))
+    packed.cards.see(node_state("owl:0", total=24 * GIB, max_jobs=1))
     queue(packed)
-    second = packed.claim("owl:0", joins=False)
+    second = packed.attempts.claim("owl:0", joins=False)
     assert isinstance(second, Claim)
     key = base_key(second.spec, second.method)
-    assert key is not None and packed.open_host(second, NewHost(host="o", node="owl:0", key=key, bytes=5 * GIB))
+    assert key is not None and packed.hosts.open(second, NewHost(host="o", node="owl:0", key=key, bytes=5 * GIB))
     found = asked(packed, queue(packed, length=1024))
     for number, fit in enumerate(found.cards, start=1):
         assert fit.then.startswith(f"has a slot when {number} ends, which is not known, not with job {number} on one")
@@ -105,7 +105,7 @@ def test_a_job_that_can_t_join_says_which_setting_keeps_it_apart(
 
 def test_a_job_whose_shared_trainer_was_lost_says_that_it_is_tried_alone(packed: Store) -> None:
     second = queue(packed)
-    packed.finish(claim(packed), Reason.HOST_LOST, "its trainer ended", Progress())
+    packed.attempts.finish(claim(packed), Reason.HOST_LOST, "its trainer ended", Progress())
     assert "it is tried alone, since the trainer that it shared was lost" in asked(packed, second).wait.sentence
 
 
@@ -113,13 +113,13 @@ def test_why_of_a_running_job_says_what_is_wrong_with_its_card(packed: Store) ->
     """Its worker was dead, and all that was said is that it runs there."""
     told = f"Job 1 does not wait: it is running on {NODE}"
     assert why_text(why(packed, 1), PIPE).startswith(f"{told}. ")
-    packed.drain(NODE, "mara", "new fans", until=None, at_once=False)
+    packed.cards.drain(NODE, "mara", "new fans", until=None, at_once=False)
     assert why_text(why(packed, 1), PIPE).startswith(f"{told}, its card is drained by mara. ")
 
 
 def test_who_asks_about_a_held_job_reads_how_it_is_released(packed: Store) -> None:
     held = queue(packed)
-    packed.hold(held, "mara", "later")
+    packed.jobs.hold(held, "mara", "later")
     assert why_text(why(packed, held), PIPE).endswith(f"Release it: loractl retry {held}")
     assert f"Release it: loractl retry {held}" in job_text(job_in_full(packed, held), PIPE)
 
@@ -142,25 +142,25 @@ def test_jobs_on_one_base_are_told_together(packed: Store) -> None:
 def test_a_cancelled_job_s_memory_is_told_until_it_is_out_of_its_trainer(packed: Store) -> None:
     second = queue(packed, user="bob")
     mine = claim(packed)
-    packed.cancel(second, "bob")
-    packed.finish(mine, Reason.CANCELLED, "cancelled while it ran", Progress(), inside=True)
+    packed.jobs.cancel(second, "bob")
+    packed.attempts.finish(mine, Reason.CANCELLED, "cancelled while it ran", Progress(), inside=True)
     assert f"ada 1, {second} is leaving, 3.0 held" in devices(fleet(packed), PIPE)
     told = job_text(job_in_full(packed, second), PIPE)
     assert "cancelled: cancelled while it ran; it holds 3.0 GiB until it is out of its trainer" in told
     (host,) = fleet(packed).as_json()[0]["hosts"]
     assert (host["jobs"], host["leavers"]) == ([1], [{"job_id": second, "bytes": 3 * GIB}])
-    large = packed.submit(submission(lora=20, method="lora", base_model="org/b"))
+    large = packed.jobs.submit(submission(lora=20, method="lora", base_model="org/b"))
     held = f"job {second} has ended and holds 3.0 until it is out of the trainer"
     found = asked(packed, large)
     assert (found.wait.sentence, found.cards[0].then) == (f"on {NODE} {held}", held)
-    packed.retry(second, "bob")
+    packed.jobs.retry(second, "bob")
     assert asked(packed, second).wait.sentence == f"on {NODE} {held}"
-    packed.leave_host(mine)
+    packed.hosts.leave(mine)
     assert "leaving" not in devices(fleet(packed), PIPE) and "with job 1" in asked(packed, second).wait.sentence
 
 
 def test_a_trainer_that_takes_no_more_jobs_says_why(packed: Store) -> None:
-    packed.spoil_host("h", NODE, "job 9 ended there with disk_full")
+    packed.hosts.spoil("h", NODE, "job 9 ended there with disk_full")
     found = asked(packed, queue(packed))
     why_not = "not with job 1 on one base: their trainer takes no more jobs: job 9 ended there with disk_full"
     assert found.wait.sentence == f"{NODE} when 1 ends, {why_not}"

@@ -71,16 +71,16 @@ def counted(store: Store) -> Iterator[dict[str, int]]:
         counts["statements"] += 1
         context.cursor = Counted(cursor, counts)
 
-    event.listen(store._engine, "after_cursor_execute", after)
+    event.listen(store.engine, "after_cursor_execute", after)
     try:
         yield counts
     finally:
-        event.remove(store._engine, "after_cursor_execute", after)
+        event.remove(store.engine, "after_cursor_execute", after)
 
 
 def grow(store: Store, jobs: int, ended: bool) -> None:
     """Let so many jobs wait, of 4 users and 2 priorities, or let them have ended today, each with an adapter."""
-    with store._engine.begin() as connection:
+    with store.engine.begin() as connection:
         columns = [c["name"] for c in _columns(connection, "jobs") if c["name"] != "job_id"]
         names = ", ".join(f'"{name}"' for name in columns)
         while (count := connection.scalar(text("SELECT count(*) FROM jobs"))) < jobs:
@@ -107,10 +107,10 @@ def _columns(connection: Any, table: str) -> list[Any]:
 @pytest.mark.parametrize("ended", [False, True], ids=["waiting", "ended"])
 def test_no_answer_reads_more_rows_when_more_jobs_wait_or_have_ended(ended: bool, store: Store) -> None:
     for number in range(16):
-        store.submit(submission(user=f"user{number % 4}", priority=number % 2, lora=9 + number, qlora=8 + number))
-    store.submit_sweep(NewSweep(name="grid", user="ada", varied={"lora.r": "8,16"}), [submission(name="grid-1")])
+        store.jobs.submit(submission(user=f"user{number % 4}", priority=number % 2, lora=9 + number, qlora=8 + number))
+    store.sweeps.submit(NewSweep(name="grid", user="ada", varied={"lora.r": "8,16"}), [submission(name="grid-1")])
     for number in range(4):
-        store.see_node(node_state(f"box:{number}", total=24 * GIB, outside_bytes=(0 if number else 20) * GIB))
+        store.cards.see(node_state(f"box:{number}", total=24 * GIB, outside_bytes=(0 if number else 20) * GIB))
     read: dict[int, dict[str, dict[str, int]]] = {}
     for jobs in (FEW, MANY):
         grow(store, jobs, ended)
@@ -125,17 +125,19 @@ def test_no_answer_reads_more_rows_when_more_jobs_wait_or_have_ended(ended: bool
         assert many["rows"] <= few["rows"] + 50, f"{name} reads {few} and {many}"  # users' jobs come in parts
         assert many["rows"] < 500 and many["statements"] <= few["statements"] + 5 < 100, f"{name} asks {few} and {many}"
     if not ended:  # the users had no card, so they have equal shares
-        turn = sorted(store.jobs(), key=lambda job: (-job.priority, job.job_id))
-        assert [job.job_id for job in store.ready(300)] == [job.job_id for job in turn[:300]]
+        turn = sorted(store.jobs.matching(), key=lambda job: (-job.priority, job.job_id))
+        assert [job.job_id for job in store.jobs.ready(300)] == [job.job_id for job in turn[:300]]
     counts = overview(store, Choice(), Page())
     assert (counts.waiting_count, counts.ended.get(Status.SUCCEEDED, 0)) == ((1, MANY - 1) if ended else (MANY, 0))
 
 
 def test_the_pages_of_status_have_every_waiting_job_once_and_in_order(store: Store) -> None:
     for number in range(23):
-        store.submit(submission(user="ada" if number % 3 else "bob", priority=number % 4 // 2, labels={"n": "odd"}))
+        store.jobs.submit(
+            submission(user="ada" if number % 3 else "bob", priority=number % 4 // 2, labels={"n": "odd"})
+        )
     for choice in (Choice(), Choice(user="bob"), Choice(label=("n", "odd"))):
-        waiting = [job for job in store.jobs() if not choice.user or job.user == choice.user]
+        waiting = [job for job in store.jobs.matching() if not choice.user or job.user == choice.user]
         expected = [job.job_id for job in sorted(waiting, key=lambda job: (-job.priority, job.job_id))]
         assert _paged(lambda page, choice=choice: overview(store, choice, page).waiting, expected) == expected
         newest = sorted(expected, reverse=True)
@@ -153,10 +155,10 @@ def _paged(ask: Callable[[Page], tuple[Any, ...]], expected: list[int]) -> list[
 
 def test_members_of_sweeps_take_no_place_of_other_jobs_on_a_page_for_people(store: Store) -> None:
     for number in range(SWEEPS_SHOWN + 2):
-        store.submit_sweep(
+        store.sweeps.submit(
             NewSweep(name=f"s{number}", user="ada", varied={"lora.r": "8"}), [submission(), submission()]
         )
-    alone = store.submit(submission())
+    alone = store.jobs.submit(submission())
     shown = overview(store, Choice(), Page(limit=1), alone=True)
     assert [job.job_id for job in shown.waiting] == [alone] and shown.after is None
     assert shown.waiting_count == 2 * (SWEEPS_SHOWN + 2) + 1
@@ -168,22 +170,22 @@ def test_members_of_sweeps_take_no_place_of_other_jobs_on_a_page_for_people(stor
 
 @SQLITE_ALONE
 def test_what_would_help_is_asked_of_the_rule_with_every_job_that_waits(store: Store) -> None:
-    store.see_node(node_state("a:0", total=24 * GIB))
-    mine = store.submit(submission(lora=40, qlora=8, method="lora"))
+    store.cards.see(node_state("a:0", total=24 * GIB))
+    mine = store.jobs.submit(submission(lora=40, qlora=8, method="lora"))
     answer = why(store, mine)
     assert isinstance(answer, Why)
     assert answer.remedies == () or answer.wait.word == "never"
-    store.see_node(node_state("b:0", total=48 * GIB, outside_bytes=20 * GIB))
+    store.cards.see(node_state("b:0", total=48 * GIB, outside_bytes=20 * GIB))
     told = why(store, mine)
     assert isinstance(told, Why)
     assert told.remedies[0].startswith("It would start now on a:0 with method: qlora")
     for _ in range(205):  # none of them can start, and they stand before it
-        store.submit(submission(user="bob", lora=30, qlora=30, priority=1))
+        store.jobs.submit(submission(user="bob", lora=30, qlora=30, priority=1))
     again = why(store, mine)
     assert isinstance(again, Why)
     assert again.remedies[0].startswith("It would start now on a:0"), "jobs that can't start take no card"
-    store.submit(submission(user="cyd", lora=20, qlora=20, priority=0))
-    store.submit(submission(user="bob", lora=20, qlora=20, priority=1))
+    store.jobs.submit(submission(user="cyd", lora=20, qlora=20, priority=0))
+    store.jobs.submit(submission(user="bob", lora=20, qlora=20, priority=1))
     taken = why(store, mine)
     assert isinstance(taken, Why)
     assert not any("a:0" in text for text in taken.remedies), "the 206th of bob takes that card"

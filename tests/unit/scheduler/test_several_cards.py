@@ -60,9 +60,9 @@ def timed(sqlite_template: Path, tmp_path: Path, clock: Clock) -> Iterator[Store
 def ran(timed: Store) -> Claim:
     """A job that trains on both cards of heron, and holds 18 and 17 GiB of them."""
     show(timed, "heron:0", "heron:1")
-    timed.submit(gang())
+    timed.jobs.submit(gang())
     claim = claimed(timed)
-    timed.beat(claim, Progress(stage=Stage.TRAINING, step=30, total_steps=60, loss=1.0, vram_process=19 * GIB))
+    timed.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=30, total_steps=60, loss=1.0, vram_process=19 * GIB))
     for card, used in (("heron:0", 18), ("heron:1", 17)):
         show(timed, card, used={"1": used * GIB})
     return claim
@@ -81,21 +81,21 @@ def test_every_command_names_all_its_cards(timed: Store, ran: Claim) -> None:
 
 def test_a_sweep_and_a_message_name_all_its_cards(timed: Store, tmp_path: Path) -> None:
     show(timed, "heron:0", "heron:1")
-    sweep_id = timed.submit_sweep(NewSweep(name="grid", user="ada", varied={"lora.r": "8"}), [gang()])
+    sweep_id = timed.sweeps.submit(NewSweep(name="grid", user="ada", varied={"lora.r": "8"}), [gang()])
     claim = claimed(timed)
-    timed.beat(claim, Progress(stage=Stage.TRAINING, step=30, total_steps=60))
+    timed.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=30, total_steps=60))
     standing = sweep_standing(timed, sweep_id)
     assert standing.as_json()["members"][0]["cards"] == ["heron:0", "heron:1"]
     assert " trains on heron 0, 1" in opened(standing, PIPE)
-    timed.drain("heron:1", "mara", "new fans", until=None, at_once=False)
+    timed.cards.drain("heron:1", "mara", "new fans", until=None, at_once=False)
     assert " trains on heron 0, 1, drained by mara (heron:1)" in opened(sweep_standing(timed, sweep_id), PIPE)
-    assert timed.end_drain("heron:1")
+    assert timed.cards.end_drain("heron:1")
     shelf = ReportShelf(timed, lambda: ArtifactStore(tmp_path.as_uri()))
     page = TestClient(make_site(timed, shelf, Access(token=None, names=frozenset({"localhost"}))), "http://localhost")
     assert "training on heron:0 and heron:1" in page.get(f"/sweeps/{sweep_id}").text
-    timed.finish(claim, Reason.BAD_DATA, "no rows", Progress())
-    timed.submit(gang(notify=["ops"]))
-    timed.finish(claimed(timed), Reason.BAD_DATA, "no rows", Progress())
+    timed.attempts.finish(claim, Reason.BAD_DATA, "no rows", Progress())
+    timed.jobs.submit(gang(notify=["ops"]))
+    timed.attempts.finish(claimed(timed), Reason.BAD_DATA, "no rows", Progress())
     parcel = due(timed, OPS)
     assert parcel is not None and "of ada, last on heron:0 and heron:1." in parcel.text
 
@@ -105,7 +105,7 @@ def test_what_it_holds_of_each_card_stands_beside_its_plan(timed: Store, ran: Cl
     assert lines[0].endswith("on heron:0 and heron:1, attempt 1, training")
     assert "memory    19.0 GiB at most on one card, planned 20.0 GiB on each   method lora" in lines
     assert "          now heron:0 18.0, heron:1 17.0" in lines
-    timed.finish(ran, Reason.CANCELLED, "enough", Progress())
+    timed.attempts.finish(ran, Reason.CANCELLED, "enough", Progress())
     ended = history_text(job_history(timed, 1), PIPE)
     assert "  heron 0, 1  lora " in ended and " 20.0 " in ended and " 19.0 " in ended
     assert "of several cards the plan of each" in ended

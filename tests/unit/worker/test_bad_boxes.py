@@ -29,7 +29,7 @@ def on_a_bad_card(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> End
 def submit_until_drained(lab: HeldLab, target: str, seconds: float = 300) -> list[int]:
     """Jobs of four users at a time, until a card or box is closed; all of them succeed. Returns their numbers."""
     jobs, deadline = list[int](), lab.clock.now() + seconds
-    while target not in lab.store.drains():
+    while target not in lab.store.cards.drains():
         assert lab.clock.now() < deadline, f"{len(jobs)} jobs, and {target} is not closed"
         new = [lab.submit("--set=max_retries=0", user=user) for user in ("ada", "bob", "cyd", "dan")]
         for job_id in new:
@@ -43,9 +43,13 @@ def test_a_card_that_fails_every_job_fails_no_job_for_good_and_is_closed(held: H
     held.start_box("owl", on_a_bad_card)
     held.start()
     for job_id in submit_until_drained(held, "owl:0"):
-        assert held.store.attempts(job_id)[-1].node == "heron:0"
-    assert any(attempt.node == "owl:0" for job in held.store.jobs() for attempt in held.store.attempts(job.job_id))
-    (order,) = held.store.drains().values()
+        assert held.store.attempts.of_job(job_id)[-1].node == "heron:0"
+    assert any(
+        attempt.node == "owl:0"
+        for job in held.store.jobs.matching()
+        for attempt in held.store.attempts.of_job(job.job_id)
+    )
+    (order,) = held.store.cards.drains().values()
     assert (order.target, order.user) == ("owl:0", "loractl")
     said = " ".join(held.cli("gpus").split())
     assert "drained by loractl: gpu_error in jobs" in said
@@ -61,7 +65,7 @@ def test_a_box_with_a_full_disk_fails_no_job_for_good_and_is_closed(held: HeldLa
         held.start_box("owl")
         healthy = held.start()
         for job_id in submit_until_drained(held, "owl"):
-            assert held.store.job(job_id).retries_used == 0
+            assert held.store.jobs.get(job_id).retries_used == 0
         held.stop(healthy)
         last = held.submit()
         said = " ".join(held.cli("why", last).split())
@@ -80,16 +84,16 @@ def test_a_card_on_which_something_of_an_attempt_remains_is_closed_with_the_reas
     (place,) = held.places()
     monkeypatch.setattr(leftovers, "end_leftovers", lambda run: [4711])
     job_id = held.submit()
-    held.store.see_node(node_state("heron:0", kind="sim"))
-    claim, began = held.store.claim("heron:0"), held.clock.now()
+    held.store.cards.see(node_state("heron:0", kind="sim"))
+    claim, began = held.store.attempts.claim("heron:0"), held.clock.now()
     assert isinstance(claim, Claim)
     leftovers.close_if_left(place, Watch(device=place.device, node_pid=1), claim)
     assert held.clock.now() - began >= leftovers.LEFT_S, "the driver takes a moment"
     reason = f"job {job_id} left process 4711 behind; look at the card, then loractl undrain heron:0"
-    assert held.store.drains()["heron:0"].reason == reason
+    assert held.store.cards.drains()["heron:0"].reason == reason
     waiting = held.submit()
     assert reason in " ".join(held.cli("why", waiting).split())
-    assert held.store.claim("heron:0") is None, "it takes nothing more until a person has looked"
+    assert held.store.attempts.claim("heron:0") is None, "it takes nothing more until a person has looked"
 
 
 def test_a_preemptible_job_gives_way_with_a_checkpoint_and_finishes_later(held: HeldLab) -> None:
@@ -100,12 +104,12 @@ def test_a_preemptible_job_gives_way_with_a_checkpoint_and_finishes_later(held: 
     high = held.submit("--set=priority=5", name="high")
     held.until(high, lambda job: job.status is Status.SUCCEEDED)
 
-    given = held.store.attempts(low)[0]
+    given = held.store.attempts.of_job(low)[0]
     assert (given.reason, given.message) == (
         Reason.PREEMPTED,
         f"gave way to job {high}, which has a higher priority",
     )
     done = held.until(low, lambda job: job.status is Status.SUCCEEDED)
     assert (done.attempt, done.retries_used) == (2, 0)
-    assert (held.store.attempts(low)[1].resumed_from_step or 0) >= 5
+    assert (held.store.attempts.of_job(low)[1].resumed_from_step or 0) >= 5
     assert f"asked to give way to job {high} (priority 5)" in held.cli("show", low)

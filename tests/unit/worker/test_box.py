@@ -63,7 +63,7 @@ def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(tmp_path: Path, mon
     (settings.home / "run").mkdir(parents=True)
     device = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
     store = Store(connect(settings))
-    store.see_node(node_state("box:0", **vars(read_identity(settings))))
+    store.cards.see(node_state("box:0", **vars(read_identity(settings))))
     worker = Box(settings, store, [device], {})
     monkeypatch.setattr(box.subprocess, "Popen", node)
     monkeypatch.setattr(box.click, "echo", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
@@ -73,7 +73,7 @@ def test_a_second_ctrl_c_stops_at_once_however_soon_it_comes(tmp_path: Path, mon
     except KeyboardInterrupt:
         pytest.fail("the worker has left its nodes to themselves")
     assert (code, told.read_text()) == (ExitCode.INTERRUPTED, "now\n")
-    assert store.nodes() == [], "status said for a minute that the worker is being stopped"
+    assert store.cards.nodes() == [], "status said for a minute that the worker is being stopped"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -108,16 +108,16 @@ def test_a_worker_that_ends_when_idle_waits_for_what_its_nodes_say_of_their_card
     devices = [SimulatedDevice(index=index, uuid=f"SIM-{index}", name="sim", total=8 * GIB) for index in (0, 1)]
     store, looks, popen = Store(connect(settings)), iter(range(1, 30)), subprocess.Popen
     way = SharedNeed(cards=2, parallel=Parallel.SHARDED, need=Need(lora=4 * GIB, qlora=None))
-    job_id = store.submit(replace(submission(method="lora"), ways=Ways(alone=False, gangs=(way,))))
+    job_id = store.jobs.submit(replace(submission(method="lora"), ways=Ways(alone=False, gangs=(way,))))
 
     def look(_: float) -> None:
         number = next(looks)
         if number == 4:
             for device in devices:
                 seen = node_state(f"heron:{device.index}", total=8 * GIB, gangs=True, **vars(read_identity(settings)))
-                store.see_node(seen)
+                store.cards.see(seen)
         if number == 8:
-            store.cancel(job_id, "ada")
+            store.jobs.cancel(job_id, "ada")
 
     monkeypatch.setattr(box.subprocess, "Popen", lambda _, **how: popen(["sh", "-c", "read order"], **how))
     monkeypatch.setattr(box.time, "sleep", look)
@@ -133,7 +133,7 @@ def test_a_worker_that_ends_when_idle_waits_for_no_job_of_a_card_that_was_given_
     sizes = {"0": 80 * GIB, "1": 24 * GIB}
     devices = [SimulatedDevice(index=int(n), uuid=f"SIM-{n}", name="sim", total=size) for n, size in sizes.items()]
     store, looks, popen = Store(connect(settings)), iter(range(1, 30)), subprocess.Popen
-    store.submit(submission(lora=40, qlora=None, method="lora"))
+    store.jobs.submit(submission(lora=40, qlora=None, method="lora"))
 
     def node(command: list[str], **how: Any) -> subprocess.Popen[str]:
         fails = command[command.index("--index") + 1] == "0"
@@ -144,12 +144,12 @@ def test_a_worker_that_ends_when_idle_waits_for_no_job_of_a_card_that_was_given_
 
     def look(_: float) -> None:
         next(looks)
-        store.see_node(node_state("heron:1", total=24 * GIB, **vars(read_identity(settings))))
+        store.cards.see(node_state("heron:1", total=24 * GIB, **vars(read_identity(settings))))
 
     monkeypatch.setattr(box.subprocess, "Popen", node)
     monkeypatch.setattr(box.time, "sleep", look)
     assert run(Box(settings, store, devices, {}), drain_when_idle=True) == ExitCode.OK
-    assert store.jobs()[0].status is Status.QUEUED
+    assert store.jobs.matching()[0].status is Status.QUEUED
 
 
 def test_a_login_that_may_not_serve_is_told_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     def look(_: float) -> None:
         for device in devices:
             seen = node_state(f"heron:{device.index}", total=device.total, **vars(read_identity(settings)))
-            store.see_node(seen)
+            store.cards.see(seen)
 
     def last_line() -> str:
         assert run(Box(settings, store, list(devices), {}), drain_when_idle=True) == ExitCode.OK
@@ -195,8 +195,8 @@ def idle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 def test_a_job_for_other_boxes_and_a_held_one_keep_no_worker_and_are_named(idle: Idle) -> None:
     store, last_line = idle
     for _ in range(2):
-        store.submit(submission(resources={"node_labels": {"nvlink": "yes"}}))
-    store.hold(store.submit(submission()), "ada")
+        store.jobs.submit(submission(resources={"node_labels": {"nvlink": "yes"}}))
+    store.jobs.hold(store.jobs.submit(submission()), "ada")
     assert last_line() == "No job that fits this box is left: 1, 2 wait for another box, 3 is held."
 
 
@@ -209,8 +209,8 @@ def test_a_job_for_other_boxes_and_a_held_one_keep_no_worker_and_are_named(idle:
 )
 def test_nor_does_one_that_only_a_drained_card_could_take(idle: Idle, target: str, named: str) -> None:
     store, last_line = idle
-    store.submit(submission(lora=12, qlora=12))
-    store.drain(target, "ada", "new driver")
+    store.jobs.submit(submission(lora=12, qlora=12))
+    store.cards.drain(target, "ada", "new driver")
     assert last_line() == f"No job that fits this box is left: 1 waits for another box, or for {named}."
 
 

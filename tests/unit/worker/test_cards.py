@@ -13,7 +13,7 @@ UPDATED = "NVIDIA's library and kernel driver have different versions: reboot th
 
 
 def faults(lab: HeldLab) -> dict[str, str | None]:
-    return {row.node: row.fault for row in lab.store.nodes()}
+    return {row.node: row.fault for row in lab.store.cards.nodes()}
 
 
 def test_a_lost_card_is_closed_and_the_other_goes_on(held: HeldLab) -> None:
@@ -24,7 +24,7 @@ def test_a_lost_card_is_closed_and_the_other_goes_on(held: HeldLab) -> None:
     jobs = [held.submit() for _ in range(3)]
     for job_id in jobs:
         held.until(job_id, lambda job: job.status is Status.SUCCEEDED)
-        assert [attempt.node for attempt in held.store.attempts(job_id)] == ["heron:1"]
+        assert [attempt.node for attempt in held.store.attempts.of_job(job_id)] == ["heron:1"]
 
     small.fault = None
     held.clock.sleep(SEE_S)
@@ -33,12 +33,12 @@ def test_a_lost_card_is_closed_and_the_other_goes_on(held: HeldLab) -> None:
     held.clock.sleep(SEE_S)
     again = held.submit()
     held.until(again, lambda job: job.status is Status.SUCCEEDED)
-    assert [attempt.node for attempt in held.store.attempts(again)] == ["heron:0"]
+    assert [attempt.node for attempt in held.store.attempts.of_job(again)] == ["heron:0"]
 
     small.fault = large.fault = UPDATED  # a driver's update, which the running nodes meet at their next look
     held.clock.sleep(SEE_S)
     assert faults(held) == {"heron:0": UPDATED, "heron:1": UPDATED}, "no node ended for it"
     last = held.submit()
     held.clock.sleep(60.0)
-    assert held.store.attempts(last) == []
+    assert held.store.attempts.of_job(last) == []
     assert "Reason: closed, heron:0: NVIDIA's library" in " ".join(held.cli("why", last).split())

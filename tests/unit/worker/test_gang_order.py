@@ -49,7 +49,7 @@ def place(home: Path) -> Workplace:
     """The second of a box's two simulated cards."""
     settings = load_settings({"LORACTL_HOME": str(home), "LORACTL_DEVICES": "sim:8GiB,8GiB", "LORACTL_HOST": "box"})
     store = Store(connect(settings))
-    store.see_node(node_state("box:1", kind="sim", total=8 * GIB))
+    store.cards.see(node_state("box:1", kind="sim", total=8 * GIB))
     return Workplace(
         settings=settings, store=store, device=find_devices(settings)[1], node="box:1", drain=Drain(),
         artifacts=StoreClient(settings.artifacts_url),
@@ -58,8 +58,8 @@ def place(home: Path) -> Workplace:
 
 @pytest.fixture
 def state(place: Workplace) -> AttemptState:
-    place.store.submit(submission(base_model="org/a", lora=1, method="lora"))
-    claim = place.store.claim("box:1")
+    place.store.jobs.submit(submission(base_model="org/a", lora=1, method="lora"))
+    claim = place.store.attempts.claim("box:1")
     assert isinstance(claim, Claim)
     state = begin(replace(claim, parallel=Parallel.SHARDED, shares=SHARES), place.settings.work_dir)
     state.folder.mkdir(parents=True)
@@ -88,21 +88,21 @@ def test_a_drain_of_any_of_its_cards_ends_it_with_a_checkpoint(place: Workplace,
 def test_the_first_claim_waits_for_the_box_s_other_cards_and_leaves_them_their_jobs(place: Workplace) -> None:
     """Whichever card was up first took as many jobs as may share it, and the other one stayed idle. It did so after a
     kill, too, by the row that the other one had left."""
-    place.store.see_node(node_state("box:0", kind="sim", total=8 * GIB, max_jobs=4))
+    place.store.cards.see(node_state("box:0", kind="sim", total=8 * GIB, max_jobs=4))
     with Session(make_engine(place.settings.database_url)) as session, session.begin():
         session.execute(update(Node).where(Node.node == "box:0").values(seen_at=LONG_AGO))
-    place.store.see_node(node_state("box:1", kind="sim", total=8 * GIB, max_jobs=4))
+    place.store.cards.see(node_state("box:1", kind="sim", total=8 * GIB, max_jobs=4))
     for _ in range(2):
-        place.store.submit(submission(base_model="org/a", lora=1, method="lora"))
+        place.store.jobs.submit(submission(base_model="org/a", lora=1, method="lora"))
     claimer = Claimer(place, Watch(device=place.device, node_pid=os.getpid()), devices=2)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(claimer.claim)
         with pytest.raises(TimeoutError):
             first.result(timeout=0.3)
-        place.store.see_node(node_state("box:0", kind="sim", total=8 * GIB, max_jobs=4))
+        place.store.cards.see(node_state("box:0", kind="sim", total=8 * GIB, max_jobs=4))
         assert first.result(timeout=4) is not None, "sooner than without the other one"
     assert claimer.claim() is None
-    assert place.store.claim("box:0") is not None
+    assert place.store.attempts.claim("box:0") is not None
 
 
 def test_a_job_says_whose_drain_ends_it_and_not_that_the_worker_stops(place: Workplace, state: AttemptState) -> None:
@@ -119,20 +119,20 @@ def test_no_rank_starts_before_a_base_has_left_the_other_card_whose_node_is_woke
     place: Workplace, state: AttemptState, home: Path
 ) -> None:
     broker_url(place.settings)  # as the home's worker starts it
-    place.store.see_node(node_state("box:0", kind="sim", total=8 * GIB))
-    place.store.submit(submission(base_model="org/a", lora=1, method="lora"))
-    other = place.store.claim("box:0")
+    place.store.cards.see(node_state("box:0", kind="sim", total=8 * GIB))
+    place.store.jobs.submit(submission(base_model="org/a", lora=1, method="lora"))
+    other = place.store.attempts.claim("box:0")
     assert isinstance(other, Claim)
-    assert place.store.keep_host(other, NewHost(host="warm", node="box:0", key="llama", bytes=GIB))
-    place.store.finish(other, Reason.CANCELLED, "enough", Progress())
+    assert place.store.hosts.keep(other, NewHost(host="warm", node="box:0", key="llama", bytes=GIB))
+    place.store.attempts.finish(other, Reason.CANCELLED, "enough", Progress())
     _await_other_cards(place, state)
-    assert place.store.send_off_host("warm", "box:0")
+    assert place.store.hosts.send_off("warm", "box:0")
     waiting = threading.Thread(target=_await_other_cards, args=(place, state))
     waiting.start()
     waiting.join(timeout=0.6)
     assert waiting.is_alive()
     assert Redis(unix_socket_path=str(home / "run" / "valkey.sock")).llen(card_queue("box:0")) == 1
-    place.store.forget_hosts(["warm"])
+    place.store.hosts.forget(["warm"])
     waiting.join(timeout=5)
     assert not waiting.is_alive()
 
@@ -141,10 +141,10 @@ def test_a_claim_of_several_cards_is_supervised_whatever_the_queue_does(place: W
     """A wake between the claim and its first beat could take the lease's time, or lose the claim."""
     place = replace(place, settings=replace(place.settings, redis_url="redis://queue.example:6379"))  # no password
     for node in ("box:0", "box:1"):
-        place.store.see_node(node_state(node, kind="sim", total=8 * GIB, gangs=True))
+        place.store.cards.see(node_state(node, kind="sim", total=8 * GIB, gangs=True))
     way = SharedNeed(cards=2, parallel=Parallel.SHARDED, need=Need(lora=6 * GIB, qlora=None))
     job = submission(lora=12, qlora=None, method="lora")
-    place.store.submit(replace(job, ways=Ways(alone=False, gangs=(way,))))
+    place.store.jobs.submit(replace(job, ways=Ways(alone=False, gangs=(way,))))
     claim = Claimer(place, Watch(device=place.device, node_pid=os.getpid())).claim()
     assert claim is not None and [share.node for share in claim.shares] == ["box:1", "box:0"]
     place.wake_others(["box:0"])

@@ -31,21 +31,21 @@ def test_a_job_for_two_cards_says_what_it_waits_for_and_is_not_passed_for_ever(h
     small = list[int]()
 
     def began() -> list[int]:
-        return [job_id for job_id in small if held.store.job(job_id).started_at is not None]
+        return [job_id for job_id in small if held.store.jobs.get(job_id).started_at is not None]
 
     def stream(until: Callable[[], object], seconds: float = 60) -> None:
         """Keep one small job waiting. Each would fit at once."""
         deadline = held.clock.now() + seconds
         while not until():
             assert held.clock.now() < deadline, held.cli("status", "-a")
-            if not any(held.store.job(job_id).status is Status.QUEUED for job_id in small[-1:]):
+            if not any(held.store.jobs.get(job_id).status is Status.QUEUED for job_id in small[-1:]):
                 small.append(held.submit(name="small", user=f"user{len(small) % 3}"))
             held.clock.sleep(0.2)
 
     busy = held.submit("--set=resources.exclusive=true", name="busy", steps=15000, user="bob")
     held.until(busy, lambda job: job.eta_seconds)
     large = held.submit(*LARGE, name="large", steps=100)
-    assert 39 * GIB < (held.store.job(large).vram_lora or 0) < 41 * GIB
+    assert 39 * GIB < (held.store.jobs.get(large).vram_lora or 0) < 41 * GIB
     lacks = f"waits for a second card of 20.7 GiB on heron when {busy} ends"
     assert _why(held, large)["sentence"] == lacks
     assert lacks in _answers(held, "status", "job_id")[large]["message"]
@@ -54,7 +54,7 @@ def test_a_job_for_two_cards_says_what_it_waits_for_and_is_not_passed_for_ever(h
     stream(lambda: len(began()) >= 3)
     both = (f"waits for 2 cards of 20.7 GiB on heron when {busy} and {job_id} end" for job_id in small)
     assert _why(held, large)["sentence"] in {lacks, *both}
-    submitted = held.store.job(large).submitted_at
+    submitted = held.store.jobs.get(large).submitted_at
     held.change(large, submitted_at=submitted - dt.timedelta(seconds=RESERVE_AFTER_S))
 
     # now the card that gets free is kept for it
@@ -72,7 +72,7 @@ def test_a_job_for_two_cards_says_what_it_waits_for_and_is_not_passed_for_ever(h
     # the busy one ends, and both cards are its
     held.cli("cancel", busy)
     job = held.until(large, lambda job: job.status is Status.RUNNING)
-    ended = held.store.job(busy).ended_at
+    ended = held.store.jobs.get(busy).ended_at
     assert ended is not None and job.started_at is not None and ended <= job.started_at
     assert len(began()) == passed
     cards = _answers(held, "gpus", "node")
@@ -90,7 +90,7 @@ def test_a_drain_of_either_card_gives_the_job_back_with_a_checkpoint(held: HeldL
         held.until(job_id, lambda job: job.status is Status.QUEUED)
         held.cli("undrain", card)
     held.until(job_id, lambda job: job.attempt == 3 and (job.step or 0) > 0)
-    attempts = held.store.attempts(job_id)
+    attempts = held.store.attempts.of_job(job_id)
     assert [attempt.reason for attempt in attempts[:2]] == [Reason.DRAINED, Reason.DRAINED]
     assert all(attempt.resumed_from_step for attempt in attempts[1:])
 
@@ -114,9 +114,9 @@ def test_a_box_that_stops_waits_with_every_node_for_the_job_on_two_cards(held: H
     began = held.clock.now()
     held.stop(box)
     assert held.clock.now() - began > 2.5 * LEASE_S
-    (attempt,) = held.store.attempts(job_id)
+    (attempt,) = held.store.attempts.of_job(job_id)
     assert (attempt.reason, attempt.message) == (Reason.DRAINED, "the worker is being stopped")
-    assert held.alive == 0 and {row.node for row in held.store.nodes()} == {place.node for place in other}
+    assert held.alive == 0 and {row.node for row in held.store.cards.nodes()} == {place.node for place in other}
 
 
 def _why(lab: HeldLab, job_id: int) -> dict[str, Any]:
@@ -129,5 +129,5 @@ def _answers(lab: HeldLab, command: str, key: str) -> dict[Any, Any]:
 
 def _kept_from(job: Job, large: int, lab: HeldLab) -> bool:
     """Whether the job waits, and a card stands idle for the large one."""
-    reserved = [d.reserved for d in lab.store.fleet().decisions if d.reserved is not None]
+    reserved = [d.reserved for d in lab.store.cards.fleet().decisions if d.reserved is not None]
     return job.status is Status.QUEUED and any(kept.job.job_id == large for kept in reserved)

@@ -15,6 +15,7 @@ from loractl.common.binding import checkpoint_binding
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
+from loractl.common.store.verbs.attempts import AttemptVerbs
 from loractl.worker.attempt import checkpoint_upload
 from loractl.worker.attempt.checkpoint_upload import CheckpointUpload
 from loractl.worker.storage.client import CallWatch, StoreClient
@@ -30,7 +31,7 @@ def test_the_newest_is_kept_the_one_before_goes_and_a_step_that_was_saved_twice_
 ) -> None:
     """A step comes twice when its local files were torn and the training went back to older ones."""
     artifacts = ArtifactStore((tmp_path / "artifacts").as_uri())
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     claim = take(store)
     assert isinstance(claim, Claim)
     keeper = CheckpointUpload(StoreClient(artifacts.url), store, claim, tmp_path / "keeping")
@@ -46,7 +47,7 @@ def test_the_newest_is_kept_the_one_before_goes_and_a_step_that_was_saved_twice_
         keeper.offer(saved, 15)  # also while the first of them still waits
     _until_taken(tmp_path / "keeping" / "step-15")
     keeper.close()
-    kept = store.job(job_id).checkpoint
+    kept = store.jobs.get(job_id).checkpoint
     assert kept is not None and kept["step"] == 15
     assert artifacts.read_bytes(checkpoint_binding(StoredCheckpoint(**kept)), "state") == b"2"
 
@@ -68,7 +69,7 @@ class NoProcess(StoreClient):
 
 def test_what_nobody_expected_ends_no_upload(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_upload, "AGAIN_S", 0.1)
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     claim = take(store)
     assert isinstance(claim, Claim)
     client = NoProcess((tmp_path / "artifacts").as_uri())
@@ -79,7 +80,7 @@ def test_what_nobody_expected_ends_no_upload(store: Store, tmp_path: Path, monke
     keeper.offer(saved, 5)
     _until_taken(tmp_path / "keeping" / "step-5")
     keeper.close()
-    kept = store.job(job_id).checkpoint
+    kept = store.jobs.get(job_id).checkpoint
     assert kept is not None and kept["step"] == 5
 
 
@@ -105,7 +106,7 @@ class Cleaned(StoreClient):
 def test_a_copy_that_is_removed_on_its_way_is_no_checkpoint_and_after_the_attempt_s_end_no_fault(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture, ends: bool
 ) -> None:
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     claim = take(store)
     assert isinstance(claim, Claim)
     client = Cleaned((tmp_path / "artifacts").as_uri(), tmp_path / "keeping")
@@ -122,7 +123,7 @@ def test_a_copy_that_is_removed_on_its_way_is_no_checkpoint_and_after_the_attemp
         _until_taken(client.folder / "step-10")
     keeper.close()
     assert keeper.done(20)
-    kept, held = store.job(job_id).checkpoint, [path.parent.name for path in tmp_path.rglob("manifest.json")]
+    kept, held = store.jobs.get(job_id).checkpoint, [path.parent.name for path in tmp_path.rglob("manifest.json")]
     assert (kept and kept["step"], held) == ((None, []) if ends else (10, ["1-10"]))
     told = [record.message for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
     assert told == ([] if ends else [f"job {job_id}: the checkpoint of step 5 was removed before it was stored"])
@@ -148,8 +149,8 @@ class Counted(StoreClient):
         super().remove_checkpoint(prefix)
 
 
-class AwayAtFirst(Store):
-    """The database, which is away for three tries."""
+class AwayAtFirst(AttemptVerbs):
+    """A database that is away for three tries."""
 
     tries = 0
 
@@ -164,11 +165,12 @@ def test_what_is_stored_waits_for_the_database_without_being_stored_again_and_no
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint_upload, "AGAIN_S", 0.05)
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     claim = take(store)
     assert isinstance(claim, Claim)
     client = Counted((tmp_path / "artifacts").as_uri())
-    keeper = CheckpointUpload(client, AwayAtFirst(store._engine, store._clock), claim, tmp_path / "keeping")
+    store.attempts = AwayAtFirst(store.begin)
+    keeper = CheckpointUpload(client, store, claim, tmp_path / "keeping")
     saved = tmp_path / "saved"
     saved.mkdir()
     (saved / "state").write_text("1")
@@ -185,7 +187,7 @@ def test_what_is_stored_waits_for_the_database_without_being_stored_again_and_no
 def test_a_checkpoint_is_stored_where_files_have_no_second_names_and_one_that_can_t_be_kept_ends_no_training(
     store: Store, tmp_path: Path
 ) -> None:
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     claim = take(store)
     assert isinstance(claim, Claim)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:  # a link to another disk is refused
@@ -197,7 +199,7 @@ def test_a_checkpoint_is_stored_where_files_have_no_second_names_and_one_that_ca
         (tmp_path / "keeping").write_text("where no folder can be made")
         keeper.offer(Path(other), 10)
         keeper.close()
-    kept = store.job(job_id).checkpoint
+    kept = store.jobs.get(job_id).checkpoint
     assert kept is not None and kept["step"] == 5
 
 

@@ -77,13 +77,13 @@ def test_a_job_over_its_time_limit_keeps_a_checkpoint_and_a_retry_with_more_goes
 
     held.cli("retry", 1, "--set=resources.time_limit=2h")
     held.until(1, lambda job: job.attempt == 2 and (job.step or 0) > over["step"], seconds=60)
-    assert (held.store.attempts(1)[1].resumed_from_step or 0) >= over["step"], "no step was taken again"
+    assert (held.store.attempts.of_job(1)[1].resumed_from_step or 0) >= over["step"], "no step was taken again"
 
 
 def test_two_simulated_cards_run_two_jobs_at_once(held: HeldLab) -> None:
     held.start(LORACTL_DEVICES="sim:8GiB,24GiB")
     jobs = [held.submit(name=f"job-{n}", steps=200) for n in range(2)]
     held.until(jobs[1], lambda job: job.status is Status.RUNNING)
-    assert held.store.job(jobs[0]).status is Status.RUNNING
+    assert held.store.jobs.get(jobs[0]).status is Status.RUNNING
     shown = [held.until(job_id, lambda job: job.status is Status.SUCCEEDED) for job_id in jobs]
     assert {job.gpu for job in shown} == {"SIM-0", "SIM-1"}

@@ -36,21 +36,21 @@ def test_a_job_that_waits_for_a_card_without_a_slot_is_looked_for_where_it_could
     )  # fmt: skip
 
     def write(*, draining: bool) -> Any:
-        return store.see_node(node_state("box:0", total=24 * GIB, max_jobs=1))
+        return store.cards.see(node_state("box:0", total=24 * GIB, max_jobs=1))
 
     row: Any = SimpleNamespace(write=write)
     hosts: Any = SimpleNamespace(trim=lambda card: None)
     monitor, woken = Monitor(place, row, hosts), list[str]()
     slots: Any = SimpleNamespace(wake=lambda: woken.append("woken"), attempts={})
     monitor.report()
-    store.submit(submission(lora=8, method="lora"))
-    mine = store.claim("box:0")
+    store.jobs.submit(submission(lora=8, method="lora"))
+    mine = store.attempts.claim("box:0")
     assert isinstance(mine, Claim)
     key = base_key(mine.spec, mine.method)
     assert key is not None
     if opened:
-        assert store.open_host(mine, NewHost(host="mark", node="box:0", key=key, bytes=5 * GIB))
-    store.submit(submission(lora=20, method="lora"))
+        assert store.hosts.open(mine, NewHost(host="mark", node="box:0", key=key, bytes=5 * GIB))
+    store.jobs.submit(submission(lora=20, method="lora"))
     monitor.report()
     monitor._go_round(slots)
     assert woken == (["woken"] if opened else []), "its own part may fit where its whole need does not"

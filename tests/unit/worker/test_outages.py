@@ -37,12 +37,12 @@ def test_a_result_waits_for_the_store_in_storing_also_over_a_restart_of_the_work
     first = held.start()
     held.until(job_id, lambda job: job.stage is Stage.STORING)
     held.clock.sleep(2 * LEASE_S)
-    waiting = held.store.job(job_id)
+    waiting = held.store.jobs.get(job_id)
     assert (waiting.status, waiting.stage, waiting.attempt) == (Status.RUNNING, Stage.STORING, 1)
     assert "it is tried again" in held.cli("show", job_id)
 
     held.stop(first)
-    assert held.store.job(job_id).status is Status.QUEUED
+    assert held.store.jobs.get(job_id).status is Status.QUEUED
     assert held.reasons(job_id) == [Reason.DRAINED]
     held.start()
     held.until(job_id, lambda job: job.attempt == 2 and job.stage is Stage.STORING)
@@ -71,7 +71,7 @@ def test_a_result_that_no_store_takes_is_no_outage_and_holds_no_card(held: HeldL
     held.start(_leaves("tool\nuse.jinja"))
     held.until(job_id, lambda job: job.status is Status.FAILED, seconds=30)
     assert held.reasons(job_id) == [Reason.BAD_SPEC], "another attempt would leave the same"
-    assert "'adapter/tool\\nuse.jinja' is no name for a file" in (held.store.job(job_id).message or "")
+    assert "'adapter/tool\\nuse.jinja' is no name for a file" in (held.store.jobs.get(job_id).message or "")
     held.until(other, lambda job: job.status is Status.FAILED, seconds=30)
 
 
@@ -100,8 +100,8 @@ def test_a_finished_training_outlives_an_outage_that_is_longer_than_all_patience
     held.cli("retry", job_id)
     held.until(job_id, lambda job: job.status is Status.SUCCEEDED)
     assert held.starts == [f"{job_id}.1"], "it was trained once"
-    assert [attempt.node for attempt in held.store.attempts(job_id)] == ["heron:0"] * 4
-    assert held.store.job(job_id).result_host is None
+    assert [attempt.node for attempt in held.store.attempts.of_job(job_id)] == ["heron:0"] * 4
+    assert held.store.jobs.get(job_id).result_host is None
     held.clock.sleep(LEASE_S)
     assert not work.exists()
     held.cli("adapters", "pull", job_id, held.folder / "pulled")
@@ -120,9 +120,9 @@ def test_what_the_database_refuses_is_left_out_and_ends_no_training(held: HeldLa
     assert (failed.status, failed.reason) == (Status.FAILED, Reason.TRAINER_ERROR)
     kept = "its result is kept on this box, where the next attempt takes it over"
     assert failed.message == f"the database refused its end: adapters are full; {kept}"
-    told = [event.text for event in held.store.events(job_id) if event.kind == "database"]
+    told = [event.text for event in held.store.jobs.events(job_id) if event.kind == "database"]
     assert len(told) == 1 and told[0].endswith("which is left out: metrics are full")
-    steps = [point.step for point in held.store.metrics(job_id, "loss")]
+    steps = [point.step for point in held.store.jobs.metrics(job_id, "loss")]
     assert 4 not in steps and steps[-1] == 20, "the beats went on"
 
     with held.engine.begin() as connection:
@@ -136,7 +136,7 @@ def test_client_and_worker_of_different_versions_understand_each_other_or_say_wh
     poison, newer, older, outdated = (held.submit() for _ in range(4))
     held.change(poison, methods=["x"])
     held.change(outdated, engine=ENGINE - 1, vram_lora=1, planned={"lora": 1, "qlora": 1})
-    spec = dict(held.store.job(newer).spec)
+    spec = dict(held.store.jobs.get(newer).spec)
     held.change(newer, version="99.0.0", spec={**spec, "something_new": 1})
     added = {"preemptible", "lora_patience", "revision", "labels"}
     held.change(older, version=None, spec={key: value for key, value in spec.items() if key not in added})
@@ -144,7 +144,9 @@ def test_client_and_worker_of_different_versions_understand_each_other_or_say_wh
     held.start()
     held.until(older, lambda job: job.status is Status.SUCCEEDED)
     planned = held.until(outdated, lambda job: job.status is Status.SUCCEEDED)
-    assert (planned.engine, planned.vram_lora) == (ENGINE, held.store.job(older).vram_lora), "planned for today's steps"
+    assert (planned.engine, planned.vram_lora) == (ENGINE, held.store.jobs.get(older).vram_lora), (
+        "planned for today's steps"
+    )
     left = held.until(newer, lambda job: job.message)
     assert (left.status, left.attempt) == (Status.QUEUED, 0), "it is left to a newer worker"
     assert left.message == f"written by loractl 99.0.0, a worker with {__version__} can't read it"

@@ -72,14 +72,14 @@ def test_a_small_card_gets_qlora_and_a_job_too_large_waits_for_a_larger_card(hel
         held.until(job_id, lambda job: job.status is Status.SUCCEEDED)
     assert _placed(held, 2) == [("heron:1", "lora", plans["8B"]["lora"])]
     assert _placed(held, 3) == [("heron:0", "qlora", plans["3B"]["qlora"])]
-    why = [event.text for event in held.store.events(3) if event.kind == "started"]
+    why = [event.text for event in held.store.jobs.events(3) if event.kind == "started"]
     assert why == ["attempt 1 started on heron:0 with qlora (auto: lora does not fit)"]
-    assert held.store.job(1).status is Status.QUEUED
+    assert held.store.jobs.get(1).status is Status.QUEUED
 
     held.start_box("osprey", LORACTL_DEVICES="sim:80GiB")
     held.until(1, lambda job: job.status is Status.SUCCEEDED)
     assert _placed(held, 1) == [("osprey:0", "qlora", plans["70B"]["qlora"])]
-    assert {row.node for row in held.store.nodes()} == {"heron:0", "heron:1", "osprey:0"}
+    assert {row.node for row in held.store.cards.nodes()} == {"heron:0", "heron:1", "osprey:0"}
 
 
 def test_jobs_share_a_large_card_and_never_reserve_more_than_it_has(held: HeldLab) -> None:
@@ -92,10 +92,10 @@ def test_jobs_share_a_large_card_and_never_reserve_more_than_it_has(held: HeldLa
     polled: list[int] = []
 
     def unfinished() -> int:
-        card = held.store.fleet().cards["heron:0"]
+        card = held.store.cards.fleet().cards["heron:0"]
         polled.append(sum(job.reserved for job in card.running))
         assert card.free == room - polled[-1] >= 0
-        return len(held.store.jobs(statuses=[Status.QUEUED, Status.RUNNING]))
+        return len(held.store.jobs.matching(statuses=[Status.QUEUED, Status.RUNNING]))
 
     while unfinished() > 4:
         held.clock.sleep(0.1)
@@ -138,7 +138,7 @@ def test_other_people_s_programs_are_respected_named_and_waited_for(held: HeldLa
             assert waiting["sentence"] == told
             assert f"It would fit now on heron:1 without sleep of {user}" in held.cli("why", 1)
             held.clock.sleep(60)
-            assert held.store.attempts(1) == [], "it does not fit beside them"
+            assert held.store.attempts.of_job(1) == [], "it does not fit beside them"
         finally:
             notebook.kill()
     card.processes = ()
@@ -161,20 +161,20 @@ def test_a_drained_box_says_so_gives_its_jobs_back_when_told_and_goes_on_where_t
     assert "drained by tester: replacing a fan" in held.cli("why", 1)
     assert "drained by tester until" in held.cli("gpus")
     held.clock.sleep(60)
-    assert held.store.attempts(1) == []
+    assert held.store.attempts.of_job(1) == []
 
     held.cli("undrain", "heron")
     held.until(1, lambda job: (job.step or 0) >= 5)
     held.cli("drain", "heron:0", "--reason", "driver", "--now")
     held.until(1, lambda job: job.status is Status.QUEUED)
-    (first,) = held.store.attempts(1)
+    (first,) = held.store.attempts.of_job(1)
     assert (first.reason, first.message) == ("drained", "heron:0 is drained by tester: driver")
     assert _why(held, 1)["word"] == "drained"
-    assert not held.store.fleet().cards["heron:0"].running
+    assert not held.store.cards.fleet().cards["heron:0"].running
 
     held.cli("undrain", "heron:0")
     held.until(1, lambda job: job.attempt == 2 and (job.step or 0) > 0)
-    assert (held.store.attempts(1)[1].resumed_from_step or 0) >= 5
+    assert (held.store.attempts.of_job(1)[1].resumed_from_step or 0) >= 5
     held.cli("cancel", 1)
     held.until(1, lambda job: job.status is Status.CANCELLED)
 
@@ -188,7 +188,7 @@ def test_a_drained_card_trains_its_job_to_the_end_and_takes_no_other(held: HeldL
     held.until(1, lambda job: job.status is Status.SUCCEEDED)
     assert held.reasons(1) == [Reason.OK], "in one attempt"
     held.clock.sleep(60)
-    assert held.store.attempts(2) == []
+    assert held.store.attempts.of_job(2) == []
 
 
 def _why(lab: HeldLab, job_id: int) -> dict:
@@ -224,7 +224,7 @@ def _plan(lab: HeldLab, job: Path) -> dict[str, int]:
 
 
 def _placed(lab: HeldLab, job_id: int) -> list[tuple[str, str, int | None]]:
-    return [(a.node, a.method, a.vram_reserved) for a in lab.store.attempts(job_id)]
+    return [(a.node, a.method, a.vram_reserved) for a in lab.store.attempts.of_job(job_id)]
 
 
 def _ledger(jobs: list[dict]) -> tuple[int, int]:

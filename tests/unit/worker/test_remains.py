@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import shutil
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.settings import load_settings
 from loractl.common.store.records import Claim, Over, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
+from loractl.common.store.verbs.results import ResultVerbs
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.remains import clean, make_room
 from loractl.worker.attempt.result import READY
@@ -45,11 +46,11 @@ class Bench:
             (saved / "optimizer.pt").write_bytes(bytes(10))
         kept = StoredCheckpoint(step=15, prefix=checkpoint_prefix(claim.job_id, claim.attempt, 15))
         self.place.artifacts.put_result(saved, kept.prefix)
-        assert self.place.store.keep_checkpoint(claim, kept)
+        assert self.place.store.attempts.keep_checkpoint(claim, kept)
         return state
 
     def end(self, state: AttemptState, reason: Reason) -> Status | None:
-        return self.place.store.finish(state.claim, reason, "why", Progress())
+        return self.place.store.attempts.finish(state.claim, reason, "why", Progress())
 
     def local(self) -> list[str]:
         work = self.place.settings.work_dir
@@ -66,7 +67,7 @@ def bench(store: Store, tmp_path: Path) -> Bench:
         settings=settings, store=store, artifacts=StoreClient(settings.artifacts_url),
         device=CpuDevice(total=1), node="box:0", drain=Drain(),
     )  # fmt: skip
-    store.submit(submission(max_retries=0))
+    store.jobs.submit(submission(max_retries=0))
     return Bench(place=place, folder=tmp_path)
 
 
@@ -75,13 +76,13 @@ def test_a_job_that_was_queued_again_meanwhile_keeps_its_files(bench: Bench) -> 
     """A person's retry and the next attempt's start, both between the end of an attempt and its cleaning up."""
     first = bench.attempt()
     ended = bench.end(first, Reason.CANCELLED)
-    bench.place.store.retry(1, "ada")
+    bench.place.store.jobs.retry(1, "ada")
     second = bench.attempt()
     clean(bench.place, first, ended)
     assert {path for path in bench.local() if "attempt-2" in path} == {
         f"1/attempt-2/checkpoints/checkpoint-{step}" for step in (5, 10, 15)
     }
-    row = bench.place.store.job(1)
+    row = bench.place.store.jobs.get(1)
     assert row.checkpoint is not None and "2-15" in bench.stored(), "what the row names is there"
 
     ended = bench.end(second, Reason.CANCELLED)
@@ -100,14 +101,14 @@ def test_what_a_failed_job_leaves_is_bounded(bench: Bench) -> None:
     clean(bench.place, second, bench.end(second, Reason.STORE_FAILED))
     kept = [f"1/attempt-2/checkpoints/checkpoint-{step}" for step in (10, 15)]
     assert bench.local() == [*kept, "1/attempt-2/result/adapter"]
-    assert bench.place.store.job(1).checkpoint is not None and "2-15" in bench.stored()
+    assert bench.place.store.jobs.get(1).checkpoint is not None and "2-15" in bench.stored()
 
 
 @SQLITE_ALONE
 def test_what_ended_jobs_left_makes_room_for_the_next_job_and_their_histories_say_so(bench: Bench) -> None:
     first = bench.attempt()
     clean(bench.place, first, bench.end(first, Reason.TIMED_OUT))
-    waiting = bench.place.store.submit(submission())
+    waiting = bench.place.store.jobs.submit(submission())
     second = bench.attempt()
     clean(bench.place, second, bench.end(second, Reason.DRAINED))
     make_room(bench.place, bench.folder, 1)
@@ -116,11 +117,11 @@ def test_what_ended_jobs_left_makes_room_for_the_next_job_and_their_histories_sa
     assert bench.local() == []
     assert list(bench.place.settings.work_dir.glob(f"{waiting}/*/*/*")), "what a waiting job goes on from stays"
     text = f"what it left on {bench.place.settings.host} is removed: its disk was needed for another job"
-    assert [event.text for event in bench.place.store.events(1)][-1] == text
+    assert [event.text for event in bench.place.store.jobs.events(1)][-1] == text
 
 
-class JobsEndNow(Store):
-    """A database beside which jobs that have just ended remove what they left here."""
+class JobsEndNow(ResultVerbs):
+    """Results in a lab where jobs that have just ended remove what they left here."""
 
     work: Path
 
@@ -133,11 +134,12 @@ class JobsEndNow(Store):
 def test_a_job_that_ends_while_another_makes_room_costs_that_one_nothing(bench: Bench) -> None:
     first = bench.attempt()
     bench.end(first, Reason.CANCELLED)
-    bench.place.store.submit(submission())
+    bench.place.store.jobs.submit(submission())
     second = bench.attempt()
     clean(bench.place, second, bench.end(second, Reason.TIMED_OUT))
-    store = JobsEndNow(bench.place.store._engine, bench.place.store._clock)
-    store.work = bench.place.settings.work_dir
-    make_room(replace(bench.place, store=store), bench.folder, 1 << 60)
-    assert bench.local() == [] and not list(store.work.glob("2/*"))
-    assert not [event for event in store.events(1) if event.kind == "removed"]
+    store, work = bench.place.store, bench.place.settings.work_dir
+    store.results = results = JobsEndNow(store.begin)
+    results.work = work
+    make_room(bench.place, bench.folder, 1 << 60)
+    assert bench.local() == [] and not list(work.glob("2/*"))
+    assert not [event for event in store.jobs.events(1) if event.kind == "removed"]

@@ -126,7 +126,7 @@ def settings(tmp_path: Path) -> Settings:
 
 
 def report(store: Store, index: int, total: int, held: int = 0) -> None:
-    store.see_node(
+    store.cards.see(
         NodeState(
             node=f"heron:{index}", host="heron", gpu=f"SIM-{index}", device_name="s", kind="sim", total=total,
             outside_bytes=held, outside=[], used={}, margin=GIB // 2, max_jobs=1, user_limit=None, labels={},
@@ -213,14 +213,14 @@ def test_what_nf4_leaves_alone_takes_16_bit_unless_it_computes_in_fp32(tmp_path:
 @SQLITE_ALONE
 def test_a_job_waits_for_what_serve_has_reserved_and_starts_when_it_ends(store: Store, tmp_path: Path) -> None:
     """The node's own look at its card, and the claim that follows from it."""
-    store.submit(submission(lora=70, qlora=None, method="lora"))
+    store.jobs.submit(submission(lora=70, qlora=None, method="lora"))
     state = node_state("box:0", total=80 * GIB, outside_bytes=0, used={}, margin=0, max_jobs=4)
-    store.see_node(state)
+    store.cards.see(state)
     watch = Watch(device=Shown(), node_pid=os.getpid(), home=tmp_path)
 
     def claim() -> Claim | Left | None:
         seen = watch.look()
-        return store.claim("box:0", seen.outside, seen.used)
+        return store.attempts.claim("box:0", seen.outside, seen.used)
 
     with serving(tmp_path, "GPU-a", 20 * GIB):
         assert claim() is None

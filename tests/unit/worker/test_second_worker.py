@@ -50,11 +50,11 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settin
 def _served(settings: Settings) -> Store:
     """The rows of a node that serves the device, with a job whose trainer others may join."""
     store = Store(connect(settings))
-    store.see_node(replace(node_state("box:0", total=8 * GIB), **vars(read_identity(settings))))
-    store.submit(submission(base_model="org/a", lora=1, method="lora"))
-    claim = store.claim("box:0")
+    store.cards.see(replace(node_state("box:0", total=8 * GIB), **vars(read_identity(settings))))
+    store.jobs.submit(submission(base_model="org/a", lora=1, method="lora"))
+    claim = store.attempts.claim("box:0")
     assert isinstance(claim, Claim)
-    assert store.open_host(claim, NewHost(host="0123456789abcdef", node="box:0", key="key", bytes=1))
+    assert store.hosts.open(claim, NewHost(host="0123456789abcdef", node="box:0", key="key", bytes=1))
     return store
 
 
@@ -65,14 +65,14 @@ def test_a_second_worker_that_stops_leaves_the_first_one_s_node_and_bases_in_the
         assert Box(settings, store, [DEVICE], {}).run(drain_when_idle=False) == ExitCode.OK
     finally:
         lock.close()
-    assert [row.node for row in store.nodes("box")] == ["box:0"]
-    assert [row.host for row in store.hosts("box:0")] == ["0123456789abcdef"]
+    assert [row.node for row in store.cards.nodes("box")] == ["box:0"]
+    assert [row.host for row in store.hosts.of_card("box:0")] == ["0123456789abcdef"]
 
 
 def test_a_worker_that_stops_takes_its_own_rows_away(settings: Settings) -> None:
     store = _served(settings)
     assert Box(settings, store, [DEVICE], {}).run(drain_when_idle=False) == ExitCode.OK
-    assert [*store.nodes("box"), *store.hosts("box:0")] == []
+    assert [*store.cards.nodes("box"), *store.hosts.of_card("box:0")] == []
 
 
 @pytest.fixture

@@ -115,7 +115,7 @@ def test_nor_that_of_a_real_worker_its_node_and_the_queue_that_it_has_started(ho
     ):
         try:
             deadline = time.monotonic() + 60
-            while not Store(engine).nodes():  # then both have begun
+            while not Store(engine).cards.nodes():  # then both have begun
                 assert worker.poll() is None and time.monotonic() < deadline
                 time.sleep(0.05)
             (node,) = [p for p in psutil.Process(worker.pid).children() if "loractl.worker.node" in p.cmdline()]

@@ -55,7 +55,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     monkeypatch.setattr(module, "LOOK_MOST_S", 0.6)  # two looks are no reason to end this process
     settings = replace(load_settings({"LORACTL_HOME": str(tmp_path / "home")}), lease_s=0.5)
     store = Store(connect(settings))
-    store.see_node(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=2))
+    store.cards.see(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=2))
     return Workplace(
         settings=settings, store=store, device=CpuDevice(total=24 * GIB), node="box:0", drain=Drain(),
         artifacts=StoreClient(settings.artifacts_url),
@@ -86,8 +86,8 @@ def sigterms() -> Iterator[list[int]]:
 
 
 def attempt(place: Workplace, link: TrainerLink | None = None) -> AttemptState:
-    place.store.submit(submission(lora=1, method="lora"))
-    claim = place.store.claim("box:0")
+    place.store.jobs.submit(submission(lora=1, method="lora"))
+    claim = place.store.attempts.claim("box:0")
     assert isinstance(claim, Claim)
     state = begin(claim, place.settings.work_dir)
     state.trainer = link
@@ -136,11 +136,11 @@ def test_a_node_that_ends_alone_does_not_wait_for_the_job_of_another_card(tmp_pa
     settings.runtime_dir.mkdir(parents=True)
     store = Store(connect(settings))
     for name in ("box:0", "box:1"):
-        store.see_node(node_state(name, kind="sim", total=8 * GIB, gangs=True))
+        store.cards.see(node_state(name, kind="sim", total=8 * GIB, gangs=True))
     way = SharedNeed(cards=2, parallel=Parallel.SHARDED, need=Need(lora=6 * GIB, qlora=None))
     job = submission(lora=12, qlora=None, method="lora")
-    store.submit(replace(job, ways=Ways(alone=False, gangs=(way,))))
-    assert isinstance(store.claim("box:1", gangs=True), Claim) and store.serves_beside("box:0")
+    store.jobs.submit(replace(job, ways=Ways(alone=False, gangs=(way,))))
+    assert isinstance(store.attempts.claim("box:1", gangs=True), Claim) and store.cards.serves_beside("box:0")
     device, drain = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB), Drain()
     node = DeviceNode(place_of(settings, device, NodeOptions(), drain), NodeOptions())
     drain.ask("checkpoint")

@@ -35,7 +35,7 @@ def close_if_left(place: Workplace, watch: Watch, claim: Claim, host: str | None
             what = f"process {alive[0]}" if alive else f"{gib(held)} GiB of memory"
             reason = f"job {job} left {what} behind; look at the card, then loractl undrain {place.node}"
             log.error("%s is closed: %s", place.node, reason)
-            place.store.drain(place.node, "loractl", reason)
+            place.store.cards.drain(place.node, "loractl", reason)
             return
         place.clock.sleep(0.5)
 
@@ -59,7 +59,7 @@ def end_strays(place: Workplace) -> None:
     if not marks:
         return
     known |= _marks_of_no_attempt(place)  # one may have been made meanwhile
-    for run in marks - known - {run_mark(token) for token in place.store.tokens(place.node)}:
+    for run in marks - known - {run_mark(token) for token in place.store.cards.tokens(place.node)}:
         log.warning("what an attempt left behind on %s is ended", place.node)
         end_leftovers(run)
 

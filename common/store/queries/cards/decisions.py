@@ -18,8 +18,9 @@ from loractl.common.placement.rule import Decision, place
 
 from ...fleet import FleetView
 from ...tables import LEASES, FleetRound, Job, Node
-from ..lines import read_joiners, read_levels, read_oldest
-from .nodes import drained_targets, read_cards, read_failures, read_fleet
+from ...transaction import Transaction
+from ..lines import read_joiners, read_levels, read_oldest, read_order
+from .nodes import drained_targets, read_cards, read_charges, read_failures, read_fleet
 from .packs import Packs, read_packs
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ def _joiners(session: Session, packs: Packs, now: dt.datetime, changed: Waiting 
     return joiners
 
 
-def read_view(session: Session, now: dt.datetime) -> FleetView:
-    """Everything about the fleet, read at once."""
+def read_view(tx: Transaction) -> FleetView:
+    """The whole fleet at this moment, read at once, and what starts next."""
+    session, now = tx.session, tx.now()
     fleet = read_fleet(session, now)
     outlook = decide(session, fleet.cards, fleet.charges, now)
     decisions = tuple(outlook.decisions)
@@ -74,9 +76,16 @@ def read_view(session: Session, now: dt.datetime) -> FleetView:
     )
 
 
-def read_newcomers(session: Session, now: dt.datetime, waiting: Sequence[Waiting]) -> dict[int, Newcomer]:
-    """What the rule would ask of these jobs for a join, now or once a card has room for them."""
-    packs = read_packs(session, read_cards(session, now), now)
+def read_ready(tx: Transaction, limit: int) -> list[Waiting]:
+    """The first jobs that could be claimed now, in the order in which the rule tries them; at most `limit`."""
+    now = tx.now()
+    return read_order(tx.session, now, read_charges(tx.session, now), limit)
+
+
+def read_newcomers(tx: Transaction, waiting: Sequence[Waiting]) -> dict[int, Newcomer]:
+    """Those of the waiting jobs that have an open host on their base, as the rule asks for them, by number."""
+    now = tx.now()
+    packs = read_packs(tx.session, read_cards(tx.session, now), now)
     models = {base.base_model for card in packs.cards for base in open_bases(card)}
     found = {job.job_id: packs.newcomer(job) for job in waiting if job.base_model in models}
     return {job_id: newcomer for job_id, newcomer in found.items() if newcomer is not None}
@@ -102,8 +111,10 @@ def _refused(
     return found
 
 
-def read_start(session: Session, now: dt.datetime, changed: Waiting, spec: JobSpec | None) -> str | None:
-    """The card that the rule would give a waiting job in another form now, all else as it is."""
+def read_start(tx: Transaction, changed: Waiting, spec: JobSpec | None = None) -> str | None:
+    """The card that the rule would give a waiting job now if it had this form, alone or next to others on its base;
+    None: no card. `spec`: the form's job file, where it has another than its row."""
+    session, now = tx.session, tx.now()
     fleet = read_fleet(session, now)
     packs = read_packs(session, fleet.cards, now)
     if spec is not None:

@@ -35,12 +35,12 @@ def is_due(tx: Transaction, every_s: float) -> bool:
     return row is None or not 0 <= (tx.now() - row.at).total_seconds() < every_s
 
 
-def take_turn(tx: Transaction, node: str, lease_s: float, every_s: float, settle_s: float) -> FleetTurn | None:
+def take_turn(tx: Transaction, node: str, every_s: float, settle_s: float) -> FleetTurn | None:
     if not tx.is_alone() or not is_due(tx, every_s):
         return None
     now, row = tx.now(), tx.session.get(FleetRound, LEASES)
     last_at = dt.datetime.min.replace(tzinfo=dt.UTC) if row is None else row.at - dt.timedelta(seconds=_SLOW_COMMIT_S)
-    away = row is None or (now - row.at).total_seconds() > GAP * lease_s
+    away = row is None or (now - row.at).total_seconds() > GAP * tx.lease_s
     settled_at = now + dt.timedelta(seconds=settle_s) if row is None or away else row.settled_at
     tx.put(FleetRound, "name", {"name": LEASES, "node": node, "at": now, "settled_at": settled_at})
     settling = 0 < (settled_at - now).total_seconds() <= settle_s

@@ -22,10 +22,17 @@ from .nodes import forget_hosts, read_cards
 
 
 def keep(tx: Transaction, claim: Claim, new: NewHost) -> bool:
+    """Write that a trainer stays with its base, while its attempt runs or is inside; False: its lease is lost, or
+    the base has no room on the card. Once the attempt has ended and is out of it, it waits for a job.
+    """
     return _write(tx, claim, new, is_open=False)
 
 
 def open_to_others(tx: Transaction, claim: Claim, new: NewHost) -> bool:
+    """Write that others may train beside an attempt, in its trainer, from now on; `new.bytes`: of the loaded base.
+
+    False: its lease is lost, or the base has no room on the card.
+    """
     if not _write(tx, claim, new, is_open=True):
         return False
     tx.session.execute(update(Attempt).where(*_of(claim)).values(host=new.host, base_bytes=new.bytes))
@@ -70,16 +77,19 @@ def is_busy(tx: Transaction, host: str, but: str = "") -> bool:
 
 
 def spoil(tx: Transaction, host: str, node: str, why: str) -> None:
+    """Let no job join the host any more, which ends with its last one; `why`: in words, the first of them stays."""
     tx.session.scalars(select(Node).where(Node.node == node).with_for_update()).first()  # no claim joins it meanwhile
     still = (TrainerHost.host == host, TrainerHost.spoilt.is_(None))
     tx.session.execute(update(TrainerHost).where(*still).values(spoilt=storable(why)))
 
 
 def leave(tx: Transaction, claim: Claim) -> None:
+    """An attempt that has ended is out of its host: its tensors, threads and files are gone."""
     tx.session.execute(update(Attempt).where(*_of(claim)).values(inside=False))
 
 
 def note_passes(tx: Transaction, host: str, passes: Sequence[MeasuredPass]) -> None:
+    """Teach the law of a host's passes; one that has gone learns nothing."""
     row = tx.session.get(TrainerHost, host, with_for_update=True)
     if row is None:
         return
@@ -136,6 +146,7 @@ def _send_off(tx: Transaction, seat: Seat) -> None:
 
 
 def send_off(tx: Transaction, host: str, node: str) -> bool:
+    """Let no job join the host any more; False when one is in it. Its bytes stay held until it is forgotten."""
     tx.session.scalars(select(Node).where(Node.node == node).with_for_update()).first()  # no claim joins it meanwhile
     row = tx.session.get(TrainerHost, host, populate_existing=True)
     if row is None:
@@ -149,8 +160,10 @@ def send_off(tx: Transaction, host: str, node: str) -> bool:
 
 
 def forget(tx: Transaction, hosts: Iterable[str]) -> None:
+    """The hosts' processes have ended, and the card has their room again."""
     forget_hosts(tx, TrainerHost.host.in_(list(hosts)))
 
 
 def of_node(tx: Transaction, node: str) -> Collection[TrainerHost]:
+    """The hosts of a card."""
     return tx.session.scalars(select(TrainerHost).where(TrainerHost.node == node)).all()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, and_, delete, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import NameTaken
@@ -20,7 +20,7 @@ from loractl.common.placement.shares import charge, decayed, with_base, within_n
 
 from ...fleet import NODE_STALE_S, OCCUPANT, InsideHost, card_of
 from ...hosts import TrainerHost
-from ...records import Arrival, BoxIdentity, NodeState
+from ...records import BoxIdentity, NodeState
 from ...tables import INSIDE, Attempt, DrainOrder, Job, LabFailure, Node, Use
 from ...transaction import Transaction
 from ..outbox.notices import tell_of_closure
@@ -31,33 +31,13 @@ _NODES, _HOSTS, _USES, _DRAINS = select(Node), select(TrainerHost), select(Use),
 _OCCUPANTS = select(*OCCUPANT, Job.method, Job.vram_lora, Job.vram_qlora).where(Job.status == Status.RUNNING)
 
 
-def arrive(tx: Transaction, state: NodeState, give_back: Callable[[Transaction, str], list[int]]) -> Arrival:
-    """`give_back`: ends what an earlier process of the node has left running; returns the jobs."""
-    now, me = tx.now(), _identity(state)
-    # first, so that of two new ones with one name the second waits here, and then finds the first
-    tx.add_new(Node, [{**vars(state), "seen_at": now, "free": 0, "reserved": 0}])
-    row = tx.session.scalars(select(Node).where(Node.node == state.node).with_for_update()).one()
-    it = _identity(row)
-    if it == me:
-        given_back = tuple(give_back(tx, state.node))
-        forget_hosts(tx, TrainerHost.node == state.node)  # that node ended them before it came here
-        return Arrival(given_back=given_back)
-    if (now - row.seen_at).total_seconds() > NODE_STALE_S:
-        for name, value in vars(me).items():
-            setattr(row, name, value)
-        row.seen_at = now
-        forget_hosts(tx, TrainerHost.node == state.node)
-        return Arrival()  # what the other one ran has its lease
-    if it.instance != me.instance or it.machine not in (None, me.machine):
-        raise NameTaken(state.node)
-    return Arrival(seen_at=row.seen_at)
-
-
-def _identity(node: NodeState | Node) -> BoxIdentity:
+def identity(node: NodeState | Node) -> BoxIdentity:
+    """Which box, and which start of it, a row or a node is of."""
     return BoxIdentity(instance=node.instance, machine=node.machine, boot=node.boot)
 
 
 def see(tx: Transaction, state: NodeState) -> Card:
+    """Write a device's row, last seen now. Returns the card with what runs on it. Raises NameTaken."""
     now = tx.now()
     mine = (Job.status == Status.RUNNING) & (Job.node == state.node)
     running = [*tx.session.execute(select(*OCCUPANT).where(mine)), *beside(tx.session, state.node)]
@@ -67,15 +47,16 @@ def see(tx: Transaction, state: NodeState) -> Card:
     reserved = sum(job.reserved for job in card.running)
     row = {**vars(state), "seen_at": now, "free": card.free, "reserved": reserved}
     stale = Node.seen_at < now - dt.timedelta(seconds=NODE_STALE_S)
-    own = and_(*(getattr(Node, name) == value for name, value in vars(_identity(state)).items()))
+    own = and_(*(getattr(Node, name) == value for name, value in vars(identity(state)).items()))
     if not tx.put(Node, "node", row, over=None if state.instance is None else or_(own, stale, Node.instance.is_(None))):
         raise NameTaken(state.node)
     return card
 
 
-def forget(tx: Transaction, node: str, box: BoxIdentity | None) -> None:
+def forget(tx: Transaction, node: str, box: BoxIdentity | None = None) -> None:
+    """Remove the row of a node that has stopped in order, unless another box has its name."""
     row = tx.session.get(Node, node)
-    if row is not None and (box is None or _identity(row) == box):
+    if row is not None and (box is None or identity(row) == box):
         tx.session.delete(row)
         forget_hosts(tx, TrainerHost.node == node)
 
@@ -88,19 +69,22 @@ def forget_hosts(tx: Transaction, which: ColumnElement[bool]) -> None:
 
 
 def read_tokens(tx: Transaction, node: str) -> set[str]:
+    """The tokens of the attempts that run on a node."""
     here = or_(Job.node == node, Job.job_id.in_(running_on(node)))
     running = select(Job.token).where(Job.status == Status.RUNNING, here)
     return {token for token in tx.session.scalars(running) if token is not None}
 
 
 def drain(
-    tx: Transaction, target: str, user: str, reason: str, until: dt.datetime | None = None, at_once: bool = False
+    tx: Transaction, target: str, user: str, reason: str, *, until: dt.datetime | None = None, at_once: bool = False
 ) -> None:
+    """Keep new jobs from a host or a card (host:index)."""
     order = {"target": target, "user": user, "reason": reason, "at": tx.now(), "until": until, "now": at_once}
     tx.put(DrainOrder, "target", order)
 
 
 def end_drain(tx: Transaction, target: str) -> bool:
+    """Let jobs on to a drained host or card again; False when it was not drained."""
     _forget_failures(tx, target)
     row = tx.session.get(DrainOrder, target)
     if row is not None:
@@ -183,6 +167,22 @@ def read_inside(session: Session) -> list[InsideHost]:
         )
         for row in session.execute(there.where(INSIDE))
     ]
+
+
+def read_drains(tx: Transaction) -> dict[str, DrainOrder]:
+    """Host or card -> the person's order that holds for it now."""
+    return drained_targets(tx.session, tx.now())
+
+
+def nodes(host: str | None = None) -> Select[Node]:
+    """All nodes, or those of a box."""
+    every = select(Node).order_by(Node.node)
+    return every if host is None else every.where(Node.host == host)
+
+
+def serves_beside(tx: Transaction, node: str) -> bool:
+    """Whether a job on several cards runs on the node's, which began on another one."""
+    return tx.session.scalars(running_on(node).limit(1)).first() is not None
 
 
 def drained_targets(session: Session, now: dt.datetime) -> dict[str, DrainOrder]:

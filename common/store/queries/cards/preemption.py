@@ -24,12 +24,13 @@ AT_ONCE = 8
 """Waiting jobs for which it is tried in one round whether they would start: each asks the whole rule once more."""
 
 
-def preempt(tx: Transaction, lease_s: float) -> tuple[int, ...]:
+def preempt(tx: Transaction) -> tuple[int, ...]:
+    """Ask running jobs to give way to one of higher priority when nothing else helps; returns the jobs asked."""
     lowest = _lowest_willing(tx) if tx.is_alone() else None
     if lowest is None:
         return ()
     now = tx.now()
-    fleet = read_fleet(tx.session, now, lease_s)
+    fleet = read_fleet(tx.session, now, tx.lease_s)
     cards, charges = fleet.cards, fleet.charges
     decisions = list(decide(tx.session, cards, charges, now).decisions)
     starting = {d.placed.job.job_id for d in decisions if d.placed is not None}

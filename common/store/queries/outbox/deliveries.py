@@ -59,7 +59,7 @@ def lease(tx: Transaction, channels: Sequence[Channel], lease_s: float) -> Parce
 
 
 def settle(tx: Transaction, parcel: Parcel, delivery: Delivery) -> bool:
-    """Write what became of a try; False when the lease was another's by then."""
+    """Write what became of a try to send: sent, due again later, or given up. False when the lease was lost."""
     own = (OutboxMessage.message_id == parcel.message_id, OutboxMessage.token == parcel.token)
     row = tx.session.scalars(select(OutboxMessage).where(*own).with_for_update()).first()
     if row is None or row.settled_at is not None:

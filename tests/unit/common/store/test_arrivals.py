@@ -30,18 +30,18 @@ def heron(**changed: str | None) -> NodeState:
 
 def run(store: Store) -> Claim:
     """A job that runs on heron's card."""
-    store.arrive(heron())
-    store.see_node(heron())
-    store.submit(submission())
-    claim = store.claim("heron:0")
+    store.cards.arrive(heron())
+    store.cards.see(heron())
+    store.jobs.submit(submission())
+    claim = store.attempts.claim("heron:0")
     assert isinstance(claim, Claim)
     return claim
 
 
 def test_the_same_boot_of_the_same_box_gives_back_what_it_left_at_once(timed: Store) -> None:
     claim = run(timed)
-    assert timed.arrive(heron()).given_back == (claim.job_id,)
-    assert timed.attempts(claim.job_id)[0].reason is Reason.WORKER_LOST
+    assert timed.cards.arrive(heron()).given_back == (claim.job_id,)
+    assert timed.attempts.of_job(claim.job_id)[0].reason is Reason.WORKER_LOST
 
 
 @pytest.mark.parametrize("copy", COPIES)
@@ -49,44 +49,44 @@ def test_a_copy_of_a_living_box_is_refused_and_takes_nothing(timed: Store, clock
     claim = run(timed)
     clock.forward(NODE_STALE_S)
     with pytest.raises(NameTaken, match="another box calls itself heron and serves its device 0"):
-        timed.arrive(heron(**COPIES[copy]))
+        timed.cards.arrive(heron(**COPIES[copy]))
     with pytest.raises(NameTaken):
-        timed.see_node(heron(**COPIES[copy]))
-    timed.forget_node("heron:0", BoxIdentity(**{**HERON, **COPIES[copy]}))
-    assert [node.node for node in timed.nodes()] == ["heron:0"], "a refused box that ends leaves the other's row"
-    assert timed.beat(claim, Progress()).accepted
+        timed.cards.see(heron(**COPIES[copy]))
+    timed.cards.forget("heron:0", BoxIdentity(**{**HERON, **COPIES[copy]}))
+    assert [node.node for node in timed.cards.nodes()] == ["heron:0"], "a refused box that ends leaves the other's row"
+    assert timed.attempts.beat(claim, Progress()).accepted
 
 
 def test_after_another_boot_of_the_machine_jobs_go_back_with_their_lease(timed: Store, clock: Clock) -> None:
     claim = run(timed)
     seen = clock.now
     clock.forward(NODE_STALE_S - 1)
-    assert timed.beat(claim, Progress()).accepted, "the machine was copied, and the first one lives"
-    again = timed.arrive(heron(boot="the next"))
+    assert timed.attempts.beat(claim, Progress()).accepted, "the machine was copied, and the first one lives"
+    again = timed.cards.arrive(heron(boot="the next"))
     assert (again.seen_at, again.given_back) == (seen, ())
     clock.forward(2)
-    assert timed.arrive(heron(boot="the next")).seen_at is None, "its row is nobody's now"
-    timed.see_node(heron(boot="the next"))
-    assert timed.reap() == [] and timed.job(claim.job_id).status is Status.RUNNING
+    assert timed.cards.arrive(heron(boot="the next")).seen_at is None, "its row is nobody's now"
+    timed.cards.see(heron(boot="the next"))
+    assert timed.attempts.reap() == [] and timed.jobs.get(claim.job_id).status is Status.RUNNING
     clock.forward(LEASE_S)
-    assert [job_id for job_id, _ in timed.reap()] == [claim.job_id]
+    assert [job_id for job_id, _ in timed.attempts.reap()] == [claim.job_id]
 
 
 def test_a_box_that_was_silent_for_long_does_not_take_its_name_back(timed: Store, clock: Clock) -> None:
     run(timed)
     clock.forward(NODE_STALE_S + 1)
     successor = heron(instance="another home")
-    timed.arrive(successor)
-    timed.see_node(successor)
+    timed.cards.arrive(successor)
+    timed.cards.see(successor)
     with pytest.raises(NameTaken):
-        timed.see_node(heron())
+        timed.cards.see(heron())
 
 
 def test_a_row_of_an_older_version_is_taken_over_when_it_is_nobodys(timed: Store, clock: Clock) -> None:
-    timed.see_node(heron(machine=None, boot=None))
-    assert timed.arrive(heron()).seen_at == clock.now
+    timed.cards.see(heron(machine=None, boot=None))
+    assert timed.cards.arrive(heron()).seen_at == clock.now
     clock.forward(NODE_STALE_S + 1)
-    assert timed.arrive(heron()).seen_at is None
+    assert timed.cards.arrive(heron()).seen_at is None
 
 
 def test_of_boxes_that_start_together_with_one_name_one_serves(store: Store) -> None:
@@ -95,7 +95,7 @@ def test_of_boxes_that_start_together_with_one_name_one_serves(store: Store) -> 
     def arrive(number: int) -> None:
         start.wait()
         try:
-            store.arrive(heron(instance=f"home {number}"))
+            store.cards.arrive(heron(instance=f"home {number}"))
             served.append(number)
         except NameTaken:
             refused.append(number)
@@ -106,4 +106,4 @@ def test_of_boxes_that_start_together_with_one_name_one_serves(store: Store) -> 
     for thread in threads:
         thread.join()
     assert (len(served), len(refused)) == (1, 5)
-    assert store.nodes()[0].instance == f"home {served[0]}"
+    assert store.cards.nodes()[0].instance == f"home {served[0]}"

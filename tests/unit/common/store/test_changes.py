@@ -56,36 +56,38 @@ OVERRIDES = (
 
 
 def edit(override: str) -> Callable[[Store, int], object]:
-    return lambda store, job_id: store.edit(amendment(store, job_id, [override]), "ada")
+    return lambda store, job_id: store.jobs.edit(amendment(store, job_id, [override]), "ada")
 
 
 def finish(reason: Reason) -> Callable[[Store, int], object]:
     def end(store: Store, job_id: int) -> object:
-        attempts = store.attempts(job_id)
-        job = store.job(job_id)
+        attempts = store.attempts.of_job(job_id)
+        job = store.jobs.get(job_id)
         if not attempts or job.token is None or job.node is None:
             return None
         claim = Claim(
             job_id=job_id, attempt=job.attempt, token=job.token, user=job.user, spec=submission().spec, data={},
             method=submission().methods[0], vram_planned=None, vram_reserved=None,
         )  # fmt: skip
-        return store.finish(claim, reason, "told", Progress(), RESULT if reason is Reason.OK else None)
+        return store.attempts.finish(claim, reason, "told", Progress(), RESULT if reason is Reason.OK else None)
 
     return end
 
 
 STEPS: dict[str, Callable[[Store, int], object]] = {
-    "cancel": lambda store, job_id: store.cancel(job_id, "ada"),
-    "hold": lambda store, job_id: store.hold(job_id, "bob", "so: 'that'\n\0"),
-    "retry": lambda store, job_id: store.retry(job_id, "ada"),
+    "cancel": lambda store, job_id: store.jobs.cancel(job_id, "ada"),
+    "hold": lambda store, job_id: store.jobs.hold(job_id, "bob", "so: 'that'\n\0"),
+    "retry": lambda store, job_id: store.jobs.retry(job_id, "ada"),
     "claim": lambda store, _: take(store, labels={"gpu": "big"}),
-    "tag": lambda store, job_id: store.tag(Reference(job_id=job_id), "prod", "ada"),
-    "untag": lambda store, _: store.untag(Reference(name="tiny", tag="prod"), "bob"),
+    "tag": lambda store, job_id: store.adapters.tag(Reference(job_id=job_id), "prod", "ada"),
+    "untag": lambda store, _: store.adapters.untag(Reference(name="tiny", tag="prod"), "bob"),
     **{f"finish {reason.value}": finish(reason) for reason in (Reason.OK, Reason.BAD_DATA, Reason.CANCELLED)},
     **{f"edit {override}": edit(override) for override in OVERRIDES},
     **{
         f"retry {override}": (
-            lambda store, job_id, override=override: store.retry(job_id, "ada", amendment(store, job_id, [override]))
+            lambda store, job_id, override=override: store.jobs.retry(
+                job_id, "ada", amendment(store, job_id, [override])
+            )
         )
         for override in OVERRIDES[:3]
     },
@@ -95,20 +97,20 @@ STEPS: dict[str, Callable[[Store, int], object]] = {
 @settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=10))
 def test_a_person_s_changes_are_the_same_on_both_databases(both: list[Store], steps: list[str]) -> None:
-    seen = [_seen(store, store.submit(submission()), steps) for store in both]
+    seen = [_seen(store, store.jobs.submit(submission()), steps) for store in both]
     assert seen[0] == seen[1]
 
 
 def _seen(store: Store, job_id: int, steps: list[str]) -> dict[str, Any]:
     told = [_said(lambda step=step: STEPS[step](store, job_id), job_id) for step in steps]  # type: ignore[misc]
-    job, sweeps = store.job(job_id), str(job_id)
+    job, sweeps = store.jobs.get(job_id), str(job_id)
     row = {name: value for name, value in _columns(job).items() if name not in OTHER_EACH_TIME}
-    with store._read() as tx:
+    with store.begin(read_only=True) as tx:
         labels = sorted(
             (label.key, label.value) for label in tx.session.query(JobLabel).where(JobLabel.job_id == job_id)
         )
         tags = sorted((tag.name, tag.tag, tag.user) for tag in tx.session.query(Tag).where(Tag.job_id == job_id))
-    events = [(event.kind, event.attempt, event.text.replace(sweeps, "N")) for event in store.events(job_id)]
+    events = [(event.kind, event.attempt, event.text.replace(sweeps, "N")) for event in store.jobs.events(job_id)]
     _leave_nothing(store, job_id)
     return {"told": told, "row": row, "labels": labels, "tags": tags, "events": events}
 

@@ -29,13 +29,13 @@ def claim(store: Store, free: int = PLENTY, node: str = "box:0") -> Claim:
 
 
 def test_a_job_goes_from_the_queue_to_a_stored_adapter(timed: Store, clock: Clock) -> None:
-    job_id = timed.submit(submission(lora=4, qlora=2, labels={"team": "nlp"}, priority=3))
-    queued = timed.job(job_id)
+    job_id = timed.jobs.submit(submission(lora=4, qlora=2, labels={"team": "nlp"}, priority=3))
+    queued = timed.jobs.get(job_id)
     assert (queued.status, queued.submitted_at, queued.labels) == (Status.QUEUED, NOON, {"team": "nlp"})
 
     clock.forward(5)
     mine = claim(timed)
-    running = timed.job(job_id)
+    running = timed.jobs.get(job_id)
     assert (mine.job_id, mine.attempt, mine.method, mine.vram_planned) == (job_id, 1, Method.LORA, 4 * GIB)
     assert mine.spec == submission(lora=4, qlora=2, labels={"team": "nlp"}, priority=3).spec
     assert (running.status, running.stage, running.node) == (Status.RUNNING, Stage.PREPARING, "box:0")
@@ -43,13 +43,13 @@ def test_a_job_goes_from_the_queue_to_a_stored_adapter(timed: Store, clock: Cloc
 
     clock.forward(30)
     progress = Progress(stage=Stage.TRAINING, step=3, total_steps=6, loss=1.5, vram_peak=GIB, resumed_from_step=2)
-    beat = timed.beat(mine, progress)
+    beat = timed.attempts.beat(mine, progress)
     assert (beat.accepted, beat.cancel_requested) == (True, False)
-    assert timed.job(job_id).lease_expires_at == clock.now + dt.timedelta(seconds=LEASE_S)
+    assert timed.jobs.get(job_id).lease_expires_at == clock.now + dt.timedelta(seconds=LEASE_S)
 
     clock.forward(5)
-    assert timed.finish(mine, Reason.OK, "done", NOTHING, RESULT) is Status.SUCCEEDED
-    ended = timed.job(job_id)
+    assert timed.attempts.finish(mine, Reason.OK, "done", NOTHING, RESULT) is Status.SUCCEEDED
+    ended = timed.jobs.get(job_id)
     assert (ended.status, ended.reason, ended.message, ended.ended_at) == (
         Status.SUCCEEDED,
         Reason.OK,
@@ -57,28 +57,31 @@ def test_a_job_goes_from_the_queue_to_a_stored_adapter(timed: Store, clock: Cloc
         clock.now,
     )
     assert (ended.step, ended.loss, ended.token, ended.lease_expires_at) == (3, 1.5, None, None)
-    (adapter,) = timed.adapters()
+    (adapter,) = timed.adapters.all()
     assert (adapter.job_id, adapter.uri, adapter.sha256, adapter.method) == (
         job_id,
         RESULT.adapter_uri,
         "a" * 64,
         "lora",
     )
-    (attempt,) = timed.attempts(job_id)
+    (attempt,) = timed.attempts.of_job(job_id)
     assert (attempt.reason, attempt.vram_peak, attempt.resumed_from_step) == (Reason.OK, GIB, 2)
     assert (attempt.started_at, attempt.ended_at) == (NOON + dt.timedelta(seconds=5), clock.now)
-    assert [event.kind for event in timed.events(job_id)] == ["queued", "started", "succeeded"]
+    assert [event.kind for event in timed.jobs.events(job_id)] == ["queued", "started", "succeeded"]
 
 
 def test_jobs_are_claimed_by_priority_and_then_by_age(store: Store) -> None:
-    old, new, urgent = (store.submit(submission(priority=p)) for p in (0, 0, 5))
-    last = store.submit(submission(priority=-1))
+    old, new, urgent = (store.jobs.submit(submission(priority=p)) for p in (0, 0, 5))
+    last = store.jobs.submit(submission(priority=-1))
     assert [claim(store).job_id for _ in range(4)] == [urgent, old, new, last]
     assert take(store) is None
 
 
 def test_a_job_that_does_not_fit_is_passed_over_and_does_not_block_the_next(store: Store) -> None:
-    large, small = store.submit(submission(lora=20, qlora=10, priority=9)), store.submit(submission(lora=4, qlora=2))
+    large, small = (
+        store.jobs.submit(submission(lora=20, qlora=10, priority=9)),
+        store.jobs.submit(submission(lora=4, qlora=2)),
+    )
     assert claim(store, 10 * GIB - 1).job_id == small
     assert take(store, 10 * GIB - 1) is None
     assert claim(store, 10 * GIB).job_id == large
@@ -97,54 +100,56 @@ def test_a_job_that_does_not_fit_is_passed_over_and_does_not_block_the_next(stor
 def test_the_method_is_chosen_by_the_memory_that_is_free(
     store: Store, wanted: str, free: int, max_vram: str | None, method: Method
 ) -> None:
-    store.submit(submission(lora=20, qlora=10, method=wanted, resources={"max_vram": max_vram}))
+    store.jobs.submit(submission(lora=20, qlora=10, method=wanted, resources={"max_vram": max_vram}))
     mine = claim(store, free * GIB)
     assert mine.method is method
     assert mine.vram_planned == (20 if method is Method.LORA else 10) * GIB
 
 
 def test_lora_alone_waits_for_the_memory_that_lora_needs(store: Store) -> None:
-    store.submit(submission(lora=20, qlora=10, method="lora"))
+    store.jobs.submit(submission(lora=20, qlora=10, method="lora"))
     assert take(store, 19 * GIB) is None
 
 
 def test_a_job_of_unknown_need_is_claimed_by_any_node_and_planned_by_none(store: Store) -> None:
-    store.submit(submission(lora=None, qlora=None))
+    store.jobs.submit(submission(lora=None, qlora=None))
     assert claim(store, GIB).vram_planned is None
 
 
 def test_a_plan_for_a_gpu_is_not_noted_for_a_cpu(store: Store) -> None:
-    job_id = store.submit(submission(lora=4, qlora=2))
+    job_id = store.jobs.submit(submission(lora=4, qlora=2))
     taken = take(store, kind="cpu")
     assert isinstance(taken, Claim)
     assert taken.vram_planned is None
-    assert store.attempts(job_id)[0].vram_planned is None
+    assert store.attempts.of_job(job_id)[0].vram_planned is None
 
 
 def test_a_heartbeat_without_a_value_leaves_what_the_row_holds(store: Store) -> None:
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     mine = claim(store)
-    store.beat(mine, Progress(stage=Stage.TRAINING, step=2, total_steps=8, loss=2.5, eta_seconds=60))
-    store.beat(mine, Progress(step=3))
-    row = store.job(job_id)
+    store.attempts.beat(mine, Progress(stage=Stage.TRAINING, step=2, total_steps=8, loss=2.5, eta_seconds=60))
+    store.attempts.beat(mine, Progress(step=3))
+    row = store.jobs.get(job_id)
     assert (row.stage, row.step, row.total_steps, row.loss, row.eta_seconds) == (Stage.TRAINING, 3, 8, 2.5, 60)
 
 
 def test_logs_metrics_and_events_are_written_in_order_and_a_repeated_point_once(store: Store) -> None:
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     mine = claim(store)
-    store.beat(mine, Progress(metrics=((2, "loss", 2.0), (1, "loss", 3.0)), log="one\n", events=(("model", "loaded"),)))
-    store.beat(mine, Progress(metrics=((2, "loss", 2.0), (3, "eval_loss", 1.0)), log="two\n"))
-    assert [(p.step, p.value) for p in store.metrics(job_id, "loss")] == [(1, 3.0), (2, 2.0)]
-    assert [(p.attempt, p.step) for p in store.metrics(job_id, "eval_loss")] == [(1, 3)]
-    chunks = store.log(job_id)
+    store.attempts.beat(
+        mine, Progress(metrics=((2, "loss", 2.0), (1, "loss", 3.0)), log="one\n", events=(("model", "loaded"),))
+    )
+    store.attempts.beat(mine, Progress(metrics=((2, "loss", 2.0), (3, "eval_loss", 1.0)), log="two\n"))
+    assert [(p.step, p.value) for p in store.jobs.metrics(job_id, "loss")] == [(1, 3.0), (2, 2.0)]
+    assert [(p.attempt, p.step) for p in store.jobs.metrics(job_id, "eval_loss")] == [(1, 3)]
+    chunks = store.jobs.log(job_id)
     assert [chunk.text for chunk in chunks] == ["one\n", "two\n"]
-    assert [chunk.text for chunk in store.log(job_id, after=chunks[0].chunk_id)] == ["two\n"]
-    assert [e.text for e in store.events(job_id) if e.kind == "model"] == ["loaded"]
+    assert [chunk.text for chunk in store.jobs.log(job_id, after=chunks[0].chunk_id)] == ["two\n"]
+    assert [e.text for e in store.jobs.events(job_id) if e.kind == "model"] == ["loaded"]
 
 
 def test_what_no_database_can_hold_does_not_stop_a_heartbeat(store: Store) -> None:
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     mine = claim(store)
     progress = Progress(
         metrics=((1, "loss", float("nan")), (2, "loss", float("inf")), (3, "loss", 1.0)),
@@ -152,64 +157,67 @@ def test_what_no_database_can_hold_does_not_stop_a_heartbeat(store: Store) -> No
         log="zero \x00 and a lone \ud800 surrogate\n",
         events=(("note", "a\x00b"),),
     )
-    assert store.beat(mine, progress).accepted
-    assert [(p.step, p.value) for p in store.metrics(job_id, "loss")] == [(3, 1.0)]
-    assert store.job(job_id).loss is None
-    (chunk,) = store.log(job_id)
+    assert store.attempts.beat(mine, progress).accepted
+    assert [(p.step, p.value) for p in store.jobs.metrics(job_id, "loss")] == [(3, 1.0)]
+    assert store.jobs.get(job_id).loss is None
+    (chunk,) = store.jobs.log(job_id)
     assert chunk.text.startswith("zero � and a lone ")
-    assert store.finish(mine, Reason.TRAINER_ERROR, "it said \x00", NOTHING) is Status.QUEUED
-    assert store.job(job_id).message == "it said �"
+    assert store.attempts.finish(mine, Reason.TRAINER_ERROR, "it said \x00", NOTHING) is Status.QUEUED
+    assert store.jobs.get(job_id).message == "it said �"
 
 
 def test_the_points_of_a_long_outage_fit_into_one_heartbeat(store: Store) -> None:
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     points = tuple((step, "loss", 1.0) for step in range(20_000))
-    assert store.beat(claim(store), Progress(metrics=points)).accepted
-    assert len(store.metrics(job_id, "loss")) == 20_000
+    assert store.attempts.beat(claim(store), Progress(metrics=points)).accepted
+    assert len(store.jobs.metrics(job_id, "loss")) == 20_000
 
 
 def test_a_stale_token_is_refused_and_nothing_of_it_is_written(timed: Store, clock: Clock) -> None:
-    job_id = timed.submit(submission())
+    job_id = timed.jobs.submit(submission())
     stale = claim(timed)
     clock.forward(LEASE_S + 1)
-    assert timed.reap() == [(job_id, 8)]
+    assert timed.attempts.reap() == [(job_id, 8)]
     current = claim(timed, node="other:0")
-    events = len(timed.events(job_id))
+    events = len(timed.jobs.events(job_id))
 
     late = Progress(step=99, metrics=((99, "loss", 0.1),), log="late\n", events=(("late", "late"),), vram_peak=1)
-    assert not timed.beat(stale, late).accepted
-    assert timed.finish(stale, Reason.OK, "late", late, RESULT) is None
-    assert timed.finish(stale, Reason.TRAINER_ERROR, "late", late) is None
+    assert not timed.attempts.beat(stale, late).accepted
+    assert timed.attempts.finish(stale, Reason.OK, "late", late, RESULT) is None
+    assert timed.attempts.finish(stale, Reason.TRAINER_ERROR, "late", late) is None
 
-    row = timed.job(job_id)
+    row = timed.jobs.get(job_id)
     assert (row.status, row.token, row.step, row.node) == (Status.RUNNING, current.token, None, "other:0")
-    assert timed.metrics(job_id, "loss") == []
-    assert timed.log(job_id) == []
-    assert timed.adapters() == []
-    assert len(timed.events(job_id)) == events
-    assert [(a.reason, a.vram_peak) for a in timed.attempts(job_id)] == [(Reason.WORKER_LOST, None), (None, None)]
+    assert timed.jobs.metrics(job_id, "loss") == []
+    assert timed.jobs.log(job_id) == []
+    assert timed.adapters.all() == []
+    assert len(timed.jobs.events(job_id)) == events
+    assert [(a.reason, a.vram_peak) for a in timed.attempts.of_job(job_id)] == [
+        (Reason.WORKER_LOST, None),
+        (None, None),
+    ]
 
 
 def test_a_result_goes_with_success_and_only_with_it(store: Store) -> None:
-    store.submit(submission())
+    store.jobs.submit(submission())
     mine = claim(store)
     with pytest.raises(ValueError, match="a result goes with reason ok"):
-        store.finish(mine, Reason.OK, "done", NOTHING)
+        store.attempts.finish(mine, Reason.OK, "done", NOTHING)
     with pytest.raises(ValueError, match="a result goes with reason ok"):
-        store.finish(mine, Reason.DIVERGED, "nan", NOTHING, RESULT)
-    assert store.job(mine.job_id).status is Status.RUNNING
+        store.attempts.finish(mine, Reason.DIVERGED, "nan", NOTHING, RESULT)
+    assert store.jobs.get(mine.job_id).status is Status.RUNNING
 
 
 def test_four_threads_never_claim_one_of_forty_jobs_twice(store: Store) -> None:
-    submitted = [store.submit(submission()) for _ in range(40)]
+    submitted = [store.jobs.submit(submission()) for _ in range(40)]
     claimed: list[list[int]] = [[] for _ in range(4)]
     together = threading.Barrier(4)
     for n in range(4):
-        store.see_node(node_state(f"box:{n}", total=PLENTY, max_jobs=64))
+        store.cards.see(node_state(f"box:{n}", total=PLENTY, max_jobs=64))
 
     def serve(n: int) -> None:
         together.wait()
-        while (taken := store.claim(f"box:{n}")) is not None:
+        while (taken := store.attempts.claim(f"box:{n}")) is not None:
             claimed[n] += [taken.job_id] if isinstance(taken, Claim) else []
 
     threads = [threading.Thread(target=serve, args=(n,)) for n in range(4)]
@@ -218,49 +226,49 @@ def test_four_threads_never_claim_one_of_forty_jobs_twice(store: Store) -> None:
     for thread in threads:
         thread.join(60)
     assert sorted(job_id for part in claimed for job_id in part) == submitted
-    assert all(len(store.attempts(job_id)) == 1 for job_id in submitted)
+    assert all(len(store.attempts.of_job(job_id)) == 1 for job_id in submitted)
 
 
 def test_jobs_are_listed_newest_first_and_by_every_filter(timed: Store, clock: Clock) -> None:
-    first = timed.submit(submission(user="ada", labels={"team": "nlp", "a.b": "1"}))
-    second = timed.submit(submission(user="bob", labels={"team": "vision"}))
-    third = timed.submit(submission(user="ada"))
-    timed.cancel(first, "ada")
-    assert [j.job_id for j in timed.jobs()] == [third, second, first]
-    assert [j.job_id for j in timed.jobs(limit=1)] == [third]
-    assert [j.job_id for j in timed.jobs(user="ada")] == [third, first]
-    assert [j.job_id for j in timed.jobs(statuses=[Status.QUEUED])] == [third, second]
-    assert [j.job_id for j in timed.jobs(label=("team", "vision"))] == [second]
-    assert [j.job_id for j in timed.jobs(label=("a.b", "1"))] == [first]
-    assert timed.jobs(label=("team", "audio")) == []
-    assert [j.job_id for j in timed.jobs(ended_since=clock.now)] == [first]
-    assert timed.jobs(ended_since=clock.now + dt.timedelta(seconds=1)) == []
+    first = timed.jobs.submit(submission(user="ada", labels={"team": "nlp", "a.b": "1"}))
+    second = timed.jobs.submit(submission(user="bob", labels={"team": "vision"}))
+    third = timed.jobs.submit(submission(user="ada"))
+    timed.jobs.cancel(first, "ada")
+    assert [j.job_id for j in timed.jobs.matching()] == [third, second, first]
+    assert [j.job_id for j in timed.jobs.matching(limit=1)] == [third]
+    assert [j.job_id for j in timed.jobs.matching(user="ada")] == [third, first]
+    assert [j.job_id for j in timed.jobs.matching(statuses=[Status.QUEUED])] == [third, second]
+    assert [j.job_id for j in timed.jobs.matching(label=("team", "vision"))] == [second]
+    assert [j.job_id for j in timed.jobs.matching(label=("a.b", "1"))] == [first]
+    assert timed.jobs.matching(label=("team", "audio")) == []
+    assert [j.job_id for j in timed.jobs.matching(ended_since=clock.now)] == [first]
+    assert timed.jobs.matching(ended_since=clock.now + dt.timedelta(seconds=1)) == []
 
 
 def test_a_number_that_was_never_given_is_no_job(store: Store) -> None:
-    for verb in (store.job, lambda n: store.cancel(n, "ada"), lambda n: store.retry(n, "ada")):
+    for verb in (store.jobs.get, lambda n: store.jobs.cancel(n, "ada"), lambda n: store.jobs.retry(n, "ada")):
         with pytest.raises(JobNotFound, match="there is no job 12"):
             verb(12)
 
 
 def test_without_a_clock_times_are_those_of_the_database_in_utc(store: Store) -> None:
-    job_id = store.submit(submission())
-    now, submitted = store.now(), store.job(job_id).submitted_at
+    job_id = store.jobs.submit(submission())
+    now, submitted = store.now(), store.jobs.get(job_id).submitted_at
     assert now.tzinfo is dt.UTC
     assert dt.timedelta(0) <= now - submitted < dt.timedelta(seconds=30)
 
 
 def test_a_node_is_seen_updated_and_forgotten(timed: Store, clock: Clock) -> None:
-    timed.see_node(node_state("box:1"))
-    timed.see_node(node_state("box:0", outside=[{"pid": 5, "user": "eve", "bytes": 10}], versions={"torch": "2"}))
+    timed.cards.see(node_state("box:1"))
+    timed.cards.see(node_state("box:0", outside=[{"pid": 5, "user": "eve", "bytes": 10}], versions={"torch": "2"}))
     clock.forward(10)
-    timed.see_node(node_state("box:0", outside_bytes=47 * GIB, load=90, draining=True))
-    first, second = timed.nodes()
+    timed.cards.see(node_state("box:0", outside_bytes=47 * GIB, load=90, draining=True))
+    first, second = timed.cards.nodes()
     assert (first.node, first.free, first.load, first.draining, first.outside) == ("box:0", GIB, 90, True, [])
     assert (first.seen_at, second.seen_at) == (clock.now, NOON)
-    timed.forget_node("box:0")
-    timed.forget_node("never-seen:0")
-    assert [n.node for n in timed.nodes()] == ["box:1"]
+    timed.cards.forget("box:0")
+    timed.cards.forget("never-seen:0")
+    assert [n.node for n in timed.cards.nodes()] == ["box:1"]
 
 
 def test_two_claims_at_once_keep_a_user_s_limit(postgres_engine: Engine) -> None:
@@ -268,16 +276,16 @@ def test_two_claims_at_once_keep_a_user_s_limit(postgres_engine: Engine) -> None
     store = Store(postgres_engine)
 
     def show(node: str, free: int) -> None:
-        store.see_node(node_state(node, total=24 * GIB, outside_bytes=(24 - free) * GIB, max_jobs=1, user_limit=1))
+        store.cards.see(node_state(node, total=24 * GIB, outside_bytes=(24 - free) * GIB, max_jobs=1, user_limit=1))
 
     show("b:0", 4)
     for size in (20, 3):
-        store.submit(submission(lora=size, method="lora"))
+        store.jobs.submit(submission(lora=size, method="lora"))
     here = "(SELECT oid FROM pg_database WHERE datname = current_database())"  # who waits for a row names no database
     mine = f"SELECT pid FROM pg_locks WHERE database = {here}"
     waiting = text(f"SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted AND pid IN ({mine})")
     deadline = time.monotonic() + 30
-    claims = [threading.Thread(target=store.claim, args=(node,)) for node in ("b:0", "a:0")]
+    claims = [threading.Thread(target=store.attempts.claim, args=(node,)) for node in ("b:0", "a:0")]
     with postgres_engine.begin() as connection:
         connection.execute(text("LOCK TABLE attempts IN SHARE MODE"))  # a claim decides, and can't write
         for number, claim in enumerate(claims):
@@ -289,4 +297,4 @@ def test_two_claims_at_once_keep_a_user_s_limit(postgres_engine: Engine) -> None
             assert time.monotonic() < deadline
     for claim in claims:
         claim.join(timeout=30)
-    assert len(store.jobs(statuses=[Status.RUNNING])) == 1
+    assert len(store.jobs.matching(statuses=[Status.RUNNING])) == 1

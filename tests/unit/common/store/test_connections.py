@@ -18,7 +18,7 @@ def test_what_worked_at_one_moment_leaves_as_many_connections_as_are_kept(postgr
     all_in, out = threading.Barrier(6), threading.Barrier(6)
 
     def work() -> None:
-        with Store(engine)._read() as tx:
+        with Store(engine).begin(read_only=True) as tx:
             tx.session.execute(text("SELECT 1"))
             all_in.wait(timeout=20)
             out.wait(timeout=20)

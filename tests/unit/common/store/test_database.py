@@ -95,7 +95,7 @@ def test_jobs_that_were_there_before_are_listed_by_their_labels(database_url: st
     upgrade(engine)
 
     def listed(key: str, value: str) -> list[int]:
-        return [job.job_id for job in store.newest(Choice(label=(key, value)), Page(limit=9))]
+        return [job.job_id for job in store.jobs.newest(Choice(label=(key, value)), Page(limit=9))]
 
     assert [listed("team", "nlp"), listed("team", "vision"), listed("n", "1"), listed("n", "2")] == [[1], [3], [3], []]
     engine.dispose()

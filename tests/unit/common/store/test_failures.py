@@ -22,12 +22,12 @@ NOTHING = Progress()
 
 def online(store: Store, *nodes: str, total: int = 24) -> None:
     for node in nodes:
-        store.see_node(node_state(node, total=total * GIB))
+        store.cards.see(node_state(node, total=total * GIB))
 
 
 def start(store: Store, node: str) -> Claim:
     """The node takes a job, as if the others did not answer."""
-    claim = store.claim(node, distrusted=frozenset(row.node for row in store.nodes()))
+    claim = store.attempts.claim(node, distrusted=frozenset(row.node for row in store.cards.nodes()))
     assert isinstance(claim, Claim), f"{node} got {claim}"
     return claim
 
@@ -38,18 +38,18 @@ def fail(store: Store, node: str, reason: Reason) -> None:
 
 
 def end(store: Store, claim: Claim, reason: Reason) -> None:
-    store.finish(claim, reason, f"because of {reason.value}", NOTHING, RESULT if reason is Reason.OK else None)
+    store.attempts.finish(claim, reason, f"because of {reason.value}", NOTHING, RESULT if reason is Reason.OK else None)
 
 
 @SQLITE_ALONE
 @pytest.mark.parametrize("reason", [Reason.GPU_ERROR, Reason.WORKER_LOST, Reason.KILLED])
 def test_a_retry_avoids_the_card_that_failed_it(timed: Store, clock: Clock, reason: Reason) -> None:
     online(timed, "a:0", "a:1")
-    job_id = timed.submit(submission())
+    job_id = timed.jobs.submit(submission())
     fail(timed, "a:0", reason)
     clock.forward(LAB_RETRY_DELAY_S)
-    assert timed.claim("a:0") is None, "nothing is left for it: the job is no more its own"
-    other = timed.claim("a:1")
+    assert timed.attempts.claim("a:0") is None, "nothing is left for it: the job is no more its own"
+    other = timed.attempts.claim("a:1")
     assert isinstance(other, Claim)
     assert other.job_id == job_id
 
@@ -58,11 +58,11 @@ def test_a_retry_avoids_the_card_that_failed_it(timed: Store, clock: Clock, reas
 @pytest.mark.parametrize("reason", [Reason.DISK_FULL, Reason.STORE_FAILED])
 def test_a_retry_avoids_the_box_whose_disk_or_network_failed_it(timed: Store, clock: Clock, reason: Reason) -> None:
     online(timed, "a:0", "a:1", "b:0")
-    timed.submit(submission(max_retries=0))
+    timed.jobs.submit(submission(max_retries=0))
     fail(timed, "a:0", reason)
     clock.forward(LAB_RETRY_DELAY_S)
-    assert [timed.claim(node) for node in ("a:0", "a:1")] == [None, None]
-    assert isinstance(timed.claim("b:0"), Claim)
+    assert [timed.attempts.claim(node) for node in ("a:0", "a:1")] == [None, None]
+    assert isinstance(timed.attempts.claim("b:0"), Claim)
 
 
 def test_it_takes_the_card_that_failed_it_where_no_other_could_hold_it_and_after_half_an_hour(
@@ -70,88 +70,88 @@ def test_it_takes_the_card_that_failed_it_where_no_other_could_hold_it_and_after
 ) -> None:
     online(timed, "a:0")
     online(timed, "b:0", total=3)
-    timed.submit(submission(method="lora"))
+    timed.jobs.submit(submission(method="lora"))
     fail(timed, "a:0", Reason.WORKER_LOST)
-    again = timed.claim("a:0")
+    again = timed.attempts.claim("a:0")
     assert isinstance(again, Claim), "b:0 is too small"
     end(timed, again, Reason.WORKER_LOST)
     online(timed, "b:0")
-    assert timed.claim("a:0") is None
+    assert timed.attempts.claim("a:0") is None
     clock.forward(AVOIDED_S)
     online(timed, "a:0")
-    assert isinstance(timed.claim("a:0"), Claim), "b:0 has not come back"
+    assert isinstance(timed.attempts.claim("a:0"), Claim), "b:0 has not come back"
 
 
 def test_half_an_hour_later_it_does_not_wait_for_a_busy_card(timed: Store, clock: Clock) -> None:
     online(timed, "a:0", "b:0")
-    timed.submit(submission())
+    timed.jobs.submit(submission())
     fail(timed, "a:0", Reason.GPU_ERROR)
-    timed.submit(submission(user="bob"))
+    timed.jobs.submit(submission(user="bob"))
     long = start(timed, "b:0")
     for seconds, free in ((AVOIDED_S - 1, False), (1, True)):
         clock.forward(seconds)
-        assert timed.beat(long, NOTHING).accepted
+        assert timed.attempts.beat(long, NOTHING).accepted
         online(timed, "a:0", "b:0")
-        assert isinstance(timed.claim("a:0"), Claim) is free
+        assert isinstance(timed.attempts.claim("a:0"), Claim) is free
 
 
 @SQLITE_ALONE
 def test_a_finished_result_keeps_its_box(timed: Store, clock: Clock) -> None:
     """What is stored there need not be trained again."""
     online(timed, "a:0", "b:0")
-    timed.submit(submission())
+    timed.jobs.submit(submission())
     claim = start(timed, "a:0")
-    timed.beat(claim, Progress(result_host="a"))
+    timed.attempts.beat(claim, Progress(result_host="a"))
     end(timed, claim, Reason.STORE_FAILED)
     clock.forward(LAB_RETRY_DELAY_S)
-    assert isinstance(timed.claim("a:0"), Claim)
+    assert isinstance(timed.attempts.claim("a:0"), Claim)
 
 
 @SQLITE_ALONE
 def test_two_gpu_errors_in_a_row_close_the_card_and_undrain_opens_it(timed: Store, clock: Clock) -> None:
     online(timed, "a:0", "a:1")
-    first, second = timed.submit(submission()), timed.submit(submission(user="bob"))
+    first, second = timed.jobs.submit(submission()), timed.jobs.submit(submission(user="bob"))
     fail(timed, "a:0", Reason.GPU_ERROR)
-    assert timed.drains() == {}
+    assert timed.cards.drains() == {}
     fail(timed, "a:0", Reason.GPU_ERROR)
-    (order,) = timed.drains().values()
+    (order,) = timed.cards.drains().values()
     assert (order.target, order.user, order.until, order.now) == ("a:0", "loractl", None, False)
     assert order.reason == (
         f"gpu_error in jobs {first} and {second}, the last: because of gpu_error; look at it, then loractl undrain a:0"
     )
-    assert timed.events(second)[-2].text == f"a:0 takes no more jobs: {order.reason}"
+    assert timed.jobs.events(second)[-2].text == f"a:0 takes no more jobs: {order.reason}"
     clock.forward(LAB_RETRY_DELAY_S)
-    assert timed.claim("a:0") is None
+    assert timed.attempts.claim("a:0") is None
 
-    assert timed.end_drain("a:0")
-    timed.submit(submission(user="cyd"))
+    assert timed.cards.end_drain("a:0")
+    timed.jobs.submit(submission(user="cyd"))
     fail(timed, "a:0", Reason.GPU_ERROR)
-    assert timed.drains() == {}, "a person opened it: it is counted from there on"
+    assert timed.cards.drains() == {}, "a person opened it: it is counted from there on"
 
 
 @SQLITE_ALONE
 def test_a_job_that_ends_well_begins_a_new_row(timed: Store) -> None:
     online(timed, "a:0", "b:0")
     for user, reason in (("ada", Reason.GPU_ERROR), ("bob", Reason.OK), ("cyd", Reason.GPU_ERROR)):
-        timed.submit(submission(user=user))
+        timed.jobs.submit(submission(user=user))
         fail(timed, "a:0", reason)
-    assert timed.drains() == {}
+    assert timed.cards.drains() == {}
 
 
 @SQLITE_ALONE
 def test_the_last_open_card_is_never_closed(timed: Store, clock: Clock) -> None:
     """A processor does not stand in for the last GPU."""
     online(timed, "a:0")
-    timed.see_node(node_state("b:cpu", total=64 * GIB, kind="cpu"))
+    timed.cards.see(node_state("b:cpu", total=64 * GIB, kind="cpu"))
     for user in ("ada", "bob", "cyd"):
-        timed.submit(submission(user=user))
+        timed.jobs.submit(submission(user=user))
         fail(timed, "a:0", Reason.GPU_ERROR)
-    assert timed.drains() == {}
+    assert timed.cards.drains() == {}
     online(timed, "c:0")
-    timed.submit(submission(user="dan"))
+    timed.jobs.submit(submission(user="dan"))
     clock.forward(1)
     fail(timed, "a:0", Reason.GPU_ERROR)
-    assert set(timed.drains()) == {"a:0"}, "now another is open"
+    assert set(timed.cards.drains()) == {"a:0"}, "now another is open"
 
 
 @SQLITE_ALONE
@@ -159,132 +159,132 @@ def test_the_last_open_card_is_never_closed(timed: Store, clock: Clock) -> None:
 def test_a_box_that_fails_three_jobs_is_closed_with_all_its_cards(timed: Store, reason: Reason) -> None:
     online(timed, "a:0", "a:1", "b:0")
     for node in ("a:0", "a:1", "a:0"):
-        assert timed.drains() == {}
-        timed.submit(submission(max_retries=0))
+        assert timed.cards.drains() == {}
+        timed.jobs.submit(submission(max_retries=0))
         fail(timed, node, reason)
-    (order,) = timed.drains().values()
+    (order,) = timed.cards.drains().values()
     assert order.target == "a"
     assert order.reason.startswith(f"{reason.value} in jobs 1, 2 and 3, the last: because of {reason.value};")
-    assert all(row.status is Status.QUEUED and row.retries_used == 0 for row in timed.jobs())
+    assert all(row.status is Status.QUEUED and row.retries_used == 0 for row in timed.jobs.matching())
 
 
 @SQLITE_ALONE
 def test_a_store_that_fails_several_boxes_closes_none(timed: Store) -> None:
     online(timed, "a:0", "b:0", "c:0")
     for node in ("a:0", "b:0", "a:0", "b:0", "a:0", "b:0"):
-        timed.submit(submission())
+        timed.jobs.submit(submission())
         fail(timed, node, Reason.STORE_FAILED)
-    assert timed.drains() == {}
+    assert timed.cards.drains() == {}
 
 
 @SQLITE_ALONE
 def test_one_sweep_closes_no_card_and_neither_does_one_job(timed: Store, clock: Clock) -> None:
     online(timed, "a:0", "b:0")
     members = [submission(lora=20, qlora=20) for _ in range(4)]
-    timed.submit_sweep(NewSweep(name="a", user="ada", varied={"lora.r": "4,8"}), members)
+    timed.sweeps.submit(NewSweep(name="a", user="ada", varied={"lora.r": "4,8"}), members)
     for _ in members:
         fail(timed, "a:0", Reason.GPU_ERROR)
-    assert timed.drains() == {}
+    assert timed.cards.drains() == {}
 
 
 @SQLITE_ALONE
 def test_a_user_whose_jobs_fail_on_every_card_closes_none(timed: Store) -> None:
     online(timed, "a:0", "b:0", "c:0")
     for node in ("a:0", "b:0", "c:0") * 2:
-        timed.submit(submission())
+        timed.jobs.submit(submission())
         fail(timed, node, Reason.GPU_ERROR)
-    assert timed.drains() == {}
-    timed.submit(submission(user="bob"))
+    assert timed.cards.drains() == {}
+    timed.jobs.submit(submission(user="bob"))
     fail(timed, "b:0", Reason.GPU_ERROR)
-    assert set(timed.drains()) == {"b:0"}, "another user's job failed there too"
+    assert set(timed.cards.drains()) == {"b:0"}, "another user's job failed there too"
 
 
 @SQLITE_ALONE
 def test_a_power_cut_closes_no_box(timed: Store, clock: Clock) -> None:
     """It ends all jobs at once; the third that ends one does, within a day."""
     for cut in range(3):
-        timed.see_node(node_state("a:0", total=96 * GIB, max_jobs=4))
+        timed.cards.see(node_state("a:0", total=96 * GIB, max_jobs=4))
         online(timed, "b:0")
         for user in "abcd":
-            timed.submit(submission(user=f"{user}{cut}", lora=20, qlora=20))
+            timed.jobs.submit(submission(user=f"{user}{cut}", lora=20, qlora=20))
             start(timed, "a:0")
-        assert len(timed.give_back("a:0")) == 4
-        assert set(timed.drains()) == (set() if cut < 2 else {"a:0"})
-        for row in timed.jobs(statuses=[Status.QUEUED]):
-            timed.cancel(row.job_id, "ada")
+        assert len(timed.attempts.give_back("a:0")) == 4
+        assert set(timed.cards.drains()) == (set() if cut < 2 else {"a:0"})
+        for row in timed.jobs.matching(statuses=[Status.QUEUED]):
+            timed.jobs.cancel(row.job_id, "ada")
         clock.forward(3600)
 
 
 @SQLITE_ALONE
 def test_three_failures_of_the_lab_in_a_row_hold_a_job_with_the_reasons(timed: Store, clock: Clock) -> None:
     online(timed, "a:0")
-    job_id = timed.submit(submission(max_retries=0))
+    job_id = timed.jobs.submit(submission(max_retries=0))
     for reason in (Reason.DISK_FULL, Reason.WORKER_LOST, Reason.GPU_ERROR):
-        assert not timed.job(job_id).held
+        assert not timed.jobs.get(job_id).held
         fail(timed, "a:0", reason)
         clock.forward(LAB_RETRY_DELAY_S)
         online(timed, "a:0")
-    row = timed.job(job_id)
+    row = timed.jobs.get(job_id)
     assert (row.status, row.held, row.retries_used) == (Status.QUEUED, True, 0)
     assert row.message == "held: the lab failed it 3 times in a row; the last on a:0: because of gpu_error"
-    released = timed.retry(job_id, "ada")
+    released = timed.jobs.retry(job_id, "ada")
     assert (released.held, released.avoids, released.lab_failures) == (False, None, 0)
 
 
 @SQLITE_ALONE
 def test_the_disk_of_the_only_box_holds_a_job_and_fails_none(timed: Store, clock: Clock) -> None:
     online(timed, "a:0")
-    job_id = timed.submit(submission(max_retries=0))
+    job_id = timed.jobs.submit(submission(max_retries=0))
     for _ in range(LAB_FAILURE_LIMIT):
         fail(timed, "a:0", Reason.DISK_FULL)
-        assert timed.claim("a:0") is None, "not at once"
+        assert timed.attempts.claim("a:0") is None, "not at once"
         clock.forward(LAB_RETRY_DELAY_S)
-    assert "the disk of its box was full 3 times in a row; the last on a:0" in (timed.job(job_id).message or "")
-    assert timed.claim("a:0") is None
+    assert "the disk of its box was full 3 times in a row; the last on a:0" in (timed.jobs.get(job_id).message or "")
+    assert timed.attempts.claim("a:0") is None
 
 
 def lose(store: Store, clock: Clock, *, kept: int | None = None, resumed: int | None = None) -> None:
     """A worker is lost whose attempt has stored a checkpoint, or went on from one of its box."""
     online(store, "a:0")
     claim = start(store, "a:0")
-    store.beat(claim, Progress(resumed_from_step=resumed))
+    store.attempts.beat(claim, Progress(resumed_from_step=resumed))
     if kept is not None:
-        assert store.keep_checkpoint(claim, StoredCheckpoint(step=kept, prefix=f"jobs/1/checkpoints/1-{kept}"))
+        assert store.attempts.keep_checkpoint(claim, StoredCheckpoint(step=kept, prefix=f"jobs/1/checkpoints/1-{kept}"))
     clock.forward(LEASE_S + 1)
-    store.reap()
+    store.attempts.reap()
 
 
 def test_three_lost_workers_hold_no_job_that_comes_further_each_time(timed: Store, clock: Clock) -> None:
     """A long job on boxes that are rebooted now and then."""
-    job_id = timed.submit(submission())
+    job_id = timed.jobs.submit(submission())
     for step in (10, 20, 30, 40, 50):
         lose(timed, clock, kept=step)
-        assert not timed.job(job_id).held
+        assert not timed.jobs.get(job_id).held
     for step in (60, 70, 80):
         lose(timed, clock, resumed=step)
-        assert not timed.job(job_id).held, "a checkpoint of the box's own counts too"
+        assert not timed.jobs.get(job_id).held, "a checkpoint of the box's own counts too"
     for left in (2, 1):
-        assert not timed.job(job_id).held, f"{left} more are needed"
+        assert not timed.jobs.get(job_id).held, f"{left} more are needed"
         lose(timed, clock, kept=70)
-    assert timed.job(job_id).held
+    assert timed.jobs.get(job_id).held
 
 
 def test_an_attempt_that_dies_before_it_resumed_is_no_progress(timed: Store, clock: Clock) -> None:
-    job_id = timed.submit(submission())
+    job_id = timed.jobs.submit(submission())
     lose(timed, clock, kept=10)
     for _ in range(2):
-        assert not timed.job(job_id).held
+        assert not timed.jobs.get(job_id).held
         lose(timed, clock)
-    assert timed.job(job_id).held
+    assert timed.jobs.get(job_id).held
 
 
 def test_a_failure_of_yesterday_closes_nothing(timed: Store, clock: Clock) -> None:
     for user in ("ada", "bob"):
         online(timed, "a:0", "b:0")
-        timed.submit(submission(user=user))
+        timed.jobs.submit(submission(user=user))
         fail(timed, "a:0", Reason.GPU_ERROR)
         clock.forward(dt.timedelta(days=1).total_seconds())
-    assert timed.drains() == {}
+    assert timed.cards.drains() == {}
 
 
 @SQLITE_ALONE
@@ -292,10 +292,10 @@ def test_what_a_person_drained_keeps_the_person_s_reason(timed: Store) -> None:
     online(timed, "a:0", "b:0")
     claims = []
     for user in ("ada", "bob"):
-        timed.see_node(node_state("a:0", total=48 * GIB, max_jobs=2))
-        timed.submit(submission(user=user, lora=20, qlora=20))
+        timed.cards.see(node_state("a:0", total=48 * GIB, max_jobs=2))
+        timed.jobs.submit(submission(user=user, lora=20, qlora=20))
         claims.append(start(timed, "a:0"))
-    timed.drain("a", "lena", "replacing a fan")
+    timed.cards.drain("a", "lena", "replacing a fan")
     for claim in claims:
         end(timed, claim, Reason.GPU_ERROR)
-    assert [(order.target, order.user) for order in timed.drains().values()] == [("a", "lena")]
+    assert [(order.target, order.user) for order in timed.cards.drains().values()] == [("a", "lena")]

@@ -50,23 +50,23 @@ settings = load_settings()
 store = place_of(settings, find_device(settings, "0"), NodeOptions(), Drain()).store
 print("loaded", flush=True)
 input()
-store.reap()
+store.attempts.reap()
 """
 
 
 def turn(store: Store, node: str = "box:0") -> bool | None:
     """Whether the node's turn may end leases; None: it is not its turn."""
-    taken = store.take_turn(node, FLEET_ROUND_S, SETTLE_S)
+    taken = store.cards.take_turn(node, FLEET_ROUND_S, SETTLE_S)
     return None if taken is None else not taken.settling
 
 
 def run(store: Store, count: int, **keys: object) -> list[Claim]:
     """So many running jobs, each on a card of its own and of its own user."""
     for number in range(count):
-        store.see_node(node_state(f"box:{number}", total=24 * GIB, max_jobs=1))
+        store.cards.see(node_state(f"box:{number}", total=24 * GIB, max_jobs=1))
     for number in range(count):
-        store.submit(submission(user=f"user{number % 7}", lora=20, qlora=20, **keys))
-    claims = [store.claim(f"box:{number}") for number in range(count)]
+        store.jobs.submit(submission(user=f"user{number % 7}", lora=20, qlora=20, **keys))
+    claims = [store.attempts.claim(f"box:{number}") for number in range(count)]
     assert all(isinstance(claim, Claim) for claim in claims)
     return [claim for claim in claims if isinstance(claim, Claim)]
 
@@ -118,22 +118,27 @@ def test_what_another_node_does_now_is_not_waited_for(postgres_engine: Engine) -
     store = Store(postgres_engine)
     run(store, 1)
     expire(store, postgres_engine)
-    with Store(postgres_engine)._write() as tx:
+    with Store(postgres_engine).begin(read_only=False) as tx:
         assert tx.is_alone()
         began = time.monotonic()
-        assert (turn(store), store.reap(), store.preempt(), store.end_patience()) == (None, [], (), [])
+        assert (turn(store), store.attempts.reap(), store.cards.preempt(), store.jobs.end_patience()) == (
+            None,
+            [],
+            (),
+            [],
+        )
         assert time.monotonic() - began < 5, "who waits for a lock would wait for longer"
-    assert store.reap() == [(1, 24)]
+    assert store.attempts.reap() == [(1, 24)]
 
 
 def test_a_row_that_another_transaction_holds_is_passed_over(postgres_engine: Engine) -> None:
     store = Store(postgres_engine)
     run(store, 3)
     expire(store, postgres_engine)
-    with store._write() as tx:
+    with store.begin(read_only=False) as tx:
         tx.session.scalars(select(Job).where(Job.job_id == 2).with_for_update()).one()
-        assert sorted(store.reap()) == [(1, 24), (3, 24)]
-    assert store.reap() == [(2, 24)]
+        assert sorted(store.attempts.reap()) == [(1, 24), (3, 24)]
+    assert store.attempts.reap() == [(2, 24)]
 
 
 def test_many_expired_leases_are_ended_a_few_at_a_time(
@@ -143,10 +148,10 @@ def test_many_expired_leases_are_ended_a_few_at_a_time(
     run(store, 7)
     expire(store, engine)
     monkeypatch.setattr(endings, "REAPED", 3)
-    with store._write() as tx:
-        assert len(endings.reap(tx, LEASE_S)) == 3
-    assert len(store.reap()) == 4
-    assert {job.status for job in store.jobs()} == {Status.QUEUED}
+    with store.begin(read_only=False) as tx:
+        assert len(endings.reap(tx)) == 3
+    assert len(store.attempts.reap()) == 4
+    assert {job.status for job in store.jobs.matching()} == {Status.QUEUED}
 
 
 def test_nodes_that_go_round_while_jobs_beat_and_end_never_lock_each_other(postgres_engine: Engine) -> None:
@@ -154,22 +159,22 @@ def test_nodes_that_go_round_while_jobs_beat_and_end_never_lock_each_other(postg
     store = Store(postgres_engine)
     claims = run(store, 24, preemptible=True)
     for number in range(6):
-        store.submit(submission(user="boss", lora=20, qlora=20, priority=5 + number))
+        store.jobs.submit(submission(user="boss", lora=20, qlora=20, priority=5 + number))
     failed: list[BaseException] = []
     over = time.monotonic() + 2
 
     def go_round() -> None:
         while time.monotonic() < over:
-            store.reap()
-            store.preempt()
-            store.end_patience()
+            store.attempts.reap()
+            store.cards.preempt()
+            store.jobs.end_patience()
 
     def beat(some: list[Claim]) -> None:
         while time.monotonic() < over:
             for claim in some:
-                store.beat(claim, Progress(step=1, events=(("note", "x"),)))
+                store.attempts.beat(claim, Progress(step=1, events=(("note", "x"),)))
         for claim in some:
-            store.finish(claim, Reason.DRAINED, "stopped", Progress())
+            store.attempts.finish(claim, Reason.DRAINED, "stopped", Progress())
 
     def guarded(work: object, *arguments: object) -> None:
         try:
@@ -218,14 +223,14 @@ def test_a_sweeper_that_is_frozen_holds_the_round_no_longer_than_fits_its_lease(
     frozen = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert frozen.stdin is not None and frozen.stdout is not None and frozen.stdout.readline() == "loaded\n"
-        assert store.take_turn("box:0", 0.0, settle_s=0.0) is not None
+        assert store.cards.take_turn("box:0", 0.0, settle_s=0.0) is not None
         print(file=frozen.stdin, flush=True)
         assert frozen.stdout.readline() == "ended one\n"
-        assert store.reap() == [], "it holds the round"
-        while (taken := store.take_turn("box:0", 0.0, SETTLE_S)) is None:
+        assert store.attempts.reap() == [], "it holds the round"
+        while (taken := store.cards.take_turn("box:0", 0.0, SETTLE_S)) is None:
             time.sleep(0.1)
         assert not taken.settling
-        assert sorted(job_id for job_id, _ in store.reap()) == [1, 2]
+        assert sorted(job_id for job_id, _ in store.attempts.reap()) == [1, 2]
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(frozen.pid, signal.SIGKILL)
@@ -234,12 +239,12 @@ def test_a_sweeper_that_is_frozen_holds_the_round_no_longer_than_fits_its_lease(
 
 def test_a_job_that_is_ending_is_not_asked_to_give_way(postgres_engine: Engine) -> None:
     store = Store(postgres_engine)
-    store.submit(submission(lora=20, qlora=20, preemptible=True))
+    store.jobs.submit(submission(lora=20, qlora=20, preemptible=True))
     assert isinstance(take(store, 24 * GIB), Claim)
-    store.submit(submission(lora=20, qlora=20, priority=1))
-    with store._write() as tx:
+    store.jobs.submit(submission(lora=20, qlora=20, priority=1))
+    with store.begin(read_only=False) as tx:
         tx.session.scalars(select(Job).where(Job.job_id == 1).with_for_update()).one()
-        assert store.preempt() == (), "it is looked at again with the next round"
-    assert store.preempt() == (1,)
-    with store._read() as tx:
+        assert store.cards.preempt() == (), "it is looked at again with the next round"
+    assert store.cards.preempt() == (1,)
+    with store.begin(read_only=True) as tx:
         assert tx.session.scalar(select(func.count()).where(Job.preempted_by == 2)) == 1

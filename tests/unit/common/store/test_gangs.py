@@ -30,7 +30,7 @@ NOTHING = Progress()
 def show(store: Store, *nodes: str, total: float = 24, **state: Any) -> None:
     for node in nodes:
         state = {"max_jobs": 1, "gangs": True, **state}
-        store.see_node(node_state(node, **{**state, "total": int(total * GIB)}))
+        store.cards.see(node_state(node, **{**state, "total": int(total * GIB)}))
 
 
 def gang(cards: int = 2, lora: float = 20, *, alone: bool = True, **keys: Any) -> Submission:
@@ -41,79 +41,79 @@ def gang(cards: int = 2, lora: float = 20, *, alone: bool = True, **keys: Any) -
 
 
 def claimed(store: Store, node: str = "heron:0", **more: Any) -> Claim:
-    taken = store.claim(node, **{"gangs": True, **more})
+    taken = store.attempts.claim(node, **{"gangs": True, **more})
     assert isinstance(taken, Claim), taken
     return taken
 
 
 def test_a_claim_reserves_each_card_and_its_end_frees_all(store: Store) -> None:
     show(store, "heron:0", "heron:1")
-    job_id, small = store.submit(gang()), store.submit(submission(lora=8, qlora=None, method="lora"))
+    job_id, small = store.jobs.submit(gang()), store.jobs.submit(submission(lora=8, qlora=None, method="lora"))
     mine = claimed(store, "heron:1")
     assert (mine.job_id, mine.method, mine.parallel) == (job_id, Method.LORA, Parallel.SHARDED)
     assert [(share.node, share.bytes) for share in mine.shares] == [("heron:1", 20 * GIB), ("heron:0", 20 * GIB)]
-    cards = store.fleet().cards
+    cards = store.cards.fleet().cards
     assert [(card.taken, card.slots) for card in cards.values()] == [(20 * GIB, 0), (20 * GIB, 0)]
-    assert store.claim("heron:0", gangs=True) is None, "the other card is full"
-    assert store.tokens("heron:0") == store.tokens("heron:1") == {mine.token}
-    assert [store.serves_beside(node) for node in ("heron:0", "heron:1")] == [True, False]
-    assert "started on heron:1 and heron:0 with lora, sharded over 2 cards" in store.events(job_id)[-1].text
-    assert store.fleet().charges["ada"] == pytest.approx(40, abs=0.1)
-    store.finish(mine, Reason.CANCELLED, "enough", NOTHING)
+    assert store.attempts.claim("heron:0", gangs=True) is None, "the other card is full"
+    assert store.cards.tokens("heron:0") == store.cards.tokens("heron:1") == {mine.token}
+    assert [store.cards.serves_beside(node) for node in ("heron:0", "heron:1")] == [True, False]
+    assert "started on heron:1 and heron:0 with lora, sharded over 2 cards" in store.jobs.events(job_id)[-1].text
+    assert store.cards.fleet().charges["ada"] == pytest.approx(40, abs=0.1)
+    store.attempts.finish(mine, Reason.CANCELLED, "enough", NOTHING)
     assert claimed(store).job_id == small
 
 
 def test_a_base_that_waits_on_either_card_leaves_for_it(store: Store) -> None:
     show(store, "heron:0", "heron:1")
     for _ in range(2):
-        store.submit(submission(lora=8, qlora=None, method="lora"))
+        store.jobs.submit(submission(lora=8, qlora=None, method="lora"))
     for node, claim in [(node, claimed(store, node)) for node in ("heron:0", "heron:1")]:
-        assert store.keep_host(claim, NewHost(host=node, node=node, key="llama", bytes=8 * GIB))
-        store.finish(claim, Reason.OK, "", NOTHING, RESULT)
-    store.submit(gang())
+        assert store.hosts.keep(claim, NewHost(host=node, node=node, key="llama", bytes=8 * GIB))
+        store.attempts.finish(claim, Reason.OK, "", NOTHING, RESULT)
+    store.jobs.submit(gang())
     assert claimed(store).leaving == ("heron:0",)
-    assert [row.leaving for row in store.hosts("heron:1")] == [True]
+    assert [row.leaving for row in store.hosts.of_card("heron:1")] == [True]
 
 
 def test_a_node_that_can_t_serve_several_cards_is_given_no_such_job(store: Store) -> None:
     show(store, "heron:0", "heron:1")
-    store.submit(gang())
-    assert store.claim("heron:0") is None
+    store.jobs.submit(gang())
+    assert store.attempts.claim("heron:0") is None
     show(store, "heron:0", "heron:1", gangs=False)
-    assert store.claim("heron:0", gangs=True) is None
+    assert store.attempts.claim("heron:0", gangs=True) is None
     show(store, "heron:0", "heron:1", gpu="MIG-1")
-    assert store.claim("heron:0", gangs=True) is None
+    assert store.attempts.claim("heron:0", gangs=True) is None
     show(store, "heron:0", "heron:1")
     assert claimed(store).shares
 
 
 def test_the_memory_that_a_card_says_counts_for_its_share(store: Store) -> None:
     show(store, "heron:0", "heron:1")
-    store.submit(gang())
+    store.jobs.submit(gang())
     show(store, "heron:1", outside_bytes=5 * GIB)
-    assert store.claim("heron:0", gangs=True) is None
+    assert store.attempts.claim("heron:0", gangs=True) is None
     show(store, "heron:1")
-    assert store.claim("heron:0", gangs=True, outside=5 * GIB) is None, "what the claiming card sees itself"
+    assert store.attempts.claim("heron:0", gangs=True, outside=5 * GIB) is None, "what the claiming card sees itself"
     assert claimed(store).shares
 
 
 def test_a_card_whose_node_is_started_anew_ends_the_whole_job(store: Store) -> None:
     show(store, "heron:0", "heron:1")
-    job_id = store.submit(gang())
+    job_id = store.jobs.submit(gang())
     mine = claimed(store)
-    assert store.give_back("heron:1") == [job_id]
-    assert store.job(job_id).status is Status.QUEUED
-    assert not store.beat(mine, NOTHING).accepted
-    assert all(not card.running for card in store.fleet().cards.values())
+    assert store.attempts.give_back("heron:1") == [job_id]
+    assert store.jobs.get(job_id).status is Status.QUEUED
+    assert not store.attempts.beat(mine, NOTHING).accepted
+    assert all(not card.running for card in store.cards.fleet().cards.values())
 
 
 def test_a_card_that_is_silent_already_is_not_counted_on(timed: Store, clock: Clock) -> None:
     """The attempt would be ended as lost, again and again, until the job is held."""
     show(timed, "heron:0", "heron:1")
-    timed.submit(gang())
+    timed.jobs.submit(gang())
     clock.forward(LEASE_S * 0.6)
     show(timed, "heron:0")
-    assert timed.claim("heron:0", gangs=True) is None
+    assert timed.attempts.claim("heron:0", gangs=True) is None
     show(timed, "heron:1")
     assert claimed(timed).shares
 
@@ -121,13 +121,13 @@ def test_a_card_that_is_silent_already_is_not_counted_on(timed: Store, clock: Cl
 def test_a_card_stays_kept_for_a_job_on_several_while_the_other_one_is_silent(timed: Store, clock: Clock) -> None:
     """Else a lost beat would give it to a job that runs for hours."""
     show(timed, "heron:0", "heron:1", total=48, max_jobs=2)
-    large = timed.submit(gang(lora=30, alone=False))
-    timed.submit(submission(lora=24, qlora=None, method="lora", user="bob"))
+    large = timed.jobs.submit(gang(lora=30, alone=False))
+    timed.jobs.submit(submission(lora=24, qlora=None, method="lora", user="bob"))
     clock.forward(RESERVE_AFTER_S)
     show(timed, "heron:1", total=48, max_jobs=2)
     clock.forward(LEASE_S * 0.6)
     show(timed, "heron:0", total=48, max_jobs=2)
-    assert timed.claim("heron:0", gangs=True) is None
+    assert timed.attempts.claim("heron:0", gangs=True) is None
     show(timed, "heron:1", total=48, max_jobs=2)
     assert claimed(timed).job_id == large
 
@@ -135,33 +135,35 @@ def test_a_card_stays_kept_for_a_job_on_several_while_the_other_one_is_silent(ti
 def test_a_card_stays_kept_for_a_job_on_several_while_the_other_one_takes_nothing(timed: Store, clock: Clock) -> None:
     """A node that lets a job lie for some seconds may have begun anew when the job's cards are free."""
     show(timed, "heron:0", "heron:1", total=48, max_jobs=2)
-    large = timed.submit(gang(lora=30, alone=False))
-    timed.submit(submission(lora=24, qlora=None, method="lora", user="bob"))
+    large = timed.jobs.submit(gang(lora=30, alone=False))
+    timed.jobs.submit(submission(lora=24, qlora=None, method="lora", user="bob"))
     clock.forward(RESERVE_AFTER_S)
     show(timed, "heron:0", "heron:1", total=48, max_jobs=2)
     stuck = frozenset({"heron:1"})
-    assert timed.claim("heron:0", gangs=True, distrusted=stuck) is None, "neither with that card nor past the job"
+    assert timed.attempts.claim("heron:0", gangs=True, distrusted=stuck) is None, (
+        "neither with that card nor past the job"
+    )
     assert claimed(timed).job_id == large
 
 
 def test_a_job_that_one_card_holds_goes_on_two_where_that_one_takes_nothing(store: Store) -> None:
     show(store, "heron:0", "heron:1")
     show(store, "ibis:0", total=80)
-    store.submit(gang())
-    assert store.claim("heron:0", gangs=True) is None
+    store.jobs.submit(gang())
+    assert store.attempts.claim("heron:0", gangs=True) is None
     assert claimed(store, distrusted=frozenset({"ibis:0"})).shares
 
 
 def test_a_silent_card_ends_the_whole_job_though_the_other_beats(timed: Store, clock: Clock) -> None:
     show(timed, "heron:0", "heron:1")
-    job_id = timed.submit(gang())
+    job_id = timed.jobs.submit(gang())
     mine = claimed(timed)
     for _ in range(3):
         clock.forward(LEASE_S / 2)
         show(timed, "heron:0")
-        if timed.beat(mine, NOTHING).accepted:
-            timed.reap()
-    job = timed.job(job_id)
+        if timed.attempts.beat(mine, NOTHING).accepted:
+            timed.attempts.reap()
+    job = timed.jobs.get(job_id)
     assert (job.status, job.reason) == (Status.QUEUED, Reason.WORKER_LOST)
     assert job.message is not None and job.message.startswith("heron:1 was silent")
     assert set(job.avoids or {}) == {"heron:1"}
@@ -170,13 +172,13 @@ def test_a_silent_card_ends_the_whole_job_though_the_other_beats(timed: Store, c
 @pytest.mark.parametrize("bad", ["heron:0", "heron:1"])
 def test_the_card_that_failed_is_blamed_whichever_rank_it_had(timed: Store, clock: Clock, bad: str) -> None:
     show(timed, "heron:0", "heron:1", "heron:2")
-    jobs = [timed.submit(gang(user=user)) for user in ("ada", "bob")]
+    jobs = [timed.jobs.submit(gang(user=user)) for user in ("ada", "bob")]
     for job_id in jobs:
         mine = claimed(timed)
         assert [share.node for share in mine.shares] == ["heron:0", "heron:1"] and mine.job_id == job_id
-        timed.finish(mine, Reason.GPU_ERROR, f"{bad} fell off the bus", NOTHING, card=bad)
-        assert set(timed.job(job_id).avoids or {}) == {bad}
-    assert set(timed.drains()) == {bad}, "two errors in a row, and no other card is closed"
+        timed.attempts.finish(mine, Reason.GPU_ERROR, f"{bad} fell off the bus", NOTHING, card=bad)
+        assert set(timed.jobs.get(job_id).avoids or {}) == {bad}
+    assert set(timed.cards.drains()) == {bad}, "two errors in a row, and no other card is closed"
     clock.forward(LAB_RETRY_DELAY_S)
     show(timed, "heron:0", "heron:1", "heron:2")
     again = claimed(timed, "heron:2")
@@ -186,121 +188,121 @@ def test_the_card_that_failed_is_blamed_whichever_rank_it_had(timed: Store, cloc
 def test_what_ends_well_on_several_cards_speaks_for_each(store: Store) -> None:
     show(store, "heron:0", "heron:1")
     for user in ("ada", "bob"):
-        store.submit(gang(user=user))
-        store.finish(claimed(store), Reason.GPU_ERROR, "a fault", NOTHING, card="heron:1")
-        store.submit(gang(user=user))
-        store.finish(claimed(store), Reason.OK, "", NOTHING, RESULT)
-    assert store.drains() == {}
+        store.jobs.submit(gang(user=user))
+        store.attempts.finish(claimed(store), Reason.GPU_ERROR, "a fault", NOTHING, card="heron:1")
+        store.jobs.submit(gang(user=user))
+        store.attempts.finish(claimed(store), Reason.OK, "", NOTHING, RESULT)
+    assert store.cards.drains() == {}
 
 
 def test_a_lost_card_is_blamed_and_not_the_first(store: Store) -> None:
     show(store, "heron:0", "heron:1")
-    job_id = store.submit(gang())
+    job_id = store.jobs.submit(gang())
     claimed(store)
-    store.give_back("heron:1")
-    assert set(store.job(job_id).avoids or {}) == {"heron:1"}
+    store.attempts.give_back("heron:1")
+    assert set(store.jobs.get(job_id).avoids or {}) == {"heron:1"}
 
 
 def test_its_user_is_charged_for_all_cards(timed: Store, clock: Clock) -> None:
     show(timed, "heron:0", "heron:1")
-    timed.submit(gang())
+    timed.jobs.submit(gang())
     mine = claimed(timed)
     clock.forward(2 * 3600)
-    timed.finish(mine, Reason.CANCELLED, "enough", NOTHING)
-    assert timed.fleet().charges["ada"] == pytest.approx(80, rel=0.01)
+    timed.attempts.finish(mine, Reason.CANCELLED, "enough", NOTHING)
+    assert timed.cards.fleet().charges["ada"] == pytest.approx(80, rel=0.01)
 
 
 def test_a_plan_that_a_trainer_makes_on_one_of_several_cards_is_not_that_of_one(store: Store) -> None:
     show(store, "heron:0", "heron:1")
-    job_id = store.submit(gang())
+    job_id = store.jobs.submit(gang())
     mine = claimed(store)
-    store.beat(mine, Progress(need=Need(lora=5 * GIB, qlora=None)))
-    assert (store.job(job_id).vram_lora, store.job(job_id).vram_reserved) == (40 * GIB, 20 * GIB)
+    store.attempts.beat(mine, Progress(need=Need(lora=5 * GIB, qlora=None)))
+    assert (store.jobs.get(job_id).vram_lora, store.jobs.get(job_id).vram_reserved) == (40 * GIB, 20 * GIB)
 
 
 def test_out_of_memory_raises_what_each_card_needs(store: Store) -> None:
     show(store, "heron:0", "heron:1")
-    job_id = store.submit(gang(lora=16))
-    assert store.finish(claimed(store), Reason.OUT_OF_MEMORY, "it did not fit", NOTHING) is Status.QUEUED
-    assert store.job(job_id).vram_needed == 20 * GIB
-    assert store.finish(claimed(store), Reason.OUT_OF_MEMORY, "it did not fit", NOTHING) is Status.FAILED
-    assert "no box has cards with more" in (store.job(job_id).message or "")
+    job_id = store.jobs.submit(gang(lora=16))
+    assert store.attempts.finish(claimed(store), Reason.OUT_OF_MEMORY, "it did not fit", NOTHING) is Status.QUEUED
+    assert store.jobs.get(job_id).vram_needed == 20 * GIB
+    assert store.attempts.finish(claimed(store), Reason.OUT_OF_MEMORY, "it did not fit", NOTHING) is Status.FAILED
+    assert "no box has cards with more" in (store.jobs.get(job_id).message or "")
 
 
 def test_a_running_gang_gives_way_as_one_and_a_waiting_one_is_given_way_to(store: Store) -> None:
     show(store, "heron:0", "heron:1")
-    low = store.submit(gang(preemptible=True))
+    low = store.jobs.submit(gang(preemptible=True))
     claimed(store)
-    high = store.submit(submission(lora=20, qlora=None, method="lora", priority=5))
-    assert store.preempt() == (low,)
-    store.cancel(high, "ada")
+    high = store.jobs.submit(submission(lora=20, qlora=None, method="lora", priority=5))
+    assert store.cards.preempt() == (low,)
+    store.jobs.cancel(high, "ada")
 
 
 def test_smaller_jobs_give_way_to_a_waiting_gang(store: Store) -> None:
     show(store, "heron:0", "heron:1")
-    small = [store.submit(submission(lora=8, qlora=None, method="lora", preemptible=True)) for _ in range(2)]
+    small = [store.jobs.submit(submission(lora=8, qlora=None, method="lora", preemptible=True)) for _ in range(2)]
     assert {claimed(store, node).job_id for node in ("heron:0", "heron:1")} == set(small)
-    store.submit(gang(priority=5))
-    assert set(store.preempt()) == set(small)
+    store.jobs.submit(gang(priority=5))
+    assert set(store.cards.preempt()) == set(small)
 
 
 def test_no_job_gives_way_to_one_that_would_not_begin_with_a_silent_card(timed: Store, clock: Clock) -> None:
     show(timed, "heron:0", "heron:1")
-    small = timed.submit(submission(lora=8, qlora=None, method="lora", preemptible=True))
+    small = timed.jobs.submit(submission(lora=8, qlora=None, method="lora", preemptible=True))
     mine = claimed(timed)
-    timed.submit(gang(priority=5, alone=False))
+    timed.jobs.submit(gang(priority=5, alone=False))
     clock.forward(LEASE_S * 0.6)
-    timed.beat(mine, NOTHING)
+    timed.attempts.beat(mine, NOTHING)
     show(timed, "heron:0")
-    assert timed.preempt() == ()
+    assert timed.cards.preempt() == ()
     show(timed, "heron:1")
-    assert timed.preempt() == (small,)
+    assert timed.cards.preempt() == (small,)
 
 
 def test_no_small_job_takes_the_card_beside_that_of_a_job_that_gives_way(store: Store) -> None:
     """Else that one would have stopped in vain, again and again."""
     show(store, "heron:0", "heron:1")
     small = submission(lora=8, qlora=None, method="lora", preemptible=True)
-    store.submit(small)
+    store.jobs.submit(small)
     leaving = claimed(store)
-    large, other = store.submit(gang(priority=5)), store.submit(small)
-    assert store.preempt() == (leaving.job_id,)
-    assert store.claim("heron:1", gangs=True) is None
-    store.finish(leaving, Reason.PREEMPTED, "gave way", NOTHING)
+    large, other = store.jobs.submit(gang(priority=5)), store.jobs.submit(small)
+    assert store.cards.preempt() == (leaving.job_id,)
+    assert store.attempts.claim("heron:1", gangs=True) is None
+    store.attempts.finish(leaving, Reason.PREEMPTED, "gave way", NOTHING)
     assert claimed(store).job_id == large
-    assert store.job(other).status is Status.QUEUED
+    assert store.jobs.get(other).status is Status.QUEUED
 
 
 def test_what_is_being_cancelled_is_expected_to_end_soon(store: Store) -> None:
     show(store, "heron:0")
-    store.submit(submission(lora=8, qlora=None, method="lora"))
+    store.jobs.submit(submission(lora=8, qlora=None, method="lora"))
     mine = claimed(store)
-    store.beat(mine, Progress(eta_seconds=5000.0))
-    store.cancel(mine.job_id, "ada")
-    (job,) = store.fleet().cards["heron:0"].running
-    assert job.ends is not None and (job.ends - store.fleet().now).total_seconds() <= LEAVES_IN_S
+    store.attempts.beat(mine, Progress(eta_seconds=5000.0))
+    store.jobs.cancel(mine.job_id, "ada")
+    (job,) = store.cards.fleet().cards["heron:0"].running
+    assert job.ends is not None and (job.ends - store.cards.fleet().now).total_seconds() <= LEAVES_IN_S
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_no_card_idles_for_the_age_of_a_gang_that_has_just_come_back(timed: Store, clock: Clock, by_hand: bool) -> None:
     """It ran for hours, or ended the day before: a free card would idle for it for as long as the other one runs."""
     show(timed, "heron:0", "heron:1")
-    large = timed.submit(gang())
+    large = timed.jobs.submit(gang())
     clock.forward(60)
     show(timed, "heron:0", "heron:1")
     mine = claimed(timed)
     if by_hand:
-        timed.finish(mine, Reason.CANCELLED, "enough", NOTHING)
+        timed.attempts.finish(mine, Reason.CANCELLED, "enough", NOTHING)
     clock.forward((30 if by_hand else 10) * 3600)
     show(timed, "heron:0", "heron:1")
     long, small = (submission(lora=8, qlora=None, method="lora", priority=p) for p in (5, 0))
-    timed.submit(long)
+    timed.jobs.submit(long)
     if not by_hand:
-        timed.finish(mine, Reason.DRAINED, "its card is drained", NOTHING)
-    timed.beat(claimed(timed), Progress(eta_seconds=8 * 3600.0))
+        timed.attempts.finish(mine, Reason.DRAINED, "its card is drained", NOTHING)
+    timed.attempts.beat(claimed(timed), Progress(eta_seconds=8 * 3600.0))
     if by_hand:
-        timed.retry(large, "ada")
-    next_one = timed.submit(small)
+        timed.jobs.retry(large, "ada")
+    next_one = timed.jobs.submit(small)
     assert claimed(timed, "heron:1").job_id == next_one
 
 
@@ -309,28 +311,28 @@ def test_jobs_that_have_just_begun_pass_a_gang_no_day(timed: Store, clock: Clock
     show(timed, "heron:0", "heron:1")
     small = submission(lora=8, qlora=None, method="lora", user="bob")
     for _ in range(20):
-        timed.submit(small)
-    running, large = {node: claimed(timed, node) for node in ("heron:0", "heron:1")}, timed.submit(gang())
+        timed.jobs.submit(small)
+    running, large = {node: claimed(timed, node) for node in ("heron:0", "heron:1")}, timed.jobs.submit(gang())
     for turn in range(20):
         clock.forward(150)
         show(timed, "heron:0", "heron:1")
         node = f"heron:{turn % 2}"
         if node in running:
-            timed.finish(running.pop(node), Reason.CANCELLED, "enough", NOTHING)
-        taken = timed.claim(node, gangs=True)
+            timed.attempts.finish(running.pop(node), Reason.CANCELLED, "enough", NOTHING)
+        taken = timed.attempts.claim(node, gangs=True)
         if isinstance(taken, Claim):
             running[node] = taken
             if taken.job_id == large:
                 break
-    assert timed.job(large).status is Status.RUNNING
-    assert (clock.now - timed.job(large).submitted_at).total_seconds() <= RESERVE_AFTER_S + 300
+    assert timed.jobs.get(large).status is Status.RUNNING
+    assert (clock.now - timed.jobs.get(large).submitted_at).total_seconds() <= RESERVE_AFTER_S + 300
 
 
 def test_a_card_that_is_woken_for_a_gang_of_others_names_them(store: Store) -> None:
     """It has the only message: without a word from it they would find the job seconds later."""
     show(store, "heron:0", "heron:1", "ibis:0")
-    store.submit(gang())
-    left = store.claim("ibis:0", gangs=True)
+    store.jobs.submit(gang())
+    left = store.attempts.claim("ibis:0", gangs=True)
     assert isinstance(left, Left)
     assert left.nodes == {"heron:0"}
 
@@ -339,12 +341,14 @@ def test_a_card_that_is_woken_for_a_gang_of_others_names_them(store: Store) -> N
 def test_cards_that_claim_at_once_give_no_byte_twice(store: Store, round_: int) -> None:
     nodes = [f"heron:{n}" for n in range(4)]
     show(store, *nodes)
-    jobs = [store.submit(gang()) for _ in range(3)] + [store.submit(submission(lora=8, qlora=None, method="lora"))]
+    jobs = [store.jobs.submit(gang()) for _ in range(3)] + [
+        store.jobs.submit(submission(lora=8, qlora=None, method="lora"))
+    ]
     taken: list[Any] = []
 
     def serve(node: str) -> None:
         for _ in range(6):
-            taken.append(store.claim(node, gangs=True))
+            taken.append(store.attempts.claim(node, gangs=True))
 
     threads = [threading.Thread(target=serve, args=(node,)) for node in nodes]
     for thread in threads:
@@ -353,20 +357,20 @@ def test_cards_that_claim_at_once_give_no_byte_twice(store: Store, round_: int) 
         thread.join()
     begun = [claim.job_id for claim in taken if isinstance(claim, Claim)]
     assert sorted(begun) == jobs[:2], "two gangs have the four cards"
-    for card in store.fleet().cards.values():
+    for card in store.cards.fleet().cards.values():
         assert (card.taken, len(card.running)) == (20 * GIB, 1)
 
 
 def test_rows_that_another_version_wrote_are_read_as_jobs_for_one_card(store: Store) -> None:
-    job_id = store.submit(submission())
-    assert store.job(job_id).gangs is None
+    job_id = store.jobs.submit(submission())
+    assert store.jobs.get(job_id).gangs is None
     show(store, "heron:0", gangs=False)
     assert claimed(store, gangs=False).shares == ()
 
 
 def test_a_job_on_several_cards_is_shown_as_one(store: Store) -> None:
     show(store, "heron:0", "heron:1")
-    job_id = store.submit(gang())
+    job_id = store.jobs.submit(gang())
     claimed(store)
     seen = overview(store, Choice(), Page())
     assert [job.job_id for job in seen.running] == [job_id]
@@ -376,6 +380,6 @@ def test_a_job_on_several_cards_is_shown_as_one(store: Store) -> None:
 
 def test_what_one_of_several_cards_held_teaches_nothing_of_one_card(store: Store) -> None:
     show(store, "heron:0", "heron:1")
-    store.submit(replace(gang(), need_key="same"))
-    store.finish(claimed(store), Reason.OUT_OF_MEMORY, "full", Progress(vram_process=20 * GIB))
-    assert store.measured("same") == []
+    store.jobs.submit(replace(gang(), need_key="same"))
+    store.attempts.finish(claimed(store), Reason.OUT_OF_MEMORY, "full", Progress(vram_process=20 * GIB))
+    assert store.attempts.measured("same") == []

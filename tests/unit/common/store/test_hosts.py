@@ -25,15 +25,15 @@ PROGRESS = Progress()
 
 
 def show(store: Store, total: float = TOTAL, **state: Any) -> None:
-    store.see_node(node_state(NODE, **{"total": int(total * GIB), "max_jobs": MOST_JOBS, **state}))
+    store.cards.see(node_state(NODE, **{"total": int(total * GIB), "max_jobs": MOST_JOBS, **state}))
 
 
 def queue(store: Store, base: str = "org/a", gib: float = 8, **keys: Any) -> int:
-    return store.submit(submission(lora=gib, method="lora", base_model=base, **keys))
+    return store.jobs.submit(submission(lora=gib, method="lora", base_model=base, **keys))
 
 
 def claim(store: Store) -> Claim:
-    taken = store.claim(NODE)
+    taken = store.attempts.claim(NODE)
     assert isinstance(taken, Claim), taken
     return taken
 
@@ -41,11 +41,11 @@ def claim(store: Store) -> Claim:
 def stays(store: Store, mine: Claim, mark: str, gib: float = 6) -> bool:
     key = base_key(mine.spec, mine.method)
     assert key is not None
-    return store.keep_host(mine, NewHost(host=mark, node=NODE, key=key, bytes=int(gib * GIB)))
+    return store.hosts.keep(mine, NewHost(host=mark, node=NODE, key=key, bytes=int(gib * GIB)))
 
 
 def end(store: Store, mine: Claim) -> None:
-    assert store.finish(mine, Reason.OK, "done", PROGRESS, RESULT) is Status.SUCCEEDED
+    assert store.attempts.finish(mine, Reason.OK, "done", PROGRESS, RESULT) is Status.SUCCEEDED
 
 
 def warm(store: Store, mark: str = "h1", base: str = "org/a", gib: float = 6) -> None:
@@ -65,8 +65,8 @@ def test_the_next_job_on_a_base_joins_its_host_and_another_s_leaves_it_alone(sto
     queue(store)
     mine = claim(store)
     assert (mine.host, mine.leaving) == ("h1", ())
-    assert "where its base is loaded already" in store.events(mine.job_id)[-1].text
-    (base,) = [b for b in store.fleet().cards[NODE].hosts if b.host == "h1"]
+    assert "where its base is loaded already" in store.jobs.events(mine.job_id)[-1].text
+    (base,) = [b for b in store.cards.fleet().cards[NODE].hosts if b.host == "h1"]
     assert base.job_id == mine.job_id
     queue(store)
     assert claim(store).host is None, "it has a job"
@@ -75,13 +75,15 @@ def test_the_next_job_on_a_base_joins_its_host_and_another_s_leaves_it_alone(sto
 def test_an_idle_base_is_room_and_goes_for_the_job_that_needs_it(store: Store) -> None:
     show(store)
     warm(store, gib=10)
-    assert store.fleet().cards[NODE].free == TOTAL * GIB
+    assert store.cards.fleet().cards[NODE].free == TOTAL * GIB
     queue(store, "org/b", 20)
     mine = claim(store)
     assert (mine.host, mine.leaving) == (None, ("h1",))
-    assert [row.leaving for row in store.hosts(NODE)] == [True], "its bytes are held until the node has seen its end"
-    store.forget_hosts(mine.leaving)
-    assert not store.hosts(NODE)
+    assert [row.leaving for row in store.hosts.of_card(NODE)] == [True], (
+        "its bytes are held until the node has seen its end"
+    )
+    store.hosts.forget(mine.leaving)
+    assert not store.hosts.of_card(NODE)
 
 
 def test_a_small_job_in_a_large_base_holds_the_base(store: Store) -> None:
@@ -89,9 +91,9 @@ def test_a_small_job_in_a_large_base_holds_the_base(store: Store) -> None:
     warm(store, gib=13)
     queue(store, gib=3)
     assert claim(store).host == "h1"
-    assert store.fleet().cards[NODE].free == 11 * GIB
+    assert store.cards.fleet().cards[NODE].free == 11 * GIB
     queue(store, "org/b", 13)
-    assert store.claim(NODE) is None
+    assert store.attempts.claim(NODE) is None
 
 
 def test_bases_stay_while_all_of_them_have_room(store: Store) -> None:
@@ -110,11 +112,11 @@ def test_a_job_that_may_not_have_a_base_does_not_prefer_its_card(store: Store) -
     """It sent the base off, though another card was idle that it would have filled better."""
     show(store)
     warm(store)
-    store.see_node(node_state("other:0", total=12 * GIB))
+    store.cards.see(node_state("other:0", total=12 * GIB))
     for keys in ({"resources": {"exclusive": True}}, {"training": {"exact": True}}):
         job_id = queue(store, **keys)
-        assert store.claim(NODE) == Left(nodes=frozenset({"other:0"}))
-        store.cancel(job_id, "ada")
+        assert store.attempts.claim(NODE) == Left(nodes=frozenset({"other:0"}))
+        store.jobs.cancel(job_id, "ada")
     queue(store)
     assert claim(store).host == "h1"
 
@@ -131,9 +133,9 @@ def test_a_host_with_a_job_stays_and_one_without_goes_when_it_is_sent_off(store:
     warm(store)
     queue(store)
     mine = claim(store)
-    assert mine.host == "h1" and not store.send_off_host("h1", NODE)
+    assert mine.host == "h1" and not store.hosts.send_off("h1", NODE)
     end(store, mine)
-    assert store.send_off_host("h1", NODE)
+    assert store.hosts.send_off("h1", NODE)
     queue(store)
     assert claim(store).host is None, "nobody joins it any more"
 
@@ -143,18 +145,18 @@ def test_a_lost_lease_keeps_no_base_and_a_base_without_room_does_not_stay(store:
     queue(store, gib=12)
     mine = claim(store)
     assert not stays(store, mine, "large", 25)
-    assert store.give_back(NODE) == [mine.job_id]
-    assert not stays(store, mine, "lost") and not store.hosts(NODE)
+    assert store.attempts.give_back(NODE) == [mine.job_id]
+    assert not stays(store, mine, "lost") and not store.hosts.of_card(NODE)
 
 
 def test_a_node_that_starts_anew_or_goes_has_no_hosts(store: Store) -> None:
     show(store, instance="i", machine="m", boot="b")
     warm(store)
-    store.arrive(node_state(NODE, instance="i", machine="m", boot="b"))
-    assert not store.hosts(NODE)
+    store.cards.arrive(node_state(NODE, instance="i", machine="m", boot="b"))
+    assert not store.hosts.of_card(NODE)
     warm(store, "h2")
-    store.forget_node(NODE, BoxIdentity(instance="i", machine="m", boot="b"))
-    assert not store.hosts(NODE)
+    store.cards.forget(NODE, BoxIdentity(instance="i", machine="m", boot="b"))
+    assert not store.hosts.of_card(NODE)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -175,7 +177,7 @@ class Ledger(RuleBasedStateMachine):
     def __init__(self, store: Store) -> None:
         super().__init__()
         self.store, self.trainers, self.marks = store, list[Trainer](), 0
-        with Session(store._engine) as session, session.begin():
+        with Session(store.engine) as session, session.begin():
             for table in reversed(Base.metadata.sorted_tables):
                 session.execute(delete(table))
         show(store)
@@ -187,7 +189,7 @@ class Ledger(RuleBasedStateMachine):
 
     @rule()
     def claim(self) -> None:
-        taken = self.store.claim(NODE)
+        taken = self.store.attempts.claim(NODE)
         if not isinstance(taken, Claim):
             return
         for trainer in self.trainers:
@@ -227,7 +229,7 @@ class Ledger(RuleBasedStateMachine):
         kept = keeps and stays(self.store, trainer.claim, trainer.mark or "", trainer.base)
         if not kept:
             self.trainers.remove(trainer)
-            self.store.forget_hosts([trainer.mark or ""])
+            self.store.hosts.forget([trainer.mark or ""])
         end(self.store, trainer.claim)
         trainer.working, trainer.holds = False, trainer.base
 
@@ -238,14 +240,14 @@ class Ledger(RuleBasedStateMachine):
         if hosts:
             host = hosts[number % len(hosts)]
             self.trainers.remove(host)
-            self.store.forget_hosts([host.mark or ""])
+            self.store.hosts.forget([host.mark or ""])
 
     @rule(number=st.integers(0, 9))
     def no_job_came(self, number: int) -> None:
         hosts = [t for t in self.trainers if t.mark]
         if hosts:
             host = hosts[number % len(hosts)]
-            sent = self.store.send_off_host(host.mark or "", NODE)
+            sent = self.store.hosts.send_off(host.mark or "", NODE)
             assert sent is not host.working
             host.going |= sent
 
@@ -255,7 +257,7 @@ class Ledger(RuleBasedStateMachine):
         if chance:
             return
         self.trainers.clear()  # it ends all of the card's processes first
-        self.store.arrive(node_state(NODE, total=TOTAL * GIB, max_jobs=MOST_JOBS))
+        self.store.cards.arrive(node_state(NODE, total=TOTAL * GIB, max_jobs=MOST_JOBS))
 
     @invariant()
     def the_card_is_never_over_its_size(self) -> None:
@@ -264,7 +266,7 @@ class Ledger(RuleBasedStateMachine):
 
     @invariant()
     def the_rows_are_the_processes(self) -> None:
-        rows = {row.host: row for row in self.store.hosts(NODE)}
+        rows = {row.host: row for row in self.store.hosts.of_card(NODE)}
         assert rows.keys() == {t.mark for t in self.trainers if t.mark}
         for trainer in self.trainers:
             if trainer.mark:
@@ -273,7 +275,7 @@ class Ledger(RuleBasedStateMachine):
 
 
 def test_no_order_of_events_brings_a_card_above_its_size(store: Store) -> None:
-    share = 1 if store._engine.dialect.name == "sqlite" else 3
+    share = 1 if store.engine.dialect.name == "sqlite" else 3
     chosen = settings(
         max_examples=EXAMPLES // share,
         stateful_step_count=30,

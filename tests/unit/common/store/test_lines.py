@@ -72,8 +72,8 @@ def test_a_drain_closes_its_host_or_card_and_nothing_else(target: str, is_open: 
 
 def test_a_drain_that_is_over_does_not_count(timed: Store, clock: Clock) -> None:
     for target, until in (("a", None), ("b", NOON + dt.timedelta(seconds=10)), ("c", NOON)):
-        timed.drain(target, "lena", "fan", until=until)
-    with Session(timed._engine) as session:
+        timed.cards.drain(target, "lena", "fan", until=until)
+    with Session(timed.engine) as session:
         assert set(drained_targets(session, clock.now)) == {"a", "b"}
         clock.forward(10)
         assert set(drained_targets(session, clock.now)) == {"a"}
@@ -85,38 +85,38 @@ def test_a_drain_that_is_over_does_not_count(timed: Store, clock: Clock) -> None
 
 
 def test_use_counts_at_once_by_the_hour_and_half_as_much_a_day_later(timed: Store, clock: Clock) -> None:
-    timed.submit(submission(lora=8, method="lora"))
-    timed.see_node(node_state(total=24 * GIB))
-    mine = timed.claim("box:0")
+    timed.jobs.submit(submission(lora=8, method="lora"))
+    timed.cards.see(node_state(total=24 * GIB))
+    mine = timed.attempts.claim("box:0")
     assert isinstance(mine, Claim)
 
     def charges() -> dict[str, float]:
-        with Session(timed._engine) as session:
+        with Session(timed.engine) as session:
             return read_charges(session, clock.now)
 
     assert charges() == {"ada": 8.0}, "as if it had run an hour"
     clock.forward(3 * 3600)
     assert charges() == {"ada": pytest.approx(24.0)}
-    timed.finish(mine, Reason.OK, "done", Progress(), RESULT)
+    timed.attempts.finish(mine, Reason.OK, "done", Progress(), RESULT)
     assert charges() == {"ada": pytest.approx(24.0)}
     clock.forward(24 * 3600)
     assert charges() == {"ada": pytest.approx(12.0)}
 
 
 def test_a_view_has_everything_of_one_moment(timed: Store, clock: Clock) -> None:
-    timed.see_node(node_state("b:0", total=24 * GIB))
-    timed.see_node(node_state("a:0", total=8 * GIB))
-    timed.drain("b", "lena", "fan")
-    job_id = timed.submit(submission(lora=20, qlora=6))
-    view = timed.fleet()
+    timed.cards.see(node_state("b:0", total=24 * GIB))
+    timed.cards.see(node_state("a:0", total=8 * GIB))
+    timed.cards.drain("b", "lena", "fan")
+    job_id = timed.jobs.submit(submission(lora=20, qlora=6))
+    view = timed.cards.fleet()
     assert (view.now, list(view.cards), list(view.nodes)) == (NOON, ["a:0", "b:0"], ["a:0", "b:0"])
     assert view.drain_of("b:0") is not None and view.drain_of("a:0") is None
     (decision,) = view.decisions
     assert decision.placed is not None
     assert (decision.placed.job.job_id, decision.placed.node, decision.placed.method) == (job_id, "a:0", Method.QLORA)
-    mine = timed.claim("a:0")
+    mine = timed.attempts.claim("a:0")
     assert isinstance(mine, Claim)
-    after = timed.fleet()
+    after = timed.cards.fleet()
     assert (list(after.running), after.decisions, after.charges) == ([job_id], (), {"ada": 6.0})
 
 
@@ -133,8 +133,8 @@ def test_qlora_is_not_permitted_while_a_job_waits_for_lora(until: float | None, 
 def test_required_labels_and_any_user_name_come_back_from_the_key(store: Store) -> None:
     for user in ("ada", "b|c", '{"x": 1}', "Ünï", "a b"):
         for labels in ({}, YES, {"a|b": 'c"|}'}):
-            job_id = store.submit(submission(user=user, resources={"node_labels": labels}))
-            found = waiting_of(vars(store.job(job_id)), NOON)
+            job_id = store.jobs.submit(submission(user=user, resources={"node_labels": labels}))
+            found = waiting_of(vars(store.jobs.get(job_id)), NOON)
             assert (found.user, found.requires) == (user, frozenset(labels.items()))
 
 
@@ -171,16 +171,16 @@ def shrinking(draw: st.DrawFn) -> list[Openings]:
 def test_lines_in_the_database_give_what_lines_in_a_list_give(
     queue: list[dict[str, Any]], openings: list[Openings], each: int, timed: Store, clock: Clock
 ) -> None:
-    with Session(timed._engine) as session, session.begin():
+    with Session(timed.engine) as session, session.begin():
         for table in reversed(Base.metadata.sorted_tables):
             session.execute(delete(table))
     clock.now = NOON - dt.timedelta(seconds=OLDEST_FIRST_AFTER_S)
     for row in queue:
         keys = {key: value for key, value in row.items() if key != "labels"}
-        timed.submit(submission(**keys, resources={"node_labels": row["labels"]}))
+        timed.jobs.submit(submission(**keys, resources={"node_labels": row["labels"]}))
     clock.now = NOON
-    listed = [waiting_of(vars(job), NOON) for job in sorted(timed.jobs(), key=lambda j: j.job_id)]
-    with Session(timed._engine) as session:
+    listed = [waiting_of(vars(job), NOON) for job in sorted(timed.jobs.matching(), key=lambda j: j.job_id)]
+    with Session(timed.engine) as session:
         stored_levels, plain_levels = list(read_levels(session, NOON)), list(levels_of(listed))
         assert [set(level) for level in stored_levels] == [set(level) for level in plain_levels]
         for stored, plain in zip(stored_levels, plain_levels, strict=True):
@@ -201,15 +201,15 @@ def test_the_rules_order_and_a_job_in_another_form_are_those_of_a_list(
     queue: list[dict[str, Any]], openings: list[Openings], each: int, form: tuple[int, int],
     charges: dict[str, float], timed: Store,
 ) -> None:  # fmt: skip
-    with Session(timed._engine) as session, session.begin():
+    with Session(timed.engine) as session, session.begin():
         for table in reversed(Base.metadata.sorted_tables):
             session.execute(delete(table))
     for row in queue:
         keys = {key: value for key, value in row.items() if key != "labels"}
-        timed.submit(submission(**keys, resources={"node_labels": row["labels"]}))
-    listed = [waiting_of(vars(job), NOON) for job in sorted(timed.jobs(), key=lambda j: j.job_id)]
+        timed.jobs.submit(submission(**keys, resources={"node_labels": row["labels"]}))
+    listed = [waiting_of(vars(job), NOON) for job in sorted(timed.jobs.matching(), key=lambda j: j.job_id)]
     in_order = sorted(listed, key=lambda job: (-job.priority, charges.get(job.user, 0.0), job.job_id))
-    with Session(timed._engine) as session:
+    with Session(timed.engine) as session:
         assert read_order(session, NOON, charges, 10) == in_order[:10]
         if not listed:
             return
@@ -223,11 +223,11 @@ def test_the_rules_order_and_a_job_in_another_form_are_those_of_a_list(
 
 
 def test_before_a_day_has_passed_no_job_goes_first_for_its_age(timed: Store, clock: Clock) -> None:
-    job_id = timed.submit(submission())
+    job_id = timed.jobs.submit(submission())
     every = Openings(gpu=64 * GIB, processor=(0, 0), unknown=True, labels=frozenset({frozenset()}))
     for seconds, first in ((OLDEST_FIRST_AFTER_S - 1, []), (1, [job_id])):
         clock.forward(seconds)
-        with Session(timed._engine) as session:
+        with Session(timed.engine) as session:
             assert [job.job_id for job in _all(read_oldest(session, clock.now), [every], 0) if job] == first
 
 

@@ -22,43 +22,43 @@ from loractl.common.units import GIB
 from ...factories import NOON, node_state, submission
 
 ASKED: dict[str, Callable[[Store], Any]] = {
-    "all": lambda store: store.newest(Choice(), Page()),
-    "owner": lambda store: store.newest(Choice(user="ada"), Page(after=9)),
-    "state": lambda store: store.newest(Choice(status=Status.FAILED), Page(after=9)),
-    "name": lambda store: store.newest(Choice(name="tiny"), Page()),
-    "label": lambda store: store.newest(Choice(label=("team", "nlp")), Page(after=9)),
-    "label and owner": lambda store: store.newest(Choice(user="ada", label=("team", "nlp")), Page()),
-    "outcomes": lambda store: store.counts(),
-    "attempts": lambda store: store.runs(NOON, NOON + dt.timedelta(seconds=9)),
-    "a sweep's losses": lambda store: store.sweep_lines([1]),
-    "messages": lambda store: store.traffic(),
-    "ended": lambda store: store.ended(NOON, 8),
+    "all": lambda store: store.jobs.newest(Choice(), Page()),
+    "owner": lambda store: store.jobs.newest(Choice(user="ada"), Page(after=9)),
+    "state": lambda store: store.jobs.newest(Choice(status=Status.FAILED), Page(after=9)),
+    "name": lambda store: store.jobs.newest(Choice(name="tiny"), Page()),
+    "label": lambda store: store.jobs.newest(Choice(label=("team", "nlp")), Page(after=9)),
+    "label and owner": lambda store: store.jobs.newest(Choice(user="ada", label=("team", "nlp")), Page()),
+    "outcomes": lambda store: store.jobs.counts(),
+    "attempts": lambda store: store.attempts.runs(NOON, NOON + dt.timedelta(seconds=9)),
+    "a sweep's losses": lambda store: store.sweeps.several([1], settings=False),
+    "messages": lambda store: store.outbox.traffic(),
+    "ended": lambda store: store.jobs.ended(NOON, 8),
 }
 
 
 def claim_with_room(store: Store) -> None:
-    store.see_node(node_state("box:1", total=80 * GIB, max_jobs=4))
-    store.submit(submission(method="lora", priority=9, base_model="org/b", roomy={4: 40}))
-    assert isinstance(store.claim("box:1", joins=True), Claim)
+    store.cards.see(node_state("box:1", total=80 * GIB, max_jobs=4))
+    store.jobs.submit(submission(method="lora", priority=9, base_model="org/b", roomy={4: 40}))
+    assert isinstance(store.attempts.claim("box:1", joins=True), Claim)
 
 
 ROUNDS: dict[str, Callable[[Store], Any]] = {
-    "unfinished": lambda store: store.has_unfinished(GIB, {}),
-    "classes": lambda store: store.waiting_classes((8, 12)),
-    "fleet": lambda store: store.fleet(),
-    "ready": lambda store: store.ready(9),
-    "counts": lambda store: store.counts(),
-    "overview": lambda store: store.glance(Choice(), Page(), NOON, alone=True),
-    "overview of a label": lambda store: store.glance(Choice(label=("team", "nlp")), Page(), NOON),
-    "overview of an owner": lambda store: store.glance(Choice(user="ada"), Page(), NOON),
-    "measured alike": lambda store: store.measured("key", "llama"),
-    "claim": lambda store: store.claim("box:0", joins=True),
+    "unfinished": lambda store: store.jobs.has_unfinished(GIB, {}),
+    "classes": lambda store: store.jobs.waiting_classes((8, 12)),
+    "fleet": lambda store: store.cards.fleet(),
+    "ready": lambda store: store.jobs.ready(9),
+    "counts": lambda store: store.jobs.counts(),
+    "overview": lambda store: store.jobs.glance(Choice(), Page(), NOON, alone=True),
+    "overview of a label": lambda store: store.jobs.glance(Choice(label=("team", "nlp")), Page(), NOON),
+    "overview of an owner": lambda store: store.jobs.glance(Choice(user="ada"), Page(), NOON),
+    "measured alike": lambda store: store.attempts.measured("key", "llama"),
+    "claim": lambda store: store.attempts.claim("box:0", joins=True),
     "claim with room": claim_with_room,
-    "turn": lambda store: store.take_turn("box:0", 0.0, 0.0),
-    "preempt": lambda store: store.preempt(),
-    "patience": lambda store: store.end_patience(),
-    "leases": lambda store: store.reap(),
-    "plan anew": lambda store: store.plan_anew(),
+    "turn": lambda store: store.cards.take_turn("box:0", 0.0, 0.0),
+    "preempt": lambda store: store.cards.preempt(),
+    "patience": lambda store: store.jobs.end_patience(),
+    "leases": lambda store: store.attempts.reap(),
+    "plan anew": lambda store: store.jobs.plan_anew(),
 }
 
 
@@ -68,10 +68,10 @@ def lab(sqlite_template: Path, tmp_path: Path) -> Iterator[Store]:
     (tmp_path / "test.db").write_bytes(sqlite_template.read_bytes())
     engine = make_engine(f"sqlite:///{tmp_path / 'test.db'}")
     store = Store(engine)
-    store.see_node(node_state("box:0", total=24 * GIB, max_jobs=2))
-    store.submit(submission(preemptible=True, priority=-1))
-    assert isinstance(store.claim("box:0"), Claim)
-    store.submit_sweep(NewSweep(name="grid", user="ada", varied={"lora.r": "8"}), [submission(labels={"team": "nlp"})])
+    store.cards.see(node_state("box:0", total=24 * GIB, max_jobs=2))
+    store.jobs.submit(submission(preemptible=True, priority=-1))
+    assert isinstance(store.attempts.claim("box:0"), Claim)
+    store.sweeps.submit(NewSweep(name="grid", user="ada", varied={"lora.r": "8"}), [submission(labels={"team": "nlp"})])
     yield store
     engine.dispose()
 
@@ -85,9 +85,9 @@ def steps_of(store: Store, verb: Callable[[Store], Any]) -> list[tuple[str, str]
             rows = connection.connection.cursor().execute(f"EXPLAIN QUERY PLAN {statement}", parameters).fetchall()
             plans.extend((str(row[-1]), f"{statement} {parameters}") for row in rows)
 
-    event.listen(store._engine, "after_cursor_execute", explain)
+    event.listen(store.engine, "after_cursor_execute", explain)
     verb(store)
-    event.remove(store._engine, "after_cursor_execute", explain)
+    event.remove(store.engine, "after_cursor_execute", explain)
     return plans
 
 
@@ -134,7 +134,7 @@ def test_postgresql_goes_through_no_rows_that_it_does_not_give(postgres_engine: 
     """
     store = Store(postgres_engine)
     fill(store)
-    verbs = {**ASKED, **ROUNDS, "set aside": lambda store: store.set_aside_unreadable()}
+    verbs = {**ASKED, **ROUNDS, "set aside": lambda store: store.jobs.set_aside_unreadable()}
     found = {
         (what, step["Node Type"], step.get("Index Name"), statement[:60])
         for what, verb in verbs.items()
@@ -145,10 +145,12 @@ def test_postgresql_goes_through_no_rows_that_it_does_not_give(postgres_engine: 
 
 
 def fill(store: Store) -> None:
-    store.see_node(node_state("box:0", total=24 * GIB, max_jobs=2))
+    store.cards.see(node_state("box:0", total=24 * GIB, max_jobs=2))
     for n in range(24):
         labels = {"team": "nlp"} if n == 5 else {}
-        store.submit(submission(user=f"user{n % 6}", priority=n % 3, name=f"n{n % 8}", preemptible=True, labels=labels))
+        store.jobs.submit(
+            submission(user=f"user{n % 6}", priority=n % 3, name=f"n{n % 8}", preemptible=True, labels=labels)
+        )
     names = [f'"{column.name}"' for column in Job.__table__.columns if column.name != "job_id"]
     ended = {
         '"status"': "'succeeded'", '"reason"': "'ok'", '"attempt"': "1", '"method"': "'lora'",
@@ -156,7 +158,7 @@ def fill(store: Store) -> None:
     }  # fmt: skip
     into = f"INSERT INTO jobs ({', '.join(names)}) SELECT"
     each = f"FROM jobs, generate_series(1, {MANY}) AS number WHERE job_id <= 24"
-    with store._engine.begin() as connection:
+    with store.engine.begin() as connection:
         for statement in (
             f"{into} {', '.join(ended.get(name, name) for name in names)} {each}",
             f"{into} {', '.join(names)} {each}",
@@ -169,7 +171,7 @@ def fill(store: Store) -> None:
             "INSERT INTO events (job_id, attempt, at, kind, text) SELECT job_id, 1, now(), 'note', 'x' FROM jobs",
         ):
             connection.execute(sql(statement))
-    with store._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(sql("VACUUM ANALYZE"))  # as autovacuum does
 
 
@@ -185,9 +187,9 @@ def reads_of(store: Store, verb: Callable[[Store], Any]) -> list[tuple[str, dict
             found.extend((statement, step) for step in steps_below(apart.fetchone()[0][0]["Plan"]))
             apart.execute("ROLLBACK TO SAVEPOINT look")
 
-    event.listen(store._engine, "before_cursor_execute", explain)
+    event.listen(store.engine, "before_cursor_execute", explain)
     verb(store)
-    event.remove(store._engine, "before_cursor_execute", explain)
+    event.remove(store.engine, "before_cursor_execute", explain)
     assert found
     return [(statement, step) for statement, step in found if step.get("Relation Name") in GROWING]
 
@@ -210,10 +212,10 @@ def read_by(step: dict[str, Any]) -> int:
 def test_a_claim_asks_for_what_runs_once(store: Store) -> None:
     """A waiting job's start takes as long as its statements do."""
     asked: list[str] = []
-    store.see_node(node_state("box:0"))
-    store.submit(submission())
-    event.listen(store._engine, "after_cursor_execute", lambda *given: asked.append(given[2]))
-    assert isinstance(store.claim("box:0", outside=0, joins=True, gangs=True), Claim)
+    store.cards.see(node_state("box:0"))
+    store.jobs.submit(submission())
+    event.listen(store.engine, "after_cursor_execute", lambda *given: asked.append(given[2]))
+    assert isinstance(store.attempts.claim("box:0", outside=0, joins=True, gangs=True), Claim)
     again = {statement for statement in asked if asked.count(statement) > 1}
     assert len(asked) <= 17 and again <= {"SELECT clock_timestamp() AS clock_timestamp_1"}, asked
 
@@ -221,15 +223,15 @@ def test_a_claim_asks_for_what_runs_once(store: Store) -> None:
 def test_a_label_that_is_edited_is_listed_anew(store: Store) -> None:
     from loractl.common.store.records import Amendment
 
-    number = store.submit(submission(labels={"team": "nlp", "n": "1"}))
-    other = store.submit(submission(labels={"team": "nlp"}))
+    number = store.jobs.submit(submission(labels={"team": "nlp", "n": "1"}))
+    other = store.jobs.submit(submission(labels={"team": "nlp"}))
 
     def listed(*label: str) -> list[int]:
-        return [job.job_id for job in store.newest(Choice(label=(label[0], label[1])), Page())]
+        return [job.job_id for job in store.jobs.newest(Choice(label=(label[0], label[1])), Page())]
 
     assert listed("team", "nlp") == [other, number] and listed("n", "1") == [number]
-    row = store.job(number)
+    row = store.jobs.get(number)
     seen = (row.status, row.attempt, row.spec)
     changed = submission(labels={"team": "vision"})
-    store.edit(Amendment(job_id=number, submission=changed, seen=seen, text="labels", planned_anew=False), "ada")
+    store.jobs.edit(Amendment(job_id=number, submission=changed, seen=seen, text="labels", planned_anew=False), "ada")
     assert listed("team", "nlp") == [other] and listed("team", "vision") == [number] and listed("n", "1") == []

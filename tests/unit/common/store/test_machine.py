@@ -160,7 +160,7 @@ class Life(RuleBasedStateMachine):
         clock.now = NOON
         self.known: dict[int, Known] = {}
         self.numbers = itertools.count(1)
-        with Session(store._engine) as session, session.begin():
+        with Session(store.engine) as session, session.begin():
             for table in reversed(Base.metadata.sorted_tables):
                 session.execute(delete(table))
 
@@ -191,7 +191,7 @@ class Life(RuleBasedStateMachine):
         wanted = submission(
             lora=size, method="lora", priority=priority, preemptible=preemptible, max_retries=max_retries, roomy=roomy
         )
-        job_id = self.store.submit(wanted)
+        job_id = self.store.jobs.submit(wanted)
         assert all(job_id > earlier for earlier in self.known), "a number is never given twice"
         self.known[job_id] = Known(job_id=job_id, max_retries=max_retries, preemptible=preemptible)
         return self.known[job_id]
@@ -202,9 +202,9 @@ class Life(RuleBasedStateMachine):
 
     def cancel(self, job: Known) -> None:
         if job.status in ENDED:
-            assert refused(self.store.cancel, job.job_id)
+            assert refused(self.store.jobs.cancel, job.job_id)
             return
-        row = self.store.cancel(job.job_id, "bob")
+        row = self.store.jobs.cancel(job.job_id, "bob")
         if job.status is Status.QUEUED:
             job.become(Status.CANCELLED)
             job.held = False
@@ -214,22 +214,22 @@ class Life(RuleBasedStateMachine):
 
     def hold(self, job: Known) -> None:
         if job.status is not Status.QUEUED:
-            assert refused(self.store.hold, job.job_id)
+            assert refused(self.store.jobs.hold, job.job_id)
             return
-        assert self.store.hold(job.job_id, "bob").held
+        assert self.store.jobs.hold(job.job_id, "bob").held
         job.held = True
 
     def retry(self, job: Known) -> None:
         if not (job.status in (Status.FAILED, Status.CANCELLED) or (job.status is Status.QUEUED and job.held)):
-            assert refused(self.store.retry, job.job_id)
+            assert refused(self.store.jobs.retry, job.job_id)
             return
-        assert self.store.retry(job.job_id, "bob").status is Status.QUEUED
+        assert self.store.jobs.retry(job.job_id, "bob").status is Status.QUEUED
         job.become(Status.QUEUED)
         job.held, job.cancel_asked, job.not_before = False, False, None
         job.retries, job.failures, job.reached, job.final = 0, 0, None, None
 
     def gc_forgets_the_checkpoint(self, job: Known) -> None:
-        assert (self.store.forget_checkpoint(job.job_id) is not None) is (job.status in ENDED)
+        assert (self.store.results.forget_checkpoint(job.job_id) is not None) is (job.status in ENDED)
         if job.status in ENDED:
             job.checkpoint = None
             if job.final is not None:
@@ -253,7 +253,7 @@ class Life(RuleBasedStateMachine):
 
     def beat(self, run: Run) -> None:
         job, number = self.of(run), next(self.numbers)
-        answer = self.store.beat(run.claim, told(number))
+        answer = self.store.attempts.beat(run.claim, told(number))
         mine = job.holder is run
         assert answer.accepted is mine
         if mine:
@@ -276,7 +276,7 @@ class Life(RuleBasedStateMachine):
             uri = f"file:///lab/jobs/{job.job_id}/attempt-{run.claim.attempt}/{number}"
             result = replace(RESULT, adapter_uri=uri, report_uri=f"{uri}.json")
         before = job.status
-        answer = self.store.finish(run.claim, reason, f"because of {reason.value}", told(number), result)
+        answer = self.store.attempts.finish(run.claim, reason, f"because of {reason.value}", told(number), result)
         self.written(job, number, mine)
         if mine:
             job.end(reason, self.clock.now, answer)
@@ -291,7 +291,7 @@ class Life(RuleBasedStateMachine):
         job, step = self.of(run), next(self.numbers)
         kept = StoredCheckpoint(step=step, prefix=f"jobs/{job.job_id}/checkpoints/{run.claim.attempt}-{step}")
         mine = job.holder is run
-        assert self.store.keep_checkpoint(run.claim, kept) is mine
+        assert self.store.attempts.keep_checkpoint(run.claim, kept) is mine
         if mine:
             job.checkpoint = kept
 
@@ -300,7 +300,7 @@ class Life(RuleBasedStateMachine):
     def reap(self, after: int) -> None:
         self.clock.forward(after)
         over = [j for j in self.known.values() if j.status is Status.RUNNING and j.lease < self.clock.now]
-        waits_again = [job_id for job_id, _ in self.store.reap()]
+        waits_again = [job_id for job_id, _ in self.store.attempts.reap()]
         for job in over:
             job.end(Reason.WORKER_LOST, self.clock.now)
         assert sorted(waits_again) == [j.job_id for j in over if j.status is Status.QUEUED and not j.held]
@@ -310,7 +310,7 @@ class Life(RuleBasedStateMachine):
     def give_back(self, node: str) -> None:
         """A node starts anew: what its predecessor ran is lost."""
         left = [j for j in self.known.values() if j.status is Status.RUNNING and j.node == node]
-        assert sorted(self.store.give_back(node)) == [j.job_id for j in left]
+        assert sorted(self.store.attempts.give_back(node)) == [j.job_id for j in left]
         for job in left:
             job.end(Reason.WORKER_LOST, self.clock.now)
 
@@ -344,7 +344,7 @@ class Life(RuleBasedStateMachine):
             else []
         )
         asked = [j for j in self.known.values() if j.gives_way]
-        for job_id in self.store.preempt():
+        for job_id in self.store.cards.preempt():
             job = self.known[job_id]
             assert job.status is Status.RUNNING and job.preemptible and not asked
             job.gives_way = True
@@ -358,9 +358,9 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def every_job_is_what_it_must_be(self) -> None:
-        rows = {row.job_id: row for row in self.store.jobs()}
+        rows = {row.job_id: row for row in self.store.jobs.matching()}
         assert rows.keys() == self.known.keys(), "a number that submit returned is never lost"
-        published = {a.job_id: (a.attempt, a.uri) for a in self.store.adapters()}
+        published = {a.job_id: (a.attempt, a.uri) for a in self.store.adapters.all()}
         for job in self.known.values():
             row = rows[job.job_id]
             assert row.status is job.status
@@ -385,7 +385,7 @@ class Life(RuleBasedStateMachine):
 
     def its_history_is_whole(self, job: Known) -> None:
         """Every attempt has its row, with the reason why it ended; the one that holds the job is the last and open."""
-        rows = self.store.attempts(job.job_id)
+        rows = self.store.attempts.of_job(job.job_id)
         assert [(r.attempt, r.token, r.reason) for r in rows] == [
             (n, run.claim.token, run.ended) for n, run in enumerate(job.runs, 1)
         ]
@@ -410,8 +410,8 @@ class Life(RuleBasedStateMachine):
             self.its_history_is_whole(job)
 
     def take(self, node: str, total: int) -> Run | None:
-        self.store.see_node(node_state(node, total=total, max_jobs=64))
-        claim = self.store.claim(node)
+        self.store.cards.see(node_state(node, total=total, max_jobs=64))
+        claim = self.store.attempts.claim(node)
         if not isinstance(claim, Claim):
             return None
         job = self.known[claim.job_id]
@@ -430,13 +430,13 @@ class Life(RuleBasedStateMachine):
 
     def written(self, job: Known, number: int, mine: bool) -> None:
         """What an attempt tells is in the database exactly when the job is its own."""
-        steps = {point.step for point in self.store.metrics(job.job_id, "loss")}
+        steps = {point.step for point in self.store.jobs.metrics(job.job_id, "loss")}
         assert (number in steps) is mine
 
 
 def test_no_order_of_events_breaks_a_promise(timed: Store, clock: Clock) -> None:
-    _without_waiting_for_the_disk(timed._engine)
-    share = 1 if timed._engine.dialect.name == "sqlite" else 2  # PostgreSQL takes twice the time
+    _without_waiting_for_the_disk(timed.engine)
+    share = 1 if timed.engine.dialect.name == "sqlite" else 2  # PostgreSQL takes twice the time
     chosen = settings(machine, max_examples=EXAMPLES // share)
     run_state_machine_as_test(lambda: Life(timed, clock), settings=chosen)
 

@@ -32,11 +32,11 @@ from ...factories import RESULT, node_state, submission
 
 
 def show(store: Store, node: str = "box:0", total: float = 24, **state: Any) -> None:
-    store.see_node(node_state(node, total=int(total * GIB), **state))
+    store.cards.see(node_state(node, total=int(total * GIB), **state))
 
 
 def claim(store: Store, node: str = "box:0") -> Claim:
-    taken = store.claim(node)
+    taken = store.attempts.claim(node)
     assert isinstance(taken, Claim), taken
     return taken
 
@@ -44,50 +44,50 @@ def claim(store: Store, node: str = "box:0") -> Claim:
 def runs_out(store: Store, mine: Claim, peak: float | None = None) -> Status | None:
     """The attempt ends out of memory; `peak`: GiB that its process had then, without it all that it was given."""
     had = int(peak * GIB) if peak is not None else mine.vram_reserved
-    return store.finish(mine, Reason.OUT_OF_MEMORY, "out of memory", Progress(vram_process=had))
+    return store.attempts.finish(mine, Reason.OUT_OF_MEMORY, "out of memory", Progress(vram_process=had))
 
 
 def text_of_last(store: Store, job_id: int) -> tuple[str, str]:
-    event = store.events(job_id)[-1]
+    event = store.jobs.events(job_id)[-1]
     return event.kind, event.text
 
 
 @SQLITE_ALONE
 def test_what_was_too_little_is_raised_by_a_quarter_and_a_larger_card_takes_it(store: Store) -> None:
-    job_id = store.submit(submission(lora=16, method="lora"))
+    job_id = store.jobs.submit(submission(lora=16, method="lora"))
     show(store, "a:0", 18)
     show(store, "b:0", 24)
     assert runs_out(store, claim(store, "a:0")) is Status.QUEUED
-    row = store.job(job_id)
+    row = store.jobs.get(job_id)
     assert (row.vram_lora, row.vram_needed, row.vram_class) == (int(16 * GIB * GROWTH), 20 * GIB, 24)
     assert (row.retries_used, row.not_before, row.vram_reserved) == (0, None, None)
     assert text_of_last(store, job_id) == (
         "requeued",
         "attempt 1 ended (out_of_memory): out of memory; it waits for 20.0 GiB now",
     )
-    assert store.claim("a:0") is None
+    assert store.attempts.claim("a:0") is None
     mine = claim(store, "b:0")
     assert (mine.attempt, mine.vram_reserved) == (2, 20 * GIB)
 
 
 @SQLITE_ALONE
 def test_qlora_is_next_where_it_is_permitted_and_the_card_holds_no_larger_lora(store: Store) -> None:
-    job_id = store.submit(submission(lora=16, qlora=8))
+    job_id = store.jobs.submit(submission(lora=16, qlora=8))
     show(store, total=18)
     first = claim(store)
     assert first.method is Method.LORA
     assert runs_out(store, first) is Status.QUEUED
     second = claim(store)
     assert (second.method, second.vram_reserved) == (Method.QLORA, 8 * GIB)
-    assert store.events(job_id)[-1].text.endswith("with qlora (auto: lora does not fit)")
+    assert store.jobs.events(job_id)[-1].text.endswith("with qlora (auto: lora does not fit)")
 
 
 @SQLITE_ALONE
 def test_a_measured_peak_beyond_the_growth_is_what_it_needs(store: Store) -> None:
-    job_id = store.submit(submission(lora=8, method="lora"))
+    job_id = store.jobs.submit(submission(lora=8, method="lora"))
     show(store)
     runs_out(store, claim(store), peak=14)
-    assert store.job(job_id).vram_lora == int(14 * GIB * 1.05)
+    assert store.jobs.get(job_id).vram_lora == int(14 * GIB * 1.05)
 
 
 @pytest.mark.parametrize(
@@ -101,78 +101,78 @@ def test_a_measured_peak_beyond_the_growth_is_what_it_needs(store: Store) -> Non
     ],
 )
 def test_a_job_that_no_card_could_give_more_fails_with_a_sentence(store: Store, keys: dict, sentence: str) -> None:
-    job_id = store.submit(submission(lora=20, method="lora", **keys))
+    job_id = store.jobs.submit(submission(lora=20, method="lora", **keys))
     show(store)
     assert runs_out(store, claim(store)) is Status.FAILED
-    row = store.job(job_id)
+    row = store.jobs.get(job_id)
     assert (row.status, row.reason, row.message) == (Status.FAILED, Reason.OUT_OF_MEMORY, sentence)
     assert text_of_last(store, job_id) == ("failed", sentence)
-    assert store.claim("box:0") is None
+    assert store.attempts.claim("box:0") is None
 
 
 def test_each_step_down_happens_once_until_nothing_is_left(store: Store) -> None:
-    store.submit(submission(lora=16, qlora=8))
+    store.jobs.submit(submission(lora=16, qlora=8))
     show(store, total=18)
     seen = []
-    while isinstance(taken := store.claim("box:0"), Claim):
+    while isinstance(taken := store.attempts.claim("box:0"), Claim):
         seen.append((taken.method.value, round((taken.vram_reserved or 0) / GIB, 1)))
         runs_out(store, taken)
     assert seen == [("lora", 16.0), ("qlora", 8.0), ("qlora", 10.0), ("qlora", 12.5), ("qlora", 15.6)]
-    assert store.job(1).status is Status.FAILED
+    assert store.jobs.get(1).status is Status.FAILED
 
 
 def test_memory_that_an_outsider_took_does_not_raise_the_need(store: Store) -> None:
-    job_id = store.submit(submission(lora=16, method="lora"))
+    job_id = store.jobs.submit(submission(lora=16, method="lora"))
     show(store)
     below = 16 * OUTSIDER_SHARE - 0.1
     for attempt in (1, 2):
         assert runs_out(store, claim(store), peak=below) is Status.QUEUED
-        row = store.job(job_id)
+        row = store.jobs.get(job_id)
         assert (row.vram_lora, row.attempt) == (16 * GIB, attempt)
         assert text_of_last(store, job_id)[1].endswith("; another program took memory of box:0")
     runs_out(store, claim(store), peak=16 * OUTSIDER_SHARE + 0.1)
-    assert store.job(job_id).vram_lora == 20 * GIB
+    assert store.jobs.get(job_id).vram_lora == 20 * GIB
 
 
 @SQLITE_ALONE
 def test_a_job_of_unknown_need_learns_one_from_what_was_too_little(store: Store) -> None:
-    job_id = store.submit(submission(lora=None, qlora=None, method="lora"))
+    job_id = store.jobs.submit(submission(lora=None, qlora=None, method="lora"))
     show(store, "a:0", 16)
     show(store, "b:0", 48, max_jobs=4)
     mine = claim(store, "a:0")
     assert mine.vram_reserved == 16 * GIB
     runs_out(store, mine)
-    assert store.job(job_id).vram_needed == 20 * GIB
+    assert store.jobs.get(job_id).vram_needed == 20 * GIB
     assert claim(store, "b:0").vram_reserved == 20 * GIB
 
 
 @SQLITE_ALONE
 def test_on_a_processor_the_method_is_tried_no_more(store: Store) -> None:
-    job_id = store.submit(submission(lora=16, qlora=8))
+    job_id = store.jobs.submit(submission(lora=16, qlora=8))
     show(store, total=64, kind="cpu")
     assert runs_out(store, claim(store), peak=3) is Status.QUEUED
     assert claim(store).method is Method.QLORA
-    assert store.job(job_id).vram_lora == 64 * GIB + 1
+    assert store.jobs.get(job_id).vram_lora == 64 * GIB + 1
 
 
 @SQLITE_ALONE
 def test_the_plan_that_a_trainer_on_a_processor_tells_is_the_attempt_s(store: Store) -> None:
-    job_id = store.submit(submission(lora=2, method="lora"))
+    job_id = store.jobs.submit(submission(lora=2, method="lora"))
     show(store, total=64, kind="cpu")
     mine = claim(store)
-    assert store.attempts(job_id)[0].vram_planned is None, "the job's may be one for a card"
-    store.beat(mine, Progress(need=Need(lora=3 * GIB, qlora=GIB)))
-    assert store.attempts(job_id)[0].vram_planned == 3 * GIB == store.job(job_id).vram_lora
+    assert store.attempts.of_job(job_id)[0].vram_planned is None, "the job's may be one for a card"
+    store.attempts.beat(mine, Progress(need=Need(lora=3 * GIB, qlora=GIB)))
+    assert store.attempts.of_job(job_id)[0].vram_planned == 3 * GIB == store.jobs.get(job_id).vram_lora
 
 
 def test_patience_and_steps_down_of_the_batch_end_with_a_new_reservation(store: Store) -> None:
-    job_id = store.submit(submission(lora=16, qlora=8, lora_patience="9h"))
+    job_id = store.jobs.submit(submission(lora=16, qlora=8, lora_patience="9h"))
     show(store, "a:0", 18)
     mine = claim(store, "a:0")
-    store.beat(mine, Progress(adjustment=Adjustment(micro_batch=1, accumulation=16)))
-    assert store.job(job_id).adjustment == {"micro_batch": 1, "accumulation": 16}
+    store.attempts.beat(mine, Progress(adjustment=Adjustment(micro_batch=1, accumulation=16)))
+    assert store.jobs.get(job_id).adjustment == {"micro_batch": 1, "accumulation": 16}
     runs_out(store, mine)
-    row = store.job(job_id)
+    row = store.jobs.get(job_id)
     assert (row.lora_until, row.adjustment) == (None, None)
     again = claim(store, "a:0")
     assert (again.method, again.adjustment) == (Method.QLORA, Adjustment())
@@ -184,13 +184,13 @@ def test_patience_and_steps_down_of_the_batch_end_with_a_new_reservation(store: 
 def ran(store: Store, key: str, peak: float, *, family: str = "llama", ends: Reason = Reason.OK, **keys: Any) -> int:
     """A job of that kind that ran once and peaked at so many GiB."""
     wanted = {"lora": 10, "method": "lora", **keys}
-    job_id = store.submit(replace(submission(**wanted), need_key=key, family=family))
+    job_id = store.jobs.submit(replace(submission(**wanted), need_key=key, family=family))
     mine = claim(store)
     assert mine.job_id == job_id
     result = RESULT if ends is Reason.OK else None
-    store.finish(mine, ends, "done", Progress(vram_process=int(peak * GIB), vram_peak=GIB), result)
-    if store.job(job_id).status is Status.QUEUED:
-        store.cancel(job_id, "ada")
+    store.attempts.finish(mine, ends, "done", Progress(vram_process=int(peak * GIB), vram_peak=GIB), result)
+    if store.jobs.get(job_id).status is Status.QUEUED:
+        store.jobs.cancel(job_id, "ada")
     return job_id
 
 
@@ -202,19 +202,19 @@ def test_what_ran_on_gpus_is_remembered_by_key_and_by_family(store: Store) -> No
     ran(store, "key-3", 7)
     ran(store, "key-1", 10, ends=Reason.OUT_OF_MEMORY)
     ran(store, "key-1", 5, ends=Reason.TRAINER_ERROR)
-    everything = store.measured()
+    everything = store.attempts.measured()
     assert sorted(one.peak // GIB for one in everything if one.peak) == [7, 8, 9, 10], (
         "a failure says nothing of memory"
     )
-    like = store.measured("key-1", "llama")
+    like = store.attempts.measured("key-1", "llama")
     assert sorted((one.need_key, one.out_of_memory) for one in like) == [
         ("key-1", False),
         ("key-1", True),
         ("key-3", False),
     ]
-    assert {one.need_key for one in store.measured("key-2", None)} == {"key-2"}
-    assert store.measured("no-such", None) == []
-    assert len(store.measured(limit=2)) == 2
+    assert {one.need_key for one in store.attempts.measured("key-2", None)} == {"key-2"}
+    assert store.attempts.measured("no-such", None) == []
+    assert len(store.attempts.measured(limit=2)) == 2
     assert like[0].planned == 10 * GIB and like[0].device_name == "NVIDIA A40"
 
 
@@ -223,7 +223,7 @@ def test_what_ran_on_gpus_is_remembered_by_key_and_by_family(store: Store) -> No
 def test_what_ran_on_no_real_card_teaches_nothing(store: Store, kind: str) -> None:
     show(store, total=48, kind=kind)
     ran(store, "key-1", 9)
-    assert store.measured() == []
+    assert store.attempts.measured() == []
 
 
 @SQLITE_ALONE
@@ -231,29 +231,29 @@ def test_the_next_job_like_it_is_reserved_what_the_last_one_took(store: Store) -
     show(store, total=48)
     ran(store, "key-1", 8)
     planned = Need(lora=10 * GIB, qlora=5 * GIB)
-    assert learned(planned, "key-1", store.measured("key-1", "llama")) == Need(
+    assert learned(planned, "key-1", store.attempts.measured("key-1", "llama")) == Need(
         lora=int(8 * GIB * LIKE_IT_SPARE), qlora=5 * GIB
     )
     ran(store, "key-1", 10, ends=Reason.OUT_OF_MEMORY)
-    found = learned(planned, "key-1", store.measured("key-1", "llama"))
+    found = learned(planned, "key-1", store.attempts.measured("key-1", "llama"))
     assert found.lora == int(10 * GIB * GROWTH), "what was too little once is too little again"
-    assert peaks_like("key-1", Method.LORA, store.measured()) == [8 * GIB]
+    assert peaks_like("key-1", Method.LORA, store.attempts.measured()) == [8 * GIB]
 
 
 def test_the_attempt_s_plan_is_the_one_before_what_was_learned(store: Store) -> None:
     show(store, total=48)
     wanted = submission(lora=10, method="lora")
-    job_id = store.submit(replace(wanted, need=Need(lora=12 * GIB, qlora=None), need_key="k", family="llama"))
+    job_id = store.jobs.submit(replace(wanted, need=Need(lora=12 * GIB, qlora=None), need_key="k", family="llama"))
     mine = claim(store)
     assert (mine.vram_planned, mine.vram_reserved) == (10 * GIB, 12 * GIB)
-    store.beat(mine, Progress(need=Need(lora=5 * GIB, qlora=2 * GIB)))
-    row = store.job(job_id)
+    store.attempts.beat(mine, Progress(need=Need(lora=5 * GIB, qlora=2 * GIB)))
+    row = store.jobs.get(job_id)
     assert (row.vram_lora, row.vram_reserved) == (6 * GIB, 6 * GIB), "a fifth more was learned, and holds for it too"
-    assert store.attempts(job_id)[0].vram_planned == 5 * GIB
-    store.beat(mine, Progress(need=Need(lora=10 * GIB, qlora=5 * GIB)))  # its rows prove to need padding
-    row = store.job(job_id)
+    assert store.attempts.of_job(job_id)[0].vram_planned == 5 * GIB
+    store.attempts.beat(mine, Progress(need=Need(lora=10 * GIB, qlora=5 * GIB)))  # its rows prove to need padding
+    row = store.jobs.get(job_id)
     assert (row.vram_lora, row.vram_reserved) == (12 * GIB, 6 * GIB), "it has no more, the next attempt will"
-    assert store.attempts(job_id)[0].vram_planned == 10 * GIB, "which its peak is compared with"
+    assert store.attempts.of_job(job_id)[0].vram_planned == 10 * GIB, "which its peak is compared with"
 
 
 def test_what_waits_and_what_runs_hides_no_attempt_of_its_kind(store: Store) -> None:
@@ -261,26 +261,30 @@ def test_what_waits_and_what_runs_hides_no_attempt_of_its_kind(store: Store) -> 
     show(store, total=48)
     ran(store, "key-1", 9)
     for _ in range(2):
-        store.submit(replace(submission(), need_key="key-1", family="llama"))
-    assert len(store.measured("key-1", None, limit=1)) == len(store.measured("key-9", "llama", limit=1)) == 1
+        store.jobs.submit(replace(submission(), need_key="key-1", family="llama"))
+    assert (
+        len(store.attempts.measured("key-1", None, limit=1))
+        == len(store.attempts.measured("key-9", "llama", limit=1))
+        == 1
+    )
 
 
 def test_an_attempt_of_an_older_engine_teaches_nothing(store: Store) -> None:
     """Its steps took other memory: its peak would be reserved for jobs like it for ever."""
     show(store, total=48)
     ran(store, "key-1", 9)
-    assert len(store.measured("key-1", "llama")) == 1
-    with Session(store._engine) as session, session.begin():
+    assert len(store.attempts.measured("key-1", "llama")) == 1
+    with Session(store.engine) as session, session.begin():
         session.execute(update(Attempt).values(engine=ENGINE - 1))
-    assert store.measured() == [] == store.measured("key-1", "llama")
+    assert store.attempts.measured() == [] == store.attempts.measured("key-1", "llama")
 
 
 def test_an_older_version_s_attempt_without_a_name_is_unknown(store: Store) -> None:
     show(store, total=48)
     ran(store, "key-1", 9)
-    with Session(store._engine) as session, session.begin():
+    with Session(store.engine) as session, session.begin():
         session.execute(update(Attempt).values(device_name=None, vram_process=None))
-    (one,) = store.measured()
+    (one,) = store.attempts.measured()
     assert one == Measured(
         device_name="unknown", method=Method.LORA, family="llama", need_key="key-1", planned=10 * GIB,
         reserved=10 * GIB, peak=GIB, out_of_memory=False,
@@ -296,13 +300,13 @@ LLAMA = {
 def submit_before_the_upgrade(store: Store, base: Path | str, **asked: Any) -> int:
     """A job that waits with a plan for other steps: 30 GiB, where today's need 13."""
     wanted = submission(lora=30, qlora=20, base_model=str(base), method="lora", **asked)
-    job_id = store.submit(replace(wanted, need_key="old"))
+    job_id = store.jobs.submit(replace(wanted, need_key="old"))
     set_columns(store, job_id, engine=ENGINE - 1)
     return job_id
 
 
 def set_columns(store: Store, job_id: int, **values: Any) -> None:
-    with Session(store._engine) as session, session.begin():
+    with Session(store.engine) as session, session.begin():
         session.execute(update(Job).where(Job.job_id == job_id).values(**values))
 
 
@@ -315,39 +319,39 @@ def base(tmp_path: Path) -> Path:
 @SQLITE_ALONE
 def test_after_an_upgrade_what_waits_is_planned_for_the_new_steps(store: Store, base: Path) -> None:
     job_id = submit_before_the_upgrade(store, base, priority=3)
-    with store._engine.begin() as connection, alembic_config(connection) as config:
+    with store.engine.begin() as connection, alembic_config(connection) as config:
         command.downgrade(config, "0016")
-    assert upgrade(store._engine) == ("0016", HEAD)
+    assert upgrade(store.engine) == ("0016", HEAD)
     show(store)
-    assert store.claim("box:0") is None, "it was planned for more than the card has"
-    assert store.plan_anew() == [job_id]
-    job, asked = store.job(job_id), submission(base_model=str(base), method="lora").spec
+    assert store.attempts.claim("box:0") is None, "it was planned for more than the card has"
+    assert store.jobs.plan_anew() == [job_id]
+    job, asked = store.jobs.get(job_id), submission(base_model=str(base), method="lora").spec
     need = predict(asked)
     assert (job.vram_lora, job.vram_qlora, job.vram_needed) == (need.lora, need.qlora, need.lora)
     assert job.planned == vars(need)
     assert (job.need_key, job.family, job.engine) == (need_key(asked, {}), "llama", ENGINE)
     text = f"planned anew for the steps of this version: lora {gib(need.lora)} GiB, qlora {gib(need.qlora)} GiB"
     assert text_of_last(store, job_id) == ("planned", text)
-    assert store.plan_anew() == [], "once"
+    assert store.jobs.plan_anew() == [], "once"
     assert claim(store).job_id == job_id
 
 
 def test_only_what_waits_with_an_older_plan_is_planned_anew_where_its_base_is(store: Store, base: Path) -> None:
     elsewhere, cancelled = submit_before_the_upgrade(store, "/nowhere"), submit_before_the_upgrade(store, base)
-    store.cancel(cancelled, "ada")
-    newest = store.submit(submission(lora=30, base_model=str(base)))
+    store.jobs.cancel(cancelled, "ada")
+    newest = store.jobs.submit(submission(lora=30, base_model=str(base)))
     unreadable = submit_before_the_upgrade(store, base)
-    set_columns(store, unreadable, spec={**store.job(unreadable).spec, "something_new": 1})
-    assert store.plan_anew() == []
-    assert {store.job(each).vram_lora for each in (elsewhere, cancelled, newest, unreadable)} == {30 * GIB}
-    store.retry(cancelled, "ada")
-    assert store.plan_anew() == [cancelled]
+    set_columns(store, unreadable, spec={**store.jobs.get(unreadable).spec, "something_new": 1})
+    assert store.jobs.plan_anew() == []
+    assert {store.jobs.get(each).vram_lora for each in (elsewhere, cancelled, newest, unreadable)} == {30 * GIB}
+    store.jobs.retry(cancelled, "ada")
+    assert store.jobs.plan_anew() == [cancelled]
 
 
 def test_a_job_that_has_run_keeps_what_its_own_rows_have_taught(store: Store, base: Path) -> None:
     job_id = submit_before_the_upgrade(store, base)
     set_columns(store, job_id, attempt=1, vram_lora=GIB, planned={"lora": GIB, "qlora": None})
-    assert store.plan_anew() == [job_id]
-    job, need = store.job(job_id), predict(submission(base_model=str(base), method="lora").spec)
+    assert store.jobs.plan_anew() == [job_id]
+    job, need = store.jobs.get(job_id), predict(submission(base_model=str(base), method="lora").spec)
     assert (job.vram_lora, job.vram_qlora) == (GIB, need.qlora)
     assert job.planned == {"lora": GIB, "qlora": need.qlora}

@@ -36,17 +36,17 @@ def show(store: Store, node: str = "box:0", total: float = 24, **state: Any) -> 
     """A card that a node reports; sizes in GiB."""
     for key in ("margin", "outside_bytes"):
         state[key] = int(state.get(key, 0) * GIB)
-    store.see_node(node_state(node, **{"max_jobs": 1, **state, "total": int(total * GIB)}))
+    store.cards.see(node_state(node, **{"max_jobs": 1, **state, "total": int(total * GIB)}))
 
 
 def claim(store: Store, node: str = "box:0", **live: Any) -> Claim:
-    taken = store.claim(node, **live)
+    taken = store.attempts.claim(node, **live)
     assert isinstance(taken, Claim), taken
     return taken
 
 
 def done(store: Store, mine: Claim) -> None:
-    assert store.finish(mine, Reason.OK, "done", NOTHING, RESULT) is Status.SUCCEEDED
+    assert store.attempts.finish(mine, Reason.OK, "done", NOTHING, RESULT) is Status.SUCCEEDED
 
 
 def gib_of(size: int | None) -> float:
@@ -59,36 +59,36 @@ def gib_of(size: int | None) -> float:
 
 def test_a_card_keeps_free_what_contexts_take_beyond_the_plans(store: Store) -> None:
     """Of each job that may run there: a job that fills the card to the last byte would run out of memory."""
-    store.submit(submission(lora=23, method="lora"))
+    store.jobs.submit(submission(lora=23, method="lora"))
     found = {"fault": None, "context": 600 * 2**20, "context_after": 756 * 2**20}  # 500 MiB are planned
     show(store, margin=0.5, max_jobs=2, self_test=found)
-    (card,), (node,) = store.fleet().cards.values(), store.nodes()
+    (card,), (node,) = store.cards.fleet().cards.values(), store.cards.nodes()
     assert card.margin == GIB and card.free == node.usable == 23 * GIB
-    assert isinstance(store.claim("box:0"), Claim)
-    store.submit(submission(lora=23.2, method="lora"))
+    assert isinstance(store.attempts.claim("box:0"), Claim)
+    store.jobs.submit(submission(lora=23.2, method="lora"))
     show(store, "box:1", margin=0.5, max_jobs=2, self_test=found)
-    assert store.claim("box:1") is None
+    assert store.attempts.claim("box:1") is None
     show(store, "box:1", margin=0.5, max_jobs=2, self_test={"fault": None, "context": 140 * 2**20})
-    assert isinstance(store.claim("box:1"), Claim)
+    assert isinstance(store.attempts.claim("box:1"), Claim)
 
 
 def test_a_card_with_a_fault_takes_nothing_until_it_works_again(store: Store) -> None:
-    store.submit(submission())
+    store.jobs.submit(submission())
     assert take(store, fault="it is lost") is None
-    assert store.fleet().cards["box:0"].open is False
+    assert store.cards.fleet().cards["box:0"].open is False
     assert isinstance(take(store), Claim)
 
 
 def test_slots_that_claim_at_once_never_reserve_the_same_bytes(store: Store) -> None:
     for _ in range(12):
-        store.submit(submission(lora=15, method="lora"))
+        store.jobs.submit(submission(lora=15, method="lora"))
     show(store, total=80, margin=2, max_jobs=8)
     barrier, claims, errors = threading.Barrier(8), [], []
 
     def slot() -> None:
         barrier.wait()
         try:
-            while (taken := store.claim("box:0")) is not None:
+            while (taken := store.attempts.claim("box:0")) is not None:
                 if isinstance(taken, Claim):
                     claims.append(taken)
         except Exception as error:  # noqa: BLE001  told by the main thread
@@ -100,38 +100,38 @@ def test_slots_that_claim_at_once_never_reserve_the_same_bytes(store: Store) -> 
     for thread in threads:
         thread.join(timeout=60)
     assert errors == []
-    running = store.jobs(statuses=[Status.RUNNING])
+    running = store.jobs.matching(statuses=[Status.RUNNING])
     assert len({mine.job_id for mine in claims}) == len(claims) == len(running) == 5, "as many as fit, and each once"
     assert sum(job.vram_reserved or 0 for job in running) <= 78 * GIB
 
 
 def test_what_others_hold_is_respected_and_the_newer_look_goes_before_the_row(store: Store) -> None:
-    store.submit(submission(lora=20, method="lora"))
+    store.jobs.submit(submission(lora=20, method="lora"))
     show(store)
-    assert store.claim("box:0", outside=5 * GIB) is None, "the row knew of nothing"
+    assert store.attempts.claim("box:0", outside=5 * GIB) is None, "the row knew of nothing"
     show(store, outside_bytes=5)
-    assert store.claim("box:0", outside=0) is None, "what was there lately counts too"
+    assert store.attempts.claim("box:0", outside=0) is None, "what was there lately counts too"
     show(store, outside_bytes=4)
     assert claim(store, outside=4 * GIB).vram_reserved == 20 * GIB
 
 
 def test_a_job_that_took_more_than_its_plan_leaves_less_for_the_next(store: Store) -> None:
     for _ in range(2):
-        store.submit(submission(lora=10, method="lora"))
+        store.jobs.submit(submission(lora=10, method="lora"))
     show(store, total=24, max_jobs=2)
     first = claim(store)
-    assert store.claim("box:0", outside=0, used={str(first.job_id): 15 * GIB}) is None
+    assert store.attempts.claim("box:0", outside=0, used={str(first.job_id): 15 * GIB}) is None
     assert claim(store, outside=0, used={str(first.job_id): 2 * GIB}).job_id != first.job_id
 
 
 def test_reserved_bytes_are_free_again_after_the_end(store: Store) -> None:
     for _ in range(2):
-        store.submit(submission(lora=20, method="lora"))
+        store.jobs.submit(submission(lora=20, method="lora"))
     show(store, max_jobs=2)
     first = claim(store)
-    assert store.claim("box:0") is None
+    assert store.attempts.claim("box:0") is None
     done(store, first)
-    assert store.job(first.job_id).vram_reserved is None
+    assert store.jobs.get(first.job_id).vram_reserved is None
     claim(store)
 
 
@@ -140,35 +140,35 @@ def test_reserved_bytes_are_free_again_after_the_end(store: Store) -> None:
 
 @pytest.mark.parametrize("target", ["box", "box:0"])
 def test_a_drained_card_claims_nothing_until_the_drain_ends(timed: Store, clock: Clock, target: str) -> None:
-    timed.submit(submission())
+    timed.jobs.submit(submission())
     show(timed)
-    timed.drain(target, "lena", "fan", until=clock.now + dt.timedelta(seconds=30))
-    assert timed.claim("box:0") is None
-    assert timed.drains()[target].reason == "fan"
+    timed.cards.drain(target, "lena", "fan", until=clock.now + dt.timedelta(seconds=30))
+    assert timed.attempts.claim("box:0") is None
+    assert timed.cards.drains()[target].reason == "fan"
     clock.forward(30)
-    assert timed.drains() == {}, "it ends by itself"
-    timed.drain(target, "lena", "fan again")
-    assert timed.claim("box:0") is None
-    assert timed.end_drain(target) and not timed.end_drain(target)
+    assert timed.cards.drains() == {}, "it ends by itself"
+    timed.cards.drain(target, "lena", "fan again")
+    assert timed.attempts.claim("box:0") is None
+    assert timed.cards.end_drain(target) and not timed.cards.end_drain(target)
     claim(timed)
 
 
 def test_a_drain_of_another_box_or_card_changes_nothing(store: Store) -> None:
-    store.submit(submission())
+    store.jobs.submit(submission())
     show(store)
     for other in ("box:1", "boxes", "bo"):
-        store.drain(other, "lena", "fan")
+        store.cards.drain(other, "lena", "fan")
     claim(store)
 
 
 def test_a_card_that_was_not_seen_for_long_or_is_stopping_claims_nothing(timed: Store, clock: Clock) -> None:
-    timed.submit(submission())
-    assert timed.claim("box:0") is None, "it has no row"
+    timed.jobs.submit(submission())
+    assert timed.attempts.claim("box:0") is None, "it has no row"
     show(timed)
     clock.forward(NODE_STALE_S + 1)
-    assert timed.claim("box:0") is None
+    assert timed.attempts.claim("box:0") is None
     show(timed, draining=True)
-    assert timed.claim("box:0") is None
+    assert timed.attempts.claim("box:0") is None
     show(timed)
     claim(timed)
 
@@ -177,22 +177,22 @@ def test_a_card_that_was_not_seen_for_long_or_is_stopping_claims_nothing(timed: 
 
 
 def test_patience_waits_for_lora_and_then_lets_qlora_do(timed: Store, clock: Clock) -> None:
-    job_id = timed.submit(submission(lora=20, qlora=8, lora_patience="2h"))
+    job_id = timed.jobs.submit(submission(lora=20, qlora=8, lora_patience="2h"))
     show(timed, total=12)
-    assert timed.claim("box:0") is None
+    assert timed.attempts.claim("box:0") is None
     clock.forward(2 * HOUR - 1)
     show(timed, total=12)
-    assert (timed.end_patience(), timed.claim("box:0")) == ([], None)
+    assert (timed.jobs.end_patience(), timed.attempts.claim("box:0")) == ([], None)
     clock.forward(1)
-    assert timed.end_patience() == [(job_id, 8)]
-    assert timed.end_patience() == []
+    assert timed.jobs.end_patience() == [(job_id, 8)]
+    assert timed.jobs.end_patience() == []
     assert claim(timed).method is Method.QLORA
-    kinds = [(e.kind, e.text) for e in timed.events(job_id)]
+    kinds = [(e.kind, e.text) for e in timed.jobs.events(job_id)]
     assert ("patience", "waited long enough for LoRA: QLoRA will do now") in kinds
 
 
 def test_a_patient_job_takes_lora_as_soon_as_a_card_holds_it(timed: Store) -> None:
-    timed.submit(submission(lora=20, qlora=8, lora_patience="2h"))
+    timed.jobs.submit(submission(lora=20, qlora=8, lora_patience="2h"))
     show(timed, total=24)
     assert claim(timed).method is Method.LORA
 
@@ -210,25 +210,25 @@ def test_a_patient_job_takes_lora_as_soon_as_a_card_holds_it(timed: Store) -> No
 def test_the_history_says_which_of_the_permitted_methods_was_taken_and_why(
     store: Store, wanted: Any, total: int, taken: Method, why: str
 ) -> None:
-    job_id = store.submit(submission(lora=20, qlora=8, method=wanted))
+    job_id = store.jobs.submit(submission(lora=20, qlora=8, method=wanted))
     show(store, total=total)
     mine = claim(store)
     assert (mine.method, mine.vram_reserved) == (taken, (20 if taken is Method.LORA else 8) * GIB)
-    assert store.events(job_id)[-1].text == f"attempt 1 started on box:0 with {taken.value}{why}"
+    assert store.jobs.events(job_id)[-1].text == f"attempt 1 started on box:0 with {taken.value}{why}"
     assert mine.method_why == why.strip(" ()")
 
 
 def test_max_vram_leaves_out_the_method_that_needs_more(store: Store) -> None:
-    store.submit(submission(lora=20, qlora=8, resources={"max_vram": "10GiB"}))
+    store.jobs.submit(submission(lora=20, qlora=8, resources={"max_vram": "10GiB"}))
     show(store, total=80)
     assert claim(store).method is Method.QLORA
 
 
 def test_labels_of_a_job_are_asked_of_the_node(store: Store) -> None:
-    store.submit(submission(resources={"node_labels": {"nvlink": "yes"}}))
+    store.jobs.submit(submission(resources={"node_labels": {"nvlink": "yes"}}))
     for labels in ({}, {"nvlink": "no"}):
         show(store, labels=labels)
-        assert store.claim("box:0") is None
+        assert store.attempts.claim("box:0") is None
     show(store, labels={"nvlink": "yes", "site": "roof"})
     claim(store)
 
@@ -238,49 +238,49 @@ def test_labels_of_a_job_are_asked_of_the_node(store: Store) -> None:
 
 def test_a_job_that_cannot_start_keeps_no_one_of_lower_priority_from_being_given_way_to(store: Store) -> None:
     low = submission(lora=20, method="lora", preemptible=True)
-    store.submit(low)
+    store.jobs.submit(low)
     show(store)
     mine = claim(store)
-    held = store.submit(submission(lora=20, method="lora", priority=9))
-    store.hold(held, "ada", "")
-    store.submit(submission(lora=200, method="lora", priority=8))
-    store.submit(submission(lora=20, method="lora", priority=5))
-    assert store.preempt() == (mine.job_id,)
+    held = store.jobs.submit(submission(lora=20, method="lora", priority=9))
+    store.jobs.hold(held, "ada", "")
+    store.jobs.submit(submission(lora=200, method="lora", priority=8))
+    store.jobs.submit(submission(lora=20, method="lora", priority=5))
+    assert store.cards.preempt() == (mine.job_id,)
 
 
 def test_nobody_gives_way_on_a_card_that_is_kept_for_another_job(timed: Store, clock: Clock) -> None:
     """Else the job would stop in vain: what it leaves is kept."""
     show(timed, total=80, max_jobs=4)
-    timed.submit(submission(lora=40, method="lora"))
+    timed.jobs.submit(submission(lora=40, method="lora"))
     claim(timed)
-    timed.submit(submission(lora=30, method="lora", preemptible=True))
+    timed.jobs.submit(submission(lora=30, method="lora", preemptible=True))
     giving = claim(timed)
-    large = timed.submit(submission(lora=70, method="lora", priority=5, user="bob"))
-    timed.submit(submission(lora=20, method="lora", priority=5))
+    large = timed.jobs.submit(submission(lora=70, method="lora", priority=5, user="bob"))
+    timed.jobs.submit(submission(lora=20, method="lora", priority=5))
     clock.forward(RESERVE_AFTER_S + 1)
     show(timed, total=80, max_jobs=4)
-    assert [d.reserved.job.job_id for d in timed.fleet().decisions if d.reserved is not None] == [large]
-    assert timed.preempt() == (), giving.job_id
+    assert [d.reserved.job.job_id for d in timed.cards.fleet().decisions if d.reserved is not None] == [large]
+    assert timed.cards.preempt() == (), giving.job_id
 
 
 def test_nobody_gives_way_to_a_job_whose_user_is_at_the_limit(store: Store) -> None:
     """Else it would stop in vain, and again as soon as it runs."""
     for node in ("a:0", "b:0"):
         show(store, node, user_limit=1)
-    store.submit(submission())
+    store.jobs.submit(submission())
     claim(store, "a:0")
-    store.submit(submission(user="bob", preemptible=True))
+    store.jobs.submit(submission(user="bob", preemptible=True))
     claim(store, "b:0")
-    store.submit(submission(priority=5))
-    assert store.preempt() == ()
+    store.jobs.submit(submission(priority=5))
+    assert store.cards.preempt() == ()
 
 
 # --- people ---
 
 
 def test_a_user_at_the_limit_waits_and_the_next_one_does_not(store: Store) -> None:
-    mine = [store.submit(submission()) for _ in range(2)]
-    theirs = store.submit(submission(user="bob"))
+    mine = [store.jobs.submit(submission()) for _ in range(2)]
+    theirs = store.jobs.submit(submission(user="bob"))
     show(store, "a:0", user_limit=1)
     show(store, "b:0")
     first = claim(store, "a:0")
@@ -292,9 +292,9 @@ def test_a_user_at_the_limit_waits_and_the_next_one_does_not(store: Store) -> No
 
 def test_users_take_turns_by_what_they_had_of_the_cards(timed: Store, clock: Clock) -> None:
     for _ in range(4):
-        timed.submit(submission(user="ada"))
+        timed.jobs.submit(submission(user="ada"))
     for _ in range(2):
-        timed.submit(submission(user="bob"))
+        timed.jobs.submit(submission(user="bob"))
     order = []
     for _ in range(6):
         show(timed)
@@ -307,14 +307,14 @@ def test_users_take_turns_by_what_they_had_of_the_cards(timed: Store, clock: Clo
 
 def test_a_started_job_counts_at_once(store: Store) -> None:
     for user in ("ada", "ada", "bob"):
-        store.submit(submission(user=user))
+        store.jobs.submit(submission(user=user))
     show(store, total=48, max_jobs=4)
     assert [claim(store).user for _ in range(3)] == ["ada", "bob", "ada"]
 
 
 def test_old_use_is_forgotten(timed: Store, clock: Clock) -> None:
     for user, hours in (("ada", 24), ("bob", 1)):
-        timed.submit(submission(user=user))
+        timed.jobs.submit(submission(user=user))
         show(timed)
         mine = claim(timed)
         clock.forward(hours * HOUR)
@@ -322,18 +322,20 @@ def test_old_use_is_forgotten(timed: Store, clock: Clock) -> None:
         if user == "ada":
             clock.forward(10 * 24 * HOUR)  # ten half-lives: 4 GiB x 24 h are 0.1 GiB hours by now
     for user in ("bob", "ada"):
-        timed.submit(submission(user=user))
+        timed.jobs.submit(submission(user=user))
     show(timed)
     assert claim(timed).user == "ada"
 
 
 def test_priority_goes_before_share_and_share_before_age(timed: Store, clock: Clock) -> None:
-    timed.submit(submission(user="ada"))
+    timed.jobs.submit(submission(user="ada"))
     show(timed)
     mine = claim(timed)
     clock.forward(HOUR)
     done(timed, mine)
-    old, young, urgent = (timed.submit(submission(user=u, priority=p)) for u, p in (("ada", 0), ("bob", 0), ("ada", 1)))
+    old, young, urgent = (
+        timed.jobs.submit(submission(user=u, priority=p)) for u, p in (("ada", 0), ("bob", 0), ("ada", 1))
+    )
     show(timed, total=48, max_jobs=4)
     assert [claim(timed).job_id for _ in range(3)] == [urgent, young, old]
 
@@ -342,41 +344,41 @@ def test_priority_goes_before_share_and_share_before_age(timed: Store, clock: Cl
 
 
 def test_a_job_goes_to_the_idle_card_that_it_fills_best(store: Store) -> None:
-    store.submit(submission(lora=6, method="lora"))
+    store.jobs.submit(submission(lora=6, method="lora"))
     for node, total in (("a:0", 8), ("b:0", 24), ("c:0", 80)):
         show(store, node, total)
-    assert store.claim("c:0") == Left(nodes=frozenset({"a:0"}))
-    assert store.claim("b:0") == Left(nodes=frozenset({"a:0"}))
+    assert store.attempts.claim("c:0") == Left(nodes=frozenset({"a:0"}))
+    assert store.attempts.claim("b:0") == Left(nodes=frozenset({"a:0"}))
     assert claim(store, "a:0").vram_reserved == 6 * GIB
-    assert store.claim("c:0") is None
+    assert store.attempts.claim("c:0") is None
 
 
 def test_a_card_that_does_not_take_what_is_left_to_it_loses_it(store: Store) -> None:
-    store.submit(submission(lora=6, method="lora"))
+    store.jobs.submit(submission(lora=6, method="lora"))
     for node, total in (("a:0", 8), ("b:0", 24), ("c:0", 80)):
         show(store, node, total)
-    assert store.claim("c:0", distrusted=frozenset({"a:0"})) == Left(nodes=frozenset({"b:0"}))
+    assert store.attempts.claim("c:0", distrusted=frozenset({"a:0"})) == Left(nodes=frozenset({"b:0"}))
     assert claim(store, "c:0", distrusted=frozenset({"a:0", "b:0", "c:0"})), "itself it always trusts"
 
 
 def test_an_idle_card_goes_before_a_shared_one(store: Store) -> None:
     for _ in range(2):
-        store.submit(submission(lora=6, method="lora"))
+        store.jobs.submit(submission(lora=6, method="lora"))
     show(store, "a:0", 48, max_jobs=4)
     show(store, "b:0", 80, max_jobs=4)
     claim(store, "a:0")
-    assert store.claim("a:0") == Left(nodes=frozenset({"b:0"}))
+    assert store.attempts.claim("a:0") == Left(nodes=frozenset({"b:0"}))
     claim(store, "b:0")
 
 
 def test_a_processor_takes_only_what_no_gpu_could_hold(store: Store) -> None:
-    small = store.submit(submission(lora=6, method="lora"))
-    large = store.submit(submission(lora=40, method="lora"))
+    small = store.jobs.submit(submission(lora=6, method="lora"))
+    large = store.jobs.submit(submission(lora=40, method="lora"))
     show(store, "gpu:0", 24)
     show(store, "cpu:0", 64, kind="cpu")
     assert claim(store, "cpu:0").job_id == large
     assert claim(store, "gpu:0").job_id == small
-    assert store.attempts(large)[0].vram_planned is None, "a plan says nothing of a processor"
+    assert store.attempts.of_job(large)[0].vram_planned is None, "a plan says nothing of a processor"
 
 
 # --- unknown needs, and reservations ---
@@ -384,7 +386,7 @@ def test_a_processor_takes_only_what_no_gpu_could_hold(store: Store) -> None:
 
 def test_a_job_of_unknown_need_has_a_card_of_its_own_until_it_is_planned(store: Store) -> None:
     first, unknown, third = (
-        store.submit(submission(lora=size, qlora=None if size is None else size / 2)) for size in (10, None, 12)
+        store.jobs.submit(submission(lora=size, qlora=None if size is None else size / 2)) for size in (10, None, 12)
     )
     show(store, total=48, max_jobs=4, margin=1)
     mine = claim(store)
@@ -395,31 +397,31 @@ def test_a_job_of_unknown_need_has_a_card_of_its_own_until_it_is_planned(store: 
         done(store, one)
     alone = claim(store)
     assert (alone.job_id, alone.vram_planned, alone.vram_reserved) == (unknown, None, 47 * GIB)
-    fourth = store.submit(submission(lora=30, method="lora"))
-    assert store.claim("box:0") is None, "all of the card is the unknown job's"
+    fourth = store.jobs.submit(submission(lora=30, method="lora"))
+    assert store.attempts.claim("box:0") is None, "all of the card is the unknown job's"
 
-    store.beat(alone, Progress(need=Need(lora=10 * GIB, qlora=6 * GIB)))
-    row = store.job(unknown)
+    store.attempts.beat(alone, Progress(need=Need(lora=10 * GIB, qlora=6 * GIB)))
+    row = store.jobs.get(unknown)
     assert (row.vram_reserved, row.vram_lora, row.vram_qlora) == (10 * GIB, 10 * GIB, 6 * GIB)
-    assert store.attempts(unknown)[0].vram_planned == 10 * GIB
-    assert [e.text for e in store.events(unknown) if e.kind == "planned"] == [
+    assert store.attempts.of_job(unknown)[0].vram_planned == 10 * GIB
+    assert [e.text for e in store.jobs.events(unknown) if e.kind == "planned"] == [
         "planned 10.0 GiB from the data's own lengths, 47.0 were reserved"
     ]
     assert claim(store).job_id == fourth
 
 
 def test_a_better_plan_never_takes_more_than_was_reserved(store: Store) -> None:
-    job_id = store.submit(submission(lora=10, method="lora"))
+    job_id = store.jobs.submit(submission(lora=10, method="lora"))
     show(store)
     mine = claim(store)
-    store.beat(mine, Progress(need=Need(lora=12 * GIB, qlora=None)))
-    assert gib_of(store.job(job_id).vram_reserved) == 10
-    assert gib_of(store.job(job_id).vram_lora) == 12, "later attempts know it"
+    store.attempts.beat(mine, Progress(need=Need(lora=12 * GIB, qlora=None)))
+    assert gib_of(store.jobs.get(job_id).vram_reserved) == 10
+    assert gib_of(store.jobs.get(job_id).vram_lora) == 12, "later attempts know it"
 
 
 def test_a_job_that_waited_long_has_a_card_kept_for_it(timed: Store, clock: Clock) -> None:
     def submit(size: float, user: str) -> int:
-        return timed.submit(submission(lora=size, method="lora", user=user))
+        return timed.jobs.submit(submission(lora=size, method="lora", user=user))
 
     long = submit(30, "ada")
     show(timed, total=48, max_jobs=4)
@@ -432,11 +434,11 @@ def test_a_job_that_waited_long_has_a_card_kept_for_it(timed: Store, clock: Cloc
     delays, beside = submit(9, "dan"), submit(2.5, "eve")
     show(timed, total=48, max_jobs=4)
     assert claim(timed).job_id == beside, "48 - 40 leaves 3 beside the early one"
-    assert timed.claim("box:0") is None, "9 GiB are free, and would keep the large one waiting"
+    assert timed.attempts.claim("box:0") is None, "9 GiB are free, and would keep the large one waiting"
     done(timed, running)
     assert claim(timed).job_id == large
-    assert timed.claim("box:0") is None
-    assert timed.job(delays).status is Status.QUEUED
+    assert timed.attempts.claim("box:0") is None
+    assert timed.jobs.get(delays).status is Status.QUEUED
 
 
 # --- the database and the plain rule ---
@@ -508,19 +510,19 @@ def test_a_claim_is_what_the_rule_gives_over_plain_lists(
     plain = _build(timed, clock, jobs, nodes)
     for turn in turns:
         node = f"box:{turn % len(nodes)}"
-        expected, taken = plain.expected(node), timed.claim(node)
+        expected, taken = plain.expected(node), timed.attempts.claim(node)
         if not isinstance(taken, Claim):
             assert expected is None, f"{node} should take {expected}, it says {taken}"
             continue
         assert (taken.job_id, taken.method, taken.vram_reserved) == expected
         plain.start(node, taken)
-        card = timed.fleet().cards[node]
+        card = timed.cards.fleet().cards[node]
         assert card.outside + card.taken + card.margin <= card.total
 
 
 def _build(store: Store, clock: Clock, jobs: list[dict[str, Any]], nodes: list[dict[str, Any]]) -> Plain:
     """An empty database filled with the fleet and the queue, and the same as lists."""
-    with Session(store._engine) as session, session.begin():
+    with Session(store.engine) as session, session.begin():
         for table in reversed(Base.metadata.sorted_tables):
             session.execute(delete(table))
     waiting = []
@@ -528,14 +530,14 @@ def _build(store: Store, clock: Clock, jobs: list[dict[str, Any]], nodes: list[d
         keys = {k: v for k, v in row.items() if k not in ("age", "aside")}
         clock.now = NOON - dt.timedelta(seconds=row["age"])
         wanted = submission(**keys)
-        job_id = store.submit(wanted)
+        job_id = store.jobs.submit(wanted)
         aside = {
             "held": {"held": True},
             "later": {"not_before": NOON + dt.timedelta(seconds=9)},
             "earlier": {"not_before": NOON},
         }.get(row["aside"])
         if aside is not None:
-            with Session(store._engine) as session, session.begin():
+            with Session(store.engine) as session, session.begin():
                 session.execute(update(Job).where(Job.job_id == job_id).values(**aside))
         if row["aside"] in (None, "earlier"):
             requires = frozenset(row["resources"]["node_labels"].items())
@@ -549,7 +551,7 @@ def _build(store: Store, clock: Clock, jobs: list[dict[str, Any]], nodes: list[d
     cards = {}
     for index, state in enumerate(nodes):
         name, kept = f"box:{index}", {k: int(state[k] * GIB) for k in ("total", "margin", "outside_bytes")}
-        store.see_node(node_state(name, **{**state, **kept}))
+        store.cards.see(node_state(name, **{**state, **kept}))
         cards[name] = Card(
             model="NVIDIA A40",
             node=name, total=kept["total"], margin=kept["margin"], outside=kept["outside_bytes"],
@@ -560,10 +562,10 @@ def _build(store: Store, clock: Clock, jobs: list[dict[str, Any]], nodes: list[d
 
 def test_the_cards_of_the_plain_rule_are_those_of_the_database(store: Store) -> None:
     show(store, "a:0", 48, margin=1, outside_bytes=3, max_jobs=2, labels={"x": "y"}, user_limit=3)
-    store.submit(submission(lora=10, method="lora"))
+    store.jobs.submit(submission(lora=10, method="lora"))
     mine = claim(store, "a:0")
-    store.beat(mine, Progress(eta_seconds=60.0))
-    (card,) = store.fleet().cards.values()
+    store.attempts.beat(mine, Progress(eta_seconds=60.0))
+    (card,) = store.cards.fleet().cards.values()
     assert replace(card, running=()) == Card(
         model="NVIDIA A40",
         node="a:0",

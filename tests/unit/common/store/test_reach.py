@@ -27,7 +27,7 @@ def large(**keys: Any) -> Any:
 @pytest.fixture
 def lab(timed: Store) -> Store:
     """A box with a card of 48 GiB."""
-    timed.see_node(node_state())
+    timed.cards.see(node_state())
     return timed
 
 
@@ -36,16 +36,16 @@ def go_on(store: Store, clock: Clock, seconds: float, **state: Any) -> None:
     end = clock.now.timestamp() + seconds
     while clock.now.timestamp() < end:
         clock.forward(30)
-        store.see_node(node_state(**state))
+        store.cards.see(node_state(**state))
         turn(store)
 
 
 @SQLITE_ALONE
 def test_a_job_that_no_card_can_hold_is_told_once_after_ten_minutes(lab: Store, clock: Clock) -> None:
-    lab.submit(large())
-    lab.submit(large(notify=["me"], user="ada"))
-    lab.submit(large(notify=[]))
-    lab.submit(submission(notify=["ops"]))
+    lab.jobs.submit(large())
+    lab.jobs.submit(large(notify=["me"], user="ada"))
+    lab.jobs.submit(large(notify=[]))
+    lab.jobs.submit(submission(notify=["ops"]))
     go_on(lab, clock, GRACE_S - 60)
     assert all_due(lab, OPS, ADA) == []
     go_on(lab, clock, 180)
@@ -55,13 +55,13 @@ def test_a_job_that_no_card_can_hold_is_told_once_after_ten_minutes(lab: Store, 
 
 
 def test_a_box_that_comes_or_an_owner_who_edits_withdraws_it(lab: Store, clock: Clock) -> None:
-    lab.submit(large())
-    cancelled = lab.submit(large(name="other"))
+    lab.jobs.submit(large())
+    cancelled = lab.jobs.submit(large(name="other"))
     go_on(lab, clock, 120)
-    lab.cancel(cancelled, "ada")
-    lab.see_node(node_state("big:0", total=80 * GIB))
+    lab.jobs.cancel(cancelled, "ada")
+    lab.cards.see(node_state("big:0", total=80 * GIB))
     go_on(lab, clock, 120)
-    lab.forget_node("big:0")  # it is started anew, in order: the time begins again
+    lab.cards.forget("big:0")  # it is started anew, in order: the time begins again
     go_on(lab, clock, GRACE_S - 60)
     assert all_due(lab, OPS) == []
     go_on(lab, clock, 180)
@@ -69,10 +69,10 @@ def test_a_box_that_comes_or_an_owner_who_edits_withdraws_it(lab: Store, clock: 
 
 
 def test_a_label_that_no_box_has_a_limit_of_its_own_and_a_job_that_is_held(lab: Store, clock: Clock) -> None:
-    lab.submit(submission(name="linked", notify=["ops"], resources={"node_labels": {"nvlink": "yes"}}))
-    lab.submit(submission(name="thrifty", lora=8, qlora=6, notify=["ops"], resources={"max_vram": "1GiB"}))
-    lab.submit(submission(name="patient", lora=80, qlora=40, notify=["ops"], lora_patience="2h"))
-    lab.hold(lab.submit(large(name="held")), "ada")
+    lab.jobs.submit(submission(name="linked", notify=["ops"], resources={"node_labels": {"nvlink": "yes"}}))
+    lab.jobs.submit(submission(name="thrifty", lora=8, qlora=6, notify=["ops"], resources={"max_vram": "1GiB"}))
+    lab.jobs.submit(submission(name="patient", lora=80, qlora=40, notify=["ops"], lora_patience="2h"))
+    lab.jobs.hold(lab.jobs.submit(large(name="held")), "ada")
     go_on(lab, clock, GRACE_S + 120)
     said = "can never run, its resources.max_vram is below every need"
     linked = "can never run, no box has the label nvlink=yes"
@@ -81,12 +81,12 @@ def test_a_label_that_no_box_has_a_limit_of_its_own_and_a_job_that_is_held(lab: 
 
 @SQLITE_ALONE
 def test_nobody_is_told_while_no_box_is_known_or_one_can_not_be_read(timed: Store, clock: Clock) -> None:
-    timed.submit(large())
+    timed.jobs.submit(large())
     for _ in range(30):
         clock.forward(60)
         turn(timed)
-    timed.see_node(node_state())
-    timed.see_node(node_state("broken:0", total=0, fault="the driver has lost it"))
+    timed.cards.see(node_state())
+    timed.cards.see(node_state("broken:0", total=0, fault="the driver has lost it"))
     go_on(timed, clock, GRACE_S + 120)
     assert all_due(timed, OPS) == []
 
@@ -95,15 +95,15 @@ def test_nobody_is_told_while_no_box_is_known_or_one_can_not_be_read(timed: Stor
 def test_the_members_of_a_sweep_are_one_message(lab: Store, clock: Clock) -> None:
     from loractl.common.job.sweep import NewSweep
 
-    lab.submit_sweep(NewSweep(name="grid", user="ada", varied={}), [large() for _ in range(3)])
+    lab.sweeps.submit(NewSweep(name="grid", user="ada", varied={}), [large() for _ in range(3)])
     go_on(lab, clock, GRACE_S + 120)
     assert all_due(lab, OPS) == [("ops", OPS_TOLD)]
 
 
 def test_a_row_that_can_not_be_read_keeps_no_other_from_being_told(lab: Store, clock: Clock) -> None:
-    broken, well = lab.submit(large(name="broken")), lab.submit(large())
-    with lab._write() as tx:
+    broken, well = lab.jobs.submit(large(name="broken")), lab.jobs.submit(large())
+    with lab.begin(read_only=False) as tx:
         tx.session.execute(text("UPDATE jobs SET methods = '[\"wings\"]' WHERE job_id = :n"), {"n": broken})
     go_on(lab, clock, GRACE_S + 120)
     assert all_due(lab, OPS) == [("ops", OPS_TOLD)]
-    assert lab.job(well).job_id == well
+    assert lab.jobs.get(well).job_id == well

@@ -23,23 +23,23 @@ NOTHING = Progress()
 
 
 def show(store: Store, total: float = 80, **state: Any) -> None:
-    store.see_node(node_state(NODE, **{"total": int(total * GIB), "max_jobs": 4, **state}))
+    store.cards.see(node_state(NODE, **{"total": int(total * GIB), "max_jobs": 4, **state}))
 
 
 def queue(store: Store, gib: float = 8, **keys: Any) -> int:
-    return store.submit(submission(lora=gib, method="lora", **{"roomy": FORMS, "max_retries": 0, **keys}))
+    return store.jobs.submit(submission(lora=gib, method="lora", **{"roomy": FORMS, "max_retries": 0, **keys}))
 
 
 def claim(store: Store, **asked: Any) -> Claim:
-    taken = store.claim(NODE, **{"joins": True, **asked})
+    taken = store.attempts.claim(NODE, **{"joins": True, **asked})
     assert isinstance(taken, Claim), taken
     return taken
 
 
 def reserved(store: Store, mine: Claim) -> tuple[float, bool | None]:
     """GiB as the card's ledger has them, and whether the attempt's row says that it was given room."""
-    attempt = store.attempts(mine.job_id)[-1]
-    (job,) = [one for one in store.fleet().cards[NODE].running if one.job_id == mine.job_id]
+    attempt = store.attempts.of_job(mine.job_id)[-1]
+    (job,) = [one for one in store.cards.fleet().cards[NODE].running if one.job_id == mine.job_id]
     assert job.reserved == attempt.vram_reserved == mine.vram_reserved
     return job.reserved / GIB, attempt.roomy
 
@@ -47,15 +47,15 @@ def reserved(store: Store, mine: Claim) -> tuple[float, bool | None]:
 def test_alone_on_its_card_a_job_trains_without_recomputing(store: Store) -> None:
     show(store)
     job_id = queue(store)
-    row = store.job(job_id)
+    row = store.jobs.get(job_id)
     assert (row.vram_needed, row.vram_class) == (8 * GIB, 8), "its line is that of its need"
     mine = claim(store)
     assert reserved(store, mine) == (40, True)
     assert mine.adjustment == Adjustment(gradient_checkpointing=False)
     assert mine.vram_planned == 40 * GIB and not mine.packs
-    started = store.events(job_id)[-1].text
+    started = store.jobs.events(job_id)[-1].text
     assert started.endswith("without recomputing: 40.0 GiB in place of 8.0, which nobody else wants now")
-    assert store.job(job_id).adjustment is None, "the room is this attempt's"
+    assert store.jobs.get(job_id).adjustment is None, "the room is this attempt's"
 
 
 def test_on_a_smaller_card_it_takes_the_same_batch_in_smaller_pieces(store: Store) -> None:
@@ -64,7 +64,7 @@ def test_on_a_smaller_card_it_takes_the_same_batch_in_smaller_pieces(store: Stor
     assert reserved(store, mine) == (23, True)
     assert mine.adjustment == Adjustment(**pieces, gradient_checkpointing=False)
     assert "without recomputing in 2 rows at once, accumulating 8 (same effective batch)" in (
-        store.events(mine.job_id)[-1].text
+        store.jobs.events(mine.job_id)[-1].text
     )
 
 
@@ -87,9 +87,9 @@ def test_a_job_that_out_of_memory_has_changed_gets_no_room(store: Store) -> None
     show(store)
     queue(store)
     first = claim(store)
-    store.beat(first, Progress(adjustment=Adjustment(gradient_checkpointing=True)))
-    store.finish(first, Reason.TRAINER_ERROR, "crash", NOTHING)
-    store.retry(first.job_id, "ada")
+    store.attempts.beat(first, Progress(adjustment=Adjustment(gradient_checkpointing=True)))
+    store.attempts.finish(first, Reason.TRAINER_ERROR, "crash", NOTHING)
+    store.jobs.retry(first.job_id, "ada")
     second = claim(store)
     assert (reserved(store, second), second.adjustment) == ((8, False), Adjustment(gradient_checkpointing=True))
 
@@ -98,10 +98,10 @@ def test_what_an_evaluation_has_changed_leaves_the_room_to_the_next_attempt(stor
     show(store, 24, max_jobs=1)
     queue(store)
     first = claim(store)
-    store.beat(first, Progress(adjustment=Adjustment(**{**first.adjustment.as_json(), "eval_batch": 1})))
-    assert store.job(first.job_id).adjustment == {"eval_batch": 1}
-    store.finish(first, Reason.TRAINER_ERROR, "crash", NOTHING)
-    store.retry(first.job_id, "ada")
+    store.attempts.beat(first, Progress(adjustment=Adjustment(**{**first.adjustment.as_json(), "eval_batch": 1})))
+    assert store.jobs.get(first.job_id).adjustment == {"eval_batch": 1}
+    store.attempts.finish(first, Reason.TRAINER_ERROR, "crash", NOTHING)
+    store.jobs.retry(first.job_id, "ada")
     show(store, 16, max_jobs=1)
     assert claim(store).adjustment == (
         Adjustment(micro_batch=1, accumulation=16, gradient_checkpointing=False, eval_batch=1)
@@ -126,7 +126,7 @@ def test_a_ready_job_that_would_use_the_room_has_it(other: dict[str, Any], room:
 def test_a_job_that_is_held_wants_nothing(store: Store) -> None:
     show(store)
     queue(store)
-    store.hold(queue(store, base_model="org/b"), "ada")
+    store.jobs.hold(queue(store, base_model="org/b"), "ada")
     assert reserved(store, claim(store)) == (40, True)
 
 
@@ -172,10 +172,10 @@ def test_the_room_is_charged_to_nobody(timed: Store, clock: Clock) -> None:
     show(timed)
     queue(timed)
     mine = claim(timed)
-    assert timed.fleet().charges == {"ada": 8.0}, "an hour of its need as soon as it starts"
+    assert timed.cards.fleet().charges == {"ada": 8.0}, "an hour of its need as soon as it starts"
     clock.forward(2 * 3600)
-    timed.finish(mine, Reason.OK, "done", NOTHING, RESULT)
-    assert timed.fleet().charges == {"ada": 16.0}
+    timed.attempts.finish(mine, Reason.OK, "done", NOTHING, RESULT)
+    assert timed.cards.fleet().charges == {"ada": 16.0}
 
 
 def test_a_simulated_card_never_changes_the_pieces(store: Store) -> None:
@@ -184,7 +184,7 @@ def test_a_simulated_card_never_changes_the_pieces(store: Store) -> None:
     queue(store)
     mine = claim(store)
     assert (reserved(store, mine), mine.adjustment) == ((8, False), Adjustment())
-    store.finish(mine, Reason.OK, "done", NOTHING, RESULT)
+    store.attempts.finish(mine, Reason.OK, "done", NOTHING, RESULT)
     show(store, 80, kind="sim")
     queue(store)
     assert claim(store).adjustment == Adjustment(gradient_checkpointing=False)
@@ -196,12 +196,12 @@ def test_a_better_plan_gives_the_rest_back_and_teaches_the_job_both_sizes(store:
     mine = claim(store)
     better = Roomy(lora=(RoomyForm(micro_batch=4, bytes=20 * GIB, planned=20 * GIB),))
     need = Need(lora=6 * GIB, qlora=5 * GIB)
-    assert store.beat(mine, Progress(need=need, roomy=better, running=20 * GIB)).accepted
-    row, (attempt,) = store.job(job_id), store.attempts(job_id)
+    assert store.attempts.beat(mine, Progress(need=need, roomy=better, running=20 * GIB)).accepted
+    row, (attempt,) = store.jobs.get(job_id), store.attempts.of_job(job_id)
     assert (row.vram_reserved, row.vram_lora, row.planned) == (20 * GIB, 6 * GIB, vars(need))
     assert (attempt.vram_planned, Roomy.read(row.roomy)) == (20 * GIB, better)
-    store.finish(mine, Reason.TRAINER_ERROR, "crash", NOTHING)
-    store.retry(job_id, "ada")
+    store.attempts.finish(mine, Reason.TRAINER_ERROR, "crash", NOTHING)
+    store.jobs.retry(job_id, "ada")
     show(store, 24, max_jobs=1)
     assert reserved(store, claim(store)) == (20, True)
 
@@ -210,9 +210,9 @@ def test_a_plan_that_comes_once_out_of_memory_took_the_room_back_is_of_the_need(
     show(store)
     queue(store)
     mine = claim(store)
-    store.beat(mine, Progress(need=Need(lora=6 * GIB, qlora=5 * GIB)))
-    (attempt,) = store.attempts(mine.job_id)
-    assert (store.job(mine.job_id).vram_reserved, attempt.vram_planned) == (6 * GIB, 40 * GIB), "its peak is of 40"
+    store.attempts.beat(mine, Progress(need=Need(lora=6 * GIB, qlora=5 * GIB)))
+    (attempt,) = store.attempts.of_job(mine.job_id)
+    assert (store.jobs.get(mine.job_id).vram_reserved, attempt.vram_planned) == (6 * GIB, 40 * GIB), "its peak is of 40"
 
 
 def test_the_peak_of_an_attempt_that_had_the_room_is_told_apart(store: Store) -> None:
@@ -220,11 +220,11 @@ def test_the_peak_of_an_attempt_that_had_the_room_is_told_apart(store: Store) ->
     for other in ("org/a", "org/b"):
         queue(store, base_model=other)
         mine = claim(store)
-        store.beat(mine, Progress(vram_process=30 * GIB))
-        store.finish(mine, Reason.OK, "done", NOTHING, RESULT)
+        store.attempts.beat(mine, Progress(vram_process=30 * GIB))
+        store.attempts.finish(mine, Reason.OK, "done", NOTHING, RESULT)
         queue(store, base_model="org/c", roomy=None)
-        store.finish(claim(store), Reason.OK, "done", NOTHING, RESULT)
-    found: list[Measured] = store.measured()
+        store.attempts.finish(claim(store), Reason.OK, "done", NOTHING, RESULT)
+    found: list[Measured] = store.attempts.measured()
     assert sorted((one.roomy, one.planned) for one in found) == [(False, 8 * GIB)] * 2 + [(True, 40 * GIB)] * 2
 
 
@@ -232,11 +232,11 @@ def test_an_attempt_of_an_earlier_version_leaves_it_open(store: Store) -> None:
     show(store)
     queue(store)
     mine = claim(store)
-    with store._engine.begin() as connection:
+    with store.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE attempts SET roomy = NULL")
-    store.finish(mine, Reason.OK, "done", NOTHING, RESULT)
-    assert [one.roomy for one in store.measured()] == [False]
-    assert store.job(mine.job_id).status is Status.SUCCEEDED
+    store.attempts.finish(mine, Reason.OK, "done", NOTHING, RESULT)
+    assert [one.roomy for one in store.attempts.measured()] == [False]
+    assert store.jobs.get(mine.job_id).status is Status.SUCCEEDED
 
 
 def test_the_claim_asks_once_however_many_wait(store: Store) -> None:
@@ -249,11 +249,11 @@ def test_the_claim_asks_once_however_many_wait(store: Store) -> None:
         for _ in range(waiting):
             queue(store, 100, base_model="org/b")
         queue(store)
-        event.listen(store._engine, "before_cursor_execute", note)
+        event.listen(store.engine, "before_cursor_execute", note)
         mine = claim(store)
-        event.remove(store._engine, "before_cursor_execute", note)
+        event.remove(store.engine, "before_cursor_execute", note)
         assert mine.adjustment.gradient_checkpointing is False
-        store.finish(mine, Reason.OK, "done", NOTHING, RESULT)
+        store.attempts.finish(mine, Reason.OK, "done", NOTHING, RESULT)
         return len(seen)
 
     show(store)

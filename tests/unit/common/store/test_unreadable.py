@@ -60,7 +60,7 @@ def poisoned(upgraded_url: str, values: dict[str, list[str]]) -> tuple[Store, di
     store, rows = Store(engine), {}
     for column, texts in values.items():
         for value in texts:
-            job_id = store.submit(submission(lora=1, qlora=1))
+            job_id = store.jobs.submit(submission(lora=1, qlora=1))
             with engine.begin() as connection:
                 statement = f"UPDATE jobs SET {column} = {value} WHERE job_id = {job_id}"
                 connection.execute(text(statement.replace(":", "\\:")))
@@ -90,24 +90,24 @@ def test_nor_does_one_that_only_sqlite_stores(upgraded_url: str) -> None:
 def is_set_aside(upgraded_url: str, values: dict[str, list[str]]) -> None:
     """Each of the values, while a healthy job starts."""
     store, rows = poisoned(upgraded_url, values)
-    good = store.submit(submission())
+    good = store.jobs.submit(submission())
     show_all(store, list(rows)[::5])
-    store.fleet()
-    store.set_aside_unreadable()
+    store.cards.fleet()
+    store.jobs.set_aside_unreadable()
     claim: Claim | Left | None = Left(nodes=frozenset())
     while isinstance(claim, Left):
         claim = take(store)
     assert isinstance(claim, Claim) and claim.job_id == good
     for job_id, what in rows.items():
-        row = store.job(job_id)
+        row = store.jobs.get(job_id)
         assert (row.status, row.reason) == (Status.FAILED, Reason.BAD_SPEC), f"{what}: {row.status} {row.message}"
         assert row.message is not None and row.message.startswith("this worker's loractl does not understand"), what
-        assert store.events(job_id)[-1].text == row.message
+        assert store.jobs.events(job_id)[-1].text == row.message
         if row.sweep_id is not None:
             with pytest.raises(SweepNotFound):
-                store.sweep_head(row.sweep_id)
+                store.sweeps.head(row.sweep_id)
     show_all(store, list(rows)[::5])
-    store.needed_data(NOON)
+    store.results.needed_data(NOON)
 
 
 @pytest.mark.parametrize(
@@ -122,19 +122,19 @@ def test_a_card_or_a_trainer_that_can_t_be_read_keeps_no_job_from_other_cards(
 ) -> None:
     engine = make_engine(upgraded_url)
     store = Store(engine)
-    store.submit(submission())
+    store.jobs.submit(submission())
     first = take(store, node="odd:0", user_limit=1)
     assert isinstance(first, Claim)
     host = NewHost(host="warm", node="odd:0", key="llama", bytes=GIB)
-    assert store.keep_host(first, host)
-    store.finish(first, Reason.CANCELLED, "enough", Progress())
-    good = store.submit(submission())
+    assert store.hosts.keep(first, host)
+    store.attempts.finish(first, Reason.CANCELLED, "enough", Progress())
+    good = store.jobs.submit(submission())
     with engine.begin() as connection:
         connection.execute(text(statement))
     show_all(store, [1, good])
     claim = take(store)
     while isinstance(claim, Left):
-        claim = store.claim("box:0", distrusted=frozenset({"odd:0"}))
+        claim = store.attempts.claim("box:0", distrusted=frozenset({"odd:0"}))
     assert isinstance(claim, Claim) and claim.job_id == good
     engine.dispose()
 
@@ -144,35 +144,35 @@ def test_what_a_row_says_besides_stops_nobody(upgraded_url: str) -> None:
     show_all(store, list(rows))
     for _ in rows:
         take(store)
-    assert store.set_aside_unreadable().jobs == ()
+    assert store.jobs.set_aside_unreadable().jobs == ()
     show_all(store, list(rows))
 
 
 def test_a_row_of_a_newer_version_waits_for_a_newer_worker_and_says_so_once(upgraded_url: str) -> None:
     engine, clock = make_engine(upgraded_url), Clock()
     store = Store(engine, clock)
-    jobs = [store.submit(submission()) for _ in range(2)]
+    jobs = [store.jobs.submit(submission()) for _ in range(2)]
     with Session(engine) as session, session.begin():
         session.get_one(Job, jobs[0]).methods = ["full"]
         session.get_one(Job, jobs[1]).spec = {"new": 1}
         for job_id in jobs:
             session.get_one(Job, job_id).version = "99.0.0"
     for _ in range(3):
-        store.set_aside_unreadable()
+        store.jobs.set_aside_unreadable()
         while isinstance(take(store), Left):
             pass
         clock.forward(61)
     for job_id in jobs:
-        row = store.job(job_id)
+        row = store.jobs.get(job_id)
         assert row.status is Status.QUEUED and row.message is not None and "99.0.0" in row.message
-        assert [event.kind for event in store.events(job_id)] == ["queued", "version"]
+        assert [event.kind for event in store.jobs.events(job_id)] == ["queued", "version"]
 
 
 @pytest.mark.parametrize("column", ["status", "reason", "stage", "method"])
 def test_a_word_of_a_newer_version_is_shown_as_it_is(upgraded_url: str, column: str) -> None:
     engine = make_engine(upgraded_url)
     store = Store(engine)
-    new, good = store.submit(submission()), store.submit(submission())
+    new, good = store.jobs.submit(submission()), store.jobs.submit(submission())
     known = {"status": "failed", "reason": "worker_lost", "stage": "training", "method": "lora"}
     if column == "stage":
         known["status"] = "running"
@@ -180,19 +180,21 @@ def test_a_word_of_a_newer_version_is_shown_as_it_is(upgraded_url: str, column: 
         for name, value in (known | {column: "sublimating"[:8]}).items():
             connection.execute(text(f"UPDATE jobs SET {name} = '{value}' WHERE job_id = {new}"))
     assert "sublimat" in show_all(store, [new])
-    row = store.job(new)
+    row = store.jobs.get(new)
     assert str(getattr(row, column)) == "sublimat"
-    assert store.fleet() is not None and store.has_unfinished(2**40, {})
+    assert store.cards.fleet() is not None and store.jobs.has_unfinished(2**40, {})
     assert isinstance(take(store), Claim)
-    assert store.job(good).status is Status.RUNNING
+    assert store.jobs.get(good).status is Status.RUNNING
     if column == "status":
-        assert store.over([new]).jobs == frozenset(), "gc takes nothing of a job in a state that it does not know"
+        assert store.results.over([new]).jobs == frozenset(), (
+            "gc takes nothing of a job in a state that it does not know"
+        )
 
 
 def test_a_running_job_that_cannot_be_ended_in_order_keeps_no_other_from_being_ended(upgraded_url: str) -> None:
     engine, clock = make_engine(upgraded_url), Clock()
     store = Store(engine, clock)
-    bad, *others = [store.submit(submission(user=user)) for user in ("eve", "ada", "bob")]
+    bad, *others = [store.jobs.submit(submission(user=user)) for user in ("eve", "ada", "bob")]
     for _ in range(3):
         assert isinstance(take(store), Claim)
     refuse = {
@@ -203,12 +205,12 @@ def test_a_running_job_that_cannot_be_ended_in_order_keeps_no_other_from_being_e
         connection.exec_driver_sql(refuse[engine.dialect.name])
         connection.execute(text(f"UPDATE jobs SET retries_used = 2000000000 WHERE job_id = {others[0]}"))
     clock.forward(3600)
-    store.reap()
-    row = store.job(bad)
+    store.attempts.reap()
+    row = store.jobs.get(bad)
     assert (row.status, row.reason, row.token, row.vram_reserved) == (Status.FAILED, Reason.BAD_SPEC, None, None)
     assert row.message == "box:0 was silent for 60 s; its row can't be read by this version"
-    assert store.attempts(bad)[0].reason is Reason.WORKER_LOST
-    assert [store.job(job_id).status for job_id in others] == [Status.QUEUED] * 2
+    assert store.attempts.of_job(bad)[0].reason is Reason.WORKER_LOST
+    assert [store.jobs.get(job_id).status for job_id in others] == [Status.QUEUED] * 2
 
 
 def test_the_pause_before_a_retry_is_known_for_any_number_of_retries() -> None:

@@ -21,45 +21,45 @@ from ...factories import PLENTY, RESULT, submission, take
 
 
 def test_a_held_job_is_not_claimed_and_says_who_holds_it_and_why(store: Store) -> None:
-    job_id = store.submit(submission())
-    row = store.hold(job_id, "bob", "the data are wrong")
+    job_id = store.jobs.submit(submission())
+    row = store.jobs.hold(job_id, "bob", "the data are wrong")
     assert (row.status, row.held, row.message) == (Status.QUEUED, True, "held by bob: the data are wrong")
     assert take(store) is None
-    assert not store.has_unfinished(PLENTY, {})
-    assert [e.text for e in store.events(job_id)] == ["queued by ada", "held by bob: the data are wrong"]
+    assert not store.jobs.has_unfinished(PLENTY, {})
+    assert [e.text for e in store.jobs.events(job_id)] == ["queued by ada", "held by bob: the data are wrong"]
 
-    released = store.retry(job_id, "ada")
+    released = store.jobs.retry(job_id, "ada")
     assert (released.held, released.message) == (False, None)
     taken = take(store)
     assert isinstance(taken, Claim) and taken.job_id == job_id
 
 
 def test_a_reason_that_no_database_can_hold_is_kept_as_far_as_it_can_be(store: Store) -> None:
-    job_id = store.submit(submission())
-    assert store.hold(job_id, "bob", "a\0b\ud800").message == "held by bob: a\ufffdb?"
-    assert store.hold(job_id, "ada").message == "held by ada", "the last word counts"
+    job_id = store.jobs.submit(submission())
+    assert store.jobs.hold(job_id, "bob", "a\0b\ud800").message == "held by bob: a\ufffdb?"
+    assert store.jobs.hold(job_id, "ada").message == "held by ada", "the last word counts"
 
 
 def test_only_a_waiting_job_can_be_held(store: Store) -> None:
     with pytest.raises(JobNotFound):
-        store.hold(1, "bob")
-    job_id = store.submit(submission())
+        store.jobs.hold(1, "bob")
+    job_id = store.jobs.submit(submission())
     taken = take(store)
     assert isinstance(taken, Claim)
     with pytest.raises(WrongState, match=f"job {job_id} is running: only a waiting job can be held") as refused:
-        store.hold(job_id, "bob")
+        store.jobs.hold(job_id, "bob")
     gives = "--now --reason ... gives it back with a checkpoint, and then it waits"
-    assert refused.value.hint == f"loractl drain {store.job(job_id).node} {gives}"
-    store.finish(taken, Reason.OK, "done", Progress(), RESULT)
+    assert refused.value.hint == f"loractl drain {store.jobs.get(job_id).node} {gives}"
+    store.attempts.finish(taken, Reason.OK, "done", Progress(), RESULT)
     with pytest.raises(WrongState, match="has succeeded"):
-        store.hold(job_id, "bob")
-    assert not store.job(job_id).held
+        store.jobs.hold(job_id, "bob")
+    assert not store.jobs.get(job_id).held
 
 
 def test_a_held_job_that_is_cancelled_is_cancelled_and_not_held(store: Store) -> None:
-    job_id = store.submit(submission())
-    store.hold(job_id, "bob")
-    over = store.cancel(job_id, "ada")
+    job_id = store.jobs.submit(submission())
+    store.jobs.hold(job_id, "bob")
+    over = store.jobs.cancel(job_id, "ada")
     assert (over.status, over.held, over.reason) == (Status.CANCELLED, False, Reason.CANCELLED)
     assert over.ended_at is not None
 
@@ -68,13 +68,13 @@ def test_a_cancel_that_meets_the_end_of_an_attempt_is_true(upgraded_url: str) ->
     """The attempt gives its job back while the cancel comes: it then holds for the job that waits."""
     engine = make_engine(upgraded_url)
     store = Store(engine)
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     assert isinstance(take(store), Claim)
     done: list[Job | Exception] = []
 
     def wish_it() -> None:
         try:
-            done.append(store.cancel(job_id, "ada"))
+            done.append(store.jobs.cancel(job_id, "ada"))
         except WrongState as error:
             done.append(error)
 
@@ -92,41 +92,41 @@ def test_a_cancel_that_meets_the_end_of_an_attempt_is_true(upgraded_url: str) ->
     (job,) = done
     assert isinstance(job, Job), job
     assert not isinstance(take(store), Claim), "it does not run again"
-    over = store.job(job_id)
+    over = store.jobs.get(job_id)
     assert (over.status, over.message) == (Status.CANCELLED, "cancelled by ada")
     engine.dispose()
 
 
 def test_a_cancel_reaches_a_worker_that_knows_no_wishes_by_the_fleet_s_round(store: Store) -> None:
     """One of an earlier version reads the job's row alone, and its beats are these."""
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     claim = take(store)
     assert isinstance(claim, Claim)
-    assert store.cancel(job_id, "ada").cancel_requested
-    assert store.take_turn("box:0", 0, 0) is not None
-    with store._read() as tx:
+    assert store.jobs.cancel(job_id, "ada").cancel_requested
+    assert store.cards.take_turn("box:0", 0, 0) is not None
+    with store.begin(read_only=True) as tx:
         assert tx.session.scalar(select(Job.cancel_requested).where(Job.job_id == job_id))
-    store.finish(claim, Reason.CANCELLED, "stopped", Progress())
-    assert store.retry(job_id, "ada").cancel_requested is False
+    store.attempts.finish(claim, Reason.CANCELLED, "stopped", Progress())
+    assert store.jobs.retry(job_id, "ada").cancel_requested is False
     assert isinstance(take(store), Claim), "the wish went with the attempt"
 
 
 def test_a_number_that_no_job_can_have_is_not_found(store: Store) -> None:
     for job_id in (-1, 0, 2**31, 10**30):
         with pytest.raises(JobNotFound):
-            store.cancel(job_id, "ada")
+            store.jobs.cancel(job_id, "ada")
 
 
 @pytest.mark.parametrize("end", [None, Reason.BAD_DATA])
 def test_who_asks_for_an_adapter_too_early_reads_what_its_job_does(store: Store, end: Reason | None) -> None:
     """ "no adapter 1 is stored" sounded as if there were no such job."""
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     with pytest.raises(AdapterNotFound, match=f"job {job_id} has no adapter: it is queued"):
-        store.adapter(Reference(job_id=job_id))
+        store.adapters.get(Reference(job_id=job_id))
     mine = take(store)
     assert isinstance(mine, Claim)
     if end is not None:
-        store.finish(mine, end, "told", Progress())
+        store.attempts.finish(mine, end, "told", Progress())
     with pytest.raises(AdapterNotFound, match="it has failed" if end else "it is running") as caught:
-        store.adapter(Reference(job_id=job_id))
+        store.adapters.get(Reference(job_id=job_id))
     assert str(caught.value.hint).startswith(f"loractl status {job_id}")

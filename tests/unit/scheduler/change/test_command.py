@@ -13,6 +13,7 @@ from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
+from loractl.common.store.verbs.jobs import JobVerbs
 from loractl.scheduler.change.command import cancel
 
 from ...factories import RESULT, submission, take
@@ -23,18 +24,18 @@ def test_a_job_that_ends_in_between_is_not_said_to_be_stopping(
 ) -> None:
     environment = {"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"}
     store = Store(connect(load_settings(environment)))
-    ended, runs, waits = (store.submit(submission()) for _ in range(3))
+    ended, runs, waits = (store.jobs.submit(submission()) for _ in range(3))
     claim, other = take(store), take(store)
     assert isinstance(claim, Claim) and isinstance(other, Claim) and (claim.job_id, other.job_id) == (ended, runs)
-    asked = Store.cancel
+    asked = vars(JobVerbs)["cancel"]
 
-    def ends_at_once(self: Store, job_id: int, user: str) -> Job:
-        job = asked(self, job_id, user)
+    def ends_at_once(self: JobVerbs, job_id: int, user: str) -> Job:
+        job = asked.__get__(self, JobVerbs)(job_id, user)
         if job_id == ended:
-            store.finish(claim, Reason.OK, "done", Progress(), RESULT)
+            store.attempts.finish(claim, Reason.OK, "done", Progress(), RESULT)
         return job
 
-    monkeypatch.setattr(Store, "cancel", ends_at_once)
+    monkeypatch.setattr(JobVerbs, "cancel", ends_at_once)
     told = CliRunner(env=environment).invoke(cancel, [str(n) for n in (ended, runs, waits)])
     assert told.exception is None, told.exception
     first, second, third = told.output.splitlines()

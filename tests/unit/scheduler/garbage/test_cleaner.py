@@ -65,7 +65,7 @@ class Lab:
     def run(self, reason: Reason, name: str = "a") -> int:
         """A job with one ended attempt that has stored a file of 1000 bytes."""
         self.clock.forward(60)
-        job_id = self.store.submit(submission(name=name, max_retries=3))
+        job_id = self.store.jobs.submit(submission(name=name, max_retries=3))
         self.attempt(reason)
         return job_id
 
@@ -84,7 +84,9 @@ class Lab:
                 adapter_sha256="0" * 64,
                 manifest_sha256=manifest_sha256(manifest),
             )
-            self.store.finish(claim, reason, "done", Progress(log="x" * 500), result if reason is Reason.OK else None)
+            self.store.attempts.finish(
+                claim, reason, "done", Progress(log="x" * 500), result if reason is Reason.OK else None
+            )
         return claim
 
     def stores(self, prefix: str) -> Manifest:
@@ -111,7 +113,7 @@ class Lab:
         uri, digest = self.artifacts.put_dataset(path)
         if job_id is not None:
             data = {"path": {"uri": uri, "sha256": digest}, "eval_path": None}
-            with Session(self.store._engine) as session, session.begin():
+            with Session(self.store.engine) as session, session.begin():
                 session.execute(update(Job).where(Job.job_id == job_id).values(data=data))
         return f"datasets/{digest}.jsonl"
 
@@ -126,10 +128,12 @@ class Lab:
 
     def rows_lead_somewhere(self) -> None:
         """Every result that a row names is whole."""
-        for job in self.store.jobs():
+        for job in self.store.jobs.matching():
             if job.report_uri is not None:
                 self.artifacts.verify(result_binding(self.store, job))
-        assert {a.job_id for a in self.store.adapters()} == {j.job_id for j in self.store.jobs() if j.report_uri}
+        assert {a.job_id for a in self.store.adapters.all()} == {
+            j.job_id for j in self.store.jobs.matching() if j.report_uri
+        }
 
 
 @pytest.fixture(params=["embedded", "lab"])
@@ -178,7 +182,7 @@ def test_what_attempts_left_goes_and_results_and_running_attempts_stay(lab: Lab)
     assert lab.held() == before - wanted
     assert lab.held() >= {f"jobs/{result}/attempt-1", f"jobs/{running.job_id}/attempt-2"}
     assert list(lab.cleaner().remove()) == []
-    assert lab.store.spent_logs() == [], "the log of the result is stored with it"
+    assert lab.store.results.spent_logs() == [], "the log of the result is stored with it"
     lab.rows_lead_somewhere()
 
 
@@ -188,8 +192,8 @@ def test_results_beyond_the_newest_go_only_when_asked_for(lab: Lab) -> None:
     assert names(lab.cleaner(keep_last=1).find(), Kind.RESULT) == {f"jobs/{old}/attempt-1"}
     assert names(lab.cleaner(keep_last=1).remove(), Kind.RESULT) == {f"jobs/{old}/attempt-1"}
     assert lab.held() == {f"jobs/{job_id}/attempt-1" for job_id in (newer, other)}
-    assert [a.job_id for a in lab.store.adapters()] == [newer, other]
-    assert lab.store.events(old)[-1].text == "adapter and report removed by ada (loractl gc)"
+    assert [a.job_id for a in lab.store.adapters.all()] == [newer, other]
+    assert lab.store.jobs.events(old)[-1].text == "adapter and report removed by ada (loractl gc)"
     lab.rows_lead_somewhere()
 
 
@@ -211,7 +215,7 @@ def test_a_crash_leaves_no_row_that_leads_to_nothing_and_the_next_look_finishes(
 
 def test_what_a_killed_upload_has_left_goes_a_day_later_and_no_file_of_a_result(lab: Lab) -> None:
     kept, failed = lab.run(Reason.OK), lab.run(Reason.DIVERGED)
-    lab.store.submit(submission())
+    lab.store.jobs.submit(submission())
     runs = lab.attempt(None).job_id
     mine = {f"jobs/{kept}/attempt-1/weights", f"jobs/{runs}/checkpoints/1-5/state", f"datasets/{'a' * 64}.jsonl"}
     others = {f"jobs/{failed}/attempt-1/weights", "jobs/notes", "elsewhere"}
@@ -250,11 +254,11 @@ def test_an_upload_that_can_t_be_removed_ends_no_gc(lab: Lab, caplog: pytest.Log
 
 
 def test_old_data_go_once_no_job_may_read_them(lab: Lab) -> None:
-    waiting = lab.store.submit(submission(lora=200, qlora=200))
+    waiting = lab.store.jobs.submit(submission(lora=200, qlora=200))
     kept, removed, failed = lab.run(Reason.OK), lab.run(Reason.OK), lab.run(Reason.DIVERGED)
     needed = {lab.data("waiting", waiting), lab.data("kept", kept)}
     unneeded = {lab.data("removed", removed), lab.data("failed", failed), lab.data("nobody's")}
-    lab.store.remove_result(removed, "ada")
+    lab.store.results.remove(removed, "ada")
     assert names(lab.cleaner().find(), Kind.DATA) == set(), "all are new"
     lab.clock.forward(MONTH.total_seconds() + 86400)
     assert names(lab.cleaner().find(), Kind.DATA) == unneeded
@@ -264,9 +268,9 @@ def test_old_data_go_once_no_job_may_read_them(lab: Lab) -> None:
 
 
 def test_data_stay_that_a_row_names_which_cannot_be_read(lab: Lab) -> None:
-    waiting = lab.store.submit(submission(lora=200, qlora=200))
+    waiting = lab.store.jobs.submit(submission(lora=200, qlora=200))
     name = lab.data("waiting", waiting)
-    with Session(lab.store._engine) as session, session.begin():
+    with Session(lab.store.engine) as session, session.begin():
         data = {"path": {"uri": f"file:///lab/{name}", "rows": -1}}
         session.execute(update(Job).where(Job.job_id == waiting).values(data=data))
     lab.clock.forward(MONTH.total_seconds() + 86400)
@@ -280,7 +284,7 @@ def test_data_that_are_submitted_while_others_are_removed_stay(lab: Lab) -> None
     lab.clock.forward(later)
     going = lab.cleaner().remove()
     (second,) = contents.keys() - {next(going).name}
-    lab.data(contents[second], lab.store.submit(submission()))
+    lab.data(contents[second], lab.store.jobs.submit(submission()))
     lab.clock.forward(-later)  # a store's dates are real: so this one's is new
     assert names(going, Kind.DATA) == set() and second in lab.held()
 
@@ -296,7 +300,7 @@ def test_a_removed_result_needs_its_data_no_more_and_a_dry_run_says_so(lab: Lab)
 
 
 def test_what_is_here_goes_when_its_job_has_ended_or_nobody_used_it_for_long(lab: Lab) -> None:
-    ended, waiting = lab.run(Reason.DIVERGED), lab.store.submit(submission(lora=200, qlora=200))
+    ended, waiting = lab.run(Reason.DIVERGED), lab.store.jobs.submit(submission(lora=200, qlora=200))
     work, cache = lab.settings.work_dir, lab.settings.cache_dir
     for name in (str(ended), str(waiting), "99", "notes", f"0{ended}"):
         (work / name / "attempt-1").mkdir(parents=True)
@@ -333,15 +337,15 @@ def test_a_job_that_is_retried_after_gc_names_no_checkpoint_that_is_gone(lab: La
     assert isinstance(claim, Claim)
     prefix = checkpoint_prefix(claim.job_id, claim.attempt, 3)
     lab.stores(prefix)
-    assert lab.store.keep_checkpoint(claim, StoredCheckpoint(step=3, prefix=prefix))
-    lab.store.finish(claim, Reason.DRAINED, "stopped", Progress())
+    assert lab.store.attempts.keep_checkpoint(claim, StoredCheckpoint(step=3, prefix=prefix))
+    lab.store.attempts.finish(claim, Reason.DRAINED, "stopped", Progress())
     checkpoints = f"jobs/{claim.job_id}/checkpoints"
     assert checkpoints not in names(lab.cleaner().find())
-    assert lab.store.forget_checkpoint(claim.job_id) is None, "it waits, and goes on from there"
+    assert lab.store.results.forget_checkpoint(claim.job_id) is None, "it waits, and goes on from there"
 
-    lab.store.cancel(claim.job_id, "ada")
+    lab.store.jobs.cancel(claim.job_id, "ada")
     assert names(lab.cleaner().remove(), Kind.CHECKPOINTS) == {checkpoints}
-    lab.store.retry(claim.job_id, "ada")
+    lab.store.jobs.retry(claim.job_id, "ada")
     again = take(lab.store)
     assert isinstance(again, Claim) and again.checkpoint is None
 
@@ -352,19 +356,19 @@ def test_what_a_retry_stores_while_gc_removes_the_old_checkpoint_stays(
     job_id = lab.run(Reason.DIVERGED)
     older, newer = checkpoint_prefix(job_id, 1, 3), checkpoint_prefix(job_id, 2, 1)
     lab.stores(older)
-    forget = lab.store.forget_checkpoint
+    forget = lab.store.results.forget_checkpoint
 
     def then_retry(job: int) -> int | None:
         forgotten = forget(job)
-        lab.store.retry(job, "ada")
+        lab.store.jobs.retry(job, "ada")
         claim = take(lab.store)
         assert isinstance(claim, Claim)
         lab.stores(newer)
-        assert lab.store.keep_checkpoint(claim, StoredCheckpoint(step=1, prefix=newer))
+        assert lab.store.attempts.keep_checkpoint(claim, StoredCheckpoint(step=1, prefix=newer))
         return forgotten
 
     cleaner = lab.cleaner()
-    monkeypatch.setattr(lab.store, "forget_checkpoint", then_retry)
+    monkeypatch.setattr(lab.store.results, "forget_checkpoint", then_retry)
     assert names(cleaner.remove(), Kind.CHECKPOINTS) == {f"jobs/{job_id}/checkpoints"}
     assert lab.artifacts.verify(Binding(prefix=newer, manifest_sha256=None))
     with pytest.raises(ArtifactError):
@@ -386,15 +390,15 @@ def test_log_lines_stay_while_the_stored_log_is_not_the_one_that_its_row_binds(l
     forged.write_bytes(b"nothing happened")
     lab.artifacts.put_result(forged.parent, attempt_prefix(job_id, 1))
     assert [g.job_id for g in lab.cleaner().remove() if g.kind is Kind.LOG] == [job_id + 1]
-    assert lab.store.log(job_id)[0].text.startswith("xxx")
+    assert lab.store.jobs.log(job_id)[0].text.startswith("xxx")
 
 
 def test_old_jobs_without_a_result_go_with_all_their_rows_when_asked(lab: Lab) -> None:
     kept, failed, tagged = lab.run(Reason.OK), lab.run(Reason.DIVERGED), lab.run(Reason.OK)
-    lab.store.tag(parse_reference(str(tagged)), "prod", "ada")
-    cancelled = lab.store.submit(submission(lora=200, qlora=200))
-    lab.store.cancel(cancelled, "ada")
-    waiting = lab.store.submit(submission(lora=200, qlora=200))
+    lab.store.adapters.tag(parse_reference(str(tagged)), "prod", "ada")
+    cancelled = lab.store.jobs.submit(submission(lora=200, qlora=200))
+    lab.store.jobs.cancel(cancelled, "ada")
+    waiting = lab.store.jobs.submit(submission(lora=200, qlora=200))
     lab.clock.forward(MONTH.total_seconds() + 86400)
     fresh = lab.run(Reason.DIVERGED)
     rows = (Kind.JOB, Kind.COURSE)
@@ -403,14 +407,14 @@ def test_old_jobs_without_a_result_go_with_all_their_rows_when_asked(lab: Lab) -
     found = list(lab.cleaner(past_jobs=True).find())
     assert names(iter(found), *rows) == wanted
     assert min(garbage.size for garbage in found if garbage.kind is Kind.JOB) >= 2000
-    assert len(lab.store.jobs()) == 6, "a dry run changes nothing"
+    assert len(lab.store.jobs.matching()) == 6, "a dry run changes nothing"
     assert names(lab.cleaner(past_jobs=True).remove(), *rows) == wanted
-    assert sorted(job.job_id for job in lab.store.jobs()) == [kept, tagged, waiting, fresh]
-    with Session(lab.store._engine) as session:
+    assert sorted(job.job_id for job in lab.store.jobs.matching()) == [kept, tagged, waiting, fresh]
+    with Session(lab.store.engine) as session:
         for table in (Attempt, Event, LogChunk, MetricPoint):
             left = select(func.count()).select_from(table).where(table.job_id.in_([failed, cancelled]))
             assert session.scalar(left) == 0
-    assert lab.store.submit(submission()) > fresh, "a number is never given twice"
+    assert lab.store.jobs.submit(submission()) > fresh, "a number is never given twice"
     lab.cleaner().check_own_store()
     lab.rows_lead_somewhere()
 
@@ -421,9 +425,9 @@ def test_a_job_with_files_in_the_store_keeps_its_row(lab: Lab) -> None:
     breaks = BreaksOff(lab.artifacts.url)
     with pytest.raises(ArtifactError):
         list(lab.cleaner(artifacts=breaks, past_jobs=True).remove())
-    assert lab.store.job(failed), "else no one could say whose files those are"
+    assert lab.store.jobs.get(failed), "else no one could say whose files those are"
     assert names(lab.cleaner(past_jobs=True).remove(), Kind.JOB) == {f"{failed} a of ada"}
-    assert lab.store.jobs() == [] and lab.held() == set()
+    assert lab.store.jobs.matching() == [] and lab.held() == set()
 
 
 def test_a_dry_run_counts_the_jobs_whose_results_would_go_as_well(lab: Lab) -> None:

@@ -66,8 +66,8 @@ def test_a_job_with_patience_takes_no_card_with_qlora_before_it_is_over(store: S
     said = " ".join(need_text(small, "x", Screen(width=80, unicode=True, color=False)).split())
     assert "For 2 h 00 min it waits for a card that holds LoRA; then QLoRA will do." in said
     assert rows(memory_need(store, job_to_plan(store, str(file), ()), 48 * GIB, solve=False))[0][0] == "fits"
-    store.see_node(node_state("heron:0", total=16 * GIB))
-    job_id = store.submit(plan_job(patient, "ada", {}, store))
+    store.cards.see(node_state("heron:0", total=16 * GIB))
+    job_id = store.jobs.submit(plan_job(patient, "ada", {}, store))
     assert rows(memory_need(store, job_to_plan(store, str(job_id), ()), None, solve=False))[0][0] == "tight"
     hasty = memory_need(store, job_to_plan(store, str(job_id), ("lora_patience=null",)), None, solve=False)
     assert hasty.choice is Method.QLORA and rows(hasty)[0][0] == "fits"
@@ -83,10 +83,10 @@ def test_a_number_of_cards_is_planned_as_it_is_asked_for(store: Store, tmp_path:
 
 def test_only_boxes_whose_workers_run_such_jobs_are_named(store: Store, tmp_path: Path) -> None:
     for number in range(2):
-        store.see_node(node_state(f"heron:{number}", total=16 * GIB, gangs=False))
+        store.cards.see(node_state(f"heron:{number}", total=16 * GIB, gangs=False))
     assert [word for word, *_ in rows(asked(store, tmp_path, None))] == ["never", "never"]
     for number in range(2):
-        store.see_node(node_state(f"heron:{number}", total=16 * GIB, gangs=True))
+        store.cards.see(node_state(f"heron:{number}", total=16 * GIB, gangs=True))
     assert rows(asked(store, tmp_path, None))[2:] == [
         ("fits", "2 cards of heron", "with lora, sharded: 14.3 GiB of each")
     ]
@@ -119,15 +119,15 @@ def test_what_submit_reserves_for_longer_rows_may_be_of_several_cards(
 
 def test_a_job_that_its_trainer_has_planned_waits_for_what_its_row_says(store: Store, tmp_path: Path) -> None:
     job = asked_for(tmp_path)
-    store.submit(plan_job(job, "ada", {}, store))
+    store.jobs.submit(plan_job(job, "ada", {}, store))
     first = memory_need(store, job_to_plan(store, "1", ()), None, solve=False)
     assert waits(first) == "" and first.as_json()["methods"]["lora"]["submitted_bytes"] == first.reserved.lora
     mine = take(store, 24 * GIB)
     assert isinstance(mine, Claim)
-    store.beat(mine, Progress(need=Need(lora=17 * GIB, qlora=None)))
-    assert store.finish(mine, Reason.WORKER_LOST, "silent", Progress()) is Status.QUEUED
+    store.attempts.beat(mine, Progress(need=Need(lora=17 * GIB, qlora=None)))
+    assert store.attempts.finish(mine, Reason.WORKER_LOST, "silent", Progress()) is Status.QUEUED
     later = memory_need(store, job_to_plan(store, "1", ()), None, solve=False)
-    assert later.as_json()["methods"]["lora"]["submitted_bytes"] == store.job(1).vram_lora == 17 * GIB
+    assert later.as_json()["methods"]["lora"]["submitted_bytes"] == store.jobs.get(1).vram_lora == 17 * GIB
     assert waits(later) == "It waits for 17.0 GiB with lora."
     other = memory_need(store, job_to_plan(store, "1", ("lora.r=32",)), None, solve=False)
     assert waits(other) == "", "that would be another job"
@@ -162,14 +162,14 @@ def test_no_one_is_told_that_no_card_holds_what_two_of_a_box_do(store: Store, tm
     need = asked(store, tmp_path, 15 * GIB, cards=2, parallel="data")
     assert ways(need)[0][0] == ("resources.cards=2", "resources.parallel=auto")
     for number in range(2):
-        store.see_node(node_state(f"heron:{number}", total=16 * GIB, gangs=False))
+        store.cards.see(node_state(f"heron:{number}", total=16 * GIB, gangs=False))
     need = asked(store, tmp_path, None, cards=1)
     assert ways(need) == [] and following("job.yaml", need, solve=False).startswith("No card holds it as it is.")
 
 
 def test_where_one_card_is_enough_no_one_is_told_that_none_is(store: Store, tmp_path: Path) -> None:
     for box in ("heron", "owl"):
-        store.see_node(node_state(f"{box}:0", total=24 * GIB, gangs=True))
+        store.cards.see(node_state(f"{box}:0", total=24 * GIB, gangs=True))
     need = asked(store, tmp_path, None, solve=True, cards=2)
     assert ways(need)[0] == (("resources.cards=auto",), "lora", 1)
     text = need_text(need, "x", Screen(width=80, unicode=True, color=False))

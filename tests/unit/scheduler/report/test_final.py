@@ -41,7 +41,7 @@ FIGURE = "7.77"
 def test_only_the_winner_s_are_shown_and_each_look_is_a_row(store: Store, tmp_path: Path) -> None:
     lab = webs.SeededLab(store=store, artifacts=ArtifactStore(tmp_path.as_uri()), now=store.now())
     members = [replace(submission(lora=1, name="triage"), spec=webs.spec(name="triage", lora={"r": r})) for r in (4, 8)]
-    store.submit_sweep(NewSweep(name="triage", user="ada", varied={"lora.r": "4,8"}), members)
+    store.sweeps.submit(NewSweep(name="triage", user="ada", varied={"lora.r": "4,8"}), members)
     first, second = claims(store, 2)
     finish(lab, first, 1.0)
     assert FIGURE not in told(compare(lab)), "the sweep goes on: its winner is not chosen yet"
@@ -49,25 +49,28 @@ def test_only_the_winner_s_are_shown_and_each_look_is_a_row(store: Store, tmp_pa
     finish(lab, second, 2.0)
     site = page(lab)
     assert FIGURE not in everything(lab, site, jobs=(1, 2)) and "nobody has looked yet" in site
-    before = [(job.job_id, job.status, job.report_uri, job.manifest_sha256) for job in store.jobs()]
+    before = [(job.job_id, job.status, job.report_uri, job.manifest_sha256) for job in store.jobs.matching()]
 
     looked = compare(lab, user="mara")
     assert looked.final is not None and looked.final.job_id == looked.comparison.best.job_id == 1
     assert f"Better than the base: held-out loss 9.00 -> {FIGURE}." in looked.second_look
     assert looked.second_look.endswith("Look 1 at them.") and looked.second_look in told(looked)
     assert compare(lab, user="wei").second_look.endswith("Look 2 at them.")
-    assert [(one.job_id, one.sweep_id, one.user) for one in store.looks("f" * 64)] == [(1, 1, "mara"), (1, 1, "wei")]
+    assert [(one.job_id, one.sweep_id, one.user) for one in store.results.looks("f" * 64)] == [
+        (1, 1, "mara"),
+        (1, 1, "wei"),
+    ]
     assert "Look 2 at them." in page(lab), "the page shows what somebody has looked at"
-    assert len(store.looks("f" * 64)) == 2, "and is no look"
+    assert len(store.results.looks("f" * 64)) == 2, "and is no look"
     assert FIGURE not in everything(lab, "", jobs=(1, 2)), "a look changes no report"
-    assert [(job.job_id, job.status, job.report_uri, job.manifest_sha256) for job in store.jobs()] == before
+    assert [(job.job_id, job.status, job.report_uri, job.manifest_sha256) for job in store.jobs.matching()] == before
     assert sameness(store, lab.artifacts, 1, 1).same and "final" not in json.dumps(sameness_of(lab))
 
 
 def test_a_job_alone_shows_its_own_and_says_who_looked_before(store: Store, tmp_path: Path) -> None:
     lab = webs.SeededLab(store=store, artifacts=ArtifactStore(tmp_path.as_uri()), now=store.now())
     for name in ("a", "b", "c"):
-        store.submit(submission(lora=1, name=name))
+        store.jobs.submit(submission(lora=1, name=name))
     one, two, plain = claims(store, 3)
     finish(lab, one, 1.0)
     finish(lab, two, 1.5)
@@ -134,14 +137,14 @@ def everything(lab: webs.SeededLab, site: str, jobs: tuple[int, ...]) -> str:
 
 @pytest.mark.parametrize("upgraded_url", ["postgresql"], indirect=True)
 def test_of_two_looks_at_once_one_at_least_counts_both(store: Store, upgraded_url: str) -> None:
-    job_id = store.submit(submission())
+    job_id = store.jobs.submit(submission())
     engine, seen = make_engine(upgraded_url), list[list[FinalLook]]()
 
     def meanwhile(_: object) -> None:
         if not seen:
-            seen.append(store.look(job_id, "f" * 64, "mara"))
+            seen.append(store.results.look(job_id, "f" * 64, "mara"))
 
     event.listen(engine, "commit", meanwhile)
-    seen.append(Store(engine).look(job_id, "f" * 64, "wei"))
+    seen.append(Store(engine).results.look(job_id, "f" * 64, "wei"))
     engine.dispose()
     assert [[one.user for one in looks] for looks in seen] == [["mara"], ["mara", "wei"]]

@@ -40,11 +40,11 @@ def again(
     store: Store, tmp_path: Path, found: dict[str, Any], *, others: Sequence[NodeState] = (), **keys: Any
 ) -> Repetition:
     """A job that has run once on an A40, planned to run again where `others` are online too."""
-    job_id = store.submit(submission(**keys))
+    job_id = store.jobs.submit(submission(**keys))
     take(store, versions=VERSIONS)
     for node in others:
-        store.see_node(node)
-    return plan_repetition(store.job(job_id), found, store, load_settings({"LORACTL_HOME": str(tmp_path)}))
+        store.cards.see(node)
+    return plan_repetition(store.jobs.get(job_id), found, store, load_settings({"LORACTL_HOME": str(tmp_path)}))
 
 
 def told(repetition: Repetition) -> dict[str, tuple[str, str]]:
@@ -67,7 +67,7 @@ def test_whether_it_recomputed_is_fixed_with_the_pieces_of_its_room(store: Store
     repetition = again(store, tmp_path, report(training=told))
     assert repetition.spec.training.gradient_checkpointing is False
     settings = load_settings({"LORACTL_HOME": str(tmp_path)})
-    job_id = store.submit(submission_of(repetition, settings, store))
+    job_id = store.jobs.submit(submission_of(repetition, settings, store))
     claim = take(store, node="box:1")
     assert isinstance(claim, Claim) and (claim.job_id, claim.adjustment) == (job_id, room), "no placement changes it"
     asked = again(store, tmp_path, report(training=told), training={"gradient_checkpointing": True})
@@ -83,9 +83,9 @@ def test_the_new_job_begins_in_the_pieces_in_which_the_first_one_ended(store: St
     smaller = Adjustment(micro_batch=1, accumulation=16, eval_batch=2)
     repetition = again(store, tmp_path, report(training={"adjustment": smaller.as_json()}))
     settings = load_settings({"LORACTL_HOME": str(tmp_path)})
-    job_id = store.submit(submission_of(repetition, settings, store))
-    assert store.job(job_id).adjustment == smaller.as_json()
-    assert store.job(job_id).spec["training"]["per_device_train_batch_size"] == 4, "what was asked for stays"
+    job_id = store.jobs.submit(submission_of(repetition, settings, store))
+    assert store.jobs.get(job_id).adjustment == smaller.as_json()
+    assert store.jobs.get(job_id).spec["training"]["per_device_train_batch_size"] == 4, "what was asked for stays"
     claim = take(store, node="free:0", free=2**40)
     assert claim is not None and getattr(claim, "adjustment", None) == smaller
 

@@ -82,7 +82,7 @@ def test_a_job_like_another_takes_its_stored_rows_but_for_those_that_it_names_it
     wanted = spec(dataset={"path": main, "more": [{"path": other, "share": 0.2}]})
     artifacts = ArtifactStore(f"file://{tmp_path / 'store'}")
     stored = store_data(wanted, artifacts)
-    job_id = store.submit(replace(submission(dataset=wanted.dataset.model_dump()), data=stored))
+    job_id = store.jobs.submit(replace(submission(dataset=wanted.dataset.model_dump()), data=stored))
     Path(main).unlink()
     Path(other).unlink()
     draft = like_job(store, job_id, ["dataset.split=train[:30]"])

@@ -34,7 +34,7 @@ pytestmark = SQLITE_ALONE
 )
 def test_the_need_before_the_row_is_the_row_s(store: Store, keys: dict[str, Any]) -> None:
     planned = submission(**keys)
-    job = store.job(store.submit(planned))
+    job = store.jobs.get(store.jobs.submit(planned))
     assert (planned.first_need, vram_class(planned.first_need)) == (job.vram_needed, job.vram_class)
 
 
@@ -44,7 +44,7 @@ def test_a_queued_job_leaves_one_hint_in_the_queue_of_its_class(store: Store, ho
     entry = enqueue(submission(lora=14, qlora=None, method="lora"), settings, store)
     assert entry.sentence == f"Job {entry.job_id} (tiny) is queued."
     client = redis.Redis(unix_socket_path=str(settings.runtime_dir / "valkey.sock"))
-    assert client.llen(queue_name(store.job(entry.job_id).vram_class)) == 1
+    assert client.llen(queue_name(store.jobs.get(entry.job_id).vram_class)) == 1
 
 
 @pytest.mark.timeout(30)
@@ -52,7 +52,7 @@ def test_with_the_queue_away_the_job_is_in_the_database_all_the_same(store: Stor
     url = f"redis://:hunter2@127.0.0.1:{free_port()}/0"
     settings = load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_REDIS_URL": url})
     entry = enqueue(submission(), settings, store)
-    assert store.job(entry.job_id).queue_key is not None
+    assert store.jobs.get(entry.job_id).queue_key is not None
     *_, away, safe = entry.warnings
     assert away.startswith("Warning: the queue is unreachable at redis://:***@127.0.0.1:")
     assert safe == f"Job {entry.job_id} is safe in the database; workers find it there within seconds."

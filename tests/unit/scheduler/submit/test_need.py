@@ -69,13 +69,13 @@ def test_where_only_processors_are_known_every_figure_is_one_plan_for_a_processo
     assert card != processor
     assert plan_job(asked, "ada", {}, store).need.lora == card, "a GPU box may come"
     assert plan_job(asked, "ada", {}, store, devices="cpu").need.lora == processor
-    store.see_node(node_state("box:0", kind="cpu"))
-    job_id = store.submit(plan_job(asked, "ada", {}, store))
-    row = store.job(job_id)
+    store.cards.see(node_state("box:0", kind="cpu"))
+    job_id = store.jobs.submit(plan_job(asked, "ada", {}, store))
+    row = store.jobs.get(job_id)
     answer = memory_need(store, JobToPlan(title="1", spec=asked, data={}), None, solve=False)
     assert (row.vram_needed, row.planned["lora"], answer.reserved.lora) == (processor, processor, processor)
     assert not answer.on_gpu
-    store.see_node(node_state("box:1"))
+    store.cards.see(node_state("box:1"))
     assert plan_job(asked, "ada", {}, store, devices="cpu").need.lora == card
 
 

@@ -28,42 +28,42 @@ pytestmark = SQLITE_ALONE
 @pytest.fixture
 def packed(store: Store) -> Store:
     """A small card whose one trainer has a base of 5 GiB and takes more jobs."""
-    store.see_node(node_state(NODE, total=24 * GIB, max_jobs=1))
+    store.cards.see(node_state(NODE, total=24 * GIB, max_jobs=1))
     queue(store)
     mine = claim(store)
     key = base_key(mine.spec, mine.method)
-    assert key is not None and store.open_host(mine, NewHost(host="h", node=NODE, key=key, bytes=5 * GIB))
+    assert key is not None and store.hosts.open(mine, NewHost(host="h", node=NODE, key=key, bytes=5 * GIB))
     return store
 
 
 @pytest.fixture
 def packed_nf4(store: Store) -> Store:
     """The same with a base in NF4."""
-    store.see_node(node_state(NODE, total=16 * GIB, max_jobs=1))
-    store.submit(submission(qlora=8, method="qlora", dataset={"path": "org/data", "max_length": 8}))
+    store.cards.see(node_state(NODE, total=16 * GIB, max_jobs=1))
+    store.jobs.submit(submission(qlora=8, method="qlora", dataset={"path": "org/data", "max_length": 8}))
     mine = claim(store)
     key = base_key(mine.spec, mine.method)
-    assert key is not None and store.open_host(mine, NewHost(host="h", node=NODE, key=key, bytes=5 * GIB))
+    assert key is not None and store.hosts.open(mine, NewHost(host="h", node=NODE, key=key, bytes=5 * GIB))
     return store
 
 
 def test_what_would_start_a_job_now_may_be_a_join(packed_nf4: Store) -> None:
-    mine = packed_nf4.submit(
+    mine = packed_nf4.jobs.submit(
         submission(lora=20, qlora=8, method="lora", dataset={"path": "org/data", "max_length": 8}, user="bob")
     )
-    view = packed_nf4.fleet()
-    (told, *_) = remedies(packed_nf4.job(mine), view, packed_nf4.would_start)
+    view = packed_nf4.cards.fleet()
+    (told, *_) = remedies(packed_nf4.jobs.get(mine), view, packed_nf4.cards.would_start)
     assert told.startswith(f"It would start now on {NODE} with method: qlora")
 
 
 def test_a_smaller_form_is_asked_with_its_own_tokens_whether_it_joins(packed: Store) -> None:
     mine = queue(packed, length=1024, user="bob")
-    row = packed.job(mine)
-    me, spec = waiting_of(vars(row), packed.fleet().now), JobSpec.model_validate(row.spec)
-    assert packed.would_start(me, spec) is None, "long rows gain nothing"
+    row = packed.jobs.get(mine)
+    me, spec = waiting_of(vars(row), packed.cards.fleet().now), JobSpec.model_validate(row.spec)
+    assert packed.cards.would_start(me, spec) is None, "long rows gain nothing"
     shorter = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": 8})})
-    assert packed.would_start(me, shorter) == NODE
-    assert packed.would_start(replace(me, need=replace(me.need, lora=40 * GIB)), shorter) is None, (
+    assert packed.cards.would_start(me, shorter) == NODE
+    assert packed.cards.would_start(replace(me, need=replace(me.need, lora=40 * GIB)), shorter) is None, (
         "its part has no room"
     )
 
@@ -78,11 +78,11 @@ def long_rows(store: Store, tmp_path: Path) -> dict[str, Any]:
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(numbers))
     long = {"base_model": str(tmp_path), "dataset": {"path": "org/data", "max_length": 32768}, "method": "qlora"}
-    store.see_node(node_state(NODE, total=16 * GIB, max_jobs=1))
-    store.submit(submission(qlora=8, **long))
+    store.cards.see(node_state(NODE, total=16 * GIB, max_jobs=1))
+    store.jobs.submit(submission(qlora=8, **long))
     mine = claim(store)
     key = base_key(mine.spec, mine.method)
-    assert key is not None and store.open_host(mine, NewHost(host="h", node=NODE, key=key, bytes=5 * GIB))
+    assert key is not None and store.hosts.open(mine, NewHost(host="h", node=NODE, key=key, bytes=5 * GIB))
     return {**long, "training": {"per_device_train_batch_size": 1}, "qlora": 40, "user": "bob"}
 
 
@@ -90,9 +90,9 @@ def test_a_form_that_has_room_beside_others_is_among_those_that_are_tried(
     store: Store, long_rows: dict[str, Any]
 ) -> None:
     flat = [MeasuredPass(tokens=tokens, members=1, seconds=1.0) for tokens in (8, 65536) * 10]
-    store.note_passes("h", flat)  # tokens cost next to nothing: any pack pays
-    waiting = store.job(store.submit(submission(**long_rows)))
-    (told, command) = remedies(waiting, store.fleet(), store.would_start)
+    store.hosts.note_passes("h", flat)  # tokens cost next to nothing: any pack pays
+    waiting = store.jobs.get(store.jobs.submit(submission(**long_rows)))
+    (told, command) = remedies(waiting, store.cards.fleet(), store.cards.would_start)
     assert told.startswith(f"It would start now on {NODE} with max_length ")
     assert command.startswith(f"Try: loractl plan {waiting.job_id} --set dataset.max_length=")
 
@@ -100,8 +100,8 @@ def test_a_form_that_has_room_beside_others_is_among_those_that_are_tried(
 def test_where_others_have_more_room_and_refuse_the_job_a_card_of_its_own_is_tried(
     store: Store, long_rows: dict[str, Any]
 ) -> None:
-    store.see_node(node_state("owl:0", total=10 * GIB))
-    waiting = store.job(store.submit(submission(**long_rows)))
-    (told, command) = remedies(waiting, store.fleet(), store.would_start)
+    store.cards.see(node_state("owl:0", total=10 * GIB))
+    waiting = store.jobs.get(store.jobs.submit(submission(**long_rows)))
+    (told, command) = remedies(waiting, store.cards.fleet(), store.cards.would_start)
     assert told.startswith("It would start now on owl:0 with max_length ")
     assert command.startswith(f"Try: loractl plan {waiting.job_id} --set dataset.max_length=")

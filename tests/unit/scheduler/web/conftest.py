@@ -58,7 +58,7 @@ def seeded(sqlite_template: Path, shared_folder: Path, tmp_path_factory: pytest.
         if folder is not None:
             shutil.copy(sqlite_template, folder / "lab.db")
             lab = webs.seed(f"sqlite:///{folder / 'lab.db'}", folder / "artifacts", NOON)
-            lab.store._engine.dispose()
+            lab.store.engine.dispose()
     return shutil.copytree(shared_folder / "lab", tmp_path_factory.mktemp("seeded") / "lab")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from loractl.common.store.verbs.jobs import JobVerbs
 from loractl.scheduler.web.pages import pages
 from loractl.scheduler.web.pages.floor import lab_floor
 
@@ -151,7 +152,7 @@ def test_a_fault_of_our_own_is_one_sentence_everywhere_and_the_log_has_the_reaso
 
     for name in ("lab_floor", "job_list", "job_dossier", "sweep_contest", "adapter_matrix"):
         monkeypatch.setattr(pages, name, broken)
-    monkeypatch.setattr(own_web.lab.store.__class__, "log_part", broken)
+    monkeypatch.setattr(JobVerbs, "log_part", broken)
     monkeypatch.setattr("loractl.scheduler.web.metrics.generate_latest", broken)
     for address in ("/", "/jobs", "/jobs/11", "/sweeps/1", "/adapters", *TEXTS):
         answer = own_web.client.get(address)

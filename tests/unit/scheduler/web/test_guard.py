@@ -34,17 +34,18 @@ EVIL = (
 
 def test_the_database_itself_refuses_every_write(upgraded_url: str) -> None:
     store = Store(make_engine(upgraded_url))
-    number = store.submit(submission())
-    store.see_node(node_state())
+    number = store.jobs.submit(submission())
+    store.cards.see(node_state())
     reading = Store(make_engine(upgraded_url, read_only=True))
-    assert reading.job(number).name == "tiny"
+    assert reading.jobs.get(number).name == "tiny"
     for write in (
-        lambda: reading.submit(submission()), lambda: reading.cancel(number, "eve"), lambda: reading.claim("box:0"),
-        lambda: reading.drain("box", "eve", "because"), lambda: reading.see_node(node_state("evil:0")),
+        lambda: reading.jobs.submit(submission()), lambda: reading.jobs.cancel(number, "eve"),
+        lambda: reading.attempts.claim("box:0"),
+        lambda: reading.cards.drain("box", "eve", "because"), lambda: reading.cards.see(node_state("evil:0")),
     ):  # fmt: skip
         with pytest.raises((DBAPIError, Forbidden), match=r"(?i)read.?only"):
             write()
-    assert [job.job_id for job in store.jobs()] == [number] and store.job(number).status == "queued"
+    assert [job.job_id for job in store.jobs.matching()] == [number] and store.jobs.get(number).status == "queued"
 
 
 def test_a_page_makes_no_database_and_upgrades_none(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_lab_is_told_in_numbers_from_either_database(any_web: Web) -> None:
     assert value(samples, "loractl_jobs", state="running", reason="training") == 3
     assert value(samples, "loractl_jobs", state="queued", reason="held") == 1
     assert value(samples, "loractl_jobs", state="queued", reason="ready") == 4
-    total = {status: len(web.lab.store.jobs(statuses=[status])) for status in Status}
+    total = {status: len(web.lab.store.jobs.matching(statuses=[status])) for status in Status}
     for status, count in total.items():
         assert sum(s.value for s in samples["loractl_jobs"] if s.labels["state"] == status) == count
     assert 0 < value(samples, "loractl_oldest_ready_job_timestamp_seconds") <= now
@@ -72,7 +72,7 @@ def test_a_lab_is_told_in_numbers_from_either_database(any_web: Web) -> None:
 
 
 def test_the_bytes_of_a_card_add_up_to_the_card(own_web: Web) -> None:
-    own_web.lab.store.see_node(node_state("kestrel:1", total=24 * GIB, outside_bytes=30 * GIB, margin=GIB))
+    own_web.lab.store.cards.see(node_state("kestrel:1", total=24 * GIB, outside_bytes=30 * GIB, margin=GIB))
     samples = scrape(own_web)
     for card, (_, size) in webs.CARDS.items():
         uses = {s.labels["use"]: s.value for s in samples["loractl_card_bytes"] if s.labels["card"] == card}
@@ -94,8 +94,8 @@ def test_messages_are_told_by_channel_and_by_what_became_of_them(own_web: Web, m
     lab, ops = own_web.lab, Channel(name="ops", kind="slack", url="https://hooks.slack.com/services/SECRET")
     waiting = value(scrape(own_web), "loractl_notifications", channel="ops", state="waiting")
     for delivery in (Delivery(sent=True), Delivery(why="HTTP 410")):
-        parcel = lab.store.lease_message((ops,), 90.0)
-        assert parcel is not None and lab.store.settle_message(parcel, delivery)
+        parcel = lab.store.outbox.lease((ops,), 90.0)
+        assert parcel is not None and lab.store.outbox.settle(parcel, delivery)
     after = scrape(own_web)
     assert value(after, "loractl_notifications", channel="ops", state="waiting") == waiting - 2 > 0
     assert value(after, "loractl_notifications", channel="ops", state="sent") == 1
@@ -114,14 +114,14 @@ def test_what_ends_while_it_runs_is_counted_once_and_its_series_go(
     before = scrape(own_web)
     assert value(before, "loractl_attempts_total", reason="ok") == 0, "counted since the server began"
     assert value(before, "loractl_queue_wait_seconds_count") == 0
-    lab.store.end_drain("heron:2")
+    lab.store.cards.end_drain("heron:2")
     for job_id in (16, 17, 19):
-        lab.store.cancel(job_id, "ada")
+        lab.store.jobs.cancel(job_id, "ada")
     lab.pass_(10)
     claim = webs.run(lab, "short", "ada", "heron:2", 17, steps=50)
     webs.store_result(lab, claim, 2.0, 1.0)
     failed = webs.run(lab, "bad-card", "ada", "heron:2", 17, steps=50)
-    lab.store.finish(failed, Reason.GPU_ERROR, "CUDA error", Progress())
+    lab.store.attempts.finish(failed, Reason.GPU_ERROR, "CUDA error", Progress())
     lab.pass_(SETTLED_S + 1)
     for _ in range(2):
         after = scrape(own_web)
@@ -132,8 +132,8 @@ def test_what_ends_while_it_runs_is_counted_once_and_its_series_go(
         assert value(after, "loractl_queue_wait_seconds_count") == 2
         assert value(after, "loractl_queue_wait_seconds_bucket", le="1") == 2
         assert value(after, "loractl_plan_measured_ratio_count") == 1
-    lab.store.cancel(12, "ada")
-    lab.store.give_back("osprey:0")
+    lab.store.jobs.cancel(12, "ada")
+    lab.store.attempts.give_back("osprey:0")
     gone = scrape(own_web)
     assert {s.labels["job_id"] for s in gone["loractl_job_lease_end_timestamp_seconds"]} == {"13", "14", "15"}
 
@@ -154,8 +154,8 @@ def test_without_a_database_a_scrape_says_just_that(own_web: Web) -> None:
 def test_two_scrapes_at_the_same_moment_read_once(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[int] = []
     store = web.lab.store
-    fleet = store.fleet
-    monkeypatch.setattr(store, "fleet", lambda: (looks.append(1), fleet())[1])
+    fleet = store.cards.fleet
+    monkeypatch.setattr(store.cards, "fleet", lambda: (looks.append(1), fleet())[1])
     exporter = Exporter(store)
     assert exporter.text() == exporter.text() and len(looks) == 1
 
@@ -174,7 +174,7 @@ def test_there_are_eleven_alerts_each_with_words_for_people() -> None:
 
 @pytest.mark.parametrize("alert", alerts(), ids=lambda alert: str(alert["alert"]))
 def test_an_alert_names_only_what_the_exporter_tells(own_web: Web, alert: dict[str, Any]) -> None:
-    own_web.lab.store.give_back("kestrel:0")  # a failure of a card, without which its series are not there
+    own_web.lab.store.attempts.give_back("kestrel:0")  # a failure of a card, without which its series are not there
     samples = scrape(own_web)
     named = re.findall(r"(loractl_\w+)(\{[^}]*\})?", alert["expr"])
     assert named

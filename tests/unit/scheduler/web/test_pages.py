@@ -48,7 +48,7 @@ def test_a_base_that_waits_for_a_job_is_drawn_on_its_card(own_web: Web, monkeypa
     claim = webs.run(lab, "keeps", "ada", "kestrel:0", 3)
     key = base_key(claim.spec, claim.method)
     assert key is not None
-    assert lab.store.keep_host(claim, NewHost(host="mark", node="kestrel:0", key=key, bytes=2 * GIB))
+    assert lab.store.hosts.keep(claim, NewHost(host="mark", node="kestrel:0", key=key, bytes=2 * GIB))
     assert "waits for a job: " not in own_web.client.get("/").text, "its job runs in it"
     webs.store_result(lab, claim, 2.0, 1.5)
     page = own_web.client.get("/").text
@@ -57,14 +57,14 @@ def test_a_base_that_waits_for_a_job_is_drawn_on_its_card(own_web: Web, monkeypa
 
 
 def test_a_lab_in_which_nothing_waits_says_so_in_sentences(own_web: Web) -> None:
-    for queued in own_web.lab.store.jobs(statuses=[Status.QUEUED]):
-        own_web.lab.store.cancel(queued.job_id, "ada")
+    for queued in own_web.lab.store.jobs.matching(statuses=[Status.QUEUED]):
+        own_web.lab.store.jobs.cancel(queued.job_id, "ada")
     assert re.search(r"Nothing waits\. Today \d+ done", words(own_web.client.get("/").text))
 
 
 def test_what_waits_stands_in_the_order_in_which_the_rule_tries_it(web: Web) -> None:
     shown = re.findall(r'data-key="w(\d+)"', web.client.get("/").text)
-    tried = [job.job_id for job in web.lab.store.ready(10)]
+    tried = [job.job_id for job in web.lab.store.jobs.ready(10)]
     never = 18
     assert [int(n) for n in shown] == [*(n for n in tried if n != never), 20, never], "held ones and hopeless ones last"
 
@@ -134,7 +134,7 @@ def test_a_sweep_without_a_result_offers_no_comparison(own_web: Web) -> None:
     """The command was there to be copied, and ended with an error."""
     one = webs.submission(lora=1, user="mara", name="late")
     members = [replace(one, spec=webs.spec(name="late", lora={"r": r})) for r in (4, 8)]
-    own_web.lab.store.submit_sweep(webs.NewSweep(name="late", user="mara", varied={"lora.r": "4,8"}), members)
+    own_web.lab.store.sweeps.submit(webs.NewSweep(name="late", user="mara", varied={"lora.r": "4,8"}), members)
     page = words(own_web.client.get("/sweeps/2").text)
     assert "loractl cancel --sweep 2" in page and "loractl compare" not in page
 
@@ -142,7 +142,7 @@ def test_a_sweep_without_a_result_offers_no_comparison(own_web: Web) -> None:
 def test_the_adapters_page_compares_and_tells_where_one_comes_from(own_web: Web) -> None:
     from loractl.common.job.reference import parse_reference
 
-    own_web.lab.store.tag(parse_reference("7"), "prod", "mara")
+    own_web.lab.store.adapters.tag(parse_reference("7"), "prod", "mara")
     page = words(own_web.client.get("/adapters?adapter=7").text)
     assert "triage-r32" in page and "prod" in page and "−4.24" in page
     assert "job 7 , attempt 1," in page and "loractl serve --adapters 7" in page
@@ -210,14 +210,14 @@ def test_a_page_that_has_not_changed_is_not_sent_again(own_web: Web, monkeypatch
     first = own_web.client.get("/jobs")
     again = own_web.client.get("/jobs", headers={"if-none-match": first.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
-    own_web.lab.store.cancel(17, "wei")
+    own_web.lab.store.jobs.cancel(17, "wei")
     assert own_web.client.get("/jobs", headers={"if-none-match": first.headers["etag"]}).status_code == 200
 
 
 def test_a_page_is_drawn_once_for_all_who_look_at_the_same_moment(own_web: Web) -> None:
     assert FRESH_S < 4, "less than the time between two looks of one browser"
     before = own_web.client.get("/jobs").text
-    own_web.lab.store.cancel(17, "wei")
+    own_web.lab.store.jobs.cancel(17, "wei")
     assert own_web.client.get("/jobs").text == before
 
 
@@ -230,10 +230,10 @@ def test_without_the_artifact_store_a_finished_job_still_has_its_page(own_web: W
 
 
 def test_a_report_of_another_form_breaks_no_page(own_web: Web) -> None:
-    own_web.lab.store.end_drain("heron:2")
+    own_web.lab.store.cards.end_drain("heron:2")
     webs.see_cards(own_web.lab.store)
-    own_web.lab.store.cancel(19, "tomás")
-    own_web.lab.store.cancel(16, "priya")
+    own_web.lab.store.jobs.cancel(19, "tomás")
+    own_web.lab.store.jobs.cancel(16, "priya")
     claim = webs.run(own_web.lab, "forged", "eve", "heron:2", 17, steps=20)
     webs.store_result(own_web.lab, claim, 2.0, 1.0, evaluation={"metrics": "none"})
     page = words(own_web.client.get(f"/jobs/{claim.job_id}").text)
@@ -257,16 +257,16 @@ def test_a_slow_artifact_store_holds_no_page(own_web: Web) -> None:
         return own_web.lab.artifacts
 
     shelf = ReportShelf(own_web.lab.store, open_artifacts)  # type: ignore[arg-type]
-    assert shelf.report(11, own_web.lab.store.job(11).manifest_sha256, wait_s=0.05) is None
+    assert shelf.report(11, own_web.lab.store.jobs.get(11).manifest_sha256, wait_s=0.05) is None
     away.set()
-    found = shelf.report(11, own_web.lab.store.job(11).manifest_sha256, wait_s=10)
+    found = shelf.report(11, own_web.lab.store.jobs.get(11).manifest_sha256, wait_s=10)
     assert found is not None and found["job"]["job_id"] == 11
 
 
 def test_an_ended_job_leaves_the_lab(own_web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loractl.scheduler.web.site.FRESH_S", -1.0)
     assert 'data-key="r14"' in own_web.client.get("/").text
-    own_web.lab.store.give_back("kestrel:0")
+    own_web.lab.store.attempts.give_back("kestrel:0")
     assert 'data-key="r14"' not in own_web.client.get("/").text
 
 

@@ -53,10 +53,10 @@ def wait(what: Callable[[], object]) -> None:
 
 
 def finished(store: Store) -> int:
-    job_id = store.submit(submission(name="triage-r32", notify=["ops"]))
+    job_id = store.jobs.submit(submission(name="triage-r32", notify=["ops"]))
     claim = take(store)
     assert isinstance(claim, Claim)
-    store.finish(claim, Reason.OK, "better, loss 4.49 -> 0.25", Progress(), RESULT)
+    store.attempts.finish(claim, Reason.OK, "better, loss 4.49 -> 0.25", Progress(), RESULT)
     return job_id
 
 
@@ -95,7 +95,7 @@ def test_no_secret_and_no_answer_gets_into_a_log_or_a_history(
         settings = load_settings({"LORACTL_HOME": str(tmp_path)})
         job_id = finished(store)
         assert Messenger(store, settings).send_due()
-    history = [event.text for event in store.events(job_id) if event.kind == "notify"]
+    history = [event.text for event in store.jobs.events(job_id) if event.kind == "notify"]
     assert len(history) == 1 and history[0].endswith("to channel ops: gave up after 1 tries: HTTP 404")
     for text in (caplog.text, history[0], repr(settings), repr(settings.channels)):
         assert "S3CRET" not in text and "ANSWER" not in text and WEBHOOK_SECRET not in text
@@ -116,10 +116,10 @@ def test_one_channel_that_fails_does_not_keep_the_others_waiting(store: Store, t
         config(tmp_path, bad.url)
         (ops,) = load_settings({"LORACTL_HOME": str(tmp_path)}).channels
         fine = Channel(name="fine", kind="slack", url=good.url)
-        store.submit(submission(notify=["ops", "fine"]))
+        store.jobs.submit(submission(notify=["ops", "fine"]))
         claim = take(store)
         assert isinstance(claim, Claim)
-        store.finish(claim, Reason.OK, "fine", Progress(), RESULT)
+        store.attempts.finish(claim, Reason.OK, "fine", Progress(), RESULT)
         settings = load_settings({"LORACTL_HOME": str(tmp_path / "other")})
         object.__setattr__(settings, "channels", (ops, fine))
         messenger = Messenger(store, settings)

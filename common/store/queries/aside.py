@@ -11,11 +11,12 @@ from loractl import __version__
 from loractl.common.job.status import Reason, Status
 from loractl.common.text import storable
 
-from .fleet import unreadable
-from .guard import become
-from .records import Aside
-from .tables import Event, Job
-from .transaction import SKIP_LOCKED, Transaction
+from ..fleet import unreadable
+from ..guard import become
+from ..records import Aside
+from ..tables import Event, Job
+from ..transaction import SKIP_LOCKED, Transaction
+from .outbox.notices import tell_of_jobs
 
 NEWER_WORKER_DELAY_S = 60.0
 """A job that only a newer worker can read is looked at again after so long."""
@@ -24,8 +25,12 @@ AT_ONCE = 1000
 """Waiting jobs that are looked at in one go."""
 
 
-def set_aside_unreadable(tx: Transaction, after: int | None) -> Aside:
-    """Look at the waiting jobs behind the one with that number. What the lines meet is set aside by the claim."""
+def set_aside_unreadable(tx: Transaction, after: int | None = None) -> Aside:
+    """End waiting jobs whose rows this version can't read, or leave them to a newer worker.
+
+    It looks at some, behind the one that is numbered `after`; None: at the first. What the lines meet is set aside by
+    the claim.
+    """
     ready = or_(Job.not_before.is_(None), Job.not_before <= tx.now())
     waiting = select(*Job.__table__.columns).where(text("status = 'queued'"), ready).order_by(Job.job_id)
     some = (waiting if after is None else waiting.where(Job.job_id > after)).limit(AT_ONCE)
@@ -34,6 +39,7 @@ def set_aside_unreadable(tx: Transaction, after: int | None) -> Aside:
     jobs: list[int] = []
     for job_id in found:
         tx.apart(job_id, lambda job_id=job_id: jobs.extend(look_again(tx, job_id)))  # type: ignore[misc]
+    tell_of_jobs(tx, jobs)
     return Aside(jobs=tuple(jobs), after=rows[-1]["job_id"] if len(rows) == AT_ONCE else None)
 
 
