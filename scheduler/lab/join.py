@@ -26,7 +26,6 @@ from .health.box import has_training_stack
 from .health.condition import Diagnosis, Level
 from .line import JoinLine
 from .place import SERVICE, Membership, Place
-from .seal import unseal
 from .unit import install_unit, service_user, start_service, systemd_runs
 
 _STACK = "pip install 'loractl[worker,postgres,s3]'; the line serves on. For a person ask for another line"
@@ -113,7 +112,7 @@ def _valid() -> Iterator[None]:
 
 def _opened(line: JoinLine, invited: Invited) -> LabAddresses:
     try:
-        return read_addresses(unseal(line.key, invited.sealed))
+        return read_addresses(line.unseal(invited.sealed))
     except ValueError as error:
         raise WrongState("what the database keeps for this line was changed", "loractl lab invite") from error
 

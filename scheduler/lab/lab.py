@@ -17,7 +17,6 @@ from loractl.common.store.schema import HEAD
 
 from .addresses import addresses_of, is_only_here
 from .line import JoinLine, new_secret
-from .seal import seal
 
 VALID_S = 3600.0
 """How long a join line serves."""
@@ -120,5 +119,5 @@ def _line(server: DatabaseServer, tls: dict[str, str], address: str | None) -> J
 
 def _invitation(guest: Guest, line: JoinLine, addresses: str) -> Invitation:
     role = {"box": WORK, "person": SUBMIT}[guest.kind]
-    sealed = seal(line.key, addresses)
+    sealed = line.seal(addresses)
     return Invitation(login=line.login, password=line.password, role=role, name=guest.name, sealed=sealed)

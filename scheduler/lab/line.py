@@ -9,13 +9,18 @@ import json
 import secrets
 import zlib
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from loractl.common.errors import UsageError
 from loractl.common.store.entrance.invitations import LOGIN
 
+if TYPE_CHECKING:
+    from cryptography.fernet import Fernet
+
 _MARK = "join-"
-_FORM = 1
+_FORM = 2
+"""1: addresses were sealed in another way."""
 _HINT = "copy it as it was printed, all of it; on the server box loractl lab invite prints another one"
 
 Tls = dict[str, str]
@@ -45,10 +50,23 @@ class JoinLine:
     def password(self) -> str:
         return self._derived(b"password").hex()
 
-    @property
-    def key(self) -> bytes:
-        """Opens what the invitation holds sealed; the server never has it."""
-        return self._derived(b"seal")
+    def seal(self, text: str) -> str:
+        """The text, encrypted by a key that only the line has: the server never has it."""
+        return self._fernet().encrypt(text.encode()).decode()
+
+    def unseal(self, sealed: str) -> str:
+        """The text. Raises ValueError if it was sealed for another line, or changed."""
+        from cryptography.fernet import InvalidToken
+
+        try:
+            return self._fernet().decrypt(sealed).decode()
+        except InvalidToken as error:
+            raise ValueError("sealed for another line, or changed") from error
+
+    def _fernet(self) -> Fernet:
+        from cryptography.fernet import Fernet  # init and join alone need it
+
+        return Fernet(base64.urlsafe_b64encode(self._derived(b"seal")))
 
     def _derived(self, use: bytes) -> bytes:
         return hashlib.blake2b(self.secret.encode(), person=use, digest_size=32).digest()

@@ -10,7 +10,6 @@ from sqlalchemy import make_url
 
 from loractl.common.errors import UsageError
 from loractl.scheduler.lab.line import JoinLine, new_secret, read_line
-from loractl.scheduler.lab.seal import seal, unseal
 
 
 def line(**changed: object) -> JoinLine:
@@ -42,14 +41,14 @@ def test_what_was_copied_wrongly_is_told_and_not_repeated() -> None:
 def test_the_secret_is_shown_by_no_repr_and_its_uses_differ() -> None:
     made = line()
     assert made.secret not in repr(made) and made.password not in repr(made)
-    assert made.password != made.key.hex() and len(made.key) == 32
+    assert made.password not in made.seal("text")
     assert made.secret not in made.url(made.login, made.password, {})
 
 
 def test_what_is_sealed_opens_with_its_key_alone_and_unchanged() -> None:
-    key, other = line().key, line().key
-    sealed = seal(key, "redis://:secret@10.0.0.5/0 ä")
-    assert unseal(key, sealed) == "redis://:secret@10.0.0.5/0 ä" and "secret" not in sealed
-    for wrong, text in ((other, sealed), (key, sealed[:-8] + "AAAAAAA="), (key, "")):
-        with pytest.raises(ValueError, match="another key"):
-            unseal(wrong, text)
+    mine, other = line(), line()
+    sealed = mine.seal("redis://:secret@10.0.0.5/0 ä")
+    assert mine.unseal(sealed) == "redis://:secret@10.0.0.5/0 ä" and "secret" not in sealed
+    for wrong, text in ((other, sealed), (mine, sealed[:-8] + "AAAAAAA="), (mine, "")):
+        with pytest.raises(ValueError, match="another line"):
+            wrong.unseal(text)
