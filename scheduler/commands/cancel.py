@@ -69,5 +69,5 @@ def _tell(store: Store, job_id: int) -> None:
     if job.status is not Status.RUNNING:  # it ended before its trainer could be asked to stop
         click.echo(f"Job {job_id} {job.status.in_words}.")
         return
-    kept = f"nothing of its training is kept, so loractl retry {job_id} would begin anew"
+    kept = f"nothing of its training is kept, so loractl retry {job_id} would start again"
     click.echo(f"Job {job_id} is being stopped on {clean_line(job.where)}; {kept}.")

@@ -19,7 +19,7 @@ from .output import show
 @click.option("--service", is_flag=True, help="As root on a GPU box: with its worker's settings, and as its user.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(patience: str, names: tuple[str, ...], service: bool, as_json: bool) -> None:
-    """Check this installation: services, disks, cards, versions; and what to do.
+    """Check this installation, and say what to fix.
 
     Exit status 1 where a line says error. A service that hangs is such a line. Nothing is changed that stays.
     """

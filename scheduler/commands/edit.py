@@ -19,7 +19,7 @@ from .named import JobName, Setting, jobs_named
     help="A key's new value, like priority=5.",
 )
 def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
-    """Change what is asked of a job that waits or runs.
+    """Change the settings of a waiting or running job.
 
     Before a job begins all may change but its base and its data; while it runs priority, labels and
     resources.time_limit. A job that has begun and waits again takes what leaves its checkpoint valid.

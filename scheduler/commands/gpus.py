@@ -10,7 +10,7 @@ from .output import show
 
 
 @click.command()
-@click.option("--used", is_flag=True, help="Show what jobs hold now beside what their plans reserve.")
+@click.option("--used", is_flag=True, help="Show what jobs hold now, next to what their plans reserve.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gpus(used: bool, as_json: bool) -> None:
     """List the devices of all boxes and what uses them."""

@@ -9,7 +9,7 @@ from .named import JobName, jobs_named
 
 @click.command()
 @click.argument("jobs", nargs=-1, required=True, type=JobName(), metavar="JOB...")
-@click.option("--reason", default="", metavar="TEXT", help="Why; status shows it to the others.")
+@click.option("--reason", default="", metavar="TEXT", help="The reason, which status shows to others.")
 def hold(jobs: tuple[str, ...], reason: str) -> None:
     """Keep waiting jobs from starting until loractl retry."""
     from loractl.scheduler.session import open_session

@@ -11,7 +11,7 @@ from .named import JobName, Setting, jobs_named
 @click.argument("jobs", nargs=-1, required=True, type=JobName(), metavar="JOB...")
 @click.option(
     "--set", "overrides", multiple=True, type=Setting(), metavar="KEY=VALUE",
-    help="A key's new value, like resources.time_limit=2h; what leaves the job's checkpoint valid.",
+    help="A key's new value, like resources.time_limit=2h; only keys that leave the checkpoint valid.",
 )  # fmt: skip
 def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Queue failed, cancelled or held jobs again.

@@ -40,7 +40,7 @@ def status(
     sweep_id: int | None,
     as_json: bool,
 ) -> None:
-    """List what runs and what waits, or one job in full.
+    """List running and waiting jobs, or show one job in full.
 
     Without JOB and -a: running jobs, waiting jobs with the reason, a line a sweep, and how many ended today.
     """

@@ -346,7 +346,7 @@ def test_without_a_list_every_stored_adapter_of_the_base_is_served_also_one_tagg
         (["--adapters", "base=red"], 2, "the name base is taken"),
         (["--adapters", ","], 2, "--adapters names none"),
         (["--adapters", "red", "--base", "/elsewhere"], 2, "not for /elsewhere"),
-        (["--adapters", "red", "--host", "example.org"], 2, "is no address"),
+        (["--adapters", "red", "--host", "example.org"], 2, "is not an address"),
         (["--adapters", "red", "--adapter-memory", "lots"], 2, "--adapter-memory: 'lots'"),
     ],
 )

@@ -11,7 +11,7 @@ from ..named import AdapterName
 @click.argument("names", nargs=-1, required=True, type=AdapterName(), metavar="ADAPTER...")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete(names: tuple[str, ...], yes: bool) -> None:
-    """Remove adapters for good, with their reports; a tagged one is refused."""
+    """Remove adapters and their reports for good; tagged ones are refused."""
     from loractl.common.errors import WrongState
     from loractl.common.text import clean_line
     from loractl.common.units import amount

@@ -10,7 +10,7 @@ from loractl.scheduler.lazy import Commands, LazyGroup
 COMMANDS: Commands = {
     "delete": (
         "loractl.scheduler.commands.adapters.delete:delete",
-        "Remove adapters for good, with their reports; a tagged one is refused.",
+        "Remove adapters and their reports for good; tagged ones are refused.",
     ),
     "list": ("loractl.scheduler.commands.adapters.list:list_adapters", "List them with their tags."),
     "pull": ("loractl.scheduler.commands.adapters.pull:pull", "Copy an adapter into a new folder, verified."),
@@ -20,7 +20,7 @@ COMMANDS: Commands = {
     ),
     "tag": (
         "loractl.scheduler.commands.adapters.tag:tag",
-        "Let NAME:TAG mean this adapter; loractl gc keeps it.",
+        "Tag an adapter as NAME:TAG; loractl gc keeps it.",
     ),
     "untag": ("loractl.scheduler.commands.adapters.tag:untag", "Forget a tag; the adapter stays."),
     "bind": (
@@ -29,7 +29,7 @@ COMMANDS: Commands = {
     ),
     "merge": (
         "loractl.worker.commands.merge:merge",
-        "Make a full model of base and adapter, and prove that it is the same.",
+        "Merge base and adapter into a full model, and prove that it is the same.",
     ),
 }
 
@@ -39,7 +39,7 @@ COMMANDS: Commands = {
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def adapters(ctx: click.Context, limit: int, after: int | None, as_json: bool) -> None:
-    """Look after the stored adapters: list, tag, pull, merge, delete.
+    """Manage stored adapters: list, tag, pull, merge, delete.
 
     ADAPTER is a job's number (12), a job's name for the newest of that name (support, the same as support:latest), or a
     name and a tag (support:prod).

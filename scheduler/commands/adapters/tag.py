@@ -11,7 +11,7 @@ from ..named import AdapterName
 @click.argument("adapter", type=AdapterName(), metavar="ADAPTER")
 @click.argument("name", metavar="TAG")
 def tag(adapter: str, name: str) -> None:
-    """Let NAME:TAG mean this adapter; loractl gc keeps it."""
+    """Tag an adapter as NAME:TAG; loractl gc keeps it."""
     from loractl.common.job.reference import check_tag, parse_reference
     from loractl.common.text import clean_line
     from loractl.scheduler.session import open_session
