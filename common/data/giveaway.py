@@ -210,7 +210,7 @@ class _Side:
         if len(rows) < max(FEWEST, TOLD_SHARE * len(self.rows)):
             return None
         if self.labels and 2 * sum(len(set(self._any_label.findall(row.question))) > 1 for row in rows) >= len(rows):
-            taken = "beside other labels: taken for choices"
+            taken = "next to other labels: taken for choices"
         elif _copies(rows):
             taken = "and little else: taken for copying"
         else:

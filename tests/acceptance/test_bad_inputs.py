@@ -306,7 +306,7 @@ def test_ctrl_c_in_wait_says_that_the_job_goes_on(cli: Cli, tmp_path: Path) -> N
         assert line, "it ended before it waited"
     waiting.send_signal(signal.SIGINT)
     told, _ = waiting.communicate(timeout=60)
-    assert "Job 1 goes on: loractl status 1 --watch; stop it: loractl cancel 1" in told and waiting.returncode == 130
+    assert "Job 1 continues: loractl status 1 --watch; stop it: loractl cancel 1" in told and waiting.returncode == 130
     assert json.loads(cli("status", 1, "--json").stdout)["status"] == "queued"
 
 

@@ -335,7 +335,7 @@ def test_the_attempts_of_a_job_on_several_cards_fit_a_narrow_screen() -> None:
 
 def test_memory_that_others_share_is_not_called_the_jobs_own() -> None:
     lines = full(running(), attempts=[attempt(vram_peak=None, shared=True)]).splitlines()
-    assert "memory    planned 8.0 GiB, not measured apart from those beside it" in lines
+    assert "memory    planned 8.0 GiB, not measured separately from its companions" in lines
 
 
 def test_the_adapters_are_listed_with_the_command_that_fetches_one() -> None:
