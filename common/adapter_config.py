@@ -55,9 +55,9 @@ def check_adapter_config(content: bytes | Path) -> None:
             raise _refused(f"it has more than {MOST_BYTES} bytes")
         settings = json.loads(raw)
     except (OSError, ValueError, RecursionError):
-        raise _refused("it is no JSON that can be read") from None
+        raise _refused("it can't be read as JSON") from None
     if not isinstance(settings, dict):
-        raise _refused("it is no object")
+        raise _refused("it is not an object")
     for key, value in settings.items():
         if key not in _FORMS:
             raise _refused(f"{key[:MOST_LETTERS]!r} is a key that loractl does not store")

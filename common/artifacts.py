@@ -140,7 +140,7 @@ class ArtifactStore:
         """
         name = uri.removeprefix(self.url + "/")
         if not names_dataset(self.url, uri, sha256):
-            raise ArtifactError(f"{uri!r} is no data set of this store", "submit the job again")
+            raise ArtifactError(f"{uri!r} is not a data set of this store", "submit the job again")
         target = folder / Path(name).name
         if target.exists() and sha256_of(target) == sha256:
             os.utime(target)  # loractl gc removes what was not used for long
@@ -246,7 +246,7 @@ class ArtifactStore:
         except (ValueError, RecursionError):
             raise ReportUnknown(file, "it can't be read as JSON") from None
         if not isinstance(content, dict):
-            raise ReportUnknown(file, "it is no object")
+            raise ReportUnknown(file, "it is not an object")
         if wrong := next((name for name in _SECTIONS if not isinstance(content.get(name, {}), dict)), None):
             raise ReportUnknown(file, f"its {wrong!r} is no object")
         return content
@@ -338,7 +338,7 @@ class ArtifactStore:
             return
         if held is not None and held != weights:
             raise ResultTaken(
-                f"{self.url}/{prefix} holds another result, which is kept", "the next attempt is stored beside it"
+                f"{self.url}/{prefix} holds another result, which is kept", "the next attempt is stored next to it"
             )
 
     def _closed_by(self, prefix: str) -> bytes:
@@ -358,7 +358,7 @@ class ArtifactStore:
     def _replaced(self, prefix: str, what: str) -> ArtifactError:
         return ArtifactError(
             f"{self.url}/{prefix} was changed after it was stored: {what} that its row names",
-            "somebody has written to the artifact store; bring the files back from a backup, or run the job again",
+            "somebody wrote to the artifact store; restore the files from a backup, or run the job again",
         )
 
     def _say_not_bound(self, prefix: str) -> None:
@@ -366,7 +366,7 @@ class ArtifactStore:
             self._told.add(prefix)
             self._tell(
                 f"{prefix} is not bound to its row: an earlier version stored it, and its files may have been replaced "
-                "since; loractl adapters bind ends that"
+                "since; run loractl adapters bind"
             )
 
     @contextlib.contextmanager
@@ -439,7 +439,7 @@ def _inside(name: str) -> str:
     Raises NotStorable, also for names that a terminal or another system reads in their own way.
     """
     if not all(map(is_file_name, name.split("/"))):
-        raise NotStorable(f"{name!r} is no name for a file of a result")
+        raise NotStorable(f"{name!r} is not a valid file name in a result")
     return name
 
 

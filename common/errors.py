@@ -158,8 +158,8 @@ class ServiceRefused(ServiceUnreachable):
 
     def __init__(self, service: str, address: str, setting: str, why: str) -> None:
         super().__init__(service, address, setting, why)
-        self.sentence = f"{service} at {address} does not let this user in: {why}"
-        self.hint = f"check user and password in {setting}; special characters stand there as %XX"
+        self.sentence = f"{service} at {address} refuses this user: {why}"
+        self.hint = f"check user and password in {setting}; write special characters as %XX"
 
 
 class Forbidden(LoractlError):
@@ -168,7 +168,7 @@ class Forbidden(LoractlError):
     def __init__(self, user: str | None, why: str) -> None:
         super().__init__(
             f"the database does not let {user or 'this user'} do that: {why}",
-            "each role may do its own part: docs/deploy.md; LORACTL_DATABASE_URL names the user",
+            "each role has its own rights: docs/deploy.md; LORACTL_DATABASE_URL names the user",
         )
 
 
@@ -178,8 +178,8 @@ class NameTaken(LoractlError):
     def __init__(self, node: str) -> None:
         host, _, index = node.rpartition(":")
         super().__init__(
-            f"another box calls itself {host} and serves its device {index}",
-            "give each its own name: LORACTL_HOST=...; of a copied LORACTL_HOME delete run/instance",
+            f"another box is named {host} and serves its device {index}",
+            "give each its own name: LORACTL_HOST=...; in a copied LORACTL_HOME, delete run/instance",
         )
 
 
@@ -203,7 +203,7 @@ class ReportUnknown(ArtifactError, KeyError):
 
     def __init__(self, file: str, why: str) -> None:
         super().__init__(
-            f"{file} is no report of loractl's: {why}", "bring the file back from a backup, or loractl reproduce JOB"
+            f"{file} is not a loractl report: {why}", "restore the file from a backup, or run loractl reproduce JOB"
         )
 
 

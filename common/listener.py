@@ -51,7 +51,7 @@ def check_port(host: str, port: int) -> None:
                 probe.bind(address)
     except OSError as error:
         why = (error.strerror or str(error)).lower()
-        raise UsageError(f"nothing can listen on {host}:{port}: {why}", "choose another --host or --port") from error
+        raise UsageError(f"can't listen on {host}:{port}: {why}", "choose another --host or --port") from error
 
 
 class Connection(H11Protocol):

@@ -166,13 +166,13 @@ def _folders(key: str, text: str | None) -> tuple[Path, ...]:
     names = [name for name in (text or "").split(os.pathsep) if name]
     if wrong := [name for name in names if not Path(name).is_absolute()]:
         hint = f"like /srv/models{os.pathsep}/data/models"
-        raise UsageError(f"LORACTL_{key.upper()}: {wrong[0]} is no absolute path", hint)
+        raise UsageError(f"LORACTL_{key.upper()}: {wrong[0]} is not an absolute path", hint)
     return tuple(Path(name) for name in names)
 
 
 def _folder(key: str, text: str | None) -> Path | None:
     if text is not None and not Path(text).is_absolute():
-        raise UsageError(f"LORACTL_{key.upper()}: {text} is no absolute path", "like /srv/lm-eval-tasks")
+        raise UsageError(f"LORACTL_{key.upper()}: {text} is not an absolute path", "like /srv/lm-eval-tasks")
     return None if text is None else Path(text)
 
 
@@ -212,21 +212,21 @@ def _lease(text: str | None) -> float:
 
 def _module(key: str, name: str) -> str:
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name, re.ASCII):
-        raise UsageError(f"LORACTL_{key.upper()} {name!r} is no Python module", f"like {TRAINER}")
+        raise UsageError(f"LORACTL_{key.upper()} {name!r} is not a Python module", f"like {TRAINER}")
     return name
 
 
 def _user(name: str) -> str:
     """A name that others' tables and terminals can show."""
     if not name.isprintable() or len(name) > 64:
-        raise UsageError(f"LORACTL_USER {name!r} is no user name", "printable characters, at most 64, like ada")
+        raise UsageError(f"LORACTL_USER {name!r} is not a user name", "printable characters, at most 64, like ada")
     return name
 
 
 def _host(name: str) -> str:
     """A name that can stand before the colon of a node's name, and in a table."""
     if not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII):
-        raise UsageError(f"LORACTL_HOST {name!r} is no host name", "letters, digits, dots and hyphens, like heron")
+        raise UsageError(f"LORACTL_HOST {name!r} is not a host name", "letters, digits, dots and hyphens, like heron")
     return name
 
 
@@ -269,7 +269,7 @@ def _checked(key: str, url: str) -> str:
     if key == "artifacts_url" and _holds_password(url):
         raise UsageError(
             "LORACTL_ARTIFACTS_URL holds a password, and it is written into the rows of all jobs",
-            "keys of S3 belong into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            "put S3 keys into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         )
     return url
 

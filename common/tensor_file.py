@@ -11,7 +11,7 @@ LARGEST_HEADER = 100_000_000
 
 
 def tensor_file_fault(file: Path) -> str | None:
-    """Why nothing can load it, after its name: "is no safetensors file: ..."; None where its header and size fit.
+    """Why nothing can load it, after its name: "is not a safetensors file: ..."; None where its header and size fit.
 
     Raises OSError.
     """
@@ -25,5 +25,5 @@ def tensor_file_fault(file: Path) -> str | None:
             tensors = [entry for name, entry in header.items() if name != "__metadata__"]
             told = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
         except (ValueError, RecursionError, struct.error, AttributeError, KeyError, TypeError, IndexError) as error:
-            return f"is no safetensors file: {error}"
+            return f"is not a safetensors file: {error}"
     return None if size == told else f"has {size} bytes, and {told} by its header: it was cut off"

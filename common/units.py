@@ -42,7 +42,7 @@ def parse_size(text: str | int) -> int:
     if match is None or match[2].lower() not in units:
         raise ValueError("is not a size; write it like 12GiB or 800MiB")
     if not match[2] and 0 < float(match[1]) < LEAST_WITHOUT_UNIT:
-        raise ValueError(f"is not a size: it would be so many bytes; write {match[1]}GiB or {match[1]}MiB")
+        raise ValueError(f"is not a size: it has no unit; write {match[1]}GiB or {match[1]}MiB")
     return int(float(match[1]) * units[match[2].lower()])
 
 

@@ -186,12 +186,12 @@ def report_verdict(
         "no clear change": (
             "no_measurable_gain",
             "no measurable gain",
-            f"No measurable gain: {measured}, and the interval of {of.changed} holds zero.",
+            f"No measurable gain: {measured}, and the interval of {of.changed} includes zero.",
         ),
         "no practical change": (
             "no_practical_change",
             "no practical change",
-            f"No practical change: {measured}, less than anyone would notice.",
+            f"No practical change: {measured}, too small to notice.",
         ),
         "worse": ("worse", "worse", f"Worse than {base}: {measured}."),
         "better": ("better", "better", f"Better than {base}: {measured}."),

@@ -68,7 +68,7 @@ def _number(name: str) -> int | None:
     """The variable's number, the first of a list; None where it is not set, or 0. Raises UsageError."""
     text = os.environ.get(name, "").partition(",")[0].strip()
     if text and not text.isdecimal():
-        raise UsageError(f"{name}={os.environ[name]} is no number", f"set it to one, like {name}=4, or unset it")
+        raise UsageError(f"{name}={os.environ[name]} is not a number", f"set it to one, like {name}=4, or unset it")
     return int(text or 0) or None
 
 

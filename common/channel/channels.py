@@ -54,7 +54,7 @@ class Channel:
 def read_channels(tables: object, environ: Mapping[str, str]) -> tuple[Channel, ...]:
     """The channels of config.toml's [channels.NAME] tables. Raises UsageError, which repeats no value."""
     if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
-        raise UsageError("channels: is no table of channels", "write [channels.NAME] and below it kind = ...")
+        raise UsageError("channels: is not a table of channels", "write [channels.NAME] and below it kind = ...")
     return tuple(_read(name, table, environ) for name, table in tables.items())
 
 
@@ -62,7 +62,7 @@ def channel_names(text: str | None) -> tuple[str, ...]:
     """The names of a list that is separated by commas. Raises UsageError."""
     names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
     if wrong := [name for name in names if not _NAME.fullmatch(name)]:
-        raise UsageError(f"LORACTL_NOTIFY: {wrong[0]!r} is no channel's name", "names of channels, or me, like me,ops")
+        raise UsageError(f"LORACTL_NOTIFY: {wrong[0]!r} is not a channel name", "names of channels, or me, like me,ops")
     return names
 
 
@@ -118,7 +118,7 @@ def _channel(name: str, table: Mapping[str, Any]) -> Channel:
         return UsageError(f"channels.{name}: {what}", hint or "docs/notifications.md shows one of each kind")
 
     if not _NAME.fullmatch(name) or name in (ME, LAB):
-        raise refuse("is no channel's name", f"letters, digits, dots and hyphens, and neither {ME} nor {LAB}")
+        raise refuse("is not a channel name", f"letters, digits, dots and hyphens, and neither {ME} nor {LAB}")
     kind = table.get("kind")
     if kind not in _KEYS:
         raise refuse("its kind is not known", f"one of {', '.join(_KEYS)}")
@@ -129,18 +129,18 @@ def _channel(name: str, table: Mapping[str, Any]) -> Channel:
         raise refuse(f"unknown key {unknown[0]}", f"known keys: {', '.join(sorted(needed | maybe | _COMMON))}")
     lists = {key: _texts(table.get(key, [])) for key in ("users", "to", "command")}
     if wrong := [key for key, texts in lists.items() if texts is None or (key in needed and not texts)]:
-        raise refuse(f"{wrong[0]} is no list of texts")
+        raise refuse(f"{wrong[0]} is not a list of texts")
     texts = {key: table.get(key, "") for key in ("url", "secret", "token", "from")}
     if wrong := [key for key, text in texts.items() if not (isinstance(text, str) and text.isascii() and _plain(text))]:
-        raise refuse(f"{wrong[0]} is no text of plain characters")
+        raise refuse(f"{wrong[0]} is not plain text")
     if not isinstance(table.get("lab", False), bool):
         raise refuse("lab is neither true nor false")
     if "url" in needed and not _fits(kind, texts["url"]):
-        raise refuse("url is no address of its kind", f"it begins with {' or '.join(_schemes(kind))}")
+        raise refuse("url is not an address of its kind", f"it begins with {' or '.join(_schemes(kind))}")
     if kind == "mail" and (wrong := [a for a in (texts["from"], *(lists["to"] or ())) if not _ADDRESS.fullmatch(a)]):
-        raise refuse(f"{wrong[0]!r} is no mail address", "like ada@lab.example")
+        raise refuse(f"{wrong[0]!r} is not a mail address", "like ada@lab.example")
     if kind == "webhook" and signing_key(texts["secret"]) is None:
-        raise refuse("secret is none of a webhook", "whsec_ and 24 to 64 random bytes in base64")
+        raise refuse("secret is not a webhook's", "whsec_ and 24 to 64 random bytes in base64")
     return Channel(
         name=name,
         kind=kind,

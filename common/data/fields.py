@@ -106,7 +106,7 @@ def _holds(value: Any) -> bool:
 def tool_calls(value: Any) -> str:
     """A message's calls in OpenAI's form, as JSON: arguments are objects there. Raises ValueError."""
     if not isinstance(value, list):
-        raise ValueError("tool_calls is no list")
+        raise ValueError("tool_calls is not a list")
     calls = []
     for call in value:
         function = call.get("function", call) if isinstance(call, dict) else None
@@ -122,7 +122,7 @@ def tools(value: Any) -> str:
     """A row's tools in OpenAI's form, as JSON. Raises ValueError."""
     listed = json.loads(value) if isinstance(value, str) and value.strip() else value
     if not isinstance(listed, list):
-        raise ValueError("tools is no list")
+        raise ValueError("tools is not a list")
     found = []
     for tool in listed:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
@@ -138,7 +138,7 @@ def _object(value: Any, what: str) -> dict[str, Any]:
         try:
             value = json.loads(value)
         except ValueError:
-            raise ValueError(f"{what} are no JSON") from None
+            raise ValueError(f"{what} are not JSON") from None
     if value is None or value == "":
         return {}
     if not isinstance(value, dict):

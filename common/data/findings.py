@@ -80,7 +80,7 @@ def about_warmup(training: TrainingSpec, rows: int | None) -> list[Finding]:
     if steps is None or warmup < max(1, steps) or training.lr_scheduler_type == "constant":
         return []
     text = f"training.warmup_steps is {warmup:g} and the run has {steps} step{'' if steps == 1 else 's'}"
-    text += ": the learning rate never gets to its full value"
+    text += ": the learning rate never reaches its full value"
     return [Finding(level="warning", kind="long warm-up", text=text, hint="below 1 it is a share of all steps: 0.03")]
 
 

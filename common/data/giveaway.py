@@ -110,7 +110,7 @@ class _AnswerPlace:
     def words(self) -> str:
         if self.mark:
             return f"behind “{' '.join(self.mark.split())}”"
-        return "on a line of its own" if self.alone else "as the only label there"
+        return "on a separate line" if self.alone else "as the only label there"
 
 
 class _Side:
@@ -210,7 +210,7 @@ class _Side:
         if len(rows) < max(FEWEST, TOLD_SHARE * len(self.rows)):
             return None
         if self.labels and 2 * sum(len(set(self._any_label.findall(row.question))) > 1 for row in rows) >= len(rows):
-            taken = "beside other labels: taken for choices"
+            taken = "next to other labels: taken for choices"
         elif _copies(rows):
             taken = "and little else: taken for copying"
         else:
@@ -232,7 +232,7 @@ def _given_away(place: _AnswerPlace, sides: Sequence[_Side]) -> Finding:
     first = next(row for _, rows in found for row in rows)
     text = f"{shares} hold the answer in the question, {place.words}: row {first.number} asks {_shown(first, place)}, "
     text += f"and its answer is “{first.answer[:_SHOWN]}”"
-    hint = "take it out of the questions; where reading it off is the task, nothing is wrong"
+    hint = "remove it from the questions, unless reading it off is the task"
     count = max(len(rows) for _, rows in found)
     return Finding(level="warning", kind=GIVEN_AWAY, text=text, count=count, hint=hint)
 

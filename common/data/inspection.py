@@ -102,7 +102,7 @@ def _held_back(left_out: LeftOut, *, pairs: bool) -> Iterator[Finding]:
         text += f", {near} of them in another case or with other spaces" if near and not pairs else ""
         text = number_rows(text, overlap)
         yield Finding(level="warning", kind="overlap", text=text, count=overlap)
-    again = "{stands|stand} there already, but for case and spaces"
+    again = "{is a duplicate|are duplicates}, apart from case and spaces"
     if repeated:
         text = "{n} held out {answers|answer} a prompt that is held out already: each prompt is measured once"
         text = text if pairs else f"{{n}} held out {again}: each row counts once"
@@ -158,13 +158,13 @@ class _Repeated:
     def findings(self) -> Iterator[Finding]:
         again = sorted(place for places in _equal(self._rows) for place in places[1:])
         repeated = [self._numbers[place] for place in again]
-        yield from about_rows("warning", "duplicate rows", "{n} to train on {stands|stand} there already", repeated)
+        yield from about_rows("warning", "duplicate rows", "{n} to train on {is a duplicate|are duplicates}", repeated)
         differing = sorted(
             self._asked[places[0]]
             for places in _equal(self._questions)
             if len({self._answers[place] for place in places}) > 1
         )
-        text = "one prompt, several answers: {n} whose prompt stands again with another answer"
+        text = "one prompt, several answers: {n} whose prompt appears again with another answer"
         yield from about_rows("warning", "contradicting answers", text, differing)
 
 
@@ -219,9 +219,9 @@ class Leaks:
         yield from about_rows("warning", "overlapping prompts", text, known)
         alike = sorted(self._alike.found.keys() - {*partly, *known})
         pairs = ", ".join(f"{number} that of row {self._alike.found[number]}" for number in alike[:SHOWN_PAIRS])
-        text = f"{{n}} {self._called} {{asks|ask}} what a row to train on asks, but for a word, a sign or letters that "
-        text += f"look alike: {pairs}{', ...' if len(alike) > SHOWN_PAIRS else ''}"
-        hint = "hold out rows of their own: dataset.eval_path, or leave such rows out"
+        text = f"{{n}} {self._called} {{asks|ask}} the same as a row to train on, apart from a word, a sign or similar "
+        text += f"letters: {pairs}{', ...' if len(alike) > SHOWN_PAIRS else ''}"
+        hint = "hold out other rows with dataset.eval_path, or drop such rows"
         yield from about_rows("warning", "resembling rows", text, alike, hint)
 
 
@@ -326,7 +326,7 @@ class _Pairs:
         pairs = len(self._numbers)
         most, word = max((self._longer, "longer"), (self._shorter, "shorter"))
         if pairs >= FEW_TRAINED and most >= ONE_SIDED * pairs:
-            text = f"chosen is {word} in {100 * most / pairs:.0f} % of pairs: length may be what is learned"
+            text = f"chosen is {word} in {100 * most / pairs:.0f} % of pairs: the model may learn length"
             yield Finding(level="warning", kind="length bias", text=text, count=most)
         swapped = [places for places in _equal(self._both) if len({self._first[place] for place in places}) > 1]
         numbers = sorted(self._numbers[place] for places in swapped for place in places)
@@ -359,7 +359,7 @@ class _Texts:
             self._padded.append(example.number)
 
     def findings(self) -> Iterator[Finding]:
-        hint = "the file was read in a wrong encoding before it came here"
+        hint = "the file was decoded with a wrong encoding earlier"
         text = "{n} with characters of a wrong encoding"
         yield from about_rows("warning", "damaged text", text, self._damaged, hint)
         yield from about_rows("warning", "control characters", "{n} with control characters", self._hidden)

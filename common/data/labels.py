@@ -26,7 +26,7 @@ def label_name(value: Any) -> str:
     if len(name) > LONGEST:
         raise ValueError(f"a text of {len(name)} characters")
     if any("\ud800" <= character <= "\udfff" for character in name):
-        raise ValueError("no Unicode text")
+        raise ValueError("not Unicode text")
     return name
 
 

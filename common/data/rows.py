@@ -101,7 +101,7 @@ def open_rows(path: Path, split: str, told: Told | None = None) -> Iterable[RawR
     """The rows of a file that `split` names (see `parse_split`); they can be read again. Raises DataError."""
     parts = parse_split(split)
     if other := next((part.name for part in parts if part.name != "train"), None):
-        what = f"is a file, which has the split train alone, and {split} names {other}"
+        what = f"is a file, whose only split is train, and {split} names {other}"
         raise DataError(path, what, hint="a data set on the hub may have others", kind="too few rows")
     rows = DataFile(path, told)
     return rows if split == "train" else _SlicedFile(path, split, parts, rows)
@@ -117,7 +117,7 @@ class _SlicedFile:
         wanted = [part.places(self._count) for part in self._parts]
         if not any(wanted):
             what = f"has {self._count} row{'s' * (self._count != 1)}, and {self._split} names none of them"
-            raise DataError(self._path, what, hint="name others of its rows", kind="too few rows")
+            raise DataError(self._path, what, hint="select other rows", kind="too few rows")
         if any(max(a.start, b.start) < min(a.stop, b.stop) for a, b in itertools.combinations(wanted, 2)):
             what = f"is read twice in part: the parts of {self._split} overlap"
             raise DataError(self._path, what, hint="let each part end where the next begins", kind="too few rows")
@@ -143,13 +143,13 @@ def _regular_size(path: Path) -> int:
     """The bytes of a file. A pipe would be waited for, and a device read for ever. Raises DataError, OSError."""
     facts = path.stat()
     if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):  # opening a folder says what it is
-        raise DataError(path, "is no regular file", hint="write the rows into a file")
+        raise DataError(path, "is not a regular file", hint="write the rows into a file")
     return facts.st_size
 
 
 def _too_long(path: Path, longest: int, where: str = "", row: int | None = None) -> DataError:
-    hint = "a row is one example, on a line of its own; " if where else ""
-    hint += "where rows are so long: LORACTL_MAX_ROW=64MiB"
+    hint = "a row is one example, on a separate line; " if where else ""
+    hint += "for longer rows: LORACTL_MAX_ROW=64MiB"
     return DataError(path, f"{where}has more than {amount(longest)}, the most of a row", row=row, hint=hint)
 
 

@@ -87,7 +87,7 @@ def in_words(
     after: Adjustment,
     *,
     where: str = "",
-    then: str = "goes on",
+    then: str = "continues",
     cards: int = 1,
 ) -> str:
     """The line of the job's history for one step down: what did not fit (and `where`), and how the run goes on."""

@@ -80,12 +80,12 @@ class Amended:
             raise self._refusal(data, "was submitted")
         bound = self.standing is not Standing.NEW or self.in_sweep
         if bound and (others := list(self._of_another_training(keys))):
-            why = "is one of a sweep" if self.standing is Standing.NEW else self.standing.value
+            why = "belongs to a sweep" if self.standing is Standing.NEW else self.standing.value
             raise self._refusal(others, why)
 
     def _refusal(self, keys: Sequence[str], why: str) -> UsageError:
         return UsageError(
-            f"{', '.join(keys)} can't change once job {self.job_id} {why}: it would be another training",
+            f"{', '.join(keys)} can't change once job {self.job_id} {why}: it would be a different training",
             self._as_its_own(keys[0]),
         )
 
@@ -97,7 +97,7 @@ class Amended:
         return f"stop it first: loractl cancel {self.job_id}, then loractl retry {self.job_id} --set {late[0]}=..."
 
     def _as_its_own(self, key: str) -> str:
-        return f"queue that as a job of its own: loractl submit --like {self.job_id} --set {key}=..."
+        return f"queue it as a new job: loractl submit --like {self.job_id} --set {key}=..."
 
     def _of_another_training(self, keys: Sequence[str]) -> Iterator[str]:
         """Keys whose change makes the checkpoints useless, or a sweep's losses impossible to compare."""

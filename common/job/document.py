@@ -40,7 +40,7 @@ def read_yaml(path: Path, what: str = JOB_FILE) -> tuple[dict[str, Any], dict[tu
         with path.open("rb") as stream:
             size, raw = os.fstat(stream.fileno()).st_size, stream.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        there = "name the path of a file that is there"
+        there = "name an existing file"
         raise wrong("no such file", f"{there}; {like}" if ours else there) from None
     except IsADirectoryError:
         raise wrong(f"is a folder, not {what}") from None
@@ -49,7 +49,7 @@ def read_yaml(path: Path, what: str = JOB_FILE) -> tuple[dict[str, Any], dict[tu
     if len(raw) > MAX_FILE_BYTES:
         raise wrong(
             f"has {max(size, len(raw))} bytes, {what} at most {MAX_FILE_BYTES}",
-            "the data belong into a file of their own" + (": dataset.path" if ours else ""),
+            "put the data into a separate file" + (": dataset.path" if ours else ""),
         )
     try:
         text = raw.decode("utf-8")
@@ -60,7 +60,7 @@ def read_yaml(path: Path, what: str = JOB_FILE) -> tuple[dict[str, Any], dict[tu
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
         if "'\\t'" in str(error.problem):
-            raise wrong("a tab stands there", "YAML wants spaces: indent with two of them", line=line) from None
+            raise wrong("tab character not allowed", "indent with two spaces", line=line) from None
         other = f"{what} is YAML" + (f", like {EXAMPLE}" if ours else "")
         hint = _slip(error) if path.suffix in (".yaml", ".yml") else other
         raise wrong(f"is not valid YAML: {error.problem or error}", hint, line=line) from None
@@ -73,10 +73,10 @@ def read_yaml(path: Path, what: str = JOB_FILE) -> tuple[dict[str, Any], dict[tu
 
 _SLIPS = {
     "expected <block end>": "the keys of one section begin in the same column",
-    "mapping values are not allowed": "here or a line above, a key lacks its colon, begins in another column than its "
-    "section, or has a text with a colon, which needs quotes",
-    "could not find expected ':'": "write a colon and a space behind a key, like name: mine",
-    "expected ',' or": "the bracket of line {line} is not closed before",
+    "mapping values are not allowed": "here or one line above: a missing colon, a key in the wrong column, or an "
+    "unquoted text with a colon",
+    "could not find expected ':'": "write a colon and a space after a key, like name: mine",
+    "expected ',' or": "the bracket of line {line} is not closed",
     "found unexpected end of stream": "the quote of line {line} is not closed",
 }
 """What people did where PyYAML says this. `line`: where the bracket or the quote was opened."""
@@ -142,7 +142,7 @@ def _lines(node: yaml.Node | None, path: tuple[str, ...]) -> list[tuple[tuple[st
         for key, value in node.value:
             here = (*path, str(key.value))
             if here in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {'.'.join(here)} stands twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key: {'.'.join(here)}", problem_mark=key.start_mark)
             seen.add(here)
             lines.append((here, key.start_mark.line + 1))
             lines += _lines(value, here)

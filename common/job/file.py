@@ -284,7 +284,7 @@ def _explain(error: Any, key: str) -> tuple[str, str | None]:
     if kind in ("enum", "literal_error"):
         allowed = context["expected"].replace("'", "").replace(" or ", ", ")
         if key.split(".")[0] == "method" and str(given).lower() in _FULL_TRAINING:
-            return f"{shown} is not one of {allowed}", "loractl trains adapters alone, never all weights: lora or qlora"
+            return f"{shown} is not one of {allowed}", "loractl trains only adapters, never all weights: lora or qlora"
         return f"{shown} is not one of {allowed}", _value_meant(str(given), allowed.split(", "))
     if kind == "split":
         return f"{shown} {context['what']}", context["hint"]

@@ -41,7 +41,7 @@ def check_tag(tag: str) -> None:
     if tag == LATEST:
         raise UsageError("latest is always the newest adapter of a name and can't be set", "choose another tag")
     if not _NAME.fullmatch(tag):
-        raise UsageError(f"{tag!r} is no tag", "letters, digits, '.', '_' and '-' only, at most 63")
+        raise UsageError(f"{tag!r} is not a tag", "letters, digits, '.', '_' and '-' only, at most 63")
 
 
 def set_by_hand(tags: Mapping[int, list[str]], job_id: int) -> list[str]:

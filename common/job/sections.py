@@ -194,13 +194,13 @@ def _adapter_name(value: Any) -> str:
 
 def _channel_name(text: str) -> str:
     if text == LAB:
-        raise ValueError("means those who hear of boxes and cards, not of jobs; name a channel, or me")
+        raise ValueError("is for messages about boxes and cards, not jobs; name a channel, or me")
     return text
 
 
 def _task_name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._()+-]{0,127}", text):
-        raise ValueError("is no task's name; a job gives lm_eval names alone, never a path")
+        raise ValueError("is not a task name; a job gives lm_eval names alone, never a path")
     return text
 
 

@@ -45,7 +45,7 @@ def held_out_split(path: str, asked: str | None = None) -> str:
 def _part(text: str) -> Slice:
     found = _PART.fullmatch(text)
     if found is None:
-        raise ValueError("is no split of a data set")
+        raise ValueError("is not a split of a data set")
     first, end = (None if found[name] is None else int(found[name]) for name in ("first", "end"))
     percents = {found[f"{name}_percent"] is not None for name in ("first", "end") if found[name] is not None}
     if len(percents) == 2:

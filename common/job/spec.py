@@ -129,11 +129,11 @@ def _said_twice_or_never(spec: JobSpec) -> Iterator[str]:
     """ "key: sentence" for what two keys both say, or for what neither says."""
     dataset, training = spec.dataset, spec.training
     if dataset.eval_path and is_set(dataset, "test_size"):
-        yield "dataset.test_size: dataset.eval_path says what is held out already; keep one of them"
+        yield "dataset.test_size: dataset.eval_path already says what is held out; keep one of them"
     if dataset.eval_path is None and dataset.eval_split is not None:
         yield "dataset.eval_split: is for dataset.eval_path, and there is none; name one, or leave it out"
     if dataset.final_path and dataset.final_size:
-        yield "dataset.final_size: dataset.final_path says which rows are final already; keep one of them"
+        yield "dataset.final_size: dataset.final_path already says which rows are final; keep one of them"
     apart = (0.0 if dataset.eval_path else dataset.test_size or 0.0) + (dataset.final_size or 0.0)
     if dataset.final_size and apart >= 1:
         yield f"dataset.final_size: with dataset.test_size it is {apart:g}, which leaves no row to train on"
@@ -142,29 +142,29 @@ def _said_twice_or_never(spec: JobSpec) -> Iterator[str]:
     if dataset.eval_path is None and dataset.test_size is None:
         yield "dataset.test_size: is null, and there is no dataset.eval_path; one must say what is held out"
     if training.max_steps and is_set(training, "num_train_epochs"):
-        yield "training.num_train_epochs: training.max_steps says when to stop already; keep one of them"
+        yield "training.num_train_epochs: training.max_steps already says when to stop; keep one of them"
 
 
 def _without_what_they_need(spec: JobSpec) -> Iterator[str]:
     """ "key: sentence" for each key that has no effect, or can't have one, beside the other keys."""
     training, methods = spec.training, permitted_methods(spec.method)
     if spec.lora_patience is not None and methods != (Method.LORA, Method.QLORA):
-        yield "lora_patience: is for method auto or [lora, qlora]; with another there is nothing to wait for"
+        yield "lora_patience: is for method auto or [lora, qlora]; other methods have nothing to wait for"
     if training.optim.startswith("paged") and Method.QLORA not in methods:
         yield "training.optim: paged optimizers are for method qlora or auto; use adamw_torch or adamw_8bit"
     for key in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(training, key) and training.eval_steps is None:
-            yield f"training.{key}: needs training.eval_steps: without it nothing is evaluated on the way"
+            yield f"training.{key}: needs training.eval_steps: without it nothing is evaluated during training"
     default = EvaluationSpec.model_fields["lm_eval_limit"].default  # a resolved spec has it without any task
     if spec.evaluation.lm_eval_limit != default and not spec.evaluation.lm_eval:
-        yield "evaluation.lm_eval_limit: evaluation.lm_eval names no task that it could limit"
+        yield "evaluation.lm_eval_limit: evaluation.lm_eval names no task to limit"
     if training.packing and training.train_sampling_strategy == "group_by_length":
         yield "training.train_sampling_strategy: packed rows are all of one length; keep one of the two"
     if spec.lora.init_lora_weights == "loftq" and methods != (Method.QLORA,):
-        yield "lora.init_lora_weights: loftq makes up for what NF4 loses; it is for method: qlora"
+        yield "lora.init_lora_weights: loftq corrects NF4's errors; it is for method: qlora"
     yield from _uneven(spec)
     if spec.lora.init_from is not None and spec.lora.init_lora_weights != "default":
-        yield "lora.init_lora_weights: lora.init_from says how A and B begin already; leave one of them out"
+        yield "lora.init_lora_weights: lora.init_from already says how A and B start; remove one of them"
 
 
 def _uneven(spec: JobSpec) -> Iterator[str]:

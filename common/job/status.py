@@ -93,8 +93,8 @@ class Meaning:
         return told.replace("JOB", str(job_id))
 
 
-_LAB = "nothing to do: the lab caused it, the job is tried again without spending its retries"
-_ALONE = "nothing to do: the trainer that it shared with other jobs ended, it goes on in one of its own"
+_LAB = "nothing to do: the lab caused it, and the job is retried without spending its retries"
+_ALONE = "nothing to do: its shared trainer ended, and the job continues in a separate one"
 
 OUTCOMES: dict[Reason, Meaning] = {
     Reason.OK: Meaning(
@@ -132,8 +132,8 @@ OUTCOMES: dict[Reason, Meaning] = {
         status=Status.FAILED,
         retryable=False,
         counts=False,
-        advice="loractl retry JOB --set resources.time_limit=2h goes on from its checkpoint",
-        without_checkpoint="loractl retry JOB --set resources.time_limit=2h; it begins anew, there is no checkpoint",
+        advice="loractl retry JOB --set resources.time_limit=2h continues from its checkpoint",
+        without_checkpoint="loractl retry JOB --set resources.time_limit=2h starts again: there is no checkpoint",
     ),
     Reason.CANCELLED: Meaning(
         status=Status.CANCELLED, retryable=False, counts=False, advice="loractl retry JOB queues it again"
@@ -142,7 +142,7 @@ OUTCOMES: dict[Reason, Meaning] = {
         status=Status.CANCELLED,
         retryable=False,
         counts=False,
-        advice="nothing to do: others of its sweep did better; loractl retry JOB runs it to its end",
+        advice="nothing to do: other members of its sweep did better; loractl retry JOB runs it to its end",
     ),
     Reason.PREEMPTED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
     Reason.DRAINED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),

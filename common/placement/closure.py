@@ -107,4 +107,4 @@ def _reason(target: str, counted: Sequence[CardFailure]) -> str:
     jobs = [str(f.job_id) for f in counted]
     who = f"{', '.join(jobs[:-1])} and {jobs[-1]}"
     said = " ".join(counted[-1].message.split())
-    return f"{what} in jobs {who}, the last: {said[:90]}; look at it, then loractl undrain {target}"
+    return f"{what} in jobs {who}, the last: {said[:90]}; check it, then loractl undrain {target}"

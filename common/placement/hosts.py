@@ -62,11 +62,11 @@ def why_alone(spec: JobSpec) -> str | None:
     if spec.lora.init_lora_weights == "loftq":
         return "lora.init_lora_weights: loftq reads the base's files again"
     if spec.training.torch_compile:
-        return "training.torch_compile starts processes of its own"
+        return "training.torch_compile starts its own processes"
     if spec.training.report_to:
-        return f"{spec.training.report_to[0]} starts threads or processes of its own"
+        return f"{spec.training.report_to[0]} starts its own threads or processes"
     if spec.evaluation.lm_eval:
-        return "lm_eval runs code of its own"
+        return "lm_eval runs its own code"
     return None
 
 

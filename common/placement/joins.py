@@ -183,12 +183,12 @@ def _look(card: Card, base: WarmBase, need: int, packed: PackedJob, job_id: int)
     if base.spoilt is not None:
         return RefusedJoin(node=card.node, base=base, why=f"their trainer takes no more jobs: {base.spoilt}")
     if any(one.job_id == job_id for one in base.leavers):
-        return RefusedJoin(node=card.node, base=base, why="its last attempt is not out of their trainer yet")
+        return RefusedJoin(node=card.node, base=base, why="its last attempt has not left their trainer yet")
     if len(base.members) < len(card.inside(base)):  # one has just ended, or came when the host was full
-        return RefusedJoin(node=card.node, base=base, why="not all that train there are known at this moment")
+        return RefusedJoin(node=card.node, base=base, why="not all jobs in that trainer are known yet")
     own = own_part(need, base.bytes)
     if own > card.free:
-        return RefusedJoin(node=card.node, base=base, why="its own part does not fit beside them")
+        return RefusedJoin(node=card.node, base=base, why="its own part does not fit next to them")
     law = base.law or PassLaw.start(quantised=base.method is Method.QLORA)
     apart = None
     if card.slots > 0 and need <= card.free:  # it would start there in a process of its own

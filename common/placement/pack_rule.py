@@ -256,7 +256,7 @@ def join_verdict(
         needed = count / (1 + apart.most * (count - 1))
         if (added := law.most_added(tokens)) > apart.most:
             slower = f"a member of one pass would slow another by {100 * added:.0f} %"
-            why = f"{slower}, a process of its own on the card by {100 * apart.most:.0f} %"
+            why = f"{slower}, a separate process on the card by {100 * apart.most:.0f} %"
             return JoinVerdict(pays=False, speed_up=speed_up, needed=needed, why=why)
     elif speed_up < needed:
         why = f"{count} jobs in one pass are {speed_up:.2f} times as fast as one by one, less than {needed:.2f}"

@@ -53,7 +53,7 @@ class Transport(redis.Transport):
         try:
             super().on_readable(fileno)
         except _NOT_JSON as error:  # it is off the list already
-            log.warning("something on the queue is no message and is thrown away: %s", type(error).__name__)
+            log.warning("something on the queue is not a message and is discarded: %s", type(error).__name__)
 
 
 class HintConnection(Connection):

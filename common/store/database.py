@@ -196,7 +196,7 @@ def make_engine(
     after a failover another one may write.
     """
     if not url.startswith(("sqlite:", "postgresql")) and "://" in url:
-        what = f"LORACTL_DATABASE_URL: {url.partition(':')[0]} is no database that loractl works with"
+        what = f"LORACTL_DATABASE_URL: {url.partition(':')[0]} is not a database that loractl supports"
         raise UsageError(what, "PostgreSQL, like postgresql://user@host/loractl; without it SQLite in LORACTL_HOME")
     try:
         if not url.startswith("sqlite"):

@@ -96,7 +96,9 @@ SELECT has_database_privilege(:role, current_database(), 'TEMPORARY') AS tempora
 def check_login(login: WantedLogin, names: Sequence[str] = ()) -> None:
     """Whether it can be a login. Raises UsageError."""
     if not _NAME.fullmatch(login.name) or login.name.startswith(("pg_", "loractl")) or login.name == "public":
-        raise UsageError(f"{login.name!r} is no name for a login", "small letters, digits, '_', '.' and '-', like ada")
+        raise UsageError(
+            f"{login.name!r} is not a valid login name", "small letters, digits, '_', '.' and '-', like ada"
+        )
     if names.count(login.name) > 1:
         raise UsageError(f"{login.name} is named twice", "a login has one role: give a person and a box their own")
     if login.password is not None and (len(login.password) < _LEAST_CHARACTERS or not login.password.isprintable()):
@@ -136,7 +138,7 @@ def refuse_another_s(connection: Connection, login: WantedLogin) -> None:
     )
     row = connection.execute(facts, {"name": login.name}).one()
     if row.other:
-        raise WrongState(f"{login.name} may more than any role of a lab", "give this person or box another name")
+        raise WrongState(f"{login.name} has more rights than any role of a lab", "give this person or box another name")
     if others := sorted(set(row.has) & set(ROLES) - {login.role}):
         hint = f"REVOKE {others[0]} FROM {login.name}, or give this person or box another name"
         raise WrongState(f"{login.name} has the role {others[0]}", hint)

@@ -414,7 +414,7 @@ class DrainOrder(Base):
     reason: Mapped[str] = mapped_column(Prose())
     at: Mapped[Timestamp]
     until: Mapped[Timestamp | None]
-    now: Mapped[bool]  # running jobs are given back after a checkpoint
+    now: Mapped[bool]  # running jobs are requeued after a checkpoint
 
 
 class Use(Base):

@@ -14,7 +14,7 @@ from loractl.scheduler.cli.output import paged, show, show_page
 COMMANDS: Commands = {
     "delete": (
         "loractl.scheduler.adapters.command:delete",
-        "Remove adapters for good, with their reports; a tagged one is refused.",
+        "Remove adapters and their reports for good; tagged ones are refused.",
     ),
     "list": ("loractl.scheduler.adapters.command:list_adapters", "List them with their tags."),
     "pull": ("loractl.scheduler.adapters.command:pull", "Copy an adapter into a new folder, verified."),
@@ -24,7 +24,7 @@ COMMANDS: Commands = {
     ),
     "tag": (
         "loractl.scheduler.adapters.command:tag",
-        "Let NAME:TAG mean this adapter; loractl gc keeps it.",
+        "Tag an adapter as NAME:TAG; loractl gc keeps it.",
     ),
     "untag": ("loractl.scheduler.adapters.command:untag", "Forget a tag; the adapter stays."),
     "bind": (
@@ -33,7 +33,7 @@ COMMANDS: Commands = {
     ),
     "merge": (
         "loractl.worker.commands.merge:merge",
-        "Make a full model of base and adapter, and prove that it is the same.",
+        "Merge base and adapter into a full model, and prove that it is the same.",
     ),
 }
 
@@ -43,7 +43,7 @@ COMMANDS: Commands = {
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def adapters(ctx: click.Context, limit: int, after: int | None, as_json: bool) -> None:
-    """Look after the stored adapters: list, tag, pull, merge, delete.
+    """Manage stored adapters: list, tag, pull, merge, delete.
 
     ADAPTER is a job's number (12), a job's name for the newest of that name (support, the same as support:latest), or a
     name and a tag (support:prod).
@@ -133,7 +133,7 @@ def pull(adapter: str, folder: Path) -> None:
 @click.argument("adapter", type=AdapterName(), metavar="ADAPTER")
 @click.argument("name", metavar="TAG")
 def tag(adapter: str, name: str) -> None:
-    """Let NAME:TAG mean this adapter; loractl gc keeps it."""
+    """Tag an adapter as NAME:TAG; loractl gc keeps it."""
     from loractl.common.job.reference import check_tag, parse_reference
     from loractl.common.text import clean_line
     from loractl.scheduler.cli.session import open_session
@@ -165,7 +165,7 @@ def untag(name: str) -> None:
 @click.argument("names", nargs=-1, required=True, type=AdapterName(), metavar="ADAPTER...")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete(names: tuple[str, ...], yes: bool) -> None:
-    """Remove adapters for good, with their reports; a tagged one is refused."""
+    """Remove adapters and their reports for good; tagged ones are refused."""
     from loractl.common.errors import WrongState
     from loractl.common.text import clean_line
     from loractl.common.units import amount

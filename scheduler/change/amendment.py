@@ -38,7 +38,7 @@ def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
     job = store.jobs.get(job_id)
     if job.status is Status.SUCCEEDED:
         raise WrongState(
-            f"job {job_id} has succeeded: nothing of it changes any more",
+            f"job {job_id} has succeeded and can't be changed",
             f"queue another: loractl submit --like {job_id} --set KEY=VALUE",
         )
     name = f"job {job_id}"

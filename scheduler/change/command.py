@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     help="A key's new value, like priority=5.",
 )
 def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
-    """Change what is asked of a job that waits or runs.
+    """Change the settings of a waiting or running job.
 
     Before a job begins all may change but its base and its data; while it runs priority, labels and
     resources.time_limit. A job that has begun and waits again takes what leaves its checkpoint valid.
@@ -56,7 +56,7 @@ def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
 @click.argument("jobs", nargs=-1, required=True, type=JobName(), metavar="JOB...")
 @click.option(
     "--set", "overrides", multiple=True, type=Setting(), metavar="KEY=VALUE",
-    help="A key's new value, like resources.time_limit=2h; what leaves the job's checkpoint valid.",
+    help="A key's new value, like resources.time_limit=2h; only keys that leave the checkpoint valid.",
 )  # fmt: skip
 def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Queue failed, cancelled or held jobs again.
@@ -87,7 +87,7 @@ def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
 
 @click.command()
 @click.argument("jobs", nargs=-1, required=True, type=JobName(), metavar="JOB...")
-@click.option("--reason", default="", metavar="TEXT", help="Why; status shows it to the others.")
+@click.option("--reason", default="", metavar="TEXT", help="The reason, which status shows to others.")
 def hold(jobs: tuple[str, ...], reason: str) -> None:
     """Keep waiting jobs from starting until loractl retry."""
     from loractl.scheduler.cli.session import open_session
@@ -156,7 +156,7 @@ def _tell(store: Store, job_id: int) -> None:
     if job.status is not Status.RUNNING:  # it ended before its trainer could be asked to stop
         click.echo(f"Job {job_id} {job.status.in_words}.")
         return
-    kept = f"nothing of its training is kept, so loractl retry {job_id} would begin anew"
+    kept = f"nothing of its training is kept, so loractl retry {job_id} would start again"
     click.echo(f"Job {job_id} is being stopped on {clean_line(job.where)}; {kept}.")
 
 

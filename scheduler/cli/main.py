@@ -19,13 +19,13 @@ COMMANDS: Commands = {
     "submit": ("loractl.scheduler.submit.command:submit", "Queue the jobs of one or more job files."),
     "sweep": (
         "loractl.scheduler.sweep.command:sweep",
-        "Try settings of a job file in a group of jobs; losers may stop early.",
+        "Try several settings of a job file; losers may stop early.",
     ),
     "worker": (
         "loractl.worker.commands.worker:worker",
         "Serve this box's devices: claim waiting jobs that fit and train them.",
     ),
-    "status": ("loractl.scheduler.status.command:status", "List what runs and what waits, or one job in full."),
+    "status": ("loractl.scheduler.status.command:status", "List running and waiting jobs, or show one job in full."),
     "show": ("loractl.scheduler.status.command:show", "Show a job's history, attempts and resolved spec."),
     "logs": ("loractl.scheduler.status.command:logs", "Print a job's log."),
     "report": ("loractl.scheduler.report.command:report", "Print a job's evaluation report: base against tuned."),
@@ -35,20 +35,20 @@ COMMANDS: Commands = {
     ),
     "reproduce": (
         "loractl.scheduler.reproduce.command:reproduce",
-        "Run a finished job again, and check that it came out the same.",
+        "Run a finished job again, and check that the result is the same.",
     ),
     "adapters": (
         "loractl.scheduler.adapters.command:adapters",
-        "Look after the stored adapters: list, tag, pull, merge, delete.",
+        "Manage stored adapters: list, tag, pull, merge, delete.",
     ),
     "generate": ("loractl.worker.commands.generate:generate", "Answer a prompt with an adapter, or with its base."),
-    "predict": ("loractl.worker.commands.predict:predict", "Label or answer every row of a file, a JSON line each."),
+    "predict": ("loractl.worker.commands.predict:predict", "Label or answer every row of a file, as JSON lines."),
     "chat": ("loractl.worker.commands.chat:chat", "Talk with an adapter; /adapter switches to another one in place."),
     "serve": ("loractl.worker.commands.serve:serve", "Serve a base and its adapters over an OpenAI-compatible API."),
     "matrix": ("loractl.worker.commands.matrix:matrix", "Score several adapters on several tasks, on one loaded base."),
     "cancel": ("loractl.scheduler.change.command:cancel", "Cancel waiting or running jobs."),
     "hold": ("loractl.scheduler.change.command:hold", "Keep waiting jobs from starting until loractl retry."),
-    "edit": ("loractl.scheduler.change.command:edit", "Change what is asked of a job that waits or runs."),
+    "edit": ("loractl.scheduler.change.command:edit", "Change the settings of a waiting or running job."),
     "retry": ("loractl.scheduler.change.command:retry", "Queue failed, cancelled or held jobs again."),
     "why": (
         "loractl.scheduler.why.command:why",
@@ -56,29 +56,29 @@ COMMANDS: Commands = {
     ),
     "plan": (
         "loractl.scheduler.plan.command:plan",
-        "Show what a job will need of a card, part by part, before it runs.",
+        "Predict the memory that a job needs, part by part.",
     ),
     "gpus": ("loractl.scheduler.fleet.command:gpus", "List the devices of all boxes and what uses them."),
     "web": (
         "loractl.scheduler.web.command:web",
-        "Show the lab as a page in a browser, and its numbers to Prometheus.",
+        "Show the lab in a browser, and its metrics to Prometheus.",
     ),
     "sim": (
         "loractl.scheduler.simulation.command:sim",
         "Replay a trace of jobs on a fleet under the placement rule and others.",
     ),
     "drain": ("loractl.scheduler.fleet.command:drain", "Keep new jobs from a box or a card, with a reason."),
-    "undrain": ("loractl.scheduler.fleet.command:undrain", "Let jobs on to a drained box or card again."),
-    "data": ("loractl.worker.commands.data:data", "Check a job's data, and look at them as the trainer sees them."),
+    "undrain": ("loractl.scheduler.fleet.command:undrain", "Allow new jobs on a drained box or card again."),
+    "data": ("loractl.worker.commands.data:data", "Check a job's data, and show it as the trainer sees it."),
     "import": (
         "loractl.scheduler.foreign.command:import_config",
         "Turn an Axolotl or LLaMA-Factory YAML into a job file.",
     ),
-    "gc": ("loractl.scheduler.garbage.command:gc", "Remove stored files and rows that no one needs any more."),
-    "db": ("loractl.scheduler.database.command:db", "Look after the database."),
+    "gc": ("loractl.scheduler.garbage.command:gc", "Remove stored files and rows that nobody needs."),
+    "db": ("loractl.scheduler.database.command:db", "Manage the database."),
     "lab": (
         "loractl.scheduler.lab.command:lab",
-        "Make a lab on this server box, and invite boxes and people.",
+        "Set up a lab on this server box, and invite boxes and people.",
     ),
     "join": (
         "loractl.scheduler.lab.command:join",
@@ -86,7 +86,7 @@ COMMANDS: Commands = {
     ),
     "doctor": (
         "loractl.scheduler.lab.command:doctor",
-        "Check this installation: services, disks, cards, versions; and what to do.",
+        "Check this installation, and say what to fix.",
     ),
     "completion": (
         "loractl.scheduler.cli.completion:completion",
@@ -130,7 +130,7 @@ def main() -> NoReturn:
         click.echo(bare.format_message())  # a group without a subcommand: its help is the answer
         sys.exit(ExitCode.USAGE)
     except click.ClickException as wrong:
-        said = wrong.format_message().replace("\n\t", " ")  # click puts each choice on a line of its own
+        said = wrong.format_message().replace("\n\t", " ")  # click puts each choice on a separate line
         click.echo(f"Error: {said}", err=True)
         if isinstance(wrong, click.UsageError) and wrong.ctx is not None and "\nHint: " not in said:
             click.echo(f"Hint: {wrong.ctx.command_path} --help", err=True)

@@ -48,10 +48,10 @@ def paged(what: str) -> Callable[[Command], Command]:
             "--after",
             type=click.IntRange(1, LARGEST),
             metavar="JOB",
-            help="Go on behind this job, the last one listed.",
+            help="Continue after this job, the last one listed.",
         )
         limit = click.option(
-            "-n", "--limit", type=click.IntRange(1), default=50, show_default=True, help=f"At most so many {what}."
+            "-n", "--limit", type=click.IntRange(1), default=50, show_default=True, help=f"The most {what} to list."
         )
         return limit(after(command))
 

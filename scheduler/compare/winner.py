@@ -186,7 +186,7 @@ def sweep_comparison(store: Store, artifacts: ArtifactStore, sweep_id: int, user
     if not finished:
         raise WrongState(
             f"no member of sweep {sweep_id} has a result",
-            f"loractl status --sweep {sweep_id} shows where they stand",
+            f"loractl status --sweep {sweep_id} shows their state",
         )
     order = comparison(store, artifacts, finished)
     best = order.best.job_id

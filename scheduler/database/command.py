@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 @click.group()
 def db() -> None:
-    """Look after the database."""
+    """Manage the database."""
 
 
 @db.command("upgrade")
 @click.option(
     "--backup", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Make a backup before a change."
 )
-@click.option("--force", is_flag=True, help="Upgrade while workers of the older form still serve.")
+@click.option("--force", is_flag=True, help="Upgrade even while workers serve the older tables.")
 def db_upgrade(backup: Path | None, force: bool) -> None:
     """Bring the tables to this loractl's form.
 
@@ -43,7 +43,7 @@ def db_upgrade(backup: Path | None, force: bool) -> None:
         click.echo(_ROLES, err=True)
 
 
-_ROLES = "Give the roles their rights to what is new: loractl db roles"
+_ROLES = "Grant the roles their new rights: loractl db roles"
 
 
 def _held(contents: Contents) -> str:
@@ -53,11 +53,11 @@ def _held(contents: Contents) -> str:
 
 
 @db.command("roles")
-@click.option("--person", "people", multiple=True, metavar="NAME", help="A login that submits. You may give several.")
-@click.option("--box", "boxes", multiple=True, metavar="NAME", help="A login that runs jobs. You may give several.")
+@click.option("--person", "people", multiple=True, metavar="NAME", help="A login that submits; repeatable.")
+@click.option("--box", "boxes", multiple=True, metavar="NAME", help="A login that runs jobs; repeatable.")
 @click.option("--web", "pages", multiple=True, metavar="NAME", help="A login that only reads, for loractl web.")
-@click.option("--renew", is_flag=True, help="Give logins that are there a new password, too.")
-@click.option("--passwords", type=click.File(), metavar="FILE", help="Read passwords, a line a login; - is stdin.")
+@click.option("--renew", is_flag=True, help="Also give existing logins a new password.")
+@click.option("--passwords", type=click.File(), metavar="FILE", help="Read passwords, one line per login; - is stdin.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def db_roles(
     people: tuple[str, ...],
@@ -98,12 +98,12 @@ def db_backup(file: Path, as_json: bool) -> None:
     contents = back_up(settings, file)
     show(contents, as_json, lambda: f"{file} ({amount(file.stat().st_size)}) holds {_held(contents)}.")
     if not as_json:
-        click.echo(f"Now copy what they have stored, too: {redacted(settings.artifacts_url)}", err=True)
+        click.echo(f"Now copy the artifact store, too: {redacted(settings.artifacts_url)}", err=True)
 
 
 @db.command("restore")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE")
-@click.option("--force", is_flag=True, help="Give up what has changed in the embedded database since the backup.")
+@click.option("--force", is_flag=True, help="Discard what has changed in the embedded database since the backup.")
 def db_restore(file: Path, force: bool) -> None:
     """Put a backup in the database's place.
 
@@ -115,7 +115,7 @@ def db_restore(file: Path, force: bool) -> None:
     from .backup import SKIPPED_NUMBERS, restore
 
     done = restore(load_settings(), file, force=force)
-    click.echo(f"{_held(done.contents)}: they are back. Those that ran go on with the next loractl worker.")
+    click.echo(f"{_held(done.contents)} are restored. Running jobs continue with the next loractl worker.")
     if done.store_away is not None:
         click.echo(f"{done.store_away}: numbers of jobs go on {SKIPPED_NUMBERS} further, to give none twice.", err=True)
     if done.roles_wanted:

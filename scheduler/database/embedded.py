@@ -40,7 +40,7 @@ def check(file: Path) -> Contents:
     except sqlite3.Error:
         whole = False
     if not whole:
-        raise UsageError(f"{file} is no backup of loractl, or is damaged", "loractl db backup FILE makes one")
+        raise UsageError(f"{file} is not a loractl backup, or is damaged", "loractl db backup FILE makes one")
     if contents.revision > HEAD:
         raise SchemaMismatch(contents.revision, HEAD)
     return contents

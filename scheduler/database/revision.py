@@ -37,7 +37,7 @@ def bring_to_head(settings: Settings, backup: Path | None, *, force: bool) -> Up
                 if not force and (boxes := serving_boxes(engine)):
                     raise WrongState(
                         f"{', '.join(boxes)} still {'serves' if len(boxes) == 1 else 'serve'} with revision {found}",
-                        "stop the workers (systemctl stop loractl-worker), then say it again; --force does not ask",
+                        "stop the workers (systemctl stop loractl-worker), then try again; --force skips this check",
                     )
                 saved = None if backup is None else back_up(settings, backup)
             before, after = upgrade(engine)

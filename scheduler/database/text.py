@@ -7,7 +7,7 @@ from .roles import RolesAnswer
 
 def roles(answer: RolesAnswer) -> str:
     """What was done, and each new password, as the address that its owner needs."""
-    made = f"New roles: {', '.join(answer.new_roles)}." if answer.new_roles else "The roles were there."
+    made = f"New roles: {', '.join(answer.new_roles)}." if answer.new_roles else "The roles already existed."
     lines = [f"{made} Their rights are those of revision {answer.revision}."]
     for login in answer.logins:
         how = "is a new login" if login.new else "is there" if login.url is None else "has a new password"

@@ -37,9 +37,9 @@ def _known_targets(store: Store) -> Iterator[tuple[str, str]]:
 
 @click.command()
 @click.argument("target", type=Target(), metavar="HOST|CARD")
-@click.option("--reason", required=True, help="What a person who waits will read.")
-@click.option("--until", metavar="WHEN", help="End by itself: after a duration like 2d, or at 2026-12-24 or ...T18:00.")
-@click.option("--now", "at_once", is_flag=True, help="Give running jobs back after a checkpoint, too.")
+@click.option("--reason", required=True, help="The reason, shown to people whose jobs wait.")
+@click.option("--until", metavar="WHEN", help="End it after a duration like 2d, or at 2026-12-24 or ...T18:00.")
+@click.option("--now", "at_once", is_flag=True, help="Also requeue running jobs after a checkpoint.")
 def drain(target: str, reason: str, until: str | None, at_once: bool) -> None:
     """Keep new jobs from a box or a card, with a reason.
 
@@ -56,7 +56,7 @@ def drain(target: str, reason: str, until: str | None, at_once: bool) -> None:
         hint = names or "none is known: start one on the box: loractl worker"
         raise UsageError(f"no worker has reported {target}", hint)
     if not reason.strip() or not reason.isprintable() or len(reason) > 200:
-        raise UsageError("--reason must be one line of 1 to 200 characters, which those who wait will read")
+        raise UsageError("--reason must be one line of 1 to 200 characters")
     end = None if until is None else end_of_drain(until, known.now)
     store.cards.drain(target, settings.user, reason.strip(), until=end, at_once=at_once)
     left = _left(fleet(store).jobs_on(target), at_once)
@@ -66,7 +66,7 @@ def drain(target: str, reason: str, until: str | None, at_once: bool) -> None:
 @click.command()
 @click.argument("target", type=Target(), metavar="HOST|CARD")
 def undrain(target: str) -> None:
-    """Let jobs on to a drained box or card again."""
+    """Allow new jobs on a drained box or card again."""
     from loractl.scheduler.cli.session import open_session
 
     _, store = open_session()
@@ -81,8 +81,8 @@ def _left(running: Sequence[int], at_once: bool) -> str:
     if not running:
         return ""
     if len(running) == 1:
-        return f"; job {running[0]} {'is given back after a checkpoint' if at_once else 'runs to its end'}"
-    what = "are given back after a checkpoint" if at_once else "run to their ends"
+        return f"; job {running[0]} {'is requeued after a checkpoint' if at_once else 'runs to its end'}"
+    what = "are requeued after a checkpoint" if at_once else "run to their ends"
     return f"; jobs {', '.join(map(str, running))} {what}"
 
 
@@ -98,15 +98,15 @@ def end_of_drain(text: str, now: dt.datetime) -> dt.datetime:
         moment = dt.datetime.fromisoformat(text).astimezone()
     except ValueError:
         raise UsageError(
-            f"--until: {text!r} is no duration and no time", "like 2d, 2026-12-24 or 2026-12-24T18:00"
+            f"--until: {text!r} is neither a duration nor a time", "like 2d, 2026-12-24 or 2026-12-24T18:00"
         ) from None
     if moment <= now:
-        raise UsageError(f"--until: {text} is over already")
+        raise UsageError(f"--until: {text} is in the past")
     return moment
 
 
 @click.command()
-@click.option("--used", is_flag=True, help="Show what jobs hold now beside what their plans reserve.")
+@click.option("--used", is_flag=True, help="Show what jobs hold now, next to what their plans reserve.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gpus(used: bool, as_json: bool) -> None:
     """List the devices of all boxes and what uses them."""

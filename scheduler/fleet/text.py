@@ -33,7 +33,7 @@ def devices(fleet: Fleet, screen: Screen, *, used: bool = False) -> str:
     marks = marks or "# = jobs, by plan   x outside loractl   . free   - closed"
     closing = "GiB." if used else "GiB.  loractl gpus --used shows what jobs really hold."
     warm = any(device.card.waiting_bases for device in fleet.devices)
-    notes = [closing, *(["A base that is warm counts as free: it goes when a job needs its room."] if warm else [])]
+    notes = [closing, *(["A warm base counts as free: it is dropped when a job needs its room."] if warm else [])]
     return joined([*lines, "", screen.dim(marks), *map(screen.dim, notes)], screen)
 
 

@@ -32,7 +32,7 @@ _REASONS = {
         ("field_thinking", "template_thinking_key"), "a thought is read of reasoning_content: rename it in the rows"
     ),
     "name": "the hub's default configuration is read",
-    "drop_system_message": "a system message is learned from as it stands: take it out of the rows",
+    "drop_system_message": "a system message is learned as it is: remove it from the rows",
     "conversation": "the model's own chat template is used",
     "shards": "every row is trained on: cut those rows into a file",
 }

@@ -111,7 +111,7 @@ def _data(draft: Draft, name: str, place: Path, folder: Path, most: Any, *, pair
         draft.leave(f"dataset: {name}", f"{listing} does not say which file that is: write its path in its place")
     split = str(entry.get("split") or "train")
     if most is not None and (type(most) is not int or most < 1 or not split.isidentifier()):
-        draft.leave("max_samples", f"{short(most)}: is no number of rows of the split {split}")
+        draft.leave("max_samples", f"{short(most)}: is not a number of rows of the split {split}")
     elif most is not None:
         split = f"{split}[:{most}]"
     put_split(draft, f"{_LISTING}: split", "dataset.split", split)

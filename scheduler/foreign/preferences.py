@@ -145,7 +145,7 @@ _FACTORY_REASONS = {
 def _add_answers(draft: Draft, theirs: str, loss: str, weight: Any) -> None:
     """Add a weighted loss of the chosen answers to that of the pairs."""
     if type(weight) not in (int, float) or not 0 < weight < math.inf:
-        draft.leave(theirs, f"{short(weight)}: is no weight")
+        draft.leave(theirs, f"{short(weight)}: is not a weight")
         return
     set_key(draft.job, "preference.loss_type", [loss, "sft"])
     draft.put(theirs, "preference.loss_weights", [1.0, weight])

@@ -106,7 +106,7 @@ def parse_age(text: str) -> dt.timedelta:
         raise UsageError(f"--older-than {text!r} is not a duration", "write it like 30d or 36h") from None
     if age < LEAST_AGE:
         raise UsageError(
-            f"--older-than {text} is too short: a submit may be just about to name what it stored", "at least 1d"
+            f"--older-than {text} is too short: a submit may be about to use what it stored", "at least 1d"
         )
     return age
 
@@ -169,7 +169,7 @@ class Cleaner:
             try:
                 self._artifacts.drop(file)
             except ArtifactError as error:  # a key that may not end them, or a folder that it may not write
-                log.warning("what an upload left that was killed stays: %s", error.sentence)
+                log.warning("leftovers of a killed upload stay: %s", error.sentence)
             else:
                 yield _unfinished(file)
         for garbage in self._data():
@@ -232,7 +232,7 @@ class Cleaner:
         try:
             return self._artifacts.unfinished(self._store.now() - LEAST_AGE)
         except ArtifactError as error:  # a key that may not list them, or a gateway that can't
-            log.warning("what uploads left that were killed stays: %s", error.sentence)
+            log.warning("leftovers of killed uploads stay: %s", error.sentence)
             return ()
 
     def _data(self, without: Collection[int] = ()) -> Iterator[Garbage]:
@@ -286,7 +286,7 @@ class Cleaner:
 
 
 def _unfinished(file: Unfinished) -> Garbage:
-    why = f"an upload that was not ended, {file.changed_at:%Y-%m-%d}"
+    why = f"an unfinished upload, {file.changed_at:%Y-%m-%d}"
     return Garbage(kind=Kind.UNFINISHED, name=file.name, size=file.size, why=why)
 
 

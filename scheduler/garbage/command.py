@@ -12,22 +12,21 @@ from loractl.scheduler.cli.output import show
     "--keep-last",
     type=click.IntRange(1),
     metavar="N",
-    help="Of each user's jobs of one name keep the N newest results; without it all.",
+    help="Keep only the N newest results of each user's jobs of one name.",
 )
 @click.option(
     "--older-than",
     default="30d",
     show_default=True,
     metavar="DURATION",
-    help="Take data sets and cache entries that were not used for so long, what a retry of jobs that failed so long"
-    " ago would go on from, and with --jobs the rows of jobs.",
+    help="Least age of unused data sets, cache entries and files of failed jobs, and with --jobs of jobs' rows.",
 )
-@click.option("--jobs", is_flag=True, help="Take the rows of ended jobs as well; a job that keeps its result stays.")
-@click.option("--dry-run", is_flag=True, help="Say what would go and change nothing.")
-@click.option("--force", is_flag=True, help="Go on where the store has files of jobs that this database does not know.")
+@click.option("--jobs", is_flag=True, help="Also remove the rows of ended jobs; a job with a result stays.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed, and change nothing.")
+@click.option("--force", is_flag=True, help="Continue even if the store has files of unknown jobs.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gc(keep_last: int | None, older_than: str, jobs: bool, dry_run: bool, force: bool, as_json: bool) -> None:
-    """Remove stored files and rows that no one needs any more.
+    """Remove stored files and rows that nobody needs.
 
     In the artifact store: what attempts left that are no result, checkpoints of ended jobs, data that no job needs.
     On this machine: work folders of ended jobs and old cache entries. Results go only with --keep-last,

@@ -89,9 +89,7 @@ def refuse_another_store(lab: LabAddresses) -> None:
     except OSError:
         found = None
     if found != lab.store_mark:
-        raise UsageError(
-            f"{folder} of this machine is not the lab's folder of this name", "mount it here as on the server box"
-        )
+        raise UsageError(f"{folder} on this machine is not the lab's folder", "mount it here as on the server box")
 
 
 def _mark(artifacts_url: str) -> str | None:

@@ -18,7 +18,7 @@ def service_diagnosis(checks: tuple[str, ...] = ()) -> Diagnosis:
     """Of this box's worker, with its settings and as its user. Raises UsageError where there is none, LoractlError."""
     if os.geteuid() != 0:
         raise UsageError(
-            "--service needs root", "root alone reads the service's settings: sudo loractl doctor --service"
+            "--service needs root", "only root reads the service's settings: sudo loractl doctor --service"
         )
     return diagnosed(SERVICE, SERVICE.variables(), checks)
 

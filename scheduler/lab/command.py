@@ -18,17 +18,17 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 def guests(command: Command) -> Command:
     """The options that name who is invited."""
-    boxes = click.option("--box", "boxes", multiple=True, metavar="NAME", help="Invite this box. You may give several.")
-    people = click.option("--person", "people", multiple=True, metavar="NAME", help="Invite this person. Likewise.")
+    boxes = click.option("--box", "boxes", multiple=True, metavar="NAME", help="Invite this box; repeatable.")
+    people = click.option("--person", "people", multiple=True, metavar="NAME", help="Invite this person; repeatable.")
     address = click.option("--address", metavar="HOST", help="This server box's address, as others reach it.")
-    valid = click.option("--valid", default="1h", show_default=True, metavar="TIME", help="How long the lines serve.")
+    valid = click.option("--valid", default="1h", show_default=True, metavar="TIME", help="How long lines are valid.")
     as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
     return boxes(people(address(valid(as_json(command)))))
 
 
 @click.group()
 def lab() -> None:
-    """Make a lab on this server box, and invite boxes and people."""
+    """Set up a lab on this server box, and invite boxes and people."""
 
 
 @lab.command("init")
@@ -36,7 +36,7 @@ def lab() -> None:
 @click.option("--packages", "services", flag_value="packages", help="Run PostgreSQL and Valkey from apt's packages.")
 @click.option("--containers", "services", flag_value="containers", help="Run them and S3 with Docker Compose.")
 @click.option("--artifacts", metavar="URL", help="With --packages: the store, like file:///lab/loractl.")
-@click.option("--network", "networks", multiple=True, metavar="CIDR", help="Let this network in, beside our own.")
+@click.option("--network", "networks", multiple=True, metavar="CIDR", help="Also let this network in.")
 @click.option("--take-over", is_flag=True, help="With --packages: use PostgreSQL and Valkey that were here before.")
 def lab_init(
     boxes: tuple[str, ...],
@@ -135,7 +135,7 @@ def join(line: str, name: str | None, no_service: bool, replace: bool, as_json: 
 @click.option("--service", is_flag=True, help="As root on a GPU box: with its worker's settings, and as its user.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def doctor(patience: str, names: tuple[str, ...], service: bool, as_json: bool) -> None:
-    """Check this installation: services, disks, cards, versions; and what to do.
+    """Check this installation, and say what to fix.
 
     Exit status 1 where a line says error. A service that hangs is such a line. Nothing is changed that stays.
     """

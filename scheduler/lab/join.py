@@ -28,7 +28,7 @@ from .line import JoinLine
 from .place import SERVICE, Membership, Place
 from .unit import install_unit, service_user, start_service, systemd_runs
 
-_STACK = "pip install 'loractl[worker,postgres,s3]'; the line serves on. For a person ask for another line"
+_STACK = "pip install 'loractl[worker,postgres,s3]'; the line still works. For a person ask for another line"
 BEFORE = ("queue", "store", "disk")
 """What is looked at before the line is used: another try must be possible."""
 
@@ -106,7 +106,7 @@ def _valid() -> Iterator[None]:
         if not isinstance(error, ServiceRefused):
             error.hint = "does this machine reach that address? A firewall, another network, or the server box is off"
             raise
-        what = "the database does not take this join line: it was used, its hour is over, or it was taken back"
+        what = "the database refuses this join line: it was used, has expired, or was revoked"
         raise WrongState(what, "on the server box: loractl lab invite") from error
 
 
@@ -157,7 +157,7 @@ def _refuse_broken(place: Place, kind: str, membership_in: Callable[[Path], Memb
             hint = f"a box stores results: {right_to_results(entry.artifacts_url)}"
             raise LoractlError(f"store: {condition.sentence}", hint)
         if condition.level is Level.ERROR:
-            hint = f"{condition.hint or 'mend it'}; then say it again: nothing was changed here, the line serves on"
+            hint = f"{condition.hint or 'fix it'}; then try again: nothing was changed here, and the line still works"
             raise LoractlError(f"{condition.check}: {condition.sentence}", hint)
 
 

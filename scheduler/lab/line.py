@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _MARK = "join-"
 _FORM = 2
 """1: addresses were sealed in another way."""
-_HINT = "copy it as it was printed, all of it; on the server box loractl lab invite prints another one"
+_HINT = "copy all of it, as printed; on the server box loractl lab invite prints another one"
 
 Tls = dict[str, str]
 """libpq's options of a connection's encryption, like sslmode."""
@@ -96,7 +96,7 @@ def read_line(text: str) -> JoinLine:
     """The line that somebody has copied, maybe over several lines. Raises UsageError, which repeats nothing of it."""
     word = "".join(text.split()).removeprefix("loractljoin")
     if not word.startswith(_MARK):
-        raise UsageError(f"this is no join line: those begin with {_MARK}", _HINT)
+        raise UsageError(f"this is not a join line: those begin with {_MARK}", _HINT)
     body = word.removeprefix(_MARK)
     try:
         raw = base64.b64decode(body + "=" * (-len(body) % 4), altchars=b"-_", validate=True)

@@ -154,7 +154,7 @@ def install_services(box: ServerBox, settings: Settings) -> tuple[Membership, tu
         files={settings.home / "queue-ca.pem": certificate},
     )
     done = f"PostgreSQL {cluster.version} and {queue.package} listen on {box.address}, encrypted."
-    return entry, (done, *(["The owner's password is new: config.toml had it no more."] if owner.lost else []))
+    return entry, (done, *(["The owner's password is new: config.toml no longer had it."] if owner.lost else []))
 
 
 def _refuse_elsewhere(address: str) -> None:
@@ -168,7 +168,7 @@ def _refuse_elsewhere(address: str) -> None:
             probe.bind((address, 0))
     except OSError:
         raise UsageError(
-            f"{address} is no address of this machine",
+            f"{address} is not an address of this machine",
             "the one by which other boxes reach it, like 10.0.0.5: ip address",
         ) from None
 
@@ -182,7 +182,7 @@ def _refuse_foreign(cluster: _Cluster | None, queue: _Queue) -> None:
         change = f"lab init would change where {they} and who gets in, and restart {them}"
         other = "without --packages LORACTL_DATABASE_URL and LORACTL_REDIS_URL name the lab's"
         raise UsageError(
-            f"{' and '.join(here)} {were} here before: {change}", f"--take-over where nothing else uses {them}; {other}"
+            f"{' and '.join(here)} {were} here before: {change}", f"--take-over if nothing else uses {them}; {other}"
         )
 
 

@@ -65,9 +65,9 @@ class Place:
         """Raises WrongState where the machine is in a lab, or its environment names one: that goes before the file."""
         named = [name for name in _KEYS.values() if name != "LORACTL_HOST" and os.environ.get(name)]
         if named and not self.service:
-            raise WrongState(f"{named[0]} is set here and goes before {self.file}", f"unset {' '.join(named)}")
+            raise WrongState(f"{named[0]} is set here and overrides {self.file}", f"unset {' '.join(named)}")
         if not replace and re.search(r"^(database_url|LORACTL_DATABASE_URL)\s*=", self._text(), re.MULTILINE):
-            raise WrongState(f"this machine is in a lab: {self.file}", "loractl join --replace takes its place")
+            raise WrongState(f"this machine is in a lab: {self.file}", "loractl join --replace leaves that lab")
 
     def environment(self, variables: dict[str, str]) -> dict[str, str]:
         """What a command needs to work here with these variables, whatever is written yet."""

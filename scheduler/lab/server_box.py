@@ -80,7 +80,7 @@ def _artifacts(wish: LabWish, settings: Settings) -> str:
         hint = "--artifacts file:///lab/loractl, mounted everywhere; or s3://BUCKET/lab and AWS_ variables"
         raise UsageError("the lab has no store that all boxes reach", hint)
     if not url.startswith(("file:///", "s3://")):
-        raise UsageError(f"{url} is no store of a lab", "like file:///lab/loractl or s3://loractl/lab")
+        raise UsageError(f"{url} is not a lab's store", "like file:///lab/loractl or s3://loractl/lab")
     return url
 
 

@@ -47,7 +47,7 @@ def invited(answer: LabAnswer) -> str:
     until = f"{answer.until.astimezone():%H:%M}"
     lines.append(f"Each line serves once, until {until}. More: loractl lab invite --box heron --person ada")
     if answer.only_here:
-        lines.append(f"They lead to {answer.host}, which is this machine alone: --address names one for others.")
+        lines.append(f"They lead to {answer.host}, which only this machine reaches: use --address for others.")
     return "\n".join(lines)
 
 
@@ -62,14 +62,14 @@ def joined_lab(answer: JoinAnswer, screen: Screen) -> str:
     may = "runs jobs of" if answer.kind == "box" else "submits to"
     lines = [f"{answer.name} {may} the lab at {answer.host}. Its addresses: {answer.file}"]
     if answer.embedded is not None:
-        lines.append(f"Jobs of before stay in {answer.embedded}.")
+        lines.append(f"Earlier jobs stay in {answer.embedded}.")
     lines += ["", health(answer.diagnosis, screen), ""]
     if answer.service == "started":
         lines.append("The worker runs as a service: journalctl -u loractl-worker -f")
     elif answer.service == "installed" and answer.diagnosis.ok:
         lines.append("The service is installed; systemd does not run here: systemctl enable --now loractl-worker")
     elif answer.service == "installed":
-        lines.append("Mend that, then start the worker: systemctl enable --now loractl-worker")
+        lines.append("Fix that, then start the worker: systemctl enable --now loractl-worker")
     elif answer.kind == "box":
         lines.append("Start the worker: loractl worker")
     else:

@@ -282,7 +282,7 @@ def _shape(spec: JobSpec) -> Shape:
     if shape is None:
         raise LoractlError(
             f"base_model {spec.base_model} can't be planned here: there is no config.json of a known architecture",
-            "that file is enough, in a folder or in the hub's cache; without it the job gets a card of its own",
+            "that file is enough, in a folder or in the hub's cache; without it the job gets its own card",
         )
     return shape
 

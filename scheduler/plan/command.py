@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def plan(
     job: str | None, overrides: tuple[str, ...], gpu: str | None, solve: bool, accuracy: bool, as_json: bool
 ) -> None:
-    """Show what a job will need of a card, part by part, before it runs.
+    """Predict the memory that a job needs, part by part.
 
     The base model's config.json is enough. With its tokenizer and the training stack as well, the rows' own lengths
     are counted; else every row is taken to be max_length tokens long.

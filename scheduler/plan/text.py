@@ -42,7 +42,7 @@ def need_text(need: MemoryNeed, next_command: str, screen: Screen) -> str:
     lines += ["", *map(screen.dim, wrapped(need.planned_for, "", screen))]
     lines += [line for text in (*_until_it_runs(need), *_in_its_room(need)) for line in wrapped(text, "", screen)]
     if need.patience_s:
-        patient = f"For {duration(need.patience_s)} it waits for a card that holds LoRA; then QLoRA will do."
+        patient = f"For {duration(need.patience_s)} it waits for a card that holds LoRA; then QLoRA is allowed."
         lines += wrapped(patient, "", screen)
     if not need.on_gpu:
         about = "Planned for a processor, since no GPU is known: what the whole process holds of the box's RAM."
@@ -95,7 +95,7 @@ def _until_it_runs(need: MemoryNeed) -> list[str]:
     where = ""
     if need.cards and first.choice is not need.choice and box is None:
         none = f", which no {'card' if first.ways.alone else 'box'} has"
-        where = none if first.choice is None else f", so it would go with {first.choice.value}"
+        where = none if first.choice is None else f", so it would use {first.choice.value}"
     waits = f"waits for {', or for '.join(asks)}{where}."
     if first.begun:
         return [f"It {waits}"]

@@ -59,11 +59,11 @@ def result_of(store: Store, job_id: int) -> JobResult:
     job = store.jobs.get(job_id)
     if job.status is not Status.SUCCEEDED:
         raise WrongState(
-            f"job {job_id} has no result: it {job.status.in_words}", f"loractl status {job_id} shows where it stands"
+            f"job {job_id} has no result: it {job.status.in_words}", f"loractl status {job_id} shows its state"
         )
     if job.report_uri is None:
         raise WrongState(
-            f"job {job_id} has no result any more: it was removed",
+            f"job {job_id} no longer has a result: it was removed",
             f"loractl show {job_id} says who and when",
         )
     return JobResult(job=job, stored=result_binding(store, job))

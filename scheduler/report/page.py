@@ -37,7 +37,7 @@ def guarded(page: bytes, job_id: int) -> bytes:
     try:
         text = page.decode("utf-8")
     except UnicodeDecodeError:
-        raise _refused(job_id, "it is no text in UTF-8") from None
+        raise _refused(job_id, "it is not UTF-8 text") from None
     reader = _PageReader()
     reader.feed(text)
     reader.close()
@@ -48,7 +48,7 @@ def guarded(page: bytes, job_id: int) -> bytes:
 
 def _refused(job_id: int, why: str) -> ArtifactError:
     return ArtifactError(
-        f"the page of job {job_id} is none of loractl's: {why}",
+        f"the page of job {job_id} is not loractl's: {why}",
         f"don't open it; loractl report {job_id} prints what report.json says",
     )
 

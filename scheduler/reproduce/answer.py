@@ -173,7 +173,7 @@ def _base(spec: JobSpec, report: dict[str, Any], cache: Path) -> Iterator[Caveat
     if base is None:
         yield Caveat(what="base model", then="its hash is not in the report", now=str(folder))
     elif not folder.is_dir():
-        yield Caveat(what="base model", then=f"sha256 {base['sha256'][:12]}", now="not on this machine: --check tells")
+        yield Caveat(what="base model", then=f"sha256 {base['sha256'][:12]}", now="not on this machine: --check shows")
     elif changed := changed_files(base["files"], fingerprint(folder, cache)):
         yield Caveat(what="base model", then=f"sha256 {base['sha256'][:12]}", now=f"{', '.join(changed)} changed")
 

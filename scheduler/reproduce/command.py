@@ -12,11 +12,11 @@ from loractl.scheduler.cli.output import hint, show, warn
 
 @click.command()
 @click.argument("job_id", type=int, metavar="JOB")
-@click.option("--check", "other", type=int, metavar="NEW", help="Say whether job NEW came out the same; queue nothing.")
-@click.option("--dry-run", is_flag=True, help="Say what can't be the same, and queue nothing.")
+@click.option("--check", "other", type=int, metavar="NEW", help="Say whether NEW has the same result; queue nothing.")
+@click.option("--dry-run", is_flag=True, help="List what can't be the same, and queue nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def reproduce(job_id: int, other: int | None, dry_run: bool, as_json: bool) -> None:
-    """Run a finished job again, and check that it came out the same.
+    """Run a finished job again, and check that the result is the same.
 
     Everything comes from the job's row, its report and the artifact store. With --check the exit status is 0 when both
     came out the same, else 1.

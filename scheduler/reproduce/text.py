@@ -24,7 +24,7 @@ def repetition_text(repetition: Repetition, screen: Screen) -> str:
         f"batch {micro} x {accumulated}."
     ]
     if not repetition.caveats:
-        return "\n".join([*lines, "Nothing is known that would make it come out otherwise."])
+        return "\n".join([*lines, "No reason is known for a different result."])
     rows = [[caveat.what, caveat.then, caveat.now] for caveat in repetition.caveats]
     return "\n".join([*lines, "Not the same, or not known to be:", *table(["WHAT", "THEN", "NOW"], rows, screen)])
 
@@ -40,7 +40,7 @@ def sameness_text(answer: Sameness, screen: Screen) -> str:
     numbers = [str(answer.first), str(answer.second)]
     apart = [answer.weights, *(loss for loss in answer.losses if not loss.same)]
     measured = [[p.what, _shown(p.first), _shown(p.second), _shift(p)] for p in apart]
-    but = ": the adapters are equal, what was measured on them is not" if answer.weights.same else ""
+    but = ": the adapters are equal, their measurements are not" if answer.weights.same else ""
     lines = [
         f"{answer.second} did not come out the same as {answer.first}{but}.",
         "",
@@ -50,9 +50,9 @@ def sameness_text(answer: Sameness, screen: Screen) -> str:
         + _rows_sentence(answer.row_losses),
     ]
     if answer.parted_at is not None:
-        lines.append(f"The training losses part at step {answer.parted_at}.")
+        lines.append(f"The training losses diverge at step {answer.parted_at}.")
     if not answer.ran_with:
-        return "\n".join([*lines, "Nothing that the reports tell of the two runs differs."])
+        return "\n".join([*lines, "The reports show no difference between the two runs."])
     ran_with = [[pair.what, _shown(pair.first), _shown(pair.second)] for pair in answer.ran_with]
     return "\n".join([*lines, "", *table(["RAN WITH", *numbers], ran_with, screen)])
 

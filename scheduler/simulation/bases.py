@@ -22,7 +22,7 @@ def parse_count(text: str) -> int | None:
         return None
     if text.isdecimal() and int(text) > 0:
         return int(text)
-    raise UsageError(f"--base-models {text} is no number of base models", f"like --base-models 6, or {EACH}")
+    raise UsageError(f"--base-models {text} is not a number of base models", f"like --base-models 6, or {EACH}")
 
 
 def with_bases(jobs: Sequence[TraceJob], count: int | None, size: int) -> tuple[TraceJob, ...]:

@@ -27,7 +27,7 @@ that take turns (1). Small fine-tunes leave a large card idle between kernels, l
 @click.argument("trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="TRACE")
 @click.option("--fleet", required=True, metavar="SIZES", help="The cards, like 2x12GiB,2x24GiB,80GiB.")
 @click.option("--max-jobs-per-gpu", type=click.IntRange(1), help="Jobs that may share a card; by default as a worker.")
-@click.option("--compress", type=float, default=1.0, show_default=True, help="Let jobs arrive so many times as fast.")
+@click.option("--compress", type=float, default=1.0, show_default=True, help="Let jobs arrive this many times as fast.")
 @click.option(
     "--contention",
     type=click.FloatRange(0.0),
@@ -39,10 +39,10 @@ that take turns (1). Small fine-tunes leave a large card idle between kernels, l
     "--base-models", metavar="COUNT", help="Base models of a trace that names none: drawn for each job; each: its own."
 )
 @click.option("--base-size", metavar="SIZE", help="What such a base takes of a card once loaded.  [default: 5GiB]")
-@click.option("--keep-warm", metavar="TIME", default="10min", show_default=True, help="As of a worker; 0: no hosts.")
-@click.option("--spare/--no-spare", default=True, show_default=True, help="As of a worker.")
+@click.option("--keep-warm", metavar="TIME", default="10min", show_default=True, help="As for a worker; 0: no hosts.")
+@click.option("--spare/--no-spare", default=True, show_default=True, help="As for a worker.")
 @click.option(
-    "--micro-batch", type=click.IntRange(1), metavar="TOKENS", help="Let jobs of so many tokens a pass join hosts."
+    "--micro-batch", type=click.IntRange(1), metavar="TOKENS", help="Let jobs with this many tokens a pass join hosts."
 )
 @click.option(
     "--pass-cost",
@@ -50,13 +50,13 @@ that take turns (1). Small fine-tunes leave a large card idle between kernels, l
     metavar="TOKENS",
     default=START[True][0],
     show_default=True,
-    help="What a pass costs beside its tokens, whoever shares it.",
+    help="The fixed cost of a pass, in tokens.",
 )
 @click.option(
-    "--roomy/--no-roomy", default=False, show_default=True, help="Let jobs do without recomputing, as 8B in NF4 would."
+    "--roomy/--no-roomy", default=False, show_default=True, help="Let jobs skip recomputing, as 8B in NF4 would."
 )
 @click.option("--longest", metavar="DURATION", help="Leave out jobs that take longer, like 1d.")
-@click.option("--limit", type=click.IntRange(1), help="Only so many jobs, the first to arrive.")
+@click.option("--limit", type=click.IntRange(1), help="Only the first N jobs to arrive.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw waits and memory use into a PNG.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def sim(
@@ -145,7 +145,7 @@ def _on_bases(chosen: Chosen, base_models: str | None, base_size: str | None) ->
     try:
         size = parse_size(base_size or "5GiB")
         if not size:
-            raise ValueError("is no base; write its size with a unit")
+            raise ValueError("is not a base; write its size with a unit")
     except ValueError as error:
         raise UsageError(f"--base-size {base_size} {error}", "like --base-size 5GiB") from error
     return replace(chosen, jobs=with_bases(chosen.jobs, parse_count(base_models), size))

@@ -28,11 +28,11 @@ def text(done: Simulation, screen: Screen) -> str:
     if done.how_loaded.startswith("load"):
         notes.append("load: how busy the jobs keep the cards, alone on one each; above 1 they fall behind.")
     if done.nodes.roomy:
-        notes.append("recomputing: loractl's rule, but no job does without.")
+        notes.append("recomputing: loractl's rule, but every job recomputes.")
     if done.chosen.base_models:
         if done.nodes.passes is not None:
             notes.append("without packs: loractl's rule, with one job at a time in a host.")
-        notes.append("without hosts: loractl's rule, but each job loads its base anew.")
+        notes.append("without hosts: loractl's rule, but each job loads its base again.")
     return "\n".join([*lines, *(screen.dim(note) for note in notes)])
 
 

@@ -159,7 +159,7 @@ def parse_fleet(text: str, max_jobs: int | None = None) -> list[Card]:
                 raise ValueError("is empty")
             size, count = parse_size(match[2]), int(match[1] or 1)
             if not GIB <= size < _LARGEST or count < 1:
-                raise ValueError("is no card; write its size with a unit")
+                raise ValueError("is not a card; write its size with a unit")
         except ValueError as error:
             raise UsageError(f"--fleet {text}: {part.strip()!r} {error}", "like --fleet 2x12GiB,80GiB") from error
         sizes += [size] * count

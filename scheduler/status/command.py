@@ -41,7 +41,7 @@ def status(
     sweep_id: int | None,
     as_json: bool,
 ) -> None:
-    """List what runs and what waits, or one job in full.
+    """List running and waiting jobs, or show one job in full.
 
     Without JOB and -a: running jobs, waiting jobs with the reason, a line a sweep, and how many ended today.
     """
@@ -155,7 +155,7 @@ POLL_S = 1.0
 
 @click.command()
 @click.argument("job", type=JobName(), metavar="JOB")
-@click.option("-f", "--follow", "following", is_flag=True, help="Go on until the job has ended.")
+@click.option("-f", "--follow", "following", is_flag=True, help="Follow the log until the job has ended.")
 @click.option("--tail", type=click.IntRange(0), metavar="N", help="Only the last N lines, and what follows with -f.")
 def logs(job: str, following: bool, tail: int | None) -> None:
     """Print a job's log."""

@@ -31,7 +31,7 @@ def follow(store: Store, job_id: int) -> ExitCode:
         job = _redraw(store, job_id) if sys.stdout.isatty() else _tell_changes(store, job_id)
     except KeyboardInterrupt:
         again = f"loractl status {job_id} --watch; stop it: loractl cancel {job_id}"
-        click.echo(f"\nJob {job_id} goes on: {again}", err=True)
+        click.echo(f"\nJob {job_id} continues: {again}", err=True)
         raise click.exceptions.Exit(ExitCode.INTERRUPTED) from None
     return ExitCode.OK if job.status is Status.SUCCEEDED else ExitCode.FAILED
 

@@ -68,7 +68,7 @@ def _memory(last: PastAttempt, job: JobState, screen: Screen) -> list[str]:
     of_ram = " of RAM" if last.device_kind == "cpu" else ""
     peak = f"{gib(last.peak)} GiB{of_ram} at most{' on one card' if several else ''}" if last.peak else ""
     planned = f"planned {gib(last.planned)} GiB{' on each' if several else ''}" if last.planned else ""
-    unmeasured = "not measured apart from those beside it" if last.shared and not peak else ""
+    unmeasured = "not measured separately from its companions" if last.shared and not peak else ""
     memory = ", ".join(part for part in (peak, planned, unmeasured) if part)
     line = (f"memory    {memory}   " if memory else "") + how
     lines = (

@@ -37,7 +37,7 @@ def check_base(folder: Path) -> tuple[str, ...]:
     if weights and not readable:
         raise UsageError(
             f"base_model {folder} has weights and no tokenizer",
-            "copy tokenizer.json and tokenizer_config.json beside it",
+            "copy tokenizer.json and tokenizer_config.json next to it",
         )
     has_config = (folder / "config.json").exists()
     here = {"config.json": has_config, "weights": bool(weights), "tokenizer": readable}
@@ -100,7 +100,7 @@ def _not_permitted(file: Path, error: PermissionError) -> UsageError:
 def _check_regular(file: Path) -> None:
     """Refuse a pipe, which would be waited for. What is not there is left to its reader. Raises UsageError."""
     if file.exists() and not file.is_file():
-        raise UsageError(f"{file} is no regular file", "copy the model again")
+        raise UsageError(f"{file} is not a regular file", "copy the model again")
 
 
 def _check_weights(file: Path) -> None:

@@ -149,8 +149,8 @@ def _refuse_unknown_names(spec: JobSpec) -> None:
 
     for text in spec.data_sets().values():
         if not is_local(text) and not is_hub_data(text):
-            hint = "name a file (jsonl, json, csv, parquet) beside the job file, or a hub id like owner/name"
-            raise DataError(text, "is no file here, and no data set of the hub", hint=hint)
+            hint = "name a file (jsonl, json, csv, parquet) next to the job file, or a hub id like owner/name"
+            raise DataError(text, "is neither a file here nor a data set on the hub", hint=hint)
 
 
 def unreadable_here(text: str) -> bool:
@@ -165,6 +165,6 @@ def _fetched(job_id: int, key: str, stored: Mapping[str, Any], artifacts: Artifa
         section = "evaluation" if key == "regression" else "dataset"
         raise ArtifactError(
             f"job {job_id} can't run again on the same data: {section}.{key} (sha256 {stored['sha256'][:12]}) "
-            f"is not to be had from the artifact store: {error.sentence}",
+            f"can't be fetched from the artifact store: {error.sentence}",
             "loractl gc removes what no job needs; put the file back by submitting a job file that names it",
         ) from error

@@ -125,7 +125,7 @@ def doubts_of(name: str, submission: Submission, settings: Settings, store: Stor
     doubts = unknown_names(spec.notify, settings.channels, settings.user)
     for text in spec.data_sets().values():
         if not is_local(text):
-            doubts.append(f"Note: {text} is no file here and is taken for a data set on the hub.")
+            doubts.append(f"Note: {text} is not a file here, so it is read from the hub.")
     nodes = [] if store is None else store.cards.nodes()
     least, largest = submission.first_need, max((node.usable for node in nodes), default=None)
     if least is not None and largest is not None and least > largest:

@@ -98,7 +98,7 @@ def admit(spec: JobSpec, methods: Sequence[Method], planned: Need, need: Need) -
         raise UsageError(
             f"{spec.name} needs more of each of its {spec.resources.cards} cards than its resources.max_vram, "
             f"{gib(spec.resources.max_vram)} GiB",
-            "raise it, or say more cards",
+            "raise it, or ask for more cards",
         )
     return _admitted(spec, methods, need) if ways.alone else tuple(methods), ways
 

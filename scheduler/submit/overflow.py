@@ -46,7 +46,7 @@ def check_overflow(spec: JobSpec, announce: Callable[[], None] = lambda: None) -
 
 def unchecked(obstacle: str | None) -> list[str]:
     """What is said where check_overflow could not look."""
-    return [f"Not checked: whether rows are too long, {obstacle}. The worker does it."] if obstacle else []
+    return [f"Not checked: whether rows are too long, {obstacle}. The worker will check it."] if obstacle else []
 
 
 def may_fill_a_row(spec: JobSpec) -> bool:

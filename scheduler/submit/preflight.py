@@ -53,13 +53,13 @@ def check_model(spec: JobSpec, settings: Settings) -> list[str]:
         elif missing := check_base(base):
             unchecked.append(f"{' and '.join(missing)} of {base}, not on this machine")
     elif not is_hub_id(spec.base_model):
-        what = f"base_model {spec.base_model} is no folder here, and no name on the hub"
+        what = f"base_model {spec.base_model} is neither a folder here nor a name on the hub"
         raise UsageError(what, "name a folder, relative to the job file, or a hub id like owner/name")
     elif find_config(spec.base_model, spec.revision) is None:
         told = _ask_the_hub(f"models/{spec.base_model}")
         if told is None:
             unchecked.append(
-                f"base_model {spec.base_model}: there is no folder of this name beside the job file, and the hub "
+                f"base_model {spec.base_model}: there is no folder of this name next to the job file, and the hub "
                 "can't be reached"
             )
         elif not told:
@@ -67,7 +67,7 @@ def check_model(spec: JobSpec, settings: Settings) -> list[str]:
                 f"Warning: the hub shows no base_model {spec.base_model} to this machine: it is mistyped, or private "
                 "(then the workers need HF_TOKEN)."
             )
-    return [*doubts, *(f"Not checked: {what}. The worker does it." for what in unchecked)]
+    return [*doubts, *(f"Not checked: {what}. The worker will check it." for what in unchecked)]
 
 
 def _not_here(base: Path, settings: Settings) -> str:
@@ -76,7 +76,7 @@ def _not_here(base: Path, settings: Settings) -> str:
     close = difflib.get_close_matches(base.name, beside, n=1)
     meant = f"did you mean {base.parent / close[0]}?" if close else ""
     if settings.embedded_database:
-        otherwise = "name a folder that is there, relative to the job file, or a hub id like owner/name"
+        otherwise = "name an existing folder, relative to the job file, or a hub id like owner/name"
         raise UsageError(f"there is no base_model {base}", meant or otherwise)
     return f"Warning: there is no {base} on this machine; every worker needs it at that path{meant and f': {meant}'}."
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--early-stop", is_flag=True, help="Stop members that lose at 25 % and at 50 % of their steps.")
 @click.option("--trials", type=click.IntRange(2), metavar="N", help="Draw N points instead of running all.")
-@click.option("--seed", type=click.IntRange(0), metavar="S", help="Of the draw, 0 unless given.")
+@click.option("--seed", type=click.IntRange(0), metavar="S", help="The seed of the draw; 0 by default.")
 @click.option("--dry-run", is_flag=True, help="Check and print the members, and queue nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def sweep(
@@ -37,7 +37,7 @@ def sweep(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Try settings of a job file in a group of jobs; losers may stop early.
+    """Try several settings of a job file; losers may stop early.
 
     Every member is checked before any is queued, and all are queued or none. One value alone holds for all members.
     """

@@ -166,7 +166,7 @@ def _range(key: str, text: str, kind: str, low_text: str, high_text: str) -> Ran
     if kind == "log" and low <= 0:
         raise UsageError(f"--set {key}={text}: a logarithmic range begins above 0", f"like --set {key}=log:1e-5..1e-3")
     if kind == "int" and not (low.is_integer() and high.is_integer()):
-        raise UsageError(f"--set {key}={text} has ends that are no whole numbers", f"like --set {key}=int:4..64")
+        raise UsageError(f"--set {key}={text} has ends that are not whole numbers", f"like --set {key}=int:4..64")
     return Range(key=key, kind=kind, low=low, high=high)
 
 

@@ -50,7 +50,7 @@ def waiting_jobs(store: Store, jobs: Sequence[Job], view: FleetView | None = Non
 def without_queue(waits: WaitingJobs, away: str) -> WaitingJobs:
     """The same while the queue is away (`away`: a sentence): a job that a card is about to take waits for that."""
     told = {
-        job_id: replace(wait, word="queue", sentence=f"{away}; {wait.sentence}, by its own look")
+        job_id: replace(wait, word="queue", sentence=f"{away}; {wait.sentence}, by polling")
         for job_id, wait in waits.reasons.items()
         if wait.tier is Tier.NEXT
     }

@@ -260,7 +260,7 @@ def _passed_over(me: Waiting, first: Waiting, node: str) -> Wait:
     if first.priority > me.priority:
         return _capacity("order", f"{first.job_id} has a higher priority on {node}")
     if first.user != me.user and first.job_id > me.job_id:
-        return _capacity("share", f"{first.user} had less of the cards: {first.job_id} goes first on {node}")
+        return _capacity("share", f"{first.user} used the cards less: {first.job_id} goes first on {node}")
     return _capacity("order", f"{first.job_id} goes first on {node}")
 
 

@@ -54,7 +54,7 @@ def is_loopback(host: str) -> bool:
         return True
     address = address_of(host)
     if address is None:
-        raise UsageError(f"--host {host!r} is no address", "like 127.0.0.1, or 0.0.0.0 for all of this machine")
+        raise UsageError(f"--host {host!r} is not an address", "like 127.0.0.1, or 0.0.0.0 for all of this machine")
     return address.is_loopback
 
 

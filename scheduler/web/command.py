@@ -9,17 +9,17 @@ from loractl.common.errors import LoractlError
 
 @click.command()
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Listen there; 0.0.0.0: everywhere."
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="The address to listen on; 0.0.0.0: all."
 )
 @click.option(
     "--port", type=click.IntRange(0, 65535), default=8470, show_default=True, help="Port; 0 takes a free one."
 )
-@click.option("--token", "always", is_flag=True, help="Ask for the token on this machine's own address, too.")
+@click.option("--token", "always", is_flag=True, help="Ask for the token even on this machine's own address.")
 @click.option(
-    "--allow-host", "names", multiple=True, metavar="NAME", help="A name by which browsers may call it. Repeatable."
+    "--allow-host", "names", multiple=True, metavar="NAME", help="A name that browsers may use for it; repeatable."
 )
 def web(host: str, port: int, always: bool, names: tuple[str, ...]) -> None:
-    """Show the lab as a page in a browser, and its numbers to Prometheus.
+    """Show the lab in a browser, and its metrics to Prometheus.
 
     It only reads: no address of it changes anything. On another address than this machine's own it asks for a token,
     which it draws once and prints with the address. /metrics has the lab's numbers for Prometheus.

@@ -59,7 +59,7 @@ class Guard:
     def _answer(self, request: Request) -> Response | None:
         """What is said in place of a page; None: the page."""
         if request.method not in ("GET", "HEAD"):
-            return PlainTextResponse("this server only shows\n", 405, {"allow": "GET, HEAD"})
+            return PlainTextResponse("this server is read-only\n", 405, {"allow": "GET, HEAD"})
         if len(request.scope.get("raw_path") or b"") + len(request.scope["query_string"]) > LONGEST_URL:
             return PlainTextResponse("this address is too long\n", 414)
         if not self._access.knows(request.headers.getlist("host")):
@@ -101,7 +101,7 @@ def _without_token(request: Request) -> str:
 
 def _refused() -> Response:
     text = (
-        "<h1>This page wants its token</h1><p class=lede>Open the address that <code>loractl web</code> printed when it"
+        "<h1>This page needs its token</h1><p class=lede>Open the address that <code>loractl web</code> printed when it"
         " started, or add <code>?token=...</code> with the line of its file <code>web-token</code>.</p>"
     )
     return HTMLResponse(_bare("loractl", text), 401, {"www-authenticate": "Bearer", "cache-control": "no-store"})

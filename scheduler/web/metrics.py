@@ -138,9 +138,7 @@ def _gauge(name: str, what: str, samples: Iterable[tuple[dict[str, str], float]]
 
 
 def _build() -> Metric:
-    return InfoMetricFamily(
-        "loractl_build", "The version of the server that tells these numbers", {"version": __version__}
-    )
+    return InfoMetricFamily("loractl_build", "The version of this server", {"version": __version__})
 
 
 def _jobs(census: LabCensus) -> Iterator[Metric]:
@@ -150,7 +148,7 @@ def _jobs(census: LabCensus) -> Iterator[Metric]:
     oldest: list[tuple[dict[str, str], float]] = (
         [] if census.oldest_ready is None else [({}, census.oldest_ready.timestamp())]
     )
-    what = "When the oldest job that could start now was submitted; absent where none waits"
+    what = "When the oldest job that could start now was submitted; absent if none waits"
     yield _gauge("loractl_oldest_ready_job_timestamp_seconds", what, oldest)
 
 
@@ -165,19 +163,19 @@ def _cards(census: LabCensus) -> Iterator[Metric]:
     opened = [(labels, float(device.card.open)) for device, labels in devices]
     yield _gauge("loractl_card_open", "Whether the card takes jobs: 1, or 0", opened)
     drained = [(labels, float(device.closed_by is not None)) for device, labels in devices]
-    yield _gauge("loractl_card_drained", "Whether somebody keeps the card empty on purpose: 1, or 0", drained)
+    yield _gauge("loractl_card_drained", "Whether the card is drained: 1, or 0", drained)
     seen = [(labels, device.seen_at.timestamp()) for device, labels in devices]
     yield _gauge("loractl_card_seen_timestamp_seconds", "When the card's worker last wrote its row", seen)
     rounds: list[tuple[dict[str, str], float]] = [({}, at.timestamp()) for at in (census.round_at,) if at is not None]
     yield _gauge(
-        "loractl_fleet_round_timestamp_seconds", "When a worker last went round for all, to end leases", rounds
+        "loractl_fleet_round_timestamp_seconds", "When a worker last ran the fleet's round, which ends leases", rounds
     )
     load = [(labels, device.load / 100) for device, labels in devices if device.load is not None]
     yield _gauge("loractl_card_load_ratio", "How busy the card is, 0 to 1", load)
     warm = [(labels, float(d.temperature)) for d, labels in devices if d.temperature is not None]
     yield _gauge("loractl_card_temperature_celsius", "The card's temperature", warm)
     failures = [(on | {"reason": why}, float(n)) for d, on in devices for why, n in d.failures.items()]
-    what = "Attempts that failed for the lab on the card since it last ended one well, at most a day old"
+    what = "Attempts that the lab failed on the card since one ended well, at most a day old"
     yield _gauge("loractl_card_recent_failures", what, failures)
 
 
@@ -195,7 +193,7 @@ def card_uses(device: DeviceState) -> dict[str, float]:
 def _running(census: LabCensus) -> Iterator[Metric]:
     jobs = [(job, {"job_id": str(job.job_id), "card": job.node}) for job in census.running]
     progress = [(labels, job.progress) for job, labels in jobs if job.progress is not None]
-    what = "How far a running job is, 0 to 1; one series a job, with its first card where it has several"
+    what = "How far a running job is, 0 to 1; one series a job, with its first card if it has several"
     yield _gauge("loractl_job_progress_ratio", what, progress)
     leases = [(labels, job.lease_ends_at.timestamp()) for job, labels in jobs if job.lease_ends_at is not None]
     what = "When a running job's lease ends unless its worker says something before; one series a job, as its progress"
@@ -217,7 +215,7 @@ def _notifications(census: LabCensus) -> Iterator[Metric]:
     ]
     yield _gauge("loractl_notifications", "Messages that are due now, and those sent or given up within a day", states)
     oldest = [({"channel": each.channel}, each.oldest.timestamp()) for each in census.traffic if each.oldest]
-    what = "When the oldest message that waits was written; absent where none waits"
+    what = "When the oldest message that waits was written; absent if none waits"
     yield _gauge("loractl_oldest_notification_timestamp_seconds", what, oldest)
 
 

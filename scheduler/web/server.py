@@ -41,7 +41,7 @@ def listen(app: Any, host: str, port: int, access: Access, tell: Callable[[str],
         with contextlib.suppress(KeyboardInterrupt):
             server.run()
     except SystemExit as error:  # taken meanwhile; uvicorn has said why
-        raise UsageError(f"nothing can listen on {host}:{port}", "choose another --host or --port") from error
+        raise UsageError(f"can't listen on {host}:{port}", "choose another --host or --port") from error
 
 
 def _address(host: str, port: str, access: Access) -> str:

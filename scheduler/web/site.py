@@ -150,7 +150,7 @@ def _texts(text: str, last: int, part: Callable[[int], tuple[str, int]]) -> Iter
         try:
             text, last = part(last)
         except (*REFUSALS, LoractlError):
-            yield "\n(the database does not answer: the log goes on there)\n"
+            yield "\n(the database does not answer: the log continues there)\n"
             return
 
 

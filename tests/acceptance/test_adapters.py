@@ -53,11 +53,11 @@ def test_the_lineage_names_base_data_and_versions(trained: Cli, base_of_trained:
         (["show", "99"], 3, "there is no job 99"),
         (["show", "a b"], 2, "'a b' names no adapter"),
         (["tag", "red", "latest"], 2, "latest is always the newest adapter of a name"),
-        (["tag", "red", "a/b"], 2, "'a/b' is no tag"),
+        (["tag", "red", "a/b"], 2, "'a/b'is not a tag"),
         (["untag", "red"], 2, "'red' is not of the form NAME:TAG"),
         (["untag", "red:latest"], 2, "latest is always"),
         (["untag", "red:nope"], 3, "no adapter red:nope is stored"),
-        (["merge", "red", "."], 2, ". is there already"),
+        (["merge", "red", "."], 2, ". already exists"),
         (["merg", "red"], 2, "did you mean loractl adapters merge?"),
     ],
 )
@@ -78,9 +78,9 @@ def test_a_tagged_adapter_is_kept_from_delete_and_from_gc(cli: Cli, tiny_model: 
     assert "Interrupted" in cli("adapters", "delete", 3, code=130).stderr, "nobody has said yes"
     assert cli("adapters", "delete", 3, 2, "--yes").stdout.count("is removed.") == 2
     assert [row["job_id"] for row in json.loads(cli("adapters", "--json").stdout)] == [1]
-    assert "no result any more: it was removed" in cli("report", 3, code=1).stderr
+    assert "no longer has a result: it was removed" in cli("report", 3, code=1).stderr
     assert "removed by tester (loractl adapters delete)" in cli("show", 3).stdout
-    assert "has no result any more" in cli("adapters", "show", 3, code=1).stderr
+    assert "no longer has a result" in cli("adapters", "show", 3, code=1).stderr
     cli("adapters", "untag", "tiny:paper")
     cli("adapters", "delete", "tiny", "--yes")
     assert json.loads(cli("adapters", "--json").stdout) == []

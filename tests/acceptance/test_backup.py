@@ -123,7 +123,7 @@ def test_what_is_no_backup_is_refused_and_the_database_stays(cli: Cli, tmp_path:
             database.commit()
             database.close()
     says = {"absent": "no such file", "newer": "is at revision 9999"}.get(
-        kind, "is no backup of loractl, or is damaged"
+        kind, "is not a loractl backup, or is damaged"
     )
     told = cli("db", "restore", file, "--force", code=1 if kind == "newer" else 2).stderr
     assert says in told

@@ -49,7 +49,7 @@ def test_a_job_that_kills_its_worker_three_times_is_held_with_the_reason(lab: La
     held = lab.until(poison, lambda job: job.held, seconds=90)
     assert held.status is Status.QUEUED
     assert lab.reasons(poison) == [Reason.WORKER_LOST] * 3
-    assert "its worker was lost 3 times in a row; it may be what kills them" in lab.cli("status", poison).stdout
+    assert "its worker was lost 3 times in a row; the job may kill its workers" in lab.cli("status", poison).stdout
     good = lab.submit()
     lab.until(good, lambda job: job.status is Status.SUCCEEDED)
     assert lab.starts().count(f"{poison}.4") == 0, "it is not tried again until a person releases it"

@@ -67,7 +67,7 @@ MISTAKES = [
     Mistake("empty file", "is empty or not a mapping", job=""),
     Mistake("binary file", "is not UTF-8 text", job=b"\xff\xfe\x00\x01"),
     Mistake("a huge file", "a job file at most", job="# " + "x" * 300_000),
-    Mistake("a key stands twice", "job.yaml:4: is not valid YAML: key name stands twice", job=GOOD + "name: again\n"),
+    Mistake("a duplicate key", "job.yaml:4: is not valid YAML: duplicate key: name", job=GOOD + "name: again\n"),
     Mistake("unknown key", "job.yaml:4: totally_bogus: unknown key", job=GOOD + "totally_bogus: 1\n"),
     Mistake("another tool's key", "Hint: did you mean lora.r?", job=GOOD + "lora: {rank: 8}\n"),
     Mistake("a typing slip", "did you mean training.learning_rate?", job=GOOD + "training: {learning_rat: 0.1}\n"),
@@ -133,8 +133,8 @@ MISTAKES = [
         "robust needs the share of pairs that are labelled wrongly",
         job=PREFERENCE + "preference: {loss_type: robust}\n",
     ),
-    Mistake("tabs", "job.yaml:5: a tab stands there", job=GOOD + "training:\n\tmax_steps: 3\n"),
-    Mistake("a full fine-tune", "trains adapters alone, never all weights", job=GOOD + "method: full\n"),
+    Mistake("tabs", "job.yaml:5: tab character not allowed", job=GOOD + "training:\n\tmax_steps: 3\n"),
+    Mistake("a full fine-tune", "trains only adapters, never all weights", job=GOOD + "method: full\n"),
     Mistake(
         "bits of another tool", "write method: qlora, which holds the base in 4 bits", job=GOOD + "load_in_4bit: true\n"
     ),
@@ -281,14 +281,14 @@ def test_a_database_of_another_kind_or_with_another_password_is_not_called_unrea
 ) -> None:
     _answered(
         make_cli(LORACTL_DATABASE_URL="mysql://lab@host/loractl")("status", code=None),
-        "LORACTL_DATABASE_URL: mysql is no database that loractl works with", 2,
+        "LORACTL_DATABASE_URL: mysql is not a database that loractl supports", 2,
     )  # fmt: skip
     nobody = re.sub(r"//[^@/]*@", "//nobody:secret@", postgres_server)
-    _answered(make_cli(LORACTL_DATABASE_URL=nobody)("status", code=None), "does not let this user in", 4)
+    _answered(make_cli(LORACTL_DATABASE_URL=nobody)("status", code=None), "refuses this user", 4)
 
 
 def test_a_card_without_a_unit_and_a_worker_that_is_refused_are_failures(make_cli: Callable[..., Cli]) -> None:
-    _answered(make_cli(LORACTL_DEVICES="sim:8")("worker", code=None), "it would be so many bytes; write 8GiB", 2)
+    _answered(make_cli(LORACTL_DEVICES="sim:8")("worker", code=None), "it has no unit; write 8GiB", 2)
     for variables, says in (
         ({"LORACTL_DEVICES": "sim:0GiB"}, "LORACTL_DEVICES: a card of 0GiB holds nothing"),
         ({"LORACTL_KEEP_WARM": "soon"}, "Error: LORACTL_KEEP_WARM: 'soon' is not a duration"),
@@ -306,7 +306,7 @@ def test_ctrl_c_in_wait_says_that_the_job_goes_on(cli: Cli, tmp_path: Path) -> N
         assert line, "it ended before it waited"
     waiting.send_signal(signal.SIGINT)
     told, _ = waiting.communicate(timeout=60)
-    assert "Job 1 goes on: loractl status 1 --watch; stop it: loractl cancel 1" in told and waiting.returncode == 130
+    assert "Job 1 continues: loractl status 1 --watch; stop it: loractl cancel 1" in told and waiting.returncode == 130
     assert json.loads(cli("status", 1, "--json").stdout)["status"] == "queued"
 
 
@@ -394,5 +394,5 @@ def test_a_taken_port_is_told_before_anything_is_loaded(cli: Cli, command: tuple
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         said = cli(*command, "--port", port, code=2).stderr
-    assert f"nothing can listen on 127.0.0.1:{port}: address already in use" in said
+    assert f"can't listen on 127.0.0.1:{port}: address already in use" in said
     assert "choose another --host or --port" in said and "Errno" not in said

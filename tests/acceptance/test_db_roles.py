@@ -69,7 +69,7 @@ def test_each_login_may_its_part_and_a_second_time_changes_nothing(lab: Cli, own
     with owner.connect() as connection:
         connection.exec_driver_sql(f"GRANT DELETE ON jobs, nodes TO {SUBMIT}")
     again = lab(*asked).stdout
-    assert "The roles were there." in again and again.count("Its password stays.") == 3 and "://" not in again
+    assert "The roles already existed." in again and again.count("Its password stays.") == 3 and "://" not in again
     with pytest.raises(Forbidden), engines[ada].begin() as connection:
         connection.execute(text("DELETE FROM jobs"))
     passwords = {name: str(make_url(login["url"]).password) for name, login in first.items()}
@@ -109,9 +109,9 @@ def test_what_can_t_be_a_login_is_refused_and_nothing_is_done(lab: Cli, owner: E
     superuser = str(owner.url.username)
     for options, code, words in (
         (("--box", ada), 1, f"{ada} has the role loractl_submit"),
-        (("--person", superuser), 1, f"{superuser} may more than any role"),
+        (("--person", superuser), 1, f"{superuser} has more rights than any role"),
         (("--person", "Ada Lovelace"), 2, "'Ada Lovelace' is no name"),
-        (("--box", "loractl_worker"), 2, "is no name for a login"),
+        (("--box", "loractl_worker"), 2, "is not a valid login name"),
         (("--person", other, "--box", other), 2, "is named twice"),
         (("--person", other, "--passwords", tmp_path / "short"), 2, "is no line of 12 characters"),
         (("--person", other, "--box", f"{other}b", "--passwords", tmp_path / "short"), 2, "1 passwords for 2 logins"),

@@ -90,7 +90,7 @@ def test_a_copied_home_with_an_equal_name_takes_no_running_job(
         workers.append(make_cli(**shared, LORACTL_HOME=str(tmp_path / "copy")).start("worker"))
         assert workers[1].stdout is not None
         said = ""
-        while "another box calls itself heron and serves its device 0" not in said:
+        while "another box is named heron and serves its device 0" not in said:
             line = workers[1].stdout.readline()
             assert line, said
             said += line

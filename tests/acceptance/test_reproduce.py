@@ -76,7 +76,7 @@ def test_a_job_that_memory_had_changed_is_reproduced_bit_for_bit(
 
     dry = cli("reproduce", 1, "--dry-run")
     assert "Job 1 (tiny) again: lora, seed 0, batch 2 x 2." in dry.stdout
-    assert "Nothing is known that would make it come out otherwise." in dry.stdout
+    assert "No reason is known for a different result." in dry.stdout
     assert len(json.loads(cli("status", "-a", "--json").stdout)) == 1, "a dry run queues nothing"
     queued = cli("reproduce", 1)
     assert "Job 2 (tiny) is queued, to reproduce job 1." in queued.stdout
@@ -105,7 +105,7 @@ def test_a_job_that_memory_had_changed_is_reproduced_bit_for_bit(
     ]
     shutil.rmtree(home / "artifacts" / "datasets")
     gone = cli("reproduce", 1, code=1).stderr
-    assert f"dataset.path (sha256 {digest[:12]}) is not to be had from the artifact store" in gone and "Hint:" in gone
+    assert f"dataset.path (sha256 {digest[:12]}) can't be fetched from the artifact store" in gone and "Hint:" in gone
 
 
 def test_what_has_no_result_is_not_reproduced(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:

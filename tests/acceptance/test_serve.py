@@ -346,7 +346,7 @@ def test_without_a_list_every_stored_adapter_of_the_base_is_served_also_one_tagg
         (["--adapters", "base=red"], 2, "the name base is taken"),
         (["--adapters", ","], 2, "--adapters names none"),
         (["--adapters", "red", "--base", "/elsewhere"], 2, "not for /elsewhere"),
-        (["--adapters", "red", "--host", "example.org"], 2, "is no address"),
+        (["--adapters", "red", "--host", "example.org"], 2, "is not an address"),
         (["--adapters", "red", "--adapter-memory", "lots"], 2, "--adapter-memory: 'lots'"),
     ],
 )
@@ -359,7 +359,7 @@ def test_where_no_card_has_room_serve_and_generate_refuse_with_a_sentence(traine
     small = trained.with_environment(LORACTL_DEVICES="sim:1GiB")
     for command in (("serve", "--adapters", "red", "--port", 0), ("generate", "red", "hello")):
         refused = small(*command, code=1).stderr
-        assert re.search(r"Error: this takes \d\.\d GiB, and card 0 has 1\.0 free beside its jobs\n", refused), refused
+        assert re.search(r"Error: this takes \d\.\d GiB, and card 0 has 1\.0 free next to its jobs\n", refused), refused
         assert "Hint: wait for a job to end (loractl gpus)" in refused
     assert trained.with_environment(LORACTL_DEVICES="sim:1GiB,8GiB")("generate", "red", "hello").stdout.strip()
 

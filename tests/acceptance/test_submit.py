@@ -105,7 +105,7 @@ def test_a_base_that_no_worker_can_load_is_refused_before_anything_is_queued(
     weights.write_bytes(whole[:-100])
     assert f"has {len(whole) - 100} bytes, and {len(whole)} by its header: it was cut off" in refused("./tiny")
     weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    assert "model.safetensors is no safetensors file" in refused("./tiny")
+    assert "model.safetensors is not a safetensors file" in refused("./tiny")
     weights.write_bytes(whole)
     index = base / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}))
@@ -127,15 +127,16 @@ def test_what_only_the_box_can_know_is_said_and_the_hub_is_asked_for_a_name(
     job = write_files(tmp_path)
     told = make_cli()("submit", job).stderr
     assert (
-        f"Not checked: weights and tokenizer of {tmp_path / 'base'}, not on this machine. The worker does it." in told
+        f"Not checked: weights and tokenizer of {tmp_path / 'base'}, not on this machine. The worker will check it."
+        in told
     )
     with hub({"/api/models/org/there": 200, "/api/models/org/theer": 404, "/api/models/org/busy": 503}) as url:
         cli = make_cli(HF_ENDPOINT=url, HF_HOME=str(tmp_path / "hf"), HF_HUB_OFFLINE="0")
         told = {name: cli("submit", job, f"--set=base_model=org/{name}").stderr for name in ("there", "theer", "busy")}
     assert "there" not in told["there"].partition("Follow")[0]
     assert "Warning: the hub shows no base_model org/theer to this machine: it is mistyped, or private" in told["theer"]
-    both = "there is no folder of this name beside the job file, and the hub can't be reached"
-    assert f"Not checked: base_model org/busy: {both}. The worker does it." in told["busy"]
+    both = "there is no folder of this name next to the job file, and the hub can't be reached"
+    assert f"Not checked: base_model org/busy: {both}. The worker will check it." in told["busy"]
 
 
 def test_a_folder_that_is_not_here_or_holds_no_model_is_refused_where_the_workers_are_here(
@@ -150,8 +151,8 @@ def test_a_folder_that_is_not_here_or_holds_no_model_is_refused_where_the_worker
     assert f"there is no base_model {tmp_path / 'models' / 'nix'}\n" in refused("./models/nix")
     assert "there is no base_model /" in refused("~/nix-nowhere")
     assert f"base_model {empty} holds no model\nHint: a model's folder has config.json" in refused("./empty")
-    assert "is no folder here, and no name on the hub" in refused("models/deep/nix")
-    assert "is no folder here, and no name on the hub" in refused("https://huggingface.co/org/model/tree/main")
+    assert "is neither a folder here nor a name on the hub" in refused("models/deep/nix")
+    assert "is neither a folder here nor a name on the hub" in refused("https://huggingface.co/org/model/tree/main")
     lab = cli.with_environment(LORACTL_DATABASE_URL=postgres_url)
     lab("db", "upgrade")
     told = lab("submit", "--dry-run", job, "--set=base_model=./empty").stderr

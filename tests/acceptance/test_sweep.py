@@ -28,7 +28,7 @@ def test_losers_stop_and_the_winner_is_that_of_all_members_run_to_their_end(
     for member in stopped:
         assert member["status"] == "cancelled" and member["step"] < member["total_steps"] == STEPS
         assert member["rungs"] and member["final_loss"] is None
-        assert "or less would have gone on" in member["message"]
+        assert "or less would have continued" in member["message"]
     assert early["saved_steps"] == sum(STEPS - member["step"] for member in stopped) > 0
     assert early["total_steps"] == 4 * STEPS
     told = cli("compare", "--sweep", 1).stdout

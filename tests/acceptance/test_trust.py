@@ -46,7 +46,7 @@ def test_a_row_can_make_a_worker_read_only_what_its_owner_allows(
         forge(allowed / "base", secret): "is not in the artifact store",
         forge(allowed / "base", "json"): "is not in the artifact store",
         forge(allowed / "base", data={"path": {"uri": secret.as_uri(), "sha256": good.data["path"]["sha256"]}}): (
-            "is no data set of this store"
+            "is not a data set of this store"
         ),
         forge(allowed / "base", data={"path": {"uri": 1}}): "does not understand data",
         forge(allowed / "base", data={"path": "x"}): "does not understand data",

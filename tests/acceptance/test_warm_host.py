@@ -51,7 +51,7 @@ def test_the_second_job_on_a_base_starts_at_once_equal_to_the_first_and_a_killed
         first = until_job(cli, 1, lambda job: job.status == "succeeded", seconds=60)
         cli("submit", job, "--set=lora.r=8")
         cli("submit", job)
-        assert int(when(r"job 2: goes on in process (\d+), which has its base")[1]) == host
+        assert int(when(r"job 2: continues in process (\d+), which has its base")[1]) == host
         until_job(cli, 2, lambda job: job.status == "succeeded", seconds=60)
         third = until_job(cli, 3, lambda job: job.status == "succeeded", seconds=60)
         claimed, stepped = when(r"(job 3) \S+: attempt 1 with"), when(r"(job 3): step 1 of")

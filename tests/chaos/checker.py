@@ -44,7 +44,7 @@ LEFT_S = 45.0
 RANK_S = 30.0
 """So long all ranks may outlive one of them: another fault has stopped the leader just then."""
 
-NOT_IN = "the trainer that it was to join"
+NOT_IN = "the trainer that it was about to join"
 """How a host_lost begins for which no trainer died: it was ending, or took no more jobs, and the job goes elsewhere."""
 
 HARMLESS = frozenset(

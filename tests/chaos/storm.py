@@ -418,7 +418,7 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         resumed=resumed,
         postgres_back=_beats_after(history, injector.postgres_back),
         probes=probes,
-        continued=len(re.findall(r"goes on in process \d+, which has its base", logs)),
+        continued=len(re.findall(r"continues in process \d+, which has its base", logs)),
         packed=sum(attempt.joined for attempt in history.attempts),
         released=run.released,
         mended=run.mended,

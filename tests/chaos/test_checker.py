@@ -366,7 +366,7 @@ def test_what_succeeded_is_counted_for_each_fault_that_was_active() -> None:
 
 
 def test_who_could_not_join_a_trainer_is_no_sign_of_one_that_died() -> None:
-    late = "the trainer that it was to join has ended"
+    late = "the trainer that it was about to join has ended"
     assert check(with_attempt(good(), 1, reason="host_lost", message=late)) == []
     died = "it shared its trainer with another job: the trainer was killed"
     assert check(with_attempt(good(), 1, reason="host_lost", message=died))

@@ -107,7 +107,7 @@ def test_an_expression_adapts_what_peft_would_adapt_and_names_alone_are_stored(
     [
         (r".*\.c_attn", "matches no linear layer of this model; it matches whole names, like model.layers.0.mlp."),
         ("q_pro.", "matches no linear layer"),
-        (r".*(q_proj|lm_head)", "matches lm_head too, which is no linear layer of its blocks"),
+        (r".*(q_proj|lm_head)", "matches lm_head too, which is not a linear layer of its blocks"),
         (r".*mlp.*", r"matches model.layers.0.mlp too"),
     ],
 )

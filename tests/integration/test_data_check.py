@@ -453,9 +453,8 @@ def test_submit_warns_of_what_needs_no_tokenizer_and_the_trainer_of_the_rest(
     job = _job(tmp_path, Case("", "", rows, held_out=good(60)[40:]), tiny_model)
     assert job.name == "t"
     said = cli("submit", tmp_path / "job.yaml", "--set=training.max_steps=1", "--set=evaluation.samples=0").stderr
-    warned = (
-        "Warning: data.jsonl: one prompt, several answers: 1 row whose prompt stands again with another answer (row 1)."
-    )
+    warned = "one prompt, several answers: 1 row whose prompt appears again with another answer (row 1)."
+    warned = f"Warning: data.jsonl: {warned}"
     assert warned in said and "See the data: loractl data check " in said
     cli("worker", "--drain-when-idle", timeout=120)
     history = [

@@ -252,6 +252,6 @@ def test_a_checkpoint_in_another_format_is_not_resumed_and_the_history_says_so(r
         marker.write_text(json.dumps(said))
     _, told = recipe("rest", max_steps=4, resume="first", evaluation={"samples": 0, "metrics": ["loss"]})
     (note,) = [m.text for m in told if isinstance(m, Note) and m.kind == "refused"]
-    assert note.endswith("another version of loractl wrote it, in another format; the training begins again")
+    assert note.endswith("another version of loractl wrote it, in another format; the training starts again")
     steps = [[m.step for m in run if isinstance(m, Stepped) and "loss" in m.metrics] for run in (told, whole)]
     assert steps[0] == steps[1] == [1, 2, 3, 4]

@@ -255,7 +255,7 @@ def test_what_a_worker_can_t_serve_ends_before_it_trains(
     with pytest.raises(TrainingFailed, match="lab, lab_queues can't be set up on this worker: Duplicate task"):
         recipe(evaluation={"lm_eval": ["lab", "lab_queues"]}, lm_eval_tasks=tasks)
     assert not list((tmp_path / "a").glob("checkpoints/*")) and not (tmp_path / "a/result/adapter").exists()
-    with pytest.raises(TrainingFailed, match="LORACTL_LM_EVAL_TASKS of this worker is no folder"):
+    with pytest.raises(TrainingFailed, match="LORACTL_LM_EVAL_TASKS of this worker is not a folder"):
         recipe(evaluation={"lm_eval": ["lab_queues"]}, lm_eval_tasks=tmp_path / "nowhere")
 
 
@@ -276,12 +276,12 @@ def test_the_job_file_names_tasks_never_a_path(tmp_path: Path, tiny_model: Path)
     asked = load_spec(job, ['evaluation.lm_eval=["arc_easy", "mmlu"]', "evaluation.lm_eval_limit=7"]).evaluation
     assert (asked.lm_eval, asked.lm_eval_limit) == (["arc_easy", "mmlu"], 7)
     for path in ("/etc/task.yaml", "../task", "tasks/a.yaml", "~root"):
-        with pytest.raises(SpecError, match=r"evaluation\.lm_eval\.0: .* is no task's name"):
+        with pytest.raises(SpecError, match=r"evaluation\.lm_eval\.0: .* is not a task name"):
             load_spec(job, [f'evaluation.lm_eval=["{path}"]'])
-    with pytest.raises(SpecError, match="names no task that it could limit"):
+    with pytest.raises(SpecError, match="names no task to limit"):
         load_spec(job, ["evaluation.lm_eval_limit=7"])
     classifier = {"name": "t", "base_model": "a/b", "task_type": "SEQ_CLS", "dataset": {"path": "a/b"}}
-    with pytest.raises(ValidationError, match=r"evaluation\.lm_eval: a classifier goes on with no text"):
+    with pytest.raises(ValidationError, match=r"evaluation\.lm_eval: a classifier generates no text"):
         JobSpec.model_validate({**classifier, "evaluation": {"lm_eval": ["arc_easy"]}})
     plain = spec_of(tiny_model, lm_eval=[])
     assert "lm_eval" not in json.dumps(plain.model_dump(exclude={"evaluation"}))

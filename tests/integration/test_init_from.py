@@ -61,7 +61,7 @@ def _refuses_what_does_not_fit(cli: Cli, begun: tuple[Any, ...]) -> None:
         refused = cli("submit", *begun, f"--set={override}", code=2).stderr
         assert f"further can't begin from tiny (job 1): {difference}" in refused
     both = cli("submit", *begun, "--set=lora.init_lora_weights=gaussian", code=2).stderr
-    assert "lora.init_from says how A and B begin already" in both
+    assert "lora.init_from already says how A and B start" in both
     unknown = cli("submit", begun[0], "--set=lora.init_from=nobody", code=2).stderr
     assert "lora.init_from: no adapter nobody:latest is stored" in unknown
     assert json.loads(cli("status", "--json").stdout)[0]["job_id"] == 2, "nothing else was queued"

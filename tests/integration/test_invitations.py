@@ -81,7 +81,7 @@ def test_a_line_makes_one_login_of_its_role_once(
     with pytest.raises(Forbidden), person.begin() as connection:
         connection.execute(text(ENTER))
     person.dispose()
-    with pytest.raises(WrongState, match="does not serve any more"):
+    with pytest.raises(WrongState, match="is no longer valid"):
         look(engine)
     engine.dispose()
     with pytest.raises(DBAPIError, match="not permitted to log in"):

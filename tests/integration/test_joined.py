@@ -305,7 +305,7 @@ def test_a_job_whose_earlier_attempt_is_still_in_the_trainer_goes_back_at_once_a
         own.join(deaf)
         back = place.store.jobs.get(deaf)
         assert (back.status, back.reason, back.retries_used) == (Status.QUEUED, Reason.HOST_LOST, 0)
-        assert back.message == "its earlier attempt has not left the trainer that it was to join"
+        assert back.message == "its earlier attempt has not left the trainer that it was about to join"
         assert thread.is_alive() and own.threads[first].is_alive()
         own.end(first)
         earlier.kill_at = 0.0  # it is the last one there
@@ -371,7 +371,7 @@ def test_who_runs_out_of_memory_beside_others_goes_on_alone_with_less(place: Wor
         own.end(second)
         job = place.store.jobs.get(second)
         assert (job.status, job.reason) == (Status.QUEUED, Reason.HOST_LOST)
-        assert Adjustment(**(job.adjustment or {})) != Adjustment() and "goes on alone" in str(job.message)
+        assert Adjustment(**(job.adjustment or {})) != Adjustment() and "continues alone" in str(job.message)
         assert own.threads[first].is_alive()
         own.end(first)
 

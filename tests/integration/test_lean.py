@@ -318,7 +318,7 @@ def test_adapted_experts_train_alone_and_leave_the_shared_base_to_others(tiny_mo
     other, _ = forward_of(target_modules=["q_proj", "v_proj"])
     before = learned(other, rows(5))
     forward, why = forward_of()
-    assert type(forward) is LeanPass and why is not None and why.endswith("is no plain linear layer")
+    assert type(forward) is LeanPass and why is not None and why.endswith("is not a plain linear layer")
     assert apart(learned(forward, rows(5)), learned(PaddedPass(forward.model, PAD, 0.0), rows(5))) < 1e-5
     assert type(other) is SharedPass and apart(learned(other, rows(5)), before) == 0
 
@@ -397,7 +397,7 @@ def test_the_history_says_why_no_other_job_can_train_beside_it(recipe: Recipe, m
     ended, told = recipe(max_steps=1, evaluation={"samples": 0, "metrics": ["loss"]})
     assert ended.reason is Reason.OK
     said = [m.text for m in told if isinstance(m, Note) and m.kind == "engine"]
-    assert said == ["no other job trains beside it: no"]
+    assert said == ["no other job trains with it: no"]
 
 
 def test_a_model_that_proves_to_need_padding_is_planned_anew_with_it(

@@ -253,7 +253,9 @@ def test_a_run_that_does_not_fit_learns_the_same_in_smaller_pieces(
     told = in_a_trainer(make_order(tmp_path / "less", wide_model, data, limit=LIMIT, **batch), warm_start)
     ended = told[-1]
     assert isinstance(ended, Ended) and ended.reason is Reason.OK, [*notes(told), ended]
-    assert notes(told)[0] == "out of memory with 16 rows at once: goes on with 8, accumulating 2 (same effective batch)"
+    assert (
+        notes(told)[0] == "out of memory with 16 rows at once: continues with 8, accumulating 2 (same effective batch)"
+    )
     taken = [m.adjustment for m in told if isinstance(m, Adjusted)]
     assert len(taken) == len(notes(told))
     assert all((a.micro_batch or 0) * (a.accumulation or 0) == 16 for a in taken)
@@ -274,7 +276,7 @@ def test_a_rank_without_room_makes_the_batch_smaller_for_all(wide_model: Path, d
     less = train_on(order, Parallel.DATA, limit_of_others=LIMIT - 50 * MIB)
     assert less.ends == ["ok", "ok"]
     notes = [m.text for m in less.told if isinstance(m, Note) and m.kind == "memory"]
-    less_of_each = "with 16 rows at once on each of 2 cards: goes on with 8, accumulating 2 (same effective batch)"
+    less_of_each = "with 16 rows at once on each of 2 cards: continues with 8, accumulating 2 (same effective batch)"
     assert notes[0] == f"out of memory {less_of_each}"
     assert less.losses == pytest.approx(whole.losses, abs=1e-3)
 
@@ -288,8 +290,8 @@ def test_a_run_of_which_not_one_row_fits_says_so_after_every_step_down(
     assert isinstance(ended, Ended) and ended.reason is Reason.OUT_OF_MEMORY
     assert ended.message.startswith("one row of 447 tokens does not fit, even with gradient checkpointing")
     assert [text.partition(": ")[2] for text in notes(told)] == [
-        "goes on with 1, accumulating 8 (same effective batch)",
-        "goes on with gradient checkpointing",
+        "continues with 1, accumulating 8 (same effective batch)",
+        "continues with gradient checkpointing",
     ]
     assert not losses(told)
 
@@ -332,7 +334,7 @@ def test_a_run_that_was_given_room_recomputes_first_when_it_does_not_fit(
     told = in_a_trainer(order, warm_start)
     ended = told[-1]
     assert isinstance(ended, Ended) and ended.reason is Reason.OK
-    assert next(iter(notes(told))) == "out of memory with 16 rows at once: goes on with gradient checkpointing"
+    assert next(iter(notes(told))) == "out of memory with 16 rows at once: continues with gradient checkpointing"
     adjustments = [m.adjustment for m in told if isinstance(m, Adjusted)]
     assert adjustments[0] == Adjustment(gradient_checkpointing=True)
 
@@ -438,7 +440,7 @@ def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
     assert len(job["attempts"]) == 1, "no attempt is spent on it"
     memory = next(n for n, text in enumerate(texts) if text.startswith("out of memory at step "))
     each = " on each of 2 cards" if cards > 1 else ""
-    less = f" with 8 rows at once{each}: starts again with 4, accumulating 2 (same effective batch)"
+    less = f" with 8 rows at once{each}: restarts with 4, accumulating 2 (same effective batch)"
     assert texts[memory].endswith(less)
     assert any(text.startswith("resumed from the checkpoint of step ") for text in texts[memory:])
     report = json.loads(cli("report", 1, "--json").stdout)["training"]

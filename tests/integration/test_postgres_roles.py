@@ -585,7 +585,7 @@ def test_the_commands_say_so_in_a_sentence(make_cli: Callable[..., Cli], lab: Lo
     make_cli(LORACTL_DATABASE_URL=lab.person)("submit", tmp_path / "job.yaml")
     told = make_cli(LORACTL_DATABASE_URL=lab.box)("submit", tmp_path / "job.yaml", code=1).stderr
     assert told.startswith("Error: the database does not let heron_"), told
-    assert "permission denied for table jobs\nHint: each role may do its own part: docs/deploy.md" in told
+    assert "permission denied for table jobs\nHint: each role has its own rights: docs/deploy.md" in told
 
 
 def test_a_worker_with_a_person_s_login_is_refused_once(lab: Logins, make_cli: Callable[..., Cli]) -> None:

@@ -167,7 +167,7 @@ def test_what_changes_no_answer_is_taken_and_a_body_that_is_no_json_is_said(serv
     tool = [*MESSAGES, {"role": "assistant", "content": "a", "tool_calls": None}]
     tool.append({"role": "tool", "content": "4", "tool_call_id": "1"})
     assert ask(port, {**ASKED, "messages": tool})[0] == 200, "trained on messages, which have the role tool"
-    assert "the body is no JSON" in ask(port, b"{")[1]
+    assert "the body is not JSON" in ask(port, b"{")[1]
     error = _error(port, {"model": "base"}, "/v1/completions")
     assert (error["message"], error["param"]) == ("prompt is missing", "prompt")
 

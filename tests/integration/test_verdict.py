@@ -73,7 +73,7 @@ def test_text_badge_page_status_and_json_say_the_same(
 
 def test_a_change_that_nobody_would_notice_is_written_with_its_digits() -> None:
     said = verdict([loss(16.5512, 16.5491, 0.0004)])
-    assert said["sentence"] == ("No practical change: held-out loss 16.5512 -> 16.5491, less than anyone would notice.")
+    assert said["sentence"] == ("No practical change: held-out loss 16.5512 -> 16.5491, too small to notice.")
     shown = written(loss(16.5512, 16.5491, 0.0004).as_json())
     assert (shown.change, shown.interval) == ("−0.0021", "−0.0025 to −0.0017")
     few = written(loss(3.0, 2.0, 0.1, cases=7).as_json())
@@ -193,7 +193,7 @@ def new_rows(cases: int, tuned: float = 1.71) -> Compared:
         ),
         (
             new_rows(30, 1.92), "no_measurable_gain",
-            "No measurable gain: held-out loss 1.92 -> 1.92, and the interval of the change holds zero.",
+            "No measurable gain: held-out loss 1.92 -> 1.92, and the interval of the change includes zero.",
             "10 of 40 held-out rows resemble rows to train on; the verdict is of the other 30.",
         ),
         (

@@ -34,7 +34,7 @@ def beat(place: Workplace, state: AttemptState) -> None:
         return
     state.beaten(answer)
     if not answer.recorded:
-        log.warning("job %s: somebody has locked its row; training goes on, and is told of later", state.claim.job_id)
+        log.warning("job %s: somebody has locked its row; training continues, and reports later", state.claim.job_id)
 
 
 def _beat_alone(place: Workplace, state: AttemptState, error: BaseException) -> Beat | None:
@@ -43,13 +43,13 @@ def _beat_alone(place: Workplace, state: AttemptState, error: BaseException) -> 
     None: the lease was not extended.
     """
     if (why := outage(error)) is None:
-        log.warning("job %s: the database refused a beat: %s", state.claim.job_id, told_by(error))
+        log.warning("job %s: the database refused a heartbeat: %s", state.claim.job_id, told_by(error))
         state.turn()
         try:
             return place.store.attempts.beat(state.claim, state.bare_progress(told_by(error)))
         except REFUSALS as again:
             why = outage(again) or told_by(again)
-    log.warning("job %s: the database takes no beat, training goes on: %s", state.claim.job_id, why)
+    log.warning("job %s: the database takes no heartbeat, training continues: %s", state.claim.job_id, why)
     return None
 
 

@@ -29,9 +29,7 @@ END_LINES = 40
 """The last lines that tell why a process ended: an abort's backtrace stands below its cause."""
 
 LEFT_OUT = "[lines are left out here]\n"
-IS_LONG = (
-    f"[over {DATABASE_LIMIT // MIB} MiB of log: the last lines follow at the end, all of it goes with the result]\n"
-)
+IS_LONG = f"[over {DATABASE_LIMIT // MIB} MiB of log: the last lines follow; all of it is stored with the result]\n"
 
 
 class Sink(Protocol):

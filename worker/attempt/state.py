@@ -172,7 +172,7 @@ class AttemptState:
             return self.ended.reason, self.ended.message
         if self.forced is not None:
             return self.forced
-        return Reason.TRAINER_ERROR, "the trainer said nothing"
+        return Reason.TRAINER_ERROR, "the trainer was silent"
 
     @property
     def failed_card(self) -> str | None:

@@ -24,7 +24,7 @@ SILENCE_S = 1800.0
 """A trainer hangs if it says nothing for so long while it trains or evaluates. It tells a step a second at most."""
 
 
-SILENT = f"the trainer said nothing for {SILENCE_S / 60:.0f} min"
+SILENT = f"the trainer was silent for {SILENCE_S / 60:.0f} min"
 
 
 class Interrupted(Exception):
@@ -120,7 +120,7 @@ def must_leave(place: Workplace, state: AttemptState) -> bool:
         state.forced = Reason.TRAINER_ERROR, SILENT
         return True
     if is_silent(state) and state.gone_as is None and link is not None and link.stuck:
-        state.forced = Reason.HOST_LOST, f"it shared its trainer with others, of which none took a step: {SILENT}"
+        state.forced = Reason.HOST_LOST, f"it shared its trainer with other jobs, and none took a step: {SILENT}"
         return True
     if place.drain.wish == "now":
         state.forced = Reason.DRAINED, "the worker was stopped at once"

@@ -132,15 +132,19 @@ def _joined(place: Workplace, state: AttemptState, own: dict[str, str], log_file
             beat(place, state)
             require_wanted(place, state)
         hosts.await_change(LOOK_S)  # its last job is leaving
-    state.forced = Reason.HOST_LOST, "the trainer that it was to join has ended"
+    state.forced = Reason.HOST_LOST, "the trainer that it was about to join has ended"
     raise Interrupted
 
 
 def _refusal(trainer: TrainerProcess, job_id: int) -> str | None:
     """Why a trainer with jobs does not take this one, nor soon; None: its last job is leaving it."""
     if trainer.holds(job_id):
-        return "its earlier attempt has not left the trainer that it was to join"
-    return None if trainer.spoilt is None else f"the trainer that it was to join takes no more jobs: {trainer.spoilt}"
+        return "its earlier attempt has not left the trainer that it was about to join"
+    return (
+        None
+        if trainer.spoilt is None
+        else f"the trainer that it was about to join takes no more jobs: {trainer.spoilt}"
+    )
 
 
 def _trainer(
@@ -157,7 +161,7 @@ def _trainer(
         if start.keep is None and claim.host is not None:
             hosts.let_go([claim.host])  # the base runs code of its own, which no claim can know
         elif claim.host is not None and (host := hosts.take(claim, own)) is not None:
-            state.say(Stage.PREPARING, f"goes on in the trainer on {place.node} that has its base")
+            state.say(Stage.PREPARING, f"continues in the trainer on {place.node} that has its base")
             return host, claim.host
         _make_room(place, state, hosts)
     state.say(Stage.PREPARING, f"starts the trainer on {place.node}")
@@ -282,7 +286,7 @@ def _lighter(state: AttemptState, start: Start) -> Start | None:
     lighter = _next_adjustment(state, start)
     if lighter is None:
         return None
-    then = "goes on alone" if state.goes_on_alone else "starts again"
+    then = "continues alone" if state.goes_on_alone else "restarts"
     where, cards = f"at step {state.step}", max(1, len(start.ranks))
     text = in_words(start.spec, state.adjustment, lighter, where=where, then=then, cards=cards)
     log.info("job %s: %s", state.claim.job_id, text)

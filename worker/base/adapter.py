@@ -44,7 +44,7 @@ def read_labels(folder: Path) -> tuple[str, ...]:
     except (OSError, ValueError) as error:
         raise ArtifactError(f"the adapter's {LABELS} can't be read: {error}") from None
     if not isinstance(labels, list) or len(labels) < 2 or not all(isinstance(name, str) for name in labels):
-        raise ArtifactError(f"the adapter's {LABELS} is no list of labels")
+        raise ArtifactError(f"the adapter's {LABELS} is not a list of labels")
     return tuple(labels)
 
 

@@ -32,7 +32,7 @@ def explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
     if is_card_full(error) or (own_limit and is_out_of_memory(error)):
         return Reason.OUT_OF_MEMORY, in_a_sentence(error)
     if is_out_of_memory(error):
-        return Reason.HOST_OUT_OF_MEMORY, "the box has not enough RAM for this job"
+        return Reason.HOST_OUT_OF_MEMORY, "the box does not have enough RAM for this job"
     # torch and safetensors wrap the operating system's error in their own
     wrapped = any(words in text for words in ("No space left on device", "os error 28", "PytorchStreamWriter failed"))
     if wrapped or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):

@@ -25,9 +25,9 @@ class Refusal(enum.StrEnum):
 
     AWAY = "the hub can't be reached"
     OFFLINE = "it is not in this worker's cache, and HF_HUB_OFFLINE keeps the worker from the hub"
-    GATED = "it is gated: its owner must let the account of this worker in (HF_TOKEN)"
-    NO_REPOSITORY = "the hub has nothing of that name, or does not show it to this worker (HF_TOKEN)"
-    NO_REVISION = "the hub has no such revision of it: a branch, a tag or a commit"
+    GATED = "it is gated: its owner must give this worker's account access (HF_TOKEN)"
+    NO_REPOSITORY = "the hub has no such name, or hides it from this worker (HF_TOKEN)"
+    NO_REVISION = "the hub has no such revision: a branch, a tag or a commit"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
     elif targets != "all-linear":
         targets = _names_of(base, targets)
     if wrong := [name for name in spec.lora.modules_to_save if not is_module_name(name)]:  # peft's own are expressions
-        raise TrainingFailed(Reason.BAD_SPEC, f"lora.modules_to_save: {wrong[0]!r} is no name of a module")
+        raise TrainingFailed(Reason.BAD_SPEC, f"lora.modules_to_save: {wrong[0]!r} is not a module name")
     config = LoraConfig(
         task_type=spec.kind.peft,  # for SEQ_CLS peft itself adds the head to modules_to_save
         r=spec.lora.r,
@@ -72,7 +72,7 @@ def _names_of(base: Any, pattern: str) -> list[str]:
     except ValueError as error:
         raise TrainingFailed(Reason.BAD_SPEC, f"lora.target_modules: {pattern} {error}") from error
     if other := [name for name in found if name not in linear]:
-        what = f"{pattern} matches {other[0]} too, which is no linear layer of its blocks"
+        what = f"{pattern} matches {other[0]} too, which is not a linear layer of its blocks"
         raise TrainingFailed(Reason.BAD_SPEC, f"lora.target_modules: {what}")
     if not found:
         some = sorted(linear)[:: max(1, len(linear) // 2)]

@@ -70,7 +70,7 @@ def _check_code_is_its_own(base_model: str, configs: Iterable[dict[str, Any]]) -
     """Refuse code from another repository: the box's owner has not read it. Raises TrainingFailed."""
     for config in configs:
         if "--" in json.dumps(config.get("auto_map", {})):
-            what = f"base_model {base_model} runs code of another repository, and no one has allowed that"
+            what = f"base_model {base_model} runs code of another repository, which nobody has allowed"
             raise TrainingFailed(Reason.BAD_SPEC, what)
 
 

@@ -20,7 +20,7 @@ COMMANDS = {
     "/adapter NAME": "go on with another adapter of the same base; the conversation stays",
     "/base": "let the base alone answer the last question, to compare",
     "/system TEXT": "start over with a system message",
-    "/reset": "begin anew",
+    "/reset": "start over",
     "/quit": "end; Ctrl-D does the same, Ctrl-C stops an answer",
 }
 

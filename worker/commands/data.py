@@ -20,7 +20,7 @@ _SETTINGS = click.option(
 
 @click.group()
 def data() -> None:
-    """Check a job's data, and look at them as the trainer sees them."""
+    """Check a job's data, and show it as the trainer sees it."""
 
 
 @data.command("check")

@@ -17,7 +17,7 @@ from .terminal import tell, warn
 @click.option("--adapters", required=True, metavar="LIST", help="Adapters of one base, like support,notebook:prod,12.")
 @click.option("--data", metavar="LIST", help="Tasks as NAME=FILE,...; else the rows that each adapter's job held out.")
 @click.option(
-    "--rows", type=click.IntRange(1), default=200, show_default=True, metavar="N", help="At most so many a task."
+    "--rows", type=click.IntRange(1), default=200, show_default=True, metavar="N", help="The most rows per task."
 )
 @click.option(
     "--samples",
@@ -25,7 +25,7 @@ from .terminal import tell, warn
     default=32,
     show_default=True,
     metavar="N",
-    help="Answers generated a task, where they are no labels.",
+    help="Answers to generate per task, if they are not labels.",
 )
 @click.option(
     "--max-new-tokens",
@@ -33,7 +33,7 @@ from .terminal import tell, warn
     default=64,
     show_default=True,
     metavar="N",
-    help="An answer ends there at the latest.",
+    help="The longest answer, in tokens.",
 )
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, metavar="N", help="Rows at a time.")
 @click.option(

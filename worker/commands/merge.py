@@ -20,7 +20,7 @@ from .terminal import tell, warn
 @click.option("--gguf", is_flag=True, help="Also write a GGUF file, by llama.cpp's converter.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def merge(adapter: str, folder: Path, dtype: str, gguf: bool, as_json: bool) -> None:
-    """Make a full model of base and adapter, and prove that it is the same.
+    """Merge base and adapter into a full model, and prove that it is the same.
 
     The base is loaded in fp32, also for QLoRA. DIR, which must be new, gets safetensors, tokenizer and merge.json.
     """
@@ -31,7 +31,7 @@ def merge(adapter: str, folder: Path, dtype: str, gguf: bool, as_json: bool) -> 
     from loractl.worker.serving.merge import find_converter, merge_adapter
 
     if folder.exists():
-        raise UsageError(f"{folder} is there already", "name a new folder")
+        raise UsageError(f"{folder} already exists", "name a new folder")
     converter = find_converter() if gguf else None
     quieten()
     library = Library(load_settings(), warn)

@@ -37,7 +37,7 @@ ANSWER_OPTIONS = ("system", "tools", "max_new_tokens", "temperature", "top_p", "
 )  # fmt: skip
 @answering
 def predict(adapter: str, file: Path, output: Path | None, **style: Any) -> None:
-    """Label or answer every row of a file, a JSON line each.
+    """Label or answer every row of a file, as JSON lines.
 
     A classifier gives "label" and "probability", other adapters give "answer"; "row" is the row's line in jsonl, else
     its place. FILE is jsonl, json, csv or parquet, with the columns of the adapter's training; answers in it are not
@@ -130,6 +130,6 @@ def _tell_what_is_left(part: Path, rows: int) -> None:
     with part.open(encoding="utf-8") as file:
         done = sum(1 for _ in file)
     if done:
-        tell(f"Broken off after {done} of {rows} rows; {part} has them.")
+        tell(f"Interrupted after {done} of {rows} rows; {part} has them.")
     else:
         part.unlink()

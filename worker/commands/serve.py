@@ -28,9 +28,9 @@ KEY_VARIABLE = "LORACTL_API_KEY"
     "--max-batch", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Answers at a time."
 )
 @click.option(
-    "--adapter-memory", default="2GiB", show_default=True, metavar="SIZE", help="What loaded adapters may take."
+    "--adapter-memory", default="2GiB", show_default=True, metavar="SIZE", help="The most memory for loaded adapters."
 )
-@click.option("--cache-memory", metavar="SIZE", help="What keys and values may take; else by what is free.")
+@click.option("--cache-memory", metavar="SIZE", help="The most memory for keys and values; else by what is free.")
 @click.option(
     "--temperature",
     type=click.FloatRange(0, 2),
@@ -93,7 +93,7 @@ def _check_exposure(host: str, key: str | None) -> None:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         raise UsageError(
-            f"--host {host!r} is no address", "like 127.0.0.1, or 0.0.0.0 for all of this machine"
+            f"--host {host!r} is not an address", "like 127.0.0.1, or 0.0.0.0 for all of this machine"
         ) from None
     if not loopback and key is None:
         raise UsageError(

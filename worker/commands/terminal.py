@@ -27,7 +27,7 @@ def answering(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, metavar="N",
-            help="An answer ends there at the latest.",
+            help="The longest answer, in tokens.",
         ),
         click.option(
             "--temperature", type=click.FloatRange(0), default=0.0, show_default=True, metavar="T",
@@ -35,7 +35,7 @@ def answering(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True, metavar="P",
-            help="Draw among the likeliest tokens that make up this share.",
+            help="Draw from the likeliest tokens that make up this share.",
         ),
         click.option("--seed", type=click.IntRange(0), metavar="S", help="Draw the same answer again."),
         click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the freest, or the CPU."),

@@ -21,13 +21,15 @@ class OneOrZero(click.types.BoolParamType):
 
 @click.command()
 @click.option("--gpus", metavar="LIST", help="Serve only these cards, by index or UUID, like 0,2.")
-@click.option("--reserve", metavar="SIZE", default="512MiB", show_default=True, help="Keep so much free on each card.")
+@click.option(
+    "--reserve", metavar="SIZE", default="512MiB", show_default=True, help="Memory to keep free on each card."
+)
 @click.option(
     "--high-water",
     metavar="TIME",
     default="10min",
     show_default=True,
-    help="Leave other people's programs, for so long, the most that they held.",
+    help="How long other people's programs keep the most that they held.",
 )
 @click.option(
     "--max-jobs-per-gpu",
@@ -41,9 +43,11 @@ class OneOrZero(click.types.BoolParamType):
     type=click.IntRange(1),
     envvar="LORACTL_MAX_JOBS_PER_USER",
     show_envvar=True,
-    help="Jobs that one person may run at a time; the smallest of all workers' limits holds.",
+    help="Jobs that one person may run at a time; the smallest of all workers' limits applies.",
 )
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="What resources.node_labels may ask for.")
+@click.option(
+    "--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label that resources.node_labels may ask for."
+)
 @click.option(
     "--spare/--no-spare",
     default=None,
@@ -59,7 +63,7 @@ class OneOrZero(click.types.BoolParamType):
     show_default=True,
     envvar="LORACTL_KEEP_WARM",
     show_envvar=True,
-    help="Keep a trainer with its base loaded for so long after its job, for the next job on that base; 0: never.",
+    help="How long a trainer keeps its base after its job, for the next job on it; 0: never.",
 )
 @click.option("--drain-when-idle", is_flag=True, help="End when no job that fits this box is left.")
 def worker(
@@ -121,7 +125,7 @@ def worker(
         click.echo(order, err=True)
     if (threads := threads_of_trainer(1)) < allowed_cores():
         click.echo(f"Threads of a trainer, by OMP_NUM_THREADS: at most {threads}.", err=True)
-    click.echo("Ctrl-C stops after a checkpoint and gives running jobs back.", err=True)
+    click.echo("Ctrl-C saves a checkpoint and requeues running jobs.", err=True)
     sys.exit(Box(settings, store, devices, options).run(drain_when_idle))
 
 

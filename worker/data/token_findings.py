@@ -64,7 +64,7 @@ class TemplateLook:
         return roles
 
     def findings(self) -> list[Finding]:
-        hint = "the tokenizer ends or begins a message there; take them out of the text"
+        hint = "the tokenizer ends or begins a message there; remove them"
         text = "{n} with a special token within the text"
         findings = about_rows("warning", "special tokens in text", text, self._marked, hint)
         some = "" if self._most is None or self._seen <= self._most else f" of the first {self._most}"

@@ -33,7 +33,7 @@ def post(message: HttpMessage, deadline_s: float = DEADLINE_S) -> Delivery:
     except OSError as error:
         return broken(error)
     except (http.client.HTTPException, ValueError):
-        return Delivery(again=True, why="its answer is no HTTP")
+        return Delivery(again=True, why="its answer is not HTTP")
 
 
 def _exchange(connection: socket.socket, message: HttpMessage) -> Delivery:

@@ -179,7 +179,7 @@ def compare(base: Results, tuned: Results) -> list[Scored]:
 def _manager(names: list[str], folder: str | None) -> Any:
     """Of the owner's folder alone where that has every task; a group there may have members of the package's."""
     if folder is not None and not Path(folder).is_dir():
-        raise TrainingFailed(Reason.BAD_SPEC, f"{KEY}: LORACTL_LM_EVAL_TASKS of this worker is no folder: {folder}")
+        raise TrainingFailed(Reason.BAD_SPEC, f"{KEY}: LORACTL_LM_EVAL_TASKS of this worker is not a folder: {folder}")
     if folder is not None and set(names) <= set((own := _indexed(folder, packaged=False)).all_subtasks):
         return own
     return _indexed(folder, packaged=True)

@@ -278,8 +278,8 @@ class Box:
             since = self._stuck_since.setdefault(device.number, now)
             if now - since < STUCK_S or now - self._started[device.number] < 2 * STUCK_S:
                 continue
-            what = "says nothing" if silent else "leaves a job waiting that is for it"
-            click.echo(f"Node {device.number} {what} and is started anew.", err=True)
+            what = "says nothing" if silent else "leaves a job waiting that it should start"
+            click.echo(f"Node {device.number} {what} and is restarted.", err=True)
             self._stuck_since.pop(device.number, None)
             if device.number in self._asked:
                 process.kill()  # its trainers end with it; the next node gives their jobs back

@@ -26,7 +26,7 @@ def read_identity(settings: Settings) -> BoxIdentity:
             _draw(file)
     except OSError as error:
         raise LoractlError(
-            f"{file} can't be written: {error.strerror}", "free space there, or mend its disk"
+            f"{file} can't be written: {error.strerror}", "free space there, or repair its disk"
         ) from error
     machine = next((text for path in _MACHINE if (text := _read(path))), "")
     # a copy of the file on the same machine, as of a container, has another number

@@ -127,7 +127,7 @@ class Monitor:
         looked, next_look, next_round = 0.0, 0.0, clock.now() + self._first_round_s
         while not self._stopped.is_set():
             now = clock.now()
-            self._try("the look at the supervisors", lambda: self._stuck.end(slots.attempts))
+            self._try("the check of the supervisors", lambda: self._stuck.end(slots.attempts))
             if now >= next_look or (self._called.is_set() and now >= looked + CALM_S):
                 self._called.clear()
                 looked, next_look = now, now + SEE_S * self._pace
@@ -209,7 +209,7 @@ class Monitor:
             return
         planned = self._place.store.jobs.plan_anew()
         for job_id in planned:
-            log.info("job %s is planned anew for the steps of this version", job_id)
+            log.info("job %s is planned again for this version's steps", job_id)
         if not planned:  # else there may be more
             self._next_plans = self._place.clock.now() + ASIDE_S * self._pace
 
@@ -218,7 +218,7 @@ class Monitor:
         queues = (card_queue(self._place.node), *map(queue_name, VRAM_CLASSES))
         try:
             if thrown := self._queues.trim(queues):
-                log.warning("%s messages too many were on the queue and are thrown away", thrown)
+                log.warning("%s excess messages were on the queue and are discarded", thrown)
         except ServiceUnreachable as error:
             log.debug("%s", error.sentence)  # Celery says so, too
 

@@ -177,7 +177,7 @@ class DeviceNode:
             ).start()
             self._monitor.follow(None)
             if self._place.drain.asked is None:
-                log.warning("Celery ended by itself and is started again")
+                log.warning("Celery ended by itself and is restarted")
                 self._place.clock.sleep(AGAIN_S)
 
     def _await_gangs(self) -> None:

@@ -50,7 +50,9 @@ def evaluation_text(pace: Pace) -> str:
 
 def begin_text(step: int, total_steps: int) -> str:
     """What stands in the log before the first step: it compiles and fills the card, and may take minutes."""
-    return f"trains: {total_steps} steps, " + (f"goes on after step {step}" if step else "the first one takes longest")
+    return f"trains: {total_steps} steps, " + (
+        f"continues after step {step}" if step else "the first one takes longest"
+    )
 
 
 def _place(pace: Pace) -> str:

@@ -1,4 +1,4 @@
-"""What a card's self-test says to its node: one JSON object on a line of its own."""
+"""What a card's self-test says to its node: one JSON object on a separate line."""
 
 from __future__ import annotations
 

@@ -41,14 +41,14 @@ def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings) -> None
             raise Refused(f"the row says of {section}.{key} no address and hash of a stored data set")
         elif not names_dataset(settings.artifacts_url, entry["uri"], entry["sha256"]):
             # no failure of the store: such rows must not let it be taken for broken, and cards be closed
-            raise Refused(f"{section}.{key}: {entry['uri']!r} is no data set of this store")
+            raise Refused(f"{section}.{key}: {entry['uri']!r} is not a data set of this store")
 
 
 def check_checkpoint(job_id: int, checkpoint: StoredCheckpoint) -> None:
     """Raises Refused for a checkpoint that this job can't have stored: its name becomes a folder here."""
     made = re.fullmatch(rf"jobs/{job_id}/checkpoints/[1-9]\d{{0,8}}-(\d{{1,12}})", str(checkpoint.prefix), re.ASCII)
     if not isinstance(checkpoint.step, int) or made is None or made[1] != str(checkpoint.step):
-        raise Refused("the row names a checkpoint that is none of this job")
+        raise Refused("the row names a checkpoint of another job")
 
 
 def _is_stored(entry: Any) -> bool:
@@ -104,7 +104,7 @@ def check_base(base_model: str, roots: tuple[Path, ...]) -> None:
         if not is_hub_id(base_model):
             raise Refused(f"base_model {base_model} is neither an absolute path nor a hub id")
         if folder.exists():
-            raise Refused(f"base_model {base_model} is a file or folder beside this worker, not a hub id")
+            raise Refused(f"base_model {base_model} is a file or folder in this worker's folder, not a hub id")
         return
     if ".." in folder.parts:
         raise Refused(f"base_model {base_model} is not a plain path")
@@ -142,4 +142,4 @@ def _check_hub_data(key: str, name: str) -> None:
     if not is_hub_data(name):
         raise Refused(f"{key} {name} is not in the artifact store, and no hub id of the form owner/name")
     if Path(name).exists():
-        raise Refused(f"{key} {name} is a file or folder beside this worker, not a hub id")
+        raise Refused(f"{key} {name} is a file or folder in this worker's folder, not a hub id")

@@ -46,13 +46,13 @@ class AccessControl:
             name = host_name(hosts)
             own = name == "localhost" or ((address := address_of(name)) is not None and address.is_loopback)
             said = ", ".join(hosts)[:100]
-            return None if own else ApiError(403, f"this server answers for this machine alone, not for {said!r}")
+            return None if own else ApiError(403, f"this server answers only requests to this machine, not to {said!r}")
         if request.scope["path"] == "/health":
             return None
         sent = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
         if hmac.compare_digest(sent, self._key.encode()):
             return None
-        return ApiError(401, "this server wants an API key, and got none or another", code="invalid_api_key")
+        return ApiError(401, "this server needs an API key, and got none or a wrong one", code="invalid_api_key")
 
 
 def _of_page(request: Request) -> ApiError | None:
@@ -61,7 +61,7 @@ def _of_page(request: Request) -> ApiError | None:
     others = [origin for origin in request.headers.getlist("origin") if _authority(origin) != host]
     if others or request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         named = f" ({others[0][:100]!r})" if others else ""
-        return ApiError(403, f"a page of another site{named} asks, and this server answers none", code="cross_site")
+        return ApiError(403, f"a page of another site{named} asks, and this server refuses it", code="cross_site")
     return None
 
 

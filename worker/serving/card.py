@@ -116,7 +116,7 @@ def _reserved(settings: Settings, store: Store, cards: Sequence[Device], footpri
         if footprint.least > best.free:
             where = f"card {best.device.number}" if len(cards) == 1 else f"the freest card ({best.device.number})"
             raise LoractlError(
-                f"this takes {gib(footprint.least)} GiB, and {where} has {gib(best.free)} free beside its jobs",
+                f"this takes {gib(footprint.least)} GiB, and {where} has {gib(best.free)} free next to its jobs",
                 "wait for a job to end (loractl gpus), take another card (--gpu), or LORACTL_DEVICES=cpu",
             )
         try:

@@ -399,7 +399,7 @@ class Service:
         if not (tools := asked.demanded):
             return None
         if asked.schema_wanted is not None:
-            raise ApiError(400, "tool_choice demands a call, and response_format something else", param="tool_choice")
+            raise ApiError(400, "tool_choice requires a call, and response_format something else", param="tool_choice")
         if (calls := self._calls) is None:
             what = "the model's chat template writes calls in a form that is not known here, so none can be demanded"
             raise ApiError(400, what, param="tool_choice")

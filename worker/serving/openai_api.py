@@ -271,7 +271,7 @@ class ChatRequest(_Request):
         """The tools of which one must be called; empty: none must. Raises ApiError for one that is not there."""
         if self.tool_choice == "required":
             if not self.tools:
-                raise ApiError(400, "tool_choice demands a call, and there are no tools", param="tool_choice")
+                raise ApiError(400, "tool_choice requires a call, and there are no tools", param="tool_choice")
             return self.tools
         if not isinstance(self.tool_choice, dict):
             return []
@@ -378,7 +378,7 @@ def refusal(error: ValidationError) -> ApiError:
     param = _path(first["loc"])
     kind, facts = first["type"], first.get("ctx", {})
     if kind == "json_invalid":
-        return ApiError(400, f"the body is no JSON: {facts.get('error', 'it ends too soon')}", code="invalid_json")
+        return ApiError(400, f"the body is not JSON: {facts.get('error', 'it ends too soon')}", code="invalid_json")
     if kind == "missing":
         return ApiError(400, f"{param} is missing", code="missing_required_parameter", param=param)
     if kind in _WORDS:

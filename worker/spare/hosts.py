@@ -149,7 +149,7 @@ class Hosts:
         if not done:
             log.warning("job %s: the trainer with its base could not be handed over, a new one starts", claim.job_id)
             return None
-        log.info("job %s: goes on in process %s, which has its base", claim.job_id, host.trainer.process.pid)
+        log.info("job %s: continues in process %s, which has its base", claim.job_id, host.trainer.process.pid)
         return host.trainer.process
 
     def await_change(self, seconds: float) -> None:
@@ -286,7 +286,7 @@ class Hosts:
                 self.place.clock.wait(self._stopped, 1.0)
             except Exception:
                 # if this thread ended silently, no base would go any more, and who needs its room would wait forever
-                log.exception("the look at the hosts failed; it is made again")
+                log.exception("the check of the hosts failed and is repeated")
                 self.place.clock.wait(self._stopped, 1.0)
 
     def _tend(self) -> None:
@@ -356,13 +356,13 @@ class Hosts:
         """End a host's process, and see its room; else the card is closed, and the reason says why."""
         if host.stuck:
             return not end_leftovers(mark) and not self._held(mark)
-        log.info("process %s lets its base go: %s", host.trainer.process.pid, host.why)
+        log.info("process %s drops its base: %s", host.trainer.process.pid, host.why)
         kill(host.trainer.process)
         deadline = self.place.clock.now() + LEFT_S
         while (alive := end_leftovers(mark)) or self._held(mark):
             if self.place.clock.now() > deadline:
                 what = f"process {alive[0]}" if alive else f"{gib(self._held(mark))} GiB of memory"
-                why = f"a base left {what} behind; look at the card, then loractl undrain {self.place.node}"
+                why = f"a base left {what} behind; check the card, then loractl undrain {self.place.node}"
                 host.stuck = why if self._close(why) else ""  # once it is closed nobody waits for the room any more
                 return False
             self.place.clock.sleep(ROOM_LOOK_S)

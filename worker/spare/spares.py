@@ -179,7 +179,7 @@ class Spares:
                 self._failed(f"it could not be started: {error.strerror or error}")
             except Exception as error:
                 # if this thread ended silently, every later job would start cold, and what was dropped would stay
-                log.exception("the look at the spare trainer failed; it is made again")
+                log.exception("the check of the spare trainer failed and is repeated")
                 self._failed(repr(error))
 
     def _tend(self) -> None:

@@ -47,7 +47,7 @@ def training_arguments(
     return TrainingArguments(
         **{name: getattr(t, name) for name in SAME_NAME} | _divided(order, t),
         output_dir=order.checkpoint_dir,
-        num_train_epochs=t.num_train_epochs or 1,  # not looked at when max_steps is set
+        num_train_epochs=t.num_train_epochs or 1,  # not checked when max_steps is set
         max_steps=t.max_steps or -1,
         per_device_eval_batch_size=spec.evaluation.per_device_eval_batch_size,
         activation_checkpointing=checkpoints_activations(spec, on_gpu=on_gpu),

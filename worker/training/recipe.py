@@ -167,7 +167,7 @@ def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, Forwa
     forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.session.streams, tried, loss)
     if isinstance(forward, LeanPass):
         if why is not None:
-            run.note("engine", f"no other job trains beside it: {why}")
+            run.note("engine", f"no other job trains with it: {why}")
         if run.order.joins and shared is not None and shared.apart is not None:
             run.note("engine", f"the rows of each training are multiplied by themselves: {shared.apart}")
         learner = replace(learner, scorer=forward)

@@ -49,7 +49,7 @@ def checkpoint_to_resume(run: Run, data: PreparedData) -> Checkpoint | None:
     def refused(step: int, differing: list[str]) -> None:
         why = f"{', '.join(differing)} differ"
         if "format" in differing:
-            why = "another version of loractl wrote it, in another format; the training begins again"
+            why = "another version of loractl wrote it, in another format; the training starts again"
         run.note("refused", f"the checkpoint of step {step} is not resumed: {why}")
 
     checkpoint = newest_checkpoint(folders, belongs_to(run.order, data), refused)

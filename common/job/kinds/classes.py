@@ -56,7 +56,7 @@ class Classes(TaskKind):
         if evaluation.regression is not None:
             yield "evaluation.regression: a classifier's head knows nothing but its labels; leave it out"
         if evaluation.lm_eval:
-            yield "evaluation.lm_eval: a classifier goes on with no text, as these tasks ask for; leave it out"
+            yield "evaluation.lm_eval: a classifier generates no text, which these tasks need; leave it out"
         if spec.training.packing:
             yield "training.packing: a classifier's row is one text with one label; set packing: false"
         if named := ", ".join(name for name in spec.lora.modules_to_save if name.rpartition(".")[2] in HEADS):

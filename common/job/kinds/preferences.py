@@ -68,7 +68,7 @@ class Preferences(TaskKind):
             yield "evaluation.regression: pairs have no loss that other rows share; leave it out"
         names = asked.losses
         if len(names) > 1 and (alone := next((name for name in names if name in ALONE), None)):
-            yield f"preference.loss_type: {alone} has its own term for the chosen answers; it stands alone"
+            yield f"preference.loss_type: {alone} has its own term for the chosen answers; it can't be combined"
         if asked.label_smoothing and not SMOOTHED & {*names}:
             yield f"preference.label_smoothing: is for {' and '.join(sorted(SMOOTHED))}; set one, or leave it out"
         if "robust" in names and not asked.label_smoothing:

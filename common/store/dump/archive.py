@@ -91,5 +91,5 @@ def blocks_of(archive: zipfile.ZipFile, table: str) -> Iterator[bytes]:
 
 def _damaged(file: Path, why: str) -> UsageError:
     return UsageError(
-        f"{file} is no backup of loractl, or is damaged: {why}", "loractl db backup FILE makes one; take an older one"
+        f"{file} is not a loractl backup, or is damaged: {why}", "loractl db backup FILE makes one; take an older one"
     )

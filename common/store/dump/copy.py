@@ -169,7 +169,7 @@ def _cursor(connection: Connection, table: str) -> Iterator[Any]:
             yield cursor
     except Error as error:
         why = next(iter(str(error).splitlines()), "no answer")
-        raise LoractlError(f"{table} could not be copied: {why}", "nothing was changed; say it again") from error
+        raise LoractlError(f"{table} could not be copied: {why}", "nothing was changed; try again") from error
 
 
 def _quoted(connection: Connection, names: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ LOGIN = "loractl_join_"
 """What the names of all logins of join lines begin with; 12 hex digits follow."""
 
 _REFUSED = {
-    "spent": ("this join line does not serve any more", "on the server box: loractl lab invite"),
+    "spent": ("this join line is no longer valid", "on the server box: loractl lab invite"),
     "verifier": ("the database takes no password of this form", "loractl here and on the server box differ: upgrade"),
     "name": ("it can't be a login's name", "small letters, digits, '_', '.' and '-': loractl join --name NAME"),
     "taken": (

@@ -30,7 +30,7 @@ def tag(tx: Transaction, reference: Reference, tag: str, user: str) -> tuple[Ada
     adapter = _find(tx.session, reference)
     before = _tagged(tx, adapter.name, tag)
     if not _set_tag(tx, (adapter.name, tag), adapter.job_id, before, user):
-        raise WrongState(f"{adapter.name}:{tag} has changed meanwhile; say it again")
+        raise WrongState(f"{adapter.name}:{tag} has changed meanwhile; try again")
     return adapter, before
 
 
@@ -41,7 +41,7 @@ def untag(tx: Transaction, reference: Reference, user: str) -> int:
     if before is None:
         raise AdapterNotFound(f"{name}:{reference.tag}")
     if not _set_tag(tx, (name, reference.tag), None, before, user):
-        raise WrongState(f"{name}:{reference.tag} has changed meanwhile; say it again")
+        raise WrongState(f"{name}:{reference.tag} has changed meanwhile; try again")
     return before
 
 

@@ -254,7 +254,7 @@ def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Se
     """Tell the history of the attempt, and give it what it needs to know."""
     method = Method(attempt.method)
     why = _why_method(asked.spec.method, method, Need(lora=job.vram_lora, qlora=job.vram_qlora))
-    warm = "" if taken.host is None else ", where its base is loaded already"
+    warm = "" if taken.host is None else ", where its base is already loaded"
     if placed.join is not None:
         warm = f", {beside(tx, placed.join.base.host, job.job_id)}"
     cards = " and ".join(share.node for share in placed.shares)
@@ -299,7 +299,7 @@ def _in_words(spec: JobSpec, adjustment: Adjustment, form: RoomyForm, need: int 
     if form.micro_batch != asked.per_device_train_batch_size:
         rows = f"{form.micro_batch} row{'s' * (form.micro_batch > 1)} at once"
         how = f" in {rows}, accumulating {pieces.gradient_accumulation_steps} (same effective batch)"
-    return f"without recomputing{how}: {gib(form.bytes)} GiB in place of {gib(need)}, which nobody else wants now"
+    return f"without recomputing{how}: {gib(form.bytes)} GiB instead of {gib(need)}, which no other job wants now"
 
 
 def _why_method(wanted: Method | Sequence[Method], taken: Method, need: Need) -> str:

@@ -43,9 +43,9 @@ REAPED = 50
 """Attempts that one transaction ends at most, so that heartbeats need not wait for it."""
 
 _HELD = {
-    Reason.WORKER_LOST: "its worker was lost {} times in a row; it may be what kills them",
+    Reason.WORKER_LOST: "its worker was lost {} times in a row; the job may kill its workers",
     Reason.KILLED: "its trainer was killed {} times in a row, by a person or a program like earlyoom",
-    Reason.GPU_ERROR: "its card failed {} times in a row; it may be what makes them fail",
+    Reason.GPU_ERROR: "its card failed {} times in a row; the job may cause it",
     Reason.DISK_FULL: "the disk of its box was full {} times in a row",
     Reason.STORE_FAILED: "the artifact store failed it {} times in a row",
 }
@@ -129,7 +129,7 @@ def give_back(tx: Transaction, node: str) -> list[int]:
     running = select(Job).where(Job.status == Status.RUNNING, here)
     lost = sorted(tx.session.scalars(running.with_for_update(**SKIP_LOCKED)), key=_turn)
     for job in lost:
-        _end_lost(tx, job, f"{node} was started anew", now, node)
+        _end_lost(tx, job, f"{node} was restarted", now, node)
     return [job.job_id for job in lost]
 
 
@@ -227,7 +227,7 @@ def _kept(job: Job) -> str:
         what = f"its checkpoint of step {job.checkpoint['step']} stays in the artifact store"
     else:
         return ""
-    return f"; {what} for loractl retry, until loractl gc takes it"
+    return f"; {what} for loractl retry, until loractl gc removes it"
 
 
 def _requeue(tx: Transaction, job: Job, card: str, reason: Reason, message: str, now: dt.datetime) -> None:

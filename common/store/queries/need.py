@@ -165,7 +165,7 @@ def _take_plan(tx: Transaction, job_id: int, plan: MemoryPlan, done: list[int]) 
     line_up(job, node_labels(job), tx.now())
     now = Need(lora=job.vram_lora, qlora=job.vram_qlora)
     if told := [f"{name} {gib(size)} GiB" for name, size in vars(now).items() if size and size != vars(before)[name]]:
-        tx.tell(job_id, None, "planned", f"planned anew for the steps of this version: {', '.join(told)}")
+        tx.tell(job_id, None, "planned", f"planned again for this version's steps: {', '.join(told)}")
     done.append(job_id)
 
 

@@ -35,7 +35,7 @@ def read_verdict(tx: Transaction, claim: Claim, points: Sequence[RungPoint]) -> 
             where = f"at {point.rung * 100:g} % of its steps (step {point.step})"
             return (
                 f"stopped {where}: held-out loss {point.loss:.4f} is not {best} of {verdict.reached} there; "
-                f"{verdict.bar:.4f} or less would have gone on"
+                f"{verdict.bar:.4f} or less would have continued"
             )
     return None
 

@@ -80,7 +80,7 @@ def hold(tx: Transaction, job_id: int, user: str, reason: str = "") -> Job:
 
 def _back_to_the_queue(job: Job) -> str:
     order = f"loractl drain {clean_line(job.node or '')} --now --reason ..."
-    return f"{order} gives it back with a checkpoint, and then it waits"
+    return f"{order} requeues it with a checkpoint"
 
 
 def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None = None) -> Job:
@@ -91,7 +91,7 @@ def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None =
     for _ in range(_TRIES):
         job = read_job(tx, job_id) if amendment is None else edit(tx, amendment, user)
         if Status.QUEUED not in _after(job):
-            done = f"loractl reproduce {job_id} runs it again, loractl submit --like {job_id} another one like it"
+            done = f"loractl reproduce {job_id} runs it again, loractl submit --like {job_id} queues one like it"
             what = f"job {job_id} {job.status.in_words}: only a failed, cancelled or held job can be retried"
             raise WrongState(what, done if job.status is Status.SUCCEEDED else None)
         until = None if job.result_host is None else tx.now() + dt.timedelta(seconds=RESULT_FIRST_S)
@@ -124,7 +124,7 @@ def edit(tx: Transaction, amendment: Amendment, user: str) -> Job:
 
 
 def _changed(job_id: int) -> WrongState:
-    return WrongState(f"job {job_id} has changed meanwhile; say it again")
+    return WrongState(f"job {job_id} has changed meanwhile; try again")
 
 
 def _ended_as(job: Job) -> str:

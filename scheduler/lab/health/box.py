@@ -25,7 +25,7 @@ LEAST_BYTES, FEW_BYTES = GIB, 10 * GIB
 
 CARD_CHECK = "loractl.worker.node.health.card_check"
 
-_NO_STACK = "not looked at: this is a client without the training stack"
+_NO_STACK = "not checked: this is a client without the training stack"
 _HINT = "a GPU box needs it: pip install 'loractl[worker]'"
 
 
@@ -66,7 +66,7 @@ def see_models(settings: Settings) -> Iterator[Condition]:
     for root in settings.model_roots:
         if not root.is_dir():
             yield broken(
-                "models", f"LORACTL_MODEL_ROOTS names {root}, no folder of this machine", "mount it, or correct it"
+                "models", f"LORACTL_MODEL_ROOTS names {root}, which is not a folder here", "mount it, or correct it"
             )
         elif not os.access(root, os.R_OK | os.X_OK):
             yield broken("models", f"{root} can't be read by this user", f"chmod -R a+rX {root}")
@@ -80,7 +80,7 @@ def see_models(settings: Settings) -> Iterator[Condition]:
     offline = hub_is_off()
     sentence = f"{cached} of the hub are in {hub_cache()}"
     if offline and not cached and not settings.model_roots:
-        yield warning("models", f"{sentence}, and HF_HUB_OFFLINE forbids to fetch any", "unset it, or copy models")
+        yield warning("models", f"{sentence}, and HF_HUB_OFFLINE forbids downloads", "unset it, or copy models")
     else:
         yield fine("models", sentence + (", no other is fetched (HF_HUB_OFFLINE)" if offline else ""))
 

@@ -59,7 +59,7 @@ def diagnose(patience_s: float = PATIENCE_S, names: Collection[str] = ()) -> Dia
     try:
         settings = load_settings()
     except LoractlError as error:
-        unread = [skipped(check.name, "not looked at: the settings can't be read") for check in checks]
+        unread = [skipped(check.name, "not checked: the settings can't be read") for check in checks]
         return Diagnosis(conditions=(failed("settings", error), *unread))
     runs: dict[str, _Run] = {}
     for check in checks:
@@ -69,7 +69,7 @@ def diagnose(patience_s: float = PATIENCE_S, names: Collection[str] = ()) -> Dia
     for check in checks:
         if check.needs is not None:
             if not _passed(found, check.needs):
-                found.append(skipped(check.name, f"not looked at without the {check.needs}"))
+                found.append(skipped(check.name, f"not checked without the {check.needs}"))
                 continue
             runs[check.name] = _Run(check, settings, patience_s)
         found += runs[check.name].end()

@@ -59,7 +59,7 @@ def see_revision(settings: Settings) -> Iterator[Condition]:
     if current == HEAD:
         yield fine("revision", f"{HEAD}, as loractl {__version__} needs it")
     elif settings.embedded_database and (current or "") < HEAD:
-        yield warning("revision", f"{current}; this loractl needs {HEAD}", "the next command upgrades it by itself")
+        yield warning("revision", f"{current}; this loractl needs {HEAD}", "the next command upgrades it")
     else:
         wrong = SchemaMismatch(current, HEAD)
         yield broken("revision", wrong.sentence, wrong.hint)
@@ -72,7 +72,7 @@ def see_logins(settings: Settings) -> Iterator[Condition]:
         return
     with one_look(settings) as engine:
         if not has_roles(engine):
-            yield fine("logins", "the server has no roles of a lab: whoever has its address may do all")
+            yield fine("logins", "the server has no roles of a lab: anyone with its address may do everything")
             return
         with engine.connect() as connection:
             found = unbounded(connection)
@@ -166,7 +166,7 @@ def see_boxes(settings: Settings) -> Iterator[Condition]:
         found = fleet(Store(engine))
     devices = found.devices
     if found.stopped_s is not None:
-        what = f"no worker has gone round for all for {duration(found.stopped_s)}: lost ones are not noticed"
+        what = f"no worker has run the fleet's round for {duration(found.stopped_s)}: lost ones are not noticed"
         yield broken("boxes", what, STOPPED)
     boxes: dict[str, list[DeviceState]] = defaultdict(list)
     for device in devices:
@@ -201,7 +201,7 @@ def _different_libraries(devices: tuple[DeviceState, ...]) -> Iterator[Condition
     for package, hosts in found.items():
         if len(hosts) > 1 and package != "loractl":
             where = ", ".join(f"{version} on {host}" for version, host in hosts.items())
-            hint = "a job that goes on on another box then computes otherwise: install the same versions"
+            hint = "a job that continues on another box then computes differently: install the same versions"
             yield warning("boxes", f"{package} is {where}", hint)
 
 

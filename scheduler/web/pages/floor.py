@@ -133,7 +133,7 @@ def _shares(view: FleetView) -> list[OwnersShare]:
 def _notices(store: Store, seen: Overview, view: FleetView) -> Iterator[Notice]:
     stopped_s = fleet_of(view).stopped_s
     if stopped_s is not None:
-        text = f"No worker has gone round for all for {duration(stopped_s)}: lost workers are not noticed."
+        text = f"No worker has run the fleet's round for {duration(stopped_s)}: lost workers are not noticed."
         yield Notice(text=text, command="loractl doctor")
     for name, node in view.nodes.items():
         if (fault := fault_of(node)) is not None:

@@ -59,7 +59,7 @@ class Asked:
         if text is None:
             return None
         if (number := number_of(text)) is None:
-            raise UsageError(f"{key}={text[:40]!r} is no number", "like 12")
+            raise UsageError(f"{key}={text[:40]!r} is not a number", "like 12")
         return number
 
     def choice(self) -> Choice:
@@ -68,7 +68,7 @@ class Asked:
         if label is not None and "=" not in label:
             raise UsageError(f"label={label[:60]!r} has no value", "like label=team=nlp")
         if status is not None and status not in set(Status):
-            raise UsageError(f"status={status[:40]!r} is no state of a job", f"one of {', '.join(Status)}")
+            raise UsageError(f"status={status[:40]!r} is not a job state", f"one of {', '.join(Status)}")
         key, _, value = (label or "").partition("=")
         return Choice(
             user=self.text("user"),

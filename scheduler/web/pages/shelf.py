@@ -100,7 +100,7 @@ class ReportShelf:
         except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
-            raise ArtifactError(f"the report of job {job_id} is none of loractl's")
+            raise ArtifactError(f"the report of job {job_id} is not loractl's")
         shown, final = split_final(content)
         return _Report(shown=shown, final=final)
 

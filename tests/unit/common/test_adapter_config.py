@@ -83,5 +83,5 @@ def test_what_is_no_configuration_is_refused(raw: bytes, tmp_path: Path) -> None
     for content in (raw, tmp_path / CONFIG):
         with pytest.raises(ArtifactError, match="is refused"):
             check_adapter_config(content)
-    with pytest.raises(ArtifactError, match="can be read"):
+    with pytest.raises(ArtifactError, match="can't be read as JSON"):
         check_adapter_config(tmp_path / "none")

@@ -49,14 +49,14 @@ def test_a_row_can_name_nothing_but_a_data_set(store: ArtifactStore, tmp_path: P
         secret.parent.mkdir(parents=True, exist_ok=True)
         secret.write_bytes(DATA)
     for uri in (f"{store.url}/{name}", name, (tmp_path / "secret.json").as_uri(), str(tmp_path / "secret.json")):
-        with pytest.raises(ArtifactError, match="is no data set of this store"):
+        with pytest.raises(ArtifactError, match="is not a data set of this store"):
             store.fetch_dataset(uri, DIGEST, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("digest", ["..", "x" * 64, DIGEST.upper(), DIGEST[:40], ""])
 def test_a_hash_that_is_none_names_no_data_set(store: ArtifactStore, tmp_path: Path, digest: str) -> None:
-    with pytest.raises(ArtifactError, match="is no data set of this store"):
+    with pytest.raises(ArtifactError, match="is not a data set of this store"):
         store.fetch_dataset(f"{store.url}/datasets/{digest}.json", digest, tmp_path / "cache")
 
 
@@ -80,7 +80,7 @@ def test_a_name_that_a_terminal_or_another_system_reads_in_its_own_way_is_refuse
     store: ArtifactStore, result: Path, name: str
 ) -> None:
     (result / os.fsencode(name).decode("utf-8", "surrogateescape")).write_text("x")
-    with pytest.raises(ArtifactError, match="is no name for a file of a result"):
+    with pytest.raises(ArtifactError, match="is not a valid file name in a result"):
         store.put_result(result, "jobs/1/attempt-1")
 
 
@@ -90,7 +90,7 @@ def test_a_name_as_long_as_a_folder_s_store_takes_is_stored_and_a_longer_one_ref
     (result / ("a" * LONGEST_NAME)).write_text("x")
     store.put_result(result, "jobs/1/attempt-1")
     (result / ("a" * (LONGEST_NAME + 1))).write_text("x")
-    with pytest.raises(NotStorable, match="is no name for a file of a result"):
+    with pytest.raises(NotStorable, match="is not a valid file name in a result"):
         store.put_result(result, "jobs/2/attempt-1")
 
 

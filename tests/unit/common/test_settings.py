@@ -71,7 +71,7 @@ def test_a_lease_and_a_trainer_are_taken_when_they_can_be_meant(tmp_path: Path) 
         with pytest.raises(UsageError, match=r"LORACTL_LEASE .* is not between 3s and 1h"):
             load_settings({**home, "LORACTL_LEASE": lease})
     for module in ("-c", "a..b", "train.py; ls", "/tmp/x.py"):
-        with pytest.raises(UsageError, match=r"LORACTL_TRAINER .* is no Python module"):
+        with pytest.raises(UsageError, match=r"LORACTL_TRAINER .* is not a Python module"):
             load_settings({**home, "LORACTL_TRAINER": module})
 
 
@@ -80,7 +80,7 @@ def test_a_box_is_named_by_its_owner_or_like_its_machine(tmp_path: Path) -> None
     assert load_settings(home).host == socket.gethostname()
     assert load_settings({**home, "LORACTL_HOST": "heron.lab-2"}).host == "heron.lab-2"
     for name in ("heron:0", "two words", "x" * 65):
-        with pytest.raises(UsageError, match=r"LORACTL_HOST .* is no host name"):
+        with pytest.raises(UsageError, match=r"LORACTL_HOST .* is not a host name"):
             load_settings({**home, "LORACTL_HOST": name})
 
 
@@ -166,7 +166,7 @@ def test_the_folders_of_base_models_are_a_list_like_path(tmp_path: Path) -> None
     assert named == (Path("/srv/models"), Path("/data"))
     (tmp_path / "config.toml").write_text('model_roots = "/srv/models"\n')
     assert load_settings(home).model_roots == (Path("/srv/models"),)
-    with pytest.raises(UsageError, match="LORACTL_MODEL_ROOTS: models is no absolute path"):
+    with pytest.raises(UsageError, match="LORACTL_MODEL_ROOTS: models is not an absolute path"):
         load_settings({**home, "LORACTL_MODEL_ROOTS": "/srv:models"})
 
 
@@ -174,7 +174,7 @@ def test_the_folder_of_harness_tasks_is_an_absolute_path(tmp_path: Path) -> None
     home = {"LORACTL_HOME": str(tmp_path)}
     assert load_settings(home).lm_eval_tasks is None
     assert load_settings({**home, "LORACTL_LM_EVAL_TASKS": "/srv/tasks"}).lm_eval_tasks == Path("/srv/tasks")
-    with pytest.raises(UsageError, match="LORACTL_LM_EVAL_TASKS: tasks is no absolute path"):
+    with pytest.raises(UsageError, match="LORACTL_LM_EVAL_TASKS: tasks is not an absolute path"):
         load_settings({**home, "LORACTL_LM_EVAL_TASKS": "tasks"})
 
 

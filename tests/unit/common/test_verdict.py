@@ -55,7 +55,7 @@ LIKELIER = "the chosen answer is the likelier one in"
         (
             [SAME, STAYED, MARGIN], "no_measurable_gain",
             f"No measurable gain: {LIKELIER} 61.0 -> 62.7 % of 59 held-out pairs, loss 0.69 -> 0.68, and the interval "
-            "of the loss's change holds zero.",
+            "of the loss's change includes zero.",
             "no measurable gain, chosen likelier in 61.0 -> 62.7 %, loss 0.69 -> 0.68",
         ),
         (
@@ -77,7 +77,7 @@ LIKELIER = "the chosen answer is the likelier one in"
         (
             [SAME, STAYED, APART], "no_measurable_gain",
             f"No measurable gain: {LIKELIER} 61.0 -> 62.7 % of 59 held-out pairs, loss 0.69 -> 0.68, and the interval "
-            "of the loss's change holds zero.",
+            "of the loss's change includes zero.",
             "no measurable gain, chosen likelier in 61.0 -> 62.7 %, loss 0.69 -> 0.68",
         ),
     ],

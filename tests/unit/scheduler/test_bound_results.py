@@ -196,7 +196,7 @@ def test_a_page_with_a_script_is_not_written_even_where_nothing_binds_it(lab: La
     stores(lab.settings, lab.folder / "forged", 1, TRAINED, "Better", page)
     done = lab.ask("report 1 --html {new}")
     assert isinstance(done.exception, ArtifactError) and done.exception.exit_code is ExitCode.FAILED
-    assert done.exception.sentence == "the page of job 1 is none of loractl's: it holds <script>"
+    assert done.exception.sentence == "the page of job 1 is not loractl's: it holds <script>"
     assert not list(lab.folder.glob("new-*"))
 
 
@@ -210,9 +210,9 @@ def test_a_report_of_another_form_is_told_in_a_sentence(lab: Lab, told: str) -> 
     for line in ("adapters show 3", "report 3", "compare 1 3", "reproduce 3 --dry-run", "reproduce 1 --check 3"):
         error = lab.ask(line).exception
         assert isinstance(error, ArtifactError) and error.exit_code is ExitCode.FAILED, (line, error)
-        assert "jobs/3/attempt-1/report.json is no report of loractl's" in error.sentence and error.hint
+        assert "jobs/3/attempt-1/report.json is not a loractl report" in error.sentence and error.hint
     library = Library(lab.settings)
-    with pytest.raises(ArtifactError, match="is no report of loractl's"):
+    with pytest.raises(ArtifactError, match="is not a loractl report"):
         library.format(library.find("3"))
 
 

@@ -18,7 +18,7 @@ from .submit.test_need import SMALL
 
 @pytest.mark.parametrize("text", ["99999999d", "9999999999d"])
 def test_a_drain_ends_within_the_calendar(text: str) -> None:
-    with pytest.raises(UsageError, match="is no duration and no time"):
+    with pytest.raises(UsageError, match="is neither a duration nor a time"):
         end_of_drain(text, NOON)
 
 

@@ -53,7 +53,7 @@ def test_a_card_that_fails_every_job_fails_no_job_for_good_and_is_closed(held: H
     assert (order.target, order.user) == ("owl:0", "loractl")
     said = " ".join(held.cli("gpus").split())
     assert "drained by loractl: gpu_error in jobs" in said
-    assert "the last: CUDA error: the card has fallen off the bus; look at it, then loractl undrain owl:0" in said
+    assert "the last: CUDA error: the card has fallen off the bus; check it, then loractl undrain owl:0" in said
 
 
 def test_a_box_with_a_full_disk_fails_no_job_for_good_and_is_closed(held: HeldLab, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_card_on_which_something_of_an_attempt_remains_is_closed_with_the_reas
     assert isinstance(claim, Claim)
     leftovers.close_if_left(place, Watch(device=place.device, node_pid=1), claim)
     assert held.clock.now() - began >= leftovers.LEFT_S, "the driver takes a moment"
-    reason = f"job {job_id} left process 4711 behind; look at the card, then loractl undrain heron:0"
+    reason = f"job {job_id} left process 4711 behind; check the card, then loractl undrain heron:0"
     assert held.store.cards.drains()["heron:0"].reason == reason
     waiting = held.submit()
     assert reason in " ".join(held.cli("why", waiting).split())

@@ -32,7 +32,7 @@ def test_a_cancel_stops_a_running_trainer_within_ten_seconds(held: HeldLab) -> N
     assert held.alive == 1
     began = held.clock.now()
     said = held.cli("cancel", 1)
-    assert "nothing of its training is kept, so loractl retry 1 would begin anew." in said
+    assert "nothing of its training is kept, so loractl retry 1 would start again." in said
     held.until(1, lambda job: job.status == "cancelled", seconds=15)
     assert held.clock.now() - began < 10
     assert held.alive == 0
@@ -71,7 +71,7 @@ def test_a_job_over_its_time_limit_keeps_a_checkpoint_and_a_retry_with_more_goes
     held.until(1, lambda job: job.status == "failed", seconds=60)
     over = json.loads(held.cli("status", 1, "--json"))
     assert (over["reason"], over["labels"]) == ("timed_out", {"team": "a"})
-    assert "loractl retry 1 --set resources.time_limit=2h goes on" in held.cli("status", 1)
+    assert "loractl retry 1 --set resources.time_limit=2h continues" in held.cli("status", 1)
     refused = held.cli("retry", 1, "--set=training.learning_rate=0.1", code=2)
     assert "loractl submit --like 1 --set training.learning_rate=..." in refused
 

@@ -27,5 +27,5 @@ def test_what_is_not_known_yet_is_left_out() -> None:
 
 def test_the_beginning_says_whether_it_goes_on_and_no_text_steers_a_terminal() -> None:
     assert begin_text(0, 8) == "trains: 8 steps, the first one takes longest"
-    assert begin_text(4, 8) == "trains: 8 steps, goes on after step 4"
+    assert begin_text(4, 8) == "trains: 8 steps, continues after step 4"
     assert "\x1b" not in log_line("warning", "red\x1b[31m\ntext") and log_line("a", "b\nc").count("\n") == 1

@@ -71,7 +71,7 @@ def test_a_result_that_no_store_takes_is_no_outage_and_holds_no_card(held: HeldL
     held.start(_leaves("tool\nuse.jinja"))
     held.until(job_id, lambda job: job.status is Status.FAILED, seconds=30)
     assert held.reasons(job_id) == [Reason.BAD_SPEC], "another attempt would leave the same"
-    assert "'adapter/tool\\nuse.jinja' is no name for a file" in (held.store.jobs.get(job_id).message or "")
+    assert "'adapter/tool\\nuse.jinja' is not a valid file name" in (held.store.jobs.get(job_id).message or "")
     held.until(other, lambda job: job.status is Status.FAILED, seconds=30)
 
 

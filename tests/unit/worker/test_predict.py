@@ -20,7 +20,7 @@ def test_a_ctrl_c_says_which_rows_are_done_and_where(tmp_path: Path, capsys: pyt
     with pytest.raises(KeyboardInterrupt):
         write_outcomes(_broken_off(2), 9, tmp_path / "out.jsonl")
     part = tmp_path / "out.jsonl.part"
-    assert f"Broken off after 2 of 9 rows; {part} has them." in capsys.readouterr().err
+    assert f"Interrupted after 2 of 9 rows; {part} has them." in capsys.readouterr().err
     assert len(part.read_text().splitlines()) == 2 and not (tmp_path / "out.jsonl").exists()
 
 

@@ -177,8 +177,8 @@ def test_no_room_is_refused_with_a_sentence(store: Store, settings: Settings, mo
     with serving(settings.home, "SIM-1", 20 * GIB):
         with pytest.raises(LoractlError) as refused:
             take_card(settings, store, None, SIX)
-        assert refused.value.sentence == ("this takes 5.9 GiB, and the freest card (0) has 4.5 free beside its jobs")
-        with pytest.raises(LoractlError, match=r"card 1 has 4\.0 free beside its jobs"):
+        assert refused.value.sentence == ("this takes 5.9 GiB, and the freest card (0) has 4.5 free next to its jobs")
+        with pytest.raises(LoractlError, match=r"card 1 has 4\.0 free next to its jobs"):
             take_card(settings, store, "1", SIX)
     assert card._held == []
 

@@ -125,7 +125,7 @@ def test_data_that_are_not_stored_are_on_the_hub_under_an_owner(settings: Settin
         data={"path": {"uri": f"{settings.artifacts_url}/datasets/{sha256}.jsonl", "sha256": sha256}},
     )
     for uri in (f"file:///etc/datasets/{sha256}.jsonl", f"{settings.artifacts_url}/datasets/../{sha256}.jsonl"):
-        with pytest.raises(Refused, match="is no data set of this store"):
+        with pytest.raises(Refused, match="is not a data set of this store"):
             check(settings, path=name, data={"path": {"uri": uri, "sha256": sha256}})
 
 

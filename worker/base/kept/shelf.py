@@ -83,7 +83,7 @@ class Shelf:
         if self._imprint is not None and self._key == key and self._same_files(source, traits, tell, check_stop):
             return self._imprint.model, True
         if joins:
-            raise TrainingFailed(Reason.HOST_LOST, "the trainer that it was to join has another base")
+            raise TrainingFailed(Reason.HOST_LOST, "the trainer that it was about to join has another base")
         self._imprint = self._common = self._identity = None
         self.knowledge = Knowledge()
         gc.collect()
@@ -187,12 +187,12 @@ def _held(imprint: Imprint) -> int:
 def _unfit(model: Any) -> str | None:
     """Why a base is for one training alone."""
     if not type(model).__module__.startswith("transformers."):
-        return "the model runs code of its own"
+        return "the model runs its own code"
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
-        return "the base has dropout of its own"
+        return "the base has its own dropout"
     config = model.config.get_text_config()
     if any(name.endswith(("dropout", "pdrop")) and value for name, value in vars(config).items()):
-        return "the base has dropout of its own"
+        return "the base has its own dropout"
     if getattr(config, "output_router_logits", False):
         return "the base has a loss for its router"
     return None

@@ -134,7 +134,7 @@ def _by_options(spec: JobSpec) -> str | None:
 
 def _by_model(model: Any) -> str | None:
     if not type(model).__module__.startswith("transformers."):
-        return "the model runs code of its own"
+        return "the model runs its own code"
     config = model.config.get_text_config()
     if kinds := set(getattr(config, "layer_types", None) or ()) - set(ROW_ATTENTION):
         return f"the model has layers of the kind {sorted(kinds)[0]}"

@@ -84,7 +84,7 @@ class SharedBase:
         layers = [(path, m) for path, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)]
         for path, layer in layers:  # all of them first: others' passes go through the layers that are taken over
             if not _is_plain(layer):
-                raise CantShare(f"{path} is no plain linear layer")
+                raise CantShare(f"{path} is not a plain linear layer")
         for path, layer in layers:
             self._product(path).layers[adapted] = layer
         if not self._asked and any(len(product.layers) > 1 for product in self._products.values()):

@@ -33,7 +33,7 @@ def close_if_left(place: Workplace, watch: Watch, claim: Claim, host: str | None
         if place.clock.now() > deadline:
             held = held_now()
             what = f"process {alive[0]}" if alive else f"{gib(held)} GiB of memory"
-            reason = f"job {job} left {what} behind; look at the card, then loractl undrain {place.node}"
+            reason = f"job {job} left {what} behind; check the card, then loractl undrain {place.node}"
             log.error("%s is closed: %s", place.node, reason)
             place.store.cards.drain(place.node, "loractl", reason)
             return

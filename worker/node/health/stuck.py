@@ -51,7 +51,7 @@ class StuckSupervisors:
         if longest < 2 * self._patience:
             return
         if self._place.drain.asked is None:
-            log.error("a supervisor of %s is stuck: the node saves its other jobs, then starts again", self._place.node)
+            log.error("a supervisor of %s is stuck: the node saves its other jobs, then restarts", self._place.node)
             self._place.drain.end_alone()
             self._place.drain.ask("checkpoint")
             os.kill(os.getpid(), signal.SIGTERM)  # else one that turns again would leave a node that takes no jobs
@@ -75,7 +75,7 @@ def _kill_trainer(state: AttemptState, silent: float) -> None:
     if trainer is None or trainer.poll() is not None:
         return
     if not trainer.alone:
-        log.error("job %s: its supervisor is stuck, and the trainer goes on with its other jobs", state.claim.job_id)
+        log.error("job %s: its supervisor is stuck, and the trainer continues with its other jobs", state.claim.job_id)
         stop = Stop(job_id=state.claim.job_id, save=False)
         # in a thread: the stuck supervisor may be sending itself, and the monitor must not wait for that
         threading.Thread(target=trainer.send, args=(stop,), name="stop", daemon=True).start()

@@ -83,7 +83,7 @@ def _run(run: Run, folder: Path) -> Ended:
         )
     assert process.stdin is not None
     try:
-        run.say(f"prepares its data beside the others, in process {process.pid}")
+        run.say(f"prepares its data alongside the others, in process {process.pid}")
         try:
             process.stdin.write(encode(order))
             process.stdin.flush()

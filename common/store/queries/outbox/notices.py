@@ -70,7 +70,7 @@ def tell_of_silence(tx: Transaction, now: dt.datetime) -> None:
             fallen[f"silent:{name}:{seen.isoformat()}"] = f"{name}: silent since {seen:%Y-%m-%d %H:%M} UTC"
     known = set(tx.session.scalars(select(OutboxMessage.event).where(OutboxMessage.event.in_(fallen))))
     for event in fallen.keys() - known:
-        _tell_lab(tx, event, "box.silent", fallen[event], "Its jobs go on elsewhere where a card fits.")
+        _tell_lab(tx, event, "box.silent", fallen[event], "Its jobs continue elsewhere if a card fits.")
 
 
 def tell_of_cancelled_sweeps(tx: Transaction, since: dt.datetime) -> None:

@@ -60,7 +60,7 @@ def test_a_label_is_text_or_a_whole_number_by_the_same_name() -> None:
         (["good"], "label is a list"),
         ("  ", "label is empty"),
         ("x" * (LONGEST + 1), "label is a text of 257 characters"),
-        ("\ud800", "label is no Unicode text"),
+        ("\ud800", "label is not Unicode text"),
     ],
 )
 def test_what_is_no_label_is_refused_with_its_row(label: Any, what: str) -> None:

@@ -15,10 +15,10 @@ from loractl.common.job.sections import DatasetSpec, TrainingSpec
 
 
 @pytest.mark.parametrize(
-    ("rows", "text"), [(1, "1 row to train on stands there already"), (2, "2 rows to train on stand there already")]
+    ("rows", "text"), [(1, "1 row to train on is a duplicate"), (2, "2 rows to train on are duplicates")]
 )
 def test_a_number_and_its_verb_agree(rows: int, text: str) -> None:
-    assert number_rows("{n} to train on {stands|stand} there already", rows) == text
+    assert number_rows("{n} to train on {is a duplicate|are duplicates}", rows) == text
     assert about_rows("note", "some", "{n} {has|have} it", range(rows))[0].text == text.split(" to")[0] + (
         " has it" if rows == 1 else " have it"
     )
@@ -31,8 +31,8 @@ def test_one_row_that_stands_there_already_is_said_in_the_singular() -> None:
     dataset = DatasetSpec(path="d.jsonl", eval_path="h.jsonl")
     split = split_data(dataset, raw(*"abcd", "a"), raw("a", "new", "New"))
     told = {f.kind: f.text for f in check_examples(split.train, split.held_out, split)}
-    assert told["duplicate rows"] == "1 row to train on stands there already"
-    assert told["repeated held-out rows"].startswith("1 row held out stands there already")
+    assert told["duplicate rows"] == "1 row to train on is a duplicate"
+    assert told["repeated held-out rows"].startswith("1 row held out is a duplicate")
     assert told["overlap"] == "1 row of the held-out file left out, because it is trained on"
 
 

@@ -92,7 +92,7 @@ def test_a_parquet_file_gives_rows_in_order_and_a_damaged_one_a_sentence(tmp_pat
 def test_a_pipe_is_no_data_and_nobody_waits_for_its_writer(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     error = refused(tmp_path / name)
-    assert "is no regular file" in error.sentence
+    assert "is not a regular file" in error.sentence
     assert error.hint == "write the rows into a file"
 
 
@@ -102,7 +102,7 @@ def test_a_row_without_end_is_not_read_to_its_end(tmp_path: Path, name: str, mon
         file.truncate(17 << 20)  # zeros up to there
     error = refused(tmp_path / name)
     assert "line 2 has more than 16.0 MiB" in error.sentence
-    assert error.hint == "a row is one example, on a line of its own; where rows are so long: LORACTL_MAX_ROW=64MiB"
+    assert error.hint == "a row is one example, on a separate line; for longer rows: LORACTL_MAX_ROW=64MiB"
     long = write(tmp_path, "d.jsonl", json.dumps({"text": "x" * (3 << 20)}))
     assert read_rows(long)
     monkeypatch.setenv("LORACTL_MAX_ROW", "2MiB")
@@ -382,7 +382,7 @@ def test_held_out_rows_count_once_and_near_copies_of_what_is_trained_on_are_left
     assert (split.overlap, split.near, split.repeated) == (9, 8, 16)
     told = {f.kind: f.text for f in check_examples(split.train, split.held_out, split)}
     assert told["overlap"].startswith("9 rows of the held-out file") and "8 of them in another case" in told["overlap"]
-    assert told["repeated held-out rows"].startswith("16 rows held out stand there already")
+    assert told["repeated held-out rows"].startswith("16 rows held out are duplicates, apart")
     with pytest.raises(DataError, match=r"h\.jsonl: all of its rows are trained on, too"):
         split_data(dataset, raw(*trained), raw(*copies))
     own = split_data(DatasetSpec(path="d.jsonl", test_size=0.5), raw(*["a b", "A b", "c", "c", "d", "e"]), None)
@@ -455,7 +455,7 @@ def test_a_final_file_gives_the_rows_that_are_new() -> None:
     assert len(split.train) == 30 and len(split.held_out) == 10
     told = [f.text for f in check_examples(split.train, split.held_out, split, final=Leaks.of_final(split.final))]
     assert "2 rows of the final file left out, because they are trained on or held out" in told
-    assert "1 row of the final ones stands there already, but for case and spaces" in told
+    assert "1 row of the final ones is a duplicate, apart from case and spaces" in told
     assert any(text.startswith("only 2 final: too few for an interval") for text in told)
     with pytest.raises(DataError, match=r"f\.jsonl: all of its rows are trained on or held out, too"):
         split_data(dataset, train, held, final_rows=last[:2])

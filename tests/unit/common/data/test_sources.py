@@ -143,7 +143,7 @@ def test_a_slice_of_a_file_has_the_rows_with_their_numbers_each_time(
 @pytest.mark.parametrize(
     ("split", "what"),
     [
-        ("validation[:5%]", "is a file, which has the split train alone, and validation[:5%] names validation"),
+        ("validation[:5%]", "is a file, whose only split is train, and validation[:5%] names validation"),
         ("train[20:]", "has 10 rows, and train[20:] names none of them"),
         ("train[:6]+train[5:]", "is read twice in part: the parts of train[:6]+train[5:] overlap"),
     ],

@@ -49,7 +49,7 @@ def test_on_several_cards_each_step_takes_rows_from_every_card() -> None:
     a_card = [adjusted(spec, step).training.rows_a_card(2) for step in (Adjustment(), *steps)]
     assert a_card == [(8, 1), (4, 2), (2, 4), (1, 8)]
     assert in_words(spec, Adjustment(), steps[0], cards=2) == (
-        "out of memory with 8 rows at once on each of 2 cards: goes on with 4, accumulating 2 (same effective batch)"
+        "out of memory with 8 rows at once on each of 2 cards: continues with 4, accumulating 2 (same effective batch)"
     )
 
 
@@ -102,13 +102,15 @@ def test_the_history_says_what_did_not_fit_and_how_the_run_goes_on() -> None:
     spec, none = job(8, 4), Adjustment()
     half, one = Adjustment(micro_batch=4, accumulation=8), Adjustment(micro_batch=1, accumulation=32)
     assert in_words(spec, none, half) == (
-        "out of memory with 8 rows at once: goes on with 4, accumulating 8 (same effective batch)"
+        "out of memory with 8 rows at once: continues with 4, accumulating 8 (same effective batch)"
     )
-    assert in_words(spec, none, half, where="at step 13", then="starts again") == (
-        "out of memory at step 13 with 8 rows at once: starts again with 4, accumulating 8 (same effective batch)"
+    assert in_words(spec, none, half, where="at step 13", then="restarts") == (
+        "out of memory at step 13 with 8 rows at once: restarts with 4, accumulating 8 (same effective batch)"
     )
     checkpointed = Adjustment(micro_batch=1, accumulation=32, gradient_checkpointing=True)
-    assert in_words(spec, one, checkpointed) == "out of memory with 1 row at once: goes on with gradient checkpointing"
+    assert (
+        in_words(spec, one, checkpointed) == "out of memory with 1 row at once: continues with gradient checkpointing"
+    )
     assert in_words(spec, none, Adjustment(eval_batch=4)) == "out of memory evaluating 8 rows at once: evaluates 4"
 
 
@@ -122,14 +124,14 @@ def test_a_run_in_its_room_recomputes_first_in_its_own_micro_batches_and_is_halv
     halved = next_adjustment(spec, lower, on_gpu=True)
     assert halved == Adjustment(micro_batch=2, accumulation=4, gradient_checkpointing=True, eval_batch=2)
     assert in_words(spec, roomy, lower) == (
-        "out of memory with 1 row at once: goes on with gradient checkpointing and 4, accumulating 2 "
+        "out of memory with 1 row at once: continues with gradient checkpointing and 4, accumulating 2 "
         "(same effective batch)"
     )
     whole = in_its_room(spec, Adjustment(), 4)
     assert whole == Adjustment(gradient_checkpointing=False)
     back = next_adjustment(spec, whole, on_gpu=True)
     assert back is not None
-    assert in_words(spec, whole, back) == "out of memory with 4 rows at once: goes on with gradient checkpointing"
+    assert in_words(spec, whole, back) == "out of memory with 4 rows at once: continues with gradient checkpointing"
 
 
 def test_the_room_is_one_attempt_s_and_what_a_person_refused_is_no_room() -> None:

@@ -81,9 +81,9 @@ def test_the_batch_may_be_cut_in_other_pieces_and_not_changed() -> None:
 
 def test_a_job_that_has_begun_keeps_the_method_of_its_checkpoint() -> None:
     assert change(["method=lora"], Standing.BEGUN).method is Method.LORA
-    with pytest.raises(UsageError, match="method can't change once job 3 has begun: it would be another") as no:
+    with pytest.raises(UsageError, match="method can't change once job 3 has begun: it would be a different") as no:
         change(["method=qlora"], Standing.BEGUN)
-    assert no.value.hint == "queue that as a job of its own: loractl submit --like 3 --set method=..."
+    assert no.value.hint == "queue it as a new job: loractl submit --like 3 --set method=..."
 
 
 def test_what_is_refused_names_every_key_and_what_is_left() -> None:
@@ -92,7 +92,7 @@ def test_what_is_refused_names_every_key_and_what_is_left() -> None:
     assert no.value.sentence == (
         "lora.r, training.seed can't change while job 3 runs; labels, priority, resources.time_limit can"
     )
-    assert no.value.hint == "queue that as a job of its own: loractl submit --like 3 --set lora.r=..."
+    assert no.value.hint == "queue it as a new job: loractl submit --like 3 --set lora.r=..."
     with pytest.raises(UsageError) as no:
         change(["max_retries=9"], Standing.RUNNING)
     assert no.value.hint == "stop it first: loractl cancel 3, then loractl retry 3 --set max_retries=..."

@@ -43,11 +43,11 @@ def test_parts_are_joined_by_a_plus() -> None:
 @pytest.mark.parametrize(
     ("split", "what"),
     [
-        ("train[:5%", "is no split of a data set"),
-        ("train[5]", "is no split of a data set"),
-        ("train[:0.5]", "is no split of a data set"),
-        ("", "is no split of a data set"),
-        ("train+", "is no split of a data set"),
+        ("train[:5%", "is not a split of a data set"),
+        ("train[5]", "is not a split of a data set"),
+        ("train[:0.5]", "is not a split of a data set"),
+        ("", "is not a split of a data set"),
+        ("train+", "is not a split of a data set"),
         ("train[10:50%]", "has one bound in rows and one in percent"),
         ("train[:101%]", "has a bound beyond 100 %"),
     ],

@@ -240,13 +240,13 @@ def test_keys_that_contradict_each_other_are_all_reported_with_their_lines(tmp_p
         (8, "training.num_train_epochs"),
         (9, "training.optim"),
     ]
-    assert found[1].what == "training.max_steps says when to stop already; keep one of them"
+    assert found[1].what == "training.max_steps already says when to stop; keep one of them"
 
 
 def test_final_rows_are_named_once_and_leave_rows_to_train_on(tmp_path: Path) -> None:
     head = "name: tiny\nbase_model: org/model\n"
     both = only(write(tmp_path, head + "dataset: {path: org/data, final_path: org/more, final_size: 0.2}\n"))
-    assert both.key == "dataset.final_size" and "dataset.final_path says which rows are final already" in both.what
+    assert both.key == "dataset.final_size" and "dataset.final_path already says which rows are final" in both.what
     most = only(write(tmp_path, head + "dataset: {path: org/data, test_size: 0.6, final_size: 0.4}\n"))
     assert most.key == "dataset.final_size" and "leaves no row to train on" in most.what
     load_spec(write(tmp_path, head + "dataset: {path: org/data, eval_path: org/more, final_size: 0.6}\n"))
@@ -384,7 +384,7 @@ def test_each_data_set_of_a_job_may_lie_beside_its_file_or_elsewhere(tmp_path: P
 @pytest.mark.parametrize(
     ("dataset", "key", "what"),
     [
-        ("split: 'train[:5'", "dataset.split", '"train[:5" is no split of a data set'),
+        ("split: 'train[:5'", "dataset.split", '"train[:5" is not a split of a data set'),
         ("more: [{path: b, split: 'train[1:5%]'}]", "dataset.more.0.split", "has one bound in rows and one in percent"),
         ("eval_path: b, eval_split: 'test[:900%]'", "dataset.eval_split", "has a bound beyond 100 %"),
         ("more: [{path: b, share: 0.5}, {path: c, share: 0.5}]", "dataset.more", "leave nothing for dataset.path"),
@@ -411,7 +411,7 @@ def test_what_is_no_path_here_stays_a_hub_id(tmp_path: Path, monkeypatch: pytest
 
 def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path) -> None:
     problem = only(write(tmp_path, MINIMAL + "lora:\n  r: 4\n  r: 8\n"))
-    assert (problem.line, problem.what) == (6, "is not valid YAML: key lora.r stands twice")
+    assert (problem.line, problem.what) == (6, "is not valid YAML: duplicate key: lora.r")
 
 
 def test_broken_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
@@ -426,10 +426,10 @@ def test_broken_yaml_is_refused_with_its_line(tmp_path: Path) -> None:
     ("text", "line", "hint"),
     [
         ("name: a\nlora:\n    r: 1\n  lora_alpha: 2\n", 4, "the keys of one section begin in the same column"),
-        ("name: a\nlora:\n  r: 1\n   lora_alpha: 2\n", 4, "begins in another column than its section"),
-        ("name: a: b\n", 1, "a text with a colon, which needs quotes"),
-        ("name a\nmethod: lora\n", 2, "here or a line above, a key lacks its colon"),
-        ("name: a\nmethod\n", 3, "write a colon and a space behind a key, like name: mine"),
+        ("name: a\nlora:\n  r: 1\n   lora_alpha: 2\n", 4, "a key in the wrong column"),
+        ("name: a: b\n", 1, "an unquoted text with a colon"),
+        ("name a\nmethod: lora\n", 2, "here or one line above: a missing colon"),
+        ("name: a\nmethod\n", 3, "write a colon and a space after a key, like name: mine"),
         ("name: a\nlora: {r: 1\nmethod: lora\n", 3, "the bracket of line 2 is not closed"),
         ("name: 'a\nmethod: lora\n", 3, "the quote of line 1 is not closed"),
     ],
@@ -461,7 +461,7 @@ def test_a_file_over_the_size_limit_is_taken_for_data(tmp_path: Path) -> None:
     assert load_spec(write(tmp_path, MINIMAL + fits)).name == "tiny"
     problem = only(write(tmp_path, MINIMAL + over))
     assert problem.what == f"has {MAX_FILE_BYTES + 1} bytes, a job file at most {MAX_FILE_BYTES}"
-    assert problem.hint == "the data belong into a file of their own: dataset.path"
+    assert problem.hint == "put the data into a separate file: dataset.path"
 
 
 @pytest.mark.timeout(20)
@@ -560,7 +560,7 @@ def test_a_classifier_has_defaults_of_its_own_and_any_other_job_those_it_had(tmp
         ("evaluation: {samples: 4}", "evaluation.samples", "a classifier generates no answers"),
         ("evaluation: {max_new_tokens: 4}", "evaluation.max_new_tokens", "a classifier generates no answers"),
         ("evaluation: {regression: org/other}", "evaluation.regression", "knows nothing but its labels"),
-        ("evaluation: {lm_eval: [arc_easy]}", "evaluation.lm_eval", "goes on with no text"),
+        ("evaluation: {lm_eval: [arc_easy]}", "evaluation.lm_eval", "generates no text"),
         ("training: {packing: true}", "training.packing", "one text with one label; set packing: false"),
         ("lora: {modules_to_save: [lm_head]}", "lora.modules_to_save", "lm_head: a classifier has only its own head"),
     ],

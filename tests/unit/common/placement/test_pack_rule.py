@@ -113,7 +113,7 @@ def test_jobs_of_one_sweep_join_where_others_would_wait_longer() -> None:
     assert not refused.pays and refused.needed == pytest.approx(1.6)
     assert join_verdict(law, sweep, sweep[0], apart=half).pays, "what a process costs is assumed, a sweep's gain is not"
     slower = "a member of one pass would slow another by 69 %"
-    assert refused.why == f"{slower}, a process of its own on the card by 50 %"
+    assert refused.why == f"{slower}, a separate process on the card by 50 %"
     assert not join_verdict(law, others, others[0], apart=replace(turns, others=2)).pays, "two more share the card"
     mixed = [*sweep[:2], replace(sweep[0], sweep="another")]
     assert not join_verdict(law, mixed, sweep[0]).pays

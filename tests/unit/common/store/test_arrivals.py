@@ -48,7 +48,7 @@ def test_the_same_boot_of_the_same_box_gives_back_what_it_left_at_once(timed: St
 def test_a_copy_of_a_living_box_is_refused_and_takes_nothing(timed: Store, clock: Clock, copy: str) -> None:
     claim = run(timed)
     clock.forward(NODE_STALE_S)
-    with pytest.raises(NameTaken, match="another box calls itself heron and serves its device 0"):
+    with pytest.raises(NameTaken, match="another box is named heron and serves its device 0"):
         timed.cards.arrive(heron(**COPIES[copy]))
     with pytest.raises(NameTaken):
         timed.cards.see(heron(**COPIES[copy]))

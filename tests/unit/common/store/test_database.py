@@ -224,7 +224,7 @@ def test_a_wrong_statement_is_not_taken_for_an_outage(postgres_url: str, tmp_pat
     ("url", "sentence"),
     [
         ("nonsense", "LORACTL_DATABASE_URL is not a database URL: nonsense"),
-        ("oracle9://lab:hunter2@db/x", "LORACTL_DATABASE_URL: oracle9 is no database that loractl works with"),
+        ("oracle9://lab:hunter2@db/x", "LORACTL_DATABASE_URL: oracle9 is not a database that loractl supports"),
     ],
 )
 def test_an_address_that_is_no_database_shows_the_right_form(url: str, sentence: str) -> None:

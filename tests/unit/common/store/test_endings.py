@@ -139,8 +139,7 @@ def test_a_failing_card_is_tried_again_after_a_pause_and_three_of_them_hold_the_
     row = timed.jobs.get(job_id)
     assert (row.held, row.retries_used) == (True, 0)
     assert row.message == (
-        "held: its card failed 3 times in a row; it may be what makes them fail;"
-        " the last on box:0: because of gpu_error"
+        "held: its card failed 3 times in a row; the job may cause it; the last on box:0: because of gpu_error"
     )
 
 
@@ -192,7 +191,7 @@ def test_a_job_that_loses_its_third_worker_is_held_until_a_person_releases_it(ti
     row = timed.jobs.get(job_id)
     assert (row.status, row.held) == (Status.QUEUED, True)
     assert row.message == (
-        "held: its worker was lost 3 times in a row; it may be what kills them;"
+        "held: its worker was lost 3 times in a row; the job may kill its workers;"
         " the last on box:0: box:0 was silent for 60 s"
     )
     assert take(timed) is None
@@ -391,7 +390,7 @@ def test_a_failed_job_keeps_what_a_retry_goes_on_from_and_says_so(timed: Store, 
     assert end(timed, reason, mine) is (Status.CANCELLED if reason is Reason.CANCELLED else Status.FAILED)
     row, told = timed.jobs.get(job_id), timed.jobs.events(job_id)[-1].text
     assert (row.checkpoint, row.result_host) == ((vars(stored), "box") if keeps else (None, None))
-    assert ("its finished result stays on box for loractl retry, until loractl gc takes it" in told) is keeps
+    assert ("its finished result stays on box for loractl retry, until loractl gc removes it" in told) is keeps
     if not keeps:
         return
     clock.forward(7200)

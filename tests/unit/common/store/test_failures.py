@@ -117,7 +117,7 @@ def test_two_gpu_errors_in_a_row_close_the_card_and_undrain_opens_it(timed: Stor
     (order,) = timed.cards.drains().values()
     assert (order.target, order.user, order.until, order.now) == ("a:0", "loractl", None, False)
     assert order.reason == (
-        f"gpu_error in jobs {first} and {second}, the last: because of gpu_error; look at it, then loractl undrain a:0"
+        f"gpu_error in jobs {first} and {second}, the last: because of gpu_error; check it, then loractl undrain a:0"
     )
     assert timed.jobs.events(second)[-2].text == f"a:0 takes no more jobs: {order.reason}"
     clock.forward(LAB_RETRY_DELAY_S)

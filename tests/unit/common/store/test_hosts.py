@@ -65,7 +65,7 @@ def test_the_next_job_on_a_base_joins_its_host_and_another_s_leaves_it_alone(sto
     queue(store)
     mine = claim(store)
     assert (mine.host, mine.leaving) == ("h1", ())
-    assert "where its base is loaded already" in store.jobs.events(mine.job_id)[-1].text
+    assert "where its base is already loaded" in store.jobs.events(mine.job_id)[-1].text
     (base,) = [b for b in store.cards.fleet().cards[NODE].hosts if b.host == "h1"]
     assert base.job_id == mine.job_id
     queue(store)

@@ -330,7 +330,7 @@ def test_after_an_upgrade_what_waits_is_planned_for_the_new_steps(store: Store, 
     assert (job.vram_lora, job.vram_qlora, job.vram_needed) == (need.lora, need.qlora, need.lora)
     assert job.planned == vars(need)
     assert (job.need_key, job.family, job.engine) == (need_key(asked, {}), "llama", ENGINE)
-    text = f"planned anew for the steps of this version: lora {gib(need.lora)} GiB, qlora {gib(need.qlora)} GiB"
+    text = f"planned again for this version's steps: lora {gib(need.lora)} GiB, qlora {gib(need.qlora)} GiB"
     assert text_of_last(store, job_id) == ("planned", text)
     assert store.jobs.plan_anew() == [], "once"
     assert claim(store).job_id == job_id

@@ -54,7 +54,7 @@ def test_alone_on_its_card_a_job_trains_without_recomputing(store: Store) -> Non
     assert mine.adjustment == Adjustment(gradient_checkpointing=False)
     assert mine.vram_planned == 40 * GIB and not mine.packs
     started = store.jobs.events(job_id)[-1].text
-    assert started.endswith("without recomputing: 40.0 GiB in place of 8.0, which nobody else wants now")
+    assert started.endswith("without recomputing: 40.0 GiB instead of 8.0, which no other job wants now")
     assert store.jobs.get(job_id).adjustment is None, "the room is this attempt's"
 
 

@@ -80,7 +80,7 @@ def test_a_member_that_loses_at_a_rung_is_told_to_stop_and_why(store: Store) -> 
     assert told is not None
     assert told == (
         "stopped at 25 % of its steps (step 8): held-out loss 1.8000 is not the best of 3 there; "
-        "1.5000 or less would have gone on"
+        "1.5000 or less would have continued"
     )
     assert reach(store, four, 8, 1.8).pruned is None, "the second of four"
     assert reach(store, two, 12, 9.9).pruned is None, "no rung"

@@ -48,7 +48,7 @@ def test_only_a_waiting_job_can_be_held(store: Store) -> None:
     assert isinstance(taken, Claim)
     with pytest.raises(WrongState, match=f"job {job_id} is running: only a waiting job can be held") as refused:
         store.jobs.hold(job_id, "bob")
-    gives = "--now --reason ... gives it back with a checkpoint, and then it waits"
+    gives = "--now --reason ... requeues it with a checkpoint"
     assert refused.value.hint == f"loractl drain {store.jobs.get(job_id).node} {gives}"
     store.attempts.finish(taken, Reason.OK, "done", Progress(), RESULT)
     with pytest.raises(WrongState, match="has succeeded"):

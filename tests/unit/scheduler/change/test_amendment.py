@@ -167,7 +167,7 @@ def test_a_retry_with_a_change_goes_on_from_the_checkpoint(store: Store) -> None
     assert again.checkpoint is not None and again.checkpoint.step == 40
     assert again.spec.resources.time_limit == 7200
     store.attempts.finish(again, Reason.OK, "done", Progress(), RESULT)
-    with pytest.raises(WrongState, match="job 1 has succeeded: nothing of it changes any more"):
+    with pytest.raises(WrongState, match="job 1 has succeeded and can't be changed"):
         amendment(store, claim.job_id, ["priority=1"])
 
 
@@ -176,7 +176,7 @@ def test_a_job_that_failed_before_its_first_step_takes_the_setting_that_its_fail
     claim = started(store)
     with pytest.raises(UsageError) as no:
         amendment(store, claim.job_id, ["dataset.on_overflow=drop"])
-    assert no.value.hint == "queue that as a job of its own: loractl submit --like 1 --set dataset.on_overflow=..."
+    assert no.value.hint == "queue it as a new job: loractl submit --like 1 --set dataset.on_overflow=..."
     store.attempts.finish(claim, Reason.BAD_DATA, "row 1: has no token to learn", Progress(), None)
     store.jobs.retry(claim.job_id, "bob", amendment(store, claim.job_id, ["dataset.on_overflow=drop", "lora.r=8"]))
     again = started(store)
@@ -187,7 +187,7 @@ def test_a_job_that_failed_before_its_first_step_takes_the_setting_that_its_fail
     store.jobs.retry(claim.job_id, "bob")
     with pytest.raises(UsageError, match=r"lora.r can't change once job 1 has begun") as no:
         amendment(store, claim.job_id, ["lora.r=4"])
-    assert no.value.hint == "queue that as a job of its own: loractl submit --like 1 --set lora.r=..."
+    assert no.value.hint == "queue it as a new job: loractl submit --like 1 --set lora.r=..."
 
 
 def test_a_retry_that_is_refused_changes_nothing(store: Store) -> None:

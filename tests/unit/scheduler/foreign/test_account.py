@@ -91,7 +91,7 @@ def test_what_changes_nothing_that_is_learned_is_not_called_left_out(tmp_path: P
         ("bnb_config_kwargs: {bnb_4bit_use_double_quant: false}", "bnb_config_kwargs", "double"),
         ("optimizer: muon", "optimizer", "its own default"),
         ("val_set_size: 200", "val_set_size", "a tenth"),
-        ("datasets: [{path: o/d, type: alpaca, split: 'train[:5'}]", "datasets[0].split", "is no split"),
+        ("datasets: [{path: o/d, type: alpaca, split: 'train[:5'}]", "datasets[0].split", "is not a split"),
         ("datasets: [{path: o/d, type: alpaca}, {path: o/e, type: completion}]", "datasets[1]", "plain text next to"),
         ("datasets: [{path: o/d, type: alpaca, name: en}]", "datasets[0].name", "default"),
         ("datasets: [{path: o/d, type: alpaca, data_files: [x/rows.json]}]", "datasets[0].data_files", "whole split"),
@@ -201,7 +201,7 @@ def test_llama_factory_s_two_kinds_of_packing_are_one_setting(tmp_path: Path, li
         ("pure_bf16: true", {}, "pure_bf16", "fp32"),
         ("use_swanlab: true", {}, "use_swanlab", "tensorboard"),
         ("", {"num_samples": 100}, "dataset_info.json: num_samples", "every row"),
-        ("max_samples: 10", {"split": "train[:50%]"}, "max_samples", "no number of rows of the split"),
+        ("max_samples: 10", {"split": "train[:50%]"}, "max_samples", "not a number of rows of the split"),
         ("", {"subset": "en"}, "dataset_info.json: subset", "default"),
         (
             "",

@@ -237,7 +237,7 @@ def test_a_store_that_lists_no_uploads_ends_no_gc(lab: Lab, caplog: pytest.LogCa
     lab.run(Reason.DIVERGED)
     lab.clock.forward(MONTH.total_seconds())
     assert names(lab.cleaner(artifacts=Silent(lab.artifacts.url)).remove(), Kind.ATTEMPT)
-    assert "what uploads left that were killed stays: listing" in caplog.text
+    assert "leftovers of killed uploads stay: listing" in caplog.text
 
 
 def test_an_upload_that_can_t_be_removed_ends_no_gc(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
@@ -250,7 +250,7 @@ def test_an_upload_that_can_t_be_removed_ends_no_gc(lab: Lab, caplog: pytest.Log
     lab.clock.forward(MONTH.total_seconds() + 86400)
     gone = list(lab.cleaner(artifacts=Kept(lab.artifacts.url)).remove())
     assert (names(gone, Kind.DATA), names(gone, Kind.UNFINISHED)) == (data, set())
-    assert f"what an upload left that was killed stays: removing datasets/{'a' * 64}.jsonl" in caplog.text
+    assert f"leftovers of a killed upload stay: removing datasets/{'a' * 64}.jsonl" in caplog.text
 
 
 def test_old_data_go_once_no_job_may_read_them(lab: Lab) -> None:

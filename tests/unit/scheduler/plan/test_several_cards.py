@@ -64,7 +64,7 @@ def test_a_job_with_patience_takes_no_card_with_qlora_before_it_is_over(store: S
     small = memory_need(store, job_to_plan(store, str(file), ()), 16 * GIB, solve=False)
     assert rows(small) == [("tight", "a card", "with qlora, once it has waited 2 h 00 min for lora")]
     said = " ".join(need_text(small, "x", Screen(width=80, unicode=True, color=False)).split())
-    assert "For 2 h 00 min it waits for a card that holds LoRA; then QLoRA will do." in said
+    assert "For 2 h 00 min it waits for a card that holds LoRA; then QLoRA is allowed." in said
     assert rows(memory_need(store, job_to_plan(store, str(file), ()), 48 * GIB, solve=False))[0][0] == "fits"
     store.cards.see(node_state("heron:0", total=16 * GIB))
     job_id = store.jobs.submit(plan_job(patient, "ada", {}, store))

@@ -120,7 +120,7 @@ def test_other_versions_and_devices_are_named_with_a_card_that_has_them(store: S
 
 
 def test_a_change_in_mid_training_is_told_and_one_before_it_is_not(store: Store, tmp_path: Path) -> None:
-    text = "out of memory at step 5 with 8 rows at once: starts again with 4"
+    text = "out of memory at step 5 with 8 rows at once: restarts with 4"
     changed = {"changes": [text], "adjustment": {"micro_batch": 4, "accumulation": 4}}
     assert "batch" not in told(again(store, tmp_path, report(training=changed)))
     resumed = again(store, tmp_path, report(training={**changed, "resumed_from_step": 4}))

@@ -98,7 +98,7 @@ def test_a_different_adapter_is_measured_by_what_it_does() -> None:
     assert {pair.what for pair in found.ran_with} == {"torch", "training.seed"}
     text = sameness_text(found, SCREEN)
     for expected in (
-        "2 did not come out the same as 1.", "−0.023", "of row 7", "part at step 2", "aaaaaaaaaaaa", "ffffffffffff",
+        "2 did not come out the same as 1.", "−0.023", "of row 7", "diverge at step 2", "aaaaaaaaaaaa", "ffffffffffff",
     ):  # fmt: skip
         assert expected in text
 
@@ -107,9 +107,9 @@ def test_equal_weights_that_were_measured_otherwise_are_said_to_be_so() -> None:
     found = compare_results(job(1), job(2, evaluation__row_losses=[[3, 10, 40.0, 20.0], [7, 12, 48.0, None]]))
     assert not found.same
     text = sameness_text(found, SCREEN)
-    assert "the adapters are equal, what was measured on them is not" in text
+    assert "the adapters are equal, their measurements are not" in text
     assert "the largest difference is not finite" in text
-    assert "Nothing that the reports tell" in text
+    assert "The reports show no difference" in text
     assert json.loads(json.dumps(found.as_json(), allow_nan=False))["row_losses"]["largest"] is None
 
 

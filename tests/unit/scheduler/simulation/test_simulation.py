@@ -400,7 +400,7 @@ def test_the_command_prints_text_or_json_and_draws(cli: Cli, own: Path, tmp_path
         (["--fleet", "80GiB", "--longest", "soon"], "--longest soon is not a duration"),
         (["--fleet", "80GiB", "--contention", "inf"], "--contention inf is not a number"),
         (["--fleet", "80"], "--fleet 80: "),
-        (["--fleet", "80GiB", "--base-models", "0"], "--base-models 0 is no number of base models"),
+        (["--fleet", "80GiB", "--base-models", "0"], "--base-models 0 is not a number of base models"),
         (["--fleet", "80GiB", "--base-size", "2GiB"], "--base-size says nothing without --base-models"),
         (["--fleet", "80GiB", "--base-models", "1", "--base-size", "2"], "--base-size 2 is not a size"),
         (["--fleet", "80GiB", "--micro-batch", "64"], "--micro-batch says nothing of jobs without a base model"),

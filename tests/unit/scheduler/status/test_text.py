@@ -234,7 +234,7 @@ def test_what_is_wrong_with_a_box_stands_in_the_first_line_and_beside_its_job() 
 
 
 def test_a_result_is_told_whole_in_80_columns() -> None:
-    message = "base_model x can't be loaded: the hub has nothing of that name, or does not show it to this worker"
+    message = "base_model x can't be loaded: the hub has no such name, or hides it from this worker"
     failed = job(status=Status.FAILED, reason=Reason.MODEL_NOT_FOUND, message=message, ended_at=NOON)
     text = listed([failed], NOON, PLAIN)
     assert message in " ".join(line.strip() for line in text.splitlines()) and "…" not in text
@@ -294,9 +294,9 @@ def test_a_job_that_waits_failed_or_succeeded_says_why_and_what_to_do_next() -> 
     assert failed[0] == "7 helpdesk failed (disk_full): no space"
     assert failed[-1] == "Next: free space on the worker's disk, then loractl retry 7."
     late = full(job(status=Status.FAILED, reason=Reason.TIMED_OUT)).splitlines()
-    assert late[-1].endswith("retry 7 --set resources.time_limit=2h; it begins anew, there is no checkpoint.")
+    assert late[-1].endswith("retry 7 --set resources.time_limit=2h starts again: there is no checkpoint.")
     late = full(job(status=Status.FAILED, reason=Reason.TIMED_OUT, checkpoint={"step": 4})).splitlines()
-    assert late[-1] == "Next: loractl retry 7 --set resources.time_limit=2h goes on from its checkpoint."
+    assert late[-1] == "Next: loractl retry 7 --set resources.time_limit=2h continues from its checkpoint."
     done = full(
         job(status=Status.SUCCEEDED, reason=Reason.OK, message="done", adapter_uri="s3://a", report_uri="s3://r")
     ).splitlines()
@@ -335,7 +335,7 @@ def test_the_attempts_of_a_job_on_several_cards_fit_a_narrow_screen() -> None:
 
 def test_memory_that_others_share_is_not_called_the_jobs_own() -> None:
     lines = full(running(), attempts=[attempt(vram_peak=None, shared=True)]).splitlines()
-    assert "memory    planned 8.0 GiB, not measured apart from those beside it" in lines
+    assert "memory    planned 8.0 GiB, not measured separately from its companions" in lines
 
 
 def test_the_adapters_are_listed_with_the_command_that_fetches_one() -> None:

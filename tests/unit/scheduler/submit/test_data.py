@@ -22,10 +22,10 @@ from ...factories import spec, submission
     "name", ["json", "csv", "squad", "a/b/c", "hf://datasets/a/b", "no such file", "data@main", "a/b@", "a/b@../c"]
 )
 def test_a_name_that_is_neither_is_refused_at_submit(name: str) -> None:
-    with pytest.raises(DataError, match="no data set of the hub") as caught:
+    with pytest.raises(DataError, match="nor a data set on the hub") as caught:
         check_data(spec(dataset={"path": name}))
     assert "owner/name" in str(caught.value.hint)
-    with pytest.raises(DataError, match="no data set of the hub"):
+    with pytest.raises(DataError, match="nor a data set on the hub"):
         check_data(spec(dataset={"path": "org/data", "eval_path": name}))
 
 
@@ -70,7 +70,7 @@ def test_rows_are_held_out_of_the_file_that_is_trained_on_by_slices(tmp_path: Pa
     sliced["split"] = "train[:95%]"
     (overlap,) = [finding for finding in check_data(spec(dataset=sliced)) if finding.kind == "overlap"]
     assert overlap.count == 5
-    with pytest.raises(DataError, match="has the split train alone"):
+    with pytest.raises(DataError, match="whose only split is train"):
         check_data(spec(dataset={**sliced, "eval_split": "test"}))
 
 

@@ -130,7 +130,7 @@ def test_a_chat_template_that_no_store_could_keep_is_refused_before_a_training(
 def test_a_pipe_in_a_base_s_folder_is_refused_and_nobody_waits_for_its_writer(base: str, name: str) -> None:
     (Path(base) / "tokenizer.json").write_text("{}")
     os.mkfifo(Path(base) / name)
-    with pytest.raises(UsageError, match=f"{name} is no regular file"):
+    with pytest.raises(UsageError, match=f"{name} is not a regular file"):
         check_base(Path(base))
 
 

@@ -76,7 +76,7 @@ def test_a_grid_with_trials_draws_so_many_different_points() -> None:
         (["lora.r=8,16,8"], None, "has the value 8 twice"),
         (["lora.r=8,,16"], None, "has an empty value"),
         (["lora.r=int:4..64"], None, "--set lora.r is a range, so its points are drawn"),
-        (["lora.r=int:4..64.5"], 3, "ends that are no whole numbers"),
+        (["lora.r=int:4..64.5"], 3, "ends that are not whole numbers"),
         (["lora.r=int:a..64"], 3, "is not a range of numbers"),
         (["a=uniform:0..nan"], 3, "is not a range of numbers"),
         (["a=uniform:1..1"], 3, "begins above its end"),

@@ -309,7 +309,7 @@ def test_a_job_behind_another_one_says_whose_turn_it_is() -> None:
     assert told(mine, card(), waiting=[waits(6)]) == ("order", "6 goes first on box:0")
     assert told(mine, card(), waiting=[waits(9, user="bob")], charges={"ada": 5.0}) == (
         "share",
-        "bob had less of the cards: 9 goes first on box:0",
+        "bob used the cards less: 9 goes first on box:0",
     )
 
 

@@ -202,7 +202,7 @@ def test_only_this_machine_s_own_address_needs_no_token(tmp_path: Path) -> None:
         assert access.token == home_token(tmp_path)
         assert access.knows(["lab.example:8470"]) and access.knows(["192.0.2.7"])
         assert not any(map(access.knows, (["evil.example"], [], ["lab.example", "lab.example"])))
-    with pytest.raises(UsageError, match="is no address"):
+    with pytest.raises(UsageError, match="is not an address"):
         access_to("lab.example", tmp_path, (), always=False)
 
 

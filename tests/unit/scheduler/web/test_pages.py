@@ -170,11 +170,11 @@ def test_filters_and_parts_are_parameters_of_the_address(own_web: Web) -> None:
     ("address", "status", "sentence"),
     [
         ("/jobs/999", 404, "There is no job 999"), ("/sweeps/9", 404, "There is no sweep 9"),
-        ("/nothing", 404, "There is no such page"), ("/jobs?after=x", 400, "is no number"),
-        ("/jobs?status=asleep", 400, "is no state of a job"), ("/jobs?label=team", 400, "has no value"),
+        ("/nothing", 404, "There is no such page"), ("/jobs?after=x", 400, "is not a number"),
+        ("/jobs?status=asleep", 400, "is not a job state"), ("/jobs?label=team", 400, "has no value"),
         ("/?after=999", 404, "There is no job 999"), ("/jobs/99999999999999999999", 404, "There is no"),
         ("/sweeps/99999999999999999999", 404, "There is no"),
-        ("/jobs?after=000000000001999999999999999999", 400, "is no number"),
+        ("/jobs?after=000000000001999999999999999999", 400, "is not a number"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_is_one_sentence(web: Web, address: str, status: int, sentence: str) -> None:

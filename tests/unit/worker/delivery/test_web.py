@@ -37,11 +37,11 @@ def told(url: str) -> Delivery:
         (receivers.status(503, "Retry-After: soon"), Delivery(again=True, why="HTTP 503")),
         (receivers.status(410), Delivery(why="HTTP 410")),
         (receivers.endless_body, Delivery(sent=True)),
-        (receivers.endless_headers, Delivery(again=True, why="its answer is no HTTP")),
+        (receivers.endless_headers, Delivery(again=True, why="its answer is not HTTP")),
         (receivers.hang, Delivery(again=True, why="it does not answer in time")),
         (receivers.trickle, Delivery(again=True, why="it does not answer in time")),
         (receivers.close, Delivery(again=True, why="the connection broke")),
-        (receivers.answer("220 mail.lab ESMTP\n"), Delivery(again=True, why="its answer is no HTTP")),
+        (receivers.answer("220 mail.lab ESMTP\n"), Delivery(again=True, why="its answer is not HTTP")),
     ],
     ids="sent 500 429 503 gone endless-body endless-headers hangs trickles closes no-http".split(),  # noqa: SIM905  one line
 )
