@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from loractl.common.job.method import Method
 from loractl.common.job.need import SharedNeed
 
-from .cards import Card, Room, failed, largest_gpu, room_at, suits
+from .cards import Card, Room, elsewhere, failed, largest_gpu, room_at, suits
 from .lines import Waiting
 
 
@@ -63,8 +63,7 @@ def _holding(job: Waiting, gang: SharedNeed, cards: Iterable[Card]) -> Iterator[
 
 def may_share(card: Card, job: Waiting) -> bool:
     """Whether the card may be one of several for the job at all; neither its room nor what failed is asked."""
-    fits = job.requires <= card.labels and job.only_host in (None, card.host)
-    return fits and card.open and card.gangs and not card.processor
+    return elsewhere(card, job) is None and card.open and card.gangs and not card.processor
 
 
 def takers(job: Waiting, gang: SharedNeed, cards: Collection[Card]) -> list[Card]:

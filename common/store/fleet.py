@@ -10,11 +10,12 @@ from typing import Any
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, Ways
-from loractl.common.placement.cards import Card, Leaver, Occupant, WarmBase, largest_gpu
+from loractl.common.placement.cards import Card, Leaver, Occupant, WarmBase
 from loractl.common.placement.closure import CardFailure
 from loractl.common.placement.joins import RefusedJoin
 from loractl.common.placement.keys import QueueKey
 from loractl.common.placement.lines import Waiting
+from loractl.common.placement.refusals import Round
 from loractl.common.placement.rule import Decision
 
 from .columns import Unreadable, unreadable_of
@@ -45,9 +46,9 @@ class FleetView:
     refused_joins: Mapping[tuple[int, str], RefusedJoin] = field(default_factory=dict)  # by waiting job and card
 
     @functools.cached_property
-    def largest(self) -> int:
-        """See largest_gpu. It is asked for each card and each job that waits."""
-        return largest_gpu(self.cards.values())
+    def round(self) -> Round:
+        """What the rule has decided, and why it gives a job no card."""
+        return Round(cards=self.cards, decisions=self.decisions, now=self.now)
 
     @functools.cached_property
     def suiting(self) -> dict[tuple[object, ...], frozenset[str]]:

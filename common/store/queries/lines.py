@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.placement.keys import QueueKey, queue_key_range
 from loractl.common.placement.lines import JoinedLine, Line, ListedLine, Openings, SubstitutedLine, Waiting, waited
-from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
+from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, turn
 
 from ..columns import UtcDateTime
 from ..fleet import NOWHERE, waiting_of
@@ -167,14 +167,10 @@ def read_wanted(session: Session, now: dt.datetime, job_id: int, free: int) -> b
 
 def read_order(session: Session, now: dt.datetime, charges: Mapping[str, float], limit: int) -> list[Waiting]:
     """The first ready jobs in the order in which the rule tries them: by priority, their user's share, age."""
-
-    def turn(job: Waiting) -> tuple[float, int]:
-        return charges.get(job.user, 0.0), job.job_id
-
     found: list[Waiting] = []
     for priority in _priorities(session):
         heads = _first_by_user(session, now, priority).values()
-        level = heapq.merge(*(_from(session, now, first) for first in heads), key=turn)
+        level = heapq.merge(*(_from(session, now, first) for first in heads), key=lambda job: turn(job, charges))
         found += itertools.islice(level, limit - len(found))
         if len(found) == limit:
             break

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.method import Parallel
 from loractl.common.job.need import SharedNeed, least_need
-from loractl.common.placement.cards import Card, Room, room_at
-from loractl.common.placement.gangs import Gathering, first_gathering, gang_of, may_share, takers
+from loractl.common.placement.gangs import Gathering, first_gathering, takers
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 from loractl.common.units import gib
@@ -45,15 +44,10 @@ class CardsAsked:
 def asked_of(job: Job, view: FleetView) -> CardsAsked:
     """What a waiting job asks of the fleet as it is."""
     me = waiting_of(vars(job), view.now)
-    gang = shared_way(me, view) or (me.gangs[0] if me.gangs and not me.alone else None)
+    gang = view.round.gang_of(me) or (me.gangs[0] if me.gangs and not me.alone else None)
     if gang is None:
         return CardsAsked(bytes=me.least if me.gangs else job.vram_needed)
     return CardsAsked(bytes=least_need(me.methods, gang.need), cards=gang.cards, parallel=gang.parallel)
-
-
-def shared_way(me: Waiting, view: FleetView) -> SharedNeed | None:
-    """The way in which several cards are to share the job; None: one card is to have it."""
-    return gang_of(me, view.cards.values()) if me.gangs else None
 
 
 def gang_wait(me: Waiting, gang: SharedNeed, view: FleetView) -> GangWait:
@@ -77,18 +71,6 @@ def gathering_of(me: Waiting, gang: SharedNeed, view: FleetView) -> Gathering | 
     """The cards on which the job can start first; None: other programs hold too much of all."""
     found = first_gathering(me, gang, takers(me, gang, view.cards.values()), view.now)
     return None if found is None else found[1]
-
-
-def room_for_share(me: Waiting, gang: SharedNeed, card: Card, view: FleetView) -> Room | None:
-    """When a card has room for its share of the job; None: it can't have one, or its box lacks such cards."""
-    size = least_need(me.methods, gang.need)
-
-    def room(other: Card) -> Room | None:
-        return room_at(other, size or max(1, other.capacity), view.now) if may_share(other, me) else None
-
-    mine = room(card)
-    able = [other for other in view.cards.values() if other.host == card.host and room(other) is not None]
-    return mine if len(able) >= gang.cards else None
 
 
 def in_words(cards: Sequence[str]) -> str:

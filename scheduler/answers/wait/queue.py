@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from loractl.common.job.status import Status
 from loractl.common.placement.lines import Waiting
-from loractl.common.store.fleet import FleetView, waiting_of
+from loractl.common.store.fleet import FleetView
 
-from .cards import opening_of, refused_join, when_they_end
+from .cards import Asking, refused_join, when_they_end
 from .gangs import CardsAsked, asked_of
 from .reasons import Tier, Wait, explain
 from .rivals import ahead_of, reaches
@@ -69,12 +69,12 @@ def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[
     if start is None:
         ahead = [other.job_id for other in ahead_of(job, view, ready)]
         return replace(wait, sentence=f"{wait.sentence}; {_goes_first(ahead, job, ready)}") if ahead else wait
-    me, card = waiting_of(vars(job), view.now), view.cards[start.node]
-    opening = opening_of(me, card, view)
-    if opening is None or not opening.after or wait.sentence.startswith(f"{start.node} when"):
+    asking = Asking.of(job, view)
+    full = asking.full.get(start.node)
+    if asking.gang is not None or full is None or wait.sentence.startswith(f"{start.node} when"):
         return wait
-    apart = refused_join(me, card, view)
-    return replace(wait, sentence=f"{start.node} when {when_they_end(opening.after)}{apart}", apart=apart)
+    apart = refused_join(asking.me, view.cards[start.node], view)
+    return replace(wait, sentence=f"{start.node} when {when_they_end(full.after)}{apart}", apart=apart)
 
 
 def _goes_first(ahead: Sequence[int], job: Job, ready: Sequence[Waiting]) -> str:
