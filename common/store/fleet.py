@@ -10,6 +10,7 @@ from typing import Any
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, Ways
+from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card, Leaver, Occupant, WarmBase
 from loractl.common.placement.closure import CardFailure
 from loractl.common.placement.joins import RefusedJoin
@@ -180,6 +181,16 @@ def fault_of(node: Node) -> str | None:
     """Why nothing can run on a card: what its worker says, or what of its row can't be read."""
     what = unreadable_of(vars(node))
     return node.fault or (f"its row can't be read: {what}" if what else None)
+
+
+def is_ready(job: Job, now: dt.datetime) -> bool:
+    """Whether a claim may take the job, whatever it needs: `tables.READY` of a row."""
+    return job.status is Status.QUEUED and not job.held and not paused(job, now)
+
+
+def paused(job: Job, now: dt.datetime) -> bool:
+    """Whether the job waits out a pause: after a failed attempt, or for a newer worker."""
+    return job.not_before is not None and job.not_before > now
 
 
 NOWHERE = frozenset({("", "a row that can't be read")})

@@ -25,7 +25,7 @@ from loractl.common.units import gib
 
 from ..aside import look_again, set_aside
 from ..attempt_columns import begun
-from ..fleet import unreadable
+from ..fleet import is_ready, unreadable
 from ..guard import move
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node
@@ -114,8 +114,8 @@ def _take(
 ) -> Claim | Left:
     now = tx.now()
     job = tx.session.get(Job, placed.job.job_id, with_for_update=SKIP_LOCKED, populate_existing=True)
-    if job is None or job.status is not Status.QUEUED:
-        return Left(nodes=frozenset())  # another node's claim was faster
+    if job is None or not is_ready(job, now):
+        return Left(nodes=frozenset())  # another node's claim was faster, or a person held it
     if is_asked_to_stop(tx, job.job_id):  # it was given back while it was cancelled
         answer_wishes(tx)
         return Left(nodes=frozenset())

@@ -19,7 +19,19 @@ from loractl.common.units import LARGEST
 
 from ..columns import LONG_AGO
 from ..records import Choice, CoursePoint, JobCount, Page, PastRun
-from ..tables import ASKED_TO_STOP, WAITS, Attempt, AttemptShare, Event, Job, JobLabel, LogChunk, MetricPoint, Sweep
+from ..tables import (
+    ASKED_TO_STOP,
+    WAITS,
+    Attempt,
+    AttemptShare,
+    Event,
+    Job,
+    JobLabel,
+    LogChunk,
+    MetricPoint,
+    Sweep,
+    ready_at,
+)
 from ..transaction import Transaction
 
 LOOKED_AT = 10
@@ -234,8 +246,7 @@ def read_counts(tx: Transaction) -> list[JobCount]:
 
 def oldest_ready(now: dt.datetime) -> Select[dt.datetime]:
     """When the oldest job that could be claimed now was submitted."""
-    ready = (WAITS, ~Job.held, or_(Job.not_before.is_(None), Job.not_before <= now))
-    return select(Job.submitted_at).where(*ready).order_by(Job.job_id).limit(1)
+    return select(Job.submitted_at).where(ready_at(now)).order_by(Job.job_id).limit(1)
 
 
 def read_runs(tx: Transaction, since: dt.datetime, until: dt.datetime) -> list[PastRun]:

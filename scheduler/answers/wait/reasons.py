@@ -16,7 +16,7 @@ from loractl.common.placement.cards import Card, Obstacle, could_start, least_li
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.reach import out_of_reach
 from loractl.common.placement.refusals import Taken
-from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, fault_of, unreadable
+from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, fault_of, paused, unreadable
 from loractl.common.units import clock, duration, gib
 
 from .cards import SILENT_S, Asking, avoidance_of, beside, holder, refused_join, silent_s, still_inside, when_they_end
@@ -98,7 +98,7 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
     """A person's wish, a pause after a failed attempt, or a limit."""
     if job.held:
         return Wait(tier=Tier.POLICY, word="held", sentence=_held_by(job.message))
-    if job.not_before is not None and job.not_before > view.now:
+    if job.not_before is not None and paused(job, view.now):
         pause = duration((job.not_before - view.now).total_seconds())
         if job.message is not None and job.reason is None:  # no attempt ended: a worker of an older version saw it
             return Wait(tier=Tier.POLICY, word="version", sentence=job.message)
