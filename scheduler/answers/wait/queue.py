@@ -69,12 +69,18 @@ def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[
     if start is None:
         ahead = [other.job_id for other in ahead_of(job, view, ready)]
         return replace(wait, sentence=f"{wait.sentence}; {_goes_first(ahead, job, ready)}") if ahead else wait
-    asking = Asking.of(job, view)
+    asking, card = Asking.of(job, view), view.cards[start.node]
     full = asking.full.get(start.node)
-    if asking.gang is not None or full is None or wait.sentence.startswith(f"{start.node} when"):
+    if asking.gang is not None or full is None:
         return wait
-    apart = refused_join(asking.me, view.cards[start.node], view)
-    return replace(wait, sentence=f"{start.node} when {when_they_end(full.after)}{apart}", apart=apart)
+    ends = {one.job_id: one.ends for one in card.running}
+    # where it joins others there, fewer of them have to end than for a trainer of its own
+    ending = tuple(one for one in full.after if (end := ends[one]) is not None and end <= start.at)
+    if wait.sentence.startswith(f"{start.node} when") and ending in ((), full.after):
+        return wait
+    apart = refused_join(asking.me, card, view)
+    sentence = f"{start.node} when {when_they_end(ending or full.after)}{apart}"
+    return replace(wait, sentence=sentence, apart=apart)
 
 
 def _goes_first(ahead: Sequence[int], job: Job, ready: Sequence[Waiting]) -> str:

@@ -288,8 +288,7 @@ def _room(asking: Asking, view: FleetView) -> Wait:
 
 
 def _held_by_others(asking: Asking, view: FleetView) -> Wait:
-    least = asking.me.bound or 0
-    blocked = [card for card in view.cards.values() if least <= card.usable and _is_held(asking, card)]
+    blocked = [card for card in view.cards.values() if _is_held(asking, card)]
     if not blocked:
         return _capacity("memory", "no open card has room for it")
     card = max(blocked, key=lambda card: card.capacity)
@@ -299,8 +298,9 @@ def _held_by_others(asking: Asking, view: FleetView) -> Wait:
 
 
 def _is_held(asking: Asking, card: Card) -> bool:
-    refusal = asking.refusals[card.node]
-    return refusal in (Obstacle.LEAVERS, Obstacle.PROGRAMS) or (refusal is Obstacle.TOO_FEW_NOW and card.outside > 0)
+    refusal, could_hold = asking.refusals[card.node], (asking.me.bound or 0) <= card.usable
+    programs = refusal is Obstacle.PROGRAMS or (refusal is Obstacle.TOO_FEW_NOW and card.outside > 0)
+    return could_hold and (programs or refusal is Obstacle.LEAVERS)
 
 
 def _capacity(word: str, sentence: str) -> Wait:
