@@ -286,7 +286,7 @@ def avoided(card: Card, job: Waiting, fleet: Collection[Card]) -> bool:
     if not failed(card, job):
         return False
     largest = largest_gpu(fleet)
-    return any(_could_hold(other, job, largest) for other in fleet if not failed(other, job))
+    return any(could_hold(other, job, largest) for other in fleet if not failed(other, job))
 
 
 def failed(card: Card, job: Waiting) -> bool:
@@ -294,7 +294,7 @@ def failed(card: Card, job: Waiting) -> bool:
     return card.node in job.avoids or card.host in job.avoids
 
 
-def _could_hold(card: Card, job: Waiting, largest: int) -> bool:
+def could_hold(card: Card, job: Waiting, largest: int) -> bool:
     """Whether an open card will hold the job once our other jobs have left it."""
     if not card.takes_jobs or card.capacity <= 0 or not suits(card, job, largest):
         return False

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from loractl.common.job.method import Method
 from loractl.common.job.need import SharedNeed
 
-from .cards import Card, Room, elsewhere, failed, largest_gpu, room_at, suits
+from .cards import Card, Room, could_hold, elsewhere, failed, largest_gpu, room_at
 from .lines import Waiting
 
 
@@ -46,8 +46,7 @@ def gang_of(job: Waiting, cards: Collection[Card]) -> SharedNeed | None:
 
 def _one_could_hold(job: Waiting, cards: Collection[Card]) -> bool:
     largest = largest_gpu(cards)
-    gpus = (c for c in cards if c.takes_jobs and not c.processor and suits(c, job, largest))
-    return any(card.capacity > 0 and (job.least is None or job.least <= card.capacity) for card in gpus)
+    return any(not card.processor and could_hold(card, job, largest) for card in cards)
 
 
 def _holding(job: Waiting, gang: SharedNeed, cards: Iterable[Card]) -> Iterator[list[Card]]:

@@ -105,8 +105,7 @@ def _given(
 
 def _could_share(placed: Placement, mine: Card) -> bool:
     """Whether the card had room for a share of a job that others get, so that the job may have woken it alone."""
-    room = mine.free if mine.slots else 0
-    return bool(placed.beside) and may_share(mine, placed.job) and any(one.bytes <= room for one in placed.shares)
+    return bool(placed.beside) and may_share(mine, placed.job) and any(one.bytes <= mine.room for one in placed.shares)
 
 
 def _take(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from loractl.common.store.fleet import (
 from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib
 
-from .gangs import in_words
+from .gangs import in_words, when_they_end
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
@@ -283,9 +283,3 @@ def process_name(process: Mapping[str, object]) -> str:
     """Another person's program, for people."""
     name, user = process.get("name") or f"pid {process['pid']}", process.get("user")
     return f"{name} of {user}" if user else str(name)
-
-
-def when_they_end(jobs: Sequence[int]) -> str:
-    """These jobs and what they do, like "3 and 1 end"."""
-    more = f", {jobs[1]} and {len(jobs) - 2} more" if len(jobs) > 2 else f" and {jobs[1]}" if len(jobs) > 1 else ""
-    return f"{jobs[0]}{more} {'ends' if len(jobs) == 1 else 'end'}"

@@ -20,15 +20,6 @@ ORDINALS = {2: "second", 3: "third", 4: "fourth"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class GangWait:
-    """What a job on several cards waits for."""
-
-    sentence: str
-    after: tuple[int, ...]  # the jobs that must end; empty: none, or that is not known
-    only_slot: bool = False  # the memory is free already
-
-
-@dataclass(frozen=True, kw_only=True)
 class CardsAsked:
     """How much a waiting job asks for."""
 
@@ -50,21 +41,21 @@ def asked_of(job: Job, view: FleetView) -> CardsAsked:
     return CardsAsked(bytes=least_need(me.methods, gang.need), cards=gang.cards, parallel=gang.parallel)
 
 
-def gang_wait(me: Waiting, gang: SharedNeed, view: FleetView) -> GangWait:
-    """The cards that the job waits for, in words: a second card of 20 GiB on heron."""
+def gang_wait(me: Waiting, gang: SharedNeed, view: FleetView) -> tuple[str, str]:
+    """What the job waits for, as a word and a sentence: a second card of 20 GiB on heron when 12 ends."""
     found = gathering_of(me, gang, view)
     size = least_need(me.methods, gang.need)
     of_size = "" if size is None else f" of {gib(size)} GiB"
     if found is None:
-        return GangWait(sentence=f"waits for {gang.cards} cards{of_size} of one box", after=())
-    host = found.rooms[0][0].host
+        return "memory", f"waits for {gang.cards} cards{of_size} of one box"
     full = [(card, room) for card, room in found.rooms if room.after] or found.rooms
     after = tuple(dict.fromkeys(job.job_id for _, room in full for job in room.after))
-    only_slot = size is not None and all(card.free >= size for card, _ in full)
     more = "more " if len(full) < gang.cards else ""
     second = len(full) == 1 and gang.cards in ORDINALS
     wanted = f"a {ORDINALS[gang.cards]} card" if second else f"{len(full)} {more}cards"
-    return GangWait(sentence=f"waits for {wanted}{of_size} on {host}", after=after, only_slot=only_slot)
+    ends = f" when {when_they_end(after)}" if after else ""
+    only_slot = size is not None and all(card.free >= size for card, _ in full)
+    return "busy" if only_slot else "memory", f"waits for {wanted}{of_size} on {found.rooms[0][0].host}{ends}"
 
 
 def gathering_of(me: Waiting, gang: SharedNeed, view: FleetView) -> Gathering | None:
@@ -86,3 +77,9 @@ def in_short(cards: Sequence[str]) -> str:
         return ", ".join(cards)
     indexes = sorted((card.rpartition(":")[2] for card in cards), key=lambda index: (len(index), index))
     return f"{boxes.pop()} {', '.join(indexes)}"
+
+
+def when_they_end(jobs: Sequence[int]) -> str:
+    """These jobs and what they do, like "3 and 1 end"."""
+    more = f", {jobs[1]} and {len(jobs) - 2} more" if len(jobs) > 2 else f" and {jobs[1]}" if len(jobs) > 1 else ""
+    return f"{jobs[0]}{more} {'ends' if len(jobs) == 1 else 'end'}"

@@ -10,8 +10,8 @@ from loractl.common.job.status import Status
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView
 
-from .cards import Asking, refused_join, when_they_end
-from .gangs import CardsAsked, asked_of
+from .cards import Asking, refused_join
+from .gangs import CardsAsked, asked_of, when_they_end
 from .reasons import Tier, Wait, explain
 from .rivals import ahead_of, reaches
 from .starts import REPLAYED_JOBS, ExpectedStart, read_starts

@@ -19,8 +19,8 @@ from loractl.common.placement.refusals import Taken
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, fault_of, paused, unreadable
 from loractl.common.units import clock, duration, gib
 
-from .cards import SILENT_S, Asking, avoidance_of, beside, holder, refused_join, silent_s, still_inside, when_they_end
-from .gangs import gang_wait, gathering_of, in_words
+from .cards import SILENT_S, Asking, avoidance_of, beside, holder, refused_join, silent_s, still_inside
+from .gangs import gang_wait, gathering_of, in_words, when_they_end
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
@@ -219,18 +219,19 @@ def _others_first(asking: Asking, view: FleetView) -> Wait | None:
         most = least_limit(view.cards.values())
         text = f"{own.job.job_id} goes first on {own.node}, and {me.user} may run {most} at a time"
         return _capacity("limit", text)
-    taken = {node: refusal for node in nodes if isinstance(refusal := asking.refusals[node], Taken)}
-    kept = [node for node, one in taken.items() if one.kept_for is not None and one.kept_for.job_id != me.job_id]
-    for node, one in taken.items():
-        if one.given:
-            return _passed_over(me, one.given[-1], node)
-        if node in kept and asking.gang is None:
-            break
-    if not kept or (kept_for := taken[kept[0]].kept_for) is None:
-        return None
-    named = kept[:1] if asking.gang is None else sorted(kept)
-    are = "are" if len(named) > 1 else "is"
-    return _capacity("kept", f"{in_words(named)} {are} kept for {kept_for.job_id}, which goes first")
+    kept, kept_for = list[str](), 0
+    for node in nodes:
+        taken = asking.refusals[node]
+        if not isinstance(taken, Taken):
+            continue
+        if taken.given:
+            return _passed_over(me, taken.given[-1], node)
+        if taken.kept_for is not None and taken.kept_for.job_id != me.job_id:
+            kept, kept_for = sorted([*kept, node]), taken.kept_for.job_id
+            if asking.gang is None:
+                break
+    are = "are" if len(kept) > 1 else "is"
+    return _capacity("kept", f"{in_words(kept)} {are} kept for {kept_for}, which goes first") if kept else None
 
 
 def _passed_over(me: Waiting, first: Waiting, node: str) -> Wait:
@@ -272,9 +273,8 @@ def _room(asking: Asking, view: FleetView) -> Wait:
     mine = kept if kept is not None and kept.job.job_id == me.job_id else None
     ours = " (kept for it)" if mine is not None else ""
     if asking.gang is not None:
-        wait = gang_wait(me, asking.gang, view)
-        ends = f" when {when_they_end(wait.after)}" if wait.after else ""
-        return _capacity("busy" if wait.only_slot else "memory", f"{wait.sentence}{ends}{ours}")
+        word, sentence = gang_wait(me, asking.gang, view)
+        return _capacity(word, sentence + ours)
     if not full:
         free = next((node for node, refusal in asking.refusals.items() if refusal is None), None)
         missed = f"{free} has room for it, and the rule does not reach it"
