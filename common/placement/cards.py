@@ -4,6 +4,7 @@ for whom they are kept."""
 from __future__ import annotations
 
 import datetime as dt
+import enum
 import functools
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
@@ -194,6 +195,11 @@ class Card:
     def slots(self) -> int:
         return 0 if self.stuck else max(0, self.max_jobs - self.trainers)
 
+    @property
+    def room(self) -> int:
+        """Bytes that a job may take there now in a trainer of its own."""
+        return self.free if self.open and self.slots else 0
+
     def with_job(self, job: Occupant, packed: PackedJob | None = None) -> Card:
         """The card with one more job. `packed`: the same as a member of the host that it joins."""
         grown = tuple(
@@ -217,15 +223,34 @@ def least_limit(cards: Iterable[Card]) -> int | None:
     return min((card.user_limit for card in cards if card.open and card.user_limit is not None), default=None)
 
 
+class Obstacle(enum.Enum):
+    """What keeps a job off a card beside what others hold or get of it. The predicates that decide return it."""
+
+    LABELS = enum.auto()  # its box lacks one
+    METHODS = enum.auto()  # the job's own limit is below every need
+    SMALL = enum.auto()  # it could never hold the job, or a share of it
+    RESULT = enum.auto()  # another box has the job's finished result
+    CLOSED = enum.auto()  # drained, stopping, silent or at fault: its node's row says which
+    SEVERAL = enum.auto()  # the job is for several cards
+    UNSHARED = enum.auto()  # it can't be one of several
+    TOO_FEW = enum.auto()  # its box has too few such cards
+    TOO_FEW_NOW = enum.auto()  # of which some are closed, or held by other programs
+    PROCESSOR = enum.auto()  # it leaves the job to GPUs
+    AVOIDED = enum.auto()  # it failed the job a short while ago
+    PATIENCE = enum.auto()  # it holds the job by a method that is not permitted yet
+    LEAVERS = enum.auto()  # jobs that have ended are not out of their trainers
+    PROGRAMS = enum.auto()  # other programs hold too much of it
+
+
 def could_start(job: Waiting, card: Card, fleet: Collection[Card]) -> bool:
     """Whether the card would hold the job now, no matter which jobs go before it."""
-    return holds_now(job, card, largest_gpu(fleet)) and not avoided(card, job, fleet)
+    return has_room(card, job, job.least, card.room) and takes(card, job, fleet, largest_gpu(fleet))
 
 
-def holds_now(job: Waiting, card: Card, largest: int) -> bool:
-    """The same, whatever it avoids, with the bytes of the fleet's largest GPU, see largest_gpu."""
-    fits = not card.running if job.least is None else job.least <= card.free
-    return fits and card.free > 0 and card.slots > 0 and suits(card, job, largest)
+def has_room(card: Card, job: Waiting, size: int | None, room: int) -> bool:
+    """Whether `room` bytes of the card are enough for `size`. A job that is not predictable gets a card of its own
+    until the worker has planned it."""
+    return room > 0 and (job.least is not None or not card.running) and (size is None or size <= room)
 
 
 def takes(card: Card, job: Waiting, fleet: Collection[Card], largest: int) -> bool:
@@ -234,13 +259,25 @@ def takes(card: Card, job: Waiting, fleet: Collection[Card], largest: int) -> bo
 
 
 def suits(card: Card, job: Waiting, largest: int) -> bool:
-    """Whether the job may run on this card; its room is not asked. A processor takes only what no GPU could hold."""
-    if not job.alone or not job.requires <= card.labels or job.only_host not in (None, card.host):
-        return False
-    if not card.processor:
-        return True
-    least = job.least
-    return largest == 0 or (least is not None and least > largest)
+    """Whether the job may run on this card; its room is not asked."""
+    return unsuited(card, job, largest) is None
+
+
+def unsuited(card: Card, job: Waiting, largest: int) -> Obstacle | None:
+    """Why the job may not run on this card; its room is not asked. A processor takes only what no GPU could hold."""
+    if (obstacle := elsewhere(card, job)) is not None:
+        return obstacle
+    if not job.alone:
+        return Obstacle.SEVERAL
+    left_to_gpus = card.processor and largest > 0 and (job.least is None or job.least <= largest)
+    return Obstacle.PROCESSOR if left_to_gpus else None
+
+
+def elsewhere(card: Card, job: Waiting) -> Obstacle | None:
+    """Why the job must be on another box."""
+    if not job.requires <= card.labels:
+        return Obstacle.LABELS
+    return None if job.only_host in (None, card.host) else Obstacle.RESULT
 
 
 def avoided(card: Card, job: Waiting, fleet: Collection[Card]) -> bool:
@@ -249,7 +286,7 @@ def avoided(card: Card, job: Waiting, fleet: Collection[Card]) -> bool:
     if not failed(card, job):
         return False
     largest = largest_gpu(fleet)
-    return any(_could_hold(other, job, largest) for other in fleet if not failed(other, job))
+    return any(could_hold(other, job, largest) for other in fleet if not failed(other, job))
 
 
 def failed(card: Card, job: Waiting) -> bool:
@@ -257,7 +294,7 @@ def failed(card: Card, job: Waiting) -> bool:
     return card.node in job.avoids or card.host in job.avoids
 
 
-def _could_hold(card: Card, job: Waiting, largest: int) -> bool:
+def could_hold(card: Card, job: Waiting, largest: int) -> bool:
     """Whether an open card will hold the job once our other jobs have left it."""
     if not card.takes_jobs or card.capacity <= 0 or not suits(card, job, largest):
         return False

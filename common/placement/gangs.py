@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from loractl.common.job.method import Method
 from loractl.common.job.need import SharedNeed
 
-from .cards import Card, Room, failed, largest_gpu, room_at, suits
+from .cards import Card, Room, could_hold, elsewhere, failed, largest_gpu, room_at
 from .lines import Waiting
 
 
@@ -46,8 +46,7 @@ def gang_of(job: Waiting, cards: Collection[Card]) -> SharedNeed | None:
 
 def _one_could_hold(job: Waiting, cards: Collection[Card]) -> bool:
     largest = largest_gpu(cards)
-    gpus = (c for c in cards if c.takes_jobs and not c.processor and suits(c, job, largest))
-    return any(card.capacity > 0 and (job.least is None or job.least <= card.capacity) for card in gpus)
+    return any(not card.processor and could_hold(card, job, largest) for card in cards)
 
 
 def _holding(job: Waiting, gang: SharedNeed, cards: Iterable[Card]) -> Iterator[list[Card]]:
@@ -63,8 +62,7 @@ def _holding(job: Waiting, gang: SharedNeed, cards: Iterable[Card]) -> Iterator[
 
 def may_share(card: Card, job: Waiting) -> bool:
     """Whether the card may be one of several for the job at all; neither its room nor what failed is asked."""
-    fits = job.requires <= card.labels and job.only_host in (None, card.host)
-    return fits and card.open and card.gangs and not card.processor
+    return elsewhere(card, job) is None and card.open and card.gangs and not card.processor
 
 
 def takers(job: Waiting, gang: SharedNeed, cards: Collection[Card]) -> list[Card]:

@@ -21,7 +21,7 @@ from loractl.common.job.method import Method, Parallel
 from loractl.common.job.need import RoomyForm, SharedNeed
 from loractl.common.units import GIB
 
-from .cards import Card, Kept, Occupant, Reservation, Room, largest_gpu, least_limit, room_at, takes
+from .cards import Card, Kept, Occupant, Reservation, Room, has_room, largest_gpu, least_limit, room_at, takes
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
 from .joins import DeclinedJoin, Join, Newcomers, best_join, join_openings, sooner_elsewhere
 from .lines import Line, Openings, Waiting, waited, waited_again
@@ -103,12 +103,10 @@ class _Fleet:
 
     def room(self, card: Card) -> int:
         """Bytes that a job may take there now, beside what is kept."""
-        if not card.open or not card.slots:
-            return 0
         kept = None if self.kept is None else self.kept.on(card.node)
         if kept is None:
-            return card.free
-        return max(0, min(card.free, kept.spare)) if kept.spare_slots > 0 else 0
+            return card.room
+        return max(0, min(card.room, kept.spare)) if kept.spare_slots > 0 else 0
 
     def openings(self) -> Openings:
         rooms = [(c, room) for c in self.cards.values() if (room := self.room(c)) > 0]
@@ -193,7 +191,7 @@ def place(
     fleet = _Fleet(
         cards={c.node: c for c in cards},
         charges=dict(charges),
-        running=_jobs_by_user(cards),
+        running=jobs_by_user(cards),
         newcomers=newcomers,
         joins=joins,
     )
@@ -218,9 +216,14 @@ def _first_by_age(oldest: Line, fleet: _Fleet, now: dt.datetime) -> Waiting | No
     return None
 
 
+def turn(job: Waiting, charges: Mapping[str, float]) -> tuple[int, float, int]:
+    """Orders jobs as the rule tries them: by priority, what their user had of the cards, and age."""
+    return -job.priority, charges.get(job.user, 0.0), job.job_id
+
+
 def _in_order(level: Mapping[str, Line], fleet: _Fleet, now: dt.datetime) -> Iterator[Waiting]:
     """One priority's jobs by share and age, while something could start; each is tried before the next is read."""
-    heads: list[tuple[float, int, Waiting]] = []
+    heads: list[tuple[tuple[int, float, int], Waiting]] = []
 
     def read(user: str, last: Waiting | None) -> None:
         if fleet.at_limit(user):
@@ -231,12 +234,12 @@ def _in_order(level: Mapping[str, Line], fleet: _Fleet, now: dt.datetime) -> Ite
         keeps = fleet.kept is None and must
         job = level[user].next(fleet.ever if keeps else fleet.openings())
         if job is not None:
-            heapq.heappush(heads, (fleet.charges.get(user, 0.0), job.job_id, job))
+            heapq.heappush(heads, (turn(job, fleet.charges), job))
 
     for user in level:
         read(user, None)
     while heads and fleet.openings().any:
-        *_, job = heapq.heappop(heads)
+        _, job = heapq.heappop(heads)
         yield job
         read(job.user, job)
 
@@ -308,12 +311,7 @@ def _nearest(cards: Sequence[Card], job: Waiting, method: Method, fleet: _Fleet)
 
 
 def _holds_now(card: Card, job: Waiting, size: int | None, fleet: _Fleet) -> bool:
-    room = fleet.room(card)
-    if room <= 0 or not fleet.takes(card, job):
-        return False
-    if job.least is None and card.running:
-        return False  # not predictable: it gets a card of its own until the worker has planned it
-    return size is None or size <= room
+    return has_room(card, job, size, fleet.room(card)) and fleet.takes(card, job)
 
 
 def _keep(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Reservation | None:
@@ -369,7 +367,8 @@ def _rooms(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[tuple[int,
                 yield index, bytes_, card, room
 
 
-def _jobs_by_user(cards: Sequence[Card]) -> dict[str, int]:
+def jobs_by_user(cards: Iterable[Card]) -> dict[str, int]:
+    """How many jobs of each user run."""
     users = {job.job_id: job.user for card in cards for job in card.running}
     counts: dict[str, int] = {}
     for user in users.values():

@@ -10,11 +10,13 @@ from typing import Any
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, Ways
-from loractl.common.placement.cards import Card, Leaver, Occupant, WarmBase, largest_gpu
+from loractl.common.job.status import Status
+from loractl.common.placement.cards import Card, Leaver, Occupant, WarmBase
 from loractl.common.placement.closure import CardFailure
 from loractl.common.placement.joins import RefusedJoin
 from loractl.common.placement.keys import QueueKey
 from loractl.common.placement.lines import Waiting
+from loractl.common.placement.refusals import Round
 from loractl.common.placement.rule import Decision
 
 from .columns import Unreadable, unreadable_of
@@ -45,9 +47,9 @@ class FleetView:
     refused_joins: Mapping[tuple[int, str], RefusedJoin] = field(default_factory=dict)  # by waiting job and card
 
     @functools.cached_property
-    def largest(self) -> int:
-        """See largest_gpu. It is asked for each card and each job that waits."""
-        return largest_gpu(self.cards.values())
+    def round(self) -> Round:
+        """What the rule has decided, and why it gives a job no card."""
+        return Round(cards=self.cards, decisions=self.decisions, now=self.now)
 
     @functools.cached_property
     def suiting(self) -> dict[tuple[object, ...], frozenset[str]]:
@@ -179,6 +181,16 @@ def fault_of(node: Node) -> str | None:
     """Why nothing can run on a card: what its worker says, or what of its row can't be read."""
     what = unreadable_of(vars(node))
     return node.fault or (f"its row can't be read: {what}" if what else None)
+
+
+def is_ready(job: Job, now: dt.datetime) -> bool:
+    """Whether a claim may take the job, whatever it needs: `tables.READY` of a row."""
+    return job.status is Status.QUEUED and not job.held and not paused(job, now)
+
+
+def paused(job: Job, now: dt.datetime) -> bool:
+    """Whether the job waits out a pause: after a failed attempt, or for a newer worker."""
+    return job.not_before is not None and job.not_before > now
 
 
 NOWHERE = frozenset({("", "a row that can't be read")})

@@ -6,7 +6,7 @@ import datetime as dt
 from functools import partial
 from typing import Annotated, Any
 
-from sqlalchemy import ForeignKey, Index, String, Text, exists, false, or_, text
+from sqlalchemy import ForeignKey, Index, String, Text, TextClause, bindparam, exists, false, or_, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from loractl.common.job.adjustment import Adjustment
@@ -89,6 +89,14 @@ def _is_roomy(value: Any) -> bool:
 
 WAITS = text("status = 'queued'")
 """Of a job. Literal: a partial index is only used where the planner sees its condition, not a parameter."""
+
+READY = "status = 'queued' AND NOT held AND (not_before IS NULL OR not_before <= :now)"
+"""Of a job that a claim may take, whatever it needs: `fleet.is_ready` in SQL."""
+
+
+def ready_at(now: dt.datetime) -> TextClause:
+    """READY as a condition."""
+    return text(READY).bindparams(bindparam("now", now, type_=UtcDateTime()))
 
 
 def _where(name: str, condition: str, *columns: str) -> Index:

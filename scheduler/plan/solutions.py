@@ -117,7 +117,7 @@ def _box(job: Waiting, cards: Sequence[Card]) -> CardGroup | None:
         size = way.need.of(method)
         holding = [card for card in empty if size is not None and may_share(card, job) and size <= card.capacity]
         if size is not None and (group := best_group(holding, way.cards)) is not None:
-            now = [c for c in cards if may_share(c, job) and c.slots and size <= c.free]
+            now = [c for c in cards if may_share(c, job) and size <= c.room]
             smallest = min(card.total for card in group)
             return CardGroup(
                 host=cards[0].host, way=way, method=method, size=size, smallest=smallest, now=len(now) >= way.cards

@@ -1,18 +1,17 @@
-"""A card as a waiting job sees it: whether it could ever hold the job, when it has room, and who holds it."""
+"""What each card says to a waiting job, in words: the rule's refusals, and who holds the card."""
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import SharedNeed, least_need
-from loractl.common.placement.cards import Card, avoided, holds_now, room_at, suits, takes
-from loractl.common.placement.gangs import may_share
+from loractl.common.placement.cards import Card, Obstacle
 from loractl.common.placement.lines import Waiting
-from loractl.common.placement.reach import out_of_reach
+from loractl.common.placement.refusals import Full, Refusal, Taken
 from loractl.common.placement.shares import within_need
 from loractl.common.store.fleet import (
     NODE_STALE_S,
@@ -26,7 +25,7 @@ from loractl.common.store.fleet import (
 from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib
 
-from .gangs import in_words, room_for_share, shared_way
+from .gangs import in_words, when_they_end
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
@@ -49,82 +48,128 @@ class CardFit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Opening:
-    """When a card will have room for a job."""
+class Asking:
+    """A waiting job, and what the rule says to it for each card."""
 
-    at: dt.datetime | None  # None: not known
-    after: tuple[int, ...]  # the jobs that must end
-    only_slot: bool  # the memory is free already
+    job: Job
+    me: Waiting
+    at_last: Waiting  # once it has waited long enough for LoRA: with all its methods
+    gang: SharedNeed | None  # how several cards are to share it; None: one card is to have it
+    refusals: Mapping[str, Refusal | None]
+
+    @classmethod
+    def of(cls, job: Job, view: FleetView) -> Asking:
+        me = waiting_of(vars(job), view.now)
+        at_last = me if unreadable(vars(job)) else replace(me, methods=tuple(Method(name) for name in job.methods))
+        refusals = view.round.refusals(me, at_last)
+        return cls(job=job, me=me, at_last=at_last, gang=view.round.gang_of(me), refusals=refusals)
 
     @property
-    def rank(self) -> tuple[bool, dt.datetime]:
-        """Orders openings by time; unknown times come last."""
-        return self.at is None, self.at or dt.datetime.max.replace(tzinfo=dt.UTC)
+    def full(self) -> dict[str, Full]:
+        """The cards that will have room."""
+        return {node: refusal for node, refusal in self.refusals.items() if isinstance(refusal, Full)}
 
 
 def card_fits(job: Job, view: FleetView) -> list[CardFit]:
     """Every card of the fleet as the job sees it."""
-    me = waiting_of(vars(job), view.now)
-    return [_fit(job, me, card, view) for card in view.cards.values()]
+    asking = Asking.of(job, view)
+    return [_fit(asking, card, view) for card in view.cards.values()]
 
 
-def _fit(job: Job, me: Waiting, card: Card, view: FleetView) -> CardFit:
-    def fit(when: str, then: str, at: dt.datetime | None = None) -> CardFit:
-        return CardFit(node=card.node, free=card.free, total=card.total, when=when, at=at, then=then)
+def _fit(asking: Asking, card: Card, view: FleetView) -> CardFit:
+    refusal = asking.refusals[card.node]
+    at: dt.datetime | None = None
+    if isinstance(refusal, Obstacle):
+        when, then, at = _kept_off(refusal, asking, card, view)
+    elif isinstance(refusal, Full):
+        at, when = refusal.at, "?" if refusal.at is None else clock(refusal.at, view.now)
+        then = _full(refusal, asking, card, view)
+    else:
+        at, when, then = view.now, "now", _now(refusal, asking, card, view)
+    return CardFit(node=card.node, free=card.free, total=card.total, when=when, at=at, then=then)
 
-    if not me.requires <= card.labels:
-        return fit("never", "lacks the label " + ", ".join(f"{k}={v}" for k, v in sorted(me.requires - card.labels)))
-    if not job.methods:
-        return fit("never", "its resources.max_vram is below every need")
-    fault = fault_of(view.nodes[card.node])
-    gang = shared_way(me, view)
-    if card.total and not could_ever_hold(at_last(job, me), card):
-        return fit("never", f"card is smaller than {'its share' if gang is not None or not me.alone else 'the job'}")
-    if me.only_host not in (None, card.host) and job.result_until is not None:
-        text = f"until then {me.only_host} alone may take it: it has the finished result"
-        return fit(clock(job.result_until, view.now), text, job.result_until)
+
+def _kept_off(
+    obstacle: Obstacle, asking: Asking, card: Card, view: FleetView
+) -> tuple[str, str, dt.datetime | None]:  # when, then, at
+    job, me = asking.job, asking.me
+    match obstacle:
+        case Obstacle.LABELS:
+            lacking = ", ".join(f"{key}={value}" for key, value in sorted(me.requires - card.labels))
+            return "never", f"lacks the label {lacking}", None
+        case Obstacle.SMALL:
+            shared = asking.gang is not None or not me.alone
+            return "never", f"card is smaller than {'its share' if shared else 'the job'}", None
+        case Obstacle.RESULT if job.result_until is not None:
+            text = f"until then {me.only_host} alone may take it: it has the finished result"
+            return clock(job.result_until, view.now), text, job.result_until
+        case Obstacle.CLOSED:
+            return _closed(card, view)
+        case Obstacle.TOO_FEW:
+            return "never", f"{card.host} has too few cards for it", None
+        case Obstacle.TOO_FEW_NOW:
+            return "?", f"too few cards of {card.host} can have a share of it now", None
+        case Obstacle.AVOIDED:
+            why = avoidance_of(job, card, view)
+            return clock(why.until, view.now), f"failed it ({why.reason}), avoided until then", why.until
+        case Obstacle.PATIENCE if job.lora_until is not None:
+            return clock(job.lora_until, view.now), "too small for LoRA, which it waits for until then", job.lora_until
+        case Obstacle.LEAVERS:
+            return "?", still_inside(card), None
+        case Obstacle.PROGRAMS:
+            return "?", f"{holder(view, card)}, no end known", None
+    return "never", NEVER[obstacle], None
+
+
+NEVER = {
+    Obstacle.METHODS: "its resources.max_vram is below every need",
+    Obstacle.UNSHARED: "can't be one of several cards for it",
+    Obstacle.PROCESSOR: "a processor is for what no GPU of the fleet can hold",
+}
+
+
+def _closed(card: Card, view: FleetView) -> tuple[str, str, dt.datetime | None]:
     order = view.drain_of(card.node)
     if order is not None:
         until = clock(order.until, view.now) if order.until else "?"
-        return fit(until, f"drained by {order.user}: {order.reason}", order.until)
-    if not card.open:
-        silent = silent_s(view, card.node)
-        if fault is not None and silent <= NODE_STALE_S:
-            return fit("?", f"closed: {fault}")
-        return fit("?", "its worker is stopping" if silent <= NODE_STALE_S else f"not seen for {duration(silent)}")
-    if gang is not None:
-        return _share(me, gang, card, view, fit)
-    if not me.alone:
-        return _too_few(at_last(job, me), card, view, fit)
-    if card.total and not could_hold_alone(at_last(job, me), card):
-        if me.gangs and _enough_at_last(at_last(job, me), card, view):
-            return _too_few(at_last(job, me), card, view, fit)
-        return fit("never", "card is smaller than the job")
-    if not suits_at_last(job, card, view):
-        return fit("never", "a processor is for what no GPU of the fleet can hold")
-    if avoided(card, me, view.cards.values()):
-        why = avoidance_of(job, card, view)
-        return fit(clock(why.until, view.now), f"failed it ({why.reason}), avoided until then", why.until)
-    if (joins := _joins(me, card, view)) is not None:
-        return fit("now", joins, view.now)
-    opening = opening_of(me, card, view)
-    if opening is None and job.lora_until is not None and not could_ever_hold(me, card):
-        until = clock(job.lora_until, view.now)
-        return fit(until, "too small for LoRA, which it waits for until then", job.lora_until)
-    if opening is None and (still := still_inside(me, card)):
-        return fit("?", still)
-    if opening is None:
-        return fit("?", f"{holder(view, card)}, no end known")
-    if not opening.after:
-        warm = any(card.has_warm(me.base_model, method) for method in me.methods)
-        return fit("now", _now(me, card, view) + (", its base is loaded there" if warm else ""), view.now)
-    what = (
-        f"{'has a slot' if opening.only_slot else 'fits'} when {when_they_end(opening.after)}{_beyond(me, card, view)}"
-    )
-    refused = refused_join(me, card, view)
-    if opening.at is None:
-        return fit("?", f"{what}, which is not known{refused}")
-    return fit(clock(opening.at, view.now), what + refused, opening.at)
+        return until, f"drained by {order.user}: {order.reason}", order.until
+    fault, silent = fault_of(view.nodes[card.node]), silent_s(view, card.node)
+    if silent > NODE_STALE_S:
+        return "?", f"not seen for {duration(silent)}", None
+    return "?", "its worker is stopping" if fault is None else f"closed: {fault}", None
+
+
+def _now(taken: Taken | None, asking: Asking, card: Card, view: FleetView) -> str:
+    """What the rule does with a card that has room."""
+    me, placed = asking.me, view.round.placed.get(asking.me.job_id)
+    if placed is not None and placed.join is not None and placed.node == card.node:
+        return f"about to train {beside(job.job_id for job in card.inside(placed.join.base))}"
+    if taken is not None and taken.given:
+        said = f"{taken.given[0].job_id} goes first"
+    elif taken is not None and taken.kept_for is not None:
+        said = "kept for it" if taken.kept_for.job_id == me.job_id else f"kept for {taken.kept_for.job_id}"
+    else:
+        mine = placed is not None and any(share.node == card.node for share in placed.shares)
+        said = "about to take it" if mine else "fits"
+    if asking.gang is not None:
+        return _share(asking) if said == "fits" else f"{said}, {_share(asking)}"
+    warm = any(card.has_warm(me.base_model, method) for method in me.methods)
+    return said + (", its base is loaded there" if warm else "")
+
+
+def _share(asking: Asking) -> str:
+    gang = asking.gang
+    size = None if gang is None else least_need(asking.me.methods, gang.need)
+    return f"its share is {'–' if size is None else gib(size)} GiB, of {gang.cards if gang else 1} cards"
+
+
+def _full(full: Full, asking: Asking, card: Card, view: FleetView) -> str:
+    ends = f"when {when_they_end(full.after)}"
+    if asking.gang is not None:
+        return f"{_share(asking)}, {ends}"
+    what = f"{'has a slot' if full.only_slot else 'fits'} {ends}{_beyond(asking.me, card, view)}"
+    unknown = ", which is not known" if full.at is None else ""
+    return what + unknown + refused_join(asking.me, card, view)
 
 
 def _beyond(me: Waiting, card: Card, view: FleetView) -> str:
@@ -137,47 +182,6 @@ def _beyond(me: Waiting, card: Card, view: FleetView) -> str:
         if need is not None and me.least <= card.free + one.reserved - within_need(one.reserved, need):
             return f", which took {gib(one.reserved - need)} beyond its need when nobody wanted them"
     return ""
-
-
-def _share(me: Waiting, gang: SharedNeed, card: Card, view: FleetView, fit: Callable[..., CardFit]) -> CardFit:
-    """The card as one of several that are to share the job."""
-    size = least_need(me.methods, gang.need)
-    text = f"its share is {'–' if size is None else gib(size)} GiB, of {gang.cards} cards"
-    room = room_for_share(me, gang, card, view)
-    if room is None:
-        if (size or 0) > card.usable:
-            return fit("never", "can't be one of several cards for it")
-        if may_share(card, me) and (size or 1) > card.capacity:
-            return fit("?", f"{holder(view, card)}, no end known")
-        return _too_few(replace(me, gangs=(gang,)), card, view, fit)
-    if not room.after:
-        now = _now(me, card, view)
-        return fit("now", text if now == "fits" else f"{now}, {text}", view.now)
-    text += f", when {when_they_end([job.job_id for job in room.after])}"
-    return fit("?" if room.at is None else clock(room.at, view.now), text, room.at)
-
-
-def _too_few(me: Waiting, card: Card, view: FleetView, fit: Callable[..., CardFit]) -> CardFit:
-    """The card of a box that lacks others for the job: for ever, or until they open and are free again."""
-    if not may_share(card, me):
-        return fit("never", "can't be one of several cards for it")
-    if not _enough_at_last(me, card, view):
-        return fit("never", f"{card.host} has too few cards for it")
-    return fit("?", f"too few cards of {card.host} can have a share of it now")
-
-
-def _enough_at_last(me: Waiting, card: Card, view: FleetView) -> bool:
-    """Whether the card's box could share the job once all its cards are open and everything else has left them."""
-    box = [other for other in view.cards.values() if other.host == card.host]
-    return may_share(card, me) and out_of_reach(replace(me, alone=False), box) is None
-
-
-def _joins(me: Waiting, card: Card, view: FleetView) -> str | None:
-    """That the rule lets the job train beside others of the card; None: it does not."""
-    placed = next((d.placed for d in view.decisions if d.placed and d.placed.job.job_id == me.job_id), None)
-    if placed is None or placed.join is None or placed.node != card.node:
-        return None
-    return f"about to train {beside(job.job_id for job in card.inside(placed.join.base))}"
 
 
 def beside(jobs: Iterable[int]) -> str:
@@ -195,11 +199,8 @@ def refused_join(me: Waiting, card: Card, view: FleetView) -> str:
     return f", not {beside(job.job_id for job in members)}: {refused.why}"
 
 
-def still_inside(me: Waiting, card: Card) -> str:
-    """Which jobs of the card have ended and hold memory until they are out of their trainers, where that is what the
-    job waits for; else empty."""
-    if not card.leavers or (me.least or 0) > card.capacity:
-        return ""
+def still_inside(card: Card) -> str:
+    """Which jobs of the card have ended and hold memory until they are out of their trainers."""
     jobs = [str(one.job_id) for one in card.leavers]
     held, one = gib(sum(one.bytes for one in card.leavers)), len(jobs) == 1
     return (
@@ -208,64 +209,10 @@ def still_inside(me: Waiting, card: Card) -> str:
     )
 
 
-def _now(me: Waiting, card: Card, view: FleetView) -> str:
-    """What the rule does with a card that has room."""
-    for decision in view.decisions:
-        if decision.placed is not None and any(share.node == card.node for share in decision.placed.shares):
-            mine = decision.placed.job.job_id == me.job_id
-            return "about to take it" if mine else f"{decision.placed.job.job_id} goes first"
-        if decision.reserved is not None and decision.reserved.on(card.node) is not None:
-            mine = decision.reserved.job.job_id == me.job_id
-            return "kept for it" if mine else f"kept for {decision.reserved.job.job_id}"
-    return "fits"
-
-
-def opening_of(me: Waiting, card: Card, view: FleetView) -> Opening | None:
-    """When the card will have room for the job; None: never by itself."""
-    if not card.open or not takes(card, me, view.cards.values(), view.largest):
-        return None
-    openings = []
-    for size in {me.need.of(method) for method in me.methods} if me.least is not None else {None}:
-        room = room_at(card, size if size is not None else max(1, card.capacity), view.now)
-        if room is not None:
-            after = tuple(job.job_id for job in room.after)
-            openings.append(Opening(at=room.at, after=after, only_slot=size is not None and size <= card.free))
-    return min(openings, key=lambda opening: (*opening.rank, len(opening.after)), default=None)
-
-
-def could_start_now(me: Waiting, card: Card, view: FleetView) -> bool:
-    """Whether the card would take the job now if it were first. A job of unknown need gets a card of its own."""
-    alone = me.least is not None or not card.running
-    held = card.open and alone and holds_now(me, card, view.largest)
-    return held and not avoided(card, me, view.cards.values())
-
-
-def could_ever_hold(me: Waiting, card: Card) -> bool:
-    """Whether the card holds the job, or its share of it, once everything else has left it."""
-    least = me.bound
-    return least is None or least <= card.usable
-
-
-def could_hold_alone(me: Waiting, card: Card) -> bool:
-    """Whether the card holds the whole job once everything else has left it."""
-    return me.least is None or me.least <= card.usable
-
-
 def avoidance_of(job: Job, card: Card, view: FleetView) -> Avoidance:
     """Why the job keeps off a card that failed it, or whose box did."""
     found = avoided_by(job.avoids, view.now)
     return found[card.node] if card.node in found else found[card.host]
-
-
-def suits_at_last(job: Job, card: Card, view: FleetView) -> bool:
-    """Whether the card may take the job, now or once it has waited long enough for LoRA. Its room is not asked."""
-    me, largest = waiting_of(vars(job), view.now), view.largest
-    return any(suits(card, form, largest) for form in (me, at_last(job, me)))
-
-
-def at_last(job: Job, me: Waiting) -> Waiting:
-    """The job once it has waited long enough for LoRA: with all its methods."""
-    return me if unreadable(vars(job)) else replace(me, methods=tuple(Method(name) for name in job.methods))
 
 
 SILENT_S = 15.0
@@ -336,9 +283,3 @@ def process_name(process: Mapping[str, object]) -> str:
     """Another person's program, for people."""
     name, user = process.get("name") or f"pid {process['pid']}", process.get("user")
     return f"{name} of {user}" if user else str(name)
-
-
-def when_they_end(jobs: Sequence[int]) -> str:
-    """These jobs and what they do, like "3 and 1 end"."""
-    more = f", {jobs[1]} and {len(jobs) - 2} more" if len(jobs) > 2 else f" and {jobs[1]}" if len(jobs) > 1 else ""
-    return f"{jobs[0]}{more} {'ends' if len(jobs) == 1 else 'end'}"

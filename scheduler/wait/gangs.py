@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.method import Parallel
 from loractl.common.job.need import SharedNeed, least_need
-from loractl.common.placement.cards import Card, Room, room_at
-from loractl.common.placement.gangs import Gathering, first_gathering, gang_of, may_share, takers
+from loractl.common.placement.gangs import Gathering, first_gathering, takers
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 from loractl.common.units import gib
@@ -18,15 +17,6 @@ if TYPE_CHECKING:
     from loractl.common.store.tables import Job
 
 ORDINALS = {2: "second", 3: "third", 4: "fourth"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class GangWait:
-    """What a job on several cards waits for."""
-
-    sentence: str
-    after: tuple[int, ...]  # the jobs that must end; empty: none, or that is not known
-    only_slot: bool = False  # the memory is free already
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,50 +35,33 @@ class CardsAsked:
 def asked_of(job: Job, view: FleetView) -> CardsAsked:
     """What a waiting job asks of the fleet as it is."""
     me = waiting_of(vars(job), view.now)
-    gang = shared_way(me, view) or (me.gangs[0] if me.gangs and not me.alone else None)
+    gang = view.round.gang_of(me) or (me.gangs[0] if me.gangs and not me.alone else None)
     if gang is None:
         return CardsAsked(bytes=me.least if me.gangs else job.vram_needed)
     return CardsAsked(bytes=least_need(me.methods, gang.need), cards=gang.cards, parallel=gang.parallel)
 
 
-def shared_way(me: Waiting, view: FleetView) -> SharedNeed | None:
-    """The way in which several cards are to share the job; None: one card is to have it."""
-    return gang_of(me, view.cards.values()) if me.gangs else None
-
-
-def gang_wait(me: Waiting, gang: SharedNeed, view: FleetView) -> GangWait:
-    """The cards that the job waits for, in words: a second card of 20 GiB on heron."""
+def gang_wait(me: Waiting, gang: SharedNeed, view: FleetView) -> tuple[str, str]:
+    """What the job waits for, as a word and a sentence: a second card of 20 GiB on heron when 12 ends."""
     found = gathering_of(me, gang, view)
     size = least_need(me.methods, gang.need)
     of_size = "" if size is None else f" of {gib(size)} GiB"
     if found is None:
-        return GangWait(sentence=f"waits for {gang.cards} cards{of_size} of one box", after=())
-    host = found.rooms[0][0].host
+        return "memory", f"waits for {gang.cards} cards{of_size} of one box"
     full = [(card, room) for card, room in found.rooms if room.after] or found.rooms
     after = tuple(dict.fromkeys(job.job_id for _, room in full for job in room.after))
-    only_slot = size is not None and all(card.free >= size for card, _ in full)
     more = "more " if len(full) < gang.cards else ""
     second = len(full) == 1 and gang.cards in ORDINALS
     wanted = f"a {ORDINALS[gang.cards]} card" if second else f"{len(full)} {more}cards"
-    return GangWait(sentence=f"waits for {wanted}{of_size} on {host}", after=after, only_slot=only_slot)
+    ends = f" when {when_they_end(after)}" if after else ""
+    only_slot = size is not None and all(card.free >= size for card, _ in full)
+    return "busy" if only_slot else "memory", f"waits for {wanted}{of_size} on {found.rooms[0][0].host}{ends}"
 
 
 def gathering_of(me: Waiting, gang: SharedNeed, view: FleetView) -> Gathering | None:
     """The cards on which the job can start first; None: other programs hold too much of all."""
     found = first_gathering(me, gang, takers(me, gang, view.cards.values()), view.now)
     return None if found is None else found[1]
-
-
-def room_for_share(me: Waiting, gang: SharedNeed, card: Card, view: FleetView) -> Room | None:
-    """When a card has room for its share of the job; None: it can't have one, or its box lacks such cards."""
-    size = least_need(me.methods, gang.need)
-
-    def room(other: Card) -> Room | None:
-        return room_at(other, size or max(1, other.capacity), view.now) if may_share(other, me) else None
-
-    mine = room(card)
-    able = [other for other in view.cards.values() if other.host == card.host and room(other) is not None]
-    return mine if len(able) >= gang.cards else None
 
 
 def in_words(cards: Sequence[str]) -> str:
@@ -104,3 +77,9 @@ def in_short(cards: Sequence[str]) -> str:
         return ", ".join(cards)
     indexes = sorted((card.rpartition(":")[2] for card in cards), key=lambda index: (len(index), index))
     return f"{boxes.pop()} {', '.join(indexes)}"
+
+
+def when_they_end(jobs: Sequence[int]) -> str:
+    """These jobs and what they do, like "3 and 1 end"."""
+    more = f", {jobs[1]} and {len(jobs) - 2} more" if len(jobs) > 2 else f" and {jobs[1]}" if len(jobs) > 1 else ""
+    return f"{jobs[0]}{more} {'ends' if len(jobs) == 1 else 'end'}"

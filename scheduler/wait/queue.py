@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from loractl.common.job.status import Status
 from loractl.common.placement.lines import Waiting
-from loractl.common.store.fleet import FleetView, waiting_of
+from loractl.common.store.fleet import FleetView
 
-from .cards import opening_of, refused_join, when_they_end
-from .gangs import CardsAsked, asked_of
+from .cards import Asking, refused_join
+from .gangs import CardsAsked, asked_of, when_they_end
 from .reasons import Tier, Wait, explain
 from .rivals import ahead_of, reaches
 from .starts import REPLAYED_JOBS, ExpectedStart, read_starts
@@ -69,12 +69,18 @@ def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[
     if start is None:
         ahead = [other.job_id for other in ahead_of(job, view, ready)]
         return replace(wait, sentence=f"{wait.sentence}; {_goes_first(ahead, job, ready)}") if ahead else wait
-    me, card = waiting_of(vars(job), view.now), view.cards[start.node]
-    opening = opening_of(me, card, view)
-    if opening is None or not opening.after or wait.sentence.startswith(f"{start.node} when"):
+    asking, card = Asking.of(job, view), view.cards[start.node]
+    full = asking.full.get(start.node)
+    if asking.gang is not None or full is None:
         return wait
-    apart = refused_join(me, card, view)
-    return replace(wait, sentence=f"{start.node} when {when_they_end(opening.after)}{apart}", apart=apart)
+    ends = {one.job_id: one.ends for one in card.running}
+    # where it joins others there, fewer of them have to end than for a trainer of its own
+    ending = tuple(one for one in full.after if (end := ends[one]) is not None and end <= start.at)
+    if wait.sentence.startswith(f"{start.node} when") and ending in ((), full.after):
+        return wait
+    apart = refused_join(asking.me, card, view)
+    sentence = f"{start.node} when {when_they_end(ending or full.after)}{apart}"
+    return replace(wait, sentence=sentence, apart=apart)
 
 
 def _goes_first(ahead: Sequence[int], job: Job, ready: Sequence[Waiting]) -> str:

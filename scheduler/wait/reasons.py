@@ -11,30 +11,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loractl import __version__
-from loractl.common.job.need import SharedNeed
 from loractl.common.job.status import BLAMED
-from loractl.common.placement.cards import Card, least_limit, suits
+from loractl.common.placement.cards import Card, Obstacle, could_start, least_limit
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.reach import out_of_reach
-from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, fault_of, unreadable, waiting_of
+from loractl.common.placement.refusals import Taken
+from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, fault_of, paused, unreadable
 from loractl.common.units import clock, duration, gib
 
-from .cards import (
-    SILENT_S,
-    at_last,
-    avoidance_of,
-    beside,
-    could_ever_hold,
-    could_start_now,
-    holder,
-    opening_of,
-    refused_join,
-    silent_s,
-    still_inside,
-    suits_at_last,
-    when_they_end,
-)
-from .gangs import gang_wait, gathering_of, in_words, shared_way
+from .cards import SILENT_S, Asking, avoidance_of, beside, holder, refused_join, silent_s, still_inside
+from .gangs import gang_wait, gathering_of, in_words, when_they_end
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
@@ -76,18 +62,17 @@ def explain(job: Job, view: FleetView) -> Wait:
     if what := unreadable(vars(job)):
         sentence = f"its row can't be read, a worker sets it aside: {what}"
         return _held_back(job, view) or Wait(tier=Tier.NEVER, word="never", sentence=sentence)
-    me = waiting_of(vars(job), view.now)
-    whole = at_last(job, me)
+    asking = Asking.of(job, view)
     return (
-        _never(job, whole, view)
+        _never(job, asking.at_last, view)
         or _held_back(job, view)
-        or _result_elsewhere(job, me, view)
-        or _no_open_card(job, whole, view)
+        or _result_elsewhere(job, asking.me, view)
+        or _no_open_card(asking, view)
         or _next(job, view)
-        or _others_first(job, me, view)
-        or _patience(job, me, view)
-        or _avoids(job, me, view)
-        or _room(job, me, view)
+        or _others_first(asking, view)
+        or _patience(asking, view)
+        or _avoids(asking, view)
+        or _room(asking, view)
     )
 
 
@@ -113,15 +98,15 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
     """A person's wish, a pause after a failed attempt, or a limit."""
     if job.held:
         return Wait(tier=Tier.POLICY, word="held", sentence=_held_by(job.message))
-    if job.not_before is not None and job.not_before > view.now:
+    if job.not_before is not None and paused(job, view.now):
         pause = duration((job.not_before - view.now).total_seconds())
         if job.message is not None and job.reason is None:  # no attempt ended: a worker of an older version saw it
             return Wait(tier=Tier.POLICY, word="version", sentence=job.message)
         after = f": {_blamed(job, view)} failed it ({job.reason})" if job.reason in BLAMED else ""
         return Wait(tier=Tier.POLICY, word="retry", sentence=f"attempt {job.attempt + 1} in {pause}{after}")
-    limit, mine = least_limit(view.cards.values()), sum(running.user == job.user for running in view.running.values())
-    if limit is not None and mine >= limit:
-        return Wait(tier=Tier.POLICY, word="limit", sentence=f"{job.user} runs {mine}, the limit is {limit}")
+    if (limit := view.round.limit_of(job.user)) is not None:
+        sentence = f"{limit.user} runs {limit.runs}, the limit is {limit.most}"
+        return Wait(tier=Tier.POLICY, word="limit", sentence=sentence)
     return None
 
 
@@ -150,16 +135,20 @@ def _result_elsewhere(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     return Wait(tier=Tier.POLICY, word="result", sentence=text + clock(job.result_until, view.now))
 
 
-def _no_open_card(job: Job, me: Waiting, view: FleetView) -> Wait | None:
+TOO_SMALL = (Obstacle.LABELS, Obstacle.METHODS, Obstacle.SMALL)
+TOO_FEW = (Obstacle.UNSHARED, Obstacle.TOO_FEW, Obstacle.TOO_FEW_NOW)
+NOT_OPEN = (*TOO_FEW, Obstacle.RESULT, Obstacle.CLOSED, Obstacle.PROCESSOR)
+
+
+def _no_open_card(asking: Asking, view: FleetView) -> Wait | None:
     """No open card could ever hold it, though a closed one could."""
-    if shared_way(me, view) is not None:
+    refusals = {node: refusal for node, refusal in asking.refusals.items() if refusal not in TOO_SMALL}
+    shared = view.round.gang_of(asking.at_last) is not None
+    if shared or any(refusal not in NOT_OPEN for refusal in refusals.values()):
         return None
-    labelled = [card for card in view.cards.values() if me.requires <= card.labels]
-    holding = [card for card in labelled if could_ever_hold(me, card) or not card.total]
-    if any(card.open and suits_at_last(job, card, view) for card in holding):
-        return None
-    if not holding:
+    if not refusals:
         return _fleet("worker", "no worker is online: start loractl worker on a box")
+    holding = [view.cards[node] for node in refusals]
     online = [card for card in holding if silent_s(view, card.node) <= NODE_STALE_S]
     for card in online:
         order = view.drain_of(card.node)
@@ -169,10 +158,11 @@ def _no_open_card(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     for card in online:
         if (fault := fault_of(view.nodes[card.node])) is not None:
             return _fleet("closed", f"{card.node}: {fault}")
-    left_out = next((card for card in online if card.open), None)
-    if left_out is not None and not me.alone:
-        return _fleet("worker", "it asks for several cards of one box, and not enough are open")
-    if left_out is not None:
+    if any(refusal in TOO_FEW for refusal in refusals.values()):
+        few = "it asks for several cards of one box, and not enough are open"
+        held = all(card.open for card in holding) and any(_is_held(asking, card) for card in holding)
+        return None if held else _fleet("worker", few)
+    if (left_out := next((card for card in online if card.open), None)) is not None:
         what = "a processor, for what no GPU of the fleet can hold; no GPU with its labels is online"
         return _fleet("worker", f"{left_out.node} is {what}")
     if online:
@@ -199,7 +189,7 @@ def _fleet(word: str, sentence: str) -> Wait:
 
 def _next(job: Job, view: FleetView) -> Wait | None:
     """The rule gives it a card at this moment."""
-    placed = next((d.placed for d in view.decisions if d.placed and d.placed.job.job_id == job.job_id), None)
+    placed = view.round.placed.get(job.job_id)
     if placed is None:
         return None
     node = max((share.node for share in placed.shares), key=lambda name: silent_s(view, name))
@@ -215,45 +205,33 @@ def _next(job: Job, view: FleetView) -> Wait | None:
     )
 
 
-def _others_first(job: Job, me: Waiting, view: FleetView) -> Wait | None:
+def _others_first(asking: Asking, view: FleetView) -> Wait | None:
     """A card has room for it, or each of several has, and the rule gives or keeps one of these for another job."""
-    if (gang := shared_way(me, view)) is not None:
-        return _others_first_on_several(job, me, gang, view)
-    taken = {s.node: d.placed.job for d in view.decisions if d.placed is not None for s in d.placed.shares}
-    kept_nodes, kept_for = _kept(view)
-    startable = [card for card in view.cards.values() if could_start_now(me, card, view)]
-    own = next((d.placed for d in view.decisions if d.placed is not None and d.placed.job.user == me.user), None)
-    if own is not None and any(card.node not in taken and card.node not in kept_nodes for card in startable):
+    me, nodes = asking.me, list(asking.refusals)
+    if asking.gang is not None:
+        found = gathering_of(me, asking.gang, view)
+        if found is None or any(room.after for _, room in found.rooms):
+            return None
+        nodes = [card.node for card, _ in found.rooms]
+    own = next((placed for placed in view.round.placed.values() if placed.job.user == me.user), None)
+    if own is not None and asking.gang is None and None in asking.refusals.values():
         # it has a card with room, but the rule passed it over
         most = least_limit(view.cards.values())
         text = f"{own.job.job_id} goes first on {own.node}, and {me.user} may run {most} at a time"
         return _capacity("limit", text)
-    for card in startable:
-        if card.node in taken:
-            return _passed_over(me, taken[card.node], card.node)
-        if card.node in kept_nodes and kept_for != job.job_id:
-            return _capacity("kept", f"{card.node} is kept for {kept_for}, which goes first")
-    return None
-
-
-def _others_first_on_several(job: Job, me: Waiting, gang: SharedNeed, view: FleetView) -> Wait | None:
-    found = gathering_of(me, gang, view)
-    if found is None or any(room.after for _, room in found.rooms):
-        return None
-    nodes = [card.node for card, _ in found.rooms]
-    taken = {s.node: d.placed.job for d in view.decisions if d.placed is not None for s in d.placed.shares}
-    if (node := next((node for node in nodes if node in taken), None)) is not None:
-        return _passed_over(me, taken[node], node)
-    kept_nodes, kept_for = _kept(view)
-    kept = sorted(node for node in nodes if node in kept_nodes and kept_for != job.job_id)
+    kept, kept_for = list[str](), 0
+    for node in nodes:
+        taken = asking.refusals[node]
+        if not isinstance(taken, Taken):
+            continue
+        if taken.given:
+            return _passed_over(me, taken.given[-1], node)
+        if taken.kept_for is not None and taken.kept_for.job_id != me.job_id:
+            kept, kept_for = sorted([*kept, node]), taken.kept_for.job_id
+            if asking.gang is None:
+                break
     are = "are" if len(kept) > 1 else "is"
     return _capacity("kept", f"{in_words(kept)} {are} kept for {kept_for}, which goes first") if kept else None
-
-
-def _kept(view: FleetView) -> tuple[list[str], int | None]:
-    """The cards that the rule keeps, and the job for which it does."""
-    kept = next((d.reserved for d in view.decisions if d.reserved is not None), None)
-    return ([], None) if kept is None else ([card.node for card in kept.cards], kept.job.job_id)
 
 
 def _passed_over(me: Waiting, first: Waiting, node: str) -> Wait:
@@ -264,63 +242,65 @@ def _passed_over(me: Waiting, first: Waiting, node: str) -> Wait:
     return _capacity("order", f"{first.job_id} goes first on {node}")
 
 
-def _patience(job: Job, me: Waiting, view: FleetView) -> Wait | None:
+def _patience(asking: Asking, view: FleetView) -> Wait | None:
     """It waits for a card that holds LoRA, though QLoRA could start."""
-    if job.lora_until is None or job.lora_until <= view.now:
+    until, cards = asking.job.lora_until, view.cards.values()
+    if until is None or until <= view.now:
         return None
-    until, whole = clock(job.lora_until, view.now), at_last(job, me)
-    small = next((card for card in view.cards.values() if could_start_now(whole, card, view)), None)
+    small = next((card for card in cards if could_start(asking.at_last, card, cards)), None)
     if small is not None:
-        return _capacity("patience", f"until {until} for LoRA; QLoRA would fit on {small.node} now")
-    if all(opening_of(me, card, view) is None for card in view.cards.values()):
-        return _capacity("patience", f"until {until} for LoRA, for which no card has room; then for QLoRA")
+        return _capacity("patience", f"until {clock(until, view.now)} for LoRA; QLoRA would fit on {small.node} now")
+    if not asking.full:
+        text = f"until {clock(until, view.now)} for LoRA, for which no card has room; then for QLoRA"
+        return _capacity("patience", text)
     return None
 
 
-def _avoids(job: Job, me: Waiting, view: FleetView) -> Wait | None:
+def _avoids(asking: Asking, view: FleetView) -> Wait | None:
     """A card has room for it and failed it: it waits for another one."""
-    forgets, cards = replace(me, avoids=frozenset()), view.cards.values()
-    for card in cards:
-        if card.open and not could_start_now(me, card, view) and could_start_now(forgets, card, view):
-            why = avoidance_of(job, card, view)
+    forgets, cards = replace(asking.me, avoids=frozenset()), view.cards
+    for node, refusal in asking.refusals.items():
+        if refusal is Obstacle.AVOIDED and could_start(forgets, cards[node], cards.values()):
+            why = avoidance_of(asking.job, cards[node], view)
             until = clock(why.until, view.now)
-            return _capacity("avoids", f"{card.node} failed it ({why.reason}): until {until} for another card")
+            return _capacity("avoids", f"{node} failed it ({why.reason}): until {until} for another card")
     return None
 
 
-def _room(job: Job, me: Waiting, view: FleetView) -> Wait:
+def _room(asking: Asking, view: FleetView) -> Wait:
     """The card that has room first, and the jobs that must end for it. Without one: who holds the largest card."""
-    kept_nodes, kept_for = _kept(view)
-    mine = kept_for == job.job_id
-    if (gang := shared_way(me, view)) is not None:
-        wait = gang_wait(me, gang, view)
-        ends = f" when {when_they_end(wait.after)}" if wait.after else ""
-        word = "busy" if wait.only_slot else "memory"
-        return _capacity(word, f"{wait.sentence}{ends}{' (kept for it)' if mine else ''}")
-    openings = {
-        card.node: opening for card in view.cards.values() if (opening := opening_of(me, card, view)) is not None
-    }
-    if not openings:
-        return _held_by_others(me, view)
-    first = min(openings, key=lambda name: (*openings[name].rank, name))
-    node = kept_nodes[0] if mine and kept_nodes[0] in openings else first
-    opening = openings[node]
-    sentence = f"{node} when {when_they_end(opening.after)}{' (kept for it)' if mine else ''}"
+    me, full, kept = asking.me, asking.full, view.round.kept
+    mine = kept if kept is not None and kept.job.job_id == me.job_id else None
+    ours = " (kept for it)" if mine is not None else ""
+    if asking.gang is not None:
+        word, sentence = gang_wait(me, asking.gang, view)
+        return _capacity(word, sentence + ours)
+    if not full:
+        free = next((node for node, refusal in asking.refusals.items() if refusal is None), None)
+        missed = f"{free} has room for it, and the rule does not reach it"
+        return _held_by_others(asking, view) if free is None else _capacity("order", missed)
+    first = min(full, key=lambda name: (*full[name].rank, name))
+    node = mine.node if mine is not None and mine.node in full else first
+    sentence = f"{node} when {when_they_end(full[node].after)}{ours}"
     apart = refused_join(me, view.cards[node], view)
-    word = "busy" if opening.only_slot else "memory"
+    word = "busy" if full[node].only_slot else "memory"
     return Wait(tier=Tier.CAPACITY, word=word, sentence=sentence + apart, apart=apart)
 
 
-def _held_by_others(me: Waiting, view: FleetView) -> Wait:
-    largest = view.largest
-    cards = [c for c in view.cards.values() if c.open and suits(c, me, largest) and could_ever_hold(me, c)]
-    if not cards:
+def _held_by_others(asking: Asking, view: FleetView) -> Wait:
+    blocked = [card for card in view.cards.values() if _is_held(asking, card)]
+    if not blocked:
         return _capacity("memory", "no open card has room for it")
-    blocked = max(cards, key=lambda card: card.capacity)
-    if still := still_inside(me, blocked):
-        return _capacity("memory", f"on {blocked.node} {still}")
-    held = holder(view, blocked, pid=True)
-    return _capacity("memory", f"{held} on {blocked.node}, {gib(blocked.capacity)} are left")
+    card = max(blocked, key=lambda card: card.capacity)
+    if asking.refusals[card.node] is Obstacle.LEAVERS:
+        return _capacity("memory", f"on {card.node} {still_inside(card)}")
+    return _capacity("memory", f"{holder(view, card, pid=True)} on {card.node}, {gib(card.capacity)} are left")
+
+
+def _is_held(asking: Asking, card: Card) -> bool:
+    refusal, could_hold = asking.refusals[card.node], (asking.me.bound or 0) <= card.usable
+    programs = refusal is Obstacle.PROGRAMS or (refusal is Obstacle.TOO_FEW_NOW and card.outside > 0)
+    return could_hold and (programs or refusal is Obstacle.LEAVERS)
 
 
 def _capacity(word: str, sentence: str) -> Wait:

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need
+from loractl.common.placement.cards import could_start
 from loractl.common.placement.joins import join_openings
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 from loractl.common.units import gib
 
-from .cards import could_start_now, largest_program
+from .cards import largest_program
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
@@ -59,7 +60,7 @@ def _smaller_job(job: Job, view: FleetView, rule: Trial) -> Iterator[str]:
     me = waiting_of(vars(job), view.now)
     permitted = me.methods
     cards = view.cards.values()
-    alone = max((card.free for card in cards if card.open and card.slots), default=0)
+    alone = max((card.room for card in cards), default=0)
     beside = max((o.bytes for o in join_openings(cards) if o.base_model == me.base_model), default=0)
     # a place beside others may be refused though it has more room than a card of the job's own
     rooms = sorted({alone, beside}, reverse=True)
@@ -126,10 +127,10 @@ def _without_programs(job: Job, view: FleetView) -> Iterator[str]:
 
 def without_others(job: Job, view: FleetView) -> tuple[str, str] | None:
     """(card, program) where the job would fit now if other people's programs were not there."""
-    me = waiting_of(vars(job), view.now)
-    for card in view.cards.values():
-        if card.outside == 0 or could_start_now(me, card, view):
+    me, cards = waiting_of(vars(job), view.now), view.cards.values()
+    for card in cards:
+        if card.outside == 0 or could_start(me, card, cards):
             continue
-        if could_start_now(me, replace(card, outside=0), view) and view.nodes[card.node].outside:
+        if could_start(me, replace(card, outside=0), cards) and view.nodes[card.node].outside:
             return card.node, largest_program(view, card)
     return None

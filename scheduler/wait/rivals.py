@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from loractl.common.placement.cards import Card, takes
 from loractl.common.placement.gangs import may_share
 from loractl.common.placement.lines import Waiting
+from loractl.common.placement.rule import turn
 from loractl.common.store.fleet import FleetView, waiting_of
 
-from .cards import could_ever_hold
 from .starts import REPLAYED_JOBS
 
 if TYPE_CHECKING:
@@ -19,18 +19,9 @@ if TYPE_CHECKING:
 
 def ahead_of(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waiting]:
     """Those of the ready jobs that the rule tries before it and that could take a card which suits it, in its order."""
-    me = waiting_of(vars(job), view.now)
-
-    def before(other: Waiting) -> bool:
-        if other.priority != me.priority:
-            return other.priority > me.priority
-        if other.user == me.user:
-            return other.job_id < me.job_id
-        theirs, mine = view.charges.get(other.user, 0.0), view.charges.get(me.user, 0.0)
-        return theirs < mine or (theirs == mine and other.job_id < me.job_id)
-
-    first = [other for other in rivals(job, view, waiting) if before(other)]
-    return sorted(first, key=lambda o: (-o.priority, view.charges.get(o.user, 0.0), o.job_id))
+    mine = turn(waiting_of(vars(job), view.now), view.charges)
+    first = [other for other in rivals(job, view, waiting) if turn(other, view.charges) < mine]
+    return sorted(first, key=lambda other: turn(other, view.charges))
 
 
 def reaches(job: Job, waiting: Sequence[Waiting]) -> bool:
@@ -57,8 +48,9 @@ def _suiting(job: Waiting, view: FleetView) -> frozenset[str]:
         fleet = view.cards.values()
 
         def may_have(card: Card) -> bool:
-            return card.open and (takes(card, job, fleet, view.largest) or (bool(job.gangs) and may_share(card, job)))
+            several = bool(job.gangs) and may_share(card, job)
+            takes_it = card.open and (several or takes(card, job, fleet, view.round.largest))
+            return takes_it and (job.bound or 0) <= card.usable
 
-        takers = (card for card in fleet if may_have(card))
-        found = view.suiting[form] = frozenset(card.node for card in takers if could_ever_hold(job, card))
+        found = view.suiting[form] = frozenset(card.node for card in fleet if may_have(card))
     return found

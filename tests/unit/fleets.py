@@ -13,7 +13,7 @@ from loractl.common.placement.keys import queue_key
 from loractl.common.placement.lines import ListedLine, Waiting, levels_of
 from loractl.common.placement.rule import place
 from loractl.common.placement.shares import charge
-from loractl.common.store.fleet import FleetView, card_of, waiting_of
+from loractl.common.store.fleet import FleetView, card_of, is_ready, waiting_of
 from loractl.common.store.hosts import TrainerHost
 from loractl.common.store.tables import DrainOrder, Job, Node
 from loractl.common.units import GIB
@@ -60,7 +60,7 @@ def waits(
 
 def ready(jobs: Iterable[Job], now: dt.datetime = NOON) -> list[Waiting]:
     """Those that could be claimed, as the rule sees them."""
-    return [waiting_of(vars(j), now) for j in jobs if not j.held and (j.not_before is None or j.not_before <= now)]
+    return [waiting_of(vars(j), now) for j in jobs if is_ready(j, now)]
 
 
 def fleet(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Mapping
 
-from sqlalchemy import ColumnElement, TextClause, or_, select
+from sqlalchemy import or_, select
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method
@@ -16,7 +16,7 @@ from loractl.common.placement.keys import QueueKey, queue_key
 from loractl.common.placement.sizes import vram_class
 
 from ..fleet import waiting_of
-from ..tables import WAITS, Job
+from ..tables import WAITS, Job, ready_at
 from ..transaction import SKIP_LOCKED, Transaction
 from .cards.nodes import read_cards
 from .lines import EVERY_KEY
@@ -61,7 +61,7 @@ def _end_patience(tx: Transaction, job: Job, now: dt.datetime) -> None:
 
 def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
     """The given VRAM classes that have a job to claim now."""
-    sizes, ready = list(classes), select(Job.vram_class).where(*_is_ready(tx.now())).order_by(Job.vram_class).limit(1)
+    sizes, ready = list(classes), select(Job.vram_class).where(ready_at(tx.now())).order_by(Job.vram_class).limit(1)
     if not sizes:
         return set()
     # A range in order: asked for one that is equal, PostgreSQL walks over all rows and expects to meet it soon.
@@ -106,13 +106,4 @@ def _gang_waits(tx: Transaction, largest: int, labels: Mapping[str, str]) -> boo
     return any(
         (form.alone and (form.least is None or form.least <= largest)) or gang_of(form, cards) is not None
         for form in forms
-    )
-
-
-def _is_ready(now: dt.datetime) -> tuple[ColumnElement[bool] | TextClause, ...]:
-    """The conditions for a claim, apart from the job's need."""
-    return (
-        WAITS,
-        ~Job.held,
-        or_(Job.not_before.is_(None), Job.not_before <= now),
     )

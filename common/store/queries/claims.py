@@ -24,7 +24,7 @@ from loractl.common.placement.rule import Placement
 from loractl.common.units import gib
 
 from ..attempt_columns import begun
-from ..fleet import unreadable
+from ..fleet import is_ready, unreadable
 from ..guard import move
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node
@@ -112,15 +112,14 @@ def _given(
 
 def _could_share(placed: Placement, mine: Card) -> bool:
     """Whether the card had room for a share of a job that others get, so that the job may have woken it alone."""
-    room = mine.free if mine.slots else 0
-    return bool(placed.beside) and may_share(mine, placed.job) and any(one.bytes <= room for one in placed.shares)
+    return bool(placed.beside) and may_share(mine, placed.job) and any(one.bytes <= mine.room for one in placed.shares)
 
 
 def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node, joins: bool) -> Claim | Left:
     now = tx.now()
     job = tx.session.get(Job, placed.job.job_id, with_for_update=SKIP_LOCKED, populate_existing=True)
-    if job is None or job.status is not Status.QUEUED:
-        return Left(nodes=frozenset())  # another node's claim was faster
+    if job is None or not is_ready(job, now):
+        return Left(nodes=frozenset())  # another node's claim was faster, or a person held it
     if is_asked_to_stop(tx, job.job_id):  # it was given back while it was cancelled
         answer_wishes(tx)
         return Left(nodes=frozenset())

@@ -31,6 +31,7 @@ from ..tables import (
     MetricPoint,
     Sweep,
     Use,
+    ready_at,
 )
 from ..transaction import Transaction
 
@@ -277,8 +278,7 @@ def read_counts(tx: Transaction) -> list[JobCount]:
 
 def read_oldest_ready(tx: Transaction) -> dt.datetime | None:
     """When the oldest job that could be claimed now was submitted; None: there is none."""
-    ready = (WAITS, ~Job.held, or_(Job.not_before.is_(None), Job.not_before <= tx.now()))
-    return tx.session.scalar(select(Job.submitted_at).where(*ready).order_by(Job.job_id).limit(1))
+    return tx.session.scalar(select(Job.submitted_at).where(ready_at(tx.now())).order_by(Job.job_id).limit(1))
 
 
 def read_runs(tx: Transaction, since: dt.datetime, until: dt.datetime) -> list[PastRun]:

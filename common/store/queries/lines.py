@@ -16,11 +16,11 @@ from sqlalchemy.orm import Session
 
 from loractl.common.placement.keys import QueueKey, queue_key_range
 from loractl.common.placement.lines import JoinedLine, Line, ListedLine, Openings, SubstitutedLine, Waiting, waited
-from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
+from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, turn
 
 from ..columns import UtcDateTime
 from ..fleet import NOWHERE, waiting_of
-from ..tables import Job
+from ..tables import READY, Job
 
 _MET = "unreadable jobs"
 _HIGHEST = 2**31  # above every priority that a row can have
@@ -28,8 +28,6 @@ _MOST_JOINERS = 32  # of a base that are asked whether they join; four packs in 
 _MOST_BASES = 100  # in one statement; SQLite takes up to 500
 _AT_ONCE = 32  # of a user's jobs in one query, where many are read
 
-# Literal conditions: a partial index is only used where the planner can see that its condition holds.
-_READY = "status = 'queued' AND NOT held AND (not_before IS NULL OR not_before <= :now)"
 _OF_ROW = (
     'job_id, "user", priority, submitted_at, methods, vram_lora, vram_qlora, lora_until, queue_key, result_host,'
     " result_until, avoids, base_model, gangs, planned, attempt"
@@ -73,7 +71,7 @@ EVERY_KEY = (
 
 _HEADS = text(
     f"{_KEYS} SELECT k,"  # noqa: S608  no input
-    f" (SELECT job_id FROM jobs WHERE {_READY} AND queue_key = keys.k ORDER BY job_id LIMIT 1)"
+    f" (SELECT job_id FROM jobs WHERE {READY} AND queue_key = keys.k ORDER BY job_id LIMIT 1)"
     " FROM keys WHERE k < :end"
 ).bindparams(bindparam("now", type_=UtcDateTime()))
 _LEAST = text(
@@ -82,7 +80,7 @@ _LEAST = text(
 ).columns(vram_needed=Job.vram_needed.type)
 
 _WANTED = text(
-    f"{EVERY_KEY} SELECT EXISTS (SELECT 1 FROM keys WHERE (SELECT 1 FROM jobs WHERE {_READY} AND queue_key = keys.k"  # noqa: S608  no input
+    f"{EVERY_KEY} SELECT EXISTS (SELECT 1 FROM keys WHERE (SELECT 1 FROM jobs WHERE {READY} AND queue_key = keys.k"  # noqa: S608  no input
     " AND vram_needed <= :free AND job_id <> :job_id LIMIT 1) = 1)"
 ).bindparams(bindparam("now", type_=UtcDateTime()))
 _TYPES = {column.key: column.type for column in Job.__table__.columns} | {"again": UtcDateTime()}
@@ -97,13 +95,13 @@ def _typed(statement: str) -> TextualSelect:
 
 def _oldest(condition: str, limit: int = 1) -> TextualSelect:
     """The oldest ready jobs that meet the condition."""
-    return _typed(f"SELECT {_COLUMNS} FROM jobs WHERE {_READY} {condition} ORDER BY job_id LIMIT {limit}")  # noqa: S608  no input
+    return _typed(f"SELECT {_COLUMNS} FROM jobs WHERE {READY} {condition} ORDER BY job_id LIMIT {limit}")  # noqa: S608  no input
 
 
 _OF_USER = 'AND priority = :priority AND "user" = '
 _FIRST_BY_USER = _typed(
     f"{_USERS} SELECT {_COLUMNS} FROM jobs WHERE job_id IN"  # noqa: S608  no input
-    f" (SELECT (SELECT job_id FROM jobs WHERE {_READY} {_OF_USER} users.u ORDER BY job_id LIMIT 1)"
+    f" (SELECT (SELECT job_id FROM jobs WHERE {READY} {_OF_USER} users.u ORDER BY job_id LIMIT 1)"
     " FROM users WHERE users.u IS NOT NULL)"
 )
 _NEXT_OF_USER = _oldest(f"{_OF_USER} :user AND job_id > :after")
@@ -149,7 +147,7 @@ def read_joiners(session: Session, now: dt.datetime, models: Sequence[str]) -> l
 def _joiners(bases: int) -> TextualSelect:
     """The first ready jobs of each base: a part of the statement each, since SQLite knows no LATERAL."""
     parts = (
-        f"SELECT job_id FROM (SELECT job_id FROM jobs WHERE {_READY} AND base_model = :model{number}"  # noqa: S608  no input
+        f"SELECT job_id FROM (SELECT job_id FROM jobs WHERE {READY} AND base_model = :model{number}"  # noqa: S608  no input
         f" ORDER BY priority DESC, job_id LIMIT {_MOST_JOINERS}) AS part{number}"
         for number in range(bases)
     )
@@ -167,14 +165,10 @@ def read_wanted(session: Session, now: dt.datetime, job_id: int, free: int) -> b
 
 def read_order(session: Session, now: dt.datetime, charges: Mapping[str, float], limit: int) -> list[Waiting]:
     """The first ready jobs in the order in which the rule tries them: by priority, their user's share, age."""
-
-    def turn(job: Waiting) -> tuple[float, int]:
-        return charges.get(job.user, 0.0), job.job_id
-
     found: list[Waiting] = []
     for priority in _priorities(session):
         heads = _first_by_user(session, now, priority).values()
-        level = heapq.merge(*(_from(session, now, first) for first in heads), key=turn)
+        level = heapq.merge(*(_from(session, now, first) for first in heads), key=lambda job: turn(job, charges))
         found += itertools.islice(level, limit - len(found))
         if len(found) == limit:
             break

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete
+from loractl.common.store.faces.views import ViewStore
+from sqlalchemy import delete, update
 from sqlalchemy.orm import Session
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need
-from loractl.common.job.status import Reason
+from loractl.common.job.status import Reason, Status
 from loractl.common.placement.lines import ListedLine, Openings, Waiting, levels_of
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
-from loractl.common.store.fleet import NODE_STALE_S, card_of, waiting_of
+from loractl.common.store.fleet import NODE_STALE_S, card_of, is_ready, waiting_of
 from loractl.common.store.queries.cards.nodes import drained_targets, read_charges
 from loractl.common.store.queries.lines import read_levels, read_oldest, read_order
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
-from loractl.common.store.tables import Base, DrainOrder
+from loractl.common.store.tables import Base, DrainOrder, Job
 from loractl.common.units import GIB
 
 from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission
@@ -237,3 +239,24 @@ def _all(line: Any, openings: list[Openings], each: int) -> list[Waiting | None]
     while (job := line.next(openings[-1])) is not None:
         found.append(job)
     return found
+
+
+def test_a_row_is_ready_by_one_rule_in_sql_and_in_values(timed: Store) -> None:
+    """Status, a person's hold, and a pause: as the lines, the counts and the hints read them, and a locked row."""
+    pauses = (None, NOON - dt.timedelta(seconds=1), NOON, NOON + dt.timedelta(seconds=1))
+    kinds = list(itertools.product((Status.QUEUED, Status.RUNNING, Status.FAILED), (False, True), pauses))
+    numbers = [timed.jobs.submit(submission()) for _ in kinds]
+    with Session(timed.engine) as session, session.begin():
+        for number, (status, held, not_before) in zip(numbers, kinds, strict=True):
+            changed = {"status": status, "held": held, "not_before": not_before}
+            session.execute(update(Job).where(Job.job_id == number).values(changed))
+    ready = {job.job_id for job in timed.jobs() if is_ready(job, NOON)}
+    queued = [number for number, (status, *_) in zip(numbers, kinds, strict=True) if status is Status.QUEUED]
+    assert ready == {queued[0], queued[1], queued[2]}, "free of a hold and a pause"
+    assert {job.job_id for job in timed.jobs.ready(99)} == ready
+    counts = {
+        count.reason: count.count
+        for count in ViewStore(timed.engine, lambda: NOON).counts()
+        if count.status is Status.QUEUED
+    }
+    assert counts["ready"] == len(ready)

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import Connection, event, select, update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import AdapterNotFound, JobNotFound, WrongState
@@ -32,6 +32,24 @@ def test_a_held_job_is_not_claimed_and_says_who_holds_it_and_why(store: Store) -
     assert (released.held, released.message) == (False, None)
     taken = take(store)
     assert isinstance(taken, Claim) and taken.job_id == job_id
+
+
+@pytest.mark.parametrize("upgraded_url", ["postgresql"], indirect=True)
+def test_a_job_that_is_held_while_a_claim_reads_it_is_not_started(store: Store) -> None:
+    """The claim read it as ready, and asked of the locked row alone that it waits."""
+    job_id, other = store.jobs.submit(submission()), Store(make_engine(str(store.engine.url.render_as_string(False))))
+
+    def hold(_: Connection, __: object, statement: str, *rest: object) -> None:
+        if "SKIP LOCKED" in statement and "FROM jobs" in statement:
+            other.jobs.hold(job_id, "bob")
+
+    event.listen(store.engine, "before_cursor_execute", hold)
+    try:
+        assert not isinstance(take(store), Claim)
+    finally:
+        event.remove(store.engine, "before_cursor_execute", hold)
+        other.engine.dispose()
+    assert store.jobs.get(job_id).status is Status.QUEUED and store.jobs.get(job_id).held
 
 
 def test_a_reason_that_no_database_can_hold_is_kept_as_far_as_it_can_be(store: Store) -> None:

@@ -71,6 +71,33 @@ def test_a_box_with_a_closed_card_is_waited_for() -> None:
     assert (word, sentence) == ("worker", "it asks for several cards of one box, and not enough are open")
 
 
+def test_a_box_that_is_not_whole_is_named_by_what_it_lacks() -> None:
+    """It was told that something outside loractl holds 0.0 GiB of the other card, or that open cards were not open."""
+    whole = waits(lora=40, qlora=None, methods=(Method.LORA,), gangs=shared().gangs)
+    assert told(whole, *pair(), drains=[drained("heron:1")]) == ("drained", "heron:1 by lena: replacing a fan")
+    first, second = pair()
+    second.outside_bytes, second.outside = 20 * GIB, [{"pid": 9, "name": "vllm", "bytes": 20 * GIB}]
+    for job in (whole, shared(alone=False)):
+        assert told(job, first, second) == ("memory", "vllm (pid 9) holds 20.0 on heron:1, 4.0 are left")
+
+
+def test_a_gang_that_waits_for_lora_says_whose_end_gives_it_room() -> None:
+    """It was told that no card has room for LoRA."""
+    way = {"cards": 2, "parallel": "sharded", "lora": 20 * GIB, "qlora": 10 * GIB}
+    job = waits(lora=40, qlora=30, gangs={"alone": True, "ways": [way]}, lora_until=in_seconds(3600))
+    asked = ("memory", "waits for a second card of 20.0 GiB on heron when 12 ends")
+    assert told(job, *pair(), ran=[running(12, "heron:1", 20)]) == asked
+
+
+def test_a_job_whose_share_is_small_is_not_reached_where_a_processor_would_take_it() -> None:
+    """The lines look for a share on GPUs, and leave it out. A list of jobs with such a one ended in a traceback."""
+    job = shared(4, job_id=7)
+    cards = [card("heron:0", 16), card("wren:0", 64, kind="cpu")]
+    first = waits(lora=16, qlora=16, job_id=6)
+    view = fleet(cards, ran=[running(12, "heron:0", 16)], waiting=[first, job])
+    assert explain(job, view).sentence == "wren:0 has room for it, and the rule does not reach it"
+
+
 def test_each_card_says_what_of_the_job_it_would_have() -> None:
     job = shared()
     view = fleet(pair(), ran=[running(12, "heron:1", 20)], waiting=[job])

@@ -397,6 +397,13 @@ def test_a_card_with_room_says_who_goes_first_there() -> None:
     assert found["box:0"] == ("now", "kept for 5")
 
 
+def test_a_card_that_two_jobs_get_at_once_is_about_to_take_each() -> None:
+    """It said to the second one that the first goes first."""
+    jobs = [waits(1, lora=8), waits(2, lora=8)]
+    view = fleet([card(total=48, max_jobs=2)], waiting=jobs)
+    assert [fit.then for job in jobs for fit in card_fits(job, view)] == ["about to take it"] * 2
+
+
 def test_qlora_that_fits_now_beats_lora_that_fits_later() -> None:
     node = card(total=24, max_jobs=2)
     assert fits(waits(lora=20, qlora=8), node, ran=[running(1, "box:0", 12, 600)])["box:0"][0] == "now"

@@ -1,0 +1,178 @@
+"""Why the rule gives a waiting job no card, as values: for the one job that is asked about, once all is decided.
+
+The predicates that decide are asked again, with all cards. A claim comes by none of this: `place` stops early, and
+passes over most jobs unread.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from loractl.common.job.need import SharedNeed, least_need
+
+from .cards import Card, Obstacle, Reservation, Room, avoided, largest_gpu, least_limit, room_at, unsuited
+from .gangs import gang_of, may_share
+from .lines import Waiting
+from .reach import out_of_reach
+from .rule import Decision, Placement, jobs_by_user
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """The card has room for the job once others have ended."""
+
+    at: dt.datetime | None  # None: not known
+    after: tuple[int, ...]  # the jobs that must end
+    only_slot: bool  # the memory is free already
+
+    @property
+    def rank(self) -> tuple[bool, dt.datetime]:
+        """Orders cards by time; unknown times come last."""
+        return self.at is None, self.at or dt.datetime.max.replace(tzinfo=dt.UTC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """The card has room for the job, and the rule gives it to others now, or keeps it for one."""
+
+    given: tuple[Waiting, ...]
+    kept_for: Waiting | None  # perhaps this job
+
+
+Refusal = Obstacle | Full | Taken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """As many jobs of a user run as may."""
+
+    user: str
+    runs: int
+    most: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """What the rule has decided at one moment, and of which cards."""
+
+    cards: Mapping[str, Card]
+    decisions: Sequence[Decision]
+    now: dt.datetime
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """See largest_gpu."""
+        return largest_gpu(self.cards.values())
+
+    @functools.cached_property
+    def placed(self) -> dict[int, Placement]:
+        """What starts, by job."""
+        return {d.placed.job.job_id: d.placed for d in self.decisions if d.placed is not None}
+
+    @functools.cached_property
+    def kept(self) -> Reservation | None:
+        """For which job cards are kept."""
+        return next((d.reserved for d in self.decisions if d.reserved is not None), None)
+
+    @functools.cached_property
+    def _given(self) -> dict[str, tuple[Waiting, ...]]:
+        given: dict[str, tuple[Waiting, ...]] = {}
+        for placed in self.placed.values():
+            for share in placed.shares:
+                given[share.node] = (*given.get(share.node, ()), placed.job)
+        return given
+
+    def limit_of(self, user: str) -> Limit | None:
+        """The limit on a user's jobs, where that is reached by those that run."""
+        most, runs = least_limit(self.cards.values()), jobs_by_user(self.cards.values()).get(user, 0)
+        return None if most is None or runs < most else Limit(user=user, runs=runs, most=most)
+
+    def gang_of(self, job: Waiting) -> SharedNeed | None:
+        """See gangs.gang_of."""
+        return gang_of(job, self.cards.values()) if job.gangs else None
+
+    def refusals(self, job: Waiting, at_last: Waiting) -> dict[str, Refusal | None]:
+        """Why each card does not take the job. None: it has room and is nobody's, so the rule gives the job this one or
+        another, unless its user may run no more.
+
+        `at_last`: the job with all methods that it may have once it has waited for the preferred one.
+        """
+        gang = self.gang_of(job)
+        return {node: self._refusal(job, at_last, card, gang) for node, card in self.cards.items()}
+
+    def _refusal(self, job: Waiting, at_last: Waiting, card: Card, gang: SharedNeed | None) -> Refusal | None:
+        """The first that applies: what holds for ever, what people and workers say, what the job waits for."""
+        obstacle = unsuited(card, at_last, self.largest)
+        if obstacle is Obstacle.LABELS or not at_last.methods:
+            return obstacle if obstacle is Obstacle.LABELS else Obstacle.METHODS
+        if card.total and (at_last.bound or 0) > card.usable:
+            return Obstacle.SMALL
+        if obstacle is Obstacle.RESULT or not card.open:
+            return obstacle if obstacle is Obstacle.RESULT else Obstacle.CLOSED
+        if gang is not None:
+            return self._share(job, card, gang)
+        if obstacle is Obstacle.SEVERAL:
+            return self._too_few(at_last, card)
+        if card.total and (at_last.least or 0) > card.usable:
+            return Obstacle.TOO_FEW_NOW if job.gangs and self._enough_at_last(at_last, card) else Obstacle.SMALL
+        if obstacle is Obstacle.PROCESSOR and unsuited(card, job, self.largest) is not None:
+            return obstacle
+        if avoided(card, job, self.cards.values()):
+            return Obstacle.AVOIDED
+        placed = self.placed.get(job.job_id)
+        if placed is not None and placed.join is not None and placed.node == card.node:
+            return None
+        if (room := self._room(job, card)) is not None:
+            return room if room.after else self._taken(job, card)
+        if job.methods != at_last.methods and (job.bound or 0) > card.usable:
+            return Obstacle.PATIENCE
+        return Obstacle.LEAVERS if card.leavers and (job.least or 0) <= card.capacity else Obstacle.PROGRAMS
+
+    def _room(self, job: Waiting, card: Card) -> Full | None:
+        """When the card has room for the job, by the method for which that is soonest; None: never by itself."""
+        sizes = {None} if job.least is None else {job.need.of(method) for method in job.methods}
+        rooms = [(size, room_at(card, size or max(1, card.capacity), self.now)) for size in sizes]
+        full = [_full(card, size, room) for size, room in rooms if room is not None]
+        return min(full, key=lambda one: (*one.rank, len(one.after)), default=None)
+
+    def _taken(self, job: Waiting, card: Card) -> Taken | None:
+        """Who has the card instead, where it has room."""
+        given = tuple(other for other in self._given.get(card.node, ()) if other.job_id != job.job_id)
+        kept_for = None if self.kept is None or self.kept.on(card.node) is None else self.kept.job
+        mine = job.job_id in self.placed and card.node in {one.node for one in self.placed[job.job_id].shares}
+        return None if mine or not (given or kept_for) else Taken(given=given, kept_for=kept_for)
+
+    def _share(self, job: Waiting, card: Card, gang: SharedNeed) -> Refusal | None:
+        """The same of a card that is to be one of several."""
+        size = least_need(job.methods, gang.need)
+
+        def room(other: Card) -> Room | None:
+            return room_at(other, size or max(1, other.capacity), self.now) if may_share(other, job) else None
+
+        mine, box = room(card), [other for other in self.cards.values() if other.host == card.host]
+        if mine is not None and sum(room(other) is not None for other in box) >= gang.cards:
+            return _full(card, size, mine) if mine.after else self._taken(job, card)
+        if (size or 0) > card.usable:
+            return Obstacle.UNSHARED
+        if may_share(card, job) and (size or 1) > card.capacity:
+            return Obstacle.PROGRAMS
+        return self._too_few(replace(job, gangs=(gang,)), card)
+
+    def _too_few(self, job: Waiting, card: Card) -> Obstacle:
+        """Of a card whose box lacks others for the job: for ever, or until they open and are free again."""
+        if not may_share(card, job):
+            return Obstacle.UNSHARED
+        return Obstacle.TOO_FEW_NOW if self._enough_at_last(job, card) else Obstacle.TOO_FEW
+
+    def _enough_at_last(self, job: Waiting, card: Card) -> bool:
+        """Whether the card's box could share the job once all its cards are open and all else has left them."""
+        box = [other for other in self.cards.values() if other.host == card.host]
+        return may_share(card, job) and out_of_reach(replace(job, alone=False), box) is None
+
+
+def _full(card: Card, size: int | None, room: Room) -> Full:
+    after = tuple(job.job_id for job in room.after)
+    return Full(at=room.at, after=after, only_slot=size is not None and size <= card.free)
