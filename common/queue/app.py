@@ -14,7 +14,7 @@ from .hints import EXCHANGE, TRANSPORT_OPTIONS, HintConnection, queue_name
 
 
 def make_app(url: str) -> Any:
-    """A Celery app with options that keep hints from stalling or running twice (measured: docs/architecture.md)."""
+    """A Celery app with options that keep hints from stalling or running twice (measured: docs/node.md)."""
     app = Celery("loractl", broker=url, amqp=HintAmqp, set_as_current=False)
     exchange = Exchange(EXCHANGE, type="direct")
     app.conf.update(

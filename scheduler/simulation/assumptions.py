@@ -12,7 +12,7 @@ IMPORT_S = 7.4
 
 WARM_S = 0.6
 """Seconds from the claim to the first step in a host that has the base: the median of benchmarks/hosts.py, see
-docs/architecture.md#hosts."""
+docs/node.md#hosts."""
 
 LOAD_BYTES_S = 0.28 * GIB
 """Bytes of a base that are read, checked and placed in a second. Chosen, not measured on a card: with it a base of 8B

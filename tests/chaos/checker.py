@@ -36,7 +36,7 @@ PROMISES = {
 
 NOTICE_SLACK_S = 12.0
 """Beyond the lease: a node that is frozen in the middle of its round for the fleet, and the next node's round, take 2.8
-s with a lease of 6 s (architecture.md); the rest is for a busy machine."""
+s with a lease of 6 s (node.md); the rest is for a busy machine."""
 
 LEFT_S = 45.0
 """A process may outlive its attempt so long, beside faults of its box: its node is frozen, wakes, and sweeps."""

@@ -38,7 +38,7 @@ second process by `kill -9`, and look that `nvidia-smi` shows neither, and that 
 In a container NCCL may lack shared memory, of which Docker gives 64 MiB (`--shm-size`). The job then says that its link
 broke, and its log has NCCL's own words. NCCL's buffers are in the plan and not in a trainer's limit.
 
-On a processor, over gloo, the same lines are in [architecture.md](architecture.md#several-cards).
+On a processor, over gloo, the same lines are in [engine.md](engine.md#several-cards).
 """
 
 SUSPECTED = """\
