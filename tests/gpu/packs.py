@@ -115,7 +115,7 @@ class Bench:
         from loractl.common.memory.plan import predict
         from loractl.common.memory.step import Lengths
         from loractl.common.placement.joins import own_part
-        from loractl.worker.base.kept.imprint import Imprint
+        from loractl.worker.base.kept.model_snapshot import Imprint
 
         training = {"dtype": "bfloat16", "per_device_train_batch_size": 1, "optim": "adamw_torch_fused"}
         asked = {"name": "p", "base_model": self.model, "method": "qlora" if self.kind == "nf4" else "lora"}

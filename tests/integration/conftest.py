@@ -20,13 +20,13 @@ from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.base.kept.shelf import Shelf
+from loractl.worker.base.kept.base_cache import Shelf
 from loractl.worker.base.kernels import load_kernels
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.protocol.messages import Ended, Start, Stepped
-from loractl.worker.storage.client import StoreClient
-from loractl.worker.training.run import Run, Stopped
+from loractl.worker.recipe.run import Run, Stopped
 
 from ..models import write_helpdesk
 from ..roles import Logins, logins
@@ -172,7 +172,7 @@ def start(tiny_model: Path, tmp_path: Path, cache: Path) -> Callable[..., Start]
 @pytest.fixture
 def recipe(start: Callable[..., Start]) -> Recipe:
     """Run the recipe on a tiny model, by what `start` takes."""
-    from loractl.worker.training.recipe import train
+    from loractl.worker.recipe.recipe import train
 
     def run(
         where: str = "a", *, stop_after: int | None = None, shelf: Shelf | None = None, **keys: Any

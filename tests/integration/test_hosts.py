@@ -22,13 +22,13 @@ from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, NewHost
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
-from loractl.worker.attempt.state import begin
+from loractl.worker.attempt.attempt import begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import CARD_VARIABLE, Watch, card_mark, run_mark, runs_of
+from loractl.worker.node import hosts as module
 from loractl.worker.node.health.leftovers import end_all, end_strays
-from loractl.worker.spare import hosts as module
-from loractl.worker.spare.hosts import Hosts
+from loractl.worker.node.hosts import Hosts
 
 from ..unit.factories import node_state, submission
 
@@ -36,7 +36,7 @@ QUICK = """
 import os, sys, time
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.messages import Ended, StageChanged, Stepped, Stop
-from loractl.worker.training.trainer import main
+from loractl.worker.recipe.trainer import main
 
 served = 0
 

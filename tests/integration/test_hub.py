@@ -23,7 +23,7 @@ from loractl.common.errors import DataError
 from loractl.common.job.method import Method
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.kept.shelf import Shelf
+from loractl.worker.base.kept.base_cache import Shelf
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.base.source import model_errors
 from loractl.worker.data.origin import load_pinned

@@ -12,8 +12,8 @@ import pytest
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.store.records import Claim
+from loractl.worker.attempt import trainer_process as module
 from loractl.worker.attempt import trainer_run
-from loractl.worker.attempt.link import trainer as module
 from loractl.worker.attempt.log import LOG_FILE
 from loractl.worker.attempt.workplace import Workplace
 
@@ -24,7 +24,7 @@ from .test_joined import place as place
 
 HELD = """
 import time
-from loractl.worker.training.host.members import Members
+from loractl.worker.recipe.members import Members
 
 HERE = Path(__file__).parent
 

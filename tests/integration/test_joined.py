@@ -22,14 +22,14 @@ from loractl.common.store.records import Beat, Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt import stops
-from loractl.worker.attempt.link import trainer as module
+from loractl.worker.attempt import trainer_process as module
+from loractl.worker.attempt.attempt import AttemptState, begin
 from loractl.worker.attempt.log import LogBook
-from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import run_mark
 from loractl.worker.node.health.leftovers import close_if_left, end_strays
-from loractl.worker.protocol.spare import by_mark
+from loractl.worker.protocol.idle_trainer import by_mark
 
 from ..unit.factories import node_state, submission
 from .test_hosts import Lab, until
@@ -39,7 +39,7 @@ import os, queue, sys
 from pathlib import Path
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.messages import Ended, LogLines, Opened, Passed, StageChanged, Stepped, Stop
-from loractl.worker.training.trainer import main
+from loractl.worker.recipe.trainer import main
 
 def run(order, orders, tell):
     job, does = order.job_id, order.spec.labels["does"]

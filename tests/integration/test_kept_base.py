@@ -28,16 +28,17 @@ from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.kept import remains
-from loractl.worker.base.kept.imprint import Imprint
+from loractl.worker.base.kept.base_cache import Shelf
 from loractl.worker.base.kept.knowledge import Knowledge, Known
+from loractl.worker.base.kept.model_snapshot import Imprint
 from loractl.worker.base.kept.remains import Surroundings
-from loractl.worker.base.kept.shelf import Shelf
 from loractl.worker.base.model import load_base
-from loractl.worker.engine.passes import choice, tried
+from loractl.worker.engine.passes import check_cache as tried
+from loractl.worker.engine.passes import choice
+from loractl.worker.engine.passes.check_cache import Tried
 from loractl.worker.engine.passes.lean import LeanPass
-from loractl.worker.engine.passes.tried import Tried
 from loractl.worker.protocol.messages import Note, Start, Stepped
-from loractl.worker.training import recipe as recipe_module
+from loractl.worker.recipe import recipe as recipe_module
 
 from .conftest import Recipe
 

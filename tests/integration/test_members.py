@@ -33,13 +33,13 @@ from loractl.worker.protocol.messages import (
     Told,
     encode,
 )  # fmt: skip
-from loractl.worker.protocol.orders import MemberOver, OrderDesk
-from loractl.worker.training import trainer
-from loractl.worker.training.host.allowance import Allowance
-from loractl.worker.training.host.company import Company
-from loractl.worker.training.host.members import Members
-from loractl.worker.training.host.traces import Traces
-from loractl.worker.training.trainer import _Host
+from loractl.worker.recipe import trainer
+from loractl.worker.recipe.device_limit import Allowance
+from loractl.worker.recipe.members import Members
+from loractl.worker.recipe.order_desk import MemberOver, OrderDesk
+from loractl.worker.recipe.roster import Company
+from loractl.worker.recipe.traces import Traces
+from loractl.worker.recipe.trainer import _Host
 
 from .conftest import Recipe
 
@@ -139,7 +139,7 @@ def test_jobs_in_one_process_leave_the_adapters_that_they_leave_alone(
     recipe: Recipe, start: Callable[..., Start], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With evaluations in mid-training, answers and reports in between; one comes late, one is cancelled."""
-    monkeypatch.setattr("loractl.worker.training.run.SIGN_S", 0.0)
+    monkeypatch.setattr("loractl.worker.recipe.run.SIGN_S", 0.0)
     monkeypatch.setattr(trainer, "LEARNED_S", 0.0)
     first = {"method": method, **LONG, "max_steps": 10, "eval_steps": 3, "lora": {"r": 8, "lora_dropout": 0.1}}
     second = {"method": method, **LONG, "seed": 7, "lora": {"r": 4, "use_dora": method == "lora"}}
@@ -297,7 +297,7 @@ def test_the_limit_is_the_base_and_what_its_members_may_take(
 ) -> None:
     held: list[int | None] = []
     for name in ("hold_to", "limit_to"):
-        monkeypatch.setattr(f"loractl.worker.training.host.allowance.{name}", lambda limit, *_: held.append(limit))
+        monkeypatch.setattr(f"loractl.worker.recipe.device_limit.{name}", lambda limit, *_: held.append(limit))
     anchor, one, two = (
         start("a", job_id=n, keep=True, joins=n > 1).model_copy(update={"device": "cuda"}) for n in (1, 2, 3)
     )

@@ -7,7 +7,7 @@ import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from loractl.worker.engine.passes import card
+from loractl.worker.engine.passes import on_card as card
 from loractl.worker.engine.passes.norm import take_over_norms
 
 

@@ -20,10 +20,10 @@ from loractl.common.memory.optimizer import SMALLEST_8BIT, state_bytes
 from loractl.common.store.records import HELD_OUT_LOSS
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.kept.shelf import Shelf
+from loractl.worker.base.kept.base_cache import Shelf
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
-from loractl.worker.data.batch import collate, inputs_of
+from loractl.worker.data.collation import collate, inputs_of
 from loractl.worker.data.packing import check_apart, pack
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.protocol.messages import Note, Stepped

@@ -28,13 +28,13 @@ from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.prepared import PreparedData, prepare_data
 from loractl.worker.engine.passes.lean import LeanPass
-from loractl.worker.evaluation.card import write_model_card
 from loractl.worker.evaluation.evaluation import Evaluation
+from loractl.worker.evaluation.model_card import write_model_card
 from loractl.worker.evaluation.page import render_html
 from loractl.worker.evaluation.preferences import evaluate_preferences, repetition
 from loractl.worker.evaluation.report import _evaluation, verdict
-from loractl.worker.training.kinds.kind import Measuring
-from loractl.worker.training.kinds.known import trained_kind
+from loractl.worker.recipe.kinds.kind import Measuring
+from loractl.worker.recipe.kinds.known import trained_kind
 
 from ..acceptance.test_report_page import report
 

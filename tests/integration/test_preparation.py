@@ -28,13 +28,13 @@ from loractl.worker.data.template import templated
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.protocol.messages import Ended, LogLines, Note, Opened, Start, Stepped, Stop, Told, encode
-from loractl.worker.protocol.orders import EXIT_ORPHANED
-from loractl.worker.training.host.company import Company
-from loractl.worker.training.preparation import aside
-from loractl.worker.training.preparation.aside import prepare_aside
-from loractl.worker.training.preparation.handover import read_handover, write_handover
-from loractl.worker.training.preparation.rows import prepare_rows
-from loractl.worker.training.run import Run
+from loractl.worker.recipe.order_desk import EXIT_ORPHANED
+from loractl.worker.recipe.preparation import aside
+from loractl.worker.recipe.preparation.aside import prepare_aside
+from loractl.worker.recipe.preparation.handover import read_handover, write_handover
+from loractl.worker.recipe.preparation.order_data import prepare_rows
+from loractl.worker.recipe.roster import Company
+from loractl.worker.recipe.run import Run
 
 from .. import warm
 from .conftest import Recipe
@@ -130,7 +130,7 @@ def test_others_train_on_while_a_process_prepares_the_data_of_one_that_joins(
         def none_here(*_: object) -> None:
             raise AssertionError("a row became tokens in the process that trains")
 
-        monkeypatch.setattr("loractl.worker.data.forms.encode", none_here)
+        monkeypatch.setattr("loractl.worker.data.row_forms.encode", none_here)
         others = {2: joining, 3: joining | {"dataset": bad}, 4: joining, 5: joining}
         orders = [start(f"job{n}", job_id=n, keep=True, joins=True, **keys) for n, keys in others.items()]
         process.send(*(order.model_copy(update={"mark": MARK}) for order in orders))

@@ -14,7 +14,8 @@ from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
 from loractl.worker.engine.loss import MicroBatch, learned_in
-from loractl.worker.engine.passes import card, product, wide
+from loractl.worker.engine.passes import on_card as card
+from loractl.worker.engine.passes import product, wide
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.product import FrozenProduct
 from loractl.worker.engine.passes.shared import Piece, SharedBase, SharedPass

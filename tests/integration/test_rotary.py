@@ -9,7 +9,7 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from loractl.worker.engine.loss import MicroBatch, learned_in
-from loractl.worker.engine.passes import card
+from loractl.worker.engine.passes import on_card as card
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.rotary import NAME, Rotary, Turned
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from loractl.worker.engine.passes import card
+from loractl.worker.engine.passes import on_card as card
 from loractl.worker.engine.passes.cross_entropy import scaled, summed_losses, widened
 from loractl.worker.engine.passes.scratch import Scratch
 

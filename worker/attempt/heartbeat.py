@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.records import Beat
 
-from .state import AttemptState
+from .attempt import AttemptState
 from .stops import require_wanted
 from .workplace import Workplace
 

@@ -32,9 +32,9 @@ from loractl.worker.protocol.marker import is_complete
 from loractl.worker.protocol.messages import Ancestor, Rank, Start
 from loractl.worker.protocol.trust import Refused, check_checkpoint, check_claim, may_run_code
 
+from .attempt import AttemptState
+from .cleanup import BEGUN_FROM, make_room
 from .disk import bytes_to_write, require_space
-from .remains import BEGUN_FROM, make_room
-from .state import AttemptState
 from .workplace import Workplace
 
 log = logging.getLogger("loractl.worker")

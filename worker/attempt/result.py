@@ -11,8 +11,8 @@ from loractl.common.files import remove_tree
 from loractl.common.job.identity import spec_digest
 from loractl.common.store.records import Claim, StoredResult
 
+from .attempt import AttemptState
 from .log import LOG_FILE
-from .state import AttemptState
 from .workplace import Workplace
 
 READY = "ready.json"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.messages import Stop
 
-from .link.trainer import LEAVE_S
-from .state import AttemptState
+from .attempt import AttemptState
+from .trainer_process import LEAVE_S
 from .workplace import Workplace
 
 log = logging.getLogger("loractl.worker")

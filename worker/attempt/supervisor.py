@@ -21,15 +21,15 @@ from loractl.common.store.records import Progress, StoredResult
 from loractl.common.units import amount
 from loractl.worker.protocol.messages import Ended
 from loractl.worker.protocol.trust import Refused
-from loractl.worker.storage.client import CallWatch
 
+from .attempt import AttemptState
+from .cleanup import clean
 from .heartbeat import while_beating
 from .order import prepare
 from .patience import Patience, away
-from .remains import clean
 from .result import READY, mark_ready, store_result, take_ready
-from .state import AttemptState
 from .stops import Interrupted
+from .storage.client import CallWatch
 from .trainer_run import train
 from .workplace import Workplace
 

@@ -17,16 +17,16 @@ from loractl.common.store.database import REFUSALS, told_by
 from loractl.worker.allowance import kernel_kills, kernel_kills_since
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.exit_reason import exit_reason
+from loractl.worker.protocol.idle_trainer import PLACEHOLDER, PLACEHOLDER_VALUE
 from loractl.worker.protocol.messages import Ended, Start, Told
-from loractl.worker.protocol.spare import PLACEHOLDER, PLACEHOLDER_VALUE
 
+from .attempt import AttemptState
 from .checkpoint_upload import CheckpointUpload
 from .heartbeat import beat, while_beating
-from .link.trainer import TrainerLink, TrainerProcess
 from .log import LOG_FILE, opened
 from .order import common_environment, environment
-from .state import AttemptState
 from .stops import Interrupted, ask_to_stop, closes_now, does_not_leave, must_leave, require_wanted, wanted_stop
+from .trainer_process import TrainerLink, TrainerProcess
 from .workplace import HostSource, StayingTrainer, Workplace
 
 log = logging.getLogger("loractl.worker")

@@ -27,8 +27,8 @@ from .engine import ForwardPass, Session
 from .held_out import held_out_batches, mean_loss
 from .loss import LossLog, MicroBatch, meet
 from .optimizer import ScaledOptimizer, make_optimizer
-from .order import RowOrder
-from .snapshot import drop_older, read_snapshot, write_snapshot
+from .row_order import RowOrder
+from .saved_state import drop_older, read_snapshot, write_snapshot
 from .streams import read_streams, restore_streams, seed_streams
 
 

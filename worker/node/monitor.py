@@ -20,9 +20,9 @@ from loractl.common.store.database import REFUSALS, absence, outage, told_by
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.node.health.leftovers import end_strays
 from loractl.worker.node.health.stuck import StuckSupervisors
-from loractl.worker.spare.hosts import Hosts
 
 from .device_row import DeviceRow
+from .hosts import Hosts
 from .slots import Slots
 
 log = logging.getLogger("loractl.worker")

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from loractl.common.placement.joins import PACK_MEMBERS
 from loractl.common.store.database import absence, outage
 from loractl.common.store.records import Claim
-from loractl.worker.attempt.state import AttemptState, begin
+from loractl.worker.attempt.attempt import AttemptState, begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import OwnTrainer, Watch
 from loractl.worker.node.health.leftovers import close_if_left
-from loractl.worker.protocol.spare import host_name
+from loractl.worker.protocol.idle_trainer import host_name
 
 from .claimer import Claimer
 

@@ -26,18 +26,18 @@ from loractl.common.store.records import Claim, NewHost, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Node
 from loractl.common.units import GIB
+from loractl.worker.attempt.attempt import AttemptState, begin
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.order import prepare
-from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.stops import wanted_stop
+from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.trainer_run import _await_other_cards, _lighter
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import find_devices
 from loractl.worker.device.occupancy import RANK_VARIABLE, Watch, card_mark
 from loractl.worker.node.claimer import Claimer
 from loractl.worker.protocol.messages import Ended, Rank
-from loractl.worker.storage.client import StoreClient
-from loractl.worker.training.gang.other_ranks import LINK_LOST, OtherRanks
+from loractl.worker.recipe.other_ranks import LINK_LOST, OtherRanks
 
 from ..factories import node_state, submission
 
@@ -153,7 +153,7 @@ def test_a_claim_of_several_cards_is_supervised_whatever_the_queue_does(place: W
 BAD_RANK = """
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.messages import Ended
-from loractl.worker.training.trainer import main
+from loractl.worker.recipe.trainer import main
 
 
 def run(order, orders, tell):

@@ -17,7 +17,7 @@ from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.worker.attempt import checkpoint_upload
 from loractl.worker.attempt.checkpoint_upload import CheckpointUpload
-from loractl.worker.storage.client import CallWatch, StoreClient
+from loractl.worker.attempt.storage.client import CallWatch, StoreClient
 
 from ...databases import SQLITE_ALONE
 from ..factories import submission, take

@@ -20,18 +20,18 @@ from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
+from loractl.worker.attempt.attempt import begin
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.order import stored_checkpoint
 from loractl.worker.attempt.result import mark_ready, ready_result, take_ready
-from loractl.worker.attempt.state import begin
+from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.data.template import templated
 from loractl.worker.data.token_set import Tokeniser
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.protocol.marker import MARKER, close_checkpoint, is_complete
-from loractl.worker.storage.client import StoreClient
-from loractl.worker.training.checkpoint import newest_checkpoint
+from loractl.worker.recipe.checkpoint import newest_checkpoint
 
 from .. import factories
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from loractl.worker.base.identity import Traits, traits_of
 
-from .imprint import copied
+from .model_snapshot import copied
 
 KEPT = 2
 """Tokenizers that wait: a job that joins another one needs one beside its."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from loractl.worker.data.batch import collate, inputs_of
+from loractl.worker.data.collation import collate, inputs_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import Backward, CrossEntropy, Loss, MicroBatch, accepts_window, own_loss
 from loractl.worker.engine.noise import noisy_embeddings

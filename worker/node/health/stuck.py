@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 
 from loractl.common.job.status import Reason
-from loractl.worker.attempt.state import AttemptState
+from loractl.worker.attempt.attempt import AttemptState
 from loractl.worker.attempt.stops import DRAIN_GRACE_S
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.protocol.messages import Stop
