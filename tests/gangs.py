@@ -85,7 +85,7 @@ def _be(order: Start, sender: Any, watch: Watch) -> None:
     """One rank, in its own process."""
     import torch
 
-    from loractl.worker.recipe.gang_follower import follow
+    from loractl.worker.recipe.gang import follow
     from loractl.worker.recipe.recipe import train
 
     torch.set_num_threads(1)

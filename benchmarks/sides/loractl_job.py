@@ -24,7 +24,7 @@ from loractl.worker.engine.engine import Engine
 from loractl.worker.engine.loop import MemberRows, TrainingLoop
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.shared import SharedPass
-from loractl.worker.recipe.kinds.known import trained_kind
+from loractl.worker.recipe.kinds import trained_kind
 
 load_kernels()
 gate = Gate(sys.argv[1])

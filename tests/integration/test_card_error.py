@@ -16,10 +16,9 @@ import pytest
 import torch
 
 from loractl.common.job.status import Reason
-from loractl.worker.attempt import process
+from loractl.worker.attempt import trainer_process as process
 from loractl.worker.attempt.log import LogBook
-from loractl.worker.attempt.process import launch
-from loractl.worker.attempt.trainer_process import TrainerProcess
+from loractl.worker.attempt.trainer_process import TrainerProcess, launch
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.card_error import card_error

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from loractl.common.job.method import Method, Parallel
 from loractl.common.job.status import Reason
-from loractl.worker.attempt.process import launch
+from loractl.worker.attempt.trainer_process import launch
 from loractl.worker.base.adapter import WEIGHTS
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.model import load_base

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from loractl.common.job.status import Reason
+from loractl.worker.base.kept.remains import Traces
 from loractl.worker.engine.passes import apart
 from loractl.worker.engine.passes.shared import SharedBase
 from loractl.worker.protocol.messages import (
@@ -35,10 +36,8 @@ from loractl.worker.protocol.messages import (
 )  # fmt: skip
 from loractl.worker.recipe import trainer
 from loractl.worker.recipe.device_limit import Allowance
-from loractl.worker.recipe.members import Members
+from loractl.worker.recipe.members import Company, Members
 from loractl.worker.recipe.order_desk import MemberOver, OrderDesk
-from loractl.worker.recipe.roster import Company
-from loractl.worker.recipe.traces import Traces
 from loractl.worker.recipe.trainer import _Host
 
 from .conftest import Recipe

@@ -33,8 +33,7 @@ from loractl.worker.evaluation.model_card import write_model_card
 from loractl.worker.evaluation.page import render_html
 from loractl.worker.evaluation.preferences import evaluate_preferences, repetition
 from loractl.worker.evaluation.report import _evaluation, verdict
-from loractl.worker.recipe.kinds.kind import Measuring
-from loractl.worker.recipe.kinds.known import trained_kind
+from loractl.worker.recipe.kinds import Measuring, trained_kind
 
 from ..acceptance.test_report_page import report
 

@@ -24,7 +24,7 @@ from loractl.worker.engine.loss import LearnedTokens
 from loractl.worker.engine.pairs import PairLoss, Sizes
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.protocol.messages import Opened, Start, Stepped
-from loractl.worker.recipe.kinds.known import trained_kind
+from loractl.worker.recipe.kinds import trained_kind
 from loractl.worker.recipe.reference import FrozenReference
 
 from .conftest import Recipe

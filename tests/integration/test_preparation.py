@@ -20,7 +20,7 @@ import pytest
 
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.worker.attempt.process import MESSAGE_LIMIT
+from loractl.worker.attempt.trainer_process import MESSAGE_LIMIT
 from loractl.worker.base.failure import TrainingFailed, explain
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.base.source import source_of
@@ -28,12 +28,12 @@ from loractl.worker.data.template import templated
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.protocol.messages import Ended, LogLines, Note, Opened, Start, Stepped, Stop, Told, encode
+from loractl.worker.recipe.members import Company
 from loractl.worker.recipe.order_desk import EXIT_ORPHANED
 from loractl.worker.recipe.preparation import aside
 from loractl.worker.recipe.preparation.aside import prepare_aside
 from loractl.worker.recipe.preparation.handover import read_handover, write_handover
 from loractl.worker.recipe.preparation.order_data import prepare_rows
-from loractl.worker.recipe.roster import Company
 from loractl.worker.recipe.run import Run
 
 from .. import warm

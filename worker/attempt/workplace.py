@@ -19,9 +19,8 @@ from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.device.devices import Device
 
 from .drain import Drain
-from .process import launch
 from .storage.client import StoreClient
-from .trainer_process import TrainerProcess
+from .trainer_process import TrainerProcess, launch
 
 log = logging.getLogger("loractl.worker")
 

@@ -20,7 +20,7 @@ from .terminal import answering, tell, warn
 if TYPE_CHECKING:
     from loractl.common.data.questions import Question
     from loractl.worker.serving.library import Library, Listed
-    from loractl.worker.serving.outcome import Outcome
+    from loractl.worker.serving.prediction import Outcome
 
     Predict = Callable[[Iterable[Question]], Iterator[Outcome]]
 
@@ -88,8 +88,8 @@ def _classifier(library: Library, listed: Listed, gpu: str | None) -> Predict:
 
 
 def _answerer(library: Library, adapter: str, style: dict[str, Any]) -> Predict:
-    from loractl.worker.serving.answered_rows import answer_rows
     from loractl.worker.serving.conversation import Style, open_conversation
+    from loractl.worker.serving.prediction import answer_rows
 
     conversation = open_conversation(library, adapter, Style(**style), tell, warn)
     return lambda questions: answer_rows(conversation, questions)

@@ -1,16 +1,21 @@
-"""A snapshot: what a checkpoint holds of a member, its adapter and its state."""
+"""What a checkpoint holds of a member: its adapter, and its state as one JSON file for its shape and numbers and one
+safetensors file for its tensors.
+
+No pickle: what others wrote into a checkpoint can't run code. Numbers come back bit for bit: JSON has all their digits.
+"""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loractl.common.job.status import Reason
 from loractl.worker.base.adapter import WEIGHTS, load_weights, save_weights
 from loractl.worker.base.failure import TrainingFailed
-
-from .state import read_state, write_state
 
 
 def write_snapshot(model: Any, state: dict[str, Any], folder: Path) -> None:
@@ -42,3 +47,58 @@ def drop_older(folder: Path, kept: int) -> None:
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in found[:-kept]:
         shutil.rmtree(path, ignore_errors=True)
+
+
+STATE, TENSORS = "training_state.json", "training_state.safetensors"
+
+FORMAT = "1"
+"""Raised when a newer loractl can't go on from what an older one wrote."""
+
+Parts = dict[str, torch.Tensor]
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write a state of dicts, lists, tuples, tensors, numbers and text into `folder`. Raises TypeError for others."""
+    from safetensors.torch import save_file
+
+    tensors: Parts = {}
+    text = json.dumps(_packed(state, tensors, {}))
+    save_file(tensors, folder / TENSORS)
+    (folder / STATE).write_text(text, "utf-8")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state that `write_state` wrote, its tensors on the CPU. Raises OSError and ValueError."""
+    from safetensors.torch import load_file
+
+    state: dict[str, Any] = _unpacked(json.loads((folder / STATE).read_text("utf-8")), load_file(folder / TENSORS))
+    return state
+
+
+def _packed(value: Any, tensors: Parts, known: dict[int, str]) -> Any:
+    """`value` as JSON; each tensor goes into `tensors`, once: optimizers share tables among all parameters."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor):
+        name = known.setdefault(id(value), str(len(known)))
+        tensors.setdefault(name, value.detach().cpu().clone().contiguous())
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _packed(inner, tensors, known)] for key, inner in value.items()]}
+    if isinstance(value, (list, tuple)):
+        inner = [_packed(part, tensors, known) for part in value]
+        return {"tuple": inner} if isinstance(value, tuple) else inner
+    raise TypeError(f"a checkpoint can't hold a {type(value).__name__}")
+
+
+def _unpacked(value: Any, tensors: Parts) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(part, tensors) for part in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "tuple":
+        return tuple(_unpacked(part, tensors) for part in inner)
+    return {key: _unpacked(part, tensors) for key, part in inner}

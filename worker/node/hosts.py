@@ -21,8 +21,7 @@ from loractl.common.store.database import REFUSALS, told_by
 from loractl.common.store.records import Claim, NewHost
 from loractl.common.units import gib
 from loractl.worker.attempt.order import common_environment
-from loractl.worker.attempt.process import kill
-from loractl.worker.attempt.trainer_process import TrainerProcess
+from loractl.worker.attempt.trainer_process import TrainerProcess, kill
 from loractl.worker.attempt.workplace import StayingTrainer, Workplace
 from loractl.worker.device.occupancy import JOB_VARIABLE, RUN_VARIABLE, Watch, end_leftovers
 from loractl.worker.protocol.idle_trainer import host_name

@@ -14,7 +14,7 @@ from typing import IO
 import psutil
 
 from loractl.worker.attempt.order import common_environment
-from loractl.worker.attempt.process import MESSAGE_LIMIT, kill, send
+from loractl.worker.attempt.trainer_process import MESSAGE_LIMIT, kill, send
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.device.occupancy import JOB_VARIABLE, RUN_VARIABLE, end_leftovers

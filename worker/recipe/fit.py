@@ -30,11 +30,10 @@ from loractl.worker.protocol.messages import Opened
 from .arguments import training_arguments
 from .best import BestKeeper
 from .checkpoint import Checkpoint
-from .closer import CheckpointCloser
 from .probe import DoesNotFit, longest, try_longest
 from .progress import Teller
 from .recorder import Recorder
-from .resume import ResumeCheck, ResumeProof, begun_with, belongs_to, readable
+from .resume import CheckpointCloser, ResumeCheck, ResumeProof, begun_with, belongs_to, readable
 from .run import Run, Stopped
 
 

@@ -1,24 +1,35 @@
-"""What the processes of a gang make ready together: their link, the model, and where they divide it."""
+"""The processes of a gang: what they make ready together (their link, the model, where they divide it), and all that
+one does which does not lead. Steps are the engine's business."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers import set_seed
 
 from loractl.common.job.method import Parallel
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.arithmetic import Precision
+from loractl.common.job.status import Reason
+from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in
 from loractl.worker.base.head import Head
+from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
+from loractl.worker.base.source import family_of
+from loractl.worker.engine.passes.lean import LeanPass
+from loractl.worker.engine.passes.padded import PaddedPass
+from loractl.worker.engine.ranks.follower import Follower
 from loractl.worker.engine.ranks.leader import DividedPass
 from loractl.worker.engine.ranks.link import Link
 from loractl.worker.engine.ranks.part import OwnPass
 from loractl.worker.engine.ranks.shards import Shards
-from loractl.worker.protocol.messages import Start
+from loractl.worker.protocol.messages import Ended, Start
+
+from .run import Run
 
 Answer = TypeVar("Answer")
 
@@ -77,3 +88,33 @@ def base_of(order: Start, precision: Precision, head: Head | None) -> Any:
         head=head,
         divisible=order.parallel is Parallel.SHARDED,
     )
+
+
+def follow(run: Run) -> Ended:
+    """All that a process does which does not lead: it loads the model, and does its part of each step."""
+    run.session.run(partial(_prepared, run)).follow(run.session.run)
+    return Ended(job_id=run.order.job_id, reason=Reason.OK, message="", peaks=run.peaks())
+
+
+def _prepared(run: Run) -> Follower:
+    order, spec = run.order, run.spec
+    gang = Gang(order)
+    told = next(gang.link.orders())
+    head = None if told["head"] is None else Head(**{**told["head"], "labels": tuple(told["head"]["labels"])})
+    precision = choose_precision(order.device, spec.training.dtype, family_of(spec.base_model, spec.revision))
+    set_seed(spec.training.seed)
+
+    def load() -> Any:
+        run.say(f"loads {spec.base_model} on {order.node}")
+        return add_adapter(base_of(order, precision, head), spec, order.method)
+
+    model = gang.adapted(load)
+    compute_in(model, precision)
+
+    def make_pass(lean: bool, noise: float | None) -> OwnPass:
+        smoothing = spec.training.label_smoothing_factor
+        if lean:
+            return LeanPass(model, precision, smoothing)
+        return PaddedPass(model, told["pad"], smoothing, compiled=spec.training.torch_compile, noise=noise)
+
+    return Follower(model, gang.link, gang.shards, make_pass)

@@ -20,7 +20,7 @@ from typing import IO
 from loractl.common.job.status import Reason
 from loractl.worker.allowance import kernel_kills, kernel_kills_since
 from loractl.worker.protocol.exit_reason import exit_reason
-from loractl.worker.protocol.messages import Ended, Peaks, Rank, Start, Told, decode_told, encode
+from loractl.worker.protocol.messages import Ended, Peaks, Rank, Start, Told, encode, told_in
 
 TRAINER = "loractl.worker.recipe.trainer"
 
@@ -92,7 +92,7 @@ class OtherRanks:
         printer.start()
         ended = None
         for line in process.stdout:
-            message = _told(line)
+            message = told_in(line)
             if isinstance(message, Ended):
                 ended = message
         code = process.wait()
@@ -112,13 +112,6 @@ class OtherRanks:
         if not self._settled.wait(GRACE_S):
             self._tell(cause)
             os._exit(1)
-
-
-def _told(line: str) -> Told | None:
-    try:
-        return decode_told(line)
-    except ValueError:
-        return None  # a library's: the log has it
 
 
 def _print(rank: Rank, pipe: IO[str], lines: deque[str]) -> None:

@@ -38,18 +38,17 @@ from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.shared import SharedBase
 from loractl.worker.engine.ranks.leader import DividedPass
-from loractl.worker.evaluation.course import TrainingCourse
 from loractl.worker.evaluation.evaluation import Evaluation
 from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks
 from loractl.worker.evaluation.model_card import write_model_card
 from loractl.worker.evaluation.page import write_page
-from loractl.worker.evaluation.report import build_report, write_report
+from loractl.worker.evaluation.report import TrainingCourse, build_report, write_report
 from loractl.worker.protocol.messages import Ancestor, Ended
 
 from .arguments import check_trackers
 from .fit import Callbacks, fit
 from .gang import Gang, base_of, gathered
-from .kinds.kind import Measuring
+from .kinds import Measuring
 from .need import tell_need, tell_padded
 from .preparation.aside import is_large, prepare_aside
 from .preparation.order_data import prepare_rows

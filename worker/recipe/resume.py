@@ -1,4 +1,5 @@
-"""Going on from a checkpoint: the newest one of this very training, once the model proves to be the saved one."""
+"""Going on from a checkpoint: each is closed with a proof, and the newest one of this very training is taken once the
+model proves to be the saved one."""
 
 from __future__ import annotations
 
@@ -24,9 +25,11 @@ from loractl.worker.base.source import first_line
 from loractl.worker.data.collation import collate, inputs_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.state import FORMAT
-from loractl.worker.protocol.messages import Start
+from loractl.worker.engine.saved_state import FORMAT
+from loractl.worker.protocol.marker import close_checkpoint
+from loractl.worker.protocol.messages import Saved, Start
 
+from .best import BestKeeper
 from .checkpoint import Checkpoint, newest_checkpoint, withdraw
 from .run import Run
 
@@ -155,3 +158,24 @@ def proof_loss(model: Any, rows: Sequence[TokenRow], pad: int) -> float:
             moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
             losses.append(float(model(**moved).loss))
     return statistics.fmean(losses)
+
+
+class CheckpointCloser(TrainerCallback):
+    """Adds to a checkpoint what the engine does not know, writes the marker, and tells the supervisor."""
+
+    def __init__(self, run: Run, belongs_to: dict[str, str], proof: ResumeProof, best: BestKeeper) -> None:
+        self._run = run
+        self._belongs_to = belongs_to
+        self._proof = proof
+        self._best = best
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        finished = state.global_step >= state.max_steps or self._best.stopped_early is not None
+        self._best.store(folder)
+        proof, step = self._proof.loss(model), state.global_step
+        kind = args.optim.value
+        self._run.require_base()
+        close_checkpoint(folder, step=step, finished=finished, belongs_to=self._belongs_to, proof=proof, optimizer=kind)
+        self._run.note("saved", f"saved step {step}")
+        self._run.tell(Saved(job_id=self._run.order.job_id, step=step, path=str(folder)))

@@ -16,15 +16,14 @@ from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import Gauge
 from loractl.worker.base.kept.base_cache import Shelf
+from loractl.worker.base.kept.remains import Traces
 from loractl.worker.engine.engine import Engine, Session
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import Adjusted, GoingOn, Note, Peaks, StageChanged, Start, Told
 
 from .device_limit import Allowance
-from .kinds.kind import TrainedKind
-from .kinds.known import trained_kind
-from .roster import Company
-from .traces import Traces
+from .kinds import TrainedKind, trained_kind
+from .members import Company
 
 SIGN_S = 10.0
 """Seconds between two signs of life."""

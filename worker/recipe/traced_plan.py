@@ -34,7 +34,7 @@ from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.source import source_of
 from loractl.worker.engine.passes.lean import LeanPass, RowsBehindEachOther
 
-from .kinds.known import trained_kind
+from .kinds import trained_kind
 
 BLOCK = 512
 """Bytes that CUDA's caching allocator rounds a tensor up to (kMinBlockSize in c10/cuda/CUDACachingAllocator)."""

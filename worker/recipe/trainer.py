@@ -43,18 +43,17 @@ from loractl.worker.protocol.messages import (
 )
 
 from .idle_process import Marks, prepare
-from .members import Members, MemberServer
+from .members import Company, Members, MemberServer
 from .order_desk import MemberOver, OrderDesk, Orders
 from .other_ranks import LINK_LOST, OtherRanks
-from .roster import Company
 
 if TYPE_CHECKING:
     from loractl.worker.base.kept.base_cache import Shelf
+    from loractl.worker.base.kept.remains import Traces
     from loractl.worker.engine.engine import Engine
 
     from .device_limit import Allowance
     from .run import Run
-    from .traces import Traces
 
 Answer = TypeVar("Answer")
 Tell = Callable[[Told], None]
@@ -300,7 +299,7 @@ def _trained(run: Run) -> Ended:
     from loractl.worker.base.failure import TrainingFailed, explain
     from loractl.worker.engine.ranks.link import is_lost
 
-    from .gang_follower import follow
+    from .gang import follow
     from .recipe import train
     from .run import Stopped
 

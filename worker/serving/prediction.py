@@ -1,16 +1,20 @@
-"""A stored classifier on its base in memory, computing as in its training, and the labels of texts."""
+"""The rows of a file, labelled by a stored classifier or answered by a stored adapter."""
 
 from __future__ import annotations
 
+import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 
 from loractl.common.adapter_config import CONFIG, check_adapter_config
 from loractl.common.data.questions import Question
+from loractl.common.errors import UsageError
 from loractl.worker.base.adapter import WEIGHTS, load_stored, read_labels
 from loractl.worker.base.arithmetic import choose_precision, compute_in, evaluating, whole_modules
 from loractl.worker.base.head import Head
@@ -18,13 +22,70 @@ from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.base.source import family_of
-from loractl.worker.data.tokens import TokenRow
+from loractl.worker.data.tokens import TokenRow, message_of
 from loractl.worker.evaluation.classifier import classify
 from loractl.worker.evaluation.statistics import Array
 
 from .card import Footprint, take_card
+from .conversation import Conversation, PartialAnswer
 from .library import Library, Listed
-from .outcome import Outcome
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A label with its probability, an answer with its ending, or why there is neither."""
+
+    row: int  # its line in jsonl, else its place, from 1
+    label: str | None = None
+    probability: float | None = None
+    answer: str | None = None
+    ended: str | None = None  # stop or length
+    error: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """What is known of the row; keys without a value are left out."""
+        return {key: value for key, value in vars(self).items() if value is not None}
+
+
+AHEAD = 64
+"""Requests that wait for a place in the batch."""
+
+MOST = 1024
+"""Answers in memory: those that are ready wait for the ones before them."""
+
+
+def answer_rows(conversation: Conversation, questions: Iterable[Question]) -> Iterator[Outcome]:
+    """An answer for each question, in their order. A row that can't be answered has its error."""
+    pending: deque[tuple[int, PartialAnswer]] = deque()
+    for question in questions:
+        pending.append((question.number, _ask(conversation, question)))
+        while conversation.engine.waiting >= AHEAD or len(pending) >= MOST:
+            conversation.engine.step()
+            yield from _ready(pending)
+    while pending:
+        conversation.engine.step()
+        yield from _ready(pending)
+
+
+def _ask(conversation: Conversation, question: Question) -> PartialAnswer:
+    answer = PartialAnswer()
+    try:
+        messages = [message_of(turn, conversation.pool.tokenizer) for turn in question.turns]
+        conversation.ask(messages, answer.take, json.loads(question.tools) if question.tools else None)
+    except UsageError as error:  # too long, or the chat template refuses it
+        answer.error = error.sentence
+    return answer
+
+
+def _ready(pending: deque[tuple[int, PartialAnswer]]) -> Iterator[Outcome]:
+    """The answers at the head that are complete."""
+    while pending and (pending[0][1].ended or pending[0][1].error):
+        row, answer = pending.popleft()
+        if answer.error:
+            yield Outcome(row=row, error=answer.error)
+        else:
+            yield Outcome(row=row, answer=answer.text, ended=answer.ended)
+
 
 WINDOW = 1024
 """Texts that are read at once: they are labelled in batches of similar length."""
@@ -35,7 +96,7 @@ ROOM_BYTES = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class StoredClassifier:
-    """A base with a trained head and its adapter."""
+    """A base with a trained head and its adapter, computing as in its training."""
 
     learner: Learner
     labels: tuple[str, ...]  # in the order of the head

@@ -23,9 +23,8 @@ from loractl.worker.attempt import trainer_process as trainer_module
 from loractl.worker.attempt.attempt import AttemptState, begin
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.log import LogBook
-from loractl.worker.attempt.process import launch
 from loractl.worker.attempt.storage.client import StoreClient
-from loractl.worker.attempt.trainer_process import TrainerLink, TrainerProcess
+from loractl.worker.attempt.trainer_process import TrainerLink, TrainerProcess, launch
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import CpuDevice, SimulatedDevice
 from loractl.worker.node.health import stuck as module

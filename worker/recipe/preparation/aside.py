@@ -20,7 +20,7 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.source import model_errors, source_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.protocol.exit_reason import exit_reason
-from loractl.worker.protocol.messages import Ended, Start, Told, decode_told, encode
+from loractl.worker.protocol.messages import Ended, Start, encode, told_in
 from loractl.worker.recipe.idle_process import JOB_VARIABLE, RUN_VARIABLE
 from loractl.worker.recipe.run import Run
 
@@ -100,7 +100,7 @@ def _run(run: Run, folder: Path) -> Ended:
             said = told.read()
         printed_last = _hand_on(log, run)
     for line in said.splitlines():
-        if isinstance(message := _told(line), Ended):
+        if isinstance(message := told_in(line), Ended):
             return message
     limited = order.device == "cpu" and order.memory_limit is not None
     killed = kernel_kills_since(kills)
@@ -123,13 +123,6 @@ def _hand_on(log: Path, run: Run) -> list[str]:
             run.write(line)
             last.append(line)
     return list(last)
-
-
-def _told(line: str) -> Told | None:
-    try:
-        return decode_told(line)
-    except ValueError:
-        return None  # a library's
 
 
 def _environment(order: Start) -> dict[str, str]:
