@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from loractl.common.job.status import Reason
-from loractl.worker.attempt import trainer_process as process
+from loractl.worker.attempt import trainer_process
 from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.trainer_process import TrainerProcess, launch
 from loractl.worker.base.gauge import is_out_of_memory
@@ -146,7 +146,7 @@ def test_a_trainer_that_sigkill_does_not_end_does_not_hold_its_supervisor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in state D: its parent can't reap it. Here another process traces it, outside of its session and unmarked."""
-    monkeypatch.setattr(process, "KILL_S", 0.3)
+    monkeypatch.setattr(trainer_process, "KILL_S", 0.3)
     body = "print('here', file=sys.stderr); time.sleep(60)"
     tracer: subprocess.Popen[str] | None = None
     began = time.monotonic()

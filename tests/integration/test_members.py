@@ -35,8 +35,8 @@ from loractl.worker.protocol.messages import (
     encode,
 )  # fmt: skip
 from loractl.worker.recipe import trainer
-from loractl.worker.recipe.device_limit import Allowance
-from loractl.worker.recipe.members import Company, Members
+from loractl.worker.recipe.device_limit import DeviceLimit
+from loractl.worker.recipe.members import Members, Roster
 from loractl.worker.recipe.order_desk import MemberOver, OrderDesk
 from loractl.worker.recipe.trainer import _Host
 
@@ -60,9 +60,9 @@ class Process:
         self._desk.open()
         self.told: dict[int, list[Told]] = defaultdict(list)
         self.on: list[Callable[[Told], None]] = []
-        self.company = Company()
-        self._server = _Host(self.company, self._tell)
-        self._members = Members(self._server, self._desk, self._tell, self.company)
+        self.roster = Roster()
+        self._server = _Host(self.roster, self._tell)
+        self._members = Members(self._server, self._desk, self._tell, self.roster)
         self.stays: bool | None = None
         self._thread = threading.Thread(target=self._main)
         self._thread.start()
@@ -96,9 +96,9 @@ class Process:
         self.on.append(hear)
 
     def base(self) -> Any:
-        """The model on the shelf."""
-        assert self._server._shelf is not None and self._server._shelf._imprint is not None
-        return self._server._shelf._imprint.model
+        """The model that is cached."""
+        assert self._server._base_cache is not None and self._server._base_cache._snapshot is not None
+        return self._server._base_cache._snapshot.model
 
     def remained(self) -> list[str]:
         """Why the process does not stay, as it was told."""
@@ -116,7 +116,7 @@ class Process:
             order = self._desk.next()
             if isinstance(order, Start):
                 self._members.begin(order)
-                self.company.shared = len(self._members) > 1 or self.company.shared
+                self.roster.shared = len(self._members) > 1 or self.roster.shared
             elif isinstance(order, MemberOver):
                 stays = self._members.finish(order)
                 if not len(self._members):
@@ -300,12 +300,12 @@ def test_the_limit_is_the_base_and_what_its_members_may_take(
     anchor, one, two = (
         start("a", job_id=n, keep=True, joins=n > 1).model_copy(update={"device": "cuda"}) for n in (1, 2, 3)
     )
-    allowance = Allowance()
-    allowance.grant(anchor, 100, 0)
-    allowance.grant(one, 20, 60)
-    allowance.lower(anchor, 90, 60)
-    allowance.take_back(anchor, 60)
-    allowance.grant(two, 30, 60)
-    allowance.take_back(one, 60)
-    allowance.take_back(two, 60)
+    device_limit = DeviceLimit()
+    device_limit.grant(anchor, 100, 0)
+    device_limit.grant(one, 20, 60)
+    device_limit.lower(anchor, 90, 60)
+    device_limit.take_back(anchor, 60)
+    device_limit.grant(two, 30, 60)
+    device_limit.take_back(one, 60)
+    device_limit.take_back(two, 60)
     assert held == [100, 120, 110, 60 + 20, 60 + 50, 60 + 30]

@@ -28,7 +28,7 @@ from loractl.worker.data.template import templated
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.protocol.messages import Ended, LogLines, Note, Opened, Start, Stepped, Stop, Told, encode
-from loractl.worker.recipe.members import Company
+from loractl.worker.recipe.members import Roster
 from loractl.worker.recipe.order_desk import EXIT_ORPHANED
 from loractl.worker.recipe.preparation import aside
 from loractl.worker.recipe.preparation.aside import prepare_aside
@@ -212,7 +212,7 @@ def test_a_process_that_has_much_to_say_is_heard_and_takes_the_trainers_commit(
     (repository / "refs" / "main").write_text("b" * 40)
     path, told = "/" + "long/" * 20_000, list[Told]()
     order = start(job={"base_model": "org/moved"}).model_copy(update={"data_path": path})
-    run = Run(order=order, tell=told.append, company=Company(shared=True))
+    run = Run(order=order, tell=told.append, roster=Roster(shared=True))
     late = threading.Timer(60, run.stop.set)
     late.start()
     with pytest.raises(TrainingFailed) as raised:

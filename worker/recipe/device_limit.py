@@ -16,7 +16,7 @@ class _Share:
 
 
 @dataclass(kw_only=True)
-class Allowance:
+class DeviceLimit:
     """The limit of a process, which is set anew whenever a member comes or goes. Any thread may call it.
 
     On a card the members' parts are added up, with the base's bytes once the one that brought them has gone. On a

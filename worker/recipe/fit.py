@@ -120,7 +120,7 @@ class BaseOpening(TrainerCallback):
         self._run, self._shares = run, isinstance(forward, SharedPass)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        order, size = self._run.order, self._run.shelf.size
+        order, size = self._run.order, self._run.base_cache.size
         if self._shares and size and not order.joins:
             self._run.tell(Opened(job_id=order.job_id, base_bytes=size))
 

@@ -18,8 +18,8 @@ each operation of a step beside it waits so long."""
 
 
 @dataclass(kw_only=True)
-class Company:
-    """Who is in this process. Any thread may ask."""
+class Roster:
+    """The jobs that are in this process. Any thread may ask."""
 
     lost: str | None = None  # why what is trained here counts for nobody any more, in words
     shared: bool = False  # it is a host's: what it prints is no job's, and the peak of its memory neither
@@ -87,10 +87,10 @@ class Members:
     """Who trains in this process. The main thread calls it."""
 
     def __init__(
-        self, server: MemberServer, desk: OrderDesk, tell: Callable[[Told], None], company: Company | None = None
+        self, server: MemberServer, desk: OrderDesk, tell: Callable[[Told], None], roster: Roster | None = None
     ) -> None:
         self._server, self._desk, self._tell = server, desk, tell
-        self._company = company or Company()
+        self._roster = roster or Roster()
         self._threads: dict[int, threading.Thread] = {}
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class Members:
     def begin(self, order: Start) -> None:
         """Let a member train in a thread of its own; its end comes to the desk."""
         self._server.begin(order, alone=not self._threads)
-        self._company.enter(order.job_id)
+        self._roster.enter(order.job_id)
         # daemon: where one raises what nobody expected, the process ends with all
         thread = threading.Thread(target=self._work, args=(order,), name=f"job {order.job_id}", daemon=True)
         self._threads[order.job_id] = thread
@@ -114,11 +114,11 @@ class Members:
             raise ended
         if self._threads:
             self._tell(ended.model_copy(update={"base_bytes": None}))
-            self._company.leave(order.job_id)
+            self._roster.leave(order.job_id)
             self._tell(MemberLeft(job_id=order.job_id, fault=self._server.let_go(order, ended)))
         else:
             ended = self._server.settle(order, ended)
-            self._company.leave(order.job_id)
+            self._roster.leave(order.job_id)
             self._tell(ended)
         return bool(self._threads) or ended.base_bytes is not None
 

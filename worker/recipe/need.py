@@ -39,7 +39,7 @@ def tell_need(run: Run, data: PreparedData) -> None:
     need = predict(spec, lengths, stack=stack)
     given = order.vram_reserved
     if given is not None and order.joins:
-        given += run.shelf.size  # which others brought
+        given += run.base_cache.size  # which others brought
     size = need.of(order.method)
     if size is not None or given is None or order.gpu == "cpu" or order.ranks:
         _tell(run, need, lengths, stack)

@@ -22,7 +22,7 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.head import Head
 from loractl.worker.base.identity import BaseIdentity, traits_of
 from loractl.worker.base.kept.knowledge import Known, Once
-from loractl.worker.base.kept.tokenizers import Lent
+from loractl.worker.base.kept.tokenizers import BorrowedTokenizer
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_tokenizer
@@ -33,7 +33,7 @@ from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.template import templated
 from loractl.worker.data.tokens import APART
 from loractl.worker.engine.engine import ForwardPass
-from loractl.worker.engine.passes.check_cache import Tried
+from loractl.worker.engine.passes.check_cache import CheckCache
 from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.shared import SharedBase
@@ -66,14 +66,14 @@ def train(run: Run) -> Ended:
     # 1. The data, before any memory is taken.
     run.stage(Stage.PREPARING)
     ask(partial(set_seed, run.spec.training.seed))
-    lent = _tokenizer(run)
-    tokenizer = templated(lent.tokenizer, run.spec.dataset.template)
+    borrowed = _tokenizer(run)
+    tokenizer = templated(borrowed.tokenizer, run.spec.dataset.template)
     data = _prepared(run, tokenizer)
     tasks = ask(partial(find_tasks, run.spec, order.lm_eval_tasks))  # they are other people's programs, and may draw
     ask(partial(tell_need, run, data))
     run.check_stop()
 
-    run.shelf.compare(order.keep, (run.spec.base_model, run.spec.revision), run.phase, run.check_stop)
+    run.base_cache.compare(order.keep, (run.spec.base_model, run.spec.revision), run.phase, run.check_stop)
     # 2. The base model, in NF4 for QLoRA, a fresh adapter, and how a step passes them.
     learner, steps, identity = ask(partial(_ready, run, data, tokenizer))
 
@@ -99,7 +99,7 @@ def train(run: Run) -> Ended:
     write_report(report, out)
     write_page(report, out)
     write_model_card(report, out / "adapter")
-    run.shelf.tokenizers.give_back(lent)
+    run.base_cache.tokenizers.give_back(borrowed)
     ask(run.require_base)
     return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.peaks())
 
@@ -109,7 +109,7 @@ def longest_row(data: PreparedData) -> int:
     return max(lengths.train, lengths.evaluate)
 
 
-def _tokenizer(run: Run) -> Lent:
+def _tokenizer(run: Run) -> BorrowedTokenizer:
     """The base's tokenizer: that of a job before in this process, or loaded. Raises TrainingFailed."""
     name, revision = run.spec.base_model, run.spec.revision
 
@@ -117,8 +117,8 @@ def _tokenizer(run: Run) -> Lent:
         return load_tokenizer(name, revision, run_code=run.order.run_code)
 
     if run.order.keep is None:
-        return Lent(tokenizer=make(), made=None)
-    return run.shelf.tokenizers.take((name, revision), make)
+        return BorrowedTokenizer(tokenizer=make(), made=None)
+    return run.base_cache.tokenizers.take((name, revision), make)
 
 
 def _prepared(run: Run, tokenizer: Any) -> PreparedData:
@@ -162,8 +162,8 @@ def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, Forwa
     head = run.kind.head(run.spec, data, tokenizer)
     gang = gathered(run.order, head, tokenizer.pad_token_id)
     learner, identity, shared = _load(run, data, tokenizer, head, gang)
-    loss, tried = run.kind.loss(run.spec), _tried(run, learner)
-    forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.session.streams, tried, loss)
+    loss, checks = run.kind.loss(run.spec), _checks(run, learner)
+    forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.session.streams, checks, loss)
     if isinstance(forward, LeanPass):
         if why is not None:
             run.note("engine", f"no other job trains beside it: {why}")
@@ -202,14 +202,14 @@ def _load(
         nonlocal shared
         base = _base(run, precision, head)
         alone = gang is not None or not may_share(spec)
-        shared = None if alone else run.shelf.common(lambda loaded: shared_base(loaded, precision), base)
+        shared = None if alone else run.base_cache.common(lambda loaded: shared_base(loaded, precision), base)
         if shared is None and order.joins:
             raise TrainingFailed(Reason.HOST_LOST, "it can't share a base with other jobs")
         return add_adapter(base if shared is None else shared.view(), spec, order.method)
 
     model = load() if gang is None else gang.adapted(load)
     # once all files are here: loading may have fetched them from the hub
-    identity = run.shelf.identify(Path(order.cache_dir), (spec.base_model, spec.revision))
+    identity = run.base_cache.identify(Path(order.cache_dir), (spec.base_model, spec.revision))
     if order.init_from is not None:
         _begin_from(run, model, data, order.init_from)
     compute_in(model, precision)
@@ -230,7 +230,7 @@ def _base(run: Run, precision: Precision, head: Head | None) -> Any:
         return base_of(order, precision, head)
 
     source = spec.base_model, spec.revision
-    base, was_here = run.shelf.base(
+    base, was_here = run.base_cache.base(
         order.keep,
         source,
         load,
@@ -338,7 +338,7 @@ def _once(run: Run) -> Once[Any]:
     def once(
         question: str, find_out: Callable[[], Any], *, keeps: Callable[[Any], bool] = lambda found: True
     ) -> Known[Any]:
-        return run.shelf.knowledge.once(question, run.order.job_id, find_out, check_stop=run.between, keeps=keeps)
+        return run.base_cache.knowledge.once(question, run.order.job_id, find_out, check_stop=run.between, keeps=keeps)
 
     return once
 
@@ -354,13 +354,13 @@ def _known(run: Run, what: str) -> dict[Any, Any]:
     return found
 
 
-def _tried(run: Run, learner: Learner) -> Tried:
+def _checks(run: Run, learner: Learner) -> CheckCache:
     """Ask this box, too, what it found out about rows behind each other on this base."""
     order, spec = run.order, run.spec
     files = sorted(traits_of(spec.base_model, spec.revision))
     how = [order.method.value, learner.precision, spec.training.attn_implementation, order.parallel.value]
     how += [order.device, order.device_name]
-    return Tried(folder=Path(order.cache_dir) / "tried", about=[files, *how], once=_once(run))
+    return CheckCache(folder=Path(order.cache_dir) / "tried", about=[files, *how], once=_once(run))
 
 
 def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_seconds: float) -> TrainingCourse:
@@ -387,7 +387,7 @@ def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_s
         eval_batch=arguments.per_device_eval_batch_size,
         gradient_checkpointing=arguments.activation_checkpointing,
         threads=torch.get_num_threads(),
-        companions=run.company.met_by(run.order.job_id),
+        companions=run.roster.met_by(run.order.job_id),
     )
 
 
@@ -395,4 +395,4 @@ def _of_what(run: Run) -> str:
     """Beside a measured peak: that it is not the whole job's, or not the job's alone."""
     if run.order.ranks:
         return f" on {run.order.node}, the first of {len(run.order.ranks)} cards"
-    return ", which it shared with other jobs" if run.company.shared else ""
+    return ", which it shared with other jobs" if run.roster.shared else ""

@@ -15,15 +15,15 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import Gauge
-from loractl.worker.base.kept.base_cache import Shelf
+from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.kept.remains import Traces
 from loractl.worker.engine.engine import Engine, Session
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import Adjusted, GoingOn, Note, Peaks, StageChanged, Start, Told
 
-from .device_limit import Allowance
+from .device_limit import DeviceLimit
 from .kinds import TrainedKind, trained_kind
-from .members import Company
+from .members import Roster
 
 SIGN_S = 10.0
 """Seconds between two signs of life."""
@@ -41,10 +41,12 @@ class Run:
     tell: Callable[[Told], None]
     stop: threading.Event = field(default_factory=threading.Event)
     save_on_stop: threading.Event = field(default_factory=threading.Event)
-    shelf: Shelf = field(default_factory=Shelf)  # that has the base, where this process has loaded it before
+    base_cache: BaseCache = field(
+        default_factory=BaseCache
+    )  # that has the base, where this process has loaded it before
     part: InitVar[Session | None] = None  # of the process's engine; None: it has one of its own
-    company: Company = field(default_factory=Company)
-    allowance: Allowance = field(default_factory=Allowance)
+    roster: Roster = field(default_factory=Roster)
+    device_limit: DeviceLimit = field(default_factory=DeviceLimit)
     traces: Traces = field(init=False)
     failed_aside: bool = False  # what ended it happened in a process beside this one
     card_failed: bool = False  # the card refused something: from then on it may refuse all of this process
@@ -112,12 +114,12 @@ class Run:
 
     def write(self, lines: str) -> None:
         """Add lines, with their ends, to the job's log."""
-        self.company.write(self.order.job_id, lines, self.tell)
+        self.roster.write(self.order.job_id, lines, self.tell)
 
     def peaks(self) -> Peaks:
         """The job's peaks for its row: of a process that it has shared they are not its own."""
         found = self.session.run(self.gauge.look)
-        return Peaks(held=found.held) if self.company.shared else found
+        return Peaks(held=found.held) if self.roster.shared else found
 
     def adjust(self, adjustment: Adjustment) -> None:
         """Go on with less memory."""
@@ -134,7 +136,7 @@ class Run:
         """Call it again and again in work that takes long. Raises Stopped, and as require_base."""
         if self.stop.is_set():
             raise Stopped
-        self._require_company()
+        self._require_whole()
         self.go_on()
 
     def require_base(self) -> None:
@@ -142,13 +144,13 @@ class Run:
 
         Raises TrainingFailed(host_lost), then and from then on, for all jobs of the process.
         """
-        if self.company.met_by(self.order.job_id) and self.company.lost is None:
-            self.company.lost = self.shelf.change()
-        self._require_company()
+        if self.roster.met_by(self.order.job_id) and self.roster.lost is None:
+            self.roster.lost = self.base_cache.change()
+        self._require_whole()
 
-    def _require_company(self) -> None:
-        if self.company.lost is not None:
-            raise TrainingFailed(Reason.HOST_LOST, f"it shared its trainer with other jobs, and {self.company.lost}")
+    def _require_whole(self) -> None:
+        if self.roster.lost is not None:
+            raise TrainingFailed(Reason.HOST_LOST, f"it shared its trainer with other jobs, and {self.roster.lost}")
 
     def go_on(self) -> None:
         """Say now and then that the job is at work: one that says nothing for long is taken to hang."""
@@ -163,8 +165,8 @@ class Run:
 
     def hold_to(self, limit: int | None) -> None:
         """Allow the process so much for this job, beside what others have."""
-        self.session.run(lambda: self.allowance.grant(self.order, limit, self.shelf.size))
+        self.session.run(lambda: self.device_limit.grant(self.order, limit, self.base_cache.size))
 
     def lower_to(self, limit: int | None) -> None:
         """Leave the rest of what was allowed to other jobs."""
-        self.session.run(lambda: self.allowance.lower(self.order, limit, self.shelf.size))
+        self.session.run(lambda: self.device_limit.lower(self.order, limit, self.base_cache.size))

@@ -43,16 +43,16 @@ from loractl.worker.protocol.messages import (
 )
 
 from .idle_process import Marks, prepare
-from .members import Company, Members, MemberServer
+from .members import Members, MemberServer, Roster
 from .order_desk import MemberOver, OrderDesk, Orders
 from .other_ranks import LINK_LOST, OtherRanks
 
 if TYPE_CHECKING:
-    from loractl.worker.base.kept.base_cache import Shelf
+    from loractl.worker.base.kept.base_cache import BaseCache
     from loractl.worker.base.kept.remains import Traces
     from loractl.worker.engine.engine import Engine
 
-    from .device_limit import Allowance
+    from .device_limit import DeviceLimit
     from .run import Run
 
 Answer = TypeVar("Answer")
@@ -90,9 +90,9 @@ def main(run: Recipe | None = None) -> int:
         channel.flush()
         if not _taken(desk, become):
             return 1
-    company = Company()
-    server: MemberServer = _Host(company, tell) if run is None else _Other(run)
-    members = Members(server, desk, tell, company)
+    roster = Roster()
+    server: MemberServer = _Host(roster, tell) if run is None else _Other(run)
+    members = Members(server, desk, tell, roster)
     while True:
         order = desk.next()
         if isinstance(order, Start) and not members and (order.keep is None or marks is None or not marks.fit):
@@ -105,10 +105,10 @@ def main(run: Recipe | None = None) -> int:
             if not members.finish(order):
                 return 0
         elif isinstance(order, Share):
-            company.share(functools.partial(become, host_name(order.mark), order.mark, shared(order.mark)))
+            roster.share(functools.partial(become, host_name(order.mark), order.mark, shared(order.mark)))
         elif isinstance(order, Release) and not members:
             become(host_name(order.mark), order.mark, taken(order.mark))
-            company.shared = False
+            roster.shared = False
             if not _taken(desk, become):
                 return 1
         else:
@@ -145,11 +145,11 @@ LEARNED_S = 10.0
 class _Host:
     """loractl's own recipe on a base that is kept: jobs after each other and beside each other."""
 
-    def __init__(self, company: Company, tell: Tell) -> None:
-        self._company, self._tell = company, tell
-        self._shelf: Shelf | None = None
+    def __init__(self, roster: Roster, tell: Tell) -> None:
+        self._roster, self._tell = roster, tell
+        self._base_cache: BaseCache | None = None
         self._engine: Engine | None = None
-        self._allowance: Allowance | None = None
+        self._device_limit: DeviceLimit | None = None
         self._traces: dict[int, Traces] = {}
         self._fault: str | None = None  # why this process ends with its last member
         self._aside: set[int] = set()  # jobs whose end says nothing against it: they failed in a process beside it
@@ -157,27 +157,29 @@ class _Host:
 
     def begin(self, order: Start, *, alone: bool) -> None:
         _load()
-        from loractl.worker.base.kept.base_cache import Shelf
+        from loractl.worker.base.kept.base_cache import BaseCache
         from loractl.worker.engine.engine import Engine
         from loractl.worker.engine.meter import PassMeter
 
-        from .device_limit import Allowance
+        from .device_limit import DeviceLimit
 
         if alone:
-            self._shelf = self._shelf or Shelf()
-            self._shelf.begin()
+            self._base_cache = self._base_cache or BaseCache()
+            self._base_cache.begin()
             self._engine = self._engine or Engine(PassMeter(self._passed), self._learned)
-            self._allowance, self._fault = Allowance(), None
+            self._device_limit, self._fault = DeviceLimit(), None
 
     def serve(self, order: Start, orders: Orders, tell: Tell) -> Ended:
         import torch
 
         from .run import Run
 
-        assert self._shelf is not None and self._engine is not None and self._allowance is not None
-        company, allowance, shelf = self._company, self._allowance, self._shelf
+        assert self._base_cache is not None and self._engine is not None and self._device_limit is not None
+        roster, device_limit, base_cache = self._roster, self._device_limit, self._base_cache
         with self._engine.session(torch.device(order.device)) as session:
-            run = Run(order=order, tell=tell, shelf=shelf, part=session, company=company, allowance=allowance)
+            run = Run(
+                order=order, tell=tell, base_cache=base_cache, part=session, roster=roster, device_limit=device_limit
+            )
             self._traces[order.job_id] = run.traces
             self._aside.discard(order.job_id)
             ended = _run(run, orders)
@@ -188,8 +190,8 @@ class _Host:
             return ended
 
     def let_go(self, order: Start, ended: Ended) -> str | None:
-        assert self._shelf is not None and self._allowance is not None
-        fault = self._traces.pop(order.job_id).left() or self._fault or self._company.lost or self._spoilt_by(ended)
+        assert self._base_cache is not None and self._device_limit is not None
+        fault = self._traces.pop(order.job_id).left() or self._fault or self._roster.lost or self._spoilt_by(ended)
         try:
             self._compute(functools.partial(self._forget, order))
         except RuntimeError as error:  # a card that has failed refuses this, too; the others still tell their ends
@@ -199,27 +201,27 @@ class _Host:
 
     def settle(self, order: Start, ended: Ended) -> Ended:
         self._traces.clear()
-        self._fault = self._fault or self._company.lost or self._spoilt_by(ended)
-        assert self._shelf is not None
+        self._fault = self._fault or self._roster.lost or self._spoilt_by(ended)
+        assert self._base_cache is not None
         size, why = None, self._fault
         if why is None:
-            self._allowance = None
+            self._device_limit = None
             try:
-                size, why = self._compute(self._shelf.settle)
+                size, why = self._compute(self._base_cache.settle)
             except Exception as error:  # noqa: BLE001  whatever it is, the job has ended and this process must go
                 why = f"{type(error).__name__}: {error}"
             if size is None:
                 line = log_line("trainer", f"its base does not stay: {why}")
-                self._company.write(order.job_id, line, self._tell)
+                self._roster.write(order.job_id, line, self._tell)
         return ended.model_copy(update={"base_bytes": size})
 
     def _forget(self, order: Start) -> None:
         """Give back what a member that left others had of the device."""
         from loractl.worker.base.gauge import release
 
-        assert self._shelf is not None and self._allowance is not None
+        assert self._base_cache is not None and self._device_limit is not None
         release()
-        self._allowance.take_back(order, self._shelf.size)
+        self._device_limit.take_back(order, self._base_cache.size)
 
     def _compute(self, work: Callable[[], Answer]) -> Answer:
         """Work of the process itself, by the engine's thread. It draws nothing."""
@@ -237,12 +239,12 @@ class _Host:
 
     def _learned(self) -> None:
         """Say that micro-batches are learned: whoever does not leave ends the others only where none is."""
-        if time.monotonic() >= self._learned_at + LEARNED_S and (job := self._company.any_job) is not None:
+        if time.monotonic() >= self._learned_at + LEARNED_S and (job := self._roster.any_job) is not None:
             self._learned_at = time.monotonic()
             self._tell(Learned(job_id=job))
 
     def _passed(self, tokens: int, members: int, seconds: float, wall: float) -> None:
-        if (job := self._company.any_job) is not None:
+        if (job := self._roster.any_job) is not None:
             self._tell(Passed(job_id=job, tokens=tokens, members=members, seconds=seconds, wall_seconds=wall))
 
 
@@ -327,7 +329,7 @@ def _trained(run: Run) -> Ended:
             return ended(Reason.TRAINER_ERROR, LINK_LOST)
         reason, message = explain(error, own_limit=order.device == "cpu" and order.memory_limit is not None)
         run.card_failed = reason is not Reason.OUT_OF_MEMORY and names_card(str(error))
-        if run.card_failed and run.company.met_by(order.job_id):
+        if run.card_failed and run.roster.met_by(order.job_id):
             # A kernel's error comes late, and then to all who compute in the process: alone it shows whose it is.
             return ended(Reason.HOST_LOST, f"it shared its trainer with other jobs: {message}")
         if reason is Reason.TRAINER_ERROR and Stage.EVALUATING in run.stages:

@@ -1,4 +1,4 @@
-"""The shelf of a trainer process: the base that it has loaded, for the trainings that come one after the other."""
+"""The base that a trainer process has loaded, cached for the trainings that come one after the other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loractl.worker.base.hub import pin
 from loractl.worker.base.identity import BaseIdentity, Traits, traits_of
 
 from .knowledge import Knowledge
-from .model_snapshot import Imprint
+from .model_snapshot import ModelSnapshot
 from .remains import Surroundings
 from .switches import Code, Switches
 from .tokenizers import Tokenizers
@@ -29,7 +29,7 @@ SETTINGS = frozenset({"config.json", "generation_config.json", "adapter_config.j
 """Files that decide what is loaded by being there: one that came or went is a change."""
 
 
-class Shelf:
+class BaseCache:
     """Holds at most one base. A training takes it from here; afterwards it is put back as it was loaded.
 
     `key`: what decides how the base was loaded, as the node names it. `knowledge`: about the base that it holds.
@@ -37,11 +37,11 @@ class Shelf:
     """
 
     def __init__(self) -> None:
-        self._imprint: Imprint | None = None
+        self._snapshot: ModelSnapshot | None = None
         self._key: str | None = None
         self._traits: Traits = frozenset()
         self._identity: BaseIdentity | None = None  # of the files that it was loaded from
-        self._cache = Path()  # below which hashes are remembered
+        self._hashes = Path()  # below which hashes are remembered
         self._why_not: str | None = None  # this base may not stay
         self._before: Surroundings | None = None
         self._switches: Switches | None = None
@@ -53,14 +53,14 @@ class Shelf:
     @property
     def size(self) -> int:
         """Bytes of the device that the base takes, the context of a card included; 0: it is not here to stay."""
-        if self._imprint is None:
+        if self._snapshot is None:
             return 0
-        return self._imprint.size + (CONTEXT_BYTES if torch.cuda.is_initialized() else 0)
+        return self._snapshot.size + (CONTEXT_BYTES if torch.cuda.is_initialized() else 0)
 
     def begin(self) -> None:
         """A training begins in this process, in which no other one is."""
         pin.cache_clear()  # a branch of the hub may have moved since
-        if self._imprint is not None:
+        if self._snapshot is not None:
             forget_peaks()
         self._before, self._switches = Surroundings(), Switches()
 
@@ -80,18 +80,18 @@ class Shelf:
         Raises TrainingFailed(host_lost) for a training that must find it here (`joins`) and does not.
         """
         traits: Traits = frozenset() if key is None else traits_of(*source)
-        if self._imprint is not None and self._key == key and self._same_files(source, traits, tell, check_stop):
-            return self._imprint.model, True
+        if self._snapshot is not None and self._key == key and self._same_files(source, traits, tell, check_stop):
+            return self._snapshot.model, True
         if joins:
             raise TrainingFailed(Reason.HOST_LOST, "the trainer that it was to join has another base")
-        self._imprint = self._common = self._identity = None
+        self._snapshot = self._common = self._identity = None
         self.knowledge = Knowledge()
         gc.collect()
         model = load()
         if key is not None:
             self._key, self._traits = key, _after_loading(source, traits)
             self._why_not = _unfit(model)
-            self._imprint = None if self._why_not else Imprint(model)
+            self._snapshot = None if self._why_not else ModelSnapshot(model)
             self._code = Code(model)
         return model, False
 
@@ -103,12 +103,12 @@ class Shelf:
         check_stop: Callable[[], None],
     ) -> None:
         """Hash what `base` will ask for, while others compute: a large base's files take minutes."""
-        if key is not None and self._imprint is not None and self._key == key:
+        if key is not None and self._snapshot is not None and self._key == key:
             self._same_files(source, traits_of(*source), tell, check_stop)
 
     def identify(self, cache: Path, source: tuple[str, str | None]) -> BaseIdentity:
         """Begin to hash the files of the base that a training has, with what is remembered below `cache`."""
-        found, self._cache = BaseIdentity(*source, cache), cache
+        found, self._hashes = BaseIdentity(*source, cache), cache
         self._identity = self._identity or found
         return found
 
@@ -128,7 +128,7 @@ class Shelf:
         tell("compares the base's files with those that were loaded")
         if (then := self._identity.files_at(self._traits, check_stop)) is None:
             return False
-        found = BaseIdentity(*source, self._cache)
+        found = BaseIdentity(*source, self._hashes)
         now = found.files_at(traits, check_stop)
         if now is None or changed_files(then, now) or not SETTINGS.isdisjoint(then.keys() ^ now.keys()):
             return False
@@ -138,7 +138,7 @@ class Shelf:
     def common(self, make: Callable[[Any], Made], base: Any) -> Made:
         """What the trainings on a base that is here have in common: made by the first, dropped after the last. A base
         that does not stay is its training's alone."""
-        if self._imprint is None or self._imprint.model is not base:
+        if self._snapshot is None or self._snapshot.model is not base:
             return make(base)
         if self._common is None:
             self._common = (make(base),)
@@ -147,24 +147,24 @@ class Shelf:
 
     def change(self) -> str | None:
         """What of the base that is here is not as it was loaded, in words; None: nothing."""
-        return None if self._imprint is None else self._imprint.change()
+        return None if self._snapshot is None else self._snapshot.change()
 
     def settle(self) -> tuple[int | None, str]:
         """After a training: put the base back and look for what was left.
 
         Returns the bytes that stay; or None, and why this process must end.
         """
-        if self._imprint is None or self._before is None:
+        if self._snapshot is None or self._before is None:
             return None, self._why_not or "no base was loaded that may stay"
         lift_limit()
         self._common = None
-        self._imprint.restore()
+        self._snapshot.restore()
         self._before.restore()
         release()
-        why = self._before.left(self._imprint.tensors) or self._imprint.change() or self._switched()
+        why = self._before.left(self._snapshot.tensors) or self._snapshot.change() or self._switched()
         if why is None and not forget_peaks():
             why = "the peak of its memory can't be set back"
-        return (None, why) if why else (_held(self._imprint), "")
+        return (None, why) if why else (_held(self._snapshot), "")
 
     def _switched(self) -> str | None:
         """What the training has switched for whoever comes next."""
@@ -179,9 +179,9 @@ def _after_loading(source: tuple[str, str | None], before: Traits) -> Traits:
     return after if not Path(source[0]).is_absolute() and before < after else before
 
 
-def _held(imprint: Imprint) -> int:
+def _held(snapshot: ModelSnapshot) -> int:
     """Bytes of the device that the process holds with its base; on a processor those of the base alone."""
-    return torch.cuda.memory_reserved() + CONTEXT_BYTES if torch.cuda.is_initialized() else imprint.size
+    return torch.cuda.memory_reserved() + CONTEXT_BYTES if torch.cuda.is_initialized() else snapshot.size
 
 
 def _unfit(model: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""A loaded base as it was: put back after a training, and compared with what it was bit for bit.
+"""A snapshot of a loaded base: put back after a training, and compared with what it was bit for bit.
 
 A training changes a base in place: layers are wrapped by an adapter, norms are cast, hooks and methods are set on
 modules, settings are switched. All of that hangs on the modules' own dictionaries, on their parameters and on the
@@ -16,7 +16,7 @@ import torch
 _CONTAINERS = (dict, list, set)
 
 
-class Imprint:
+class ModelSnapshot:
     """What a model is now. Make it of a base that was just loaded."""
 
     def __init__(self, model: Any) -> None:

@@ -1,7 +1,7 @@
-"""What was tried on this box with rows behind each other and was right: it need not be tried by each new process.
+"""Checks that passed on this box, with rows behind each other: a new process need not repeat them.
 
 An answer follows from the base's files, from how it is loaded and adapted, and from the code that computes. The name of
-an empty file stands for all of these, so nothing can be torn, and what changes is tried anew.
+an empty file stands for all of these, so nothing can be torn, and what changes is checked anew.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KEPT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tried:
+class CheckCache:
     """Asks the process first (`once`), then the box, and finds out what neither knows."""
 
     folder: Path
@@ -58,7 +58,7 @@ class Tried:
 
 
 def _note(file: Path) -> None:
-    with contextlib.suppress(OSError):  # a full disk: it is tried again
+    with contextlib.suppress(OSError):  # a full disk: it is checked again
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
         for old in sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT]:
