@@ -208,7 +208,7 @@ def test_a_cancelled_job_leaves_its_host_warm(place: Workplace) -> None:
         state = begin(claim, place.settings.work_dir)
         thread = threading.Thread(target=supervise, args=(own.place, state))
         thread.start()
-        until(lambda: state.step == 1)
+        until(lambda: state.heard.step == 1)
         place.store.cancel(claim.job_id, "bob")
         thread.join(timeout=20)
         assert place.store.job(claim.job_id).status is Status.CANCELLED

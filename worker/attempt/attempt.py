@@ -1,4 +1,4 @@
-"""An attempt's whole state: what was claimed, what its trainer told, why it must stop."""
+"""An attempt as its supervisor has it: what it is, what its trainer told, what others ask, what its row lacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,
-    GoingOn,
     Learned,
     MemberLeft,
     Note,
@@ -31,7 +30,7 @@ from loractl.worker.protocol.messages import (
     StageChanged,
     Stepped,
     Told,
-)
+)  # fmt: skip
 
 from .log import LOG_FILE, LogBook, append_line
 from .trainer_process import TrainerLink
@@ -43,81 +42,30 @@ SAY_EVERY_S = 10.0
 
 
 @dataclass(kw_only=True)
-class AttemptState:
-    """One attempt from its claim on. The supervisor's thread writes it; the node's monitor reads `turned_at`."""
+class Heard:
+    """What an attempt's trainers have told, folded message by message."""
 
-    claim: Claim
-    folder: Path  # of this attempt alone
+    at: float  # when one last said something
     adjustment: Adjustment  # what out-of-memory has changed in the job so far
-    clock: NodeClock = SYSTEM
-    began: float | None = None  # when it began to train, by the clock
-    trainer: TrainerLink | None = None
-    host: str | None = None  # the mark of the trainer that it has shared, or may have
-    stayed: bool = False  # its trainer waits for the next job; its row may name that host, shared or not
-    pids: frozenset[int] = frozenset()  # of all trainers that ran for it
-    turned_at: float = field(init=False)  # when its supervisor last passed through its loop
-    closed: bool = False  # its row is closed; what follows is housekeeping
-    gone_as: Status | None = None  # what its job became when its row was closed; it is not out of its trainer yet
-    peaks: Peaks = field(default_factory=Peaks)
-    step: int = 0
-    ended: Ended | None = None
-    forced: tuple[Reason, str] | None = None  # why we stopped the trainer
-    kill_at: float | None = None
-    lease_lost: bool = False
-    cancel_requested: bool = False
-    preempted_by: int | None = None
-    pruned: str | None = None  # why its sweep stops the job
-    card_drained: str | None = None  # whose order keeps one of its cards empty
-    time_limit: float | None = None  # seconds, as the last beat brought it: an edit reaches a job that runs
-    heard_at: float = field(init=False)  # when the trainer last said something
-    said_at: float = -math.inf  # when a step was last named at the terminal
-    result_refused: bool = False  # the row does not name the result: its files are kept
-    refused: str | None = None  # what the database last said against a write, in the history already
-    store_away: bool = False  # fetching or storing waits for the artifact store
     changes: list[str] = field(default_factory=list)  # what this trainer said of its adjustments
-    goes_on_alone: bool = False  # its next attempt, as it was in a trainer that others need
+    step: int = 0
+    peaks: Peaks = field(default_factory=Peaks)
+    ended: Ended | None = None
     opened: Opened | None = None  # others may join its trainer, which was not written yet
     passes: list[MeasuredPass] = field(default_factory=list)  # not handed on yet
     saved: list[Saved] = field(default_factory=list)  # checkpoints that are not handed on yet
-    pending: Progress = field(default_factory=Progress)  # told, not yet written
-    noted: queue.SimpleQueue[tuple[str, str]] = field(default_factory=queue.SimpleQueue)  # events of the work thread
-    log: LogBook = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.turned_at = self.heard_at = self.clock.now()
-        self.log = LogBook(clock=self.clock)
-
-    def turn(self) -> None:
-        """Say that the supervisor is alive."""
-        self.turned_at = self.clock.now()
-
-    def note(self, kind: str, text: str) -> None:
-        """Add a line to the job's history with the next beat; any thread may."""
-        self.noted.put((kind, text))
-
-    def phase(self, stage: Stage, text: str) -> None:
-        """Say what begins and may take long, in history and log; any thread may."""
-        self.note("phase", text)
-        self.say(stage, text)
-
-    def say(self, stage: Stage, text: str) -> None:
-        """Add a line to the log, and to its file while no trainer writes there and the disk has room."""
-        line = log_line(stage.value, text)
-        self.log.put(line)
-        with contextlib.suppress(OSError):  # as a trainer's lines: the database has it all the same
-            append_line(self.folder / LOG_FILE, line)
-
-    def hear(self, message: Told | str) -> None:
-        """Take what the trainer told: a message, or another line."""
-        if not isinstance(message, (Passed, Learned)) or self.trainer is None or self.trainer.alone:
-            self.heard_at = self.clock.now()  # of several jobs' passes any one is told
-        if isinstance(message, str):
-            self.log.put(message)
-            return
+    def take(self, message: Told) -> None:
         if isinstance(message, (Stepped, Ended)) and message.peaks is not None:
             self.peaks = self.peaks.above(message.peaks)
         if isinstance(message, Ended):
             self.ended = message
+        elif isinstance(message, Stepped):
+            self.step = message.step
+        elif isinstance(message, Adjusted):
+            self.adjustment = message.adjustment
+        elif isinstance(message, Note) and message.kind == "memory":
+            self.changes.append(message.text)
         elif isinstance(message, Saved):
             self.saved.append(message)
         elif isinstance(message, Opened):
@@ -125,94 +73,192 @@ class AttemptState:
         elif isinstance(message, Passed):
             told = {name: getattr(message, name) for name in ("tokens", "members", "seconds", "wall_seconds")}
             self.passes.append(MeasuredPass(**told))
-        elif isinstance(message, MemberLeft):
-            self._say_what_is_left(message)
-        elif not isinstance(message, (Learned, GoingOn)):
-            self._follow(message)
+
+
+@dataclass(kw_only=True)
+class Wishes:
+    """What others ask of an attempt: people and the rule by its beats, an order to drain by the node's monitor."""
+
+    cancel_requested: bool = False
+    preempted_by: int | None = None
+    pruned: str | None = None  # why its sweep stops the job
+    card_drained: str | None = None  # whose order keeps one of its cards empty
+    time_limit: float | None = None  # seconds, as the last beat brought it: an edit reaches a job that runs
+
+    def take(self, beat: Beat) -> None:
+        self.cancel_requested, self.preempted_by = beat.cancel_requested, beat.preempted_by
+        if beat.recorded:
+            self.pruned = beat.pruned or self.pruned
+            self.time_limit = beat.time_limit if beat.accepted else self.time_limit
+
+
+@dataclass(kw_only=True)
+class Unwritten:
+    """What the attempt's row does not have yet."""
+
+    log: LogBook
+    pending: Progress = field(default_factory=Progress)
+    refused: str | None = None  # what the database last said against a write, in the history already
+    _noted: queue.SimpleQueue[tuple[str, str]] = field(default_factory=queue.SimpleQueue)  # by any thread
+
+    def note(self, kind: str, text: str) -> None:
+        """Add a line to the job's history with the next beat; any thread may."""
+        self._noted.put((kind, text))
+
+    def take(self, message: Told) -> None:
+        if isinstance(message, (StageChanged, Note, Adjusted, Planned, Stepped)):
             self.pending = _fold(self.pending, message)
 
-    def progress(self, *, last: bool = False) -> Progress:
+    def progress(self, peaks: Peaks, *, last: bool = False) -> Progress:
         """What is new since the last successful write."""
-        while not self.noted.empty():
-            self.pending = replace(self.pending, events=(*self.pending.events, self.noted.get()))
+        while not self._noted.empty():
+            self.pending = replace(self.pending, events=(*self.pending.events, self._noted.get()))
         return replace(
             self.pending,
-            vram_peak=self.peaks.reserved,
-            vram_allocated=self.peaks.allocated,
-            vram_process=self.peaks.process,
+            vram_peak=peaks.reserved,
+            vram_allocated=peaks.allocated,
+            vram_process=peaks.process,
             log=self.log.take(last=last),
         )
 
-    def bare_progress(self, why: str) -> Progress:
+    def bare_progress(self, step: int, why: str) -> Progress:
         """The stage and the result's box alone, in place of what the database refused; once for each cause a line."""
         new, self.refused = why != self.refused, why
-        text = f"the database refused what was told at step {self.step}, which is left out: {why}"
+        text = f"the database refused what was told at step {step}, which is left out: {why}"
         events = (("database", text),) if new else ()
         return Progress(stage=self.pending.stage, result_host=self.pending.result_host, events=events)
 
-    def beaten(self, beat: Beat) -> None:
-        """Take a beat's answer: what was pending is written, if it was recorded."""
-        if not beat.recorded:
-            self.cancel_requested, self.preempted_by = beat.cancel_requested, beat.preempted_by
-            return
+    def written(self) -> None:
+        """The row has it."""
         self.pending = Progress(stage=self.pending.stage)
         self.log.written()
-        self.lease_lost = not beat.accepted
-        self.cancel_requested, self.preempted_by = beat.cancel_requested, beat.preempted_by
-        self.pruned = beat.pruned or self.pruned
-        self.time_limit = beat.time_limit if beat.accepted else self.time_limit
+
+
+@dataclass(kw_only=True)
+class TrainerRun:
+    """The trainer that an attempt is in, and those before."""
+
+    began: float | None = None  # when the attempt began to train, by the clock
+    trainer: TrainerLink | None = None
+    host: str | None = None  # the mark of the trainer that it has shared, or may have
+    stayed: bool = False  # its trainer waits for the next job; its row may name that host, shared or not
+    pids: frozenset[int] = frozenset()  # of all trainers that ran for it
+    goes_on_alone: bool = False  # its next attempt, as it was in a trainer that others need
+
+
+@dataclass(kw_only=True)
+class Supervision:
+    """What the supervisor has done, and how it fares."""
+
+    turned_at: float  # when it last passed through its loop
+    said_at: float = -math.inf  # when a step was last named at the terminal
+    store_away: bool = False  # fetching or storing waits for the artifact store
+    forced: tuple[Reason, str] | None = None  # why it stopped the trainer
+    kill_at: float | None = None
+    lease_lost: bool = False
+    gone_as: Status | None = None  # what its job became when its row was closed; it is not out of its trainer yet
+    closed: bool = False  # its row is closed; what follows is housekeeping
+    result_refused: bool = False  # the row does not name the result: its files are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedAttempt:
+    """One attempt from its claim on. Its supervisor's thread writes the parts; the node's monitor writes a drain into
+    `wishes`, and into `own` why it ended the trainer of a supervisor that hangs."""
+
+    claim: Claim
+    folder: Path  # of this attempt alone
+    clock: NodeClock
+    heard: Heard
+    wishes: Wishes
+    unwritten: Unwritten
+    own: Supervision
+    run: TrainerRun = field(default_factory=TrainerRun)
+
+    def turn(self) -> None:
+        """Say that the supervisor is alive."""
+        self.own.turned_at = self.clock.now()
+
+    def phase(self, stage: Stage, text: str) -> None:
+        """Say what begins and may take long, in history and log; any thread may."""
+        self.unwritten.note("phase", text)
+        self.say(stage, text)
+
+    def say(self, stage: Stage, text: str) -> None:
+        """Add a line to the log, and to its file while no trainer writes there and the disk has room."""
+        line = log_line(stage.value, text)
+        self.unwritten.log.put(line)
+        with contextlib.suppress(OSError):  # as a trainer's lines: the database has it all the same
+            append_line(self.folder / LOG_FILE, line)
+
+    def hear(self, message: Told | str) -> None:
+        """Take what the trainer told: a message, or another line."""
+        trainer = self.run.trainer
+        if not isinstance(message, (Passed, Learned)) or trainer is None or trainer.alone:
+            self.heard.at = self.clock.now()  # of several jobs' passes any one is told
+        if isinstance(message, str):
+            self.unwritten.log.put(message)
+            return
+        self.heard.take(message)
+        self.unwritten.take(message)
+        self._show(message)
+
+    def beaten(self, beat: Beat) -> None:
+        """Take a beat's answer: what was pending is written, if it was recorded."""
+        self.wishes.take(beat)
+        if beat.recorded:
+            self.unwritten.written()
+            self.own.lease_lost |= not beat.accepted  # once lost it stays lost
 
     def rung_reached(self) -> int:
         """The step of a rung that the next beat tells, 0 without one. A loser trains in vain until that beat."""
-        return max((point.step for point in rung_points(self.claim, self.pending)), default=0)
+        return max((point.step for point in rung_points(self.claim, self.unwritten.pending)), default=0)
 
     def verdict(self) -> tuple[Reason, str]:
         """The attempt's reason: what the trainer said, unless we stopped it before it was done."""
-        if self.ended is not None and (self.forced is None or self.ended.reason is Reason.OK):
-            return self.ended.reason, self.ended.message
-        if self.forced is not None:
-            return self.forced
-        return Reason.TRAINER_ERROR, "the trainer said nothing"
+        ended, forced = self.heard.ended, self.own.forced
+        if ended is not None and (forced is None or ended.reason is Reason.OK):
+            return ended.reason, ended.message
+        return forced or (Reason.TRAINER_ERROR, "the trainer said nothing")
 
     @property
     def failed_card(self) -> str | None:
         """Of several cards the one that the verdict is about; None: the first, or it is about none. A trainer may run
         a stranger's code: it blames no card that the attempt does not have."""
-        card = None if self.ended is None or self.forced is not None else self.ended.card
+        card = None if self.heard.ended is None or self.own.forced is not None else self.heard.ended.card
         return card if any(share.node == card for share in self.claim.shares) else None
 
-    def _follow(self, message: Told) -> None:
+    def _show(self, message: Told) -> None:
+        """At the worker's terminal."""
         if isinstance(message, Stepped):
-            self.step = message.step
-            self._say(message)
-        elif isinstance(message, Adjusted):
-            self.adjustment = message.adjustment
-        elif isinstance(message, Note):
-            if message.kind == "memory":
-                self.changes.append(message.text)
-            if message.kind != "saved":  # as often as the job file says
-                log.info("job %s: %s", message.job_id, message.text)
-
-    def _say_what_is_left(self, message: MemberLeft) -> None:
-        if message.fault is not None:
+            self._show_step(message)
+        elif isinstance(message, Note) and message.kind != "saved":  # as often as the job file says
+            log.info("job %s: %s", message.job_id, message.text)
+        elif isinstance(message, MemberLeft) and message.fault is not None:
             log.warning(
                 "job %s: its trainer takes no more jobs and ends with its last: %s", message.job_id, message.fault
             )
 
-    def _say(self, message: Stepped) -> None:
-        now = self.clock.now()
-        if "loss" not in message.metrics or (now - self.said_at < SAY_EVERY_S and message.step < message.total_steps):
+    def _show_step(self, message: Stepped) -> None:
+        now, last = self.clock.now(), message.step >= message.total_steps
+        if "loss" not in message.metrics or (now - self.own.said_at < SAY_EVERY_S and not last):
             return
-        self.said_at = now
+        self.own.said_at = now
         loss = message.metrics["loss"]
         log.info("job %s: step %s of %s, loss %.3f", message.job_id, message.step, message.total_steps, loss)
 
 
-def begin(claim: Claim, work_dir: Path, clock: NodeClock = SYSTEM) -> AttemptState:
-    """The state of an attempt that was just claimed."""
-    folder = work_dir / str(claim.job_id) / f"attempt-{claim.attempt}"
-    limit = claim.spec.resources.time_limit
-    return AttemptState(claim=claim, folder=folder, adjustment=claim.adjustment, clock=clock, time_limit=limit)
+def begin(claim: Claim, work_dir: Path, clock: NodeClock = SYSTEM) -> SupervisedAttempt:
+    """An attempt that was just claimed."""
+    return SupervisedAttempt(
+        claim=claim,
+        folder=work_dir / str(claim.job_id) / f"attempt-{claim.attempt}",
+        clock=clock,
+        heard=Heard(at=clock.now(), adjustment=claim.adjustment),
+        wishes=Wishes(time_limit=claim.spec.resources.time_limit),
+        unwritten=Unwritten(log=LogBook(clock=clock)),
+        own=Supervision(turned_at=clock.now()),
+    )
 
 
 def _fold(progress: Progress, message: Told) -> Progress:

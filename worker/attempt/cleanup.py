@@ -14,7 +14,7 @@ from loractl.common.files import remove_tree
 from loractl.common.job.status import KEEPING, Status
 from loractl.common.store.database import DatabaseError
 
-from .attempt import AttemptState
+from .attempt import SupervisedAttempt
 from .result import READY
 from .storage.client import CallWatch
 from .workplace import Workplace
@@ -32,23 +32,23 @@ REMOVAL_S = 10.0
 """A store that says nothing for so long is left: the slot is for the next job, and loractl gc removes the rest."""
 
 
-def clean(place: Workplace, state: AttemptState, status: Status | None) -> None:
+def clean(place: Workplace, attempt: SupervisedAttempt, status: Status | None) -> None:
     """Remove what no next attempt of the job can use. A next one may run by now: its files are not touched."""
-    job_id = state.claim.job_id
+    job_id = attempt.claim.job_id
     if status is not None and status.is_terminal:
         try:
-            over = _is_over(place, state)
+            over = _is_over(place, attempt)
         except (DatabaseError, LoractlError) as error:
             log.warning("job %s: its files stay for loractl gc: %s", job_id, error)
             return
         if over:
-            _remove(place, state)
+            _remove(place, attempt)
             return
     for name in ("keeping", BEGUN_FROM):
-        shutil.rmtree(state.folder / name, ignore_errors=True)
-    if not (state.folder / READY).exists():
-        shutil.rmtree(state.folder / "result", ignore_errors=True)
-    _thin_out(state)
+        shutil.rmtree(attempt.folder / name, ignore_errors=True)
+    if not (attempt.folder / READY).exists():
+        shutil.rmtree(attempt.folder / "result", ignore_errors=True)
+    _thin_out(attempt)
 
 
 def make_room(place: Workplace, folder: Path, needed: int) -> None:
@@ -86,39 +86,39 @@ def _below(folder: Path) -> list[Path]:
         return []
 
 
-def _is_over(place: Workplace, state: AttemptState) -> bool:
+def _is_over(place: Workplace, attempt: SupervisedAttempt) -> bool:
     """Whether the job needs its files no more, by its row of this moment: a person may have queued it again."""
-    job = place.store.job(state.claim.job_id)
-    return job.status.is_terminal and job.attempt == state.claim.attempt and job.reason not in KEEPING
+    job = place.store.job(attempt.claim.job_id)
+    return job.status.is_terminal and job.attempt == attempt.claim.attempt and job.reason not in KEEPING
 
 
-def _remove(place: Workplace, state: AttemptState) -> None:
+def _remove(place: Workplace, attempt: SupervisedAttempt) -> None:
     """All that this attempt and earlier ones have left."""
-    job_id, attempt = state.claim.job_id, state.claim.attempt
-    for folder in [*_own(state), state.folder.parent / "stored"]:
+    job_id, number = attempt.claim.job_id, attempt.claim.attempt
+    for folder in [*_own(attempt), attempt.folder.parent / "stored"]:
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # something is left in it, or it is gone
-        state.folder.parent.rmdir()
+        attempt.folder.parent.rmdir()
     try:
-        place.artifacts.watched(CallWatch(deadline_s=REMOVAL_S)).remove_checkpoints(job_id, attempt)
+        place.artifacts.watched(CallWatch(deadline_s=REMOVAL_S)).remove_checkpoints(job_id, number)
     except (ArtifactError, ServiceUnreachable) as error:
         log.warning("job %s: its checkpoints stay for loractl gc: %s", job_id, error.sentence)
 
 
-def _thin_out(state: AttemptState) -> None:
+def _thin_out(attempt: SupervisedAttempt) -> None:
     """Of several attempts on this box only the newest checkpoints stay, and what was finished."""
-    found = [path for folder in _own(state) for path in folder.glob("checkpoints/checkpoint-*")]
+    found = [path for folder in _own(attempt) for path in folder.glob("checkpoints/checkpoint-*")]
     by_age = sorted(found, key=_changed_at)
     for checkpoint in by_age[:-CHECKPOINTS_KEPT]:
         shutil.rmtree(checkpoint, ignore_errors=True)
-    for folder in _own(state):
+    for folder in _own(attempt):
         if not (folder / READY).exists() and not any(folder.glob("checkpoints/checkpoint-*")):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _own(state: AttemptState) -> Iterator[Path]:
+def _own(attempt: SupervisedAttempt) -> Iterator[Path]:
     """The folders of this attempt and of earlier ones on this box."""
-    for folder in sorted(state.folder.parent.glob("attempt-*")):
+    for folder in sorted(attempt.folder.parent.glob("attempt-*")):
         number = re.fullmatch(r"attempt-(\d+)", folder.name, re.ASCII)
-        if number is not None and int(number[1]) <= state.claim.attempt:
+        if number is not None and int(number[1]) <= attempt.claim.attempt:
             yield folder

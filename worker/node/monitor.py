@@ -186,7 +186,7 @@ class Monitor:
             cards = [share.node for share in attempt.claim.shares] or [place.node]
             asked = ((card, orders.get(card) or orders.get(place.settings.host)) for card in cards)
             wanted = [f"{card} is drained by {o.user}: {o.reason}" for card, o in asked if o is not None and o.now]
-            attempt.card_drained = wanted[0] if wanted else None
+            attempt.wishes.card_drained = wanted[0] if wanted else None
         place.drain.order(at_once)  # its supervisors look from here on, and find whose order it is
         if self._hosts is not None:
             self._hosts.closed = order is not None

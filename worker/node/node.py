@@ -159,7 +159,7 @@ class DeviceNode:
 
     def _starts_a_job(self) -> bool:
         """Whether a job is before its first step, or the card may take none: a spare would be in its way, or idle."""
-        starting = any(state.step == 0 and not state.closed for state in self._slots.attempts.values())
+        starting = any(one.heard.step == 0 and not one.own.closed for one in self._slots.attempts.values())
         return starting or self._watch.fault is not None
 
     def _consume(self, app: Any) -> None:

@@ -15,7 +15,7 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.settings import load_settings
 from loractl.common.store.records import Claim, Over, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
-from loractl.worker.attempt.attempt import AttemptState, begin
+from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.cleanup import clean, make_room
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.result import READY
@@ -34,7 +34,7 @@ class Bench:
     place: Workplace
     folder: Path
 
-    def attempt(self) -> AttemptState:
+    def attempt(self) -> SupervisedAttempt:
         """A claimed attempt that has saved three checkpoints, the newest of them in the store, too."""
         claim = take(self.place.store)
         assert isinstance(claim, Claim)
@@ -48,7 +48,7 @@ class Bench:
         assert self.place.store.keep_checkpoint(claim, kept)
         return state
 
-    def end(self, state: AttemptState, reason: Reason) -> Status | None:
+    def end(self, state: SupervisedAttempt, reason: Reason) -> Status | None:
         return self.place.store.finish(state.claim, reason, "why", Progress())
 
     def local(self) -> list[str]:

@@ -20,7 +20,7 @@ from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt import trainer_process as trainer_module
-from loractl.worker.attempt.attempt import AttemptState, begin
+from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.storage.client import StoreClient
@@ -84,12 +84,12 @@ def sigterms() -> Iterator[list[int]]:
     signal.signal(signal.SIGTERM, before)
 
 
-def attempt(place: Workplace, link: TrainerLink | None = None) -> AttemptState:
+def attempt(place: Workplace, link: TrainerLink | None = None) -> SupervisedAttempt:
     place.store.submit(submission(lora=1, method="lora"))
     claim = place.store.claim("box:0")
     assert isinstance(claim, Claim)
     state = begin(claim, place.settings.work_dir)
-    state.trainer = link
+    state.run.trainer = link
     return state
 
 

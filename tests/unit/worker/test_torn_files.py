@@ -93,7 +93,9 @@ def test_a_result_that_was_taken_over_outlives_an_attempt_that_is_killed_before_
         state = begin(claim(attempt), tmp_path)
         (state.folder / "result").mkdir(parents=True)
         assert take_ready(state) == "6 steps"
-        assert state.ended is None, "the supervisor's thread alone says so: the attempt may be stopped at this moment"
+        assert state.heard.ended is None, (
+            "the supervisor's thread alone says so: the attempt may be stopped at this moment"
+        )
     assert (state.folder / "result" / "adapter" / "adapter_model.safetensors").read_bytes() == b"weights"
 
 
