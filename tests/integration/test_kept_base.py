@@ -31,7 +31,7 @@ from loractl.worker.base.kept import remains
 from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.kept.knowledge import Knowledge, Known
 from loractl.worker.base.kept.model_snapshot import ModelSnapshot
-from loractl.worker.base.kept.remains import Surroundings
+from loractl.worker.base.kept.remains import ProcessBaseline
 from loractl.worker.base.model import load_base
 from loractl.worker.engine.passes import check_cache, choice
 from loractl.worker.engine.passes.check_cache import CheckCache
@@ -222,7 +222,7 @@ def test_settings_that_came_or_went_are_loaded_anew(
 
 
 def test_whatever_a_training_leaves_ends_the_host(tmp_path: Path) -> None:
-    before = Surroundings()
+    before = ProcessBaseline()
     assert before.left([]) is None
     leak = torch.zeros(2**20)
     assert "4.0 MiB of tensors are still there" in str(before.left([]))
@@ -249,7 +249,7 @@ def test_whatever_a_training_leaves_ends_the_host(tmp_path: Path) -> None:
 
 def test_a_thread_that_a_library_started_is_nothing_left_though_python_has_logged_in_it() -> None:
     """Autograd's thread of a card stays for the next training. Python can't join it, and calls it alive for ever."""
-    before, logged, stop = Surroundings(), threading.Event(), threading.Event()
+    before, logged, stop = ProcessBaseline(), threading.Event(), threading.Event()
 
     def as_in_a_backward_pass() -> None:
         logging.getLogger("loractl.worker").warning("a hook of a gradient logs this")
@@ -265,7 +265,7 @@ def test_a_thread_that_a_library_started_is_nothing_left_though_python_has_logge
 
 
 def test_so_does_a_process_that_it_started() -> None:
-    before = Surroundings()
+    before = ProcessBaseline()
     with subprocess.Popen(["sleep", "60"]) as child:
         assert before.left([]) == f"process {child.pid} still runs"
         child.kill()
@@ -286,7 +286,7 @@ def test_threads_that_end_meanwhile_disturb_no_look() -> None:
     busy.start()
     try:
         for _ in range(200):
-            remains.Surroundings(tensors=())
+            remains.ProcessBaseline(tensors=())
     finally:
         ended.set()
         busy.join()

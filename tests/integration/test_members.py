@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from loractl.common.job.status import Reason
-from loractl.worker.base.kept.remains import Traces
+from loractl.worker.base.kept.remains import TrainingRemains
 from loractl.worker.engine.passes import apart
 from loractl.worker.engine.passes.shared import SharedBase
 from loractl.worker.protocol.messages import (
@@ -276,7 +276,7 @@ def test_a_card_that_fails_under_several_jobs_fails_none_of_them_for_good(
 
 def test_what_a_member_leaves_is_found_while_others_go_on(start: Callable[..., Start], tmp_path: Path) -> None:
     order = start("one", keep=True)
-    traces = Traces(order=order)
+    traces = TrainingRemains(order=order)
     tensor = torch.zeros(2**18)
     traces.note([tensor])
     assert "1.0 MiB of its tensors are still there" in str(traces.left())

@@ -53,7 +53,7 @@ class TokenSet:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokeniser:
+class RowTokenizer:
     """Makes the token sets of one job's data, those to train on and those held out."""
 
     dataset: DatasetSpec

@@ -197,7 +197,7 @@ def _fit_once(
     except DoesNotFit as failure:
         return str(failure)
     finally:
-        run.traces.note(loop.tensors)
+        run.remains.note(loop.tensors)
     if run.stop.is_set() and loop.state.global_step < loop.state.max_steps and callbacks.best.stopped_early is None:
         raise Stopped
     return None

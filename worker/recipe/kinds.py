@@ -33,7 +33,7 @@ from loractl.worker.recipe.reference import FrozenReference
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measuring:
+class EvaluationTask:
     """What an evaluation needs; see `evaluate` of worker/evaluation."""
 
     learner: Learner
@@ -86,7 +86,7 @@ class TrainedKind(ABC):
         """One batch as its evaluation does it, for a model in eval mode, to see whether it fits."""
 
     @abstractmethod
-    def evaluate(self, work: Measuring) -> Evaluation:
+    def evaluate(self, work: EvaluationTask) -> Evaluation:
         """What the report says of the held-out rows."""
 
     def settings(self, labels: int | None) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class TrainedAnswers(TrainedKind):
     def score(self, learner: Learner, rows: list[TokenRow]) -> None:
         score_rows(learner.model, learner.tokenizer, rows, len(rows), scorer=learner.scorer, run=lambda piece: piece())
 
-    def evaluate(self, work: Measuring) -> Evaluation:
+    def evaluate(self, work: EvaluationTask) -> Evaluation:
         return evaluate(work.learner, work.data, work.spec, work.check_stop, work.progress, work.once, work.asked)
 
     def built(self, config: Any, **options: Any) -> Any:
@@ -156,7 +156,7 @@ class TrainedPreferences(TrainedAnswers):
         answers = [text for row in rows for text in form_of(DataFormat.PREFERENCE).texts(row)]
         super().score(learner, sorted(answers, key=lambda row: -len(row.input_ids))[: len(rows)])
 
-    def evaluate(self, work: Measuring) -> Evaluation:
+    def evaluate(self, work: EvaluationTask) -> Evaluation:
         return evaluate_preferences(
             work.learner, work.data, work.spec, work.check_stop, work.progress, work.once, work.asked
         )
@@ -193,7 +193,7 @@ class TrainedClasses(TrainedKind):
     def score(self, learner: Learner, rows: list[TokenRow]) -> None:
         classify(learner.model, learner.tokenizer.pad_token_id, rows, len(rows), run=lambda piece: piece())
 
-    def evaluate(self, work: Measuring) -> Evaluation:
+    def evaluate(self, work: EvaluationTask) -> Evaluation:
         return evaluate_classifier(work.learner, work.data, work.spec, work.check_stop, work.progress, work.asked)
 
     def settings(self, labels: int | None) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from loractl.worker.protocol.messages import Ancestor, Ended
 from .arguments import check_trackers
 from .fit import Callbacks, fit
 from .gang import Gang, base_of, gathered
-from .kinds import Measuring
+from .kinds import EvaluationTask
 from .need import tell_need, tell_padded
 from .preparation.aside import is_large, prepare_aside
 from .preparation.order_data import prepare_rows
@@ -320,7 +320,7 @@ def _on(run: Run, learner: Learner, work: str) -> list[str]:
 
 def _measure(run: Run, learner: Learner, data: PreparedData, progress: Callable[[int, int], None]) -> Evaluation:
     return run.kind.evaluate(
-        Measuring(
+        EvaluationTask(
             learner=learner,
             data=data,
             spec=run.spec,

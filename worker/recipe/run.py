@@ -16,7 +16,7 @@ from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import Gauge
 from loractl.worker.base.kept.base_cache import BaseCache
-from loractl.worker.base.kept.remains import Traces
+from loractl.worker.base.kept.remains import TrainingRemains
 from loractl.worker.engine.engine import Engine, Session
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import Adjusted, GoingOn, Note, Peaks, StageChanged, Start, Told
@@ -47,7 +47,7 @@ class Run:
     part: InitVar[Session | None] = None  # of the process's engine; None: it has one of its own
     roster: Roster = field(default_factory=Roster)
     device_limit: DeviceLimit = field(default_factory=DeviceLimit)
-    traces: Traces = field(init=False)
+    remains: TrainingRemains = field(init=False)
     failed_aside: bool = False  # what ended it happened in a process beside this one
     card_failed: bool = False  # the card refused something: from then on it may refuse all of this process
     stages: list[Stage] = field(default_factory=list)  # those that have begun
@@ -63,7 +63,7 @@ class Run:
         self.adjustment = self.order.adjustment
         self.changes = list(self.order.changes)
         self.gauge = Gauge(self.order.device, self.order.gpu)
-        self.traces = Traces(order=self.order)
+        self.remains = TrainingRemains(order=self.order)
 
     @property
     def session(self) -> Session:

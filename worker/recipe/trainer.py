@@ -49,7 +49,7 @@ from .other_ranks import LINK_LOST, OtherRanks
 
 if TYPE_CHECKING:
     from loractl.worker.base.kept.base_cache import BaseCache
-    from loractl.worker.base.kept.remains import Traces
+    from loractl.worker.base.kept.remains import TrainingRemains
     from loractl.worker.engine.engine import Engine
 
     from .device_limit import DeviceLimit
@@ -150,7 +150,7 @@ class _Host:
         self._base_cache: BaseCache | None = None
         self._engine: Engine | None = None
         self._device_limit: DeviceLimit | None = None
-        self._traces: dict[int, Traces] = {}
+        self._remains: dict[int, TrainingRemains] = {}
         self._fault: str | None = None  # why this process ends with its last member
         self._aside: set[int] = set()  # jobs whose end says nothing against it: they failed in a process beside it
         self._learned_at = time.monotonic()  # when that was last told
@@ -180,7 +180,7 @@ class _Host:
             run = Run(
                 order=order, tell=tell, base_cache=base_cache, part=session, roster=roster, device_limit=device_limit
             )
-            self._traces[order.job_id] = run.traces
+            self._remains[order.job_id] = run.remains
             self._aside.discard(order.job_id)
             ended = _run(run, orders)
             if run.failed_aside:
@@ -191,7 +191,7 @@ class _Host:
 
     def let_go(self, order: Start, ended: Ended) -> str | None:
         assert self._base_cache is not None and self._device_limit is not None
-        fault = self._traces.pop(order.job_id).left() or self._fault or self._roster.lost or self._spoilt_by(ended)
+        fault = self._remains.pop(order.job_id).left() or self._fault or self._roster.lost or self._spoilt_by(ended)
         try:
             self._compute(functools.partial(self._forget, order))
         except RuntimeError as error:  # a card that has failed refuses this, too; the others still tell their ends
@@ -200,7 +200,7 @@ class _Host:
         return fault
 
     def settle(self, order: Start, ended: Ended) -> Ended:
-        self._traces.clear()
+        self._remains.clear()
         self._fault = self._fault or self._roster.lost or self._spoilt_by(ended)
         assert self._base_cache is not None
         size, why = None, self._fault
@@ -289,7 +289,7 @@ def _run(run: Run, orders: Orders) -> Ended:
             run.stop.set()
 
     waiter = threading.Thread(target=obey, name=f"stop of job {order.job_id}", daemon=True)
-    run.traces.note_thread(waiter)
+    run.remains.note_thread(waiter)
     waiter.start()
     try:
         return _trained(run)

@@ -27,7 +27,7 @@ from loractl.worker.attempt.result import mark_ready, ready_result, take_ready
 from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.data.template import templated
-from loractl.worker.data.token_set import Tokeniser
+from loractl.worker.data.token_set import RowTokenizer
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.protocol.marker import MARKER, close_checkpoint, is_complete
@@ -195,7 +195,7 @@ class Tokens:
 
     def kept(self) -> list[TokenRow]:
         dataset = DatasetSpec(path="/rows.jsonl", max_length=64)
-        tokeniser = Tokeniser(dataset=dataset, tokenizer=self, format=DataFormat.TEXT, cache=self.cache)
+        tokeniser = RowTokenizer(dataset=dataset, tokenizer=self, format=DataFormat.TEXT, cache=self.cache)
         return list(tokeniser.tokenise([Example(number=1, text=self.text)], "to train on", "rows.jsonl").rows)
 
     def files(self) -> Path:

@@ -19,7 +19,7 @@ from loractl.worker.base.identity import BaseIdentity, Traits, traits_of
 
 from .knowledge import Knowledge
 from .model_snapshot import ModelSnapshot
-from .remains import Surroundings
+from .remains import ProcessBaseline
 from .switches import Code, Switches
 from .tokenizers import Tokenizers
 
@@ -43,7 +43,7 @@ class BaseCache:
         self._identity: BaseIdentity | None = None  # of the files that it was loaded from
         self._hashes = Path()  # below which hashes are remembered
         self._why_not: str | None = None  # this base may not stay
-        self._before: Surroundings | None = None
+        self._before: ProcessBaseline | None = None
         self._switches: Switches | None = None
         self._code: Code | None = None  # that trainings on this base call
         self._common: Any = None  # what trainings make of the base for all of them
@@ -62,7 +62,7 @@ class BaseCache:
         pin.cache_clear()  # a branch of the hub may have moved since
         if self._snapshot is not None:
             forget_peaks()
-        self._before, self._switches = Surroundings(), Switches()
+        self._before, self._switches = ProcessBaseline(), Switches()
 
     def base(
         self,

@@ -28,7 +28,7 @@ JOIN_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class ProcessBaseline:
     """A process before a training: what is there then is not the training's."""
 
     threads: frozenset[int] = field(default_factory=lambda: frozenset(t.ident or 0 for t in threading.enumerate()))
@@ -126,10 +126,10 @@ LOOK_S = 0.02
 
 
 @dataclass(kw_only=True)
-class Traces:
+class TrainingRemains:
     """Note what a training makes; after its end, see what of that is still here.
 
-    Tables that libraries make while others train can be told apart only when all have gone (`Surroundings`).
+    Tables that libraries make while others train can be told apart only when all have gone (`ProcessBaseline`).
     """
 
     order: Start

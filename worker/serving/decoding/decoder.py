@@ -22,7 +22,7 @@ from loractl.worker.evaluation.generation import end_ids
 from loractl.worker.serving.adapter_pool import AdapterPool, NoRoom
 from loractl.worker.serving.library import Listed
 
-from .grammar import Forms
+from .grammar import GrammarCompiler
 from .lane import Lane, bytes_a_token, failure_sentence
 from .request import Ask, Row, Said
 
@@ -59,7 +59,7 @@ class Decoder:
         limits = limits or Limits()
         self._pool = pool
         self._ends = end_ids(pool.model, pool.tokenizer)
-        self.forms = Forms(pool.tokenizer, self._ends)
+        self.forms = GrammarCompiler(pool.tokenizer, self._ends)
         self._rows = limits.rows
         self._lock = threading.Condition()
         self._waiting: deque[Ask] = deque()

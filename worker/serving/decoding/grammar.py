@@ -24,16 +24,16 @@ SPACES = r"[\x20\x0A\x0D\x09]{1,16}"
 """What may stand between two parts: without an end to it, a model that likes spaces writes nothing else."""
 
 
-class Form:
+class AnswerGrammar:
     """What one answer may go on with. Raises UsageError for a schema whose beginning can't be kept."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
         self._mask()
 
-    def copy(self) -> Form:
+    def copy(self) -> AnswerGrammar:
         """The form as it is now, for another answer."""
-        return Form(self._matcher.deep_copy())
+        return AnswerGrammar(self._matcher.deep_copy())
 
     def hold(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits of the next token (one row), with -inf for what would break the form. Raises UsageError."""
@@ -64,7 +64,7 @@ class Form:
             raise UsageError(f"the schema can't be kept: {why} ({first_line(self._matcher.get_error())})")
 
 
-class Forms:
+class GrammarCompiler:
     """Makes forms for a base's tokens. For any thread."""
 
     def __init__(self, tokenizer: Any, ends: Iterable[int]) -> None:
@@ -72,7 +72,7 @@ class Forms:
         self._lock = threading.Lock()
         self._words: Any = None  # the tokenizer as llguidance has it: made once, in about a second
 
-    def of(self, schema: dict[str, Any]) -> Form:
+    def of(self, schema: dict[str, Any]) -> AnswerGrammar:
         """JSON by a schema, for one answer. Raises UsageError for a schema that can't be kept."""
         matcher = _matcher("response_format")
         written = json.dumps(schema)
@@ -83,7 +83,7 @@ class Forms:
             raise UsageError(f"the schema can't be kept: {first_line(str(error))}") from None
         return self._form(grammar)
 
-    def of_call(self, form: CallForm, tools: Sequence[Mapping[str, Any]]) -> Form:
+    def of_call(self, form: CallForm, tools: Sequence[Mapping[str, Any]]) -> AnswerGrammar:
         """A call of one of the tools, for one answer. Raises UsageError."""
         matcher = _matcher("tool_choice")
         marks = self._tokenizer.all_special_tokens
@@ -95,7 +95,7 @@ class Forms:
         if len(written) > MOST_LETTERS:
             raise UsageError(f"the schema has {len(written)} letters, {MOST_LETTERS} are the most")
 
-    def _form(self, grammar: str) -> Form:
+    def _form(self, grammar: str) -> AnswerGrammar:
         from llguidance import LLMatcher
 
         with self._lock:
@@ -104,7 +104,7 @@ class Forms:
         matcher = LLMatcher(self._words, grammar, log_level=0)
         if matcher.is_error():
             raise UsageError(f"the schema can't be kept: {first_line(matcher.get_error())}")
-        return Form(matcher)
+        return AnswerGrammar(matcher)
 
     def _read(self) -> Any:
         from llguidance.hf import from_tokenizer

@@ -13,7 +13,7 @@ import torch
 from loractl.worker.serving.adapter_pool import BASE, AdapterPool, Loaded
 from loractl.worker.serving.library import Listed
 
-from .grammar import Form
+from .grammar import AnswerGrammar
 from .logprobs import TokenLogprob, score
 from .tool_calls import overlap
 
@@ -47,7 +47,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     top_k: int = 0  # 0: all
     min_p: float = 0.0
-    form: Form | None = None  # what the answer is held to
+    form: AnswerGrammar | None = None  # what the answer is held to
     logprobs: int | None = None  # of each token, and of so many likeliest ones; None: none
     prompt_logprobs: bool = False  # those of the prompt's tokens, too
     marks: bool = False  # whether the tokenizer's own marks are told with the text: those of a tool call may be such
