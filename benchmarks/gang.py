@@ -95,7 +95,7 @@ def _train(order: Start, own: Rank) -> Trained:
     """Train as a worker does: in a process of its own, which starts the others."""
     began, losses, held_out, speed, peak = time.monotonic(), [], [], 0.0, 0
     process = subprocess.Popen(
-        [sys.executable, "-m", "loractl.worker.training.trainer"],
+        [sys.executable, "-m", "loractl.worker.recipe.trainer"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -42,7 +42,7 @@ max_retries: 0
 TRAINER = """
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.messages import Ended
-from loractl.worker.training.trainer import main
+from loractl.worker.recipe.trainer import main
 
 main(lambda start, orders, tell: Ended(job_id=start.job_id, reason=Reason.BAD_DATA, message="nothing is trained"))
 """

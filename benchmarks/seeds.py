@@ -78,7 +78,7 @@ def _train(model: str, rows: str, side: str, seed: int) -> float:
     from loractl.worker.base.arithmetic import choose_precision, compute_in
     from loractl.worker.base.lora import add_adapter
     from loractl.worker.base.model import load_base, load_tokenizer
-    from loractl.worker.data.batch import collate, inputs_of
+    from loractl.worker.data.collation import collate, inputs_of
     from loractl.worker.data.prepared import prepare_data
     from loractl.worker.engine.engine import Engine
     from loractl.worker.engine.loop import MemberRows, TrainingLoop
@@ -128,7 +128,7 @@ def _scored(model: str, spec: Any, trained: Any, tokenizer: Any, rows: Any) -> f
     from loractl.worker.base.arithmetic import choose_precision
     from loractl.worker.base.lora import add_adapter
     from loractl.worker.base.model import load_base
-    from loractl.worker.evaluation.losses import score_rows
+    from loractl.worker.evaluation.row_losses import score_rows
 
     whole = add_adapter(load_base(model, Method.LORA, "cpu", choose_precision("cpu", "float32")), spec, Method.LORA)
     found = {name: weight for name, weight in trained.named_parameters() if weight.requires_grad}

@@ -40,7 +40,7 @@ MAX_ROW = 16 << 20
 MAX_DATA = 2 << 30
 """The most bytes to which a parquet file may unpack, and of a .json array, whose rows are all in memory at once."""
 
-TRAINER = "loractl.worker.training.trainer"
+TRAINER = "loractl.worker.recipe.trainer"
 
 
 @dataclass(frozen=True, kw_only=True)

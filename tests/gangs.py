@@ -13,7 +13,7 @@ from typing import Any
 
 from loractl.common.job.method import Parallel
 from loractl.worker.protocol.messages import Ended, Rank, Start, Stepped, Told
-from loractl.worker.training.run import Run, Stopped
+from loractl.worker.recipe.run import Run, Stopped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +85,8 @@ def _be(order: Start, sender: Any, watch: Watch) -> None:
     """One rank, in its own process."""
     import torch
 
-    from loractl.worker.training.gang.follower import follow
-    from loractl.worker.training.recipe import train
+    from loractl.worker.recipe.gang import follow
+    from loractl.worker.recipe.recipe import train
 
     torch.set_num_threads(1)
     told: list[Told] = []

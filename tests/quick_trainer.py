@@ -18,8 +18,8 @@ from pathlib import Path
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Start, Stepped, Stop, Told
-from loractl.worker.protocol.orders import Orders
-from loractl.worker.training.checkpoint import newest_checkpoint
+from loractl.worker.recipe.checkpoint import newest_checkpoint
+from loractl.worker.recipe.order_desk import Orders
 
 from .models import weights_of
 
@@ -83,6 +83,6 @@ def train(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
 
 
 if __name__ == "__main__":
-    from loractl.worker.training.trainer import main
+    from loractl.worker.recipe.trainer import main
 
     main(run)

@@ -12,10 +12,10 @@ import uvicorn
 
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
-from loractl.worker.serving import server
 from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice
-from loractl.worker.serving.decoding import Decoder
-from loractl.worker.serving.http import Names, make_app
+from loractl.worker.serving.decoding.decoder import Decoder
+from loractl.worker.serving.http import server
+from loractl.worker.serving.http.application import Names, make_app
 from loractl.worker.serving.library import Library
 
 

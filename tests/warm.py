@@ -33,7 +33,7 @@ LIGHT, HEAVY = "light", "heavy"
 HEAVY_COMMANDS = frozenset({"generate", "predict", "chat", "serve", "matrix", "data", "merge"})
 """Words of command lines that load the training stack in their own process."""
 
-OWN, TRAINER = "tests.warm", "loractl.worker.training.trainer"
+OWN, TRAINER = "tests.warm", "loractl.worker.recipe.trainer"
 """What LORACTL_TRAINER names, and what it is."""
 
 SERVER = "tests.warm_server"
@@ -47,10 +47,10 @@ MODULES = {
     TRAINER: HEAVY,
     "loractl.worker.base.self_test": HEAVY,
     "loractl.worker.data.lengths": HEAVY,
-    "loractl.worker.training.preparation.process": HEAVY,
+    "loractl.worker.recipe.preparation": HEAVY,
     "loractl.worker.node": LIGHT,
     "loractl.worker.node.health.card_check": LIGHT,
-    "loractl.worker.storage.process": LIGHT,
+    "loractl.worker.attempt.storage": LIGHT,
     "tests.quick_trainer": LIGHT,
 }
 """What commands, nodes and trainers start by `python -m`, and the server that has it."""

@@ -43,7 +43,7 @@ LATE = {
         "celery.events.receiver", "celery.fixups.django", "celery.worker.autoscale", "celery.worker.components",
         "celery.worker.consumer", "celery.worker.consumer.delayed_delivery", "celery.worker.strategy",
         "fsspec.implementations.local", "kombu.matcher", "kombu.mixins", "kombu.pidbox",
-        "loractl.worker.training.trainer", "psutil", "redis", "s3fs",
+        "loractl.worker.recipe.trainer", "psutil", "redis", "s3fs",
     ),
     HEAVY: (
         *BOTH, "bitsandbytes", "datasets", "peft.tuners.lora.bnb", "peft.utils.transformers_weight_conversion",

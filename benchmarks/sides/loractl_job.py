@@ -18,13 +18,13 @@ from loractl.worker.base.kernels import load_kernels
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
-from loractl.worker.data.forms import form_of
+from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.engine import Engine
 from loractl.worker.engine.loop import MemberRows, TrainingLoop
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.shared import SharedPass
-from loractl.worker.training.kinds.known import trained_kind
+from loractl.worker.recipe.kinds import trained_kind
 
 load_kernels()
 gate = Gate(sys.argv[1])

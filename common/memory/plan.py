@@ -2,7 +2,7 @@
 
 It follows the recipe as it runs (worker/base/model.py, worker/engine): lean steps under bf16 autocast, or steps as
 transformers' Trainer takes them where a job asks for that or a model needs it; peft's LoRA layers, bitsandbytes' NF4.
-What each operator keeps for the backward pass was read from a traced step (worker/training/traced_plan.py). The plan is
+What each operator keeps for the backward pass was read from a traced step (worker/recipe/traced_plan.py). The plan is
 tested against such steps, too. Its numbers are not fitted to runs. docs/memory-plan.md has the formulas in one place.
 """
 

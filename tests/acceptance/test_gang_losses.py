@@ -77,7 +77,7 @@ OWN = pytest.mark.parametrize("gangs", ["own"], indirect=True)
 @pytest.fixture(params=["stand-in", pytest.param("own", marks=pytest.mark.long)])
 def gangs(request: pytest.FixtureRequest, lab: Lab, tiny_model: Path) -> Gangs:
     own = request.param == "own"
-    trainer = "loractl.worker.training.trainer" if own else "tests.chaos.trainer"
+    trainer = "loractl.worker.recipe.trainer" if own else "tests.chaos.trainer"
     cli = lab.cli.with_environment(
         LORACTL_TRAINER=trainer, LORACTL_KEEP_WARM="0", PYTHONPATH=str(REPO), OMP_NUM_THREADS="1"
     )

@@ -112,7 +112,7 @@ def _ends(worker: subprocess.Popen[str]) -> None:
 
 
 def _calls_the_store(process: psutil.Process) -> bool:
-    return "loractl.worker.storage.process" in process.cmdline()
+    return "loractl.worker.attempt.storage" in process.cmdline()
 
 
 def _is_alive(process: psutil.Process) -> bool:

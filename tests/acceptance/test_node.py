@@ -21,6 +21,7 @@ from loractl.common.store.records import BoxIdentity, Claim
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import SimulatedDevice
 from loractl.worker.device.occupancy import Watch
@@ -28,7 +29,6 @@ from loractl.worker.node.device_row import DeviceRow
 from loractl.worker.node.monitor import Monitor
 from loractl.worker.node.options import NodeOptions
 from loractl.worker.node.slots import CALM_S, Slots
-from loractl.worker.storage.client import StoreClient
 
 from ..conftest import Cli
 from ..models import write_job
@@ -44,7 +44,7 @@ time.sleep(10**6)  # reads no order, tells nothing, and outlives its stdin
 QUICK = """
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.messages import Ended
-from loractl.worker.training.trainer import main
+from loractl.worker.recipe.trainer import main
 
 if __name__ == "__main__":
     main(lambda start, orders, tell: Ended(job_id=start.job_id, reason=Reason.BAD_DATA, message="nothing is trained"))
@@ -57,7 +57,7 @@ HUB_MODEL = Path("org/base")
 SLOW = """
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.messages import Ended
-from loractl.worker.training.trainer import main
+from loractl.worker.recipe.trainer import main
 
 
 def run(start, orders, tell):

@@ -64,7 +64,7 @@ def test_a_sweep_trains_in_one_process_and_a_killed_one_gives_its_jobs_back(
 
 def _trainers(worker: int) -> list[int]:
     every = psutil.Process(worker).children(recursive=True)
-    found = [one for one in every if "loractl.worker.training.trainer" in one.cmdline()]
+    found = [one for one in every if "loractl.worker.recipe.trainer" in one.cmdline()]
     return [one.pid for one in found if "LORACTL_JOB" in one.environ()]
 
 

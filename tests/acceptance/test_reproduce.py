@@ -36,7 +36,7 @@ from pathlib import Path
 from tests.warm import client
 
 if Path(os.environ["FIRST"]).exists():
-    os.execv(sys.executable, [sys.executable, "-m", "loractl.worker.training.trainer"])
+    os.execv(sys.executable, [sys.executable, "-m", "loractl.worker.recipe.trainer"])
 Path(os.environ["FIRST"]).touch()
 sys.exit(client("tests.warm", []))
 """

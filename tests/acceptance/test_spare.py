@@ -69,6 +69,6 @@ def _is_trainer(process: psutil.Process, cli: Cli) -> bool:
         if process.uids().real != os.getuid() or process.status() == psutil.STATUS_ZOMBIE:
             return False
         own = process.environ().get("LORACTL_HOME") == cli.environment["LORACTL_HOME"]
-        return own and "loractl.worker.training.trainer" in process.cmdline()
+        return own and "loractl.worker.recipe.trainer" in process.cmdline()
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False

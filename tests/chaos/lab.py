@@ -34,7 +34,7 @@ from .proxy import Link, Proxy
 REPO = Path(__file__).parents[2]
 LORACTL = str(Path(sys.executable).with_name("loractl"))
 TRAINER = "tests.chaos.trainer"
-STORE_CALLS = "loractl.worker.storage.process"
+STORE_CALLS = "loractl.worker.attempt.storage"
 USERS = ("ada", "bob", "cyd")
 """Who submits; what fails the jobs of one user alone may be the user's own fault."""
 

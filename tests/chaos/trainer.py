@@ -29,10 +29,10 @@ from loractl.common.job.identity import spec_digest
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.protocol.messages import Ended, Note, Opened, Saved, StageChanged, Start, Stepped, Stop
-from loractl.worker.protocol.orders import Orders
-from loractl.worker.training.checkpoint import newest_checkpoint
-from loractl.worker.training.gang.other_ranks import LINK_LOST, OtherRanks
-from loractl.worker.training.trainer import Tell, main
+from loractl.worker.recipe.checkpoint import newest_checkpoint
+from loractl.worker.recipe.order_desk import Orders
+from loractl.worker.recipe.other_ranks import LINK_LOST, OtherRanks
+from loractl.worker.recipe.trainer import Tell, main
 
 from .gang import Alone, Gang, Ranks, follow
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Stage
-from loractl.worker.attempt.link.trainer import TrainerProcess
 from loractl.worker.attempt.log import LogBook
+from loractl.worker.attempt.trainer_process import TrainerProcess
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,

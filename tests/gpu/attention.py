@@ -23,7 +23,7 @@ import torch
 
 from loractl.worker.base import shared_heads
 from loractl.worker.engine.passes import varlen
-from loractl.worker.engine.passes.rows import RowAttention
+from loractl.worker.engine.passes.row_attention import RowAttention
 
 HEADS, GROUPS, WIDTH = 32, 8, 128
 

@@ -11,7 +11,7 @@ import sys
 from typing import NoReturn
 
 from loractl.worker.protocol.messages import Ended, Start
-from loractl.worker.training import trainer
+from loractl.worker.recipe import trainer
 
 WILD = 'extern "C" __global__ void wild(float *given) { *(volatile float *)16 = given[0]; }'
 
@@ -45,7 +45,7 @@ def train(run: object) -> Ended:
 
 
 if __name__ == "__main__":
-    from loractl.worker.training import recipe
+    from loractl.worker.recipe import recipe
 
     recipe.train = train
     sys.exit(trainer.main())

@@ -83,7 +83,7 @@ def _order(rig: Rig, folder: Path) -> Start:
 def _in_a_trainer(rig: Rig, order: Start) -> list[Told]:
     environment = {**os.environ, **rig.of_a_trainer}
     process = subprocess.Popen(
-        [sys.executable, "-m", "loractl.worker.training.trainer"],
+        [sys.executable, "-m", "loractl.worker.recipe.trainer"],
         env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdin and process.stdout

@@ -20,13 +20,13 @@ from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.base.kept.shelf import Shelf
+from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.kernels import load_kernels
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.protocol.messages import Ended, Start, Stepped
-from loractl.worker.storage.client import StoreClient
-from loractl.worker.training.run import Run, Stopped
+from loractl.worker.recipe.run import Run, Stopped
 
 from ..models import write_helpdesk
 from ..roles import Logins, logins
@@ -172,14 +172,14 @@ def start(tiny_model: Path, tmp_path: Path, cache: Path) -> Callable[..., Start]
 @pytest.fixture
 def recipe(start: Callable[..., Start]) -> Recipe:
     """Run the recipe on a tiny model, by what `start` takes."""
-    from loractl.worker.training.recipe import train
+    from loractl.worker.recipe.recipe import train
 
     def run(
-        where: str = "a", *, stop_after: int | None = None, shelf: Shelf | None = None, **keys: Any
+        where: str = "a", *, stop_after: int | None = None, base_cache: BaseCache | None = None, **keys: Any
     ) -> tuple[Ended, list]:
         told: list = []
-        order = start(where, keep=shelf is not None, **keys)
-        state = Run(order=order, tell=told.append, shelf=shelf or Shelf())
+        order = start(where, keep=base_cache is not None, **keys)
+        state = Run(order=order, tell=told.append, base_cache=base_cache or BaseCache())
         if stop_after is not None:
 
             def tell(message: object) -> None:

@@ -16,15 +16,14 @@ import pytest
 import torch
 
 from loractl.common.job.status import Reason
-from loractl.worker.attempt import process
-from loractl.worker.attempt.link.trainer import TrainerProcess
+from loractl.worker.attempt import trainer_process
 from loractl.worker.attempt.log import LogBook
-from loractl.worker.attempt.process import launch
+from loractl.worker.attempt.trainer_process import TrainerProcess, launch
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.card_error import card_error
 from loractl.worker.protocol.exit_reason import exit_reason
-from loractl.worker.training import trainer
+from loractl.worker.recipe import trainer
 
 from .test_out_of_memory import make_order
 
@@ -112,7 +111,7 @@ def test_a_trainer_that_meets_it_says_so(
     def fail(*_: object) -> None:
         raise RuntimeError(text)
 
-    monkeypatch.setattr("loractl.worker.training.host.allowance.hold_to", fail)
+    monkeypatch.setattr("loractl.worker.recipe.device_limit.hold_to", fail)
     (tmp_path / "data.jsonl").write_text("")
     order = make_order(tmp_path, tmp_path, tmp_path / "data.jsonl")
     ended = trainer._run_alone(order, queue.SimpleQueue(), lambda _: None)
@@ -147,7 +146,7 @@ def test_a_trainer_that_sigkill_does_not_end_does_not_hold_its_supervisor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in state D: its parent can't reap it. Here another process traces it, outside of its session and unmarked."""
-    monkeypatch.setattr(process, "KILL_S", 0.3)
+    monkeypatch.setattr(trainer_process, "KILL_S", 0.3)
     body = "print('here', file=sys.stderr); time.sleep(60)"
     tracer: subprocess.Popen[str] | None = None
     began = time.monotonic()

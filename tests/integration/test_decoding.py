@@ -20,11 +20,11 @@ from loractl.common.errors import UsageError
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.serving import decoding
 from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice, NoRoom
-from loractl.worker.serving.decoding import Decoder, Limits, TooLong
+from loractl.worker.serving.decoding import decoder as decoding
+from loractl.worker.serving.decoding.decoder import Decoder, Limits, TooLong
+from loractl.worker.serving.decoding.request import Ask, Said
 from loractl.worker.serving.library import Arithmetic, Listed
-from loractl.worker.serving.request import Ask, Said
 
 PROMPTS = ["ticket one", "please answer the next line", "queue", "a network of storage, and one priority more", "gpu?"]
 
@@ -455,7 +455,7 @@ def test_what_cannot_be_drawn_ends_one_request_and_a_tiny_temperature_is_no_such
 def test_the_longest_stop_text_costs_no_more_than_what_is_held_back() -> None:
     import time
 
-    from loractl.worker.serving.request import overlap
+    from loractl.worker.serving.decoding.request import overlap
 
     stop = "ab" * 200_000
     began = time.process_time()
@@ -491,7 +491,7 @@ def test_a_failing_layer_leaves_nothing_behind_in_the_model(bench: Callable[...,
 
 
 def test_characters_of_several_tokens_come_whole(tiny_model: Path, bench: Callable[..., Bench]) -> None:
-    from loractl.worker.serving.request import TextStream
+    from loractl.worker.serving.decoding.request import TextStream
 
     tokenizer = bench().pool.tokenizer
     words = "naïve — 東京 🙂 done"

@@ -17,7 +17,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import choose_precision, compute_in, random_streams_kept
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
-from loractl.worker.data.batch import collate, inputs_of
+from loractl.worker.data.collation import collate, inputs_of
 from loractl.worker.data.packing import pack
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.engine import Engine, Session
@@ -25,7 +25,7 @@ from loractl.worker.engine.loop import MemberRows, TrainingLoop
 from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.protocol.marker import MARKER
 from loractl.worker.protocol.messages import Note, Stepped
-from loractl.worker.training.arguments import training_arguments
+from loractl.worker.recipe.arguments import training_arguments
 
 from .conftest import Recipe
 from .test_out_of_memory import make_order

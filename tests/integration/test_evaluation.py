@@ -20,8 +20,8 @@ from loractl.worker.evaluation.answers import rouge
 from loractl.worker.evaluation.comparison import Compared
 from loractl.worker.evaluation.confusion import Labels, label_metrics
 from loractl.worker.evaluation.generation import generate
-from loractl.worker.evaluation.losses import LOSS
 from loractl.worker.evaluation.report import verdict
+from loractl.worker.evaluation.row_losses import LOSS
 from loractl.worker.evaluation.statistics import BOOTSTRAP_SEED, draws, paired_interval
 from loractl.worker.protocol.messages import LogLines, Note, Stepped
 

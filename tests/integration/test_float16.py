@@ -19,12 +19,12 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.source import family_of
 from loractl.worker.engine.optimizer import ScaledOptimizer
 from loractl.worker.protocol.messages import Note, Planned, Stepped, Told
-from loractl.worker.training import need
-from loractl.worker.training.fit import SKIPS, Brake
-from loractl.worker.training.progress import Teller
-from loractl.worker.training.recipe import _about_fp16
-from loractl.worker.training.recorder import Recorder
-from loractl.worker.training.run import Run
+from loractl.worker.recipe import need
+from loractl.worker.recipe.fit import SKIPS, Brake
+from loractl.worker.recipe.progress import Teller
+from loractl.worker.recipe.recipe import _about_fp16
+from loractl.worker.recipe.recorder import Recorder
+from loractl.worker.recipe.run import Run
 
 from ..unit.common.memory.test_plan import SMOLLM2_135M
 from .test_out_of_memory import make_order

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 
 from loractl.common.job.method import Method, Parallel
 from loractl.common.job.status import Reason
-from loractl.worker.attempt.process import launch
+from loractl.worker.attempt.trainer_process import launch
 from loractl.worker.base.adapter import WEIGHTS
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.model import load_base
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.ranks.part import rows_of
 from loractl.worker.protocol.messages import Ended, Note, Start, Stepped, Told, decode_told, encode
-from loractl.worker.training.run import Run
+from loractl.worker.recipe.run import Run
 
 from ..gangs import Trained, orders_of, train_on
 from ..models import write_helpdesk
@@ -157,7 +157,7 @@ def test_kill_9_of_either_rank_ends_both_within_seconds(tiny_model: Path, tmp_pa
     """Of a base that is divided, too: acceptance/test_gang.py."""
     case = Case(tiny_model, tmp_path, **UNEVEN | {"max_steps": 5000})
     order = orders_of(case.order("killed"), DATA, 2, tmp_path)[0]
-    leader = launch("loractl.worker.training.trainer", {**os.environ, "OMP_NUM_THREADS": "1"})
+    leader = launch("loractl.worker.recipe.trainer", {**os.environ, "OMP_NUM_THREADS": "1"})
     assert leader.stdin and leader.stdout and leader.stderr
     threading.Thread(target=leader.stderr.read, daemon=True).start()
     leader.stdin.write(encode(order))

@@ -29,7 +29,7 @@ from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.evaluation.harness import Scored, compare, find_tasks, score_tasks
 from loractl.worker.evaluation.statistics import paired_interval
-from loractl.worker.training.run import Stopped
+from loractl.worker.recipe.run import Stopped
 
 from ..conftest import Cli
 from ..models import write_job

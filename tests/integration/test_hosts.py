@@ -24,13 +24,13 @@ from loractl.common.store.store import Store
 from loractl.common.store.verbs.cards import CardVerbs
 from loractl.common.store.verbs.hosts import HostVerbs
 from loractl.common.units import GIB
-from loractl.worker.attempt.state import begin
+from loractl.worker.attempt.attempt import begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import CARD_VARIABLE, Watch, card_mark, run_mark, runs_of
+from loractl.worker.node import hosts as module
 from loractl.worker.node.health.leftovers import end_all, end_strays
-from loractl.worker.spare import hosts as module
-from loractl.worker.spare.hosts import Hosts
+from loractl.worker.node.hosts import Hosts
 
 from ..unit.factories import node_state, submission
 
@@ -38,7 +38,7 @@ QUICK = """
 import os, sys, time
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.messages import Ended, StageChanged, Stepped, Stop
-from loractl.worker.training.trainer import main
+from loractl.worker.recipe.trainer import main
 
 served = 0
 
@@ -111,7 +111,7 @@ class Lab:
 
     @property
     def rows(self) -> list[str]:
-        return [row.host for row in self.store.hosts.of_card("box:0")]
+        return [row.host for row in self.store.hosts("box:0")]
 
 
 @contextmanager
@@ -210,7 +210,7 @@ def test_a_cancelled_job_leaves_its_host_warm(place: Workplace) -> None:
         state = begin(claim, place.settings.work_dir)
         thread = threading.Thread(target=supervise, args=(own.place, state))
         thread.start()
-        until(lambda: state.step == 1)
+        until(lambda: state.heard.step == 1)
         place.store.jobs.cancel(claim.job_id, "bob")
         thread.join(timeout=20)
         assert place.store.jobs.get(claim.job_id).status is Status.CANCELLED

@@ -23,7 +23,7 @@ from loractl.common.errors import DataError
 from loractl.common.job.method import Method
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.kept.shelf import Shelf
+from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.base.source import model_errors
 from loractl.worker.data.origin import load_pinned
@@ -79,8 +79,8 @@ def answer(what: str, name: str, revision: str | None) -> tuple[str, str]:
             load_tokenizer(name, revision)
             return "ok", str(load().config.hidden_size)
         if what == "kept":
-            shelf, source = Shelf(), (name, revision)
-            found = [shelf.base("k", source, load, joins=j)[1] for j in (False, True)]
+            base_cache, source = BaseCache(), (name, revision)
+            found = [base_cache.base("k", source, load, joins=j)[1] for j in (False, True)]
             return "ok", str(found)
         rows, commit = load_pinned(name, revision or "")
         return "ok", f"{sum(1 for _ in rows)} rows of {commit}"

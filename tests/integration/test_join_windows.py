@@ -12,8 +12,8 @@ import pytest
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.store.records import Claim
+from loractl.worker.attempt import trainer_process as module
 from loractl.worker.attempt import trainer_run
-from loractl.worker.attempt.link import trainer as module
 from loractl.worker.attempt.log import LOG_FILE
 from loractl.worker.attempt.workplace import Workplace
 
@@ -24,7 +24,7 @@ from .test_joined import place as place
 
 HELD = """
 import time
-from loractl.worker.training.host.members import Members
+from loractl.worker.recipe.members import Members
 
 HERE = Path(__file__).parent
 
@@ -91,7 +91,7 @@ def _comes_as_the_last_leaves(own: Crowd, folder: Path, then: str = "") -> int:
     trainer does `then` before it does."""
     first = own.start()
     until(lambda: own.rows)
-    link = own.states[first].trainer
+    link = own.states[first].run.trainer
     assert link is not None
     (folder / "held").write_text(then)
     (own.states[first].folder / "end").touch()
@@ -99,7 +99,7 @@ def _comes_as_the_last_leaves(own: Crowd, folder: Path, then: str = "") -> int:
     second = _comes(own).job_id
     until(lambda: link.trainer.count == 2)
     (folder / "tell").touch()
-    until(lambda: own.states[first].ended is not None)
+    until(lambda: own.states[first].heard.ended is not None)
     own.threads[first].join(timeout=1)  # it must not leave before
     (folder / "go on").touch()
     return second
@@ -122,7 +122,7 @@ def test_a_trainer_that_freezes_between_two_jobs_is_ended_by_the_one_that_was_to
 def test_no_line_of_one_that_has_left_comes_into_the_log_of_one_that_joins(place: Workplace, tmp_path: Path) -> None:
     with crowd(place) as own:
         second = _comes_as_the_last_leaves(own, tmp_path)
-        until(lambda: own.states[second].step >= 1)
+        until(lambda: own.states[second].heard.step >= 1)
         assert f"line of {second}" in own.log(second) and "late words" not in own.log(second)
         own.end(second)
 
@@ -133,12 +133,12 @@ def test_a_job_may_come_back_as_soon_as_it_has_left(place: Workplace, tmp_path: 
         until(lambda: own.rows)
         second, host = own.start(joins=True), own.rows[0]
         (tmp_path / "comes back").touch()
-        own.states[second].card_drained = "box:0 is drained"
+        own.states[second].wishes.card_drained = "box:0 is drained"
         own.join(second)
         claim = place.store.attempts.claim("box:0")
         assert isinstance(claim, Claim) and (claim.job_id, claim.attempt) == (second, 2)
         own.follow(replace(claim, packs=True, joins=True, host=host))
-        until(lambda: own.states[second].step >= 1 or not own.threads[second].is_alive())
+        until(lambda: own.states[second].heard.step >= 1 or not own.threads[second].is_alive())
         assert own.threads[first].is_alive() and own.threads[second].is_alive()
         own.end(first)
         own.end(second)
@@ -154,7 +154,7 @@ def test_who_comes_into_a_trainer_that_is_ending_goes_back_free_of_charge(
         last = own.start("closes", joins=True)
         own.end(first)
         (own.states[last].folder / "end").touch()
-        link = own.states[last].trainer
+        link = own.states[last].run.trainer
         assert link is not None
         readers = link.trainer._readers
         until(lambda: not any(reader.is_alive() for reader in readers))
@@ -180,14 +180,14 @@ def test_a_full_disk_at_the_moment_of_a_join_leaves_nobody_in_the_trainer(place:
     with crowd(place) as own:
         first = own.start()
         until(lambda: own.rows)
-        pid, link = own.pid(first), own.states[first].trainer
+        pid, link = own.pid(first), own.states[first].run.trainer
         assert link is not None
         os.kill(pid, signal.SIGSTOP)
         second = _comes(own).job_id
         until(lambda: link.trainer.count == 2)
         _fill_disk(own, second)
         os.kill(pid, signal.SIGCONT)
-        until(lambda: own.states[second].step >= 1 or not own.threads[second].is_alive())
+        until(lambda: own.states[second].heard.step >= 1 or not own.threads[second].is_alive())
         own.end(second)
         assert link.trainer.count == 1
         own.end(first)
@@ -204,5 +204,5 @@ def test_a_full_disk_as_a_job_takes_a_waiting_trainer_leaves_no_process(place: W
         own.follow(claim)
         _fill_disk(own, claim.job_id)
         os.kill(pid, signal.SIGCONT)
-        until(lambda: own.states[claim.job_id].step >= 1 or not own.threads[claim.job_id].is_alive())
+        until(lambda: own.states[claim.job_id].heard.step >= 1 or not own.threads[claim.job_id].is_alive())
         own.end(claim.job_id)

@@ -23,14 +23,14 @@ from loractl.common.store.store import Store
 from loractl.common.store.verbs.attempts import AttemptVerbs
 from loractl.common.units import GIB
 from loractl.worker.attempt import stops
-from loractl.worker.attempt.link import trainer as module
+from loractl.worker.attempt import trainer_process as module
+from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.log import LogBook
-from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import run_mark
 from loractl.worker.node.health.leftovers import close_if_left, end_strays
-from loractl.worker.protocol.spare import by_mark
+from loractl.worker.protocol.idle_trainer import by_mark
 
 from ..unit.factories import node_state, submission
 from .test_hosts import Lab, until
@@ -40,7 +40,7 @@ import os, queue, sys
 from pathlib import Path
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.messages import Ended, LogLines, Opened, Passed, StageChanged, Stepped, Stop
-from loractl.worker.training.trainer import main
+from loractl.worker.recipe.trainer import main
 
 def run(order, orders, tell):
     job, does = order.job_id, order.spec.labels["does"]
@@ -84,7 +84,7 @@ class Crowd(Lab):
 
     def __init__(self, place: Workplace) -> None:
         super().__init__(place)
-        self.states: dict[int, AttemptState] = {}
+        self.states: dict[int, SupervisedAttempt] = {}
         self.threads: dict[int, threading.Thread] = {}
 
     def start(self, does: str = "steps", *, joins: bool = False) -> int:
@@ -93,7 +93,7 @@ class Crowd(Lab):
         claim = self.store.attempts.claim("box:0")
         assert isinstance(claim, Claim)
         self.follow(replace(claim, packs=True, joins=joins, host=self.rows[0] if joins else None))
-        until(lambda: self.states[claim.job_id].step >= 1)
+        until(lambda: self.states[claim.job_id].heard.step >= 1)
         return claim.job_id
 
     def follow(self, claim: Claim) -> None:
@@ -101,7 +101,7 @@ class Crowd(Lab):
 
         def work() -> None:
             supervise(self.place, state)
-            close_if_left(self.place, self.watch, claim, state.host)
+            close_if_left(self.place, self.watch, claim, state.run.host)
 
         thread = self.threads[claim.job_id] = threading.Thread(target=work)
         thread.start()
@@ -120,7 +120,7 @@ class Crowd(Lab):
         return self.store.cards.fleet().cards["box:0"]
 
     def pid(self, job: int) -> int:
-        (pid,) = self.states[job].pids
+        (pid,) = self.states[job].run.pids
         return pid
 
     def log(self, job: int) -> str:
@@ -135,7 +135,7 @@ def crowd(place: Workplace) -> Iterator[Crowd]:
         yield own
     finally:
         for state in own.states.values():
-            state.lease_lost = True
+            state.own.lease_lost = True
         own.join(*own.threads)
         own.hosts.stop()
     assert own.marks_of_processes() == set() and own.hosts.marks == frozenset() and own.rows == []
@@ -150,7 +150,7 @@ def test_a_job_joins_goes_on_when_the_first_has_ended_and_leaves_the_base_warm(p
         assert own.marks_of_processes() == set(own.rows), "who ends an attempt's processes does not find it"
         assert set(by_mark(own.watch.look().used)) == {own.rows[0]}
         end_strays(own.place)
-        assert place.store.hosts.of_card("box:0")[0].law is not None, "passes were measured"
+        assert place.store.hosts("box:0")[0].law is not None, "passes were measured"
         lines = own.log(first), own.log(second)
         assert [f"job {n} prints" in lines[n - 1] for n in (first, second)] == [True, False], "it prints as nobody's"
         assert f"line of {second}" in lines[1] and f"line of {second}" not in lines[0]
@@ -172,7 +172,7 @@ def test_a_job_joins_goes_on_when_the_first_has_ended_and_leaves_the_base_warm(p
         claim = own.claim("steps")
         assert claim.host == own.rows[0]
         own.follow(claim)
-        until(lambda: own.states[claim.job_id].step >= 1)
+        until(lambda: own.states[claim.job_id].heard.step >= 1)
         assert own.pid(claim.job_id) == own.pid(first)
         own.end(claim.job_id)
 
@@ -185,7 +185,7 @@ def test_a_cancelled_member_leaves_alone_and_a_lost_lease_ends_no_other(place: W
         place.store.jobs.cancel(second, "bob")
         own.join(second)
         assert place.store.jobs.get(second).status is Status.CANCELLED
-        own.states[first].lease_lost = True
+        own.states[first].own.lease_lost = True
         own.join(first)
         assert own.threads[third].is_alive() and psutil.pid_exists(own.pid(third))
         own.end(third)
@@ -204,7 +204,7 @@ def test_an_attempt_that_is_lost_when_its_trainer_stays_is_out_of_it(
         def kept(*what: Any) -> bool:
             stays = keep(*what)
             own.store.attempts.give_back("box:0")
-            own.states[first].lease_lost = True  # a beat says so
+            own.states[first].own.lease_lost = True  # a beat says so
             return stays
 
         def late(*what: Any, **more: Any) -> Status | None:
@@ -216,7 +216,7 @@ def test_an_attempt_that_is_lost_when_its_trainer_stays_is_out_of_it(
         else:
             monkeypatch.setattr(own.store.attempts, "finish", late)
         own.end(first)
-        assert place.store.attempts.of_job(first)[0].reason is Reason.WORKER_LOST
+        assert place.store.attempts(first)[0].reason is Reason.WORKER_LOST
         assert place.store.hosts.send_off(own.rows[0], "box:0"), "no job is in it any more"
 
 
@@ -254,8 +254,8 @@ def test_a_member_that_does_not_leave_ends_the_others_only_where_none_takes_a_st
         until(lambda: own.rows)
         deaf = own.start("deaf", joins=True)
         place.store.jobs.cancel(deaf, "bob")
-        until(lambda: own.states[deaf].kill_at is not None)
-        own.states[deaf].kill_at = 0.0
+        until(lambda: own.states[deaf].own.kill_at is not None)
+        own.states[deaf].own.kill_at = 0.0
         own.threads[deaf].join(timeout=2)
         assert own.threads[deaf].is_alive() and own.threads[first].is_alive(), "the other one takes steps"
         frozen = time.monotonic()
@@ -276,11 +276,11 @@ def test_a_cancelled_member_s_row_closes_at_once_and_it_holds_its_part_until_it_
         deaf = own.start("deaf", joins=True)
         place.store.jobs.cancel(deaf, "bob")
         until(lambda: place.store.jobs.get(deaf).status is Status.CANCELLED, seconds=5)
-        assert own.threads[deaf].is_alive() and place.store.attempts.of_job(deaf)[0].reason is Reason.CANCELLED
+        assert own.threads[deaf].is_alive() and place.store.attempts(deaf)[0].reason is Reason.CANCELLED
         (leaver,) = own.card.leavers
         assert leaver.job_id == deaf and leaver.bytes == GIB - 2**20, "the base is the host's"
         end_strays(own.place)
-        link = own.states[first].trainer
+        link = own.states[first].run.trainer
         with (place.settings.home / "other.txt").open("w") as file:
             assert link is not None and link.trainer.join(deaf, file, LogBook()) is None, "it is not in there twice"
         own.end(first)
@@ -308,7 +308,7 @@ def test_a_job_whose_earlier_attempt_is_still_in_the_trainer_goes_back_at_once_a
         assert back.message == "its earlier attempt has not left the trainer that it was about to join"
         assert thread.is_alive() and own.threads[first].is_alive()
         own.end(first)
-        earlier.kill_at = 0.0  # it is the last one there
+        earlier.own.kill_at = 0.0  # it is the last one there
         thread.join(timeout=40)
         assert not thread.is_alive()
 
@@ -318,10 +318,10 @@ def test_a_member_that_hangs_past_its_time_is_ended_in_its_row_and_others_go_on(
         first = own.start()
         until(lambda: own.rows)
         deaf = own.start("deaf", joins=True)
-        own.states[deaf].card_drained = "box:1 is being drained"
-        until(lambda: own.states[deaf].kill_at is not None)
+        own.states[deaf].wishes.card_drained = "box:1 is being drained"
+        until(lambda: own.states[deaf].own.kill_at is not None)
         assert place.store.jobs.get(deaf).status is Status.RUNNING, "it has time for a checkpoint"
-        own.states[deaf].kill_at = 0.0
+        own.states[deaf].own.kill_at = 0.0
         until(lambda: place.store.jobs.get(deaf).status is Status.QUEUED)
         assert place.store.jobs.get(deaf).reason is Reason.DRAINED and own.threads[deaf].is_alive()
         own.end(deaf)
@@ -347,7 +347,7 @@ def test_a_spoilt_trainer_takes_no_more_jobs_and_ends_with_its_last(place: Workp
         until(lambda: own.rows)
         second = own.start("spoils", joins=True)
         own.end(second)
-        (row,) = place.store.hosts.of_card("box:0")
+        (row,) = place.store.hosts("box:0")
         assert row.spoilt == f"job {second} left something there"
         place.store.jobs.submit(submission(base_model="org/a", labels={"does": "steps"}, lora=1, method="lora"))
         place.store.cards.see(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=4))
@@ -397,7 +397,7 @@ def test_a_trainer_ends_though_the_others_left_while_its_last_member_was_leaving
         first = own.start()
         until(lambda: own.rows)
         last = own.start("deaf", joins=True)
-        pid, link, broken.failing = own.pid(first), own.states[last].trainer, last
+        pid, link, broken.failing = own.pid(first), own.states[last].run.trainer, last
         assert link is not None
         assert broken.failed.wait(60)
         time.sleep(0.5)  # its supervisor begins to wait until the job has left, of which nothing tells

@@ -28,16 +28,16 @@ from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.kept import remains
-from loractl.worker.base.kept.imprint import Imprint
+from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.kept.knowledge import Knowledge, Known
-from loractl.worker.base.kept.remains import Surroundings
-from loractl.worker.base.kept.shelf import Shelf
+from loractl.worker.base.kept.model_snapshot import ModelSnapshot
+from loractl.worker.base.kept.remains import ProcessBaseline
 from loractl.worker.base.model import load_base
-from loractl.worker.engine.passes import choice, tried
+from loractl.worker.engine.passes import check_cache, choice
+from loractl.worker.engine.passes.check_cache import CheckCache
 from loractl.worker.engine.passes.lean import LeanPass
-from loractl.worker.engine.passes.tried import Tried
 from loractl.worker.protocol.messages import Note, Start, Stepped
-from loractl.worker.training import recipe as recipe_module
+from loractl.worker.recipe import recipe as recipe_module
 
 from .conftest import Recipe
 
@@ -74,14 +74,14 @@ def test_a_training_on_a_base_that_stayed_equals_one_on_its_own_bit_for_bit(
     first, second = map(keys, PAIRS[pair])
     alone, told_alone = recipe("alone", **second)
     assert alone.reason is Reason.OK
-    shelf = Shelf()
+    base_cache = BaseCache()
     for where, options, was_here in (("first", first, False), ("second", second, True)):
-        shelf.begin()
-        ended, told = recipe(where, shelf=shelf, **options)
+        base_cache.begin()
+        ended, told = recipe(where, base_cache=base_cache, **options)
         assert ended.reason is Reason.OK
         loaded = [n.text for n in told if isinstance(n, Note) and n.kind == "phase" and "tiny" in n.text]
         assert [("loaded already" in text) for text in loaded] == [was_here]
-        size, why = shelf.settle()
+        size, why = base_cache.settle()
         assert why == "" and size is not None and size > 100_000
     assert (tmp_path / "second" / WEIGHTS).read_bytes() == (tmp_path / "alone" / WEIGHTS).read_bytes()
     # how often progress is told is not compared: the second one's base may be measured already
@@ -109,11 +109,11 @@ def test_a_base_stays_after_a_training_whose_optimizer_pages(
     listed = F.GlobalPageManager.get_instance().paged_tensors
     assert listed, "a process that ends with its training pages"
     listed.clear()
-    shelf = Shelf()
-    shelf.begin()
-    ended, _ = recipe("kept", shelf=shelf, **asked)
+    base_cache = BaseCache()
+    base_cache.begin()
+    ended, _ = recipe("kept", base_cache=base_cache, **asked)
     assert ended.reason is Reason.OK
-    assert shelf.settle()[1] == ""
+    assert base_cache.settle()[1] == ""
     assert (tmp_path / "kept" / WEIGHTS).read_bytes() == (tmp_path / "alone" / WEIGHTS).read_bytes()
 
 
@@ -129,24 +129,24 @@ def test_a_base_that_was_measured_in_smaller_batches_is_measured_anew_for_the_ne
         return scores(self, rows)
 
     monkeypatch.setattr(LeanPass, "scores", with_room)
-    shelf, measured = Shelf(), {}
+    base_cache, measured = BaseCache(), {}
     for job_id in (1, 2, 3):
-        shelf.begin()
-        recipe(str(job_id), shelf=shelf, job_id=job_id, max_steps=1)
-        assert shelf.settle()[1] == ""
+        base_cache.begin()
+        recipe(str(job_id), base_cache=base_cache, job_id=job_id, max_steps=1)
+        assert base_cache.settle()[1] == ""
         report = json.loads((tmp_path / str(job_id) / "result" / "report.json").read_text())
         measured[job_id], room = report["evaluation"]["base_measured_by_job"], 99
     assert measured == {1: None, 2: None, 3: 2}
 
 
 def test_other_files_under_the_same_name_are_loaded_anew(recipe: Recipe, tiny_model: Path) -> None:
-    shelf = Shelf()
-    shelf.begin()
-    recipe("one", shelf=shelf, max_steps=1)
-    assert shelf.settle()[1] == ""
+    base_cache = BaseCache()
+    base_cache.begin()
+    recipe("one", base_cache=base_cache, max_steps=1)
+    assert base_cache.settle()[1] == ""
     with_one_bit_more(tiny_model / "model.safetensors")
-    shelf.begin()
-    _, told = recipe("two", shelf=shelf, max_steps=1)
+    base_cache.begin()
+    _, told = recipe("two", base_cache=base_cache, max_steps=1)
     assert not is_here_already(told)
 
 
@@ -164,14 +164,14 @@ def is_here_already(told: list[Any]) -> bool:
 def test_files_of_the_same_content_are_the_same_base_whatever_else_of_them_changed(
     recipe: Recipe, start: Callable[..., Start], tiny_model: Path, tmp_path: Path
 ) -> None:
-    shelf, file = Shelf(), tiny_model / "model.safetensors"
-    shelf.begin()
-    recipe("one", shelf=shelf, max_steps=1)
+    base_cache, file = BaseCache(), tiny_model / "model.safetensors"
+    base_cache.begin()
+    recipe("one", base_cache=base_cache, max_steps=1)
     order = start("two", keep=True)
 
     def joins() -> bool:
         source, load = (order.spec.base_model, order.spec.revision), pytest.fail
-        return shelf.base(order.keep, source, load, joins=True)[1]
+        return base_cache.base(order.keep, source, load, joins=True)[1]
 
     assert joins()
     file.chmod(0o600)
@@ -195,10 +195,10 @@ def test_files_of_the_same_content_are_the_same_base_whatever_else_of_them_chang
 def test_settings_that_came_or_went_are_loaded_anew(
     recipe: Recipe, start: Callable[..., Start], tiny_model: Path, tmp_path: Path
 ) -> None:
-    settings, shelf, loaded = tiny_model / "generation_config.json", Shelf(), list[int]()
+    settings, base_cache, loaded = tiny_model / "generation_config.json", BaseCache(), list[int]()
     settings.unlink()
-    shelf.begin()
-    recipe("without", shelf=shelf, max_steps=1)
+    base_cache.begin()
+    recipe("without", base_cache=base_cache, max_steps=1)
     order = start("now", keep=True)
 
     def ends() -> Any:
@@ -209,8 +209,8 @@ def test_settings_that_came_or_went_are_loaded_anew(
             return load_base(order.spec.base_model, Method.LORA, "cpu", choose_precision("cpu"))
 
         source = (order.spec.base_model, order.spec.revision)
-        base, _ = shelf.base(order.keep, source, load)
-        shelf.identify(tmp_path / "cache", source).wait()
+        base, _ = base_cache.base(order.keep, source, load)
+        base_cache.identify(tmp_path / "cache", source).wait()
         return base.generation_config.eos_token_id
 
     assert ends() == 2 and not loaded
@@ -222,7 +222,7 @@ def test_settings_that_came_or_went_are_loaded_anew(
 
 
 def test_whatever_a_training_leaves_ends_the_host(tmp_path: Path) -> None:
-    before = Surroundings()
+    before = ProcessBaseline()
     assert before.left([]) is None
     leak = torch.zeros(2**20)
     assert "4.0 MiB of tensors are still there" in str(before.left([]))
@@ -249,7 +249,7 @@ def test_whatever_a_training_leaves_ends_the_host(tmp_path: Path) -> None:
 
 def test_a_thread_that_a_library_started_is_nothing_left_though_python_has_logged_in_it() -> None:
     """Autograd's thread of a card stays for the next training. Python can't join it, and calls it alive for ever."""
-    before, logged, stop = Surroundings(), threading.Event(), threading.Event()
+    before, logged, stop = ProcessBaseline(), threading.Event(), threading.Event()
 
     def as_in_a_backward_pass() -> None:
         logging.getLogger("loractl.worker").warning("a hook of a gradient logs this")
@@ -265,7 +265,7 @@ def test_a_thread_that_a_library_started_is_nothing_left_though_python_has_logge
 
 
 def test_so_does_a_process_that_it_started() -> None:
-    before = Surroundings()
+    before = ProcessBaseline()
     with subprocess.Popen(["sleep", "60"]) as child:
         assert before.left([]) == f"process {child.pid} still runs"
         child.kill()
@@ -286,7 +286,7 @@ def test_threads_that_end_meanwhile_disturb_no_look() -> None:
     busy.start()
     try:
         for _ in range(200):
-            remains.Surroundings(tensors=())
+            remains.ProcessBaseline(tensors=())
     finally:
         ended.set()
         busy.join()
@@ -294,21 +294,21 @@ def test_threads_that_end_meanwhile_disturb_no_look() -> None:
 
 def test_a_base_is_put_back_and_a_changed_weight_is_found() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 3, bias=False))
-    imprint = Imprint(model)
+    snapshot = ModelSnapshot(model)
     first, weight = model[0], model[0].weight
     model[0] = torch.nn.Identity()
     first.forward = lambda x: x
     first.register_forward_hook(lambda *_: None)
     weight.data = weight.data.double()
     weight.requires_grad_(False)
-    imprint.restore()
+    snapshot.restore()
     assert model[0] is first and "forward" not in vars(first) and not first._forward_hooks
     assert first.weight is weight and weight.dtype is torch.float32 and weight.requires_grad
-    assert imprint.change() is None
+    assert snapshot.change() is None
     with torch.no_grad():
         weight[0, 0] += 1e-3
-    imprint.restore()
-    assert imprint.change() == "a weight of the base has changed"
+    snapshot.restore()
+    assert snapshot.change() == "a weight of the base has changed"
 
 
 SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
@@ -373,20 +373,20 @@ def test_whatever_a_training_switches_for_the_next_one_ends_the_host(tiny_model:
 
     os.umask(0o22)
     resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
-    shelf = Shelf()
-    shelf.begin()
-    shelf.base("key", (str(tiny_model), None), load)
-    assert shelf.settle()[1] == "", "as it is"
+    base_cache = BaseCache()
+    base_cache.begin()
+    base_cache.base("key", (str(tiny_model), None), load)
+    assert base_cache.settle()[1] == "", "as it is"
     for name, (switch, back) in SWITCHES.items():
-        shelf.begin()
+        base_cache.begin()
         switch()
         try:
-            size, why = shelf.settle()
+            size, why = base_cache.settle()
         finally:
             back()
         assert size is None and name in why and why.endswith("is not as it was"), (name, why)
-    shelf.begin()
-    assert shelf.settle()[1] == "", "each was switched back"
+    base_cache.begin()
+    assert base_cache.settle()[1] == "", "each was switched back"
 
 
 def test_a_training_on_a_base_that_stayed_makes_no_tokenizer_and_tries_no_rows_again(
@@ -396,11 +396,11 @@ def test_a_training_on_a_base_that_stayed_makes_no_tokenizer_and_tries_no_rows_a
     for module, name in ((recipe_module, "load_tokenizer"), (choice, "rows_together")):
         own = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, own=own, name=name, **k: (made.append(name), own(*a, **k))[1])
-    shelf = Shelf()
+    base_cache = BaseCache()
     for where in ("one", "two"):
-        shelf.begin()
-        recipe(where, shelf=shelf, max_steps=1)
-        assert shelf.settle()[1] == ""
+        base_cache.begin()
+        recipe(where, base_cache=base_cache, max_steps=1)
+        assert base_cache.settle()[1] == ""
     assert made == ["load_tokenizer", "rows_together"]
     files = [
         {path.name: path.read_bytes() for path in (tmp_path / where / "result" / "adapter").glob("*token*")}
@@ -425,14 +425,14 @@ def test_a_new_process_tries_no_rows_that_the_box_knows_to_be_right(
     assert tries("other layers", lora={"target_modules": ["q_proj"]}) == 1
     assert tries("other method", method="qlora") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(tried.transformers, "__version__", "99")
+        patch.setattr(check_cache.transformers, "__version__", "99")
         assert tries("other code") == 1
     with_one_bit_more(tiny_model / "model.safetensors")
     assert tries("other files") == 1
 
 
 def test_what_was_wrong_is_tried_again_and_few_answers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tried, "KEPT", 4)
+    monkeypatch.setattr(check_cache, "KEPT", 4)
 
     def asked(question: str, wrong: str | None) -> bool:
         """Whether it was tried."""
@@ -445,7 +445,9 @@ def test_what_was_wrong_is_tried_again_and_few_answers_stay(tmp_path: Path, monk
             done.append(1)
             return wrong
 
-        said = Tried(folder=tmp_path, about=["x"], once=once)(question, find_out, keeps=lambda found: found is None)
+        said = CheckCache(folder=tmp_path, about=["x"], once=once)(
+            question, find_out, keeps=lambda found: found is None
+        )
         assert said.answer == (wrong if done else None)
         return bool(done)
 

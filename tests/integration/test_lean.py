@@ -26,13 +26,13 @@ from loractl.worker.data.packing import pack
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import MicroBatch, learned_in
 from loractl.worker.engine.passes import choice, wide
-from loractl.worker.engine.passes import rows as row_module
+from loractl.worker.engine.passes import row_attention as row_module
 from loractl.worker.engine.passes.attention import ShortRows
 from loractl.worker.engine.passes.choice import forward_pass, rows_together
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.engine.passes.shared import SharedPass
-from loractl.worker.evaluation.losses import score_rows
+from loractl.worker.evaluation.row_losses import score_rows
 from loractl.worker.protocol.messages import Note, Planned, Stepped
 
 from .conftest import Recipe

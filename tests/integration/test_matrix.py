@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import pytest
 
-from loractl.worker.matrix.matrix import Matrix, MatrixRow, reading
-from loractl.worker.matrix.matrix_view import matrix_page, matrix_text
-from loractl.worker.matrix.scores import ACCURACY, LOSS, Cell, Task
+from loractl.worker.serving.matrix.matrix import Matrix, MatrixRow, reading
+from loractl.worker.serving.matrix.scores import ACCURACY, LOSS, Cell, Task
+from loractl.worker.serving.matrix.view import matrix_page, matrix_text
 
 
 def cell(change: float, spread: float = 0.1, cases: int = 20) -> Cell:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from loractl.common.job.status import Reason
+from loractl.worker.base.kept.remains import TrainingRemains
 from loractl.worker.engine.passes import apart
 from loractl.worker.engine.passes.shared import SharedBase
 from loractl.worker.protocol.messages import (
@@ -33,13 +34,11 @@ from loractl.worker.protocol.messages import (
     Told,
     encode,
 )  # fmt: skip
-from loractl.worker.protocol.orders import MemberOver, OrderDesk
-from loractl.worker.training import trainer
-from loractl.worker.training.host.allowance import Allowance
-from loractl.worker.training.host.company import Company
-from loractl.worker.training.host.members import Members
-from loractl.worker.training.host.traces import Traces
-from loractl.worker.training.trainer import _Host
+from loractl.worker.recipe import trainer
+from loractl.worker.recipe.device_limit import DeviceLimit
+from loractl.worker.recipe.members import Members, Roster
+from loractl.worker.recipe.order_desk import MemberOver, OrderDesk
+from loractl.worker.recipe.trainer import _Host
 
 from .conftest import Recipe
 
@@ -61,9 +60,9 @@ class Process:
         self._desk.open()
         self.told: dict[int, list[Told]] = defaultdict(list)
         self.on: list[Callable[[Told], None]] = []
-        self.company = Company()
-        self._server = _Host(self.company, self._tell)
-        self._members = Members(self._server, self._desk, self._tell, self.company)
+        self.roster = Roster()
+        self._server = _Host(self.roster, self._tell)
+        self._members = Members(self._server, self._desk, self._tell, self.roster)
         self.stays: bool | None = None
         self._thread = threading.Thread(target=self._main)
         self._thread.start()
@@ -97,9 +96,9 @@ class Process:
         self.on.append(hear)
 
     def base(self) -> Any:
-        """The model on the shelf."""
-        assert self._server._shelf is not None and self._server._shelf._imprint is not None
-        return self._server._shelf._imprint.model
+        """The model that is cached."""
+        assert self._server._base_cache is not None and self._server._base_cache._snapshot is not None
+        return self._server._base_cache._snapshot.model
 
     def remained(self) -> list[str]:
         """Why the process does not stay, as it was told."""
@@ -117,7 +116,7 @@ class Process:
             order = self._desk.next()
             if isinstance(order, Start):
                 self._members.begin(order)
-                self.company.shared = len(self._members) > 1 or self.company.shared
+                self.roster.shared = len(self._members) > 1 or self.roster.shared
             elif isinstance(order, MemberOver):
                 stays = self._members.finish(order)
                 if not len(self._members):
@@ -139,7 +138,7 @@ def test_jobs_in_one_process_leave_the_adapters_that_they_leave_alone(
     recipe: Recipe, start: Callable[..., Start], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With evaluations in mid-training, answers and reports in between; one comes late, one is cancelled."""
-    monkeypatch.setattr("loractl.worker.training.run.SIGN_S", 0.0)
+    monkeypatch.setattr("loractl.worker.recipe.run.SIGN_S", 0.0)
     monkeypatch.setattr(trainer, "LEARNED_S", 0.0)
     first = {"method": method, **LONG, "max_steps": 10, "eval_steps": 3, "lora": {"r": 8, "lora_dropout": 0.1}}
     second = {"method": method, **LONG, "seed": 7, "lora": {"r": 4, "use_dora": method == "lora"}}
@@ -277,7 +276,7 @@ def test_a_card_that_fails_under_several_jobs_fails_none_of_them_for_good(
 
 def test_what_a_member_leaves_is_found_while_others_go_on(start: Callable[..., Start], tmp_path: Path) -> None:
     order = start("one", keep=True)
-    traces = Traces(order=order)
+    traces = TrainingRemains(order=order)
     tensor = torch.zeros(2**18)
     traces.note([tensor])
     assert "1.0 MiB of its tensors are still there" in str(traces.left())
@@ -297,16 +296,16 @@ def test_the_limit_is_the_base_and_what_its_members_may_take(
 ) -> None:
     held: list[int | None] = []
     for name in ("hold_to", "limit_to"):
-        monkeypatch.setattr(f"loractl.worker.training.host.allowance.{name}", lambda limit, *_: held.append(limit))
+        monkeypatch.setattr(f"loractl.worker.recipe.device_limit.{name}", lambda limit, *_: held.append(limit))
     anchor, one, two = (
         start("a", job_id=n, keep=True, joins=n > 1).model_copy(update={"device": "cuda"}) for n in (1, 2, 3)
     )
-    allowance = Allowance()
-    allowance.grant(anchor, 100, 0)
-    allowance.grant(one, 20, 60)
-    allowance.lower(anchor, 90, 60)
-    allowance.take_back(anchor, 60)
-    allowance.grant(two, 30, 60)
-    allowance.take_back(one, 60)
-    allowance.take_back(two, 60)
+    device_limit = DeviceLimit()
+    device_limit.grant(anchor, 100, 0)
+    device_limit.grant(one, 20, 60)
+    device_limit.lower(anchor, 90, 60)
+    device_limit.take_back(anchor, 60)
+    device_limit.grant(two, 30, 60)
+    device_limit.take_back(one, 60)
+    device_limit.take_back(two, 60)
     assert held == [100, 120, 110, 60 + 20, 60 + 50, 60 + 30]

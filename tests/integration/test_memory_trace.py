@@ -30,7 +30,7 @@ from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.engine.passes.choice import forward_pass
 from loractl.worker.engine.passes.lean import LeanPass
-from loractl.worker.training.traced_plan import Trace, build, trace_plan, trace_step
+from loractl.worker.recipe.traced_plan import Trace, build, trace_plan, trace_step
 
 TOLERANCE = 0.05
 TOKENS = 128
@@ -342,7 +342,7 @@ def test_two_cut_models_tell_what_a_deeper_one_takes(tmp_path: Path) -> None:
 
 
 def test_tensors_are_counted_while_they_live() -> None:
-    from loractl.worker.training.traced_plan import LiveBytes
+    from loractl.worker.recipe.traced_plan import LiveBytes
 
     live = LiveBytes()
     with live:

@@ -7,7 +7,7 @@ import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from loractl.worker.engine.passes import card
+from loractl.worker.engine.passes import card_kernels
 from loractl.worker.engine.passes.norm import take_over_norms
 
 
@@ -24,7 +24,7 @@ def test_a_norm_is_the_models_own_and_its_gradient_as_near_to_the_exact_one(
     base: torch.dtype, given: torch.dtype, on_card: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a card it rounds once, so its answer is at least as near, too."""
-    monkeypatch.setattr(card, "PLACES", ("cpu",) if on_card else ())
+    monkeypatch.setattr(card_kernels, "PLACES", ("cpu",) if on_card else ())
     torch.manual_seed(0)
     theirs, ours = norm(LlamaRMSNorm, base), norm(LlamaRMSNorm, base)
     take_over_norms(torch.nn.Sequential(ours))

@@ -20,10 +20,10 @@ from loractl.common.memory.optimizer import SMALLEST_8BIT, state_bytes
 from loractl.common.store.records import HELD_OUT_LOSS
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.kept.shelf import Shelf
+from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
-from loractl.worker.data.batch import collate, inputs_of
+from loractl.worker.data.collation import collate, inputs_of
 from loractl.worker.data.packing import check_apart, pack
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.protocol.messages import Note, Stepped
@@ -46,9 +46,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shelf() -> Shelf:
+def base_cache() -> BaseCache:
     """Keeps the base from one training to the next, which changes no bit of them (test_kept_base.py)."""
-    return Shelf()
+    return BaseCache()
 
 
 def losses(told: list[Any], name: str = "loss") -> list[float]:
@@ -108,13 +108,13 @@ def report(folder: Path) -> dict[str, Any]:
     ids=lambda options: "-".join(f"{k}={v}" for section in options.values() for k, v in section.items()),
 )
 def test_an_option_changes_what_is_learned(
-    recipe: Recipe, shelf: Shelf, tmp_path: Path, options: dict[str, Any]
+    recipe: Recipe, base_cache: BaseCache, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     sections = {name: section for name, section in options.items() if name != "training"}
     few = {"max_steps": 4, "eval_steps": None, **options.get("training", {})}
     if not PLAIN:  # the same for every option
-        PLAIN.extend(losses(recipe("plain", shelf=shelf, max_steps=4, evaluation=HARDLY)[1]))
-    ended, changed = recipe("changed", shelf=shelf, evaluation=HARDLY, **sections, **few)
+        PLAIN.extend(losses(recipe("plain", base_cache=base_cache, max_steps=4, evaluation=HARDLY)[1]))
+    ended, changed = recipe("changed", base_cache=base_cache, evaluation=HARDLY, **sections, **few)
     assert ended.reason is Reason.OK
     assert losses(changed) != PLAIN
     resolved = json.loads((tmp_path / "changed" / "result" / "job.json").read_text())["spec"]
@@ -122,8 +122,10 @@ def test_an_option_changes_what_is_learned(
         assert {key: resolved[name][key] for key in section} == section
 
 
-def test_no_option_changes_nothing_of_it_also_after_all_others(recipe: Recipe, shelf: Shelf) -> None:
-    plain, again = (losses(recipe(name, shelf=shelf, max_steps=4, evaluation=HARDLY)[1]) for name in ("a", "b"))
+def test_no_option_changes_nothing_of_it_also_after_all_others(recipe: Recipe, base_cache: BaseCache) -> None:
+    plain, again = (
+        losses(recipe(name, base_cache=base_cache, max_steps=4, evaluation=HARDLY)[1]) for name in ("a", "b")
+    )
     assert again == plain == (PLAIN or plain)
 
 
@@ -187,7 +189,7 @@ def test_loftq_starts_nearer_to_the_base_than_nf4_alone(tiny_model: Path) -> Non
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_trains_and_holds_the_state_that_the_plan_counts(
-    recipe: Recipe, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    recipe: Recipe, base_cache: BaseCache, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     """Measured on the optimizer itself at the end of a run, per trained tensor."""
     from loractl.worker.engine import loop as module
@@ -195,7 +197,7 @@ def test_every_optimizer_trains_and_holds_the_state_that_the_plan_counts(
     made: list[Any] = []
     make = module.make_optimizer
     monkeypatch.setattr(module, "make_optimizer", lambda *a: made.append(make(*a)) or made[-1])  # the real one, kept
-    ended, told = recipe(shelf=shelf, max_steps=3, optim=optimizer, lora={"r": 64}, evaluation=HARDLY)
+    ended, told = recipe(base_cache=base_cache, max_steps=3, optim=optimizer, lora={"r": 64}, evaluation=HARDLY)
     assert ended.reason is Reason.OK and len(losses(told)) == 3
     held = [(parameter.numel(), _state_bytes(state)) for parameter, state in made[0].state.items()]
     if optimizer in ("sgd", "adafactor"):

@@ -33,10 +33,10 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import data_bytes, is_out_of_memory
 from loractl.worker.base.model import load_base
 from loractl.worker.protocol.messages import Adjusted, Ended, Note, Planned, Start, Stepped, Told, decode_told, encode
-from loractl.worker.training import fit
-from loractl.worker.training.need import lowered_limit
-from loractl.worker.training.recipe import train
-from loractl.worker.training.run import Run, Stopped
+from loractl.worker.recipe import fit
+from loractl.worker.recipe.need import lowered_limit
+from loractl.worker.recipe.recipe import train
+from loractl.worker.recipe.run import Run, Stopped
 
 from .. import warm
 from ..conftest import Cli
@@ -396,7 +396,7 @@ def _worker(cli: Cli) -> Iterator[psutil.Process]:
 
 def trainers(worker: psutil.Process) -> list[psutil.Process]:
     """The oldest first: of several ranks the leader's."""
-    found = [p for p in worker.children(recursive=True) if "loractl.worker.training.trainer" in p.cmdline()]
+    found = [p for p in worker.children(recursive=True) if "loractl.worker.recipe.trainer" in p.cmdline()]
     return sorted(found, key=lambda process: process.create_time())
 
 

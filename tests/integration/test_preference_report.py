@@ -28,13 +28,12 @@ from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.prepared import PreparedData, prepare_data
 from loractl.worker.engine.passes.lean import LeanPass
-from loractl.worker.evaluation.card import write_model_card
 from loractl.worker.evaluation.evaluation import Evaluation
+from loractl.worker.evaluation.model_card import write_model_card
 from loractl.worker.evaluation.page import render_html
 from loractl.worker.evaluation.preferences import evaluate_preferences, repetition
 from loractl.worker.evaluation.report import _evaluation, verdict
-from loractl.worker.training.kinds.kind import Measuring
-from loractl.worker.training.kinds.known import trained_kind
+from loractl.worker.recipe.kinds import EvaluationTask, trained_kind
 
 from ..acceptance.test_report_page import report
 
@@ -227,7 +226,7 @@ def test_the_work_that_is_told_adds_up_also_where_the_base_is_known(made: Made) 
         tell = partial(_noted, told)
         found.append(
             kind.evaluate(
-                Measuring(
+                EvaluationTask(
                     learner=learner,
                     data=data,
                     spec=spec,

@@ -18,14 +18,14 @@ from loractl.common.job.preference import PreferenceSpec
 from loractl.common.job.sections import DataFormat
 from loractl.common.job.status import Reason
 from loractl.worker.base.learner import Learner
-from loractl.worker.data.forms import form_of, with_prompts
+from loractl.worker.data.row_forms import form_of, with_prompts
 from loractl.worker.data.tokens import IGNORED, TokenRow, unlearned
 from loractl.worker.engine.loss import LearnedTokens
 from loractl.worker.engine.pairs import PairLoss, Sizes
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.protocol.messages import Opened, Start, Stepped
-from loractl.worker.training.kinds.known import trained_kind
-from loractl.worker.training.reference import FrozenReference
+from loractl.worker.recipe.kinds import trained_kind
+from loractl.worker.recipe.reference import FrozenReference
 
 from .conftest import Recipe
 from .test_engine import PAD
@@ -135,8 +135,8 @@ def test_the_adapter_that_a_job_begins_from_is_its_reference(
     recipe: Recipe, start: Callable[..., Start], asked: Any, tmp_path: Path
 ) -> None:
     from loractl.worker.protocol.messages import Ancestor
-    from loractl.worker.training.recipe import train
-    from loractl.worker.training.run import Run
+    from loractl.worker.recipe.recipe import train
+    from loractl.worker.recipe.run import Run
 
     recipe("first", max_steps=4)
     told: list[Any] = []

@@ -14,7 +14,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import choose_precision, compute_in
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
-from loractl.worker.training.arguments import training_arguments
+from loractl.worker.recipe.arguments import training_arguments
 
 from .conftest import Recipe
 

@@ -20,7 +20,7 @@ import pytest
 
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.worker.attempt.process import MESSAGE_LIMIT
+from loractl.worker.attempt.trainer_process import MESSAGE_LIMIT
 from loractl.worker.base.failure import TrainingFailed, explain
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.base.source import source_of
@@ -28,13 +28,13 @@ from loractl.worker.data.template import templated
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.protocol.messages import Ended, LogLines, Note, Opened, Start, Stepped, Stop, Told, encode
-from loractl.worker.protocol.orders import EXIT_ORPHANED
-from loractl.worker.training.host.company import Company
-from loractl.worker.training.preparation import aside
-from loractl.worker.training.preparation.aside import prepare_aside
-from loractl.worker.training.preparation.handover import read_handover, write_handover
-from loractl.worker.training.preparation.rows import prepare_rows
-from loractl.worker.training.run import Run
+from loractl.worker.recipe.members import Roster
+from loractl.worker.recipe.order_desk import EXIT_ORPHANED
+from loractl.worker.recipe.preparation import aside
+from loractl.worker.recipe.preparation.aside import prepare_aside
+from loractl.worker.recipe.preparation.handover import read_handover, write_handover
+from loractl.worker.recipe.preparation.order_data import prepare_rows
+from loractl.worker.recipe.run import Run
 
 from .. import warm
 from .conftest import Recipe
@@ -130,7 +130,7 @@ def test_others_train_on_while_a_process_prepares_the_data_of_one_that_joins(
         def none_here(*_: object) -> None:
             raise AssertionError("a row became tokens in the process that trains")
 
-        monkeypatch.setattr("loractl.worker.data.forms.encode", none_here)
+        monkeypatch.setattr("loractl.worker.data.row_forms.encode", none_here)
         others = {2: joining, 3: joining | {"dataset": bad}, 4: joining, 5: joining}
         orders = [start(f"job{n}", job_id=n, keep=True, joins=True, **keys) for n, keys in others.items()]
         process.send(*(order.model_copy(update={"mark": MARK}) for order in orders))
@@ -212,7 +212,7 @@ def test_a_process_that_has_much_to_say_is_heard_and_takes_the_trainers_commit(
     (repository / "refs" / "main").write_text("b" * 40)
     path, told = "/" + "long/" * 20_000, list[Told]()
     order = start(job={"base_model": "org/moved"}).model_copy(update={"data_path": path})
-    run = Run(order=order, tell=told.append, company=Company(shared=True))
+    run = Run(order=order, tell=told.append, roster=Roster(shared=True))
     late = threading.Timer(60, run.stop.set)
     late.start()
     with pytest.raises(TrainingFailed) as raised:

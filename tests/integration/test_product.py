@@ -14,7 +14,7 @@ from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
 from loractl.worker.engine.loss import MicroBatch, learned_in
-from loractl.worker.engine.passes import card, product, wide
+from loractl.worker.engine.passes import card_kernels, product, wide
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.product import FrozenProduct
 from loractl.worker.engine.passes.shared import Piece, SharedBase, SharedPass
@@ -56,7 +56,7 @@ def test_a_card_s_way_learns_what_a_processor_s_does(
     """By the same masks, for two trainings of odd lengths that adapt other layers, in fp32."""
     monkeypatch.setattr(product, "UNPACKED", unpacked)
     theirs = gradients(tiny_model, method, dropout, FP32)
-    monkeypatch.setattr(card, "PLACES", ("cpu",))
+    monkeypatch.setattr(card_kernels, "PLACES", ("cpu",))
     ours = gradients(tiny_model, method, dropout, FP32)
     assert float(theirs.norm()) > 0 and float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
@@ -65,14 +65,14 @@ def test_it_is_as_near_to_fp32_in_bf16(tiny_model: Path, monkeypatch: pytest.Mon
     exact = gradients(tiny_model, "lora", 0.1, FP32)
     with wide.narrow():
         theirs = gradients(tiny_model, "lora", 0.1, BF16)
-        monkeypatch.setattr(card, "PLACES", ("cpu",))
+        monkeypatch.setattr(card_kernels, "PLACES", ("cpu",))
         ours = gradients(tiny_model, "lora", 0.1, BF16)
     assert 0 < float((ours - exact).norm()) < 1.2 * float((theirs - exact).norm())
 
 
 def test_a_card_casts_factors_anew_for_each_pass(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where B is zero, A has no gradient."""
-    monkeypatch.setattr(card, "PLACES", ("cpu",))
+    monkeypatch.setattr(card_kernels, "PLACES", ("cpu",))
     with wide.narrow():
         base, pieces = trainings(tiny_model, "lora", 0.0, BF16)
         base.learn(pieces)

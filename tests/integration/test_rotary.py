@@ -9,7 +9,7 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from loractl.worker.engine.loss import MicroBatch, learned_in
-from loractl.worker.engine.passes import card
+from loractl.worker.engine.passes import card_kernels
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.rotary import NAME, Rotary, Turned
 
@@ -19,7 +19,7 @@ from .test_pack import rows
 
 @pytest.fixture(autouse=True)
 def _on_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card, "PLACES", ("cpu",))
+    monkeypatch.setattr(card_kernels, "PLACES", ("cpu",))
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
@@ -66,7 +66,7 @@ def test_a_step_learns_the_same(family: str, monkeypatch: pytest.MonkeyPatch) ->
     """GPT-NeoX turns a quarter of each head, and keeps its own way to. With recomputation."""
     found = []
     for places in ((), ("cpu",)):
-        monkeypatch.setattr(card, "PLACES", places)
+        monkeypatch.setattr(card_kernels, "PLACES", places)
         forward = LeanPass(adapted(base_of(family), spec_of()), FP32)
         forward.recompute_blocks()
         batch = MicroBatch(rows=(some := rows(2, 0)), learned=learned_in(some), pieces=1)

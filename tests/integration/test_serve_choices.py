@@ -13,9 +13,10 @@ import openai
 import pytest
 import torch
 
-from loractl.worker.serving import http, lane
-from loractl.worker.serving.decoding import Decoder
-from loractl.worker.serving.logprobs import TextForm, TokenLogprob, TokenTexts
+from loractl.worker.serving.decoding import lane
+from loractl.worker.serving.decoding.decoder import Decoder
+from loractl.worker.serving.decoding.logprobs import TextForm, TokenLogprob, TokenTexts
+from loractl.worker.serving.http import application as http
 
 from ..served import engine_of, served
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from loractl.worker.serving import http
-from loractl.worker.serving.decoding import Decoder
+from loractl.worker.serving.decoding.decoder import Decoder
+from loractl.worker.serving.http import application as http
 
 from ..served import engine_of, served
 

@@ -16,14 +16,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from loractl.worker.attempt.link.trainer import TrainerProcess
 from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.order import common_environment
+from loractl.worker.attempt.trainer_process import TrainerProcess
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, end_leftovers, run_mark, runs_of
+from loractl.worker.node import spare as module
+from loractl.worker.node.spare import Spares
 from loractl.worker.protocol.messages import Ended, Note
-from loractl.worker.spare import spares as module
-from loractl.worker.spare.spares import Spares
 
 from .test_out_of_memory import make_order
 
@@ -31,7 +31,7 @@ QUICK = """
 import os, subprocess, sys
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.messages import Ended, Note
-from loractl.worker.training.trainer import main
+from loractl.worker.recipe.trainer import main
 
 sys.stderr.write("from before\\n\\n")
 

@@ -10,8 +10,8 @@ PROGRAM = """
 import os, sys, types, traceback
 import torch
 from loractl.worker.base.kernels import load_kernels
-from loractl.worker.training.spare import prepare
-from loractl.worker.training.trainer import _load
+from loractl.worker.recipe.idle_process import prepare
+from loractl.worker.recipe.trainer import _load
 
 asked = []
 def lazy_init():

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from loractl.worker.engine.passes import card
+from loractl.worker.engine.passes import card_kernels
 from loractl.worker.engine.passes.cross_entropy import scaled, summed_losses, widened
 from loractl.worker.engine.passes.scratch import Scratch
 
 
 @pytest.fixture(params=[False, True], ids=["processor", "card"], autouse=True)
 def _on_card(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(card, "PLACES", ("cpu",) if request.param else ())
+    monkeypatch.setattr(card_kernels, "PLACES", ("cpu",) if request.param else ())
     return
 
 

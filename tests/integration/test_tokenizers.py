@@ -57,12 +57,12 @@ def test_no_tokenizer_outlives_its_files_and_few_wait(tmp_path: Path) -> None:
     def take() -> Any:
         return kept.take((str(folder), None), lambda: load_tokenizer(str(folder)))
 
-    lent = [take() for _ in range(KEPT + 1)]
-    for one in lent:
+    borrowed = [take() for _ in range(KEPT + 1)]
+    for one in borrowed:
         kept.give_back(one)
-    known = {id(one.tokenizer) for one in lent}
+    known = {id(one.tokenizer) for one in borrowed}
     assert [id(take().tokenizer) in known for _ in range(KEPT + 1)] == [True] * KEPT + [False]
-    kept.give_back(lent[0])
+    kept.give_back(borrowed[0])
     file = folder / "tokenizer_config.json"
     file.write_bytes(file.read_bytes() + b"\n")
     assert id(take().tokenizer) not in known

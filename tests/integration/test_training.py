@@ -24,10 +24,10 @@ from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.prepared import prepare_data
 from loractl.worker.data.tokens import IGNORED, encode
-from loractl.worker.evaluation.losses import score_rows
+from loractl.worker.evaluation.row_losses import score_rows
 from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.protocol.messages import Note, Stepped
-from loractl.worker.training.checkpoint import newest_checkpoint
+from loractl.worker.recipe.checkpoint import newest_checkpoint
 
 from ..models import write_helpdesk
 from .conftest import Recipe

@@ -26,7 +26,7 @@ from loractl.worker.data.text import row_text
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode, prompt_of
 from loractl.worker.data.trained_row import trained_row
 from loractl.worker.evaluation.evaluation import Work
-from loractl.worker.evaluation.losses import RowScores, by_example
+from loractl.worker.evaluation.row_losses import RowScores, by_example
 
 from ..models import CHAT_TEMPLATE
 

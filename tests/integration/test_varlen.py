@@ -14,7 +14,7 @@ from transformers import MistralConfig, MistralModel
 from loractl.common.units import GIB
 from loractl.worker.base.shared_heads import kind_of
 from loractl.worker.engine.passes import varlen
-from loractl.worker.engine.passes.rows import RowLayout
+from loractl.worker.engine.passes.row_attention import RowLayout
 from loractl.worker.protocol.messages import Note
 
 from .conftest import Recipe

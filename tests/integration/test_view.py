@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loractl.worker.engine.passes.view import view_of
+from loractl.worker.engine.passes.shared import view_of
 
 SMALL: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -15,9 +15,9 @@ from loractl.common.store.database import REFUSALS, told_by
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.worker.clock import SYSTEM, NodeClock
-from loractl.worker.storage.client import StoreClient
 
 from .patience import away
+from .storage.client import StoreClient
 
 log = logging.getLogger("loractl.worker")
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.records import Beat
 
-from .state import AttemptState
+from .attempt import SupervisedAttempt
 from .stops import require_wanted
 from .workplace import Workplace
 
@@ -18,42 +18,44 @@ log = logging.getLogger("loractl.worker")
 Answer = TypeVar("Answer")
 
 
-def beat(place: Workplace, state: AttemptState) -> None:
+def beat(place: Workplace, attempt: SupervisedAttempt) -> None:
     """One heartbeat. No error of the database ends a training: the lease decides."""
-    state.turn()
-    if state.gone_as is not None:
+    attempt.turn()
+    if attempt.own.gone_as is not None:
         return  # its row is closed
     answer: Beat | None
     try:
-        answer = place.store.attempts.beat(state.claim, state.progress())
+        answer = place.store.attempts.beat(attempt.claim, attempt.unwritten.progress(attempt.heard.peaks))
     except REFUSALS as error:
-        answer = _beat_alone(place, state, error)
+        answer = _beat_alone(place, attempt, error)
     finally:
-        state.turn()
+        attempt.turn()
     if answer is None:
         return
-    state.beaten(answer)
+    attempt.beaten(answer)
     if not answer.recorded:
-        log.warning("job %s: somebody has locked its row; training continues, and reports later", state.claim.job_id)
+        log.warning("job %s: somebody has locked its row; training continues, and reports later", attempt.claim.job_id)
 
 
-def _beat_alone(place: Workplace, state: AttemptState, error: BaseException) -> Beat | None:
+def _beat_alone(place: Workplace, attempt: SupervisedAttempt, error: BaseException) -> Beat | None:
     """After an outage nothing: what is new is told with a later beat. Else the beat without what the database refused.
 
     None: the lease was not extended.
     """
     if (why := outage(error)) is None:
-        log.warning("job %s: the database refused a heartbeat: %s", state.claim.job_id, told_by(error))
-        state.turn()
+        log.warning("job %s: the database refused a heartbeat: %s", attempt.claim.job_id, told_by(error))
+        attempt.turn()
         try:
-            return place.store.attempts.beat(state.claim, state.bare_progress(told_by(error)))
+            return place.store.attempts.beat(
+                attempt.claim, attempt.unwritten.bare_progress(attempt.heard.step, told_by(error))
+            )
         except REFUSALS as again:
             why = outage(again) or told_by(again)
-    log.warning("job %s: the database takes no heartbeat, training continues: %s", state.claim.job_id, why)
+    log.warning("job %s: the database takes no heartbeat, training continues: %s", attempt.claim.job_id, why)
     return None
 
 
-def while_beating(place: Workplace, state: AttemptState, work: Callable[[], Answer]) -> Answer:
+def while_beating(place: Workplace, attempt: SupervisedAttempt, work: Callable[[], Answer]) -> Answer:
     """Do our own slow work (fetching, uploading) in a thread, while the heartbeat goes on.
 
     Raises what the work raises, and Interrupted when its result is no longer wanted.
@@ -66,10 +68,10 @@ def while_beating(place: Workplace, state: AttemptState, work: Callable[[], Answ
         except Exception as error:  # noqa: BLE001  handed to the thread that waits for it, which raises it
             outcome.put(error)
 
-    place.clock.start(do, f"work of job {state.claim.job_id}")
+    place.clock.start(do, f"work of job {attempt.claim.job_id}")
     while True:
-        beat(place, state)
-        require_wanted(place, state)
+        beat(place, attempt)
+        require_wanted(place, attempt)
         try:
             done = place.clock.get(outcome, place.beat_s)
         except queue.Empty:

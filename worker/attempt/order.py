@@ -32,9 +32,9 @@ from loractl.worker.protocol.marker import is_complete
 from loractl.worker.protocol.messages import Ancestor, Rank, Start
 from loractl.worker.protocol.trust import Refused, check_checkpoint, check_claim, may_run_code
 
+from .attempt import SupervisedAttempt
+from .cleanup import BEGUN_FROM, make_room
 from .disk import bytes_to_write, require_space
-from .remains import BEGUN_FROM, make_room
-from .state import AttemptState
 from .workplace import Workplace
 
 log = logging.getLogger("loractl.worker")
@@ -46,9 +46,9 @@ CELERY_S = ("CELERY_", "celery_", "_MP_FORK_")
 """What Celery writes into its process's environment once it consumes: a trainer has no use for it."""
 
 
-def prepare(place: Workplace, state: AttemptState) -> Start:
+def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
     """Fetch the data and write the trainer's order."""
-    claim, folder = state.claim, state.folder
+    claim, folder = attempt.claim, attempt.folder
     spec, cache = claim.spec, place.settings.cache_dir
     check_claim(spec, claim.data, place.settings)
     if claim.checkpoint is not None:
@@ -58,7 +58,7 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
     named = spec.data_sets()  # those that are not stored are hub ids
     if claim.data:
         names = sorted({Path(named[key]).name for key in named.keys() & claim.data.keys()})
-        state.say(Stage.PREPARING, f"fetches {', '.join(names)}")
+        attempt.say(Stage.PREPARING, f"fetches {', '.join(names)}")
     for key in named.keys() & claim.data.keys():
         stored = claim.data[key]
         named[key] = str(place.artifacts.fetch_dataset(stored["uri"], stored["sha256"], cache / "datasets"))
@@ -67,7 +67,7 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
     data = [Path(path) for path in named.values() if Path(path).is_file()]
     _require_space(place, folder, bytes_to_write(spec, claim.method, sum(path.stat().st_size for path in data)))
     earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
-    earlier += stored_checkpoint(place, claim, folder.parent / "stored", state.note)
+    earlier += stored_checkpoint(place, claim, folder.parent / "stored", attempt.unwritten.note)
     runs_code = may_run_code(spec, place.settings)
     return Start(
         job_id=claim.job_id,
@@ -80,7 +80,7 @@ def prepare(place: Workplace, state: AttemptState) -> Start:
         device_name=place.device.name,
         spec=spec,
         run_code=runs_code,
-        init_from=_ancestor(place, state),
+        init_from=_ancestor(place, attempt),
         keep=None if place.hosts is None or runs_code or claim.shares[1:] else base_key(spec, claim.method),
         joins=claim.joins,
         parallel=claim.parallel,
@@ -136,9 +136,9 @@ def _card_of(place: Workplace, node: str) -> Device:
     return find_device(place.settings, node.removeprefix(f"{place.settings.host}:"))
 
 
-def _ancestor(place: Workplace, state: AttemptState) -> Ancestor | None:
+def _ancestor(place: Workplace, attempt: SupervisedAttempt) -> Ancestor | None:
     """Fetch the adapter that the job begins from. Raises Refused when it is gone or does not fit, ArtifactError."""
-    spec, store = state.claim.spec, place.store
+    spec, store = attempt.claim.spec, place.store
     if spec.lora.init_from is None:
         return None
     if (job_id := ancestor_job(spec)) is None:
@@ -149,8 +149,8 @@ def _ancestor(place: Workplace, state: AttemptState) -> Ancestor | None:
         raise Refused(f"lora.init_from: the adapter of job {job_id} was removed") from None
     if wrong := misfits(spec, JobSpec.model_validate(job.spec)):
         raise Refused(f"lora.init_from: {wrong[0]} (job {job_id})")
-    folder = state.folder / BEGUN_FROM
-    state.say(Stage.PREPARING, f"fetches the adapter of {row.name} (job {job_id}) to begin from")
+    folder = attempt.folder / BEGUN_FROM
+    attempt.say(Stage.PREPARING, f"fetches the adapter of {row.name} (job {job_id}) to begin from")
     files = place.artifacts.pull(result_binding(store, job), folder, "adapter/")
     check_adapter_config(folder / CONFIG)
     weights = files[WEIGHTS.removeprefix("adapter/")].sha256

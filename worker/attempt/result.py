@@ -11,18 +11,18 @@ from loractl.common.files import remove_tree
 from loractl.common.job.identity import spec_digest
 from loractl.common.store.records import Claim, StoredResult
 
+from .attempt import SupervisedAttempt
 from .log import LOG_FILE
-from .state import AttemptState
 from .workplace import Workplace
 
 READY = "ready.json"
 """A note beside a complete result: the spec, method and data that it is for."""
 
 
-def take_ready(state: AttemptState) -> str | None:
+def take_ready(attempt: SupervisedAttempt) -> str | None:
     """Take over a result that an earlier attempt on this box finished and could not store; returns what its trainer
     said at its end, None without one. Its note comes with it, the last: the attempt may be stopped or killed here."""
-    claim, folder = state.claim, state.folder
+    claim, folder = attempt.claim, attempt.folder
     for earlier in sorted(folder.parent.glob("attempt-*")):
         message = ready_result(earlier, claim)
         if message is None or earlier == folder:
@@ -30,7 +30,9 @@ def take_ready(state: AttemptState) -> str | None:
         for name in ("result", LOG_FILE, READY):
             remove_tree(folder / name)
             (earlier / name).rename(folder / name)
-        state.note("ready", f"{earlier.name} had finished and could not be stored: its result is taken over")
+        attempt.unwritten.note(
+            "ready", f"{earlier.name} had finished and could not be stored: its result is taken over"
+        )
         return message
     return None
 
@@ -57,11 +59,11 @@ def ready_result(folder: Path, claim: Claim) -> str | None:
     return message if ready.get("belongs_to") == _asked(claim) and whole else None
 
 
-def store_result(place: Workplace, state: AttemptState) -> StoredResult:
+def store_result(place: Workplace, attempt: SupervisedAttempt) -> StoredResult:
     """Upload the result and read it back. Raises ArtifactError, ServiceUnreachable."""
-    prefix = attempt_prefix(state.claim.job_id, state.claim.attempt)
-    shutil.copy(state.folder / LOG_FILE, state.folder / "result" / LOG_FILE)
-    manifest = place.artifacts.put_result(state.folder / "result", prefix)
+    prefix = attempt_prefix(attempt.claim.job_id, attempt.claim.attempt)
+    shutil.copy(attempt.folder / LOG_FILE, attempt.folder / "result" / LOG_FILE)
+    manifest = place.artifacts.put_result(attempt.folder / "result", prefix)
     uri = f"{place.artifacts.url}/{prefix}"
     return StoredResult(
         adapter_uri=f"{uri}/adapter",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.messages import Stop
 
-from .link.trainer import LEAVE_S
-from .state import AttemptState
+from .attempt import SupervisedAttempt
+from .trainer_process import LEAVE_S
 from .workplace import Workplace
 
 log = logging.getLogger("loractl.worker")
@@ -41,117 +41,123 @@ class StopWish:
     grace_s: float = STOP_GRACE_S
 
 
-def wanted_stop(place: Workplace, state: AttemptState) -> StopWish | None:
+def wanted_stop(place: Workplace, attempt: SupervisedAttempt) -> StopWish | None:
     """The most urgent wish to end this attempt; None without one."""
-    if state.lease_lost:  # it shares its trainer, else that was killed
+    if attempt.own.lease_lost:  # it shares its trainer, else that was killed
         return StopWish(reason=Reason.WORKER_LOST, message="its lease was lost")
-    if state.cancel_requested:
+    if attempt.wishes.cancel_requested:
         return StopWish(reason=Reason.CANCELLED, message="cancelled while it ran")
-    if state.pruned is not None:
-        return StopWish(reason=Reason.PRUNED, message=state.pruned)
-    if state.preempted_by is not None:
-        why = f"gave way to job {state.preempted_by}, which has a higher priority"
+    if attempt.wishes.pruned is not None:
+        return StopWish(reason=Reason.PRUNED, message=attempt.wishes.pruned)
+    if attempt.wishes.preempted_by is not None:
+        why = f"gave way to job {attempt.wishes.preempted_by}, which has a higher priority"
         return StopWish(reason=Reason.PREEMPTED, message=why, save=True, grace_s=DRAIN_GRACE_S)
-    limit = state.time_limit
-    if limit is not None and state.began is not None and state.clock.now() - state.began > limit:
+    limit = attempt.wishes.time_limit
+    if limit is not None and attempt.run.began is not None and attempt.clock.now() - attempt.run.began > limit:
         why = f"ran longer than resources.time_limit ({limit:.0f} s)"
         return StopWish(reason=Reason.TIMED_OUT, message=why, save=True, grace_s=DRAIN_GRACE_S)
     if place.drain.wish is not None:
-        why = _why_drained(place, state, "the worker is being stopped")
+        why = _why_drained(place, attempt, "the worker is being stopped")
         return StopWish(reason=Reason.DRAINED, message=why, save=True, grace_s=DRAIN_GRACE_S)
-    if state.card_drained is not None:
-        return StopWish(reason=Reason.DRAINED, message=state.card_drained, save=True, grace_s=DRAIN_GRACE_S)
-    if is_silent(state):  # it shares its trainer, else that was killed
+    if attempt.wishes.card_drained is not None:
+        return StopWish(reason=Reason.DRAINED, message=attempt.wishes.card_drained, save=True, grace_s=DRAIN_GRACE_S)
+    if is_silent(attempt):  # it shares its trainer, else that was killed
         return StopWish(reason=Reason.TRAINER_ERROR, message=SILENT)
     return None
 
 
-def _why_drained(place: Workplace, state: AttemptState, stopped: str) -> str:
+def _why_drained(place: Workplace, attempt: SupervisedAttempt, stopped: str) -> str:
     """`stopped`, where the worker itself ends; else whose order keeps the card empty."""
-    return stopped if place.drain.asked is not None else state.card_drained or f"{place.node} is drained"
+    return stopped if place.drain.asked is not None else attempt.wishes.card_drained or f"{place.node} is drained"
 
 
-def is_silent(state: AttemptState) -> bool:
+def is_silent(attempt: SupervisedAttempt) -> bool:
     """Whether the trainer has said nothing of the job for so long that the job hangs."""
-    busy = state.pending.stage in (Stage.TRAINING, Stage.EVALUATING)
-    return busy and state.clock.now() - max(state.heard_at, state.log.heard) > SILENCE_S
+    busy = attempt.unwritten.pending.stage in (Stage.TRAINING, Stage.EVALUATING)
+    return busy and attempt.clock.now() - max(attempt.heard.at, attempt.unwritten.log.heard) > SILENCE_S
 
 
-def closes_now(state: AttemptState) -> bool:
+def closes_now(attempt: SupervisedAttempt) -> bool:
     """Whether the job's row is closed though the job is not out of the trainer that it shares: where its stop leaves no
     checkpoint, or was not obeyed in time. What it holds of the card stays held."""
-    link = state.trainer
-    if state.forced is None or link is None or not link.leaves_others or state.lease_lost or state.gone_as is not None:
+    link = attempt.run.trainer
+    if (
+        attempt.own.forced is None
+        or link is None
+        or not link.leaves_others
+        or attempt.own.lease_lost
+        or attempt.own.gone_as is not None
+    ):
         return False
-    if state.ended is not None and state.ended.reason is Reason.OK:
+    if attempt.heard.ended is not None and attempt.heard.ended.reason is Reason.OK:
         return False
-    late = state.kill_at is not None and state.clock.now() > state.kill_at
-    return late or state.forced[0] in (Reason.CANCELLED, Reason.PRUNED)
+    late = attempt.own.kill_at is not None and attempt.clock.now() > attempt.own.kill_at
+    return late or attempt.own.forced[0] in (Reason.CANCELLED, Reason.PRUNED)
 
 
-def does_not_leave(state: AttemptState) -> bool:
+def does_not_leave(attempt: SupervisedAttempt) -> bool:
     """Whether a job that was told to stop is still in a trainer that goes on with others, long after that."""
-    link = state.trainer
-    late = state.kill_at is not None and state.clock.now() > state.kill_at + LEAVE_S
+    link = attempt.run.trainer
+    late = attempt.own.kill_at is not None and attempt.clock.now() > attempt.own.kill_at + LEAVE_S
     return late and link is not None and link.leaves_others
 
 
-def ask_to_stop(state: AttemptState, wish: StopWish) -> None:
+def ask_to_stop(attempt: SupervisedAttempt, wish: StopWish) -> None:
     """Tell the trainer to end, once; it is killed after the grace period. A cancel comes before any other wish."""
-    if state.forced is not None and (state.forced[0] is wish.reason or wish.reason is not Reason.CANCELLED):
+    if attempt.own.forced is not None and (attempt.own.forced[0] is wish.reason or wish.reason is not Reason.CANCELLED):
         return
-    state.forced = wish.reason, wish.message
-    state.kill_at = state.clock.now() + wish.grace_s
-    assert state.trainer is not None
-    state.trainer.send(Stop(job_id=state.claim.job_id, save=wish.save))
+    attempt.own.forced = wish.reason, wish.message
+    attempt.own.kill_at = attempt.clock.now() + wish.grace_s
+    assert attempt.run.trainer is not None
+    attempt.run.trainer.send(Stop(job_id=attempt.claim.job_id, save=wish.save))
 
 
-def must_leave(place: Workplace, state: AttemptState) -> bool:
+def must_leave(place: Workplace, attempt: SupervisedAttempt) -> bool:
     """Whether the trainer must be killed now, whatever it is doing.
 
     One that has other jobs goes on with them; a job that was told to stop leaves it between two steps, unless none of
     them takes any.
     """
-    now, link = state.clock.now(), state.trainer
+    now, link = attempt.clock.now(), attempt.run.trainer
     shares = link is not None and not link.alone
-    if state.lease_lost and not shares:
+    if attempt.own.lease_lost and not shares:
         return True
-    if is_silent(state) and not shares:
-        state.forced = Reason.TRAINER_ERROR, SILENT
+    if is_silent(attempt) and not shares:
+        attempt.own.forced = Reason.TRAINER_ERROR, SILENT
         return True
-    if is_silent(state) and state.gone_as is None and link is not None and link.stuck:
-        state.forced = Reason.HOST_LOST, f"it shared its trainer with other jobs, and none took a step: {SILENT}"
+    if is_silent(attempt) and attempt.own.gone_as is None and link is not None and link.stuck:
+        attempt.own.forced = Reason.HOST_LOST, f"it shared its trainer with other jobs, and none took a step: {SILENT}"
         return True
     if place.drain.wish == "now":
-        state.forced = Reason.DRAINED, "the worker was stopped at once"
+        attempt.own.forced = Reason.DRAINED, "the worker was stopped at once"
         return True
-    if state.kill_at is not None and now > state.kill_at and (link is None or not shares or link.stuck):
-        log.warning("job %s: the trainer did not stop in time and is killed", state.claim.job_id)
+    if attempt.own.kill_at is not None and now > attempt.own.kill_at and (link is None or not shares or link.stuck):
+        log.warning("job %s: the trainer did not stop in time and is killed", attempt.claim.job_id)
         return True
     return False
 
 
-def require_wanted(place: Workplace, state: AttemptState) -> None:
+def require_wanted(place: Workplace, attempt: SupervisedAttempt) -> None:
     """Give up our own slow work when its result is no longer wanted. Raises Interrupted.
 
     A training that is done is stored even while its box is drained: that is what the wait was for.
     """
-    if state.lease_lost:
+    if attempt.own.lease_lost:
         raise Interrupted
     drained = place.drain.wish is not None
-    if state.ended is not None:
-        if not (state.store_away and (state.cancel_requested or drained)):
+    if attempt.heard.ended is not None:
+        if not (attempt.own.store_away and (attempt.wishes.cancel_requested or drained)):
             return
-        state.ended = None
-        if state.cancel_requested:
-            state.forced = Reason.CANCELLED, "cancelled while it waited for the artifact store"
+        attempt.heard.ended = None
+        if attempt.wishes.cancel_requested:
+            attempt.own.forced = Reason.CANCELLED, "cancelled while it waited for the artifact store"
         else:
-            why = _why_drained(place, state, "the worker was stopped")
-            state.forced = Reason.DRAINED, f"{why}, while the artifact store was away"
-    elif state.cancel_requested:
-        state.forced = Reason.CANCELLED, "cancelled before it trained"
+            why = _why_drained(place, attempt, "the worker was stopped")
+            attempt.own.forced = Reason.DRAINED, f"{why}, while the artifact store was away"
+    elif attempt.wishes.cancel_requested:
+        attempt.own.forced = Reason.CANCELLED, "cancelled before it trained"
     elif drained:
-        why = _why_drained(place, state, "the worker was stopped")
-        state.forced = Reason.DRAINED, f"{why}, before it trained"
-    if state.forced is not None:
+        why = _why_drained(place, attempt, "the worker was stopped")
+        attempt.own.forced = Reason.DRAINED, f"{why}, before it trained"
+    if attempt.own.forced is not None:
         raise Interrupted

@@ -21,15 +21,15 @@ from loractl.common.store.records import Progress, StoredResult
 from loractl.common.units import amount
 from loractl.worker.protocol.messages import Ended
 from loractl.worker.protocol.trust import Refused
-from loractl.worker.storage.client import CallWatch
 
+from .attempt import SupervisedAttempt
+from .cleanup import clean
 from .heartbeat import while_beating
 from .order import prepare
 from .patience import Patience, away
-from .remains import clean
 from .result import READY, mark_ready, store_result, take_ready
-from .state import AttemptState
 from .stops import Interrupted
+from .storage.client import CallWatch
 from .trainer_run import train
 from .workplace import Workplace
 
@@ -37,49 +37,49 @@ log = logging.getLogger("loractl.worker")
 Answer = TypeVar("Answer")
 
 
-def supervise(place: Workplace, state: AttemptState) -> Status | None:
+def supervise(place: Workplace, attempt: SupervisedAttempt) -> Status | None:
     """Run one attempt to its end; returns the job's status, None when the lease was lost on the way."""
-    claim = state.claim
-    place = replace(place, artifacts=place.artifacts.watched(_watch(place, state)))
+    claim = attempt.claim
+    place = replace(place, artifacts=place.artifacts.watched(_watch(place, attempt)))
     log.info("job %s %s: attempt %s with %s", claim.job_id, claim.spec.name, claim.attempt, claim.method.value)
-    reason, message, result = _carry_out(place, state)
-    if state.lease_lost:
-        state.closed = True
+    reason, message, result = _carry_out(place, attempt)
+    if attempt.own.lease_lost:
+        attempt.own.closed = True
         log.warning("job %s: the lease of attempt %s was lost, its result is dropped", claim.job_id, claim.attempt)
-        _leave_host(place, state)
-        clean(place, state, None)  # the next attempt may go on from its checkpoints
+        _leave_host(place, attempt)
+        clean(place, attempt, None)  # the next attempt may go on from its checkpoints
         return None
-    if state.gone_as is not None:
-        state.closed = True
-        _leave_host(place, state)
-        clean(place, state, state.gone_as)
-        return state.gone_as
-    if reason in KEEPING and not state.cancel_requested and (state.folder / READY).exists():
-        state.note("kept", f"{place.settings.host} keeps the finished result: an attempt there stores it")
-    status = _finish(place, state, reason, message, result)
-    state.closed = True
+    if attempt.own.gone_as is not None:
+        attempt.own.closed = True
+        _leave_host(place, attempt)
+        clean(place, attempt, attempt.own.gone_as)
+        return attempt.own.gone_as
+    if reason in KEEPING and not attempt.wishes.cancel_requested and (attempt.folder / READY).exists():
+        attempt.unwritten.note("kept", f"{place.settings.host} keeps the finished result: an attempt there stores it")
+    status = _finish(place, attempt, reason, message, result)
+    attempt.own.closed = True
     if status is None:  # it was lost while its end waited
-        _leave_host(place, state)
+        _leave_host(place, attempt)
     named = status.value if status else "lost"
     because = "" if reason.value in (named, Reason.OK.value) else f" ({reason.value})"
     log.info("job %s %s: %s%s: %s", claim.job_id, claim.spec.name, named, because, message)
-    if not state.result_refused:
-        clean(place, state, status)
+    if not attempt.own.result_refused:
+        clean(place, attempt, status)
     return status
 
 
-def _leave_host(place: Workplace, state: AttemptState) -> None:
+def _leave_host(place: Workplace, attempt: SupervisedAttempt) -> None:
     """Give back what an attempt whose row was closed before still held of a trainer: it is out of that now."""
-    if state.host is None and not state.stayed:
+    if attempt.run.host is None and not attempt.run.stayed:
         return
     try:
-        _insist(place, state, lambda: place.store.hosts.leave(state.claim))
+        _insist(place, attempt, lambda: place.store.hosts.leave(attempt.claim))
     except REFUSALS as error:
-        log.warning("job %s: what it held of its trainer stays held: %s", state.claim.job_id, told_by(error))
+        log.warning("job %s: what it held of its trainer stays held: %s", attempt.claim.job_id, told_by(error))
 
 
 def _finish(
-    place: Workplace, state: AttemptState, reason: Reason, message: str, result: StoredResult | None
+    place: Workplace, attempt: SupervisedAttempt, reason: Reason, message: str, result: StoredResult | None
 ) -> Status | None:
     """The last write. What the database refuses is left out: what was told at last, then the result.
 
@@ -88,90 +88,92 @@ def _finish(
 
     def write(reason: Reason, message: str, last: Progress, result: StoredResult | None) -> Status | None:
         return _insist(
-            place, state, lambda: place.store.attempts.finish(state.claim, reason, message, last, result, card=card)
+            place, attempt, lambda: place.store.attempts.finish(attempt.claim, reason, message, last, result, card=card)
         )
 
-    card = state.failed_card
-    last = state.progress(last=True)
+    card = attempt.failed_card
+    last = attempt.unwritten.progress(attempt.heard.peaks, last=True)
     try:
         return write(reason, message, last, result)
     except REFUSALS as error:
-        why = _refused(state, error)
-    bare = state.bare_progress(why)
+        why = _refused(attempt, error)
+    bare = attempt.unwritten.bare_progress(attempt.heard.step, why)
     try:
         return write(reason, message, bare, result)
     except REFUSALS as error:
-        why = _refused(state, error)
-    state.result_refused = result is not None
+        why = _refused(attempt, error)
+    attempt.own.result_refused = result is not None
     kept = "; its result is kept on this box, where the next attempt takes it over" if result is not None else ""
     message = f"the database refused its end: {why}{kept}"
     try:
         return write(Reason.TRAINER_ERROR, message, last, None)
     except REFUSALS as error:
-        _refused(state, error)
+        _refused(attempt, error)
     return write(Reason.TRAINER_ERROR, message, bare, None)
 
 
-def _refused(state: AttemptState, error: BaseException) -> str:
+def _refused(attempt: SupervisedAttempt, error: BaseException) -> str:
     """What the database has against the last write. Raises the error when it is away: then nothing was refused."""
     if outage(error) is not None:
         raise error
-    log.error("job %s: the database refused its last write: %s", state.claim.job_id, told_by(error))
+    log.error("job %s: the database refused its last write: %s", attempt.claim.job_id, told_by(error))
     return told_by(error)
 
 
-def _carry_out(place: Workplace, state: AttemptState) -> tuple[Reason, str, StoredResult | None]:
+def _carry_out(place: Workplace, attempt: SupervisedAttempt) -> tuple[Reason, str, StoredResult | None]:
     """All work before the last write. Any failure becomes a reason and a sentence."""
-    claim = state.claim
+    claim = attempt.claim
     try:
-        shutil.rmtree(state.folder, ignore_errors=True)
-        (state.folder / "result").mkdir(parents=True)
-        taken = while_beating(place, state, lambda: take_ready(state))
+        shutil.rmtree(attempt.folder, ignore_errors=True)
+        (attempt.folder / "result").mkdir(parents=True)
+        taken = while_beating(place, attempt, lambda: take_ready(attempt))
         if taken is not None:
-            state.ended = Ended(job_id=claim.job_id, reason=Reason.OK, message=taken)
+            attempt.heard.ended = Ended(job_id=claim.job_id, reason=Reason.OK, message=taken)
         else:
             if claim.result_host == place.settings.host:
-                state.pending = replace(state.pending, result_host="")  # it is torn, or somebody removed it
-            train(place, state, _with_patience(place, state, prepare, away))
-        reason, message = state.verdict()
-        if reason is not Reason.OK or state.gone_as is not None:
+                attempt.unwritten.pending = replace(
+                    attempt.unwritten.pending, result_host=""
+                )  # it is torn, or somebody removed it
+            train(place, attempt, _with_patience(place, attempt, prepare, away))
+        reason, message = attempt.verdict()
+        if reason is not Reason.OK or attempt.own.gone_as is not None:
             return reason, message, None
-        state.pending = replace(state.pending, stage=Stage.STORING)
+        attempt.unwritten.pending = replace(attempt.unwritten.pending, stage=Stage.STORING)
         if taken is None:
-            while_beating(place, state, lambda: mark_ready(state.folder, state.claim, message))
-        _say_what_is_stored(state)
-        state.pending = replace(state.pending, result_host=place.settings.host)
-        return reason, message, _with_patience(place, state, store_result, _not_stored)
+            while_beating(place, attempt, lambda: mark_ready(attempt.folder, attempt.claim, message))
+        _say_what_is_stored(attempt)
+        attempt.unwritten.pending = replace(attempt.unwritten.pending, result_host=place.settings.host)
+        return reason, message, _with_patience(place, attempt, store_result, _not_stored)
     except Interrupted:
-        return *state.verdict(), None
+        return *attempt.verdict(), None
     except (LoractlError, OSError) as error:
         return *_explain(error), None
     except Exception as error:
         # our own fault, but the job must still say at once why it ended
-        log.exception("job %s: the supervisor failed", state.claim.job_id)
+        log.exception("job %s: the supervisor failed", attempt.claim.job_id)
         return Reason.TRAINER_ERROR, f"the supervisor failed: {error!r}", None
 
 
-def _say_what_is_stored(state: AttemptState) -> None:
+def _say_what_is_stored(attempt: SupervisedAttempt) -> None:
     """A large result on a slow line takes long: history and log say what goes on."""
-    files = [path for path in (state.folder / "result").rglob("*") if path.is_file()]
+    files = [path for path in (attempt.folder / "result").rglob("*") if path.is_file()]
     size = amount(sum(path.stat().st_size for path in files))
-    state.phase(Stage.STORING, f"stores {len(files)} files, {size}, and reads them back")
+    attempt.phase(Stage.STORING, f"stores {len(files)} files, {size}, and reads them back")
 
 
-def _watch(place: Workplace, state: AttemptState) -> CallWatch:
+def _watch(place: Workplace, attempt: SupervisedAttempt) -> CallWatch:
     """How this attempt waits for the artifact store: its history says for what, and its end leaves the call."""
     return CallWatch(
         slow_s=place.slow_s,
-        silent=lambda doing: state.note("store", f"waits for the artifact store: {doing}"),
-        over=lambda: state.lease_lost or state.closed,
+        silent=lambda doing: attempt.unwritten.note("store", f"waits for the artifact store: {doing}"),
+        over=lambda: attempt.own.lease_lost or attempt.own.closed,
     )
 
 
 def _with_patience(
     place: Workplace,
-    state: AttemptState,
-    work: Callable[[Workplace, AttemptState], Answer],
+    attempt: SupervisedAttempt,
+    work: Callable[[Workplace, SupervisedAttempt], Answer],
     passing: Callable[[BaseException], str | None],
 ) -> Answer:
     """Fetch or store, and try again while the artifact store is away or hangs: that is not the job's fault.
@@ -183,29 +185,29 @@ def _with_patience(
         most_s=30.0,
         total_s=place.settings.store_patience_s,
         passing=passing,
-        over=lambda: state.lease_lost or state.closed,
+        over=lambda: attempt.own.lease_lost or attempt.own.closed,
         clock=place.clock,
     )
 
     def tell(why: str) -> None:
-        if not state.store_away:
-            log.warning("job %s: %s", state.claim.job_id, why)
-            state.note("store", why)
-        state.store_away = True
+        if not attempt.own.store_away:
+            log.warning("job %s: %s", attempt.claim.job_id, why)
+            attempt.unwritten.note("store", why)
+        attempt.own.store_away = True
 
     def answers() -> None:
-        state.store_away = False
+        attempt.own.store_away = False
 
     watch = replace(
-        _watch(place, state), silent=lambda doing: tell(f"waits for the artifact store: {doing}"), going_on=answers
+        _watch(place, attempt), silent=lambda doing: tell(f"waits for the artifact store: {doing}"), going_on=answers
     )
     waiting = replace(place, artifacts=place.artifacts.watched(watch))
     answer = while_beating(
         place,
-        state,
-        lambda: patience.repeat(lambda: work(waiting, state), lambda why: tell(f"{why}; it is tried again")),
+        attempt,
+        lambda: patience.repeat(lambda: work(waiting, attempt), lambda why: tell(f"{why}; it is tried again")),
     )
-    state.store_away = False
+    attempt.own.store_away = False
     return answer
 
 
@@ -217,14 +219,14 @@ def _not_stored(error: BaseException) -> str | None:
     return error.sentence if isinstance(error, ArtifactError) else away(error)
 
 
-def _insist(place: Workplace, state: AttemptState, write: Callable[[], Answer]) -> Answer:
+def _insist(place: Workplace, attempt: SupervisedAttempt, write: Callable[[], Answer]) -> Answer:
     """Repeat a last write until the database is back: an outage must not cost a finished training."""
 
     def tell(why: str) -> None:
-        state.turn()
-        log.warning("job %s: %s: its end waits for that", state.claim.job_id, why)
+        attempt.turn()
+        log.warning("job %s: %s: its end waits for that", attempt.claim.job_id, why)
 
-    state.turn()
+    attempt.turn()
     wait = Patience(first_s=0.5, most_s=10.0, over=lambda: place.drain.wish == "now", clock=place.clock)
     return wait.repeat(write, tell)
 

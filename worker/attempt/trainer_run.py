@@ -17,16 +17,16 @@ from loractl.common.store.database import REFUSALS, told_by
 from loractl.worker.allowance import kernel_kills, kernel_kills_since
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.exit_reason import exit_reason
+from loractl.worker.protocol.idle_trainer import PLACEHOLDER, PLACEHOLDER_VALUE
 from loractl.worker.protocol.messages import Ended, Start, Told
-from loractl.worker.protocol.spare import PLACEHOLDER, PLACEHOLDER_VALUE
 
+from .attempt import SupervisedAttempt
 from .checkpoint_upload import CheckpointUpload
 from .heartbeat import beat, while_beating
-from .link.trainer import TrainerLink, TrainerProcess
 from .log import LOG_FILE, opened
 from .order import common_environment, environment
-from .state import AttemptState
 from .stops import Interrupted, ask_to_stop, closes_now, does_not_leave, must_leave, require_wanted, wanted_stop
+from .trainer_process import TrainerLink, TrainerProcess
 from .workplace import HostSource, StayingTrainer, Workplace
 
 log = logging.getLogger("loractl.worker")
@@ -44,55 +44,55 @@ LOOK_S = 0.2
 """Seconds between two looks at a trainer that says nothing."""
 
 
-def train(place: Workplace, state: AttemptState, start: Start) -> None:
+def train(place: Workplace, attempt: SupervisedAttempt, start: Start) -> None:
     """Run a trainer to its end. If it runs out of memory in mid-training, run another one that needs less.
 
     Only a new process has unbroken memory again; it goes on from the last checkpoint.
     """
-    state.began = place.clock.now()
-    upload = CheckpointUpload(place.artifacts, place.store, state.claim, state.folder / "keeping", place.clock)
+    attempt.run.began = place.clock.now()
+    upload = CheckpointUpload(place.artifacts, place.store, attempt.claim, attempt.folder / "keeping", place.clock)
     order: Start | None = start
     try:
         while order is not None:
-            _run(place, state, order, upload)
-            order = _lighter(state, order)
+            _run(place, attempt, order, upload)
+            order = _lighter(attempt, order)
     finally:
         # no one needs the last one of a training that is done, cancelled, pruned or no longer ours
-        over = state.lease_lost or state.cancel_requested or state.gone_as is not None
-        over = over or state.verdict()[0] in (Reason.OK, Reason.PRUNED)
-        _close(place, state, upload, 0.0 if over or place.drain.wish == "now" else CHECKPOINT_GRACE_S)
+        over = attempt.own.lease_lost or attempt.wishes.cancel_requested or attempt.own.gone_as is not None
+        over = over or attempt.verdict()[0] in (Reason.OK, Reason.PRUNED)
+        _close(place, attempt, upload, 0.0 if over or place.drain.wish == "now" else CHECKPOINT_GRACE_S)
 
 
-def _run(place: Workplace, state: AttemptState, start: Start, upload: CheckpointUpload) -> None:
+def _run(place: Workplace, attempt: SupervisedAttempt, start: Start, upload: CheckpointUpload) -> None:
     """Put the job into a trainer and stay with it until it has ended there."""
     kills = kernel_kills()
-    with opened(state.folder / LOG_FILE) as log_file:
-        link = state.trainer = _link(place, state, start, log_file)
+    with opened(attempt.folder / LOG_FILE) as log_file:
+        link = attempt.run.trainer = _link(place, attempt, start, log_file)
         trainer, end = link.trainer, False
-        state.pids |= {link.pid}
+        attempt.run.pids |= {link.pid}
         try:
             link.send(start)
-            end = _watch(place, state, link, start, upload)
+            end = _watch(place, attempt, link, start, upload)
         finally:
-            trainer.leave(link, stay=_may_stay(place, state, trainer), end=end)
-            state.host, state.trainer, state.stayed = link.host, None, trainer.stays
+            trainer.leave(link, stay=_may_stay(place, attempt, trainer), end=end)
+            attempt.run.host, attempt.run.trainer, attempt.run.stayed = link.host, None, trainer.stays
             if trainer.stays:
-                _keep(place, state, start, trainer)
+                _keep(place, attempt, start, trainer)
             if trainer.over and place.hosts is not None and trainer.mark:
                 place.hosts.drop_mark(trainer.mark)
-    _take_all(link.told, state)
-    _hand_on(place, state, link, upload)
+    _take_all(link.told, attempt)
+    _hand_on(place, attempt, link, upload)
     _tell_of_spoilt(place, trainer)
-    if state.ended is None and state.forced is None and not state.lease_lost:
-        state.ended = _unexpected_end(state, start, trainer, kernel_kills_since(kills))
-    state.goes_on_alone = start.joins or not (trainer.over or trainer.stays)
+    if attempt.heard.ended is None and attempt.own.forced is None and not attempt.own.lease_lost:
+        attempt.heard.ended = _unexpected_end(attempt, start, trainer, kernel_kills_since(kills))
+    attempt.run.goes_on_alone = start.joins or not (trainer.over or trainer.stays)
 
 
-def _unexpected_end(state: AttemptState, start: Start, trainer: TrainerProcess, kills: int | None) -> Ended:
+def _unexpected_end(attempt: SupervisedAttempt, start: Start, trainer: TrainerProcess, kills: int | None) -> Ended:
     """Why a trainer has ended without a word on the job. `kills`: the kernel's, since the job came to it."""
     on_card = start.device == "cuda"
     limited = not on_card and start.memory_limit is not None
-    printed = [*trainer.end(), *state.log.end()]
+    printed = [*trainer.end(), *attempt.unwritten.log.end()]
     why = exit_reason(trainer.process.returncode, printed, kernel_kills=kills, limited=limited, on_card=on_card)
     if trainer.lost > 1:
         other = "another job" if trainer.lost == 2 else f"{trainer.lost - 1} other jobs"
@@ -100,39 +100,41 @@ def _unexpected_end(state: AttemptState, start: Start, trainer: TrainerProcess, 
     return Ended(job_id=start.job_id, **why)
 
 
-def _link(place: Workplace, state: AttemptState, start: Start, log_file: IO[str]) -> TrainerLink:
+def _link(place: Workplace, attempt: SupervisedAttempt, start: Start, log_file: IO[str]) -> TrainerLink:
     """A place in the trainer that the claim names, or in one that is the attempt's own. Raises Interrupted."""
-    own = environment(place, state.claim)
+    own = environment(place, attempt.claim)
     if start.joins:
-        return _joined(place, state, own, log_file)
-    process, mark = _trainer(place, state, start, own)
-    return TrainerProcess(process, own[RUN_VARIABLE], mark, place.clock).begin(start.job_id, log_file, state.log)
+        return _joined(place, attempt, own, log_file)
+    process, mark = _trainer(place, attempt, start, own)
+    return TrainerProcess(process, own[RUN_VARIABLE], mark, place.clock).begin(
+        start.job_id, log_file, attempt.unwritten.log
+    )
 
 
-def _joined(place: Workplace, state: AttemptState, own: dict[str, str], log_file: IO[str]) -> TrainerLink:
+def _joined(place: Workplace, attempt: SupervisedAttempt, own: dict[str, str], log_file: IO[str]) -> TrainerLink:
     """A place in a trainer that has the base, and other jobs or just had some. Raises Interrupted where it is gone."""
-    hosts, claim, deadline, next_beat = place.hosts, state.claim, place.clock.now() + JOIN_S, 0.0
+    hosts, claim, deadline, next_beat = place.hosts, attempt.claim, place.clock.now() + JOIN_S, 0.0
     while hosts is not None and claim.host is not None and place.clock.now() < deadline:
         trainer = hosts.with_jobs(claim.host)
-        link = None if trainer is None else trainer.join(claim.job_id, log_file, state.log)
+        link = None if trainer is None else trainer.join(claim.job_id, log_file, attempt.unwritten.log)
         if link is None and (process := hosts.take(claim, own)) is not None:
             trainer = TrainerProcess(process, own[RUN_VARIABLE], claim.host, place.clock)
-            link = trainer.begin(claim.job_id, log_file, state.log)
+            link = trainer.begin(claim.job_id, log_file, attempt.unwritten.log)
             hosts.let_in(trainer)  # its row says already that others may join
         if link is not None:
-            state.say(Stage.PREPARING, f"joins the trainer on {place.node} that has its base")
+            attempt.say(Stage.PREPARING, f"joins the trainer on {place.node} that has its base")
             return link
         if not hosts.knows(claim.host):
             break
         if trainer is not None and (why := _refusal(trainer, claim.job_id)) is not None:
-            state.forced = Reason.HOST_LOST, why
+            attempt.own.forced = Reason.HOST_LOST, why
             raise Interrupted
         if place.clock.now() >= next_beat:
             next_beat = place.clock.now() + place.beat_s
-            beat(place, state)
-            require_wanted(place, state)
+            beat(place, attempt)
+            require_wanted(place, attempt)
         hosts.await_change(LOOK_S)  # its last job is leaving
-    state.forced = Reason.HOST_LOST, "the trainer that it was about to join has ended"
+    attempt.own.forced = Reason.HOST_LOST, "the trainer that it was about to join has ended"
     raise Interrupted
 
 
@@ -148,23 +150,23 @@ def _refusal(trainer: TrainerProcess, job_id: int) -> str | None:
 
 
 def _trainer(
-    place: Workplace, state: AttemptState, start: Start, own: dict[str, str]
+    place: Workplace, attempt: SupervisedAttempt, start: Start, own: dict[str, str]
 ) -> tuple[subprocess.Popen[str], str]:
     """The host with the job's base, the spare trainer, or a new one; and the mark by which it may stay, or nothing.
 
     Raises Interrupted where a base that must go does not.
     """
-    hosts, claim = place.hosts, state.claim
-    _await_other_cards(place, state)
+    hosts, claim = place.hosts, attempt.claim
+    _await_other_cards(place, attempt)
     if hosts is not None:
-        _make_room(place, state, hosts)
+        _make_room(place, attempt, hosts)
         if start.keep is None and claim.host is not None:
             hosts.let_go([claim.host])  # the base runs code of its own, which no claim can know
         elif claim.host is not None and (host := hosts.take(claim, own)) is not None:
-            state.say(Stage.PREPARING, f"continues in the trainer on {place.node} that has its base")
+            attempt.say(Stage.PREPARING, f"continues in the trainer on {place.node} that has its base")
             return host, claim.host
-        _make_room(place, state, hosts)
-    state.say(Stage.PREPARING, f"starts the trainer on {place.node}")
+        _make_room(place, attempt, hosts)
+    attempt.say(Stage.PREPARING, f"starts the trainer on {place.node}")
     mark = "" if hosts is None or start.keep is None else hosts.draw_mark()
     spare = None if place.spares is None or start.ranks else place.spares.take(own)  # one that leads starts others
     if spare is not None:
@@ -173,17 +175,17 @@ def _trainer(
     return place.launch(place.settings.trainer, {**own, **room}), mark
 
 
-def _make_room(place: Workplace, state: AttemptState, hosts: HostSource) -> None:
+def _make_room(place: Workplace, attempt: SupervisedAttempt, hosts: HostSource) -> None:
     """Nothing starts on the card before the bases that must go have gone."""
-    if hosts.in_the_way and (why := while_beating(place, state, hosts.make_room)) is not None:
-        state.forced = Reason.GPU_ERROR, why
+    if hosts.in_the_way and (why := while_beating(place, attempt, hosts.make_room)) is not None:
+        attempt.own.forced = Reason.GPU_ERROR, why
         raise Interrupted
 
 
-def _await_other_cards(place: Workplace, state: AttemptState) -> None:
+def _await_other_cards(place: Workplace, attempt: SupervisedAttempt) -> None:
     """The same on the job's other cards: their nodes are woken, and end the bases that its claim has sent off. One that
     can't be ended closes its card, and then the job is not kept waiting for it."""
-    others = [share.node for share in state.claim.shares[1:]]
+    others = [share.node for share in attempt.claim.shares[1:]]
 
     def leave() -> None:
         deadline, woken = place.clock.now() + LEAVING_S, set[str]()
@@ -197,16 +199,18 @@ def _await_other_cards(place: Workplace, state: AttemptState) -> None:
             place.clock.sleep(LOOK_S)
 
     if others:
-        while_beating(place, state, leave)
+        while_beating(place, attempt, leave)
 
 
-def _may_stay(place: Workplace, state: AttemptState, trainer: TrainerProcess) -> bool:
+def _may_stay(place: Workplace, attempt: SupervisedAttempt, trainer: TrainerProcess) -> bool:
     """Whether a trainer whose last job has ended may wait for the next one with its base."""
-    wanted = place.hosts is not None and place.drain.wish is None and not state.lease_lost and trainer.spoilt is None
-    return wanted and state.ended is not None and trainer.base_bytes is not None
+    wanted = (
+        place.hosts is not None and place.drain.wish is None and not attempt.own.lease_lost and trainer.spoilt is None
+    )
+    return wanted and attempt.heard.ended is not None and trainer.base_bytes is not None
 
 
-def _keep(place: Workplace, state: AttemptState, start: Start, trainer: TrainerProcess) -> None:
+def _keep(place: Workplace, attempt: SupervisedAttempt, start: Start, trainer: TrainerProcess) -> None:
     """Hand a trainer that has left its last job to who keeps it."""
     assert place.hosts is not None and start.keep is not None
     staying = StayingTrainer(
@@ -216,46 +220,54 @@ def _keep(place: Workplace, state: AttemptState, start: Start, trainer: TrainerP
         bytes=trainer.base_bytes or 0,
         environment=common_environment(place),
     )
-    trainer.over = not place.hosts.keep(staying, state.claim)
+    trainer.over = not place.hosts.keep(staying, attempt.claim)
 
 
-def _watch(place: Workplace, state: AttemptState, link: TrainerLink, start: Start, upload: CheckpointUpload) -> bool:
+def _watch(
+    place: Workplace, attempt: SupervisedAttempt, link: TrainerLink, start: Start, upload: CheckpointUpload
+) -> bool:
     """Pass on what the trainer tells and what people wish, until the job has ended there. True: it must be killed."""
-    next_beat, next_close, stage, rung, state.heard_at = 0.0, 0.0, None, 0, place.clock.now()
-    while link.poll() is None and not _is_over(state, link):
-        _take_all(link.told, state, timeout=LOOK_S)
-        _open(place, state, link, start)
-        _hand_on(place, state, link, upload)
-        state.turn()
-        reached = state.rung_reached()
-        if place.clock.now() >= next_beat or state.pending.stage != stage or reached > rung:
-            stage, rung, next_beat = state.pending.stage, max(rung, reached), place.clock.now() + place.beat_s
-            beat(place, state)
+    next_beat, next_close, stage, rung, attempt.heard.at = 0.0, 0.0, None, 0, place.clock.now()
+    while link.poll() is None and not _is_over(attempt, link):
+        _take_all(link.told, attempt, timeout=LOOK_S)
+        _open(place, attempt, link, start)
+        _hand_on(place, attempt, link, upload)
+        attempt.turn()
+        reached = attempt.rung_reached()
+        if place.clock.now() >= next_beat or attempt.unwritten.pending.stage != stage or reached > rung:
+            stage, rung, next_beat = (
+                attempt.unwritten.pending.stage,
+                max(rung, reached),
+                place.clock.now() + place.beat_s,
+            )
+            beat(place, attempt)
             _tell_of_spoilt(place, link.trainer)
-        if must_leave(place, state):
+        if must_leave(place, attempt):
             return True
-        if state.ended is None and (wish := wanted_stop(place, state)) is not None:
-            ask_to_stop(state, wish)
-        if closes_now(state) and place.clock.now() >= next_close:
+        if attempt.heard.ended is None and (wish := wanted_stop(place, attempt)) is not None:
+            ask_to_stop(attempt, wish)
+        if closes_now(attempt) and place.clock.now() >= next_close:
             next_close = place.clock.now() + place.beat_s
-            _close_row(place, state)
-        if does_not_leave(state):
-            link.trainer.spoil(f"job {state.claim.job_id} does not leave it")
+            _close_row(place, attempt)
+        if does_not_leave(attempt):
+            link.trainer.spoil(f"job {attempt.claim.job_id} does not leave it")
     return False
 
 
-def _close_row(place: Workplace, state: AttemptState) -> None:
+def _close_row(place: Workplace, attempt: SupervisedAttempt) -> None:
     """End the attempt in its row while the job is on its way out of a trainer that others need. Where the database does
     not take that now, it is tried again, at the last when the job is out."""
-    assert state.forced is not None
+    assert attempt.own.forced is not None
     try:
-        status = place.store.attempts.finish(state.claim, *state.forced, state.progress(last=True), inside=True)
+        status = place.store.attempts.finish(
+            attempt.claim, *attempt.own.forced, attempt.unwritten.progress(attempt.heard.peaks, last=True), inside=True
+        )
     except REFUSALS as error:
-        log.warning("job %s: its row is closed later: %s", state.claim.job_id, told_by(error))
+        log.warning("job %s: its row is closed later: %s", attempt.claim.job_id, told_by(error))
         return
-    state.gone_as, state.lease_lost = status, status is None
+    attempt.own.gone_as, attempt.own.lease_lost = status, status is None
     if status is not None:
-        log.info("job %s: %s: %s; it leaves its trainer", state.claim.job_id, status.value, state.forced[1])
+        log.info("job %s: %s: %s; it leaves its trainer", attempt.claim.job_id, status.value, attempt.own.forced[1])
 
 
 def _tell_of_spoilt(place: Workplace, trainer: TrainerProcess) -> None:
@@ -264,80 +276,80 @@ def _tell_of_spoilt(place: Workplace, trainer: TrainerProcess) -> None:
         place.hosts.spoil(trainer.mark, trainer.spoilt)
 
 
-def _is_over(state: AttemptState, link: TrainerLink) -> bool:
+def _is_over(attempt: SupervisedAttempt, link: TrainerLink) -> bool:
     """Whether the job has ended and is out of a trainer that goes on."""
-    return state.ended is not None and (link.alone or link.left.is_set())
+    return attempt.heard.ended is not None and (link.alone or link.left.is_set())
 
 
-def _open(place: Workplace, state: AttemptState, link: TrainerLink, start: Start) -> None:
+def _open(place: Workplace, attempt: SupervisedAttempt, link: TrainerLink, start: Start) -> None:
     """Let others join the trainer once it has said that they may."""
-    opened, state.opened = state.opened, None
+    opened, attempt.heard.opened = attempt.heard.opened, None
     if opened is None or place.hosts is None or not link.trainer.mark or start.keep is None:
         return
-    if state.claim.packs:
-        place.hosts.open(link.trainer, state.claim, start.keep, opened.base_bytes)
+    if attempt.claim.packs:
+        place.hosts.open(link.trainer, attempt.claim, start.keep, opened.base_bytes)
 
 
-def _lighter(state: AttemptState, start: Start) -> Start | None:
+def _lighter(attempt: SupervisedAttempt, start: Start) -> Start | None:
     """The order of a next trainer that needs less, after out-of-memory; None when no other one may help.
 
     A job that has shared its trainer goes back with what was learned: its own part has no room for another base.
     """
-    lighter = _next_adjustment(state, start)
+    lighter = _next_adjustment(attempt, start)
     if lighter is None:
         return None
-    then = "continues alone" if state.goes_on_alone else "restarts"
-    where, cards = f"at step {state.step}", max(1, len(start.ranks))
-    text = in_words(start.spec, state.adjustment, lighter, where=where, then=then, cards=cards)
-    log.info("job %s: %s", state.claim.job_id, text)
-    events = (*state.pending.events, ("memory", text))
-    state.pending = replace(state.pending, adjustment=lighter, events=events)
-    changes = [*start.changes, *state.changes, text]
-    state.adjustment, state.ended, state.changes = lighter, None, []
-    if state.goes_on_alone:
-        state.ended = Ended(job_id=start.job_id, reason=Reason.HOST_LOST, message=text)
+    then = "continues alone" if attempt.run.goes_on_alone else "restarts"
+    where, cards = f"at step {attempt.heard.step}", max(1, len(start.ranks))
+    text = in_words(start.spec, attempt.heard.adjustment, lighter, where=where, then=then, cards=cards)
+    log.info("job %s: %s", attempt.claim.job_id, text)
+    events = (*attempt.unwritten.pending.events, ("memory", text))
+    attempt.unwritten.pending = replace(attempt.unwritten.pending, adjustment=lighter, events=events)
+    changes = [*start.changes, *attempt.heard.changes, text]
+    attempt.heard.adjustment, attempt.heard.ended, attempt.heard.changes = lighter, None, []
+    if attempt.run.goes_on_alone:
+        attempt.heard.ended = Ended(job_id=start.job_id, reason=Reason.HOST_LOST, message=text)
         return None
     return start.model_copy(update={"adjustment": lighter, "changes": changes})
 
 
-def _next_adjustment(state: AttemptState, start: Start) -> Adjustment | None:
+def _next_adjustment(attempt: SupervisedAttempt, start: Start) -> Adjustment | None:
     """Whether smaller pieces of the batch may help. Out of memory before or after the training itself they do not:
     before, the trainer has tried them all. Ranks that divide a base are out of step after the first try."""
-    if state.forced is not None or state.lease_lost or state.ended is None:
+    if attempt.own.forced is not None or attempt.own.lease_lost or attempt.heard.ended is None:
         return None
     tries = (Stage.PREPARING, Stage.TRAINING) if start.parallel is Parallel.SHARDED else (Stage.TRAINING,)
-    if state.ended.reason is not Reason.OUT_OF_MEMORY or state.pending.stage not in tries:
+    if attempt.heard.ended.reason is not Reason.OUT_OF_MEMORY or attempt.unwritten.pending.stage not in tries:
         return None
     cards = max(1, len(start.ranks))
-    return next_adjustment(start.spec, state.adjustment, on_gpu=start.device == "cuda", cards=cards)
+    return next_adjustment(start.spec, attempt.heard.adjustment, on_gpu=start.device == "cuda", cards=cards)
 
 
-def _close(place: Workplace, state: AttemptState, upload: CheckpointUpload, patience_s: float) -> None:
+def _close(place: Workplace, attempt: SupervisedAttempt, upload: CheckpointUpload, patience_s: float) -> None:
     """Wait so long for the last checkpoint to be stored, and keep the lease meanwhile."""
     upload.close()
     deadline = place.clock.now() + patience_s
     while not upload.done(min(place.beat_s, max(0.0, deadline - place.clock.now()))):
-        if state.lease_lost or state.cancel_requested or upload.silent or place.clock.now() >= deadline:
+        if attempt.own.lease_lost or attempt.wishes.cancel_requested or upload.silent or place.clock.now() >= deadline:
             return
-        beat(place, state)
+        beat(place, attempt)
 
 
-def _take_all(told: queue.SimpleQueue[Told | str], state: AttemptState, timeout: float = 0.0) -> None:
-    """Fold what the trainer has told since the last look into the state."""
+def _take_all(told: queue.SimpleQueue[Told | str], attempt: SupervisedAttempt, timeout: float = 0.0) -> None:
+    """Fold what the trainer has told since the last look into the attempt."""
     while True:
         try:
-            message = state.clock.get(told, timeout) if timeout else told.get_nowait()
+            message = attempt.clock.get(told, timeout) if timeout else told.get_nowait()
         except queue.Empty:
             return
         timeout = 0.0
-        state.hear(message)
+        attempt.hear(message)
 
 
-def _hand_on(place: Workplace, state: AttemptState, link: TrainerLink, upload: CheckpointUpload) -> None:
+def _hand_on(place: Workplace, attempt: SupervisedAttempt, link: TrainerLink, upload: CheckpointUpload) -> None:
     """Pass new checkpoints on to the artifact store, and measured passes to the pack rule."""
-    if state.passes and place.hosts is not None and link.trainer.mark:
-        place.hosts.note_passes(link.trainer.mark, state.passes)
-    state.passes = []
-    for saved in state.saved:
+    if attempt.heard.passes and place.hosts is not None and link.trainer.mark:
+        place.hosts.note_passes(link.trainer.mark, attempt.heard.passes)
+    attempt.heard.passes = []
+    for saved in attempt.heard.saved:
         upload.offer(Path(saved.path), saved.step)
-    state.saved = []
+    attempt.heard.saved = []

@@ -17,11 +17,10 @@ from loractl.common.store.store import Store
 from loractl.worker.allowance import threads_of_trainer
 from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.device.devices import Device
-from loractl.worker.storage.client import StoreClient
 
 from .drain import Drain
-from .link.trainer import TrainerProcess
-from .process import launch
+from .storage.client import StoreClient
+from .trainer_process import TrainerProcess, launch
 
 log = logging.getLogger("loractl.worker")
 

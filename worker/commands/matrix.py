@@ -53,9 +53,9 @@ def matrix(html: Path | None, as_json: bool, **options: Any) -> None:
     if html is not None and not html.absolute().parent.is_dir():
         raise UsageError(f"{html} can't be written: there is no such folder", "name a file in a folder that exists")
     from loractl.common.settings import load_settings
-    from loractl.worker.matrix.matrix import MatrixOptions, measure
-    from loractl.worker.matrix.matrix_view import matrix_page, matrix_text
     from loractl.worker.serving.library import Library
+    from loractl.worker.serving.matrix.matrix import MatrixOptions, measure
+    from loractl.worker.serving.matrix.view import matrix_page, matrix_text
 
     measured = measure(Library(load_settings(), warn), MatrixOptions(**options), tell, warn)
     if html is not None:

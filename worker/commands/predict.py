@@ -19,8 +19,8 @@ from .terminal import answering, tell, warn
 
 if TYPE_CHECKING:
     from loractl.common.data.questions import Question
-    from loractl.worker.prediction.outcome import Outcome
     from loractl.worker.serving.library import Library, Listed
+    from loractl.worker.serving.prediction import Outcome
 
     Predict = Callable[[Iterable[Question]], Iterator[Outcome]]
 
@@ -82,14 +82,14 @@ def _check_output(output: Path, file: Path) -> None:
 
 
 def _classifier(library: Library, listed: Listed, gpu: str | None) -> Predict:
-    from loractl.worker.prediction.classifier import open_classifier
+    from loractl.worker.serving.prediction import open_classifier
 
     return open_classifier(library, listed, gpu, tell, warn).label_rows
 
 
 def _answerer(library: Library, adapter: str, style: dict[str, Any]) -> Predict:
-    from loractl.worker.prediction.answers import answer_rows
     from loractl.worker.serving.conversation import Style, open_conversation
+    from loractl.worker.serving.prediction import answer_rows
 
     conversation = open_conversation(library, adapter, Style(**style), tell, warn)
     return lambda questions: answer_rows(conversation, questions)

@@ -68,9 +68,9 @@ def serve(**options: Any) -> None:
     from loractl.common.settings import load_settings
 
     check_port(host, port)
-    from loractl.worker.serving.http import make_app
+    from loractl.worker.serving.http.application import make_app
+    from loractl.worker.serving.http.server import ServeOptions, listen, load_served
     from loractl.worker.serving.library import Library
-    from loractl.worker.serving.server import ServeOptions, listen, load_served
 
     library = Library(load_settings(), warn)
     engine, names = load_served(library, ServeOptions(**{**options, **sizes}), _tell, warn)

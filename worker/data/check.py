@@ -28,9 +28,9 @@ from loractl.common.job.slices import held_out_split
 from loractl.common.job.spec import JobSpec
 from loractl.common.progress import Report
 
-from .forms import form_of
 from .origin import load_rows
 from .prepared import PreparedData
+from .row_forms import form_of
 from .token_findings import TemplateLook, TokenLook
 from .tokens import TokenRow
 

@@ -17,7 +17,7 @@ from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.base.failure import TrainingFailed
 
-from .batch import collate, inputs_of
+from .collation import collate, inputs_of
 from .prepared import PreparedData
 from .token_rows import TokenRows
 from .tokens import IGNORED, TokenRow

@@ -25,7 +25,7 @@ from loractl.common.job.slices import held_out_split
 
 from .origin import load_pinned
 from .token_rows import TokenRows
-from .token_set import Tokeniser, TokenSet, fit_examples
+from .token_set import RowTokenizer, TokenSet, fit_examples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ def prepare_data(
     commits = dict(zip(names, (commit for _, commit in read), strict=True))
     commits |= {"eval_path": held[1], "final_path": last[1]}
     split = split_data(dataset, read[0][0], held[0], [rows for rows, _ in read[1:]], final_rows=last[0])
-    tokeniser = Tokeniser(dataset=dataset, tokenizer=tokenizer, format=split.format, cache=cache)
+    tokeniser = RowTokenizer(dataset=dataset, tokenizer=tokenizer, format=split.format, cache=cache)
     with own_rows(split.portions):
         train_set = tokeniser.tokenise(split.train, "to train on", dataset.path)
     with own_rows(split.portions if dataset.eval_path is None else ()):

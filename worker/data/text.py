@@ -17,7 +17,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.text import clean_text
 
 from .check import Checked
-from .forms import form_of
+from .row_forms import form_of
 from .token_findings import learned_tokens
 from .tokens import APART, IGNORED, TokenRow
 from .trained_row import TrainedRow

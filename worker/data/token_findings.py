@@ -19,7 +19,7 @@ from loractl.common.job.sections import Overflow
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.config import find_config
 
-from .forms import form_of
+from .row_forms import form_of
 from .tokens import APART, IGNORED, TokenRow, rendered, rendered_answers, thought_and_answer, with_thought
 
 FEW_STEPS = 10

@@ -24,7 +24,7 @@ from loractl.common.errors import DataError
 from loractl.common.files import sync
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 
-from .forms import form_of
+from .row_forms import form_of
 from .token_rows import TokenRows
 from .tokens import IGNORED, TokenRow
 
@@ -53,7 +53,7 @@ class TokenSet:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokeniser:
+class RowTokenizer:
     """Makes the token sets of one job's data, those to train on and those held out."""
 
     dataset: DatasetSpec

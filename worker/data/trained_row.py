@@ -12,9 +12,9 @@ from loractl.common.job.kinds.preferences import PAIRS
 from loractl.common.job.sections import BadRow
 from loractl.common.job.spec import JobSpec
 
-from .forms import form_of
 from .origin import dataset_hash
 from .prepared import PreparedData, prepare_data
+from .row_forms import form_of
 from .tokens import IGNORED, TokenRow
 
 

@@ -19,7 +19,7 @@ from loractl.common.store.store import Store
 from loractl.worker.clock import SYSTEM, NodeClock
 
 from .deadline import DEADLINE_S
-from .forms import http_message
+from .message_forms import http_message
 from .post import send_mail
 from .program import run_program
 from .web import post

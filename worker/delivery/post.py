@@ -12,7 +12,7 @@ from loractl.common.channel.channels import Channel
 from loractl.common.store.records import Delivery, Parcel
 
 from .deadline import CONNECT_S, DEADLINE_S, broken, connected
-from .forms import mail
+from .message_forms import mail
 
 _PORTS = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
 

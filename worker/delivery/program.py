@@ -12,7 +12,7 @@ from loractl.common.channel.channels import Channel
 from loractl.common.store.records import Delivery, Parcel
 
 from .deadline import DEADLINE_S
-from .forms import facts
+from .message_forms import facts
 
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "TZ")
 """What it gets of the node's environment, which holds passwords."""

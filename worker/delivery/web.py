@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from loractl.common.store.records import Delivery
 
 from .deadline import DEADLINE_S, broken, connected
-from .forms import HttpMessage
+from .message_forms import HttpMessage
 
 _AGAIN = frozenset({408, 425, 429})
 """Refusals that may pass, beside every status from 500 on."""

@@ -24,11 +24,10 @@ from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 
 from .engine import ForwardPass, Session
-from .held_out import held_out_batches, mean_loss
-from .loss import LossLog, MicroBatch, meet
+from .loss import Loss, LossLog, MicroBatch, meet
 from .optimizer import ScaledOptimizer, make_optimizer
-from .order import RowOrder
-from .snapshot import drop_older, read_snapshot, write_snapshot
+from .row_order import RowOrder
+from .saved_state import drop_older, read_snapshot, write_snapshot
 from .streams import read_streams, restore_streams, seed_streams
 
 
@@ -295,3 +294,15 @@ def _trackers(args: TrainingArguments) -> list[TrainerCallback]:
     from transformers.integrations import get_reporting_integration_callbacks
 
     return [kind() for kind in get_reporting_integration_callbacks(args.report_to)]
+
+
+def held_out_batches(rows: Sequence[TokenRow], size: int) -> list[list[TokenRow]]:
+    """Batches of the rows, the longest first, as the report's evaluation has them."""
+    longest_first = sorted(rows, key=lambda row: -len(row.input_ids))
+    return [longest_first[at : at + size] for at in range(0, len(rows), size)]
+
+
+def mean_loss(loss: Loss, batches: Sequence[Sequence[TokenRow]], sums: Sequence[float]) -> float:
+    """The loss per learned token (of a classifier: per row) over all rows, as the report measures it: no matter how
+    large the batches are. `sums`: each batch's summed loss, in nats."""
+    return sum(sums) / sum(loss.count(batch) for batch in batches)

@@ -13,7 +13,7 @@ from loractl.common.job.sections import DataFormat
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode
 
 from .comparison import Compared, Measure
-from .losses import RowScores
+from .row_losses import RowScores
 from .statistics import Array
 
 LATER_ANSWERS_LOSS = Measure(name="later_answers_loss", label="loss on later answers")

@@ -23,8 +23,8 @@ from loractl.worker.base.arithmetic import evaluating, trained_weights, whole_mo
 from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.learner import Learner
-from loractl.worker.data.forms import form_of
 from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow, unlearned
 
 from .answers import Answer, Prompt, answer_metrics, prompts_of, side_by_side
@@ -33,7 +33,7 @@ from .confusion import Labels, label_metrics, labels_taught
 from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
 from .generation import end_ids, generate
 from .harness import Benchmarks
-from .losses import RowScores, by_example, loss_metrics, score_rows
+from .row_losses import RowScores, by_example, loss_metrics, score_rows
 from .stretches import ANSWERS, LABELS, ROWS, Stretch, answered, scored
 
 LABEL_SLACK = 2

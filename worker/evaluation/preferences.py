@@ -24,7 +24,7 @@ from loractl.worker.engine.pairs import Pairs, answer_weight, margins, pair_loss
 from .answers import Answer, answer_metrics, side_by_side, words
 from .comparison import Compared, Measure, percent
 from .evaluation import Evaluation, MeasuredModel, Work, measure_both
-from .losses import RowScores
+from .row_losses import RowScores
 from .statistics import Array
 
 LOSS = Measure(name="loss", label="preference loss")

@@ -1,1 +1,1 @@
-"""The process that serves one device: it wakes, claims, supervises. No torch, at any depth; SQL only through Store."""
+"""The process that serves one device, and trainers that it keeps. No torch, at any depth; SQL only through Store."""

@@ -10,7 +10,7 @@ from loractl.common.store.records import Claim, Left
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import Watch
 from loractl.worker.node.health.self_test import NOT_TESTED
-from loractl.worker.protocol.spare import by_mark
+from loractl.worker.protocol.idle_trainer import by_mark
 
 HOLD_BACK_S = 10.0
 """Seconds for which a job is left to the card that the rule gives it to; after that the card counts as stuck."""

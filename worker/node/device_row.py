@@ -6,7 +6,7 @@ from loractl.common.placement.cards import Card
 from loractl.common.store.records import Arrival, BoxIdentity, NodeState
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import Watch
-from loractl.worker.protocol.spare import by_mark
+from loractl.worker.protocol.idle_trainer import by_mark
 from loractl.worker.protocol.versions import installed_versions
 
 from .options import NodeOptions

@@ -20,9 +20,9 @@ from loractl.common.store.database import REFUSALS, absence, outage, told_by
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.node.health.leftovers import end_strays
 from loractl.worker.node.health.stuck import StuckSupervisors
-from loractl.worker.spare.hosts import Hosts
 
 from .device_row import DeviceRow
+from .hosts import Hosts
 from .slots import Slots
 
 log = logging.getLogger("loractl.worker")
@@ -186,7 +186,7 @@ class Monitor:
             cards = [share.node for share in attempt.claim.shares] or [place.node]
             asked = ((card, orders.get(card) or orders.get(place.settings.host)) for card in cards)
             wanted = [f"{card} is drained by {o.user}: {o.reason}" for card, o in asked if o is not None and o.now]
-            attempt.card_drained = wanted[0] if wanted else None
+            attempt.wishes.card_drained = wanted[0] if wanted else None
         place.drain.order(at_once)  # its supervisors look from here on, and find whose order it is
         if self._hosts is not None:
             self._hosts.closed = order is not None

@@ -33,22 +33,22 @@ from loractl.common.store.store import Store
 from loractl.common.text import clean_text
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.patience import Patience
+from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.delivery.messenger import Messenger
 from loractl.worker.device.devices import Device, find_device
 from loractl.worker.device.occupancy import Watch
 from loractl.worker.node.health.leftovers import end_all, end_strays, has_ranks
 from loractl.worker.node.health.self_test import SelfTest
-from loractl.worker.spare.hosts import Hosts
-from loractl.worker.spare.spares import Spares
-from loractl.worker.storage.client import StoreClient
 
 from .box_identity import read_identity
 from .device_row import DeviceRow
+from .hosts import Hosts
 from .lock import DeviceLock
 from .monitor import Monitor
 from .options import NodeOptions
 from .slots import Slots, slots_of
+from .spare import Spares
 
 log = logging.getLogger("loractl.worker")
 
@@ -159,7 +159,7 @@ class DeviceNode:
 
     def _starts_a_job(self) -> bool:
         """Whether a job is before its first step, or the card may take none: a spare would be in its way, or idle."""
-        starting = any(state.step == 0 and not state.closed for state in self._slots.attempts.values())
+        starting = any(one.heard.step == 0 and not one.own.closed for one in self._slots.attempts.values())
         return starting or self._watch.fault is not None
 
     def _consume(self, app: Any) -> None:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from loractl.common.placement.joins import PACK_MEMBERS
 from loractl.common.store.database import absence, outage
 from loractl.common.store.records import Claim
-from loractl.worker.attempt.state import AttemptState, begin
+from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import OwnTrainer, Watch
 from loractl.worker.node.health.leftovers import close_if_left
-from loractl.worker.protocol.spare import host_name
+from loractl.worker.protocol.idle_trainer import host_name
 
 from .claimer import Claimer
 
@@ -53,7 +53,7 @@ class Slots:
         self._calls = 0  # how often the slots were woken
         self._idle = 0  # slots that sleep
         self._closing = False
-        self._attempts: dict[int, AttemptState] = {}  # slot -> what it supervises
+        self._attempts: dict[int, SupervisedAttempt] = {}  # slot -> what it supervises
         self._max_jobs = max_jobs
         self._count = slots_of(max_jobs, hosts=place.hosts is not None)
         self._threads: list[threading.Thread] = []
@@ -64,7 +64,7 @@ class Slots:
             self._threads.append(self._place.clock.start(serve, f"slot {slot}", daemon=False))
 
     @property
-    def attempts(self) -> dict[int, AttemptState]:
+    def attempts(self) -> dict[int, SupervisedAttempt]:
         """Slot -> what is supervised there at this moment."""
         return self._attempts.copy()
 
@@ -72,11 +72,11 @@ class Slots:
         """What supervisors know of their trainers: numbers, and the memory that each says it holds."""
         return [
             OwnTrainer(
-                job=_name_of(state),
-                pids=state.pids,
-                held=None if state.trainer is None else state.peaks.held,
+                job=_name_of(attempt),
+                pids=attempt.run.pids,
+                held=None if attempt.run.trainer is None else attempt.heard.peaks.held,
             )
-            for state in self.attempts.values()
+            for attempt in self.attempts.values()
         ]
 
     def wake(self) -> None:
@@ -126,14 +126,14 @@ class Slots:
         """Claim and run, until nothing that waits is for this device. `calls`: those that woke this slot."""
         anew = False
         while not self._closing and (claim := self._claim(calls, anew=anew)) is not None:
-            state = self._attempts[slot] = begin(claim, self._place.settings.work_dir, self._place.clock)
+            attempt = self._attempts[slot] = begin(claim, self._place.settings.work_dir, self._place.clock)
             self._changed()
             if self._count > 1:
                 self.wake()  # another slot may have room for the next job
             elif self._calls != calls:
                 self._overheard()  # it came while this slot claimed
-            supervise(self._place, state)
-            close_if_left(self._place, self._watch, claim, state.host)
+            supervise(self._place, attempt)
+            close_if_left(self._place, self._watch, claim, attempt.run.host)
             del self._attempts[slot]
             self._changed()
             calls, anew = self._calls, True
@@ -155,7 +155,7 @@ def slots_of(max_jobs: int, *, hosts: bool) -> int:
     return max_jobs * (PACK_MEMBERS if hosts else 1)
 
 
-def _name_of(state: AttemptState) -> str:
+def _name_of(attempt: SupervisedAttempt) -> str:
     """What stands for a job in its trainer's environment."""
-    host = None if state.trainer is None else state.trainer.host
-    return str(state.claim.job_id) if host is None else host_name(host)
+    host = None if attempt.run.trainer is None else attempt.run.trainer.host
+    return str(attempt.claim.job_id) if host is None else host_name(host)

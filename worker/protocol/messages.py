@@ -282,3 +282,11 @@ def decode_order(line: str) -> Order:
 def decode_told(line: str) -> Told:
     """What the trainer sent. Raises pydantic.ValidationError (a ValueError)."""
     return _told.validate_json(line)
+
+
+def told_in(line: str) -> Told | None:
+    """The message of a line of standard output; None for a library's."""
+    try:
+        return decode_told(line)
+    except ValueError:
+        return None

@@ -16,9 +16,9 @@ from loractl.worker.data.prompt import prompt_for
 
 from .adapter_pool import AdapterPool, BaseChoice, open_pool
 from .card import Footprint, take_card
-from .decoding import Decoder
+from .decoding.decoder import Decoder
+from .decoding.request import Ask, Said
 from .library import Library, Listed, same_base
-from .request import Ask, Said
 
 Messages = list[dict[str, Any]]
 

@@ -40,7 +40,7 @@ class Sections(Protocol):
 
 class TaskKind:
     """What a job learns to do. Code asks the kind and never compares task names. To add one, write a module here and,
-    for the parts that need a model, one in worker/training/kinds."""
+    for the parts that need a model, a class in worker/recipe/kinds.py."""
 
     task: TaskType
     peft = "CAUSAL_LM"

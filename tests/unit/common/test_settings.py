@@ -64,7 +64,7 @@ def test_a_trainer_s_ram_is_a_size_with_its_unit(tmp_path: Path) -> None:
 
 def test_a_lease_and_a_trainer_are_taken_when_they_can_be_meant(tmp_path: Path) -> None:
     home = {"LORACTL_HOME": str(tmp_path)}
-    assert (load_settings(home).lease_s, load_settings(home).trainer) == (60, "loractl.worker.training.trainer")
+    assert (load_settings(home).lease_s, load_settings(home).trainer) == (60, "loractl.worker.recipe.trainer")
     given = load_settings({**home, "LORACTL_LEASE": "6s", "LORACTL_TRAINER": "tests.chaos.trainer"})
     assert (given.lease_s, given.trainer) == (6, "tests.chaos.trainer")
     for lease in ("0", "2s", "2h"):

@@ -15,7 +15,7 @@ from loractl.common.store.records import Claim
 from loractl.worker.device.occupancy import Watch
 from loractl.worker.node.health import leftovers
 from loractl.worker.protocol.messages import Ended, Start
-from loractl.worker.protocol.orders import Orders
+from loractl.worker.recipe.order_desk import Orders
 
 from ...held_lab import HeldLab
 from ...quick_trainer import Sleep, Tell

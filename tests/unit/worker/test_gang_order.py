@@ -26,18 +26,18 @@ from loractl.common.store.records import Claim, NewHost, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Node
 from loractl.common.units import GIB
+from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.order import prepare
-from loractl.worker.attempt.state import AttemptState, begin
 from loractl.worker.attempt.stops import wanted_stop
+from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.trainer_run import _await_other_cards, _lighter
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import find_devices
 from loractl.worker.device.occupancy import RANK_VARIABLE, Watch, card_mark
 from loractl.worker.node.claimer import Claimer
 from loractl.worker.protocol.messages import Ended, Rank
-from loractl.worker.storage.client import StoreClient
-from loractl.worker.training.gang.other_ranks import LINK_LOST, OtherRanks
+from loractl.worker.recipe.other_ranks import LINK_LOST, OtherRanks
 
 from ..factories import node_state, submission
 
@@ -57,7 +57,7 @@ def place(home: Path) -> Workplace:
 
 
 @pytest.fixture
-def state(place: Workplace) -> AttemptState:
+def state(place: Workplace) -> SupervisedAttempt:
     place.store.jobs.submit(submission(base_model="org/a", lora=1, method="lora"))
     claim = place.store.attempts.claim("box:1")
     assert isinstance(claim, Claim)
@@ -66,7 +66,7 @@ def state(place: Workplace) -> AttemptState:
     return state
 
 
-def test_an_order_names_a_process_for_each_card(place: Workplace, state: AttemptState) -> None:
+def test_an_order_names_a_process_for_each_card(place: Workplace, state: SupervisedAttempt) -> None:
     start = prepare(place, state)
     hidden, card = {"CUDA_VISIBLE_DEVICES": ""}, card_mark(place.settings, "box:0")
     assert start.ranks == [
@@ -78,9 +78,9 @@ def test_an_order_names_a_process_for_each_card(place: Workplace, state: Attempt
     assert prepare(place, alone).ranks == []
 
 
-def test_a_drain_of_any_of_its_cards_ends_it_with_a_checkpoint(place: Workplace, state: AttemptState) -> None:
+def test_a_drain_of_any_of_its_cards_ends_it_with_a_checkpoint(place: Workplace, state: SupervisedAttempt) -> None:
     assert wanted_stop(place, state) is None
-    state.card_drained = "box:0 is being drained"
+    state.wishes.card_drained = "box:0 is being drained"
     wish = wanted_stop(place, state)
     assert wish is not None and wish.save and (wish.reason, wish.message) == (Reason.DRAINED, "box:0 is being drained")
 
@@ -105,18 +105,20 @@ def test_the_first_claim_waits_for_the_box_s_other_cards_and_leaves_them_their_j
     assert place.store.attempts.claim("box:0") is not None
 
 
-def test_a_job_says_whose_drain_ends_it_and_not_that_the_worker_stops(place: Workplace, state: AttemptState) -> None:
-    state.card_drained = "box:1 is drained by mara: new fans"
+def test_a_job_says_whose_drain_ends_it_and_not_that_the_worker_stops(
+    place: Workplace, state: SupervisedAttempt
+) -> None:
+    state.wishes.card_drained = "box:1 is drained by mara: new fans"
     place.drain.order(True)
     wish = wanted_stop(place, state)
-    assert wish is not None and (wish.reason, wish.message) == (Reason.DRAINED, state.card_drained)
+    assert wish is not None and (wish.reason, wish.message) == (Reason.DRAINED, state.wishes.card_drained)
     place.drain.ask("checkpoint")
     wish = wanted_stop(place, state)
     assert wish is not None and wish.message == "the worker is being stopped"
 
 
 def test_no_rank_starts_before_a_base_has_left_the_other_card_whose_node_is_woken(
-    place: Workplace, state: AttemptState, home: Path
+    place: Workplace, state: SupervisedAttempt, home: Path
 ) -> None:
     broker_url(place.settings)  # as the home's worker starts it
     place.store.cards.see(node_state("box:0", kind="sim", total=8 * GIB))
@@ -153,7 +155,7 @@ def test_a_claim_of_several_cards_is_supervised_whatever_the_queue_does(place: W
 BAD_RANK = """
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.messages import Ended
-from loractl.worker.training.trainer import main
+from loractl.worker.recipe.trainer import main
 
 
 def run(order, orders, tell):
@@ -166,7 +168,7 @@ if __name__ == "__main__":
 
 
 def test_the_end_names_the_card_whose_rank_failed(
-    place: Workplace, state: AttemptState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Workplace, state: SupervisedAttempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The leader only sees that its link is broken."""
     (tmp_path / "bad_rank.py").write_text(BAD_RANK)
@@ -174,27 +176,27 @@ def test_the_end_names_the_card_whose_rank_failed(
     start = prepare(place, state)
     gang = OtherRanks(start, lambda told: None, "bad_rank")
     broken = Ended(job_id=start.job_id, reason=Reason.TRAINER_ERROR, message=LINK_LOST)
-    state.ended = gang.settle(broken)
+    state.heard.ended = gang.settle(broken)
     assert state.verdict() == (Reason.GPU_ERROR, "rank 1 on box:0: CUDA error: the card has fallen off the bus")
     assert state.failed_card == "box:0"
 
 
-def test_a_trainer_blames_no_card_that_is_not_its_job_s(state: AttemptState) -> None:
+def test_a_trainer_blames_no_card_that_is_not_its_job_s(state: SupervisedAttempt) -> None:
     failed = Ended(job_id=state.claim.job_id, reason=Reason.GPU_ERROR, message="a fault", card="box:1")
     for card, blamed in (("box:1", "box:1"), ("owl:0", None), (None, None)):
-        state.ended = failed.model_copy(update={"card": card})
+        state.heard.ended = failed.model_copy(update={"card": card})
         assert state.failed_card == blamed
-    state.ended, state.forced = failed, (Reason.DRAINED, "the worker is being stopped")
+    state.heard.ended, state.own.forced = failed, (Reason.DRAINED, "the worker is being stopped")
     assert state.failed_card is None
 
 
 def test_ranks_that_divide_a_base_start_anew_with_less_where_the_first_try_was_too_large(
-    place: Workplace, state: AttemptState
+    place: Workplace, state: SupervisedAttempt
 ) -> None:
     """In one process the trainer tries smaller batches itself: then out of memory before the training is the end."""
     start = prepare(place, state)
-    state.pending = Progress(stage=Stage.PREPARING)
-    state.ended = Ended(job_id=start.job_id, reason=Reason.OUT_OF_MEMORY, message="rank 1 on box:0: no room")
+    state.unwritten.pending = Progress(stage=Stage.PREPARING)
+    state.heard.ended = Ended(job_id=start.job_id, reason=Reason.OUT_OF_MEMORY, message="rank 1 on box:0: no room")
     assert _lighter(state, start.model_copy(update={"parallel": Parallel.DATA})) is None
     lighter = _lighter(state, start)
     assert lighter is not None and lighter.adjustment.micro_batch is not None and lighter.ranks == start.ranks

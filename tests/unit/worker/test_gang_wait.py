@@ -15,7 +15,7 @@ from loractl.common.placement.rule import RESERVE_AFTER_S
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 from loractl.worker.protocol.messages import Ended, StageChanged, Start, Stepped
-from loractl.worker.protocol.orders import Orders
+from loractl.worker.recipe.order_desk import Orders
 
 from ...held_lab import LEASE_S, HeldLab
 from ...quick_trainer import Sleep, Tell

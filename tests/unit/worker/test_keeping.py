@@ -18,7 +18,7 @@ from loractl.common.store.store import Store
 from loractl.common.store.verbs.attempts import AttemptVerbs
 from loractl.worker.attempt import checkpoint_upload
 from loractl.worker.attempt.checkpoint_upload import CheckpointUpload
-from loractl.worker.storage.client import CallWatch, StoreClient
+from loractl.worker.attempt.storage.client import CallWatch, StoreClient
 
 from ...databases import SQLITE_ALONE
 from ..factories import submission, take

@@ -8,7 +8,7 @@ from loractl.common.job.status import Reason, Status
 from loractl.worker.attempt.stops import DRAIN_GRACE_S, STOP_GRACE_S
 from loractl.worker.attempt.workplace import BEAT_S
 from loractl.worker.protocol.messages import Ended, Stage, StageChanged, Start, Stepped
-from loractl.worker.protocol.orders import Orders
+from loractl.worker.recipe.order_desk import Orders
 
 from ...held_lab import HeldLab
 from ...quick_trainer import Sleep, Tell

@@ -16,8 +16,8 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.protocol.messages import Ended, Peaks, Rank, Start, Told
-from loractl.worker.training.gang import other_ranks
-from loractl.worker.training.gang.other_ranks import LINK_LOST, OtherRanks
+from loractl.worker.recipe import other_ranks
+from loractl.worker.recipe.other_ranks import LINK_LOST, OtherRanks
 
 Begin = Callable[..., OtherRanks]
 

@@ -17,7 +17,7 @@ from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.memory.engine import ENGINE
 from loractl.worker.attempt.trainer_run import CHECKPOINT_GRACE_S
 from loractl.worker.protocol.messages import Ended, Start
-from loractl.worker.protocol.orders import Orders
+from loractl.worker.recipe.order_desk import Orders
 
 from ...held_lab import LEASE_S, HeldLab, Train
 from ...quick_trainer import Sleep, Tell, train

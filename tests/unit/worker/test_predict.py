@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loractl.worker.commands.predict import write_outcomes
-from loractl.worker.prediction.outcome import Outcome
+from loractl.worker.serving.prediction import Outcome
 
 
 def _broken_off(after: int) -> Iterator[Outcome]:

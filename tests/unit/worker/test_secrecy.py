@@ -73,7 +73,7 @@ def shown(pid):
 LOOK = f"""{SHOWN}
 import json, subprocess, sys, time
 import psutil
-from loractl.worker.storage.client import StoreClient
+from loractl.worker.attempt.storage.client import StoreClient
 
 plain = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
 store = StoreClient(Path(sys.argv[1]).as_uri())

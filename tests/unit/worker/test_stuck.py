@@ -19,12 +19,12 @@ from loractl.common.store.database import connect
 from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
+from loractl.worker.attempt import trainer_process as trainer_module
+from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.drain import Drain
-from loractl.worker.attempt.link import trainer as trainer_module
-from loractl.worker.attempt.link.trainer import TrainerLink, TrainerProcess
 from loractl.worker.attempt.log import LogBook
-from loractl.worker.attempt.process import launch
-from loractl.worker.attempt.state import AttemptState, begin
+from loractl.worker.attempt.storage.client import StoreClient
+from loractl.worker.attempt.trainer_process import TrainerLink, TrainerProcess, launch
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.devices import CpuDevice, SimulatedDevice
 from loractl.worker.node.health import stuck as module
@@ -32,9 +32,8 @@ from loractl.worker.node.health.stuck import StuckSupervisors
 from loractl.worker.node.monitor import TRIES
 from loractl.worker.node.node import DeviceNode, place_of
 from loractl.worker.node.options import NodeOptions
+from loractl.worker.protocol.idle_trainer import shared
 from loractl.worker.protocol.messages import Stop
-from loractl.worker.protocol.spare import shared
-from loractl.worker.storage.client import StoreClient
 
 from ..factories import node_state, submission
 
@@ -85,12 +84,12 @@ def sigterms() -> Iterator[list[int]]:
     signal.signal(signal.SIGTERM, before)
 
 
-def attempt(place: Workplace, link: TrainerLink | None = None) -> AttemptState:
+def attempt(place: Workplace, link: TrainerLink | None = None) -> SupervisedAttempt:
     place.store.jobs.submit(submission(lora=1, method="lora"))
     claim = place.store.attempts.claim("box:0")
     assert isinstance(claim, Claim)
     state = begin(claim, place.settings.work_dir)
-    state.trainer = link
+    state.run.trainer = link
     return state
 
 

@@ -20,18 +20,18 @@ from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
+from loractl.worker.attempt.attempt import begin
 from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.order import stored_checkpoint
 from loractl.worker.attempt.result import mark_ready, ready_result, take_ready
-from loractl.worker.attempt.state import begin
+from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.data.template import templated
-from loractl.worker.data.token_set import Tokeniser
+from loractl.worker.data.token_set import RowTokenizer
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.protocol.marker import MARKER, close_checkpoint, is_complete
-from loractl.worker.storage.client import StoreClient
-from loractl.worker.training.checkpoint import newest_checkpoint
+from loractl.worker.recipe.checkpoint import newest_checkpoint
 
 from .. import factories
 
@@ -93,7 +93,9 @@ def test_a_result_that_was_taken_over_outlives_an_attempt_that_is_killed_before_
         state = begin(claim(attempt), tmp_path)
         (state.folder / "result").mkdir(parents=True)
         assert take_ready(state) == "6 steps"
-        assert state.ended is None, "the supervisor's thread alone says so: the attempt may be stopped at this moment"
+        assert state.heard.ended is None, (
+            "the supervisor's thread alone says so: the attempt may be stopped at this moment"
+        )
     assert (state.folder / "result" / "adapter" / "adapter_model.safetensors").read_bytes() == b"weights"
 
 
@@ -193,7 +195,7 @@ class Tokens:
 
     def kept(self) -> list[TokenRow]:
         dataset = DatasetSpec(path="/rows.jsonl", max_length=64)
-        tokeniser = Tokeniser(dataset=dataset, tokenizer=self, format=DataFormat.TEXT, cache=self.cache)
+        tokeniser = RowTokenizer(dataset=dataset, tokenizer=self, format=DataFormat.TEXT, cache=self.cache)
         return list(tokeniser.tokenise([Example(number=1, text=self.text)], "to train on", "rows.jsonl").rows)
 
     def files(self) -> Path:

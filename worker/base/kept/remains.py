@@ -5,13 +5,17 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+
+from loractl.worker.protocol.messages import Start
 
 TENSORS_LEFT = 1 << 20
 """Bytes of tensors that libraries may keep for themselves: tables of positions, of code words."""
@@ -24,7 +28,7 @@ JOIN_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Surroundings:
+class ProcessBaseline:
     """A process before a training: what is there then is not the training's."""
 
     threads: frozenset[int] = field(default_factory=lambda: frozenset(t.ident or 0 for t in threading.enumerate()))
@@ -115,3 +119,46 @@ def open_files() -> list[str]:
 
 def _children() -> list[int]:
     return [child.pid for child in psutil.Process().children()]
+
+
+LOOK_S = 0.02
+"""Seconds between two looks at tensors: a step of the others that began with the training may hold them to its end."""
+
+
+@dataclass(kw_only=True)
+class TrainingRemains:
+    """Note what a training makes; after its end, see what of that is still here.
+
+    Tables that libraries make while others train can be told apart only when all have gone (`ProcessBaseline`).
+    """
+
+    order: Start
+    _tensors: list[weakref.ref[Any]] = field(default_factory=list)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def note(self, tensors: Iterable[Any]) -> None:
+        """These are the training's own."""
+        self._tensors += map(weakref.ref, tensors)
+
+    def note_thread(self, thread: threading.Thread) -> None:
+        self._threads.append(thread)
+
+    def left(self) -> str | None:
+        """What is still here, in words."""
+        for thread in self._threads:
+            thread.join(timeout=JOIN_S)
+            if thread.is_alive():
+                return f"the thread {thread.name} still runs"
+        gc.collect()  # a mapped file is open for as long as a cycle of an error holds it
+        own = tuple(str(Path(folder).parent) + "/" for folder in (self.order.output_dir, self.order.checkpoint_dir))
+        if files := sorted(name for name in open_files() if name.startswith(own)):
+            return f"{files[0]} is still open"
+        deadline = time.monotonic() + JOIN_S
+        while (size := self._held()) and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+        return f"{size / 2**20:.1f} MiB of its tensors are still there" if size else None
+
+    def _held(self) -> int:
+        """Bytes of its tensors that live."""
+        gc.collect()
+        return sum(one.untyped_storage().nbytes() for ref in self._tensors if (one := ref()) is not None)

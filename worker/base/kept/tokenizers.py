@@ -9,14 +9,14 @@ from typing import Any
 
 from loractl.worker.base.identity import Traits, traits_of
 
-from .imprint import copied
+from .model_snapshot import copied
 
 KEPT = 2
 """Tokenizers that wait: a job that joins another one needs one beside its."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lent:
+class BorrowedTokenizer:
     """A tokenizer that one training has."""
 
     tokenizer: Any
@@ -56,24 +56,24 @@ class Tokenizers:
         self._free: list[tuple[Any, _Made]] = []
         self._lock = threading.Lock()
 
-    def take(self, source: tuple[str, str | None], make: Callable[[], Any]) -> Lent:
+    def take(self, source: tuple[str, str | None], make: Callable[[], Any]) -> BorrowedTokenizer:
         """A tokenizer of the base of that name and revision, as `make` makes it. Raises what that does."""
         try:
             traits = traits_of(*source)
         except OSError:
-            return Lent(tokenizer=make(), made=None)  # where there are no files, it says so better
+            return BorrowedTokenizer(tokenizer=make(), made=None)  # where there are no files, it says so better
         with self._lock:
             for place, (tokenizer, made) in enumerate(self._free):
                 if made.traits == traits:
                     del self._free[place]
-                    return Lent(tokenizer=tokenizer, made=made)
+                    return BorrowedTokenizer(tokenizer=tokenizer, made=made)
         tokenizer = make()
-        return Lent(tokenizer=tokenizer, made=_Made.of(tokenizer, traits))
+        return BorrowedTokenizer(tokenizer=tokenizer, made=_Made.of(tokenizer, traits))
 
-    def give_back(self, lent: Lent) -> None:
+    def give_back(self, borrowed: BorrowedTokenizer) -> None:
         """A training needs it no more. One that fails gives nothing back."""
-        if lent.made is None:
+        if borrowed.made is None:
             return
-        lent.made.restore(lent.tokenizer)
+        borrowed.made.restore(borrowed.tokenizer)
         with self._lock:
-            self._free = [(lent.tokenizer, lent.made), *self._free][:KEPT]
+            self._free = [(borrowed.tokenizer, borrowed.made), *self._free][:KEPT]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .card import is_on_card
+from .card_kernels import is_on_card
 from .scratch import Scratch
 
 

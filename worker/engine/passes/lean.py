@@ -29,7 +29,7 @@ from loractl.worker.engine.streams import RandomStreams
 from . import wide
 from .cross_entropy import LateGradient, scaled, summed_losses, widened
 from .rotary import Rotary
-from .rows import RowLayout
+from .row_attention import RowLayout
 from .scratch import Scratch
 
 

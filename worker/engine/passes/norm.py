@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 
-from .card import is_on_card
+from .card_kernels import is_on_card
 
 
 def take_over_norms(model: Any) -> None:

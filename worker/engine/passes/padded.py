@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from loractl.worker.data.batch import collate, inputs_of
+from loractl.worker.data.collation import collate, inputs_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import Backward, CrossEntropy, Loss, MicroBatch, accepts_window, own_loss
-from loractl.worker.engine.noise import noisy_embeddings
 from loractl.worker.engine.streams import RandomStreams
 
 
@@ -86,3 +86,23 @@ class PaddedPass:
 def _is_model_s_own(loss: Loss) -> bool:
     """Whether the model's code computes it. Some of that knows nothing of a window."""
     return isinstance(loss, CrossEntropy) and not loss.smoothing
+
+
+@contextlib.contextmanager
+def noisy_embeddings(model: Any, alpha: float | None) -> Iterator[None]:
+    """Add uniform noise of magnitude alpha / sqrt(length x width) to the embeddings of a model in training mode."""
+    if alpha is None:
+        yield
+        return
+
+    def add(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return output
+        most = alpha / torch.sqrt(torch.tensor(output.size(1) * output.size(2)))
+        return output + torch.zeros_like(output).uniform_(-most, most)
+
+    hook = model.get_base_model().get_input_embeddings().register_forward_hook(add)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -15,7 +15,7 @@ import torch
 
 from . import apart, wide
 from .apart import LayerShape
-from .card import is_on_card
+from .card_kernels import is_on_card
 
 ADAPTER = "default"
 """peft's name of an adapter that is alone in its view of the base."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .card import is_on_card
+from .card_kernels import is_on_card
 
 NAME = "apply_rotary_pos_emb"
 """What models' code calls its function."""

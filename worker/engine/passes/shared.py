@@ -7,7 +7,9 @@ and loss see their own span alone, so what one training computes does not depend
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-from loractl.worker.base.arithmetic import Precision
+from loractl.worker.base.arithmetic import Precision, keep_nf4_in_training_mode
 from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.processor import arithmetic
 from loractl.worker.data.tokens import TokenRow
@@ -26,7 +28,6 @@ from . import apart, wide
 from .lean import HeadPart, LeanModel, LeanPass, RowsBehindEachOther
 from .norm import take_over_norms
 from .product import ADAPTER, CantShare, ExpertsApart, FrozenProduct, SharedProduct, Span, Spans
-from .view import view_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,3 +266,15 @@ class SharedPass(LeanPass):
     def piece(self, batch: MicroBatch, backward: Backward) -> Piece:
         """This training's part of a pass."""
         return Piece(model=self.model, batch=batch, backward=backward, streams=self.streams, loss=self.loss)
+
+
+def view_of(base: Any) -> Any:
+    """A model with modules, flags and config of its own, and with the tensors of `base`: an adapter that is put on it,
+    eval mode, or an attention chosen for it are nobody else's. It takes milliseconds and no memory of the device."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(base.parameters(), base.buffers())}
+    for module in base.modules():
+        if (state := getattr(module, "quant_state", None)) is not None:  # of an NF4 layer: scales of its weight
+            memo[id(state)] = state
+    view = copy.deepcopy(base, memo)
+    keep_nf4_in_training_mode(view)  # what holds the base's layers in training mode holds the base's alone
+    return view

@@ -8,7 +8,7 @@ from loractl.common.store.records import Claim
 from loractl.common.units import gib
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import RANK_VARIABLE, Watch, card_mark, end_leftovers, run_mark, runs_of
-from loractl.worker.protocol.spare import host_name
+from loractl.worker.protocol.idle_trainer import host_name
 
 log = logging.getLogger("loractl.worker")
 

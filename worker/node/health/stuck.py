@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 
 from loractl.common.job.status import Reason
-from loractl.worker.attempt.state import AttemptState
+from loractl.worker.attempt.attempt import SupervisedAttempt
 from loractl.worker.attempt.stops import DRAIN_GRACE_S
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.protocol.messages import Stop
@@ -39,14 +39,14 @@ class StuckSupervisors:
         self._killed: set[str] = set()  # tokens of attempts whose trainer was killed for it
         self._looked_at = place.clock.now()
 
-    def end(self, attempts: Mapping[int, AttemptState]) -> None:
+    def end(self, attempts: Mapping[int, SupervisedAttempt]) -> None:
         """Do what the longest silences ask for. `attempts`: slot -> what is supervised there."""
         silences = list(self._silences(attempts))
-        stuck = [(state, silent) for state, silent in silences if silent >= self._patience]
-        for state, silent in stuck:
-            if state.claim.token not in self._killed:
-                self._killed.add(state.claim.token)
-                _kill_trainer(state, silent)
+        stuck = [(attempt, silent) for attempt, silent in silences if silent >= self._patience]
+        for attempt, silent in stuck:
+            if attempt.claim.token not in self._killed:
+                self._killed.add(attempt.claim.token)
+                _kill_trainer(attempt, silent)
         longest = max((silent for _, silent in stuck), default=0.0)
         if longest < 2 * self._patience:
             return
@@ -55,35 +55,37 @@ class StuckSupervisors:
             self._place.drain.end_alone()
             self._place.drain.ask("checkpoint")
             os.kill(os.getpid(), signal.SIGTERM)  # else one that turns again would leave a node that takes no jobs
-        others = [state for state, silent in silences if silent < self._patience and not state.closed]
+        others = [attempt for attempt, silent in silences if silent < self._patience and not attempt.own.closed]
         if not others or longest > 2 * self._patience + DRAIN_GRACE_S:
             os._exit(1)  # the trainers end with their stdin
 
-    def _silences(self, attempts: Mapping[int, AttemptState]) -> Iterator[tuple[AttemptState, float]]:
+    def _silences(self, attempts: Mapping[int, SupervisedAttempt]) -> Iterator[tuple[SupervisedAttempt, float]]:
         """How long each supervisor has not turned, by the time that this process itself ran."""
         now = self._place.clock.now()
         ran, self._looked_at = min(now - self._looked_at, LOOK_MOST_S), now
-        for slot, state in attempts.items():
+        for slot, attempt in attempts.items():
             turned_at, silent = self._silent.get(slot, (0.0, 0.0))
-            silent = 0.0 if state.closed or state.turned_at != turned_at else silent + ran
-            self._silent[slot] = state.turned_at, silent
-            yield state, silent
+            silent = 0.0 if attempt.own.closed or attempt.own.turned_at != turned_at else silent + ran
+            self._silent[slot] = attempt.own.turned_at, silent
+            yield attempt, silent
 
 
-def _kill_trainer(state: AttemptState, silent: float) -> None:
-    trainer = state.trainer
+def _kill_trainer(attempt: SupervisedAttempt, silent: float) -> None:
+    trainer = attempt.run.trainer
     if trainer is None or trainer.poll() is not None:
         return
     if not trainer.alone:
-        log.error("job %s: its supervisor is stuck, and the trainer continues with its other jobs", state.claim.job_id)
-        stop = Stop(job_id=state.claim.job_id, save=False)
+        log.error(
+            "job %s: its supervisor is stuck, and the trainer continues with its other jobs", attempt.claim.job_id
+        )
+        stop = Stop(job_id=attempt.claim.job_id, save=False)
         # in a thread: the stuck supervisor may be sending itself, and the monitor must not wait for that
         threading.Thread(target=trainer.send, args=(stop,), name="stop", daemon=True).start()
         return
-    log.error("job %s: its supervisor is stuck, the trainer is killed", state.claim.job_id)
-    if state.forced is None:
-        state.forced = Reason.TRAINER_ERROR, f"the supervisor was stuck for {silent:.0f} s"
+    log.error("job %s: its supervisor is stuck, the trainer is killed", attempt.claim.job_id)
+    if attempt.own.forced is None:
+        attempt.own.forced = Reason.TRAINER_ERROR, f"the supervisor was stuck for {silent:.0f} s"
     try:
         os.killpg(trainer.pid, signal.SIGKILL)
     except OSError as error:
-        log.warning("job %s: its trainer could not be killed: %s", state.claim.job_id, error)
+        log.warning("job %s: its trainer could not be killed: %s", attempt.claim.job_id, error)

@@ -1,0 +1,290 @@
+"""An attempt as its supervisor has it: what it is, what its trainer told, what others ask, what its row lacks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import queue
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.need import Need, Roomy
+from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.placement.pack_rule import MeasuredPass
+from loractl.common.store.records import Beat, Claim, Progress, rung_points
+from loractl.worker.clock import SYSTEM, NodeClock
+from loractl.worker.protocol.log_lines import log_line
+from loractl.worker.protocol.messages import (
+    Adjusted,
+    Ended,
+    Learned,
+    MemberLeft,
+    Note,
+    Opened,
+    Passed,
+    Peaks,
+    Planned,
+    Saved,
+    StageChanged,
+    Stepped,
+    Told,
+)  # fmt: skip
+
+from .log import LOG_FILE, LogBook, append_line
+from .trainer_process import TrainerLink
+
+log = logging.getLogger("loractl.worker")
+
+SAY_EVERY_S = 10.0
+"""Seconds between two lines about a job's steps at a worker's terminal; its history has them all."""
+
+
+@dataclass(kw_only=True)
+class Heard:
+    """What an attempt's trainers have told, folded message by message."""
+
+    at: float  # when one last said something
+    adjustment: Adjustment  # what out-of-memory has changed in the job so far
+    changes: list[str] = field(default_factory=list)  # what this trainer said of its adjustments
+    step: int = 0
+    peaks: Peaks = field(default_factory=Peaks)
+    ended: Ended | None = None
+    opened: Opened | None = None  # others may join its trainer, which was not written yet
+    passes: list[MeasuredPass] = field(default_factory=list)  # not handed on yet
+    saved: list[Saved] = field(default_factory=list)  # checkpoints that are not handed on yet
+
+    def take(self, message: Told) -> None:
+        if isinstance(message, (Stepped, Ended)) and message.peaks is not None:
+            self.peaks = self.peaks.above(message.peaks)
+        if isinstance(message, Ended):
+            self.ended = message
+        elif isinstance(message, Stepped):
+            self.step = message.step
+        elif isinstance(message, Adjusted):
+            self.adjustment = message.adjustment
+        elif isinstance(message, Note) and message.kind == "memory":
+            self.changes.append(message.text)
+        elif isinstance(message, Saved):
+            self.saved.append(message)
+        elif isinstance(message, Opened):
+            self.opened = message
+        elif isinstance(message, Passed):
+            told = {name: getattr(message, name) for name in ("tokens", "members", "seconds", "wall_seconds")}
+            self.passes.append(MeasuredPass(**told))
+
+
+@dataclass(kw_only=True)
+class Wishes:
+    """What others ask of an attempt: people and the rule by its beats, an order to drain by the node's monitor."""
+
+    cancel_requested: bool = False
+    preempted_by: int | None = None
+    pruned: str | None = None  # why its sweep stops the job
+    card_drained: str | None = None  # whose order keeps one of its cards empty
+    time_limit: float | None = None  # seconds, as the last beat brought it: an edit reaches a job that runs
+
+    def take(self, beat: Beat) -> None:
+        self.cancel_requested, self.preempted_by = beat.cancel_requested, beat.preempted_by
+        if beat.recorded:
+            self.pruned = beat.pruned or self.pruned
+            self.time_limit = beat.time_limit if beat.accepted else self.time_limit
+
+
+@dataclass(kw_only=True)
+class Unwritten:
+    """What the attempt's row does not have yet."""
+
+    log: LogBook
+    pending: Progress = field(default_factory=Progress)
+    refused: str | None = None  # what the database last said against a write, in the history already
+    _noted: queue.SimpleQueue[tuple[str, str]] = field(default_factory=queue.SimpleQueue)  # by any thread
+
+    def note(self, kind: str, text: str) -> None:
+        """Add a line to the job's history with the next beat; any thread may."""
+        self._noted.put((kind, text))
+
+    def take(self, message: Told) -> None:
+        if isinstance(message, (StageChanged, Note, Adjusted, Planned, Stepped)):
+            self.pending = _fold(self.pending, message)
+
+    def progress(self, peaks: Peaks, *, last: bool = False) -> Progress:
+        """What is new since the last successful write."""
+        while not self._noted.empty():
+            self.pending = replace(self.pending, events=(*self.pending.events, self._noted.get()))
+        return replace(
+            self.pending,
+            vram_peak=peaks.reserved,
+            vram_allocated=peaks.allocated,
+            vram_process=peaks.process,
+            log=self.log.take(last=last),
+        )
+
+    def bare_progress(self, step: int, why: str) -> Progress:
+        """The stage and the result's box alone, in place of what the database refused; once for each cause a line."""
+        new, self.refused = why != self.refused, why
+        text = f"the database refused what was told at step {step}, which is left out: {why}"
+        events = (("database", text),) if new else ()
+        return Progress(stage=self.pending.stage, result_host=self.pending.result_host, events=events)
+
+    def written(self) -> None:
+        """The row has it."""
+        self.pending = Progress(stage=self.pending.stage)
+        self.log.written()
+
+
+@dataclass(kw_only=True)
+class TrainerRun:
+    """The trainer that an attempt is in, and those before."""
+
+    began: float | None = None  # when the attempt began to train, by the clock
+    trainer: TrainerLink | None = None
+    host: str | None = None  # the mark of the trainer that it has shared, or may have
+    stayed: bool = False  # its trainer waits for the next job; its row may name that host, shared or not
+    pids: frozenset[int] = frozenset()  # of all trainers that ran for it
+    goes_on_alone: bool = False  # its next attempt, as it was in a trainer that others need
+
+
+@dataclass(kw_only=True)
+class Supervision:
+    """What the supervisor has done, and how it fares."""
+
+    turned_at: float  # when it last passed through its loop
+    said_at: float = -math.inf  # when a step was last named at the terminal
+    store_away: bool = False  # fetching or storing waits for the artifact store
+    forced: tuple[Reason, str] | None = None  # why it stopped the trainer
+    kill_at: float | None = None
+    lease_lost: bool = False
+    gone_as: Status | None = None  # what its job became when its row was closed; it is not out of its trainer yet
+    closed: bool = False  # its row is closed; what follows is housekeeping
+    result_refused: bool = False  # the row does not name the result: its files are kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedAttempt:
+    """One attempt from its claim on. Its supervisor's thread writes the parts; the node's monitor writes a drain into
+    `wishes`, and into `own` why it ended the trainer of a supervisor that hangs."""
+
+    claim: Claim
+    folder: Path  # of this attempt alone
+    clock: NodeClock
+    heard: Heard
+    wishes: Wishes
+    unwritten: Unwritten
+    own: Supervision
+    run: TrainerRun = field(default_factory=TrainerRun)
+
+    def turn(self) -> None:
+        """Say that the supervisor is alive."""
+        self.own.turned_at = self.clock.now()
+
+    def phase(self, stage: Stage, text: str) -> None:
+        """Say what begins and may take long, in history and log; any thread may."""
+        self.unwritten.note("phase", text)
+        self.say(stage, text)
+
+    def say(self, stage: Stage, text: str) -> None:
+        """Add a line to the log, and to its file while no trainer writes there and the disk has room."""
+        line = log_line(stage.value, text)
+        self.unwritten.log.put(line)
+        with contextlib.suppress(OSError):  # as a trainer's lines: the database has it all the same
+            append_line(self.folder / LOG_FILE, line)
+
+    def hear(self, message: Told | str) -> None:
+        """Take what the trainer told: a message, or another line."""
+        trainer = self.run.trainer
+        if not isinstance(message, (Passed, Learned)) or trainer is None or trainer.alone:
+            self.heard.at = self.clock.now()  # of several jobs' passes any one is told
+        if isinstance(message, str):
+            self.unwritten.log.put(message)
+            return
+        self.heard.take(message)
+        self.unwritten.take(message)
+        self._show(message)
+
+    def beaten(self, beat: Beat) -> None:
+        """Take a beat's answer: what was pending is written, if it was recorded."""
+        self.wishes.take(beat)
+        if beat.recorded:
+            self.unwritten.written()
+            self.own.lease_lost |= not beat.accepted  # once lost it stays lost
+
+    def rung_reached(self) -> int:
+        """The step of a rung that the next beat tells, 0 without one. A loser trains in vain until that beat."""
+        return max((point.step for point in rung_points(self.claim, self.unwritten.pending)), default=0)
+
+    def verdict(self) -> tuple[Reason, str]:
+        """The attempt's reason: what the trainer said, unless we stopped it before it was done."""
+        ended, forced = self.heard.ended, self.own.forced
+        if ended is not None and (forced is None or ended.reason is Reason.OK):
+            return ended.reason, ended.message
+        return forced or (Reason.TRAINER_ERROR, "the trainer was silent")
+
+    @property
+    def failed_card(self) -> str | None:
+        """Of several cards the one that the verdict is about; None: the first, or it is about none. A trainer may run
+        a stranger's code: it blames no card that the attempt does not have."""
+        card = None if self.heard.ended is None or self.own.forced is not None else self.heard.ended.card
+        return card if any(share.node == card for share in self.claim.shares) else None
+
+    def _show(self, message: Told) -> None:
+        """At the worker's terminal."""
+        if isinstance(message, Stepped):
+            self._show_step(message)
+        elif isinstance(message, Note) and message.kind != "saved":  # as often as the job file says
+            log.info("job %s: %s", message.job_id, message.text)
+        elif isinstance(message, MemberLeft) and message.fault is not None:
+            log.warning(
+                "job %s: its trainer takes no more jobs and ends with its last: %s", message.job_id, message.fault
+            )
+
+    def _show_step(self, message: Stepped) -> None:
+        now, last = self.clock.now(), message.step >= message.total_steps
+        if "loss" not in message.metrics or (now - self.own.said_at < SAY_EVERY_S and not last):
+            return
+        self.own.said_at = now
+        loss = message.metrics["loss"]
+        log.info("job %s: step %s of %s, loss %.3f", message.job_id, message.step, message.total_steps, loss)
+
+
+def begin(claim: Claim, work_dir: Path, clock: NodeClock = SYSTEM) -> SupervisedAttempt:
+    """An attempt that was just claimed."""
+    return SupervisedAttempt(
+        claim=claim,
+        folder=work_dir / str(claim.job_id) / f"attempt-{claim.attempt}",
+        clock=clock,
+        heard=Heard(at=clock.now(), adjustment=claim.adjustment),
+        wishes=Wishes(time_limit=claim.spec.resources.time_limit),
+        unwritten=Unwritten(log=LogBook(clock=clock)),
+        own=Supervision(turned_at=clock.now()),
+    )
+
+
+def _fold(progress: Progress, message: Told) -> Progress:
+    if isinstance(message, StageChanged):
+        return replace(progress, stage=message.stage)
+    if isinstance(message, Note):
+        events = (*progress.events, (message.kind, message.text))
+        resumed = message.resumed_from_step or progress.resumed_from_step
+        return replace(progress, events=events, resumed_from_step=resumed)
+    if isinstance(message, Adjusted):
+        return replace(progress, adjustment=message.adjustment)
+    if isinstance(message, Planned):
+        need, roomy = Need(lora=message.lora, qlora=message.qlora), message.roomy
+        roomy_too = None if roomy is None else Roomy.read(roomy)
+        return replace(progress, need=need, roomy=roomy_too, running=message.running)
+    assert isinstance(message, Stepped)
+    metrics = tuple((message.step, name, value) for name, value in message.metrics.items())
+    return replace(
+        progress,
+        step=message.step,
+        total_steps=message.total_steps,
+        metrics=progress.metrics + metrics,
+        loss=message.metrics.get("loss", progress.loss),
+        eta_seconds=message.eta_seconds,
+        eta_spread_seconds=message.eta_spread_seconds,
+        evaluated=message.evaluated,
+        to_evaluate=message.to_evaluate,
+        tokens_per_second=message.tokens_per_second or progress.tokens_per_second,
+    )

@@ -1,1 +1,0 @@
-"""An attempt's link to its trainer, whose process it may share with others. No row and no order is made here."""

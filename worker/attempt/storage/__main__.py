@@ -1,0 +1,14 @@
+"""A process that makes a node's calls of the artifact store (`service`).
+
+    python -m loractl.worker.attempt.storage
+
+A call that hangs, as on a hard NFS mount, holds this process alone: the node leaves it and takes another one.
+"""
+
+from loractl.worker.protocol.secrecy import hide_environment
+
+if __name__ == "__main__":
+    hide_environment()  # before the imports, which take half a second
+    from .service import main
+
+    main()

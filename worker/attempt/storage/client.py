@@ -1,0 +1,196 @@
+"""The artifact store for a node: its calls run in processes that can be left, with a deadline for silence."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from loractl.common.artifacts import Binding, Manifest
+from loractl.common.errors import ServiceUnreachable
+from loractl.common.settings import redacted
+
+from .calls import as_error, manifest_of
+
+log = logging.getLogger("loractl.worker")
+
+DEADLINE_S = 300.0
+"""A call that moves nothing for so long is given up: its process is killed, and another one tries again. 32 MiB
+move between two signs of life, as two parts to S3 or at once to a folder's disk: so either must take 112 kB/s."""
+
+LOOK_S = 0.2
+"""Seconds between two looks at whether a call is still wanted."""
+
+IDLE = 1
+"""Processes that are kept for a next call: their start costs a good part of a second."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallWatch:
+    """How a caller waits for a call."""
+
+    deadline_s: float = DEADLINE_S
+    slow_s: float = math.inf  # of silence, after which `silent` is told
+    silent: Callable[[str], None] = lambda doing: None  # what the call does that has had no answer
+    going_on: Callable[[], None] = lambda: None  # it has one again
+    over: Callable[[], bool] = lambda: False  # whether the answer is no longer wanted
+
+
+class StoreClient:
+    """The artifact store at a URL. Raises what ArtifactStore raises, and ServiceUnreachable for a call that hangs."""
+
+    def __init__(self, url: str, watch: CallWatch | None = None, pool: _Pool | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.watch = watch or CallWatch()
+        self._pool = pool or _Pool()
+
+    def watched(self, watch: CallWatch) -> StoreClient:
+        """The same store for a caller who waits in another way."""
+        return StoreClient(self.url, watch, self._pool)
+
+    def make_ready(self) -> None:
+        """Have a process for the next call, which then does not wait for its start. Where none can be made, it is the
+        next call that says so."""
+        try:
+            self._pool.give(self._pool.take())
+        except (OSError, RuntimeError) as error:  # no memory for a process, or no thread for its pipe
+            log.warning("no process for the artifact store could be made ahead: %s", error)
+
+    def fetch_dataset(self, uri: str, sha256: str, folder: Path) -> Path:
+        """See ArtifactStore."""
+        return Path(self._call("fetch_dataset", uri, sha256, str(folder)))
+
+    def pull(self, stored: Binding, target: Path, part: str = "") -> Manifest:
+        """Copy its files that begin with `part` into `target`, verified, under the rest of their names."""
+        return manifest_of(self._call("pull", vars(stored), str(target), part))
+
+    def put_result(self, folder: Path, prefix: str) -> Manifest:
+        """See ArtifactStore."""
+        return manifest_of(self._call("put_result", str(folder), prefix))
+
+    def remove_checkpoint(self, prefix: str) -> None:
+        """See ArtifactStore."""
+        self._call("remove_checkpoint", prefix)
+
+    def remove_checkpoints(self, job_id: int, attempt: int) -> None:
+        """See ArtifactStore."""
+        self._call("remove_checkpoints", job_id, attempt)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        try:
+            process = self._pool.take()
+        except (OSError, RuntimeError) as error:  # as in make_ready: it passes, and is no fault of what is stored
+            raise _unreachable(self.url, f"no process could be started for it: {error}") from error
+        try:
+            answer = process.ask({"url": self.url, "call": name, "arguments": arguments}, self.watch)
+        except BaseException:
+            process.leave()
+            raise
+        self._pool.give(process)
+        if "error" in answer:
+            raise as_error(answer["error"])
+        return answer["value"]
+
+
+class _Pool:
+    """Processes without a call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[_StoreProcess] = []
+
+    def take(self) -> _StoreProcess:
+        with self._lock:
+            while self._idle:
+                process = self._idle.pop()
+                if process.alive:
+                    return process
+        return _StoreProcess()
+
+    def give(self, process: _StoreProcess) -> None:
+        with self._lock:
+            if len(self._idle) < IDLE:
+                self._idle.append(process)
+                return
+        process.leave()
+
+
+class _StoreProcess:
+    """One process and its pipes. It ends with its stdin, and so with this process, unless its call hangs in the
+    kernel: then as soon as that lets it go."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "loractl.worker.attempt.storage"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        self._answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=_read, args=(self._process.stdout, self._answers), daemon=True).start()
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def leave(self) -> None:
+        """Kill it, and don't wait for its end: it may hang where no signal reaches it."""
+        self._process.kill()
+
+    def ask(self, order: dict[str, Any], watch: CallWatch) -> dict[str, Any]:
+        """Its answer to an order. Raises ServiceUnreachable when it is silent for too long, ends, or is not wanted."""
+        self._send(order, order["url"])
+        doing, heard, told = "", time.monotonic(), False
+        while True:
+            try:
+                line = self._answers.get(timeout=LOOK_S)
+            except queue.Empty:
+                silent = time.monotonic() - heard
+                if watch.over():
+                    raise _unreachable(order["url"], f"{doing or order['call']} was given up") from None
+                if silent > watch.deadline_s:
+                    what = doing or order["call"]
+                    raise _unreachable(order["url"], f"{what} had no answer for {silent:.0f} s") from None
+                if silent > watch.slow_s and doing and not told:
+                    told = True
+                    watch.silent(f"{doing} has had no answer for {silent:.0f} s")
+                continue
+            if line is None:
+                raise _unreachable(order["url"], f"the process of {doing or order['call']} has ended")
+            heard = time.monotonic()
+            if told:
+                told = False
+                watch.going_on()
+            answer: dict[str, Any] = json.loads(line)
+            if "doing" not in answer:
+                return answer
+            doing = answer["doing"]
+
+    def _send(self, order: dict[str, Any], url: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise _unreachable(url, "its process has ended") from None
+
+
+def _unreachable(url: str, why: str) -> ServiceUnreachable:
+    return ServiceUnreachable("the artifact store", redacted(url), "LORACTL_ARTIFACTS_URL", why)
+
+
+def _read(pipe: IO[str], answers: queue.SimpleQueue[str | None]) -> None:
+    for line in pipe:
+        answers.put(line)
+    answers.put(None)

@@ -1,0 +1,198 @@
+"""The base that a trainer process has loaded, cached for the trainings that come one after the other."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from loractl.common.fingerprint import changed_files
+from loractl.common.job.status import Reason
+from loractl.common.memory.context import CONTEXT_BYTES
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.gauge import forget_peaks, lift_limit, release
+from loractl.worker.base.hub import pin
+from loractl.worker.base.identity import BaseIdentity, Traits, traits_of
+
+from .knowledge import Knowledge
+from .model_snapshot import ModelSnapshot
+from .remains import ProcessBaseline
+from .switches import Code, Switches
+from .tokenizers import Tokenizers
+
+Made = TypeVar("Made")
+
+SETTINGS = frozenset({"config.json", "generation_config.json", "adapter_config.json"})
+"""Files that decide what is loaded by being there: one that came or went is a change."""
+
+
+class BaseCache:
+    """Holds at most one base. A training takes it from here; afterwards it is put back as it was loaded.
+
+    `key`: what decides how the base was loaded, as the node names it. `knowledge`: about the base that it holds.
+    `tokenizers`: of the trainings before.
+    """
+
+    def __init__(self) -> None:
+        self._snapshot: ModelSnapshot | None = None
+        self._key: str | None = None
+        self._traits: Traits = frozenset()
+        self._identity: BaseIdentity | None = None  # of the files that it was loaded from
+        self._hashes = Path()  # below which hashes are remembered
+        self._why_not: str | None = None  # this base may not stay
+        self._before: ProcessBaseline | None = None
+        self._switches: Switches | None = None
+        self._code: Code | None = None  # that trainings on this base call
+        self._common: Any = None  # what trainings make of the base for all of them
+        self.knowledge = Knowledge()
+        self.tokenizers = Tokenizers()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the device that the base takes, the context of a card included; 0: it is not here to stay."""
+        if self._snapshot is None:
+            return 0
+        return self._snapshot.size + (CONTEXT_BYTES if torch.cuda.is_initialized() else 0)
+
+    def begin(self) -> None:
+        """A training begins in this process, in which no other one is."""
+        pin.cache_clear()  # a branch of the hub may have moved since
+        if self._snapshot is not None:
+            forget_peaks()
+        self._before, self._switches = ProcessBaseline(), Switches()
+
+    def base(
+        self,
+        key: str | None,
+        source: tuple[str, str | None],
+        load: Callable[[], Any],
+        *,
+        joins: bool = False,
+        tell: Callable[[str], None] = lambda text: None,
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> tuple[Any, bool]:
+        """The base, and whether it was here. `source`: its name and revision. `key`: None for one that never stays.
+        `check_stop` is called while its files are hashed, and `tell` says so first.
+
+        Raises TrainingFailed(host_lost) for a training that must find it here (`joins`) and does not.
+        """
+        traits: Traits = frozenset() if key is None else traits_of(*source)
+        if self._snapshot is not None and self._key == key and self._same_files(source, traits, tell, check_stop):
+            return self._snapshot.model, True
+        if joins:
+            raise TrainingFailed(Reason.HOST_LOST, "the trainer that it was about to join has another base")
+        self._snapshot = self._common = self._identity = None
+        self.knowledge = Knowledge()
+        gc.collect()
+        model = load()
+        if key is not None:
+            self._key, self._traits = key, _after_loading(source, traits)
+            self._why_not = _unfit(model)
+            self._snapshot = None if self._why_not else ModelSnapshot(model)
+            self._code = Code(model)
+        return model, False
+
+    def compare(
+        self,
+        key: str | None,
+        source: tuple[str, str | None],
+        tell: Callable[[str], None],
+        check_stop: Callable[[], None],
+    ) -> None:
+        """Hash what `base` will ask for, while others compute: a large base's files take minutes."""
+        if key is not None and self._snapshot is not None and self._key == key:
+            self._same_files(source, traits_of(*source), tell, check_stop)
+
+    def identify(self, cache: Path, source: tuple[str, str | None]) -> BaseIdentity:
+        """Begin to hash the files of the base that a training has, with what is remembered below `cache`."""
+        found, self._hashes = BaseIdentity(*source, cache), cache
+        self._identity = self._identity or found
+        return found
+
+    def _same_files(
+        self,
+        source: tuple[str, str | None],
+        traits: Traits,
+        tell: Callable[[str], None],
+        check_stop: Callable[[], None],
+    ) -> bool:
+        """Whether the base that is here would be loaded of these files: by what the system says of them, else by
+        content."""
+        if self._traits == traits:
+            return True
+        if self._identity is None:
+            return False
+        tell("compares the base's files with those that were loaded")
+        if (then := self._identity.files_at(self._traits, check_stop)) is None:
+            return False
+        found = BaseIdentity(*source, self._hashes)
+        now = found.files_at(traits, check_stop)
+        if now is None or changed_files(then, now) or not SETTINGS.isdisjoint(then.keys() ^ now.keys()):
+            return False
+        self._traits, self._identity = traits, found
+        return True
+
+    def common(self, make: Callable[[Any], Made], base: Any) -> Made:
+        """What the trainings on a base that is here have in common: made by the first, dropped after the last. A base
+        that does not stay is its training's alone."""
+        if self._snapshot is None or self._snapshot.model is not base:
+            return make(base)
+        if self._common is None:
+            self._common = (make(base),)
+        made: Made = self._common[0]
+        return made
+
+    def change(self) -> str | None:
+        """What of the base that is here is not as it was loaded, in words; None: nothing."""
+        return None if self._snapshot is None else self._snapshot.change()
+
+    def settle(self) -> tuple[int | None, str]:
+        """After a training: put the base back and look for what was left.
+
+        Returns the bytes that stay; or None, and why this process must end.
+        """
+        if self._snapshot is None or self._before is None:
+            return None, self._why_not or "no base was loaded that may stay"
+        lift_limit()
+        self._common = None
+        self._snapshot.restore()
+        self._before.restore()
+        release()
+        why = self._before.left(self._snapshot.tensors) or self._snapshot.change() or self._switched()
+        if why is None and not forget_peaks():
+            why = "the peak of its memory can't be set back"
+        return (None, why) if why else (_held(self._snapshot), "")
+
+    def _switched(self) -> str | None:
+        """What the training has switched for whoever comes next."""
+        assert self._switches is not None and self._code is not None
+        return self._switches.changed() or self._code.changed()
+
+
+def _after_loading(source: tuple[str, str | None], before: Traits) -> Traits:
+    """The traits of the files that were loaded. Those that came from the hub meanwhile belong to them; a file that was
+    there may have changed before it was read, or afterwards: then no one's are like them."""
+    after = traits_of(*source)
+    return after if not Path(source[0]).is_absolute() and before < after else before
+
+
+def _held(snapshot: ModelSnapshot) -> int:
+    """Bytes of the device that the process holds with its base; on a processor those of the base alone."""
+    return torch.cuda.memory_reserved() + CONTEXT_BYTES if torch.cuda.is_initialized() else snapshot.size
+
+
+def _unfit(model: Any) -> str | None:
+    """Why a base is for one training alone."""
+    if not type(model).__module__.startswith("transformers."):
+        return "the model runs its own code"
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
+        return "the base has its own dropout"
+    config = model.config.get_text_config()
+    if any(name.endswith(("dropout", "pdrop")) and value for name, value in vars(config).items()):
+        return "the base has its own dropout"
+    if getattr(config, "output_router_logits", False):
+        return "the base has a loss for its router"
+    return None

@@ -1,0 +1,104 @@
+"""What a checkpoint holds of a member: its adapter, and its state as one JSON file for its shape and numbers and one
+safetensors file for its tensors.
+
+No pickle: what others wrote into a checkpoint can't run code. Numbers come back bit for bit: JSON has all their digits.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loractl.common.job.status import Reason
+from loractl.worker.base.adapter import WEIGHTS, load_weights, save_weights
+from loractl.worker.base.failure import TrainingFailed
+
+
+def write_snapshot(model: Any, state: dict[str, Any], folder: Path) -> None:
+    """Write the model's adapter and the state into `folder`. Nothing counts before the folder is closed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder / WEIGHTS)
+    write_state(folder, state)
+
+
+def read_snapshot(model: Any, folder: Path) -> dict[str, Any]:
+    """Load the adapter of `folder` into the model. Returns the state. Raises TrainingFailed where the adapter has
+    other tensors than the model's, OSError and ValueError where the files can't be read."""
+    import torch
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    load_weights(model, folder / WEIGHTS)
+    saved, now = load_file(folder / WEIGHTS), get_peft_model_state_dict(model)
+    wrong = sorted(saved.keys() ^ now.keys())
+    wrong += [name for name in saved.keys() & now.keys() if not torch.equal(saved[name], now[name].cpu())]
+    if wrong:
+        what = f"the checkpoint's adapter is not that of this training: {wrong[0]} differs"
+        raise TrainingFailed(Reason.TRAINER_ERROR, what)
+    return read_state(folder)
+
+
+def drop_older(folder: Path, kept: int) -> None:
+    """Remove all but the newest checkpoints below `folder`."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in found[:-kept]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+STATE, TENSORS = "training_state.json", "training_state.safetensors"
+
+FORMAT = "1"
+"""Raised when a newer loractl can't go on from what an older one wrote."""
+
+Parts = dict[str, torch.Tensor]
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write a state of dicts, lists, tuples, tensors, numbers and text into `folder`. Raises TypeError for others."""
+    from safetensors.torch import save_file
+
+    tensors: Parts = {}
+    text = json.dumps(_packed(state, tensors, {}))
+    save_file(tensors, folder / TENSORS)
+    (folder / STATE).write_text(text, "utf-8")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The state that `write_state` wrote, its tensors on the CPU. Raises OSError and ValueError."""
+    from safetensors.torch import load_file
+
+    state: dict[str, Any] = _unpacked(json.loads((folder / STATE).read_text("utf-8")), load_file(folder / TENSORS))
+    return state
+
+
+def _packed(value: Any, tensors: Parts, known: dict[int, str]) -> Any:
+    """`value` as JSON; each tensor goes into `tensors`, once: optimizers share tables among all parameters."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, torch.Tensor):
+        name = known.setdefault(id(value), str(len(known)))
+        tensors.setdefault(name, value.detach().cpu().clone().contiguous())
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"dict": [[key, _packed(inner, tensors, known)] for key, inner in value.items()]}
+    if isinstance(value, (list, tuple)):
+        inner = [_packed(part, tensors, known) for part in value]
+        return {"tuple": inner} if isinstance(value, tuple) else inner
+    raise TypeError(f"a checkpoint can't hold a {type(value).__name__}")
+
+
+def _unpacked(value: Any, tensors: Parts) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(part, tensors) for part in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "tuple":
+        return tuple(_unpacked(part, tensors) for part in inner)
+    return {key: _unpacked(part, tensors) for key, part in inner}

@@ -1,0 +1,126 @@
+"""The loss of held-out rows, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from loractl.common.job.sections import Metric
+from loractl.worker.base.batches import HERE, in_batches
+from loractl.worker.base.learner import Scorer
+from loractl.worker.data.collation import collate
+from loractl.worker.data.tokens import IGNORED, TokenRow
+
+from .comparison import Compared, Measure, percent
+from .statistics import Array
+
+LOSS = Measure(name="loss", label="loss")
+NEW_ROWS_LOSS = Measure(name="new_rows_loss", label="loss, rows like none that is trained on")
+PERPLEXITY = Measure(name="perplexity", label="perplexity", unit="")
+TOKEN_ACCURACY = percent("token_accuracy", "tokens guessed right")
+STOP_TOKEN_LOSS = Measure(name="stop_token_loss", label="loss on the stop token")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowScores:
+    """Per row: the summed loss (nats) and count of learned tokens, the same for the end-of-sequence tokens, and how
+    many learned tokens were the likeliest."""
+
+    loss: Array
+    tokens: Array
+    stop_loss: Array
+    stops: Array
+    right: Array
+
+
+def score_rows(
+    model: Any,
+    tokenizer: Any,
+    rows: list[TokenRow],
+    batch: int,
+    tick: Callable[[int], None] = lambda n: None,
+    scorer: Scorer | None = None,
+    halved: Callable[[], None] = lambda: None,
+    run: Callable[[Callable[[], None]], None] = HERE.run,
+) -> RowScores:
+    """Cross-entropy of every learned token, in fp32, for a model in eval mode. Longest rows first, so that an
+    out-of-memory comes at once. `halved`: called where that made batches smaller, whose sums are rounded otherwise.
+    `run` does a batch, and `tick` is told its rows."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    result = np.zeros((5, len(rows)))
+
+    def score(chosen: list[int]) -> None:
+        picked = [rows[i] for i in chosen]
+        sums = _sums(model, tokenizer, picked) if scorer is None else _lean_sums(scorer, tokenizer, picked)
+        result[:, chosen] = sums.double().cpu().numpy()
+
+    if in_batches(order, batch, score, run, tick) < batch:
+        halved()
+    names = ("loss", "tokens", "stop_loss", "stops", "right")
+    return RowScores(**dict(zip(names, result, strict=True)))
+
+
+def by_example(scores: RowScores, rows: Sequence[TokenRow]) -> RowScores:
+    """The scores of each example: the sums over its rows, which follow each other."""
+    firsts = [place for place, row in enumerate(rows) if place == 0 or row.number != rows[place - 1].number]
+    if len(firsts) == len(rows):
+        return scores
+    return RowScores(**{name: np.add.reduceat(values, firsts) for name, values in vars(scores).items()})
+
+
+def _sums(model: Any, tokenizer: Any, rows: list[TokenRow]) -> torch.Tensor:
+    """The five numbers of each row of a batch, of shape (5, rows)."""
+    picked = [{"input_ids": row.input_ids, "labels": row.labels} for row in rows]
+    tensors = {k: v.to(model.device) for k, v in collate(picked, tokenizer.pad_token_id).items()}
+    labels = tensors.pop("labels")[:, 1:]
+    logits = model(**tensors, use_cache=False).logits[:, :-1]
+    learned = labels != IGNORED
+    # only the learned positions are copied to fp32: logits of whole rows are the largest tensor of all
+    loss = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
+    right = torch.zeros(labels.shape, dtype=torch.bool, device=labels.device)
+    here = logits[learned].float()
+    loss[learned] = torch.nn.functional.cross_entropy(here, labels[learned], reduction="none")
+    right[learned] = here.argmax(-1) == labels[learned]
+    stop = learned & (labels == tokenizer.eos_token_id)
+    return torch.stack([loss.sum(1), learned.sum(1), (loss * stop).sum(1), stop.sum(1), right.sum(1)])
+
+
+def _lean_sums(scorer: Scorer, tokenizer: Any, rows: list[TokenRow]) -> torch.Tensor:
+    """The same five numbers, without logits of whole rows."""
+    sums = torch.zeros((5, len(rows)), dtype=torch.float64)
+    for scored in scorer.scores(rows):
+        stop = scored.targets == tokenizer.eos_token_id
+        one = torch.ones_like(scored.losses)
+        each = torch.stack([scored.losses, one, scored.losses * stop, one * stop, one * scored.right])
+        sums.index_add_(1, scored.rows.cpu(), each.double().cpu())
+    return sums
+
+
+def loss_metrics(
+    base: RowScores,
+    tuned: RowScores,
+    wanted: set[Metric],
+    *,
+    stops: bool,
+    given_away: npt.NDArray[np.bool_] | None = None,
+) -> list[Compared]:
+    """The loss, and what the job asks for beside it; `stops`: whether rows have an end that can be learned.
+
+    `given_away`: by example, whether a row to train on gives it away; the loss of the others is told, too.
+    """
+    metrics = [LOSS.compare(base.loss, tuned.loss, base.tokens)]
+    if given_away is not None and given_away.any() and not given_away.all():
+        new = ~given_away
+        metrics.append(NEW_ROWS_LOSS.compare(base.loss[new], tuned.loss[new], base.tokens[new]))
+    if Metric.PERPLEXITY in wanted:
+        metrics.append(PERPLEXITY.compare(base.loss, tuned.loss, base.tokens, np.exp))
+    if Metric.TOKEN_ACCURACY in wanted:
+        metrics.append(TOKEN_ACCURACY.compare(100 * base.right, 100 * tuned.right, base.tokens))
+    if stops and base.stops.sum() > 0:
+        metrics.append(STOP_TOKEN_LOSS.compare(base.stop_loss, tuned.stop_loss, base.stops))
+    return metrics

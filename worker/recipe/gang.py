@@ -1,0 +1,120 @@
+"""The processes of a gang: what they make ready together (their link, the model, where they divide it), and all that
+one does which does not lead. Steps are the engine's business."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import set_seed
+
+from loractl.common.job.method import Parallel
+from loractl.common.job.spec import JobSpec
+from loractl.common.job.status import Reason
+from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in
+from loractl.worker.base.head import Head
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_base
+from loractl.worker.base.source import family_of
+from loractl.worker.engine.passes.lean import LeanPass
+from loractl.worker.engine.passes.padded import PaddedPass
+from loractl.worker.engine.ranks.follower import Follower
+from loractl.worker.engine.ranks.leader import DividedPass
+from loractl.worker.engine.ranks.link import Link
+from loractl.worker.engine.ranks.part import OwnPass
+from loractl.worker.engine.ranks.shards import Shards
+from loractl.worker.protocol.messages import Ended, Start
+
+from .run import Run
+
+Answer = TypeVar("Answer")
+
+
+class Gang:
+    """One process's side of a training on several cards."""
+
+    def __init__(self, order: Start) -> None:
+        """Wait for the others. Not before this process could end by itself, as for bad data."""
+        assert order.meeting is not None
+        device = torch.device(order.device)
+        self.link = Link.open(order.rank, len(order.ranks), Path(order.meeting), device)
+        self.shards = Shards(self.link) if order.parallel is Parallel.SHARDED else None
+
+    def adapted(self, load: Callable[[], Any]) -> Any:
+        """The model that `load` makes, divided where the job's base is: then one process after the other has a whole
+        base in the box's memory."""
+        if self.shards is None:
+            return load()
+        model = self.link.in_turn(lambda: self._divided(load()))
+        self.shards.begin(model)
+        return model
+
+    def lead(self, own: OwnPass, spec: JobSpec, precision: Precision) -> DividedPass:
+        """The pass in which all ranks do their parts."""
+        noise = spec.training.neftune_noise_alpha
+        return DividedPass(own, self.link, self.shards, scales=precision.amp == "fp16", noise=noise)
+
+    def _divided(self, model: Any) -> Any:
+        assert self.shards is not None
+        self.shards.divide(model)
+        return model
+
+
+def gathered(order: Start, head: Head | None, pad: int) -> Gang | None:
+    """The leader's: meet the others, and tell them which model they load, whose rows are padded with `pad`. None for a
+    job on one card."""
+    if not order.ranks:
+        return None
+    gang = Gang(order)
+    gang.link.order("load", head=None if head is None else asdict(head), pad=pad)
+    return gang
+
+
+def base_of(order: Start, precision: Precision, head: Head | None) -> Any:
+    """The order's base, loaded; into the box's memory where cards divide it. Raises TrainingFailed."""
+    spec = order.spec
+    return load_base(
+        spec.base_model,
+        order.method,
+        order.device,
+        precision,
+        spec.revision,
+        run_code=order.run_code,
+        attention=spec.training.attn_implementation,
+        head=head,
+        divisible=order.parallel is Parallel.SHARDED,
+    )
+
+
+def follow(run: Run) -> Ended:
+    """All that a process does which does not lead: it loads the model, and does its part of each step."""
+    run.session.run(partial(_prepared, run)).follow(run.session.run)
+    return Ended(job_id=run.order.job_id, reason=Reason.OK, message="", peaks=run.peaks())
+
+
+def _prepared(run: Run) -> Follower:
+    order, spec = run.order, run.spec
+    gang = Gang(order)
+    told = next(gang.link.orders())
+    head = None if told["head"] is None else Head(**{**told["head"], "labels": tuple(told["head"]["labels"])})
+    precision = choose_precision(order.device, spec.training.dtype, family_of(spec.base_model, spec.revision))
+    set_seed(spec.training.seed)
+
+    def load() -> Any:
+        run.say(f"loads {spec.base_model} on {order.node}")
+        return add_adapter(base_of(order, precision, head), spec, order.method)
+
+    model = gang.adapted(load)
+    compute_in(model, precision)
+
+    def make_pass(lean: bool, noise: float | None) -> OwnPass:
+        smoothing = spec.training.label_smoothing_factor
+        if lean:
+            return LeanPass(model, precision, smoothing)
+        return PaddedPass(model, told["pad"], smoothing, compiled=spec.training.torch_compile, noise=noise)
+
+    return Follower(model, gang.link, gang.shards, make_pass)

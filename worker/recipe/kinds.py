@@ -1,0 +1,224 @@
+"""Kinds of training: what each does with a model, from the base to the report. What a job file says of it is in
+common/job/kinds."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loractl.common.job.sections import DataFormat, TaskType
+from loractl.common.job.spec import JobSpec
+from loractl.worker.base.adapter import LABELS, read_labels
+from loractl.worker.base.batches import Computer
+from loractl.worker.base.head import HEAD, Head, label_settings
+from loractl.worker.base.kept.knowledge import Once
+from loractl.worker.base.learner import Learner
+from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.row_forms import form_of
+from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.loss import BentLoss, Loss, classified
+from loractl.worker.engine.pairs import PairLoss
+from loractl.worker.evaluation.classifier import classify, evaluate_classifier
+from loractl.worker.evaluation.evaluation import Evaluation, Work, evaluate
+from loractl.worker.evaluation.preferences import evaluate_preferences
+from loractl.worker.evaluation.row_losses import score_rows
+from loractl.worker.evaluation.stretches import ROWS, Stretch
+from loractl.worker.recipe.reference import FrozenReference
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTask:
+    """What an evaluation needs; see `evaluate` of worker/evaluation."""
+
+    learner: Learner
+    data: PreparedData
+    spec: JobSpec
+    check_stop: Callable[[], None]
+    progress: Callable[[int, int], None]
+    once: Once[Any]
+    asked: Computer
+
+
+class TrainedKind(ABC):
+    """What differs between kinds from the base to the report."""
+
+    from_ancestor = False
+    """Whether loss and report compare with the adapter that lora.init_from names, and not with the bare base."""
+
+    def measured(self, learner: Learner) -> Sequence[str]:
+        """What an evaluation measures, in its order."""
+        return learner.compared_with, "the tuned model"
+
+    def head(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> Head | None:
+        """A head in place of the base's own; None: the base keeps its."""
+        return None
+
+    def loss(self, spec: JobSpec) -> BentLoss | None:
+        """What is learned from rows; None: the model's own loss, by tokens or labels."""
+        return None
+
+    def refer(self, loss: Loss, learner: Learner, known: Callable[[str], dict[Any, Any]]) -> None:  # noqa: B027
+        """Give a loss its reference model. `known`: what trainings of this process know of a thing."""
+
+    def misfit(self, data: PreparedData, stored: Path) -> str | None:
+        """How the rows differ from the stored adapter that the job starts from. Raises ArtifactError."""
+        return None
+
+    def leave(self, model: Any, folder: Path) -> None:  # noqa: B027
+        """Write what users need besides the adapter's weights."""
+
+    @abstractmethod
+    def answers(self, spec: JobSpec, data: PreparedData) -> int:
+        """How many held-out rows are answered in full."""
+
+    @abstractmethod
+    def stretches(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> list[Stretch]:
+        """The work of its evaluation."""
+
+    @abstractmethod
+    def score(self, learner: Learner, rows: list[TokenRow]) -> None:
+        """One batch as its evaluation does it, for a model in eval mode, to see whether it fits."""
+
+    @abstractmethod
+    def evaluate(self, work: EvaluationTask) -> Evaluation:
+        """What the report says of the held-out rows."""
+
+    def settings(self, labels: int | None) -> dict[str, Any]:
+        """Keys of the model's config that it needs. `labels`: as planned."""
+        return {}
+
+    @abstractmethod
+    def built(self, config: Any, **options: Any) -> Any:
+        """The model of a config, without weights that mean anything."""
+
+    @abstractmethod
+    def unquantised(self, model: Any) -> Sequence[str]:
+        """Modules that bitsandbytes leaves alone."""
+
+    @abstractmethod
+    def traced_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], count: torch.Tensor) -> torch.Tensor:
+        """The loss of a padded batch without content, all of it learned."""
+
+
+class TrainedAnswers(TrainedKind):
+    """Answers and texts. The base keeps its own head, and is the model with its adapter switched off."""
+
+    def answers(self, spec: JobSpec, data: PreparedData) -> int:
+        return min(spec.evaluation.samples, len(data.held_out_examples))
+
+    def stretches(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> list[Stretch]:
+        work = Work.of(data, spec, tokenizer).stretches
+        return [*work, *(part.adapted for part in work)]
+
+    def score(self, learner: Learner, rows: list[TokenRow]) -> None:
+        score_rows(learner.model, learner.tokenizer, rows, len(rows), scorer=learner.scorer, run=lambda piece: piece())
+
+    def evaluate(self, work: EvaluationTask) -> Evaluation:
+        return evaluate(work.learner, work.data, work.spec, work.check_stop, work.progress, work.once, work.asked)
+
+    def built(self, config: Any, **options: Any) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_config(config, **options)
+
+    def unquantised(self, model: Any) -> Sequence[str]:
+        from transformers.quantizers.base import get_keys_to_not_convert
+
+        return list(get_keys_to_not_convert(model))
+
+    def traced_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], count: torch.Tensor) -> torch.Tensor:
+        # of the output the loss alone is kept, so that the logits are gone by the backward pass
+        return model(**inputs, num_items_in_batch=count, labels=inputs["input_ids"])[0]
+
+
+class TrainedPreferences(TrainedAnswers):
+    """A model that answers, learned from pairs: how often and by how much the chosen answer is the likelier one."""
+
+    from_ancestor = True
+
+    def loss(self, spec: JobSpec) -> BentLoss:
+        return PairLoss(spec.preference)
+
+    def refer(self, loss: Loss, learner: Learner, known: Callable[[str], dict[Any, Any]]) -> None:
+        assert isinstance(loss, PairLoss)
+        if loss.asked.has_reference:
+            question = f"reference of pairs, by {type(learner.scorer).__name__}"  # which rounds in its own way
+            loss.reference = FrozenReference(learner, known(question))
+
+    def score(self, learner: Learner, rows: list[TokenRow]) -> None:
+        # an evaluation's batch has as many answers as this one has pairs: at worst the longest ones
+        answers = [text for row in rows for text in form_of(DataFormat.PREFERENCE).texts(row)]
+        super().score(learner, sorted(answers, key=lambda row: -len(row.input_ids))[: len(rows)])
+
+    def evaluate(self, work: EvaluationTask) -> Evaluation:
+        return evaluate_preferences(
+            work.learner, work.data, work.spec, work.check_stop, work.progress, work.once, work.asked
+        )
+
+
+MOST_NAMED = 8
+"""Labels that an error lists at most."""
+
+
+class TrainedClasses(TrainedKind):
+    """Labels of texts. A head of its own answers in one pass; the baseline always names the most frequent label."""
+
+    def measured(self, learner: Learner) -> Sequence[str]:
+        return ("the classifier",)
+
+    def head(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> Head:
+        return Head(labels=data.label_names, pad=tokenizer.pad_token_id, seed=spec.training.seed)
+
+    def misfit(self, data: PreparedData, stored: Path) -> str | None:
+        if (known := read_labels(stored)) == data.label_names:
+            return None
+        return f"the labels {', '.join(sorted({*known} ^ {*data.label_names})[:MOST_NAMED])}"
+
+    def leave(self, model: Any, folder: Path) -> None:
+        labels = [name for _, name in sorted(model.config.id2label.items())]
+        (folder / LABELS).write_text(json.dumps(labels, indent=2) + "\n", "utf-8")
+
+    def answers(self, spec: JobSpec, data: PreparedData) -> int:
+        return 0
+
+    def stretches(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> list[Stretch]:
+        return [part for part in Work.of(data, spec, tokenizer).stretches if part.kind == ROWS]
+
+    def score(self, learner: Learner, rows: list[TokenRow]) -> None:
+        classify(learner.model, learner.tokenizer.pad_token_id, rows, len(rows), run=lambda piece: piece())
+
+    def evaluate(self, work: EvaluationTask) -> Evaluation:
+        return evaluate_classifier(work.learner, work.data, work.spec, work.check_stop, work.progress, work.asked)
+
+    def settings(self, labels: int | None) -> dict[str, Any]:
+        return {**label_settings(list(map(str, range(labels or 0)))), "pad_token_id": 0}
+
+    def built(self, config: Any, **options: Any) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification.from_config(config, **options)
+
+    def unquantised(self, model: Any) -> Sequence[str]:
+        return [HEAD]
+
+    def traced_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], count: torch.Tensor) -> torch.Tensor:
+        labels = torch.zeros(len(inputs["input_ids"]), dtype=torch.int64)
+        return classified(model(**inputs, num_items_in_batch=count)["logits"], labels, count, 0.0)
+
+
+_KINDS: dict[TaskType, TrainedKind] = {
+    TaskType.CAUSAL_LM: TrainedAnswers(),
+    TaskType.SEQ_CLS: TrainedClasses(),
+    TaskType.PREFERENCE: TrainedPreferences(),
+}
+
+
+def trained_kind(spec: JobSpec) -> TrainedKind:
+    """What a job learns to do."""
+    return _KINDS[spec.task_type]

@@ -1,0 +1,398 @@
+"""The recipe: one fine-tune from top to bottom. QLoRA is LoRA on a base in NF4, not a recipe of its own."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from loractl.common.adapter_config import portable_name
+from loractl.common.job.spec import JobSpec
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.base.adapter import LINEAGE, WEIGHTS, load_stored, save_adapter
+from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, overflows_fp16
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.head import Head
+from loractl.worker.base.identity import BaseIdentity, traits_of
+from loractl.worker.base.kept.knowledge import Known, Once
+from loractl.worker.base.kept.tokenizers import BorrowedTokenizer
+from loractl.worker.base.learner import Learner
+from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import load_tokenizer
+from loractl.worker.base.source import family_of
+from loractl.worker.data.lengths import lengths_of
+from loractl.worker.data.packing import check_apart
+from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.template import templated
+from loractl.worker.data.tokens import APART
+from loractl.worker.engine.engine import ForwardPass
+from loractl.worker.engine.passes.check_cache import CheckCache
+from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
+from loractl.worker.engine.passes.lean import LeanPass
+from loractl.worker.engine.passes.shared import SharedBase
+from loractl.worker.engine.ranks.leader import DividedPass
+from loractl.worker.evaluation.evaluation import Evaluation
+from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks
+from loractl.worker.evaluation.model_card import write_model_card
+from loractl.worker.evaluation.page import write_page
+from loractl.worker.evaluation.report import TrainingCourse, build_report, write_report
+from loractl.worker.protocol.messages import Ancestor, Ended
+
+from .arguments import check_trackers
+from .fit import Callbacks, fit
+from .gang import Gang, base_of, gathered
+from .kinds import EvaluationTask
+from .need import tell_need, tell_padded
+from .preparation.aside import is_large, prepare_aside
+from .preparation.order_data import prepare_rows
+from .resume import checkpoint_to_resume
+from .run import Run
+
+
+def train(run: Run) -> Ended:
+    """Prepare, train, evaluate, and leave adapter and report in the order's output folder."""
+    order, began, ask = run.order, time.time(), run.session.run
+    out = Path(order.output_dir)
+
+    check_trackers(run.spec)
+    check_package(run.spec)
+    # 1. The data, before any memory is taken.
+    run.stage(Stage.PREPARING)
+    ask(partial(set_seed, run.spec.training.seed))
+    borrowed = _tokenizer(run)
+    tokenizer = templated(borrowed.tokenizer, run.spec.dataset.template)
+    data = _prepared(run, tokenizer)
+    tasks = ask(partial(find_tasks, run.spec, order.lm_eval_tasks))  # they are other people's programs, and may draw
+    ask(partial(tell_need, run, data))
+    run.check_stop()
+
+    run.base_cache.compare(order.keep, (run.spec.base_model, run.spec.revision), run.phase, run.check_stop)
+    # 2. The base model, in NF4 for QLoRA, a fresh adapter, and how a step passes them.
+    learner, steps, identity = ask(partial(_ready, run, data, tokenizer))
+
+    # 3. Train, from the newest checkpoint of this very training if there is one.
+    callbacks = ask(lambda: Callbacks.of(run, learner, data, checkpoint_to_resume(run, data)))
+    arguments = fit(run, learner, steps, data, callbacks)
+
+    # 4. Keep the adapter before anything else can fail.
+    ask(partial(_keep, run, learner, tokenizer, callbacks))
+    (out / "job.json").write_text(json.dumps(_resolved(run, arguments), indent=1), "utf-8")
+
+    # 5. Base against tuned on rows that were never trained on.
+    run.stage(Stage.EVALUATING)
+    evaluation = _evaluate(run, learner, data, tasks, callbacks)
+    final = _evaluate_final(run, learner, data, callbacks)
+    if isinstance(steps, DividedPass):
+        ask(steps.end)
+
+    # 6. The report, and the manifest's other files.
+    course = ask(partial(_course, run, callbacks, arguments, time.time() - began))
+    run.say("hashes the base's files, and writes the report")
+    report = build_report(order, identity.wait(), learner, data, evaluation, course, final)
+    write_report(report, out)
+    write_page(report, out)
+    write_model_card(report, out / "adapter")
+    run.base_cache.tokenizers.give_back(borrowed)
+    ask(run.require_base)
+    return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.peaks())
+
+
+def longest_row(data: PreparedData) -> int:
+    lengths = lengths_of(data)
+    return max(lengths.train, lengths.evaluate)
+
+
+def _tokenizer(run: Run) -> BorrowedTokenizer:
+    """The base's tokenizer: that of a job before in this process, or loaded. Raises TrainingFailed."""
+    name, revision = run.spec.base_model, run.spec.revision
+
+    def make() -> Any:
+        return load_tokenizer(name, revision, run_code=run.order.run_code)
+
+    if run.order.keep is None:
+        return BorrowedTokenizer(tokenizer=make(), made=None)
+    return run.base_cache.tokenizers.take((name, revision), make)
+
+
+def _prepared(run: Run, tokenizer: Any) -> PreparedData:
+    """Tokenised and packed as the job asks, with what the history should know of them. Raises DataError."""
+    run.say("reads the rows, and turns them into tokens")
+    aside = run.order.joins and is_large(run.order)
+    data = prepare_aside(run) if aside else prepare_rows(run.order, run.spec, tokenizer)
+    _note_data(run, data)
+    return data
+
+
+def _note_data(run: Run, data: PreparedData) -> None:
+    facts = data.facts()
+    text = f"data: {facts['train_rows']} rows to train on, {facts['held_out_rows']} held out; "
+    text += f"{facts['final_rows']} final, by which nothing is chosen; " if data.final is not None else ""
+    text += f"format {data.format.value} ({data.why})"
+    text += "".join(f"; {told}" for told in facts["sources"])
+    if apart := facts["conversations_apart"]:
+        text += f"; {apart} conversation{'s' * (apart != 1)} as {facts['rows_of_conversations_apart']} rows, {APART}"
+    for key, words in (
+        ("truncated_rows", "truncated"),
+        ("too_long_rows_dropped", "dropped as too long"),
+        ("bad_rows_dropped", "dropped as bad"),
+        ("overlap_rows_dropped", "of the held-out file left out as trained on"),
+        ("repeated_rows_dropped", "left out as repeated among the held-out rows"),
+        ("final_overlap_rows_dropped", "of the final file left out as trained on or held out"),
+        ("final_repeated_rows_dropped", "left out as repeated among the final rows"),
+    ):
+        if facts.get(key):
+            text += f"; {facts[key]} {words}"
+    if unused := facts["unused_fields"]:
+        text += f"; not used: {', '.join(unused)}"
+    run.note("data", text)
+    for warning in data.warnings:
+        run.note("warning", f"data: {warning}")
+
+
+def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, ForwardPass, BaseIdentity]:
+    """The model with a fresh adapter, how its steps are computed, and what identifies the base once it is hashed.
+    Raises TrainingFailed."""
+    head = run.kind.head(run.spec, data, tokenizer)
+    gang = gathered(run.order, head, tokenizer.pad_token_id)
+    learner, identity, shared = _load(run, data, tokenizer, head, gang)
+    loss, checks = run.kind.loss(run.spec), _checks(run, learner)
+    forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.session.streams, checks, loss)
+    if isinstance(forward, LeanPass):
+        if why is not None:
+            run.note("engine", f"no other job trains with it: {why}")
+        if run.order.joins and shared is not None and shared.apart is not None:
+            run.note("engine", f"the rows of each training are multiplied by themselves: {shared.apart}")
+        learner = replace(learner, scorer=forward)
+    elif why is not None:
+        tell_padded(run, data, why)
+    run.kind.refer(forward.loss, learner, partial(_known, run))
+    return learner, forward if gang is None else gang.lead(forward, run.spec, learner.precision), identity
+
+
+def _keep(run: Run, learner: Learner, tokenizer: Any, callbacks: Callbacks) -> None:
+    """Leave the trained adapter in the order's output folder. Raises TrainingFailed."""
+    order, folder = run.order, Path(run.order.output_dir) / "adapter"
+    callbacks.best.take(learner.model)
+    check_finite(learner.model)
+    save_adapter(learner.model, tokenizer, order.spec, folder)
+    run.kind.leave(learner.model, folder)
+    if order.init_from is not None:
+        (folder / LINEAGE).write_text(json.dumps({"init_from": order.init_from.lineage()}, indent=1), "utf-8")
+
+
+def _load(
+    run: Run, data: PreparedData, tokenizer: Any, head: Head | None, gang: Gang | None
+) -> tuple[Learner, BaseIdentity, SharedBase | None]:
+    """The base model with a fresh adapter, what identifies the base once it is hashed, and the base where others may
+    train on it. Raises TrainingFailed."""
+    order, spec = run.order, run.spec
+    precision = choose_precision(order.device, spec.training.dtype, family := family_of(spec.base_model, spec.revision))
+    if said := _about_fp16(spec, precision, family, on_gpu=run.on_gpu):
+        run.note("precision", said)
+    shared = None
+
+    def load() -> Any:
+        nonlocal shared
+        base = _base(run, precision, head)
+        alone = gang is not None or not may_share(spec)
+        shared = None if alone else run.base_cache.common(lambda loaded: shared_base(loaded, precision), base)
+        if shared is None and order.joins:
+            raise TrainingFailed(Reason.HOST_LOST, "it can't share a base with other jobs")
+        return add_adapter(base if shared is None else shared.view(), spec, order.method)
+
+    model = load() if gang is None else gang.adapted(load)
+    # once all files are here: loading may have fetched them from the hub
+    identity = run.base_cache.identify(Path(order.cache_dir), (spec.base_model, spec.revision))
+    if order.init_from is not None:
+        _begin_from(run, model, data, order.init_from)
+    compute_in(model, precision)
+    if data.packed is not None:
+        check_apart(model, data.packed, tokenizer.pad_token_id)
+    compares = order.init_from is not None and run.kind.from_ancestor
+    started = [p.detach().cpu().clone() for p in model.parameters() if p.requires_grad] if compares else None
+    return Learner(model=model, tokenizer=tokenizer, precision=precision, started=started), identity, shared
+
+
+def _base(run: Run, precision: Precision, head: Head | None) -> Any:
+    """The base model: that of the job before in this process, or loaded. Raises TrainingFailed."""
+    order, spec = run.order, run.spec
+    name = f"{portable_name(spec.base_model)} for {order.method.value}"
+
+    def load() -> Any:
+        run.phase(f"loads {name}")
+        return base_of(order, precision, head)
+
+    source = spec.base_model, spec.revision
+    base, was_here = run.base_cache.base(
+        order.keep,
+        source,
+        load,
+        joins=order.joins,
+        tell=run.phase,
+        check_stop=run.between,
+    )
+    if was_here:
+        run.phase(f"takes {name}, which is loaded already")
+    return base
+
+
+def _begin_from(run: Run, model: Any, data: PreparedData, ancestor: Ancestor) -> None:
+    """Put a stored adapter's weights in place of the fresh ones. Raises TrainingFailed where they do not fit."""
+    folder = Path(ancestor.path)
+    if (differing := run.kind.misfit(data, folder)) is not None:
+        where = f"the rows and {ancestor.name} (job {ancestor.job_id}) differ in {differing}"
+        raise TrainingFailed(Reason.BAD_DATA, f"lora.init_from: {where}")
+    load_stored(model, folder / WEIGHTS)
+    run.note("adapter", f"begins from the adapter of {ancestor.name} (job {ancestor.job_id})")
+
+
+def _about_fp16(spec: JobSpec, precision: Precision, family: str, *, on_gpu: bool) -> str | None:
+    """What a person should know where float16 and the model do not go together; None where nothing is to be said."""
+    if not on_gpu or not overflows_fp16(family):
+        return None
+    if precision.amp == "fp16":
+        return f"training.dtype: {family} overflows float16; float32, or a card with bfloat16, is safer"
+    if precision.amp is None and spec.training.dtype == "auto":
+        return f"{family} overflows float16, and this card has no bfloat16: it trains in float32, slower"
+    return None
+
+
+def check_finite(model: Any) -> None:
+    """A training may diverge in its last steps, after the last loss was logged. Raises TrainingFailed."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise TrainingFailed(Reason.DIVERGED, f"the trained weights are not finite ({name})")
+
+
+def _resolved(run: Run, arguments: TrainingArguments) -> dict[str, Any]:
+    """The job as it ran: the spec, what memory changed in it, the method taken, and transformers' arguments."""
+    order = run.order
+    taken = {k: v for k, v in arguments.to_dict().items() if isinstance(v, (str, int, float, bool, type(None)))}
+    return {
+        "spec": order.spec.model_dump(mode="json"),
+        "adjustment": run.adjustment.as_json(),
+        "method": order.method.value,
+        "device": order.device,
+        "init_from": order.init_from.lineage() if order.init_from else None,
+        "torch": torch.__version__,
+        "training_arguments": taken,
+    }
+
+
+def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callbacks: Callbacks) -> Evaluation:
+    """`tasks`: what `find_tasks` returned."""
+    most, rows = run.spec.evaluation.max_rows, data.held_out.rows.examples
+    rows = rows if most is None else min(rows, most)
+    work = f"{rows} held-out row{'s' * (rows != 1)}"
+    if answers := run.kind.answers(run.spec, data):
+        work += f", with {answers} answer{'s' * (answers != 1)} of at most {run.spec.evaluation.max_new_tokens} tokens"
+    evaluation = _measure(run, learner, data, callbacks.teller.evaluating(_on(run, learner, work)))
+    if evaluation.base_job is not None:
+        run.note("evaluation", f"job {evaluation.base_job} has measured the base in this process, on the same rows")
+    callbacks.teller.tell_held_out(evaluation)
+    if tasks is None:
+        return evaluation
+    run.note("evaluation", f"scoring base and tuned on {', '.join(run.spec.evaluation.lm_eval)} of lm_eval")
+    model, tokenizer, compute = learner.model, learner.tokenizer, learner.precision.base
+    scored = score_tasks(model, tokenizer, run.spec, tasks, compute, run.check_stop, run.session)
+    return replace(evaluation, benchmarks=scored)
+
+
+def _evaluate_final(run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks) -> Evaluation | None:
+    """The same on the final rows, for the report's file alone: neither log nor database get a figure of it."""
+    if (final := data.of_final) is None:
+        return None
+    progress = callbacks.teller.evaluating(_on(run, learner, "the final rows"), final=True)
+    return _measure(run, learner, final, progress)
+
+
+def _on(run: Run, learner: Learner, work: str) -> list[str]:
+    """What is measured, one after the other."""
+    return [f"{model} on {work}" for model in run.kind.measured(learner)]
+
+
+def _measure(run: Run, learner: Learner, data: PreparedData, progress: Callable[[int, int], None]) -> Evaluation:
+    return run.kind.evaluate(
+        EvaluationTask(
+            learner=learner,
+            data=data,
+            spec=run.spec,
+            check_stop=run.check_stop,
+            progress=progress,
+            once=_once(run),
+            asked=run.session,
+        )
+    )
+
+
+def _once(run: Run) -> Once[Any]:
+    """Ask trainings of this process, before and now, what they found out about the base."""
+
+    def once(
+        question: str, find_out: Callable[[], Any], *, keeps: Callable[[Any], bool] = lambda found: True
+    ) -> Known[Any]:
+        return run.base_cache.knowledge.once(question, run.order.job_id, find_out, check_stop=run.between, keeps=keeps)
+
+    return once
+
+
+def _known(run: Run, what: str) -> dict[Any, Any]:
+    """What trainings of this process have found out about something, which they add to. Another ancestor is another
+    something."""
+    ancestor = run.order.init_from
+    told = {} if ancestor is None else ancestor.lineage()
+    found: dict[Any, Any] = _once(run)(
+        f"{what} {json.dumps(told, sort_keys=True)}", dict, keeps=lambda known: True
+    ).answer
+    return found
+
+
+def _checks(run: Run, learner: Learner) -> CheckCache:
+    """Ask this box, too, what it found out about rows behind each other on this base."""
+    order, spec = run.order, run.spec
+    files = sorted(traits_of(spec.base_model, spec.revision))
+    how = [order.method.value, learner.precision, spec.training.attn_implementation, order.parallel.value]
+    how += [order.device, order.device_name]
+    return CheckCache(folder=Path(order.cache_dir) / "tried", about=[files, *how], once=_once(run))
+
+
+def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_seconds: float) -> TrainingCourse:
+    """What happened in the training, for the report."""
+    recorder, best = callbacks.recorder, callbacks.best
+    return TrainingCourse(
+        first_step=recorder.first_step,
+        steps=recorder.steps,
+        kept_step=best.kept_step,
+        stopped_early=best.stopped_early,
+        losses=tuple(recorder.train_losses),
+        eval_losses=tuple(recorder.eval_losses),
+        seconds=recorder.seconds,
+        wall_seconds=wall_seconds,
+        tokens=recorder.tokens,
+        tokens_per_second=recorder.tokens_per_second,
+        peaks=run.gauge.look(),
+        peak_kind=run.gauge.kind + _of_what(run),
+        adjustment=run.adjustment,
+        changes=tuple(run.changes),
+        optimizer=arguments.optim.value,
+        train_batch=arguments.per_device_train_batch_size // run.cards,
+        accumulation_steps=arguments.gradient_accumulation_steps,
+        eval_batch=arguments.per_device_eval_batch_size,
+        gradient_checkpointing=arguments.activation_checkpointing,
+        threads=torch.get_num_threads(),
+        companions=run.roster.met_by(run.order.job_id),
+    )
+
+
+def _of_what(run: Run) -> str:
+    """Beside a measured peak: that it is not the whole job's, or not the job's alone."""
+    if run.order.ranks:
+        return f" on {run.order.node}, the first of {len(run.order.ranks)} cards"
+    return ", which it shared with other jobs" if run.roster.shared else ""

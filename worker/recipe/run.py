@@ -1,0 +1,172 @@
+"""One run of the recipe: its order, its messages to the supervisor, its stop."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass, field, replace
+
+import torch
+
+from loractl.common.job.adjustment import Adjustment, adjusted, in_words
+from loractl.common.job.spec import JobSpec
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.gauge import Gauge
+from loractl.worker.base.kept.base_cache import BaseCache
+from loractl.worker.base.kept.remains import TrainingRemains
+from loractl.worker.engine.engine import Engine, Session
+from loractl.worker.protocol.log_lines import log_line
+from loractl.worker.protocol.messages import Adjusted, GoingOn, Note, Peaks, StageChanged, Start, Told
+
+from .device_limit import DeviceLimit
+from .kinds import TrainedKind, trained_kind
+from .members import Roster
+
+SIGN_S = 10.0
+"""Seconds between two signs of life."""
+
+
+class Stopped(Exception):
+    """The supervisor asked for an end."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What a step of the recipe may look at: the order, where to tell, and whether to stop."""
+
+    order: Start
+    tell: Callable[[Told], None]
+    stop: threading.Event = field(default_factory=threading.Event)
+    save_on_stop: threading.Event = field(default_factory=threading.Event)
+    base_cache: BaseCache = field(
+        default_factory=BaseCache
+    )  # that has the base, where this process has loaded it before
+    part: InitVar[Session | None] = None  # of the process's engine; None: it has one of its own
+    roster: Roster = field(default_factory=Roster)
+    device_limit: DeviceLimit = field(default_factory=DeviceLimit)
+    remains: TrainingRemains = field(init=False)
+    failed_aside: bool = False  # what ended it happened in a process beside this one
+    card_failed: bool = False  # the card refused something: from then on it may refuse all of this process
+    stages: list[Stage] = field(default_factory=list)  # those that have begun
+    adjustment: Adjustment = field(init=False)  # what out-of-memory has changed so far
+    changes: list[str] = field(init=False)  # the same in words, one a step down
+    gauge: Gauge = field(init=False)
+    _signed: float = field(default_factory=time.monotonic)  # when it last said that it is at work
+    _session: Session | None = field(init=False)
+    _own: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def __post_init__(self, part: Session | None) -> None:
+        self._session = part
+        self.adjustment = self.order.adjustment
+        self.changes = list(self.order.changes)
+        self.gauge = Gauge(self.order.device, self.order.gpu)
+        self.remains = TrainingRemains(order=self.order)
+
+    @property
+    def session(self) -> Session:
+        """Who does all that computes. One of its own is there until `close`."""
+        if self._session is None:
+            self._session = self._own.enter_context(Engine().session(torch.device(self.order.device)))
+        return self._session
+
+    def close(self) -> None:
+        """Nothing more is computed."""
+        self._own.close()
+
+    @property
+    def spec(self) -> JobSpec:
+        """The job as it runs: its spec, adjusted to the memory."""
+        return adjusted(self.order.spec, self.adjustment)
+
+    @property
+    def kind(self) -> TrainedKind:
+        """What it learns to do."""
+        return trained_kind(self.order.spec)
+
+    @property
+    def cards(self) -> int:
+        """How many share the job."""
+        return max(1, len(self.order.ranks))
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.order.device == "cuda"
+
+    def stage(self, stage: Stage) -> None:
+        self.stages.append(stage)
+        self.tell(StageChanged(job_id=self.order.job_id, stage=stage))
+
+    def note(self, kind: str, text: str, resumed_from_step: int | None = None) -> None:
+        """Add a line to the job's history, and to its log."""
+        self.say(text)
+        self.tell(Note(job_id=self.order.job_id, kind=kind, text=text, resumed_from_step=resumed_from_step))
+
+    def phase(self, text: str) -> None:
+        """Say what begins now and may take long without another sign of life."""
+        self.note("phase", text)
+
+    def say(self, text: str) -> None:
+        """Write a line into the job's log alone."""
+        self.write(log_line(self.stages[-1].value if self.stages else "starting", text))
+
+    def write(self, lines: str) -> None:
+        """Add lines, with their ends, to the job's log."""
+        self.roster.write(self.order.job_id, lines, self.tell)
+
+    def peaks(self) -> Peaks:
+        """The job's peaks for its row: of a process that it has shared they are not its own."""
+        found = self.session.run(self.gauge.look)
+        return Peaks(held=found.held) if self.roster.shared else found
+
+    def adjust(self, adjustment: Adjustment) -> None:
+        """Go on with less memory."""
+        self.changes.append(in_words(self.order.spec, self.adjustment, adjustment, cards=self.cards))
+        self.note("memory", self.changes[-1])
+        self.adjustment = adjustment
+        self.tell(Adjusted(job_id=self.order.job_id, adjustment=adjustment))
+
+    def adjust_evaluation(self, batch: int) -> None:
+        """Evaluate fewer rows at once."""
+        self.adjust(replace(self.adjustment, eval_batch=batch))
+
+    def check_stop(self) -> None:
+        """Call it again and again in work that takes long. Raises Stopped, and as require_base."""
+        if self.stop.is_set():
+            raise Stopped
+        self._require_whole()
+        self.go_on()
+
+    def require_base(self) -> None:
+        """Call it before what was trained or measured here counts: another job here may have changed the base.
+
+        Raises TrainingFailed(host_lost), then and from then on, for all jobs of the process.
+        """
+        if self.roster.met_by(self.order.job_id) and self.roster.lost is None:
+            self.roster.lost = self.base_cache.change()
+        self._require_whole()
+
+    def _require_whole(self) -> None:
+        if self.roster.lost is not None:
+            raise TrainingFailed(Reason.HOST_LOST, f"it shared its trainer with other jobs, and {self.roster.lost}")
+
+    def go_on(self) -> None:
+        """Say now and then that the job is at work: one that says nothing for long is taken to hang."""
+        if (now := time.monotonic()) >= self._signed + SIGN_S:
+            self._signed = now
+            self.tell(GoingOn(job_id=self.order.job_id))
+
+    def between(self) -> None:
+        """Call it within a long piece of work: it lets others of the process go first. Raises Stopped."""
+        self.check_stop()
+        self.session.pause()
+
+    def hold_to(self, limit: int | None) -> None:
+        """Allow the process so much for this job, beside what others have."""
+        self.session.run(lambda: self.device_limit.grant(self.order, limit, self.base_cache.size))
+
+    def lower_to(self, limit: int | None) -> None:
+        """Leave the rest of what was allowed to other jobs."""
+        self.session.run(lambda: self.device_limit.lower(self.order, limit, self.base_cache.size))

@@ -1,0 +1,257 @@
+"""Adapters by tasks: what each adapter scores on each task, on one loaded base, and what that costs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loractl.common.errors import UsageError
+from loractl.common.verdict import MeasuredChange
+from loractl.worker.serving.adapter_pool import AdapterPool, BaseChoice, open_pool
+from loractl.worker.serving.card import Footprint, take_card
+from loractl.worker.serving.library import Library, Listed, same_base, usual_arithmetic
+
+from .scores import (
+    LOSS,
+    UNITS,
+    Cell,
+    Scores,
+    Task,
+    asked_for,
+    compare,
+    score,
+    task_from_file,
+    task_of,
+)
+
+SWITCHES = 60
+"""So many switches are timed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixOptions:
+    """What a person asks for."""
+
+    adapters: str
+    data: str | None = None
+    rows: int = 200
+    samples: int = 32
+    max_new_tokens: int = 64
+    batch: int = 16
+    load_in_4bit: bool | None = None  # None: as the adapters were trained
+    gpu: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixRow:
+    """One adapter: its cells by task and measure, and how many of a task's rows it was trained on."""
+
+    name: str
+    job_id: int
+    method: str
+    cells: dict[str, dict[str, Cell]]
+    trained_on: dict[str, int]
+    load_seconds: float
+    memory: int
+    disk: int
+    as_trained: bool  # the base computes as it did in training
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "job_id": self.job_id,
+            "method": self.method,
+            "as_trained": self.as_trained,
+            "load_seconds": self.load_seconds,
+            "memory_bytes": self.memory,
+            "disk_bytes": self.disk,
+            "tasks": {
+                name: {kind: _cell(cell, kind) for kind, cell in cells.items()} for name, cells in self.cells.items()
+            },
+            "rows_trained_on": self.trained_on,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """Everything that was measured. Bytes and seconds."""
+
+    base_model: str
+    precision: str
+    tasks: list[Task]
+    rows: list[MatrixRow]
+    base_memory: int
+    base_disk: int
+    base_load_seconds: float
+    switch_seconds: list[float]
+
+    @property
+    def one_base(self) -> int:
+        """Memory of one base with all adapters."""
+        return self.base_memory + sum(row.memory for row in self.rows)
+
+    @property
+    def copies(self) -> int:
+        """Memory of a full model for each adapter, as merged ones have."""
+        return self.base_memory * len(self.rows)
+
+    @property
+    def switch_median(self) -> float | None:
+        return statistics.median(self.switch_seconds) if self.switch_seconds else None
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it for programs; a value that is not a number is null."""
+        return {
+            "base_model": self.base_model,
+            "precision": self.precision,
+            "tasks": [{"name": t.name, "rows": len(t.work.numbers), "measure": t.measure} for t in self.tasks],
+            "adapters": [row.as_json() for row in self.rows],
+            "memory_bytes": {"base": self.base_memory, "one_base": self.one_base, "copies": self.copies},
+            "disk_bytes": {"base": self.base_disk, "adapters": sum(row.disk for row in self.rows)},
+            "base_load_seconds": self.base_load_seconds,
+            "switch_seconds": {"median": self.switch_median, "count": len(self.switch_seconds)},
+        }
+
+
+def reading(cell: Cell, measure: str) -> str:
+    """The reading of the change against the base, as a report has it, and "too few rows" where it has too few cases."""
+    change = MeasuredChange(
+        base=cell.base,
+        change=cell.change,
+        low=cell.low,
+        high=cell.high,
+        cases=cell.cases,
+        unit=UNITS[measure],
+        higher_is_better=measure != LOSS,
+    )
+    return "too few rows" if change.reading == "too few cases" else change.reading
+
+
+def measure(
+    library: Library, options: MatrixOptions, tell: Callable[[str], None], warn: Callable[[str], None]
+) -> Matrix:
+    """Load the base once, and score it and every adapter on every task. Raises LoractlError."""
+    named, files = _named(options.adapters, library), _files(options.data)
+    pool = _open(library, list(named.values()), options, tell, warn)
+    wanted = asked_for(options.rows, options.samples, options.max_new_tokens, options.batch)
+    own = {name: task_of(name, listed, library, pool.tokenizer, wanted) for name, listed in named.items()}
+    tasks = [task for task, _ in own.values()]
+    if files:
+        tasks = [task_from_file(name, path, pool.tokenizer, wanted) for name, path in files.items()]
+    folders = {name: library.fetch(listed) for name, listed in named.items()}
+    loaded = {name: pool.hold(listed, folders[name]) for name, listed in named.items()}
+    bases = {task.name: score(pool, None, task, wanted) for task in _told(tasks, "the base", tell)}
+    rows = []
+    for name, listed in named.items():
+        scores = {task.name: score(pool, loaded[name].key, task, wanted) for task in _told(tasks, name, tell)}
+        rows.append(
+            MatrixRow(
+                name=name,
+                job_id=listed.job_id,
+                method=listed.method.value,
+                cells=_cells(tasks, bases, scores),
+                trained_on={task.name: sum(row in own[name][1] for row in task.likenesses) for task in tasks},
+                load_seconds=loaded[name].seconds,
+                memory=loaded[name].size,
+                disk=_bytes_below(folders[name]),
+                as_trained=pool.as_trained(listed),
+            )
+        )
+    return Matrix(
+        base_model=pool.base.model,
+        precision=pool.number_format,
+        tasks=tasks,
+        rows=rows,
+        base_memory=pool.bytes,
+        base_disk=_disk_of(pool.base.model, pool.base.revision),
+        base_load_seconds=pool.seconds,
+        switch_seconds=_switches(pool, [each.key for each in loaded.values()]),
+    )
+
+
+def _named(text: str, library: Library) -> dict[str, Listed]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if len(set(parts)) < len(parts) or not parts:
+        raise UsageError("--adapters names none, or one twice", "like --adapters support,notebook:prod,12")
+    return {part: library.find(part) for part in parts}
+
+
+def _files(text: str | None) -> dict[str, Path]:
+    """--data faq=faq.jsonl,mail=mail.jsonl. Raises UsageError."""
+    files: dict[str, Path] = {}
+    for part in (part.strip() for part in (text or "").split(",") if part.strip()):
+        name, equals, path = part.partition("=")
+        if not equals or not name or name in files:
+            raise UsageError(
+                f"--data: {part!r} is not of the form NAME=FILE, or its name is taken", "like faq=faq.jsonl"
+            )
+        files[name] = Path(path)
+    return files
+
+
+def _open(
+    library: Library,
+    adapters: list[Listed],
+    options: MatrixOptions,
+    tell: Callable[[str], None],
+    warn: Callable[[str], None],
+) -> AdapterPool:
+    model, _ = same_base(adapters)
+    base, usual = (model, library.revision(adapters[0])), usual_arithmetic(adapters, in_4bit=options.load_in_4bit)
+    footprint = Footprint.of(base, usual, sum(adapter.size for adapter in adapters))
+    device = take_card(library.settings, library.store, options.gpu, footprint)
+    choice = BaseChoice.of(base, usual, device, run_code=library.may_run_code(adapters[0]))
+    return open_pool(choice, library, adapters, tell, warn)
+
+
+def _told(tasks: Sequence[Task], who: str, tell: Callable[[str], None]) -> Iterator[Task]:
+    for task in tasks:
+        began = time.monotonic()
+        yield task
+        tell(f"{who} on {task.name}: {len(task.work.numbers)} rows in {time.monotonic() - began:.0f} s")
+
+
+def _cells(tasks: Sequence[Task], bases: dict[str, Scores], scores: dict[str, Scores]) -> dict[str, dict[str, Cell]]:
+    """By task and measure: the loss, and what the task's answers are judged by."""
+    return {
+        task.name: {
+            kind: compare(bases[task.name], scores[task.name], kind) for kind in dict.fromkeys((LOSS, task.measure))
+        }
+        for task in tasks
+    }
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _disk_of(model: str, revision: str | None) -> int:
+    """Bytes of the base's weights where they lie: a folder, or the hub's cache."""
+    from transformers.utils import cached_file
+
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = Path(str(cached_file(model, "config.json", revision=revision))).parent
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
+    return sum(path.stat().st_size for path in weights)
+
+
+def _switches(pool: AdapterPool, keys: Sequence[str]) -> list[float]:
+    """Seconds of single switches between the loaded adapters, in turn."""
+    took = []
+    for number in range(SWITCHES if len(keys) > 1 else 0):
+        began = time.perf_counter()
+        pool.switch(keys[number % len(keys)])
+        took.append(time.perf_counter() - began)
+    return took[1:]  # the first may not have been a switch
+
+
+def _cell(cell: Cell, measure: str) -> dict[str, Any]:
+    numbers = {**vars(cell), "change": cell.change}
+    shown = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in numbers.items()}
+    return {**shown, "reading": reading(cell, measure)}

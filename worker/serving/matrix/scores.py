@@ -1,0 +1,148 @@
+"""Tasks that several adapters are scored on: the held-out rows of a job's own data, or a file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loractl.common.data.formats import detect_format, parse_examples
+from loractl.common.data.rows import read_rows
+from loractl.common.data.split import distinct
+from loractl.common.errors import UsageError
+from loractl.common.job.method import Method
+from loractl.common.job.sections import DatasetSpec, EvaluationSpec, Metric, Overflow
+from loractl.common.job.spec import JobSpec
+from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.data.prepared import PreparedData, prepare_data
+from loractl.worker.data.template import templated
+from loractl.worker.data.token_rows import TokenRows
+from loractl.worker.data.token_set import TokenSet, fit_examples
+from loractl.worker.evaluation.answers import rouge
+from loractl.worker.evaluation.confusion import Labels
+from loractl.worker.evaluation.evaluation import Work
+from loractl.worker.evaluation.generation import generate
+from loractl.worker.evaluation.row_losses import by_example, score_rows
+from loractl.worker.evaluation.statistics import Array, paired_interval
+from loractl.worker.serving.adapter_pool import AdapterPool
+from loractl.worker.serving.library import Library, Listed
+
+LOSS, ACCURACY, ROUGE_L = "loss", "accuracy", "rougeL"
+
+UNITS = {LOSS: "nats", ACCURACY: "%", ROUGE_L: "%"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Rows to score, and which of them each adapter's job has trained on."""
+
+    name: str
+    work: Work
+    likenesses: tuple[int, ...]  # of the rows, see Example
+
+    @property
+    def measure(self) -> str:
+        """What its answers are judged by."""
+        return ACCURACY if self.work.labelled else ROUGE_L if self.work.prompts else LOSS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """One model on one task, row by row: summed loss and learned tokens, and a value of each answer in percent."""
+
+    loss: Array
+    tokens: Array
+    answers: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A measure of one adapter on one task beside the base's, with the 95% interval of the change."""
+
+    base: float
+    value: float
+    low: float
+    high: float
+    cases: int
+
+    @property
+    def change(self) -> float:
+        return self.value - self.base
+
+
+def task_of(
+    name: str, adapter: Listed, library: Library, tokenizer: Any, asked: EvaluationSpec
+) -> tuple[Task, set[int]]:
+    """The rows that an adapter's job held out; beside them the likenesses of those that it trained on."""
+    dataset = adapter.spec.dataset
+    path, held_path = library.data_file(adapter, "path"), library.data_file(adapter, "eval_path")
+    assert path is not None
+    cache, tokenizer = library.settings.cache_dir, templated(tokenizer, dataset.template)
+    keys = (f"more.{number}" for number in range(len(dataset.more)))
+    more = [place for key in keys if (place := library.data_file(adapter, key)) is not None]
+    data = prepare_data(dataset, path, held_path, None, tokenizer, cache, more)
+    spec = adapter.spec.model_copy(update={"evaluation": asked})
+    return _task(name, data, spec, tokenizer), {e.likeness() for e in data.train_examples}
+
+
+def task_from_file(name: str, path: Path, tokenizer: Any, asked: EvaluationSpec) -> Task:
+    """All distinct rows of a file. Raises DataError, UsageError."""
+    if not path.is_file():
+        raise UsageError(f"--data: there is no file {path}", "like --data faq=faq.jsonl")
+    rows = read_rows(path)
+    format, why = detect_format(rows, path)
+    examples = distinct(parse_examples(rows, format, path)[0])
+    dataset = DatasetSpec(path=str(path), on_overflow=Overflow.TRUNCATE)
+    tokens = fit_examples(examples, str(path), dataset, tokenizer, format)
+    data = PreparedData(
+        format=format, why=why, train=TokenSet(rows=TokenRows.of(()), truncated=0, too_long=0), held_out=tokens,
+        train_examples=examples, held_out_examples=examples, dropped=[], overlap=0, sha256=None,
+    )  # fmt: skip
+    spec = JobSpec(name="matrix", base_model="matrix", method=Method.LORA, dataset=dataset, evaluation=asked)
+    return _task(name, data, spec, tokenizer)
+
+
+def _task(name: str, data: PreparedData, spec: JobSpec, tokenizer: Any) -> Task:
+    used = data.held_out_examples[: spec.evaluation.max_rows]
+    return Task(name=name, work=Work.of(data, spec, tokenizer), likenesses=tuple(e.likeness() for e in used))
+
+
+def asked_for(rows: int, samples: int, max_new_tokens: int, batch: int) -> EvaluationSpec:
+    """What a cell measures, in the words of a job file."""
+    return EvaluationSpec(
+        metrics=[Metric.LOSS, Metric.LABELS, Metric.ROUGE],
+        samples=samples,
+        max_rows=rows,
+        max_new_tokens=max_new_tokens,
+        per_device_eval_batch_size=batch,
+    )
+
+
+def score(pool: AdapterPool, key: str | None, task: Task, asked: EvaluationSpec) -> Scores:
+    """An adapter that is loaded, or with None the base, on a task."""
+    model, tokenizer, batch, work = pool.model, pool.tokenizer, asked.per_device_eval_batch_size, task.work
+    if key is not None:
+        pool.switch(key)
+    prompts, longest = (work.labelled, work.label_tokens) if work.labelled else (work.prompts, work.longest_answer)
+    with evaluating(model, base=key is None), pool.arithmetic(key):
+        rows = by_example(score_rows(model, tokenizer, work.rows, batch), work.rows)
+        texts = [text for text, _ in generate(model, tokenizer, [p.ids for p in prompts], batch, longest)]
+    expected = [prompt.expected for prompt in prompts]
+    if work.labelled:
+        said = Labels.of(work.labels, expected, texts, texts)
+        answers = 100 * np.array(said.right(said.base), float)
+    else:
+        answers = rouge(texts, expected)[ROUGE_L] if prompts else np.zeros(0)
+    return Scores(loss=rows.loss, tokens=rows.tokens, answers=answers)
+
+
+def compare(base: Scores, tuned: Scores, measure: str) -> Cell:
+    """A cell from the same rows of both."""
+    if measure == LOSS:
+        pair, weight = (base.loss, tuned.loss), base.tokens
+    else:
+        pair, weight = (base.answers, tuned.answers), np.ones(len(base.answers))
+    before, value, low, high = paired_interval(*pair, weight)
+    return Cell(base=before, value=value, low=low, high=high, cases=int((weight > 0).sum()))

@@ -1,1 +1,0 @@
-"""The artifact store as a node reaches it: each call in a process that can be left. No torch, no SQL, no queue."""
