@@ -216,7 +216,7 @@ def test_an_attempt_that_is_lost_when_its_trainer_stays_is_out_of_it(
         else:
             monkeypatch.setattr(own.store.attempts, "finish", late)
         own.end(first)
-        assert place.store.attempts(first)[0].reason is Reason.WORKER_LOST
+        assert place.store.attempts.of_job(first)[0].reason is Reason.WORKER_LOST
         assert place.store.hosts.send_off(own.rows[0], "box:0"), "no job is in it any more"
 
 
@@ -276,7 +276,7 @@ def test_a_cancelled_member_s_row_closes_at_once_and_it_holds_its_part_until_it_
         deaf = own.start("deaf", joins=True)
         place.store.jobs.cancel(deaf, "bob")
         until(lambda: place.store.jobs.get(deaf).status is Status.CANCELLED, seconds=5)
-        assert own.threads[deaf].is_alive() and place.store.attempts(deaf)[0].reason is Reason.CANCELLED
+        assert own.threads[deaf].is_alive() and place.store.attempts.of_job(deaf)[0].reason is Reason.CANCELLED
         (leaver,) = own.card.leavers
         assert leaver.job_id == deaf and leaver.bytes == GIB - 2**20, "the base is the host's"
         end_strays(own.place)
