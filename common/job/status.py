@@ -172,6 +172,9 @@ OUTCOMES: dict[Reason, Meaning] = {
     ),
 }
 
+STOPPED = frozenset({Reason.CANCELLED, Reason.PRUNED, Reason.PREEMPTED, Reason.DRAINED})
+"""An attempt that ended so was stopped by a person's order or by the lab's rule: nothing is wrong."""
+
 BLAMED = {reason: meaning.blames for reason, meaning in OUTCOMES.items() if meaning.blames is not None}
 """What a reason blames; the others, and those that only a newer version knows, blame nothing."""
 

@@ -142,6 +142,33 @@ def test_a_browser_finds_nothing_to_complain_of(running_web: RunningWeb, page: B
     assert foreign == []
 
 
+OVER = """[...document.querySelectorAll("main .panel *, main .stats *")].filter((e) =>
+  !e.closest("svg, .log, .vh, .memory") && e.checkVisibility()).filter((e) => {
+    const text = document.createRange(); text.selectNodeContents(e);
+    const panel = e.closest(".panel, .stats div, .stats");
+    return text.getBoundingClientRect().right > panel.getBoundingClientRect().right; })
+  .map((e) => e.className + " " + e.textContent.slice(0, 30))"""
+"""What is wider than its panel, which cuts it."""
+
+LONELY = """[...document.querySelectorAll("main td, main .load")].filter((e) =>
+  e.checkVisibility() && ["–", "·", "?"].includes(e.innerText.trim())).length"""
+"""Cells that say nothing but that there is no value."""
+
+
+@needs_chromium
+def test_nothing_runs_over_its_panel_and_a_phone_shows_no_empty_cell(running_web: RunningWeb, page: Browser) -> None:
+    engine = make_engine(running_web.url)
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE attempts SET reason = 'host_out_of_memory' WHERE job_id = 10"))
+    engine.dispose()
+    for width in (1280, 1200, 1041, 400):
+        page.size(width)
+        for view in (*VIEWS, "/jobs/10", "/jobs/15"):
+            page.open(running_web.address + view)
+            assert page.value(OVER) == [], (width, view)
+            assert width > 400 or page.value(LONELY) == 0, view
+
+
 LABELS = """[...document.querySelectorAll(".bar svg text")].filter((label) => label.checkVisibility()).map((label) => {
   const at = (element) => element.getBoundingClientRect();
   return [label.textContent, at(label).right <= at(label.parentElement.querySelector("rect")).right]; })"""

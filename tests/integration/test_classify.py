@@ -104,7 +104,7 @@ def test_a_classifier_learns_and_is_compared_with_the_most_frequent_label(
     assert set(found) == {"loss", "accuracy", "macro_f1"} and told["evaluation"]["answers"] == []
     assert told["data"]["labels"]["storage"] == {"train": 30, "held_out": 10}
     page = (tmp_path / "a" / "result" / "report.html").read_text()
-    assert "base: the most frequent label, storage, its loss that of the labels’ shares" in page
+    assert "base: the most frequent label, storage, its loss that of guessing by how often each label is" in page
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

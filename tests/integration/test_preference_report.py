@@ -317,7 +317,7 @@ def test_everyone_who_reads_a_report_shows_one_of_pairs(made: Made, tmp_path: Pa
     value["evaluation"] = json.loads(json.dumps(_evaluation(found)))
     page, text = render_html(value), report_text(value, SCREEN, 2)
     answer = value["evaluation"]["answers"][0]
-    assert "nats a pair over the steps" in page and "wrong</span>" not in page and 'type="radio"' in page
+    assert "nats per pair, over the steps" in page and "wrong</span>" not in page and 'type="radio"' in page
     for title, said in (("Chosen", answer["expected"]), ("Rejected", answer["rejected"])):
         assert f"<h3><span>{title}</span></h3><pre>{said}</pre>" in page
         assert f"  {title.lower()}: {said}\n" in text

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from loractl.common.job.status import STOPPED, Reason
 
 if TYPE_CHECKING:
     from loractl.common.store.records import CoursePoint
@@ -25,7 +27,7 @@ class AttemptSpan:
     first: int
     last: int
     repeated: int  # steps at its end that the next attempt took again
-    ended_well: bool | None  # None: it goes on
+    tone: Literal["good", "bad", "on", ""]  # on: it runs; empty: somebody stopped it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,11 @@ class JobCourse:
     runs: tuple[tuple[tuple[int, float], ...], ...]  # step and training loss, by attempt
     held_out: tuple[tuple[int, float], ...]
     spans: tuple[AttemptSpan, ...]
+
+    @property
+    def last(self) -> tuple[int, float] | None:
+        """The last step whose training loss was logged, and that loss."""
+        return self.runs[-1][-1] if self.runs else None
 
     @property
     def repeated_steps(self) -> int:
@@ -66,7 +73,13 @@ def _spans(by_attempt: dict[int, list[CoursePoint]], attempts: Sequence[PastAtte
                 first=this.resumed_from_step or 0,
                 last=run[-1].step,
                 repeated=max(0, run[-1].step - again),
-                ended_well=None if this.ended_at is None else str(this.reason) == "ok",
+                tone=_tone(this),
             )
         )
     return spans
+
+
+def _tone(attempt: PastAttempt) -> Literal["good", "bad", "on", ""]:
+    if attempt.ended_at is None:
+        return "on"
+    return "good" if attempt.reason is Reason.OK else "" if attempt.reason in STOPPED else "bad"

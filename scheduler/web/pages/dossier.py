@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import LoractlError, SweepNotFound
-from loractl.common.job.status import Status
+from loractl.common.job.status import STOPPED, Status
 from loractl.scheduler.compare.answer import flat_settings
 from loractl.scheduler.status.job import JobHistory, JobState, PastEvent, job_history, trouble_on
+from loractl.scheduler.wait.cards import SILENT_S, silent_s
+from loractl.scheduler.wait.gangs import in_words
 from loractl.scheduler.why.answer import Why, why
 
 from .course import JobCourse, job_course
@@ -46,6 +48,7 @@ class JobDossier:
     course: JobCourse
     wait: Why | None  # of one that waits
     trouble: str | None  # what is wrong with a card of a running one, in a few words
+    silent: bool  # a card of a running one is silent: nobody ordered that
     settings: tuple[ResolvedSetting, ...]
     sweep_name: str | None
     report: ReportDigest | None
@@ -59,9 +62,24 @@ class JobDossier:
 
     @property
     def told(self) -> tuple[PastEvent, ...]:
-        """The history, with checkpoints that follow each other as one line: a long job saves hundreds."""
-        runs = itertools.groupby(self.history.events, key=lambda event: (event.kind == "saved", event.attempt))
+        """The history, with checkpoints that follow each other as one line (a long job saves hundreds), and with each
+        warning once: every attempt reads the data again."""
+        runs = itertools.groupby(_warned_once(self.history.events), key=lambda e: (e.kind == "saved", e.attempt))
         return tuple(event for (saved, _), run in runs for event in (_as_one(list(run)) if saved else run))
+
+    @property
+    def reached(self) -> tuple[int | None, float | None]:
+        """The last step and training loss that were measured. An attempt's start and a retry clear the job's own."""
+        step, loss = self.course.last or (None, None)
+        return step if self.job.step is None else self.job.step, loss if self.job.loss is None else self.job.loss
+
+    def tone(self, event: PastEvent) -> str:
+        """good, bad, at (an attempt begins), or empty: nothing to look at, or a person's order."""
+        attempt = next((a for a in self.history.attempts if a.attempt == event.attempt), None)
+        if event.kind == "requeued" and attempt is not None and attempt.reason in STOPPED:
+            return ""
+        tones = {"succeeded": "good", "failed": "bad", "requeued": "bad", "closed": "bad", "started": "at"}
+        return tones.get(event.kind, "")
 
     @property
     def trained_s(self) -> float:
@@ -94,6 +112,7 @@ def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
         course=job_course(store, job_id, history.attempts),
         wait=answer if isinstance(answer, Why) else None,
         trouble=None if view is None else trouble_on(view, history.job.cards),
+        silent=view is not None and any(silent_s(view, c) > SILENT_S for c in history.job.cards if c in view.nodes),
         settings=tuple(ResolvedSetting(key=k, value=v, varied=k in varied) for k, v in flat_settings(history.spec)),
         sweep_name=sweep_name,
         report=report,
@@ -101,6 +120,24 @@ def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
         log_end=_end("".join(chunk.text for chunk in store.jobs.log_end(job_id, LOG_CHUNKS))),
         card_bytes={a.attempt: known[a.node] for a in history.attempts if a.node in known},
     )
+
+
+def _warned_once(events: Sequence[PastEvent]) -> list[PastEvent]:
+    """Each warning once, where it came last, and with its attempts where another one read the data without it."""
+    holders: dict[str, list[int | None]] = {}
+    for event in events:
+        if event.kind == "warning" and event.attempt not in holders.setdefault(event.text, []):
+            holders[event.text].append(event.attempt)
+    readers = {event.attempt for event in events if event.kind in ("data", "warning")}
+    once: list[PastEvent] = []
+    for event in reversed(events):
+        attempts = holders.pop(event.text, []) if event.kind == "warning" else [event.attempt]
+        if event.kind == "warning" and attempts and set(attempts) != readers:
+            which = in_words([str(attempt) for attempt in attempts])
+            once.append(replace(event, text=f"{event.text} (attempt{'s' if attempts[1:] else ''} {which})"))
+        elif attempts:
+            once.append(event)
+    return once[::-1]
 
 
 def _as_one(saved: list[PastEvent]) -> list[PastEvent]:

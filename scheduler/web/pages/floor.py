@@ -17,6 +17,7 @@ from loractl.scheduler.status.job import JobState, state_of
 from loractl.scheduler.status.overview import Overview, overview
 from loractl.scheduler.wait.remedies import without_others
 
+from .drawing import card_parts
 from .measures import ReportDigest, digest
 
 if TYPE_CHECKING:
@@ -75,6 +76,16 @@ class LabFloor:
     ended: tuple[EndedJob, ...]  # of a day, the newest first
     shares: tuple[OwnersShare, ...]  # the largest first
     notices: tuple[Notice, ...]
+
+    @property
+    def part_kinds(self) -> frozenset[str]:
+        """What the cards' bars have parts for: job, outside, held, leaver, base."""
+        return frozenset(part.kind for device in self.fleet.devices for part in card_parts(device))
+
+    @property
+    def silent(self) -> frozenset[str]:
+        """Cards that have not been seen for a while, as nobody ordered it."""
+        return frozenset(device.node for device in self.fleet.devices if device.silent_s is not None)
 
 
 def lab_floor(store: Store, shelf: ReportShelf, choice: Choice, page: Page) -> LabFloor:
@@ -153,5 +164,5 @@ def _held_text(view: FleetView, card: str, program: str, job: JobState) -> str:
     load = "" if node.load is None else f", load {node.load} %"
     return (
         f"{program}{others} {gib(node.outside_bytes)} GiB of {card} outside the queue{load}. "
-        f"Without that {job.name} ({job.job_id}) would fit now."
+        f"Without it, {job.name} ({job.job_id}) would fit now."
     )

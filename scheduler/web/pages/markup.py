@@ -75,6 +75,14 @@ def _method(name: str | None) -> str:
     return {"lora": "LoRA", "qlora": "QLoRA"}.get(name or "", name or "")
 
 
+_NONE = Markup('<span class="none">–</span>')
+
+
+def _or_none(text: str) -> str:
+    """A value for a cell; a dash where there is none is marked, and left out on a narrow screen."""
+    return _NONE if text == "–" else text
+
+
 def _later(now: dt.datetime, seconds: float) -> dt.datetime:
     return now + dt.timedelta(seconds=seconds)
 
@@ -84,7 +92,7 @@ def _percent(share: float | None) -> str:
 
 
 def _upper_first(text: str) -> str:
-    return text if text.startswith("loractl ") else text[:1].upper() + text[1:]  # a command is typed as it stands
+    return text if text.startswith("loractl ") else text[:1].upper() + text[1:]  # a command is typed as it is
 
 
 def _owner(name: str, owners: Mapping[str, int]) -> int:
@@ -100,6 +108,6 @@ def _program(process: Mapping[str, Any]) -> str:
 
 _FILTERS: dict[str, Callable[..., Any]] = {
     "amount": amount, "clock": clock, "duration": duration, "gib": gib, "in_words": in_words, "later": _later,
-    "method": _method, "model": _model, "number": number, "owner": _owner, "percent": _percent, "program": _program,
-    "setting": _setting, "signed": signed, "thousands": thousands, "upper_first": _upper_first,
+    "method": _method, "model": _model, "number": number, "or_none": _or_none, "owner": _owner, "percent": _percent,
+    "program": _program, "setting": _setting, "signed": signed, "thousands": thousands, "upper_first": _upper_first,
 }  # fmt: skip

@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from .shelf import ReportShelf
 
 COLUMNS = 7
-"""Measures that have a column; the others stand in the adapter's own report."""
+"""Measures that have a column; the others are in the adapter's own report."""
 
 REPORT_WAIT_S = 1.0
 
-_FIRST = ("loss", "preference_accuracy", "accuracy", "exact_match", "rougeL", "f1_macro")
+_FIRST = ("loss", "preference_accuracy", "accuracy", "exact_match", "rougeL", "macro_f1")
+
+_SAID_BY_LOSS = "perplexity"
+"""e to the loss: another number for the same change, and up to six digits wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,7 @@ class AdapterMatrix:
     listed: AdapterList
     measures: tuple[tuple[str, str, str], ...]  # name, label, unit of each column
     bases: tuple[tuple[str, tuple[AdapterRow, ...]], ...]
+    tones: frozenset[str]  # better, worse, same: those that a cell has
     chosen: AdapterOrigin | None
 
 
@@ -74,10 +78,12 @@ def adapter_matrix(store: Store, shelf: ReportShelf, page: Page, chosen: int | N
         rows.append(row)
         if adapter.job_id == chosen:
             found = _origin(row, job, report or {}, content)
+    measures = _measures(rows)
     bases = dict.fromkeys(row.adapter.base_model for row in rows)
     return AdapterMatrix(
         listed=listed,
-        measures=_measures(rows),
+        measures=measures,
+        tones=frozenset(c.tone for row in rows for key, c in row.changes.items() if key in {m[:2] for m in measures}),
         bases=tuple((base, tuple(row for row in rows if row.adapter.base_model == base)) for base in bases),
         chosen=found,
     )
@@ -110,7 +116,7 @@ def _row(
 
 def _measures(rows: list[AdapterRow]) -> tuple[tuple[str, str, str], ...]:
     """The measures that most adapters have, the usual ones first."""
-    known = {key: change for row in rows for key, change in row.changes.items()}
+    known = {key: change for row in rows for key, change in row.changes.items() if key[0] != _SAID_BY_LOSS}
     count = {key: sum(key in row.changes for row in rows) for key in known}
     usual = {name: place for place, name in enumerate(_FIRST)}
     order = sorted(known, key=lambda key: (usual.get(key[0], len(usual)), -count[key], key))[:COLUMNS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 import shutil
 from dataclasses import replace
@@ -11,15 +12,16 @@ import pytest
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.hosts import base_key
-from loractl.common.store.records import NewHost
+from loractl.common.store.records import NewHost, Progress
 from loractl.common.units import GIB
 from loractl.scheduler.status.job import state_of
+from loractl.scheduler.web.pages.markup import static_url
 from loractl.scheduler.web.pages.pages import commands_for
 from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import FRESH_S
 
 from .... import webs
-from ...factories import job
+from ...factories import job, submission
 from .conftest import PAGES, Web
 
 
@@ -125,7 +127,7 @@ def test_a_sweep_s_page_names_the_best_and_marks_what_differs(web: Web) -> None:
     assert "Best: 1 (learning_rate 5e-05, r 16), held-out loss 0.951" in page
     assert "loractl compare --sweep 1" in page
     assert "r 16 r 32" in page and "learning_rate 0.0001" in page and html.count('class="ghost"') >= 3
-    assert "worse" in page and "The same in all" in page
+    assert "worse" in page and "The same in all members" in page
     varied = re.findall(r'<div class="varied"><dt>([\w.]+)', web.client.get("/jobs/1").text)
     assert sorted(varied) == ["lora.r", "training.learning_rate"]
 
@@ -268,6 +270,123 @@ def test_an_ended_job_leaves_the_lab(own_web: Web, monkeypatch: pytest.MonkeyPat
     assert 'data-key="r14"' in own_web.client.get("/").text
     own_web.lab.store.attempts.give_back("kestrel:0")
     assert 'data-key="r14"' not in own_web.client.get("/").text
+
+
+def test_a_warning_about_the_data_is_said_once_for_all_attempts_that_have_it(own_web: Web) -> None:
+    lab = own_web.lab
+    first = webs.run(lab, "warned", "mara", "kestrel:0", 3)
+    both, later = ("warning", "data: few rows: 80 to train on"), ("warning", "data: long warm-up")
+    lab.store.attempts.beat(first, Progress(events=(both,)))
+    lab.store.attempts.finish(first, Reason.WORKER_LOST, "kestrel was silent for 60 s", Progress())
+    lab.store.attempts.beat(webs.begin(lab, "kestrel:0", steps=0, of=9, size=3), Progress(events=(both, later)))
+    page = words(own_web.client.get(f"/jobs/{first.job_id}").text)
+    assert page.count("few rows: 80 to train on") == 1 and "80 to train on (attempt" not in page
+    assert "Data: long warm-up (attempt 2)" in page
+
+
+def test_what_a_person_ordered_is_not_drawn_as_a_fault(own_web: Web) -> None:
+    lab = own_web.lab
+    claim = webs.run(lab, "moved", "mara", "kestrel:0", 3, steps=30)
+    lab.store.attempts.finish(claim, Reason.DRAINED, "kestrel:0 is drained by lena: a fan", Progress())
+    lost = webs.begin(lab, "kestrel:0", steps=40, of=90, size=3)
+    lab.store.attempts.finish(lost, Reason.WORKER_LOST, "kestrel was silent for 60 s", Progress())
+    page = own_web.client.get(f"/jobs/{claim.job_id}").text
+    events = dict(re.findall(r'<li class="(\w*)" data-key="[^"]+">.*?<p>Attempt \d ended \((\w+)\)', page))
+    assert {reason: tone for tone, reason in events.items()} == {"drained": "", "worker_lost": "bad"}
+    assert re.findall(r'<rect class="span (\w*)"', page)[:2] == ["", "bad"]
+    lab.store.cards.drain("osprey:0", "lena", "moves")
+    page = own_web.client.get("/jobs/12").text
+    assert "its card is drained by lena" in words(page) and 'badt">its card' not in page
+
+
+def test_a_silent_card_is_a_fault_and_one_whose_worker_is_stopped_is_none(
+    own_web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loractl.scheduler.web.site.FRESH_S", -1.0)
+    red = r'class="badt">(silent for|being stopped)'
+    webs.see_cards(own_web.lab.store, **{"osprey:0": {"draining": True}})
+    page = own_web.client.get("/").text
+    assert "being stopped" in page and not re.search(red, page)
+    own_web.lab.now += dt.timedelta(seconds=40)
+    assert re.search(red, own_web.client.get("/").text)
+    assert 'badt">its card is silent' in own_web.client.get("/jobs/12").text
+
+
+def test_a_job_without_a_plan_has_no_bar_of_one(own_web: Web) -> None:
+    lab = own_web.lab
+    lab.store.jobs.cancel(16, "priya")
+    odd = submission(lora=None, qlora=None, user="jonas", name="odd", method="lora", priority=60)
+    job_id = lab.store.jobs.submit(odd)
+    claim = webs.begin(lab, "kestrel:1", steps=20, of=90, size=6)
+    assert claim.job_id == job_id and claim.vram_planned is None
+    page = own_web.client.get(f"/jobs/{job_id}").text
+    assert "no plan, reserved 23.5" in words(page)
+    bar = page.partition('id="h-mem"')[2].partition("</ul>")[0]
+    assert 'class="planned"' not in bar and 'class="reserved"' not in bar
+    assert "planned –" not in words(page)
+
+
+def test_a_job_that_logs_nothing_now_shows_what_was_measured_last(own_web: Web) -> None:
+    """An attempt's start clears the job's values: "Loss –, Steps –" stood above a chart of 72 steps."""
+    lab = own_web.lab
+    claim = webs.run(lab, "stopped", "mara", "kestrel:0", 3, steps=70, of=90)
+    lab.store.attempts.finish(claim, Reason.DRAINED, "kestrel:0 is drained by lena: a fan", Progress())
+    again = webs.begin(lab, "kestrel:0", steps=0, of=90)
+    lab.store.jobs.cancel(again.job_id, "mara")
+    lab.store.attempts.finish(again, Reason.CANCELLED, "cancelled while it ran", Progress())
+    page = words(own_web.client.get(f"/jobs/{claim.job_id}").text)
+    last = re.search(r"Loss (\d\.\d\d) training .*Steps (\d+)", page)
+    assert last is not None and last[2] == "70", page[:400]
+    assert "Loss –" not in page and "Speed" not in page
+
+
+def test_the_adapters_page_leaves_out_what_the_loss_says_already(own_web: Web) -> None:
+    lab = own_web.lab
+    claim = webs.run(lab, "tone", "mara", "kestrel:0", 3)
+    value = webs.the_report(claim.job_id, "tone", "mara", 9.6, 2.2)["evaluation"]
+    same = {"name": "perplexity", "label": "perplexity", "unit": "", "base": 14764.8, "tuned": 9.0, "change": -14755.8}
+    f1 = {**value["metrics"][1], "name": "macro_f1", "label": "macro F1 of the labels"}
+    measures = [*value["metrics"], {**value["metrics"][0], **same}, f1]
+    webs.store_result(lab, claim, 9.6, 2.2, evaluation={**value, "metrics": measures})
+    page = own_web.client.get("/adapters").text
+    heads = re.findall(r'<th scope="col" class="c">([^<]+)<', page)
+    assert heads == ["loss", "exact match", "ROUGE-L", "macro F1 of the labels"]
+    assert 'data-label="ROUGE-L, %"' in page, "each value has its measure where the columns have no room"
+    assert "perplexity" in words(own_web.client.get(f"/jobs/{claim.job_id}").text)
+
+
+def test_a_cell_without_a_value_can_be_left_out_where_there_is_little_room(web: Web) -> None:
+    for address in PAGES:
+        page = web.client.get(address).text
+        assert not re.findall(r"<(?:td|span class=.r num)[^>]*>(?:<b>)?–", page), address
+    assert "td:has(.none)" in web.client.get(static_url("page.css")).text
+
+
+def test_a_sentence_names_a_person_without_a_mark(web: Web) -> None:
+    for address, named in (
+        ("/jobs/12", "by priya"),
+        ("/sweeps/1", "Submitted by mara ."),
+        ("/adapters?adapter=7", "by mara"),
+    ):
+        page = web.client.get(address).text
+        assert named in words(page)
+        assert not re.search(r'<(?:p class="lede"|dd)>(?:(?!</p>|</dd>).)*class="who"', page), address
+
+
+def test_a_legend_names_only_what_is_drawn(own_web: Web) -> None:
+    lab = own_web.lab
+
+    def key(address: str, heading: str) -> str:
+        return words(
+            "<main>" + own_web.client.get(address).text.partition(f'id="{heading}">')[2].partition("</header>")[0]
+        )
+
+    assert key("/jobs/12", "h-loss").endswith("training, as logged smoothed held out")
+    assert key("/jobs/15", "h-loss") == "Loss"
+    short = webs.run(lab, "short", "mara", "kestrel:0", 3, steps=60)
+    assert key(f"/jobs/{short.job_id}", "h-loss") == "Loss training"
+    assert "warm" not in key("/", "h-cards") and "outside" in key("/", "h-cards")
+    assert "worse" in key("/adapters", "h-m") and "no clear change" in key("/adapters", "h-m")
 
 
 def words(html: str) -> str:
