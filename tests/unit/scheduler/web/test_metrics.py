@@ -191,7 +191,7 @@ def test_an_alert_names_only_what_the_exporter_tells(own_web: Web, alert: dict[s
 
 def test_a_round_that_nobody_takes_is_told(own_web: Web, home: Path) -> None:
     """Somebody's transaction may hold its lock: then no lost worker is noticed."""
-    web, words = own_web, "run the fleet's round for 5 min"
+    web, words = own_web, "round for 5 min"
 
     def last_at(moment: dt.datetime, ago: dt.timedelta) -> None:
         web.alter("DELETE FROM fleet_rounds")
