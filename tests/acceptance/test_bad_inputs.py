@@ -140,7 +140,7 @@ MISTAKES = [
     ),
     Mistake("several cards", "write resources.cards", job=GOOD + "resources: {gpus: 2}\n"),
     # the data
-    Mistake("neither a file nor a hub id", "no data set of the hub", job=GOOD.replace("data.jsonl", "train")),
+    Mistake("neither a file nor a hub id", "nor a data set on the hub", job=GOOD.replace("data.jsonl", "train")),
     Mistake(
         "no data file", "a path in a job file is relative to the job file", job=GOOD.replace("data.jsonl", "none.jsonl")
     ),
