@@ -53,7 +53,7 @@ def test_the_lineage_names_base_data_and_versions(trained: Cli, base_of_trained:
         (["show", "99"], 3, "there is no job 99"),
         (["show", "a b"], 2, "'a b' names no adapter"),
         (["tag", "red", "latest"], 2, "latest is always the newest adapter of a name"),
-        (["tag", "red", "a/b"], 2, "'a/b'is not a tag"),
+        (["tag", "red", "a/b"], 2, "'a/b' is not a tag"),
         (["untag", "red"], 2, "'red' is not of the form NAME:TAG"),
         (["untag", "red:latest"], 2, "latest is always"),
         (["untag", "red:nope"], 3, "no adapter red:nope is stored"),

@@ -50,7 +50,7 @@ def test_a_home_that_was_lost_in_mid_run_is_restored_and_all_its_jobs_end_well(
 
     home.mkdir()
     shutil.copytree(tmp_path / "artifacts", home / "artifacts")
-    assert "they are back" in cli("db", "restore", tmp_path / "backup.db").stdout
+    assert "are restored" in cli("db", "restore", tmp_path / "backup.db").stdout
     cli("worker", "--drain-when-idle", timeout=240)
     jobs = json.loads(cli("status", "-a", "--json").stdout)
     assert {(job["job_id"], job["status"]) for job in jobs} == {(1, "succeeded"), (2, "succeeded")}

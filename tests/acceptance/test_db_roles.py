@@ -110,7 +110,7 @@ def test_what_can_t_be_a_login_is_refused_and_nothing_is_done(lab: Cli, owner: E
     for options, code, words in (
         (("--box", ada), 1, f"{ada} has the role loractl_submit"),
         (("--person", superuser), 1, f"{superuser} has more rights than any role"),
-        (("--person", "Ada Lovelace"), 2, "'Ada Lovelace' is no name"),
+        (("--person", "Ada Lovelace"), 2, "'Ada Lovelace' is not a valid login name"),
         (("--box", "loractl_worker"), 2, "is not a valid login name"),
         (("--person", other, "--box", other), 2, "is named twice"),
         (("--person", other, "--passwords", tmp_path / "short"), 2, "is no line of 12 characters"),

@@ -104,7 +104,7 @@ def test_a_lab_is_copied_by_a_login_that_only_reads_and_goes_on_in_another_datab
         back = Store(engine)
         states = [(job.name, job.status) for job in back.jobs.matching()[::-1]]
         assert states == [("ended", Status.FAILED), ("runs", Status.RUNNING), ("waits", Status.QUEUED)]
-        assert back.jobs.events(1)[-1].text == first.jobs.events(1)[-1].text and "✓" in back.job(1).message
+        assert back.jobs.events(1)[-1].text == first.jobs.events(1)[-1].text and "✓" in back.jobs.get(1).message
         assert [point.value for point in back.jobs.metrics(1, "loss")] == [1 / step for step in range(1, 40)]
         assert back.attempts.reap() and back.jobs.get(2).status is Status.QUEUED, "the worker that it ran on is gone"
         assert back.jobs.submit(submission()) == 10 > lost, "9 has stored something, though no row knows it"

@@ -111,7 +111,7 @@ class Lab:
 
     @property
     def rows(self) -> list[str]:
-        return [row.host for row in self.store.hosts("box:0")]
+        return [row.host for row in self.store.hosts.of_card("box:0")]
 
 
 @contextmanager

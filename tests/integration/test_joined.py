@@ -150,7 +150,7 @@ def test_a_job_joins_goes_on_when_the_first_has_ended_and_leaves_the_base_warm(p
         assert own.marks_of_processes() == set(own.rows), "who ends an attempt's processes does not find it"
         assert set(by_mark(own.watch.look().used)) == {own.rows[0]}
         end_strays(own.place)
-        assert place.store.hosts("box:0")[0].law is not None, "passes were measured"
+        assert place.store.hosts.of_card("box:0")[0].law is not None, "passes were measured"
         lines = own.log(first), own.log(second)
         assert [f"job {n} prints" in lines[n - 1] for n in (first, second)] == [True, False], "it prints as nobody's"
         assert f"line of {second}" in lines[1] and f"line of {second}" not in lines[0]
@@ -347,7 +347,7 @@ def test_a_spoilt_trainer_takes_no_more_jobs_and_ends_with_its_last(place: Workp
         until(lambda: own.rows)
         second = own.start("spoils", joins=True)
         own.end(second)
-        (row,) = place.store.hosts("box:0")
+        (row,) = place.store.hosts.of_card("box:0")
         assert row.spoilt == f"job {second} left something there"
         place.store.jobs.submit(submission(base_model="org/a", labels={"does": "steps"}, lora=1, method="lora"))
         place.store.cards.see(node_state("box:0", kind="cpu", total=24 * GIB, max_jobs=4))

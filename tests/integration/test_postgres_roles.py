@@ -49,16 +49,16 @@ def test_who_submits_can_submit_cancel_hold_retry_and_read(person: Store, box: S
     assert isinstance(take(box), Claim)
     assert person.jobs.cancel(first, "ada").cancel_requested, "a running job is asked"
     for read in (
-        person.jobs,
+        person.jobs.matching,
         person.cards.fleet,
         person.cards.nodes,
-        person.adapters,
+        person.adapters.all,
         person.attempts.measured,
         person.cards.drains,
         person.now,
     ):
         read()
-    for read_one in (person.jobs.get, person.jobs.events, person.attempts, person.jobs.log):
+    for read_one in (person.jobs.get, person.jobs.events, person.attempts.of_job, person.jobs.log):
         read_one(first)
 
 

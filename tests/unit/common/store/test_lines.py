@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loractl.common.store.faces.views import ViewStore
 from sqlalchemy import delete, update
 from sqlalchemy.orm import Session
 
@@ -250,13 +249,13 @@ def test_a_row_is_ready_by_one_rule_in_sql_and_in_values(timed: Store) -> None:
         for number, (status, held, not_before) in zip(numbers, kinds, strict=True):
             changed = {"status": status, "held": held, "not_before": not_before}
             session.execute(update(Job).where(Job.job_id == number).values(changed))
-    ready = {job.job_id for job in timed.jobs() if is_ready(job, NOON)}
+    ready = {job.job_id for job in timed.jobs.matching() if is_ready(job, NOON)}
     queued = [number for number, (status, *_) in zip(numbers, kinds, strict=True) if status is Status.QUEUED]
     assert ready == {queued[0], queued[1], queued[2]}, "free of a hold and a pause"
     assert {job.job_id for job in timed.jobs.ready(99)} == ready
     counts = {
         count.reason: count.count
-        for count in ViewStore(timed.engine, lambda: NOON).counts()
+        for count in Store(timed.engine, lambda: NOON).jobs.counts()
         if count.status is Status.QUEUED
     }
     assert counts["ready"] == len(ready)
