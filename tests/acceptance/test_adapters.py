@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from .. import warm
+from .. import json_page, warm
 from ..conftest import Cli
 from ..models import write_job
 from .conftest import ANSWERS
@@ -90,6 +90,7 @@ def test_a_merged_model_is_proved_and_loads_with_transformers_alone(
     trained: Cli, base_of_trained: Path, tmp_path: Path
 ) -> None:
     done = json.loads(trained("adapters", "merge", "red", tmp_path / "red", "--json").stdout)
+    json_page.hold({"adapters merge": [done]})
     assert done["merged_difference"] < 1e-4 and done["tokens"] > 20
     assert done["stored_agreement"] > 0.9
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -168,12 +169,18 @@ def test_gguf_is_for_boxes_with_the_converter_and_its_failure_is_told(trained: C
     ).stat().st_size
 
 
+def test_the_report_of_a_training_has_the_keys_of_its_page(trained: Cli) -> None:
+    told = [json.loads(trained("report", number, "--json").stdout) for number in (1, 3)]
+    json_page.hold({"report": told}, shared=("An evaluation",))
+
+
 def test_generate_answers_as_the_adapter_was_taught_and_the_base_does_not(trained: Cli) -> None:
     asked = ["what is in 3?", "what is in 9?"]
     rows = json.loads(trained("generate", "green:latest", *asked, "--json").stdout)
     assert [row["answer"] for row in rows] == [ANSWERS["green"]] * 2
     assert [row["ended"] for row in rows] == ["stop", "stop"] and rows[0]["job_id"] == 2
     base = json.loads(trained("generate", "green", asked[0], "--base", "--max-new-tokens", 8, "--json").stdout)
+    json_page.hold({"generate": [rows, base]})
     assert base[0]["answer"] != ANSWERS["green"] and base[0]["job_id"] is None
     assert trained("generate", "blue", "what is in 1?").stdout == ANSWERS["blue"] + "\n"
     empty = trained("generate", "green", code=2)  # standard input is empty

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from .. import json_page
 from ..conftest import Cli
 from .conftest import ANSWERS
 
@@ -22,6 +23,7 @@ def test_each_adapter_is_best_on_its_own_task_and_costs_are_measured(trained: Cl
     data = ",".join(f"{name}={_rows(tmp_path / f'{name}.jsonl', name)}" for name in ANSWERS)
     asked = ["--adapters", "red,green:latest,blue", "--data", data, "--max-new-tokens", 48]
     found = json.loads(trained("matrix", *asked, "--html", page, "--json").stdout)
+    json_page.hold({"matrix": [found]})
     assert [(t["name"], t["rows"], t["measure"]) for t in found["tasks"]] == [(n, 10, "rougeL") for n in ANSWERS]
     for line, own in zip(found["adapters"], ANSWERS, strict=True):
         for task, cells in line["tasks"].items():

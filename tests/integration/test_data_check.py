@@ -22,7 +22,9 @@ from loractl.scheduler.submit.need import plan_job
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.check import Checked, check_data, findings_about
 from loractl.worker.data.prepared import prepare_data
+from loractl.worker.data.trained_row import trained_row
 
+from .. import json_page
 from ..conftest import Cli
 from ..models import write_helpdesk
 from .test_turns import FORGETS
@@ -444,6 +446,19 @@ def test_pairs_are_counted_as_pairs_and_both_answers_shown(cli: Cli, tiny_model:
     assert "assistant\n[[it is<|im_end|>]]" in one and f"assistant\n[[{'no ' * 40}" in one
     told = json.loads(cli("data", "show", tmp_path / "job.yaml", "--row", 60, "--json").stdout)
     assert (len(told["chosen"]["input_ids"]), sum(told["rejected"]["learned"])) == (int(found[0]), int(found[3]))
+
+
+def test_the_check_and_a_row_have_the_keys_of_their_page(check: Check, tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    cases = [
+        Case("", "", good(), {"dataset": {"final_size": 0.1}}),
+        Case("", "", with_(chat("what?", "this one ")), held_out=good(60)[40:]),
+        Case("", "", labelled(), CLASSIFIER),
+        Case("", "", preferred(), PAIRS),
+    ]
+    checked = [check(case).as_json() for case in cases]
+    shown = [trained_row(_job(tmp_path, case, tiny_model), tokenizer, None).as_json() for case in cases]
+    json_page.hold({"data check": checked, "data show": shown}, shared=("The data",))
 
 
 def test_submit_warns_of_what_needs_no_tokenizer_and_the_trainer_of_the_rest(

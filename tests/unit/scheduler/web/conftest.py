@@ -17,7 +17,6 @@ from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import make_site
 
 from .... import webs
-from ....conftest import once
 from ...factories import NOON
 
 PAGES = (
@@ -49,17 +48,6 @@ def serve(lab: webs.SeededLab, url: str, access: Access = OPEN) -> Web:
     store = webs.reader(url, lambda: lab.now)
     app = make_site(store, ReportShelf(store, lambda: lab.artifacts), access)
     return Web(lab=lab, url=url, client=TestClient(app, base_url="http://localhost"))
-
-
-@pytest.fixture(scope="session")
-def seeded(sqlite_template: Path, shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a lab's database and results, put together once for all processes; copy it to change it."""
-    with once(shared_folder / "lab") as folder:
-        if folder is not None:
-            shutil.copy(sqlite_template, folder / "lab.db")
-            lab = webs.seed(f"sqlite:///{folder / 'lab.db'}", folder / "artifacts", NOON)
-            lab.store.engine.dispose()
-    return shutil.copytree(shared_folder / "lab", tmp_path_factory.mktemp("seeded") / "lab")
 
 
 @pytest.fixture(scope="session")
