@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..tests.fake_cuda import put_in, why_not
+from tests.fake_cuda import put_in, why_not
 
 if TYPE_CHECKING:
-    from ..tests.fake_cuda.budget import Shape, Step
+    from tests.fake_cuda.budget import Shape, Step
 
 START_S = 20e-6
 """Of Python, to start a kernel: docs/budget.md says 15 to 25 us."""
@@ -84,7 +84,7 @@ def main() -> None:
     from loractl.worker.base.kernels import load_kernels
 
     load_kernels()
-    from ..tests.fake_cuda.budget import SHAPES, WAYS, counted
+    from tests.fake_cuda.budget import SHAPES, WAYS, counted
 
     warnings.simplefilter("ignore")
     if sys.argv[1:] == ["roomy"]:
@@ -98,7 +98,7 @@ def main() -> None:
 def print_pieces(shape: Shape) -> None:
     """Of a step that recomputes the share that each number of rows at once takes without, by card, and what starting
     the kernels takes of it; the larger one counts."""
-    from ..tests.fake_cuda.budget import counted
+    from tests.fake_cuda.budget import counted
 
     whole, rows = counted(shape, "shared"), shape.rows
     while rows:

@@ -39,7 +39,7 @@ from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ..tests import services
+from tests import services
 
 ROWS = (1_000, 10_000, 50_000)
 CLAIMS = 60

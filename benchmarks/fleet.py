@@ -43,7 +43,7 @@ from loractl.worker.node.box import WATCH_S
 from loractl.worker.node.monitor import FLEET_ROUND_S, ROUND_S, SEE_S
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ..tests import services
+from tests import services
 
 PROCESSES = 4
 CONNECTIONS = 20  # of each process: what its nodes would have between them

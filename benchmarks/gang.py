@@ -169,7 +169,7 @@ def _rows(path: Path, count: int) -> Path:
 
 def _tiny(folder: Path) -> Path:
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from ..tests.models import make_tiny_model
+    from tests.models import make_tiny_model
 
     return make_tiny_model(folder)
 

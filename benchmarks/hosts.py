@@ -15,7 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..tests.models import make_tiny_model, write_job
+from tests.models import make_tiny_model, write_job
+
 from .spare import Lab
 
 WAYS = {

@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from ..tests.integration.test_memory_trace import FAMILIES, SETTINGS, compare, job
+from tests.integration.test_memory_trace import FAMILIES, SETTINGS, compare, job
 
 KIB = 1024
 

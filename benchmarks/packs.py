@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ..tests.gpu.lab import STEPS, Lab
+from tests.gpu.lab import STEPS, Lab
 
 
 def main() -> None:

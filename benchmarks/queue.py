@@ -147,7 +147,7 @@ def _ended(store: Store) -> Job:
 
 @contextlib.contextmanager
 def _postgresql(folder: Path) -> Iterator[str]:
-    from ..tests.services import postgres
+    from tests.services import postgres
 
     with postgres(folder / "postgresql") as url:
         yield url.replace("postgresql://", "postgresql+psycopg://", 1)

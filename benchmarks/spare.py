@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-from ..tests.models import make_tiny_model, write_job
+from tests.models import make_tiny_model, write_job
 
 
 class Lab:

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from loractl.worker.data.tokens import IGNORED, TokenRow
 
 if TYPE_CHECKING:
-    from .solo import Clock, Course
+    from transformers import TrainerCallback
+
+    from .solo import Course
 
 
-def train(course: Course, clock: Clock, *, liger: bool = False) -> Any:
+def train(course: Course, clock: TrainerCallback, *, liger: bool = False) -> Any:
     """Train on the course's rows, with `liger` by Liger's kernels; returns the adapted model."""
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import Trainer, set_seed

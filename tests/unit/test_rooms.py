@@ -17,6 +17,8 @@ MODULES = sorted(path.relative_to(ROOT) for floor in FLOORS for path in (ROOT / 
 NO_MODULES = {WAKE_TASK, "loractl.db", "loractl.conf"}
 """A task's name and files'."""
 
+OURS = ("tests", "benchmarks")
+
 NAMES_A_MODULE = re.compile(r"loractl(\.[a-z_0-9]+)+(:[A-Za-z_]+)?")
 
 
@@ -57,3 +59,51 @@ def test_a_text_that_names_a_module_names_one_that_is_there() -> None:
     modules = sorted({text.partition(":")[0] for text in texts if text not in NO_MODULES})
     assert len(modules) > 20, "the commands at the least"
     assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+
+
+def test_what_tests_and_benchmarks_import_is_there() -> None:
+    """mypy reads neither; many of these modules run rarely, or on a card alone."""
+    readers = sorted(
+        path.relative_to(ROOT) for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+    )
+    missing = [
+        f"{path}:{node.lineno}: {module}.{alias.name}"
+        for path in readers
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ImportFrom) and (module := _module(path, node)).split(".")[0] in ("loractl", *OURS)
+        for alias in node.names
+        if not _has(module, alias.name)
+    ]
+    assert missing == []
+
+
+def _module(path: Path, node: ast.ImportFrom) -> str:
+    if not node.level:
+        return node.module or ""
+    package = path.parts[: len(path.parts) - node.level]
+    return ".".join((*package, *([node.module] if node.module else [])))
+
+
+@functools.cache
+def _file(module: str) -> Path | None:
+    place = Path(*module.removeprefix("loractl.").split("."))
+    found = (place / "__init__.py", place.with_suffix(".py"), Path("src") / place / "__init__.py")
+    return next((path for path in found if (ROOT / path).is_file()), None)
+
+
+@functools.cache
+def _names(path: Path) -> frozenset[str]:
+    names = set[str]()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return frozenset(names)
+
+
+def _has(module: str, name: str) -> bool:
+    path = _file(module)
+    return path is not None and (name in _names(path) or name == "*" or _file(f"{module}.{name}") is not None)
