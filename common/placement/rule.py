@@ -103,10 +103,11 @@ class _Fleet:
 
     def room(self, card: Card) -> int:
         """Bytes that a job may take there now, beside what is kept."""
-        kept = None if self.kept is None else self.kept.on(card.node)
+        room = card.room
+        kept = self.kept.on(card.node) if room and self.kept is not None else None
         if kept is None:
-            return card.room
-        return max(0, min(card.room, kept.spare)) if kept.spare_slots > 0 else 0
+            return room
+        return max(0, min(room, kept.spare)) if kept.spare_slots > 0 else 0
 
     def openings(self) -> Openings:
         rooms = [(c, room) for c in self.cards.values() if (room := self.room(c)) > 0]
