@@ -224,7 +224,7 @@ def least_limit(cards: Iterable[Card]) -> int | None:
 
 
 class Obstacle(enum.Enum):
-    """What keeps a job off a card beside what others hold or get of it. The predicates that decide return it."""
+    """Why a card does not take a job, apart from memory that others hold or get. The deciding predicates return it."""
 
     LABELS = enum.auto()  # its box lacks one
     METHODS = enum.auto()  # the job's own limit is below every need
@@ -233,8 +233,8 @@ class Obstacle(enum.Enum):
     CLOSED = enum.auto()  # drained, stopping, silent or at fault: its node's row says which
     SEVERAL = enum.auto()  # the job is for several cards
     UNSHARED = enum.auto()  # it can't be one of several
-    TOO_FEW = enum.auto()  # its box has too few such cards
-    TOO_FEW_NOW = enum.auto()  # of which some are closed, or held by other programs
+    TOO_FEW = enum.auto()  # its box has too few cards for such a job
+    TOO_FEW_NOW = enum.auto()  # its box has enough such cards, but some are closed or full of other programs
     PROCESSOR = enum.auto()  # it leaves the job to GPUs
     AVOIDED = enum.auto()  # it failed the job a short while ago
     PATIENCE = enum.auto()  # it holds the job by a method that is not permitted yet

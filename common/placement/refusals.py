@@ -1,7 +1,7 @@
-"""Why the rule gives a waiting job no card, as values: for the one job that is asked about, once all is decided.
+"""Why the rule gives a waiting job no card, as values: for one job, after the rule has decided.
 
-The predicates that decide are asked again, with all cards. A claim comes by none of this: `place` stops early, and
-passes over most jobs unread.
+This asks the deciding predicates again, for every card. A claim never does: `place` stops early, and skips most jobs
+unread.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Full:
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """The card has room for the job, and the rule gives it to others now, or keeps it for one."""
+    """The card has room for the job, but the rule gives that room to other jobs, or keeps it for one."""
 
     given: tuple[Waiting, ...]
     kept_for: Waiting | None  # perhaps this job
@@ -47,7 +47,7 @@ Refusal = Obstacle | Full | Taken
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """As many jobs of a user run as may."""
+    """A user already runs as many jobs as allowed."""
 
     user: str
     runs: int
@@ -56,7 +56,7 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """What the rule has decided at one moment, and of which cards."""
+    """The cards at one moment, and what the rule decided for them."""
 
     cards: Mapping[str, Card]
     decisions: Sequence[Decision]

@@ -56,16 +56,19 @@ class JoinLine:
 
     def unseal(self, sealed: str) -> str:
         """The text. Raises ValueError if it was sealed for another line, or changed."""
+        fernet = self._fernet()
         from cryptography.fernet import InvalidToken
 
         try:
-            return self._fernet().decrypt(sealed).decode()
+            return fernet.decrypt(sealed).decode()
         except InvalidToken as error:
             raise ValueError("sealed for another line, or changed") from error
 
     def _fernet(self) -> Fernet:
-        from cryptography.fernet import Fernet  # init and join alone need it
-
+        try:
+            from cryptography.fernet import Fernet  # only init and join need it
+        except ModuleNotFoundError as error:
+            raise UsageError("cryptography is not installed", "pip install 'loractl[postgres]'") from error
         return Fernet(base64.urlsafe_b64encode(self._derived(b"seal")))
 
     def _derived(self, use: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""What makes a function of a transaction a verb: whoever calls it gets a transaction of its own."""
+"""Verbs: functions of a transaction, each of which opens its own when it is called."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 
 import pytest
 from sqlalchemy import make_url
@@ -43,6 +44,14 @@ def test_the_secret_is_shown_by_no_repr_and_its_uses_differ() -> None:
     assert made.secret not in repr(made) and made.password not in repr(made)
     assert made.password not in made.seal("text")
     assert made.secret not in made.url(made.login, made.password, {})
+
+
+def test_a_lab_without_cryptography_is_told_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography.fernet", None)
+    for use in (line().seal, line().unseal):
+        with pytest.raises(UsageError, match="cryptography is not installed") as no:
+            use("text")
+        assert no.value.hint == "pip install 'loractl[postgres]'"
 
 
 def test_what_is_sealed_opens_with_its_key_alone_and_unchanged() -> None:
