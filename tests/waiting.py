@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import psutil
+
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store
@@ -25,3 +27,11 @@ def until_job(cli: Cli, job_id: int, holds: Callable[[Job], object], seconds: fl
         return job
     finally:
         engine.dispose()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs still; it may end, and be reaped, while it is asked."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

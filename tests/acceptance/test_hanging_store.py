@@ -21,6 +21,7 @@ from loractl.common.job.status import Reason, Stage, Status
 
 from ..chaos.proxy import Link, Proxy
 from ..services import S3
+from ..waiting import is_alive
 from .quick_lab import Lab
 
 STOP_S = 25.0
@@ -98,7 +99,7 @@ def test_a_worker_ends_while_it_fetches_from_a_disk_that_hangs(lab: Lab, home: P
     helpers = [p for p in psutil.Process(worker.pid).children(recursive=True) if _calls_the_store(p)]
     assert helpers
     _ends(worker)
-    assert lab.reasons(job_id) == [Reason.DRAINED] and not any(map(_is_alive, helpers))
+    assert lab.reasons(job_id) == [Reason.DRAINED] and not any(map(is_alive, helpers))
     kept.replace(data)
     lab.start()
     lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
@@ -113,7 +114,3 @@ def _ends(worker: subprocess.Popen[str]) -> None:
 
 def _calls_the_store(process: psutil.Process) -> bool:
     return "loractl.worker.attempt.storage" in process.cmdline()
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE

@@ -15,7 +15,7 @@ import pytest
 
 from ..conftest import Cli
 from ..models import write_job
-from ..waiting import until_job
+from ..waiting import is_alive, until_job
 
 MEASURED = "job 1 has measured the base in this process, on the same rows"
 
@@ -60,7 +60,8 @@ def test_the_second_job_on_a_base_starts_at_once_equal_to_the_first_and_a_killed
         assert "loaded already" in log and MEASURED in log
         assert "job 1" not in log.replace(MEASURED, ""), "the lines of a job are its own"
         assert _weights(first.adapter_uri) == _weights(third.adapter_uri), "warm or cold, it is the same adapter"
-        assert psutil.pid_exists(host)
+        kept = psutil.Process(host)
+        assert is_alive(kept)
         for child in psutil.Process(worker.pid).children():
             if "loractl.worker.node" in child.cmdline():
                 child.send_signal(signal.SIGKILL)
@@ -68,7 +69,7 @@ def test_the_second_job_on_a_base_starts_at_once_equal_to_the_first_and_a_killed
         worker.kill()
         worker.wait()
     deadline = time.monotonic() + 30
-    while psutil.pid_exists(host) and psutil.Process(host).status() != psutil.STATUS_ZOMBIE:
+    while is_alive(kept):
         assert time.monotonic() < deadline and os.getppid()
         time.sleep(0.1)
 

@@ -33,6 +33,7 @@ from loractl.worker.node.health.leftovers import end_all, end_strays
 from loractl.worker.node.hosts import Hosts
 
 from ..unit.factories import node_state, submission
+from ..waiting import is_alive
 
 QUICK = """
 import os, sys, time
@@ -318,10 +319,11 @@ def test_other_people_s_programs_shorten_its_time(place: Workplace, monkeypatch:
 def test_a_host_ends_with_its_node_and_the_next_node_ends_a_frozen_one(place: Workplace, tmp_path: Path) -> None:
     with lab(place) as own:
         first, _ = own.run()
+        frozen = psutil.Process(first)
         os.kill(first, signal.SIGSTOP)  # it does not notice that its pipe closes
-        assert psutil.Process(first).environ()[CARD_VARIABLE] == card_mark(place.settings, "box:0")
+        assert frozen.environ()[CARD_VARIABLE] == card_mark(place.settings, "box:0")
         end_all(own.place)
-        assert not psutil.pid_exists(first) or psutil.Process(first).status() == psutil.STATUS_ZOMBIE
+        assert not is_alive(frozen)
         until(lambda: own.rows == [])
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from .. import warm
 from ..conftest import Cli
+from ..waiting import is_alive
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_a_signal_reaches_who_is_forked(cli: Cli, number: int, status: int) -> N
     process.send_signal(number)
     assert process.wait(timeout=20) == status
     deadline = time.monotonic() + 20
-    while forked.is_running() and forked.status() != psutil.STATUS_ZOMBIE:
+    while is_alive(forked):
         assert time.monotonic() < deadline, "it goes on"
         time.sleep(0.02)
 

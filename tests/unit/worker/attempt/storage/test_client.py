@@ -22,6 +22,8 @@ from loractl.common.artifacts import ArtifactStore, Binding, manifest_sha256
 from loractl.common.errors import ArtifactError, ServiceUnreachable
 from loractl.worker.attempt.storage.client import CallWatch, StoreClient
 
+from .....waiting import is_alive
+
 
 @pytest.fixture
 def artifacts(tmp_path: Path) -> ArtifactStore:
@@ -173,4 +175,4 @@ def test_a_process_that_hangs_ends_with_its_node(artifacts: ArtifactStore, tmp_p
     (child,) = [p for p in psutil.Process(process.pid).children() if "loractl.worker.attempt.storage" in _command(p)]
     process.send_signal(signal.SIGKILL)
     process.wait()
-    until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    until(lambda: not is_alive(child))
