@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select, union
+from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select, type_coerce, union
 from sqlalchemy import text as sql
 from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.types import NullType
 
 from loractl.common.errors import JobNotFound
 from loractl.common.job.method import Method
@@ -34,6 +36,9 @@ from ..tables import (
     ready_at,
 )
 from ..transaction import Transaction
+
+_PRIORITY = type_coerce(Job.priority, NullType())
+"""As the row holds it: the next lower one is found by it, which may be out of an integer's bounds on SQLite."""
 
 LOOKED_AT = 10
 """So many attempts are looked at for each one that is asked for: those on processors, or with others, teach no plan."""
@@ -149,12 +154,13 @@ def read_glance(
 
 def _read_waiting(tx: Transaction, choice: Choice, page: Page, alone: bool) -> list[Job]:
     """The page's waiting jobs and one more where there is one: a priority at a time, as an index has them."""
-    last = None if page.after is None else read_job(tx, page.after)
-    found: list[Job] = []
-    for priority in _levels(tx, None if last is None else last.priority):
-        query = select(Job).where(WAITS, Job.priority == priority, *_chosen(choice)).order_by(Job.job_id)
-        if last is not None and last.priority == priority:
-            query = query.where(Job.job_id > last.job_id)
+    highest, found = None, list[Job]()
+    if page.after is not None:
+        highest = tx.session.scalar(select(_PRIORITY).where(Job.job_id == read_job(tx, page.after).job_id))
+    for priority in _levels(tx, highest):
+        query = select(Job).where(WAITS, _PRIORITY == priority, *_chosen(choice)).order_by(Job.job_id)
+        if priority == highest:
+            query = query.where(Job.job_id > page.after)
         if alone:
             query = query.where(Job.sweep_id.is_(None))
         found += tx.session.scalars(query.limit(page.limit + 1 - len(found)))
@@ -163,13 +169,13 @@ def _read_waiting(tx: Transaction, choice: Choice, page: Page, alone: bool) -> l
     return found
 
 
-def _levels(tx: Transaction, highest: int | None) -> Iterator[int]:
+def _levels(tx: Transaction, highest: Any) -> Iterator[Any]:
     """The priorities of waiting jobs, from the highest down."""
-    level = select(func.max(Job.priority)).where(WAITS)
-    priority = tx.session.scalar(level if highest is None else level.where(Job.priority <= highest))
+    level = select(func.max(_PRIORITY)).where(WAITS)
+    priority = tx.session.scalar(level if highest is None else level.where(_PRIORITY <= highest))
     while priority is not None:
         yield priority
-        priority = tx.session.scalar(level.where(Job.priority < priority))
+        priority = tx.session.scalar(level.where(_PRIORITY < priority))
 
 
 def _read_live_sweeps(tx: Transaction, choice: Choice, most: int) -> tuple[int, list[int]]:

@@ -83,6 +83,14 @@ def test_no_row_stops_the_claims_and_what_cannot_be_read_is_set_aside_with_an_ev
 
 
 @SQLITE_ALONE
+@pytest.mark.parametrize("value", ["'high'", "x'31'", "0.5", "-9223372036854775808"])
+def test_status_lists_every_waiting_job_once_whatever_a_priority_holds(upgraded_url: str, value: str) -> None:
+    store, _ = poisoned(upgraded_url, {"priority": [value]})
+    store.jobs.submit(submission(lora=1, qlora=1))
+    assert sorted(job.job_id for job in overview(store, Choice(), Page()).waiting) == [1, 2]
+
+
+@SQLITE_ALONE
 def test_nor_does_one_that_only_sqlite_stores(upgraded_url: str) -> None:
     is_set_aside(upgraded_url, LOOSE)
 
