@@ -37,7 +37,7 @@ from ..tables import (
 )
 from ..transaction import Transaction
 
-_PRIORITY = type_coerce(Job.priority, NullType())
+_stored_priority = type_coerce(Job.priority, NullType())
 """As the row holds it: the next lower one is found by it, which may be out of an integer's bounds on SQLite."""
 
 LOOKED_AT = 10
@@ -156,9 +156,9 @@ def _read_waiting(tx: Transaction, choice: Choice, page: Page, alone: bool) -> l
     """The page's waiting jobs and one more where there is one: a priority at a time, as an index has them."""
     highest, found = None, list[Job]()
     if page.after is not None:
-        highest = tx.session.scalar(select(_PRIORITY).where(Job.job_id == read_job(tx, page.after).job_id))
+        highest = tx.session.scalar(select(_stored_priority).where(Job.job_id == read_job(tx, page.after).job_id))
     for priority in _levels(tx, highest):
-        query = select(Job).where(WAITS, _PRIORITY == priority, *_chosen(choice)).order_by(Job.job_id)
+        query = select(Job).where(WAITS, _stored_priority == priority, *_chosen(choice)).order_by(Job.job_id)
         if priority == highest:
             query = query.where(Job.job_id > page.after)
         if alone:
@@ -171,11 +171,11 @@ def _read_waiting(tx: Transaction, choice: Choice, page: Page, alone: bool) -> l
 
 def _levels(tx: Transaction, highest: Any) -> Iterator[Any]:
     """The priorities of waiting jobs, from the highest down."""
-    level = select(func.max(_PRIORITY)).where(WAITS)
-    priority = tx.session.scalar(level if highest is None else level.where(_PRIORITY <= highest))
+    level = select(func.max(_stored_priority)).where(WAITS)
+    priority = tx.session.scalar(level if highest is None else level.where(_stored_priority <= highest))
     while priority is not None:
         yield priority
-        priority = tx.session.scalar(level.where(_PRIORITY < priority))
+        priority = tx.session.scalar(level.where(_stored_priority < priority))
 
 
 def _read_live_sweeps(tx: Transaction, choice: Choice, most: int) -> tuple[int, list[int]]:
