@@ -1,7 +1,7 @@
 """Whatever a column can store: one row stops no claim, no answer and no gc, and an ended job stays as it is.
 
 On SQLite any type in any column, on PostgreSQL what each column's type takes; and what a login of people may write.
-STORE_EXAMPLES=2000 pytest tests/fuzz/test_stored_values.py is the long run.
+STORE_EXAMPLES=2000 pytest tests/fuzz/test_stored_values.py is the long run: a quarter of an hour for each database.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ from ..databases import UPGRADED, database
 from ..roles import role
 from ..unit.factories import EXAMPLES, NOON, Clock, node_state, spec, submission
 from ..unit.scheduler.screens import WIDE
+
+pytestmark = pytest.mark.timeout(max(300, 2 * EXAMPLES))
 
 stored = settings(
     max_examples=EXAMPLES if EXAMPLES > 60 else 10,  # half a second each
