@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from .reference import parse_reference
-from .sections import LoraSpec
+from .sections import AncestorJob, LoraSpec
 from .spec import JobSpec
 
 _SAME = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save")
@@ -16,7 +17,18 @@ one ended."""
 
 def ancestor_job(spec: JobSpec) -> int | None:
     """The job whose adapter this one begins from; a stored spec names it by its number."""
-    return None if spec.lora.init_from is None else parse_reference(spec.lora.init_from).job_id
+    named = spec.lora.init_from
+    return parse_reference(named).job_id if isinstance(named, str) else None
+
+
+def with_numbers(spec: JobSpec, numbers: Mapping[str, int]) -> JobSpec:
+    """The spec with the numbers of the jobs that it names. `numbers`: of the jobs of its submit, by name."""
+    after = list(dict.fromkeys(numbers.get(one, one) if isinstance(one, str) else one for one in spec.after))
+    lora, begun = spec.lora, spec.lora.init_from
+    if isinstance(begun, AncestorJob):
+        number = numbers.get(begun.job, begun.job) if isinstance(begun.job, str) else begun.job
+        lora = lora.model_copy(update={"init_from": str(number)})
+    return spec.model_copy(update={"after": after, "lora": lora})
 
 
 def misfits(spec: JobSpec, ancestor: JobSpec) -> list[str]:

@@ -28,8 +28,22 @@ JOB_FILE = "a job file"
 EXAMPLE = "examples/helpdesk-lora.yaml"
 
 
-def read_yaml(path: Path, what: str = JOB_FILE) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The mapping in the file, and the line (from 1) of each key path. Raises SpecError; `what`: the file's kind."""
+Document = tuple[dict[str, Any], dict[tuple[str, ...], int]]
+"""A mapping, and the line of the file (from 1) of each key path."""
+
+
+def read_yaml(path: Path, what: str = JOB_FILE) -> Document:
+    """The one document in the file. Raises SpecError; `what`: the file's kind."""
+    first, *others = read_documents(path, what)
+    if others:
+        said = f"holds {1 + len(others)} documents, and one is wanted here"
+        hint = "loractl submit takes them all; write the one you mean into a file of its own"
+        raise SpecError([SpecProblem(file=str(path), line=None, key="", what=said, hint=hint)])
+    return first
+
+
+def read_documents(path: Path, what: str = JOB_FILE) -> list[Document]:
+    """The documents in the file, at least one, divided by ---. Raises SpecError; `what`: the file's kind."""
     file, ours = str(path), what == JOB_FILE
     like = f"{what} is like {EXAMPLE}" if ours else ""
 
@@ -56,7 +70,7 @@ def read_yaml(path: Path, what: str = JOB_FILE) -> tuple[dict[str, Any], dict[tu
     except UnicodeDecodeError:
         raise wrong("is not UTF-8 text") from None
     try:
-        lines, tree = load_yaml(text)
+        documents = _documents(text)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
         if "'\\t'" in str(error.problem):
@@ -66,9 +80,12 @@ def read_yaml(path: Path, what: str = JOB_FILE) -> tuple[dict[str, Any], dict[tu
         raise wrong(f"is not valid YAML: {error.problem or error}", hint, line=line) from None
     except yaml.YAMLError as error:
         raise wrong(f"is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise wrong("is empty or not a mapping of keys", f"start from {EXAMPLE}" if ours else None)
-    return tree, lines
+    found: list[Document] = []
+    for lines, tree in documents:
+        if not isinstance(tree, dict):
+            raise wrong("is empty or not a mapping of keys", f"start from {EXAMPLE}" if ours else None)
+        found.append((tree, lines))
+    return found
 
 
 _SLIPS = {
@@ -90,11 +107,21 @@ def _slip(error: yaml.MarkedYAMLError) -> str | None:
 
 def load_yaml(text: str) -> tuple[dict[tuple[str, ...], int], Any]:
     """The line (from 1) of each key path, and the value. Raises YAMLError, also beyond the limits of size and depth."""
+    first, *others = _documents(text)
+    if others:
+        raise yaml.YAMLError("it holds several documents")
+    return first
+
+
+def _documents(text: str) -> list[tuple[dict[tuple[str, ...], int], Any]]:
+    """The same of each document that is not empty, or of one empty document. Raises YAMLError."""
     try:
-        node = yaml.compose(text, Loader=_Loader)
-        if node is not None:
+        nodes = list(yaml.compose_all(text, Loader=_Loader))
+        for node in nodes:
             _check_extent(node)
-        return dict(_lines(node, ())), yaml.load(text, Loader=_Loader)  # noqa: S506  a safe loader
+        values = list(yaml.load_all(text, Loader=_Loader))
+        found = [(dict(_lines(node, ())), value) for node, value in zip(nodes, values, strict=True)]
+        return [one for one in found if one[1] is not None] or found[:1] or [({}, None)]
     except RecursionError:
         raise yaml.YAMLError(f"it is nested deeper than {MAX_DEPTH} levels") from None
     except (ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:

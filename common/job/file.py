@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from loractl.common.errors import SpecError, SpecProblem
 
-from .document import load_yaml, read_yaml
+from .document import Document, load_yaml, read_documents, read_yaml
 from .hub_name import from_address
 from .sections import AS_WRITTEN, DATA_SUFFIXES, Metric, RowFields, SourceSpec
 from .spec import JobSpec, spec_keys
@@ -115,11 +115,28 @@ _FULL_TRAINING = ("full", "full_finetune", "fft", "freeze", "sft")
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
-    """Read a job file, apply `a.b=value` overrides, and resolve its local paths against its folder.
+    """Read the job of a job file, apply `a.b=value` overrides, and resolve its local paths against its folder.
 
-    Raises SpecError with every problem found, each with its line.
+    Raises SpecError with every problem found, each with its line; also for a file of several jobs.
     """
-    tree, lines = read_yaml(path)
+    return _spec_of(read_yaml(path), path, overrides)
+
+
+def load_specs(path: Path, overrides: Sequence[str] = ()) -> list[JobSpec]:
+    """The same of a file of one or more jobs, divided by ---. The overrides are for all of them."""
+    specs, problems = [], []
+    for document in read_documents(path):
+        try:
+            specs.append(_spec_of(document, path, overrides))
+        except SpecError as error:
+            problems += error.problems
+    if problems:
+        raise SpecError(problems)
+    return specs
+
+
+def _spec_of(document: Document, path: Path, overrides: Sequence[str]) -> JobSpec:
+    tree, lines = document
     for override in overrides:
         _apply_override(tree, override, overrides)
     if isinstance(dataset := tree.get("dataset"), dict):

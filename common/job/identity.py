@@ -48,6 +48,8 @@ UNDECIDING = frozenset(
         "resources",
         "max_retries",
         "lora_patience",
+        "after",
+        "after_any",
         "notify",
         "training.report_to",
     }

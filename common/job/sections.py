@@ -111,6 +111,9 @@ class Metric(enum.StrEnum):
     CONTEXT = "context"  # later answers of a conversation, and what the earlier ones are worth to them
 
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+
+
 def _printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("holds control characters")
@@ -137,6 +140,23 @@ def _methods(value: Any) -> Method | list[Method]:
     example = "auto, lora, qlora, or a list like [lora, qlora]"
     found = one_or_list(value, "method", list(Method), (Method.LORA, Method.QLORA), example)
     return Method(found) if isinstance(found, str) else [Method(name) for name in found]
+
+
+def _predecessor(value: Any) -> int | str:
+    if isinstance(value, str) and re.fullmatch(NAME, value) and not value.isdigit():
+        return value
+    if type(value) is int and 1 <= value <= LARGEST:
+        return value
+    what = f"{json.dumps(value, default=str)} is not a job"
+    raise ValueError(f"{what}; write its number, or its name in the same submit, like 12 or tickets")
+
+
+def _predecessors(value: Any) -> list[int | str]:
+    """Jobs by number or name, one or a list. Not a union for pydantic: it would complain once for each kind."""
+    named = [_predecessor(one) for one in (value if isinstance(value, list) else [value])]
+    if len(set(named)) < len(named):
+        raise ValueError("names a job twice")
+    return named
 
 
 def _cards(value: Any) -> int | Literal["auto"]:
@@ -180,8 +200,10 @@ def _split(text: str) -> str:
     return text
 
 
-def _adapter_name(value: Any) -> str:
-    """A stored adapter: 12, support or support:prod. YAML reads the first as a number."""
+def _adapter_name(value: Any) -> str | AncestorJob:
+    """A stored adapter: 12, support or support:prod. YAML reads the first as a number. Or what a job will store."""
+    if isinstance(value, (dict, AncestorJob)):
+        return AncestorJob.model_validate(value)
     text = str(value) if type(value) is int else value
     if not isinstance(text, str):
         raise PydanticKnownError("string_type")
@@ -230,15 +252,25 @@ StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
 Cards = Annotated[int | Literal["auto"], BeforeValidator(_cards)]
 Size = Annotated[int, BeforeValidator(_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(le=3650 * 86400)]  # dates end somewhere
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+Predecessors = Annotated[list[int | str], BeforeValidator(_predecessors), Field(max_length=32)]
+Name = Annotated[str, Field(pattern=NAME)]
 Split = Annotated[Printable, AfterValidator(_split)]
-AdapterName = Annotated[str, BeforeValidator(_adapter_name)]
 ChannelName = Annotated[Name, AfterValidator(_channel_name)]
 TaskName = Annotated[str, AfterValidator(_task_name)]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class AncestorJob(Section):
+    """The job whose adapter another one begins from. It need not have ended."""
+
+    job: Annotated[int | str, BeforeValidator(_predecessor)]
+    """Its number, or its name in the same submit."""
+
+
+AdapterName = Annotated[str | AncestorJob, BeforeValidator(_adapter_name)]
 
 
 def is_set(section: Section, key: str) -> bool:
@@ -341,7 +373,8 @@ class LoraSpec(Section):
     init_lora_weights: Literal["default", "gaussian", "orthogonal", "loftq"] = "default"
     """How A and B begin; loftq (arXiv:2310.08659) starts from what NF4 lost of the base's weights."""
     init_from: AdapterName | None = None
-    """Begin from a stored adapter in place of a fresh one: its job's number, its name or name:tag."""
+    """Begin from a stored adapter in place of a fresh one: its job's number, its name or name:tag. {job: 12}: from the
+    one that job 12 will have; the job starts after it."""
 
     @field_validator("target_modules")
     @classmethod

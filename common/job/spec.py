@@ -16,6 +16,7 @@ from .preference import PreferenceSpec
 from .sections import (
     AS_WRITTEN,
     PLAIN,
+    AncestorJob,
     ChannelName,
     DatasetSpec,
     Duration,
@@ -23,6 +24,7 @@ from .sections import (
     LoraSpec,
     Methods,
     Name,
+    Predecessors,
     Printable,
     PromptTemplate,
     ResourcesSpec,
@@ -54,6 +56,10 @@ class JobSpec(Section):
     preference: PreferenceSpec = PreferenceSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     resources: ResourcesSpec = ResourcesSpec()
+    after: Predecessors = Field(default_factory=list)
+    """Start once these jobs have succeeded: their numbers, or names of jobs of the same submit."""
+    after_any: bool = False
+    """Whether any end of those jobs will do, such as a failure."""
     max_retries: int = Field(2, ge=0, le=100)
     priority: int = Field(0, ge=-1000, le=1000)
     preemptible: bool = False
@@ -162,6 +168,10 @@ def _without_what_they_need(spec: JobSpec) -> Iterator[str]:
         yield "training.train_sampling_strategy: packed rows are all of one length; keep one of the two"
     if spec.lora.init_lora_weights == "loftq" and methods != (Method.QLORA,):
         yield "lora.init_lora_weights: loftq corrects NF4's errors; it is for method: qlora"
+    if spec.after_any and not spec.after:
+        yield "after_any: after names no job; name one, or leave it out"
+    if spec.after_any and isinstance(spec.lora.init_from, AncestorJob):
+        yield "after_any: lora.init_from needs that job's adapter, which it has once it has succeeded; leave it out"
     yield from _uneven(spec)
     if spec.lora.init_from is not None and spec.lora.init_lora_weights != "default":
         yield "lora.init_lora_weights: lora.init_from already says how A and B start; remove one of them"

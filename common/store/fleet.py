@@ -45,6 +45,7 @@ class FleetView:
     round_at: dt.datetime | None = None  # when a node last went round for the fleet; None: none ever did
     failures: tuple[CardFailure, ...] = ()  # of a day, on cards that have ended no attempt well since
     refused_joins: Mapping[tuple[int, str], RefusedJoin] = field(default_factory=dict)  # by waiting job and card
+    awaited: Mapping[int, Job] = field(default_factory=dict)  # those that the jobs which are asked about start after
 
     @functools.cached_property
     def round(self) -> Round:

@@ -41,6 +41,7 @@ GRANT EXECUTE ON FUNCTION loractl_login(), loractl_change(integer, text, jsonb, 
 
 -- worker, gc, adapters bind, drain and undrain: everything of a job's row but what was asked, and by whom
 GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, held, not_before, retries_used, ended_at,
+    awaits, held_too,
     token, lease_expires_at, step, total_steps, loss, tokens_per_second, eta_seconds, eta_spread_seconds, evaluated,
     to_evaluate, attempt,
     node, gpu, method, started_at, vram_reserved, vram_lora, vram_qlora, vram_needed, vram_class, planned, need_key,
@@ -101,16 +102,27 @@ SET search_path = pg_catalog, public, pg_temp AS $$
       (after.methods::text, after.vram_lora, after.vram_qlora, after.adjustment::text) IS NOT DISTINCT FROM
         (before.methods::text, before.vram_lora, before.vram_qlora, before.adjustment::text));
 $$;
+-- Another `after` holds a job or lets it go; what else holds it stays.
+CREATE OR REPLACE FUNCTION loractl_stays_held(before jobs, after jobs) RETURNS boolean LANGUAGE plpgsql
+SET search_path = pg_catalog, public, pg_temp AS $$
+DECLARE
+  otherwise boolean := before.held_too OR before.held AND before.awaits IS NULL;
+BEGIN
+  RETURN after.held = (otherwise OR after.awaits IS NOT NULL) AND
+    after.held_too = (otherwise AND after.awaits IS NOT NULL) AND coalesce(after.awaits, 0) < after.job_id AND
+    (before.status <> 'running' OR after.awaits IS NOT DISTINCT FROM before.awaits);
+END $$;
 -- Whether a person may change a row so; loractl_change asks. Every column that is not named here stays as it was.
 CREATE OR REPLACE FUNCTION loractl_may_change(before jobs, after jobs, kind text) RETURNS boolean LANGUAGE plpgsql
 SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
   columns text[] := CASE kind
     WHEN 'cancelled' THEN '{status,reason,message,held,ended_at}'
-    WHEN 'held' THEN '{message,held}'
-    WHEN 'retry' THEN '{status,reason,message,held,ended_at,not_before,retries_used,step,total_steps,loss,
+    WHEN 'held' THEN '{message,held,held_too}'
+    WHEN 'retry' THEN '{status,reason,message,held,held_too,ended_at,not_before,retries_used,step,total_steps,loss,
       tokens_per_second,cancel_requested,lab_failures,lab_step,avoids,result_until}'
     WHEN 'edited' THEN '{name,labels,spec,spec_hash,priority,methods,preemptible,version,max_retries,vram_lora,
+      held,awaits,held_too,
       vram_qlora,vram_needed,vram_class,planned,need_key,family,engine,queue_key,lora_until,adjustment,gangs,roomy}'
     END;
 BEGIN
@@ -121,14 +133,15 @@ BEGIN
     WHEN 'cancelled' THEN before.status = 'queued' AND after.status = 'cancelled' AND after.reason = 'cancelled' AND
       NOT after.held AND
       coalesce(after.ended_at, 'infinity') BETWEEN now() - interval '1 day' AND now() + interval '1 day'
-    WHEN 'held' THEN before.status = 'queued' AND after.held
+    WHEN 'held' THEN before.status = 'queued' AND after.held AND after.held_too = (after.awaits IS NOT NULL)
     WHEN 'retry' THEN (before.status IN ('failed', 'cancelled') OR before.status = 'queued' AND before.held) AND
-      after.status = 'queued' AND NOT after.held AND NOT after.cancel_requested AND
+      after.status = 'queued' AND after.held = (after.awaits IS NOT NULL) AND NOT after.held_too AND
+      NOT after.cancel_requested AND
       after.retries_used = 0 AND after.lab_failures = 0 AND
       concat(after.reason, after.message, after.ended_at, after.not_before, after.step, after.total_steps, after.loss,
         after.tokens_per_second, after.lab_step, nullif(after.avoids::text, 'null')) = '' AND
       coalesce(after.result_until, now()) BETWEEN now() - interval '1 day' AND now() + interval '1 day'
-    ELSE loractl_may_edit(before, after) END;
+    ELSE loractl_may_edit(before, after) AND loractl_stays_held(before, after) END;
 END $$;
 CREATE OR REPLACE FUNCTION loractl_no_claim() RETURNS trigger LANGUAGE plpgsql
 SET search_path = pg_catalog, public, pg_temp AS $$
@@ -141,7 +154,8 @@ BEGIN
     drawn := NULL; -- no number was drawn: it names one of its own
   END;
   IF NEW.job_id IS DISTINCT FROM drawn OR NEW.status <> 'queued' OR NEW.attempt <> 0 OR NEW.cancel_requested OR
-      NEW.held OR NEW.retries_used <> 0 OR NEW.lab_failures <> 0 OR
+      NEW.held <> (NEW.awaits IS NOT NULL) OR NEW.held_too OR NEW.awaits >= NEW.job_id OR
+      NEW.retries_used <> 0 OR NEW.lab_failures <> 0 OR
       concat(NEW.token, NEW.adapter_uri, NEW.report_uri, NEW.result_host, NEW.manifest_sha256, NEW.reason, NEW.message,
         NEW.stage, NEW.preempted_by, NEW.node, NEW.gpu, NEW.method, NEW.vram_reserved, NEW.step, NEW.total_steps,
         NEW.loss, NEW.tokens_per_second, NEW.eta_seconds, NEW.eta_spread_seconds, NEW.evaluated, NEW.to_evaluate,

@@ -112,6 +112,12 @@ def _where_queued(name: str, *columns: str, also: str = "") -> Index:
     return _where(name, f"status = 'queued'{also}", "status", *columns)
 
 
+def after_of(spec: Any) -> list[int]:
+    """The numbers of the jobs that a stored spec's job starts after; none where it has another form."""
+    after = spec.get("after") if isinstance(spec, dict) else None
+    return [one for one in after if is_whole(one, 1)] if isinstance(after, list) else []
+
+
 class Job(Base):
     """One submitted job: what was asked, and where it stands."""
 
@@ -127,6 +133,7 @@ class Job(Base):
         # of few jobs, so that the others cost them nothing
         _where_queued("ix_jobs_patience", "lora_until", also=" AND lora_until IS NOT NULL"),
         _where_queued("ix_jobs_held", "job_id", also=" AND held"),
+        _where_queued("ix_jobs_awaits", "awaits", "job_id", also=" AND awaits IS NOT NULL"),
         _where_queued("ix_jobs_backoff", "not_before", also=" AND not_before IS NOT NULL"),
         _where_queued("ix_jobs_gangs", "job_id", also=" AND gangs IS NOT NULL"),
         _where("ix_jobs_lease", "status = 'running'", "lease_expires_at"),
@@ -187,6 +194,8 @@ class Job(Base):
     preempted_by: Mapped[int | None]  # the job that this running one gives way to
     version: Mapped[str | None] = mapped_column(Characters(32))  # of the loractl that wrote the spec
     held: Mapped[bool] = mapped_column(default=False)
+    awaits: Mapped[int | None] = mapped_column(Whole(1, key=True))  # the first job of its `after` that is not over
+    held_too: Mapped[bool] = mapped_column(default=False, server_default=false())  # also held by a person, or the lab
     not_before: Mapped[Timestamp | None]  # backoff
     attempt: Mapped[int] = mapped_column(Whole(0, MOST_ATTEMPTS), default=0)
     retries_used: Mapped[int] = mapped_column(Whole(0, LARGEST - 1), default=0)
@@ -218,6 +227,21 @@ class Job(Base):
     report_uri: Mapped[str | None] = mapped_column(Prose())
     manifest_sha256: Mapped[str | None] = mapped_column(Characters(64))  # of its result; null: of an earlier version
     sweep_id: Mapped[int | None] = mapped_column(Whole(1, key=True))  # the sweep that it belongs to
+
+    @property
+    def after(self) -> list[int]:
+        """The jobs that it starts after."""
+        return after_of(self.spec)
+
+    @property
+    def after_any(self) -> bool:
+        """Whether any end of those jobs will do."""
+        return isinstance(self.spec, dict) and self.spec.get("after_any") is True
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether another job alone keeps it from starting: neither a person nor the lab holds it."""
+        return self.awaits is not None and not self.held_too
 
     @property
     def has_checkpoint(self) -> bool:

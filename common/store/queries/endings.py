@@ -32,6 +32,7 @@ from ..transaction import SKIP_LOCKED, Transaction
 from .cards.nodes import note_failure, note_success
 from .cards.shares import read_beside, running_on, silent
 from .changes import forget_wishes, is_asked_to_stop
+from .followers import release_followers
 from .heartbeats import record
 from .need import need_more
 from .outbox.notices import tell_of_job
@@ -217,6 +218,7 @@ def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
     forget_wishes(tx, job.job_id)
     tx.tell(job.job_id, job.attempt, job.status.value, message)
     tell_of_job(tx, job)
+    release_followers(tx, job)
 
 
 def _kept(job: Job) -> str:

@@ -16,6 +16,7 @@ from ..records import HELD_OUT_LOSS, Over, PastJob, SpentLog
 from ..tables import Adapter, Attempt, Base, Event, Job, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
 from .adapters import is_begun_from, is_tagged
+from .followers import read_named
 
 ENDED = tuple(status for status in Status if status.is_terminal)
 
@@ -163,7 +164,8 @@ def forget_log(tx: Transaction, log: SpentLog) -> None:
 
 
 def read_past(tx: Transaction, ended_before: dt.datetime, without: Collection[int] = ()) -> list[PastJob]:
-    """Jobs without a result that ended before that, by number; none of a sweep that goes on.
+    """Jobs without a result that ended before that, by number; none of a sweep that goes on, and none for which
+    another job waits.
 
     `without`: jobs with results that count as removed.
     """
@@ -172,13 +174,13 @@ def read_past(tx: Transaction, ended_before: dt.datetime, without: Collection[in
         given = _may_go(ended_before) if some is None else _is_past(ended_before) & Job.job_id.in_(some)
         for row in tx.session.execute(select(*_PAST).where(given)):
             found[row.job_id] = PastJob(**row._mapping)
-    return [found[job_id] for job_id in sorted(found)]
+    return [found[job_id] for job_id in sorted(found.keys() - read_named(tx))]
 
 
 def forget_jobs(tx: Transaction, job_ids: Collection[int], ended_before: dt.datetime) -> set[int]:
     """Remove such jobs with all their rows, and sweeps that have no member left; returns the jobs that went."""
     gone: set[int] = set()
-    for some in _parts(job_ids):
+    for some in _parts(set(job_ids) - read_named(tx)):
         # what hangs on a job goes with it, by its foreign key
         forgotten = delete(Job).where(Job.job_id.in_(some), _may_go(ended_before)).returning(Job.job_id)
         gone.update(tx.session.scalars(forgotten.execution_options(synchronize_session=False)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from loractl import __version__
@@ -16,11 +17,25 @@ from ..records import Amendment, Submission
 from ..tables import Job, JobLabel, Sweep
 from ..transaction import Transaction
 from .backlog import line_up
+from .followers import block, first_awaited
 
 
 def submit(tx: Transaction, submission: Submission) -> int:
     """Write a QUEUED job; its number is durable when this returns."""
-    return _queue(tx, submission, tx.now())
+    return submit_all(tx, [submission])[0]
+
+
+def submit_all(tx: Transaction, submissions: Sequence[Submission]) -> list[int]:
+    """Write all of these as QUEUED jobs, or none. One may name those before it."""
+    from loractl.common.job.ancestor import with_numbers
+
+    now, job_ids = tx.now(), []
+    numbers: dict[str, int] = {}
+    for submission in submissions:
+        named = replace(submission, spec=with_numbers(submission.spec, numbers))
+        job_ids.append(_queue(tx, named, now))
+        numbers[submission.spec.name] = job_ids[-1]
+    return job_ids
 
 
 def submit_sweep(tx: Transaction, sweep: NewSweep, members: Sequence[Submission]) -> int:
@@ -36,12 +51,13 @@ def submit_sweep(tx: Transaction, sweep: NewSweep, members: Sequence[Submission]
     return row.sweep_id
 
 
-def amend(job: Job, amendment: Amendment, now: dt.datetime) -> None:
+def amend(tx: Transaction, job: Job, amendment: Amendment, now: dt.datetime) -> None:
     """Give a job's columns in memory what is asked of it now."""
     submission = amendment.submission
     for name, value in _asked(submission).items():
         setattr(job, name, value)
     if job.status is not Status.RUNNING:
+        _block(tx, job, submission)
         job.lora_until = _lora_until(submission, now)
     job.gangs = submission.ways.as_json()
     if amendment.planned_anew or amendment.new_batch:
@@ -54,6 +70,7 @@ def amend(job: Job, amendment: Amendment, now: dt.datetime) -> None:
 
 def _queue(tx: Transaction, submission: Submission, now: dt.datetime, sweep_id: int | None = None) -> int:
     job = _row(submission, now, sweep_id)
+    _block(tx, job, submission)
     line_up(job, submission.spec.resources.node_labels, now)
     tx.session.add(job)
     tx.session.flush()
@@ -62,6 +79,12 @@ def _queue(tx: Transaction, submission: Submission, now: dt.datetime, sweep_id: 
     why += "" if sweep_id is None else f" as a member of sweep {sweep_id}"
     tx.tell(job.job_id, None, "queued", f"queued by {submission.user}{why}")
     return job.job_id
+
+
+def _block(tx: Transaction, job: Job, submission: Submission) -> None:
+    """Let the job wait for the first of its `after` that is not over. All have numbers below its own: no ring."""
+    after = [one for one in submission.spec.after if isinstance(one, int)]
+    block(job, first_awaited(tx, after, any_end=submission.spec.after_any))
 
 
 def _row(submission: Submission, now: dt.datetime, sweep_id: int | None) -> Job:

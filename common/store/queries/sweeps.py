@@ -111,8 +111,8 @@ def newest_sweeps(page: Page) -> Select[Sweep]:
 
 
 _OF_MEMBER = (
-    Job.job_id, Job.name, Job.spec, Job.status, Job.reason, Job.stage, Job.held, Job.step, Job.total_steps, Job.node,
-    Job.message, Job.report_uri,
+    Job.job_id, Job.name, Job.spec, Job.status, Job.reason, Job.stage, Job.held, Job.awaits, Job.held_too,
+    Job.step, Job.total_steps, Job.node, Job.message, Job.report_uri,
 )  # fmt: skip
 
 _WITHOUT_SPEC = tuple(column for column in _OF_MEMBER if column is not Job.spec)
@@ -134,7 +134,7 @@ def _member(
         status=job.status,
         reason=job.reason,
         stage=job.stage,
-        held=job.held,
+        held=job.held and (job.awaits is None or job.held_too),
         step=job.step,
         total_steps=job.total_steps,
         node=job.node,

@@ -73,7 +73,8 @@ def hold(tx: Transaction, job_id: int, user: str, reason: str = "") -> Job:
         if job.status is not Status.QUEUED:
             what = f"job {job_id} {job.status.in_words}: only a waiting job can be held"
             raise WrongState(what, _back_to_the_queue(job) if job.status is Status.RUNNING else None)
-        if change_row(tx, job_id, "held", seen(job), {"held": True}, user, f": {reason}" if reason else ""):
+        new = {"held": True} if job.awaits is None else {"held": True, "held_too": True}
+        if change_row(tx, job_id, "held", seen(job), new, user, f": {reason}" if reason else ""):
             return read_job(tx, job_id)
     raise _changed(job_id)
 
@@ -94,8 +95,11 @@ def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None =
             done = f"loractl reproduce {job_id} runs it again, loractl submit --like {job_id} queues one like it"
             what = f"job {job_id} {job.status.in_words}: only a failed, cancelled or held job can be retried"
             raise WrongState(what, done if job.status is Status.SUCCEEDED else None)
+        if job.status is Status.QUEUED and job.awaits is not None and not job.held_too:
+            what = f"job {job_id} waits for job {job.awaits}, nobody holds it"
+            raise WrongState(what, f"loractl edit {job_id} --set after=[] lets it start without")
         until = None if job.result_host is None else tx.now() + dt.timedelta(seconds=RESULT_FIRST_S)
-        new = {"status": Status.QUEUED, **retried(), "result_until": until}
+        new = {"status": Status.QUEUED, **retried(), "held": job.awaits is not None, "result_until": until}
         if change_row(tx, job_id, "retry", seen(job), new, user):
             return read_job(tx, job_id)
         amendment = None  # it is in the row by now
@@ -116,7 +120,7 @@ def edit(tx: Transaction, amendment: Amendment, user: str) -> Job:
         raise _changed(job.job_id)
     expected = {**seen(job), "spec": job.spec, "adjustment": job.adjustment}
     tx.session.expunge(job)  # what is changed here in memory is written below
-    amend(job, amendment, now)
+    amend(tx, job, amendment, now)
     new = {name: one.value for name, one in inspect(job).attrs.items() if one.history.has_changes()}
     if not change_row(tx, job.job_id, "edited", expected, new, user, f": {amendment.text}"):
         raise _changed(job.job_id)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..queries import aside, backlog, jobs, need, submissions, wishes
+from ..queries import aside, backlog, followers, jobs, need, submissions, wishes
 from ..queries.cards import decisions
 from .verb import Subject, lists, reads, writes
 
@@ -11,10 +11,12 @@ class JobVerbs(Subject):
     """Verbs about jobs."""
 
     submit = writes(submissions.submit)
+    submit_all = writes(submissions.submit_all)
     cancel = writes(wishes.cancel)
     hold = writes(wishes.hold)
     retry = writes(wishes.retry)
     edit = writes(wishes.edit)
+    followers = reads(followers.read_followers)
 
     get = reads(jobs.read_one)
     numbered = reads(jobs.read_numbered)

@@ -11,6 +11,7 @@ from ...records import FleetTurn
 from ...tables import LEASES, FleetRound
 from ...transaction import Transaction
 from ..changes import answer_wishes
+from ..followers import release_left
 from ..outbox.deliveries import tidy
 from ..outbox.notices import NEWS_S, tell_of_cancelled_sweeps, tell_of_silence
 from ..outbox.reach import tell_of_jobs_out_of_reach
@@ -47,6 +48,7 @@ def take_turn(tx: Transaction, node: str, every_s: float, settle_s: float) -> Fl
     if not settling:
         tell_of_silence(tx, now)
     answer_wishes(tx)
+    release_left(tx)
     tell_of_cancelled_sweeps(tx, max(last_at, now - dt.timedelta(seconds=NEWS_S)))
     _look_at_reach(tx, node, now)
     tidy(tx, now)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -98,10 +99,24 @@ class Known:
     reached: int | None = None  # the checkpoint at the last of them
     published: Run | None = None
     final: dict[str, Any] | None = None  # the row of a job that has ended
+    after: list[Known] = field(default_factory=list)
+    any_end: bool = False
+    awaits: Known | None = None
+    has_ended: bool = False  # ever
+    has_succeeded: bool = False
 
     def become(self, status: Status) -> None:
         assert status is self.status or status in TRANSITIONS[self.status]
         self.status = status
+
+    def is_over(self, any_end: bool) -> bool:
+        return self.status in ENDED if any_end else self.status is Status.SUCCEEDED
+
+    def go_on(self) -> None:
+        """To the next job of its list that is not over, if the one that it waits for is."""
+        if self.status is Status.QUEUED and self.awaits is not None and self.awaits.is_over(self.any_end):
+            left = self.after[self.after.index(self.awaits) + 1 :]
+            self.awaits = next((job for job in left if not job.is_over(self.any_end)), None)
 
     def start(self, claim: Claim, node: str, now: dt.datetime) -> Run:
         self.holder = Run(claim=claim)
@@ -145,7 +160,10 @@ class Known:
 
     def may_start(self, now: dt.datetime) -> bool:
         waits = self.not_before is not None and self.not_before > now
-        return self.status is Status.QUEUED and not self.held and not self.cancel_asked and not waits
+        free = not self.held and not self.cancel_asked and not waits and self.awaits is None
+        behind = all(job.has_succeeded or (self.any_end and job.has_ended) for job in self.after)
+        assert behind or not free, "the model itself lets a job go before those that it starts after"
+        return self.status is Status.QUEUED and free
 
 
 class Life(RuleBasedStateMachine):
@@ -183,18 +201,31 @@ class Life(RuleBasedStateMachine):
         preemptible=st.booleans(),
         max_retries=st.integers(0, 1),
         roomy=st.sampled_from([None, {4: LARGE}]),
+        after=st.sets(st.integers(0, MOST_JOBS - 1), max_size=2),
+        any_end=st.booleans(),
     )
     def submit(
-        self, size: int, priority: int, preemptible: bool, max_retries: int, roomy: dict[int, float] | None = None
+        self,
+        size: int,
+        priority: int,
+        preemptible: bool,
+        max_retries: int,
+        roomy: dict[int, float] | None = None,
+        after: Collection[int] = (),
+        any_end: bool = False,
     ) -> Known:
-        """`roomy`: it may have as much as a large job needs, where nobody else wants that."""
+        """`roomy`: it may have as much as a large job needs, where nobody else wants that. `after`: by their places."""
+        earlier = [job for place, job in enumerate(self.known.values()) if place in after]
         wanted = submission(
-            lora=size, method="lora", priority=priority, preemptible=preemptible, max_retries=max_retries, roomy=roomy
-        )
+            lora=size, method="lora", priority=priority, preemptible=preemptible, max_retries=max_retries, roomy=roomy,
+            after=[job.job_id for job in earlier], after_any=any_end,
+        )  # fmt: skip
         job_id = self.store.jobs.submit(wanted)
-        assert all(job_id > earlier for earlier in self.known), "a number is never given twice"
-        self.known[job_id] = Known(job_id=job_id, max_retries=max_retries, preemptible=preemptible)
-        return self.known[job_id]
+        assert all(job_id > other for other in self.known), "a number is never given twice"
+        job = Known(job_id=job_id, max_retries=max_retries, preemptible=preemptible, after=earlier, any_end=any_end)
+        job.awaits = next((one for one in earlier if not one.is_over(any_end)), None)
+        self.known[job_id] = job
+        return job
 
     @rule(job=jobs, wish=st.sampled_from(["cancel", "hold", "retry", "retry", "gc_forgets_the_checkpoint"]))
     def a_person_wishes(self, job: Known, wish: str) -> None:
@@ -207,7 +238,7 @@ class Life(RuleBasedStateMachine):
         row = self.store.jobs.cancel(job.job_id, "bob")
         if job.status is Status.QUEUED:
             job.become(Status.CANCELLED)
-            job.held = False
+            job.held, job.has_ended = False, True
         else:
             job.cancel_asked = True
         assert row.status is job.status
@@ -280,12 +311,26 @@ class Life(RuleBasedStateMachine):
         self.written(job, number, mine)
         if mine:
             job.end(reason, self.clock.now, answer)
+            self.let_go(job)
             if result is not None:
                 assert job.published is None, "a second attempt published"
                 run.result, job.published = result, run
             assert answer is job.status
         else:
             assert answer is (before if run.ended is reason else None)
+
+    def let_go(self, ended: Known) -> None:
+        """An attempt's end lets go who waits for its job."""
+        ended.has_ended, ended.has_succeeded = ended.status in ENDED, ended.status is Status.SUCCEEDED
+        for job in self.known.values():
+            if ended.status in ENDED and job.awaits is ended:
+                job.go_on()
+
+    @rule()
+    def the_fleet_goes_round(self) -> None:
+        assert self.store.cards.take_turn("heron:0", 0.0, 0.0) is not None
+        for job in self.known.values():
+            job.go_on()
 
     def keep_checkpoint(self, run: Run) -> None:
         job, step = self.of(run), next(self.numbers)
@@ -303,6 +348,7 @@ class Life(RuleBasedStateMachine):
         waits_again = [job_id for job_id, _ in self.store.attempts.reap()]
         for job in over:
             job.end(Reason.WORKER_LOST, self.clock.now)
+            self.let_go(job)
         assert sorted(waits_again) == [j.job_id for j in over if j.status is Status.QUEUED and not j.held]
 
     @precondition(lambda self: self.some(Status.RUNNING))
@@ -313,6 +359,7 @@ class Life(RuleBasedStateMachine):
         assert sorted(self.store.attempts.give_back(node)) == [j.job_id for j in left]
         for job in left:
             job.end(Reason.WORKER_LOST, self.clock.now)
+            self.let_go(job)
 
     @precondition(lambda self: self.some(Status.QUEUED))
     @rule(target=runs, node=st.sampled_from(NODES), times=st.integers(1, 3), silent=st.booleans())
@@ -364,7 +411,9 @@ class Life(RuleBasedStateMachine):
         for job in self.known.values():
             row = rows[job.job_id]
             assert row.status is job.status
-            assert (row.held, row.cancel_requested) == (job.held, job.cancel_asked)
+            assert row.cancel_requested is job.cancel_asked
+            waits = job.awaits is not None and job.status is Status.QUEUED
+            assert (row.held, row.awaits) == (job.held or waits, job.awaits and job.awaits.job_id)
             assert row.token == (job.holder.claim.token if job.holder else None)
             assert row.lease_expires_at == (job.lease if job.holder else None)
             assert row.not_before == job.not_before
@@ -398,9 +447,14 @@ class Life(RuleBasedStateMachine):
                 self.finish(job.holder, Reason.OK)
             if job.status is Status.QUEUED and job.held:
                 self.retry(job)
+        for job in reversed(self.known.values()):  # what nobody waits for may stay failed or cancelled
+            blocked = [other for other in self.known.values() if other.awaits and other.status is Status.QUEUED]
+            if any(job in other.after for other in blocked) and job.status in (Status.FAILED, Status.CANCELLED):
+                self.retry(job)
         self.clock.forward(100_000)
         waiting = [job for job in self.known.values() if job.status is Status.QUEUED]
         for _ in waiting:
+            self.the_fleet_goes_round()
             run = self.take(RESCUE, 1000 * GIB)
             assert run is not None, f"nobody can claim {[job.job_id for job in waiting]}"
             self.finish(run, Reason.OK)

@@ -1,0 +1,104 @@
+"""Jobs after jobs: which one a job waits for, and who goes on when one has ended.
+
+A blocked job is held, so that no claim looks at it, and its row names the first job of its `after` that is not over.
+Its list is walked once: what stands before that job is over.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+
+from sqlalchemy import ColumnElement, Select, String, and_, cast, exists, or_, select
+from sqlalchemy.orm import aliased
+
+from loractl.common.job.status import Status
+
+from ..columns import part_of
+from ..tables import WAITS, Job, after_of
+from ..transaction import SKIP_LOCKED, Transaction
+from .backlog import line_up, node_labels
+
+AT_ONCE = 100
+"""Blocked jobs that one round lets go, at most."""
+
+
+def first_awaited(tx: Transaction, after: Sequence[int], *, any_end: bool) -> int | None:
+    """The first of these jobs that is not over; None: all are. One that is not there is not over."""
+    over = set(tx.session.scalars(select(Job.job_id).where(Job.job_id.in_(after), _is_over(any_end))))
+    return next((job_id for job_id in after if job_id not in over), None)
+
+
+def block(job: Job, awaits: int | None) -> None:
+    """Let a waiting job start after this one; None: when its turn comes. What else holds it does so afterwards."""
+    other = job.held_too if job.awaits is not None else bool(job.held)
+    job.awaits, job.held_too = awaits, other and awaits is not None
+    job.held = other or awaits is not None
+
+
+def release_followers(tx: Transaction, ended: Job) -> None:
+    """Let the jobs go on that waited for this one, which has just ended. A row that somebody keeps locked is left to
+    the fleet's round."""
+    tx.session.flush()
+    followers = _blocked().where(Job.awaits == ended.job_id)
+    _go_on(tx, followers if ended.status is Status.SUCCEEDED else followers.where(_ANY))
+
+
+def release_left(tx: Transaction) -> None:
+    """The same for what ended without it: by a person, by an earlier version, or while a follower was submitted."""
+    ended = aliased(Job)
+    succeeded = exists().where(ended.job_id == Job.awaits, ended.status == Status.SUCCEEDED)
+    over = exists().where(ended.job_id == Job.awaits, ended.status.in_(_ENDED))
+    _go_on(tx, _blocked().where(or_(succeeded, and_(_ANY, over))))
+
+
+def read_followers(tx: Transaction, job_id: int) -> list[int]:
+    """The blocked jobs that are to start after this one, directly or after others that are, by number."""
+    found = {job_id}
+    for follower, after in _lists(tx):  # a job waits for those before it alone
+        if not found.isdisjoint(after):
+            found.add(follower)
+    return sorted(found - {job_id})
+
+
+def read_named(tx: Transaction) -> set[int]:
+    """The jobs for which a blocked one waits, or will."""
+    return {job_id for _, after in _lists(tx) for job_id in after}
+
+
+_ENDED = tuple(status for status in Status if status.is_terminal)
+_ANY = cast(part_of(Job.spec, "after_any"), String).in_(("true", "1"))  # SQLite's JSON has 1
+
+
+def _blocked() -> Select[Job]:
+    """Above 0: the databases take the index of blocked jobs for that."""
+    return select(Job).where(WAITS, Job.awaits > 0)
+
+
+def _lists(tx: Transaction) -> list[tuple[int, list[int]]]:
+    """The blocked jobs by number, each with those that it is to start after."""
+    blocked = select(Job.job_id, Job.spec).where(WAITS, Job.awaits > 0).order_by(Job.job_id)
+    return [(job_id, after_of(spec)) for job_id, spec in tx.session.execute(blocked)]
+
+
+def _is_over(any_end: bool) -> ColumnElement[bool]:
+    return Job.status.in_(_ENDED if any_end else (Status.SUCCEEDED,))
+
+
+def _go_on(tx: Transaction, blocked: Select[Job]) -> None:
+    now = tx.now()
+    for job in tx.session.scalars(blocked.order_by(Job.job_id).limit(AT_ONCE).with_for_update(**SKIP_LOCKED)).all():
+        tx.apart(job.job_id, lambda job=job: _next(tx, job, now))  # type: ignore[misc]
+
+
+def _next(tx: Transaction, job: Job, now: dt.datetime) -> None:
+    over, after = job.awaits, job.after
+    left = after[after.index(over) + 1 :] if over in after else []
+    any_end = job.after_any
+    block(job, first_awaited(tx, left, any_end=any_end))
+    if job.awaits is not None:
+        return
+    if isinstance(patience := job.spec.get("lora_patience"), (int, float)) and job.lora_until is not None:
+        job.lora_until = now + dt.timedelta(seconds=patience)  # it begins to wait for a card now
+        line_up(job, node_labels(job), now)
+    tx.tell(job.job_id, None, "released", f"job {over} {'has ended' if any_end else 'has succeeded'}")
