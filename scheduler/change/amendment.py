@@ -16,7 +16,7 @@ from loractl.common.job.status import Status
 from loractl.common.memory.need_key import need_key
 from loractl.common.store.columns import word
 from loractl.common.store.records import Amendment, Submission
-from loractl.scheduler.submit.ancestor import settle_ancestor
+from loractl.scheduler.submit.ancestor import settle_predecessors
 from loractl.scheduler.submit.draft import JobDraft, rows_at_hand
 from loractl.scheduler.submit.need import admit, open_methods, plan_job
 from loractl.scheduler.submit.overflow import check_overflow, unchecked
@@ -43,7 +43,7 @@ def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
         )
     name = f"job {job_id}"
     before = override_spec(job.spec, (), name)
-    after = settle_ancestor(amended_spec(job.spec, overrides, name, Path.cwd()), store)
+    after = settle_predecessors(amended_spec(job.spec, overrides, name, Path.cwd()), store, job_id=job_id)
     Amended(
         job_id=job_id,
         standing=_standing(store, job),

@@ -106,7 +106,8 @@ def hold(jobs: tuple[str, ...], reason: str) -> None:
 @click.option("--sweep", "sweep_id", type=int, metavar="N", help="All members of a sweep that have not ended.")
 @click.option("--user", help="All of this person's jobs that have not ended; me is yourself.")
 @click.option("--queued", is_flag=True, help="With --user: only those that wait.")
-def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued: bool) -> None:
+@click.option("--with-followers", is_flag=True, help="Also the jobs that wait for these.")
+def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued: bool, with_followers: bool) -> None:
     """Cancel waiting or running jobs.
 
     JOB is a number, a range like 3-9, the name of one job, or name:tag.
@@ -129,6 +130,10 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
     if sweep_id is not None:
         for job in store.sweeps.cancel(sweep_id, settings.user):
             _tell(store, job.job_id)
+
+    if with_followers:  # the last ones first, so that none starts meanwhile
+        behind = {follower for job_id in job_ids for follower in store.jobs.followers(job_id)} - set(job_ids)
+        job_ids = [*sorted(behind, reverse=True), *job_ids]
 
     def end(job_id: int) -> None:
         store.jobs.cancel(job_id, settings.user)

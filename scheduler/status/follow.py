@@ -40,7 +40,7 @@ def _redraw(store: Store, job_id: int) -> JobState:
     live = LiveText()
     while True:
         answer = job_in_full(store, job_id)
-        over = _is_over(answer.job)
+        over = _is_over(store, answer.job)
         live.draw(job_text(answer, detect_screen()), last=over)
         if over:
             return answer.job
@@ -54,11 +54,23 @@ def _tell_changes(store: Store, job_id: int) -> JobState:
         if (line := state_line(job, held_out_losses(store, job_id))) != said:
             click.echo(line, err=True)
             said = line
-        if _is_over(job):
-            click.echo(f"Job {job_id} {job.status.value}: {job.message}")
+        if _is_over(store, job):
+            waits = f"it waits for job {job.awaits}, which does not go on by itself"
+            click.echo(f"Job {job_id} {job.status.value}: {job.message or waits}")
             return job
         time.sleep(POLL_S)
 
 
-def _is_over(job: JobState) -> bool:
-    return job.status.is_terminal or job.held
+def _is_over(store: Store, job: JobState) -> bool:
+    return job.status.is_terminal or job.held or (job.awaits is not None and _is_stuck(store, job.job_id))
+
+
+def _is_stuck(store: Store, job_id: int) -> bool:
+    """Whether a waiting job starts only when a person releases or retries another one."""
+    row = store.jobs.get(job_id)
+    while row.status is Status.QUEUED and row.awaits is not None:
+        awaited = store.jobs.numbered([row.awaits]).get(row.awaits)
+        if awaited is None or awaited.status in (Status.FAILED, Status.CANCELLED):
+            return awaited is None or not row.after_any
+        row = awaited
+    return row.status is Status.QUEUED and row.held

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 JSON_FIELDS = (
     "job_id", "name", "user", "status", "reason", "message", "stage", "method", "base_model", "step", "total_steps",
     "loss", "eta_seconds", "node", "gpu", "attempt", "submitted_at", "started_at", "ended_at", "adapter_uri",
-    "report_uri", "labels", "sweep_id", "cards", "companions",
+    "report_uri", "labels", "sweep_id", "cards", "companions", "after", "awaits",
 )  # fmt: skip
 """What --json says about a job: the table's columns, where it runs, and beside whom."""
 
@@ -54,10 +54,11 @@ class JobState:
     report_uri: str | None
     labels: Mapping[str, str]
     sweep_id: int | None  # the sweep that it belongs to
+    awaits: int | None  # the first of the jobs that it starts after which is not over
 
     # shown to people, not in the JSON
     priority: int
-    held: bool
+    held: bool  # by a person or the lab; not by a job that it starts after
     cancel_requested: bool
     tokens_per_second: float | None
     vram_needed: int | None  # bytes; None: not known yet
@@ -68,6 +69,7 @@ class JobState:
 
     cards: tuple[str, ...] = ()  # on which it runs, its first one first; none while it does not run
     companions: tuple[int, ...] = ()  # other jobs that train in its trainer
+    after: tuple[int, ...] = ()  # the jobs that it starts after
 
     @property
     def where(self) -> str:
@@ -91,12 +93,13 @@ class JobState:
         return {name: _plain(getattr(self, name)) for name in JSON_FIELDS}
 
 
-_STATE_FIELDS = tuple(JobState.__annotations__)[:-2]
+_STATE_FIELDS = tuple(JobState.__annotations__)[:-3]
 
 
 def state_of(job: Job, view: FleetView | None = None) -> JobState:
     """What everyone may see of a row. `view`: without it a running job's first card alone is known, and no company."""
     state = JobState(**{name: getattr(job, name) for name in _STATE_FIELDS})
+    state = replace(state, held=job.held and not job.is_blocked, after=tuple(job.after))
     if job.status is not Status.QUEUED and (what := unreadable_of(vars(job))):
         said = f"{job.message}; " if job.message else ""
         state = replace(state, message=f"{said}its row can't be read: {what}")
@@ -209,6 +212,8 @@ class JobInFull:
     now: dt.datetime
     trouble: str | None = None  # what is wrong with a card of a running one, in a few words
     still_holds: int = 0  # bytes of a card, of one that has ended and is not out of its trainer yet
+    after: tuple[JobState, ...] = ()  # the jobs that it starts after, as far as they are there
+    followers: tuple[int, ...] = ()  # the jobs that start after it, directly or not
 
     def as_json(self) -> dict[str, Any]:
         """The job's fields; `loractl show` has the history."""
@@ -232,6 +237,8 @@ def job_in_full(store: Store, job_id: int) -> JobInFull:
         losses=tuple((point.step, point.value) for point in store.jobs.metrics(job_id, "loss")),
         held_out=held_out_losses(store, job_id),
         now=store.now(),
+        after=tuple(map(state_of, store.jobs.numbered(job.after).values())),
+        followers=tuple(store.jobs.followers(job_id)),
     )
 
 

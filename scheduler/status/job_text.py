@@ -29,11 +29,23 @@ def job_text(answer: JobInFull, screen: Screen) -> str:
         lines += _memory(answer.attempts[-1], job, screen)
     if job.adapter_uri:
         lines += [f"adapter   {clean_line(job.adapter_uri)}", f"report    {clean_line(job.report_uri or '')}"]
+    lines += _chain(answer)
     if lines[-1]:
         lines.append("")
     for event in reversed(answer.events[-12:]):
         lines += _told(clock(event.at, answer.now), event.text, screen)
     return "\n".join([*lines, "", screen.dim(_next_command(job))])
+
+
+def _chain(answer: JobInFull) -> list[str]:
+    """The jobs before it and behind it."""
+    lines = []
+    if answer.after:
+        before = ", ".join(f"{job.job_id} {clean_line(job.name)} ({job.status.value})" for job in answer.after)
+        lines.append(f"after     {before}")
+    if answer.followers:
+        lines.append(f"then      {', '.join(map(str, answer.followers))}")
+    return lines
 
 
 def _told(when: str, text: str, screen: Screen) -> list[str]:
@@ -173,6 +185,9 @@ def _next_command(job: JobState) -> str:
         return f"A cancel was asked for. Its log: loractl logs {job.job_id} -f"
     if job.status is Status.RUNNING:
         return f"Its log: loractl logs {job.job_id} -f   stop it: loractl cancel {job.job_id}"
+    if job.awaits is not None and not job.held:
+        without = f"loractl edit {job.job_id} --set after=[]"
+        return f"Explain the wait: loractl why {job.job_id}   start without: {without}"
     if job.held:
         return f"Release it: loractl retry {job.job_id}   drop it: loractl cancel {job.job_id}"
     return f"Explain the wait: loractl why {job.job_id}   drop it: loractl cancel {job.job_id}"

@@ -1,35 +1,116 @@
-"""The stored adapter that a job begins from: found, compared with the job, and named by its job's number."""
+"""The jobs that a job starts after, and the adapter that it begins from: found, compared with it, named by number."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loractl.common.errors import AdapterNotFound, UsageError
 from loractl.common.job.ancestor import misfits
 from loractl.common.job.file import override_spec
 from loractl.common.job.reference import parse_reference
+from loractl.common.job.sections import AncestorJob
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
     from loractl.common.store.store import Store
 
 
-def settle_ancestor(spec: JobSpec, store: Store) -> JobSpec:
-    """The spec with the number of the job whose adapter it begins from: names and tags move.
+def settle_predecessors(
+    spec: JobSpec, store: Store, beside: Mapping[str, JobSpec] | None = None, job_id: int | None = None
+) -> JobSpec:
+    """The spec with the number of the job whose adapter it begins from, since names and tags move, and with that job
+    among those that it starts after if it need not have ended.
 
-    Raises JobNotFound, AdapterNotFound, UsageError for an adapter of another base, rank or layers.
+    `beside`: the jobs of the same submit by name, whose numbers are not known yet. `job_id`: of a job that was
+    submitted before. Raises JobNotFound, AdapterNotFound, UsageError for a job that is not there, one that was
+    submitted later, and an adapter of another base, rank or layers.
     """
-    if (text := spec.lora.init_from) is None:
+    beside, begun = beside or {}, spec.lora.init_from
+    if isinstance(begun, AncestorJob):
+        after = list(dict.fromkeys([*spec.after, begun.job]))
+        named = begun if isinstance(begun.job, str) else str(begun.job)  # a name has no number before it is written
+        lora = spec.lora.model_copy(update={"init_from": named})
+        spec = spec.model_copy(update={"after": after, "lora": lora})
+    if strangers := [one for one in spec.after if isinstance(one, str) and one not in beside]:
+        raise UsageError(
+            f"{spec.name}: after names {strangers[0]}, which is not a job of this submit",
+            "submit both files together, or write the number of a job that is queued already",
+        )
+    numbers = [one for one in spec.after if isinstance(one, int)]
+    if job_id is not None and (later := [number for number in numbers if number >= job_id]):
+        raise UsageError(
+            f"job {job_id} can't wait for job {later[0]}: a job waits for those that were submitted before it",
+            f"queue it again: loractl submit --like {job_id} --after {later[0]}",
+        )
+    known = store.jobs.numbered(numbers)
+    if missing := [number for number in numbers if number not in known]:
+        what = f"{spec.name}: after names job {missing[0]}, which does not exist"
+        raise UsageError(what, "loractl status lists the jobs")
+    if isinstance(begun, AncestorJob):
+        ancestor = beside[begun.job] if isinstance(begun.job, str) else _spec_of(store, begun.job)
+        _refuse_misfits(spec, ancestor, f"job {begun.job}")
+    elif begun is not None:
+        spec = _settle_stored(spec, begun, store)
+    return spec
+
+
+def _settle_stored(spec: JobSpec, text: str, store: Store) -> JobSpec:
+    reference = parse_reference(text)
+    if reference.job_id in spec.after:  # it waits for it: there need be no adapter yet
+        assert reference.job_id is not None
+        _refuse_misfits(spec, _spec_of(store, reference.job_id), f"job {reference.job_id}")
         return spec
     try:
-        row = store.adapters.get(parse_reference(text))
+        row = store.adapters.get(reference)
     except AdapterNotFound as error:
         raise UsageError(f"lora.init_from: {error.sentence}", "loractl adapters lists them") from error
-    ancestor = override_spec(store.jobs.get(row.job_id).spec, (), f"job {row.job_id}")
-    if wrong := misfits(spec, ancestor):
-        raise UsageError(
-            f"{spec.name} can't begin from {row.name} (job {row.job_id}): {'; '.join(wrong)}",
-            "write what that adapter has, or leave lora.init_from out",
-        )
+    _refuse_misfits(spec, _spec_of(store, row.job_id), f"{row.name} (job {row.job_id})")
     lora = spec.lora.model_copy(update={"init_from": str(row.job_id)})
     return spec.model_copy(update={"lora": lora})
+
+
+def _spec_of(store: Store, job_id: int) -> JobSpec:
+    return override_spec(store.jobs.get(job_id).spec, (), f"job {job_id}")
+
+
+def _refuse_misfits(spec: JobSpec, ancestor: JobSpec, name: str) -> None:
+    if wrong := misfits(spec, ancestor):
+        raise UsageError(
+            f"{spec.name} can't begin from {name}: {'; '.join(wrong)}",
+            "write what that adapter has, or leave lora.init_from out",
+        )
+
+
+def in_order(specs: Sequence[JobSpec]) -> list[int]:
+    """The places of the jobs of one submit, each behind those of them that it names.
+
+    Raises UsageError for a ring, and for a name that two of them have.
+    """
+    names = [spec.name for spec in specs]
+    for spec in specs:
+        if twice := next((name for name in _named(spec) if names.count(name) > 1), None):
+            raise UsageError(f"{spec.name}: two jobs of this submit are called {twice}", "give them different names")
+    found: list[int] = []
+
+    def walk(place: int, behind: tuple[str, ...]) -> None:
+        spec = specs[place]
+        if place in found:
+            return
+        if spec.name in behind:
+            ring = " -> ".join([*behind[behind.index(spec.name) :], spec.name])
+            raise UsageError(f"these jobs wait for each other: {ring}", "remove one of the names in after")
+        for name in _named(spec):
+            if name in names:
+                walk(names.index(name), (*behind, spec.name))
+        found.append(place)
+
+    for place in range(len(specs)):
+        walk(place, ())
+    return found
+
+
+def _named(spec: JobSpec) -> list[str]:
+    begun = spec.lora.init_from
+    named = [*spec.after, *([begun.job] if isinstance(begun, AncestorJob) else [])]
+    return [name for name in named if isinstance(name, str)]

@@ -34,29 +34,38 @@ if TYPE_CHECKING:
     metavar="KEY=VALUE",
     help="Override a key, like training.max_steps=20.",
 )
+@click.option("--after", "after", multiple=True, type=int, metavar="JOB", help="Start once this job has succeeded.")
 @click.option("--dry-run", is_flag=True, help="Check all that submit checks, print the job and queue nothing.")
 @click.option("--wait", is_flag=True, help="Follow the job; exit 0 when it succeeded, 1 when not.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def submit(
-    job_files: tuple[Path, ...], like: int | None, overrides: tuple[str, ...], dry_run: bool, wait: bool, as_json: bool
+    job_files: tuple[Path, ...],
+    like: int | None,
+    overrides: tuple[str, ...],
+    after: tuple[int, ...],
+    dry_run: bool,
+    wait: bool,
+    as_json: bool,
 ) -> None:
     """Queue the jobs of one or more job files.
 
-    Every file is checked before any is queued. A local data set is uploaded to the artifact store.
+    A file may hold several jobs, divided by ---. All are checked before they are queued together. A local data set is
+    uploaded to the artifact store.
     """
     from .answer import JobDrafts
-    from .draft import like_job, of_file
+    from .draft import like_job, of_files, started_after
     from .preflight import check_addresses
 
     if bool(job_files) is (like is not None):
         raise UsageError("submit takes job files, or --like JOB", "like loractl submit job.yaml")
     settings = check_addresses()
     if like is None:
-        drafts = [of_file(path, overrides) for path in job_files]
+        drafts = of_files(job_files, overrides)
     else:
         from loractl.scheduler.cli.session import open_session
 
         drafts = [like_job(open_session()[1], like, overrides)]
+    drafts = [started_after(draft, after) for draft in drafts]
     if dry_run:
         _check(drafts, settings)
         resolved = JobDrafts(specs=tuple(draft.spec for draft in drafts))
@@ -110,17 +119,16 @@ def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
     from loractl.common.errors import ExitCode
     from loractl.scheduler.cli.session import open_stores
 
-    from .intake import enqueue, plan_all, store_all
+    from .intake import enqueue_all, plan_all, store_all
 
     settings, store, artifacts = open_stores()
     _warn_of_files(drafts)
     doubts = _doubts_about_bases(drafts, settings)
     planned = plan_all(drafts, settings, store)
     doubts += _doubts_about_rows(drafts, artifacts)
-    queued = []
-    for submission in store_all(drafts, planned, artifacts):
-        entry = enqueue(submission, settings, store)
-        queued.append(entry.job_id)
+    entries = enqueue_all(store_all(drafts, planned, artifacts), settings, store)
+    queued = [entry.job_id for entry in entries]
+    for entry in entries:
         if not as_json:
             click.echo(entry.sentence)
         warn(entry.warnings)

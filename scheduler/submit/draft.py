@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.job.file import amended_spec, load_spec
+from loractl.common.job.file import amended_spec, load_specs
 
+from .ancestor import in_order
 from .data import data_at_hand
 
 if TYPE_CHECKING:
@@ -28,15 +29,23 @@ class JobDraft:
     stored: Mapping[str, Any] = field(default_factory=dict)  # the data sets of that job which it takes as they are
 
 
-def of_file(path: Path, overrides: Sequence[str]) -> JobDraft:
-    """A job file's job. Raises SpecError."""
-    return JobDraft(spec=load_spec(path, overrides), job_file=path)
+def of_files(paths: Sequence[Path], overrides: Sequence[str]) -> list[JobDraft]:
+    """The jobs of job files, each behind those of them that it starts after. Raises SpecError, UsageError."""
+    drafts = [JobDraft(spec=spec, job_file=path) for path in paths for spec in load_specs(path, overrides)]
+    return [drafts[place] for place in in_order([draft.spec for draft in drafts])]
+
+
+def started_after(draft: JobDraft, job_ids: Sequence[int]) -> JobDraft:
+    """The same draft, to start after these jobs as well."""
+    after = list(dict.fromkeys([*draft.spec.after, *job_ids]))
+    return replace(draft, spec=draft.spec.model_copy(update={"after": after}))
 
 
 def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> JobDraft:
     """A new job with a submitted one's settings and rows, but for the overrides. Raises JobNotFound, SpecError."""
     job, name = store.jobs.get(job_id), f"job {job_id}"
-    spec = amended_spec(job.spec, overrides, name, Path.cwd())
+    before = {key: value for key, value in job.spec.items() if key not in ("after", "after_any")}  # its turn has come
+    spec = amended_spec(before, overrides, name, Path.cwd())
     given = {override.partition("=")[0].partition(".")[2] for override in overrides}
     kept = spec.data_sets().keys() & job.data.keys()
     stored = {key: job.data[key] for key in sorted(kept) if key.partition(".")[0] not in given}

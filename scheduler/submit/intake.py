@@ -56,11 +56,11 @@ def submit_job(spec: JobSpec, settings: Settings, store: Store, artifacts: Artif
 def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store | None) -> list[Submission]:
     """What is written for each job, all of them checked before the first is. Raises UsageError."""
     planned = []
+    beside = {draft.spec.name: draft.spec for draft in drafts}
     for draft in drafts:
         hashes = {**stored_hashes(draft.spec), **draft.stored}
-        submission = plan_job(
-            with_own_channels(draft.spec, settings), settings.user, hashes, store, own_devices(settings)
-        )
+        spec = with_own_channels(draft.spec, settings)
+        submission = plan_job(spec, settings.user, hashes, store, own_devices(settings), beside)
         planned.append(replace(submission, purpose="" if draft.like is None else f"like job {draft.like}"))
     return planned
 
@@ -82,15 +82,25 @@ def store_all(drafts: Sequence[JobDraft], planned: Sequence[Submission], artifac
 
 def enqueue(submission: Submission, settings: Settings, store: Store) -> Entry:
     """Write the job and wake the nodes."""
-    size_class = vram_class(submission.first_need)
+    return enqueue_all([submission], settings, store)[0]
+
+
+def enqueue_all(submissions: Sequence[Submission], settings: Settings, store: Store) -> list[Entry]:
+    """Write all of the jobs or none, and wake the nodes. One may name those before it."""
+    classes = sorted({vram_class(submission.first_need) for submission in submissions})
     with open_sender(settings) as sender:
-        job_id = store.jobs.submit(submission)
-        away = _ring(sender, [size_class], f"Job {job_id}")
-    purpose = f", {submission.purpose}" if submission.purpose else ""
-    sentence = f"Job {job_id} ({submission.spec.name}) is queued{purpose}."
-    return Entry(
-        job_id=job_id, sentence=sentence, warnings=(*doubts_of(f"job {job_id}", submission, settings, store), *away)
-    )
+        job_ids = store.jobs.submit_all(submissions)
+        away = _ring(sender, classes, f"Job {job_ids[0]}" if len(job_ids) == 1 else "Every job")
+    found = store.jobs.numbered(job_ids)
+    entries = []
+    for job_id, submission in zip(job_ids, submissions, strict=True):
+        purpose = f", {submission.purpose}" if submission.purpose else ""
+        waits = f"; it starts after job {found[job_id].awaits}" if found[job_id].awaits else ""
+        sentence = f"Job {job_id} ({submission.spec.name}) is queued{purpose}{waits}."
+        doubts = doubts_of(f"job {job_id}", submission, settings, store)
+        entries.append(Entry(job_id=job_id, sentence=sentence, warnings=(*doubts, *away)))
+        away = []
+    return entries
 
 
 def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settings, store: Store) -> SweepEntry:

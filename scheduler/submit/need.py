@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from loractl.common.module_pattern import ModulePattern
 from loractl.common.store.records import Submission
 from loractl.common.units import gib
 
-from .ancestor import settle_ancestor
+from .ancestor import settle_predecessors
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
@@ -35,14 +35,19 @@ ABSURD = 2**50
 
 
 def plan_job(
-    spec: JobSpec, user: str, data: dict[str, Any], store: Store | None, devices: str | None = None
+    spec: JobSpec,
+    user: str,
+    data: dict[str, Any],
+    store: Store | None,
+    devices: str | None = None,
+    beside: Mapping[str, JobSpec] | None = None,
 ) -> Submission:
     """Everything that submit writes of a job. `store`: None where a dry run has no database to ask. `devices`: see
-    own_devices.
+    own_devices. `beside`: the jobs of the same submit by name.
 
     Raises UsageError when its own max_vram is below every need, and for a lora.init_from that does not fit.
     """
-    spec = spec if store is None else settle_ancestor(spec, store)
+    spec = spec if store is None else settle_predecessors(spec, store, beside)
     check_adapter(spec)
     stack = fleet_stack(store, devices)
     planned = predict(spec, stack=stack)

@@ -38,13 +38,22 @@ def waiting_jobs(store: Store, jobs: Sequence[Job], view: FleetView | None = Non
     queued = [job for job in jobs if job.status is Status.QUEUED]
     if not queued:
         return WaitingJobs()
-    view, ready = view or store.cards.fleet(), store.jobs.ready(REPLAYED_JOBS + 1)
+    view, ready = with_awaited(view or store.cards.fleet(), store, queued), store.jobs.ready(REPLAYED_JOBS + 1)
     starts = read_starts(store, view, ready) if view.running else {}
     return WaitingJobs(
         reasons={job.job_id: reason(job, view, ready, starts) for job in queued},
         starts=starts,
         asks={job.job_id: asked_of(job, view) for job in queued},
     )
+
+
+def with_awaited(view: FleetView, store: Store, jobs: Sequence[Job]) -> FleetView:
+    """The view with the jobs that these start after, and those that they wait for in turn."""
+    found: dict[int, Job] = {}
+    while numbers := {job.awaits for job in jobs if job.awaits is not None} - found.keys():
+        jobs = list(store.jobs.numbered(numbers).values())
+        found |= {job.job_id: job for job in jobs}
+    return replace(view, awaited=found) if found else view
 
 
 def without_queue(waits: WaitingJobs, away: str) -> WaitingJobs:

@@ -6,12 +6,13 @@ for it; the memory is taken. The placement rule itself says what it decides.
 
 from __future__ import annotations
 
+import datetime as dt
 import enum
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loractl import __version__
-from loractl.common.job.status import BLAMED
+from loractl.common.job.status import BLAMED, Status
 from loractl.common.placement.cards import Card, Obstacle, could_start, least_limit
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.reach import out_of_reach
@@ -96,6 +97,8 @@ def _held_by(message: str | None) -> str:
 
 def _held_back(job: Job, view: FleetView) -> Wait | None:
     """A person's wish, a pause after a failed attempt, or a limit."""
+    if job.held and job.is_blocked:
+        return Wait(tier=Tier.POLICY, word="after", sentence=_behind(job, view))
     if job.held:
         return Wait(tier=Tier.POLICY, word="held", sentence=_held_by(job.message))
     if job.not_before is not None and paused(job, view.now):
@@ -108,6 +111,29 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
         sentence = f"{limit.user} runs {limit.runs}, the limit is {limit.most}"
         return Wait(tier=Tier.POLICY, word="limit", sentence=sentence)
     return None
+
+
+def _behind(job: Job, view: FleetView) -> str:
+    """The job for which it waits, and where that one stands: the first of a chain whose turn it is."""
+    first = view.awaited.get(job.awaits or 0)
+    if first is None:
+        return f"job {job.awaits}, which was removed: loractl edit {job.job_id} --set after=[] lets it start without"
+    head, name = first, f"job {first.job_id} ({first.name})"
+    while head.status is Status.QUEUED and head.is_blocked and head.awaits is not None and head.awaits in view.awaited:
+        head = view.awaited[head.awaits]
+    said = "" if head is first else f", which waits for job {head.job_id} ({head.name})"
+    return f"{name}{said}, {_how_far(head, view, any_end=head is first and job.after_any)}"
+
+
+def _how_far(job: Job, view: FleetView, *, any_end: bool) -> str:
+    if job.status is Status.QUEUED:
+        return "held" if job.held else "which waits for a card"
+    if job.status is Status.RUNNING:
+        ends = None if job.eta_seconds is None else view.now + dt.timedelta(seconds=job.eta_seconds)
+        return f"which runs on {job.node}" + ("" if ends is None else f" until about {clock(ends, view.now)}")
+    if any_end or job.status is Status.SUCCEEDED:
+        return f"which {job.status.in_words}: it starts in a moment"
+    return f"which {job.status.in_words}: it starts once a retry of that one succeeds"
 
 
 def _blamed(job: Job, view: FleetView) -> str | None:

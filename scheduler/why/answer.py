@@ -11,7 +11,7 @@ from loractl.common.job.status import Status
 from loractl.scheduler.status.job import JobState, state_of, trouble_on
 from loractl.scheduler.wait.cards import CardFit, card_fits
 from loractl.scheduler.wait.gangs import CardsAsked, asked_of
-from loractl.scheduler.wait.queue import reason
+from loractl.scheduler.wait.queue import reason, with_awaited
 from loractl.scheduler.wait.reasons import Tier, Wait
 from loractl.scheduler.wait.remedies import remedies
 from loractl.scheduler.wait.rivals import ahead_of, reaches, rivals
@@ -91,21 +91,32 @@ def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWa
         there = store.cards.fleet()
         state = state_of(job, there)
         return NotWaiting(job=state, trouble=trouble_on(there, state.cards))
-    view, waiting = store.cards.fleet(), store.jobs.ready(REPLAYED_JOBS + 1)
+    view, waiting = with_awaited(store.cards.fleet(), store, [job]), store.jobs.ready(REPLAYED_JOBS + 1)
     starts = read_starts(store, view, waiting)
     wait = reason(job, view, waiting, starts)
     helpless = wait.tier in (Tier.POLICY, Tier.NEXT) or not with_remedies
-    release = (f"Release it: loractl retry {job_id}",) if wait.word == "held" else ()
     return Why(
         job=state_of(job),
         wait=wait,
         start=starts.get(job_id),
         cards=tuple(card_fits(job, view)),
         ahead=_ahead(job, view, waiting),
-        remedies=release if helpless else remedies(job, view, store.cards.would_start),
+        remedies=_releases(job, wait, view) if helpless else remedies(job, view, store.cards.would_start),
         now=view.now,
         asks=asked_of(job, view),
     )
+
+
+def _releases(job: Job, wait: Wait, view: FleetView) -> tuple[str, ...]:
+    """What lets a job start that a person, or another job, keeps from it."""
+    if wait.word == "held":
+        return (f"Release it: loractl retry {job.job_id}",)
+    if wait.word != "after":
+        return ()
+    without = f"Start without: loractl edit {job.job_id} --set after=[]"
+    first = view.awaited.get(job.awaits or 0)
+    ended = first is not None and first.status.is_terminal and first.status is not Status.SUCCEEDED
+    return (f"Queue that one again: loractl retry {job.awaits}", without) if ended else (without,)
 
 
 def _ahead(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> Ahead:

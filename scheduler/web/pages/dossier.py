@@ -54,6 +54,7 @@ class JobDossier:
     report: ReportDigest | None
     report_missing: str | None  # why there is none, where one should be
     log_end: str
+    followers: tuple[int, ...]  # the jobs that start after it, directly or not
     card_bytes: Mapping[int, int]  # bytes of the card of each attempt, where that card is still known
 
     @property
@@ -118,6 +119,7 @@ def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
         report=report,
         report_missing=missing,
         log_end=_end("".join(chunk.text for chunk in store.jobs.log_end(job_id, LOG_CHUNKS))),
+        followers=tuple(store.jobs.followers(job_id)),
         card_bytes={a.attempt: known[a.node] for a in history.attempts if a.node in known},
     )
 
