@@ -32,6 +32,7 @@ PROMISES = {
     9: "what ends one job of a trainer ends no other",
     10: "a job on two cards has both, of one box, or none; what ends one of its ranks or nodes ends the attempt",
     **PEOPLE_PROMISES,
+    15: "a job starts only once those that it starts after are over",
 }
 
 NOTICE_SLACK_S = 12.0
@@ -68,6 +69,7 @@ def check(history: History) -> list[Broken]:
         _alone,
         _gangs,
         check_acts,
+        _in_turn,
         _in_spite,
     )
     found = [breach for one in checks for breach in one(history)]
@@ -325,6 +327,21 @@ def _resumed(history: History) -> Iterator[Broken]:
         if began < kept:
             what = f"attempt {key[1]} of job {key[0]} began at step {began}, a checkpoint of step {kept} was stored"
             yield Broken(promise=4, what=what)
+
+
+def _in_turn(history: History) -> Iterator[Broken]:
+    """By the list that its row had at the end: who was let go by an edit has none."""
+    first: dict[tuple[int, str], int] = {}  # when a job first had a status
+    for place, change in enumerate(history.changes):
+        if change.what == "job" and change.new is not None:
+            first.setdefault((change.job_id, change.new["status"]), place)
+    for job_id, job in history.jobs.items():
+        started, spec = first.get((job_id, Status.RUNNING.value)), job.get("spec", {})
+        over = [s for s in Status if s.is_terminal] if spec.get("after_any") else [Status.SUCCEEDED]
+        for before in spec.get("after", ()):
+            ends = [first[before, status.value] for status in over if (before, status.value) in first]
+            if started is not None and (not ends or min(ends) > started):
+                yield Broken(promise=15, what=f"job {job_id} started before job {before} was over")
 
 
 def _in_spite(history: History) -> Iterator[Broken]:

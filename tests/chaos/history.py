@@ -58,7 +58,18 @@ CREATE TRIGGER chaos_{table}_1 AFTER INSERT ON {table} BEGIN
 CREATE TRIGGER chaos_{table}_2 AFTER UPDATE ON {table} WHEN {changed} BEGIN
     INSERT INTO chaos_audit (what, job_id, attempt, kind) VALUES ('{table}', NEW.job_id, NEW.attempt, {kind}); END;
 """
-_OF_A_JOB = ("status", "attempt", "token", "node", "checkpoint", "lease_expires_at", "adapter_uri", "reason", "message")
+_OF_A_JOB = (
+    "status",
+    "awaits",
+    "attempt",
+    "token",
+    "node",
+    "checkpoint",
+    "lease_expires_at",
+    "adapter_uri",
+    "reason",
+    "message",
+)
 """What the checker reads; SQLite makes no JSON of a whole row."""
 
 _COMPANY = ("host", "base_bytes", "inside", "shared", "promised_at", "lease_expires_at")

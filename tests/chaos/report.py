@@ -116,6 +116,7 @@ def _counts(outcome: Outcome) -> list[str]:
     together = [attempt for attempt in history.attempts if attempt.shared]
     ganged = [attempt for attempt in history.attempts if attempt.cards]
     gangs = [history.jobs[job_id] for job_id in sorted({attempt.job_id for attempt in ganged})]
+    chained = {c.job_id for c in history.changes if c.what == "job" and c.new is not None and c.new.get("awaits")}
     rows = [
         ("jobs", f"{len(history.jobs)} ({_listed(statuses)})"),
         ("numbers that submit printed", str(len(history.printed))),
@@ -133,6 +134,8 @@ def _counts(outcome: Outcome) -> list[str]:
         ("jobs on two cards", f"{len(gangs)} ({_listed(Counter(job['status'] for job in gangs))})"),
         ("attempts on two cards", f"{len(ganged)} ({_listed(Counter(a.reason for a in ganged))})"),
         ("of them resumed from a checkpoint", str(sum(bool(a.resumed_from_step) for a in ganged))),
+        ("jobs that start after others", str(len(chained))),
+        ("of them let go by an edit, since one had failed or was cancelled", str(outcome.let_go)),
         ("ranks killed alone", str(sum(hit.rank for hit in history.hits))),
         ("processes of an attempt left behind", str(sum(b.promise == 6 for b in outcome.broken))),
         ("ended for another job's fault", str(sum(b.promise == 9 for b in outcome.broken))),

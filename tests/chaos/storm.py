@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Status
 from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.worker.device.occupancy import RUN_VARIABLE
 
 from .checker import check, examine
@@ -36,6 +37,9 @@ from .traps import changed_bases
 
 BATCH = 10
 """Job files of one `loractl submit`."""
+
+CHAINED = 0.2
+"""Of the jobs, those that start after others."""
 
 LONG = 6
 
@@ -98,6 +102,7 @@ class Outcome:
     postgres_back: list[float]  # s from PostgreSQL's answer to the next heartbeat
     probes: dict[str, list[float]]
     released: int  # held jobs that a person let go on
+    let_go: int  # jobs that a person let start without the one that they were to start after
     continued: int  # attempts that went on in a host
     packed: int  # attempts that joined others in one
     mended: int  # cards and boxes that loractl drained and a person opened again
@@ -121,6 +126,7 @@ class _Run:
     stop: threading.Event = field(default_factory=threading.Event)
     seen: dict[tuple[str, int], dt.datetime] = field(default_factory=dict)  # mark and process -> when at last
     released: int = 0
+    let_go: int = 0
     mended: int = 0
     failed_submits: int = 0
     trouble: list[BaseException] = field(default_factory=list)
@@ -175,6 +181,7 @@ def _submit_all(run: _Run) -> None:
             time.sleep(0.5)
             continue
         batch = files[: rng.randint(1, BATCH)]
+        _chain(batch, run.printed, rng)
         numbers, complaint = run.lab.submit(batch, rng.choice(USERS))
         run.printed += numbers
         files = files[len(numbers) :]  # they are queued in order
@@ -182,6 +189,17 @@ def _submit_all(run: _Run) -> None:
             run.failed_submits += 1
             time.sleep(0.5)
     run.done_submitting.set()
+
+
+def _chain(batch: Sequence[Path], printed: Sequence[int], rng: random.Random) -> None:
+    """Let some start after one of the last jobs, or after the one before them in their submit."""
+    for before, file in zip([None, *batch], batch, strict=False):
+        if rng.random() >= CHAINED or "\nafter:" in (said := file.read_text()):
+            continue
+        named = [str(number) for number in rng.sample(printed[-12:], min(len(printed), rng.randint(1, 2)))]
+        named += [before.stem.replace("job-", "chaos-")] if before is not None and rng.random() < 0.5 else []
+        if named:
+            file.write_text(f"{said}after: [{', '.join(named)}]\nafter_any: {str(rng.random() < 0.3).lower()}\n")
 
 
 def _ask(run: _Run) -> None:
@@ -237,10 +255,23 @@ def _look_after(run: _Run) -> None:
         run.mended += run.injector.mend()
         with contextlib.suppress(DBAPIError):
             for job in run.store.jobs.matching(statuses=[Status.QUEUED]):
-                if job.held and job.job_id not in run.people.holding:
-                    with contextlib.suppress(WrongState):
+                with contextlib.suppress(WrongState):
+                    if job.is_blocked:
+                        run.let_go += _let_go(run.store, job)
+                    elif job.held and job.job_id not in run.people.holding:
                         run.store.jobs.retry(job.job_id, "chaos")
                         run.released += 1
+
+
+def _let_go(store: Store, job: Job) -> bool:
+    """Start a job without the one that it waits for, where that one has failed or was cancelled."""
+    from loractl.scheduler.change.amendment import amendment
+
+    awaited = store.jobs.numbered([job.awaits or 0]).get(job.awaits or 0)
+    ended = awaited is not None and awaited.status in (Status.FAILED, Status.CANCELLED)
+    if ended and not job.after_any:
+        store.jobs.edit(amendment(store, job.job_id, ["after=[]"]), "chaos")
+    return ended and not job.after_any
 
 
 def _see_processes(run: _Run) -> None:
@@ -421,6 +452,7 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         continued=len(re.findall(r"continues in process \d+, which has its base", logs)),
         packed=sum(attempt.joined for attempt in history.attempts),
         released=run.released,
+        let_go=run.let_go,
         mended=run.mended,
         failed_submits=run.failed_submits,
         held=len(injector.said),

@@ -197,6 +197,14 @@ def with_job(history: History, job_id: int, **values: Any) -> History:
 
 SECOND = row("running", 2, "b")
 DONE = row("succeeded", 2, adapter_uri=URI)
+
+
+def after(history: History, number: int, *, any_end: bool = False) -> History:
+    """Job 1 was to start after this one."""
+    spec = {"after": [number], "after_any": any_end}
+    return replace(history, jobs={**history.jobs, 1: {**history.jobs[1], "spec": spec}})
+
+
 BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
     "all was done while no fault was active": (0, lambda h: replace(h, spans=())),
     "no job ended while a fault was active": (0, lambda h: during(h, 0, 18)),
@@ -330,6 +338,7 @@ BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
     "who gave way spent a retry": (13, lambda h: gave_way(h, spent=1)),
     "who gave way began anew": (4, lambda h: with_attempt(gave_way(h), 2, resumed_from_step=None)),
     "a sweep stopped its best": (14, lambda h: in_a_sweep(h, rate=1e-3)),
+    "a job started before the one that it starts after": (15, lambda h: after(h, 2)),
     "a job of no sweep was stopped by one": (14, lambda h: with_attempt(h, 1, reason="pruned")),
 }  # fmt: skip
 
@@ -383,6 +392,12 @@ def test_what_people_asked_for_and_got_is_not_complained_of() -> None:
     assert check(did(good(), "tag", 1, 26)) == []
     assert check(gave_way(good())) == []
     assert check(in_a_sweep(good(), rate=0.1)) == []
+
+
+def test_a_job_starts_once_the_jobs_of_its_list_are_over_as_it_asks() -> None:
+    late, early = good(), replace(good(), changes=sorted(good().changes, key=lambda change: change.job_id != 2))
+    for history, any_end, promises in ((late, True, [15]), (early, False, [15]), (early, True, [])):
+        assert [broken.promise for broken in check(after(history, 2, any_end=any_end))] == promises
 
 
 def test_a_box_that_stood_still_could_end_no_process() -> None:
