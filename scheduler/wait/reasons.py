@@ -127,7 +127,7 @@ def _behind(job: Job, view: FleetView) -> str:
 
 def _how_far(job: Job, view: FleetView, *, any_end: bool) -> str:
     if job.status is Status.QUEUED:
-        return "held" if job.held else "which waits for a card"
+        return "which is held" if job.held else "which waits for a card"
     if job.status is Status.RUNNING:
         ends = None if job.eta_seconds is None else view.now + dt.timedelta(seconds=job.eta_seconds)
         return f"which runs on {job.node}" + ("" if ends is None else f" until about {clock(ends, view.now)}")

@@ -23,6 +23,7 @@ from loractl.common.job.reference import Reference
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import load_settings
+from loractl.common.store.attempt_columns import retried
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.records import Claim, Delivery, Progress, SpentLog, StoredCheckpoint
 from loractl.common.store.roles import apply_roles, unbounded
@@ -60,6 +61,39 @@ def test_who_submits_can_submit_cancel_hold_retry_and_read(person: Store, box: S
         read()
     for read_one in (person.jobs.get, person.jobs.events, person.attempts.of_job, person.jobs.log):
         read_one(first)
+
+
+def test_who_submits_chains_jobs_and_lets_none_of_them_start_early(person: Store, box: Store, lab: Logins) -> None:
+    first = person.jobs.submit(submission())
+    last, other = (person.jobs.submit(submission(after=[first])) for _ in range(2))
+    person.jobs.hold(last, "ada", "wait")
+    person.jobs.retry(last, "ada")
+    person.jobs.cancel(last, "ada")
+    person.jobs.retry(last, "ada")
+    for changed in ("after=[]", f"after=[{first}]"):
+        person.jobs.edit(amendment(person, other, [changed]), "ada")
+    assert [(row.awaits, row.held, row.held_too) for row in map(person.jobs.get, (last, other))] == [
+        (first, True, False)
+    ] * 2
+    engine = make_engine(lab.person)
+    early = ({"held": False}, {"held": False, "awaits": None}, {"held": True, "held_too": True})
+    for new in early:  # as retry does, and more
+        asked = {"number": last, "new": json.dumps({**vars_of_a_retry(), **new})}
+        with pytest.raises(Forbidden), engine.begin() as connection:
+            connection.execute(
+                text("SELECT loractl_change(:number, 'retry', '{}', CAST(:new AS json), 'ada', '')"), asked
+            )
+    engine.dispose()
+    claim = take(box)
+    assert isinstance(claim, Claim) and claim.job_id == first and take(box) is None
+    box.attempts.finish(claim, Reason.OK, "", Progress(), RESULT)
+    assert not person.jobs.get(last).held
+    following = take(box)
+    assert isinstance(following, Claim) and following.job_id == last
+
+
+def vars_of_a_retry() -> dict[str, object]:
+    return {**retried(), "status": "queued", "result_until": None}
 
 
 def test_a_look_at_final_rows_is_the_login_s_and_of_now(person: Store, box: Store, lab: Logins) -> None:
@@ -313,6 +347,9 @@ BY_HAND = [
 HISTORY = {
     "status": "'running'",
     "token": "'mine'",
+    "held": "true",
+    "held_too": "true",
+    "awaits": "1",
     "attempt": "3",
     "retries_used": "2147483647",
     "lab_failures": "2147483647",

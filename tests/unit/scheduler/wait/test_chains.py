@@ -1,0 +1,72 @@
+"""Why a job waits that starts after others: the first of a chain whose turn it is, and when that ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from loractl.common.job.status import Reason, Stage
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.store import Store
+from loractl.scheduler.status.job import job_in_full
+from loractl.scheduler.status.job_text import job_text
+from loractl.scheduler.wait.queue import waiting_jobs
+from loractl.scheduler.why.answer import Why, why
+
+from ....databases import SQLITE_ALONE
+from ...factories import Clock, submission, take
+from ..screens import WIDE
+
+pytestmark = SQLITE_ALONE
+
+
+def queue(store: Store, name: str, *after: int, **keys: object) -> int:
+    return store.jobs.submit(submission(lora=1, qlora=1, **{"name": name, "after": list(after), **keys}))
+
+
+def sentence(store: Store, job_id: int) -> str:
+    wait = waiting_jobs(store, [store.jobs.get(job_id)]).reasons[job_id]
+    assert wait.word == "after"
+    return wait.sentence
+
+
+def remedies(store: Store, job_id: int) -> tuple[str, ...]:
+    answer = why(store, job_id)
+    assert isinstance(answer, Why)
+    return answer.remedies
+
+
+def test_the_head_of_a_chain_is_named_and_where_it_stands(store: Store) -> None:
+    timed = Store(store.engine, Clock())
+    first = queue(timed, "answers", max_retries=0)
+    last = queue(timed, "merged", queue(timed, "pairs", first))
+    assert sentence(timed, 2) == "job 1 (answers), which waits for a card"
+    behind = "job 2 (pairs), which waits for job 1 (answers), "
+    claim = take(timed)
+    assert isinstance(claim, Claim)
+    timed.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=1, eta_seconds=600))
+    assert sentence(timed, last) == f"{behind}which runs on box:0 until about 12:10"
+    assert remedies(timed, last) == (f"Start without: loractl edit {last} --set after=[]",)
+    timed.attempts.finish(claim, Reason.BAD_DATA, "no rows", Progress())
+    assert sentence(timed, last) == f"{behind}which has failed: it starts once a retry of that one succeeds"
+    assert remedies(timed, 2)[0] == "Queue that one again: loractl retry 1"
+
+
+@pytest.mark.parametrize(
+    ("any_end", "said"), [(True, "it starts in a moment"), (False, "it starts once a retry of that one succeeds")]
+)
+def test_a_cancelled_one_is_over_for_who_takes_any_end(store: Store, any_end: bool, said: str) -> None:
+    first = queue(store, "answers")
+    last = queue(store, "pairs", first, after_any=any_end)
+    store.jobs.cancel(first, "ada")
+    assert sentence(store, last) == f"job 1 (answers), which was cancelled: {said}"
+
+
+def test_a_job_shows_those_before_it_and_behind_it(store: Store) -> None:
+    first = queue(store, "answers")
+    second = queue(store, "pairs", first)
+    queue(store, "merged", second)
+    shown = job_text(job_in_full(store, second), WIDE)
+    assert "after     1 answers (queued)\nthen      3\n" in shown
+    store.jobs.hold(second, "mara", "disk")
+    assert waiting_jobs(store, [store.jobs.get(second)]).reasons[second].word == "held"
+    assert sentence(store, 3) == "job 2 (pairs), which is held"
