@@ -192,9 +192,12 @@ def _submit_all(run: _Run) -> None:
 
 
 def _chain(batch: Sequence[Path], printed: Sequence[int], rng: random.Random) -> None:
-    """Let some start after one of the last jobs, or after the one before them in their submit."""
+    """Let some start after one of the last jobs, or after the one before them in their submit. Drawn anew when they are
+    handed in again: by then that one may have been printed."""
     for before, file in zip([None, *batch], batch, strict=False):
-        if rng.random() >= CHAINED or "\nafter:" in (said := file.read_text()):
+        said = file.read_text().partition("after:")[0]
+        file.write_text(said)
+        if rng.random() >= CHAINED:
             continue
         named = [str(number) for number in rng.sample(printed[-12:], min(len(printed), rng.randint(1, 2)))]
         named += [before.stem.replace("job-", "chaos-")] if before is not None and rng.random() < 0.5 else []
