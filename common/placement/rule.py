@@ -25,7 +25,7 @@ from .cards import Card, Kept, Occupant, Reservation, Room, has_room, largest_gp
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
 from .joins import DeclinedJoin, Join, Newcomers, best_join, join_openings, sooner_elsewhere
 from .lines import Line, Openings, Waiting, waited, waited_again
-from .shares import START_CHARGE_S
+from .shares import NONE_LEFT, START_CHARGE_S
 
 RESERVE_AFTER_S = 30 * 60.0
 """A card is kept for the first job in the order once it has waited so long without fitting."""
@@ -170,7 +170,9 @@ class _Fleet:
         self.running[job.user] = self.running.get(job.user, 0) + 1
 
     def at_limit(self, user: str) -> bool:
-        return self.user_limit is not None and self.running.get(user, 0) >= self.user_limit
+        """Whether the user may start nothing: as many run as may, or the quota is used up."""
+        reached = self.user_limit is not None and self.running.get(user, 0) >= self.user_limit
+        return reached or self.charges.get(user) == NONE_LEFT
 
 
 def place(

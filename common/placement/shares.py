@@ -4,15 +4,52 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from loractl.common.units import GIB
+from loractl.common.units import GIB, duration
 
 START_CHARGE_S = 3600.0
 """A job counts as if it had run for so long as soon as it starts: a second job comes after another user's first."""
 
 HALF_LIFE_S = 24 * 3600.0
 """Use counts half against a user after so long."""
+
+
+WINDOWS = {"day": 86400, "week": 7 * 86400, "month": 30 * 86400}
+"""Seconds of a quota's time."""
+
+
+def window_name(seconds: int) -> str:
+    """Its name, or how long it is."""
+    return next((name for name, length in WINDOWS.items() if length == seconds), duration(seconds))
+
+
+LAST = 1e12
+"""GiB hours that are added to the charge of a user beyond a soft quota: all others of the priority go first."""
+
+NONE_LEFT = math.inf
+"""The charge of a user beyond a quota: none of the user's jobs starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Allowance:
+    """A user's quota, in hours of whole cards, and what the user has had within its time."""
+
+    card_hours: float
+    window_s: int
+    soft: bool
+    used: float  # within the last `window_s`, what runs included
+    below_at: dt.datetime | None  # when what has ended is below it again; None: it is now
+
+    @property
+    def exceeded(self) -> bool:
+        return self.used >= self.card_hours
+
+    def on(self, charge: float) -> float:
+        """The charge that counts."""
+        return charge if not self.exceeded else charge + LAST if self.soft else NONE_LEFT
 
 
 def decayed(amount: float, seconds: float) -> float:

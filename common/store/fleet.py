@@ -18,6 +18,7 @@ from loractl.common.placement.keys import QueueKey
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.refusals import Round
 from loractl.common.placement.rule import Decision
+from loractl.common.placement.shares import Allowance
 
 from .columns import Unreadable, unreadable_of
 from .hosts import TrainerHost
@@ -45,6 +46,7 @@ class FleetView:
     round_at: dt.datetime | None = None  # when a node last went round for the fleet; None: none ever did
     failures: tuple[CardFailure, ...] = ()  # of a day, on cards that have ended no attempt well since
     refused_joins: Mapping[tuple[int, str], RefusedJoin] = field(default_factory=dict)  # by waiting job and card
+    allowed: Mapping[str, Allowance] = field(default_factory=dict)  # of users with a quota
     awaited: Mapping[int, Job] = field(default_factory=dict)  # those that the jobs which are asked about start after
 
     @functools.cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -325,6 +326,21 @@ class PastRun:
     reason: str | None
     planned: int | None
     peak: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastUse:
+    """What one user's jobs with the same labels had of one card in one hour."""
+
+    hour: dt.datetime  # its begin
+    user: str
+    node: str
+    labels: Mapping[str, str]
+    card_hours: float
+    gib_hours: float
+    lost_hours: float = 0.0  # of the card hours, for steps that no checkpoint has kept
+    waited_hours: float = 0.0  # by jobs, before attempts that began in it
+    jobs: int = 0  # that ended in it
 
 
 def rung_points(claim: Claim, progress: Progress) -> list[RungPoint]:

@@ -47,10 +47,11 @@ GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, he
     node, gpu, method, started_at, vram_reserved, vram_lora, vram_qlora, vram_needed, vram_class, planned, need_key,
     family, engine, queue_key, lora_until, checkpoint, adjustment, adapter_uri, report_uri, result_host, result_until,
     manifest_sha256, lab_failures, lab_step, avoids, gangs, roomy) ON jobs TO loractl_worker;
-GRANT INSERT, UPDATE ON attempts, uses, fleet_rounds, locks TO loractl_worker;
+GRANT INSERT, UPDATE ON attempts, uses, usage, fleet_rounds, locks TO loractl_worker;
+GRANT UPDATE (used, below_at) ON quotas TO loractl_worker; -- the owner alone sets one
 GRANT DELETE ON wishes TO loractl_worker;
 GRANT INSERT, UPDATE, DELETE ON nodes, hosts, drains, tags, outbox TO loractl_worker;
-GRANT INSERT ON events, metrics, shares, looks TO loractl_worker;
+GRANT INSERT ON events, metrics, shares, looks, label_sets TO loractl_worker;
 GRANT INSERT, DELETE ON log_chunks, adapters, lab_failures TO loractl_worker;
 GRANT USAGE ON SEQUENCE events_event_id_seq, log_chunks_chunk_id_seq, looks_look_id_seq TO loractl_worker;
 

@@ -23,6 +23,7 @@ from .verbs.jobs import JobVerbs
 from .verbs.outbox import OutboxVerbs
 from .verbs.results import ResultVerbs
 from .verbs.sweeps import SweepVerbs
+from .verbs.usage import UsageVerbs
 
 
 class Store:
@@ -37,7 +38,7 @@ class Store:
         self.jobs, self.sweeps, self.attempts = JobVerbs(self.begin), SweepVerbs(self.begin), AttemptVerbs(self.begin)
         self.cards, self.hosts = CardVerbs(self.begin), HostVerbs(self.begin)
         self.adapters, self.results = AdapterVerbs(self.begin), ResultVerbs(self.begin)
-        self.outbox = OutboxVerbs(self.begin)
+        self.outbox, self.usage = OutboxVerbs(self.begin), UsageVerbs(self.begin)
 
     def begin(self, *, read_only: bool) -> Transaction:
         """A transaction: committed at the end of its `with`, rolled back on an error."""

@@ -459,6 +459,46 @@ class Use(Base):
     at: Mapped[Timestamp]
 
 
+class Usage(Base):
+    """What the attempts that have ended had of a card in one hour; no row goes, so it outlives the jobs."""
+
+    __tablename__ = "usage"
+
+    hour: Mapped[Timestamp] = mapped_column(primary_key=True)  # its begin
+    user: Mapped[str] = mapped_column(primary_key=True)
+    node: Mapped[str] = mapped_column(primary_key=True)
+    label_set: Mapped[str] = mapped_column(Characters(16), primary_key=True)  # of LabelSet; "": no labels
+    card_hours: Mapped[float] = mapped_column(Real(0))  # a part of a card counts as its bytes of the card's
+    gib_hours: Mapped[float] = mapped_column(Real(0))
+    lost_hours: Mapped[float] = mapped_column(Real(0))  # of the card hours, for steps that no checkpoint has kept
+    waited_hours: Mapped[float] = mapped_column(Real(0))  # of attempts that began in this hour, on their first card
+    jobs: Mapped[int]  # that ended in this hour, where the first card of their last attempt was
+
+
+class LabelSet(Base):
+    """The labels of jobs, once for all that have the same."""
+
+    __tablename__ = "label_sets"
+
+    label_set: Mapped[str] = mapped_column(Characters(16), primary_key=True)  # of its sha256
+    labels: Mapped[Labels]
+
+
+class Quota(Base):
+    """How many card hours a user may have within some time, and how many that is now."""
+
+    __tablename__ = "quotas"
+
+    user: Mapped[str] = mapped_column(primary_key=True)
+    card_hours: Mapped[float] = mapped_column(Real(0))
+    window_s: Mapped[int]
+    soft: Mapped[bool]  # beyond it the user's jobs go last; else they wait
+    set_by: Mapped[str]
+    at: Mapped[Timestamp]
+    used: Mapped[float] = mapped_column(Real(0), default=0.0)  # by attempts that have ended, as of the fleet's round
+    below_at: Mapped[Timestamp | None]  # when that alone is below the quota; null: it is now
+
+
 FINAL = "(name = 'held_out_loss' OR substr(name, 1, 5) = 'rung_')"
 """What a member of a sweep is compared by. In these very words, so that a planner knows the index again."""
 

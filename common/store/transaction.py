@@ -139,6 +139,12 @@ class Transaction:
         write = statement.on_conflict_do_update(index_elements=[key], set_=changed, where=over)
         return self.session.execute(write.returning(getattr(table, key))).first() is not None
 
+    def add_up(self, table: type[Base], key: Mapping[str, Any], sums: Mapping[str, float]) -> None:
+        """Add these to the row with this key, or write it."""
+        statement = self._insert(table).values(**key, **sums)
+        added = {name: getattr(table, name) + getattr(statement.excluded, name) for name in sums}
+        self.session.execute(statement.on_conflict_do_update(index_elements=list(key), set_=added))
+
     def add_new(self, table: type[Base], rows: Sequence[Mapping[str, Any]]) -> None:
         """Write those of the rows that are not there yet.
 

@@ -59,6 +59,8 @@ COMMANDS: Commands = {
         "Predict the memory that a job needs, part by part.",
     ),
     "gpus": ("loractl.scheduler.fleet.command:gpus", "List the devices of all boxes and what uses them."),
+    "usage": ("loractl.scheduler.usage.command:usage", "Show what everybody has had of the cards."),
+    "quota": ("loractl.scheduler.usage.command:quota", "Limit the card hours of a user."),
     "web": (
         "loractl.scheduler.web.command:web",
         "Show the lab in a browser, and its metrics to Prometheus.",

@@ -17,6 +17,7 @@ from loractl.common.placement.cards import Card, Obstacle, could_start, least_li
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.reach import out_of_reach
 from loractl.common.placement.refusals import Taken
+from loractl.common.placement.shares import Allowance, window_name
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, fault_of, paused, unreadable
 from loractl.common.units import clock, duration, gib
 
@@ -110,7 +111,17 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
     if (limit := view.round.limit_of(job.user)) is not None:
         sentence = f"{limit.user} runs {limit.runs}, the limit is {limit.most}"
         return Wait(tier=Tier.POLICY, word="limit", sentence=sentence)
+    allowance = view.allowed.get(job.user)
+    if allowance is not None and allowance.exceeded and not allowance.soft:
+        return Wait(tier=Tier.POLICY, word="quota", sentence=_used_up(job.user, allowance, view.now))
     return None
+
+
+def _used_up(user: str, allowance: Allowance, now: dt.datetime) -> str:
+    """When what has ended is below the quota again; not known while what runs alone is beyond it."""
+    quota = f"{allowance.card_hours:g} card hours a {window_name(allowance.window_s)}"
+    used = f"{user} has used {allowance.used:.1f} of {quota}"
+    return used + ("" if allowance.below_at is None else f"; jobs start again about {clock(allowance.below_at, now)}")
 
 
 def _behind(job: Job, view: FleetView) -> str:

@@ -44,6 +44,7 @@ class LabCensus:
     devices: Sequence[DeviceState]
     running: Sequence[RunningJob]
     traffic: Sequence[ChannelTraffic]  # of messages
+    card_hours: Mapping[str, float]  # of all ended attempts ever, by user
 
 
 def lab_census(store: Store) -> LabCensus:
@@ -61,6 +62,7 @@ def lab_census(store: Store) -> LabCensus:
         devices=fleet_of(view).devices,
         running=[_running(job, reserved.get(job.job_id, {})) for job in list(view.running.values())[:MOST_RUNNING]],
         traffic=store.outbox.traffic(),
+        card_hours=store.usage.card_hours(),
     )
 
 

@@ -108,7 +108,7 @@ class Exporter(Collector):
         try:
             census = lab_census(self._store)
             self._count(census.now)
-            families += [*_jobs(census), *_cards(census), *_running(census), *_notifications(census)]
+            families += [*_jobs(census), *_cards(census), *_running(census), *_notifications(census), *_usage(census)]
             up = 1
         except (*REFUSALS, LoractlError):
             up = 0
@@ -188,6 +188,14 @@ def card_uses(device: DeviceState) -> dict[str, float]:
         uses[name] = float(min(left, max(0, size)))
         left -= int(uses[name])
     return {**uses, "free": float(left)}
+
+
+def _usage(census: LabCensus) -> Iterator[Metric]:
+    what = "Hours of whole cards that each user's ended attempts had"
+    used = CounterMetricFamily("loractl_card_hours", what, labels=["user"])
+    for user, hours in census.card_hours.items():
+        used.add_metric([user], hours)
+    yield used
 
 
 def _running(census: LabCensus) -> Iterator[Metric]:

@@ -181,6 +181,7 @@ def make_site(store: Store, shelf: ReportShelf, access: Access) -> Any:
             Route("/sweeps", listed(Pages.sweeps)),
             Route("/sweeps/{number:int}", numbered(Pages.sweep)),
             Route("/adapters", listed(Pages.adapters)),
+            Route("/usage", listed(Pages.usage)),
             Route("/find", site.find),
             Route("/metrics", site.metrics),
             Route("/static/{name}", _static),

@@ -92,6 +92,25 @@ def test_who_submits_chains_jobs_and_lets_none_of_them_start_early(person: Store
     assert isinstance(following, Claim) and following.job_id == last
 
 
+def test_the_owner_alone_sets_quotas_and_a_box_counts_what_is_had(person: Store, box: Store, postgres_url: str) -> None:
+    for login in (person, box):
+        with pytest.raises(Forbidden):
+            login.usage.set_quota("ada", 1e9, 86400, "ada", soft=True)
+        with pytest.raises(Forbidden):
+            login.usage.remove_quota("ada")
+    engine = make_engine(postgres_url)
+    person.jobs.submit(submission(labels={"team": "nlp"}))
+    claim = take(box)
+    assert isinstance(claim, Claim)
+    Store(engine).usage.set_quota(claim.user, 1.0, 86400, "root", soft=False)
+    box.attempts.finish(claim, Reason.OK, "", Progress(), RESULT)
+    box.cards.take_turn("box:0", 0.0, 0.0)
+    (use,) = [one for one in person.usage.since(person.now()) if one.jobs]
+    assert (use.user, use.labels) == (claim.user, {"team": "nlp"})
+    assert not person.usage.allowances()[claim.user].exceeded
+    engine.dispose()
+
+
 def vars_of_a_retry() -> dict[str, object]:
     return {**retried(), "status": "queued", "result_until": None}
 

@@ -39,11 +39,11 @@ def node_labels(job: Job) -> dict[str, str]:
 
 
 def end_patience(tx: Transaction) -> list[tuple[int, int]]:
-    """Permit QLoRA to jobs that have waited long enough for LoRA; returns their (job_id, vram_class)."""
+    """Permit QLoRA to jobs that waited long enough for LoRA, and for no other job; returns (job_id, vram_class)."""
     if not tx.is_alone():
         return []
     now = tx.now()
-    over = select(Job).where(WAITS, Job.lora_until.is_not(None), Job.lora_until <= now)
+    over = select(Job).where(WAITS, Job.lora_until.is_not(None), Job.lora_until <= now, Job.awaits.is_(None))
     first = over.order_by(Job.lora_until, Job.job_id).limit(100).with_for_update(**SKIP_LOCKED)
     changed = []
     for job in tx.session.scalars(first):

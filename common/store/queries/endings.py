@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sqlalchemy import exists, or_, select, update
 
@@ -36,6 +36,8 @@ from .followers import release_followers
 from .heartbeats import record
 from .need import need_more
 from .outbox.notices import tell_of_job
+from .usage import CardUse
+from .usage import record as record_usage
 
 AVOIDED_S = 1800.0
 """A job avoids what failed it for so long at most: then it takes the card rather than wait for a busy one."""
@@ -180,7 +182,8 @@ def _end_attempt(
     """Close the running attempt and decide what becomes of the job. `card`: which one of several failed, if one did."""
     message, gave, card = storable(message), job.vram_reserved, card or job.node or ""
     job.cancel_requested = job.cancel_requested or is_asked_to_stop(tx, job.job_id)
-    _charge(tx, job, now)
+    parts, start = _parts(tx, job, now), job.started_at
+    _charge(tx, job, parts, now)
     _close_attempt(tx, job, reason, message, now, inside=inside)
     job.reason, job.message = reason, message
     outcome = OUTCOMES[reason]
@@ -201,6 +204,8 @@ def _end_attempt(
         _requeue(tx, job, card, reason, message, now)
     else:
         _end_job(tx, job, reason, message, now)
+    if start is not None:
+        record_usage(tx, job, parts, start, now)
 
 
 def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
@@ -287,25 +292,30 @@ def _why_held(tx: Transaction, job: Job, card: str, message: str) -> str | None:
     return f"held: {text.format(job.lab_failures)}; the last on {card}: {message}"
 
 
-def _charge(tx: Transaction, job: Job, now: dt.datetime) -> None:
+def _charge(tx: Transaction, job: Job, parts: Sequence[CardUse], now: dt.datetime) -> None:
     """Charge the attempt's part of its card to its user."""
     if job.started_at is None or not job.vram_reserved:
         return
-    had = _had(tx, job, job.started_at, now) / GIB * (now - job.started_at).total_seconds() / 3600
+    had = sum(part.bytes for part in parts) / GIB * (now - job.started_at).total_seconds() / 3600
     use = tx.session.get(Use, job.user, with_for_update=True)
     past = 0.0 if use is None else decayed(use.gib_hours, (now - use.at).total_seconds())
     tx.put(Use, "user", {"user": job.user, "gib_hours": past + had, "at": now})
 
 
-def _had(tx: Transaction, job: Job, start: dt.datetime, now: dt.datetime) -> int:
-    """Bytes that the attempt had in the mean: of a base that it shared its part by time and members."""
+def _parts(tx: Transaction, job: Job, now: dt.datetime) -> list[CardUse]:
+    """Bytes of each card that the attempt had in the mean: of a base that it shared its part by time and members."""
     own = tx.session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
     beside = read_beside(tx.session, [job.job_id]).get(job.job_id, [])
-    reserved = (job.vram_reserved or 0) + sum(share.bytes for share in beside)
+    others = [CardUse(node=share.node, bytes=share.bytes) for share in beside]
+    reserved = job.vram_reserved or 0
     if own is not None and own.roomy:
         reserved = within_need(reserved, job.vram_qlora if job.method == Method.QLORA.value else job.vram_lora)
-    if own is None or not own.shared:
-        return reserved
+    if own is not None and own.shared and job.started_at is not None:
+        reserved = _of_base(tx, own, reserved, job.started_at, now)
+    return [CardUse(node=job.node or "", bytes=reserved), *others]
+
+
+def _of_base(tx: Transaction, own: Attempt, reserved: int, start: dt.datetime, now: dt.datetime) -> int:
     others = (Attempt.host == own.host, Attempt.token != own.token)
     there = tx.session.execute(select(Attempt.started_at, Attempt.ended_at).where(*others)).all()
     share = base_share(start, now, [(came, left) for came, left in there if left is None or left > start])

@@ -17,7 +17,6 @@ from loractl.common.job.status import Status
 from ..columns import part_of
 from ..tables import WAITS, Job, after_of
 from ..transaction import SKIP_LOCKED, Transaction
-from .backlog import line_up, node_labels
 
 AT_ONCE = 100
 """Blocked jobs that one round lets go, at most."""
@@ -100,5 +99,4 @@ def _next(tx: Transaction, job: Job, now: dt.datetime) -> None:
         return
     if isinstance(patience := job.spec.get("lora_patience"), (int, float)) and job.lora_until is not None:
         job.lora_until = now + dt.timedelta(seconds=patience)  # it begins to wait for a card now
-        line_up(job, node_labels(job), now)
     tx.tell(job.job_id, None, "released", f"job {over} {'has ended' if any_end else 'has succeeded'}")

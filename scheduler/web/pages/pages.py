@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from loractl.common.store.records import Choice, Page
 from loractl.common.units import LARGEST
 from loractl.scheduler.status.job import JobState
 from loractl.scheduler.status.overview import job_list
+from loractl.scheduler.usage.answer import GROUPS, quota_list, usage_table
 
 from .contest import newest_sweeps, sweep_contest
 from .dossier import job_dossier
@@ -27,9 +29,10 @@ if TYPE_CHECKING:
     from .shelf import ReportShelf
 
 PAGE_JOBS, PAGE_ADAPTERS, PAGE_SWEEPS, PAGE_ANSWERS = 50, 25, 25, 5
-PARAMETERS = ("user", "name", "label", "status", "after", "answers", "from", "adapter")
+PARAMETERS = ("user", "name", "label", "status", "after", "answers", "from", "adapter", "by", "days")
 """All that a page may be asked for in its address."""
 
+USAGE_DAYS, MOST_DAYS = 30, 3650
 OWNERS_KEPT_S = 30.0
 
 
@@ -146,6 +149,16 @@ class Pages:
         matrix = adapter_matrix(self._store, self._shelf, page, asked.number("adapter"))
         values = {"matrix": matrix, "now": matrix.listed.now, "after": page.after}
         return self._drawn("adapters.jinja", "Adapters", "adapters", values)
+
+    def usage(self, asked: Asked) -> Drawn:
+        """What was had of the cards in the last days, and quotas of it."""
+        by, days = asked.text("by") or "user", min(asked.number("days") or USAGE_DAYS, MOST_DAYS)
+        if by not in GROUPS:
+            raise UsageError(f"by={by[:40]!r} is not a way to group", f"one of {', '.join(GROUPS)}")
+        table = usage_table(self._store, by, self._store.now() - dt.timedelta(days=days))
+        quotas = quota_list(self._store)
+        values = {"table": table, "quotas": quotas, "days": days, "groups": GROUPS, "now": table.now}
+        return self._drawn("usage.jinja", "Usage", "usage", values)
 
     def log(self, job_id: int) -> Callable[[int], tuple[str, int]]:
         """A job's log in parts: from the chunk that was read last to the next text and its last chunk.

@@ -58,6 +58,8 @@ LINES = {
     "plan": ["plan {job} --solve", "plan {job} --gpu 5GiB"],
     "plan --accuracy": ["plan --accuracy"],
     "gpus": ["gpus"],
+    "usage": ["usage", "usage --by month --since 400d"],
+    "quota": ["quota"],
     "sim": ["sim {trace} --fleet 24GiB,80GiB --roomy --micro-batch 10 --base-models 2"],
     "import": ["import {theirs}"],
     "gc": ["gc --dry-run"],
@@ -101,6 +103,8 @@ def lab(seeded: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
         monkeypatch.setenv(f"LORACTL_{name}", value)
     settings = load_settings()
     store = Store(connect(settings), lambda: NOON)
+    for user, hours in (("mara", 1.0), ("wei", 1000.0)):
+        store.usage.set_quota(user, hours, 7 * 86400, "root", soft=user == "wei")
     monkeypatch.setattr("loractl.scheduler.cli.session.open_session", lambda: (settings, store))
     return store
 
@@ -149,7 +153,7 @@ def _by_hand(lab: Store, job: Path) -> dict[str, list[Any]]:
     """Answers that no command gives in this lab, and parts that a lab of one moment lacks."""
     found = Condition(check="queue", level=Level.WARNING, sentence="it is slow", hint="look at it")
     made = LabAnswer(
-        host="10.0.0.5", only_here=False, revision="0028", revision_before="0027", new_roles=("loractl_web",),
+        host="10.0.0.5", only_here=False, revision="0029", revision_before="0028", new_roles=("loractl_web",),
         until=NOON, tickets=(JoinTicket(kind="box", name="heron", line="join-1"),), done=("It listens.",),
     )  # fmt: skip
     joined = JoinAnswer(
@@ -157,7 +161,7 @@ def _by_hand(lab: Store, job: Path) -> dict[str, list[Any]]:
         diagnosis=Diagnosis(conditions=(found,)),
     )  # fmt: skip
     roles = RolesAnswer(
-        revision="0028", new_roles=("loractl_web",), logins=(RoleLogin(name="ada", role="submit", new=True, url="p"),)
+        revision="0029", new_roles=("loractl_web",), logins=(RoleLogin(name="ada", role="submit", new=True, url="p"),)
     )
     whole = sweep_comparison(lab, open_store(load_settings()), 1, "mara")
     planned = replace(

@@ -20,7 +20,7 @@ from ...fleet import FleetView
 from ...tables import LEASES, FleetRound, Job, Node
 from ...transaction import Transaction
 from ..lines import read_joiners, read_levels, read_oldest, read_order
-from .nodes import drained_targets, read_cards, read_charges, read_failures, read_fleet
+from .nodes import drained_targets, read_allowed, read_cards, read_charges, read_failures, read_fleet
 from .packs import Packs, read_packs
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def read_view(tx: Transaction) -> FleetView:
         round_at=session.scalar(select(FleetRound.at).where(FleetRound.name == LEASES)),
         failures=tuple(read_failures(session, now)),
         refused_joins=_refused(session, outlook, decisions, now),
+        allowed=read_allowed(session, now),
     )
 
 

@@ -15,6 +15,7 @@ from ..followers import release_left
 from ..outbox.deliveries import tidy
 from ..outbox.notices import NEWS_S, tell_of_cancelled_sweeps, tell_of_silence
 from ..outbox.reach import tell_of_jobs_out_of_reach
+from ..usage import refresh_quotas
 from .nodes import read_cards
 
 _REACH = "reach"
@@ -49,6 +50,7 @@ def take_turn(tx: Transaction, node: str, every_s: float, settle_s: float) -> Fl
         tell_of_silence(tx, now)
     answer_wishes(tx)
     release_left(tx)
+    refresh_quotas(tx)
     tell_of_cancelled_sweeps(tx, max(last_at, now - dt.timedelta(seconds=NEWS_S)))
     _look_at_reach(tx, node, now)
     tidy(tx, now)

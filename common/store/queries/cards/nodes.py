@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,18 +16,20 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import OUTCOMES, Blamed, Reason, Status
 from loractl.common.placement.cards import Card
 from loractl.common.placement.closure import REMEMBERED_S, CardFailure, closure
-from loractl.common.placement.shares import charge, decayed, with_base, within_need
+from loractl.common.placement.shares import Allowance, charge, decayed, with_base, within_need
 
 from ...fleet import NODE_STALE_S, OCCUPANT, InsideHost, card_of
 from ...hosts import TrainerHost
 from ...records import BoxIdentity, NodeState
-from ...tables import INSIDE, Attempt, DrainOrder, Job, LabFailure, Node, Use
+from ...tables import INSIDE, Attempt, DrainOrder, Job, LabFailure, Node, Quota, Use
 from ...transaction import Transaction
 from ..outbox.notices import tell_of_closure
+from ..usage import read_allowances
 from .shares import beside, is_late, running_on
 
 # Made once: SQLAlchemy takes longer to make such a statement than to run it.
-_NODES, _HOSTS, _USES, _DRAINS = select(Node), select(TrainerHost), select(Use), select(DrainOrder)
+_NODES, _HOSTS, _USES, _DRAINS = select(Node), select(TrainerHost), select(Use, Quota), select(DrainOrder)
+_USES = _USES.outerjoin(Quota, Quota.user == Use.user)
 _OCCUPANTS = select(*OCCUPANT, Job.method, Job.vram_lora, Job.vram_qlora).where(Job.status == Status.RUNNING)
 
 
@@ -217,25 +219,60 @@ def read_failures(session: Session, now: dt.datetime) -> list[CardFailure]:
     ]
 
 
-def _charges(session: Session, now: dt.datetime, running: _FleetRows) -> dict[str, float]:
-    past = {use.user: decayed(use.gib_hours, (now - use.at).total_seconds()) for use in session.scalars(_USES)}
-    others: Counter[int] = Counter()
-    for share in running.shares:
-        others[share.job_id] += share.vram_reserved
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What a running job holds of one of its cards, in bytes: of a base that it shares its part."""
+
+    job_id: int
+    user: str
+    node: str
+    bytes: int
+    since: dt.datetime
+
+
+def read_held(session: Session, now: dt.datetime) -> list[Held]:
+    """What all running jobs hold."""
+    return list(_held(_read_running(session), now))
+
+
+def _held(running: _FleetRows, now: dt.datetime) -> Iterator[Held]:
+    shared = {share.job_id for share in running.shares}
     inside = [one for one in running.inside if not one.ended]
     members = Counter(one.host for one in inside)
     parts = {one.job_id: (one.base_bytes, one.joined, members[one.host]) for one in inside}
-    now_held: dict[str, list[tuple[int, float]]] = {}
-    for row in running.jobs:
-        seconds = 0.0 if row.started_at is None else (now - row.started_at).total_seconds()
-        base, joined, count = parts.get(row.job_id, (0, False, 1))
-        reserved = (row.vram_reserved or 0) + others[row.job_id]
-        if row.job_id not in others:
+    for row in (*running.jobs, *running.shares):
+        size = row.vram_reserved or 0
+        if row.job_id not in shared:
+            base, joined, count = parts.get(row.job_id, (0, False, 1))
             need = row.vram_qlora if row.method == Method.QLORA.value else row.vram_lora
-            reserved = within_need(reserved, need)
-        size = with_base(reserved, base, joined=joined, share=1 / count)
-        now_held.setdefault(row.user, []).append((size, seconds))
-    return {user: charge(past.get(user, 0.0), now_held.get(user, ())) for user in past.keys() | now_held.keys()}
+            size = with_base(within_need(size, need), base, joined=joined, share=1 / count)
+        since = row.started_at or now
+        yield Held(job_id=row.job_id, user=row.user, node=row.node or "", bytes=size, since=since)
+
+
+def _charges(session: Session, now: dt.datetime, running: _FleetRows) -> dict[str, float]:
+    uses = session.execute(_USES).all()
+    past = {use.user: decayed(use.gib_hours, (now - use.at).total_seconds()) for use, _ in uses}
+    now_held: dict[str, list[tuple[int, float]]] = {}
+    held = list(_held(running, now))
+    for one in held:
+        now_held.setdefault(one.user, []).append((one.bytes, (now - one.since).total_seconds()))
+    charges = {user: charge(past.get(user, 0.0), now_held.get(user, ())) for user in past.keys() | now_held.keys()}
+    if not (quotas := [quota for _, quota in uses if quota is not None]):
+        return charges
+    allowed = _allowed(session, quotas, held, now)
+    return charges | {user: allowance.on(charges.get(user, 0.0)) for user, allowance in allowed.items()}
+
+
+def _allowed(session: Session, quotas: Iterable[Quota], held: Iterable[Held], now: dt.datetime) -> dict[str, Allowance]:
+    running = ((one.user, one.node, float(one.bytes), (now - one.since).total_seconds() / 3600) for one in held)
+    return read_allowances(session, quotas, running)
+
+
+def read_allowed(session: Session, now: dt.datetime) -> dict[str, Allowance]:
+    """What users with a quota may have, and have had."""
+    quotas = session.scalars(select(Quota)).all()
+    return _allowed(session, quotas, read_held(session, now), now) if quotas else {}
 
 
 def _close(tx: Transaction, job: Job, node: str, now: dt.datetime) -> None:

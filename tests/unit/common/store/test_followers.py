@@ -133,7 +133,8 @@ def test_a_cancelled_one_waits_again_when_it_is_retried(store: Store) -> None:
 def test_patience_for_lora_begins_when_it_may_start(timed: Store, clock: Clock) -> None:
     first = queue(timed)
     last = queue(timed, first, lora_patience=3600)
-    clock.forward(3000)
+    clock.forward(4000)
+    assert timed.jobs.end_patience() == []
     end(timed, first)
     until = timed.jobs.get(last).lora_until
     assert until is not None and (until - clock.now).total_seconds() == 3600

@@ -21,7 +21,8 @@ from ...factories import NOON
 
 PAGES = (
     "/", "/?user=wei", "/jobs", "/jobs?status=failed", "/jobs/1", "/jobs/6", "/jobs/11", "/jobs/12", "/jobs/15",
-    "/jobs/17", "/jobs/18", "/sweeps", "/sweeps/1", "/adapters", "/adapters?adapter=7",
+    "/jobs/17", "/jobs/18", "/sweeps", "/sweeps/1", "/adapters", "/adapters?adapter=7", "/usage",
+    "/usage?by=label&days=7",
 )  # fmt: skip
 """An address of each kind, and jobs in each state."""
 

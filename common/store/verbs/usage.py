@@ -1,0 +1,16 @@
+"""Usage: what was had of the cards, and quotas of it."""
+
+from __future__ import annotations
+
+from ..queries import spent, usage
+from .verb import Subject, reads, writes
+
+
+class UsageVerbs(Subject):
+    """Verbs about usage."""
+
+    since = reads(spent.read_spent)
+    card_hours = reads(spent.read_card_hours)
+    allowances = reads(spent.read_allowances)
+    set_quota = writes(usage.set_quota)
+    remove_quota = writes(usage.remove_quota)

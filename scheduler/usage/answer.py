@@ -1,0 +1,134 @@
+"""What was had of the cards, added up by user, label, card or month, and quotas of it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.placement.shares import window_name
+from loractl.common.units import clock
+
+if TYPE_CHECKING:
+    from loractl.common.store.records import PastUse
+    from loractl.common.store.store import Store
+
+GROUPS = ("user", "label", "card", "month")
+
+NO_LABEL = "no label"
+
+FIGURES = ("card_hours", "gib_hours", "lost_hours", "waited_hours", "jobs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsageRow:
+    """What one user, label, card or month had."""
+
+    name: str
+    card_hours: float = 0.0  # hours of whole cards: a part counts as its bytes of the card's
+    gib_hours: float = 0.0
+    lost_hours: float = 0.0  # of the card hours, for steps that no checkpoint has kept
+    waited_hours: float = 0.0  # by jobs, from when they could start to when they did
+    jobs: int = 0  # that ended
+
+    def plus(self, use: PastUse) -> UsageRow:
+        return replace(self, **{name: getattr(self, name) + getattr(use, name) for name in FIGURES})
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsageTable:
+    """What was had since some hour, the most first, months in their order."""
+
+    by: str
+    since: dt.datetime
+    now: dt.datetime
+    rows: tuple[UsageRow, ...]
+    total: UsageRow  # a job with two labels is in two rows, and once in it
+
+    def as_json(self) -> dict[str, Any]:
+        """`by`, `since`, `rows` and `total`."""
+        return {
+            "by": self.by,
+            "since": self.since.isoformat(),
+            "rows": [row.as_json() for row in self.rows],
+            "total": self.total.as_json(),
+        }
+
+
+def usage_table(store: Store, by: str, since: dt.datetime) -> UsageTable:
+    """`by`: one of GROUPS; a month is one of local time."""
+    rows: dict[str, UsageRow] = {}
+    total = UsageRow(name="total")
+    for use in store.usage.since(since):
+        total = total.plus(use)
+        for name in _names(use, by):
+            rows[name] = rows.get(name, UsageRow(name=name)).plus(use)
+    ordered = sorted(rows.values(), key=lambda row: row.name if by == "month" else (-row.card_hours, row.name))
+    first = since.replace(minute=0, second=0, microsecond=0)
+    return UsageTable(by=by, since=first, now=store.now(), rows=tuple(ordered), total=total)
+
+
+def _names(use: PastUse, by: str) -> Iterator[str]:
+    if by == "label":
+        yield from (f"{key}={value}" for key, value in sorted(use.labels.items())) if use.labels else (NO_LABEL,)
+    else:
+        yield {"user": use.user, "card": use.node, "month": use.hour.astimezone().strftime("%Y-%m")}[by]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuotaState:
+    """A user's quota, and what of it is used."""
+
+    user: str
+    card_hours: float
+    window_s: int
+    soft: bool
+    used: float
+    below_at: dt.datetime | None  # when enough of what has ended is out of the window; None: it is below the quota
+
+    @property
+    def exceeded(self) -> bool:
+        return self.used >= self.card_hours
+
+    @property
+    def allowed(self) -> str:
+        """The quota in words: 100 a week."""
+        return f"{self.card_hours:g} a {window_name(self.window_s)}{', soft' if self.soft else ''}"
+
+    def means(self, now: dt.datetime) -> str:
+        """What becomes of the user's next jobs."""
+        if not self.exceeded:
+            return "start"
+        if self.soft:
+            return "go last"
+        return "wait" + ("" if self.below_at is None else f" until about {clock(self.below_at, now)}")
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names, `exceeded`, and the time as ISO 8601."""
+        below = None if self.below_at is None else self.below_at.isoformat()
+        return {**vars(self), "below_at": below, "exceeded": self.exceeded}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuotaList:
+    """All quotas, by user."""
+
+    quotas: Sequence[QuotaState]
+    now: dt.datetime
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [quota.as_json() for quota in self.quotas]
+
+
+def quota_list(store: Store) -> QuotaList:
+    """All quotas."""
+    allowed = store.usage.allowances()
+    return QuotaList(
+        quotas=[QuotaState(user=user, **vars(allowance)) for user, allowance in sorted(allowed.items())],
+        now=store.now(),
+    )

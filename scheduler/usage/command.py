@@ -1,0 +1,109 @@
+"""loractl usage and loractl quota: what everybody has had of the cards, and what each may have."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+
+import click
+
+from loractl.common.errors import UsageError
+from loractl.scheduler.cli.output import show
+from loractl.scheduler.cli.screen import detect_screen
+
+
+@click.command()
+@click.option(
+    "--by", type=click.Choice(["user", "label", "card", "month"]), default="user", show_default=True,
+    help="What a row stands for.",
+)  # fmt: skip
+@click.option(
+    "--since", default="30d", show_default=True, metavar="WHEN", help="A duration, or a date like 2026-12-24."
+)
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def usage(by: str, since: str, as_csv: bool, as_json: bool) -> None:
+    """Show what everybody has had of the cards.
+
+    Hours of whole cards, of ended and of running jobs; loractl gc removes none of them.
+    """
+    from loractl.scheduler.cli.session import open_session
+
+    from .answer import usage_table
+    from .text import usage_csv, usage_text
+
+    if as_csv and as_json:
+        raise UsageError("--csv and --json are two forms of the same", "give one of them")
+    _, store = open_session()
+    answer = usage_table(store, by, _begin(since, store.now()))
+    show(answer, as_json, lambda: usage_csv(answer) if as_csv else usage_text(answer, detect_screen()))
+
+
+def _begin(text: str, now: dt.datetime) -> dt.datetime:
+    """A duration ago, or a local date or time. Raises UsageError."""
+    from loractl.common.units import parse_duration
+
+    try:
+        return now - dt.timedelta(seconds=parse_duration(text))
+    except (ValueError, OverflowError):
+        pass
+    try:
+        return dt.datetime.fromisoformat(text).astimezone(dt.UTC)
+    except (ValueError, OverflowError):
+        raise UsageError(f"--since {text[:40]!r} is neither a duration nor a date", "like 7d or 2026-12-24") from None
+
+
+@click.group(invoke_without_command=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def quota(context: click.Context, as_json: bool) -> None:
+    """Limit the card hours of a user.
+
+    Without a command, list the quotas.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from loractl.scheduler.cli.session import open_session
+
+    from .answer import quota_list
+    from .text import quotas_text
+
+    _, store = open_session()
+    answer = quota_list(store)
+    show(answer, as_json, lambda: quotas_text(answer, detect_screen()))
+
+
+@quota.command("set")
+@click.argument("user")
+@click.argument("hours", metavar="HOURS/WINDOW")
+@click.option("--soft", is_flag=True, help="Beyond it the user's jobs go last; without it they wait.")
+def set_quota(user: str, hours: str, soft: bool) -> None:
+    """Set what USER may use, like 100h/week.
+
+    HOURS are card hours within any day, week or month of 30 days. In a lab with roles the database's owner sets it.
+    What already runs goes on.
+    """
+    from loractl.common.placement.shares import WINDOWS
+    from loractl.scheduler.cli.session import open_session
+
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)h?/(day|week|month)", hours)
+    if found is None:
+        raise UsageError(f"{hours[:40]!r} is not a quota", "like 100h/week; also /day and /month")
+    if not user.isprintable() or not 0 < len(user) <= 255:
+        raise UsageError("USER must be one line of 1 to 255 characters")
+    settings, store = open_session()
+    store.usage.set_quota(user, float(found[1]), WINDOWS[found[2]], settings.user, soft=soft)
+    beyond = "its jobs go last" if soft else "its jobs wait"
+    click.echo(f"{user} may use {float(found[1]):g} card hours a {found[2]}; beyond that {beyond}.")
+
+
+@quota.command("remove")
+@click.argument("user")
+def remove_quota(user: str) -> None:
+    """Let USER use what is free again."""
+    from loractl.scheduler.cli.session import open_session
+
+    _, store = open_session()
+    if not store.usage.remove_quota(user):
+        raise UsageError(f"{user[:60]!r} has no quota", "loractl quota lists them")
+    click.echo(f"{user} has no quota any more.")

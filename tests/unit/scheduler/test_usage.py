@@ -1,0 +1,106 @@
+"""What was had of the cards, as people see it; an upgraded lab's past, and why a job waits beyond a quota."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+
+from loractl.common.job.status import Reason
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.store import Store
+from loractl.common.units import GIB
+from loractl.scheduler.usage.answer import quota_list, usage_table
+from loractl.scheduler.usage.text import quotas_text, usage_csv, usage_text
+from loractl.scheduler.wait.queue import waiting_jobs
+
+from ...databases import SQLITE_ALONE
+from ..factories import NOON, RESULT, Clock, node_state, submission
+from .screens import WIDE
+
+pytestmark = SQLITE_ALONE
+
+
+@pytest.fixture
+def timed(store: Store) -> Store:
+    return Store(store.engine, Clock())
+
+
+def train(
+    store: Store, user: str, hours: float, *, gib: float = 24, reason: Reason = Reason.OK, **keys: object
+) -> None:
+    """A job on a card of 48 GiB, from NOON on."""
+    clock = store.clock
+    assert isinstance(clock, Clock)
+    store.jobs.submit(submission(lora=gib, method="lora", user=user, max_retries=0, **keys))
+    store.cards.see(node_state("box:0", total=48 * GIB, max_jobs=8))
+    claim = store.attempts.claim("box:0")
+    assert isinstance(claim, Claim)
+    clock.forward(hours * 3600)
+    store.attempts.finish(claim, reason, "", Progress(step=5), RESULT if reason is Reason.OK else None)
+
+
+def test_usage_is_added_up_by_user_label_card_and_month(timed: Store) -> None:
+    train(timed, "ada", 3, labels={"team": "nlp", "run": "a"})
+    train(timed, "wei", 1, labels={"team": "nlp"}, reason=Reason.BAD_DATA)
+    since = NOON - dt.timedelta(days=1)
+    by_user = usage_table(timed, "user", since)
+    assert [(row.name, row.card_hours, row.lost_hours, row.jobs) for row in (*by_user.rows, by_user.total)] == [
+        ("ada", 1.5, 0.0, 1),
+        ("wei", 0.5, 0.5, 1),
+        ("total", 2.0, 0.5, 2),
+    ]
+    by_label = usage_table(timed, "label", since)
+    assert [(row.name, row.card_hours) for row in by_label.rows] == [("team=nlp", 2.0), ("run=a", 1.5)]
+    assert by_label.total.card_hours == 2.0
+    assert [(row.name, row.card_hours) for row in usage_table(timed, "month", since).rows] == [("2026-01", 2.0)]
+    assert usage_text(by_user, WIDE).splitlines()[:3] == [
+        "USER   CARD h  GiB h  LOST  WAITED h  JOBS",
+        "ada       1.5     72    0%       0.0     1",
+        "wei       0.5     24  100%       0.0     1",
+    ]
+    assert usage_csv(by_user).splitlines()[1] == "ada,1.5,72.0,0.0,0.0,1"
+
+
+def test_a_job_beyond_a_quota_says_what_was_used_and_when_jobs_start_again(timed: Store) -> None:
+    timed.usage.set_quota("ada", 1.0, 86400, "root", soft=False)
+    train(timed, "ada", 3)
+    timed.cards.take_turn("box:0", 0.0, 0.0)
+    job_id = timed.jobs.submit(submission(lora=1, qlora=1))
+    wait = waiting_jobs(timed, [timed.jobs.get(job_id)]).reasons[job_id]
+    assert (wait.word, wait.sentence) == (
+        "quota",
+        "ada has used 1.5 of 1 card hours a day; jobs start again about Thu 13:00",
+    )
+    row = quotas_text(quota_list(timed), WIDE).splitlines()[1]
+    assert row.split(maxsplit=5) == ["ada", "1", "a", "day", "1.5", "wait until about Thu 13:00"]
+
+
+def test_an_upgrade_counts_what_was_had_before_and_no_row_stops_it(timed: Store) -> None:
+    train(timed, "ada", 1.5, labels={"team": "nlp"})
+    train(timed, "wei", 1, gib=48)
+    before = usage_table(timed, "user", NOON).rows
+    for number in range(3):
+        train(timed, f"eve{number}", 1)
+    with timed.engine.begin() as connection:
+        for name, value in (("eve0", "'noon'"), ("eve1", "'0001-01-01 00:00:00'"), ("eve2", "x'ff'")):
+            its = f"""job_id = (SELECT job_id FROM jobs WHERE "user" = '{name}')"""
+            connection.exec_driver_sql(f"UPDATE attempts SET started_at = {value} WHERE {its}")
+    again(timed)
+    after = usage_table(timed, "user", NOON).rows
+    assert [(row.name, round(row.card_hours, 6), row.gib_hours, row.jobs) for row in after] == [
+        (row.name, row.card_hours, row.gib_hours, row.jobs) for row in before
+    ]
+    assert {name for use in timed.usage.since(NOON) for name in use.labels.items()} == {("team", "nlp")}
+
+
+def again(store: Store) -> None:
+    """Down to before usage was counted, and up."""
+    from alembic import command
+
+    from loractl.common.store.schema import alembic_config
+
+    with store.engine.connect() as connection, alembic_config(connection) as config:
+        command.downgrade(config, "0028")
+        command.upgrade(config, "head")
+        connection.commit()
