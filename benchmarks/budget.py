@@ -1,7 +1,8 @@
 """What a card would do in a step, counted without one: python -m benchmarks.budget writes docs/budget.md.
 
 It takes half a minute of a processor and a C++ compiler (tests/fake_cuda). The card's milliseconds are no measurement.
-With `roomy` it prints what a step takes without recomputing, in its own micro-batch and in smaller ones.
+With `roomy` it prints what a step takes that recomputes nothing or every second block, in its own micro-batch and in
+smaller ones.
 """
 
 from __future__ import annotations
@@ -17,13 +18,7 @@ from tests.fake_cuda import put_in, why_not
 if TYPE_CHECKING:
     from tests.fake_cuda.budget import Shape, Step
 
-START_S = 20e-6
-"""Of Python, to start a kernel: docs/budget.md says 15 to 25 us."""
-
 PAGE = Path(__file__).parents[1] / "docs" / "budget.md"
-
-START_S = (15e-6, 25e-6)
-"""What Python and torch take to start a kernel."""
 
 HEAD = """\
 # A step's budget on a card
@@ -96,23 +91,22 @@ def main() -> None:
 
 
 def print_pieces(shape: Shape) -> None:
-    """Of a step that recomputes the share that each number of rows at once takes without, by card, and what starting
-    the kernels takes of it; the larger one counts."""
-    from tests.fake_cuda.budget import counted
+    """The share that each number of rows at once takes of a step that recomputes, by card."""
+    from tests.fake_cuda.budget import counted, shares
 
     whole, rows = counted(shape, "shared"), shape.rows
     while rows:
-        step, pieces = counted(replace(shape, rows=rows), "shared", recomputes=False), shape.rows // rows
-        starting = 1e3 * START_S * step.kernels * pieces
-        found = [
-            f"{card} {pieces * ms / whole.milliseconds[card]:.2f} ({starting / whole.milliseconds[card]:.2f} to start)"
-            for card, ms in step.milliseconds.items()
-        ]
-        print(f"{shape.name}, {rows} at once: {', '.join(found)}", flush=True)
+        some, pieces = replace(shape, rows=rows), shape.rows // rows
+        none, every = counted(some, "shared", recomputes=False), counted(some, "shared")
+        for what, steps in (("without", (none,)), ("every second block", (none, every))):
+            found = ", ".join(f"{card} {share:.2f}" for card, share in shares(whole, steps, pieces).items())
+            print(f"{shape.name}, {rows} at once, {what}: {found}", flush=True)
         rows //= 2
 
 
 def line(name: str, side: str, step: Step) -> str:
+    from tests.fake_cuda.budget import START_S
+
     counts = f"{step.kernels:,} | {step.gigabytes:,.1f} | {step.elementwise:,.1f} | {step.teraflop:,.2f}"
     card = " | ".join(f"{ms:,.0f}" for ms in step.milliseconds.values())
     waits = [max(0.0, 1e3 * step.kernels * start - step.milliseconds["H100"]) for start in START_S]
