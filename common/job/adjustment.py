@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from .method import Checkpointing
+from .need import RoomyForm
+
 if TYPE_CHECKING:
     from .spec import JobSpec
 
@@ -15,7 +18,7 @@ class Adjustment:
 
     micro_batch: int | None = None  # per_device_train_batch_size
     accumulation: int | None = None  # gradient_accumulation_steps
-    gradient_checkpointing: bool | None = None  # False, though the spec leaves it open: its attempt was given the room
+    gradient_checkpointing: Checkpointing | None = None  # False or half, though the spec leaves it open: it has room
     eval_batch: int | None = None  # per_device_eval_batch_size
 
     def as_json(self) -> dict[str, Any]:
@@ -43,16 +46,16 @@ def adjusted(spec: JobSpec, adjustment: Adjustment) -> JobSpec:
 
 
 def is_roomy(spec: JobSpec, adjustment: Adjustment) -> bool:
-    """Whether the placement has given an attempt the room to train without recomputing."""
-    return spec.training.gradient_checkpointing is None and adjustment.gradient_checkpointing is False
+    """Whether the placement has given an attempt the room to recompute nothing, or every second block alone."""
+    return spec.training.gradient_checkpointing is None and adjustment.gradient_checkpointing in (False, "half")
 
 
-def in_its_room(spec: JobSpec, adjustment: Adjustment, micro_batch: int) -> Adjustment:
-    """The job without recomputing, in micro-batches of so many rows of the same effective batch."""
-    roomy = replace(adjustment, gradient_checkpointing=False)
-    if micro_batch == spec.training.per_device_train_batch_size:
+def in_its_room(spec: JobSpec, adjustment: Adjustment, form: RoomyForm) -> Adjustment:
+    """The job in that form, with the same effective batch."""
+    roomy, rows = replace(adjustment, gradient_checkpointing="half" if form.half else False), form.micro_batch
+    if rows == spec.training.per_device_train_batch_size:
         return roomy
-    return replace(roomy, micro_batch=micro_batch, accumulation=spec.training.effective_batch // micro_batch)
+    return replace(roomy, micro_batch=rows, accumulation=spec.training.effective_batch // rows)
 
 
 def without_room(spec: JobSpec, adjustment: Adjustment) -> Adjustment:
@@ -67,7 +70,7 @@ def next_adjustment(spec: JobSpec, adjustment: Adjustment, *, on_gpu: bool, card
 
     Half the micro-batch of a card (the largest divisor of the effective batch up to half) with the accumulation that
     keeps the effective batch, down to one row; then gradient checkpointing, which is on from the start on a GPU unless
-    the job refuses it. A run that has the room to do without recomputing begins to recompute, in its own micro-batches.
+    the job refuses it. A run that has the room to recompute less begins to recompute all, in its own micro-batches.
     `cards`: that share the job.
     """
     if is_roomy(spec, adjustment):
@@ -78,7 +81,7 @@ def next_adjustment(spec: JobSpec, adjustment: Adjustment, *, on_gpu: bool, card
         smaller = training.micro_batch(batch // 2)
         return replace(adjustment, micro_batch=smaller, accumulation=training.effective_batch // smaller)
     checkpointing = on_gpu if training.gradient_checkpointing is None else training.gradient_checkpointing
-    return None if checkpointing else replace(adjustment, gradient_checkpointing=True)
+    return None if checkpointing is True else replace(adjustment, gradient_checkpointing=True)
 
 
 def in_words(
@@ -97,9 +100,12 @@ def in_words(
         sizes = old.evaluation.per_device_eval_batch_size, new.evaluation.per_device_eval_batch_size
         return f"out of memory{where} evaluating {_rows(sizes[0])} at once: evaluates {sizes[1]}"
     (batch, _), (smaller, pieces) = old.training.rows_a_card(cards), new.training.rows_a_card(cards)
-    how = f"{smaller}, accumulating {pieces} (same effective batch)" if smaller != batch else "gradient checkpointing"
+    checkpointing = "gradient checkpointing"
+    if old.training.gradient_checkpointing == "half":
+        checkpointing += " of every block"
+    how = f"{smaller}, accumulating {pieces} (same effective batch)" if smaller != batch else checkpointing
     if is_roomy(spec, before) and smaller != batch:
-        how = f"gradient checkpointing and {how}"
+        how = f"{checkpointing} and {how}"
     each = f" on each of {cards} cards" if cards > 1 else ""
     return f"out of memory{where} with {_rows(batch)} at once{each}: {then} with {how}"
 

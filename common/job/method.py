@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from typing import Literal
 
 
 class Method(enum.StrEnum):
@@ -12,6 +13,9 @@ class Method(enum.StrEnum):
     LORA = "lora"  # base weights in 16 or 32 bit
     QLORA = "qlora"  # base weights in NF4 with double quantisation
 
+
+Checkpointing = bool | Literal["half"]
+"""The `training.gradient_checkpointing` of a job file: whether blocks are recomputed; "half": every second block."""
 
 MOST_CARDS = 8
 """The most cards that a job may have: as many as one box has."""

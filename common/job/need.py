@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .method import Method, Parallel
@@ -22,11 +22,12 @@ class Need:
 
 @dataclass(frozen=True, kw_only=True)
 class RoomyForm:
-    """How a job would train without recomputing: rows of a micro-batch, and bytes of its card."""
+    """How a job would train with room to recompute less: rows of a micro-batch, and bytes of its card."""
 
     micro_batch: int
     bytes: int  # corrected by measured peaks
     planned: int  # the plan alone
+    half: bool = False  # every second block is recomputed; no row has such a form, see `with_half`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,35 @@ class Roomy:
         """None for a job that has no such form."""
         if not self.lora and not self.qlora:
             return None
-        return {name: [vars(form) for form in forms] for name, forms in vars(self).items()}
+        stored = ("micro_batch", "bytes", "planned")
+        return {
+            name: [{key: getattr(form, key) for key in stored} for form in forms] for name, forms in vars(self).items()
+        }
+
+    def with_half(self, need: Need, planned: Need, rows: int) -> Roomy:
+        """The same with, last, the form that recomputes every second block, in the smallest micro-batch.
+
+        It takes no more than the middle of the job's need and of what it takes without recomputing: the plan is the
+        largest of sums that grow by the same with each block that keeps its activations. Of the smallest micro-batch
+        alone: half as many rows without recomputing take less memory, and less time, than all of them in this form. In
+        NF4 of the job's own (`rows`) alone: smaller ones dequantise the base again, which takes what is gained.
+        """
+
+        def of(method: Method) -> tuple[RoomyForm, ...]:
+            forms, size, plan = self.of(method), need.of(method), planned.of(method)
+            least = forms[-1] if forms else None
+            if least is None or size is None or plan is None or least.half:
+                return forms
+            if method is Method.QLORA and least.micro_batch != rows:
+                return forms
+            middle = replace(least, half=True, bytes=(size + least.bytes) // 2, planned=(plan + least.planned) // 2)
+            return (*forms, middle)
+
+        return Roomy(lora=of(Method.LORA), qlora=of(Method.QLORA))
+
+    def that(self, fits: Callable[[RoomyForm], bool]) -> Roomy:
+        """Only the forms for which `fits` holds."""
+        return Roomy(**{name: tuple(form for form in forms if fits(form)) for name, forms in vars(self).items()})
 
     @classmethod
     def read(cls, column: Mapping[str, Any] | None) -> Roomy:

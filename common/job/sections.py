@@ -19,6 +19,8 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    TypeAdapter,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -31,7 +33,7 @@ from loractl.common.errors import UsageError
 from loractl.common.module_pattern import ModulePattern
 from loractl.common.units import LARGEST, parse_duration, parse_size
 
-from .method import MOST_CARDS, Method
+from .method import MOST_CARDS, Checkpointing, Method
 from .reference import parse_reference
 from .slices import HINT, parse_split
 
@@ -168,6 +170,19 @@ def _cards(value: Any) -> int | Literal["auto"]:
     return value
 
 
+_TRUTH = TypeAdapter(bool)
+
+
+def _checkpointing(value: Any) -> Checkpointing:
+    """Whether, or half. Not as a union: it would complain once for each kind."""
+    if value == "half":
+        return "half"
+    try:
+        return _TRUTH.validate_python(value)
+    except ValidationError:
+        raise ValueError("is not true, false or half") from None
+
+
 def _steps_or_share(value: Any) -> int | float:
     """Whole steps, or below 1 a share of all steps. Not limits of a union: it would complain once for each kind."""
     try:
@@ -249,6 +264,7 @@ Targets = Annotated[
 
 Methods = Annotated[Method | list[Method], BeforeValidator(_methods)]
 StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
+WhichBlocks = Annotated[Checkpointing, BeforeValidator(_checkpointing)]
 Cards = Annotated[int | Literal["auto"], BeforeValidator(_cards)]
 Size = Annotated[int, BeforeValidator(_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(le=3650 * 86400)]  # dates end somewhere
@@ -393,9 +409,9 @@ class TrainingSpec(Section):
     learning_rate: float = Field(2e-4, gt=0, lt=1)
     per_device_train_batch_size: int = Field(4, ge=1, le=2**16)
     gradient_accumulation_steps: int = Field(4, ge=1, le=2**16)
-    gradient_checkpointing: bool | None = None
-    """null: on a GPU yes, unless the job is alone on its card and nobody else wants the room; on a CPU no (it costs
-    1.5 to 2 times the time there)."""
+    gradient_checkpointing: WhichBlocks | None = None
+    """half: of every second block. null: on a GPU yes, unless the job is alone on its card and nobody else wants the
+    room; on a CPU no (it costs 1.5 to 2 times the time there)."""
     warmup_steps: float = Field(0.03, ge=0, le=LARGEST)
     """A number of steps, or below 1 a share of all steps."""
     lr_scheduler_type: Literal[

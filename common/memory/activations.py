@@ -29,15 +29,16 @@ class Cost:
 
 
 def stored_bytes(shape: Shape, blocks: list[tuple[Cost, int]], step: Step) -> float:
-    """What the forward pass leaves for the backward pass: the blocks' inputs, or all that they keep."""
+    """What the forward pass leaves for the backward pass: the inputs of blocks that are recomputed, and all that others
+    keep. Blocks of several kinds are taken to be recomputed alike."""
     mask = 0
     if not step.lean and (step.eager or step.padded or shape.alibi):  # one for all blocks
         mask = (
             step.batch * step.length**2 * (step.wide * shape.heads if shape.alibi else step.wide if step.eager else 1)
         )
-    if step.checkpoints:
-        return mask + shape.layers * step.tokens * shape.hidden * step.wide
-    return mask + sum(count * cost.saved for cost, count in blocks)
+    recomputed = -(-shape.layers // step.checkpoints) if step.checkpoints else 0
+    inputs = recomputed * step.tokens * shape.hidden * step.wide
+    return mask + inputs + sum(count * cost.saved for cost, count in blocks) * (1 - recomputed / max(1, shape.layers))
 
 
 def block_cost(shape: Shape, block: Block, step: Step) -> Cost:

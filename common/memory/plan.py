@@ -39,6 +39,8 @@ HEAP_SHARE = 0.7
 MiB that come and go leave holes. Measured with glibc: 0.67 to 0.92 in fp32, 0.2 to 0.9 in bf16 on a processor with
 tiles (AMX); without recomputing none."""
 
+CHECKPOINTING = {0: "no checkpointing", 1: "checkpointing", 2: "checkpointing of every second block"}
+
 LINK_BYTES = 32 * 2 * 5 * MIB
 """What NCCL holds of a card for its rings: 32 channels at most, in both directions, each with buffers of 4 MiB
 (NCCL_BUFFSIZE) and those of its two protocols for small messages. Fewer channels on PCIe; the upper end."""
@@ -177,7 +179,7 @@ def _peak(shape: Shape, step: Step, update: float) -> _Peak:
         stored += step.tokens * classes(shape, step) * (2 if step.autocast else step.wide)
     ends = loss_bytes(shape, step)
     at_loss = stored + ends
-    at_block = stored + max(cost.peak(step.checkpoints) for cost, _ in blocks)
+    at_block = stored + max(cost.peak(_recomputes_last(shape, step)) for cost, _ in blocks)
     training = max(at_loss, at_block, update)
     forward = at_loss + answered_bytes(shape, step) + max(cost.forward for cost, _ in blocks)
     reserved = max(forward, at_block + stranded_bytes(shape, step, ends), update)
@@ -187,6 +189,12 @@ def _peak(shape: Shape, step: Step, update: float) -> _Peak:
         update=update if update > max(at_loss, at_block) else 0,
         unusable=max(0.0, reserved - training),
     )
+
+
+def _recomputes_last(shape: Shape, step: Step) -> bool:
+    """Whether the last block is recomputed, while all others' activations are there. What a last block has kept is gone
+    when the one before it is recomputed."""
+    return step.checkpoints > 0 and (shape.layers - 1) % step.checkpoints == 0
 
 
 def traced_plan(weights: int, adapter: int, state: int, own: int, method: Method) -> Plan:
@@ -228,7 +236,7 @@ def _notes(shape: Shape, spec: JobSpec, step: Step, stack: Stack, at_loss: bool)
         "adapter": f"{_count(trained)} trained, fp32",
         "gradients": "fp32",
         "optimizer": optimizer,
-        "activations": f"{rows}, {'checkpointing' if step.checkpoints else 'no checkpointing'}",
+        "activations": f"{rows}, {CHECKPOINTING[step.checkpoints]}",
         "logits": f"{thousands(step.labels)} labels{freed}"
         if step.labels
         else f"{thousands(shape.vocab)} words, fp32{chunks}{freed}",

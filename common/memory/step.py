@@ -73,7 +73,7 @@ class Step:
     saved_head: bool
     dora: bool
     packed: bool  # rows of several examples, kept apart by a mask
-    checkpoints: bool
+    checkpoints: int  # blocks are recomputed: each (1), every second (2), none (0)
     dropout: bool
     mask_bytes: int  # of dropout's mask, an element
     r: int
@@ -162,8 +162,9 @@ def planned_labels(spec: JobSpec, lengths: Lengths | None) -> int | None:
     return spec.kind.planned_labels(lengths.labels if lengths else None)
 
 
-def checkpoints_activations(spec: JobSpec, *, on_gpu: bool = True) -> bool:
-    """Whether blocks are recomputed in the backward pass, for the plan and for the training itself: on a GPU they are
-    unless the job refuses, on a processor, where memory is not what is scarce, only where it asks for it."""
+def checkpoints_activations(spec: JobSpec, *, on_gpu: bool = True) -> int:
+    """Which blocks are recomputed in the backward pass, for the plan and for the training itself: each (1), every
+    second from the first on (2), or none (0). On a GPU each is unless the job refuses, on a processor, where memory is
+    not what is scarce, only where it asks for it."""
     asked = spec.training.gradient_checkpointing
-    return on_gpu if asked is None else asked
+    return 2 if asked == "half" else int(on_gpu if asked is None else asked)

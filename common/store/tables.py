@@ -60,7 +60,7 @@ _is_data_set = columns.fields(
 _is_program = columns.fields(pid=is_whole, user=is_text, name=is_text, bytes=is_size)
 _is_piece = columns.fields(
     micro_batch=lambda rows: is_whole(rows, 1), accumulation=lambda steps: is_whole(steps, 1),
-    eval_batch=lambda rows: is_whole(rows, 1), gradient_checkpointing=lambda on: isinstance(on, bool),
+    eval_batch=lambda rows: is_whole(rows, 1), gradient_checkpointing=lambda on: isinstance(on, bool) or on == "half",
 )  # fmt: skip
 _is_used = partial(is_whole, high=MOST_BYTES)
 _varies = columns.fields(varied=object_of(is_text), trials=is_whole, seed=is_whole)

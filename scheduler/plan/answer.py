@@ -117,7 +117,8 @@ class MemoryNeed:
 
         `methods`: for each open one `peak_bytes`, `margin_bytes`, `parts` (bytes by part), `reserved_bytes`,
         `submitted_bytes` (of one card, what it waits for: until a trainer has counted its rows, for rows of
-        max_length), `roomy` (without recomputing: `micro_batch`, `bytes`, the fastest first), and with --solve
+        max_length), `roomy` (without recomputing, or with `half` of every second block: `micro_batch`,
+        `bytes`, the fastest first), and with --solve
         `largest` (`micro_batch`, `max_length`, and `all_rows`: whether the rows end the micro-batch, and not the
         memory); `choice`: the method that the best card would take, or null; `lengths`: in
         tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `rows`: how many are used,
@@ -146,7 +147,10 @@ class MemoryNeed:
             "parts": planned.parts,
             "reserved_bytes": self.reserved.of(method),
             "submitted_bytes": (self.reserved if self.submitted is None else self.submitted.need).of(method),
-            "roomy": [{"micro_batch": form.micro_batch, "bytes": form.bytes} for form in self.roomy.of(method)],
+            "roomy": [
+                {"micro_batch": form.micro_batch, "bytes": form.bytes, "half": form.half}
+                for form in self.roomy.of(method)
+            ],
             **({} if self.largest is None else {"largest": vars(self.largest.by_method[method])}),
         }
 
@@ -226,7 +230,9 @@ def memory_need(
         title=job.title,
         plans=plans,
         reserved=need,
-        roomy=_roomy(spec, learned_roomy(plan_roomy(spec, counted.lengths, stack=stack), key, measured)),
+        roomy=_roomy(
+            spec, need, planned_need, learned_roomy(plan_roomy(spec, counted.lengths, stack=stack), key, measured)
+        ),
         submitted=None if first is None or first.need == need else _submitted(asked, first, card, fleet),
         choice=choice,
         lengths=counted.lengths,
@@ -243,15 +249,13 @@ def memory_need(
     )
 
 
-def _roomy(spec: JobSpec, roomy: Roomy) -> Roomy:
+def _roomy(spec: JobSpec, need: Need, planned: Need, roomy: Roomy) -> Roomy:
     """The forms that the job's own limit leaves; none for a job that only several cards may have."""
     most = spec.resources.max_vram
     if spec.resources.cards not in (1, "auto"):
         return Roomy()
-    lora, qlora = (
-        tuple(form for form in forms if most is None or form.bytes <= most) for forms in (roomy.lora, roomy.qlora)
-    )
-    return Roomy(lora=lora, qlora=qlora)
+    forms = roomy.with_half(need, planned, spec.training.per_device_train_batch_size)
+    return forms.that(lambda form: most is None or form.bytes <= most)
 
 
 def _after_patience(room: CardRoom, patience_s: float) -> CardRoom:

@@ -112,7 +112,11 @@ def _in_its_room(need: MemoryNeed) -> list[str]:
     if whole is None:
         return []
     sizes = [f"{gib(whole.bytes)} GiB"]
-    sizes += [f"{gib(one.bytes)} with {one.micro_batch} row{'s' * (one.micro_batch > 1)} at once" for one in pieces]
+    sizes += [
+        f"{gib(one.bytes)} with {one.micro_batch} row{'s' * (one.micro_batch > 1)} at once"
+        f"{' and every second block recomputed' if one.half else ''}"
+        for one in pieces
+    ]
     when = "it has that room where it is alone on a card and no ready job wants it"
     return [f"Without recomputing it takes {', '.join(sizes)} ({method.value}): {when}."]
 

@@ -53,7 +53,7 @@ that take turns (1). Small fine-tunes leave a large card idle between kernels, l
     help="The fixed cost of a pass, in tokens.",
 )
 @click.option(
-    "--roomy/--no-roomy", default=False, show_default=True, help="Let jobs skip recomputing, as 8B in NF4 would."
+    "--roomy/--no-roomy", default=False, show_default=True, help="Let jobs recompute less, as 8B in 16 bit would."
 )
 @click.option("--longest", metavar="DURATION", help="Leave out jobs that take longer, like 1d.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N jobs to arrive.")

@@ -83,10 +83,10 @@ def _bases(done: Simulation) -> list[str]:
 
 
 def _roomy(done: Simulation) -> list[str]:
-    """How many jobs did without recomputing, and how many ends that made later."""
+    """How many jobs had the room to recompute less, and how many ends that made later."""
     later = [seconds for seconds in done.later if seconds > 0]
     share = len(later) / len(done.later) if done.later else 0.0
-    lines = [f"{done.outcomes['loractl'].roomy:.0%} of the jobs did without recomputing."]
+    lines = [f"{done.outcomes['loractl'].roomy:.0%} of the jobs recomputed nothing, or every second block alone."]
     if later:
         lines.append(f"{share:.0%} end later for it, the worst by {span(max(later))}.")
     return lines

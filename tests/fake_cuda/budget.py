@@ -6,7 +6,7 @@ Blocks are alike, so two models are counted, of one block and of two, and each f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -89,6 +89,10 @@ SHAPES = {
 ADAPTER = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 
 
+START_S = (15e-6, 25e-6)
+"""What Python and torch take to start a kernel."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """Of one step, without the optimizer's."""
@@ -118,6 +122,19 @@ def counted(shape: Shape, way: str, *, recomputes: bool = True) -> Step:
             card: 1e3 * sum(work.seconds[number] for work in whole.values()) for number, card in enumerate(CARDS)
         },
     )
+
+
+def shares(whole: Step, steps: Sequence[Step], pieces: int) -> dict[str, float]:
+    """What so many micro-batches take of a step, by card; blocks are alike, so their time is the mean of `steps`.
+
+    Python starts kernels while the card runs others: the longer of the two counts.
+    """
+
+    def taken(of: Sequence[Step], card: str) -> float:
+        ms = sum(step.milliseconds[card] for step in of) / len(of)
+        return max(ms, 1e3 * sum(START_S) / 2 * sum(step.kernels for step in of) / len(of))
+
+    return {card: pieces * taken(steps, card) / taken([whole], card) for card in whole.milliseconds}
 
 
 def _by_operator(shape: Shape, way: str, layers: int, recomputes: bool) -> dict[str, Work]:

@@ -57,7 +57,7 @@ class Case:
     members: int = 1
     dtype: str = "auto"  # of the job file
     capability: tuple[int, int] = (8, 9)
-    recomputes: bool = True
+    recomputes: int = 1  # each block, every second one (2), or none (0)
     evaluates: bool = False
     bends: bool = False  # the loss of the first member
     lora: dict[str, Any] = field(default_factory=dict)
@@ -179,7 +179,7 @@ def _adapted(base: Any, spec: JobSpec, method: Method) -> Any:
 def _recomputing(case: Case, forward: Any) -> Any:
     forward.model.train()
     if case.recomputes:
-        forward.recompute_blocks()
+        forward.recompute_blocks(case.recomputes)
     return forward
 
 
@@ -241,7 +241,8 @@ CASES: dict[str, Case] = {
     "alone, nf4": Case(way="lean", method=Method.QLORA),
     "padded": Case(way="padded"),
     "padded, nf4": Case(way="padded", method=Method.QLORA),
-    "no recomputation": Case(recomputes=False),
+    "no recomputation": Case(recomputes=0),
+    "every second block": Case(recomputes=2),
     "no dropout": Case(lora={"lora_dropout": 0.0}),
     "fp32": Case(dtype="float32"),
     "dora": Case(lora={"use_dora": True}),

@@ -148,6 +148,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "checkpointing with dropout": (
         "lora", {"lora_dropout": 0.2}, {"dtype": "bfloat16", "gradient_checkpointing": True},
     ),
+    "every second block, dropout": (
+        "lora", {"lora_dropout": 0.2}, {"dtype": "bfloat16", "gradient_checkpointing": "half"},
+    ),
     "nf4": ("qlora", {}, {"dtype": "bfloat16"}),
     "nf4, checkpointing, accumulation, dropout": (
         "qlora", {"lora_dropout": 0.2},

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from .. import fake_cuda
-from ..fake_cuda.budget import SHAPES, WAYS
+from ..fake_cuda.budget import SHAPES, WAYS, Step, shares
 from ..fake_cuda.passes import CARDS, CASES, FAULTS, MANY
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +120,16 @@ def test_a_step_costs_what_its_budget_says(step: str, outcomes: Outcomes) -> Non
 @pytest.mark.parametrize("step", [step for step in SHAPES if step not in QUICK])
 def test_so_does_every_other_step(step: str) -> None:
     _within_budget(step, _outcomes(step)[step])
+
+
+def test_a_micro_batch_takes_what_it_runs_or_what_starting_it_takes() -> None:
+    def step(kernels: int, ms: float) -> Step:
+        return Step(kernels=kernels, gigabytes=0, elementwise=0, teraflop=0, milliseconds={"4090": ms})
+
+    whole, none = step(1000, 100), step(800, 70)
+    assert shares(whole, [none], 1) == {"4090": pytest.approx(0.7)}
+    assert shares(whole, [none, whole], 2) == {"4090": pytest.approx(1.7)}, "every second block"
+    assert shares(whole, [step(10_000, 70)], 1) == {"4090": pytest.approx(2)}, "20 us a kernel"
 
 
 @pytest.mark.long

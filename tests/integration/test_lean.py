@@ -32,6 +32,7 @@ from loractl.worker.engine.passes.choice import forward_pass, rows_together
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.engine.passes.shared import SharedPass
+from loractl.worker.engine.streams import seed_streams
 from loractl.worker.evaluation.row_losses import score_rows
 from loractl.worker.protocol.messages import Note, Planned, Stepped
 
@@ -60,14 +61,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def base_of(family: str) -> Any:
+def base_of(family: str, **sizes: Any) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{family.removesuffix('Text')}{'Text' * family.endswith('Text')}Config")
     name = "GPT2LMHeadModel" if family == "GPT2" else f"{family.removesuffix('Text')}ForCausalLM"
     kind = getattr(transformers, name)
     return kind(
         config(
-            **({} if family == "GPT2" else SMALL),
+            **({} if family == "GPT2" else SMALL | sizes),
             **FAMILIES[family],
             **({"vocab_size": 300} if family == "GPT2" else {}),
         )
@@ -321,6 +322,39 @@ def test_adapted_experts_train_alone_and_leave_the_shared_base_to_others(tiny_mo
     assert type(forward) is LeanPass and why is not None and why.endswith("is not a plain linear layer")
     assert apart(learned(forward, rows(5)), learned(PaddedPass(forward.model, PAD, 0.0), rows(5))) < 1e-5
     assert type(other) is SharedPass and apart(learned(other, rows(5)), before) == 0
+
+
+@pytest.mark.parametrize("way", ["shared", "lean", "padded"])
+@pytest.mark.parametrize(("every", "blocks"), [(1, 3), (2, 2)])
+def test_which_blocks_are_recomputed_changes_no_bit(
+    way: str, every: int, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three blocks, with dropout."""
+    ran, own = list[Any](), transformers.models.llama.modeling_llama.LlamaMLP.forward
+
+    def passed(recomputed: int) -> tuple[float, list[torch.Tensor]]:
+        base, spec = base_of("Llama", num_hidden_layers=3), spec_of(lora={"lora_dropout": 0.2})
+        shared = choice.shared_base(base, FP32) if way == "shared" else None
+        model = adapted(base if shared is None else shared.view(), spec)
+        alone = LeanPass(model, FP32) if way == "lean" else PaddedPass(model, PAD, 0.0)
+        forward = alone if shared is None else SharedPass(shared, model)
+        if recomputed:
+            forward.recompute_blocks(recomputed)
+        ran.clear()
+        forward.streams.take_over()
+        seed_streams(3)
+        return learned(forward, rows(5))
+
+    def count(block: Any, states: torch.Tensor) -> torch.Tensor:
+        ran.append(block)
+        answer: torch.Tensor = own(block, states)
+        return answer
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", count)
+    (loss, gradients), kept = passed(0), len(ran)
+    again = passed(every)
+    assert (kept, len(ran)) == (3, 3 + blocks)
+    assert again[0] == loss and all(torch.equal(*pair) for pair in zip(again[1], gradients, strict=True))
 
 
 @pytest.mark.parametrize("family", ["Llama", "Granite"])

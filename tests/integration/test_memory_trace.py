@@ -19,7 +19,7 @@ pytest.importorskip("torch")
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loractl.common.job.method import Method
+from loractl.common.job.method import Checkpointing, Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.families import shape_of
 from loractl.common.memory.plan import plan
@@ -121,7 +121,12 @@ def config(family: str, *, vocab: int = 3000, layers: int = 2) -> dict[str, Any]
 
 
 def job(
-    family: str, *, checkpointing: bool = True, batch: int = 2, targets: Any = "all-linear", exact: bool = False
+    family: str,
+    *,
+    checkpointing: Checkpointing = True,
+    batch: int = 2,
+    targets: Any = "all-linear",
+    exact: bool = False,
 ) -> JobSpec:
     dropout = 0.0 if family in ("mixtral", "qwen3_moe") else 0.05  # peft refuses dropout on fused experts
     return JobSpec.model_validate(
@@ -150,9 +155,9 @@ def real(sizes: dict[str, Any], folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder)
 
 
-def compare(family: str, spec: JobSpec, method: Method, folder: Path, vocab: int) -> tuple[int, Trace]:
+def compare(family: str, spec: JobSpec, method: Method, folder: Path, vocab: int, layers: int = 2) -> tuple[int, Trace]:
     """(planned bytes of tensors, the trace)."""
-    sizes = config(family, vocab=vocab)
+    sizes = config(family, vocab=vocab, layers=layers)
     lengths = Lengths(train=TOKENS, evaluate=1)
     trace = trace_step(real(sizes, folder), spec, method, TOKENS, lean=is_lean(shape(sizes), spec))
     return plan(shape(sizes), spec, method, lengths).tensor_bytes, trace
@@ -220,6 +225,18 @@ def test_the_plan_is_what_a_step_takes(
     family: str, method: Method, checkpointing: bool, vocab: int, tmp_path: Path
 ) -> None:
     planned, trace = compare(family, job(family, checkpointing=checkpointing), method, tmp_path, vocab)
+    assert planned == pytest.approx(trace.peak, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("exact", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("layers", [4, 5])
+@pytest.mark.parametrize(("method", "vocab"), [(Method.LORA, 500), (Method.QLORA, 500), (Method.LORA, 3000)])
+def test_every_second_block_is_planned_as_it_is_traced(
+    method: Method, vocab: int, layers: int, exact: bool, tmp_path: Path
+) -> None:
+    """The last of four blocks keeps its activations, and the last of five is recomputed."""
+    spec = job("llama", checkpointing="half", exact=exact)
+    planned, trace = compare("llama", spec, method, tmp_path, vocab, layers)
     assert planned == pytest.approx(trace.peak, rel=TOLERANCE)
 
 

@@ -70,7 +70,7 @@ class Base:
         self.passes: list[int] = []
         self._failing = failing  # so many of the first passes of several
 
-    def learn(self, pieces: Sequence[Any], *, recomputes: bool) -> list[torch.Tensor]:
+    def learn(self, pieces: Sequence[Any], *, recomputes: int) -> list[torch.Tensor]:
         self.passes.append(len(pieces))
         if len(pieces) > 1 and self._failing:
             self._failing -= 1
@@ -83,7 +83,7 @@ class Pass(SharedPass):
     """A training's pass on such a base."""
 
     def __init__(self, base: Base, session: Session) -> None:
-        self.base, self.recomputes, self.device = base, False, CPU  # type: ignore[assignment]
+        self.base, self.recomputes, self.device = base, 0, CPU  # type: ignore[assignment]
         self.streams = session.streams
 
     def tokens(self, rows: Sequence[TokenRow]) -> int:

@@ -51,8 +51,8 @@ class ForwardPass(Protocol):
     def loss(self) -> Loss:
         """What is learned from rows."""
 
-    def recompute_blocks(self) -> None:
-        """Hold a block's activations in the backward pass alone."""
+    def recompute_blocks(self, every: int = 1) -> None:
+        """Hold the activations of each block (1), or of every second one (2), in the backward pass alone."""
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
@@ -101,10 +101,10 @@ class _Learning(_Ask):
         return self.forward.tokens(self.batch.rows)
 
     @property
-    def key(self) -> tuple[int, bool]:
+    def key(self) -> tuple[int, int]:
         """What those have in common that can pass their base together. It holds nothing."""
         forward = self.forward
-        return (id(forward.base), forward.recomputes) if isinstance(forward, SharedPass) else (id(forward), False)
+        return (id(forward.base), forward.recomputes) if isinstance(forward, SharedPass) else (id(forward), 0)
 
 
 class Engine:
@@ -128,7 +128,7 @@ class Engine:
         self._sessions: set[Session] = set()
         self._thread: threading.Thread | None = None
         self._worn = False  # the thread met a limit
-        self._last: dict[tuple[int, bool], set[Session]] = {}  # who was in the last pass of a key
+        self._last: dict[tuple[int, int], set[Session]] = {}  # who was in the last pass of a key
         self._seconds = 0.0  # that the last pass took
         self._too_many: int | None = None  # tokens for whose pass these sessions had no memory
 
@@ -307,7 +307,7 @@ class Engine:
 
     def _learn(self, learnings: list[_Learning]) -> None:
         began = time.monotonic()
-        last: dict[tuple[int, bool], set[Session]] = {}
+        last: dict[tuple[int, int], set[Session]] = {}
         for one in learnings:
             last.setdefault(one.key, set()).add(one.session)
         for group in _groups(learnings, self._too_many):
@@ -459,7 +459,7 @@ def _is_long(ask: _Ask) -> bool:
 
 def _groups(learnings: Sequence[_Learning], too_many: int | None) -> list[list[_Learning]]:
     """Those that can pass their base together, as many as have had room; who can't is alone."""
-    alike: dict[tuple[int, bool], list[_Learning]] = {}
+    alike: dict[tuple[int, int], list[_Learning]] = {}
     for one in learnings:
         alike.setdefault(one.key, []).append(one)
     return [part for group in alike.values() for part in _within(group, too_many)]

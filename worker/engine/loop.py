@@ -68,7 +68,7 @@ class TrainingLoop:
         args, forward = self.args, self.forward
         seed_streams(args.seed)
         if args.activation_checkpointing:
-            forward.recompute_blocks()
+            forward.recompute_blocks((args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         scaler = torch.amp.GradScaler(forward.device.type) if args.fp16 else None
         self.optimizer = ScaledOptimizer(make_optimizer(self.model, args, pages), scaler)

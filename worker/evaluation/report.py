@@ -11,6 +11,7 @@ from typing import Any
 
 from loractl.common.artifacts import FINAL, sha256_of
 from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.method import Checkpointing
 from loractl.common.job.spec import JobSpec
 from loractl.common.verdict import chose_step, report_verdict
 from loractl.worker.base.learner import Learner
@@ -46,7 +47,7 @@ class TrainingCourse:
     train_batch: int
     accumulation_steps: int
     eval_batch: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
     threads: int
     companions: tuple[int, ...] = ()  # jobs that trained in the same process meanwhile
 

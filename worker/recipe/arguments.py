@@ -44,14 +44,15 @@ def training_arguments(
     """
     t = spec.training
     on_gpu = order.device == "cuda"
+    recomputed = checkpoints_activations(spec, on_gpu=on_gpu)
     return TrainingArguments(
         **{name: getattr(t, name) for name in SAME_NAME} | _divided(order, t),
         output_dir=order.checkpoint_dir,
         num_train_epochs=t.num_train_epochs or 1,  # not checked when max_steps is set
         max_steps=t.max_steps or -1,
         per_device_eval_batch_size=spec.evaluation.per_device_eval_batch_size,
-        activation_checkpointing=checkpoints_activations(spec, on_gpu=on_gpu),
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=recomputed > 0,
+        activation_checkpointing_kwargs={"use_reentrant": False, "every_n_layers": recomputed or 1},
         warmup_steps=t.warmup_steps if t.warmup_steps < 1 else int(t.warmup_steps),
         lr_scheduler_kwargs=t.lr_scheduler_kwargs or None,
         optim=begun_with or optimizer_name(order.spec, order.method, on_gpu=on_gpu),

@@ -366,6 +366,7 @@ def _checks(run: Run, learner: Learner) -> CheckCache:
 def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_seconds: float) -> TrainingCourse:
     """What happened in the training, for the report."""
     recorder, best = callbacks.recorder, callbacks.best
+    recomputes = run.spec.training.gradient_checkpointing
     return TrainingCourse(
         first_step=recorder.first_step,
         steps=recorder.steps,
@@ -385,7 +386,7 @@ def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_s
         train_batch=arguments.per_device_train_batch_size // run.cards,
         accumulation_steps=arguments.gradient_accumulation_steps,
         eval_batch=arguments.per_device_eval_batch_size,
-        gradient_checkpointing=arguments.activation_checkpointing,
+        gradient_checkpointing=arguments.activation_checkpointing if recomputes is None else recomputes,
         threads=torch.get_num_threads(),
         companions=run.roster.met_by(run.order.job_id),
     )

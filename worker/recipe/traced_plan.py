@@ -93,12 +93,13 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean:
 
     model = build(config, spec, method)
     model.train()
-    if checkpoints_activations(spec):
+    if every := checkpoints_activations(spec):
         model.activation_checkpointing_enable(
             activation_checkpointing_kwargs={
                 "use_reentrant": False,
                 "context_fn": lambda: (contextlib.nullcontext(), _AsOnCuda()),  # recomputing runs outside of the mode
-            }
+            },
+            every_n_layers=every,
         )
     batch = spec.training.per_device_train_batch_size
     laid_rows = _rows(batch, tokens, spec.kind.halves)

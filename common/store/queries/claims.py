@@ -157,14 +157,18 @@ def _in_its_room(
     if joins and gains_more_in_a_pack(tokens_of(spec, None, job.data.get("path") or {}), placed.method):
         return placed
     most, rows = spec.resources.max_vram, spec.training.per_device_train_batch_size
-    forms = [
-        form
-        for form in Roomy.read(job.roomy).of(placed.method)
-        if form.micro_batch == rows or (node.kind == "nvml" and spec.training.effective_batch % form.micro_batch == 0)
-        if most is None or form.bytes <= most
-    ]
+    whole = Roomy.read(job.roomy).that(
+        lambda form: (
+            form.micro_batch == rows or (node.kind == "nvml" and spec.training.effective_batch % form.micro_batch == 0)
+        )
+    )
+    planned = Need(lora=job.planned.get("lora"), qlora=job.planned.get("qlora"))
+    forms = whole.with_half(Need(lora=job.vram_lora, qlora=job.vram_qlora), planned, rows)
+    forms = forms.that(lambda form: most is None or form.bytes <= most)
     card = next(card for card in cards if card.node == placed.node)
-    return with_room(placed, card, forms, lambda free: read_wanted(tx.session, tx.now(), job.job_id, free))
+    return with_room(
+        placed, card, forms.of(placed.method), lambda free: read_wanted(tx.session, tx.now(), job.job_id, free)
+    )
 
 
 def _at_limit(tx: Transaction, user: str, cards: Sequence[Card]) -> bool:
@@ -260,7 +264,7 @@ def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Se
     how = f", {placed.parallel.value} over {len(placed.shares)} cards" if placed.beside else ""
     adjustment, spec, room = asked.adjustment, asked.spec, ""
     if placed.form is not None:
-        adjustment = in_its_room(spec, adjustment, placed.form.micro_batch)
+        adjustment = in_its_room(spec, adjustment, placed.form)
         room = (
             f", {_in_words(spec, adjustment, placed.form, Need(lora=job.vram_lora, qlora=job.vram_qlora).of(method))}"
         )
@@ -292,13 +296,14 @@ def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Se
 
 
 def _in_words(spec: JobSpec, adjustment: Adjustment, form: RoomyForm, need: int | None) -> str:
-    """How an attempt trains that has the room to do without recomputing, for the history."""
+    """How an attempt trains that has the room to recompute less, for the history."""
     pieces, asked = adjusted(spec, adjustment).training, spec.training
     how = ""
     if form.micro_batch != asked.per_device_train_batch_size:
         rows = f"{form.micro_batch} row{'s' * (form.micro_batch > 1)} at once"
         how = f" in {rows}, accumulating {pieces.gradient_accumulation_steps} (same effective batch)"
-    return f"without recomputing{how}: {gib(form.bytes)} GiB instead of {gib(need)}, which no other job wants now"
+    less = "recomputing every second block alone" if form.half else "without recomputing"
+    return f"{less}{how}: {gib(form.bytes)} GiB instead of {gib(need)}, which no other job wants now"
 
 
 def _why_method(wanted: Method | Sequence[Method], taken: Method, need: Need) -> str:

@@ -263,9 +263,9 @@ class LeanPass:
         self.streams = streams or RandomStreams(self.device)
         self._lean = LeanModel(model.get_base_model(), precision)
 
-    def recompute_blocks(self) -> None:
-        """Hold a block's activations in the backward pass alone."""
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    def recompute_blocks(self, every: int = 1) -> None:
+        """Hold the activations of each block (1), or of every second one (2), in the backward pass alone."""
+        self.model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""

@@ -40,9 +40,9 @@ class PaddedPass:
         self._whole_windows = accepts_window(model)
         self._routed = getattr(model.config.get_text_config(), "output_router_logits", False)
 
-    def recompute_blocks(self) -> None:
-        """Hold a block's activations in the backward pass alone."""
-        self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    def recompute_blocks(self, every: int = 1) -> None:
+        """Hold the activations of each block (1), or of every second one (2), in the backward pass alone."""
+        self.model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""

@@ -122,18 +122,18 @@ class SharedBase:
                 if module is last and not _more_than(self._words, last):
                     self._head = self._product(path)
 
-    def learn(self, pieces: Sequence[Piece], *, recomputes: bool = False) -> list[torch.Tensor]:
+    def learn(self, pieces: Sequence[Piece], *, recomputes: int = 0) -> list[torch.Tensor]:
         """Leave the gradients of several micro-batches. Returns each one's share of its window's mean loss, in nats.
 
-        `recomputes`: blocks are computed again in the backward pass. Gradients that are there are added to. After an
-        error no stream has moved, but parts of gradients may be left.
+        `recomputes`: each block (1) or every second one (2) is computed again in the backward pass. Gradients that are
+        there are added to. After an error no stream has moved, but parts of gradients may be left.
         """
         laid = [RowsBehindEachOther.of(piece.batch.rows, self._lean.device) for piece in pieces]
         # Rows without a learned token leave no gradient; beside others they would leave zeros, which move an optimizer.
         learning = [n for n, rows in enumerate(laid) if len(rows.places)]
         losses = [torch.zeros((), device=self._lean.device) for _ in pieces]
         if learning:
-            self._recompute_blocks(on=recomputes)
+            self._recompute_blocks(recomputes)
             found = self._learn([pieces[n] for n in learning], [laid[n] for n in learning])
             for n, loss in zip(learning, found, strict=True):
                 losses[n] = loss
@@ -179,13 +179,17 @@ class SharedBase:
         ids, positions = (torch.cat([getattr(rows, name) for rows in laid], dim=1) for name in ("ids", "positions"))
         return self._lean.decoded(ids, positions)
 
-    def _recompute_blocks(self, *, on: bool) -> None:
-        if on and self._blocks is None:
+    def _recompute_blocks(self, every: int) -> None:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        if every and self._blocks is None:
             how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self._replayed}
             self._words.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
             self._blocks = [m for m in self._words.modules() if getattr(m, "gradient_checkpointing", False)]
-        for block in self._blocks or ():
-            block.gradient_checkpointing = on
+        layers = itertools.count()
+        for block in self._blocks or ():  # blocks, and the decoder around them, which then keeps no keys and values
+            skipped = isinstance(block, GradientCheckpointingLayer) and every > 0 and next(layers) % every > 0
+            block.gradient_checkpointing = every > 0 and not skipped
 
     def _replayed(self) -> tuple[Any, Any]:
         """Around a block, and around its recomputation, which draws what the block drew."""
@@ -247,11 +251,11 @@ class SharedPass(LeanPass):
         """`once`: finds out how this machine multiplies, where nobody has."""
         super().__init__(adapted, base.precision, smoothing, streams, loss=loss)
         self.base = base
-        self.recomputes = False
+        self.recomputes = 0
         base.take_in(adapted, once)
 
-    def recompute_blocks(self) -> None:
-        self.recomputes = True
+    def recompute_blocks(self, every: int = 1) -> None:
+        self.recomputes = every
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         return self.base.learn([self.piece(batch, backward)], recomputes=self.recomputes)[0]

@@ -57,7 +57,7 @@ class Follower:
         assert self._own is not None and self._part is not None
         match order["kind"]:
             case "recompute":
-                self._own.recompute_blocks()
+                self._own.recompute_blocks(order["every"])
             case "window":
                 self._scale = order["scale"]
                 self._part.begin_window()

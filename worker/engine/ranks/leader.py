@@ -46,10 +46,10 @@ class DividedPass:
         self._part = Part(own, link, lockstep=shards is not None)
         self._spread = False  # whether all have the leader's weights
 
-    def recompute_blocks(self) -> None:
-        """Hold a block's activations in the backward pass alone."""
-        self.link.order("recompute")
-        self.own.recompute_blocks()
+    def recompute_blocks(self, every: int = 1) -> None:
+        """Hold the activations of each block (1), or of every second one (2), in the backward pass alone."""
+        self.link.order("recompute", every=every)
+        self.own.recompute_blocks(every)
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients, those of the whole window with its last one. Returns the loss likewise."""

@@ -14,10 +14,16 @@ from loractl.common.job.adjustment import (
     next_adjustment,
     without_room,
 )  # fmt: skip
+from loractl.common.job.method import Checkpointing
+from loractl.common.job.need import RoomyForm
 from loractl.common.job.spec import JobSpec
 
 
-def job(batch: int = 8, accumulation: int = 4, checkpointing: bool | None = None) -> JobSpec:
+def form(rows: int, *, half: bool = False) -> RoomyForm:
+    return RoomyForm(micro_batch=rows, bytes=1, planned=1, half=half)
+
+
+def job(batch: int = 8, accumulation: int = 4, checkpointing: Checkpointing | None = None) -> JobSpec:
     training = {
         "per_device_train_batch_size": batch,
         "gradient_accumulation_steps": accumulation,
@@ -116,7 +122,7 @@ def test_the_history_says_what_did_not_fit_and_how_the_run_goes_on() -> None:
 
 def test_a_run_in_its_room_recomputes_first_in_its_own_micro_batches_and_is_halved_then() -> None:
     spec = job(4, 2)
-    roomy = in_its_room(spec, Adjustment(eval_batch=2), 1)
+    roomy = in_its_room(spec, Adjustment(eval_batch=2), form(1))
     assert roomy == Adjustment(micro_batch=1, accumulation=8, gradient_checkpointing=False, eval_batch=2)
     lower = next_adjustment(spec, roomy, on_gpu=True)
     assert lower == Adjustment(gradient_checkpointing=True, eval_batch=2)
@@ -127,11 +133,26 @@ def test_a_run_in_its_room_recomputes_first_in_its_own_micro_batches_and_is_halv
         "out of memory with 1 row at once: continues with gradient checkpointing and 4, accumulating 2 "
         "(same effective batch)"
     )
-    whole = in_its_room(spec, Adjustment(), 4)
+    whole = in_its_room(spec, Adjustment(), form(4))
     assert whole == Adjustment(gradient_checkpointing=False)
     back = next_adjustment(spec, whole, on_gpu=True)
     assert back is not None
     assert in_words(spec, whole, back) == "out of memory with 4 rows at once: continues with gradient checkpointing"
+
+
+def test_a_run_that_recomputes_every_second_block_recomputes_all_when_it_does_not_fit() -> None:
+    spec, asked = job(4, 2), job(1, 2, checkpointing="half")
+    given = in_its_room(spec, Adjustment(), form(1, half=True))
+    assert given == Adjustment(micro_batch=1, accumulation=8, gradient_checkpointing="half") and is_roomy(spec, given)
+    assert without_room(spec, given) == Adjustment()
+    lower = next_adjustment(spec, given, on_gpu=True)
+    assert lower == Adjustment(gradient_checkpointing=True)
+    assert in_words(spec, given, lower) == (
+        "out of memory with 1 row at once: continues with gradient checkpointing of every block and 4, accumulating 2 "
+        "(same effective batch)"
+    )
+    assert not is_roomy(asked, Adjustment()) and next_adjustment(asked, Adjustment(), on_gpu=False) == lower
+    assert next_adjustment(asked, lower, on_gpu=False) is None
 
 
 def test_the_room_is_one_attempt_s_and_what_a_person_refused_is_no_room() -> None:

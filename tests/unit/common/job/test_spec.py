@@ -190,7 +190,12 @@ def test_a_template_is_for_rows_with_turns(tmp_path: Path) -> None:
             "data has the whole base on each card, so auto takes one",
         ),
         ("resources: {time_limit: soon}", "resources.time_limit", '"soon" is not a duration; write it like 90s'),
-        ("training: {gradient_checkpointing: maybe}", "training.gradient_checkpointing", '"maybe" is not true'),
+        (
+            "training: {gradient_checkpointing: maybe}",
+            "training.gradient_checkpointing",
+            '"maybe" is not true, false or half',
+        ),
+        ("training: {gradient_checkpointing: 2}", "training.gradient_checkpointing", "2 is not true, false or half"),
         ("max_retries: -1", "max_retries", "-1 must be at least 0"),
     ],
 )

@@ -13,7 +13,7 @@ SAYS = {
     "0.2.0": "48a50bfd1e48d922",
     "0.3.0": "0f277c9850980f85",
     "0.4.0": "8da1736f550dff5b",
-    "0.5.0": "785abba19b904ea1",
+    "0.5.0": "f007df096048df82",
 }
 """Of each version a digest of the job file's keys and of the words that they take."""
 
@@ -31,7 +31,8 @@ def test_what_a_job_file_may_say_changes_only_with_the_version() -> None:
 def _words(part: Any) -> Iterator[str]:
     """The words of all choices in a JSON schema."""
     if isinstance(part, dict):
-        yield from (f"{part.get('title', '')}: {word}" for word in part.get("enum", ()))
+        words = (*part.get("enum", ()), *([part["const"]] if isinstance(part.get("const"), str) else []))
+        yield from (f"{part.get('title', '')}: {word}" for word in words)
         yield from (word for inner in part.values() for word in _words(inner))
     elif isinstance(part, list):
         yield from (word for inner in part for word in _words(inner))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Roomy, RoomyForm
+from loractl.common.job.method import Checkpointing, Method
+from loractl.common.job.need import Need, Roomy, RoomyForm
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.correction import GROWTH, LIKE_IT_SPARE, Measured, learned, learned_roomy
 from loractl.common.memory.plan import predict
@@ -60,8 +60,42 @@ def test_exact_mode_keeps_its_micro_batches(base: Path) -> None:
     assert [form.micro_batch for form in plan_roomy(job(base, exact=True)).qlora] == [4]
 
 
-@pytest.mark.parametrize("asked", [True, False])
-def test_a_job_that_says_whether_it_recomputes_has_no_other_form(asked: bool, base: Path) -> None:
+@pytest.mark.parametrize("sizes", [{}, {"num_hidden_layers": 33}, {"model_type": "gemma2", "head_dim": 128}])
+@pytest.mark.parametrize("asked", [{}, {"exact": True}, {"per_device_train_batch_size": 1}, {"optim": "adamw_torch"}])
+@pytest.mark.parametrize("length", [64, 4096])
+def test_with_half_of_the_blocks_recomputed_a_job_takes_no_more_than_the_middle(
+    length: int, asked: dict[str, Any], sizes: dict[str, Any], base: Path
+) -> None:
+    (base / "config.json").write_text(json.dumps(LLAMA_8B | sizes))
+    spec = job(base, length=length, **asked)
+    need, rows = predict(spec), spec.training.per_device_train_batch_size
+    last = plan_roomy(spec).with_half(need, need, rows).lora[-1]
+    half = predict(
+        job(
+            base,
+            length=length,
+            gradient_checkpointing="half",
+            **asked | {"per_device_train_batch_size": last.micro_batch},
+        )
+    )
+    assert last.half and last.bytes == last.planned
+    assert half.lora is not None and half.lora <= last.bytes
+    if last.micro_batch == rows:
+        assert half.lora > 0.9 * last.bytes, "the bound is near"
+
+
+def test_in_nf4_half_of_the_blocks_are_recomputed_in_the_job_s_own_micro_batch_alone(base: Path) -> None:
+    """Smaller ones dequantise the base again, which by count costs what they gain."""
+    for asked, found in (({}, [4, 2, 1]), ({"per_device_train_batch_size": 1}, [1, 1])):
+        spec = job(base, **asked)
+        forms = plan_roomy(spec).with_half(predict(spec), predict(spec), spec.training.per_device_train_batch_size)
+        assert [form.micro_batch for form in forms.qlora] == found
+        assert [form.micro_batch for form in forms.lora][-2:] == [1, 1] and forms.lora[-1].half
+    assert plan_roomy(spec).with_half(Need(lora=None, qlora=None), predict(spec), 1) == plan_roomy(spec)
+
+
+@pytest.mark.parametrize("asked", [True, False, "half"])
+def test_a_job_that_says_whether_it_recomputes_has_no_other_form(asked: Checkpointing, base: Path) -> None:
     assert plan_roomy(job(base, gradient_checkpointing=asked)) == Roomy()
 
 
@@ -73,6 +107,9 @@ def test_neither_a_processor_nor_an_unknown_base_has_one(base: Path, tmp_path: P
 def test_the_row_keeps_the_forms() -> None:
     found = Roomy(qlora=(RoomyForm(micro_batch=2, bytes=7, planned=6),))
     assert Roomy.read(found.as_json()) == found
+    with_half = found.with_half(need := Need(lora=1, qlora=1), need, 2)
+    assert with_half != found and Roomy.read(with_half.as_json()).qlora[0] == found.qlora[0]
+    assert with_half.with_half(need, need, 2) == with_half
     assert Roomy().as_json() is None and Roomy.read(None) == Roomy()
 
 

@@ -41,6 +41,14 @@ def test_a_job_alone_takes_the_fastest_form_that_its_card_holds(total: int, rows
     assert form_on(a_card(gib=total)) == rows
 
 
+@pytest.mark.parametrize(("max_jobs", "given"), [(1, True), (2, False)])
+def test_every_second_block_is_recomputed_only_where_no_other_job_may_come(max_jobs: int, given: bool) -> None:
+    """It gains too little for the room of one that comes later."""
+    half = replace(FORMS[-1], bytes=12 * GIB, half=True)
+    card = a_card(gib=16, max_jobs=max_jobs)
+    assert (with_room(placed_on(card), card, (*FORMS, half), nobody).form == half) is given
+
+
 def test_what_others_hold_or_the_owner_keeps_is_no_room() -> None:
     assert form_on(a_card(gib=80, margin=20 * GIB, outside=21 * GIB)) == 2
 

@@ -68,12 +68,30 @@ def test_on_a_smaller_card_it_takes_the_same_batch_in_smaller_pieces(store: Stor
     )
 
 
+def test_where_only_half_fits_every_second_block_is_recomputed(store: Store) -> None:
+    """The row has no such form: what it takes is the middle of the need and of the smallest form."""
+    show(store, 12, max_jobs=1)
+    job_id = queue(store)
+    mine = claim(store)
+    assert reserved(store, mine) == (11.5, True) and mine.vram_planned == int(11.5 * GIB)
+    assert mine.adjustment == Adjustment(micro_batch=1, accumulation=16, gradient_checkpointing="half")
+    started = store.jobs.events(job_id)[-1].text
+    assert started.endswith(
+        "recomputing every second block alone in 1 row at once, accumulating 16 (same effective batch): 11.5 GiB "
+        "instead of 8.0, which no other job wants now"
+    )
+    assert store.jobs.get(job_id).adjustment is None, "the room is this attempt's"
+    store.attempts.beat(mine, Progress(adjustment=Adjustment(gradient_checkpointing=True)))
+    assert store.jobs.get(job_id).adjustment == {"gradient_checkpointing": True}
+
+
 @pytest.mark.parametrize(
     "asked",
     [
         {"training": {"gradient_checkpointing": True}},
+        {"training": {"gradient_checkpointing": "half"}},
         {"training": {"gradient_checkpointing": False}},
-        {"resources": {"max_vram": "14GiB"}},
+        {"resources": {"max_vram": "11GiB"}},
     ],
 )
 def test_what_the_job_itself_says_holds(asked: dict[str, Any], store: Store) -> None:
@@ -180,10 +198,15 @@ def test_the_room_is_charged_to_nobody(timed: Store, clock: Clock) -> None:
 
 def test_a_simulated_card_never_changes_the_pieces(store: Store) -> None:
     """A processor trains there: its bits must not depend on who waits."""
-    show(store, 24, kind="sim")
+    show(store, 23.9, kind="sim")
     queue(store)
     mine = claim(store)
     assert (reserved(store, mine), mine.adjustment) == ((8, False), Adjustment())
+    store.attempts.finish(mine, Reason.OK, "done", NOTHING, RESULT)
+    show(store, 24, kind="sim", max_jobs=1)
+    queue(store)
+    mine = claim(store)
+    assert (reserved(store, mine), mine.adjustment) == ((24, True), Adjustment(gradient_checkpointing="half"))
     store.attempts.finish(mine, Reason.OK, "done", NOTHING, RESULT)
     show(store, 80, kind="sim")
     queue(store)

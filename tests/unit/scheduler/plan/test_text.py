@@ -109,7 +109,11 @@ def test_a_plan_says_what_the_job_takes_without_recomputing_and_when(plans: dict
         "Without recomputing it takes 40.0 GiB, 20.0 with 2 rows at once, 10.0 with 1 row at once (qlora): it has that "
         "room where it is alone on a card and no ready job wants it."
     ) in said
-    assert found.as_json()["methods"]["qlora"]["roomy"][1] == {"micro_batch": 2, "bytes": 20 * GIB}
+    assert found.as_json()["methods"]["qlora"]["roomy"][1] == {"micro_batch": 2, "bytes": 20 * GIB, "half": False}
+    fewer = need(plans, roomy=Roomy(qlora=(*forms, replace(forms[-1], bytes=7 * GIB, half=True))))
+    assert "10.0 with 1 row at once, 7.0 with 1 row at once and every second block recomputed (qlora)" in " ".join(
+        need_text(fewer, "x", PIPE).split()
+    )
     assert "recomputing" not in need_text(need(plans), "x", PIPE)
 
 

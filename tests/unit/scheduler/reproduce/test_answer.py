@@ -11,7 +11,7 @@ import pytest
 from loractl.common.errors import UsageError
 from loractl.common.fingerprint import fingerprint
 from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.method import Method
+from loractl.common.job.method import Checkpointing, Method
 from loractl.common.settings import load_settings
 from loractl.common.store.records import Claim, NodeState
 from loractl.common.store.store import Store
@@ -61,11 +61,14 @@ def test_what_was_left_to_the_worker_is_fixed_to_what_it_took(store: Store, tmp_
     assert fixed.lora == asked.lora and fixed.training.seed == 5 and fixed.dataset == asked.dataset
 
 
-def test_whether_it_recomputed_is_fixed_with_the_pieces_of_its_room(store: Store, tmp_path: Path) -> None:
-    room = Adjustment(micro_batch=2, accumulation=8, gradient_checkpointing=False)
-    told = {"gradient_checkpointing": False, "adjustment": room.as_json()}
+@pytest.mark.parametrize("recomputed", [False, "half"])
+def test_whether_it_recomputed_is_fixed_with_the_pieces_of_its_room(
+    recomputed: Checkpointing, store: Store, tmp_path: Path
+) -> None:
+    room = Adjustment(micro_batch=2, accumulation=8, gradient_checkpointing=recomputed)
+    told = {"gradient_checkpointing": recomputed, "adjustment": room.as_json()}
     repetition = again(store, tmp_path, report(training=told))
-    assert repetition.spec.training.gradient_checkpointing is False
+    assert repetition.spec.training.gradient_checkpointing == recomputed
     settings = load_settings({"LORACTL_HOME": str(tmp_path)})
     job_id = store.jobs.submit(submission_of(repetition, settings, store))
     claim = take(store, node="box:1")
