@@ -57,6 +57,12 @@ class PreferenceSpec(Section):
         return not REFERENCE_FREE & {*self.losses}
 
     @property
+    def answer_weight(self) -> float:
+        """The weight of the term that learns the chosen answers, token by token; 0: there is none."""
+        weights = dict(zip(self.losses, self.weights, strict=True))
+        return weights.get("sft", weights.get("orpo", 0.0))
+
+    @property
     def learns_prompts(self) -> bool:
         """Whether the term for the chosen answers learns the text before them as well, as orpo's does."""
         return "orpo" in self.losses

@@ -31,7 +31,7 @@ def plan_ways(
     """On how many cards the job may run. `planned`, `need`: of one card, the latter corrected by measured peaks, which
     corrects the others in proportion."""
     cards, wanted = spec.resources.cards, spec.resources.parallel
-    if cards == 1:
+    if cards == 1 or spec.kind.undivided(spec) is not None:
         return Ways()
     shape = read_shape(spec.base_model, spec.revision)
     if cards == "auto":

@@ -17,7 +17,7 @@ from loractl.worker.base.arithmetic import Precision, choose_precision, compute_
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.shared_heads import repeat_where_needed
 from loractl.worker.data.tokens import IGNORED, TokenRow
-from loractl.worker.engine.loss import BentLoss, LearnedTokens, MicroBatch
+from loractl.worker.engine.loss import UNSMOOTHED, BentLoss, LearnedTokens, MicroBatch, TokenLoss
 from loractl.worker.engine.optimizer import ScaledOptimizer
 from loractl.worker.engine.passes import product, varlen
 from loractl.worker.engine.passes.choice import shared_base
@@ -146,12 +146,12 @@ def learners_of(case: Case, base: Any, precision: Precision) -> list[Any]:
         model = _adapted(base, spec, case.method)
         if case.way == "padded":
             compute_in(model, precision)
-            return [_recomputing(case, PaddedPass(model, 0, 0.0, loss=_loss(case)))]
+            return [_recomputing(case, PaddedPass(model, 0, loss=_loss(case)))]
         return [_recomputing(case, LeanPass(model, precision, loss=_loss(case)))]
     shared = shared_base(base, precision)
     assert shared is not None
     views = [_adapted(shared.view(), spec, case.method) for _ in range(case.members)]
-    losses = [_loss(case), *[None] * (len(views) - 1)]
+    losses = [_loss(case), *[UNSMOOTHED] * (len(views) - 1)]
     passes = [SharedPass(shared, view, loss=loss) for view, loss in zip(views, losses, strict=True)]
     return [_recomputing(case, one) for one in passes]
 
@@ -167,8 +167,8 @@ class RowLoss(BentLoss):
         return -torch.nn.functional.logsigmoid(own).sum()
 
 
-def _loss(case: Case) -> BentLoss | None:
-    return RowLoss() if case.bends else None
+def _loss(case: Case) -> TokenLoss:
+    return RowLoss() if case.bends else UNSMOOTHED
 
 
 def _adapted(base: Any, spec: JobSpec, method: Method) -> Any:

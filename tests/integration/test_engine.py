@@ -26,6 +26,7 @@ from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.protocol.marker import MARKER
 from loractl.worker.protocol.messages import Note, Stepped
 from loractl.worker.recipe.arguments import training_arguments
+from loractl.worker.recipe.kinds import trained_kind
 
 from .conftest import Recipe
 from .test_out_of_memory import make_order
@@ -112,7 +113,8 @@ class Case:
         def made() -> PaddedPass:
             model, noise = self.model(), arguments.neftune_noise_alpha
             compute_in(model, self.precision)
-            return PaddedPass(model, PAD, arguments.label_smoothing_factor, session.streams, noise=noise)
+            loss = trained_kind(self.spec).loss(self.spec)
+            return PaddedPass(model, PAD, session.streams, noise=noise, loss=loss)
 
         rows = MemberRows(train=self.rows, held_out=self.held_out)
         return TrainingLoop(session, session.run(made), arguments, rows, callbacks)

@@ -29,6 +29,7 @@ from loractl.worker.recipe.run import Run
 from ..gangs import Trained, orders_of, train_on
 from ..models import write_helpdesk
 from .test_out_of_memory import make_order
+from .test_preferences import pairs
 
 NONE, DATA, SHARDED = Parallel.NONE, Parallel.DATA, Parallel.SHARDED
 UNEVEN: dict[str, Any] = {
@@ -41,15 +42,19 @@ UNEVEN: dict[str, Any] = {
 class Case:
     """One training, on one rank or on several, for which it leaves a folder each."""
 
-    def __init__(self, model: Path, folder: Path, *, method: str = "lora", **training: Any) -> None:
-        self._model, self._folder, self._method, self._training = model, folder, method, training
-        self._data = write_helpdesk(folder / "data.jsonl", 23)
+    def __init__(
+        self, model: Path, folder: Path, *, method: str = "lora", job: dict[str, Any] | None = None, **training: Any
+    ) -> None:
+        self._model, self._folder, self._method, self._job, self._training = model, folder, method, job, training
+        data = folder / "data.jsonl"
+        self._data = pairs(data, 23) if job and job.get("task_type") == "preference" else write_helpdesk(data, 23)
 
     def order(self, name: str, resume: str | None = None, samples: int = 0) -> Start:
         earlier = self._folder / resume if resume else None
         order = make_order(
-            self._folder / name, self._model, self._data, method=self._method, resume=earlier, **self._training
-        )
+            self._folder / name, self._model, self._data, method=self._method, resume=earlier, job=self._job,
+            **self._training,
+        )  # fmt: skip
         quiet = order.spec.evaluation.model_copy(update={"samples": samples})
         return order.model_copy(update={"spec": order.spec.model_copy(update={"evaluation": quiet})})
 
@@ -73,6 +78,32 @@ def test_two_ranks_train_as_one_does(tiny_model: Path, tmp_path: Path) -> None:
     case = Case(tiny_model, tmp_path, **UNEVEN)
     one, whole = case.on(NONE)
     for kind in (DATA, SHARDED):
+        two, divided = case.on(kind)
+        assert two.losses == pytest.approx(one.losses, abs=1e-5) and len(one.losses) == 5
+        assert two.held_out == pytest.approx(one.held_out, abs=1e-5) and len(one.held_out) == 3
+        assert apart(whole, divided) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "asked, kinds",
+    [
+        ({}, (DATA, SHARDED)),
+        pytest.param({"loss_type": "simpo"}, (DATA,), marks=pytest.mark.long),
+        pytest.param(
+            {"loss_type": ["ipo", "hinge"], "loss_weights": [1, 0.5]}, (DATA, SHARDED), marks=pytest.mark.long
+        ),
+        pytest.param({"loss_type": "robust", "label_smoothing": 0.1}, (SHARDED,), marks=pytest.mark.long),
+    ],
+)
+@pytest.mark.parametrize("exact", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_two_ranks_learn_from_pairs_as_one_does(
+    tiny_model: Path, tmp_path: Path, asked: dict[str, Any], kinds: tuple[Parallel, ...], *, exact: bool
+) -> None:
+    """Each rank with its rows, and with what the reference makes of them, at a beta where that counts."""
+    job = {"task_type": "preference", "preference": {"beta": 0.5, **asked}}
+    case = Case(tiny_model, tmp_path, job=job, **UNEVEN | {"exact": exact})
+    one, whole = case.on(NONE)
+    for kind in kinds:
         two, divided = case.on(kind)
         assert two.losses == pytest.approx(one.losses, abs=1e-5) and len(one.losses) == 5
         assert two.held_out == pytest.approx(one.held_out, abs=1e-5) and len(one.held_out) == 3

@@ -35,6 +35,7 @@ from loractl.worker.engine.passes.shared import SharedPass
 from loractl.worker.engine.streams import seed_streams
 from loractl.worker.evaluation.row_losses import score_rows
 from loractl.worker.protocol.messages import Note, Planned, Stepped
+from loractl.worker.recipe.kinds import trained_kind
 
 from .conftest import Recipe
 from .test_engine import PAD, rows
@@ -117,7 +118,7 @@ def apart(ours: tuple[float, list[torch.Tensor]], theirs: tuple[float, list[torc
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lean_step_of_a_family_learns_what_a_padded_one_does(family: str) -> None:
     model = adapted(base_of(family), spec_of())
-    lean, padded = LeanPass(model, FP32), PaddedPass(model, PAD, 0.0)
+    lean, padded = LeanPass(model, FP32), PaddedPass(model, PAD)
     assert rows_together(lean, 40) is None
     assert apart(learned(lean, rows(5)), learned(padded, rows(5))) < 1e-5
     with evaluating(model):
@@ -180,19 +181,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_lean_step_with_an_option_learns_what_a_padded_one_does(tiny_model: Path, name: str) -> None:
     spec = spec_of(**SETTINGS[name])
-    attention, smoothing = spec.training.attn_implementation, spec.training.label_smoothing_factor
+    attention, loss = spec.training.attn_implementation, trained_kind(spec).loss(spec)
     model = adapted(load_base(str(tiny_model), Method.LORA, "cpu", FP32, attention=attention), spec)
     if spec.training.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     some = pack(rows(7), 64) if spec.training.packing else rows(7)
-    ours, theirs = learned(LeanPass(model, FP32, smoothing), some), learned(PaddedPass(model, PAD, smoothing), some)
+    ways = LeanPass(model, FP32, loss=loss), PaddedPass(model, PAD, loss=loss)
+    ours, theirs = (learned(way, some) for way in ways)
     assert apart(ours, theirs) < 1e-5
 
 
 def test_a_lean_step_on_nf4_learns_what_a_padded_one_does(tiny_model: Path) -> None:
     spec = spec_of("qlora", training={"dtype": "float32"})
     model = adapted(load_base(str(tiny_model), Method.QLORA, "cpu", FP32), spec)
-    assert apart(learned(LeanPass(model, FP32), rows(5)), learned(PaddedPass(model, PAD, 0.0), rows(5))) < 1e-5
+    assert apart(learned(LeanPass(model, FP32), rows(5)), learned(PaddedPass(model, PAD), rows(5))) < 1e-5
 
 
 def test_the_rest_of_an_nf4_base_keeps_its_16_bit_and_is_fp32_in_exact_mode(tiny_model: Path) -> None:
@@ -268,7 +270,7 @@ def test_a_held_out_loss_has_no_part_for_a_router() -> None:
     with evaluating(model):
         plain = LeanPass(model, FP32).held_out_loss(rows(3))
         model.config.output_router_logits = True
-        assert PaddedPass(model, PAD, 0.0).held_out_loss(rows(3)) == pytest.approx(plain, rel=1e-5)
+        assert PaddedPass(model, PAD).held_out_loss(rows(3)) == pytest.approx(plain, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +322,7 @@ def test_adapted_experts_train_alone_and_leave_the_shared_base_to_others(tiny_mo
     before = learned(other, rows(5))
     forward, why = forward_of()
     assert type(forward) is LeanPass and why is not None and why.endswith("is not a plain linear layer")
-    assert apart(learned(forward, rows(5)), learned(PaddedPass(forward.model, PAD, 0.0), rows(5))) < 1e-5
+    assert apart(learned(forward, rows(5)), learned(PaddedPass(forward.model, PAD), rows(5))) < 1e-5
     assert type(other) is SharedPass and apart(learned(other, rows(5)), before) == 0
 
 

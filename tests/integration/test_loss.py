@@ -146,7 +146,7 @@ def lean(loss: TokenLoss) -> LeanPass:
 
 
 def padded(loss: TokenLoss) -> PaddedPass:
-    return PaddedPass(adapted(base_of("Llama"), spec_of()), PAD, 0.0, loss=loss)
+    return PaddedPass(adapted(base_of("Llama"), spec_of()), PAD, loss=loss)
 
 
 def shared(loss: TokenLoss) -> SharedPass:

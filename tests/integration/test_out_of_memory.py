@@ -96,9 +96,10 @@ def make_order(
     resume: Path | None = None,
     lora: dict[str, Any] | None = None,
     samples: int = 2,
+    job: dict[str, Any] | None = None,
     **training: Any,
 ) -> Start:
-    """An order on the CPU; what it leaves behind comes under `folder`."""
+    """An order on the CPU; what it leaves behind comes under `folder`. `job`: keys beside the usual sections."""
     spec = JobSpec.model_validate(
         {
             "name": "tiny",
@@ -108,6 +109,7 @@ def make_order(
             "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **(lora or {})},
             "training": {"max_steps": 4, "logging_steps": 1, "save_steps": 2, **training},
             "evaluation": {"samples": samples, "max_new_tokens": 4},
+            **(job or {}),
         }
     )
     (folder / "result").mkdir(parents=True)

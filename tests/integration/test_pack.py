@@ -27,6 +27,7 @@ from loractl.worker.engine.passes import row_attention as rows_apart
 from loractl.worker.engine.passes import wide
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.shared import SharedBase, SharedPass
+from loractl.worker.recipe.kinds import trained_kind
 
 from ..models import make_tiny_model
 from .test_engine import Case, Course, Watch
@@ -71,7 +72,7 @@ class Lab:
     ) -> TrainingLoop:
         """A training on the lab's base. Those of one name and seed are the same training."""
         case = self._case(name, settings)
-        seed, loss = case.spec.training.seed, None
+        seed, loss = case.spec.training.seed, trained_kind(case.spec).loss(case.spec)
         learned = MemberRows(
             train=rows(9, seed, mute=seed == MUTE, lengths=self.lengths),
             held_out=rows(5, seed + 100, lengths=self.lengths),
@@ -86,8 +87,7 @@ class Lab:
             for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
                 parameter.data.normal_(std=0.05)  # else the first factor has no gradient in the first step
             compute_in(model, case.precision)
-            smoothing = case.spec.training.label_smoothing_factor
-            return SharedPass(self.base, model, smoothing, session.streams, loss=loss)
+            return SharedPass(self.base, model, session.streams, loss=loss)
 
         return TrainingLoop(session, session.run(made), case.arguments(), learned, (Watch(course), *more))
 

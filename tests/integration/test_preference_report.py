@@ -88,7 +88,7 @@ def made(tiny_model: Path, tmp_path: Path) -> Made:
                 torch.nn.init.normal_(weights.data, std=0.3)
         learner = Learner(model=model, tokenizer=tokenizer, precision=FP32)
         if lean:
-            learner = replace(learner, scorer=LeanPass(model, FP32, 0.0))
+            learner = replace(learner, scorer=LeanPass(model, FP32))
         held, last = files["eval_path"], files["final_path"]
         data = prepare_data(spec.dataset, files["path"], held, None, tokenizer, None, final_path=last)
         return learner, data, spec

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from loractl.common.job.sections import TaskType
 from loractl.worker.data.tokens import IGNORED, TokenRow
 
 Backward = Callable[[torch.Tensor], None]
@@ -111,6 +110,13 @@ class BentLoss(ABC):
     def meet(self, rows: Sequence[TokenRow]) -> None:  # noqa: B027  most need to know nothing
         """Before rows are passed: find out what must be known of them, which may pass the model without a graph."""
 
+    def known(self, rows: Sequence[TokenRow]) -> list[Any]:
+        """What it has found out about rows that it has met, as JSON, for another process that learns from them."""
+        return []
+
+    def take(self, rows: Sequence[TokenRow], known: list[Any]) -> None:  # noqa: B027  the same
+        """In place of meeting them: what another process's loss knows of rows."""
+
     @abstractmethod
     def count(self, rows: Sequence[TokenRow]) -> int:
         """What the loss of some rows is divided by, such as pairs; 0 where nothing of them is learned."""
@@ -133,6 +139,8 @@ class BentLoss(ABC):
         return self.summed(-losses, tokens) / count
 
 
+UNSMOOTHED = CrossEntropy()
+
 TokenLoss = CrossEntropy | BentLoss
 Loss = TokenLoss | LabelLoss
 
@@ -141,12 +149,6 @@ def meet(loss: Loss, rows: Sequence[TokenRow]) -> None:
     """Let a loss know the rows that are passed next."""
     if isinstance(loss, BentLoss):
         loss.meet(rows)
-
-
-def own_loss(model: Any, smoothing: float) -> Loss:
-    """What an adapted model learns from where nobody says: a classifier its labels, another one its tokens."""
-    classifies = any(config.task_type == TaskType.SEQ_CLS.value for config in model.peft_config.values())
-    return LabelLoss(smoothing=smoothing) if classifies else CrossEntropy(smoothing=smoothing)
 
 
 def smoothed(logits: torch.Tensor, labels: torch.Tensor, learned: torch.Tensor, smoothing: float) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -47,7 +49,7 @@ def margins(asked: PreferenceSpec, pairs: Pairs) -> torch.Tensor:
 
 
 def pair_losses(asked: PreferenceSpec, pairs: Pairs, reference: Pairs | None) -> torch.Tensor:
-    """The loss of each pair, of shape (pairs,), without terms for the chosen answers (see `answer_weight`).
+    """The loss of each pair, of shape (pairs,), without terms for the chosen answers (`asked.answer_weight`).
 
     `reference`: what the model that the adapter must stay near makes of the same pairs. Formulas: TRL 1.16's.
     """
@@ -56,12 +58,6 @@ def pair_losses(asked: PreferenceSpec, pairs: Pairs, reference: Pairs | None) ->
         if name in _LOSSES:
             total = total + weight * _LOSSES[name](asked, pairs, reference or pairs)
     return total
-
-
-def answer_weight(asked: PreferenceSpec) -> float:
-    """The weight of the term that learns the chosen answers, token by token; 0: there is none."""
-    weights = dict(zip(asked.losses, asked.weights, strict=True))
-    return weights.get("sft", weights.get("orpo", 0.0))
 
 
 def _delta(pairs: Pairs, reference: Pairs) -> torch.Tensor:
@@ -154,6 +150,29 @@ class PairReference(Protocol):
         """The summed log-probabilities of a pair's answers, in nats, of a row that it has met."""
 
 
+Scores = dict[bytes, tuple[float, float]]
+"""Summed log-probabilities of a pair's answers, chosen and rejected, by what the row is."""
+
+
+def row_key(row: TokenRow) -> bytes:
+    """What a row is: another one with the same number has other tokens."""
+    said = array("l", (*row.input_ids, -1, *row.starts, -1, *row.labels)).tobytes()
+    return hashlib.blake2b(said, digest_size=16).digest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToldReference:
+    """Scores that another process has found."""
+
+    scores: Scores
+
+    def meet(self, rows: Sequence[TokenRow]) -> None:
+        pass
+
+    def of(self, row: TokenRow) -> tuple[float, float]:
+        return self.scores[row_key(row)]
+
+
 class PairLoss(BentLoss):
     """The mean over pairs of the losses that a job names."""
 
@@ -169,6 +188,13 @@ class PairLoss(BentLoss):
         if self.reference is not None:
             self.reference.meet(rows)
 
+    def known(self, rows: Sequence[TokenRow]) -> list[tuple[float, float]]:
+        return [] if self.reference is None else [self.reference.of(row) for row in rows]
+
+    def take(self, rows: Sequence[TokenRow], known: list[tuple[float, float]]) -> None:
+        if self.asked.has_reference:
+            self.reference = ToldReference(scores={row_key(row): found for row, found in zip(rows, known, strict=True)})
+
     @property
     def held_out(self) -> PairLoss:
         return PairLoss(self.asked, self.reference, by_pair=True)
@@ -176,7 +202,7 @@ class PairLoss(BentLoss):
     def summed(self, logp: torch.Tensor, tokens: LearnedTokens) -> torch.Tensor:
         pairs = pairs_of(logp, tokens.rows)
         total = pair_losses(self.asked, pairs, self._reference(pairs, tokens.rows)).sum()
-        if not (weight := answer_weight(self.asked)):
+        if not (weight := self.asked.answer_weight):
             return total
         if self._by_pair:
             return total - weight * (pairs.learned / pairs.learned_tokens).sum()

@@ -19,7 +19,7 @@ from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
-from loractl.worker.engine.pairs import Pairs, answer_weight, margins, pair_losses
+from loractl.worker.engine.pairs import Pairs, margins, pair_losses
 
 from .answers import Answer, answer_metrics, side_by_side, words
 from .comparison import Compared, Measure, percent
@@ -115,7 +115,7 @@ def pair_row_losses(asked: PreferenceSpec, scores: tuple[PairScores, PairScores]
     near = scores[0].pairs
 
     def losses(of: PairScores) -> Array:
-        pairs, weight = of.pairs, answer_weight(asked)
+        pairs, weight = of.pairs, asked.answer_weight
         found = pair_losses(asked, pairs, near)
         return np.asarray((found - weight * pairs.learned / pairs.learned_tokens if weight else found).numpy())
 

@@ -112,9 +112,9 @@ def _prepared(run: Run) -> Follower:
     compute_in(model, precision)
 
     def make_pass(lean: bool, noise: float | None) -> OwnPass:
-        smoothing = spec.training.label_smoothing_factor
+        loss = run.kind.loss(spec)
         if lean:
-            return LeanPass(model, precision, smoothing)
-        return PaddedPass(model, told["pad"], smoothing, compiled=spec.training.torch_compile, noise=noise)
+            return LeanPass(model, precision, loss=loss)
+        return PaddedPass(model, told["pad"], compiled=spec.training.torch_compile, noise=noise, loss=loss)
 
     return Follower(model, gang.link, gang.shards, make_pass)

@@ -22,7 +22,7 @@ from loractl.worker.base.learner import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loss import BentLoss, Loss, classified
+from loractl.worker.engine.loss import CrossEntropy, LabelLoss, Loss, classified
 from loractl.worker.engine.pairs import PairLoss
 from loractl.worker.evaluation.classifier import classify, evaluate_classifier
 from loractl.worker.evaluation.evaluation import Evaluation, Work, evaluate
@@ -59,9 +59,9 @@ class TrainedKind(ABC):
         """A head in place of the base's own; None: the base keeps its."""
         return None
 
-    def loss(self, spec: JobSpec) -> BentLoss | None:
-        """What is learned from rows; None: the model's own loss, by tokens or labels."""
-        return None
+    @abstractmethod
+    def loss(self, spec: JobSpec) -> Loss:
+        """What is learned from rows."""
 
     def refer(self, loss: Loss, learner: Learner, known: Callable[[str], dict[Any, Any]]) -> None:  # noqa: B027
         """Give a loss its reference model. `known`: what trainings of this process know of a thing."""
@@ -109,6 +109,9 @@ class TrainedKind(ABC):
 class TrainedAnswers(TrainedKind):
     """Answers and texts. The base keeps its own head, and is the model with its adapter switched off."""
 
+    def loss(self, spec: JobSpec) -> Loss:
+        return CrossEntropy(smoothing=spec.training.label_smoothing_factor)
+
     def answers(self, spec: JobSpec, data: PreparedData) -> int:
         return min(spec.evaluation.samples, len(data.held_out_examples))
 
@@ -142,7 +145,7 @@ class TrainedPreferences(TrainedAnswers):
 
     from_ancestor = True
 
-    def loss(self, spec: JobSpec) -> BentLoss:
+    def loss(self, spec: JobSpec) -> Loss:
         return PairLoss(spec.preference)
 
     def refer(self, loss: Loss, learner: Learner, known: Callable[[str], dict[Any, Any]]) -> None:
@@ -174,6 +177,9 @@ class TrainedClasses(TrainedKind):
 
     def head(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> Head:
         return Head(labels=data.label_names, pad=tokenizer.pad_token_id, seed=spec.training.seed)
+
+    def loss(self, spec: JobSpec) -> Loss:
+        return LabelLoss(smoothing=spec.training.label_smoothing_factor)
 
     def misfit(self, data: PreparedData, stored: Path) -> str | None:
         if (known := read_labels(stored)) == data.label_names:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-from array import array
 from collections.abc import Sequence
 
 from loractl.common.job.sections import DataFormat
@@ -12,11 +10,9 @@ from loractl.worker.base.arithmetic import random_streams_kept
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.pairs import Scores, row_key
 from loractl.worker.evaluation.evaluation import measuring
 from loractl.worker.evaluation.row_losses import score_rows
-
-Known = dict[bytes, tuple[float, float]]
-"""Summed log-probabilities of a pair's answers, chosen and rejected, by what the row is."""
 
 
 class FrozenReference:
@@ -26,11 +22,11 @@ class FrozenReference:
     scores.
     """
 
-    def __init__(self, learner: Learner, known: Known) -> None:
+    def __init__(self, learner: Learner, known: Scores) -> None:
         self._learner, self._known = learner, known
 
     def meet(self, rows: Sequence[TokenRow]) -> None:
-        new = {key: row for row in rows if (key := _key(row)) not in self._known}
+        new = {key: row for row in rows if (key := row_key(row)) not in self._known}
         if not new:
             return
         texts = [form_of(DataFormat.PREFERENCE).texts(row) for row in new.values()]
@@ -48,10 +44,4 @@ class FrozenReference:
         return summed
 
     def of(self, row: TokenRow) -> tuple[float, float]:
-        return self._known[_key(row)]
-
-
-def _key(row: TokenRow) -> bytes:
-    """What a row is: another one with the same number has other tokens."""
-    said = array("l", (*row.input_ids, -1, *row.starts, -1, *row.labels)).tobytes()
-    return hashlib.blake2b(said, digest_size=16).digest()
+        return self._known[row_key(row)]

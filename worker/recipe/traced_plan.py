@@ -118,11 +118,11 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean:
         held = live.now - weights - adapter
         rows = torch.zeros((batch, tokens), dtype=torch.int64)
         count = torch.tensor(1)
-        loss = trained_kind(spec).loss(spec) if lean else None
-        passing, learned = LeanPass(model, precision, loss=loss), list[torch.Tensor]()
+        passing = LeanPass(model, precision, loss=trained_kind(spec).loss(spec)) if lean else None
+        learned = list[torch.Tensor]()
 
         def step() -> None:
-            if lean:
+            if passing is not None:
                 passing.learn_rows(laid, 1, torch.autograd.backward, laid_rows)
                 return
             inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}

@@ -64,6 +64,10 @@ class TaskKind:
         """ "key: sentence" for each key that means nothing for the kind."""
         yield from ()
 
+    def undivided(self, spec: Sections) -> str | None:
+        """Why several cards can't share the job; None: they can."""
+        return None
+
     def idle(self, spec: Sections) -> Iterator[str]:
         """The same for keys of a job file that would have no effect, which a stored spec may have."""
         if spec.preference != PreferenceSpec():

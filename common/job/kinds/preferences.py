@@ -35,7 +35,6 @@ class Preferences(TaskKind):
             ("lora", {"lora_dropout": 0.0}),
             ("training", {"learning_rate": LEARNING_RATE}),
             ("evaluation", {"metrics": list(MEASURED)}),
-            ("resources", {"cards": 1}),
         ):
             section = value.get(name, {})
             if isinstance(section, dict):
@@ -62,8 +61,6 @@ class Preferences(TaskKind):
             yield "training.packing: a pair is one row already; set packing: false"
         if training.label_smoothing_factor:
             yield "training.label_smoothing_factor: smooths answers' tokens; pairs have preference.label_smoothing"
-        if spec.resources.cards != 1:
-            yield "resources.cards: a job that learns from pairs trains on one card; leave it out"
         if spec.evaluation.regression is not None:
             yield "evaluation.regression: pairs have no loss that other rows share; leave it out"
         names = asked.losses
@@ -77,6 +74,11 @@ class Preferences(TaskKind):
             yield f"preference.loss_type: {', '.join(names)}: one compares with the base and one does not; take one"
         if names == ("sft",):
             yield "preference.loss_type: sft alone learns chosen answers; task_type: CAUSAL_LM does that"
+
+    def undivided(self, spec: Sections) -> str | None:
+        if not spec.preference.answer_weight:
+            return None
+        return "sft and orpo take the mean over a micro-batch's answers, which several cards would divide"
 
     def idle(self, spec: Sections) -> Iterator[str]:
         gamma = PreferenceSpec.model_fields["simpo_gamma"].default

@@ -14,7 +14,7 @@ from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.learner import Learner
 from loractl.worker.base.source import first_line
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loss import BentLoss
+from loractl.worker.engine.loss import UNSMOOTHED, Loss
 from loractl.worker.engine.streams import RandomStreams
 
 from . import wide
@@ -78,17 +78,16 @@ def forward_pass(
     shared: SharedBase | None = None,
     streams: RandomStreams | None = None,
     once: Once[str | None] | None = None,
-    loss: BentLoss | None = None,
+    loss: Loss = UNSMOOTHED,
 ) -> tuple[LeanPass | PaddedPass, str | None]:
     """The forward pass of a job whose longest row has so many tokens; and where the job did not ask for that, why it is
     the padded one, or with `shared` why it passes the base alone. `shared`: the base that the learner's model is a view
     of. `streams`: that it draws from. `once` finds out what is wrong with rows of the base, where nobody has; None:
-    nothing is known of it. `loss`: None for the model's own, smoothed as the job asks."""
+    nothing is known of it."""
     training = spec.training
     padded = PaddedPass(
         learner.model,
         learner.tokenizer.pad_token_id,
-        training.label_smoothing_factor,
         streams,
         compiled=training.torch_compile,
         noise=training.neftune_noise_alpha,
@@ -102,12 +101,12 @@ def forward_pass(
     alone = None
     if shared is not None:
         try:
-            together = SharedPass(shared, learner.model, training.label_smoothing_factor, streams, once, loss=loss)
+            together = SharedPass(shared, learner.model, streams, once, loss=loss)
             if (alone := _fault(together, spec, longest, once)) is None:
                 return together, None
         except CantShare as error:
             alone = str(error)
-    lean = LeanPass(learner.model, learner.precision, training.label_smoothing_factor, streams, loss=loss)
+    lean = LeanPass(learner.model, learner.precision, streams, loss=loss)
     why = _fault(lean, spec, longest, once)
     return (lean, alone) if why is None else (padded, why)
 

@@ -23,7 +23,17 @@ from loractl.common.memory.step import HEAD_CHUNK
 from loractl.worker.base.arithmetic import AMP, Precision, random_streams_kept
 from loractl.worker.base.learner import ScoredTokens
 from loractl.worker.data.tokens import IGNORED, TokenRow
-from loractl.worker.engine.loss import Backward, BentLoss, CrossEntropy, LearnedTokens, MicroBatch, TokenLoss
+from loractl.worker.engine.loss import (
+    UNSMOOTHED,
+    Backward,
+    BentLoss,
+    CrossEntropy,
+    LabelLoss,
+    LearnedTokens,
+    Loss,
+    MicroBatch,
+    TokenLoss,
+)
 from loractl.worker.engine.streams import RandomStreams
 
 from . import wide
@@ -250,16 +260,15 @@ class LeanPass:
         self,
         model: Any,
         precision: Precision,
-        smoothing: float = 0.0,
         streams: RandomStreams | None = None,
         *,
-        loss: TokenLoss | None = None,
+        loss: Loss = UNSMOOTHED,
     ) -> None:
-        """`streams`: that the training draws from; None: it has them to itself. `loss`: None for cross-entropy with
-        labels smoothed by `smoothing`."""
+        """`streams`: that the training draws from; None: it has them to itself."""
         self.model = model
         self.device: torch.device = model.device
-        self.loss = CrossEntropy(smoothing=smoothing) if loss is None else loss
+        assert not isinstance(loss, LabelLoss), "a classifier's rows are padded"
+        self.loss: TokenLoss = loss
         self.streams = streams or RandomStreams(self.device)
         self._lean = LeanModel(model.get_base_model(), precision)
 

@@ -10,7 +10,7 @@ import torch
 
 from loractl.worker.data.collation import collate, inputs_of
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loss import Backward, CrossEntropy, Loss, MicroBatch, accepts_window, own_loss
+from loractl.worker.engine.loss import UNSMOOTHED, Backward, CrossEntropy, Loss, MicroBatch, accepts_window
 from loractl.worker.engine.streams import RandomStreams
 
 
@@ -21,20 +21,18 @@ class PaddedPass:
         self,
         model: Any,
         pad: int,
-        smoothing: float,
         streams: RandomStreams | None = None,
         *,
         compiled: bool = False,
         noise: float | None = None,
-        loss: Loss | None = None,
+        loss: Loss = UNSMOOTHED,
     ) -> None:
-        """`streams`: that the training draws from; None: it has them to itself. `noise`: NEFTune's alpha. `loss`: None
-        for the model's own, with labels smoothed by `smoothing`."""
+        """`streams`: that the training draws from; None: it has them to itself. `noise`: NEFTune's alpha."""
         self.model = model
         self.device: torch.device = model.device
         self.streams = streams or RandomStreams(self.device)
         self._pad = pad
-        self.loss = own_loss(model, smoothing) if loss is None else loss
+        self.loss = loss
         self._noise = noise
         self._learner = torch.compile(model, backend="inductor") if compiled else model
         self._whole_windows = accepts_window(model)

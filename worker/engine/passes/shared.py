@@ -21,7 +21,7 @@ from loractl.worker.base.arithmetic import Precision, keep_nf4_in_training_mode
 from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.processor import arithmetic
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loss import Backward, MicroBatch, TokenLoss
+from loractl.worker.engine.loss import UNSMOOTHED, Backward, Loss, MicroBatch, TokenLoss
 from loractl.worker.engine.streams import RandomStreams
 
 from . import apart, wide
@@ -242,14 +242,13 @@ class SharedPass(LeanPass):
         self,
         base: SharedBase,
         adapted: Any,
-        smoothing: float = 0.0,
         streams: RandomStreams | None = None,
         once: Once[str | None] | None = None,
         *,
-        loss: TokenLoss | None = None,
+        loss: Loss = UNSMOOTHED,
     ) -> None:
         """`once`: finds out how this machine multiplies, where nobody has."""
-        super().__init__(adapted, base.precision, smoothing, streams, loss=loss)
+        super().__init__(adapted, base.precision, streams, loss=loss)
         self.base = base
         self.recomputes = 0
         base.take_in(adapted, once)

@@ -10,7 +10,7 @@ import torch
 
 from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loss import MicroBatch
+from loractl.worker.engine.loss import BentLoss, MicroBatch
 
 from .link import Link
 from .part import OwnPass, Part, RankFull
@@ -62,23 +62,32 @@ class Follower:
                 self._scale = order["scale"]
                 self._part.begin_window()
             case "learn":
-                self._learn(self._part, order["noise"], **order["batch"])
+                batch = order["batch"]
+                rows = self._taken(self._own, batch.pop("rows"), order["known"])
+                self._learn(self._part, order["noise"], MicroBatch(rows=rows, **batch))
             case "score":
-                self._score(self._part, order["rows"], spread=order["spread"])
+                rows = self._taken(self._own, order["rows"], order["known"])
+                self._score(self._part, rows, spread=order["spread"])
             case other:
                 raise ValueError(f"the leader orders {other!r}, which no follower knows")
 
-    def _learn(self, part: Part, noise: int, rows: list[dict[str, Any]], **of: Any) -> None:
+    def _taken(self, own: OwnPass, told: list[dict[str, Any]], known: list[Any]) -> list[TokenRow]:
+        """The rows of an order, of which the loss is told what the leader's knows."""
+        rows = [TokenRow(**row) for row in told]
+        if isinstance(own.loss, BentLoss):
+            own.loss.take(rows, known)
+        return rows
+
+    def _learn(self, part: Part, noise: int, batch: MicroBatch) -> None:
         torch.manual_seed(noise + self._link.rank)
-        batch = MicroBatch(rows=[TokenRow(**row) for row in rows], **of)
         with self._in_step():
             part.learn(batch, lambda loss: torch.autograd.backward(loss * self._scale))
 
-    def _score(self, part: Part, rows: list[dict[str, Any]], *, spread: bool) -> None:
+    def _score(self, part: Part, rows: list[TokenRow], *, spread: bool) -> None:
         if spread:
             part.take_weights()
         with evaluating(self._model), self._in_step():
-            part.held_out_loss([TokenRow(**row) for row in rows])
+            part.held_out_loss(rows)
 
     def _in_step(self) -> contextlib.AbstractContextManager[Any]:
         """For what all ranks do at once."""

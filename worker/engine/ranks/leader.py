@@ -14,7 +14,7 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import in_a_sentence, is_out_of_memory
 from loractl.worker.base.learner import ScoredTokens
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loss import Backward, MicroBatch
+from loractl.worker.engine.loss import Backward, BentLoss, MicroBatch
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.streams import read_streams
 
@@ -57,13 +57,15 @@ class DividedPass:
             self.link.order("window", scale=self._scale(backward))
             self._part.begin_window()
         self._spread = batch.number < batch.pieces - 1  # a step follows the last one
-        self.link.order("learn", noise=self._noise(), batch=dataclasses.asdict(batch))
+        known = self._known(batch.rows)
+        self.link.order("learn", noise=self._noise(), batch=dataclasses.asdict(batch), known=known)
         return self._together(lambda: self._part.learn(batch, backward))
 
     def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
         """The loss of one batch of held-out rows, not smoothed and summed over what it counts, for a model in eval
         mode."""
-        self.link.order("score", rows=[dataclasses.asdict(row) for row in rows], spread=not self._spread)
+        told = [dataclasses.asdict(row) for row in rows]
+        self.link.order("score", rows=told, known=self._known(rows), spread=not self._spread)
         if not self._spread:
             self._part.take_weights()
             self._spread = True
@@ -82,6 +84,10 @@ class DividedPass:
         """Let the others end."""
         self.link.order("end")
         self.link.close()
+
+    def _known(self, rows: Sequence[TokenRow]) -> list[Any]:
+        """What the others' losses can't find out themselves."""
+        return self.loss.known(rows) if isinstance(self.loss, BentLoss) else []
 
     def _together(self, work: Callable[[], Answer]) -> Answer:
         """Work that all ranks do at once. Raises torch.OutOfMemoryError where a smaller batch may follow in this

@@ -592,7 +592,7 @@ PAIRS = MINIMAL + "task_type: preference\n"
 def test_a_job_of_pairs_has_defaults_of_its_own_and_what_it_says_stands(tmp_path: Path) -> None:
     spec = load_spec(write(tmp_path, PAIRS))
     assert (spec.task_type, spec.dataset.format) == (TaskType.PREFERENCE, DataFormat.PREFERENCE)
-    assert (spec.training.learning_rate, spec.lora.lora_dropout, spec.resources.cards) == (1e-5, 0.0, 1)
+    assert (spec.training.learning_rate, spec.lora.lora_dropout, spec.resources.cards) == (1e-5, 0.0, "auto")
     assert spec.evaluation.metrics == [Metric.LOSS, Metric.PREFERENCES] and spec.evaluation.samples == 16
     assert spec.preference.losses == ("sigmoid",) and spec.preference.has_reference
     assert JobSpec.model_validate_json(spec.model_dump_json()) == spec
@@ -619,7 +619,6 @@ def test_a_value_that_others_have_by_default_stays_when_another_key_changes(tmp_
         ("evaluation: {regression: org/other}", "evaluation.regression", "no loss that other rows share"),
         ("training: {packing: true}", "training.packing", "a pair is one row already; set packing: false"),
         ("training: {label_smoothing_factor: 0.1}", "training.label_smoothing_factor", "preference.label_smoothing"),
-        ("resources: {cards: 2}", "resources.cards", "trains on one card"),
         ("preference: {loss_type: [orpo, sft]}", "preference.loss_type", "orpo has its own term"),
         ("preference: {loss_type: [sigmoid, simpo]}", "preference.loss_type", "one compares with the base"),
         ("preference: {loss_type: sft}", "preference.loss_type", "sft alone learns chosen answers"),
@@ -645,6 +644,19 @@ def test_what_a_job_of_pairs_can_do_nothing_with_is_refused(tmp_path: Path, line
     problem = only(write(tmp_path, f"{start}{lines}\n"))
     assert problem.key == key and says in problem.what
     assert problem.line == (5 if start == PAIRS else 4)
+
+
+@pytest.mark.parametrize("loss", ["orpo", "[ipo, sft]"])
+@pytest.mark.parametrize("key, value", [("cards", "2"), ("parallel", "sharded")])
+def test_cards_do_not_share_a_term_for_answers(tmp_path: Path, loss: str, key: str, value: str) -> None:
+    terms, cards = f"preference: {{loss_type: {loss}}}\n", f"resources: {{{key}: {value}}}\n"
+    problem = only(write(tmp_path, PAIRS + terms + cards))
+    assert (problem.key, problem.line) == (f"resources.{key}", 6)
+    assert problem.what.endswith("which several cards would divide; leave it out")
+    assert load_spec(write(tmp_path, PAIRS + terms)) and load_spec(write(tmp_path, PAIRS + cards))
+    stored = {"task_type": "preference", "preference": {"loss_type": "orpo"}, "resources": {"cards": 2}}
+    with pytest.raises(ValidationError, match=r"resources\.cards: sft and orpo"):
+        JobSpec.model_validate(MINIMAL_TREE | stored)
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,10 @@ LLAMA_8B = {
 METHODS = (Method.LORA, Method.QLORA)
 
 
-def job(tmp_path: Path, **resources: Any) -> JobSpec:
+def job(tmp_path: Path, more: dict[str, Any] | None = None, **resources: Any) -> JobSpec:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
     tree = {"name": "t", "base_model": str(tmp_path), "dataset": {"path": "org/data"}, "resources": resources}
-    return JobSpec.model_validate(tree)
+    return JobSpec.model_validate(tree | (more or {}))
 
 
 def ways(spec: JobSpec, need: Need | None = None) -> Ways:
@@ -57,6 +57,12 @@ def test_a_number_of_cards_is_meant_and_divides_the_base_only_where_it_must(tmp_
 
 def test_a_small_job_or_one_that_asks_for_one_card_is_not_divided(tmp_path: Path) -> None:
     assert ways(job(tmp_path, cards=1)) == ways(job(tmp_path), Need(lora=8 * GIB, qlora=5 * GIB)) == Ways()
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "simpo", "orpo", ["sigmoid", "sft"]])
+def test_cards_share_pairs_unless_a_term_is_a_mean_over_what_they_divide(tmp_path: Path, loss: Any) -> None:
+    spec = job(tmp_path, {"task_type": "preference", "preference": {"loss_type": loss}})
+    assert bool(ways(spec).gangs) == (loss in ("sigmoid", "simpo"))
 
 
 def test_what_was_measured_on_one_card_corrects_the_shares_in_proportion(tmp_path: Path) -> None:
