@@ -330,12 +330,12 @@ class PastRun:
 
 @dataclass(frozen=True, kw_only=True)
 class PastUse:
-    """What one user's jobs with the same labels had of one card in one hour."""
+    """What one user's jobs with the same labels had of one card in one hour, or in all for what is not kept apart."""
 
-    hour: dt.datetime  # its begin
-    user: str
-    node: str
-    labels: Mapping[str, str]
+    hour: dt.datetime | None = None  # its begin
+    user: str = ""
+    node: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
     card_hours: float
     gib_hours: float
     lost_hours: float = 0.0  # of the card hours, for steps that no checkpoint has kept

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from loractl.common.store.records import PastUse
     from loractl.common.store.store import Store
 
-GROUPS = ("user", "label", "card", "month")
+GROUPS = {"user": ["user"], "label": ["label_set"], "card": ["node"], "month": ["hour"]}
+"""What rows stand for, with what the sums are read by for it."""
 
 NO_LABEL = "no label"
 
@@ -64,7 +65,7 @@ def usage_table(store: Store, by: str, since: dt.datetime) -> UsageTable:
     """`by`: one of GROUPS; a month is one of local time."""
     rows: dict[str, UsageRow] = {}
     total = UsageRow(name="total")
-    for use in store.usage.since(since):
+    for use in store.usage.since(since, GROUPS[by]):
         total = total.plus(use)
         for name in _names(use, by):
             rows[name] = rows.get(name, UsageRow(name=name)).plus(use)
@@ -76,8 +77,10 @@ def usage_table(store: Store, by: str, since: dt.datetime) -> UsageTable:
 def _names(use: PastUse, by: str) -> Iterator[str]:
     if by == "label":
         yield from (f"{key}={value}" for key, value in sorted(use.labels.items())) if use.labels else (NO_LABEL,)
+    elif by == "month":
+        yield "" if use.hour is None else use.hour.astimezone().strftime("%Y-%m")
     else:
-        yield {"user": use.user, "card": use.node, "month": use.hour.astimezone().strftime("%Y-%m")}[by]
+        yield use.user if by == "user" else use.node
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ STORE_EXAMPLES=2000 pytest tests/fuzz/test_stored_values.py is the long run: a q
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import json
 import secrets
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, insert, text, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from loractl.common.artifacts import ArtifactStore
@@ -33,7 +34,7 @@ from loractl.common.settings import load_settings
 from loractl.common.store.records import Choice, Claim, Left, NewHost, Page, Progress
 from loractl.common.store.roles import SUBMIT
 from loractl.common.store.store import Store
-from loractl.common.store.tables import Base
+from loractl.common.store.tables import Base, LabelSet, Usage
 from loractl.common.units import GIB, LARGEST
 from loractl.scheduler.adapters.answer import adapter_list
 from loractl.scheduler.adapters.text import adapters_text
@@ -46,6 +47,8 @@ from loractl.scheduler.status.overview import job_list, overview
 from loractl.scheduler.status.overview_text import job_list_text, overview_text
 from loractl.scheduler.status.standing import sweep_standing
 from loractl.scheduler.status.standing_text import opened
+from loractl.scheduler.usage.answer import GROUPS, quota_list, usage_table
+from loractl.scheduler.usage.text import quotas_text, usage_text
 from loractl.scheduler.web.metrics import Exporter
 from loractl.scheduler.web.pages.markup import render
 from loractl.scheduler.web.pages.pages import Asked, Drawn, Pages
@@ -60,7 +63,7 @@ from ..roles import role
 from ..unit.factories import EXAMPLES, NOON, Clock, node_state, spec, submission
 from ..unit.scheduler.screens import WIDE
 
-pytestmark = pytest.mark.timeout(max(300, 2 * EXAMPLES))
+pytestmark = pytest.mark.timeout(max(300, 5 * EXAMPLES))
 
 stored = settings(
     max_examples=EXAMPLES if EXAMPLES > 60 else 10,  # half a second each
@@ -72,10 +75,11 @@ stored = settings(
 
 WAITS, RUNS, ENDED, FAILED = "name = 'waits'", "name = 'runs'", "name = 'ended'", "name = 'failed'"
 ROWS = {
-    "jobs": (WAITS, WAITS, "name = 'shared'", RUNS, ENDED, FAILED, "name = 'member'"),
+    "jobs": (WAITS, WAITS, "name = 'shared'", "name = 'blocked'", RUNS, ENDED, FAILED, "name = 'member'"),
     "attempts": (f"job_id IN (SELECT job_id FROM jobs WHERE {RUNS})", "job_id = 1"),
     "nodes": ("node = 'kestrel:1'", "node = 'osprey:0'"),
     "hosts": ("1 = 1",), "sweeps": ("1 = 1",), "tags": ("1 = 1",), "uses": ("1 = 1",),
+    "usage": ("1 = 1",), "label_sets": ("1 = 1",), "quotas": ("1 = 1",),
 }  # fmt: skip
 """Jobs that wait (one of them on several cards), run and have ended, and the other rows of the lab."""
 
@@ -134,6 +138,11 @@ def fill(url: str, artifacts: ArtifactStore) -> None:
     job = replace(submission(lora=92, qlora=None, user="wei", name="shared"), ways=Ways(gangs=(way,)))
     lab.store.jobs.submit(replace(job, data={"path": {"uri": "datasets/x", "rows": 10, "tokens": 100, "bytes": 1000}}))
     lab.store.adapters.tag(Reference(name="ended"), "prod", "wei")
+    lab.store.usage.set_quota("wei", 1.0, 86400, "root", soft=True)
+    webs.queue(lab, "blocked", "wei", 1, after=[failed.job_id])
+    with engine.begin() as connection:
+        connection.execute(insert(LabelSet).values(label_set="x", labels={"team": "nlp"}))
+        connection.execute(update(Usage).values(label_set="x"))
     engine.dispose()
 
 
@@ -171,7 +180,9 @@ def answers(store: Store, shelf: ReportShelf, job_ids: Iterable[int]) -> None:
     told = [job_list_text(listed, WIDE), devices(cards, WIDE, used=True), adapters_text(adapters, WIDE)]
     told.append(overview_text(overview(store, labelled, Page(limit=2), alone=True), WIDE))
     shown(told, [listed, cards, adapters])
-    drawn([pages.jobs(Asked({})), pages.sweeps(Asked({})), pages.adapters(Asked({}))])
+    had, quotas = [usage_table(store, by, NOON - dt.timedelta(days=9)) for by in GROUPS], quota_list(store)
+    shown([*(usage_text(table, WIDE) for table in had), quotas_text(quotas, WIDE)], [*had, quotas])
+    drawn([pages.jobs(Asked({})), pages.sweeps(Asked({})), pages.adapters(Asked({})), pages.usage(Asked({}))])
     for job_id in job_ids:
         one, history = job_in_full(store, job_id), job_history(store, job_id)
         shown([job_text(one, WIDE), history_text(history, WIDE)], [one, history])

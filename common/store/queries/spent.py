@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
 
 from sqlalchemy import func, select
 
@@ -16,6 +17,9 @@ from ..transaction import Transaction
 from .cards.nodes import read_allowed, read_held
 from .usage import SUMS, begin_of, by_hour, card_share, read_totals
 
+DETAILS = ("hour", "user", "node", "label_set")
+"""What the sums are kept by."""
+
 
 def read_allowances(tx: Transaction) -> dict[str, Allowance]:
     """What users with a quota may have, and have had."""
@@ -28,27 +32,27 @@ def read_card_hours(tx: Transaction) -> dict[str, float]:
     return {row.user: row.hours for row in tx.session.execute(sums)}
 
 
-def read_spent(tx: Transaction, since: dt.datetime) -> list[PastUse]:
-    """The sums of the hours from this one on, and what runs now, so far."""
+def read_spent(tx: Transaction, since: dt.datetime, by: Sequence[str] = DETAILS) -> list[PastUse]:
+    """The sums of the hours from this one on, apart by these of DETAILS alone; and what runs now, so far."""
     first, now = begin_of(since), tx.now()
-    rows = tx.session.execute(
-        select(Usage, LabelSet.labels)
-        .outerjoin(LabelSet, LabelSet.label_set == Usage.label_set)
-        .where(Usage.hour >= first)
-        .order_by(Usage.hour)
-    )
-    names = ("hour", "user", "node", *SUMS)
-    found = [PastUse(**{name: getattr(row, name) for name in names}, labels=labels or {}) for row, labels in rows]
+    apart, sums = [getattr(Usage, name) for name in by], [func.sum(getattr(Usage, name)).label(name) for name in SUMS]
+    rows = tx.session.execute(select(*apart, *sums).where(Usage.hour >= first).group_by(*apart).order_by(*apart))
+    sets = {one.label_set: one.labels for one in tx.session.scalars(select(LabelSet))} if "label_set" in by else {}
+    found = []
+    for row in rows.mappings():
+        values = dict(row)
+        labels = sets.get(values.pop("label_set", ""), {})
+        found.append(PastUse(**values, labels=labels))
     held = read_held(tx.session, now)
     totals = read_totals(tx.session, [one.node for one in held])
     running = tx.session.execute(select(Job.job_id, Job.labels).where(Job.status == Status.RUNNING))
-    labels = {row.job_id: row.labels for row in running}
+    given = {row.job_id: row.labels for row in running}
     for one in held:
         for hour, hours in by_hour(one.since, now):
             if hour >= first:
                 found.append(
                     PastUse(
-                        hour=hour, user=one.user, node=one.node, labels=labels.get(one.job_id) or {},
+                        hour=hour, user=one.user, node=one.node, labels=given.get(one.job_id) or {},
                         card_hours=hours * card_share(one.bytes, totals.get(one.node)),
                         gib_hours=hours * one.bytes / GIB,
                     )
