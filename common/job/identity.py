@@ -49,6 +49,7 @@ UNDECIDING = frozenset(
         "max_retries",
         "lora_patience",
         "notify",
+        "publish",
         "training.report_to",
     }
 )

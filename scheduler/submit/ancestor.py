@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loractl.common.errors import AdapterNotFound, UsageError
+from loractl.common.fingerprint import may_be_published
 from loractl.common.job.ancestor import misfits
 from loractl.common.job.file import override_spec
 from loractl.common.job.reference import parse_reference
@@ -15,10 +16,13 @@ if TYPE_CHECKING:
 
 
 def settle_ancestor(spec: JobSpec, store: Store) -> JobSpec:
-    """The spec with the number of the job whose adapter it begins from: names and tags move.
+    """The spec with the number of the job whose adapter it begins from: names and tags move. It says publish: false
+    where that adapter, or one merged into its base, may not be published: whatever becomes of their rows and folders.
 
     Raises JobNotFound, AdapterNotFound, UsageError for an adapter of another base, rank or layers.
     """
+    if not may_be_published(spec.base_model):
+        spec = spec.model_copy(update={"publish": False})
     if (text := spec.lora.init_from) is None:
         return spec
     try:
@@ -32,4 +36,4 @@ def settle_ancestor(spec: JobSpec, store: Store) -> JobSpec:
             "write what that adapter has, or leave lora.init_from out",
         )
     lora = spec.lora.model_copy(update={"init_from": str(row.job_id)})
-    return spec.model_copy(update={"lora": lora})
+    return spec.model_copy(update={"lora": lora, "publish": spec.publish and ancestor.publish})

@@ -123,6 +123,8 @@ def doubts_of(name: str, submission: Submission, settings: Settings, store: Stor
     """What would make the job wait without end, or fail on its worker. `name`: what the job is called."""
     spec = submission.spec
     doubts = unknown_names(spec.notify, settings.channels, settings.user)
+    if not spec.publish:
+        doubts.append(f"Note: the adapter of {name} must stay in the lab: publish is false.")
     for text in spec.data_sets().values():
         if not is_local(text):
             doubts.append(f"Note: {text} is not a file here, so it is read from the hub.")

@@ -9,7 +9,7 @@ from typing import Any
 from loractl import __version__
 from loractl.common.job.spec import JobSpec, spec_keys
 
-SAYS = {"0.2.0": "48a50bfd1e48d922", "0.3.0": "0f277c9850980f85", "0.4.0": "8da1736f550dff5b"}
+SAYS = {"0.2.0": "48a50bfd1e48d922", "0.3.0": "0f277c9850980f85", "0.4.0": "c9896235859822e6"}
 """Of each version a digest of the job file's keys and of the words that they take."""
 
 
