@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.adapter_config import CONFIG, LINEAGE, SUFFIXES, portable_name
 from loractl.common.binding import result_binding
-from loractl.common.errors import LoractlError, UsageError, WrongState
+from loractl.common.errors import ArtifactError, LoractlError, UsageError, WrongState
 from loractl.common.job.hub_name import is_hub_data, is_hub_id
 from loractl.common.model_card import License, Published, hub_card
 from loractl.scheduler.report.answer import report
@@ -153,8 +153,14 @@ def _must_stay(job_id: int, why: str) -> WrongState:
     )
 
 
-def _rewrite(path: Path, change: Any) -> None:
-    settings = json.loads(path.read_text("utf-8"))
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Raises ArtifactError for a file that is no JSON object: a worker may have stored anything."""
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ArtifactError(f"the adapter's {path.name} is not a JSON object", "loractl reproduce JOB makes it again")
     path.write_text(json.dumps(change(settings), indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
 
 

@@ -67,8 +67,8 @@ class Lab:
         assert "\n" not in error.sentence
         return error
 
-    def finish(self, told: dict[str, Any] | None = None, **keys: Any) -> None:
-        """Another job that succeeds."""
+    def finish(self, told: dict[str, Any] | None = None, tokenizer: str | None = None, **keys: Any) -> None:
+        """Another job that succeeds. `tokenizer`: the text of tokenizer_config.json."""
         wanted = spec(**{"name": JOB, "base_model": str(self.base), **keys})
         job_id = self.store.jobs.submit(replace(submission(user=USER), spec=wanted))
         claim = take(self.store)
@@ -78,7 +78,7 @@ class Lab:
         adapter.mkdir(parents=True)
         texts = {
             "adapter_config.json": json.dumps({**CONFIG, "base_model_name_or_path": self.base.name}),
-            "tokenizer_config.json": json.dumps({"name_or_path": str(self.base), "eos_token": "/"}),
+            "tokenizer_config.json": tokenizer or json.dumps({"name_or_path": str(self.base), "eos_token": "/"}),
             "chat_template.jinja": "{{ messages }}",
             "lineage.json": json.dumps({"init_from": {"name": JOB, "job_id": 3}}),
             "README.md": f"# {JOB} by {USER}",
@@ -356,6 +356,13 @@ def test_an_adapter_that_somebody_has_replaced_is_not_pushed(lab: Lab) -> None:
     weights.write_bytes(weights_of("another"))
     assert "does not match its manifest" in str(lab.ask(PUSH).exception)
     assert not (lab.hub.folder / "models").exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["[]", "no JSON", "[" * 100_000])
+def test_a_tokenizer_s_settings_that_are_none_are_refused(lab: Lab, tokenizer: str) -> None:
+    lab.finish(tokenizer=tokenizer)
+    said = lab.refused("adapters push 2 lab/support").sentence
+    assert said == "the adapter's tokenizer_config.json is not a JSON object"
 
 
 def test_a_hub_without_xet_storage_is_told_where_xet_is_on(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
