@@ -19,6 +19,15 @@ from .tensor_file import tensor_file_fault
 
 CONFIG = "adapter_config.json"
 
+LABELS = "labels.json"
+"""A classifier's labels as a list, in the order of its head: peft has no place for them."""
+
+LINEAGE = "lineage.json"
+"""The adapter that this one was begun from: its job, name and weights."""
+
+SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
+"""What may lie in an adapter's folder; a tokenizer with code of its own would leave Python files there."""
+
 MOST_BYTES = 4 * 2**20
 MOST_NAMES = 20_000
 """A mixture of experts has a linear layer for each expert of each layer."""

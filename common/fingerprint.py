@@ -21,6 +21,9 @@ TOKENIZERS = (
 )  # fmt: skip
 """Files of which transformers makes a tokenizer: a folder with weights has one of them."""
 
+MERGED = "merge.json"
+"""What `adapters merge` writes next to a model: the base and the adapter that it was made of."""
+
 Fingerprint = dict[str, str]
 """File name -> sha256 of its content."""
 
@@ -78,6 +81,17 @@ def unfit_template(names: Iterable[str]) -> str | None:
     """
     wrong = next((name for name in names if not is_file_name(f"{name}.jinja")), None)
     return None if wrong is None else f"has a chat template of the name {wrong!r}, which no stored file can have"
+
+
+def may_be_published(base_model: str) -> bool:
+    """Whether an adapter for this base may be: not for a folder into which an adapter was merged that may not."""
+    if not Path(base_model).is_absolute():
+        return True  # a hub id
+    try:
+        about = json.loads(Path(base_model, MERGED).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return True  # it is no merge of loractl
+    return not (isinstance(about, dict) and about.get("publish") is False)
 
 
 def digest(files: Fingerprint) -> str:

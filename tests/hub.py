@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 LARGE = (".safetensors", ".parquet")
 """Endings that the hub keeps elsewhere: it answers with a redirect, and with the content's sha256 as their ETag."""
 
@@ -91,6 +93,14 @@ class Hub:
             raise Missing("RevisionNotFound")
         return commit, repository / commit
 
+    def write(self, method: str, path: str, body: bytes, token: str, host: str) -> Any:
+        """What it answers to one who writes; None: that is none of such requests. This hub takes nothing."""
+        return None
+
+    def is_private(self, name: str) -> bool:
+        """Whether only those who may write see a repository."""
+        return False
+
     def check_access(self, name: str) -> None:
         """Anyone may read the facts of a gated repository, but no one here its files."""
         if name in self.gated:
@@ -115,6 +125,7 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # an answer in one piece: the second would wait 40 ms for the first one's receipt
 
     def do_GET(self) -> None:
         self._answer()
@@ -123,19 +134,35 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        self._answer(self.rfile.read(int(self.headers.get("Content-Length", 0))).decode())
+        self._answer(self._body())
+
+    def do_PUT(self) -> None:
+        self._answer(self._body())
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
 
     def log_message(self, format: str, *args: Any) -> None:
         """The requests are kept, not printed."""
 
-    def _answer(self, body: str = "") -> None:
+    def _answer(self, body: bytes = b"") -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(Request(self.command, path))
         try:
             if self.hub.fails is not None:
                 raise Missing("Unavailable", self.hub.fails)
-            if match := _API.fullmatch(path):
-                self._send_json(self._api(match, body))
+            token, host = self.headers.get("Authorization", "").removeprefix("Bearer "), self.headers["Host"]
+            if (written := self.hub.write(self.command, path, body, token, host)) is not None:
+                self._send_json(written)
+            elif match := _API.fullmatch(path):
+                self._send_json(self._api(match, body.decode()))
             elif match := _FILE.fullmatch(path):
                 self._send_file(match)
             elif match := _BLOB.fullmatch(path):
@@ -154,7 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
         commit, folder = self.hub.find(kind, name, revision)
         if verb in (None, "revision"):
             names = [entry["path"] for entry in _entries(folder, folder, recursive=True) if entry["type"] == "file"]
-            facts = {"id": name, "sha": commit, "private": False, "gated": name in self.hub.gated, "tags": []}
+            facts = {"id": name, "sha": commit, "private": self.hub.is_private(name), "tags": []}
+            facts |= {"gated": name in self.hub.gated, "cardData": _card_data(folder)}
             return {**facts, "modelId": name, "siblings": [{"rfilename": path} for path in names]}
         if verb == "tree":
             if not (folder / below).is_dir():
@@ -173,7 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not path.is_file():
             raise Missing("EntryNotFound", commit=commit)
         content = path.read_bytes()
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{_git_sha1(content)}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{git_sha1(content)}"', "Accept-Ranges": "bytes"}
         if path.suffix in LARGE:
             digest = hashlib.sha256(content).hexdigest()
             headers |= {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}
@@ -203,7 +231,7 @@ def _entries(root: Path, folder: Path, *, recursive: bool) -> list[dict[str, Any
             found.append({"type": "directory", "path": name, "oid": hashlib.sha1(name.encode()).hexdigest(), "size": 0})
             continue
         content = path.read_bytes()
-        entry: dict[str, Any] = {"type": "file", "path": name, "oid": _git_sha1(content), "size": len(content)}
+        entry: dict[str, Any] = {"type": "file", "path": name, "oid": git_sha1(content), "size": len(content)}
         if path.suffix in LARGE:
             digest = hashlib.sha256(content).hexdigest()
             entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 132}
@@ -211,6 +239,12 @@ def _entries(root: Path, folder: Path, *, recursive: bool) -> list[dict[str, Any
     return found
 
 
-def _git_sha1(content: bytes) -> str:
+def _card_data(folder: Path) -> Any:
+    card = folder / "README.md"
+    text = card.read_text() if card.exists() else ""
+    return yaml.safe_load(text.split("---")[1]) if text.startswith("---") else None
+
+
+def git_sha1(content: bytes) -> str:
     """The name that git gives a file of this content: the hub's ETag of small files."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

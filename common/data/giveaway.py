@@ -237,6 +237,11 @@ def _given_away(place: _AnswerPlace, sides: Sequence[_Side]) -> Finding:
     return Finding(level="warning", kind=GIVEN_AWAY, text=text, count=count, hint=hint)
 
 
+def unquoted(text: str) -> str:
+    """A sentence of findings without what it quotes of the rows, for readers who may not see them."""
+    return re.sub(r"( hold the answer in the question), .*: row \d+ asks “.*”", r"\1", text, flags=re.DOTALL)
+
+
 def _row_of(example: Example) -> _AskedRow | None:
     """What a row asks and answers; None where it asks nothing, answers nothing, or answers what it asks."""
     answer = answer_of(example)

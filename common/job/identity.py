@@ -51,6 +51,7 @@ UNDECIDING = frozenset(
         "after",
         "after_any",
         "notify",
+        "publish",
         "training.report_to",
     }
 )

@@ -69,6 +69,8 @@ class JobSpec(Section):
     )
     notify: list[ChannelName] | None = Field(None, max_length=8)
     """Channels of the lab to tell when it ends or is held, by name; me: the user's own. null: the user's setting."""
+    publish: bool = True
+    """Whether its adapter may be pushed to a hub. false also holds for what is made of the adapter."""
 
     @model_validator(mode="before")
     @classmethod

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.artifacts import attempt_prefix
+from loractl.common.adapter_config import CONFIG, check_adapter_config, check_adapter_weights
+from loractl.common.artifacts import WEIGHTS, attempt_prefix
 from loractl.common.binding import result_binding
-from loractl.common.errors import AdapterNotFound
+from loractl.common.errors import AdapterNotFound, UsageError
 from loractl.common.job.reference import LATEST, parse_reference
 from loractl.scheduler.report.answer import result_of
 
 if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
+    from pathlib import Path
+
+    from loractl.common.artifacts import ArtifactStore, Binding, Manifest
     from loractl.common.store.records import Page
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Adapter, Job
@@ -133,6 +136,21 @@ def stored_adapter(store: Store, text: str) -> tuple[StoredAdapter, Job]:
         row, store.adapters.tags([number]).get(number, []), store.adapters.ancestors([number]).get(number)
     )
     return adapter, store.jobs.get(number)
+
+
+def pull_adapter(artifacts: ArtifactStore, stored: Binding, job_id: int, folder: Path) -> Manifest:
+    """Copy an adapter's files into a new folder, verified, and as something that peft can load.
+
+    Raises UsageError for a folder that can't be made, ArtifactError.
+    """
+    check_adapter_config(artifacts.read_bytes(stored, f"adapter/{CONFIG}"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} can't be made: {error.strerror}") from error
+    files = artifacts.pull(stored, "adapter/", folder)
+    check_adapter_weights(folder / WEIGHTS.removeprefix("adapter/"), job_id)
+    return files
 
 
 def results_to_bind(store: Store, names: Sequence[str]) -> list[int]:

@@ -18,6 +18,10 @@ COMMANDS: Commands = {
     ),
     "list": ("loractl.scheduler.adapters.command:list_adapters", "List them with their tags."),
     "pull": ("loractl.scheduler.adapters.command:pull", "Copy an adapter into a new folder, verified."),
+    "push": (
+        "loractl.scheduler.adapters.command:push",
+        "Push an adapter to a hub, its report as the model card; private without --public.",
+    ),
     "show": (
         "loractl.scheduler.adapters.command:show_adapter",
         "Show where an adapter comes from: base, data, job, versions.",
@@ -43,7 +47,7 @@ COMMANDS: Commands = {
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def adapters(ctx: click.Context, limit: int, after: int | None, as_json: bool) -> None:
-    """Manage stored adapters: list, tag, pull, merge, delete.
+    """Manage stored adapters: list, tag, pull, push, merge, delete.
 
     ADAPTER is a job's number (12), a job's name for the newest of that name (support, the same as support:latest), or a
     name and a tag (support:prod).
@@ -97,29 +101,18 @@ def pull(adapter: str, folder: Path) -> None:
 
     peft's PeftModel.from_pretrained loads it from there.
     """
-    from loractl.common.adapter_config import CONFIG, check_adapter_config, check_adapter_weights
-    from loractl.common.artifacts import WEIGHTS
     from loractl.common.binding import result_binding
-    from loractl.common.errors import UsageError
     from loractl.common.job.kinds.known import kind_of
     from loractl.common.text import clean_line
     from loractl.common.units import amount
     from loractl.scheduler.cli.session import open_stores
 
-    from .answer import stored_adapter
+    from .answer import pull_adapter, stored_adapter
 
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty", "name a new folder")
+    _check_new(folder)
     _, store, artifacts = open_stores()
     stored, job = stored_adapter(store, adapter)
-    files_of = result_binding(store, job)
-    check_adapter_config(artifacts.read_bytes(files_of, f"adapter/{CONFIG}"))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{folder} can't be made: {error.strerror}") from error
-    files = artifacts.pull(files_of, "adapter/", folder)
-    check_adapter_weights(folder / WEIGHTS.removeprefix("adapter/"), stored.job_id)
+    files = pull_adapter(artifacts, result_binding(store, job), stored.job_id, folder)
     size = sum(file.size for file in files.values())
     click.echo(f"The adapter of job {stored.job_id} ({len(files)} files, {amount(size)}) is in {folder}.")
     if not kind_of(job.spec.get("task_type")).writes:  # its base needs the head and its labels first
@@ -127,6 +120,83 @@ def pull(adapter: str, folder: Path) -> None:
         return
     base = clean_line(stored.base_model)
     click.echo(f"Load it on {base}:  PeftModel.from_pretrained(base, {str(folder)!r})", err=True)
+
+
+@click.command()
+@click.argument("adapter", type=AdapterName(), metavar="ADAPTER")
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--public", is_flag=True, help="Everybody may read it. Default: private.")
+@click.option("--base-name", metavar="OWNER/NAME", help="What a base that is a folder is called on the hub.")
+@click.option("--to", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write it there instead.")
+def push(adapter: str, repository: str, public: bool, base_name: str | None, to: Path | None) -> None:
+    """Push an adapter to a hub as one commit, its report as the model card.
+
+    The card has no rows, and no names of people, machines, jobs or folders. The token is that of huggingface_hub:
+    HF_TOKEN, or what `hf auth login` has stored; HF_ENDPOINT names another hub. --to writes what would be pushed into a
+    new folder, and pushes nothing.
+    """
+    import tempfile
+
+    from loractl.common.errors import LoractlError
+    from loractl.common.model_card import Published
+    from loractl.common.units import amount
+    from loractl.scheduler.cli.session import open_stores
+
+    from . import hub
+    from .publication import (
+        check_repository,
+        datasets_of,
+        final_sentence,
+        folder_license,
+        publishable,
+        write_publication,
+    )
+
+    check_repository(repository, "OWNER/NAME")
+    if base_name is not None:
+        check_repository(base_name, "--base-name")
+    if to is not None:
+        _check_new(to)
+    settings, store, artifacts = open_stores()
+    chosen = publishable(store, artifacts, adapter)
+    base = chosen.base_on_hub(base_name)
+    if base is None:
+        click.echo("Note: the base is a folder; the card can't name it on the hub without --base-name.", err=True)
+    place = None if to is not None else hub.find_repository(repository, public=public)
+    if place is not None and public and place.private:
+        click.echo(f"Note: {repository} stays private: a push does not change who may read it.", err=True)
+    known = folder_license(Path(chosen.spec.base_model)) if chosen.local_base else None
+    if known is None and base is not None:
+        try:
+            known = hub.base_license(base, None if chosen.local_base else chosen.commit)
+        except LoractlError as error:
+            if to is None:
+                raise
+            click.echo(f"Note: the base's license is not known: {error.sentence}.", err=True)
+    published = Published(
+        repository=repository,
+        base=base,
+        license=known,
+        datasets=datasets_of(chosen),
+        final=final_sentence(store, artifacts, chosen.job_id, settings.user),
+    )
+    with tempfile.TemporaryDirectory(prefix="loractl-") as aside:
+        folder = Path(aside) if to is None else to
+        files = write_publication(artifacts, chosen, published, folder)
+        what = f"adapter of job {chosen.job_id} ({len(files)} files, {amount(sum(files.values()))})"
+        if place is None:
+            click.echo(f"What would be pushed of the {what} is in {folder}.")
+            return
+        message = f"Adapter with weights of sha256 {chosen.report['adapter']['sha256'][:12]}"
+        click.echo(f"The {what} is pushed: {hub.push(folder, files, place, message).sentence}")
+
+
+def _check_new(folder: Path) -> None:
+    """Raises UsageError for a folder with files in it."""
+    from loractl.common.errors import UsageError
+
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty", "name a new folder")
 
 
 @click.command()

@@ -39,7 +39,7 @@ COMMANDS: Commands = {
     ),
     "adapters": (
         "loractl.scheduler.adapters.command:adapters",
-        "Manage stored adapters: list, tag, pull, merge, delete.",
+        "Manage stored adapters: list, tag, pull, push, merge, delete.",
     ),
     "generate": ("loractl.worker.commands.generate:generate", "Answer a prompt with an adapter, or with its base."),
     "predict": ("loractl.worker.commands.predict:predict", "Label or answer every row of a file, as JSON lines."),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
     from loractl.common.store.store import Store
 
-_APART = ("preemptible", "resources", "max_retries", "lora_patience", "notify")
+_APART = ("preemptible", "resources", "max_retries", "lora_patience", "notify", "publish")
 _TOLD_BY_THE_RUN = (
     "method", "revision", "training.dtype", "training.optim", "training.gradient_checkpointing", "dataset.path",
     "dataset.more", "dataset.eval_path", "dataset.final_path", "evaluation.regression",

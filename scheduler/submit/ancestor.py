@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loractl.common.errors import AdapterNotFound, UsageError
+from loractl.common.fingerprint import may_be_published
 from loractl.common.job.ancestor import misfits
 from loractl.common.job.file import override_spec
 from loractl.common.job.reference import parse_reference
@@ -20,12 +21,15 @@ def settle_predecessors(
     spec: JobSpec, store: Store, beside: Mapping[str, JobSpec] | None = None, job_id: int | None = None
 ) -> JobSpec:
     """The spec with the number of the job whose adapter it begins from, since names and tags move, and with that job
-    among those that it starts after if it need not have ended.
+    among those that it starts after if it need not have ended. It says publish: false where that job's adapter, or one
+    merged into its base, may not be published: whatever becomes of their rows and folders.
 
     `beside`: the jobs of the same submit by name, whose numbers are not known yet. `job_id`: of a job that was
     submitted before. Raises JobNotFound, AdapterNotFound, UsageError for a job that is not there, one that was
     submitted later, and an adapter of another base, rank or layers.
     """
+    if not may_be_published(spec.base_model):
+        spec = spec.model_copy(update={"publish": False})
     beside, begun = beside or {}, spec.lora.init_from
     if isinstance(begun, AncestorJob):
         after = list(dict.fromkeys([*spec.after, begun.job]))
@@ -49,7 +53,7 @@ def settle_predecessors(
         raise UsageError(what, "loractl status lists the jobs")
     if isinstance(begun, AncestorJob):
         ancestor = beside[begun.job] if isinstance(begun.job, str) else _spec_of(store, begun.job)
-        _refuse_misfits(spec, ancestor, f"job {begun.job}")
+        spec = _begun_from(spec, ancestor, f"job {begun.job}")
     elif begun is not None:
         spec = _settle_stored(spec, begun, store)
     return spec
@@ -59,13 +63,12 @@ def _settle_stored(spec: JobSpec, text: str, store: Store) -> JobSpec:
     reference = parse_reference(text)
     if reference.job_id in spec.after:  # it waits for it: there need be no adapter yet
         assert reference.job_id is not None
-        _refuse_misfits(spec, _spec_of(store, reference.job_id), f"job {reference.job_id}")
-        return spec
+        return _begun_from(spec, _spec_of(store, reference.job_id), f"job {reference.job_id}")
     try:
         row = store.adapters.get(reference)
     except AdapterNotFound as error:
         raise UsageError(f"lora.init_from: {error.sentence}", "loractl adapters lists them") from error
-    _refuse_misfits(spec, _spec_of(store, row.job_id), f"{row.name} (job {row.job_id})")
+    spec = _begun_from(spec, _spec_of(store, row.job_id), f"{row.name} (job {row.job_id})")
     lora = spec.lora.model_copy(update={"init_from": str(row.job_id)})
     return spec.model_copy(update={"lora": lora})
 
@@ -74,12 +77,14 @@ def _spec_of(store: Store, job_id: int) -> JobSpec:
     return override_spec(store.jobs.get(job_id).spec, (), f"job {job_id}")
 
 
-def _refuse_misfits(spec: JobSpec, ancestor: JobSpec, name: str) -> None:
+def _begun_from(spec: JobSpec, ancestor: JobSpec, name: str) -> JobSpec:
+    """What may not be published of the ancestor may not of the job. Raises UsageError where that does not fit it."""
     if wrong := misfits(spec, ancestor):
         raise UsageError(
             f"{spec.name} can't begin from {name}: {'; '.join(wrong)}",
             "write what that adapter has, or leave lora.init_from out",
         )
+    return spec.model_copy(update={"publish": spec.publish and ancestor.publish})
 
 
 def in_order(specs: Sequence[JobSpec]) -> list[int]:

@@ -61,6 +61,7 @@ def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store | None
         hashes = {**stored_hashes(draft.spec), **draft.stored}
         spec = with_own_channels(draft.spec, settings)
         submission = plan_job(spec, settings.user, hashes, store, own_devices(settings), beside)
+        beside[spec.name] = submission.spec  # with what it inherits, which those behind it inherit in turn
         planned.append(replace(submission, purpose="" if draft.like is None else f"like job {draft.like}"))
     return planned
 
@@ -133,6 +134,8 @@ def doubts_of(name: str, submission: Submission, settings: Settings, store: Stor
     """What would make the job wait without end, or fail on its worker. `name`: what the job is called."""
     spec = submission.spec
     doubts = unknown_names(spec.notify, settings.channels, settings.user)
+    if not spec.publish:
+        doubts.append(f"Note: the adapter of {name} must stay in the lab: publish is false.")
     for text in spec.data_sets().values():
         if not is_local(text):
             doubts.append(f"Note: {text} is not a file here, so it is read from the hub.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -10,6 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy.orm import Session
+
+from loractl.common.settings import load_settings
+from loractl.common.store.database import make_engine
+from loractl.common.store.tables import Job
 
 from .. import json_page, warm
 from ..conftest import Cli
@@ -86,10 +92,25 @@ def test_a_tagged_adapter_is_kept_from_delete_and_from_gc(cli: Cli, tiny_model: 
     assert json.loads(cli("adapters", "--json").stdout) == []
 
 
+@contextlib.contextmanager
+def kept_in_the_lab(cli: Cli, job_id: int) -> Iterator[None]:
+    """The job's file says publish: false meanwhile."""
+    engine = make_engine(load_settings(cli.environment).database_url)
+    with Session(engine) as session:
+        job = session.get_one(Job, job_id)
+        before, job.spec = job.spec, {**job.spec, "publish": False}
+        session.commit()
+        yield
+        job.spec = before
+        session.commit()
+    engine.dispose()
+
+
 def test_a_merged_model_is_proved_and_loads_with_transformers_alone(
     trained: Cli, base_of_trained: Path, tmp_path: Path
 ) -> None:
-    done = json.loads(trained("adapters", "merge", "red", tmp_path / "red", "--json").stdout)
+    with kept_in_the_lab(trained, 4):
+        done = json.loads(trained("adapters", "merge", "red", tmp_path / "red", "--json").stdout)
     json_page.hold({"adapters merge": [done]})
     assert done["merged_difference"] < 1e-4 and done["tokens"] > 20
     assert done["stored_agreement"] > 0.9
@@ -111,6 +132,9 @@ def test_a_merged_model_is_proved_and_loads_with_transformers_alone(
     assert modes == {(tmp_path / "new").stat().st_mode}, "as any other new file: others load it, too"
     assert (tmp_path / "red").stat().st_mode == (tmp_path / "new folder").stat().st_mode
     assert (about["job_id"], about["dtype"], about["base_model"]) == (4, "bfloat16", base_of_trained.name)
+    assert about["publish"] is False and "must stay in the lab" in (tmp_path / "red" / "README.md").read_text()
+    begun = trained("submit", "--dry-run", write_job(tmp_path, tmp_path / "red"))
+    assert "the adapter of tiny must stay in the lab" in begun.stderr
     files = [path for path in (tmp_path / "red").rglob("*") if path.is_file()]
     assert not [path.name for path in files if str(base_of_trained).encode() in path.read_bytes()], "paths of this box"
     assert not list(tmp_path.glob(".red-*")), "nothing half-written is left"

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
+from loractl.common.model_card import Published, hub_card
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.head import Head
@@ -105,6 +106,10 @@ def test_a_classifier_learns_and_is_compared_with_the_most_frequent_label(
     assert told["data"]["labels"]["storage"] == {"train": 30, "held_out": 10}
     page = (tmp_path / "a" / "result" / "report.html").read_text()
     assert "base: the most frequent label, storage, its loss that of guessing by how often each label is" in page
+    published = Published(repository="lab/queues", base="org/tiny", license=None, datasets=(), final="")
+    card = hub_card(told, JobSpec.model_validate(told["spec"]), published)
+    assert "pipeline_tag: text-classification" in card and '"Base" is the most frequent label, storage' in card
+    assert 'base, adapter = "org/tiny", snapshot_download("lab/queues")\n' in card
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

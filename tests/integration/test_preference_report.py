@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
+from loractl.common.model_card import Published, hub_card, lab_card
 from loractl.scheduler.cli.screen import Screen
 from loractl.scheduler.report.text import report_text
 from loractl.scheduler.web.pages.measures import digest
@@ -29,7 +30,6 @@ from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.prepared import PreparedData, prepare_data
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.evaluation.evaluation import Evaluation
-from loractl.worker.evaluation.model_card import write_model_card
 from loractl.worker.evaluation.page import render_html
 from loractl.worker.evaluation.preferences import evaluate_preferences, repetition
 from loractl.worker.evaluation.report import _evaluation, verdict
@@ -310,7 +310,7 @@ def test_a_run_of_four_words_repeats_where_it_stood_before(text: str, share: flo
     assert repetition(text) == pytest.approx(share)
 
 
-def test_everyone_who_reads_a_report_shows_one_of_pairs(made: Made, tmp_path: Path) -> None:
+def test_everyone_who_reads_a_report_shows_one_of_pairs(made: Made) -> None:
     learner, data, spec = made()
     found, _ = evaluated(learner, data, spec)
     value = {**report(verdict=verdict(found.metrics)), "task_type": "preference"}
@@ -327,5 +327,7 @@ def test_everyone_who_reads_a_report_shows_one_of_pairs(made: Made, tmp_path: Pa
     assert [(group.key, len(group.answers)) for group in shown.groups] == [("all", 3)]
     assert shown.main.label == "preference loss" and shown.groups[0].answers[0]["rejected"] == answer["rejected"]
     value["data"] |= {"more_sha256": [], "sources": []}
-    write_model_card(value, tmp_path)
-    assert "held-out preference loss on 10 rows: base 0.6931, tuned " in (tmp_path / "README.md").read_text()
+    assert "held-out preference loss on 10 rows: base 0.6931, tuned " in lab_card(value)
+    card = hub_card(value, spec, Published(repository="a/b", base="a/c", license=None, datasets=(), final=""))
+    assert "| preference accuracy, % |" in card and "| loss_type | sigmoid |" in card and "\n- dpo\n" in card
+    assert "pipeline_tag: text-generation" in card and answer["expected"] not in card

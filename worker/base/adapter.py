@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from loractl.common.adapter_config import CONFIG, allowed, check_adapter_config, portable_name
+from loractl.common.adapter_config import CONFIG, LABELS, SUFFIXES, allowed, check_adapter_config, portable_name
 from loractl.common.errors import ArtifactError
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
@@ -14,15 +14,6 @@ from loractl.common.job.status import Reason
 from .failure import TrainingFailed
 
 WEIGHTS = "adapter_model.safetensors"
-
-LABELS = "labels.json"
-"""A classifier's labels as a list, in the order of its head: peft has no place for them."""
-
-LINEAGE = "lineage.json"
-"""The adapter that this one was begun from: its job, name and weights."""
-
-SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
-"""What may lie in an adapter's folder; a tokenizer with code of its own would leave Python files there."""
 
 
 def save_adapter(model: Any, tokenizer: Any, spec: JobSpec, folder: Path) -> None:

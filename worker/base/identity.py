@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from loractl.common.fingerprint import SUFFIXES, Fingerprint, digest, fingerprint
+from loractl.common.fingerprint import SUFFIXES, Fingerprint, digest, fingerprint, may_be_published
 
 from .hub import pin
 
@@ -56,12 +56,15 @@ class BaseIdentity:
         self._thread.start()
 
     def wait(self) -> dict[str, Any]:
-        """What the report says about the base model: `commit` (None for a folder), `files` and one sha256 for all of
-        them. Raises OSError."""
+        """What the report says about the base model: `commit` (None for a folder), `files`, one sha256 for all of
+        them, and `publish: false` where an adapter that must stay in the lab is merged into it. Raises OSError."""
         self._thread.join()
         if self._error is not None:
             raise self._error
-        return {"commit": self._commit, "sha256": digest(self._files), "files": self._files}
+        return {"commit": self._commit, "sha256": digest(self._files), "files": self._files, **self._terms()}
+
+    def _terms(self) -> dict[str, bool]:
+        return {} if may_be_published(str(self._folder)) else {"publish": False}
 
     def files_at(self, traits: Traits, check_stop: Callable[[], None]) -> Fingerprint | None:
         """The hashes of files with these traits, waited for; None: others were hashed, or none could be read.

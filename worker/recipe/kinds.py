@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from loractl.common.adapter_config import LABELS
 from loractl.common.job.sections import DataFormat, TaskType
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.adapter import LABELS, read_labels
+from loractl.worker.base.adapter import read_labels
 from loractl.worker.base.batches import Computer
 from loractl.worker.base.head import HEAD, Head, label_settings
 from loractl.worker.base.kept.knowledge import Once

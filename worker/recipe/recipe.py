@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from loractl.common.adapter_config import portable_name
+from loractl.common.adapter_config import LINEAGE, portable_name
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
-from loractl.worker.base.adapter import LINEAGE, WEIGHTS, load_stored, save_adapter
+from loractl.common.model_card import lab_card
+from loractl.worker.base.adapter import WEIGHTS, load_stored, save_adapter
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, overflows_fp16
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.head import Head
@@ -40,7 +41,6 @@ from loractl.worker.engine.passes.shared import SharedBase
 from loractl.worker.engine.ranks.leader import DividedPass
 from loractl.worker.evaluation.evaluation import Evaluation
 from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks
-from loractl.worker.evaluation.model_card import write_model_card
 from loractl.worker.evaluation.page import write_page
 from loractl.worker.evaluation.report import TrainingCourse, build_report, write_report
 from loractl.worker.protocol.messages import Ancestor, Ended
@@ -98,7 +98,7 @@ def train(run: Run) -> Ended:
     report = build_report(order, identity.wait(), learner, data, evaluation, course, final)
     write_report(report, out)
     write_page(report, out)
-    write_model_card(report, out / "adapter")
+    (out / "adapter" / "README.md").write_text(lab_card(report), "utf-8")
     run.base_cache.tokenizers.give_back(borrowed)
     ask(run.require_base)
     return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.peaks())

@@ -16,6 +16,7 @@ from typing import Any
 
 from loractl.common.adapter_config import CONFIG, check_adapter_config, portable_name
 from loractl.common.errors import LoractlError, UsageError
+from loractl.common.fingerprint import MERGED, may_be_published
 from loractl.common.units import amount
 from loractl.worker.data.prompt import prompt_for
 from loractl.worker.data.template import templated
@@ -207,9 +208,10 @@ def _describe(folder: Path, listed: Listed, dtype: str, proof: Proof) -> None:
         "revision": spec.revision,
         "method": listed.method.value,
         "dtype": dtype,
+        "publish": spec.publish and may_be_published(spec.base_model),
         "proof": asdict(proof),
     }
-    (folder / "merge.json").write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+    (folder / MERGED).write_text(json.dumps(about, indent=1) + "\n", "utf-8")
     trained = "; it was trained over the base in NF4, and the merged model does not have that rounding"
     lines = [
         f"# {listed.name}, merged",
@@ -220,6 +222,7 @@ def _describe(folder: Path, listed: Listed, dtype: str, proof: Proof) -> None:
         f"On {proof.tokens} tokens of {proof.prompts} prompts, logits of base with adapter, in fp32, differ by at most "
         f"{proof.merged_difference:.1e} from those of the merged model in fp32, and by {proof.stored_difference:.1e} "
         f"from those of these files in {dtype}.",
+        *([] if about["publish"] else ["", "Its job says publish: false: it must stay in the lab."]),
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
 

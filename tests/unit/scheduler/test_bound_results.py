@@ -34,6 +34,7 @@ from .compare.test_answer import job
 READERS = (
     "adapters pull 1 {new}", "adapters show 1", "report 1", "report 1 --json", "report 1 --html {new}", "logs 1",
     "compare 1 2", "compare --sweep 1", "reproduce 1 --dry-run", "reproduce 2 --check 1",
+    "adapters push 1 a/b --to {new}",
 )  # fmt: skip
 """Command lines that read the first job's result; {new} is a path where nothing is."""
 

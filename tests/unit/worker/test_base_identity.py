@@ -22,6 +22,14 @@ def test_the_hashes_are_those_of_the_files_and_are_remembered(tmp_path: Path) ->
     assert found["commit"] is None and found == BaseIdentity(str(base), None, cache).wait()
 
 
+def test_a_base_into_which_an_adapter_is_merged_that_must_stay_in_the_lab_says_so(tmp_path: Path) -> None:
+    """In the report, for where the client sees no folder of the box."""
+    (tmp_path / "merge.json").write_text('{"publish": false}')
+    assert identify(str(tmp_path), None, tmp_path / "cache")["publish"] is False
+    (tmp_path / "merge.json").write_text('{"publish": true}')
+    assert "publish" not in identify(str(tmp_path), None, tmp_path / "cache")
+
+
 def test_a_stop_is_seen_while_hashes_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = threading.Event()
     monkeypatch.setattr(identity_module, "fingerprint", lambda *_: {"slow": "disk"} if read.wait(60) else {})

@@ -10,7 +10,7 @@ import pytest
 
 from loractl.common.data.example import Example, Turn
 from loractl.common.data.findings import Finding
-from loractl.common.data.giveaway import MOST_ROWS
+from loractl.common.data.giveaway import MOST_ROWS, unquoted
 from loractl.common.data.inspection import check_examples
 
 LABELS = ("alarm", "info", "warning")
@@ -123,6 +123,10 @@ def test_the_share_and_a_pair_are_told_of_both_sides() -> None:
     assert told.text == (
         "80 % of 100 rows to train on and 80 % of 20 rows held out hold the answer in the question, behind “[gold=”: "
         f"row 1 asks “pump 1 hums. [gold={label(1)}]”, and its answer is “{label(1)}”"
+    )
+    assert unquoted(f"Worse on x. {told.text}. 3 rows were cut.") == (
+        "Worse on x. 80 % of 100 rows to train on and 80 % of 20 rows held out hold the answer in the question. "
+        "3 rows were cut."
     )
 
 

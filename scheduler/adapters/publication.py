@@ -1,0 +1,195 @@
+"""What goes to a hub of a stored adapter: its files without the lab's names, and its report as their model card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loractl.common.adapter_config import CONFIG, LINEAGE, SUFFIXES, portable_name
+from loractl.common.binding import result_binding
+from loractl.common.errors import ArtifactError, LoractlError, UsageError, WrongState
+from loractl.common.job.ancestor import ancestor_job
+from loractl.common.job.hub_name import is_hub_data, is_hub_id
+from loractl.common.model_card import License, Published, hub_card
+from loractl.scheduler.report.answer import report
+
+from .answer import pull_adapter, stored_adapter
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore, Binding
+    from loractl.common.job.spec import JobSpec
+    from loractl.common.store.store import Store
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Publishable:
+    """A stored adapter that may leave the lab."""
+
+    job_id: int
+    stored: Binding
+    spec: JobSpec
+    data: Mapping[str, Any]  # the job's stored data sets
+    report: dict[str, Any]
+
+    @property
+    def local_base(self) -> bool:
+        """Whether its base is a folder, so that nobody knows the base's name on the hub."""
+        return Path(self.spec.base_model).is_absolute()
+
+    @property
+    def commit(self) -> str | None:
+        """Of a base of the hub, the commit that was trained on."""
+        commit = (self.report.get("base") or {}).get("commit") or self.spec.revision
+        return None if commit is None else str(commit)
+
+    def base_on_hub(self, base_name: str | None) -> str | None:
+        """The base's name on the hub, where it is known; `base_name`: what a person says of a folder's. Raises
+        UsageError."""
+        if not self.local_base:
+            if base_name not in (None, self.spec.base_model):
+                what = f"--base-name is for a base that is a folder; this one is {self.spec.base_model}"
+                raise UsageError(what, "leave --base-name out")
+            return self.spec.base_model
+        return base_name
+
+
+def publishable(store: Store, artifacts: ArtifactStore, text: str) -> Publishable:
+    """The adapter that a person means, if it may leave the lab.
+
+    Raises as `stored_adapter` does, WrongState where its job or its base forbids it, ArtifactError.
+    """
+    from loractl.common.job.file import override_spec
+
+    adapter, job = stored_adapter(store, text)
+    spec, stored = override_spec(job.spec, (), f"job {job.job_id}"), result_binding(store, job)
+    if not spec.publish:
+        raise _must_stay(adapter.job_id, "its job says publish: false")
+    if (ancestor := _kept_ancestor(store, spec)) is not None:
+        raise _must_stay(adapter.job_id, f"it was begun from that of job {ancestor}, whose job says publish: false")
+    told = artifacts.read_report(stored)
+    if (told.get("base") or {}).get("publish") is False:
+        raise _must_stay(adapter.job_id, "an adapter that must stay is merged into its base")
+    return Publishable(job_id=job.job_id, stored=stored, spec=spec, data=job.data, report=told)
+
+
+def _kept_ancestor(store: Store, spec: JobSpec) -> int | None:
+    """An ancestor that must stay by its row, as it is now: an edit may have said so once this job was submitted."""
+    from loractl.common.job.file import override_spec
+
+    while (job_id := ancestor_job(spec)) is not None:
+        row = store.jobs.numbered([job_id]).get(job_id)
+        if row is None:
+            return None
+        spec = override_spec(row.spec, (), f"job {job_id}")
+        if not spec.publish:
+            return job_id
+    return None
+
+
+def check_repository(name: str, option: str) -> None:
+    """Raises UsageError for what is not OWNER/NAME."""
+    if "/" not in name or not is_hub_id(name):
+        raise UsageError(f"{option}: {name!r} is not of the form OWNER/NAME", "like our-lab/support-agent")
+
+
+def final_sentence(store: Store, artifacts: ArtifactStore, job_id: int, user: str) -> str:
+    """What the final rows say, or nothing; it counts as a look at them."""
+    final = report(store, artifacts, job_id, user).final
+    return "" if final is None else final.sentence
+
+
+def write_publication(
+    artifacts: ArtifactStore, adapter: Publishable, published: Published, folder: Path
+) -> dict[str, int]:
+    """Write what is pushed into an empty folder: verified files, with the base's public name, and the model card.
+
+    Returns the bytes of each file. Raises ArtifactError, LoractlError where a file names a folder of the lab.
+    """
+    pull_adapter(artifacts, adapter.stored, adapter.job_id, folder)
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        if path.suffix not in SUFFIXES or path.name in (CARD, LINEAGE):
+            path.unlink()
+    base = published.base or portable_name(adapter.spec.base_model)
+    _rewrite(folder / CONFIG, lambda settings: {**settings, "base_model_name_or_path": base})
+    if (tokenizer := folder / "tokenizer_config.json").exists():
+        _rewrite(tokenizer, lambda settings: {k: v for k, v in settings.items() if not _is_place(k, v)})
+    (folder / CARD).write_text(hub_card(adapter.report, adapter.spec, published), "utf-8")
+    _check_places(folder, adapter.spec)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def datasets_of(adapter: Publishable) -> tuple[str, ...]:
+    """The data sets of the hub that it was trained on."""
+    trained = {key: text for key, text in adapter.spec.data_sets().items() if key == "path" or key.startswith("more.")}
+    named = [text.partition("@")[0] for key, text in trained.items() if key not in adapter.data and is_hub_data(text)]
+    return tuple(dict.fromkeys(named))
+
+
+def folder_license(folder: Path) -> License | None:
+    """The license that a model's folder names, in the front matter of its README.md or in its config.json."""
+    import yaml
+
+    try:
+        head = (folder / CARD).read_text("utf-8").split("\n---")[0].removeprefix("---")
+        known = license_in(yaml.safe_load(head))
+    except (OSError, ValueError, yaml.YAMLError):
+        known = None
+    if known is None:
+        try:
+            known = license_in(json.loads((folder / "config.json").read_text("utf-8")))
+        except (OSError, ValueError, RecursionError):
+            return None
+    return known
+
+
+def license_in(told: Any) -> License | None:
+    """The license that a model's metadata name; None where they name none, or several."""
+    if not isinstance(told, Mapping):
+        return None
+    name = told.get("license")
+    if isinstance(name, list) and len(name) == 1:
+        name = name[0]
+    if not isinstance(name, str) or not name.strip().isprintable() or not name.strip():
+        return None
+    more = {key: told[key] for key in ("license_name", "license_link") if isinstance(told.get(key), str)}
+    if "://" not in more.get("license_link", "://"):  # a file of the base's own repository
+        del more["license_link"]
+    return License(id=name.strip(), more=more)
+
+
+def _must_stay(job_id: int, why: str) -> WrongState:
+    return WrongState(
+        f"the adapter of job {job_id} must stay in the lab: {why}",
+        f"loractl show {job_id} shows its settings; what is made of such an adapter inherits publish: false",
+    )
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Raises ArtifactError for a file that is no JSON object: a worker may have stored anything."""
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ArtifactError(f"the adapter's {path.name} is not a JSON object", "loractl reproduce JOB makes it again")
+    path.write_text(json.dumps(change(settings), indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _is_place(key: str, value: Any) -> bool:
+    """Whether a tokenizer's setting says where a file lies on the box that saved it."""
+    return key.endswith(("_path", "_file")) and isinstance(value, str) and value.startswith("/")
+
+
+def _check_places(folder: Path, spec: JobSpec) -> None:
+    """Raises LoractlError where a file that is written anew names a folder of the lab."""
+    places = [text for text in (spec.base_model, *spec.data_sets().values()) if Path(text).is_absolute()]
+    for name in (CARD, CONFIG, "tokenizer_config.json"):
+        text = (folder / name).read_text("utf-8") if (folder / name).exists() else ""
+        if found := next((place for place in places if place in text), None):
+            raise LoractlError(f"{name} names {found}, a place of this lab: nothing is pushed", "report this as a bug")
