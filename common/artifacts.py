@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .errors import ArtifactError, NotStorable, ReportUnknown, ResultTaken, ServiceUnreachable
 from .files import Doing, Unfinished, nothing_told, open_files
@@ -407,8 +407,8 @@ def attempt_prefix(job_id: int, attempt: int) -> str:
     return f"jobs/{job_id}/attempt-{attempt}"
 
 
-def checkpoint_prefix(job_id: int, attempt: int, step: int) -> str:
-    """Where an attempt's checkpoint of a step goes."""
+def checkpoint_prefix(job_id: int, attempt: int, step: int | Literal[""]) -> str:
+    """Where an attempt's checkpoint of a step goes; without a step: how the places of all its checkpoints begin."""
     return f"jobs/{job_id}/checkpoints/{attempt}-{step}"
 
 

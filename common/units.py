@@ -57,6 +57,28 @@ def parse_duration(text: str | int | float) -> float:
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
 
 
+def parse_moment(text: str, now: dt.datetime) -> dt.datetime:
+    """A moment after `now`: in "2h", at "18:00" next, at "2026-12-24" or "2026-12-24T18:00" by local time. Raises
+    ValueError."""
+    try:
+        return now + dt.timedelta(seconds=parse_duration(text))
+    except (ValueError, OverflowError):  # the second: beyond the calendar
+        pass
+    local = now.astimezone()
+    try:
+        today = dt.datetime.combine(local.date(), dt.time.fromisoformat(text)).astimezone()
+        return today if today > now else (today.replace(tzinfo=None) + dt.timedelta(days=1)).astimezone()
+    except ValueError:
+        pass
+    try:
+        moment = dt.datetime.fromisoformat(text).astimezone()
+    except ValueError:
+        raise ValueError("is neither a duration nor a time") from None
+    if moment <= now:
+        raise ValueError("is in the past")
+    return moment
+
+
 def gib(size: int | float | None) -> str:
     """Bytes as GiB with one decimal, "–" when unknown."""
     return "–" if size is None else f"{size / GIB:.1f}"

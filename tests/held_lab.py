@@ -229,7 +229,7 @@ class HeldLab:
         for folder in (settings.runtime_dir, settings.work_dir, settings.cache_dir):
             folder.mkdir(parents=True, exist_ok=True)
         places = [
-            place_of(settings, device, options or NodeOptions(), Drain())
+            place_of(settings, device, options or NodeOptions(), Drain(None if options is None else options.grace_s))
             for device in devices or find_devices(settings)
         ]
         return [

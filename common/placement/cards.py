@@ -31,6 +31,11 @@ def default_max_jobs(total: int) -> int:
     return SHARED_JOBS if total >= SHARED_FROM_BYTES else 1
 
 
+UNMEASURED_S = 3600.0
+"""A job whose time to a checkpoint was not measured begins where an hour is left, or half of the card's whole window.
+So a short allocation takes new jobs too, and one that is nearly over takes none in vain."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Occupant:
     """A running job's share of its card."""
@@ -99,6 +104,8 @@ class Card:
     gangs: bool = False  # may be one of several cards for one job
     silent: bool = False  # not heard of lately: no job on several cards begins there, though one may wait for it
     stuck: bool = False  # takes no job that the rule gives it: none begins there, though one on several may wait for it
+    left_s: float | None = None  # until its worker stops, as it has said; None: it stays
+    window_s: float | None = None  # from its worker's start until then
     contention: float | None = None  # what a process costs another one there, see pack_rule.Sharing; None: not measured
 
     @property
@@ -240,6 +247,7 @@ class Obstacle(enum.Enum):
     PATIENCE = enum.auto()  # it holds the job by a method that is not permitted yet
     LEAVERS = enum.auto()  # jobs that have ended are not out of their trainers
     PROGRAMS = enum.auto()  # other programs hold too much of it
+    TIME = enum.auto()  # its worker stops before the job could store a checkpoint
 
 
 def could_start(job: Waiting, card: Card, fleet: Collection[Card]) -> bool:
@@ -255,7 +263,35 @@ def has_room(card: Card, job: Waiting, size: int | None, room: int) -> bool:
 
 def takes(card: Card, job: Waiting, fleet: Collection[Card], largest: int) -> bool:
     """Whether the rule may give the job to this card at all; its room is not asked."""
-    return suits(card, job, largest) and not avoided(card, job, fleet)
+    return suits(card, job, largest) and lasts(card, job) and not avoided(card, job, fleet)
+
+
+def lasts(card: Card, job: Waiting, wait_s: float = 0.0) -> bool:
+    """Whether the job can store a checkpoint before the card's worker stops, if it begins there after so long."""
+    return card.left_s is None or wait_s + time_to_checkpoint(card, job) <= card.left_s
+
+
+def time_to_checkpoint(card: Card, job: Waiting) -> float:
+    """Seconds that must be left of a card whose worker stops."""
+    return time_unmeasured(card.window_s) if job.checkpoint_s is None else job.checkpoint_s
+
+
+def time_unmeasured(window_s: float | None) -> float:
+    """The same for a job of which it was not measured."""
+    return UNMEASURED_S if window_s is None else min(UNMEASURED_S, window_s / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeLeft:
+    """What is left to a worker that stops by itself."""
+
+    host: str  # its box
+    seconds: float
+    window_s: float  # from its start on
+
+    def suffices(self, checkpoint_s: float | None) -> bool:
+        """Whether a job with that time to a checkpoint may begin, see `lasts`."""
+        return self.seconds >= (time_unmeasured(self.window_s) if checkpoint_s is None else checkpoint_s)
 
 
 def suits(card: Card, job: Waiting, largest: int) -> bool:
@@ -296,7 +332,7 @@ def failed(card: Card, job: Waiting) -> bool:
 
 def could_hold(card: Card, job: Waiting, largest: int) -> bool:
     """Whether an open card will hold the job once our other jobs have left it."""
-    if not card.takes_jobs or card.capacity <= 0 or not suits(card, job, largest):
+    if not card.takes_jobs or card.capacity <= 0 or not (suits(card, job, largest) and lasts(card, job)):
         return False
     return job.least is None or job.least <= card.capacity
 
@@ -329,6 +365,14 @@ def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
     return Room(
         at=at if at is None else max(at, now), after=tuple(gone), spare=then.free - size, spare_slots=then.slots - 1
     )
+
+
+def room_for(card: Card, job: Waiting, size: int, now: dt.datetime) -> Room | None:
+    """The same for a job, which needs time for a checkpoint then: no room outlasts its card's worker."""
+    room = room_at(card, size, now)
+    if room is None or card.left_s is None:
+        return room
+    return room if room.at is not None and lasts(card, job, (room.at - now).total_seconds()) else None
 
 
 @dataclass(frozen=True, kw_only=True)

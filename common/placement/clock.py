@@ -163,10 +163,9 @@ class Clock:
         return gone
 
     def seen(self) -> list[Card]:
-        """The cards as the rule sees them: with what is left to each member of a host that others may join."""
+        """The cards as the rule sees them: with what is left of their time, and to each member of an open host."""
         return [
-            replace(card, hosts=tuple(self._seen(card, base) for base in card.hosts)) if card.hosts else card
-            for card in self.cards.values()
+            self._card_seen(card) if card.hosts or card.left_s is not None else card for card in self.cards.values()
         ]
 
     def start(self, placed: Placement, asked: ReplayedJob) -> None:
@@ -273,6 +272,11 @@ class Clock:
             return alone  # a pack whose members are not known keeps its pace
         law = base.law or PassLaw.start(quantised=base.method is Method.QLORA)
         return alone * law.seconds(own.tokens, 1) / law.seconds(sum(tokens), len(tokens))
+
+    def _card_seen(self, card: Card) -> Card:
+        left_s = None if card.left_s is None else card.left_s - self._moment
+        hosts = tuple(self._seen(card, base) for base in card.hosts)
+        return replace(card, hosts=hosts, left_s=left_s, open=card.open and (left_s is None or left_s > 0))
 
     def _seen(self, card: Card, base: WarmBase) -> WarmBase:
         if not base.open:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from loractl.common.job.method import Method
 from loractl.common.job.need import SharedNeed
 
-from .cards import Card, Room, could_hold, elsewhere, failed, largest_gpu, room_at
+from .cards import Card, Room, could_hold, elsewhere, failed, largest_gpu, lasts, room_for
 from .lines import Waiting
 
 
@@ -62,7 +62,7 @@ def _holding(job: Waiting, gang: SharedNeed, cards: Iterable[Card]) -> Iterator[
 
 def may_share(card: Card, job: Waiting) -> bool:
     """Whether the card may be one of several for the job at all; neither its room nor what failed is asked."""
-    return elsewhere(card, job) is None and card.open and card.gangs and not card.processor
+    return elsewhere(card, job) is None and card.open and card.gangs and not card.processor and lasts(card, job)
 
 
 def takers(job: Waiting, gang: SharedNeed, cards: Collection[Card]) -> list[Card]:
@@ -94,12 +94,13 @@ def first_gathering(
     options = []
     for index, method in enumerate(job.methods):
         size = gang.need.of(method)
-        rooms = [(card, room) for card in cards if (room := _room(card, size, now)) is not None]
+        rooms = [(card, room) for card in cards if (room := _room(card, job, size, now)) is not None]
         by_node = {card.node: (card, room) for card, room in rooms}
         for pool in _pools([card for card, _ in rooms]):
             chosen = sorted((by_node[card.node] for card in pool), key=lambda pair: _soonest(pair, now))[: gang.cards]
-            if len(chosen) == gang.cards:
-                found = Gathering(at=_last(room for _, room in chosen), rooms=tuple(chosen))
+            at = _last(room for _, room in chosen)
+            if len(chosen) == gang.cards and all(_lasts_until(at, card, job, now) for card, _ in chosen):
+                found = Gathering(at=at, rooms=tuple(chosen))
                 options.append((*_waited_for(found, now), index, [card.node for card, _ in chosen], method, found))
     if not options:
         return None
@@ -107,8 +108,13 @@ def first_gathering(
     return method, found
 
 
-def _room(card: Card, size: int | None, now: dt.datetime) -> Room | None:
-    return room_at(card, max(1, card.capacity) if size is None else size, now)
+def _room(card: Card, job: Waiting, size: int | None, now: dt.datetime) -> Room | None:
+    return room_for(card, job, max(1, card.capacity) if size is None else size, now)
+
+
+def _lasts_until(at: dt.datetime | None, card: Card, job: Waiting, now: dt.datetime) -> bool:
+    """Whether the card has time for the job when the last of the others has room."""
+    return card.left_s is None or (at is not None and lasts(card, job, (at - now).total_seconds()))
 
 
 def _soonest(pair: tuple[Card, Room], now: dt.datetime) -> tuple[bool, dt.datetime, int, str]:

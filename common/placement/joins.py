@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from loractl.common.job.method import Method
 
-from .cards import Card, WarmBase, room_at
+from .cards import Card, WarmBase, room_for
 from .hosts import OTHER_KEY
 from .lines import JoinOpening, Waiting, waited
 from .pack_rule import CONTENTION, JoinVerdict, PackedJob, PassLaw, Sharing, join_verdict
@@ -145,7 +145,7 @@ def sooner_elsewhere(
     for card in others:
         if card.node == join.node or card.model != model or not card.takes_jobs:
             continue
-        room = room_at(card, size, now)
+        room = room_for(card, job, size, now)
         if room is None or room.at is None or room.at <= now or len(room.after) < len(card.running):
             continue  # its end is not known, or overdue, or the card will be shared
         free = max((room.at - now).total_seconds(), busy_until.get(card.node, 0.0))

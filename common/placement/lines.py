@@ -35,6 +35,7 @@ class Waiting:
     alone: bool = True  # one card may take it
     gangs: tuple[SharedNeed, ...] = ()  # how several cards may divide it, the preferred way first
     again: dt.datetime | None = None  # when it came back: after an attempt, a hold or a retry; None: it never left
+    checkpoint_s: float | None = None  # from an attempt's start to its first stored checkpoint; None: not measured
 
     @functools.cached_property
     def least(self) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from loractl.common.units import gib
+from loractl.common.units import duration, gib
 
 from .cards import Card
 from .gangs import gang_of
@@ -22,6 +22,8 @@ def out_of_reach(job: Waiting, cards: Collection[Card]) -> str | None:
     labelled = with_labels(cards, job.requires)
     if not labelled:
         return f"no box has the label {', '.join(f'{k}={v}' for k, v in sorted(job.requires))}"
+    if (why := _why_no_time(job, labelled)) is not None:
+        return why
     most = most_usable(labelled)
     if job.gangs or not job.alone:
         if most is None or _several_could_hold(job, labelled):
@@ -32,6 +34,16 @@ def out_of_reach(job: Waiting, cards: Collection[Card]) -> str | None:
         return None
     largest = max(card.usable for card in [card for card in labelled if not card.processor] or labelled)
     return f"needs {gib(job.least)} GiB, the largest card has {gib(largest)}"
+
+
+def _why_no_time(job: Waiting, cards: Collection[Card]) -> str | None:
+    """Where the job is longer on its way to a checkpoint than any of these workers stays."""
+    windows = [card.window_s for card in cards if (job.bound or 0) <= card.usable]
+    known = [seconds for seconds in windows if seconds is not None]
+    if job.checkpoint_s is None or not known or len(known) < len(windows) or job.checkpoint_s <= max(known):
+        return None
+    took, longest = duration(job.checkpoint_s), duration(max(known))
+    return f"needs {took} to its first stored checkpoint, and no worker stays longer than {longest}"
 
 
 def _several_could_hold(job: Waiting, cards: Collection[Card]) -> bool:

@@ -13,7 +13,19 @@ from dataclasses import dataclass, replace
 
 from loractl.common.job.need import SharedNeed, least_need
 
-from .cards import Card, Obstacle, Reservation, Room, avoided, largest_gpu, least_limit, room_at, unsuited
+from .cards import (
+    Card,
+    Obstacle,
+    Reservation,
+    Room,
+    avoided,
+    largest_gpu,
+    lasts,
+    least_limit,
+    room_at,
+    room_for,
+    unsuited,
+)
 from .gangs import gang_of, may_share
 from .lines import Waiting
 from .reach import out_of_reach
@@ -112,6 +124,8 @@ class Round:
             return Obstacle.SMALL
         if obstacle is Obstacle.RESULT or not card.open:
             return obstacle if obstacle is Obstacle.RESULT else Obstacle.CLOSED
+        if not lasts(card, job):
+            return Obstacle.TIME
         if gang is not None:
             return self._share(job, card, gang)
         if obstacle is Obstacle.SEVERAL:
@@ -129,12 +143,14 @@ class Round:
             return room if room.after else self._taken(job, card)
         if job.methods != at_last.methods and (job.bound or 0) > card.usable:
             return Obstacle.PATIENCE
+        if card.left_s is not None and room_at(card, max(1, job.least or card.capacity), self.now) is not None:
+            return Obstacle.TIME
         return Obstacle.LEAVERS if card.leavers and (job.least or 0) <= card.capacity else Obstacle.PROGRAMS
 
     def _room(self, job: Waiting, card: Card) -> Full | None:
         """When the card has room for the job, by the method for which that is soonest; None: never by itself."""
         sizes = {None} if job.least is None else {job.need.of(method) for method in job.methods}
-        rooms = [(size, room_at(card, size or max(1, card.capacity), self.now)) for size in sizes]
+        rooms = [(size, room_for(card, job, size or max(1, card.capacity), self.now)) for size in sizes]
         full = [_full(card, size, room) for size, room in rooms if room is not None]
         return min(full, key=lambda one: (*one.rank, len(one.after)), default=None)
 
@@ -150,7 +166,7 @@ class Round:
         size = least_need(job.methods, gang.need)
 
         def room(other: Card) -> Room | None:
-            return room_at(other, size or max(1, other.capacity), self.now) if may_share(other, job) else None
+            return room_for(other, job, size or max(1, other.capacity), self.now) if may_share(other, job) else None
 
         mine, box = room(card), [other for other in self.cards.values() if other.host == card.host]
         if mine is not None and sum(room(other) is not None for other in box) >= gang.cards:

@@ -7,7 +7,8 @@ fair share, age. A job that can't start is passed over. But a card is kept for t
 RESERVE_AFTER_S: from then on no job that would delay it starts there. A job keeps off a card that failed it while
 another one could hold it. Where no idle card holds a job, it may join a host that trains others on its base, if the
 pack pays; never on a card that is kept, where it would delay the ends that are waited for, nor where it would end
-sooner by waiting for another card that will be idle.
+sooner by waiting for another card that will be idle. Where a card's worker will stop, a job begins only if it can store
+a checkpoint before that, and nothing is kept or gathered beyond it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from loractl.common.job.method import Method, Parallel
 from loractl.common.job.need import RoomyForm, SharedNeed
 from loractl.common.units import GIB
 
-from .cards import Card, Kept, Occupant, Reservation, Room, has_room, largest_gpu, least_limit, room_at, takes
+from .cards import Card, Kept, Occupant, Reservation, Room, has_room, largest_gpu, lasts, least_limit, room_for, takes
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
 from .joins import DeclinedJoin, Join, Newcomers, best_join, join_openings, sooner_elsewhere
 from .lines import Line, Openings, Waiting, waited, waited_again
@@ -42,6 +43,11 @@ how long one idles. The time begins anew with each attempt, hold and retry: for 
 A job that began within the hour and whose end is not known yet counts as one that ends soon: else short jobs on two
 cards, of which one has always just begun, would pass the job for a day. One whose end stays unknown would keep a card
 idle for nobody knows how long."""
+
+
+MOST_WITHOUT_TIME = 32
+"""Jobs for which the time left on some card is too short and that are looked at in one pass. Then the cards whose
+workers stop take no more in it: a claim must not read a whole queue of long jobs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +99,8 @@ class _Fleet:
     awaited: set[int] = field(init=False)
     """Jobs not tried yet for which running ones were asked to stop: in vain, if others took what they have beside."""
 
+    without_time: int = 0  # jobs looked at for which some card stops too early
+
     def __post_init__(self) -> None:
         usable = [c for c in self.cards.values() if c.open]
         self.largest = largest_gpu(usable)
@@ -103,11 +111,20 @@ class _Fleet:
 
     def room(self, card: Card) -> int:
         """Bytes that a job may take there now, beside what is kept."""
-        room = card.room
+        room = 0 if self.closing and card.left_s is not None else card.room
         kept = self.kept.on(card.node) if room and self.kept is not None else None
         if kept is None:
             return room
         return max(0, min(room, kept.spare)) if kept.spare_slots > 0 else 0
+
+    @property
+    def closing(self) -> bool:
+        """Whether enough jobs were looked at in vain for what is left of some cards' time."""
+        return self.without_time >= MOST_WITHOUT_TIME
+
+    def note_time(self, job: Waiting) -> None:
+        """A job gets no card now: count it where that may be for want of time."""
+        self.without_time += any(self.room(card) > 0 and not lasts(card, job) for card in self.cards.values())
 
     def openings(self) -> Openings:
         rooms = [(c, room) for c in self.cards.values() if (room := self.room(c)) > 0]
@@ -216,6 +233,9 @@ def _first_by_age(oldest: Line, fleet: _Fleet, now: dt.datetime) -> Waiting | No
     while (job := oldest.next(fleet.ever)) is not None and waited(job, now) >= OLDEST_FIRST_AFTER_S:
         if not fleet.at_limit(job.user) and (fleet.gang_of(job) is not None or any(_rooms(job, fleet, now))):
             return job
+        fleet.note_time(job)
+        if fleet.closing:
+            break
     return None
 
 
@@ -256,6 +276,7 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
         fleet.start(found, now)
         yield Decision(placed=found)
         return
+    fleet.note_time(job)
     if found is not None:
         fleet.busy_until[found.card] = found.ends
         yield Decision(declined=found)
@@ -366,7 +387,7 @@ def _rooms(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[tuple[int,
         for index, method in enumerate(job.methods):
             size = job.need.of(method)
             bytes_ = max(1, card.capacity) if size is None or job.least is None else size
-            if (room := room_at(card, bytes_, now)) is not None:
+            if (room := room_for(card, job, bytes_, now)) is not None:
                 yield index, bytes_, card, room
 
 

@@ -116,6 +116,8 @@ def card_of(
         model=node.device_name,
         gangs=bool(node.gangs) and not node.gpu.startswith("MIG-"),  # slices can't talk to each other
         user_limit=node.user_limit,
+        left_s=None if node.until is None else (node.until - now).total_seconds(),
+        window_s=None if node.until is None else node.window_s,
     )
 
 
@@ -176,7 +178,7 @@ def _warm_base(
 def _is_open(node: Node, now: dt.datetime, drained: Mapping[str, DrainOrder]) -> bool:
     """Whether the node is online, works, and is kept empty by nobody."""
     online = (now - node.seen_at).total_seconds() <= NODE_STALE_S
-    works = fault_of(node) is None and not node.draining
+    works = fault_of(node) is None and not node.draining and (node.until is None or node.until > now)
     return online and works and node.node not in drained and node.host not in drained
 
 
@@ -224,6 +226,7 @@ def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
         alone=ways.alone,
         gangs=ways.gangs,
         again=row.get("again"),
+        checkpoint_s=row.get("checkpoint_s"),
     )
 
 

@@ -236,6 +236,8 @@ class NodeState:
     gangs: bool = False  # its worker serves jobs on several cards
     fault: str | None = None  # why nothing can run on it, with the next step
     self_test: dict[str, Any] | None = None
+    until: dt.datetime | None = None  # when its worker stops by itself
+    window_s: float | None = None  # from its worker's start until then
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,6 +175,8 @@ class Job(Base):
     gangs: Mapped[dict[str, Any] | None] = mapped_column(  # null: one card is to have it
         Json(_can_be_divided, {"alone": True, "ways": []}, null=True, none_as_null=True)
     )
+    # from an attempt's start to its first stored checkpoint; null: not measured
+    checkpoint_s: Mapped[Seconds | None]
     # what it may have beyond its need, to train without recomputing: {method: [{"micro_batch", "bytes", "planned"}]}
     roomy: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_roomy, null=True, none_as_null=True))
     # the newest one in the artifact store: step, prefix
@@ -386,6 +388,8 @@ class Node(Base):
     instance: Mapped[str | None] = mapped_column(Characters(64))  # of the box: two boxes may call themselves the same
     machine: Mapped[str | None] = mapped_column(Characters(64))  # a home may be copied to another machine
     boot: Mapped[str | None] = mapped_column(Characters(64))  # a whole machine may be copied
+    until: Mapped[Timestamp | None]  # when its worker stops by itself; null: it stays
+    window_s: Mapped[Seconds | None]  # from its worker's start until then
     seen_at: Mapped[Timestamp]
 
     @property

@@ -60,6 +60,8 @@ class DeviceState:
     instance: str | None  # of the box: two boxes may call themselves the same
     machine: str | None  # its machine-id, of which a home may be a copy
     boot: str | None  # its boot id, of which a whole machine may be a copy
+    until: dt.datetime | None  # when its worker stops by itself; null: it stays
+    window_s: float | None  # from its worker's start until then
     seen_at: dt.datetime
 
     card: Card  # as the placement rule sees it, with the jobs that run there
@@ -82,6 +84,7 @@ class DeviceState:
         columns = {name: getattr(self, name) for name in DEVICE_FIELDS}
         return {
             **columns,
+            "until": None if self.until is None else self.until.isoformat(),
             "outside": [dict(process) for process in self.outside],
             "seen_at": self.seen_at.isoformat(),
             "open": self.card.open,

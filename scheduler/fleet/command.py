@@ -38,7 +38,7 @@ def _known_targets(store: Store) -> Iterator[tuple[str, str]]:
 @click.command()
 @click.argument("target", type=Target(), metavar="HOST|CARD")
 @click.option("--reason", required=True, help="The reason, shown to people whose jobs wait.")
-@click.option("--until", metavar="WHEN", help="End it after a duration like 2d, or at 2026-12-24 or ...T18:00.")
+@click.option("--until", metavar="WHEN", help="End it after a duration like 2d, or at 18:00, 2026-12-24 or ...T18:00.")
 @click.option("--now", "at_once", is_flag=True, help="Also requeue running jobs after a checkpoint.")
 def drain(target: str, reason: str, until: str | None, at_once: bool) -> None:
     """Keep new jobs from a box or a card, with a reason.
@@ -88,21 +88,12 @@ def _left(running: Sequence[int], at_once: bool) -> str:
 
 def end_of_drain(text: str, now: dt.datetime) -> dt.datetime:
     """A duration from now, or a local date or time. Raises UsageError."""
-    from loractl.common.units import parse_duration
+    from loractl.common.units import parse_moment
 
     try:
-        return now + dt.timedelta(seconds=parse_duration(text))
-    except (ValueError, OverflowError):  # the second: beyond the calendar
-        pass
-    try:
-        moment = dt.datetime.fromisoformat(text).astimezone()
-    except ValueError:
-        raise UsageError(
-            f"--until: {text!r} is neither a duration nor a time", "like 2d, 2026-12-24 or 2026-12-24T18:00"
-        ) from None
-    if moment <= now:
-        raise UsageError(f"--until: {text} is in the past")
-    return moment
+        return parse_moment(text, now)
+    except ValueError as error:
+        raise UsageError(f"--until: {text!r} {error}", "like 2d, 18:00, 2026-12-24 or 2026-12-24T18:00") from None
 
 
 @click.command()

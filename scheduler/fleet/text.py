@@ -48,7 +48,7 @@ def _row(device: DeviceState, now: dt.datetime, screen: Screen, *, used: bool) -
         *([gib(held) if held else "–"] if used else []),
         f"{card.total / GIB:.0f}" if card.total else "?",
         "–" if device.load is None or device.silent_s is not None else f"{device.load}%",
-        _obstacle(device, now) or _users(device),
+        _obstacle(device, now) or _users(device, now),
     ]
 
 
@@ -90,7 +90,7 @@ def _jobs(device: DeviceState) -> list[str]:
     return [*alone, *(f"{' + '.join(f'{job.user} {job.job_id}' for job in jobs)} on one base" for jobs in packs)]
 
 
-def _users(device: DeviceState) -> str:
+def _users(device: DeviceState, now: dt.datetime) -> str:
     jobs = _jobs(device)
     others = [process_name(process) for process in device.outside]
     if len(others) > 2:
@@ -101,4 +101,6 @@ def _users(device: DeviceState) -> str:
     ]
     leavers = [f"{one.job_id} is leaving, {gib(one.bytes)} held" for one in device.card.leavers]
     failures = ", ".join(f"{count} {reason}" for reason, count in sorted(device.failures.items()))
-    return ", ".join([*jobs, *leavers, *bases, *others, *([f"failed lately: {failures}"] if failures else [])]) or "–"
+    notes = [f"failed lately: {failures}"] if failures else []
+    notes += [] if device.until is None else [f"until {clock(device.until, now)}"]
+    return ", ".join([*jobs, *leavers, *bases, *others, *notes]) or "–"

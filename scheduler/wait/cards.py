@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.method import Method
 from loractl.common.job.need import SharedNeed, least_need
-from loractl.common.placement.cards import Card, Obstacle
+from loractl.common.placement.cards import Card, Obstacle, time_to_checkpoint
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.refusals import Full, Refusal, Taken
 from loractl.common.placement.shares import within_need
@@ -116,9 +116,20 @@ def _kept_off(
             return clock(job.lora_until, view.now), "too small for LoRA, which it waits for until then", job.lora_until
         case Obstacle.LEAVERS:
             return "?", still_inside(card), None
+        case Obstacle.TIME:
+            return "never", short_of_time(me, card, view), None
         case Obstacle.PROGRAMS:
             return "?", f"{holder(view, card)}, no end known", None
     return "never", NEVER[obstacle], None
+
+
+def short_of_time(me: Waiting, card: Card, view: FleetView) -> str:
+    """Why the job does not begin on a card whose worker stops."""
+    ends, took = clock(view.nodes[card.node].until, view.now), me.checkpoint_s
+    if took is not None:
+        return f"stops at {ends}, and it needs {duration(took)} to its first stored checkpoint"
+    least = duration(time_to_checkpoint(card, me))
+    return f"stops at {ends}, and its time to a checkpoint is not known: it begins there with {least} left"
 
 
 NEVER = {

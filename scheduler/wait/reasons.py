@@ -21,7 +21,7 @@ from loractl.common.placement.shares import Allowance, window_name
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, fault_of, paused, unreadable
 from loractl.common.units import clock, duration, gib
 
-from .cards import SILENT_S, Asking, avoidance_of, beside, holder, refused_join, silent_s, still_inside
+from .cards import SILENT_S, Asking, avoidance_of, beside, holder, refused_join, short_of_time, silent_s, still_inside
 from .gangs import gang_wait, gathering_of, in_words, when_they_end
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def explain(job: Job, view: FleetView) -> Wait:
         or _others_first(asking, view)
         or _patience(asking, view)
         or _avoids(asking, view)
+        or _short_of_time(asking, view)
         or _room(asking, view)
     )
 
@@ -302,6 +303,15 @@ def _avoids(asking: Asking, view: FleetView) -> Wait | None:
             until = clock(why.until, view.now)
             return _capacity("avoids", f"{node} failed it ({why.reason}): until {until} for another card")
     return None
+
+
+def _short_of_time(asking: Asking, view: FleetView) -> Wait | None:
+    """The cards that could hold it stop before it could store a checkpoint there."""
+    short = [view.cards[node] for node, refusal in asking.refusals.items() if refusal is Obstacle.TIME]
+    if not short or asking.full or any(not isinstance(refusal, Obstacle) for refusal in asking.refusals.values()):
+        return None
+    card = max(short, key=lambda card: card.left_s or 0.0)
+    return _capacity("time", f"{card.node} {short_of_time(asking.me, card, view)}")
 
 
 def _room(asking: Asking, view: FleetView) -> Wait:

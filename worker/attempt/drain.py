@@ -7,6 +7,9 @@ from typing import Literal
 
 Wish = Literal["checkpoint", "now"]
 
+STOP_SHARE = 2 / 3
+"""Of a bounded stop, for the current step and its checkpoint. The rest is for its way into the artifact store."""
+
 
 class Drain:
     """What was asked of this node. Any thread may ask, and all of them look.
@@ -14,7 +17,9 @@ class Drain:
     The worker's wish ends this process and is never taken back. A person's order ends by another order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, grace_s: float | None = None) -> None:
+        """`grace_s`: how long a stop may take; None: as long as it needs."""
+        self.grace_s = grace_s
         self._lock = threading.RLock()  # a signal handler asks, in whatever the main thread does at that moment
         self._asked: Wish | None = None
         self._ordered = False

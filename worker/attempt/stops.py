@@ -9,6 +9,7 @@ from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.messages import Stop
 
 from .attempt import SupervisedAttempt
+from .drain import STOP_SHARE, Drain
 from .trainer_process import LEAVE_S
 from .workplace import Workplace
 
@@ -58,12 +59,16 @@ def wanted_stop(place: Workplace, attempt: SupervisedAttempt) -> StopWish | None
         return StopWish(reason=Reason.TIMED_OUT, message=why, save=True, grace_s=DRAIN_GRACE_S)
     if place.drain.wish is not None:
         why = _why_drained(place, attempt, "the worker is being stopped")
-        return StopWish(reason=Reason.DRAINED, message=why, save=True, grace_s=DRAIN_GRACE_S)
+        return StopWish(reason=Reason.DRAINED, message=why, save=True, grace_s=_stop_s(place.drain))
     if attempt.wishes.card_drained is not None:
         return StopWish(reason=Reason.DRAINED, message=attempt.wishes.card_drained, save=True, grace_s=DRAIN_GRACE_S)
     if is_silent(attempt):  # it shares its trainer, else that was killed
         return StopWish(reason=Reason.TRAINER_ERROR, message=SILENT)
     return None
+
+
+def _stop_s(drain: Drain) -> float:
+    return DRAIN_GRACE_S if drain.grace_s is None else STOP_SHARE * drain.grace_s
 
 
 def _why_drained(place: Workplace, attempt: SupervisedAttempt, stopped: str) -> str:
@@ -146,11 +151,14 @@ def require_wanted(place: Workplace, attempt: SupervisedAttempt) -> None:
         raise Interrupted
     drained = place.drain.wish is not None
     if attempt.heard.ended is not None:
-        if not (attempt.own.store_away and (attempt.wishes.cancel_requested or drained)):
+        at_once = place.drain.wish == "now"
+        if not (at_once or (attempt.own.store_away and (attempt.wishes.cancel_requested or drained))):
             return
         attempt.heard.ended = None
         if attempt.wishes.cancel_requested:
             attempt.own.forced = Reason.CANCELLED, "cancelled while it waited for the artifact store"
+        elif at_once:
+            attempt.own.forced = Reason.DRAINED, "the worker was stopped at once, before the result was stored"
         else:
             why = _why_drained(place, attempt, "the worker was stopped")
             attempt.own.forced = Reason.DRAINED, f"{why}, while the artifact store was away"

@@ -22,6 +22,7 @@ from loractl.worker.protocol.messages import Ended, Start, Told
 
 from .attempt import SupervisedAttempt
 from .checkpoint_upload import CheckpointUpload
+from .drain import STOP_SHARE
 from .heartbeat import beat, while_beating
 from .log import LOG_FILE, opened
 from .order import common_environment, environment
@@ -60,7 +61,15 @@ def train(place: Workplace, attempt: SupervisedAttempt, start: Start) -> None:
         # no one needs the last one of a training that is done, cancelled, pruned or no longer ours
         over = attempt.own.lease_lost or attempt.wishes.cancel_requested or attempt.own.gone_as is not None
         over = over or attempt.verdict()[0] in (Reason.OK, Reason.PRUNED)
-        _close(place, attempt, upload, 0.0 if over or place.drain.wish == "now" else CHECKPOINT_GRACE_S)
+        _close(place, attempt, upload, 0.0 if over or place.drain.wish == "now" else _patience_s(place, attempt))
+
+
+def _patience_s(place: Workplace, attempt: SupervisedAttempt) -> float:
+    """For the last checkpoint: in a bounded stop, all that the trainer has left of it."""
+    drain, kill_at = place.drain, attempt.own.kill_at
+    if drain.wish is None or drain.grace_s is None or kill_at is None:
+        return CHECKPOINT_GRACE_S
+    return max(0.0, kill_at - place.clock.now() + (1 - STOP_SHARE) * drain.grace_s)
 
 
 def _run(place: Workplace, attempt: SupervisedAttempt, start: Start, upload: CheckpointUpload) -> None:

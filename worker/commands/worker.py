@@ -65,6 +65,13 @@ class OneOrZero(click.types.BoolParamType):
     show_envvar=True,
     help="How long a trainer keeps its base after its job, for the next job on it; 0: never.",
 )
+@click.option("--until", metavar="WHEN", help="Stop by itself then, like 18:00, 2026-12-24T18:00 or 4h.")
+@click.option("--for", "lasts", metavar="TIME", help="The same after so long, like 4h.")
+@click.option(
+    "--grace",
+    metavar="TIME",
+    help="How long a stop may take: after SIGTERM or SIGUSR1, and before --until.  [default: 3min before an end]",
+)
 @click.option("--drain-when-idle", is_flag=True, help="End when no job that fits this box is left.")
 def worker(
     gpus: str | None,
@@ -75,11 +82,15 @@ def worker(
     labels: tuple[str, ...],
     spare: bool | None,
     keep_warm: str,
+    until: str | None,
+    lasts: str | None,
+    grace: str | None,
     drain_when_idle: bool,
 ) -> None:
     """Serve this box's devices: claim waiting jobs that fit and train them.
 
-    Ctrl-C stops after a checkpoint and gives the jobs back; a second one stops at once.
+    Ctrl-C stops after a checkpoint and gives the jobs back; a second one stops at once. In a Slurm allocation, it stops
+    before that ends.
     """
     from loractl.common.errors import LoractlError
 
@@ -91,15 +102,19 @@ def worker(
     from loractl.worker.protocol.secrecy import hide_environment
 
     hide_environment()  # before the other imports, which take a second
+    import datetime as dt
+    import os
+
     from loractl.common.artifacts import open_store
     from loractl.common.queue.valkey import broker_url
     from loractl.common.settings import load_settings
     from loractl.common.store.database import connect, make_engine
     from loractl.common.store.store import Store
-    from loractl.common.units import gib
+    from loractl.common.units import clock, duration, gib
     from loractl.worker.allowance import allowed_cores, threads_of_trainer
     from loractl.worker.device.devices import find_devices, order_of_numbers
     from loractl.worker.node.box import Box
+    from loractl.worker.node.window import read_window
 
     settings = load_settings()
     settings.require_channels()
@@ -112,6 +127,8 @@ def worker(
         "spare": spare,
         "keep_warm_s": _seconds("--keep-warm", keep_warm),
     }
+    now, grace_s = dt.datetime.now(dt.UTC), None if grace is None else _seconds("--grace", grace)
+    window = read_window(until, None if lasts is None else _seconds("--for", lasts), grace_s, os.environ, now)
     connect(settings).dispose()  # its schema is ours
     store = Store(make_engine(settings.database_url, kept=0))  # it looks every ten seconds
     open_store(settings)
@@ -125,8 +142,12 @@ def worker(
         click.echo(order, err=True)
     if (threads := threads_of_trainer(1)) < allowed_cores():
         click.echo(f"Threads of a trainer, by OMP_NUM_THREADS: at most {threads}.", err=True)
+    if window is not None:
+        grace_s = window.grace_s
+        ends = f"{duration(grace_s)} before {clock(window.ends, now)} ({window.said_by})"
+        click.echo(f"Stops at {clock(window.stops, now)}, {ends}.", err=True)
     click.echo("Ctrl-C saves a checkpoint and requeues running jobs.", err=True)
-    sys.exit(Box(settings, store, devices, options).run(drain_when_idle))
+    sys.exit(Box(settings, store, devices, options, window=window, grace_s=grace_s).run(drain_when_idle))
 
 
 def _size(text: str) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from loractl.common.errors import ExitCode, LoractlError
+from loractl.common.placement.cards import TimeLeft
 from loractl.common.placement.sizes import served_classes
 from loractl.common.queue.valkey import broker_url, embedded_runs, stop_unused
 from loractl.worker.device.devices import find_device
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Node
     from loractl.worker.device.devices import Device
+
+    from .window import Window
 
 log = logging.getLogger("loractl.worker")
 
@@ -54,13 +57,31 @@ FIND_AGAIN_S = 15.0
 KILL_AFTER_S = 15.0
 """After a second Ctrl-C the nodes have so long to give their jobs back."""
 
+GRACE_USED = 0.9
+"""Of --grace, for the jobs. The rest is for nodes that did not stop in it, and are stopped at once."""
+
 
 class Box:
     """`loractl worker`: a node for each device."""
 
-    def __init__(self, settings: Settings, store: Store, devices: list[Device], options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        devices: list[Device],
+        options: dict[str, Any],
+        *,
+        window: Window | None = None,
+        grace_s: float | None = None,
+    ) -> None:
+        """`window`: when it stops by itself; None: it stays. `grace_s`: how long a stop may take; None: as it needs."""
         self._settings = settings
-        self._options = json.dumps({**options, "devices": len(devices)})
+        self._window = window
+        self._grace_s = None if grace_s is None else GRACE_USED * grace_s
+        self._stop_until: float | None = None  # a stop is on its way, and then it becomes one at once
+        timed = {"grace_s": self._grace_s, **({} if window is None else _timed(window, store))}
+        self._window_s = timed.get("window_s") or 0.0
+        self._options = json.dumps({**options, **timed, "devices": len(devices)})
         self._labels: dict[str, str] = options.get("labels") or {}
         self._store = store
         self._devices = devices
@@ -94,14 +115,19 @@ class Box:
             self._asked_to_stop = True  # psycopg may raise its connection's error in place of what interrupts it
             raise KeyboardInterrupt
 
+        def noticed(*_: Any) -> None:
+            if not self._asked_to_stop:  # however often: what stops at once is a Ctrl-C or SIGTERM after it
+                interrupted()
+
         for number in (signal.SIGINT, signal.SIGTERM):  # systemd's stop is a first Ctrl-C
             signal.signal(number, interrupted)
+        signal.signal(signal.SIGUSR1, noticed)
         for device in self._devices:
             self._start(device.number)
         try:
             broken = self._wait(drain_when_idle) or self._serves_nothing()
             self._drain()
-            if drain_when_idle and not broken:
+            if drain_when_idle and not broken and not self._over:
                 self._tell_of_the_rest()
         except KeyboardInterrupt:
             try:  # a second one may come as soon as a person reads of it
@@ -144,6 +170,9 @@ class Box:
         while idle < IDLE_LOOKS:
             if self._asked_to_stop:
                 raise KeyboardInterrupt
+            if self._over:
+                click.echo("Stopping after a checkpoint: its time is over.", err=True)
+                return False
             time.sleep(1)
             if time.monotonic() - watched >= WATCH_S:
                 watched = time.monotonic()
@@ -161,6 +190,11 @@ class Box:
                 except REFUSALS as error:
                     click.echo(f"The database does not answer: {told_by(error)}", err=True)
         return False
+
+    @property
+    def _over(self) -> bool:
+        """Whether its window is. By the calendar: a machine may have slept."""
+        return self._window is not None and dt.datetime.now(dt.UTC) >= self._window.stops
 
     def _keep_queue(self) -> None:
         """Start an embedded queue again that has ended since the worker began: commands start none."""
@@ -182,7 +216,11 @@ class Box:
         closed = self._drained()
         taking = [d.total for d in self._devices if d.number not in self._given_up and self._name(d) not in closed]
         largest = max(taking, default=None)
-        return not self._store.jobs.has_unfinished(largest, self._labels)
+        if self._window is None:
+            return not self._store.jobs.has_unfinished(largest, self._labels)
+        left_s = (self._window.stops - dt.datetime.now(dt.UTC)).total_seconds()
+        time_left = TimeLeft(host=self._settings.host, seconds=left_s, window_s=self._window_s)
+        return not self._store.jobs.has_unfinished(largest, self._labels, time_left)
 
     def _drained(self) -> list[str]:
         drains, names = self._store.cards.drains(), [self._name(device) for device in self._devices]
@@ -299,8 +337,17 @@ class Box:
         for process in self._nodes.values():
             if process.poll() is None:
                 process.terminate()
-        for process in self._nodes.values():
-            process.wait()
+        if self._grace_s is None:
+            for process in self._nodes.values():
+                process.wait()
+            return
+        self._stop_until = self._stop_until or time.monotonic() + self._grace_s
+        try:
+            for process in self._nodes.values():
+                process.wait(timeout=max(0.1, self._stop_until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            click.echo("Its time to stop is over: what runs ends at once.", err=True)
+            self._stop_now()
 
     def _stop_now(self) -> list[str]:
         """The devices whose nodes gave their jobs back."""
@@ -325,6 +372,12 @@ class Box:
 
     def _name(self, device: Device) -> str:
         return f"{self._settings.host}:{device.number}"
+
+
+def _timed(window: Window, store: Store) -> dict[str, float]:
+    """The window as nodes get it: in its row stands the database's time, whatever this machine's clock says."""
+    left_s = (window.stops - dt.datetime.now(dt.UTC)).total_seconds()
+    return {"until": store.now().timestamp() + left_s, "window_s": left_s}
 
 
 def _numbers(job_ids: Sequence[int]) -> str:

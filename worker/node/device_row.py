@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+
 from loractl.common.placement.cards import Card
 from loractl.common.store.records import Arrival, BoxIdentity, NodeState
 from loractl.worker.attempt.workplace import Workplace
@@ -60,5 +62,7 @@ class DeviceRow:
             fault=seen.fault,
             self_test=seen.self_test,
             versions=self._versions,
+            until=None if self._options.until is None else dt.datetime.fromtimestamp(self._options.until, dt.UTC),
+            window_s=self._options.window_s,
             **vars(self._box),
         )

@@ -199,6 +199,7 @@ class DeviceNode:
             self._place.clock.sleep(GANG_S)
 
     def _ready(self, consumer: Any) -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Celery prints its threads then
         self._say_served()
         self._monitor.follow(consumer)
 
@@ -319,14 +320,15 @@ def main() -> None:
     handler.setFormatter(_CleanFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     log.setLevel(logging.INFO)
-    drain = Drain()
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a notice to a whole allocation: the worker's own word follows
+    options = NodeOptions(**arguments.options)
+    drain = Drain(options.grace_s)
     obey(sys.stdin, drain)
     settings = load_settings()
     for folder in (settings.runtime_dir, settings.work_dir, settings.cache_dir):
         make_private(folder)  # logs, data sets, checkpoints
     try:
         device = find_device(settings, arguments.index)
-        options = NodeOptions(**arguments.options)
         DeviceNode(place_of(settings, device, options, drain), options).serve()
     except LoractlError as error:
         log.error("%s\nHint: %s", error.sentence, error.hint)

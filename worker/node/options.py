@@ -19,4 +19,7 @@ class NodeOptions:
     high_water_s: float = HIGH_WATER_S  # other people's memory stays theirs for so long
     spare: bool | None = None  # whether a trainer is kept ready; None: on GPUs
     keep_warm_s: float = 0.0  # a trainer stays with its base for so long after its job; 0: not at all
+    until: float | None = None  # when the worker stops by itself, by the database's clock, in seconds since 1970
+    window_s: float | None = None  # from its start until then
+    grace_s: float | None = None  # how long a stop may take; None: as long as it needs
     devices: int = 1  # that share the box's cores

@@ -65,7 +65,7 @@ def main(run: Recipe | None = None) -> int:
 
     `run`: another recipe than loractl's own. Where it says how many bytes of a base stay, this process does.
     """
-    for ignored in (signal.SIGINT, signal.SIGTERM):
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)  # the supervisor stops us through stdin
     marks = Marks() if PLACEHOLDER in os.environ else None
     commands, channel = _take_pipes()

@@ -11,10 +11,12 @@ from sqlalchemy import text as sql
 from loractl.common.job.method import Method
 from loractl.common.job.need import Need, Ways
 from loractl.common.job.status import Status
+from loractl.common.placement.cards import TimeLeft, time_unmeasured
 from loractl.common.placement.gangs import gang_of
 from loractl.common.placement.keys import QueueKey, queue_key
 from loractl.common.placement.sizes import vram_class
 
+from ..columns import MOST_SECONDS
 from ..fleet import waiting_of
 from ..tables import WAITS, Job, ready_at
 from ..transaction import SKIP_LOCKED, Transaction
@@ -69,7 +71,10 @@ def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
     return set(tx.session.execute(select(*first)).one()) - {None}
 
 
-_OF_KEY = "status = 'queued' AND queue_key = keys.k AND NOT held AND gangs IS NULL"
+_OF_KEY = (
+    "status = 'queued' AND queue_key = keys.k AND NOT held AND gangs IS NULL"
+    " AND coalesce(checkpoint_s, :unmeasured) <= :left"
+)
 _FITTING = sql(
     f"{EVERY_KEY} SELECT k FROM keys WHERE"  # noqa: S608  no input
     f" coalesce((SELECT 1 FROM jobs WHERE {_OF_KEY} AND vram_needed <= :largest LIMIT 1),"
@@ -78,15 +83,26 @@ _FITTING = sql(
 """Keys of the lines that hold a waiting single-card job small enough for so many bytes."""
 
 
-def has_unfinished(tx: Transaction, largest: int | None, labels: Mapping[str, str]) -> bool:
+def has_unfinished(
+    tx: Transaction, largest: int | None, labels: Mapping[str, str], time_left: TimeLeft | None = None
+) -> bool:
     """Whether a job runs, or waits, is not held, and would fit into `largest` bytes of a box with these labels.
     None: the box takes no jobs.
+
+    `time_left`: of a worker that stops by itself. It waits neither for jobs that run elsewhere nor for those for which
+    that is too short.
     """
-    runs = tx.session.scalar(select(Job.job_id).where(Job.status == Status.RUNNING).limit(1)) is not None
+    running = select(Job.job_id).where(Job.status == Status.RUNNING).limit(1)
+    if time_left is not None:
+        running = running.where(Job.node.startswith(f"{time_left.host}:", autoescape=True))
+    runs = tx.session.scalar(running) is not None
     if runs or largest is None:
         return runs
-    keys = tx.session.scalars(_FITTING, {"largest": largest}).all()
-    return any(_asks_for(key, labels) for key in keys) or _gang_waits(tx, largest, labels)
+    time = {"left": MOST_SECONDS, "unmeasured": 0.0}
+    if time_left is not None:
+        time = {"left": time_left.seconds, "unmeasured": time_unmeasured(time_left.window_s)}
+    keys = tx.session.scalars(_FITTING, {"largest": largest, **time}).all()
+    return any(_asks_for(key, labels) for key in keys) or _gang_waits(tx, largest, labels, time_left)
 
 
 def _asks_for(key: str, labels: Mapping[str, str]) -> bool:
@@ -97,12 +113,14 @@ def _asks_for(key: str, labels: Mapping[str, str]) -> bool:
         return False  # such a row is set aside
 
 
-def _gang_waits(tx: Transaction, largest: int, labels: Mapping[str, str]) -> bool:
+def _gang_waits(tx: Transaction, largest: int, labels: Mapping[str, str], time_left: TimeLeft | None) -> bool:
     """Whether a job waits that several cards may share, and that one card or several could hold."""
     fits = or_(Job.vram_needed.is_(None), Job.vram_needed <= largest)
     jobs, now = tx.session.scalars(select(Job).where(WAITS, sql("gangs IS NOT NULL"), ~Job.held, fits)).all(), tx.now()
     cards = read_cards(tx.session, now) if jobs else []
     forms = (form for job in jobs if (form := waiting_of(vars(job), now)).requires <= labels.items())
+    if time_left is not None:
+        forms = (form for form in forms if time_left.suffices(form.checkpoint_s))
     return any(
         (form.alone and (form.least is None or form.least <= largest)) or gang_of(form, cards) is not None
         for form in forms

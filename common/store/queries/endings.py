@@ -27,17 +27,20 @@ from ..attempt_columns import ended
 from ..guard import become, move
 from ..hosts import TrainerHost
 from ..records import Claim, Progress, StoredResult
-from ..tables import Adapter, Attempt, Job, Use
+from ..tables import Adapter, Attempt, Job, Node, Use
 from ..transaction import SKIP_LOCKED, Transaction
 from .cards.nodes import note_failure, note_success
 from .cards.shares import read_beside, running_on, silent
 from .changes import forget_wishes, is_asked_to_stop
 from .followers import release_followers
-from .heartbeats import record
+from .heartbeats import is_of_attempt, record
 from .need import need_more
 from .outbox.notices import tell_of_job
 from .usage import CardUse
 from .usage import record as record_usage
+
+TIME_GROWTH = 1.25
+"""A job that a card's end has stopped before its first checkpoint was stored needs so many times what it had."""
 
 AVOIDED_S = 1800.0
 """A job avoids what failed it for so long at most: then it takes the card rather than wait for a busy one."""
@@ -184,6 +187,8 @@ def _end_attempt(
     job.cancel_requested = job.cancel_requested or is_asked_to_stop(tx, job.job_id)
     parts, start = _parts(tx, job, now), job.started_at
     _charge(tx, job, parts, now)
+    if reason is Reason.DRAINED:
+        _learn_time(tx, job, now)
     _close_attempt(tx, job, reason, message, now, inside=inside)
     job.reason, job.message = reason, message
     outcome = OUTCOMES[reason]
@@ -206,6 +211,15 @@ def _end_attempt(
         _end_job(tx, job, reason, message, now)
     if start is not None:
         record_usage(tx, job, parts, start, now)
+
+
+def _learn_time(tx: Transaction, job: Job, now: dt.datetime) -> None:
+    """What a card's end says of the time to a first checkpoint. A stop before it says nothing."""
+    until = tx.session.scalar(select(Node.until).where(Node.node == job.node))
+    if until is None or now < until or job.started_at is None:
+        return
+    if not is_of_attempt(job.checkpoint, job.job_id, job.attempt):
+        job.checkpoint_s = max(job.checkpoint_s or 0.0, TIME_GROWTH * (now - job.started_at).total_seconds())
 
 
 def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from sqlalchemy import ColumnElement, insert, select, update
 
+from loractl.common.artifacts import checkpoint_prefix
 from loractl.common.job.adjustment import without_room
 from loractl.common.text import storable
 
@@ -73,7 +76,16 @@ def _seconds(limit: str | float | None) -> float | None:
 
 def keep_checkpoint(tx: Transaction, claim: Claim, checkpoint: StoredCheckpoint) -> bool:
     """Name a stored checkpoint as the one that a later attempt goes on from; False when the lease is lost."""
-    return tx.change(mine(claim).values(checkpoint=vars(checkpoint))) == 1
+    row = tx.session.execute(select(Job.checkpoint, Job.started_at).where(Job.job_id == claim.job_id)).one()
+    took = {}
+    if row.started_at is not None and not is_of_attempt(row.checkpoint, claim.job_id, claim.attempt):
+        took = {"checkpoint_s": (tx.now() - row.started_at).total_seconds()}
+    return tx.change(mine(claim).values(checkpoint=vars(checkpoint), **took)) == 1
+
+
+def is_of_attempt(checkpoint: Mapping[str, Any] | None, job_id: int, attempt: int) -> bool:
+    """Whether a row's stored checkpoint is this attempt's."""
+    return checkpoint is not None and checkpoint["prefix"].startswith(checkpoint_prefix(job_id, attempt, ""))
 
 
 def record(tx: Transaction, claim: Claim, progress: Progress) -> None:

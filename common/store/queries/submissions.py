@@ -60,6 +60,7 @@ def amend(tx: Transaction, job: Job, amendment: Amendment, now: dt.datetime) -> 
         _block(tx, job, submission)
         job.lora_until = _lora_until(submission, now)
     job.gangs = submission.ways.as_json()
+    job.checkpoint_s = None  # it may save more often now
     if amendment.planned_anew or amendment.new_batch:
         job.adjustment = None  # it was made for another batch
     if amendment.planned_anew:

@@ -40,7 +40,7 @@ NODE = 'trap "" TERM; echo > "$1.begun"; read order; echo "$order" > "$1"'
 
 def run(worker: Box, *, drain_when_idle: bool) -> int:
     """And leave the signals of this process as they were."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         return worker.run(drain_when_idle=drain_when_idle)
     finally:

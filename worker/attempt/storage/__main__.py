@@ -5,9 +5,13 @@
 A call that hangs, as on a hard NFS mount, holds this process alone: the node leaves it and takes another one.
 """
 
+import signal
+
 from loractl.worker.protocol.secrecy import hide_environment
 
 if __name__ == "__main__":
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(ignored, signal.SIG_IGN)  # Slurm tells all of an allocation: the last checkpoint is under way
     hide_environment()  # before the imports, which take half a second
     from .service import main
 

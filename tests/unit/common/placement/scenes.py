@@ -116,6 +116,8 @@ def random_card(rng: random.Random, number: int, limit: int | None) -> Card:
         open=rng.random() < 0.9,
         processor=rng.random() < 0.15,
         user_limit=limit,
+        left_s=rng.choice((None, None, None, 600.0, 4000.0, 9000.0)),
+        window_s=10_000.0,
     )
 
 
@@ -132,4 +134,5 @@ def random_job(rng: random.Random, number: int, age_s: float) -> Waiting:
         requires=rng.choice((frozenset(), frozenset(), LABELS)),
         only_host=rng.choice((None, None, None, None, "n", "m")),
         avoids=rng.choice((frozenset(), frozenset(), frozenset({"n:0"}), frozenset({"n:0", "n:1"}), frozenset({"n"}))),
+        checkpoint_s=rng.choice((None, 60.0, 900.0, 5000.0)),
     )

@@ -14,6 +14,7 @@ from loractl.common.placement.cards import (
     could_start,
     largest_gpu,
     room_at,
+    room_for,
     takes,
 )
 from loractl.common.placement.lines import ListedLine, Waiting, levels_of
@@ -114,7 +115,9 @@ def test_a_kept_card_is_the_one_with_the_earliest_room(scene: Scene) -> None:
         left, job = after(scene.cards, decisions[:number]), d.reserved.job
         far = NOW + dt.timedelta(days=999)
         at = {
-            node: [room.at or far for size in sizes_on(job, card) if (room := room_at(card, size, NOW)) is not None]
+            node: [
+                room.at or far for size in sizes_on(job, card) if (room := room_for(card, job, size, NOW)) is not None
+            ]
             for node, card in left.items()
             if card.open and takes(card, job, scene.cards, largest_gpu(scene.cards))
         }

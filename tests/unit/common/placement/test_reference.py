@@ -62,9 +62,14 @@ class Reference:
         beyond = largest == 0 or (least is not None and least > largest)
         mine = [c for c in open_ if job.only_host is None or c.node.startswith(f"{job.only_host}:")]
         suited = [c for c in mine if job.requires <= c.labels and (beyond or not c.processor)]
+        suited = [c for c in suited if self.has_time(job, c, 0.0)]
         sound = [c for c in suited if c.node not in job.avoids and c.node.split(":")[0] not in job.avoids]
         room = {c.node: c.total - c.margin - c.outside for c in sound if c.max_jobs > 0}
         return sound if any(size > 0 and (least is None or least <= size) for size in room.values()) else suited
+
+    def has_time(self, job: Waiting, card: Card, at: float) -> bool:
+        took = min(3600.0, (card.window_s or 0.0) / 2) if job.checkpoint_s is None else job.checkpoint_s
+        return card.left_s is None or at + took <= card.left_s
 
     def needs(self, job: Waiting) -> list[int | None]:
         return [job.need.of(method) for method in job.methods]
@@ -106,6 +111,8 @@ class Reference:
                 size = max(1, card.capacity) if need is None or None in self.needs(job) else need
                 if (room := first_room(card, size)) is not None:
                     at, spare, slots = room
+                    if not self.has_time(job, card, at):
+                        continue
                     found.append((at, size - card.free, index, card.capacity, card.node, spare, slots))
         return found
 

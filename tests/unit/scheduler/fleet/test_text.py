@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from loractl.common.job.status import Reason
 from loractl.common.placement.closure import CardFailure
 from loractl.common.store.tables import Node
-from loractl.common.units import GIB
+from loractl.common.units import GIB, clock
 from loractl.scheduler.cli.screen import Screen
 from loractl.scheduler.fleet.answer import DEVICE_FIELDS, fleet_of
 from loractl.scheduler.fleet.text import devices
@@ -117,3 +118,11 @@ def test_a_base_that_waits_for_a_job_is_named_and_counts_as_free() -> None:
     assert [(h["host"], h["job_id"], h["leaving"]) for device in told for h in device["hosts"]] == [
         ("h1", None, False), ("h3", None, True), ("h2", 3, False),
     ]  # fmt: skip
+
+
+def test_a_card_whose_worker_stops_says_until_when() -> None:
+    until = NOON + dt.timedelta(hours=2)
+    answer = fleet_of(fleet([card("a:0", until=until, window_s=4 * 3600.0), card("b:0")]))
+    rows = {line.split()[0]: line for line in devices(answer, PIPE).splitlines()[1:3]}
+    assert rows["a:0"].endswith(f"–  until {clock(until, NOON)}") and rows["b:0"].endswith("–  –")
+    assert [one["until"] for one in answer.as_json()] == [until.isoformat(), None]

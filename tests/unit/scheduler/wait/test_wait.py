@@ -14,7 +14,7 @@ from loractl.common.job.status import Reason
 from loractl.common.placement.rule import RESERVE_AFTER_S
 from loractl.common.store.fleet import NODE_STALE_S
 from loractl.common.store.tables import Job
-from loractl.common.units import GIB
+from loractl.common.units import GIB, clock
 from loractl.scheduler.wait.cards import SILENT_S, card_fits, closed_cards, process_name, trouble_of
 from loractl.scheduler.wait.queue import WaitingJobs, reason, without_queue
 from loractl.scheduler.wait.reasons import Tier, explain
@@ -529,3 +529,29 @@ def test_a_card_that_has_the_job_s_base_says_so() -> None:
     assert {fit.node: fit.then for fit in card_fits(job, view)} == {
         "cold:0": "fits", "warm:0": "about to take it, its base is loaded there"
     }  # fmt: skip
+
+
+# --- time ---
+
+
+def test_a_card_whose_worker_stops_too_soon_says_when_and_what_the_job_needs() -> None:
+    ends = card("a:0", 24, until=in_seconds(1800), window_s=4 * 3600.0)
+    text = f"a:0 stops at {clock(in_seconds(1800), NOON)}"
+    asked = waits(checkpoint_s=2400.0)
+    assert told(asked, ends) == ("time", f"{text}, and it needs 40 min to its first stored checkpoint")
+    unknown = f"{text}, and its time to a checkpoint is not known: it begins there with 60 min left"
+    assert told(waits(), ends) == ("time", unknown)
+    assert told(waits(checkpoint_s=60.0), ends)[0] == "next"
+    (fit,) = card_fits(asked, fleet([ends], waiting=[asked]))
+    assert (fit.when, fit.then) == (
+        "never",
+        text.removeprefix("a:0 ") + ", and it needs 40 min to its first stored checkpoint",
+    )
+
+
+def test_a_job_that_needs_longer_than_any_worker_stays_is_told_so() -> None:
+    short = card("a:0", 24, until=in_seconds(1800), window_s=3600.0)
+    said = "needs 2 h 00 min to its first stored checkpoint, and no worker stays longer than 60 min"
+    assert told(waits(checkpoint_s=7200.0), short) == ("never", said)
+    busy = running(3, "b:0", 20, ends_in=600)
+    assert told(waits(checkpoint_s=7200.0), short, card("b:0", 24), ran=[busy])[0] == "memory"

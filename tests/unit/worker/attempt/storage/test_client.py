@@ -176,3 +176,14 @@ def test_a_process_that_hangs_ends_with_its_node(artifacts: ArtifactStore, tmp_p
     process.send_signal(signal.SIGKILL)
     process.wait()
     until(lambda: not is_alive(child))
+
+
+def test_a_signal_to_all_of_an_allocation_ends_no_call(artifacts: ArtifactStore, tmp_path: Path) -> None:
+    """Slurm's stop reaches every process, and the last checkpoint is on its way then."""
+    others, client = set(processes()), StoreClient(artifacts.url)
+    client.fetch_dataset(*stored(artifacts, tmp_path, "first"), tmp_path / "a")
+    (before,) = set(processes()) - others
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        before.send_signal(number)
+    client.fetch_dataset(*stored(artifacts, tmp_path, "second"), tmp_path / "b")
+    assert set(processes()) - others == {before}

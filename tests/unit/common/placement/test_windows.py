@@ -1,0 +1,119 @@
+"""Cards whose workers stop: what begins there, and what is kept or gathered only within their time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from loractl.common.job.method import Parallel
+from loractl.common.job.need import Need, SharedNeed
+from loractl.common.placement.cards import Card, Obstacle
+from loractl.common.placement.lines import ListedLine, Openings, Waiting, levels_of
+from loractl.common.placement.reach import out_of_reach
+from loractl.common.placement.refusals import Round
+from loractl.common.placement.rule import MOST_WITHOUT_TIME, place
+from loractl.common.units import GIB
+
+from .scenes import NOW, a_card, a_job, decide, running, started
+
+HOUR = 3600.0
+
+
+def ending(left_s: float, node: str = "a:0", window_s: float = 4 * HOUR, **more: object) -> Card:
+    return a_card(node, **{"left_s": left_s, "window_s": window_s, **more})  # type: ignore[arg-type]
+
+
+def shared(job_id: int, gib: float = 20, **more: object) -> Waiting:
+    way = SharedNeed(cards=2, parallel=Parallel.SHARDED, need=Need(lora=int(gib * GIB), qlora=None))
+    return a_job(job_id, 36, gangs=(way,), alone=False, **more)
+
+
+@pytest.mark.parametrize(
+    ("took_s", "left_s", "window_s", "starts"),
+    [
+        (600, 601, 4 * HOUR, True),
+        (600, 599, 4 * HOUR, False),
+        (None, HOUR, 24 * HOUR, True),  # not measured: an hour will do
+        (None, HOUR - 1, 24 * HOUR, False),
+        (None, 600, 1200, True),  # and half of a short allocation
+        (None, 599, 1200, False),
+        (3 * HOUR, None, None, True),  # its worker stays
+    ],
+)
+def test_a_job_starts_where_it_can_store_a_checkpoint_before_the_card_goes(
+    took_s: float | None, left_s: float | None, window_s: float | None, starts: bool
+) -> None:
+    card = replace(a_card(), left_s=left_s, window_s=window_s)
+    assert bool(started(decide([a_job(1, checkpoint_s=took_s)], [card]))) is starts
+
+
+def test_a_job_that_is_too_long_for_a_card_leaves_it_to_the_next() -> None:
+    jobs = [a_job(1, checkpoint_s=2 * HOUR), a_job(2, checkpoint_s=60.0)]
+    assert started(decide(jobs, [ending(HOUR)])) == {2: "a:0"}
+    assert started(decide(jobs, [ending(HOUR), a_card("b:0", 80)])) == {1: "b:0", 2: "a:0"}
+
+
+def test_so_many_long_jobs_are_looked_at_and_no_more() -> None:
+    """Else a claim would read a whole queue for the last minutes of a card."""
+    long = [a_job(number, checkpoint_s=2 * HOUR) for number in range(1, MOST_WITHOUT_TIME + 1)]
+    short = a_job(MOST_WITHOUT_TIME + 1, checkpoint_s=60.0)
+    assert started(decide([*long[1:], short], [ending(HOUR)])) == {short.job_id: "a:0"}
+    assert started(decide([*long, short], [ending(HOUR)])) == {}
+    assert started(decide([*long, short], [ending(HOUR), a_card("b:0", max_jobs=1)])) == {1: "b:0", 33: "a:0"}
+
+
+def test_no_more_of_the_oldest_are_read_either() -> None:
+    read = list[int]()
+
+    class Line(ListedLine):
+        def next(self, openings: Openings) -> Waiting | None:
+            if (job := super().next(openings)) is not None:
+                read.append(job.job_id)
+            return job
+
+    long = [a_job(number, age_s=2e5, checkpoint_s=2 * HOUR) for number in range(1, 3 * MOST_WITHOUT_TIME)]
+    assert not list(place(levels_of(long), [ending(HOUR)], {}, NOW, Line(long)))
+    assert len(read) == MOST_WITHOUT_TIME
+
+
+@pytest.mark.parametrize(("ends_s", "kept"), [(1800.0, True), (3500.0, False), (None, False)])
+def test_a_card_is_kept_for_a_job_only_where_it_has_time_for_it_then(ends_s: float | None, kept: bool) -> None:
+    card = ending(HOUR, gib=24, running=(running(9, 20, ends_s),), max_jobs=4)
+    found = decide([a_job(1, 20, age_s=HOUR, checkpoint_s=600.0), a_job(2, 3, checkpoint_s=60.0)], [card])
+    assert any(decision.reserved is not None for decision in found) is kept
+    assert (2 in started(found)) is True, "what is kept leaves it its 4 GiB"
+
+
+def test_several_cards_are_gathered_only_within_the_time_of_each() -> None:
+    """The one that is free already would idle until it goes."""
+    free, busy = ending(600, "a:0", gangs=True), a_card("a:1", gangs=True, running=(running(9, 20, 900.0),))
+    job, small = shared(1, age_s=HOUR, checkpoint_s=60.0), a_job(2, 3, checkpoint_s=60.0)
+    assert started(decide([job, small], [free, busy])) == {2: "a:0"}
+    longer = replace(free, left_s=1000.0)
+    found = decide([job, small], [longer, busy])
+    assert [one.node for d in found if d.reserved for one in d.reserved.cards] == ["a:0", "a:1"]
+    assert started(decide([job], [longer, a_card("a:1", gangs=True)])) == {1: "a:0"}
+    assert started(decide([shared(1, checkpoint_s=2000.0)], [longer, a_card("a:1", gangs=True)])) == {}
+
+
+def test_a_job_keeps_off_no_card_for_one_that_goes_too_soon() -> None:
+    failed = a_job(1, avoids=frozenset({"b:0"}), checkpoint_s=HOUR)
+    assert started(decide([failed], [ending(600), a_card("b:0")])) == {1: "b:0"}
+    assert started(decide([failed], [ending(2 * HOUR), a_card("b:0")])) == {1: "a:0"}
+
+
+def test_the_refusal_and_the_reach_say_that_time_is_short() -> None:
+    card = ending(HOUR, window_s=2 * HOUR)
+    fits, waits = a_job(1, checkpoint_s=600.0), a_job(1, checkpoint_s=1.5 * HOUR)
+    never = a_job(1, checkpoint_s=3 * HOUR)
+    view = Round(cards={"a:0": card}, decisions=(), now=NOW)
+    assert view.refusals(fits, fits) == {"a:0": None}
+    assert view.refusals(waits, waits) == {"a:0": Obstacle.TIME}
+    busy = Round(cards={"a:0": replace(card, running=(running(9, 20, 3500.0),))}, decisions=(), now=NOW)
+    assert busy.refusals(fits, fits) == {"a:0": Obstacle.TIME}, "it has room too late"
+    assert out_of_reach(waits, [card]) is None
+    said = "needs 3 h 00 min to its first stored checkpoint, and no worker stays longer than 2 h 00 min"
+    assert out_of_reach(never, [card]) == said
+    assert out_of_reach(never, [card, a_card("b:0")]) is None, "one stays"
+    assert out_of_reach(never, [card, a_card("b:0", 4)]) == said, "but is too small"

@@ -1,0 +1,73 @@
+"""The window of a worker: when it stops by itself, and how long a stop may take."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loractl.common.errors import UsageError
+from loractl.common.units import duration, parse_moment
+
+GRACE_S = 180.0
+"""Before its end a worker takes so long by default: a step and its checkpoint, and the way of that into the store."""
+
+END_VARIABLE = "SLURM_JOB_END_TIME"
+"""Slurm's: when the allocation ends, in seconds since 1970."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The time that a worker has."""
+
+    ends: dt.datetime  # then it must be gone
+    said_by: str  # the option or variable that says so
+    grace_s: float
+
+    @property
+    def stops(self) -> dt.datetime:
+        """When it begins to stop."""
+        return self.ends - dt.timedelta(seconds=self.grace_s)
+
+
+def read_window(
+    until: str | None, lasts_s: float | None, grace_s: float | None, environment: Mapping[str, str], now: dt.datetime
+) -> Window | None:
+    """The earliest of all ends that were given; None: it stays. Raises UsageError.
+
+    `until`: a time or a duration; `lasts_s`: seconds from now.
+    """
+    ends: list[tuple[dt.datetime, str]] = []
+    if until is not None:
+        try:
+            ends.append((parse_moment(until, now), "--until"))
+        except ValueError as error:
+            raise UsageError(f"--until: {until!r} {error}", "like 18:00, 2026-12-24T18:00 or 4h") from None
+    if lasts_s is not None:
+        ends.append((now + dt.timedelta(seconds=lasts_s), "--for"))
+    if (text := environment.get(END_VARIABLE)) is not None:
+        ends.append((_slurm_end(text), END_VARIABLE))
+    if not ends:
+        return None
+    (end, said_by), grace_s = min(ends), GRACE_S if grace_s is None else grace_s
+    left_s = (end - now).total_seconds()
+    if left_s <= 0:
+        raise UsageError(f"{said_by}: that time is over", _STALE if said_by == END_VARIABLE else None)
+    if left_s <= grace_s:
+        raise UsageError(
+            f"{said_by}: {duration(left_s)} are left, and a stop may take {duration(grace_s)} of them",
+            "give it longer, or a stop less: --grace 30s",
+        )
+    return Window(ends=end, said_by=said_by, grace_s=grace_s)
+
+
+_STALE = f"this shell was started in an allocation that has ended: unset {END_VARIABLE}"
+
+
+def _slurm_end(text: str) -> dt.datetime:
+    try:
+        return dt.datetime.fromtimestamp(int(text), dt.UTC)
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(
+            f"{END_VARIABLE} is no time in seconds since 1970: {text[:40]!r}", f"unset {END_VARIABLE}, and use --until"
+        ) from None
