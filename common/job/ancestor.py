@@ -25,7 +25,7 @@ def with_numbers(spec: JobSpec, numbers: Mapping[str, int]) -> JobSpec:
     """The spec with the numbers of the jobs that it names. `numbers`: of the jobs of its submit, by name."""
     after = list(dict.fromkeys(numbers.get(one, one) if isinstance(one, str) else one for one in spec.after))
     lora, begun = spec.lora, spec.lora.init_from
-    if isinstance(begun, AncestorJob):
+    if isinstance(begun, AncestorJob) and begun.job is not None:
         number = numbers.get(begun.job, begun.job) if isinstance(begun.job, str) else begun.job
         lora = lora.model_copy(update={"init_from": str(number)})
     return spec.model_copy(update={"after": after, "lora": lora})

@@ -268,7 +268,7 @@ WhichBlocks = Annotated[Checkpointing, BeforeValidator(_checkpointing)]
 Cards = Annotated[int | Literal["auto"], BeforeValidator(_cards)]
 Size = Annotated[int, BeforeValidator(_size)]
 Duration = Annotated[float, BeforeValidator(parse_duration), Field(le=3650 * 86400)]  # dates end somewhere
-Predecessors = Annotated[list[int | str], BeforeValidator(_predecessors), Field(max_length=32)]
+Predecessors = Annotated[list[int | str], BeforeValidator(_predecessors), Field(max_length=1000)]
 Name = Annotated[str, Field(pattern=NAME)]
 Split = Annotated[Printable, AfterValidator(_split)]
 ChannelName = Annotated[Name, AfterValidator(_channel_name)]
@@ -280,10 +280,18 @@ class Section(BaseModel):
 
 
 class AncestorJob(Section):
-    """The job whose adapter another one begins from. It need not have ended."""
+    """The job whose adapter another one begins from, or the sweep whose best member's. They need not have ended."""
 
-    job: Annotated[int | str, BeforeValidator(_predecessor)]
+    job: Annotated[int | str, BeforeValidator(_predecessor)] | None = None
     """Its number, or its name in the same submit."""
+    sweep: int | None = Field(None, ge=1, le=LARGEST)
+    """Its number."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> AncestorJob:
+        if (self.job is None) is (self.sweep is None):
+            raise ValueError("names a job or a sweep, like {job: 12} or {sweep: 7}")
+        return self
 
 
 AdapterName = Annotated[str | AncestorJob, BeforeValidator(_adapter_name)]
@@ -390,7 +398,7 @@ class LoraSpec(Section):
     """How A and B begin; loftq (arXiv:2310.08659) starts from what NF4 lost of the base's weights."""
     init_from: AdapterName | None = None
     """Begin from a stored adapter in place of a fresh one: its job's number, its name or name:tag. {job: 12}: from the
-    one that job 12 will have; the job starts after it."""
+    one that job 12 will have; {sweep: 7}: from that of its best member. The job starts after them."""
 
     @field_validator("target_modules")
     @classmethod

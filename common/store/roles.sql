@@ -41,7 +41,7 @@ GRANT EXECUTE ON FUNCTION loractl_login(), loractl_change(integer, text, jsonb, 
 
 -- worker, gc, adapters bind, drain and undrain: everything of a job's row but what was asked, and by whom
 GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, held, not_before, retries_used, ended_at,
-    awaits, held_too,
+    awaits, held_too, ancestor,
     token, lease_expires_at, step, total_steps, loss, tokens_per_second, eta_seconds, eta_spread_seconds, evaluated,
     to_evaluate, attempt,
     node, gpu, method, started_at, vram_reserved, vram_lora, vram_qlora, vram_needed, vram_class, planned, need_key,
@@ -161,7 +161,7 @@ BEGIN
       NEW.retries_used <> 0 OR NEW.lab_failures <> 0 OR
       concat(NEW.token, NEW.adapter_uri, NEW.report_uri, NEW.result_host, NEW.manifest_sha256, NEW.reason, NEW.message,
         NEW.stage, NEW.preempted_by, NEW.node, NEW.gpu, NEW.method, NEW.vram_reserved, NEW.step, NEW.total_steps,
-        NEW.loss, NEW.tokens_per_second, NEW.eta_seconds, NEW.eta_spread_seconds, NEW.evaluated, NEW.to_evaluate,
+        NEW.loss, NEW.ancestor, NEW.tokens_per_second, NEW.eta_seconds, NEW.eta_spread_seconds, NEW.evaluated, NEW.to_evaluate,
         NEW.lab_step, NEW.checkpoint_s, NEW.avoids, NEW.not_before, NEW.started_at, NEW.ended_at, NEW.lease_expires_at,
         NEW.result_until) <> '' OR
       coalesce(NEW.checkpoint::text, 'null') <> 'null' OR NOT loractl_readable(NEW) OR NOT loractl_same_batch(NEW) OR

@@ -118,6 +118,14 @@ def after_of(spec: Any) -> list[int]:
     return [one for one in after if is_whole(one, 1)] if isinstance(after, list) else []
 
 
+def sweep_of(spec: Any) -> int | None:
+    """The sweep from whose best member a stored spec's job begins, if it is one."""
+    lora = spec.get("lora") if isinstance(spec, dict) else None
+    begun = lora.get("init_from") if isinstance(lora, dict) else None
+    number = begun.get("sweep") if isinstance(begun, dict) else None
+    return number if is_whole(number, 1) else None
+
+
 class Job(Base):
     """One submitted job: what was asked, and where it stands."""
 
@@ -197,6 +205,7 @@ class Job(Base):
     version: Mapped[str | None] = mapped_column(Characters(32))  # of the loractl that wrote the spec
     held: Mapped[bool] = mapped_column(default=False)
     awaits: Mapped[int | None] = mapped_column(Whole(1, key=True))  # the first job of its `after` that is not over
+    ancestor: Mapped[int | None] = mapped_column(Whole(1, key=True))  # the best member of a sweep that it begins from
     held_too: Mapped[bool] = mapped_column(default=False, server_default=false())  # also held by a person, or the lab
     not_before: Mapped[Timestamp | None]  # backoff
     attempt: Mapped[int] = mapped_column(Whole(0, MOST_ATTEMPTS), default=0)

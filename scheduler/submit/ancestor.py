@@ -31,7 +31,9 @@ def settle_predecessors(
     if not may_be_published(spec.base_model):
         spec = spec.model_copy(update={"publish": False})
     beside, begun = beside or {}, spec.lora.init_from
-    if isinstance(begun, AncestorJob):
+    if isinstance(begun, AncestorJob) and begun.sweep is not None:
+        return _begun_from_best(spec, store, begun.sweep)
+    if isinstance(begun, AncestorJob) and begun.job is not None:
         after = list(dict.fromkeys([*spec.after, begun.job]))
         named = begun if isinstance(begun.job, str) else str(begun.job)  # a name has no number before it is written
         lora = spec.lora.model_copy(update={"init_from": named})
@@ -51,12 +53,23 @@ def settle_predecessors(
     if missing := [number for number in numbers if number not in known]:
         what = f"{spec.name}: after names job {missing[0]}, which does not exist"
         raise UsageError(what, "loractl status lists the jobs")
-    if isinstance(begun, AncestorJob):
+    if isinstance(begun, AncestorJob) and begun.job is not None:
         ancestor = beside[begun.job] if isinstance(begun.job, str) else _spec_of(store, begun.job)
         spec = _begun_from(spec, ancestor, f"job {begun.job}")
-    elif begun is not None:
+    elif isinstance(begun, str):
         spec = _settle_stored(spec, begun, store)
     return spec
+
+
+def _begun_from_best(spec: JobSpec, store: Store, sweep_id: int) -> JobSpec:
+    """It starts after all members, however they end; each of them must fit it. Raises SweepNotFound, UsageError."""
+    members = [member.job_id for member in store.sweeps.get(sweep_id).members]
+    if spec.after not in ([], members):
+        what = f"{spec.name}: lora.init_from names a sweep, and the job starts after its members"
+        raise UsageError(what, "leave after out")
+    for job_id in members:
+        spec = _begun_from(spec, _spec_of(store, job_id), f"job {job_id} of sweep {sweep_id}")
+    return spec.model_copy(update={"after": members, "after_any": True})
 
 
 def _settle_stored(spec: JobSpec, text: str, store: Store) -> JobSpec:
@@ -117,5 +130,5 @@ def in_order(specs: Sequence[JobSpec]) -> list[int]:
 
 def _named(spec: JobSpec) -> list[str]:
     begun = spec.lora.init_from
-    named = [*spec.after, *([begun.job] if isinstance(begun, AncestorJob) else [])]
+    named = [*spec.after, *([begun.job] if isinstance(begun, AncestorJob) and begun.job is not None else [])]
     return [name for name in named if isinstance(name, str)]

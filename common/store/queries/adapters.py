@@ -116,13 +116,14 @@ def _is_newest() -> ColumnElement[bool]:
 
 
 def _init_from(job: type[Job]) -> ColumnElement[str]:
-    return part_of(job.spec, "lora", "init_from")
+    """The number of the job whose adapter it begins from, as text; of a sweep's best once that is known."""
+    return func.coalesce(cast(job.ancestor, String), part_of(job.spec, "lora", "init_from"))
 
 
 def read_ancestors(tx: Transaction, job_ids: Collection[int]) -> dict[int, int]:
     """The job whose adapter each of these was begun from; those of a fresh adapter are left out."""
     begun = select(Job.job_id, _init_from(Job)).where(Job.job_id.in_(job_ids), _init_from(Job).is_not(None))
-    return {job_id: int(ancestor) for job_id, ancestor in tx.session.execute(begun)}
+    return {job_id: int(ancestor) for job_id, ancestor in tx.session.execute(begun) if ancestor.isdecimal()}
 
 
 def read_descendants(tx: Transaction, job_id: int) -> list[int]:

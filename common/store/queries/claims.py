@@ -211,6 +211,11 @@ def _read(job: Job) -> _Asked | str:
     except ValidationError as error:
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc'])) or 'the spec'}: {first['msg']}"
+    if not isinstance(spec.lora.init_from, str | None):  # its sweep has ended
+        if job.ancestor is None:
+            return "lora.init_from: the sweep has no best member"
+        lora = spec.lora.model_copy(update={"init_from": str(job.ancestor)})
+        spec = spec.model_copy(update={"lora": lora})
     return _Asked(
         spec=spec,
         adjustment=without_room(spec, Adjustment(**(job.adjustment or {}))),

@@ -226,6 +226,8 @@ def _has_result() -> ColumnElement[bool]:
 
 def _drop_result(tx: Transaction, job_id: int) -> bool:
     """Forget a job's result; False when it has none, somebody has tagged it, or a job is to begin from it."""
+    if job_id in read_named(tx):
+        return False
     none = {"adapter_uri": None, "report_uri": None, "manifest_sha256": None}
     gone = update(Job).where(Job.job_id == job_id, _has_result(), ~is_tagged(), ~is_begun_from()).values(**none)
     if tx.session.execute(gone.returning(Job.job_id)).first() is None:

@@ -86,6 +86,9 @@ def _block(tx: Transaction, job: Job, submission: Submission) -> None:
     """Let the job wait for the first of its `after` that is not over. All have numbers below its own: no ring."""
     after = [one for one in submission.spec.after if isinstance(one, int)]
     block(job, first_awaited(tx, after, any_end=submission.spec.after_any))
+    begun = submission.spec.lora.init_from
+    if not isinstance(begun, str | None) and begun.sweep is not None and job.awaits is None:
+        block(job, after[-1])  # the fleet's round names the sweep's best, which a person's login may not
 
 
 def _row(submission: Submission, now: dt.datetime, sweep_id: int | None) -> Job:

@@ -8,9 +8,11 @@ import pytest
 
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Reason, Status
-from loractl.common.store.records import Claim, Progress
+from loractl.common.job.sweep import NewSweep
+from loractl.common.store.records import HELD_OUT_LOSS, Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
+from loractl.scheduler.submit.ancestor import settle_predecessors
 
 from ...factories import RESULT, Clock, node_state, spec, submission, take
 
@@ -156,3 +158,67 @@ def test_jobs_of_one_submit_name_each_other_and_all_of_them_are_written_or_none(
     stored = store.jobs.get(second).spec
     assert (stored["after"], stored["lora"]["init_from"]) == ([first], str(first))
     assert standing(store, second) == (first, True, False)
+
+
+def sweep(store: Store, count: int) -> tuple[int, list[int]]:
+    members = [submission(lora=1, qlora=1, name=f"r{number}", max_retries=0) for number in range(count)]
+    new = NewSweep(name="tuned", user="ada", varied={"lora.r": "8,16"}, rungs=None, trials=None, seed=None)
+    sweep_id = store.sweeps.submit(new, members)
+    return sweep_id, [member.job_id for member in store.sweeps.get(sweep_id).members]
+
+
+def train(store: Store, job_id: int, loss: float | None) -> None:
+    """None: it fails."""
+    claim = start(store, job_id)
+    if loss is None:
+        store.attempts.finish(claim, Reason.BAD_DATA, "", Progress())
+        return
+    store.attempts.finish(claim, Reason.OK, "", Progress(metrics=((1, HELD_OUT_LOSS, loss),)), RESULT)
+
+
+def begin_from_best(store: Store, sweep_id: int) -> int:
+    settled = settle_predecessors(spec(name="last", lora={"init_from": {"sweep": sweep_id}}), store)
+    return store.jobs.submit(replace(submission(lora=1, qlora=1), spec=settled))
+
+
+def test_the_best_member_of_a_sweep_is_begun_from_once_all_have_ended(store: Store) -> None:
+    sweep_id, members = sweep(store, 3)
+    last = begin_from_best(store, sweep_id)
+    for job_id, loss in zip(members, (0.9, 0.5, None), strict=True):
+        assert store.jobs.get(last).held
+        train(store, job_id, loss)
+    assert standing(store, last) == FREE and store.jobs.get(last).ancestor == members[1]
+    assert not store.results.remove(members[1], "ada"), "an open job begins from it"
+    claim = start(store, last)
+    assert claim.spec.lora.init_from == str(members[1])
+    assert store.adapters.ancestors([last]) == {last: members[1]}
+
+
+def test_a_sweep_that_has_ended_before_is_asked_by_the_round(store: Store) -> None:
+    sweep_id, members = sweep(store, 2)
+    for job_id, loss in zip(members, (0.9, 0.5), strict=True):
+        train(store, job_id, loss)
+    last = begin_from_best(store, sweep_id)
+    round_of_the_fleet(store)
+    assert standing(store, last) == FREE and store.jobs.get(last).ancestor == members[1]
+
+
+def test_where_no_member_has_a_result_the_job_is_held_with_the_reason(store: Store) -> None:
+    sweep_id, members = sweep(store, 1)
+    last = begin_from_best(store, sweep_id)
+    train(store, members[0], None)
+    row = store.jobs.get(last)
+    assert row.held and row.awaits is None
+    assert row.message == f"held: no member of sweep {sweep_id} has a held-out loss; loractl cancel drops the job"
+    store.jobs.retry(last, "ada")
+    take(store)
+    assert store.jobs.get(last).status is Status.FAILED
+
+
+def test_a_result_stays_while_a_job_waits_for_others_of_its_list(store: Store) -> None:
+    first, second = queue(store), queue(store)
+    queue(store, second, first)
+    end(store, first)
+    assert not store.results.remove(first, "ada")
+    end(store, second)
+    assert store.results.remove(first, "ada")
