@@ -476,6 +476,7 @@ class Usage(Base):
     """What the attempts that have ended had of a card in one hour; no row goes, so it outlives the jobs."""
 
     __tablename__ = "usage"
+    __table_args__ = (Index("ix_usage_user", "user", "hour"),)
 
     hour: Mapped[Timestamp] = mapped_column(primary_key=True)  # its begin
     user: Mapped[str] = mapped_column(primary_key=True)

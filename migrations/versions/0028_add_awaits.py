@@ -21,6 +21,5 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_index("ix_jobs_awaits", "jobs")
-    with op.batch_alter_table("jobs") as batch:
-        batch.drop_column("held_too")
-        batch.drop_column("awaits")
+    op.drop_column("jobs", "held_too")
+    op.drop_column("jobs", "awaits")

@@ -17,8 +17,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    with op.batch_alter_table("jobs") as batch:
-        batch.drop_column("checkpoint_s")
-    with op.batch_alter_table("nodes") as batch:
-        batch.drop_column("window_s")
-        batch.drop_column("until")
+    op.drop_column("jobs", "checkpoint_s")
+    op.drop_column("nodes", "window_s")
+    op.drop_column("nodes", "until")
