@@ -33,14 +33,14 @@ def shape_of(config: Any) -> Shape | None:
 
 
 APART_BY_MASK = ("falcon",)
-"""Families whose own attention tells rows apart by a mask alone."""
+"""Families whose own attention separates rows by a mask alone."""
 
 ROW_ATTENTION = ("full_attention", "sliding_attention")
-"""Layers that row attention knows; others look at masks of their own, or carry a state from token to token."""
+"""Layers that row attention knows; others use masks of their own, or carry a state from token to token."""
 
 
 def _needs_padding(config: Config) -> bool:
-    """What the engine refuses to train without padding, as far as a config tells it: `_by_model` of its choice.py."""
+    """Whether the engine refuses to train it unpadded, as far as a config shows: `_by_model` of its choice.py."""
     kinds, routed = config.get("layer_types"), config.get("output_router_logits")
     others = isinstance(kinds, list) and any(kind not in ROW_ATTENTION for kind in kinds)
     return config["model_type"] in APART_BY_MASK or others or bool(routed)
