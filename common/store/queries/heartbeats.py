@@ -1,4 +1,4 @@
-"""Heartbeats: what a running attempt tells of itself while it holds the lease."""
+"""Heartbeats: what a running attempt reports of itself while it holds the lease."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _seconds(limit: str | float | None) -> float | None:
 
 
 def keep_checkpoint(tx: Transaction, claim: Claim, checkpoint: StoredCheckpoint) -> bool:
-    """Name a stored checkpoint as the one that a later attempt goes on from; False when the lease is lost."""
+    """Name a stored checkpoint as the one from which a later attempt continues; False when the lease is lost."""
     return tx.change(mine(claim).values(checkpoint=vars(checkpoint))) == 1
 
 

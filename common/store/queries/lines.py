@@ -117,8 +117,8 @@ def read_levels(
 ) -> Iterator[dict[str, Line]]:
     """The ready jobs' lines by priority and user, read as far as the caller asks.
 
-    `changed`: a job that stands there in another form than its row has. `joiners`: jobs that may join a running host,
-    whatever room there is.
+    `changed`: a job in another form than its row has. `joiners`: jobs that may join a running host, whatever room there
+    is.
     """
     for priority in _priorities(session):
         level = _Level(session, now, priority)
@@ -214,7 +214,7 @@ class _Head:
 
     key: QueueKey
     oldest: int | None  # the oldest job of any need that was not given yet; None: not known
-    job: Waiting | None = None  # an admitted one that was looked up and not given yet
+    job: Waiting | None = None  # an admitted job that was looked up and not given yet
     given: int = 0  # jobs up to this number were given, or are not admitted any more
     empty: bool = False
 

@@ -98,7 +98,7 @@ def read_needed_data(tx: Transaction, ended_since: dt.datetime, without: Collect
 
 
 def _names_in(tx: Transaction, job_id: int) -> list[str]:
-    """All that could be the name of a data set, where a column of data can't be read: it keeps what it names."""
+    """All that could be the name of a data set, if a column of data can't be read: it keeps what it names."""
     kept = tx.session.scalar(select(cast(Job.data, Text)).where(Job.job_id == job_id))
     return re.findall(r'([^"/]+)"', kept or "")
 
@@ -164,8 +164,8 @@ def forget_log(tx: Transaction, log: SpentLog) -> None:
 
 
 def read_past(tx: Transaction, ended_before: dt.datetime, without: Collection[int] = ()) -> list[PastJob]:
-    """Jobs without a result that ended before that, by number; none of a sweep that goes on, and none for which
-    another job waits.
+    """Jobs without a result that ended before that, by number; none of an open sweep, and none for which another job
+    waits.
 
     `without`: jobs with results that count as removed.
     """
