@@ -14,7 +14,7 @@ LoractlError                    1  failed
 ├── SchemaMismatch              1  the database is older or newer than this loractl
 ├── ArtifactError               1  an artifact can't be written or does not match its manifest
 │   ├── ReportUnknown           1  a stored report has another form than loractl's
-│   ├── ResultTaken             1  another result lies there
+│   ├── ResultTaken             1  another result is there
 │   └── NotStorable             1  no store would take it, now or later
 └── WrongState                  1  the job's state does not allow that
 

@@ -195,7 +195,7 @@ class _Side:
         word = re.compile(rf"\b{re.escape(name[1])}s?\b")
 
         def is_part(row: _AskedRow) -> bool:
-            """Whether it is asked for by name, a text, or what the text behind the mark begins with."""
+            """Whether it is asked for by name, a text, or what the text after the mark begins with."""
             named, text = len(word.findall(row.question)) > 1, len(row.answer.split()) > LABEL_WORDS
             goes_on = re.search(rf"{re.escape(place.mark + row.answer)}[ \t]+\w", row.question) is not None
             return named or text or (goes_on and not place.mark.endswith("="))

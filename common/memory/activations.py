@@ -200,7 +200,7 @@ def _mlp(shape: Shape, block: Block, step: Step) -> Cost:
 
 
 def _experts(experts: Experts | None, step: Step) -> Cost:
-    """Fused experts: a token's row once for each chosen expert; adapted ones add a merged copy of all weights, and
+    """Fused experts: a token's row once for each chosen expert; adapted experts add a merged copy of all weights, and
     the gradient of the down projection's share of it (peft's ParamWrapper)."""
     if experts is None:
         return NOTHING

@@ -81,7 +81,7 @@ def _llama_kind(config: Config) -> Shape:
 def _feed_forward(
     config: Config, family: str, hidden: int, layers: int, attention: tuple[Linear, ...], norms: int
 ) -> list[Block]:
-    """The blocks with their MLPs; of a mixture of experts the sparse and the dense ones (decoder_sparse_step)."""
+    """The blocks with their MLPs; of a mixture of experts the sparse and the dense blocks (decoder_sparse_step)."""
     ffn = int(config["intermediate_size"])
     dense = attention + _gated_mlp(hidden, ffn, bool(config.get("mlp_bias", False)))
     if family not in _EXPERTS:

@@ -40,7 +40,7 @@ class Seat:
 def base_key(spec: JobSpec, method: Method) -> str | None:
     """What decides, on one card, how the job's base is loaded; None: it gets a trainer of its own, which ends with it.
 
-    The weights' own identity is compared where they lie, when a job joins.
+    The weights' own identity is compared where they are stored, when a job joins.
     """
     if why_alone(spec) is not None:
         return None

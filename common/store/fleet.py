@@ -202,7 +202,7 @@ NOWHERE = frozenset({("", "a row that can't be read")})
 
 def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
     """A ready job's row as the rule sees it. QLoRA is not permitted while it waits for LoRA. `again` is no column of
-    it: the lines read it beside the row of a job on several cards.
+    it: the lines read it with the row of a job on several cards.
 
     An unreadable row fits nowhere: it must not stop the others.
     """

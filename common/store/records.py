@@ -112,7 +112,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where an attempt stands. A field that is None leaves the row's value as it is."""
+    """How far an attempt is. A field that is None leaves the row's value as it is."""
 
     stage: Stage | None = None
     step: int | None = None
@@ -182,7 +182,7 @@ class Aside:
     """Jobs that were set aside, since their rows can't be read, and where the next look continues."""
 
     jobs: tuple[int, ...]
-    after: int | None  # the job that was looked at last; None: no more wait behind it
+    after: int | None  # the job that was looked at last; None: no more wait after it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +194,7 @@ class FleetTurn:
 
 @dataclass(frozen=True, kw_only=True)
 class BoxIdentity:
-    """What tells a box from another one with the same name; None: not known, as of an older version."""
+    """What distinguishes a box from another one with the same name; None: not known, as of an older version."""
 
     instance: str | None = None  # drawn once in its LORACTL_HOME
     machine: str | None = None

@@ -20,7 +20,7 @@ ROLES = (SUBMIT, WORK, SHOW)
 
 _NAME = re.compile(r"[a-z_][a-z0-9_.-]{0,62}", re.ASCII)
 _LEAST_CHARACTERS = 12
-"""Of a password that somebody else has chosen: whoever reaches the server may guess."""
+"""Of a password that somebody else has chosen: anybody who reaches the server may guess."""
 
 
 @dataclass(frozen=True, kw_only=True)

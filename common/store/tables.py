@@ -104,7 +104,7 @@ def _where(name: str, condition: str, *columns: str) -> Index:
 
 
 def _where_queued(name: str, *columns: str, also: str = "") -> Index:
-    """An index over waiting jobs alone: ended ones, which are nearly all, cost it nothing.
+    """An index over waiting jobs alone: ended jobs, which are nearly all, cost it nothing.
 
     It begins with the status, though that is always the same. Without it SQLite takes the index on status alone and
     reads every waiting job.

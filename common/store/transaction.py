@@ -103,7 +103,7 @@ class Transaction:
             self.add_new(Lock, [{"name": lock}])
 
     def forget_locks(self) -> None:
-        """Delete the lock rows of users and sweeps that nobody holds. The next one who needs such a lock inserts it."""
+        """Delete the lock rows of users and sweeps that nobody holds. A transaction that needs one inserts it again."""
         free = select(Lock.name).where(Lock.name.contains(" ")).with_for_update(skip_locked=True)
         self.session.execute(delete(Lock).where(Lock.name.in_(free)).execution_options(synchronize_session=False))
 

@@ -42,7 +42,7 @@ def change_row(
     user: str,
     tail: str = "",
 ) -> bool:
-    """Change a job's row if its columns are still as expected, and tell the history who did it; False if they are not.
+    """Change a job's row if its columns are still as expected, and record who did it; False if they are not.
 
     `kind`: one of _SAID. `tail`: what the history says after who did it."""
     tail = storable(tail)

@@ -1,4 +1,4 @@
-"""Jobs after jobs: which one a job waits for, and which ones start when one has ended.
+"""Jobs after jobs: which one a job waits for, and which jobs start when one has ended.
 
 A blocked job is held, so that no claim looks at it, and its row names the first job of its `after` that is not over.
 Its list is walked once: jobs before that one are over.

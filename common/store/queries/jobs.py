@@ -261,7 +261,7 @@ def read_counts(tx: Transaction) -> list[JobCount]:
     """How many jobs are in each state, and why."""
     now = tx.now()
     count = select(func.count()).select_from(Job)
-    # each by an index: the held ones and those in backoff are few
+    # each by an index: few jobs are held or in backoff
     waits = {
         "held": tx.session.scalar(count.where(WAITS, sql("held"))) or 0,
         "retry": tx.session.scalar(count.where(WAITS, Job.not_before > now, ~Job.held)) or 0,

@@ -324,7 +324,7 @@ class _OldestLine:
         if self._given == 0:
             first = _one(self._session, _OLDEST, self._now)
             if first is None or waited(first, self._now) < OLDEST_FIRST_AFTER_S:
-                return None  # no job has waited so long: the usual case costs one row
+                return None  # no job has waited that long: the usual case costs one row
         while True:
             bounds = _bounds(openings)
             job = _one(self._session, _OLDEST_FITTING, self._now, after=self._given, **bounds)

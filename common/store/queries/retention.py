@@ -45,7 +45,7 @@ _PAST = (
 
 
 def beyond_newest(keep: int) -> Select[Job]:
-    """Results beyond the `keep` newest of their user and name, oldest first; tagged ones stay, and those from which
+    """Results beyond the `keep` newest of their user and name, oldest first; tagged results stay, and those from which
     open jobs begin."""
     place = func.row_number().over(partition_by=(Job.user, Job.name), order_by=(Job.ended_at.desc(), Job.job_id.desc()))
     placed = select(Job.job_id, place.label("place")).where(_has_result()).subquery()
@@ -60,7 +60,7 @@ def beyond_newest(keep: int) -> Select[Job]:
 def read_over(tx: Transaction, job_ids: Collection[int], kept_since: dt.datetime | None = None) -> Over:
     """Which of these jobs, and which of their attempts, need no files any more.
 
-    A job that failed since then keeps what a retry goes on from.
+    A job that failed since then keeps what a retry continues from.
     """
     known: set[int] = set()
     jobs: set[int] = set()

@@ -42,7 +42,7 @@ def open_to_others(tx: Transaction, claim: Claim, new: NewHost) -> bool:
 def _write(tx: Transaction, claim: Claim, new: NewHost, *, is_open: bool) -> bool:
     """Write the host's row, if its base has room, while the claim's attempt runs, or is on its way out as the last."""
     own = (Job.job_id == claim.job_id, Job.token == claim.token, Job.status == Status.RUNNING, Job.node == new.node)
-    # The job's row first, so that its lease can't end meanwhile. If somebody else has it locked, we wait here, and not
+    # The job's row first, so that its lease can't end in between. If somebody else has it locked, we wait here, and not
     # while we hold the node's row, which the node needs for its heartbeat.
     runs = tx.session.scalar(select(Job.job_id).where(*own).with_for_update(key_share=True)) is not None
     tx.session.scalars(select(Node).where(Node.node == new.node).with_for_update()).first()
