@@ -1,8 +1,8 @@
-"""An adapter's files: peft's adapter_config.json, read by a list of keys and forms, and the weights' header. Others may
-have written them.
+"""An adapter's files, which others may have written: peft's adapter_config.json, checked against a list of keys and
+forms, and the weights' header.
 
-peft takes much of it for regular expressions, and for code to import: a text in target_modules can hold a loader for
-hours. Here a module is named by its plain name, and nothing else is let through to peft.
+peft takes many values for regular expressions, or for code to import: a text in target_modules can keep a loader busy
+for hours. Here modules go by their plain names, and nothing else reaches peft.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LINEAGE = "lineage.json"
 """The adapter that this one was begun from: its job, name and weights."""
 
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
-"""What may lie in an adapter's folder; a tokenizer with code of its own would leave Python files there."""
+"""Files allowed in an adapter's folder; a tokenizer with its own code would leave Python files there."""
 
 MOST_BYTES = 4 * 2**20
 MOST_NAMES = 20_000
@@ -46,18 +46,18 @@ def is_module_name(value: object) -> bool:
 
 
 def allowed(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that are stored. Left out: auto_mapping, which names code to import, and keys of a later peft."""
+    """The settings to store: without auto_mapping, which names code to import, and without keys of a later peft."""
     return {key: value for key, value in settings.items() if key in _FORMS}
 
 
 def portable_name(base_model: str) -> str:
-    """What files that people pass on call a base: a hub id as it is, of a folder its last part. Where the folder lies
-    on one box means nothing on another, and tells of that box."""
+    """A base's name in files that people pass on: a hub id as it is, of a folder the last part. The folder's path means
+    nothing on another box, and reveals details of this one."""
     return base_model.rstrip("/").rpartition("/")[2] if base_model.startswith("/") else base_model
 
 
 def check_adapter_config(content: bytes | Path) -> None:
-    """Raises ArtifactError, which names the first key that is not as loractl writes it."""
+    """Raises ArtifactError, which names the first key that loractl would have written differently."""
     try:
         raw = content if isinstance(content, bytes) else _start_of(content)
         if len(raw) > MOST_BYTES:
@@ -127,7 +127,7 @@ def _list_of(each: Callable[[Any], bool], most: int, what: str) -> Form:
 
 
 def _by_pattern(form: Form) -> Form:
-    """A value for each module whose path ends so."""
+    """A value for each ending of a module's path."""
 
     def forms(value: Any) -> bool:
         if value is None or value == {}:
@@ -168,4 +168,4 @@ _FORMS: dict[str, Form] = {
     "rank_pattern": _by_pattern(_RANK),
     "alpha_pattern": _by_pattern(_ALPHA),
 }
-"""The keys of peft's configuration that are stored, each with its form and what to call that."""
+"""The keys of peft's configuration that are stored, each with its form and the form's name."""

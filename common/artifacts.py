@@ -1,9 +1,8 @@
 """The artifact store: data sets by content hash, and what jobs store by attempt.
 
 A result is written under jobs/<id>/attempt-<n>/ and closed by manifest.json, which names every file with its size and
-sha256. What has no manifest does not count as stored. The hash of the manifest stands in the job's row: whoever reads a
-result or a checkpoint names it (Binding), so that files which somebody has put in their place are refused. Names are
-made here, never from what a person typed.
+sha256. Without a manifest, files do not count as stored. The job's row holds the manifest's hash: readers of a result
+or a checkpoint pass it (Binding), so replaced files are refused. Names are made here, never from what a person typed.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 """The adapter's weights in a result."""
 
 LONGEST_NAME = 237
-"""Bytes of a file's name: a folder's disk takes 255, and the file is written aside under a longer name."""
+"""Bytes of a file's name: a folder's disk takes 255, and the file is first written under a longer name."""
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -45,18 +44,18 @@ _HOLDING = re.compile(
 
 
 _CHECKPOINT = re.compile(r"(jobs/[1-9]\d{0,17}/checkpoints/([1-9]\d{0,8})-\d{1,12})/", re.ASCII)
-"""Where a job's checkpoint lies, and the attempt that wrote it."""
+"""Where a job's checkpoint is, and the attempt that wrote it."""
 
 
 REPORT = "report.json"
 FINAL = "final"
-"""The part of a report that holds the figures of the final rows. Whoever shows it records a look at them."""
+"""The part of a report with the figures of the final rows. Showing it records a look."""
 
 _SECTIONS = ("job", "verdict", "adapter", "data", "training", "evaluation", "versions")
 
 
 class _ReportPart(dict[str, Any]):
-    """An object of a report, which names its file where a key is missing."""
+    """An object in a report; the error for a missing key names the report's file."""
 
     def __init__(self, file: str, content: dict[str, Any]) -> None:
         super().__init__(content)
@@ -89,10 +88,10 @@ Manifest = dict[str, StoredFile]
 
 @dataclass(frozen=True, kw_only=True)
 class Binding:
-    """A result or a checkpoint as its row has it.
+    """A result or a checkpoint as its row describes it.
 
-    Rows of earlier versions don't have the manifest's hash: what they name is not bound, and readers say so. Of such a
-    result the weights are known all the same.
+    Rows of earlier versions lack the manifest's hash: their results are not bound, and readers say so. The hash of
+    the weights is known even then.
     """
 
     prefix: str  # where it is in the store
@@ -101,13 +100,13 @@ class Binding:
 
 
 def names_dataset(url: str, uri: str, sha256: str) -> bool:
-    """Whether put_dataset of the store at `url` can have given these. Others may have written them into a row."""
+    """Whether put_dataset of the store at `url` can have returned these. Others may have written them into a row."""
     name = uri.removeprefix(url.rstrip("/") + "/")
     return bool(_SHA256.fullmatch(sha256) and re.fullmatch(rf"datasets/{sha256}\.[a-z]{{1,8}}", name))
 
 
 class ArtifactStore:
-    """Files under one URL, file:// or s3://. `doing` is told what is being done, for each block that is moved."""
+    """Files under one URL, file:// or s3://. `doing` is called with the current activity, for each block moved."""
 
     def __init__(
         self,
@@ -116,7 +115,7 @@ class ArtifactStore:
         doing: Doing = nothing_told,
         keys: S3Keys | None = None,
     ) -> None:
-        """`tell` takes a sentence for people, once for each result that is read and not bound to its row."""
+        """`tell` takes a sentence for people, once for each result read that is not bound to its row."""
         self.url = url.rstrip("/")
         self._files = open_files(self.url, doing, keys)
         self._tell = log.warning if tell is None else tell
@@ -143,7 +142,7 @@ class ArtifactStore:
             raise ArtifactError(f"{uri!r} is not a data set of this store", "submit the job again")
         target = folder / Path(name).name
         if target.exists() and sha256_of(target) == sha256:
-            os.utime(target)  # loractl gc removes what was not used for long
+            os.utime(target)  # loractl gc removes data sets that nobody has used for long
             return target
         folder.mkdir(parents=True, exist_ok=True)
         with self._errors(f"fetching {uri}"):
@@ -157,10 +156,10 @@ class ArtifactStore:
         """Upload every file below `folder` under `prefix`, close it with a manifest and read all of it back.
 
         Raises ArtifactError when something can't be written or reads back differently, ServiceUnreachable, ResultTaken,
-        NotStorable; FileNotFoundError when the folder goes meanwhile, or has no file.
+        NotStorable; FileNotFoundError when the folder has no file, or disappears.
         """
         paths = sorted(p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir())
-        if not paths:  # it is being removed, or has gone: that would be stored as a whole result
+        if not paths:  # the folder is being removed, or is gone: storing it would make it a whole result
             raise FileNotFoundError(errno.ENOENT, "no file to store", str(folder))
         if wrong := next((p for p in paths if p.is_symlink() or not p.is_file()), None):
             # a link would be followed, and its target stored under the job's name
@@ -176,7 +175,7 @@ class ArtifactStore:
         return manifest
 
     def manifest(self, stored: Binding) -> Manifest:
-        """The manifest that closes a result or a checkpoint. Raises ArtifactError without one, or for another one."""
+        """The manifest that closes a result or a checkpoint. Raises ArtifactError if it is missing, or another one."""
         raw = self._closed_by(stored.prefix)
         if stored.manifest_sha256 is not None and hashlib.sha256(raw).hexdigest() != stored.manifest_sha256:
             raise self._replaced(stored.prefix, "its manifest is not the one")
@@ -189,7 +188,7 @@ class ArtifactStore:
         return manifest
 
     def verify(self, stored: Binding) -> Manifest:
-        """Read every file of it back and compare it with its manifest. Raises ArtifactError."""
+        """Read every file back and compare it with the manifest. Raises ArtifactError."""
         prefix, manifest = stored.prefix, self.manifest(stored)
         with self._errors(f"verifying {prefix}"):
             for name, file in manifest.items():
@@ -198,16 +197,16 @@ class ArtifactStore:
         return manifest
 
     def bound(self, stored: Binding) -> Binding:
-        """A result with the hash of the manifest that it has now, when all its files match that. Raises ArtifactError.
+        """The result with the hash of its current manifest, if all its files match that. Raises ArtifactError.
 
-        Only its weights are compared with its row: whoever binds it trusts the other files as they are.
+        Only its weights are compared with its row: binding trusts the other files as they are.
         """
         now = replace(stored, manifest_sha256=hashlib.sha256(self._closed_by(stored.prefix)).hexdigest())
         self.verify(now)
         return now
 
     def pull(self, stored: Binding, part: str, target: Path) -> Manifest:
-        """Copy its files that begin with `part` into `target`, verified, under the rest of their names."""
+        """Copy the files whose names begin with `part` into `target`, verified, under the rest of their names."""
         prefix = stored.prefix
         wanted = {name: file for name, file in self.manifest(stored).items() if name.startswith(part)}
         if not wanted:
@@ -225,12 +224,12 @@ class ArtifactStore:
     def read_report(self, stored: Binding) -> dict[str, Any]:
         """report.json of a result, without what was measured on final rows.
 
-        Raises ArtifactError; ReportUnknown also where a key is looked for that it lacks.
+        Raises ArtifactError; ReportUnknown also at the lookup of a key that it lacks.
         """
         return split_final(self._whole_report(stored))[0]
 
     def read_final(self, stored: Binding) -> dict[str, Any] | None:
-        """What a result's report says of its final rows; None where there are none. Who shows it notes a look before.
+        """What a result's report says about its final rows; None if it has none. Record a look before you show it.
 
         Raises as read_report does.
         """
@@ -275,19 +274,19 @@ class ArtifactStore:
         ]
 
     def unfinished(self, before: dt.datetime) -> list[Unfinished]:
-        """Files with a name of this store that nobody has ended, nor moved a block of since then."""
+        """Unfinished files with a name of this store that have not grown since then."""
         with self._errors("listing what was not ended"):
             found = [file for part in ("jobs", "datasets") for file in self._files.unfinished(part, before)]
         mine = [file for file in found if _HOLDING.fullmatch(file.name)]
         return [file for file in mine if not self._is_named(file)]
 
     def drop(self, file: Unfinished) -> None:
-        """Remove what was written of it."""
+        """Remove the part that was written."""
         with self._errors(f"removing {file.name}"):
             self._files.drop(file)
 
     def _is_named(self, file: Unfinished) -> bool:
-        """Whether a result has a file of its own that is called as one in the making."""
+        """Whether this is a whole file of a result that only has the name of an unfinished one."""
         match = _HOLDING.fullmatch(file.aside)
         try:
             return match is not None and file.aside[len(match[1]) + 1 :] in self._parsed("", self._closed_by(match[1]))
@@ -295,8 +294,8 @@ class ArtifactStore:
             return False
 
     def remove(self, name: str) -> None:
-        """Remove a holding, manifests first: what a crash leaves then counts as no result. Raises ValueError for a
-        name that was not made here."""
+        """Remove a holding, manifests first: then what a crash leaves does not count as a result. Raises ValueError for
+        a name that was not made here."""
         match = _HOLDING.fullmatch(name)
         if match is None or match[1] != name:
             raise ValueError(f"{name} is not a name of this store")
@@ -314,7 +313,7 @@ class ArtifactStore:
             self._files.remove(prefix, _is_manifest)
 
     def remove_checkpoints(self, job_id: int, attempt: int) -> None:
-        """Remove the checkpoints of a job's attempts up to this one, and what names no attempt, manifests first."""
+        """Remove the checkpoints of a job's attempts up to this one, and those without an attempt, manifests first."""
         with self._errors(f"removing the checkpoints of job {job_id}"):
             prefixes = {"/".join(name.split("/")[:4]) for name, _, _ in self._files.below(f"jobs/{job_id}/checkpoints")}
             for prefix in sorted(prefixes):
@@ -325,9 +324,9 @@ class ArtifactStore:
             self._files.prune(f"jobs/{job_id}")
 
     def _refuse_another_s(self, prefix: str, weights: StoredFile | None) -> None:
-        """No result is written over another one: a database that was restored may give a number again.
+        """Refuse to write a result over another one: a restored database may assign a number again.
 
-        The same attempt has the same weights whenever it is stored.
+        An attempt has the same weights whenever it is stored.
         """
         with self._errors(f"looking for {prefix}"):
             if weights is None or not self._files.exists(f"{prefix}/{MANIFEST}"):
@@ -342,7 +341,7 @@ class ArtifactStore:
             )
 
     def _closed_by(self, prefix: str) -> bytes:
-        """The manifest's own bytes. Raises ArtifactError without one."""
+        """The manifest's own bytes. Raises ArtifactError if there is none."""
         with self._errors(f"reading {prefix}"):
             try:
                 return self._files.read(f"{prefix}/{MANIFEST}")
@@ -392,13 +391,13 @@ class ArtifactStore:
 
 
 def split_final(report: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """A report as anybody may see it, and its part on final rows."""
+    """A report as anybody may see it, and its part about final rows."""
     final = report.pop(FINAL, None)
     return report, final if isinstance(final, dict) else None
 
 
 def open_store(settings: Settings, tell: Callable[[str], None] | None = None) -> ArtifactStore:
-    """The artifact store of this installation; `tell` as ArtifactStore takes it."""
+    """The artifact store of this installation; `tell` as for ArtifactStore."""
     return ArtifactStore(settings.artifacts_url, tell, keys=settings.s3)
 
 
@@ -427,16 +426,16 @@ def _is_manifest(name: str) -> bool:
 
 
 def _checked(file: StoredFile) -> StoredFile:
-    """A manifest's entry. Raises ValueError when its hash is not a hash: other code names folders after it."""
+    """A manifest's entry. Raises ValueError when its hash is malformed: other code names folders after it."""
     if not isinstance(file.sha256, str) or not _SHA256.fullmatch(file.sha256) or not isinstance(file.size, int):
         raise ValueError("no hash or no size")
     return file
 
 
 def _inside(name: str) -> str:
-    """A manifest's name, unless it would lead `pull` out of its folder: others may write to the store, too.
+    """A manifest's file name, unless it would lead `pull` out of its folder: others may write to the store, too.
 
-    Raises NotStorable, also for names that a terminal or another system reads in their own way.
+    Raises NotStorable, also for names that a terminal or another system would interpret.
     """
     if not all(map(is_file_name, name.split("/"))):
         raise NotStorable(f"{name!r} is not a valid file name in a result")
@@ -444,7 +443,7 @@ def _inside(name: str) -> str:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a file of a result may be called so, in whatever folder."""
+    """Whether a file of a result may have this name, in any folder."""
     plain = name.isprintable() and not {"/", "\\"} & {*name} and name not in ("", ".", "..")
     return plain and len(name.encode()) <= LONGEST_NAME
 

@@ -1,4 +1,4 @@
-"""What the rows say of a stored result or checkpoint, for those who read it from the artifact store."""
+"""What the rows say about a stored result or checkpoint, for code that reads it from the artifact store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def result_binding(store: Store, job: Job) -> Binding:
-    """Of a job that has a result. Raises AdapterNotFound when it was removed just now."""
+    """The binding of a job's result. Raises AdapterNotFound when it was just removed."""
     prefix = attempt_prefix(job.job_id, job.attempt)
     if job.manifest_sha256 is not None:
         return Binding(prefix=prefix, manifest_sha256=job.manifest_sha256)
@@ -23,5 +23,5 @@ def result_binding(store: Store, job: Job) -> Binding:
 
 
 def checkpoint_binding(checkpoint: StoredCheckpoint) -> Binding:
-    """Of the checkpoint that a row names."""
+    """The binding of the checkpoint that a row names."""
     return Binding(prefix=checkpoint.prefix, manifest_sha256=checkpoint.manifest_sha256)

@@ -1,4 +1,4 @@
-"""Where lines and intervals of a picture stand: coordinates alone, for a report's page and for the lab's."""
+"""Coordinates of a picture's lines and intervals, for a report's page and for the lab's."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 78, 26, 42
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """Steps to the right and values upwards, in a picture of a size."""
+    """The axes of a picture: steps to the right, values upwards."""
 
     width: int
     height: int
     last_step: int
     low: float
     high: float
-    step: float  # between two numbers of the upright axis
+    step: float  # between two numbers of the vertical axis
 
     def x(self, step: float) -> float:
         return round(LEFT + (self.width - LEFT - RIGHT) * step / max(1, self.last_step), 1)
@@ -38,11 +38,11 @@ class Axes:
         return round(TOP + (self.height - TOP - BOTTOM) * (self.high - value) / (self.high - self.low), 1)
 
     def path(self, line: Sequence[Point]) -> str:
-        """A line as the d of a path; empty for none."""
+        """A line as a path's d attribute; empty without points."""
         return "M" + "L".join(f"{self.x(s)} {self.y(v)}" for s, v in line) if line else ""
 
     def labels(self) -> dict[str, list[tuple[float, str]]]:
-        """Where the axes' numbers stand: x and y of each, and its text."""
+        """The axes' numbers: x, y and text of each."""
         across = _readable(self.last_step / (4 if self.width > 500 else 2), whole=True) if self.last_step > 1 else 1
         steps = [round(n * across) for n in range(int(self.last_step / across + 1e-9) + 1)]
         values = [self.low + n * self.step for n in range(round((self.high - self.low) / self.step) + 1)]
@@ -54,7 +54,7 @@ class Axes:
 
 
 def axes_of(lines: Iterable[Sequence[Point]], *, width: int, height: int) -> Axes | None:
-    """The axes that hold all finite points of the lines; None where there are none."""
+    """The axes that hold all finite points of the lines; None if there are none."""
     points = [point for line in lines for point in finite(line)]
     if not points:
         return None
@@ -75,7 +75,7 @@ def loss_chart(
 ) -> dict[str, Any]:
     """Coordinates of the loss curves in a picture of that size, and its axes' labels.
 
-    `runs`: the training loss of each attempt; one that resumed takes the place of the steps that it repeated.
+    `runs`: the training loss of each attempt; a resumed attempt replaces the steps that it repeated.
     """
     drawn, evals = [finite(run) for run in runs], finite(held_out)
     course = sorted({step: value for run in drawn for step, value in run}.items())
@@ -108,7 +108,7 @@ def _smoothed(course: Sequence[Point]) -> list[Point]:
 
 
 def _beside(axes: Axes, held: Point, last: Point) -> tuple[float, float, str]:
-    """Where the held-out loss is written: at its last point, but not over the training loss."""
+    """Where to write the held-out loss: at its last point, but not over the training loss."""
     x, y, other = axes.x(max(held[0], last[0])), axes.y(held[1]), axes.y(last[1])
     if abs(y - other) < 26:
         y = other + (26 if y >= other else -26)
@@ -118,7 +118,7 @@ def _beside(axes: Axes, held: Point, last: Point) -> tuple[float, float, str]:
 def forest(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """For each metric, its interval on an axis of its own unit: left end, point and right end in 0..100, base at 50.
 
-    A metric whose interval is not told has both ends at its point.
+    A metric without a reported interval has both ends at its point.
     """
     rows = {}
     for metric in metrics:
@@ -129,8 +129,8 @@ def forest(metrics: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _readable(least: float, *, whole: bool = False) -> float:
-    """The least of 1, 2, 2.5, 5, 10, 20, ... that is no smaller: people read such steps easily. `whole`: of those of
-    them that are whole."""
+    """The least of 1, 2, 2.5, 5, 10, 20, ... that is no smaller: people read such steps easily. `whole`: whole numbers
+    only."""
     power = 10.0 ** math.floor(math.log10(least))
     steps = (factor * power for factor in (1, 2, 2.5, 5, 10))
     return next(step for step in steps if step >= least * (1 - 1e-9) and (not whole or step % 1 == 0))

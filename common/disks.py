@@ -1,4 +1,4 @@
-"""Which kind of disk a folder is on: SQLite's locks and shared memory do not hold on a network's."""
+"""Which kind of disk a folder is on: SQLite's locks and shared memory do not work on a network file system."""
 
 from __future__ import annotations
 

@@ -14,12 +14,13 @@ LoractlError                    1  failed
 ├── SchemaMismatch              1  the database is older or newer than this loractl
 ├── ArtifactError               1  an artifact can't be written or does not match its manifest
 │   ├── ReportUnknown           1  a stored report has another form than loractl's
-│   ├── ResultTaken             1  another result lies there
+│   ├── ResultTaken             1  another result is there
 │   └── NotStorable             1  no store would take it, now or later
 └── WrongState                  1  the job's state does not allow that
 
-The command line (`loractl.scheduler.cli.main.main`) prints one that reaches it, and exits with its code. A supervisor
-ends the attempt with a reason instead; a server answers with the sentence. Other code catches one only to go on.
+The command line (`loractl.scheduler.cli.main.main`) prints an error that reaches it, and exits with its code. A
+supervisor ends the attempt with a reason instead; a server answers with the sentence. Other code catches an error only
+to continue.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class DataError(LoractlError):
 
     @property
     def with_hint(self) -> str:
-        """The sentence, and what to do, as a job's row has it."""
+        """The sentence with its hint, as a job's row has it."""
         return f"{self.sentence} ({self.hint})" if self.hint else self.sentence
 
 
@@ -124,7 +125,7 @@ class AdapterNotFound(LoractlError):
     exit_code = ExitCode.NO_SUCH_JOB
 
     def __init__(self, reference: str, state: str | None = None) -> None:
-        """`state`: what the job of that number does or did in place of storing one, like "is running"."""
+        """`state`: what the job of that number does or did instead of storing one, like "is running"."""
         sentence, hint = f"no adapter {reference} is stored", "loractl adapters lists what is stored"
         if state is not None:
             sentence, hint = f"job {reference} has no adapter: it {state}", f"loractl status {reference} shows more"
@@ -154,7 +155,7 @@ class ServiceUnreachable(LoractlError):
 
 
 class ServiceRefused(ServiceUnreachable):
-    """A service answered, and let this user not in."""
+    """A service answered and refused this user."""
 
     def __init__(self, service: str, address: str, setting: str, why: str) -> None:
         super().__init__(service, address, setting, why)
@@ -163,7 +164,7 @@ class ServiceRefused(ServiceUnreachable):
 
 
 class Forbidden(LoractlError):
-    """The database's user has no right to do that: one role submits, another one works (docs/deploy.md)."""
+    """The database's user may not do that: one role submits, another one works (docs/deploy.md)."""
 
     def __init__(self, user: str | None, why: str) -> None:
         super().__init__(
@@ -173,7 +174,7 @@ class Forbidden(LoractlError):
 
 
 class NameTaken(LoractlError):
-    """Another living box calls itself as this one does: each would give back the other's jobs."""
+    """Another live box has the same name: each would give back the other's jobs."""
 
     def __init__(self, node: str) -> None:
         host, _, index = node.rpartition(":")
@@ -199,7 +200,7 @@ class ArtifactError(LoractlError):
 
 
 class ReportUnknown(ArtifactError, KeyError):
-    """A stored report is not as any loractl has written it; a KeyError too, for readers of older ones."""
+    """A stored report has a form that no loractl wrote; a KeyError too, for readers of older reports."""
 
     def __init__(self, file: str, why: str) -> None:
         super().__init__(
@@ -208,11 +209,11 @@ class ReportUnknown(ArtifactError, KeyError):
 
 
 class ResultTaken(ArtifactError):
-    """Another result lies where one would be stored: its number was given before, and is not known any more."""
+    """Another result is already there: the job's number was assigned before, and then forgotten."""
 
 
 class NotStorable(ArtifactError):
-    """What is to be stored can't be, whatever the store: its name, or what it is."""
+    """Something that no store could take, because of its name or its kind."""
 
 
 class WrongState(LoractlError):

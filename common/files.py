@@ -23,47 +23,47 @@ from .errors import UsageError
 from .settings import S3Keys, redacted
 
 FRESH_S = 3600.0
-"""The next submit gives a file that is older than this today's date. loractl gc goes by the date, and must not take
-what a job names that is just being submitted."""
+"""A submit sets the date of a file older than this to today. loractl gc goes by the date, and must not remove a file
+that a job names which is just being submitted."""
 
 DEAD_S = 600.0
-"""A file that is being fetched and has not grown for so many seconds is nobody's: a node kills a call that moves
-nothing for half of that, and tries again."""
+"""A file being fetched that has not grown for this many seconds is abandoned: a node kills a call that moves nothing
+for half of that, and tries again."""
 
 _BLOCK = 1 << 20
 
 _PART = 16 << 20
-"""Bytes of a large file that go to S3, or come from it, by one request: nothing is told of a part that is on its way,
-and what tells nothing for minutes is given up."""
+"""Bytes of a large file in one request to or from S3: a part on its way reports nothing, and a call that reports
+nothing for minutes is given up."""
 
 _MOST_PARTS = 10_000
 """Of one file on S3."""
 
 _UNSYNCED = 32 << 20
-"""Bytes that a folder's disk may have before it, for the same reason: to wait for it is one call."""
+"""Bytes that may wait for a folder's disk, for the same reason: waiting for the disk is one call."""
 
 _AS_DATA = {"ContentType": "application/octet-stream", "ContentDisposition": "attachment"}
-"""For S3: a browser that follows a link to an object saves it. A report.html would be shown as a page of the store."""
+"""For S3: makes a browser save an object, instead of showing a report.html as a page of the store."""
 
 _ASIDE = re.compile(r"\.part-\d{1,12}\Z", re.ASCII)
-"""How the name of a file ends that is being written to a folder."""
+"""The ending of a file's name while it is being written to a folder."""
 
 Doing = Callable[[str], None]
-"""Is told what is being done, at its start and for each block that was moved."""
+"""Called with what is being done, at its start and for each block moved."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unfinished:
-    """A file that somebody began to write and has not ended: whoever wrote it is at it, or was killed."""
+    """A file that is not written completely: its writer is still at work, or was killed."""
 
-    name: str  # that it was to have
-    aside: str  # where it lies in a folder; S3's number of the upload
+    name: str  # that it was to get
+    aside: str  # its path in a folder; on S3 the number of the upload
     size: int  # bytes; 0 on S3, which does not list them
     changed_at: dt.datetime  # when it last grew
 
 
 def nothing_told(what: str) -> None:
-    """For a caller who does not ask."""
+    """For a caller that does not ask."""
 
 
 class Bucket:
@@ -72,7 +72,7 @@ class Bucket:
     def __init__(
         self, filesystem: Any, root: str, doing: Doing = nothing_told, headers: Mapping[str, str] | None = None
     ) -> None:
-        """`headers`: what the store tells a browser of each object that is put there."""
+        """`headers`: what the store says to a browser about each object put there."""
         self._fs = filesystem
         self._root = root
         self._doing = doing
@@ -109,7 +109,7 @@ class Bucket:
         self._fs.put_file(str(path), self._at(name), callback=moving, **how)
 
     def get(self, name: str, path: Path) -> None:
-        """Download a file: written aside and renamed. What a process that was killed had begun is removed."""
+        """Download a file: written aside and renamed. Removes what a killed process had begun."""
         begun = f".part-{hashlib.sha256(path.name.encode()).hexdigest()[:16]}-"
         for part in path.parent.glob(f"{begun}*"):
             with contextlib.suppress(FileNotFoundError):
@@ -124,7 +124,7 @@ class Bucket:
             part.unlink(missing_ok=True)
 
     def refresh(self, path: Path, name: str) -> None:
-        """Give a file that is there already, equal to `path`, the date of today."""
+        """Set the date of a stored file that equals `path` to today."""
         if dt.datetime.now(dt.UTC) - self._fs.modified(self._at(name)) >= dt.timedelta(seconds=FRESH_S):
             self.put(path, name)
 
@@ -137,7 +137,7 @@ class Bucket:
             yield path.removeprefix(f"{self._root}/"), info["size"], info["LastModified"].astimezone(dt.UTC)
 
     def remove(self, part: str, first: Callable[[str], bool]) -> None:
-        """Remove all files below `part`, or `part` itself; those that `first` picks before the others."""
+        """Remove all files below `part`, or `part` itself; first those that `first` picks."""
         names = [name for name, _, _ in self.below(part)]
         for some in ([name for name in names if first(name)], [name for name in names if not first(name)]):
             if some:
@@ -148,18 +148,18 @@ class Bucket:
         """Remove an empty folder; a bucket has none."""
 
     def unfinished(self, part: str, before: dt.datetime) -> Iterator[Unfinished]:
-        """Files below `part` that are not all there, nor have grown since then: no one sees their blocks, and they take
-        room until they go."""
+        """Incomplete files below `part` that have not grown since then: nobody sees their blocks, and they take room
+        until they are removed."""
         if not hasattr(self._fs, "call_s3"):
             return
         bucket, prefix, _ = self._fs.split_path(f"{self._at(part)}/")
-        with contextlib.suppress(FileNotFoundError):  # so some gateways answer where nobody has begun one (rclone)
+        with contextlib.suppress(FileNotFoundError):  # some gateways answer so where nobody has begun one (rclone)
             for page in self._pages(
                 "list_multipart_uploads", "KeyMarker", "UploadIdMarker", Bucket=bucket, Prefix=prefix
             ):
                 for upload in page.get("Uploads", ()):
                     grew_at = upload["Initiated"]
-                    if grew_at < before:  # else its parts, a call for each 1,000, tell nothing more
+                    if grew_at < before:  # else listing its parts, a call for each 1,000, says nothing more
                         grew_at = self._grew_at(bucket, upload)
                     if grew_at is not None and grew_at < before:
                         name = f"{bucket}/{upload['Key']}".removeprefix(f"{self._root}/")
@@ -167,13 +167,13 @@ class Bucket:
                         yield Unfinished(name=name, aside=upload["UploadId"], size=0, changed_at=changed_at)
 
     def drop(self, file: Unfinished) -> None:
-        """Remove what was written of it."""
+        """Remove the part that was written."""
         bucket, key, _ = self._fs.split_path(self._at(file.name))
-        with contextlib.suppress(FileNotFoundError):  # it was ended meanwhile, or somebody else was faster
+        with contextlib.suppress(FileNotFoundError):  # it was completed, or another process was faster
             self._fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=file.aside)
 
     def _grew_at(self, bucket: str, upload: Mapping[str, Any]) -> dt.datetime | None:
-        """When an upload got its last part, or was begun where it has none. None: it has gone, or no one can tell."""
+        """When an upload got its last part, or began if it has none. None: it is gone, or the time is not known."""
         asked, grew_at = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}, upload["Initiated"]
         page: Mapping[str, Any] = {}
         with contextlib.suppress(FileNotFoundError):
@@ -198,7 +198,7 @@ class Bucket:
         self._fs.get_file(self._at(name), str(path), callback=self._moving(f"reading {name}"))
 
     def _moving(self, what: str) -> Any:
-        """What fsspec calls for each part that it has moved."""
+        """What fsspec calls for each part moved."""
         from fsspec.callbacks import Callback
 
         self._doing(what)
@@ -211,8 +211,8 @@ class Bucket:
 class Folder(Bucket):
     """Files in a folder that others may share: a link is not followed out of it.
 
-    A file is written aside and renamed, so that it is seen only when it is complete. It and its folder are on the disk
-    when it counts as written: a power loss takes nothing back.
+    A file is written aside and renamed, so that readers see only complete files. It and its folder are on the disk when
+    it counts as written: a power loss undoes nothing.
     """
 
     def write(self, name: str, content: bytes) -> None:
@@ -294,7 +294,7 @@ def open_files(url: str, doing: Doing = nothing_told, keys: S3Keys | None = None
         options = {
             "use_listings_cache": False,
             "skip_instance_cache": True,
-            # Parts on their way at once. With its ten a slow line would show no sign of life for long.
+            # Parts on their way at once. With the default of ten, a slow line would show no sign of life for long.
             "max_concurrency": 2,
             "config_kwargs": {
                 "connect_timeout": 5,
@@ -325,7 +325,7 @@ def open_files(url: str, doing: Doing = nothing_told, keys: S3Keys | None = None
 
 
 def _session() -> Any:
-    """A session of its own, which reads the account anew; what describes the service, megabytes of JSON, is shared."""
+    """A separate session, which reads the account again; the service's description, megabytes of JSON, is shared."""
     from aiobotocore.session import AioSession
 
     session = AioSession()
@@ -341,7 +341,7 @@ def _service_models(search_path: str | None) -> Any:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a file, or a folder with all below it. Of a link only the link itself goes."""
+    """Remove a file, or a folder with all below it. For a link, only the link itself goes."""
     with contextlib.suppress(FileNotFoundError):  # somebody else was faster
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -350,7 +350,7 @@ def remove_tree(path: Path) -> None:
 
 
 def _make_folder(path: Path) -> None:
-    """Create a folder and those above it that are missing; each is on the disk then."""
+    """Create a folder and its missing parents; each is on the disk then."""
     if path.is_dir():
         return
     _make_folder(path.parent)
@@ -369,7 +369,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(place)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems can't do that to a folder, and need not
+        if error.errno != errno.EINVAL:  # some file systems can't sync a folder, and need not
             raise
     finally:
         os.close(place)

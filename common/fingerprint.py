@@ -19,7 +19,7 @@ TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json", "*.tiktoken", "tokenization_*.py",
 )  # fmt: skip
-"""Files of which transformers makes a tokenizer: a folder with weights has one of them."""
+"""Files from which transformers makes a tokenizer: a folder with weights has one of them."""
 
 MERGED = "merge.json"
 """What `adapters merge` writes next to a model: the base and the adapter that it was made of."""
@@ -49,7 +49,7 @@ def fingerprint(folder: Path, cache: Path) -> Fingerprint:
 
 
 def _read(note: Path) -> dict[str, list[Any]]:
-    """What is remembered; nothing where a power loss has torn it."""
+    """The remembered hashes; none where a power loss has damaged the file."""
     try:
         known = json.loads(note.read_text("utf-8"))
     except (OSError, ValueError):
@@ -60,7 +60,7 @@ def _read(note: Path) -> dict[str, list[Any]]:
 
 def _write(note: Path, hashes: dict[str, list[Any]]) -> None:
     note.parent.mkdir(parents=True, exist_ok=True)
-    # a name of its own: several trainers may hash the same base at once, and several jobs of one trainer
+    # a unique name: several trainers, or several jobs of one trainer, may hash the same base at once
     aside = note.with_suffix(f".part-{secrets.token_hex(8)}")
     try:
         aside.write_text(json.dumps(hashes), "utf-8")
@@ -75,22 +75,22 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def unfit_template(names: Iterable[str]) -> str | None:
-    """The fault of the first template name that can't be a file name, in words; None if all can.
+    """What is wrong with the first template name that can't be a file name, in words; None if all can.
 
-    transformers saves each chat template beside the adapter, in a file of that name.
+    transformers saves each chat template next to the adapter, in a file of that name.
     """
     wrong = next((name for name in names if not is_file_name(f"{name}.jinja")), None)
     return None if wrong is None else f"has a chat template of the name {wrong!r}, which no stored file can have"
 
 
 def may_be_published(base_model: str) -> bool:
-    """Whether an adapter for this base may be: not for a folder into which an adapter was merged that may not."""
+    """Whether an adapter for this base may be: not for a folder with a merged adapter that may not be published."""
     if not Path(base_model).is_absolute():
         return True  # a hub id
     try:
         about = json.loads(Path(base_model, MERGED).read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
-        return True  # it is no merge of loractl
+        return True  # not merged by loractl
     return not (isinstance(about, dict) and about.get("publish") is False)
 
 
@@ -100,9 +100,9 @@ def digest(files: Fingerprint) -> str:
 
 
 def changed_files(then: Fingerprint, now: Fingerprint) -> list[str]:
-    """Files that differ; of those that only one side has, the weights.
+    """Files that differ; of files that only one side has, the weights.
 
-    A box of the hub's cache has only the files that somebody asked for there.
+    A box's hub cache has only the files that somebody asked for there.
     """
     weights = {name for name in then.keys() ^ now.keys() if Path(name).suffix in (".safetensors", ".gguf")}
     return sorted(weights | {name for name in then.keys() & now.keys() if then[name] != now[name]})

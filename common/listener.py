@@ -1,4 +1,4 @@
-"""How loractl's servers listen: uvicorn, without callers who hold a connection and say nothing. Needs uvicorn."""
+"""How loractl's servers listen: uvicorn, without callers that hold a connection and send nothing. Needs uvicorn."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::\d{1,5})?", re.ASCI
 
 
 def host_name(hosts: Sequence[str]) -> str:
-    """The name or address by which a request calls the server, by its Host headers; empty without one that is plain.
+    """The name or address by which a request calls the server, by its Host headers; empty without a plain one.
 
-    The framework's `request.url` is no way to ask: it takes what it can't read for the server's own address, and up to
-    Starlette 1.0.0 a Host with a slash gave it another path.
+    The framework's `request.url` is no substitute: it takes a Host that it can't read for the server's own address, and
+    up to Starlette 1.0.0 a Host with a slash gave it another path.
     """
     match = _HOST.fullmatch(hosts[0].strip().lower()) if len(hosts) == 1 else None
     return "" if match is None else match[1] or match[2].rstrip(".")
@@ -57,9 +57,10 @@ def check_port(host: str, port: int) -> None:
 class Connection(H11Protocol):
     """A caller's connection, which ends when the lines of a request don't arrive in time.
 
-    uvicorn itself waits for them forever: a few hundred callers who send a byte now and then would hold all of a
-    process's connections. What still comes after an answer must be the next request. Of one address's connections that
-    wait only the newest stay: who asks at once is not shut out by older ones, his own or others' behind his proxy.
+    uvicorn itself waits for them forever: a few hundred callers that send a byte now and then would hold all of a
+    process's connections. What still comes after an answer must be the next request. Of an address's waiting
+    connections only the newest stay: a caller that asks at once is not shut out by older connections, its own or those
+    of others behind its proxy.
     """
 
     _began = 0.0
@@ -91,7 +92,7 @@ class Connection(H11Protocol):
             older._give_up()
 
     def _waiting_beside(self) -> list[Connection]:
-        """The connections of the same address that wait, this one too, the oldest first."""
+        """The waiting connections of the same address, this one included, the oldest first."""
         host = (self.client or [None])[0]
         every = [other for other in self.connections if isinstance(other, Connection) and other._idle]
         mine = [other for other in every if (other.client or [None])[0] == host and not other.transport.is_closing()]
@@ -99,7 +100,7 @@ class Connection(H11Protocol):
 
     @property
     def _idle(self) -> bool:
-        """No request has come whole, or the last one is answered."""
+        """Whether no request has arrived whole, or the last one is answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def _in_time(self) -> None:
@@ -114,14 +115,14 @@ class Connection(H11Protocol):
 
 
 class Listener(uvicorn.Server):
-    """uvicorn, which says where it listens once it does: each address with its port, as it stands in a URL."""
+    """uvicorn that says where it listens once it does: each address with its port, as in a URL."""
 
     def __init__(self, config: uvicorn.Config, tell: Callable[[str], None]) -> None:
         super().__init__(config)
         self._tell = tell
 
     async def startup(self, sockets: Any = None) -> None:
-        """Listen, then tell."""
+        """Listen, then say so."""
         await super().startup(sockets)
         for server in self.servers:
             for listening in server.sockets:

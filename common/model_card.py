@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .job.spec import JobSpec
 
 CARD_LABELS = 20
-"""So many labels a model card lists; labels.json has them all."""
+"""The most labels that a model card lists; labels.json has them all."""
 
 CARD_MODULES = 20
 
@@ -34,7 +34,7 @@ class License:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What a card on a hub says next to what the report says."""
+    """What a card on a hub says in addition to the report."""
 
     repository: str  # owner/name
     base: str | None  # the base's name on the hub; None: not known
@@ -44,7 +44,7 @@ class Published:
 
 
 def lab_card(report: dict[str, Any]) -> str:
-    """What an adapter is and which job of the lab has made it."""
+    """What an adapter is and which job of the lab made it."""
     base, data, training = report["base_model"].rpartition("/")[2], report["data"], report["training"]
     loss = next(m for m in report["evaluation"]["metrics"] if m["name"] == "loss")
     baseline = report["evaluation"].get("baseline")
@@ -114,13 +114,13 @@ def hub_card(report: dict[str, Any], spec: JobSpec, published: Published) -> str
         ", ".join(f"{name} {version}" for name, version in report["versions"].items()) + ".",
         f"Weights: sha256 `{adapter['sha256']}`.",
     ]
-    return "".join(f"{clean_line(line)}\n" for line in lines)  # a name that a worker wrote makes no line of its own
+    return "".join(f"{clean_line(line)}\n" for line in lines)  # a name that a worker wrote must not add a line
 
 
 _METHODS = {"lora": "LoRA", "qlora": "QLoRA"}
 
 _LOSS_TAGS = {"sigmoid": "dpo"}
-"""What the hub's readers call a loss of pairs, where that is another word."""
+"""What the hub's readers call a loss of pairs, if they have another word."""
 
 
 def _begun_from(ancestor: dict[str, Any]) -> str:

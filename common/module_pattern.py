@@ -2,7 +2,7 @@
 
 A job file may come from anybody. Python's `re` can hold a process for hours over one name; the regex package has a
 time limit for a match, but takes gigabytes to compile fifty letters of nested counts. Here a part of an expression
-gives all places where it can end, each part and place once: no backtracking. Every match counts its steps.
+gives all places where it can end, each part and place once, without backtracking. Every match counts its steps.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ class _Reader:
         return part if ahead is None else _Ahead(part, ahead)
 
     def _letter(self) -> Callable[[str], bool]:
-        """A letter that stands for itself, or for a kind of letters."""
+        """A letter that means itself, or a kind of letters."""
         if self._takes("\\"):
             letter = self._next()
             if letter in _KINDS:

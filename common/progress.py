@@ -18,7 +18,7 @@ REDRAWN_AFTER_S = 0.2
 
 @contextlib.contextmanager
 def progress_bar(stream: TextIO | None = None) -> Iterator[Report]:
-    """Reports draw a line on the stream (stderr) where it is a terminal; the line is gone at the end."""
+    """Reports draw a line on the stream (stderr) if it is a terminal; the line is gone at the end."""
     stream = stream or sys.stderr
     if not stream.isatty():
         yield lambda what, done, total: None

@@ -22,15 +22,15 @@ _KEYS = (
 )  # fmt: skip
 
 LEASE_S = 60.0
-"""How long an attempt may be silent before its job goes on elsewhere, by the database's clock."""
+"""How long an attempt may be silent before its job continues elsewhere, by the database's clock."""
 
 LEAST_LEASE_S = 3.0
-"""Below that a busy machine would lose its own living attempts."""
+"""With less a busy machine would lose its own live attempts."""
 
 
 def pace_of(lease_s: float) -> float:
-    """By what a node's own times are multiplied: with a lease below 30 s its rounds come sooner, and what it waits for
-    is given up sooner, so that a lost worker is noticed as late in proportion."""
+    """The factor for a node's own times: with a lease below 30 s its rounds come sooner, and it gives up sooner what it
+    waits for, so that it notices a lost worker as late in proportion."""
     return min(1.0, lease_s / 30.0)
 
 
@@ -45,7 +45,7 @@ TRAINER = "loractl.worker.recipe.trainer"
 
 @dataclass(frozen=True, kw_only=True)
 class S3Keys:
-    """An account of an S3 server. The AWS_* variables go before it; they are the only other way to name one."""
+    """An account of an S3 server. The AWS_* variables take precedence; they are the only other way to name one."""
 
     access_key: str
     secret_key: str = field(repr=False)
@@ -81,13 +81,13 @@ class Settings:
     max_data: int = MAX_DATA  # bytes of what is unpacked from a data file, or read as a whole
     lease_s: float = LEASE_S  # how long an attempt of this box may be silent; its heartbeats follow from it
     trainer: str = TRAINER  # the module that trains, run by `python -m`; it speaks worker/protocol.py
-    notify: tuple[str, ...] = ()  # whom this person's jobs tell that say nothing themselves
+    notify: tuple[str, ...] = ()  # whom this person's jobs notify if they say nothing themselves
     channels: tuple[Channel, ...] = field(default=(), repr=False)  # to which this box's nodes send
     channels_fault: UsageError | None = field(default=None, repr=False)  # why they can't be read; then there are none
     s3: S3Keys | None = None  # of config.toml; None: the AWS_* variables, or none is needed
 
     def require_channels(self) -> None:
-        """For what sends: raises UsageError where config.toml's channels can't be read. Other commands need none."""
+        """For senders: raises UsageError where config.toml's channels can't be read. Other commands need none."""
         if self.channels_fault is not None:
             raise self.channels_fault
 
@@ -162,7 +162,7 @@ def _refuse_no_folder(home: Path) -> None:
 
 
 def _folders(key: str, text: str | None) -> tuple[Path, ...]:
-    """Folders of a list that is separated like PATH."""
+    """Folders in a list that is separated like PATH."""
     names = [name for name in (text or "").split(os.pathsep) if name]
     if wrong := [name for name in names if not Path(name).is_absolute()]:
         hint = f"like /srv/models{os.pathsep}/data/models"
@@ -224,7 +224,7 @@ def _user(name: str) -> str:
 
 
 def _host(name: str) -> str:
-    """A name that can stand before the colon of a node's name, and in a table."""
+    """A name that can come before the colon of a node's name, and in a table."""
     if not re.fullmatch(r"[\w.-]{1,64}", name, re.ASCII):
         raise UsageError(f"LORACTL_HOST {name!r} is not a host name", "letters, digits, dots and hyphens, like heron")
     return name
@@ -294,7 +294,7 @@ def _channels(path: Path, tables: object, env: dict[str, str]) -> tuple[tuple[Ch
 
 
 def _config_file(path: Path) -> tuple[dict[str, str], object, S3Keys | None]:
-    """The values by key, the tables of channels as they stand there, and the account of S3."""
+    """The values by key, the tables of channels as written there, and the account of S3."""
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

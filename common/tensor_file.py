@@ -1,4 +1,4 @@
-"""A safetensors file by its header, without torch: others may have written it, or cut it off."""
+"""A safetensors file by its header, without torch: others may have written it, or truncated it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def storable(text: str) -> str:
 
 
 def number(value: float | None, digits: int) -> str:
-    """The value with so many decimals, "–" when unknown."""
+    """The value with `digits` decimals, "–" when unknown."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 

@@ -35,7 +35,7 @@ _SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 def parse_size(text: str | int) -> int:
     """Bytes of "24GiB", "24G", "500 MB" or a plain number of bytes. Raises ValueError with what would be right.
 
-    A plain number below 1 MiB is refused, but for 0: somebody meant GiB, and so few bytes are no size of ours.
+    A plain number below 1 MiB is refused, except 0: somebody meant GiB, and so few bytes are no size of ours.
     """
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     units = {name.lower(): factor for name, factor in _BYTES.items()}

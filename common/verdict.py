@@ -90,7 +90,7 @@ class Written:
 
 
 def has_interval(metric: Mapping[str, Any]) -> bool:
-    """Whether a metric's interval is told. Too few cases have none, whatever was computed."""
+    """Whether a metric's interval is shown. Too few cases have none, whatever was computed."""
     known = metric["low"] is not None and metric["high"] is not None
     return known and metric.get("reading") != "too few cases" and metric.get("cases", MIN_CASES) >= MIN_CASES
 
@@ -128,7 +128,7 @@ class ReportVerdict:
     reading: str  # a key of BADGES
     short: str  # for a job's line
     sentence: str
-    aside: str  # what is worse beside the held-out loss, and what is wrong with the held-out rows; else empty
+    aside: str  # what is worse besides the held-out loss, and what is wrong with the held-out rows; else empty
 
     @property
     def badge(self) -> str:
@@ -157,11 +157,11 @@ OTHER_LENGTH = 1.5
 def report_verdict(
     metrics: Sequence[Mapping[str, Any]], base: str = "the base", doubts: Sequence[str] = (), rows: str = "held-out"
 ) -> ReportVerdict:
-    """What a report's metrics say against `base`. The loss decides, unless the answers say the opposite. Of pairs it
-    does not decide either where it has not clearly changed, and the share that is preferred rightly has.
+    """What a report's metrics say against `base`. The loss decides, unless the answers say the opposite. For pairs it
+    does not decide either if it has not clearly changed but the share of correctly ranked pairs has.
 
-    `rows`: what those that were measured on are called. `doubts`: sentences about them, which follow the measures that
-    got worse, in `aside`.
+    `rows`: what to call the measured rows. `doubts`: sentences about them, which follow the measures that got worse, in
+    `aside`.
     """
     named = {metric["name"]: metric for metric in metrics}
     every, new = named["loss"], named.get("new_rows_loss")
@@ -270,7 +270,7 @@ def _of_pairs(
 
 
 def _turned(accuracy: Mapping[str, Any]) -> bool:
-    """Whether clearly more pairs are preferred rightly than before, or fewer."""
+    """Whether clearly more pairs are ranked correctly than before, or fewer."""
     clear = accuracy["reading"] in ("better", "worse")
     return clear and round(abs(accuracy["change"]) * accuracy["cases"] / 100) >= MIN_TURNED
 
@@ -311,7 +311,7 @@ def badge(reading: str) -> str:
 
 
 def are_of_pairs(answers: Mapping[str, Any]) -> bool:
-    """Whether answers of base and tuned stand beside one that was chosen and one that was rejected."""
+    """Whether answers of base and tuned come with a chosen and a rejected one."""
     return answers.get("rejected") is not None
 
 

@@ -13,18 +13,18 @@ from urllib.parse import urlsplit
 from loractl.common.errors import UsageError
 
 ME = "me"
-"""In a job's `notify`: the channels that have its user among their `users`."""
+"""In a job's `notify`: the channels that list its user among their `users`."""
 
 LAB = "lab"
-"""Whom boxes and cards concern: the channels with `lab = true`."""
+"""The channels with `lab = true`, which get messages about boxes and cards."""
 
 VARIABLES = "LORACTL_CHANNEL_"
-"""What the names of variables with secrets of channels begin with; trainers and commands don't get them."""
+"""The prefix of variables with channels' secrets; trainers and commands don't get them."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 _ADDRESS = re.compile(r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]+@[A-Za-z0-9.-]+", re.ASCII)
 _COMMON = {"kind", "users", "lab"}
-_KEYS = {  # by kind: those that must be there, those that may
+_KEYS = {  # by kind: required keys, optional keys
     "webhook": ({"url", "secret"}, set[str]()),
     "ntfy": ({"url"}, {"token"}),
     "slack": ({"url"}, set[str]()),
@@ -46,20 +46,20 @@ class Channel:
     sender: str = ""  # of mail
     to: tuple[str, ...] = ()
     command: tuple[str, ...] = field(default=(), repr=False)
-    users: frozenset[str] = frozenset()  # who means it by `me`
+    users: frozenset[str] = frozenset()  # whose `me` means this channel
     lab: bool = False
-    missing: str = ""  # the variable that this process lacks for it: it can't send there
+    missing: str = ""  # the variable that this process lacks, so that it can't send there
 
 
 def read_channels(tables: object, environ: Mapping[str, str]) -> tuple[Channel, ...]:
-    """The channels of config.toml's [channels.NAME] tables. Raises UsageError, which repeats no value."""
+    """The channels of config.toml's [channels.NAME] tables. Raises UsageError, without repeating a value."""
     if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
         raise UsageError("channels: is not a table of channels", "write [channels.NAME] and below it kind = ...")
     return tuple(_read(name, table, environ) for name, table in tables.items())
 
 
 def channel_names(text: str | None) -> tuple[str, ...]:
-    """The names of a list that is separated by commas. Raises UsageError."""
+    """The names in a comma-separated list. Raises UsageError."""
     names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
     if wrong := [name for name in names if not _NAME.fullmatch(name)]:
         raise UsageError(f"LORACTL_NOTIFY: {wrong[0]!r} is not a channel name", "names of channels, or me, like me,ops")
@@ -78,7 +78,7 @@ def channels_of(channels: Iterable[Channel], user: str) -> tuple[str, ...]:
 
 
 def unknown_names(names: Iterable[str] | None, channels: Iterable[Channel], user: str) -> list[str]:
-    """A warning of each name that this machine's channels lack; none where it has no channels, for other boxes send."""
+    """A warning for each name that this machine's channels lack; none if it has no channels: other boxes send then."""
     known = {channel.name: channel for channel in channels}
     if not known:
         return []
@@ -96,7 +96,7 @@ def _list(value: object) -> list[Any]:
 def _read(name: str, table: Mapping[str, Any], environ: Mapping[str, str]) -> Channel:
     """The channel, with $LORACTL_CHANNEL_... replaced: a trainer may read its user's files, but not that variable.
 
-    A process without the variable sends nothing there, and has other things to do: a person's command, say.
+    A process without the variable can't send there, but still does its other work, like a person's command.
     """
     filled = dict(table)
     for key in ("url", "secret", "token"):
@@ -155,7 +155,7 @@ def _channel(name: str, table: Mapping[str, Any]) -> Channel:
 
 
 def signing_key(secret: str) -> bytes | None:
-    """The bytes of a Standard Webhooks secret; None when it is none (https://www.standardwebhooks.com)."""
+    """The bytes of a Standard Webhooks secret; None if it is not one (https://www.standardwebhooks.com)."""
     try:
         key = base64.b64decode(secret.removeprefix("whsec_"), validate=True)
     except (ValueError, binascii.Error):

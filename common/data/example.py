@@ -35,7 +35,7 @@ class Turn:
 
     @property
     def apart(self) -> tuple[str, ...]:
-        """What it has beside role and content; empty for most."""
+        """What it has besides role and content; empty for most."""
         kept = (self.thought, self.calls, self.name, self.call_id, "" if self.learned else "not learned")
         return kept if any(kept) else ()
 
@@ -45,7 +45,7 @@ class Example:
     """What one row teaches: a conversation, a prompt with its completion, plain text, a text's label, or a pair.
 
     Exactly one of `turns` and `text` is set; `prompt` is the part of `text` that is given, not learned. With a `label`
-    all of the text is given. A pair has the answer that was chosen there.
+    all of the text is given. A pair holds its chosen answer there.
     """
 
     number: int
@@ -71,7 +71,7 @@ class Example:
 
     @property
     def sides(self) -> tuple[Example, ...]:
-        """What of it is a text of its own: a pair's two answers, each behind its prompt."""
+        """Its separate texts: a pair's two answers, each after its prompt."""
         return (self, self.other) if self.rejected else (self,)
 
     @property
@@ -85,7 +85,7 @@ class Example:
         return [place for place, turn in enumerate(self.turns) if turn.teaches]
 
     def content_hash(self) -> str:
-        """Equal for rows that teach the same, in any place."""
+        """Equal for rows that teach the same, wherever they are."""
         return self._hash().hexdigest()
 
     def digest(self) -> int:
@@ -93,10 +93,9 @@ class Example:
         return int.from_bytes(self._hash().digest()[:8], "big")
 
     def likeness(self) -> int:
-        """64 bits that are equal for rows which differ in case or spaces alone: a model that learned one knows both.
+        """64 bits that are equal for rows that differ only in case or spaces: a model that learned one knows both.
 
-        A space between two digits counts, and so does a classifier's label as it is. Pairs are alike that answer the
-        same prompt.
+        A space between two digits counts, and so does a classifier's exact label. Pairs with the same prompt are alike.
         """
         turns, text = (self.asked, self.prompt) if self.rejected else (self.turns, self.text)
         parts = [part for turn in turns for part in (turn.role, _folded(turn.content), *map(_folded, turn.apart))]
@@ -114,6 +113,6 @@ class Example:
 
 
 def _folded(text: str) -> str:
-    """The text without case and spaces; between digits one space is left."""
+    """The text without case and spaces; one space stays between digits."""
     words = " ".join(text.casefold().split())
     return _BETWEEN_DIGITS.sub("\x1e", words).replace(" ", "")

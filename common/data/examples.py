@@ -1,4 +1,4 @@
-"""Many examples in little memory: beyond a number they lie in a file, and only their digests stay here."""
+"""Many examples in little memory: beyond a limit they go to a file, and only their digests stay here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .example import Example, Turn
 IN_A_BLOCK = 128
 
 IN_MEMORY = 8_000_000
-"""Characters that are kept in memory; with more, all blocks lie in a file."""
+"""Characters kept in memory; beyond that, all blocks go to a file."""
 
 
 class Examples(Sequence[Example]):
@@ -43,7 +43,7 @@ class Examples(Sequence[Example]):
             self._newest = self._newest[IN_A_BLOCK:]
 
     def part(self, places: Iterable[int]) -> Examples:
-        """Those at these places, read fastest where these ascend. Nothing may be added to this or to it afterwards."""
+        """The examples at these places, fastest in ascending order. Nothing may be added to either afterwards."""
         part, wanted = Examples(), array("Q", places)
         part.digests = array("Q", (self.digests[place] for place in wanted))
         part.likenesses = array("Q", (self.likenesses[place] for place in wanted))
@@ -84,7 +84,7 @@ class Examples(Sequence[Example]):
 
 
 class _Blocks:
-    """Blocks of IN_A_BLOCK examples in a file that goes with its last reader; the one that was read last is kept."""
+    """Blocks of IN_A_BLOCK examples in a file that goes with its last reader; the last block read stays in memory."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None

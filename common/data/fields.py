@@ -1,4 +1,4 @@
-"""The fields of rows: what is read of them, and what is not. None is dropped without a word.
+"""The fields of rows: which are read and which are not. None is dropped silently.
 
 `dataset.fields: text` reads only roles and contents, as loractl 0.2 did, so that a job of that time still gets the same
 rows when it resumes or is repeated. A new job file reads `all`.
@@ -40,7 +40,7 @@ _TALKS: dict[DataFormat, tuple[str, ...]] = {
 _OF_MESSAGE = ("content", "role", "from", "value", "reasoning_content", "weight", "tool_calls", "name", "tool_call_id")
 
 _LATER = ("tools", "reasoning_content", "weight", "tool_calls", "name", "tool_call_id")
-"""What `text` does not read of them."""
+"""The fields that `text` does not read."""
 
 _MEANT = {
     **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "loractl trains on text alone"),
@@ -55,12 +55,12 @@ _MEANT = {
 
 @dataclass(kw_only=True)
 class Reading:
-    """What one data set's rows are read by, and what was seen of them that is not read."""
+    """How one data set's rows are read, and which unread fields they had."""
 
     fields: RowFields = RowFields.TEXT
     ignore: frozenset[str] = frozenset()
     unused: Counter[str] = field(default_factory=Counter)
-    """Rows by the name of a field that is not read; a message's is like `messages.score`."""
+    """Number of rows by unread field; a message's field is like `messages.score`."""
 
     @classmethod
     def of(cls, dataset: DatasetSpec) -> Reading:
@@ -75,7 +75,7 @@ class Reading:
         return self.all and name not in self.ignore
 
     def see(self, row: Mapping[str, Any], format: DataFormat) -> str | None:
-        """Count what of a row is not read. Returns the first such field that changes its meaning."""
+        """Count a row's unread fields. Returns the first one that changes its meaning."""
         found = [name for name in dict.fromkeys(self._unread(row, format)) if name not in self.ignore]
         self.unused.update(found)
         return next((name for name in found if self.all and name.rpartition(".")[2] in _MEANT), None)

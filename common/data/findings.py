@@ -1,6 +1,6 @@
 """What may be wrong with training data: findings that need no tokenizer, for submit and for the worker alike.
 
-The trainer refuses an error. It learns from rows with a warning, though they are probably not what was meant. A note
+The trainer refuses an error. It learns from rows with a warning, though they probably are not as intended. A note
 only informs. docs/data.md lists every kind.
 """
 
@@ -23,7 +23,7 @@ Level = Literal["error", "warning", "note"]
 SHOWN_ROWS = 5
 
 LABELS = 20
-"""At most so many different answers count as labels, if each is short and several rows give it."""
+"""The most different answers that count as labels, if each is short and several rows give it."""
 
 LABEL_WORDS = 5
 
@@ -49,7 +49,7 @@ class Finding:
 
 
 def about_rows(level: Level, kind: str, text: str, rows: Sequence[int], hint: str | None = None) -> list[Finding]:
-    """A finding about these rows; no finding without rows. The text is one for `number_rows`."""
+    """A finding about these rows; none without rows. The text is one for `number_rows`."""
     if not rows:
         return []
     text = number_rows(text, len(rows))
@@ -57,7 +57,7 @@ def about_rows(level: Level, kind: str, text: str, rows: Sequence[int], hint: st
 
 
 def number_rows(text: str, rows: int) -> str:
-    """A sentence with its number of rows for `{n}`, and the form of each `{stands|stand}` for one row or several."""
+    """A sentence with its number of rows for `{n}`, and each `{is|are}` in the form for one row or for several."""
     text = text.replace("{n}", "1 row" if rows == 1 else f"{rows} rows")
     return re.sub(r"\{([\w ]+)\|([\w ]+)\}", lambda verb: verb[1] if rows == 1 else verb[2], text)
 
@@ -72,7 +72,7 @@ def about_fields(names: Sequence[str]) -> list[Finding]:
 
 
 def about_warmup(training: TrainingSpec, rows: int | None) -> list[Finding]:
-    """A warm-up that a training on so many rows does not get to the end of. `rows`: None where they are not known.
+    """A warm-up that is longer than the training. `rows`: None if their number is not known.
 
     Packed rows are fewer, so its steps are too.
     """
@@ -85,7 +85,7 @@ def about_warmup(training: TrainingSpec, rows: int | None) -> list[Finding]:
 
 
 def _steps(training: TrainingSpec, rows: int | None) -> int | None:
-    """Optimizer steps of a training on so many rows; None where that depends on rows that are not known."""
+    """Optimizer steps of a training on these rows; None if that depends on an unknown number of rows."""
     if training.max_steps is not None:
         return training.max_steps
     if rows is None or training.num_train_epochs is None:
@@ -94,7 +94,7 @@ def _steps(training: TrainingSpec, rows: int | None) -> int | None:
 
 
 def refusals(errors: Iterable[DataError]) -> list[Finding]:
-    """The trainer's refusals: one finding a kind, which quotes the first."""
+    """The trainer's refusals: one finding per kind, which quotes the first."""
     kinds: dict[str, list[DataError]] = defaultdict(list)
     for error in errors:
         kinds[error.kind].append(error)
@@ -122,7 +122,7 @@ def label_shares(examples: Sequence[Example]) -> dict[str, float] | None:
 
 
 def shares_of(counted: Counter[str]) -> dict[str, float] | None:
-    """The same of answers that were counted."""
+    """The same for answers that were counted."""
     if not counted or len(counted) > LABELS or len(counted) * 2 > counted.total():
         return None
     if any(len(answer.split()) > LABEL_WORDS for answer in counted):

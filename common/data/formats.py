@@ -32,7 +32,7 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-"""Names that ShareGPT's descendants give to roles, in any conversation; those of ROLES are taken as they are."""
+"""Names that ShareGPT's descendants give to roles, in any conversation; those in ROLES are taken as they are."""
 
 INNER_COLUMNS = ("role", "content", "from", "value")
 """Keys of a message, not of a row."""
@@ -45,7 +45,7 @@ _COLUMNS: dict[DataFormat, tuple[str, ...]] = {
     DataFormat.TEXT: ("text",),
 }
 """The columns that a row of each format must have; a file is tried against them in this order. Rows for a classifier
-are not among them: a text with a label may be meant as plain text too, so the job says it (task_type)."""
+are missing: a text with a label may be meant as plain text too, so the job must say it (task_type)."""
 
 
 def map_columns(rows: Iterable[RawRow], columns: Mapping[Any, str], file: str | Path) -> Iterable[RawRow]:
@@ -67,7 +67,7 @@ def map_columns(rows: Iterable[RawRow], columns: Mapping[Any, str], file: str | 
 
 
 def _spaces_apart(missing: Sequence[str], row: Mapping[str, Any]) -> str | None:
-    """What to do about a column that is there but for spaces at its ends."""
+    """What to do about a column whose name has extra spaces at its ends."""
     there = {name.strip(): name for name in row}
     alike = next((there[name.strip()] for name in missing if name.strip() in there), None)
     if alike is None:
@@ -76,7 +76,7 @@ def _spaces_apart(missing: Sequence[str], row: Mapping[str, Any]) -> str | None:
 
 
 class _Mapped:
-    """Rows with other names of their columns."""
+    """Rows with renamed columns."""
 
     def __init__(self, rows: Iterable[RawRow], outer: Mapping[str, str], inner: Mapping[str, str]) -> None:
         self._rows, self._outer, self._inner = rows, outer, inner
@@ -163,8 +163,8 @@ def parse_examples(
 ) -> tuple[Examples, list[str]]:
     """Every row as an Example, and a sentence for each row that was dropped.
 
-    Raises DataError for the first row that can't be learned from. Where such rows are dropped, it raises when no row
-    is left.
+    Raises DataError for the first row that can't be learned from. Where such rows are dropped, it raises only when no
+    row is left.
     """
     examples, refused = parse_each(rows, format, file, template, reading)
     if refused and on_bad_row is BadRow.ERROR:
@@ -185,7 +185,7 @@ def parse_each(
 ) -> tuple[Examples, list[DataError]]:
     """Every row that can be learned from as an Example, and why each of the others can't.
 
-    `reading` counts what is not read; None: roles and contents are read alone.
+    `reading` counts unread fields; None: only roles and contents are read.
     """
     reading = Reading() if reading is None else reading
     parsers: dict[DataFormat, Callable[[RawRow, str | Path], Example]] = {
@@ -235,7 +235,7 @@ def _pair(reading: Reading, template: PromptTemplate, row: RawRow, file: str | P
 
 
 def _heeded(row: RawRow, reading: Reading) -> RawRow:
-    """A pair's row without what is to be ignored: a prompt may stand in its answers."""
+    """A pair's row without its ignored columns: the prompt's may be one, if the answers contain it."""
     return replace(row, value={name: value for name, value in row.value.items() if name not in reading.ignore})
 
 
@@ -253,7 +253,7 @@ def tools_of(row: RawRow, file: str | Path) -> str:
 def conversation_turns(
     row: RawRow, file: str | Path, column: str, speaker: str, said: str, reading: Reading | None = None
 ) -> tuple[Turn, ...]:
-    """The messages of a conversation, in an order that can be. Raises DataError."""
+    """The messages of a conversation, checked for a valid order. Raises DataError."""
 
     def wrong(what: str, kind: str) -> DataError:
         return DataError(file, what, row=row.number, kind=kind)
@@ -297,7 +297,7 @@ def conversation_turns(
 
 
 def _more_of(message: Mapping[str, Any]) -> dict[str, Any]:
-    """What a message has beside role and content. Raises ValueError."""
+    """What a message has besides role and content. Raises ValueError."""
     found: dict[str, Any] = {}
     if (calls := message.get("tool_calls")) not in (None, []):
         found["calls"] = tool_calls(calls)
@@ -329,7 +329,7 @@ def _alpaca(row: RawRow, file: str | Path, heading: str = "") -> Example:
 
 
 def instruction_turns(row: RawRow, file: str | Path, heading: str = "") -> tuple[Turn, ...]:
-    """An alpaca row up to its answer; `heading` stands before its input. Raises DataError."""
+    """An alpaca row up to its answer; `heading` precedes its input. Raises DataError."""
     instruction = text_of(row, "instruction", file)
     given, system = row.value.get("input"), row.value.get("system")
     for name, value in (("input", given), ("system", system)):

@@ -1,9 +1,8 @@
-"""Answers that stand in their own question, as in `[gold=alarm]`: a model learns to read them off.
+"""Answers that appear in their own question, as in `[gold=alarm]`: a model learns to read them off.
 
-A place gives answers away if what stands there matches the row's answer far more often than chance would explain
-(Cohen's kappa, 1960, over all rows that have the place). Answers that stand elsewhere are the task itself, and only
-told of: spans at any place are extraction, a question that is nothing else is copying, and one that names the other
-labels offers choices.
+A place gives answers away if its text matches the row's answer far more often than chance would explain (Cohen's
+kappa, 1960, over all rows that have the place). Answers elsewhere are the task itself, and only noted: spans at any
+place are extraction, a question that is nothing else is copying, and one that names the other labels offers choices.
 """
 
 from __future__ import annotations
@@ -21,19 +20,19 @@ GIVEN_AWAY = "answer in the question"
 """The finding's kind."""
 
 MOST_ROWS = 1000
-"""Of more rows than these, about this many are sampled on each side, which tells a share to within 3 %."""
+"""Of more rows than these, about this many are sampled on each side, which gives a share to within 3 %."""
 
 MOST_CHARACTERS = 2000
 """Of a question: half of them from its beginning, half from its end."""
 
 FEWEST, SHARE = 8, 0.1
-"""Rows that a place gives away at least: fewer are no habit of the data."""
+"""The fewest rows, and the least share of rows, that a place must give away: fewer may be chance."""
 
 AGREEMENT = 0.7
-"""Kappa from which on a place gives answers away."""
+"""From this kappa on, a place gives answers away."""
 
 TOLD_SHARE = 0.5
-"""From this share on, answers that are part of the task are told of."""
+"""From this share on, answers that are part of the task are reported."""
 
 _SHOWN, _PLACES = 40, 4
 
@@ -44,7 +43,7 @@ _WORDS_FOR_IT = {
     "answer", "answers", "completion", "correct", "expected", "gold", "label", "labels", "output", "reference",
     "response", "solution", "target", "truth",
 }  # fmt: skip
-"""Words that name the answer itself. Behind any other word that the question asks about, it is extraction."""
+"""Words that name the answer itself. After any other word that the question asks about, it is extraction."""
 
 _NAMED = re.compile(r"[^\w\s]?(\w+)(?: is| was)?[^\w\n]*[:\uff1a=>|#\u2192]\W*$")
 _IS = re.compile(rf"({'|'.join(sorted(_WORDS_FOR_IT))}) (?:is|was)\W+$")
@@ -53,10 +52,10 @@ _EDGES = " \t\r\n.!;,"
 
 
 class Giveaway:
-    """Looks at rows one by one, keeps a sample of them, and tells afterwards what gives their answers away."""
+    """Looks at rows one by one, keeps a sample of them, and reports afterwards what gives their answers away."""
 
     def __init__(self, rows: int, held_out: Sequence[Example]) -> None:
-        """`rows`: how many to train on there are to see."""
+        """`rows`: how many rows to train on it will see."""
         self._sample = _SampledRows(rows)
         self._held_out = held_out
 
@@ -64,7 +63,7 @@ class Giveaway:
         self._sample.see(example)
 
     def findings(self) -> Iterator[Finding]:
-        """Of the rows that were seen, and of those held out."""
+        """Findings about the rows seen and the rows held out."""
         train, held = self._sample, _SampledRows(len(self._held_out))
         for example in self._held_out:
             held.see(example)
@@ -95,13 +94,13 @@ class _SampledRows:
 class _AskedRow:
     number: int
     question: str  # in lower case
-    answer: str  # the same, without signs around it
+    answer: str  # the same, without punctuation around it
     labelled: bool  # a classifier's
 
 
 @dataclass(frozen=True, kw_only=True)
 class _AnswerPlace:
-    """Where answers stand: behind a mark, alone on a line, or else as the only label of a text."""
+    """Where answers appear: after a mark, alone on a line, or else as the only label of a text."""
 
     mark: str = ""
     alone: bool = False
@@ -114,7 +113,7 @@ class _AnswerPlace:
 
 
 class _Side:
-    """The rows to train on, or those held out, as far as they are looked at."""
+    """The sampled rows, either those to train on or those held out."""
 
     def __init__(self, sample: _SampledRows, title: str, labels: frozenset[str]) -> None:
         self.rows, self.labels = sample.rows, labels
@@ -125,7 +124,7 @@ class _Side:
 
     @property
     def place(self) -> _AnswerPlace | None:
-        """The place that gives most answers away."""
+        """The place that gives away the most answers."""
         places: Counter[_AnswerPlace] = Counter()
         for row in self.rows:
             places.update({place for at in _standing(row.answer, row.question) for place in self._places(row, at)})
@@ -141,7 +140,7 @@ class _Side:
         return [row for row in self.rows if row.answer in self._said(row, place)]
 
     def _places(self, row: _AskedRow, at: int) -> Iterator[_AnswerPlace]:
-        """The kinds of place that the answer has there."""
+        """The kinds of place in which the answer appears there."""
         before = row.question[max(0, at - _SHOWN) : at]
         if (named := _NAMED.search(before) or _IS.search(before)) is not None:
             yield _AnswerPlace(mark=named[0])
@@ -154,7 +153,7 @@ class _Side:
             yield _AnswerPlace(alone=True)
 
     def _said(self, row: _AskedRow, place: _AnswerPlace) -> list[str]:
-        """What stands at a place of a row, each time: an answer, or nothing that is one."""
+        """What a row has at each occurrence of a place: an answer, or nothing."""
         if place.alone:
             return [line for line in _lines(row.question) if line in self.labels]
         if not place.mark:
@@ -196,7 +195,7 @@ class _Side:
         word = re.compile(rf"\b{re.escape(name[1])}s?\b")
 
         def is_part(row: _AskedRow) -> bool:
-            """Whether it is asked for by name, a text, or what the text behind the mark begins with."""
+            """Whether it is asked for by name, a text, or what the text after the mark begins with."""
             named, text = len(word.findall(row.question)) > 1, len(row.answer.split()) > LABEL_WORDS
             goes_on = re.search(rf"{re.escape(place.mark + row.answer)}[ \t]+\w", row.question) is not None
             return named or text or (goes_on and not place.mark.endswith("="))
@@ -205,7 +204,7 @@ class _Side:
 
     @property
     def task(self) -> Finding | None:
-        """A note where many answers stand in their question for a good reason."""
+        """A note where many answers appear in their question for a good reason."""
         rows = [row for row in self.rows if next(_standing(row.answer, row.question), None) is not None]
         if len(rows) < max(FEWEST, TOLD_SHARE * len(self.rows)):
             return None
@@ -238,7 +237,7 @@ def _given_away(place: _AnswerPlace, sides: Sequence[_Side]) -> Finding:
 
 
 def unquoted(text: str) -> str:
-    """A sentence of findings without what it quotes of the rows, for readers who may not see them."""
+    """A finding's sentence without its quotes from the rows, for readers who may not see them."""
     return re.sub(r"( hold the answer in the question), .*: row \d+ asks “.*”", r"\1", text, flags=re.DOTALL)
 
 
@@ -260,7 +259,7 @@ def _row_of(example: Example) -> _AskedRow | None:
 
 
 def _standing(answer: str, question: str) -> Iterator[int]:
-    """Where an answer stands in a question, the first times: not within a word."""
+    """The first places where an answer appears in a question, outside of other words."""
     at, left = question.find(answer), _PLACES
     while at >= 0 and left:
         within = (question[at - 1 : at] + answer[0], question[at + len(answer) - 1 :][:2])
@@ -276,7 +275,7 @@ def _lines(question: str) -> list[str]:
 
 
 def _copies(rows: Sequence[_AskedRow]) -> bool:
-    """Whether the questions differ in little but their answers."""
+    """Whether the questions differ in little besides their answers."""
     rests = {row.question.replace(row.answer, "") for row in rows}
     return len(rests) == 1 or 2 * len(rests) < len({row.answer for row in rows})
 

@@ -21,13 +21,13 @@ from .resemblance import Resemblance
 from .rows import Told
 
 FEW_TRAINED = 20
-"""Fewer rows than these are learned by heart rather than from."""
+"""With fewer rows a model learns them by heart."""
 
 FEW_HELD_OUT = MIN_CASES
 """Below this the report gives no interval."""
 
 FEW_OF_A_LABEL = 8
-"""A label with fewer rows to train on is hardly learned: so few rows say little about the next one."""
+"""A label with fewer rows to train on is hardly learned: they say little about the next row."""
 
 LOPSIDED = 0.9
 """From this share of one label on, a model that always gives this label looks good."""
@@ -53,10 +53,10 @@ def check_examples(
     leaks: Leaks | None = None,
     final: Leaks | None = None,
 ) -> list[Finding]:
-    """What the rows themselves show. `left_out`: the held-out and final rows that would measure nothing.
+    """Findings from the rows themselves. `left_out`: the held-out and final rows that would measure nothing.
 
-    `told` hears how many rows were looked at. Each row is looked at once, and of it only digests are kept. `leaks`, of
-    the held-out rows, and `final`, of the final ones, know afterwards which of them are given away.
+    `told` is called with the number of rows looked at. Each row is looked at once, and only its digests are kept.
+    Afterwards `leaks`, of the held-out rows, and `final`, of the final rows, know which of them are given away.
     """
     leaks, labelled = leaks or Leaks(held_out), _Labelled(held_out)
     looks = (leaks, final) if final is not None else (leaks,)
@@ -75,7 +75,7 @@ def check_examples(
 
 
 class LeftOut(Protocol):
-    """What a split says of the held-out rows that it left out, see Split."""
+    """What a split says about the held-out rows that it left out, see Split."""
 
     @property
     def overlap(self) -> int: ...
@@ -94,7 +94,7 @@ class LeftOut(Protocol):
 
 
 def _held_back(left_out: LeftOut, *, pairs: bool) -> Iterator[Finding]:
-    """`pairs`: rows are alike that answer one prompt, whatever the answers are."""
+    """`pairs`: rows with the same prompt are alike, whatever their answers are."""
     overlap, near, repeated = left_out.overlap, left_out.near, left_out.repeated
     of = "{its prompt is|their prompts are}" if pairs else "{it is|they are}"
     if overlap:
@@ -118,7 +118,7 @@ def _held_back(left_out: LeftOut, *, pairs: bool) -> Iterator[Finding]:
 
 
 class _Look(Protocol):
-    """Looks at each row to train on, and tells afterwards what it has found. A question is a digest, see _asks."""
+    """Looks at each row to train on, and reports afterwards what it has found. A question is a digest, see _asks."""
 
     def see(self, example: Example, question: int | None) -> None: ...
 
@@ -140,7 +140,7 @@ def _counts(train: Sequence[Example], held_out: Sequence[Example], final: Leaks 
 
 
 class _Repeated:
-    """Rows that stand there twice, and prompts with several answers."""
+    """Rows that occur several times, and prompts with several answers."""
 
     def __init__(self) -> None:
         self._rows = array("Q")  # digest after digest
@@ -169,10 +169,10 @@ class _Repeated:
 
 
 class Leaks:
-    """Held-out rows that the model has seen, in part or nearly: they measure its memory. The same of final rows."""
+    """Held-out rows that the model has seen, in part or nearly: they measure its memory. Final rows likewise."""
 
     def __init__(self, held_out: Sequence[Example], called: str = "held out") -> None:
-        """`called`: the rows behind their number, like "3 rows held out"."""
+        """`called`: the words after the number of rows, as in "3 rows held out"."""
         self._held_out, self._called = held_out, called
         self._alike = Resemblance(held_out)
         self._parts = {part for example in held_out for part in _answered(example.turns)}
@@ -192,16 +192,16 @@ class Leaks:
         return None if final is None else cls(final, "of the final ones")
 
     def __len__(self) -> int:
-        """How many rows are looked at."""
+        """The number of rows looked at."""
         return len(self._held_out)
 
     @property
     def rows(self) -> list[int]:
-        """The numbers of all of them."""
+        """Their numbers."""
         return sorted({*self._alike.found, *itertools.chain(*self._seen())})
 
     def _seen(self) -> tuple[list[int], list[int]]:
-        """Rows that begin with a conversation which is trained on, and rows whose prompt alone is trained on."""
+        """Rows that begin with a trained conversation, and rows whose prompt alone is trained on."""
         partly, known = [], []
         for example in self._held_out:
             if any(part in self._trained_parts for part in _answered(example.turns)):
@@ -303,7 +303,7 @@ class _Labelled:
 
 
 class _Pairs:
-    """What else than its worth tells a pair's chosen answer from the rejected one, and pairs that say the opposite."""
+    """What besides quality separates a pair's chosen answer from the rejected one, and pairs that contradict others."""
 
     def __init__(self) -> None:
         self._longer = self._shorter = 0
@@ -341,7 +341,7 @@ def _shares(shares: Sequence[tuple[str, float]]) -> str:
 
 
 class _Texts:
-    """Text that was harmed on its way, or is not there."""
+    """Text that is damaged or missing."""
 
     def __init__(self) -> None:
         self._damaged, self._hidden, self._blank, self._padded = (array("q") for _ in range(4))
@@ -369,7 +369,7 @@ class _Texts:
 
 
 _CLOSES = ".,;:?!)]"
-"""What ends a word or a sentence, and has a space after it."""
+"""Characters that end a word or a sentence and have a space after them."""
 
 
 def _is_wide(character: str) -> bool:
@@ -410,7 +410,7 @@ class _Borders:
 
 
 def _equal(digests: array[int]) -> Iterator[list[int]]:
-    """The places of each digest that stands several times, ascending."""
+    """The places of each digest that occurs several times, ascending."""
     order = sorted(range(len(digests)), key=digests.__getitem__)
     for _, places in itertools.groupby(order, key=digests.__getitem__):
         if len(same := list(places)) > 1:

@@ -12,11 +12,11 @@ from loractl.common.errors import DataError
 from .example import Example
 
 LONGEST = 256
-"""Characters of a label; a longer one is a text that got into the wrong column."""
+"""Characters of a label; a longer one is a text in the wrong column."""
 
 
 def label_name(value: Any) -> str:
-    """A label as text with its spaces folded: text or a whole number. Raises ValueError that says what else it is."""
+    """A label, text or a whole number, as text with its spaces folded. Raises ValueError that says what else it is."""
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         kinds = {bool: "true or false", dict: "an object", list: "a list", type(None): "missing or null"}
         raise ValueError(kinds.get(type(value), repr(value)))
@@ -35,7 +35,7 @@ def labels_of(train: Sequence[Example]) -> tuple[str, ...]:
 
     A label's place is its number in the model's head. The same rows in another order give the same places.
     """
-    if not train or train[0].label is None:  # of other formats none has one
+    if not train or train[0].label is None:  # other formats have no labels
         return ()
     names = {example.label for example in train if example.label is not None}
     if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names):
@@ -44,8 +44,8 @@ def labels_of(train: Sequence[Example]) -> tuple[str, ...]:
 
 
 def check_taught(train: Sequence[Example], file: str | Path) -> tuple[str, ...]:
-    """The labels that are taught; none of rows that have no labels. Raises DataError where there is only one: a head
-    that always says it is right."""
+    """The labels that are taught; none for rows without labels. Raises DataError if there is only one: a head that
+    always says it is right."""
     labels = labels_of(train)
     if len(labels) == 1:
         what = f"every row to train on has the label {labels[0]!r}: there is nothing to learn"
@@ -54,7 +54,7 @@ def check_taught(train: Sequence[Example], file: str | Path) -> tuple[str, ...]:
 
 
 def untaught(held_out: Sequence[Example], labels: Sequence[str], file: str | Path) -> list[DataError]:
-    """A sentence for each held-out row with a label that the head does not have."""
+    """A sentence for each held-out row whose label the head does not have."""
     known = set(labels)
     shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
     return [

@@ -53,7 +53,7 @@ def text_pair(row: RawRow, file: str | Path) -> Example:
 
 
 class PairMessages(NamedTuple):
-    """A row's messages, before they are checked."""
+    """A row's messages before they are checked."""
 
     asked: list[Any] | None  # None: both answers begin with the prompt
     answers: tuple[list[Any], list[Any]]  # chosen, rejected
@@ -134,7 +134,7 @@ def _messages(row: RawRow, side: str, file: str | Path) -> list[Any]:
 
 
 def _prompt_of(row: RawRow, column: str, file: str | Path) -> list[Any]:
-    """The messages of a prompt that stands apart, behind the row's system message."""
+    """The messages of a separate prompt, after the row's system message."""
     value = row.value.get(column)
     if isinstance(value, str) and not value.strip():
         raise DataError(file, f"{column} is empty", row=row.number, kind="nothing to learn")
@@ -160,7 +160,7 @@ def _named(message: Any) -> Any:
 
 
 _BEGINS = ("system", "user", "human")
-"""Roles with which a conversation begins, and no answer."""
+"""Roles with which a conversation may begin, but not an answer."""
 
 
 _ANSWERS = ("assistant", "gpt", "chatgpt")
@@ -181,7 +181,7 @@ _WORD = re.compile(r"[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+
 
 
 def _common_text(chosen: str, rejected: str) -> str:
-    """What both begin with, without half of a word and without the space before the answers.
+    """The beginning that both share, without half a word at its end and without the space before the answers.
 
     TRL's extract_prompt leaves half a word: an answer would begin within a token, which would count as prompt.
     """

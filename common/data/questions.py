@@ -50,14 +50,14 @@ class Question:
 
     @property
     def text(self) -> str:
-        """Of the last turn."""
+        """The last turn's text."""
         return self.turns[-1].content
 
 
 class Questions:
-    """The questions of a jsonl, json, csv or parquet file, read anew each time.
+    """The questions of a jsonl, json, csv or parquet file, read again each time.
 
-    Only a .json array is in memory as a whole. Reading raises DataError with the row that asks nothing.
+    Only a .json array is in memory as a whole. Reading raises DataError for a row that asks nothing.
     """
 
     def __init__(self, path: Path, dataset: DatasetSpec, format: DataFormat, told: Told = lambda done, size: None):
@@ -80,7 +80,7 @@ class Questions:
             yield Question(number=row.number, turns=read(row), tools=tools)
 
     def _reader(self, first: RawRow) -> Callable[[RawRow], tuple[Turn, ...]]:
-        """How rows like the first one are read. Raises DataError where no column of it asks anything."""
+        """How rows like the first one are read. Raises DataError if none of its columns asks anything."""
         formats: tuple[DataFormat, ...] = next(alike for alike in (PLAIN, LABELLED, CHAT) if self._format in alike)
         tried = sorted(formats, key=lambda format: format is not self._format)  # the training's own first
         found = next((format for format in tried if first.value.get(_ASKING[format]) is not None), None)
@@ -114,7 +114,7 @@ class Questions:
 
 
 def _asked(row: RawRow, turns: tuple[Turn, ...], path: Path) -> tuple[Turn, ...]:
-    """The conversation without the answer at its end, where it has one. Raises DataError."""
+    """The conversation without an answer at its end. Raises DataError."""
     asked = turns[:-1] if turns[-1].role == "assistant" else turns
     if not any(turn.role == "user" for turn in asked):
         raise DataError(path, "has no message of the user", row=row.number, kind="role order")

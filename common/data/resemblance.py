@@ -1,8 +1,8 @@
-"""Held-out rows that resemble a row to train on: the same question but for a word, a sign, or letters that look alike.
+"""Held-out rows that resemble a row to train on: the same question but for a word, punctuation, or look-alike letters.
 
-Such a row measures memory. What stands in the rows is compared as folded words; candidates share rare pairs of
-neighbouring words, and rapidfuzz (https://github.com/rapidfuzz/RapidFuzz) tells how far apart they are. Without it, as
-on a light client, only rows with the same folded words are found.
+Such a row measures memory. Rows are compared as folded words; candidates share rare pairs of neighbouring words, and
+rapidfuzz (https://github.com/rapidfuzz/RapidFuzz) measures how far apart they are. Without it, as on a light client,
+only rows with the same folded words are found.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from operator import itemgetter
 from .example import Example
 
 FREQUENT = 20
-"""A pair of words in more held-out rows tells nothing about one of them: it is part of their form."""
+"""A pair of words in more held-out rows says nothing about one of them: it belongs to their form."""
 
 SHARED = 0.4
 """Share of a held-out row's rare pairs that a candidate has."""
 
 MOST_CANDIDATES = 5
-"""Of a row to train on that are compared word by word."""
+"""For one row to train on, compared word by word."""
 
 MOST_WORDS = 400
-"""Of a row: its beginning tells enough."""
+"""Of a row: its beginning says enough."""
 
 _SAME_WORD = 85.0
-"""From this ratio on two words are one that is written otherwise."""
+"""From this ratio on, two words are spellings of one."""
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_]+")
 """A word; of scripts without spaces a character."""
@@ -43,12 +43,12 @@ _LOOKALIKES = str.maketrans(
     "\u03b1\u03b9\u03ba\u03bd\u03bf\u03c1\u03c4\u03c5\u03c7\u0131\u0261\u0269",
     "abesijkmhopctyxhdqwaikvoptuxigi",
 )
-"""Letters of Cyrillic, Greek and phonetic script as the Latin ones that they look like (of Unicode's confusables those
-that people meet), in lower case."""
+"""Letters of Cyrillic, Greek and phonetic script as the Latin letters that they look like (the common ones of
+Unicode's confusables), in lower case."""
 
 
 def folded_words(text: str) -> list[str]:
-    """The words of a text without case, accents, signs and look-alike letters."""
+    """The words of a text without case, accents, punctuation and look-alike letters."""
     plain = unicodedata.normalize("NFKD", text).casefold().translate(_LOOKALIKES)
     plain = "".join(c for c in plain if not unicodedata.combining(c)) if not plain.isascii() else plain
     return list(itertools.islice((match[0] for match in _WORD.finditer(plain)), MOST_WORDS))
@@ -65,7 +65,7 @@ def asked_of(example: Example) -> str:
 class Resemblance:
     """Looks at rows to train on one by one, and keeps which held-out row each of them gives away.
 
-    Of a held-out row it keeps hashes: 16 bytes for a pair of words.
+    It keeps hashes of a held-out row: 16 bytes for a pair of words.
     """
 
     def __init__(self, held_out: Sequence[Example]) -> None:
@@ -87,7 +87,7 @@ class Resemblance:
 
     @property
     def found(self) -> dict[int, int]:
-        """The number of a row to train on, by that of the held-out row that resembles it."""
+        """The number of a row to train on, by the number of the held-out row that resembles it."""
         return {self._held_out[place].number: number for place, number in self._found.items()}
 
     def see(self, example: Example) -> None:
@@ -100,7 +100,7 @@ class Resemblance:
                 self._found[place] = example.number
 
     def _having(self, pair: int) -> Iterator[int]:
-        """The places of the rows with a rare pair that have not been found."""
+        """The places of rows with this rare pair that are not found yet."""
         at = bisect.bisect_left(self._pairs, pair)
         while at < len(self._pairs) and self._pairs[at] == pair:
             if (place := self._places[at]) not in self._found:
@@ -117,8 +117,8 @@ def _hashed(pair: tuple[str, str]) -> int:
 
 
 def _alike(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether two rows differ in little: words that are written otherwise, and one or two that stand in one alone, of
-    which none has a digit."""
+    """Whether two rows differ little: in words spelled differently, and in one or two words that only one row has, none
+    of them with a digit."""
     from rapidfuzz.distance import Levenshtein
 
     shorter, longer = sorted((len(one), len(other)))

@@ -30,7 +30,7 @@ class RawRow:
 
 
 def column_names(row: Mapping[str, Any]) -> str:
-    """A row's columns for people; those that would not be seen as they are, like "Frage ", in quotes."""
+    """A row's columns for people; names that would look different in print, like "Frage ", are in quotes."""
     names = (name if name and name == name.strip() else json.dumps(name, ensure_ascii=False) for name in row)
     return ", ".join(names) or "nothing"
 
@@ -44,10 +44,10 @@ Told = Callable[[int, int], None]
 
 
 class DataFile:
-    """A jsonl, json, csv or parquet file. Its rows are read anew each time, one after the other.
+    """A jsonl, json, csv or parquet file. Its rows are read again each time, one after the other.
 
-    Only a .json array is in memory as a whole. Reading raises DataError with the row that can't be read, or that is
-    longer than this machine's settings allow.
+    Only a .json array is in memory as a whole. Reading raises DataError for a row that can't be read, or that is longer
+    than this machine's settings allow.
     """
 
     def __init__(self, path: Path, told: Told | None = None) -> None:
@@ -108,7 +108,7 @@ def open_rows(path: Path, split: str, told: Told | None = None) -> Iterable[RawR
 
 
 class _SlicedFile:
-    """The rows of a file that a split names, in the order of its parts; each keeps the number that it has there."""
+    """The rows of a file that a split names, in the order of its parts; each keeps its number in the file."""
 
     def __init__(self, path: Path, split: str, parts: Sequence[Slice], rows: DataFile) -> None:
         self._path, self._split, self._parts, self._rows = path, split, parts, rows
@@ -132,7 +132,7 @@ class _SlicedFile:
 
 
 def read_rows(path: Path) -> list[RawRow]:
-    """All rows of a jsonl, json, csv or parquet file. Raises DataError with the row that can't be read."""
+    """All rows of a jsonl, json, csv or parquet file. Raises DataError for a row that can't be read."""
     return list(DataFile(path))
 
 
@@ -140,7 +140,7 @@ _MORE_DATA = "LORACTL_MAX_DATA=... allows more, here and on the workers"
 
 
 def _regular_size(path: Path) -> int:
-    """The bytes of a file. A pipe would be waited for, and a device read for ever. Raises DataError, OSError."""
+    """A file's bytes. Reading a pipe would wait, and a device would never end. Raises DataError, OSError."""
     facts = path.stat()
     if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):  # opening a folder says what it is
         raise DataError(path, "is not a regular file", hint="write the rows into a file")
@@ -219,11 +219,11 @@ def _parse_csv(path: Path, lines: Iterable[str]) -> Iterator[RawRow]:
 
 
 BATCH = 100
-"""Rows of a parquet file that are unpacked at a time."""
+"""Rows of a parquet file that are unpacked at once."""
 
 
 def _read_parquet(path: Path, longest: int, most: int) -> Iterator[RawRow]:
-    """`longest`: bytes of a row, `most` of all rows; a file of a megabyte may unpack to gigabytes."""
+    """`longest`: bytes of a row; `most`: of all rows; a file of a megabyte may unpack to gigabytes."""
     try:
         import pyarrow.parquet as parquet  # comes with datasets
     except ImportError:
@@ -262,7 +262,7 @@ def kind_of(value: Any) -> str:
 
 
 def _way_for(path: Path, suffix: str) -> str:
-    """What to do about a file that no reader here takes."""
+    """What to do about a file that no reader here accepts."""
     if path.is_dir():
         return "it is a folder: name one file in it"
     if suffix in (".gz", ".zip", ".zst", ".bz2", ".xz"):

@@ -28,7 +28,7 @@ class Portion:
 
     file: str
     share: float | None
-    before: int  # added to the numbers of its rows, so that no two rows of a job have the same
+    before: int  # added to the numbers of its rows, so that they are unique in a job
     rows: int  # that can be learned from
     wanted: int  # that its share would be
     taken: int
@@ -40,7 +40,7 @@ class Portion:
 
 @dataclass(frozen=True, kw_only=True)
 class Gathered:
-    """The examples of all data sets of a job, one data set behind the other."""
+    """The examples of all data sets of a job, one data set after the other."""
 
     format: DataFormat
     why: str
@@ -70,7 +70,7 @@ def gather(dataset: DatasetSpec, rows: Sequence[Iterable[RawRow]], reading: Read
 
 
 def format_of(source: SourceSpec, rows: Iterable[RawRow], first: DataFormat | None) -> tuple[DataFormat, str]:
-    """The format of a data set's rows, and why. Raises DataError where it does not go with that of the `first` one."""
+    """The format of a data set's rows, and why. Raises DataError if it can't be mixed with that of the `first` one."""
     format, why = detect_format(rows, source.path, source.format or DataFormat.AUTO)
     if first is not None and format is not first and not {format, first} <= CONVERSATIONS:
         what = f"has rows of the format {format.value}, which a job can't learn next to {first.value}"
@@ -80,9 +80,9 @@ def format_of(source: SourceSpec, rows: Iterable[RawRow], first: DataFormat | No
 
 
 def _portions(sources: Sequence[SourceSpec], parsed: Sequence[Examples]) -> tuple[Portion, ...]:
-    """How many rows of each are taken: those without a share whole, the others as many as their share of all rows is.
+    """How many rows of each are taken: all of those without a share, else as many as the share of all rows.
 
-    One that has too few is taken whole, too, and the others keep their shares.
+    A data set with too few rows is taken whole, too, and the others keep their shares.
     """
     shares = {place: source.share for place, source in enumerate(sources) if source.share is not None}
     step = 10 ** len(str(max(examples[-1].number for examples in parsed)))
@@ -113,15 +113,15 @@ def _portions(sources: Sequence[SourceSpec], parsed: Sequence[Examples]) -> tupl
 def _drawn(examples: Examples, count: int) -> list[int]:
     """The indices of `count` examples. Their content decides: neither the file's order nor the seed changes the draw.
 
-    By the lower half of their digests: held-out rows are chosen by the upper one, so these come from all data sets.
+    The lower half of their digests decides; held-out rows take the upper half, so these come from all data sets.
     """
     by_content = sorted(range(len(examples)), key=lambda place: examples.digests[place] % 2**32)
     return sorted(by_content[:count])
 
 
 def in_turn(rows: Examples, portions: Sequence[Portion]) -> Examples:
-    """The rows in an order in which the first of them are of each data set in proportion: a report measures the first
-    rows alone where evaluation.max_rows or .samples says so."""
+    """The rows in an order whose first rows have each data set in proportion: a report measures only the first rows
+    where evaluation.max_rows or .samples says so."""
     if len(portions) == 1:
         return rows
     of = [origin(portions, example).before for example in rows]
@@ -134,14 +134,14 @@ def in_turn(rows: Examples, portions: Sequence[Portion]) -> Examples:
 
 
 def origin(portions: Sequence[Portion], row: Example | int) -> Portion:
-    """The data set that a row, or a row's number, is of."""
+    """The data set to which a row, or a row's number, belongs."""
     number = row if isinstance(row, int) else row.number
     return next(portion for portion in reversed(portions) if portion.before < number)
 
 
 @contextlib.contextmanager
 def own_rows(portions: Sequence[Portion]) -> Iterator[None]:
-    """Let a DataError about a row name the data set that has it, and its number there."""
+    """Make a DataError about a row name the row's data set, and its number there."""
     try:
         yield
     except DataError as error:
@@ -153,7 +153,7 @@ def own_rows(portions: Sequence[Portion]) -> Iterator[None]:
 
 
 def about_sources(portions: Sequence[Portion], held_out: Iterable[int]) -> list[Finding]:
-    """How many rows come from where, where there are several data sets. `held_out`: the numbers of rows of theirs."""
+    """How many rows come from each of several data sets. `held_out`: the numbers of held-out rows."""
     if len(portions) == 1:
         return []
     held = Counter(origin(portions, number).before for number in held_out)

@@ -1,4 +1,4 @@
-"""The split of a data set: what a job trains on, what it holds out, and final rows, by which nothing is chosen."""
+"""The split of a data set: what a job trains on, what it holds out, and final rows, on which no choice depends."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Split:
     held_out: Examples
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
     overlap: int  # rows of the held-out file left out because they are trained on
-    near: int  # of those, the ones that differ from what is trained on in case or spaces
-    repeated: int  # held-out rows left out because one like them is held out already
+    near: int  # of those, rows that differ from a trained row in case or spaces
+    repeated: int  # held-out rows left out because a row like them is held out already
     portions: tuple[Portion, ...]
-    unused: tuple[str, ...] = ()  # fields of rows that are not read
-    final: Examples | None = None  # what nothing chooses by; None: the job has no such rows
+    unused: tuple[str, ...] = ()  # unread fields of rows
+    final: Examples | None = None  # on which no choice depends; None: the job has no such rows
     final_overlap: int = 0  # rows of the final file left out because they are trained on or held out
-    final_repeated: int = 0  # final rows left out because one like them is final already
+    final_repeated: int = 0  # final rows left out because a row like them is final already
 
     def about_sources(self, dataset: DatasetSpec) -> list[Finding]:
         """How many rows come from which of several data sets, and whether the job's template has no effect on them."""
@@ -58,8 +58,7 @@ def split_data(
     *,
     final_rows: Iterable[RawRow] | None = None,
 ) -> Split:
-    """The examples of a data set's rows and of those of its `more`, and of its eval_path and final_path where there are
-    such.
+    """The examples of a data set's rows and of its `more`, and of its eval_path and final_path, if it has them.
 
     Raises DataError.
     """
@@ -125,7 +124,7 @@ def _split(
 
 
 def _with_final_file(split: Split, dataset: DatasetSpec, rows: Iterable[RawRow], reading: Reading) -> Split:
-    """The rows of final_path that are like none that is trained on or held out."""
+    """The split with the rows of final_path that are unlike all trained and held-out rows."""
     file = dataset.final_path or dataset.path
     rows = map_columns(rows, dataset.columns, file)
     final, dropped = parse_examples(rows, split.format, file, dataset.on_bad_row, dataset.template, reading)
@@ -142,7 +141,7 @@ def _with_final_file(split: Split, dataset: DatasetSpec, rows: Iterable[RawRow],
 
 
 def all_trained_on(rows: Sequence[Example], used: str = "trained on") -> str:
-    """The error for a file to measure by that has no new row."""
+    """The error for a file to measure on that has no new row."""
     return f"all of its {'prompts' if rows and rows[0].rejected else 'rows'} are {used}, too"
 
 
@@ -151,8 +150,8 @@ def _set_final_apart(
 ) -> tuple[Examples, Examples | None, int]:
     """(rows to train on, final rows, how many of those were left out as repeated), by dataset.final_size.
 
-    `held_out`: so many different rows of the same file are held out. Final rows come from the other end of the rows'
-    order than those: these stay as they are, and another test_size makes none of the final rows one that is chosen by.
+    `held_out`: how many different rows of the same file are held out. Final rows come from the opposite end of the
+    rows' order: so the held-out rows stay as they are, and no other test_size makes a final row one that is chosen by.
     """
     if dataset.final_size is None:
         return rows, None, 0
@@ -163,10 +162,10 @@ def _set_final_apart(
 
 
 def distinct(rows: Examples, trained: Collection[int] = frozenset()) -> Examples:
-    """The first of all rows that are alike, without those like a row that is trained on (its likeness is in `trained`).
+    """The first of all rows that are alike, without those like a trained row (its likeness is in `trained`).
 
     A row that counted twice would make an interval look surer than it is, and a row that the model knows by heart
-    would make a gain.
+    would look like a gain.
     """
     return rows.part(_firsts(rows.likenesses, trained))
 
@@ -186,9 +185,9 @@ def fitting(
     held_out: Collection[int],
     final: Collection[int] = frozenset(),
 ) -> Split:
-    """The split of the rows of these numbers alone: on_overflow: drop leaves out the others, which are too long.
+    """The split with only the rows of these numbers: on_overflow: drop leaves out the others, which are too long.
 
-    Raises DataError where nothing is left to train on or held out, or of a classifier not two labels.
+    Raises DataError if no row is left to train on or to hold out, or a classifier has fewer than two labels left.
     """
     if (len(train), len(held_out), len(final)) == (len(split.train), len(split.held_out), len(split.final or ())):
         return split
@@ -211,7 +210,7 @@ def fitting(
 
 
 def no_row_fits(file: str | Path, max_length: int, side: str = "") -> DataError:
-    """The refusal of a file, or of one side of its split, of which every row is too long."""
+    """The error for a file, or for one side of its split, whose rows are all too long."""
     return DataError(
         file, f"has no row{side} of at most {max_length} tokens", hint="raise dataset.max_length", kind="too long"
     )
@@ -231,9 +230,9 @@ def split_held_out(examples: Sequence[Example], test_size: float, file: str | Pa
 def _set_apart(
     rows: Examples, count: int, file: str | Path, key: str = "eval_path", without: Collection[int] = frozenset()
 ) -> tuple[Examples, Examples]:
-    """(what stays, what is set apart): so many different rows, for `key` the first or the last by content.
+    """(rows that stay, rows set apart): `count` different rows, depending on `key` the first or the last by content.
 
-    Each label keeps a row that stays, and a likeness of `without` stays.
+    Each label keeps a row that stays, and so does a likeness in `without`.
     """
     final = key == "final_path"
     labelled = bool(rows) and rows[0].label is not None
@@ -244,7 +243,7 @@ def _set_apart(
         what = f"needs at least two different {different_ones}: one to train on and one "
         what += "final" if final else "held out"
         raise DataError(file, what, hint=f"or set dataset.{key}", kind="too few rows")
-    apart: dict[int, int] = {}  # likeness: the place of the row that stands for it
+    apart: dict[int, int] = {}  # likeness: the place of the row that represents it
     left: Counter[str | None] = Counter(label_of.values()) if labelled else Counter({None: different})
     for place in sorted(range(len(rows)), key=rows.digests.__getitem__, reverse=final):
         one = rows.likenesses[place]

@@ -1,1 +1,1 @@
-"""A job as a person asks for it and as it fares: its file, spec, method, status and reasons. No database, no device."""
+"""A job as a person submits it and as it runs: its file, spec, method, status and reasons. No database, no device."""

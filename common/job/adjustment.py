@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Adjustment:
-    """What a run's memory has changed in a job; None leaves what its spec says."""
+    """What the memory of a run has changed in a job; None leaves what its spec says."""
 
     micro_batch: int | None = None  # per_device_train_batch_size
     accumulation: int | None = None  # gradient_accumulation_steps
@@ -46,7 +46,7 @@ def adjusted(spec: JobSpec, adjustment: Adjustment) -> JobSpec:
 
 
 def is_roomy(spec: JobSpec, adjustment: Adjustment) -> bool:
-    """Whether the placement has given an attempt the room to recompute nothing, or every second block alone."""
+    """Whether the placement has given an attempt the room to recompute nothing, or only every second block."""
     return spec.training.gradient_checkpointing is None and adjustment.gradient_checkpointing in (False, "half")
 
 
@@ -59,7 +59,7 @@ def in_its_room(spec: JobSpec, adjustment: Adjustment, form: RoomyForm) -> Adjus
 
 
 def without_room(spec: JobSpec, adjustment: Adjustment) -> Adjustment:
-    """What holds for every attempt: the room was one attempt's."""
+    """The adjustment without its room, which was only for one attempt."""
     if not is_roomy(spec, adjustment):
         return adjustment
     return replace(adjustment, micro_batch=None, accumulation=None, gradient_checkpointing=None)
@@ -70,8 +70,8 @@ def next_adjustment(spec: JobSpec, adjustment: Adjustment, *, on_gpu: bool, card
 
     Half the micro-batch of a card (the largest divisor of the effective batch up to half) with the accumulation that
     keeps the effective batch, down to one row; then gradient checkpointing, which is on from the start on a GPU unless
-    the job refuses it. A run that has the room to recompute less begins to recompute all, in its own micro-batches.
-    `cards`: that share the job.
+    the job refuses it. A run with room to recompute less first recomputes all, in its own micro-batches.
+    `cards`: how many share the job.
     """
     if is_roomy(spec, adjustment):
         return replace(without_room(spec, adjustment), gradient_checkpointing=True)
@@ -93,7 +93,7 @@ def in_words(
     then: str = "continues",
     cards: int = 1,
 ) -> str:
-    """The line of the job's history for one step down: what did not fit (and `where`), and how the run goes on."""
+    """The line of the job's history for one step down: what did not fit (and `where`), and how the run continues."""
     old, new = adjusted(spec, before), adjusted(spec, after)
     where = f" {where}" if where else ""
     if new.evaluation != old.evaluation:

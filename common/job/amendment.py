@@ -1,4 +1,4 @@
-"""What of a submitted job may still change: nearly all before it begins, then what leaves its checkpoints valid."""
+"""What may still change of a submitted job: nearly all before it begins, then what leaves its checkpoints valid."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from .spec import JobSpec, spec_keys
 from .sweep import setting
 
 WHILE_IT_RUNS = ("labels", "priority", "resources.time_limit")
-"""Keys whose change reaches a job that runs."""
+"""Keys whose change reaches a running job."""
 
 _ITS_OWN = frozenset({"base_model", "revision", "task_type", "evaluation.regression"})
 _READ_ALIKE = frozenset({"dataset.max_length", "dataset.on_overflow"})
 """Keys of `dataset` that may change without another look at the stored rows."""
 
 _PARTS = frozenset({"dataset", "lora", "training"})
-"""Sections that are parts of their own; every other key is of the part that is called job, see training_digests."""
+"""Sections that are parts of their own; every other key belongs to the part called job, see training_digests."""
 
 _TIMES = frozenset({"resources.time_limit", "lora_patience"})
 
 
 class Standing(enum.Enum):
-    """How far a job has come, as far as it decides what may change."""
+    """How far a job has come, for what may still change."""
 
-    NEW = "was not begun"  # or ended before its first step: there is nothing that a change could make useless
+    NEW = "was not begun"  # or ended before its first step: a change can make nothing useless
     BEGUN = "has begun"  # it waits again, or has ended: its checkpoints and its history are of one training
     RUNNING = "is running"
 
@@ -59,7 +59,7 @@ def changes(before: JobSpec, after: JobSpec) -> tuple[KeyChange, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Amended:
-    """A submitted job and the spec that it is to have."""
+    """A submitted job and its new spec."""
 
     job_id: int
     standing: Standing
@@ -69,7 +69,7 @@ class Amended:
     after: JobSpec
 
     def require_allowed(self) -> None:
-        """Refuse what would make another training of the job. Raises UsageError, which names the way that is left."""
+        """Refuse changes that would make it another training. Raises UsageError, which names the remaining way."""
         keys = [change.key for change in changes(self.before, self.after)]
         if not keys:
             raise UsageError(f"job {self.job_id} has these settings already", f"see them: loractl show {self.job_id}")
@@ -90,7 +90,7 @@ class Amended:
         )
 
     def _way_for(self, late: Sequence[str]) -> str:
-        """What to do where it runs: once it is stopped it may take these keys, or it will refuse them then, too."""
+        """What to do for a running job: once stopped it may take these keys, or it will still refuse them."""
         refused = [*filter(_reads_otherwise, late), *self._of_another_training(late)]
         if refused:
             return self._as_its_own(refused[0])
@@ -120,7 +120,7 @@ class Amended:
 
 
 def _reads_otherwise(key: str) -> bool:
-    """Whether the key names other data or another base, or reads the data in another way."""
+    """Whether the key names data or a base, or changes how data are read."""
     return key in _ITS_OWN or (key.startswith("dataset.") and key not in _READ_ALIKE)
 
 

@@ -12,7 +12,7 @@ from .spec import JobSpec
 
 _SAME = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save")
 """Keys of `lora` that shape an adapter or what it computes: with another value the job would not begin where the stored
-one ended."""
+adapter ended."""
 
 
 def ancestor_job(spec: JobSpec) -> int | None:
@@ -22,7 +22,7 @@ def ancestor_job(spec: JobSpec) -> int | None:
 
 
 def with_numbers(spec: JobSpec, numbers: Mapping[str, int]) -> JobSpec:
-    """The spec with the numbers of the jobs that it names. `numbers`: of the jobs of its submit, by name."""
+    """The spec with numbers in place of the job names. `numbers`: of the jobs submitted with it, by name."""
     after = list(dict.fromkeys(numbers.get(one, one) if isinstance(one, str) else one for one in spec.after))
     lora, begun = spec.lora, spec.lora.init_from
     if isinstance(begun, AncestorJob) and begun.job is not None:
@@ -45,7 +45,7 @@ def misfits(spec: JobSpec, ancestor: JobSpec) -> list[str]:
 
 
 def _of(lora: LoraSpec, key: str) -> Any:
-    """A value without the order of its names, which says nothing."""
+    """A value, with names in any order."""
     value = getattr(lora, key)
     return sorted(value) if isinstance(value, list) else value
 

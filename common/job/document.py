@@ -33,7 +33,7 @@ Document = tuple[dict[str, Any], dict[tuple[str, ...], int]]
 
 
 def read_yaml(path: Path, what: str = JOB_FILE) -> Document:
-    """The one document in the file. Raises SpecError; `what`: the file's kind."""
+    """The file's only document. Raises SpecError; `what`: the file's kind."""
     first, *others = read_documents(path, what)
     if others:
         said = f"holds {1 + len(others)} documents, and one is wanted here"
@@ -43,7 +43,7 @@ def read_yaml(path: Path, what: str = JOB_FILE) -> Document:
 
 
 def read_documents(path: Path, what: str = JOB_FILE) -> list[Document]:
-    """The documents in the file, at least one, divided by ---. Raises SpecError; `what`: the file's kind."""
+    """The documents in the file, at least one, separated by ---. Raises SpecError; `what`: the file's kind."""
     file, ours = str(path), what == JOB_FILE
     like = f"{what} is like {EXAMPLE}" if ours else ""
 
@@ -96,7 +96,7 @@ _SLIPS = {
     "expected ',' or": "the bracket of line {line} is not closed",
     "found unexpected end of stream": "the quote of line {line} is not closed",
 }
-"""What people did where PyYAML says this. `line`: where the bracket or the quote was opened."""
+"""What people did wrong when PyYAML says this. `line`: where the bracket or the quote was opened."""
 
 
 def _slip(error: yaml.MarkedYAMLError) -> str | None:
@@ -114,7 +114,7 @@ def load_yaml(text: str) -> tuple[dict[tuple[str, ...], int], Any]:
 
 
 def _documents(text: str) -> list[tuple[dict[tuple[str, ...], int], Any]]:
-    """The same of each document that is not empty, or of one empty document. Raises YAMLError."""
+    """The same for each document that is not empty, or for one empty document. Raises YAMLError."""
     try:
         nodes = list(yaml.compose_all(text, Loader=_Loader))
         for node in nodes:
@@ -143,7 +143,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def _check_extent(node: yaml.Node) -> None:
-    """Raises YAMLError when too much stands below `node`: a few lines of nested aliases make billions of values."""
+    """Raises YAMLError when `node` holds too much: a few lines of nested aliases make billions of values."""
     size, height = _extent(node, {})
     if size > MAX_NODES:
         raise yaml.YAMLError(f"it has more than {MAX_NODES} keys and values, its aliases written out")

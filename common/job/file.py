@@ -85,7 +85,7 @@ _NOT_HERE = {
     "quantization": "write method: qlora, which holds the base in 4 bits (NF4)",
     "quantization_bit": "write method: qlora, which holds the base in 4 bits (NF4)",
 }
-"""Keys of other tools that no key of ours stands for, with what to write instead."""
+"""Keys of other tools that no key of ours matches, with what to write instead."""
 
 _VALUES_KNOWN_AS = {
     "adam": "adamw_torch",
@@ -108,10 +108,10 @@ _VALUES_KNOWN_AS = {
     "dpo": "preference",
     "ranking": "preference",
 }
-"""What other tools call our values, by what somebody wrote in lower case."""
+"""Our values, by what other tools call them, in lower case."""
 
 _FULL_TRAINING = ("full", "full_finetune", "fft", "freeze", "sft")
-"""What other tools call a training of all weights."""
+"""What other tools call training all weights."""
 
 
 def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
@@ -123,7 +123,7 @@ def load_spec(path: Path, overrides: Sequence[str] = ()) -> JobSpec:
 
 
 def load_specs(path: Path, overrides: Sequence[str] = ()) -> list[JobSpec]:
-    """The same of a file of one or more jobs, divided by ---. The overrides are for all of them."""
+    """The same for a file of one or more jobs, separated by ---. The overrides apply to all of them."""
     specs, problems = [], []
     for document in read_documents(path):
         try:
@@ -143,7 +143,7 @@ def _spec_of(document: Document, path: Path, overrides: Sequence[str]) -> JobSpe
         tree["dataset"] = {
             "fields": RowFields.ALL.value,
             **dataset,
-        }  # a stored spec without the key means the other one
+        }  # a stored spec without the key means the other value
     try:
         spec = JobSpec.model_validate(tree, context=AS_WRITTEN)
     except ValidationError as error:
@@ -163,7 +163,7 @@ def amended_spec(tree: dict[str, Any], overrides: Sequence[str], name: str, fold
     stored = override_spec(tree, (), name)
     whole = stored.model_dump(mode="json")
     changed = stored.model_dump(mode="json", exclude_defaults=True)  # only what was asked for can contradict it
-    for section, keys in stored.kind.defaults({}).items():  # what others have by default may have been asked for
+    for section, keys in stored.kind.defaults({}).items():  # other kinds' defaults may have been asked for
         if isinstance(keys, dict):
             changed[section] = {key: whole[section][key] for key in keys} | changed.get(section, {})
     for override in overrides:
@@ -241,7 +241,7 @@ def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str
 def _refusal(
     error: ValidationError, file: str, lines: dict[tuple[str, ...], int], overrides: Sequence[str]
 ) -> SpecError:
-    """All that pydantic refuses. A key of two possible kinds fails for each: the last, more general failure is told."""
+    """All that pydantic refuses. A key of two possible kinds fails for each: the last, more general failure counts."""
     told = [problem for each in error.errors() for problem in _problems(each, file, lines, overrides)]
     return SpecError(list({(problem.file, problem.key): problem for problem in told}.values()))
 
@@ -323,7 +323,7 @@ def _explain(error: Any, key: str) -> tuple[str, str | None]:
 
 
 def _value_meant(given: str, allowed: Sequence[str]) -> str | None:
-    """What other tools call so, else the first name that goes on behind it (adamw: adamw_torch), else the likest."""
+    """What another tool's name means, else the first name that begins with it (adamw: adamw_torch), else the likest."""
     written = given.lower()
     names = {value.lower(): value for value in allowed}
     begun = [name for name in names if name == written or name.startswith(f"{written}_")]
@@ -353,7 +353,7 @@ def _did_you_mean(key: str) -> str | None:
 
 
 def _resolve_paths(spec: JobSpec, folder: Path, known: Container[str] = ()) -> JobSpec:
-    """Local paths become absolute; a name without a file beside the job file stays as it is (a hub id)."""
+    """Local paths become absolute; a name without a file next to the job file stays as it is (a hub id)."""
 
     def local(text: str) -> str:
         if text in known:

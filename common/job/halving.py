@@ -1,4 +1,4 @@
-"""Which members of a sweep go on at a rung: asynchronous successive halving in its stopping form.
+"""Which members of a sweep continue after a rung: asynchronous successive halving in its stopping form.
 
 The rule is ASHA's (Li et al. 2020, arXiv:1810.05934), with one change: every member starts at once and is stopped where
 the paper would not promote it. No member waits or is paused. A rung is a share of a member's own steps. Pure.
@@ -11,10 +11,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 RUNGS = (0.25, 0.5)
-"""Shares of a member's steps, ascending: after so much training it is compared."""
+"""Shares of a member's steps, ascending, at which it is compared."""
 
 ETA = 2
-"""At a rung the best 1/ETA go on."""
+"""At a rung the best 1/ETA continue."""
 
 _SLACK = 1e-9
 """A decimal share like 0.05 is not exact in binary, so it may miss a rung by rounding."""
@@ -25,15 +25,15 @@ class Verdict:
     """What a rung says of one member. Losses in nats a token."""
 
     goes_on: bool
-    kept: int  # so many of the best go on
+    kept: int  # how many of the best continue
     reached: int  # members that have been at the rung, this one included
-    bar: float  # the largest loss that goes on now
+    bar: float  # the largest loss that continues now
 
 
 def judge(loss: float, others: Collection[float]) -> Verdict:
-    """Whether a member with this held-out loss at a rung goes on; `others`: losses of earlier members.
+    """Whether a member with this held-out loss at a rung continues; `others`: losses of earlier members.
 
-    Among the best 1/ETA of all of them, at least one; ties go on. A member that is best at every rung is
+    Among the best 1/ETA of all of them, at least one; ties continue. A member that is best at every rung is
     never stopped, in whatever order the members come.
     """
     losses = sorted([loss, *others])

@@ -1,4 +1,4 @@
-"""Names on the hub, told by their form: a model or a data set, never a path."""
+"""Names on the hub, recognised by their form: a model or a data set, never a path."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_hub_data(text: str) -> bool:
     """Whether the text may name a data set of the hub, at a revision after an @ or at its main branch.
 
     It needs an owner: a name alone may be a reader of the datasets library (json, csv, text, ...), and that takes any
-    files that lie beside it.
+    files next to it.
     """
     name, pinned, revision = text.partition("@")
     known = re.fullmatch(REVISION, revision) is not None and ".." not in revision if pinned else True

@@ -1,8 +1,8 @@
-"""Digests of what decides a training's result. They tell whether a stored checkpoint or result belongs to a job.
+"""Digests of what decides a training's result. They show whether a stored checkpoint or result belongs to a job.
 
 A key that the job file had from the start is hashed with its value. A key that came later is hashed only where it
 differs from its default, and its default means what happened before the key existed. So a new key refuses
-nothing that is stored, and a value that changes the arithmetic does, whether the user or a changed default says it.
+nothing that is stored, and a value that changes the arithmetic does, be it from the user or a changed default.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ UNDECIDING = frozenset(
         "training.report_to",
     }
 )
-"""Keys and sections that say when and where a job runs and who is told, not what comes out."""
+"""Keys and sections that say when and where a job runs and who is notified, not what comes out."""
 
 RECOMPUTED = frozenset({"gradient_checkpointing", "torch_compile"})
 """Keys of `training` that change how a step is computed, not what it learns: a resume may change them."""
@@ -91,8 +91,8 @@ def training_digests(spec: JobSpec, method: Method, data: str) -> dict[str, str]
 
 
 def data_digest(read: Iterable[Any]) -> str:
-    """sha256 of what is read of a job's data, as JSON has the list of it. It takes one at a time, so that other threads
-    have the interpreter in between."""
+    """sha256 of what is read of a job's data, as JSON has the list of it. It takes one item at a time, so that other
+    threads run in between."""
     hashed = hashlib.sha256(b"[")
     for number, one in enumerate(read):
         hashed.update(f"{', ' if number else ''}{json.dumps(one, sort_keys=True)}".encode())
@@ -111,7 +111,7 @@ def changed_parts(before: JobSpec, after: JobSpec, method: Method) -> set[str]:
 
 
 def _deciding(section: BaseModel, name: str = "") -> dict[str, Any]:
-    """The values of a section (of the whole job: "") that count, as they stand in JSON."""
+    """The values of a section (of the whole job: "") that count, in their JSON form."""
     written = section.model_dump(mode="json")
     kept: dict[str, Any] = {}
     for key, field in type(section).model_fields.items():

@@ -11,7 +11,7 @@ from .method import Method, Parallel
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """Predicted peak in bytes by method; None where it can't be predicted before the model is there."""
+    """Predicted peak in bytes by method; None where it can't be predicted before the model is available."""
 
     lora: int | None
     qlora: int | None
@@ -32,7 +32,7 @@ class RoomyForm:
 
 @dataclass(frozen=True, kw_only=True)
 class Roomy:
-    """What a job may have beyond its need where nobody else wants it, by method, the fastest form first."""
+    """What a job may have beyond its need if nobody else wants it, by method, the fastest form first."""
 
     lora: tuple[RoomyForm, ...] = ()
     qlora: tuple[RoomyForm, ...] = ()
@@ -50,12 +50,12 @@ class Roomy:
         }
 
     def with_half(self, need: Need, planned: Need, rows: int) -> Roomy:
-        """The same with, last, the form that recomputes every second block, in the smallest micro-batch.
+        """The same plus, last, the form that recomputes every second block, in the smallest micro-batch.
 
-        It takes no more than the middle of the job's need and of what it takes without recomputing: the plan is the
-        largest of sums that grow by the same with each block that keeps its activations. Of the smallest micro-batch
-        alone: half as many rows without recomputing take less memory, and less time, than all of them in this form. In
-        NF4 of the job's own (`rows`) alone: smaller ones dequantise the base again, which takes what is gained.
+        It takes no more than the middle between the job's need and what it takes without recomputing: the plan is the
+        largest of sums that grow by the same with each block that keeps its activations. Only the smallest micro-batch
+        has it: half as many rows without recomputing take less memory, and less time, than all of them in this form. In
+        NF4 only the job's own (`rows`) has it: smaller ones dequantise the base again, which costs what is gained.
         """
 
         def of(method: Method) -> tuple[RoomyForm, ...]:
@@ -117,7 +117,7 @@ class Ways:
         return None if None in sizes else min(size for size in sizes if size is not None)
 
     def as_json(self) -> dict[str, Any] | None:
-        """None for a job that one card is to have."""
+        """None for a job that runs on one card."""
         only_alone = self.alone and not self.gangs
         return None if only_alone else {"alone": self.alone, "ways": [gang.as_json() for gang in self.gangs]}
 

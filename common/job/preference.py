@@ -53,7 +53,7 @@ class PreferenceSpec(Section):
 
     @property
     def has_reference(self) -> bool:
-        """Whether the base's own log-probabilities are asked for."""
+        """Whether the base's own log-probabilities are needed."""
         return not REFERENCE_FREE & {*self.losses}
 
     @property

@@ -48,8 +48,8 @@ AS_WRITTEN = "as written"
 class TaskType(enum.StrEnum):
     """What the model learns to do, by peft's names."""
 
-    CAUSAL_LM = "CAUSAL_LM"  # to go on with a text, as answers do
-    SEQ_CLS = "SEQ_CLS"  # to name a text's label, by a head that has nothing but labels
+    CAUSAL_LM = "CAUSAL_LM"  # to continue a text, as answers do
+    SEQ_CLS = "SEQ_CLS"  # to name a text's label, with a head that has nothing but labels
     PREFERENCE = "preference"  # which of two answers is preferred
 
 
@@ -81,7 +81,7 @@ class PromptTemplate(enum.StrEnum):
 class RowFields(enum.StrEnum):
     """What is read of a row."""
 
-    ALL = "all"  # and what is not read is told
+    ALL = "all"  # and unread fields are reported
     TEXT = "text"  # roles and contents alone, as loractl 0.2 and earlier did
 
 
@@ -110,7 +110,7 @@ class Metric(enum.StrEnum):
     EXACT_MATCH = "exact_match"
     LABELS = "labels"  # accuracy, macro F1 and confusion, where answers are labels
     PREFERENCES = "preferences"  # how often and by how much the chosen answer is the likelier one of a pair
-    CONTEXT = "context"  # later answers of a conversation, and what the earlier ones are worth to them
+    CONTEXT = "context"  # later answers of a conversation, and what the earlier answers are worth to them
 
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
@@ -260,7 +260,7 @@ Targets = Annotated[
     Annotated[str, AfterValidator(_expression), Tag("function-expression")] | Annotated[list[str], Tag("list[name]")],
     Discriminator(lambda value: "function-expression" if isinstance(value, str) else "list[name]"),
 ]
-"""all-linear, a regular expression over whole names, or names. The tags are told to nobody (`common/job/file.py`)."""
+"""all-linear, a regular expression over whole names, or names. Users never see the tags (`common/job/file.py`)."""
 
 Methods = Annotated[Method | list[Method], BeforeValidator(_methods)]
 StepsOrShare = Annotated[int | float, BeforeValidator(_steps_or_share)]
@@ -298,7 +298,7 @@ AdapterName = Annotated[str | AncestorJob, BeforeValidator(_adapter_name)]
 
 
 def is_set(section: Section, key: str) -> bool:
-    """Whether a key was written and says something."""
+    """Whether a key was written with a value."""
     return key in section.model_fields_set and getattr(section, key) is not None
 
 
@@ -335,7 +335,7 @@ class DatasetSpec(Section):
     columns: Columns = Field(default_factory=dict)
     """What the columns are called in the data where they have other names, like prompt: question."""
     template: PromptTemplate = PromptTemplate.CHAT
-    """What is written around instructions and answers, in training and by whoever asks the adapter."""
+    """What is written around instructions and answers, in training and when the adapter is asked."""
     eval_path: Printable | None = None
     """A file or hub id with the held-out rows; without it test_size rows are split off."""
     eval_split: Split | None = None
@@ -418,7 +418,7 @@ class TrainingSpec(Section):
     per_device_train_batch_size: int = Field(4, ge=1, le=2**16)
     gradient_accumulation_steps: int = Field(4, ge=1, le=2**16)
     gradient_checkpointing: WhichBlocks | None = None
-    """half: of every second block. null: on a GPU yes, unless the job is alone on its card and nobody else wants the
+    """half: only every second block. null: on a GPU yes, unless the job is alone on its card and nobody else wants the
     room; on a CPU no (it costs 1.5 to 2 times the time there)."""
     warmup_steps: float = Field(0.03, ge=0, le=LARGEST)
     """A number of steps, or below 1 a share of all steps."""
@@ -456,13 +456,13 @@ class TrainingSpec(Section):
     torch_compile: bool = False
     """Compile the model: a minute or more at the start, for faster steps."""
     save_steps: int = Field(50, ge=1, le=LARGEST)
-    """A checkpoint every so many steps."""
+    """Steps between two checkpoints."""
     eval_steps: StepsOrShare | None = None
-    """Held-out loss every so many steps, or below 1 after each such share of all steps; null: only before and after."""
+    """Steps between measurements of the held-out loss, below 1 a share of all steps; null: only before and after."""
     early_stopping_patience: int | None = Field(None, ge=1, le=LARGEST)
-    """Stop when so many evaluations in a row (eval_steps) did not improve the held-out loss."""
+    """Stop after this many evaluations in a row (eval_steps) that did not improve the held-out loss."""
     load_best_model_at_end: bool = False
-    """Keep the adapter of the evaluation (eval_steps) with the least held-out loss, not the last one."""
+    """Keep the adapter of the evaluation (eval_steps) with the lowest held-out loss, not the last adapter."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list, max_length=3)
     """Other places for the curves. The worker needs the package and an account."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -483,7 +483,7 @@ class TrainingSpec(Section):
         return [cards for cards in range(1, MOST_CARDS + 1) if self.effective_batch % cards == 0]
 
     def rows_a_card(self, cards: int) -> tuple[int, int]:
-        """(micro-batch, accumulation) of each of so many cards, which together learn from the rows of one step.
+        """(micro-batch, accumulation) of each of `cards` cards, which together learn from the rows of one step.
 
         Raises ValueError where the cards can't share them evenly.
         """
@@ -503,14 +503,14 @@ class EvaluationSpec(Section):
     """Held-out rows to generate answers for, base and tuned side by side; 0: none."""
     max_new_tokens: int = Field(128, ge=1, le=8192)
     max_rows: int | None = Field(None, ge=1, le=LARGEST)
-    """At most so many held-out rows are scored; null: all."""
+    """The most held-out rows to score; null: all."""
     per_device_eval_batch_size: int = Field(8, ge=1, le=2**16)
     regression: Printable | None = Field(None, min_length=1)
-    """Rows of another kind, a file or a hub id (its split test): shows what the training made the model forget."""
+    """Rows of another kind, a file or a hub id (its split test): show what the training made the model forget."""
     lm_eval: list[TaskName] = Field(default_factory=list, max_length=32)
     """Tasks of the lm-eval harness, by name, for base and tuned; the worker needs the package lm_eval."""
     lm_eval_limit: int | None = Field(100, ge=1, le=LARGEST)
-    """At most so many rows of each of these tasks; null: all."""
+    """The most rows of each of these tasks; null: all."""
 
     @model_validator(mode="after")
     def _generation_needs_samples(self, info: ValidationInfo) -> EvaluationSpec:
@@ -533,7 +533,7 @@ class ResourcesSpec(Section):
     )
     """Labels that the box must have (loractl worker --label KEY=VALUE), like nvlink: "yes"."""
     exclusive: bool = False
-    """Train in a process of its own: in none that has the base from another job, and in none that stays for one."""
+    """Train in a process of its own, which takes no base from another job and keeps none for one."""
     cards: Cards = "auto"
     """Cards of one box that share the job. auto: one where one holds it, else the fewest that do."""
     parallel: Literal["auto", "data", "sharded"] = "auto"

@@ -1,4 +1,4 @@
-"""Which rows of a data set are read: its split, or slices of splits, in the words of the datasets library."""
+"""Which rows of a data set are read: its split, or slices of splits, in the syntax of the datasets library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Slice:
     percent: bool
 
     def places(self, rows: int) -> range:
-        """Which of so many rows these are. Rounded as datasets does (`_pct_to_abs_closest` in its arrow_reader)."""
+        """Their places in `rows` rows. Rounded as datasets does (`_pct_to_abs_closest` in its arrow_reader)."""
         # the product first: 75 * (14 / 100) is more than 10.5, which rounds to another row
         first, end = (
             round(bound * rows / 100) if self.percent and bound is not None else bound for bound in self.bounds
@@ -38,7 +38,7 @@ def parse_split(text: str) -> tuple[Slice, ...]:
 
 
 def held_out_split(path: str, asked: str | None = None) -> str:
-    """The split that held-out rows are read from: of a file, which is an absolute path, all of it."""
+    """The split that held-out rows are read from; of a file, which is an absolute path, all of it."""
     return asked or ("train" if Path(path).is_absolute() else "test")
 
 

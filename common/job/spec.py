@@ -49,7 +49,7 @@ class JobSpec(Section):
     """CAUSAL_LM: learn to answer. SEQ_CLS: learn to classify texts, with a head of its own. preference: learn which of
     two answers is preferred."""
     lora_patience: Duration | None = None
-    """Wait so long for a card that holds LoRA before QLoRA will do, like 2h; null: take what fits first."""
+    """How long to wait for a card that holds LoRA before QLoRA will do, like 2h; null: take what fits first."""
     dataset: DatasetSpec
     lora: LoraSpec = LoraSpec()
     training: TrainingSpec = TrainingSpec()
@@ -63,14 +63,14 @@ class JobSpec(Section):
     max_retries: int = Field(2, ge=0, le=100)
     priority: int = Field(0, ge=-1000, le=1000)
     preemptible: bool = False
-    """Whether it gives way to a waiting job of higher priority: it saves a checkpoint and goes on later."""
+    """Whether it gives way to a waiting job of higher priority: it saves a checkpoint and continues later."""
     labels: dict[Annotated[Printable, Field(max_length=64)], Annotated[Printable, Field(max_length=256)]] = Field(
         default_factory=dict, max_length=32
     )
     notify: list[ChannelName] | None = Field(None, max_length=8)
-    """Channels of the lab to tell when it ends or is held, by name; me: the user's own. null: the user's setting."""
+    """Channels of the lab to notify when it ends or is held, by name; me: the user's own. null: the user's setting."""
     publish: bool = True
-    """Whether its adapter may be pushed to a hub. false also holds for what is made of the adapter."""
+    """Whether its adapter may be pushed to a hub. false also holds for what is made from the adapter."""
 
     @model_validator(mode="before")
     @classmethod
@@ -155,7 +155,7 @@ def _said_twice_or_never(spec: JobSpec) -> Iterator[str]:
 
 
 def _without_what_they_need(spec: JobSpec) -> Iterator[str]:
-    """ "key: sentence" for each key that has no effect, or can't have one, beside the other keys."""
+    """ "key: sentence" for each key that has no effect, or can't have one, with the other keys."""
     training, methods = spec.training, permitted_methods(spec.method)
     if spec.lora_patience is not None and methods != (Method.LORA, Method.QLORA):
         yield "lora_patience: is for method auto or [lora, qlora]; other methods have nothing to wait for"
@@ -192,7 +192,7 @@ def _divided_in_vain(spec: JobSpec) -> Iterator[str]:
 
 
 def _uneven(spec: JobSpec) -> Iterator[str]:
-    """ "key: sentence" for cards that can't share the job, or a way to share it that has none to share it."""
+    """ "key: sentence" for cards that can't share the job, or a way to share it without cards to share it."""
     cards, parallel, training = spec.resources.cards, spec.resources.parallel, spec.training
     if cards != "auto" and cards not in (even := training.even_cards):
         rows = f"the {training.effective_batch} rows of a step (per_device_train_batch_size x accumulation) evenly"

@@ -21,7 +21,7 @@ class Status(enum.StrEnum):
 
     @property
     def in_words(self) -> str:
-        """What a job of it does or did: is running, has failed, was cancelled."""
+        """What a job with this status does or did: is running, has failed, was cancelled."""
         verbs = {Status.SUCCEEDED: "has", Status.FAILED: "has", Status.CANCELLED: "was"}
         return f"{verbs.get(self, 'is')} {self.value}"
 
@@ -70,7 +70,7 @@ class Reason(enum.StrEnum):
 
 
 class Blamed(enum.StrEnum):
-    """What of the lab failed with the job, where it was no user's own fault."""
+    """What part of the lab failed the job, if it was no user's own fault."""
 
     CARD = "card"
     BOX = "box"  # all of its cards share what failed: the disk, the way to the store
@@ -84,7 +84,7 @@ class Meaning:
     retryable: bool  # may another attempt help?
     counts: bool  # does another attempt spend one of the user's max_retries?
     advice: str  # the next step for a person
-    without_checkpoint: str | None = None  # in its place, where the job has none to go on from
+    without_checkpoint: str | None = None  # instead, if the job has no checkpoint to continue from
     blames: Blamed | None = None  # a retry avoids it, and it is closed when it fails the jobs of others too
 
     def next_step(self, job_id: int, has_checkpoint: bool) -> str:
@@ -173,27 +173,27 @@ OUTCOMES: dict[Reason, Meaning] = {
 }
 
 STOPPED = frozenset({Reason.CANCELLED, Reason.PRUNED, Reason.PREEMPTED, Reason.DRAINED})
-"""An attempt that ended so was stopped by a person's order or by the lab's rule: nothing is wrong."""
+"""Reasons of an attempt that a person's order or the lab's rule stopped: nothing is wrong."""
 
 BLAMED = {reason: meaning.blames for reason, meaning in OUTCOMES.items() if meaning.blames is not None}
-"""What a reason blames; the others, and those that only a newer version knows, blame nothing."""
+"""What a reason blames; the others, and reasons that only a newer version knows, blame nothing."""
 
 KEEPING = frozenset(
     reason
     for reason, meaning in OUTCOMES.items()
     if meaning.status is Status.FAILED and (meaning.retryable or reason is Reason.TIMED_OUT)
 )
-"""A job that failed so keeps its finished result and its checkpoints until loractl gc: a retry goes on from them."""
+"""A job that failed so keeps its finished result and checkpoints until loractl gc: a retry continues from them."""
 
 FAILS_AGAIN = frozenset({Reason.BAD_SPEC, Reason.BAD_DATA, Reason.DIVERGED})
-"""What is wrong is the job's own: queued again as it is, it fails in the same way."""
+"""The fault is the job's own: queued again as it is, it fails in the same way."""
 
 LAB_FAILURE_LIMIT = 3
-"""A job that the lab fails so often in a row, without a further checkpoint in between, is held: it may be the cause."""
+"""A job that the lab fails this often in a row, without a further checkpoint between, is held: it may be the cause."""
 
 LAB_RETRY_DELAY_S = 10.0
-"""Seconds before a job that met a failing card, disk or store is tried again; they may need them, and so may the log.
-After a lost worker it is tried again at once."""
+"""Seconds before a job that met a failing card, disk or store is tried again; they may need the time, and so may the
+log. After a lost worker it is tried again at once."""
 
 
 def retry_delay_s(attempt: int) -> float:

@@ -12,7 +12,7 @@ from .status import Reason, Stage, Status
 
 @dataclass(frozen=True, kw_only=True)
 class NewSweep:
-    """The sweep's own row, beside its members."""
+    """The sweep's own row, without its members."""
 
     name: str
     user: str
@@ -61,7 +61,7 @@ class Member:
 
     @property
     def loss(self) -> float | None:
-        """The held-out loss that is known last."""
+        """The last known held-out loss."""
         return self.final_loss if self.final_loss is not None else self.rungs[-1].loss if self.rungs else None
 
 
@@ -87,7 +87,7 @@ class SweepView:
     def best(self) -> Member | None:
         """The member with the least final loss of those that have succeeded.
 
-        Before the first success: the one with the least loss at its last rung, for who has less after fewer steps is
+        Before the first success: the member with the least loss at its last rung, since less loss after fewer steps is
         ahead. None before the first rung.
         """
         done = [(m.final_loss, m.job_id, m) for m in self.members if m.final_loss is not None]

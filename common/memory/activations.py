@@ -30,7 +30,7 @@ class Cost:
 
 def stored_bytes(shape: Shape, blocks: list[tuple[Cost, int]], step: Step) -> float:
     """What the forward pass leaves for the backward pass: the inputs of blocks that are recomputed, and all that others
-    keep. Blocks of several kinds are taken to be recomputed alike."""
+    keep. Blocks of several kinds are assumed to be recomputed alike."""
     mask = 0
     if not step.lean and (step.eager or step.padded or shape.alibi):  # one for all blocks
         mask = (
@@ -119,7 +119,7 @@ def _factor_bytes(layers: list[Linear], step: Step) -> float:
 
 
 def _inputs(layers: list[Linear]) -> list[int]:
-    """Widths of the tensors that layers read: those of one width read the same one, but the last of a part, which reads
+    """Widths of the tensors that layers read: layers of one width read the same tensor, but the last of a part reads
     what the others made."""
     before = {layer.inputs for layer in layers[:-1]}
     return [*before, *(layer.inputs for layer in layers[-1:] if len(layers) > 1 or layer.inputs not in before)]
@@ -166,7 +166,7 @@ def _attention(shape: Shape, step: Step) -> Cost:
 def _softmax(scores: int, size: int, *, copied: bool) -> Cost:
     """Scores of `size` bytes that are kept: their softmax in fp32, and its 16-bit copy for the product with the values.
 
-    CUDA's backward pass holds the gradient, gradient times output, and the result beside the output; the copy is gone
+    CUDA's backward pass holds the gradient, gradient times output, and the result next to the output; the copy is gone
     by then (aten/src/ATen/native/cuda/SoftMax.cu, softmax_backward_cuda_out).
     """
     copy = 2 if copied else 0
@@ -200,7 +200,7 @@ def _mlp(shape: Shape, block: Block, step: Step) -> Cost:
 
 
 def _experts(experts: Experts | None, step: Step) -> Cost:
-    """Fused experts: a token's row once for each chosen expert; adapted ones add a merged copy of all weights, and
+    """Fused experts: a token's row once for each chosen expert; adapted experts add a merged copy of all weights, and
     the gradient of the down projection's share of it (peft's ParamWrapper)."""
     if experts is None:
         return NOTHING

@@ -23,7 +23,7 @@ def read_shape(model: str | Path, revision: str | None = None) -> Shape | None:
 
 
 def foreign_format(model: str | Path, revision: str | None = None) -> str | None:
-    """How the weights of a model were quantised by others, like gptq; see format_of. None where no config is here."""
+    """How others quantised the weights of a model, like gptq; see format_of. None if no config is here."""
     path = find_config(model, revision)
     try:
         return None if path is None else format_of(json.loads(path.read_text("utf-8")))

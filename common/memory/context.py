@@ -1,4 +1,4 @@
-"""What a process takes of a card beside torch's allocator: a CUDA context and its kernels."""
+"""What a process takes of a card besides torch's allocator: a CUDA context and its kernels."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ MIN_MEASURED = 3
 """Fewer attempts teach nothing about a family."""
 
 FACTOR_BOUNDS = (0.7, 1.5)
-"""A learned factor stays within these; beyond them the plan is wrong and should be mended, not scaled."""
+"""A learned factor stays within these; beyond them the plan is wrong, and should be fixed rather than scaled."""
 
 LIKE_IT_SPARE = 1.05
-"""Added to the peak of a job just like it: fragmentation differs between runs by so much."""
+"""Added to the peak of a job just like it: fragmentation differs between runs by this much."""
 
 GROWTH = 1.25
 """A reservation that was too small grows by this: a quarter reaches the next size of card in one or two tries."""
@@ -39,7 +39,7 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """How the plan does for one device model, method and family."""
+    """How accurate the plan is for one device model, method and family."""
 
     device_name: str
     method: Method
@@ -87,7 +87,7 @@ def accuracy(attempts: Iterable[Measured]) -> list[Accuracy]:
 
 
 def learned(planned: Need, need_key: str, attempts: Sequence[Measured]) -> Need:
-    """The plan corrected by what was measured. `attempts`: those of the same key or the same family."""
+    """The plan corrected by measurements. `attempts`: those of the same key or the same family."""
     attempts = [attempt for attempt in attempts if not attempt.roomy]
     return Need(
         lora=_learned(planned.lora, Method.LORA, need_key, attempts),
@@ -96,8 +96,8 @@ def learned(planned: Need, need_key: str, attempts: Sequence[Measured]) -> Need:
 
 
 def learned_roomy(planned: Roomy, need_key: str, attempts: Sequence[Measured]) -> Roomy:
-    """The same of what the job would take without recomputing, by the attempts that had the room. A micro-batch of one
-    size teaches those of others in proportion to their plans."""
+    """The same for what the job takes without recomputing, by attempts that had the room. A micro-batch of one size
+    teaches other sizes in proportion to their plans."""
 
     def corrected(method: Method) -> tuple[RoomyForm, ...]:
         factor = _factor(need_key, [a for a in attempts if a.roomy and a.method is method])

@@ -1,8 +1,8 @@
-"""Which training step a plan and a measured peak are of."""
+"""The version of the training step that a plan or a measured peak belongs to."""
 
 LEAN = 2
-"""The first one whose steps are lean unless a job asks for exact ones."""
+"""The first version whose steps are lean, unless a job asks for exact steps."""
 
 ENGINE = LEAN
 """The version of the worker's training step, as far as its memory goes. 1 was transformers' Trainer. Raise it when
-steps take other memory: what attempts of an older one took teaches nothing, and jobs of both are not alike."""
+the memory of steps changes: attempts of an older version teach nothing, and jobs of both are not alike."""

@@ -33,14 +33,14 @@ def shape_of(config: Any) -> Shape | None:
 
 
 APART_BY_MASK = ("falcon",)
-"""Families whose own attention tells rows apart by a mask alone."""
+"""Families whose own attention separates rows by a mask alone."""
 
 ROW_ATTENTION = ("full_attention", "sliding_attention")
-"""Layers that row attention knows; others look at masks of their own, or carry a state from token to token."""
+"""Layers that row attention knows; others use masks of their own, or carry a state from token to token."""
 
 
 def _needs_padding(config: Config) -> bool:
-    """What the engine refuses to train without padding, as far as a config tells it: `_by_model` of its choice.py."""
+    """Whether the engine refuses to train it unpadded, as far as a config shows: `_by_model` of its choice.py."""
     kinds, routed = config.get("layer_types"), config.get("output_router_logits")
     others = isinstance(kinds, list) and any(kind not in ROW_ATTENTION for kind in kinds)
     return config["model_type"] in APART_BY_MASK or others or bool(routed)
@@ -81,7 +81,7 @@ def _llama_kind(config: Config) -> Shape:
 def _feed_forward(
     config: Config, family: str, hidden: int, layers: int, attention: tuple[Linear, ...], norms: int
 ) -> list[Block]:
-    """The blocks with their MLPs; of a mixture of experts the sparse and the dense ones (decoder_sparse_step)."""
+    """The blocks with their MLPs; of a mixture of experts the sparse and the dense blocks (decoder_sparse_step)."""
     ffn = int(config["intermediate_size"])
     dense = attention + _gated_mlp(hidden, ffn, bool(config.get("mlp_bias", False)))
     if family not in _EXPERTS:

@@ -22,7 +22,7 @@ class Fit:
 
     micro_batch: int | None
     max_length: int | None
-    all_rows: bool = False  # the micro-batch holds every row to train on: they end it, and not the memory
+    all_rows: bool = False  # the micro-batch holds every row to train on: rows are the limit, not memory
 
 
 def largest_fit(

@@ -1,4 +1,4 @@
-"""The hub as this machine knows it: where its models lie, and whether it may be asked. As its own library has it."""
+"""The hub as this machine knows it: where its models are, and whether to ask it, by the rules of its own library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def hub_cache() -> Path:
 
 
 def hub_is_off() -> bool:
-    """Whether the environment forbids to ask the hub."""
+    """Whether the environment forbids asking the hub."""
     said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return said.upper() in _YES
 

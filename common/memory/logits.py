@@ -12,7 +12,7 @@ from .step import HEAD_CHUNK, Step
 
 LOSS_BYTES = 12
 """Bytes per logit where the loss is at its peak: the log-softmax kept in fp32, its gradient, and the logits' gradient
-(transformers' ForCausalLMLoss casts logits to fp32; the 16-bit ones are freed before the backward pass)."""
+(transformers' ForCausalLMLoss casts logits to fp32; the 16-bit logits are freed before the backward pass)."""
 
 CHUNK_BYTES = 8
 """Bytes per logit of a lean step's chunk at its peak: in fp32 the logits, and what will be their gradient."""
@@ -62,7 +62,7 @@ def evaluation_bytes(shape: Shape, spec: JobSpec, step: Step) -> float:
 def answered_bytes(shape: Shape, step: Step) -> float:
     """The 16-bit logits that a head answers. The loss casts them to fp32, so they are gone by its peak, but the block
     that they leave cached is too small for any of its tensors, and nothing else is as large."""
-    if step.lean or step.full or step.labels or step.keeps_logits:  # kept ones are counted as tensors
+    if step.lean or step.full or step.labels or step.keeps_logits:  # kept logits are counted as tensors
         return 0.0
     return step.tokens * shape.vocab * 2.0 if step.autocast or step.wide == 2 else 0.0
 

@@ -13,7 +13,7 @@ SMALLEST_8BIT = 4096
 
 
 PAGED, FUSED, PLAIN = "paged_adamw_8bit", "adamw_torch_fused", "adamw_torch"
-"""Those that a worker takes where the job asks for none: they are all AdamW, and their states differ."""
+"""Those that a worker takes if the job asks for none: they are all AdamW, with different states."""
 
 
 def optimizer_name(spec: JobSpec, method: Method, *, on_gpu: bool = True) -> str:

@@ -27,15 +27,15 @@ from .weights import GATHERED_BLOCKS, adapter_tensors, sharded_bytes, weight_byt
 MIB = 2**20
 
 PROCESSOR_BYTES = 620 * MIB
-"""What a trainer on a processor holds beside its tensors: Python, torch and the other libraries (534 MiB once they are
-imported), and the kernels that oneDNN compiles. Measured on x86."""
+"""What a trainer on a processor holds besides its tensors: Python, torch and the other libraries (534 MiB once they
+are imported), and the kernels that oneDNN compiles. Measured on x86."""
 
 WORKSPACE_BYTES = 2 * 32 * MIB
 """cuBLAS's workspaces, which torch's allocator holds: one for the forward pass's thread and one for the backward
 pass's. 32 MiB each on Hopper, 8 on others (aten/src/ATen/cuda/CublasHandlePool.cpp); the upper end."""
 
 HEAP_SHARE = 0.7
-"""Share of the activations that a processor's heap holds beside them where blocks are computed anew: tensors of a few
+"""Share of the activations that a processor's heap holds besides them where blocks are recomputed: tensors of a few
 MiB that come and go leave holes. Measured with glibc: 0.67 to 0.92 in fp32, 0.2 to 0.9 in bf16 on a processor with
 tiles (AMX); without recomputing none."""
 
@@ -46,8 +46,8 @@ LINK_BYTES = 32 * 2 * 5 * MIB
 (NCCL_BUFFSIZE) and those of its two protocols for small messages. Fewer channels on PCIe; the upper end."""
 
 MARGIN_SHARE = 0.05
-"""Share of what the training allocates that is kept free on top: for fragmentation that the allocator's part does not
-name. A round number about the size of the plan's mean error by reserved memory (docs/memory-plan.md)."""
+"""Share of what the training allocates that is kept free on top, for fragmentation that the allocator's part does not
+cover. A round number about the size of the plan's mean error by reserved memory (docs/memory-plan.md)."""
 
 SLAB_BYTES = 4 * MIB
 """Of a weight that a processor widens at a time (worker/engine/passes/wide.py)."""
@@ -63,7 +63,7 @@ name this is counted, and comes to 5 to 30% of activations and logits."""
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Bytes by part at the training's peak, and a word on each."""
+    """Bytes by part at the training's peak, and a note on each."""
 
     method: Method
     parts: dict[str, int]
@@ -163,7 +163,7 @@ def _context_bytes(stack: Stack) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class _Peak:
-    """Bytes at the worst moment of a step, beside weights, adapter, gradients and the optimizer's state."""
+    """Bytes at the worst moment of a step, besides weights, adapter, gradients and the optimizer's state."""
 
     training: float  # all parts together
     logits: float  # the loss's part; 0 where it is freed before the peak
@@ -198,7 +198,7 @@ def _recomputes_last(shape: Shape, step: Step) -> bool:
 
 
 def traced_plan(weights: int, adapter: int, state: int, own: int, method: Method) -> Plan:
-    """The plan from bytes that a traced step took; `own` is what it needed beside weights, adapter and state."""
+    """The plan from bytes that a traced step took; `own` is what it needed besides weights, adapter and state."""
     parts = {
         "weights": weights,
         "adapter": adapter,

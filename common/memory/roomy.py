@@ -1,4 +1,4 @@
-"""What a job takes where it does without recomputing: in its own micro-batches, or in smaller ones of its batch."""
+"""What a job takes without recomputing: in its own micro-batches, or in smaller parts of its batch."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ than the card to run them: 8B in NF4, 1 of 8 rows of 256, 1.14 (0.6e11)."""
 
 
 def plan_roomy(spec: JobSpec, lengths: Lengths | None = None, *, stack: Stack | None = None) -> Roomy:
-    """The forms of a job on one GPU, the fastest first; none where the job itself says whether it recomputes, or where
-    its base is not known. Nothing is corrected by measured peaks.
+    """The forms of a job on one GPU, the fastest first; none if the job itself says whether it recomputes, or if its
+    base is not known. Nothing is corrected by measured peaks.
 
-    In exact mode no micro-batch changes: it would round otherwise.
+    In exact mode no micro-batch changes: it would round differently.
     """
     stack, shape = stack or Stack(), read_shape(spec.base_model, spec.revision)
     if shape is None or not stack.on_gpu or spec.training.gradient_checkpointing is not None:

@@ -13,7 +13,7 @@ ROUTER_FACTOR = 1
 """peft gives an expert layer's router the job's own rank."""
 
 GATE_UP_FACTOR = 2
-"""peft doubles the rank on a fused gate_up_proj: it stands for two layers of the original checkpoint
+"""peft doubles the rank on a fused gate_up_proj: it holds two layers of the original checkpoint
 (peft/utils/transformers_weight_conversion.py)."""
 
 
@@ -96,7 +96,7 @@ class Shape:
     vocab: int
     tied: bool  # the output head is the embedding
     blocks: tuple[Block, ...]
-    outside: int = 0  # parameters beside blocks, embedding and head: final norm, positions, a tower's ends
+    outside: int = 0  # parameters besides blocks, embedding and head: final norm, positions, a tower's ends
     norm: Literal["rms", "layer"] = "rms"
     norms_per_block: int = 2  # over the hidden size
     head_norms: bool = False  # norms on queries and keys
@@ -104,7 +104,7 @@ class Shape:
     attention: Literal["sdpa", "eager"] = "sdpa"  # what transformers takes where nothing is asked for
     softcaps: bool = False  # tanh caps on attention scores and logits (Gemma 2)
     alibi: bool = False  # positions as a mask of every head's own (Falcon)
-    needs_padding: bool = False  # rows can't be told apart otherwise (worker/engine/passes/choice.py)
+    needs_padding: bool = False  # rows can't be separated otherwise (worker/engine/passes/choice.py)
 
     @property
     def fused_qkv(self) -> bool:
@@ -175,7 +175,7 @@ MOST_STEPS = 100_000
 
 @functools.lru_cache(maxsize=512)
 def _matched(pattern: str, block: Block, layer: Linear) -> int:
-    """How many of these blocks' layers match. All of them where that takes too long to say: plans err on the high side,
+    """How many of these blocks' layers match; all of them if that takes too long to decide: plans err on the high side,
     and check_adapter and the worker refuse such an expression."""
     try:
         return len(ModulePattern(text=pattern).matches(block.names(layer), most_steps=MOST_STEPS))

@@ -19,7 +19,7 @@ HEAD_CHUNK = 256
 """Learned tokens whose logits a lean step holds at once (worker/engine/passes/lean.py)."""
 
 MOST_LONGEST = 256
-"""Rows whose own lengths are counted; further ones of a micro-batch are taken to be as long as the last of them."""
+"""Rows whose own lengths are counted; further rows of a micro-batch are assumed to be as long as the last of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Lengths:
     longest: tuple[int, ...] = ()  # the longest rows to train on, longest first: MOST_LONGEST of them
 
     def tokens(self, rows: int) -> int:
-        """Of the largest micro-batch of so many rows, without padding."""
+        """Tokens of the largest micro-batch of `rows` rows, without padding."""
         first = (self.longest or (self.train,))[:rows]
         return sum(first) + (rows - len(first)) * first[-1]
 
@@ -61,12 +61,12 @@ class Step:
 
     batch: int
     length: int
-    unpadded: int | None  # tokens of all rows, where they lie behind each other; None: each has the longest one's
+    unpadded: int | None  # tokens of all rows, if they follow each other; None: each row is as long as the longest
     evaluated: int  # length of the longest held-out row
     quantised: bool  # QLoRA
     whole_rest: bool  # what NF4 leaves alone is in fp32
     wide_norms: bool  # LayerNorm is fp32 under autocast, an NF4 layer answers in the type of its input: all become fp32
-    lean: bool  # rows behind each other, logits in chunks, adapters' input as it is; else as transformers' Trainer
+    lean: bool  # rows after each other, logits in chunks, adapters' input as it is; else as transformers' Trainer
     full: bool  # all in fp32, without autocast
     widens: bool  # products of 16-bit numbers may be made in fp32: on some processors
     saved_embedding: bool  # trained in fp32, which makes the residual stream fp32
@@ -152,7 +152,7 @@ def is_lean(shape: Shape, spec: JobSpec) -> bool:
 
 
 def micro_batch(spec: JobSpec, lengths: Lengths | None, cards: int = 1) -> int:
-    """Rows of one forward pass on each card: the spec's number, a card's part of a step, or all there are."""
+    """Rows of one forward pass on each card: the spec's number, a card's part of a step, or all rows."""
     most = spec.training.per_device_train_batch_size if cards == 1 else spec.training.rows_a_card(cards)[0]
     return min(most, lengths.rows) if lengths and lengths.rows else most
 

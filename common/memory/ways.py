@@ -1,4 +1,4 @@
-"""The ways in which several cards may share a job: how many of them, how it is divided, and bytes of each."""
+"""The ways in which several cards may share a job: how many of them, how it is divided, and the bytes of each."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _each(
     need: Need,
     lengths: Lengths | None,
 ) -> Need:
-    """What each of so many cards needs, by method."""
+    """What each of `cards` cards needs, by method."""
     if shape is None:
         return Need(lora=None, qlora=None)
     stack, most = Stack(cards=cards, parallel=parallel), spec.resources.max_vram or NO_CARD_HAS

@@ -26,22 +26,22 @@ def weight_bytes(
 
 GATHERED_BLOCKS = 3
 """Blocks of a sharded base that a card holds whole at once: the one that computes, the buffer in which it arrived, and
-that of the next one, which is on its way meanwhile (torch/distributed/fsdp/_fully_shard, FSDPParamGroup)."""
+the buffer of the next block, which is on its way (torch/distributed/fsdp/_fully_shard, FSDPParamGroup)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sharded:
     """What one of several cards holds of a base that they divide. Bytes."""
 
-    kept: int  # its part of the blocks, and whole what is no part of a block: the model's ends, the scales of NF4
+    kept: int  # its part of the blocks, and all that is outside of blocks: the model's ends, the scales of NF4
     gathered: int  # blocks that are there whole for a while
 
 
 def sharded_bytes(
     shape: Shape, method: Method, cards: int, *, double_quant: bool = True, full: bool = False, whole_rest: bool = True
 ) -> Sharded:
-    """The base's bytes on each of so many cards that divide its blocks (worker/engine/ranks/shards.py): the whole ones
-    are those of `weight_bytes`."""
+    """The base's bytes on each of `cards` cards that divide its blocks (worker/engine/ranks/shards.py): `weight_bytes`
+    has those of whole blocks."""
     nf4 = method is Method.QLORA
     size = 4 if (whole_rest if nf4 else full) else 2
 
@@ -66,8 +66,8 @@ def nf4_bytes(weights: int, *, double_quant: bool = True) -> int:
 
 
 def with_head(shape: Shape, labels: int) -> Shape:
-    """The shape of the model as a classifier: in place of its words a head of labels, which peft keeps as it began
-    beside the one that it trains."""
+    """The shape of the model as a classifier: a head of labels instead of words. peft keeps the initial head alongside
+    the one that it trains."""
     return replace(shape, tied=True, outside=shape.outside + labels * shape.hidden)
 
 
@@ -92,7 +92,7 @@ def adapter_tensors(shape: Shape, spec: JobSpec, labels: int | None = None) -> I
 
 
 def saved_part(name: str) -> Literal["embedding", "head"] | None:
-    """What a name in lora.modules_to_save stands for, where it is one of the model's ends."""
+    """Which of the model's ends a name in lora.modules_to_save means, if any."""
     last = name.rpartition(".")[2]
     if last in ("lm_head", "embed_out"):
         return "head"

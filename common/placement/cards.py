@@ -16,8 +16,8 @@ from .lines import Waiting
 from .pack_rule import PackedJob, PassLaw
 
 MARGIN_BYTES = GIB // 2
-"""Left free on every device unless its owner says otherwise (`worker --reserve`): a desktop or a driver may take so
-much between the look and the allocation."""
+"""Left free on every device unless its owner says otherwise (`worker --reserve`): a desktop or a driver may take this
+much between the check and the allocation."""
 
 SHARED_FROM_BYTES = 40 * GIB
 """Cards below this run one job unless their owner says otherwise: a small card has no room for two."""
@@ -49,7 +49,7 @@ class Occupant:
     ends: dt.datetime | None = None  # expected; None: not known
     began: dt.datetime | None = None
     gives_way_to: int | None = None  # the job for which it was asked to stop
-    host: str | None = None  # the mark of the trainer that it shares, or may share; None: of its own
+    host: str | None = None  # the mark of the trainer that it shares, or may share; None: its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,8 @@ class WarmBase:
     bytes: int
     since: dt.datetime  # when it was last asked for
     job_id: int | None = None  # that runs in it, whose reservation holds the base too; None: no such job
-    leaving: bool = False  # it goes, for another job's sake or its owner's
-    open: bool = False  # jobs may train beside those in it
+    leaving: bool = False  # it goes, because of another job or of its owner
+    open: bool = False  # jobs may train alongside those in it
     members: tuple[PackedJob, ...] = ()  # that train in it, where it is open, as the pack rule sees them
     law: PassLaw | None = None  # of its passes; None: none was measured
     spoilt: str | None = None  # why nothing joins it and it ends with its last job, in words; None: it may stay
@@ -138,7 +138,7 @@ class Card:
         return [job for job in self.running if job.host == base.host or job.job_id == base.job_id]
 
     def base_of(self, job: Occupant) -> WarmBase | None:
-        """The base that a job runs on, where its trainer is known as one that others may come into."""
+        """The base that a job runs on, if its trainer is known as one that others may join."""
         return next((base for base in self.hosts if job.host == base.host or job.job_id == base.job_id), None)
 
     def companions(self, job_id: int) -> tuple[int, ...]:
@@ -180,7 +180,7 @@ class Card:
         return [base for base in self.hosts if not base.leaving and not self.is_busy(base)]
 
     def has_warm(self, base_model: str, method: Method) -> bool:
-        """Whether a base that waits for a job is this one, as far as a waiting job's row tells."""
+        """Whether a base that waits for a job is this one, as far as a waiting job's row shows."""
         return any((base.base_model, base.method) == (base_model, method) for base in self.waiting_bases)
 
     @property
@@ -221,7 +221,7 @@ class Card:
 
 
 def largest_gpu(cards: Iterable[Card]) -> int:
-    """Bytes for our jobs on the largest open GPU, once everything else has left it; 0 without one."""
+    """Bytes for our jobs on the largest open GPU, once all else has left it; 0 without a GPU."""
     return max((c.usable for c in cards if c.open and not c.processor), default=0)
 
 
@@ -295,12 +295,12 @@ class TimeLeft:
 
 
 def suits(card: Card, job: Waiting, largest: int) -> bool:
-    """Whether the job may run on this card; its room is not asked."""
+    """Whether the job may run on this card; room is not checked."""
     return unsuited(card, job, largest) is None
 
 
 def unsuited(card: Card, job: Waiting, largest: int) -> Obstacle | None:
-    """Why the job may not run on this card; its room is not asked. A processor takes only what no GPU could hold."""
+    """Why the job may not run on this card; room is not checked. A processor takes only what no GPU could hold."""
     if (obstacle := elsewhere(card, job)) is not None:
         return obstacle
     if not job.alone:
@@ -343,12 +343,12 @@ class Room:
 
     at: dt.datetime | None  # None: it depends on an end that is not known
     after: tuple[Occupant, ...]  # what must end first
-    spare: int  # bytes left then beside the size
+    spare: int  # bytes left then besides the size
     spare_slots: int
 
 
 def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
-    """When `size` bytes and a slot will be free if no other job starts; None: never, while others hold so much."""
+    """When `size` bytes and a slot will be free if no other job starts; None: never, while others hold that much."""
     if size > card.capacity or card.max_jobs < 1 or card.stuck:
         return None
     staying = sorted(card.running, key=lambda j: (j.ends is None, j.ends or now, -j.reserved, j.job_id))
@@ -384,13 +384,13 @@ class Kept:
     spare_slots: int
 
     def less(self, size: int) -> Kept:
-        """The same once a job has taken so many bytes."""
+        """The same once a job has taken `size` bytes."""
         return Kept(node=self.node, spare=self.spare - size, spare_slots=self.spare_slots - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reservation(Kept):
-    """The card that is kept for a job, and the others that are kept with it where several are to share the job."""
+    """The card that is kept for a job, and the others that are kept with it if several are to share the job."""
 
     job: Waiting
     beside: tuple[Kept, ...] = ()
@@ -405,6 +405,6 @@ class Reservation(Kept):
         return next((kept for kept in self.cards if kept.node == node), None)
 
     def without(self, node: str, size: int) -> Reservation:
-        """The same once a job has taken so many bytes of a card."""
+        """The same once a job has taken `size` bytes of a card."""
         own, *beside = (kept.less(size) if kept.node == node else kept for kept in self.cards)
         return replace(self, spare=own.spare, spare_slots=own.spare_slots, beside=tuple(beside))

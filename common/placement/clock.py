@@ -1,4 +1,4 @@
-"""The clock of a replay: cards with their jobs and hosts as time passes, and how fast each job gets on."""
+"""The clock of a replay: cards with their jobs and hosts as time passes, and how fast each job runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ReplayedBase:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayedForm:
-    """How a job to replay may do without recomputing, where nobody else wants the room."""
+    """How a job to replay may do without recomputing if nobody else wants the room."""
 
     form: RoomyForm
     time: float  # share of its seconds
@@ -46,7 +46,7 @@ class ReplayedJob:
     waiting: Waiting
     seconds: float | None  # from its first step on, with a card of its own; None: not known, it never ends
     base: ReplayedBase | None = None  # None: it starts in no time, and leaves no host
-    packed: PackedJob | None = None  # as the pack rule sees it; None: it trains beside no other job
+    packed: PackedJob | None = None  # as the pack rule sees it; None: it trains alongside no other job
     roomy: tuple[ReplayedForm, ...] = ()  # the fastest first
 
     def seconds_in(self, form: RoomyForm | None) -> float | None:
@@ -210,7 +210,7 @@ class Clock:
         self._put(replace(card, hosts=tuple(hosts)))
 
     def _let_out(self, node: str, host: str) -> None:
-        """Those that had ended before the replay began are out of their host, and hold nothing more."""
+        """Jobs that had ended before the replay began are out of their host, and hold nothing more."""
         card = self.cards[node]
         base = next((base for base in card.hosts if base.host == host), None)
         if base is not None:
@@ -224,7 +224,7 @@ class Clock:
             self._put(_left(self.cards[node], job_id, now))
 
     def _drop_late_hosts(self) -> None:
-        """Let the bases go that have waited for a job for as long as they may."""
+        """Drop the bases that have waited for a job for as long as they may."""
         oldest = self.at(self._moment - self._keep_warm_s)
         for card in self.cards.values():
             idle = [base for base in card.hosts if not card.is_busy(base)]
@@ -256,7 +256,7 @@ class Clock:
             self.cards[node] = replace(card, running=running)
 
     def _speed(self, job_id: int) -> float:
-        """How fast a job gets on beside the others on its cards: 1 with cards of its own."""
+        """How fast a job runs next to the others on its cards: 1 with cards of its own."""
         cards = [self.cards[node] for node in self._jobs[job_id].nodes]
         return min(self._share(card, job) for card in cards for job in card.running if job.job_id == job_id)
 
@@ -377,8 +377,8 @@ def _left(card: Card, job_id: int, now: dt.datetime) -> Card:
 
 
 def _vacated(card: Card, base: WarmBase, now: dt.datetime) -> Card:
-    """The card when one has left a trainer with this base. The last one's trainer stays where its base has room, unless
-    it is spoilt."""
+    """The card after a job has left a trainer with this base. Once the last one leaves, the trainer stays if its base
+    has room, unless it is spoilt."""
     others = tuple(other for other in card.hosts if other.host != base.host)
     if card.is_busy(base):
         return replace(card, hosts=(*others, base))

@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from loractl.common.job.status import BLAMED, Blamed, Reason
 
 GPU_ERRORS = 2
-"""A card is closed after so many gpu_errors in a row."""
+"""A card is closed after this many gpu_errors in a row."""
 
 OTHER_FAILURES = 3
-"""A card or a box is closed after so many of the lab's other failures in a row."""
+"""A card or a box is closed after this many of the lab's other failures in a row."""
 
 REMEMBERED_S = 24 * 3600.0
-"""A failure that is older says nothing about a card any more."""
+"""An older failure says nothing about a card any more."""
 
 ONE_LOSS_S = 60.0
-"""Workers lost, and trainers killed, within so long had one cause: a power cut or a pkill ends every job of a box."""
+"""Lost workers and killed trainers within this time had one cause: a power cut or a pkill ends every job of a box."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardFailure:
-    """An attempt that ended by a failure of the lab's."""
+    """An attempt that a failure of the lab ended."""
 
     node: str
     reason: Reason
@@ -72,10 +72,10 @@ def closure(node: str, failures: Sequence[CardFailure]) -> Closure | None:
 
 
 def _independent(failures: Iterable[CardFailure]) -> list[CardFailure]:
-    """One for each origin, and of those that were lost together one."""
+    """One failure for each origin, and one for those that were lost together."""
     counted: list[CardFailure] = []
     seen: set[tuple[str, str, int]] = set()
-    lost: dt.datetime | None = None  # when the last one was lost that others may have been lost with
+    lost: dt.datetime | None = None  # when the newest group of those lost together began
     for failure in sorted(failures, key=lambda f: (f.at, f.job_id)):
         together = False
         if failure.reason in (Reason.WORKER_LOST, Reason.KILLED):
@@ -88,10 +88,10 @@ def _independent(failures: Iterable[CardFailure]) -> list[CardFailure]:
 
 
 def _follows_the_jobs(target: str, counted: Sequence[CardFailure], failures: Sequence[CardFailure]) -> bool:
-    """Whether the same happens elsewhere too, so that it is no fault of this card or box.
+    """Whether the same happens elsewhere too, so that this card or box is not at fault.
 
-    It is one user's own when only his jobs fail, and they fail in the same way elsewhere; and the store's when it fails
-    several boxes.
+    It is one user's fault if only that user's jobs fail, and fail in the same way elsewhere; it is the store's if it
+    fails several boxes.
     """
     reasons, users = {f.reason for f in counted}, {f.user for f in counted}
     elsewhere = [f for f in failures if target not in (f.node, f.host) and f.reason in reasons]

@@ -66,14 +66,14 @@ def may_share(card: Card, job: Waiting) -> bool:
 
 
 def takers(job: Waiting, gang: SharedNeed, cards: Collection[Card]) -> list[Card]:
-    """The cards that the rule may give the job: none that failed it, while a box could hold it without those."""
+    """The cards that the rule may give the job: none that failed it, while a box could hold it without them."""
     sound = [card for card in cards if not failed(card, job)]
     allowed = sound if len(sound) < len(cards) and any(_holding(job, gang, sound)) else cards
     return [card for card in allowed if may_share(card, job)]
 
 
 def best_group(cards: Sequence[Card], count: int) -> list[Card] | None:
-    """So many cards of one box: of one speed before others, idle before shared, then those that they fill best."""
+    """`count` cards of one box: of one speed before others, idle before shared, then those that they fill best."""
 
     def order(card: Card) -> tuple[bool, int, str]:
         return len(card.running) > 0, card.free, card.node
@@ -133,7 +133,7 @@ def _last(rooms: Iterable[Room]) -> dt.datetime | None:
 
 
 def _pools(cards: Sequence[Card]) -> Iterator[list[Card]]:
-    """The cards of each box, those of one model and all of them."""
+    """The cards of each box: all of them, then those of each model."""
     for of_box in _by_box(cards):
         models = {card.model for card in of_box}
         yield of_box

@@ -22,11 +22,11 @@ REPRODUCES = "reproduces"
 """The label of a job that runs another one again."""
 
 KEEP_WARM_S = 600.0
-"""A base stays so long after its last job unless the box's owner says otherwise."""
+"""How long a base stays after its last job, unless the box's owner says otherwise."""
 
 
 OTHER_KEY = "their base has another revision, training.dtype, attn_implementation or exact"
-"""Why jobs on one base and method have different keys, for people: what `base_key` reads beside those two."""
+"""Why jobs on one base and method have different keys, for people: what `base_key` reads besides those two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Seat:
 def base_key(spec: JobSpec, method: Method) -> str | None:
     """What decides, on one card, how the job's base is loaded; None: it gets a trainer of its own, which ends with it.
 
-    The weights' own identity is compared where they lie, when a job joins.
+    The weights' own identity is compared where they are stored, when a job joins.
     """
     if why_alone(spec) is not None:
         return None
@@ -50,7 +50,7 @@ def base_key(spec: JobSpec, method: Method) -> str | None:
 
 
 def why_alone(spec: JobSpec) -> str | None:
-    """Why a job shares its trainer with no other one, not even one after the other; None where it may."""
+    """Why a job shares its trainer with no other job, not even one after the other; None if it may."""
     if REPRODUCES in spec.labels:
         return "it is compared with another run bit by bit"
     if spec.resources.exclusive:
@@ -71,9 +71,9 @@ def why_alone(spec: JobSpec) -> str | None:
 
 
 def seat(card: Card, key: str | None, reserved: int) -> Seat:
-    """Into which host a job with this base comes, and which bases go, where so many bytes are reserved for it.
+    """The host that a job with this base joins, and the bases that go, if `reserved` bytes are reserved for it.
 
-    The newest host of its base takes it. Of the others the oldest go, until all that stays has room beside the job,
+    The newest host of its base takes it. Of the others the oldest go, until all that stays has room next to the job,
     and the card has no more trainers than it may have.
     """
     waiting = sorted(card.waiting_bases, key=lambda base: (base.since, base.host))
@@ -85,7 +85,7 @@ def seat(card: Card, key: str | None, reserved: int) -> Seat:
 
 
 def joined(card: Card, base: WarmBase, own: int) -> Seat:
-    """The seat of a job that trains beside others on their base, where so many bytes are reserved for it."""
+    """The seat of a job that trains alongside others on their base, with `own` bytes reserved for it."""
     waiting = sorted(card.waiting_bases, key=lambda other: (other.since, other.host))
     return Seat(host=base, leaving=_going(card, waiting, card.taken + own, card.trainers))
 

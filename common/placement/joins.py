@@ -1,7 +1,7 @@
-"""Joins: which waiting job may train beside those in a running host, and what of the card it takes there.
+"""Joins: which waiting job may train alongside those in a running host, and what of the card it takes there.
 
-Pure functions of values, like all of the placement. Who asks hands in `Newcomers`: what the rule must know of a waiting
-job for a join is in its spec, and is read for the few jobs that have a host on their base alone.
+Pure functions of values, like all of the placement. The caller passes `Newcomers`: what the rule must know of a waiting
+job for a join is in its spec, which is read only for the few jobs that have a host on their base.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from .lines import JoinOpening, Waiting, waited
 from .pack_rule import CONTENTION, JoinVerdict, PackedJob, PassLaw, Sharing, join_verdict
 
 PACK_MEMBERS = 8
-"""Jobs that train in one host at most: more of them gain little in a pass, and its death is the end of all of them."""
+"""Jobs that train in one host at most: more of them gain little in a pass, and its death ends all of them."""
 
 LEAST_PART = 10
-"""A job's own part is never less than one in so many of its whole need: a base may measure more than was planned."""
+"""A job's own part is at least its whole need divided by this: a base may measure more than was planned."""
 
 
 SOONER = 0.9
-"""A job waits for another card rather than join a host where it would end there in so much of the time: expected ends
-are no certain ones. It does so for as long at most as it would have been in the host."""
+"""A job waits for another card rather than join a host if it would end there in this share of the time: expected ends
+are not certain. It waits at most as long as it would have been in the host."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Newcomer:
-    """What the rule knows of a waiting job that may train beside others."""
+    """What the rule knows of a waiting job that may train alongside others."""
 
     keys: Mapping[Method, str]  # of its base, see hosts.base_key; none: it trains alone
     packed: PackedJob
@@ -48,7 +48,7 @@ class Join:
 
     node: str
     base: WarmBase
-    own: int  # bytes that it takes beside those in it
+    own: int  # bytes that it takes besides those in it
     packed: PackedJob
     verdict: JoinVerdict
 
@@ -64,7 +64,7 @@ class RefusedJoin:
 
 @dataclass(frozen=True, kw_only=True)
 class DeclinedJoin:
-    """A join that a job does not take, since it ends sooner by waiting for another card."""
+    """A join that a job declines, since it ends sooner by waiting for another card."""
 
     job_id: int
     refused: RefusedJoin
@@ -73,7 +73,7 @@ class DeclinedJoin:
 
 
 def own_part(need: int, base: int) -> int:
-    """Bytes that a job takes beside others on a base of `base` bytes, where it needs `need` with one of its own."""
+    """Bytes that a job takes alongside others on a base of `base` bytes, if it needs `need` with a base of its own."""
     return max(need - base, need // LEAST_PART)
 
 
@@ -83,7 +83,7 @@ def open_bases(card: Card) -> list[WarmBase]:
 
 
 def spoilt_bases(card: Card) -> list[WarmBase]:
-    """Bases of the card with jobs that others could join, had their process not been spoilt."""
+    """Bases of the card with jobs that others could join if their process were not spoilt."""
     return [base for base in _with_jobs(card) if base.spoilt is not None]
 
 
@@ -109,8 +109,8 @@ def may_join(card: Card, job: Waiting) -> bool:
 
 
 def best_join(cards: Iterable[Card], job: Waiting, method: Method, newcomers: Newcomers) -> Join | None:
-    """The join in which the job is fastest: it spreads over hosts that gain alike. Cards that the job may not have, or
-    that are kept for others, are left out by who asks."""
+    """The join in which the job is fastest: it spreads over hosts that gain alike. The caller leaves out cards that the
+    job may not have, or that are kept for others."""
     found = [one for one in looked_at(cards, job, method, newcomers) if isinstance(one, Join)]
     verdicts = [join.verdict for join in found]
     seconds = all(verdict.seconds is not None for verdict in verdicts)  # else shares of each card's own speed
@@ -134,9 +134,9 @@ def sooner_elsewhere(
 ) -> DeclinedJoin | None:
     """The card that the job should wait for; None: it should join.
 
-    A pack is hardly faster than its members one by one, so a card that nobody uses is worth more. `model`: that of the
-    host's card, since one of another model is of another speed. `others`: cards that the job may have. `busy_until`:
-    seconds until those that wait for a card already have ended there.
+    A pack is hardly faster than its members one by one, so a card that nobody uses is worth more. `model`: of the
+    host's card, since other models have other speeds. `others`: cards that the job may have. `busy_until`: seconds
+    until the jobs that already wait for a card have ended there.
     """
     ends, alone = join.verdict.ends, join.verdict.alone
     if ends is None or alone is None or waited(job, now) > ends:

@@ -15,7 +15,7 @@ from loractl.common.job.need import Need, SharedNeed, Ways, least_need
 from .sizes import size_step
 
 RESULT_FIRST_S = 600.0
-"""A job whose finished result lies on a box waits so long for that box alone: elsewhere it would be trained again."""
+"""How long a job waits only for the box that has its finished result: elsewhere it would be trained again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class ListedLine:
 
 
 class SubstitutedLine:
-    """A line in which one job stands in another form: at its own place by age, but with other needs or methods."""
+    """A line in which one job has another form: at its own place by age, but with other needs or methods."""
 
     def __init__(self, line: Line, changed: Waiting) -> None:
         self._line = line
@@ -172,9 +172,9 @@ class SubstitutedLine:
 
 
 class JoinedLine:
-    """A line beside which some jobs are known that may join a running host: they come at their own places by age.
+    """A line, and with it some jobs that may join a running host: they come at their own places by age.
 
-    The line itself gives what may have a trainer of its own.
+    The line itself gives the jobs that may have a trainer of their own.
     """
 
     def __init__(self, line: Line, joiners: Iterable[Waiting]) -> None:
@@ -255,7 +255,7 @@ class KeptLine:
             del self._shelves[_shelf(job)]
 
     def on_bases(self, bases: Iterable[str], most: int) -> list[Waiting]:
-        """The first jobs on each of these base models, so many of them."""
+        """The first jobs on each of these base models, at most `most` for each."""
         return [self._jobs[order] for base in bases for order in self._bases.get(base, [])[:most]]
 
     def reader(self) -> LineReader:

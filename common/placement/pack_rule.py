@@ -1,8 +1,8 @@
-"""The pack rule: whether a waiting job should train beside others on their base, or wait for a card of its own.
+"""The pack rule: whether a waiting job should train alongside others on their base, or wait for a card of its own.
 
 A pass over the base takes a fixed time (weights are read and dequantised once, kernels are started once), and a time
-for each token and for each member. Members share the fixed part alone, so a pack pays where it is large beside the
-tokens: for short rows, and longer on a base in NF4. The law is fitted to measured passes and starts from figures of
+for each token and for each member. Members share only the fixed part, so a pack pays where that is large compared to
+the tokens: for short rows, and longer on a base in NF4. The law is fitted to measured passes and starts from figures of
 SmolLM2-135M on a processor; a card that computes faster shows larger fixed parts, and its own passes soon say so.
 """
 
@@ -14,35 +14,35 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 START = {False: (30.0, 2.0), True: (50.0, 2.0)}
-"""What a pass costs beside its tokens before any was measured, in tokens: the fixed part, and each member's. By whether
-the base is in NF4. They give 1.3 for four jobs of 64 tokens in 16 bit, and 1.5 for four and 1.6 for eight in NF4, where
-1.3, 1.5 to 1.7, and 1.5 to 1.9 were measured (benchmarks/packs.py, on two processors)."""
+"""What a pass costs besides its tokens before any was measured, in tokens: the fixed part, and each member's. By
+whether the base is in NF4. They give 1.3 for four jobs of 64 tokens in 16 bit, and 1.5 for four and 1.6 for eight in
+NF4, where 1.3, 1.5 to 1.7, and 1.5 to 1.9 were measured (benchmarks/packs.py, on two processors)."""
 
 LEAST_GAIN = 1.05
-"""A sweep's jobs join from this speed-up on. No law of this form tells less than 1, but four jobs of 512 tokens, of
-which it tells 1.04, took 0 to 2 % longer than one by one: what it tells below is not sure to be a gain."""
+"""A sweep's jobs join from this speed-up on. No law of this form predicts less than 1, but four jobs of 512 tokens, for
+which it predicts 1.04, took 0 to 2 % longer than one by one: below this a gain is not certain."""
 
 TRUST = (0.03 / 1.0) ** 2
-"""Weight of the figures that the law starts from beside one measured pass: that is off by 3 %, they by as much as
-they are."""
+"""Weight of the law's starting figures against one measured pass: a pass is off by 3 %, they may be off by their own
+size."""
 
 FORGOTTEN = 0.98
 """What a measured pass counts for after each further one: a card's speed changes with its clock and its other users."""
 
 FOLLOWED = 0.3
-"""Share of what the law can't explain of a pass, in the company of the one before it, that is taken for a change of the
-machine's load: all earlier passes then count as so much slower or faster. What comes with new company is the law's."""
+"""Share of what the law can't explain of a pass, with the members of the pass before, that counts as a change of the
+machine's load: all earlier passes then count as that much slower or faster. What new members bring is the law's."""
 
 REWEIGHTED = 4
 """Rounds in which the weights of the starting figures are found."""
 
 DELAY = 0.5
-"""Share of its remaining time by which joins may push a member past the end that was promised to it. Two equal jobs of
-different people that gain what their mean completion asks for end at most so much later."""
+"""Share of its remaining time by which joins may push a member past its promised end. Two equal jobs of different
+people that gain what their mean completion asks for end at most this much later."""
 
 CONTENTION = 0.5
-"""What a process costs another one on its card where that was not measured: half of its pace alone, the middle between
-nothing and turns. With it K processes are 2K/(K+1) times as fast as one by one, just what members have to gain."""
+"""What a process costs another on its card if that was not measured: half of its pace alone, the middle between nothing
+and turns. With it K processes are 2K/(K+1) times as fast as one by one, exactly what members have to gain."""
 
 Numbers = tuple[float, ...]
 
@@ -53,19 +53,19 @@ class MeasuredPass:
 
     tokens: int
     members: int
-    seconds: float  # of a processor its own computing: others' load is no cost of the pass
+    seconds: float  # on a processor its own computing: others' load is no cost of the pass
     wall_seconds: float | None = None  # None: the same
 
 
 @dataclass(frozen=True, kw_only=True)
 class PassLaw:
-    """How long a pass takes: fixed + token x tokens + member x members, in seconds. Before a first pass was measured
-    they are in tokens, which tells speed-ups all the same."""
+    """How long a pass takes: fixed + token x tokens + member x members, in seconds. Before the first measured pass
+    they are in tokens, which is enough for speed-ups."""
 
     fixed: float
     token: float
     member: float
-    load: float = 1.0  # seconds of the clock for one of these, as the last passes had it: a time limit is about those
+    load: float = 1.0  # seconds of the clock for one of these, by the last passes: a time limit is about the clock
     _products: tuple[Numbers, ...] = field(default=((0.0,) * 3,) * 3, repr=False)  # of measured passes' numbers
     _sums: Numbers = field(default=(0.0,) * 3, repr=False)
     _start: tuple[float, float] = field(default=START[False], repr=False)
@@ -96,14 +96,14 @@ class PassLaw:
 
     @property
     def micro_batch(self) -> int | None:
-        """Tokens that a member had in a measured pass, in the mean of the last ones; None: none was measured."""
+        """Mean tokens of a member in the last measured passes; None: none was measured."""
         return round(self._products[1][2] / self._products[2][2]) if self.is_measured else None
 
     def seconds(self, tokens: int, members: int) -> float:
         return self.fixed + self.token * tokens + self.member * members
 
     def speed_up(self, tokens: Sequence[int]) -> float:
-        """How much faster one pass of micro-batches of so many tokens is than a pass of each."""
+        """How much faster one pass of micro-batches of these sizes is than a pass for each."""
         return sum(self.seconds(count, 1) for count in tokens) / self.seconds(sum(tokens), len(tokens))
 
     def most_added(self, tokens: Sequence[int]) -> float:
@@ -137,8 +137,8 @@ class PassLaw:
 def _fitted(products: tuple[Numbers, ...], sums: Numbers, start: tuple[float, float], company: int) -> PassLaw:
     """The least squares, drawn to the starting ratios a little; no part is negative.
 
-    A part is drawn by its deviation as a share of the larger of both, so that one which is many times its starting
-    figure is held back no more than one that is nothing.
+    A part is drawn by its deviation as a share of the larger of both, so that a part many times its starting figure is
+    held back no more than a part of zero.
     """
     first = (start[0], 1.0, start[1])
     # the scale of the starting figures that the measured passes themselves suggest
@@ -193,7 +193,7 @@ class PackedJob:
     """What the rule sees of a job that trains on a base, or would."""
 
     tokens: int  # of a micro-batch
-    job_id: int | None = None  # None: not told
+    job_id: int | None = None  # None: not given
     passes: int | None = None  # that are left; None: not known
     left_seconds: float | None = None  # the same in the pack as it is, measured; it goes before `passes`
     sweep: str | None = None  # whose jobs one person waits for together
@@ -217,13 +217,13 @@ class JoinVerdict:
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """What awaits a job that does not join: a process of its own on the same card, beside the pack and others.
+    """What awaits a job that does not join: a process of its own on the same card, next to the pack and others.
 
     Each of k processes runs at 1 / (1 + contention (k - 1)) of its pace alone.
     """
 
     contention: float
-    others: int = 0  # trainers there beside the pack
+    others: int = 0  # trainers there besides the pack
 
     @property
     def most(self) -> float:
@@ -236,15 +236,15 @@ class Sharing:
 def join_verdict(
     law: PassLaw, running: Sequence[PackedJob], joining: PackedJob, *, apart: Sharing | None = None
 ) -> JoinVerdict:
-    """Whether `joining` should train beside `running`.
+    """Whether `joining` should train alongside `running`.
 
-    The jobs of one sweep must gain throughput, as far as the law can tell: one person waits for all of them, so no end
-    of one was promised apart. Others must gain as much as their mean completion does: K equal jobs one by one end after
-    (K + 1) / 2 of their times in the mean, in a pack all at the end. `apart`: the job would not wait but share the card
-    in a process of its own. Then that is what the pack must match, for each member, whose end nobody promises there
-    either: none may cost another more than its process would. A pass is a sum, so this holds for whoever stays when
-    others leave. A sweep is not asked that: its gain is the law's, and what a process costs is assumed. No join breaks
-    a time limit.
+    The jobs of one sweep must gain throughput, as far as the law can tell: one person waits for all of them, so no
+    single job has a promised end. Others must gain as much as their mean completion does: K equal jobs one by one end
+    after (K + 1) / 2 of their times in the mean, in a pack all at the end. `apart`: the job would not wait but share
+    the card in a process of its own. Then the pack must match that for each member, and no end is promised there
+    either: none may cost another more than its process would. A pass is a sum, so this also holds for members that
+    stay when others leave. A sweep is exempt: its gain is the law's, and what a process costs is assumed. No join
+    breaks a time limit.
     """
     every = [*running, joining]
     tokens = [job.tokens for job in every]
@@ -283,7 +283,7 @@ def join_verdict(
 
 
 def _last_pass(law: PassLaw, running: Sequence[PackedJob], tokens: int, passes: int) -> float:
-    """Seconds to the end of a newcomer's passes beside members that leave after theirs. Whose are not known stays."""
+    """Seconds to the end of a newcomer's passes alongside members that leave after theirs; unknown members stay."""
     one = law.seconds(sum(job.tokens for job in running), len(running))
 
     def left(job: PackedJob) -> float:
@@ -301,7 +301,7 @@ def _last_pass(law: PassLaw, running: Sequence[PackedJob], tokens: int, passes: 
 
 
 def _too_late(job: PackedJob, longer: float, wall: float, *, promised: bool) -> str | None:
-    """Why the job would end too late. `longer`: by what the newcomer makes a pass so; `wall`: seconds that it takes
+    """Why the job would end too late. `longer`: how much the newcomer lengthens a pass; `wall`: seconds of the pass
     then, by the clock."""
     left = job.passes * wall if job.passes is not None else None
     if job.left_seconds is not None:

@@ -30,8 +30,8 @@ def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]]
 
 
 def _for_gang(job: Waiting, gang: SharedNeed, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]] | None:
-    """The same for a job on several cards: these, and who would have to stop on any of them. It does not begin on a
-    silent card: for that one they would stop in vain."""
+    """The same for a job on several cards: the cards, and the jobs that would have to stop on any of them. It does not
+    begin on a silent card: stopping jobs for that one would gain nothing."""
     options, heard = [], [card for card in takers(job, gang, cards) if not card.silent]
     for method in job.methods:
         size = gang.need.of(method)
@@ -55,7 +55,7 @@ def _willing(job: Waiting, card: Card) -> list[Occupant]:
 
 
 def _leaving(job: Waiting, card: Card, size: int) -> list[Occupant] | None:
-    """Who would have to stop on the card; nobody where it has room."""
+    """The jobs that would have to stop on the card; none if it has room."""
     return [] if _has_room(card, size, []) else _fewest(card, size, _willing(job, card))
 
 
@@ -75,6 +75,6 @@ def _fewest(card: Card, size: int, willing: Sequence[Occupant]) -> list[Occupant
 
 
 def _has_room(card: Card, size: int, going: Sequence[Occupant]) -> bool:
-    """Whether these leave room and a slot: a member of a host leaves its own part alone while others are in it."""
+    """Whether these leave room and a slot: a member of a host leaves only its own part while others are in it."""
     then = card.without([job.job_id for job in going])
     return then.free >= size and then.slots > 0

@@ -15,7 +15,7 @@ from .lines import Waiting
 def out_of_reach(job: Waiting, cards: Collection[Card]) -> str | None:
     """Why none of these cards could ever hold the job, as a sentence; None: one could, or that is not known.
 
-    `job`: with all methods that it may run with at last.
+    `job`: with all methods that it may eventually run with.
     """
     if not cards:
         return None

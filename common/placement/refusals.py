@@ -98,7 +98,7 @@ class Round:
         return given
 
     def limit_of(self, user: str) -> Limit | None:
-        """The limit on a user's jobs, where that is reached by those that run."""
+        """The limit on a user's jobs, if the running jobs reach it."""
         most, runs = least_limit(self.cards.values()), jobs_by_user(self.cards.values()).get(user, 0)
         return None if most is None or runs < most else Limit(user=user, runs=runs, most=most)
 
@@ -107,8 +107,8 @@ class Round:
         return gang_of(job, self.cards.values()) if job.gangs else None
 
     def refusals(self, job: Waiting, at_last: Waiting) -> dict[str, Refusal | None]:
-        """Why each card does not take the job. None: it has room and is nobody's, so the rule gives the job this one or
-        another, unless its user may run no more.
+        """Why each card does not take the job. None: it has room and is nobody's, so the rule gives the job this card
+        or another, unless its user may run no more.
 
         `at_last`: the job with all methods that it may have once it has waited for the preferred one.
         """
@@ -148,7 +148,7 @@ class Round:
         return Obstacle.LEAVERS if card.leavers and (job.least or 0) <= card.capacity else Obstacle.PROGRAMS
 
     def _room(self, job: Waiting, card: Card) -> Full | None:
-        """When the card has room for the job, by the method for which that is soonest; None: never by itself."""
+        """When the card has room for the job, by the method with which that is soonest; None: never by itself."""
         sizes = {None} if job.least is None else {job.need.of(method) for method in job.methods}
         rooms = [(size, room_for(card, job, size or max(1, card.capacity), self.now)) for size in sizes]
         full = [_full(card, size, room) for size, room in rooms if room is not None]
@@ -162,7 +162,7 @@ class Round:
         return None if mine or not (given or kept_for) else Taken(given=given, kept_for=kept_for)
 
     def _share(self, job: Waiting, card: Card, gang: SharedNeed) -> Refusal | None:
-        """The same of a card that is to be one of several."""
+        """The same for a card that is to be one of several."""
         size = least_need(job.methods, gang.need)
 
         def room(other: Card) -> Room | None:
@@ -178,7 +178,7 @@ class Round:
         return self._too_few(replace(job, gangs=(gang,)), card)
 
     def _too_few(self, job: Waiting, card: Card) -> Obstacle:
-        """Of a card whose box lacks others for the job: for ever, or until they open and are free again."""
+        """Why the box of a card lacks others for the job: for ever, or until they open and are free again."""
         if not may_share(card, job):
             return Obstacle.UNSHARED
         return Obstacle.TOO_FEW_NOW if self._enough_at_last(job, card) else Obstacle.TOO_FEW

@@ -23,7 +23,7 @@ from .rule import Placement, place
 from .shares import charge, decayed
 
 MOST_JOINERS = 32
-"""Jobs of a line that are asked at a time whether they join a host on their base."""
+"""How many jobs of a line are asked at a time whether they join a host on their base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ def replay(
     """Replay from `now` on, with the jobs and hosts that the cards have already, until nothing more happens.
 
     `rule`: PlacementRule() without one. `contention`: each of k jobs on a card runs at 1 / (1 + contention (k - 1)) of
-    its speed, its start too; at 0 they don't slow each other, at 1 they take turns. `keep_warm_s`: so long a trainer
+    its speed, its start too; at 0 they don't slow each other, at 1 they take turns. `keep_warm_s`: how long a trainer
     stays with its base after its job. `until`: stop once this job has started.
     """
     clock = Clock(now=now, cards=cards, contention=contention, keep_warm_s=keep_warm_s)
@@ -144,7 +144,7 @@ class PlacementRule:
         return given
 
     def _with_room(self, placed: Placement, card: Card) -> Placement:
-        """The placement with the room that nobody else wants. Those that start after it still wait when that is asked:
+        """The placement with the room that nobody else wants. Jobs that start after it still count as waiting then:
         each node claims for itself."""
         forms, job = self._roomy.get(placed.job.job_id, ()), placed.job
         newcomer = None if self._newcomers is None or not forms else self._newcomers(job)
@@ -197,5 +197,5 @@ class PlacementRule:
 
 
 def _read(line: KeptLine, bases: Collection[str]) -> Line:
-    """The line, with those beside it that may join a host on one of these base models."""
+    """The line, and with it the jobs that may join a host on one of these base models."""
     return JoinedLine(line.reader(), line.on_bases(bases, MOST_JOINERS)) if bases else line.reader()

@@ -14,26 +14,26 @@ from .pack_rule import PassLaw
 from .rule import Placement
 
 GAIN = 1.3
-"""A step that does not recompute is about so many times as fast, by count: 1.28 (0.5B) to 1.41 (8B)."""
+"""How many times as fast a step without recomputing is, by count: 1.28 (0.5B) to 1.41 (8B)."""
 
 Wanted = Callable[[int], bool]
-"""Whether a ready job would fit into so many bytes beside the job."""
+"""Whether a ready job would fit into this many bytes next to the job."""
 
 
 def gains_more_in_a_pack(tokens: int, method: Method) -> bool:
-    """Whether jobs with micro-batches of so many tokens, as many as one trainer takes, are faster together than each
-    without recomputing: such a job stays open to others, and nobody joins one that has the room."""
+    """Whether jobs with micro-batches of `tokens` tokens, as many as one trainer takes, are faster together than each
+    without recomputing: such a job stays open to others, and nobody joins a job that has the room."""
     law = PassLaw.start(quantised=method is Method.QLORA)
     return law.speed_up([tokens] * PACK_MEMBERS) > GAIN
 
 
 def with_room(placed: Placement, card: Card, forms: Sequence[RoomyForm], wanted: Wanted) -> Placement:
-    """The placement, in the fastest of the forms for which its card has room; as it is where others are on the card, or
-    where one that is ready now wants what the form would take.
+    """The placement in the fastest form for which its card has room; unchanged if others are on the card, or if a job
+    that is ready now wants what the form would take.
 
     The rule gives the job a card by its need alone, so no line changes. `wanted` is asked at most once. With every
-    second block recomputed it trains only on a card of one job: an eighth of the time is less than what a job loses
-    that comes later and would have fitted beside the need.
+    second block recomputed it trains only on a card of one job: an eighth of the time is less than the loss of a job
+    that comes later and would have fitted next to the need.
     """
     if placed.beside or placed.join is not None or card.processor or card.running or card.leavers:
         return placed

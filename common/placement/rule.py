@@ -29,20 +29,20 @@ from .lines import Line, Openings, Waiting, waited, waited_again
 from .shares import NONE_LEFT, START_CHARGE_S
 
 RESERVE_AFTER_S = 30 * 60.0
-"""A card is kept for the first job in the order once it has waited so long without fitting."""
+"""How long the first job in the order waits without fitting before a card is kept for it."""
 
 OLDEST_FIRST_AFTER_S = 24 * 3600.0
-"""The oldest job that could run goes before every priority and share once it has waited so long: no job starves."""
+"""The oldest job that could run goes before every priority and share once it has waited this long: no job starves."""
 
 
 IDLE_FOR_GANG_S = 3600.0
-"""A card that has room already stays idle for a job on several where the others will have room so soon, or within the
-time that the job has waited by then, or once that is a day. Others may use it before: until that day no card idles for
-longer than the job has waited, and jobs of one length pass it for twice that length at most. After it nothing bounds
-how long one idles. The time begins anew with each attempt, hold and retry: for what a job waited before, no card idles.
-A job that began within the hour and whose end is not known yet counts as one that ends soon: else short jobs on two
-cards, of which one has always just begun, would pass the job for a day. One whose end stays unknown would keep a card
-idle for nobody knows how long."""
+"""A card that already has room stays idle for a job on several cards if the others will have room within this time, or
+within the time that the job has waited by then, or once that is a day. Others may use it before: until that day no card
+idles for longer than the job has waited, and jobs of one length pass it for twice that length at most. After it nothing
+bounds how long a card idles. The time begins again with each attempt, hold and retry: no card idles for earlier waits.
+A job that began within the hour and whose end is not known yet counts as ending soon: else short jobs on two cards, one
+of them always just begun, would pass the job for a day. A job whose end stays unknown would keep a card idle without
+limit."""
 
 
 MOST_WITHOUT_TIME = 32
@@ -72,7 +72,7 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """One step of the rule: a job that starts, the one for which a card is kept, or one that could join a host, and
+    """One step of the rule: a job that starts, a job for which a card is kept, or a job that could join a host but
     waits since it ends sooner elsewhere."""
 
     placed: Placement | None = None
@@ -97,7 +97,7 @@ class _Fleet:
     """Cards for which jobs decline a host, and the seconds until the last of those would have ended there."""
 
     awaited: set[int] = field(init=False)
-    """Jobs not tried yet for which running ones were asked to stop: in vain, if others took what they have beside."""
+    """Jobs not tried yet for which running jobs were asked to stop: for nothing if others took their other room."""
 
     without_time: int = 0  # jobs looked at for which some card stops too early
 
@@ -144,7 +144,7 @@ class _Fleet:
         return best_join([c for c in self.joined if self.takes(c, job)], job, method, self.newcomers)
 
     def is_warm(self, card: Card, job: Waiting, method: Method) -> bool:
-        """Whether a base that the job may have waits there: one of its name need not be, and no job alone has any."""
+        """Whether a base that the job may have waits there: one of its name may differ, and a job alone has none."""
         if not job.base_model or not card.has_warm(job.base_model, method):
             return False
         newcomer = None if self.newcomers is None else self.newcomers(job)
@@ -187,7 +187,7 @@ class _Fleet:
         self.running[job.user] = self.running.get(job.user, 0) + 1
 
     def at_limit(self, user: str) -> bool:
-        """Whether the user may start nothing: as many run as may, or the quota is used up."""
+        """Whether the user may start nothing: the limit of running jobs is reached, or the quota is used up."""
         reached = self.user_limit is not None and self.running.get(user, 0) >= self.user_limit
         return reached or self.charges.get(user) == NONE_LEFT
 
@@ -240,7 +240,7 @@ def _first_by_age(oldest: Line, fleet: _Fleet, now: dt.datetime) -> Waiting | No
 
 
 def turn(job: Waiting, charges: Mapping[str, float]) -> tuple[int, float, int]:
-    """Orders jobs as the rule tries them: by priority, what their user had of the cards, and age."""
+    """Orders jobs as the rule tries them: by priority, by their user's share of the cards, and by age."""
     return -job.priority, charges.get(job.user, 0.0), job.job_id
 
 
@@ -292,7 +292,7 @@ def _best(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Placement | Declined
 
     An idle card goes before a running host that the job joins, and that before a shared card, where jobs share the
     compute too. Among those, a card on which the job's base waits in a host goes first. Then large cards are left to
-    large jobs. A join that the job declines does not hinder another method.
+    large jobs. A join that the job declines does not prevent another method.
     """
     declined: DeclinedJoin | None = None
     for method in job.methods:

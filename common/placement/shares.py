@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from loractl.common.units import GIB, duration
 
 START_CHARGE_S = 3600.0
-"""A job counts as if it had run for so long as soon as it starts: a second job comes after another user's first."""
+"""A job counts as if it had run this long as soon as it starts: a second job comes after another user's first."""
 
 HALF_LIFE_S = 24 * 3600.0
-"""Use counts half against a user after so long."""
+"""After this time, use counts half against a user."""
 
 
 WINDOWS = {"day": 86400, "week": 7 * 86400, "month": 30 * 86400}
@@ -76,9 +76,9 @@ def with_base(reserved: int, base: int, *, joined: bool, share: float) -> int:
 
 
 def base_share(start: dt.datetime, end: dt.datetime, others: Iterable[tuple[dt.datetime, dt.datetime | None]]) -> float:
-    """The part of a base's time in a job's life that is the job's: each moment is divided among those that are in it.
+    """The part of a base's time in a job's life that is the job's: each moment is divided among the jobs in it.
 
-    `others`: when each came and left; None: it has not.
+    `others`: when each came and left; None: it is still there.
     """
     length = (end - start).total_seconds()
     if length <= 0:

@@ -31,11 +31,11 @@ def make_app(url: str) -> Any:
         worker_send_task_events=False,
         worker_enable_remote_control=False,  # no one may steer a node through Redis
         worker_hijack_root_logger=False,
-        # Else what can't be logged, since standard error is closed, is logged, which fails, a thousand times a line.
+        # Else what can't be logged, since standard error is closed, is logged and fails, a thousand times a line.
         worker_redirect_stdouts=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
-        # A server that answers with an error (no replicas, a full disk) is away, and no reason to end.
+        # A server that answers with an error (no replicas, a full disk) counts as away, and is no reason to end.
         broker_channel_error_retry=True,
         broker_transport_options=TRANSPORT_OPTIONS,
     )

@@ -13,8 +13,8 @@ from .sender import reachable
 from .valkey import broker_url
 
 MOST_HINTS = 256
-"""Messages that a queue keeps. Each makes a node look once at all rows, and nodes look by themselves, too: a queue
-needs no more than it has cards that could start a job at one moment."""
+"""Messages that a queue keeps. Each makes a node look once at all rows, and nodes also look by themselves: a queue
+needs no more than the cards that could start a job at one moment."""
 
 
 class HintQueues:
@@ -44,12 +44,12 @@ class HintQueues:
             self._connection = HintConnection(url, transport_options=TRANSPORT_OPTIONS)
         self._connection.ensure_connection(max_retries=1, interval_start=0, timeout=3)
         channel = self._connection.default_channel
-        # a queue has a list for each of kombu's priorities, and whoever writes there chooses
+        # a queue has a list for each of kombu's priorities, and the writer chooses one
         lists = [channel._q_for_pri(queue, priority) for queue in queues for priority in channel.priority_steps]
         with channel.client.pipeline(transaction=False) as pipe:
             for name in lists:
                 pipe.llen(name)
-            lengths = pipe.execute(raise_on_error=False)  # somebody may have put something else there than a list
+            lengths = pipe.execute(raise_on_error=False)  # somebody may have put something other than a list there
         long = {n: size for n, size in zip(lists, lengths, strict=True) if isinstance(size, int) and size > MOST_HINTS}
         for name in long:
             channel.client.ltrim(name, 0, MOST_HINTS - 1)

@@ -2,7 +2,7 @@
 
 Otherwise anyone who can write to the queue could give a task time limits that kill a training, callbacks, an id that
 steers a terminal, or a form that ends Celery. All of that would be read before the task runs. So what comes out of
-the queue is thrown away, and a hint of our own is delivered in its place.
+the queue is thrown away, and our own hint is delivered in its place.
 """
 
 from __future__ import annotations

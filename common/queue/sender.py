@@ -1,6 +1,6 @@
 """An open connection to the queue, so that a command imports and connects before it commits its row.
 
-Nodes wait for the hint, so nothing slow may stand between the commit and the hint. Hints are sent by kombu alone, since
+Nodes wait for the hint, so nothing slow may come between the commit and the hint. Hints are sent by kombu alone, since
 Celery takes as long again to import.
 """
 
@@ -49,7 +49,7 @@ class HintSender:
 
 @contextlib.contextmanager
 def open_sender(settings: Settings) -> Iterator[HintSender]:
-    """Connect to the queue. If it is away, only the first hint says so. An embedded one is not started: where it does
+    """Connect to the queue. If it is away, only the first hint says so. An embedded queue is not started: where it does
     not run, no worker listens. Raises UsageError."""
     if settings.redis_url is None and not embedded_runs(settings):
         yield HintSender("", None, None)
@@ -70,7 +70,7 @@ def open_sender(settings: Settings) -> Iterator[HintSender]:
 
 
 def queue_away(settings: Settings) -> str | None:
-    """That the queue does not answer, as a sentence; None where it does, and for the one that a worker here starts."""
+    """A sentence if the queue does not answer; None if it does, and for the queue that a worker here starts."""
     if settings.redis_url is None:
         return None
     try:

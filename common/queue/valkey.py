@@ -1,7 +1,7 @@
 """The embedded Valkey: on one machine, a worker starts the queue's server, and it ends with the home's last worker.
 
-It runs detached on a unix socket that only its owner can open, with its append-only file on. Where it does not run
-nobody listens, and commands need none: a worker that starts looks into the database.
+It runs detached on a unix socket that only its owner can open, with its append-only file on. Where it does not run,
+nobody listens, and commands don't need it: a worker that starts looks into the database.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def stop_embedded(settings: Settings) -> bool:
 
 
 def stop_unused(settings: Settings) -> None:
-    """Stop the embedded Valkey where no node of this home is alive, whose locks say so."""
+    """Stop the embedded Valkey if no node of this home is alive, by their locks."""
     for path in settings.runtime_dir.glob("node-*.lock"):
         with path.open("a") as lock:
             try:

@@ -1,6 +1,6 @@
 """The columns of a job's row that belong to an attempt, in groups: its start, its end and a retry clear some of them.
 
-A nullable column that an attempt writes and the next attempt must not see belongs into one of the groups.
+A nullable column that an attempt writes and the next attempt must not see belongs in one of the groups.
 """
 
 from __future__ import annotations

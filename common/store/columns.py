@@ -1,7 +1,7 @@
 """Types of columns that both databases read in the same way, whatever a row holds.
 
-A value that no version of ours has written is read as one of the column's kind that does no harm, and is marked: as
-Unreadable. Whoever lists rows goes on, and who would act on one asks `unreadable`.
+A value that no version of ours has written is read as a harmless value of the column's kind, and marked as Unreadable.
+Code that lists rows continues, and code that would act on one asks `unreadable`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sqlalchemy.types import TypeEngine
 from loractl.common.units import LARGEST
 
 LONG_AGO, FAR_OFF = dt.datetime(2, 1, 1, tzinfo=dt.UTC), dt.datetime(9998, 12, 31, tzinfo=dt.UTC)
-"""The first and the last time that a row may tell: within them every time zone has a calendar."""
+"""The first and the last time that a row may hold: within them every time zone has a calendar."""
 
 FIRST_YEAR, LAST_YEAR = 2000, 9000
 """Of what happens in a lab."""
@@ -42,7 +42,7 @@ _SHOWN = 60
 
 
 class Unreadable:
-    """Marks a value that stands in place of what the row holds. `told`: that, for people."""
+    """Marks a value in place of what the row holds. `told`: what it holds, for people."""
 
     told = ""
 
@@ -68,7 +68,7 @@ def unreadable_of(row: Mapping[str, Any]) -> str:
 
 
 class Whole(TypeDecorator[int]):
-    """A whole number between two bounds. `key`: it names a row, so that another number would name another one."""
+    """A whole number between two bounds. `key`: it names a row, so that another number would name another row."""
 
     impl = Integer
     cache_ok = True
@@ -155,7 +155,7 @@ _MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
 
 
 class Json(TypeDecorator[Any]):
-    """A value of JSON that has a shape. `otherwise`: what one without it is read as. `null`: nothing is one, too."""
+    """A value of JSON that has a shape. `otherwise`: what a value without it is read as. `null`: null is one, too."""
 
     impl = JSON
     cache_ok = True
@@ -187,7 +187,7 @@ def read_json(text: Any) -> Any:
 
 
 class valid_json(FunctionElement[Any]):  # noqa: N801  a function of SQL
-    """A column of JSON, where a part of it is asked for in SQL: SQLite ends a statement that meets what is no JSON."""
+    """A column of JSON, where a part of it is asked for in SQL: SQLite ends a statement that meets invalid JSON."""
 
     type = JSON()
     inherit_cache = True
@@ -242,7 +242,7 @@ def object_of(shape: Shape) -> Shape:
 
 
 def list_of(shape: Shape) -> Shape:
-    """Whether it is a list of such values."""
+    """Whether it is a list of values that all have the shape."""
     return lambda value: isinstance(value, list) and all(map(shape, value))
 
 
@@ -276,7 +276,7 @@ class _SqliteTimes(sqlite.DATETIME):
 class UtcDateTime(TypeDecorator[dt.datetime]):
     """An aware UTC datetime; SQLite stores none, so the zone is taken off and put back.
 
-    What is no time is read as LONG_AGO, and marked.
+    Anything else is read as LONG_AGO, and marked.
     """
 
     impl = DateTime(timezone=True)

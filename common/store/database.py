@@ -38,17 +38,17 @@ REFUSALS = (SQLAlchemyError, Forbidden, OverflowError, UnicodeError)
 """All that a verb of the store may raise because of the database: it is away (see `outage`), or it refuses values."""
 
 SQLITE_BUSY_MS, SQLITE_READER_MS = 30_000, 2_000
-"""How long a lock of SQLite's is waited for; one that only reads has somebody who looks at a page."""
+"""How long to wait for a lock of SQLite's; while a reader waits, somebody looks at a page."""
 
 ROOM = 2**17
 """Bytes that SQLite's -shm and a few pages of its -wal take at least."""
 
 NODE_IDLE_S = 8
-"""PostgreSQL ends a transaction of a node that says nothing for so long: a frozen box must not hold the fleet's round
-or a row. A transaction of ours waits for nothing but the database. With a short lease it is less (`pace_of`)."""
+"""PostgreSQL ends a node's transaction that is idle for this long: a frozen box must not hold the fleet's round or a
+row. A transaction of ours waits for nothing but the database. With a short lease it is less (`pace_of`)."""
 
 KEPT, CONNECTIONS = 3, 13
-"""PostgreSQL connections that a process keeps open, and that it may have unless it says otherwise."""
+"""PostgreSQL connections that a process keeps open, and the most that it may have unless it says otherwise."""
 
 _POSTGRES_OPTIONS = {
     # A half-open connection (a host that vanished) would otherwise block a heartbeat for the kernel's 15 minutes.
@@ -63,15 +63,15 @@ _INSUFFICIENT_PRIVILEGE = "42501"
 _READ_ONLY = "25006"  # a standby, or a primary that a failover has stepped down
 LOCK_NOT_FREE = "55P03"
 _PASSING = (_READ_ONLY, "40", "53", LOCK_NOT_FREE, "57")
-"""SQLSTATEs, and classes of them, that another try may help: the server's state, not the statement, is the cause.
+"""SQLSTATEs, and classes of them, where another try may help: the server's state, not the statement, is the cause.
 
 Rolled back (a deadlock), short of resources, a lock that was not free, stopped by an operator or a time limit.
 """
-_TOO_LARGE = "54"  # a limit of the server that this very statement is beyond
+_TOO_LARGE = "54"  # the statement exceeds a limit of the server
 
 
 def connect_to_read(settings: Settings) -> Engine:
-    """An engine that can't change anything: SQLite's file is opened to be read, PostgreSQL's transactions only read.
+    """An engine that can't change anything: SQLite's file is opened read-only, PostgreSQL's transactions only read.
 
     Nothing is created and nothing upgraded. Raises ServiceUnreachable, SchemaMismatch, UsageError.
     """
@@ -88,7 +88,7 @@ def connect_to_read(settings: Settings) -> Engine:
 
 
 def has_database(settings: Settings) -> bool:
-    """False where the embedded SQLite has not been made yet; of a server this says nothing."""
+    """False if the embedded SQLite has not been made yet; about a server this says nothing."""
     return not settings.embedded_database or _file_of(settings.database_url).exists()
 
 
@@ -113,7 +113,7 @@ def connect(settings: Settings, *, check_schema: bool = True) -> Engine:
 
 @contextlib.contextmanager
 def one_look(settings: Settings) -> Iterator[Engine]:
-    """An engine with one connection, which goes with it; nothing is upgraded. Raises ServiceUnreachable, UsageError."""
+    """An engine with one connection, which ends with it; nothing is upgraded. Raises ServiceUnreachable, UsageError."""
     engine = make_engine(settings.database_url, connections=1, kept=1)
     try:
         with reachable(settings):
@@ -134,7 +134,7 @@ def reachable(settings: Settings) -> Iterator[None]:
 
 
 def absence(why: str) -> str:
-    """An outage as a line of a log: a full disk is no database that went away."""
+    """An outage as a line of a log: a full disk does not mean that the database went away."""
     return (
         "the disk of the database is full" if any(words in why for words in _FULL) else f"the database is away: {why}"
     )
@@ -145,7 +145,7 @@ _UNKNOWN_LOGIN = ("password authentication failed", "no password supplied", "rol
 
 
 def unreachable(settings: Settings, why: str) -> LoractlError:
-    """An outage as an error for people: a full disk and a wrong password are not a server that does not run."""
+    """An outage as an error for people: a full disk or a wrong password does not mean that the server is down."""
     address = redacted(settings.database_url)
     if any(words in why for words in _FULL):
         return LoractlError(f"the disk of the database is full: {address}", "free space there; nothing is lost")
@@ -155,7 +155,7 @@ def unreachable(settings: Settings, why: str) -> LoractlError:
 
 
 def outage(error: BaseException) -> str | None:
-    """What the database's absence looks like, as a sentence's end; None when the error is another one."""
+    """How the database is away, as a sentence's end; None for any other error."""
     from sqlalchemy.exc import (
         InterfaceError,
         InternalError,
@@ -189,8 +189,8 @@ def make_engine(
 ) -> Engine:
     """An engine with the settings that both dialects need for many small guarded transactions.
 
-    `connections`: at most so many at a time to PostgreSQL; `kept`: so many of them stay open. `idle_s`: PostgreSQL ends
-    a transaction that says nothing for so long. `read_only`: the database itself refuses every write.
+    `connections`: the most at a time to PostgreSQL; `kept`: how many of them stay open. `idle_s`: PostgreSQL ends a
+    transaction that is idle for this long. `read_only`: the database itself refuses every write.
     SQLite: WAL, and BEGIN IMMEDIATE for writers: with plain BEGIN, four writers fail with "database is locked".
     PostgreSQL: what the user's role forbids raises Forbidden. Connections to a server that only reads are given up:
     after a failover another one may write.
@@ -246,7 +246,7 @@ def make_engine(
 
 
 def _is_full_disk(error: BaseException, folder: Path) -> bool:
-    """Whether SQLite failed for want of room: where its -wal or -shm can't grow it says "disk I/O error" instead."""
+    """Whether SQLite failed for lack of room: where its -wal or -shm can't grow it says "disk I/O error" instead."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the lower byte is the kind
     if code not in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN):
         return False
@@ -298,7 +298,7 @@ def _read_every_time(connection: Any, _: Any) -> None:
 def _look_at_error(context: ExceptionContext) -> None:
     state = getattr(context.original_exception, "sqlstate", None)
     if state == _READ_ONLY:
-        context.is_disconnect = True  # the pool lets go of all its connections
+        context.is_disconnect = True  # the pool drops all its connections
     if state != _INSUFFICIENT_PRIVILEGE:
         return
     user = None if context.engine is None else context.engine.url.username

@@ -25,11 +25,11 @@ from .hosts import TrainerHost
 from .tables import ASKED_TO_STOP, DrainOrder, Job, Node
 
 NODE_STALE_S = 60.0
-"""A node that was not seen for so long counts as offline."""
+"""A node that was not seen for this long counts as offline."""
 
 
 LEAVES_IN_S = 10.0
-"""A job that was asked to end ends its step and writes a checkpoint, which takes about so long at most."""
+"""How long a job that was asked to end takes at most, about: it ends its step and writes a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class FleetView:
     failures: tuple[CardFailure, ...] = ()  # of a day, on cards that have ended no attempt well since
     refused_joins: Mapping[tuple[int, str], RefusedJoin] = field(default_factory=dict)  # by waiting job and card
     allowed: Mapping[str, Allowance] = field(default_factory=dict)  # of users with a quota
-    awaited: Mapping[int, Job] = field(default_factory=dict)  # those that the jobs which are asked about start after
+    awaited: Mapping[int, Job] = field(default_factory=dict)  # jobs after which the jobs asked about start
 
     @functools.cached_property
     def round(self) -> Round:
@@ -56,7 +56,7 @@ class FleetView:
 
     @functools.cached_property
     def suiting(self) -> dict[tuple[object, ...], frozenset[str]]:
-        """Cards by what a job asks of them, as far as that was asked of this view."""
+        """Cards by what a job asks of them, as far as this view was asked."""
         return {}
 
     def cards_of(self, job_id: int) -> list[str]:
@@ -122,7 +122,7 @@ def card_of(
 
 
 def _reserved(size: int | None, total: int) -> int:
-    """A job of an older version has no reservation, and nobody knows one that can't be read: it may take all."""
+    """An older version's job has no reservation, and an unreadable one is not known: either may take all."""
     return total if size is None or isinstance(size, Unreadable) else size
 
 
@@ -135,7 +135,7 @@ def _end_of(row: Any, now: dt.datetime) -> dt.datetime | None:
 
 @dataclass(frozen=True, kw_only=True)
 class InsideHost:
-    """An attempt in a host that others may come into. Bytes."""
+    """An attempt in a host that others may join. Bytes."""
 
     host: str
     job_id: int
@@ -152,8 +152,8 @@ def _warm_base(
     inside: Iterable[InsideHost],
     used: Mapping[str, Any],
 ) -> WarmBase:
-    """`attempts`: those that run on its card. A host waits for a job as soon as its last one runs no more and is out
-    of it. `used`: bytes measured, by job, and of hosts with several by their marks."""
+    """`attempts`: those that run on its card. A host waits for a job as soon as its last one has ended and is out of
+    it. `used`: bytes measured, by job, and of hosts with several by their marks."""
     left = [
         Leaver(job_id=one.job_id, bytes=one.reserved - (0 if one.joined else min(host.bytes, one.reserved)))
         for one in inside
@@ -176,7 +176,7 @@ def _warm_base(
 
 
 def _is_open(node: Node, now: dt.datetime, drained: Mapping[str, DrainOrder]) -> bool:
-    """Whether the node is online, works, and is kept empty by nobody."""
+    """Whether the node is online, works, and nobody keeps it empty."""
     online = (now - node.seen_at).total_seconds() <= NODE_STALE_S
     works = fault_of(node) is None and not node.draining and (node.until is None or node.until > now)
     return online and works and node.node not in drained and node.host not in drained
@@ -204,7 +204,7 @@ NOWHERE = frozenset({("", "a row that can't be read")})
 
 def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
     """A ready job's row as the rule sees it. QLoRA is not permitted while it waits for LoRA. `again` is no column of
-    it: the lines read it beside the row of a job on several cards.
+    it: the lines read it with the row of a job on several cards.
 
     An unreadable row fits nowhere: it must not stop the others.
     """

@@ -1,4 +1,4 @@
-"""The hosts' table: trainers that keep the base that they have loaded, from the moment that others may come into it."""
+"""The hosts' table: trainers that keep their loaded base, from the moment that others may join them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class TrainerHost(Base):
     attempt: Mapped[int]
     leaving: Mapped[bool] = mapped_column(default=False)  # nothing joins it any more
     since: Mapped[Timestamp]  # when it last began to wait, or a job joined it
-    open: Mapped[bool] = mapped_column(default=False, server_default=false())  # other jobs may train beside those in it
+    open: Mapped[bool] = mapped_column(default=False, server_default=false())  # others may train alongside its jobs
     spoilt: Mapped[str | None] = mapped_column(Prose())  # why it ends with its last job; null: it does not
     # of its passes, see pack_rule.py
     law: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_law, null=True, none_as_null=True))

@@ -1,4 +1,4 @@
-"""The outbox's table: what is to be told to people, written in the transaction of what happened."""
+"""The outbox's table: messages to people, written in the transaction of what happened."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .tables import Base, Timestamp
 
 
 class OutboxMessage(Base):
-    """One message to one channel. It is unique by event and channel: what is told twice is one message."""
+    """One message to one channel. It is unique by event and channel: an event reported twice is one message."""
 
     __tablename__ = "outbox"
     __table_args__ = (
@@ -33,7 +33,7 @@ class OutboxMessage(Base):
     subject: Mapped[str] = mapped_column(Prose())
     text: Mapped[str] = mapped_column(Prose())
     at: Mapped[Timestamp]
-    due_at: Mapped[Timestamp]  # of the next try; while one goes on, the end of its lease
+    due_at: Mapped[Timestamp]  # of the next try; while one runs, the end of its lease
     token: Mapped[str | None] = mapped_column(Characters(32))  # of the sender that has the lease
     tries: Mapped[int] = mapped_column(default=0, server_default="0")
     settled_at: Mapped[Timestamp | None]  # sent, passed on to channels, or given up

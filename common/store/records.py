@@ -63,7 +63,7 @@ class Amendment:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What a job needs by its plan, and by what it is known to measured peaks."""
+    """What a job needs by its plan, and its keys to measured peaks."""
 
     need: Need  # corrected by measured peaks
     planned: Need
@@ -112,7 +112,7 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where an attempt stands. A field that is None leaves the row's value as it is."""
+    """How far an attempt is. A field that is None leaves the row's value as it is."""
 
     stage: Stage | None = None
     step: int | None = None
@@ -142,7 +142,7 @@ class Beat:
     """The database's answer to a heartbeat."""
 
     accepted: bool  # False: the lease is lost, stop at once and write nothing
-    recorded: bool = True  # False: somebody has the job's row locked; what is new is told with a later beat
+    recorded: bool = True  # False: somebody has the job's row locked; a later beat brings what is new
     cancel_requested: bool = False
     preempted_by: int | None = None  # a job of higher priority that needs the room
     pruned: str | None = None  # why its sweep stops it at the rung that this beat reached
@@ -169,7 +169,7 @@ class Left:
 
 @dataclass(frozen=True, kw_only=True)
 class NewHost:
-    """A trainer that stays with its base after its job, or takes other jobs beside it."""
+    """A trainer that stays with its base after its job, or takes other jobs alongside it."""
 
     host: str  # its mark
     node: str
@@ -179,10 +179,10 @@ class NewHost:
 
 @dataclass(frozen=True, kw_only=True)
 class Aside:
-    """Jobs that were set aside, since their rows can't be read, and where the next look goes on."""
+    """Jobs that were set aside, since their rows can't be read, and where the next look continues."""
 
     jobs: tuple[int, ...]
-    after: int | None  # the job that was looked at last; None: no more wait behind it
+    after: int | None  # the job that was looked at last; None: no more wait after it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +194,7 @@ class FleetTurn:
 
 @dataclass(frozen=True, kw_only=True)
 class BoxIdentity:
-    """What tells a box from another one with the same name; None: not known, as of an older version."""
+    """What distinguishes a box from another one with the same name; None: not known, as of an older version."""
 
     instance: str | None = None  # drawn once in its LORACTL_HOME
     machine: str | None = None
@@ -203,7 +203,7 @@ class BoxIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """What a node met that is about to serve its device."""
+    """What a node found when it was about to serve its device."""
 
     given_back: tuple[int, ...] = ()  # jobs that an earlier node of this very boot left running
     seen_at: dt.datetime | None = None  # a node of another boot of this machine was seen then: it may be alive
@@ -266,7 +266,7 @@ class Page:
 class Over:
     """Of some jobs: those that the database knows, those that need no files, and attempts that left no kept result.
 
-    An ended attempt is never run again and never becomes a result, even if its job goes on.
+    An ended attempt is never run again and never becomes a result, even if its job continues.
     """
 
     known: frozenset[int]
@@ -334,7 +334,7 @@ class PastRun:
 class PastUse:
     """What one user's jobs with the same labels had of one card in one hour, or in all for what is not kept apart."""
 
-    hour: dt.datetime | None = None  # its begin
+    hour: dt.datetime | None = None  # its start
     user: str = ""
     node: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)
@@ -346,7 +346,7 @@ class PastUse:
 
 
 def rung_points(claim: Claim, progress: Progress) -> list[RungPoint]:
-    """The evaluations of a heartbeat that stand at a rung of the claim's sweep."""
+    """The evaluations of a heartbeat that are at a rung of the claim's sweep."""
     every, total = claim.spec.training.eval_steps, progress.total_steps
     if every is None or total is None:
         return []
@@ -357,7 +357,7 @@ def rung_points(claim: Claim, progress: Progress) -> list[RungPoint]:
 
 @dataclass(frozen=True, kw_only=True)
 class Parcel:
-    """A message that is due on a channel, leased to who asked for it."""
+    """A message that is due on a channel, leased to the sender that asked for it."""
 
     message_id: str  # the same at every try, for receivers that drop what they have
     channel: str
@@ -377,7 +377,7 @@ class Delivery:
     sent: bool = False
     again: bool = False
     why: str = ""  # in our words, never the receiver's
-    after_s: float | None = None  # the receiver asks for so long a pause
+    after_s: float | None = None  # the pause that the receiver asks for
 
 
 @dataclass(frozen=True, kw_only=True)

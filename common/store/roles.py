@@ -1,4 +1,4 @@
-"""PostgreSQL's roles of a lab and its logins: what each may do stands in roles.sql, and nowhere else."""
+"""PostgreSQL's roles of a lab and its logins: what each may do is in roles.sql, and nowhere else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLES = (SUBMIT, WORK, SHOW)
 
 _NAME = re.compile(r"[a-z_][a-z0-9_.-]{0,62}", re.ASCII)
 _LEAST_CHARACTERS = 12
-"""Of a password that somebody else has chosen: whoever reaches the server may guess."""
+"""Of a password that somebody else has chosen: anybody who reaches the server may guess."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class RolesDone:
 
 
 def apply_roles(engine: Engine, wanted: Sequence[WantedLogin] = (), *, renew: bool = False) -> RolesDone:
-    """Make the roles, say what each may do, and give the logins theirs: all or nothing, and as often as you like.
+    """Make the roles, say what each may do, and give the logins theirs: all or nothing, any number of times.
 
     `renew`: logins that are there get a new password, too. Raises UsageError for SQLite, a name that none can have or a
     short password, WrongState for a login that is somebody else, and Forbidden.
@@ -130,7 +130,7 @@ def _give(connection: Connection, login: WantedLogin, renew: bool) -> RoleLogin:
 
 
 def refuse_another_s(connection: Connection, login: WantedLogin) -> None:
-    """A login that may more would not be held by its role; one that has another of ROLES would have both."""
+    """A login with more rights would not be held by its role; one that has another of ROLES would have both."""
     facts = text(
         "SELECT rolsuper OR rolcreaterole OR NOT rolcanlogin OR rolname = session_user AS other,"
         " ARRAY(SELECT r.rolname::text FROM pg_roles r JOIN pg_auth_members m ON m.roleid = r.oid"

@@ -1,5 +1,5 @@
--- The roles of a lab, what each may do, and the triggers that hold who submits to it. loractl db roles says all of
--- this in one transaction, and again after each upgrade: a line that was said before changes nothing.
+-- The roles of a lab, what each may do, and the triggers that hold submitters to it. loractl db roles runs all of
+-- this in one transaction, and again after each upgrade: a line that ran before changes nothing.
 
 DO $$ BEGIN
   IF to_regrole('loractl_submit') IS NULL THEN CREATE ROLE loractl_submit NOLOGIN; END IF;
@@ -14,7 +14,7 @@ DO $$ BEGIN
     REVOKE EXECUTE ON FUNCTION lo_creat(integer), lo_create(oid), lo_from_bytea(oid, bytea) FROM PUBLIC;
   END IF;
 END $$;
--- The same by sorting what it may read. A superuser alone may bound that; what the owner has set stays, and his own
+-- The same by sorting what it may read. Only a superuser may bound that; what the owner has set stays, and the owner's
 -- sessions have no bound: an index is built by sorting.
 DO $$ BEGIN
   IF NOT EXISTS (SELECT FROM pg_db_role_setting JOIN pg_database ON setdatabase = pg_database.oid,
@@ -26,7 +26,7 @@ DO $$ BEGIN
 EXCEPTION WHEN insufficient_privilege THEN
   NULL; -- loractl doctor says so
 END $$;
--- What an earlier version, or somebody by hand, has given them goes; nobody sees the moment between.
+-- Take away what an earlier version, or somebody by hand, has granted them; nobody sees the moment between.
 REVOKE ALL ON ALL TABLES IN SCHEMA public FROM loractl_submit, loractl_worker, loractl_web;
 REVOKE ALL ON ALL SEQUENCES IN SCHEMA public FROM loractl_submit, loractl_worker, loractl_web;
 GRANT USAGE ON SCHEMA public TO loractl_submit, loractl_worker, loractl_web;
@@ -56,9 +56,9 @@ GRANT INSERT ON events, metrics, shares, looks, label_sets TO loractl_worker;
 GRANT INSERT, DELETE ON log_chunks, adapters, lab_failures TO loractl_worker;
 GRANT USAGE ON SEQUENCE events_event_id_seq, log_chunks_chunk_id_seq, looks_look_id_seq TO loractl_worker;
 
--- Who submits writes no row that has a history or that workers can't read, and changes one as cancel, hold, retry and
--- edit do. Anybody cancels, holds, retries and tags; what is asked of a job changes by its own login alone. Who did it is
--- the login, whatever the client says. The search path is fixed: a login's temporary table or sequence would else be
+-- A submitter writes no row that has a history or that workers can't read, and changes one as cancel, hold, retry and
+-- edit do. Anybody cancels, holds, retries and tags; only a job's own login changes what is asked of it. The person is
+-- the login, whatever the client says. The search path is fixed: else a login's temporary table or sequence would be
 -- taken for jobs or its numbers.
 CREATE OR REPLACE FUNCTION loractl_readable(job jobs) RETURNS boolean LANGUAGE plpgsql
 SET search_path = pg_catalog, public, pg_temp AS $$
@@ -115,7 +115,7 @@ BEGIN
     after.held_too = (otherwise AND after.awaits IS NOT NULL) AND coalesce(after.awaits, 0) < after.job_id AND
     (before.status <> 'running' OR after.awaits IS NOT DISTINCT FROM before.awaits);
 END $$;
--- Whether a person may change a row so; loractl_change asks. Every column that is not named here stays as it was.
+-- Whether a person may change a row like this; loractl_change asks. Every column not named here stays as it was.
 CREATE OR REPLACE FUNCTION loractl_may_change(before jobs, after jobs, kind text) RETURNS boolean LANGUAGE plpgsql
 SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE

@@ -53,7 +53,7 @@ def lock_schema(connection: Connection) -> None:
     A login that only reads the table can't take this lock. Alembic finds the table that is made here.
     """
     if not inspect(connection).has_table("alembic_version"):
-        with contextlib.suppress(IntegrityError), connection.begin_nested():  # another one has just made it
+        with contextlib.suppress(IntegrityError), connection.begin_nested():  # another transaction has just made it
             connection.execute(text(_VERSION_TABLE))
     connection.execute(text("LOCK TABLE alembic_version IN EXCLUSIVE MODE"))
 

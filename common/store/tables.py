@@ -104,7 +104,7 @@ def _where(name: str, condition: str, *columns: str) -> Index:
 
 
 def _where_queued(name: str, *columns: str, also: str = "") -> Index:
-    """An index over waiting jobs alone: ended ones, which are nearly all, cost it nothing.
+    """An index over waiting jobs alone: ended jobs, which are nearly all, cost it nothing.
 
     It begins with the status, though that is always the same. Without it SQLite takes the index on status alone and
     reads every waiting job.
@@ -127,7 +127,7 @@ def sweep_of(spec: Any) -> int | None:
 
 
 class Job(Base):
-    """One submitted job: what was asked, and where it stands."""
+    """One submitted job: what was asked, and how far it is."""
 
     __tablename__ = "jobs"
     __table_args__ = (
@@ -321,7 +321,7 @@ class Attempt(Base):
 
 
 INSIDE = text(_INSIDE.format("attempts."))
-"""Of an attempt: it is in a host, running or on its way out. In these very words, as FINAL is."""
+"""Of an attempt: it is in a host, running or on its way out. The words must be exactly these, as FINAL's."""
 
 
 class AttemptShare(Base):
@@ -473,12 +473,12 @@ class Use(Base):
 
 
 class Usage(Base):
-    """What the attempts that have ended had of a card in one hour; no row goes, so it outlives the jobs."""
+    """What the attempts that have ended had of a card in one hour; no row is deleted, so it outlives the jobs."""
 
     __tablename__ = "usage"
     __table_args__ = (Index("ix_usage_user", "user", "hour"),)
 
-    hour: Mapped[Timestamp] = mapped_column(primary_key=True)  # its begin
+    hour: Mapped[Timestamp] = mapped_column(primary_key=True)  # its start
     user: Mapped[str] = mapped_column(primary_key=True)
     node: Mapped[str] = mapped_column(primary_key=True)
     label_set: Mapped[str] = mapped_column(Characters(16), primary_key=True)  # of LabelSet; "": no labels
@@ -514,7 +514,7 @@ class Quota(Base):
 
 
 FINAL = "(name = 'held_out_loss' OR substr(name, 1, 5) = 'rung_')"
-"""What a member of a sweep is compared by. In these very words, so that a planner knows the index again."""
+"""What a member of a sweep is compared by. The words must be exactly these, so that a planner recognises the index."""
 
 
 class MetricPoint(Base):
@@ -574,7 +574,7 @@ class Tag(Base):
 
 
 class FinalLook(Base):
-    """That somebody was shown what a job measured on its final rows; never changed."""
+    """A record that somebody was shown what a job measured on its final rows; never changed."""
 
     __tablename__ = "looks"
     __table_args__ = (Index("ix_looks_rows", "rows_sha256", "look_id"),)
@@ -588,7 +588,7 @@ class FinalLook(Base):
 
 
 class JobLabel(Base):
-    """A label of a job's row once more, where the jobs that have it are found without reading the others."""
+    """A copy of a label in a job's row, so that the jobs that have it are found without reading the others."""
 
     __tablename__ = "job_labels"
     __table_args__ = (Index("ix_job_labels_jobs", "key", "value", "job_id"),)

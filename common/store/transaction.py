@@ -27,7 +27,7 @@ FOR NO KEY UPDATE is the lock that an update takes. An insert into events takes 
 does not conflict with it: somebody who leaves such an insert uncommitted blocks nobody."""
 
 FLEET = "fleet"
-"""The lock of who goes round for the fleet."""
+"""The lock of the fleet's round."""
 
 
 _CLOCK = select(func.clock_timestamp())
@@ -66,7 +66,7 @@ class Transaction:
         return self._clock() if self._clock else dt.datetime.now(dt.UTC)
 
     def now_in(self, seconds: float) -> ColumnElement[dt.datetime]:
-        """The time so many seconds from now, as a value of a statement."""
+        """The time `seconds` from now, as a value of a statement."""
         if self._asks_database:
             return func.clock_timestamp(type_=DateTime(timezone=True)) + dt.timedelta(seconds=seconds)
         later = self.now() + dt.timedelta(seconds=seconds)
@@ -80,7 +80,7 @@ class Transaction:
 
     def tell(self, job_id: int, attempt: int | None, kind: str, text: str) -> None:
         """Write a line of the job's history."""
-        at = func.clock_timestamp() if self._asks_database else self.now()  # without a question of its own
+        at = func.clock_timestamp() if self._asks_database else self.now()  # without a query of its own
         self.session.add(Event(job_id=job_id, attempt=attempt, at=at, kind=kind, text=storable(text)))
 
     def is_alone(self, lock: str = FLEET) -> bool:
@@ -103,7 +103,7 @@ class Transaction:
             self.add_new(Lock, [{"name": lock}])
 
     def forget_locks(self) -> None:
-        """Delete the lock rows of users and sweeps that nobody holds. The next one who needs such a lock inserts it."""
+        """Delete the lock rows of users and sweeps that nobody holds. A transaction that needs one inserts it again."""
         free = select(Lock.name).where(Lock.name.contains(" ")).with_for_update(skip_locked=True)
         self.session.execute(delete(Lock).where(Lock.name.in_(free)).execution_options(synchronize_session=False))
 
@@ -118,7 +118,7 @@ class Transaction:
         return cast(CursorResult[Any], result).rowcount
 
     def apart(self, job_id: int, work: Callable[[], None]) -> bool:
-        """Do what concerns one job alone. If that fails it is undone, and the rest of the transaction goes on.
+        """Do what concerns one job alone. If that fails it is undone, and the rest of the transaction continues.
 
         False then: its row is not what this version can read. Raises when the database is away.
         """

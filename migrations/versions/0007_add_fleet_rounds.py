@@ -1,4 +1,4 @@
-"""Fleet rounds: who did last what one node at a time does for all (revision 0007)."""
+"""Fleet rounds: which node last did what one node at a time does for all (revision 0007)."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Nodes tell their machine and its boot, so that a copy of a home is no living box's successor (revision 0010)."""
+"""Nodes name their machine and its boot, so that a copy of a home is no live box's successor (revision 0010)."""
 
 import sqlalchemy as sa
 from alembic import op

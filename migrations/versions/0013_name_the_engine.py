@@ -1,4 +1,4 @@
-"""Attempts tell the engine whose steps they took: peaks of an older one say nothing of its own (revision 0013)."""
+"""Attempts name the engine whose steps they took: peaks of an older one say nothing about a newer (revision 0013)."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""What is to be told to people (revision 0014)."""
+"""Messages to people (revision 0014)."""
 
 import sqlalchemy as sa
 from alembic import op

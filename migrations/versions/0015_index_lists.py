@@ -34,7 +34,7 @@ def upgrade() -> None:
 
 
 def _copy_labels(connection: sa.Connection) -> None:
-    """Write the labels of the rows that exist; what is none of loractl's is left out, as its lists leave it out."""
+    """Write the labels of the rows that exist, without labels that are not in loractl's form, as its lists do."""
     read = sa.text(
         "SELECT job_id, CAST(labels AS VARCHAR) FROM jobs WHERE job_id > :after AND CAST(labels AS VARCHAR) <> '{}'"
         " ORDER BY job_id LIMIT :many"

@@ -1,4 +1,4 @@
-"""Jobs tell the engine that they were planned for: nodes plan anew what waits with an older plan (revision 0017)."""
+"""Jobs name the engine that they were planned for: nodes plan again what waits with an older plan (revision 0017)."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,6 +1,6 @@
-"""Wishes beside the jobs' rows, locks that workers alone can take, and people's changes by functions (revision 0024).
+"""Wishes next to the jobs' rows, locks that only workers can take, and people's changes by functions (revision 0024).
 
-Who submits has no UPDATE and no DELETE then, and so can't lock a row for longer than a function of these runs for it.
+A login that submits has no UPDATE and no DELETE then, and so can't lock a row for longer than such a function runs.
 """
 
 import sqlalchemy as sa
@@ -125,7 +125,7 @@ _FUNCTIONS = {
 
 def upgrade() -> None:
     locks = op.create_table("locks", sa.Column("name", sa.String(300), primary_key=True))
-    op.bulk_insert(locks, [{"name": "fleet"}, {"name": "closing"}])  # who makes a row lets others wait for it
+    op.bulk_insert(locks, [{"name": "fleet"}, {"name": "closing"}])  # others wait for a transaction that makes one
     op.create_table(
         "wishes",
         sa.Column("job_id", sa.Integer(), sa.ForeignKey("jobs.job_id", ondelete="CASCADE"), nullable=False),

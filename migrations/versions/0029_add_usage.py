@@ -1,7 +1,7 @@
-"""What was had of the cards, by hour, and quotas of it (revision 0029).
+"""Use of the cards, by hour, and quotas of it (revision 0029).
 
-Attempts that have ended count what they reserved. Where nothing is known of the card any more, a part of it counts as
-the whole. A row that can't be read counts nothing.
+Attempts that have ended count what they reserved. If nothing is known of the card any more, a part of it counts as the
+whole. A row that can't be read counts nothing.
 """
 
 import datetime as dt

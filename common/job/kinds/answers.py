@@ -1,4 +1,4 @@
-"""Learning to go on with a text, as answers do."""
+"""Learning to continue a text, as answers do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning to name a text's label, by a head that has nothing but labels."""
+"""Learning to name a text's label, with a head that has nothing but labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNREAD_LABELS = 100
 """A classifier's labels while its data have not been read: more than most have, and less than 10 MiB of head."""
 
 HEADS = frozenset({"lm_head", "embed_out", "score", "classifier"})
-"""What models call the layer behind their last block."""
+"""Models' names for the layer after their last block."""
 
 
 class Classes(TaskKind):
@@ -38,7 +38,7 @@ class Classes(TaskKind):
         if isinstance(evaluation, dict):
             metrics = evaluation.get("metrics", list(MEASURED))
             told = isinstance(metrics, list) and all(metric in list(MEASURED) for metric in metrics)
-            # metrics that can't be measured are answered with the task, not with the samples that they would need
+            # the error for metrics that can't be measured names the task, not the samples that they would need
             value["evaluation"] = {"metrics": metrics, **({"samples": 0} if told else {}), **evaluation}
         return value
 

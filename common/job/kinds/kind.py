@@ -50,7 +50,7 @@ class TaskKind:
     alone: str | None = None
     """Why its base can't be shared with other jobs; None: it can."""
     writes = True
-    """Whether its adapter goes on with a text, so that it can be asked by `generate`, `chat` and `serve`."""
+    """Whether its adapter continues a text, so that `generate`, `chat` and `serve` can ask it."""
     loss_of = "token"
     """What a loss is the mean of."""
     halves = 1
@@ -69,7 +69,7 @@ class TaskKind:
         return None
 
     def idle(self, spec: Sections) -> Iterator[str]:
-        """The same for keys of a job file that would have no effect, which a stored spec may have."""
+        """The same for keys of a job file that would have no effect; a stored spec may have them."""
         if spec.preference != PreferenceSpec():
             yield "preference: is for task_type: preference, which learns from pairs; leave it out"
 

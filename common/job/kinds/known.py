@@ -1,4 +1,4 @@
-"""The kinds that there are."""
+"""The known kinds."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ _KINDS: dict[TaskType, TaskKind] = {kind.task: kind for kind in (ANSWERS, Classe
 
 
 def kind_of(task: str | None) -> TaskKind:
-    """The kind of a `task_type`, which a stored spec may lack: jobs that are older than the key learn to answer. Raises
-    ValueError for one that there is not."""
+    """The kind of a `task_type`. A stored spec older than the key lacks it: such jobs learn to answer. Raises
+    ValueError for an unknown kind."""
     return ANSWERS if task is None else _KINDS[TaskType(task)]

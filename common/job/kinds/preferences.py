@@ -17,7 +17,7 @@ MEASURED = (Metric.LOSS, Metric.PREFERENCES)
 """What can be measured of pairs."""
 
 LEARNING_RATE = 1e-5
-"""Rates that suit answers ruin them here. TRL's scripts use 5e-6 for adapters, its trainer 1e-6 for full models."""
+"""Rates that suit answers ruin pairs. TRL's scripts use 5e-6 for adapters, its trainer 1e-6 for full models."""
 
 
 class Preferences(TaskKind):

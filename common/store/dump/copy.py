@@ -18,7 +18,7 @@ from ..tables import Base, Lock
 from .archive import Dump, DumpedTable, blocks_of, member, read_dump, write_contents
 
 _SPEED = 3
-"""zlib's level: rows are text, and most of what more would gain."""
+"""zlib's level: rows are text, and higher levels gain little more."""
 
 _JOBS = "jobs_job_id_seq"
 
@@ -31,7 +31,7 @@ _PATIENT = ("statement_timeout", "lock_timeout", "idle_in_transaction_session_ti
 
 
 def dump(engine: Engine, file: Path) -> Dump:
-    """Write the database into a new file, as it was at one moment; readers and writers go on.
+    """Write the database into a new file, as it was at one moment; readers and writers continue.
 
     Raises SchemaMismatch for a database without loractl's tables, Forbidden.
     """
@@ -59,8 +59,8 @@ def dump(engine: Engine, file: Path) -> Dump:
 def load(engine: Engine, file: Path, beyond: Callable[[int], int]) -> Dump:
     """Fill an empty database from a dump, and bring it to this loractl's form: all or nothing.
 
-    `beyond`: for the newest job's number, one up to which none is given again; asked when the file is whole. Raises
-    UsageError and SchemaMismatch as read_dump does, WrongState for a database that is not empty.
+    `beyond`: for the newest job's number, one up to which none is assigned again; called once the file is known to be
+    whole. Raises UsageError and SchemaMismatch as read_dump does, WrongState for a database that is not empty.
     """
     from alembic import command
 
@@ -100,13 +100,13 @@ def _known_tables(connection: Connection) -> list[str]:
 
 
 def _sequences(connection: Connection) -> dict[str, int]:
-    """The last number of each sequence; those are left out that gave none yet, or that this login may not see."""
+    """The last number of each sequence, without sequences that gave none yet, or that this login may not see."""
     given = "SELECT sequencename, last_value FROM pg_sequences WHERE schemaname = current_schema() AND last_value > 0"
     return {row.sequencename: row.last_value for row in connection.execute(text(given))}
 
 
 def _go_on_counting(connection: Connection, given: Mapping[str, int]) -> None:
-    """Let each sequence go on behind its table's last number, and behind what it had given where that is known."""
+    """Continue each sequence after its table's last number, and after what it had given if that is known."""
     for name in _known_tables(connection):
         column = Base.metadata.tables[name].autoincrement_column
         if column is None:

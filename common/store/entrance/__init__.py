@@ -1,1 +1,1 @@
-"""How a box or a person gets its login: by an invitation of the owner's. No SQL but this stands here."""
+"""How a box or a person gets its login: by the owner's invitation. It has no other SQL."""

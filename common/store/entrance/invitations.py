@@ -17,7 +17,7 @@ from loractl.common.store.roles import WantedLogin, check_login, refuse_another_
 from loractl.common.store.schema import lock_schema
 
 LOGIN = "loractl_join_"
-"""What the names of all logins of join lines begin with; 12 hex digits follow."""
+"""The prefix of all logins of join lines; 12 hex digits follow."""
 
 _REFUSED = {
     "spent": ("this join line is no longer valid", "on the server box: loractl lab invite"),
@@ -32,12 +32,12 @@ _REFUSED = {
 
 @dataclass(frozen=True, kw_only=True)
 class Invitation:
-    """One that may come in. `login` and `password` are the join line's, for which `sealed` alone means something."""
+    """One invitation. `login` and `password` are the join line's, and only that line can read `sealed`."""
 
     login: str
     password: str = field(repr=False)
     role: str  # SUBMIT or WORK
-    name: str | None  # of the login that is made; None: who joins chooses a new one
+    name: str | None  # of the login that is made; None: the person who joins chooses a new one
     sealed: str = field(repr=False)
 
 
@@ -98,7 +98,7 @@ _HAS_ADMIN = "SELECT pg_has_role('loractl_registrar', CAST(:name AS name), 'MEMB
 
 
 def look(engine: Engine) -> Invited:
-    """What the join line is for, by its own login's engine; it still serves afterwards. Raises WrongState."""
+    """What the join line is for, by its own login's engine; the line stays valid. Raises WrongState."""
     with engine.connect() as connection:
         return Invited(**_asked(connection, None, None))
 
@@ -107,7 +107,7 @@ def look(engine: Engine) -> Invited:
 def entered(engine: Engine, name: str, password: str) -> Iterator[str]:
     """Make the login with this password; yields its name. Where the body raises, nothing was made, and the line serves.
 
-    The server is told the password's SCRAM verifier alone. Raises UsageError and WrongState.
+    The server gets only the password's SCRAM verifier. Raises UsageError and WrongState.
     """
     with engine.begin() as connection:
         yield str(_asked(connection, name, verifier(connection, name, password))["name"])

@@ -1,5 +1,5 @@
--- Who is invited, and the one function that a login of a join line may call. Said as the owner of the tables, as often as
--- you like. loractl_registrar owns the function: it makes logins, gives them a role of a lab, and can't log in itself.
+-- The invitations, and the one function that a join line's login may call. The tables' owner runs this, any number of
+-- times. loractl_registrar owns the function: it makes logins, gives them a role of a lab, and can't log in itself.
 
 DO $$ BEGIN
   IF to_regrole('loractl_join') IS NULL THEN CREATE ROLE loractl_join NOLOGIN; END IF;
@@ -17,7 +17,7 @@ GRANT USAGE ON SCHEMA loractl_lab TO loractl_join;
 CREATE TABLE IF NOT EXISTS loractl_lab.invitations (
   login name PRIMARY KEY, -- of the join line
   role name NOT NULL CHECK (role IN ('loractl_submit', 'loractl_worker')),
-  name name, -- of the login that it makes; null: who joins chooses a new one
+  name name, -- of the login that it makes; null: the person who joins chooses a new one
   sealed text NOT NULL, -- addresses and keys, which the join line alone opens
   expires_at timestamptz NOT NULL
 );
@@ -25,7 +25,7 @@ REVOKE ALL ON loractl_lab.invitations FROM PUBLIC;
 GRANT SELECT, UPDATE, DELETE ON loractl_lab.invitations TO loractl_registrar; -- UPDATE: to lock a row
 
 -- With a verifier it makes the login, or gives the one that the owner has named another password, and ends the
--- invitation. Without one it only says what the invitation is. What it refuses is an answer, and changes nothing.
+-- invitation. Without one it only says what the invitation is. A refusal is an answer, and changes nothing.
 CREATE OR REPLACE FUNCTION loractl_lab.enter(wanted text, verifier text) RETURNS json
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
@@ -66,7 +66,7 @@ GRANT USAGE, CREATE ON SCHEMA loractl_lab TO loractl_registrar;
 ALTER FUNCTION loractl_lab.enter(text, text) OWNER TO loractl_registrar;
 REVOKE CREATE ON SCHEMA loractl_lab FROM loractl_registrar;
 
--- Logins of lines that nobody used in their hour, and of used ones.
+-- Logins of used lines, and of lines that nobody used in their hour.
 DELETE FROM loractl_lab.invitations WHERE expires_at < clock_timestamp();
 DO $$ DECLARE spent name; BEGIN
   FOR spent IN SELECT rolname FROM pg_roles WHERE rolname ~ '^loractl_join_[0-9a-f]{12}$' AND rolvaliduntil < now() LOOP

@@ -43,9 +43,9 @@ class LabOwner:
         return DatabaseServer(host=str(host), port=int(str(port)), database=str(url.database), tls=tls)
 
     def prepare(self) -> tuple[str | None, tuple[str, ...]]:
-        """Tables and roles where they are missing; the revision of before, and the roles that are new.
+        """Make missing tables and roles; returns the previous revision, and the new roles.
 
-        Raises SchemaMismatch: to upgrade tables that are in use is a decision of its own.
+        Raises SchemaMismatch: upgrading tables in use is a decision of its own.
         """
         if (before := revision(self._engine)) is None:
             upgrade(self._engine)

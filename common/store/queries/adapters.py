@@ -69,8 +69,8 @@ def _matching(reference: Reference) -> Select[Adapter]:
 
 
 def _set_tag(tx: Transaction, key: tuple[str, str], job_id: int | None, before: int | None, user: str) -> bool:
-    """Give a tag, (name, tag), to a job's adapter, or to none, while the job that has it is `before`; False when it no
-    more is. PostgreSQL's loractl_tag does the same."""
+    """Give a tag, (name, tag), to a job's adapter, or to none, while the job that has it is `before`; False if it no
+    longer is. PostgreSQL's loractl_tag does the same."""
     name, tag = key
     if tx.has_functions:
         return bool(tx.session.scalar(select(func.loractl_tag(name, tag, job_id, before, user))))

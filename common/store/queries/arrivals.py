@@ -16,12 +16,12 @@ from .endings import give_back
 
 
 def arrive(tx: Transaction, state: NodeState) -> Arrival:
-    """A node is about to serve: write its row, give back what its predecessor left. Raises NameTaken.
+    """A node is about to serve: write its row, and give back what its predecessor left. Raises NameTaken.
 
     With `seen_at` in the answer nothing was done yet.
     """
     now, me = tx.now(), identity(state)
-    # first, so that of two new ones with one name the second waits here, and then finds the first
+    # first, so that of two new nodes with one name the second waits here, and then finds the first
     tx.add_new(Node, [{**vars(state), "seen_at": now, "free": 0, "reserved": 0}])
     row = tx.session.scalars(select(Node).where(Node.node == state.node).with_for_update()).one()
     it = identity(row)
@@ -34,7 +34,7 @@ def arrive(tx: Transaction, state: NodeState) -> Arrival:
             setattr(row, name, value)
         row.seen_at = now
         forget_hosts(tx, TrainerHost.node == state.node)
-        return Arrival()  # what the other one ran has its lease
+        return Arrival()  # what the other node ran has its lease
     if it.instance != me.instance or it.machine not in (None, me.machine):
         raise NameTaken(state.node)
     return Arrival(seen_at=row.seen_at)

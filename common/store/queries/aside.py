@@ -19,7 +19,7 @@ from ..transaction import SKIP_LOCKED, Transaction
 from .outbox.notices import tell_of_jobs
 
 NEWER_WORKER_DELAY_S = 60.0
-"""A job that only a newer worker can read is looked at again after so long."""
+"""How long before a job that only a newer worker can read is looked at again."""
 
 AT_ONCE = 1000
 """Waiting jobs that are looked at in one go."""
@@ -28,8 +28,7 @@ AT_ONCE = 1000
 def set_aside_unreadable(tx: Transaction, after: int | None = None) -> Aside:
     """End waiting jobs whose rows this version can't read, or leave them to a newer worker.
 
-    It looks at some, behind the one that is numbered `after`; None: at the first. What the lines meet is set aside by
-    the claim.
+    It looks at a few, after the job numbered `after`; None: from the first. The claim sets aside what the lines meet.
     """
     ready = or_(Job.not_before.is_(None), Job.not_before <= tx.now())
     waiting = select(*Job.__table__.columns).where(text("status = 'queued'"), ready).order_by(Job.job_id)

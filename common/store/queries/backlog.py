@@ -1,4 +1,4 @@
-"""The backlog: in which line a waiting job stands, and which could start now."""
+"""The backlog: in which line a waiting job is, and which could start now."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _FITTING = sql(
     f" coalesce((SELECT 1 FROM jobs WHERE {_OF_KEY} AND vram_needed <= :largest LIMIT 1),"
     f" (SELECT 1 FROM jobs WHERE {_OF_KEY} AND vram_needed IS NULL LIMIT 1)) = 1"
 )
-"""Keys of the lines that hold a waiting single-card job small enough for so many bytes."""
+"""Keys of the lines that hold a waiting single-card job small enough for this many bytes."""
 
 
 def has_unfinished(

@@ -25,7 +25,7 @@ from ..transaction import SKIP_LOCKED, Transaction
 _SAID = {
     "cancel": "cancel asked for", "cancelled": "cancelled", "held": "held", "retry": "queued again", "edited": "edited",
 }  # fmt: skip
-"""How the history tells of each, before who did it."""
+"""The history's words for each, before the name of the person."""
 
 
 def seen(job: Job) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def change_row(
     user: str,
     tail: str = "",
 ) -> bool:
-    """Change a job's row if its columns are still as expected, and tell the history who did it; False if they are not.
+    """Change a job's row if its columns are still as expected, and record who did it; False if they are not.
 
     `kind`: one of _SAID. `tail`: what the history says after who did it."""
     tail = storable(tail)
@@ -105,7 +105,7 @@ def _as_json(columns: Mapping[str, Any]) -> str:
 def answer_wishes(tx: Transaction) -> None:
     """Answer the wishes that no heartbeat has read: the job may have ended, or waited again, just then.
 
-    For who goes round for the fleet.
+    For the node on the fleet's round.
     """
     asked = select(Job).where(Job.job_id.in_(select(Wish.job_id))).order_by(Job.job_id)
     for job in tx.session.scalars(asked.with_for_update(**SKIP_LOCKED)).all():

@@ -148,8 +148,8 @@ def _in_its_room(
 ) -> Placement:
     """The placement with the room that nobody else wants, see placement/roomy.py. `joins`: others might join the job.
 
-    What out-of-memory has changed in a job stands: it has shown that plans are too low for it. A simulated card gives
-    its own micro-batches alone: a processor trains there, and would round otherwise.
+    Changes after out-of-memory stay in a job: it has shown that plans are too low for it. A simulated card gives
+    its own micro-batches alone: a processor trains there, and would round differently.
     """
     spec, changed = asked.spec, asked.adjustment
     if not (changed.micro_batch is changed.gradient_checkpointing is spec.training.gradient_checkpointing is None):
@@ -172,7 +172,7 @@ def _in_its_room(
 
 
 def _at_limit(tx: Transaction, user: str, cards: Sequence[Card]) -> bool:
-    """Whether the user runs as many jobs as he may by now: another card's claim may not have been seen by this one."""
+    """Whether the user runs as many jobs as allowed by now: this claim may not have seen another card's."""
     limit = least_limit(cards)
     if limit is None:
         return False
@@ -182,7 +182,7 @@ def _at_limit(tx: Transaction, user: str, cards: Sequence[Card]) -> bool:
 
 
 def _seats(placed: Placement, key: str | None, cards: Sequence[Card]) -> list[Seat]:
-    """How the job comes on to each of its cards. On several it is in trainers of its own."""
+    """The job's seat on each of its cards. On several it is in trainers of its own."""
     by_node = {card.node: card for card in cards}
     if placed.join is not None:
         return [joined(by_node[placed.node], placed.join.base, placed.reserved)]
@@ -259,7 +259,7 @@ def _planned(job: Job, placed: Placement) -> int | None:
 
 
 def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Seat, placed: Placement) -> Claim:
-    """Tell the history of the attempt, and give it what it needs to know."""
+    """Write the attempt to the history, and give it what it needs to know."""
     method = Method(attempt.method)
     why = _why_method(asked.spec.method, method, Need(lora=job.vram_lora, qlora=job.vram_qlora))
     warm = "" if taken.host is None else ", where its base is already loaded"

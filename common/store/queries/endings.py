@@ -43,7 +43,7 @@ TIME_GROWTH = 1.25
 """A job that a card's end has stopped before its first checkpoint was stored needs so many times what it had."""
 
 AVOIDED_S = 1800.0
-"""A job avoids what failed it for so long at most: then it takes the card rather than wait for a busy one."""
+"""How long a job avoids what failed it: after that it takes the card rather than wait for a busy one."""
 
 REAPED = 50
 """Attempts that one transaction ends at most, so that heartbeats need not wait for it."""
@@ -71,7 +71,7 @@ def finish(
     """End the attempt; the job succeeds, fails, is cancelled, or waits for its next attempt.
 
     `inside`: it is not out of its host yet, and what it reserves stays held until it leaves it.
-    `card`: of several the one that failed.
+    `card`: which of several failed.
     Returns the job's status afterwards, or None when the lease was lost: then nothing was written.
     """
     if (reason is Reason.OK) != (result is not None):
@@ -80,7 +80,7 @@ def finish(
     job = tx.session.scalars(select(Job).where(Job.job_id == claim.job_id).with_for_update(key_share=True)).one()
     if job.token != claim.token or job.status is not Status.RUNNING:
         return _already_finished(tx, claim, reason, job)
-    record(tx, claim, progress)  # first: the history has what was told before the end
+    record(tx, claim, progress)  # first: the history has what was reported before the end
     job.step, job.total_steps = progress.step or job.step, progress.total_steps or job.total_steps
     _end_attempt(tx, job, reason, message, now, inside=inside, card=card)
     if result is not None:
@@ -105,7 +105,7 @@ def reap(tx: Transaction) -> list[Job]:
 
 
 def _reap_gangs(tx: Transaction, now: dt.datetime) -> list[Job]:
-    """End jobs on several cards of which one, not the first, has a silent node: a job of that card would end too."""
+    """End jobs on several cards if one, not the first, has a silent node: a job with that card alone would end too."""
     gone = dict(silent(tx.session, now - dt.timedelta(seconds=tx.lease_s), REAPED))
     if not gone:
         return []
@@ -140,7 +140,7 @@ def give_back(tx: Transaction, node: str) -> list[int]:
 
 
 def _turn(job: Job) -> tuple[str, int]:
-    """All who end several attempts at once charge their users in one order: else two could wait for each other."""
+    """One order for all who end several attempts at once and charge their users: else two could wait for each other."""
     return job.user, job.job_id
 
 
@@ -277,7 +277,7 @@ def _requeue(tx: Transaction, job: Job, card: str, reason: Reason, message: str,
 
 
 def _avoid(job: Job, card: str, reason: Reason, now: dt.datetime) -> None:
-    """Let the job's next attempts keep off what failed this one. A box that has its finished result may still take it:
+    """Make the job's next attempts avoid what failed this one. A box that has its finished result may still take it:
     the rule gives it to that one alone."""
     blamed = card if OUTCOMES[reason].blames is Blamed.CARD else card.rpartition(":")[0]
     until = now + dt.timedelta(seconds=AVOIDED_S)
@@ -317,7 +317,7 @@ def _charge(tx: Transaction, job: Job, parts: Sequence[CardUse], now: dt.datetim
 
 
 def _parts(tx: Transaction, job: Job, now: dt.datetime) -> list[CardUse]:
-    """Bytes of each card that the attempt had in the mean: of a base that it shared its part by time and members."""
+    """Mean bytes of each card that the attempt had; of a base that it shared, its part by time and members."""
     own = tx.session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
     beside = read_beside(tx.session, [job.job_id]).get(job.job_id, [])
     others = [CardUse(node=share.node, bytes=share.bytes) for share in beside]

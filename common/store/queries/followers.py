@@ -1,7 +1,7 @@
-"""Jobs after jobs: which one a job waits for, and who goes on when one has ended.
+"""Jobs after jobs: which one a job waits for, and which jobs start when one has ended.
 
 A blocked job is held, so that no claim looks at it, and its row names the first job of its `after` that is not over.
-Its list is walked once: what stands before that job is over.
+Its list is walked once: jobs before that one are over.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def first_awaited(tx: Transaction, after: Sequence[int], *, any_end: bool) -> in
 
 
 def block(job: Job, awaits: int | None) -> None:
-    """Let a waiting job start after this one; None: when its turn comes. What else holds it does so afterwards."""
+    """Let a waiting job start after this one; None: when its turn comes. Other holds stay."""
     other = job.held_too if job.awaits is not None else bool(job.held)
     job.awaits, job.held_too = awaits, other and awaits is not None
     job.held = other or awaits is not None
 
 
 def release_followers(tx: Transaction, ended: Job) -> None:
-    """Let the jobs go on that waited for this one, which has just ended. A row that somebody keeps locked is left to
-    the fleet's round."""
+    """Release the jobs that waited for this one, which has just ended. A row that somebody keeps locked is left to the
+    fleet's round."""
     tx.session.flush()
     followers = _blocked().where(Job.awaits == ended.job_id)
     _go_on(tx, followers if ended.status is Status.SUCCEEDED else followers.where(_ANY))

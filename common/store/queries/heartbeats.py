@@ -1,4 +1,4 @@
-"""Heartbeats: what a running attempt tells of itself while it holds the lease."""
+"""Heartbeats: what a running attempt reports of itself while it holds the lease."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ _stored_priority = type_coerce(Job.priority, NullType())
 """As the row holds it: the next lower one is found by it, which may be out of an integer's bounds on SQLite."""
 
 LOOKED_AT = 10
-"""So many attempts are looked at for each one that is asked for: those on processors, or with others, teach no plan."""
+"""Attempts looked at for each one that is asked for: those on processors, or with others, teach no plan."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Glance:
 
     running: list[Job]  # the oldest first
     waiting: list[Job]  # the page's, by priority, then the oldest first
-    more_wait: bool  # behind the page
+    more_wait: bool  # after the page
     waiting_count: int  # all that wait
     ended: dict[Status, int]  # that succeeded and that failed since the asked moment
     sweep_ids: list[int]  # the newest sweeps with a job of these, newest last
@@ -261,7 +261,7 @@ def read_counts(tx: Transaction) -> list[JobCount]:
     """How many jobs are in each state, and why."""
     now = tx.now()
     count = select(func.count()).select_from(Job)
-    # each by an index: the held ones and those in backoff are few
+    # each by an index: few jobs are held or in backoff
     waits = {
         "held": tx.session.scalar(count.where(WAITS, sql("held"))) or 0,
         "retry": tx.session.scalar(count.where(WAITS, Job.not_before > now, ~Job.held)) or 0,

@@ -117,8 +117,8 @@ def read_levels(
 ) -> Iterator[dict[str, Line]]:
     """The ready jobs' lines by priority and user, read as far as the caller asks.
 
-    `changed`: a job that stands there in another form than its row has. `joiners`: jobs that may join a running host,
-    whatever room there is.
+    `changed`: a job in another form than its row has. `joiners`: jobs that may join a running host, whatever room there
+    is.
     """
     for priority in _priorities(session):
         level = _Level(session, now, priority)
@@ -214,7 +214,7 @@ class _Head:
 
     key: QueueKey
     oldest: int | None  # the oldest job of any need that was not given yet; None: not known
-    job: Waiting | None = None  # an admitted one that was looked up and not given yet
+    job: Waiting | None = None  # an admitted job that was looked up and not given yet
     given: int = 0  # jobs up to this number were given, or are not admitted any more
     empty: bool = False
 
@@ -324,7 +324,7 @@ class _OldestLine:
         if self._given == 0:
             first = _one(self._session, _OLDEST, self._now)
             if first is None or waited(first, self._now) < OLDEST_FIRST_AFTER_S:
-                return None  # no job has waited so long: the usual case costs one row
+                return None  # no job has waited that long: the usual case costs one row
         while True:
             bounds = _bounds(openings)
             job = _one(self._session, _OLDEST_FITTING, self._now, after=self._given, **bounds)

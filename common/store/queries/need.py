@@ -1,5 +1,5 @@
 """A job's need as it changes after the submit: a better plan lowers it, running out of memory raises it, and a newer
-version whose steps take other memory plans it anew."""
+version whose steps take other memory plans it again."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from .cards.nodes import read_cards
 from .jobs import read_job, read_measured
 
 MEASURED = 1000
-"""So many attempts at most teach a plan, the newest."""
+"""The most attempts that teach a plan, the newest."""
 
 AT_ONCE = 100
-"""Jobs that are planned anew in one go."""
+"""Jobs that are planned again in one go."""
 
 OUTSIDER_SHARE = 0.85
 """An attempt that ran out of memory below this share of its reservation lacked what another program had taken."""
@@ -90,7 +90,7 @@ def _as_learned(before: Roomy, now: Roomy) -> Roomy:
 
 
 def plan_anew(read: Callable[[], Transaction], write: Callable[[], Transaction]) -> list[int]:
-    """Plan waiting jobs whose plans are of an older engine, where their bases are on this machine; returns the jobs."""
+    """Plan waiting jobs whose plans are of an older engine, if their bases are on this machine; returns the jobs."""
     with read() as tx:
         here = list(itertools.islice(_plannable(tx), AT_ONCE))
         jobs = tx.session.scalars(select(Job).where(Job.job_id.in_(here)).order_by(Job.job_id)).all() if here else []

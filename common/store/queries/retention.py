@@ -45,7 +45,7 @@ _PAST = (
 
 
 def beyond_newest(keep: int) -> Select[Job]:
-    """Results beyond the `keep` newest of their user and name, oldest first; tagged ones stay, and those from which
+    """Results beyond the `keep` newest of their user and name, oldest first; tagged results stay, and those from which
     open jobs begin."""
     place = func.row_number().over(partition_by=(Job.user, Job.name), order_by=(Job.ended_at.desc(), Job.job_id.desc()))
     placed = select(Job.job_id, place.label("place")).where(_has_result()).subquery()
@@ -60,7 +60,7 @@ def beyond_newest(keep: int) -> Select[Job]:
 def read_over(tx: Transaction, job_ids: Collection[int], kept_since: dt.datetime | None = None) -> Over:
     """Which of these jobs, and which of their attempts, need no files any more.
 
-    A job that failed since then keeps what a retry goes on from.
+    A job that failed since then keeps what a retry continues from.
     """
     known: set[int] = set()
     jobs: set[int] = set()
@@ -98,7 +98,7 @@ def read_needed_data(tx: Transaction, ended_since: dt.datetime, without: Collect
 
 
 def _names_in(tx: Transaction, job_id: int) -> list[str]:
-    """All that could be the name of a data set, where a column of data can't be read: it keeps what it names."""
+    """All that could be the name of a data set, if a column of data can't be read: it keeps what it names."""
     kept = tx.session.scalar(select(cast(Job.data, Text)).where(Job.job_id == job_id))
     return re.findall(r'([^"/]+)"', kept or "")
 
@@ -164,8 +164,8 @@ def forget_log(tx: Transaction, log: SpentLog) -> None:
 
 
 def read_past(tx: Transaction, ended_before: dt.datetime, without: Collection[int] = ()) -> list[PastJob]:
-    """Jobs without a result that ended before that, by number; none of a sweep that goes on, and none for which
-    another job waits.
+    """Jobs without a result that ended before that, by number; none of an open sweep, and none for which another job
+    waits.
 
     `without`: jobs with results that count as removed.
     """

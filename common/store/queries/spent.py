@@ -1,4 +1,4 @@
-"""What was had of the cards since some hour, with what runs now."""
+"""Use of the cards since some hour, with what runs now."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_card_hours(tx: Transaction) -> dict[str, float]:
 
 
 def read_spent(tx: Transaction, since: dt.datetime, by: Sequence[str] = DETAILS) -> list[PastUse]:
-    """The sums of the hours from this one on, apart by these of DETAILS alone; and what runs now, so far."""
+    """The sums of the hours from this one on, by these of DETAILS alone; and of what runs now, so far."""
     first, now = begin_of(since), tx.now()
     apart, sums = [getattr(Usage, name) for name in by], [func.sum(getattr(Usage, name)).label(name) for name in SUMS]
     rows = tx.session.execute(select(*apart, *sums).where(Usage.hour >= first).group_by(*apart).order_by(*apart))

@@ -1,4 +1,4 @@
-"""Submission: new jobs, alone or as the members of a sweep, and what is asked otherwise of them later."""
+"""Submission: new jobs, alone or as the members of a sweep, and later changes of what they ask."""
 
 from __future__ import annotations
 

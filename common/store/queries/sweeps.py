@@ -20,7 +20,7 @@ from ..transaction import Transaction
 
 
 def read_verdict(tx: Transaction, claim: Claim, points: Sequence[RungPoint]) -> str | None:
-    """Why a member that has just reached these rungs is stopped; None when it goes on.
+    """Why a member that has just reached these rungs is stopped; None when it continues.
 
     Two members that reach a rung at the same moment are compared one after the other; SQLite does that by itself.
     """

@@ -1,4 +1,4 @@
-"""What was had of the cards, summed by hour as attempts end, and held against quotas."""
+"""Use of the cards, summed by hour as attempts end, and held against quotas."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ SUMS = ("card_hours", "gib_hours", "lost_hours", "waited_hours", "jobs")
 
 
 def by_hour(start: dt.datetime, end: dt.datetime) -> Iterator[tuple[dt.datetime, float]]:
-    """The hours of a time, each by its begin, and how much of it is within."""
+    """The hours that a time touches, each by its start, and how much of the time is within."""
     if (end - start) / HOUR > MOST_HOURS:
         start = max(start, begin_of(end))
     hour = begin_of(start)
@@ -82,7 +82,7 @@ def begin_of(moment: dt.datetime) -> dt.datetime:
 
 
 def card_share(size: float, total: int | None) -> float:
-    """The part of a card; of one that is not known the whole."""
+    """The part of a card; of an unknown card, the whole."""
     return min(1.0, size / total) if total else 1.0
 
 
@@ -120,12 +120,12 @@ def _waited(tx: Transaction, job_id: int, start: dt.datetime) -> float:
 
 
 def set_quota(tx: Transaction, user: str, card_hours: float, window_s: int, by: str, *, soft: bool) -> None:
-    """Allow a user so many card hours within any time of that length, from now on."""
+    """Allow a user `card_hours` within any period of `window_s`, from now on."""
     row = {
         "user": user, "card_hours": card_hours, "window_s": window_s, "soft": soft, "set_by": by, "at": tx.now(),
         "used": 0.0, "below_at": None,
     }  # fmt: skip
-    tx.add_new(Use, [{"user": user, "gib_hours": 0.0, "at": tx.now()}])  # a claim reads a quota beside it
+    tx.add_new(Use, [{"user": user, "gib_hours": 0.0, "at": tx.now()}])  # a claim reads a quota with it
     tx.put(Quota, "user", row)
     tx.session.flush()
     refresh_quotas(tx)
@@ -137,7 +137,7 @@ def remove_quota(tx: Transaction, user: str) -> bool:
 
 
 def refresh_quotas(tx: Transaction) -> None:
-    """Add up again what has been had within each quota's time. For who goes round for the fleet."""
+    """Add up again what has been had within each quota's time. For the node on the fleet's round."""
     now = tx.now()
     for quota in tx.session.scalars(select(Quota).order_by(Quota.user).with_for_update(**SKIP_LOCKED)).all():
         window = dt.timedelta(seconds=quota.window_s)

@@ -1,4 +1,4 @@
-"""Adapters: stored ones, their tags, and which began from which."""
+"""Stored adapters, their tags, and which began from which."""
 
 from __future__ import annotations
 

@@ -42,5 +42,5 @@ class JobVerbs(Subject):
     set_aside_unreadable = writes(aside.set_aside_unreadable)
 
     def plan_anew(self) -> list[int]:
-        """Plan waiting jobs whose plans are of an older engine, where their bases are on this machine; returns them."""
+        """Plan waiting jobs whose plans are of an older engine, if their bases are on this machine; returns them."""
         return need.plan_anew(self._read, self._write)

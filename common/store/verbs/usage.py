@@ -1,4 +1,4 @@
-"""Usage: what was had of the cards, and quotas of it."""
+"""Usage: how much of the cards was used, and quotas of it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The fleet's round: what concerns all jobs, one node at a time does for all, every few seconds.
+"""The fleet's round: one node at a time does what concerns all jobs, every few seconds.
 
-It does not matter which. A node that comes by while the last round is young, or while another goes round, does nothing.
+It does not matter which. A node does nothing while the last round is young, or while another one is on its round.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .nodes import read_cards
 _REACH = "reach"
 
 REACH_EVERY_S = 60.0
-"""How often it is asked which jobs no card could ever hold."""
+"""How often to check which jobs no card could ever hold."""
 
 _SLOW_COMMIT_S = 60.0
-"""A transaction is committed so long after the time that it wrote, at the most."""
+"""A transaction is committed at most this long after the time that it wrote."""
 
 GAP = 2 / 3
-"""Of a lease. When nobody went round for so long, living workers may not have reached the database either: after a
+"""Of a lease. When no node went round for this long, live workers may not have reached the database either: after a
 shorter outage none of their leases is over."""
 
 

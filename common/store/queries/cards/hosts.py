@@ -29,7 +29,7 @@ def keep(tx: Transaction, claim: Claim, new: NewHost) -> bool:
 
 
 def open_to_others(tx: Transaction, claim: Claim, new: NewHost) -> bool:
-    """Write that others may train beside an attempt, in its trainer, from now on; `new.bytes`: of the loaded base.
+    """Write that others may train alongside an attempt, in its trainer, from now on; `new.bytes`: of the loaded base.
 
     False: its lease is lost, or the base has no room on the card.
     """
@@ -42,7 +42,7 @@ def open_to_others(tx: Transaction, claim: Claim, new: NewHost) -> bool:
 def _write(tx: Transaction, claim: Claim, new: NewHost, *, is_open: bool) -> bool:
     """Write the host's row, if its base has room, while the claim's attempt runs, or is on its way out as the last."""
     own = (Job.job_id == claim.job_id, Job.token == claim.token, Job.status == Status.RUNNING, Job.node == new.node)
-    # The job's row first, so that its lease can't end meanwhile. If somebody else has it locked, we wait here, and not
+    # The job's row first, so that its lease can't end in between. If somebody else has it locked, we wait here, and not
     # while we hold the node's row, which the node needs for its heartbeat.
     runs = tx.session.scalar(select(Job.job_id).where(*own).with_for_update(key_share=True)) is not None
     tx.session.scalars(select(Node).where(Node.node == new.node).with_for_update()).first()
@@ -77,7 +77,7 @@ def is_busy(tx: Transaction, host: str, but: str = "") -> bool:
 
 
 def spoil(tx: Transaction, host: str, node: str, why: str) -> None:
-    """Let no job join the host any more, which ends with its last one; `why`: in words, the first of them stays."""
+    """Let no job join the host any more, which ends with its last one; `why`: in words; the first reason stays."""
     tx.session.scalars(select(Node).where(Node.node == node).with_for_update()).first()  # no claim joins it meanwhile
     still = (TrainerHost.host == host, TrainerHost.spoilt.is_(None))
     tx.session.execute(update(TrainerHost).where(*still).values(spoilt=storable(why)))
@@ -104,7 +104,7 @@ def _of(claim: Claim) -> tuple[ColumnElement[bool], ...]:
 
 
 def take_seat(tx: Transaction, seat: Seat, job_id: int, attempt: int) -> bool:
-    """Write a job's seat, in its claim. False: the host that it was to join has gone meanwhile."""
+    """Write a job's seat, in its claim. False: the host that it was to join is gone."""
     if seat.host is not None:
         free = (TrainerHost.host == seat.host.host, ~TrainerHost.leaving)
         joined = {"job_id": job_id, "attempt": attempt, "since": tx.now(), "open": False}
@@ -115,9 +115,9 @@ def take_seat(tx: Transaction, seat: Seat, job_id: int, attempt: int) -> bool:
 
 
 def take_place(tx: Transaction, seat: Seat, base: WarmBase) -> bool:
-    """Write a job's place beside others in a running host, in its claim. False: nothing joins that host any more.
+    """Write a job's place alongside others in a running host, in its claim. False: nothing joins that host any more.
 
-    What ends the others expect from now on is what was promised to them.
+    From now on the others' expected ends count as promised.
     """
     still = (TrainerHost.host == base.host, TrainerHost.open, ~TrainerHost.leaving, TrainerHost.spoilt.is_(None))
     if tx.session.scalar(select(TrainerHost.host).where(*still).with_for_update()) is None:
@@ -132,7 +132,7 @@ def take_place(tx: Transaction, seat: Seat, base: WarmBase) -> bool:
 
 
 def beside(tx: Transaction, host: str, job_id: int) -> str:
-    """Beside whom a job trains in a host, for its history."""
+    """The jobs that a job trains alongside in a host, for its history."""
     there = (Attempt.host == host, Attempt.ended_at.is_(None), Attempt.job_id != job_id)
     others = tx.session.scalars(select(Attempt.job_id).where(*there).order_by(Attempt.job_id)).all()
     named = f"job{'s' if len(others) > 1 else ''} {', '.join(map(str, others))}"

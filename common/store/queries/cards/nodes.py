@@ -64,7 +64,7 @@ def forget(tx: Transaction, node: str, box: BoxIdentity | None = None) -> None:
 
 
 def forget_hosts(tx: Transaction, which: ColumnElement[bool]) -> None:
-    """Their processes have ended. Whoever was not out of one yet is so now."""
+    """Forget hosts whose processes have ended: attempts that were still in them are out now."""
     gone = select(TrainerHost.host).where(which)
     tx.session.execute(update(Attempt).where(INSIDE, Attempt.host.in_(gone), Attempt.inside).values(inside=False))
     tx.session.execute(delete(TrainerHost).where(which))
@@ -123,7 +123,7 @@ class _FleetRows:
     """What runs in the fleet. A claim needs it for the cards and for the charges, and reads it once."""
 
     jobs: list[Any]  # rows of OCCUPANT, with their needs
-    shares: list[Any]  # the same of their cards beside the first
+    shares: list[Any]  # the same of their cards besides the first
     hosts: list[TrainerHost]
     inside: list[InsideHost]
 
@@ -183,7 +183,7 @@ def nodes(host: str | None = None) -> Select[Node]:
 
 
 def serves_beside(tx: Transaction, node: str) -> bool:
-    """Whether a job on several cards runs on the node's, which began on another one."""
+    """Whether a job on several cards that began on another node runs on this node's card."""
     return tx.session.scalars(running_on(node).limit(1)).first() is not None
 
 
@@ -221,7 +221,7 @@ def read_failures(session: Session, now: dt.datetime) -> list[CardFailure]:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What a running job holds of one of its cards, in bytes: of a base that it shares its part."""
+    """What a running job holds of one of its cards, in bytes; of a base that it shares, its part."""
 
     job_id: int
     user: str
@@ -295,7 +295,7 @@ def _close(tx: Transaction, job: Job, node: str, now: dt.datetime) -> None:
 
 
 def _leaves_one(bad: list[Card], cards: list[Card]) -> bool:
-    """Whether a card stays open without them; in place of GPUs no processor is one."""
+    """Whether a card stays open without them; a processor does not count in place of GPUs."""
     only_gpus = any(not card.processor for card in bad)
     return any(card.open and card not in bad and not (only_gpus and card.processor) for card in cards)
 

@@ -21,7 +21,7 @@ from .nodes import read_fleet
 from .shares import running_on
 
 AT_ONCE = 8
-"""Waiting jobs for which it is tried in one round whether they would start: each asks the whole rule once more."""
+"""Waiting jobs that one round tries to start: each asks the whole rule once more."""
 
 
 def preempt(tx: Transaction) -> tuple[int, ...]:

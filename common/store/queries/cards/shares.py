@@ -22,11 +22,11 @@ _NOW = (
     & (Job.status == Status.RUNNING)
     & (AttemptShare.rank > 0)
 )
-"""What a running job has of its cards beside the first, which is the job's own row's."""
+"""What a running job has of its cards besides the first, which is in the job's own row."""
 
 
 LATE_SHARE = 0.5
-"""A node that was silent for this share of a lease is counted on by no job that needs its card beside another one."""
+"""A job that needs another card as well does not count on a node that was silent for this share of a lease."""
 
 
 _BESIDE = select(
@@ -52,7 +52,7 @@ def of_job(job_id: int) -> Select[AttemptShare]:
 
 
 def read_beside(session: Session, job_ids: Iterable[int]) -> dict[int, list[AttemptShare]]:
-    """What each of these running jobs has of cards beside its first, by rank."""
+    """What each of these running jobs has of cards besides its first, by rank."""
     mine = select(AttemptShare).join(Job, _NOW).where(Job.job_id.in_(list(job_ids)))
     found: dict[int, list[AttemptShare]] = {}
     for share in session.scalars(mine.order_by(AttemptShare.job_id, AttemptShare.rank)):
@@ -70,7 +70,7 @@ def silent(session: Session, since: dt.datetime, limit: int) -> list[tuple[int, 
 
 
 def is_late(node: Node, now: dt.datetime, lease_s: float) -> bool:
-    """Whether a card's node has been silent for a while: a job on several cards, one of them this, would soon be ended
+    """Whether a card's node has been silent for a while: a job on several cards that has this one would soon be ended
     as lost."""
     return node.seen_at < now - dt.timedelta(seconds=lease_s * LATE_SHARE)
 

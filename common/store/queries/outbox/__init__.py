@@ -1,1 +1,1 @@
-"""The outbox: what is told to people, written with the event, and how it goes on its way. Queries alone."""
+"""The outbox: messages to people, written with the event, and how they are delivered. Queries alone."""

@@ -17,19 +17,19 @@ from ...transaction import Transaction
 from .notices import News, write
 
 TRIES = 8
-"""Tries of a message, of which the first comes at once and the last about three hours later."""
+"""Tries of a message: the first comes at once, the last about three hours later."""
 
 FIRST_PAUSE_S, MOST_PAUSE_S = 10.0, 3600.0
-"""After the first failure, and the most; each pause is four times the one before."""
+"""The pause after the first failure, and the longest; each is four times the one before."""
 
 PATIENCE_S = 24 * 3600.0
 """A message that no process has taken by then is given up: no configuration names its channel."""
 
 KEPT_S = 7 * 24 * 3600.0
-"""Settled messages are kept so long: they keep the same event from being told twice."""
+"""How long settled messages are kept: they keep the same event from being reported twice."""
 
 LATE_S = 300.0
-"""A message that is due for so long and was never tried is in nobody's hands."""
+"""A message that has been due for this long and was never tried is in nobody's hands."""
 
 SENT, GAVE_UP = "sent", "gave up"
 """What the outcome of a settled message is, or begins with."""
@@ -86,7 +86,7 @@ def tidy(tx: Transaction, now: dt.datetime) -> None:
 
 
 def read_stuck(tx: Transaction) -> list[StuckMessages]:
-    """By channel, those that nobody has to have are left out: to the lab each event is written."""
+    """By channel; those to the lab are left out: every event is written there, and nobody must have such a channel."""
     now, named = tx.now(), OutboxMessage.channel != LAB
     late = OutboxMessage.due_at <= now - dt.timedelta(seconds=LATE_S)
     columns = (OutboxMessage.channel, func.count(), func.min(OutboxMessage.at))
@@ -105,7 +105,7 @@ def read_stuck(tx: Transaction) -> list[StuckMessages]:
 
 
 def read_traffic(tx: Transaction) -> list[ChannelTraffic]:
-    """By channel. What is written to the lab is left out, for nobody has to have a channel for it."""
+    """By channel. Messages to the lab are left out, for nobody has to have a channel for it."""
     now = tx.now()
     waits = OutboxMessage.settled_at.is_(None) & or_(OutboxMessage.due_at <= now, OutboxMessage.tries > 0)
     lately = OutboxMessage.settled_at > now - dt.timedelta(seconds=PATIENCE_S)
@@ -154,7 +154,7 @@ def _taken(query: Select[OutboxMessage], now: dt.datetime, most: int) -> Select[
 
 
 def _settle(tx: Transaction, row: OutboxMessage, outcome: str, *, told: bool = False) -> None:
-    """Nothing more becomes of a message. `told`: in its job's history, too."""
+    """Settle a message for good. `told`: in its job's history, too."""
     own = OutboxMessage.message_id == row.message_id
     tx.session.execute(update(OutboxMessage).where(own).values(settled_at=tx.now(), outcome=outcome, token=None))
     if told:
@@ -162,7 +162,7 @@ def _settle(tx: Transaction, row: OutboxMessage, outcome: str, *, told: bool = F
 
 
 def _tell(tx: Transaction, row: OutboxMessage, what: str) -> None:
-    """In the history of the message's job."""
+    """Write into the history of the message's job."""
     if row.job_id is not None:
         tx.tell(row.job_id, None, "notify", f"message {row.message_id} to channel {row.channel}: {what}")
 

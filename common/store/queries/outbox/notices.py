@@ -1,4 +1,4 @@
-"""What is told to people: messages are written in the transaction of what happened."""
+"""Messages to people, written in the transaction of what happened."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ MOST_TEXT = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class News:
-    """Something that is told once to each channel that it concerns."""
+    """Something that is reported once to each channel that it concerns."""
 
-    event: str  # what makes it one: told again under the same name it is the same message
+    event: str  # what makes it one: reported again under the same name it is the same message
     kind: str
     job_id: int | None
     user: str
     subject: str
     advice: str
-    later_s: float = 0.0  # it may still be withdrawn so long
+    later_s: float = 0.0  # how long it may still be withdrawn
 
 
 def tell_of_job(tx: Transaction, job: Job) -> None:
-    """Tell of a job that has just ended or been held. A sweep's members are told of as one, when the last has ended."""
-    if names := names_in(job.spec):  # apart: what can't be told must not keep a job from its end
+    """Report a job that has just ended or been held. A sweep's members are one report, when the last has ended."""
+    if names := names_in(job.spec):  # apart: a message that fails must not keep a job from its end
         tx.apart(job.job_id, lambda: _tell_of_job(tx, job, names))
 
 
@@ -52,13 +52,13 @@ def tell_of_jobs(tx: Transaction, job_ids: Collection[int]) -> None:
 
 
 def tell_of_closure(tx: Transaction, target: str, reason: str, now: dt.datetime) -> None:
-    """Tell the lab that a card or a box takes no more jobs."""
+    """Report to the lab that a card or a box takes no more jobs."""
     event, advice = f"closed:{target}:{now.isoformat()}", f"{target} takes no more jobs until: loractl undrain {target}"
     _tell_lab(tx, event, "card.closed", f"{target}: closed, {reason}", advice)
 
 
 def tell_of_silence(tx: Transaction, now: dt.datetime) -> None:
-    """Tell the lab once of each box that has fallen silent, or of a card of it. One that stops in order has no row."""
+    """Report to the lab once each box that has fallen silent, or a card of it. One that stops in order has no row."""
     hosts: dict[str, list[tuple[str, dt.datetime]]] = {}
     for node, host, seen_at in tx.session.execute(select(Node.node, Node.host, Node.seen_at).order_by(Node.node)):
         hosts.setdefault(host, []).append((node, seen_at))
@@ -74,9 +74,9 @@ def tell_of_silence(tx: Transaction, now: dt.datetime) -> None:
 
 
 def tell_of_cancelled_sweeps(tx: Transaction, since: dt.datetime) -> None:
-    """Tell of sweeps whose last member a person has cancelled since then.
+    """Report sweeps whose last member a person has cancelled since then.
 
-    Whoever cancels may write no messages: a worker finds it in the rows, a moment later.
+    The person's login may write no messages: a worker finds it in the rows, a moment later.
     """
     # by the time first: SQLite would look at all that was ever cancelled
     ended = select(Job.job_id, Job.sweep_id, Job.status).where(Job.ended_at >= since)
@@ -102,7 +102,7 @@ def _tell_of_job(tx: Transaction, job: Job, names: Sequence[str]) -> None:
 
 
 def _tell_of_sweep(tx: Transaction, job: Job, sweep_id: int, names: Sequence[str]) -> None:
-    """Tell of the whole sweep if this was its last member. Two that end at once are looked at one after the other."""
+    """Report the whole sweep if this was its last member. Two that end at once are looked at one after the other."""
     tx.wait_for(f"end of sweep {sweep_id}")
     tx.session.flush()
     going = (Job.sweep_id == sweep_id, Job.status.in_((Status.QUEUED, Status.RUNNING)))

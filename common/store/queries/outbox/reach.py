@@ -1,4 +1,4 @@
-"""Jobs that no known card could ever hold: told after a while, unless a card comes that could, or the job changes."""
+"""Jobs that no known card could ever hold: reported after a while unless one that could comes, or the job changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..lines import EVERY_KEY
 from .notices import News, write
 
 GRACE_S = 600.0
-"""A box that is started anew, or a job that its owner edits at once, is no news."""
+"""A box that is restarted, or a job that its owner edits at once, is no news."""
 
 KIND = "job.never"
 
@@ -37,7 +37,7 @@ _KEYS = text(f"{EVERY_KEY} SELECT k FROM keys WHERE k IS NOT NULL")  # noqa: S60
 
 
 def tell_of_jobs_out_of_reach(tx: Transaction, cards: Collection[Card], now: dt.datetime) -> None:
-    """Tell of waiting jobs that none of these cards could ever hold, and withdraw what does not hold any more."""
+    """Report waiting jobs that none of these cards could ever hold, and withdraw what does not hold any more."""
     _withdraw(tx, cards, now)
     for job_id in _found(tx, cards):
         tx.apart(job_id, lambda job_id=job_id: _tell(tx, job_id, cards, now))  # type: ignore[misc]
@@ -59,7 +59,7 @@ def _withdraw(tx: Transaction, cards: Collection[Card], now: dt.datetime) -> Non
 def _found(tx: Transaction, cards: Collection[Card]) -> Iterator[int]:
     """Waiting jobs that name a channel and may be out of reach, the oldest of each key first.
 
-    Of a spec its text is looked at: SQLite ends a statement that meets one which is no JSON.
+    It looks at a spec's text: SQLite ends a statement that meets invalid JSON.
     """
     for key in tx.session.scalars(_KEYS).all() if cards else ():
         condition = _beyond(key, cards)
