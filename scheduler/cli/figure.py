@@ -1,4 +1,4 @@
-"""Figures: what all pictures drawn by matplotlib share. matplotlib is an optional extra."""
+"""What all pictures drawn by matplotlib share. matplotlib is an optional extra."""
 
 from __future__ import annotations
 
@@ -27,6 +27,6 @@ def save(figure: Any, path: Path) -> None:
 
 
 def without_box(axes: Any) -> None:
-    """Leave only the sides of the axes' frame that are read."""
+    """Draw only the sides of the axes' frame that are read."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
