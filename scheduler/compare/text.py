@@ -57,7 +57,7 @@ def _others(answer: Comparison, among: Sequence[str] = OTHERS) -> list[str]:
 
 
 def sweep_comparison_text(answer: SweepComparison, screen: Screen) -> str:
-    """Who is best, the finished members compared, and the stopped ones below."""
+    """The best member, the finished members compared, and the stopped members below."""
     lines = [
         screen.style(answer.sentence, bold=True),
         *filter(None, [clean_line(answer.second_look)]),

@@ -58,8 +58,8 @@ class DeviceState:
     fault: str | None  # why nothing can run on it, with the next step
     self_test: Mapping[str, Any] | None  # its result before the card served; null: it had none
     instance: str | None  # of the box: two boxes may have the same name
-    machine: str | None  # its machine-id: a copied home has another
-    boot: str | None  # its boot id: a copied machine has another
+    machine: str | None  # its machine-id; a home may be a copy
+    boot: str | None  # its boot id; a whole machine may be a copy
     seen_at: dt.datetime
 
     card: Card  # as the placement rule sees it, with the jobs that run there

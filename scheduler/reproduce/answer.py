@@ -137,7 +137,7 @@ def _online(store: Store) -> list[Node]:
 
 
 def _versions(report: dict[str, Any], online: Sequence[Node]) -> Iterator[Caveat]:
-    """Packages of which the workers have another version than the report names."""
+    """Packages whose version on the workers differs from the report's."""
     if not online:
         yield Caveat(what="versions and device", then="in its report", now="unknown: no worker is online")
     for name, then in report["versions"].items():

@@ -216,7 +216,7 @@ def avoidance_of(job: Job, card: Card, view: FleetView) -> Avoidance:
 
 
 SILENT_S = 15.0
-"""A node writes its row every 5 s. After this time without it a person is told, before it counts as offline."""
+"""A node writes its row every 5 s. After this time without it people see a warning, before it counts as offline."""
 
 FORGOTTEN_S = 3600.0
 """A box that has been silent for longer is not news."""

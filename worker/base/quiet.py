@@ -72,5 +72,5 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
     line: str | None = None,
 ) -> None:  # fmt: skip
-    """What Python calls for a warning: the place in a library's source tells a reader nothing."""
+    """What Python calls for a warning: the place in a library's source does not help a reader."""
     logging.getLogger("python").warning("%s (%s)", message, category.__name__)

@@ -60,7 +60,7 @@ def card_parts(device: DeviceState) -> list[BarPart]:
 
 
 BARS_PX = {"slim": 176, "middle": 270, "ample": 410}
-"""A card's least bar width, by classes, of which page.css shows one: slim in a window of 1,041 px, where the second
+"""A card's least bar width, by class; page.css shows one of these: slim in a window of 1,041 px, where the second
 column begins, middle on a phone, ample from 1,280 px on."""
 
 CHARACTER_PX, PADDING_PX = 6.6, 14
