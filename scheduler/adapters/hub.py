@@ -55,7 +55,7 @@ class Pushed:
 def find_repository(name: str, *, public: bool) -> Repository:
     """The repository to push to, as it exists or will be created.
 
-    Raises UsageError for a public repository without `public`, LoractlError where the hub refuses the token,
+    Raises UsageError for a public repository without `public`, LoractlError if the hub refuses the token,
     ServiceUnreachable.
     """
     api = _api()

@@ -49,7 +49,7 @@ class Publishable:
         return None if commit is None else str(commit)
 
     def base_on_hub(self, base_name: str | None) -> str | None:
-        """The base's name on the hub, where it is known; `base_name`: the name given for a folder. Raises
+        """The base's name on the hub, if known; `base_name`: the name given for a folder. Raises
         UsageError."""
         if not self.local_base:
             if base_name not in (None, self.spec.base_model):
@@ -62,7 +62,7 @@ class Publishable:
 def publishable(store: Store, artifacts: ArtifactStore, text: str) -> Publishable:
     """A named adapter, if it may leave the lab.
 
-    Raises what `stored_adapter` raises, WrongState where its job or its base forbids it, ArtifactError.
+    Raises what `stored_adapter` raises, WrongState if its job or its base forbids it, ArtifactError.
     """
     from loractl.common.job.file import override_spec
 
@@ -110,7 +110,7 @@ def write_publication(
 ) -> dict[str, int]:
     """Write the files to push into an empty folder: verified files, with the base's public name, and the model card.
 
-    Returns the size of each file in bytes. Raises ArtifactError, LoractlError where a file names a folder of the lab.
+    Returns the size of each file in bytes. Raises ArtifactError, LoractlError if a file names a folder of the lab.
     """
     pull_adapter(artifacts, adapter.stored, adapter.job_id, folder)
     for path in [path for path in folder.rglob("*") if path.is_file()]:

@@ -166,8 +166,7 @@ def _tell(store: Store, job_id: int) -> None:
 
 
 def _for_each(job_ids: Sequence[int], do: Callable[[int], None]) -> None:
-    """Do it for each job. If it fails for some of several, they are named, the others are done, and the exit status is
-    1.
+    """Do it for each job. Of several, those that fail are named and the others done; the exit status is then 1.
 
     Raises JobNotFound and WrongState for a job that was named alone.
     """

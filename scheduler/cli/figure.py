@@ -16,7 +16,7 @@ def require_matplotlib(command: str) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure as a PNG. Raises UsageError where the file can't be written."""
+    """Write a figure as a PNG. Raises UsageError if the file can't be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     try:

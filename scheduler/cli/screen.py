@@ -60,7 +60,7 @@ def detect_screen() -> Screen:
 
 
 def bar(share: float, width: int, screen: Screen) -> str:
-    """A progress bar of `width` columns, in eighths of a block where the terminal has them."""
+    """A progress bar of `width` columns, in eighths of a block if the terminal has them."""
     share = min(1.0, max(0.0, share))
     if not screen.unicode:
         full = int(share * width)
@@ -153,7 +153,7 @@ def card_name(node: str) -> str:
 
 
 def joined(lines: Sequence[str], screen: Screen) -> str:
-    """The lines as one text, in ASCII where the screen has no other letters."""
+    """The lines as one text, in ASCII if the screen has no other letters."""
     text = "\n".join(lines)
     return text if screen.unicode else text.translate(_ASCII).encode("ascii", "replace").decode()
 

@@ -1,4 +1,4 @@
-"""Finished jobs side by side, row by row where they were measured on the same held-out rows."""
+"""Finished jobs side by side, row by row if they were measured on the same held-out rows."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class FinishedJob:
 
     @property
     def measured_loss(self) -> float | None:
-        """Held-out loss of the tuned model; None where it could not be measured."""
+        """Held-out loss of the tuned model; None if it could not be measured."""
         tuned = self.metrics["loss"]["tuned"]
         return float(tuned) if tuned is not None and math.isfinite(tuned) else None
 

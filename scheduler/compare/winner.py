@@ -112,7 +112,7 @@ class SweepComparison:
 
     @property
     def stopped_ahead(self) -> Member | None:
-        """The stopped member with the least loss, where that is less than the runner-up's or the only result's.
+        """The stopped member with the least loss, if that is less than the runner-up's or the only result's.
 
         It lost to members that are not among the results, or to the best one, and where it would have ended is unknown:
         it is no runner-up.
@@ -156,8 +156,8 @@ class SweepComparison:
 
         `sweep_id`, `ended`; `winner`: the best member's `job_id`, the `runner_up` (null without one), whether its loss
         is `clear`ly less than every other, the members that are `alike`, the `sentence` that says so, its change
-        `corrected` for the choice (see CorrectedChange; null where there is none), the `caution`, and `final`, what it
-        measured on its final rows (see FinalResult; null where it has none, and before all have ended); `stopped`: each
+        `corrected` for the choice (see CorrectedChange; null if there is none), the `caution`, and `final`, what it
+        measured on its final rows (see FinalResult; null if it has none, and before all have ended); `stopped`: each
         member that was stopped early with `job_id`, `settings`, `step`, `total_steps` and `rungs`.
         """
         return {
@@ -180,7 +180,7 @@ class SweepComparison:
 
 def sweep_comparison(store: Store, artifacts: ArtifactStore, sweep_id: int, user: str) -> SweepComparison:
     """Compare the finished members of a sweep for `user`; once all have ended, this is a look at the best one's final
-    rows. Raises SweepNotFound; WrongState where no member has a result."""
+    rows. Raises SweepNotFound; WrongState if no member has a result."""
     sweep = store.sweeps.get(sweep_id)
     finished = [member.job_id for member in sweep.members if member.has_result]
     if not finished:

@@ -39,7 +39,7 @@ _REASONS = {
 
 
 def carry_rows(draft: Draft, theirs: dict[str, Any], file: Path, folder: Path) -> None:
-    """Carry `datasets` and `test_datasets`. Raises UsageError where there is no path."""
+    """Carry `datasets` and `test_datasets`. Raises UsageError if there is no path."""
     if theirs.get("pretraining_dataset") and not theirs.get("datasets"):
         hint = "write it as datasets with type: completion, and with max_steps or num_epochs"
         raise UsageError(f"{file} streams its rows (pretraining_dataset), and a job reads a data set as a whole", hint)

@@ -157,7 +157,7 @@ def _listed(listing: Path, name: str) -> dict[str, Any]:
 
 
 def _columns(draft: Draft, entry: dict[str, Any], *, texts: bool, pairs: bool) -> None:
-    """The listing's column names, where they differ from loractl's. `texts`: rows are plain text, in one column.
+    """The listing's column names, if they differ from loractl's. `texts`: rows are plain text, in one column.
     `pairs`: rows have two answers."""
     columns, tags = ({} if not isinstance(part := entry.get(key), dict) else part for key in ("columns", "tags"))
     if texts:

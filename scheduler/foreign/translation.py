@@ -53,7 +53,7 @@ def carry_same(draft: Draft, theirs: Mapping[str, Any], names: Mapping[str, str]
     steps = theirs.get("max_steps")
     stops = isinstance(steps, int) and steps > 0
     for key in (name for name in names if name in theirs):
-        # max_steps overrules the epochs where it is positive
+        # max_steps overrides the epochs if it is positive
         if (stops and names[key] == "training.num_train_epochs") or (not stops and key == "max_steps"):
             draft.skip(key)
         else:

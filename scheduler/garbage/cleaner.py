@@ -121,7 +121,7 @@ class Cleaner:
         self._policy = policy
 
     def check_own_store(self) -> None:
-        """Raises UsageError where the store has files of jobs that this database does not know.
+        """Raises UsageError if the store has files of jobs that this database does not know.
 
         Two databases use the same job numbers: neither may judge what the other's jobs have stored.
         """

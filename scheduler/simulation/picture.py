@@ -29,7 +29,7 @@ _BINS = 120
 
 
 def draw(done: Simulation, path: Path) -> None:
-    """Write the picture as a PNG. Raises UsageError where the file can't be written."""
+    """Write the picture as a PNG. Raises UsageError if the file can't be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7.4), dpi=120, layout="constrained")

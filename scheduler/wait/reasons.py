@@ -104,7 +104,7 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
         return Wait(tier=Tier.POLICY, word="held", sentence=_held_by(job.message))
     if job.not_before is not None and paused(job, view.now):
         pause = duration((job.not_before - view.now).total_seconds())
-        if job.message is not None and job.reason is None:  # no attempt ended: a worker of an older version read it
+        if job.message is not None and job.reason is None:  # no attempt ended: a worker of an older version saw it
             return Wait(tier=Tier.POLICY, word="version", sentence=job.message)
         after = f": {_blamed(job, view)} failed it ({job.reason})" if job.reason in BLAMED else ""
         return Wait(tier=Tier.POLICY, word="retry", sentence=f"attempt {job.attempt + 1} in {pause}{after}")

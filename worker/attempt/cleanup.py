@@ -53,7 +53,7 @@ def clean(place: Workplace, attempt: SupervisedAttempt, status: Status | None) -
 
 
 def make_room(place: Workplace, folder: Path, needed: int) -> None:
-    """If the disk of `folder` has too few bytes free, remove what ended jobs left on this box, oldest first.
+    """If fewer than `needed` bytes are free on `folder`'s disk, remove what ended jobs left on this box, oldest first.
 
     An attempt that can run comes before one that may be retried. The history of a job that loses its files says so.
     """

@@ -54,6 +54,6 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def _disk(folder: Path) -> Path:
-    """Where the folder's file system is mounted: where a person must free space."""
+    """The mount point of the folder's file system, where a person must free space."""
     resolved = folder.resolve()
     return next(path for path in (resolved, *resolved.parents) if path.is_mount())

@@ -23,7 +23,7 @@ class TokenRows(Sequence[TokenRow]):
 
     Columns: `number` and `end` (the index after its last token) have a value for each row, `input_ids` and `labels` one
     for each token. `start` has a value for each further example of packed rows, `start_end`, a classifier's `label` and
-    a pair's `asked` one for each row; these are missing where no row has any.
+    a pair's `asked` one for each row; these are missing if no row has any.
     """
 
     def __init__(self, columns: Mapping[str, Column], folder: Path | None = None) -> None:

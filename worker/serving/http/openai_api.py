@@ -258,7 +258,7 @@ class ChatRequest(_Request):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _own(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The template gets these another way."""
+        """Refuse what the template gets another way."""
         if taken := sorted(
             {"messages", "tools", "tokenize", "add_generation_prompt", "chat_template"} & (value or {}).keys()
         ):
