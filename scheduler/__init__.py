@@ -1,1 +1,1 @@
-"""The client: it submits, lists and explains jobs. It imports no training stack and nothing of the worker."""
+"""The client: it submits, lists and explains jobs. It imports neither the training stack nor the worker."""

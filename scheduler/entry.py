@@ -1,4 +1,4 @@
-"""The console script: the command line, which a Ctrl-C may end while it is still imported."""
+"""The console script: it starts the command line, and ends on a Ctrl-C even during the imports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Run the command line; before it can answer a Ctrl-C itself, end as it would."""
+    """Run the command line; until that can handle a Ctrl-C itself, end as it would."""
     try:
         from loractl.scheduler.cli.main import main as run
     except KeyboardInterrupt:

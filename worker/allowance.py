@@ -1,6 +1,6 @@
-"""What of this machine a worker may use: cores and memory, by affinity, control groups, Slurm and the owner's word.
+"""What a worker may use of this machine: cores and memory, by affinity, control groups, Slurm and the owner's settings.
 
-Nothing is kept: who asks again follows a change.
+Nothing is cached: each call sees the current limits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MIB = 2**20
 
 
 def allowed_cores(root: Path = ROOT) -> int:
-    """The cores that the calling thread, and what it starts, may keep busy. Raises UsageError."""
+    """The cores that the calling thread, and anything it starts, may keep busy. Raises UsageError."""
     bounds = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else machine_cores()]  # macOS has none
     bounds += [max(1, int(quota)) for group in _groups("cpu", root) if (quota := _quota(group)) is not None]
     bounds += [number for name in ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE") if (number := _number(name))]
@@ -31,26 +31,26 @@ def machine_cores() -> int:
 
 
 def threads_of_trainer(trainers: int) -> int:
-    """The threads of one of so many trainers that share the cores: no more than OMP_NUM_THREADS. Raises UsageError."""
+    """The threads of one trainer when this many share the cores: no more than OMP_NUM_THREADS. Raises UsageError."""
     share = max(1, allowed_cores() // trainers)
     return min(share, _number("OMP_NUM_THREADS") or share)
 
 
 def allowed_memory(root: Path = ROOT) -> int | None:
-    """Bytes of RAM; None where only the machine's own bound them. Raises UsageError."""
+    """Bytes of RAM; None if only the machine's own RAM is the limit. Raises UsageError."""
     bounds = [limit for group in _groups("memory", root) if (limit := _limit(group)) is not None]
     bounds += [size * _MIB for size in (_number("SLURM_MEM_PER_NODE"), _slurm_by_core()) if size]
     return min(bounds, default=None)
 
 
 def memory_room(root: Path = ROOT) -> int | None:
-    """Bytes until the fullest control group is at its limit; None where none has one."""
+    """Bytes until the fullest control group reaches its limit; None if none has one."""
     rooms = [room for group in _groups("memory", root) if (room := _room(group)) is not None]
     return min(rooms, default=None)
 
 
 def kernel_kills(root: Path = ROOT) -> int | None:
-    """Processes that the kernel has killed for memory, ever: in our group, else on the machine; None: not told."""
+    """Processes that the kernel has ever killed for memory: in our group, else on the machine; None: unknown."""
     for group in _groups("memory", root):
         for file in ("memory.events", "memory.oom_control"):
             if (count := _count(group / file, "oom_kill")) is not None:
@@ -59,13 +59,13 @@ def kernel_kills(root: Path = ROOT) -> int | None:
 
 
 def kernel_kills_since(before: int | None) -> int | None:
-    """Those since an earlier count; None where either is not told."""
+    """Those since an earlier count; None if either is unknown."""
     now = kernel_kills()
     return None if before is None or now is None else now - before
 
 
 def _number(name: str) -> int | None:
-    """The variable's number, the first of a list; None where it is not set, or 0. Raises UsageError."""
+    """The variable's number, the first of a list; None if it is unset, or 0. Raises UsageError."""
     text = os.environ.get(name, "").partition(",")[0].strip()
     if text and not text.isdecimal():
         raise UsageError(f"{name}={os.environ[name]} is not a number", f"set it to one, like {name}=4, or unset it")
@@ -81,7 +81,7 @@ def _slurm_by_core() -> int | None:
 def _groups(controller: str, root: Path) -> Iterator[Path]:
     """The folders of this process's control groups and of their parents, in the hierarchies that have the controller.
 
-    In a container the mount shows a part of the hierarchy, and the group may lie outside of it.
+    In a container the mount shows a part of the hierarchy, and the group may be outside of it.
     """
     paths = dict(_membership(line) for line in _lines(root / "proc/self/cgroup"))
     for line in _lines(root / "proc/self/mountinfo"):
@@ -103,13 +103,13 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
 
 
 def _membership(line: str) -> tuple[str, str]:
-    """A line of /proc/PID/cgroup: the controllers, none in version 2, and the group."""
+    """A line of /proc/PID/cgroup: the controllers (none in version 2) and the group."""
     _, names, path = line.split(":", 2)
     return names, path
 
 
 def _quota(group: Path) -> float | None:
-    """Cores that the group may keep busy, in parts; None: any."""
+    """Cores that the group may keep busy, may be a fraction; None: any."""
     v2 = _text(group / "cpu.max").split()
     quota, period = v2 if v2 else (_text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us"))
     return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() else None
@@ -131,7 +131,7 @@ def _room(group: Path) -> int | None:
 
 
 def _count(path: Path, name: str) -> int | None:
-    """A number by its name, in a file with a name and a number a line."""
+    """A number by its name, in a file with one name and number per line."""
     return next((int(line.split()[1]) for line in _lines(path) if line.startswith(f"{name} ")), None)
 
 
@@ -140,7 +140,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _text(path: Path) -> str:
-    """Empty where this machine has no such file, or lets us not read it."""
+    """Empty if this machine has no such file, or we may not read it."""
     try:
         return path.read_text("utf-8", "replace").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""The clock that a node reads and waits by: the system's, or one that a test holds."""
+"""The clock that a node reads and waits on: the system's, or a test's."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Item = TypeVar("Item")
 class NodeClock:
     """The system's clock. All times are monotonic seconds.
 
-    What waits by time in a node waits here, so that a test's clock knows who waits, and for what. Real I/O (a process's
-    end, a pipe, a socket) waits as ever.
+    Timed waits in a node go through it, so that a test's clock knows what waits, and for what. Real I/O (a process's
+    end, a pipe, a socket) waits as usual.
     """
 
     def now(self) -> float:
@@ -26,32 +26,32 @@ class NodeClock:
         time.sleep(seconds)
 
     def wait(self, event: threading.Event, seconds: float) -> bool:
-        """Whether the event was set before the time was over."""
+        """Whether the event was set in time."""
         return event.wait(seconds)
 
     def wait_for(
         self, condition: threading.Condition, holds: Callable[[], object], seconds: float | None = None
     ) -> bool:
-        """With the condition held, wait until `holds`; False when the time is over first. None: wait forever."""
+        """With the condition held, wait until `holds`; False if the time runs out first. None: wait forever."""
         return bool(condition.wait_for(holds, seconds))
 
     def get(self, items: queue.SimpleQueue[Item], seconds: float) -> Item:
-        """The next item. Raises queue.Empty when the time is over."""
+        """The next item. Raises queue.Empty when the time runs out."""
         return items.get(timeout=seconds)
 
     def join(self, thread: threading.Thread, seconds: float | None = None) -> bool:
-        """Whether the thread has ended before the time was over. None: wait forever."""
+        """Whether the thread ended in time. None: wait forever."""
         thread.join(seconds)
         return not thread.is_alive()
 
     @contextlib.contextmanager
     def holding(self, lock: threading.Lock) -> Iterator[None]:
-        """Hold a lock whose holder may wait by this clock."""
+        """Hold a lock whose holder may wait on this clock."""
         with lock:
             yield
 
     def start(self, work: Callable[[], object], name: str, *, daemon: bool = True) -> threading.Thread:
-        """Do work in a thread of its own."""
+        """Do work in its own thread."""
         thread = threading.Thread(target=work, name=name, daemon=daemon)
         thread.start()
         return thread

@@ -37,7 +37,7 @@ class StoredAdapter:
     sha256: str
     created_at: dt.datetime
     tags: tuple[str, ...]
-    init_from: int | None = None  # the job whose adapter it was begun from
+    init_from: int | None = None  # the job whose adapter it started from
 
     @property
     def tags_set(self) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ class StoredAdapter:
         return attempt_prefix(self.job_id, self.attempt)
 
     def as_json(self) -> dict[str, Any]:
-        """The columns of the table adapters, `tags`, and `init_from`: the job whose adapter it was begun from."""
+        """The columns of the table adapters, `tags`, and `init_from`: the job whose adapter it started from."""
         return {**vars(self), "created_at": self.created_at.isoformat(), "tags": list(self.tags)}
 
 
@@ -59,11 +59,11 @@ class AdapterList:
     """A page of the stored adapters, the oldest first."""
 
     adapters: tuple[StoredAdapter, ...]
-    after: int | None  # the job after which a page of older ones goes on; None: there are none
+    after: int | None  # the next page of older adapters starts after this job; None: there is none
     now: dt.datetime
 
     def as_json(self) -> list[dict[str, Any]]:
-        """Each as StoredAdapter has it."""
+        """Each with StoredAdapter's fields."""
         return [adapter.as_json() for adapter in self.adapters]
 
 
@@ -79,7 +79,7 @@ class Lineage:
     bound: bool  # whether its row has the hash of its manifest
 
     def as_json(self) -> dict[str, Any]:
-        """What StoredAdapter has, and beside it:
+        """StoredAdapter's fields, and:
 
         `user`; `bound`; `revision` and `lora` of the job's spec; `data`: its `format`, `sha256`, `train_rows` and
         `held_out_rows`; the report's `verdict` and `versions`.
@@ -111,7 +111,7 @@ def adapter_list(store: Store, page: Page) -> AdapterList:
 
 
 def lineage(store: Store, artifacts: ArtifactStore, text: str) -> Lineage:
-    """Where the adapter that a person means comes from. Raises as `stored_adapter` does, ArtifactError."""
+    """Where a named adapter comes from. Raises what `stored_adapter` raises, and ArtifactError."""
     adapter, job = stored_adapter(store, text)
     stored = result_binding(store, job)
     report = artifacts.read_report(stored)
@@ -120,9 +120,10 @@ def lineage(store: Store, artifacts: ArtifactStore, text: str) -> Lineage:
 
 
 def stored_adapter(store: Store, text: str) -> tuple[StoredAdapter, Job]:
-    """The adapter that a person means, and its job.
+    """A named adapter, and its job.
 
-    Raises UsageError for a text that is not a name, AdapterNotFound; WrongState for a job without one, with the reason.
+    Raises UsageError for a text that is not a name, AdapterNotFound; WrongState, with the reason, for a job without an
+    adapter.
     """
     reference = parse_reference(text)
     try:
@@ -139,9 +140,9 @@ def stored_adapter(store: Store, text: str) -> tuple[StoredAdapter, Job]:
 
 
 def pull_adapter(artifacts: ArtifactStore, stored: Binding, job_id: int, folder: Path) -> Manifest:
-    """Copy an adapter's files into a new folder, verified, and as something that peft can load.
+    """Copy an adapter's files, verified, into a new folder that peft can load.
 
-    Raises UsageError for a folder that can't be made, ArtifactError.
+    Raises UsageError for a folder that can't be created, ArtifactError.
     """
     check_adapter_config(artifacts.read_bytes(stored, f"adapter/{CONFIG}"))
     try:
@@ -154,7 +155,8 @@ def pull_adapter(artifacts: ArtifactStore, stored: Binding, job_id: int, folder:
 
 
 def results_to_bind(store: Store, names: Sequence[str]) -> list[int]:
-    """The jobs whose results are not bound yet: of the named adapters, or all. Raises as `stored_adapter` does."""
+    """The jobs whose results are not bound yet, among the named adapters or all. Raises what `stored_adapter`
+    raises."""
     if not names:
         return [job.job_id for job in store.results.not_bound()]
     jobs = {job.job_id: job for _, job in (stored_adapter(store, name) for name in names)}.values()
@@ -162,7 +164,7 @@ def results_to_bind(store: Store, names: Sequence[str]) -> list[int]:
 
 
 def bind_result(store: Store, artifacts: ArtifactStore, user: str, job_id: int) -> None:
-    """Bind a result to its row as it is now. Raises ArtifactError when it does not match its manifest or its row."""
+    """Bind a result, as it is now, to its row. Raises ArtifactError when it does not match its manifest or its row."""
     stored = artifacts.bound(result_binding(store, store.jobs.get(job_id)))
     assert stored.manifest_sha256 is not None
     store.results.bind(job_id, stored.manifest_sha256, user)

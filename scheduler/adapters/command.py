@@ -115,7 +115,7 @@ def pull(adapter: str, folder: Path) -> None:
     files = pull_adapter(artifacts, result_binding(store, job), stored.job_id, folder)
     size = sum(file.size for file in files.values())
     click.echo(f"The adapter of job {stored.job_id} ({len(files)} files, {amount(size)}) is in {folder}.")
-    if not kind_of(job.spec.get("task_type")).writes:  # its base needs the head and its labels first
+    if not kind_of(job.spec.get("task_type")).writes:  # its base needs the head and the labels first
         click.echo(f"How to load the classifier: {folder}/README.md", err=True)
         return
     base = clean_line(stored.base_model)
@@ -192,7 +192,7 @@ def push(adapter: str, repository: str, public: bool, base_name: str | None, to:
 
 
 def _check_new(folder: Path) -> None:
-    """Raises UsageError for a folder with files in it."""
+    """Raises UsageError for a folder that is not empty."""
     from loractl.common.errors import UsageError
 
     if folder.exists() and any(folder.iterdir()):

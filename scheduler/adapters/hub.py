@@ -1,6 +1,6 @@
-"""The hub as a push asks it, by huggingface_hub: who we are, what is there already, and one commit with all files.
+"""The hub, through huggingface_hub: who we are, what is there already, and one commit with all files.
 
-The token is found by that library alone (HF_TOKEN, or the file that `hf auth login` writes), and told to nobody.
+Only that library looks for the token (HF_TOKEN, or the file that `hf auth login` writes), and nothing prints it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Repository:
 
     name: str  # owner/name
     private: bool
-    head: str | None  # its newest commit; None: the push makes the repository
+    head: str | None  # its newest commit; None: the push creates the repository
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pushed:
-    """What a push has done."""
+    """The outcome of a push."""
 
     repository: Repository
     commit: str
@@ -53,9 +53,9 @@ class Pushed:
 
 
 def find_repository(name: str, *, public: bool) -> Repository:
-    """The repository to push to, as it is or is to be made.
+    """The repository to push to, as it exists or will be created.
 
-    Raises UsageError for a public one without `public`, LoractlError where the hub refuses the token,
+    Raises UsageError for a public repository without `public`, LoractlError if the hub refuses the token,
     ServiceUnreachable.
     """
     api = _api()
@@ -74,7 +74,7 @@ def find_repository(name: str, *, public: bool) -> Repository:
 
 
 def base_license(base: str, commit: str | None) -> License | None:
-    """The license of a base of the hub, from its model card; None where that names none, or the hub hides it.
+    """The license of a base on the hub, from its model card; None if the card names none, or the hub hides it.
 
     Raises LoractlError, ServiceUnreachable.
     """
@@ -116,7 +116,7 @@ class NotThere(LoractlError):
 
 
 def _api(*, signed: bool = True) -> Any:
-    """`signed`: with a token, which must be there."""
+    """`signed`: with a token, which must exist."""
     try:
         from huggingface_hub import HfApi
     except ImportError as error:
@@ -127,7 +127,7 @@ def _api(*, signed: bool = True) -> Any:
 
 @contextlib.contextmanager
 def _asking(name: str, state: str = "") -> Iterator[None]:
-    """The hub's refusals in a sentence, which has nothing of the token. `state`: what the push has left behind."""
+    """The hub's refusals in a sentence that repeats nothing of the token. `state`: what the push has left behind."""
     try:
         yield
     except Exception as error:
@@ -137,7 +137,7 @@ def _asking(name: str, state: str = "") -> Iterator[None]:
 
 
 def _refusal(error: Exception, name: str, state: str) -> LoractlError | None:
-    """What an error means that is the hub's, the network's or the library's; None for any other."""
+    """What an error of the hub, the network or the library means; None for any other error."""
     from huggingface_hub import constants, errors
 
     for each in _chain(error):
@@ -150,7 +150,7 @@ def _refusal(error: Exception, name: str, state: str) -> LoractlError | None:
         if any(kind.__name__ == "TransportError" for kind in type(each).__mro__):  # httpx, or httpx2
             return _away(type(each).__name__ + state)
     without = None if constants.HF_HUB_DISABLE_XET else _WITHOUT_XET
-    if isinstance(error, (ConnectionError, TimeoutError)):  # hf_xet's, also where a hub has no Xet
+    if isinstance(error, (ConnectionError, TimeoutError)):  # from hf_xet, even if the hub has no Xet
         return _away(f"{type(error).__name__} while files were uploaded{state}", without)
     if isinstance(error, (ValueError, RuntimeError)):
         return LoractlError(f"the push to {name} failed: {_said(str(error))}{state}", without or "nothing was pushed")

@@ -1,4 +1,5 @@
-"""What goes to a hub of a stored adapter: its files without the lab's names, and its report as their model card."""
+"""What a push of a stored adapter sends to a hub: its files without the lab's names, and its report as their model
+card."""
 
 from __future__ import annotations
 
@@ -38,17 +39,17 @@ class Publishable:
 
     @property
     def local_base(self) -> bool:
-        """Whether its base is a folder, so that nobody knows the base's name on the hub."""
+        """Whether its base is a folder, so that its name on the hub is unknown."""
         return Path(self.spec.base_model).is_absolute()
 
     @property
     def commit(self) -> str | None:
-        """Of a base of the hub, the commit that was trained on."""
+        """The commit of a base from the hub."""
         commit = (self.report.get("base") or {}).get("commit") or self.spec.revision
         return None if commit is None else str(commit)
 
     def base_on_hub(self, base_name: str | None) -> str | None:
-        """The base's name on the hub, where it is known; `base_name`: what a person says of a folder's. Raises
+        """The base's name on the hub, if known; `base_name`: the name given for a folder. Raises
         UsageError."""
         if not self.local_base:
             if base_name not in (None, self.spec.base_model):
@@ -59,9 +60,9 @@ class Publishable:
 
 
 def publishable(store: Store, artifacts: ArtifactStore, text: str) -> Publishable:
-    """The adapter that a person means, if it may leave the lab.
+    """A named adapter, if it may leave the lab.
 
-    Raises as `stored_adapter` does, WrongState where its job or its base forbids it, ArtifactError.
+    Raises what `stored_adapter` raises, WrongState if its job or its base forbids it, ArtifactError.
     """
     from loractl.common.job.file import override_spec
 
@@ -78,7 +79,8 @@ def publishable(store: Store, artifacts: ArtifactStore, text: str) -> Publishabl
 
 
 def _kept_ancestor(store: Store, spec: JobSpec) -> int | None:
-    """An ancestor that must stay by its row, as it is now: an edit may have said so once this job was submitted."""
+    """An ancestor whose row, as it is now, says that it must stay: an edit may have changed it after this job's
+    submit."""
     from loractl.common.job.file import override_spec
 
     while (job_id := ancestor_job(spec)) is not None:
@@ -92,13 +94,13 @@ def _kept_ancestor(store: Store, spec: JobSpec) -> int | None:
 
 
 def check_repository(name: str, option: str) -> None:
-    """Raises UsageError for what is not OWNER/NAME."""
+    """Raises UsageError unless it is OWNER/NAME."""
     if "/" not in name or not is_hub_id(name):
         raise UsageError(f"{option}: {name!r} is not of the form OWNER/NAME", "like our-lab/support-agent")
 
 
 def final_sentence(store: Store, artifacts: ArtifactStore, job_id: int, user: str) -> str:
-    """What the final rows say, or nothing; it counts as a look at them."""
+    """The result on the final rows, if any; this counts as a look at them."""
     final = report(store, artifacts, job_id, user).final
     return "" if final is None else final.sentence
 
@@ -106,9 +108,9 @@ def final_sentence(store: Store, artifacts: ArtifactStore, job_id: int, user: st
 def write_publication(
     artifacts: ArtifactStore, adapter: Publishable, published: Published, folder: Path
 ) -> dict[str, int]:
-    """Write what is pushed into an empty folder: verified files, with the base's public name, and the model card.
+    """Write the files to push into an empty folder: verified files, with the base's public name, and the model card.
 
-    Returns the bytes of each file. Raises ArtifactError, LoractlError where a file names a folder of the lab.
+    Returns the size of each file in bytes. Raises ArtifactError, LoractlError if a file names a folder of the lab.
     """
     pull_adapter(artifacts, adapter.stored, adapter.job_id, folder)
     for path in [path for path in folder.rglob("*") if path.is_file()]:
@@ -149,7 +151,7 @@ def folder_license(folder: Path) -> License | None:
 
 
 def license_in(told: Any) -> License | None:
-    """The license that a model's metadata name; None where they name none, or several."""
+    """The license in a model's metadata; None if there is none, or several."""
     if not isinstance(told, Mapping):
         return None
     name = told.get("license")
@@ -158,7 +160,7 @@ def license_in(told: Any) -> License | None:
     if not isinstance(name, str) or not name.strip().isprintable() or not name.strip():
         return None
     more = {key: told[key] for key in ("license_name", "license_link") if isinstance(told.get(key), str)}
-    if "://" not in more.get("license_link", "://"):  # a file of the base's own repository
+    if "://" not in more.get("license_link", "://"):  # a file in the base's own repository
         del more["license_link"]
     return License(id=name.strip(), more=more)
 
@@ -171,7 +173,7 @@ def _must_stay(job_id: int, why: str) -> WrongState:
 
 
 def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Raises ArtifactError for a file that is no JSON object: a worker may have stored anything."""
+    """Raises ArtifactError unless the file is a JSON object: a worker may have stored anything."""
     try:
         settings = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError):
@@ -182,12 +184,12 @@ def _rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> 
 
 
 def _is_place(key: str, value: Any) -> bool:
-    """Whether a tokenizer's setting says where a file lies on the box that saved it."""
+    """Whether a tokenizer's setting is the path of a file on the box that saved it."""
     return key.endswith(("_path", "_file")) and isinstance(value, str) and value.startswith("/")
 
 
 def _check_places(folder: Path, spec: JobSpec) -> None:
-    """Raises LoractlError where a file that is written anew names a folder of the lab."""
+    """Raises LoractlError if a rewritten file names a folder of the lab."""
     places = [text for text in (spec.base_model, *spec.data_sets().values()) if Path(text).is_absolute()]
     for name in (CARD, CONFIG, "tokenizer_config.json"):
         text = (folder / name).read_text("utf-8") if (folder / name).exists() else ""

@@ -1,4 +1,4 @@
-"""How the stored adapters look: all of them in a table, or one with where it comes from."""
+"""The stored adapters as text: all of them in a table, or one with its origin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def adapters_text(answer: AdapterList, screen: Screen) -> str:
-    """The stored adapters, and how one is used."""
+    """The stored adapters, and how to use one."""
     if not answer.adapters:
         return "No adapter is stored yet; a job that succeeds stores one."
     begun = any(adapter.init_from is not None for adapter in answer.adapters)

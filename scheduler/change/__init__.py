@@ -1,4 +1,4 @@
-"""Jobs that are there, changed: loractl edit, retry, hold and cancel.
+"""Changes of existing jobs: loractl edit, retry, hold and cancel.
 
 Others use nothing of it.
 """

@@ -1,4 +1,4 @@
-"""A change of what is asked of a submitted job: checked, and planned again where it changes the job's memory."""
+"""A change of a submitted job: checked, and planned again if it changes the job's memory."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 
 def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
-    """What `KEY=VALUE` overrides change of a job, for `store.jobs.edit` and `store.jobs.retry`.
+    """What `KEY=VALUE` overrides change in a job, for `store.jobs.edit` and `store.jobs.retry`.
 
-    Raises JobNotFound, SpecError, UsageError for a change that would make another training of it, WrongState when it
-    has its result.
+    Raises JobNotFound, SpecError, UsageError for a change that would make it a different training, WrongState once it
+    has a result.
     """
     job = store.jobs.get(job_id)
     if job.status is Status.SUCCEEDED:
@@ -69,7 +69,7 @@ def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
 def unchecked_rows(
     changed: Amendment, open_store: Callable[[], ArtifactStore], announce: Callable[[], None]
 ) -> list[str]:
-    """Look at a job's rows again where a change cuts or refuses others of them. Returns what could not be looked at.
+    """Check a job's rows again if a change cuts or refuses different ones. Returns what could not be checked.
 
     Raises UsageError and DataError for rows that the worker would refuse, ArtifactError for rows that are gone.
     """
@@ -82,7 +82,7 @@ def unchecked_rows(
 
 
 def unknown_channels(changed: Amendment, settings: Settings) -> list[str]:
-    """Warnings of channels that the change names and this machine lacks."""
+    """Warnings about channels that the change names and this machine lacks."""
     (_, _, before), spec = changed.seen, changed.submission.spec
     if before.get("notify") == spec.notify:
         return []
@@ -106,14 +106,14 @@ def _standing(store: Store, job: Job) -> Standing:
 
 
 def _has_trained(store: Store, job: Job) -> bool:
-    """Whether an attempt has taken a step. A retry forgets the last attempt's: its losses stay."""
+    """Whether an attempt has taken a step. A retry forgets the last attempt's steps, but its losses stay."""
     left = job.checkpoint is not None or job.result_host is not None
     return left or bool(job.step) or bool(store.jobs.metrics(job.job_id, "loss"))
 
 
 def _as_known(job: Job, before: JobSpec, after: JobSpec) -> Submission:
-    """What decides its memory is as before: its need is too, with all that its attempts have taught, of one card and of
-    each of several."""
+    """Nothing that decides its memory has changed, so its need stays, with all that its attempts have measured, for one
+    card and for each of several."""
     need, methods = Need(lora=job.vram_lora, qlora=job.vram_qlora), tuple(Method(name) for name in job.methods)
     ways = Ways.read(job.gangs)
     if _divided(before) != _divided(after):
@@ -132,6 +132,6 @@ def _as_known(job: Job, before: JobSpec, after: JobSpec) -> Submission:
 
 
 def _divided(spec: JobSpec) -> tuple[object, ...]:
-    """What decides on how many cards a job may run, and with which methods, beside its memory."""
+    """What decides, apart from its memory, on how many cards and with which methods a job may run."""
     asked = spec.resources
     return spec.method, asked.max_vram, asked.cards, asked.parallel, spec.training.even_cards

@@ -1,4 +1,4 @@
-"""loractl edit, retry, hold and cancel: jobs that are there, changed; of several, what can be done is done."""
+"""loractl edit, retry, hold and cancel: change existing jobs; of several, those that can be changed are."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
         for job in store.sweeps.cancel(sweep_id, settings.user):
             _tell(store, job.job_id)
 
-    if with_followers:  # the last ones first, so that none starts meanwhile
+    if with_followers:  # the last first, so that none starts in between
         behind = {follower for job_id in job_ids for follower in store.jobs.followers(job_id)} - set(job_ids)
         job_ids = [*sorted(behind, reverse=True), *job_ids]
 
@@ -166,7 +166,7 @@ def _tell(store: Store, job_id: int) -> None:
 
 
 def _for_each(job_ids: Sequence[int], do: Callable[[int], None]) -> None:
-    """Do it for each job. Of several, those that can't are named and the others done; the exit status is 1 then.
+    """Do it for each job. Of several, those that fail are named and the others done; the exit status is then 1.
 
     Raises JobNotFound and WrongState for a job that was named alone.
     """

@@ -1,4 +1,4 @@
-"""Figures: what all pictures drawn by matplotlib share. matplotlib is an optional extra."""
+"""What all pictures drawn by matplotlib share. matplotlib is an optional extra."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def require_matplotlib(command: str) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure as a PNG. Raises UsageError where the file can't be written."""
+    """Write a figure as a PNG. Raises UsageError if the file can't be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     try:
@@ -27,6 +27,6 @@ def save(figure: Any, path: Path) -> None:
 
 
 def without_box(axes: Any) -> None:
-    """Leave only the sides of the axes' frame that are read."""
+    """Draw only the sides of the axes' frame that are read."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)

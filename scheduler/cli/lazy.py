@@ -20,11 +20,11 @@ Commands = dict[str, tuple[str, str]]
 
 @contextlib.contextmanager
 def _reader_may_leave() -> Iterator[None]:
-    """A reader (head, less) that has seen enough is no failure; click would exit with 1."""
+    """A reader (head, less) that closes the pipe early is no failure; click would exit with 1."""
     try:
         yield
     except BrokenPipeError:
-        # Python would complain once more while it closes stdout
+        # Python would complain again when it closes stdout
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise click.exceptions.Exit(ExitCode.OK) from None
 

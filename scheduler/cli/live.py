@@ -16,14 +16,14 @@ REDRAW_S = 2.0
 
 
 class LiveText:
-    """Text that is drawn over itself; the last one stays."""
+    """Text that is drawn over itself; the last text stays."""
 
     def __init__(self) -> None:
         self._lines = 0
 
     def draw(self, text: str, *, last: bool = False) -> None:
-        """Draw it over the one before. What no terminal can draw over, what has scrolled off its top, is left out, but
-        not of the last one."""
+        """Draw it over the previous text. Lines that would scroll off the top, where no terminal can draw over them,
+        are left out, except in the last text."""
         screen = detect_screen()
         shown = text if last or screen.height is None else in_height(text, screen, screen.height - 1)
         back = f"\x1b[{self._lines}A\r\x1b[J" if self._lines else ""
@@ -32,7 +32,8 @@ class LiveText:
 
 
 def in_height(text: str, screen: Screen, height: int) -> str:
-    """The text in so many rows: its beginning, how many lines are left out, and its last line, the next command."""
+    """The text in at most that many rows: its beginning, how many lines are left out, and its last line, the next
+    command."""
     lines = text.split("\n")
     if sum(_rows(line, screen) for line in lines) <= height:
         return text
@@ -48,7 +49,7 @@ def in_height(text: str, screen: Screen, height: int) -> str:
 
 
 def _rows(line: str, screen: Screen) -> int:
-    """A line that is wider than the terminal takes several rows."""
+    """The rows of a line: several if it is wider than the terminal."""
     return max(1, -(-len(click.unstyle(line)) // screen.width))
 
 

@@ -112,7 +112,7 @@ def cli(debug: bool) -> None:
 def main() -> NoReturn:
     """The console script: exit codes are those of loractl.common.errors.ExitCode."""
     gc.set_threshold(100_000)  # importing makes many objects and no garbage: an eighth of a command's time
-    atexit.register(gc.freeze)  # at its end Python looks for garbage in all of them: a quarter of submit's time
+    atexit.register(gc.freeze)  # at exit Python looks for garbage in all of them: a quarter of submit's time
     debug = "--debug" in sys.argv
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a dash that the terminal's encoding lacks must not end a command
@@ -146,7 +146,7 @@ def main() -> NoReturn:
 
 
 def _unexpected(error: Exception) -> ExitCode:
-    """An unexpected error is still one sentence. A database that went away during the command is named."""
+    """An unexpected error is still one sentence. A database lost during the command is named."""
     from loractl.common.settings import load_settings
     from loractl.common.store.database import outage, unreachable
 

@@ -19,7 +19,7 @@ MOST_OF_A_RANGE = 1000
 """Jobs of a range; a longer one is a typing slip."""
 
 MOST_LISTED = 10
-"""Jobs that are listed where a name means several."""
+"""Jobs listed when a name means several."""
 
 COMPLETED = 200
 """The newest jobs, whose numbers and names the shell completes."""
@@ -28,7 +28,7 @@ COMPLETED = 200
 def job_named(store: Store, text: str) -> int:
     """The job of a number, of a tag (support:prod), or the only one of a name.
 
-    Raises JobNotFound, AdapterNotFound, and UsageError that lists the jobs of a name which several have.
+    Raises JobNotFound, AdapterNotFound, and UsageError, with a list, for a name that several jobs have.
     """
     if re.fullmatch(r"\d{1,99}", text, re.ASCII):
         return int(text)
@@ -49,7 +49,7 @@ def job_named(store: Store, text: str) -> int:
 
 
 def jobs_named(store: Store, texts: Sequence[str]) -> list[int]:
-    """The jobs of numbers, ranges like 3-9, names and tags. Of a range those that exist. Raises like job_named."""
+    """The jobs of numbers, ranges like 3-9, names and tags. A range means those that exist. Raises like job_named."""
     return [job_id for text in texts for job_id in _range(store, text) or [job_named(store, text)]]
 
 
@@ -103,7 +103,7 @@ class Setting(click.types.StringParamType):
 
 
 def completed(incomplete: str, known: Callable[[Store], Iterable[tuple[str, str]]]) -> list[CompletionItem]:
-    """What begins like that. A shell that completes shows no error: without a database there is nothing to complete."""
+    """The choices with this beginning. Completion shows no error: without a database there is nothing to complete."""
     from loractl.common.store.database import DatabaseError
 
     from .session import open_session

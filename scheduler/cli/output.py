@@ -14,17 +14,17 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class HasJson(Protocol):
-    """An answer: its one as_json is what --json prints."""
+    """An answer: --json prints its as_json."""
 
     def as_json(self) -> Any: ...
 
 
 class Paged(HasJson, Protocol):
-    """An answer that is a part of a list."""
+    """A page of a list."""
 
     @property
     def after(self) -> int | None:
-        """The job after which the next part begins; None: this is the last one."""
+        """The next part starts after this job; None: this is the last part."""
         ...
 
 
@@ -34,14 +34,14 @@ def show(answer: HasJson, as_json: bool, text: Callable[[], str]) -> None:
 
 
 def show_page(answer: Paged, as_json: bool, text: Callable[[], str]) -> None:
-    """The same for a part of a list. The text says how to go on; beside JSON it stands in stderr."""
+    """The same for a part of a list. The text says how to continue; with JSON that goes to stderr."""
     show(answer, as_json, text)
     if as_json and answer.after is not None:
         click.echo(f"More: the same command with --after {answer.after}", err=True)
 
 
 def paged(what: str) -> Callable[[Command], Command]:
-    """The options of a command that prints a list in parts; `what` it lists."""
+    """The options of a command that prints a list of `what` in parts."""
 
     def add(command: Command) -> Command:
         after = click.option(

@@ -21,7 +21,7 @@ _EIGHTHS = "▏▎▍▌▋▊▉█"
 _SPARKS = "▁▂▃▄▅▆▇█"
 
 NAME_COLUMNS = 20
-"""Columns for the name of a card."""
+"""Columns of a card's name."""
 
 ROOM_TO_WRAP = 24
 """Columns in which a wrapped sentence can still be read."""
@@ -60,7 +60,7 @@ def detect_screen() -> Screen:
 
 
 def bar(share: float, width: int, screen: Screen) -> str:
-    """A progress bar of `width` columns, in eighths of a block where the terminal has them."""
+    """A progress bar of `width` columns, in eighths of a block if the terminal has them."""
     share = min(1.0, max(0.0, share))
     if not screen.unicode:
         full = int(share * width)
@@ -85,7 +85,7 @@ def sparkline(values: Sequence[float], width: int, screen: Screen) -> str:
 def table(
     headers: Sequence[str], rows: Sequence[Sequence[str]], screen: Screen, right: Sequence[str] = ()
 ) -> list[str]:
-    """Lines of a table without borders; columns named in `right` are aligned right, the last one may be cut."""
+    """Lines of a table without borders; columns named in `right` are aligned right, the last may be cut."""
     plain = [[click.unstyle(cell) for cell in row] for row in rows]
     widths = [max(len(h), *(len(row[n]) for row in plain)) if rows else len(h) for n, h in enumerate(headers)]
 
@@ -119,11 +119,11 @@ def wrapped_table(
     screen: Screen,
     right: Sequence[str],
 ) -> list[str]:
-    """A table with a coloured last column, which goes over several lines where the screen is narrow."""
+    """A table with a coloured last column, which wraps on a narrow screen."""
     plain_rows = [[click.unstyle(cell) for cell in row] for row in rows]
     taken = sum(max([len(h), *(len(row[n]) for row in plain_rows)]) + 2 for n, h in enumerate(headers[:-1]))
     room = screen.width - taken
-    indent = taken if room >= ROOM_TO_WRAP else 4  # with little room it stands below its row
+    indent = taken if room >= ROOM_TO_WRAP else 4  # with little room it goes below its row
     parts = []
     for row in rows:
         text = clean_line(row[-1])
@@ -148,18 +148,18 @@ def wrapped(text: str, bold: str, screen: Screen) -> list[str]:
 
 
 def card_name(node: str) -> str:
-    """The card's name, a long one without its beginning: cards of one box differ at the end."""
+    """The card's name, without its beginning if it is long: cards of one box differ at the end."""
     return node if len(node) <= NAME_COLUMNS else f"…{node[1 - NAME_COLUMNS :]}"
 
 
 def joined(lines: Sequence[str], screen: Screen) -> str:
-    """The lines as one text, in ASCII where the screen has no other letters."""
+    """The lines as one text, in ASCII if the screen has no other letters."""
     text = "\n".join(lines)
     return text if screen.unicode else text.translate(_ASCII).encode("ascii", "replace").decode()
 
 
 def number_columns(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The heads of those columns in which every cell is a number: they stand right."""
+    """The heads of those columns in which every cell is a number: they are aligned right."""
     return [head for n, head in enumerate(headers) if all(_is_number(row[n]) for row in rows)]
 
 

@@ -23,12 +23,12 @@ def open_session() -> tuple[Settings, Store]:
 
 
 def open_to_check(settings: Settings) -> tuple[Store | None, str | None]:
-    """A store that only reads, for a dry run: none is made, upgraded or needed. With it what can't be looked at.
+    """A read-only store for a dry run: no database is created, upgraded or needed. With it, what can't be checked.
 
     Raises LoractlError for a database that refuses this user.
     """
     if not has_database(settings):
-        return None, None  # nothing has been measured, and there is no adapter to begin from
+        return None, None  # nothing has been measured, and there is no adapter to start from
     try:
         with reachable(settings):
             return Store(connect_to_read(settings)), None
@@ -37,7 +37,7 @@ def open_to_check(settings: Settings) -> tuple[Store | None, str | None]:
 
 
 def open_stores() -> tuple[Settings, Store, ArtifactStore]:
-    """What open_session opens, and the artifact store beside it. Raises UsageError too."""
+    """What open_session opens, and the artifact store. Raises UsageError too."""
     settings, store = open_session()
     return settings, store, open_artifacts(settings)
 

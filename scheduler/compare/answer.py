@@ -1,4 +1,4 @@
-"""Finished jobs side by side, row by row where they were measured on the same held-out rows."""
+"""Finished jobs side by side, row by row if they were measured on the same held-out rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Report = dict[str, Any]
 LEVEL = 0.05
 
 OTHER_LOSS = "another loss"
-"""The reading of a job that has another loss than the best one."""
+"""The reading of a job whose loss is of another kind than the best job's."""
 
 _APART = {"name", "labels", "priority"}  # settings that have no effect on the result
 _BASE = {"base_model", "revision"}  # settings that name the base
@@ -31,7 +31,7 @@ _BASE = {"base_model", "revision"}  # settings that name the base
 
 @dataclass(frozen=True, kw_only=True)
 class Against:
-    """How a job's held-out loss differs from the best one's: nats a token, with its 95% interval."""
+    """How a job's held-out loss differs from the best job's: nats per token, with its 95% interval."""
 
     change: float
     low: float
@@ -41,7 +41,7 @@ class Against:
     reading: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """`change`, `low`, `high`, `p`, `rows` and `reading`; null for what could not be computed."""
+        """`change`, `low`, `high`, `p`, `rows` and `reading`; null if not computed."""
         unknown = {key for key, value in vars(self).items() if isinstance(value, float) and not math.isfinite(value)}
         return {key: None if key in unknown else value for key, value in vars(self).items()}
 
@@ -53,7 +53,7 @@ class FinishedJob:
     job_id: int
     spec: dict[str, Any]
     report: Report
-    against: Against | None = None  # None for the best job, and where the held-out rows differ
+    against: Against | None = None  # None for the best job, and if the held-out rows differ
 
     @property
     def metrics(self) -> dict[str, dict[str, Any]]:
@@ -74,24 +74,23 @@ class FinishedJob:
 
     @property
     def measured_loss(self) -> float | None:
-        """Held-out loss of the tuned model; None where it could not be measured."""
+        """Held-out loss of the tuned model; None if it could not be measured."""
         tuned = self.metrics["loss"]["tuned"]
         return float(tuned) if tuned is not None and math.isfinite(tuned) else None
 
     @property
     def companions(self) -> list[int]:
-        """The jobs beside which it trained in one process: its peak and its time are not its own."""
+        """The jobs that trained with it in one process: its peak and its time are not its own."""
         return list(self.report["training"].get("companions") or ())
 
     @property
     def loss(self) -> float:
-        """The measured loss, infinite without one: such a job comes last."""
+        """The measured loss; infinite without one, so that the job comes last."""
         return math.inf if self.measured_loss is None else self.measured_loss
 
     @property
     def rows(self) -> tuple[Any, ...] | None:
-        """Equal for jobs that were measured on the same tokens, by the same loss. None for a report that does not say
-        which."""
+        """Equal for jobs measured on the same tokens, by the same loss. None if the report does not say which."""
         losses = self.report["evaluation"].get("row_losses")
         if not losses:
             return None
@@ -100,14 +99,14 @@ class FinishedJob:
 
     @property
     def loss_by(self) -> Any:
-        """Equal for jobs that have the same loss."""
+        """Equal for jobs with the same kind of loss."""
         begun_from = (self.report.get("adapter") or {}).get("init_from") or {}
         return self.kind.loss_by(self.spec, begun_from.get("sha256"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Finished jobs, the one with the least held-out loss first."""
+    """Finished jobs, least held-out loss first."""
 
     jobs: tuple[FinishedJob, ...]
 
@@ -117,13 +116,13 @@ class Comparison:
 
     @property
     def differences(self) -> dict[str, list[Any]]:
-        """The settings in which the jobs differ, each with its value by job; and what differed under equal ones."""
+        """The settings in which the jobs differ, each with its value by job; and what differed under equal settings."""
         return differences(self.jobs) | self.contents
 
     @property
     def contents(self) -> dict[str, list[str]]:
-        """What had other contents in some of the jobs under the same settings, like a base that was edited in place:
-        the start of its sha256 by job. A base's tokenizer decides which rows are too long, where those are left out."""
+        """What had different contents in some jobs under the same settings, like a base edited in place: the start of
+        its sha256 by job. A base's tokenizer decides which rows are too long, if those are left out."""
         changed = {key.partition(".")[0] for key in differences(self.jobs)}
         left_out = any(job.report["data"].get("too_long_rows_dropped") for job in self.jobs)
         explained = {
@@ -138,7 +137,7 @@ class Comparison:
         return {what: values for what, values in found.items() if "" not in values and len(set(values)) > 1}
 
     def reading(self, job: FinishedJob) -> str:
-        """How the job's loss compares with the best one's."""
+        """How the job's loss compares with the best job's."""
         if job is self.best:
             return "best" if job.rows else "least loss"
         if job.against:
@@ -149,9 +148,9 @@ class Comparison:
         """The comparison as JSON values.
 
         `jobs`: the best first, each with `job_id`, `name`, `method`, `reading`, `against_best` (see Against; null
-        without a comparison), the report's `metrics`, `peak_memory_bytes` and `wall_seconds`.
-        `differences`: the settings in which they differ, each with its values in the order of `jobs`; "base_model's
-        files" and "rows to train on" where those differ under the same settings, with the start of each sha256.
+        without a comparison), the report's `metrics`, `peak_memory_bytes` and `wall_seconds`. `differences`: the
+        settings in which they differ, each with its values in the order of `jobs`; "base_model's files" and "rows to
+        train on" where those differ under the same settings, as the start of each sha256.
         """
         return {"jobs": [self._job(job) for job in self.jobs], "differences": self.differences}
 
@@ -181,7 +180,7 @@ def finished_job(store: Store, artifacts: ArtifactStore, job_id: int) -> Finishe
 
 
 def base_hash(report: Report) -> str | None:
-    """The sha256 of the base's files. Like those of rows None in a report that does not say."""
+    """The sha256 of the base's files. Like those of rows, None if the report does not have it."""
     found: str | None = (report.get("base") or {}).get("sha256")
     return found
 
@@ -193,15 +192,15 @@ def train_rows_hash(report: Report) -> str | None:
 
 
 def held_out_hash(report: Report) -> str | None:
-    """The sha256 of the rows held out, in their order."""
+    """The sha256 of the held-out rows, in their order."""
     found: str | None = report["data"].get("held_out_sha256")
     return found
 
 
 def compared(jobs: Sequence[FinishedJob]) -> Comparison:
-    """The best first, by held-out loss; those on the same rows as the best are compared with it.
+    """The best first, by held-out loss; jobs measured on the same rows as the best are compared with it.
 
-    These rows have also chosen the best: so all pairs count as compared (Holm). Raises UsageError for jobs of different
+    These rows also chose the best, so all pairs count as compared (Holm). Raises UsageError for jobs of different
     tasks.
     """
     _check_one_task(jobs)
@@ -217,7 +216,7 @@ def compared(jobs: Sequence[FinishedJob]) -> Comparison:
 def differences(jobs: Sequence[FinishedJob]) -> dict[str, list[Any]]:
     """The settings in which the jobs differ, each with its value by job.
 
-    A key that an earlier version's job lacks has its default there: that means what happened before the key existed.
+    A key missing from an earlier version's job has its default: it means what happened before the key existed.
     """
     flat = [dict(flat_settings(job.spec)) for job in jobs]
     keys = dict.fromkeys(key for settings in flat for key in settings if key not in _APART)
@@ -285,7 +284,7 @@ def _holm(jobs: Sequence[FinishedJob]) -> list[FinishedJob]:
 
 
 def _reading(against: Against, *, clear: bool) -> str:
-    """In the words of a difference, by the rule of a change (common/verdict.py); Holm says what is clear."""
+    """The reading of a difference, by the rule for a change (common/verdict.py); Holm says what is clear."""
     if against.rows < MIN_CASES:
         return "too few rows"
     if not clear:

@@ -1,9 +1,9 @@
 """The best of several jobs, corrected for the choice: it was measured on the very rows that made it the best.
 
-The correction draws rows with replacement, the same ones for every job. The job that is best on those which were drawn
-is measured on those which were not: they had no part in that choice (bootstrap bias correction, Tsamardinos, Greasidou
-and Borboudakis 2018, https://doi.org/10.1007/s10994-018-5714-4). The mean over the draws is the corrected change, and
-their middle 95 % its interval. A draw leaves out about 37 % of the rows, so the interval is rather too wide.
+The correction draws rows with replacement, the same ones for every job. The job that is best on the drawn rows is
+measured on the others, which had no part in that choice (bootstrap bias correction, Tsamardinos, Greasidou and
+Borboudakis 2018, https://doi.org/10.1007/s10994-018-5714-4). The mean over the draws is the corrected change, and the
+middle 95 % of the draws are its interval. A draw leaves out about 37 % of the rows, so the interval is rather too wide.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ DRAWS = 1000
 SEED = 7
 
 MOST_GROUPS = 500
-"""More rows than these are drawn in so many groups: it takes less time, and the interval stays what it is."""
+"""More rows than this are drawn in this number of groups: that takes less time, and the interval stays the same."""
 
 OUT_OF_REACH = 1e-9
-"""A job whose difference from the best is less likely than this by chance wins no draw."""
+"""A job whose difference from the best is less likely by chance than this wins no draw."""
 
 Column = tuple[float, ...]
 
@@ -37,7 +37,7 @@ Column = tuple[float, ...]
 class CorrectedChange:
     """The best job's held-out loss against its base, as it would be on rows that did not choose it."""
 
-    among: int  # jobs that might be the best; 1: no other comes near, and the choice changes nothing
+    among: int  # jobs that might be the best; 1: no other comes close, and the choice changes nothing
     rows: int
     base: float
     change: float
@@ -59,7 +59,8 @@ class CorrectedChange:
 
 
 def corrected(comparison: Comparison) -> CorrectedChange | None:
-    """None where it can't be had: too few rows, a report without the losses of its rows, or one of other rows."""
+    """None if it can't be computed: too few rows, a report without the losses of its rows, or a report on other
+    rows."""
     best, measured = comparison.best, [job for job in comparison.jobs if job.measured_loss is not None]
     if any(job.rows is None or job.rows != best.rows for job in measured):
         return None
@@ -81,7 +82,7 @@ def corrected(comparison: Comparison) -> CorrectedChange | None:
 
 
 def _column(job: FinishedJob, place: int) -> Column:
-    """The values of all rows; of many rows the sums of groups, the same ones for each job."""
+    """The values of all rows, or with many rows the sums of groups, the same groups for each job."""
     values = [float(row[place]) for row in job.report["evaluation"]["row_losses"]]
     groups = min(len(values), MOST_GROUPS)
     return tuple(math.fsum(values[first::groups]) for first in range(groups))
@@ -89,7 +90,7 @@ def _column(job: FinishedJob, place: int) -> Column:
 
 @functools.lru_cache(maxsize=32)  # a page asks again and again
 def _out_of_bag(weights: Column, base: Column, losses: Sequence[Column]) -> tuple[float, float, float]:
-    """(change, low, high): against the base, of the job that wins a draw, on the rows that the draw left out."""
+    """(change, low, high) against the base: of the job that wins a draw, on the rows that the draw left out."""
     rng = random.Random(SEED)  # noqa: S311  no secret: the same draws each time
     rows, changes = range(len(weights)), list[float]()
     for _ in range(DRAWS):

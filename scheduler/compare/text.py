@@ -1,4 +1,4 @@
-"""How finished jobs look side by side, and the members of a sweep among them: as text, and as a picture."""
+"""Finished jobs side by side, and a sweep's members among them: as text, and as a picture."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 OF_PAIRS = ("preference_accuracy",)
-"""Also of jobs whose losses differ in kind."""
+"""Also for jobs whose losses differ in kind."""
 
 OTHERS = (*OF_PAIRS, "accuracy", "exact_match", "rougeL")
 
@@ -52,12 +52,12 @@ def comparison_text(answer: Comparison, screen: Screen) -> str:
 
 
 def _others(answer: Comparison, among: Sequence[str] = OTHERS) -> list[str]:
-    """Measures that are told beside the loss: those that all jobs have."""
+    """Measures printed next to the loss: those that all jobs have."""
     return [name for name in among if all(name in job.metrics for job in answer.jobs)][:2]
 
 
 def sweep_comparison_text(answer: SweepComparison, screen: Screen) -> str:
-    """Who is best, the finished members compared, and the stopped ones below."""
+    """The best member, the finished members compared, and the stopped members below."""
     lines = [
         screen.style(answer.sentence, bold=True),
         *filter(None, [clean_line(answer.second_look)]),
@@ -76,7 +76,7 @@ def sweep_comparison_text(answer: SweepComparison, screen: Screen) -> str:
 
 
 def _judged(answer: Comparison, job: FinishedJob, screen: Screen) -> list[str]:
-    """A job's loss, its change against the best one, and the reading."""
+    """A job's loss, its change against the best job, and the reading."""
     return [screen.style(number(job.measured_loss, 3), bold=job is answer.best), _change(job), answer.reading(job)]
 
 
@@ -102,11 +102,11 @@ def _settings_apart(answer: Comparison, screen: Screen) -> list[str]:
 
 
 _SHOWN, _BEFORE = 24, 6
-"""Characters of a setting, and of what stands before the difference in a longer one."""
+"""Characters of a setting, and of what precedes the difference in a longer setting."""
 
 
 def _settings(values: Sequence[Any]) -> list[str]:
-    """The values of a setting; of long ones the part in which they differ."""
+    """The values of a setting, or of long values the part in which they differ."""
     texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
     if max(map(len, texts)) <= _SHOWN:
         return texts
@@ -116,7 +116,7 @@ def _settings(values: Sequence[Any]) -> list[str]:
 
 
 def _alike(texts: Sequence[str]) -> int:
-    """Characters with which all begin."""
+    """The number of characters that all values share at the start."""
     pairs = enumerate(zip(*texts, strict=False))
     return next((place for place, here in pairs if len(set(here)) > 1), min(map(len, texts)))
 
@@ -127,7 +127,7 @@ def _part(text: str, begin: int, end: int) -> str:
 
 
 def _note(answer: Comparison, screen: Screen) -> list[str]:
-    """What the changes are, where a job was compared row by row, and which times are not a job's own."""
+    """What the changes mean, if a job was compared row by row, and which times are not a job's own."""
     shared = [str(job_id) for job_id in sorted(job.job_id for job in answer.jobs if job.companions)]
     if not shared:
         return _changes(answer, screen)
@@ -173,7 +173,7 @@ def _finished(answer: SweepComparison, screen: Screen) -> list[str]:
 
 
 def _stopped(answer: SweepComparison, screen: Screen) -> list[str]:
-    """Those that lost at a rung, the best of them first; empty when none did."""
+    """The members that lost at a rung, best first; empty if none did."""
     lost = sorted((m for m in answer.stopped if m.rungs), key=lambda m: (-m.rungs[-1].rung, m.rungs[-1].loss))
     rows = [
         [

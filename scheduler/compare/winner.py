@@ -1,4 +1,4 @@
-"""The best of a sweep's finished members: how clearly, and what the choice among them made of its loss."""
+"""The best of a sweep's finished members: how clearly it is best, and how the choice among them biases its loss."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ class SweepComparison:
 
     sweep: SweepView
     comparison: Comparison
-    final: FinalResult | None = None  # of the best one, once all have ended
+    final: FinalResult | None = None  # the best member's, once all have ended
 
     @property
     def runner_up(self) -> FinishedJob | None:
-        """The second best; None where only one member has a result."""
+        """The second best; None if only one member has a result."""
         return self.comparison.jobs[1] if len(self.comparison.jobs) > 1 else None
 
     @property
     def clear(self) -> bool:
-        """Whether the best one's loss is clearly less than that of each other result."""
+        """Whether the best member's loss is clearly less than every other result's."""
         return self.runner_up is not None and not self.alike and not self._measured_otherwise
 
     @property
     def alike(self) -> list[int]:
-        """The members that can't be told apart from the best one."""
+        """The members that can't be told apart from the best."""
         return [job.job_id for job in self.comparison.jobs[1:] if job.against and job.against.reading != "worse"]
 
     @property
     def _measured_otherwise(self) -> dict[str, list[int]]:
-        """Those that were not compared with the best one, by why."""
+        """The members not compared with the best, by reason."""
         found: dict[str, list[int]] = {}
         for job in self.comparison.jobs[1:]:
             if not job.against:
@@ -58,16 +58,16 @@ class SweepComparison:
 
     @functools.cached_property
     def corrected(self) -> CorrectedChange | None:
-        """The best one's change as it would be on rows that did not choose it; None where that can't be told."""
+        """The best member's change as it would be on rows that did not choose it; None if that is unknown."""
         return corrected(self.comparison) if self.chosen else None
 
     @property
     def chosen(self) -> bool:
-        """Whether the best one is the best of several, and so looks better on these rows than it is."""
+        """Whether the winner is the best of several, and so looks better on these rows than it is."""
         return self.runner_up is not None or any(member.rungs for member in self.stopped)
 
     def _chosen_beside(self) -> Iterator[str]:
-        """What these rows chose beside the best of the results."""
+        """What else these rows chose, apart from the best of the results."""
         if stopped := sum(bool(member.rungs) for member in self.stopped):
             yield f"{stopped} more lost on these rows and were stopped"
         best, training = self.comparison.best, self.comparison.best.report["training"]
@@ -80,8 +80,8 @@ class SweepComparison:
 
     @property
     def second_look(self) -> str:
-        """What is said of the best one beside its loss: by its final rows, or else what the choice made of that loss.
-        Empty where there was no choice."""
+        """What is said of the best member beyond its loss: its final rows, or else how the choice biases that loss.
+        Empty if there was no choice."""
         if self.final is not None:
             return self.final.sentence
         if not self.comparison.best.report["data"].get("final_rows"):
@@ -92,7 +92,7 @@ class SweepComparison:
 
     @property
     def caution(self) -> str:
-        """What the choice made of the best one's loss; empty where there was none."""
+        """How the choice biases the best member's loss; empty if there was no choice."""
         if not self.chosen:
             return ""
         if (change := self.corrected) is None or self.runner_up is None:
@@ -112,10 +112,10 @@ class SweepComparison:
 
     @property
     def stopped_ahead(self) -> Member | None:
-        """The stopped member with the least loss, where that is less than the runner-up's, or than the only result's.
+        """The stopped member with the least loss, if that is less than the runner-up's or the only result's.
 
-        It lost to members that are not among the results, or to the best one, and no one knows where it would have
-        ended: it is no runner-up.
+        It lost to members that are not among the results, or to the best one, and where it would have ended is unknown:
+        it is no runner-up.
         """
         last = self.runner_up or self.comparison.best
         ahead = [(m.rungs[-1].loss, m.job_id, m) for m in self.stopped if m.rungs and m.rungs[-1].loss < last.loss]
@@ -123,7 +123,7 @@ class SweepComparison:
 
     @property
     def sentence(self) -> str:
-        """The member with the least held-out loss, and whether the difference from the next one is clear."""
+        """The member with the least held-out loss, and whether its difference from the next is clear."""
         if (ahead := self.stopped_ahead) is None:
             return self._verdict
         point = ahead.rungs[-1]
@@ -152,12 +152,12 @@ class SweepComparison:
         return f"{head}; {', and '.join(told)}."
 
     def as_json(self) -> dict[str, Any]:
-        """What a comparison has (`jobs`, `differences`), and beside it:
+        """A comparison's fields (`jobs`, `differences`), and:
 
-        `sweep_id`, `ended`; `winner`: the best one's `job_id`, the `runner_up` (null without one), whether its loss is
-        `clear`ly less than every other, the members that are `alike`, the `sentence` that says so, its change
-        `corrected` for the choice (see CorrectedChange; null where there is none), the `caution`, and `final`, what it
-        measured on its final rows (see FinalResult; null where it has none, and before all have ended); `stopped`: each
+        `sweep_id`, `ended`; `winner`: the best member's `job_id`, the `runner_up` (null without one), whether its loss
+        is `clear`ly less than every other, the members that are `alike`, the `sentence` that says so, its change
+        `corrected` for the choice (see CorrectedChange; null if there is none), the `caution`, and `final`, what it
+        measured on its final rows (see FinalResult; null if it has none, and before all have ended); `stopped`: each
         member that was stopped early with `job_id`, `settings`, `step`, `total_steps` and `rungs`.
         """
         return {
@@ -179,8 +179,8 @@ class SweepComparison:
 
 
 def sweep_comparison(store: Store, artifacts: ArtifactStore, sweep_id: int, user: str) -> SweepComparison:
-    """Compare the finished members of a sweep for `user`, who looks at the final rows of the best one once all have
-    ended. Raises SweepNotFound; WrongState where no member has a result."""
+    """Compare the finished members of a sweep for `user`; once all have ended, this is a look at the best one's final
+    rows. Raises SweepNotFound; WrongState if no member has a result."""
     sweep = store.sweeps.get(sweep_id)
     finished = [member.job_id for member in sweep.members if member.has_result]
     if not finished:
@@ -198,7 +198,7 @@ MOST_NAMED = 6
 
 
 def _some(job_ids: Sequence[int]) -> str:
-    """The numbers of some jobs, or how many more there are."""
+    """The numbers of some jobs, and how many more there are."""
     if len(job_ids) <= MOST_NAMED:
         return in_words([str(job_id) for job_id in job_ids])
     return f"{', '.join(map(str, job_ids[:MOST_NAMED]))} and {len(job_ids) - MOST_NAMED} more"

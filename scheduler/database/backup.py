@@ -25,32 +25,32 @@ from . import embedded
 from .contents import Contents
 
 SKIPPED_NUMBERS = 1000
-"""Job numbers that are left out where nobody can say which were given since the backup."""
+"""Job numbers skipped when nobody can say which were used since the backup."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
-    """What is back, and what a person should know of it."""
+    """What was restored, and what a person should know about it."""
 
     contents: Contents
-    store_away: str | None  # why the artifact store could not be asked for the numbers of jobs that are gone
-    roles_wanted: bool  # the database's roles have to be given their rights again
+    store_away: str | None  # why the artifact store could not be asked for the numbers of lost jobs
+    roles_wanted: bool  # the database's roles need their rights again
 
 
 class JobNumbers:
-    """The highest number of a job that has stored something, also of one that no backup knows."""
+    """The highest number of a job that has stored something, even if no backup knows it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self.store_away: str | None = None  # why the artifact store could not be asked
 
     def beyond(self, newest: int) -> int:
-        """Numbers up to it are not given again; `newest`: of the backup's jobs."""
+        """Numbers up to this one are not used again; `newest`: the newest of the backup's jobs."""
         try:
             store = open_store(self._settings)
             held = store.holdings("jobs")
             if newest and not held and not store.holdings("datasets"):
-                self.store_away = "the artifact store is empty"  # it is brought back later
+                self.store_away = "the artifact store is empty"  # it is restored later
         except LoractlError as error:
             self.store_away = error.sentence
         if self.store_away is not None:
@@ -133,7 +133,8 @@ def _is_sqlite(file: Path) -> bool:
 
 @contextlib.contextmanager
 def no_worker(settings: Settings) -> Iterator[None]:
-    """Hold the locks of this home's nodes, so that none starts meanwhile. Raises WrongState when one is alive."""
+    """Hold the locks of this home's nodes, so that none starts during the restore. Raises WrongState if one is
+    alive."""
     with contextlib.ExitStack() as locks:
         for path in sorted(settings.runtime_dir.glob("node-*.lock")):
             lock = locks.enter_context(path.open("r+"))

@@ -12,8 +12,8 @@ class Contents:
 
     revision: str
     jobs: int
-    newest: int  # number of the newest job; 0 without one
-    last_event: str  # time of the newest line of a history, in UTC as the database writes it; "" without one
+    newest: int  # number of the newest job; 0 if there is none
+    last_event: str  # time of the newest history line, in UTC as the database writes it; "" if there is none
 
     def as_json(self) -> dict[str, Any]:
         """The fields under their own names."""

@@ -1,6 +1,6 @@
-"""The embedded database's file: copied while it is used, looked at, and put back.
+"""The embedded database's file: copied while in use, inspected, and put back.
 
-SQLite's own online backup copies a consistent state: readers and writers go on.
+SQLite's own online backup copies a consistent state: readers and writers continue.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def copy_to(source: Path, aside: Path) -> Contents:
     """Copy the database into one file, and read the copy. Raises sqlite3.Error, OSError."""
     with _opened(source) as database, _opened(aside) as copy:
         database.backup(copy)
-        copy.execute("PRAGMA journal_mode=DELETE")  # one file, without -wal and -shm beside it
+        copy.execute("PRAGMA journal_mode=DELETE")  # one file, without -wal and -shm
         return _contents(copy)
 
 
@@ -47,7 +47,7 @@ def check(file: Path) -> Contents:
 
 
 def put_back(file: Path, target: Path, contents: Contents, beyond: Callable[[int], int], *, force: bool) -> None:
-    """Put a backup in the place of the database. `beyond`: a job number up to which none is given again.
+    """Replace the database with a backup. `beyond`: job numbers up to this are not used again.
 
     Raises WrongState, without `force`, when jobs have changed since the backup.
     """
@@ -66,17 +66,17 @@ def put_back(file: Path, target: Path, contents: Contents, beyond: Callable[[int
 
 
 def _wake_up(database: sqlite3.Connection, last_number: int) -> None:
-    """Correct the rows: no worker is alive, and a job's number is never given twice."""
+    """Correct the rows: no worker is alive, and a job's number is never used twice."""
     with database:
         database.execute("DELETE FROM nodes")
-        # The first worker sees that these leases are over, and the jobs go on.
+        # The first worker sees that these leases have expired, and the jobs continue.
         database.execute("UPDATE jobs SET lease_expires_at = started_at WHERE status = 'running'")
         database.execute("DELETE FROM sqlite_sequence WHERE name = 'jobs'")
         database.execute("INSERT INTO sqlite_sequence (name, seq) VALUES ('jobs', ?)", (last_number,))
 
 
 def _newer(target: Path, backup: Contents) -> tuple[int, int]:
-    """How many jobs have changed in the target since the backup, and the last number that was given there."""
+    """How many jobs have changed in the target since the backup, and the last job number used there."""
     if not target.exists():
         return 0, 0
     with _opened(target) as database:

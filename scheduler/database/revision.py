@@ -1,4 +1,4 @@
-"""The tables brought to this loractl's form, when nobody works on them, and with a backup where one is wanted."""
+"""An upgrade of the tables to this loractl's form, while nobody uses them, with a backup if wanted."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from .contents import Contents
 
 @dataclass(frozen=True, kw_only=True)
 class Upgraded:
-    """What an upgrade has done."""
+    """The outcome of an upgrade."""
 
     before: str | None  # None: there were no tables
     after: str
-    saved: Contents | None  # what the backup holds; None: none was wanted, or nothing was to be done
-    roles_wanted: bool  # the roles have to be given their rights to what is new, which this login may not
+    saved: Contents | None  # what the backup holds; None: none was wanted, or there was nothing to do
+    roles_wanted: bool  # the roles still need rights to what is new, which this login may not grant
 
 
 def bring_to_head(settings: Settings, backup: Path | None, *, force: bool) -> Upgraded:
     """Upgrade the tables. Raises WrongState, without `force`, while workers of the older form serve; SchemaMismatch for
-    a database that is newer than this loractl; what back_up raises."""
+    a database newer than this loractl; what back_up raises."""
     with reachable(settings):
         engine = connect(settings, check_schema=False)
         try:
@@ -43,7 +43,7 @@ def bring_to_head(settings: Settings, backup: Path | None, *, force: bool) -> Up
             before, after = upgrade(engine)
             wanted = before != after and has_roles(engine)
             if wanted:
-                with contextlib.suppress(Forbidden):  # then somebody who may has to say it
+                with contextlib.suppress(Forbidden):  # then somebody with the right must do it
                     apply_roles(engine)
                     wanted = False
             return Upgraded(before=before, after=after, saved=saved, roles_wanted=wanted)

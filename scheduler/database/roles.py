@@ -1,4 +1,4 @@
-"""The roles of a lab's database, asked for by person and box, with passwords that somebody chose or that are made."""
+"""The roles of a lab's database, by person and box, with passwords that are chosen or generated."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RolesAnswer:
 def wanted_logins(
     people: Sequence[str], boxes: Sequence[str], pages: Sequence[str], passwords: Sequence[str] | None
 ) -> list[WantedLogin]:
-    """Logins with their roles; `passwords` are theirs in this order, None makes them. Raises UsageError."""
+    """Logins with their roles; `passwords` in the same order, None to generate them. Raises UsageError."""
     asked = [(name, role) for names, role in ((people, SUBMIT), (boxes, WORK), (pages, SHOW)) for name in names]
     if passwords is not None and len(passwords) != len(asked):
         what = f"{len(passwords)} passwords for {len(asked)} logins"
@@ -39,7 +39,7 @@ def wanted_logins(
 
 
 def set_up_roles(settings: Settings, wanted: Sequence[WantedLogin], *, renew: bool) -> RolesAnswer:
-    """Make roles and logins in the database of `settings`. Raises what apply_roles raises, and SchemaMismatch."""
+    """Create roles and logins in the database of `settings`. Raises what apply_roles raises, and SchemaMismatch."""
     if settings.embedded_database:
         raise UsageError("only PostgreSQL has roles, and this home's database is SQLite", "set LORACTL_DATABASE_URL")
     engine = connect(settings)

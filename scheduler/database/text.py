@@ -6,7 +6,7 @@ from .roles import RolesAnswer
 
 
 def roles(answer: RolesAnswer) -> str:
-    """What was done, and each new password, as the address that its owner needs."""
+    """What was done, and each new password, in the URL that its owner needs."""
     made = f"New roles: {', '.join(answer.new_roles)}." if answer.new_roles else "The roles already existed."
     lines = [f"{made} Their rights are those of revision {answer.revision}."]
     for login in answer.logins:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ClosedBy:
-    """A person's order that keeps a card empty."""
+    """A person's order to keep a card empty."""
 
     user: str
     reason: str
@@ -33,7 +33,7 @@ class ClosedBy:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceState:
-    """One device, as it was last seen. Sizes in bytes."""
+    """One device, as last seen. Sizes in bytes."""
 
     node: str  # host:index
     host: str
@@ -43,12 +43,12 @@ class DeviceState:
     total: int
     free: int  # what a new job may take
     reserved: int  # by running jobs, as its worker saw it last
-    outside: tuple[Mapping[str, Any], ...]  # other people's processes: pid, user, name, bytes
+    outside: tuple[Mapping[str, Any], ...]  # processes of other people: pid, user, name, bytes
     outside_bytes: int  # held by programs that are not ours, now or a short while ago
     used: Mapping[str, Any]  # bytes measured now, by job
     margin: int  # what the box's owner keeps free
     max_jobs: int
-    user_limit: int | None  # running jobs a user may have
+    user_limit: int | None  # running jobs allowed per user
     labels: Mapping[str, str]
     load: int | None  # percent
     temperature: int | None  # °C
@@ -66,9 +66,9 @@ class DeviceState:
 
     card: Card  # as the placement rule sees it, with the jobs that run there
     closed_by: ClosedBy | None
-    silent_s: float | None  # for how long it has not been seen; None: it is online
-    failures: Mapping[str, int]  # of the lab's there since it last ended an attempt well, by reason, at most a day old
-    spread: Mapping[int, tuple[str, ...]]  # all cards of the jobs there that run on several
+    silent_s: float | None  # time since it was last seen; None: it is online
+    failures: Mapping[str, int]  # the lab's failures there since its last good attempt, by reason, at most a day old
+    spread: Mapping[int, tuple[str, ...]]  # all cards of each job there that runs on several
 
     def cards_of(self, job_id: int) -> tuple[str, ...]:
         """All cards of a job that runs there."""
@@ -77,9 +77,9 @@ class DeviceState:
     def as_json(self) -> dict[str, Any]:
         """The fields of the device up to `seen_at`, and `open`, `jobs`, `hosts`, `drained` and `failures`.
 
-        `open`: whether it takes jobs; `jobs`: job_id, user and reserved bytes of each that runs there, and all its
-        `cards`; `hosts`: the trainers there that keep their bases, and the jobs that are in each; `drained`: by whom,
-        why and until when, or null; `failures`: how many attempts failed there for the lab, by reason.
+        `open`: whether it takes jobs; `jobs`: job_id, user and reserved bytes of each job that runs there, and all its
+        `cards`; `hosts`: the trainers there that keep their bases, and the jobs in each; `drained`: by whom, why and
+        until when, or null; `failures`: how many attempts failed there for the lab, by reason.
         """
         columns = {name: getattr(self, name) for name in DEVICE_FIELDS}
         return {
@@ -99,9 +99,9 @@ class DeviceState:
 
 
 def _host_as_json(base: WarmBase, card: Card) -> dict[str, Any]:
-    """`leaving`: it goes, and its bytes are held until its process has ended; `open`: jobs may train beside those in
-    it; `spoilt`: why none may, and it ends with its last job; `jobs`: those that run in it; `leavers`: those that have
-    ended, and hold `bytes` until they are out of it; `job_id`: the one whose reservation holds the base."""
+    """`leaving`: it is ending, and its bytes are held until its process has ended; `open`: more jobs may join it;
+    `spoilt`: why none may, so that it ends with its last job; `jobs`: the jobs that run in it; `leavers`: jobs that
+    have ended, and hold `bytes` until they are out of it; `job_id`: the job whose reservation holds the base."""
     names = ("host", "base_model", "bytes", "job_id", "leaving", "open", "spoilt")
     return {
         **{name: getattr(base, name) for name in names},
@@ -112,11 +112,11 @@ def _host_as_json(base: WarmBase, card: Card) -> dict[str, Any]:
 
 
 DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-5]
-"""The columns of a node; `free` is counted again."""
+"""The columns of a node, with `free` recomputed."""
 
 
 STOPPED = "somebody's transaction holds the row fleet of locks: pg_stat_activity names it, pg_terminate_backend ends it"
-"""What to do when no worker goes round."""
+"""What to do when no worker makes its rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,13 +125,13 @@ class Fleet:
 
     devices: tuple[DeviceState, ...]
     now: dt.datetime
-    round_at: dt.datetime | None = None  # when a node last went round for all
+    round_at: dt.datetime | None = None  # when a node last made the round for all
 
     @property
     def stopped_s(self) -> float | None:
-        """Seconds since a node last went round for all, though some are online; None if that is at most a lease.
+        """Seconds since a node last made the round for all, though some are online; None if that is at most a lease.
 
-        Leases that are over are not ended then, nobody gives way, and no patience ends.
+        Until then expired leases are not ended, no job gives way, and no patience ends.
         """
         silent = None if self.round_at is None else (self.now - self.round_at).total_seconds()
         online = any(device.silent_s is None for device in self.devices)
@@ -143,7 +143,7 @@ class Fleet:
 
     @property
     def targets(self) -> frozenset[str]:
-        """What can be drained: the boxes and their cards, by name."""
+        """The boxes and their cards, by name, which can be drained."""
         return frozenset(name for device in self.devices for name in (device.node, device.host))
 
     def jobs_on(self, target: str) -> list[int]:

@@ -77,7 +77,7 @@ def undrain(target: str) -> None:
 
 
 def _left(running: Sequence[int], at_once: bool) -> str:
-    """What becomes of the jobs that run there."""
+    """What happens to the jobs that run there."""
     if not running:
         return ""
     if len(running) == 1:

@@ -1,4 +1,4 @@
-"""How the fleet looks on a terminal: every card, its memory by owner, and what uses it."""
+"""The fleet on a terminal: every card, its memory by owner, and what uses it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _row(device: DeviceState, now: dt.datetime, screen: Screen, *, used: bool) -
 
 
 def _memory_bar(card: Card, width: int, screen: Screen) -> str:
-    """Others first, then each job's part, then what is free; rounded so that every held part is visible."""
+    """Others first, then each job's share, then what is free; rounded so that every held part is visible."""
     blocks = ("▒", "█", "▓", "·", "─") if screen.unicode else ("x", "#", "=", ".", "-")
     if not card.total or (not card.open and not card.running):
         return blocks[4] * width
@@ -61,13 +61,13 @@ def _memory_bar(card: Card, width: int, screen: Screen) -> str:
     parts += [(blocks[1 + n % 2], max(job.reserved, job.used)) for n, job in enumerate(card.running)]
     parts += [(blocks[1 + len(card.running) % 2], base.bytes) for base in card.bases_beside_jobs]
     parts += [(blocks[1 + n % 2], one.bytes) for n, one in enumerate(card.leavers, len(card.running) + 1)]
-    shares = [(mark, min(1.0, size / card.total)) for mark, size in parts]  # a row may tell more than the card has
+    shares = [(mark, min(1.0, size / card.total)) for mark, size in parts]  # a row may report more than the card has
     cells = "".join(mark * max(1, round(share * width)) for mark, share in shares if share >= 1 / 200)[:width]
     return screen.style(cells, fg="blue") + blocks[3] * (width - len(cells))
 
 
 def _obstacle(device: DeviceState, now: dt.datetime) -> str | None:
-    """Why the card takes no jobs; None where it does."""
+    """Why the card takes no jobs; None if it does."""
     if device.silent_s is not None:
         return f"not seen for {duration(device.silent_s)}"
     if device.fault is not None:
@@ -79,7 +79,7 @@ def _obstacle(device: DeviceState, now: dt.datetime) -> str | None:
 
 
 def _jobs(device: DeviceState) -> list[str]:
-    """The jobs of a card: those that train in one process together, one on several cards with all of them."""
+    """The jobs of a card: those that share a process together, and a job on several cards with all of its cards."""
     card = device.card
     alone = [
         f"{job.user} {job.job_id}" + (f" on {in_short(cards)}" if len(cards := device.cards_of(job.job_id)) > 1 else "")

@@ -54,16 +54,16 @@ from .translation import (
 _OBJECTIVES = (
     "reward_model", "process_reward_model", "kd_trainer", "gkd_trainer", "block_diffusion", "diffusion", "ebft",
 )  # fmt: skip
-"""Keys of trainings by another objective."""
+"""Keys of training by another objective."""
 
 _PLUGINS = {"LigerPlugin", "CutCrossEntropyPlugin", "KernelsPlugin", "ExpertParallelPlugin", "LMEvalPlugin"}
-"""Plug-ins that compute the same in other kernels, or nothing that is learned."""
+"""Plug-ins that compute the same with other kernels, or do not affect training."""
 
 _TEACHERS = {"KDPlugin", "GKDPlugin", "DiffusionPlugin", "DiffusionGemmaPlugin"}
 """Plug-ins that train by another objective."""
 
 _PICTURES = {"processor_type", "image_size", "image_resize_algorithm", "is_multimodal"}
-"""Keys of files that train on more than text."""
+"""Keys of training on more than text."""
 
 
 def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
@@ -97,7 +97,7 @@ def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
 
 
 def _refuse(theirs: dict[str, Any], file: Path) -> None:
-    """Raises UsageError for what is no LoRA training on rows of text with answers."""
+    """Raises UsageError unless it is LoRA training on rows of text with answers."""
     if (rl := theirs.get("rl")) and str(rl).lower() not in AXOLOTL_RL:
         raise refuse_objective(f"{file} has rl: {rl}", "take rl out")
     for key in _OBJECTIVES:
@@ -134,7 +134,7 @@ def _carry_plugins(draft: Draft, key: str, value: Any) -> None:
 
 
 def _warmup_and_batch(draft: Draft, theirs: dict[str, Any]) -> None:
-    """What Axolotl makes of settings together: the steps to warm up, and a batch in place of its parts."""
+    """What Axolotl derives from several settings: the warm-up steps, and the batch."""
     if theirs.get("warmup_steps") == 1:
         draft.put("warmup_steps", "training.warmup_steps", 2)  # Axolotl never warms up for one step
     elif not theirs.get("warmup_steps") and not theirs.get("warmup_ratio"):
@@ -160,7 +160,7 @@ def _own_tokenizer(draft: Draft, theirs: dict[str, Any]) -> None:
 
 
 def _evaluations(draft: Draft, theirs: dict[str, Any]) -> None:
-    """How often the held-out loss is measured on the way. Without held-out rows Axolotl never measures it."""
+    """How often the held-out loss is measured during training. Without held-out rows Axolotl never measures it."""
     strategy = theirs.get("eval_strategy")
     each = 1 if strategy == "epoch" else theirs.get("evals_per_epoch")
     key = "eval_strategy" if strategy == "epoch" else "evals_per_epoch"
@@ -178,7 +178,7 @@ def _evaluations(draft: Draft, theirs: dict[str, Any]) -> None:
 
 
 def _number_format(draft: Draft, theirs: dict[str, Any]) -> None:
-    """Axolotl computes in fp32 where bf16 is switched off and fp16 is not switched on."""
+    """Axolotl computes in fp32 if bf16 is off and fp16 is not on."""
     off = [key for key in ("bf16", "bfloat16") if theirs.get(key) is False]
     if off and get_key(draft.job, "training.dtype") is None:
         draft.not_needed.remove(off[0])
@@ -186,7 +186,7 @@ def _number_format(draft: Draft, theirs: dict[str, Any]) -> None:
 
 
 def _gptq(draft: Draft, key: str, value: Any) -> None:
-    """A base in 4 bit by GPTQ: QLoRA is what comes nearest."""
+    """A base in 4 bit by GPTQ: QLoRA comes closest."""
     if not value:
         draft.skip(key)
         return
@@ -227,7 +227,7 @@ def _least_rate(draft: Draft, key: str, value: Any) -> None:
 
 def _save_steps(draft: Draft, key: str, value: Any) -> None:
     if isinstance(value, float) and 0 < value < 1:
-        draft.skip(key)  # a share of all steps; how often a checkpoint is saved changes nothing that is learned
+        draft.skip(key)  # a share of all steps; how often a checkpoint is saved does not affect training
     else:
         draft.put(key, "training.save_steps", value)
 
@@ -290,7 +290,7 @@ _KERNELS = re.compile(
     "(liger|flash_attn|unsloth|otel|ddp|hub|gc|profiler|dataloader|torch_compile|eval_table|mlflow|comet)_.*"
     "|lora_(mlp|qkv|o|embedding)_kernel"
 )
-"""Names of what computes the same in another way, and of where a run happens and is watched."""
+"""Settings that compute the same in another way, or say where a run happens and is watched."""
 
 
 _REASONS = {

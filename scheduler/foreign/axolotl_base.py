@@ -1,4 +1,4 @@
-"""The number format of the base's weights, as an Axolotl file says it."""
+"""The number format of the base's weights, as an Axolotl file gives it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def names_four_bit(theirs: dict[str, Any]) -> bool:
 
 
 def base_format(draft: Draft, key: str, value: Any) -> None:
-    """The base's number format: four bits are NF4 here, whoever quantizes there; and LoftQ's beginning."""
+    """The base's number format (here four bits are always NF4), and LoftQ's initialization."""
     known = {"backend", "weight_dtype", "group_size", "loftq_config"}
     if not isinstance(value, dict) or value.keys() - known or value.get("weight_dtype") not in (None, *_FOUR_BIT):
         draft.leave(key, f"{short(value)}: the base is in 16 bit (lora) or NF4 (qlora)")
@@ -37,7 +37,7 @@ def base_format(draft: Draft, key: str, value: Any) -> None:
 
 
 def nf4(draft: Draft, key: str, value: Any) -> None:
-    """NF4 with its scales quantized once more, in both tools."""
+    """NF4 with its scales quantized again, in both tools."""
     ours = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     if isinstance(value, dict) and all(ours.get(name) == there for name, there in value.items()):
         draft.skip(key)

@@ -13,19 +13,19 @@ from .translation import Draft, carry_source, from_here, get_key, put_split, set
 
 _ROLES = {"user": {"human", "user"}, "assistant": {"gpt", "chatgpt", "assistant"}, "system": {"system"},
           "tool": {"tool", "observation", "function_response"}}  # fmt: skip
-"""Names of roles that loractl's rows may have, by the role that they mean."""
+"""Role names that loractl's rows may have, by the role that they mean."""
 
 _AS_HERE = {"roles_to_train": ["assistant"], "train_on_eos": "turn"}  # what loractl does anyway
 _PROMPTS = {
     "sharegpt": "sharegpt: Axolotl takes the template that the file names, loractl the model's own",
     "completion": "completion: Axolotl cuts a long text into several rows, loractl keeps its first sequence_len tokens",
 }
-"""What else a type of rows means there."""
+"""What else a row type means in Axolotl."""
 
 _FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": None}
 
 _LOCAL = {"json", "csv", "parquet", "arrow", "text"}
-"""Names that stand in `path` where `data_files` are files of this machine."""
+"""Values of `path` with which `data_files` are files of this machine."""
 
 _REASONS = {
     **dict.fromkeys(
@@ -39,7 +39,7 @@ _REASONS = {
 
 
 def carry_rows(draft: Draft, theirs: dict[str, Any], file: Path, folder: Path) -> None:
-    """Carry `datasets` and `test_datasets`. Raises UsageError where there is no path."""
+    """Carry `datasets` and `test_datasets`. Raises UsageError if there is no path."""
     if theirs.get("pretraining_dataset") and not theirs.get("datasets"):
         hint = "write it as datasets with type: completion, and with max_steps or num_epochs"
         raise UsageError(f"{file} streams its rows (pretraining_dataset), and a job reads a data set as a whole", hint)
@@ -64,7 +64,7 @@ def _entries(value: Any) -> list[dict[str, Any]]:
 def _source(
     tool: str, key: str, entry: dict[str, Any], source: Path, folder: Path, *, pairs: bool
 ) -> tuple[Draft, list[str]]:
-    """One entry as a draft that has nothing but a data set, and where its further files are."""
+    """One entry as a draft with nothing but a data set, and where its other files are."""
     draft = Draft(tool)
     first, *others = _places(draft, key, entry, source, folder)
     set_key(draft.job, "dataset.path", first)
@@ -98,7 +98,7 @@ def _places(draft: Draft, key: str, entry: dict[str, Any], source: Path, folder:
 
 
 def _tests(draft: Draft, tests: list[dict[str, Any]], first: dict[str, Any], source: Path, folder: Path) -> None:
-    """The held-out rows, which are read as the rows to train on are; from the hub their split test."""
+    """The held-out rows, which are read like the rows to train on; from the hub, their split test."""
     if not tests or "path" not in tests[0]:
         return
     places = _places(draft, "test_datasets[0]", tests[0], source, folder)
@@ -115,7 +115,7 @@ def _tests(draft: Draft, tests: list[dict[str, Any]], first: dict[str, Any], sou
 
 
 def _known_roles(roles: Any) -> bool:
-    """Whether rows with these names of roles are read here as they are there."""
+    """Whether loractl reads rows with these role names as Axolotl does."""
     return isinstance(roles, dict) and all(
         isinstance(names, list) and all(isinstance(name, str) and name in _ROLES.get(role, ()) for name in names)
         for role, names in roles.items()
@@ -123,7 +123,7 @@ def _known_roles(roles: Any) -> bool:
 
 
 def _format(draft: Draft, entry: str, first: dict[str, Any]) -> None:
-    """What kind of rows the data set has: a format by name, or names of columns with a template."""
+    """What kind of rows the data set has: a named format, or column names with a template."""
     kind, key = first.get("type", "chat_template"), f"{entry}.type"
     if isinstance(kind, dict):
         fields = ("instruction", "input", "output", "system")
@@ -145,7 +145,7 @@ def _format(draft: Draft, entry: str, first: dict[str, Any]) -> None:
 
 
 _TEMPLATED = ("chatml", "llama3")
-"""What the first word of a type says of the marks around messages."""
+"""What the first word of a type says about the marks around messages."""
 
 _QUESTIONS = {
     "intel": {"instruction": "question"},
@@ -156,18 +156,18 @@ _QUESTIONS = {
     "argilla_chat": {},
     "ultra": {},
 }
-"""Columns of the rows of a type of pairs, by its last word, where they have other names here."""
+"""The columns of a pair type, by its last word, that have other names here."""
 
 
 _AS_THEY_ARE = (
     None, "passthrough",
     "chat_template", "chat_template.default", "chat_template.argilla", "chat_template.argilla_chat",
 )  # fmt: skip
-"""Types of pairs that need no key."""
+"""Pair types that need no key."""
 
 
 def _pairs(draft: Draft, entry: str, first: dict[str, Any]) -> None:
-    """What kind of pairs the data set has: a form by name, or names of columns with formats."""
+    """What kind of pairs the data set has: a named form, or column names with formats."""
     kind, key = first.get("type"), f"{entry}.type"
     for side in SIDES:
         _rename(
@@ -193,7 +193,7 @@ def _rename(draft: Draft, key: str, columns: dict[str, Any]) -> None:
 
 
 def _formatted_pairs(draft: Draft, key: str, kind: dict[str, Any]) -> None:
-    """Names of columns, and texts around what they hold, which the model's chat template takes the place of."""
+    """Column names, and the text around their contents, which the model's chat template replaces."""
     formats = sorted(name for name in map(str, kind) if name.endswith("_format") and kind.get(name))
     plain = all(kind[name] == f"{{{name.removesuffix('_format')}}}" for name in formats)
     ours_of = {"prompt": "prompt" if plain else "instruction", **{side: side for side in SIDES}}
@@ -207,7 +207,7 @@ def _formatted_pairs(draft: Draft, key: str, kind: dict[str, Any]) -> None:
 
 
 def _columns(draft: Draft, entry: str, first: dict[str, Any]) -> set[str]:
-    """Carry the columns' names. Returns the keys that were looked at."""
+    """Carry the column names. Returns the keys that were read."""
     renamed = {"field_messages": "messages", "message_field_role": "role", "message_field_content": "content"}
     for theirs, ours in renamed.items():
         if first.get(theirs):

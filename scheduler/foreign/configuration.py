@@ -18,7 +18,7 @@ from .axolotl import from_axolotl
 from .llama_factory import from_llama_factory
 from .translation import Draft, get_key, short, unset_key
 
-_FREE = {"columns", "lr_scheduler_kwargs"}  # mappings with keys that a person chooses
+_FREE = {"columns", "lr_scheduler_kwargs"}  # mappings with freely chosen keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +26,13 @@ class Imported:
     """A job from another tool's file, with an account of each setting of that file."""
 
     tool: str
-    job: dict[str, Any]  # what a job file says: the values that the other file sets, as the spec reads them
+    job: dict[str, Any]  # the job file: the values that the other file sets, as the spec reads them
     carried: dict[str, str]  # their key -> our key
-    left_out: dict[str, str]  # their key -> why; without it the training is another
-    not_needed: tuple[str, ...]  # folders, caches, processes: nothing that is learned
+    left_out: dict[str, str]  # their key -> why; without it the training is different
+    not_needed: tuple[str, ...]  # folders, caches, processes: nothing that affects training
     filled_in: dict[str, Any]  # our key -> the tool's default, which differs from ours
     settings: int  # of their file; one in a list counts as its own
-    otherwise: dict[str, str]  # their key -> what loractl does otherwise, though the setting is carried or was not set
+    otherwise: dict[str, str]  # their key -> what loractl does differently though the setting is carried or not set
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self), "not_needed": list(self.not_needed)}
@@ -41,7 +41,7 @@ class Imported:
 def import_file(file: Path, folder: Path) -> Imported:
     """Read another tool's file for a job file in `folder`: local paths are written as seen from there.
 
-    Raises SpecError unless it is a YAML mapping, UsageError for another tool's file or one that trains no LoRA on rows.
+    Raises SpecError unless it is a YAML mapping, UsageError for a third tool's file or one that trains no LoRA on rows.
     """
     written = {str(key): value for key, value in read_yaml(file, "a configuration")[0].items()}
     theirs = {key: value for key, value in written.items() if value not in (None, "", [], {})}
@@ -69,7 +69,7 @@ def import_file(file: Path, folder: Path) -> Imported:
 
 
 def _unknown(theirs: dict[str, Any], file: Path) -> UsageError:
-    """A file of another kind; those that lie beside the tools' configurations are called by name."""
+    """A file of another kind; the kinds found next to the tools' configurations are named."""
     if "model" in theirs and {"train_dataset", "peft_config", "dist_config"} & theirs.keys():
         hint = "write it with model_name_or_path, dataset and stage, or as a job file"
         return UsageError(f"{file} has LLaMA-Factory's v1 form, which import does not read", hint)
@@ -83,7 +83,7 @@ def _unknown(theirs: dict[str, Any], file: Path) -> UsageError:
 
 
 def _without_what_is_refused(draft: Draft) -> JobSpec:
-    """The job without the values that a job file does not take. Raises SpecError where it needs one of them."""
+    """The job without the values that a job file refuses. Raises SpecError if it needs one of them."""
     while True:
         try:
             return JobSpec.model_validate(draft.job, context=AS_WRITTEN)
@@ -105,19 +105,19 @@ def _without_what_is_refused(draft: Draft) -> JobSpec:
 
 
 def _first_refusal(error: ValidationError) -> tuple[str, int | None, str]:
-    """The key that is refused, which entry of its list, and why."""
+    """The refused key, the entry of its list, and why."""
     told = error.errors()[0]
     key, what = ".".join(str(part) for part in told["loc"] if not isinstance(part, int)), told["msg"]
     entry = next((part for part in told["loc"] if isinstance(part, int)), None)
     if told["type"] == "literal_error":
         what = "is not one that loractl has"
-    if not key:  # what two keys together do not do: "key: sentence", a line each
+    if not key:  # two keys that do not go together: "key: sentence", a line each
         key, _, what = what.removeprefix("Value error, ").partition("\n")[0].partition(": ")
     return key, entry, what
 
 
 def _in_order(resolved: dict[str, Any], written: dict[str, Any]) -> dict[str, Any]:
-    """The values that are written, as the spec reads them and in its order."""
+    """The values to write, as the spec reads them and in its order."""
     if "more" in written:
         resolved = {
             **resolved,

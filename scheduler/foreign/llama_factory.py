@@ -68,7 +68,7 @@ def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Draf
     if theirs.get("stage") == "dpo":
         factory_loss(draft, theirs)
     elif theirs.get("packing") or theirs.get("neat_packing"):
-        set_key(draft.job, "training.packing", True)  # either switches it on, whatever the other says
+        set_key(draft.job, "training.packing", True)  # either one switches it on
     carry_rows(draft, theirs, file, folder)
     tell_held_out(draft, theirs, "val_size")
     tell_tf32(draft, theirs)
@@ -90,7 +90,7 @@ def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Draf
 
 
 def _refuse(theirs: dict[str, Any], file: Path) -> None:
-    """Raises UsageError for what is no LoRA training on rows of text."""
+    """Raises UsageError unless it is LoRA training on rows of text."""
     stage, kind = theirs.get("stage", "sft"), theirs.get("finetuning_type", "lora")
     if not theirs.get("do_train") and (other := next((key for key in _NO_TRAINING if theirs.get(key)), None)):
         raise UsageError(f"{file} does not train ({other} without do_train), and a job does", _NO_TRAINING[other])
@@ -104,7 +104,7 @@ def _refuse(theirs: dict[str, Any], file: Path) -> None:
 
 
 def _tokens(draft: Draft, theirs: dict[str, Any]) -> None:
-    """How rows become tokens there, where it is otherwise here."""
+    """How rows become tokens there, if it differs here."""
     packs = get_key(draft.job, "training.packing")
     if theirs.get("stage") == "pt":
         draft.put("stage", "dataset.format", "text")
@@ -125,7 +125,8 @@ def _tokens(draft: Draft, theirs: dict[str, Any]) -> None:
 
 
 def _texts(draft: Draft, theirs: dict[str, Any], *, packs: bool) -> None:
-    """Plain text: the same tokens, unless rows are packed. What is learned of them, and how it is averaged, differs.
+    """Plain text: the same tokens, unless rows are packed. Which tokens are learned, and how the loss is averaged,
+    differs.
 
     LLaMA-Factory's processor/pretrain.py and transformers' DataCollatorForLanguageModeling and get_batch_samples.
     """
@@ -147,7 +148,7 @@ def _texts(draft: Draft, theirs: dict[str, Any], *, packs: bool) -> None:
 
 
 def _evaluations(draft: Draft, theirs: dict[str, Any]) -> None:
-    """How often the held-out loss is measured on the way: not at all, unless the file says so."""
+    """How often the held-out loss is measured during training: never, unless the file says so."""
     key = "eval_strategy" if "eval_strategy" in theirs else "evaluation_strategy"
     strategy = theirs.get(key, "no")
     if strategy != "steps" and "eval_steps" in draft.carried:
@@ -209,7 +210,7 @@ _NOT_NEEDED = {
 
 
 _KERNELS = re.compile("(ddp|hub|dataloader|preprocessing|swanlab)_.*|ray_(?!num_workers).*")
-"""Names of where a run happens and is watched."""
+"""Settings that say where a run happens and is watched."""
 
 
 _NO_TRAINING = {
@@ -218,7 +219,7 @@ _NO_TRAINING = {
     "do_predict": "loractl predict answers a file's rows",
     "do_eval": "loractl report has the evaluation of every job",
 }
-"""What a file does that does not train, and what does it here."""
+"""What a file without training does, and the command for it here."""
 
 
 _REASONS = {
@@ -235,7 +236,7 @@ _REASONS = {
 
 _PICTURES = {"image_max_pixels", "image_min_pixels", "video_max_pixels", "video_min_pixels", "video_fps", "media_dir",
              "freeze_vision_tower", "audio_sampling_rate"}  # fmt: skip
-"""Keys of files that train on more than text."""
+"""Keys of training on more than text."""
 
 
 _RULES: dict[str, Callable[[Draft, str, Any], None]] = {

@@ -15,11 +15,11 @@ from .translation import Draft, carry_source, from_here, get_key, put_split, set
 _LISTING = "dataset_info.json"
 _MARKS = {"user_tag": {"human", "user"}, "assistant_tag": {"gpt", "assistant", "chatgpt"}, "system_tag": {"system"},
           "observation_tag": {"observation", "tool", "function_response"}}  # fmt: skip
-"""Names of roles that loractl's rows may have, by the tag that LLaMA-Factory gives them."""
+"""Role names that loractl's rows may have, by LLaMA-Factory's tag."""
 
 
 def carry_rows(draft: Draft, theirs: dict[str, Any], file: Path, folder: Path) -> None:
-    """Carry `dataset` and `eval_dataset`. Raises UsageError where there is none, and for pairs and pictures."""
+    """Carry `dataset` and `eval_dataset`. Raises UsageError if there is none, and for pairs and pictures."""
     if "dataset" not in theirs:
         raise UsageError(f"{file} names no data set", f"dataset is a name from {_LISTING}")
     place, most = _place(file, str(theirs.get("dataset_dir", "data"))), theirs.get("max_samples")
@@ -46,7 +46,7 @@ def _names(named: Any) -> list[str]:
 
 
 def _held_out(draft: Draft, names: list[str], entry: dict[str, Any], place: Path, folder: Path, most: Any) -> None:
-    """Rows to measure by, which LLaMA-Factory reads from the split train as well."""
+    """Rows for evaluation, which LLaMA-Factory also reads from the split train."""
     own = Draft(draft.tool)
     listed = _data(own, names[0], place, folder, most, pairs=is_of_pairs(draft))
     said = own.job["dataset"]
@@ -88,14 +88,14 @@ def _mix(draft: Draft, theirs: dict[str, Any]) -> None:
 
 
 def _place(file: Path, named: str) -> Path:
-    """The folder of the data sets. LLaMA-Factory is started above its examples, and takes it from there."""
+    """The folder of the data sets. LLaMA-Factory runs in the folder above its examples, and resolves paths there."""
     above = [Path(), *file.resolve().parents[1:4]]
     places = [file.parent / named, *(folder / named for folder in above)]
     return next((place for place in places if (place / _LISTING).is_file()), places[0])
 
 
 def _data(draft: Draft, name: str, place: Path, folder: Path, most: Any, *, pairs: bool) -> dict[str, Any]:
-    """Look a data set up in dataset_info.json, as LLaMA-Factory does. Returns what that says of it.
+    """Look a data set up in dataset_info.json, as LLaMA-Factory does. Returns its entry.
 
     `most`: read at most this many rows. `pairs`: whether it must contain pairs; otherwise it must not.
     """
@@ -128,7 +128,7 @@ def _data(draft: Draft, name: str, place: Path, folder: Path, most: Any, *, pair
 
 
 def _told(draft: Draft, entry: dict[str, Any]) -> None:
-    """Name what a listing says of a data set beside its columns, and loractl does otherwise."""
+    """Name what a listing says about a data set apart from its columns, and loractl does differently."""
     whole = "every row is trained on: cut those rows into a file"
     reasons = {
         "num_samples": whole,
@@ -146,7 +146,7 @@ def _told(draft: Draft, entry: dict[str, Any]) -> None:
 
 
 def _listed(listing: Path, name: str) -> dict[str, Any]:
-    """What dataset_info.json says of a data set; nothing where it does not name it, or is not there."""
+    """The data set's entry in dataset_info.json; empty if there is no entry, or no file."""
     try:
         entry = json.loads(listing.read_text(encoding="utf-8")).get(name, {})
     except FileNotFoundError:
@@ -157,8 +157,8 @@ def _listed(listing: Path, name: str) -> dict[str, Any]:
 
 
 def _columns(draft: Draft, entry: dict[str, Any], *, texts: bool, pairs: bool) -> None:
-    """The listing's names of columns, where they differ from loractl's. `texts`: rows are plain text, in one column.
-    `pairs`: in place of an answer they have two."""
+    """The listing's column names, if they differ from loractl's. `texts`: rows are plain text, in one column.
+    `pairs`: rows have two answers."""
     columns, tags = ({} if not isinstance(part := entry.get(key), dict) else part for key in ("columns", "tags"))
     if texts:
         theirs = {"text": columns.get("prompt", "instruction" if entry else "text")}
@@ -179,7 +179,7 @@ def _columns(draft: Draft, entry: dict[str, Any], *, texts: bool, pairs: bool) -
         theirs = {ours: columns.get(name, ours) for name, ours in ours_of.items()}
         known = set(ours_of)
         if entry and columns.get("query", "input"):
-            # of Stanford's template, which is carried, the form with an input has words of its own
+            # Stanford's template is carried; its form for an input has other words
             alpaca = get_key(draft.job, "dataset.template") == "alpaca"
             here = "under ### Input: here, and the first sentence names it" if alpaca else "after an empty line here"
             draft.differ(f"{_LISTING}: columns.query", f"a row's input follows on the next line there, {here}")

@@ -1,4 +1,4 @@
-"""Trainings on pairs: the losses of other tools, and what they do with rows of pairs."""
+"""Training on pairs: the losses of other tools, and what they do with rows of pairs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _axolotl_beta(draft: Draft, theirs: Mapping[str, Any]) -> None:
 
 
 def _axolotl_dpo(draft: Draft, theirs: Mapping[str, Any]) -> None:
-    """DPO's losses. TRL's label_smoothing is for robust alone, and with none robust is sigmoid."""
+    """DPO's losses. TRL's label_smoothing applies only to robust, and without it robust is sigmoid."""
     given, smoothing = theirs.get("dpo_loss_type", []), theirs.get("dpo_label_smoothing")
     names = [str(name) for name in (given if isinstance(given, list) else [given])]
     if unknown := [name for name in names if name not in _OF_DPO]:
@@ -86,7 +86,7 @@ def _axolotl_dpo(draft: Draft, theirs: Mapping[str, Any]) -> None:
 
 
 def _axolotl_simpo(draft: Draft, theirs: Mapping[str, Any]) -> None:
-    """TRL's CPOTrainer, which also learns the chosen answers unless cpo_alpha is 0."""
+    """TRL's CPOTrainer, which also trains on the chosen answers unless cpo_alpha is 0."""
     if "simpo_gamma" in theirs:
         draft.put("simpo_gamma", "preference.simpo_gamma", theirs["simpo_gamma"])
     set_key(draft.job, "preference.loss_type", "simpo")
@@ -143,7 +143,7 @@ _FACTORY_REASONS = {
 
 
 def _add_answers(draft: Draft, theirs: str, loss: str, weight: Any) -> None:
-    """Add a weighted loss of the chosen answers to that of the pairs."""
+    """Add a weighted loss of the chosen answers to the loss of the pairs."""
     if type(weight) not in (int, float) or not 0 < weight < math.inf:
         draft.leave(theirs, f"{short(weight)}: is not a weight")
         return

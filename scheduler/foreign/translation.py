@@ -36,11 +36,11 @@ class Draft:
         self.carried[theirs] = ours
 
     def leave(self, theirs: str, why: str) -> None:
-        """Name a key that is not carried although it changes what is trained."""
+        """Name a key that is not carried although it changes the training."""
         self.left_out[theirs] = why
 
     def differ(self, theirs: str, how: str) -> None:
-        """Name what the other tool does, by this setting or unasked, and loractl does otherwise."""
+        """Name what the other tool does, by this setting or by default, and loractl does differently."""
         self.otherwise[theirs] = how
 
     def skip(self, theirs: str) -> None:
@@ -53,7 +53,7 @@ def carry_same(draft: Draft, theirs: Mapping[str, Any], names: Mapping[str, str]
     steps = theirs.get("max_steps")
     stops = isinstance(steps, int) and steps > 0
     for key in (name for name in names if name in theirs):
-        # max_steps overrules the epochs where it is positive
+        # max_steps overrides the epochs if it is positive
         if (stops and names[key] == "training.num_train_epochs") or (not stops and key == "max_steps"):
             draft.skip(key)
         else:
@@ -61,7 +61,7 @@ def carry_same(draft: Draft, theirs: Mapping[str, Any], names: Mapping[str, str]
 
 
 def skip_all(draft: Draft, theirs: Mapping[str, Any], names: set[str], pattern: re.Pattern[str]) -> None:
-    """Name the settings that loractl does not need: by name, or by what the whole name matches."""
+    """Name the settings that loractl does not need: by name, or by a pattern for the whole name."""
     for key in sorted(key for key in theirs if key in names or pattern.fullmatch(key)):
         draft.skip(key)
 
@@ -78,7 +78,7 @@ def leave_all(draft: Draft, theirs: Mapping[str, Any], reasons: Mapping[str, str
 def carry_by_rules(
     draft: Draft, theirs: dict[str, Any], rules: Mapping[str, Callable[[Draft, str, Any], None]]
 ) -> None:
-    """Carry the settings that have other values here, each by its rule."""
+    """Carry the settings whose values differ here, each by its rule."""
     for key in rules:  # in the order of the rules: a later one may overrule an earlier one
         if key in theirs:
             rules[key](draft, key, theirs[key])
@@ -95,7 +95,7 @@ def fill_in(draft: Draft, defaults: Mapping[str, Any]) -> None:
 
 
 def from_here(path: Any, source: Path, folder: Path) -> str:
-    """A local path as seen from the job file's folder. The other tool takes it from the folder where it is started."""
+    """A local path as seen from the job file's folder. The other tool resolves it in the folder where it is started."""
     text = str(path)
     for place in (source / text, Path(text)):
         if place.is_file():
@@ -104,7 +104,7 @@ def from_here(path: Any, source: Path, folder: Path) -> str:
 
 
 def put_split(draft: Draft, theirs: str, ours: str, split: Any) -> None:
-    """Carry which rows of a data set are read; all of its split train need no key."""
+    """Carry which rows of a data set are read; the whole split train needs no key."""
     if split in (None, "", "train"):
         return
     try:
@@ -116,7 +116,7 @@ def put_split(draft: Draft, theirs: str, ours: str, split: Any) -> None:
 
 
 def carry_source(draft: Draft, theirs: str, own: Draft) -> None:
-    """Carry a data set, with the account of it: the first one as dataset.path, and each other into dataset.more."""
+    """Carry a data set, with its account: the first as dataset.path, each other into dataset.more."""
     draft.left_out |= own.left_out
     draft.otherwise |= own.otherwise
     draft.not_needed += own.not_needed
@@ -144,7 +144,7 @@ def carry_source(draft: Draft, theirs: str, own: Draft) -> None:
 
 
 def choice(ours: str, values: Mapping[Any, Any], why: str) -> Callable[[Draft, str, Any], None]:
-    """A setting that has other values here; None: the value needs no key."""
+    """A setting whose values differ here; None: the value needs no key."""
 
     def rule(draft: Draft, key: str, value: Any) -> None:
         known = value.lower() if isinstance(value, str) else value
@@ -159,12 +159,12 @@ def choice(ours: str, values: Mapping[Any, Any], why: str) -> Callable[[Draft, s
 
 
 def only(accepted: Any, why: str) -> Callable[[Draft, str, Any], None]:
-    """A setting that loractl takes with one value only."""
+    """A setting for which loractl takes only one value."""
     return only_of((accepted,), why)
 
 
 def only_of(accepted: tuple[Any, ...], why: str) -> Callable[[Draft, str, Any], None]:
-    """A setting that loractl takes with few values only."""
+    """A setting for which loractl takes only a few values."""
 
     def rule(draft: Draft, key: str, value: Any) -> None:
         if value in accepted:
@@ -179,25 +179,25 @@ HELD_OUT = "rows are always held out to compare base and tuned on, a tenth (data
 
 
 def tell_held_out(draft: Draft, theirs: Mapping[str, Any], key: str) -> None:
-    """Say that a tenth of the rows is held out where their file says nothing of it."""
+    """Say that a tenth of the rows is held out if their file says nothing about it."""
     if key not in theirs and get_key(draft.job, "dataset.eval_path") is None:
         draft.differ(key, f"not set, which holds out none there: {HELD_OUT}")
 
 
 def refuse_pictures(theirs: Mapping[str, Any], keys: set[str], file: Path) -> None:
-    """Raises UsageError for a training on more than text: its rows would lose their pictures without a word."""
+    """Raises UsageError for a training on more than text: its rows would silently lose their pictures."""
     if found := sorted(key for key in keys & theirs.keys() if theirs[key] is not False):
         what = f"{file} trains on pictures or sound ({', '.join(found)}), and loractl on text alone"
         raise UsageError(what, f"take {found[0]} out where the rows are text alone")
 
 
 def refuse_objective(what: str, instead: str) -> UsageError:
-    """Another objective than the next token of an answer. `instead`: what would make it a job."""
+    """An objective other than the next token of an answer. `instead`: what would make it a job."""
     return UsageError(f"{what}: {NOT_SUPERVISED}, by no other objective", f"{instead} and give it rows with answers")
 
 
 def evaluate_each(draft: Draft, key: str, times: float) -> None:
-    """An evaluation so many times an epoch, as a share of all steps."""
+    """A number of evaluations per epoch, as a share of all steps."""
     epochs = get_key(draft.job, "training.num_train_epochs") or 1
     known = isinstance(times, (int, float)) and isinstance(epochs, (int, float)) and times > 0 and epochs > 0
     if not known or times * epochs < 1:
@@ -209,7 +209,7 @@ def evaluate_each(draft: Draft, key: str, times: float) -> None:
 
 
 def held_out(draft: Draft, key: str, value: Any) -> None:
-    """The share of rows that is held out, which may be a number of rows elsewhere."""
+    """The share of rows that is held out, which other tools may give as a number of rows."""
     if isinstance(value, (int, float)) and 0 < value < 1:
         draft.put(key, "dataset.test_size", value)
     elif value:
@@ -219,7 +219,7 @@ def held_out(draft: Draft, key: str, value: Any) -> None:
 
 
 def names_of(ours: str) -> Callable[[Draft, str, Any], None]:
-    """A list of modules, also written with commas; or a regular expression, which is carried as it stands."""
+    """A list of modules, also written with commas; or a regular expression, which is carried as it is."""
 
     def rule(draft: Draft, key: str, value: Any) -> None:
         names = value if isinstance(value, list) else [name.strip() for name in str(value).split(",")]
@@ -232,7 +232,7 @@ def names_of(ours: str) -> Callable[[Draft, str, Any], None]:
 
 
 def truth(ours: str) -> Callable[[Draft, str, Any], None]:
-    """A switch that may also name a way of doing it."""
+    """A switch that may also name a method."""
     return lambda draft, key, value: draft.put(key, ours, bool(value))
 
 
@@ -252,11 +252,11 @@ _OPTIMIZERS = {
 _UNPAGED = {"paged_adamw_32bit": "adamw_torch"} | {
     f"paged_{name}": name for name in ("adamw_8bit", "lion_32bit", "lion_8bit")
 }
-"""The same arithmetic without paging, which loractl has for QLoRA alone."""
+"""The same arithmetic without paging, which loractl has only for QLoRA."""
 
 
 def OPTIMIZER(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
-    """The optimizer by its name here; paged ones are not paged for LoRA."""
+    """The optimizer by its name here; for LoRA, paged optimizers are not paged."""
     known = _OPTIMIZERS.get(value.lower()) if isinstance(value, str) else None
     if known is None:
         draft.leave(key, f"{short(value)}: loractl has no such optimizer, and takes its own default (training.optim)")
@@ -267,7 +267,7 @@ def OPTIMIZER(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rul
 
 
 OWN_OPTIMIZER = "adamw_torch_fused"
-"""What both tools take where the file names none. For QLoRA loractl takes another, in 8 bit."""
+"""What both tools use if the file names none. For QLoRA loractl uses another, in 8 bit."""
 
 
 BF16 = choice(
@@ -291,7 +291,7 @@ _CARD = "loractl divides a job over cards by itself (resources.cards); a step le
 
 
 def ONE_CARD(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
-    """How several cards divide a training: it is told once, for the first of the keys that say so."""
+    """How several cards divide a training: reported once, for the first key that says so."""
     if value is None or _CARD in draft.otherwise.values():
         draft.skip(key)
     else:
@@ -318,7 +318,7 @@ def TOKENS(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule a
 
 
 def REMOTE(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
-    """Whether code of the model's own may run: of most models transformers has it."""
+    """Whether code of the model's own may run: transformers has it for most models."""
     if value is False:
         draft.skip(key)
     else:
@@ -329,7 +329,7 @@ _ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2")
 
 
 def ATTENTION(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
-    """What computes attention. Of those that loractl does not have, the model's usual one takes the place: the sums are
+    """What computes attention. If loractl does not have it, the model's usual attention takes its place: the sums are
     the same."""
     if value in _ATTENTION:
         draft.put(key, "training.attn_implementation", value)
@@ -338,7 +338,7 @@ def ATTENTION(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rul
 
 
 def tell_tf32(draft: Draft, theirs: Mapping[str, Any]) -> None:
-    """TF32 rounds products of float32 alone: it changes nothing in 16 bit."""
+    """TF32 rounds only float32 products: it changes nothing in 16 bit."""
     if theirs.get("tf32") is True and get_key(draft.job, "training.dtype") == "float32":
         draft.differ("tf32", "true: products of float32 are rounded to TF32 there, here they are not")
     elif "tf32" in theirs:
@@ -349,7 +349,7 @@ QUANTISED = "loractl refuses weights that others brought to few bits: name the m
 
 
 def tell_quantised(draft: Draft) -> None:
-    """A base whose name says that it is in 4 bit already."""
+    """A base whose name says that it is already in 4 bit."""
     if found := re.search("gptq|awq|aqlm", name := str(draft.job["base_model"]), re.IGNORECASE):
         what = f"{short(name)} seems to be in 4 bit by {found[0].upper()}: {QUANTISED}, with method: qlora"
         draft.differ("base_model", what)
@@ -378,7 +378,7 @@ def set_key(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def unset_key(tree: dict[str, Any], key: str) -> None:
-    """Take a dotted key out, where it is there."""
+    """Remove a dotted key, if present."""
     *parents, last = key.split(".")
     for part in parents:
         tree = tree.get(part, {})

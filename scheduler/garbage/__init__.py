@@ -1,4 +1,4 @@
-"""What no one needs any more, found and removed: loractl gc.
+"""Finds and removes what no one needs any more: loractl gc.
 
 Others use nothing of it.
 """

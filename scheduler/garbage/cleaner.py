@@ -1,4 +1,4 @@
-"""Garbage: files in the artifact store and on this machine, and rows, that no job and no person needs.
+"""Garbage: rows, and files in the artifact store and on this machine, that no job and no person needs.
 
 Rows go before files: a crash in between leaves files that no row names, and the next run finds them again. Files of
 a job that this database does not know are left alone: another database may know it.
@@ -29,13 +29,13 @@ from loractl.common.units import parse_duration
 log = logging.getLogger("loractl")
 
 LEAST_AGE = dt.timedelta(days=1)
-"""Data and cache entries younger than that are never taken: a submit or a trainer may be just about to name them."""
+"""Data and cache entries younger than this are never removed: a submit or a trainer may be about to name them."""
 
 JOBS_AT_ONCE = 200
-"""Jobs that go in one transaction: many, since each costs a write to the disk; few, since others wait meanwhile."""
+"""Jobs removed in one transaction: many, since each transaction costs a disk write; few, since others wait for it."""
 
 LONGEST_S = 100 * 365 * 86400.0
-"""A longer time means the same, and would be out of the calendar's range."""
+"""A longer time means the same, and would exceed the calendar's range."""
 
 _JOB = re.compile(r"jobs/(\d+)/(?:attempt-(\d+)|checkpoints)", re.ASCII)
 _NUMBER = re.compile(r"[1-9]\d{0,17}", re.ASCII)
@@ -47,7 +47,7 @@ class Kind(enum.StrEnum):
     RESULT = "result"  # adapter and report of an older run
     ATTEMPT = "attempt"  # what an attempt stored, but not a result
     CHECKPOINTS = "checkpoints"  # in the store, of an ended job
-    UNFINISHED = "unfinished"  # in the store, of an upload that was killed
+    UNFINISHED = "unfinished"  # in the store, of a killed upload
     DATA = "data set"
     WORK = "work folder"  # on this machine, of an ended job
     CACHE = "cache"  # on this machine, not used for long
@@ -57,7 +57,7 @@ class Kind(enum.StrEnum):
 
     @property
     def is_file(self) -> bool:
-        """False: it is in the database, which keeps its room for new rows."""
+        """False: it is in the database, which keeps the space for new rows."""
         return self not in (Kind.LOG, Kind.COURSE, Kind.JOB)
 
 
@@ -81,7 +81,7 @@ class Cleared:
 
     @property
     def size(self) -> int:
-        """Bytes of files; rows are left out, for a database keeps their room for new ones."""
+        """Bytes of files; without rows, since a database keeps their space for new ones."""
         return sum(each.size for each in self.removed if each.kind.is_file)
 
     def as_json(self) -> dict[str, Any]:
@@ -94,8 +94,8 @@ class Policy:
     """What a person wants to keep."""
 
     keep_last: int | None  # results of each user and job name; None: all
-    older_than: dt.timedelta  # data sets, cache entries, what failed jobs left, past jobs; at least LEAST_AGE
-    past_jobs: bool = False  # rows of jobs that ended so long ago go, too
+    older_than: dt.timedelta  # data sets, cache entries, leftovers of failed jobs, past jobs; at least LEAST_AGE
+    past_jobs: bool = False  # also remove rows of jobs that ended longer ago than that
 
 
 def parse_age(text: str) -> dt.timedelta:
@@ -121,9 +121,9 @@ class Cleaner:
         self._policy = policy
 
     def check_own_store(self) -> None:
-        """Raises UsageError where the store has files of jobs that this database does not know.
+        """Raises UsageError if the store has files of jobs that this database does not know.
 
-        Two databases use the same job numbers: one must not judge what the other one's jobs have stored.
+        Two databases use the same job numbers: neither may judge what the other's jobs have stored.
         """
         stored = {_job_of(held)[0] for held in self._artifacts.holdings("jobs")}
         if unknown := sorted(stored - self._store.results.over(stored).known):
@@ -150,7 +150,7 @@ class Cleaner:
             yield from (_past(job) for job in self._store.results.past_jobs(self._limit(), gone))
 
     def remove(self) -> Iterator[Garbage]:
-        """Remove it and yield what has gone. Each kind is looked up just before it goes."""
+        """Remove it and yield what was removed. Each kind is looked up just before it goes."""
         for garbage in self._results(self._old_results()):
             assert garbage.job_id is not None
             if self._store.results.remove(garbage.job_id, self._settings.user):
@@ -161,24 +161,24 @@ class Cleaner:
             if garbage.kind is Kind.ATTEMPT:
                 self._artifacts.remove(garbage.name)
                 yield garbage
-            # a job that was queued again meanwhile goes on from its checkpoint, and a retry stores new ones
+            # a job queued again since then continues from its checkpoint, and a retry stores new ones
             elif (attempt := self._store.results.forget_checkpoint(garbage.job_id)) is not None:
                 self._artifacts.remove_checkpoints(garbage.job_id, attempt)
                 yield garbage
         for file in self._unfinished():
             try:
                 self._artifacts.drop(file)
-            except ArtifactError as error:  # a key that may not end them, or a folder that it may not write
+            except ArtifactError as error:  # a key without the right to end them, or a folder that is not writable
                 log.warning("leftovers of a killed upload stay: %s", error.sentence)
             else:
                 yield _unfinished(file)
         for garbage in self._data():
-            # who has submitted it since we listed it has given it a new date
+            # a submit since the listing has given it a new date
             if all(held.changed_at < self._limit() for held in self._artifacts.holdings(garbage.name)):
                 self._artifacts.remove(garbage.name)
                 yield garbage
         for garbage in self._work():
-            # a job that was queued again since we looked goes on from there
+            # a job queued again since the listing continues from there
             if garbage.job_id is not None and self._store.results.forget_finished(garbage.job_id, *self._here()):
                 _remove_here(Path(garbage.name))
                 yield garbage
@@ -193,7 +193,7 @@ class Cleaner:
             yield from self._forget_past()
 
     def _forget_past(self) -> Iterator[Garbage]:
-        """Rows of jobs that ended long ago. A job that has files in the store stays: no one could judge them."""
+        """Rows of jobs that ended long ago. A job with files in the store stays: otherwise no one could judge them."""
         limit = self._limit()
         for courses in _batches(self._store.results.courses(limit)):
             self._store.results.forget_courses([job.job_id for job in courses])
@@ -228,10 +228,10 @@ class Cleaner:
             yield Garbage(kind=kind, name=holding.name, size=holding.size, why=why, job_id=job_id)
 
     def _unfinished(self) -> Sequence[Unfinished]:
-        """What nobody writes any more: a worker kills a call that moves nothing for minutes."""
+        """Uploads that nobody continues: a worker kills a call that moves nothing for minutes."""
         try:
             return self._artifacts.unfinished(self._store.now() - LEAST_AGE)
-        except ArtifactError as error:  # a key that may not list them, or a gateway that can't
+        except ArtifactError as error:  # a key without the right to list them, or a gateway that can't
             log.warning("leftovers of killed uploads stay: %s", error.sentence)
             return ()
 
@@ -251,12 +251,12 @@ class Cleaner:
             yield Garbage(kind=Kind.WORK, name=str(folder), size=_size(folder), why=why, job_id=job_id)
 
     def _cache(self, without: Collection[int] = ()) -> Iterator[Garbage]:
-        """Entries that were not read for long, except data that a job still needs."""
+        """Entries that were not read for a long time, except data that a job still needs."""
         limit = self._limit()
         needed = self._store.results.needed_data(limit, without)
         for part in ("datasets", "tokenised", "bases", "adapters"):
             for entry in _children(self._settings.cache_dir / part):
-                with contextlib.suppress(FileNotFoundError):  # a trainer has just put it in its place
+                with contextlib.suppress(FileNotFoundError):  # a trainer has just moved it into place
                     used_at = dt.datetime.fromtimestamp(entry.lstat().st_mtime, dt.UTC)
                     if used_at < limit and entry.name not in needed:
                         why = f"last used {used_at:%Y-%m-%d}"
@@ -267,7 +267,7 @@ class Cleaner:
             yield _log(log.job_id, log.attempt, log.size)
 
     def _is_stored(self, log: SpentLog) -> bool:
-        """Whether the log can be read from the store, or was removed with its result. The lines stay where somebody has
+        """Whether the log can be read from the store, or was removed with its result. The lines stay if somebody has
         changed the result there."""
         job = self._store.jobs.get(log.job_id)
         if job.report_uri is None:
@@ -314,7 +314,7 @@ def _numbered(job: PastJob) -> str:
 
 
 def _job_of(holding: Holding) -> tuple[int, int | None]:
-    """Job and attempt of what lies below jobs/; no attempt for checkpoints."""
+    """Job and attempt of an object below jobs/; no attempt for checkpoints."""
     match = _JOB.fullmatch(holding.name)
     assert match is not None, holding.name
     return int(match[1]), int(match[2]) if match[2] else None
@@ -328,7 +328,7 @@ def _size(path: Path) -> int:
     """Bytes of a file or of all files below a folder; links count themselves."""
     size = 0
     for each in path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]:
-        with contextlib.suppress(FileNotFoundError):  # somebody else removes it at this moment
+        with contextlib.suppress(FileNotFoundError):  # somebody else has just removed it
             size += each.lstat().st_size if each.is_symlink() or not each.is_dir() else 0
     return size
 

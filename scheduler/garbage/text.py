@@ -17,7 +17,7 @@ def line(garbage: Garbage) -> str:
 
 
 def total(cleared: Cleared) -> str:
-    """One sentence for all of it; what is in the database stands apart from files."""
+    """One sentence for all of it; rows in the database are counted apart from files."""
     verb = "Would free" if cleared.dry_run else "Freed"
     if not cleared.removed:
         return f"{verb} nothing: everything that is stored is needed."

@@ -1,4 +1,4 @@
-"""A lab made on its server box, joined from others, and examined: loractl lab, join and doctor.
+"""A lab: set up on its server box, joined from others, and examined: loractl lab, join and doctor.
 
 Others use nothing of it.
 """

@@ -1,4 +1,4 @@
-"""What a box or a person must know of a lab beside its own login: the other services, and their keys."""
+"""What a box or a person needs from a lab besides a login: the other services, and their keys."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .line import Tls
 from .place import SERVICE_USER
 
 _CERTIFICATES = {"database": "sslrootcert", "queue": "ssl_ca_certs"}
-"""Under which option of its URL a service's authority is named."""
+"""The option of a service's URL that names its authority."""
 
 MARK_FILE = ".loractl-lab"
-"""In a store that is a folder: tells the lab's from one that only has the same path."""
+"""Marks a folder store as the lab's: another folder may have the same path."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabAddresses:
-    """The lab's services. `database_tls`: of a connection to the database, without the authority's file."""
+    """The lab's services. `database_tls`: for connections to the database, without the authority's file."""
 
     database_tls: Tls
     redis_url: str = field(repr=False)
@@ -41,16 +41,16 @@ class LabAddresses:
 
 
 def read_addresses(text: str) -> LabAddresses:
-    """What `text` has written."""
+    """Reads what `text` wrote."""
     fields: dict[str, Any] = json.loads(text)
     s3 = fields.pop("s3")
     return LabAddresses(**fields, s3=None if s3 is None else S3Keys(**s3))
 
 
 def addresses_of(settings: Settings, server_has_tls: bool, address: str | None) -> LabAddresses:
-    """What the owner's settings say, for others. `address`: in place of one that is this machine's own for itself.
+    """The owner's settings, for others. `address` replaces addresses that lead every machine to itself.
 
-    Raises UsageError where a service is missing, or is only here.
+    Raises UsageError if a service is missing, or reachable only from here.
     """
     if settings.redis_url is None:
         raise UsageError("the lab has no queue that others reach", "set LORACTL_REDIS_URL; or lab init --packages")
@@ -69,7 +69,7 @@ def addresses_of(settings: Settings, server_has_tls: bool, address: str | None) 
 
 
 def urls_with_certificates(lab: LabAddresses, folder: Path) -> tuple[Tls, str, dict[Path, str]]:
-    """Options of the database's URL, the queue's URL, and the files that they name in `folder`."""
+    """Options of the database's URL, the queue's URL, and the files in `folder` that they name."""
     placed = {service: folder / f"{service}-ca.pem" for service in lab.certificates}
     tls, redis_url = lab.database_tls, lab.redis_url
     if (file := placed.get("database")) is not None:
@@ -80,7 +80,7 @@ def urls_with_certificates(lab: LabAddresses, folder: Path) -> tuple[Tls, str, d
 
 
 def refuse_another_store(lab: LabAddresses) -> None:
-    """A folder of this name that is not the lab's would take results that no other box ever sees. Raises UsageError."""
+    """A folder of this name that is not the lab's would take results that no other box sees. Raises UsageError."""
     if lab.store_mark is None:
         return
     folder = _folder(lab.artifacts_url)
@@ -93,7 +93,7 @@ def refuse_another_store(lab: LabAddresses) -> None:
 
 
 def _mark(artifacts_url: str) -> str | None:
-    """The mark of a store that is a folder, which is made with it. Raises LoractlError."""
+    """The mark of a folder store, created if missing. Raises LoractlError."""
     if not artifacts_url.startswith("file://"):
         return None
     file = _folder(artifacts_url) / MARK_FILE
@@ -111,7 +111,8 @@ def _folder(artifacts_url: str) -> Path:
 
 
 def _database_tls(url: str, server_has_tls: bool) -> Tls:
-    """As the owner asks for it; else bound to the password where the server offers TLS: nobody can be between."""
+    """As the owner asks for it; else bound to the password if the server offers TLS, so that nobody can be in
+    between."""
     if (mode := _option(url, "sslmode")) is not None:
         binding = _option(url, "channel_binding")
         return {"sslmode": mode} | ({"channel_binding": binding} if binding else {})
@@ -167,7 +168,7 @@ def _text(file: Path) -> str:
 
 
 def right_to_results(artifacts_url: str) -> str:
-    """What lets this user write results: where the store is a folder a group does (docs/deploy.md)."""
+    """What lets this user write results: a group, if the store is a folder (docs/deploy.md)."""
     if not artifacts_url.startswith("file://"):
         return "ask the lab's owner for its right"
     try:

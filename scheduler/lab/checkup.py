@@ -1,4 +1,4 @@
-"""What doctor finds where and as whom the lab is used: as this user, or as that of the worker's service."""
+"""What doctor finds as the user who uses the lab: this user, or the user of the worker's service."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from .place import SERVICE, SERVICE_USER, Place
 
 
 def service_diagnosis(checks: tuple[str, ...] = ()) -> Diagnosis:
-    """Of this box's worker, with its settings and as its user. Raises UsageError where there is none, LoractlError."""
+    """The findings for this box's worker, with its settings and as its user. Raises UsageError without one,
+    LoractlError."""
     if os.geteuid() != 0:
         raise UsageError(
             "--service needs root", "only root reads the service's settings: sudo loractl doctor --service"
@@ -24,7 +25,7 @@ def service_diagnosis(checks: tuple[str, ...] = ()) -> Diagnosis:
 
 
 def diagnosed(place: Place, variables: dict[str, str], checks: tuple[str, ...] = ()) -> Diagnosis:
-    """What doctor finds with these variables. Raises LoractlError where the user can't even start loractl."""
+    """What doctor finds with these variables. Raises LoractlError if the user can't even start loractl."""
     command = [sys.executable, "-P", "-c", "from loractl.scheduler.cli.main import main; main()", "doctor", "--json"]
     command += [word for check in checks for word in ("--check", check)]
     service_s: dict[str, Any] = {"user": SERVICE_USER, "group": SERVICE_USER, "extra_groups": []}

@@ -1,4 +1,4 @@
-"""loractl lab, join and doctor: a lab made on its server box, joined by its line, and looked at part by part."""
+"""loractl lab, join and doctor: set up a lab on its server box, join it by its line, and check it part by part."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def doctor(patience: str, names: tuple[str, ...], service: bool, as_json: bool) 
         answer = diagnose(_patience(patience), names)
     show(answer, as_json, lambda: health(answer, detect_screen()))
     code = ExitCode.OK if answer.ok else ExitCode.FAILED
-    if answer.hung:  # Python would wait at its end for threads of libraries that wait for an answer
+    if answer.hung:  # at exit Python would wait for library threads that wait for an answer
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The lab's services as containers: compose.yaml of the package, and the passwords that it reads."""
+"""The lab's services as containers: the package's compose.yaml, and the passwords that it reads."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _SECRETS = ("POSTGRES_PASSWORD", "VALKEY_PASSWORD", "S3_SECRET_KEY")
 
 
 def start_containers(address: str, settings: Settings) -> tuple[Membership, tuple[str, ...]]:
-    """Start them; what the owner's config.toml is to have, and sentences of what was done. Passwords of before stay.
+    """Start them. Returns what the owner's config.toml needs, and sentences on what was done. Existing passwords stay.
 
-    Raises UsageError where Docker's Compose is missing, WrongState where another home has made the lab, LoractlError
-    where it fails. Whether they answer the caller
-    sees: Compose's own --wait takes a container that has done its part, as the bucket's, for one that fails.
+    Raises UsageError if Docker's Compose is missing, WrongState if another home made the lab, LoractlError if it fails.
+    The caller checks whether they answer: Compose's own --wait takes a container that has finished its work, like the
+    bucket's, for a failure.
     """
     folder = settings.home / "compose"
     try:
@@ -54,7 +54,7 @@ def start_containers(address: str, settings: Settings) -> tuple[Membership, tupl
 
 
 def _refuse_another_home(folder: Path) -> None:
-    """Compose knows the lab's project by its name: with our passwords its services would get others."""
+    """Compose finds the lab's project by its name: with our passwords its services would get new ones."""
     known = json.loads(run("docker", "compose", "ls", "--all", "--format", "json") or "[]")
     files = [Path(project["ConfigFiles"].split(",")[0]) for project in known if project["Name"] == _PROJECT]
     homes = [file.parent.parent for file in files if file.parent != folder]
@@ -66,7 +66,7 @@ def _refuse_another_home(folder: Path) -> None:
 
 
 def write_compose(folder: Path, address: str) -> dict[str, str]:
-    """compose.yaml, and .env with what is missing of its passwords; the values of .env. Raises LoractlError."""
+    """Write compose.yaml, and .env with any missing passwords; returns the values of .env. Raises LoractlError."""
     file = folder / ".env"
     try:
         make_private(folder)

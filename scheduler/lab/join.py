@@ -1,4 +1,5 @@
-"""A machine joins a lab: the line looked at, everything checked, and only then its login made and its file written."""
+"""A machine joins a lab: the line and everything else is checked, and only then its login created and its file
+written."""
 
 from __future__ import annotations
 
@@ -30,12 +31,12 @@ from .unit import install_unit, service_user, start_service, systemd_runs
 
 _STACK = "pip install 'loractl[worker,postgres,s3]'; the line still works. For a person ask for another line"
 BEFORE = ("queue", "store", "disk")
-"""What is looked at before the line is used: another try must be possible."""
+"""What is checked before the line is used up: another try must be possible."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JoinWish:
-    """How a machine wants to join. `name`: None for its own. `service`: False for no unit, though root says it."""
+    """How a machine joins. `name`: None for its own. `service`: False for no unit, even as root."""
 
     name: str | None = None
     service: bool = True
@@ -44,13 +45,13 @@ class JoinWish:
 
 @dataclass(frozen=True, kw_only=True)
 class JoinAnswer:
-    """What was done, and what doctor finds now. `service`: started, installed, or None without one."""
+    """What was done, and what doctor finds now. `service`: started, installed, or None if there is none."""
 
     kind: str
     name: str
     host: str  # of the database
     file: str
-    embedded: str | None  # a database of before, whose jobs stay in it
+    embedded: str | None  # an earlier database, whose jobs stay in it
     service: str | None
     diagnosis: Diagnosis = field(repr=False)
 
@@ -60,7 +61,7 @@ class JoinAnswer:
 
 
 def join(line: JoinLine, wish: JoinWish) -> JoinAnswer:
-    """Join this machine. Until its login is made the line serves on, and nothing of this machine is changed.
+    """Join this machine. Until its login is created, the line stays valid and nothing on this machine changes.
 
     Raises UsageError, WrongState, ServiceUnreachable, and LoractlError for a check that fails.
     """
@@ -99,7 +100,7 @@ def join(line: JoinLine, wish: JoinWish) -> JoinAnswer:
 
 @contextlib.contextmanager
 def _valid() -> Iterator[None]:
-    """The database knows a spent line as a login that may not come in."""
+    """In the database, a used line is a login that may not connect."""
     try:
         yield
     except ServiceUnreachable as error:
@@ -125,7 +126,7 @@ def _place(kind: str, wish: JoinWish) -> Place:
 
 
 def _entry(line: JoinLine, lab: LabAddresses, kind: str, login: tuple[str, str], folder: Path) -> Membership:
-    """What is written of the lab, with certificates in the folder. `login`: name and password."""
+    """What to write about the lab, with certificates in the folder. `login`: name and password."""
     tls, redis_url, certificates = urls_with_certificates(lab, folder)
     return Membership(
         database_url=line.url(*login, tls),
@@ -138,13 +139,13 @@ def _entry(line: JoinLine, lab: LabAddresses, kind: str, login: tuple[str, str],
 
 
 def _own_name(kind: str) -> str:
-    """The machine's or the person's; who became root by sudo is still that person."""
+    """The machine's or the person's name; after sudo, root is still that person."""
     own = socket.gethostname().partition(".")[0] if kind == "box" else os.environ.get("SUDO_USER") or getpass.getuser()
     return re.sub(r"[^a-z0-9_.-]", "-", own.lower())
 
 
 def _refuse_broken(place: Place, kind: str, membership_in: Callable[[Path], Membership]) -> None:
-    """Raises LoractlError for the first thing that would not work; certificates lie in a folder of their own here."""
+    """Raises LoractlError for the first thing that would not work; certificates are in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="loractl-join-") as folder:
         Path(folder).chmod(0o755)  # the service's user reads them
         entry = membership_in(Path(folder))
@@ -162,7 +163,7 @@ def _refuse_broken(place: Place, kind: str, membership_in: Callable[[Path], Memb
 
 
 def _serve(place: Place, entry: Membership) -> tuple[str | None, Diagnosis]:
-    """Start the service where all is well; what doctor finds before the worker takes the cards."""
+    """Start the service if all is well; returns what doctor finds before the worker takes the cards."""
     if place.service:
         install_unit()
     diagnosis = diagnosed(place, entry.variables())

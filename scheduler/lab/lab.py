@@ -1,4 +1,4 @@
-"""A lab on services that run: its tables, its roles, and the join lines of those who may come in."""
+"""A lab on running services: its tables, its roles, and the join lines of its guests."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .addresses import addresses_of, is_only_here
 from .line import JoinLine, new_secret
 
 VALID_S = 3600.0
-"""How long a join line serves."""
+"""How long a join line is valid."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guest:
-    """Who is to come in. `name`: None where who joins chooses it."""
+    """A box or a person to invite. `name`: None to choose it on joining."""
 
     kind: str  # box or person
     name: str | None = None
@@ -41,7 +41,7 @@ class JoinTicket:
 
 @dataclass(frozen=True, kw_only=True)
 class LabAnswer:
-    """What was done, and the lines. `host`: where they lead. `revision_before`: None for tables that are new."""
+    """What was done, and the lines. `host`: where they lead. `revision_before`: None for new tables."""
 
     host: str
     only_here: bool
@@ -62,7 +62,7 @@ class LabAnswer:
 def set_up_lab(
     settings: Settings, guests: Sequence[Guest], address: str | None, *, valid_s: float = VALID_S
 ) -> LabAnswer:
-    """Make tables and roles where they are missing, and invite the guests; as often as you like.
+    """Create tables and roles that are missing, and invite the guests. It may be repeated.
 
     Raises UsageError, SchemaMismatch for tables of another version, ServiceUnreachable, Forbidden, and what invite
     raises.
@@ -73,7 +73,7 @@ def set_up_lab(
 
 
 def invite_guests(settings: Settings, guests: Sequence[Guest], address: str | None, *, valid_s: float) -> LabAnswer:
-    """Lines for guests of a lab that is there. Raises what set_up_lab raises."""
+    """Lines for guests of an existing lab. Raises what set_up_lab raises."""
     with _owner(settings) as owner:
         return _invited(settings, owner, guests, address, valid_s)
 
@@ -111,7 +111,7 @@ def _line(server: DatabaseServer, tls: dict[str, str], address: str | None) -> J
     number, secret = new_secret()
     host = address if address is not None and is_only_here(server.host) else server.host
     encrypted = server.tls or tls.get("sslmode", "prefer") not in ("disable", "allow", "prefer")
-    # an authority's file is not on the other machine yet; a server that ends TLS itself is proved by the password
+    # the authority's file is not on the other machine yet; the password proves a server that terminates TLS itself
     mode = {"sslmode": "require"} if encrypted else {}
     mode |= {"channel_binding": "require"} if server.tls else {}
     return JoinLine(host=host, port=server.port, database=server.database, number=number, secret=secret, tls=mode)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _MARK = "join-"
 _FORM = 2
-"""1: addresses were sealed in another way."""
+"""Version 1 sealed addresses in another way."""
 _HINT = "copy all of it, as printed; on the server box loractl lab invite prints another one"
 
 Tls = dict[str, str]
@@ -35,7 +35,7 @@ class JoinLine:
     nobody between can read it or answer in its place, though no certificate is known here.
     """
 
-    host: str  # or the folder of a unix socket
+    host: str  # or the directory of a unix socket
     port: int
     database: str
     number: str  # 12 hex digits
@@ -96,7 +96,7 @@ def new_secret() -> tuple[str, str]:
 
 
 def read_line(text: str) -> JoinLine:
-    """The line that somebody has copied, maybe over several lines. Raises UsageError, which repeats nothing of it."""
+    """The line as somebody pasted it, maybe over several lines. Raises UsageError, which repeats nothing of it."""
     word = "".join(text.split()).removeprefix("loractljoin")
     if not word.startswith(_MARK):
         raise UsageError(f"this is not a join line: those begin with {_MARK}", _HINT)
@@ -115,5 +115,5 @@ def read_line(text: str) -> JoinLine:
 
 
 def _check(raw: bytes) -> bytes:
-    """Finds what was copied wrongly; it protects from nobody."""
+    """Finds copying errors; it is no protection."""
     return zlib.crc32(raw).to_bytes(4, "big")

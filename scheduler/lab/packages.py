@@ -1,4 +1,4 @@
-"""PostgreSQL and Valkey from the packages of Debian or Ubuntu, set up for a lab: said again, it changes nothing."""
+"""PostgreSQL and Valkey from the packages of Debian or Ubuntu, set up for a lab: a second run changes nothing."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ maxmemory-policy noeviction
 
 @dataclass(frozen=True, kw_only=True)
 class ServerBox:
-    """What the services of this machine are to be. `networks`: beyond its own, from which logins come.
+    """What the services of this machine should be. `networks`: further networks from which logins come.
 
     `take_over`: services that were here before lab init may be set up for the lab.
     """
@@ -83,7 +83,7 @@ class ServerBox:
 
 @dataclass(frozen=True, kw_only=True)
 class _Queue:
-    """Valkey, or Redis where the distribution has no Valkey."""
+    """Valkey, or Redis if the distribution has no Valkey."""
 
     name: str  # valkey or redis
 
@@ -97,13 +97,13 @@ class _Queue:
 
     @property
     def file(self) -> Path:
-        """What lab init has written; without it the service was here before."""
+        """What lab init wrote; without it the service was here before."""
         return self.folder / "loractl.conf"
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Owner:
-    """The owner of the tables. `is_set`: the server has this password; `lost`: it has another one, that nobody has."""
+    """The owner of the tables. `is_set`: the server has this password; `lost`: it has another, which nobody knows."""
 
     password: str = field(repr=False)
     is_set: bool = False
@@ -112,7 +112,7 @@ class _Owner:
 
 @dataclass(frozen=True, kw_only=True)
 class _Cluster:
-    """A PostgreSQL of this machine, as Debian counts them."""
+    """A PostgreSQL cluster of this machine, in Debian's sense."""
 
     version: str
     name: str
@@ -125,15 +125,15 @@ class _Cluster:
 
     @property
     def file(self) -> Path:
-        """What lab init has written; without it the cluster was here before."""
+        """What lab init wrote; without it the cluster was here before."""
         return self.folder / "conf.d" / "loractl.conf"
 
 
 def install_services(box: ServerBox, settings: Settings) -> tuple[Membership, tuple[str, ...]]:
-    """Install and set up both; what the owner's config.toml is to have, and sentences of what was done.
+    """Install and set up both. Returns what the owner's config.toml needs, and sentences on what was done.
 
-    Passwords that are in use stay. Raises UsageError where it can't work, WrongState where another home has made the
-    lab, LoractlError for a command that fails.
+    Passwords in use stay. Raises UsageError if it can't work, WrongState if another home made the lab, LoractlError for
+    a failing command.
     """
     _refuse_elsewhere(box.address)
     queue = _Queue(name="valkey" if _candidate("valkey-server") else "redis")
@@ -187,7 +187,7 @@ def _refuse_foreign(cluster: _Cluster | None, queue: _Queue) -> None:
 
 
 def _owner(cluster: _Cluster | None, settings: Settings) -> _Owner:
-    """Only the home that made the lab gets a new password for one that was lost. Raises WrongState for another."""
+    """Only the home that made the lab may replace a lost password. Raises WrongState for another."""
     kept = _kept(settings.database_url, OWNER)
     found = "" if cluster is None else _psql(_started(cluster).port, _FIND_OWNER.format(owner=OWNER))
     if not found:
@@ -202,7 +202,7 @@ def _owner(cluster: _Cluster | None, settings: Settings) -> _Owner:
 
 
 def _install(queue: _Queue) -> None:
-    """The packages, where one of them is missing."""
+    """Install the packages if one is missing."""
     wanted = ["postgresql", queue.package, "openssl"]
     if missing := [name for name in wanted if not _installed(name)]:
         run("apt-get", "install", "--yes", "--no-install-recommends", *missing, DEBIAN_FRONTEND="noninteractive")
@@ -223,7 +223,7 @@ def _installed(package: str) -> bool:
 
 
 def _set_up_postgres(box: ServerBox) -> _Cluster:
-    """The cluster's files, and its restart where one changed."""
+    """Write the cluster's files, and restart it if one changed."""
     if (cluster := _cluster()) is None:
         versions = sorted((p.name for p in Path("/usr/lib/postgresql").iterdir()), key=float)
         run("pg_createcluster", versions[-1], "main")
@@ -245,7 +245,7 @@ def _set_up_postgres(box: ServerBox) -> _Cluster:
 
 
 def _cluster() -> _Cluster | None:
-    """The lab's, else the newest, of those whose server is installed."""
+    """Of the clusters whose server is installed, the lab's, else the newest."""
     if shutil.which("pg_lsclusters") is None:
         return None
     rows = [line.split() for line in run("pg_lsclusters", "--no-header").splitlines()]
@@ -267,7 +267,7 @@ def _started(cluster: _Cluster) -> _Cluster:
 def _make_owner(port: int, owner: _Owner, home: Path) -> None:
     """The role may make roles, and is no superuser; its comment remembers its home.
 
-    The statement has the password's verifier alone.
+    The statement contains only the password's verifier.
     """
     changed = "" if owner.is_set else f"ALTER ROLE {OWNER} PASSWORD '{scram_verifier(owner.password)}';"
     remembered = str(home).replace("'", "''")
@@ -275,7 +275,7 @@ def _make_owner(port: int, owner: _Owner, home: Path) -> None:
 
 
 def _psql(port: int, statements: str) -> str:
-    """What they answer, as the server's superuser."""
+    """What the statements return, run as the server's superuser."""
     return run(
         "runuser", "-u", "postgres", "--", "psql", "--no-psqlrc", "--quiet", "--tuples-only", "--no-align",
         "--set=ON_ERROR_STOP=1", f"--port={port}", "--dbname=postgres", "--file=-",
@@ -284,7 +284,7 @@ def _psql(port: int, statements: str) -> str:
 
 
 def scram_verifier(password: str, salt: bytes | None = None, rounds: int = 4096) -> str:
-    """What PostgreSQL keeps in an ASCII password's place (RFC 5802, RFC 7677)."""
+    """What PostgreSQL stores instead of an ASCII password (RFC 5802, RFC 7677)."""
     salt = secrets.token_bytes(16) if salt is None else salt
     salted = hashlib.pbkdf2_hmac("sha256", password.encode("ascii"), salt, rounds)
     stored = hashlib.sha256(hmac.digest(salted, b"Client Key", "sha256")).digest()
@@ -307,7 +307,7 @@ def _queue_password(queue: _Queue) -> str | None:
 
 
 def _set_up_queue(queue: _Queue, address: str, password: str) -> str:
-    """Its file, its certificate, and its restart where one changed; returns the certificate (PEM)."""
+    """Write its file and its certificate, and restart it if one changed; returns the certificate (PEM)."""
     certificate = _certificate(queue.folder, queue.name, address)
     text = _QUEUE.format(address=address, port=QUEUE_PORT, folder=queue.folder, password=password)
     changed = _write(queue.file, text, queue.name)
@@ -320,7 +320,7 @@ def _set_up_queue(queue: _Queue, address: str, password: str) -> str:
 
 
 def _certificate(folder: Path, group: str, address: str) -> str:
-    """A certificate that signs itself, for ten years; joined machines are given the queue's, and trust no other."""
+    """A self-signed certificate for ten years; joined machines get the queue's, and trust no other."""
     file, key, made_for = (folder / f"loractl.{part}" for part in ("pem", "key", "names"))
     kind = "IP" if re.fullmatch(r"[0-9.]+|.*:.*", address) else "DNS"
     names = f"{kind}:{address},DNS:{socket.gethostname()},DNS:localhost,IP:127.0.0.1"
@@ -353,13 +353,13 @@ def _wait_for(address: str, seconds: float = 20) -> None:
 
 
 def _kept(url: str, user: str | None) -> str | None:
-    """The password of before, so that boxes that use it go on."""
+    """The existing password, so that boxes that use it continue to work."""
     parts = urlsplit(url)
     return parts.password if parts.username in (user, "" if user is None else user) else None
 
 
 def _with_block(file: Path, block: str, at_end: bool = False) -> str:
-    """The file with our lines in the place of those of before; at its beginning unless later lines win."""
+    """The file with our lines in place of our earlier ones; at its beginning unless later lines win."""
     text = file.read_text()
     others = re.sub(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", "", text, flags=re.DOTALL)
     ours = _BEGIN + block + _END
@@ -367,7 +367,7 @@ def _with_block(file: Path, block: str, at_end: bool = False) -> str:
 
 
 def _write(file: Path, text: str, group: str) -> bool:
-    """Whether that changed it. Its group reads it, others don't: it may hold a password."""
+    """Whether this changed it. Only its owner and group may read it: it may hold a password."""
     if file.exists() and file.read_text() == text:
         return False
     aside = file.with_name(f".{file.name}.new")

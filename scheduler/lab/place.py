@@ -26,14 +26,14 @@ _S3 = {"access_key": "AWS_ACCESS_KEY_ID", "secret_key": "AWS_SECRET_ACCESS_KEY",
 
 @dataclass(frozen=True, kw_only=True)
 class Membership:
-    """What is written of a lab. `host`: of a box."""
+    """What to write about a lab. `host`: of a box."""
 
     database_url: str = field(repr=False)
     redis_url: str = field(repr=False)
     artifacts_url: str
     host: str | None = None
     s3: S3Keys | None = None
-    files: dict[Path, str] = field(default_factory=dict)  # beside it: certificates, for everybody to read
+    files: dict[Path, str] = field(default_factory=dict)  # next to it: certificates, for everybody to read
 
     def settings(self) -> dict[str, str]:
         """By the names of config.toml."""
@@ -51,7 +51,7 @@ class Membership:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """A machine's own file for a lab. `service`: an environment file that root alone reads, for systemd."""
+    """A machine's own file for a lab. `service`: an environment file that only root reads, for systemd."""
 
     folder: Path
     home: Path
@@ -62,7 +62,7 @@ class Place:
         return self.folder / ("worker.env" if self.service else "config.toml")
 
     def refuse_joined(self, replace: bool) -> None:
-        """Raises WrongState where the machine is in a lab, or its environment names one: that goes before the file."""
+        """Raises WrongState if the machine is in a lab, or its environment names one: that overrides the file."""
         named = [name for name in _KEYS.values() if name != "LORACTL_HOST" and os.environ.get(name)]
         if named and not self.service:
             raise WrongState(f"{named[0]} is set here and overrides {self.file}", f"unset {' '.join(named)}")
@@ -70,7 +70,7 @@ class Place:
             raise WrongState(f"this machine is in a lab: {self.file}", "loractl join --replace leaves that lab")
 
     def environment(self, variables: dict[str, str]) -> dict[str, str]:
-        """What a command needs to work here with these variables, whatever is written yet."""
+        """What a command needs to work here with these variables, whether or not anything is written yet."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORACTL_", "AWS_"))}
         devices = {k: v for k, v in os.environ.items() if k in ("LORACTL_DEVICES", "LORACTL_MODEL_ROOTS")}
         user = {"HOME": str(self.home), "USER": SERVICE_USER, "LOGNAME": SERVICE_USER} if self.service else {}
@@ -85,7 +85,8 @@ class Place:
 
     @contextlib.contextmanager
     def prepared(self, entry: Membership) -> Iterator[None]:
-        """Write everything aside; put it in place when the body ends well, and remove it when it does not.
+        """Write everything to temporary files; move them into place if the body succeeds, and remove them if it does
+        not.
 
         Raises LoractlError when it can't be written.
         """
@@ -106,7 +107,7 @@ class Place:
                 path.unlink(missing_ok=True)
 
     def _make_folder(self) -> None:
-        """A home is its owner's alone; the service's user reads certificates in root's folder."""
+        """Only its owner may use a home; the service's user reads certificates in root's folder."""
         if self.service:
             self.folder.mkdir(mode=0o755, exist_ok=True)
         else:
@@ -121,7 +122,7 @@ class Place:
             raise LoractlError(f"{self.file} can't be read: {error.strerror}", "whose is it?") from error
 
     def _env(self, entry: Membership) -> str:
-        """The file with the entry's variables in the place of its own; other lines stay."""
+        """The file with the entry's variables in place of its own; other lines stay."""
         ours = "|".join({*_KEYS.values(), *_S3.values()})
         kept = re.sub(rf"^({ours})=.*\n?", "", self._text(), flags=re.MULTILINE).replace(_HEAD, "")
         return _HEAD + "".join(f"{k}={json.dumps(v)}\n" for k, v in entry.variables().items()) + kept
@@ -140,7 +141,7 @@ class Place:
 
 
 def _write(path: Path, text: str, mode: int) -> None:
-    """A new file on the disk, with this mode from its first moment, whatever the umask."""
+    """A new file on the disk, with this mode from the start, whatever the umask."""
     path.unlink(missing_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
         os.fchmod(stream.fileno(), mode)

@@ -1,4 +1,4 @@
-"""A command of the system, run to its end; what it says is told when it fails."""
+"""Runs a system command to its end, and reports its output if it fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 from loractl.common.errors import LoractlError
 
 LIMIT_S = 1800
-"""A package manager on a slow line."""
+"""A package manager on a slow connection."""
 
 
 def run(*command: str, stdin: str = "", **environment: str) -> str:

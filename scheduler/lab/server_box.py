@@ -1,4 +1,4 @@
-"""loractl lab init on a server box: services where they are asked for, then the lab on them."""
+"""loractl lab init on a server box: services if asked for, then the lab on them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .place import SERVICE_USER, Place
 from .process import run
 
 PATIENCE_S = 120.0
-"""A new database writes its first files; a container is started anew."""
+"""A new database writes its first files; a container is restarted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabWish:
-    """How the lab is wanted. `services`: packages, containers, or None for servers that run and the settings name."""
+    """What kind of lab. `services`: packages, containers, or None for running servers that the settings name."""
 
     services: str | None = None
     address: str | None = None
@@ -36,7 +36,7 @@ class LabWish:
 
 
 def make_lab(wish: LabWish, guests: Sequence[Guest], valid_s: float) -> LabAnswer:
-    """Start services, make tables and roles, and invite the guests. What is there already stays as it is.
+    """Start services, create tables and roles, and invite the guests. What exists already stays as it is.
 
     Raises UsageError, WrongState, LoractlError for a service that does not answer, and what set_up_lab raises.
     """
@@ -74,7 +74,7 @@ def _start(wish: LabWish, settings: Settings) -> tuple[str, ...]:
 
 
 def _artifacts(wish: LabWish, settings: Settings) -> str:
-    """Where results go. The home's own folder is no other box's."""
+    """Where results go. Other boxes can't see the home's own folder."""
     url = wish.artifacts_url or settings.artifacts_url
     if url == (settings.home / "artifacts").as_uri():
         hint = "--artifacts file:///lab/loractl, mounted everywhere; or s3://BUCKET/lab and AWS_ variables"
@@ -85,7 +85,7 @@ def _artifacts(wish: LabWish, settings: Settings) -> str:
 
 
 def _share(artifacts_url: str) -> None:
-    """A new folder for all: everybody writes data sets, and workers alone results (docs/deploy.md)."""
+    """A new shared folder: everybody writes data sets, but only workers write results (docs/deploy.md)."""
     folder = Path(unquote(artifacts_url.removeprefix("file://")))
     if not artifacts_url.startswith("file://") or (folder / "jobs").exists():
         return
@@ -100,7 +100,7 @@ def _share(artifacts_url: str) -> None:
 
 
 def _wait_for(checks: tuple[str, ...], seconds: float) -> None:
-    """Until all of them answer, as doctor looks at them. Raises LoractlError for the first that does not."""
+    """Wait until doctor's checks find that all of them answer. Raises LoractlError for the first that does not."""
     deadline = time.monotonic() + seconds
     while True:
         found = diagnose(names=checks).conditions

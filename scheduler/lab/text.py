@@ -1,4 +1,4 @@
-"""What doctor finds, and a lab that was made or joined, for a terminal."""
+"""What doctor finds, and a lab that was set up or joined, for a terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLORS = {Level.OK: "green", Level.WARNING: "yellow", Level.ERROR: "red", Level
 
 
 def health(diagnosis: Diagnosis, screen: Screen) -> str:
-    """A line for each part of the installation, below it what to do, and at the end how many are not in order."""
+    """A line for each part of the installation, what to do below it, and at the end how many have problems."""
     rows, colors = [], []
     for condition in diagnosis.conditions:
         color = _COLORS[condition.level]
@@ -58,7 +58,7 @@ def _whom(ticket: JoinTicket) -> str:
 
 
 def joined_lab(answer: JoinAnswer, screen: Screen) -> str:
-    """Who this machine is now, what doctor finds, and how the worker starts."""
+    """The machine's name now, what doctor finds, and how the worker starts."""
     may = "runs jobs of" if answer.kind == "box" else "submits to"
     lines = [f"{answer.name} {may} the lab at {answer.host}. Its addresses: {answer.file}"]
     if answer.embedded is not None:

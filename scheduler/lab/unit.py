@@ -1,4 +1,4 @@
-"""The worker as a service of systemd, by the unit that the package has: its user, its file, its start."""
+"""The worker as a systemd service, with the package's unit: its user, its file, its start."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def command_here() -> Path:
 
 
 def unit_text(command: Path) -> str:
-    """The unit for this installation's command."""
+    """The unit, for this installation's command."""
     return files(__package__).joinpath(UNIT).read_text("utf-8").replace(_IN_THE_FILE, str(command))
 
 
 @contextlib.contextmanager
 def service_user() -> Iterator[None]:
-    """The worker's user and its home; made where they are missing, and gone again where the body fails."""
+    """The worker's user and its home: created if missing, and removed again if the body fails."""
     made = not _has_user()
     if made:
         run("groupadd", "--system", "--force", SERVICE_USER)  # a store that is a folder may have it
@@ -48,7 +48,7 @@ def service_user() -> Iterator[None]:
 
 
 def install_unit(folder: Path = Path("/etc/systemd/system")) -> Path:
-    """Put the unit where systemd reads it; an owner's own lines belong into a drop-in beside it."""
+    """Put the unit where systemd reads it; an owner's own lines belong in a drop-in next to it."""
     file = folder / UNIT
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(unit_text(command_here()))
@@ -61,7 +61,7 @@ def systemd_runs() -> bool:
 
 
 def start_service() -> None:
-    """Start it now and with the machine. Raises LoractlError."""
+    """Start it now and at boot. Raises LoractlError."""
     run("systemctl", "daemon-reload")
     run("systemctl", "enable", UNIT)
     run("systemctl", "restart", UNIT)

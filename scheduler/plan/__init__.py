@@ -1,4 +1,4 @@
-"""What a job will need of a card, before it runs: loractl plan.
+"""What a job will need from a card, before it runs: loractl plan.
 
 Others use nothing of it.
 """

@@ -1,4 +1,4 @@
-"""How well the memory plans did: predicted peaks against measured ones."""
+"""How accurate the memory plans were: predicted against measured peaks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class PlanAccuracy:
     rows: tuple[Accuracy, ...]
 
     def as_json(self) -> list[dict[str, Any]]:
-        """Each row's `device_name`, `method`, `family`, `count`, and of measured over planned `ratio` (the mean),
-        `spread` and `worst`; `factor`: what later plans are multiplied by, null while too little was measured.
-        """
+        """Each row's `device_name`, `method`, `family`, `count`, and of measured over planned the `ratio` (the mean),
+        `spread` and `worst`; `factor`: what later plans are multiplied by, null while there are too few
+        measurements."""
         return [{**vars(row), "factor": row.factor} for row in self.rows]
 
 
 def plan_accuracy(store: Store) -> PlanAccuracy:
-    """What all measured attempts say about the plans."""
+    """What all measured attempts say about the plans' accuracy."""
     return PlanAccuracy(rows=tuple(accuracy(store.attempts.measured())))

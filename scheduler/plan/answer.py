@@ -1,4 +1,4 @@
-"""What a job will need of a card: its plan part by part, the cards that hold it, and the largest form that fits."""
+"""What a job will need from a card: its plan part by part, the cards that hold it, and the largest form that fits."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class JobToPlan:
 
     title: str
     spec: JobSpec
-    data: Mapping[str, Any]  # its stored data sets; empty: none is stored
+    data: Mapping[str, Any]  # its stored data sets; empty: none stored
     status: Status | None = None  # of a submitted job
-    row: QueuedNeed | None = None  # of one that waits as it is
-    patience_s: float = 0.0  # for so long QLoRA will not do
+    row: QueuedNeed | None = None  # of a job that waits unchanged
+    patience_s: float = 0.0  # how long QLoRA will not do
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueuedNeed:
-    """What a waiting job's row asks for: no plan made now says how long its rows were for the trainer that it had."""
+    """What a waiting job's row asks for: a plan made now does not know how long its rows were for its last trainer."""
 
     need: Need
     ways: Ways
@@ -57,7 +57,7 @@ class QueuedNeed:
 class CardRoom:
     """Whether a card holds the job."""
 
-    word: str  # fits, tight (once others have left it, or its patience is over), never
+    word: str  # fits, tight (once others have left it, or its patience has ended), never
     card: str
     total_gib: str
     how: str  # the method, or how much is missing
@@ -70,7 +70,7 @@ class CardRoom:
 
 @dataclass(frozen=True, kw_only=True)
 class LargestFit:
-    """What fits a card at most, by method."""
+    """The largest form that fits a card, by method."""
 
     room: int  # bytes
     which: str  # card that is
@@ -79,15 +79,15 @@ class LargestFit:
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """What a job waits for: submit reserves for rows of max_length, and the trainer that has counted them for less."""
+    """What a job waits for: submit reserves for rows of max_length, and a trainer that has counted them needs less."""
 
     need: Need  # of one card
     ways: Ways
-    choice: Method | None  # on the best card, or on a box's; None: nothing holds it
-    box: CardGroup | None  # whose cards would hold it together, where one does not or is not to
+    choice: Method | None  # on the best card, or on the cards of a box; None: nothing holds it
+    box: CardGroup | None  # whose cards would hold it together, if one does not or may not
     begun: bool  # it has had a trainer
     max_length: int
-    longest: int | None  # tokens of the longest row, where they were counted
+    longest: int | None  # tokens of the longest row, if counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,37 +95,35 @@ class MemoryNeed:
     """What a job will need, before it runs."""
 
     title: str
-    plans: Mapping[Method, Plan]  # of the methods that are open to it
+    plans: Mapping[Method, Plan]  # by method open to it
     reserved: Need  # the plans, corrected by what was measured
-    roomy: Roomy = field(default_factory=Roomy)  # the same where it does without recomputing
-    submitted: Submitted | None = None  # what it waits for, where that is something else
+    roomy: Roomy = field(default_factory=Roomy)  # the same without recomputing
+    submitted: Submitted | None = None  # what it waits for, if that differs
     choice: Method | None  # on the best card; None: no card holds it
-    lengths: Lengths | None  # of the rows, where they were counted
-    rows: Mapping[str, int] | None = None  # how many are used, where they were counted
-    planned_for: str  # what was taken for the rows' lengths, in a sentence
+    lengths: Lengths | None  # of the rows, if counted
+    rows: Mapping[str, int] | None = None  # how many are used, if counted
+    planned_for: str  # what the rows' lengths were taken to be, in a sentence
     measured: tuple[int, ...]  # peaks of jobs just like it, in bytes
     cards: tuple[CardRoom, ...]
-    on_gpu: bool = True  # False: planned for a processor, since the fleet has nothing else
-    largest: LargestFit | None  # where it was asked for
-    one_holds: bool = False  # one card would hold it, and no box holds it on as many as it asks for
-    solutions: tuple[Solution, ...] = ()  # where no card holds it alone; all of them where they were asked for
+    on_gpu: bool = True  # False: planned for a CPU, since the fleet has nothing else
+    largest: LargestFit | None  # if asked for
+    one_holds: bool = False  # one card would hold it, but no box holds it on as many as it asks for
+    solutions: tuple[Solution, ...] = ()  # if no card holds it alone; all of them if asked for
     status: Status | None = None  # of a submitted job
-    patience_s: float = 0.0  # for so long it waits for a card that holds LoRA, where it would go with QLoRA
+    patience_s: float = 0.0  # how long it waits for a card that holds LoRA before it runs with QLoRA
 
     def as_json(self) -> dict[str, Any]:
         """The plan by method, the choice, the lengths and the cards.
 
         `methods`: for each open one `peak_bytes`, `margin_bytes`, `parts` (bytes by part), `reserved_bytes`,
         `submitted_bytes` (of one card, what it waits for: until a trainer has counted its rows, for rows of
-        max_length), `roomy` (without recomputing, or with `half` of every second block: `micro_batch`,
-        `bytes`, the fastest first), and with --solve
-        `largest` (`micro_batch`, `max_length`, and `all_rows`: whether the rows end the micro-batch, and not the
-        memory); `choice`: the method that the best card would take, or null; `lengths`: in
+        max_length), `roomy` (without recomputing, or with `half` of every second block: `micro_batch`, `bytes`, the
+        fastest first), and with --solve `largest` (`micro_batch`, `max_length`, and `all_rows`: whether the rows limit
+        the micro-batch, not the memory); `choice`: the method that the best card would take, or null; `lengths`: in
         tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `rows`: how many are used,
-        `train`, `held_out` and, where there are, `final`, and `left_out` as too long, or null;
-        `planned_for`: a sentence; `device`: gpu or cpu;
-        `cards`: one entry a card; `solutions`: where no card holds it alone, what would (`settings` as KEY=VALUE,
-        `words`, `method`, `cards`, `parallel`, `bytes` of each); all with --solve.
+        `train`, `held_out` and, if there are any, `final`, and `left_out` as too long, or null; `planned_for`: a
+        sentence; `device`: gpu or cpu; `cards`: one entry a card; `solutions`: if no card holds it alone, what would
+        (`settings` as KEY=VALUE, `words`, `method`, `cards`, `parallel`, `bytes` of each); all with --solve.
         """
         return {
             "methods": {method.value: self._method(method, planned) for method, planned in self.plans.items()},
@@ -156,7 +154,7 @@ class MemoryNeed:
 
 
 def job_to_plan(store: Store, job: str, overrides: tuple[str, ...]) -> JobToPlan:
-    """The job file of that name, else the submitted job of that number. Raises SpecError, JobNotFound."""
+    """The job file of this name, else the submitted job of this number. Raises SpecError, JobNotFound."""
     from loractl.common.job.file import load_spec, override_spec
 
     if not job.isdigit() or Path(job).exists():
@@ -183,10 +181,10 @@ def memory_need(
     devices: str | None = None,
     announce: Callable[[], None] = lambda: None,
 ) -> MemoryNeed:
-    """What the job needs, of the fleet's cards or of one with so many bytes. `devices`: see own_devices; `announce`:
+    """What the job needs, from the fleet's cards or from one of a given size. `devices`: see own_devices; `announce`:
     see row_lengths.
 
-    Raises LoractlError where the base can't be planned here, UsageError for a job or a question that makes no sense.
+    Raises LoractlError if the base can't be planned here, UsageError for a job or a question that makes no sense.
     """
     spec = job.spec
     check_adapter(spec)
@@ -250,7 +248,7 @@ def memory_need(
 
 
 def _roomy(spec: JobSpec, need: Need, planned: Need, roomy: Roomy) -> Roomy:
-    """The forms that the job's own limit leaves; none for a job that only several cards may have."""
+    """The forms that the job's own limit leaves; none for a job that must have several cards."""
     most = spec.resources.max_vram
     if spec.resources.cards not in (1, "auto"):
         return Roomy()
@@ -294,7 +292,7 @@ def _shape(spec: JobSpec) -> Shape:
 def _alone(
     card: int | None, fleet: Sequence[Card], admitted: Sequence[Method], need: Need
 ) -> tuple[tuple[CardRoom, ...], Method | None]:
-    """Whether one card holds the job: one of so many bytes, or one of the fleet's."""
+    """Whether one card holds the job: one of a given size, or one of the fleet's."""
     return _on_one(card, admitted, need) if card is not None else _on_fleet(fleet, admitted, need)
 
 
@@ -318,7 +316,7 @@ def _on_fleet(
 
 
 def _such_cards(size: int) -> list[Card]:
-    """As many cards of this size as a job may have, in a box of their own."""
+    """As many cards of this size as a job may have, in one box."""
     return [Card(node=f"a box:{n}", total=size, margin=MARGIN_BYTES, gangs=True) for n in range(MOST_CARDS)]
 
 
@@ -346,7 +344,7 @@ def _card_room(card: Card, method: Method | None, admitted: Sequence[Method], ne
 
 
 def _short(methods: Sequence[Method], need: Need, limit: int) -> int:
-    """How many bytes are missing for the method that needs least."""
+    """How many bytes are missing for the method that needs the least."""
     return min((size for m in methods if (size := need.of(m)) is not None), default=limit) - limit
 
 

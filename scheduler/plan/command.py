@@ -1,4 +1,4 @@
-"""loractl plan: what a job will need of a card, before it runs."""
+"""loractl plan: what a job will need from a card, before it runs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def plan(
 
 
 def following(job: str, answer: MemoryNeed, *, solve: bool) -> str:
-    """The next command. No one should submit what no card of the lab holds."""
+    """The next command. Nobody should submit a job that no card of the lab holds."""
     if answer.status is not None:
         return _of_submitted(job, answer.status)
     if answer.choice is not None or not answer.cards:

@@ -1,6 +1,6 @@
 """What holds a job that no card holds alone as it is: several cards, QLoRA, fewer rows at once, shorter rows.
 
-Asked of the memory plan and the placement rule.
+The memory plan and the placement rule decide.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from loractl.common.memory.step import Lengths
 
 LONG_AGO = dt.datetime.fromtimestamp(0, dt.UTC)
-"""When a job that is only planned was submitted: no decision depends on it."""
+"""Submit time of a job that is only planned: no decision depends on it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """A way in which the cards that there are hold a job that none of them holds alone as it is."""
+    """A way for the existing cards to hold a job that none of them holds alone as it is."""
 
     settings: tuple[str, ...]  # KEY=VALUE, each for a --set; empty: as it is
-    words: str  # what is done, in a few words
+    words: str  # the change, in a few words
     method: Method
     bytes: int  # of each card
     cards: int = 1
@@ -64,7 +64,7 @@ class CardGroup:
         return f"{self.way.cards} cards of {self.host}"
 
     def solution(self, *settings: str) -> Solution:
-        """It as a solution, with what must be set for it."""
+        """As a solution, with the settings for it."""
         return Solution(
             settings=settings,
             words=f"{self.words} ({self.smallest / GIB:.0f} GiB), {self.way.parallel.value}",
@@ -77,7 +77,7 @@ class CardGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedForm:
-    """A job, and what it needs of one card."""
+    """A job, and what it needs from one card."""
 
     spec: JobSpec
     methods: Sequence[Method]
@@ -90,7 +90,7 @@ class PlannedForm:
         return plan_ways(spec, self.methods, self.planned, self.need, self.lengths)
 
     def boxes(self, ways: Ways, cards: Sequence[Card]) -> tuple[list[CardGroup], Method | None]:
-        """The boxes of which several cards would hold the job together, and the method that the best would take."""
+        """The boxes whose cards would hold the job together, and the method that the best would take."""
         job = Waiting(
             job_id=0,
             user="",
@@ -128,8 +128,8 @@ def _box(job: Waiting, cards: Sequence[Card]) -> CardGroup | None:
 def on_more_cards(
     asked: PlannedForm, boxes: Sequence[CardGroup], places: Sequence[Card], *settings: str
 ) -> list[Solution]:
-    """The fewest cards of a box that hold the job otherwise as it is: as many as it may have, else as it could be
-    given."""
+    """The fewest cards of a box that hold the job, otherwise unchanged: as many as it may have, else as many as it
+    could be given."""
     if boxes:
         return [min(boxes, key=lambda box: box.way.cards).solution(*settings)]
     resources = asked.spec.resources
@@ -143,7 +143,7 @@ def on_more_cards(
 
 
 def with_one_row(asked: PlannedForm, places: Sequence[Card], fewest: int) -> Iterator[Solution]:
-    """Fewer than `fewest` cards of a box, each of which takes one row at once."""
+    """Fewer than `fewest` cards of a box, each with one row at once."""
     for key, words, changed in fewer_rows(asked.spec, Fit(micro_batch=1, max_length=None)):
         smaller = replace(asked, spec=changed)
         for found in on_more_cards(
@@ -154,8 +154,8 @@ def with_one_row(asked: PlannedForm, places: Sequence[Card], fewest: int) -> Ite
 
 
 def in_another_form(asked: PlannedForm, shape: Shape, room: int, places: Sequence[Card]) -> Iterator[Solution]:
-    """The job on one card of so many bytes: as it is, with QLoRA, with fewer rows at once, with shorter rows. With
-    QLoRA on several cards, where one is too small for that, too."""
+    """The job on one card of a given size: as it is, with QLoRA, with fewer rows at once, with shorter rows. Also QLoRA
+    on several cards, if one is too small for it."""
     spec, lengths = asked.spec, asked.lengths
     alone = () if spec.resources.cards in (1, "auto") else ("resources.cards=auto",)
 

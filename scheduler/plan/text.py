@@ -1,4 +1,4 @@
-"""How a memory plan looks on a terminal: the parts as bars, the cards that hold the job, and how well plans did."""
+"""A memory plan on a terminal: the parts as bars, the cards that hold the job, and how accurate plans were."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def need_text(need: MemoryNeed, next_command: str, screen: Screen) -> str:
 
 
 def _solutions(need: MemoryNeed, screen: Screen) -> list[str]:
-    """What holds the job where the cards do not as it is, each with what must be set for it below."""
+    """What holds the job if the cards do not hold it as it is, each with its settings below."""
     none = "No box holds it on the cards that it asks for" if need.one_holds else "No card holds it alone as it is"
     lines = [f"{none}. What would:"]
     for one in need.solutions:
@@ -69,7 +69,7 @@ def _solutions(need: MemoryNeed, screen: Screen) -> list[str]:
         asis = "" if one.settings else ", as it is"
         text = f"{one.words}{asis}: {gib(one.bytes)} GiB{each} with {one.method.value}"
         lines += textwrap.wrap(text, screen.width, initial_indent="  ", subsequent_indent="  ")
-        settings = " ".join(f"--set\0{setting}" for setting in one.settings)  # a line's end parts no key from its --set
+        settings = " ".join(f"--set\0{setting}" for setting in one.settings)  # no line break between --set and its key
         lines += [f"    {line}".replace("\0", " ") for line in textwrap.wrap(settings, screen.width - 4, **_WHOLE)]
     return lines
 
@@ -78,7 +78,7 @@ _WHOLE: Any = {"break_on_hyphens": False, "break_long_words": False}
 
 
 def _until_it_runs(need: MemoryNeed) -> list[str]:
-    """What the job waits for where that is not what its rows need."""
+    """What the job waits for, if that is not what its rows need."""
     first = need.submitted
     method = None if first is None else need.choice or next(iter(need.plans))
     if first is None or method is None or (size := first.need.of(method)) is None:
@@ -106,7 +106,7 @@ def _until_it_runs(need: MemoryNeed) -> list[str]:
 
 
 def _in_its_room(need: MemoryNeed) -> list[str]:
-    """What the job may have beyond its need, and when it has it."""
+    """What the job may get beyond its need, and when."""
     method = need.choice or next(iter(need.plans))
     whole, *pieces = need.roomy.of(method) or (None,)
     if whole is None:
@@ -128,7 +128,7 @@ def _like_it(measured: Sequence[int]) -> str:
 
 
 def _parts(plan: Plan, longest: int, screen: Screen) -> list[str]:
-    """A bar for each part; `longest` bytes fill it, in every plan of one screen."""
+    """A bar for each part; `longest` bytes fill it, in every plan on the screen."""
     width = 12 if screen.width < 110 else 30
     parts = {**plan.parts, "margin": plan.margin_bytes}
     names = max(len(name.replace("_", " ")) for name in parts)
@@ -144,7 +144,7 @@ def _parts(plan: Plan, longest: int, screen: Screen) -> list[str]:
 
 
 def _beside(line: str, note: str, screen: Screen) -> list[str]:
-    """The line with a note that goes on below its own beginning, or below the line where that is too narrow to read."""
+    """The line with a note that wraps below its own beginning, or below the line if that is too narrow to read."""
     room = screen.width - len(line)
     if room < ROOM_TO_WRAP:
         below = textwrap.wrap(note, screen.width, initial_indent=" " * 4, subsequent_indent=" " * 4)
@@ -161,7 +161,7 @@ def _solved(largest: LargestFit) -> list[str]:
 
 
 def _forms(size: Fit) -> str:
-    """The two ways to fit, each with the job's other key as it is."""
+    """The two ways to fit, each with the other key unchanged."""
     ways = []
     if size.micro_batch:
         limit = " (every row to train on; memory is not the limit)" if size.all_rows else ""

@@ -33,11 +33,11 @@ class EvaluationReport:
     job_id: int
     user: str
     content: dict[str, Any]  # of report.json
-    final: FinalResult | None = None  # of a job with final rows and in no sweep
+    final: FinalResult | None = None  # of a job with final rows that is in no sweep
 
     def as_json(self) -> dict[str, Any]:
-        """report.json as the trainer wrote it; docs/instructions.md explains what it says. `final`, where it stands
-        there and the job is in no sweep, with the looks at it (see FinalResult)."""
+        """report.json as the trainer wrote it; docs/instructions.md explains what it says. `final`, if it is there and
+        the job is in no sweep, with the looks at it (see FinalResult)."""
         return self.content if self.final is None else {**self.content, "final": self.final.as_json()}
 
 

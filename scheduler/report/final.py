@@ -1,4 +1,4 @@
-"""What a job measured on its final rows. Whoever sees a figure of them has taken a look, which the database keeps."""
+"""What a job measured on its final rows. Showing any figure of them is a look, which the database records."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class FinalResult:
-    """Base against tuned on rows by which nothing was chosen, and the looks at these rows so far."""
+    """Base against tuned on rows that chose nothing, and the looks at these rows so far."""
 
     job_id: int
-    content: Mapping[str, Any]  # as the report's file has it
-    looks: Sequence[FinalLook]  # the last one is that which shows this
+    content: Mapping[str, Any]  # as in the report's file
+    looks: Sequence[FinalLook]  # the last is this one
 
     @property
     def sentence(self) -> str:
-        """What these rows say, and how many have looked at them."""
+        """What these rows say, and how often they were looked at."""
         rows, verdict = self.content["rows"], self.content["verdict"]
         told = [verdict["sentence"]]
         loss = next(metric for metric in self.content["metrics"] if metric["name"] == "loss")
@@ -37,8 +37,8 @@ class FinalResult:
         return " ".join([*told, *filter(None, [verdict.get("aside")]), f"Look {len(self.looks)} at them{before}."])
 
     def as_json(self) -> dict[str, Any]:
-        """What the report's file has of the final rows, `job_id`, the number of this `look`, and all `looks` at these
-        rows so far with `job_id`, `sweep_id`, `user` and `at`."""
+        """The report file's entry on the final rows, `job_id`, the number of this `look`, and all `looks` at these rows
+        so far with `job_id`, `sweep_id`, `user` and `at`."""
         told = [
             {"job_id": one.job_id, "sweep_id": one.sweep_id, "user": one.user, "at": one.at.isoformat()}
             for one in self.looks
@@ -47,7 +47,7 @@ class FinalResult:
 
 
 def look(store: Store, artifacts: ArtifactStore, job_id: int, stored: Binding, user: str) -> FinalResult | None:
-    """What a finished job measured on its final rows, once the look is written down; None where it has none.
+    """What a finished job measured on its final rows, once the look is recorded; None if it has none.
 
     `stored`: its result. Raises ArtifactError.
     """
@@ -58,7 +58,7 @@ def look(store: Store, artifacts: ArtifactStore, job_id: int, stored: Binding, u
 
 
 def seen(store: Store, job_id: int, content: Mapping[str, Any] | None) -> FinalResult | None:
-    """The same for who only reads: None while nobody has looked at this job's."""
+    """The same without a new look: None while nobody has looked at this job's."""
     looks = [] if content is None else store.results.looks(str(content["sha256"]))
     while looks and looks[-1].job_id != job_id:
         looks.pop()

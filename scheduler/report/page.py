@@ -1,7 +1,7 @@
 """report.html as data: what a result holds is checked before a person's browser gets it.
 
 A worker has written the page, and a worker may have been someone else's. A page of loractl shows text, tables and
-lines, so nothing else is handed out, and what is goes behind a policy of our own, which comes before all of its bytes.
+lines, so nothing else is served, and our own policy precedes every byte that is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ATTRIBUTES = frozenset(
 
 
 def guarded(page: bytes, job_id: int) -> bytes:
-    """The page of a report, in which nothing runs. Raises ArtifactError for one that loractl can't have made."""
+    """The page of a report, in which nothing runs. Raises ArtifactError for a page that loractl can't have written."""
     try:
         text = page.decode("utf-8")
     except UnicodeDecodeError:
@@ -54,7 +54,7 @@ def _refused(job_id: int, why: str) -> ArtifactError:
 
 
 class _PageReader(HTMLParser):
-    """Looks for what no page of loractl has. Text is no danger, and stays unread."""
+    """Looks for what no page of loractl has. Text is harmless, and is not read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class _PageReader(HTMLParser):
                 self._find("<meta http-equiv=...>")
 
     def handle_data(self, data: str) -> None:
-        if self.cdata_elem is not None and "<" in data:  # a browser may see tags there: in pictures it reads styles so
+        if self.cdata_elem is not None and "<" in data:  # a browser may see tags there: it parses styles in pictures so
             self._find(f"tags in <{self.cdata_elem}>")
 
     def handle_comment(self, data: str) -> None:

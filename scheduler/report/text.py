@@ -11,7 +11,7 @@ from loractl.common.verdict import are_of_pairs, written
 from loractl.scheduler.cli.screen import Screen, block, table
 
 _OF_SHARES = "; its loss is that of the labels' shares of the training rows"
-"""What a classifier's baseline is as sure of."""
+"""What a classifier's baseline is equally sure of."""
 
 
 def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str = "") -> str:
@@ -76,7 +76,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str
 
 
 def _side_by_side(answer: dict[str, Any]) -> list[tuple[str, str]]:
-    """The texts that stand beside each other, and what each is."""
+    """The texts shown side by side, and what each is."""
     if are_of_pairs(answer):
         named = [("chosen", "expected"), ("rejected", "rejected"), ("base", "base"), ("tuned", "tuned")]
         return [(name, answer[key]) for name, key in named]
@@ -110,7 +110,7 @@ def _turns_table(turns: list[dict[str, Any]] | None, screen: Screen) -> list[str
 
 
 def _harness_table(harness: dict[str, Any] | None, screen: Screen) -> list[str]:
-    """The lm-eval harness's tasks; members of a group that has an average of its own are in the page and the JSON."""
+    """The lm-eval harness's tasks; members of a group with its own average are only in the page and the JSON."""
     if not harness:  # none was asked for, or an older report
         return []
     rows, shown = [], [m for m in harness["metrics"] if m["group"] is None]
@@ -145,7 +145,7 @@ def _with_error(value: float | None, error: float | None) -> str:
 
 
 def _steps_taken(training: dict[str, Any]) -> str:
-    """The number of steps, and with which other jobs. The time shown after it is this attempt's alone."""
+    """The number of steps, and the jobs that shared the process. The time shown after it is only this attempt's."""
     steps, resumed = training["steps"], training["resumed_from_step"]
     others = training.get("companions") or ()
     beside = f" alongside job{'s' * (len(others) > 1)} {', '.join(map(str, others))}" if others else ""

@@ -1,4 +1,4 @@
-"""How a finished job runs again, by its row and its report, and what can't be the same."""
+"""How a finished job runs again, from its row and its report, and what can't be the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_LABELS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Caveat:
-    """Something that can't be the same as before, or may not be."""
+    """Something that can't be, or might not be, the same as before."""
 
     what: str
     then: str
@@ -38,19 +38,19 @@ class Caveat:
 class Repetition:
     """How a finished job runs again."""
 
-    job_id: int  # of the one that is repeated
+    job_id: int  # of the repeated job
     spec: JobSpec
     adjustment: Adjustment
     data: dict[str, Any]
     caveats: tuple[Caveat, ...]
-    new: int | None = None  # the new job, once it is queued
+    new: int | None = None  # the new job, once queued
 
     def as_json(self) -> dict[str, Any]:
         """The repetition as JSON values.
 
-        `job_id`: of the new job, null when none was queued; `reproduces`: of the one that is repeated; `different`:
-        each thing that can't be the same, or not known to be, with `what`, `then`, `now`; the `adjustment`, `spec` and
-        `data` that it runs with.
+        `job_id`: of the new job, null when none was queued; `reproduces`: of the repeated job; `different`: each thing
+        that can't be the same, or is not known to be, with `what`, `then`, `now`; the `adjustment`, `spec` and `data`
+        that it runs with.
         """
         return {
             "job_id": self.new,
@@ -63,15 +63,16 @@ class Repetition:
 
 
 def repetition(store: Store, artifacts: ArtifactStore, settings: Settings, job_id: int) -> Repetition:
-    """How a finished job would run again. Raises JobNotFound, WrongState without a result, and as plan_repetition."""
+    """How a finished job would run again. Raises JobNotFound, WrongState without a result, and what plan_repetition
+    raises."""
     result = result_of(store, job_id)
     return plan_repetition(result.job, artifacts.read_report(result.stored), store, settings)
 
 
 def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Settings) -> Repetition:
-    """The same resolved spec, method and pieces of the batch, and what can't be the same.
+    """The same resolved spec, method and split of the batch, and what can't be the same.
 
-    Raises SpecError for a spec that this version can't read, UsageError where no label is left.
+    Raises SpecError for a spec that this version can't read, UsageError if no label is left.
     """
     spec, online = _same_spec(job, report), _online(store)
     caveats = (
@@ -87,7 +88,7 @@ def plan_repetition(job: Job, report: dict[str, Any], store: Store, settings: Se
 
 
 def submission_of(repetition: Repetition, settings: Settings, store: Store) -> Submission:
-    """What is written for the new job. Its need is planned for the pieces of the batch that the old run ended with."""
+    """The new job's submission. Its need is planned for the split of the batch with which the old run ended."""
     runs = adjusted(repetition.spec, repetition.adjustment)
     planned = plan_job(runs, settings.user, repetition.data, store, own_devices(settings))
     purpose = f"to reproduce job {repetition.job_id}"
@@ -96,7 +97,7 @@ def submission_of(repetition: Repetition, settings: Settings, store: Store) -> S
 
 def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
     """The job's spec with what was chosen for it fixed: method, number format, optimizer, whether it recomputes, and
-    the commits of what is on the hub."""
+    the commits of hub content."""
     from loractl.common.job.file import override_spec
     from loractl.common.job.method import Method
 
@@ -123,7 +124,7 @@ def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
 
 
 def _pinned_data(spec: JobSpec, commits: dict[str, str]) -> JobSpec:
-    """The job with its data of the hub, each at the commit that was read."""
+    """The job with its data from the hub, each at the commit that was read."""
     named = spec.data_sets()
     return spec.with_data_sets({key: f"{named[key].partition('@')[0]}@{commit}" for key, commit in commits.items()})
 
@@ -136,7 +137,7 @@ def _online(store: Store) -> list[Node]:
 
 
 def _versions(report: dict[str, Any], online: Sequence[Node]) -> Iterator[Caveat]:
-    """Packages that the workers have in another version than the report names."""
+    """Packages whose version on the workers differs from the report's."""
     if not online:
         yield Caveat(what="versions and device", then="in its report", now="unknown: no worker is online")
     for name, then in report["versions"].items():
@@ -150,7 +151,7 @@ def _versions(report: dict[str, Any], online: Sequence[Node]) -> Iterator[Caveat
 
 
 def _devices(attempts: Sequence[Attempt], online: Sequence[Node]) -> Iterator[Caveat]:
-    """Devices of another model than the one that the job ran on; sums are in another order there."""
+    """Devices of another model than the job's; they sum in another order."""
     used = list(dict.fromkeys(clean_line(attempt.device_name or attempt.node) for attempt in attempts))
     named = {clean_line(node.device_name): clean_line(node.node) for node in online}
     others = {device: node for device, node in named.items() if device != used[-1]}
@@ -161,7 +162,7 @@ def _devices(attempts: Sequence[Attempt], online: Sequence[Node]) -> Iterator[Ca
 
 
 def _base(spec: JobSpec, report: dict[str, Any], cache: Path) -> Iterator[Caveat]:
-    """A base model with files that have changed, or that can't be checked from here."""
+    """A base model whose files have changed, or can't be checked from here."""
     from loractl.common.fingerprint import changed_files, fingerprint
 
     base, folder = report.get("base"), Path(spec.base_model)
@@ -179,7 +180,7 @@ def _base(spec: JobSpec, report: dict[str, Any], cache: Path) -> Iterator[Caveat
 
 
 def _hub_data(spec: JobSpec, job: Job) -> Iterator[Caveat]:
-    """Data of the hub without a known commit: the main branch may have moved."""
+    """Data from the hub without a known commit: the main branch may have moved."""
     for key, text in spec.data_sets().items():
         if key not in job.data and "@" not in text:
             section = "evaluation" if key == "regression" else "dataset"
@@ -188,7 +189,7 @@ def _hub_data(spec: JobSpec, job: Job) -> Iterator[Caveat]:
 
 
 def _changes(report: dict[str, Any]) -> Iterator[Caveat]:
-    """A change in mid-training: the repetition takes the last pieces of the batch from its first step on."""
+    """A change in mid-training: the repetition uses the last split of the batch from its first step on."""
     training = report["training"]
     if training.get("changes") and training["resumed_from_step"]:
         now = f"{training['per_device_train_batch_size']} rows at once from the first step"
@@ -196,7 +197,7 @@ def _changes(report: dict[str, Any]) -> Iterator[Caveat]:
 
 
 def _company(report: dict[str, Any]) -> Iterator[Caveat]:
-    """Jobs that were in the same trainer. Nobody knows beforehand which will be there the next time."""
+    """Jobs that were in the same trainer. Nobody knows which will be there next time."""
     others = report["training"].get("companions") or ()
     if others:
         then = ", ".join(map(str, others))

@@ -27,12 +27,12 @@ _TOLD_BY_THE_RUN = (
     "method", "revision", "training.dtype", "training.optim", "training.gradient_checkpointing", "dataset.path",
     "dataset.more", "dataset.eval_path", "dataset.final_path", "evaluation.regression",
 )  # fmt: skip
-"""Settings that a repetition fixes to the values taken. The reports of both runs have them under `_RAN_WITH`."""
+"""Settings that a repetition fixes to the values taken. Both runs' reports have them under `_RAN_WITH`."""
 
 
 def _company(report: Report) -> str:
-    """The jobs that trained on the same base meanwhile. They change no digit today. In earlier versions they
-    could: a matrix library may round a row by how many others it is multiplied with."""
+    """The jobs that trained on the same base at the same time. They change no digit today. In earlier versions they
+    could: a matrix library may round a row differently, depending on how many rows it multiplies at once."""
     return ", ".join(map(str, report["training"].get("companions") or ())) or "none"
 
 
@@ -82,10 +82,10 @@ class Pair:
 class RowLosses:
     """The summed losses of the tuned model on the held-out rows, in nats, to a millionth."""
 
-    rows: int  # that both have
+    rows: int  # in both jobs
     equal: int
-    largest: float | None  # difference of a row; None where a loss is not finite
-    row: int | None  # which one that is; None where all are equal
+    largest: float | None  # difference of a row; None if a loss is not finite
+    row: int | None  # that row; None if all are equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ class Sameness:
 
     @property
     def same(self) -> bool:
-        """The same weights, and the same losses measured on them."""
+        """Whether the weights, and the losses measured with them, are the same."""
         rows = self.row_losses is not None and self.row_losses.equal == self.row_losses.rows
         return self.weights.same and rows and all(loss.same for loss in self.losses)
 
@@ -110,8 +110,8 @@ class Sameness:
         """The comparison as JSON values.
 
         `jobs`: both numbers; `same`; `adapter_sha256` and each of `losses` and `ran_with`: a pair (see Pair);
-        `row_losses`: see RowLosses, null where other rows were measured; `parted_at_step`: null where the training
-        losses are equal.
+        `row_losses`: see RowLosses, null if other rows were measured; `parted_at_step`: null if the training losses are
+        equal.
         """
         return {
             "jobs": [self.first, self.second],
@@ -169,7 +169,7 @@ def _row_losses(first: Report, second: Report) -> RowLosses | None:
 
 
 def _distance(first: float | None, second: float | None) -> float:
-    """Infinite where one of the two was not finite; JSON shows that as null."""
+    """Infinite if one of the two was not finite; JSON shows that as null."""
     return math.inf if first is None or second is None else abs(second - first)
 
 

@@ -1,4 +1,4 @@
-"""How a repetition looks: what can't be the same before it runs, and whether it came out the same."""
+"""A repetition as text: what can't be the same, before it runs, and whether it came out the same."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def repetition_text(repetition: Repetition, screen: Screen) -> str:
-    """How the job runs again, and what could make it come out otherwise."""
+    """How the job runs again, and what could change its result."""
     spec, adjustment = repetition.spec, repetition.adjustment
     micro = adjustment.micro_batch or spec.training.per_device_train_batch_size
     accumulated = adjustment.accumulation or spec.training.gradient_accumulation_steps
@@ -30,7 +30,8 @@ def repetition_text(repetition: Repetition, screen: Screen) -> str:
 
 
 def sameness_text(answer: Sameness, screen: Screen) -> str:
-    """The verdict in a sentence. If not the same: by how much, from which step on, and what differed before."""
+    """The verdict in a sentence. If not the same: by how much it differs, from which step on, and what differed
+    before."""
     if answer.same:
         rows = answer.row_losses.rows if answer.row_losses else 0
         return (
@@ -75,7 +76,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = clean_line(value if isinstance(value, str) else json.dumps(value))
-    return text[:12] if len(text) == 64 else text[:40]  # a hash by its beginning
+    return text[:12] if len(text) == 64 else text[:40]  # the beginning of a hash
 
 
 def _shift(pair: Pair) -> str:

@@ -1,4 +1,4 @@
-"""Traces of jobs replayed on a fleet, under our placement rule and others: loractl sim. No database.
+"""Replays traces of jobs on a fleet, under our placement rule and others: loractl sim. No database.
 
 Others use nothing of it.
 """

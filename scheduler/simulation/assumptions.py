@@ -1,4 +1,4 @@
-"""What a replay assumes of a trace's jobs: how long a start takes, and what they take without recomputing."""
+"""What a replay assumes about a trace's jobs: how long a start takes, and what they need without recomputing."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from loractl.common.placement.pack_rule import PassLaw
 from loractl.common.units import GIB
 
 IMPORT_S = 7.4
-"""Seconds in which a new trainer imports its libraries, on a two-core machine; a spare trainer has done it before."""
+"""Seconds that a new trainer needs to import its libraries, on a two-core machine; a spare trainer has done so
+already."""
 
 WARM_S = 0.6
 """Seconds from the claim to the first step in a host that has the base: the median of benchmarks/hosts.py, see
 docs/node.md#hosts."""
 
 LOAD_BYTES_S = 0.28 * GIB
-"""Bytes of a base that are read, checked and placed in a second. Chosen, not measured on a card: with it a base of 8B
-parameters in 16 bit takes a minute, and SmolLM2-135M 9.2 s with its imports, as was measured there."""
+"""Bytes of a base that are read, checked and placed per second. Chosen, not measured on a card: with it a base of 8B
+parameters in 16 bit takes a minute, and SmolLM2-135M 9.2 s with its imports, as measured there."""
 
 
 def start_of(size: int, *, spare: bool, law: PassLaw | None = None) -> ReplayedBase:
-    """The start of a job whose loaded base has `size` bytes. `spare`: a spare trainer is ready each time.
+    """The start of a job whose loaded base has `size` bytes. `spare`: a spare trainer is always ready.
 
-    `law`: of passes over the base, where jobs may share a trainer.
+    `law`: of passes over the base, if jobs may share a trainer.
     """
     cold_s = WARM_S + size / LOAD_BYTES_S + (0.0 if spare else IMPORT_S)
     return ReplayedBase(bytes=size, cold_s=cold_s, warm_s=WARM_S, law=law)
 
 
 FORMS = ((4, 2.63, 0.74), (2, 1.76, 0.74), (1, 1.32, 0.75))
-"""Rows at once, bytes as a multiple of the need, and the share of the time: of 8B in 16 bit, 4 rows of 1,024 tokens,
-rank 16. The bytes are the memory plan's, the times counted for a 4090 (`python -m benchmarks.budget roomy`): none was
+"""Rows at once, bytes as a multiple of the need, and the share of the time: for 8B in 16 bit, 4 rows of 1,024 tokens,
+rank 16. The bytes are the memory plan's, the times computed for a 4090 (`python -m benchmarks.budget roomy`): none was
 measured on a card."""
 
 HALF = 0.88
@@ -38,7 +39,7 @@ HALF = 0.88
 
 
 def forms_of(need: int) -> tuple[ReplayedForm, ...]:
-    """The forms of a job that needs so many bytes, each as if it were such a job."""
+    """The forms of a job with this need in bytes, as if it were such a job."""
     sizes = [(rows, int(times * need)) for rows, times, _ in FORMS]
     whole = tuple(RoomyForm(micro_batch=rows, bytes=size, planned=size) for rows, size in sizes)
     known = Need(lora=need, qlora=None)

@@ -1,4 +1,4 @@
-"""Other placement rules, to compare with ours in a replay. No real job is placed by them."""
+"""Other placement rules, to compare with ours in a replay. They place no real job."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from loractl.common.placement.rule import Placement
 
 
 class GreedyRule:
-    """Each job in its order takes the card that it fills best.
+    """Each job, in order, takes the card that it fills best.
 
-    `shares`: several jobs on a card, up to its `max_jobs`, else one. `blocks`: what does not fit holds up all behind
-    it, else it is passed over. `shortest`: the order is by duration, which no real scheduler knows, else by arrival.
+    `shares`: several jobs on a card, up to its `max_jobs`, else one. `blocks`: a job that does not fit holds up all
+    behind it, else it is passed over. `shortest`: the order is by duration, which no real scheduler knows, else by
+    arrival.
     """
 
     def __init__(self, *, shares: bool, blocks: bool, shortest: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Base models for the jobs of a trace that names none."""
+"""Base models for the jobs of a trace that does not name any."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def parse_count(text: str) -> int | None:
 
 
 def with_bases(jobs: Sequence[TraceJob], count: int | None, size: int) -> tuple[TraceJob, ...]:
-    """The jobs, each on one of `count` base models of `size` bytes, drawn evenly and always alike.
+    """The jobs, each on one of `count` base models of `size` bytes, drawn evenly, and the same in every run.
 
-    A job that needs no more than a base has one of its own that takes half of its need. Raises UsageError where the
-    trace names base models itself.
+    A job that needs no more than a base has its own, half the size of its need. Raises UsageError if the trace names
+    base models itself.
     """
     if any(job.base_model or job.base_size for job in jobs):
         raise UsageError("--base-models: the trace names its base models itself", "leave --base-models out")

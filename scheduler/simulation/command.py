@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .workload import Chosen
 
 CONTENTION = 0.5
-"""Two jobs on a card run at two thirds of their speed each: between cards that are shared for nothing (0) and jobs
-that take turns (1). Small fine-tunes leave a large card idle between kernels, large ones don't."""
+"""Two jobs on a card run at two thirds of their speed each: between cards that are shared at no cost (0) and jobs that
+take turns (1). Small fine-tunes leave a large card idle between kernels, large ones don't."""
 
 
 @click.command()
@@ -126,14 +126,14 @@ def _check(compress: float, contention: float) -> None:
 
 
 def _law(pass_cost: float) -> PassLaw:
-    """A pass in tokens: what it costs, each of its tokens, and what each member costs."""
+    """The cost of a pass in tokens: of the pass itself, of each of its tokens, and of each member."""
     if not math.isfinite(pass_cost):
         raise UsageError(f"--pass-cost {pass_cost:g} is not a number", "like --pass-cost 300")
     return PassLaw(fixed=pass_cost, token=1.0, member=START[True][1])
 
 
 def _on_bases(chosen: Chosen, base_models: str | None, base_size: str | None) -> Chosen:
-    """The jobs on the base models that were asked for. Raises UsageError."""
+    """The jobs on the requested base models. Raises UsageError."""
     from loractl.common.units import parse_size
 
     from .bases import parse_count, with_bases
@@ -152,7 +152,7 @@ def _on_bases(chosen: Chosen, base_models: str | None, base_size: str | None) ->
 
 
 def _seconds(option: str, text: str) -> float:
-    """The seconds of an option's duration. Raises UsageError."""
+    """An option's duration in seconds. Raises UsageError."""
     from loractl.common.units import parse_duration
 
     try:

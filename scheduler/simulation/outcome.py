@@ -21,14 +21,14 @@ from .workload import BEGIN, Chosen, Passes, to_replay
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A rule, and what the nodes do under it."""
+    """A rule, and how the nodes work under it."""
 
     title: str  # for people; a star marks a rule that knows what no real scheduler knows
     make: Callable[[Newcomers | None, Sequence[ReplayedJob]], Rule]
     hosts: bool = False  # trainers stay with their bases
     packs: bool = False  # jobs join others in them
     spares: bool = False  # spare trainers wait for jobs
-    roomy: bool = False  # jobs do without recomputing where nobody else wants the room
+    roomy: bool = False  # jobs do without recomputing if nobody else wants the memory
 
 
 def _ours(newcomers: Newcomers | None, jobs: Sequence[ReplayedJob]) -> Rule:
@@ -45,7 +45,7 @@ POLICIES: dict[str, Contender] = {
     "shortest_first": Contender(title="shortest first*", make=lambda *_: shortest_first()),
     "best_fit": Contender(title="best fit", make=lambda *_: best_fit()),
 }
-"""What is compared, ours first."""
+"""The policies compared, ours first."""
 
 RULES = ("loractl", "fifo", "shortest_first", "best_fit")
 """The policies that differ in how they place jobs."""
@@ -53,12 +53,12 @@ RULES = ("loractl", "fifo", "shortest_first", "best_fit")
 
 @dataclass(frozen=True, kw_only=True)
 class Nodes:
-    """How the nodes under our rule are set, as the options of `loractl worker`."""
+    """The settings of the nodes under our rule, as the options of `loractl worker`."""
 
     keep_warm_s: float = KEEP_WARM_S
     spare: bool = True
     passes: Passes | None = None  # None: no job joins others in a host
-    roomy: bool = False  # what jobs take without recomputing is as forms_of has it; False: it is not known
+    roomy: bool = False  # forms_of gives what jobs take without recomputing; False: that is unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,30 +84,30 @@ class RuleOutcome:
 
     @property
     def largest_tenth(self) -> list[Course]:
-        """Jobs that need as much as the one at nine tenths of the needs, or more."""
+        """Jobs that need at least as much as the 90th percentile of the needs."""
         bound = quantile([course.need for course in self.courses], 0.9)
         return [course for course in self.courses if course.need >= bound]
 
     @property
     def utilisation(self) -> float:
-        """The part of all cards' memory that was reserved, over the whole replay."""
+        """The share of all cards' memory that was reserved, over the whole replay."""
         ends = (*self.reserved, (self.makespan, 0))
         used = sum(size * (after - at) for (at, size), (after, _) in pairwise(ends))
         return used / (self.total * self.makespan) if self.makespan else 0.0
 
     @property
     def warm(self) -> float:
-        """The part of all jobs that started in a host which had their base."""
+        """The share of all jobs that started in a host with their base."""
         return sum(course.warm for course in self.courses) / len(self.courses) if self.courses else 0.0
 
     @property
     def joined(self) -> float:
-        """The part of all jobs that joined others in a host."""
+        """The share of all jobs that joined others in a host."""
         return sum(course.joined for course in self.courses) / len(self.courses) if self.courses else 0.0
 
     @property
     def roomy(self) -> float:
-        """The part of all jobs that did without recomputing."""
+        """The share of all jobs that did without recomputing."""
         return sum(course.roomy for course in self.courses) / len(self.courses) if self.courses else 0.0
 
     def by_class(self) -> dict[int, list[Course]]:
@@ -155,8 +155,8 @@ class Simulation:
 
     @property
     def later(self) -> list[float]:
-        """Seconds by which each job ends later for the room that jobs are given, below 0 sooner, in the order of their
-        arrival; empty where that was not asked."""
+        """Seconds by which each job ends later because jobs are given extra memory (negative: sooner), in order of
+        arrival; empty if not asked for."""
         if (without := self.outcomes.get("recomputing")) is None:
             return []
         pairs = zip(self.outcomes["loractl"].courses, without.courses, strict=True)
@@ -164,7 +164,7 @@ class Simulation:
 
     @property
     def how_loaded(self) -> str:
-        """The beginning of a phrase, like "load 0.50, "; empty where a few jobs have no load."""
+        """The beginning of a phrase, like "load 0.50, "; empty if the jobs are too few to have a load."""
         if self.load is None:
             return ""
         return "all at once, " if math.isinf(self.load) else f"load {self.load:.2f}, "
@@ -207,7 +207,7 @@ def simulate(
     nodes: Nodes | None = None,
     policies: Iterable[str] | None = None,
 ) -> Simulation:
-    """Replay the chosen jobs under each policy; `nodes`: as the defaults of `loractl worker`."""
+    """Replay the chosen jobs under each policy; `nodes`: like the defaults of `loractl worker`."""
     nodes, outcomes = nodes or Nodes(), {}
     known = [replace(card, contention=contention) for card in cards]
     for name in policies_for(chosen, nodes) if policies is None else policies:
@@ -231,7 +231,7 @@ def simulate(
 
 
 def outcome_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card], replayed: Replay) -> RuleOutcome:
-    """Measure a replay from BEGIN on in which every job came to its end."""
+    """Measure a replay from BEGIN on in which every job ended."""
     courses, last = [], BEGIN
     for job in jobs:
         run, since = replayed.runs[job.waiting.job_id], job.waiting.since
@@ -264,21 +264,21 @@ def mean(values: Sequence[float]) -> float:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of the values does not exceed."""
+    """The smallest value that at least this share of the values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else 0.0
 
 
 RATED = 20
-"""From so many jobs on the middle nine tenths leave any out, and their arrivals have a rate."""
+"""From this number of jobs on, the middle nine tenths leave some out, and arrivals have a rate."""
 
 
 def load_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card]) -> float | None:
-    """How busy the jobs would keep the cards, were each alone on one; above 1 whole cards can't keep up. None for a few
-    jobs: what they bring in the minutes in which they happen to arrive is no rate.
+    """How busy the jobs would keep the cards if each were alone on one; above 1, whole cards can't keep up. None for a
+    few jobs: the minutes in which they happen to arrive give no rate.
 
-    Of the middle nine tenths of arrivals, which leaves a trace's long ends out. The cards that bind decide: all of
-    them, or those that hold the larger jobs.
+    Measured over the middle nine tenths of arrivals, which leaves out a trace's long ends. The scarcest cards decide:
+    all of them, or those that hold the larger jobs.
     """
     if len(jobs) < RATED:
         return None

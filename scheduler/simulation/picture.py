@@ -14,7 +14,7 @@ from loractl.scheduler.cli.figure import save, without_box
 from .outcome import POLICIES, RuleOutcome, Simulation
 from .workload import fleet_text
 
-# Lines differ in shade, width and dash, so that a grey print can be read too.
+# Lines differ in shade, width and dash, so that a grey print is readable too.
 _STYLES: dict[str, dict[str, Any]] = {
     "loractl": {"color": "#0b3d91", "linewidth": 2.6, "linestyle": "-", "zorder": 5},
     "recomputing": {"color": "#7a9be8", "linewidth": 1.8, "linestyle": (0, (3, 2)), "zorder": 4},
@@ -29,7 +29,7 @@ _BINS = 120
 
 
 def draw(done: Simulation, path: Path) -> None:
-    """Write the picture as a PNG. Raises UsageError where the file can't be written."""
+    """Write the picture as a PNG. Raises UsageError if the file can't be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7.4), dpi=120, layout="constrained")
@@ -80,7 +80,7 @@ def _draw_memory(axes: Any, done: Simulation) -> None:
 def binned(out: RuleOutcome, span: float, bins: int) -> Sequence[float]:
     """Mean bytes reserved in each of `bins` equal parts of `span` seconds."""
     times = [at for at, _ in out.reserved]
-    areas = [0.0]  # byte seconds up to each of the times
+    areas = [0.0]  # byte-seconds up to each time
     for (at, size), after in zip(out.reserved, times[1:], strict=False):
         areas.append(areas[-1] + size * (after - at))
 

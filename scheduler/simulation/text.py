@@ -1,4 +1,4 @@
-"""How a simulation looks on a terminal."""
+"""A simulation on a terminal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .workload import fleet_text
 
 
 def text(done: Simulation, screen: Screen) -> str:
-    """A sentence, what each rule made of the jobs, and how long they waited by what they need."""
+    """A sentence, each rule's outcome, and the waits by need."""
     ours, fifo = (mean([c.took for c in done.outcomes[name].courses]) for name in ("loractl", "fifo"))
     change = 1 - ours / fifo if fifo else 0.0
     against = f"{abs(change):.0%} {'sooner' if change >= 0 else 'later'} than" if abs(change) >= 0.005 else "as soon as"
@@ -37,7 +37,7 @@ def text(done: Simulation, screen: Screen) -> str:
 
 
 def span(seconds: float) -> str:
-    """A time in one number, so that a column of them can be compared: 45 s, 12 min, 11.0 h, 3.2 d."""
+    """A time as one number, so that a column of them can be compared: 45 s, 12 min, 11.0 h, 3.2 d."""
     for below, size, unit in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "h")):
         if seconds < below:
             return f"{seconds / size:.{0 if size < 3600 else 1}f} {unit}"
@@ -83,7 +83,7 @@ def _bases(done: Simulation) -> list[str]:
 
 
 def _roomy(done: Simulation) -> list[str]:
-    """How many jobs had the room to recompute less, and how many ends that made later."""
+    """How many jobs had the memory to recompute less, and how many jobs ended later because of that."""
     later = [seconds for seconds in done.later if seconds > 0]
     share = len(later) / len(done.later) if done.later else 0.0
     lines = [f"{done.outcomes['loractl'].roomy:.0%} of the jobs recomputed nothing, or every second block alone."]
@@ -107,7 +107,7 @@ def _row(name: str, out: RuleOutcome) -> list[str]:
 
 
 def _by_class(done: Simulation, screen: Screen) -> list[str]:
-    """Mean waits by VRAM class, a class a row."""
+    """Mean waits by VRAM class, one row per class."""
     classes = {name: done.outcomes[name].by_class() for name in RULES}
     headers = ["MEAN WAIT BY NEED", "JOBS", *(POLICIES[name].title.upper() for name in classes)]
     rows = [

@@ -1,4 +1,4 @@
-"""Workloads: the jobs of a trace and the cards of a fleet, read from what people write."""
+"""Workloads: the jobs of a trace and the cards of a fleet, parsed from text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BEGIN = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
 OWN_COLUMNS = frozenset({"arrival", "vram", "duration", "user"})
 OPENB_COLUMNS = frozenset({"num_gpu", "gpu_milli", "qos", "creation_time", "scheduled_time", "deletion_time"})
 OPENB_CARD_BYTES = 24 * GIB
-"""openb's pods ask for thousandths of a card and don't say its memory. As its README does, we take a 24 GB card."""
+"""openb's pods ask for thousandths of a card without its memory size. Like its README, we assume a 24 GB card."""
 
 _LARGEST = 2**63
 
@@ -41,24 +41,24 @@ class TraceJob:
     seconds: float
     user: str
     priority: int = 0
-    base_model: str = ""  # empty: one that it shares with no other job
-    base_size: int = 0  # bytes that the loaded base takes of its need; 0: not known, it starts in no time
+    base_model: str = ""  # empty: one that no other job shares
+    base_size: int = 0  # bytes that the loaded base takes of its need; 0: unknown, it starts at once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The jobs of a trace in the order of their arrival, and what else its file says."""
+    """The jobs of a trace in order of arrival, and what else its file says."""
 
     jobs: tuple[TraceJob, ...]
-    left_out: int = 0  # rows that are not a job on one card with a lifetime
+    left_out: int = 0  # rows that are no job on one card with a lifetime
     users_are: str = "user"  # what the file's users really are
 
 
 def read_trace(path: Path) -> Workload:
     """Read loractl's own form or openb's list of pods.
 
-    The own columns are arrival, vram, duration and user, and perhaps priority, base_model and base_size. Raises
-    DataError with the line of what is wrong.
+    Our columns are arrival, vram, duration and user, and perhaps priority, base_model and base_size. Raises DataError
+    with the number of the bad line.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -89,7 +89,7 @@ class Chosen:
     workload: Workload
     jobs: tuple[TraceJob, ...]
     never: int  # larger than every card
-    longer: int  # run longer than was asked for
+    longer: int  # run longer than the given limit
 
     @property
     def base_models(self) -> frozenset[str]:
@@ -108,7 +108,7 @@ def choose(workload: Workload, cards: Sequence[Card], longest: float, limit: int
 
 @dataclass(frozen=True, kw_only=True)
 class Passes:
-    """The passes of jobs that may train beside others on their base."""
+    """The passes of jobs that may train with others on their base."""
 
     tokens: int  # of each job's micro-batch
     law: PassLaw
@@ -124,8 +124,8 @@ def to_replay(
 ) -> list[ReplayedJob]:
     """The jobs for a replay from BEGIN on, their arrivals `compress` times as close, numbered by arrival.
 
-    `spare`: a job that loads its base does so in a spare trainer. `passes`: where jobs may share a trainer. `roomy`:
-    where they may do without recomputing.
+    `spare`: a job that loads its base does so in a spare trainer. `passes`: if jobs may share a trainer. `roomy`:
+    whether they may do without recomputing.
     """
     law = None if passes is None else passes.law
     first = min((job.arrival for job in jobs), default=0.0)
@@ -150,7 +150,7 @@ def to_replay(
 
 
 def parse_fleet(text: str, max_jobs: int | None = None) -> list[Card]:
-    """Cards of "2x12GiB,80GiB"; they are named by their number and size. Raises UsageError."""
+    """Cards of "2x12GiB,80GiB"; they are named by number and size. Raises UsageError."""
     sizes: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(?:(\d{1,4})\s*x\s*)?(.+?)\s*", part)
@@ -216,7 +216,7 @@ def _refuse_two_sizes(path: Path, jobs: Iterable[tuple[int, TraceJob]]) -> None:
 
 
 def _is_job(row: Mapping[str, str | None]) -> bool:
-    """A pod with a part of one card, that was started and has ended."""
+    """A pod with a part of one card that was started and has ended."""
     return row["num_gpu"] == "1" and bool(row["scheduled_time"]) and bool(row["deletion_time"])
 
 

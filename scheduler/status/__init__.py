@@ -1,4 +1,4 @@
-"""Where jobs stand, all of them or one, a sweep's members and a log: loractl status, show and logs.
+"""The state of all jobs or of one, a sweep's members and a log: loractl status, show and logs.
 
 Others use follow, job, overview, standing.
 """

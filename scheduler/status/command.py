@@ -66,7 +66,7 @@ def status(
 
 
 def _pair(label: str | None) -> tuple[str, str] | None:
-    """The key and the value of --label. Raises UsageError."""
+    """The key and value of --label. Raises UsageError."""
     if label is None:
         return None
     key, equals, value = label.partition("=")
@@ -113,7 +113,7 @@ def _overview(settings: Settings, store: Store, choice: Choice, page: Page, *, w
 
 
 def _asked_for(context: click.Context) -> bool:
-    """Whether a person has said how many jobs are wanted: then no terminal is too small for them."""
+    """Whether a person has said how many jobs to list: then no terminal is too small for them."""
     return context.get_parameter_source("limit") is not click.core.ParameterSource.DEFAULT
 
 

@@ -23,7 +23,7 @@ POLL_S = 1.0
 
 
 def follow(store: Store, job_id: int) -> ExitCode:
-    """Watch a job until it has ended or is held: redrawn on a terminal, a line a change elsewhere.
+    """Watch a job until it has ended or is held: redrawn on a terminal, elsewhere one line per change.
 
     Ctrl-C leaves the job alone, says so, and raises click's Exit.
     """
@@ -66,7 +66,7 @@ def _is_over(store: Store, job: JobState) -> bool:
 
 
 def _is_stuck(store: Store, job_id: int) -> bool:
-    """Whether a waiting job starts only when a person releases or retries another one."""
+    """Whether a waiting job starts only when a person releases or retries another job."""
     row = store.jobs.get(job_id)
     while row.status is Status.QUEUED and row.awaits is not None:
         awaited = store.jobs.numbered([row.awaits]).get(row.awaits)

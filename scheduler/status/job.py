@@ -1,4 +1,4 @@
-"""One job: what everyone may see of it, its course, and its whole history."""
+"""One job: its public state, its course, and its whole history."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ JSON_FIELDS = (
     "loss", "eta_seconds", "node", "gpu", "attempt", "submitted_at", "started_at", "ended_at", "adapter_uri",
     "report_uri", "labels", "sweep_id", "cards", "companions", "after", "awaits",
 )  # fmt: skip
-"""What --json says about a job: the table's columns, where it runs, and beside whom."""
+"""What --json says about a job: the table's columns, where it runs, and with which other jobs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """Where a job stands."""
+    """The state of a job."""
 
     job_id: int
     name: str
@@ -37,13 +37,13 @@ class JobState:
     status: Status
     reason: Reason | None  # how it ended, or its last attempt
     message: str | None  # why, in one sentence
-    stage: Stage | None  # of a running one
+    stage: Stage | None  # of a running job
     method: str | None
     base_model: str
     step: int | None
     total_steps: int | None
-    loss: float | None  # the last logged one
-    eta_seconds: float | None  # until it ends, as of the last beat
+    loss: float | None  # the last logged
+    eta_seconds: float | None  # until its end, as of the last beat
     node: str | None
     gpu: str | None
     attempt: int  # 0: none has started
@@ -54,21 +54,21 @@ class JobState:
     report_uri: str | None
     labels: Mapping[str, str]
     sweep_id: int | None  # the sweep that it belongs to
-    awaits: int | None  # the first of the jobs that it starts after which is not over
+    awaits: int | None  # the first unfinished job among those it starts after
 
     # shown to people, not in the JSON
     priority: int
-    held: bool  # by a person or the lab; not by a job that it starts after
+    held: bool  # by a person or the lab, not by a job that it starts after
     cancel_requested: bool
     tokens_per_second: float | None
     vram_needed: int | None  # bytes; None: not known yet
-    has_checkpoint: bool  # in the artifact store, to go on from
+    has_checkpoint: bool  # in the artifact store, to continue from
     eta_spread_seconds: float | None  # half width of the range in which it ends
     evaluated: int | None  # rows and answers of base and tuned together, while it evaluates
     to_evaluate: int | None
 
-    cards: tuple[str, ...] = ()  # on which it runs, its first one first; none while it does not run
-    companions: tuple[int, ...] = ()  # other jobs that train in its trainer
+    cards: tuple[str, ...] = ()  # on which it runs, its first card first; none while it does not run
+    companions: tuple[int, ...] = ()  # other jobs in its trainer
     after: tuple[int, ...] = ()  # the jobs that it starts after
 
     @property
@@ -78,18 +78,18 @@ class JobState:
 
     @property
     def place(self) -> str:
-        """The same in as few letters as can be."""
+        """The same, as short as possible."""
         return in_short(self.cards or (self.node or "–",))
 
     @property
     def share(self) -> float | None:
-        """How much of its stage is done, of 1: of its evaluation while it evaluates, else of its steps."""
+        """How much of its stage is done, 0 to 1: of its evaluation while it evaluates, else of its steps."""
         if self.stage is Stage.EVALUATING:
             return None if self.evaluated is None or not self.to_evaluate else self.evaluated / self.to_evaluate
         return self.step / self.total_steps if self.step is not None and self.total_steps else None
 
     def as_json(self) -> dict[str, Any]:
-        """JSON_FIELDS, with times as ISO 8601; a status, a stage and a reason by its word."""
+        """JSON_FIELDS, with times as ISO 8601; status, stage and reason as their words."""
         return {name: _plain(getattr(self, name)) for name in JSON_FIELDS}
 
 
@@ -97,7 +97,7 @@ _STATE_FIELDS = tuple(JobState.__annotations__)[:-3]
 
 
 def state_of(job: Job, view: FleetView | None = None) -> JobState:
-    """What everyone may see of a row. `view`: without it a running job's first card alone is known, and no company."""
+    """The public part of a row. Without `view` only a running job's first card is known, and no companions."""
     state = JobState(**{name: getattr(job, name) for name in _STATE_FIELDS})
     state = replace(state, held=job.held and not job.is_blocked, after=tuple(job.after))
     if job.status is not Status.QUEUED and (what := unreadable_of(vars(job))):
@@ -114,7 +114,7 @@ def state_of(job: Job, view: FleetView | None = None) -> JobState:
 
 
 def job_state(store: Store, job_id: int) -> JobState:
-    """Where a job stands, without its company. Raises JobNotFound."""
+    """The state of a job, without its companions. Raises JobNotFound."""
     job = store.jobs.get(job_id)
     state = state_of(job)
     others = [share.node for share in store.attempts.shares(job_id) if share.attempt == job.attempt and share.rank > 0]
@@ -137,11 +137,11 @@ class PastEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class CardPart:
-    """What an attempt has of one of its cards, in bytes."""
+    """An attempt's share of one of its cards, in bytes."""
 
     node: str
     reserved: int | None
-    used: int | None  # measured now; None: it does not run, or nothing is measured yet
+    used: int | None  # measured now; None: not running, or not measured yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +155,7 @@ class PastAttempt:
     method: str
     vram_planned: int | None  # bytes
     vram_reserved: int | None
-    vram_peak: int | None  # reserved by CUDA's allocator; on a CPU the process's resident set
+    vram_peak: int | None  # reserved by CUDA's allocator; on a CPU, the process's resident set
     vram_allocated: int | None  # of it, by tensors
     vram_process: int | None  # of the device, by the whole process, context included
     device_name: str | None
@@ -165,14 +165,14 @@ class PastAttempt:
     reason: Reason | None
     message: str | None
     resumed_from_step: int | None
-    shared: bool  # others were in its trainer with it
-    roomy: bool | None  # it was given the room to do without recomputing; None: of an earlier version
+    shared: bool  # other jobs were in its trainer
+    roomy: bool | None  # it had the memory to do without recomputing; None: from an earlier version
 
-    cards: tuple[CardPart, ...] = ()  # all of them, its first one first; of several each is planned alike
+    cards: tuple[CardPart, ...] = ()  # all of them, its first card first; several have equal plans
 
     @property
     def place(self) -> str:
-        """Its cards in as few letters as can be."""
+        """Its cards, as short as possible."""
         return in_short([part.node for part in self.cards] or [self.node])
 
     @property
@@ -182,12 +182,12 @@ class PastAttempt:
 
     @property
     def planned(self) -> int | None:
-        """Bytes of the plan; of several cards those of each."""
+        """Bytes of the plan; with several cards, of each."""
         return self.vram_reserved if len(self.cards) > 1 else self.vram_planned
 
     @property
     def peak(self) -> int | None:
-        """The measured peak in bytes; of several cards that of the fullest."""
+        """The measured peak in bytes; with several cards, of the fullest."""
         return self.vram_process or self.vram_peak
 
     def as_json(self) -> dict[str, Any]:
@@ -204,15 +204,15 @@ class JobInFull:
     """A job with its course so far."""
 
     job: JobState
-    wait: Wait | None  # of one that waits
+    wait: Wait | None  # of a waiting job
     attempts: tuple[PastAttempt, ...]
     events: tuple[PastEvent, ...]
     losses: tuple[tuple[int, float], ...]  # step, logged training loss
     held_out: tuple[tuple[int, float], ...]  # step, loss on held-out rows
     now: dt.datetime
-    trouble: str | None = None  # what is wrong with a card of a running one, in a few words
-    still_holds: int = 0  # bytes of a card, of one that has ended and is not out of its trainer yet
-    after: tuple[JobState, ...] = ()  # the jobs that it starts after, as far as they are there
+    trouble: str | None = None  # what is wrong with a running job's card, in a few words
+    still_holds: int = 0  # bytes of a card that an ended job holds until it is out of its trainer
+    after: tuple[JobState, ...] = ()  # the jobs that it starts after, as far as they exist
     followers: tuple[int, ...] = ()  # the jobs that start after it, directly or not
 
     def as_json(self) -> dict[str, Any]:
@@ -243,7 +243,7 @@ def job_in_full(store: Store, job_id: int) -> JobInFull:
 
 
 def trouble_on(view: FleetView, cards: Sequence[str]) -> str | None:
-    """What is wrong with a card of a running job, in a few words; of several with its name. None: nothing is."""
+    """What is wrong with a running job's card, in a few words; with several cards, its name too. None: nothing."""
     for card in cards:
         if card in view.nodes and (said := trouble_of(view, card)) is not None:
             return f"{said} ({card})" if len(cards) > 1 else said
@@ -251,19 +251,19 @@ def trouble_on(view: FleetView, cards: Sequence[str]) -> str | None:
 
 
 def _still_held(view: FleetView | None, job_id: int) -> int:
-    """Bytes that a job holds of cards though it has ended: it is not out of its trainers yet."""
+    """Bytes of cards that an ended job still holds: it is not out of its trainers yet."""
     cards = () if view is None else view.cards.values()
     return sum(one.bytes for card in cards for one in card.leavers if one.job_id == job_id)
 
 
 def held_out_losses(store: Store, job_id: int) -> tuple[tuple[int, float], ...]:
-    """Step and loss on held-out rows, of each evaluation in mid-training so far."""
+    """Step and held-out loss of each evaluation in mid-training so far."""
     return tuple((point.step, point.value) for point in store.jobs.metrics(job_id, "eval_loss"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobHistory:
-    """A job with its whole past, and its resolved spec."""
+    """A job with its whole history, and its resolved spec."""
 
     job: JobState
     spec: Mapping[str, Any]
@@ -289,7 +289,7 @@ class JobHistory:
 
 
 def job_history(store: Store, job_id: int) -> JobHistory:
-    """A job's whole past. Raises JobNotFound."""
+    """A job's whole history. Raises JobNotFound."""
     row = store.jobs.get(job_id)
     view = store.cards.fleet() if row.status is Status.RUNNING else None
     job = state_of(row, view)
@@ -320,8 +320,8 @@ def _events(store: Store, job_id: int) -> tuple[PastEvent, ...]:
 
 
 def attempt_of(row: Attempt, shares: Sequence[AttemptShare] = (), used: Mapping[str, Any] | None = None) -> PastAttempt:
-    """What everyone may see of an attempt. `shares`: of its cards, by rank, where it has several; `used`: bytes that
-    are measured now, by card."""
+    """The public part of an attempt. `shares`: of its cards, by rank, if it has several; `used`: bytes measured now, by
+    card."""
     held: list[tuple[str, int | None]] = [(share.node, share.bytes) for share in shares]
     held = held or [(row.node, row.vram_reserved)]
     cards = tuple(CardPart(node=node, reserved=size, used=(used or {}).get(node)) for node, size in held)

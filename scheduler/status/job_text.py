@@ -1,4 +1,4 @@
-"""How one job looks on a terminal: where it stands, its course, its attempts and its history."""
+"""One job on a terminal: its state, its course, its attempts and its history."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _chain(answer: JobInFull) -> list[str]:
 
 
 def _told(when: str, text: str, screen: Screen) -> list[str]:
-    """A line of the history. On a terminal it is broken between words; a pipe has it whole, to be searched."""
+    """A line of the history. A terminal wraps it between words; a pipe gets it whole, for searching."""
     line = f"{when}  {clean_line(text)}"
     if screen.height is None:
         return [line]
@@ -57,7 +57,7 @@ def _told(when: str, text: str, screen: Screen) -> list[str]:
 
 
 def _sentence(job: JobState, rest: str, screen: Screen) -> list[str]:
-    """The job's name, and what is said of it; broken like the history."""
+    """The job's name, and a text about it, wrapped like the history."""
     name, rest = f"{job.job_id} {clean_line(job.name)}", clean_line(rest)
     if screen.height is None:
         return [screen.style(name, bold=True) + rest]
@@ -65,15 +65,15 @@ def _sentence(job: JobState, rest: str, screen: Screen) -> list[str]:
 
 
 def _course(name: str, points: Sequence[tuple[int, float]], screen: Screen) -> str:
-    """A loss over the steps, and where it stands."""
+    """A loss over the steps, and its last value."""
     step, loss = points[-1]
     drawn = sparkline([value for _, value in points], 30, screen)
     return f"{name:<8}  {drawn}{'  ' * bool(drawn)}{loss:.2f} at step {thousands(step)}"
 
 
 def _memory(last: PastAttempt, job: JobState, screen: Screen) -> list[str]:
-    """The last attempt's peak and plan, its method and speed. On a processor both are of all that the process holds,
-    libraries included."""
+    """The last attempt's peak and plan, its method and speed. On a CPU both cover all that the process holds, libraries
+    included."""
     several = len(last.cards) > 1
     how = f"method {last.how}"
     how += f"   speed {job.tokens_per_second:.0f} tok/s" if job.tokens_per_second else ""
@@ -94,7 +94,7 @@ def _memory(last: PastAttempt, job: JobState, screen: Screen) -> list[str]:
 
 
 def _standing(answer: JobInFull, screen: Screen) -> list[str]:
-    """Where the job is, and how far."""
+    """Where the job is, and its progress."""
     job = answer.job
     if job.status is Status.RUNNING:
         doing = "stopping" if job.cancel_requested else job.stage.value if job.stage else "starting"
@@ -167,7 +167,7 @@ def _attempt_row(attempt: PastAttempt, now: dt.datetime) -> list[str]:
 
 
 def state_word(job: JobState, screen: Screen) -> str:
-    """Its status in a word, with a colour."""
+    """Its status as a coloured word."""
     color = {Status.SUCCEEDED: "green", Status.FAILED: "red", Status.RUNNING: "blue"}.get(job.status)
     return screen.style("held" if job.held and job.status is Status.QUEUED else job.status.value, fg=color)
 

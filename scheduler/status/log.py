@@ -1,4 +1,4 @@
-"""A job's log: the lines in the database, and those that are stored with its result."""
+"""A job's log: the lines in the database, and those stored with its result."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class JobLog:
-    """The log of a job, or what has come since an earlier look."""
+    """The log of a job, or what is new since an earlier read."""
 
     job: JobState
     text: str
-    last: int  # the last chunk of the database that is in it; 0: none
+    last: int  # the last chunk of the database in it; 0: none
 
     @property
     def removed(self) -> bool:
-        """It was stored with the result, and that was removed."""
+        """Whether it was stored with a result that has been removed."""
         return self.job.status == "succeeded" and self.job.report_uri is None
 
 
 def job_log(store: Store, open_artifacts: Callable[[], ArtifactStore], job_id: int) -> JobLog:
-    """The whole log of all attempts; the store is opened where it is needed. Raises JobNotFound, ArtifactError."""
+    """The whole log of all attempts; the store is opened if needed. Raises JobNotFound, ArtifactError."""
     job, chunks = store.jobs.get(job_id), store.jobs.log(job_id)
     stored = _stored(store, open_artifacts, job, {chunk.attempt for chunk in chunks})
     text = "".join(chunk.text for chunk in chunks) + stored
@@ -37,7 +37,7 @@ def job_log(store: Store, open_artifacts: Callable[[], ArtifactStore], job_id: i
 
 
 def log_since(store: Store, log: JobLog) -> JobLog:
-    """What a job has logged since an earlier look. The job is read first: nothing is missed at its end."""
+    """What a job has logged since an earlier read. The job is read first, so that nothing is missed at its end."""
     job = store.jobs.get(log.job.job_id)
     chunks = store.jobs.log(job.job_id, after=log.last)
     text = "".join(chunk.text for chunk in chunks)
@@ -45,7 +45,7 @@ def log_since(store: Store, log: JobLog) -> JobLog:
 
 
 def _stored(store: Store, open_artifacts: Callable[[], ArtifactStore], job: Job, listed: set[int]) -> str:
-    """The log that is stored with a result, where loractl gc has removed its lines from the database."""
+    """The log stored with a result, if loractl gc has removed its lines from the database."""
     if job.report_uri is None or job.attempt in listed:
         return ""
     from loractl.common.binding import result_binding

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 SWEEPS_SHOWN = 20
-"""Sweeps that an overview lists; a person reads no more."""
+"""Sweeps that an overview lists; nobody reads more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overview:
-    """What runs, what waits and why, and how the day went."""
+    """What runs, what waits and why, and what has ended today."""
 
     running: tuple[JobState, ...]  # the oldest first; none on a later page
     waiting: tuple[JobState, ...]  # a page of them, by priority, then the oldest first
@@ -40,10 +40,10 @@ class Overview:
     sweeps: tuple[SweepView, ...]  # the newest of these jobs
     sweep_count: int  # all such sweeps
     ended: Mapping[Status, int]  # today, by the clock of this machine
-    after: int | None  # the job after which the next page goes on; None: this is the last
+    after: int | None  # the next page starts after this job; None: this is the last
     now: dt.datetime
     closed: tuple[str, ...] = ()  # boxes and cards that are silent or drained, each in a few words
-    nodes: Mapping[str, str] = field(default_factory=dict)  # what is wrong with a card on which jobs run, by name
+    nodes: Mapping[str, str] = field(default_factory=dict)  # what is wrong with a card with running jobs, by name
 
     @property
     def sentence(self) -> str:
@@ -52,13 +52,13 @@ class Overview:
         return ", ".join([counts, *self.closed])
 
     def trouble_of(self, job: JobState) -> str | None:
-        """What is wrong with a card on which a job runs; of one of several with its number."""
+        """What is wrong with a card on which a job runs; with its number if it is one of several."""
         found = ((card, self.nodes[card]) for card in job.cards if card in self.nodes)
         return next((f":{card.rpartition(':')[2]} {said}" if job.cards[1:] else said for card, said in found), None)
 
     @property
     def next_start(self) -> tuple[int, ExpectedStart] | None:
-        """The job that starts first of those that wait, where that is known."""
+        """The waiting job that starts first, if known."""
         coming = [(start.at, job_id, start) for job_id, start in self.waits.starts.items() if start.at > self.now]
         if not coming:
             return None
@@ -66,7 +66,8 @@ class Overview:
         return job_id, start
 
     def as_json(self) -> list[dict[str, Any]]:
-        """The running jobs, then the waiting ones: each with its fields, and with why it waits as its `message`."""
+        """The running jobs, then the waiting ones: each with its fields, and the reason for its wait as its
+        `message`."""
         return _listed((*self.running, *self.waiting), self.waits)
 
 
@@ -77,11 +78,11 @@ class JobList:
     jobs: tuple[JobState, ...]
     waits: WaitingJobs
     chosen: bool  # a filter left others out
-    after: int | None  # the job after which the next page goes on; None: this is the last
+    after: int | None  # the next page starts after this job; None: this is the last
     now: dt.datetime
 
     def as_json(self) -> list[dict[str, Any]]:
-        """Each job's fields, with why it waits as its `message`."""
+        """Each job's fields, with the reason for its wait as its `message`."""
         return _listed(self.jobs, self.waits)
 
 
@@ -96,8 +97,8 @@ def overview(
 ) -> Overview:
     """What runs, and a page of what waits. Raises JobNotFound.
 
-    `alone`: no members of sweeps on the page. `view`: the fleet where it was read already. `with_sweeps`: False where
-    nobody looks at them; they have all their members.
+    `alone`: no members of sweeps on the page. `view`: the fleet, if already read. `with_sweeps`: False if nobody looks
+    at them; sweeps have all their members.
     """
     now = store.now()
     midnight = now.astimezone().replace(hour=0, minute=0, second=0, microsecond=0).astimezone(dt.UTC)
@@ -105,7 +106,7 @@ def overview(
     first, view = page.after is None, view or store.cards.fleet()
     running = tuple(state_of(job, view) for job in seen.running)
     places = {card for job in running for card in job.cards if card in view.nodes}
-    only_sweeps = bool(seen.waiting_count) and not seen.waiting  # no line of a job says what it waits for
+    only_sweeps = bool(seen.waiting_count) and not seen.waiting  # no job's line says what it waits for
     no_card = ("no worker is online",) if only_sweeps and not listed_cards(view) else ()
     return Overview(
         running=running if first else (),
@@ -124,7 +125,7 @@ def overview(
 
 
 def told_of_queue(answer: Overview, settings: Settings) -> Overview:
-    """The same with the queue as the reason of what a card is about to take, where the queue is away."""
+    """The same, but while the queue is down, it is the reason for jobs that a card is about to take."""
     if all(wait.tier is not Tier.NEXT for wait in answer.waits.reasons.values()):
         return answer
     from loractl.common.queue.sender import queue_away

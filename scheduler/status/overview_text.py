@@ -1,6 +1,6 @@
-"""How jobs look on a terminal: the overview, and the list.
+"""Jobs on a terminal: the overview, and the list.
 
-A sentence first, then the table, the next command last and dim.
+First a sentence, then the table, and last the next command, dim.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _WORD_COLORS = {"never": "red", "held": "yellow", "drained": "yellow", "closed":
 
 
 def overview_text(overview: Overview, screen: Screen) -> str:
-    """What runs, what waits and why, sweeps in the place of their members, and how many ended today."""
+    """What runs, what waits and why, sweeps in place of their members, and how many ended today."""
     sentence = f"{overview.sentence}."
     advice = "" if overview.running_count or overview.waiting_count else " Submit one: loractl submit job.yaml"
     head = wrapped(sentence + _next_start(overview) + advice, sentence, screen)
@@ -58,13 +58,14 @@ class _Block:
     """A table of the overview, which a small terminal cuts at a row."""
 
     header: str
-    rows: tuple[tuple[str, ...], ...]  # each of one line or more
-    more: int  # rows that are not here
-    following: Callable[[int], str]  # the command that goes on behind so many rows
+    rows: tuple[tuple[str, ...], ...]  # each of one or more lines
+    more: int  # rows left out
+    following: Callable[[int], str]  # the command that continues after this number of rows
 
     @classmethod
     def of(cls, lines: Sequence[str], more: int = 0) -> _Block:
-        """A table whose rows are known by their lines: what begins with a blank belongs to the row above it."""
+        """A table whose rows are recognised by their lines: a line that begins with a space belongs to the row above
+        it."""
         rows: list[tuple[str, ...]] = []
         for line in lines[1:]:
             goes_on = bool(rows) and line.startswith(" " * 20)
@@ -72,7 +73,7 @@ class _Block:
         return cls(header=lines[0], rows=tuple(rows), more=more, following=lambda shown: "")
 
     def in_lines(self, room: int | None, screen: Screen) -> list[str]:
-        """In so many lines, with how many rows are left out; None: all rows."""
+        """The table in at most this many lines, with the number of rows left out; None: all rows."""
         shown = len(self.rows)
         if room is not None and sum(map(len, self.rows)) + bool(self.more) > room:
             shown, room = 0, room - 1
@@ -88,7 +89,7 @@ PROMPT_LINES = 2
 
 
 def _in_room(blocks: Sequence[_Block], taken: int, screen: Screen) -> list[str]:
-    """The tables below each other. A terminal's lines go to the first ones first; a later one keeps a line a table."""
+    """The tables below each other. The first tables get a terminal's lines first; each later one keeps one line."""
     lines: list[str] = []
     for place, block in enumerate(blocks):
         room = None
@@ -110,7 +111,7 @@ def _more(after: int | None, screen: Screen) -> list[str]:
 
 
 def _next_start(overview: Overview) -> str:
-    """Which waiting job starts first, where that is known."""
+    """Which waiting job starts first, if known."""
     if overview.next_start is None:
         return ""
     job_id, start = overview.next_start
@@ -147,7 +148,7 @@ def _running_table(running: Sequence[JobState], overview: Overview, screen: Scre
 
 @dataclass(frozen=True, kw_only=True)
 class _Widths:
-    """Columns of the running table that give way to each other."""
+    """Columns of the running table that compete for space."""
 
     name: int
     card: int
@@ -156,7 +157,7 @@ class _Widths:
 
 
 def _widths(running: Sequence[JobState], room: int, *, wide: bool) -> _Widths:
-    """What the cells have of `room` columns: a card with all its company goes before a long name, and that before a
+    """How the cells share `room` columns: a card with all its companions goes before a long name, and that before a
     long bar."""
     whole = max(len(_places(job)[0]) for job in running)
     method = max(len(f" {job.method}") for job in running)
@@ -173,19 +174,19 @@ def _widths(running: Sequence[JobState], room: int, *, wide: bool) -> _Widths:
 def _progress(job: JobState, length: int, screen: Screen) -> str:
     share = job.share
     tail = f" {share:4.0%}" if share is not None else "   – "
-    if job.stage is Stage.EVALUATING:  # all steps are done: a full bar would say that the job is
+    if job.stage is Stage.EVALUATING:  # all steps are done: a full bar would mean that the job is done
         word = job.stage.value if len(job.stage.value) <= length else "eval"
         return word.ljust(length) + (tail if share is not None else " " * len(tail))
     return bar(share or 0.0, length, screen) + tail
 
 
 def _place(job: JobState, width: int) -> str:
-    """Where a job runs, as fully as so many columns allow."""
+    """Where a job runs, as fully as the columns allow."""
     return next((text for text in _places(job) if len(text) <= width), _places(job)[-1])
 
 
 def _places(job: JobState) -> list[str]:
-    """The cards on which a job runs and beside whom, the fullest form first."""
+    """The cards on which a job runs and its companions, the fullest form first."""
     place, others = clean_line(job.place), job.companions
     if len(job.cards) > 1:
         return [place, f"{clean_line(job.cards[0])} +{len(job.cards) - 1}"]
@@ -196,7 +197,7 @@ def _places(job: JobState) -> list[str]:
 
 
 def _waiting_block(waiting: Sequence[JobState], overview: Overview, screen: Screen) -> _Block:
-    """What waits on this page. The command that goes on names the last job that is shown."""
+    """What waits on this page. The command for the next page names the last job shown."""
     header, *rows = _waiting_table(waiting, overview.waits, overview.now, screen)
     members = sum(member.status is Status.QUEUED for view in overview.sweeps for member in view.members)
     left = 0 if overview.after is None else max(1, overview.waiting_count - members - len(waiting))
@@ -211,9 +212,9 @@ def _waiting_block(waiting: Sequence[JobState], overview: Overview, screen: Scre
 def _waiting_table(
     waiting: Sequence[JobState], waits: WaitingJobs, now: dt.datetime, screen: Screen
 ) -> list[list[str]]:
-    """The lines of the header and of each job. The reason is never cut: on a narrow screen it goes over several lines.
+    """The lines of the header and of each job. The reason is never cut: on a narrow screen it wraps.
 
-    One that several jobs share is told once.
+    A reason that several jobs share is printed once.
     """
     whens = [_start(job.job_id, waits, now) for job in waiting]
     words = [waits.reasons[job.job_id].word for job in waiting]
@@ -244,7 +245,7 @@ def _waiting_table(
 
 
 def _asked(job: JobState, waits: WaitingJobs, screen: Screen) -> str:
-    """GiB of its card; of several cards how many and what of each, like 2×20.0."""
+    """GiB of its card; with several cards, the number and the GiB of each, like 2×20.0."""
     asks = waits.asks.get(job.job_id)
     if asks is None or asks.cards == 1:
         return gib(job.vram_needed if asks is None else asks.bytes)

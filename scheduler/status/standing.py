@@ -1,4 +1,4 @@
-"""A sweep: where its members stand, and its settings in short."""
+"""A sweep: the state of its members, and its settings in short."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class SweepStanding:
     """A sweep at one moment."""
 
     sweep: SweepView
-    troubles: Mapping[int, str] = field(default_factory=dict)  # what is wrong with the card of a running one, by job
+    troubles: Mapping[int, str] = field(default_factory=dict)  # what is wrong with a running member's card, by job
 
     def as_json(self) -> dict[str, Any]:
         """The sweep as JSON values.
 
-        `sweep_id`, `name`, `user`, `created_at`; `varied`: the values of each key as they were given; `trials` and
-        `seed` of the draw, null without one; `rungs`: the shares of the steps after which losers stop; `ended`;
-        how many members are `running`, `waiting`, `stopped`, `done`, `failed`, `cancelled`; `best_job_id`, null
-        before the first loss; `saved_steps` of `total_steps`; `members`: each with its fields, `settings` and `rungs`
-        it has reached.
+        `sweep_id`, `name`, `user`, `created_at`; `varied`: the values of each key as given; `trials` and `seed` of the
+        draw, null without one; `rungs`: the shares of the steps after which losers stop; `ended`; the number of members
+        that are `running`, `waiting`, `stopped`, `done`, `failed`, `cancelled`; `best_job_id`, null before the first
+        loss; `saved_steps` of `total_steps`; `members`: each with its fields, `settings`, and the `rungs` that it has
+        reached.
         """
         sweep, best = self.sweep, self.sweep.best
         saved, steps = sweep.saved_steps
@@ -85,14 +85,14 @@ def named_settings(sweep: SweepView, member: Member) -> str:
 
 
 def short_keys(sweep: SweepView) -> list[str]:
-    """The last word of each varied key, or the whole key where two have the same last word."""
+    """The last word of each varied key, or the whole key if two have the same last word."""
     lasts = [key.rpartition(".")[2] for key in sweep.varied]
     named = zip(sweep.varied, lasts, strict=True)
     return [clean_line(last if lasts.count(last) == 1 else key) for key, last in named]
 
 
 def titles(view: SweepView) -> list[str]:
-    """The varied keys as heads of columns."""
+    """The varied keys as column heads."""
     return [name.upper() for name in short_keys(view)]
 
 
@@ -109,7 +109,7 @@ def short_setting(value: Any) -> str:
 
 
 def loss_of(member: Member) -> str:
-    """Its loss at the end, or at the last share of its steps that it reached."""
+    """Its loss at the end, or at the last rung that it reached."""
     if member.final_loss is not None:
         return f"{member.final_loss:.3f}"
     point = member.rungs[-1]

@@ -1,4 +1,4 @@
-"""How sweeps look on a terminal: each as a line among the jobs, or opened with a row a member."""
+"""Sweeps on a terminal: each as a line among the jobs, or in full with one row per member."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _DOING = {
     Stage.STORING: "is stored",
 }
 _ENDED = {Status.SUCCEEDED: "done", Status.FAILED: "failed", Status.CANCELLED: "cancelled"}
-_SELDOM = ("failed", "cancelled")  # told only where there is such a member
+_SELDOM = ("failed", "cancelled")  # shown only if there is such a member
 _COLORS = {Status.SUCCEEDED: "green", Status.FAILED: "red", Status.RUNNING: "blue"}
 
 
 def overview(views: Sequence[SweepView], screen: Screen) -> list[str]:
-    """Each sweep in one line: where its members stand, and the best so far."""
+    """Each sweep in one line: the state of its members, and the best so far."""
     counts = [count(view) for view in views]
     names = [name for name in counts[0] if name not in _SELDOM or any(each[name] for each in counts)] if counts else []
     titles = {"running": "RUN", "waiting": "WAIT"}
@@ -50,7 +50,7 @@ def overview(views: Sequence[SweepView], screen: Screen) -> list[str]:
 
 
 def opened(standing: SweepStanding, screen: Screen) -> str:
-    """A sweep with a row a member; at its end the best one, and what stopping the losers saved."""
+    """A sweep with one row per member; at its end the best member, and what stopping the losers saved."""
     view = standing.sweep
     named = screen.style(f"Sweep {view.sweep_id} {clean_line(view.name)}", bold=True)
     lines = [f"{named} by {clean_line(view.user)}: {len(view.members)} jobs, {_told(count(view))}."]

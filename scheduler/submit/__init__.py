@@ -1,4 +1,4 @@
-"""Jobs checked, planned and queued: loractl submit, and what others queue.
+"""Checks, plans and queues jobs: loractl submit, and what others queue.
 
 Others use ancestor, data, draft, intake, lengths, need, overflow, preflight, warnings.
 """

@@ -1,4 +1,4 @@
-"""The jobs that a job starts after, and the adapter that it begins from: found, compared with it, named by number."""
+"""The jobs that a job starts after, and the adapter that it starts from: found, compared with it, named by number."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 def settle_predecessors(
     spec: JobSpec, store: Store, beside: Mapping[str, JobSpec] | None = None, job_id: int | None = None
 ) -> JobSpec:
-    """The spec with the number of the job whose adapter it begins from, since names and tags move, and with that job
-    among those that it starts after if it need not have ended. It says publish: false where that job's adapter, or one
-    merged into its base, may not be published: whatever becomes of their rows and folders.
+    """The spec with the number of the job whose adapter it starts from, since names and tags move, and with that job
+    among those that it starts after if it may not have ended yet. It says publish: false if that job's adapter, or one
+    merged into its base, may not be published: whatever happens to their rows and folders.
 
-    `beside`: the jobs of the same submit by name, whose numbers are not known yet. `job_id`: of a job that was
-    submitted before. Raises JobNotFound, AdapterNotFound, UsageError for a job that is not there, one that was
-    submitted later, and an adapter of another base, rank or layers.
+    `beside`: the jobs of the same submit by name, whose numbers are not known yet. `job_id`: of a job submitted before.
+    Raises JobNotFound, AdapterNotFound, UsageError for a job that does not exist, one submitted later, and an adapter
+    of another base, rank or layers.
     """
     if not may_be_published(spec.base_model):
         spec = spec.model_copy(update={"publish": False})
@@ -74,7 +74,7 @@ def _begun_from_best(spec: JobSpec, store: Store, sweep_id: int) -> JobSpec:
 
 def _settle_stored(spec: JobSpec, text: str, store: Store) -> JobSpec:
     reference = parse_reference(text)
-    if reference.job_id in spec.after:  # it waits for it: there need be no adapter yet
+    if reference.job_id in spec.after:  # it waits for that job: the adapter need not exist yet
         assert reference.job_id is not None
         return _begun_from(spec, _spec_of(store, reference.job_id), f"job {reference.job_id}")
     try:
@@ -91,7 +91,7 @@ def _spec_of(store: Store, job_id: int) -> JobSpec:
 
 
 def _begun_from(spec: JobSpec, ancestor: JobSpec, name: str) -> JobSpec:
-    """What may not be published of the ancestor may not of the job. Raises UsageError where that does not fit it."""
+    """If the ancestor may not be published, neither may the job. Raises UsageError if its spec contradicts that."""
     if wrong := misfits(spec, ancestor):
         raise UsageError(
             f"{spec.name} can't begin from {name}: {'; '.join(wrong)}",
@@ -101,9 +101,9 @@ def _begun_from(spec: JobSpec, ancestor: JobSpec, name: str) -> JobSpec:
 
 
 def in_order(specs: Sequence[JobSpec]) -> list[int]:
-    """The places of the jobs of one submit, each behind those of them that it names.
+    """The order of the jobs of one submit, each after those of them that it names.
 
-    Raises UsageError for a ring, and for a name that two of them have.
+    Raises UsageError for a cycle, and for a name that two of them have.
     """
     names = [spec.name for spec in specs]
     for spec in specs:

@@ -1,4 +1,4 @@
-"""What submit has queued, or would queue without --dry-run."""
+"""What submit queued, or would queue without --dry-run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class JobDrafts:
 
 @dataclass(frozen=True, kw_only=True)
 class QueuedJobs:
-    """What a submit has queued."""
+    """What a submit queued."""
 
     jobs: tuple[JobState, ...]
 

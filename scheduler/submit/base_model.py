@@ -1,4 +1,4 @@
-"""A job's base model as far as this machine can see it: its config, its tokenizer, the headers of its weights."""
+"""A job's base model, as far as this machine can see it: its config, its tokenizer, the headers of its weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from loractl.common.tensor_file import tensor_file_fault
 
 
 def check_base(folder: Path) -> tuple[str, ...]:
-    """Refuse a folder that no worker could load. Returns what of it is not on this machine.
+    """Refuse a folder that no worker could load. Returns its parts that are not on this machine.
 
-    A folder may hold the config alone, for the plan: then the box has the rest at the same path. Raises UsageError.
+    A folder may hold only the config, for the plan: then the box has the rest at the same path. Raises UsageError.
     """
     if not folder.is_dir():
         raise UsageError(f"base_model {folder} is a file", f"name the folder that holds it: {folder.parent}")
@@ -45,7 +45,7 @@ def check_base(folder: Path) -> tuple[str, ...]:
 
 
 def holds_model(folder: Path) -> bool:
-    """Whether any part of a model is there, or of an adapter, which is a mistake of its own."""
+    """Whether it has any part of a model, or of an adapter, which is a separate mistake."""
     parts = ("config.json", "adapter_config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf", "*.bin")
     return has_tokenizer(folder) or any(path for part in parts for path in folder.glob(part))
 
@@ -65,7 +65,7 @@ def _shards(folder: Path) -> set[str]:
 
 
 def _templates(folder: Path) -> list[str]:
-    """The names of its chat templates: files, or in the form before that a list in the tokenizer's config."""
+    """The names of its chat templates: files, or in the older form a list in the tokenizer's config."""
     names, config = [path.stem for path in folder.glob("additional_chat_templates/*.jinja")], {}
     if (settings := folder / "tokenizer_config.json").exists():
         config = _read_object(settings)
@@ -98,13 +98,13 @@ def _not_permitted(file: Path, error: PermissionError) -> UsageError:
 
 
 def _check_regular(file: Path) -> None:
-    """Refuse a pipe, which would be waited for. What is not there is left to its reader. Raises UsageError."""
+    """Refuse a pipe, since reading it would block. A missing file is left to its reader. Raises UsageError."""
     if file.exists() and not file.is_file():
         raise UsageError(f"{file} is not a regular file", "copy the model again")
 
 
 def _check_weights(file: Path) -> None:
-    """Read the header: a copy that was cut off is shorter than what it tells. Raises UsageError."""
+    """Read the header: a truncated copy is shorter than the header says. Raises UsageError."""
     _check_regular(file)
     try:
         fault = tensor_file_fault(file)

@@ -75,7 +75,7 @@ def submit(
 
 
 def _check(drafts: Sequence[JobDraft], settings: Settings) -> None:
-    """What submit looks at before it queues, with nothing written; what is doubtful is said."""
+    """Submit's checks before it queues, with nothing written; it prints what is doubtful."""
     from loractl.scheduler.cli.session import open_artifacts, open_to_check
 
     from .intake import doubts_of, plan_all

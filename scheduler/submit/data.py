@@ -1,4 +1,4 @@
-"""A job's local data sets: checked as a trainer would, stored for every box, fetched for a repetition."""
+"""A job's local data sets: checked as a trainer checks them, stored for every box, fetched for a repetition."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 
 def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -> list[Finding]:
-    """Refuse local data that the trainer would refuse, as far as no tokenizer is needed, and say what looks wrong.
+    """Refuse local data that the trainer would refuse, as far as possible without a tokenizer, and say what looks
+    wrong.
 
-    `report` hears how far it is. Raises DataError. Empty for data of the hub, and for parquet where pyarrow is missing:
-    the trainer checks them.
+    `report` gets the progress. Raises DataError. Empty for data from the hub, and for parquet without pyarrow: the
+    trainer checks them.
     """
     from loractl.common.data.fields import Reading
     from loractl.common.data.findings import about_fields, about_warmup
@@ -55,9 +56,9 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     readable = [rows for rows in trained if rows is not None]
     if len(readable) < len(sources):
         for file in (*readable, *([] if held_out is None else [held_out])):
-            collections.deque(file, maxlen=0)  # only whether it can be read: what it is for is not known here
+            collections.deque(file, maxlen=0)  # only whether it can be read: its purpose is unknown here
         return about_warmup(spec.training, None)
-    if dataset.eval_path is not None and held_out is None:  # what is held out can't be read here
+    if dataset.eval_path is not None and held_out is None:  # the held-out rows can't be read here
         reading = Reading.of(dataset)
         gathered = gather(dataset, readable, reading)
         check_taught(gathered.examples, dataset.path)
@@ -72,9 +73,9 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
 
 
 def check_used_data(spec: JobSpec, report: Report = lambda what, done, total: None) -> tuple[list[Finding], str | None]:
-    """As check_data, of the rows alone that on_overflow: drop leaves; a sentence where they can't be told here.
+    """As check_data, but only for the rows that on_overflow: drop leaves; a sentence if they are unknown here.
 
-    Raises DataError, also where nothing is left.
+    Raises DataError, also if nothing is left.
     """
     from loractl.common.job.sections import Overflow
 
@@ -96,7 +97,7 @@ def check_used_data(spec: JobSpec, report: Report = lambda what, done, total: No
 def store_data(
     spec: JobSpec, artifacts: ArtifactStore, known: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
-    """Upload the local data sets, so that a worker on another box has them. `known`: those that are stored already."""
+    """Upload the local data sets, so that a worker on another box has them. `known`: those already stored."""
     stored: dict[str, Any] = {}
     for key, text in spec.data_sets().items():
         if key in known:
@@ -110,13 +111,13 @@ def store_data(
 _WORDS = string.ascii_lowercase.encode() + b" "
 
 LETTERS_A_TOKEN = 3
-"""Small letters and spaces. Every other byte is taken for a token: digits, signs and rare scripts often are. By
-SmolLM2's tokenizer that is 0.93 to 1.3 times what base64, digits, code, Amharic and German have, and 1.6 to 2.6 times
-what the English rows of examples/data have, whose keys count as well."""
+"""Small letters and spaces. Every other byte is taken for a token: digits, signs and rare scripts often are. With
+SmolLM2's tokenizer the estimate is 0.93 to 1.3 times the tokens of base64, digits, code, Amharic and German, and 1.6 to
+2.6 times those of the English rows in examples/data, whose keys count as well."""
 
 
 def _extent(file: Path) -> dict[str, int]:
-    """How many rows and bytes a file of lines has, and an estimate of its tokens: what is known of its rows' lengths
+    """The rows and bytes of a file of lines, and an estimate of its tokens: what is known about its rows' lengths
     without a tokenizer."""
     if file.suffix.lower() != ".jsonl":
         return {}
@@ -130,9 +131,9 @@ def _extent(file: Path) -> dict[str, int]:
 
 @contextlib.contextmanager
 def data_at_hand(job_id: int, data: Mapping[str, Any], artifacts: ArtifactStore) -> Iterator[list[Path]]:
-    """A job's data sets as they were submitted, in a folder that goes afterwards.
+    """A job's data sets as submitted, in a temporary folder.
 
-    Raises ArtifactError for one that is gone, ServiceUnreachable.
+    Raises ArtifactError if one is gone, ServiceUnreachable.
     """
     with tempfile.TemporaryDirectory(prefix="loractl-") as folder:
         yield [_fetched(job_id, key, stored, artifacts, Path(folder)) for key, stored in data.items()]
@@ -144,7 +145,7 @@ def is_local(text: str) -> bool:
 
 
 def _refuse_unknown_names(spec: JobSpec) -> None:
-    """Raises DataError for a text that is not a file and can't be a name on the hub."""
+    """Raises DataError for text that is neither a file nor a possible name on the hub."""
     from loractl.common.job.hub_name import is_hub_data
 
     for text in spec.data_sets().values():

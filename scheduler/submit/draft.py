@@ -1,4 +1,4 @@
-"""A job before it is queued: of a job file, or like one that was submitted before."""
+"""A job before it is queued: from a job file, or like an earlier job."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class JobDraft:
 
     spec: JobSpec
     job_file: Path | None = None
-    like: int | None = None  # in place of a file: the job that it is like
-    stored: Mapping[str, Any] = field(default_factory=dict)  # the data sets of that job which it takes as they are
+    like: int | None = None  # instead of a file: the job that it copies
+    stored: Mapping[str, Any] = field(default_factory=dict)  # the data sets of that job that it takes unchanged
 
 
 def of_files(paths: Sequence[Path], overrides: Sequence[str]) -> list[JobDraft]:
-    """The jobs of job files, each behind those of them that it starts after. Raises SpecError, UsageError."""
+    """The jobs of job files, each after those of them that it starts after. Raises SpecError, UsageError."""
     drafts = [JobDraft(spec=spec, job_file=path) for path in paths for spec in load_specs(path, overrides)]
     return [drafts[place] for place in in_order([draft.spec for draft in drafts])]
 
@@ -42,7 +42,7 @@ def started_after(draft: JobDraft, job_ids: Sequence[int]) -> JobDraft:
 
 
 def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> JobDraft:
-    """A new job with a submitted one's settings and rows, but for the overrides. Raises JobNotFound, SpecError."""
+    """A new job with a submitted job's settings and rows, except for the overrides. Raises JobNotFound, SpecError."""
     job, name = store.jobs.get(job_id), f"job {job_id}"
     before = {key: value for key, value in job.spec.items() if key not in ("after", "after_any")}  # its turn has come
     spec = amended_spec(before, overrides, name, Path.cwd())
@@ -54,7 +54,7 @@ def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> JobDraft:
 
 @contextlib.contextmanager
 def rows_at_hand(draft: JobDraft, artifacts: ArtifactStore) -> Iterator[JobSpec]:
-    """The spec, with stored rows as files that can be checked here. loractl gc leaves these rows alone from now on.
+    """The spec, with stored rows as files that can be checked here. From now on loractl gc leaves these rows alone.
 
     Raises ArtifactError for rows that are gone.
     """

@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A job that has just been queued."""
+    """A job just queued."""
 
     job_id: int
-    sentence: str  # that it is queued
+    sentence: str  # says that it is queued
     warnings: tuple[str, ...]  # what could keep it waiting
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepEntry:
-    """A sweep that has just been queued."""
+    """A sweep just queued."""
 
     sweep: SweepView
     warnings: tuple[str, ...]
@@ -54,20 +54,20 @@ def submit_job(spec: JobSpec, settings: Settings, store: Store, artifacts: Artif
 
 
 def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store | None) -> list[Submission]:
-    """What is written for each job, all of them checked before the first is. Raises UsageError."""
+    """Each job's submission; all are checked before the first is written. Raises UsageError."""
     planned = []
     beside = {draft.spec.name: draft.spec for draft in drafts}
     for draft in drafts:
         hashes = {**stored_hashes(draft.spec), **draft.stored}
         spec = with_own_channels(draft.spec, settings)
         submission = plan_job(spec, settings.user, hashes, store, own_devices(settings), beside)
-        beside[spec.name] = submission.spec  # with what it inherits, which those behind it inherit in turn
+        beside[spec.name] = submission.spec  # with what it inherits, since later jobs inherit that in turn
         planned.append(replace(submission, purpose="" if draft.like is None else f"like job {draft.like}"))
     return planned
 
 
 def with_own_channels(spec: JobSpec, settings: Settings) -> JobSpec:
-    """The spec with the channels that its user tells of every job, where it names none itself."""
+    """The spec with the channels that its user notifies about every job, if it names none itself."""
     if spec.notify is not None or not settings.notify:
         return spec
     return spec.model_copy(update={"notify": list(settings.notify)})
@@ -105,7 +105,7 @@ def enqueue_all(submissions: Sequence[Submission], settings: Settings, store: St
 
 
 def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settings, store: Store) -> SweepEntry:
-    """Write all members or none, and wake the nodes. Of the warnings only those about the largest member are told."""
+    """Write all members or none, and wake the nodes. Returns only the warnings about the largest member."""
     classes = sorted({vram_class(member.first_need) for member in members})
     with open_sender(settings) as sender:
         sweep_id = store.sweeps.submit(new, members)
@@ -117,12 +117,12 @@ def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settin
 
 
 def wake_for(job: Job, sender: HintSender) -> list[str]:
-    """Wake the nodes for a job that waits. Returns warnings if the queue is away."""
+    """Wake the nodes for a job that waits. Returns warnings if the queue is down."""
     return _ring(sender, [job.vram_class], f"Job {job.job_id}") if job.status is Status.QUEUED else []
 
 
 def _ring(sender: HintSender, size_classes: Iterable[int], what: str) -> list[str]:
-    """Wake the nodes. Returns warnings if the queue is away."""
+    """Wake the nodes. Returns warnings if the queue is down."""
     try:
         sender.wake(size_classes)
     except ServiceUnreachable as error:
@@ -131,7 +131,7 @@ def _ring(sender: HintSender, size_classes: Iterable[int], what: str) -> list[st
 
 
 def doubts_of(name: str, submission: Submission, settings: Settings, store: Store | None) -> list[str]:
-    """What would make the job wait without end, or fail on its worker. `name`: what the job is called."""
+    """What would make the job wait forever, or fail on its worker. `name`: of the job."""
     spec = submission.spec
     doubts = unknown_names(spec.notify, settings.channels, settings.user)
     if not spec.publish:

@@ -1,4 +1,4 @@
-"""What a job's own tokenizer says of its rows, in a process of the training stack: their lengths, and findings."""
+"""What a job's own tokenizer finds in its rows, in a process with the training stack: their lengths, and findings."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ LENGTHS_TIMEOUT_S = 300
 
 @dataclass(frozen=True, kw_only=True)
 class RowLengths:
-    """What is known of the rows' lengths."""
+    """What is known about the rows' lengths."""
 
     lengths: Lengths | None  # None: every row is taken to be max_length tokens long
     rows: Mapping[str, int] | None  # used: `train`, `held_out`, perhaps `final`; and `left_out`: too long
-    sentence: str  # what a plan was made for
+    sentence: str  # what a plan assumes
 
 
 def row_lengths(spec: JobSpec, announce: Callable[[], None] = lambda: None) -> RowLengths:
-    """The rows' own lengths where they can be counted here. `announce` is called before a count: it takes a while."""
+    """The rows' own lengths, if they can be counted here. `announce` is called before a count: it takes a while."""
     obstacle = obstacle_to_count(spec)
     halves = spec.kind.halves
     noun, of_both = ("row", "") if halves == 1 else ("pair", " of both answers with their prompts")
@@ -55,7 +55,7 @@ def row_lengths(spec: JobSpec, announce: Callable[[], None] = lambda: None) -> R
 
 
 def used_findings(spec: JobSpec) -> list[Finding] | None:
-    """The findings about the rows that are used, where the tokenizer is here to tell which these are; else None."""
+    """The findings about the rows that are used, if the tokenizer that decides which is here; else None."""
     from loractl.common.data.findings import Finding
 
     if obstacle_to_count(spec) is not None:

@@ -1,4 +1,4 @@
-"""What a job will need: its plan, corrected by what was measured, and the methods that are open to it."""
+"""What a job will need: its plan, corrected by what was measured, and the methods open to it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def plan_job(
     devices: str | None = None,
     beside: Mapping[str, JobSpec] | None = None,
 ) -> Submission:
-    """Everything that submit writes of a job. `store`: None where a dry run has no database to ask. `devices`: see
+    """Everything that submit writes about a job. `store`: None if a dry run has no database to ask. `devices`: see
     own_devices. `beside`: the jobs of the same submit by name.
 
     Raises UsageError when its own max_vram is below every need, and for a lora.init_from that does not fit.
@@ -76,19 +76,19 @@ def plan_job(
 
 
 def own_devices(settings: Settings) -> str | None:
-    """LORACTL_DEVICES, or cpu where the workers are on this machine and it has no NVIDIA driver; None: not known."""
+    """LORACTL_DEVICES, or cpu if the workers are on this machine and it has no NVIDIA driver; None: unknown."""
     if settings.devices is None and settings.embedded_database and not any(map(os.path.exists, _DRIVERS)):
         return "cpu"
     return settings.devices
 
 
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
-"""What NVIDIA's driver shows, the second one under WSL."""
+"""The NVIDIA driver's device files, the second under WSL."""
 
 
 def fleet_stack(store: Store | None, devices: str | None = None) -> Stack:
-    """How the fleet trains: on processors where no worker has shown anything else. Where none shows anything now,
-    `devices` counts, see own_devices."""
+    """How the fleet trains: on CPUs if workers report nothing else. If none reports anything now, `devices` decides,
+    see own_devices."""
     kinds = {node.kind for node in store.cards.nodes()} if store is not None else set()
     return Stack(on_gpu=kinds != {"cpu"} if kinds else devices != "cpu")
 
@@ -120,7 +120,7 @@ def _admitted(spec: JobSpec, methods: Sequence[Method], need: Need) -> tuple[Met
 
 
 def check_adapter(spec: JobSpec) -> None:
-    """Refuse a base in a foreign format, and an adapter that peft can't put on the base, where its config.json is here.
+    """Refuse a base in a foreign format, and an adapter that peft can't put on the base, if its config.json is here.
 
     Raises UsageError.
     """
@@ -169,7 +169,7 @@ def _check_expression(pattern: str, shape: Shape, base: str) -> None:
 
 
 def open_methods(spec: JobSpec) -> tuple[Method, ...]:
-    """The job's methods without QLoRA where its base is a GGUF file, which can't be quantised to NF4."""
+    """The job's methods, without QLoRA if its base is a GGUF file, which can't be quantised to NF4."""
     methods = permitted_methods(spec.method)
     folder = Path(spec.base_model)
     gguf_alone = folder.is_dir() and any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
@@ -177,7 +177,7 @@ def open_methods(spec: JobSpec) -> tuple[Method, ...]:
 
 
 def stored_hashes(spec: JobSpec) -> dict[str, Any]:
-    """The hashes that the local data sets will have once they are stored: a job like it is found by them."""
+    """The hashes that the local data sets will have once stored: they identify a job like it."""
     from loractl.common.artifacts import sha256_of
 
     return {key: {"sha256": sha256_of(Path(text))} for key, text in spec.data_sets().items() if Path(text).is_file()}

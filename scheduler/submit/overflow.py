@@ -1,7 +1,7 @@
-"""Rows that are too long for their job, looked for before it is queued.
+"""Checks, before a job is queued, for rows that are too long for it.
 
-Where on_overflow: truncate cuts a row whose question alone fills it, nothing of it is learned. Such questions are
-looked for without the training stack, whose start takes seconds: it is asked only where one may be too long.
+If on_overflow: truncate cuts a row whose question alone fills it, nothing of it is learned. The search for such
+questions works without the training stack, whose start takes seconds: that is asked only if one may be too long.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MARKS = 48
 
 
 def check_overflow(spec: JobSpec, announce: Callable[[], None] = lambda: None) -> str | None:
-    """Refuse rows that are too long for a job with `on_overflow: error`, and rows of which `truncate` leaves nothing to
+    """Refuse rows that are too long for a job with `on_overflow: error`, and rows in which `truncate` leaves nothing to
     learn. Returns why they can't be counted here.
 
     Raises UsageError, DataError.
@@ -45,12 +45,12 @@ def check_overflow(spec: JobSpec, announce: Callable[[], None] = lambda: None) -
 
 
 def unchecked(obstacle: str | None) -> list[str]:
-    """What is said where check_overflow could not look."""
+    """The message if check_overflow could not look."""
     return [f"Not checked: whether rows are too long, {obstacle}. The worker will check it."] if obstacle else []
 
 
 def may_fill_a_row(spec: JobSpec) -> bool:
-    """Whether the part of some row before its first answer may have dataset.max_length tokens. Raises DataError."""
+    """Whether some row may have dataset.max_length tokens before its first answer. Raises DataError."""
     questions = _long_ones(spec)
     first = next(questions, None)
     if first is None or (count := _counter(Path(spec.base_model))) is None:
@@ -59,7 +59,7 @@ def may_fill_a_row(spec: JobSpec) -> bool:
 
 
 def _long_ones(spec: JobSpec) -> Iterator[str]:
-    """The questions with as many bytes as a row may have tokens: no token is shorter than a byte."""
+    """The questions with at least as many bytes as a row may have tokens: no token is shorter than a byte."""
     from loractl.common.data.fields import Reading
     from loractl.common.data.formats import detect_format, map_columns, parse_each
     from loractl.common.data.rows import open_rows
@@ -88,7 +88,7 @@ def _before_the_first_answer(example: Example) -> str:
 
 
 def _counter(base: Path) -> Callable[[str], int] | None:
-    """Counts a text's tokens as the base's tokenizer makes them; None where it is not here, or what reads it."""
+    """Counts a text's tokens with the base's tokenizer; None if that, or the library that reads it, is not here."""
     file = base / "tokenizer.json"
     if importlib.util.find_spec("tokenizers") is None or not file.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What is looked at before anything of a job is stored or queued, and what only a worker's box can know."""
+"""What is checked before anything of a job is stored or queued, and what only a worker's box can know."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_addresses() -> Settings:
 
 
 def check_model(spec: JobSpec, settings: Settings) -> list[str]:
-    """Refuse a base that no worker can load. Returns lines about what is doubtful, and what is not checked here.
+    """Refuse a base that no worker can load. Returns lines about what is doubtful and what is not checked here.
 
     Raises UsageError.
     """
@@ -71,7 +71,7 @@ def check_model(spec: JobSpec, settings: Settings) -> list[str]:
 
 
 def _not_here(base: Path, settings: Settings) -> str:
-    """A warning: another machine may have it. Refused where the workers are on this machine."""
+    """A warning: another machine may have it. An error if the workers are on this machine."""
     beside = [path.name for path in base.parent.iterdir() if path.is_dir()] if base.parent.is_dir() else []
     close = difflib.get_close_matches(base.name, beside, n=1)
     meant = f"did you mean {base.parent / close[0]}?" if close else ""
@@ -82,7 +82,7 @@ def _not_here(base: Path, settings: Settings) -> str:
 
 
 def _closed(base: Path) -> str | None:
-    """Why this person can't look into a folder that is here; None: nothing keeps them from it."""
+    """Why this person can't look into an existing folder; None: they can."""
     try:
         if base.is_dir():
             next(base.iterdir(), None)
@@ -92,14 +92,14 @@ def _closed(base: Path) -> str | None:
 
 
 def _no_model(what: str, needed: str, settings: Settings) -> str:
-    """As _not_here, of a folder that is here, and empty, or something else's, or closed."""
+    """As _not_here, for an existing folder that is empty, something else's, or closed."""
     if settings.embedded_database:
         raise UsageError(what, needed)
     return f"Warning: {what} on this machine; every worker needs one at that path: {needed}."
 
 
 def _ask_the_hub(name: str) -> bool | None:
-    """Whether the hub shows it to this machine; None when it does not answer, or must not be asked."""
+    """Whether the hub shows it to this machine; None if it does not answer, or must not be asked."""
     if hub_is_off():
         return None
     where = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")

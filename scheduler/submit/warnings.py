@@ -1,4 +1,4 @@
-"""What a command that queues jobs says of their data, on stderr."""
+"""What a command that queues jobs says about their data, on stderr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings of a job file, tried in a group of jobs: loractl sweep.
+"""Tries settings of a job file in a group of jobs: loractl sweep.
 
 Others use nothing of it.
 """

@@ -1,4 +1,4 @@
-"""What sweep would queue: the members that settings make of a job file."""
+"""What sweep would queue: the members that settings make from a job file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SweepDraft:
     """What a sweep would queue."""
 
     name: str
-    varied: Mapping[str, str]  # the values of each key, as they were given
+    varied: Mapping[str, str]  # the values of each key, as given
     rungs: tuple[float, ...] | None  # None: no loser is stopped
     trials: int | None  # None: all points
     seed: int | None  # of the draw
@@ -36,7 +36,7 @@ class SweepDraft:
         return [(tree["name"], {key: setting(tree, key) for key in self.varied}) for tree in trees]
 
     def new_sweep(self, user: str) -> NewSweep:
-        """The sweep's own row, beside its members."""
+        """The sweep's own row, apart from its members."""
         return NewSweep(
             name=self.name, user=user, varied=self.varied, rungs=self.rungs, trials=self.trials, seed=self.seed
         )
@@ -53,7 +53,7 @@ class SweepDraft:
 def sweep_draft(
     job_file: Path, settings: Sequence[str], *, trials: int | None, seed: int | None, early_stop: bool
 ) -> SweepDraft:
-    """The sweep that `KEY=VALUES` settings make of a job file. Raises SpecError, UsageError."""
+    """The sweep that `KEY=VALUES` settings make from a job file. Raises SpecError, UsageError."""
     if seed is not None and trials is None:
         raise UsageError("--seed is for draws", "say how many to draw: --trials 20")
     grid = read_grid(settings)

@@ -57,7 +57,7 @@ def sweep(
 
 
 def _check(draft: SweepDraft, job_file: Path, settings: Settings) -> None:
-    """What sweep looks at before it queues, with nothing written; what is doubtful is said."""
+    """Sweep's checks before it queues, with nothing written; it prints what is doubtful."""
     from loractl.scheduler.cli.session import open_to_check
     from loractl.scheduler.submit.intake import doubts_of, with_own_channels
 

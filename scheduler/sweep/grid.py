@@ -1,4 +1,4 @@
-"""The points of a sweep: which settings are varied, and which of their combinations are run."""
+"""The points of a sweep: which settings vary, and which of their combinations run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Point = dict[str, str]
 MAX_MEMBERS = 200
 
 DIGITS = 4
-"""Significant digits of a drawn number: what is printed is what is run."""
+"""Significant digits of a drawn number: what is printed is what runs."""
 
 _EXAMPLE = "like --set lora.r=8,16,32 --set training.learning_rate=1e-4,3e-4"
 _RANGE = re.compile(r"(?P<kind>log|uniform|int):(?P<low>.+)\.\.(?P<high>.+)")
@@ -26,7 +26,7 @@ _TRIES_A_POINT = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Values:
-    """A key with the values that it takes."""
+    """A key with its values."""
 
     key: str
     texts: tuple[str, ...]
@@ -41,7 +41,8 @@ class Values:
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """A key with the interval that its values are drawn from: evenly, evenly on a logarithmic scale, or whole."""
+    """A key with the interval from which its values are drawn: evenly, evenly on a logarithmic scale, or as whole
+    numbers."""
 
     key: str
     kind: str  # uniform, log, int
@@ -65,7 +66,7 @@ class Range:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What a sweep varies, and the overrides that hold for all of its members."""
+    """What a sweep varies, and the overrides for all of its members."""
 
     axes: tuple[Values | Range, ...]
     fixed: tuple[str, ...]  # key=value
@@ -73,7 +74,7 @@ class Grid:
 
 
 def read_grid(settings: Sequence[str]) -> Grid:
-    """The axes that `KEY=VALUE,VALUE,...` and `KEY=KIND:LOW..HIGH` name; one value alone holds for all.
+    """The axes that `KEY=VALUE,VALUE,...` and `KEY=KIND:LOW..HIGH` name; a single value applies to all.
 
     Raises UsageError.
     """
@@ -100,7 +101,7 @@ def read_grid(settings: Sequence[str]) -> Grid:
 
 
 def points(grid: Grid, trials: int | None, seed: int) -> list[Point]:
-    """Every combination of the values, or as many different ones as `trials` says, drawn with the seed.
+    """Every combination of the values, or `trials` different ones drawn with the seed.
 
     Raises UsageError: a range without trials, more than MAX_MEMBERS points, or more trials than there are points.
     """
@@ -171,7 +172,7 @@ def _range(key: str, text: str, kind: str, low_text: str, high_text: str) -> Ran
 
 
 def _split(text: str) -> list[str]:
-    """The values between the commas that stand outside of brackets, braces and quotes."""
+    """The values between commas outside brackets, braces and quotes."""
     parts, depth, quote = [""], 0, ""
     for letter in text:
         if quote:

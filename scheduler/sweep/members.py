@@ -44,7 +44,7 @@ def member_specs(path: Path, grid: Grid, *, trials: int | None, seed: int, early
 
 
 def numbered(specs: Sequence[JobSpec]) -> list[JobSpec]:
-    """The members under names of their own: the job file's, and a number."""
+    """The members under their own names: the job file's, and a number."""
     suffixes = [f"-{number}" for number in range(1, len(specs) + 1)]
     return [
         spec.model_copy(update={"name": f"{spec.name[: _NAME_LENGTH - len(suffix)]}{suffix}"})
@@ -58,14 +58,14 @@ def with_different_data(specs: Sequence[JobSpec]) -> list[JobSpec]:
 
 
 def with_different_bases(specs: Sequence[JobSpec]) -> list[JobSpec]:
-    """One member for each base model: a base is looked at once."""
+    """One member for each base model: a base is checked once."""
     return list({(spec.base_model, spec.revision): spec for spec in specs}.values())
 
 
 def submissions(
     specs: Sequence[JobSpec], settings: Settings, store: Store, artifacts: ArtifactStore
 ) -> list[Submission]:
-    """What is written for each member. A data set that several members name is uploaded once."""
+    """Each member's submission. A data set that several members name is uploaded once."""
     stored: dict[str, dict[str, Any]] = {}
     members = []
     for spec in specs:
@@ -88,7 +88,7 @@ def planned(specs: Sequence[JobSpec], settings: Settings, store: Store | None) -
 
 
 def _refuse(grid: Grid, early_stop: bool) -> None:
-    """Raises UsageError for a key that can't be varied, or not where members are compared on their way."""
+    """Raises UsageError for a key that can't be varied, or can't if members are compared in mid-training."""
     for key in grid.given:
         if key == "name":
             raise UsageError("--set name can't take several values", "members are called NAME-1, NAME-2, ... anyway")
@@ -124,7 +124,7 @@ def _told(point: Point) -> str:
 
 
 def _on_rungs(spec: JobSpec) -> JobSpec:
-    """The member, evaluated at the rungs. Raises UsageError where its own eval_steps says otherwise."""
+    """The member, evaluated at the rungs. Raises UsageError if its own eval_steps contradicts that."""
     every = spec.training.eval_steps
     if every is None:
         return spec.model_copy(update={"training": spec.training.model_copy(update={"eval_steps": RUNGS[0]})})

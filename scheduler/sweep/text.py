@@ -1,4 +1,4 @@
-"""A sweep before it runs, and just queued: its members' settings, for a terminal."""
+"""A sweep before it runs, or just queued: its members' settings, for a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def queued_text(view: SweepView, screen: Screen) -> str:
-    """A sentence that the members are queued, and the points that were drawn."""
+    """A sentence that the members are queued, and the drawn points."""
     jobs = listed([member.job_id for member in view.members])
     losers = f"; losers stop after {shares(view.rungs)} of their steps" if view.rungs else ""
     lines = [f"Sweep {view.sweep_id}: {len(view.members)} jobs ({jobs}) are queued{losers}."]
@@ -42,7 +42,7 @@ def listed(job_ids: Sequence[int]) -> str:
 
 
 def _points(first: str, members: Sequence[tuple[str, Mapping[str, Any]]], screen: Screen) -> list[str]:
-    """The settings of each member, under what `first` says."""
+    """The settings of each member, below the line `first`."""
     headers = [first, *members[0][1]]
     rows = [[name, *map(short_setting, settings.values())] for name, settings in members]
     return table(headers, rows, screen, right=number_columns(headers, rows))

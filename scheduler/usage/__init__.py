@@ -1,4 +1,4 @@
-"""What everybody has had of the cards, and quotas of it: loractl usage and quota.
+"""How much everybody has used the cards, and quotas on it: loractl usage and quota.
 
 Others use answer.
 """

@@ -1,4 +1,4 @@
-"""What was had of the cards, added up by user, label, card or month, and quotas of it."""
+"""Card usage, added up by user, label, card or month, and quotas on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loractl.common.store.store import Store
 
 GROUPS = {"user": ["user"], "label": ["label_set"], "card": ["node"], "month": ["hour"]}
-"""What rows stand for, with what the sums are read by for it."""
+"""What rows stand for, with the key that reads their sums."""
 
 NO_LABEL = "no label"
 
@@ -24,14 +24,14 @@ FIGURES = ("card_hours", "gib_hours", "lost_hours", "waited_hours", "jobs")
 
 @dataclass(frozen=True, kw_only=True)
 class UsageRow:
-    """What one user, label, card or month had."""
+    """The usage of one user, label, card or month."""
 
     name: str
-    card_hours: float = 0.0  # hours of whole cards: a part counts as its bytes of the card's
+    card_hours: float = 0.0  # hours of whole cards: a part counts as its share of the card's bytes
     gib_hours: float = 0.0
-    lost_hours: float = 0.0  # of the card hours, for steps that no checkpoint has kept
-    waited_hours: float = 0.0  # by jobs, from when they could start to when they did
-    jobs: int = 0  # that ended
+    lost_hours: float = 0.0  # card hours for steps that no checkpoint has kept
+    waited_hours: float = 0.0  # of jobs, from when they could start to when they did
+    jobs: int = 0  # ended
 
     def plus(self, use: PastUse) -> UsageRow:
         return replace(self, **{name: getattr(self, name) + getattr(use, name) for name in FIGURES})
@@ -43,13 +43,13 @@ class UsageRow:
 
 @dataclass(frozen=True, kw_only=True)
 class UsageTable:
-    """What was had since some hour, the most first, months in their order."""
+    """The usage since some hour, largest first, months in order."""
 
     by: str
     since: dt.datetime
     now: dt.datetime
     rows: tuple[UsageRow, ...]
-    total: UsageRow  # a job with two labels is in two rows, and once in it
+    total: UsageRow  # counts a job with two labels once, though it is in two rows
 
     def as_json(self) -> dict[str, Any]:
         """`by`, `since`, `rows` and `total`."""
@@ -62,7 +62,7 @@ class UsageTable:
 
 
 def usage_table(store: Store, by: str, since: dt.datetime) -> UsageTable:
-    """`by`: one of GROUPS; a month is one of local time."""
+    """`by`: one of GROUPS; months are in local time."""
     rows: dict[str, UsageRow] = {}
     total = UsageRow(name="total")
     for use in store.usage.since(since, GROUPS[by]):
@@ -85,14 +85,14 @@ def _names(use: PastUse, by: str) -> Iterator[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class QuotaState:
-    """A user's quota, and what of it is used."""
+    """A user's quota, and how much of it is used."""
 
     user: str
     card_hours: float
     window_s: int
     soft: bool
     used: float
-    below_at: dt.datetime | None  # when enough of what has ended is out of the window; None: it is below the quota
+    below_at: dt.datetime | None  # when enough ended work is out of the window; None: usage is below the quota
 
     @property
     def exceeded(self) -> bool:
@@ -104,7 +104,7 @@ class QuotaState:
         return f"{self.card_hours:g} a {window_name(self.window_s)}{', soft' if self.soft else ''}"
 
     def means(self, now: dt.datetime) -> str:
-        """What becomes of the user's next jobs."""
+        """What happens to the user's next jobs."""
         if not self.exceeded:
             return "start"
         if self.soft:

@@ -1,4 +1,4 @@
-"""loractl usage and loractl quota: what everybody has had of the cards, and what each may have."""
+"""loractl usage and loractl quota: how much everybody has used the cards, and how much each may."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def usage(by: str, since: str, as_csv: bool, as_json: bool) -> None:
 
 
 def _begin(text: str, now: dt.datetime) -> dt.datetime:
-    """A duration ago, or a local date or time. Raises UsageError."""
+    """A duration before now, or a local date or time. Raises UsageError."""
     from loractl.common.units import parse_duration
 
     try:

@@ -1,4 +1,4 @@
-"""How usage and quotas look on a terminal."""
+"""Usage and quotas on a terminal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def usage_text(answer: UsageTable, screen: Screen) -> str:
-    """A row for each, and what the columns mean."""
+    """A row for each group, and what the columns mean."""
     since = f"since {answer.since.astimezone():%Y-%m-%d %H:%M}"
     if not answer.rows:
         return f"No card was used {since}."
@@ -51,7 +51,7 @@ def usage_csv(answer: UsageTable) -> str:
 
 
 def quotas_text(answer: QuotaList, screen: Screen) -> str:
-    """Each user's quota, what is used of it, and what that means now."""
+    """Each user's quota, how much of it is used, and what that means now."""
     if not answer.quotas:
         return "No quota is set. Set one: loractl quota set USER 100h/week"
     rows = [

@@ -1,4 +1,4 @@
-"""Why a job waits, when it starts and what would help, by asking the placement rule. No query, no clock.
+"""Why a job waits, when it starts and what would help, according to the placement rule. No query, no clock.
 
 Others use all of it.
 """

@@ -54,7 +54,7 @@ class Asking:
     job: Job
     me: Waiting
     at_last: Waiting  # once it has waited long enough for LoRA: with all its methods
-    gang: SharedNeed | None  # how several cards are to share it; None: one card is to have it
+    gang: SharedNeed | None  # how several cards would share it; None: it takes one card
     refusals: Mapping[str, Refusal | None]
 
     @classmethod
@@ -184,7 +184,7 @@ def _full(full: Full, asking: Asking, card: Card, view: FleetView) -> str:
 
 
 def _beyond(me: Waiting, card: Card, view: FleetView) -> str:
-    """Whose room beyond its need the job would fit into, as words behind those that must end."""
+    """Jobs whose memory beyond their need the job would fit into, as words after those that must end."""
     if me.least is None or me.least <= card.free or not card.slots:
         return ""
     for one in card.running:
@@ -202,7 +202,7 @@ def beside(jobs: Iterable[int]) -> str:
 
 
 def refused_join(me: Waiting, card: Card, view: FleetView) -> str:
-    """Why the job does not train beside those of the card that have its base; empty where that is no question."""
+    """Why the job does not train with the card's jobs that have its base; empty if that is no option."""
     refused = view.refused_joins.get((me.job_id, card.node))
     members = [] if refused is None else card.inside(refused.base)
     if refused is None or not members:
@@ -221,26 +221,26 @@ def still_inside(card: Card) -> str:
 
 
 def avoidance_of(job: Job, card: Card, view: FleetView) -> Avoidance:
-    """Why the job keeps off a card that failed it, or whose box did."""
+    """Why the job avoids a card that failed it, or whose box did."""
     found = avoided_by(job.avoids, view.now)
     return found[card.node] if card.node in found else found[card.host]
 
 
 SILENT_S = 15.0
-"""A node writes its row every 5 s. After so long without it a person is told, before it counts as offline."""
+"""A node writes its row every 5 s. After this time without it people see a warning, before it counts as offline."""
 
 FORGOTTEN_S = 3600.0
-"""A box that has been silent for longer is no news."""
+"""A box that has been silent for longer is not news."""
 
 
 def trouble_of(view: FleetView, node: str) -> str | None:
-    """What is wrong with a card at this moment, in a few words; None where nothing is."""
+    """What is wrong with a card at this moment, in a few words; None if nothing is."""
     order = view.drain_of(node)
     return interruption_of(view, node) or (None if order is None else f"drained by {order.user}")
 
 
 def interruption_of(view: FleetView, node: str) -> str | None:
-    """The same of what ends a job that runs there before its time: on a drained card it runs to its end."""
+    """The same, but only what would end a running job early: on a drained card it runs to its end."""
     silent = silent_s(view, node)
     if silent > SILENT_S:
         return f"silent for {duration(silent)}"
@@ -248,12 +248,12 @@ def interruption_of(view: FleetView, node: str) -> str | None:
 
 
 def listed_cards(view: FleetView) -> list[str]:
-    """The cards that a worker serves, or did a while ago."""
+    """The cards that a worker serves, or did until recently."""
     return [name for name in view.cards if silent_s(view, name) < FORGOTTEN_S]
 
 
 def closed_cards(view: FleetView) -> list[str]:
-    """The cards that are silent or drained, each in a few words; a box once where all its cards are."""
+    """The cards that are silent or drained, each in a few words; a box once if all its cards are."""
     troubles = {name: said for name in listed_cards(view) if (said := trouble_of(view, name))}
     told: dict[str, str] = {}
     for name, said in troubles.items():
@@ -265,7 +265,7 @@ def closed_cards(view: FleetView) -> list[str]:
 
 
 def silent_s(view: FleetView, node: str) -> float:
-    """For how long the node has not been seen."""
+    """How long the node has not been seen."""
     return (view.now - view.nodes[node].seen_at).total_seconds()
 
 

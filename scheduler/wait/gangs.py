@@ -1,4 +1,4 @@
-"""A job on several cards: which of a box have room for it, which it waits for, and how they are named."""
+"""A job on several cards: which cards of a box have room for it, which it waits for, and how they are named."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ORDINALS = {2: "second", 3: "third", 4: "fourth"}
 class CardsAsked:
     """How much a waiting job asks for."""
 
-    bytes: int | None  # of its card, of several of each; None: not known
+    bytes: int | None  # of its card, or of each of several; None: unknown
     cards: int = 1
     parallel: Parallel = Parallel.NONE
 
@@ -33,7 +33,7 @@ class CardsAsked:
 
 
 def asked_of(job: Job, view: FleetView) -> CardsAsked:
-    """What a waiting job asks of the fleet as it is."""
+    """What a waiting job asks of the current fleet."""
     me = waiting_of(vars(job), view.now)
     gang = view.round.gang_of(me) or (me.gangs[0] if me.gangs and not me.alone else None)
     if gang is None:
@@ -59,7 +59,7 @@ def gang_wait(me: Waiting, gang: SharedNeed, view: FleetView) -> tuple[str, str]
 
 
 def gathering_of(me: Waiting, gang: SharedNeed, view: FleetView) -> Gathering | None:
-    """The cards on which the job can start first; None: other programs hold too much of all."""
+    """The cards on which the job can start first; None: other programs hold too much of all cards."""
     found = first_gathering(me, gang, takers(me, gang, view.cards.values()), view.now)
     return None if found is None else found[1]
 

@@ -1,4 +1,4 @@
-"""The waiting jobs: for each its reason, and its expected start where that is known."""
+"""The waiting jobs: for each its reason, and its expected start if known."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class WaitingJobs:
 
 
 def waiting_jobs(store: Store, jobs: Sequence[Job], view: FleetView | None = None) -> WaitingJobs:
-    """For the waiting ones among the jobs: why they wait. For the ready ones: when they start.
+    """Why the waiting jobs among these wait, and when the ready ones start.
 
-    `view`: the fleet where it was read already.
+    `view`: the fleet, if already read.
     """
     queued = [job for job in jobs if job.status is Status.QUEUED]
     if not queued:
@@ -57,7 +57,7 @@ def with_awaited(view: FleetView, store: Store, jobs: Sequence[Job]) -> FleetVie
 
 
 def without_queue(waits: WaitingJobs, away: str) -> WaitingJobs:
-    """The same while the queue is away (`away`: a sentence): a job that a card is about to take waits for that."""
+    """The same while the queue is down (`away`: a sentence): a job that a card is about to take waits for the queue."""
     told = {
         job_id: replace(wait, word="queue", sentence=f"{away}; {wait.sentence}, by polling")
         for job_id, wait in waits.reasons.items()
@@ -83,7 +83,7 @@ def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[
     if asking.gang is not None or full is None:
         return wait
     ends = {one.job_id: one.ends for one in card.running}
-    # where it joins others there, fewer of them have to end than for a trainer of its own
+    # if it joins others there, fewer of them have to end than for its own trainer
     ending = tuple(one for one in full.after if (end := ends[one]) is not None and end <= start.at)
     if wait.sentence.startswith(f"{start.node} when") and ending in ((), full.after):
         return wait

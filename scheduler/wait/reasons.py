@@ -32,7 +32,7 @@ AT_ONCE_S = 20.0
 
 
 class Tier(enum.IntEnum):
-    """The kinds of reasons; the first that applies is told."""
+    """The kinds of reasons; the first that applies is reported."""
 
     NEVER = 1
     POLICY = 2
@@ -48,11 +48,11 @@ class Wait:
     tier: Tier
     word: str
     sentence: str
-    apart: str = ""  # of the sentence: why the job does not train beside those that have its base
+    apart: str = ""  # part of the sentence: why the job does not train with those that have its base
 
     @property
     def brief(self) -> str:
-        """The sentence for a list of jobs: `loractl why` alone tells what keeps a job apart."""
+        """The sentence for a list of jobs: only `loractl why` says what keeps a job apart."""
         return self.sentence.replace(self.apart, "", 1)
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ def _never(job: Job, me: Waiting, view: FleetView) -> Wait | None:
 
 
 def _held_by(message: str | None) -> str:
-    """Who or what holds it; the word held stands before it."""
+    """Who or what holds it; the word held precedes it."""
     return (message or "until loractl retry").removeprefix("held: ").removeprefix("held ")
 
 
@@ -119,14 +119,14 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
 
 
 def _used_up(user: str, allowance: Allowance, now: dt.datetime) -> str:
-    """When what has ended is below the quota again; not known while what runs alone is beyond it."""
+    """When ended work is below the quota again; unknown while running jobs alone exceed it."""
     quota = f"{allowance.card_hours:g} card hours a {window_name(allowance.window_s)}"
     used = f"{user} has used {allowance.used:.1f} of {quota}"
     return used + ("" if allowance.below_at is None else f"; jobs start again about {clock(allowance.below_at, now)}")
 
 
 def _behind(job: Job, view: FleetView) -> str:
-    """The job for which it waits, and where that one stands: the first of a chain whose turn it is."""
+    """The job for which it waits, and that job's state: the first of a chain whose turn it is."""
     first = view.awaited.get(job.awaits or 0)
     if first is None:
         return f"job {job.awaits}, which was removed: loractl edit {job.job_id} --set after=[] lets it start without"
@@ -149,13 +149,13 @@ def _how_far(job: Job, view: FleetView, *, any_end: bool) -> str:
 
 
 def _blamed(job: Job, view: FleetView) -> str | None:
-    """The card or the box that its last failure is put down to: of several cards not always the first."""
+    """The card or the box blamed for its last failure: with several cards, not always the first."""
     found = {name: why for name, why in avoided_by(job.avoids, view.now).items() if why.reason == job.reason}
     return max(found, key=lambda name: found[name].until, default=job.node)
 
 
 def _result_elsewhere(job: Job, me: Waiting, view: FleetView) -> Wait | None:
-    """Its finished result lies on a box that can't take it at this moment."""
+    """Its finished result is on a box that can't take it at this moment."""
     if me.only_host is None or job.result_until is None or _next(job, view) is not None:
         return None
     cards = [card for card in view.cards.values() if card.host == me.only_host]
@@ -209,7 +209,7 @@ def _no_open_card(asking: Asking, view: FleetView) -> Wait | None:
 
 
 def _all_silent(cards: list[Card], view: FleetView) -> Wait:
-    """The card that was seen last, and its worker's version if that explains the silence."""
+    """The card seen last, and its worker's version if that explains the silence."""
     best = min(cards, key=lambda card: silent_s(view, card.node))
     theirs = view.nodes[best.node].versions.get("loractl", __version__)
     if _minor(theirs) != _minor(__version__):
@@ -244,7 +244,7 @@ def _next(job: Job, view: FleetView) -> Wait | None:
 
 
 def _others_first(asking: Asking, view: FleetView) -> Wait | None:
-    """A card has room for it, or each of several has, and the rule gives or keeps one of these for another job."""
+    """A card, or each of several, has room for it, and the rule gives or keeps one of these for another job."""
     me, nodes = asking.me, list(asking.refusals)
     if asking.gang is not None:
         found = gathering_of(me, asking.gang, view)
@@ -295,7 +295,7 @@ def _patience(asking: Asking, view: FleetView) -> Wait | None:
 
 
 def _avoids(asking: Asking, view: FleetView) -> Wait | None:
-    """A card has room for it and failed it: it waits for another one."""
+    """A card has room for it but failed it: it waits for another card."""
     forgets, cards = replace(asking.me, avoids=frozenset()), view.cards
     for node, refusal in asking.refusals.items():
         if refusal is Obstacle.AVOIDED and could_start(forgets, cards[node], cards.values()):
@@ -315,7 +315,8 @@ def _short_of_time(asking: Asking, view: FleetView) -> Wait | None:
 
 
 def _room(asking: Asking, view: FleetView) -> Wait:
-    """The card that has room first, and the jobs that must end for it. Without one: who holds the largest card."""
+    """The card that has room first, and the jobs that must end for it. Without such a card: who holds the largest
+    card."""
     me, full, kept = asking.me, asking.full, view.round.kept
     mine = kept if kept is not None and kept.job.job_id == me.job_id else None
     ours = " (kept for it)" if mine is not None else ""

@@ -1,4 +1,4 @@
-"""What would make a waiting job start now, each asked of the placement rule."""
+"""What would make a waiting job start now, according to the placement rule."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class Trial(Protocol):
-    """The card that the placement rule would give a waiting job in another form, all else as it is; None: no card."""
+    """The card that the placement rule would give a waiting job in another form, all else unchanged; None: no card."""
 
     def __call__(self, changed: Waiting, spec: JobSpec | None = None, /) -> str | None:
-        """`spec`: the form's job file, where it has another than the job."""
+        """`spec`: the form's job file, if it differs from the job's."""
         ...
 
 
@@ -62,7 +62,7 @@ def _smaller_job(job: Job, view: FleetView, rule: Trial) -> Iterator[str]:
     cards = view.cards.values()
     alone = max((card.room for card in cards), default=0)
     beside = max((o.bytes for o in join_openings(cards) if o.base_model == me.base_model), default=0)
-    # a place beside others may be refused though it has more room than a card of the job's own
+    # a place with others may be refused though it has more room than a card of the job's own
     rooms = sorted({alone, beside}, reverse=True)
     for key, text, needs, changed in (form for room in rooms for form in _smaller_forms(spec, permitted, room)):
         kind = key.partition("=")[0]

@@ -18,19 +18,19 @@ if TYPE_CHECKING:
 
 
 def ahead_of(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waiting]:
-    """Those of the ready jobs that the rule tries before it and that could take a card which suits it, in its order."""
+    """The ready jobs, in the rule's order, that the rule tries before it and that could take a card that suits it."""
     mine = turn(waiting_of(vars(job), view.now), view.charges)
     first = [other for other in rivals(job, view, waiting) if turn(other, view.charges) < mine]
     return sorted(first, key=lambda other: turn(other, view.charges))
 
 
 def reaches(job: Job, waiting: Sequence[Waiting]) -> bool:
-    """Whether the beginning of the rule's order that was read holds all that go before the job."""
+    """Whether the part of the rule's order that was read contains all that go before the job."""
     return len(waiting) <= REPLAYED_JOBS or any(other.job_id == job.job_id for other in waiting)
 
 
 def rivals(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waiting]:
-    """Other ready jobs that could take a card which suits this one; where no card does, those that lack one as well."""
+    """Other ready jobs that could take a card that suits this one; if no card does, those that lack one as well."""
     me = waiting_of(vars(job), view.now)
     mine = _suiting(me, view)
 

@@ -28,7 +28,7 @@ class ExpectedStart:
     at: dt.datetime
     spread_s: float  # half width, from the spread of the running jobs' measured steps
     node: str
-    beside: tuple[str, ...] = ()  # the other cards of a job on several
+    beside: tuple[str, ...] = ()  # the other cards of a job on several cards
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -36,12 +36,12 @@ class ExpectedStart:
         return self.node, *self.beside
 
     def as_json(self) -> dict[str, Any]:
-        """`at` as ISO 8601, `spread_s`, and `node`: of several cards, all of them in `nodes`, the first."""
+        """`at` as ISO 8601, `spread_s`, and `node`: with several cards, the first, and all of them in `nodes`."""
         return {"at": self.at.isoformat(), "spread_s": self.spread_s, "node": self.node, "nodes": list(self.nodes)}
 
 
 def read_starts(store: Store, view: FleetView, waiting: Sequence[Waiting]) -> dict[int, ExpectedStart]:
-    """See expected_starts. What a join asks of waiting jobs is read where there is a host to join."""
+    """See expected_starts. What a join needs to know about waiting jobs is read only if there is a host to join."""
     joined = len(waiting) <= REPLAYED_JOBS and any(open_bases(card) for card in view.cards.values())
     return expected_starts(view, waiting, store.cards.newcomers(waiting) if joined else {})
 
@@ -49,10 +49,10 @@ def read_starts(store: Store, view: FleetView, waiting: Sequence[Waiting]) -> di
 def expected_starts(
     view: FleetView, waiting: Sequence[Waiting], newcomers: Mapping[int, Newcomer] | None = None
 ) -> dict[int, ExpectedStart]:
-    """When the ready jobs start, where that depends only on running jobs with a measured end.
+    """When the ready jobs start, if that depends only on running jobs with a measured end.
 
-    The duration of a waiting job is not known: a job that can only start after it gets no time. `newcomers`: those
-    that may join a running host, by number.
+    The duration of a waiting job is unknown: a job that can only start after it gets no time. `newcomers`: those that
+    may join a running host, by number.
     """
     if len(waiting) > REPLAYED_JOBS:
         return {}

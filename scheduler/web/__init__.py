@@ -1,4 +1,4 @@
-"""The lab as pages in a browser, and as numbers for Prometheus: loractl web. Every route only reads.
+"""The lab as pages in a browser, and as numbers for Prometheus: loractl web. Every route is read-only.
 
 Others use nothing of it.
 """

@@ -1,4 +1,4 @@
-"""Who may look: this machine alone, or whoever has the token; and by which names the server may be called."""
+"""Who may look: only this machine, or anyone with the token; and the names under which the server may be called."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Access:
     """What a request must show."""
 
     token: str | None  # None: nothing, the server listens on this machine's own address
-    names: frozenset[str]  # host names by which it may be called, beside addresses
+    names: frozenset[str]  # host names by which it may be called, besides addresses
 
     def knows(self, hosts: Sequence[str]) -> bool:
         """Whether the Host headers name us. An address is no name that a stranger's DNS could point here."""
@@ -35,21 +35,21 @@ class Access:
         return address.is_loopback if self.token is None else True
 
     def admits(self, token: str) -> bool:
-        """Whether it is the token. Takes the same time for every wrong one."""
+        """Whether it is the token. Takes the same time for every wrong token."""
         return self.token is None or hmac.compare_digest(token.encode(), self.token.encode())
 
     def admits_cookie(self, value: str) -> bool:
-        """Whether it is what a browser was given for the token."""
+        """Whether it is the cookie value for the token."""
         return self.token is None or hmac.compare_digest(value.encode(), self.cookie.encode())
 
     @property
     def cookie(self) -> str:
-        """What stands in the browser's cookie: from it nobody learns the token."""
+        """The value of the browser's cookie, which does not reveal the token."""
         return sha256(f"loractl web cookie {self.token}".encode()).hexdigest()
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address. Raises UsageError for what is none."""
+    """Whether only this machine reaches the address. Raises UsageError for anything else."""
     if host == "localhost":
         return True
     address = address_of(host)
@@ -59,7 +59,7 @@ def is_loopback(host: str) -> bool:
 
 
 def access_to(host: str, home: Path, more_names: Iterable[str], *, always: bool) -> Access:
-    """What a server on this address asks for: nothing on a loopback one, unless `always`; else the home's token."""
+    """What a server on this address asks for: nothing on a loopback address, unless `always`; else the home's token."""
     names = {"localhost", *(name.lower().rstrip(".") for name in more_names)}
     if is_loopback(host) and not always:
         return Access(token=None, names=frozenset(names))
@@ -68,7 +68,7 @@ def access_to(host: str, home: Path, more_names: Iterable[str], *, always: bool)
 
 
 def home_token(home: Path) -> str:
-    """The token of a home; it is drawn when it is first asked for. Raises LoractlError."""
+    """The token of a home, drawn on first use. Raises LoractlError."""
     path = home / TOKEN_FILE
     try:
         make_private(home)

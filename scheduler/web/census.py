@@ -1,4 +1,4 @@
-"""The lab in numbers, for a monitoring system: read at one moment, and bounded however many jobs there were."""
+"""The lab in numbers, for a monitoring system: read at one moment, and bounded for any number of jobs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from loractl.common.store.tables import Job
 
 MOST_RUNNING = 1000
-"""Running jobs that have numbers of their own."""
+"""Running jobs with their own numbers."""
 
 SETTLED_S = 5.0
-"""A transaction is committed so long after the time that it wrote, at the most; younger runs are read next time."""
+"""A transaction commits at most this long after the time that it wrote; younger runs are read next time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class RunningJob:
     user: str
     progress: float | None  # 0..1
     lease_ends_at: dt.datetime | None
-    reserved: Mapping[str, int]  # bytes, by card: of one on several cards what it has of each
+    reserved: Mapping[str, int]  # bytes, by card: on several cards, those of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class LabCensus:
     now: dt.datetime
     counts: Sequence[JobCount]
     oldest_ready: dt.datetime | None
-    round_at: dt.datetime | None  # when a node last went round for all
+    round_at: dt.datetime | None  # when a node last made the round for all
     devices: Sequence[DeviceState]
     running: Sequence[RunningJob]
     traffic: Sequence[ChannelTraffic]  # of messages

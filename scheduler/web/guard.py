@@ -1,4 +1,4 @@
-"""What every request passes before a page is made: it only reads, names this server, and shows the token."""
+"""What every request must pass before a page is drawn: it only reads, names this server, and shows the token."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
-"""Nothing inline, nothing from elsewhere, nothing framed; a link out tells nobody where it stood."""
+"""Nothing inline, nothing from elsewhere, nothing framed; a link out reveals nothing about its page."""
 
 LONGEST_URL = 4096
 
 
 class Guard:
-    """Plain ASGI around the pages: methods that only read, a Host of ours, the token where there is one."""
+    """Plain ASGI around the pages: methods that only read, a Host of ours, the token if there is one."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app, self._access = app, access
@@ -57,7 +57,7 @@ class Guard:
         await (self._app if answer is None else answer)(scope, receive, send_guarded)
 
     def _answer(self, request: Request) -> Response | None:
-        """What is said in place of a page; None: the page."""
+        """The answer instead of a page; None: the page."""
         if request.method not in ("GET", "HEAD"):
             return PlainTextResponse("this server is read-only\n", 405, {"allow": "GET, HEAD"})
         if len(request.scope.get("raw_path") or b"") + len(request.scope["query_string"]) > LONGEST_URL:
@@ -82,7 +82,7 @@ class Guard:
         return _refused()
 
     def _signed_in(self, request: Request) -> Response:
-        """The cookie, and the same address without the token: it must not stay in histories."""
+        """The cookie, and the same address without the token, which must not stay in histories."""
         target = _without_token(request)
         elsewhere = request.headers.get("sec-fetch-site") == "cross-site"
         answer = _once_more(target) if elsewhere else RedirectResponse(target, 303)
@@ -95,7 +95,7 @@ class Guard:
 def _without_token(request: Request) -> str:
     given = parse_qsl(request.scope["query_string"].decode("latin-1"), keep_blank_values=True)
     query = urlencode([(key, value) for key, value in given if key != "token"])
-    path = "/" + quote(request.scope["path"].lstrip("/"))  # two slashes, or one of them back, would name another server
+    path = "/" + quote(request.scope["path"].lstrip("/"))  # two slashes, or a backslash, would name another server
     return f"{path}?{query}" if query else path
 
 
@@ -108,7 +108,7 @@ def _refused() -> Response:
 
 
 def _once_more(target: str) -> Response:
-    """A page of our own that goes to the target at once."""
+    """Our own page that redirects to the target at once."""
     address = escape(target, quote=True)
     head = f'<meta http-equiv="refresh" content="0;url={address}">'
     return HTMLResponse(_bare("loractl", f'<p><a href="{address}">Go on</a></p>', head), 200)

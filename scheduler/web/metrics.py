@@ -41,7 +41,7 @@ RATIO_BUCKETS = (0.5, 0.7, 0.8, 0.9, 0.95, 1.0, 1.05, 1.1, 1.25, 1.5, 2.0)
 
 
 class Tally:
-    """What is counted since this server began: attempts by outcome and by card, waits, and how right plans were."""
+    """What is counted since this server started: attempts by outcome and by card, waits, and the accuracy of plans."""
 
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter({str(reason): 0 for reason in Reason})
@@ -77,13 +77,13 @@ class Buckets:
         self.total += value
 
     def cumulative(self) -> list[tuple[str, float]]:
-        """(upper end, how many are no larger), as Prometheus has it."""
+        """(upper end, how many are no larger), as in Prometheus."""
         ends = [*(f"{end:g}" for end in self._ends), "+Inf"]
         return [(end, float(sum(self._counts[: n + 1]))) for n, end in enumerate(ends)]
 
 
 class Exporter(Collector):
-    """Reads the lab when it is asked, and writes its numbers. What has ended has no series of its own any more."""
+    """Reads the lab on request, and writes its numbers. Ended jobs have no series of their own."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -102,7 +102,7 @@ class Exporter(Collector):
             return self._text[1]
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics. Without a database only that it is away, and what was counted before."""
+        """The metrics. Without a database, only that it is down, and what was counted before."""
         started = time.monotonic()
         families: list[Metric] = [_build()]
         try:
@@ -120,7 +120,7 @@ class Exporter(Collector):
         return families
 
     def describe(self) -> Iterable[Metric]:
-        """None beforehand: nothing is read when the exporter is made."""
+        """None in advance: nothing is read when the exporter is created."""
         return []
 
     def _count(self, now: dt.datetime) -> None:
@@ -180,7 +180,7 @@ def _cards(census: LabCensus) -> Iterator[Metric]:
 
 
 def card_uses(device: DeviceState) -> dict[str, float]:
-    """Bytes of a card by use; together they are the card, whatever the parts claim."""
+    """Bytes of a card by use; they always add up to the card, whatever the parts claim."""
     card = device.card
     left = card.total
     uses: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""How the site listens: uvicorn with limits, and the address that a person opens."""
+"""How the site listens: uvicorn with limits, and the address to open."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from .access import Access
 
 AT_ONCE = 200
-"""Connections that are served at a time; further ones are told to come later."""
+"""Connections served at a time; further ones are asked to come later."""
 
 
 def listen(app: Any, host: str, port: int, access: Access, tell: Callable[[str], None]) -> None:
-    """Serve until Ctrl-C or SIGTERM. Raises UsageError where nothing can listen there."""
+    """Serve until Ctrl-C or SIGTERM. Raises UsageError if nothing can listen there."""
     check_port(host, port)
     config = uvicorn.Config(
         app,
@@ -40,7 +40,7 @@ def listen(app: Any, host: str, port: int, access: Access, tell: Callable[[str],
     try:
         with contextlib.suppress(KeyboardInterrupt):
             server.run()
-    except SystemExit as error:  # taken meanwhile; uvicorn has said why
+    except SystemExit as error:  # the port was taken in between; uvicorn has said why
         raise UsageError(f"can't listen on {host}:{port}", "choose another --host or --port") from error
 
 

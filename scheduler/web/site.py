@@ -1,4 +1,4 @@
-"""The application: an address for each page, drawn once for all who look at a moment, and known again by its tag."""
+"""The application: an address for each page, drawn once for all viewers at a moment, and recognised by its ETag."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .pages.shelf import ReportShelf
 
 FRESH_S = 1.5
-"""A page is drawn once in so long, however many look at it."""
+"""A page is drawn once in this time, however many look at it."""
 
 KEPT_PAGES = 64
 
@@ -46,7 +46,7 @@ STATIC = {"page.css": "text/css", "refresh.js": "text/javascript", "icon.svg": "
 
 @dataclass(frozen=True, kw_only=True)
 class KeptPage:
-    """A page as it was drawn."""
+    """A drawn page."""
 
     at: float
     body: bytes
@@ -75,7 +75,7 @@ class Site:
         return answer
 
     def _page(self, key: str, draw: Callable[[], KeptPage]) -> KeptPage:
-        """The page as it was drawn a moment ago. Who asks while it is drawn waits for that."""
+        """The page drawn a moment ago. A request during the drawing waits for it."""
         with self._lock:
             if (kept := self._fresh(key)) is not None:
                 return kept
@@ -106,12 +106,12 @@ class Site:
             drawn = page_of(sentence, hint)
             main = render(drawn.template, **drawn.values)
         body = render("page.jinja", main=main, title=drawn.title, section=drawn.section, version=__version__)
-        # the tag is that of the content: the clock in the page's head would make each page a new one
+        # the tag depends only on the content: the clock in the page's head would make each page new
         tag = f'W/"{sha256(f"{drawn.title}{main}".encode("utf-8", "replace")).hexdigest()[:24]}"'
         return KeptPage(at=time.monotonic(), body=body.encode("utf-8", "replace"), tag=tag, status=status)
 
     def find(self, request: Request) -> Response:
-        """Where the box at the top leads: a job by its number, or the jobs of a name."""
+        """Where the search box at the top leads: a job by its number, or the jobs of a name."""
         text = request.query_params.get("q", "").strip().removeprefix("#")
         if (number := number_of(text)) is not None:
             return RedirectResponse(f"/jobs/{number}", 303)
@@ -139,7 +139,7 @@ class Site:
 
 
 def _key(request: Request) -> str:
-    """What makes a page another one. Parameters that no page knows make none."""
+    """What distinguishes pages. Unknown parameters do not."""
     given = request.query_params
     return "\n".join((request.scope["path"], *(f"{key}={given[key]}" for key in PARAMETERS if key in given)))
 

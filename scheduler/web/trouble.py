@@ -1,4 +1,4 @@
-"""What a person reads in place of a page: what happened and what to do, in a sentence each, never a trace."""
+"""What a person reads instead of a page: what happened and what to do, in a sentence each, never a traceback."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger("loractl")
 
 
 class NoSuchPage(LoractlError):
-    """An address at which nothing is."""
+    """An address with nothing at it."""
 
     def __init__(self) -> None:
         super().__init__("there is no such page")
@@ -35,7 +35,7 @@ _MISSING = (NoSuchPage, JobNotFound, SweepNotFound, AdapterNotFound)
 
 
 def told(error: Exception, store: Store) -> tuple[str, str | None, int]:
-    """What is said of an error, what helps, and the status of the answer."""
+    """An error's message, what helps, and the HTTP status."""
     if isinstance(error, LoractlError):
         return error.sentence, error.hint, 404 if isinstance(error, _MISSING) else _status(error)
     if isinstance(error, REFUSALS):
@@ -49,8 +49,9 @@ _FAULT = "This page could not be drawn", "That is a fault of loractl; the server
 
 
 def _of_database(error: Exception, store: Store) -> tuple[str, str | None, int]:
-    """The tables may have been upgraded, or put back, under the running server; else it is away, or we are wrong."""
-    if outage(error) is not None and "no such" not in told_by(error):  # SQLite says so of a table, too
+    """The tables may have been upgraded or restored under the running server; else the database is down, or we have a
+    bug."""
+    if outage(error) is not None and "no such" not in told_by(error):  # SQLite also says so about a table
         log.warning("the database did not answer: %s", told_by(error))
         return _AWAY
     try:

@@ -45,8 +45,8 @@ class NotWaiting:
 class Ahead:
     """Who goes before a job."""
 
-    jobs: tuple[tuple[int, str], ...]  # number and owner, the first to start first
-    complete: bool  # False: more than these, so many wait
+    jobs: tuple[tuple[int, str], ...]  # number and owner, in order of start
+    complete: bool  # False: there are more, since so many wait
     of: int | None  # jobs that could take the same cards, this one included; None: more than were read
 
 
@@ -59,7 +59,7 @@ class Why:
     start: ExpectedStart | None  # None: not known
     cards: tuple[CardFit, ...]
     ahead: Ahead
-    remedies: tuple[str, ...]  # sentences; empty where nothing helps, or nothing was tried
+    remedies: tuple[str, ...]  # sentences; empty if nothing helps, or nothing was tried
     now: dt.datetime
     asks: CardsAsked | None = None
 
@@ -67,8 +67,8 @@ class Why:
         """The reason, the start and the cards.
 
         `tier`: never, policy, fleet, capacity or next; `word` and `sentence`: the reason; `vram_needed`: bytes, null
-        while not known; `asks`: `cards`, `bytes` of each, null while not known, and `parallel`; `expected_start`:
-        `at`, `spread_s`, `node` and `nodes`, or null; `cards`: how each card sees the job.
+        while unknown; `asks`: `cards`, `bytes` of each, null while unknown, and `parallel`; `expected_start`: `at`,
+        `spread_s`, `node` and `nodes`, or null; `cards`: how each card sees the job.
         """
         return {
             "job_id": self.job.job_id,
@@ -83,7 +83,7 @@ class Why:
 
 
 def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWaiting:
-    """Why a job waits. Raises JobNotFound. Remedies take time: the job is planned in smaller forms."""
+    """Why a job waits. Raises JobNotFound. Remedies take time: they plan the job in smaller forms."""
     job = store.jobs.get(job_id)
     if job.status is not Status.QUEUED:
         if job.status is not Status.RUNNING:
@@ -108,7 +108,7 @@ def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWa
 
 
 def _releases(job: Job, wait: Wait, view: FleetView) -> tuple[str, ...]:
-    """What lets a job start that a person, or another job, keeps from it."""
+    """What would let a job start that a person, or another job, holds back."""
     if wait.word == "held":
         return (f"Release it: loractl retry {job.job_id}",)
     if wait.word != "after":

@@ -1,4 +1,4 @@
-"""How a job's wait looks on a terminal: the reason in a sentence, every card, who goes first, what would help."""
+"""A job's wait on a terminal: the reason in a sentence, every card, what goes first, what would help."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _start(answer: Why, screen: Screen) -> list[str]:
 
 
 def _cards(answer: Why, screen: Screen) -> list[str]:
-    """A row a card; those on which the job is expected to start are marked."""
+    """A row per card; those on which the job is expected to start are marked."""
     free = [card.node for card in answer.cards if card.when == "now"]
     wanted = 1 if answer.asks is None else answer.asks.cards
     best = answer.start.nodes if answer.start is not None else free[:1] if wanted == 1 else ()

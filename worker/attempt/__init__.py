@@ -1,1 +1,2 @@
-"""One attempt from claim to finish, as its supervisor sees it. No torch, at any depth; SQL only through Store."""
+"""One attempt from claim to finish, as its supervisor sees it. No torch, not even indirectly; SQL only through
+Store."""

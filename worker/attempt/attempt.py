@@ -1,4 +1,4 @@
-"""An attempt as its supervisor has it: what it is, what its trainer told, what others ask, what its row lacks."""
+"""An attempt as its supervisor has it: what it is, what its trainer reported, what others ask, what its row lacks."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ from .trainer_process import TrainerLink
 log = logging.getLogger("loractl.worker")
 
 SAY_EVERY_S = 10.0
-"""Seconds between two lines about a job's steps at a worker's terminal; its history has them all."""
+"""Seconds between two lines about a job's steps on a worker's terminal; its history has all steps."""
 
 
 @dataclass(kw_only=True)
 class Heard:
-    """What an attempt's trainers have told, folded message by message."""
+    """What an attempt's trainers have reported, folded message by message."""
 
-    at: float  # when one last said something
+    at: float  # when one last sent something
     adjustment: Adjustment  # what out-of-memory has changed in the job so far
-    changes: list[str] = field(default_factory=list)  # what this trainer said of its adjustments
+    changes: list[str] = field(default_factory=list)  # what this trainer said about its adjustments
     step: int = 0
     peaks: Peaks = field(default_factory=Peaks)
     ended: Ended | None = None
-    opened: Opened | None = None  # others may join its trainer, which was not written yet
-    passes: list[MeasuredPass] = field(default_factory=list)  # not handed on yet
-    saved: list[Saved] = field(default_factory=list)  # checkpoints that are not handed on yet
+    opened: Opened | None = None  # others may join its trainer; not written yet
+    passes: list[MeasuredPass] = field(default_factory=list)  # not passed on yet
+    saved: list[Saved] = field(default_factory=list)  # checkpoints not passed on yet
 
     def take(self, message: Told) -> None:
         if isinstance(message, (Stepped, Ended)) and message.peaks is not None:
@@ -83,7 +83,7 @@ class Wishes:
     preempted_by: int | None = None
     pruned: str | None = None  # why its sweep stops the job
     card_drained: str | None = None  # whose order keeps one of its cards empty
-    time_limit: float | None = None  # seconds, as the last beat brought it: an edit reaches a job that runs
+    time_limit: float | None = None  # seconds, from the last beat: an edit reaches a running job
 
     def take(self, beat: Beat) -> None:
         self.cancel_requested, self.preempted_by = beat.cancel_requested, beat.preempted_by
@@ -98,8 +98,8 @@ class Unwritten:
 
     log: LogBook
     pending: Progress = field(default_factory=Progress)
-    refused: str | None = None  # what the database last said against a write, in the history already
-    _noted: queue.SimpleQueue[tuple[str, str]] = field(default_factory=queue.SimpleQueue)  # by any thread
+    refused: str | None = None  # why the database last refused a write, already in the history
+    _noted: queue.SimpleQueue[tuple[str, str]] = field(default_factory=queue.SimpleQueue)  # from any thread
 
     def note(self, kind: str, text: str) -> None:
         """Add a line to the job's history with the next beat; any thread may."""
@@ -122,14 +122,14 @@ class Unwritten:
         )
 
     def bare_progress(self, step: int, why: str) -> Progress:
-        """The stage and the result's box alone, in place of what the database refused; once for each cause a line."""
+        """Only the stage and the result's box, instead of what the database refused; one line for each cause."""
         new, self.refused = why != self.refused, why
         text = f"the database refused what was told at step {step}, which is left out: {why}"
         events = (("database", text),) if new else ()
         return Progress(stage=self.pending.stage, result_host=self.pending.result_host, events=events)
 
     def written(self) -> None:
-        """The row has it."""
+        """Note that the row has it."""
         self.pending = Progress(stage=self.pending.stage)
         self.log.written()
 
@@ -143,20 +143,20 @@ class TrainerRun:
     host: str | None = None  # the mark of the trainer that it has shared, or may have
     stayed: bool = False  # its trainer waits for the next job; its row may name that host, shared or not
     pids: frozenset[int] = frozenset()  # of all trainers that ran for it
-    goes_on_alone: bool = False  # its next attempt, as it was in a trainer that others need
+    goes_on_alone: bool = False  # its next attempt runs alone, since this one was in a trainer that others need
 
 
 @dataclass(kw_only=True)
 class Supervision:
-    """What the supervisor has done, and how it fares."""
+    """What the supervisor has done, and its state."""
 
     turned_at: float  # when it last passed through its loop
-    said_at: float = -math.inf  # when a step was last named at the terminal
+    said_at: float = -math.inf  # when a step was last named on the terminal
     store_away: bool = False  # fetching or storing waits for the artifact store
     forced: tuple[Reason, str] | None = None  # why it stopped the trainer
     kill_at: float | None = None
     lease_lost: bool = False
-    gone_as: Status | None = None  # what its job became when its row was closed; it is not out of its trainer yet
+    gone_as: Status | None = None  # its job's status when its row was closed; it is not out of its trainer yet
     closed: bool = False  # its row is closed; what follows is housekeeping
     result_refused: bool = False  # the row does not name the result: its files are kept
 
@@ -164,10 +164,10 @@ class Supervision:
 @dataclass(frozen=True, kw_only=True)
 class SupervisedAttempt:
     """One attempt from its claim on. Its supervisor's thread writes the parts; the node's monitor writes a drain into
-    `wishes`, and into `own` why it ended the trainer of a supervisor that hangs."""
+    `wishes`, and into `own` why it ended the trainer of a hanging supervisor."""
 
     claim: Claim
-    folder: Path  # of this attempt alone
+    folder: Path  # only for this attempt
     clock: NodeClock
     heard: Heard
     wishes: Wishes
@@ -180,22 +180,22 @@ class SupervisedAttempt:
         self.own.turned_at = self.clock.now()
 
     def phase(self, stage: Stage, text: str) -> None:
-        """Say what begins and may take long, in history and log; any thread may."""
+        """Record in history and log something that begins and may take long; any thread may."""
         self.unwritten.note("phase", text)
         self.say(stage, text)
 
     def say(self, stage: Stage, text: str) -> None:
-        """Add a line to the log, and to its file while no trainer writes there and the disk has room."""
+        """Add a line to the log, and to its file while no trainer writes there and the disk has space."""
         line = log_line(stage.value, text)
         self.unwritten.log.put(line)
-        with contextlib.suppress(OSError):  # as a trainer's lines: the database has it all the same
+        with contextlib.suppress(OSError):  # like a trainer's lines: the database has it anyway
             append_line(self.folder / LOG_FILE, line)
 
     def hear(self, message: Told | str) -> None:
-        """Take what the trainer told: a message, or another line."""
+        """Take a line from the trainer: a message, or other output."""
         trainer = self.run.trainer
         if not isinstance(message, (Passed, Learned)) or trainer is None or trainer.alone:
-            self.heard.at = self.clock.now()  # of several jobs' passes any one is told
+            self.heard.at = self.clock.now()  # with several jobs' passes, any of them is reported
         if isinstance(message, str):
             self.unwritten.log.put(message)
             return
@@ -211,7 +211,7 @@ class SupervisedAttempt:
             self.own.lease_lost |= not beat.accepted  # once lost it stays lost
 
     def rung_reached(self) -> int:
-        """The step of a rung that the next beat tells, 0 without one. A loser trains in vain until that beat."""
+        """The step of a rung that the next beat reports, 0 without one. A loser trains for nothing until that beat."""
         return max((point.step for point in rung_points(self.claim, self.unwritten.pending)), default=0)
 
     def verdict(self) -> tuple[Reason, str]:
@@ -223,13 +223,13 @@ class SupervisedAttempt:
 
     @property
     def failed_card(self) -> str | None:
-        """Of several cards the one that the verdict is about; None: the first, or it is about none. A trainer may run
-        a stranger's code: it blames no card that the attempt does not have."""
+        """Of several cards, the one that the verdict blames; None: the first, or none. A trainer may run a stranger's
+        code: it can blame no card that the attempt does not have."""
         card = None if self.heard.ended is None or self.own.forced is not None else self.heard.ended.card
         return card if any(share.node == card for share in self.claim.shares) else None
 
     def _show(self, message: Told) -> None:
-        """At the worker's terminal."""
+        """Print it on the worker's terminal."""
         if isinstance(message, Stepped):
             self._show_step(message)
         elif isinstance(message, Note) and message.kind != "saved":  # as often as the job file says

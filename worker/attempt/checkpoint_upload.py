@@ -1,4 +1,4 @@
-"""The upload of a training's newest checkpoint while the training goes on, so that any box can resume it."""
+"""Uploads a training's newest checkpoint while it continues, so that any box can resume it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ AGAIN_S = 15.0
 
 @dataclass(kw_only=True)
 class _Copy:
-    """A checkpoint that is to be uploaded."""
+    """A checkpoint to upload."""
 
     step: int
     folder: Path
@@ -35,7 +35,7 @@ class _Copy:
 
 
 class CheckpointUpload:
-    """Uploads in a thread of its own; of several checkpoints that wait only the newest is kept.
+    """Uploads in its own thread; of several waiting checkpoints only the newest is kept.
 
     A checkpoint counts once the row names it. Only the attempt that holds the lease can write that.
     """
@@ -47,14 +47,14 @@ class CheckpointUpload:
         self._artifacts = artifacts.watched(
             replace(artifacts.watch, silent=self._fall_silent, going_on=lambda: self._set_silent(False))
         )
-        self.silent = False  # the store has had a call of ours for long and says nothing
+        self.silent = False  # the store has not answered a call of ours for long
         self._store = store
         self._claim = claim
         self._clock = clock
         self._folder = folder  # copies of what is being uploaded: the trainer removes its own as newer ones come
         self._waiting: _Copy | None = None
         self._kept = claim.checkpoint
-        self._spent: list[str] = []  # prefixes of checkpoints that no row names any more, and that are not removed yet
+        self._spent: list[str] = []  # prefixes of checkpoints that no row names any more, not removed yet
         self._changed = threading.Condition()
         self._closing = False
         self._thread = clock.start(self._run, "checkpoints")
@@ -63,13 +63,13 @@ class CheckpointUpload:
         """Take a complete checkpoint's files (by hard links: no bytes are copied) and return at once."""
         aside = self._folder / f"step-{step}"
         if aside.exists():
-            return  # the same step waits already
+            return  # the same step is already waiting
         try:
             aside.mkdir(parents=True)
             for path in checkpoint.iterdir():
                 if path.is_file():
                     _link(path, aside / path.name)
-        except OSError as error:  # the training has its own copy, and goes on
+        except OSError as error:  # the training has its own copy, and continues
             gone = isinstance(error, FileNotFoundError)
             why = "was replaced before it could be kept" if gone else f"can't be kept for the store: {error.strerror}"
             log.warning("job %s: checkpoint %s %s", self._claim.job_id, step, why)
@@ -88,7 +88,7 @@ class CheckpointUpload:
             self._changed.notify()
 
     def done(self, timeout: float) -> bool:
-        """Wait so long for the last upload; True when all is done."""
+        """Wait at most this long for the last upload; True when all is done."""
         return self._clock.join(self._thread, timeout)
 
     def _fall_silent(self, doing: str) -> None:
@@ -124,7 +124,7 @@ class CheckpointUpload:
         self._clock.wait_for(self._changed, lambda: self._closing or self._waiting is not waiting, AGAIN_S)
 
     def _keep(self, copy: _Copy) -> bool:
-        """Upload, name it in the row, remove the one before. False: worth another try."""
+        """Upload it, name it in the row, remove the previous one. False: worth another try."""
         claim, began = self._claim, self._clock.now()
         try:
             copy.stored = copy.stored or self._upload(copy)
@@ -143,8 +143,8 @@ class CheckpointUpload:
         return True
 
     def _tell_of_failure(self, copy: _Copy, error: Exception) -> bool:
-        """True: the copy has gone, and no other try can help. An attempt that has ended removes its copies, also of
-        what is on its way; then no one needs them."""
+        """True: the copy is gone, and no other try can help. An ended attempt removes its copies, even during an
+        upload; then no one needs them."""
         job_id, step = self._claim.job_id, copy.step
         if copy.stored is None and (isinstance(error, FileNotFoundError) or not copy.folder.is_dir()):
             level = logging.DEBUG if self._closing else logging.WARNING
@@ -156,7 +156,7 @@ class CheckpointUpload:
         if isinstance(error, (ArtifactError, ServiceUnreachable, *REFUSALS)):
             why = away(error) or told_by(error)
             log.warning("job %s: the checkpoint of step %s is not stored yet: %s", job_id, step, why)
-        else:  # a box may have no process to give
+        else:  # a box may be out of processes
             log.error("job %s: the checkpoint of step %s is not stored yet", job_id, step, exc_info=error)
         return False
 
@@ -166,8 +166,9 @@ class CheckpointUpload:
         return StoredCheckpoint(step=copy.step, prefix=prefix, manifest_sha256=manifest_sha256(manifest))
 
     def _remove_spent(self, named: str) -> None:
-        """Remove all but the one that the row names. What the store does not remove now goes with the next one."""
-        left = [prefix for prefix in self._spent if prefix != named]  # a step that was saved twice is one checkpoint
+        """Remove all but the one that the row names. What the store does not remove now is removed with the next
+        one."""
+        left = [prefix for prefix in self._spent if prefix != named]  # a step saved twice is one checkpoint
         self._spent = []
         for prefix in left:
             try:
@@ -178,7 +179,7 @@ class CheckpointUpload:
 
 
 def _link(path: Path, aside: Path) -> None:
-    """A second name for a file; a copy where the file system has no second names. Raises OSError."""
+    """A hard link to a file; a copy if the file system has none. Raises OSError."""
     try:
         os.link(path, aside)
     except FileNotFoundError:

@@ -1,4 +1,5 @@
-"""What an ended attempt leaves on its box and in the artifact store: kept for a next one within bounds, or removed."""
+"""What an ended attempt leaves on its box and in the artifact store: kept for the next one within bounds, or
+removed."""
 
 from __future__ import annotations
 
@@ -22,18 +23,18 @@ from .workplace import Workplace
 log = logging.getLogger("loractl.worker")
 
 BEGUN_FROM = "begun-from"
-"""The folder with the adapter that an attempt begins from."""
+"""The folder with the adapter that an attempt starts from."""
 
 CHECKPOINTS_KEPT = 2
 """The newest checkpoints of a job that stay on a box, of all its attempts there: one of them may be torn."""
 
 
 REMOVAL_S = 10.0
-"""A store that says nothing for so long is left: the slot is for the next job, and loractl gc removes the rest."""
+"""A store that is silent for this long is abandoned: the slot is for the next job, and loractl gc removes the rest."""
 
 
 def clean(place: Workplace, attempt: SupervisedAttempt, status: Status | None) -> None:
-    """Remove what no next attempt of the job can use. A next one may run by now: its files are not touched."""
+    """Remove what no next attempt of the job can use. One may already run: its files are not touched."""
     job_id = attempt.claim.job_id
     if status is not None and status.is_terminal:
         try:
@@ -52,9 +53,9 @@ def clean(place: Workplace, attempt: SupervisedAttempt, status: Status | None) -
 
 
 def make_room(place: Workplace, folder: Path, needed: int) -> None:
-    """Where the disk of `folder` has less than so many bytes, remove what ended jobs left on this box, oldest first.
+    """If fewer than `needed` bytes are free on `folder`'s disk, remove what ended jobs left on this box, oldest first.
 
-    An attempt that can run comes before one that may be retried. The history of the job that loses its files says so.
+    An attempt that can run comes before one that may be retried. The history of a job that loses its files says so.
     """
     host, work = place.settings.host, place.settings.work_dir
     if shutil.disk_usage(folder).free >= needed:
@@ -62,7 +63,7 @@ def make_room(place: Workplace, folder: Path, needed: int) -> None:
     found = {int(path.name): path for path in work.iterdir() if re.fullmatch(r"[1-9]\d{0,17}", path.name, re.ASCII)}
     ended = place.store.results.over(found).jobs
     for job_id in sorted(ended, key=lambda job_id: _changed_at(found[job_id])):
-        left = _below(found[job_id])  # before we ask: an attempt that begins after that has a folder of its own
+        left = _below(found[job_id])  # before we ask: a later attempt has its own folder
         if left and place.store.results.forget_finished(job_id, host, "its disk was needed for another job"):
             log.warning("job %s: what it left here is removed, the disk is needed", job_id)
             for path in left:
@@ -72,7 +73,7 @@ def make_room(place: Workplace, folder: Path, needed: int) -> None:
 
 
 def _changed_at(folder: Path) -> float:
-    """0 for a folder that is gone: a job, or another attempt of it, that has just ended removes its own."""
+    """0 for a missing folder: a job, or another attempt of it, that has just ended removes its own."""
     try:
         return folder.stat().st_mtime
     except FileNotFoundError:
@@ -87,7 +88,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _is_over(place: Workplace, attempt: SupervisedAttempt) -> bool:
-    """Whether the job needs its files no more, by its row of this moment: a person may have queued it again."""
+    """Whether the job no longer needs its files, by its current row: a person may have queued it again."""
     job = place.store.jobs.get(attempt.claim.job_id)
     return job.status.is_terminal and job.attempt == attempt.claim.attempt and job.reason not in KEEPING
 
@@ -97,7 +98,7 @@ def _remove(place: Workplace, attempt: SupervisedAttempt) -> None:
     job_id, number = attempt.claim.job_id, attempt.claim.attempt
     for folder in [*_own(attempt), attempt.folder.parent / "stored"]:
         shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):  # something is left in it, or it is gone
+    with contextlib.suppress(OSError):  # it is not empty, or gone
         attempt.folder.parent.rmdir()
     try:
         place.artifacts.watched(CallWatch(deadline_s=REMOVAL_S)).remove_checkpoints(job_id, number)
@@ -106,7 +107,7 @@ def _remove(place: Workplace, attempt: SupervisedAttempt) -> None:
 
 
 def _thin_out(attempt: SupervisedAttempt) -> None:
-    """Of several attempts on this box only the newest checkpoints stay, and what was finished."""
+    """Of several attempts on this box, keep only the newest checkpoints, and finished results."""
     found = [path for folder in _own(attempt) for path in folder.glob("checkpoints/checkpoint-*")]
     by_age = sorted(found, key=_changed_at)
     for checkpoint in by_age[:-CHECKPOINTS_KEPT]:

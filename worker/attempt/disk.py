@@ -20,20 +20,19 @@ LEAST_BYTES = GIB
 """Free bytes that any run needs: the estimate leaves out tokenizers and other users of the disk."""
 
 CHECKPOINTS = 4
-"""Checkpoints of a run on the disk at once: the engine keeps 2 and writes one more before it drops the older one, and
-another one may still be on its way to the artifact store."""
+"""Checkpoints of a run on the disk at once: the engine keeps 2 and writes one more before it drops the older, and
+another may still be uploading to the artifact store."""
 
 TOKENISED = 6
 """Bytes of tokens for a byte of data: a token of about 4 characters takes 4 bytes in each of two columns, and as much
-again where packed rows are handed from one process to another; shorter tokens, and the numbers of short rows, take
-more."""
+again if packed rows are passed between processes; shorter tokens, and the numbers of short rows, take more."""
 
 
 def bytes_to_write(spec: JobSpec, method: Method, data_bytes: int = 0) -> int:
-    """What an attempt may write into its folder and the cache, an upper bound, and never below LEAST_BYTES.
+    """An upper bound of what an attempt may write into its folder and the cache, never below LEAST_BYTES.
 
-    Checkpoints of adapter (fp32) and optimizer state, the result's adapter, the log, the data in tokenised form. For
-    a model without a config.json on this box only the least is known.
+    Checkpoints of adapter (fp32) and optimizer state, the result's adapter, the log, the data in tokenised form. For a
+    model without a config.json on this box, LEAST_BYTES.
     """
     shape = read_shape(spec.base_model, spec.revision)
     adapter = state = 0
@@ -47,7 +46,7 @@ def bytes_to_write(spec: JobSpec, method: Method, data_bytes: int = 0) -> int:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raises OSError (ENOSPC) with a sentence when the disk of `folder` has less than `needed` bytes free."""
+    """Raises OSError (ENOSPC) with a sentence if the disk of `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         sentence = f"needs {needed / GIB:.1f} GiB on {_disk(folder)}, {free / GIB:.1f} are free"
@@ -55,6 +54,6 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def _disk(folder: Path) -> Path:
-    """Where the folder's file system is mounted: there a person must free space."""
+    """The mount point of the folder's file system, where a person must free space."""
     resolved = folder.resolve()
     return next(path for path in (resolved, *resolved.parents) if path.is_mount())

@@ -1,4 +1,4 @@
-"""The wish that a node stops its jobs: after a checkpoint, or now."""
+"""The request that a node stop its jobs: after a checkpoint, or now."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ STOP_SHARE = 2 / 3
 
 
 class Drain:
-    """What was asked of this node. Any thread may ask, and all of them look.
+    """What was asked of this node. Any thread may ask, and all threads read it.
 
-    The worker's wish ends this process and is never taken back. A person's order ends by another order.
+    The worker's request ends this process and is never withdrawn. A person's order ends with another order.
     """
 
     def __init__(self, grace_s: float | None = None) -> None:
@@ -26,27 +26,27 @@ class Drain:
         self._alone = False
 
     def ask(self, how: Wish) -> None:
-        """The worker stops. A late first Ctrl-C must not take back the second one's "now"."""
+        """The worker stops. A late first Ctrl-C must not undo the second one's "now"."""
         with self._lock:
             if self._asked is None or how == "now":
                 self._asked = how
 
     def end_alone(self) -> None:
-        """The stop that comes is this node's alone: its worker starts another, and the nodes of other cards go on."""
+        """The coming stop is only this node's: its worker starts another, and the nodes of other cards continue."""
         self._alone = True
 
     def order(self, holds: bool) -> None:
-        """A person drains this device at once, or lets jobs on to it again."""
+        """A person drains this device at once, or opens it for jobs again."""
         self._ordered = holds
 
     @property
     def asked(self) -> Wish | None:
-        """What the worker wishes, whatever people have ordered."""
+        """What the worker wants, whatever people have ordered."""
         return self._asked
 
     @property
     def alone(self) -> bool:
-        """Whether this node ends by itself, or its worker ends it, while other nodes go on."""
+        """Whether this node ends by itself, or its worker ends it, while other nodes continue."""
         return self._alone
 
     @property
@@ -55,5 +55,5 @@ class Drain:
 
     @property
     def wish(self) -> Wish | None:
-        """What the attempts here have to obey."""
+        """What the attempts here must obey."""
         return self._asked or ("checkpoint" if self._ordered else None)

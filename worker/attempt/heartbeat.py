@@ -1,4 +1,4 @@
-"""The heartbeat of an attempt: it keeps the lease, writes what is new, and brings back what people wish."""
+"""The heartbeat of an attempt: it keeps the lease, writes what is new, and brings back people's requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Answer = TypeVar("Answer")
 
 
 def beat(place: Workplace, attempt: SupervisedAttempt) -> None:
-    """One heartbeat. No error of the database ends a training: the lease decides."""
+    """One heartbeat. No database error ends a training: the lease decides."""
     attempt.turn()
     if attempt.own.gone_as is not None:
         return  # its row is closed
@@ -38,7 +38,7 @@ def beat(place: Workplace, attempt: SupervisedAttempt) -> None:
 
 
 def _beat_alone(place: Workplace, attempt: SupervisedAttempt, error: BaseException) -> Beat | None:
-    """After an outage nothing: what is new is told with a later beat. Else the beat without what the database refused.
+    """After an outage, None: a later beat reports what is new. Else the beat without what the database refused.
 
     None: the lease was not extended.
     """
@@ -56,9 +56,9 @@ def _beat_alone(place: Workplace, attempt: SupervisedAttempt, error: BaseExcepti
 
 
 def while_beating(place: Workplace, attempt: SupervisedAttempt, work: Callable[[], Answer]) -> Answer:
-    """Do our own slow work (fetching, uploading) in a thread, while the heartbeat goes on.
+    """Do our own slow work (fetching, uploading) in a thread, while the heartbeat continues.
 
-    Raises what the work raises, and Interrupted when its result is no longer wanted.
+    Raises what the work raises, and Interrupted if its result is no longer wanted.
     """
     outcome: queue.SimpleQueue[Any] = queue.SimpleQueue()
 

@@ -14,7 +14,7 @@ from loractl.worker.clock import SYSTEM, NodeClock
 MIB = 1 << 20
 
 LOG_FILE = "log.txt"
-"""The whole log of an attempt, beside its result and in it."""
+"""The whole log of an attempt, next to its result and in it."""
 
 FILE_LIMIT = 64 * MIB
 """Characters of an attempt's log file, which becomes an artifact."""
@@ -23,10 +23,10 @@ DATABASE_LIMIT = 2 * MIB
 """Characters of an attempt's log in the database: its beginning, and its last lines."""
 
 CHUNK = 64 * 1024
-"""Characters that one heartbeat carries, and of the last lines."""
+"""Characters that one heartbeat carries; also of the last lines."""
 
 END_LINES = 40
-"""The last lines that tell why a process ended: an abort's backtrace stands below its cause."""
+"""The last lines that say why a process ended: an abort's backtrace is below its cause."""
 
 LEFT_OUT = "[lines are left out here]\n"
 IS_LONG = f"[over {DATABASE_LIMIT // MIB} MiB of log: the last lines follow; all of it is stored with the result]\n"
@@ -44,17 +44,17 @@ class LogBook:
     def __init__(self, limit: int = DATABASE_LIMIT, clock: NodeClock = SYSTEM) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._new: deque[str] = deque()  # not yet taken; at most CHUNK characters, the newest
+        self._new: deque[str] = deque()  # not taken yet; at most the newest CHUNK characters
         self._size = 0
         self._cut = False  # older lines had to go from _new
-        self._taken = ""  # handed out, perhaps not written yet
+        self._taken = ""  # handed out, maybe not written yet
         self._room = limit - CHUNK  # the rest is kept free for the last lines
         self._full = False
         self.heard = self._clock.now()  # when the last line came
         self._end: deque[str] = deque(maxlen=END_LINES)
 
     def put(self, text: str) -> None:
-        """Add what the trainer printed."""
+        """Add the trainer's output."""
         with self._lock:
             self.heard = self._clock.now()
             self._end.append(text[:1000])
@@ -68,7 +68,7 @@ class LogBook:
     def take(self, *, last: bool = False) -> str:
         """The text to write now: new lines, after those taken before unless `written` was called.
 
-        Once the limit is reached it is empty; with `last` it is the last lines.
+        Once the limit is reached it is empty; with `last`, the last lines.
         """
         with self._lock:
             if self._full and not last:
@@ -90,21 +90,21 @@ class LogBook:
             return list(self._end)
 
     def written(self) -> None:
-        """The text that was taken has reached the database."""
+        """The taken text has reached the database."""
         with self._lock:
             self._room -= len(self._taken)
             self._taken = ""
 
 
 class LogFile:
-    """A job's lines go into its file, at most `limit` characters with what the file holds already, and are told on."""
+    """A job's lines go into its file, up to `limit` characters in all, and are passed on."""
 
     def __init__(self, file: IO[str], told: Sink, limit: int = FILE_LIMIT) -> None:
         self._file, self._told, self._limit = file, told, limit
         self._room, self._whole = limit - file.tell(), True
 
     def put(self, line: str) -> None:
-        """With a full disk or file it is told all the same."""
+        """With a full disk or file it is passed on anyway."""
         self._told.put(line)
         if not self._whole:
             return
@@ -121,7 +121,7 @@ class LogFile:
 
 
 def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT) -> None:
-    """Keep all that comes. The pipe is read to its end, or who prints would wait forever to write."""
+    """Keep all output. The pipe is read to its end, or its writer would block forever."""
     log = LogFile(file, told, limit)
     while line := pipe.readline(CHUNK):  # a line may never end
         log.put(line)
@@ -129,8 +129,8 @@ def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT) 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[str]]:
-    """The file for a trainer's lines. Raises OSError where it can't be opened; what a full disk has not taken fails
-    nothing at its end."""
+    """The file for a trainer's lines. Raises OSError if it can't be opened; data that a full disk refused is no error
+    on close."""
     file = path.open("a", encoding="utf-8")
     try:
         yield file
@@ -140,7 +140,7 @@ def opened(path: Path) -> Iterator[IO[str]]:
 
 
 def append_line(path: Path, line: str, limit: int = FILE_LIMIT) -> None:
-    """Add a line to a log's file that no trainer writes into now, unless it is full. Raises OSError."""
+    """Add a line to a log's file into which no trainer writes now, unless it is full. Raises OSError."""
     with path.open("a", encoding="utf-8") as file:
         if file.tell() + len(line) <= limit:
             file.write(line)

@@ -40,10 +40,10 @@ from .workplace import Workplace
 log = logging.getLogger("loractl.worker")
 
 ADDRESSES = ("LORACTL_DATABASE_URL", "LORACTL_REDIS_URL", "LORACTL_ARTIFACTS_URL", VARIABLES)
-"""Variables with addresses and passwords of services. Any of AWS's and PostgreSQL's may hold one or point to it."""
+"""Variables with addresses and passwords of services. Any AWS or PostgreSQL variable may hold one or point to it."""
 
 CELERY_S = ("CELERY_", "celery_", "_MP_FORK_")
-"""What Celery writes into its process's environment once it consumes: a trainer has no use for it."""
+"""What Celery writes into its process's environment once it consumes: a trainer does not need it."""
 
 
 def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
@@ -55,7 +55,7 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
         check_checkpoint(claim.job_id, claim.checkpoint)
     _require_space(place, folder, bytes_to_write(spec, claim.method))
 
-    named = spec.data_sets()  # those that are not stored are hub ids
+    named = spec.data_sets()  # those not stored are hub ids
     if claim.data:
         names = sorted({Path(named[key]).name for key in named.keys() & claim.data.keys()})
         attempt.say(Stage.PREPARING, f"fetches {', '.join(names)}")
@@ -90,7 +90,7 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
         method_why=claim.method_why,
         vram_planned=claim.vram_planned,
         vram_reserved=claim.vram_reserved,
-        # A plan is for a card: RAM is limited only where the box's owner says so.
+        # A plan is for a card: RAM is limited only if the box's owner says so.
         memory_limit=claim.vram_reserved if place.device.trains_on == "cuda" else place.settings.trainer_ram,
         adjustment=claim.adjustment,
         changes=list(claim.changes),
@@ -112,7 +112,8 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
 
 
 def _ranks(place: Workplace, claim: Claim) -> list[Rank]:
-    """A process for each of several cards; none for a job on one. The trainer starts those of the others."""
+    """A process for each of several cards; none for a job on one. The trainer starts the processes for the other
+    cards."""
     if len(claim.shares) < 2:
         return []
     cards = [(share, _card_of(place, share.node)) for share in claim.shares]
@@ -137,7 +138,7 @@ def _card_of(place: Workplace, node: str) -> Device:
 
 
 def _ancestor(place: Workplace, attempt: SupervisedAttempt) -> Ancestor | None:
-    """Fetch the adapter that the job begins from. Raises Refused when it is gone or does not fit, ArtifactError."""
+    """Fetch the adapter that the job starts from. Raises Refused if it is gone or does not fit, ArtifactError."""
     spec, store = attempt.claim.spec, place.store
     if spec.lora.init_from is None:
         return None
@@ -158,18 +159,18 @@ def _ancestor(place: Workplace, attempt: SupervisedAttempt) -> Ancestor | None:
 
 
 def _require_space(place: Workplace, folder: Path, needed: int) -> None:
-    """Raises OSError (ENOSPC) when so many bytes are not free, even without what ended jobs left on this box."""
+    """Raises OSError (ENOSPC) if fewer bytes are free, even after removing what ended jobs left on this box."""
     make_room(place, folder, needed)
     require_space(folder, needed)
 
 
 def environment(place: Workplace, claim: Claim) -> dict[str, str]:
-    """The trainer's environment: its device alone, its share of the cores, and no address or password of a service."""
+    """The trainer's environment: only its device, its share of the cores, and no address or password of a service."""
     return {**common_environment(place), RUN_VARIABLE: run_mark(claim.token), JOB_VARIABLE: str(claim.job_id)}
 
 
 def common_environment(place: Workplace) -> dict[str, str]:
-    """What is the same in the environments of all trainers on the device: no job and no attempt is named."""
+    """The common environment of all trainers on the device: it names no job and no attempt."""
     bare = bare_environment(place, "")
     del bare[JOB_VARIABLE]
     card = card_mark(place.settings, place.node)
@@ -177,23 +178,23 @@ def common_environment(place: Workplace) -> dict[str, str]:
 
 
 def bare_environment(place: Workplace, name: str) -> dict[str, str]:
-    """The environment of a process on the place's device that is counted as ours."""
+    """The environment of a process on the place's device that counts as ours."""
     return device_environment(place.device, name, place.threads)
 
 
 SPINS = "10000"
 """How often a thread of a trainer looks for the next piece of work before it sleeps: tens of microseconds. OpenMP's own
-300,000 keep a core busy in vain where other programs want it: beside two of them on two cores a step took 3.7 times
-as long as alone, and 2.4 times with this; alone both are equally fast."""
+300,000 waste a core that other programs want: next to two of them on two cores a step took 3.7 times as long as alone,
+and 2.4 times with this; alone both are equally fast."""
 
 
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
-"""Asks Linux for pages of 2 MiB where it gives them on request. A step makes and frees tensors of many MiB: with pages
-of 4 KiB it met 200,000 page faults, with these 12,000, and took 0.92 of the time (SmolLM2-135M, 8 rows of 256)."""
+"""Asks Linux for pages of 2 MiB, if it gives them on request. A step creates and frees tensors of many MiB: with pages
+of 4 KiB it had 200,000 page faults, with these 12,000, and took 0.92 of the time (SmolLM2-135M, 8 rows of 256)."""
 
 
 def device_environment(device: Device, name: str, threads: int) -> dict[str, str]:
-    """The environment of a process on the device that is counted as ours, under this name in place of a job's."""
+    """The environment of a process on the device that counts as ours, under this name instead of a job's."""
     hidden = (*ADDRESSES, *CELERY_S, "AWS_", "PG")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     if device.trains_on != "cuda":
@@ -207,7 +208,7 @@ def device_environment(device: Device, name: str, threads: int) -> dict[str, str
 def stored_checkpoint(place: Workplace, claim: Claim, folder: Path, note: Callable[[str, str], None]) -> list[Path]:
     """Fetch the newest checkpoint from the artifact store, unless it is here. Another box may have written it.
 
-    One that is not as its row says is refused, and the history is told (`note`).
+    A checkpoint that does not match its row is refused, and the history says so (`note`).
     """
     kept = claim.checkpoint
     here = [] if kept is None else folder.parent.glob(f"attempt-*/checkpoints/checkpoint-{kept.step}")

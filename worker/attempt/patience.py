@@ -1,4 +1,4 @@
-"""Patience with a service that is away: work is repeated until it succeeds, or until the patience ends."""
+"""Patience with a service that is down: work is repeated until it succeeds, or until the patience ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Answer = TypeVar("Answer")
 
 
 def away(error: BaseException) -> str | None:
-    """Which service is away, as a sentence; None for an error that another try can't help."""
+    """Which service is down, as a sentence; None for an error that another try can't help."""
     if isinstance(error, ServiceUnreachable):
         return error.sentence
     why = outage(error)
@@ -49,7 +49,7 @@ class _StopBefore(stop_base):
 class Patience:
     """How long work is repeated. Seconds."""
 
-    first_s: float  # between the first two tries; doubled after each
+    first_s: float  # between the first two tries; doubles after each
     most_s: float
     total_s: float = math.inf
     passing: Callable[[BaseException], str | None] = away
@@ -57,7 +57,7 @@ class Patience:
     clock: NodeClock = SYSTEM
 
     def repeat(self, work: Callable[[], Answer], tell: Callable[[str], None]) -> Answer:
-        """The answer of the first try that gives one; `tell` is told what each failed try met.
+        """The answer of the first successful try; `tell` gets the error of each failed try.
 
         Raises what the last try raised: an error that more tries can't help, or any error once the patience is over.
         """

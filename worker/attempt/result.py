@@ -1,4 +1,4 @@
-"""An attempt's finished result: marked ready, stored and read back, or taken over by a later attempt of this box."""
+"""An attempt's finished result: marked ready, stored and read back, or taken over by a later attempt on this box."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .log import LOG_FILE
 from .workplace import Workplace
 
 READY = "ready.json"
-"""A note beside a complete result: the spec, method and data that it is for."""
+"""A note next to a complete result: the spec, method and data that it is for."""
 
 
 def take_ready(attempt: SupervisedAttempt) -> str | None:
-    """Take over a result that an earlier attempt on this box finished and could not store; returns what its trainer
-    said at its end, None without one. Its note comes with it, the last: the attempt may be stopped or killed here."""
+    """Take over a result that an earlier attempt on this box finished and could not store; returns its trainer's last
+    message, None without a result. Its note is moved last: the attempt may be stopped or killed here."""
     claim, folder = attempt.claim, attempt.folder
     for earlier in sorted(folder.parent.glob("attempt-*")):
         message = ready_result(earlier, claim)
@@ -44,7 +44,7 @@ def mark_ready(folder: Path, claim: Claim, message: str) -> None:
 
 
 def ready_result(folder: Path, claim: Claim) -> str | None:
-    """The note beside a finished result of the same job; None without one.
+    """The note next to a finished result of the same job; None without one.
 
     Its files are compared with the note: after a power loss a box may have the note but not all files.
     """
@@ -75,7 +75,7 @@ def store_result(place: Workplace, attempt: SupervisedAttempt) -> StoredResult:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of each file of a result but its log, which grows with every attempt to store it."""
+    """The sha256 of each file of a result except its log, which grows with every attempt to store it."""
     files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
     return {name: sha256_of(path) for name, path in files.items() if name != LOG_FILE}
 

@@ -16,20 +16,20 @@ from .workplace import Workplace
 log = logging.getLogger("loractl.worker")
 
 STOP_GRACE_S = 10.0
-"""Seconds that a trainer has to stop after a cancel, or as one of its sweep's losers, before it is killed."""
+"""Seconds that a trainer has to stop after a cancel, or as a loser of its sweep, before it is killed."""
 
 DRAIN_GRACE_S = 120.0
 """Seconds that a drain, a job of higher priority or a time limit waits for the current step and its checkpoint."""
 
 SILENCE_S = 1800.0
-"""A trainer hangs if it says nothing for so long while it trains or evaluates. It tells a step a second at most."""
+"""A trainer hangs if it is silent for this long while it trains or evaluates. It reports at most one step a second."""
 
 
 SILENT = f"the trainer was silent for {SILENCE_S / 60:.0f} min"
 
 
 class Interrupted(Exception):
-    """Fetching or storing was given up: the lease is lost, or the job is cancelled or drained."""
+    """Fetching or storing was abandoned: the lease is lost, or the job is cancelled or drained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class StopWish:
 
 
 def wanted_stop(place: Workplace, attempt: SupervisedAttempt) -> StopWish | None:
-    """The most urgent wish to end this attempt; None without one."""
+    """The most urgent reason to end this attempt, or None."""
     if attempt.own.lease_lost:  # it shares its trainer, else that was killed
         return StopWish(reason=Reason.WORKER_LOST, message="its lease was lost")
     if attempt.wishes.cancel_requested:
@@ -72,19 +72,19 @@ def _stop_s(drain: Drain) -> float:
 
 
 def _why_drained(place: Workplace, attempt: SupervisedAttempt, stopped: str) -> str:
-    """`stopped`, where the worker itself ends; else whose order keeps the card empty."""
+    """`stopped`, if the worker itself ends; else whose order keeps the card empty."""
     return stopped if place.drain.asked is not None else attempt.wishes.card_drained or f"{place.node} is drained"
 
 
 def is_silent(attempt: SupervisedAttempt) -> bool:
-    """Whether the trainer has said nothing of the job for so long that the job hangs."""
+    """Whether the trainer has been silent about the job for so long that the job hangs."""
     busy = attempt.unwritten.pending.stage in (Stage.TRAINING, Stage.EVALUATING)
     return busy and attempt.clock.now() - max(attempt.heard.at, attempt.unwritten.log.heard) > SILENCE_S
 
 
 def closes_now(attempt: SupervisedAttempt) -> bool:
-    """Whether the job's row is closed though the job is not out of the trainer that it shares: where its stop leaves no
-    checkpoint, or was not obeyed in time. What it holds of the card stays held."""
+    """Whether the job's row is closed though the job has not left its shared trainer: if its stop leaves no checkpoint,
+    or was not obeyed in time. The card memory that it holds stays held."""
     link = attempt.run.trainer
     if (
         attempt.own.forced is None
@@ -101,14 +101,14 @@ def closes_now(attempt: SupervisedAttempt) -> bool:
 
 
 def does_not_leave(attempt: SupervisedAttempt) -> bool:
-    """Whether a job that was told to stop is still in a trainer that goes on with others, long after that."""
+    """Whether a job, long after its stop order, is still in a trainer that continues with others."""
     link = attempt.run.trainer
     late = attempt.own.kill_at is not None and attempt.clock.now() > attempt.own.kill_at + LEAVE_S
     return late and link is not None and link.leaves_others
 
 
 def ask_to_stop(attempt: SupervisedAttempt, wish: StopWish) -> None:
-    """Tell the trainer to end, once; it is killed after the grace period. A cancel comes before any other wish."""
+    """Tell the trainer to end, once; it is killed after the grace period. A cancel overrides any other request."""
     if attempt.own.forced is not None and (attempt.own.forced[0] is wish.reason or wish.reason is not Reason.CANCELLED):
         return
     attempt.own.forced = wish.reason, wish.message
@@ -120,8 +120,8 @@ def ask_to_stop(attempt: SupervisedAttempt, wish: StopWish) -> None:
 def must_leave(place: Workplace, attempt: SupervisedAttempt) -> bool:
     """Whether the trainer must be killed now, whatever it is doing.
 
-    One that has other jobs goes on with them; a job that was told to stop leaves it between two steps, unless none of
-    them takes any.
+    A trainer with other jobs continues with them; a job with a stop order leaves it between two steps, unless none of
+    the jobs takes any steps.
     """
     now, link = attempt.clock.now(), attempt.run.trainer
     shares = link is not None and not link.alone
@@ -143,9 +143,9 @@ def must_leave(place: Workplace, attempt: SupervisedAttempt) -> bool:
 
 
 def require_wanted(place: Workplace, attempt: SupervisedAttempt) -> None:
-    """Give up our own slow work when its result is no longer wanted. Raises Interrupted.
+    """Abandon our own slow work if its result is no longer wanted. Raises Interrupted.
 
-    A training that is done is stored even while its box is drained: that is what the wait was for.
+    A finished training is stored even while its box is drained: that is what the wait was for.
     """
     if attempt.own.lease_lost:
         raise Interrupted

@@ -1,7 +1,7 @@
 """One attempt from claim to finish: data fetched, trainer watched, artifacts stored, the row closed.
 
 The supervisor is a thread of its node's process and holds the claim. It beats every few seconds, passes on what the
-trainer tells, and stops the trainer when the job is cancelled, over its time, drained, or no longer ours. A result is
+trainer reports, and stops the trainer when the job is cancelled, over its time, drained, or no longer ours. A result is
 listed only when the last guarded write succeeded.
 """
 
@@ -38,7 +38,7 @@ Answer = TypeVar("Answer")
 
 
 def supervise(place: Workplace, attempt: SupervisedAttempt) -> Status | None:
-    """Run one attempt to its end; returns the job's status, None when the lease was lost on the way."""
+    """Run one attempt to its end; returns the job's status, None if the lease was lost."""
     claim = attempt.claim
     place = replace(place, artifacts=place.artifacts.watched(_watch(place, attempt)))
     log.info("job %s %s: attempt %s with %s", claim.job_id, claim.spec.name, claim.attempt, claim.method.value)
@@ -47,7 +47,7 @@ def supervise(place: Workplace, attempt: SupervisedAttempt) -> Status | None:
         attempt.own.closed = True
         log.warning("job %s: the lease of attempt %s was lost, its result is dropped", claim.job_id, claim.attempt)
         _leave_host(place, attempt)
-        clean(place, attempt, None)  # the next attempt may go on from its checkpoints
+        clean(place, attempt, None)  # the next attempt may continue from its checkpoints
         return None
     if attempt.own.gone_as is not None:
         attempt.own.closed = True
@@ -58,7 +58,7 @@ def supervise(place: Workplace, attempt: SupervisedAttempt) -> Status | None:
         attempt.unwritten.note("kept", f"{place.settings.host} keeps the finished result: an attempt there stores it")
     status = _finish(place, attempt, reason, message, result)
     attempt.own.closed = True
-    if status is None:  # it was lost while its end waited
+    if status is None:  # the lease was lost while its end waited
         _leave_host(place, attempt)
     named = status.value if status else "lost"
     because = "" if reason.value in (named, Reason.OK.value) else f" ({reason.value})"
@@ -69,7 +69,7 @@ def supervise(place: Workplace, attempt: SupervisedAttempt) -> Status | None:
 
 
 def _leave_host(place: Workplace, attempt: SupervisedAttempt) -> None:
-    """Give back what an attempt whose row was closed before still held of a trainer: it is out of that now."""
+    """Give back what an attempt still held of a trainer after its row was closed: it has left the trainer now."""
     if attempt.run.host is None and not attempt.run.stayed:
         return
     try:
@@ -81,7 +81,7 @@ def _leave_host(place: Workplace, attempt: SupervisedAttempt) -> None:
 def _finish(
     place: Workplace, attempt: SupervisedAttempt, reason: Reason, message: str, result: StoredResult | None
 ) -> Status | None:
-    """The last write. What the database refuses is left out: what was told at last, then the result.
+    """The last write. What the database refuses is left out: first the last messages, then the result.
 
     A result that the row can't name is kept on this box, and the attempt ends as trainer_error.
     """
@@ -113,7 +113,7 @@ def _finish(
 
 
 def _refused(attempt: SupervisedAttempt, error: BaseException) -> str:
-    """What the database has against the last write. Raises the error when it is away: then nothing was refused."""
+    """Why the database refuses the last write. Raises the error if it is down: then nothing was refused."""
     if outage(error) is not None:
         raise error
     log.error("job %s: the database refused its last write: %s", attempt.claim.job_id, told_by(error))
@@ -133,7 +133,7 @@ def _carry_out(place: Workplace, attempt: SupervisedAttempt) -> tuple[Reason, st
             if claim.result_host == place.settings.host:
                 attempt.unwritten.pending = replace(
                     attempt.unwritten.pending, result_host=""
-                )  # it is torn, or somebody removed it
+                )  # it is incomplete, or somebody removed it
             train(place, attempt, _with_patience(place, attempt, prepare, away))
         reason, message = attempt.verdict()
         if reason is not Reason.OK or attempt.own.gone_as is not None:
@@ -149,20 +149,20 @@ def _carry_out(place: Workplace, attempt: SupervisedAttempt) -> tuple[Reason, st
     except (LoractlError, OSError) as error:
         return *_explain(error), None
     except Exception as error:
-        # our own fault, but the job must still say at once why it ended
+        # our own bug, but the job must still say at once why it ended
         log.exception("job %s: the supervisor failed", attempt.claim.job_id)
         return Reason.TRAINER_ERROR, f"the supervisor failed: {error!r}", None
 
 
 def _say_what_is_stored(attempt: SupervisedAttempt) -> None:
-    """A large result on a slow line takes long: history and log say what goes on."""
+    """A large result on a slow connection takes long: history and log say what is happening."""
     files = [path for path in (attempt.folder / "result").rglob("*") if path.is_file()]
     size = amount(sum(path.stat().st_size for path in files))
     attempt.phase(Stage.STORING, f"stores {len(files)} files, {size}, and reads them back")
 
 
 def _watch(place: Workplace, attempt: SupervisedAttempt) -> CallWatch:
-    """How this attempt waits for the artifact store: its history says for what, and its end leaves the call."""
+    """How this attempt waits for the artifact store: its history says for what, and its end abandons the call."""
     return CallWatch(
         slow_s=place.slow_s,
         silent=lambda doing: attempt.unwritten.note("store", f"waits for the artifact store: {doing}"),
@@ -176,9 +176,9 @@ def _with_patience(
     work: Callable[[Workplace, SupervisedAttempt], Answer],
     passing: Callable[[BaseException], str | None],
 ) -> Answer:
-    """Fetch or store, and try again while the artifact store is away or hangs: that is not the job's fault.
+    """Fetch or store, and try again while the artifact store is down or hangs: that is not the job's fault.
 
-    The job shows the stage that it is in, and the reason stands in its history.
+    The job shows its stage, and its history the reason.
     """
     patience = Patience(
         first_s=2.0,
@@ -212,8 +212,8 @@ def _with_patience(
 
 
 def _not_stored(error: BaseException) -> str | None:
-    """While storing, a file that reads back differently is tried again too; a place that is taken stays so, and what
-    no store takes."""
+    """While storing, a file that reads back differently is tried again too, but not a place that is taken, nor what no
+    store takes."""
     if isinstance(error, (ResultTaken, NotStorable)):
         return None
     return error.sentence if isinstance(error, ArtifactError) else away(error)

@@ -1,4 +1,4 @@
-"""A trainer as a child process: its start, pipes and end. What it says goes to the attempts whose jobs are in it."""
+"""A trainer as a child process: its start, pipes and end. Its output goes to the attempts whose jobs are in it."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ from .log import CHUNK, END_LINES, LogBook, LogFile
 log = logging.getLogger("loractl.worker")
 
 ANSWER_S = 5.0
-"""A trainer answers an order to change its marks in milliseconds. One that does not within this is left or killed."""
+"""A trainer answers an order to change its marks in milliseconds. One that does not within this time is left or
+killed."""
 
 LEAVE_S = 120.0
-"""A member that was stopped has so long to leave others, counted from the last sign of a step of any of them."""
+"""How long a stopped member has to leave the others, counted from the last sign of a step of any of them."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -48,7 +49,7 @@ class TrainerLink:
     job_id: int
     book: LogFile
     told: queue.SimpleQueue[Told | str] = field(default_factory=queue.SimpleQueue)
-    left: threading.Event = field(default_factory=threading.Event)  # nothing of the job is in the process any more
+    left: threading.Event = field(default_factory=threading.Event)  # nothing of the job is left in the process
 
     @property
     def pid(self) -> int:
@@ -61,17 +62,17 @@ class TrainerLink:
 
     @property
     def stuck(self) -> bool:
-        """Whether none of those in the process has taken a step for a long time."""
+        """Whether no job in the process has taken a step for a long time."""
         return self.trainer.clock.now() - self.trainer.heard_at > LEAVE_S
 
     @property
     def leaves_others(self) -> bool:
-        """Whether others are in the process, and something of the job is, too."""
+        """Whether the process has other jobs, and still something of this one."""
         return not self.alone and not self.left.is_set()
 
     @property
     def host(self) -> str | None:
-        """The mark in the process's environment, where it is a host's and not the attempt's."""
+        """The mark in the process's environment, if it is a host's and not the attempt's."""
         return self.trainer.mark if self.trainer.shared else None
 
     def poll(self) -> int | None:
@@ -90,37 +91,37 @@ class TrainerLink:
 
 
 class TrainerProcess:
-    """A process that trains, from its first order to its end or to the moment when it stays without a job.
+    """A process that trains, from its first order to its end, or until it stays without a job.
 
-    `run`: the mark of the attempt for which it was started. `mark`: that of the host which it may become; empty for one
-    that ends with that attempt.
+    `run`: the mark of the attempt for which it was started. `mark`: of the host that it may become; empty if it ends
+    with that attempt.
     """
 
     def __init__(self, process: subprocess.Popen[str], run: str, mark: str = "", clock: NodeClock = SYSTEM) -> None:
         self.process, self.run, self.mark, self.clock = process, run, mark, clock
         self.shared = False  # its marks are the host's, and its jobs' log lines come as messages
-        self.stays = False  # it has left its last job, and nobody reads its pipes
-        self.over = False  # it has ended, with all that it had started
-        self.base_bytes: int | None = None  # that it keeps, as its last job's end said
-        self.spoilt: str | None = None  # why nobody joins it and it ends with its last job, in words; None: it may stay
+        self.stays = False  # its last job has left, and nobody reads its pipes
+        self.over = False  # it has ended, with all processes that it started
+        self.base_bytes: int | None = None  # that it keeps, as its last job's end reported
+        self.spoilt: str | None = None  # in words, why nobody may join it and it ends; None: it may stay
         self.lost = 0  # jobs that were in it when it ended by itself
         self.heard_at = self.clock.now()
         self._lock = threading.Lock()
         self._sending = threading.Lock()
         self._changing = threading.Lock()  # its marks, or its end
         self._links: dict[int, TrainerLink] = {}
-        self._closing = False  # nobody comes any more
+        self._closing = False  # nobody may join any more
         self._answered = threading.Event()  # it is shared
-        self._last: deque[str] = deque(maxlen=END_LINES)  # that it printed as nobody's
-        self._until = ""  # the line behind which nothing is a job's; no line is empty
-        self._read: queue.SimpleQueue[bool] = queue.SimpleQueue()  # by each reader: whether it came to that line
+        self._last: deque[str] = deque(maxlen=END_LINES)  # its last output that belongs to no job
+        self._until = ""  # the line after which nothing belongs to a job; no line is empty
+        self._read: queue.SimpleQueue[bool] = queue.SimpleQueue()  # from each reader: whether it reached that line
         assert process.stdout and process.stderr
         pipes = ((self._read_messages, process.stdout), (self._read_log, process.stderr))
         self._readers = [threading.Thread(target=read, args=(pipe,), daemon=True) for read, pipe in pipes]
 
     @property
     def count(self) -> int:
-        """Attempts that are in it."""
+        """The attempts in it."""
         with self._lock:
             return len(self._links)
 
@@ -132,13 +133,13 @@ class TrainerProcess:
         return link
 
     def join(self, job_id: int, file: IO[str], book: LogBook) -> TrainerLink | None:
-        """Another attempt's link, while one is in it; None: it ends, or does not answer."""
+        """Another attempt's link, while the process has one; None: it is ending, or does not answer."""
         link = TrainerLink(trainer=self, job_id=job_id, book=LogFile(file, book))
-        with self.clock.holding(self._changing):  # nobody else leaves before it has answered, or this one is out again
+        with self.clock.holding(self._changing):  # nobody else leaves before it answers, or this attempt leaves again
             with self._lock:
                 if self._closing or not self.mark or self.spoilt is not None or self.process.poll() is not None:
                     return None
-                if job_id in self._links:  # an earlier attempt of the job is not out of it yet
+                if job_id in self._links:  # an earlier attempt of the job has not left it yet
                     return None
                 self._links[job_id] = link
             if self._share(job_id):
@@ -152,15 +153,15 @@ class TrainerProcess:
             return job_id in self._links
 
     def leave(self, link: TrainerLink, *, stay: bool, end: bool = False) -> None:
-        """An attempt needs the process no more. Others go on in it; after the last one it stays, or ends.
+        """An attempt no longer needs the process. Others continue in it; after the last it stays, or ends.
 
-        `stay`: it may wait for another job. `end`: it must end, whoever is in it.
+        `stay`: it may wait for another job. `end`: it must end, even with others in it.
         """
         with self._lock:
             alone = len(self._links) == 1
             self._closing |= alone or end
         if not (alone or end) and self._has_left(link):
-            # the others may have left: who is out last ends it, and exactly one is
+            # the others may have left: the last to leave ends it, and exactly one is last
             with self.clock.holding(self._changing), self._lock:
                 alone = len(self._links) == 1
                 self._closing |= alone
@@ -180,11 +181,11 @@ class TrainerProcess:
             send(self.process.stdin, order)
 
     def spoil(self, why: str) -> None:
-        """Let nobody join it any more, and let it end with its last job. The first reason stays."""
+        """Let nobody join it any more, and let it end with its last job. The first reason is kept."""
         self.spoilt = self.spoilt or why
 
     def end(self) -> list[str]:
-        """The last lines that it printed as nobody's."""
+        """The last lines of its output that belong to no job."""
         return list(self._last)
 
     def _forget(self, link: TrainerLink) -> None:
@@ -192,14 +193,14 @@ class TrainerProcess:
             self._links.pop(link.job_id, None)
 
     def _share(self, job_id: int) -> bool:
-        """Let it be the host's: whoever ends the first attempt's processes must not find it."""
+        """Make it the host's: ending the first attempt's processes must not find it."""
         if not self.shared and self.process.poll() is None:
             self.send(Share(job_id=job_id, mark=self.mark))
             self.shared = self.clock.wait(self._answered, ANSWER_S)
         return self.shared and self.process.poll() is None
 
     def _has_left(self, link: TrainerLink) -> bool:
-        """Wait until nothing of a job is in the process, which others need."""
+        """Wait until nothing of a job is left in the process, which others need."""
         if not link.left.is_set() and self.process.poll() is None:
             self.send(Stop(job_id=link.job_id, save=False))
         while not self.clock.wait(link.left, 0.1) and self.process.poll() is None:
@@ -220,7 +221,7 @@ class TrainerProcess:
             end_leftovers(self.run)
 
     def _end(self) -> None:
-        """End all its processes, and read what they have said."""
+        """End all its processes, and read their output."""
         kill(self.process)
         for run in (self.run, self.mark) if self.mark else (self.run,):
             end_leftovers(run)  # a process that holds the pipes open would make the readers wait
@@ -239,12 +240,12 @@ class TrainerProcess:
                 self._hand_on(line)
         if not found:
             with self._lock:
-                self._closing = True  # it ends: who came now would not be counted, and be blamed for it
+                self._closing = True  # a job that joined now would not be counted, but be blamed for the end
                 self.lost = sum(not link.left.is_set() for link in self._links.values())
         self._read.put(found)
 
     def _hand_on(self, line: str) -> None:
-        """A message to the job that it is about; another line to the log."""
+        """Pass a message to its job, and any other line to the log."""
         try:
             message = decode_told(line)
         except ValueError:
@@ -274,7 +275,7 @@ class TrainerProcess:
         self._read.put(found)
 
     def _print(self, line: str) -> None:
-        """A line of the one job that is here, or nobody's."""
+        """A line of the only job here, or of none."""
         with self._lock:
             link = None if self.shared else next(iter(self._links.values()), None)
         if link is None:
@@ -295,23 +296,23 @@ MESSAGE_LIMIT = 1 << 20
 
 
 def send(pipe: IO[str], message: Order) -> None:
-    """Write an order; a trainer that has ended is noticed elsewhere, by its exit status."""
+    """Write an order; the end of a trainer is noticed elsewhere, by its exit status."""
     line = encode(message)
     try:
         pipe.write(line)
         pipe.flush()
-    except (BrokenPipeError, ValueError):  # the second: another thread is ending it and has closed the pipe
+    except (BrokenPipeError, ValueError):  # ValueError: another thread is ending it and has closed the pipe
         log.warning("the trainer had ended before it could be told %s", message.type)
 
 
 def kill(trainer: subprocess.Popen[str]) -> None:
     """End the trainer and all that it started: close its stdin first, then kill its whole session.
 
-    A process that waits in the kernel (state D: a lost card, a hard NFS mount) outlives SIGKILL. It is left, with its
-    `returncode` None: the supervisor must go on, and what remains on the card closes it.
+    A process that waits in the kernel (state D: a lost card, a hard NFS mount) outlives SIGKILL. It is left alone, with
+    its `returncode` None: the supervisor must continue, and what remains on the card closes it.
     """
     assert trainer.stdin
-    # in a thread: who writes to a trainer that reads nothing holds the pipe until that is killed
+    # in a thread: a writer to a trainer that reads nothing holds the pipe until the trainer is killed
     closing = threading.Thread(target=_close, args=(trainer.stdin,), daemon=True)
     closing.start()
     try:

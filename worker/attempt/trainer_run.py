@@ -36,19 +36,19 @@ CHECKPOINT_GRACE_S = 60.0
 """Seconds that the last checkpoint has to reach the artifact store after a training's end: another box may need it."""
 
 JOIN_S = 15.0
-"""Seconds in which a trainer that a job joins takes it, also where its last job is just leaving it."""
+"""Seconds within which a trainer takes a job that joins it, even if its last job is just leaving."""
 
 LEAVING_S = 40.0
-"""Seconds that a job on several cards waits at most for bases on the others: a node's look, and what it then takes."""
+"""Most seconds that a job on several cards waits for bases on the other cards: until a node looks, and then acts."""
 
 LOOK_S = 0.2
-"""Seconds between two looks at a trainer that says nothing."""
+"""Seconds between two looks at a silent trainer."""
 
 
 def train(place: Workplace, attempt: SupervisedAttempt, start: Start) -> None:
     """Run a trainer to its end. If it runs out of memory in mid-training, run another one that needs less.
 
-    Only a new process has unbroken memory again; it goes on from the last checkpoint.
+    Only a new process has unfragmented memory again; it continues from the last checkpoint.
     """
     attempt.run.began = place.clock.now()
     upload = CheckpointUpload(place.artifacts, place.store, attempt.claim, attempt.folder / "keeping", place.clock)
@@ -58,7 +58,7 @@ def train(place: Workplace, attempt: SupervisedAttempt, start: Start) -> None:
             _run(place, attempt, order, upload)
             order = _lighter(attempt, order)
     finally:
-        # no one needs the last one of a training that is done, cancelled, pruned or no longer ours
+        # no one needs the last checkpoint of a training that is done, cancelled, pruned or no longer ours
         over = attempt.own.lease_lost or attempt.wishes.cancel_requested or attempt.own.gone_as is not None
         over = over or attempt.verdict()[0] in (Reason.OK, Reason.PRUNED)
         _close(place, attempt, upload, 0.0 if over or place.drain.wish == "now" else _patience_s(place, attempt))
@@ -73,7 +73,7 @@ def _patience_s(place: Workplace, attempt: SupervisedAttempt) -> float:
 
 
 def _run(place: Workplace, attempt: SupervisedAttempt, start: Start, upload: CheckpointUpload) -> None:
-    """Put the job into a trainer and stay with it until it has ended there."""
+    """Put the job into a trainer, and watch it until it has ended there."""
     kills = kernel_kills()
     with opened(attempt.folder / LOG_FILE) as log_file:
         link = attempt.run.trainer = _link(place, attempt, start, log_file)
@@ -98,7 +98,7 @@ def _run(place: Workplace, attempt: SupervisedAttempt, start: Start, upload: Che
 
 
 def _unexpected_end(attempt: SupervisedAttempt, start: Start, trainer: TrainerProcess, kills: int | None) -> Ended:
-    """Why a trainer has ended without a word on the job. `kills`: the kernel's, since the job came to it."""
+    """Why a trainer ended without a message about the job. `kills`: by the kernel, since the job joined."""
     on_card = start.device == "cuda"
     limited = not on_card and start.memory_limit is not None
     printed = [*trainer.end(), *attempt.unwritten.log.end()]
@@ -110,7 +110,7 @@ def _unexpected_end(attempt: SupervisedAttempt, start: Start, trainer: TrainerPr
 
 
 def _link(place: Workplace, attempt: SupervisedAttempt, start: Start, log_file: IO[str]) -> TrainerLink:
-    """A place in the trainer that the claim names, or in one that is the attempt's own. Raises Interrupted."""
+    """A place in the trainer that the claim names, or in the attempt's own. Raises Interrupted."""
     own = environment(place, attempt.claim)
     if start.joins:
         return _joined(place, attempt, own, log_file)
@@ -121,7 +121,7 @@ def _link(place: Workplace, attempt: SupervisedAttempt, start: Start, log_file: 
 
 
 def _joined(place: Workplace, attempt: SupervisedAttempt, own: dict[str, str], log_file: IO[str]) -> TrainerLink:
-    """A place in a trainer that has the base, and other jobs or just had some. Raises Interrupted where it is gone."""
+    """A place in a trainer that has the base, and has or just had other jobs. Raises Interrupted if it is gone."""
     hosts, claim, deadline, next_beat = place.hosts, attempt.claim, place.clock.now() + JOIN_S, 0.0
     while hosts is not None and claim.host is not None and place.clock.now() < deadline:
         trainer = hosts.with_jobs(claim.host)
@@ -148,7 +148,7 @@ def _joined(place: Workplace, attempt: SupervisedAttempt, own: dict[str, str], l
 
 
 def _refusal(trainer: TrainerProcess, job_id: int) -> str | None:
-    """Why a trainer with jobs does not take this one, nor soon; None: its last job is leaving it."""
+    """Why a trainer with jobs does not take this one, now or soon; None: its last job is leaving it."""
     if trainer.holds(job_id):
         return "its earlier attempt has not left the trainer that it was about to join"
     return (
@@ -163,21 +163,21 @@ def _trainer(
 ) -> tuple[subprocess.Popen[str], str]:
     """The host with the job's base, the spare trainer, or a new one; and the mark by which it may stay, or nothing.
 
-    Raises Interrupted where a base that must go does not.
+    Raises Interrupted if a base that must go does not.
     """
     hosts, claim = place.hosts, attempt.claim
     _await_other_cards(place, attempt)
     if hosts is not None:
         _make_room(place, attempt, hosts)
         if start.keep is None and claim.host is not None:
-            hosts.let_go([claim.host])  # the base runs code of its own, which no claim can know
+            hosts.let_go([claim.host])  # the base runs its own code, which no claim can know
         elif claim.host is not None and (host := hosts.take(claim, own)) is not None:
             attempt.say(Stage.PREPARING, f"continues in the trainer on {place.node} that has its base")
             return host, claim.host
         _make_room(place, attempt, hosts)
     attempt.say(Stage.PREPARING, f"starts the trainer on {place.node}")
     mark = "" if hosts is None or start.keep is None else hosts.draw_mark()
-    spare = None if place.spares is None or start.ranks else place.spares.take(own)  # one that leads starts others
+    spare = None if place.spares is None or start.ranks else place.spares.take(own)  # a leading rank starts others
     if spare is not None:
         return spare, mark
     room = {PLACEHOLDER: PLACEHOLDER_VALUE} if mark else {}  # the last, so that its marks can change
@@ -185,21 +185,21 @@ def _trainer(
 
 
 def _make_room(place: Workplace, attempt: SupervisedAttempt, hosts: HostSource) -> None:
-    """Nothing starts on the card before the bases that must go have gone."""
+    """Nothing starts on the card until the bases that must go are gone."""
     if hosts.in_the_way and (why := while_beating(place, attempt, hosts.make_room)) is not None:
         attempt.own.forced = Reason.GPU_ERROR, why
         raise Interrupted
 
 
 def _await_other_cards(place: Workplace, attempt: SupervisedAttempt) -> None:
-    """The same on the job's other cards: their nodes are woken, and end the bases that its claim has sent off. One that
-    can't be ended closes its card, and then the job is not kept waiting for it."""
+    """The same on the job's other cards: their nodes are woken, and end the bases that its claim sent away. A base that
+    can't be ended closes its card, and then the job does not wait for it."""
     others = [share.node for share in attempt.claim.shares[1:]]
 
     def leave() -> None:
         deadline, woken = place.clock.now() + LEAVING_S, set[str]()
         while place.clock.now() < deadline:
-            with contextlib.suppress(*REFUSALS):  # the database is away
+            with contextlib.suppress(*REFUSALS):  # the database is down
                 waited_for = {node for node in others if any(row.leaving for row in place.store.hosts.of_card(node))}
                 if not waited_for:
                     return
@@ -220,7 +220,7 @@ def _may_stay(place: Workplace, attempt: SupervisedAttempt, trainer: TrainerProc
 
 
 def _keep(place: Workplace, attempt: SupervisedAttempt, start: Start, trainer: TrainerProcess) -> None:
-    """Hand a trainer that has left its last job to who keeps it."""
+    """Hand over a trainer without a job to its keeper."""
     assert place.hosts is not None and start.keep is not None
     staying = StayingTrainer(
         process=trainer.process,
@@ -235,7 +235,7 @@ def _keep(place: Workplace, attempt: SupervisedAttempt, start: Start, trainer: T
 def _watch(
     place: Workplace, attempt: SupervisedAttempt, link: TrainerLink, start: Start, upload: CheckpointUpload
 ) -> bool:
-    """Pass on what the trainer tells and what people wish, until the job has ended there. True: it must be killed."""
+    """Pass on the trainer's messages and people's requests, until the job has ended there. True: it must be killed."""
     next_beat, next_close, stage, rung, attempt.heard.at = 0.0, 0.0, None, 0, place.clock.now()
     while link.poll() is None and not _is_over(attempt, link):
         _take_all(link.told, attempt, timeout=LOOK_S)
@@ -264,8 +264,8 @@ def _watch(
 
 
 def _close_row(place: Workplace, attempt: SupervisedAttempt) -> None:
-    """End the attempt in its row while the job is on its way out of a trainer that others need. Where the database does
-    not take that now, it is tried again, at the last when the job is out."""
+    """End the attempt in its row while the job is leaving a trainer that others need. If the database does not take
+    that now, it is tried again, at the latest when the job is out."""
     assert attempt.own.forced is not None
     try:
         status = place.store.attempts.finish(
@@ -280,18 +280,18 @@ def _close_row(place: Workplace, attempt: SupervisedAttempt) -> None:
 
 
 def _tell_of_spoilt(place: Workplace, trainer: TrainerProcess) -> None:
-    """Let no claim name a trainer that takes no more jobs."""
+    """Keep claims from naming a trainer that takes no more jobs."""
     if place.hosts is not None and trainer.spoilt is not None and not trainer.over:
         place.hosts.spoil(trainer.mark, trainer.spoilt)
 
 
 def _is_over(attempt: SupervisedAttempt, link: TrainerLink) -> bool:
-    """Whether the job has ended and is out of a trainer that goes on."""
+    """Whether the job has ended and left a trainer that continues."""
     return attempt.heard.ended is not None and (link.alone or link.left.is_set())
 
 
 def _open(place: Workplace, attempt: SupervisedAttempt, link: TrainerLink, start: Start) -> None:
-    """Let others join the trainer once it has said that they may."""
+    """Let others join the trainer once it reports that they may."""
     opened, attempt.heard.opened = attempt.heard.opened, None
     if opened is None or place.hosts is None or not link.trainer.mark or start.keep is None:
         return
@@ -300,9 +300,9 @@ def _open(place: Workplace, attempt: SupervisedAttempt, link: TrainerLink, start
 
 
 def _lighter(attempt: SupervisedAttempt, start: Start) -> Start | None:
-    """The order of a next trainer that needs less, after out-of-memory; None when no other one may help.
+    """The order for a next trainer that needs less, after out-of-memory; None if no other may help.
 
-    A job that has shared its trainer goes back with what was learned: its own part has no room for another base.
+    A job that shared its trainer is queued again with what was learned: its own share has no room for another base.
     """
     lighter = _next_adjustment(attempt, start)
     if lighter is None:
@@ -322,8 +322,8 @@ def _lighter(attempt: SupervisedAttempt, start: Start) -> Start | None:
 
 
 def _next_adjustment(attempt: SupervisedAttempt, start: Start) -> Adjustment | None:
-    """Whether smaller pieces of the batch may help. Out of memory before or after the training itself they do not:
-    before, the trainer has tried them all. Ranks that divide a base are out of step after the first try."""
+    """Whether a finer split of the batch may help. It does not for out-of-memory before or after the training itself:
+    before it, the trainer has tried all splits. Ranks that divide a base are out of step after the first try."""
     if attempt.own.forced is not None or attempt.own.lease_lost or attempt.heard.ended is None:
         return None
     tries = (Stage.PREPARING, Stage.TRAINING) if start.parallel is Parallel.SHARDED else (Stage.TRAINING,)
@@ -334,7 +334,7 @@ def _next_adjustment(attempt: SupervisedAttempt, start: Start) -> Adjustment | N
 
 
 def _close(place: Workplace, attempt: SupervisedAttempt, upload: CheckpointUpload, patience_s: float) -> None:
-    """Wait so long for the last checkpoint to be stored, and keep the lease meanwhile."""
+    """Wait at most this long for the last checkpoint to be stored, and keep the lease."""
     upload.close()
     deadline = place.clock.now() + patience_s
     while not upload.done(min(place.beat_s, max(0.0, deadline - place.clock.now()))):
@@ -344,7 +344,7 @@ def _close(place: Workplace, attempt: SupervisedAttempt, upload: CheckpointUploa
 
 
 def _take_all(told: queue.SimpleQueue[Told | str], attempt: SupervisedAttempt, timeout: float = 0.0) -> None:
-    """Fold what the trainer has told since the last look into the attempt."""
+    """Fold the trainer's messages since the last look into the attempt."""
     while True:
         try:
             message = attempt.clock.get(told, timeout) if timeout else told.get_nowait()

@@ -25,17 +25,18 @@ from .trainer_process import TrainerProcess, launch
 log = logging.getLogger("loractl.worker")
 
 BEAT_S = 5.0
-"""How often a running job's row is written; more often with a short lease. A cancel acts within this and a step."""
+"""How often a running job's row is written; more often with a short lease. A cancel takes effect within this time and a
+step."""
 
 SLOW_S = 30.0
-"""The store may say nothing for so long before a job's history says that it waits for it; less with a short lease."""
+"""The store may be silent for this long before a job's history says that it waits for it; less with a short lease."""
 
 BEATS_A_LEASE = 6
 """The least number of beats in a lease: one or two may be late."""
 
 
 class SpareSource(Protocol):
-    """Who may have a trainer that has its imports behind it."""
+    """A source of trainers that have finished their imports."""
 
     @property
     def marks(self) -> frozenset[str]:
@@ -43,12 +44,12 @@ class SpareSource(Protocol):
         ...
 
     def take(self, environment: Mapping[str, str]) -> subprocess.Popen[str] | None:
-        """A trainer with this environment that now waits for its order; None: start one."""
+        """A trainer with this environment that waits for its order; None: start one."""
         ...
 
 
 class HostSource(Protocol):
-    """Who keeps trainers with their bases between two jobs."""
+    """Keeps trainers with their bases between two jobs."""
 
     @property
     def marks(self) -> frozenset[str]:
@@ -57,23 +58,23 @@ class HostSource(Protocol):
 
     @property
     def in_the_way(self) -> bool:
-        """Whether a base is on its way out: until it has gone nothing starts on the card."""
+        """Whether a base is being removed: until it is gone, nothing starts on the card."""
         ...
 
     def make_room(self) -> str | None:
-        """Wait until none is. Returns what holds the card, for people, where one does not go."""
+        """Wait until none is. If one does not go, returns what holds the card, for people."""
         ...
 
     def let_go(self, marks: Iterable[str]) -> None:
-        """Send off the hosts that a claim names."""
+        """Send away the hosts that a claim names."""
         ...
 
     def take(self, claim: Claim, environment: Mapping[str, str]) -> subprocess.Popen[str] | None:
-        """The host that the claim names, as the attempt's trainer. None: there is none, or it is on its way out."""
+        """The host that the claim names, as the attempt's trainer. None: there is none, or it is being removed."""
         ...
 
     def await_change(self, seconds: float) -> None:
-        """Wait until a trainer has come to stay or has ended, at most so long."""
+        """Wait at most this long until a trainer has come to stay or has ended."""
         ...
 
     def draw_mark(self) -> str:
@@ -81,31 +82,31 @@ class HostSource(Protocol):
         ...
 
     def knows(self, mark: str) -> bool:
-        """Whether there is a trainer of that mark, or was a moment ago."""
+        """Whether there is a trainer with this mark, or was a moment ago."""
         ...
 
     def open(self, trainer: TrainerProcess, claim: Claim, key: str, size: int) -> None:
-        """Let other jobs join a trainer beside the claim's. `key`, `size`: of its base."""
+        """Let other jobs join a trainer along with the claim's. `key`, `size`: of its base."""
         ...
 
     def let_in(self, trainer: TrainerProcess) -> None:
-        """Let a trainer be found by those who join it."""
+        """Let jobs that join a trainer find it."""
         ...
 
     def with_jobs(self, mark: str) -> TrainerProcess | None:
-        """The trainer of that mark, while there are jobs in it."""
+        """The trainer with this mark, while it has jobs."""
         ...
 
     def spoil(self, mark: str, why: str) -> None:
-        """Let no claim name a trainer that takes no more jobs."""
+        """Keep claims from naming a trainer that takes no more jobs."""
         ...
 
     def note_passes(self, mark: str, passes: Sequence[MeasuredPass]) -> None:
-        """Let the pack rule learn from passes of a trainer that has a row."""
+        """Let the pack rule learn from the passes of a trainer that has a row."""
         ...
 
     def keep(self, host: StayingTrainer, claim: Claim) -> bool:
-        """Take a trainer that has left its job; False: it is ended, as its base has no room."""
+        """Take a trainer whose job has left; False: it is ended, since there is no room for its base."""
         ...
 
     def drop_mark(self, mark: str) -> None:
@@ -115,7 +116,7 @@ class HostSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class StayingTrainer:
-    """A trainer that has left its job, with the base that it has loaded."""
+    """A trainer whose job has left, with its loaded base."""
 
     process: subprocess.Popen[str]
     mark: str
@@ -134,7 +135,7 @@ class Workplace:
     device: Device
     node: str
     drain: Drain
-    trainers: int = 1  # that this box may run at a time: they share its cores
+    trainers: int = 1  # that this box may run at a time; they share its cores
     spares: SpareSource | None = None  # None: every trainer starts cold
     hosts: HostSource | None = None  # None: every trainer ends with its job
     clock: NodeClock = SYSTEM
@@ -142,12 +143,12 @@ class Workplace:
 
     @property
     def threads(self) -> int:
-        """With which a trainer that starts now computes. Raises UsageError."""
+        """The threads for a trainer that starts now. Raises UsageError."""
         return threads_of_trainer(self.trainers)
 
     @property
     def slow_s(self) -> float:
-        """A call of the artifact store without an answer for so long is told, and may be left."""
+        """A call of the artifact store without an answer for this long is reported, and may be abandoned."""
         return min(SLOW_S, self.settings.lease_s / 2)
 
     @property
@@ -155,10 +156,10 @@ class Workplace:
         return min(BEAT_S, self.settings.lease_s / BEATS_A_LEASE)
 
     def wake_others(self, nodes: Collection[str]) -> None:
-        """A hint to other cards; without it they look by themselves a few seconds later. It may take seconds."""
+        """A hint to other cards; without it they look on their own a few seconds later. It may take seconds."""
         if not nodes:
             return
         try:
             wake_cards(self.settings, nodes)
-        except LoractlError as error:  # the queue is away, or is none that may be used
+        except LoractlError as error:  # the queue is down, or may not be used
             log.warning("%s", error.sentence)

@@ -1,4 +1,4 @@
-"""The adapter's files as they are stored: weights as safetensors, with the peft settings that loading needs."""
+"""The adapter's files in the store: weights as safetensors, with the peft settings needed for loading."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def save_adapter(model: Any, tokenizer: Any, spec: JobSpec, folder: Path) -> None:
-    """Write the adapter and its tokenizer into `folder`, and load it once. Raises TrainingFailed when that fails."""
+    """Write the adapter and its tokenizer into `folder`, and load it once. Raises TrainingFailed if that fails."""
     model.save_pretrained(str(folder), safe_serialization=True)
     tokenizer.save_pretrained(str(folder))
     _rewrite_config(folder / CONFIG, spec)
     for path in list(folder.rglob("*")):
-        # peft's README.md is an empty form that names the base's place on this box; the model card is written later
+        # peft's README.md is an empty form that names the base's path on this box; the model card is written later
         if path.is_file() and (path.suffix not in SUFFIXES or path.name == "README.md"):
             path.unlink()
     check_adapter(model, folder)
@@ -62,7 +62,7 @@ def check_adapter(model: Any, folder: Path) -> None:
 
 
 def _rewrite_config(path: Path, spec: JobSpec) -> None:
-    """Keep the allowed keys; the base is what the job said, not where this box has it."""
+    """Keep the allowed keys; the base is what the job named, not its path on this box."""
     written = json.loads(path.read_text("utf-8"))
     kept = allowed(written) | {"base_model_name_or_path": portable_name(spec.base_model), "revision": spec.revision}
     if isinstance(targets := kept.get("target_modules"), list):
@@ -79,7 +79,7 @@ def load_weights(model: Any, path: Path) -> None:
 
 
 def load_stored(model: Any, path: Path) -> None:
-    """A stored adapter's weights in place of a fresh one's. Raises TrainingFailed(bad_spec) where they do not fit."""
+    """Put a stored adapter's weights in place of fresh ones. Raises TrainingFailed(bad_spec) if they do not fit."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -100,7 +100,7 @@ def load_stored(model: Any, path: Path) -> None:
 
 
 def save_weights(model: Any, path: Path) -> None:
-    """The adapter's weights alone, written aside and renamed."""
+    """Save only the adapter's weights, to a temporary file that is then renamed."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 

@@ -22,7 +22,7 @@ class Precision:
     """The number formats of a run."""
 
     base: torch.dtype  # of unquantised base weights, and NF4's compute type
-    amp: Literal["bf16", "fp16"] | None  # what autocast computes in, over fp32 adapters
+    amp: Literal["bf16", "fp16"] | None  # autocast's compute type, over fp32 adapters
 
 
 OVERFLOWS_FP16 = {
@@ -37,8 +37,8 @@ OVERFLOWS_FP16 = {
     "qwen3_5": "unslothai/unsloth, unsloth/models/loader.py: gradients",
     "qwen3_moe": "unslothai/unsloth-zoo pull request 866: gradients",
 }
-"""Families whose activations or gradients exceed float16's 65,504, as they were trained in bfloat16, and where that was
-seen. Others that begin with a name count, too: gemma3_text, qwen2_moe, qwen2_vl."""
+"""Families whose activations or gradients exceed float16's 65,504, since they were trained in bfloat16, with the source
+for each. Names with such a prefix count, too: gemma3_text, qwen2_moe, qwen2_vl."""
 
 
 def overflows_fp16(family: str) -> bool:
@@ -47,11 +47,11 @@ def overflows_fp16(family: str) -> bool:
 
 
 def choose_precision(device: str, dtype: str = "auto", family: str = "") -> Precision:
-    """bf16 where the device computes in it; else fp16 with loss scaling on a card, fp32 on a processor.
+    """bf16 if the device computes in it; else fp16 with loss scaling on a card, fp32 on a CPU.
 
-    Cards before Ampere and old processors only emulate bf16: slower than fp32, and no more exact. A job's own choice
-    goes first. `family`: the model's `model_type`; one that overflows fp16 takes fp32 where there is no bf16. Raises
-    TrainingFailed(bad_spec) for float16 on a processor, where autocast has no float16.
+    Cards before Ampere and old CPUs only emulate bf16: slower than fp32, and no more exact. A job's own choice takes
+    precedence. `family`: the model's `model_type`; one that overflows fp16 uses fp32 if there is no bf16. Raises
+    TrainingFailed(bad_spec) for float16 on a CPU, where autocast has no float16.
     """
     if dtype == "float32":
         return Precision(base=torch.float32, amp=None)
@@ -86,19 +86,19 @@ def compute_in(model: Any, precision: Precision) -> None:
 
 
 def whole_modules(model: Any, compute: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Autocast where modules are trained in full, in fp32, on a base that computes in `compute`: that of `compute_in`
-    is around forward() alone, not generate()."""
+    """Autocast for modules trained in full, in fp32, on a base that computes in `compute`: `compute_in` covers only
+    forward(), not generate()."""
     mixed = bool(model.peft_config["default"].modules_to_save) and compute != torch.float32
     return torch.autocast(model.device.type, dtype=compute, enabled=mixed)
 
 
 def settle_nf4(base: Any, *, whole: bool = True) -> Any:
-    """A base in NF4 with layers that stay sound. `whole`: what is not quantised goes to fp32, as peft's recipe for
-    QLoRA has it; else it keeps its 16 bits, and norms compute in fp32 all the same."""
+    """A base in NF4 with layers that stay sound. `whole`: what is not quantised goes to fp32, as in peft's recipe for
+    QLoRA; else it keeps its 16 bits, and norms still compute in fp32."""
     from peft import prepare_model_for_kbit_training
 
     if whole:
-        # Checkpointing is the engine's business: its non-reentrant kind needs no hook on the inputs.
+        # The engine handles checkpointing: its non-reentrant kind needs no hook on the inputs.
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     keep_nf4_in_training_mode(base)
     return base
@@ -133,7 +133,7 @@ def evaluating(model: Any, *, base: bool = False) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def trained_weights(model: Any, weights: Sequence[torch.Tensor]) -> Iterator[None]:
-    """The trained parameters have these weights meanwhile, copied to where the model is."""
+    """Within the context the trained parameters have these weights, copied to the model's device."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     now = [parameter.data for parameter in trained]
     try:
@@ -147,8 +147,8 @@ def trained_weights(model: Any, weights: Sequence[torch.Tensor]) -> Iterator[Non
 
 @contextlib.contextmanager
 def random_streams_kept() -> Iterator[None]:
-    """Put every generator back to where it was: dropout must not depend on whether something was tried or measured in
-    between. A DataLoader draws a number for each pass, also where it shuffles nothing."""
+    """Restore every generator's state: dropout must not depend on whether something was tried or measured in between. A
+    DataLoader draws a number for each pass, even without shuffling."""
     python, numbers, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:

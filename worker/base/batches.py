@@ -1,4 +1,4 @@
-"""Batches that shrink until memory holds them, and who computes them."""
+"""Batches that shrink until memory holds them, and what computes them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Answer = TypeVar("Answer")
 
 
 class Computer(Protocol):
-    """Does pieces of work: the engine where trainings share the process, else whoever asks."""
+    """Does pieces of work: the engine if trainings share the process, else the caller."""
 
     def run(self, work: Callable[[], Answer]) -> Answer:
         """What a piece of work returns or raises."""
         ...
 
     def run_long(self, work: Callable[[], Answer], meanwhile: Callable[[], None]) -> Answer:
-        """The same for one that calls `pause`; while it waits for its turn `meanwhile` is called."""
+        """The same for work that calls `pause`; while it waits for its turn, `meanwhile` is called."""
         ...
 
     def pause(self) -> None:
@@ -27,7 +27,7 @@ class Computer(Protocol):
 
 
 class Here:
-    """Who asks does the work, with the process to itself."""
+    """The caller does the work, with the process to itself."""
 
     def run(self, work: Callable[[], Any]) -> Any:
         return in_own_thread(work)
@@ -51,7 +51,7 @@ def in_batches(
 ) -> int:
     """Do the work on `batch` items at a time; out of memory halves the batch, down to one. Returns the last size.
 
-    A training must not be lost because its evaluation takes larger batches than the training did. `run` does a batch,
+    A training must not be lost because its evaluation uses larger batches than the training did. `run` does a batch,
     and `done` is called after it.
     """
     start = 0
@@ -67,5 +67,5 @@ def in_batches(
             start += len(chosen)
             done(len(chosen))
             continue
-        run(release)  # outside of the handler: until it ends, the error's traceback holds the tensors
+        run(release)  # outside the handler: until it ends, the error's traceback holds the tensors
     return batch

@@ -12,7 +12,7 @@ from loractl.worker.protocol.card_error import card_error
 class TrainingFailed(LoractlError):
     """The attempt can't go on. The job's row will show the reason.
 
-    `aside`: it happened in a process beside the trainer's, against which it says nothing.
+    `aside`: it happened in a process other than the trainer's, and says nothing about the trainer.
     """
 
     def __init__(self, reason: Reason, sentence: str, *, aside: bool = False) -> None:
@@ -21,9 +21,9 @@ class TrainingFailed(LoractlError):
 
 
 def explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
-    """The reason and the sentence for an error that was not caught closer to its cause.
+    """The reason and the sentence for an error not caught closer to its cause.
 
-    `own_limit`: this process's RAM is held to a limit, so that it ran out of that and not of the box's RAM.
+    `own_limit`: this process's RAM is limited, so it ran out of that and not of the box's RAM.
     """
     from .gauge import in_a_sentence, is_card_full, is_out_of_memory  # torch, which the trainer loads late
 

@@ -28,21 +28,21 @@ log = logging.getLogger("loractl.worker")
 Answer = TypeVar("Answer")
 
 LEAST_BYTES = WORKSPACE_BYTES + SEGMENT_BYTES
-"""Any computation on a card takes so much of torch's allocator: what is learned from other jobs may not go below."""
+"""Any computation on a card takes this much of torch's allocator: figures learned from other jobs may not go below."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt's names, in glibc's malloc.h
 
 _MMAP_BYTES, _TRIM_BYTES = 2**23, 2**24
-"""Tensors of 8 MiB get a mapping of their own; of what is free at the heap's end 16 MiB are kept."""
+"""Tensors of 8 MiB get their own mapping; of free memory at the heap's end 16 MiB are kept."""
 
 HANDLE_BYTES = 128 * 2**20
-"""What cuBLAS, cuDNN or cuSOLVER may take of the card for a handle, from the driver and not from torch's allocator."""
+"""Card memory that cuBLAS, cuDNN or cuSOLVER may take for a handle, from the driver and not from torch's allocator."""
 
 _PROCESSOR_IS_FULL = re.compile(
     "can't allocate memory|std::bad_alloc|can't start new thread"
     "|could not create a memory|could not create a primitive(?! descriptor)"
 )
-"""What torch, the C++ runtime and oneDNN say when the process gets no more memory."""
+"""Messages of torch, the C++ runtime and oneDNN when the process gets no more memory."""
 
 
 class Gauge:
@@ -55,7 +55,7 @@ class Gauge:
 
     @property
     def kind(self) -> str:
-        """What the peak counts, for people."""
+        """What the peak measures, for people."""
         return "CUDA memory reserved" if self._device == "cuda" else "resident set of the process"
 
     def look(self) -> Peaks:
@@ -78,13 +78,13 @@ def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None
     """Make allocations beyond `limit` bytes fail in this process; None leaves them alone. Call it after the imports.
 
     On CUDA the limit includes the context, which the allocator does not see (`allocator_room`). On a CPU the limit is
-    what model and training may take beside the libraries: their tables lie in writable memory as well.
+    what model and training may take in addition to the libraries: their tables are in writable memory as well.
     """
     if limit is None:
         return
     if device == "cuda":
         if torch.cuda.is_initialized():
-            limit_to(limit, device, gpu)  # of a job that joins others: its thread's workspace must fit beside theirs
+            limit_to(limit, device, gpu)  # for a job that joins others: its thread's workspace must fit next to theirs
         torch.ones(16, 16, device="cuda").mm(torch.ones(16, 16, device="cuda"))  # brings up the context and cuBLAS
     else:
         _prepare_processor()
@@ -92,7 +92,7 @@ def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None
 
 
 def limit_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None:
-    """Change the limit of a process that was held to one."""
+    """Change the limit of a process that has one."""
     if limit is None:
         return
     if device == "cuda":
@@ -106,31 +106,31 @@ def limit_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> Non
 
 
 def _prepare_processor() -> None:
-    # oneDNN keeps what it compiled for 1,024 shapes, 50 MB for each length of a batch: it would grow into the limit.
+    # oneDNN keeps what it compiled for 1,024 shapes, 50 MB for each batch length: it would grow into the limit.
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "32"
     start_threads()
-    # A large tensor gets its own mapping, which goes when it is freed: glibc's heap does not give holes back, and the
-    # smaller batch would find no more room than the larger one. Not a small one: pages that come anew for each tensor
+    # A large tensor gets its own mapping, which is released when it is freed: glibc's heap does not return holes, and
+    # the smaller batch would find no more room than the larger one. A small tensor does not: new pages for each tensor
     # of a step made it 1.45 times as slow.
     _libc_call("mallopt", _M_MMAP_THRESHOLD, _MMAP_BYTES)
     _libc_call("mallopt", _M_TRIM_THRESHOLD, _TRIM_BYTES)
 
 
 def start_threads() -> None:
-    """Those of OpenMP, which each thread has for itself: it ends the process when it gets no stack for one later."""
+    """Start this thread's own OpenMP threads: OpenMP ends the process if it gets no stack for one later."""
     warm = torch.ones(512, 512, requires_grad=True)
     (warm @ warm).sum().backward()
 
 
 @functools.cache
 def _bytes_of_libraries() -> int:
-    """Writable memory before this process loaded its first base: a base that is there already counts in the limit.
-    What a thread of `in_own_thread` takes for itself does not."""
+    """Writable memory before this process loaded its first base: a base already loaded counts in the limit. What a
+    thread of `in_own_thread` takes for itself does not."""
     return _in_new_thread(data_bytes)
 
 
 def lift_limit() -> None:
-    """Between two trainings: a process without one needs no limit, and must not end at the last one's."""
+    """Between two trainings: a process without a training needs no limit, and must not fail at the last training's."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
     if torch.cuda.is_initialized():
@@ -138,7 +138,7 @@ def lift_limit() -> None:
 
 
 def forget_peaks() -> bool:
-    """Let the peaks of this process's memory begin anew. False where the system does not let them."""
+    """Reset this process's memory peaks. False if the system does not allow that."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     try:
@@ -150,16 +150,18 @@ def forget_peaks() -> bool:
 
 
 def allocator_room(limit: int, context: int | None) -> int:
-    """Bytes that torch's allocator may take of a process's `limit`, whose CUDA context was measured (None: it wasn't).
+    """Bytes that torch's allocator may take of a process's `limit`, with its measured CUDA context (None: not
+    measured).
 
-    A context that is larger than planned must not eat the plan of the tensors: on a large card it would leave a tiny
-    job nothing. The process then exceeds its limit by the difference, about 0.1 GiB.
+    A context larger than planned must not eat into the plan for tensors: on a large card it would leave a tiny job
+    nothing. The process then exceeds its limit by the difference, about 0.1 GiB.
     """
     return max(LEAST_BYTES, limit - min(CONTEXT_BYTES, CONTEXT_BYTES if context is None else context))
 
 
 def is_card_full(error: BaseException) -> bool:
-    """Whether an allocation on the card failed. torch raises those of CUDA's libraries and of the driver as others."""
+    """Whether an allocation on the card failed. torch raises those of CUDA's libraries and of the driver as other
+    errors."""
     if isinstance(error, torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError):
@@ -176,7 +178,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def memory_or_card(lines: Iterable[str]) -> str | None:
-    """The first of some printed lines that says that memory ran out, or that the card failed."""
+    """The first printed line that says that memory ran out, or that the card failed."""
     return next((x for x in lines if card_error(x) is not None or _PROCESSOR_IS_FULL.search(x)), None)
 
 
@@ -192,23 +194,23 @@ def in_a_sentence(error: BaseException) -> str:
 def _no_room_for_handle() -> bool:
     try:
         free, _ = torch.cuda.mem_get_info()
-    except (RuntimeError, AssertionError):  # no context: it was not for want of room
+    except (RuntimeError, AssertionError):  # no context: lack of memory was not the cause
         return False
     return free < HANDLE_BYTES
 
 
 def has_limit() -> bool:
-    """Whether this process is held to a limit of its own memory."""
+    """Whether this process's own memory is limited."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     return soft != hard
 
 
 def in_own_thread(work: Callable[[], Answer]) -> Answer:
-    """What the work gives, where less of it is tried after out-of-memory in this process.
+    """The result of work that this process tries again with less after out-of-memory.
 
-    oneDNN compiles no more kernels in a thread where it once got no memory for one, however much is free later: its
-    assembler keeps the error ("could not create a primitive"; torch 2.13, bf16 on a processor that has instructions
-    for it). So a process that is held to a limit works in a thread that ends with its failure.
+    Once oneDNN gets no memory for a kernel, it compiles no more kernels in that thread, however much is free later: its
+    assembler keeps the error ("could not create a primitive"; torch 2.13, bf16 on a CPU that has instructions for it).
+    So a process with a limit works in a thread that ends with its failure.
     """
     if not has_limit():
         return work()
@@ -227,7 +229,7 @@ def _in_new_thread(work: Callable[[], Answer]) -> Answer:
 
 
 def release() -> None:
-    """Give back memory that is no longer used. Call it where no traceback holds the tensors of the failure."""
+    """Give back unused memory. Call it where no traceback holds the tensors of the failure."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -255,19 +257,19 @@ def _libc_call(name: str, *arguments: int) -> None:
 class ListedProcess:
     """This process, as NVML shows it."""
 
-    listed: bool  # False in a container with numbers of its own, and where the driver lists none
-    bytes: int | None  # of the card, context included; None: NVML does not tell
+    listed: bool  # False in a container with its own PIDs, and if the driver lists none
+    bytes: int | None  # of the card, context included; None: NVML does not say
 
 
 def nvml_process(gpu: str) -> ListedProcess:
-    """What NVML shows of this process on the card with that UUID."""
+    """What NVML shows of this process on the card with this UUID."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(gpu)
         used = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
-    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError) as error:  # the second: an older driver
+    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError) as error:  # the latter: an older driver
         log.debug("NVML does not tell this process's memory: %s", error)
         return ListedProcess(listed=False, bytes=None)
     return ListedProcess(listed=bool(used), bytes=int(used[0]) if used and used[0] else None)

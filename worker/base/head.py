@@ -14,15 +14,15 @@ from .failure import TrainingFailed
 from .source import configs_of, source_of
 
 HEAD = "score"
-"""What transformers calls the head of every decoder that classifies; peft trains and stores it by that name."""
+"""transformers' name for the head of every decoder that classifies; peft trains and stores it under that name."""
 
 INITIAL_SPREAD = 0.02
-"""Standard deviation of a head's first weights where the model's config has no initializer_range: transformers' own."""
+"""Standard deviation of a head's first weights if the model's config has no initializer_range: transformers' own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What a classifier's head is made of."""
+    """The description of a classifier's head."""
 
     labels: tuple[str, ...]
     pad: int  # the padding token: the last token before the padding decides
@@ -30,12 +30,12 @@ class Head:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What transformers must know about it, as keys of the model's config."""
+        """What transformers needs to know about it, as keys of the model's config."""
         return {**label_settings(self.labels), "pad_token_id": self.pad}
 
 
 def label_settings(labels: Sequence[str]) -> dict[str, Any]:
-    """Labels as from_pretrained of AutoModelForSequenceClassification takes them."""
+    """Labels in the form that AutoModelForSequenceClassification.from_pretrained takes."""
     names = dict(enumerate(labels))
     return {"num_labels": len(names), "id2label": names, "label2id": {name: n for n, name in names.items()}}
 
@@ -49,7 +49,7 @@ def check_no_head_yet(base_model: str, revision: str | None) -> None:
 
 
 def begin_head(model: Any, head: Head) -> None:
-    """Fresh weights, drawn on the CPU from a generator of their own: the same on every device, and with every method.
+    """Fresh weights, drawn on the CPU from their own generator: the same on every device, and with every method.
 
     Raises TrainingFailed(bad_spec) for an encoder: its classifiers are built in another way.
     """

@@ -1,4 +1,4 @@
-"""The hub, as a worker asks it: which commit a revision means now, or why the hub refuses."""
+"""A worker's questions to the hub: which commit a revision means now, or why the hub refuses."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 ANSWER_TIMEOUT_S = 10.0
-"""A hub that takes longer than this to name a commit is away."""
+"""A hub that takes longer than this to name a commit counts as down."""
 
 
 CONFIG = "config.json"
 
 
 class Refusal(enum.StrEnum):
-    """Why the hub did not give what was asked for; the values complete "base_model x can't be loaded: ..."."""
+    """Why the hub refused a request; the values complete "base_model x can't be loaded: ..."."""
 
     AWAY = "the hub can't be reached"
     OFFLINE = "it is not in this worker's cache, and HF_HUB_OFFLINE keeps the worker from the hub"
@@ -35,7 +35,7 @@ class Pinned:
     """A model on the hub at one commit, so that its tokenizer and its weights match."""
 
     folder: Path  # of its files in the cache
-    cached: bool  # the hub is away: only the files that this box has are there
+    cached: bool  # the hub is down: there are only the files that this box has
 
     @property
     def commit(self) -> str:
@@ -51,9 +51,9 @@ class Pinned:
 
 @functools.cache
 def pin(base_model: str, revision: str | None) -> Pinned:
-    """Ask the hub once in a process which commit the revision (None: main) means; where it is away, ask the cache.
+    """Ask the hub, once per process, which commit the revision (None: main) means; if it is down, ask the cache.
 
-    Raises OSError where neither knows it; `refusal` explains that error.
+    Raises OSError if neither knows it; `refusal` explains that error.
     """
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import RemoteEntryNotFoundError
@@ -74,10 +74,10 @@ def pin(base_model: str, revision: str | None) -> Pinned:
 
 @contextlib.contextmanager
 def cached_if_away(name: str, revision: str | None) -> Iterator[bool]:
-    """Let datasets read its cache at once where the hub is away. Else it asks six times in 23 s for each data set.
+    """Let datasets read its cache at once if the hub is down. Else it asks six times in 23 s for each data set.
 
-    Yields whether it is away; then the library takes the newest commit that it has, asked for or not. Raises
-    OSError where the hub refuses the data set.
+    Yields whether it is down; then the library takes the newest commit that it has, requested or not. Raises OSError if
+    the hub refuses the data set.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -118,7 +118,7 @@ def reaching_the_hub() -> Iterator[None]:
 
 
 def refusal(error: BaseException) -> Refusal | None:
-    """The hub's refusal in an error or in its causes. Only AWAY passes by itself."""
+    """The hub's refusal in an error or in its causes. Only AWAY is temporary."""
     from huggingface_hub import is_offline_mode
 
     why = next((why for each in chain_of(error) if (why := _refusal_of(each)) is not None), None)
@@ -143,7 +143,7 @@ def _refusal_of(error: BaseException) -> Refusal | None:
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from, up to the first cause."""
+    """The error and its causes, up to the first."""
     seen: BaseException | None = error
     while seen is not None:
         yield seen

@@ -13,17 +13,17 @@ from .hub import pin
 
 
 def identify(base_model: str, revision: str | None, cache: Path) -> dict[str, Any]:
-    """The identity of a base model, waited for."""
+    """Waits for the identity of a base model."""
     return BaseIdentity(base_model, revision, cache).wait()
 
 
 Traits = frozenset[tuple[Any, ...]]
-"""Folder, name, size, times and number of each of a base's files. Where they are as they were, so is the content; where
-they are not, the content may be: a link or a permission changes a file's times."""
+"""Folder, name, size, times and inode of each of a base's files. If they are unchanged, so is the content; if not, the
+content may still be: a link or a permission changes a file's times."""
 
 
 def traits_of(base_model: str, revision: str | None) -> Traits:
-    """What changes when a base's files do. Raises OSError."""
+    """The traits of a base's files, which change when the files do. Raises OSError."""
     return _traits(Path(base_model) if Path(base_model).is_absolute() else pin(base_model, revision).folder)
 
 
@@ -34,13 +34,13 @@ def _traits(folder: Path) -> Traits:
 
 
 LOOK_S = 0.5
-"""How often who waits for hashes looks whether it is to stop."""
+"""How often a wait for hashes checks whether to stop."""
 
 
 class BaseIdentity:
-    """Hashes a base model's files beside its training: a card must not wait minutes for a sum of 140 GB.
+    """Hashes a base model's files during its training: a card must not wait minutes for the hash of 140 GB.
 
-    Begin it when the base is loaded: until then its files may still be on their way from the hub.
+    Start it when the base is loaded: until then its files may still be downloading from the hub.
     """
 
     def __init__(self, base_model: str, revision: str | None, cache: Path) -> None:
@@ -49,15 +49,15 @@ class BaseIdentity:
         self._folder = Path(base_model) if pinned is None else pinned.folder
         self._cache = cache
         self._files: Fingerprint = {}
-        self._traits: Traits | None = None  # of the files before they were hashed and afterwards; None: they changed
+        self._traits: Traits | None = None  # of the files, the same before and after hashing; None: they changed
         self._error: Exception | None = None
-        # it dies with the process: a job that fails must not wait for it
+        # it ends with the process: a failing job must not wait for it
         self._thread = threading.Thread(target=self._hash, name="identity", daemon=True)
         self._thread.start()
 
     def wait(self) -> dict[str, Any]:
-        """What the report says about the base model: `commit` (None for a folder), `files`, one sha256 for all of
-        them, and `publish: false` where an adapter that must stay in the lab is merged into it. Raises OSError."""
+        """What the report says about the base model: `commit` (None for a folder), `files`, one sha256 for all of them,
+        and `publish: false` if an adapter that must stay in the lab is merged into it. Raises OSError."""
         self._thread.join()
         if self._error is not None:
             raise self._error
@@ -67,8 +67,8 @@ class BaseIdentity:
         return {} if may_be_published(str(self._folder)) else {"publish": False}
 
     def files_at(self, traits: Traits, check_stop: Callable[[], None]) -> Fingerprint | None:
-        """The hashes of files with these traits, waited for; None: others were hashed, or none could be read.
-        `check_stop` is called meanwhile."""
+        """Wait for the hashes of files with these traits; None: others were hashed, or none could be read. `check_stop`
+        is called during the wait."""
         while self._thread.is_alive():
             check_stop()
             self._thread.join(LOOK_S)

@@ -1,4 +1,4 @@
-"""bitsandbytes, loaded without torch's compiler, and with a faster way to NF4 on a processor."""
+"""bitsandbytes, loaded without torch's compiler, and with a faster way to NF4 on a CPU."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .processor import add_up_repeatably
 QUANTISE = "bitsandbytes::quantize_4bit"
 
 PIECE = 7 * 2**12
-"""Elements of a weight that are quantised at a time: they stay in a core's cache, and torch divides none below 2**15
-among threads, so that no thread of a busy processor is waited for after each operation."""
+"""Elements of a weight quantised at a time: they stay in a core's cache, and torch does not divide fewer than 2**15
+among threads, so that no operation waits for a thread on a busy CPU."""
 
 
 def load_kernels() -> None:
     """Import bitsandbytes; call it before peft, which does the same. It asks for the device's capability.
 
-    It hands five functions to torch.compile, for devices that it has no kernels for. None of them is compiled, but for
-    that torch loads its compiler: a tenth of what a trainer's start takes. Here they stay as they are written.
+    It passes five functions to torch.compile, for devices without kernels. None of them is compiled, but torch loads
+    its compiler for that: a tenth of a trainer's start. Here they stay as written.
 
-    All that computes calls it first, so it also tells MKL how to add up, before torch loads that.
+    All code that computes calls it first, so it also sets how MKL adds up, before torch loads MKL.
     """
     add_up_repeatably()
     import torch
@@ -31,22 +31,22 @@ def load_kernels() -> None:
         import bitsandbytes  # noqa: F401
     finally:
         torch.compile = compiler
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(QUANTISE, "CPU"):  # a later one may bring its own
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(QUANTISE, "CPU"):  # a later version may bring its own
         torch.library.register_kernel(QUANTISE, "cpu", _quantiser())
 
 
 def _as_written(function: Any = None, **_: Any) -> Any:
-    """In torch.compile's place: as a call, or as a decorator with options."""
+    """Replaces torch.compile: as a call, or as a decorator with options."""
     return function if function is not None else _as_written
 
 
 def _quantiser() -> Callable[[Any, int, str, Any], tuple[Any, Any]]:
     """A kernel that packs a weight into 4 bits as bitsandbytes 0.50 does for devices without one, bit for bit.
 
-    That looks up each element among the 15 borders between NF4's values, which takes a processor 26 ns; to count the
+    bitsandbytes looks up each element among the 15 borders between NF4's values, which takes a CPU 26 ns; counting the
     borders below it takes 4. numpy counts in bytes, which torch is slow to fill: there it took 9. Two threads were no
     faster than one, since each waits for Python's lock after each operation. What is not in whole blocks of NF4 is left
-    to it.
+    to bitsandbytes.
     """
     import numpy as np
     import torch
@@ -78,14 +78,14 @@ def _quantiser() -> Callable[[Any, int, str, Any], tuple[Any, Any]]:
 
 
 def _scale(weight: Any, scaled: Any, scales: Any) -> None:
-    """Write the largest number of each block to `scales`, and the weight divided by these to `scaled`."""
+    """Write the largest absolute value of each block to `scales`, and the weight divided by these to `scaled`."""
     blocks = scaled.copy_(weight).view(len(scales), -1)
     most = scales.copy_(blocks.abs().amax(-1))
     blocks.mul_(most.clamp(min=1e-38).reciprocal_().view(-1, 1))
 
 
 def _count(borders: Any, scaled: Any, below: Any, code: Any) -> None:
-    """Write to `code` how many borders lie below each number; a NaN is above all."""
+    """Write to `code` how many borders are below each number; a NaN is above all."""
     import numpy as np
 
     code.fill(len(borders))

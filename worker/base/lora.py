@@ -20,12 +20,12 @@ from .head import HEAD
 from .source import first_line, model_errors, source_of
 
 INITIAL_WEIGHTS: dict[str, bool | str] = {"default": True, "loftq": True}
-"""peft's names where ours differ; loftq's weights come after, from the base's own files."""
+"""peft's names where ours differ; loftq's weights come later, from the base's own files."""
 
 
 def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
-    """The base with a fresh LoRA adapter; trainable are the adapter and, where the base has one, its classifying head.
-    Raises TrainingFailed(bad_spec)."""
+    """The base with a fresh LoRA adapter; only the adapter and the classifying head, if any, are trainable. Raises
+    TrainingFailed(bad_spec)."""
     from peft import LoraConfig, get_peft_model
 
     if method is Method.QLORA:
@@ -38,7 +38,7 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
     if wrong := [name for name in spec.lora.modules_to_save if not is_module_name(name)]:  # peft's own are expressions
         raise TrainingFailed(Reason.BAD_SPEC, f"lora.modules_to_save: {wrong[0]!r} is not a module name")
     config = LoraConfig(
-        task_type=spec.kind.peft,  # for SEQ_CLS peft itself adds the head to modules_to_save
+        task_type=spec.kind.peft,  # for SEQ_CLS, peft itself adds the head to modules_to_save
         r=spec.lora.r,
         lora_alpha=spec.lora.lora_alpha,
         lora_dropout=spec.lora.lora_dropout,
@@ -57,15 +57,15 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
             parameter.data = parameter.data.float()
     if spec.lora.init_lora_weights == "loftq":
         _make_up_for_nf4(model, spec)
-    # without a name: for one on the hub, peft asks it at each save whether its main branch has another vocabulary
+    # without a name: on each save peft would ask the hub whether the base's main branch has another vocabulary
     model.peft_config["default"].base_model_name_or_path = ""
     model.config.use_cache = False
     return model
 
 
 def _names_of(base: Any, pattern: str) -> list[str]:
-    """The names of the layers that an expression matches, for peft to find and to store: the ends of paths where they
-    say the same. Raises TrainingFailed(bad_spec)."""
+    """The names of the layers that an expression matches, for peft to find and store: the ends of paths if these match
+    the same layers. Raises TrainingFailed(bad_spec)."""
     linear = set(_linear(base))
     try:
         found = ModulePattern(text=pattern).matches(name for name, _ in base.named_modules())
@@ -86,16 +86,16 @@ def _names_of(base: Any, pattern: str) -> list[str]:
 
 
 def _ends(name: str) -> list[str]:
-    """A module's name, and the ends of its path by which peft would know it too."""
+    """A module's name, and the ends of its path that peft would also recognise."""
     parts = name.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _linear(base: Any) -> list[str]:
-    """The whole names of the layers that take an adapter."""
+    """The full names of the layers that take an adapter."""
     from transformers.pytorch_utils import Conv1D
 
-    kinds = (torch.nn.Linear, Conv1D)  # GPT-2's layers are of the second kind
+    kinds = (torch.nn.Linear, Conv1D)  # GPT-2's layers are Conv1D
     named = [name for name, module in base.named_modules() if isinstance(module, kinds)]
     return [name for name in named if name.rpartition(".")[2] not in ("lm_head", HEAD)]
 
@@ -111,7 +111,7 @@ def _check_targets(base: Any, targets: list[str]) -> None:
 
 
 def _make_up_for_nf4(model: Any, spec: JobSpec) -> None:
-    """Begin A and B as the best correction of rank r of what NF4 lost of each layer (LoftQ, arXiv:2310.08659, with one
+    """Start A and B as the best rank-r correction of what NF4 lost in each layer (LoftQ, arXiv:2310.08659, with one
     step; peft's own needs CUDA). Raises TrainingFailed."""
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import Linear4bit
@@ -130,18 +130,18 @@ def _make_up_for_nf4(model: Any, spec: JobSpec) -> None:
         lost = whole[key]().to(kept.device, torch.float32) - kept
         r, scale = spec.lora.r, layer.scaling["default"]
         # the r largest of a few more, by random projections (arXiv:0909.4061): all singular values of an 8B model's
-        # layers take minutes, and a card is held meanwhile
+        # layers take minutes, and the job holds a card for that time
         left, sizes, right = torch.svd_lowrank(lost, q=min(4 * r, *lost.shape), niter=4)
         root, a, b = sizes[:r].sqrt(), layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
-        # a layer narrower than r has fewer: the rest of A and B stays as peft begins it
+        # a layer narrower than r has fewer: the rest of A and B stays as peft initialized it
         a[: len(root)] = root[:, None] * right.T[:r]
         b[:, : len(root)] = left[:, :r] * root / scale
-        if spec.lora.use_dora:  # its magnitudes are norms of what A and B now make of the layer
+        if spec.lora.use_dora:  # its magnitudes are norms of the layer with the new A and B
             layer.lora_magnitude_vector["default"].weight.data = torch.linalg.norm(kept + scale * (b @ a), dim=1)
 
 
 def _weights_of(spec: JobSpec) -> dict[str, Callable[[], torch.Tensor]]:
-    """The tensors of the base's safetensors files by name, each read when it is called. Raises TrainingFailed."""
+    """The tensors of the base's safetensors files by name, each read when called. Raises TrainingFailed."""
     from safetensors import safe_open
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 

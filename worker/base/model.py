@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, loaded: plain or in NF4, with its words or a classifier's head."""
+"""The base model and its tokenizer, loaded: plain or in NF4, with its language-model head or a classifier's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PLAIN_CHAT_TEMPLATE = (
 def load_tokenizer(base_model: str, revision: str | None = None, *, run_code: bool = False) -> Any:
     """The model's tokenizer, always with a chat template and a padding token. Raises TrainingFailed.
 
-    `run_code`: the box's owner trusts the model's own code at this revision.
+    `run_code`: whether the box's owner trusts the model's own code at this revision.
     """
     check_folder(base_model)
     with model_errors(base_model):
@@ -54,14 +54,14 @@ def load_tokenizer(base_model: str, revision: str | None = None, *, run_code: bo
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # labels are built from masks, so a shared token does no harm
     if not tokenizer.chat_template:
-        # Rendered conversations are tokenised without special tokens: the template brings the BOS where one is usual.
+        # Rendered conversations are tokenised without special tokens: the template adds the BOS if one is usual.
         usual_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if usual_bos else "") + PLAIN_CHAT_TEMPLATE
     return tokenizer
 
 
 def _check_tokenizer(base_model: str) -> None:
-    """Say that a folder has no tokenizer: transformers would write of backends. Raises TrainingFailed."""
+    """Say that a folder has no tokenizer: transformers would complain about backends. Raises TrainingFailed."""
     folder = Path(base_model)
     if not folder.is_absolute() or not folder.is_dir() or list(folder.glob("*.gguf")) or list(folder.glob("*.py")):
         return
@@ -84,16 +84,16 @@ def load_base(
 ) -> Any:
     """The base model on its device; for qlora its linear layers in NF4 with double quantisation (arXiv:2305.14314).
 
-    With `head` it has that head with fresh weights, in place of its words. `divisible`: it stays in the box's memory,
-    with what is packed in a type that can be divided among cards. Raises TrainingFailed when the model can't
-    be found or read, or can't have a head.
+    With `head` it has that head, with fresh weights, instead of its language-model head. `divisible`: it stays in the
+    box's memory, with packed weights in a type that can be divided among cards. Raises TrainingFailed if the model
+    can't be found or read, or can't have a head.
     """
     options = _format_options(base_model, method, precision, head)
     if divisible and method is Method.QLORA:
         options["quantization_config"].bnb_4bit_quant_storage = torch.bfloat16
     repeat_where_needed()
     if device == "cuda":
-        # Named in both cases: transformers puts a quantised model of which nothing is said onto the card.
+        # Named in both cases: by default transformers puts a quantised model onto the card.
         options["device_map"] = {"": "cpu" if divisible else 0}
     if attention != "auto":
         options["attn_implementation"] = _available(attention)
@@ -116,11 +116,9 @@ def load_base(
 
 
 def _own_weights(model: Any) -> None:
-    """Copy weights that are pages of their files: in the files' own number format nothing else is made of them. Who
-    writes over such a file would change a training that goes on, or end its process by SIGBUS.
-
-    Of a model that is divided among cards they stay, since each rank would have a copy.
-    """
+    """Copy weights that are mapped from their files, as they are in the files' own number format. Overwriting such a
+    file would change a running training, or end its process by SIGBUS. A model divided among cards keeps them mapped,
+    since each rank would have a copy."""
     mapped = _mapped_files()
     for tensor in (*model.parameters(), *model.buffers()):
         if any(tensor.data_ptr() in pages for pages in mapped):
@@ -128,13 +126,13 @@ def _own_weights(model: Any) -> None:
 
 
 def _in_one_piece(head: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """The last token of each prompt is cut out of a tensor. On a processor torch multiplies such rows one by one, each
-    with a copy of the head: 432 MiB for eight prompts and 49,152 words of 576 numbers."""
+    """The last token of each prompt is a slice of a tensor. On a CPU torch multiplies such rows one by one, each with a
+    copy of the head: 432 MiB for eight prompts and a head of 49,152 x 576."""
     return (given[0].contiguous(), *given[1:])
 
 
 def _mapped_files() -> list[range]:
-    """Where files that hold no code lie in this process's memory."""
+    """Where files without code are mapped in this process's memory."""
     lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
     named = [(words[0], words[5]) for words in lines if len(words) == 6 and words[5].startswith("/")]
     code = {words[5] for words in lines if len(words) == 6 and "x" in words[1]}
@@ -143,7 +141,7 @@ def _mapped_files() -> list[range]:
 
 @contextlib.contextmanager
 def _fresh_head_unreported() -> Iterator[None]:
-    """Leave out transformers' table of missing weights where the head alone is missing: it is begun here."""
+    """Suppress transformers' table of missing weights if only the head is missing: it is initialized here."""
 
     def of_other_weights(record: logging.LogRecord) -> bool:
         lines = record.getMessage().splitlines()
@@ -162,8 +160,8 @@ def _fresh_head_unreported() -> Iterator[None]:
 def _conversion_errors() -> Iterator[None]:
     """Raise transformers' "issues during automatic conversion" with the words of a card or memory that failed.
 
-    It catches what fails while a weight is brought into NF4, goes on with the next one, and at the end logs all and
-    raises a sentence that does not say what happened.
+    It catches failures while it converts a weight to NF4, continues with the next, and at the end logs all and raises a
+    sentence that does not say what happened.
     """
     report: list[str] = []
     listener = logging.Handler()
@@ -197,13 +195,13 @@ def _format_options(base_model: str, method: Method, precision: Precision, head:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=precision.base,
-            llm_int8_skip_modules=None if head is None else [HEAD],  # None: transformers leaves out the words' head
+            llm_int8_skip_modules=None if head is None else [HEAD],  # None: transformers skips the words' head
         )
     return options
 
 
 def _available(attention: str) -> str:
-    """Raises TrainingFailed where the job asks for flash attention and it is not installed."""
+    """Raises TrainingFailed if the job asks for flash attention and it is not installed."""
     from transformers.utils import is_flash_attn_2_available
 
     if attention == "flash_attention_2" and not is_flash_attn_2_available():

@@ -1,4 +1,4 @@
-"""What a processor multiplies with: the instructions that it has and the libraries may use, and how MKL adds up."""
+"""How a CPU multiplies: the instructions that it has and the libraries may use, and how MKL adds up."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import platform
 from pathlib import Path
 
 REPEATABLE = ("MKL_CBWR", "AUTO,STRICT")
-"""Tells MKL, before its first product, to add up in an order that depends neither on the number of rows and threads nor
-on where a matrix lies in memory (Intel's "conditional numerical reproducibility"). Where that was measured it cost no
-time. A processor that is not Intel's may do otherwise below some number of rows, so packs ask (passes/together.py)."""
+"""Makes MKL, before its first product, add up in an order that depends neither on the number of rows and threads nor on
+where a matrix is in memory (Intel's "conditional numerical reproducibility"). Where measured, it cost no time. A CPU
+from another maker may do otherwise below some number of rows, so packs ask (passes/together.py)."""
 
 _MOST_ONEDNN = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
 """oneDNN's own variables for the instructions that it may use at most."""
 
 _NO_BF16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})
-"""Values of these without instructions for bf16."""
+"""Values of these variables that exclude bf16 instructions."""
 
 
 def add_up_repeatably() -> None:
-    """Set `REPEATABLE` for this process and those that it starts, unless its owner has set it otherwise."""
+    """Set `REPEATABLE` for this process and its children, unless its owner has set it otherwise."""
     name, value = REPEATABLE
     os.environ.setdefault(name, value)
 
 
 def has_bf16() -> bool:
-    """Whether products of bf16 have instructions of their own here."""
+    """Whether bf16 products have their own instructions here."""
     import torch
 
     return (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()) and _most() not in _NO_BF16
@@ -61,7 +61,7 @@ def _most() -> str:
 
 
 def _cpuinfo(field: str) -> str:
-    """The first value of a field of /proc/cpuinfo; empty where there is none."""
+    """The first value of a field of /proc/cpuinfo; empty if there is none."""
     about = Path("/proc/cpuinfo")
     lines = about.read_text("utf-8", "replace").splitlines() if about.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

@@ -1,4 +1,4 @@
-"""What the training stack says: silenced where it sounds like a problem and isn't one, else a line, once."""
+"""The training stack's messages: silenced if they sound like a problem but are none, else logged as one line, once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ BAR_INTERVAL_S = 10
 
 
 def quieten() -> None:
-    """Call it before anything is imported that draws progress bars, and before a model is loaded."""
-    # in a log each step of a bar is a line of its own: ten a second by default
+    """Call it before importing anything that draws progress bars, and before loading a model."""
+    # in a log each step of a bar is a separate line: ten a second by default
     os.environ.setdefault("TQDM_MININTERVAL", str(BAR_INTERVAL_S))
     from transformers.utils import logging as transformers_logging
 
@@ -24,12 +24,12 @@ def quieten() -> None:
     # bitsandbytes says that an optional kernel package is missing; peft calls a name that transformers will drop in v6
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
-    # transformers offers its own launcher where it sees that processes have met
+    # transformers offers its own launcher if it sees a process group
     logging.getLogger("transformers.training_args").addFilter(lambda said: "parallel_mode" not in said.getMessage())
 
 
 def tell_once() -> None:
-    """Let each warning of a library be one line of the job's log, once. Call it after `quieten`."""
+    """Log each warning of a library as one line of the job's log, once. Call it after `quieten`."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_default_handler()
@@ -52,7 +52,7 @@ class _LogLine(logging.Formatter):
 
 
 MOST_KNOWN = 1000
-"""Messages that are remembered; a library that never says the same twice must not fill the memory."""
+"""Messages remembered; a library that never repeats itself must not fill the memory."""
 
 
 class _Once(logging.Filter):
@@ -72,5 +72,5 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None,
     line: str | None = None,
 ) -> None:  # fmt: skip
-    """What Python calls for a warning: the place in a library's source tells a reader nothing."""
+    """What Python calls for a warning: the place in a library's source does not help a reader."""
     logging.getLogger("python").warning("%s (%s)", message, category.__name__)

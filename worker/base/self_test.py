@@ -1,9 +1,9 @@
-"""The self-test of a card, in a process of its own, since a card or a driver may end it.
+"""The self-test of a card, in its own process, since a card or a driver may end it.
 
     python -m loractl.worker.base.self_test cuda GPU-...
 
-It does in small what a training does: a context, a product of matrices, a layer in NF4 forwards and backwards, a step
-of the paged 8-bit optimizer; and it looks for itself in NVML. Everything but the context runs on a processor, too.
+It does on a small scale what a training does: a context, a product of matrices, a layer in NF4 forwards and backwards,
+a step of the paged 8-bit optimizer; and it looks for itself in NVML. Everything except the context also runs on a CPU.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ _KNOWN = {
     "uncorrectable ECC": "its memory is damaged (an uncorrectable ECC error): reset it; if it comes again, replace it",
     "version mismatch": "NVIDIA's library and kernel driver have different versions: reboot the box",
 }
-"""What CUDA, torch and bitsandbytes say, and what it means for the box's owner."""
+"""Messages of CUDA, torch and bitsandbytes, and what they mean for the box's owner."""
 
 
 class WrongResultOnCard(Exception):
-    """The card computes, but not what it should."""
+    """The card computes, but gets wrong results."""
 
 
 def main() -> None:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def test(device: Literal["cuda", "cpu"], gpu: str) -> SelfTestReport:
-    """Do in small what a training does; whatever fails becomes the report's fault."""
+    """Do on a small scale what a training does; any failure becomes the report's fault."""
     began, facts = time.monotonic(), {"torch": torch.__version__, "cuda": torch.version.cuda}
     found: dict[str, Any] = {}
     try:
@@ -99,7 +99,7 @@ def _start_context(found: dict[str, Any], gpu: str) -> None:
 
 
 def _weigh_context(found: dict[str, Any], gpu: str) -> None:
-    """What the process has become: placement keeps free what a context takes beyond a plan."""
+    """The process's memory: placement keeps free what a context takes beyond a plan."""
     found["process"] = size = nvml_process(gpu).bytes
     if size is not None:
         found["context_after"] = size - torch.cuda.memory_reserved()
@@ -111,11 +111,11 @@ def _driver() -> str | None:
     try:
         return str(pynvml.nvmlSystemGetDriverVersion())
     except pynvml.NVMLError:
-        return None  # for people alone
+        return None  # only for people
 
 
 def _multiply(device: str, found: dict[str, Any]) -> None:
-    """A product in the format that trainings compute in, against the processor's in fp32."""
+    """A product in the format of trainings, compared with the CPU's in fp32."""
     dtype = choose_precision(device).base
     left, right = _matrix(0), _matrix(1)
     mine, other = left.to(device, dtype), right.to(device, dtype)
@@ -128,7 +128,7 @@ def _multiply(device: str, found: dict[str, Any]) -> None:
 
 
 def _run_nf4(device: str) -> None:
-    """A layer in NF4, forwards and backwards, against its own weights as they are read back."""
+    """A layer in NF4, forwards and backwards, compared with its own dequantised weights."""
     load_kernels()
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -171,7 +171,7 @@ def _compare(what: str, mine: torch.Tensor | None, wanted: torch.Tensor) -> None
 
 
 def _error(mine: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The relative error of all elements together; nan where one is nan."""
+    """The relative error of all elements together; nan if one is nan."""
     return float((mine - wanted).norm() / wanted.norm())
 
 

@@ -16,12 +16,12 @@ _LEAVES_IT = sdpa_attention.use_gqa_in_sdpa
 
 
 def repeat_where_needed() -> None:
-    """From here on keys and values are repeated where no fused kernel takes heads that share them."""
+    """From now on, repeat keys and values if no fused kernel takes heads that share them."""
     sdpa_attention.use_gqa_in_sdpa = _leaves_it_to_torch
 
 
 def kind_of(states: torch.Tensor) -> torch.dtype:
-    """The type that attention computes in: autocast's, which a fused kernel of torch's would be given."""
+    """The type in which attention computes: autocast's, which a fused kernel of torch would get."""
     place = states.device.type
     return torch.get_autocast_dtype(place) if torch.is_autocast_enabled(place) else states.dtype
 
@@ -30,7 +30,7 @@ def kind_of(states: torch.Tensor) -> torch.dtype:
 def are_fused(device: torch.device, kind: torch.dtype, width: int) -> bool:
     """Whether a fused kernel there takes heads of this width that share keys and values, and has a backward pass."""
     if device.type != "cuda":
-        return True  # a processor's does
+        return True  # a CPU kernel does
     query, key = (torch.empty(1, heads, 16, width, dtype=kind, device=device, requires_grad=True) for heads in (2, 1))
     asked = torch.backends.cuda.SDPAParams(query, key, key, None, 0.0, True, True)
     ways = (torch.backends.cuda.can_use_flash_attention, torch.backends.cuda.can_use_efficient_attention)

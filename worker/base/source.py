@@ -1,4 +1,4 @@
-"""Where a base model lies, and how it may be loaded: a hub id at one commit, a folder, a GGUF file."""
+"""Where a base model is, and how it may be loaded: a hub id at one commit, a folder, a GGUF file."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .hub import Refusal, pin, reaching_the_hub, refusal
 
 
 def source_of(base_model: str, revision: str | None) -> dict[str, Any]:
-    """transformers' options for a model's place: none for a folder, a commit for a model on the hub."""
+    """transformers' options for a model's location: none for a folder, a commit for a model on the hub."""
     return {} if Path(base_model).is_absolute() else pin(base_model, revision).options()
 
 
 def loading_options(base_model: str, revision: str | None, *, run_code: bool) -> dict[str, Any]:
     """Where a model is loaded from, and whether its own code may run. Raises TrainingFailed.
 
-    An adapter is refused: transformers would load the base that its config names instead, from any place.
+    An adapter is refused: transformers would instead load the base that its config names, from anywhere.
     """
     from transformers.utils import find_adapter_config_file
 
@@ -48,7 +48,7 @@ def loading_options(base_model: str, revision: str | None, *, run_code: bool) ->
 
 
 def configs_of(base_model: str, where: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What config.json and tokenizer_config.json say; a GGUF file alone has neither."""
+    """The contents of config.json and tokenizer_config.json; a GGUF file alone has neither."""
     from transformers import PreTrainedConfig
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -61,7 +61,7 @@ def configs_of(base_model: str, where: dict[str, Any]) -> tuple[dict[str, Any], 
 
 
 def family_of(base_model: str, revision: str | None) -> str:
-    """The model's `model_type`, like gemma2; empty where only a GGUF file tells. Raises TrainingFailed."""
+    """The model's `model_type`, like gemma2; empty if only a GGUF file has it. Raises TrainingFailed."""
     with model_errors(base_model):
         return str(configs_of(base_model, source_of(base_model, revision))[0].get("model_type", ""))
 
@@ -97,7 +97,7 @@ def gguf_file_of(base_model: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def model_errors(base_model: str) -> Iterator[None]:
-    """transformers' many ways to say that a model is not there, as one sentence."""
+    """transformers' many ways to say that a model is missing, as one sentence."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from safetensors import SafetensorError
 
@@ -110,7 +110,7 @@ def model_errors(base_model: str) -> Iterator[None]:
         answer = None if Path(base_model).is_absolute() else refusal(error)
         if answer is Refusal.AWAY:
             raise TrainingFailed(Reason.TRAINER_ERROR, f"{answer} for base_model {base_model}") from None
-        if answer is not None:  # the sentence says all: no traceback belongs into the job's log
+        if answer is not None:  # the sentence says it all: the job's log needs no traceback
             raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} can't be loaded: {answer}") from None
         if Path(base_model).is_absolute() and not Path(base_model).exists():
             why = "there is no such folder on this worker"

@@ -1,4 +1,4 @@
-"""The check of a job's data: its counts, and findings about what the tokenizer and the chat template make of it.
+"""The check of a job's data: its counts, and findings about the effects of the tokenizer and the chat template.
 
 `loractl data check` looks at every row. The trainer looks at a sample before it takes any memory.
 """
@@ -35,7 +35,7 @@ from .token_findings import TemplateLook, TokenLook
 from .tokens import TokenRow
 
 RENDERED_ROWS = 200
-"""Rows that a trainer renders for the look at what the template leaves out: it treats all rows alike."""
+"""Rows that a trainer renders to see what the template leaves out: it treats all rows alike."""
 
 BUCKETS = 10
 
@@ -58,20 +58,20 @@ class Quantiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """The result of a check of a job's data. Without `rows` it ended before the tokenizer."""
+    """The result of a check of a job's data. Without `rows`, it ended before the tokenizer."""
 
     findings: list[Finding] = field(default_factory=list)
     format: DataFormat | None = None
     why: str = ""
-    train_rows: int = 0  # those that are used, as for all of this
+    train_rows: int = 0  # those used, as in all fields
     held_out_rows: int = 0
     final_rows: int | None = None  # None: the job has none
     left_out: int = 0  # rows of more than max_length tokens that on_overflow: drop leaves out
     lengths: Quantiles | None = None  # of rows to train on, before they are cut or left out
-    learned: Quantiles | None = None  # None for a classifier: its row's label is not a token
-    labels: dict[str, dict[str, int]] = field(default_factory=dict)  # of a classifier: its rows to train on, held out
+    learned: Quantiles | None = None  # None for a classifier: its label is not a token
+    labels: dict[str, dict[str, int]] = field(default_factory=dict)  # of a classifier: rows to train on, held out
     histogram: list[tuple[int, int, int]] = field(default_factory=list)  # (from, to, rows)
-    rows: list[TokenRow] = field(default_factory=list)  # a short, a middling and a long one to train on, uncut
+    rows: list[TokenRow] = field(default_factory=list)  # a short, a medium and a long row to train on, uncut
     longest_held_out: int = 0
     advice: list[str] = field(default_factory=list)  # sentences on max_length and batch size
 
@@ -99,7 +99,7 @@ class Checked:
 
 
 def check_data(spec: JobSpec, tokenizer: Any, report: Report = lambda what, done, total: None) -> Checked:
-    """All findings about a job's data; never raises DataError. `report` hears how far it is."""
+    """All findings about a job's data; never raises DataError. `report` gets the progress."""
     checked, split = _look_at_rows(spec.dataset, report)
     return checked if split is None else _look(checked, split, spec, tokenizer, report)
 
@@ -107,8 +107,8 @@ def check_data(spec: JobSpec, tokenizer: Any, report: Report = lambda what, done
 def findings_about(
     spec: JobSpec, data: PreparedData, tokenizer: Any, leaks: Leaks | None = None, final: Leaks | None = None
 ) -> list[Finding]:
-    """The findings in prepared data, with the numbers of `check_data`. What the template leaves out is looked for in
-    the first rows alone, and says so."""
+    """The findings in prepared data, with the numbers of `check_data`. What the template leaves out is looked for only
+    in the first rows, and the finding says so."""
     template, tokens = TemplateLook(tokenizer, RENDERED_ROWS), TokenLook(spec, tokenizer)
     for example in data.train_examples:
         template.see(example)
@@ -120,7 +120,7 @@ def findings_about(
 
 
 def _look_at_rows(dataset: DatasetSpec, report: Report) -> tuple[Checked, Split | None]:
-    """Findings without a tokenizer; no split where the data can't be read or split."""
+    """Findings without a tokenizer; no split if the data can't be read or split."""
     checked, findings = Checked(), list[Finding]()
     try:
         read = functools.partial(report, "Reading the data")
@@ -146,7 +146,7 @@ def _look_at_rows(dataset: DatasetSpec, report: Report) -> tuple[Checked, Split 
             parsed, refused = parse_each(mapped, first, file, dataset.template, Reading.of(dataset))
             findings += _bad_rows(refused, dataset)
             asked.append((file, parsed))
-        tolerant = dataset.model_copy(update={"on_bad_row": BadRow.DROP})  # bad rows are told; the rest is looked at
+        tolerant = dataset.model_copy(update={"on_bad_row": BadRow.DROP})  # bad rows are reported; the rest is checked
         split = split_data(tolerant, rows[0], held_rows, rows[1:], final_rows=final_rows)
     except DataError as error:
         return replace(checked, findings=[*findings, *refusals([error])]), None
@@ -157,7 +157,7 @@ def _look_at_rows(dataset: DatasetSpec, report: Report) -> tuple[Checked, Split 
 
 
 def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report: Report) -> Checked:
-    """The check of the rows that are used, before and after the tokenizer and the chat template."""
+    """The check of the used rows, before and after the tokenizer and the chat template."""
     template = TemplateLook(tokenizer)
     trained, held, last = (TokenLook(spec, tokenizer) for _ in range(3))
     refused: list[Finding] = []
@@ -202,7 +202,7 @@ def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report:
 def _tokenise(
     split: Split, tokenizer: Any, template: TemplateLook, looks: tuple[TokenLook, TokenLook, TokenLook], report: Report
 ) -> None:
-    """Let the looks see the rows to train on, those held out, and the final ones. Raises ValueError, see encode."""
+    """Show the looks the rows to train on, the held-out rows, and the final rows. Raises ValueError, see encode."""
     sides = (split.train, split.held_out, split.final or ())
     total, done = sum(map(len, sides)), 0
     for look, examples in zip(looks, sides, strict=True):
@@ -215,7 +215,7 @@ def _tokenise(
 
 
 def _shown(tokens: TokenLook, split: Split, tokenizer: Any, labels: Collection[str]) -> list[TokenRow]:
-    """A short, a middling and a long row of those that are used."""
+    """A short, a medium and a long row among those used."""
     ordered = sorted(range(len(tokens.used)), key=tokens.used.__getitem__)
     places = sorted({0, len(ordered) // 2, len(ordered) - 1}) if ordered else []
     wanted = [tokens.numbers[ordered[place]] for place in places]

@@ -19,8 +19,8 @@ def inputs_of(row: TokenRow) -> dict[str, list[int]]:
 
 def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
     """Right-padded int64 tensors of shape (rows, longest row): input_ids, labels and attention_mask; for packed rows
-    position_ids instead of the mask: they restart with every example, and with the padding. A classifier's labels have
-    the shape (rows,)."""
+    position_ids instead of the mask, restarting with every example and with the padding. A classifier's labels have the
+    shape (rows,)."""
     longest = max(len(r["input_ids"]) for r in rows)
 
     def padded(values: Callable[[dict[str, list[int]]], list[int]], fill: int) -> torch.Tensor:

@@ -1,12 +1,12 @@
-"""What a tokenizer says of a job's local data, for a plan or a submit on a machine that has the training stack.
+"""What a tokenizer finds in a job's local data, for a plan or a submit on a machine with the training stack.
 
     python -m loractl.worker.data.lengths < spec.json
     python -m loractl.worker.data.lengths --check < spec.json
 
 Prints {"lengths": {"train": tokens, "evaluate": tokens, "rows": number, "labels": number, "longest": [tokens]}, "rows":
 {"train": number, "held_out": number, "left_out": number}}, where labels are a classifier's, else null, longest has the
-longest rows to train on, and rows are those that are used; with --check {"findings": [...]} of the rows that are used.
-Or {"error": sentence, "hint": sentence or null, "of_rows": whether a row is wrong, and not what reads it}.
+longest rows to train on, and rows counts the rows used; with --check {"findings": [...]} about the rows used. Or
+{"error": sentence, "hint": sentence or null, "of_rows": whether a row is wrong, and not what reads it}.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .template import templated
 
 
 def lengths_of(data: PreparedData) -> Lengths:
-    """The longest rows to train on and the longest one held out or final, in tokens."""
+    """The longest rows to train on and the longest held-out or final row, in tokens."""
     longest = heapq.nlargest(MOST_LONGEST, data.trained_rows.lengths)
     last = [] if data.final is None else data.final.tokens.rows.lengths
     return Lengths(

@@ -1,4 +1,4 @@
-"""Where a job's rows come from: a file of this box, or a data set on the hub."""
+"""Where a job's rows come from: a file on this box, or a data set on the hub."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from loractl.worker.base.hub import Refusal, cached_if_away, chain_of, known_com
 
 
 def load_rows(path: str, split: str = "train", told: Told | None = None) -> Iterable[RawRow]:
-    """The rows of a split of a local file, or of a data set on the hub; they can be read again.
+    """The rows of a split of a local file, or of a data set on the hub; they can be read repeatedly.
 
-    `told` hears how much of a file was read. Raises DataError and TrainingFailed, the first also while it is read.
+    `told` gets how much of a file was read. Raises DataError and TrainingFailed, DataError also during reading.
     """
     return load_pinned(path, split, told)[0]
 
 
 def load_pinned(path: str, split: str, told: Told | None = None) -> tuple[Iterable[RawRow], str | None]:
-    """The rows, and their commit if they are from the hub. Raises as load_rows."""
+    """The rows, and their commit if they are from the hub. Raises what load_rows raises."""
     if Path(path).is_absolute():
         return open_rows(Path(path), split, told), None
     from datasets import load_dataset_builder
@@ -50,7 +50,7 @@ def load_pinned(path: str, split: str, told: Told | None = None) -> tuple[Iterab
 
 
 class _HubRows:
-    """The rows of a data set of the hub, which lies in a file of its library."""
+    """The rows of a data set from the hub, which is in a file of its library."""
 
     def __init__(self, dataset: Iterable[Mapping[str, Any]]) -> None:
         self._dataset = dataset
@@ -60,14 +60,14 @@ class _HubRows:
 
 
 def _check_files_are_remote(path: str, files: Mapping[str, Sequence[str]] | None) -> None:
-    """Refuse a data set with a card that lists files of this box. Raises TrainingFailed."""
+    """Refuse a data set whose card lists files of this box. Raises TrainingFailed."""
     for name in (name for part in (files or {}).values() for name in part):
         if not str(name).startswith("hf://"):
             raise TrainingFailed(Reason.BAD_SPEC, f"the data set {path} names a file that is not on the hub: {name}")
 
 
 def _refused(path: str, error: BaseException) -> LoractlError:
-    """What a failed read from the hub means. Raises OSError for a full disk, which is not the data's fault."""
+    """The meaning of a failed read from the hub. Raises OSError for a full disk, which is not the data's fault."""
     for each in chain_of(error):
         if isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT):
             raise each

@@ -1,8 +1,8 @@
 """Packing: rows of several examples that can't see each other, so that little of a batch is padding.
 
-transformers keeps packed examples apart where position ids begin anew and no attention mask is given
-(masking_utils.find_packed_sequence_indices). An architecture with its own attention may not: `check_apart` tests
-the model itself.
+transformers keeps packed examples apart if position ids restart and no attention mask is given
+(masking_utils.find_packed_sequence_indices). An architecture with its own attention may not: `check_apart` tests the
+model itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ APART_TOLERANCE = 0.01
 
 
 def packed(data: PreparedData, spec: JobSpec) -> PreparedData:
-    """The data with their rows packed, where the job asks for that."""
+    """The data with packed rows, if the job asks for that."""
     if not spec.training.packing:
         return data
     return replace(data, packed=TokenRows.of(pack(data.train.rows, spec.dataset.max_length)))
@@ -36,8 +36,7 @@ def packed(data: PreparedData, spec: JobSpec) -> PreparedData:
 def pack(rows: Sequence[TokenRow], max_length: int) -> list[TokenRow]:
     """Rows of at most `max_length` tokens, each made of whole examples: the longest first, each into the fullest row
     that has room (best fit decreasing). The first token of an example is never learned: no token precedes it. No two
-    rows of one conversation get into one: it would be learned twice in a step.
-    """
+    rows of one conversation are packed together: it would be learned twice in a step."""
     bins: list[list[TokenRow]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     for row in sorted(rows, key=lambda row: (-len(row.input_ids), row.number)):

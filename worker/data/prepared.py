@@ -1,4 +1,4 @@
-"""A job's data as the recipe takes them: read, checked, split, tokenised."""
+"""A job's data as the recipe takes it: read, checked, split, tokenised."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from .token_set import RowTokenizer, TokenSet, fit_examples
 
 @dataclass(frozen=True, kw_only=True)
 class FinalRows:
-    """Rows by which nothing is chosen: they are measured once, at the end."""
+    """Rows that choose nothing: they are measured once, at the end."""
 
     tokens: TokenSet
     examples: Sequence[Example]
     overlap: int = 0  # rows of final_path left out because they are trained on or held out
     repeated: int = 0
-    leaks: tuple[str, ...] = ()  # as of the held-out rows
+    leaks: tuple[str, ...] = ()  # as for the held-out rows
     given_away: tuple[int, ...] = ()
 
 
@@ -48,39 +48,40 @@ class PreparedData:
     why: str
     train: TokenSet
     held_out: TokenSet
-    # The examples of train.rows and held_out.rows, in the same order; one may have several rows. Of data that another
-    # process has prepared (handover.py) there are none of the first, and of the second as many as the job measures.
+    # The examples of train.rows and held_out.rows, in the same order; one may have several rows. For data prepared by
+    # another process (handover.py) the first list is empty, and the second has only those that the job measures.
     train_examples: Sequence[Example]
     held_out_examples: Sequence[Example]
     dropped: list[str]  # a sentence for each row that on_bad_row: drop left out
     overlap: int  # rows of eval_path left out because they are trained on
     sha256: str | None
-    repeated: int = 0  # held-out rows left out because they stand there already
-    unused: tuple[str, ...] = ()  # fields of rows that are not read
-    sources: tuple[str, ...] = ()  # how many rows are from which data set, where there are several
-    warnings: tuple[str, ...] = ()  # what looks wrong but is trained on
-    leaks: tuple[str, ...] = ()  # of them, what the held-out rows have in common with those that are trained on
+    repeated: int = 0  # held-out rows left out as duplicates
+    unused: tuple[str, ...] = ()  # unread fields of rows
+    sources: tuple[str, ...] = ()  # how many rows are from which data set, if there are several
+    warnings: tuple[str, ...] = ()  # what looks wrong but is used for training
+    leaks: tuple[str, ...] = ()  # those about what held-out rows have in common with rows to train on
     given_away: tuple[int, ...] = ()  # numbers of held-out examples that a row to train on gives away
     final: FinalRows | None = None
-    packed: TokenRows | None = None  # the rows to train on, several examples in one
+    packed: TokenRows | None = None  # the rows to train on, several examples in each
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten
     label_names: tuple[str, ...] = ()  # what a classifier learns to tell apart; empty for any other job
     commits: dict[str, str] = field(default_factory=dict)  # of the data sets on the hub, by what they are for
 
     @property
     def trained_rows(self) -> TokenRows:
-        """The rows as the Trainer gets them."""
+        """The rows that the Trainer gets."""
         return self.train.rows if self.packed is None else self.packed
 
     def doubts(self, called: str = "held-out") -> list[str]:
-        """Sentences that whoever reads a verdict on the held-out rows should know. `called`: what these are."""
+        """Sentences that a reader of a verdict on the held-out rows should know. `called`: the name of these rows."""
         cut, rows = self.held_out.truncated, self.held_out.rows.examples
         about = [f"{cut} of {rows} {called} rows were cut at dataset.max_length."] if cut else []
         return [*(f"{leak}." for leak in self.leaks), *about]
 
     @property
     def of_final(self) -> PreparedData | None:
-        """The same with the final rows as the held-out ones, to be measured in that way; None where there are none."""
+        """The same with the final rows as the held-out rows, to measure them in the same way; None if there are
+        none."""
         if (final := self.final) is None:
             return None
         data = replace(
@@ -101,7 +102,7 @@ class PreparedData:
 
     @property
     def answer_shares(self) -> dict[str, float] | None:
-        """Share of each answer of the rows to train on, the most frequent first; None where they are no labels."""
+        """Share of each answer of the rows to train on, the most frequent first; None if they are no labels."""
         shares: dict[str, float] | None = self.seen["answer_shares"]
         return shares
 
@@ -112,7 +113,7 @@ class PreparedData:
 
     @functools.cached_property
     def seen(self) -> dict[str, Any]:
-        """What only a look at every row tells, as JSON takes it."""
+        """What only a look at every row shows, as JSON values."""
         return {"facts": self._facts(), "answer_shares": label_shares(self.train_examples), "digest": self._digest()}
 
     def _facts(self) -> dict[str, Any]:
@@ -160,7 +161,7 @@ class PreparedData:
         return data_digest(itertools.chain(rows, classified))
 
     def label_counts(self) -> dict[str, dict[str, int]]:
-        """How many rows a classifier's label has, those to train on and those held out."""
+        """The number of rows of each classifier's label, to train on and held out."""
         train, held_out = (Counter(tokens.rows.class_labels) for tokens in (self.train, self.held_out))
         names = enumerate(self.label_names)
         return {name: {"train": train[place], "held_out": held_out[place]} for place, name in names}
@@ -177,7 +178,7 @@ def prepare_data(
     *,
     final_path: str | None = None,
 ) -> PreparedData:
-    """Read, check, split and tokenise. `more`: where the data sets of `dataset.more` are.
+    """Read, check, split and tokenise. `more`: the paths of the data sets of `dataset.more`.
 
     Raises DataError with file, row and what was expected.
     """
@@ -230,7 +231,7 @@ def prepare_data(
 
 
 def _only(tokens: TokenSet, examples: Sequence[Example]) -> TokenSet:
-    """The rows of these examples: a classifier leaves out those of labels that are not taught."""
+    """The rows of these examples: a classifier leaves out rows of labels that are not taught."""
     if len(examples) == tokens.rows.examples:
         return tokens
     kept = {example.number for example in examples}
@@ -240,7 +241,7 @@ def _only(tokens: TokenSet, examples: Sequence[Example]) -> TokenSet:
 def prepare_regression(
     dataset: DatasetSpec, file: str, path: str, train: Sequence[Example], tokenizer: Any
 ) -> tuple[TokenSet, str | None]:
-    """The distinct rows of evaluation.regression, of which none is like a row to train on, and their commit on the hub.
+    """The distinct rows of evaluation.regression, none of them like a row to train on, and their commit on the hub.
 
     Raises DataError.
     """
@@ -257,8 +258,8 @@ def prepare_regression(
 
 
 def _with_labels(tokens: TokenSet, examples: Sequence[Example], label_names: Sequence[str]) -> TokenSet:
-    """The rows with their labels' places; without labels as they are. They are not in the cache: a label's place
-    depends on all training rows."""
+    """The rows with their labels' indices; without labels unchanged. The indices are not in the cache: they depend on
+    all training rows."""
     if not label_names:
         return tokens
     place = {name: n for n, name in enumerate(label_names)}

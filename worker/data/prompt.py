@@ -1,4 +1,4 @@
-"""From messages to a prompt's token ids: by the chat template where the adapter was trained on conversations, else as
+"""From messages to a prompt's token ids: by the chat template if the adapter was trained on conversations, else as
 plain text."""
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from .tokens import render, without_eos
 PLAIN = frozenset({DataFormat.TEXT, DataFormat.PROMPT_COMPLETION, DataFormat.PREFERENCE_TEXT})
 """Rows of these formats never saw the chat template, so their adapters' prompts do not either."""
 
-Message = Mapping[str, Any]  # role and content, and what else the template reads
+Message = Mapping[str, Any]  # role and content, and anything else that the template reads
 
 
 def chat_prompt(
     messages: Sequence[Message], tokenizer: Any, tools: Sequence[Any] = (), more: Mapping[str, Any] | None = None
 ) -> list[int]:
-    """Token ids of a conversation, up to where the answer begins. `more`: variables of the template's own.
+    """Token ids of a conversation, up to where the answer begins. `more`: the template's own variables.
 
-    Raises UsageError where the template refuses it, or has no place for the tools.
+    Raises UsageError if the template refuses it, or has no place for the tools.
     """
     try:
         text = render(messages, tokenizer, tools, more, generation_prompt=True)
@@ -51,7 +51,7 @@ def prompt_for(
     tools: Sequence[Any] = (),
     more: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """Token ids as an adapter that was trained on this format expects them; of plain formats the last message alone."""
+    """Token ids as an adapter trained on this format expects them; for plain formats only the last message."""
     if format in PLAIN:
         if tools:
             raise UsageError(f"the adapter was trained on {format.value} rows, which have no tools")

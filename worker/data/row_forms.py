@@ -1,4 +1,4 @@
-"""How examples of a format become rows of tokens."""
+"""How examples of each format become rows of tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .tokens import IGNORED, TokenRow, asked_in, cut, encode, teaches
 
 
 class RowForm:
-    """Conversations and texts. All of a text is learned, or only what follows its prompt."""
+    """Conversations and texts. Either all of a text is learned, or only what follows its prompt."""
 
     lesson = "token"
     """What is missing from a row that was cut too early."""
@@ -39,7 +39,7 @@ class RowForm:
         return (row,)
 
     def teaches(self, row: TokenRow) -> bool:
-        """Whether it can be learned from."""
+        """Whether anything can be learned from it."""
         return all(map(teaches, self.texts(row)))
 
     def length(self, row: TokenRow) -> int:
@@ -48,7 +48,7 @@ class RowForm:
 
 
 class LabelledForm(RowForm):
-    """Texts whose label is learned, and none of their tokens."""
+    """Texts whose label is learned, but none of their tokens."""
 
     def encode(self, example: Example, tokenizer: Any) -> list[TokenRow]:
         ids = list(tokenizer(example.text).input_ids)
@@ -57,7 +57,7 @@ class LabelledForm(RowForm):
         return [TokenRow(number=example.number, input_ids=ids, labels=[IGNORED] * len(ids))]
 
     def cut(self, row: TokenRow, example: Example, tokenizer: Any, most: int) -> TokenRow:
-        # as its users will cut it: some tokenizers close each text
+        # cut like its users' texts: some tokenizers close each text
         ids = list(tokenizer(example.text, truncation=True, max_length=most).input_ids)
         return replace(row, input_ids=ids, labels=[IGNORED] * len(ids))
 
@@ -86,7 +86,7 @@ class PairForm(RowForm):
 
     def teaches(self, row: TokenRow) -> bool:
         chosen, rejected = self.texts(row)
-        # answers may begin alike and be cut there, or differ in what the template takes away, like a space
+        # answers may begin alike and be cut there, or differ only in what the template removes, like a space
         return super().teaches(row) and chosen.input_ids != rejected.input_ids
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer with the template that a job asks for, in place of the model's own."""
+"""The tokenizer with the template that a job asks for, instead of the model's own."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ ALPACA = (
 
 
 def templated(tokenizer: Any, template: PromptTemplate) -> Any:
-    """The tokenizer itself, or for another template than the model's own a copy that has it."""
+    """The tokenizer itself, or a copy if the template is not the model's own."""
     if template is PromptTemplate.CHAT:
         return tokenizer
     changed = copy.copy(tokenizer)
-    # rendered conversations are tokenised without special tokens: the template brings the BOS where one is usual
+    # rendered conversations are tokenised without special tokens: the template adds the BOS if one is usual
     usual_bos = tokenizer.bos_token is not None and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
     changed.chat_template = ("{{ bos_token }}" if usual_bos else "") + ALPACA
     return changed

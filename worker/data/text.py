@@ -30,7 +30,7 @@ COLORS = {"error": "red", "warning": "yellow", "note": None}
 
 
 def check_text(spec: JobSpec, checked: Checked, tokenizer: Any, *, styled: bool) -> str:
-    """The whole check. `styled`: a terminal shows it, so that learned tokens need no brackets."""
+    """The whole check. `styled`: it goes to a terminal, so that learned tokens need no brackets."""
     lines = [*_head(spec.dataset, checked), *_lengths(checked, spec.dataset), *_labels(checked)]
     for row in checked.rows:
         lines += [f"\nRow {row.number}: {_size(row, list(checked.labels), checked.format)}.\n"]
@@ -45,7 +45,7 @@ def check_text(spec: JobSpec, checked: Checked, tokenizer: Any, *, styled: bool)
 
 
 def row_text(dataset: DatasetSpec, shown: TrainedRow, tokenizer: Any, *, styled: bool) -> str:
-    """One row to train on, what is learned of it marked."""
+    """One row to train on, with its learned part marked."""
     data = shown.data
     final = "" if data.final is None else f", {data.final.tokens.rows.examples} final"
     lines = [
@@ -118,7 +118,7 @@ def _noun(format: DataFormat) -> str:
 
 
 def _sizes(rows: Sequence[TokenRow], label_names: Sequence[str], format: DataFormat) -> str:
-    """Of all rows of one example."""
+    """For all rows of one example."""
     tokens, learned = sum(len(row.labels) for row in rows), sum(map(learned_tokens, rows))
     return _size(rows[0], label_names, format) if len(rows) == 1 else f"{tokens} tokens, {learned} learned"
 
@@ -132,14 +132,14 @@ def _size(row: TokenRow, label_names: Sequence[str], format: DataFormat | None) 
 
 
 def _texts(row: TokenRow, format: DataFormat | None) -> list[tuple[str, TokenRow]]:
-    """A row's texts with what each is called; most rows are one, which has no name."""
+    """A row's texts with their names; most rows have only one text, without a name."""
     if format not in PAIRS:
         return [("", row)]
     return list(zip(SIDES, form_of(format).texts(row), strict=True))
 
 
 def _marked(row: TokenRow, tokenizer: Any, styled: bool, format: DataFormat | None) -> str:
-    """The row's text; without colours the learned parts stand in brackets, so that a pipe tells the same."""
+    """The row's text; without colours the learned parts are in brackets, so that a pipe shows the same."""
     named = _texts(row, format)
     if len(named) == 1:
         return _marked_text(row, tokenizer, styled)

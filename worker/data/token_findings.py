@@ -1,4 +1,4 @@
-"""Findings about a job's data after the tokenizer and the chat template: one finding a kind.
+"""Findings about a job's data after the tokenizer and the chat template: one finding per kind.
 
 common/data/inspection.py has what the rows show without a tokenizer.
 """
@@ -23,14 +23,15 @@ from .row_forms import form_of
 from .tokens import APART, IGNORED, TokenRow, rendered, rendered_answers, thought_and_answer, with_thought
 
 FEW_STEPS = 10
-"""Fewer optimizer steps than these hardly move an adapter."""
+"""Fewer optimizer steps than this hardly move an adapter."""
 
 
 class TemplateLook:
-    """Looks for messages that the chat template leaves out, and text that the tokenizer takes for its own marks."""
+    """Looks for messages that the chat template leaves out, and text that the tokenizer takes for its own special
+    tokens."""
 
     def __init__(self, tokenizer: Any, most: int | None = None) -> None:
-        """`most`: so many rows are rendered at most; None: all."""
+        """`most`: the most rows to render; None: all."""
         self._tokenizer, self._most, self._seen = tokenizer, most, 0
         self._marks = [mark for mark in tokenizer.all_special_tokens if len(mark) > 2]
         self._marked = array("q")
@@ -45,16 +46,16 @@ class TemplateLook:
         try:
             roles = {role for side in example.sides for role in self._left_out(side)}
         except ValueError:
-            return  # encoding says it
+            return  # encoding reports it
         for role in roles:
             self._dropped.setdefault(role, array("q")).append(example.number)
 
     def _left_out(self, example: Example) -> set[str]:
-        """Roles of which a message does not stand in the text as it was given. Raises ValueError."""
+        """Roles with a message that does not appear unchanged in the text. Raises ValueError."""
         text = rendered(example, self._tokenizer)
         turns = [(turn.role, part) for turn in example.turns for part in (turn.content, turn.thought)]
         roles = {role for role, part in turns if part.strip() not in text}
-        if "assistant" in roles:  # each answer may have a row of its own, with its thought written otherwise
+        if "assistant" in roles:  # each answer may have its own row, with its thought written differently
             said = [with_thought(example.turns[place]) for place in example.answers]
             rendered_as = map("".join, map(str.split, rendered_answers(example, self._tokenizer)))
             parts = ("".join(part.split()) for content in said for part in thought_and_answer(content))
@@ -75,15 +76,15 @@ class TemplateLook:
 
 
 class TokenLook:
-    """Looks at the rows of each example, and keeps of each row two numbers and what is wrong."""
+    """Looks at the rows of each example, and keeps two numbers and any problems of each row."""
 
     def __init__(self, spec: JobSpec, tokenizer: Any) -> None:
         self._spec, self._tokenizer = spec, tokenizer
         self.max_length = spec.dataset.max_length
         self._room = context_length(spec.base_model)
-        self.lengths = array("L")  # tokens of each row, before it is cut or left out; of a pair its longer half
+        self.lengths = array("L")  # tokens of each row, before it is cut or left out; for a pair, of its longer half
         self._tokens = self._cut = 0  # of all texts, before they are cut, and beyond max_length
-        # of the rows that are used: their numbers, tokens and learned tokens
+        # of the rows used: their numbers, tokens and learned tokens
         self.numbers, self.used, self.learned = array("q"), array("L"), array("L")
         self.left_out = 0  # examples
         self._apart = array("q")
@@ -119,7 +120,7 @@ class TokenLook:
             (self._empty if any(map(form.teaches, rows)) else self._untaught).append(number)
 
     def _faults(self, row: TokenRow) -> list[tuple[array[int], bool]]:
-        """Where a row is noted, and whether it should be."""
+        """Where to note a row, and whether to."""
         ids, labels, most, tokenizer = row.input_ids, row.labels, self.max_length, self._tokenizer
         bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
         learned = learned_tokens(row)
@@ -151,7 +152,7 @@ class TokenLook:
         return findings + (_few_steps(len(self.numbers), spec) if every else [])
 
     def _marks(self) -> list[Finding]:
-        """The tokenizer's own marks: where a row begins, where it ends, and what is unknown."""
+        """The tokenizer's own special tokens: a row's beginning, its end, and unknown text."""
         hint = "take it out of the text: the tokenizer puts one there"
         text = "{n} beginning with two BOS tokens"
         findings = about_rows("warning", "doubled BOS", text, self._doubled, hint)
@@ -161,7 +162,7 @@ class TokenLook:
         return findings + about_rows("warning", "unknown tokens", text, self._strange)
 
     def length_findings(self, held_out: TokenLook, final: TokenLook) -> list[Finding]:
-        """What dataset.max_length does to the rows, and to those of other looks, which are held out or final."""
+        """The effect of dataset.max_length on the rows, and on the held-out or final rows of other looks."""
         looks = (self, held_out, final)
         dataset, lengths = self._spec.dataset, [length for look in looks for length in look.lengths]
         untaught = tuple(look._untaught for look in looks)
@@ -187,7 +188,7 @@ class TokenLook:
 def _about_each(
     level: Level, kind: str, text: str, sides: Sequence[Sequence[int]], hint: str | None = None
 ) -> list[Finding]:
-    """A finding about rows to train on, held out and final; it lists the first ones to train on, where there are."""
+    """A finding about rows to train on, held out and final; it lists the first rows to train on, if any."""
     trained, held_out, final = sides
     text += f", {len(held_out)} of them held out" if held_out else ""
     text += f", {len(final)} of them final" if final else ""
@@ -206,7 +207,7 @@ def _few_steps(rows: int, spec: JobSpec) -> list[Finding]:
 
 
 def context_length(base_model: str) -> int | None:
-    """Positions that a model in a folder or the local cache was made for; None where its config does not say."""
+    """The positions for which a model in a folder or the local cache was made; None if its config does not say."""
     path = find_config(base_model)
     if path is None:
         return None
@@ -221,7 +222,7 @@ def learned_tokens(row: TokenRow) -> int:
 
 
 def _last_answer(row: TokenRow) -> int:
-    """Tokens of the last stretch that is learned."""
+    """Tokens of the last learned stretch."""
     count = 0
     for label in reversed(row.labels):
         if label == IGNORED and count:

@@ -1,4 +1,4 @@
-"""Tokenised rows in columns: they take little memory, and lie in files that another process maps."""
+"""Tokenised rows in columns: they take little memory, and are in files that another process maps."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _END = ".npy"
 
 
 class TokenRows(Sequence[TokenRow]):
-    """Rows in their order. Each is made anew when it is asked for.
+    """Rows in order. Each is built when it is asked for.
 
-    Columns: `number` and `end` (the place behind its last token) have a value for each row, `input_ids` and `labels`
-    one for each token. `start` has a value for each further example of packed rows, `start_end`, a classifier's `label`
-    and a pair's `asked` one for each row; these are missing where no row has any.
+    Columns: `number` and `end` (the index after its last token) have a value for each row, `input_ids` and `labels` one
+    for each token. `start` has a value for each further example of packed rows, `start_end`, a classifier's `label` and
+    a pair's `asked` one for each row; these are missing if no row has any.
     """
 
     def __init__(self, columns: Mapping[str, Column], folder: Path | None = None) -> None:
         self._columns = columns
-        self._folder = folder  # that they are mapped from
+        self._folder = folder  # from which they are mapped
 
     @classmethod
     def of(cls, rows: Iterable[TokenRow]) -> TokenRows:
-        """The columns of these rows, which are looked at once."""
+        """The columns of these rows, which are read once."""
         number, end, ids, labels = array("q"), array("q"), array("i"), array("i")
         start, start_end, label, asked = array("q"), array("q"), array("q"), array("q")
         for row in rows:
@@ -53,7 +53,7 @@ class TokenRows(Sequence[TokenRow]):
 
     @classmethod
     def load(cls, folder: Path) -> TokenRows:
-        """Map the rows that were saved there. Raises OSError, ValueError, EOFError for files that are not whole."""
+        """Map the rows saved there. Raises OSError, ValueError, EOFError for incomplete files."""
         columns = {path.stem: np.load(path, "r", allow_pickle=False) for path in cls.files(folder)}
         if not columns:
             raise FileNotFoundError(f"no rows lie in {folder}")
@@ -61,11 +61,11 @@ class TokenRows(Sequence[TokenRow]):
 
     @staticmethod
     def files(folder: Path) -> list[Path]:
-        """The files of the rows that were saved there."""
+        """The files of the rows saved there."""
         return list(folder.glob(f"*{_END}"))
 
     def save(self, folder: Path) -> Path:
-        """Write the columns into this folder, unless they lie in one; returns where they are. Raises OSError."""
+        """Write the columns into this folder, unless they are already in one; returns their folder. Raises OSError."""
         if self._folder is not None:
             return self._folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ class TokenRows(Sequence[TokenRow]):
         return folder
 
     def labelled(self, labels: Sequence[int]) -> TokenRows:
-        """The rows with these labels, in their order."""
+        """The rows with these labels, in order."""
         return TokenRows({**self._columns, "label": np.array(labels, dtype=np.int64)})
 
     @property
@@ -85,7 +85,7 @@ class TokenRows(Sequence[TokenRow]):
 
     @property
     def examples(self) -> int:
-        """Examples that they are of: a conversation may have several rows."""
+        """The number of examples: a conversation may have several rows."""
         return len(self._firsts())
 
     def first(self, examples: int | None) -> list[TokenRow]:
@@ -99,7 +99,7 @@ class TokenRows(Sequence[TokenRow]):
         return (self[begin:end] for begin, end in itertools.pairwise(firsts))
 
     def _firsts(self) -> Column:
-        """The place of each example's first row."""
+        """The index of each example's first row."""
         number = self._columns["number"]
         return np.flatnonzero(np.diff(number, prepend=number[:1] - 1))
 
@@ -119,7 +119,7 @@ class TokenRows(Sequence[TokenRow]):
         return len(self._columns["input_ids"])
 
     def count_labels(self, other_than: int) -> int:
-        """Tokens whose label is another one."""
+        """Tokens whose label differs from them."""
         return int(np.count_nonzero(self._columns["labels"] != other_than))
 
     def __len__(self) -> int:
@@ -170,5 +170,5 @@ class TokenRows(Sequence[TokenRow]):
 
 
 def lengths_in(rows: Sequence[TokenRow]) -> list[int]:
-    """Tokens of each row, without making the rows where they lie in columns."""
+    """Tokens of each row, without building rows that are in columns."""
     return rows.lengths if isinstance(rows, TokenRows) else [len(row.input_ids) for row in rows]

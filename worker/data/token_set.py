@@ -1,6 +1,6 @@
 """A set of tokenised rows of at most max_length tokens, kept in this box's cache.
 
-The key of the cache is what decides the tokens: content, tokenizer, template, format, length.
+The cache key is all that decides the tokens: content, tokenizer, template, format, length.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _COUNTS = "counts.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSet:
-    """Tokenised rows, and what became of those that were too long."""
+    """Tokenised rows, and what happened to those that were too long."""
 
     rows: TokenRows
     truncated: int  # examples, as below
@@ -59,10 +59,10 @@ class RowTokenizer:
     dataset: DatasetSpec
     tokenizer: Any
     format: DataFormat
-    cache: Path | None  # None: nothing is kept
+    cache: Path | None  # None: nothing is cached
 
     def tokenise(self, examples: Sequence[Example], side: str, file: str) -> TokenSet:
-        """The token set of one side of the split, from the cache where it is there. Raises DataError."""
+        """The token set of one side of the split, from the cache if it is there. Raises DataError."""
         folder = self._folder(examples)
         if folder and (kept := _kept(folder)) is not None:
             return kept
@@ -95,12 +95,12 @@ class RowTokenizer:
 
 
 _VOCABULARIES: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
-"""Sums of tokenizers that were asked, by their part that is not Python's, which a copy with another template shares: a
-trainer that stays asks the same one for each job, and a sum takes 40 ms."""
+"""Hashes of tokenizers, by their non-Python part, which a copy with another template shares: a trainer that stays asks
+the same tokenizer for each job, and a hash takes 40 ms."""
 
 
 def _vocabulary(tokenizer: Any) -> str:
-    """A sum of all that a tokenizer does to a text."""
+    """A hash of all that a tokenizer does to a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     asked = tokenizer if backend is None else backend
     known = _VOCABULARIES.get(asked)
@@ -129,7 +129,7 @@ def fit_examples(
 
 @dataclass(kw_only=True)
 class _Fitting:
-    """Makes rows of examples one by one, and counts those that do not fit."""
+    """Turns examples into rows one by one, and counts those that do not fit."""
 
     file: str
     dataset: DatasetSpec
@@ -178,7 +178,7 @@ class _Fitting:
 
 
 def _kept(folder: Path) -> TokenSet | None:
-    """What is kept there; None where nothing is. What is not as it was written goes, as after a loss of power."""
+    """The token set cached there; None if there is none. A damaged one, as after a power loss, is removed."""
     with contextlib.suppress(FileNotFoundError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         counts = json.loads((folder / _COUNTS).read_text())
         if counts.pop("sha256") == _sums(folder):
@@ -189,7 +189,7 @@ def _kept(folder: Path) -> TokenSet | None:
 
 
 def _remove(folder: Path) -> None:
-    """At once for whoever looks there."""
+    """Remove it at once for every reader."""
     aside = Path(tempfile.mkdtemp(dir=folder.parent))
     with contextlib.suppress(OSError):
         folder.rename(aside / "torn")  # unless another trainer was first
@@ -197,7 +197,7 @@ def _remove(folder: Path) -> None:
 
 
 def _keep(tokens: TokenSet, folder: Path) -> None:
-    """Written aside, brought to the disk and renamed: two trainers may prepare the same data at once."""
+    """Write to a temporary folder, sync and rename: two trainers may prepare the same data at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
@@ -208,7 +208,7 @@ def _keep(tokens: TokenSet, folder: Path) -> None:
             sync(path)
         aside.rename(folder)
     except OSError:
-        shutil.rmtree(aside)  # the other one was first; its content is the same
+        shutil.rmtree(aside)  # the other trainer was first; its content is the same
         if not folder.exists():
             raise
 

@@ -1,7 +1,7 @@
 """From an example to token ids and labels: the chat template, and what is learned.
 
-Loss falls on answers only (on everything for `text`), the end-of-sequence token is learned, and there is one BOS at
-most.
+The loss covers only answers (everything for `text`), the end-of-sequence token is learned, and there is at most one
+BOS.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRow:
-    """One tokenised row; `labels` equal `input_ids` where the model learns to go on and IGNORED elsewhere."""
+    """One tokenised row; `labels` equal `input_ids` where the model learns to continue, and IGNORED elsewhere."""
 
-    number: int  # of the example: rows of one conversation have the same, and follow each other
+    number: int  # of the example: rows of one conversation share it, and follow each other
     input_ids: list[int]
     labels: list[int]
-    starts: tuple[int, ...] = ()  # of a packed row: where its second and further examples begin
-    label: int | None = None  # of a classifier's row: its place in PreparedData.label_names
+    starts: tuple[int, ...] = ()  # of a packed row: where its second and later examples begin
+    label: int | None = None  # of a classifier's row: its index in PreparedData.label_names
     asked: int = 0  # of a pair's row whose prompt is learned, too: tokens before the chosen answer
 
 
@@ -46,21 +46,21 @@ def cut(row: TokenRow, most: int) -> TokenRow:
 
 
 def asked_in(row: TokenRow) -> int:
-    """How many tokens the row has before the first one that is learned."""
+    """The number of tokens before the row's first learned token."""
     return next((place for place, label in enumerate(row.labels) if label != IGNORED), len(row.labels))
 
 
 def unlearned(row: TokenRow) -> TokenRow:
-    """What stands before the row's answer, all of it to be learned."""
+    """What precedes the row's answer, all of it to be learned."""
     given = row.input_ids[: asked_in(row)]
     return replace(row, input_ids=given, labels=given)
 
 
 def encode(example: Example, tokenizer: Any, format: DataFormat) -> list[TokenRow]:
-    """The rows of one example, untruncated: one, or for a conversation that the chat template renders otherwise when it
-    goes on, one for each answer.
+    """The rows of one example, untruncated: one, or one for each answer if the chat template renders a conversation
+    differently as it continues.
 
-    Raises ValueError when the chat template refuses it.
+    Raises ValueError if the chat template refuses it.
     """
     if example.turns:
         return [
@@ -85,18 +85,18 @@ def _chat(example: Example, tokenizer: Any) -> list[tuple[list[int], list[int]]]
         _refuse_without_calls(turn, after[len(before) :])
         if turn.thought or turn.calls:
             eos = after.rfind(tokenizer.eos_token, len(before))
-        else:  # stripped, as many templates have it: the end is looked for behind what they keep at the least
+        else:  # stripped, as in many templates: the search for the end starts after the least that they keep
             eos = after.find(tokenizer.eos_token, len(before) + len(turn.content.strip()))
         spans.append((len(before), len(after) if eos < 0 else eos + len(tokenizer.eos_token)))
     return [_learned(text, spans, tokenizer)]
 
 
 def _answer(example: Example, place: int, tokenizer: Any) -> tuple[str, str]:
-    """The row of one answer: the prompt that asks for it, and all that the template renders behind that, up to the end
+    """The row of one answer: the prompt that asks for it, and all that the template renders after that, up to the end
     of sequence.
 
-    A template that renders an answer without its own prompt, as one that opens a thought there and leaves thoughts out
-    afterwards, gives the prompt alone: thought and answer stand behind it as they were given.
+    A template that renders an answer without its own prompt, like one that opens a thought there and leaves thoughts
+    out afterwards, gives only the prompt: thought and answer follow it unchanged.
     """
     prompt, turn = _render(example, place, tokenizer, generation_prompt=True), example.turns[place]
     text = _render(example, place + 1, tokenizer)
@@ -108,12 +108,12 @@ def _answer(example: Example, place: int, tokenizer: Any) -> tuple[str, str]:
 
 
 THOUGHT = ("<think>", "</think>")
-"""What stands around a thought, in the templates of models that think before they answer."""
+"""The marks around a thought, in the templates of models that think before they answer."""
 
 
 def _as_given(example: Example, place: int, prompt: str, tokenizer: Any) -> str:
-    """An answer behind a prompt that the template does not render it with. The form of a call, and what ends an answer,
-    are the template's."""
+    """An answer after a prompt with which the template does not render it. The template decides the form of a call and
+    the end of an answer."""
     turn = example.turns[place]
     given = with_thought(turn)
     thought, answer = thought_and_answer(given)
@@ -129,11 +129,11 @@ def _as_given(example: Example, place: int, prompt: str, tokenizer: Any) -> str:
 
 
 _MARK = "\u2042 an answer \u2042"
-"""What no answer says: the template is asked what it writes around one."""
+"""Text that no answer contains: it shows what the template writes around an answer."""
 
 
 def thought_and_answer(content: str) -> tuple[str, str]:
-    """An answer's thought, which is empty where it has none, and what it says afterwards."""
+    """An answer's thought, empty if it has none, and the text after it."""
     begin, end = THOUGHT
     thought, closed, answer = content.lstrip().partition(end)
     if not closed or not thought.startswith(begin):
@@ -142,7 +142,7 @@ def thought_and_answer(content: str) -> tuple[str, str]:
 
 
 def _behind(prompt: str, answer: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of an answer behind its prompt, whose tokens are those that whoever asks gives the model."""
+    """(input_ids, labels) of an answer after its prompt, whose tokens are those that the model gets when asked."""
     ids, labels = _learned(prompt + answer, [(len(prompt), len(prompt + answer))], tokenizer)
     asked = list(tokenizer(prompt, add_special_tokens=False).input_ids)
     if ids[: len(asked)] == asked:
@@ -152,12 +152,12 @@ def _behind(prompt: str, answer: str, tokenizer: Any) -> tuple[list[int], list[i
 
 
 def _learned(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """(input_ids, labels) of a rendered text; the characters of these spans are learned."""
+    """(input_ids, labels) of a rendered text; the characters in these spans are learned."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded.input_ids), encoded.offset_mapping
     learned = [any(start <= a and b <= end for start, end in spans) and a < b for a, b in offsets]
     labels = [token if learn else IGNORED for token, learn in zip(ids, learned, strict=True)]
-    if text.find(tokenizer.eos_token, spans[-1][0]) < 0:  # the template has no end: teach one
+    if text.find(tokenizer.eos_token, spans[-1][0]) < 0:  # the template writes no end: teach one
         ids.append(tokenizer.eos_token_id)
         labels.append(tokenizer.eos_token_id)
     return ids, labels
@@ -198,7 +198,7 @@ def prompt_of(example: Example, tokenizer: Any) -> tuple[list[int], str, str] | 
 
 
 def rendered(example: Example, tokenizer: Any) -> str:
-    """A conversation as the chat template writes it, up to its last answer. Raises ValueError where it refuses it."""
+    """A conversation as the chat template writes it, up to its last answer. Raises ValueError if it refuses it."""
     return _render(example, example.answers[-1] + 1, tokenizer)
 
 
@@ -208,12 +208,12 @@ def rendered_answers(example: Example, tokenizer: Any) -> list[str]:
 
 
 def _expected(example: Example, place: int, tokenizer: Any) -> str:
-    """What a model that has learned the answer writes, up to its end."""
+    """What a model writes that has learned the answer, up to its end."""
     return _answer(example, place, tokenizer)[1].removesuffix(tokenizer.eos_token).strip()
 
 
 def _refuse_without_tools(example: Example, tokenizer: Any) -> None:
-    """Raises ValueError where the template does not show the tools that answers may call."""
+    """Raises ValueError if the template does not show the tools that answers may call."""
     if not example.tools:
         return
     end = example.answers[0]
@@ -222,7 +222,7 @@ def _refuse_without_tools(example: Example, tokenizer: Any) -> None:
 
 
 def _refuse_without_calls(turn: Turn, shown: str) -> None:
-    """Raises ValueError where the template leaves out a call of the answer that it renders so."""
+    """Raises ValueError if the template leaves out a call of the answer that it renders."""
     if turn.calls and any(call["function"]["name"] not in shown for call in json.loads(turn.calls)):
         raise ValueError("the model's chat template has no place for tool calls")
 
@@ -241,24 +241,24 @@ def render(
     *,
     generation_prompt: bool,
 ) -> str:
-    """A conversation as the model's chat template writes it. `more`: variables of the template's own.
+    """A conversation as the model's chat template writes it. `more`: the template's own variables.
 
-    Raises ValueError where the template refuses it.
+    Raises ValueError if the template refuses it.
     """
     given = {**(more or {}), "tokenize": False, "add_generation_prompt": generation_prompt}
     given |= {"tools": list(tools)} if tools else {}
     try:
         try:
             text: str = tokenizer.apply_chat_template([dict(message) for message in messages], **given)
-        except TypeError:  # DeepSeek's joins a call's arguments as text
+        except TypeError:  # DeepSeek's template joins a call's arguments as text
             text = tokenizer.apply_chat_template([_with_arguments_as_text(message) for message in messages], **given)
-    except (TemplateError, TypeError) as error:  # what a template raises, like "System role not supported"
+    except (TemplateError, TypeError) as error:  # raised by the template, like "System role not supported"
         raise ValueError(f"the model's chat template refuses it: {error}") from error
     return text
 
 
 def message_of(turn: Turn, tokenizer: Any) -> dict[str, Any]:
-    """A turn as chat templates read it. A thought that a template does not ask for stands before the content."""
+    """A turn as chat templates read it. A thought that the template does not ask for precedes the content."""
     apart = {
         "tool_calls": json.loads(turn.calls) if turn.calls else None,
         "name": turn.name,
@@ -270,7 +270,7 @@ def message_of(turn: Turn, tokenizer: Any) -> dict[str, Any]:
 
 
 def with_thought(turn: Turn) -> str:
-    """The content behind the thought."""
+    """The content after the thought."""
     begin, end = THOUGHT
     return f"{begin}\n{turn.thought}\n{end}\n\n{turn.content}" if turn.thought else turn.content
 

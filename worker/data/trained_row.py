@@ -20,14 +20,14 @@ from .tokens import IGNORED, TokenRow
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRow:
-    """An example to train on as its rows, most often one, with the data that it belongs to."""
+    """An example to train on as its rows, usually one, with its data."""
 
     rows: list[TokenRow]
     data: PreparedData
 
     def as_json(self) -> dict[str, Any]:
         """The row for programs. `label`: of a classifier. `chosen`, `rejected`: of a pair. `rows`: of a conversation
-        that has several."""
+        with several."""
         first = self.rows[0]
         if self.data.format in PAIRS:
             texts = form_of(self.data.format).texts(first)
@@ -44,7 +44,7 @@ def _told(row: TokenRow) -> dict[str, Any]:
 
 
 def trained_row(spec: JobSpec, tokenizer: Any, number: int | None) -> TrainedRow:
-    """The row of this number, or with None the first that is trained on. Raises DataError, UsageError."""
+    """The row with this number, or for None the first row to train on. Raises DataError, UsageError."""
     dataset = spec.dataset
     more = [source.path for source in dataset.more]
     given = (dataset.path, dataset.eval_path, dataset_hash(dataset.path), tokenizer, None, more)
@@ -54,7 +54,7 @@ def trained_row(spec: JobSpec, tokenizer: Any, number: int | None) -> TrainedRow
     except DataError as error:
         if number is None or error.row is None or error.row == number:
             raise
-        data = prepare(dataset.model_copy(update={"on_bad_row": BadRow.DROP}), *given)  # another row is bad
+        data = prepare(dataset.model_copy(update={"on_bad_row": BadRow.DROP}), *given)  # another row may be bad
     rows = data.train.rows
     wanted = rows[0].number if number is None else number
     found = next((of for of in rows.by_example() if of[0].number == wanted), None)

@@ -1,1 +1,1 @@
-"""Messages to people, from the outbox to a receiver. No torch, no SQL; no answer of a receiver is kept or shown."""
+"""Messages to people, from the outbox to a receiver. No torch, no SQL; a receiver's answer is never kept or shown."""

@@ -14,14 +14,14 @@ CONNECT_S = 5.0
 """Seconds for each address of a receiver, and for each silence."""
 
 DEADLINE_S = 15.0
-"""Seconds for a whole exchange, from the connection on; well within a message's lease."""
+"""Seconds for a whole exchange, including the connection; well within a message's lease."""
 
 
 @contextlib.contextmanager
 def connected(host: str, port: int, deadline_s: float = DEADLINE_S) -> Iterator[socket.socket]:
-    """A connection that is shut down when its time is over: a read then ends at once.
+    """A connection that is shut down when its time runs out: a read then ends at once.
 
-    Raises OSError; TimeoutError when the time was over, whatever half an answer had come by then.
+    Raises OSError; TimeoutError if the time ran out, even after part of an answer.
     """
     with socket.create_connection((host, port), timeout=min(CONNECT_S, deadline_s)) as connection:
         over = threading.Event()
@@ -45,7 +45,7 @@ def connected(host: str, port: int, deadline_s: float = DEADLINE_S) -> Iterator[
 
 
 def broken(error: Exception) -> Delivery:
-    """A failed exchange in our own words: an error's text may hold an address, or what the receiver says."""
+    """A failed exchange in our own words: an error's text may contain an address, or the receiver's words."""
     if isinstance(error, ssl.SSLCertVerificationError):
         why = "its TLS certificate is not trusted"
     elif isinstance(error, ssl.SSLError):

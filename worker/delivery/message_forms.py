@@ -1,4 +1,4 @@
-"""A message in the form that each kind of receiver reads. Text of a job is escaped for it, and stands in no header."""
+"""A message in the form that each kind of receiver reads. A job's text is escaped for it, and is never in a header."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUBJECT_MOST = 200
 
 @dataclass(frozen=True, kw_only=True)
 class HttpMessage:
-    """What is posted. The address and a header may hold a secret."""
+    """What is posted. The address and a header may contain a secret."""
 
     url: str = field(repr=False)
     body: bytes
@@ -33,7 +33,7 @@ class HttpMessage:
 
 
 def http_message(channel: Channel, parcel: Parcel, now_s: float) -> HttpMessage:
-    """`now_s`: seconds since 1970; a webhook's signature holds for this time."""
+    """`now_s`: seconds since 1970; a webhook's signature is for this time."""
     return _HTTP[channel.kind](channel, parcel, now_s)
 
 

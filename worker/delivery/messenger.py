@@ -1,7 +1,7 @@
 """The thread of a node that sends what is due on the channels of its box, one message at a time.
 
-A message is sent at least once: a sender that dies between sending and writing so leaves a lease that ends, and the
-message goes out again with the same id.
+A message is sent at least once: if a sender dies between sending and recording that, its lease ends, and the message
+goes out again with the same id.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from .web import post
 log = logging.getLogger("loractl.worker")
 
 LOOK_S = 2.0
-"""How often a node looks for messages that are due."""
+"""How often a node looks for due messages."""
 
 LEASE_S = 90.0
-"""How long a message is one sender's: longer than a try takes, name and every address of the receiver included."""
+"""How long a message belongs to one sender: longer than a try takes, name lookup and every address of the receiver
+included."""
 
 STOP_S = 5.0
-"""A stopping node waits so long for a try; a message that is cut off goes out again elsewhere."""
+"""How long a stopping node waits for a try; a message that is cut off goes out again elsewhere."""
 
 
 class Messenger:
@@ -67,7 +68,7 @@ class Messenger:
             self._clock.join(self._thread, STOP_S)
 
     def send_due(self) -> bool:
-        """Try the oldest message that is due; False when there is none."""
+        """Try the oldest due message; False if there is none."""
         parcel = self._store.outbox.lease(tuple(self._channels.values()), self._lease_s)
         if parcel is None:
             return False
@@ -85,7 +86,7 @@ class Messenger:
                 self._clock.wait(self._stopped, self._look_s)
 
     def _tried(self) -> bool:
-        """Whether a message was tried, so that the next one follows at once. What fails here ends no node."""
+        """Whether a message was tried, so that the next one follows at once. No failure here ends the node."""
         try:
             return self.send_due()
         except ServiceUnreachable as error:
@@ -94,7 +95,7 @@ class Messenger:
             if outage(error) is None:
                 log.exception("messages: the database refuses it: %s", told_by(error))
         except Exception:
-            # a thread that ended silently would send nothing until the node is started again
+            # a thread that ended silently would send nothing until the node restarts
             log.exception("a message could not be sent")
         return False
 

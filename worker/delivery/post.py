@@ -18,7 +18,7 @@ _PORTS = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
 
 
 def send_mail(channel: Channel, parcel: Parcel, deadline_s: float = DEADLINE_S) -> Delivery:
-    """Hand the mail to the server once. Its refusals are told by their number alone."""
+    """Hand the mail to the server once. Its refusals are reported only by number."""
     parts = urlsplit(channel.url)
     host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
     try:
@@ -59,6 +59,6 @@ def send_mail(channel: Channel, parcel: Parcel, deadline_s: float = DEADLINE_S) 
 
 
 def _partly(refused: Mapping[str, tuple[int, bytes]], asked: int) -> str:
-    """That some recipients get none, though others do; empty where all do."""
+    """A sentence if some recipients get none though others do; empty if all do."""
     codes = {code for code, _ in refused.values()}
     return f"SMTP {max(codes)} for {len(refused)} of its {asked} recipients" if refused else ""

@@ -1,4 +1,5 @@
-"""A message to a command of the box's owner: as JSON on its stdin, never in its arguments, and without a shell."""
+"""Sends a message to a command of the box's owner: as JSON on its stdin, never in its arguments, and without a
+shell."""
 
 from __future__ import annotations
 
@@ -15,11 +16,12 @@ from .deadline import DEADLINE_S
 from .message_forms import facts
 
 _ENVIRONMENT = ("PATH", "HOME", "LANG", "TZ")
-"""What it gets of the node's environment, which holds passwords."""
+"""What it gets from the node's environment, which contains passwords."""
 
 
 def run_program(channel: Channel, parcel: Parcel, deadline_s: float = DEADLINE_S) -> Delivery:
-    """Run it once; exit status 0 says that the message is delivered. At the deadline it is killed with its children."""
+    """Run it once; exit status 0 means that the message is delivered. At the deadline it is killed with its
+    children."""
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     nothing = subprocess.DEVNULL
     try:

@@ -1,4 +1,4 @@
-"""One POST of a message: in bounded time, followed nowhere, and nothing read but the status and Retry-After."""
+"""One POST of a message: in bounded time, without redirects, and reading only the status and Retry-After."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .deadline import DEADLINE_S, broken, connected
 from .message_forms import HttpMessage
 
 _AGAIN = frozenset({408, 425, 429})
-"""Refusals that may pass, beside every status from 500 on."""
+"""Temporary refusals, besides every status from 500 on."""
 
 _MOST_RETRY_DIGITS = 9
 
 
 def post(message: HttpMessage, deadline_s: float = DEADLINE_S) -> Delivery:
-    """Post once. The environment's proxies are not used. What the receiver answers is neither kept nor shown."""
+    """Post once. The environment's proxies are not used. The receiver's answer is neither kept nor shown."""
     parts = urlsplit(message.url)
     secure, host = parts.scheme == "https", parts.hostname or ""
     try:
@@ -57,7 +57,7 @@ def _judged(status: int, retry_after: str | None) -> Delivery:
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """Seconds of a Retry-After, which is a number or a date (RFC 9110, 10.2.3); None for what is neither."""
+    """Seconds of a Retry-After, which is a number or a date (RFC 9110, 10.2.3); None if it is neither."""
     text = (retry_after or "").strip()
     if text.isascii() and text.isdigit():
         return float(text[:_MOST_RETRY_DIGITS])

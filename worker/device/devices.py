@@ -42,13 +42,13 @@ class Device(Protocol):
         ...
 
     def environment(self) -> dict[str, str]:
-        """Environment variables that show a trainer this device alone."""
+        """Environment variables that show a trainer only this device."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class CpuDevice:
-    """The processor; its memory is the box's RAM, or the container's part of it."""
+    """The CPU; its memory is the box's RAM, or the container's part of it."""
 
     uuid: str = "cpu"
     kind: Literal["cpu"] = "cpu"
@@ -61,7 +61,7 @@ class CpuDevice:
 
     @property
     def name(self) -> str:
-        """It says how many cores may be used now: a processor with fewer of them is of another speed."""
+        """It includes the number of usable cores: a CPU with fewer of them has another speed."""
         cores, every = allowed_cores(), machine_cores()
         return f"CPU, {cores} of {every} cores" if cores < every else f"CPU, {every} cores"
 
@@ -102,9 +102,9 @@ class SimulatedDevice:
 def find_devices(settings: Settings, only: str | None = None) -> list[Device]:
     """The devices that LORACTL_DEVICES names, else the NVIDIA cards, else the CPU.
 
-    cpu, nvml, sim:8GiB,24GiB (cards that exist for placement alone; training runs on the CPU), or nvml:cpu (NVML's
-    cards for placement, training on the CPU: for trying out). Of NVIDIA cards those that CUDA_VISIBLE_DEVICES shows.
-    `only`: numbers or UUIDs, like "0,2". Raises UsageError when it can't be understood, or names what is not there.
+    cpu, nvml, sim:8GiB,24GiB (cards that only exist for placement; training runs on the CPU), or nvml:cpu (NVML's cards
+    for placement, training on the CPU: for trying out). Only NVIDIA cards that CUDA_VISIBLE_DEVICES shows. `only`:
+    numbers or UUIDs, like "0,2". Raises UsageError if it can't be parsed, or names a device that does not exist.
     """
     wanted, devices = _all_devices(settings)
     if wanted.startswith("nvml") and not devices:
@@ -118,36 +118,35 @@ def find_devices(settings: Settings, only: str | None = None) -> list[Device]:
 
 
 def find_device(settings: Settings, number: str) -> Device:
-    """The device with this number; an NVIDIA card that is there no more comes back with that as its fault.
+    """The device with this number; an NVIDIA card that is gone is returned with that as its fault.
 
-    For a node: its worker has chosen the cards when it started.
+    For a node: its worker chose the cards when it started.
     """
     _, devices = _all_devices(settings)
     return next((device for device in devices if device.number == number), None) or missing_card(number)
 
 
 KERNELS_KEPT = "128"
-"""Kernels that oneDNN keeps once it has compiled them for their shapes: of 1,024, its own number, a training that meets
-another number of tokens at each step held 200 MiB more after 40 steps. 128 take no more time than that, 32 take 6 %
-(SmolLM2-135M, bf16 on a processor of AMD's with AVX512_BF16)."""
+"""Kernels that oneDNN keeps once it has compiled them for their shapes: with 1,024, its own number, a training with a
+different number of tokens at each step held 200 MiB more after 40 steps. 128 take no more time than that, 32 take 6 %
+more (SmolLM2-135M, bf16 on an AMD CPU with AVX512_BF16)."""
 
 
 def torch_settings(device: Device, set_already: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables by which torch fits a device better; what the box's owner has set stays."""
+    """Environment variables that make torch fit a device better; what the box's owner has set stays."""
     if device.trains_on != "cuda":
         wanted = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": KERNELS_KEPT}
         return {name: value for name, value in wanted.items() if name not in set_already}
-    # On Hopper and Blackwell torch 2.13 takes cuDNN's attention first, which makes a plan for each length that it has
-    # not met: rows lie without padding in a training, and an answer has another length with each token. Flash
-    # attention needs none.
+    # On Hopper and Blackwell torch 2.13 takes cuDNN's attention first, which makes a plan for each new length: a
+    # training's rows have no padding, and an answer's length changes with each token. Flash attention needs no plan.
     wanted = {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
     if "PYTORCH_CUDA_ALLOC_CONF" not in set_already:
-        wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # blocks grow in place, so fewer are left unusable
+        wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # blocks grow in place, so fewer become unusable
     return {name: value for name, value in wanted.items() if name not in set_already}
 
 
 def order_of_numbers() -> str | None:
-    """How the numbers in CUDA_VISIBLE_DEVICES are understood; None where it has none."""
+    """How the numbers in CUDA_VISIBLE_DEVICES are counted; None if it has none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if not any(name.strip().isdigit() for name in visible.split(",")):
         return None
@@ -155,7 +154,7 @@ def order_of_numbers() -> str | None:
 
 
 def _all_devices(settings: Settings) -> tuple[str, list[Device]]:
-    """What is wanted, and all devices of that kind; the CPU where anything is wanted and no NVIDIA card is there."""
+    """What is wanted, and all devices of that kind; the CPU if anything will do and there is no NVIDIA card."""
     wanted = settings.devices or "auto"
     if wanted.startswith("sim:"):
         return wanted, _simulated(wanted.removeprefix("sim:"))
@@ -168,7 +167,7 @@ def _all_devices(settings: Settings) -> tuple[str, list[Device]]:
 def _visible(cards: list[Device]) -> list[Device]:
     """The cards that CUDA_VISIBLE_DEVICES shows, all without it.
 
-    Its numbers count in PCI order: NVML does not know which card CUDA takes for the fastest.
+    Its numbers count in PCI order: NVML does not know which card CUDA considers the fastest.
     """
     value = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in (value or "").split(",") if name.strip()]
@@ -190,7 +189,7 @@ def _visible(cards: list[Device]) -> list[Device]:
 def _chosen(devices: list[Device], names: list[str], source: str) -> list[Device]:
     """The devices that a person named: by number, by the beginning of a UUID, all slices of a card by its number.
 
-    A UUID that no card has may be that of a card which can't be read.
+    An unknown UUID may belong to a card that can't be read.
     """
     chosen: list[Device] = []
     for name in (part.strip() for part in names):

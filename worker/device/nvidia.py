@@ -1,9 +1,9 @@
 """NVIDIA cards and their MIG slices, as NVML shows them.
 
-A card that can't be read or can't run a job is a card with a fault: nothing of NVML's is raised from here, so that one
-lost card ends no node of another, and a driver that does not answer makes no box of GPUs a box without. Cards are named
-by UUID wherever they are given to somebody. NVML counts in the order of the PCI bus, as nvidia-smi does; CUDA counts
-the fastest first.
+A card that can't be read or can't run a job is a card with a fault: no NVML error leaves this module, so that one lost
+card does not end another card's node, and a driver that does not answer does not turn a GPU box into one without GPUs.
+Cards are handed out by UUID. NVML counts in the order of the PCI bus, as nvidia-smi does; CUDA counts the fastest
+first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .snapshot import Process, Snapshot
 Answer = TypeVar("Answer")
 
 KERNEL_LIST = Path("/proc/driver/nvidia/gpus")
-"""The kernel module's own list of cards, a folder each: it is there while NVML refuses to start."""
+"""The kernel module's own list of cards, one folder each: it exists even while NVML refuses to start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,13 +27,13 @@ class NvmlDevice:
     """An NVIDIA card or a MIG slice of one."""
 
     index: int  # of the card, in the order of the PCI bus
-    part: int | None = None  # of the card in MIG mode: the slice's place
+    part: int | None = None  # of a card in MIG mode: the slice's index
     uuid: str
     name: str
-    kind: Literal["nvml", "sim"] = "nvml"  # sim: for placement alone, its memory is not measured
+    kind: Literal["nvml", "sim"] = "nvml"  # sim: only for placement, its memory is not measured
     trains_on: Literal["cuda", "cpu"] = "cuda"
     total: int  # bytes; 0: it could not be read
-    unread: str | None = None  # why it could not be read when it was looked for, with the next step
+    unread: str | None = None  # why it could not be read at detection, with the next step
 
     @property
     def number(self) -> str:
@@ -41,7 +41,7 @@ class NvmlDevice:
         return str(self.index) if self.part is None else f"{self.index}.{self.part}"
 
     def look(self) -> Snapshot:
-        """The card's state now. NVML is started anew for a card that fails: it forgets no lost card by itself."""
+        """The card's state now. NVML is restarted for a card that fails: it does not forget a lost card by itself."""
         import pynvml
 
         if self.unread is not None:
@@ -49,7 +49,7 @@ class NvmlDevice:
         try:
             return self._look()
         except pynvml.NVMLError:
-            pass  # asked again at once, with an NVML that knows what has changed
+            pass  # ask again at once, with an NVML that knows what has changed
         try:
             _start_nvml()
             return self._look()
@@ -57,7 +57,7 @@ class NvmlDevice:
             return Snapshot(free=0, fault=in_words(error))
 
     def environment(self) -> dict[str, str]:
-        """Environment variables that show a trainer this device alone."""
+        """Environment variables that show a trainer only this device."""
         return {"CUDA_VISIBLE_DEVICES": self.uuid if self.trains_on == "cuda" else ""}
 
     def _look(self) -> Snapshot:
@@ -75,7 +75,7 @@ class NvmlDevice:
 
 
 def nvidia_cards(*, on_cpu: bool = False) -> list[NvmlDevice]:
-    """Every card and slice of this box, those that can't be read too; none only without NVML's library or a driver."""
+    """Every card and slice of this box, including unreadable ones; none only without NVML's library or a driver."""
     import pynvml
 
     try:
@@ -89,13 +89,13 @@ def nvidia_cards(*, on_cpu: bool = False) -> list[NvmlDevice]:
 
 
 def unread_card(index: int, why: str, part: int | None = None) -> NvmlDevice:
-    """A card that is there, or was, of which nothing can be read."""
+    """A present or former card about which nothing can be read."""
     name = "NVIDIA card that can't be read"
     return NvmlDevice(index=index, part=part, uuid=f"unread-{index}", name=name, total=0, unread=why)
 
 
 def missing_card(number: str) -> NvmlDevice:
-    """A card that the box had when its worker started, and has no more."""
+    """A card that the box had when its worker started, but no longer has."""
     index, _, part = number.partition(".")
     why = "the driver no longer shows it: look at nvidia-smi and dmesg, then reset it or reboot the box"
     return unread_card(int(index), why, int(part) if part else None)
@@ -120,7 +120,7 @@ def in_words(error: BaseException) -> str:
 
 
 def _start_nvml() -> None:
-    """Start NVML afresh: what it learnt of the cards when it was started before may have changed."""
+    """Restart NVML: what it knew about the cards may have changed."""
     import pynvml
 
     with contextlib.suppress(pynvml.NVMLError):
@@ -173,7 +173,7 @@ def _read(handle: Any, index: int, part: int | None) -> NvmlDevice:
 
 
 def _handle(uuid: str) -> Any:
-    """The handle of a card or slice, also beside a lost one: NVML then answers for none by UUID."""
+    """The handle of a card or slice, even if another card is lost: NVML then finds no card by UUID."""
     import pynvml
 
     try:
@@ -214,12 +214,12 @@ def _processes(handle: Any) -> tuple[Process, ...]:
 
 
 def _optional(query: Callable[[], Answer]) -> Answer | None:
-    """None where a card does not answer a question: the card is used all the same."""
+    """None if a card does not answer a question: it is used anyway."""
     import pynvml
 
     try:
         return query()
     except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission, pynvml.NVMLError_FunctionNotFound):
         return None
-    except pynvml.NVMLLibraryMismatchError:  # the same of an older driver, and no NVMLError
+    except pynvml.NVMLLibraryMismatchError:  # the same from an older driver, but no NVMLError
         return None

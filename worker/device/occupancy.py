@@ -1,4 +1,4 @@
-"""Who holds a device's memory: our trainers by job, and others by process, their high-water mark included."""
+"""Who holds a device's memory: our trainers by job, and others by process, including their high-water mark."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .reservations import reserved_by_process, unused_reservations
 from .snapshot import Process, Snapshot
 
 JOB_VARIABLE = "LORACTL_JOB"
-"""The variable with the job's number, for a trainer and all that it starts."""
+"""The variable with the job's number, for a trainer and all processes that it starts."""
 
 RUN_VARIABLE = "LORACTL_RUN"
-"""The variable with a number that no other attempt has, of this or another loractl on the box."""
+"""The variable with a number unique to the attempt, among all loractl installations on the box."""
 
 CARD_VARIABLE = "LORACTL_CARD"
-"""The variable with the card that it runs on, by its node's name and home."""
+"""The variable with its card, by its node's name and home."""
 
 RANK_VARIABLE = "LORACTL_RANK_CARD"
-"""The same for a process on a card whose node has not started it: a rank of a job on several cards."""
+"""The same for a process on a card whose node did not start it: a rank of a job on several cards."""
 
 HIGH_WATER_S = 600.0
-"""The most that other people's processes held stays theirs for so long, unless the box's owner says otherwise: a
-notebook that frees memory comes back."""
+"""The most that other people's processes held stays reserved for them for this long, unless the box's owner says
+otherwise: a notebook that frees memory takes it again."""
 
 
 _PROC = Path("/proc")
@@ -41,63 +41,63 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True, kw_only=True)
 class OwnTrainer:
-    """What this node knows of the trainers of one attempt."""
+    """What this node knows about the trainers of one attempt."""
 
     job: str
-    pids: frozenset[int]  # of all that it has started for the attempt, ended ones too
-    held: int | None = None  # bytes of the device that the running one says it holds; None: it has said nothing yet
+    pids: frozenset[int]  # of all that it started for the attempt, including ended ones
+    held: int | None = None  # bytes of the device that the running trainer reports; None: no report yet
 
 
 @dataclass(frozen=True, kw_only=True)
 class Occupancy:
     """A device's memory at one moment. Bytes."""
 
-    outside: int | None  # held by programs that are not ours, now or a short while ago; None: this process can't tell
+    outside: int | None  # held by programs that are not ours, now or a short while ago; None: unknown
     others: list[dict[str, Any]]  # other people's processes: pid, user, name, bytes
     used: dict[str, int]  # by our jobs
     load: int | None = None  # percent
     temperature: int | None = None  # °C
     fault: str | None = None  # why nothing can run on the device, with the next step
-    self_test: dict[str, Any] | None = None  # what the device could do before it served; None: it had no test
+    self_test: dict[str, Any] | None = None  # what the device could do before it served; None: no test
 
 
 @dataclass(kw_only=True)
 class Watch:
-    """Looks at one device again and again."""
+    """Watches one device."""
 
     device: Device
     node_pid: int  # its descendants are ours
     high_water_s: float = HIGH_WATER_S
-    home: Path | None = None  # LORACTL_HOME, where processes that are no jobs reserve, and whose nodes' jobs are ours
+    home: Path | None = None  # LORACTL_HOME, where other processes than jobs reserve; its nodes' jobs are ours
     own: Callable[[], Collection[OwnTrainer]] = tuple  # the trainers of the node's attempts
-    sees_us: bool | None = None  # whether the driver lists this box's processes under our numbers; None: not known
+    sees_us: bool | None = None  # whether the driver lists this box's processes under our PIDs; None: unknown
     fault: str | None = None  # why the device may not serve, by its self-test
     self_test: dict[str, Any] | None = None  # what the self-test showed
     clock: NodeClock = SYSTEM
     _looking: threading.Lock = field(default_factory=threading.Lock)
-    _ours: dict[int, str] = field(default_factory=dict)  # pid -> job, kept while the driver lists it: it is slower
+    _ours: dict[int, str] = field(default_factory=dict)  # pid -> job, kept while the driver lists it, which lags
     _idle: int | None = None  # bytes held when none of our trainers ran
     _others: list[tuple[float, int]] = field(default_factory=list)  # time, bytes of other people's processes
 
     def look(self) -> Occupancy:
-        """The device's state now; any thread may look."""
+        """The device's state now; any thread may call this."""
         with self._looking:
             seen = self._look()
             return replace(seen, fault=seen.fault or self.fault, self_test=self.self_test)
 
     def fault_of_device(self) -> str | None:
-        """What the device itself has for a fault now, whatever its self-test said."""
+        """The device's own fault now, whatever its self-test said."""
         with self._looking:
             return self.device.look().fault
 
     def _look(self) -> Occupancy:
-        trainers, own = _trainers(self.node_pid), self.own()  # before the look: one that ends in between was ours
+        trainers, own = _trainers(self.node_pid), self.own()  # before looking: a process that ends in between was ours
         seen = self.device.look()
         if seen.fault is not None:
             return Occupancy(outside=0, others=[], used={}, fault=seen.fault)
         if self.device.kind == "sim" and seen.processes is None:
             return Occupancy(outside=self._reserved(None, 0), others=[], used={})
-        # told by the supervisors too: a trainer that came and went between two looks may have left memory
+        # the supervisors report them too: a trainer that came and went between two looks may have left memory behind
         told = {pid: attempt.job for attempt in own for pid in attempt.pids}
         told |= {pid: job for pid, (job, _) in trainers.items()}
         neighbours = self._neighbours(seen, told)
@@ -112,22 +112,23 @@ class Watch:
         return self._by_word(seen, {job for job, _ in trainers.values()}, own)
 
     def _neighbours(self, seen: Snapshot, known: Collection[int]) -> dict[int, str]:
-        """Processes on this card of jobs on several cards, which the node of another card of this box has started."""
+        """Processes of jobs on several cards that run on this card, but were started by another card's node on this
+        box."""
         if self.home is None:
             return {}
         listed = {process.pid for process in seen.processes or ()} - set(known) - self._ours.keys()
         return {pid: job for pid in listed if (job := _job_of_home(pid, self.home)) is not None}
 
     def _keep(self, ours: Mapping[int, str], seen: Snapshot) -> None:
-        """Remember our processes while they run or the driver lists them: a number is given again after that."""
+        """Remember our processes while they run or the driver lists them: after that, a PID may be reused."""
         listed = {process.pid for process in seen.processes or ()}
         self._ours = {pid: job for pid, job in self._ours.items() if pid in listed} | dict(ours)
 
     def _is_told_by_process(self, seen: Snapshot, trainers: Mapping[int, Any]) -> bool:
         """Whether the driver says how many bytes our processes hold.
 
-        WSL and some containers list no processes, or no bytes; other containers list numbers of the host. Without a
-        trainer there is nothing of ours that could be missed.
+        WSL and some containers list no processes, or no bytes; other containers list the host's PIDs. Without a trainer
+        nothing of ours could be missed.
         """
         if not trainers or seen.processes is None:
             return not trainers
@@ -135,18 +136,18 @@ class Watch:
         if mine:
             return any(process.bytes is not None for process in mine)
         if self.sees_us is not None:
-            return self.sees_us  # the self-test's own process was found, or was not
+            return self.sees_us  # whether the self-test's own process was found
         return any(psutil.pid_exists(process.pid) for process in seen.processes)
 
     def _account(self, seen: Snapshot, used: dict[str, int], others: list[Process], running: bool = False) -> Occupancy:
-        """What is held and not ours is others'."""
+        """Memory that is held but not ours belongs to others."""
         held = self.device.total - seen.free
         if not running:
             self._idle = held
-        # under numbers of another namespace a trainer of ours that just ended looks like a stranger
+        # with PIDs of another namespace, a trainer of ours that just ended looks like a stranger
         named = [] if self.sees_us is False else others
         outside = max(0, held - sum(used.values()))
-        # what `serve` and its like held is free when they end: it was reserved, so it does not come back unasked
+        # what `serve` and the like held is free when they end: it was reserved, so it is not taken again without asking
         reserving = {} if self.home is None else reserved_by_process(self.home, self.device.uuid)
         kept = self._rest_of_high_water(sum(p.bytes or 0 for p in named if p.pid not in reserving))
         told = None if self.sees_us is False else seen.processes
@@ -159,9 +160,9 @@ class Watch:
         )
 
     def _by_word(self, seen: Snapshot, jobs: set[str], own: Collection[OwnTrainer]) -> Occupancy:
-        """Where the driver does not tell: our trainers hold what they say.
+        """If the driver does not say: our trainers hold what they report.
 
-        Until each has said it, memory beyond what was held before our jobs came counts as theirs.
+        Until each has reported, memory beyond what was held before our jobs came counts as theirs.
         """
         held = self.device.total - seen.free
         used = {trainer.job: trainer.held for trainer in own if trainer.held is not None and trainer.job in jobs}
@@ -180,11 +181,11 @@ class Watch:
         )
 
     def _reserved(self, processes: Iterable[Process] | None, outside: int) -> int:
-        """Bytes that `serve` and its like have reserved and do not hold yet."""
+        """Bytes that `serve` and the like have reserved but do not hold yet."""
         return 0 if self.home is None else unused_reservations(self.home, self.device.uuid, processes, outside)
 
     def _rest_of_high_water(self, now_held: int) -> int:
-        """Bytes that others held lately beyond what they hold now."""
+        """Bytes that others held recently, beyond what they hold now."""
         now = self.clock.now()
         self._others = [(at, held) for at, held in self._others if now - at < self.high_water_s]
         self._others.append((now, now_held))
@@ -192,23 +193,23 @@ class Watch:
 
 
 def run_mark(token: str) -> str:
-    """An attempt's number in its processes' environment: made from its token, which must stay secret."""
+    """An attempt's number in its processes' environment: derived from its token, which must stay secret."""
     return hashlib.sha256(token.encode()).hexdigest()[:16]
 
 
 def card_mark(settings: Settings, node: str) -> str:
-    """A card in its processes' environment. A home serves a card with one node at a time (its lock)."""
+    """A card in its processes' environment. A home serves a card with only one node at a time (its lock)."""
     return f"{settings.home}:{node}"
 
 
 def runs_of(card: str, variable: str = CARD_VARIABLE) -> set[str]:
-    """The marks of all attempts that have a process on this card, which the card's own node has started, or with
-    RANK_VARIABLE another one."""
+    """The marks of all attempts with a process on this card, started by the card's own node, or with RANK_VARIABLE by
+    another node."""
     return {mark for p in psutil.process_iter() if (mark := _mark_on(p, card, variable)) is not None}
 
 
 def end_leftovers(run: str) -> list[int]:
-    """Kill all that an attempt started and left behind, also outside its session; returns what is still there."""
+    """Kill all that an attempt started and left behind, even outside its session; returns what is still there."""
     left = [p for p in psutil.process_iter() if _runs_for(p, run)]
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -234,7 +235,7 @@ def _mark_on(process: psutil.Process, card: str, variable: str) -> str | None:
 
 
 def _job_of_home(pid: int, home: Path) -> str | None:
-    """The job of a process that some node of this home has started; None for any other process."""
+    """The job of a process that some node of this home started; None for any other process."""
     try:
         environment = psutil.Process(pid).environ()
     except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
@@ -253,20 +254,20 @@ def _trainers(node_pid: int) -> dict[int, tuple[str, int]]:
             if job is not None:
                 trainers[pid] = job, int(child.memory_info().rss)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue  # it has ended since
+            continue  # it has just ended
     return trainers
 
 
 def _descendants(pid: int) -> list[int]:
     """All that the process has started and that still descends from it.
 
-    A claim waits for this, and psutil reads every process of the box for it.
+    A claim waits for this, and psutil would read every process of the box.
     """
     if (_PROC / f"{pid}/task/{pid}/children").exists():  # not on every kernel
         try:
             return list(_listed_below(pid))
         except OSError:
-            pass  # a thread or a child ended meanwhile
+            pass  # a thread or a child has just ended
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -294,5 +295,5 @@ def _named(process: Process) -> dict[str, Any]:
         info = psutil.Process(process.pid)
         user, name = info.username(), info.name()
     except (psutil.NoSuchProcess, psutil.AccessDenied, KeyError):
-        user, name = None, None  # of another container, or gone
+        user, name = None, None  # in another container, or gone
     return {"pid": process.pid, "user": user, "name": name, "bytes": process.bytes}

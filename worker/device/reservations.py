@@ -1,7 +1,7 @@
-"""What processes of this box that are no jobs (`generate`, `chat`, `serve`) have reserved of a card.
+"""Card memory reserved by processes of this box that are no jobs (`generate`, `chat`, `serve`).
 
-Each has a file under LORACTL_HOME, which it keeps locked. The lock goes with its process, however that ends. A node
-reads the files whenever it looks at its card, so a claim can't give away what is reserved and not yet allocated.
+Each has a file under LORACTL_HOME, which it keeps locked. The lock ends with its process, however that ends. A node
+reads the files whenever it looks at its card, so a claim can't give away what is reserved but not yet allocated.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .snapshot import Process
 
 @dataclass(frozen=True, kw_only=True)
 class CardShare:
-    """A process's share of a card. It holds while the file is open."""
+    """A process's share of a card. It lasts while the file is open."""
 
     pid: int
     bytes: int
@@ -29,7 +29,7 @@ class CardShare:
     path: Path
 
     def close(self) -> None:
-        """Give it back before the process ends."""
+        """Release it before the process ends."""
         self.path.unlink(missing_ok=True)
         self.file.close()
 
@@ -44,15 +44,15 @@ def reserve(home: Path, uuid: str, size: int) -> CardShare:
     fcntl.flock(file, fcntl.LOCK_EX)
     json.dump({"pid": os.getpid(), "bytes": size}, file)
     file.flush()
-    aside.replace(path)  # it appears locked and whole; the lock is the file's, whatever its name
+    aside.replace(path)  # it appears locked and complete; the lock belongs to the file, whatever its name
     return CardShare(pid=os.getpid(), bytes=size, file=file, path=path)
 
 
 def unused_reservations(home: Path, uuid: str, processes: Iterable[Process] | None, outside: int) -> int:
-    """Bytes that are reserved and not yet held by their processes.
+    """Bytes that are reserved but not yet held by their processes.
 
-    `processes`: what the driver tells of those on the card; None where it does not tell whose memory is whose. Then
-    `outside`, which others than our jobs hold, counts as theirs.
+    `processes`: what the driver reports on the card; None if it does not say whose memory is whose. Then `outside`,
+    which is not held by our jobs, counts as theirs.
     """
     reserved = reserved_by_process(home, uuid)
     if processes is None:
@@ -62,7 +62,7 @@ def unused_reservations(home: Path, uuid: str, processes: Iterable[Process] | No
 
 
 def reserved_by_process(home: Path, uuid: str) -> dict[int, int]:
-    """pid -> bytes, of the processes that live."""
+    """pid -> bytes of the live processes."""
     return dict(_living(home, uuid))
 
 

@@ -20,5 +20,5 @@ class Snapshot:
     free: int  # bytes
     load: int | None = None  # percent
     temperature: int | None = None  # °C
-    processes: tuple[Process, ...] | None = None  # None: it does not tell
-    fault: str | None = None  # why nothing can run on it now, with the next step; the other fields say nothing then
+    processes: tuple[Process, ...] | None = None  # None: unknown
+    fault: str | None = None  # why nothing can run on it now, with the next step; the other fields then mean nothing

@@ -1,8 +1,7 @@
-"""The engine: the one thread of a process that computes. Trainings ask it from threads of their own.
+"""The engine: the only thread of a process that computes. Trainings ask it from their own threads.
 
-Nothing but this thread touches the device, the base or torch's generators. Micro-batches that wait for one base at the
-same time go through it in one pass; all else that is asked for is done in turn. Which ones meet changes nothing of what
-each learns.
+Only this thread touches the device, the base or torch's generators. Micro-batches that wait for one base at the same
+time pass it together; all other work is done in turn. Which micro-batches meet does not affect what each learns.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ log = logging.getLogger("loractl.worker")
 Answer = TypeVar("Answer")
 
 PATIENCE = 0.05
-"""Share of the last pass for which the next one waits, idle, for trainings that were in the last one and are on their
-way back. Who takes longer than that between two micro-batches holds the others up by no more."""
+"""Share of the last pass's time that the next pass waits, idle, for trainings that were in the last one and are on
+their way back. A training that takes longer between two micro-batches delays the others by no more than this."""
 
 
 class ForwardPass(Protocol):
@@ -49,10 +48,10 @@ class ForwardPass(Protocol):
 
     @property
     def loss(self) -> Loss:
-        """What is learned from rows."""
+        """The loss that rows are trained with."""
 
     def recompute_blocks(self, every: int = 1) -> None:
-        """Hold the activations of each block (1), or of every second one (2), in the backward pass alone."""
+        """Hold the activations of each block (1), or of every second one (2), only in the backward pass."""
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
@@ -66,11 +65,11 @@ class ForwardPass(Protocol):
 
 
 AFTER_A_PASS = 3
-"""Pieces of work between two micro-batches: the step, an epoch's end, the next window. Who asks for more is evaluated,
-or saves: the others do not wait for that."""
+"""Pieces of work between two micro-batches: the step, an epoch's end, the next window. A training that asks for more is
+evaluating or saving: the others do not wait for that."""
 
 LOOK_S = 0.5
-"""How often who waits for a long piece of work of another looks whether it is to stop."""
+"""How often a training that waits for another's long piece of work checks whether to stop."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -82,19 +81,19 @@ class _Ask:
 @dataclass(eq=False, kw_only=True)
 class _Piece(_Ask):
     work: Callable[[], Any]
-    long: bool = False  # it lets others go first now and then
+    long: bool = False  # it lets others go first from time to time
 
 
 @dataclass(eq=False, kw_only=True)
 class _Learning(_Ask):
-    """One training's micro-batch, of which the gradients are to be left."""
+    """One training's micro-batch, whose gradients are wanted."""
 
     forward: ForwardPass
     batch: MicroBatch
     trained: Sequence[torch.nn.Parameter]
     backward: Backward
-    loss: torch.Tensor | None = None  # once the gradients are there
-    error: BaseException | None = None  # its own, where they are not
+    loss: torch.Tensor | None = None  # once the gradients exist
+    error: BaseException | None = None  # its own, if they do not
 
     @property
     def tokens(self) -> int:
@@ -102,17 +101,17 @@ class _Learning(_Ask):
 
     @property
     def key(self) -> tuple[int, int]:
-        """What those have in common that can pass their base together. It holds nothing."""
+        """The key shared by those that can pass their base together. It keeps no object alive."""
         forward = self.forward
         return (id(forward.base), forward.recomputes) if isinstance(forward, SharedPass) else (id(forward), 0)
 
 
 class Engine:
-    """Does what sessions ask for, first come, first served. Its thread lives while one is open.
+    """Does what sessions ask for, first come, first served. Its thread lives while a session is open.
 
-    What an error holds does not cross threads: it comes without tracebacks, which are notes of it. A process that is
-    held to a limit goes on in a new thread after out-of-memory: oneDNN compiles no more kernels in a thread where it
-    once got no memory for one, however much is free later ("could not create a primitive"; torch 2.13).
+    What an error holds does not cross threads: its tracebacks become notes. A process with a memory limit continues in
+    a new thread after out-of-memory: once oneDNN gets no memory for a kernel, it compiles no more kernels in that
+    thread, however much is free later ("could not create a primitive"; torch 2.13).
     """
 
     def __init__(
@@ -121,20 +120,20 @@ class Engine:
         learned: Callable[[], None] = lambda: None,
         patience: float = PATIENCE,
     ) -> None:
-        """`meter` is asked to measure passes over a shared base; `learned` is called after each pass."""
+        """`meter` measures passes over a shared base; `learned` is called after each pass."""
         self._meter, self._tell_learned, self._patience = meter, learned, patience
         self._changed = threading.Condition()
         self._asks: deque[_Ask] = deque()
         self._sessions: set[Session] = set()
         self._thread: threading.Thread | None = None
-        self._worn = False  # the thread met a limit
-        self._last: dict[tuple[int, int], set[Session]] = {}  # who was in the last pass of a key
-        self._seconds = 0.0  # that the last pass took
-        self._too_many: int | None = None  # tokens for whose pass these sessions had no memory
+        self._worn = False  # the thread hit a limit
+        self._last: dict[tuple[int, int], set[Session]] = {}  # the sessions in the last pass of a key
+        self._seconds = 0.0  # of the last pass
+        self._too_many: int | None = None  # tokens whose pass did not fit these sessions' memory
 
     @contextlib.contextmanager
     def session(self, device: torch.device) -> Iterator[Session]:
-        """A training's part, until the block ends."""
+        """A training's session, until the block ends."""
         one = Session(self, RandomStreams(device))
         with self._changed:
             self._sessions.add(one)
@@ -164,12 +163,12 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """How many ask for something that has not begun."""
+        """The number of questions whose work has not begun."""
         with self._changed:
             return len(self._asks)
 
     def withdraw(self, ask: _Ask) -> bool:
-        """Take a question back that has not begun. False: it has."""
+        """Withdraw a question whose work has not begun. False: it has."""
         with self._changed:
             if not ask.answer.cancel():
                 return False
@@ -201,7 +200,7 @@ class Engine:
                 return
 
     def _next(self, *, within: bool = False) -> None:
-        """Do the first thing that waits; `within` a long one none but short ones."""
+        """Do the first waiting piece of work; `within` a long one, only short ones."""
         with self._changed:
             ask = next((one for one in self._asks if not (within and _is_long(one))), None)
             if ask is None:
@@ -240,27 +239,27 @@ class Engine:
             self._release()  # no traceback holds the tensors any more
 
     def _release(self) -> None:
-        """Give back memory after a failure, and this thread where a limit was met."""
+        """Give back memory after a failure, and this thread if a limit was hit."""
         self._worn = self._worn or has_limit()
         try:
             release()
-        except RuntimeError as error:  # a card that has failed refuses this, too: what follows there says so
+        except RuntimeError as error:  # a failed card refuses this, too: the next work there reports it
             log.warning("memory is not given back: %s", in_a_sentence(error))
 
     def pause(self) -> None:
-        """Within a long piece of work, between two of its parts: let what others ask for go first."""
+        """Within a long piece of work, between two of its parts: let others' work go first."""
         if not self.here:
             return
         streams, waiting = RandomStreams.at_work(), self.waiting
         with _no_modes():
-            for _ in range(waiting):  # not those that come meanwhile: the long one gets on, too
+            for _ in range(waiting):  # not later ones: the long one must make progress, too
                 self._next_within()
         if streams is not None:
             streams.take_over()
 
     def _next_within(self) -> None:
-        """In a process that is held to a limit in a thread that ends: whoever is out of memory does not wear the one
-        that the long piece goes on in."""
+        """In a process with a memory limit, do it in a separate thread: out-of-memory then does not wear the thread in
+        which the long piece continues."""
         if not has_limit():
             self._next(within=True)
             return
@@ -276,8 +275,8 @@ class Engine:
         self._thread, self._worn = outer, worn
 
     def _gather(self, together: list[_Learning]) -> bool:
-        """Add who else waits with a micro-batch, and who is on the way with one. False: this thread is worn, and they
-        wait again."""
+        """Add the sessions that wait with a micro-batch, and those about to bring one. False: this thread is worn, and
+        they wait again."""
         first, began, pieces = together[0], time.monotonic(), Counter[Session]()
         idle, until = self._patience * self._seconds, began + max(1.0, self._patience) * self._seconds
         coming = set(self._last.get(first.key, ()))
@@ -331,7 +330,8 @@ class Engine:
         return self._meter.around(sum(one.tokens for one in group), len(group), forward.device)
 
     def _learn_several(self, group: list[_Learning]) -> None:
-        # What earlier micro-batches of a window left is laid aside: a pass that fails leaves parts, and is tried again.
+        # The gradients of a window's earlier micro-batches are set aside: a failing pass leaves partial gradients, and
+        # is tried again.
         before = [[parameter.grad for parameter in one.trained] for one in group]
         self._learn_anew(group)
         for one, gradients in zip(group, before, strict=True):
@@ -340,7 +340,7 @@ class Engine:
                     parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
 
     def _learn_anew(self, group: list[_Learning]) -> None:
-        """In one pass; where that fails, each half in one: only who fails alone has failed."""
+        """In one pass; if that fails, each half in its own: only a training that fails alone has failed."""
         for one in group:
             for parameter in one.trained:
                 parameter.grad = None
@@ -354,28 +354,28 @@ class Engine:
             if is_out_of_memory(error):
                 self._too_many = sum(one.tokens for one in group)
             log.warning("a pass of %d trainings is tried again in halves: %s", len(group), in_a_sentence(error))
-        self._release()  # outside of the handler: the error's traceback holds the tensors of the pass
+        self._release()  # outside the handler: the error's traceback holds the tensors of the pass
         half = len(group) // 2
         self._learn_anew(group[:half])
         self._learn_anew(group[half:])
 
 
 class Session:
-    """One training's part in an engine. Any thread may ask; each question is answered once its work is done."""
+    """One training's session with an engine. Any thread may ask; each question is answered once its work is done."""
 
     def __init__(self, engine: Engine, streams: RandomStreams) -> None:
         self._engine = engine
-        self.streams = streams  # that the training draws from, in its steps too
+        self.streams = streams  # from which the training draws, in its steps too
 
     def run(self, work: Callable[[], Answer]) -> Answer:
-        """What a piece of work returns or raises, done by the engine's thread with this training's streams."""
+        """Do a piece of work in the engine's thread with this training's streams. Returns or raises what it does."""
         if self._engine.here:
             return work()
         return self._ask(_Piece(session=self, work=work))
 
     def run_long(self, work: Callable[[], Answer], meanwhile: Callable[[], None]) -> Answer:
-        """The same for one that takes long, and pauses. Long ones are done one after the other; while this one waits
-        for others `meanwhile` is called: what that raises comes through, and nothing is done."""
+        """The same for a long piece of work that pauses. Long ones are done one after the other; while this one waits
+        for others `meanwhile` is called: if that raises, the error comes through, and the work is not done."""
         if self._engine.here:
             return work()
         ask = _Piece(session=self, work=work, long=True)
@@ -390,7 +390,7 @@ class Session:
         return ask.answer.result()
 
     def pause(self) -> None:
-        """Within a piece of work: let others go first. Elsewhere nothing is held up."""
+        """Within a piece of work: let others go first. Elsewhere it does nothing."""
         self._engine.pause()
 
     def learn(
@@ -400,8 +400,8 @@ class Session:
         trained: Sequence[torch.nn.Parameter],
         backward: Backward,
     ) -> torch.Tensor:
-        """Leave a micro-batch's gradients, in a pass with those of others. Returns the loss as `ForwardPass.learn`
-        does, without waiting for the device."""
+        """Leave a micro-batch's gradients, in a pass with those of others. Returns the loss like `ForwardPass.learn`,
+        without waiting for the device."""
         made = _Learning(session=self, forward=forward, batch=batch, trained=trained, backward=backward)
         loss: torch.Tensor = self._ask(made)
         return loss
@@ -412,12 +412,12 @@ class Session:
 
 
 def as_value(error: BaseException) -> BaseException:
-    """The error as it may cross threads: each traceback becomes a note, and what its frames held is free. Those of ours
-    say all in their sentence."""
+    """The error in a form that may cross threads: each traceback becomes a note, and what its frames held is freed. Our
+    own errors say it all in their sentence."""
     one: BaseException | None = error
     while one is not None and one.__traceback__ is not None:
         if not isinstance(one, (TrainingFailed, LoractlError)):
-            with contextlib.suppress(MemoryError):  # then the frames are not told
+            with contextlib.suppress(MemoryError):  # then the frames are left out
                 frames = "".join(traceback.format_tb(one.__traceback__))
                 one.add_note(f"In the engine's thread:\n{frames}")
         one.__traceback__ = None
@@ -427,7 +427,7 @@ def as_value(error: BaseException) -> BaseException:
 
 @contextlib.contextmanager
 def _no_modes() -> Iterator[None]:
-    """Without the modes in which a long piece of work computes."""
+    """Without the modes of the surrounding long piece of work."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(mode=False))
         stack.enter_context(torch.enable_grad())
@@ -440,8 +440,8 @@ def _no_modes() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _outside_of_autocast() -> Iterator[None]:
-    """As if no autocast had begun in this thread. The casts of weights are kept to the end of the outermost one, be it
-    switched off: beyond a step within that changes what was cast."""
+    """As if no autocast had begun in this thread. Casts of weights are cached until the outermost autocast ends, even a
+    disabled one: a step within it would change what was cast."""
     depth = torch.autocast_increment_nesting() - 1
     while torch.autocast_decrement_nesting() > 0:
         pass
@@ -458,7 +458,7 @@ def _is_long(ask: _Ask) -> bool:
 
 
 def _groups(learnings: Sequence[_Learning], too_many: int | None) -> list[list[_Learning]]:
-    """Those that can pass their base together, as many as have had room; who can't is alone."""
+    """Those that can pass their base together, as many as have fitted; one that can't is alone."""
     alike: dict[tuple[int, int], list[_Learning]] = {}
     for one in learnings:
         alike.setdefault(one.key, []).append(one)
@@ -466,7 +466,7 @@ def _groups(learnings: Sequence[_Learning], too_many: int | None) -> list[list[_
 
 
 def _within(group: Sequence[_Learning], too_many: int | None) -> list[list[_Learning]]:
-    """The same in parts, each of fewer tokens than `too_many` where it is more than one training's."""
+    """The same in parts, each with fewer tokens than `too_many` if it has more than one training."""
     parts: list[list[_Learning]] = [[]]
     for one in group:
         if parts[-1] and too_many is not None and sum(other.tokens for other in (*parts[-1], one)) >= too_many:

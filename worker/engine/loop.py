@@ -1,7 +1,7 @@
 """The loop of a training: epochs, windows of micro-batches, learn, step, log, evaluate, save, stop.
 
-It runs in the training's own thread and asks the engine for all that computes. It calls transformers' callbacks as
-transformers' Trainer does, in the same order and with the same arguments: trackers are made for them.
+It runs in the training's own thread and asks the engine for all computation. It calls transformers' callbacks like
+transformers' Trainer, in the same order and with the same arguments: trackers are built on them.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class MemberRows:
 KEPT_CHECKPOINTS = 2
 
 PROGRESS = ("global_step", "max_steps", "epoch", "total_flos", "log_history")
-"""What a checkpoint says of how far the training is, by the names of transformers' TrainerState."""
+"""The progress in a checkpoint, under the names of transformers' TrainerState."""
 
 
 class TrainingLoop:
-    """One training on a base, with all that is its own: adapter, optimizer, schedule, order of rows, accumulation,
-    clip, loss scaler, log, checkpoints and end."""
+    """One training on a base, with all its own parts: adapter, optimizer, schedule, order of rows, accumulation, clip,
+    loss scaler, log, checkpoints and end."""
 
     def __init__(
         self,
@@ -85,11 +85,11 @@ class TrainingLoop:
             [DefaultFlowCallback(), *_trackers(args), *callbacks], self.model, None, self.optimizer, self._schedule
         )
         self._log = LossLog(forward.device)
-        self._before: dict[str, Any] = {}  # what a window begun moves before its step
+        self._before: dict[str, Any] = {}  # what a started window changes before its step
         self._saved = 0  # the step of the last checkpoint
-        self._resumed: dict[str, Any] | None = None  # the streams of the checkpoint that it goes on from
+        self._resumed: dict[str, Any] | None = None  # the streams of the checkpoint from which it resumes
         self._in_epoch = False
-        self._operations = 6 * self.model.num_parameters(exclude_embeddings=True)  # of a token, for trackers
+        self._operations = 6 * self.model.num_parameters(exclude_embeddings=True)  # per token, for trackers
         self._began, self._first_step, self._first_epoch = 0.0, 0, 0.0
         self.model.train()
         self._zero()
@@ -100,12 +100,12 @@ class TrainingLoop:
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """What it holds beside the base: its adapter, and the optimizer's state."""
+        """What it holds besides the base: its adapter, and the optimizer's state."""
         state = (value for held in self.optimizer.inner.state.values() for value in held.values())
         return [*self.trained, *(value for value in state if isinstance(value, torch.Tensor))]
 
     def run(self) -> None:
-        """Train to the end. What computing, callbacks or files raise comes through."""
+        """Train to the end. Errors of the computation, callbacks or files come through."""
         ask = self.session.run
         ask(self._begin)
         while not self.ended:
@@ -125,9 +125,10 @@ class TrainingLoop:
         ask(self._finish)
 
     def resume(self, folder: Path) -> None:
-        """Go on from a checkpoint. Raises TrainingFailed for one that does not belong to it, and what reading raises.
+        """Resume from a checkpoint. Raises TrainingFailed for one that does not belong to it, and what reading raises.
 
-        Its streams are put in place to see that they can be, and again once the callbacks have begun: they may draw.
+        Its streams are set now to check that they can be, and again after the callbacks' start, since callbacks may
+        draw.
         """
         self.session.run(partial(self._resume, folder))
 
@@ -144,7 +145,7 @@ class TrainingLoop:
         restore_streams(self._resumed, self.forward.device)
 
     def _finish(self) -> None:
-        """Log the sums of the whole run, and let the trackers close what they opened."""
+        """Log the totals of the whole run, and let the trackers close what they opened."""
         steps = self.state.global_step - self._first_step
         samples = len(self.rows.train) * (self.state.epoch - self._first_epoch)
         metrics = speed_metrics("train", self._began, num_samples=samples, num_steps=steps)
@@ -162,7 +163,7 @@ class TrainingLoop:
         return state
 
     def _begin(self) -> None:
-        """Tell the callbacks, and stand before the first micro-batch."""
+        """Call the callbacks, and go to the first micro-batch."""
         self._began, self._first_step, self._first_epoch = time.time(), self.state.global_step, self.state.epoch
         self._tell("on_init_end")
         self._tell("on_train_begin")
@@ -193,7 +194,7 @@ class TrainingLoop:
         ]
 
     def _took(self, batch: MicroBatch, loss: torch.Tensor) -> None:
-        """Count the loss of a micro-batch, whose gradients are there; after the window's last one, take the step."""
+        """Count the loss of a micro-batch whose gradients exist; after the window's last, take the step."""
         self._log.add(loss)
         self.state.total_flos += self._operations * self.forward.tokens(batch.rows)
         if batch.is_last:
@@ -222,7 +223,7 @@ class TrainingLoop:
         self._tell("on_epoch_end")
 
     def _abandon_window(self) -> None:
-        """Stand where the last step ended: a checkpoint of a window half learned would have to hold its gradients."""
+        """Return to the end of the last step: a checkpoint of a half-learned window would need its gradients."""
         self._zero()
         self._log.restore(self._before["log"])
         self.order.rows, self.state.total_flos = self._before["order"], self._before["flos"]
@@ -271,10 +272,10 @@ class TrainingLoop:
         write_snapshot(self.model, state, folder / f"checkpoint-{self.state.global_step}")
         self._tell("on_save")
         self._saved = self.state.global_step
-        drop_older(folder, KEPT_CHECKPOINTS)  # after the new one is closed: there is always a whole one
+        drop_older(folder, KEPT_CHECKPOINTS)  # after the new one is closed: there is always a complete one
 
     def _say(self, logs: dict[str, Any]) -> None:
-        """Add a line to the log, and tell trackers."""
+        """Add a line to the log, and pass it to trackers."""
         logs["epoch"] = self.state.epoch
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self._tell("on_log", logs=logs)
@@ -288,7 +289,7 @@ class TrainingLoop:
 
 
 def _trackers(args: TrainingArguments) -> list[TrainerCallback]:
-    """transformers' callbacks for the places that the job reports to."""
+    """transformers' callbacks for the job's trackers."""
     if not args.report_to:
         return []
     from transformers.integrations import get_reporting_integration_callbacks
@@ -297,12 +298,12 @@ def _trackers(args: TrainingArguments) -> list[TrainerCallback]:
 
 
 def held_out_batches(rows: Sequence[TokenRow], size: int) -> list[list[TokenRow]]:
-    """Batches of the rows, the longest first, as the report's evaluation has them."""
+    """Batches of the rows, longest first, as in the report's evaluation."""
     longest_first = sorted(rows, key=lambda row: -len(row.input_ids))
     return [longest_first[at : at + size] for at in range(0, len(rows), size)]
 
 
 def mean_loss(loss: Loss, batches: Sequence[Sequence[TokenRow]], sums: Sequence[float]) -> float:
-    """The loss per learned token (of a classifier: per row) over all rows, as the report measures it: no matter how
-    large the batches are. `sums`: each batch's summed loss, in nats."""
+    """The loss per learned token (for a classifier: per row) over all rows, as the report measures it, whatever the
+    batch size. `sums`: each batch's summed loss, in nats."""
     return sum(sums) / sum(loss.count(batch) for batch in batches)

@@ -1,4 +1,4 @@
-"""Losses: functions of the log-probabilities of what rows are learned from, and what a window's loss is divided by."""
+"""Losses: functions of the log-probabilities of learned tokens, and what a window's loss is divided by."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from loractl.worker.data.tokens import IGNORED, TokenRow
 
 Backward = Callable[[torch.Tensor], None]
-"""The backward pass of a loss, scaled where float16 needs that."""
+"""The backward pass of a loss, scaled if float16 needs that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +22,9 @@ class MicroBatch:
     """Rows that one forward pass learns from, and the window of micro-batches whose gradients make one step."""
 
     rows: list[TokenRow]
-    learned: int  # of the whole window, as the loss counts them: their mean is what is learned
+    learned: int  # of the whole window, as the loss counts them: their mean is learned
     pieces: int  # micro-batches of the window
-    number: int = 0  # its place in the window
+    number: int = 0  # its index in the window
     divided: bool = False  # its rows are one rank's part of it
 
     @property
@@ -34,35 +34,35 @@ class MicroBatch:
 
 
 def learned_in(rows: Sequence[TokenRow]) -> int:
-    """Tokens that rows are learned from. No token precedes a row's first one, so nothing learns to guess it."""
+    """The rows' learned tokens. No token precedes a row's first one, so it is never learned."""
     return sum(label != IGNORED for row in rows for label in row.labels[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropy:
-    """The mean over learned tokens, whose slope is known beforehand: the head passes once."""
+    """The mean over learned tokens, whose slope is known in advance: the head runs once."""
 
     smoothing: float = 0.0  # of labels
 
     def count(self, rows: Sequence[TokenRow]) -> int:
-        """What the loss of some rows is divided by."""
+        """The divisor of the loss of some rows."""
         return learned_in(rows)
 
     @property
     def held_out(self) -> CrossEntropy:
-        """What held-out rows are measured by."""
+        """The loss that measures held-out rows."""
         return CrossEntropy()
 
     def of_logits(
         self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[TokenRow], count: torch.Tensor
     ) -> torch.Tensor:
-        """The loss by the logits of padded rows, divided by `count`."""
+        """The loss from the logits of padded rows, divided by `count`."""
         return smoothed(logits, labels, count, self.smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelLoss:
-    """A classifier's: the mean over its rows, by the logits of their labels."""
+    """A classifier's: the mean over its rows, from the logits of their labels."""
 
     smoothing: float = 0.0
 
@@ -81,12 +81,12 @@ class LabelLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedTokens:
-    """Where the learned tokens of some rows are, row by row. Tensors of shape (tokens,)."""
+    """The positions of the learned tokens of some rows, row by row. Tensors of shape (tokens,)."""
 
     rows: Sequence[TokenRow]
-    row_of: torch.Tensor  # the place of each one's row in `rows`
-    example_of: torch.Tensor  # the example that each belongs to: 0, or 1 and up after the row's `starts`
-    place: torch.Tensor  # its own in that row
+    row_of: torch.Tensor  # the index of each token's row in `rows`
+    example_of: torch.Tensor  # each token's example: 0, or 1 and up after the row's `starts`
+    place: torch.Tensor  # its position in that row
 
     @classmethod
     def of(cls, rows: Sequence[TokenRow], device: torch.device) -> LearnedTokens:
@@ -101,25 +101,25 @@ class LearnedTokens:
 
 
 class BentLoss(ABC):
-    """Any function of the log-probabilities of a micro-batch's learned tokens, as DPO's is. Each token's slope
-    depends on all of them, so the head passes twice.
+    """Any function of the log-probabilities of a micro-batch's learned tokens, like DPO's. Each token's slope depends
+    on all of them, so the head runs twice.
 
-    It keeps nothing of what it is asked: where a pass fails, the same rows are tried again.
+    It keeps no state between calls: if a pass fails, the same rows are tried again.
     """
 
     def meet(self, rows: Sequence[TokenRow]) -> None:  # noqa: B027  most need to know nothing
-        """Before rows are passed: find out what must be known of them, which may pass the model without a graph."""
+        """Before a pass over rows: find out what must be known about them, which may run the model without a graph."""
 
     def known(self, rows: Sequence[TokenRow]) -> list[Any]:
-        """What it has found out about rows that it has met, as JSON, for another process that learns from them."""
+        """What it has found out about the rows that it has met, as JSON, for another process that learns from them."""
         return []
 
     def take(self, rows: Sequence[TokenRow], known: list[Any]) -> None:  # noqa: B027  the same
-        """In place of meeting them: what another process's loss knows of rows."""
+        """Instead of meeting rows: take what another process's loss knows about them."""
 
     @abstractmethod
     def count(self, rows: Sequence[TokenRow]) -> int:
-        """What the loss of some rows is divided by, such as pairs; 0 where nothing of them is learned."""
+        """The divisor of the loss of some rows, such as the number of pairs; 0 if nothing in them is learned."""
 
     @abstractmethod
     def summed(self, logp: torch.Tensor, tokens: LearnedTokens) -> torch.Tensor:
@@ -146,7 +146,7 @@ Loss = TokenLoss | LabelLoss
 
 
 def meet(loss: Loss, rows: Sequence[TokenRow]) -> None:
-    """Let a loss know the rows that are passed next."""
+    """Show a loss the rows of the next pass."""
     if isinstance(loss, BentLoss):
         loss.meet(rows)
 
@@ -168,7 +168,8 @@ def smoothed(logits: torch.Tensor, labels: torch.Tensor, learned: torch.Tensor, 
 def classified(logits: torch.Tensor, labels: torch.Tensor, learned: torch.Tensor, smoothing: float) -> torch.Tensor:
     """A classifier's cross-entropy, summed over its rows and divided by `learned`.
 
-    transformers' own is the mean of each micro-batch: gradients would be as many times too large as a step accumulates.
+    transformers' own is the mean of each micro-batch: gradients would be too large by the number of accumulated
+    micro-batches.
     """
     total = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
     return total / learned
@@ -184,12 +185,12 @@ def accepts_window(model: Any) -> bool:
 
 
 class LossLog:
-    """The losses since the last line of the log, summed where they were computed: reading one waits for the device."""
+    """The losses since the last log line, summed on the device: reading one waits for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.tensor(0.0, device=device)
-        self._told = 0.0  # the sum of what was told
-        self._last = 0  # the step that was told last
+        self._told = 0.0  # the sum of the reported losses
+        self._last = 0  # the last reported step
 
     def add(self, loss: torch.Tensor) -> None:
         self._sum += loss
@@ -204,7 +205,7 @@ class LossLog:
         return mean
 
     def mean(self, steps: int) -> float:
-        """The mean loss of all steps that were counted, of which there are `steps`."""
+        """The mean loss of all `steps` counted steps."""
         return (self._told + float(self._sum.item())) / max(1, steps)
 
     def state(self) -> dict[str, Any]:

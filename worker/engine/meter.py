@@ -1,4 +1,4 @@
-"""Measures passes over a shared base, a few of many: what they tell decides who may train together."""
+"""Measures passes over a shared base, a few of many: the results decide which jobs may train together."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 import torch
 
 EVERY_S = 5.0
-"""Seconds between two passes that are measured: on a card a measured one waits for all that was begun before it."""
+"""Seconds between two measured passes: on a card, measuring waits for all earlier work."""
 
 FIRST = 2
-"""Passes of new company that are not measured: they compile, and fill memory for the first time."""
+"""Unmeasured first passes of a new group of trainings: they compile, and fill memory for the first time."""
 
 
 class PassMeter:
-    """`tell` gets the tokens, the members and the seconds of a pass: of its own computing, and of the clock. For one
-    thread at a time."""
+    """`tell` gets the tokens, the members and the seconds of a pass: of computing, and of wall-clock time. Only one
+    thread at a time may use it."""
 
     def __init__(self, tell: Callable[[int, int, float, float], None]) -> None:
         self._tell = tell
@@ -25,7 +25,7 @@ class PassMeter:
 
     @contextlib.contextmanager
     def around(self, tokens: int, members: int, device: torch.device) -> Iterator[None]:
-        """A pass; it does not count where it fails."""
+        """A pass; a failing one does not count."""
         if members != self._members:
             self._members, self._seen, self._next = members, 0, 0.0
         self._seen += 1
@@ -36,8 +36,8 @@ class PassMeter:
         yield
         seconds = wall = _seconds(device) - began
         if device.type == "cpu":
-            # Others' load would look like a cost of the pass. Other threads of ours count as well, so the clock is the
-            # upper end. A time limit is about the clock.
+            # Other programs' load would look like a cost of the pass. Other threads of ours count as well, so
+            # wall-clock time is the upper bound. A time limit is about wall-clock time.
             seconds = min(seconds, (time.process_time() - computed) / torch.get_num_threads())
         self._tell(tokens, members, seconds, wall)
         self._next = time.monotonic() + EVERY_S

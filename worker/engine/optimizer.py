@@ -1,4 +1,4 @@
-"""A member's optimizer: its kind, what it leaves undecayed, and the loss scaler that float16 needs."""
+"""A member's optimizer: its kind, what weight decay skips, and the loss scaler that float16 needs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import torch
 from transformers import TrainingArguments
 
 ADEMAMIX_BETA3, ADEMAMIX_ALPHA = 0.9999, 5.0
-"""transformers' values, which the job file has no keys for."""
+"""transformers' values, for which the job file has no keys."""
 
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-"""Names of parameters that weight decay leaves alone, in lower case: transformers' Trainer's, so that a job file means
+"""Names of parameters that weight decay skips, in lower case: those of transformers' Trainer, so that a job file means
 the same everywhere."""
 
 
 def make_optimizer(model: Any, args: TrainingArguments, pages: bool = True) -> Any:
     """The optimizer of `args` over the model's trainable parameters; biases and norms are not decayed.
 
-    `pages`: the process ends with the training. bitsandbytes holds all paged state in a list of its own and never gives
-    it back (functional.GlobalPageManager, get_paged), so where others follow it takes none: the numbers are the same.
+    `pages`: the process ends with the training. bitsandbytes holds all paged state in its own list and never gives it
+    back (functional.GlobalPageManager, get_paged), so a process with more trainings to come uses none: the numbers are
+    the same.
     """
     names = decayed_names(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -37,7 +38,7 @@ def make_optimizer(model: Any, args: TrainingArguments, pages: bool = True) -> A
 
 
 def _keep_embeddings_whole(model: Any) -> None:
-    """Embeddings that are trained get a state of 32 bit: in 8 bit they are unstable (arXiv:2110.02861, section 2.3)."""
+    """Trained embeddings get 32-bit state: in 8 bit they are unstable (arXiv:2110.02861, section 2.3)."""
     from bitsandbytes.optim import GlobalOptimManager
 
     manager = GlobalOptimManager.get_instance()
@@ -47,7 +48,7 @@ def _keep_embeddings_whole(model: Any) -> None:
 
 
 def decayed_names(model: Any) -> set[str]:
-    """Parameters that weight decay pulls to zero: all but biases and norms."""
+    """Parameters subject to weight decay: all but biases and norms."""
     return {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()
@@ -58,7 +59,7 @@ def decayed_names(model: Any) -> set[str]:
 
 
 def _kind(args: TrainingArguments, *, pages: bool) -> Callable[[Any], Any]:
-    """The optimizer that a name of the job file stands for, with its numbers, for groups of parameters."""
+    """The optimizer with a name of the job file, and its numbers, for groups of parameters."""
     from transformers.optimization import Adafactor
 
     name, lr = args.optim.value, {"lr": args.learning_rate}
@@ -91,14 +92,14 @@ class ScaledOptimizer:
 
     def __init__(self, optimizer: Any, scaler: Any = None) -> None:
         self.inner = optimizer
-        self.scaler = scaler  # a torch.amp.GradScaler; None: gradients are what they are
+        self.scaler = scaler  # a torch.amp.GradScaler; None: gradients are not scaled
         self.step_was_skipped = False
 
     def backward(self, loss: torch.Tensor) -> None:
         torch.autograd.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
     def clip(self, parameters: list[Any], most: float) -> torch.Tensor:
-        """Scale the gradients to a norm of at most `most`. Returns the norm that they had."""
+        """Scale the gradients to a norm of at most `most`. Returns their previous norm."""
         if self.scaler is not None:
             self.scaler.unscale_(self.inner)
         return torch.nn.utils.clip_grad_norm_(parameters, most)
@@ -125,8 +126,8 @@ class ScaledOptimizer:
 @contextlib.contextmanager
 def _without_waits(optimizer: Any) -> Iterator[None]:
     """bitsandbytes waits for the card after each tensor (optim/optimizer.py, step), 448 times for all layers of an 8B
-    model. Its kernels run on the stream on which a training does all, so nothing needs that but paged state, which
-    moves between memories."""
+    model. Its kernels run on the stream that a training uses for everything, so only paged state, which moves between
+    memories, needs that."""
     if getattr(optimizer, "is_paged", True):
         yield
         return

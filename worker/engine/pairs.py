@@ -25,7 +25,7 @@ class Pairs:
     rejected: torch.Tensor
     chosen_tokens: torch.Tensor
     rejected_tokens: torch.Tensor
-    learned: torch.Tensor  # of the tokens that a term for answers learns: those chosen, for orpo with their prompt
+    learned: torch.Tensor  # of the tokens that a term for answers learns: the chosen answer's, for orpo with its prompt
     learned_tokens: torch.Tensor
 
     @property
@@ -40,7 +40,7 @@ class Pairs:
 
 
 A_TOKEN = frozenset({"ipo", "simpo", "orpo"})
-"""Losses that compare answers by their mean log-probability of a token."""
+"""Losses that compare answers by their mean log-probability per token."""
 
 
 def margins(asked: PreferenceSpec, pairs: Pairs) -> torch.Tensor:
@@ -51,7 +51,7 @@ def margins(asked: PreferenceSpec, pairs: Pairs) -> torch.Tensor:
 def pair_losses(asked: PreferenceSpec, pairs: Pairs, reference: Pairs | None) -> torch.Tensor:
     """The loss of each pair, of shape (pairs,), without terms for the chosen answers (`asked.answer_weight`).
 
-    `reference`: what the model that the adapter must stay near makes of the same pairs. Formulas: TRL 1.16's.
+    `reference`: the scores of the same pairs by the model that the adapter must stay near. Formulas: TRL 1.16's.
     """
     total = torch.zeros_like(pairs.chosen)
     for name, weight in zip(asked.losses, asked.weights, strict=True):
@@ -90,7 +90,7 @@ def _simpo(asked: PreferenceSpec, pairs: Pairs, reference: Pairs) -> torch.Tenso
 
 
 def _orpo(asked: PreferenceSpec, pairs: Pairs, reference: Pairs) -> torch.Tensor:
-    """The odds ratio's part (its equations 4 and 7); the answers' own is a term for answers."""
+    """The odds ratio's part (the paper's equations 4 and 7); the loss of the answers is a term for answers."""
     # an answer with probability 1 has infinite odds, and its gradient is NaN
     chosen, rejected = (
         (each / tokens).clamp(max=-_LEAST)
@@ -101,7 +101,7 @@ def _orpo(asked: PreferenceSpec, pairs: Pairs, reference: Pairs) -> torch.Tensor
 
 
 _LEAST = torch.finfo(torch.float32).eps
-"""The mean log-probability of a token, below zero, from which on an answer counts as certain."""
+"""The mean log-probability per token, below zero, from which on an answer counts as certain."""
 
 
 def _log_of_rest(log_probability: torch.Tensor) -> torch.Tensor:
@@ -125,7 +125,7 @@ _LOSSES: dict[str, _Loss] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How many tokens of a pair's row are learned, text by text, as `LearnedTokens` has them behind each other."""
+    """The number of learned tokens of a pair's row, text by text, in the order of `LearnedTokens`."""
 
     asked: int  # of the prompt, before the chosen answer
     chosen: int
@@ -136,7 +136,7 @@ class Sizes:
         (begin,) = row.starts
         first, second = row.labels[1:begin], row.labels[begin:]
         learned = sum(label != IGNORED for label in first)
-        asked = max(0, row.asked - 1)  # nothing learns to guess the first one
+        asked = max(0, row.asked - 1)  # the first token is never learned
         return cls(asked=asked, chosen=learned - asked, rejected=sum(label != IGNORED for label in second))
 
 
@@ -144,25 +144,25 @@ class PairReference(Protocol):
     """How the model that an adapter must stay close to scores pairs."""
 
     def meet(self, rows: Sequence[TokenRow]) -> None:
-        """Find out what is not known of some rows. It passes the model, without a graph."""
+        """Find out what is unknown about some rows. It runs the model without a graph."""
 
     def of(self, row: TokenRow) -> tuple[float, float]:
-        """The summed log-probabilities of a pair's answers, in nats, of a row that it has met."""
+        """The summed log-probabilities of a pair's answers, in nats, for a row that it has met."""
 
 
 Scores = dict[bytes, tuple[float, float]]
-"""Summed log-probabilities of a pair's answers, chosen and rejected, by what the row is."""
+"""Summed log-probabilities of a pair's answers, chosen and rejected, by the row's identity."""
 
 
 def row_key(row: TokenRow) -> bytes:
-    """What a row is: another one with the same number has other tokens."""
+    """A row's identity: another row with the same number has other tokens."""
     said = array("l", (*row.input_ids, -1, *row.starts, -1, *row.labels)).tobytes()
     return hashlib.blake2b(said, digest_size=16).digest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToldReference:
-    """Scores that another process has found."""
+    """Scores that another process found."""
 
     scores: Scores
 
@@ -177,8 +177,8 @@ class PairLoss(BentLoss):
     """The mean over pairs of the losses that a job names."""
 
     def __init__(self, asked: PreferenceSpec, reference: PairReference | None = None, *, by_pair: bool = False) -> None:
-        """`by_pair`: a term for answers is each pair's own mean over its tokens; else it is that of a micro-batch, as
-        TRL has it."""
+        """`by_pair`: a term for answers is each pair's own mean over its tokens; else it is the mean of a micro-batch,
+        as in TRL."""
         self.asked, self.reference, self._by_pair = asked, reference, by_pair
 
     def count(self, rows: Sequence[TokenRow]) -> int:
@@ -216,9 +216,9 @@ class PairLoss(BentLoss):
 
 
 def pairs_of(logp: torch.Tensor, rows: Sequence[TokenRow]) -> Pairs:
-    """Pairs by the log-probabilities of their learned tokens, row by row: in fp32, of shape (tokens,)."""
+    """Pairs from the log-probabilities of their learned tokens, row by row: in fp32, of shape (tokens,)."""
     sizes = [Sizes.of(row) for row in rows]
-    # one sum a text, each of the same tokens in the same order however many others there are
+    # one sum per text, each over the same tokens in the same order however many others there are
     parts = logp.split([size for one in sizes for size in (one.asked, one.chosen, one.rejected)])
     asked, chosen, rejected = (torch.stack([part.sum() for part in parts[n::3]]) for n in range(3))
 

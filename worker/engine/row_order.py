@@ -1,4 +1,4 @@
-"""The order in which a member's rows come, epoch by epoch, and the windows of micro-batches that its steps learn from.
+"""The order of a member's rows, epoch by epoch, and the windows of micro-batches for its steps.
 
 The orders are those of transformers' Trainer for the same seed, so that a job file means the same everywhere.
 """
@@ -12,32 +12,32 @@ import torch
 from transformers import TrainingArguments
 
 MEGA_BATCHES = 50
-"""group_by_length sorts within at most so many batches at a time (transformers' get_length_grouped_indices)."""
+"""group_by_length sorts within at most this number of batches at a time (transformers' get_length_grouped_indices)."""
 
 
 class RowOrder:
-    """The order of a member's rows. What it draws comes from the streams that are in use when an epoch begins."""
+    """The order of a member's rows. It draws from the streams in use when an epoch begins."""
 
     def __init__(self, lengths: Sequence[int], args: TrainingArguments) -> None:
         self._lengths = lengths
         self._strategy = args.train_sampling_strategy
         self._seed = args.data_seed
         self._size, self._accumulated = args.per_device_train_batch_size, args.gradient_accumulation_steps
-        self.rows = torch.empty(0, dtype=torch.int64)  # of the epoch that was begun last
+        self.rows = torch.empty(0, dtype=torch.int64)  # of the epoch that began last
 
     @property
     def micro_batches(self) -> int:
-        """Of one epoch; the last one may be short."""
+        """Micro-batches of one epoch; the last may be short."""
         return math.ceil(len(self._lengths) / self._size)
 
     @property
     def windows(self) -> int:
-        """Optimizer steps of one epoch; the last one may learn from fewer micro-batches."""
+        """Optimizer steps of one epoch; the last may have fewer micro-batches."""
         return math.ceil(self.micro_batches / self._accumulated)
 
     @property
     def redrawn(self) -> bool:
-        """Whether an epoch's order can be told again from its number; else a checkpoint must hold it."""
+        """Whether an epoch's order follows from its number; else a checkpoint must hold it."""
         return self._strategy != "group_by_length"
 
     def begin(self, epoch: int) -> None:
@@ -60,7 +60,8 @@ class RowOrder:
 
 
 def by_length(lengths: Sequence[int], batch: int) -> list[int]:
-    """Rows at random, but neighbours of similar length; the longest row comes first, to see early whether it fits."""
+    """Rows in random order, but with neighbours of similar length; the longest row comes first, to see early whether it
+    fits."""
     large = (min(len(lengths) // (batch * 4), MEGA_BATCHES) or 1) * batch
     drawn = torch.randperm(len(lengths)).tolist()
     sorted_ones = [

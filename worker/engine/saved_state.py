@@ -1,7 +1,8 @@
-"""What a checkpoint holds of a member: its adapter, and its state as one JSON file for its shape and numbers and one
-safetensors file for its tensors.
+"""A member's part of a checkpoint: its adapter, and its state as a JSON file with its shape and numbers and a
+safetensors file with its tensors.
 
-No pickle: what others wrote into a checkpoint can't run code. Numbers come back bit for bit: JSON has all their digits.
+No pickle: what others wrote into a checkpoint can't run code. Numbers are restored bit for bit: JSON has all their
+digits.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from loractl.worker.base.failure import TrainingFailed
 
 
 def write_snapshot(model: Any, state: dict[str, Any], folder: Path) -> None:
-    """Write the model's adapter and the state into `folder`. Nothing counts before the folder is closed."""
+    """Write the model's adapter and the state into `folder`. It does not count until the folder is closed."""
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(model, folder / WEIGHTS)
     write_state(folder, state)
 
 
 def read_snapshot(model: Any, folder: Path) -> dict[str, Any]:
-    """Load the adapter of `folder` into the model. Returns the state. Raises TrainingFailed where the adapter has
-    other tensors than the model's, OSError and ValueError where the files can't be read."""
+    """Load the adapter of `folder` into the model. Returns the state. Raises TrainingFailed if the adapter's tensors
+    differ from the model's, OSError and ValueError if the files can't be read."""
     import torch
     from peft import get_peft_model_state_dict
     from safetensors.torch import load_file
@@ -52,7 +53,7 @@ def drop_older(folder: Path, kept: int) -> None:
 STATE, TENSORS = "training_state.json", "training_state.safetensors"
 
 FORMAT = "1"
-"""Raised when a newer loractl can't go on from what an older one wrote."""
+"""Raised when a newer loractl can't resume from what an older one wrote."""
 
 Parts = dict[str, torch.Tensor]
 
@@ -76,7 +77,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _packed(value: Any, tensors: Parts, known: dict[int, str]) -> Any:
-    """`value` as JSON; each tensor goes into `tensors`, once: optimizers share tables among all parameters."""
+    """`value` as JSON; each tensor goes into `tensors` once: optimizers share tables among all parameters."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, torch.Tensor):

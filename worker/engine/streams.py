@@ -1,4 +1,5 @@
-"""Random streams: all that a training draws from, its own though trainings take turns in one process."""
+"""Random streams: everything a training draws from, separate for each training though they take turns in one
+process."""
 
 from __future__ import annotations
 
@@ -13,17 +14,18 @@ import torch
 
 class RandomStreams:
     """The streams of one training. They are in the process's generators while it is at work, and kept here while
-    another one is: what that draws changes nothing of them."""
+    another is, so that the other's draws do not affect them."""
 
     _at_work: ClassVar[RandomStreams | None] = None  # whose streams are in the process's generators
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._kept: dict[str, Any] = {}  # while another one is at work; empty: it has not begun to draw
-        self.over = False  # nothing of them is wanted any more
+        self._kept: dict[str, Any] = {}  # while another training is at work; empty: it has not drawn yet
+        self.over = False  # they are no longer needed
 
     def take_over(self) -> None:
-        """Call it before the training does anything that may draw. It costs nothing where no other came between."""
+        """Call it before the training does anything that may draw. It costs nothing if no other training came in
+        between."""
         before = RandomStreams._at_work
         if before is self:
             return
@@ -40,8 +42,8 @@ class RandomStreams:
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[torch.Generator]:
-        """A generator that draws torch's next numbers of this training, whoever is at work. What is drawn until an
-        error counts as not drawn."""
+        """A generator that draws this training's next torch numbers, whichever training is at work. Draws before an
+        error do not count."""
         if not self._kept:
             self.take_over()
         generator = torch.Generator(self._device)
@@ -57,14 +59,14 @@ class RandomStreams:
 
 
 def seed_streams(seed: int) -> None:
-    """Begin every stream of this process anew."""
+    """Reseed every stream of this process."""
     from transformers import set_seed
 
     set_seed(seed)
 
 
 def read_streams(device: torch.device) -> dict[str, Any]:
-    """Where Python's, NumPy's and torch's streams are."""
+    """The positions of Python's, NumPy's and torch's streams."""
     kind, key, place, has_gauss, gauss = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),
@@ -75,7 +77,7 @@ def read_streams(device: torch.device) -> dict[str, Any]:
 
 
 def restore_streams(state: dict[str, Any], device: torch.device) -> None:
-    """Put the streams where `read_streams` found them. A stream of a device that is not here is left out."""
+    """Restore the streams to where `read_streams` found them. A stream of a missing device is skipped."""
     kind, key, place, has_gauss, gauss = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((kind, key.numpy().astype(np.uint32), place, has_gauss, gauss))

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts, those of base and tuned side by side."""
+"""Answers to held-out prompts, base and tuned side by side."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A held-out row's question, as it is given to the model and as it is shown, and the answer that is expected."""
+    """A held-out row's question, as given to the model and as shown, and the expected answer."""
 
     row: int
     ids: list[int]
     shown: str
     expected: str
-    rejected: str | None = None  # of a pair: the answer that was not chosen
+    rejected: str | None = None  # of a pair: the rejected answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class Answer:
     expected: str
     base: str
     tuned: str
-    base_ended: bool  # stopped by itself rather than at max_new_tokens
+    base_ended: bool  # ended by itself rather than at max_new_tokens
     tuned_ended: bool
-    rejected: str | None = None  # as the prompt has it
+    rejected: str | None = None  # the prompt's
 
     @property
     def base_exact(self) -> bool:
@@ -54,15 +54,15 @@ class Answer:
 
 
 def prompts_of(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Prompt]:
-    """The prompts of the examples that have one: plain text has none. Those of more than `max_length` tokens are left
-    out, as of a long conversation whose last answers were cut off: memory was planned, and trained on, for rows of that
-    length, and the model may know no more places."""
+    """The prompts of the examples that have one: plain text has none. Prompts of more than `max_length` tokens are left
+    out, like those of a long conversation whose last answers were cut off: memory planning and training were for rows
+    of that length, and the model may know no more positions."""
     prompts = [prompt for example in examples if (prompt := _prompt(example, tokenizer)) is not None]
     return [prompt for prompt in prompts if len(prompt.ids) <= max_length]
 
 
 def _prompt(example: Example, tokenizer: Any) -> Prompt | None:
-    """The question of the last answer; of a pair that of the first, up to which both are the same."""
+    """The question of the last answer; for a pair, that of the first, up to which both are the same."""
     if not example.rejected:
         found, other = prompt_of(example, tokenizer), None
     else:
@@ -97,7 +97,7 @@ def side_by_side(
 
 
 def answer_metrics(answers: Sequence[Answer], wanted: set[Metric]) -> list[Compared]:
-    """Exact match and ROUGE where the job asks for them, and how many answers end by themselves."""
+    """Exact match and ROUGE if the job asks for them, and how many answers end by themselves."""
     if not answers:
         return []
     metrics = []
@@ -113,7 +113,7 @@ def answer_metrics(answers: Sequence[Answer], wanted: set[Metric]) -> list[Compa
 
 
 def rouge(texts: Sequence[str], expected: Sequence[str]) -> dict[str, Array]:
-    """F1 in percent of each kind of ROUGE, by Google's rouge-score with stemming off, over words of any script."""
+    """F1 in percent for each kind of ROUGE, by Google's rouge-score without stemming, over words of any script."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE), tokenizer=_Words())
@@ -122,8 +122,9 @@ def rouge(texts: Sequence[str], expected: Sequence[str]) -> dict[str, Array]:
 
 
 class _Words:
-    """In place of rouge-score's tokenizer, which knows a to z alone: an answer in Russian has no word there, and is
-    nothing like itself. English text has the same words. Chinese and Japanese put no spaces: a character is a word."""
+    """Replaces rouge-score's tokenizer, which knows only a to z: with that, an answer in Russian has no words, and does
+    not match even itself. English text has the same words. Chinese and Japanese use no spaces: each character is a
+    word."""
 
     def tokenize(self, text: str) -> list[str]:
         return words(text)
@@ -139,7 +140,7 @@ _IDEOGRAPHIC = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff
 
 
 def _is_of_word(character: str) -> bool:
-    """Letters, digits, and the marks that some scripts write vowels with."""
+    """Letters, digits, and the marks with which some scripts write vowels."""
     return character.isalnum() or unicodedata.category(character).startswith("M")
 
 

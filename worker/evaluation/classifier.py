@@ -1,8 +1,8 @@
-"""A classifier on held-out rows: what its head answers, against always naming the most frequent label.
+"""A classifier on held-out rows: its head's answers, against always naming the most frequent label.
 
 Its base model has no head, and an untrained head answers noise, which is easy to beat. So the baseline is a classifier
-that reads no text: it always names the most frequent label of the training rows, and is as sure of each label as its
-share of those rows.
+that reads no text: it always names the most frequent label of the training rows, and its confidence in each label is
+that label's share of those rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def evaluate_classifier(
     progress: Callable[[int, int], None] = lambda done, of: None,
     asked: Computer = HERE,
 ) -> Evaluation:
-    """Score the head on the held-out rows, beside the baseline that reads no text."""
+    """Score the head on the held-out rows, next to the baseline that reads no text."""
     began = time.monotonic()
     model, pad, batch = learner.model, learner.tokenizer.pad_token_id, spec.evaluation.per_device_eval_batch_size
     rows = data.held_out.rows[: spec.evaluation.max_rows]

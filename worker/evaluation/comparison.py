@@ -1,4 +1,4 @@
-"""One metric of base and tuned, and how sure the difference is."""
+"""One metric of base and tuned, and how certain the difference is."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Compared:
     name: str
     label: str
     unit: str  # nats, %, ...
-    higher_is_better: bool | None  # None: it only describes
+    higher_is_better: bool | None  # None: neither is better
     cases: int
     base: float
     tuned: float
@@ -44,7 +44,7 @@ class Compared:
         ).reading
 
     def as_json(self) -> dict[str, Any]:
-        """The metric as report.json holds it."""
+        """The metric as in report.json."""
         return {**vars(self), "change": self.change, "reading": self.reading}
 
 
@@ -55,7 +55,7 @@ class Measure:
     name: str
     label: str
     unit: str = "nats"
-    higher_is_better: bool | None = False  # None: it only describes
+    higher_is_better: bool | None = False  # None: neither is better
 
     def compare(
         self, base: Array, tuned: Array, weight: Array, transform: Callable[[Array], Array] = lambda x: x
@@ -64,7 +64,7 @@ class Measure:
         return self.compared(int((weight > 0).sum()), *paired_interval(base, tuned, weight, transform))
 
     def compared(self, cases: int, base: float, tuned: float, low: float, high: float) -> Compared:
-        """With an interval that is known already."""
+        """With an interval that is already known."""
         return Compared(**vars(self), cases=cases, base=base, tuned=tuned, low=low, high=high)
 
 
@@ -74,6 +74,6 @@ def percent(name: str, label: str) -> Measure:
 
 
 def compare_shares(name: str, label: str, base: list[bool], tuned: list[bool]) -> Compared:
-    """How many rows each does right, in percent."""
+    """The share of rows that each gets right, in percent."""
     before, after = (100 * np.array(right, float) for right in (base, tuned))
     return percent(name, label).compare(before, after, np.ones(len(base)))

@@ -1,7 +1,7 @@
 """Answers that are labels: accuracy, macro F1 and the confusion of base and tuned.
 
 The labels are those that the training rows teach. Any other answer counts as wrong, and as "other"; so does any answer
-where a held-out row expects another text.
+to a held-out row that expects some other text.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ MACRO_F1 = percent("macro_f1", "macro F1 of the labels")
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """What base and tuned answered where a label was expected; numbers are places in `names`, OTHER's is the last."""
+    """What base and tuned answered when a label was expected; numbers are indices in `names`, OTHER's is the last."""
 
     names: list[str]
     expected: list[int]
     base: list[int]
     tuned: list[int]
-    other: int | None = None  # OTHER's place, which is never right; None: a head answers labels alone
+    other: int | None = None  # OTHER's index, which is never right; None: a head answers only with labels
 
     @classmethod
     def of(cls, names: Sequence[str], expected: Sequence[str], base: Sequence[str], tuned: Sequence[str]) -> Labels:
@@ -40,11 +40,11 @@ class Labels:
         return cls(names=[*names, OTHER], other=len(names), **said)
 
     def right(self, answers: Sequence[int]) -> list[bool]:
-        """Of each row, whether it was answered with the label that it expects."""
+        """For each row, whether the answer is its expected label."""
         return [answer == expected != self.other for answer, expected in zip(answers, self.expected, strict=True)]
 
     def confusion(self, answers: Sequence[int]) -> list[list[int]]:
-        """Rows: the expected label; columns: the answered one."""
+        """Rows: the expected label; columns: the answered label."""
         counts = np.zeros((len(self.names), len(self.names)), dtype=int)
         np.add.at(counts, (np.array(self.expected), np.array(answers)), 1)
         return [[int(value) for value in row] for row in counts]
@@ -63,7 +63,7 @@ class Labels:
         return float(base), float(tuned), low, high
 
     def _f1(self, answers: Sequence[int], present: Sequence[int], rows: Array) -> Array:
-        """Macro F1 in percent for each sample; `rows` says how often each row stands in it (samples x rows)."""
+        """Macro F1 in percent for each sample; `rows` says how often it contains each row (samples x rows)."""
         expected = np.array(self.expected)[:, None] == np.array(present)
         answered = np.array(answers)[:, None] == np.array(present)
         hit = expected & answered & np.array(self.right(answers))[:, None]
@@ -82,7 +82,7 @@ def label_metrics(labels: Labels) -> list[Compared]:
 
 
 def labels_taught(shares: Mapping[str, float] | None) -> list[str]:
-    """The labels that training answers consist of, the most frequent first; empty where they are not labels.
+    """The labels that training answers consist of, the most frequent first; empty if they are not labels.
 
     `shares`: of each answer, see label_shares.
     """

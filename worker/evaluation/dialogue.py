@@ -1,4 +1,4 @@
-"""Conversations of several answers: each answer scored in its context, and once more without it."""
+"""Conversations of several answers: each answer scored in its context, and again without it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LATER_ANSWERS_LOSS = Measure(name="later_answers_loss", label="loss on later ans
 CONTEXT_GAIN = Measure(name="context_gain", label="worth of earlier turns", higher_is_better=None)
 
 MOST_TURNS = 400
-"""So many answers are scored; conversations beyond that are left out of this part, not of the others."""
+"""The most answers scored; conversations beyond that are left out of this part, but not of the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +28,13 @@ class Answered:
     """One answer of a conversation, as rows in which only this answer is learned."""
 
     turn: int  # 1 for the first answer
-    whole: TokenRow  # after all that was said before
-    alone: TokenRow | None  # after the last question alone; None for a first answer
+    whole: TokenRow  # after the whole preceding conversation
+    alone: TokenRow | None  # after only the last question; None for a first answer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Turns:
-    """The mean loss of the answers at the same place of their conversations, in nats a token."""
+    """The mean loss of the answers at the same position in their conversations, in nats per token."""
 
     turn: int
     cases: int
@@ -43,7 +43,7 @@ class Turns:
 
 
 def answers_of(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Answered]:
-    """The answers of the conversations that have several, in order, those of at most `max_length` tokens."""
+    """The answers of conversations with several, in order, if they have at most `max_length` tokens."""
     answers: list[Answered] = []
     for example in examples:
         places = example.answers
@@ -60,14 +60,14 @@ def answers_of(examples: Sequence[Example], tokenizer: Any, max_length: int) -> 
 
 
 def _without_context(example: Example, place: int) -> Example:
-    """The answer after the user's last message, and the system's where there is one."""
+    """The answer after the user's last message, and the system message if there is one."""
     question = max(n for n, turn in enumerate(example.turns[:place]) if turn.role == "user")
     system = tuple(turn for turn in example.turns[:1] if turn.role == "system")
     return replace(example, turns=(*system, *example.turns[question : place + 1]))
 
 
 def _only_last(example: Example, tokenizer: Any) -> TokenRow:
-    """The row with its last answer alone to be learned."""
+    """The row with only its last answer learned."""
     row = encode(example, tokenizer, DataFormat.MESSAGES)[-1]
     labels = row.labels
     end = max(n for n, label in enumerate(labels) if label != IGNORED) + 1
@@ -81,10 +81,10 @@ def _only_last(example: Example, tokenizer: Any) -> TokenRow:
 def turn_metrics(
     turns: Sequence[Answered], whole: tuple[RowScores, RowScores], alone: tuple[RowScores, RowScores]
 ) -> list[Compared]:
-    """Answers that come after others: their loss, and by how much it rises without what was said before.
+    """Answers that come after others: their loss, and how much it rises without the preceding conversation.
 
-    `whole`, `alone`: the scores of base and of tuned, with and without the context. A case is a conversation: its
-    answers go together, so they are drawn together.
+    `whole`, `alone`: the scores of base and tuned, with and without the context. A case is a conversation: its answers
+    belong together, so they are drawn together.
     """
     later = [n for n, turn in enumerate(turns) if turn.alone is not None]
     if not later:
@@ -106,7 +106,7 @@ def _summed(of: Any, values: Array) -> Array:
 
 
 def by_turn(turns: Sequence[Answered], base: RowScores, tuned: RowScores) -> list[Turns]:
-    """The mean loss at each place of a conversation, base beside tuned."""
+    """The mean loss at each position in a conversation, base next to tuned."""
     means = []
     for number in sorted({turn.turn for turn in turns}):
         here = [n for n, turn in enumerate(turns) if turn.turn == number]

@@ -1,7 +1,7 @@
-"""Base against tuned on the held-out rows: losses, generated answers, and how sure the difference is.
+"""Base against tuned on the held-out rows: losses, generated answers, and how certain the difference is.
 
-Both are measured on the same weights in one process: the base is the model with its adapter switched off. Trainings
-that share their base and their held-out rows, like those of a sweep, have it measured once.
+Both are measured on the same weights in one process: the base is the model with its adapter switched off. For trainings
+that share their base and held-out rows, like those of a sweep, the base is measured once.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .row_losses import RowScores, by_example, loss_metrics, score_rows
 from .stretches import ANSWERS, LABELS, ROWS, Stretch, answered, scored
 
 LABEL_SLACK = 2
-"""Tokens beyond the longest label: for its end, and to see that an answer goes on."""
+"""Tokens beyond the longest label: for its end, and to see that an answer continues."""
 
 REGRESSION_LOSS = Measure(name="regression_loss", label="loss on the regression set")
 
@@ -51,15 +51,15 @@ class Evaluation:
     rows: int
     seconds: float
     row_losses: list[tuple[int, int, float, float] | tuple[int, int, float, float, int]]
-    """(row, weight, loss of the base, loss of the tuned model in nats): with them two jobs are compared row by row. An
-    answer weighs its learned tokens, over which its losses are summed; a label and a pair weigh 1. A fifth value counts
-    the tokens of a pair's two answers."""
+    """(row, weight, loss of the base, loss of the tuned model in nats): two jobs are compared row by row with them. An
+    answer's weight is its learned tokens, over which its losses are summed; a label and a pair weigh 1. A fifth value
+    counts the tokens of a pair's two answers."""
     labels: Labels | None = None
     turns: list[Turns] = field(default_factory=list)
-    baseline: str | None = None  # the name of `base` where it is not the base model
+    baseline: str | None = None  # the name of `base` if it is not the base model
     against: str = "the base"  # the same in a verdict
-    benchmarks: Benchmarks | None = None  # of the lm-eval harness, where the job names tasks
-    base_job: int | None = None  # that measured the base, where it was another one in the same process
+    benchmarks: Benchmarks | None = None  # of the lm-eval harness, if the job names tasks
+    base_job: int | None = None  # that measured the base, if it was another job in the same process
 
 
 def evaluate(
@@ -73,8 +73,8 @@ def evaluate(
 ) -> Evaluation:
     """Score base and tuned on the held-out rows, and generate answers of each.
 
-    Answers: of the first `evaluation.samples` rows in full; where answers are labels, of every row, as long as a label.
-    `once`: None: the base is measured here and now. `asked` does each batch.
+    Answers: to the first `evaluation.samples` rows in full; if answers are labels, to every row, as long as a label.
+    `once`: None: the base is measured here and now. `asked` runs each batch.
     """
     began = time.monotonic()
     work = Work.of(data, spec, learner.tokenizer)
@@ -116,7 +116,7 @@ def measure_both(
     once: Once[MeasuredModel] | None,
     asked: Computer,
 ) -> tuple[MeasuredModel, MeasuredModel, int | None]:
-    """Let base and tuned do the work. Returns what they gave, and the job that measured the base, where another did."""
+    """Let base and tuned do the work. Returns their results, and the job that measured the base, if another did."""
     tick = counter(2 * work.passes, check_stop, progress)
     here = False
 
@@ -125,7 +125,7 @@ def measure_both(
         here = True
         return _measure(learner, work, spec, tick, check_stop, asked, base=True)
 
-    shared = once if learner.started is None else None  # other trainings started elsewhere
+    shared = once if learner.started is None else None  # other trainings started from other weights
     question = _question(learner, work, spec)
     known = None if shared is None else shared(question, measure_base, keeps=MeasuredModel.is_as_asked)
     base = measure_base() if known is None else known.answer
@@ -136,7 +136,7 @@ def measure_both(
 
 
 def counter(total: int, check_stop: Callable[[], None], progress: Callable[[int, int], None]) -> Callable[[int], None]:
-    """A function to call after more rows: it checks for a stop, and tells how far the work is."""
+    """A function to call after more rows: it checks for a stop, and reports progress."""
     done = 0
 
     def tick(count: int) -> None:
@@ -152,9 +152,9 @@ def counter(total: int, check_stop: Callable[[], None], progress: Callable[[int,
 class Work:
     """What base and tuned are both measured on."""
 
-    rows: list[TokenRow]  # of a pair the chosen answer behind its prompt
-    rejected: list[TokenRow]  # of a pair the other answer
-    given: list[TokenRow]  # what of `rows` stands before the answer, where the loss learns that, too
+    rows: list[TokenRow]  # of a pair, the chosen answer after its prompt
+    rejected: list[TokenRow]  # of a pair, the other answer
+    given: list[TokenRow]  # the part of `rows` before the answer, if the loss learns that, too
     prompts: list[Prompt]
     labels: list[str]
     labelled: list[Prompt]
@@ -190,7 +190,7 @@ class Work:
 
     @property
     def numbers(self) -> list[int]:
-        """Of the held-out examples, which may have several rows each."""
+        """The sums for the held-out examples, which may have several rows each."""
         return list(dict.fromkeys(row.number for row in self.rows))
 
     @property
@@ -200,14 +200,14 @@ class Work:
 
     @property
     def scored_apart(self) -> tuple[list[TokenRow], ...]:
-        """Every row that is scored: held-out rows, of pairs the other half and the prompts, answers after all that was
-        said, answers after a question alone, and regression rows."""
+        """Every scored row: held-out rows, for pairs the other half and the prompts, answers after the whole
+        conversation, answers after only a question, and regression rows."""
         alone = [turn.alone for turn in self.turns if turn.alone is not None]
         return self.rows, self.rejected, self.given, [turn.whole for turn in self.turns], alone, self.regression
 
     @property
     def stretches(self) -> list[Stretch]:
-        """What one model does, in its order; answers at their longest."""
+        """One model's work, in order; answers at their longest."""
         prompts, labelled = ([len(prompt.ids) for prompt in asked] for asked in (self.prompts, self.labelled))
         every = (
             scored(ROWS, [[len(row.input_ids) for row in rows] for rows in self.scored_apart]),
@@ -219,7 +219,7 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredModel:
-    """What one model gave."""
+    """One model's results."""
 
     rows: RowScores
     rejected: RowScores
@@ -229,10 +229,11 @@ class MeasuredModel:
     regression: RowScores
     texts: list[tuple[str, bool]]
     labels: list[tuple[str, bool]]
-    halved: bool = False  # some of it in smaller batches than were asked for, as memory ran out
+    halved: bool = False  # some of it in smaller batches than requested, since memory ran out
 
     def is_as_asked(self) -> bool:
-        """Whether another job that asks the same would have got it bit for bit: smaller batches round otherwise."""
+        """Whether another job with the same questions would have got it bit for bit: smaller batches round
+        differently."""
         return not self.halved
 
 
@@ -287,7 +288,7 @@ def _measure(
 
 
 def measuring(learner: Learner, work: Callable[[], None], *, base: bool = False) -> None:
-    """Do a piece of an evaluation in its modes. `base`: with the adapter switched off, or as it started."""
+    """Do a piece of an evaluation in its modes. `base`: with the adapter switched off, or with its first weights."""
     started = learner.started if base else None
     weights = contextlib.nullcontext() if started is None else trained_weights(learner.model, started)
     whole = whole_modules(learner.model, learner.precision.base)
@@ -296,7 +297,7 @@ def measuring(learner: Learner, work: Callable[[], None], *, base: bool = False)
 
 
 def _question(learner: Learner, work: Work, spec: JobSpec) -> str:
-    """All that decides what `_measure` gives for the base, hashed."""
+    """A hash of all that decides the result of `_measure` for the base."""
     ends = sorted(end_ids(learner.model, learner.tokenizer))
     how = (type(learner.scorer).__name__, repr(learner.precision), spec.evaluation.per_device_eval_batch_size, ends)
     facts = [how, learner.tokenizer.pad_token_id, work.longest_answer, work.label_tokens]

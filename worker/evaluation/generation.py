@@ -23,7 +23,7 @@ def generate(
 ) -> list[tuple[str, bool]]:
     """(answer, ended by itself) for each prompt: greedy, in left-padded batches of similar length.
 
-    `between`: called after each token of a batch; what it raises comes through. `halved`, `run`: see score_rows.
+    `between`: called after each token of a batch; its errors come through. `halved`, `run`: see score_rows.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
@@ -58,7 +58,7 @@ def generate(
 
 
 class _Between:
-    """In the place of a rule that ends an answer: it ends none."""
+    """Replaces a rule that ends an answer: it ends none."""
 
     def __init__(self, call: Callable[[], None]) -> None:
         self._call = call
@@ -69,7 +69,7 @@ class _Between:
 
 
 def end_ids(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer: the tokenizer's, and those that the model is configured with."""
+    """The tokens that end an answer: the tokenizer's, and those in the model's config."""
     configured = model.generation_config.eos_token_id
     more = configured if isinstance(configured, list) else [configured]
     return {tokenizer.eos_token_id, *(token for token in more if token is not None)}

@@ -1,7 +1,7 @@
 """Tasks of EleutherAI's lm-eval harness on base and tuned: the package's own, and those in the box owner's folder.
 
-https://github.com/EleutherAI/lm-evaluation-harness. The package is not a dependency of loractl: a worker
-without it refuses the jobs that ask for it.
+https://github.com/EleutherAI/lm-evaluation-harness. The package is not a dependency of loractl: a worker without it
+refuses jobs that ask for it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BOOTSTRAP_ITERATIONS = 1000
 """Samples for lm_eval's own standard errors of F1, perplexity and BLEU; for a mean it has a formula."""
 
 NORMAL_95 = 1.96
-"""Half the width of a 95% interval in standard errors, where the error is normal."""
+"""Half the width of a 95% interval in standard errors, for a normal error."""
 
 Results = dict[str, Any]
 """What simple_evaluate returns."""
@@ -52,12 +52,12 @@ Interval = Literal["paired", "unpaired", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """One metric of one task, of base and tuned, with the standard errors that lm_eval gives."""
+    """One metric of one task, of base and tuned, with lm_eval's standard errors."""
 
     task: str
     metric: str
-    filter: str  # what lm_eval took from the answer before it scored it; "none": nothing
-    group: str | None  # the group with an average of its own that the task belongs to
+    filter: str  # what lm_eval extracted from the answer before scoring it; "none": nothing
+    group: str | None  # the task's group, if that has its own average
     interval: Interval
     """paired: bootstrap over the documents, the same for both. unpaired: from the two standard errors, as if each had
     seen other documents, so it is too wide. none: neither exists, or lm_eval does not say which way is better."""
@@ -72,14 +72,14 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmarks:
-    """What the report says of the tasks."""
+    """What the report says about the tasks."""
 
     asked: tuple[str, ...]
     limit: int | None
     version: str
-    batch: int  # rows at once, after what out-of-memory has halved
+    batch: int  # rows at once, after halving for out-of-memory
     seconds: float
-    tasks: dict[str, dict[str, Any]]  # of each: its version, examples in the prompt, documents scored and in all
+    tasks: dict[str, dict[str, Any]]  # for each: its version, examples in the prompt, documents scored and in all
     seeds: dict[str, int]
     scored: list[Scored]
 
@@ -93,7 +93,7 @@ def check_package(spec: JobSpec) -> None:
 def find_tasks(spec: JobSpec, folder: str | None) -> Any:
     """lm_eval's TaskManager over the package's tasks and the owner's folder; None for a job that asks for no task.
 
-    Every task is set up once, its data set included: if one is missing, the job ends before it has trained. Raises
+    Every task is set up once, including its data set: if one is missing, the job ends before it trains. Raises
     TrainingFailed.
     """
     names = spec.evaluation.lm_eval
@@ -101,7 +101,7 @@ def find_tasks(spec: JobSpec, folder: str | None) -> Any:
         return None
     check_package(spec)
     manager = _manager(names, folder)
-    # lm_eval takes a name that it does not know for the path of a YAML file
+    # lm_eval takes an unknown name for the path of a YAML file
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise TrainingFailed(Reason.BAD_SPEC, f"{KEY}: no task of {_places(folder)} is named {', '.join(unknown)}")
     for task in _load(manager, names)["tasks"].values():
@@ -122,11 +122,11 @@ def score_tasks(
 ) -> Benchmarks:
     """Run the job's tasks on the base, which is the model with its adapter switched off, and on the tuned model.
 
-    `manager`: what `find_tasks` returned. Raises what `check_stop` raises, before a batch; out-of-memory where one row
-    at a time does not fit; and any error of a task.
+    `manager`: from `find_tasks`. Raises what `check_stop` raises, before a batch; out-of-memory if one row at a time
+    does not fit; and any error of a task.
     """
     began = time.monotonic()
-    os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork this process, with model and device, once a core
+    os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork this process, with model and device, once per core
     asked, batch, both = spec.evaluation, spec.evaluation.per_device_eval_batch_size, []
 
     def between() -> None:
@@ -145,8 +145,8 @@ def score_tasks(
             except Exception as error:
                 if batch == 1 or not is_out_of_memory(error):
                     raise
-            batch //= 2  # lm_eval takes the longest rows first: little is done twice
-            engine.run(release)  # outside of the handler: until it ends, the error's traceback holds the tensors
+            batch //= 2  # lm_eval takes the longest rows first, so little is done twice
+            engine.run(release)  # outside the handler: until it ends, the error's traceback holds the tensors
     config = both[1]["config"]
     return Benchmarks(
         asked=tuple(asked.lm_eval),
@@ -161,7 +161,7 @@ def score_tasks(
 
 
 def compare(base: Results, tuned: Results) -> list[Scored]:
-    """Every number that both runs have, task by task; a group's members carry its name where it has numbers."""
+    """Every number that both runs have, task by task; a group's members carry its name if it has numbers."""
     parents = {
         member: group
         for group, members in tuned.get("group_subtasks", {}).items()
@@ -177,7 +177,7 @@ def compare(base: Results, tuned: Results) -> list[Scored]:
 
 
 def _manager(names: list[str], folder: str | None) -> Any:
-    """Of the owner's folder alone where that has every task; a group there may have members of the package's."""
+    """Only of the owner's folder if that has every task; a group there may have members from the package."""
     if folder is not None and not Path(folder).is_dir():
         raise TrainingFailed(Reason.BAD_SPEC, f"{KEY}: LORACTL_LM_EVAL_TASKS of this worker is not a folder: {folder}")
     if folder is not None and set(names) <= set((own := _indexed(folder, packaged=False)).all_subtasks):
@@ -187,7 +187,7 @@ def _manager(names: list[str], folder: str | None) -> Any:
 
 @functools.cache
 def _indexed(folder: str | None, *, packaged: bool) -> Any:
-    """Reads the package's task files too, some 14,000, where `packaged`: that takes seconds."""
+    """With `packaged`, it also reads the package's task files, some 14,000: that takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder, include_defaults=packaged)
@@ -199,7 +199,7 @@ def _places(folder: str | None) -> str:
 
 
 def _load(manager: Any, names: list[str]) -> Any:
-    """All of them, which may not overlap. Raises TrainingFailed, with the name of the first that can't be loaded."""
+    """All of them; they may not overlap. Raises TrainingFailed with the name of the first that can't be loaded."""
     try:
         return manager.load(list(names))
     except Exception as error:  # a task is other people's program and may fail in any way
@@ -209,7 +209,7 @@ def _load(manager: Any, names: list[str]) -> Any:
 
 
 def _not_to_be_had(name: str, error: Exception) -> TrainingFailed:
-    """The failure of a task's set-up; only a hub that is away passes by itself."""
+    """The failure of a task's set-up; only an unreachable hub is temporary."""
     answer = refusal(error)
     said = answer or next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     reason = Reason.TRAINER_ERROR if answer is Refusal.AWAY else Reason.BAD_SPEC
@@ -217,7 +217,8 @@ def _not_to_be_had(name: str, error: Exception) -> TrainingFailed:
 
 
 def _results(wrapped: Any, asked: EvaluationSpec, manager: Any, batch: int) -> Results:
-    """One model's results, with lm_eval's own seeds, so that its other users' numbers compare; nothing is sent."""
+    """One model's results, with lm_eval's own seeds, so that they compare with other users' numbers; nothing is
+    sent."""
     import lm_eval
 
     with _machine_unasked():
@@ -234,7 +235,8 @@ def _results(wrapped: Any, asked: EvaluationSpec, manager: Any, batch: int) -> R
 
 @contextlib.contextmanager
 def _machine_unasked() -> Iterator[None]:
-    """lm_eval asks pip, gcc and nvidia-smi what machine this is, which takes a second; the report has its own words."""
+    """lm_eval asks pip, gcc and nvidia-smi about the machine, which takes a second; the report has its own
+    description."""
     from torch.utils import collect_env
 
     ask = collect_env.get_pretty_env_info
@@ -246,7 +248,7 @@ def _machine_unasked() -> Iterator[None]:
 
 
 def _wrapped(model: Any, tokenizer: Any, batch: int, check_stop: Callable[[], None]) -> Any:
-    """lm_eval's wrapper around a model that is loaded already; it looks before each batch whether to stop."""
+    """lm_eval's wrapper around a loaded model; before each batch it checks whether to stop."""
     from lm_eval.models.huggingface import HFLM
 
     class Stoppable(HFLM):
@@ -264,7 +266,7 @@ def _wrapped(model: Any, tokenizer: Any, batch: int, check_stop: Callable[[], No
 
 @contextlib.contextmanager
 def _ties_as_they_are(model: Any) -> Iterator[None]:
-    """HFLM ties embeddings and head again, which fails where peft has put a module trained in full in their place."""
+    """HFLM ties embeddings and head again, which fails if peft has replaced them with a fully trained module."""
     model.tie_weights = lambda: None
     try:
         yield
@@ -318,7 +320,7 @@ def _scored(task: str, key: str, base: Results, tuned: Results, group: str | Non
 
 
 def _paired(task: str, key: str, base: Results, tuned: Results) -> tuple[Array, Array] | None:
-    """The documents' own values, where the metric is their mean; of an F1 or a perplexity it is not."""
+    """The documents' own values, if the metric is their mean; an F1 or a perplexity is not."""
     both = [_of_documents(task, key, results) for results in (base, tuned)]
     if both[0].keys() != both[1].keys() or not both[0]:
         return None
@@ -330,7 +332,7 @@ def _paired(task: str, key: str, base: Results, tuned: Results) -> tuple[Array, 
 
 
 def _of_documents(task: str, key: str, results: Results) -> dict[int, float]:
-    """By the document's number; empty where not every document has a number."""
+    """By the document's number; empty unless every document has a number."""
     metric, _, taken = key.partition(",")
     samples = [sample for sample in results["samples"].get(task, ()) if sample["filter"] == taken]
     if not all(_is_number(sample.get(metric)) for sample in samples):
@@ -339,7 +341,7 @@ def _of_documents(task: str, key: str, results: Results) -> dict[int, float]:
 
 
 def _stderr(values: dict[str, Any], metric: str, taken: str) -> float | None:
-    """None where lm_eval has none: it then writes "N/A"."""
+    """None if lm_eval has none: it then writes "N/A"."""
     value = values.get(f"{metric}_stderr,{taken}")
     return float(value) if _is_number(value) and math.isfinite(value) else None
 

@@ -1,4 +1,4 @@
-"""The evaluation report as report.html: one page that stands alone."""
+"""The evaluation report as report.html: one self-contained page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def render_html(report: dict[str, Any]) -> str:
 
 @functools.cache
 def page_template() -> Template:
-    """Compiled once in a process: it takes longer than to draw the page."""
+    """Compiled once per process: that takes longer than rendering the page."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)

@@ -1,5 +1,5 @@
-"""Pairs on held-out rows: how often and by how much base and tuned find the chosen answer likelier, and what became of
-the answers that they give themselves."""
+"""Pairs on held-out rows: how often and by how much base and tuned find the chosen answer likelier, and how their own
+answers changed."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ LENGTH = Measure(name="answer_tokens", label="answer length", unit="tokens", hig
 REPETITION = Measure(name="repetition", label="repetition", unit="%")
 
 RUN = 4
-"""Words in a row that an answer may say twice."""
+"""The length, in words, of a run that counts as repeated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairScores:
-    """What one model makes of pairs, in their order: of both answers, and of the prompts where the loss learns them."""
+    """One model's scores of pairs, in order: of both answers, and of the prompts if the loss learns them."""
 
     chosen: RowScores
     rejected: RowScores
@@ -54,12 +54,12 @@ class PairScores:
 
     @property
     def tokens(self) -> Array:
-        """Of both answers of each pair."""
+        """The tokens of both answers of each pair."""
         return self.chosen.tokens + self.rejected.tokens
 
     @property
     def pairs(self) -> Pairs:
-        """The same as the losses take it, in float64."""
+        """The same in the losses' form, in float64."""
         chosen, rejected = self.chosen, self.rejected
         prompts, prompt_tokens = (self.given.loss, self.given.tokens) if len(self.given.loss) else (0.0, 0.0)
         values = {
@@ -110,7 +110,7 @@ def evaluate_preferences(
 
 
 def pair_row_losses(asked: PreferenceSpec, scores: tuple[PairScores, PairScores]) -> tuple[Array, Array]:
-    """The loss of each pair, for base and for tuned. A term for the chosen answers is the mean of the pair's own
+    """The loss of each pair, for base and for tuned. A term for the chosen answers is the mean over the pair's own
     tokens. The base is the reference."""
     near = scores[0].pairs
 
@@ -130,8 +130,8 @@ def pair_metrics(
     wanted: set[Metric],
     given_away: npt.NDArray[np.bool_],
 ) -> list[Compared]:
-    """What is measured of the pairs of base and tuned. `given_away`: by pair, whether a row to train on gives it away;
-    loss and accuracy of the others are told, too."""
+    """The measures of base and tuned on the pairs. `given_away`: by pair, whether a row to train on gives it away; loss
+    and accuracy of the others are reported, too."""
     each = np.ones(len(given_away))
     base, tuned = (np.asarray(margins(asked, of.pairs).numpy()) for of in scores)
     right: tuple[Array, Array] = 100 * (base > 0).astype(np.float64), 100 * (tuned > 0).astype(np.float64)
@@ -150,7 +150,7 @@ def pair_metrics(
 
 
 def written_metrics(answers: Sequence[Answer], tokenizer: Any) -> list[Compared]:
-    """How long the generated answers are, how much of them repeats, and how many end by themselves."""
+    """How long the generated answers are, how much they repeat, and how many end by themselves."""
     if not answers:
         return []
 
@@ -165,7 +165,7 @@ def written_metrics(answers: Sequence[Answer], tokenizer: Any) -> list[Compared]
 
 
 def repetition(text: str) -> float:
-    """The share, in percent, of the text's runs of four words that stood in it before."""
+    """The share, in percent, of the text's runs of four words that occurred in it before."""
     said = words(text)
     runs = [tuple(said[place : place + RUN]) for place in range(len(said) - RUN + 1)]
     return 100 * (1 - len(set(runs)) / len(runs)) if runs else 0.0

@@ -1,4 +1,4 @@
-"""The evaluation report: every number that was measured, as report.json holds it."""
+"""The evaluation report: every measured number, as in report.json."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from .statistics import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingCourse:
-    """The course of one attempt's training. The report reads it; nothing changes it any more."""
+    """The course of one attempt's training. The report reads it; it no longer changes."""
 
-    first_step: int  # from which it was resumed; 0: from its beginning
-    steps: int  # done in all, resumed ones included
-    kept_step: int  # of the adapter that was kept
+    first_step: int  # from which it was resumed; 0: from the beginning
+    steps: int  # done in all, including resumed ones
+    kept_step: int  # of the kept adapter
     stopped_early: int | None  # the step at which early stopping ended it
     losses: tuple[tuple[int, float], ...]  # (step, training loss)
     eval_losses: tuple[tuple[int, float], ...]  # (step, held-out loss)
-    seconds: float  # inside this attempt's steps: evaluations and checkpoints left out
-    wall_seconds: float  # of this attempt, preparing and evaluating included
-    tokens: int  # real ones, padding left out, from the first step on
+    seconds: float  # inside this attempt's steps, without evaluations and checkpoints
+    wall_seconds: float  # of this attempt, including preparation and evaluation
+    tokens: int  # without padding, from the first step on
     tokens_per_second: float | None
     peaks: Peaks
-    peak_kind: str  # what the peak counts, for people
-    adjustment: Adjustment  # to what memory allowed
+    peak_kind: str  # what the peak measures, for people
+    adjustment: Adjustment  # to the available memory
     changes: tuple[str, ...]  # the same in words
     optimizer: str
     train_batch: int
@@ -49,14 +49,14 @@ class TrainingCourse:
     eval_batch: int
     gradient_checkpointing: Checkpointing
     threads: int
-    companions: tuple[int, ...] = ()  # jobs that trained in the same process meanwhile
+    companions: tuple[int, ...] = ()  # jobs that trained in the same process at the same time
 
 
 SCHEMA = 1
-"""Version of report.json's form; a reader refuses a newer one."""
+"""Version of report.json's format; a reader refuses a newer one."""
 
 MOST_ROW_LOSSES = 10_000
-"""So many rows' own losses are kept, to compare jobs by: 400 KB."""
+"""The most rows whose own losses are kept, to compare jobs: 400 KB."""
 
 
 def build_report(
@@ -68,10 +68,10 @@ def build_report(
     course: TrainingCourse,
     final: Evaluation | None = None,
 ) -> dict[str, Any]:
-    """All that was measured and all that a repetition needs, as plain JSON values.
+    """All measurements, and all that a repetition needs, as plain JSON values.
 
-    `base`: what `BaseIdentity` says of the base model. `final`: what was measured on the final rows, which readers of
-    reports leave out (`ArtifactStore.read_report`).
+    `base`: the base model's `BaseIdentity`. `final`: the measurements on the final rows, which readers of reports leave
+    out (`ArtifactStore.read_report`).
     """
     spec, last = order.spec, data.of_final
     measured = (
@@ -112,7 +112,7 @@ def build_report(
 
 
 def _chosen(spec: JobSpec, course: TrainingCourse) -> list[str]:
-    """A sentence where the held-out rows chose the adapter that they measure."""
+    """A sentence if the held-out rows chose the adapter that they measure."""
     evaluations, stopped = len(course.eval_losses), course.stopped_early is not None
     if not chose_step(keeps_best=spec.training.load_best_model_at_end, evaluations=evaluations, stopped_early=stopped):
         return []
@@ -122,8 +122,8 @@ def _chosen(spec: JobSpec, course: TrainingCourse) -> list[str]:
 def verdict(
     metrics: list[Compared], base: str = "the base", doubts: Sequence[str] = (), rows: str = "held-out"
 ) -> dict[str, str]:
-    """What the comparison with `base` says: `reading`, `short`, `sentence`, and `aside`, what got worse beside it and
-    what is known to be wrong with the rows that it was measured on."""
+    """What the comparison with `base` says: `reading`, `short`, `sentence`, and `aside`, what else got worse and what
+    is known to be wrong with the measured rows."""
     return dict(vars(report_verdict([metric.as_json() for metric in metrics], base, doubts, rows)))
 
 
@@ -232,7 +232,7 @@ def _benchmarks(benchmarks: Benchmarks | None) -> dict[str, Any] | None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: a number that could not be measured is null."""
+    """JSON has no NaN: an unmeasurable number is null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -49,8 +49,8 @@ def score_rows(
     run: Callable[[Callable[[], None]], None] = HERE.run,
 ) -> RowScores:
     """Cross-entropy of every learned token, in fp32, for a model in eval mode. Longest rows first, so that an
-    out-of-memory comes at once. `halved`: called where that made batches smaller, whose sums are rounded otherwise.
-    `run` does a batch, and `tick` is told its rows."""
+    out-of-memory comes at once. `halved`: called if that made batches smaller, whose sums round differently. `run` does
+    a batch, and `tick` gets its number of rows."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
     result = np.zeros((5, len(rows)))
 
@@ -109,9 +109,9 @@ def loss_metrics(
     stops: bool,
     given_away: npt.NDArray[np.bool_] | None = None,
 ) -> list[Compared]:
-    """The loss, and what the job asks for beside it; `stops`: whether rows have an end that can be learned.
+    """The loss, and what else the job asks for; `stops`: whether rows have an end that can be learned.
 
-    `given_away`: by example, whether a row to train on gives it away; the loss of the others is told, too.
+    `given_away`: by example, whether a row to train on gives it away; the loss of the others is reported, too.
     """
     metrics = [LOSS.compare(base.loss, tuned.loss, base.tokens)]
     if given_away is not None and given_away.any() and not given_away.all():

@@ -1,4 +1,4 @@
-"""Paired bootstrap intervals: how sure a difference between base and tuned is."""
+"""Paired bootstrap intervals: how certain a difference between base and tuned is."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def draws(cases: int) -> Iterator[Array]:
-    """How often each case stands in each sample, 100 samples at a time: float64 of shape (100, cases). The same for
-    every metric of as many cases (Efron and Tibshirani 1993, chapter 13)."""
+    """How often each sample contains each case, 100 samples at a time: float64 of shape (100, cases). The same for
+    every metric with this number of cases (Efron and Tibshirani 1993, chapter 13)."""
     rng = np.random.default_rng(BOOTSTRAP_SEED)
     for _ in range(BOOTSTRAP_SAMPLES // _DRAWS_AT_ONCE):
         yield rng.multinomial(cases, np.full(cases, 1 / cases), size=_DRAWS_AT_ONCE).astype(np.float64)

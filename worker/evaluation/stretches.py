@@ -1,4 +1,4 @@
-"""How long the rest of an evaluation takes, by what was measured: rows are scored much faster than answers are made."""
+"""How long the rest of an evaluation takes, from measurements: scoring rows is much faster than generating answers."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 STEP, EACH = 32, 5
-"""What it takes to generate one token of each answer of a batch, before that is measured: so many tokens could be
-scored in the time that a pass takes whatever the batch, and so many for each answer. Seen on a processor with
-SmolLM2-135M."""
+"""The cost of generating one token of each answer of a batch, before that is measured: the tokens that could be scored
+in a pass's fixed time, and in its time for each answer. Measured on a CPU with SmolLM2-135M."""
 
 ADAPTED = 1.2
-"""What the tuned model takes for what the base does in 1: the adapter's products. 1.1 to 1.25 were seen."""
+"""The tuned model's time as a multiple of the base's, because of the adapter's products. 1.1 to 1.25 were measured."""
 
 ENDING_S = 1.2
-"""Seconds of the intervals behind the last answer: 10,000 draws for each measure, on one core."""
+"""Seconds for the intervals after the last answer: 10,000 draws for each measure, on one core."""
 
 ROWS, ANSWERS, LABELS = "rows", "answers", "labels"
-"""Kinds of work: rows that are scored, answers and labels that are generated."""
+"""Kinds of work: scored rows, generated answers and labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stretch:
-    """Work of one kind that one model does at a stretch."""
+    """Work of one kind that one model does without a break."""
 
     kind: str
-    costs: tuple[float, ...]  # of each row or answer, in the order of the work, in tokens that are scored
+    costs: tuple[float, ...]  # of each row or answer, in the order of the work, in scored tokens
 
     @property
     def count(self) -> int:
@@ -33,7 +32,7 @@ class Stretch:
 
     @property
     def tokens(self) -> float:
-        """What all of it costs."""
+        """The cost of all of it."""
         return sum(self.costs)
 
     @property
@@ -43,13 +42,13 @@ class Stretch:
 
 
 def scored(kind: str, parts: Iterable[Sequence[int]]) -> Stretch:
-    """Rows of these lengths, of each part the longest first, as score_rows takes them."""
+    """Rows of these lengths, each part longest first, as score_rows takes them."""
     return Stretch(kind=kind, costs=tuple(float(n) for part in parts for n in sorted(part, reverse=True)))
 
 
 def answered(kind: str, prompts: Sequence[int], longest: int, batch: int) -> Stretch:
     """Answers of at most `longest` tokens to prompts of these lengths, as generate makes them: a batch at a time, so
-    that those of a small one cost more each."""
+    that answers in a small batch cost more each."""
     costs, ordered = list[float](), sorted(prompts, reverse=True)
     for at in range(0, len(ordered), batch):
         lengths = ordered[at : at + batch]
@@ -58,16 +57,16 @@ def answered(kind: str, prompts: Sequence[int], longest: int, batch: int) -> Str
 
 
 class Stopwatch:
-    """Times an evaluation's stretches, which follow each other as they are given."""
+    """Times an evaluation's stretches, which follow each other in the given order."""
 
     def __init__(self, stretches: Sequence[Stretch], now: float) -> None:
         self._stretches = stretches
         self._done, self._last = 0, now
         self._took: dict[str, float] = {}  # seconds, by kind
-        self._tokens: dict[str, float] = {}  # of those that were done
+        self._tokens: dict[str, float] = {}  # of finished work
 
     def lap(self, done: int, now: float) -> None:
-        """So many are done by now, of all stretches together."""
+        """Note how many are done by now, over all stretches."""
         fresh = self._parts(self._done, done)
         whole = sum(tokens for _, tokens in fresh)
         for stretch, tokens in fresh:
@@ -77,7 +76,7 @@ class Stopwatch:
 
     @property
     def left_seconds(self) -> float | None:
-        """None before anything is done. A kind that has not begun is taken to go as the others do."""
+        """None before anything is done. A kind that has not begun is assumed to go like the others."""
         known = sum(self._tokens.values())
         if not known:
             return None
@@ -89,7 +88,7 @@ class Stopwatch:
         return left
 
     def _parts(self, begin: int, end: int) -> list[tuple[Stretch, float]]:
-        """What of each stretch lies between two counts, and what that costs."""
+        """The part of each stretch between two counts, and its cost."""
         parts, at = [], 0
         for stretch in self._stretches:
             costs = stretch.costs[max(0, begin - at) : max(0, end - at)]

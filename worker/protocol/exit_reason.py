@@ -1,4 +1,4 @@
-"""Why a trainer ended that said nothing: by its exit status, and by what it printed last."""
+"""Why a trainer ended without a message: from its exit status, and from its last lines."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def exit_reason(
     limited: bool = False,
     on_card: bool = False,
 ) -> dict[str, Any]:
-    """Reason and sentence (`reason`, `message`) for a trainer that ended without a word.
+    """Reason and sentence (`reason`, `message`) for a trainer that ended without a message.
 
-    `code`: None for one that even SIGKILL does not end. `printed`: its last lines; some libraries end the process after
-    a line on standard error. `kernel_kills`: how many processes the kernel killed for memory while it ran; None where
-    that is not told, and a kill counts as one of the kernel's. `limited`: its RAM was held to a limit. Not every
-    library checks what it got; some crash where torch raises.
+    `code`: None for a trainer that even SIGKILL does not end. `printed`: its last lines; some libraries end the process
+    after a line on standard error. `kernel_kills`: how many processes the kernel killed for memory while it ran; None
+    if that is unknown; a kill then counts as one of the kernel's. `limited`: its RAM was limited. Not every library
+    checks its allocations; some crash where torch raises.
     """
     if code is None:
         reason, where = (Reason.GPU_ERROR, "the card's driver") if on_card else (Reason.TRAINER_ERROR, "a disk")

@@ -1,4 +1,4 @@
-"""What loractl itself writes into a job's log: a line an event, for people."""
+"""What loractl itself writes into a job's log: one line per event, for people."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def log_line(stage: str, text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """How far a training is and how fast; None where it is not known yet."""
+    """A training's progress and speed; None while unknown."""
 
     step: int
     total_steps: int
-    step_seconds: float | None  # of a step, evaluations and checkpoints between two of them included
+    step_seconds: float | None  # per step, including evaluations and checkpoints in between
     tokens_per_second: float | None
     left_seconds: float | None  # until the job is done
 
 
 def step_texts(losses: Mapping[str, float], pace: Pace) -> list[str]:
-    """What a step's losses (`loss`, `eval_loss`) say, a line each, which fits into 80 columns."""
+    """A step's losses (`loss`, `eval_loss`), one line each, within 80 columns."""
     step = _place(pace)
     texts = []
     if "eval_loss" in losses:
@@ -44,12 +44,12 @@ def step_texts(losses: Mapping[str, float], pace: Pace) -> list[str]:
 
 
 def evaluation_text(pace: Pace) -> str:
-    """What stands in the log before an evaluation in mid-training."""
+    """The log line before an evaluation in mid-training."""
     return f"{_place(pace)}  evaluates the held-out rows"
 
 
 def begin_text(step: int, total_steps: int) -> str:
-    """What stands in the log before the first step: it compiles and fills the card, and may take minutes."""
+    """The log line before the first step, which compiles and fills the card, and may take minutes."""
     return f"trains: {total_steps} steps, " + (
         f"continues after step {step}" if step else "the first one takes longest"
     )

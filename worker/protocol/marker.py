@@ -1,4 +1,4 @@
-"""The marker that closes a checkpoint: a folder without one, or with other files than it names, is torn."""
+"""The marker that closes a checkpoint: a folder without one, or with files other than it names, is incomplete."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 MARKER = "loractl-complete.json"
-"""Written last: file sizes, step and what the checkpoint belongs to."""
+"""Written last: file sizes, step and the training that the checkpoint belongs to."""
 
 
 def close_checkpoint(
@@ -22,8 +22,8 @@ def close_checkpoint(
 ) -> None:
     """Write the marker, once every file is on the disk.
 
-    `belongs_to`: what a resume must share, by name: base, lora, training (the effective batch included), method, data.
-    `optimizer`: the name of the one whose state it holds.
+    `belongs_to`: what a resume must share, by name: base, lora, training (including the effective batch), method, data.
+    `optimizer`: the name of the optimizer whose state it holds.
     """
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
     for name in files:
@@ -40,7 +40,7 @@ def close_checkpoint(
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """The marker of a complete checkpoint; None for a torn one."""
+    """The marker of a complete checkpoint; None for an incomplete one."""
     try:
         marker = json.loads((folder / MARKER).read_text())
         complete = all((folder / name).stat().st_size == size for name, size in marker["files"].items())
@@ -51,10 +51,10 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def is_complete(folder: Path) -> bool:
-    """True when the checkpoint's marker is there and every file has the size that it names."""
+    """Whether the checkpoint has a marker, and every file has the size in it."""
     return read_marker(folder) is not None
 
 
 def remove_marker(folder: Path) -> None:
-    """Remove the marker: from now on the checkpoint counts as torn."""
+    """Remove the marker: from now on the checkpoint counts as incomplete."""
     (folder / MARKER).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""What supervisor and trainer say to each other: one JSON object a line, over the trainer's stdin and stdout.
+"""The messages between supervisor and trainer: one JSON object per line, over the trainer's stdin and stdout.
 
-Every message names its job: a host serves jobs after each other and beside each other on the same base.
+Every message names its job: a host serves jobs on the same base, one after another or at the same time.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from loractl.common.job.status import Reason, Stage
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")  # a newer peer may say more
+    model_config = ConfigDict(frozen=True, extra="ignore")  # a newer peer may send more
 
     job_id: int
 
 
 class Peaks(BaseModel):
-    """The highest points of a trainer's memory so far, and what it holds now, in bytes; None: not measured."""
+    """The peaks of a trainer's memory so far, and what it holds now, in bytes; None: not measured."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     allocated: int | None = None  # CUDA: by tensors
-    reserved: int | None = None  # CUDA: by the allocator; on a CPU the resident set
-    process: int | None = None  # of the device by the whole process, context included
-    held: int | None = None  # CUDA: of the device by the whole process at this moment, no peak
+    reserved: int | None = None  # CUDA: by the allocator; on a CPU, the resident set
+    process: int | None = None  # of the device, by the whole process, including the context
+    held: int | None = None  # CUDA: of the device, by the whole process now, not a peak
 
     def above(self, newer: Peaks) -> Peaks:
         """The higher of each peak: two trainers may have run for one attempt."""
@@ -39,7 +39,7 @@ class Peaks(BaseModel):
 
 
 class Ancestor(BaseModel):
-    """A stored adapter that a training begins from, on this box's disk."""
+    """A stored adapter from which a training starts, on this box's disk."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -49,12 +49,12 @@ class Ancestor(BaseModel):
     sha256: str  # of its weights
 
     def lineage(self) -> dict[str, int | str]:
-        """What is stored about it with the new adapter."""
+        """What the new adapter's files record about it."""
         return self.model_dump(exclude={"path"})
 
 
 class Rank(BaseModel):
-    """One process of a job on several cards, and the card that it has."""
+    """One process of a job on several cards, and its card."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -62,7 +62,7 @@ class Rank(BaseModel):
     node: str
     gpu: str
     device: Literal["cuda", "cpu"]
-    environment: dict[str, str] = Field(default_factory=dict)  # variables that show the process its card alone
+    environment: dict[str, str] = Field(default_factory=dict)  # variables that show the process only its card
     memory_limit: int | None = None
 
 
@@ -71,7 +71,7 @@ class Start(_Message):
 
     type: Literal["start"] = "start"
     attempt: int
-    mark: str | None = None  # of the attempt, for processes that a trainer which is several jobs' starts for this one
+    mark: str | None = None  # of the attempt, for processes that a shared trainer starts for this job
     user: str
     node: str
     gpu: str
@@ -80,10 +80,10 @@ class Start(_Message):
     spec: JobSpec
     run_code: bool = False  # the box's owner trusts the base model's own code at the spec's revision
     method: Method
-    method_why: str = ""  # why this one of several; empty where the job permits only one
+    method_why: str = ""  # why this one of several; empty if the job permits only one
     vram_planned: int | None
-    vram_reserved: int | None = None  # bytes of the card that are this attempt's
-    memory_limit: int | None = None  # allocations beyond so many bytes fail; None: no limit
+    vram_reserved: int | None = None  # this attempt's bytes of the card
+    memory_limit: int | None = None  # allocations beyond this many bytes fail; None: no limit
     adjustment: Adjustment = Adjustment()  # what out-of-memory has changed in the job so far
     changes: list[str] = Field(default_factory=list)  # the same in words
     data_path: str  # a local file, or a hub id
@@ -102,12 +102,12 @@ class Start(_Message):
     cache_dir: str
     init_from: Ancestor | None = None  # None: a fresh adapter
     lm_eval_tasks: str | None = None  # the box owner's folder of tasks for the lm-eval harness
-    keep: str | None = None  # what decides how the base is loaded, where it may stay for the next job; None: it may not
-    joins: bool = False  # it trains on the base that is there, beside others: its memory is its own part alone
+    keep: str | None = None  # what decides how the base is loaded, if it may stay for the next job; None: it may not
+    joins: bool = False  # it trains on the loaded base with others: its memory is only its own part
     parallel: Parallel = Parallel.NONE
-    ranks: list[Rank] = Field(default_factory=list)  # of all its processes; empty: it has this one alone
-    rank: int = 0  # that of the process which is told this
-    meeting: str | None = None  # the file in which the ranks meet: the leader makes it
+    ranks: list[Rank] = Field(default_factory=list)  # of all its processes; empty: it has only this one
+    rank: int = 0  # of the process that gets this
+    meeting: str | None = None  # the file in which the ranks meet; the leader creates it
 
 
 class Stop(_Message):
@@ -118,21 +118,21 @@ class Stop(_Message):
 
 
 class Take(_Message):
-    """Supervisor, to a spare trainer: be this job's from now on."""
+    """Supervisor, to a spare trainer: belong to this job from now on."""
 
     type: Literal["take"] = "take"
     mark: str  # of the attempt, for the environment
 
 
 class Release(_Message):
-    """Supervisor, to a trainer whose job has ended and whose base stays: be a host that has no member."""
+    """Supervisor, to a trainer whose job has ended and whose base stays: become a host without members."""
 
     type: Literal["release"] = "release"
     mark: str  # of the host, for the environment
 
 
 class Share(_Message):
-    """Supervisor, to a trainer that trains: be a host's, and no job's alone. Others join."""
+    """Supervisor, to a trainer that trains: become a host that others join, no longer one job's own."""
 
     type: Literal["share"] = "share"
     mark: str  # of the host, for the environment
@@ -146,14 +146,14 @@ class StageChanged(_Message):
 
 
 class Stepped(_Message):
-    """Trainer: an optimizer step is done (not every one is told)."""
+    """Trainer: an optimizer step is done (not every step is reported)."""
 
     type: Literal["step"] = "step"
     step: int
     total_steps: int
     metrics: dict[str, float] = Field(default_factory=dict)
     tokens_per_second: float | None = None
-    eta_seconds: float | None = None  # to the job's end, evaluation included
+    eta_seconds: float | None = None  # to the job's end, including the evaluation
     eta_spread_seconds: float | None = None  # half the width of a 95% interval
     evaluated: int | None = None  # rows and answers of base and tuned together, after the last step
     to_evaluate: int | None = None
@@ -161,20 +161,20 @@ class Stepped(_Message):
 
 
 class Adjusted(_Message):
-    """Trainer: memory ran out and the run goes on, adjusted; the note beside it is for people."""
+    """Trainer: memory ran out and the run continues, adjusted; the accompanying note is for people."""
 
     type: Literal["adjusted"] = "adjusted"
     adjustment: Adjustment
 
 
 class Planned(_Message):
-    """Trainer: bytes that the job needs by method, from the lengths of its own rows."""
+    """Trainer: bytes that the job needs by method, from its own rows' lengths."""
 
     type: Literal["planned"] = "planned"
     lora: int | None
     qlora: int | None
-    roomy: dict[str, Any] | None = None  # the same where it does without recomputing, as the job's row has it
-    running: int | None = None  # of this attempt, where it was given the room to do so
+    roomy: dict[str, Any] | None = None  # the same without recomputing, in the form of the job's row
+    running: int | None = None  # of this attempt, if it got the room for that
 
 
 class Note(_Message):
@@ -195,43 +195,45 @@ class Saved(_Message):
 
 
 class LogLines(_Message):
-    """Trainer: lines of a job's log, where the process has several jobs."""
+    """Trainer: lines of a job's log, if the process has several jobs."""
 
     type: Literal["log"] = "log"
     text: str
 
 
 class Opened(_Message):
-    """Trainer: the job trains, and others may train beside it on its base, which takes so many bytes."""
+    """Trainer: the job trains, and others may join it on its base, which takes this many bytes."""
 
     type: Literal["opened"] = "opened"
     base_bytes: int
 
 
 class Passed(_Message):
-    """Trainer: a forward and backward pass over the base, measured. It tells one of many."""
+    """Trainer: a measured forward and backward pass over the base. One of many is reported."""
 
     type: Literal["passed"] = "passed"
     tokens: int
     members: int
-    seconds: float  # of a processor its own computing
+    seconds: float  # on a CPU, only CPU time
     wall_seconds: float | None = None  # None: the same
 
 
 class Learned(_Message):
-    """Trainer: micro-batches are learned. It is told now and then, as a step of many of them takes long."""
+    """Trainer: micro-batches are being learned. It is reported from time to time, since a step of many micro-batches
+    takes long."""
 
     type: Literal["learned"] = "learned"
 
 
 class GoingOn(_Message):
-    """Trainer: the job is at work, and tells nothing else for long: it waits for another, or makes a long answer."""
+    """Trainer: the job is at work, though it reports nothing else for long: it waits for another, or generates a long
+    answer."""
 
     type: Literal["going_on"] = "going_on"
 
 
 class MemberLeft(_Message):
-    """Trainer: of a job that has ended nothing is in the process any more, which goes on with others."""
+    """Trainer: nothing of an ended job is left in the process, which continues with others."""
 
     type: Literal["left"] = "left"
     fault: str | None = None  # why nobody may join any more, and the process ends with its last job
@@ -244,8 +246,8 @@ class Ended(_Message):
     reason: Reason
     message: str
     peaks: Peaks | None = None
-    card: str | None = None  # of several the one whose rank failed, by its node's name
-    base_bytes: int | None = None  # of the base that stays, once nothing else of the job is left; None: none does
+    card: str | None = None  # of several cards, the one whose rank failed, by its node's name
+    base_bytes: int | None = None  # of the base that stays, once nothing else of the job is left; None: none stays
 
 
 Order = Start | Stop | Take | Release | Share
@@ -270,7 +272,7 @@ _told: TypeAdapter[Told] = TypeAdapter(Annotated[Told, Field(discriminator="type
 
 
 def encode(message: _Message) -> str:
-    """One line, newline included."""
+    """One line, including the newline."""
     return message.model_dump_json() + "\n"
 
 

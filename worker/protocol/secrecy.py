@@ -1,4 +1,4 @@
-"""Keeps the environment of worker, nodes and their calls of the store, which holds passwords, from their user's other
+"""Hides the environment of worker, nodes and their store calls, which contains passwords, from their user's other
 processes."""
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ _PR_SET_DUMPABLE = 4  # linux/prctl.h
 
 
 def hide_environment() -> None:
-    """Make /proc/PID/environ and the memory of this process readable by root alone.
+    """Make /proc/PID/environ and the memory of this process readable only by root.
 
-    The trainers run as the same user, and what a base model or a metric brings with it runs in them. What a process
-    starts is not hidden by that: each does it first. It leaves no core dump any more.
+    The trainers run as the same user, and so does the code of base models and metrics in them. A process's children are
+    not hidden by that: each does it first. It also disables core dumps.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:

@@ -19,7 +19,7 @@ from loractl.common.settings import Settings
 from loractl.common.store.records import StoredCheckpoint
 
 _KERNEL_KEY = "attn_implementation"
-"""A part of each key that names the attention in a model's config; some of these keys are internal."""
+"""Part of every key that names the attention in a model's config; some of these keys are internal."""
 
 
 class Refused(LoractlError):
@@ -27,7 +27,7 @@ class Refused(LoractlError):
 
 
 def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings) -> None:
-    """Raises Refused unless base model and data are those that a job may name here.
+    """Raises Refused unless a job may name this base model and this data here.
 
     `data` says which of the spec's data sets are in the artifact store; the others must be on the hub.
     """
@@ -40,12 +40,12 @@ def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings) -> None
         elif not _is_stored(entry):
             raise Refused(f"the row says of {section}.{key} no address and hash of a stored data set")
         elif not names_dataset(settings.artifacts_url, entry["uri"], entry["sha256"]):
-            # no failure of the store: such rows must not let it be taken for broken, and cards be closed
+            # no failure of the store: such rows must not make it look broken, and so close cards
             raise Refused(f"{section}.{key}: {entry['uri']!r} is not a data set of this store")
 
 
 def check_checkpoint(job_id: int, checkpoint: StoredCheckpoint) -> None:
-    """Raises Refused for a checkpoint that this job can't have stored: its name becomes a folder here."""
+    """Raises Refused for a checkpoint that this job can't have stored, since its name becomes a folder here."""
     made = re.fullmatch(rf"jobs/{job_id}/checkpoints/[1-9]\d{{0,8}}-(\d{{1,12}})", str(checkpoint.prefix), re.ASCII)
     if not isinstance(checkpoint.step, int) or made is None or made[1] != str(checkpoint.step):
         raise Refused("the row names a checkpoint of another job")
@@ -57,15 +57,15 @@ def _is_stored(entry: Any) -> bool:
 
 
 def may_run_code(spec: JobSpec, settings: Settings) -> bool:
-    """Whether this box's owner trusts the code of this very model at this very commit."""
+    """Whether this box's owner trusts the code of this exact model at this exact commit."""
     return is_hub_id(spec.base_model) and f"{spec.base_model}@{spec.revision}" in settings.trusted_code
 
 
 def check_model_settings(base_model: str, *settings: Any) -> None:
-    """Raises Refused when what a model's own JSON says would make transformers read a file beside the model, or fetch
-    an attention kernel, which is code, from the hub.
+    """Raises Refused if a model's own JSON would make transformers read a file outside the model, or fetch an attention
+    kernel, which is code, from the hub.
 
-    A tokenizer whose `vocab` is a path takes that file for its words, and they are stored with the adapter.
+    A tokenizer whose `vocab` is a path takes that file as its vocabulary, which is stored with the adapter.
     """
     for key, text in _strings(settings, ""):
         if _KERNEL_KEY in key and "/" in text:
@@ -75,12 +75,12 @@ def check_model_settings(base_model: str, *settings: Any) -> None:
 
 
 def _strings(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Every text in JSON values, with the nearest key above it that says what it is."""
+    """Every text in JSON values, with the nearest meaningful key above it."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
         for name, inner in value.items():
-            # {"attn_implementation": {"": ..., "text_config": ...}}: what is below it is of its kind
+            # {"attn_implementation": {"": ..., "text_config": ...}}: values below it are of its kind
             yield from _strings(inner, key if _KERNEL_KEY in key else str(name))
     elif isinstance(value, (list, tuple)):
         for inner in value:
@@ -113,11 +113,11 @@ def check_base(base_model: str, roots: tuple[Path, ...]) -> None:
 
 
 def _check_inside(folder: Path, roots: list[Path]) -> None:
-    """The folder and all that can be loaded from it, links followed, lie below one of the roots."""
+    """Whether the folder and all that can be loaded from it, following links, are below one of the roots."""
     where = f"outside of what this worker allows (LORACTL_MODEL_ROOTS: {', '.join(map(str, roots))})"
     try:
         targets = {path: path.resolve() for path in (folder, *sorted(folder.rglob("*")))}
-    except (OSError, RuntimeError) as error:  # a name too long; links in a circle, before Python 3.13
+    except (OSError, RuntimeError) as error:  # a name too long; circular links, before Python 3.13
         raise Refused(f"base_model {folder} can't be followed: {error}") from error
     for path, target in targets.items():
         if not any(target.is_relative_to(root) for root in roots):
@@ -130,7 +130,7 @@ def _check_inside(folder: Path, roots: list[Path]) -> None:
 
 
 def _shards(index: Path) -> set[str]:
-    """The files that an index of weights names; transformers joins them to the folder as they stand."""
+    """The files that an index of weights names; transformers joins them to the folder unchanged."""
     try:
         return {str(name) for name in json.loads(index.read_text("utf-8"))["weight_map"].values()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -138,7 +138,7 @@ def _shards(index: Path) -> set[str]:
 
 
 def _check_hub_data(key: str, name: str) -> None:
-    """A data set is stored or on the hub: a path, even one that exists here, is neither."""
+    """A data set must be stored or on the hub: a path, even an existing one, is neither."""
     if not is_hub_data(name):
         raise Refused(f"{key} {name} is not in the artifact store, and no hub id of the form owner/name")
     if Path(name).exists():

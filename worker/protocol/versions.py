@@ -1,4 +1,4 @@
-"""The versions of what decides a training's arithmetic and its tokens."""
+"""The versions of the packages that decide a training's arithmetic and its tokens."""
 
 from __future__ import annotations
 

@@ -32,15 +32,15 @@ SAME_NAME = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "label_smoothing_factor",
     "neftune_noise_alpha", "torch_compile", "seed", "logging_steps", "save_steps", "eval_steps",
 )  # fmt: skip
-"""Keys of the spec's training section that transformers takes as they are."""
+"""Keys of the spec's training section that transformers takes unchanged."""
 
 
 def training_arguments(
     order: Start, spec: JobSpec, precision: Precision, begun_with: str | None = None
 ) -> TrainingArguments:
-    """transformers' arguments for a job: the spec's keys under their own names, and what the device decides.
+    """transformers' arguments for a job: the spec's keys under their own names, and what depends on the device.
 
-    `spec` is the order's, adjusted to the memory. `begun_with`: the optimizer that it began with elsewhere.
+    `spec` is the order's, adjusted to the memory. `begun_with`: the optimizer with which it began elsewhere.
     """
     t = spec.training
     on_gpu = order.device == "cuda"
@@ -61,7 +61,7 @@ def training_arguments(
         use_cpu=not on_gpu,
         data_seed=t.seed,
         logging_first_step=True,
-        logging_nan_inf_filter=False,  # the filter would show the last good loss in place of a NaN
+        logging_nan_inf_filter=False,  # the filter would show the last good loss instead of a NaN
         save_strategy="steps",
         save_total_limit=2,
         eval_strategy="steps" if t.eval_steps else "no",

@@ -18,11 +18,11 @@ from .run import Run
 
 BEST = "best.json"
 BEST_WEIGHTS = "best_adapter.safetensors"
-"""Names in a checkpoint: the best evaluation so far, and its adapter where the job asks for the best one."""
+"""Names in a checkpoint: the best evaluation so far, and its adapter if the job asks for the best one."""
 
 
 class BestKeeper(TrainerCallback):
-    """Knows the best evaluation so far, and holds its adapter on the disk where the job asks for the best one."""
+    """Knows the best evaluation so far, and keeps its adapter on the disk if the job asks for the best one."""
 
     def __init__(self, run: Run, recorder: Recorder) -> None:
         self._run = run
@@ -33,7 +33,7 @@ class BestKeeper(TrainerCallback):
 
     @property
     def kept_step(self) -> int:
-        """The step of the adapter that the training leaves."""
+        """The step of the training's final adapter."""
         if self._best is not None and self._run.spec.training.load_best_model_at_end:
             return self._best[0]
         return self._recorder.steps
@@ -41,7 +41,7 @@ class BestKeeper(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any = None, metrics: dict[str, float] | None = None, **_: Any
     ) -> None:
-        """Keep the best adapter, and end a training that has stopped getting better."""
+        """Keep the best adapter, and end a training that no longer improves."""
         asked, loss = self._run.spec.training, (metrics or {}).get("eval_loss", math.nan)
         if self._best is None or loss < self._best[1]:
             self._best = (state.global_step, loss)
@@ -53,7 +53,7 @@ class BestKeeper(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
     def take(self, model: Any) -> None:
-        """Put the best evaluation's adapter in place of the last one, where the job asks for it; tell of it."""
+        """Replace the last adapter with the best evaluation's, if the job asks for it, and report that."""
         asked = self._run.spec.training
         if self.stopped_early is not None:
             text = (
@@ -66,7 +66,7 @@ class BestKeeper(TrainerCallback):
         self._run.note("training", f"kept the adapter of step {self._best[0]}, held-out loss {self._best[1]:.4f}")
 
     def store(self, folder: Path) -> None:
-        """Leave in a checkpoint what is the best so far."""
+        """Save the best so far in a checkpoint."""
         if self._best is None:
             return
         (folder / BEST).write_text(json.dumps({"step": self._best[0], "loss": self._best[1]}))
@@ -74,17 +74,17 @@ class BestKeeper(TrainerCallback):
             shutil.copyfile(self._file, folder / BEST_WEIGHTS)
 
     def read_finished(self, folder: Path, state: dict[str, Any]) -> None:
-        """Take it from the last checkpoint of a finished training; `state`: the progress that it holds."""
+        """Load it from the last checkpoint of a finished training; `state`: the checkpoint's progress."""
         if state["global_step"] < state["max_steps"]:
             self.stopped_early = state["global_step"]
         self.bring(folder)
 
     def bring(self, folder: Path) -> None:
-        """Take what was best before a checkpoint: a resume must not take a worse one. Raises what reading does."""
+        """Load the best before a checkpoint: a resume must not take a worse one. Raises what reading raises."""
         if (told := folder / BEST).exists():
             best = json.loads(told.read_text())
             self._best = (best["step"], best["loss"])
         if (weights := folder / BEST_WEIGHTS).exists():
-            load_file(weights)  # it is needed at the end alone: too late to learn that it can't be read
+            load_file(weights)  # it is needed only at the end: too late to find that it can't be read
             self._file.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(weights, self._file)

@@ -1,4 +1,4 @@
-"""Complete checkpoints on the disk: the newest one of this very training, by its marker."""
+"""Complete checkpoints on the disk: the newest of this same training, by its marker."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Checkpoint:
     path: Path
     step: int
     finished: bool  # of the training's last step
-    proof: float | None = None  # what the saved model's loss on the proof rows was
-    optimizer: str | None = None  # the name of the one whose state it holds
+    proof: float | None = None  # the saved model's loss on the proof rows
+    optimizer: str | None = None  # the name of the optimizer whose state it holds
 
 
 def newest_checkpoint(
     folders: list[Path], belongs_to: dict[str, str], refused: Callable[[int, list[str]], None] = lambda step, why: None
 ) -> Checkpoint | None:
-    """The complete checkpoint with the most steps below `folders` that belongs to this very training.
+    """The complete checkpoint with the most steps below `folders` that belongs to this same training.
 
-    `refused` is told of each complete one that does not: its step, and what differs.
+    `refused` is called for each complete checkpoint that does not: with its step, and what differs.
     """
     paths = [path for folder in folders for path in folder.glob("checkpoint-*")]
     ours = [checkpoint for path in paths if (checkpoint := _read(path, belongs_to, refused)) is not None]
@@ -33,7 +33,7 @@ def newest_checkpoint(
 
 
 def withdraw(checkpoint: Checkpoint) -> None:
-    """Remove the marker of a checkpoint that does not hold what it says: from now on it counts as torn."""
+    """Remove the marker of a checkpoint whose contents are not what it claims: from now on it counts as incomplete."""
     remove_marker(checkpoint.path)
 
 

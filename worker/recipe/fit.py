@@ -1,4 +1,4 @@
-"""The training itself, started again with smaller batches where the first do not fit."""
+"""The training itself, restarted with smaller batches if the first do not fit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .run import Run, Stopped
 class Callbacks:
     """The callbacks of a training, each with its own task."""
 
-    checkpoint: Checkpoint | None  # that the training goes on from
+    checkpoint: Checkpoint | None  # from which the training resumes
     proof: ResumeProof
     recorder: Recorder
     best: BestKeeper
@@ -55,7 +55,7 @@ class Callbacks:
         best = BestKeeper(run, recorder)
         teller = Teller(run, recorder, work, final)
         closer = CheckpointCloser(run, belongs_to(run.order, data), proof, best)
-        # the check and the brake come first: the others must not see a wrong model or a loss that is not a number
+        # the check and the brake come first: the others must not see a wrong model or a NaN loss
         order = (ResumeCheck(proof, checkpoint), Brake(run), recorder, best, closer, teller)
         return cls(checkpoint=checkpoint, proof=proof, recorder=recorder, best=best, teller=teller, in_order=order)
 
@@ -66,12 +66,12 @@ def _stretches(data: PreparedData | None, run: Run, learner: Learner) -> list[St
 
 
 SKIPS = 20
-"""Steps in a row that the loss scaler may skip. It begins at 2^16 and halves: one that is still too large after so many
+"""Steps in a row that the loss scaler may skip. It begins at 2^16 and halves: a scale still too large after this many
 is below 1, so the gradients themselves overflow."""
 
 
 class Brake(TrainerCallback):
-    """Ends a training before its last step: when it diverges, and when the supervisor asks for it.
+    """Ends a training before its last step: if it diverges, or if the supervisor asks for it.
 
     In float16 a gradient that is not finite is no divergence: the loss scaler skips that step and lowers its scale.
     """
@@ -114,7 +114,7 @@ class Brake(TrainerCallback):
 
 
 class BaseOpening(TrainerCallback):
-    """Says that others may train on the base, once the longest batches have fitted."""
+    """Reports that others may train on the base, once the longest batches have fitted."""
 
     def __init__(self, run: Run, forward: ForwardPass) -> None:
         self._run, self._shares = run, isinstance(forward, SharedPass)
@@ -130,8 +130,8 @@ def fit(
 ) -> TrainingArguments:
     """Train the model's adapter; batches that do not fit are made smaller before the first step.
 
-    Returns the arguments that it was trained with. Raises TrainingFailed, Stopped, and out-of-memory in mid-training as
-    it comes: the supervisor then starts a new process, with unbroken memory, from the last checkpoint.
+    Returns the arguments with which it was trained. Raises TrainingFailed, Stopped, and out-of-memory in mid-training
+    unchanged: the supervisor then starts a new process, with unfragmented memory, from the last checkpoint.
     """
     checkpoint = callbacks.checkpoint
     optimizer = begun_with(run.order, checkpoint)
@@ -141,7 +141,7 @@ def fit(
     while True:
         arguments = run.session.run(partial(training_arguments, run.order, run.spec, learner.precision, optimizer))
         failure = _fit_once(run, learner, forward, data, arguments, callbacks)
-        run.session.run(release)  # of what did not fit, or of optimizer and gradients, which nobody needs any more
+        run.session.run(release)  # of what did not fit, or of optimizer and gradients, which are no longer needed
         if failure is None:
             return arguments
         lighter = next_adjustment(run.order.spec, run.adjustment, on_gpu=run.on_gpu, cards=run.cards)
@@ -153,7 +153,7 @@ def fit(
 
 
 def _take_finished(run: Run, learner: Learner, callbacks: Callbacks, checkpoint: Checkpoint) -> None:
-    """Take adapter and course from the checkpoint of the last step."""
+    """Load adapter and course from the checkpoint of the last step."""
     run.stage(Stage.TRAINING)
     with readable(checkpoint):
         progress = read_snapshot(learner.model, checkpoint.path)["progress"]
@@ -171,7 +171,7 @@ def _fit_once(
     arguments: TrainingArguments,
     callbacks: Callbacks,
 ) -> str | None:
-    """Train to the end. Returns torch's words where the longest batch does not fit; then nothing was trained."""
+    """Train to the end. Returns torch's message if the longest batch does not fit; then nothing was trained."""
     if run.spec.training.report_to:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(
             Path(run.order.output_dir) / "tensorboard"
@@ -181,7 +181,7 @@ def _fit_once(
     if run.spec.preference.learns_prompts:
         held_out = with_prompts(held_out)
     rows = MemberRows(train=data.trained_rows, held_out=held_out)
-    # Without a limit no allocation fails on a processor: the kernel kills a process, and a probe would see nothing.
+    # Without a limit no allocation fails on a CPU: the kernel kills a process, and a probe would notice nothing.
     probed = run.on_gpu or run.order.memory_limit is not None
     called = (*callbacks.in_order, BaseOpening(run, forward))
     loop = TrainingLoop(run.session, forward, arguments, rows, called, pages=run.order.keep is None)

@@ -1,5 +1,5 @@
-"""The processes of a gang: what they make ready together (their link, the model, where they divide it), and all that
-one does which does not lead. Steps are the engine's business."""
+"""The processes of a gang: what they prepare together (their link, the model, how they divide it), and all the work of
+a follower. The engine does the steps."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class Gang:
     """One process's side of a training on several cards."""
 
     def __init__(self, order: Start) -> None:
-        """Wait for the others. Not before this process could end by itself, as for bad data."""
+        """Wait for the others. Call it only after every check that may end this process by itself, as for bad data."""
         assert order.meeting is not None
         device = torch.device(order.device)
         self.link = Link.open(order.rank, len(order.ranks), Path(order.meeting), device)
         self.shards = Shards(self.link) if order.parallel is Parallel.SHARDED else None
 
     def adapted(self, load: Callable[[], Any]) -> Any:
-        """The model that `load` makes, divided where the job's base is: then one process after the other has a whole
-        base in the box's memory."""
+        """The model from `load`, divided if the job's base is: then one process after another holds a whole base in the
+        box's memory."""
         if self.shards is None:
             return load()
         model = self.link.in_turn(lambda: self._divided(load()))
@@ -65,7 +65,7 @@ class Gang:
 
 
 def gathered(order: Start, head: Head | None, pad: int) -> Gang | None:
-    """The leader's: meet the others, and tell them which model they load, whose rows are padded with `pad`. None for a
+    """For the leader: meet the others, and send them the model to load, whose rows are padded with `pad`. None for a
     job on one card."""
     if not order.ranks:
         return None
@@ -75,7 +75,7 @@ def gathered(order: Start, head: Head | None, pad: int) -> Gang | None:
 
 
 def base_of(order: Start, precision: Precision, head: Head | None) -> Any:
-    """The order's base, loaded; into the box's memory where cards divide it. Raises TrainingFailed."""
+    """The order's loaded base; in the box's memory if cards divide it. Raises TrainingFailed."""
     spec = order.spec
     return load_base(
         spec.base_model,
@@ -91,7 +91,7 @@ def base_of(order: Start, precision: Precision, head: Head | None) -> Any:
 
 
 def follow(run: Run) -> Ended:
-    """All that a process does which does not lead: it loads the model, and does its part of each step."""
+    """All the work of a follower: it loads the model, and does its part of each step."""
     run.session.run(partial(_prepared, run)).follow(run.session.run)
     return Ended(job_id=run.order.job_id, reason=Reason.OK, message="", peaks=run.peaks())
 

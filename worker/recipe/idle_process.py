@@ -1,4 +1,4 @@
-"""A trainer that waits for its job: imported at low priority, on no device, then marked as that job's."""
+"""A trainer that waits for its job: imports at low priority, without a device, then is marked as that job's."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from collections.abc import Callable, Iterator
 from loractl.worker.protocol.idle_trainer import PLACEHOLDER
 
 NICER = 10
-"""By so much the priority of the imports is lower than the process's own."""
+"""How much lower the priority of the imports is than the process's own."""
 
 START_THREADS = ("numpy", "scipy.linalg")
-"""Libraries that start threads when they are loaded. These keep the priority of who loaded them for good."""
+"""Libraries that start threads when loaded. These threads keep the priority of the loading thread for good."""
 
 JOB_VARIABLE = "LORACTL_JOB"
 RUN_VARIABLE = "LORACTL_RUN"
 
 
 def prepare(device: str, load: Callable[[], None]) -> None:
-    """Import all that a job needs. Ends the process when a library has brought up CUDA: a spare holds no device.
+    """Import all that a job needs. Ends the process if a library has initialized CUDA: a spare holds no device.
 
-    A process may not raise its priority again, but a thread that ends takes its own along.
+    A process may not raise its priority again, but the priority of a thread ends with the thread.
     """
     for name in START_THREADS:
-        with contextlib.suppress(ImportError):  # a library of other libraries
+        with contextlib.suppress(ImportError):  # a dependency of other libraries
             importlib.import_module(name)
     failed: list[BaseException] = []
 
     def work() -> None:
-        with contextlib.suppress(OSError):  # a box that forbids it: then at the usual priority
+        with contextlib.suppress(OSError):  # the box forbids it: then at the usual priority
             lower = min(19, os.getpriority(os.PRIO_PROCESS, 0) + NICER)
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), lower)
         try:
@@ -53,9 +53,9 @@ def prepare(device: str, load: Callable[[], None]) -> None:
 
 
 class Marks:
-    """The places of a spare's marks in the memory that `/proc/PID/environ` shows. Make it before anything is imported.
+    """The places of a spare's marks in the memory that `/proc/PID/environ` shows. Create it before any import.
 
-    Who looks for an attempt's processes reads that memory, and the kernel shows it as it is, not as it was.
+    The search for an attempt's processes reads that memory, and the kernel shows its current content.
     """
 
     def __init__(self) -> None:
@@ -67,13 +67,13 @@ class Marks:
 
     @property
     def fit(self) -> bool:
-        """Whether there is a place for marks: this process can say whose it is, again and again."""
+        """Whether there is a place for marks, so that this process can change whose it is."""
         return self._run is not None and self._job is not None
 
     def become(self, name: str, mark: str, line: str) -> None:
-        """Be the attempt's of the job of that name, or a host's, for this process and all that it starts; print `line`.
+        """Mark this process and its children as the attempt's, with the job's name, or as a host's; print `line`.
 
-        Raises ValueError when a mark does not fit: then the node starts another trainer.
+        Raises ValueError if a mark does not fit: then the node starts another trainer.
         """
         run, job = mark.encode(), f"{JOB_VARIABLE}={name}".encode()
         if self._run is None or self._job is None or len(run) != self._run_size or len(job) > self._job_size:
@@ -87,8 +87,8 @@ class Marks:
 
 
 def _room_for_job(address: Callable[[bytes], int | None]) -> tuple[int | None, int]:
-    """Where LORACTL_JOB stands or may be written, and how much room there is: to the end of the placeholder, the last
-    variable. None where the variables do not lie so, as in a process that was forked with other ones."""
+    """Where LORACTL_JOB is or may be written, and how much room there is: to the end of the placeholder, the last
+    variable. None if the variables are laid out otherwise, as in a process forked with other variables."""
     waits, job = address(PLACEHOLDER.encode()), address(JOB_VARIABLE.encode())
     if waits is None:
         return None, 0
@@ -103,9 +103,9 @@ def _room_for_job(address: Callable[[bytes], int | None]) -> tuple[int | None, i
 
 @contextlib.contextmanager
 def _no_question_to_the_card() -> Iterator[None]:
-    """bitsandbytes asks torch for the card's capability when it is imported, and torch brings up CUDA for the answer.
+    """bitsandbytes asks torch for the card's capability at its import, and torch initializes CUDA for the answer.
 
-    NVML tells it without. Raises pynvml.NVMLError where it does not: there every trainer starts cold.
+    NVML gives it without that. Raises pynvml.NVMLError if it does not: there every trainer starts cold.
     """
     import pynvml
     import torch

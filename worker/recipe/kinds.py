@@ -1,4 +1,4 @@
-"""Kinds of training: what each does with a model, from the base to the report. What a job file says of it is in
+"""Kinds of training: what each does with a model, from the base to the report. Their part of a job file is in
 common/job/kinds."""
 
 from __future__ import annotations
@@ -47,25 +47,25 @@ class EvaluationTask:
 
 
 class TrainedKind(ABC):
-    """What differs between kinds from the base to the report."""
+    """What differs between kinds, from the base to the report."""
 
     from_ancestor = False
-    """Whether loss and report compare with the adapter that lora.init_from names, and not with the bare base."""
+    """Whether loss and report compare with lora.init_from's adapter instead of the bare base."""
 
     def measured(self, learner: Learner) -> Sequence[str]:
-        """What an evaluation measures, in its order."""
+        """What an evaluation measures, in order."""
         return learner.compared_with, "the tuned model"
 
     def head(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> Head | None:
-        """A head in place of the base's own; None: the base keeps its."""
+        """A head in place of the base's own; None: the base keeps its own."""
         return None
 
     @abstractmethod
     def loss(self, spec: JobSpec) -> Loss:
-        """What is learned from rows."""
+        """The loss that rows are trained with."""
 
     def refer(self, loss: Loss, learner: Learner, known: Callable[[str], dict[Any, Any]]) -> None:  # noqa: B027
-        """Give a loss its reference model. `known`: what trainings of this process know of a thing."""
+        """Give a loss its reference model. `known`: what trainings of this process know about something."""
 
     def misfit(self, data: PreparedData, stored: Path) -> str | None:
         """How the rows differ from the stored adapter that the job starts from. Raises ArtifactError."""
@@ -84,19 +84,19 @@ class TrainedKind(ABC):
 
     @abstractmethod
     def score(self, learner: Learner, rows: list[TokenRow]) -> None:
-        """One batch as its evaluation does it, for a model in eval mode, to see whether it fits."""
+        """One batch like its evaluation's, for a model in eval mode, to see whether it fits."""
 
     @abstractmethod
     def evaluate(self, work: EvaluationTask) -> Evaluation:
-        """What the report says of the held-out rows."""
+        """What the report says about the held-out rows."""
 
     def settings(self, labels: int | None) -> dict[str, Any]:
-        """Keys of the model's config that it needs. `labels`: as planned."""
+        """The keys that it needs in the model's config. `labels`: as planned."""
         return {}
 
     @abstractmethod
     def built(self, config: Any, **options: Any) -> Any:
-        """The model of a config, without weights that mean anything."""
+        """The model of a config, with meaningless weights."""
 
     @abstractmethod
     def unquantised(self, model: Any) -> Sequence[str]:
@@ -137,12 +137,12 @@ class TrainedAnswers(TrainedKind):
         return list(get_keys_to_not_convert(model))
 
     def traced_loss(self, model: Any, inputs: Mapping[str, torch.Tensor], count: torch.Tensor) -> torch.Tensor:
-        # of the output the loss alone is kept, so that the logits are gone by the backward pass
+        # only the loss of the output is kept, so that the logits are freed before the backward pass
         return model(**inputs, num_items_in_batch=count, labels=inputs["input_ids"])[0]
 
 
 class TrainedPreferences(TrainedAnswers):
-    """A model that answers, learned from pairs: how often and by how much the chosen answer is the likelier one."""
+    """A model that answers, learned from pairs: how often and by how much the chosen answer is likelier."""
 
     from_ancestor = True
 
@@ -152,11 +152,11 @@ class TrainedPreferences(TrainedAnswers):
     def refer(self, loss: Loss, learner: Learner, known: Callable[[str], dict[Any, Any]]) -> None:
         assert isinstance(loss, PairLoss)
         if loss.asked.has_reference:
-            question = f"reference of pairs, by {type(learner.scorer).__name__}"  # which rounds in its own way
+            question = f"reference of pairs, by {type(learner.scorer).__name__}"  # each type rounds in its own way
             loss.reference = FrozenReference(learner, known(question))
 
     def score(self, learner: Learner, rows: list[TokenRow]) -> None:
-        # an evaluation's batch has as many answers as this one has pairs: at worst the longest ones
+        # an evaluation's batch has as many answers as this one has pairs: at worst the longest
         answers = [text for row in rows for text in form_of(DataFormat.PREFERENCE).texts(row)]
         super().score(learner, sorted(answers, key=lambda row: -len(row.input_ids))[: len(rows)])
 
@@ -171,7 +171,7 @@ MOST_NAMED = 8
 
 
 class TrainedClasses(TrainedKind):
-    """Labels of texts. A head of its own answers in one pass; the baseline always names the most frequent label."""
+    """Labels of texts. Its own head answers in one pass; the baseline always names the most frequent label."""
 
     def measured(self, learner: Learner) -> Sequence[str]:
         return ("the classifier",)

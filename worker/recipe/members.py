@@ -1,4 +1,4 @@
-"""The members of a trainer process: jobs that are in it at the same time, each in a thread of its own."""
+"""The members of a trainer process: jobs that are in it at the same time, each in its own thread."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .order_desk import MemberOver, OrderDesk, Orders
 
 SWITCH_S = 0.0005
 """Seconds for which a thread that reads rows may keep the interpreter from one that computes. With Python's own 5 ms
-each operation of a step beside it waits so long."""
+each operation of a concurrent step waits that long."""
 
 
 @dataclass(kw_only=True)
 class Roster:
-    """The jobs that are in this process. Any thread may ask."""
+    """The jobs in this process. Any thread may ask."""
 
-    lost: str | None = None  # why what is trained here counts for nobody any more, in words
-    shared: bool = False  # it is a host's: what it prints is no job's, and the peak of its memory neither
-    _met: dict[int, set[int]] = field(default_factory=dict)  # job -> all that were here while it is
+    lost: str | None = None  # in words, why training here no longer counts for any job
+    shared: bool = False  # it is a host's: neither its output nor its memory peak belongs to one job
+    _met: dict[int, set[int]] = field(default_factory=dict)  # job -> all jobs that were here at the same time
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enter(self, job_id: int) -> None:
@@ -43,12 +43,12 @@ class Roster:
 
     @property
     def any_job(self) -> int | None:
-        """A job that is here."""
+        """Note that a job is here."""
         with self._lock:
             return next(iter(self._met), None)
 
     def share(self, say: Callable[[], None]) -> None:
-        """Be several jobs'. `say` prints the line behind which standard error is no job's."""
+        """Become several jobs' process. `say` prints the line after which standard error belongs to no job."""
         with self._lock:
             sys.setswitchinterval(SWITCH_S)
             say()
@@ -68,23 +68,23 @@ class MemberServer(Protocol):
     """What a process does for its members. All but `serve` is called in the main thread."""
 
     def begin(self, order: Start, *, alone: bool) -> None:
-        """A member comes, whose thread has not begun. `alone`: there is no other one."""
+        """A member comes; its thread has not started. `alone`: there is no other member."""
 
     def serve(self, order: Start, orders: Orders, tell: Callable[[Told], None]) -> Ended:
         """Train, in the member's thread."""
         ...
 
     def let_go(self, order: Start, ended: Ended) -> str | None:
-        """A member has left others. Returns why nobody may come any more: what of it is here, or how it ended."""
+        """A member has left others. Returns why nobody may join any more: what is left of it here, or how it ended."""
         ...
 
     def settle(self, order: Start, ended: Ended) -> Ended:
-        """The last one has left. Its end says how many bytes of the base stay; None: this process ends."""
+        """The last member has left. Its end says how many bytes of the base stay; None: this process ends."""
         ...
 
 
 class Members:
-    """Who trains in this process. The main thread calls it."""
+    """The members that train in this process. Only the main thread calls it."""
 
     def __init__(
         self, server: MemberServer, desk: OrderDesk, tell: Callable[[Told], None], roster: Roster | None = None
@@ -97,19 +97,20 @@ class Members:
         return len(self._threads)
 
     def begin(self, order: Start) -> None:
-        """Let a member train in a thread of its own; its end comes to the desk."""
+        """Let a member train in its own thread; its end comes to the desk."""
         self._server.begin(order, alone=not self._threads)
         self._roster.enter(order.job_id)
-        # daemon: where one raises what nobody expected, the process ends with all
+        # daemon: if one raises something unexpected, the process ends with all of them
         thread = threading.Thread(target=self._work, args=(order,), name=f"job {order.job_id}", daemon=True)
         self._threads[order.job_id] = thread
         thread.start()
 
     def finish(self, over: MemberOver) -> bool:
-        """Tell the end of a member whose thread is done; whether the process goes on. Raises what the thread raised."""
+        """Report the end of a member whose thread is done; returns whether the process continues. Raises what the
+        thread raised."""
         order, ended = over.order, over.ended
         self._threads.pop(order.job_id).join()
-        self._desk.close(order)  # before its end is told: the job may come back at once
+        self._desk.close(order)  # before its end is reported: the job may come back at once
         if isinstance(ended, BaseException):
             raise ended
         if self._threads:

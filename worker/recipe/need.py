@@ -1,4 +1,4 @@
-"""What a job needs, told again once the lengths of its own rows are known."""
+"""What a job needs, reported again once the lengths of its own rows are known."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from .traced_plan import trace_plan
 
 
 def tell_need(run: Run, data: PreparedData) -> None:
-    """Tell what the job needs for the lengths of its own rows and the card's arithmetic, which submit could not know.
+    """Report what the job needs for its own rows' lengths and the card's arithmetic, which submit could not know.
 
-    An architecture that the plan does not know is traced, where memory is one card's. Raises
-    TrainingFailed(out_of_memory) when the trace, or the plan in a wider type than submit planned, needs more than the
-    card gives: no weight is loaded yet.
+    An architecture that the plan does not know is traced, if memory is one card's. Raises TrainingFailed(out_of_memory)
+    if the trace, or the plan in a wider type than submit planned, needs more than the card has: no weight is loaded
+    yet.
     """
     order, spec = run.order, _for_any_attempt(run)
     lengths, stack = lengths_of(data), _stack(run)
     need = predict(spec, lengths, stack=stack)
     given = order.vram_reserved
     if given is not None and order.joins:
-        given += run.base_cache.size  # which others brought
+        given += run.base_cache.size  # loaded by others
     size = need.of(order.method)
     if size is not None or given is None or order.gpu == "cpu" or order.ranks:
         _tell(run, need, lengths, stack)
@@ -61,8 +61,8 @@ def tell_need(run: Run, data: PreparedData) -> None:
 
 
 def tell_padded(run: Run, data: PreparedData, why: str) -> None:
-    """Say that rows are padded, and what the job then needs where its plan was of lean steps: for its later attempts,
-    and so that its measured peak teaches what it is a peak of. This attempt keeps what it has."""
+    """Report that rows are padded, and what the job then needs if its plan was for lean steps: for its later attempts,
+    and so that its measured peak is compared with the right plan. This attempt keeps what it has."""
     run.note("engine", f"trains with padded rows: {why}")
     shape, spec = read_shape(run.spec.base_model, run.spec.revision), _for_any_attempt(run)
     if shape is None or not is_lean(shape, spec):
@@ -75,12 +75,12 @@ def tell_padded(run: Run, data: PreparedData, why: str) -> None:
 
 
 def _for_any_attempt(run: Run) -> JobSpec:
-    """The job as later attempts begin it: the room to do without recomputing is this one's."""
+    """The job as later attempts start it: the room to do without recomputing belongs to this attempt."""
     return adjusted(run.order.spec, without_room(run.order.spec, run.adjustment))
 
 
 def _stack(run: Run) -> Stack:
-    """How this device computes. A simulated card is planned as a card, though a processor trains there."""
+    """How this device computes. A simulated card is planned as a card, though a CPU trains there."""
     order, spec = run.order, run.spec
     stack = Stack(on_gpu=order.gpu != "cpu", widens=multiplies_wide())
     if stack.on_gpu and not run.on_gpu:
@@ -93,13 +93,13 @@ def _stack(run: Run) -> Stack:
 
 
 def _family(spec: JobSpec) -> str:
-    """The base's `model_type`, where the plan knows it."""
+    """The base's `model_type`, if the plan knows it."""
     shape = read_shape(spec.base_model, spec.revision)
     return "" if shape is None else shape.family
 
 
 def _planned(run: Run, need: Need, lengths: Lengths, stack: Stack) -> int | None:
-    """Tell the better plan. Returns what it says of this attempt."""
+    """Report the better plan. Returns what it says about this attempt."""
     order, spec = run.order, _for_any_attempt(run)
     roomy = None if order.ranks else plan_roomy(spec, lengths, stack=stack).as_json()
     running = None
@@ -118,7 +118,7 @@ def _tell(run: Run, need: Need, lengths: Lengths, stack: Stack) -> None:
 def lowered_limit(order: Start, size: int | None) -> int | None:
     """Bytes of the card that this attempt keeps once its need, `size`, is known better: the rest goes to other jobs.
 
-    The reservation is the plan times what was learned from measured peaks, and stays so.
+    The reservation is the plan times a factor learned from measured peaks, and keeps that ratio.
     """
     given = order.memory_limit
     if size is None or given is None:

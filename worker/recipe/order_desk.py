@@ -1,4 +1,4 @@
-"""The orders that come to a trainer: each stop goes to the job that it is for, all else to the trainer itself."""
+"""The orders to a trainer: each stop goes to its job, all others to the trainer itself."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Orders = queue.SimpleQueue[Order]
 
 @dataclass(frozen=True, kw_only=True)
 class MemberOver:
-    """A job's thread has done its work: what it says of the end, or what went wrong in us."""
+    """A job's thread has finished: its report of the end, or an error of our own."""
 
     order: Start
     ended: Ended | BaseException
 
 
 class OrderDesk:
-    """Reads orders in a thread. Without a supervisor that can be understood it ends the process."""
+    """Reads orders in a thread. Without a supervisor that it understands, it ends the process."""
 
     def __init__(self, commands: IO[str]) -> None:
         self._commands = commands
@@ -36,19 +36,19 @@ class OrderDesk:
         threading.Thread(target=self._listen, name="orders", daemon=True).start()
 
     def next(self) -> Order | MemberOver:
-        """Wait for the next order that is for the trainer itself, or the end of a job."""
+        """Wait for the next order for the trainer itself, or the end of a job."""
         return self._own.get()
 
     def put(self, over: MemberOver) -> None:
-        """Let the trainer know that a job has ended; the job's thread calls it."""
+        """Report to the trainer that a job has ended; the job's thread calls it."""
         self._own.put(over)
 
     def of(self, order: Start) -> Orders:
-        """What is ordered of one job."""
+        """The orders for one job."""
         return self._members[order.job_id]
 
     def close(self, order: Start) -> None:
-        """The job has ended: what comes for it now is for nobody."""
+        """The job has ended: later orders for it are dropped."""
         self._members.pop(order.job_id, None)
 
     def _listen(self) -> None:
@@ -64,4 +64,4 @@ class OrderDesk:
                 self._own.put(order)
         except ValueError as error:
             sys.stderr.write(f"the supervisor sent what this trainer can't read: {error}\n")
-        os._exit(EXIT_ORPHANED)  # not sys.exit: the main thread may sit in a CUDA call
+        os._exit(EXIT_ORPHANED)  # not sys.exit: the main thread may be in a CUDA call

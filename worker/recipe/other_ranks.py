@@ -1,6 +1,6 @@
-"""The processes of a gang beside the leader's, which starts them: to the supervisor all of them are one trainer.
+"""The processes of a gang besides the leader's, which starts them: to the supervisor they are all one trainer.
 
-They end with the leader, whose end closes their stdin. When one of them ends too early, the leader says why and ends.
+They end with the leader, whose end closes their stdin. If one of them ends too early, the leader says why and ends.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from loractl.worker.protocol.messages import Ended, Peaks, Rank, Start, Told, en
 TRAINER = "loractl.worker.recipe.trainer"
 
 LINK_LOST = "its link to the job's other processes broke"
-"""What a rank says when another one is gone. It is never the cause."""
+"""What a rank says when another is gone. It is never the cause."""
 
 GRACE_S = 3.0
-"""Once another rank has failed, the leader has so long to notice it by its broken link and to end in order. A card's
-kernel may wait for ever instead."""
+"""How long the leader has, after another rank's failure, to notice it by its broken link and to end in order. A card's
+kernel may wait forever instead."""
 
 LAST_LINES = 40
 
 
 class OtherRanks:
-    """The other ranks of a training, from their start on."""
+    """The other ranks of a training, from their start."""
 
     def __init__(self, order: Start, tell: Callable[[Told], None], trainer: str = TRAINER) -> None:
         """`trainer`: the module that each of them runs."""
         self._tell, self._trainer = tell, trainer
-        self._folder = tempfile.TemporaryDirectory(prefix="gang-", dir=Path(order.output_dir).parent)  # for us alone
+        self._folder = tempfile.TemporaryDirectory(prefix="gang-", dir=Path(order.output_dir).parent)  # only for us
         self.order = order.model_copy(update={"meeting": str(Path(self._folder.name) / "meeting")})
-        self._said: queue.SimpleQueue[Ended] = queue.SimpleQueue()  # by ranks that have failed
+        self._said: queue.SimpleQueue[Ended] = queue.SimpleQueue()  # from failed ranks
         self._peaks = Peaks()
         self._settled = threading.Event()
         self._watchers = [self._begin(rank) for rank in order.ranks if rank.rank != order.rank]
 
     def settle(self, ended: Ended) -> Ended:
-        """The leader's end as the job's: where another rank has failed, for that rank's reason."""
+        """The leader's end as the job's: if another rank has failed, with that rank's reason."""
         self._settled.set()
         if ended.reason in (Reason.TRAINER_ERROR, Reason.EVALUATION_FAILED):
             with contextlib.suppress(queue.Empty):  # then it was the leader's own error
@@ -85,7 +85,7 @@ class OtherRanks:
         return self.order.model_copy(update={**own, "memory_limit": rank.memory_limit, "keep": None})
 
     def _watch(self, rank: Rank, process: subprocess.Popen[str], kills: int | None) -> None:
-        """Stay with a process until it has ended; end the leader's where it failed and the leader does not notice."""
+        """Watch a process until it has ended; end the leader's if it failed and the leader does not notice."""
         lines: deque[str] = deque(maxlen=LAST_LINES)
         assert process.stdout is not None and process.stderr is not None
         printer = threading.Thread(target=_print, args=(rank, process.stderr, lines), daemon=True)
@@ -115,7 +115,7 @@ class OtherRanks:
 
 
 def _print(rank: Rank, pipe: IO[str], lines: deque[str]) -> None:
-    """Pass on what a rank prints, under its name."""
+    """Pass on a rank's output, under its name."""
     for line in pipe:
         lines.append(line)
         sys.stderr.write(f"[rank {rank.rank}] {line}")

@@ -1,4 +1,4 @@
-"""The longest batches of a job, tried before its first step: what does not fit is known within a minute.
+"""Tries a job's longest batches before its first step: if they do not fit, that is known within a minute.
 
 It leaves no trace: weights, optimizer, gradients and random numbers are as before.
 """
@@ -27,7 +27,7 @@ from .run import Run
 
 PROCESSOR_ROOM_BYTES = 128 * 2**20
 """Held during the probe on a CPU, in place of what libraries keep after some steps: 60 to 140 MiB of compiled kernels
-in oneDNN's cache were seen. A first step does not hold them yet."""
+were measured in oneDNN's cache. A first step does not hold them yet."""
 
 
 class DoesNotFit(Exception):
@@ -37,8 +37,8 @@ class DoesNotFit(Exception):
 def try_longest(loop: TrainingLoop, learner: Learner, data: PreparedData, run: Run) -> None:
     """Try a training step on the longest rows, then the evaluation's longest batch.
 
-    Where the latter does not fit it is made smaller, and the run is told the rows that fit. Raises DoesNotFit where the
-    training does not fit, and out-of-memory as it is where evaluating a single row does not.
+    If the latter does not fit, it is made smaller, and the run gets the number of rows that fit. Raises DoesNotFit if
+    the training does not fit, and the out-of-memory error itself if evaluating a single row does not.
     """
     ask, held = run.session.run, list[torch.Tensor]()
     rows = _largest(data, run, loop.args.per_device_train_batch_size)
@@ -52,7 +52,7 @@ def try_longest(loop: TrainingLoop, learner: Learner, data: PreparedData, run: R
         failure = None
     try:
         if failure is not None:
-            raise DoesNotFit(failure)  # outside of the handler: the error holds nothing, and neither may its place
+            raise DoesNotFit(failure)  # outside the handler: neither the error nor its context may hold tensors
         _tell_attention(loop.forward, run)
         _try_evaluation(loop, learner, data, run)
     finally:
@@ -60,18 +60,18 @@ def try_longest(loop: TrainingLoop, learner: Learner, data: PreparedData, run: R
 
 
 def _tell_attention(forward: ForwardPass, run: Run) -> None:
-    """Say why a card starts kernels for each row: a step of many short rows may take several times as long so."""
+    """Report why a card starts kernels for each row: that may make a step of many short rows several times as long."""
     if isinstance(forward, LeanPass) and forward.by_row is not None:
         run.note("engine", f"attention goes row by row: {forward.by_row}")
 
 
 def _largest(data: PreparedData, run: Run, size: int) -> list[TokenRow]:
-    """The largest batch that can come; on several cards each of them has the longest rows."""
+    """The largest possible batch; with several cards, each has the longest rows."""
     return longest(data.trained_rows, size // run.cards) * run.cards
 
 
 def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, run: Run) -> None:
-    """A batch as it is evaluated in mid-training, where it is, and as the report's evaluation does it."""
+    """A batch of the evaluation in mid-training, if there is one, and of the report's evaluation."""
     args = loop.args
     in_training, wanted = args.eval_strategy != "no", args.per_device_eval_batch_size
     batch = longest(data.held_out.rows.first(run.spec.evaluation.max_rows), wanted)
@@ -94,20 +94,20 @@ def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, ru
 
 
 def longest(rows: Sequence[TokenRow], count: int) -> list[TokenRow]:
-    """The rows with the most tokens: they make the largest batch that can come."""
+    """The rows with the most tokens: they make the largest possible batch."""
     lengths = lengths_in(rows)
     return [rows[place] for place in sorted(range(len(rows)), key=lambda place: -lengths[place])[:count]]
 
 
 def _try_step(loop: TrainingLoop, rows: list[TokenRow], held: list[torch.Tensor]) -> None:
-    """Forward and backward as the steps do it, with what is `held` at the same time in a real one."""
+    """Forward and backward like a step's, with what a real step has `held` at the same time."""
     pieces, device = loop.args.gradient_accumulation_steps, loop.forward.device
     with random_streams_kept():
         meet(loop.forward.loss, rows)
         held.append(torch.empty(_bytes_to_come(loop), dtype=torch.uint8, device=device))
         try:
             if pieces > 1:
-                for parameter in loop.trained:  # the gradients of the micro-batches before this one
+                for parameter in loop.trained:  # the gradients of earlier micro-batches
                     parameter.grad = torch.zeros_like(parameter)
             batch = MicroBatch(rows=rows, learned=max(1, loop.forward.loss.count(rows)), pieces=pieces)
             loop.forward.learn(batch, loop.optimizer.backward)
@@ -116,7 +116,7 @@ def _try_step(loop: TrainingLoop, rows: list[TokenRow], held: list[torch.Tensor]
 
 
 def _bytes_to_come(loop: TrainingLoop) -> int:
-    """What the steps will hold and the probe does not: the optimizer's state, unless it came from a checkpoint."""
+    """What the steps will hold but the probe does not: the optimizer's state, unless it came from a checkpoint."""
     room = PROCESSOR_ROOM_BYTES if loop.forward.device.type == "cpu" else 0
     if loop.optimizer.inner.state:
         return room

@@ -1,4 +1,4 @@
-"""Tells the supervisor how far a training is, and how long the rest will take."""
+"""Reports a training's progress to the supervisor, and how long the rest will take."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from .recorder import Recorder
 from .run import Run
 
 TOLD_EVERY_S = 1.0
-"""Seconds between two steps that are told; a step with a loss is always told."""
+"""Seconds between two reported steps; a step with a loss is always reported."""
 
 SAID_EVERY_S = 20.0
-"""Seconds between two lines of the log about an evaluation."""
+"""Seconds between two log lines about an evaluation."""
 
 
 class Teller(TrainerCallback):
-    """Tells of steps and losses, and says when the job will be done."""
+    """Reports steps and losses, and when the job will be done."""
 
     def __init__(
         self, run: Run, recorder: Recorder, evaluation: Sequence[Stretch] = (), final: Sequence[Stretch] = ()
     ) -> None:
-        """`evaluation`: what comes after the last step, `final`: and after that."""
+        """`evaluation`: what comes after the last step; `final`: what comes after that."""
         self._run = run
         self._recorder = recorder
         self._evaluation, self._final = list(evaluation), list(final)
-        # from one step's end to the next one's: evaluations and checkpoints between them take time too
+        # from one step's end to the next one's: evaluations and checkpoints in between take time too
         self._step_times: deque[float] = deque(maxlen=1000)
         self._step_ended = 0.0
         self._told = 0.0
@@ -74,7 +74,7 @@ class Teller(TrainerCallback):
             self._run.say(evaluation_text(self._pace()))
 
     def tell(self, metrics: dict[str, float] | None = None) -> None:
-        """Tell the step that the training has reached."""
+        """Report the step that the training has reached."""
         self._told = time.monotonic()
         recorder = self._recorder
         left, spread = self._left()
@@ -101,19 +101,20 @@ class Teller(TrainerCallback):
         )
 
     def _left(self) -> tuple[float | None, float | None]:
-        """Seconds until the job is done, and half the width of a 95% interval of them."""
+        """Seconds until the job is done, and half the width of their 95% interval."""
         recorder = self._recorder
         left, spread = remaining(self._step_times, recorder.total_steps - recorder.steps)
         if left is not None and recorder.tokens_per_second:
-            # A token that is trained on costs a forward and a backward, in LoRA about as much again (no gradients of
-            # the base's weights): read as two that are evaluated. Measured once the evaluation runs.
+            # A trained token costs a forward and a backward pass, which in LoRA costs about as much again (no gradients
+            # of the base's weights): counted as two evaluated tokens. Measured once the evaluation runs.
             left += sum(stretch.tokens for stretch in self._evaluation + self._final) / (2 * recorder.tokens_per_second)
         return left, spread
 
     def evaluating(self, parts: Sequence[str], *, final: bool = False) -> Callable[[int, int], None]:
-        """A progress function for the evaluation: tells how long the rest will take, and names each part as it begins.
+        """A progress function for the evaluation: reports how long the rest will take, and names each part as it
+        begins.
 
-        `parts`: what is measured one after the other, each by the same work. `final`: on the final rows.
+        `parts`: measured one after the other, each with the same work. `final`: on the final rows.
         """
         said = time.monotonic()
         begun, watch = 0, Stopwatch(self._final if final else self._evaluation + self._final, said)
@@ -137,7 +138,7 @@ class Teller(TrainerCallback):
                     step=self._recorder.steps,
                     total_steps=self._recorder.total_steps,
                     eta_seconds=left,
-                    eta_spread_seconds=left,  # how long the answers become is not known
+                    eta_spread_seconds=left,  # the length of the answers is unknown
                     evaluated=done,
                     to_evaluate=of,
                     peaks=self._run.peaks(),
@@ -147,7 +148,7 @@ class Teller(TrainerCallback):
         return tell
 
     def tell_held_out(self, evaluation: Evaluation) -> None:
-        """Tell the tuned model's held-out loss: the jobs of a sweep are compared by it, without their reports."""
+        """Report the tuned model's held-out loss: a sweep's jobs are compared by it, without their reports."""
         loss = next((metric.tuned for metric in evaluation.metrics if metric.name == "loss"), math.nan)
         if math.isfinite(loss):
             job_id, steps, of = self._run.order.job_id, self._recorder.steps, self._recorder.total_steps
@@ -155,7 +156,7 @@ class Teller(TrainerCallback):
 
 
 def remaining(step_times: Sequence[float], steps: int) -> tuple[float | None, float | None]:
-    """Seconds that so many more steps will take, and half the width of a 95% interval of them.
+    """Seconds that this many more steps will take, and half the width of their 95% interval.
 
     The sum of `steps` new times varies by their own spread and by that of the mean of the n measured ones: its variance
     is s² (steps + steps² / n). The quantile is Student's, expanded around the normal one (Abramowitz and Stegun 1964,

@@ -74,10 +74,10 @@ def train(run: Run) -> Ended:
     run.check_stop()
 
     run.base_cache.compare(order.keep, (run.spec.base_model, run.spec.revision), run.phase, run.check_stop)
-    # 2. The base model, in NF4 for QLoRA, a fresh adapter, and how a step passes them.
+    # 2. The base model, in NF4 for QLoRA, a fresh adapter, and the forward pass.
     learner, steps, identity = ask(partial(_ready, run, data, tokenizer))
 
-    # 3. Train, from the newest checkpoint of this very training if there is one.
+    # 3. Train, from the newest checkpoint of this same training if there is one.
     callbacks = ask(lambda: Callbacks.of(run, learner, data, checkpoint_to_resume(run, data)))
     arguments = fit(run, learner, steps, data, callbacks)
 
@@ -110,7 +110,7 @@ def longest_row(data: PreparedData) -> int:
 
 
 def _tokenizer(run: Run) -> BorrowedTokenizer:
-    """The base's tokenizer: that of a job before in this process, or loaded. Raises TrainingFailed."""
+    """The base's tokenizer: from an earlier job in this process, or loaded. Raises TrainingFailed."""
     name, revision = run.spec.base_model, run.spec.revision
 
     def make() -> Any:
@@ -122,7 +122,8 @@ def _tokenizer(run: Run) -> BorrowedTokenizer:
 
 
 def _prepared(run: Run, tokenizer: Any) -> PreparedData:
-    """Tokenised and packed as the job asks, with what the history should know of them. Raises DataError."""
+    """The data, tokenised and packed as the job asks; reports what the history should know about them. Raises
+    DataError."""
     run.say("reads the rows, and turns them into tokens")
     aside = run.order.joins and is_large(run.order)
     data = prepare_aside(run) if aside else prepare_rows(run.order, run.spec, tokenizer)
@@ -157,8 +158,8 @@ def _note_data(run: Run, data: PreparedData) -> None:
 
 
 def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, ForwardPass, BaseIdentity]:
-    """The model with a fresh adapter, how its steps are computed, and what identifies the base once it is hashed.
-    Raises TrainingFailed."""
+    """The model with a fresh adapter, its forward pass, and what identifies the base once hashed. Raises
+    TrainingFailed."""
     head = run.kind.head(run.spec, data, tokenizer)
     gang = gathered(run.order, head, tokenizer.pad_token_id)
     learner, identity, shared = _load(run, data, tokenizer, head, gang)
@@ -190,8 +191,8 @@ def _keep(run: Run, learner: Learner, tokenizer: Any, callbacks: Callbacks) -> N
 def _load(
     run: Run, data: PreparedData, tokenizer: Any, head: Head | None, gang: Gang | None
 ) -> tuple[Learner, BaseIdentity, SharedBase | None]:
-    """The base model with a fresh adapter, what identifies the base once it is hashed, and the base where others may
-    train on it. Raises TrainingFailed."""
+    """The base model with a fresh adapter, what identifies the base once hashed, and the base if others may train on
+    it. Raises TrainingFailed."""
     order, spec = run.order, run.spec
     precision = choose_precision(order.device, spec.training.dtype, family := family_of(spec.base_model, spec.revision))
     if said := _about_fp16(spec, precision, family, on_gpu=run.on_gpu):
@@ -221,7 +222,7 @@ def _load(
 
 
 def _base(run: Run, precision: Precision, head: Head | None) -> Any:
-    """The base model: that of the job before in this process, or loaded. Raises TrainingFailed."""
+    """The base model: from the previous job in this process, or loaded. Raises TrainingFailed."""
     order, spec = run.order, run.spec
     name = f"{portable_name(spec.base_model)} for {order.method.value}"
 
@@ -244,7 +245,7 @@ def _base(run: Run, precision: Precision, head: Head | None) -> Any:
 
 
 def _begin_from(run: Run, model: Any, data: PreparedData, ancestor: Ancestor) -> None:
-    """Put a stored adapter's weights in place of the fresh ones. Raises TrainingFailed where they do not fit."""
+    """Put a stored adapter's weights in place of the fresh ones. Raises TrainingFailed if they do not fit."""
     folder = Path(ancestor.path)
     if (differing := run.kind.misfit(data, folder)) is not None:
         where = f"the rows and {ancestor.name} (job {ancestor.job_id}) differ in {differing}"
@@ -254,7 +255,7 @@ def _begin_from(run: Run, model: Any, data: PreparedData, ancestor: Ancestor) ->
 
 
 def _about_fp16(spec: JobSpec, precision: Precision, family: str, *, on_gpu: bool) -> str | None:
-    """What a person should know where float16 and the model do not go together; None where nothing is to be said."""
+    """A warning if float16 and the model do not go together; else None."""
     if not on_gpu or not overflows_fp16(family):
         return None
     if precision.amp == "fp16":
@@ -272,7 +273,7 @@ def check_finite(model: Any) -> None:
 
 
 def _resolved(run: Run, arguments: TrainingArguments) -> dict[str, Any]:
-    """The job as it ran: the spec, what memory changed in it, the method taken, and transformers' arguments."""
+    """The job as it ran: the spec, what memory changed in it, the method used, and transformers' arguments."""
     order = run.order
     taken = {k: v for k, v in arguments.to_dict().items() if isinstance(v, (str, int, float, bool, type(None)))}
     return {
@@ -287,7 +288,7 @@ def _resolved(run: Run, arguments: TrainingArguments) -> dict[str, Any]:
 
 
 def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callbacks: Callbacks) -> Evaluation:
-    """`tasks`: what `find_tasks` returned."""
+    """`tasks`: from `find_tasks`."""
     most, rows = run.spec.evaluation.max_rows, data.held_out.rows.examples
     rows = rows if most is None else min(rows, most)
     work = f"{rows} held-out row{'s' * (rows != 1)}"
@@ -306,7 +307,7 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
 
 
 def _evaluate_final(run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks) -> Evaluation | None:
-    """The same on the final rows, for the report's file alone: neither log nor database get a figure of it."""
+    """The same on the final rows, only for the report's file: neither log nor database gets a figure from it."""
     if (final := data.of_final) is None:
         return None
     progress = callbacks.teller.evaluating(_on(run, learner, "the final rows"), final=True)
@@ -333,7 +334,7 @@ def _measure(run: Run, learner: Learner, data: PreparedData, progress: Callable[
 
 
 def _once(run: Run) -> Once[Any]:
-    """Ask trainings of this process, before and now, what they found out about the base."""
+    """Ask earlier and current trainings of this process what they found out about the base."""
 
     def once(
         question: str, find_out: Callable[[], Any], *, keeps: Callable[[Any], bool] = lambda found: True
@@ -344,8 +345,8 @@ def _once(run: Run) -> Once[Any]:
 
 
 def _known(run: Run, what: str) -> dict[Any, Any]:
-    """What trainings of this process have found out about something, which they add to. Another ancestor is another
-    something."""
+    """What trainings of this process have found out about something, and add to. With another ancestor it is something
+    else."""
     ancestor = run.order.init_from
     told = {} if ancestor is None else ancestor.lineage()
     found: dict[Any, Any] = _once(run)(
@@ -355,7 +356,7 @@ def _known(run: Run, what: str) -> dict[Any, Any]:
 
 
 def _checks(run: Run, learner: Learner) -> CheckCache:
-    """Ask this box, too, what it found out about rows behind each other on this base."""
+    """Also ask this box what it found out about concatenated rows on this base."""
     order, spec = run.order, run.spec
     files = sorted(traits_of(spec.base_model, spec.revision))
     how = [order.method.value, learner.precision, spec.training.attn_implementation, order.parallel.value]
@@ -393,7 +394,7 @@ def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_s
 
 
 def _of_what(run: Run) -> str:
-    """Beside a measured peak: that it is not the whole job's, or not the job's alone."""
+    """A remark on a measured peak: that it does not cover the whole job, or not only the job."""
     if run.order.ranks:
         return f" on {run.order.node}, the first of {len(run.order.ranks)} cards"
     return ", which it shared with other jobs" if run.roster.shared else ""

@@ -16,7 +16,7 @@ from loractl.worker.evaluation.row_losses import score_rows
 
 
 class FrozenReference:
-    """What a report calls base: the bare base, or the adapter as it started.
+    """What a report calls base: the bare base, or the adapter with its first weights.
 
     A row is scored once, just before it is first learned from. Trainings of one process with the same base share the
     scores.
@@ -30,7 +30,7 @@ class FrozenReference:
         if not new:
             return
         texts = [form_of(DataFormat.PREFERENCE).texts(row) for row in new.values()]
-        # padded texts round differently in another batch, so each pair is scored by itself there
+        # padded texts round differently in another batch, so there each pair is scored alone
         groups = texts if self._learner.scorer is None else [tuple(itertools.chain(*texts))]
         sums = list[float]()
         with random_streams_kept():

@@ -1,5 +1,5 @@
-"""Going on from a checkpoint: each is closed with a proof, and the newest one of this very training is taken once the
-model proves to be the saved one."""
+"""Resuming from a checkpoint: each is closed with a proof, and the newest of this same training is used once the model
+proves to be the saved one."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from .run import Run
 
 PROOF_ROWS = 2
 PROOF_TOKENS = 256
-"""What a checkpoint's proof is measured on: enough to tell another base or a damaged adapter, cheap beside a step."""
+"""The rows for a checkpoint's proof: enough to detect another base or a damaged adapter, cheap compared with a step."""
 
 PROOF_TOLERANCE = 0.01
-"""Share by which the resumed model's loss on the proof rows may differ: other cards and precisions round differently,
+"""Share by which the resumed model's loss on the proof rows may differ: other cards and precisions round differently;
 another base or a damaged adapter is far beyond."""
 
 
 def checkpoint_to_resume(run: Run, data: PreparedData) -> Checkpoint | None:
-    """The newest complete checkpoint of this very training, of this attempt or an earlier one.
+    """The newest complete checkpoint of this same training, of this attempt or an earlier one.
 
-    The job's history is told of it, and of each that belongs to something else.
+    The job's history records it, and each that belongs to something else.
     """
     folders = [Path(run.order.checkpoint_dir), *map(Path, run.order.earlier_checkpoints)]
 
@@ -65,8 +65,8 @@ def checkpoint_to_resume(run: Run, data: PreparedData) -> Checkpoint | None:
 
 
 def begun_with(order: Start, checkpoint: Checkpoint | None) -> str | None:
-    """The optimizer of a checkpoint from another kind of device, where the job names none: another one could make
-    nothing of its state. None where this device would take the same."""
+    """The optimizer of a checkpoint from another kind of device, if the job names none: another optimizer could not use
+    its state. None if this device would take the same."""
     here = optimizer_name(order.spec, order.method, on_gpu=order.device == "cuda")
     theirs = checkpoint.optimizer if checkpoint is not None else None
     return theirs if theirs in {PAGED, FUSED, PLAIN} - {here} and order.spec.training.optim == "auto" else None
@@ -91,12 +91,12 @@ class ResumeProof:
         return cls(rows=data.train.rows[:PROOF_ROWS], pad=pad, compute=compute)
 
     def loss(self, model: Any) -> float:
-        """In eval mode: it draws no random number and changes nothing."""
+        """In eval mode: it draws no random numbers and changes nothing."""
         with whole_modules(model, self.compute):
             return proof_loss(model, self.rows, self.pad)
 
     def check(self, model: Any, checkpoint: Checkpoint) -> None:
-        """Compare the model with what its checkpoint recorded. Raises TrainingFailed, with the checkpoint withdrawn."""
+        """Compare the model with its checkpoint's record. Raises TrainingFailed, with the checkpoint withdrawn."""
         if checkpoint.proof is None:
             return
         now = self.loss(model)
@@ -112,7 +112,7 @@ class ResumeProof:
 _UNREADABLE = (
     OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError,
 )  # fmt: skip
-"""What damaged files raise where they are read, and where what they hold is put in its place."""
+"""What damaged files raise when they are read, and when their contents are loaded."""
 
 
 @contextlib.contextmanager
@@ -123,7 +123,7 @@ def readable(checkpoint: Checkpoint) -> Iterator[None]:
     """
     try:
         yield
-    except TrainingFailed:  # its adapter is another one: the next attempt would meet it again
+    except TrainingFailed:  # its adapter is another: the next attempt would find it again
         withdraw(checkpoint)
         raise
     except _UNREADABLE as error:
@@ -135,7 +135,7 @@ def readable(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 class ResumeCheck(TrainerCallback):
-    """Checks the model once its adapter has been loaded from a checkpoint, before its first step."""
+    """Checks the model after its adapter was loaded from a checkpoint, before its first step."""
 
     def __init__(self, proof: ResumeProof, checkpoint: Checkpoint | None) -> None:
         self._proof = proof
@@ -147,21 +147,21 @@ class ResumeCheck(TrainerCallback):
 
 
 def proof_loss(model: Any, rows: Sequence[TokenRow], pad: int) -> float:
-    """The mean loss of a model on a few rows, cut to PROOF_TOKENS, one at a time: of their tokens, or their labels."""
+    """The mean loss of a model on a few rows, cut to PROOF_TOKENS, one at a time: on their tokens, or their labels."""
     losses = []
     with evaluating(model):
         for row in rows:
             kept = replace(row, input_ids=row.input_ids[:PROOF_TOKENS], labels=row.labels[:PROOF_TOKENS], starts=())
             batch = collate([inputs_of(kept)], pad)
             if row.label is None:
-                batch["labels"] = batch["input_ids"].clone()  # every token: a cut row may hold no learned one
+                batch["labels"] = batch["input_ids"].clone()  # every token: a cut row may have no learned token
             moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
             losses.append(float(model(**moved).loss))
     return statistics.fmean(losses)
 
 
 class CheckpointCloser(TrainerCallback):
-    """Adds to a checkpoint what the engine does not know, writes the marker, and tells the supervisor."""
+    """Adds to a checkpoint what the engine does not know, writes the marker, and notifies the supervisor."""
 
     def __init__(self, run: Run, belongs_to: dict[str, str], proof: ResumeProof, best: BestKeeper) -> None:
         self._run = run

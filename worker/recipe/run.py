@@ -30,31 +30,29 @@ SIGN_S = 10.0
 
 
 class Stopped(Exception):
-    """The supervisor asked for an end."""
+    """The supervisor asked to stop."""
 
 
 @dataclass(kw_only=True)
 class Run:
-    """What a step of the recipe may look at: the order, where to tell, and whether to stop."""
+    """What a step of the recipe may use: the order, where to report, and whether to stop."""
 
     order: Start
     tell: Callable[[Told], None]
     stop: threading.Event = field(default_factory=threading.Event)
     save_on_stop: threading.Event = field(default_factory=threading.Event)
-    base_cache: BaseCache = field(
-        default_factory=BaseCache
-    )  # that has the base, where this process has loaded it before
-    part: InitVar[Session | None] = None  # of the process's engine; None: it has one of its own
+    base_cache: BaseCache = field(default_factory=BaseCache)  # with the base, if this process has loaded it before
+    part: InitVar[Session | None] = None  # of the process's engine; None: it has its own engine
     roster: Roster = field(default_factory=Roster)
     device_limit: DeviceLimit = field(default_factory=DeviceLimit)
     remains: TrainingRemains = field(init=False)
-    failed_aside: bool = False  # what ended it happened in a process beside this one
-    card_failed: bool = False  # the card refused something: from then on it may refuse all of this process
-    stages: list[Stage] = field(default_factory=list)  # those that have begun
+    failed_aside: bool = False  # what ended it happened in another process
+    card_failed: bool = False  # the card refused something: from then on it may refuse everything from this process
+    stages: list[Stage] = field(default_factory=list)  # stages begun so far
     adjustment: Adjustment = field(init=False)  # what out-of-memory has changed so far
-    changes: list[str] = field(init=False)  # the same in words, one a step down
+    changes: list[str] = field(init=False)  # the same in words, one for each reduction
     gauge: Gauge = field(init=False)
-    _signed: float = field(default_factory=time.monotonic)  # when it last said that it is at work
+    _signed: float = field(default_factory=time.monotonic)  # when it last reported to be at work
     _session: Session | None = field(init=False)
     _own: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -67,13 +65,13 @@ class Run:
 
     @property
     def session(self) -> Session:
-        """Who does all that computes. One of its own is there until `close`."""
+        """The engine session for all computation. Its own exists until `close`."""
         if self._session is None:
             self._session = self._own.enter_context(Engine().session(torch.device(self.order.device)))
         return self._session
 
     def close(self) -> None:
-        """Nothing more is computed."""
+        """End all computation."""
         self._own.close()
 
     @property
@@ -88,7 +86,7 @@ class Run:
 
     @property
     def cards(self) -> int:
-        """How many share the job."""
+        """How many cards share the job."""
         return max(1, len(self.order.ranks))
 
     @property
@@ -105,11 +103,11 @@ class Run:
         self.tell(Note(job_id=self.order.job_id, kind=kind, text=text, resumed_from_step=resumed_from_step))
 
     def phase(self, text: str) -> None:
-        """Say what begins now and may take long without another sign of life."""
+        """Report what begins now and may take long without another sign of life."""
         self.note("phase", text)
 
     def say(self, text: str) -> None:
-        """Write a line into the job's log alone."""
+        """Write a line only into the job's log."""
         self.write(log_line(self.stages[-1].value if self.stages else "starting", text))
 
     def write(self, lines: str) -> None:
@@ -117,12 +115,12 @@ class Run:
         self.roster.write(self.order.job_id, lines, self.tell)
 
     def peaks(self) -> Peaks:
-        """The job's peaks for its row: of a process that it has shared they are not its own."""
+        """The job's peaks for its row: in a shared process they are not its own."""
         found = self.session.run(self.gauge.look)
         return Peaks(held=found.held) if self.roster.shared else found
 
     def adjust(self, adjustment: Adjustment) -> None:
-        """Go on with less memory."""
+        """Continue with less memory."""
         self.changes.append(in_words(self.order.spec, self.adjustment, adjustment, cards=self.cards))
         self.note("memory", self.changes[-1])
         self.adjustment = adjustment
@@ -133,14 +131,14 @@ class Run:
         self.adjust(replace(self.adjustment, eval_batch=batch))
 
     def check_stop(self) -> None:
-        """Call it again and again in work that takes long. Raises Stopped, and as require_base."""
+        """Call it repeatedly in long work. Raises Stopped, and what require_base raises."""
         if self.stop.is_set():
             raise Stopped
         self._require_whole()
         self.go_on()
 
     def require_base(self) -> None:
-        """Call it before what was trained or measured here counts: another job here may have changed the base.
+        """Call it before anything trained or measured here counts: another job here may have changed the base.
 
         Raises TrainingFailed(host_lost), then and from then on, for all jobs of the process.
         """
@@ -153,20 +151,20 @@ class Run:
             raise TrainingFailed(Reason.HOST_LOST, f"it shared its trainer with other jobs, and {self.roster.lost}")
 
     def go_on(self) -> None:
-        """Say now and then that the job is at work: one that says nothing for long is taken to hang."""
+        """Report from time to time that the job is at work: a job that is silent for long is taken to hang."""
         if (now := time.monotonic()) >= self._signed + SIGN_S:
             self._signed = now
             self.tell(GoingOn(job_id=self.order.job_id))
 
     def between(self) -> None:
-        """Call it within a long piece of work: it lets others of the process go first. Raises Stopped."""
+        """Call it within a long piece of work: it lets other jobs of the process go first. Raises Stopped."""
         self.check_stop()
         self.session.pause()
 
     def hold_to(self, limit: int | None) -> None:
-        """Allow the process so much for this job, beside what others have."""
+        """Allow the process this much for this job, in addition to what others have."""
         self.session.run(lambda: self.device_limit.grant(self.order, limit, self.base_cache.size))
 
     def lower_to(self, limit: int | None) -> None:
-        """Leave the rest of what was allowed to other jobs."""
+        """Leave the rest of the allowance to other jobs."""
         self.session.run(lambda: self.device_limit.lower(self.order, limit, self.base_cache.size))

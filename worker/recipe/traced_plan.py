@@ -1,11 +1,11 @@
-"""The memory plan of an architecture that is not known by name: one training step on tensors without content.
+"""The memory plan of an architecture not known by name: one training step on tensors without content.
 
-The model is built on the meta device and wrapped as the recipe does it. Then its tensors are swapped for fake ones, and
-a step runs while a dispatch mode counts the bytes of live storages. It needs neither weights nor a GPU, and seconds.
-The same trace is the oracle that common/memory/plan.py is tested against.
+The model is built on the meta device and wrapped like in the recipe. Then its tensors are swapped for fake ones, and a
+step runs while a dispatch mode counts the bytes of live storages. It needs neither weights nor a GPU, and takes
+seconds. The same trace is the oracle against which common/memory/plan.py is tested.
 
 The tensors are fake CPU ones, since a torch built for CPUs has no fake CUDA ones. Where CUDA's operators hold other
-tensors than the CPU's, theirs are put in their place (see _AsOnCuda and LiveBytes).
+tensors than the CPU's, CUDA's replace them (see _AsOnCuda and LiveBytes).
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from loractl.worker.engine.passes.lean import LeanPass, RowsBehindEachOther
 from .kinds import trained_kind
 
 BLOCK = 512
-"""Bytes that CUDA's caching allocator rounds a tensor up to (kMinBlockSize in c10/cuda/CUDACachingAllocator)."""
+"""CUDA's caching allocator rounds a tensor up to a multiple of this many bytes (kMinBlockSize in
+c10/cuda/CUDACachingAllocator)."""
 
 CUTS = (2, 4)
 """Layers of the two cut models that are traced: every further layer costs half of their difference."""
@@ -48,14 +49,14 @@ CUTS = (2, 4)
 class Trace:
     """Bytes of one traced training step."""
 
-    weights: int  # of the base as it is held
+    weights: int  # of the base as held in memory
     adapter: int
     state: int  # of the optimizer
-    peak: int  # all of these, gradients, activations and the loss
+    peak: int  # all of these, plus gradients, activations and the loss
 
     @property
     def own(self) -> int:
-        """What the step itself took: activations, logits, what an operator needs for a moment."""
+        """What the step itself took: activations, logits, operators' temporary memory."""
         return self.peak - self.weights - 2 * self.adapter - self.state
 
 
@@ -85,9 +86,9 @@ def trace_plan(model: str | Path, spec: JobSpec, method: Method, lengths: Length
 
 
 def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean: bool = False) -> Trace:
-    """One step on rows of `tokens` tokens, with gradients of an earlier micro-batch where the job accumulates them.
+    """One step on rows of `tokens` tokens, with gradients of an earlier micro-batch if the job accumulates them.
 
-    `lean`: as the engine takes it for a family whose rows it can tell apart; else with padding, as for any other.
+    `lean`: like the engine's step for a family whose rows it can tell apart; else with padding, as for any other.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -97,7 +98,7 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean:
         model.activation_checkpointing_enable(
             activation_checkpointing_kwargs={
                 "use_reentrant": False,
-                "context_fn": lambda: (contextlib.nullcontext(), _AsOnCuda()),  # recomputing runs outside of the mode
+                "context_fn": lambda: (contextlib.nullcontext(), _AsOnCuda()),  # recomputing runs outside the mode
             },
             every_n_layers=every,
         )
@@ -134,14 +135,14 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean:
                 parameter.register_post_accumulate_grad_hook(learned.append)
             live.peak = live.now
             step()
-        # text alone passes no tower for pictures, so its layers never have a gradient
+        # text passes no vision tower, so its layers never have a gradient
         idle = {id(p) for p in trained} - {id(p) for p in learned}
         peak = live.peak - sum(_rounded(p.nbytes) for p in trained if id(p) in idle)
     return Trace(weights=weights, adapter=adapter, state=held, peak=peak)
 
 
 def _rows(batch: int, tokens: int, halves: int) -> list[TokenRow]:
-    """Rows without content, of which all but the first token of each text is learned. `halves`: texts of a row."""
+    """Rows without content, with all but the first token of each text learned. `halves`: texts per row."""
     text = tokens // halves
     labels = [IGNORED, *[0] * (text - 1)] * halves
     starts = tuple(range(text, text * halves, text))
@@ -153,7 +154,7 @@ def _dtype(spec: JobSpec) -> torch.dtype:
 
 
 def build(config: Any, spec: JobSpec, method: Method) -> Any:
-    """The model with its adapter on the meta device, in NF4 where bitsandbytes would put it."""
+    """The model with its adapter on the meta device, in NF4 wherever bitsandbytes would use it."""
     from transformers import BitsAndBytesConfig
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
@@ -184,7 +185,7 @@ def cut(config: Any, layers: int) -> Any:
 
 
 def _make_fake(model: Any) -> list[torch.Tensor]:
-    """Swap every tensor for a fake one of its size, tied ones for the same. NF4 layers get theirs packed; their
+    """Swap every tensor for a fake one of its size, tied tensors for the same one. NF4 layers get packed ones; their
     constants are returned."""
     from bitsandbytes.nn import Linear4bit
 
@@ -233,7 +234,7 @@ def _pack(layer: Any) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def _masks(*, padded: bool) -> Iterator[None]:
-    """transformers leaves the causal mask out where no row is padded, which it can't see on a fake tensor."""
+    """transformers leaves out the causal mask if no row is padded, which it can't see on a fake tensor."""
     from transformers import masking_utils
 
     def without(
@@ -292,12 +293,12 @@ def _widened(value: Any) -> Any:
 
 
 def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """CUDA keeps a mask of one byte an element."""
+    """CUDA keeps a mask of one byte per element."""
     return torch.native_dropout(input, p, training)[0] if training and p > 0 else input
 
 
 class _GroupedProduct(torch.autograd.Function):
-    """Experts' matrix product: its fake kernel knows bf16 alone, the real one fp32 as well."""
+    """Experts' matrix product: its fake kernel supports only bf16, the real one fp32 as well."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -312,7 +313,7 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that are alive, each counted once and rounded as the allocator does."""
+    """Bytes of the live storages, each counted once and rounded like the allocator does."""
 
     def __init__(self) -> None:
         super().__init__()

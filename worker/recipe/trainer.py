@@ -1,11 +1,11 @@
-"""The trainer process: reads orders from stdin, runs the recipe, tells what happens on stdout.
+"""The trainer process: reads orders from stdin, runs the recipe, reports on stdout.
 
     python -m loractl.worker.recipe.trainer
 
 With `--spare DEVICE` it imports all it needs and waits until a job takes it (protocol/idle_trainer.py). A process whose
-base may stay is a host: while jobs train on it others may join them, and after the last one it waits for the next.
-It ends when its stdin closes, so a killed supervisor leaves no orphan on the device. Signals are the supervisor's
-business. All that a library prints goes to stderr, which becomes the job's log.
+base may stay is a host: while jobs train on it others may join them, and after the last it waits for the next. It ends
+when its stdin closes, so a killed supervisor leaves no orphan on the device. Signals are left to the supervisor.
+Libraries' output goes to stderr, which becomes the job's log.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ Recipe = Callable[[Start, Orders, Tell], Ended]
 
 
 def main(run: Recipe | None = None) -> int:
-    """Serve a job, and as a host more of them; the exit status is 0 when each one's end could be told.
+    """Serve a job, or as a host several; the exit status is 0 if each job's end could be reported.
 
-    `run`: another recipe than loractl's own. Where it says how many bytes of a base stay, this process does.
+    `run`: a recipe other than loractl's own. If it returns how many bytes of a base stay, this process stays.
     """
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)  # the supervisor stops us through stdin
@@ -116,7 +116,7 @@ def main(run: Recipe | None = None) -> int:
 
 
 def _taken(desk: OrderDesk, become: Callable[[str, str, str], None]) -> bool:
-    """Wait for a job that takes this process, and be its own."""
+    """Wait for a job that takes this process, and belong to it."""
     order = desk.next()
     if isinstance(order, Take):
         become(str(order.job_id), order.mark, taken(order.mark))
@@ -135,15 +135,15 @@ STAYS_AFTER = frozenset(
         Reason.HOST_LOST,
     }
 )
-"""Ends of a job that say nothing against its process. After any other one the next job gets a new process."""
+"""Ends of a job that say nothing against its process. After any other end the next job gets a new process."""
 
 
 LEARNED_S = 10.0
-"""Seconds between two signs of micro-batches: they are a few of those in which nobody ends the process."""
+"""Seconds between two signs of micro-batches: a fraction of the time after which the process would be ended."""
 
 
 class _Host:
-    """loractl's own recipe on a base that is kept: jobs after each other and beside each other."""
+    """loractl's own recipe on a kept base: jobs one after another and at the same time."""
 
     def __init__(self, roster: Roster, tell: Tell) -> None:
         self._roster, self._tell = roster, tell
@@ -152,8 +152,8 @@ class _Host:
         self._device_limit: DeviceLimit | None = None
         self._remains: dict[int, TrainingRemains] = {}
         self._fault: str | None = None  # why this process ends with its last member
-        self._aside: set[int] = set()  # jobs whose end says nothing against it: they failed in a process beside it
-        self._learned_at = time.monotonic()  # when that was last told
+        self._aside: set[int] = set()  # jobs whose end says nothing against it: they failed in another process
+        self._learned_at = time.monotonic()  # when that was last reported
 
     def begin(self, order: Start, *, alone: bool) -> None:
         _load()
@@ -194,7 +194,7 @@ class _Host:
         fault = self._remains.pop(order.job_id).left() or self._fault or self._roster.lost or self._spoilt_by(ended)
         try:
             self._compute(functools.partial(self._forget, order))
-        except RuntimeError as error:  # a card that has failed refuses this, too; the others still tell their ends
+        except RuntimeError as error:  # a failed card refuses this, too; the others still report their ends
             fault = fault or f"{type(error).__name__}: {error}".splitlines()[0]
         self._fault = self._fault or fault
         return fault
@@ -216,7 +216,7 @@ class _Host:
         return ended.model_copy(update={"base_bytes": size})
 
     def _forget(self, order: Start) -> None:
-        """Give back what a member that left others had of the device."""
+        """Give back the device memory of a member that left others."""
         from loractl.worker.base.gauge import release
 
         assert self._base_cache is not None and self._device_limit is not None
@@ -224,7 +224,7 @@ class _Host:
         self._device_limit.take_back(order, self._base_cache.size)
 
     def _compute(self, work: Callable[[], Answer]) -> Answer:
-        """Work of the process itself, by the engine's thread. It draws nothing."""
+        """Work of the process itself, in the engine's thread. It draws nothing."""
         import torch
 
         assert self._engine is not None
@@ -238,7 +238,7 @@ class _Host:
         return f"job {ended.job_id} ended there with {ended.reason.value}"
 
     def _learned(self) -> None:
-        """Say that micro-batches are learned: whoever does not leave ends the others only where none is."""
+        """Report that micro-batches are learned: a member that does not leave ends the others only if none is."""
         if time.monotonic() >= self._learned_at + LEARNED_S and (job := self._roster.any_job) is not None:
             self._learned_at = time.monotonic()
             self._tell(Learned(job_id=job))
@@ -249,7 +249,7 @@ class _Host:
 
 
 class _Other:
-    """Another recipe than loractl's own, which knows by itself what stays."""
+    """A recipe other than loractl's own, which itself knows what stays."""
 
     def __init__(self, run: Recipe) -> None:
         self.serve = run
@@ -268,7 +268,8 @@ class _Other:
 
 
 def _run_alone(order: Start, orders: Orders, tell: Tell) -> Ended:
-    """A job whose process ends with it; on several cards with the other ranks' processes, which this one leads."""
+    """A job whose process ends with it; on several cards along with the other ranks' processes, which this one
+    leads."""
     gang = OtherRanks(order, tell) if order.ranks and order.rank == 0 else None
     _load()
     from .run import Run
@@ -294,7 +295,7 @@ def _run(run: Run, orders: Orders) -> Ended:
     try:
         return _trained(run)
     finally:
-        orders.put(order)  # who waits there for a stop has nothing more to wait for
+        orders.put(order)  # a thread that waits there for a stop has nothing more to wait for
 
 
 def _trained(run: Run) -> Ended:
@@ -318,7 +319,7 @@ def _trained(run: Run) -> Ended:
     except DataError as error:
         return ended(Reason.BAD_DATA, error.with_hint)
     except TrainingFailed as error:
-        if error.__cause__ is not None:  # a library's; where there is none, the sentence says all
+        if error.__cause__ is not None:  # a library's; without one, the sentence says it all
             run.write("".join(traceback.format_exception(error.__cause__)))
         run.failed_aside = error.aside
         return ended(error.reason, error.sentence)
@@ -330,7 +331,8 @@ def _trained(run: Run) -> Ended:
         reason, message = explain(error, own_limit=order.device == "cpu" and order.memory_limit is not None)
         run.card_failed = reason is not Reason.OUT_OF_MEMORY and names_card(str(error))
         if run.card_failed and run.roster.met_by(order.job_id):
-            # A kernel's error comes late, and then to all who compute in the process: alone it shows whose it is.
+            # A kernel's error comes late, and then to every job that computes in the process: only alone does it show
+            # whose it is.
             return ended(Reason.HOST_LOST, f"it shared its trainer with other jobs: {message}")
         if reason is Reason.TRAINER_ERROR and Stage.EVALUATING in run.stages:
             reason = Reason.EVALUATION_FAILED
@@ -338,14 +340,14 @@ def _trained(run: Run) -> Ended:
 
 
 def _load() -> None:
-    """Import the training stack; a second time it lets warnings be told once more, and does nothing else."""
+    """Import the training stack; a second call only lets warnings be logged again."""
     _import()
     tell_once()
 
 
 @functools.cache
 def _import() -> None:
-    gc.disable()  # the imports make a million objects that stay to the end: looking through them costs 1.5 s of CPU
+    gc.disable()  # the imports create a million objects that stay to the end: scanning them costs 1.5 s of CPU
     quieten()
     tell_once()
     load_kernels()
@@ -356,11 +358,11 @@ def _import() -> None:
 
 
 def _nothing() -> None:
-    """Another recipe imports what it needs itself."""
+    """Another recipe itself imports what it needs."""
 
 
 def _take_pipes() -> tuple[IO[str], IO[str]]:
-    """Keep the protocol's pipes for ourselves: other prints go to stderr, and no library can wait for an answer."""
+    """Keep the protocol's pipes for ourselves: other output goes to stderr, and no library can wait for an answer."""
     sys.stdout.flush()
     commands, channel = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -369,5 +371,5 @@ def _take_pipes() -> tuple[IO[str], IO[str]]:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):  # the supervisor is gone: no one is left to tell
+    with contextlib.suppress(BrokenPipeError):  # the supervisor is gone: nobody is left to report to
         sys.exit(main())

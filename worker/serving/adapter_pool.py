@@ -1,4 +1,4 @@
-"""A base model that stays in memory, with adapters that are loaded on demand and evicted when room is needed."""
+"""A base model that stays in memory, with adapters loaded on demand and evicted when room is needed."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ BASE = "__base__"
 
 
 NAMED = 5
-"""So many adapters are named in a warning."""
+"""The most adapters named in a warning."""
 
 _OPTIONAL = {"position_ids", "logits_to_keep"}
 
 
 class NoRoom(LoractlError):
-    """The adapters in use leave no room for another one now; there will be room when answers end."""
+    """The adapters in use leave no room for another now; there will be room when answers end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class BaseChoice:
     method: Method = Method.LORA  # qlora: in NF4
     device: str = "cpu"
     dtype: str = "auto"
-    exact: bool = False  # in NF4, all else in fp32
+    exact: bool = False  # with NF4, all else in fp32
     run_code: bool = False
 
     @classmethod
@@ -73,8 +73,8 @@ class BaseChoice:
         dtype: str = "auto",
         run_code: bool,
     ) -> BaseChoice:
-        """A base, by its name and revision, in an arithmetic on a device. `dtype`: what a person asks for goes before
-        the arithmetic's own, also where the device can't compute in it: that is refused when the base is loaded."""
+        """A base, by its name and revision, in an arithmetic on a device. `dtype`: what a person asks for overrides the
+        arithmetic's own, even if the device can't compute in it: that is refused when the base is loaded."""
         model, revision = base
         return cls(
             model=model,
@@ -88,7 +88,7 @@ class BaseChoice:
 
 
 class AdapterPool:
-    """One loaded base. Not for several threads at once.
+    """One loaded base. Not thread-safe.
 
     `memory`: bytes that adapters may take together; None: no limit.
     """
@@ -108,9 +108,9 @@ class AdapterPool:
         self.seconds = time.monotonic() - began
         self._model = model  # becomes a PeftModel with the first adapter
         self._memory = memory
-        self._loaded: OrderedDict[str, Loaded] = OrderedDict()  # the longest unused first
+        self._loaded: OrderedDict[str, Loaded] = OrderedDict()  # least recently used first
         self._used: Counter[str] = Counter()
-        self._layers: dict[str, list[Any]] = {}  # by key, those that hold the adapter
+        self._layers: dict[str, list[Any]] = {}  # by key, the layers with the adapter
         self._takes = inspect.signature(model.forward).parameters.keys()
 
     @property
@@ -124,13 +124,13 @@ class AdapterPool:
 
     @property
     def number_format(self) -> str:
-        """Of the base's weights, for people."""
+        """The base's number format, for people."""
         if self.base.method is Method.QLORA:
             return str(Arithmetic(method=Method.QLORA, exact=self.base.exact))
         return str(self.precision.base).removeprefix("torch.")
 
     def as_trained(self, adapter: Listed) -> bool:
-        """Whether the base computes here as a training of the adapter would on this device."""
+        """Whether the base computes here like a training of the adapter would on this device."""
         own = adapter.arithmetic
         precision = choose_precision(self.base.device, own.on(self.base.device).dtype, self._family)
         alike = own.method is self.base.method and own.exact is self.base.exact
@@ -147,7 +147,7 @@ class AdapterPool:
         return dict(self._loaded)
 
     def hold(self, adapter: Listed, folder: Path) -> Loaded:
-        """Load an adapter unless it is there, and keep it until `let_go`. Raises NoRoom, UsageError."""
+        """Load an adapter unless already loaded, and keep it until `let_go`. Raises NoRoom, UsageError."""
         key = f"job{adapter.job_id}"
         if key not in self._loaded:
             self._make_room(adapter)
@@ -157,14 +157,14 @@ class AdapterPool:
         return self._loaded[key]
 
     def let_go(self, loaded: Loaded) -> None:
-        """One user less. An adapter without users may be evicted."""
+        """One user fewer. An adapter without users may be evicted."""
         self._used[loaded.key] -= 1
 
     def forward(self, keys: Sequence[str], **tensors: Any) -> Any:
-        """Row i of the tensors through the base with adapter keys[i]. Several keys are for adapters that mix.
+        """Run row i of the tensors through the base with adapter keys[i]. Several keys are only for adapters that mix.
 
-        position_ids and logits_to_keep go to models that take them; those without derive places from the mask.
-        `cache` is called past_key_values by older models.
+        position_ids and logits_to_keep go to models that take them; others derive positions from the mask. `cache` is
+        called past_key_values by older models.
         """
         if "cache" in tensors and "cache" not in self._takes:
             tensors["past_key_values"] = tensors.pop("cache")
@@ -189,8 +189,8 @@ class AdapterPool:
             self._model.set_adapter(key, inference_mode=True)
 
     def arithmetic(self, key: str | None) -> Any:
-        """A context for a forward with one adapter: its modules trained in full are in fp32 over a 16-bit base, and
-        compute in the base's format, as they did in training."""
+        """A context for a forward with one adapter: its fully trained modules are in fp32 over a 16-bit base, and
+        compute in the base's format, as in training."""
         mixed = key is not None and self._loaded[key].whole_modules and self.precision.base is not torch.float32
         return torch.autocast(self.base.device, dtype=self.precision.base, enabled=mixed)
 
@@ -241,8 +241,8 @@ class AdapterPool:
         _strip(self._model)
 
     def _mixes(self, key: str) -> bool:
-        """Whether rows of the adapter and of the base can share a batch. With peft they can't where a layer's input
-        has lost its rows, as in a mixture of experts, or where an adapter is on parameters rather than on layers."""
+        """Whether rows of the adapter and of the base can share a batch. With peft they can't if a layer's input has no
+        rows any more, as in a mixture of experts, or if an adapter is on parameters rather than on layers."""
         tokens = torch.full((2, 2), int(self.tokenizer.eos_token_id), device=self._model.device)
         self.switch(key)
         try:
@@ -255,7 +255,7 @@ class AdapterPool:
         return True
 
     def _make_room(self, adapter: Listed) -> None:
-        """Evict the adapters that were unused longest, until this one fits."""
+        """Evict the least recently used adapters until this one fits."""
         if self._memory is None:
             return
         if adapter.size > self._memory:
@@ -281,8 +281,8 @@ class AdapterPool:
 
     @contextlib.contextmanager
     def _routed(self, keys: Sequence[str]) -> Iterator[None]:
-        """Tell every adapted layer which adapter each row uses, as peft's own `adapter_names` does. But peft 0.21
-        leaves its hooks behind when the forward fails, and every later one would fail too."""
+        """Give every adapted layer the adapter of each row, like peft's own `adapter_names`. But peft 0.21 leaves its
+        hooks behind if the forward fails, and every later one would fail too."""
         layers = {id(layer): layer for key in {*keys} - {BASE} for layer in self._layers[key]}
         hooks = [
             layer.register_forward_pre_hook(partial(_name_rows, keys), with_kwargs=True) for layer in layers.values()
@@ -302,9 +302,9 @@ def open_pool(
     warn: Callable[[str], None],
     memory: int | None = None,
 ) -> AdapterPool:
-    """Load a base, say how long it took, and warn of adapters that were trained on other files of it, or in another
+    """Load a base, say how long it took, and warn about adapters trained on other files of it, or in another
     arithmetic."""
-    changed = library.warnings_about(adapters)  # first: a result that was tampered with is refused before a base loads
+    changed = library.warnings_about(adapters)  # first: a tampered result is refused before a base loads
     pool = AdapterPool(base, memory)
     size = f"{pool.bytes / 2**20:.0f} MiB"
     tell(f"{base.model.rpartition('/')[2]} is loaded in {pool.seconds:.1f} s ({size}, {pool.number_format}).")
@@ -315,7 +315,7 @@ def open_pool(
 
 
 def warn_of_arithmetic(pool: AdapterPool, adapters: Sequence[Listed], warn: Callable[[str], None]) -> None:
-    """Name the adapters whose base computes otherwise here than in their training, one sentence for each arithmetic."""
+    """Name the adapters whose base computes differently here than in their training, one sentence per arithmetic."""
     found: dict[str, dict[int, str]] = {}
     for each in adapters:
         if not pool.as_trained(each):

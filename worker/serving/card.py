@@ -1,4 +1,5 @@
-"""The card of a serving process: the freest one with room, reserved beside the jobs, and never exceeded."""
+"""The card of a serving process: the one with the most room, shared with the jobs by a reservation that is never
+exceeded."""
 
 from __future__ import annotations
 
@@ -22,32 +23,32 @@ from loractl.worker.device.reservations import CardShare, reserve, unused_reserv
 from .library import Arithmetic
 
 LEAST_CACHE_BYTES = 512 * MIB
-"""Keys and values of a few answers, and the prompts that are read: without so much there is no serving."""
+"""Keys and values of a few answers, and the prompts being read: serving needs at least this much."""
 
 CACHE_SHARE = 0.6
-"""Share of what a card has free beside base and adapters that keys and values take where no size is asked for. The rest
-stays for jobs."""
+"""Share of a card's free memory, after base and adapters, for keys and values if no size is asked for. The rest stays
+for jobs."""
 
 TRIES = 5
-"""A job may start between the look at a card and the reservation; then it is looked again."""
+"""A job may start between the look at a card and the reservation; then look again."""
 
 _held: list[CardShare] = []
-"""They hold as long as their files are open: until this process ends."""
+"""They last as long as their files are open: until this process ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
     """What a serving process will hold of its card. Bytes."""
 
-    base: int | None  # None: the model is not known here, so all that is free is taken
+    base: int | None  # None: the model is unknown here, so all free memory is taken
     adapters: int
-    cache: int | None  # None: by what is free
+    cache: int | None  # None: from the free memory
 
     @classmethod
     def of(
         cls, base: tuple[str, str | None], arithmetic: Arithmetic, adapters: int, cache: int | None = None
     ) -> Footprint:
-        """Of a base, by its name and revision, in an arithmetic, with adapters of so many bytes."""
+        """For a base, by its name and revision, in an arithmetic, with adapters of this size."""
         (model, revision), full = base, arithmetic.dtype == "float32"
         shape, weights, whole = read_shape(model, revision), None, arithmetic.exact or full
         if shape is not None:
@@ -65,7 +66,7 @@ class Footprint:
         return fixed + (LEAST_CACHE_BYTES if self.cache is None else self.cache)
 
     def within(self, free: int) -> int:
-        """What is reserved on a card with so much free."""
+        """What to reserve on a card with this much free."""
         if self.base is None:
             return free
         return self.least if self.cache is not None else self.least + int(CACHE_SHARE * (free - self.least))
@@ -82,7 +83,7 @@ class _Offer:
 
 def take_card(settings: Settings, store: Store, gpu: str | None, footprint: Footprint) -> str:
     """cuda or cpu. On a card this process has its reservation from here on, can't allocate beyond it, and sees no other
-    card. Raises LoractlError where no card has room: jobs go before."""
+    card. Raises LoractlError if no card has room: jobs go first."""
     from loractl.worker.base.kernels import load_kernels
     from loractl.worker.base.quiet import quieten
 
@@ -90,7 +91,7 @@ def take_card(settings: Settings, store: Store, gpu: str | None, footprint: Foot
     devices = find_devices(settings, gpu)
     cards = [device for device in devices if device.kind != "cpu"]
     device, size = _reserved(settings, store, _working(cards), footprint) if cards else (devices[0], 0)
-    os.environ["OMP_NUM_THREADS"] = str(threads_of_trainer(1))  # libgomp knows the affinity, and no quota
+    os.environ["OMP_NUM_THREADS"] = str(threads_of_trainer(1))  # libgomp knows the affinity, but no quota
     os.environ.update({**torch_settings(device, os.environ), **device.environment()})
     if device.trains_on == "cuda":
         from loractl.worker.base.gauge import hold_to
@@ -101,7 +102,7 @@ def take_card(settings: Settings, store: Store, gpu: str | None, footprint: Foot
 
 
 def _working(cards: Sequence[Device]) -> list[Device]:
-    """The cards without a fault. Raises LoractlError where there is none: no base of GPUs is loaded on a processor."""
+    """The cards without a fault. Raises LoractlError if there is none: no base for GPUs is loaded on a CPU."""
     faults = {device.number: device.look().fault for device in cards}
     working = [device for device in cards if faults[device.number] is None]
     if not working:
@@ -128,12 +129,12 @@ def _reserved(settings: Settings, store: Store, cards: Sequence[Device], footpri
         if again.taken <= best.taken:
             _held.append(reservation)
             return best.device, reservation.bytes
-        reservation.close()  # a job started in between: it goes before
+        reservation.close()  # a job started in between: it goes first
     raise LoractlError("jobs start on this box faster than a card can be taken", "try again")
 
 
 def _offers(settings: Settings, store: Store, cards: Sequence[Device]) -> list[_Offer]:
-    """What the ledger and the driver leave of each card."""
+    """What the ledger and the driver leave free on each card."""
     view = store.cards.fleet()
     known = {node.gpu: view.cards[node.node] for node in view.nodes.values() if node.host == settings.host}
     offers = []
@@ -142,7 +143,8 @@ def _offers(settings: Settings, store: Store, cards: Sequence[Device]) -> list[_
         others = unused_reservations(settings.home, device.uuid, seen.processes, device.total - seen.free)
         free, taken = seen.free - others, 0
         if card is not None:
-            # what the node saw a few seconds ago may lack a reservation, what the driver shows lacks the jobs' unused
+            # the node's view from a few seconds ago may lack a reservation, the driver's view lacks the jobs' unused
+            # memory
             free, taken = min(free, card.free, card.usable - card.taken - others), card.taken
         offers.append(_Offer(device=device, free=max(0, free), taken=taken))
     return offers

@@ -1,4 +1,4 @@
-"""Answers for one person: single prompts, or a conversation that goes on, with an adapter on a loaded base."""
+"""Answers for one person: single prompts, or a conversation, with an adapter on a loaded base."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .library import Library, Listed, same_base
 Messages = list[dict[str, Any]]
 
 OTHER_ADAPTERS_BYTES = 2**30
-"""What adapters that a conversation switches to may take."""
+"""Bytes for the adapters that a conversation switches to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Completion:
 
 @dataclass(kw_only=True)
 class PartialAnswer:
-    """What was answered so far."""
+    """The answer so far."""
 
     text: str = ""
     tokens: int = 0
@@ -83,7 +83,7 @@ class PartialAnswer:
         self.tokens, self.ended, self.error = said.tokens, said.ended, said.error
 
     def check(self) -> None:
-        """Raises LoractlError where the answer failed."""
+        """Raises LoractlError if the answer failed."""
         if self.error:
             raise LoractlError(f"no answer: {self.error}")
 
@@ -91,7 +91,7 @@ class PartialAnswer:
 def open_conversation(
     library: Library, name: str, style: Style, tell: Callable[[str], None], warn: Callable[[str], None]
 ) -> Conversation:
-    """Load the base of an adapter as its job did: in its number format, in NF4 for QLoRA. Raises LoractlError."""
+    """Load the base of an adapter like its job: in its number format, in NF4 for QLoRA. Raises LoractlError."""
     adapter, known = library.find(name), style.read_tools()
     base, trained = (adapter.spec.base_model, library.revision(adapter)), adapter.arithmetic
     footprint = Footprint.of(base, trained, adapter.size + OTHER_ADAPTERS_BYTES)
@@ -114,7 +114,7 @@ class Conversation:
     messages: Messages = field(default_factory=list)
 
     def complete(self, prompts: Sequence[str], *, base: bool) -> list[Completion]:
-        """Answers to single prompts, all at once; `base`: by the base alone. Raises LoractlError when one fails."""
+        """Answers to single prompts, all at once; `base`: by the base alone. Raises LoractlError if one fails."""
         answers = [PartialAnswer() for _ in prompts]
         for prompt, answer in zip(prompts, answers, strict=True):
             self.engine.ask(self._ask(_asking(self._opening(), prompt), answer.take, base=base))
@@ -128,13 +128,14 @@ class Conversation:
         ]
 
     def ask(self, messages: Messages, say: Callable[[Said], None], tools: list[dict[str, Any]] | None = None) -> None:
-        """Queue a conversation whose next answer `say` is told in pieces as the engine steps. `tools`: in place of the
+        """Queue a conversation; `say` gets its next answer in pieces as the engine steps. `tools`: instead of the
         conversation's own. Raises UsageError."""
         opening = [] if messages[0]["role"] == "system" else self._opening()
         self.engine.ask(self._ask([*opening, *messages], say, base=False, tools=tools))
 
     def turn(self, text: str, say: Callable[[str], None]) -> PartialAnswer:
-        """One question, answered as it comes; a stopped answer stays in the conversation as far as it came."""
+        """Ask one question, and yield the answer as it comes; a stopped answer stays in the conversation as far as it
+        got."""
         messages = _asking(self.messages or self._opening(), text)
         answer = self._spoken(messages, say, base=False)
         if not answer.error:
@@ -142,17 +143,17 @@ class Conversation:
         return answer
 
     def turn_of_base(self, say: Callable[[str], None]) -> PartialAnswer:
-        """The base alone answers the last question, to compare. Raises UsageError where there is none."""
+        """Let the base alone answer the last question, to compare. Raises UsageError if there is none."""
         if not self.messages or self.messages[-1]["role"] != "assistant":
             raise UsageError("there is no question yet", "ask one first")
         return self._spoken(self.messages[:-1], say, base=True)
 
     def begin_anew(self, system: str = "") -> None:
-        """Forget what was said, and put a system message first where there is one."""
+        """Forget the conversation, and start with the system message if there is one."""
         self.messages = [{"role": "system", "content": system}] if system else []
 
     def switch(self, name: str) -> float:
-        """Go on with another adapter of the same base; seconds that it took. Raises LoractlError."""
+        """Continue with another adapter of the same base; returns the seconds that took. Raises LoractlError."""
         other = self.library.find(name)
         same_base([self.adapter, other])
         began = time.monotonic()
@@ -175,7 +176,7 @@ class Conversation:
 
         ask = self._ask(messages, hear, base=base)
         self.engine.ask(ask)
-        # not by KeyboardInterrupt, which would leave a load or a batch half-way
+        # not by KeyboardInterrupt, which would interrupt a load or a batch half-way
         before = signal.signal(signal.SIGINT, lambda *_: ask.cancelled.set())
         try:
             self.engine.finish()

@@ -1,4 +1,4 @@
-"""The stored adapters as a box uses them: found by what people call them, fetched once, verified."""
+"""The stored adapters as a box uses them: found by name, fetched once, verified."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Arithmetic:
     """How the base computes: in NF4 or not, and the number format that a job asks for."""
 
     method: Method = Method.LORA
-    dtype: str = "auto"  # training.dtype: that of NF4's products, or of the whole base
-    exact: bool = False  # what NF4 does not hold is in fp32, as peft's recipe has it, and not in 16 bit
+    dtype: str = "auto"  # training.dtype: of NF4's products, or of the whole base
+    exact: bool = False  # what is not in NF4 is in fp32, as in peft's recipe, and not in 16 bit
 
     def __str__(self) -> str:
         if self.method is Method.QLORA:
@@ -46,7 +46,7 @@ class Arithmetic:
         return f"dtype {self.dtype}"
 
     def on(self, device: str) -> Arithmetic:
-        """On a processor, which has no float16, its own format takes that one's place."""
+        """On a CPU, which has no float16, its own format replaces that."""
         return replace(self, dtype="auto") if (self.dtype, device) == ("float16", "cpu") else self
 
 
@@ -63,7 +63,7 @@ class Listed:
     spec: JobSpec
     data: dict[str, Any]  # the job's stored data sets: {"path": {"uri", "sha256"}, ...}
     stored: Binding
-    exact: bool = False  # its training took exact steps
+    exact: bool = False  # its training used exact steps
 
     @property
     def base(self) -> tuple[str, str | None]:
@@ -72,7 +72,7 @@ class Listed:
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """That of its training, and so of its report."""
+        """The arithmetic of its training, and so of its report."""
         exact = self.exact and self.method is Method.QLORA
         return Arithmetic(method=self.method, dtype=self.spec.training.dtype, exact=exact)
 
@@ -81,7 +81,7 @@ class Library:
     """Finds adapters and brings them to this box."""
 
     def __init__(self, settings: Settings, tell: Callable[[str], None] | None = None) -> None:
-        """`tell` takes a sentence about a result that is not bound to its row; else it is logged."""
+        """`tell` gets a sentence about a result that is not bound to its row; without it, that is logged."""
         self._settings = settings
         with reachable(settings):
             self._store = Store(connect(settings))
@@ -97,7 +97,7 @@ class Library:
         return self._store
 
     def find(self, text: str) -> Listed:
-        """What a person calls an adapter that writes text. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
+        """The named adapter, which must write text. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
         listed = self.find_any(text)
         if not listed.spec.kind.writes:
             raise UsageError(
@@ -107,7 +107,7 @@ class Library:
         return listed
 
     def find_any(self, text: str) -> Listed:
-        """What a person calls an adapter, classifiers too. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
+        """The named adapter, which may be a classifier. Raises UsageError, JobNotFound, AdapterNotFound, Refused."""
         row = self._store.adapters.get(parse_reference(text))
         return self._listed(row, self._store.jobs.get(row.job_id))
 
@@ -147,7 +147,7 @@ class Library:
         )
 
     def fetch(self, adapter: Listed) -> Path:
-        """The folder with its files on this box, as its manifest says. Raises ArtifactError, ServiceUnreachable."""
+        """The folder with its files on this box, verified by its manifest. Raises ArtifactError, ServiceUnreachable."""
         known = self._fetched.get((adapter.job_id, adapter.attempt))
         if known is not None and (known / WEIGHTS).is_file() and (known / CONFIG).is_file():
             return known
@@ -165,7 +165,7 @@ class Library:
         folder = self._settings.cache_dir / "adapters" / f"{adapter.job_id}-{wanted[WEIGHTS].sha256[:16]}"
         if folder.is_dir():
             if all((folder / name).is_file() and sha256_of(folder / name) == f.sha256 for name, f in wanted.items()):
-                os.utime(folder)  # loractl gc removes what was not used for long
+                os.utime(folder)  # loractl gc removes folders that were not used for a long time
                 return folder
             shutil.rmtree(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ class Library:
         return DataFormat(self._artifacts.read_report(stored)["data"]["format"])
 
     def format(self, adapter: Listed) -> DataFormat:
-        """The shape of the rows that it was trained on: whether its prompts are conversations or plain text."""
+        """The format of its training rows: whether its prompts are conversations or plain text."""
         return self._format(adapter.stored)
 
     def data_file(self, adapter: Listed, key: str) -> str | None:
@@ -203,15 +203,15 @@ class Library:
         return str(self._artifacts.fetch_dataset(stored["uri"], stored["sha256"], folder))
 
     def revision(self, adapter: Listed) -> str | None:
-        """The revision of the base to load; where the job named none for a hub id, the commit of its training."""
+        """The revision of the base to load; if the job named none for a hub id, the commit of its training."""
         if adapter.spec.revision is not None or Path(adapter.spec.base_model).is_absolute():
             return adapter.spec.revision
         commit = (self.report(adapter).get("base") or {}).get("commit")
         return None if commit is None else str(commit)
 
     def changed_base(self, adapter: Listed) -> list[str]:
-        """Files of the base on this box that are not those that the adapter was trained on; empty where its report is
-        older than their hashes."""
+        """Files of the base on this box that differ from those the adapter was trained on; empty if its report predates
+        file hashes."""
         trained = (self.report(adapter).get("base") or {}).get("files")
         if not trained:
             return []
@@ -219,7 +219,7 @@ class Library:
         return changed_files(trained, here)
 
     def warnings_about(self, adapters: Sequence[Listed]) -> list[str]:
-        """A sentence for each adapter that was trained on other files of its base than this box has."""
+        """A sentence for each adapter trained on other files of its base than this box has."""
         changed = [(adapter, files) for adapter in adapters if (files := self.changed_base(adapter))]
         return [
             f"{adapter.name} (job {adapter.job_id}) was trained on other files of its base: {', '.join(files)}"
@@ -232,8 +232,8 @@ class Library:
 
 
 def usual_arithmetic(adapters: Sequence[Listed], *, in_4bit: bool | None = None, dtype: str = "auto") -> Arithmetic:
-    """That in which most of the adapters were trained, of equally many that of the first; what a person asked for goes
-    before (`in_4bit`, and a `dtype` other than auto)."""
+    """The arithmetic in which most of the adapters were trained, on a tie the first one's; a person's choice overrides
+    it (`in_4bit`, and a `dtype` other than auto)."""
     counted = Counter(adapter.arithmetic for adapter in adapters).most_common(1)
     usual = counted[0][0] if counted else Arithmetic()
     if in_4bit is not None:
@@ -242,7 +242,7 @@ def usual_arithmetic(adapters: Sequence[Listed], *, in_4bit: bool | None = None,
 
 
 def same_base(adapters: list[Listed]) -> tuple[str, str | None]:
-    """The base that all of them are on. Raises UsageError."""
+    """Their common base. Raises UsageError."""
     first = adapters[0]
     for other in adapters[1:]:
         if other.base != first.base:

@@ -1,4 +1,4 @@
-"""Base and adapter as one full model, proved to give the same logits."""
+"""Merges base and adapter into one full model, and proves that it gives the same logits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from loractl.worker.data.template import templated
 from .library import Library, Listed
 
 Say = Callable[[str], None]
-"""Is told what begins."""
+"""Gets the name of each step as it begins."""
 
 PROMPTS = (
     "The capital of France is",
@@ -32,7 +32,7 @@ PROMPTS = (
     "def mean(values):\n    return",
     "7 + 5 * 2 =",
 )
-"""What base and adapter are compared on before and after the merge, beside the job's own kind of prompt."""
+"""Prompts on which base and adapter are compared before and after the merge, besides the job's own kind of prompt."""
 
 TOLERANCE = 1e-3
 """Largest difference of a logit, in fp32: W + scale B A is summed once instead of at every token. 4e-5 is usual."""
@@ -42,16 +42,16 @@ LEAST_AGREEMENT = 0.8
 overflow all."""
 
 CONVERTER = "convert_hf_to_gguf.py"
-"""llama.cpp's own."""
+"""llama.cpp's own name for it."""
 
 
 class MergeFailed(LoractlError):
-    """The merged model is not the same as base and adapter: nothing is written."""
+    """The merged model differs from base and adapter: nothing is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """How far logits over all prompts' tokens are apart."""
+    """How much logits differ over all prompts' tokens."""
 
     prompts: int
     tokens: int
@@ -63,7 +63,7 @@ class Proof:
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """A full model that was written."""
+    """A written full model."""
 
     folder: Path
     size: int  # bytes of its files
@@ -73,7 +73,7 @@ class Merged:
 
     @property
     def sentences(self) -> str:
-        """What was written and how well it was proved, for people."""
+        """What was written and how it was verified, for people."""
         proof, adapter = self.proof, self.adapter
         return (
             f"{adapter.name} (job {adapter.job_id}) is merged into {self.folder} "
@@ -92,7 +92,7 @@ def merge_adapter(
 ) -> Merged:
     """Write the merged model into a new folder, all of it or nothing; with a converter a GGUF file too.
 
-    Raises MergeFailed when it is not the same, LoractlError when the converter fails.
+    Raises MergeFailed if it is not the same, LoractlError if the converter fails.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.parent / f".{folder.name}-{secrets.token_hex(4)}"
@@ -102,7 +102,7 @@ def merge_adapter(
         if converter is not None:
             say("runs llama.cpp's converter")
             run_converter(converter, aside, aside / f"{listed.name}-{dtype}.gguf", dtype)
-        for path in aside.glob("*.safetensors"):  # safetensors writes them for their owner alone
+        for path in aside.glob("*.safetensors"):  # safetensors makes them readable only by their owner
             path.chmod((aside / "config.json").stat().st_mode)
         aside.rename(folder)
     finally:
@@ -112,7 +112,7 @@ def merge_adapter(
 
 
 def merge_into(folder: Path, library: Library, listed: Listed, dtype: str, say: Say = lambda text: None) -> Proof:
-    """Write the merged model into an existing empty folder. Raises MergeFailed when it is not the same."""
+    """Write the merged model into an existing empty folder. Raises MergeFailed if it is not the same."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -177,7 +177,7 @@ def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> list[Any]:
 
 
 def _apart(some: Sequence[Any], others: Sequence[Any]) -> float:
-    """The largest difference; infinite where a value is not a number."""
+    """The largest difference; infinite if a value is NaN."""
     apart = max(float((a - b).abs().max()) for a, b in zip(some, others, strict=True))
     return apart if math.isfinite(apart) else math.inf
 
@@ -241,7 +241,7 @@ def find_converter() -> Path:
 
 
 def run_converter(converter: Path, model: Path, target: Path, dtype: str) -> None:
-    """Write a GGUF file of a model's folder. Raises LoractlError with what the converter said last."""
+    """Write a GGUF file of a model's folder. Raises LoractlError with the converter's last line."""
     kind = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[dtype]
     command = [sys.executable, str(converter), str(model), "--outfile", str(target), "--outtype", kind]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""The rows of a file, labelled by a stored classifier or answered by a stored adapter."""
+"""Labels a file's rows with a stored classifier, or answers them with a stored adapter."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .library import Library, Listed
 class Outcome:
     """A label with its probability, an answer with its ending, or why there is neither."""
 
-    row: int  # its line in jsonl, else its place, from 1
+    row: int  # its line in jsonl, else its number, from 1
     label: str | None = None
     probability: float | None = None
     answer: str | None = None
@@ -43,7 +43,7 @@ class Outcome:
     error: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """What is known of the row; keys without a value are left out."""
+        """What is known about the row; keys without a value are left out."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
 
@@ -51,11 +51,11 @@ AHEAD = 64
 """Requests that wait for a place in the batch."""
 
 MOST = 1024
-"""Answers in memory: those that are ready wait for the ones before them."""
+"""Answers in memory: finished answers wait for earlier ones."""
 
 
 def answer_rows(conversation: Conversation, questions: Iterable[Question]) -> Iterator[Outcome]:
-    """An answer for each question, in their order. A row that can't be answered has its error."""
+    """An answer for each question, in order. A row that can't be answered has its error."""
     pending: deque[tuple[int, PartialAnswer]] = deque()
     for question in questions:
         pending.append((question.number, _ask(conversation, question)))
@@ -78,7 +78,7 @@ def _ask(conversation: Conversation, question: Question) -> PartialAnswer:
 
 
 def _ready(pending: deque[tuple[int, PartialAnswer]]) -> Iterator[Outcome]:
-    """The answers at the head that are complete."""
+    """The complete answers at the head."""
     while pending and (pending[0][1].ended or pending[0][1].error):
         row, answer = pending.popleft()
         if answer.error:
@@ -88,15 +88,15 @@ def _ready(pending: deque[tuple[int, PartialAnswer]]) -> Iterator[Outcome]:
 
 
 WINDOW = 1024
-"""Texts that are read at once: they are labelled in batches of similar length."""
+"""Texts read at once: they are labelled in batches of similar length."""
 
 ROOM_BYTES = 2**30
-"""What a batch of texts may take of a card."""
+"""Card memory that a batch of texts may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredClassifier:
-    """A base with a trained head and its adapter, computing as in its training."""
+    """A base with a trained head and its adapter, which computes as in training."""
 
     learner: Learner
     labels: tuple[str, ...]  # in the order of the head
@@ -104,7 +104,7 @@ class StoredClassifier:
     batch: int
 
     def label_rows(self, questions: Iterable[Question]) -> Iterator[Outcome]:
-        """The likeliest label of each text, in their order, with its probability by the head."""
+        """The likeliest label of each text, in order, with its probability."""
         texts = iter(questions)
         while window := list(islice(texts, WINDOW)):
             yield from self._label(window)
@@ -139,7 +139,7 @@ class StoredClassifier:
 def open_classifier(
     library: Library, adapter: Listed, gpu: str | None, tell: Callable[[str], None], warn: Callable[[str], None]
 ) -> StoredClassifier:
-    """Load the base of a classifier as its job did, with the trained head. Raises LoractlError."""
+    """Load the base of a classifier like its job did, with the trained head. Raises LoractlError."""
     spec, method, revision = adapter.spec, adapter.method, library.revision(adapter)
     for sentence in library.warnings_about([adapter]):
         warn(sentence)
@@ -153,7 +153,7 @@ def open_classifier(
     tokenizer = load_tokenizer(spec.base_model, revision, run_code=run_code)
     head = Head(labels=labels, pad=tokenizer.pad_token_id, seed=0)
     base = load_base(spec.base_model, method, device, precision, revision, run_code=run_code, head=head)
-    begun = spec.lora.model_copy(update={"init_lora_weights": "default"})  # the stored weights take their place
+    begun = spec.lora.model_copy(update={"init_lora_weights": "default"})  # the stored weights replace them
     steps = spec.training.model_copy(update={"exact": adapter.exact})
     model = add_adapter(base, spec.model_copy(update={"lora": begun, "training": steps}), method)
     load_stored(model, folder / WEIGHTS)

@@ -1,1 +1,1 @@
-"""Whether an installation works: what doctor looks at, and what it finds. Nothing is changed that stays."""
+"""Whether an installation works: what doctor checks, and what it finds. No change stays."""

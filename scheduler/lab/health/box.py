@@ -1,4 +1,4 @@
-"""How it is with this machine: its disks, its models, its cards."""
+"""The condition of this machine: its disks, its models, its cards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loractl.scheduler.database.backup import no_worker
 from .condition import Condition, broken, fine, skipped, warning
 
 LEAST_BYTES, FEW_BYTES = GIB, 10 * GIB
-"""A job is not begun with less than the first (worker/attempt/disk.py); with less than the second it soon may be."""
+"""With less than the first no job starts (worker/attempt/disk.py); with less than the second that may come soon."""
 
 CARD_CHECK = "loractl.worker.node.health.card_check"
 
@@ -35,7 +35,7 @@ def has_training_stack() -> bool:
 
 
 def see_disk(settings: Settings) -> Iterator[Condition]:
-    """The room where attempts, models and, in a folder, results are written."""
+    """Free space where attempts, models and, in a folder store, results are written."""
     places = {"home": settings.home}
     if has_training_stack():
         places["models of the hub"] = hub_cache()
@@ -62,7 +62,7 @@ def _room(what: str, folder: Path, there: Path) -> Condition:
 
 
 def see_models(settings: Settings) -> Iterator[Condition]:
-    """The folders in which a base model may lie, and what the hub's library has here."""
+    """The folders that may hold a base model, and what the hub's library has here."""
     for root in settings.model_roots:
         if not root.is_dir():
             yield broken(
@@ -91,7 +91,8 @@ def _models_in(root: Path) -> str:
 
 
 def see_cards(settings: Settings) -> Iterator[Condition]:
-    """Each card's self-test, unless a worker serves them: that has tested them, and its jobs need their memory."""
+    """Each card's self-test, unless a worker serves them: that worker has tested them, and its jobs need their
+    memory."""
     if not has_training_stack():
         yield skipped("cards", _NO_STACK, _HINT)
         return
@@ -109,7 +110,7 @@ _TESTS = "and tests each before it takes jobs: loractl gpus shows the results"
 
 
 def _tested() -> list[dict[str, Any]]:
-    """What a process of the worker's own says: no driver is loaded here. It bounds each card's test."""
+    """The result from a process of the worker's own: no driver is loaded here. It bounds each card's test."""
     done = subprocess.run(
         [sys.executable, "-m", CARD_CHECK], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
     )

@@ -1,4 +1,4 @@
-"""What a look at one part of the installation has found."""
+"""The result of checking one part of the installation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from loractl.common.errors import LoractlError
 
 
 class Level(enum.Enum):
-    """How it is with a part of the installation."""
+    """The state of a part of the installation."""
 
     OK = "ok"
-    WARNING = "warning"  # it works, and somebody should look at it
+    WARNING = "warning"  # it works, but somebody should look at it
     ERROR = "error"
-    SKIPPED = "skipped"  # it can't be known here, or not yet
+    SKIPPED = "skipped"  # it can't be checked here, or not yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,14 @@ class Condition:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """All that was looked at. `hung`: checks that did not end; their threads still wait for an answer."""
+    """All checks. `hung`: checks that did not end; their threads still wait for an answer."""
 
     conditions: tuple[Condition, ...]
     hung: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is broken; warnings may be there."""
+        """Whether nothing is broken, though there may be warnings."""
         return not self.count(Level.ERROR)
 
     def count(self, level: Level) -> int:
@@ -70,7 +70,7 @@ def skipped(check: str, sentence: str, hint: str | None = None) -> Condition:
 
 
 def failed(check: str, error: Exception) -> Condition:
-    """What a check has raised. What nobody expects is named by its kind; it is a fault of loractl."""
+    """What a check raised. An unexpected error is named by its type: it is a bug in loractl."""
     if isinstance(error, LoractlError):
         return broken(check, error.sentence, error.hint)
     if isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""All checks of doctor beside each other, each in bounded time: a service that hangs is a line, and no hang."""
+"""All checks of doctor in parallel, each in bounded time: a service that hangs becomes a line, not a hang."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .messages import see_messages
 from .services import see_boxes, see_clock, see_database, see_logins, see_queue, see_revision, see_store
 
 PATIENCE_S = 10.0
-"""A check may take so long, unless somebody says otherwise."""
+"""The default time limit of a check."""
 
 CARDS_S = 200.0
 """A self-test imports torch, which takes a minute from a slow disk."""
@@ -27,12 +27,12 @@ CARDS_S = 200.0
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A part of the installation, and how it is looked at."""
+    """A part of the installation, and how to check it."""
 
     name: str
     look: Callable[[Settings], Iterable[Condition]]
-    needs: str | None = None  # a check before it that must not have failed
-    least_s: float = 0.0  # it may take so long even where less patience is asked for
+    needs: str | None = None  # an earlier check that must not have failed
+    least_s: float = 0.0  # it may take this time even if less patience is asked for
 
 
 CHECKS = (
@@ -51,7 +51,7 @@ CHECKS = (
 
 
 def diagnose(patience_s: float = PATIENCE_S, names: Collection[str] = ()) -> Diagnosis:
-    """Look at everything, or at these checks and those that they need. What is wrong there is a condition.
+    """Run all checks, or these and those that they need. Whatever is wrong becomes a condition.
 
     Raises UsageError for a check that does not exist.
     """
@@ -94,7 +94,7 @@ def _passed(found: Iterable[Condition], name: str) -> bool:
 
 
 class _Run:
-    """A check in a thread that can be left: a call that hangs in the kernel ends for nobody."""
+    """A check in a thread that can be abandoned: a call that hangs in the kernel can't be ended."""
 
     def __init__(self, check: Check, settings: Settings, patience_s: float) -> None:
         self._check = check
@@ -117,7 +117,7 @@ class _Run:
         return self._thread.is_alive()
 
     def end(self) -> list[Condition]:
-        """What it has found; that it had no answer in time is a condition, too."""
+        """What it found; no answer in time is a condition, too."""
         self._thread.join(max(0.0, self._until - time.monotonic()))
         if not self.hangs:
             return self._found
@@ -127,7 +127,7 @@ class _Run:
 
 
 def _secrets(settings: Settings) -> list[str]:
-    """Passwords that the settings hold, as they stand there and as they are meant."""
+    """Passwords in the settings, as written there and decoded."""
     found = [os.environ.get(name) for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN", "PGPASSWORD")]
     found.append(settings.s3.secret_key if settings.s3 else None)
     for url in (settings.database_url, settings.redis_url or ""):
@@ -136,7 +136,7 @@ def _secrets(settings: Settings) -> list[str]:
 
 
 def _without(secrets: Iterable[str], condition: Condition) -> Condition:
-    """The condition, should what a library says repeat a password."""
+    """The condition without passwords, in case a library's message repeats one."""
     sentence, hint = condition.sentence, condition.hint
     for secret in secrets:
         sentence, hint = sentence.replace(secret, "***"), hint and hint.replace(secret, "***")

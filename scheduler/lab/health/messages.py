@@ -1,4 +1,4 @@
-"""How it is with messages: the channels of this machine, and what could not be sent anywhere."""
+"""The condition of messages: the channels of this machine, and what could not be sent anywhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .condition import Condition, broken, fine, warning
 
 
 def see_messages(settings: Settings) -> Iterator[Condition]:
-    """Messages that no worker takes, and those that were given up in the last day."""
+    """Messages that no worker takes, and those given up in the last day."""
     if (fault := settings.channels_fault) is not None:
         yield broken("messages", fault.sentence, fault.hint)
     with one_look(settings) as engine:

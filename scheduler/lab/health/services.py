@@ -1,4 +1,4 @@
-"""How it is with the services: the database, its tables and its clock, the queue, the artifact store, the boxes."""
+"""The condition of the services: the database, its tables and its clock, the queue, the artifact store, the boxes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
     from loractl.scheduler.fleet.answer import DeviceState
 
 CLOCK_WARNING_S, CLOCK_ERROR_S = 5.0, 900.0
-"""Seconds between this machine's clock and the database's: S3 refuses what is signed 15 minutes off."""
+"""Seconds between this machine's clock and the database's: S3 refuses requests signed 15 minutes off."""
 
 NO_JOB = 10**18 - 1
-"""Its number is beyond what a database gives: what a check stores is no job's."""
+"""Beyond the numbers that a database gives: what a check stores belongs to no job."""
 
 
 def see_database(settings: Settings) -> Iterator[Condition]:
@@ -66,7 +66,7 @@ def see_revision(settings: Settings) -> Iterator[Condition]:
 
 
 def see_logins(settings: Settings) -> Iterator[Condition]:
-    """What a lab's login could fill the database's disk with."""
+    """What could fill the database's disk through a lab's login."""
     if settings.embedded_database:
         yield fine("logins", "none: SQLite's file is its owner's alone")
         return
@@ -84,7 +84,7 @@ def see_logins(settings: Settings) -> Iterator[Condition]:
 
 
 def see_clock(settings: Settings) -> Iterator[Condition]:
-    """How far this machine's clock is from the database's, which all times in the tables follow."""
+    """How far this machine's clock is off the database's, which all times in the tables follow."""
     with one_look(settings) as engine:
         store = Store(engine)
         store.now()  # connects
@@ -116,7 +116,7 @@ def see_queue(settings: Settings) -> Iterator[Condition]:
 
 
 def see_store(settings: Settings) -> Iterator[Condition]:
-    """Whether a data set, as a client stores it, and a checkpoint, as a box does, read back as they were written."""
+    """Whether a data set, stored as a client does, and a checkpoint, stored as a box does, read back as written."""
     from loractl.common.artifacts import open_store
 
     store, began, address = open_store(settings), time.monotonic(), redacted(settings.artifacts_url)
@@ -143,7 +143,7 @@ def _keep_dataset(store: ArtifactStore, folder: Path) -> None:
     file.write_text(f'{{"text": "loractl doctor {secrets.token_hex(8)}"}}\n')
     uri, sha256 = store.put_dataset(file)
     store.fetch_dataset(uri, sha256, folder / "back")
-    with contextlib.suppress(ArtifactError):  # a client's key may not remove: loractl gc does
+    with contextlib.suppress(ArtifactError):  # a client's key may not remove it: loractl gc does
         store.remove(uri.removeprefix(f"{store.url}/"))
 
 
@@ -159,7 +159,7 @@ def _keep_checkpoint(store: ArtifactStore, folder: Path) -> None:
 
 
 def see_boxes(settings: Settings) -> Iterator[Condition]:
-    """Each box: its versions, whether it is seen, and whether its cards take jobs."""
+    """Each box: its versions, whether it is online, and whether its cards take jobs."""
     from loractl.scheduler.fleet.answer import STOPPED, fleet
 
     with one_look(settings) as engine:
@@ -193,7 +193,7 @@ def _box(host: str, cards: list[DeviceState]) -> Condition:
 
 
 def _different_libraries(devices: tuple[DeviceState, ...]) -> Iterator[Condition]:
-    """What decides a training's arithmetic should be the same on all boxes: a job may go on on another one."""
+    """Whatever decides a training's arithmetic should be the same on all boxes: a job may continue on another box."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     for device in devices:
         for package, version in device.versions.items():

@@ -45,10 +45,10 @@ class SweepContest:
     """A sweep with what its page shows."""
 
     sweep: SweepView
-    lines: Mapping[int, Sequence[tuple[int, float]]]  # held-out loss by step, or training loss where none is measured
-    held_out: bool  # which of the two
+    lines: Mapping[int, Sequence[tuple[int, float]]]  # held-out loss by step, or training loss if none is measured
+    held_out: bool  # which of the two losses
     grid: SettingsGrid | None  # None: it does not vary two keys
-    comparison: SweepComparison | None  # None: no member has a result that could be read
+    comparison: SweepComparison | None  # None: no member has a readable result
     unread: int  # members with a result whose report could not be read, or not yet
     common: tuple[tuple[str, Any], ...]  # settings that are the same in all
     measured: Mapping[int, tuple[int | None, float | None]]  # peak bytes and seconds of finished members
@@ -80,7 +80,7 @@ def sweep_contest(store: Store, shelf: ReportShelf, sweep_id: int) -> SweepConte
 
 
 def newest_sweeps(store: Store, page: Page) -> tuple[list[SweepView], int | None]:
-    """A page of the sweeps, the newest first, and the sweep behind which the next one goes on."""
+    """A page of the sweeps, newest first, and the sweep after which the next page starts."""
     found = store.sweeps.newest(page)
     ids = [row.sweep_id for row in found[: page.limit]]
     return store.sweeps.several(ids, settings=False)[::-1], ids[-1] if len(found) > len(ids) else None
@@ -95,10 +95,10 @@ def _lines(store: Store, job_ids: Sequence[int], name: str) -> dict[int, list[tu
 
 
 def _finished(shelf: ReportShelf, store: Store, sweep: SweepView) -> list[FinishedJob]:
-    """The members with a result whose reports are there by now."""
+    """The members with a result whose reports have been read by now."""
     rows = {job.job_id: job for job in store.jobs.matching(sweep_id=sweep.sweep_id) if job.report_uri is not None}
     for row in rows.values():
-        shelf.known(row.job_id, row.manifest_sha256)  # all are asked for before the first one is waited for
+        shelf.known(row.job_id, row.manifest_sha256)  # all are requested before the first wait
     found, patience = [], REPORTS_WAIT_S
     for row in rows.values():
         try:
@@ -151,7 +151,7 @@ def _grid(sweep: SweepView) -> SettingsGrid | None:
 
 
 def _in_order(values: Any) -> list[Any]:
-    """Each value once: numbers by size, others as they came."""
+    """Each value once: numbers by size, others in their given order."""
     different = list({repr(value): value for value in values}.values())
     numbers = all(isinstance(value, (int, float)) for value in different)
     return sorted(different) if numbers else different
@@ -167,7 +167,7 @@ def _common(store: Store, sweep: SweepView) -> list[tuple[str, Any]]:
 
 
 def _measured(report: Mapping[str, Any]) -> tuple[int | None, float | None]:
-    """Peak and time; no peak of one that shared its process: it is all of theirs."""
+    """Peak and time; no peak if it shared its process: the peak is for all of its jobs."""
     try:
         training, seconds = report["training"], float(report["wall_seconds"])
         return None if training.get("companions") else int(training["peak_memory_bytes"]), seconds

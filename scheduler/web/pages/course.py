@@ -1,4 +1,4 @@
-"""How a job's loss went: its attempts one after the other, and the steps that a later one repeated."""
+"""The course of a job's loss: its attempts one after the other, and the steps that a later one repeated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loractl.scheduler.status.job import PastAttempt
 
 MOST_POINTS = 600
-"""Points of a line on a job's page: more than a screen has room for."""
+"""Points of a line on a job's page: more than a screen can show."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class AttemptSpan:
     """The steps that an attempt took."""
 
     attempt: int
-    place: str  # its cards in as few letters as can be
+    place: str  # its cards, as short as possible
     first: int
     last: int
     repeated: int  # steps at its end that the next attempt took again
@@ -32,7 +32,7 @@ class AttemptSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class JobCourse:
-    """The losses of a job over its steps. Thinned where there are very many."""
+    """The losses of a job over its steps. Thinned if there are very many."""
 
     runs: tuple[tuple[tuple[int, float], ...], ...]  # step and training loss, by attempt
     held_out: tuple[tuple[int, float], ...]

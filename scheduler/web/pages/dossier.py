@@ -28,7 +28,7 @@ LOG_CHUNKS, LOG_LINES = 3, 60
 """What the end of a log is made of."""
 
 REPORT_WAIT_S = 1.5
-"""A page waits so long for a report; the next one will have it."""
+"""How long a page waits for a report; the next page will have it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +46,16 @@ class JobDossier:
 
     history: JobHistory
     course: JobCourse
-    wait: Why | None  # of one that waits
-    trouble: str | None  # what is wrong with a card of a running one, in a few words
-    silent: bool  # a card of a running one is silent: nobody ordered that
+    wait: Why | None  # of a waiting job
+    trouble: str | None  # what is wrong with a running job's card, in a few words
+    silent: bool  # a running job's card is silent, and nobody ordered that
     settings: tuple[ResolvedSetting, ...]
     sweep_name: str | None
     report: ReportDigest | None
-    report_missing: str | None  # why there is none, where one should be
+    report_missing: str | None  # why there is none though there should be one
     log_end: str
     followers: tuple[int, ...]  # the jobs that start after it, directly or not
-    card_bytes: Mapping[int, int]  # bytes of the card of each attempt, where that card is still known
+    card_bytes: Mapping[int, int]  # bytes of the card of each attempt, if that card is still known
 
     @property
     def job(self) -> JobState:
@@ -63,14 +63,14 @@ class JobDossier:
 
     @property
     def told(self) -> tuple[PastEvent, ...]:
-        """The history, with checkpoints that follow each other as one line (a long job saves hundreds), and with each
-        warning once: every attempt reads the data again."""
+        """The history, with consecutive checkpoints as one line (a long job saves hundreds), and each warning once:
+        every attempt reads the data again."""
         runs = itertools.groupby(_warned_once(self.history.events), key=lambda e: (e.kind == "saved", e.attempt))
         return tuple(event for (saved, _), run in runs for event in (_as_one(list(run)) if saved else run))
 
     @property
     def reached(self) -> tuple[int | None, float | None]:
-        """The last step and training loss that were measured. An attempt's start and a retry clear the job's own."""
+        """The last measured step and training loss. An attempt's start and a retry clear the job's own."""
         step, loss = self.course.last or (None, None)
         return step if self.job.step is None else self.job.step, loss if self.job.loss is None else self.job.loss
 
@@ -84,7 +84,7 @@ class JobDossier:
 
     @property
     def trained_s(self) -> float:
-        """Seconds of all attempts; of one that goes on until now."""
+        """Seconds of all attempts; a running one counts until now."""
         now = self.history.now
         return sum(((a.ended_at or now) - a.started_at).total_seconds() for a in self.history.attempts)
 
@@ -125,7 +125,7 @@ def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
 
 
 def _warned_once(events: Sequence[PastEvent]) -> list[PastEvent]:
-    """Each warning once, where it came last, and with its attempts where another one read the data without it."""
+    """Each warning once, where it came last, and with its attempts if another attempt read the data without it."""
     holders: dict[str, list[int | None]] = {}
     for event in events:
         if event.kind == "warning" and event.attempt not in holders.setdefault(event.text, []):

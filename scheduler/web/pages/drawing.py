@@ -1,4 +1,4 @@
-"""Where the parts of a page's drawings stand: cards as bars, losses as lines. Coordinates in percent or in units."""
+"""The positions in a page's drawings: cards as bars, losses as lines. Coordinates in percent or in units."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class BarPart:
 
 
 def card_parts(device: DeviceState) -> list[BarPart]:
-    """What holds a card: other people's programs then our jobs, what ended ones hold, bases that wait for a job."""
+    """What holds a card: other people's programs, then our jobs, what ended jobs hold, and bases that wait for a
+    job."""
     card, total = device.card, device.card.total
     if not total:
         return []
@@ -59,15 +60,15 @@ def card_parts(device: DeviceState) -> list[BarPart]:
 
 
 BARS_PX = {"slim": 176, "middle": 270, "ample": 410}
-"""How broad a card's bar is at the least, by the classes of which page.css shows one: slim in a window of 1,041 px,
-where the second column begins, middle on a phone, ample from 1,280 px on."""
+"""A card's least bar width, by class; page.css shows one of these: slim in a window of 1,041 px, where the second
+column begins, middle on a phone, ample from 1,280 px on."""
 
 CHARACTER_PX, PADDING_PX = 6.6, 14
-"""What a character of a label takes, and the room beside it."""
+"""The width of a label's character, and the space next to a label."""
 
 
 def labels(width: float, *texts: str) -> list[tuple[str, str]]:
-    """The labels of a part of a bar, so many percent wide, each with the kinds of bars that show it."""
+    """The labels for a part of a bar with a width in percent, each with the kinds of bars that show it."""
     shown: dict[str, list[str]] = {}
     for kind, pixels in BARS_PX.items():
         shown.setdefault(_fitting(width / 100 * pixels, texts), []).append(kind)
@@ -75,12 +76,12 @@ def labels(width: float, *texts: str) -> list[tuple[str, str]]:
 
 
 def _fitting(width: float, texts: Sequence[str]) -> str:
-    """The first of the texts that so many pixels have room for; empty where none fits."""
+    """The first of the texts that fits into the pixels; empty if none fits."""
     return next((text for text in texts if len(text) <= (width - PADDING_PX) / CHARACTER_PX), "")
 
 
 def spark(values: Sequence[float], width: int = 84, height: int = 22) -> str:
-    """A small line as the d of a path; empty for fewer than two values."""
+    """A small line as a path's d; empty for fewer than two values."""
     drawn = [value for value in values if math.isfinite(value)]
     if len(drawn) < 2:
         return ""
@@ -94,7 +95,7 @@ def spark(values: Sequence[float], width: int = 84, height: int = 22) -> str:
 
 
 def course_charts(course: JobCourse) -> list[tuple[str, dict[str, Any]]]:
-    """The loss of a job for a broad and for a narrow screen: lines, attempts below them, repeated steps."""
+    """The loss of a job for a wide and for a narrow screen: lines, attempts below them, repeated steps."""
     charts = []
     for size, width, height in (("broad", 920, 290), ("narrow", 380, 250)):
         chart = loss_chart(course.runs, course.held_out, width=width, height=height)
@@ -129,7 +130,7 @@ def _best(axes: Any, held_out: Sequence[tuple[int, float]]) -> tuple[float, floa
 def contest_charts(
     lines: Mapping[int, Sequence[tuple[int, float]]], leaders: Sequence[int]
 ) -> list[tuple[str, dict[str, Any]]]:
-    """A sweep's lines for a broad and for a narrow screen: the leaders are named, the rest are grey."""
+    """A sweep's lines for a wide and for a narrow screen: the leaders are named, the rest are grey."""
     charts = []
     for size, width, height in (("broad", 920, 300), ("narrow", 380, 260)):
         drawn = {job_id: finite(line) for job_id, line in lines.items()}
@@ -158,7 +159,7 @@ def contest_charts(
 
 
 def _apart(places: Sequence[float], least: float) -> list[float]:
-    """The places moved down until they are so far apart, in the order in which they were given."""
+    """The places, moved down until they are this far apart, in the given order."""
     moved = dict[int, float]()
     last = -math.inf
     for n in sorted(range(len(places)), key=lambda n: places[n]):

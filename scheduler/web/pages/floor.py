@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from .shelf import ReportShelf
 
 SHOWN_RUNNING = 60
-"""Running jobs on the lab's page; a larger lab lists them all under jobs."""
+"""Running jobs on the lab's page; a larger lab lists all of them under jobs."""
 
 SHOWN_ENDED = 8
 
 SPARK_POINTS = 40
 
 ASKED_FOR_ROOM = 10
-"""Waiting jobs of which it is asked whether they could start without other people's programs."""
+"""Waiting jobs that are checked for a start without other people's programs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndedJob:
-    """A job that has just ended, and what its report says where that was read already."""
+    """A job that has just ended, and what its report says if already read."""
 
     job: JobState
     report: ReportDigest | None
@@ -48,7 +48,7 @@ class EndedJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:
-    """Something that a person should know, and the command that shows more."""
+    """Something a person should know, and the command that shows more."""
 
     text: str
     command: str
@@ -56,7 +56,7 @@ class Notice:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnersShare:
-    """What counts against a user, and what his programs hold outside the queue."""
+    """What counts against a user, and what their programs hold outside the queue."""
 
     user: str
     gib_hours: float  # half of it is forgotten after a day
@@ -71,25 +71,25 @@ class LabFloor:
     fleet: Fleet
     running: tuple[JobState, ...]
     waiting: tuple[JobState, ...]
-    in_order: bool  # the waiting ones stand in the order in which the rule tries them; else by priority and age
-    sparks: Mapping[int, Sequence[float]]  # losses of the running ones, thinned
-    ended: tuple[EndedJob, ...]  # of a day, the newest first
-    shares: tuple[OwnersShare, ...]  # the largest first
+    in_order: bool  # waiting jobs are in the order in which the rule tries them; else by priority and age
+    sparks: Mapping[int, Sequence[float]]  # losses of running jobs, thinned
+    ended: tuple[EndedJob, ...]  # of a day, newest first
+    shares: tuple[OwnersShare, ...]  # largest first
     notices: tuple[Notice, ...]
 
     @property
     def part_kinds(self) -> frozenset[str]:
-        """What the cards' bars have parts for: job, outside, held, leaver, base."""
+        """The kinds of parts in the cards' bars: job, outside, held, leaver, base."""
         return frozenset(part.kind for device in self.fleet.devices for part in card_parts(device))
 
     @property
     def silent(self) -> frozenset[str]:
-        """Cards that have not been seen for a while, as nobody ordered it."""
+        """Cards that have not been seen for a while though nobody ordered that."""
         return frozenset(device.node for device in self.fleet.devices if device.silent_s is not None)
 
 
 def lab_floor(store: Store, shelf: ReportShelf, choice: Choice, page: Page) -> LabFloor:
-    """The lab as it is now. Raises JobNotFound for a page behind a job that does not exist."""
+    """The lab as it is now. Raises JobNotFound for a page after a job that does not exist."""
     view = store.cards.fleet()
     seen = overview(store, choice, page, view=view, with_sweeps=False)
     shown = seen.running[:SHOWN_RUNNING]
@@ -110,7 +110,8 @@ def lab_floor(store: Store, shelf: ReportShelf, choice: Choice, page: Page) -> L
 
 
 def _as_tried(store: Store, seen: Overview) -> list[JobState]:
-    """The waiting jobs of a page that has all of them: as the rule tries them, then those that it does not try now."""
+    """The waiting jobs, if the page has all of them: in the order in which the rule tries them, then those that it does
+    not try now."""
     turns = {job.job_id: turn for turn, job in enumerate(store.jobs.ready(len(seen.waiting) + 1))}
     last = len(turns)
 

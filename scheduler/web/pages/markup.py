@@ -1,4 +1,4 @@
-"""Templates filled with answers: all that is printed is escaped, and has no character that steers a screen."""
+"""Templates filled with answers: all output is escaped, and has no control characters."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def static_file(name: str) -> bytes:
 
 @functools.cache
 def static_url(name: str) -> str:
-    """Its address; another content has another one, so browsers may keep it."""
+    """Its address; other content has another address, so browsers may cache it."""
     return f"/static/{name}?v={sha256(static_file(name)).hexdigest()[:12]}"
 
 
@@ -55,7 +55,7 @@ def _environment() -> Environment:
 
 
 def _finalize(value: Any) -> Any:
-    """What is printed, without control characters: in a page they could turn the reading direction round."""
+    """Printed text, without control characters: in a page they could reverse the reading direction."""
     if isinstance(value, str) and not isinstance(value, Markup) and not value.isprintable():
         return clean_text(value)
     return "" if value is None else value
@@ -79,7 +79,7 @@ _NONE = Markup('<span class="none">–</span>')
 
 
 def _or_none(text: str) -> str:
-    """A value for a cell; a dash where there is none is marked, and left out on a narrow screen."""
+    """A value for a cell; a dash for a missing one is marked, and left out on a narrow screen."""
     return _NONE if text == "–" else text
 
 
@@ -92,7 +92,7 @@ def _percent(share: float | None) -> str:
 
 
 def _upper_first(text: str) -> str:
-    return text if text.startswith("loractl ") else text[:1].upper() + text[1:]  # a command is typed as it is
+    return text if text.startswith("loractl ") else text[:1].upper() + text[1:]  # a command must be typed exactly
 
 
 def _owner(name: str, owners: Mapping[str, int]) -> int:

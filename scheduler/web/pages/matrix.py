@@ -1,4 +1,4 @@
-"""The stored adapters by what was measured of them: a row an adapter, a column a measure, grouped by base model."""
+"""The stored adapters by their measures: a row per adapter, a column per measure, grouped by base model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .shelf import ReportShelf
 
 COLUMNS = 7
-"""Measures that have a column; the others are in the adapter's own report."""
+"""Measures with a column; the others are in the adapter's own report."""
 
 REPORT_WAIT_S = 1.0
 
@@ -31,8 +31,8 @@ _SAID_BY_LOSS = "perplexity"
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterRow:
-    """An adapter, who made it, and its changes by the measure's name and label: a loss of pairs is another measure than
-    one of tokens."""
+    """An adapter, who made it, and its changes by the measure's name and label: a loss on pairs is another measure than
+    a loss on tokens."""
 
     adapter: StoredAdapter
     user: str
@@ -42,11 +42,11 @@ class AdapterRow:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterOrigin:
-    """Where one adapter comes from."""
+    """The origin of one adapter."""
 
     row: AdapterRow
     settings: Mapping[str, Any]  # of its job: revision, lora, dataset
-    data: Mapping[str, Any]  # of its report: format, sha256, rows; empty while that is not read
+    data: Mapping[str, Any]  # of its report: format, sha256, rows; empty until that is read
     sentence: str
 
 
@@ -57,12 +57,12 @@ class AdapterMatrix:
     listed: AdapterList
     measures: tuple[tuple[str, str, str], ...]  # name, label, unit of each column
     bases: tuple[tuple[str, tuple[AdapterRow, ...]], ...]
-    tones: frozenset[str]  # better, worse, same: those that a cell has
+    tones: frozenset[str]  # better, worse, same: those in a cell
     chosen: AdapterOrigin | None
 
 
 def adapter_matrix(store: Store, shelf: ReportShelf, page: Page, chosen: int | None = None) -> AdapterMatrix:
-    """The page's adapters by base model, and where the chosen one (a job) comes from, if it is among them."""
+    """The page's adapters by base model, and the origin of the chosen one (a job), if it is among them."""
     listed = adapter_list(store, page)
     rows, found = [], None
     jobs = store.jobs.numbered([adapter.job_id for adapter in listed.adapters])

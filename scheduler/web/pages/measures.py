@@ -1,4 +1,4 @@
-"""What a report says, as values that a page can rely on: a worker has written it, and may have been someone else's."""
+"""What a report says, as values that a page can rely on: a worker wrote it, and may have been someone else's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loractl.common.errors import ArtifactError
 from loractl.common.verdict import Written, answer_groups, badge, written
 
 UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
-"""What a report of another form raises where its parts are looked for."""
+"""What a malformed report raises when its parts are read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class ReportedChange:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerGroup:
-    """The answers to the held-out rows that changed in one way."""
+    """The answers to held-out rows that changed in one way."""
 
     key: str
     title: str
@@ -64,7 +64,7 @@ class ReportDigest:
 
 
 def digest(report: Mapping[str, Any]) -> ReportDigest:
-    """The parts of a report that a page shows. Raises ArtifactError for one of another form."""
+    """The parts of a report that a page shows. Raises ArtifactError for a malformed report."""
     try:
         return _digest(report)
     except UNREADABLE as error:

@@ -1,4 +1,4 @@
-"""What each address shows: its parameters are read, the answer is asked for, and the template is named."""
+"""What each address shows: reads its parameters, gets the answer, and names the template."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 PAGE_JOBS, PAGE_ADAPTERS, PAGE_SWEEPS, PAGE_ANSWERS = 50, 25, 25, 5
 PARAMETERS = ("user", "name", "label", "status", "after", "answers", "from", "adapter", "by", "days")
-"""All that a page may be asked for in its address."""
+"""All parameters that a page's address may have."""
 
 USAGE_DAYS, MOST_DAYS = 30, 3650
 OWNERS_KEPT_S = 30.0
@@ -47,7 +47,7 @@ class Drawn:
 
 
 class Asked:
-    """A request's parameters. Raises UsageError for one that can't be read."""
+    """A request's parameters. Raises UsageError for an invalid one."""
 
     def __init__(self, parameters: Mapping[str, str]) -> None:
         self._given = {key: value.strip() for key, value in parameters.items() if value.strip()}
@@ -66,7 +66,7 @@ class Asked:
         return number
 
     def choice(self) -> Choice:
-        """The filter of the jobs that are shown."""
+        """The filter for the jobs shown."""
         label, status = self.text("label"), self.text("status")
         if label is not None and "=" not in label:
             raise UsageError(f"label={label[:60]!r} has no value", "like label=team=nlp")
@@ -82,12 +82,12 @@ class Asked:
 
     @property
     def filters(self) -> dict[str, str]:
-        """The parameters that a link to the next page carries on."""
+        """The parameters that a link to the next page keeps."""
         return {key: value for key in ("user", "name", "label", "status") if (value := self._given.get(key))}
 
 
 def number_of(text: str) -> int | None:
-    """The number that a text is, as jobs and sweeps have one; else None."""
+    """The text as a number of a job or sweep; else None."""
     number = int(text) if re.fullmatch(r"[0-9]{1,10}", text) else 0
     return number if 0 < number <= LARGEST else None
 
@@ -144,14 +144,14 @@ class Pages:
         )
 
     def adapters(self, asked: Asked) -> Drawn:
-        """The stored adapters by what was measured of them."""
+        """The stored adapters by their measures."""
         page = Page(limit=PAGE_ADAPTERS, after=asked.number("after"))
         matrix = adapter_matrix(self._store, self._shelf, page, asked.number("adapter"))
         values = {"matrix": matrix, "now": matrix.listed.now, "after": page.after}
         return self._drawn("adapters.jinja", "Adapters", "adapters", values)
 
     def usage(self, asked: Asked) -> Drawn:
-        """What was had of the cards in the last days, and quotas of it."""
+        """The card usage of the last days, and quotas on it."""
         by, days = asked.text("by") or "user", min(asked.number("days") or USAGE_DAYS, MOST_DAYS)
         if by not in GROUPS:
             raise UsageError(f"by={by[:40]!r} is not a way to group", f"one of {', '.join(GROUPS)}")
@@ -161,7 +161,7 @@ class Pages:
         return self._drawn("usage.jinja", "Usage", "usage", values)
 
     def log(self, job_id: int) -> Callable[[int], tuple[str, int]]:
-        """A job's log in parts: from the chunk that was read last to the next text and its last chunk.
+        """A job's log in parts: from the last chunk read, the next text and its last chunk.
 
         Raises JobNotFound.
         """
@@ -169,7 +169,7 @@ class Pages:
 
         def part(after: int) -> tuple[str, int]:
             chunks = self._store.jobs.log_part(job_id, after, 8)
-            if not chunks and after == 0 and job.report_uri is not None:  # loractl gc keeps it with the result alone
+            if not chunks and after == 0 and job.report_uri is not None:  # loractl gc keeps it only with the result
                 return self._shelf.stored_log(job_id), LARGEST
             return "".join(chunk.text for chunk in chunks), chunks[-1].chunk_id if chunks else 0
 
@@ -180,7 +180,7 @@ class Pages:
         return Drawn(template=template, title=title, section=section, values=more)
 
     def _colours(self) -> dict[str, int]:
-        """A number for everybody who had a card or waits for one: the same on all pages."""
+        """A number for every user who had a card or waits for one: the same on all pages."""
         read_at, owners = self._owners
         if time.monotonic() - read_at >= OWNERS_KEPT_S:
             owners = {name: n for n, name in enumerate(self._store.jobs.users())}
@@ -189,7 +189,7 @@ class Pages:
 
 
 def commands_for(job: JobState) -> list[str]:
-    """The commands that a person may want next."""
+    """The commands a person may want next."""
     number = job.job_id
     if job.status is Status.RUNNING:
         return [f"loractl status {number} --watch", f"loractl cancel {number}"]

@@ -1,4 +1,4 @@
-"""The reports of finished jobs, kept once they were read: a result never changes, and its store may be slow or away."""
+"""The reports of finished jobs, kept once read: a result never changes, and its store may be slow or down."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ KEPT = 200
 """Reports that are kept."""
 
 LARGEST = 16 * 2**20
-"""Bytes of a file of a result that is read for a page; a report of loractl's has a few hundred KiB."""
+"""Most bytes of a result's file that is read for a page; a loractl report has a few hundred KiB."""
 
 AGAIN_S = 30.0
-"""After so long a report that could not be read is asked for again."""
+"""How long until an unreadable report is requested again."""
 
 READERS = 4
 
@@ -39,7 +39,7 @@ class _Report:
 
 
 class ReportShelf:
-    """Reads reports beside the page that wants them, so that no page waits long for the artifact store."""
+    """Reads reports in the background, so that no page waits long for the artifact store."""
 
     def __init__(self, store: Store, open_artifacts: Callable[[], ArtifactStore]) -> None:
         self._store, self._open = store, open_artifacts
@@ -49,9 +49,9 @@ class ReportShelf:
         self._artifacts: ArtifactStore | None = None
 
     def report(self, job_id: int, stamp: str | None, wait_s: float = 0.0) -> dict[str, Any] | None:
-        """A finished job's report; None while it is being read. Raises LoractlError where it can't be.
+        """A finished job's report; None while it is being read. Raises LoractlError if it can't be.
 
-        `stamp`: what its row says of the result (manifest_sha256); another one is another result.
+        `stamp`: its row's manifest_sha256; a different one means a different result.
         """
         found = self._asked(job_id, stamp)
         try:
@@ -60,21 +60,21 @@ class ReportShelf:
             return None
 
     def final(self, job_id: int) -> dict[str, Any] | None:
-        """What a report that was read says of final rows. It is for pages that show a look which somebody has taken."""
+        """What a report already read says about final rows. Only for pages that show a look already taken."""
         with self._lock:
             entry = self._kept.get(job_id)
         done = entry is not None and entry[2].done() and entry[2].exception() is None
         return entry[2].result().final if entry is not None and done else None
 
     def known(self, job_id: int, stamp: str | None) -> dict[str, Any] | None:
-        """The report if it was read already; it is asked for, and no error is told."""
+        """The report if already read; otherwise it is requested, and no error is reported."""
         try:
             return self.report(job_id, stamp)
         except LoractlError:
             return None
 
     def stored_log(self, job_id: int) -> str:
-        """The log that is stored with a result. Raises LoractlError."""
+        """The log stored with a result. Raises LoractlError."""
         return self._read_file(job_id, "log.txt").decode(errors="replace")
 
     def _asked(self, job_id: int, stamp: str | None) -> Future[_Report]:

@@ -1,1 +1,2 @@
-"""The artifact store as an attempt reaches it: each call in a process that can be left. No torch, no SQL, no queue."""
+"""The artifact store as an attempt reaches it: each call in a process that can be abandoned. No torch, no SQL, no
+queue."""

@@ -2,7 +2,7 @@
 
     python -m loractl.worker.attempt.storage
 
-A call that hangs, as on a hard NFS mount, holds this process alone: the node leaves it and takes another one.
+A call that hangs, as on a hard NFS mount, blocks only this process: the node abandons it and takes another.
 """
 
 import signal

@@ -1,4 +1,4 @@
-"""The calls of the artifact store that a node makes, and how they and their answers cross a pipe, as JSON."""
+"""A node's calls of the artifact store, and how they and their answers cross a pipe, as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def carry_out(store: ArtifactStore, name: str, arguments: Arguments) -> Any:
 
 
 def manifest_of(answer: dict[str, Any]) -> Manifest:
-    """The manifest that put_result has written, or of what pull has copied."""
+    """The manifest that put_result wrote, or of what pull copied."""
     return {name: StoredFile(**file) for name, file in answer.items()}
 
 
@@ -41,7 +41,7 @@ def as_answer(error: Exception) -> dict[str, Any]:
 
 
 def as_error(answer: dict[str, Any]) -> Exception:
-    """The error that an answer tells of."""
+    """The error in an answer."""
     kinds: dict[str, Callable[..., Exception]] = {
         "unreachable": ServiceUnreachable,
         "artifact": ArtifactError,

@@ -1,4 +1,4 @@
-"""The artifact store for a node: its calls run in processes that can be left, with a deadline for silence."""
+"""The artifact store for a node: its calls run in processes that can be abandoned, with a deadline for silence."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from .calls import as_error, manifest_of
 log = logging.getLogger("loractl.worker")
 
 DEADLINE_S = 300.0
-"""A call that moves nothing for so long is given up: its process is killed, and another one tries again. 32 MiB
-move between two signs of life, as two parts to S3 or at once to a folder's disk: so either must take 112 kB/s."""
+"""A call that moves nothing for this long is abandoned: its process is killed, and another tries again. 32 MiB move
+between two signs of life, as two parts to S3 or at once to a folder's disk, so either must take 112 kB/s."""
 
 LOOK_S = 0.2
-"""Seconds between two looks at whether a call is still wanted."""
+"""Seconds between two checks whether a call is still wanted."""
 
 IDLE = 1
-"""Processes that are kept for a next call: their start costs a good part of a second."""
+"""Processes kept for the next call: their start takes a good part of a second."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class CallWatch:
     """How a caller waits for a call."""
 
     deadline_s: float = DEADLINE_S
-    slow_s: float = math.inf  # of silence, after which `silent` is told
-    silent: Callable[[str], None] = lambda doing: None  # what the call does that has had no answer
-    going_on: Callable[[], None] = lambda: None  # it has one again
+    slow_s: float = math.inf  # of silence, after which `silent` is called
+    silent: Callable[[str], None] = lambda doing: None  # with what the unanswered call does
+    going_on: Callable[[], None] = lambda: None  # the call moves again
     over: Callable[[], bool] = lambda: False  # whether the answer is no longer wanted
 
 
@@ -54,12 +54,12 @@ class StoreClient:
         self._pool = pool or _Pool()
 
     def watched(self, watch: CallWatch) -> StoreClient:
-        """The same store for a caller who waits in another way."""
+        """The same store for a caller that waits in another way."""
         return StoreClient(self.url, watch, self._pool)
 
     def make_ready(self) -> None:
-        """Have a process for the next call, which then does not wait for its start. Where none can be made, it is the
-        next call that says so."""
+        """Start a process for the next call, so that it need not wait. If none can be started, the next call says
+        so."""
         try:
             self._pool.give(self._pool.take())
         except (OSError, RuntimeError) as error:  # no memory for a process, or no thread for its pipe
@@ -88,7 +88,7 @@ class StoreClient:
     def _call(self, name: str, *arguments: Any) -> Any:
         try:
             process = self._pool.take()
-        except (OSError, RuntimeError) as error:  # as in make_ready: it passes, and is no fault of what is stored
+        except (OSError, RuntimeError) as error:  # as in make_ready: temporary, and no fault of what is stored
             raise _unreachable(self.url, f"no process could be started for it: {error}") from error
         try:
             answer = process.ask({"url": self.url, "call": name, "arguments": arguments}, self.watch)
@@ -125,8 +125,8 @@ class _Pool:
 
 
 class _StoreProcess:
-    """One process and its pipes. It ends with its stdin, and so with this process, unless its call hangs in the
-    kernel: then as soon as that lets it go."""
+    """One process and its pipes. It ends with its stdin, and so with this process, unless its call hangs in the kernel:
+    then as soon as the kernel returns."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -145,11 +145,12 @@ class _StoreProcess:
         return self._process.poll() is None
 
     def leave(self) -> None:
-        """Kill it, and don't wait for its end: it may hang where no signal reaches it."""
+        """Kill it without waiting for its end: it may hang where no signal reaches it."""
         self._process.kill()
 
     def ask(self, order: dict[str, Any], watch: CallWatch) -> dict[str, Any]:
-        """Its answer to an order. Raises ServiceUnreachable when it is silent for too long, ends, or is not wanted."""
+        """Its answer to an order. Raises ServiceUnreachable if it is silent for too long, ends, or is no longer
+        wanted."""
         self._send(order, order["url"])
         doing, heard, told = "", time.monotonic(), False
         while True:

@@ -1,6 +1,5 @@
-"""What a process of a node's calls of the artifact store does: orders on stdin, a JSON object a line, one after the
-other; answers, and what is being done, on stdout. It ends with its stdin.
-"""
+"""A process for a node's calls of the artifact store: it reads orders on stdin, one JSON object per line, one after the
+other, and writes answers and progress on stdout. It ends with its stdin."""
 
 from __future__ import annotations
 
@@ -25,11 +24,11 @@ TELL_S = 1.0
 
 
 class _Teller:
-    """Says what is being done; a block that was moved is a sign of life."""
+    """Reports progress; a moved block is a sign of life."""
 
     def __init__(self, answers: IO[str]) -> None:
         self._answers = answers
-        self._lock = threading.Lock()  # S3's client reports from a thread of its own
+        self._lock = threading.Lock()  # S3's client reports from its own thread
         self._said = ("", 0.0)
 
     def doing(self, what: str) -> None:

@@ -1,1 +1,2 @@
-"""A base that stays in its process between trainings: put back as it was loaded, and proof that nothing else stayed."""
+"""A base that stays in its process between trainings: restored to its loaded state, with proof that nothing else
+stayed."""

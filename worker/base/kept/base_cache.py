@@ -1,4 +1,4 @@
-"""The base that a trainer process has loaded, cached for the trainings that come one after the other."""
+"""The base that a trainer process has loaded, cached for consecutive trainings."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from .tokenizers import Tokenizers
 Made = TypeVar("Made")
 
 SETTINGS = frozenset({"config.json", "generation_config.json", "adapter_config.json"})
-"""Files that decide what is loaded by being there: one that came or went is a change."""
+"""Files whose presence decides what is loaded: adding or removing one is a change."""
 
 
 class BaseCache:
-    """Holds at most one base. A training takes it from here; afterwards it is put back as it was loaded.
+    """Holds at most one base. A training takes it from here; afterwards it is restored to its loaded state.
 
     `key`: what decides how the base was loaded, as the node names it. `knowledge`: about the base that it holds.
     `tokenizers`: of the trainings before.
@@ -40,26 +40,26 @@ class BaseCache:
         self._snapshot: ModelSnapshot | None = None
         self._key: str | None = None
         self._traits: Traits = frozenset()
-        self._identity: BaseIdentity | None = None  # of the files that it was loaded from
-        self._hashes = Path()  # below which hashes are remembered
+        self._identity: BaseIdentity | None = None  # of the files it was loaded from
+        self._hashes = Path()  # hashes are stored below it
         self._why_not: str | None = None  # this base may not stay
         self._before: ProcessBaseline | None = None
         self._switches: Switches | None = None
         self._code: Code | None = None  # that trainings on this base call
-        self._common: Any = None  # what trainings make of the base for all of them
+        self._common: Any = None  # what trainings derive from the base for all of them
         self.knowledge = Knowledge()
         self.tokenizers = Tokenizers()
 
     @property
     def size(self) -> int:
-        """Bytes of the device that the base takes, the context of a card included; 0: it is not here to stay."""
+        """Bytes of the device that the base takes, the context of a card included; 0: it does not stay."""
         if self._snapshot is None:
             return 0
         return self._snapshot.size + (CONTEXT_BYTES if torch.cuda.is_initialized() else 0)
 
     def begin(self) -> None:
-        """A training begins in this process, in which no other one is."""
-        pin.cache_clear()  # a branch of the hub may have moved since
+        """Start a training in this process, which has no other."""
+        pin.cache_clear()  # a branch on the hub may have moved since
         if self._snapshot is not None:
             forget_peaks()
         self._before, self._switches = ProcessBaseline(), Switches()
@@ -74,8 +74,8 @@ class BaseCache:
         tell: Callable[[str], None] = lambda text: None,
         check_stop: Callable[[], None] = lambda: None,
     ) -> tuple[Any, bool]:
-        """The base, and whether it was here. `source`: its name and revision. `key`: None for one that never stays.
-        `check_stop` is called while its files are hashed, and `tell` says so first.
+        """The base, and whether it was here. `source`: its name and revision. `key`: None for a base that never stays.
+        `check_stop` is called while its files are hashed; `tell` announces that first.
 
         Raises TrainingFailed(host_lost) for a training that must find it here (`joins`) and does not.
         """
@@ -102,12 +102,12 @@ class BaseCache:
         tell: Callable[[str], None],
         check_stop: Callable[[], None],
     ) -> None:
-        """Hash what `base` will ask for, while others compute: a large base's files take minutes."""
+        """Hash in advance what `base` will ask for, while others compute: a large base's files take minutes."""
         if key is not None and self._snapshot is not None and self._key == key:
             self._same_files(source, traits_of(*source), tell, check_stop)
 
     def identify(self, cache: Path, source: tuple[str, str | None]) -> BaseIdentity:
-        """Begin to hash the files of the base that a training has, with what is remembered below `cache`."""
+        """Start to hash the files of a training's base, with the hashes stored below `cache`."""
         found, self._hashes = BaseIdentity(*source, cache), cache
         self._identity = self._identity or found
         return found
@@ -119,8 +119,7 @@ class BaseCache:
         tell: Callable[[str], None],
         check_stop: Callable[[], None],
     ) -> bool:
-        """Whether the base that is here would be loaded of these files: by what the system says of them, else by
-        content."""
+        """Whether the base that is here would be loaded from these files: by their metadata, else by content."""
         if self._traits == traits:
             return True
         if self._identity is None:
@@ -136,8 +135,8 @@ class BaseCache:
         return True
 
     def common(self, make: Callable[[Any], Made], base: Any) -> Made:
-        """What the trainings on a base that is here have in common: made by the first, dropped after the last. A base
-        that does not stay is its training's alone."""
+        """What the trainings on a base that stays share: made by the first, dropped after the last. A base that does
+        not stay belongs to its training alone."""
         if self._snapshot is None or self._snapshot.model is not base:
             return make(base)
         if self._common is None:
@@ -146,11 +145,11 @@ class BaseCache:
         return made
 
     def change(self) -> str | None:
-        """What of the base that is here is not as it was loaded, in words; None: nothing."""
+        """What in the base is no longer as loaded, in words; None: nothing."""
         return None if self._snapshot is None else self._snapshot.change()
 
     def settle(self) -> tuple[int | None, str]:
-        """After a training: put the base back and look for what was left.
+        """After a training: restore the base, and look for leftovers.
 
         Returns the bytes that stay; or None, and why this process must end.
         """
@@ -167,25 +166,25 @@ class BaseCache:
         return (None, why) if why else (_held(self._snapshot), "")
 
     def _switched(self) -> str | None:
-        """What the training has switched for whoever comes next."""
+        """What the training has switched for the next one."""
         assert self._switches is not None and self._code is not None
         return self._switches.changed() or self._code.changed()
 
 
 def _after_loading(source: tuple[str, str | None], before: Traits) -> Traits:
-    """The traits of the files that were loaded. Those that came from the hub meanwhile belong to them; a file that was
-    there may have changed before it was read, or afterwards: then no one's are like them."""
+    """The traits of the loaded files. Files downloaded from the hub during the load belong to them; a file that was
+    there may have changed before or after it was read: then no other traits equal these."""
     after = traits_of(*source)
     return after if not Path(source[0]).is_absolute() and before < after else before
 
 
 def _held(snapshot: ModelSnapshot) -> int:
-    """Bytes of the device that the process holds with its base; on a processor those of the base alone."""
+    """Bytes of the device that the process holds with its base; on a CPU only those of the base."""
     return torch.cuda.memory_reserved() + CONTEXT_BYTES if torch.cuda.is_initialized() else snapshot.size
 
 
 def _unfit(model: Any) -> str | None:
-    """Why a base is for one training alone."""
+    """Why a base is for only one training."""
     if not type(model).__module__.startswith("transformers."):
         return "the model runs its own code"
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):

@@ -11,10 +11,10 @@ from typing import Any, Generic, Protocol, TypeVar
 Found = TypeVar("Found")
 
 KEPT = 8
-"""Answers that stay: each job asks two things, and the jobs of a sweep, or of one person, the same ones."""
+"""Answers that stay: each job asks two questions, and the jobs of a sweep, or of one person, the same questions."""
 
 LOOK_S = 0.5
-"""How often who waits for another's answer looks whether it is to stop."""
+"""How often a wait for another training's answer checks whether to stop."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Known(Generic[Found]):
 
 
 class Once(Protocol[Found]):
-    """Finds something out about the base, where no training of the process has. `keeps`: whether others may have it."""
+    """Finds something out about the base if no training of the process has. `keeps`: whether others may use it."""
 
     def __call__(
         self, question: str, find_out: Callable[[], Found], /, *, keeps: Callable[[Found], bool]
@@ -50,10 +50,10 @@ class Knowledge:
         check_stop: Callable[[], None],
         keeps: Callable[[Found], bool] = lambda found: True,
     ) -> Known[Found]:
-        """The answer that is here, or that another training is about to have; else what `find_out` returns or raises.
+        """The existing answer, or the one that another training is finding out; else what `find_out` returns or raises.
 
-        `check_stop` is called while this one waits for another. Where that fails, or what it found is for itself alone
-        (`keeps`), one of those that wait finds out.
+        `check_stop` is called while this training waits for another. If that fails, or its answer is only for itself
+        (`keeps`), one of the waiting trainings finds out.
         """
         while True:
             with self._changed:

@@ -1,4 +1,4 @@
-"""A snapshot of a loaded base: put back after a training, and compared with what it was bit for bit.
+"""A snapshot of a loaded base: restored after a training, and compared bit for bit.
 
 A training changes a base in place: layers are wrapped by an adapter, norms are cast, hooks and methods are set on
 modules, settings are switched. All of that hangs on the modules' own dictionaries, on their parameters and on the
@@ -17,7 +17,7 @@ _CONTAINERS = (dict, list, set)
 
 
 class ModelSnapshot:
-    """What a model is now. Make it of a base that was just loaded."""
+    """The state of a model. Take it from a base just loaded."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -27,7 +27,7 @@ class ModelSnapshot:
         self._sums = self._all_sums()
 
     def restore(self) -> None:
-        """Put everything back that is not a weight's own bits."""
+        """Restore everything except the weights' own bits."""
         for module, saved in self._modules:
             vars(module).clear()
             vars(module).update(copied(saved))
@@ -37,10 +37,10 @@ class ModelSnapshot:
         for config, saved in self._settings:
             kept = {name: value for name, value in vars(config).items() if id(value) in known}
             vars(config).clear()
-            vars(config).update({**copy.deepcopy(saved), **kept})  # configs in configs are put back themselves
+            vars(config).update({**copy.deepcopy(saved), **kept})  # nested configs are restored themselves
 
     def change(self) -> str | None:
-        """What is not as it was, also while trainings use it: a weight whose bits have changed; None where all is."""
+        """What has changed, even while trainings use it: a weight whose bits differ; None if nothing."""
         return None if self._all_sums() == self._sums else "a weight of the base has changed"
 
     @property
@@ -59,7 +59,7 @@ class ModelSnapshot:
 
 
 class _Weight:
-    """A parameter or buffer, where its bits lie, and what hangs on it."""
+    """A parameter or buffer, where its bits are, and what is attached to it."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
@@ -85,7 +85,7 @@ class _Weight:
         return [self._tensor, *of_states]
 
     def bits(self) -> list[torch.Tensor]:
-        """What was loaded, whatever a training has put in its place meanwhile."""
+        """What was loaded, whatever a training has put in its place since."""
         of_states = [v for _, saved in self._states for v in saved.values() if isinstance(v, torch.Tensor)]
         return [self._data, *of_states]
 
@@ -100,7 +100,7 @@ def _states_of(tensor: torch.Tensor) -> list[Any]:
 
 
 def copied(attributes: dict[str, Any]) -> dict[str, Any]:
-    """What hangs on an object, as it is now: containers are copied, so that they may change afterwards."""
+    """What is attached to an object now: containers are copied, so that they may change afterwards."""
     return {name: copy.copy(value) if isinstance(value, _CONTAINERS) else value for name, value in attributes.items()}
 
 
@@ -110,7 +110,7 @@ def _own_tensors(model: Any) -> list[torch.Tensor]:
 
 
 def _configs_of(model: Any) -> list[Any]:
-    """The settings that modules refer to, and the settings in these, each once."""
+    """The configs that modules refer to, and the configs nested in these, each once."""
     found: dict[int, Any] = {}
 
     def add(value: Any) -> None:
@@ -132,19 +132,20 @@ def _is_config(value: Any) -> bool:
 
 
 def _sum_of(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What changes when a bit does: the sums of the tensor's bytes as whole numbers, plain and weighted by place."""
+    """A checksum that changes with any bit: the sums of the tensor's bytes as integers, plain and weighted by
+    position."""
     flat = tensor.data.contiguous().view(-1).view(torch.uint8)
     if flat.data_ptr() % 8:
-        flat = flat.clone()  # it begins between two whole numbers
+        flat = flat.clone()  # it does not start at an integer's boundary
     whole = flat[: flat.numel() // 8 * 8].view(torch.int64)
     rest = tuple(flat[whole.numel() * 8 :].tolist())
-    halves = [int(part.sum()) for part in _parts(whole)]  # wraps around, which loses nothing
+    halves = [int(part.sum()) for part in _parts(whole)]  # it wraps around, which loses nothing
     return (tuple(tensor.shape), str(tensor.dtype), rest, *halves)
 
 
 def _parts(whole: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Two parts: bits that moved from one place to another are seen more often than in one sum. Halves: to read every
-    second number takes twice as long."""
+    """Two parts: they detect bits that moved more often than one sum does. Halves: reading every second number takes
+    twice as long."""
     half = whole.numel() // 2
     yield whole[:half]
     yield whole[half:]

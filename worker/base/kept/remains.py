@@ -1,4 +1,4 @@
-"""What a training leaves in its process: threads, files, children, tensors. A host stays only where nothing is left."""
+"""What a training leaves in its process: threads, files, children, tensors. A host stays only if nothing is left."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ TENSORS_LEFT = 1 << 20
 """Bytes of tensors that libraries may keep for themselves: tables of positions, of code words."""
 
 CARD_LEFT = 64 << 20
-"""Bytes that torch's allocator may hold beyond the base: cuBLAS has its workspaces from it."""
+"""Bytes that torch's allocator may hold beyond the base: cuBLAS takes its workspaces from it."""
 
 JOIN_S = 2.0
-"""Seconds in which a thread of the training that has nothing more to do ends."""
+"""Seconds within which a training's thread ends once it has nothing more to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessBaseline:
-    """A process before a training: what is there then is not the training's."""
+    """A process before a training: what exists then is not the training's."""
 
     threads: frozenset[int] = field(default_factory=lambda: frozenset(t.ident or 0 for t in threading.enumerate()))
     children: frozenset[int] = field(default_factory=lambda: frozenset(_children()))
@@ -41,13 +41,13 @@ class ProcessBaseline:
     folder: str = field(default_factory=os.getcwd)
 
     def restore(self) -> None:
-        """Put back the environment and the working directory."""
+        """Restore the environment and the working directory."""
         os.environ.clear()
         os.environ.update(self.environment)
         os.chdir(self.folder)
 
     def left(self, kept: Collection[torch.Tensor]) -> str | None:
-        """What of a training is still here, in words; None: nothing but the tensors that are kept."""
+        """What is left of a training, in words; None: nothing but the tensors that are kept."""
         here = self.threads | {threading.get_ident()}
         threads = [t for t in threading.enumerate() if t.ident not in here and not _is_foreign(t)]
         for thread in threads:
@@ -65,7 +65,7 @@ class ProcessBaseline:
         return _left_on_card(kept)
 
     def _tensors_left(self, kept: Collection[torch.Tensor]) -> int:
-        """Bytes in storages that are not of the base and were not there before."""
+        """Bytes in storages that do not belong to the base and were not there before."""
         mine = {tensor.untyped_storage().data_ptr() for tensor in kept}
         before = {id(tensor) for ref in self.tensors if (tensor := ref()) is not None}
         found: dict[int, int] = {}
@@ -80,7 +80,7 @@ class ProcessBaseline:
 
 def _is_foreign(thread: threading.Thread) -> bool:
     """Whether a library started it, as autograd starts one for a card, and Python has run in it since: nobody can join
-    it, and threading takes it for alive even when it has ended."""
+    it, and threading considers it alive even after its end."""
     return isinstance(thread, threading._DummyThread)
 
 
@@ -95,13 +95,13 @@ def _left_on_card(kept: Collection[torch.Tensor]) -> str | None:
 
 
 def _living_tensors() -> list[torch.Tensor]:
-    # type() and not isinstance: some libraries' objects answer every question about their class by importing something
+    # type() and not isinstance: some libraries' objects import something on every question about their class
     return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
 
 
 NO_DISK = ("/dev/", "/proc/", "/sys/", "/memfd:")
-"""Where names begin that are on no disk: CUDA's driver holds such ones from its context on, and that comes with the
-first training."""
+"""Prefixes of names that are on no disk: CUDA's driver holds such files from its context on, which comes with the first
+training."""
 
 
 def open_files() -> list[str]:
@@ -110,7 +110,7 @@ def open_files() -> list[str]:
     for entry in Path("/proc/self/fd").iterdir():
         try:
             target = str(entry.readlink())
-        except OSError:  # the one that lists them
+        except OSError:  # the descriptor that lists them
             continue
         if target.startswith("/") and not target.startswith(NO_DISK):
             found.append(target)
@@ -122,14 +122,16 @@ def _children() -> list[int]:
 
 
 LOOK_S = 0.02
-"""Seconds between two looks at tensors: a step of the others that began with the training may hold them to its end."""
+"""Seconds between two looks at tensors: a step of the other trainings that began with this one may hold them to its
+end."""
 
 
 @dataclass(kw_only=True)
 class TrainingRemains:
-    """Note what a training makes; after its end, see what of that is still here.
+    """Note what a training creates; after its end, see what is left of that.
 
-    Tables that libraries make while others train can be told apart only when all have gone (`ProcessBaseline`).
+    Tables that libraries create while others train can be told apart only when all trainings are gone
+    (`ProcessBaseline`).
     """
 
     order: Start
@@ -144,12 +146,12 @@ class TrainingRemains:
         self._threads.append(thread)
 
     def left(self) -> str | None:
-        """What is still here, in words."""
+        """What is left, in words."""
         for thread in self._threads:
             thread.join(timeout=JOIN_S)
             if thread.is_alive():
                 return f"the thread {thread.name} still runs"
-        gc.collect()  # a mapped file is open for as long as a cycle of an error holds it
+        gc.collect()  # a mapped file stays open as long as an error's reference cycle holds it
         own = tuple(str(Path(folder).parent) + "/" for folder in (self.order.output_dir, self.order.checkpoint_dir))
         if files := sorted(name for name in open_files() if name.startswith(own)):
             return f"{files[0]} is still open"
@@ -159,6 +161,6 @@ class TrainingRemains:
         return f"{size / 2**20:.1f} MiB of its tensors are still there" if size else None
 
     def _held(self) -> int:
-        """Bytes of its tensors that live."""
+        """Bytes of its live tensors."""
         gc.collect()
         return sum(one.untyped_storage().nbytes() for ref in self._tensors if (one := ref()) is not None)

@@ -1,5 +1,5 @@
-"""What a training may switch in its process for whoever comes next: settings of torch and of the system, and the code
-itself. Environment, working directory and what hangs on the base are put back instead."""
+"""What a training may switch in its process for the next one: settings of torch and of the system, and the code itself.
+The environment, the working directory and what is attached to the base are restored instead."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _MODULES = (
     "torch", "torch.nn.functional", "torch.nn.init", "torch.nn.modules.module", "torch.optim.optimizer",
     "torch.autograd.function", "torch.utils.checkpoint", "peft.tuners.lora.layer", "random",
 )  # fmt: skip
-"""Modules whose functions and classes every training calls, beside those of the base's own classes and of loractl."""
+"""Modules whose functions and classes every training calls, apart from those of the base's own classes and of
+loractl."""
 
 _OF_TORCH: dict[str, Callable[[], Any]] = {
     "the default dtype": torch.get_default_dtype,
@@ -70,13 +71,13 @@ _OF_THE_SYSTEM: dict[str, Callable[[], Any]] = {
 
 
 class Switches:
-    """How a process is switched now. Make it before a training, in the thread that compares."""
+    """The switches of a process now. Take it before a training, in the thread that compares."""
 
     def __init__(self) -> None:
         self._values = {name: ask() for name, ask in {**_OF_TORCH, **_OF_THE_SYSTEM}.items()}
 
     def changed(self) -> str | None:
-        """What is not as it was, in words; None: everything is."""
+        """What has changed, in words; None: nothing."""
         for name, ask in {**_OF_TORCH, **_OF_THE_SYSTEM}.items():
             if ask() != self._values[name]:
                 return f"{name} is not as it was"
@@ -84,14 +85,14 @@ class Switches:
 
 
 class Code:
-    """The functions and classes that trainings on a base call. Make it when the base was just loaded."""
+    """The functions and classes that trainings on a base call. Take it when the base was just loaded."""
 
     def __init__(self, model: Any) -> None:
         self._owners = {**_modules(), **_classes(model)}
         self._before = {owner: _code_of(vars(thing)) for owner, thing in self._owners.items()}
 
     def changed(self) -> str | None:
-        """Which of them is another one now, in words; None: none. What came since is nobody's."""
+        """Which of them has been replaced, in words; None: none. Later additions do not count."""
         for owner, thing in self._owners.items():
             now = vars(thing)
             for name, before in self._before[owner].items():
@@ -122,7 +123,7 @@ def _values(owner: Any, *names: str) -> tuple[Any, ...]:
 
 
 def _umask() -> str:
-    """As /proc tells it: to ask the system is to set it."""
+    """As /proc reports it: the system call that asks also sets it."""
     lines: Iterator[str] = iter(())
     with contextlib.suppress(OSError):
         lines = iter(Path("/proc/self/status").read_text().splitlines())

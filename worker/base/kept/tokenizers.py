@@ -1,4 +1,4 @@
-"""Tokenizers that a process has made: each is one training's at a time, and then the next one's, as it was made."""
+"""Tokenizers that a process has created: each belongs to one training at a time, and then to the next, as created."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from loractl.worker.base.identity import Traits, traits_of
 from .model_snapshot import copied
 
 KEPT = 2
-"""Tokenizers that wait: a job that joins another one needs one beside its."""
+"""Tokenizers kept ready: a job that joins another needs its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BorrowedTokenizer:
-    """A tokenizer that one training has."""
+    """A tokenizer that a training uses."""
 
     tokenizer: Any
-    made: _Made | None  # None: nobody has it afterwards
+    made: _Made | None  # None: nobody uses it afterwards
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Made:
-    """What a tokenizer was when it was made. To make it takes a sixth of a second: it reads a vocabulary."""
+    """A tokenizer's state when it was created. Creating it takes a sixth of a second: it reads a vocabulary."""
 
-    traits: Traits  # of the files that it was made of
+    traits: Traits  # of the files it was created from
     attributes: dict[str, Any]
     settings: tuple[Any, ...]  # of the part that is not Python's
 
@@ -35,7 +35,7 @@ class _Made:
     def of(cls, tokenizer: Any, traits: Traits) -> _Made | None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            return None  # one of another kind, whose state is not known
+            return None  # another kind, whose state is unknown
         settings = backend.padding, backend.truncation, backend.encode_special_tokens
         return cls(traits=traits, attributes=copied(vars(tokenizer)), settings=settings)
 
@@ -50,18 +50,18 @@ class _Made:
 
 
 class Tokenizers:
-    """Those of this process. Any thread may call it."""
+    """The tokenizers of this process. Any thread may call it."""
 
     def __init__(self) -> None:
         self._free: list[tuple[Any, _Made]] = []
         self._lock = threading.Lock()
 
     def take(self, source: tuple[str, str | None], make: Callable[[], Any]) -> BorrowedTokenizer:
-        """A tokenizer of the base of that name and revision, as `make` makes it. Raises what that does."""
+        """A tokenizer for the base with this name and revision, as `make` creates it. Raises what that raises."""
         try:
             traits = traits_of(*source)
         except OSError:
-            return BorrowedTokenizer(tokenizer=make(), made=None)  # where there are no files, it says so better
+            return BorrowedTokenizer(tokenizer=make(), made=None)  # without files, its own error is better
         with self._lock:
             for place, (tokenizer, made) in enumerate(self._free):
                 if made.traits == traits:
@@ -71,7 +71,7 @@ class Tokenizers:
         return BorrowedTokenizer(tokenizer=tokenizer, made=_Made.of(tokenizer, traits))
 
     def give_back(self, borrowed: BorrowedTokenizer) -> None:
-        """A training needs it no more. One that fails gives nothing back."""
+        """A training no longer needs it. A failing training returns nothing."""
         if borrowed.made is None:
             return
         borrowed.made.restore(borrowed.tokenizer)

@@ -1,1 +1,1 @@
-"""Passes: how losses and gradients of rows are computed, padded or lean, alone or beside others. No optimizer."""
+"""Passes: how losses and gradients of rows are computed, padded or lean, alone or with others. No optimizer."""

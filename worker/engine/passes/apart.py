@@ -1,10 +1,10 @@
-"""Products on a processor whose bits do not depend on which other trainings share the pass.
+"""Products on a CPU whose bits do not depend on which other trainings share the pass.
 
-A library may round by the number of rows that it is given. In 16 bit its kernels for tiles (AMX) add up a row's
-products in pieces whose size they pick by that number, so each training's tokens are multiplied by themselves. In fp32
-MKL can be told to add up in one order (base/processor.py). Whether it does, for products of a base's shapes and at this
-number of threads, is asked of the machine itself (`unsteady`) before two trainings share them; where it does not, their
-tokens are multiplied apart in fp32, too.
+A library's rounding may depend on the number of rows it gets. In 16 bit its kernels for tiles (AMX) add up a row's
+products in pieces whose size depends on that number, so each training's tokens are multiplied separately. In fp32 MKL
+can be set to add up in one order (base/processor.py). Whether it does, for products of a base's shapes and with this
+number of threads, is tested on the machine itself (`unsteady`) before two trainings share them; if it does not, their
+tokens are multiplied separately in fp32, too.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import torch
 from . import wide
 
 FEW = 32
-"""Of fewer rows a library makes products by other kernels, with other bits: for AMD's Zen 4 MKL did below 4, whatever
-it was told. A training with fewer tokens in a pass is multiplied by itself on any machine."""
+"""For fewer rows a library uses other kernels, with other bits: on AMD's Zen 4 MKL did so below 4, whatever its
+settings. A training with fewer tokens in a pass is multiplied separately on any machine."""
 
 PASSES = (
     (32, 32), (33, 57), (40, 88, 64), (128, 128), (90, 167, 43), (60,) * 8, (256, 256), (45, 577, 100), (512, 512),
 )  # fmt: skip
-"""Tokens of trainings in the passes that `unsteady` compares. Differences were seen from 66 rows on, from 256, and only
-at 1,024, by shape and number of threads."""
+"""Tokens of trainings in the passes that `unsteady` compares. Depending on shape and number of threads, differences
+appeared from 66 rows on, from 256, or only at 1,024."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShape:
-    """Of a linear layer, as far as a library may pick a kernel by it."""
+    """The properties of a linear layer by which a library may pick a kernel."""
 
     outputs: int
     inputs: int
     biased: bool
-    turned: bool  # its weight lies in memory as (inputs, outputs)
-    stored: torch.dtype  # of the weight; one in 16 bit is widened
+    turned: bool  # its weight is in memory as (inputs, outputs)
+    stored: torch.dtype  # of the weight; a 16-bit weight is widened
 
     def __str__(self) -> str:
         notes = " with a bias" * self.biased + ", turned" * self.turned
@@ -50,7 +50,7 @@ class LayerShape:
 
 
 def pieces(lengths: Sequence[int], *, steady: bool) -> Sequence[int]:
-    """How many rows are multiplied at a time: each training's own, or neighbours together where products are steady."""
+    """How many rows are multiplied at a time: each training's own, or neighbours together if products are steady."""
     if not steady or len(lengths) < 2:
         return lengths
     found, joined = list[int](), False
@@ -64,8 +64,7 @@ def pieces(lengths: Sequence[int], *, steady: bool) -> Sequence[int]:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, lengths: Sequence[int]) -> torch.Tensor:
-    """x W^T + bias of shape (tokens, outputs); `weight` is (outputs, inputs). `lengths`: rows that are multiplied at a
-    time."""
+    """x W^T + bias of shape (tokens, outputs); `weight` is (outputs, inputs). `lengths`: rows multiplied at a time."""
     answer = x.new_empty(len(x), len(weight))
     for own, to in zip(x.split(lengths), answer.split(lengths), strict=True):
         if bias is None:
@@ -76,7 +75,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, le
 
 
 def input_gradient(given: torch.Tensor, weight: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """given W, of shape (tokens, inputs). `lengths`: rows that are multiplied at a time."""
+    """given W, of shape (tokens, inputs). `lengths`: rows multiplied at a time."""
     back = given.new_empty(len(given), weight.shape[1])
     for own, to in zip(given.split(lengths), back.split(lengths), strict=True):
         torch.mm(own, weight, out=to)
@@ -84,13 +83,13 @@ def input_gradient(given: torch.Tensor, weight: torch.Tensor, lengths: Sequence[
 
 
 def each(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """What a layer of any kind answers to each training's tokens of `x`, of shape (..., tokens, width)."""
+    """The output of a layer of any kind for each training's tokens of `x`, of shape (..., tokens, width)."""
     return torch.cat([layer(own) for own in x.split(lengths, dim=-2)], dim=-2)
 
 
 def unsteady(shapes: Iterable[LayerShape]) -> str | None:
-    """The first of these layers whose products in fp32, forward or backward, have other bits among the rows of others
-    than by themselves, in words; None where none has. It takes about as long as a step of all `PASSES`."""
+    """In words, the first of these layers whose fp32 products, forward or backward, have other bits among others' rows
+    than alone; None if there is none. It takes about as long as a step of all `PASSES`."""
     draw = torch.Generator().manual_seed(0)
     for shape in shapes:
         weight, bias = shape.draw(draw)

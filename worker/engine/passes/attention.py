@@ -1,10 +1,10 @@
-"""Causal attention of short rows on a processor, by plain matrix products.
+"""Causal attention of short rows on a CPU, by plain matrix products.
 
 torch's fused kernel spends most of its time there on conversions: in 16 bit its backward pass takes three to five times
 what the products themselves take. With tiles (AMX) it takes 1.3 to 2 times as long, for rows of less than 256 tokens.
-Only one row's scores of one layer exist at a time, and they are made again in the backward pass, so what is held grows
-with the tokens alone, as in the fused kernel. Where a processor is faster so, all of a row is computed in fp32 and
-rounded at its end.
+Only one row's scores of one layer exist at a time, and they are recomputed in the backward pass, so memory grows only
+with the tokens, as in the fused kernel. If a CPU is faster that way, all of a row is computed in fp32 and rounded at
+its end.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from loractl.worker.base.processor import has_tiles
 from . import wide
 
 SHORT = 256 if has_tiles() else 512
-"""Tokens of a row up to which its scores are small: of 512 tokens 32 heads take 16 MiB, and twice that in fp32. With
+"""Tokens of a row up to which its scores are small: for 512 tokens 32 heads take 16 MiB, and twice that in fp32. With
 tiles torch's kernel takes half the time of plain products for 512 tokens, and as much for 300."""
 
 
 class ShortRows(torch.autograd.Function):
-    """Attention of rows behind each other. Shapes: (1, heads, tokens, width) in, (1, tokens, heads, width) out."""
+    """Attention of concatenated rows. Shapes: (1, heads, tokens, width) in, (1, tokens, heads, width) out."""
 
     @staticmethod
     def forward(
@@ -68,19 +68,19 @@ def _rows(lengths: Sequence[int]) -> Iterator[slice]:
 def _scores(
     query: torch.Tensor, key: torch.Tensor, row: slice, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What each token of a row makes of each one before it, of shape (groups, heads of a group x tokens, tokens); the
-    scaled queries and the keys."""
+    """The attention weights of each token of a row for the tokens before it, of shape (groups, heads of a group x
+    tokens, tokens); the scaled queries and the keys."""
     length, keys = row.stop - row.start, _own(key[0, :, row])
     asked = _by_group(query[0, :, row], len(keys)).mul_(scaling)
     products = torch.bmm(asked, keys.transpose(1, 2))
-    # added: filling where a mask says so takes three times as long
+    # added: masked filling takes three times as long
     later = asked.new_full((length, length), float("-inf")).triu_(1)
     products.view(-1, length, length).add_(later)
     return torch.softmax(products, -1), asked, keys
 
 
 def _own(states: torch.Tensor) -> torch.Tensor:
-    """In memory of their own, in the type that a row is computed in."""
+    """In their own memory, in the type in which a row is computed."""
     return states.to(_kind(states)).contiguous()
 
 
@@ -89,7 +89,7 @@ def _kind(states: torch.Tensor) -> torch.dtype:
 
 
 def _by_group(states: torch.Tensor, groups: int) -> torch.Tensor:
-    """(heads, tokens, width) as (groups, heads of a group x tokens, width), in memory of its own."""
+    """(heads, tokens, width) as (groups, heads of a group x tokens, width), in its own memory."""
     heads, length, width = states.shape
     gathered = states.new_empty(groups, heads // groups * length, width, dtype=_kind(states))
     gathered.view(heads, length, width).copy_(states)

@@ -1,7 +1,7 @@
-"""Checks that passed on this box, with rows behind each other: a new process need not repeat them.
+"""Checks that passed on this box for concatenated rows: a new process need not repeat them.
 
 An answer follows from the base's files, from how it is loaded and adapted, and from the code that computes. The name of
-an empty file stands for all of these, so nothing can be torn, and what changes is checked anew.
+an empty file identifies all of these, so no file can be incomplete, and any change is checked again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from loractl.worker.base import kernels
 from loractl.worker.base.kept.knowledge import Known, Once
 
 KEPT = 256
-"""Answers that stay: a few for each base that a box has, and for each version of its packages."""
+"""Answers kept: a few for each base on a box, and for each version of its packages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckCache:
-    """Asks the process first (`once`), then the box, and finds out what neither knows."""
+    """Asks the process first (`once`), then the box, and runs the check if neither knows."""
 
     folder: Path
     about: Sequence[object]  # what the base is, and how it was loaded
@@ -36,13 +36,13 @@ class CheckCache:
     def __call__(
         self, question: str, find_out: Callable[[], str | None], /, *, keeps: Callable[[str | None], bool]
     ) -> Known[str | None]:
-        """What is wrong; None: nothing is, and that stays."""
+        """What is wrong; None: nothing, and that is remembered."""
 
         def ask() -> str | None:
             file = self.folder / self._name(question)
             if file.exists():
                 with contextlib.suppress(OSError):  # a full disk
-                    file.touch()  # those that nobody asks for go first
+                    file.touch()  # answers that nobody asks for are removed first
                 return None
             if (wrong := find_out()) is None:
                 _note(file)
@@ -66,18 +66,18 @@ def _note(file: Path) -> None:
 
 
 def _attention() -> str | None:
-    """The version of flash-attn, where it is installed."""
+    """The version of flash-attn, if installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version("flash-attn")
     return None
 
 
 def _code() -> str:
-    """Our own part in it: a sum of the code that loads a base, adapts it and passes it."""
+    """Our own part: a hash of the code that loads a base, adapts it and runs it."""
     rooms = Path(__file__).parent, Path(kernels.__file__).parent
     content = b"".join(path.read_bytes() for room in rooms for path in sorted(room.glob("*.py")))
     return hashlib.sha256(content).hexdigest()
 
 
 _CODE = _code()
-"""As it is now, at the import: an upgrade puts other files there while this process goes on with the old code."""
+"""As of the import: an upgrade replaces the files while this process continues with the old code."""

@@ -1,4 +1,4 @@
-"""Which forward pass a job gets: the lean one where rows can be told apart without padding, else the padded one."""
+"""Which forward pass a job gets: the lean one if rows can be told apart without padding, else the padded one."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ TOLERANCE = 0.01
 
 KERNELS = 0.05
 """The same share between two kernels for the same numbers in 16 bit: a real model of 30 layers moves by more than 0.01.
-Two ways to compute attention are such, and on a card products of other numbers of rows: cuBLAS, and bitsandbytes for
-NF4, pick kernels by that."""
+Two ways to compute attention differ so, and on a card products with other numbers of rows: cuBLAS, and bitsandbytes for
+NF4, pick kernels by that number."""
 
 COMPARED = 4
-"""Tokens at each row's end that are compared: logits of a long row would take gigabytes."""
+"""Tokens compared at each row's end: logits of a long row would take gigabytes."""
 
 
 def may_share(spec: JobSpec) -> bool:
-    """Whether a job may train on a base that others train on: it changes nothing of that, and needs no padding."""
+    """Whether a job may train on a base that others train on: it changes nothing in the base, and needs no padding."""
     alone = spec.training.exact or bool(spec.lora.modules_to_save) or spec.lora.init_lora_weights == "loftq"
     return not alone and _by_options(spec) is None
 
 
 def shared_base(model: Any, precision: Precision) -> SharedBase | None:
-    """A base, as it was loaded, for several trainings; None where its code tells rows apart by padding alone, draws
-    random numbers itself, turns positions by the longest row of a pass, or on a processor has experts that can't be
-    given one training's tokens at a time."""
+    """A base, as it was loaded, for several trainings; None if its code tells rows apart only by padding, draws random
+    numbers itself, rotates positions by the longest row of a pass, or on a CPU has experts that can't get one
+    training's tokens at a time."""
     if _by_model(model) is not None or any(_drops(module) or _stretches(module) for module in model.modules()):
         return None
     if model.device.type == "cpu" and _has_other_experts(model):
@@ -53,20 +53,20 @@ def shared_base(model: Any, precision: Precision) -> SharedBase | None:
 
 
 def _has_other_experts(model: Any) -> bool:
-    """Whether weights of several experts lie outside of the blocks that are known."""
+    """Whether weights of several experts are outside the known blocks."""
     apart = {id(weight) for block in ExpertsApart.blocks(model) for weight in block.parameters()}
     return any(weight.dim() > 2 and id(weight) not in apart for weight in model.base_model.parameters())
 
 
 def _stretches(module: Any) -> bool:
-    """Whether rotary frequencies follow the largest position of a pass (transformers' dynamic_rope_update)."""
+    """Whether rotary frequencies depend on the largest position of a pass (transformers' dynamic_rope_update)."""
     kinds = getattr(module, "rope_type", None)
     named = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
     return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in named)
 
 
 def _drops(module: Any) -> bool:
-    """Whether a module has dropout of its own, or noise like a router's: many a model's code keeps only the number."""
+    """Whether a module has its own dropout, or noise like a router's: some models' code keeps only the number."""
     chances = [value for name, value in vars(module).items() if name == "p" or "dropout" in name or "jitter" in name]
     return any(isinstance(chance, float) and chance > 0 for chance in chances)
 
@@ -80,10 +80,10 @@ def forward_pass(
     once: Once[str | None] | None = None,
     loss: Loss = UNSMOOTHED,
 ) -> tuple[LeanPass | PaddedPass, str | None]:
-    """The forward pass of a job whose longest row has so many tokens; and where the job did not ask for that, why it is
-    the padded one, or with `shared` why it passes the base alone. `shared`: the base that the learner's model is a view
-    of. `streams`: that it draws from. `once` finds out what is wrong with rows of the base, where nobody has; None:
-    nothing is known of it."""
+    """The forward pass of a job whose longest row has that many tokens; and, if the job did not ask for it, why it is
+    the padded one, or with `shared` why it passes the base alone. `shared`: the base of which the learner's model is a
+    view. `streams`: from which it draws. `once` finds out what is wrong with rows of the base, unless that is known;
+    None: nothing is known about it."""
     training = spec.training
     padded = PaddedPass(
         learner.model,
@@ -112,8 +112,9 @@ def forward_pass(
 
 
 def _fault(lean: LeanPass, spec: JobSpec, longest: int, once: Once[str | None] | None) -> str | None:
-    """What `rows_together` finds, in eight passes, looked for once for all jobs that adapt the base in the same way:
-    ranks and scales are numbers like the weights, which the comparison takes as they come. A fault is not kept."""
+    """The result of `rows_together`, which takes eight passes, computed once for all jobs that adapt the base in the
+    same way: ranks and scales are numbers like the weights, and any will do for the comparison. A fault is not
+    cached."""
     if once is None:
         return rows_together(lean, longest)
     how = spec.lora.model_dump_json(exclude={"r", "lora_alpha", "lora_dropout", "init_from"})
@@ -143,15 +144,15 @@ def _by_model(model: Any) -> str | None:
 
 
 def tolerance_on(device: torch.device) -> float:
-    """By what rows together may differ there from each row alone."""
+    """How much rows together may differ there from each row alone."""
     return TOLERANCE if device.type == "cpu" else KERNELS
 
 
 def rows_together(lean: LeanPass, longest: int, tolerance: float | None = None) -> str | None:
-    """Compare rows behind each other with each row alone, by the model's own code. None where they are equal.
+    """Compare concatenated rows with each row alone, using the model's own code. None if they are equal.
 
-    Where the job has rows that are longer than a layer's window, one of these is. `tolerance`: None for that of the
-    pass's device.
+    If the job has rows longer than a layer's window, so is one of these. `tolerance`: None for that of the pass's
+    device.
     """
     within = tolerance_on(lean.device) if tolerance is None else tolerance
     with evaluating(lean.model), torch.no_grad(), wide.narrow():
@@ -175,14 +176,14 @@ def rows_together(lean: LeanPass, longest: int, tolerance: float | None = None) 
 
 
 def _lengths(lean: LeanPass, longest: int) -> tuple[int, int, int]:
-    """Of the rows that are compared."""
+    """The lengths of the compared rows."""
     window = getattr(lean.model.config.get_text_config(), "sliding_window", None) or longest
     return 9, window + 7 if window < longest else 5, 7
 
 
 def _alike(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
-    """Whether half of a row's tokens have the same logits. In a mixture of experts rounding sends one or another token
-    through other experts; what is wrong with rows shows in all of them."""
+    """Whether half of a row's tokens have the same logits. In a mixture of experts rounding sends some tokens through
+    other experts; a real fault shows in all tokens."""
     alike = (ours - theirs).abs().amax(-1) <= tolerance * theirs.abs().amax(-1)
     return bool(2 * alike.sum() >= len(alike))
 

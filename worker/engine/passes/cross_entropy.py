@@ -1,4 +1,4 @@
-"""Cross-entropy whose gradient is made with it: the logits are read once, and one tensor of their size is held."""
+"""Cross-entropy computed together with its gradient: the logits are read once, and one tensor of their size is held."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .scratch import Scratch
 
 
 def widened(logits: torch.Tensor, scratch: Scratch | None) -> torch.Tensor:
-    """Logits in fp32. `scratch`: those of 16 bit are copied there."""
+    """Logits in fp32. `scratch`: 16-bit logits are copied there."""
     if logits.dtype is torch.float32:
         return logits
     return logits.float() if scratch is None else scratch.take(*logits.shape).copy_(logits)
@@ -27,11 +27,11 @@ def summed_losses(
     scratch: Scratch | None,
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The summed cross-entropy of each training's tokens, in nats, with smoothed labels (arXiv:1512.00567), and the
-    gradient of all sums with respect to the logits. All tokens are learned from; trainings lie behind each other,
-    `lengths` tokens each.
+    gradient of all sums with respect to the logits. All tokens are learned; trainings are concatenated, `lengths`
+    tokens each.
 
-    Shapes: logits and gradient (tokens, words) in fp32, targets (tokens). Where the logits lie in `scratch`, the
-    gradient lies over them.
+    Shapes: logits and gradient (tokens, words) in fp32, targets (tokens). If the logits are in `scratch`, the gradient
+    overwrites them.
     """
     expected, (most, where) = targets[:, None], _largest(logits)
     of_target = logits.gather(-1, expected)[:, 0]
@@ -39,7 +39,7 @@ def summed_losses(
     of_all = [logits[part].mean(-1) if smoothing else None for part, smoothing in zip(parts, smoothings, strict=True)]
     over = scratch is not None and scratch.holds(logits)
     chances = torch.softmax(logits, -1, out=logits) if over else torch.softmax(logits, -1)
-    # the largest logit less what all of them sum up to
+    # the largest logit minus their log-sum-exp
     spread = (chances.amax(-1) if where is None else chances.gather(-1, where)[:, 0]).log()
     losses, sums = most - of_target - spread, []
     for part, smoothing, mean in zip(parts, smoothings, of_all, strict=True):
@@ -55,7 +55,8 @@ def summed_losses(
 
 
 def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The largest logit of each token; on a card also where it is, so that the largest chance need not be searched."""
+    """The largest logit of each token; on a card also its index, so that the largest probability need not be
+    searched."""
     if not is_on_card(logits):
         return logits.amax(-1), None
     most, where = logits.max(-1, keepdim=True)
@@ -65,7 +66,7 @@ def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
 def scaled(
     gradient: torch.Tensor, lengths: Sequence[int], scales: Sequence[torch.Tensor], kind: torch.dtype
 ) -> torch.Tensor:
-    """The gradient in the logits' own type, each training's times its scale. It uses the gradient up."""
+    """The gradient in the logits' own type, each training's times its scale. It consumes the gradient."""
     if is_on_card(gradient) and kind is not gradient.dtype:
         narrow = torch.empty_like(gradient, dtype=kind)
         for part, scale, to in zip(gradient.split(lengths), scales, narrow.split(lengths), strict=True):
@@ -77,8 +78,8 @@ def scaled(
 
 
 class LateGradient(torch.autograd.Function):
-    """Where a backward pass begins with a gradient that is given later, in a list. Nothing else holds it then, so its
-    memory is free as soon as it has been used."""
+    """The start of a backward pass whose gradient is given later, in a list. Nothing else holds it then, so its memory
+    is freed as soon as it has been used."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, gradient: list[torch.Tensor]) -> torch.Tensor:

@@ -1,9 +1,9 @@
-"""The lean forward pass: nothing is computed that nobody learns from.
+"""The lean forward pass: it skips work that does not affect the loss.
 
-Rows lie behind each other without padding. The head sees learned tokens alone, some hundred at a time, and each chunk's
-gradient is taken at once, so that logits of a whole batch never exist. Where the loss bends, they see it once before,
-without a graph: each token's slope depends on the log-probabilities of all. Adapters read their input in the number
-format that it has.
+Rows are concatenated without padding. The head sees only learned tokens, some hundred at a time, and each chunk's
+gradient is taken at once, so that logits of a whole batch never exist. If the loss is not linear in the
+log-probabilities, the head sees the tokens once before, without a graph: each token's slope depends on the
+log-probabilities of all. Adapters read their input in its own number format.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from .scratch import Scratch
 
 @dataclass(frozen=True, kw_only=True)
 class RowsBehindEachOther:
-    """Some rows as one, and what is learned of them."""
+    """Some rows as one, and what is learned from them."""
 
     ids: torch.Tensor  # (1, tokens)
-    positions: torch.Tensor  # (1, tokens), which begin anew with every row
+    positions: torch.Tensor  # (1, tokens), which restart with every row
     lengths: list[int]
-    places: torch.Tensor  # of the tokens after which one is learned
-    targets: torch.Tensor  # that one
-    row_of: torch.Tensor  # the row that it is in
+    places: torch.Tensor  # of the tokens before each learned token
+    targets: torch.Tensor  # the learned token
+    row_of: torch.Tensor  # its row
 
     @classmethod
     def of(cls, rows: Sequence[TokenRow], device: torch.device) -> RowsBehindEachOther:
@@ -73,7 +73,7 @@ class RowsBehindEachOther:
 
 
 def _lengths(row: TokenRow) -> list[int]:
-    """Of the examples of a packed row; of the row itself where it is one."""
+    """The lengths of a packed row's examples, or of the row itself if it is one."""
     borders = [0, *row.starts, len(row.input_ids)]
     return [end - begin for begin, end in itertools.pairwise(borders)]
 
@@ -83,16 +83,16 @@ class HeadPart:
     """What one training learns from its hidden states."""
 
     targets: torch.Tensor
-    count: int  # that the loss is divided by
-    smoothing: float  # of labels, where it is cross-entropy
-    bent: Callable[[torch.Tensor], torch.Tensor] | None  # from log-probabilities to the summed loss, where it is not
+    count: int  # the loss's divisor
+    smoothing: float  # of labels, for cross-entropy
+    bent: Callable[[torch.Tensor], torch.Tensor] | None  # from log-probabilities to the summed loss, for other losses
     backward: Backward
 
     @classmethod
     def of(
         cls, laid: RowsBehindEachOther, rows: Sequence[TokenRow], count: int, loss: TokenLoss, backward: Backward
     ) -> HeadPart:
-        """Before the rows pass the model: a card would be waited for afterwards."""
+        """Before the rows pass the model: afterwards it would wait for the card."""
         smoothing, bent = 0.0, None
         if isinstance(loss, CrossEntropy):
             smoothing = loss.smoothing
@@ -102,7 +102,7 @@ class HeadPart:
 
 
 class LeanModel:
-    """A causal model that is given rows behind each other, and whose head is asked for some tokens alone."""
+    """A causal model that gets concatenated rows, and whose head is applied only to some tokens."""
 
     def __init__(self, words: Any, precision: Precision) -> None:
         self.words = words
@@ -111,18 +111,18 @@ class LeanModel:
         self._decoder = words.base_model
         self._layout = RowLayout(words)
         self._rotary = Rotary(words)
-        self._kind: Any = None  # of the decoder's answer
+        self._kind: Any = None  # of the decoder's output
         self._adapters = [m for m in words.modules() if hasattr(m, "cast_input_dtype_enabled")]
 
     @property
     def by_row(self) -> str | None:
-        """Why several rows went through attention one by one in the last pass, on a card; None: they did not."""
+        """Why, on a card, several rows went through attention one by one in the last pass; None: they did not."""
         return self._layout.by_row
 
     @contextlib.contextmanager
     def lean(self, lengths: list[int]) -> Iterator[None]:
-        """Rows of these lengths lie behind each other, and adapters read what they are given: under autocast their
-        products cast it, and peft's copy in fp32 is made for nothing."""
+        """Rows of these lengths are concatenated, and adapters read their input as it is: under autocast their products
+        cast it, and peft's fp32 copy would be wasted."""
         for layer in self._adapters:
             layer.cast_input_dtype_enabled = False
         try:
@@ -145,7 +145,7 @@ class LeanModel:
         return self._own_logits(hidden).float()
 
     def _own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """By the model's own code, which may scale or cap them, in the type that it computes in."""
+        """By the model's own code, which may scale or cap them, in its compute type."""
         answer = self._kind(last_hidden_state=hidden[None])
         with self._autocast(), _answering(self._decoder, answer):
             nothing = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
@@ -156,10 +156,10 @@ class LeanModel:
         self, hidden: torch.Tensor, parts: Sequence[HeadPart], apart: wide.Apart | None = None
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Each training's share of its window's mean loss, and the gradient with respect to all hidden states, chunk by
-        chunk. `apart`: of the head, where a chunk may be of several trainings."""
+        chunk. `apart`: the head's, if a chunk may have several trainings."""
         totals, gradient = [torch.zeros((), device=self.device) for _ in parts], torch.empty_like(hidden)
         begin, scratch = 0, _scratch_for(hidden) if apart is None else apart.scratch
-        slopes = dict[int, torch.Tensor]()  # of each token, where a training's loss bends
+        slopes = dict[int, torch.Tensor]()  # of each token, if a training's loss is not linear
         ends = itertools.accumulate(len(part.targets) for part in parts)
         for number, (part, end) in enumerate(zip(parts, ends, strict=True)):
             if part.bent is not None and len(part.targets):
@@ -178,10 +178,10 @@ class LeanModel:
             logits = self._apart_logits(piece, lengths, apart)
             kind, slope = logits.dtype, list[torch.Tensor]()
             start = LateGradient.apply(logits, slope)
-            logits = widened(logits.detach(), scratch)  # those in 16 bit go
+            logits = widened(logits.detach(), scratch)  # the 16-bit logits are freed
             smoothings = [owner.smoothing for owner in owners]
             sums, whole = summed_losses(logits, torch.cat(targets), lengths, smoothings, scratch)
-            del logits  # the backward pass has its room
+            del logits  # frees memory for the backward pass
             shares = [one / owner.count for one, owner in zip(sums, owners, strict=True)]
             scales = [
                 -slopes[number][tokens, None] if number in slopes else _scale(share, owner)
@@ -199,9 +199,9 @@ class LeanModel:
     def _log_probabilities(
         self, hidden: torch.Tensor, targets: torch.Tensor, apart: wide.Apart | None, scratch: Scratch | None
     ) -> torch.Tensor:
-        """One training's, in fp32, chunk by chunk and without a graph."""
+        """One training's log-probabilities, in fp32, chunk by chunk and without a graph."""
         found = []
-        with torch.no_grad(), random_streams_kept():  # where the head drops, it drops the same again
+        with torch.no_grad(), random_streams_kept():  # dropout in the head, if any, is repeated
             for piece, expected in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
                 logits = widened(self._apart_logits(piece, [len(piece)], apart), scratch)
                 found.append(F.cross_entropy(logits, expected, reduction="none").neg_())
@@ -214,7 +214,7 @@ class LeanModel:
             apart.lengths = lengths
         logits = self._own_logits(hidden)
         if apart is not None and not apart.scratch.holds(logits):
-            apart.scratch.leave()  # scaled or capped logits lie elsewhere; their softmax takes as much again
+            apart.scratch.leave()  # scaled or capped logits are elsewhere; their softmax takes as much again
         return logits
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -223,8 +223,8 @@ class LeanModel:
 
 
 def _chunks(counts: Sequence[int], *, joined: bool) -> Iterator[list[tuple[int, slice]]]:
-    """Trainings' tokens in chunks that have their order: whose, and which of his. With `joined`, small ones of several
-    trainings are one; each training's own are cut as they are without others."""
+    """Trainings' tokens in chunks, in order: the training's number, and its tokens. With `joined`, small chunks of
+    several trainings become one; each training's own chunks are cut as if it were alone."""
     chunk: list[tuple[int, slice]] = []
     room = 0
     for number, count in enumerate(counts):
@@ -241,20 +241,20 @@ def _chunks(counts: Sequence[int], *, joined: bool) -> Iterator[list[tuple[int, 
 
 
 def _scratch_for(hidden: torch.Tensor) -> Scratch | None:
-    """Where logits are made of these. A card keeps memory that it has freed, and a trace counts what a card takes: its
-    tensors are another type."""
+    """Memory for the logits of these hidden states. A card keeps memory that it has freed, and a trace, whose tensors
+    are another type, counts what a card takes."""
     return Scratch() if hidden.device.type == "cpu" and type(hidden) is torch.Tensor else None
 
 
 def _scale(loss: torch.Tensor, owner: HeadPart) -> torch.Tensor:
-    """What the gradient of its sum is multiplied by: a training scales its loss itself."""
+    """The factor of its sum's gradient: a training scales its loss itself."""
     owner.backward(proxy := loss.detach().requires_grad_())
     assert proxy.grad is not None
     return proxy.grad / owner.count
 
 
 class LeanPass:
-    """Losses of an adapted model without the waste."""
+    """Losses of an adapted model without wasted work."""
 
     def __init__(
         self,
@@ -264,7 +264,7 @@ class LeanPass:
         *,
         loss: Loss = UNSMOOTHED,
     ) -> None:
-        """`streams`: that the training draws from; None: it has them to itself."""
+        """`streams`: from which the training draws; None: it has the process's own to itself."""
         self.model = model
         self.device: torch.device = model.device
         assert not isinstance(loss, LabelLoss), "a classifier's rows are padded"
@@ -273,7 +273,7 @@ class LeanPass:
         self._lean = LeanModel(model.get_base_model(), precision)
 
     def recompute_blocks(self, every: int = 1) -> None:
-        """Hold the activations of each block (1), or of every second one (2), in the backward pass alone."""
+        """Hold the activations of each block (1), or of every second one (2), only in the backward pass."""
         self.model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
@@ -284,7 +284,7 @@ class LeanPass:
     def learn_rows(
         self, laid: RowsBehindEachOther, count: int, backward: Backward, rows: Sequence[TokenRow] = ()
     ) -> torch.Tensor:
-        """The same for `rows` that are laid behind each other; the loss is their sum divided by `count`."""
+        """The same for concatenated `rows`; the loss is their sum divided by `count`."""
         part = HeadPart.of(laid, rows, count, self.loss, backward)
         with self._lean.lean(laid.lengths):
             learned = self._decoded(laid)[laid.places]
@@ -331,13 +331,13 @@ class LeanPass:
             return [self._lean.logits(hidden[-count:]) for hidden in whole]
 
     def last_logits_alone(self, row: TokenRow, count: int) -> torch.Tensor:
-        """The same of one row, by the model's own attention."""
+        """The same for one row, by the model's own attention."""
         with torch.no_grad():
             return self._lean.logits(self._decoded(RowsBehindEachOther.of([row], self.device))[-count:])
 
     @property
     def by_row(self) -> str | None:
-        """Why several rows went through attention one by one in the last pass, on a card; None: they did not."""
+        """Why, on a card, several rows went through attention one by one in the last pass; None: they did not."""
         return self._lean.by_row
 
     def tokens(self, rows: Sequence[TokenRow]) -> int:
@@ -350,8 +350,8 @@ class LeanPass:
 
 @contextlib.contextmanager
 def _answering(decoder: Any, answer: Any) -> Iterator[None]:
-    """Let the decoder answer with what it has computed before. What else happens with a pass, like the gathering of a
-    divided base, does not."""
+    """Make the decoder return what it has computed before. Other effects of a pass, like gathering a divided base, do
+    not happen."""
     own = decoder.__dict__.get("forward")
     hooks = decoder._forward_pre_hooks, decoder._forward_hooks
     decoder.forward = lambda *_, **__: answer

@@ -1,7 +1,7 @@
-"""RMS norms of a frozen base: on a card in one kernel, on a processor with a backward pass of their own.
+"""RMS norms of a frozen base: on a card in one kernel, on a CPU with their own backward pass.
 
-Step by step, a norm's gradient takes three times as long as the norm itself, in tensors of fp32. On a processor the
-bits are the model's own, forwards; a card's kernel rounds once where the model rounds twice.
+Step by step, a norm's gradient takes three times as long as the norm itself, in tensors of fp32. On a CPU the forward
+bits are the model's own; a card's kernel rounds once where the model rounds twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .card_kernels import is_on_card
 
 
 def take_over_norms(model: Any) -> None:
-    """Of a view of a frozen base: layers that compute just what `RowNorm` does."""
+    """The layers in a view of a frozen base that compute exactly what `RowNorm` does."""
     for module in model.modules():
         if _is_row_norm(module):
             module.forward = functools.partial(_normed, module.weight, module.variance_epsilon)
@@ -30,7 +30,7 @@ def _is_row_norm(module: Any) -> bool:
     if len(list(module.parameters())) > 1 or len(inspect.signature(module.forward).parameters) != 1:
         return False
     draw = torch.Generator().manual_seed(0)
-    # tried with other numbers: its own may all be one, and may lie on a card
+    # tried with other numbers: its own may all be one, and may be on a card
     other = torch.randn(len(weight), generator=draw).to(weight.dtype)
     some = torch.randn(3, len(weight), generator=draw).to(weight.dtype)
     with torch.no_grad():

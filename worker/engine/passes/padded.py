@@ -27,7 +27,8 @@ class PaddedPass:
         noise: float | None = None,
         loss: Loss = UNSMOOTHED,
     ) -> None:
-        """`streams`: that the training draws from; None: it has them to itself. `noise`: NEFTune's alpha."""
+        """`streams`: from which the training draws; None: it has the process's own to itself. `noise`: NEFTune's
+        alpha."""
         self.model = model
         self.device: torch.device = model.device
         self.streams = streams or RandomStreams(self.device)
@@ -39,7 +40,7 @@ class PaddedPass:
         self._routed = getattr(model.config.get_text_config(), "output_router_logits", False)
 
     def recompute_blocks(self, every: int = 1) -> None:
-        """Hold the activations of each block (1), or of every second one (2), in the backward pass alone."""
+        """Hold the activations of each block (1), or of every second one (2), only in the backward pass."""
         self.model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
@@ -77,12 +78,12 @@ class PaddedPass:
             labels = inputs.pop("labels")
             return loss.of_logits(model(**inputs)["logits"], labels, rows, count)
         window = {"num_items_in_batch": count} if self._whole_windows else {}
-        # of the output the loss alone is kept, so that the logits are gone by the backward pass
+        # only the loss of the output is kept, so that the logits are freed before the backward pass
         return model(**inputs, **window, **how)["loss"]
 
 
 def _is_model_s_own(loss: Loss) -> bool:
-    """Whether the model's code computes it. Some of that knows nothing of a window."""
+    """Whether the model's code computes it. Some models' code knows nothing about a window."""
     return isinstance(loss, CrossEntropy) and not loss.smoothing
 
 

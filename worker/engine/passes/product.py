@@ -1,5 +1,5 @@
-"""A linear layer of a base that several adapters share: its product over all tokens at once, and the factors of each
-adapter on its own tokens."""
+"""A linear layer of a base that several adapters share: its product over all tokens at once, and each adapter's factors
+on its own tokens."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from .apart import LayerShape
 from .card_kernels import is_on_card
 
 ADAPTER = "default"
-"""peft's name of an adapter that is alone in its view of the base."""
+"""peft's name for the only adapter in a view of the base."""
 
 
 UNPACKED = 1536
-"""Rows beyond which bitsandbytes 0.50 unpacks a weight in 4 bit before it multiplies (backends/cuda/ops.py). For fewer
-it may have a kernel that does both."""
+"""Beyond this number of rows bitsandbytes 0.50 unpacks a 4-bit weight before it multiplies (backends/cuda/ops.py). For
+fewer it may have a kernel that does both."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Span:
-    """The tokens of one adapter's micro-batch, behind each other in the one row of a pass."""
+    """The tokens of one adapter's micro-batch, adjacent in the single row of a pass."""
 
     owner: Any  # the adapted model
     begin: int
     end: int
-    generator: torch.Generator  # that its dropout draws from
+    generator: torch.Generator  # from which its dropout draws
 
 
 class Spans:
-    """Who has which tokens of the pass that goes on."""
+    """Which adapter has which tokens of the current pass."""
 
     def __init__(self) -> None:
         self.now: tuple[Span, ...] = ()
-        self._cast: tuple[Any, dict[torch.Tensor, torch.Tensor]] = (None, {})  # of which block, and to which type
+        self._cast: tuple[Any, dict[torch.Tensor, torch.Tensor]] = (None, {})  # block and type, and the casts by factor
 
     @property
     def lengths(self) -> list[int]:
@@ -54,12 +54,12 @@ class Spans:
         self._cast = (None, {})  # an optimizer may have changed the factors since
         try:
             yield
-        finally:  # also where torch ends a block's recomputation early, by an error of its own
+        finally:  # even if torch ends a block's recomputation early, by raising its own error
             self.now, self._cast = before, (None, {})
 
     def cast(self, block: list[SharedProduct], kind: torch.dtype) -> dict[torch.Tensor, torch.Tensor]:
-        """The factors of a block's products that are of another type, and each one in this type. One kernel casts them
-        all: a card would start one for each, and a Llama's block has fourteen."""
+        """The factors of a block's products that have another type, each cast to this type. One kernel casts all of
+        them: a card would start one for each, and a Llama block has fourteen."""
         if self._cast[0] != (id(block), kind):
             layers = [layer for product in block for span in self.now if (layer := product.layers.get(span.owner))]
             plain = [layer for layer in layers if ADAPTER not in layer.lora_variant]
@@ -78,9 +78,9 @@ def _factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class ExpertsApart:
-    """In place of the forward() of a block of experts on a processor: each adapter's tokens pass it by themselves.
+    """Replaces the forward() of a block of experts on a CPU: each adapter's tokens pass it separately.
 
-    An expert multiplies as many rows as the pass has for it, and the library rounds by their number.
+    An expert multiplies as many rows as the pass has for it, and the library's rounding depends on that number.
     """
 
     def __init__(self, block: Any, spans: Spans) -> None:
@@ -88,7 +88,7 @@ class ExpertsApart:
 
     @staticmethod
     def blocks(model: Any) -> list[Any]:
-        """Of experts, that are given hidden states alone."""
+        """The blocks of experts that get only hidden states."""
         found = [module for module in model.modules() if "experts" in dict(module.named_children())]
         return [block for block in found if len(inspect.signature(block.forward).parameters) == 1]
 
@@ -105,23 +105,23 @@ class ExpertsApart:
 
 
 class SharedProduct:
-    """In place of a linear layer's forward()."""
+    """Replaces a linear layer's forward()."""
 
     def __init__(self, linear: Any, spans: Spans, block: list[SharedProduct]) -> None:
-        """`block`: has the products of the same block of the model, and is given this one."""
+        """`block`: the list of the products in the same block of the model, to which this one is added."""
         block.append(self)
         self._linear, self._block = linear, block
         self._own: Callable[[torch.Tensor], torch.Tensor] = linear.forward
         self._spans = spans
         self._frozen = FrozenProduct.of(linear)
-        self.rounds = True  # to its input's type what it computes in fp32
-        # by adapted model, which takes its layers along when it goes
+        self.rounds = True  # what it computes in fp32, to its input's type
+        # by adapted model, whose layers go with it
         self.layers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         taken = [(span, layer) for span in self._spans.now if (layer := self.layers.get(span.owner)) is not None]
         if not taken:
-            # on a processor with the bits that it has among trainings with factors here
+            # on a CPU with the bits that it has among trainings with factors here
             ours = x.device.type == "cpu" and self._frozen is not None
             return self._together(x, []) if ours else self._alike(x)
         if not self._sees_all(x):
@@ -135,17 +135,17 @@ class SharedProduct:
         )
 
     def apart(self) -> contextlib.AbstractContextManager[wide.Apart]:
-        """Products in fp32 are made of one training's tokens at a time."""
+        """Products in fp32 are computed from one training's tokens at a time."""
         assert self._frozen is not None
         return self._frozen.apart()
 
     @property
     def shape(self) -> LayerShape | None:
-        """By which a library may pick a kernel; None for a layer of a kind that is not known."""
+        """By which a library may pick a kernel; None for an unknown kind of layer."""
         return None if self._frozen is None else self._frozen.shape
 
     def join_rows(self, *, steady: bool) -> None:
-        """Multiply rows of several trainings together, where their products in fp32 have the same bits so."""
+        """Multiply rows of several trainings together, if that leaves the bits of their fp32 products unchanged."""
         if self._frozen is not None:
             self._frozen.steady = steady
 
@@ -153,11 +153,11 @@ class SharedProduct:
         return x.numel() == x.shape[-1] * sum(self._spans.lengths)
 
     def _lengths(self, x: torch.Tensor) -> list[int]:
-        """Each training's tokens of `x`; all of them, where it is not what passes the base."""
+        """Each training's tokens of `x`; all tokens if `x` is not the input of the pass."""
         return self._spans.lengths if self._sees_all(x) else [x.numel() // x.shape[-1]]
 
     def _alike(self, x: torch.Tensor) -> torch.Tensor:
-        """The layer's own answer, whose bits do not depend on who else is in the pass."""
+        """The layer's own output, whose bits do not depend on the other trainings in the pass."""
         several = x.device.type == "cpu" and len(self._lengths(x)) > 1
         return apart.each(self._own, x, self._lengths(x)) if several else self._own(x)
 
@@ -168,13 +168,13 @@ class SharedProduct:
         casts = self._spans.cast(self._block, kind) if is_on_card(x) else {}
         answer = _Product.apply(flat, self._frozen, self.rounds, self._lengths(x), parts, casts, *factors)
         answer = answer.view(*x.shape[:-1], -1)
-        # a layer in NF4 answers in its input's type
+        # an NF4 layer's output has its input's type
         return answer.to(x.dtype) if hasattr(self._linear, "quant_state") else answer
 
     def _apart(self, x: torch.Tensor, answer: torch.Tensor, taken: list[tuple[Span, Any]]) -> torch.Tensor:
-        """By peft's own code for a variant like DoRA, which shares the base's product alone."""
+        """By peft's own code for a variant like DoRA, which shares only the base's product."""
         lengths, layers = self._spans.lengths, dict(taken)
-        # split, not slices: those make a tensor of full size for each span in the backward pass
+        # split, not slices: slices create a full-size tensor for each span in the backward pass
         rows = zip(self._spans.now, x.split(lengths, dim=-2), answer.split(lengths, dim=-2), strict=True)
         return torch.cat([_adapted(layers.get(span), span, *states) for span, *states in rows], dim=-2)
 
@@ -208,9 +208,9 @@ class _Factors:
 class _Product(torch.autograd.Function):
     """x W + s (dropout(x) A) B, with each adapter's A, B, s and dropout on its own rows.
 
-    The factors' part is added where the base's product lies, forward and backward: no tensor of the size of the answer
-    is made for it. A card adds the base's product to the factors', since what a large product reads and writes beside
-    its weight costs it nothing. All is computed in the type of `x`, or in fp32 where a processor is faster so.
+    The factors' part is added in place to the base's product, forward and backward: it needs no tensor of the output's
+    size. A card adds the base's product to the factors', since what a large product reads and writes besides its weight
+    costs nothing there. All is computed in the type of `x`, or in fp32 if a CPU is faster that way.
     """
 
     @staticmethod
@@ -235,7 +235,7 @@ class _Product(torch.autograd.Function):
                 seen, mask = read[part.rows], _mask(x[part.rows], part) if part.dropout else None
                 seen = seen if mask is None else _dropped(seen, mask, part)
                 inners.append(seen @ a.T)
-                # a processor drops it again: memory costs it more
+                # a CPU applies dropout again: memory costs it more
                 saved += [seen if is_on_card(x) else x[part.rows], inners[-1], *([] if mask is None else [mask])]
             if parts:
                 ctx.kept = _Kept.node(x, factors, saved)
@@ -255,7 +255,7 @@ class _Product(torch.autograd.Function):
         narrow, widened, count = ctx.narrow, ctx.widened, len(ctx.parts)
         saved, ctx.kept = () if ctx.kept is None else ctx.kept.saved_tensors, None
         kind = torch.float32 if widened else narrow
-        # contiguous: the library picks a kernel by strides, too, which are those of the whole pass
+        # contiguous: the library also picks a kernel by strides, which are those of the whole pass
         given = given.contiguous().to(kind)
         (above, below), rest = _halves(saved[: 2 * count]), iter(saved[2 * count :])
         back, adds = None, count > 0 and is_on_card(given)
@@ -297,10 +297,10 @@ def _halves(factors: Sequence[torch.Tensor]) -> tuple[Sequence[torch.Tensor], Se
 def _slopes(
     of_answer: torch.Tensor, inner: torch.Tensor, b: torch.Tensor, part: _Factors
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of B and of what it is given. A card scales them as it multiplies."""
+    """The gradients of B and of its input. A card scales them as it multiplies."""
     if is_on_card(of_answer):
         return _scaled(of_answer.T, inner, part.scaling).to(part.kind), _scaled(of_answer, b, part.scaling)
-    # this way round: a library takes twice as long for a product that is a few numbers wide
+    # in this order: a library takes twice as long for a product that is a few numbers wide
     of_b = (inner.T @ of_answer).T.to(part.kind)
     of_b = torch.mul(of_b, part.scaling, out=of_b.new_empty(of_b.shape))
     return of_b, (of_answer @ b).mul_(part.scaling)
@@ -311,18 +311,18 @@ def _scaled(left: torch.Tensor, right: torch.Tensor, scale: float, out: torch.Te
 
 
 def _room(x: torch.Tensor, width: int, parts: Sequence[_Factors]) -> torch.Tensor:
-    """For as many rows as `x` has; zeros where not all of them are adapted."""
+    """For the rows of `x`; zeros if not all of them are adapted."""
     covered = sum(part.rows.stop - part.rows.start for part in parts) == len(x)
     return x.new_empty(len(x), width) if covered else x.new_zeros(len(x), width)
 
 
 class _Kept(torch.autograd.Function):
-    """What a product's backward pass needs, saved before the product is made: recomputation of a block ends with the
-    last tensor that is saved in it, and so does not make the block's last product again."""
+    """What a product's backward pass needs, saved before the product is computed: recomputation of a block ends with
+    the last tensor saved in it, and so skips the block's last product."""
 
     @staticmethod
     def node(x: torch.Tensor, factors: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Any:
-        """Has them as `saved_tensors`, as long as it lives: it is in no graph. `x`, `factors`: which have gradients."""
+        """Holds them as `saved_tensors` while it lives: it is in no graph. `x`, `factors`: which have gradients."""
         with torch.enable_grad():
             return _Kept.apply(tensors, x, *factors).grad_fn
 
@@ -333,8 +333,8 @@ class _Kept(torch.autograd.Function):
 
 
 def _mask(x: torch.Tensor, part: _Factors) -> torch.Tensor:
-    """What dropout keeps: on a processor the numbers that torch's own multiplies its input with, on a card a byte an
-    element."""
+    """What dropout keeps: on a CPU the numbers by which torch's own dropout multiplies its input, on a card one byte
+    per element."""
     kind = torch.bool if is_on_card(x) else x.dtype
     mask = torch.empty(x.shape, dtype=kind, device=x.device).bernoulli_(1 - part.dropout, generator=part.generator)
     return mask if kind is torch.bool else mask.div_(1 - part.dropout)
@@ -352,7 +352,7 @@ def _compute_type(x: torch.Tensor) -> torch.dtype:
 
 
 def _adapted(layer: Any, span: Span, x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    """The base's answer with an adapter's part, by peft's own code."""
+    """The base's output with an adapter's part, by peft's own code."""
     if layer is None:
         return answer
     with _drawing_from(span.generator):
@@ -366,7 +366,7 @@ def _adapted(layer: Any, span: Span, x: torch.Tensor, answer: torch.Tensor) -> t
 
 @contextlib.contextmanager
 def _drawing_from(generator: torch.Generator) -> Iterator[None]:
-    """Let torch's functions draw from a generator, which they can't be given."""
+    """Make torch's functions draw from a generator that they can't take as an argument."""
     devices = [generator.device] if generator.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         place = torch.cuda if devices else torch
@@ -386,7 +386,7 @@ class FrozenProduct:
 
     @classmethod
     def of(cls, linear: Any) -> FrozenProduct | None:
-        """None for a layer of a kind that is not known."""
+        """None for an unknown kind of layer."""
         from bitsandbytes.functional import dequantize_4bit
         from bitsandbytes.nn import Linear4bit
         from transformers.pytorch_utils import Conv1D
@@ -410,14 +410,14 @@ class FrozenProduct:
 
     @contextlib.contextmanager
     def apart(self) -> Iterator[wide.Apart]:
-        """Products in fp32 are made of so many tokens at a time as the answer's `lengths` say; the weight is widened
-        once for all of them."""
+        """Products in fp32 are computed for as many tokens at a time as the output's `lengths` say; the weight is
+        widened once for all of them."""
         self._apart = apart = wide.Apart()
         try:
             yield apart
         finally:
             self._apart = None
-            apart.scratch.leave()  # its name may outlive the block, and with it the room for as many logits
+            apart.scratch.leave()  # its name may outlive the block, and so hold memory for as many logits
 
     def __call__(self, x: torch.Tensor, lengths: Sequence[int], *, widened: bool) -> torch.Tensor:
         """`lengths`: each training's tokens. `widened`: `x` was made fp32 for a faster product."""
@@ -432,7 +432,7 @@ class FrozenProduct:
         return own
 
     def gradient(self, given: torch.Tensor, lengths: Sequence[int], *, widened: bool) -> torch.Tensor:
-        """From the gradient of the answer to that of the input."""
+        """From the output's gradient to the input's."""
         weight = self._weight()
         if widened:
             return wide.input_gradient(given, weight, self._pieces(given, lengths))
@@ -442,7 +442,7 @@ class FrozenProduct:
         return given @ weight
 
     def adds(self, x: torch.Tensor) -> bool:
-        """Whether a card may add the answer to what lies there already."""
+        """Whether a card may add the output to what is already there."""
         few = hasattr(self._linear, "quant_state") and len(x) <= UNPACKED
         return is_on_card(x) and self._linear.bias is None and self.shape.stored is x.dtype and not few
 
@@ -453,7 +453,7 @@ class FrozenProduct:
         back.addmm_(given, self._weight().to(given.dtype))
 
     def _pieces(self, x: torch.Tensor, lengths: Sequence[int]) -> Sequence[int]:
-        """How many rows are multiplied at a time on a processor."""
+        """How many rows are multiplied at a time on a CPU."""
         if self._apart is not None:
             return self._apart.lengths
         return apart.pieces(lengths, steady=self.steady and x.dtype is torch.float32)

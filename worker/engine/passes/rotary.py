@@ -14,13 +14,13 @@ import torch
 from .card_kernels import is_on_card
 
 NAME = "apply_rotary_pos_emb"
-"""What models' code calls its function."""
+"""The name of the function in models' code."""
 
 Turn = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class Rotary:
-    """Puts `Turned` in place of a model's own function on a card, where that computes the same."""
+    """Puts `Turned` in place of a model's own function on a card, if it computes the same."""
 
     def __init__(self, model: Any) -> None:
         codes = {sys.modules[type(module).__module__] for module in model.modules()} if is_on_card(model) else set()
@@ -41,7 +41,7 @@ class Rotary:
 
 @functools.cache
 def _turns_halves(own: Turn) -> bool:
-    """Whether a model's function turns the first half of a head's numbers with the second one."""
+    """Whether a model's function rotates the first half of a head's numbers with the second half."""
     if list(inspect.signature(own).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     draw = torch.Generator().manual_seed(0)
@@ -80,7 +80,7 @@ class Turned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_q: torch.Tensor, of_k: torch.Tensor) -> Any:
         cos, sin = ctx.saved_tensors
-        second, first = sin.chunk(2, dim=-1)  # each half comes from the other one
+        second, first = sin.chunk(2, dim=-1)  # each half comes from the other
         return _turn(of_q, cos, first, second, -1), _turn(of_k, cos, first, second, -1), None, None
 
 

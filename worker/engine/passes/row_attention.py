@@ -1,4 +1,4 @@
-"""Attention of rows that lie behind each other in one row of tokens: none sees another, and nothing is padded."""
+"""Attention of rows concatenated in one row of tokens: none sees another, and nothing is padded."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from . import varlen
 from .attention import SHORT, ShortRows
 
 NAME = "loractl_rows"
-"""What the configs of a model call this attention while rows lie so."""
+"""The name of this attention in a model's configs while rows are concatenated."""
 
 BY_POSITION = ("flash_attention_2",)
-"""Attention that tells rows apart itself, where position ids begin anew (transformers' variable-length kernels)."""
+"""Attention that itself tells rows apart where position ids restart (transformers' variable-length kernels)."""
 
 
 class RowAttention:
-    """A model's own attention of each row: on a card by one kernel for all of them where it has that, else by
+    """A model's own attention of each row: on a card by one kernel for all of them if it has that, else by
     transformers' kernel, called with each row's queries and keys.
 
-    One attention over a mask of blocks costs the square of all rows together, and lets a NaN through (0 x NaN).
+    One attention over a block mask costs the square of all rows together, and lets a NaN through (0 x NaN).
     """
 
     def __init__(self, own: str) -> None:
@@ -37,7 +37,7 @@ class RowAttention:
 
     @property
     def lengths(self) -> list[int]:
-        """Of the rows of the pass that goes on."""
+        """The lengths of the rows of the current pass."""
         return self._lengths
 
     @lengths.setter
@@ -54,7 +54,7 @@ class RowAttention:
             longest = max(self.lengths)
             return varlen.attend(query, key, value, self._borders, longest, how.get("scaling"), window), None
         short = self._short(query, key, value, window, how)
-        # row by row: how one is computed does not depend on another, which may be another training's
+        # row by row: a row's computation does not depend on another row, which may be another training's
         runs = [(few, list(run)) for few, run in itertools.groupby(self.lengths, lambda length: length <= short)]
         parts = [(query, key, value)] if len(runs) == 1 else _split((query, key, value), [sum(run) for _, run in runs])
         answers = [
@@ -73,7 +73,7 @@ class RowAttention:
     def _at_once(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict[str, Any]
     ) -> bool:
-        """Whether one kernel computes all rows, as the fused kernel that each would have gone through."""
+        """Whether one kernel computes all rows, like the fused kernel that each would have gone through."""
         if query.device.type not in varlen.PLACES or len(self.lengths) == 1:
             return False
         why = self._why_not(query, key, value, window, how)
@@ -95,8 +95,8 @@ class RowAttention:
     def _short(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int | None, how: dict[str, Any]
     ) -> int:
-        """Tokens of a row up to which plain products are faster than the fused kernel; 0 where it is for no row. A
-        trace's tensors are another type: it counts what a card's kernels take."""
+        """Tokens of a row up to which plain products are faster than the fused kernel; 0 if they never are. A trace,
+        whose tensors are another type, counts what a card's kernels take."""
         plain = self._own == "sdpa" and type(query) is torch.Tensor and not query.is_cuda
         alike = key.shape == value.shape and query.shape[1] % key.shape[1] == 0
         unchanged = not how.get("dropout") and how.get("scaling") is not None and how.get("position_bias") is None
@@ -113,7 +113,7 @@ class RowAttention:
         return eager
 
     def _mask(self, query: torch.Tensor, window: int | None) -> torch.Tensor | None:
-        """The causal mask of one row, which the fused kernels need only where a window ends before the row does."""
+        """The causal mask of one row, which the fused kernels need only if a window is shorter than the row."""
         length = query.shape[2]
         narrow = window is not None and window < length
         if self._own == "sdpa" and not narrow:
@@ -128,13 +128,13 @@ class RowAttention:
 
 
 def _split(states: Sequence[torch.Tensor], lengths: list[int]) -> list[tuple[torch.Tensor, ...]]:
-    """Queries, keys and values of so many tokens. Not by slices, whose backward pass makes a tensor of full size for
-    each part."""
+    """Queries, keys and values of the rows with these lengths. Not by slices, whose backward pass creates a full-size
+    tensor for each part."""
     return list(zip(*(one.split(lengths, dim=2) for one in states), strict=True))
 
 
 class RowLayout:
-    """Puts row attention in place of a model's own while rows lie behind each other."""
+    """Puts row attention in place of a model's own while rows are concatenated."""
 
     def __init__(self, model: Any) -> None:
         configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
@@ -144,13 +144,13 @@ class RowLayout:
 
     @property
     def by_row(self) -> str | None:
-        """Why several rows went through a layer one by one in the last pass, on a card; None: they did not."""
+        """Why, on a card, several rows went through a layer one by one in the last pass; None: they did not."""
         return self._attention.by_row
 
     @contextlib.contextmanager
     def of(self, lengths: list[int]) -> Iterator[None]:
-        """Rows of these lengths lie in the one row that the model is given, until their backward pass is over:
-        blocks that are recomputed need it too."""
+        """Rows of these lengths are in the single row that the model gets, until their backward pass is over:
+        recomputed blocks need that too."""
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         if self.own in BY_POSITION:

@@ -1,7 +1,7 @@
 """A base that several trainings share: their micro-batches pass through it together, each with its own adapter.
 
-All tokens lie in one row, one span a training. The base's products run once over all of them; adapters, attention, head
-and loss see their own span alone, so what one training computes does not depend on the others.
+All tokens are in one row, one span per training. The base's products run once over all of them; adapters, attention,
+head and loss see only their own span, so what one training computes does not depend on the others.
 """
 
 from __future__ import annotations
@@ -42,31 +42,31 @@ class Piece:
 
 
 class SharedBase:
-    """A frozen base and the layers of those who train on it. Each has a view of its own; the passes run in one more."""
+    """A frozen base and the layers of the trainings on it. Each has its own view; the passes run in one more."""
 
     def __init__(self, model: Any, precision: Precision) -> None:
-        """`model`: as it was loaded, its NF4 layers settled. It must stay as it is."""
+        """`model`: as loaded, its NF4 layers settled. It must not change."""
         model.requires_grad_(False)
         self.model, self.precision = model, precision
         self._words = view_of(model).train()
         self._lean = LeanModel(self._words, precision)
         self._spans = Spans()
-        self._head: SharedProduct | None = None  # where several trainings may be given to it together
+        self._head: SharedProduct | None = None  # if it may get several trainings together
         self._products: dict[str, SharedProduct] = {}  # by the layer's path
         self._in_block: dict[str, list[SharedProduct]] = {}  # by the block's path
-        self._asked = False  # whether this machine's products of several trainings have the bits of each alone
-        self.apart: str | None = None  # why each training's rows are multiplied by themselves; None: they are together
+        self._asked = False  # whether it was tested that products of several trainings have the bits of each alone
+        self.apart: str | None = None  # why each training's rows are multiplied separately; None: together
         take_over_norms(self._words)
         if model.device.type == "cpu":
-            # the head's chunks are of one training each, but where its weight is widened for all of them
+            # each head chunk has one training, unless the head's weight is widened for all of them
             self._take_over(head=wide.may_widen(model.device, precision.base))
             for block in ExpertsApart.blocks(self._words):
                 block.forward = ExpertsApart(block, self._spans)
-        self._blocks: list[Any] | None = None  # that can be recomputed; None: not prepared for it
+        self._blocks: list[Any] | None = None  # that can be recomputed; None: not prepared for that
 
     @property
     def by_row(self) -> str | None:
-        """Why several rows went through attention one by one when some were last learned, on a card; None: they did
+        """Why, on a card, several rows went through attention one by one when some were last learned; None: they did
         not."""
         return self._lean.by_row
 
@@ -75,15 +75,15 @@ class SharedBase:
         return view_of(self.model)
 
     def take_in(self, adapted: Any, once: Once[str | None] | None = None) -> None:
-        """Know the layers of an adapter on a view. They are forgotten when the model is gone. Raises CantShare.
+        """Register the layers of an adapter on a view. They are forgotten when the model is gone. Raises CantShare.
 
-        `once`: asks whether the machine multiplies several trainings' rows as it does each one's, where nobody has;
-        None: this base asks by itself.
+        `once`: tests whether the machine multiplies several trainings' rows like each one's, if not tested yet; None:
+        this base tests it itself.
         """
         from peft.tuners.lora.layer import LoraLayer
 
         layers = [(path, m) for path, m in adapted.get_base_model().named_modules() if isinstance(m, LoraLayer)]
-        for path, layer in layers:  # all of them first: others' passes go through the layers that are taken over
+        for path, layer in layers:  # all of them first: others' passes use the layers that are taken over
             if not _is_plain(layer):
                 raise CantShare(f"{path} is not a plain linear layer")
         for path, layer in layers:
@@ -92,7 +92,7 @@ class SharedBase:
             self._join_rows(once)
 
     def _join_rows(self, once: Once[str | None] | None) -> None:
-        """Before the first pass of several trainings: on a processor, multiply rows together where no bit changes."""
+        """Before the first pass of several trainings: on a CPU, multiply rows together if no bit changes."""
         self._asked = True
         inner = [product for product in self._products.values() if product is not self._head]
         shapes = {product.shape: None for product in inner if product.shape is not None}
@@ -114,7 +114,8 @@ class SharedBase:
         return self._products[path]
 
     def _take_over(self, *, head: bool = True) -> None:
-        """Also layers that nobody has adapted, for their faster products; whoever comes, their bits stay the same."""
+        """Also take over layers that nobody has adapted, for their faster products; whichever trainings come, their
+        bits stay the same."""
         last, inner = self._words.get_output_embeddings() if head else None, set(self._words.base_model.modules())
         for path, module in list(self._words.named_modules()):
             if (module is last or module in inner) and FrozenProduct.of(module) is not None:
@@ -125,11 +126,12 @@ class SharedBase:
     def learn(self, pieces: Sequence[Piece], *, recomputes: int = 0) -> list[torch.Tensor]:
         """Leave the gradients of several micro-batches. Returns each one's share of its window's mean loss, in nats.
 
-        `recomputes`: each block (1) or every second one (2) is computed again in the backward pass. Gradients that are
-        there are added to. After an error no stream has moved, but parts of gradients may be left.
+        `recomputes`: each block (1) or every second one (2) is computed again in the backward pass. Existing gradients
+        are added to. After an error no stream has moved, but parts of gradients may be left.
         """
         laid = [RowsBehindEachOther.of(piece.batch.rows, self._lean.device) for piece in pieces]
-        # Rows without a learned token leave no gradient; beside others they would leave zeros, which move an optimizer.
+        # Rows without a learned token leave no gradient; together with others they would leave zeros, which move an
+        # optimizer.
         learning = [n for n, rows in enumerate(laid) if len(rows.places)]
         losses = [torch.zeros((), device=self._lean.device) for _ in pieces]
         if learning:
@@ -163,7 +165,7 @@ class SharedBase:
     def _passing(
         self, owners: Sequence[tuple[Any, RandomStreams]], laid: Sequence[RowsBehindEachOther]
     ) -> Iterator[None]:
-        """The owners' rows lie behind each other, until their backward pass is over."""
+        """The owners' rows are concatenated until their backward pass is over."""
         lengths = [length for rows in laid for length in rows.lengths]
         with contextlib.ExitStack() as stack:
             spans, begin = [], 0
@@ -192,19 +194,19 @@ class SharedBase:
             block.gradient_checkpointing = every > 0 and not skipped
 
     def _replayed(self) -> tuple[Any, Any]:
-        """Around a block, and around its recomputation, which draws what the block drew."""
+        """Around a block, and around its recomputation, which repeats the block's draws."""
         generators = [span.generator for span in self._spans.now]
         return contextlib.nullcontext(), _standing(generators, [generator.get_state() for generator in generators])
 
 
 def _block_of(path: str) -> str:
-    """The path of the block that a layer is in; its own, where it is in none."""
+    """The path of a layer's block, or its own path if it is in none."""
     block = re.match(r".*?\.\d+(?=\.)", path)
     return path if block is None else block.group()
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether peft's layer adapts the product of one linear layer: not fused experts, and no embedding."""
+    """Whether peft's layer adapts the product of one linear layer: neither fused experts nor an embedding."""
     from transformers.pytorch_utils import Conv1D
 
     plain = isinstance(layer.get_base_layer(), (torch.nn.Linear, Conv1D))
@@ -212,7 +214,7 @@ def _is_plain(layer: Any) -> bool:
 
 
 def _more_than(words: Any, head: Any) -> bool:
-    """Whether a model has more behind its decoder than a head: that would see several trainings' tokens as one."""
+    """Whether a model has more than a head after its decoder: that would see several trainings' tokens as one."""
     known = {id(parameter) for module in (words.base_model, head) for parameter in module.parameters()}
     return any(id(parameter) not in known for parameter in words.parameters())
 
@@ -230,7 +232,7 @@ def _standing(generators: list[torch.Generator], states: list[torch.Tensor]) -> 
 
 
 def _together(places: Sequence[torch.Tensor], lengths: Sequence[int]) -> torch.Tensor:
-    """Places in spans of these lengths, as places in the row of all spans."""
+    """Positions in spans of these lengths, as positions in the row of all spans."""
     begins = [sum(lengths[:n]) for n in range(len(lengths))]
     return torch.cat([of_one + begin for of_one, begin in zip(places, begins, strict=True)])
 
@@ -247,7 +249,7 @@ class SharedPass(LeanPass):
         *,
         loss: Loss = UNSMOOTHED,
     ) -> None:
-        """`once`: finds out how this machine multiplies, where nobody has."""
+        """`once`: finds out how this machine multiplies, if unknown."""
         super().__init__(adapted, base.precision, streams, loss=loss)
         self.base = base
         self.recomputes = 0
@@ -272,12 +274,12 @@ class SharedPass(LeanPass):
 
 
 def view_of(base: Any) -> Any:
-    """A model with modules, flags and config of its own, and with the tensors of `base`: an adapter that is put on it,
-    eval mode, or an attention chosen for it are nobody else's. It takes milliseconds and no memory of the device."""
+    """A model with its own modules, flags and config, and with the tensors of `base`: an adapter put on it, eval mode,
+    or its attention affect no other view. It takes milliseconds and no device memory."""
     memo: dict[int, Any] = {id(tensor): tensor for tensor in itertools.chain(base.parameters(), base.buffers())}
     for module in base.modules():
         if (state := getattr(module, "quant_state", None)) is not None:  # of an NF4 layer: scales of its weight
             memo[id(state)] = state
     view = copy.deepcopy(base, memo)
-    keep_nf4_in_training_mode(view)  # what holds the base's layers in training mode holds the base's alone
+    keep_nf4_in_training_mode(view)  # what keeps the base's layers in training mode keeps only the base's
     return view

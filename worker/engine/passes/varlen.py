@@ -20,7 +20,7 @@ from loractl.worker.base.source import first_line
 KERNEL = "torch.nn.attention.varlen"
 
 PLACES = ("cuda",)
-"""Kinds of devices that have it."""
+"""Kinds of devices that have this kernel."""
 
 AMPERE = (8, 0)
 """The compute capability that the kernel needs."""
@@ -38,10 +38,10 @@ def attend(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Causal attention of rows behind each other. `borders`: where each row begins, and where the last one ends, as
-    int32 (rows + 1). `window`: so many tokens does one see, itself among them; None: all before it.
+    """Causal attention of concatenated rows. `borders`: where each row begins, and where the last one ends, as int32
+    (rows + 1). `window`: the number of tokens that a token sees, including itself; None: all before it.
 
-    Shapes: query (1, heads, tokens, width), key and value (1, groups, tokens, width), answer (1, tokens, heads, width).
+    Shapes: query (1, heads, tokens, width), key and value (1, groups, tokens, width), output (1, tokens, heads, width).
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -49,7 +49,7 @@ def attend(
     before = -1 if window is None or window >= longest else window - 1
     sides = {"window_size": (before, 0), "enable_gqa": True}
     answer = varlen_attn(q, k, v, borders, borders, longest, longest, scale=scaling, **sides)
-    assert isinstance(answer, torch.Tensor)  # it was asked for nothing beside it
+    assert isinstance(answer, torch.Tensor)  # only the output was requested
     return answer[None]
 
 
@@ -63,8 +63,8 @@ def _as_autocast(states: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def why_not(device: torch.device, kind: torch.dtype, width: int, windowed: bool) -> str | None:
-    """Why rows whose heads have this width do not go through one kernel there. None: it exists, and computes a few rows
-    as plain products do, forwards and backwards."""
+    """Why rows with heads of this width do not go through one kernel there. None: the kernel exists, and computes a few
+    rows like plain products, forwards and backwards."""
     if importlib.util.find_spec(KERNEL) is None:
         return f"torch {torch.__version__} has no kernel for rows of any lengths"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < AMPERE:
@@ -96,8 +96,8 @@ def _is_right(device: torch.device, kind: torch.dtype, width: int, window: int |
 
 
 def _kept_as_it_is() -> contextlib.AbstractContextManager[None]:
-    """What a backward pass needs is held as it is: a block that will be recomputed may be the first that asks, and
-    checkpointing would take these tensors for the block's own."""
+    """Keeps what a backward pass needs as it is: a block that will be recomputed may ask first, and checkpointing would
+    take these tensors for the block's own."""
     return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 

@@ -1,7 +1,7 @@
-"""Products of 16-bit weights in fp32, on processors that are faster so.
+"""Products of 16-bit weights in fp32, on CPUs that are faster that way.
 
-What is multiplied are the same numbers, and fp32 holds their products exactly: only the sum is rounded later. Weights
-are widened some at a time, so no layer is held in fp32.
+The multiplied numbers are the same, and fp32 holds their products exactly: only the sum is rounded later. Weights are
+widened in parts, so no whole layer is held in fp32.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from loractl.worker.base.processor import has_bf16, has_tiles, is_intel, is_x86
 from .scratch import Scratch
 
 SLAB = 1 << 20
-"""Numbers of a weight that are widened at a time: 4 MiB, which stay in a core's cache."""
+"""Numbers of a weight widened at a time: 4 MiB, which stay in a core's cache."""
 
 
 @functools.cache
 def multiplies_wide() -> bool:
-    """Whether this processor multiplies fp32 faster than bf16.
+    """Whether this CPU multiplies fp32 faster than bf16.
 
     Without instructions for bf16 it is emulated, at a fifth of the rate of fp32. Intel's AVX512 multiplies bf16 at half
     that rate (82 GFLOPS against 154 on a core); its tiles (AMX), which virtual machines may hide, and AMD's AVX512 are
-    faster in bf16. By kind and not by a stopwatch: a job that is resumed on a like machine must compute the same bits.
+    faster in bf16. Decided by kind, not by timing: a job resumed on a similar machine must compute the same bits.
     """
     if not is_x86() or has_tiles():
         return False
@@ -39,8 +39,8 @@ _narrow = False
 
 @contextlib.contextmanager
 def narrow() -> Iterator[None]:
-    """Products of 16-bit numbers as the library makes them, whose bits do not depend on how many rows there are. For
-    one thread of a process at a time."""
+    """Products of 16-bit numbers as the library computes them, whose bits do not depend on the number of rows. Only one
+    thread of a process at a time may use it."""
     global _narrow
     _narrow = True
     try:
@@ -50,23 +50,24 @@ def narrow() -> Iterator[None]:
 
 
 def widens(x: torch.Tensor) -> bool:
-    """Whether products of `x` and its like are made in fp32 here."""
+    """Whether products of tensors like `x` are computed in fp32 here."""
     return not _narrow and may_widen(x.device, x.dtype)
 
 
 def may_widen(device: torch.device, kind: torch.dtype) -> bool:
-    """The same of numbers of this type on this device, outside of `narrow`."""
+    """The same for numbers of this type on this device, outside `narrow`."""
     return kind is torch.bfloat16 and device.type == "cpu" and multiplies_wide()
 
 
 def as_it_is(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """No autocast, which would make fp32 products narrow again, where products of `x` and its like are made in fp32."""
+    """No autocast, which would make fp32 products narrow again, if products of tensors like `x` are computed in
+    fp32."""
     return torch.autocast(x.device.type, enabled=False) if widens(x) else contextlib.nullcontext()
 
 
 class Apart:
-    """Tokens of several trainings, each multiplied by themselves: a library may round by their number. The answers lie
-    in one memory, each over the last."""
+    """Tokens of several trainings, each multiplied separately: a library's rounding may depend on their number. The
+    outputs share one memory, each overwriting the last."""
 
     def __init__(self) -> None:
         self.lengths: Sequence[int] = ()
@@ -81,7 +82,7 @@ def product(
     scratch: Scratch | None = None,
 ) -> torch.Tensor:
     """x W^T + bias in fp32, of shape (tokens, outputs); `x` is in fp32, `weight` (outputs, inputs) in 16 bit.
-    `lengths`: rows that are multiplied at a time. `scratch`: has room for the answer."""
+    `lengths`: rows multiplied at a time. `scratch`: has room for the output."""
     shape = len(x), len(weight)
     answer = x.new_empty(shape) if scratch is None else scratch.take(*shape)
     parts = list(zip(x.split(lengths), answer.split(lengths), strict=True))
@@ -92,8 +93,7 @@ def product(
 
 
 def input_gradient(given: torch.Tensor, weight: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """given W in fp32, of shape (tokens, inputs); `given` is in fp32. `lengths`: rows that are multiplied at
-    a time."""
+    """given W in fp32, of shape (tokens, inputs); `given` is in fp32. `lengths`: rows multiplied at a time."""
     back = given.new_empty(len(given), weight.shape[1])
     parts = list(zip(given.split(lengths), back.split(lengths), strict=True))
     for rows, wide in _slabs(weight):
@@ -106,7 +106,7 @@ def input_gradient(given: torch.Tensor, weight: torch.Tensor, lengths: Sequence[
 
 
 def _slabs(weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows of a weight, and these in fp32. They are overwritten by the next."""
+    """Rows of a weight, and the same in fp32. The next rows overwrite them."""
     count, width = weight.shape
     height = max(1, min(count, SLAB // width))
     room = torch.empty(height, width)

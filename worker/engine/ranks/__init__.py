@@ -1,1 +1,1 @@
-"""Ranks: one training over several processes, one a card, of which rank 0 leads. No recipe, no message, no files."""
+"""Ranks: one training over several processes, one per card, led by rank 0. No recipe, no message, no files."""

@@ -1,4 +1,4 @@
-"""A follower: does its part of what the leader orders, until the leader ends. It knows no job and no order of rows."""
+"""A follower: does its part of the leader's orders until the leader ends. It knows no job and no order of rows."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class Follower:
     def __init__(
         self, model: Any, link: Link, shards: Shards | None, make_pass: Callable[[bool, float | None], OwnPass]
     ) -> None:
-        """`make_pass`: the adapted model's forward pass, the lean one or not, with NEFTune's noise."""
+        """`make_pass`: makes the adapted model's forward pass, lean or not, with NEFTune's noise."""
         self._model, self._link, self._shards, self._make_pass = model, link, shards, make_pass
         self._own: OwnPass | None = None
         self._part: Part | None = None
         self._scale = 1.0
 
     def follow(self, run: Callable[[Callable[[], None]], None]) -> None:
-        """Obey until the leader ends. `run` does all that computes. What goes wrong here comes through, and ends the
-        whole training."""
+        """Obey until the leader ends. `run` does all computation. An error here comes through, and ends the whole
+        training."""
         while True:
-            with contextlib.suppress(RankFull):  # the leader says what follows
+            with contextlib.suppress(RankFull):  # the leader decides what follows
                 run(self._follow)
                 return
 
@@ -72,7 +72,7 @@ class Follower:
                 raise ValueError(f"the leader orders {other!r}, which no follower knows")
 
     def _taken(self, own: OwnPass, told: list[dict[str, Any]], known: list[Any]) -> list[TokenRow]:
-        """The rows of an order, of which the loss is told what the leader's knows."""
+        """The rows of an order; the loss gets what the leader's knows about them."""
         rows = [TokenRow(**row) for row in told]
         if isinstance(own.loss, BentLoss):
             own.loss.take(rows, known)
@@ -90,5 +90,5 @@ class Follower:
             part.held_out_loss(rows)
 
     def _in_step(self) -> contextlib.AbstractContextManager[Any]:
-        """For what all ranks do at once."""
+        """For work that all ranks do at once."""
         return contextlib.nullcontext() if self._shards is None else self._shards.together()

@@ -1,4 +1,4 @@
-"""The leader's pass: what a training's one member asks for is done by all ranks, each with its rows."""
+"""The leader's pass: all ranks do the work of a training's one member, each with its rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ Answer = TypeVar("Answer")
 
 
 class DividedPass:
-    """A forward pass over several ranks. Only the leader has it: the others know neither order nor optimizer."""
+    """A forward pass over several ranks. Only the leader has it: the others know neither the row order nor the
+    optimizer."""
 
     def __init__(
         self,
@@ -37,22 +38,23 @@ class DividedPass:
         scales: bool = False,
         noise: float | None = None,
     ) -> None:
-        """`scales`: losses are scaled for float16. `noise`: NEFTune's alpha."""
+        """`scales`: whether losses are scaled for float16. `noise`: NEFTune's alpha."""
         self.own, self.link, self._shards = own, link, shards
         self.model, self.device, self.streams, self.loss = own.model, own.device, own.streams, own.loss
         self.ranks = link.size
         self._scales = scales
         link.order("pass", lean=isinstance(own, LeanPass), noise=noise)
         self._part = Part(own, link, lockstep=shards is not None)
-        self._spread = False  # whether all have the leader's weights
+        self._spread = False  # whether all ranks have the leader's weights
 
     def recompute_blocks(self, every: int = 1) -> None:
-        """Hold the activations of each block (1), or of every second one (2), in the backward pass alone."""
+        """Hold the activations of each block (1), or of every second one (2), only in the backward pass."""
         self.link.order("recompute", every=every)
         self.own.recompute_blocks(every)
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
-        """Leave a micro-batch's gradients, those of the whole window with its last one. Returns the loss likewise."""
+        """Leave a micro-batch's gradients; with a window's last one, those of the whole window. Returns the loss
+        likewise."""
         if batch.number == 0:
             self.link.order("window", scale=self._scale(backward))
             self._part.begin_window()
@@ -76,7 +78,7 @@ class DividedPass:
         return self.own.tokens(rows)
 
     def scores(self, rows: Sequence[TokenRow]) -> list[ScoredTokens]:
-        """Every learned token of some rows, by the leader alone. Only where its pass is the lean one."""
+        """Every learned token of some rows, by the leader alone. Only if its pass is lean."""
         assert isinstance(self.own, LeanPass)
         return self.own.scores(rows)
 
@@ -90,8 +92,8 @@ class DividedPass:
         return self.loss.known(rows) if isinstance(self.loss, BentLoss) else []
 
     def _together(self, work: Callable[[], Answer]) -> Answer:
-        """Work that all ranks do at once. Raises torch.OutOfMemoryError where a smaller batch may follow in this
-        process, else TrainingFailed: the ranks of a divided base are out of step."""
+        """Work that all ranks do at once. Raises torch.OutOfMemoryError if a smaller batch may follow in this process,
+        else TrainingFailed: the ranks of a divided base are out of step."""
         try:
             if self._shards is None:
                 return work()
@@ -105,7 +107,7 @@ class DividedPass:
             raise TrainingFailed(Reason.OUT_OF_MEMORY, f"a card of the job is full: {in_a_sentence(error)}") from None
 
     def _scale(self, backward: Backward) -> float:
-        """By what the backward pass multiplies a loss."""
+        """The factor by which the backward pass multiplies a loss."""
         if not self._scales:
             return 1.0
         one = torch.ones((), device=self.device, requires_grad=True)
@@ -113,8 +115,8 @@ class DividedPass:
         return float(one.grad) if one.grad is not None else 1.0
 
     def _noise(self) -> int:
-        """What the others' dropout begins from: it follows from where the leader's stream is, and moves nothing of it,
-        so that a resume drops the same."""
+        """The seed of the others' dropout: it follows from the leader's stream without moving it, so that a resume
+        drops the same."""
         streams: dict[str, Any] = read_streams(self.device)
         state = streams.get("cuda", streams["torch"]).numpy().tobytes()
         return int.from_bytes(hashlib.sha256(state).digest()[:6], "big")

@@ -1,4 +1,5 @@
-"""The link between the processes of one training: rank 0 orders, the others follow, and all add up what they found."""
+"""The link between the processes of one training: rank 0 gives orders, the others follow, and all sum up their
+results."""
 
 from __future__ import annotations
 
@@ -18,19 +19,19 @@ Answer = TypeVar("Answer")
 LEADER = 0
 
 BUCKET_BYTES = 64 * 2**20
-"""So much is summed at once: large enough for the link, small beside a card."""
+"""Bytes summed at once: large enough for the link, small compared with a card."""
 
 PATIENCE = timedelta(days=30)
-"""How long a process waits for the others: they tokenise, load and evaluate meanwhile. A process that dies closes its
-connections, which ends the others' waiting at once."""
+"""How long a process waits for the others, which may tokenise, load or evaluate. A process that dies closes its
+connections, which ends the others' wait at once."""
 
 LOOPBACK = "lo"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """One process's end. The processes meet in a file; all that they say to each other stays on the loopback device and
-    between the cards."""
+    """One process's end of the link. The processes meet in a file; all their communication stays on the loopback device
+    and between the cards."""
 
     rank: int
     size: int
@@ -38,7 +39,7 @@ class Link:
 
     @classmethod
     def open(cls, rank: int, size: int, meeting: Path, device: torch.device) -> Link:
-        """Wait for the others, and be one of them. `meeting`: a file that nobody else may write, new for each time."""
+        """Wait for the others, and join them. `meeting`: a file that nobody else may write, new each time."""
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK
         store = dist.FileStore(str(meeting), size)
         kinds = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -46,16 +47,16 @@ class Link:
         return cls(rank=rank, size=size, device=device)
 
     def close(self) -> None:
-        """All processes call it: who left at once would tear down what another one still reads."""
+        """All processes call it: one that left at once would tear down what another still reads."""
         self.meet()
         dist.destroy_process_group()
 
     def meet(self) -> None:
-        """Wait until all are here."""
+        """Wait for all processes."""
         self.any(False)
 
     def in_turn(self, work: Callable[[], Answer]) -> Answer:
-        """Do a piece of work in one process after the other."""
+        """Do a piece of work in one process after another."""
         for _ in range(self.rank):
             self.meet()
         done = work()
@@ -64,19 +65,19 @@ class Link:
         return done
 
     def any(self, here: bool) -> bool:
-        """Whether something is so in any of the processes, which all ask."""
+        """Whether something is true in any process; all processes ask."""
         flag = torch.tensor(int(here))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
     def order(self, kind: str, **told: Any) -> None:
-        """The leader's: tell all others what to do next."""
+        """For the leader: send all others the next order."""
         text = torch.frombuffer(bytearray(json.dumps({"kind": kind, **told}).encode()), dtype=torch.uint8)
         dist.broadcast(torch.tensor(len(text)), LEADER)
         dist.broadcast(text, LEADER)
 
     def orders(self) -> Iterator[dict[str, Any]]:
-        """The others': what the leader tells, as it comes."""
+        """For the others: the leader's orders, as they come."""
         while True:
             length = torch.tensor(0)
             dist.broadcast(length, LEADER)
@@ -92,7 +93,7 @@ class Link:
             _copy_out(flat, bucket)
 
     def spread(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Put the leader's values into everybody's tensors."""
+        """Put the leader's values into all processes' tensors."""
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             dist.broadcast(flat, LEADER)
@@ -100,12 +101,12 @@ class Link:
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that another process of the training is gone."""
+    """Whether an error means that another process of the training is gone."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Tensors of one type, up to BUCKET_BYTES together where one alone is not larger."""
+    """Tensors of one type, up to BUCKET_BYTES together unless one alone is larger."""
     bucket: list[torch.Tensor] = []
     size = 0
     for tensor in tensors:

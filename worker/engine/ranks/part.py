@@ -20,7 +20,7 @@ OwnPass = LeanPass | PaddedPass
 
 
 def rows_of(rows: Sequence[TokenRow], rank: int, size: int) -> list[TokenRow]:
-    """A rank's rows of a batch: as many as the others', or one less. The first rank has some where there are any."""
+    """A rank's rows of a batch: as many as the others', or one fewer. The first rank has some if there are any."""
     begin, end = (-(-at * len(rows) // size) for at in (rank, rank + 1))
     return list(rows[begin:end])
 
@@ -30,7 +30,8 @@ class RankFull(MemoryError):
 
 
 class Part:
-    """Computes one rank's part. `lockstep`: the base is divided, and each pass through it needs all ranks at once."""
+    """Computes one rank's part. `lockstep`: whether the base is divided, so that each pass through it needs all ranks
+    at once."""
 
     def __init__(self, own: OwnPass, link: Link, *, lockstep: bool) -> None:
         self._own, self._link, self._lockstep = own, link, lockstep
@@ -38,19 +39,19 @@ class Part:
         self._window = torch.zeros((), device=own.device)  # the loss since the window began
 
     def begin_window(self) -> None:
-        """Let everybody go on from the leader's weights, without gradients."""
+        """Let all ranks continue from the leader's weights, without gradients."""
         for parameter in self._trained:
             parameter.grad = None
         self._window.zero_()
         self.take_weights()
 
     def take_weights(self) -> None:
-        """Let everybody have the leader's weights."""
+        """Give all ranks the leader's weights."""
         self._link.spread([parameter.data for parameter in self._trained])
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
-        """Leave the gradients of this rank's rows, and with the window's last ones the sums of all ranks' in the
-        leader's. Returns this rank's share of the loss; the leader's last one has all that the others found."""
+        """Leave the gradients of this rank's rows, and with the window's last rows, in the leader, the sums over all
+        ranks. Returns this rank's share of the loss; the leader's last one includes the others'."""
         loss = self._agreed(lambda: self._learn_own(batch, backward))
         self._window += loss
         if batch.number < batch.pieces - 1:
@@ -93,9 +94,9 @@ class Part:
         self._link.sum_up([self._window])
 
     def _agreed(self, work: Callable[[], Answer]) -> Answer:
-        """What the work gives. Raises RankFull in all ranks where one is out of memory: a smaller batch may follow.
+        """The result of the work. Raises RankFull in all ranks if one is out of memory: a smaller batch may follow.
 
-        A base that is divided is out of step then: there the error itself ends its process, and so the training.
+        The ranks of a divided base would be out of step: there the error itself ends its process, and so the training.
         """
         if self._lockstep:
             return work()
@@ -107,6 +108,6 @@ class Part:
                 raise
             failure = in_a_sentence(error)
         if self._link.any(failure is not None):
-            release()  # outside of the handler: the error's traceback holds the tensors
+            release()  # outside the handler: the error's traceback holds the tensors
             raise RankFull(failure or "another card of the job had no room")
         return found

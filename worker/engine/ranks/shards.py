@@ -1,8 +1,8 @@
-"""A base that ranks divide: each holds a part of every block, and all gather a block for as long as it computes.
+"""A base divided among ranks: each holds a part of every block, and all gather a block while it computes.
 
 torch's fully_shard does it (FSDP2). Adapters are whole in every rank: they are small, and their optimizer, clip and
-checkpoints stay those of one card. So are the embeddings, the last norm and the head: the head is asked for some tokens
-at a time, and as often as a rank has such.
+checkpoints stay those of one card. So are the embeddings, the last norm and the head: the head gets some tokens at a
+time, and as often as a rank has any.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .link import LEADER, Link
 class Shards:
     """The divided blocks of an adapted model.
 
-    What all ranks compute at once they gather in step. What the leader computes alone, like an evaluation, it says
-    block by block, and the others lend their parts.
+    For work that all ranks do at once, they gather in step. For work that the leader does alone, like an evaluation, it
+    announces each block, and the others lend their parts.
     """
 
     def __init__(self, link: Link) -> None:
@@ -33,11 +33,11 @@ class Shards:
         self._link = link
         self._mesh = init_device_mesh(link.device.type, (link.size,))
         self._in_step = False
-        self._alone = False  # a pass of the leader's has begun and not ended
+        self._alone = False  # a pass of the leader alone has begun and not ended
         self._blocks: list[Any] = []
 
     def divide(self, model: Any) -> None:
-        """Keep this rank's part of a model, which goes from the box's memory to the device block by block."""
+        """Keep this rank's part of a model, moving it from the box's memory to the device block by block."""
         from torch.distributed.fsdp import fully_shard
 
         link, mesh, decoder = self._link, self._mesh, model.get_base_model().base_model
@@ -51,17 +51,18 @@ class Shards:
         rest = [parameter for parameter in model.parameters() if parameter not in divided]
         for tensor in (*rest, *model.buffers()):
             tensor.data = tensor.data.to(link.device)
-            if (state := getattr(tensor, "quant_state", None)) is not None:  # of a layer in NF4 outside of the blocks
+            if (state := getattr(tensor, "quant_state", None)) is not None:  # of an NF4 layer outside the blocks
                 state.to(link.device)
         fully_shard(decoder, mesh=mesh, ignored_params=trained | set(rest))
         self._watch(decoder)
-        # In the backward pass a block gathers the one before it ahead. By itself torch would take that from the order
-        # of all passes since the last step, and the leader has some alone: it would gather what no other rank does.
+        # In the backward pass a block gathers the one before it in advance. By default torch derives that from the
+        # order of all passes since the last step, and the leader does some alone: it would gather what no other rank
+        # does.
         for number, block in enumerate(self._blocks):
-            block.set_modules_to_backward_prefetch([self._blocks[max(0, number - 1)]])  # the first one: itself, nothing
+            block.set_modules_to_backward_prefetch([self._blocks[max(0, number - 1)]])  # the first: itself, so nothing
 
     def begin(self, model: Any) -> None:
-        """Once all ranks have divided: a first pass, in which torch finds its blocks."""
+        """After all ranks have divided it: a first pass, in which torch finds its blocks."""
         device, decoder = self._link.device, model.get_base_model().base_model
         with random_streams_kept(), evaluating(model), self.together():
             decoder(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)
@@ -88,7 +89,8 @@ class Shards:
         return say
 
     def _watch(self, decoder: Any) -> None:
-        """A pass of the leader's that ran out of memory leaves a block gathered, and no other pass may follow."""
+        """If a pass of the leader alone runs out of memory, it leaves a block gathered, and no other pass may
+        follow."""
 
         def begin(module: Any, inputs: Any) -> None:
             if self._alone:
@@ -103,7 +105,7 @@ class Shards:
 
 
 def blocks_of(decoder: Any) -> list[Any]:
-    """A decoder's blocks. Raises TrainingFailed(bad_spec) for a model that has none which can be told."""
+    """A decoder's blocks. Raises TrainingFailed(bad_spec) for a model without recognisable blocks."""
     count = decoder.config.get_text_config().num_hidden_layers
     for part in decoder.children():
         if isinstance(part, torch.nn.ModuleList) and len(part) == count:

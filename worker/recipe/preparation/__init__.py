@@ -1,1 +1,1 @@
-"""A job's data, made ready in the trainer's process or in one beside it. Nothing of a model, and no card."""
+"""Prepares a job's data, in the trainer's process or in a separate one. No model, and no card."""

@@ -1,8 +1,8 @@
-"""The process that prepares data beside a training: an order on stdin, files in a folder, its end on stdout.
+"""The process that prepares data during other trainings: an order on stdin, files in a folder, its end on stdout.
 
     python -m loractl.worker.recipe.preparation FOLDER
 
-Should the box run out of memory, this process is what the kernel ends, and none of those who train.
+If the box runs out of memory, the kernel kills this process, and no training.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from loractl.worker.protocol.messages import Ended, Start, decode_order, encode
 from loractl.worker.recipe.order_desk import EXIT_ORPHANED
 
 MOST_OF_RAM = 0.5
-"""Share of the box's RAM that a preparation may take where its owner sets no limit."""
+"""Share of the box's RAM that a preparation may take if its owner sets no limit."""
 
 
 def main() -> NoReturn:
     """Prepare one order's data."""
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is for the log
+    os.dup2(2, 1)  # libraries' output goes to the log
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     order = decode_order(sys.stdin.readline())
@@ -38,7 +38,7 @@ def main() -> NoReturn:
     channel.write(encode(_prepared(order, Path(sys.argv[1]))))
     channel.flush()
     sys.stderr.flush()
-    os._exit(0)  # all is written: what is in memory needs no clearing up
+    os._exit(0)  # everything is written: memory needs no cleanup
 
 
 def _end_with_stdin() -> None:
@@ -48,7 +48,7 @@ def _end_with_stdin() -> None:
 
 
 def _prepared(order: Start, folder: Path) -> Ended:
-    """Prepare; the end has the reason and the sentence that it would have in the trainer."""
+    """Prepare; the end has the same reason and sentence as in the trainer."""
     from loractl.worker.base.model import load_tokenizer
     from loractl.worker.base.quiet import quieten
     from loractl.worker.data.template import templated
@@ -61,7 +61,7 @@ def _prepared(order: Start, folder: Path) -> Ended:
     limited = order.device == "cpu" and order.memory_limit is not None
     try:
         tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template)
-        _hold_to(order.memory_limit if limited else None)  # after the imports, which a tokenizer's kind decides
+        _hold_to(order.memory_limit if limited else None)  # after the imports, which depend on the tokenizer's kind
         write_handover(prepare_rows(order, spec, tokenizer), spec, folder)
     except DataError as error:
         return Ended(job_id=order.job_id, reason=Reason.BAD_DATA, message=error.with_hint)
@@ -77,7 +77,7 @@ def _prepared(order: Start, folder: Path) -> Ended:
 
 
 def _hold_to(limit: int | None) -> None:
-    """Let allocations fail beyond so many bytes beside the libraries; None: beyond a share of the box's RAM."""
+    """Make allocations fail beyond this many bytes on top of the libraries; None: beyond a share of the box's RAM."""
     from loractl.worker.base.gauge import data_bytes
 
     if limit is None:

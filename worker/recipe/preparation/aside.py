@@ -1,4 +1,4 @@
-"""A preparation in a process of its own, so that those who train in ours keep the interpreter for themselves.
+"""A preparation in a separate process, so that the trainings in ours keep the interpreter for themselves.
 
 The process gets the order on its stdin and ends with it, and so with us. It has the attempt's marks and no card.
 """
@@ -29,23 +29,23 @@ from .handover import read_handover
 PROCESS = "loractl.worker.recipe.preparation"
 
 LARGE_BYTES = 1_000_000
-"""From this size of its files on, data are prepared in a process of their own. In a thread a MB takes about 0.7 s of
-the others' steps (medians of three on two busy cores, SmolLM2-135M). A process takes about 4 s of a busy
-box's processor to begin, which nobody loses where cores are free."""
+"""From this file size on, data are prepared in a separate process. In a thread a MB costs the others' steps about 0.7 s
+(medians of three on two busy cores, SmolLM2-135M). A process needs about 4 s of a busy box's CPU to start, which costs
+nobody anything if cores are free."""
 
 LOOK_S = 0.02
-"""Seconds between two looks whether it has ended. A stop is seen at once."""
+"""Seconds between two checks whether it has ended. A stop is noticed at once."""
 
 
 LINE_LIMIT = 64 * 1024
-"""Characters of a line that one message carries: a line may be longer than the supervisor takes."""
+"""Characters of a line in one message: a line may be longer than the supervisor takes."""
 
 END_LINES = 40
-"""The last lines that tell why it ended."""
+"""The last lines, which say why it ended."""
 
 
 def is_large(order: Start) -> bool:
-    """Whether it takes long to prepare the order's data: large files, and whatever comes from the hub."""
+    """Whether it takes long to prepare the order's data: large files, and anything from the hub."""
     named = (order.data_path, *order.more_paths, order.eval_path, order.final_path, order.regression_path)
     paths = [Path(path) for path in named if path is not None]
     size = sum(path.stat().st_size for path in paths if path.is_file())
@@ -53,9 +53,9 @@ def is_large(order: Start) -> bool:
 
 
 def prepare_aside(run: Run) -> PreparedData:
-    """The data of a job, prepared while others train. Raises TrainingFailed with the reason that it has there, Stopped.
+    """The data of a job, prepared while others train. Raises TrainingFailed with the process's reason, Stopped.
 
-    Its files are mapped, and are gone when this returns.
+    Its files are mapped, and deleted when this returns.
     """
     folder = Path(tempfile.mkdtemp(prefix="data-", dir=Path(run.order.output_dir).parent))
     try:
@@ -68,10 +68,10 @@ def prepare_aside(run: Run) -> PreparedData:
 
 
 def _run(run: Run, folder: Path) -> Ended:
-    """Stay with the process to its end; a stop ends it."""
+    """Watch the process to its end; a stop ends it."""
     order = run.order.model_copy(update={"spec": _pinned(run.spec)})
     log, kills = folder / "log.txt", kernel_kills()
-    told = os.fdopen(os.memfd_create("end"), encoding="utf-8", errors="replace")  # a pipe can fill up, a disk too
+    told = os.fdopen(os.memfd_create("end"), encoding="utf-8", errors="replace")  # a pipe or a disk can fill up
     with log.open("w", encoding="utf-8") as printed:
         process = subprocess.Popen(
             [sys.executable, "-m", PROCESS, str(folder)],
@@ -109,14 +109,14 @@ def _run(run: Run, folder: Path) -> Ended:
 
 
 def _pinned(spec: JobSpec) -> JobSpec:
-    """With the commit of the base that this process has: a branch may have moved. Raises TrainingFailed."""
+    """The order with this process's commit of the base: a branch may have moved. Raises TrainingFailed."""
     with model_errors(spec.base_model):
         where = source_of(spec.base_model, spec.revision)
     return spec.model_copy(update={"revision": where.get("revision", spec.revision)})
 
 
 def _hand_on(log: Path, run: Run) -> list[str]:
-    """Write what was printed into the job's log, a message a line; returns the last lines."""
+    """Write the output into the job's log, one message per line; returns the last lines."""
     last = deque[str](maxlen=END_LINES)
     with log.open(encoding="utf-8", errors="replace") as printed:
         while line := printed.readline(LINE_LIMIT):

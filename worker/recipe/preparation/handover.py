@@ -1,4 +1,4 @@
-"""Prepared data as files that one process writes and another one maps: JSON, and columns of numbers."""
+"""Prepared data as files that one process writes and another maps: JSON, and columns of numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PLAIN = ("why", "dropped", "overlap", "repeated", "unused", "sources", "sha256"
 
 
 def write_handover(data: PreparedData, spec: JobSpec, folder: Path) -> None:
-    """Write all that a training needs of its data. Rows that lie in the cache are named only. Raises OSError."""
+    """Write all that a training needs of its data. Rows in the cache are only named. Raises OSError."""
     asked = spec.evaluation
     measured = None if asked.max_rows is None else max(asked.max_rows, asked.samples)
     value = {
@@ -41,7 +41,7 @@ def write_handover(data: PreparedData, spec: JobSpec, folder: Path) -> None:
 
 
 def read_handover(folder: Path) -> PreparedData:
-    """Map what was written. The folder may go afterwards. Raises OSError, ValueError."""
+    """Map what was written. The folder may be deleted afterwards. Raises OSError, ValueError."""
     value = json.loads((folder / _FILE).read_text("utf-8"))
     seen, packed, regression, final = (value.pop(key) for key in ("seen", "packed", "regression", "final"))
     data = PreparedData(
@@ -61,7 +61,7 @@ def read_handover(folder: Path) -> PreparedData:
         packed=None if packed is None else TokenRows.load(Path(packed)),
         **value,
     )
-    vars(data)["seen"] = seen  # what was seen of examples that are not here
+    vars(data)["seen"] = seen  # what was seen in examples that are not here
     return data
 
 

@@ -1,7 +1,7 @@
 """Answers, token by token: requests for different adapters share one batch, and join and leave it between tokens.
 
-A lane is such a batch. Adapters that mix share one lane; an adapter that does not (DoRA, modules trained in full) has a
-lane of its own, and lanes take turns.
+A lane is such a batch. Adapters that mix share one lane; an adapter that does not (DoRA, modules trained in full) has
+its own lane, and lanes take turns.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from .request import Ask, Row, Said
 log = logging.getLogger("loractl.worker")
 
 HOST_CACHE_BYTES = 2 * 2**30
-"""What keys and values may take on a processor."""
+"""What keys and values may take on a CPU."""
 
 DEVICE_CACHE_SHARE = 0.6
-"""Share of a card's free memory, beside base and adapters. The rest is for the prompts that are read."""
+"""Share of a card's free memory, after base and adapters. The rest is for prompts being read."""
 
 READ_TOKENS = 8192
-"""Rows times tokens of the prompts that are read in one pass."""
+"""Rows times tokens of the prompts read in one pass."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a batch may grow to."""
+    """How large a batch may grow."""
 
     rows: int = 32
-    cache_bytes: int | None = None  # None: by what is free
+    cache_bytes: int | None = None  # None: from the free memory
 
 
 class TooLong(UsageError):
@@ -53,7 +53,7 @@ class TooLong(UsageError):
 
 
 class Decoder:
-    """Answers requests on a base in memory. `ask` is for any thread; one thread at a time steps."""
+    """Answers requests on a base in memory. Any thread may call `ask`; one thread at a time steps."""
 
     def __init__(self, pool: AdapterPool, limits: Limits | None = None) -> None:
         limits = limits or Limits()
@@ -74,7 +74,7 @@ class Decoder:
         return self._pool.tokenizer
 
     def arithmetic(self, adapter: Listed | None) -> dict[str, Any]:
-        """In what the base computes here and, with an adapter, in what it was trained, and whether that is the same."""
+        """The arithmetic of the base here and, with an adapter, that of its training, and whether they are the same."""
         here = {"served_in": self._pool.number_format}
         if adapter is None:
             return here
@@ -104,7 +104,7 @@ class Decoder:
         return int(self._pool.config.get_text_config().vocab_size)
 
     def room(self, prompt: int, least: int = 1) -> int:
-        """Tokens that an answer to so long a prompt may have. Raises TooLong where they are fewer than `least`."""
+        """Tokens that an answer to a prompt of this length may have. Raises TooLong if they are fewer than `least`."""
         left = self.longest - prompt
         if left < least:
             limit = self.longest
@@ -112,7 +112,7 @@ class Decoder:
         return left
 
     def ask(self, *asks: Ask) -> None:
-        """Queue requests, which are read together as far as there is room. Raises TooLong."""
+        """Queue requests; their prompts are read together as far as there is room. Raises TooLong."""
         for ask in asks:
             if ask.max_new_tokens > self.room(len(ask.prompt), min(1, ask.max_new_tokens)):
                 raise TooLong(f"{ask.width} tokens are more than {self.longest}", "ask for fewer")
@@ -141,7 +141,7 @@ class Decoder:
         return True
 
     def fail_all(self, why: str) -> None:
-        """End every request with an error, when the stepping thread can't go on."""
+        """End every request with an error, if the stepping thread can't continue."""
         for lane in self._lanes.values():
             for row in lane.rows:
                 row.fail(why)
@@ -155,7 +155,7 @@ class Decoder:
             pass
 
     def _admit(self) -> None:
-        """Take waiting requests in their order, as far as rows, cache and adapters' memory allow."""
+        """Take waiting requests in order, as far as rows, cache and adapters' memory allow."""
         self._drop_cancelled()
         joining: dict[str, list[Row]] = {}
         new: list[Row] = []
@@ -180,7 +180,7 @@ class Decoder:
         try:
             for name, rows in joining.items():
                 self._let_in(name, rows)
-        except Exception as error:  # like that of a card which can't even free memory: who has no lane yet is told, too
+        except Exception as error:  # as when a card can't even free memory: requests without a lane get it, too
             seated = [row for lane in self._lanes.values() for row in lane.rows]
             for row in new:
                 if row not in seated:
@@ -190,7 +190,7 @@ class Decoder:
     def _let_in(self, name: str, rows: Sequence[Row]) -> None:
         lane = self._lanes.setdefault(name, Lane(self._pool, self._ends))
         for some in _readable(rows):
-            # the lane does not change while prompts are read: a failure there ends the new rows alone
+            # the lane does not change while prompts are read: a failure there ends only the new rows
             read = self._tried(partial(lane.read, some), some)
             if read is not None:
                 self._tried(partial(lane.join, some, read), [*lane.rows, *some], lane)
@@ -220,7 +220,7 @@ class Decoder:
         """Whether the cache holds all rows at their longest, each padded to the widest of its lane, with this one."""
         rows = [*joining, *(row for lane in self._lanes.values() for row in lane.rows)]
         if not rows:
-            return True  # alone it fits: `ask` has looked
+            return True  # alone it fits: `ask` has checked
         widest = max(ask.width, *(row.ask.width for row in rows))
         return (len(rows) + 1) * widest <= self.cache_tokens
 
@@ -232,11 +232,11 @@ class Decoder:
         except Exception as error:
             log.exception("%s requests failed", len(rows))
             why = failure_sentence(error)
-        except BaseException:  # a person's Ctrl-C: nothing may be left half-way
+        except BaseException:  # also a person's Ctrl-C: nothing may be left half-way
             self._end(rows, lane, "interrupted")
             raise
         self._end(rows, lane, why)
-        release()  # outside of the handler: until it ends, the error's traceback holds the tensors
+        release()  # outside the handler: until it ends, the error's traceback holds the tensors
         return None
 
     def _end(self, rows: Sequence[Row], lane: Lane | None, why: str) -> None:
@@ -247,8 +247,8 @@ class Decoder:
 
 
 def _readable(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    """Groups of rows for one pass over their prompts, each padded to the longest of its group. Those whose prompts'
-    log-probabilities are asked for are by themselves: they are read in parts."""
+    """Groups of rows for one pass over their prompts, each padded to the longest of its group. Rows with prompt
+    log-probabilities are in groups of their own: they are read in parts."""
     some: list[Row] = []
     for row in sorted(rows, key=lambda row: row.ask.prompt_logprobs):
         widest = max(len(each.ask.prompt) for each in (*some, row))

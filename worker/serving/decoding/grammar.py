@@ -18,38 +18,38 @@ ANY_OBJECT: dict[str, Any] = {"type": "object"}
 """The schema of json_object."""
 
 MOST_LETTERS = 32 * 1024
-"""Of a schema as JSON: a larger one would take seconds to read, of a thread that others wait for."""
+"""Characters of a schema as JSON: a larger one would take seconds to parse, in a thread that others wait for."""
 
 SPACES = r"[\x20\x0A\x0D\x09]{1,16}"
-"""What may stand between two parts: without an end to it, a model that likes spaces writes nothing else."""
+"""What may come between two parts: without a limit, a model that likes spaces writes nothing else."""
 
 
 class AnswerGrammar:
-    """What one answer may go on with. Raises UsageError for a schema whose beginning can't be kept."""
+    """How one answer may continue. Raises UsageError for a schema whose beginning can't be met."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
         self._mask()
 
     def copy(self) -> AnswerGrammar:
-        """The form as it is now, for another answer."""
+        """A copy of the form's current state, for another answer."""
         return AnswerGrammar(self._matcher.deep_copy())
 
     def hold(self, logits: torch.Tensor) -> torch.Tensor:
-        """The logits of the next token (one row), with -inf for what would break the form. Raises UsageError."""
+        """The logits of the next token (one row), with -inf for tokens that would break the form. Raises UsageError."""
         bits = np.frombuffer(self._mask(), dtype=np.uint8)
         allowed = torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))[: len(logits)]
         allowed = torch.nn.functional.pad(allowed, (0, len(logits) - len(allowed)))
         return logits.masked_fill(~allowed.to(logits.device), -torch.inf)
 
     def take(self, token: int) -> None:
-        """The token that was chosen. Raises UsageError."""
+        """Take the chosen token. Raises UsageError."""
         self._matcher.consume_token(token)
         self._check()
 
     @property
     def complete(self) -> bool:
-        """Nothing may follow."""
+        """Whether nothing may follow."""
         return bool(self._matcher.is_stopped())
 
     def _mask(self) -> bytes:
@@ -58,7 +58,7 @@ class AnswerGrammar:
         return bits
 
     def _check(self) -> None:
-        """What the library does not see when it reads a schema, it says when an answer comes to it."""
+        """Errors that the library does not find when it parses a schema, it raises when an answer gets there."""
         if self._matcher.is_error():
             why = "it names itself, or has hundreds of optional properties"
             raise UsageError(f"the schema can't be kept: {why} ({first_line(self._matcher.get_error())})")
@@ -70,10 +70,10 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Any, ends: Iterable[int]) -> None:
         self._tokenizer, self._ends = tokenizer, sorted(ends)
         self._lock = threading.Lock()
-        self._words: Any = None  # the tokenizer as llguidance has it: made once, in about a second
+        self._words: Any = None  # llguidance's tokenizer: created once, in about a second
 
     def of(self, schema: dict[str, Any]) -> AnswerGrammar:
-        """JSON by a schema, for one answer. Raises UsageError for a schema that can't be kept."""
+        """JSON by a schema, for one answer. Raises UsageError for a schema that can't be met."""
         matcher = _matcher("response_format")
         written = json.dumps(schema)
         self._check_size(written)
@@ -116,7 +116,7 @@ class GrammarCompiler:
 
 
 def _matcher(what: str) -> Any:
-    """llguidance's matcher. Raises UsageError where it is missing."""
+    """llguidance's matcher. Raises UsageError if it is missing."""
     try:
         from llguidance import LLMatcher
     except ImportError:
@@ -125,5 +125,5 @@ def _matcher(what: str) -> Any:
 
 
 def first_line(text: str) -> str:
-    """Of what a library says, short enough for an answer."""
+    """A library's message, short enough for an answer."""
     return next(iter(text.strip().splitlines()), "it does not say why")[:300]

@@ -1,6 +1,6 @@
 """One batch: rows that get their next token together, and their cache of keys and values.
 
-Rows join it with their prompts read, and leave it when their answers end.
+Rows join it after their prompts are read, and leave it when their answers end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .request import Row
 log = logging.getLogger("loractl.worker")
 
 MOST_LOGITS = 2**26
-"""Logits in memory at a time while prompts' log-probabilities are taken: 256 MiB."""
+"""Logits in memory at a time while computing prompts' log-probabilities: 256 MiB."""
 
 
 class Lane:
@@ -43,7 +43,7 @@ class Lane:
         cache, mask, logits = read
         new = Lane(self._pool, self._ends)
         new.rows, new._cache, new._mask = list(rows), cache, mask
-        new._say(new.rows, logits)  # first: an answer that ends here, as where a prompt is scored, costs no merge
+        new._say(new.rows, logits)  # first: an answer that ends here, as when only a prompt is scored, costs no merge
         if self.rows and new.rows:
             self._cache, self._mask = _side_by_side((self._cache, self._mask), (new._cache, new._mask))
         elif new.rows:
@@ -61,8 +61,8 @@ class Lane:
         self._say(self.rows, self._forward(self.rows, last, self._mask, self._cache)[:, -1])
 
     def read(self, rows: Sequence[Row]) -> tuple[Any, torch.Tensor, torch.Tensor]:
-        """(cache, mask, logits of the first token) of new rows' prompts; the batch is as before. Of all of them or of
-        none the prompts' log-probabilities are asked for."""
+        """(cache, mask, logits of the first token) of new rows' prompts; the batch does not change. Either all of them
+        or none want their prompts' log-probabilities."""
         longest = max(len(row.ask.prompt) for row in rows)
         pad = self._pool.tokenizer.pad_token_id
         device = self._pool.model.device
@@ -128,7 +128,7 @@ class Lane:
         index = torch.tensor(keep, device=self._mask.device)
         self._mask = self._mask[index]
         self._cache.batch_select_indices(index)
-        unused = int(self._mask.any(0).int().argmax())  # columns that are padding in every row that is left
+        unused = int(self._mask.any(0).int().argmax())  # columns that are padding in every remaining row
         if unused:
             self._mask = self._mask[:, unused:]
             for layer in self._cache.layers:
@@ -136,10 +136,10 @@ class Lane:
 
 
 def _alone(row: Row, work: Callable[[], None]) -> None:
-    """Do what is about one row: a failure, like a logit that is not a number, is its own, and others go on."""
+    """Do the work of one row: a failure, like a NaN logit, ends only that row, and others continue."""
     try:
         work()
-    except UsageError as error:  # a form that can't be kept further
+    except UsageError as error:  # a form that can't be met any further
         row.fail(error.sentence, refused=True)
     except Exception as error:
         log.exception("one request failed")
@@ -157,13 +157,13 @@ def _side_by_side(left: tuple[Any, torch.Tensor], right: tuple[Any, torch.Tensor
             for pair in ((a.keys, b.keys), (a.values, b.values))
         )
         merged.update(keys, values, number)
-        for old in (a, b):  # layer by layer, or both batches would be held twice
+        for old in (a, b):  # layer by layer, or both batches would be in memory twice
             old.keys = old.values = None
     return merged, mask
 
 
 def bytes_a_token(pool: AdapterPool) -> int:
-    """Bytes of keys and values a token, measured. Raises UsageError for a model with another kind of memory."""
+    """Measured bytes of keys and values per token. Raises UsageError for a model with another kind of memory."""
     name = pool.base.model
     cache = DynamicCache()
     token = torch.tensor([[pool.tokenizer.eos_token_id]], device=pool.model.device)

@@ -1,7 +1,7 @@
 """Log-probabilities of tokens: from the model's logits, and in the two forms of OpenAI's API.
 
-They are of the model's own distribution: temperature, top-p and the like, and a form that the answer is held to, change
-what is drawn but not what is told. vLLM calls these raw_logprobs.
+They are of the model's own distribution: temperature, top-p and the like, and a form that constrains the answer, change
+what is drawn but not what is reported. vLLM calls these raw_logprobs.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import Any, NamedTuple
 import torch
 
 LEAST = -9999.0
-"""In place of minus infinity, which JSON does not have. vLLM's number."""
+"""Replaces minus infinity, which JSON does not have. vLLM's number."""
 
 
 class TokenLogprob(NamedTuple):
-    """A token, and how likely the model took it to be at its place."""
+    """A token, and its probability according to the model at its position."""
 
     token: int
-    logprob: float | None  # None: nothing goes before it
-    top: Sequence[tuple[int, float]] = ()  # the likeliest tokens of the place, the first one first
+    logprob: float | None  # None: nothing precedes it
+    top: Sequence[tuple[int, float]] = ()  # the likeliest tokens at the position, likeliest first
 
 
 def score(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
-    """Of logits of the shape (places, vocabulary) and the token of each place. Raises ValueError where the model gives
-    no numbers."""
+    """From logits of shape (positions, vocabulary) and the token at each position. Raises ValueError if the logits are
+    not numbers."""
     total = logits.logsumexp(-1, keepdim=True)
     if not bool(total.isfinite().all()):
         raise ValueError("the model's logits are not all numbers")
     own = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
     best = logits.topk(min(top, logits.shape[-1]), -1)
-    # one sum for both: the likeliest token has the same number in either place
+    # one sum for both: the likeliest token has the same value in both lists
     own, values = ((each - total).clamp(min=LEAST).tolist() for each in (own, best.values))
     return [
         TokenLogprob(token, logprob, tuple(zip(likeliest, logprobs, strict=True)))
@@ -42,14 +42,14 @@ def score(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLo
 
 
 class TokenText(NamedTuple):
-    """A token as bytes, and as text; where its bytes are no characters by themselves, `bytes:` and their numbers."""
+    """A token as bytes, and as text; if its bytes alone are no characters, `bytes:` and their numbers."""
 
     text: str
     raw: bytes
 
 
 class TokenTexts:
-    """The tokens of a tokenizer as they stand within a text. For any thread."""
+    """The tokens of a tokenizer as they appear within a text. Any thread may use it."""
 
     def __init__(self, tokenizer: Any) -> None:
         from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -57,7 +57,7 @@ class TokenTexts:
         self._tokenizer = tokenizer
         self._special = frozenset(tokenizer.all_special_ids)
         self._byte_of = {sign: byte for byte, sign in bytes_to_unicode().items()}
-        # behind another token, since some tokenizers leave out the space of a text's first one
+        # after another token, since some tokenizers omit the space of a text's first token
         self._before = tokenizer("a", add_special_tokens=False).input_ids[-1:]
         self._known: dict[int, TokenText] = {}
 
@@ -72,7 +72,7 @@ class TokenTexts:
         return self._known[token]
 
     def special(self, token: int) -> bool:
-        """Whether it is a mark of the tokenizer's own, which an answer's text leaves out."""
+        """Whether it is one of the tokenizer's own special tokens, which an answer's text omits."""
         return token in self._special
 
     def _raw(self, token: int) -> bytes:
@@ -105,11 +105,11 @@ def chat_form(scored: Sequence[TokenLogprob], texts: TokenTexts) -> dict[str, An
 
 
 class TextForm:
-    """choices[].logprobs of a completion, in parts: each token's place in the choice's text goes on."""
+    """choices[].logprobs of a completion, in parts: each token's offset in the choice's text continues."""
 
     def __init__(self, texts: TokenTexts) -> None:
         self._texts = texts
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be of several tokens
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
         self._place = 0
 
     def part(self, scored: Sequence[TokenLogprob], text: str) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class TextForm:
         }
 
     def _top(self, one: TokenLogprob) -> dict[str, float] | None:
-        """The likeliest and the token itself, by text: of several with one text it is the likeliest of them."""
+        """The likeliest tokens and the token itself, by text: of several with the same text, the likeliest."""
         if one.logprob is None:
             return None
         found: dict[str, float] = {}
@@ -133,7 +133,7 @@ class TextForm:
     def _offsets(self, scored: Sequence[TokenLogprob], text: str) -> Iterator[int]:
         for one in scored:
             word, raw = self._texts[one.token]
-            if raw and raw[0] >> 6 != 0b10:  # no byte that goes on: what came before is no character
+            if raw and raw[0] >> 6 != 0b10:  # no continuation byte: what came before is no character
                 self._place += len(self._decoder.decode(b"", final=True))
             yield self._place
             if self._texts.special(one.token) and not text.startswith(word, self._place):

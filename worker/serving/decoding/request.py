@@ -22,14 +22,14 @@ Ending = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """What came of a request in this step: text that is settled, and at the end why it ended."""
+    """A request's output in this step: settled text, and at the end why it ended."""
 
     text: str = ""
     tokens: int = 0  # generated so far
     ended: Ending | None = None
     error: str | None = None
     refused: bool = False  # the error is the request's own
-    scored: tuple[TokenLogprob, ...] = ()  # tokens since the piece before, where their log-probabilities are asked for
+    scored: tuple[TokenLogprob, ...] = ()  # tokens since the previous piece, if their log-probabilities are requested
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Ask:
 
     prompt: Sequence[int]
     say: Callable[[Said], None]  # called by the thread that steps
-    max_new_tokens: int  # 0: the prompt's log-probabilities alone
+    max_new_tokens: int  # 0: only the prompt's log-probabilities
     adapter: Listed | None = None  # None: the base alone
     folder: Path | None = None  # the adapter's files
     temperature: float = 0.0  # 0: the likeliest token
@@ -47,15 +47,15 @@ class Ask:
     stop: tuple[str, ...] = ()
     top_k: int = 0  # 0: all
     min_p: float = 0.0
-    form: AnswerGrammar | None = None  # what the answer is held to
-    logprobs: int | None = None  # of each token, and of so many likeliest ones; None: none
+    form: AnswerGrammar | None = None  # what constrains the answer
+    logprobs: int | None = None  # of each token, and of this many likeliest ones; None: none
     prompt_logprobs: bool = False  # those of the prompt's tokens, too
-    marks: bool = False  # whether the tokenizer's own marks are told with the text: those of a tool call may be such
+    marks: bool = False  # whether the text includes the tokenizer's special tokens: those of a tool call may be such
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @property
     def width(self) -> int:
-        """Tokens at the most."""
+        """The most tokens it may have."""
         return len(self.prompt) + self.max_new_tokens
 
 
@@ -76,8 +76,7 @@ class Row:
         self._random: torch.Generator | None = None
 
     def score_prompt(self, logits: torch.Tensor, begin: int) -> None:
-        """Take the log-probabilities of the prompt's tokens that follow the logits' places, the first of which is
-        `begin`."""
+        """Take the log-probabilities of the prompt's tokens that follow the logits' positions, starting at `begin`."""
         if begin == 0:
             self._scored.append(TokenLogprob(self.ask.prompt[0], None))
         tokens = self.ask.prompt[begin + 1 : begin + 1 + len(logits)]
@@ -85,7 +84,7 @@ class Row:
             self._scored += score(logits[: len(tokens)], tokens, self.ask.logprobs or 0)
 
     def choose(self, logits: torch.Tensor, likeliest: int) -> int:
-        """The next token: the likeliest one, or one that is drawn; of a held answer among those that keep its form."""
+        """The next token: the likeliest or a drawn one; for a constrained answer, among those that keep its form."""
         token = self._choice(logits, likeliest)
         if self.ask.logprobs is not None:
             self._scored += score(logits[None], [token], self.ask.logprobs)
@@ -102,14 +101,14 @@ class Row:
 
     def draw(self, logits: torch.Tensor) -> int:
         """A token by temperature and nucleus (top-p, arXiv:1904.09751) of those that top-k and min-p (arXiv:2407.01082)
-        leave. It is drawn on the processor, so that a seed draws the same on every device."""
+        leave. It is drawn on the CPU, so that a seed draws the same on every device."""
         if self._random is None:
             self._random = torch.Generator()
             if self.ask.seed is None:
                 self._random.seed()
             else:
                 self._random.manual_seed(self.ask.seed)
-        # the largest one is subtracted first: with a tiny temperature it would become infinite
+        # the largest is subtracted first: with a tiny temperature it would become infinite
         shares = torch.softmax((logits - logits.max()).double() / self.ask.temperature, -1).cpu()
         if self.ask.min_p:
             shares = shares * (shares >= self.ask.min_p * shares.max())
@@ -122,7 +121,7 @@ class Row:
         return int(order[torch.multinomial(shares * inside, 1, generator=self._random)])
 
     def take(self, token: int, *, ended: bool) -> None:
-        """The next token; `ended`: it is one that ends an answer."""
+        """Take the next token; `ended`: it ends the answer."""
         self.last = token
         self._tokens += 1
         if ended:
@@ -162,13 +161,13 @@ class Row:
 
 
 class TextStream:
-    """Tokens to text as they come: a character of several tokens is held back, and so is what may begin a stop text."""
+    """Tokens to text as they come: a partial character is held back, and so is a possible start of a stop text."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], *, marks: bool = False) -> None:
         self._tokenizer, self._marks = tokenizer, marks
         self._stop = [text for text in stop if text]
         self._ids: list[int] = []
-        self._begin = self._told = 0  # text up to `told` is given; decoding begins a little before it
+        self._begin = self._told = 0  # text up to `told` has been returned; decoding starts a little before it
         self._pending = ""
 
     def add(self, token: int) -> tuple[str, bool]:
@@ -187,7 +186,7 @@ class TextStream:
         return settled, False
 
     def rest(self) -> str:
-        """What is held back still."""
+        """The text still held back."""
         before, now = self._decode(self._begin, self._told), self._decode(self._begin, None)
         self._told = len(self._ids)
         return self._pending + now[len(before) :]

@@ -1,6 +1,5 @@
-"""Tool calls in answers: read from the text where the chat template's form of a call is known, and held to it where a
-call is demanded. In any other form a call stays text.
-"""
+"""Tool calls in answers: parsed from the text if the chat template's form of a call is known, and constrained to it if
+a call is required. In any other form a call stays text."""
 
 from __future__ import annotations
 
@@ -19,11 +18,11 @@ class CallForm:
 
     begin: str
     end: str
-    arguments: str  # the key of the arguments, beside the name
+    arguments: str  # the key of the arguments, next to the name
     listed: bool = False
 
     def grammar(self, tools: Sequence[Mapping[str, Any]], special: Mapping[str, int]) -> str:
-        """One call of one of the tools, for llguidance. `special`: the tokenizer's own marks, with their ids."""
+        """One call of one of the tools, for llguidance. `special`: the tokenizer's special tokens, with their ids."""
         functions = [tool["function"] for tool in tools]
         calls = [
             {
@@ -57,7 +56,7 @@ LLAMA = CallForm(begin="", end="", arguments="parameters")
 
 
 def form_of(template: str) -> CallForm | None:
-    """The form of calls in a chat template; None: it is not known here."""
+    """The form of calls in a chat template; None: it is unknown here."""
     if HERMES.begin in template and '"arguments"' in template:
         return HERMES
     if MISTRAL.begin in template:
@@ -68,7 +67,7 @@ def form_of(template: str) -> CallForm | None:
 
 
 class CallReader:
-    """Tells calls from text as an answer comes: what may begin a call is held back until that is sure."""
+    """Separates calls from text as an answer comes: a possible start of a call is held back until that is certain."""
 
     def __init__(self, form: CallForm) -> None:
         self._form = form
@@ -77,11 +76,11 @@ class CallReader:
         self._told = False
 
     def add(self, text: str) -> str:
-        """Text that is no part of a call."""
+        """Text that is not part of a call."""
         self._held += text
         if self._begun:
             return ""
-        if not self._form.begin:  # an answer is a call, or it is none
+        if not self._form.begin:  # a whole answer is a call, or is not
             start = self._held.lstrip()[:1]
             self._begun = start == "{" and not self._told
             self._told = self._told or bool(start)
@@ -91,7 +90,7 @@ class CallReader:
         return self._settle(place if self._begun else len(self._held) - overlap(self._held, self._form.begin))
 
     def end(self) -> tuple[str, list[Call]]:
-        """The text that is left, and the calls. What is not in the form is text."""
+        """The remaining text, and the calls. Anything not in the form is text."""
         calls = list(self._calls()) if self._begun else []
         return ("", calls) if calls else (self._held, [])
 

@@ -1,4 +1,4 @@
-"""Who may ask: callers with the key, or of this machine alone, and never a page of somebody else's site."""
+"""Who may ask: callers with the key, or only those on this machine, and never another site's page."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .openai_api import ApiError
 
 
 def answered(error: ApiError) -> Response:
-    """The error as an answer."""
+    """The error as a response."""
     return JSONResponse(error.body(), status_code=error.status)
 
 
 class AccessControl:
     """Lets in callers who have the key. Without a key it lets in callers who address this machine by its own name.
 
-    Otherwise a page in a browser could reach the server through a name that it points here. A browser also sends what a
-    page of another site asks for, and a plain form needs no leave for that: such requests are known by their Origin,
-    and by a body that does not say that it is JSON. This is plain ASGI: behind Starlette's own kind of middleware a
-    handler is not told that a caller has left.
+    Otherwise a page in a browser could reach the server through a name that it points here. A browser also sends
+    requests for another site's page, and a plain form needs no permission for that: such requests are recognised by
+    their Origin, and by a body that is not declared as JSON. This is plain ASGI: behind Starlette's own kind of
+    middleware a handler does not learn that a caller has left.
     """
 
     def __init__(self, app: Any, key: str | None) -> None:
@@ -56,7 +56,7 @@ class AccessControl:
 
 
 def _of_page(request: Request) -> ApiError | None:
-    """A browser says which site a page is of that asks; programs say nothing."""
+    """A browser names the site of the page that asks; programs send no Origin."""
     host = request.headers.get("host", "").lower()
     others = [origin for origin in request.headers.getlist("origin") if _authority(origin) != host]
     if others or request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
@@ -66,7 +66,7 @@ def _of_page(request: Request) -> ApiError | None:
 
 
 def _of_content(request: Request) -> ApiError | None:
-    """A form of any site can send text, but not JSON without asking first."""
+    """Any site's form can send text, but not JSON without asking first."""
     if request.method not in ("POST", "PUT", "PATCH"):
         return None
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -74,7 +74,7 @@ def _of_content(request: Request) -> ApiError | None:
 
 
 def _authority(origin: str) -> str | None:
-    """Host and port of an Origin, as Host has them. None for what is none, like null."""
+    """Host and port of an Origin, in the form of a Host header. None for anything else, like null."""
     try:
         return urlsplit(origin).netloc.lower() or None
     except ValueError:

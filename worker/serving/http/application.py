@@ -45,16 +45,16 @@ from .reply import Reply, ReplyChoice
 log = logging.getLogger("loractl.worker")
 
 DEFAULT_TOKENS = 512
-"""An answer that names no limit ends here."""
+"""The token limit of a request that names none."""
 
 MOST_WAITING = 256
-"""Answers that may wait for a place in the batch; further ones are told to come later."""
+"""Answers that may wait for a place in the batch; further ones are asked to come later."""
 
 FRESH_S = 2.0
-"""The list of stored adapters is read again when it is older than this."""
+"""The list of stored adapters is reread when older than this."""
 
 GONE_S = 0.5
-"""So often it is seen whether the caller of an answer that is not streamed is still there."""
+"""How often to check whether the caller of an answer that is not streamed is still there."""
 
 MOST_BODY_BYTES = 4 * 2**20
 
@@ -62,12 +62,12 @@ BODY_S = 30.0
 """Seconds in which a body must have arrived: a slow one holds a connection and its memory."""
 
 LETTERS_A_TOKEN = 16
-"""A prompt with more letters for each token that fits is refused unread. Text has 3 to 5; a long run of spaces or
+"""A prompt with more letters than this per token that fits is refused unread. Text has 3 to 5; a long run of spaces or
 dashes may be a single token, but no prompt consists of those."""
 
 
 MOST_LOGPROBS = 2**20
-"""Numbers that one request may ask for: each of them takes some hundred bytes until the answer is sent."""
+"""Log-probabilities that one request may ask for: each takes some hundred bytes until the answer is sent."""
 
 HAS = "/v1/chat/completions, /v1/completions and /v1/models"
 
@@ -90,7 +90,7 @@ class Names:
         return dict(self._stored)
 
     def find(self, name: str) -> Listed | None:
-        """None for the base. Raises KeyError."""
+        """The adapter of a name; None for the base. Raises KeyError."""
         if name == "base":
             return None
         for tried in (name, f"{name}:latest"):
@@ -102,7 +102,7 @@ class Names:
 
 
 def make_app(engine: Decoder, names: Names, library: Library, *, key: str | None, temperature: float = 0.0) -> FastAPI:
-    """The application: what HAS names, /health, and the tokenizer as vLLM's servers offer it."""
+    """The application: what HAS names, /health, and the tokenizer as on vLLM's servers."""
     service = Service(engine, names, library, temperature)
     app = FastAPI(title="loractl", docs_url=None, redoc_url=None, openapi_url=None, lifespan=service.open)
     app.add_middleware(AccessControl, key=key)
@@ -159,7 +159,7 @@ def make_app(engine: Decoder, names: Names, library: Library, *, key: str | None
 
 
 async def _read(request: Request, kind: Any) -> Any:
-    """The body as a request of its kind. Raises ApiError, which names the first thing that is wrong."""
+    """The body as a request of its kind. Raises ApiError, which names the first error."""
     raw = bytearray()
     try:
         async with asyncio.timeout(BODY_S):
@@ -176,7 +176,7 @@ async def _read(request: Request, kind: Any) -> Any:
 
 
 class Service:
-    """Takes requests on the event loop, and hands them to the one thread that decodes."""
+    """Takes requests on the event loop, and hands them to the only thread that decodes."""
 
     def __init__(self, engine: Decoder, names: Names, library: Library, temperature: float) -> None:
         self._engine, self._names, self._library, self._temperature = engine, names, library, temperature
@@ -196,7 +196,7 @@ class Service:
             await asyncio.to_thread(thread.join)
 
     def _decode(self) -> None:
-        """The one thread that steps. When it fails, all callers are told, and /health says so."""
+        """The only thread that steps. If it fails, all callers get an error, and /health reports it."""
         try:
             while not self._over.is_set():
                 if not self._engine.step():
@@ -287,7 +287,7 @@ class Service:
         return self._engine.tokenizer
 
     def _check_length(self, letters: int, messages: int, param: str) -> None:
-        """Refuse what can't fit before it is tokenised, which takes long. Raises ApiError."""
+        """Refuse what can't fit before tokenising it, which takes long. Raises ApiError."""
         room = self._engine.longest
         if letters > LETTERS_A_TOKEN * room or messages > room:
             what = f"the prompt has {letters} letters in {messages} messages, the model takes {room} tokens in all"
@@ -343,11 +343,11 @@ class Service:
             headers["cache-control"] = "no-cache"
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         await self._take_all(reply, said, first.cancelled, request)
-        # beside the event loop: a thousand log-probabilities take a while
+        # off the event loop: a thousand log-probabilities take a while
         return await asyncio.to_thread(lambda: JSONResponse(reply.whole(), headers=headers))
 
     def _limit(self, asked: ChatRequest | TextRequest, prompt: int) -> int:
-        """Tokens that the answer to so long a prompt may have. Raises TooLong, ApiError."""
+        """Tokens that the answer to a prompt of this length may have. Raises TooLong, ApiError."""
         room = self._engine.room(prompt, 0 if asked.limit == 0 else 1)
         if asked.limit is not None and asked.limit > room:
             what = f"{prompt} tokens are asked and {asked.limit} wanted; the answer may have {room} at the most"
@@ -376,7 +376,7 @@ class Service:
         )
 
     async def _ask(self, asked: ChatRequest | TextRequest, listed: Listed | None) -> Ask:
-        """What all of a request's answers have in common."""
+        """What all of a request's answers share."""
         folder = None if listed is None else await _refusing(lambda: self._library.fetch(listed))
         schema = asked.schema_wanted
         form = None if schema is None else await _refusing(lambda: self._engine.forms.of(schema), "response_format")
@@ -402,7 +402,7 @@ class Service:
         )
 
     def _demanded(self, asked: ChatRequest) -> tuple[CallForm, list[dict[str, Any]]] | None:
-        """The form of a call, and the tools of which one must be called. Raises ApiError where that can't be."""
+        """The form of a call, and the tools, one of which must be called. Raises ApiError if that is impossible."""
         if not (tools := asked.demanded):
             return None
         if asked.schema_wanted is not None:
@@ -414,17 +414,17 @@ class Service:
 
     @property
     def _calls(self) -> CallForm | None:
-        """How the base's template writes calls; None: in no form that is known here."""
+        """How the base's template writes calls; None: in no form known here."""
         return form_of(str(self._tokenizer.chat_template))
 
     async def _take_all(
         self, reply: Reply, said: asyncio.Queue[tuple[int, Said]], cancelled: threading.Event, request: Request
     ) -> None:
-        """Take what is said until all choices have ended. Raises ApiError."""
+        """Read the pieces until all choices have ended. Raises ApiError."""
         left, looked = len(reply.choices), time.monotonic()
         try:
             while left:
-                if time.monotonic() - looked >= GONE_S:  # also while much is said
+                if time.monotonic() - looked >= GONE_S:  # also during much output
                     looked = time.monotonic()
                     if await request.is_disconnected():
                         raise ApiError(499, "the caller has gone")
@@ -464,7 +464,7 @@ class Service:
 
 
 def _failure(piece: Said) -> ApiError:
-    if piece.refused:  # all that is refused so late is a form
+    if piece.refused:  # only a form is refused this late
         return ApiError(400, piece.error or "", param="response_format")
     return ApiError(500, piece.error or "the answer was cancelled")
 
@@ -481,7 +481,7 @@ def _event(body: dict[str, Any]) -> str:
 
 
 async def _refusing(work: Callable[[], Any], param: str | None = None) -> Any:
-    """Run the call in a thread beside the event loop; an error becomes an ApiError, about `param` of the request."""
+    """Run the call in a thread off the event loop; an error becomes an ApiError about the request's `param`."""
     try:
         return await asyncio.to_thread(work)
     except TooLong as error:

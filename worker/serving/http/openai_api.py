@@ -1,8 +1,8 @@
 """The part of OpenAI's HTTP API that a base and its adapters can answer: requests read strictly, answers in its form.
 
 Form: https://platform.openai.com/docs/api-reference/chat. A key that would change an answer and isn't supported is
-refused, never left out silently, and so is a key that is not known. A key that only describes the caller (user,
-metadata, ...) is ignored.
+refused, never ignored silently, and so is an unknown key. A key that only describes the caller (user, metadata, ...) is
+ignored.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ MOST_CHOICES = 128
 """Answers that one request may ask for: its prompts times n."""
 
 MOST_LIKELY = 20
-"""Of the likeliest tokens of a place so many may be asked for."""
+"""The most likeliest tokens per position that may be asked for."""
 
 _CODES = {
     400: "invalid_value", 401: "invalid_api_key", 403: "forbidden", 404: "not_found", 405: "method_not_allowed",
     408: "request_timeout", 413: "request_too_large", 415: "unsupported_media_type", 499: "client_closed_request",
     503: "server_unavailable",
 }  # fmt: skip
-"""By status, where an error has no closer code."""
+"""Codes by status, for errors without a more specific code."""
 
 
 class ApiError(Exception):
-    """An answer with an HTTP status, in the API's form."""
+    """A response with an HTTP status, in the API's form."""
 
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
@@ -56,7 +56,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[_Part] | None = None  # null beside tool calls
+    content: str | list[_Part] | None = None  # null with tool calls
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
@@ -65,7 +65,7 @@ class Message(BaseModel):
     @field_validator("content", mode="before")
     @classmethod
     def _text_alone(cls, value: Any) -> Any:
-        """A plain sentence in place of one for each kind that content may be of."""
+        """A plain sentence instead of one for each kind that content may have."""
         if isinstance(value, str) or value is None:
             return value
         if not isinstance(value, list):
@@ -89,7 +89,7 @@ class Message(BaseModel):
         return self
 
     def turn(self) -> Turn:
-        """As a row of data has it. Raises ApiError for a call that is none."""
+        """In the form of a data row. Raises ApiError for an invalid call."""
         parts = self.content if isinstance(self.content, list) else [_Part(type="text", text=self.content or "")]
         try:
             calls = tool_calls(self.tool_calls) if self.tool_calls else ""
@@ -114,7 +114,7 @@ _UNCHANGING: dict[str, Any] = {
     "repetition_penalty": (1, None), "presence_penalty": (0, None), "frequency_penalty": (0, None),
     "logit_bias": ({}, None), "echo": (False, None), "suffix": (None, ""), "modalities": (["text"], None),
 }  # fmt: skip
-"""Keys that are not supported, with the values that ask for nothing and are let through."""
+"""Unsupported keys, with the values that ask for nothing and are accepted."""
 
 _DESCRIBING = frozenset({
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
@@ -153,7 +153,7 @@ class _Request(BaseModel):
 
     @property
     def schema_wanted(self) -> dict[str, Any] | None:
-        """What the answer is held to; None: to nothing."""
+        """What constrains the answer; None: nothing."""
         asked = self.response_format or {}
         if asked.get("type") == "json_object":
             return ANY_OBJECT
@@ -192,7 +192,7 @@ class _Request(BaseModel):
         return self
 
     def _refuse_a_slip(self, key: str) -> None:
-        """Raises ApiError for a key that was meant to be another one. Of the rest the answer's header tells."""
+        """Raises ApiError for a misspelt key. The response's header names the rest."""
         known = {*type(self).model_fields, *_UNCHANGING, *_DESCRIBING}
         if close := difflib.get_close_matches(key, known, 1, 0.75):
             what = f"{key[:64]} is not known here; did you mean {close[0]}?"
@@ -200,7 +200,7 @@ class _Request(BaseModel):
 
     @property
     def unused(self) -> list[str]:
-        """Keys that nothing here knows: they change no answer."""
+        """Unknown keys: they change no answer."""
         return [key for key in self.model_extra or {} if key not in _UNCHANGING and key not in _DESCRIBING]
 
 
@@ -209,7 +209,7 @@ _SCHEMA_KEYS = ("name", "schema", "strict", "description")
 
 
 def _check_form(form: dict[str, Any]) -> None:
-    """Raises ApiError for a response_format that is none of OpenAI's."""
+    """Raises ApiError for a response_format that OpenAI does not have."""
 
     def wrong(what: str, param: str = "") -> ApiError:
         return ApiError(400, f"response_format{param} {what}", param=f"response_format{param}")
@@ -247,7 +247,7 @@ class ChatRequest(_Request):
 
     @property
     def likely(self) -> int | None:
-        """Likeliest tokens to tell with each token's log-probability; None: none is told."""
+        """The number of likeliest tokens to report with each token's log-probability; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     @field_validator("tools")
@@ -258,7 +258,7 @@ class ChatRequest(_Request):
     @field_validator("chat_template_kwargs")
     @classmethod
     def _own(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        """What the template is given otherwise is not for it."""
+        """Refuse what the template gets another way."""
         if taken := sorted(
             {"messages", "tools", "tokenize", "add_generation_prompt", "chat_template"} & (value or {}).keys()
         ):
@@ -267,7 +267,7 @@ class ChatRequest(_Request):
 
     @property
     def demanded(self) -> list[dict[str, Any]]:
-        """The tools of which one must be called; empty: none must. Raises ApiError for one that is not there."""
+        """The tools, one of which must be called; empty: none must. Raises ApiError for an unknown tool."""
         if self.tool_choice == "required":
             if not self.tools:
                 raise ApiError(400, "tool_choice requires a call, and there are no tools", param="tool_choice")
@@ -293,13 +293,13 @@ class ChatRequest(_Request):
 class TextRequest(_Request):
     """POST /v1/completions."""
 
-    prompt: list[str | list[int]]  # as it is kept: given it may be one of them
+    prompt: list[str | list[int]]  # as stored; a request may give a single one
     max_tokens: int | None = Field(None, ge=0)
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MOST_LIKELY)
     best_of: int | None = Field(None, ge=1)
 
-    @field_validator("prompt", mode="plain")  # pydantic's own check of such a choice takes seconds where it is long
+    @field_validator("prompt", mode="plain")  # pydantic's own check of such a union takes seconds for a long one
     @classmethod
     def _several(cls, value: Any) -> list[str | list[int]]:
         prompts = [value] if isinstance(value, str) or _is_tokens(value) else value
@@ -322,7 +322,7 @@ class TextRequest(_Request):
         if most > MOST_CHOICES or not most:
             what = f"{len(self.prompt)} prompts with n {self.each} are {most} answers; from 1 to {MOST_CHOICES} can be"
             raise ApiError(400, what, param="prompt")
-        # what is drawn more often comes out the same at temperature 0
+        # repeated draws are the same at temperature 0
         if self.best_of not in (None, self.each) and (self.temperature != 0 or self.best_of < self.each):
             raise ApiError(400, f"best_of must be n ({self.each}) here: all answers are given", param="best_of")
         return self
@@ -333,7 +333,7 @@ class TextRequest(_Request):
 
     @property
     def likely(self) -> int | None:
-        """Likeliest tokens to tell with each token's log-probability; None: none is told."""
+        """The number of likeliest tokens to report with each token's log-probability; None: no log-probabilities."""
         return self.logprobs
 
     @property
@@ -350,7 +350,7 @@ def _is_tokens(value: Any) -> bool:
 
 
 class TokenizeRequest(BaseModel):
-    """POST /tokenize, as vLLM has it. The model says nothing: all have the base's tokenizer."""
+    """POST /tokenize, as in vLLM. The model does not matter: all have the base's tokenizer."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -360,7 +360,7 @@ class TokenizeRequest(BaseModel):
 
 
 class DetokenizeRequest(BaseModel):
-    """POST /detokenize, as vLLM has it."""
+    """POST /detokenize, as in vLLM."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -369,10 +369,10 @@ class DetokenizeRequest(BaseModel):
 
 
 def refusal(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a body, in plain words, with the key that it is about."""
+    """The first error in a body, in plain words, with its key."""
     found = error.errors(include_url=False)
     about = _path(found[0]["loc"])
-    # of a value that may be of several kinds, what is wrong with the kind that it is of says more
+    # for a value that may have several kinds, the error for its actual kind says more
     first = next((e for e in found if _path(e["loc"]) == about and not e["type"].endswith("_type")), found[0])
     param = _path(first["loc"])
     kind, facts = first["type"], first.get("ctx", {})
@@ -402,11 +402,11 @@ _WORDS = {
     "extra_forbidden": "is not known here",
     "too_long": "has more than {max_length} parts", "too_short": "needs at least {min_length}",
 }  # fmt: skip
-"""pydantic's kinds of errors as what follows the key's name."""
+"""pydantic's kinds of errors as the text after the key's name."""
 
 
 def _path(places: tuple[int | str, ...]) -> str | None:
-    """messages[0].role; without what pydantic adds of the kinds that a value may be of."""
+    """messages[0].role, without what pydantic adds about a value's possible kinds."""
     path = ""
     for place in places:
         if isinstance(place, int):

@@ -13,9 +13,9 @@ from loractl.worker.serving.decoding.tool_calls import Call, CallReader
 
 
 class ReplyChoice:
-    """One of a request's answers. What is read of it is new since it was read before.
+    """One of a request's answers. Each read returns what is new since the last.
 
-    `text`: what it begins with, an echoed prompt. `texts`: where log-probabilities are asked for.
+    `text`: its beginning, an echoed prompt. `texts`: if log-probabilities are requested.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class ReplyChoice:
         self._first = True
 
     def take(self, said: Said) -> None:
-        """What came of it next."""
+        """Take its next piece."""
         self._text += said.text if self._reader is None else self._reader.add(said.text)
         self._scored += said.scored
         self.tokens = said.tokens
@@ -44,18 +44,18 @@ class ReplyChoice:
 
     @property
     def news(self) -> bool:
-        """Whether there is something to read: text that may be a call is none yet."""
+        """Whether there is something to read: text that may be a call does not count yet."""
         return self._ended is not None or len(self._text) > self._told
 
     def chat(self) -> dict[str, Any]:
-        """As a chat completion has it."""
+        """As in a chat completion."""
         text = self._new()
         said = {"content": text.strip() or None, "tool_calls": self._calls} if self._calls else {"content": text}
         message = {"role": "assistant", **said, "refusal": None}
         return {"index": self.index, "message": message, **self._chat_end()}
 
     def chat_piece(self) -> dict[str, Any]:
-        """As an event of a chat completion has it; the first one names the role."""
+        """As in an event of a chat completion; the first names the role."""
         first, text = self._first, self._new()
         role = {"role": "assistant"} if first else {}
         called = {"tool_calls": [{"index": n, **call} for n, call in enumerate(self._calls)]} if self._calls else {}
@@ -63,7 +63,7 @@ class ReplyChoice:
         return {"index": self.index, "delta": delta, **self._chat_end()}
 
     def completion(self) -> dict[str, Any]:
-        """As a completion and its events have it."""
+        """As in a completion and its events."""
         scored, self._scored = self._scored, []
         form = None if self._form is None else self._form.part(scored, self._text)
         return {"index": self.index, "text": self._new(), "finish_reason": self._ended, "logprobs": form}
@@ -100,7 +100,7 @@ class Reply:
         return {**self._event(), "choices": [choice.chat_piece() if self._chat else choice.completion()]}
 
     def last_piece(self) -> dict[str, Any]:
-        """The event with the usage, for callers who asked for it."""
+        """The event with the usage, for callers that asked for it."""
         return {**self._event(), "choices": [], "usage": self._usage()}
 
     def _usage(self) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The server's start: the base with its adapters is loaded, and uvicorn listens."""
+"""Starts the server: loads the base with its adapters, and lets uvicorn listen."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ServeOptions:
     adapters: str | None
     max_batch: int
     adapter_memory: int
-    cache_memory: int | None  # None: by what is free
+    cache_memory: int | None  # None: from the free memory
     load_in_4bit: bool | None  # None: as the adapters were trained
     dtype: str
     gpu: str | None
@@ -38,7 +38,7 @@ class ServeOptions:
 def load_served(
     library: Library, options: ServeOptions, tell: Callable[[str], None], warn: Callable[[str], None]
 ) -> tuple[Decoder, Names]:
-    """Check every name before the base is loaded, for that takes long. Raises LoractlError."""
+    """Check every name before loading the base, which takes long. Raises LoractlError."""
     given = _given(options.adapters, library)
     model, revision, trusted = _base_of(options.base, given, library)
     names = Names(given, library, model, revision)
@@ -85,7 +85,7 @@ def _given(text: str | None, library: Library) -> dict[str, Listed] | None:
 
 
 def _base_of(model: str | None, given: Mapping[str, Listed] | None, library: Library) -> tuple[str, str | None, bool]:
-    """(base, revision, whether its own code may run). Raises UsageError where adapters are for another base."""
+    """(base, revision, whether its own code may run). Raises UsageError if adapters are for another base."""
     name, _, wanted = (model or "").partition("@")
     place = str(Path(name).absolute()) if Path(name).exists() else name
     if given:

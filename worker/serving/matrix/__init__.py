@@ -1,1 +1,1 @@
-"""Several adapters scored on several tasks, on one loaded base. It serves nobody."""
+"""Several adapters scored on several tasks, on one loaded base. It serves no requests."""

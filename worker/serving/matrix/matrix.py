@@ -30,7 +30,7 @@ from .scores import (
 )
 
 SWITCHES = 60
-"""So many switches are timed."""
+"""The number of switches timed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class MatrixOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixRow:
-    """One adapter: its cells by task and measure, and how many of a task's rows it was trained on."""
+    """One adapter: its cells by task and measure, and how many of each task's rows it was trained on."""
 
     name: str
     job_id: int
@@ -59,7 +59,7 @@ class MatrixRow:
     load_seconds: float
     memory: int
     disk: int
-    as_trained: bool  # the base computes as it did in training
+    as_trained: bool  # the base computes as in training
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -105,7 +105,7 @@ class Matrix:
         return statistics.median(self.switch_seconds) if self.switch_seconds else None
 
     def as_json(self) -> dict[str, Any]:
-        """All of it for programs; a value that is not a number is null."""
+        """All of it for programs; NaN becomes null."""
         return {
             "base_model": self.base_model,
             "precision": self.precision,
@@ -119,7 +119,7 @@ class Matrix:
 
 
 def reading(cell: Cell, measure: str) -> str:
-    """The reading of the change against the base, as a report has it, and "too few rows" where it has too few cases."""
+    """The reading of the change against the base, as in a report, or "too few rows" if it has too few cases."""
     change = MeasuredChange(
         base=cell.base,
         change=cell.change,
@@ -217,7 +217,7 @@ def _told(tasks: Sequence[Task], who: str, tell: Callable[[str], None]) -> Itera
 
 
 def _cells(tasks: Sequence[Task], bases: dict[str, Scores], scores: dict[str, Scores]) -> dict[str, dict[str, Cell]]:
-    """By task and measure: the loss, and what the task's answers are judged by."""
+    """By task and measure: the loss, and the measure of the task's answers."""
     return {
         task.name: {
             kind: compare(bases[task.name], scores[task.name], kind) for kind in dict.fromkeys((LOSS, task.measure))
@@ -231,7 +231,7 @@ def _bytes_below(folder: Path) -> int:
 
 
 def _disk_of(model: str, revision: str | None) -> int:
-    """Bytes of the base's weights where they lie: a folder, or the hub's cache."""
+    """Bytes of the base's weights on disk: in a folder, or the hub's cache."""
     from transformers.utils import cached_file
 
     folder = Path(model)

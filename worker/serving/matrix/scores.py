@@ -1,4 +1,4 @@
-"""Tasks that several adapters are scored on: the held-out rows of a job's own data, or a file."""
+"""Tasks on which several adapters are scored: the held-out rows of a job's own data, or a file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ UNITS = {LOSS: "nats", ACCURACY: "%", ROUGE_L: "%"}
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Rows to score, and which of them each adapter's job has trained on."""
+    """Rows to score, and which of them each adapter's job was trained on."""
 
     name: str
     work: Work
@@ -44,7 +44,7 @@ class Task:
 
     @property
     def measure(self) -> str:
-        """What its answers are judged by."""
+        """The measure of its answers."""
         return ACCURACY if self.work.labelled else ROUGE_L if self.work.prompts else LOSS
 
 
@@ -59,7 +59,7 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A measure of one adapter on one task beside the base's, with the 95% interval of the change."""
+    """A measure of one adapter on one task next to the base's, with the 95% interval of the change."""
 
     base: float
     value: float
@@ -75,7 +75,7 @@ class Cell:
 def task_of(
     name: str, adapter: Listed, library: Library, tokenizer: Any, asked: EvaluationSpec
 ) -> tuple[Task, set[int]]:
-    """The rows that an adapter's job held out; beside them the likenesses of those that it trained on."""
+    """The rows that an adapter's job held out, and the likenesses of those that it trained on."""
     dataset = adapter.spec.dataset
     path, held_path = library.data_file(adapter, "path"), library.data_file(adapter, "eval_path")
     assert path is not None
@@ -110,7 +110,7 @@ def _task(name: str, data: PreparedData, spec: JobSpec, tokenizer: Any) -> Task:
 
 
 def asked_for(rows: int, samples: int, max_new_tokens: int, batch: int) -> EvaluationSpec:
-    """What a cell measures, in the words of a job file."""
+    """What a cell measures, in a job file's words."""
     return EvaluationSpec(
         metrics=[Metric.LOSS, Metric.LABELS, Metric.ROUGE],
         samples=samples,
@@ -121,7 +121,7 @@ def asked_for(rows: int, samples: int, max_new_tokens: int, batch: int) -> Evalu
 
 
 def score(pool: AdapterPool, key: str | None, task: Task, asked: EvaluationSpec) -> Scores:
-    """An adapter that is loaded, or with None the base, on a task."""
+    """Score a loaded adapter, or for None the base, on a task."""
     model, tokenizer, batch, work = pool.model, pool.tokenizer, asked.per_device_eval_batch_size, task.work
     if key is not None:
         pool.switch(key)

@@ -1,4 +1,4 @@
-"""The matrix as a person reads it, in a terminal or on a page."""
+"""The matrix for people, on a terminal or as a page."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def matrix_page(matrix: Matrix) -> str:
 
 
 def costs(matrix: Matrix) -> list[str]:
-    """What one base with adapters takes, beside a full model for each."""
+    """What one base with adapters takes, compared with a full model for each."""
     count, mib = len(matrix.rows), 2**20
     adapters_disk, copies_disk = sum(row.disk for row in matrix.rows), matrix.base_disk * count
     text = [
@@ -96,6 +96,6 @@ def _signed(value: float, measure: str) -> str:
 
 
 def _shade(cell: Cell, measure: str, cells: Sequence[Cell]) -> int:
-    """How deep a cell's colour is, 0 to 100: its change against the largest of its column."""
+    """How deep a cell's colour is, 0 to 100: its change relative to the largest in its column."""
     largest = max((abs(other.change) for other in cells if math.isfinite(other.change)), default=0.0)
     return round(100 * abs(cell.change) / largest) if largest and math.isfinite(cell.change) else 0
