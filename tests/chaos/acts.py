@@ -113,13 +113,18 @@ def _holds(history: History) -> Iterator[Broken]:
 
 
 def _retries(history: History) -> Iterator[Broken]:
-    """What was acknowledged as queued again was queued: ended before, or held."""
+    """What was acknowledged as queued again was queued: ended before, or held. It stays held where another job is to
+    end first."""
     changes = history.of_job()
     for act in history.acts:
         if act.kind == "retry" and act.acknowledged:
             own = (c for c in changes.get(act.job_id, []) if _in_time(act, c.at))
-            if not any(c.old and c.new and c.new["status"] == "queued" and not c.new.get("held") for c in own):
+            if not any(c.old and c.new and _waits(c.new) for c in own):
                 yield Broken(promise=11, what=f"job {act.job_id} was to be queued again, and was not")
+
+
+def _waits(row: dict[str, Any]) -> bool:
+    return row["status"] == "queued" and (not row.get("held") or (bool(row.get("awaits")) and not row.get("held_too")))
 
 
 def _tags(history: History) -> Iterator[Broken]:

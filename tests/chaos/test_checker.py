@@ -149,10 +149,11 @@ def released(history: History) -> History:
     return did(did(with_changes(history, *changes), "hold", 1, 11), "retry", 1, 14)
 
 
-def tried_again(history: History, *, seconds: float = 30, heard: bool = True) -> History:
+def tried_again(history: History, *, seconds: float = 30, heard: bool = True, **queued: Any) -> History:
     """Job 2, which was cancelled, was queued again, and cancelled once more."""
-    again = Change(tx=20, at=at(30.5), what="job", job_id=2, attempt=0, old=row("cancelled"), new=row("queued"))
-    over = Change(tx=21, at=at(33), what="job", job_id=2, attempt=0, old=row("queued"), new=row("cancelled"))
+    waits = row("queued", **queued)
+    again = Change(tx=20, at=at(30.5), what="job", job_id=2, attempt=0, old=row("cancelled"), new=waits)
+    over = Change(tx=21, at=at(33), what="job", job_id=2, attempt=0, old=waits, new=row("cancelled"))
     return did(with_changes(history, again, over), "retry", 2, seconds, heard=heard)
 
 
@@ -388,6 +389,9 @@ def test_what_people_asked_for_and_got_is_not_complained_of() -> None:
     assert check(released(good())) == []
     assert check(tried_again(good())) == []
     assert check(tried_again(good(), heard=False)) == []
+    assert check(tried_again(good(), held=True, awaits=1)) == []
+    assert [one.promise for one in check(tried_again(good(), held=True))] == [11]
+    assert [one.promise for one in check(tried_again(good(), held=True, awaits=1, held_too=True))] == [11]
     assert check(cleared(good())) == []
     assert check(did(good(), "tag", 1, 26)) == []
     assert check(gave_way(good())) == []
