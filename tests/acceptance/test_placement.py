@@ -25,15 +25,15 @@ def test_one_job_trains_with_qlora_on_the_small_card_while_another_does_with_lor
     make_cli: Callable[..., Cli], tmp_path: Path
 ) -> None:
     # Not 8 and 24 GiB: a model that a processor trains in seconds needs half a GiB, nearly all of it a CUDA context.
-    # So the cards are cut to the job: the small one holds its QLoRA plan and not its LoRA plan, the large one holds
-    # LoRA without recomputing, too.
+    # So the cards are cut to the job: the small one holds its QLoRA plan, not what recomputing every second block
+    # takes, and not its LoRA plan; the large one holds LoRA without recomputing, too.
     model, config_alone = make_tiny_model(tmp_path / "model", hidden=512, layers=4), tmp_path / "config-alone"
     config_alone.mkdir()
     shutil.copy(model / "config.json", config_alone)
     jobs = [_small(write_job(tmp_path, model, name=f"auto-{n}", method="auto")) for n in range(2)]
     cli = make_cli(LORACTL_HOST="heron")
     plans = _plan(cli, _small(write_job(tmp_path, config_alone, name="plan", method="auto")))
-    small, large = (plans["qlora"] + plans["lora"]) // 2, plans["lora, roomy"]
+    small, large = plans["qlora"] + 2**20, plans["lora, roomy"]
     assert plans["qlora"] < small < plans["lora"] < large
     box = cli.with_environment(LORACTL_DEVICES=f"sim:{small}B,{large}B")
     worker, store = (

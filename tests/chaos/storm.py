@@ -177,7 +177,7 @@ def _submit_all(run: _Run) -> None:
     rng = random.Random(run.plan.seed + 1)
     files = [_job_file(run.lab.folder / "jobs", number, rng, run.plan) for number in range(run.plan.jobs)]
     while files and not run.stop.is_set() and not run.enough.is_set():
-        if _unended(run) >= run.plan.backlog:
+        if _unended(run, "awaits IS NULL") >= run.plan.backlog:  # a blocked one keeps no card busy
             time.sleep(0.5)
             continue
         batch = files[: rng.randint(1, BATCH)]
@@ -242,11 +242,11 @@ def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path
     return path
 
 
-def _unended(run: _Run) -> int:
-    """Jobs that wait or run; with the database away, more than any limit."""
+def _unended(run: _Run, also: str = "true") -> int:
+    """Jobs that wait or run, and of which this holds; with the database away, more than any limit."""
     try:
         with run.lab.engine.connect() as connection:
-            query = "SELECT count(*) FROM jobs WHERE status IN ('queued', 'running')"
+            query = f"SELECT count(*) FROM jobs WHERE status IN ('queued', 'running') AND {also}"
             return int(connection.execute(text(query)).scalar_one())
     except DBAPIError:
         return 1 << 30

@@ -70,8 +70,9 @@ OF_RESULTS: dict[str, Callable[[Store, ArtifactStore], HasJson]] = {
 }
 """The same for what is read from the artifact store, too."""
 
-ELSEWHERE = ("doctor", "sim")
-"""They read more than a store: acceptance/test_doctor.py, test_a_simulation_prints_its_own_json."""
+ELSEWHERE = ("doctor", "sim", "usage", "quota")
+"""They read more than a store, or what runs counts until now: acceptance/test_doctor.py,
+test_a_simulation_prints_its_own_json, test_usage.py, test_json.py."""
 
 CHANGING = ("submit", "sweep", "reproduce", "gc", "import", "db backup", "db roles", "join", "lab init", "lab invite")
 """Commands that do something; their JSON says what they did."""
