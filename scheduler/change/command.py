@@ -61,7 +61,7 @@ def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
 def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Queue failed, cancelled or held jobs again.
 
-    They go on from their checkpoints, where they have some.
+    They continue from their checkpoints, if they have any.
     """
     from loractl.common.queue.sender import open_sender
     from loractl.scheduler.cli.output import hint, warn

@@ -117,7 +117,7 @@ def db_restore(file: Path, force: bool) -> None:
     done = restore(load_settings(), file, force=force)
     click.echo(f"{_held(done.contents)} are restored. Running jobs continue with the next loractl worker.")
     if done.store_away is not None:
-        click.echo(f"{done.store_away}: numbers of jobs go on {SKIPPED_NUMBERS} further, to give none twice.", err=True)
+        click.echo(f"{done.store_away}: job numbers skip {SKIPPED_NUMBERS}, so that none is given twice.", err=True)
     if done.roles_wanted:
         click.echo(_ROLES, err=True)
 

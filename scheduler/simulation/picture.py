@@ -54,7 +54,7 @@ def _draw_waits(axes: Any, done: Simulation) -> None:
     axes.minorticks_off()
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
-    axes.set_title("Jobs that have started after so long a wait", loc="left", fontsize=10)
+    axes.set_title("Share of jobs that started within a wait", loc="left", fontsize=10)
     axes.legend(loc="lower right", frameon=False)
     without_box(axes)
 

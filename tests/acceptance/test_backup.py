@@ -170,7 +170,7 @@ def test_where_the_store_can_not_be_asked_numbers_are_left_out_and_that_is_said(
     cli("db", "backup", tmp_path / "b.db")
     (home / "artifacts").rename(home / "elsewhere")
     told = cli("db", "restore", tmp_path / "b.db").stderr
-    assert "the artifact store is empty: numbers of jobs go on 1000 further" in told
+    assert "the artifact store is empty: job numbers skip 1000" in told
     (home / "elsewhere").rename(home / "artifacts")
     cli("submit", job)
     assert numbers(cli) == [1, 1002]

@@ -367,11 +367,15 @@ SWITCHES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 KEPT: list[Any] = []
 
 
-def test_whatever_a_training_switches_for_the_next_one_ends_the_host(tiny_model: Path) -> None:
+def test_whatever_a_training_switches_for_the_next_one_ends_the_host(
+    tiny_model: Path, request: pytest.FixtureRequest
+) -> None:
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
 
     os.umask(0o22)
+    core = resource.getrlimit(resource.RLIMIT_CORE)  # else processes that later tests crash leave files behind
+    request.addfinalizer(lambda: resource.setrlimit(resource.RLIMIT_CORE, core))
     resource.setrlimit(resource.RLIMIT_CORE, (resource.getrlimit(resource.RLIMIT_CORE)[1],) * 2)
     base_cache = BaseCache()
     base_cache.begin()

@@ -66,7 +66,7 @@ class OneOrZero(click.types.BoolParamType):
     help="How long a trainer keeps its base after its job, for the next job on it; 0: never.",
 )
 @click.option("--until", metavar="WHEN", help="Stop by itself then, like 18:00, 2026-12-24T18:00 or 4h.")
-@click.option("--for", "lasts", metavar="TIME", help="The same after so long, like 4h.")
+@click.option("--for", "lasts", metavar="TIME", help="Stop by itself after this time, like 4h.")
 @click.option(
     "--grace",
     metavar="TIME",
