@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,12 @@ from ...factories import submission, take
 
 PLAIN = Screen(width=200, unicode=True, color=False)
 FIGURE = "7.77"
-"""A tuned model's loss on final rows; no other number looks like it."""
+"""A tuned model's loss on final rows."""
+
+
+def shows_it(text: str) -> bool:
+    """Whether the loss is in a text; the seconds of a time, like 37.776, may look like it."""
+    return re.search(rf"(?<!\d){re.escape(FIGURE)}", text) is not None
 
 
 def test_only_the_winner_s_are_shown_and_each_look_is_a_row(store: Store, tmp_path: Path) -> None:
@@ -44,11 +50,11 @@ def test_only_the_winner_s_are_shown_and_each_look_is_a_row(store: Store, tmp_pa
     store.sweeps.submit(NewSweep(name="triage", user="ada", varied={"lora.r": "4,8"}), members)
     first, second = claims(store, 2)
     finish(lab, first, 1.0)
-    assert FIGURE not in told(compare(lab)), "the sweep goes on: its winner is not chosen yet"
+    assert not shows_it(told(compare(lab))), "the sweep goes on: its winner is not chosen yet"
     assert "shown once all members have ended" in compare(lab).second_look
     finish(lab, second, 2.0)
     site = page(lab)
-    assert FIGURE not in everything(lab, site, jobs=(1, 2)) and "nobody has looked yet" in site
+    assert not shows_it(everything(lab, site, jobs=(1, 2))) and "nobody has looked yet" in site
     before = [(job.job_id, job.status, job.report_uri, job.manifest_sha256) for job in store.jobs.matching()]
 
     looked = compare(lab, user="mara")
@@ -62,7 +68,7 @@ def test_only_the_winner_s_are_shown_and_each_look_is_a_row(store: Store, tmp_pa
     ]
     assert "Look 2 at them." in page(lab), "the page shows what somebody has looked at"
     assert len(store.results.looks("f" * 64)) == 2, "and is no look"
-    assert FIGURE not in everything(lab, "", jobs=(1, 2)), "a look changes no report"
+    assert not shows_it(everything(lab, "", jobs=(1, 2))), "a look changes no report"
     assert [(job.job_id, job.status, job.report_uri, job.manifest_sha256) for job in store.jobs.matching()] == before
     assert sameness(store, lab.artifacts, 1, 1).same and "final" not in json.dumps(sameness_of(lab))
 
