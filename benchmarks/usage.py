@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def prepared(engine: Engine) -> Store:
-    """A lab with six cards, the last of which is free."""
+    """A lab with six cards. Only the last one is free."""
     upgrade(engine)
     store = Store(engine)
     see_cards(store)

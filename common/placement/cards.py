@@ -277,7 +277,7 @@ def time_to_checkpoint(card: Card, job: Waiting) -> float:
 
 
 def time_unmeasured(window_s: float | None) -> float:
-    """The same for a job of which it was not measured."""
+    """The same for a job whose time was never measured."""
     return UNMEASURED_S if window_s is None else min(UNMEASURED_S, window_s / 2)
 
 

@@ -46,7 +46,7 @@ class Ahead:
     """Who goes before a job."""
 
     jobs: tuple[tuple[int, str], ...]  # number and owner, in order of start
-    complete: bool  # False: there are more, since so many wait
+    complete: bool  # False: too many wait to list them all
     of: int | None  # jobs that could take the same cards, this one included; None: more than were read
 
 

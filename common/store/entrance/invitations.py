@@ -37,7 +37,7 @@ class Invitation:
     login: str
     password: str = field(repr=False)
     role: str  # SUBMIT or WORK
-    name: str | None  # of the login that is made; None: the person who joins chooses a new one
+    name: str | None  # of the new login; None: the person chooses it when joining
     sealed: str = field(repr=False)
 
 

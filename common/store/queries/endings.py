@@ -40,7 +40,8 @@ from .usage import CardUse
 from .usage import record as record_usage
 
 TIME_GROWTH = 1.25
-"""A job that a card's end has stopped before its first checkpoint was stored needs so many times what it had."""
+"""If a worker's end stops a job before its first stored checkpoint, the job then asks for this many times the time it
+had."""
 
 AVOIDED_S = 1800.0
 """How long a job avoids what failed it: after that it takes the card rather than wait for a busy one."""

@@ -1,4 +1,4 @@
-"""Verbs: functions of a transaction, each of which opens its own when it is called."""
+"""Verbs: functions of a transaction. Each call opens its own transaction."""
 
 from __future__ import annotations
 
