@@ -16,7 +16,7 @@ from loractl.worker.device.occupancy import run_mark
 
 from .acts import CHANGED, PEOPLE_PROMISES, check_acts, is_gc_s_own, lost_to_gc, reopened, reopenings_of
 from .history import AttemptRow, Broken, Change, History, Window
-from .successes import ANY_FAULT, OPERATIONS, tally
+from .successes import unshown
 from .trainer import last_link, read_adapter
 
 PROMISES = {
@@ -346,10 +346,8 @@ def _in_turn(history: History) -> Iterator[Broken]:
 
 def _in_spite(history: History) -> Iterator[Broken]:
     """Every promise is kept where nothing is done until the last fault is over."""
-    done = tally(history)[ANY_FAULT]
-    for operation in OPERATIONS:
-        if not done[operation]:
-            yield Broken(promise=0, what=f"no {operation} succeeded while a fault was active")
+    for operation in unshown(history.changes, history.spans):
+        yield Broken(promise=0, what=f"no {operation} succeeded while a fault was active")
 
 
 def _nothing_failed(history: History) -> Iterator[Broken]:

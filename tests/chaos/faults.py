@@ -138,9 +138,13 @@ class Injector:
                 self._open.remove(fault)
                 self.spans.append(Span(kind=fault.kind, start=fault.start, end=_now()))
 
+    def spans_so_far(self) -> list[Span]:
+        """What is active still ends now."""
+        return self.spans + [Span(kind=fault.kind, start=fault.start, end=_now()) for fault in self._open]
+
     def end(self) -> None:
         """The run is over: close what is active still."""
-        self.spans += [Span(kind=fault.kind, start=fault.start, end=_now()) for fault in self._open]
+        self.spans = self.spans_so_far()
         self._open.clear()
 
     def heal_all(self) -> None:

@@ -244,8 +244,18 @@ class History:
         return found
 
 
+def changes(engine: Engine) -> list[Change]:
+    """What was written so far, in its order."""
+    with engine.connect() as connection:
+        audit = [dict(row) for row in connection.execute(text("SELECT * FROM chaos_audit ORDER BY seq")).mappings()]
+    if engine.dialect.name == "sqlite":
+        _number_transactions(audit)
+    return [Change(**{name: row[name] for name in _CHANGE}) for row in audit]
+
+
 def read(engine: Engine) -> dict[str, Any]:
     """The database's part of a History."""
+    written = changes(engine)  # first: one connection at a time writes to SQLite, and each may
     with engine.connect() as connection:
 
         def rows(table: str, *order: str) -> list[dict[str, Any]]:
@@ -253,9 +263,6 @@ def read(engine: Engine) -> dict[str, Any]:
             found = connection.execute(select(of).order_by(*(of.columns[name] for name in order))).mappings()
             return [{k: v.value if isinstance(v, Enum) else v for k, v in row.items()} for row in found]
 
-        audit = [dict(row) for row in connection.execute(text("SELECT * FROM chaos_audit ORDER BY seq")).mappings()]
-        if engine.dialect.name == "sqlite":
-            _number_transactions(audit)
         cards: dict[tuple[int, int], tuple[str, ...]] = {}
         for share in rows("shares", "job_id", "attempt", "rank"):
             key = share["job_id"], share["attempt"]
@@ -272,7 +279,7 @@ def read(engine: Engine) -> dict[str, Any]:
                 )
                 for row in rows("attempts", "job_id", "attempt")
             ],
-            "changes": [Change(**{name: row[name] for name in _CHANGE}) for row in audit],
+            "changes": written,
         }
 
 

@@ -157,7 +157,8 @@ def _faults(outcome: Outcome) -> list[str]:
 
 
 def _successes(outcome: Outcome) -> list[str]:
-    counts, spans = tally(outcome.history), outcome.history.spans
+    spans = outcome.history.spans
+    counts = tally(outcome.history.changes, spans)
     head = (
         "fault",
         "active, s",

@@ -7,32 +7,38 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from loractl.common.job.status import Status
 
-from .history import History
+from .history import Change, Span
 
 OPERATIONS = ("submit", "claim", "heartbeat", "checkpoint", "finish")
 
 NO_FAULT, ANY_FAULT = "no fault", "any fault"
 
 
-def tally(history: History) -> dict[str, Counter[str]]:
+def tally(changes: Sequence[Change], spans: Sequence[Span]) -> dict[str, Counter[str]]:
     """For each kind of fault, how many of each operation succeeded while one of it was active."""
     found: dict[str, Counter[str]] = {name: Counter() for name in (NO_FAULT, ANY_FAULT)}
-    for span in history.spans:
+    for span in spans:
         found.setdefault(span.kind, Counter())
-    for operation, at in _operations(history):
-        active = {span.kind for span in history.spans if span.start <= at <= span.end}
+    for operation, at in _operations(changes):
+        active = {span.kind for span in spans if span.start <= at <= span.end}
         for kind in (*active, ANY_FAULT if active else NO_FAULT):
             found[kind][operation] += 1
     return found
 
 
-def _operations(history: History) -> Iterator[tuple[str, dt.datetime]]:
-    for change in history.changes:
+def unshown(changes: Sequence[Change], spans: Sequence[Span]) -> list[str]:
+    """The operations of which none succeeded while a fault was active."""
+    done = tally(changes, spans)[ANY_FAULT]
+    return [operation for operation in OPERATIONS if not done[operation]]
+
+
+def _operations(changes: Sequence[Change]) -> Iterator[tuple[str, dt.datetime]]:
+    for change in changes:
         if change.what == "job" and change.new is not None:
             for operation in _of(change.old, change.new):
                 yield operation, change.at

@@ -366,7 +366,7 @@ def test_a_good_history_of_two_cards_is_not_complained_of() -> None:
 
 def test_what_succeeded_is_counted_for_each_fault_that_was_active() -> None:
     spans = (Span(kind="a", start=at(0), end=at(2)), Span(kind="b", start=at(2), end=at(3)))
-    counts = tally(replace(good(), spans=(*spans, Span(kind="b", start=at(3), end=at(4)))))
+    counts = tally(good().changes, (*spans, Span(kind="b", start=at(3), end=at(4))))
     assert counts == {
         "a": {"submit": 2, "claim": 1, "heartbeat": 1},
         "b": {"heartbeat": 1, "checkpoint": 1},

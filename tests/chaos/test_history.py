@@ -58,7 +58,12 @@ def broken(engine: Engine) -> list[Broken]:
 def test_a_good_history_keeps_every_promise(engine: Engine) -> None:
     one_job(engine)
     assert broken(engine) == []
-    assert tally(seen(engine))[ANY_FAULT] == {"submit": 2, "claim": 1, "heartbeat": 1, "finish": 1}
+    assert tally(seen(engine).changes, seen(engine).spans)[ANY_FAULT] == {
+        "submit": 2,
+        "claim": 1,
+        "heartbeat": 1,
+        "finish": 1,
+    }
     assert {change.what for change in seen(engine).changes} >= {"job", "attempts", "events", "adapters"}
 
 
