@@ -25,12 +25,10 @@ from pathlib import Path
 
 from sqlalchemy import Engine, insert, text
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, least_need
+from loractl.common.job.method import Method, Need, least_need
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Status
-from loractl.common.placement.keys import queue_key
-from loractl.common.placement.sizes import vram_class
+from loractl.common.placement.lines import queue_key, vram_class
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import NodeState
 from loractl.common.store.schema import upgrade

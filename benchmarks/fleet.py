@@ -29,10 +29,9 @@ from pathlib import Path
 
 from sqlalchemy import text
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.method import Method, Need
 from loractl.common.job.spec import JobSpec
-from loractl.common.placement.sizes import served_classes
+from loractl.common.placement.lines import served_classes
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, NodeState, Progress, Submission
 from loractl.common.store.schema import upgrade

@@ -12,8 +12,7 @@ import sys
 
 from sqlalchemy import Engine, text
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.method import Method, Need
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
 from loractl.common.store.records import Claim, NodeState, Progress, StoredResult, Submission

@@ -27,7 +27,7 @@ from sqlalchemy import Engine, event, text
 from starlette.testclient import TestClient
 
 from loractl.common.artifacts import ArtifactStore
-from loractl.common.job.need import Need, permitted_methods
+from loractl.common.job.method import Need, permitted_methods
 from loractl.common.job.spec import JobSpec
 from loractl.common.store.records import NodeState, Submission
 from loractl.common.store.schema import upgrade

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loractl.common.artifacts import Binding, attempt_prefix
-from loractl.common.job.reference import Reference
+
+from .job.names import Reference
 
 if TYPE_CHECKING:
     from loractl.common.store.records import StoredCheckpoint

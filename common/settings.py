@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .channel.channels import Channel, channel_names, read_channels
+from .channels import Channel, channel_names, read_channels
 from .errors import UsageError
 from .units import parse_duration, parse_size
 

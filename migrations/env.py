@@ -2,8 +2,6 @@
 
 from alembic import context
 
-import loractl.common.store.hosts
-import loractl.common.store.outbox  # noqa: F401  their tables
 from loractl.common.store.tables import Base
 
 connection = context.config.attributes["connection"]

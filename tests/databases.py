@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Connection, NullPool, create_engine, text
 
 from loractl.common.store.database import make_engine
-from loractl.common.store.entrance.invitations import invite
+from loractl.common.store.entrance import invite
 from loractl.common.store.roles import apply_roles
 from loractl.common.store.schema import upgrade
 

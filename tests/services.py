@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from loractl.common.queue.sender import open_sender
+from loractl.common.queue.hints import open_sender
 from loractl.common.queue.valkey import server_binary
 from loractl.common.settings import Settings
 

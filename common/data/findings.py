@@ -16,7 +16,7 @@ from typing import Literal
 from loractl.common.errors import DataError
 from loractl.common.job.sections import TrainingSpec
 
-from .example import Example
+from .examples import Example
 
 Level = Literal["error", "warning", "note"]
 

@@ -15,8 +15,7 @@ from typing import Any
 from loractl.common.errors import DataError
 from loractl.common.job.sections import BadRow, DataFormat, PromptTemplate
 
-from .example import Example, Turn
-from .examples import Examples
+from .examples import Example, Examples, Turn
 from .fields import MESSAGES, SIDES, Reading, advice_about, tool_calls, tools
 from .labels import LONGEST, label_name
 from .pairs import CONVERSATION, conversation_pair, is_text, said_of, text_pair

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from .example import Example
+from .examples import Example
 from .findings import LABEL_WORDS, Finding, answer_of, shares_of
 
 GIVEN_AWAY = "answer in the question"

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from loractl.common.verdict import MIN_CASES
 
-from .example import Example, Turn
+from .examples import Example, Turn
 from .findings import LABELS, Finding, about_rows, answer_of, number_rows, shares_of
 from .giveaway import Giveaway
 from .resemblance import Resemblance

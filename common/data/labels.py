@@ -9,7 +9,7 @@ from typing import Any
 
 from loractl.common.errors import DataError
 
-from .example import Example
+from .examples import Example
 
 LONGEST = 256
 """Characters of a label; a longer one is a text in the wrong column."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from loractl.common.errors import DataError
 
-from .example import Example, Turn
+from .examples import Example, Turn
 from .fields import SIDES
 from .rows import RawRow, kind_of
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from loractl.common.errors import DataError
 from loractl.common.job.sections import DataFormat, DatasetSpec, PromptTemplate
 
-from .example import Turn
+from .examples import Turn
 from .fields import Reading
 from .formats import INNER_COLUMNS, INPUT, conversation_turns, instruction_turns, map_columns, text_of, tools_of
 from .pairs import prompt_row

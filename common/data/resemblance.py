@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from operator import itemgetter
 
-from .example import Example
+from .examples import Example
 
 FREQUENT = 20
 """A pair of words in more held-out rows says nothing about one of them: it belongs to their form."""

@@ -11,8 +11,7 @@ from pathlib import Path
 from loractl.common.errors import DataError
 from loractl.common.job.sections import DataFormat, DatasetSpec, SourceSpec
 
-from .example import Example
-from .examples import Examples
+from .examples import Example, Examples
 from .fields import Reading
 from .findings import Finding
 from .formats import detect_format, map_columns, parse_examples

@@ -10,8 +10,7 @@ from pathlib import Path
 from loractl.common.errors import DataError
 from loractl.common.job.sections import PLAIN, BadRow, DataFormat, DatasetSpec, PromptTemplate
 
-from .example import Example
-from .examples import Examples
+from .examples import Example, Examples
 from .fields import Reading
 from .findings import Finding
 from .formats import map_columns, parse_examples

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .method import Checkpointing
-from .need import RoomyForm
+from .method import Checkpointing, RoomyForm
 
 if TYPE_CHECKING:
     from .spec import JobSpec

@@ -12,8 +12,7 @@ from loractl.common.errors import UsageError
 from loractl.common.units import duration, gib
 
 from .identity import BATCH, RECOMPUTED, UNDECIDING, changed_parts
-from .method import Method
-from .need import permitted_methods
+from .method import Method, permitted_methods
 from .spec import JobSpec, spec_keys
 from .sweep import setting
 

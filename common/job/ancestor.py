@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from .reference import parse_reference
+from .names import parse_reference
 from .sections import AncestorJob, LoraSpec
 from .spec import JobSpec
 

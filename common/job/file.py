@@ -15,7 +15,7 @@ from yaml import YAMLError
 from loractl.common.errors import SpecError, SpecProblem
 
 from .document import Document, load_yaml, read_documents, read_yaml
-from .hub_name import from_address
+from .names import from_address
 from .sections import AS_WRITTEN, DATA_SUFFIXES, Metric, RowFields, SourceSpec
 from .spec import JobSpec, spec_keys
 

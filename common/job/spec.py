@@ -7,12 +7,9 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
-from .hub_name import REVISION
-from .kinds.kind import TaskKind
-from .kinds.known import kind_of
-from .method import Method
-from .need import permitted_methods
-from .preference import PreferenceSpec
+from .kinds import TaskKind, kind_of
+from .method import Method, permitted_methods
+from .names import REVISION
 from .sections import (
     AS_WRITTEN,
     PLAIN,
@@ -25,6 +22,7 @@ from .sections import (
     Methods,
     Name,
     Predecessors,
+    PreferenceSpec,
     Printable,
     PromptTemplate,
     ResourcesSpec,

@@ -1,14 +1,37 @@
-"""A model's config.json on this machine: in a folder, or in the hub's cache."""
+"""A model's config.json on this machine: in a folder, or in the hub's cache by the rules of the hub's own library."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from .families import shape_of
-from .hub import hub_cache
 from .shape import Shape
+
+_YES = ("1", "ON", "YES", "TRUE")
+
+
+def hub_cache() -> Path:
+    """Where the hub's library keeps what it has downloaded."""
+    chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    return _folder(chosen) if chosen else _home() / "hub"
+
+
+def hub_is_off() -> bool:
+    """Whether the environment forbids asking the hub."""
+    said = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return said.upper() in _YES
+
+
+def _home() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return _folder(os.environ.get("HF_HOME") or f"{cache}/huggingface")
+
+
+def _folder(text: str) -> Path:
+    return Path(os.path.expandvars(text)).expanduser()
 
 
 def read_shape(model: str | Path, revision: str | None = None) -> Shape | None:

@@ -6,8 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, Roomy, RoomyForm
+from loractl.common.job.method import Method, Need, Roomy, RoomyForm
 
 MIN_MEASURED = 3
 """Fewer attempts teach nothing about a family."""

@@ -1,16 +1,128 @@
-"""The fit: how large a micro-batch, or how long a row, a card holds."""
+"""The fit: how large a micro-batch or how long a row a card holds, in which ways several cards may share a job, and
+what the job takes without recomputing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from loractl.common.job.method import Method
+from loractl.common.job.adjustment import Adjustment, adjusted, in_its_room
+from loractl.common.job.method import Method, Need, Parallel, Roomy, RoomyForm, SharedNeed, Ways, least_need
 from loractl.common.job.spec import JobSpec
+from loractl.common.units import GIB
 
+from .config import read_shape
 from .plan import plan
 from .shape import Shape
-from .step import Lengths, Stack
+from .step import Lengths, Stack, micro_batch
+
+NEVER_DIVIDED = 8 * GIB
+"""A job that needs less of one card is not divided unless it asks for that: nearly every card holds it."""
+
+NO_CARD_HAS = 2**50
+"""Bytes: the need of a method that the job's own max_vram rules out on these cards."""
+
+
+def plan_ways(
+    spec: JobSpec, methods: Sequence[Method], planned: Need, need: Need, lengths: Lengths | None = None
+) -> Ways:
+    """On how many cards the job may run. `planned`, `need`: of one card, the latter corrected by measured peaks, which
+    corrects the others in proportion."""
+    cards, wanted = spec.resources.cards, spec.resources.parallel
+    if cards == 1 or spec.kind.undivided(spec) is not None:
+        return Ways()
+    shape = read_shape(spec.base_model, spec.revision)
+    if cards == "auto":
+        if shape is None or (least_need(methods, need) or 0) <= NEVER_DIVIDED:
+            return Ways()
+        counts = [count for count in spec.training.even_cards if count > 1]
+    else:
+        counts = [cards]
+    hows = [Parallel(wanted)] if wanted != "auto" else [Parallel.DATA, Parallel.SHARDED]
+    if cards == "auto":
+        hows = [Parallel.SHARDED]
+    ways = [
+        SharedNeed(cards=n, parallel=how, need=_each(shape, spec, n, how, planned, need, lengths))
+        for n in counts
+        for how in hows
+    ]
+    return Ways(alone=cards == "auto", gangs=tuple(way for way in ways if _is_open(way, methods)))
+
+
+def _each(
+    shape: Shape | None,
+    spec: JobSpec,
+    cards: int,
+    parallel: Parallel,
+    planned: Need,
+    need: Need,
+    lengths: Lengths | None,
+) -> Need:
+    """What each of `cards` cards needs, by method."""
+    if shape is None:
+        return Need(lora=None, qlora=None)
+    stack, most = Stack(cards=cards, parallel=parallel), spec.resources.max_vram or NO_CARD_HAS
+
+    def size(method: Method) -> int:
+        before, now = planned.of(method), need.of(method)
+        learned = now / before if before and now else 1.0
+        each = int(plan(shape, spec, method, lengths, stack=stack).need_bytes * learned)
+        return each if each <= most else NO_CARD_HAS
+
+    return Need(lora=size(Method.LORA), qlora=size(Method.QLORA))
+
+
+def _is_open(way: SharedNeed, methods: Sequence[Method]) -> bool:
+    least = least_need(methods, way.need)
+    return least is None or least < NO_CARD_HAS
+
+
+LEAST_WORK = 10**11
+"""Weights of a block times tokens of a micro-batch, from which on smaller micro-batches pay. Each reads the base
+again, dequantises it where it is in NF4, and starts all kernels again. Counted for a 4090 (`python -m
+benchmarks.budget roomy`), a step takes of one that recomputes: 8B in NF4, 4 rows of 1,024, 0.74, with 2 and 1 of them
+at once 0.77 and 0.84 (work 4.5e11 and 2.2e11); 8B, 2 of 8 rows of 256, 0.75, in NF4 0.91 (1.1e11); 1B in NF4, 2 of 4
+rows of 1,024, 0.79 (1.2e11), 1 of them 0.86 (0.6e11). Below, Python takes longer to start the kernels, at 20 us each,
+than the card to run them: 8B in NF4, 1 of 8 rows of 256, 1.14 (0.6e11)."""
+
+
+def plan_roomy(spec: JobSpec, lengths: Lengths | None = None, *, stack: Stack | None = None) -> Roomy:
+    """The forms of a job on one GPU, the fastest first; none if the job itself says whether it recomputes, or if its
+    base is not known. Nothing is corrected by measured peaks.
+
+    In exact mode no micro-batch changes: it would round differently.
+    """
+    stack, shape = stack or Stack(), read_shape(spec.base_model, spec.revision)
+    if shape is None or not stack.on_gpu or spec.training.gradient_checkpointing is not None:
+        return Roomy()
+    return Roomy(
+        lora=_forms(shape, spec, Method.LORA, lengths, stack), qlora=_forms(shape, spec, Method.QLORA, lengths, stack)
+    )
+
+
+def _forms(shape: Shape, spec: JobSpec, method: Method, lengths: Lengths | None, stack: Stack) -> tuple[RoomyForm, ...]:
+    training, forms = spec.training, list[RoomyForm]()
+    rows = training.per_device_train_batch_size
+    while rows:
+        form = RoomyForm(micro_batch=rows, bytes=0, planned=0)
+        runs = adjusted(spec, in_its_room(spec, Adjustment(), form))
+        size = plan(shape, runs, method, lengths, stack=stack).need_bytes
+        forms.append(replace(form, bytes=size, planned=size))
+        rows = training.micro_batch(min(rows, micro_batch(spec, lengths)) // 2)
+        if training.exact or rows * _length(spec, lengths) * _block_weights(shape) < LEAST_WORK:
+            break
+    return tuple(forms)
+
+
+def _length(spec: JobSpec, lengths: Lengths | None) -> int:
+    return lengths.train if lengths else spec.kind.halves * spec.dataset.max_length
+
+
+def _block_weights(shape: Shape) -> int:
+    """Of its linear layers; experts' are left out, as each sees few tokens."""
+    return max((sum(layer.weights for layer in block.linears) for block in shape.blocks if block.text), default=0)
+
 
 MOST = 2**24
 """Where the search for the largest length or micro-batch ends: more than any model takes."""

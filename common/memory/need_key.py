@@ -6,7 +6,7 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.job.kinds.known import ANSWERS
+from loractl.common.job.kinds import ANSWERS
 from loractl.common.job.sections import PromptTemplate
 
 from .config import read_shape

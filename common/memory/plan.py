@@ -10,19 +10,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loractl.common.job.method import Method, Parallel
-from loractl.common.job.need import Need
+from loractl.common.job.method import Method, Need, Parallel
 from loractl.common.job.spec import JobSpec
 from loractl.common.units import thousands
 
-from .activations import block_cost, stored_bytes
+from .activations import answered_bytes, block_cost, classes, evaluation_bytes, loss_bytes, stored_bytes, stranded_bytes
 from .config import read_shape
 from .context import CONTEXT_BYTES
-from .logits import answered_bytes, classes, evaluation_bytes, loss_bytes, stranded_bytes
-from .optimizer import optimizer_name, state_bytes, update_bytes
 from .shape import Shape
 from .step import HEAD_CHUNK, Lengths, Stack, Step
-from .weights import GATHERED_BLOCKS, adapter_tensors, sharded_bytes, weight_bytes, with_head
+from .weights import (
+    GATHERED_BLOCKS,
+    adapter_tensors,
+    optimizer_name,
+    sharded_bytes,
+    state_bytes,
+    update_bytes,
+    weight_bytes,
+    with_head,
+)
 
 MIB = 2**20
 

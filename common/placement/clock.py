@@ -7,12 +7,10 @@ import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import RoomyForm
+from loractl.common.job.method import Method, RoomyForm
 
 from .cards import Card, Occupant, WarmBase
-from .hosts import Seat, joined, may_wait, seat
-from .joins import Newcomer, Newcomers
+from .hosts import Newcomer, Newcomers, Seat, joined, may_wait, seat
 from .lines import Waiting
 from .pack_rule import PackedJob, PassLaw
 from .rule import Placement

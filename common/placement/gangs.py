@@ -10,8 +10,7 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import SharedNeed
+from loractl.common.job.method import Method, SharedNeed
 
 from .cards import Card, Room, could_hold, elsewhere, failed, largest_gpu, lasts, room_for
 from .lines import Waiting

@@ -1,18 +1,22 @@
-"""Lines of waiting jobs. The rule reads only those jobs that could start now."""
+"""Lines of waiting jobs. The rule reads only those jobs that could start now.
+
+A line's jobs share a queue key: everything that the rule reads of a waiting job, except its age. Sizes are coarse VRAM
+classes for the queues, and fine steps for the order of waiting jobs.
+"""
 
 from __future__ import annotations
 
 import bisect
 import datetime as dt
 import functools
-from collections.abc import Iterable, Iterator
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, SharedNeed, Ways, least_need
-
-from .sizes import size_step
+from loractl.common.job.method import Method, Need, SharedNeed, Ways, least_need
+from loractl.common.units import GIB
 
 RESULT_FIRST_S = 600.0
 """How long a job waits only for the box that has its finished result: elsewhere it would be trained again."""
@@ -292,3 +296,74 @@ class LineReader:
 
 def _shelf(job: Waiting) -> _Shelf:
     return size_step(job.bound), job.requires
+
+
+VRAM_CLASSES = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 144, 192, 288)
+"""GiB. A job waits in the smallest class that holds its need; sizes are those of cards that labs own."""
+
+
+def vram_class(size: int | None) -> int:
+    """The class (GiB) of a need in bytes; the smallest for an unknown one, the largest for one beyond all."""
+    if size is None:
+        return VRAM_CLASSES[0]
+    return next((c for c in VRAM_CLASSES if size <= c * GIB), VRAM_CLASSES[-1])
+
+
+def served_classes(free: int) -> tuple[int, ...]:
+    """Classes of the jobs that fit into `free` bytes: those with a lower bound below it."""
+    lower = (0, *VRAM_CLASSES[:-1])
+    return tuple(c for c, bound in zip(VRAM_CLASSES, lower, strict=True) if bound * GIB < free)
+
+
+def size_step(size: int | None) -> int:
+    """The step of a need in bytes: eight to the octave from 1 GiB, 0 for an unknown one, 1 below 1 GiB."""
+    if size is None:
+        return 0
+    octaves = math.log2(max(size, 1) / GIB)
+    return 1 if octaves < 0 else 2 + math.floor(8 * octaves)
+
+
+def queue_key(priority: int, least: int | None, requires: Mapping[str, str], user: str) -> str:
+    """The line in which a job waits. For the rule, jobs with the same key differ only in their age.
+
+    Keys sort by priority, the highest first, then by the size's step, so that one index answers what could fit.
+    """
+    labels = json.dumps(requires, sort_keys=True, ensure_ascii=True) if requires else ""
+    return f"{10_000 - priority:05d}|{size_step(least):03d}|{labels}|{user}"
+
+
+def queue_key_range(priority: int, first_step: int, last_step: int) -> tuple[str, str]:
+    """The range of these steps' keys: first text included, last one not."""
+    level = f"{10_000 - priority:05d}"
+    return f"{level}|{first_step:03d}|", f"{level}|{last_step:03d}}}"  # } is the next character after the separator
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueKey:
+    """The parts of a key that `queue_key` made."""
+
+    text: str
+    level: str
+    step: int
+    requires: frozenset[tuple[str, str]]
+    user: str
+
+    @classmethod
+    def parse(cls, text: str) -> QueueKey:
+        """Raises ValueError for a text that `queue_key` has not made."""
+        level, step, rest = text.split("|", 2)
+        try:
+            labels, end = json.JSONDecoder().raw_decode(rest) if rest.startswith("{") else ({}, 0)
+        except RecursionError:
+            raise ValueError("labels within labels") from None
+        if not all(isinstance(value, str) for value in labels.values()):
+            raise ValueError("a label that is no text")
+        return cls(text=text, level=level, step=int(step), requires=frozenset(labels.items()), user=rest[end + 1 :])
+
+    def may_fit(self, openings: Openings) -> bool:
+        """False when no job under this key can be admitted."""
+        return openings.may_admit(self.step, self.requires)
+
+    def all_fit(self, openings: Openings) -> bool:
+        """True only when every job under this key is admitted, given that some may be."""
+        return openings.admit_all(self.step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loractl.common.job.need import SharedNeed
+from loractl.common.job.method import SharedNeed
 
 from .cards import Card, Occupant, largest_gpu, takes
 from .gangs import gang_of, takers

@@ -11,12 +11,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from loractl.common.job.need import RoomyForm
+from loractl.common.job.method import RoomyForm
 from loractl.common.units import GIB
 
 from .cards import Card, Occupant
 from .clock import Clock, ReplayedJob, ReplayedRun
-from .joins import Newcomers, open_bases
+from .hosts import Newcomers, open_bases
 from .lines import JoinedLine, KeptLine, Line, Openings, Waiting
 from .roomy import gains_more_in_a_pack, with_room
 from .rule import Placement, place

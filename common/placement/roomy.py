@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import RoomyForm
+from loractl.common.job.method import Method, RoomyForm
 
 from .cards import Card
-from .joins import PACK_MEMBERS
+from .hosts import PACK_MEMBERS
 from .pack_rule import PassLaw
 from .rule import Placement
 

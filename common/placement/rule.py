@@ -18,13 +18,12 @@ import heapq
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from loractl.common.job.method import Method, Parallel
-from loractl.common.job.need import RoomyForm, SharedNeed
+from loractl.common.job.method import Method, Parallel, RoomyForm, SharedNeed
 from loractl.common.units import GIB
 
 from .cards import Card, Kept, Occupant, Reservation, Room, has_room, largest_gpu, lasts, least_limit, room_for, takes
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
-from .joins import DeclinedJoin, Join, Newcomers, best_join, join_openings, sooner_elsewhere
+from .hosts import DeclinedJoin, Join, Newcomers, best_join, join_openings, sooner_elsewhere
 from .lines import Line, Openings, Waiting, waited, waited_again
 from .shares import NONE_LEFT, START_CHARGE_S
 

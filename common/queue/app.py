@@ -8,7 +8,7 @@ from celery import Celery
 from celery.app.amqp import AMQP
 from kombu import Exchange, Queue
 
-from loractl.common.placement.sizes import VRAM_CLASSES
+from loractl.common.placement.lines import VRAM_CLASSES
 
 from .hints import EXCHANGE, TRANSPORT_OPTIONS, HintConnection, queue_name
 

@@ -1,9 +1,10 @@
-"""Connections to SQLite or PostgreSQL."""
+"""Connections to SQLite or PostgreSQL. SQLite is refused on a network file system, where its locks do not work."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import re
 import shutil
 import sqlite3
 import time
@@ -17,7 +18,6 @@ from sqlalchemy import Connection, Engine, ExceptionContext, create_engine, even
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from loractl.common.disks import network_disk
 from loractl.common.errors import (
     Forbidden,
     LoractlError,
@@ -30,6 +30,33 @@ from loractl.common.settings import Settings, make_private, redacted
 
 from .columns import FAR_OFF, LONG_AGO, read_json
 from .schema import HEAD, revision, upgrade
+
+MOUNTS = Path("/proc/self/mountinfo")
+
+_NETWORK = re.compile(
+    r"nfs\d?|cifs|smb\d?|smbfs|afs|ceph|lustre|gpfs|beegfs|glusterfs|fuse\.(sshfs|ceph|glusterfs|s3fs|rclone)"
+)
+
+
+def network_disk(folder: Path) -> str | None:
+    """The kind of network file system that holds the folder, like nfs4; None: a disk of this machine."""
+    try:
+        lines = MOUNTS.read_text().splitlines()
+    except OSError:
+        return None  # another system than Linux
+    place, kind, depth = folder.resolve(), "", 0
+    for point, found in map(_mount, lines):
+        if place.is_relative_to(point) and len(point.parts) >= depth:  # a later one on the same point covers it
+            kind, depth = found, len(point.parts)
+    return kind if _NETWORK.fullmatch(kind) else None
+
+
+def _mount(line: str) -> tuple[Path, str]:
+    """Where it is mounted, and the kind of file system (proc_pid_mountinfo(5))."""
+    before, _, after = line.partition(" - ")
+    point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split()[4])
+    return Path(point), after.split()[0]
+
 
 DatabaseError = DBAPIError
 """What a database driver raises, by the name under which other rooms catch it."""

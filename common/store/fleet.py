@@ -8,21 +8,18 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, Ways
+from loractl.common.job.method import Method, Need, Ways
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card, Leaver, Occupant, WarmBase
 from loractl.common.placement.closure import CardFailure
-from loractl.common.placement.joins import RefusedJoin
-from loractl.common.placement.keys import QueueKey
-from loractl.common.placement.lines import Waiting
+from loractl.common.placement.hosts import RefusedJoin
+from loractl.common.placement.lines import QueueKey, Waiting
 from loractl.common.placement.refusals import Round
 from loractl.common.placement.rule import Decision
 from loractl.common.placement.shares import Allowance
 
 from .columns import Unreadable, unreadable_of
-from .hosts import TrainerHost
-from .tables import ASKED_TO_STOP, DrainOrder, Job, Node
+from .tables import ASKED_TO_STOP, DrainOrder, Job, Node, TrainerHost
 
 NODE_STALE_S = 60.0
 """A node that was not seen for this long counts as offline."""

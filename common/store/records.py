@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.halving import rung_step
-from loractl.common.job.method import Method, Parallel
-from loractl.common.job.need import Need, Roomy, Ways
+from loractl.common.job.method import Method, Need, Parallel, Roomy, Ways
 from loractl.common.job.status import Stage, Status
-from loractl.common.job.sweep import RungPoint
+from loractl.common.job.sweep import RungPoint, rung_step
 from loractl.common.placement.gangs import GangShare
 
 if TYPE_CHECKING:

@@ -15,15 +15,17 @@ from loractl.common.settings import LEASE_S
 
 from .schema import revision
 from .transaction import Transaction
-from .verbs.adapters import AdapterVerbs
-from .verbs.attempts import AttemptVerbs
-from .verbs.cards import CardVerbs
-from .verbs.hosts import HostVerbs
-from .verbs.jobs import JobVerbs
-from .verbs.outbox import OutboxVerbs
-from .verbs.results import ResultVerbs
-from .verbs.sweeps import SweepVerbs
-from .verbs.usage import UsageVerbs
+from .verbs import (
+    AdapterVerbs,
+    AttemptVerbs,
+    CardVerbs,
+    HostVerbs,
+    JobVerbs,
+    OutboxVerbs,
+    ResultVerbs,
+    SweepVerbs,
+    UsageVerbs,
+)
 
 
 class Store:

@@ -10,13 +10,13 @@ from sqlalchemy import ForeignKey, Index, String, Text, TextClause, bindparam, e
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.method import Method
-from loractl.common.job.need import Roomy, Ways
+from loractl.common.job.method import Method, Roomy, Ways
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.memory.context import context_excess
+from loractl.common.placement.pack_rule import PassLaw
+from loractl.common.store import columns
 from loractl.common.units import LARGEST
 
-from . import columns
 from .columns import (
     MOST_BYTES,
     MOST_SECONDS,
@@ -178,7 +178,7 @@ class Job(Base):
     lora_until: Mapped[Timestamp | None]  # until then it waits for a card that holds LoRA; null: it does not
     need_key: Mapped[str | None] = mapped_column(Characters(64))  # jobs with the same one need the same memory
     family: Mapped[str | None] = mapped_column(Characters(64))  # the base's model_type; null: not known on the client
-    engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it was planned for: common/memory/engine.py
+    engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it was planned for: common/memory/step.py
     # how several cards may divide it: {"alone": may one have it, "ways": [{"cards", "parallel", bytes by method}]}
     gangs: Mapped[dict[str, Any] | None] = mapped_column(  # null: one card is to have it
         Json(_can_be_divided, {"alone": True, "ways": []}, null=True, none_as_null=True)
@@ -297,7 +297,7 @@ class Attempt(Base):
     node: Mapped[str]
     gpu: Mapped[str]
     method: Mapped[str] = mapped_column(Characters(8))
-    engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it took: common/memory/engine.py
+    engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it took: common/memory/step.py
     vram_planned: Mapped[Bytes | None]
     vram_reserved: Mapped[Bytes | None]
     roomy: Mapped[bool | None]  # it was given the room to do without recomputing; null: an earlier version's
@@ -596,3 +596,64 @@ class JobLabel(Base):
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(Characters(64), primary_key=True)
     value: Mapped[str] = mapped_column(Characters(256))
+
+
+def _is_law(value: Any) -> bool:
+    law = PassLaw.from_json(value, quantised=False)
+    return all(map(is_number, (law.fixed, law.token, law.member, law.load)))
+
+
+class TrainerHost(Base):
+    """A trainer with a base. The row stays until the node has seen the process end: until then its bytes are held.
+
+    While the attempt that it names runs, that attempt's reservation holds the base, too. Others that run in it name it
+    in their own rows, and reserve their own parts alone.
+    """
+
+    __tablename__ = "hosts"
+
+    host: Mapped[str] = mapped_column(Characters(32), primary_key=True)  # the mark in the process's environment
+    node: Mapped[str] = mapped_column(index=True)
+    key: Mapped[str] = mapped_column(Characters(64))  # of what decides how the base is loaded
+    base_model: Mapped[str] = mapped_column(Prose())
+    method: Mapped[Method] = mapped_column(Words(Method, 8))
+    bytes: Mapped[Bytes]
+    job_id: Mapped[int]  # of the last attempt that had the whole of it
+    attempt: Mapped[int]
+    leaving: Mapped[bool] = mapped_column(default=False)  # nothing joins it any more
+    since: Mapped[Timestamp]  # when it last began to wait, or a job joined it
+    open: Mapped[bool] = mapped_column(default=False, server_default=false())  # others may train alongside its jobs
+    spoilt: Mapped[str | None] = mapped_column(Prose())  # why it ends with its last job; null: it does not
+    # of its passes, see pack_rule.py
+    law: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_law, null=True, none_as_null=True))
+
+
+class OutboxMessage(Base):
+    """One message to one channel. It is unique by event and channel: an event reported twice is one message."""
+
+    __tablename__ = "outbox"
+    __table_args__ = (
+        Index("ux_outbox_event", "event", "channel", unique=True),
+        Index(
+            "ix_outbox_due",
+            "due_at",
+            postgresql_where=text("settled_at IS NULL"),
+            sqlite_where=text("settled_at IS NULL"),
+        ),
+        Index("ix_outbox_at", "at"),
+    )
+
+    message_id: Mapped[str] = mapped_column(Characters(40), primary_key=True)
+    event: Mapped[str]
+    channel: Mapped[str] = mapped_column(Characters(64))  # a name of somebody's config.toml, or me, or lab
+    user: Mapped[str]
+    job_id: Mapped[int | None] = mapped_column(ForeignKey("jobs.job_id", ondelete="CASCADE"), index=True)
+    kind: Mapped[str] = mapped_column(Characters(32))
+    subject: Mapped[str] = mapped_column(Prose())
+    text: Mapped[str] = mapped_column(Prose())
+    at: Mapped[Timestamp]
+    due_at: Mapped[Timestamp]  # of the next try; while one runs, the end of its lease
+    token: Mapped[str | None] = mapped_column(Characters(32))  # of the sender that has the lease
+    tries: Mapped[int] = mapped_column(default=0, server_default="0")
+    settled_at: Mapped[Timestamp | None]  # sent, passed on to channels, or given up
+    outcome: Mapped[str | None] = mapped_column(Prose())  # of the last try

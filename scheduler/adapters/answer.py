@@ -11,7 +11,7 @@ from loractl.common.adapter_config import CONFIG, check_adapter_config, check_ad
 from loractl.common.artifacts import WEIGHTS, attempt_prefix
 from loractl.common.binding import result_binding
 from loractl.common.errors import AdapterNotFound, UsageError
-from loractl.common.job.reference import LATEST, parse_reference
+from loractl.common.job.names import LATEST, parse_reference
 from loractl.scheduler.report.answer import result_of
 
 if TYPE_CHECKING:

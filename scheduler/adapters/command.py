@@ -102,7 +102,7 @@ def pull(adapter: str, folder: Path) -> None:
     peft's PeftModel.from_pretrained loads it from there.
     """
     from loractl.common.binding import result_binding
-    from loractl.common.job.kinds.known import kind_of
+    from loractl.common.job.kinds import kind_of
     from loractl.common.text import clean_line
     from loractl.common.units import amount
     from loractl.scheduler.cli.session import open_stores
@@ -204,7 +204,7 @@ def _check_new(folder: Path) -> None:
 @click.argument("name", metavar="TAG")
 def tag(adapter: str, name: str) -> None:
     """Tag an adapter as NAME:TAG; loractl gc keeps it."""
-    from loractl.common.job.reference import check_tag, parse_reference
+    from loractl.common.job.names import check_tag, parse_reference
     from loractl.common.text import clean_line
     from loractl.scheduler.cli.session import open_session
 
@@ -220,7 +220,7 @@ def tag(adapter: str, name: str) -> None:
 def untag(name: str) -> None:
     """Forget a tag; the adapter stays."""
     from loractl.common.errors import UsageError
-    from loractl.common.job.reference import check_tag, parse_reference
+    from loractl.common.job.names import check_tag, parse_reference
     from loractl.scheduler.cli.session import open_session
 
     reference = parse_reference(name)

@@ -13,7 +13,7 @@ from loractl.common.adapter_config import CONFIG, LINEAGE, SUFFIXES, portable_na
 from loractl.common.binding import result_binding
 from loractl.common.errors import ArtifactError, LoractlError, UsageError, WrongState
 from loractl.common.job.ancestor import ancestor_job
-from loractl.common.job.hub_name import is_hub_data, is_hub_id
+from loractl.common.job.names import is_hub_data, is_hub_id
 from loractl.common.model_card import License, Published, hub_card
 from loractl.scheduler.report.answer import report
 

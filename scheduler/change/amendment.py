@@ -6,12 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loractl.common.channel.channels import unknown_names
+from loractl.common.channels import unknown_names
 from loractl.common.errors import WrongState
 from loractl.common.job.amendment import Amended, Standing, changes
 from loractl.common.job.file import amended_spec, override_spec
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, Ways
+from loractl.common.job.method import Method, Need, Ways
 from loractl.common.job.status import Status
 from loractl.common.memory.need_key import need_key
 from loractl.common.store.columns import word

@@ -30,7 +30,7 @@ def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     Before a job begins all may change but its base and its data; while it runs priority, labels and
     resources.time_limit. A job that has begun and waits again takes what leaves its checkpoint valid.
     """
-    from loractl.common.queue.sender import open_sender
+    from loractl.common.queue.hints import open_sender
     from loractl.scheduler.cli.output import hint, warn
     from loractl.scheduler.cli.session import open_artifacts, open_session
     from loractl.scheduler.submit.intake import wake_for
@@ -63,7 +63,7 @@ def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
 
     They continue from their checkpoints, if they have any.
     """
-    from loractl.common.queue.sender import open_sender
+    from loractl.common.queue.hints import open_sender
     from loractl.scheduler.cli.output import hint, warn
     from loractl.scheduler.cli.session import open_artifacts, open_session
     from loractl.scheduler.submit.intake import wake_for

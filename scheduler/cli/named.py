@@ -33,7 +33,7 @@ def job_named(store: Store, text: str) -> int:
     if re.fullmatch(r"\d{1,99}", text, re.ASCII):
         return int(text)
     if ":" in text:
-        from loractl.common.job.reference import parse_reference
+        from loractl.common.job.names import parse_reference
 
         return store.adapters.get(parse_reference(text)).job_id
     from loractl.common.store.records import Choice, Page

@@ -15,7 +15,7 @@ from loractl.scheduler.report.answer import result_of
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
-    from loractl.common.job.kinds.kind import TaskKind
+    from loractl.common.job.kinds import TaskKind
     from loractl.common.store.store import Store
 
 Report = dict[str, Any]
@@ -68,7 +68,7 @@ class FinishedJob:
     @property
     def kind(self) -> TaskKind:
         """What the job learned to do."""
-        from loractl.common.job.kinds.known import kind_of
+        from loractl.common.job.kinds import kind_of
 
         return kind_of(self.spec.get("task_type"))
 

@@ -17,8 +17,7 @@ from loractl.common.artifacts import open_store
 from loractl.common.errors import LoractlError, UsageError, WrongState
 from loractl.common.settings import Settings, redacted
 from loractl.common.store.database import make_engine, reachable
-from loractl.common.store.dump.archive import Dump, is_dump
-from loractl.common.store.dump.copy import dump, load
+from loractl.common.store.dump import Dump, dump, is_dump, load
 from loractl.common.store.roles import has_roles
 
 from . import embedded

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from loractl.common.adapter_config import portable_name
-from loractl.common.placement.joins import spoilt_bases
+from loractl.common.placement.hosts import spoilt_bases
 from loractl.common.units import GIB, clock, duration, gib
 from loractl.scheduler.cli.screen import Screen, card_name, fit, joined, wrapped_table
 from loractl.scheduler.wait.cards import process_name

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from loractl.common.job.preference import LOSSES, REFERENCE_FREE
+from loractl.common.job.sections import LOSSES, REFERENCE_FREE
 
 from .translation import Draft, set_key, short, unset_key
 

@@ -18,7 +18,7 @@ from typing import Any
 from loractl.common.errors import LoractlError, ServiceRefused, ServiceUnreachable, UsageError, WrongState
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine, reachable
-from loractl.common.store.entrance.invitations import Invited, entered, look
+from loractl.common.store.entrance import Invited, entered, look
 from loractl.common.store.roles import WORK
 
 from .addresses import LabAddresses, read_addresses, refuse_another_store, right_to_results, urls_with_certificates

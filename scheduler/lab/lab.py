@@ -10,8 +10,7 @@ from typing import Any
 
 from loractl.common.errors import UsageError
 from loractl.common.settings import Settings
-from loractl.common.store.entrance.invitations import Invitation
-from loractl.common.store.entrance.owner import DatabaseServer, LabOwner, lab_owner
+from loractl.common.store.entrance import DatabaseServer, Invitation, LabOwner, lab_owner
 from loractl.common.store.roles import SUBMIT, WORK
 from loractl.common.store.schema import HEAD
 

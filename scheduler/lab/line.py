@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from loractl.common.errors import UsageError
-from loractl.common.store.entrance.invitations import LOGIN
+from loractl.common.store.entrance import LOGIN
 
 if TYPE_CHECKING:
     from cryptography.fernet import Fernet

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import LoractlError, UsageError
-from loractl.common.job.method import MOST_CARDS, Method
-from loractl.common.job.need import Need, Roomy, Ways, choose_method, within
+from loractl.common.job.method import MOST_CARDS, Method, Need, Roomy, Ways, choose_method, within
 from loractl.common.job.status import Status
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import learned, learned_roomy, peaks_like
-from loractl.common.memory.fit import Fit, largest_fit
+from loractl.common.memory.fit import Fit, largest_fit, plan_roomy
 from loractl.common.memory.need_key import model_family, need_key
 from loractl.common.memory.plan import Plan, plan, predict
-from loractl.common.memory.roomy import plan_roomy
 from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, Stack
 from loractl.common.placement.cards import MARGIN_BYTES, Card

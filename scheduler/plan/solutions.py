@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.job.method import Method, Parallel
-from loractl.common.job.need import Need, SharedNeed, Ways, choose_method
-from loractl.common.memory.fit import Fit, largest_fit
+from loractl.common.job.method import Method, Need, Parallel, SharedNeed, Ways, choose_method
+from loractl.common.memory.fit import Fit, largest_fit, plan_ways
 from loractl.common.memory.plan import plan
-from loractl.common.memory.ways import plan_ways
 from loractl.common.placement.cards import Card
 from loractl.common.placement.gangs import best_group, gang_of, may_share
 from loractl.common.placement.lines import Waiting

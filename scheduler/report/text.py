@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loractl.common.job.kinds.known import kind_of
+from loractl.common.job.kinds import kind_of
 from loractl.common.text import clean_line, number, signed
 from loractl.common.units import duration, gib, thousands
 from loractl.common.verdict import are_of_pairs, written

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loractl.common.job.need import Need, Roomy, RoomyForm
+from loractl.common.job.method import Need, Roomy, RoomyForm
 from loractl.common.placement.clock import ReplayedBase, ReplayedForm
 from loractl.common.placement.pack_rule import PassLaw
 from loractl.common.units import GIB

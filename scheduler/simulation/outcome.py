@@ -10,10 +10,9 @@ from typing import Any
 
 from loractl.common.placement.cards import Card
 from loractl.common.placement.clock import ReplayedJob, newcomers_of
-from loractl.common.placement.hosts import KEEP_WARM_S
-from loractl.common.placement.joins import Newcomers
+from loractl.common.placement.hosts import KEEP_WARM_S, Newcomers
+from loractl.common.placement.lines import vram_class
 from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
-from loractl.common.placement.sizes import vram_class
 
 from .baselines import best_fit, fifo, shortest_first
 from .workload import BEGIN, Chosen, Passes, to_replay

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loractl.common.errors import DataError, UsageError
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.method import Method, Need
 from loractl.common.placement.cards import Card, default_max_jobs, largest_gpu
 from loractl.common.placement.clock import ReplayedJob
 from loractl.common.placement.lines import Waiting

@@ -128,7 +128,7 @@ def told_of_queue(answer: Overview, settings: Settings) -> Overview:
     """The same, but while the queue is down, it is the reason for jobs that a card is about to take."""
     if all(wait.tier is not Tier.NEXT for wait in answer.waits.reasons.values()):
         return answer
-    from loractl.common.queue.sender import queue_away
+    from loractl.common.queue.hints import queue_away
 
     away = queue_away(settings)
     return answer if away is None else replace(answer, waits=without_queue(answer.waits, away))

@@ -9,7 +9,7 @@ from loractl.common.errors import AdapterNotFound, UsageError
 from loractl.common.fingerprint import may_be_published
 from loractl.common.job.ancestor import misfits
 from loractl.common.job.file import override_spec
-from loractl.common.job.reference import parse_reference
+from loractl.common.job.names import parse_reference
 from loractl.common.job.sections import AncestorJob
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from loractl.common.adapter_config import tensor_file_fault
 from loractl.common.errors import UsageError
 from loractl.common.fingerprint import has_tokenizer, unfit_template
-from loractl.common.tensor_file import tensor_file_fault
 
 
 def check_base(folder: Path) -> tuple[str, ...]:

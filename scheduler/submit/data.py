@@ -146,7 +146,7 @@ def is_local(text: str) -> bool:
 
 def _refuse_unknown_names(spec: JobSpec) -> None:
     """Raises DataError for text that is neither a file nor a possible name on the hub."""
-    from loractl.common.job.hub_name import is_hub_data
+    from loractl.common.job.names import is_hub_data
 
     for text in spec.data_sets().values():
         if not is_local(text) and not is_hub_data(text):

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from loractl.common.channel.channels import unknown_names
+from loractl.common.channels import unknown_names
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.job.status import Status
-from loractl.common.placement.sizes import vram_class
-from loractl.common.queue.sender import HintSender, open_sender
+from loractl.common.placement.lines import vram_class
+from loractl.common.queue.hints import HintSender, open_sender
 from loractl.common.units import gib
 
 from .data import is_local, store_data

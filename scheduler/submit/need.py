@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, Ways, least_need, permitted_methods, within
+from loractl.common.job.method import Method, Need, Ways, least_need, permitted_methods, within
 from loractl.common.memory.config import HOW_TO_NAME_IT, foreign_format, read_shape
 from loractl.common.memory.correction import learned, learned_roomy
+from loractl.common.memory.fit import plan_roomy, plan_ways
 from loractl.common.memory.need_key import model_family, need_key
 from loractl.common.memory.plan import predict
-from loractl.common.memory.roomy import plan_roomy
 from loractl.common.memory.step import Stack
-from loractl.common.memory.ways import plan_ways
 from loractl.common.module_pattern import ModulePattern
 from loractl.common.store.records import Submission
 from loractl.common.units import gib

@@ -19,7 +19,7 @@ from .data import is_local, unreadable_here
 from .lengths import ask_tokenizer, obstacle_to_count
 
 if TYPE_CHECKING:
-    from loractl.common.data.example import Example
+    from loractl.common.data.examples import Example
     from loractl.common.job.spec import JobSpec
 
 MARKS = 48

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from loractl.common.errors import UsageError
-from loractl.common.job.hub_name import is_hub_id
-from loractl.common.memory.config import find_config
-from loractl.common.memory.hub import hub_is_off
+from loractl.common.job.names import is_hub_id
+from loractl.common.memory.config import find_config, hub_is_off
 
 from .base_model import check_base, holds_model, right_to_read
 

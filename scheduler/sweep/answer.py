@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
-from loractl.common.job.halving import RUNGS
-from loractl.common.job.sweep import NewSweep, setting
+from loractl.common.job.sweep import RUNGS, NewSweep, setting
 
 from .grid import read_grid
 from .members import member_specs, numbered

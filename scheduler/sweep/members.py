@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import SpecError, SpecProblem, UsageError
-from loractl.common.job.halving import RUNGS, meets_rungs
+from loractl.common.job.sweep import RUNGS, meets_rungs
 from loractl.scheduler.submit.data import store_data
 from loractl.scheduler.submit.need import own_devices, plan_job, stored_hashes
 

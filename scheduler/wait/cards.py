@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import SharedNeed, least_need
+from loractl.common.job.method import Method, SharedNeed, least_need
 from loractl.common.placement.cards import Card, Obstacle, time_to_checkpoint
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.refusals import Full, Refusal, Taken

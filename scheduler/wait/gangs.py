@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.job.method import Parallel
-from loractl.common.job.need import SharedNeed, least_need
+from loractl.common.job.method import Parallel, SharedNeed, least_need
 from loractl.common.placement.gangs import Gathering, first_gathering, takers
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of

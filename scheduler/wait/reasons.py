@@ -15,8 +15,7 @@ from loractl import __version__
 from loractl.common.job.status import BLAMED, Status
 from loractl.common.placement.cards import Card, Obstacle, could_start, least_limit
 from loractl.common.placement.lines import Waiting
-from loractl.common.placement.reach import out_of_reach
-from loractl.common.placement.refusals import Taken
+from loractl.common.placement.refusals import Taken, out_of_reach
 from loractl.common.placement.shares import Allowance, window_name
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, fault_of, paused, unreadable
 from loractl.common.units import clock, duration, gib

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.method import Method, Need
 from loractl.common.placement.cards import could_start
-from loractl.common.placement.joins import join_openings
+from loractl.common.placement.hosts import join_openings
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView, waiting_of
 from loractl.common.units import gib

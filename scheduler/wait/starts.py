@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.placement.cards import Card
-from loractl.common.placement.hosts import KEEP_WARM_S
-from loractl.common.placement.joins import Newcomer, open_bases
+from loractl.common.placement.hosts import KEEP_WARM_S, Newcomer, open_bases
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.job.reference import parse_reference
+from loractl.common.job.names import parse_reference
 from loractl.common.job.status import Reason
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect

@@ -16,7 +16,7 @@ from sqlalchemy import Engine, create_engine, inspect, text
 from loractl.common.errors import LoractlError, UsageError, WrongState
 from loractl.common.job.status import Reason, Status
 from loractl.common.store.database import make_engine
-from loractl.common.store.dump.copy import dump, load
+from loractl.common.store.dump import dump, load
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.roles import WantedLogin, apply_roles
 from loractl.common.store.schema import HEAD, alembic_config, revision, upgrade

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from loractl.common.errors import LoractlError
-from loractl.common.job.reference import Reference
+from loractl.common.job.names import Reference
 from loractl.common.job.status import Status
 from loractl.common.store.database import REFUSALS
 from loractl.common.store.store import Store

@@ -24,9 +24,9 @@ import time
 from pathlib import Path
 
 from loractl.common.artifacts import sha256_of
-from loractl.common.job.halving import eval_interval
 from loractl.common.job.identity import spec_digest
 from loractl.common.job.status import Reason, Stage
+from loractl.common.job.sweep import eval_interval
 from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.protocol.messages import Ended, Note, Opened, Saved, StageChanged, Start, Stepped, Stop
 from loractl.worker.recipe.checkpoint import newest_checkpoint

@@ -24,9 +24,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import Forbidden
-from loractl.common.job.method import Parallel
-from loractl.common.job.need import Need, SharedNeed, Ways
-from loractl.common.job.reference import Reference
+from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
+from loractl.common.job.names import Reference
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.placement.pack_rule import MeasuredPass

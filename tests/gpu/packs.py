@@ -114,7 +114,7 @@ class Bench:
         from loractl.common.memory.context import CONTEXT_BYTES
         from loractl.common.memory.plan import predict
         from loractl.common.memory.step import Lengths
-        from loractl.common.placement.joins import own_part
+        from loractl.common.placement.hosts import own_part
         from loractl.worker.base.kept.model_snapshot import ModelSnapshot
 
         training = {"dtype": "bfloat16", "per_device_train_batch_size": 1, "optim": "adamw_torch_fused"}

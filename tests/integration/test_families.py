@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from loractl.common.data.example import Example
+from loractl.common.data.examples import Example
 from loractl.common.data.fields import Reading
 from loractl.common.data.formats import parse_examples
 from loractl.common.data.rows import RawRow

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, text
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.store.database import make_engine
-from loractl.common.store.entrance.invitations import LOGIN, Invitation, invite
+from loractl.common.store.entrance import LOGIN, Invitation, invite
 from loractl.common.store.queries import changes
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.roles import SUBMIT

@@ -21,8 +21,7 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, NewHost
 from loractl.common.store.store import Store
-from loractl.common.store.verbs.cards import CardVerbs
-from loractl.common.store.verbs.hosts import HostVerbs
+from loractl.common.store.verbs import CardVerbs, HostVerbs
 from loractl.common.units import GIB
 from loractl.worker.attempt.attempt import begin
 from loractl.worker.attempt.supervisor import supervise

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from loractl.common.errors import Forbidden, UsageError, WrongState
 from loractl.common.store.database import make_engine
-from loractl.common.store.entrance.invitations import LOGIN, Invitation, entered, invite, look
+from loractl.common.store.entrance import LOGIN, Invitation, entered, invite, look
 from loractl.common.store.roles import SUBMIT, WORK, WantedLogin, apply_roles
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store

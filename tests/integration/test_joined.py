@@ -20,7 +20,7 @@ from loractl.common.placement.cards import Card
 from loractl.common.store.database import connect
 from loractl.common.store.records import Beat, Claim, Progress
 from loractl.common.store.store import Store
-from loractl.common.store.verbs.attempts import AttemptVerbs
+from loractl.common.store.verbs import AttemptVerbs
 from loractl.common.units import GIB
 from loractl.worker.attempt import stops
 from loractl.worker.attempt import trainer_process as module

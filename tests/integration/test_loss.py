@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loractl.common.job.preference import PreferenceSpec
+from loractl.common.job.sections import PreferenceSpec
 from loractl.common.memory.step import HEAD_CHUNK
 from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.base.learner import Learner

@@ -16,7 +16,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.sections import TrainingSpec
 from loractl.common.job.spec import JobSpec, spec_keys
 from loractl.common.job.status import Reason
-from loractl.common.memory.optimizer import SMALLEST_8BIT, state_bytes
+from loractl.common.memory.weights import SMALLEST_8BIT, state_bytes
 from loractl.common.store.records import HELD_OUT_LOSS
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed

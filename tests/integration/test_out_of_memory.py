@@ -22,8 +22,7 @@ import pytest
 import torch
 
 from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.method import Method, Parallel
-from loractl.common.job.need import Roomy
+from loractl.common.job.method import Method, Parallel, Roomy
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.plan import predict

@@ -15,16 +15,16 @@ from sqlalchemy import Engine, create_engine, make_url, text
 from starlette.testclient import TestClient
 
 from loractl.common.artifacts import ArtifactStore
-from loractl.common.channel.channels import Channel
+from loractl.common.channels import Channel
 from loractl.common.errors import Forbidden
 from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.need import Need
-from loractl.common.job.reference import Reference
+from loractl.common.job.method import Need
+from loractl.common.job.names import Reference
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import load_settings
-from loractl.common.store.attempt_columns import retried
 from loractl.common.store.database import DatabaseError, make_engine
+from loractl.common.store.guard import retried
 from loractl.common.store.records import Claim, Delivery, Progress, SpentLog, StoredCheckpoint
 from loractl.common.store.roles import apply_roles, unbounded
 from loractl.common.store.store import Store

@@ -14,8 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from loractl.common.job.preference import PreferenceSpec
-from loractl.common.job.sections import DataFormat
+from loractl.common.job.sections import DataFormat, PreferenceSpec
 from loractl.common.job.status import Reason
 from loractl.worker.base.learner import Learner
 from loractl.worker.data.row_forms import form_of, with_prompts

@@ -23,8 +23,7 @@ import pytest
 
 from loractl.common.artifacts import WEIGHTS, ArtifactStore, open_store
 from loractl.common.binding import result_binding
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, permitted_methods
+from loractl.common.job.method import Method, Need, permitted_methods
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Status
 from loractl.common.settings import TRAINER, load_settings

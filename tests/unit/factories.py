@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from loractl.common.job.need import Need, Roomy, RoomyForm, permitted_methods, within
+from loractl.common.job.method import Need, Roomy, RoomyForm, permitted_methods, within
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Status
 from loractl.common.store.records import Claim, Left, NodeState, StoredResult, Submission

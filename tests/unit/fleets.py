@@ -6,16 +6,13 @@ import datetime as dt
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, least_need
+from loractl.common.job.method import Method, Need, least_need
 from loractl.common.job.status import Status
-from loractl.common.placement.keys import queue_key
-from loractl.common.placement.lines import ListedLine, Waiting, levels_of
+from loractl.common.placement.lines import ListedLine, Waiting, levels_of, queue_key
 from loractl.common.placement.rule import place
 from loractl.common.placement.shares import charge
 from loractl.common.store.fleet import FleetView, card_of, is_ready, waiting_of
-from loractl.common.store.hosts import TrainerHost
-from loractl.common.store.tables import DrainOrder, Job, Node
+from loractl.common.store.tables import DrainOrder, Job, Node, TrainerHost
 from loractl.common.units import GIB
 
 from .factories import NOON, job, node

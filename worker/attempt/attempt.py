@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.need import Need, Roomy
+from loractl.common.job.method import Need, Roomy
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.pack_rule import MeasuredPass
 from loractl.common.store.records import Beat, Claim, Progress, rung_points

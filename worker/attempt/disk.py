@@ -9,9 +9,8 @@ from pathlib import Path
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.config import read_shape
-from loractl.common.memory.optimizer import optimizer_name, state_bytes
 from loractl.common.memory.step import planned_labels
-from loractl.common.memory.weights import adapter_tensors
+from loractl.common.memory.weights import adapter_tensors, optimizer_name, state_bytes
 from loractl.common.units import GIB
 
 from .log import FILE_LIMIT

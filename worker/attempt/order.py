@@ -10,11 +10,11 @@ from pathlib import Path
 from loractl.common.adapter_config import CONFIG, check_adapter_config
 from loractl.common.artifacts import WEIGHTS
 from loractl.common.binding import checkpoint_binding, result_binding
-from loractl.common.channel.channels import VARIABLES
+from loractl.common.channels import VARIABLES
 from loractl.common.errors import AdapterNotFound, ArtifactError, JobNotFound
 from loractl.common.files import remove_tree
 from loractl.common.job.ancestor import ancestor_job, misfits
-from loractl.common.job.reference import Reference
+from loractl.common.job.names import Reference
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Stage
 from loractl.common.placement.hosts import base_key

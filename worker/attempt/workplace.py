@@ -10,7 +10,7 @@ from typing import Protocol
 
 from loractl.common.errors import LoractlError
 from loractl.common.placement.pack_rule import MeasuredPass
-from loractl.common.queue.sender import wake_cards
+from loractl.common.queue.hints import wake_cards
 from loractl.common.settings import Settings
 from loractl.common.store.records import Claim
 from loractl.common.store.store import Store

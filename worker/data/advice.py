@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loractl.common.job.need import permitted_methods
+from loractl.common.job.method import permitted_methods
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.fit import largest_fit

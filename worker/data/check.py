@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loractl.common.data.example import Example
+from loractl.common.data.examples import Example
 from loractl.common.data.fields import Reading
 from loractl.common.data.findings import Finding, about_fields, about_rows, about_warmup, refusals
 from loractl.common.data.formats import map_columns, parse_each

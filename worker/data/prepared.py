@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from loractl.common.data.example import Example
+from loractl.common.data.examples import Example
 from loractl.common.data.fields import Reading
 from loractl.common.data.findings import label_shares
 from loractl.common.data.formats import detect_format, parse_examples

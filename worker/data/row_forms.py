@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from loractl.common.data.example import Example
+from loractl.common.data.examples import Example
 from loractl.common.job.sections import DataFormat
 
 from .token_rows import TokenRows

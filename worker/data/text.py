@@ -11,7 +11,7 @@ import click
 
 from loractl.common.data.fields import SIDES
 from loractl.common.data.findings import Finding
-from loractl.common.job.kinds.preferences import PAIRS
+from loractl.common.job.kinds import PAIRS
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
 from loractl.common.job.spec import JobSpec
 from loractl.common.text import clean_text

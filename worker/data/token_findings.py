@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loractl.common.data.example import Example
+from loractl.common.data.examples import Example
 from loractl.common.data.findings import SHOWN_ROWS, Finding, Level, about_rows
 from loractl.common.job.sections import Overflow
 from loractl.common.job.spec import JobSpec

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.artifacts import sha256_of
-from loractl.common.data.example import Example
+from loractl.common.data.examples import Example
 from loractl.common.data.split import no_row_fits
 from loractl.common.errors import DataError
 from loractl.common.files import sync

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from loractl.common.data.example import Example, Turn
+from loractl.common.data.examples import Example, Turn
 from loractl.common.job.sections import DataFormat
 
 APART = "since the model's chat template changes earlier turns"

@@ -8,7 +8,7 @@ from typing import Any
 
 from loractl.common.data.fields import SIDES
 from loractl.common.errors import DataError, UsageError
-from loractl.common.job.kinds.preferences import PAIRS
+from loractl.common.job.kinds import PAIRS
 from loractl.common.job.sections import BadRow
 from loractl.common.job.spec import JobSpec
 

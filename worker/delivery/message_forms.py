@@ -13,7 +13,7 @@ from email.policy import SMTP
 from typing import Any
 from urllib.parse import urlsplit
 
-from loractl.common.channel.channels import Channel, signing_key
+from loractl.common.channels import Channel, signing_key
 from loractl.common.store.records import Parcel
 
 DISCORD_MOST = 1900

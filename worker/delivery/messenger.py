@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 
-from loractl.common.channel.channels import Channel
+from loractl.common.channels import Channel
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.settings import Settings
 from loractl.common.store.database import REFUSALS, outage, told_by

@@ -8,7 +8,7 @@ import ssl
 from collections.abc import Mapping
 from urllib.parse import unquote, urlsplit
 
-from loractl.common.channel.channels import Channel
+from loractl.common.channels import Channel
 from loractl.common.store.records import Delivery, Parcel
 
 from .deadline import CONNECT_S, DEADLINE_S, broken, connected

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 
-from loractl.common.channel.channels import Channel
+from loractl.common.channels import Channel
 from loractl.common.store.records import Delivery, Parcel
 
 from .deadline import DEADLINE_S

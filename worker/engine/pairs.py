@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812  torch's own name for it
 
-from loractl.common.job.preference import PreferenceSpec
+from loractl.common.job.sections import PreferenceSpec
 from loractl.worker.data.tokens import IGNORED, TokenRow
 
 from .loss import BentLoss, LearnedTokens

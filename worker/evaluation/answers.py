@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from loractl.common.data.example import Example
+from loractl.common.data.examples import Example
 from loractl.common.job.sections import Metric
 from loractl.worker.data.tokens import prompt_of
 

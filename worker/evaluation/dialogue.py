@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loractl.common.data.example import Example
+from loractl.common.data.examples import Example
 from loractl.common.job.sections import DataFormat
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode
 

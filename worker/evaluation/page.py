@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.chart import forest, loss_chart
-from loractl.common.job.kinds.known import kind_of
+from loractl.common.job.kinds import kind_of
 from loractl.common.text import signed
 from loractl.common.units import amount, duration, gib, thousands
 from loractl.common.verdict import answer_groups, badge, written

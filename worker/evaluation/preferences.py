@@ -12,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from loractl.common.job.preference import PreferenceSpec
-from loractl.common.job.sections import Metric
+from loractl.common.job.sections import Metric, PreferenceSpec
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.kept.knowledge import Once

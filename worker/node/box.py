@@ -18,7 +18,7 @@ import click
 
 from loractl.common.errors import ExitCode, LoractlError
 from loractl.common.placement.cards import TimeLeft
-from loractl.common.placement.sizes import served_classes
+from loractl.common.placement.lines import served_classes
 from loractl.common.queue.valkey import broker_url, embedded_runs, stop_unused
 from loractl.worker.device.devices import find_device
 

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from loractl.common.errors import ServiceUnreachable
-from loractl.common.placement.joins import open_bases
-from loractl.common.placement.sizes import VRAM_CLASSES, served_classes
-from loractl.common.queue.hint_queues import HintQueues
-from loractl.common.queue.hints import card_queue, queue_name
+from loractl.common.placement.hosts import open_bases
+from loractl.common.placement.lines import VRAM_CLASSES, served_classes
+from loractl.common.queue.hints import HintQueues, card_queue, queue_name
 from loractl.common.settings import pace_of
 from loractl.common.store.database import REFUSALS, absence, outage, told_by
 from loractl.worker.attempt.workplace import Workplace

@@ -23,7 +23,7 @@ from typing import IO, Any
 
 from loractl.common.errors import Forbidden, LoractlError, NameTaken
 from loractl.common.placement.cards import default_max_jobs
-from loractl.common.placement.sizes import VRAM_CLASSES
+from loractl.common.placement.lines import VRAM_CLASSES
 from loractl.common.queue.app import make_app
 from loractl.common.queue.hints import WAKE_TASK, card_queue, queue_name
 from loractl.common.queue.valkey import broker_url

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from loractl.common.placement.joins import PACK_MEMBERS
+from loractl.common.placement.hosts import PACK_MEMBERS
 from loractl.common.store.database import absence, outage
 from loractl.common.store.records import Claim
 from loractl.worker.attempt.attempt import SupervisedAttempt, begin

@@ -13,7 +13,7 @@ from typing import Any
 
 from loractl.common.artifacts import names_dataset
 from loractl.common.errors import LoractlError
-from loractl.common.job.hub_name import is_hub_data, is_hub_id
+from loractl.common.job.names import is_hub_data, is_hub_id
 from loractl.common.job.spec import JobSpec
 from loractl.common.settings import Settings
 from loractl.common.store.records import StoredCheckpoint

@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 from loractl.common.job.sections import TrainingSpec
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.common.memory.optimizer import optimizer_name
 from loractl.common.memory.step import checkpoints_activations
+from loractl.common.memory.weights import optimizer_name
 from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.protocol.messages import Start

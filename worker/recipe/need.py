@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 
 from loractl.common.job.adjustment import adjusted, is_roomy, without_room
-from loractl.common.job.need import Need
+from loractl.common.job.method import Need
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.config import read_shape
+from loractl.common.memory.fit import plan_roomy
 from loractl.common.memory.plan import predict
-from loractl.common.memory.roomy import plan_roomy
 from loractl.common.memory.step import Lengths, Stack, is_lean
 from loractl.common.units import gib
 from loractl.worker.base.arithmetic import choose_precision

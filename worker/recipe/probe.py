@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from loractl.common.memory.optimizer import state_bytes
+from loractl.common.memory.weights import state_bytes
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
 from loractl.worker.base.batches import in_batches
 from loractl.worker.base.gauge import in_a_sentence, is_out_of_memory

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from loractl.common.job.identity import training_digests
 from loractl.common.job.status import Reason
-from loractl.common.memory.optimizer import FUSED, PAGED, PLAIN, optimizer_name
+from loractl.common.memory.weights import FUSED, PAGED, PLAIN, optimizer_name
 from loractl.worker.base.arithmetic import evaluating, whole_modules
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import is_out_of_memory

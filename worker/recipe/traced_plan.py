@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
-from loractl.common.memory.optimizer import optimizer_name, state_bytes
 from loractl.common.memory.plan import Plan, traced_plan
 from loractl.common.memory.step import Lengths, checkpoints_activations, micro_batch, planned_labels
+from loractl.common.memory.weights import optimizer_name, state_bytes
 from loractl.worker.base.arithmetic import Precision, compute_in
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.source import source_of

@@ -17,7 +17,7 @@ from loractl.common.artifacts import ArtifactStore, Binding, attempt_prefix, ope
 from loractl.common.errors import ArtifactError, UsageError
 from loractl.common.fingerprint import changed_files
 from loractl.common.job.method import Method
-from loractl.common.job.reference import parse_reference
+from loractl.common.job.names import parse_reference
 from loractl.common.job.sections import DataFormat
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.engine import LEAN

@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, Select, String, cast, delete, exists, func
 from sqlalchemy.orm import Session, aliased
 
 from loractl.common.errors import AdapterNotFound, WrongState
-from loractl.common.job.reference import LATEST, Reference
+from loractl.common.job.names import LATEST, Reference
 from loractl.common.job.status import Status
 
 from ..columns import part_of

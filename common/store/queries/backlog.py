@@ -8,13 +8,11 @@ from collections.abc import Iterable, Mapping
 from sqlalchemy import or_, select
 from sqlalchemy import text as sql
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, Ways
+from loractl.common.job.method import Method, Need, Ways
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import TimeLeft, time_unmeasured
 from loractl.common.placement.gangs import gang_of
-from loractl.common.placement.keys import QueueKey, queue_key
-from loractl.common.placement.sizes import vram_class
+from loractl.common.placement.lines import QueueKey, queue_key, vram_class
 
 from ..columns import MOST_SECONDS
 from ..fleet import waiting_of

@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING
 from sqlalchemy import func, select
 
 from loractl.common.job.adjustment import Adjustment, adjusted, in_its_room, without_room
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, Roomy, RoomyForm, permitted_methods
+from loractl.common.job.method import Method, Need, Roomy, RoomyForm, permitted_methods
 from loractl.common.job.status import Stage, Status
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.cards import Card, could_start, least_limit
 from loractl.common.placement.gangs import may_share
-from loractl.common.placement.hosts import Seat, joined, seat
-from loractl.common.placement.joins import may_join, open_bases
+from loractl.common.placement.hosts import Seat, joined, may_join, open_bases, seat
 from loractl.common.placement.roomy import gains_more_in_a_pack, with_room
 from loractl.common.placement.rule import Placement
 from loractl.common.units import gib
 
-from ..attempt_columns import begun
 from ..fleet import is_ready, unreadable
-from ..guard import move
+from ..guard import begun, move
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node
 from ..transaction import SKIP_LOCKED, Transaction

@@ -12,9 +12,8 @@ from loractl.common.artifacts import checkpoint_prefix
 from loractl.common.job.adjustment import without_room
 from loractl.common.text import storable
 
-from ..attempt_columns import EXPECTED, REACHED
 from ..columns import part_of
-from ..guard import mine
+from ..guard import EXPECTED, REACHED, mine
 from ..records import Beat, Claim, Progress, StoredCheckpoint, rung_points
 from ..tables import ASKED_TO_STOP, Attempt, Job, LogChunk, MetricPoint
 from ..transaction import SKIP_LOCKED, Transaction

@@ -14,8 +14,17 @@ from typing import Any
 from sqlalchemy import RowMapping, TextualSelect, bindparam, text
 from sqlalchemy.orm import Session
 
-from loractl.common.placement.keys import QueueKey, queue_key_range
-from loractl.common.placement.lines import JoinedLine, Line, ListedLine, Openings, SubstitutedLine, Waiting, waited
+from loractl.common.placement.lines import (
+    JoinedLine,
+    Line,
+    ListedLine,
+    Openings,
+    QueueKey,
+    SubstitutedLine,
+    Waiting,
+    queue_key_range,
+    waited,
+)
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, turn
 
 from ..columns import UtcDateTime

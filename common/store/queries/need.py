@@ -12,14 +12,13 @@ from functools import partial
 from sqlalchemy import select, update
 from sqlalchemy import text as sql
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, Roomy, RoomyForm, SharedNeed, Ways, within
+from loractl.common.job.method import Method, Need, Roomy, RoomyForm, SharedNeed, Ways, within
 from loractl.common.job.status import Status
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import GROWTH, learned, learned_roomy
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.gangs import gang_of
-from loractl.common.placement.joins import own_part
+from loractl.common.placement.hosts import own_part
 from loractl.common.units import gib
 
 from ..columns import part_of
@@ -131,11 +130,10 @@ def _plan(job: Job, read: Callable[[], Transaction]) -> MemoryPlan | None:
     from pydantic import ValidationError
 
     from loractl.common.job.spec import JobSpec
+    from loractl.common.memory.fit import plan_roomy, plan_ways
     from loractl.common.memory.need_key import model_family, need_key
     from loractl.common.memory.plan import predict
-    from loractl.common.memory.roomy import plan_roomy
     from loractl.common.memory.step import Stack
-    from loractl.common.memory.ways import plan_ways
 
     try:
         spec = JobSpec.model_validate(job.spec)

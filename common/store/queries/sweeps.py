@@ -9,9 +9,8 @@ from sqlalchemy import Row, Select, select, text
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import SweepNotFound
-from loractl.common.job.halving import judge
 from loractl.common.job.status import Reason, Status
-from loractl.common.job.sweep import Member, RungPoint, SweepView, metric_of, setting
+from loractl.common.job.sweep import Member, RungPoint, SweepView, judge, metric_of, setting
 from loractl.common.units import LARGEST
 
 from ..records import HELD_OUT_LOSS, Claim, Page

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.errors import WrongState
-from loractl.common.memory.hub import hub_cache, hub_is_off
+from loractl.common.memory.config import hub_cache, hub_is_off
 from loractl.common.settings import Settings
 from loractl.common.units import GIB, amount
 from loractl.scheduler.database.backup import no_worker

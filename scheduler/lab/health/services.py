@@ -102,7 +102,7 @@ def see_clock(settings: Settings) -> Iterator[Condition]:
 
 def see_queue(settings: Settings) -> Iterator[Condition]:
     """Whether it answers. The embedded one is not started."""
-    from loractl.common.queue.sender import open_sender
+    from loractl.common.queue.hints import open_sender
     from loractl.common.queue.valkey import embedded_runs, server_binary
 
     if settings.redis_url is None and not embedded_runs(settings):

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from loractl.common.artifacts import ArtifactStore, attempt_prefix, manifest_sha256, open_store
-from loractl.common.job.reference import parse_reference
+from loractl.common.job.names import parse_reference
 from loractl.common.job.status import Reason, Stage
 from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import load_settings

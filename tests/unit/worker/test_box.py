@@ -17,8 +17,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from loractl.common.errors import ExitCode
-from loractl.common.job.method import Parallel
-from loractl.common.job.need import Need, SharedNeed, Ways
+from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
 from loractl.common.job.status import Status
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect

@@ -15,7 +15,7 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.settings import load_settings
 from loractl.common.store.records import Claim, Over, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
-from loractl.common.store.verbs.results import ResultVerbs
+from loractl.common.store.verbs import ResultVerbs
 from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.cleanup import clean, make_room
 from loractl.worker.attempt.drain import Drain

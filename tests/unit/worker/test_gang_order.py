@@ -13,8 +13,7 @@ from redis import Redis
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from loractl.common.job.method import Parallel
-from loractl.common.job.need import Need, SharedNeed, Ways
+from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
 from loractl.common.job.status import Reason, Stage
 from loractl.common.placement.gangs import GangShare
 from loractl.common.queue.hints import card_queue

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.job.method import Parallel
-from loractl.common.job.need import Need, SharedNeed, Ways
+from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.records import Claim

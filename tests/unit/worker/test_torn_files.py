@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from loractl.common.artifacts import checkpoint_prefix, manifest_sha256, sha256_of
-from loractl.common.data.example import Example
+from loractl.common.data.examples import Example
 from loractl.common.job.identity import data_digest, training_digests
 from loractl.common.job.method import Method
 from loractl.common.job.sections import DataFormat, DatasetSpec, PromptTemplate

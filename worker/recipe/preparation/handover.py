@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from loractl.common.data.example import Example, Turn
+from loractl.common.data.examples import Example, Turn
 from loractl.common.job.sections import DataFormat
 from loractl.common.job.spec import JobSpec
 from loractl.worker.data.prepared import FinalRows, PreparedData

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from loractl.common.data.example import Turn
+from loractl.common.data.examples import Turn
 from loractl.common.data.fields import tool_calls, tools
 from loractl.worker.serving.decoding.grammar import ANY_OBJECT
 

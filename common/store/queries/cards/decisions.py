@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card
-from loractl.common.placement.joins import Newcomer, RefusedJoin, looked_at, open_bases, spoilt_bases
+from loractl.common.placement.hosts import Newcomer, RefusedJoin, looked_at, open_bases, spoilt_bases
 from loractl.common.placement.lines import SubstitutedLine, Waiting
 from loractl.common.placement.rule import Decision, place
 

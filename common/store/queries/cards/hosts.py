@@ -12,9 +12,9 @@ from loractl.common.job.status import Status
 from loractl.common.placement.cards import WarmBase
 from loractl.common.placement.hosts import Seat, may_wait
 from loractl.common.placement.pack_rule import MeasuredPass, PassLaw
+from loractl.common.store.tables import TrainerHost
 from loractl.common.text import storable
 
-from ...hosts import TrainerHost
 from ...records import Claim, NewHost
 from ...tables import INSIDE, Attempt, Job, Node
 from ...transaction import Transaction

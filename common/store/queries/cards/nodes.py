@@ -17,9 +17,9 @@ from loractl.common.job.status import OUTCOMES, Blamed, Reason, Status
 from loractl.common.placement.cards import Card
 from loractl.common.placement.closure import REMEMBERED_S, CardFailure, closure
 from loractl.common.placement.shares import Allowance, charge, decayed, with_base, within_need
+from loractl.common.store.tables import TrainerHost
 
 from ...fleet import NODE_STALE_S, OCCUPANT, InsideHost, card_of
-from ...hosts import TrainerHost
 from ...records import BoxIdentity, NodeState
 from ...tables import INSIDE, Attempt, DrainOrder, Job, LabFailure, Node, Quota, Use
 from ...transaction import Transaction

@@ -15,12 +15,11 @@ from loractl.common.job.adjustment import Adjustment, adjusted
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 from loractl.common.placement.cards import Card, WarmBase
-from loractl.common.placement.hosts import base_key, why_alone
-from loractl.common.placement.joins import Newcomer, open_bases
+from loractl.common.placement.hosts import Newcomer, base_key, open_bases, why_alone
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.pack_rule import PackedJob, PassLaw
+from loractl.common.store.tables import TrainerHost
 
-from ...hosts import TrainerHost
 from ...tables import Attempt, Job
 
 if TYPE_CHECKING:

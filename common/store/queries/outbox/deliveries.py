@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 
 from sqlalchemy import ColumnElement, Select, delete, func, or_, select, update
 
-from loractl.common.channel.channels import LAB, ME, Channel, channels_of
+from loractl.common.channels import LAB, ME, Channel, channels_of
+from loractl.common.store.tables import OutboxMessage
 
-from ...outbox import OutboxMessage
 from ...records import ChannelTraffic, Delivery, Parcel, StuckMessages
 from ...transaction import Transaction
 from .notices import News, write

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from loractl.common.channel.channels import Channel, unknown_names
+from loractl.common.channels import Channel, unknown_names
 from loractl.common.errors import UsageError
 from loractl.common.settings import load_settings
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.data.example import Example
+from loractl.common.data.examples import Example
 from loractl.common.data.formats import detect_format, parse_examples
 from loractl.common.data.inspection import FEW_OF_A_LABEL, check_examples
 from loractl.common.data.labels import LONGEST, labels_of

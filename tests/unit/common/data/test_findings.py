@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loractl.common.data.example import Example
+from loractl.common.data.examples import Example
 from loractl.common.data.findings import about_rows, about_warmup, number_rows
 from loractl.common.data.inspection import check_examples
 from loractl.common.data.rows import RawRow

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from loractl.common.data.example import Example, Turn
+from loractl.common.data.examples import Example, Turn
 from loractl.common.data.findings import Finding
 from loractl.common.data.giveaway import MOST_ROWS, unquoted
 from loractl.common.data.inspection import check_examples

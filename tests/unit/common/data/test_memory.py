@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common import progress
-from loractl.common.data.example import Example, Turn
-from loractl.common.data.examples import IN_A_BLOCK, IN_MEMORY, Examples
+from loractl.common.data.examples import IN_A_BLOCK, IN_MEMORY, Example, Examples, Turn
 from loractl.common.data.inspection import check_examples
 from loractl.scheduler.submit.data import check_data
 

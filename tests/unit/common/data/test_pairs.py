@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.data.example import Example, Turn
+from loractl.common.data.examples import Example, Turn
 from loractl.common.data.fields import Reading
 from loractl.common.data.formats import detect_format, map_columns, parse_each
 from loractl.common.data.rows import RawRow

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from loractl.common.data.example import Example, Turn
+from loractl.common.data.examples import Example, Turn
 from loractl.common.data.resemblance import Resemblance, folded_words
 
 QUESTION = "Where is ffmpeg on kestrel since this morning?"

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.data.example import Example, Turn
+from loractl.common.data.examples import Example, Turn
 from loractl.common.data.formats import detect_format, map_columns, parse_examples
 from loractl.common.data.inspection import Leaks, check_examples
 from loractl.common.data.rows import RawRow, read_rows

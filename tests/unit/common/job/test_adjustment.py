@@ -14,8 +14,7 @@ from loractl.common.job.adjustment import (
     next_adjustment,
     without_room,
 )  # fmt: skip
-from loractl.common.job.method import Checkpointing
-from loractl.common.job.need import RoomyForm
+from loractl.common.job.method import Checkpointing, RoomyForm
 from loractl.common.job.spec import JobSpec
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.job.halving import ETA, RUNGS, eval_interval, judge, meets_rungs, rung_step
+from loractl.common.job.sweep import ETA, RUNGS, eval_interval, judge, meets_rungs, rung_step
 
 LOSSES = st.floats(0, 20)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, choose_method, least_need, permitted_methods, within
+from loractl.common.job.method import Method, Need, choose_method, least_need, permitted_methods, within
 from loractl.common.units import GIB
 
 from ..placement.scenes import AUTO

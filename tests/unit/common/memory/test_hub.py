@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from loractl.common.memory.hub import hub_cache, hub_is_off
+from loractl.common.memory.config import hub_cache, hub_is_off
 
 NAMES = ("HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 ASK = "from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE; print(HF_HUB_CACHE, HF_HUB_OFFLINE)"

@@ -12,18 +12,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.method import Method, Need
 from loractl.common.job.spec import JobSpec
+from loractl.common.memory.activations import CHUNK_BYTES, LOSS_BYTES
 from loractl.common.memory.context import CONTEXT_BYTES
 from loractl.common.memory.families import shape_of
 from loractl.common.memory.fit import largest_fit
-from loractl.common.memory.logits import CHUNK_BYTES, LOSS_BYTES
-from loractl.common.memory.optimizer import state_bytes
 from loractl.common.memory.plan import MIB, Plan, plan, predict
 from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import HEAD_CHUNK, Lengths, Stack
-from loractl.common.memory.weights import nf4_bytes
+from loractl.common.memory.weights import nf4_bytes, state_bytes
 from loractl.common.units import GIB
 
 from ....conftest import examples

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from loractl.common.job.method import Checkpointing, Method
-from loractl.common.job.need import Need, Roomy, RoomyForm
+from loractl.common.job.method import Checkpointing, Method, Need, Roomy, RoomyForm
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.correction import GROWTH, LIKE_IT_SPARE, Measured, learned, learned_roomy
+from loractl.common.memory.fit import plan_roomy
 from loractl.common.memory.plan import predict
-from loractl.common.memory.roomy import plan_roomy
 from loractl.common.memory.step import Lengths, Stack
 from loractl.common.units import GIB
 

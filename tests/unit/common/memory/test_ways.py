@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from loractl.common.job.method import Method, Parallel
-from loractl.common.job.need import Need, Ways
+from loractl.common.job.method import Method, Need, Parallel, Ways
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.config import read_shape
+from loractl.common.memory.fit import plan_ways
 from loractl.common.memory.plan import plan, predict
 from loractl.common.memory.step import Stack
-from loractl.common.memory.ways import plan_ways
 from loractl.common.units import GIB
 
 LLAMA_8B = {

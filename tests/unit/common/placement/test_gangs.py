@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.job.method import Method, Parallel
-from loractl.common.job.need import Need, SharedNeed
+from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, Occupant, Reservation, room_at
 from loractl.common.placement.gangs import gang_of, may_share
 from loractl.common.placement.lines import ListedLine, Waiting, levels_of

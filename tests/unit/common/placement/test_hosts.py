@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.method import Method, Need
 from loractl.common.placement.cards import Card, Occupant, WarmBase
 from loractl.common.placement.hosts import base_key, beyond, seat, why_alone
 

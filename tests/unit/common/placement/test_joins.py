@@ -13,11 +13,9 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.method import Method, Need
 from loractl.common.placement.cards import Card, Leaver, Occupant, WarmBase
-from loractl.common.placement.hosts import joined
-from loractl.common.placement.joins import PACK_MEMBERS, Newcomer, RefusedJoin, looked_at, own_part
+from loractl.common.placement.hosts import PACK_MEMBERS, Newcomer, RefusedJoin, joined, looked_at, own_part
 from loractl.common.placement.lines import JoinedLine, JoinOpening, ListedLine, Openings, Waiting, levels_of
 from loractl.common.placement.pack_rule import MeasuredPass, PackedJob, PassLaw
 from loractl.common.placement.preemption import give_way

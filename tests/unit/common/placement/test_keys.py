@@ -5,8 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.placement.keys import queue_key
-from loractl.common.placement.sizes import size_step
+from loractl.common.placement.lines import queue_key, size_step
 
 from .scenes import sizes
 

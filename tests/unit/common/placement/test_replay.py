@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.job.method import Method, Parallel
-from loractl.common.job.need import Need, SharedNeed
+from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, Occupant, WarmBase
 from loractl.common.placement.clock import ReplayedBase, ReplayedJob, newcomers_of
 from loractl.common.placement.lines import KeptLine, ListedLine, Openings, Waiting

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import RoomyForm
+from loractl.common.job.method import Method, RoomyForm
 from loractl.common.placement.cards import Card, Leaver, WarmBase
-from loractl.common.placement.joins import Join
+from loractl.common.placement.hosts import Join
 from loractl.common.placement.pack_rule import JoinVerdict, PackedJob
 from loractl.common.placement.roomy import gains_more_in_a_pack, with_room
 from loractl.common.placement.rule import RESERVE_AFTER_S, Placement

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from loractl.common.placement.sizes import VRAM_CLASSES, served_classes, size_step, vram_class
+from loractl.common.placement.lines import VRAM_CLASSES, served_classes, size_step, vram_class
 from loractl.common.queue.hints import queue_name
 from loractl.common.units import GIB
 

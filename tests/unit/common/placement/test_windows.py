@@ -6,12 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from loractl.common.job.method import Parallel
-from loractl.common.job.need import Need, SharedNeed
+from loractl.common.job.method import Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, Obstacle
 from loractl.common.placement.lines import ListedLine, Openings, Waiting, levels_of
-from loractl.common.placement.reach import out_of_reach
-from loractl.common.placement.refusals import Round
+from loractl.common.placement.refusals import Round, out_of_reach
 from loractl.common.placement.rule import MOST_WITHOUT_TIME, place
 from loractl.common.units import GIB
 

@@ -11,10 +11,9 @@ import pytest
 import redis
 
 from loractl.common.errors import ExitCode, ServiceUnreachable, UsageError
-from loractl.common.placement.sizes import VRAM_CLASSES
+from loractl.common.placement.lines import VRAM_CLASSES
 from loractl.common.queue.app import make_app
-from loractl.common.queue.hint_queues import MOST_HINTS, HintQueues
-from loractl.common.queue.hints import WAKE_TASK, queue_name
+from loractl.common.queue.hints import MOST_HINTS, WAKE_TASK, HintQueues, queue_name
 from loractl.common.queue.valkey import broker_url, embedded_runs
 from loractl.common.settings import load_settings
 

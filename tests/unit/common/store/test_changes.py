@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loractl.common.errors import LoractlError
-from loractl.common.job.reference import Reference
+from loractl.common.job.names import Reference
 from loractl.common.job.status import Reason
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress

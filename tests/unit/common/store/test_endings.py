@@ -10,10 +10,9 @@ from sqlalchemy.orm import Session
 
 from loractl.common.errors import WrongState
 from loractl.common.job.status import LAB_FAILURE_LIMIT, LAB_RETRY_DELAY_S, OUTCOMES, TRANSITIONS, Reason, Stage, Status
-from loractl.common.placement.lines import RESULT_FIRST_S
-from loractl.common.placement.sizes import VRAM_CLASSES
+from loractl.common.placement.lines import RESULT_FIRST_S, VRAM_CLASSES
 from loractl.common.settings import LEASE_S
-from loractl.common.store.attempt_columns import begun, ended, retried
+from loractl.common.store.guard import begun, ended, retried
 from loractl.common.store.records import Claim, Left, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from loractl.common.job.method import Method, Parallel
-from loractl.common.job.need import Need, SharedNeed, Ways
+from loractl.common.job.method import Method, Need, Parallel, SharedNeed, Ways
 from loractl.common.job.status import LAB_RETRY_DELAY_S, Reason, Status
 from loractl.common.placement.rule import RESERVE_AFTER_S
 from loractl.common.settings import LEASE_S

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from sqlalchemy import delete, update
 from sqlalchemy.orm import Session
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.method import Method, Need
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.lines import ListedLine, Openings, Waiting, levels_of
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S

@@ -13,8 +13,7 @@ from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.method import Method, Need
 from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
 from loractl.common.memory.engine import ENGINE

@@ -7,13 +7,13 @@ import threading
 import pytest
 from sqlalchemy import Engine, select
 
-from loractl.common.channel.channels import Channel
+from loractl.common.channels import Channel
 from loractl.common.job.status import LAB_FAILURE_LIMIT, LAB_RETRY_DELAY_S, Reason, Status
 from loractl.common.job.sweep import NewSweep
-from loractl.common.store.outbox import OutboxMessage
 from loractl.common.store.queries.outbox.deliveries import KEPT_S, LATE_S, MOST_PAUSE_S, PATIENCE_S, TRIES
 from loractl.common.store.records import Claim, Delivery, Parcel, Progress
 from loractl.common.store.store import Store
+from loractl.common.store.tables import OutboxMessage
 from loractl.common.units import GIB
 
 from ....databases import SQLITE_ALONE

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import event
 
 from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.need import Need, Roomy, RoomyForm
+from loractl.common.job.method import Need, Roomy, RoomyForm
 from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import Measured
 from loractl.common.store.records import Claim, Progress

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from loractl.common.errors import SweepNotFound, WrongState
-from loractl.common.job.halving import RUNGS
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.job.sweep import NewSweep
+from loractl.common.job.sweep import RUNGS, NewSweep
 from loractl.common.store.records import HELD_OUT_LOSS, Beat, Claim, Progress
 from loractl.common.store.store import Store
 

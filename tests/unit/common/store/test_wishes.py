@@ -10,7 +10,7 @@ from sqlalchemy import Connection, event, select, update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import AdapterNotFound, JobNotFound, WrongState
-from loractl.common.job.reference import Reference
+from loractl.common.job.names import Reference
 from loractl.common.job.status import Reason, Status
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress

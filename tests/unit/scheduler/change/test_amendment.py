@@ -11,10 +11,9 @@ import pytest
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import UsageError, WrongState
 from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.method import Parallel
-from loractl.common.job.need import Need, SharedNeed, Ways
+from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
 from loractl.common.job.status import Reason, Status
-from loractl.common.placement.keys import QueueKey
+from loractl.common.placement.lines import QueueKey
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job

@@ -13,7 +13,7 @@ from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
-from loractl.common.store.verbs.jobs import JobVerbs
+from loractl.common.store.verbs import JobVerbs
 from loractl.scheduler.change.command import cancel
 
 from ...factories import RESULT, submission, take

@@ -24,7 +24,7 @@ from loractl.common.artifacts import (
 from loractl.common.binding import result_binding
 from loractl.common.errors import ArtifactError, UsageError
 from loractl.common.files import Folder, Unfinished, open_files
-from loractl.common.job.reference import parse_reference
+from loractl.common.job.names import parse_reference
 from loractl.common.job.status import Reason
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import make_engine

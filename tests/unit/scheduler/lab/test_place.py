@@ -160,6 +160,6 @@ def test_the_shipped_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
 def test_what_the_wheel_must_have_is_package_data() -> None:
     root = Path(__file__).parents[4]
     patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
-    for file in ("common/store/roles.sql", "common/store/entrance/invitations.sql", "scheduler/lab/compose.yaml",
+    for file in ("common/store/roles.sql", "common/store/invitations.sql", "scheduler/lab/compose.yaml",
                  "scheduler/lab/loractl-worker.service"):  # fmt: skip
         assert (root / file).exists() and any(Path(file).match(pattern) for pattern in patterns), file

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need
+from loractl.common.job.method import Method, Need
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Status
 from loractl.common.memory.step import Lengths

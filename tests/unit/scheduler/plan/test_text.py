@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from loractl.common.job.method import Method
-from loractl.common.job.need import Need, Roomy, RoomyForm
+from loractl.common.job.method import Method, Need, Roomy, RoomyForm
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import Measured, accuracy
 from loractl.common.memory.fit import Fit

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import redis
 
-from loractl.common.placement.sizes import vram_class
+from loractl.common.placement.lines import vram_class
 from loractl.common.queue.hints import queue_name
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import load_settings

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from loractl.common.store.verbs.jobs import JobVerbs
+from loractl.common.store.verbs import JobVerbs
 from loractl.scheduler.web.pages import pages
 from loractl.scheduler.web.pages.floor import lab_floor
 

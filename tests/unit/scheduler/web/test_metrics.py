@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from loractl import __version__
-from loractl.common.channel.channels import Channel
+from loractl.common.channels import Channel
 from loractl.common.job.status import Reason, Status
 from loractl.common.settings import load_settings
 from loractl.common.store.records import Delivery, Progress

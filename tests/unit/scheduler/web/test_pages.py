@@ -142,7 +142,7 @@ def test_a_sweep_without_a_result_offers_no_comparison(own_web: Web) -> None:
 
 
 def test_the_adapters_page_compares_and_tells_where_one_comes_from(own_web: Web) -> None:
-    from loractl.common.job.reference import parse_reference
+    from loractl.common.job.names import parse_reference
 
     own_web.lab.store.adapters.tag(parse_reference("7"), "prod", "mara")
     page = words(own_web.client.get("/adapters?adapter=7").text)

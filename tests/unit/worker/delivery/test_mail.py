@@ -13,7 +13,7 @@ import pytest
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, AuthResult, Envelope, LoginPassword, Session
 
-from loractl.common.channel.channels import Channel
+from loractl.common.channels import Channel
 from loractl.common.store.records import Delivery
 from loractl.worker.delivery.messenger import deliver
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.channel.channels import Channel
+from loractl.common.channels import Channel
 from loractl.common.store.records import Delivery
 from loractl.worker.delivery.message_forms import mail
 from loractl.worker.delivery.messenger import deliver

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.channel.channels import Channel
+from loractl.common.channels import Channel
 from loractl.common.job.status import Reason
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine

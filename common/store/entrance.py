@@ -1,4 +1,6 @@
-"""Invitations: logins that last an hour, and may only call the function that makes a box's or a person's own login."""
+"""The way into a lab: its owner makes the tables, the roles and the invitations. An invitation is a login that lasts an
+hour, and may only call the function that makes a box's or a person's own login.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 
-from loractl.common.errors import LoractlError, UsageError, WrongState
-from loractl.common.store.roles import WantedLogin, check_login, refuse_another_s, role_exists, verifier
-from loractl.common.store.schema import lock_schema
+from loractl.common.errors import LoractlError, SchemaMismatch, UsageError, WrongState
+from loractl.common.settings import Settings
+
+from .database import connect, reachable
+from .roles import WantedLogin, apply_roles, check_login, refuse_another_s, role_exists, verifier
+from .schema import HEAD, lock_schema, revision, upgrade
 
 LOGIN = "loractl_join_"
 """The prefix of all logins of join lines; 12 hex digits follow."""
@@ -122,3 +127,56 @@ def _asked(connection: Connection, name: str | None, kept: str | None) -> dict[s
     sentence, hint = _REFUSED.get(why, ("the database refuses it", None))
     kind: type[LoractlError] = UsageError if why == "name" else WrongState
     raise kind(f"{name}: {sentence}" if name and why != "spent" else sentence, hint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatabaseServer:
+    """Where it is by the owner's own address, and whether it offers encrypted connections itself."""
+
+    host: str  # or the folder of a unix socket
+    port: int
+    database: str
+    tls: bool
+
+
+class LabOwner:
+    """The owner of the tables, by an engine. Every method raises Forbidden for somebody else."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def server(self) -> DatabaseServer:
+        """The server that has the database."""
+        url, options = self._engine.url, dict(self._engine.url.query)
+        host, port = url.host or options.get("host") or "localhost", url.port or options.get("port") or 5432
+        with self._engine.connect() as connection:
+            tls = connection.execute(text("SHOW ssl")).scalar_one() == "on"
+        return DatabaseServer(host=str(host), port=int(str(port)), database=str(url.database), tls=tls)
+
+    def prepare(self) -> tuple[str | None, tuple[str, ...]]:
+        """Make missing tables and roles; returns the previous revision, and the new roles.
+
+        Raises SchemaMismatch: upgrading tables in use is a decision of its own.
+        """
+        if (before := revision(self._engine)) is None:
+            upgrade(self._engine)
+        elif before != HEAD:
+            raise SchemaMismatch(before, HEAD)
+        return before, apply_roles(self._engine).new_roles
+
+    def invite(self, invitations: Sequence[Invitation], valid_s: float) -> dt.datetime:
+        """As `invite` says. Raises SchemaMismatch where nothing was prepared."""
+        if (before := revision(self._engine)) != HEAD:
+            raise SchemaMismatch(before, HEAD)
+        return invite(self._engine, invitations, valid_s)
+
+
+@contextlib.contextmanager
+def lab_owner(settings: Settings) -> Iterator[LabOwner]:
+    """The owner by the settings' address. Raises ServiceUnreachable."""
+    engine = connect(settings, check_schema=False)
+    try:
+        with reachable(settings):
+            yield LabOwner(engine)
+    finally:
+        engine.dispose()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from loractl.common.errors import UsageError
+from .errors import UsageError
 
 ME = "me"
 """In a job's `notify`: the channels that list its user among their `users`."""

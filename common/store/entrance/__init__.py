@@ -1,1 +1,0 @@
-"""How a box or a person gets its login: by the owner's invitation. It has no other SQL."""
