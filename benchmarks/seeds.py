@@ -78,8 +78,8 @@ def _train(model: str, rows: str, side: str, seed: int) -> float:
     from loractl.worker.base.arithmetic import choose_precision, compute_in
     from loractl.worker.base.lora import add_adapter
     from loractl.worker.base.model import load_base, load_tokenizer
-    from loractl.worker.data.collation import collate, inputs_of
     from loractl.worker.data.prepared import prepare_data
+    from loractl.worker.data.token_rows import collate, inputs_of
     from loractl.worker.engine.engine import Engine
     from loractl.worker.engine.loop import MemberRows, TrainingLoop
     from loractl.worker.engine.passes.choice import shared_base

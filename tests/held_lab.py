@@ -38,14 +38,13 @@ from loractl.scheduler.cli import session
 from loractl.scheduler.cli.main import cli
 from loractl.scheduler.submit.data import store_data
 from loractl.scheduler.submit.need import own_devices, plan_job
-from loractl.worker.attempt.drain import Drain, Wish
-from loractl.worker.attempt.storage.calls import carry_out
 from loractl.worker.attempt.storage.client import CallWatch, StoreClient
-from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.attempt.storage.service import carry_out
+from loractl.worker.attempt.workplace import Drain, Wish, Workplace
 from loractl.worker.device.devices import Device, find_devices
 from loractl.worker.device.snapshot import Process, Snapshot
+from loractl.worker.node.device_row import NodeOptions
 from loractl.worker.node.node import DeviceNode, place_of
-from loractl.worker.node.options import NodeOptions
 from loractl.worker.protocol.messages import Ended, Start, Stop, Told, decode_order, encode
 from loractl.worker.recipe.order_desk import EXIT_ORPHANED, Orders
 

@@ -49,7 +49,7 @@ MODULES = {
     "loractl.worker.data.lengths": HEAVY,
     "loractl.worker.recipe.preparation": HEAVY,
     "loractl.worker.node": LIGHT,
-    "loractl.worker.node.health.card_check": LIGHT,
+    "loractl.worker.node.health.self_test": LIGHT,
     "loractl.worker.attempt.storage": LIGHT,
     "tests.quick_trainer": LIGHT,
 }

@@ -248,7 +248,7 @@ def _load(kind: str) -> None:
         if kind == HEAVY or room.startswith(NO_STACK):
             importlib.import_module(module.name)
     if kind == HEAVY:
-        from loractl.worker.evaluation.page import page_template
+        from loractl.worker.evaluation.report import page_template
 
         page_template()
         _find_weights_names()

@@ -15,9 +15,8 @@ from loractl.common.job.sections import DataFormat
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import choose_precision, compute_in
 from loractl.worker.base.kernels import load_kernels
-from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
-from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.base.model import Learner, load_base, load_tokenizer
 from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.engine import Engine

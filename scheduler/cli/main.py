@@ -41,7 +41,7 @@ COMMANDS: Commands = {
         "loractl.scheduler.adapters.command:adapters",
         "Manage stored adapters: list, tag, pull, push, merge, delete.",
     ),
-    "generate": ("loractl.worker.commands.generate:generate", "Answer a prompt with an adapter, or with its base."),
+    "generate": ("loractl.worker.commands.chat:generate", "Answer a prompt with an adapter, or with its base."),
     "predict": ("loractl.worker.commands.predict:predict", "Label or answer every row of a file, as JSON lines."),
     "chat": ("loractl.worker.commands.chat:chat", "Talk with an adapter; /adapter switches to another one in place."),
     "serve": ("loractl.worker.commands.serve:serve", "Serve a base and its adapters over an OpenAI-compatible API."),

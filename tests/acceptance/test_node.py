@@ -20,14 +20,12 @@ from loractl.common.store.database import connect
 from loractl.common.store.records import BoxIdentity, Claim
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
-from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.storage.client import StoreClient
-from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.device.devices import SimulatedDevice
 from loractl.worker.device.occupancy import Watch
-from loractl.worker.node.device_row import DeviceRow
+from loractl.worker.node.device_row import DeviceRow, NodeOptions
 from loractl.worker.node.monitor import Monitor
-from loractl.worker.node.options import NodeOptions
 from loractl.worker.node.slots import CALM_S, Slots
 
 from ..conftest import Cli

@@ -13,7 +13,7 @@ import pytest
 
 from loractl.common.errors import ArtifactError, ExitCode
 from loractl.scheduler.report.page import POLICY, guarded
-from loractl.worker.evaluation.page import render_html
+from loractl.worker.evaluation.report import render_html
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<script>document.title='owned'</script><img src=http://127.0.0.1:9/x onerror=document.title='owned'>"

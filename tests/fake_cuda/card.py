@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
-from loractl.worker.base import shared_heads
+from loractl.worker.base import arithmetic
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import LearnedTokens
-from loractl.worker.engine.passes import norm, rotary, varlen
+from loractl.worker.engine.passes import attention, card_kernels
 from loractl.worker.engine.passes.lean import RowsBehindEachOther
 from loractl.worker.engine.streams import RandomStreams
 
@@ -100,12 +100,12 @@ def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
         for kind in of:
             stack.enter_context(patch.object(kind, "of", classmethod(laid)))
         stack.enter_context(patch.object(RandomStreams, "drawing", _drawing))
-        stack.enter_context(patch.object(varlen, "_is_right", right))
+        stack.enter_context(patch.object(attention, "_is_right", right))
         stack.enter_context(patch.object(torch.backends.cuda, "can_use_flash_attention", takes_flash))
         stack.enter_context(patch.object(torch.backends.cuda, "can_use_efficient_attention", takes_efficient))
         stack.enter_context(patch.object(functional, "scaled_dot_product_attention", _attend))
-        stack.enter_context(patch.object(norm, "_is_row_norm", tried(norm._is_row_norm)))
-        stack.enter_context(patch.object(rotary, "_turns_halves", tried(rotary._turns_halves)))
+        stack.enter_context(patch.object(card_kernels, "_is_row_norm", tried(card_kernels._is_row_norm)))
+        stack.enter_context(patch.object(card_kernels, "_turns_halves", tried(card_kernels._turns_halves)))
         stack.enter_context(patch.object(torch.nn.Module, "to", _to))
         stack.enter_context(patch.object(dora, "dequantize_module_weight", _dequantized))
         kernels = stack.enter_context(torch.library._scoped_library("aten", "IMPL", "CUDA"))
@@ -121,8 +121,8 @@ def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
 
 def _forget() -> None:
     """What was found out of a card."""
-    varlen.why_not.cache_clear()
-    shared_heads.are_fused.cache_clear()
+    attention.why_no_kernel.cache_clear()
+    arithmetic.are_fused.cache_clear()
 
 
 def _attend(
@@ -136,7 +136,7 @@ def _attend(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """By the kernel that torch would pick on a card: FlashAttention, else the efficient one, else plain products."""
-    q, k, v = (one.to(shared_heads.kind_of(one)) for one in (query, key, value))
+    q, k, v = (one.to(arithmetic.kind_of(one)) for one in (query, key, value))
     params = torch.backends.cuda.SDPAParams(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa)
     if torch.backends.cuda.can_use_flash_attention(params):
         answer = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]

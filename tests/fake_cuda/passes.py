@@ -13,13 +13,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, evaluating
+from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, evaluating, repeat_where_needed
 from loractl.worker.base.lora import add_adapter
-from loractl.worker.base.shared_heads import repeat_where_needed
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import UNSMOOTHED, BentLoss, LearnedTokens, MicroBatch, TokenLoss
 from loractl.worker.engine.optimizer import ScaledOptimizer
-from loractl.worker.engine.passes import product, varlen
+from loractl.worker.engine.passes import attention, product
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
@@ -294,10 +293,14 @@ MANY: dict[str, Case] = {
 @contextlib.contextmanager
 def fault(name: str) -> Iterator[None]:
     """Put a fault into the engine, which its own tests on a processor might not see."""
-    borders, backward = varlen.borders_of, product._Product.backward
+    borders, backward = attention.borders_of, product._Product.backward
     faults: dict[str, tuple[Any, str, Any]] = {
-        "a tensor on the processor": (varlen, "borders_of", lambda lengths, _: borders(lengths, torch.device("cpu"))),
-        "mixed types": (varlen, "_as_autocast", lambda states: states.float() if states.shape[1] == 4 else states),
+        "a tensor on the processor": (
+            attention,
+            "borders_of",
+            lambda lengths, _: borders(lengths, torch.device("cpu")),
+        ),
+        "mixed types": (attention, "_as_autocast", lambda states: states.float() if states.shape[1] == 4 else states),
         "a gradient that is lost": (
             product._Product,
             "backward",

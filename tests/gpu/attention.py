@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from loractl.worker.base import shared_heads
-from loractl.worker.engine.passes import varlen
-from loractl.worker.engine.passes.row_attention import RowAttention
+from loractl.worker.base import arithmetic
+from loractl.worker.engine.passes import attention
+from loractl.worker.engine.passes.attention import RowAttention
 
 HEADS, GROUPS, WIDTH = 32, 8, 128
 
@@ -32,7 +32,7 @@ TIMES = 7
 
 def main() -> None:
     device, *shapes = sys.argv[1:]
-    shared_heads.repeat_where_needed()  # as loading a base does
+    arithmetic.repeat_where_needed()  # as loading a base does
     for shape in shapes:
         if "/" in shape:
             tokens, kind = shape.split("/")
@@ -47,7 +47,7 @@ def compare(device: torch.device, count: int, length: int) -> dict[str, Any]:
     lengths = [length - number % (length // 2) for number in range(count)]
     states = _states(device, sum(lengths), torch.bfloat16)
     by_row = _attention(states, lengths)
-    why = varlen.why_not(device, torch.bfloat16, WIDTH, False)
+    why = attention.why_not(device, torch.bfloat16, WIDTH, False)
     if why is not None:
         return {"why": why, "by row": by_row[0]}
     at_once = _attention(states, lengths, once=True)
@@ -71,13 +71,13 @@ def _without_flash() -> Iterator[None]:
     flash, cudnn = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    shared_heads.are_fused.cache_clear()
+    arithmetic.are_fused.cache_clear()
     try:
         yield
     finally:
         torch.backends.cuda.enable_flash_sdp(flash)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        shared_heads.are_fused.cache_clear()
+        arithmetic.are_fused.cache_clear()
 
 
 def _held(device: torch.device, *, peak: bool = False) -> int:

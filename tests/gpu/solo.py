@@ -200,9 +200,8 @@ def _loop_of(
 
     from loractl.common.job.method import Method
     from loractl.worker.base.arithmetic import choose_precision, compute_in
-    from loractl.worker.base.learner import Learner
     from loractl.worker.base.lora import add_adapter
-    from loractl.worker.base.model import load_base, load_tokenizer
+    from loractl.worker.base.model import Learner, load_base, load_tokenizer
     from loractl.worker.engine.loop import MemberRows, TrainingLoop
     from loractl.worker.engine.passes.choice import forward_pass, shared_base
 

@@ -19,9 +19,8 @@ from loractl.common.store.database import connect, make_engine
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
-from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.storage.client import StoreClient
-from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.kernels import load_kernels
 from loractl.worker.device.devices import CpuDevice

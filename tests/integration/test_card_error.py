@@ -21,8 +21,7 @@ from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.trainer_process import TrainerProcess, launch
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.device.occupancy import RUN_VARIABLE
-from loractl.worker.protocol.card_error import card_error
-from loractl.worker.protocol.exit_reason import exit_reason
+from loractl.worker.protocol.exit_reason import card_error, exit_reason
 from loractl.worker.recipe import trainer
 
 from .test_out_of_memory import make_order
@@ -111,7 +110,7 @@ def test_a_trainer_that_meets_it_says_so(
     def fail(*_: object) -> None:
         raise RuntimeError(text)
 
-    monkeypatch.setattr("loractl.worker.recipe.device_limit.hold_to", fail)
+    monkeypatch.setattr("loractl.worker.recipe.run.hold_to", fail)
     (tmp_path / "data.jsonl").write_text("")
     order = make_order(tmp_path, tmp_path, tmp_path / "data.jsonl")
     ended = trainer._run_alone(order, queue.SimpleQueue(), lambda _: None)

@@ -21,9 +21,8 @@ from loractl.common.job.status import Reason
 from loractl.common.model_card import Published, hub_card
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.head import Head
 from loractl.worker.base.lora import add_adapter
-from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.base.model import Head, load_base, load_tokenizer
 from loractl.worker.data.prepared import prepare_data
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.evaluation.classifier import classify, row_losses

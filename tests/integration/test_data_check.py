@@ -22,7 +22,7 @@ from loractl.scheduler.submit.need import plan_job
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.check import Checked, check_data, findings_about
 from loractl.worker.data.prepared import prepare_data
-from loractl.worker.data.trained_row import trained_row
+from loractl.worker.data.text import trained_row
 
 from .. import json_page
 from ..conftest import Cli

@@ -17,12 +17,11 @@ from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.batches import in_batches
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.evaluation.answers import rouge
-from loractl.worker.evaluation.comparison import Compared
+from loractl.worker.evaluation.comparison import BOOTSTRAP_SEED, Compared, draws, paired_interval
 from loractl.worker.evaluation.confusion import Labels, label_metrics
 from loractl.worker.evaluation.generation import generate
 from loractl.worker.evaluation.report import verdict
 from loractl.worker.evaluation.row_losses import LOSS
-from loractl.worker.evaluation.statistics import BOOTSTRAP_SEED, draws, paired_interval
 from loractl.worker.protocol.messages import LogLines, Note, Stepped
 
 from .conftest import Recipe

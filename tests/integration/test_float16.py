@@ -21,9 +21,8 @@ from loractl.worker.engine.optimizer import ScaledOptimizer
 from loractl.worker.protocol.messages import Note, Planned, Stepped, Told
 from loractl.worker.recipe import need
 from loractl.worker.recipe.fit import SKIPS, Brake
-from loractl.worker.recipe.progress import Teller
+from loractl.worker.recipe.progress import Recorder, Teller
 from loractl.worker.recipe.recipe import _about_fp16
-from loractl.worker.recipe.recorder import Recorder
 from loractl.worker.recipe.run import Run
 
 from ..unit.common.memory.test_plan import SMOLLM2_135M

@@ -27,8 +27,8 @@ from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.evaluation.comparison import paired_interval
 from loractl.worker.evaluation.harness import Scored, compare, find_tasks, score_tasks
-from loractl.worker.evaluation.statistics import paired_interval
 from loractl.worker.recipe.run import Stopped
 
 from ..conftest import Cli

@@ -19,14 +19,13 @@ from loractl.common.memory.step import HEAD_CHUNK
 from loractl.common.units import gib
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, evaluating
 from loractl.worker.base.kept.knowledge import Knowledge, Known, Once
-from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
-from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.base.model import Learner, load_base, load_tokenizer
 from loractl.worker.data.packing import pack
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import MicroBatch, learned_in
+from loractl.worker.engine.passes import attention as row_module
 from loractl.worker.engine.passes import choice, wide
-from loractl.worker.engine.passes import row_attention as row_module
 from loractl.worker.engine.passes.attention import ShortRows
 from loractl.worker.engine.passes.choice import forward_pass, rows_together
 from loractl.worker.engine.passes.lean import LeanPass

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from loractl.common.job.sections import PreferenceSpec
 from loractl.common.memory.step import HEAD_CHUNK
 from loractl.worker.base.arithmetic import evaluating
-from loractl.worker.base.learner import Learner
+from loractl.worker.base.model import Learner
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import (
     Backward,

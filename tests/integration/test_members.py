@@ -35,9 +35,9 @@ from loractl.worker.protocol.messages import (
     encode,
 )  # fmt: skip
 from loractl.worker.recipe import trainer
-from loractl.worker.recipe.device_limit import DeviceLimit
 from loractl.worker.recipe.members import Members, Roster
 from loractl.worker.recipe.order_desk import MemberOver, OrderDesk
+from loractl.worker.recipe.run import DeviceLimit
 from loractl.worker.recipe.trainer import _Host
 
 from .conftest import Recipe
@@ -296,7 +296,7 @@ def test_the_limit_is_the_base_and_what_its_members_may_take(
 ) -> None:
     held: list[int | None] = []
     for name in ("hold_to", "limit_to"):
-        monkeypatch.setattr(f"loractl.worker.recipe.device_limit.{name}", lambda limit, *_: held.append(limit))
+        monkeypatch.setattr(f"loractl.worker.recipe.run.{name}", lambda limit, *_: held.append(limit))
     anchor, one, two = (
         start("a", job_id=n, keep=True, joins=n > 1).model_copy(update={"device": "cuda"}) for n in (1, 2, 3)
     )

@@ -26,8 +26,8 @@ from loractl.common.memory.plan import plan
 from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, is_lean
 from loractl.worker.base.arithmetic import Precision
-from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.model import Learner
 from loractl.worker.engine.passes.choice import forward_pass
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.recipe.traced_plan import Trace, build, trace_plan, trace_step

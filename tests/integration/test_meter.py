@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from loractl.worker.engine.meter import EVERY_S, FIRST, PassMeter
+from loractl.worker.engine.engine import EVERY_S, FIRST, PassMeter
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from loractl.worker.engine.passes import card_kernels
-from loractl.worker.engine.passes.norm import take_over_norms
+from loractl.worker.engine.passes.card_kernels import take_over_norms
 
 
 def norm(kind: type[torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:

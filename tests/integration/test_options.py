@@ -23,8 +23,8 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
-from loractl.worker.data.collation import collate, inputs_of
 from loractl.worker.data.packing import check_apart, pack
+from loractl.worker.data.token_rows import collate, inputs_of
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.protocol.messages import Note, Stepped
 

@@ -23,7 +23,7 @@ from loractl.worker.base.model import load_base
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.engine import Engine, Session
 from loractl.worker.engine.loop import MemberRows, TrainingLoop
-from loractl.worker.engine.passes import row_attention as rows_apart
+from loractl.worker.engine.passes import attention as rows_apart
 from loractl.worker.engine.passes import wide
 from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.shared import SharedBase, SharedPass

@@ -24,15 +24,13 @@ from loractl.scheduler.web.pages.measures import digest
 from loractl.worker.base.arithmetic import choose_precision, evaluating
 from loractl.worker.base.batches import HERE
 from loractl.worker.base.kept.knowledge import Knowledge
-from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
-from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.base.model import Learner, load_base, load_tokenizer
 from loractl.worker.data.prepared import PreparedData, prepare_data
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.evaluation.evaluation import Evaluation
-from loractl.worker.evaluation.page import render_html
 from loractl.worker.evaluation.preferences import evaluate_preferences, repetition
-from loractl.worker.evaluation.report import _evaluation, verdict
+from loractl.worker.evaluation.report import _evaluation, render_html, verdict
 from loractl.worker.recipe.kinds import EvaluationTask, trained_kind
 
 from ..acceptance.test_report_page import report

@@ -16,15 +16,14 @@ import torch.nn.functional as F
 
 from loractl.common.job.sections import DataFormat, PreferenceSpec
 from loractl.common.job.status import Reason
-from loractl.worker.base.learner import Learner
+from loractl.worker.base.model import Learner
 from loractl.worker.data.row_forms import form_of, with_prompts
 from loractl.worker.data.tokens import IGNORED, TokenRow, unlearned
 from loractl.worker.engine.loss import LearnedTokens
 from loractl.worker.engine.pairs import PairLoss, Sizes
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.protocol.messages import Opened, Start, Stepped
-from loractl.worker.recipe.kinds import trained_kind
-from loractl.worker.recipe.reference import FrozenReference
+from loractl.worker.recipe.kinds import FrozenReference, trained_kind
 
 from .conftest import Recipe
 from .test_engine import PAD

@@ -24,7 +24,7 @@ from loractl.worker.attempt.trainer_process import MESSAGE_LIMIT
 from loractl.worker.base.failure import TrainingFailed, explain
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.base.source import source_of
-from loractl.worker.data.template import templated
+from loractl.worker.data.prompt import templated
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.protocol.messages import Ended, LogLines, Note, Opened, Start, Stepped, Stop, Told, encode
@@ -32,8 +32,7 @@ from loractl.worker.recipe.members import Roster
 from loractl.worker.recipe.order_desk import EXIT_ORPHANED
 from loractl.worker.recipe.preparation import aside
 from loractl.worker.recipe.preparation.aside import prepare_aside
-from loractl.worker.recipe.preparation.handover import read_handover, write_handover
-from loractl.worker.recipe.preparation.order_data import prepare_rows
+from loractl.worker.recipe.preparation.handover import prepare_rows, read_handover, write_handover
 from loractl.worker.recipe.run import Run
 
 from .. import warm

@@ -32,11 +32,10 @@ from loractl.common.store.records import Claim, NodeState, Submission
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.worker.attempt.attempt import begin
-from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.trainer_process import TrainerLink
-from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.prepared import prepare_data
@@ -44,8 +43,8 @@ from loractl.worker.device.devices import find_devices
 from loractl.worker.protocol.marker import MARKER, close_checkpoint
 from loractl.worker.protocol.messages import Note, Saved, Start, Stepped, Told
 from loractl.worker.recipe import arguments
+from loractl.worker.recipe.checkpoint import belongs_to, checkpoint_to_resume
 from loractl.worker.recipe.recipe import train
-from loractl.worker.recipe.resume import belongs_to, checkpoint_to_resume
 from loractl.worker.recipe.run import Run, Stopped
 
 from .. import warm

@@ -10,8 +10,8 @@ from transformers.models.llama import modeling_llama
 
 from loractl.worker.engine.loss import MicroBatch, learned_in
 from loractl.worker.engine.passes import card_kernels
+from loractl.worker.engine.passes.card_kernels import NAME, Rotary, Turned
 from loractl.worker.engine.passes.lean import LeanPass
-from loractl.worker.engine.passes.rotary import NAME, Rotary, Turned
 
 from .test_lean import FP32, adapted, base_of, spec_of
 from .test_pack import rows

@@ -14,8 +14,7 @@ from loractl.common.data.rows import RawRow
 from loractl.common.errors import UsageError
 from loractl.common.job.sections import BadRow, DataFormat, PromptTemplate
 from loractl.worker.base.model import load_tokenizer
-from loractl.worker.data.prompt import prompt_for
-from loractl.worker.data.template import templated
+from loractl.worker.data.prompt import prompt_for, templated
 from loractl.worker.data.tokens import IGNORED, encode
 
 ALPACA = PromptTemplate.ALPACA

@@ -22,9 +22,8 @@ from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.check import check_data
 from loractl.worker.data.packing import packed
 from loractl.worker.data.prepared import PreparedData, prepare_data
-from loractl.worker.data.text import row_text
+from loractl.worker.data.text import row_text, trained_row
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode, prompt_of
-from loractl.worker.data.trained_row import trained_row
 from loractl.worker.evaluation.evaluation import Work
 from loractl.worker.evaluation.row_losses import RowScores, by_example
 

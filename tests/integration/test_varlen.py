@@ -12,9 +12,9 @@ from torch.nn.attention import varlen as torch_varlen
 from transformers import MistralConfig, MistralModel
 
 from loractl.common.units import GIB
-from loractl.worker.base.shared_heads import kind_of
-from loractl.worker.engine.passes import varlen
-from loractl.worker.engine.passes.row_attention import RowLayout
+from loractl.worker.base.arithmetic import kind_of
+from loractl.worker.engine.passes import attention
+from loractl.worker.engine.passes.attention import RowLayout
 from loractl.worker.protocol.messages import Note
 
 from .conftest import Recipe
@@ -78,12 +78,12 @@ torch_varlen._varlen_attn_backward.register_kernel("cpu")(STAND_IN.backward)
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """As if a processor were a card that has the kernel."""
-    varlen.why_not.cache_clear()
-    monkeypatch.setattr(varlen, "PLACES", ("cpu",))
+    attention.why_no_kernel.cache_clear()
+    monkeypatch.setattr(attention, "PLACES", ("cpu",))
     monkeypatch.setattr(STAND_IN, "there", True)
     monkeypatch.setattr(STAND_IN, "calls", 0)
     yield STAND_IN
-    varlen.why_not.cache_clear()
+    attention.why_no_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("window", [None, 4, 40])
@@ -92,8 +92,8 @@ def test_a_model_computes_the_same_by_one_kernel_as_row_by_row(
 ) -> None:
     at_once = passed(window)
     assert kernel.calls == 3  # its check of itself, and two layers
-    monkeypatch.setattr(varlen, "PLACES", ())
-    varlen.why_not.cache_clear()
+    monkeypatch.setattr(attention, "PLACES", ())
+    attention.why_no_kernel.cache_clear()
     by_row = passed(window)
     assert kernel.calls == 3
     for ours, theirs in zip(at_once, by_row, strict=True):
@@ -128,7 +128,7 @@ def test_what_autocast_computes_in_is_what_the_kernel_is_given(kernel: StandIn) 
     query, key, value = states = [torch.randn(1, heads, 8, 16, requires_grad=True) for heads in (4, 2, 2)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert kind_of(query) == torch.bfloat16
-        answer = varlen.attend(query, key, value, varlen.borders_of([3, 5], CPU), 5, None, None)
+        answer = attention.attend(query, key, value, attention.borders_of([3, 5], CPU), 5, None, None)
     assert answer.dtype == torch.bfloat16 and answer.shape == (1, 8, 4, 16)
     answer.sum().backward()
     assert all(one.grad is not None and one.grad.dtype == torch.float32 for one in states)
@@ -137,7 +137,7 @@ def test_what_autocast_computes_in_is_what_the_kernel_is_given(kernel: StandIn) 
 def test_a_kernel_that_computes_something_else_is_not_taken(kernel: StandIn) -> None:
     kernel.wrong = 1.1
     try:
-        why = varlen.why_not(CPU, torch.bfloat16, 64, False)
+        why = attention.why_no_kernel(CPU, torch.bfloat16, 64, False)
     finally:
         kernel.wrong = 1.0
     assert why == "the kernel for rows of any lengths computes something else"
@@ -146,10 +146,10 @@ def test_a_kernel_that_computes_something_else_is_not_taken(kernel: StandIn) -> 
 def test_a_device_without_the_kernel_goes_row_by_row_and_says_why(
     kernel: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert varlen.why_not(CPU, torch.bfloat16, 64, True) is None
+    assert attention.why_no_kernel(CPU, torch.bfloat16, 64, True) is None
     monkeypatch.setattr(kernel, "there", False)
-    varlen.why_not.cache_clear()
-    assert varlen.why_not(CPU, torch.bfloat16, 64, True) == WHY
+    attention.why_no_kernel.cache_clear()
+    assert attention.why_no_kernel(CPU, torch.bfloat16, 64, True) == WHY
 
 
 WHY = "the kernel for rows of any lengths does not take these (no such kernel on a processor)"

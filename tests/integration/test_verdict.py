@@ -14,8 +14,7 @@ from loractl.scheduler.cli.screen import Screen
 from loractl.scheduler.report.text import report_text
 from loractl.worker.evaluation.comparison import Compared
 from loractl.worker.evaluation.dialogue import CONTEXT_GAIN
-from loractl.worker.evaluation.page import render_html
-from loractl.worker.evaluation.report import verdict
+from loractl.worker.evaluation.report import render_html, verdict
 from loractl.worker.evaluation.row_losses import RowScores, loss_metrics
 
 from ..acceptance.test_report_page import report

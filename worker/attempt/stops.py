@@ -9,9 +9,8 @@ from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.messages import Stop
 
 from .attempt import SupervisedAttempt
-from .drain import STOP_SHARE, Drain
 from .trainer_process import LEAVE_S
-from .workplace import Workplace
+from .workplace import STOP_SHARE, Drain, Workplace
 
 log = logging.getLogger("loractl.worker")
 

@@ -22,13 +22,12 @@ from loractl.worker.protocol.messages import Ended, Start, Told
 
 from .attempt import SupervisedAttempt
 from .checkpoint_upload import CheckpointUpload
-from .drain import STOP_SHARE
 from .heartbeat import beat, while_beating
 from .log import LOG_FILE, opened
 from .order import common_environment, environment
 from .stops import Interrupted, ask_to_stop, closes_now, does_not_leave, must_leave, require_wanted, wanted_stop
 from .trainer_process import TrainerLink, TrainerProcess
-from .workplace import HostSource, StayingTrainer, Workplace
+from .workplace import STOP_SHARE, HostSource, StayingTrainer, Workplace
 
 log = logging.getLogger("loractl.worker")
 

@@ -6,7 +6,7 @@ import errno
 
 from loractl.common.errors import LoractlError
 from loractl.common.job.status import Reason
-from loractl.worker.protocol.card_error import card_error
+from loractl.worker.protocol.exit_reason import card_error
 
 
 class TrainingFailed(LoractlError):

@@ -20,7 +20,7 @@ import torch
 from loractl.common.job.status import Reason
 from loractl.common.memory.context import CONTEXT_BYTES
 from loractl.common.memory.plan import SEGMENT_BYTES, WORKSPACE_BYTES
-from loractl.worker.protocol.card_error import UNTOLD, card_error, may_be_full
+from loractl.worker.protocol.exit_reason import UNTOLD, card_error, may_be_full
 from loractl.worker.protocol.messages import Peaks
 
 log = logging.getLogger("loractl.worker")

@@ -16,7 +16,7 @@ from loractl.common.module_pattern import ModulePattern
 
 from .arithmetic import settle_nf4
 from .failure import TrainingFailed
-from .head import HEAD
+from .model import HEAD
 from .source import first_line, model_errors, source_of
 
 INITIAL_WEIGHTS: dict[str, bool | str] = {"default": True, "loftq": True}

@@ -1,13 +1,16 @@
-"""The base model and its tokenizer, loaded: plain or in NF4, with its language-model head or a classifier's."""
+"""The base model and its tokenizer, loaded: plain or in NF4, with its language-model head or a classifier's. With its
+number formats they are the model that learns.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import (
@@ -22,12 +25,97 @@ from loractl.common.fingerprint import has_tokenizer, unfit_template
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 
-from .arithmetic import Precision
+from .arithmetic import Precision, repeat_where_needed
 from .failure import TrainingFailed
 from .gauge import memory_or_card
-from .head import HEAD, Head, begin_head, check_no_head_yet
-from .shared_heads import repeat_where_needed
-from .source import check_folder, gguf_file_of, loading_options, model_errors
+from .source import check_folder, configs_of, gguf_file_of, loading_options, model_errors, source_of
+
+HEAD = "score"
+"""transformers' name for the head of every decoder that classifies; peft trains and stores it under that name."""
+
+INITIAL_SPREAD = 0.02
+"""Standard deviation of a head's first weights if the model's config has no initializer_range: transformers' own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """The description of a classifier's head."""
+
+    labels: tuple[str, ...]
+    pad: int  # the padding token: the last token before the padding decides
+    seed: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What transformers needs to know about it, as keys of the model's config."""
+        return {**label_settings(self.labels), "pad_token_id": self.pad}
+
+
+def label_settings(labels: Sequence[str]) -> dict[str, Any]:
+    """Labels in the form that AutoModelForSequenceClassification.from_pretrained takes."""
+    names = dict(enumerate(labels))
+    return {"num_labels": len(names), "id2label": names, "label2id": {name: n for n, name in names.items()}}
+
+
+def check_no_head_yet(base_model: str, revision: str | None) -> None:
+    """Refuse a classifier: its own head would be overwritten, and its labels differ. Raises TrainingFailed."""
+    made_for = configs_of(base_model, source_of(base_model, revision))[0].get("architectures") or []
+    if any(str(name).endswith("ForSequenceClassification") for name in made_for):
+        what = "is a classifier already, and its head would be lost: name the model that it was made from"
+        raise TrainingFailed(Reason.BAD_SPEC, f"base_model {base_model} {what}")
+
+
+def begin_head(model: Any, head: Head) -> None:
+    """Fresh weights, drawn on the CPU from their own generator: the same on every device, and with every method.
+
+    Raises TrainingFailed(bad_spec) for an encoder: its classifiers are built in another way.
+    """
+    layer = getattr(model, HEAD, None)
+    if not isinstance(layer, torch.nn.Linear):
+        what = f"task_type: SEQ_CLS is for decoders, and {type(model).__name__} has no head of theirs"
+        raise TrainingFailed(Reason.BAD_SPEC, what)
+    text = model.config.get_text_config()
+    text.pad_token_id = head.pad
+    drawn = torch.empty(layer.weight.shape, dtype=torch.float32)
+    spread = getattr(text, "initializer_range", INITIAL_SPREAD)
+    drawn.normal_(std=spread, generator=torch.Generator().manual_seed(head.seed))
+    layer.weight.data.copy_(drawn)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredTokens:
+    """Some learned tokens of some rows, of shape (tokens,)."""
+
+    rows: torch.Tensor  # the index of each token's row
+    targets: torch.Tensor
+    losses: torch.Tensor  # in nats, fp32
+    right: torch.Tensor  # whether it was the likeliest token
+
+
+class Scorer(Protocol):
+    """Scores rows without computing logits for tokens that are not learned."""
+
+    def scores(self, rows: Sequence[Any]) -> Sequence[ScoredTokens]:
+        """Every learned token of some rows, for a model in eval mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """A base model with its adapter, its tokenizer, and its number formats."""
+
+    model: Any
+    tokenizer: Any
+    precision: Precision
+    scorer: Scorer | None = None  # None: the model itself, with padding and all logits
+    started: Sequence[torch.Tensor] | None = None
+    """The adapter's first weights, in main memory, if it is compared with these; None: it is compared with the bare
+    base."""
+
+    @property
+    def compared_with(self) -> str:
+        """What "base" means in its report."""
+        return "the base" if self.started is None else "the starting adapter"
+
 
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"

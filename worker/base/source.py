@@ -1,20 +1,236 @@
-"""Where a base model is, and how it may be loaded: a hub id at one commit, a folder, a GGUF file."""
+"""Where a base model is (a hub id at one commit, a folder, a GGUF file), how it may be loaded, and what identifies it:
+the hub's commit, and the hashes of the files that were loaded.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import errno
+import functools
 import json
-from collections.abc import Iterable, Iterator
+import re
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from loractl.common.fingerprint import SUFFIXES, Fingerprint, digest, fingerprint, may_be_published
 from loractl.common.job.status import Reason
 from loractl.common.memory.config import HOW_TO_NAME_IT, format_of
 from loractl.worker.protocol.trust import Refused, check_model_settings
 
 from .failure import TrainingFailed
-from .hub import Refusal, pin, reaching_the_hub, refusal
+
+ANSWER_TIMEOUT_S = 10.0
+"""A hub that takes longer than this to name a commit counts as down."""
+
+
+CONFIG = "config.json"
+
+
+class Refusal(enum.StrEnum):
+    """Why the hub refused a request; the values complete "base_model x can't be loaded: ..."."""
+
+    AWAY = "the hub can't be reached"
+    OFFLINE = "it is not in this worker's cache, and HF_HUB_OFFLINE keeps the worker from the hub"
+    GATED = "it is gated: its owner must give this worker's account access (HF_TOKEN)"
+    NO_REPOSITORY = "the hub has no such name, or hides it from this worker (HF_TOKEN)"
+    NO_REVISION = "the hub has no such revision: a branch, a tag or a commit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pinned:
+    """A model on the hub at one commit, so that its tokenizer and its weights match."""
+
+    folder: Path  # of its files in the cache
+    cached: bool  # the hub is down: there are only the files that this box has
+
+    @property
+    def commit(self) -> str:
+        return self.folder.name
+
+    def options(self) -> dict[str, Any]:
+        """For transformers' from_pretrained and its relatives.
+
+        Without `local_files_only` transformers would ask six times in 23 s for each file that the model does not have.
+        """
+        return {"revision": self.commit, "local_files_only": self.cached}
+
+
+@functools.cache
+def pin(base_model: str, revision: str | None) -> Pinned:
+    """Ask the hub, once per process, which commit the revision (None: main) means; if it is down, ask the cache.
+
+    Raises OSError if neither knows it; `refusal` explains that error.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        with reaching_the_hub():
+            HfApi().model_info(base_model, revision=revision, timeout=ANSWER_TIMEOUT_S)
+            config = hf_hub_download(base_model, CONFIG, revision=revision)  # so that the cache knows the revision too
+    except RemoteEntryNotFoundError as error:
+        raise FileNotFoundError(f"it has no {CONFIG} on the hub") from error
+    except OSError as error:
+        cached = try_to_load_from_cache(base_model, CONFIG, revision=revision)
+        if refusal(error) not in (Refusal.AWAY, Refusal.OFFLINE) or not isinstance(cached, str):
+            raise
+        return Pinned(folder=Path(cached).parent, cached=True)
+    return Pinned(folder=Path(config).parent, cached=False)
+
+
+@contextlib.contextmanager
+def cached_if_away(name: str, revision: str | None) -> Iterator[bool]:
+    """Let datasets read its cache at once if the hub is down. Else it asks six times in 23 s for each data set.
+
+    Yields whether it is down; then the library takes the newest commit that it has, requested or not. Raises OSError if
+    the hub refuses the data set.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+
+    before, away = datasets.config.HF_HUB_OFFLINE, False
+    try:
+        with reaching_the_hub():
+            HfApi().dataset_info(name, revision=revision, timeout=ANSWER_TIMEOUT_S)
+    except OSError as error:
+        if refusal(error) not in (Refusal.AWAY, Refusal.OFFLINE):
+            raise
+        datasets.config.HF_HUB_OFFLINE = away = True
+    try:
+        yield away
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def known_commit(name: str, revision: str | None) -> str | None:
+    """What a data set's revision (None: main) meant when the hub was last asked; a commit is its own name."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    ref = Path(HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "refs" / (revision or "main")
+    return ref.read_text("utf-8").strip() if ref.is_file() else None
+
+
+@contextlib.contextmanager
+def reaching_the_hub() -> Iterator[None]:
+    """Raise ConnectionError for an error of the client's transport: httpx, or httpx2 since huggingface_hub 2."""
+    try:
+        yield
+    except Exception as error:
+        if any(kind.__name__ == "TransportError" for kind in type(error).__mro__):
+            raise ConnectionError(f"the hub can't be reached: {error}") from error
+        raise
+
+
+def refusal(error: BaseException) -> Refusal | None:
+    """The hub's refusal in an error or in its causes. Only AWAY is temporary."""
+    from huggingface_hub import is_offline_mode
+
+    why = next((why for each in chain_of(error) if (why := _refusal_of(each)) is not None), None)
+    return Refusal.OFFLINE if why is Refusal.AWAY and is_offline_mode() else why
+
+
+def _refusal_of(error: BaseException) -> Refusal | None:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return Refusal.GATED
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return Refusal.NO_REPOSITORY
+    if isinstance(error, errors.RevisionNotFoundError):
+        return Refusal.NO_REVISION
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        return Refusal.AWAY if status >= 500 or status == HTTPStatus.TOO_MANY_REQUESTS else None
+    # LocalEntryNotFoundError: the hub was not asked, or did not answer
+    away = (ConnectionError, TimeoutError, socket.gaierror, errors.LocalEntryNotFoundError)
+    return Refusal.AWAY if isinstance(error, away) else None
+
+
+def chain_of(error: BaseException) -> Iterator[BaseException]:
+    """The error and its causes, up to the first."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def identify(base_model: str, revision: str | None, cache: Path) -> dict[str, Any]:
+    """Waits for the identity of a base model."""
+    return BaseIdentity(base_model, revision, cache).wait()
+
+
+Traits = frozenset[tuple[Any, ...]]
+"""Folder, name, size, times and inode of each of a base's files. If they are unchanged, so is the content; if not, the
+content may still be: a link or a permission changes a file's times."""
+
+
+def traits_of(base_model: str, revision: str | None) -> Traits:
+    """The traits of a base's files, which change when the files do. Raises OSError."""
+    return _traits(Path(base_model) if Path(base_model).is_absolute() else pin(base_model, revision).folder)
+
+
+def _traits(folder: Path) -> Traits:
+    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    facts, where = [(path.name, path.stat()) for path in files], str(folder.resolve())
+    return frozenset((where, name, f.st_size, f.st_mtime_ns, f.st_ctime_ns, f.st_ino) for name, f in facts)
+
+
+LOOK_S = 0.5
+"""How often a wait for hashes checks whether to stop."""
+
+
+class BaseIdentity:
+    """Hashes a base model's files during its training: a card must not wait minutes for the hash of 140 GB.
+
+    Start it when the base is loaded: until then its files may still be downloading from the hub.
+    """
+
+    def __init__(self, base_model: str, revision: str | None, cache: Path) -> None:
+        pinned = None if Path(base_model).is_absolute() else pin(base_model, revision)
+        self._commit = None if pinned is None else pinned.commit
+        self._folder = Path(base_model) if pinned is None else pinned.folder
+        self._cache = cache
+        self._files: Fingerprint = {}
+        self._traits: Traits | None = None  # of the files, the same before and after hashing; None: they changed
+        self._error: Exception | None = None
+        # it ends with the process: a failing job must not wait for it
+        self._thread = threading.Thread(target=self._hash, name="identity", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> dict[str, Any]:
+        """What the report says about the base model: `commit` (None for a folder), `files`, one sha256 for all of them,
+        and `publish: false` if an adapter that must stay in the lab is merged into it. Raises OSError."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return {"commit": self._commit, "sha256": digest(self._files), "files": self._files, **self._terms()}
+
+    def _terms(self) -> dict[str, bool]:
+        return {} if may_be_published(str(self._folder)) else {"publish": False}
+
+    def files_at(self, traits: Traits, check_stop: Callable[[], None]) -> Fingerprint | None:
+        """Wait for the hashes of files with these traits; None: others were hashed, or none could be read. `check_stop`
+        is called during the wait."""
+        while self._thread.is_alive():
+            check_stop()
+            self._thread.join(LOOK_S)
+        return self._files if self._error is None and self._traits == traits else None
+
+    def _hash(self) -> None:
+        try:
+            before = _traits(self._folder)
+            self._files = fingerprint(self._folder, self._cache)
+            self._traits = before if _traits(self._folder) == before else None
+        except Exception as error:  # noqa: BLE001  raised again where it is waited for
+            self._error = error
 
 
 def source_of(base_model: str, revision: str | None) -> dict[str, Any]:

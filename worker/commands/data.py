@@ -38,9 +38,8 @@ def data_check(job_file: Path, overrides: tuple[str, ...], gpu: str | None, as_j
     room = _room(gpu)
 
     from loractl.worker.base.model import load_tokenizer
-    from loractl.worker.data.advice import advice_for
-    from loractl.worker.data.check import check_data
-    from loractl.worker.data.template import templated
+    from loractl.worker.data.check import advice_for, check_data
+    from loractl.worker.data.prompt import templated
     from loractl.worker.data.text import check_text
 
     tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template)
@@ -68,9 +67,8 @@ def data_show(job_file: Path, overrides: tuple[str, ...], row: int | None, as_js
     spec = load_spec(job_file, overrides)
 
     from loractl.worker.base.model import load_tokenizer
-    from loractl.worker.data.template import templated
-    from loractl.worker.data.text import row_text
-    from loractl.worker.data.trained_row import trained_row
+    from loractl.worker.data.prompt import templated
+    from loractl.worker.data.text import row_text, trained_row
 
     tokenizer = templated(load_tokenizer(spec.base_model, spec.revision), spec.dataset.template)
     shown = trained_row(spec, tokenizer, row)

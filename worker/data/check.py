@@ -1,4 +1,5 @@
-"""The check of a job's data: its counts, and findings about the effects of the tokenizer and the chat template.
+"""The check of a job's data: its counts, findings about the effects of the tokenizer and the chat template, and what to
+set: the max_length that cuts nothing, and the micro-batch that a card holds with it.
 
 `loractl data check` looks at every row. The trainer looks at a sample before it takes any memory.
 """
@@ -23,10 +24,15 @@ from loractl.common.data.labels import labels_of, untaught
 from loractl.common.data.sources import format_of
 from loractl.common.data.split import Split, fitting, split_data
 from loractl.common.errors import DataError
+from loractl.common.job.method import permitted_methods
 from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec
 from loractl.common.job.slices import held_out_split
 from loractl.common.job.spec import JobSpec
+from loractl.common.memory.config import read_shape
+from loractl.common.memory.fit import largest_fit
+from loractl.common.memory.step import Lengths
 from loractl.common.progress import Report
+from loractl.common.units import gib
 
 from .origin import load_rows
 from .prepared import PreparedData
@@ -246,3 +252,36 @@ def _histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     for length in lengths:
         counts[(length - low) // width] += 1
     return [(low + n * width, low + (n + 1) * width - 1, count) for n, count in enumerate(counts)]
+
+
+def advice_for(spec: JobSpec, checked: Checked, room: int | None) -> list[str]:
+    """Sentences for a person. `room`: bytes of the card to recommend for."""
+    if checked.lengths is None:
+        return []
+    longest = max(checked.lengths.most, checked.longest_held_out)
+    length = -(-longest // 64) * 64
+    advice = [f"dataset.max_length: {length} holds the longest row, {longest} tokens."]
+    fit = _largest_batch(spec, length, longest, checked, room) if room else None
+    return [*advice, fit] if fit else advice
+
+
+def _largest_batch(spec: JobSpec, length: int, longest: int, checked: Checked, room: int) -> str | None:
+    shape = read_shape(spec.base_model, spec.revision)
+    if shape is None:
+        return None
+    wide = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": length})})
+    labels = len(checked.labels) or None
+    rows = checked.train_rows + checked.left_out  # at this length all of them are used
+    halves = spec.kind.halves  # the plan is for whole rows
+    held_out = halves * checked.longest_held_out
+    lengths = Lengths(train=halves * longest, evaluate=held_out, rows=rows, labels=labels)
+    effective = spec.training.effective_batch
+    for method in permitted_methods(spec.method):
+        most = largest_fit(shape, wide, method, room, lengths).micro_batch
+        if most:
+            size = spec.training.micro_batch(most)
+            return (
+                f"In {gib(room)} GiB {method.value} takes up to {most} such rows at once; with the same {effective} "
+                f"a step: per_device_train_batch_size: {size}, gradient_accumulation_steps: {effective // size}."
+            )
+    return f"Not one row of {longest} tokens fits into {gib(room)} GiB by the plan."

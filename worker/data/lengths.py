@@ -26,7 +26,7 @@ from .check import check_data
 from .origin import dataset_hash
 from .packing import packed
 from .prepared import PreparedData, prepare_data
-from .template import templated
+from .prompt import templated
 
 
 def lengths_of(data: PreparedData) -> Lengths:

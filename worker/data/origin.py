@@ -12,7 +12,7 @@ from loractl.common.data.rows import RawRow, Told, open_rows
 from loractl.common.errors import DataError, LoractlError
 from loractl.common.job.status import Reason
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.hub import Refusal, cached_if_away, chain_of, known_commit, reaching_the_hub, refusal
+from loractl.worker.base.source import Refusal, cached_if_away, chain_of, known_commit, reaching_the_hub, refusal
 
 
 def load_rows(path: str, split: str = "train", told: Told | None = None) -> Iterable[RawRow]:

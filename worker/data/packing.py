@@ -17,9 +17,8 @@ from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.base.failure import TrainingFailed
 
-from .collation import collate, inputs_of
 from .prepared import PreparedData
-from .token_rows import TokenRows
+from .token_rows import TokenRows, collate, inputs_of
 from .tokens import IGNORED, TokenRow
 
 APART_TOLERANCE = 0.01

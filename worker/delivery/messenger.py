@@ -18,11 +18,7 @@ from loractl.common.store.records import Delivery, Parcel
 from loractl.common.store.store import Store
 from loractl.worker.clock import SYSTEM, NodeClock
 
-from .deadline import DEADLINE_S
-from .message_forms import http_message
-from .post import send_mail
-from .program import run_program
-from .web import post
+from .sending import DEADLINE_S, http_message, post, run_program, send_mail
 
 log = logging.getLogger("loractl.worker")
 

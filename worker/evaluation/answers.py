@@ -14,8 +14,7 @@ from loractl.common.data.examples import Example
 from loractl.common.job.sections import Metric
 from loractl.worker.data.tokens import prompt_of
 
-from .comparison import Compared, compare_shares, percent
-from .statistics import Array
+from .comparison import Array, Compared, compare_shares, percent
 
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .comparison import Compared, compare_shares, percent
-from .statistics import Array, draws, interval
+from .comparison import Array, Compared, compare_shares, draws, interval, percent
 
 OTHER = "other"
 

@@ -12,9 +12,8 @@ from loractl.common.data.examples import Example
 from loractl.common.job.sections import DataFormat
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode
 
-from .comparison import Compared, Measure
+from .comparison import Array, Compared, Measure
 from .row_losses import RowScores
-from .statistics import Array
 
 LATER_ANSWERS_LOSS = Measure(name="later_answers_loss", label="loss on later answers")
 CONTEXT_GAIN = Measure(name="context_gain", label="worth of earlier turns", higher_is_better=None)

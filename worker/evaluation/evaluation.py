@@ -22,7 +22,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import evaluating, trained_weights, whole_modules
 from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.kept.knowledge import Once
-from loractl.worker.base.learner import Learner
+from loractl.worker.base.model import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow, unlearned

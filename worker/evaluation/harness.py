@@ -29,10 +29,9 @@ from loractl.worker.base.arithmetic import evaluating, whole_modules
 from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import is_out_of_memory, release
-from loractl.worker.base.hub import Refusal, refusal
+from loractl.worker.base.source import Refusal, refusal
 
-from .comparison import Compared, Measure
-from .statistics import Array, paired_interval
+from .comparison import Array, Compared, Measure, paired_interval
 
 PACKAGE = "lm_eval"
 

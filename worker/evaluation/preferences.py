@@ -16,15 +16,14 @@ from loractl.common.job.sections import Metric, PreferenceSpec
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.kept.knowledge import Once
-from loractl.worker.base.learner import Learner
+from loractl.worker.base.model import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.engine.pairs import Pairs, margins, pair_losses
 
 from .answers import Answer, answer_metrics, side_by_side, words
-from .comparison import Compared, Measure, percent
+from .comparison import Array, Compared, Measure, percent
 from .evaluation import Evaluation, MeasuredModel, Work, measure_both
 from .row_losses import RowScores
-from .statistics import Array
 
 LOSS = Measure(name="loss", label="preference loss")
 ACCURACY = percent("preference_accuracy", "preference accuracy")

@@ -12,12 +12,11 @@ import torch
 
 from loractl.common.job.sections import Metric
 from loractl.worker.base.batches import HERE, in_batches
-from loractl.worker.base.learner import Scorer
-from loractl.worker.data.collation import collate
+from loractl.worker.base.model import Scorer
+from loractl.worker.data.token_rows import collate
 from loractl.worker.data.tokens import IGNORED, TokenRow
 
-from .comparison import Compared, Measure, percent
-from .statistics import Array
+from .comparison import Array, Compared, Measure, percent
 
 LOSS = Measure(name="loss", label="loss")
 NEW_ROWS_LOSS = Measure(name="new_rows_loss", label="loss, rows like none that is trained on")

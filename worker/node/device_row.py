@@ -1,17 +1,33 @@
-"""A device's row in the database, as its node writes it."""
+"""A device's row in the database, as its node writes it, with the options of the box's owner."""
 
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import dataclass, field
 
-from loractl.common.placement.cards import Card
+from loractl.common.placement.cards import MARGIN_BYTES, Card
 from loractl.common.store.records import Arrival, BoxIdentity, NodeState
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.device.occupancy import Watch
+from loractl.worker.device.occupancy import HIGH_WATER_S, Watch
 from loractl.worker.protocol.idle_trainer import by_mark
 from loractl.worker.protocol.versions import installed_versions
 
-from .options import NodeOptions
+
+@dataclass(frozen=True, kw_only=True)
+class NodeOptions:
+    """The options of `loractl worker`, as its nodes get them."""
+
+    margin: int = MARGIN_BYTES  # bytes that stay free
+    max_jobs: int | None = None  # None: by the card's size
+    user_limit: int | None = None  # running jobs that one user may have in the fleet
+    labels: dict[str, str] = field(default_factory=dict)
+    high_water_s: float = HIGH_WATER_S  # other people's memory stays theirs for so long
+    spare: bool | None = None  # whether a trainer is kept ready; None: on GPUs
+    keep_warm_s: float = 0.0  # a trainer stays with its base for so long after its job; 0: not at all
+    until: float | None = None  # when the worker stops by itself, by the database's clock, in seconds since 1970
+    window_s: float | None = None  # from its start until then
+    grace_s: float | None = None  # how long a stop may take; None: as long as it needs
+    devices: int = 1  # that share the box's cores
 
 
 class DeviceRow:

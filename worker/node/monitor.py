@@ -18,9 +18,9 @@ from loractl.common.settings import pace_of
 from loractl.common.store.database import REFUSALS, absence, outage, told_by
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.node.health.leftovers import end_strays
-from loractl.worker.node.health.stuck import StuckSupervisors
 
 from .device_row import DeviceRow
+from .health.leftovers import StuckSupervisors
 from .hosts import Hosts
 from .slots import Slots
 

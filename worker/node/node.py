@@ -31,10 +31,9 @@ from loractl.common.settings import Settings, load_settings, make_private, pace_
 from loractl.common.store.database import CONNECTIONS, NODE_IDLE_S, REFUSALS, connect, make_engine, told_by
 from loractl.common.store.store import Store
 from loractl.common.text import clean_text
-from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.patience import Patience
 from loractl.worker.attempt.storage.client import StoreClient
-from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.delivery.messenger import Messenger
 from loractl.worker.device.devices import Device, find_device
 from loractl.worker.device.occupancy import Watch
@@ -42,11 +41,10 @@ from loractl.worker.node.health.leftovers import end_all, end_strays, has_ranks
 from loractl.worker.node.health.self_test import SelfTest
 
 from .box_identity import read_identity
-from .device_row import DeviceRow
+from .device_row import DeviceRow, NodeOptions
 from .hosts import Hosts
 from .lock import DeviceLock
 from .monitor import Monitor
-from .options import NodeOptions
 from .slots import Slots, slots_of
 from .spare import Spares
 

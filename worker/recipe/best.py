@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from loractl.worker.base.adapter import load_weights, save_weights
 
-from .recorder import Recorder
+from .progress import Recorder
 from .run import Run
 
 BEST = "best.json"

@@ -16,16 +16,14 @@ from loractl.common.job.method import Parallel
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in
-from loractl.worker.base.head import Head
 from loractl.worker.base.lora import add_adapter
-from loractl.worker.base.model import load_base
+from loractl.worker.base.model import Head, load_base
 from loractl.worker.base.source import family_of
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
-from loractl.worker.engine.ranks.follower import Follower
 from loractl.worker.engine.ranks.leader import DividedPass
 from loractl.worker.engine.ranks.link import Link
-from loractl.worker.engine.ranks.part import OwnPass
+from loractl.worker.engine.ranks.part import Follower, OwnPass
 from loractl.worker.engine.ranks.shards import Shards
 from loractl.worker.protocol.messages import Ended, Start
 

@@ -20,39 +20,34 @@ from loractl.common.model_card import lab_card
 from loractl.worker.base.adapter import WEIGHTS, load_stored, save_adapter
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, overflows_fp16
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.head import Head
-from loractl.worker.base.identity import BaseIdentity, traits_of
-from loractl.worker.base.kept.knowledge import Known, Once
-from loractl.worker.base.kept.tokenizers import BorrowedTokenizer
-from loractl.worker.base.learner import Learner
+from loractl.worker.base.kept.base_cache import BorrowedTokenizer
+from loractl.worker.base.kept.knowledge import CheckCache, Known, Once
 from loractl.worker.base.lora import add_adapter
-from loractl.worker.base.model import load_tokenizer
-from loractl.worker.base.source import family_of
+from loractl.worker.base.model import Head, Learner, load_tokenizer
+from loractl.worker.base.source import BaseIdentity, family_of, traits_of
 from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.packing import check_apart
 from loractl.worker.data.prepared import PreparedData
-from loractl.worker.data.template import templated
+from loractl.worker.data.prompt import templated
 from loractl.worker.data.tokens import APART
 from loractl.worker.engine.engine import ForwardPass
-from loractl.worker.engine.passes.check_cache import CheckCache
 from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.shared import SharedBase
 from loractl.worker.engine.ranks.leader import DividedPass
 from loractl.worker.evaluation.evaluation import Evaluation
 from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks
-from loractl.worker.evaluation.page import write_page
-from loractl.worker.evaluation.report import TrainingCourse, build_report, write_report
+from loractl.worker.evaluation.report import TrainingCourse, build_report, write_page, write_report
 from loractl.worker.protocol.messages import Ancestor, Ended
 
 from .arguments import check_trackers
+from .checkpoint import checkpoint_to_resume
 from .fit import Callbacks, fit
 from .gang import Gang, base_of, gathered
 from .kinds import EvaluationTask
 from .need import tell_need, tell_padded
 from .preparation.aside import is_large, prepare_aside
-from .preparation.order_data import prepare_rows
-from .resume import checkpoint_to_resume
+from .preparation.handover import prepare_rows
 from .run import Run
 
 

@@ -26,7 +26,7 @@ from loractl.common.errors import DataError
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.kernels import load_kernels
 from loractl.worker.base.quiet import quieten, tell_once
-from loractl.worker.protocol.card_error import names_card
+from loractl.worker.protocol.exit_reason import names_card
 from loractl.worker.protocol.idle_trainer import PLACEHOLDER, READY, SPARE, host_name, shared, taken
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import (
@@ -52,8 +52,7 @@ if TYPE_CHECKING:
     from loractl.worker.base.kept.remains import TrainingRemains
     from loractl.worker.engine.engine import Engine
 
-    from .device_limit import DeviceLimit
-    from .run import Run
+    from .run import DeviceLimit, Run
 
 Answer = TypeVar("Answer")
 Tell = Callable[[Told], None]
@@ -158,10 +157,9 @@ class _Host:
     def begin(self, order: Start, *, alone: bool) -> None:
         _load()
         from loractl.worker.base.kept.base_cache import BaseCache
-        from loractl.worker.engine.engine import Engine
-        from loractl.worker.engine.meter import PassMeter
+        from loractl.worker.engine.engine import Engine, PassMeter
 
-        from .device_limit import DeviceLimit
+        from .run import DeviceLimit
 
         if alone:
             self._base_cache = self._base_cache or BaseCache()

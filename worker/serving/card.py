@@ -18,7 +18,7 @@ from loractl.common.store.store import Store
 from loractl.common.units import gib
 from loractl.worker.allowance import threads_of_trainer
 from loractl.worker.device.devices import Device, find_devices, torch_settings
-from loractl.worker.device.reservations import CardShare, reserve, unused_reservations
+from loractl.worker.device.occupancy import CardShare, reserve, unused_reservations
 
 from .library import Arithmetic
 

@@ -27,7 +27,7 @@ from loractl.common.store.database import connect, reachable
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Adapter, Job
 from loractl.worker.base.adapter import WEIGHTS
-from loractl.worker.base.identity import identify
+from loractl.worker.base.source import identify
 from loractl.worker.protocol.trust import check_base, may_run_code
 
 

@@ -18,8 +18,7 @@ from loractl.common.adapter_config import CONFIG, check_adapter_config, portable
 from loractl.common.errors import LoractlError, UsageError
 from loractl.common.fingerprint import MERGED, may_be_published
 from loractl.common.units import amount
-from loractl.worker.data.prompt import prompt_for
-from loractl.worker.data.template import templated
+from loractl.worker.data.prompt import prompt_for, templated
 
 from .library import Library, Listed
 

@@ -17,14 +17,12 @@ from loractl.common.data.questions import Question
 from loractl.common.errors import UsageError
 from loractl.worker.base.adapter import WEIGHTS, load_stored, read_labels
 from loractl.worker.base.arithmetic import choose_precision, compute_in, evaluating, whole_modules
-from loractl.worker.base.head import Head
-from loractl.worker.base.learner import Learner
 from loractl.worker.base.lora import add_adapter
-from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.base.model import Head, Learner, load_base, load_tokenizer
 from loractl.worker.base.source import family_of
 from loractl.worker.data.tokens import TokenRow, message_of
 from loractl.worker.evaluation.classifier import classify
-from loractl.worker.evaluation.statistics import Array
+from loractl.worker.evaluation.comparison import Array
 
 from .card import Footprint, take_card
 from .conversation import Conversation, PartialAnswer

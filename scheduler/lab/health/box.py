@@ -21,9 +21,9 @@ from loractl.scheduler.database.backup import no_worker
 from .condition import Condition, broken, fine, skipped, warning
 
 LEAST_BYTES, FEW_BYTES = GIB, 10 * GIB
-"""With less than the first no job starts (worker/attempt/disk.py); with less than the second that may come soon."""
+"""With less than the first no job starts (worker/attempt/order.py); with less than the second that may come soon."""
 
-CARD_CHECK = "loractl.worker.node.health.card_check"
+CARD_CHECK = "loractl.worker.node.health.self_test"
 
 _NO_STACK = "not checked: this is a client without the training stack"
 _HINT = "a GPU box needs it: pip install 'loractl[worker]'"

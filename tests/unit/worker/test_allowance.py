@@ -18,11 +18,11 @@ from loractl.worker.allowance import (
     memory_room,
     threads_of_trainer,
 )  # fmt: skip
-from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.order import common_environment
+from loractl.worker.attempt.workplace import Drain
 from loractl.worker.device.devices import find_devices
+from loractl.worker.node.device_row import NodeOptions
 from loractl.worker.node.node import place_of
-from loractl.worker.node.options import NodeOptions
 
 MIB, GIB = 2**20, 2**30
 OWN = ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU")

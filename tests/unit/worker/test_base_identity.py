@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from loractl.common.artifacts import sha256_of
-from loractl.worker.base import identity as identity_module
-from loractl.worker.base.identity import BaseIdentity, identify
+from loractl.worker.base import source as identity_module
+from loractl.worker.base.source import BaseIdentity, identify
 
 
 def test_the_hashes_are_those_of_the_files_and_are_remembered(tmp_path: Path) -> None:

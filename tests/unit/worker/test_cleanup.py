@@ -17,11 +17,9 @@ from loractl.common.store.records import Claim, Over, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.store.verbs import ResultVerbs
 from loractl.worker.attempt.attempt import SupervisedAttempt, begin
-from loractl.worker.attempt.cleanup import clean, make_room
-from loractl.worker.attempt.drain import Drain
-from loractl.worker.attempt.result import READY
+from loractl.worker.attempt.result import READY, clean, make_room
 from loractl.worker.attempt.storage.client import StoreClient
-from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.device.devices import CpuDevice
 
 from ...databases import SQLITE_ALONE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.workplace import Drain
 
 
 def test_a_node_that_hears_of_the_first_ctrl_c_late_does_not_take_the_second_one_back() -> None:

@@ -26,15 +26,14 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Node
 from loractl.common.units import GIB
 from loractl.worker.attempt.attempt import SupervisedAttempt, begin
-from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.order import prepare
 from loractl.worker.attempt.stops import wanted_stop
 from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.trainer_run import _await_other_cards, _lighter
-from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.device.devices import find_devices
 from loractl.worker.device.occupancy import RANK_VARIABLE, Watch, card_mark
-from loractl.worker.node.claimer import Claimer
+from loractl.worker.node.slots import Claimer
 from loractl.worker.protocol.messages import Ended, Rank
 from loractl.worker.recipe.other_ranks import LINK_LOST, OtherRanks
 

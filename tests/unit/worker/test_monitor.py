@@ -13,9 +13,8 @@ from loractl.common.settings import load_settings
 from loractl.common.store.records import Claim, NewHost
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
-from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.storage.client import StoreClient
-from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.node.monitor import Monitor
 

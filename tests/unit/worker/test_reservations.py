@@ -20,8 +20,7 @@ from loractl.common.memory.config import read_shape
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.records import Claim, Left, NodeState
 from loractl.common.store.store import Store
-from loractl.worker.device.occupancy import Watch
-from loractl.worker.device.reservations import reserve, unused_reservations
+from loractl.worker.device.occupancy import Watch, reserve, unused_reservations
 from loractl.worker.device.snapshot import Process, Snapshot
 from loractl.worker.serving import card
 from loractl.worker.serving.card import Footprint, take_card
@@ -35,7 +34,7 @@ GIB = 2**30
 RESERVE = """
 import sys, time
 from pathlib import Path
-from loractl.worker.device.reservations import reserve
+from loractl.worker.device.occupancy import reserve
 kept = reserve(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
 print("reserved", flush=True)
 time.sleep(60)

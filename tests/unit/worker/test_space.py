@@ -12,7 +12,7 @@ import pytest
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
 from loractl.common.units import GIB
-from loractl.worker.attempt.disk import LEAST_BYTES, bytes_to_write, require_space
+from loractl.worker.attempt.order import LEAST_BYTES, bytes_to_write, require_space
 
 from ...held_lab import HeldLab
 from ..factories import spec

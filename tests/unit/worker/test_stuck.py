@@ -20,17 +20,16 @@ from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt import trainer_process as trainer_module
 from loractl.worker.attempt.attempt import SupervisedAttempt, begin
-from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.trainer_process import TrainerLink, TrainerProcess, launch
-from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.device.devices import CpuDevice, SimulatedDevice
-from loractl.worker.node.health import stuck as module
-from loractl.worker.node.health.stuck import StuckSupervisors
+from loractl.worker.node.device_row import NodeOptions
+from loractl.worker.node.health import leftovers as module
+from loractl.worker.node.health.leftovers import StuckSupervisors
 from loractl.worker.node.monitor import TRIES
 from loractl.worker.node.node import DeviceNode, place_of
-from loractl.worker.node.options import NodeOptions
 from loractl.worker.protocol.idle_trainer import shared
 from loractl.worker.protocol.messages import Stop
 

@@ -21,12 +21,11 @@ from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.worker.attempt.attempt import begin
-from loractl.worker.attempt.drain import Drain
 from loractl.worker.attempt.order import stored_checkpoint
 from loractl.worker.attempt.result import mark_ready, ready_result, take_ready
 from loractl.worker.attempt.storage.client import StoreClient
-from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.data.template import templated
+from loractl.worker.attempt.workplace import Drain, Workplace
+from loractl.worker.data.prompt import templated
 from loractl.worker.data.token_set import RowTokenizer
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.device.devices import CpuDevice

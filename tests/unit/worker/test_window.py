@@ -19,11 +19,11 @@ from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
-from loractl.worker.attempt.drain import STOP_SHARE
+from loractl.worker.attempt.workplace import STOP_SHARE
 from loractl.worker.device.devices import SimulatedDevice
 from loractl.worker.node import box
 from loractl.worker.node.box import Box
-from loractl.worker.node.options import NodeOptions
+from loractl.worker.node.device_row import NodeOptions
 from loractl.worker.node.window import GRACE_S, Window, read_window
 
 from ...held_lab import HeldLab

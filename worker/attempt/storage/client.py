@@ -19,7 +19,7 @@ from loractl.common.artifacts import Binding, Manifest
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.settings import redacted
 
-from .calls import as_error, manifest_of
+from .service import as_error, manifest_of
 
 log = logging.getLogger("loractl.worker")
 

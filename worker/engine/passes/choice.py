@@ -11,7 +11,7 @@ from loractl.common.memory.families import ROW_ATTENTION
 from loractl.worker.base.arithmetic import Precision, evaluating
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.kept.knowledge import Once
-from loractl.worker.base.learner import Learner
+from loractl.worker.base.model import Learner
 from loractl.worker.base.source import first_line
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import UNSMOOTHED, Loss

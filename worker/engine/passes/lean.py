@@ -21,7 +21,7 @@ import torch.nn.functional as F  # noqa: N812  torch's own name for it
 
 from loractl.common.memory.step import HEAD_CHUNK
 from loractl.worker.base.arithmetic import AMP, Precision, random_streams_kept
-from loractl.worker.base.learner import ScoredTokens
+from loractl.worker.base.model import ScoredTokens
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import (
     UNSMOOTHED,
@@ -37,9 +37,9 @@ from loractl.worker.engine.loss import (
 from loractl.worker.engine.streams import RandomStreams
 
 from . import wide
+from .attention import RowLayout
+from .card_kernels import Rotary
 from .cross_entropy import LateGradient, scaled, summed_losses, widened
-from .rotary import Rotary
-from .row_attention import RowLayout
 from .scratch import Scratch
 
 

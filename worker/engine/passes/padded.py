@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loractl.worker.data.collation import collate, inputs_of
+from loractl.worker.data.token_rows import collate, inputs_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import UNSMOOTHED, Backward, CrossEntropy, Loss, MicroBatch, accepts_window
 from loractl.worker.engine.streams import RandomStreams

@@ -25,8 +25,8 @@ from loractl.worker.engine.loss import UNSMOOTHED, Backward, Loss, MicroBatch, T
 from loractl.worker.engine.streams import RandomStreams
 
 from . import apart, wide
+from .card_kernels import take_over_norms
 from .lean import HeadPart, LeanModel, LeanPass, RowsBehindEachOther
-from .norm import take_over_norms
 from .product import ADAPTER, CantShare, ExpertsApart, FrozenProduct, SharedProduct, Span, Spans
 
 

@@ -12,7 +12,7 @@ import torch
 from loractl.common.job.status import Reason
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import in_a_sentence, is_out_of_memory
-from loractl.worker.base.learner import ScoredTokens
+from loractl.worker.base.model import ScoredTokens
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import Backward, BentLoss, MicroBatch
 from loractl.worker.engine.passes.lean import LeanPass

@@ -1,18 +1,33 @@
-"""A card's self-test: in a process of its own before the card serves, and again while it fails."""
+"""A card's self-test: in a process of its own before the card serves, and again while it fails.
+
+    python -m loractl.worker.node.health.self_test
+
+tests the cards of this box in the same way for loractl doctor. It prints a JSON object: `cards`, each with number,
+name, fault (or null), seconds and torch (of its self-test, or null), and served, where a worker of another home has the
+card: a test could take memory from its jobs.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from loractl.worker.attempt.order import bare_environment
+from loractl.common.errors import LoractlError
+from loractl.common.settings import Settings, load_settings
+from loractl.worker.attempt.order import bare_environment, device_environment
 from loractl.worker.attempt.workplace import Workplace
+from loractl.worker.device.devices import Device, find_devices
 from loractl.worker.device.occupancy import Watch
 from loractl.worker.protocol.self_test import SelfTestReport, read_report
+
+from ..lock import is_served
 
 log = logging.getLogger("loractl.worker")
 
@@ -101,3 +116,39 @@ def _end_without_report(code: int, errors: str) -> str:
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "nothing was said")
     return f"its self-test ended with {how}: {last[:300]}"
+
+
+AT_ONCE = 16
+"""Cards that are tested beside each other: more than a box has."""
+
+
+def main() -> None:
+    """Print what the cards of this box could do."""
+    print(json.dumps({"cards": check_cards(load_settings())}), flush=True)  # noqa: T201  it is the answer
+
+
+def check_cards(settings: Settings, module: str = SELF_TEST) -> list[dict[str, Any]]:
+    """Test every card by `module`. That none is found is a card without a name and with a fault."""
+    try:
+        devices = find_devices(settings)
+    except LoractlError as error:
+        return [{"number": "", "name": "", "fault": error.sentence, "hint": error.hint, "seconds": None, "torch": None}]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(lambda device: _check(device, module), devices))
+
+
+def _check(device: Device, module: str) -> dict[str, Any]:
+    """A processor and a simulated card need no test, as for a node."""
+    found = {"number": device.number, "name": device.name, "seconds": None, "torch": None}
+    fault = device.look().fault
+    if fault is None and device.kind != "cpu" and is_served(device.uuid):
+        return {**found, "fault": None, "served": True}
+    if fault is not None or device.trains_on != "cuda":
+        return {**found, "fault": fault}
+    command = [sys.executable, "-m", module, device.trains_on, device.uuid]
+    report = self_test(command, device_environment(device, NAME, threads=1))
+    return {**found, "fault": report.fault, "seconds": report.seconds, "torch": report.torch}
+
+
+if __name__ == "__main__":
+    main()

@@ -51,10 +51,9 @@ def _prepared(order: Start, folder: Path) -> Ended:
     """Prepare; the end has the same reason and sentence as in the trainer."""
     from loractl.worker.base.model import load_tokenizer
     from loractl.worker.base.quiet import quieten
-    from loractl.worker.data.template import templated
+    from loractl.worker.data.prompt import templated
 
-    from .handover import write_handover
-    from .order_data import prepare_rows
+    from .handover import prepare_rows, write_handover
 
     quieten()
     spec = order.spec

@@ -17,15 +17,15 @@ from loractl.common.job.sections import DatasetSpec, EvaluationSpec, Metric, Ove
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.data.prepared import PreparedData, prepare_data
-from loractl.worker.data.template import templated
+from loractl.worker.data.prompt import templated
 from loractl.worker.data.token_rows import TokenRows
 from loractl.worker.data.token_set import TokenSet, fit_examples
 from loractl.worker.evaluation.answers import rouge
+from loractl.worker.evaluation.comparison import Array, paired_interval
 from loractl.worker.evaluation.confusion import Labels
 from loractl.worker.evaluation.evaluation import Work
 from loractl.worker.evaluation.generation import generate
 from loractl.worker.evaluation.row_losses import by_example, score_rows
-from loractl.worker.evaluation.statistics import Array, paired_interval
 from loractl.worker.serving.adapter_pool import AdapterPool
 from loractl.worker.serving.library import Library, Listed
 

@@ -33,10 +33,10 @@ import os, signal
 
 from loractl.common.settings import load_settings
 from loractl.common.store.queries import endings
-from loractl.worker.attempt.drain import Drain
+from loractl.worker.attempt.workplace import Drain
 from loractl.worker.device.devices import find_device
 from loractl.worker.node.node import place_of
-from loractl.worker.node.options import NodeOptions
+from loractl.worker.node.device_row import NodeOptions
 
 end = endings._end_attempt
 

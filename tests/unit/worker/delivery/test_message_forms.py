@@ -13,8 +13,8 @@ import pytest
 
 from loractl.common.channels import Channel
 from loractl.common.store.records import Delivery
-from loractl.worker.delivery.message_forms import mail
 from loractl.worker.delivery.messenger import deliver
+from loractl.worker.delivery.sending import mail
 
 from .... import receivers
 from .parcels import WEBHOOK_SECRET, parcel

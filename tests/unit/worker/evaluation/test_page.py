@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loractl.worker.evaluation.page import render_html
+from loractl.worker.evaluation.report import render_html
 
 from ....acceptance.test_report_page import report
 
