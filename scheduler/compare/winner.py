@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.errors import WrongState
 from loractl.common.text import number
 from loractl.common.verdict import MIN_CASES, chose_step, written
-from loractl.scheduler.report.answer import result_of
-from loractl.scheduler.report.final import FinalResult, look
+from loractl.scheduler.report.answer import FinalResult, look, result_of
 from loractl.scheduler.status.standing import named_settings
 from loractl.scheduler.wait.gangs import in_words
 

@@ -10,7 +10,7 @@ import click
 from loractl.scheduler.cli.output import show
 
 if TYPE_CHECKING:
-    from .contents import Contents
+    from .backup import Contents
 
 
 @click.group()

@@ -12,8 +12,7 @@ from loractl.common.store.database import connect, reachable
 from loractl.common.store.roles import apply_roles, has_roles
 from loractl.common.store.schema import HEAD, revision, serving_boxes, upgrade
 
-from .backup import back_up
-from .contents import Contents
+from .backup import Contents, back_up
 
 
 @dataclass(frozen=True, kw_only=True)

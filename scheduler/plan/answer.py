@@ -1,4 +1,6 @@
-"""What a job will need from a card: its plan part by part, the cards that hold it, and the largest form that fits."""
+"""What a job will need from a card: its plan part by part, the cards that hold it, and the largest job that fits; and
+how accurate plans were, predicted against measured peaks.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from loractl.common.errors import LoractlError, UsageError
 from loractl.common.job.method import MOST_CARDS, Method, Need, Roomy, Ways, choose_method, within
 from loractl.common.job.status import Status
 from loractl.common.memory.config import read_shape
-from loractl.common.memory.correction import learned, learned_roomy, peaks_like
+from loractl.common.memory.correction import Accuracy, accuracy, learned, learned_roomy, peaks_like
 from loractl.common.memory.fit import Fit, largest_fit, plan_roomy
 from loractl.common.memory.need_key import model_family, need_key
 from loractl.common.memory.plan import Plan, plan, predict
@@ -28,6 +30,24 @@ from .solutions import CardGroup, PlannedForm, Solution, in_another_form, on_mor
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
     from loractl.common.store.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanAccuracy:
+    """Predicted against measured, by device model, method and family."""
+
+    rows: tuple[Accuracy, ...]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Each row's `device_name`, `method`, `family`, `count`, and of measured over planned the `ratio` (the mean),
+        `spread` and `worst`; `factor`: what later plans are multiplied by, null while there are too few
+        measurements."""
+        return [{**vars(row), "factor": row.factor} for row in self.rows]
+
+
+def plan_accuracy(store: Store) -> PlanAccuracy:
+    """What all measured attempts say about the plans' accuracy."""
+    return PlanAccuracy(rows=tuple(accuracy(store.attempts.measured())))
 
 
 @dataclass(frozen=True, kw_only=True)

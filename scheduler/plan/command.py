@@ -85,7 +85,7 @@ def _of_submitted(job: str, status: Status) -> str:
 
 
 def _accuracy(store: Store, as_json: bool) -> None:
-    from .accuracy import plan_accuracy
+    from .answer import plan_accuracy
     from .text import accuracy_text
 
     answer = plan_accuracy(store)

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from loractl.common.memory.fit import Fit
     from loractl.common.memory.plan import Plan
 
-    from .accuracy import PlanAccuracy
-    from .answer import LargestFit, MemoryNeed
+    from .answer import LargestFit, MemoryNeed, PlanAccuracy
 
 _COLORS = {"fits": "green", "tight": "yellow"}
 

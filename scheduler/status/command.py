@@ -96,7 +96,7 @@ def _all(store: Store, choice: Choice, page: Page, *, as_json: bool) -> None:
 
 
 def _overview(settings: Settings, store: Store, choice: Choice, page: Page, *, watch: bool, as_json: bool) -> None:
-    from loractl.scheduler.cli.live import redraw
+    from loractl.scheduler.cli.screen import redraw
 
     from .overview import Overview, overview, told_of_queue
     from .overview_text import overview_text
@@ -118,7 +118,7 @@ def _asked_for(context: click.Context) -> bool:
 
 
 def _sweep(store: Store, sweep_id: int, *, watch: bool, as_json: bool) -> None:
-    from loractl.scheduler.cli.live import redraw
+    from loractl.scheduler.cli.screen import redraw
 
     from .standing import sweep_standing
     from .standing_text import opened

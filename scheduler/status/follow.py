@@ -10,8 +10,7 @@ import click
 
 from loractl.common.errors import ExitCode
 from loractl.common.job.status import Status
-from loractl.scheduler.cli.live import REDRAW_S, LiveText
-from loractl.scheduler.cli.screen import detect_screen
+from loractl.scheduler.cli.screen import REDRAW_S, LiveText, detect_screen
 
 from .job import JobState, held_out_losses, job_in_full, job_state
 from .job_text import job_text, state_line

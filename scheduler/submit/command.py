@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
     from loractl.common.settings import Settings
 
-    from .answer import JobDrafts
-    from .draft import JobDraft
+    from .draft import JobDraft, JobDrafts
 
 
 @click.command()
@@ -52,8 +51,7 @@ def submit(
     A file may hold several jobs, divided by ---. All are checked before they are queued together. A local data set is
     uploaded to the artifact store.
     """
-    from .answer import JobDrafts
-    from .draft import like_job, of_files, started_after
+    from .draft import JobDrafts, like_job, of_files, started_after
     from .preflight import check_addresses
 
     if bool(job_files) is (like is not None):
@@ -136,7 +134,7 @@ def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
     if as_json:
         from loractl.scheduler.status.job import job_state
 
-        from .answer import QueuedJobs
+        from .draft import QueuedJobs
 
         show(QueuedJobs(jobs=tuple(job_state(store, job_id) for job_id in queued)), as_json, str)
     if wait:

@@ -1,4 +1,6 @@
-"""A job before it is queued: from a job file, or like an earlier job."""
+"""A job before it is queued, from a job file or like an earlier job; and what submit queued, or would queue without
+--dry-run.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.file import amended_spec, load_specs
+from loractl.scheduler.status.job import JobState
 
 from .ancestor import in_order
 from .data import data_at_hand
@@ -17,6 +20,28 @@ if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
     from loractl.common.job.spec import JobSpec
     from loractl.common.store.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobDrafts:
+    """What a submit would queue."""
+
+    specs: tuple[JobSpec, ...]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Each job's resolved spec, with every key of a job file."""
+        return [spec.model_dump(mode="json") for spec in self.specs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueuedJobs:
+    """What a submit queued."""
+
+    jobs: tuple[JobState, ...]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """Each job as status shows it, in the order of the job files."""
+        return [job.as_json() for job in self.jobs]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,20 +1,143 @@
-"""What sweep would queue: the members that settings make from a job file."""
+"""What sweep would queue: a member for each point that settings make of a job file. Points that can't be compared are
+refused.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.errors import UsageError
-from loractl.common.job.sweep import RUNGS, NewSweep, setting
+from loractl.common.errors import SpecError, SpecProblem, UsageError
+from loractl.common.job.sweep import RUNGS, NewSweep, meets_rungs, setting
+from loractl.scheduler.submit.data import store_data
+from loractl.scheduler.submit.need import own_devices, plan_job, stored_hashes
 
-from .grid import read_grid
-from .members import member_specs, numbered
+from .grid import Grid, Point, points, read_grid
 
 if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
     from loractl.common.job.spec import JobSpec
+    from loractl.common.settings import Settings
+    from loractl.common.store.records import Submission
+    from loractl.common.store.store import Store
+
+
+_NAME_LENGTH = 63
+
+_OTHER_LOSSES = ("base_model", "revision", "dataset", "evaluation", "preference", "training.label_smoothing_factor")
+"""Keys and sections that change what the held-out loss measures, so that losses can't be compared."""
+
+
+def member_specs(path: Path, grid: Grid, *, trials: int | None, seed: int, early_stop: bool) -> list[JobSpec]:
+    """The spec of each point, under the job file's own name.
+
+    Raises SpecError with the problems of all of them, UsageError.
+    """
+    _refuse(grid, early_stop)
+    chosen = points(grid, trials, seed)
+    specs = _specs(path, grid, chosen)
+    first: dict[str, Point] = {}
+    for spec, point in zip(specs, chosen, strict=True):
+        twin = first.setdefault(spec.model_dump_json(), point)
+        if twin is not point:
+            raise UsageError(f"{_told(twin)} and {_told(point)} are the same job", "leave one of the values out")
+    return [_on_rungs(spec) for spec in specs] if early_stop else specs
+
+
+def numbered(specs: Sequence[JobSpec]) -> list[JobSpec]:
+    """The members under their own names: the job file's, and a number."""
+    suffixes = [f"-{number}" for number in range(1, len(specs) + 1)]
+    return [
+        spec.model_copy(update={"name": f"{spec.name[: _NAME_LENGTH - len(suffix)]}{suffix}"})
+        for spec, suffix in zip(specs, suffixes, strict=True)
+    ]
+
+
+def with_different_data(specs: Sequence[JobSpec]) -> list[JobSpec]:
+    """One member for each set of rows: data are checked once."""
+    return list({(spec.dataset.model_dump_json(), spec.evaluation.regression): spec for spec in specs}.values())
+
+
+def with_different_bases(specs: Sequence[JobSpec]) -> list[JobSpec]:
+    """One member for each base model: a base is checked once."""
+    return list({(spec.base_model, spec.revision): spec for spec in specs}.values())
+
+
+def submissions(
+    specs: Sequence[JobSpec], settings: Settings, store: Store, artifacts: ArtifactStore
+) -> list[Submission]:
+    """Each member's submission. A data set that several members name is uploaded once."""
+    stored: dict[str, dict[str, Any]] = {}
+    members = []
+    for spec in specs:
+        key = json.dumps(spec.data_sets(), sort_keys=True)
+        if key not in stored:
+            stored[key] = store_data(spec, artifacts)
+        members.append(plan_job(spec, settings.user, stored[key], store, own_devices(settings)))
+    return members
+
+
+def planned(specs: Sequence[JobSpec], settings: Settings, store: Store | None) -> list[Submission]:
+    """As submissions, for a dry run: nothing is uploaded."""
+    hashes = {json.dumps(spec.data_sets(), sort_keys=True): spec for spec in specs}
+    stored = {key: stored_hashes(spec) for key, spec in hashes.items()}
+    keys = [json.dumps(spec.data_sets(), sort_keys=True) for spec in specs]
+    return [
+        plan_job(spec, settings.user, stored[key], store, own_devices(settings))
+        for spec, key in zip(specs, keys, strict=True)
+    ]
+
+
+def _refuse(grid: Grid, early_stop: bool) -> None:
+    """Raises UsageError for a key that can't be varied, or can't if members are compared in mid-training."""
+    for key in grid.given:
+        if key == "name":
+            raise UsageError("--set name can't take several values", "members are called NAME-1, NAME-2, ... anyway")
+        if early_stop and any(_overlap(key, other) for other in _OTHER_LOSSES):
+            raise UsageError(
+                f"--early-stop compares held-out losses, which jobs of another {key} do not have in common",
+                f"leave out --early-stop, or make a sweep for each {key}",
+            )
+
+
+def _overlap(key: str, other: str) -> bool:
+    """Whether one of two keys is the other, or a section that holds it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+
+
+def _specs(path: Path, grid: Grid, chosen: Sequence[Point]) -> list[JobSpec]:
+    from loractl.common.job.file import load_spec
+
+    problems: dict[str, SpecProblem] = {}
+    specs: list[JobSpec] = []
+    for point in chosen:
+        try:
+            specs.append(load_spec(path, [*grid.fixed, *(f"{key}={text}" for key, text in point.items())]))
+        except SpecError as error:
+            problems |= {str(problem): problem for problem in error.problems}
+    if problems:
+        raise SpecError(list(problems.values()))
+    return specs
+
+
+def _told(point: Point) -> str:
+    return ", ".join(f"{key}={text}" for key, text in point.items())
+
+
+def _on_rungs(spec: JobSpec) -> JobSpec:
+    """The member, evaluated at the rungs. Raises UsageError if its own eval_steps contradicts that."""
+    every = spec.training.eval_steps
+    if every is None:
+        return spec.model_copy(update={"training": spec.training.model_copy(update={"eval_steps": RUNGS[0]})})
+    if not meets_rungs(every, spec.training.max_steps):
+        raise UsageError(
+            f"--early-stop compares at 25 % and 50 % of the steps, training.eval_steps {every} does not evaluate there",
+            "leave training.eval_steps out, or write a share like 0.25, 0.125 or 0.05",
+        )
+    return spec
 
 
 @dataclass(frozen=True, kw_only=True)

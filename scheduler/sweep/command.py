@@ -61,7 +61,7 @@ def _check(draft: SweepDraft, job_file: Path, settings: Settings) -> None:
     from loractl.scheduler.cli.session import open_to_check
     from loractl.scheduler.submit.intake import doubts_of, with_own_channels
 
-    from .members import planned
+    from .answer import planned
 
     store, unknown = open_to_check(settings)
     _warn_of_files(draft, job_file)
@@ -73,7 +73,7 @@ def _check(draft: SweepDraft, job_file: Path, settings: Settings) -> None:
 
 
 def _warn_of_files(draft: SweepDraft, job_file: Path) -> None:
-    from .members import with_different_data
+    from .answer import with_different_data
 
     for spec in with_different_data(draft.specs):
         warn_of_data(spec, job_file)
@@ -83,7 +83,7 @@ def _doubts(draft: SweepDraft, settings: Settings) -> list[str]:
     from loractl.scheduler.submit.overflow import check_overflow, unchecked
     from loractl.scheduler.submit.preflight import check_model
 
-    from .members import with_different_bases, with_different_data
+    from .answer import with_different_bases, with_different_data
 
     doubts = [line for spec in with_different_bases(draft.specs) for line in check_model(spec, settings)]
     for spec in with_different_data(draft.specs):
@@ -97,7 +97,7 @@ def _queue(draft: SweepDraft, job_file: Path, as_json: bool) -> None:
     from loractl.scheduler.status.standing import SweepStanding
     from loractl.scheduler.submit.intake import enqueue_sweep, with_own_channels
 
-    from .members import submissions
+    from .answer import submissions
     from .text import queued_text
 
     settings, store, artifacts = open_stores()

@@ -13,8 +13,7 @@ from loractl.common.store.fleet import FleetView
 from .cards import Asking, refused_join
 from .gangs import CardsAsked, asked_of, when_they_end
 from .reasons import Tier, Wait, explain
-from .rivals import ahead_of, reaches
-from .starts import REPLAYED_JOBS, ExpectedStart, read_starts
+from .starts import REPLAYED_JOBS, ExpectedStart, ahead_of, reaches, read_starts
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store

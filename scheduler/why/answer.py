@@ -14,8 +14,7 @@ from loractl.scheduler.wait.gangs import CardsAsked, asked_of
 from loractl.scheduler.wait.queue import reason, with_awaited
 from loractl.scheduler.wait.reasons import Tier, Wait
 from loractl.scheduler.wait.remedies import remedies
-from loractl.scheduler.wait.rivals import ahead_of, reaches, rivals
-from loractl.scheduler.wait.starts import REPLAYED_JOBS, ExpectedStart, read_starts
+from loractl.scheduler.wait.starts import REPLAYED_JOBS, ExpectedStart, ahead_of, reaches, read_starts, rivals
 
 if TYPE_CHECKING:
     from loractl.common.placement.lines import Waiting

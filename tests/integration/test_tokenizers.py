@@ -11,8 +11,8 @@ import pytest
 
 from loractl.common.errors import UsageError
 from loractl.scheduler.plan.answer import JobToPlan, memory_need
-from loractl.scheduler.submit.base_model import check_base
 from loractl.scheduler.submit.need import check_adapter
+from loractl.scheduler.submit.preflight import check_base
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.kept.base_cache import KEPT, Tokenizers
 from loractl.worker.base.model import load_tokenizer

@@ -15,8 +15,7 @@ from loractl.common.settings import Settings, load_settings
 
 from .box import see_cards, see_disk, see_models
 from .condition import Condition, Diagnosis, Level, broken, failed, fine, skipped
-from .messages import see_messages
-from .services import see_boxes, see_clock, see_database, see_logins, see_queue, see_revision, see_store
+from .services import see_boxes, see_clock, see_database, see_logins, see_messages, see_queue, see_revision, see_store
 
 PATIENCE_S = 10.0
 """The default time limit of a check."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.errors import LoractlError
 from loractl.scheduler.compare.answer import FinishedJob, compared
 from loractl.scheduler.compare.winner import SweepComparison
-from loractl.scheduler.report.final import seen
+from loractl.scheduler.report.answer import seen
 from loractl.scheduler.status.standing import short_keys, short_setting
 
 from .measures import UNREADABLE

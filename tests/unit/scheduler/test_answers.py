@@ -27,8 +27,7 @@ from loractl.scheduler.cli.main import cli
 from loractl.scheduler.cli.output import HasJson
 from loractl.scheduler.compare.answer import comparison
 from loractl.scheduler.fleet.answer import fleet
-from loractl.scheduler.plan.accuracy import plan_accuracy
-from loractl.scheduler.plan.answer import job_to_plan, memory_need
+from loractl.scheduler.plan.answer import job_to_plan, memory_need, plan_accuracy
 from loractl.scheduler.report.answer import report
 from loractl.scheduler.simulation.command import CONTENTION
 from loractl.scheduler.simulation.outcome import simulate

@@ -30,7 +30,7 @@ from loractl.scheduler.lab.health.condition import Condition, Diagnosis, Level
 from loractl.scheduler.lab.join import JoinAnswer
 from loractl.scheduler.lab.lab import JoinTicket, LabAnswer
 from loractl.scheduler.plan.answer import job_to_plan, memory_need
-from loractl.scheduler.report.final import FinalResult
+from loractl.scheduler.report.answer import FinalResult
 
 from ... import json_page, webs
 from ...models import write_helpdesk

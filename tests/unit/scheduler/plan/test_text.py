@@ -18,8 +18,7 @@ from loractl.common.memory.plan import Plan
 from loractl.common.memory.plan import plan as memory_plan
 from loractl.common.units import GIB
 from loractl.scheduler.cli.screen import Screen
-from loractl.scheduler.plan.accuracy import PlanAccuracy
-from loractl.scheduler.plan.answer import CardRoom, LargestFit, MemoryNeed
+from loractl.scheduler.plan.answer import CardRoom, LargestFit, MemoryNeed, PlanAccuracy
 from loractl.scheduler.plan.text import accuracy_text, need_text
 
 from ...factories import spec

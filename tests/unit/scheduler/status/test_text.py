@@ -17,8 +17,7 @@ from loractl.common.store.tables import Attempt, AttemptShare, Event, Job
 from loractl.common.units import GIB
 from loractl.scheduler.adapters.answer import AdapterList, StoredAdapter
 from loractl.scheduler.adapters.text import adapters_text
-from loractl.scheduler.cli.live import in_height
-from loractl.scheduler.cli.screen import Screen
+from loractl.scheduler.cli.screen import Screen, in_height
 from loractl.scheduler.status.job import (
     JSON_FIELDS,
     JobHistory,

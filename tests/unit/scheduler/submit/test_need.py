@@ -20,10 +20,9 @@ from loractl.common.settings import load_settings
 from loractl.common.store.store import Store
 from loractl.scheduler.plan.answer import JobToPlan, memory_need
 from loractl.scheduler.submit import need
-from loractl.scheduler.submit.base_model import check_base
 from loractl.scheduler.submit.lengths import row_lengths
 from loractl.scheduler.submit.need import check_adapter, own_devices, plan_job
-from loractl.scheduler.submit.preflight import check_model
+from loractl.scheduler.submit.preflight import check_base, check_model
 
 from ....conftest import Cli
 from ....databases import SQLITE_ALONE

@@ -11,7 +11,7 @@ from loractl.common.units import GIB
 from loractl.scheduler.wait.cards import card_fits
 from loractl.scheduler.wait.gangs import asked_of, in_short, in_words
 from loractl.scheduler.wait.reasons import explain
-from loractl.scheduler.wait.rivals import ahead_of
+from loractl.scheduler.wait.starts import ahead_of
 
 from ...fleets import card, drained, fleet, in_seconds, running, waits
 

@@ -19,8 +19,7 @@ from loractl.scheduler.wait.cards import SILENT_S, card_fits, closed_cards, proc
 from loractl.scheduler.wait.queue import WaitingJobs, reason, without_queue
 from loractl.scheduler.wait.reasons import Tier, explain
 from loractl.scheduler.wait.remedies import without_others
-from loractl.scheduler.wait.rivals import ahead_of
-from loractl.scheduler.wait.starts import REPLAYED_JOBS, ExpectedStart, expected_starts
+from loractl.scheduler.wait.starts import REPLAYED_JOBS, ExpectedStart, ahead_of, expected_starts
 
 from ...factories import NOON
 from ...fleets import card, drained, fleet, host, in_seconds, ready, running, waits

@@ -21,8 +21,7 @@ from loractl.common.store.records import Delivery, Progress
 from loractl.common.units import GIB
 from loractl.scheduler.lab.health.condition import Level
 from loractl.scheduler.lab.health.services import see_boxes
-from loractl.scheduler.web.census import SETTLED_S
-from loractl.scheduler.web.metrics import RATIO_BUCKETS, WAIT_BUCKETS, Exporter
+from loractl.scheduler.web.metrics import RATIO_BUCKETS, SETTLED_S, WAIT_BUCKETS, Exporter
 
 from .... import webs
 from ...factories import node_state

@@ -11,7 +11,7 @@ from loractl.common.channels import Channel, unknown_names
 from loractl.common.errors import UsageError
 from loractl.common.settings import load_settings
 
-from ...factories import spec
+from ..factories import spec
 
 KEY = "whsec_" + "a2tr" * 8
 

@@ -1,1 +1,0 @@
-"""Channels: where messages go, as a configuration names them. No database, no network, no job."""
