@@ -119,7 +119,9 @@ def _in_this_process(settings: Settings, store: Store, file: Path) -> float:
     """Submit a job here, with all imports done; the time at which its row was committed."""
     from loractl.common.artifacts import open_store
     from loractl.common.job.file import load_spec
-    from loractl.scheduler.submit.intake import submit_job
+    from loractl.scheduler.submit.data import store_data
+    from loractl.scheduler.submit.draft import JobDraft
+    from loractl.scheduler.submit.intake import enqueue, plan_all
 
     committed = []
     submit = store.jobs.submit
@@ -131,7 +133,9 @@ def _in_this_process(settings: Settings, store: Store, file: Path) -> float:
 
     store.jobs.submit = noted  # type: ignore[method-assign]
     try:
-        submit_job(load_spec(file), settings, store, open_store(settings))
+        spec = load_spec(file)
+        draft = JobDraft(spec=spec, stored=store_data(spec, open_store(settings)))
+        enqueue(plan_all([draft], settings, store)[0], settings, store)
     finally:
         store.jobs.submit = submit  # type: ignore[method-assign]
     return committed[0]

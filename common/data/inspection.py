@@ -117,14 +117,6 @@ def _held_back(left_out: LeftOut, *, pairs: bool) -> Iterator[Finding]:
         yield Finding(level="warning", kind="repeated held-out rows", text=text, count=twice)
 
 
-class _Look(Protocol):
-    """Looks at each row to train on, and reports afterwards what it has found. A question is a digest, see _asks."""
-
-    def see(self, example: Example, question: int | None) -> None: ...
-
-    def findings(self) -> Iterator[Finding]: ...
-
-
 def _counts(train: Sequence[Example], held_out: Sequence[Example], final: Leaks | None) -> Iterator[Finding]:
     if len(train) < FEW_TRAINED:
         text = f"only {len(train)} row{'' if len(train) == 1 else 's'} to train on"

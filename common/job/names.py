@@ -5,7 +5,6 @@ the hub, recognised by its form and never a path.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loractl.common.errors import UsageError
@@ -44,11 +43,6 @@ def check_tag(tag: str) -> None:
         raise UsageError("latest is always the newest adapter of a name and can't be set", "choose another tag")
     if not _NAME.fullmatch(tag):
         raise UsageError(f"{tag!r} is not a tag", "letters, digits, '.', '_' and '-' only, at most 63")
-
-
-def set_by_hand(tags: Mapping[int, list[str]], job_id: int) -> list[str]:
-    """The tags of a job's adapter that a person has set."""
-    return [tag for tag in tags.get(job_id, []) if tag != LATEST]
 
 
 REVISION = r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$"

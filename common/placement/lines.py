@@ -11,7 +11,7 @@ import datetime as dt
 import functools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -205,15 +205,6 @@ class JoinedLine:
             if (job := self._line.next(openings)) is None:
                 return None
         return None
-
-
-def levels_of(jobs: Iterable[Waiting]) -> Iterator[dict[str, Line]]:
-    """The lines of a list of jobs, by priority (the highest first) and user."""
-    by_level: dict[int, dict[str, list[Waiting]]] = {}
-    for job in sorted(jobs, key=lambda j: j.job_id):
-        by_level.setdefault(job.priority, {}).setdefault(job.user, []).append(job)
-    for priority in sorted(by_level, reverse=True):
-        yield {user: ListedLine(line) for user, line in by_level[priority].items()}
 
 
 Order = tuple[float, int]  # what comes first, then the job's number

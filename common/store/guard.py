@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import ColumnElement, Update, update
+from sqlalchemy import Update, update
 
 from loractl.common.job.status import TRANSITIONS, Status
 
@@ -72,12 +72,6 @@ def become(job: Job, after: Status) -> None:
     """Give a locked row its next status."""
     _check(job.status, after)
     job.status = after
-
-
-def may_come_back() -> ColumnElement[bool]:
-    """Whether the job has ended in a way that lets a person queue it again."""
-    ended = [status for status, after in TRANSITIONS.items() if status.is_terminal and Status.QUEUED in after]
-    return Job.status.in_(ended)
 
 
 def _check(before: Status, after: Status) -> None:

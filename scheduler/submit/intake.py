@@ -45,14 +45,6 @@ class SweepEntry:
     warnings: tuple[str, ...]
 
 
-def submit_job(spec: JobSpec, settings: Settings, store: Store, artifacts: ArtifactStore) -> Entry:
-    """Store the job's data, plan its need and queue it. Raises UsageError, ArtifactError, ServiceUnreachable."""
-    told = with_own_channels(spec, settings)
-    return enqueue(
-        plan_job(told, settings.user, store_data(spec, artifacts), store, own_devices(settings)), settings, store
-    )
-
-
 def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store | None) -> list[Submission]:
     """Each job's submission; all are checked before the first is written. Raises UsageError."""
     planned = []

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from loractl.common.job.method import Method, Need, least_need
 from loractl.common.job.status import Status
-from loractl.common.placement.lines import ListedLine, Waiting, levels_of, queue_key
+from loractl.common.placement.lines import Line, ListedLine, Waiting, queue_key
 from loractl.common.placement.rule import place
 from loractl.common.placement.shares import charge
 from loractl.common.store.fleet import FleetView, card_of, is_ready, waiting_of
@@ -107,3 +107,12 @@ def drained(target: str = "box", **changed: Any) -> DrainOrder:
 
 def in_seconds(seconds: float) -> dt.datetime:
     return NOON + dt.timedelta(seconds=seconds)
+
+
+def levels_of(jobs: Iterable[Waiting]) -> Iterator[dict[str, Line]]:
+    """The lines of a list of jobs, by priority (the highest first) and user."""
+    by_level: dict[int, dict[str, list[Waiting]]] = {}
+    for one in sorted(jobs, key=lambda j: j.job_id):
+        by_level.setdefault(one.priority, {}).setdefault(one.user, []).append(one)
+    for priority in sorted(by_level, reverse=True):
+        yield {user: ListedLine(line) for user, line in by_level[priority].items()}

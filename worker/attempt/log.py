@@ -120,13 +120,6 @@ class LogFile:
             self._told.put(f"[the log file ends here: {error.strerror}]\n")
 
 
-def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT) -> None:
-    """Keep all output. The pipe is read to its end, or its writer would block forever."""
-    log = LogFile(file, told, limit)
-    while line := pipe.readline(CHUNK):  # a line may never end
-        log.put(line)
-
-
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[str]]:
     """The file for a trainer's lines. Raises OSError if it can't be opened; data that a full disk refused is no error

@@ -7,12 +7,13 @@ import queue
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.worker.attempt.log import CHUNK, IS_LONG, LEFT_OUT, LogBook, opened, read_log
+from loractl.worker.attempt.log import CHUNK, FILE_LIMIT, IS_LONG, LEFT_OUT, LogBook, LogFile, Sink, opened
 
 
 def test_a_short_log_is_handed_on_whole_and_once() -> None:
@@ -80,6 +81,13 @@ def test_nothing_makes_it_longer_than_its_limit(steps: list[tuple[str, bool, boo
                 written += len(taken)
     written += len(book.take(last=True))
     assert written <= CHUNK + room + len(IS_LONG) + len(LEFT_OUT) + 1
+
+
+def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT) -> None:
+    """All that the pipe has, a piece at a time, as a trainer's supervisor does."""
+    log = LogFile(file, told, limit)
+    while line := pipe.readline(CHUNK):
+        log.put(line)
 
 
 def test_an_endless_print_fills_neither_the_file_nor_the_memory(tmp_path: Path) -> None:

@@ -15,11 +15,12 @@ from loractl.common.placement.cards import (
     Card,
     Occupant,
 )
-from loractl.common.placement.lines import ListedLine, Waiting, levels_of
+from loractl.common.placement.lines import ListedLine, Waiting
 from loractl.common.placement.rule import Decision, place
 from loractl.common.units import GIB
 
 from ....conftest import examples
+from ...fleets import levels_of
 
 NOW = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
 

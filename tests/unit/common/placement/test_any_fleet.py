@@ -17,9 +17,10 @@ from loractl.common.placement.cards import (
     room_for,
     takes,
 )
-from loractl.common.placement.lines import ListedLine, Waiting, levels_of
+from loractl.common.placement.lines import ListedLine, Waiting
 from loractl.common.placement.rule import RESERVE_AFTER_S, Decision, place
 
+from ...fleets import levels_of
 from .scenes import NOW, Scene, decide, many, order, scenes, started
 
 

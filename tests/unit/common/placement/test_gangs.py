@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, Occupant, Reservation, room_at
 from loractl.common.placement.gangs import gang_of, may_share
-from loractl.common.placement.lines import ListedLine, Waiting, levels_of
+from loractl.common.placement.lines import ListedLine, Waiting
 from loractl.common.placement.rule import (
     IDLE_FOR_GANG_S,
     OLDEST_FIRST_AFTER_S,
@@ -26,6 +26,7 @@ from loractl.common.placement.rule import (
 )
 from loractl.common.units import GIB
 
+from ...fleets import levels_of
 from .scenes import LABELS, NOW, Scene, a_card, a_job, decide, many, random_card, random_job, running
 
 

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from loractl.common.job.method import Method, Need
 from loractl.common.placement.cards import Card, Leaver, Occupant, WarmBase
 from loractl.common.placement.hosts import PACK_MEMBERS, Newcomer, RefusedJoin, joined, looked_at, own_part
-from loractl.common.placement.lines import JoinedLine, JoinOpening, ListedLine, Openings, Waiting, levels_of
+from loractl.common.placement.lines import JoinedLine, JoinOpening, ListedLine, Openings, Waiting
 from loractl.common.placement.pack_rule import MeasuredPass, PackedJob, PassLaw
 from loractl.common.placement.preemption import give_way
 from loractl.common.placement.rule import Decision, place
 from loractl.common.units import GIB
 
+from ...fleets import levels_of
 from .scenes import NOW, a_job, many, random_card, random_job, started
 
 SHORT = PackedJob(tokens=64, sweep="s")

@@ -8,11 +8,12 @@ import pytest
 
 from loractl.common.job.method import Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, Obstacle
-from loractl.common.placement.lines import ListedLine, Openings, Waiting, levels_of
+from loractl.common.placement.lines import ListedLine, Openings, Waiting
 from loractl.common.placement.refusals import Round, out_of_reach
 from loractl.common.placement.rule import MOST_WITHOUT_TIME, place
 from loractl.common.units import GIB
 
+from ...fleets import levels_of
 from .scenes import NOW, a_card, a_job, decide, running, started
 
 HOUR = 3600.0

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.method import Method, Need
 from loractl.common.job.status import Reason, Status
-from loractl.common.placement.lines import ListedLine, Openings, Waiting, levels_of
+from loractl.common.placement.lines import ListedLine, Openings, Waiting
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
 from loractl.common.store.fleet import NODE_STALE_S, card_of, is_ready, waiting_of
 from loractl.common.store.queries.cards.nodes import drained_targets, read_charges
@@ -26,7 +26,7 @@ from loractl.common.store.tables import Base, DrainOrder, Job
 from loractl.common.units import GIB
 
 from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission
-from ...fleets import card, drained, in_seconds, running, waits
+from ...fleets import card, drained, in_seconds, levels_of, running, waits
 
 YES = {"nvlink": "yes"}
 

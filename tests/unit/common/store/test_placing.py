@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from loractl.common.job.method import Method, Need
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.cards import Card, Occupant
-from loractl.common.placement.lines import ListedLine, Waiting, levels_of
+from loractl.common.placement.lines import ListedLine, Waiting
 from loractl.common.placement.rule import RESERVE_AFTER_S, place
 from loractl.common.placement.shares import charge
 from loractl.common.store.fleet import NODE_STALE_S
@@ -26,6 +26,7 @@ from loractl.common.store.tables import Base, Job
 from loractl.common.units import GIB
 
 from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission, take
+from ...fleets import levels_of
 
 NOTHING = Progress()
 HOUR = 3600.0
