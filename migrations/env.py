@@ -2,12 +2,12 @@
 
 from alembic import context
 
-from loractl.common.store.tables import Base
+from loractl.common.store.tables import conditioned
 
 connection = context.config.attributes["connection"]
 context.configure(
     connection=connection,
-    target_metadata=Base.metadata,
+    target_metadata=conditioned(),
     render_as_batch=connection.dialect.name == "sqlite",
 )
 context.run_migrations()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -63,6 +62,8 @@ class Accuracy:
 
 def accuracy(attempts: Iterable[Measured]) -> list[Accuracy]:
     """Predicted against measured, by device model, method, family, and whether it recomputed."""
+    import statistics
+
     ratios: dict[tuple[str, Method, str | None, bool], list[float]] = {}
     for attempt in attempts:
         if attempt.planned and attempt.peak and not attempt.out_of_memory:
