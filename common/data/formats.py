@@ -1,4 +1,4 @@
-"""The formats of rows: which one a data set has, and what each of its rows teaches.
+"""The formats of rows: which one a data set has, what each of its rows teaches, and which labels, if it has some.
 
 It needs no torch, so submit refuses bad data before a job waits. The trainer runs the same checks.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +18,66 @@ from loractl.common.job.sections import BadRow, DataFormat, PromptTemplate
 
 from .examples import Example, Examples, Turn
 from .fields import MESSAGES, SIDES, Reading, advice_about, tool_calls, tools
-from .labels import LONGEST, label_name
 from .pairs import CONVERSATION, conversation_pair, is_text, said_of, text_pair
 from .rows import RawRow, column_names, kind_of
+
+LONGEST = 256
+"""Characters of a label; a longer one is a text in the wrong column."""
+
+
+def label_name(value: Any) -> str:
+    """A label, text or a whole number, as text with its spaces folded. Raises ValueError that says what else it is."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        kinds = {bool: "true or false", dict: "an object", list: "a list", type(None): "missing or null"}
+        raise ValueError(kinds.get(type(value), repr(value)))
+    name = " ".join(str(value).split())
+    if not name:
+        raise ValueError("empty")
+    if len(name) > LONGEST:
+        raise ValueError(f"a text of {len(name)} characters")
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise ValueError("not Unicode text")
+    return name
+
+
+def labels_of(train: Sequence[Example]) -> tuple[str, ...]:
+    """The labels that training rows teach, sorted: by size where all are whole numbers, else as text.
+
+    A label's place is its number in the model's head. The same rows in another order give the same places.
+    """
+    if not train or train[0].label is None:  # other formats have no labels
+        return ()
+    names = {example.label for example in train if example.label is not None}
+    if all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def check_taught(train: Sequence[Example], file: str | Path) -> tuple[str, ...]:
+    """The labels that are taught; none for rows without labels. Raises DataError if there is only one: a head that
+    always says it is right."""
+    labels = labels_of(train)
+    if len(labels) == 1:
+        what = f"every row to train on has the label {labels[0]!r}: there is nothing to learn"
+        raise DataError(file, what, hint="a classifier needs rows of two labels or more", kind="one label only")
+    return labels
+
+
+def untaught(held_out: Sequence[Example], labels: Sequence[str], file: str | Path) -> list[DataError]:
+    """A sentence for each held-out row whose label the head does not have."""
+    known = set(labels)
+    shown = ", ".join(labels[:8]) + (", ..." if len(labels) > 8 else "")
+    return [
+        DataError(
+            file,
+            f"has the label {e.label!r}, which no row to train on has ({shown})",
+            row=e.number,
+            kind="unknown label",
+        )
+        for e in held_out
+        if e.label not in known
+    ]
+
 
 ROLES = ("system", "user", "assistant", "tool")
 

@@ -32,12 +32,10 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     """
     from loractl.common.data.fields import Reading
     from loractl.common.data.findings import about_fields, about_warmup
-    from loractl.common.data.formats import detect_format, parse_examples
+    from loractl.common.data.formats import check_taught, detect_format, parse_examples
     from loractl.common.data.inspection import Leaks, check_examples
-    from loractl.common.data.labels import check_taught
     from loractl.common.data.rows import open_rows
-    from loractl.common.data.sources import about_sources, gather
-    from loractl.common.data.split import split_data
+    from loractl.common.data.split import about_sources, gather, split_data
 
     _refuse_unknown_names(spec)
     dataset, sources = spec.dataset, spec.dataset.sources

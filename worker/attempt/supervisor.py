@@ -23,11 +23,10 @@ from loractl.worker.protocol.messages import Ended
 from loractl.worker.protocol.trust import Refused
 
 from .attempt import SupervisedAttempt
-from .heartbeat import while_beating
 from .order import prepare
 from .patience import Patience, away
 from .result import READY, clean, mark_ready, store_result, take_ready
-from .stops import Interrupted
+from .stops import Interrupted, while_beating
 from .storage.client import CallWatch
 from .trainer_run import train
 from .workplace import Workplace

@@ -22,10 +22,19 @@ from loractl.worker.protocol.messages import Ended, Start, Told
 
 from .attempt import SupervisedAttempt
 from .checkpoint_upload import CheckpointUpload
-from .heartbeat import beat, while_beating
 from .log import LOG_FILE, opened
 from .order import common_environment, environment
-from .stops import Interrupted, ask_to_stop, closes_now, does_not_leave, must_leave, require_wanted, wanted_stop
+from .stops import (
+    Interrupted,
+    ask_to_stop,
+    beat,
+    closes_now,
+    does_not_leave,
+    must_leave,
+    require_wanted,
+    wanted_stop,
+    while_beating,
+)
 from .trainer_process import TrainerLink, TrainerProcess
 from .workplace import STOP_SHARE, HostSource, StayingTrainer, Workplace
 

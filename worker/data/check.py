@@ -18,11 +18,9 @@ from typing import Any
 from loractl.common.data.examples import Example
 from loractl.common.data.fields import Reading
 from loractl.common.data.findings import Finding, about_fields, about_rows, about_warmup, refusals
-from loractl.common.data.formats import map_columns, parse_each
+from loractl.common.data.formats import labels_of, map_columns, parse_each, untaught
 from loractl.common.data.inspection import Leaks, check_examples
-from loractl.common.data.labels import labels_of, untaught
-from loractl.common.data.sources import format_of
-from loractl.common.data.split import Split, fitting, split_data
+from loractl.common.data.split import Split, fitting, format_of, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.method import permitted_methods
 from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec, held_out_split

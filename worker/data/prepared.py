@@ -14,10 +14,8 @@ from typing import Any
 from loractl.common.data.examples import Example
 from loractl.common.data.fields import Reading
 from loractl.common.data.findings import label_shares
-from loractl.common.data.formats import detect_format, parse_examples
-from loractl.common.data.labels import labels_of
-from loractl.common.data.sources import own_rows
-from loractl.common.data.split import all_trained_on, distinct, fitting, split_data
+from loractl.common.data.formats import detect_format, labels_of, parse_examples
+from loractl.common.data.split import all_trained_on, distinct, fitting, own_rows, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.identity import data_digest
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow, held_out_split

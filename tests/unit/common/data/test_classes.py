@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.data.examples import Example
-from loractl.common.data.formats import detect_format, parse_examples
+from loractl.common.data.formats import LONGEST, detect_format, labels_of, parse_examples
 from loractl.common.data.inspection import FEW_OF_A_LABEL, check_examples
-from loractl.common.data.labels import LONGEST, labels_of
 from loractl.common.data.rows import RawRow
 from loractl.common.data.split import Split, split_data, split_held_out
 from loractl.common.errors import DataError

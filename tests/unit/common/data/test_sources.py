@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.data.rows import RawRow, open_rows
-from loractl.common.data.sources import origin, own_rows
-from loractl.common.data.split import Split, split_data
+from loractl.common.data.split import Split, origin, own_rows, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.sections import DatasetSpec
 
