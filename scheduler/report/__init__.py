@@ -1,4 +1,4 @@
 """What a finished job measured, base against tuned: loractl report.
 
-Others use answer, final.
+Others use answer.
 """

@@ -48,6 +48,25 @@ def test_a_class_name_exists_once() -> None:
     assert {name: where for name, where in places.items() if len(where) > 1} == {}
 
 
+def test_a_function_of_a_module_is_used_by_more_than_tests() -> None:
+    """What a decorator registers is called by a library: a command, a route, an event."""
+    templates = [path for floor in FLOORS for path in (ROOT / floor).rglob("*") if path.suffix in (".jinja", ".mako")]
+    used = {word for path in templates for word in re.findall(r"\w+", path.read_text("utf-8"))}
+    for path in (*MODULES, Path("migrations/env.py")):
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.Name | ast.Attribute):
+                used.add(node.id if isinstance(node, ast.Name) else node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and NAMES_A_MODULE.fullmatch(node.value):
+                used.add(node.value.partition(":")[2])
+    unused = [
+        f"{path}: {node.name}"
+        for path in MODULES
+        for node in tree(path).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.decorator_list and node.name not in used
+    ]
+    assert unused == []
+
+
 def test_a_text_that_names_a_module_names_one_that_is_there() -> None:
     """Commands load by name, and nodes and trainers start by name: import-linter sees none of these."""
     texts = {
