@@ -56,7 +56,9 @@ def test_a_function_of_a_module_is_used_by_more_than_tests() -> None:
         for node in ast.walk(tree(path)):
             if isinstance(node, ast.Name | ast.Attribute):
                 used.add(node.id if isinstance(node, ast.Name) else node.attr)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and NAMES_A_MODULE.fullmatch(node.value):
+            elif (
+                isinstance(node, ast.Constant) and isinstance(node.value, str) and NAMES_A_MODULE.fullmatch(node.value)
+            ):
                 used.add(node.value.partition(":")[2])
     unused = [
         f"{path}: {node.name}"
