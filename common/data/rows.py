@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from loractl.common.errors import DataError
-from loractl.common.job.sections import DATA_SUFFIXES, Slice, parse_split
+from loractl.common.job.sections import DATA_SUFFIXES
+from loractl.common.job.slices import Slice, parse_split
 from loractl.common.settings import load_settings
 from loractl.common.units import amount
 

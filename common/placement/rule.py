@@ -150,7 +150,7 @@ class _Fleet:
         return newcomer is None or any(base.key == newcomer.keys.get(method) for base in card.waiting_bases)
 
     def elsewhere(self, join: Join, job: Waiting, size: int, now: dt.datetime) -> DeclinedJoin | None:
-        """The card that the job waits for rather than join, see `joins.sooner_elsewhere`."""
+        """The card that the job waits for rather than join, see `hosts.sooner_elsewhere`."""
         others = [c for c in self.cards.values() if self.takes(c, job) and (not self.kept or not self.kept.on(c.node))]
         return sooner_elsewhere(join, job, size, self.cards[join.node].model, others, self.busy_until, now)
 

@@ -12,6 +12,7 @@ from loractl.common.channels import Channel
 
 from .queries import (
     adapters,
+    arrivals,
     aside,
     backlog,
     claims,
@@ -19,6 +20,7 @@ from .queries import (
     followers,
     heartbeats,
     jobs,
+    looks,
     need,
     retention,
     spent,
@@ -168,7 +170,7 @@ class AttemptVerbs(Subject):
 class CardVerbs(Subject):
     """Verbs about cards and their nodes."""
 
-    arrive = writes(endings.arrive)
+    arrive = writes(arrivals.arrive)
     see = writes(nodes.see)
     forget = writes(nodes.forget)
     tokens = reads(nodes.read_tokens)
@@ -227,7 +229,7 @@ class AdapterVerbs(Subject):
 class ResultVerbs(Subject):
     """Verbs about results, logs, checkpoints and rows that gc may remove."""
 
-    looks = lists(jobs.looks)
+    looks = lists(looks.looks)
     not_bound = lists(retention.not_bound)
     bind = writes(retention.bind_result)
     beyond_newest = lists(retention.beyond_newest)
@@ -248,7 +250,7 @@ class ResultVerbs(Subject):
         """Write down that `user` is shown what a job measured on final rows; returns all looks at these rows, this one
         last. Raises JobNotFound."""
         with self._write() as tx:
-            mine = jobs.look(tx, job_id, rows_sha256, user)
+            mine = looks.look(tx, job_id, rows_sha256, user)
         # read once it is committed: of two looks at once, the later one to commit counts both
         return sorted(self.looks(rows_sha256), key=lambda one: (one.look_id == mine, one.look_id))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from loractl.common.adapter_config import is_module_name
 from loractl.common.errors import UsageError
-from loractl.common.job.sections import parse_split
+from loractl.common.job.slices import parse_split
 
 NOT_SUPERVISED = "loractl fine-tunes adapters on rows with answers, labels or pairs of answers"
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from loractl.common.adapter_config import tensor_file_fault
 from loractl.common.errors import UsageError
 from loractl.common.fingerprint import has_tokenizer, unfit_template
 from loractl.common.job.names import is_hub_id
 from loractl.common.memory.config import find_config, hub_is_off
+from loractl.common.tensor_file import tensor_file_fault
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec

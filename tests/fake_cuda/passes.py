@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, evaluating, repeat_where_needed
+from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, evaluating
 from loractl.worker.base.lora import add_adapter
+from loractl.worker.base.shared_heads import repeat_where_needed
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import UNSMOOTHED, BentLoss, LearnedTokens, MicroBatch, TokenLoss
 from loractl.worker.engine.optimizer import ScaledOptimizer

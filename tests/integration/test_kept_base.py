@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -25,15 +26,17 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
+from loractl.worker.base import lora, model
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.kept import knowledge, remains
+from loractl.worker.base.kept import remains
 from loractl.worker.base.kept.base_cache import BaseCache
-from loractl.worker.base.kept.knowledge import CheckCache, Knowledge, Known
+from loractl.worker.base.kept.knowledge import Knowledge, Known
 from loractl.worker.base.kept.model_snapshot import ModelSnapshot
 from loractl.worker.base.kept.remains import ProcessBaseline
 from loractl.worker.base.model import load_base
-from loractl.worker.engine.passes import choice
+from loractl.worker.engine.passes import attention, check_cache, choice, lean, product, shared
+from loractl.worker.engine.passes.check_cache import CheckCache
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.protocol.messages import Note, Start, Stepped
 from loractl.worker.recipe import recipe as recipe_module
@@ -428,14 +431,20 @@ def test_a_new_process_tries_no_rows_that_the_box_knows_to_be_right(
     assert tries("other layers", lora={"target_modules": ["q_proj"]}) == 1
     assert tries("other method", method="qlora") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(knowledge.transformers, "__version__", "99")
+        patch.setattr(check_cache.transformers, "__version__", "99")
         assert tries("other code") == 1
     with_one_bit_more(tiny_model / "model.safetensors")
     assert tries("other files") == 1
 
 
+@pytest.mark.parametrize("module", [attention, choice, lean, product, shared, lora, model])
+def test_a_check_follows_from_the_code_that_it_checks(module: ModuleType) -> None:
+    """Wherever that code is moved: an answer of other code would be believed."""
+    assert Path(module.__file__ or "").parent in check_cache.ROOMS
+
+
 def test_what_was_wrong_is_tried_again_and_few_answers_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knowledge, "CHECKS_KEPT", 4)
+    monkeypatch.setattr(check_cache, "KEPT", 4)
 
     def asked(question: str, wrong: str | None) -> bool:
         """Whether it was tried."""

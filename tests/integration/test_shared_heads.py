@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaModel
 
-from loractl.worker.base import arithmetic
-from loractl.worker.base.arithmetic import are_fused, repeat_where_needed
+from loractl.worker.base import shared_heads
+from loractl.worker.base.shared_heads import are_fused, repeat_where_needed
 
 
 def test_a_processor_has_a_fused_kernel_for_them() -> None:
@@ -29,7 +29,7 @@ def test_repeated_keys_and_values_give_the_same_answers_and_gradients(monkeypatc
     together = _passed()
     assert set(asked) == {True}, "torch takes them as they are"
     asked.clear()
-    monkeypatch.setattr(arithmetic, "are_fused", lambda *_: False)
+    monkeypatch.setattr(shared_heads, "are_fused", lambda *_: False)
     apart = _passed()
     assert set(asked) == {False}
     for ours, theirs in zip(apart, together, strict=True):

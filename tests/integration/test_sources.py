@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.errors import DataError
-from loractl.common.job.sections import DatasetSpec, parse_split
+from loractl.common.job.sections import DatasetSpec
+from loractl.common.job.slices import parse_split
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.prepared import PreparedData, prepare_data
 

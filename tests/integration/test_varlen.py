@@ -12,7 +12,7 @@ from torch.nn.attention import varlen as torch_varlen
 from transformers import MistralConfig, MistralModel
 
 from loractl.common.units import GIB
-from loractl.worker.base.arithmetic import kind_of
+from loractl.worker.base.shared_heads import kind_of
 from loractl.worker.engine.passes import attention
 from loractl.worker.engine.passes.attention import RowLayout
 from loractl.worker.protocol.messages import Note

@@ -25,9 +25,10 @@ from loractl.common.fingerprint import has_tokenizer, unfit_template
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 
-from .arithmetic import Precision, repeat_where_needed
+from .arithmetic import Precision
 from .failure import TrainingFailed
 from .gauge import memory_or_card
+from .shared_heads import repeat_where_needed
 from .source import check_folder, configs_of, gguf_file_of, loading_options, model_errors, source_of
 
 HEAD = "score"

@@ -23,7 +23,8 @@ from loractl.common.data.inspection import Leaks, check_examples
 from loractl.common.data.split import Split, fitting, format_of, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.method import permitted_methods
-from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec, held_out_split
+from loractl.common.job.sections import BadRow, DataFormat, DatasetSpec
+from loractl.common.job.slices import held_out_split
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.fit import largest_fit

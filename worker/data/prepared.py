@@ -18,7 +18,8 @@ from loractl.common.data.formats import detect_format, labels_of, parse_examples
 from loractl.common.data.split import all_trained_on, distinct, fitting, own_rows, split_data
 from loractl.common.errors import DataError
 from loractl.common.job.identity import data_digest
-from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow, held_out_split
+from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
+from loractl.common.job.slices import held_out_split
 
 from .origin import load_pinned
 from .token_rows import TokenRows

@@ -20,7 +20,7 @@ from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.node.health.leftovers import end_strays
 
 from .device_row import DeviceRow
-from .health.leftovers import StuckSupervisors
+from .health.stuck import StuckSupervisors
 from .hosts import Hosts
 from .slots import Slots
 

@@ -15,8 +15,9 @@ from loractl.common.memory.fit import plan_roomy
 from loractl.common.memory.plan import predict
 from loractl.common.memory.step import Lengths, Stack, is_lean
 from loractl.common.units import gib
-from loractl.worker.base.arithmetic import are_fused, choose_precision
+from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.shared_heads import are_fused
 from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.engine.passes.wide import multiplies_wide

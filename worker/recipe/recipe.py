@@ -21,7 +21,7 @@ from loractl.worker.base.adapter import WEIGHTS, load_stored, save_adapter
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, overflows_fp16
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.kept.base_cache import BorrowedTokenizer
-from loractl.worker.base.kept.knowledge import CheckCache, Known, Once
+from loractl.worker.base.kept.knowledge import Known, Once
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Head, Learner, load_tokenizer
 from loractl.worker.base.source import BaseIdentity, family_of, traits_of
@@ -31,6 +31,7 @@ from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.prompt import templated
 from loractl.worker.data.tokens import APART
 from loractl.worker.engine.engine import ForwardPass
+from loractl.worker.engine.passes.check_cache import CheckCache
 from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.shared import SharedBase

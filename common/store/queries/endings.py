@@ -1,6 +1,4 @@
-"""Endings: how an attempt ends, and whether its job ends with it or waits for the next one. A node that comes up ends
-what an earlier process of it left running.
-"""
+"""Endings: how an attempt ends, and whether its job ends with it or waits for the next one."""
 
 from __future__ import annotations
 
@@ -9,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 from sqlalchemy import exists, or_, select, update
 
-from loractl.common.errors import NameTaken
 from loractl.common.job.method import Method
 from loractl.common.job.status import (
     KEEPING,
@@ -26,12 +23,11 @@ from loractl.common.placement.shares import base_share, decayed, with_base, with
 from loractl.common.text import storable
 from loractl.common.units import GIB
 
-from ..fleet import NODE_STALE_S
 from ..guard import become, ended, move
-from ..records import Arrival, Claim, NodeState, Progress, StoredResult
+from ..records import Claim, Progress, StoredResult
 from ..tables import Adapter, Attempt, Job, Node, TrainerHost, Use
 from ..transaction import SKIP_LOCKED, Transaction
-from .cards.nodes import forget_hosts, identity, note_failure, note_success
+from .cards.nodes import note_failure, note_success
 from .cards.shares import read_beside, running_on, silent
 from .changes import forget_wishes, is_asked_to_stop
 from .followers import release_followers
@@ -362,28 +358,3 @@ def _already_finished(tx: Transaction, claim: Claim, reason: Reason, job: Job) -
     attempt = tx.session.get(Attempt, (claim.job_id, claim.attempt))
     own = attempt is not None and attempt.token == claim.token and attempt.reason is reason
     return job.status if own else None
-
-
-def arrive(tx: Transaction, state: NodeState) -> Arrival:
-    """A node is about to serve: write its row, and give back what its predecessor left. Raises NameTaken.
-
-    With `seen_at` in the answer nothing was done yet.
-    """
-    now, me = tx.now(), identity(state)
-    # first, so that of two new nodes with one name the second waits here, and then finds the first
-    tx.add_new(Node, [{**vars(state), "seen_at": now, "free": 0, "reserved": 0}])
-    row = tx.session.scalars(select(Node).where(Node.node == state.node).with_for_update()).one()
-    it = identity(row)
-    if it == me:
-        given_back = tuple(give_back(tx, state.node))
-        forget_hosts(tx, TrainerHost.node == state.node)  # that node ended them before it came here
-        return Arrival(given_back=given_back)
-    if (now - row.seen_at).total_seconds() > NODE_STALE_S:
-        for name, value in vars(me).items():
-            setattr(row, name, value)
-        row.seen_at = now
-        forget_hosts(tx, TrainerHost.node == state.node)
-        return Arrival()  # what the other node ran has its lease
-    if it.instance != me.instance or it.machine not in (None, me.machine):
-        raise NameTaken(state.node)
-    return Arrival(seen_at=row.seen_at)

@@ -1,4 +1,4 @@
-"""Jobs as a person reads them: the rows, and their attempts, history, metrics, logs and looks at final rows."""
+"""Jobs as a person reads them: the rows, and their attempts, history, metrics and logs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from ..tables import (
     Attempt,
     AttemptShare,
     Event,
-    FinalLook,
     Job,
     JobLabel,
     LogChunk,
@@ -356,17 +355,3 @@ def read_measured(
         )
         for row in tx.session.execute(query.order_by(Attempt.started_at.desc()).limit(limit))
     ]
-
-
-def look(tx: Transaction, job_id: int, rows_sha256: str, user: str) -> int:
-    """Write one down; returns its number. Raises JobNotFound."""
-    sweep_id = read_job(tx, job_id).sweep_id
-    mine = FinalLook(job_id=job_id, sweep_id=sweep_id, rows_sha256=rows_sha256, user=user, at=tx.now())
-    tx.session.add(mine)
-    tx.session.flush()
-    return mine.look_id
-
-
-def looks(rows_sha256: str) -> Select[FinalLook]:
-    """All looks at what was measured on these final rows, in their order."""
-    return select(FinalLook).where(FinalLook.rows_sha256 == rows_sha256).order_by(FinalLook.look_id)

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from loractl.worker.base.arithmetic import kind_of
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.processor import has_tiles
+from loractl.worker.base.shared_heads import kind_of
 from loractl.worker.base.source import first_line
 
 from ..passes import wide

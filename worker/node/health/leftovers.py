@@ -1,100 +1,16 @@
-"""What does not end by itself: processes that attempts leave behind on a device are ended, or the card is closed; of
-supervisors that no longer turn, the trainers are killed or told to stop their job, or else their node ends.
-"""
+"""Processes that attempts leave behind on a device: they are ended, or the card is closed."""
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import threading
-from collections.abc import Iterator, Mapping
 
-from loractl.common.job.status import Reason
 from loractl.common.store.records import Claim
 from loractl.common.units import gib
-from loractl.worker.attempt.attempt import SupervisedAttempt
-from loractl.worker.attempt.stops import DRAIN_GRACE_S
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import RANK_VARIABLE, Watch, card_mark, end_leftovers, run_mark, runs_of
 from loractl.worker.protocol.idle_trainer import host_name
-from loractl.worker.protocol.messages import Stop
 
 log = logging.getLogger("loractl.worker")
-
-STUCK_LEAST_S = 20.0
-"""A supervisor may be silent so long with any lease: ending a trainer and all that it started takes a while."""
-
-LOOK_MOST_S = 2.0
-"""The most that counts as a supervisor's silence between two looks at it: a node that was frozen catches up."""
-
-
-class StuckSupervisors:
-    """Looks at the supervisors of one node again and again.
-
-    A supervisor that has not turned for a lease loses its trainer: its lease is over, so the job may run elsewhere. A
-    trainer that has other jobs is told to stop this one, and goes on. A supervisor that still hangs after another lease
-    can't be ended, since it is a thread. Then the node takes no more jobs, lets the other attempts save, and ends. The
-    worker starts another node, which gives the stuck job back.
-    """
-
-    def __init__(self, place: Workplace) -> None:
-        self._place = place
-        self._patience = max(place.settings.lease_s, STUCK_LEAST_S)
-        self._silent: dict[int, tuple[float, float]] = {}  # slot -> its last turn, and the seconds looked on since
-        self._killed: set[str] = set()  # tokens of attempts whose trainer was killed for it
-        self._looked_at = place.clock.now()
-
-    def end(self, attempts: Mapping[int, SupervisedAttempt]) -> None:
-        """Do what the longest silences ask for. `attempts`: slot -> what is supervised there."""
-        silences = list(self._silences(attempts))
-        stuck = [(attempt, silent) for attempt, silent in silences if silent >= self._patience]
-        for attempt, silent in stuck:
-            if attempt.claim.token not in self._killed:
-                self._killed.add(attempt.claim.token)
-                _kill_trainer(attempt, silent)
-        longest = max((silent for _, silent in stuck), default=0.0)
-        if longest < 2 * self._patience:
-            return
-        if self._place.drain.asked is None:
-            log.error("a supervisor of %s is stuck: the node saves its other jobs, then restarts", self._place.node)
-            self._place.drain.end_alone()
-            self._place.drain.ask("checkpoint")
-            os.kill(os.getpid(), signal.SIGTERM)  # else one that turns again would leave a node that takes no jobs
-        others = [attempt for attempt, silent in silences if silent < self._patience and not attempt.own.closed]
-        if not others or longest > 2 * self._patience + DRAIN_GRACE_S:
-            os._exit(1)  # the trainers end with their stdin
-
-    def _silences(self, attempts: Mapping[int, SupervisedAttempt]) -> Iterator[tuple[SupervisedAttempt, float]]:
-        """How long each supervisor has not turned, by the time that this process itself ran."""
-        now = self._place.clock.now()
-        ran, self._looked_at = min(now - self._looked_at, LOOK_MOST_S), now
-        for slot, attempt in attempts.items():
-            turned_at, silent = self._silent.get(slot, (0.0, 0.0))
-            silent = 0.0 if attempt.own.closed or attempt.own.turned_at != turned_at else silent + ran
-            self._silent[slot] = attempt.own.turned_at, silent
-            yield attempt, silent
-
-
-def _kill_trainer(attempt: SupervisedAttempt, silent: float) -> None:
-    trainer = attempt.run.trainer
-    if trainer is None or trainer.poll() is not None:
-        return
-    if not trainer.alone:
-        log.error(
-            "job %s: its supervisor is stuck, and the trainer continues with its other jobs", attempt.claim.job_id
-        )
-        stop = Stop(job_id=attempt.claim.job_id, save=False)
-        # in a thread: the stuck supervisor may be sending itself, and the monitor must not wait for that
-        threading.Thread(target=trainer.send, args=(stop,), name="stop", daemon=True).start()
-        return
-    log.error("job %s: its supervisor is stuck, the trainer is killed", attempt.claim.job_id)
-    if attempt.own.forced is None:
-        attempt.own.forced = Reason.TRAINER_ERROR, f"the supervisor was stuck for {silent:.0f} s"
-    try:
-        os.killpg(trainer.pid, signal.SIGKILL)
-    except OSError as error:
-        log.warning("job %s: its trainer could not be killed: %s", attempt.claim.job_id, error)
 
 
 LEFT_S = 20.0

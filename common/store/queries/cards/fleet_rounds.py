@@ -13,7 +13,8 @@ from ...transaction import Transaction
 from ..changes import answer_wishes
 from ..followers import release_left
 from ..outbox.deliveries import tidy
-from ..outbox.notices import NEWS_S, tell_of_cancelled_sweeps, tell_of_jobs_out_of_reach, tell_of_silence
+from ..outbox.notices import NEWS_S, tell_of_cancelled_sweeps, tell_of_silence
+from ..outbox.reach import tell_of_jobs_out_of_reach
 from ..usage import refresh_quotas
 from .nodes import read_cards
 

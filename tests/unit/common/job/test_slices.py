@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from loractl.common.job.sections import parse_split
+from loractl.common.job.slices import parse_split
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Checks that passed on this box for concatenated rows: a new process need not repeat them.
+
+An answer follows from the base's files, from how it is loaded and adapted, and from the code that computes. The name of
+an empty file identifies all of these, so no file can be incomplete, and any change is checked again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import bitsandbytes
+import peft
+import torch
+import transformers
+
+from loractl.worker.base import kernels
+from loractl.worker.base.kept.knowledge import Known, Once
+
+KEPT = 256
+"""Answers kept: a few for each base on a box, and for each version of its packages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckCache:
+    """Asks the process first (`once`), then the box, and runs the check if neither knows."""
+
+    folder: Path
+    about: Sequence[object]  # what the base is, and how it was loaded
+    once: Once[str | None]
+
+    def __call__(
+        self, question: str, find_out: Callable[[], str | None], /, *, keeps: Callable[[str | None], bool]
+    ) -> Known[str | None]:
+        """What is wrong; None: nothing, and that is remembered."""
+
+        def ask() -> str | None:
+            file = self.folder / self._name(question)
+            if file.exists():
+                with contextlib.suppress(OSError):  # a full disk
+                    file.touch()  # answers that nobody asks for are removed first
+                return None
+            if (wrong := find_out()) is None:
+                _note(file)
+            return wrong
+
+        return self.once(question, ask, keeps=keeps)
+
+    def _name(self, question: str) -> str:
+        stack = [torch.__version__, transformers.__version__, peft.__version__, bitsandbytes.__version__, _attention()]
+        stack.append(_CODE)
+        said = repr([question, *self.about, torch.backends.cpu.get_cpu_capability(), *stack])
+        return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _note(file: Path) -> None:
+    with contextlib.suppress(OSError):  # a full disk: it is checked again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        for old in sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
+
+
+def _attention() -> str | None:
+    """The version of flash-attn, if installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("flash-attn")
+    return None
+
+
+ROOMS = Path(__file__).parent, Path(kernels.__file__).parent
+"""Where our own code is that loads a base, adapts it and runs it."""
+
+
+def _code() -> str:
+    content = b"".join(path.read_bytes() for room in ROOMS for path in sorted(room.glob("*.py")))
+    return hashlib.sha256(content).hexdigest()
+
+
+_CODE = _code()
+"""As of the import: an upgrade replaces the files while this process continues with the old code."""
