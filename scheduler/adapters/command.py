@@ -128,67 +128,24 @@ def pull(adapter: str, folder: Path) -> None:
 @click.option("--public", is_flag=True, help="Everybody may read it. Default: private.")
 @click.option("--base-name", metavar="OWNER/NAME", help="What a base that is a folder is called on the hub.")
 @click.option("--to", type=click.Path(path_type=Path, file_okay=False), metavar="DIR", help="Write it there instead.")
-def push(adapter: str, repository: str, public: bool, base_name: str | None, to: Path | None) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def push(adapter: str, repository: str, public: bool, base_name: str | None, to: Path | None, as_json: bool) -> None:
     """Push an adapter to a hub as one commit, its report as the model card.
 
     The card has no rows, and no names of people, machines, jobs or folders. The token is that of huggingface_hub:
     HF_TOKEN, or what `hf auth login` has stored; HF_ENDPOINT names another hub. --to writes what would be pushed into a
     new folder, and pushes nothing.
     """
-    import tempfile
-
-    from loractl.common.errors import LoractlError
-    from loractl.common.model_card import Published
-    from loractl.common.units import amount
     from loractl.scheduler.cli.session import open_stores
 
-    from . import hub
-    from .publication import (
-        check_repository,
-        datasets_of,
-        final_sentence,
-        folder_license,
-        publishable,
-        write_publication,
-    )
+    from .push import PushRequest, push_adapter
 
-    check_repository(repository, "OWNER/NAME")
-    if base_name is not None:
-        check_repository(base_name, "--base-name")
+    request = PushRequest(adapter=adapter, repository=repository, public=public, base_name=base_name, to=to)
     if to is not None:
         _check_new(to)
     settings, store, artifacts = open_stores()
-    chosen = publishable(store, artifacts, adapter)
-    base = chosen.base_on_hub(base_name)
-    if base is None:
-        click.echo("Note: the base is a folder; the card can't name it on the hub without --base-name.", err=True)
-    place = None if to is not None else hub.find_repository(repository, public=public)
-    if place is not None and public and place.private:
-        click.echo(f"Note: {repository} stays private: a push does not change who may read it.", err=True)
-    known = folder_license(Path(chosen.spec.base_model)) if chosen.local_base else None
-    if known is None and base is not None:
-        try:
-            known = hub.base_license(base, None if chosen.local_base else chosen.commit)
-        except LoractlError as error:
-            if to is None:
-                raise
-            click.echo(f"Note: the base's license is not known: {error.sentence}.", err=True)
-    published = Published(
-        repository=repository,
-        base=base,
-        license=known,
-        datasets=datasets_of(chosen),
-        final=final_sentence(store, artifacts, chosen.job_id, settings.user),
-    )
-    with tempfile.TemporaryDirectory(prefix="loractl-") as aside:
-        folder = Path(aside) if to is None else to
-        files = write_publication(artifacts, chosen, published, folder)
-        what = f"adapter of job {chosen.job_id} ({len(files)} files, {amount(sum(files.values()))})"
-        if place is None:
-            click.echo(f"What would be pushed of the {what} is in {folder}.")
-            return
-        message = f"Adapter with weights of sha256 {chosen.report['adapter']['sha256'][:12]}"
-        click.echo(f"The {what} is pushed: {hub.push(folder, files, place, message).sentence}")
+    answer = push_adapter(request, store, artifacts, settings.user, lambda text: click.echo(f"Note: {text}", err=True))
+    show(answer, as_json, lambda: answer.sentence)
 
 
 def _check_new(folder: Path) -> None:

@@ -45,10 +45,15 @@ class Pushed:
     url: str
 
     @property
+    def is_old(self) -> bool:
+        """Whether the repository had all of it before."""
+        return self.commit == self.repository.head
+
+    @property
     def sentence(self) -> str:
         """Where it is now, and who may see it."""
         seen = "private" if self.repository.private else "public"
-        same = "already has it, in" if self.commit == self.repository.head else "has it, as"
+        same = "already has it, in" if self.is_old else "has it, as"
         return f"{self.repository.name} ({seen}) {same} commit {self.commit[:12]}: {self.url}"
 
 

@@ -74,11 +74,12 @@ ELSEWHERE = {
     "An evaluation": "acceptance/test_adapters.py",
     "generate": "acceptance/test_adapters.py",
     "adapters merge": "acceptance/test_adapters.py",
+    "adapters push": "unit/scheduler/adapters/test_push.py",
     "matrix": "acceptance/test_matrix.py",
     "data check": "integration/test_data_check.py",
     "data show": "integration/test_data_check.py",
 }
-"""Commands that need a model or a tokenizer: their sections are held where they run."""
+"""Commands that need a model, a tokenizer or a hub: their sections are held where they run."""
 
 SHARED = ("A job", "A sweep", "An adapter", "A measure", "Final rows")
 """Sections that others lead to."""

@@ -25,6 +25,7 @@ from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.scheduler.cli.main import cli
 
+from .... import json_page
 from ....acceptance.test_report_page import report as page_report
 from ....hub_writes import TOKEN, WritableHub
 from ....models import weights_of
@@ -225,6 +226,18 @@ def test_a_second_push_is_a_commit_on_top_and_the_same_again_is_none(lab: Lab) -
     assert second != first and lab.hub.files("lab/support")["notes.txt"] == b"of a person"
     assert f"already has it, in commit {second[:12]}" in lab.ask(PUSH).stdout
     assert lab.hub.find("models", "lab/support", "main")[0] == second
+
+
+def test_a_script_gets_the_commit_and_the_files_as_json(lab: Lab) -> None:
+    pushed, again, looked = (
+        json.loads(lab.ask(f"{PUSH} --json{more}").stdout) for more in ("", "", f" --to {lab.folder / 'look'}")
+    )
+    json_page.hold({"adapters push": [pushed, again, looked]})
+    commit, _ = lab.hub.find("models", "lab/support", "main")
+    assert (pushed["commit"], pushed["already_there"], pushed["private"]) == (commit, False, True)
+    assert pushed["files"] == {n: len(c) for n, c in lab.hub.files("lab/support").items() if n != ".gitattributes"}
+    assert again == {**pushed, "already_there": True}
+    assert looked["files"] == pushed["files"] and looked["commit"] is looked["url"] is None
 
 
 def test_a_public_repository_needs_a_word_and_a_private_one_stays_private(lab: Lab) -> None:
