@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from sqlalchemy import Engine, delete, insert, text
 
 from loractl.common.job.status import Reason, Status
-from loractl.common.store.queries.usage import SUMS, CardUse, by_hour, label_set, record
+from loractl.common.placement.card_hours import by_hour
+from loractl.common.store.queries.usage import SUMS, CardUse, label_set, record
 from loractl.common.store.records import Claim, NodeState
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store

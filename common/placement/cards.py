@@ -35,6 +35,10 @@ UNMEASURED_S = 3600.0
 """A job whose time to a checkpoint was not measured begins where an hour is left, or half of the card's whole window.
 So a short allocation takes new jobs too, and one that is nearly over takes none in vain."""
 
+TIME_GROWTH = 1.25
+"""If a worker's end stops a job before its first stored checkpoint, the job then asks for this many times the time it
+had."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Occupant:

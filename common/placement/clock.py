@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 import heapq
-from collections.abc import Iterable, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loractl.common.job.method import Method, RoomyForm
 
-from .cards import Card, Occupant, WarmBase
+from .cards import TIME_GROWTH, Card, Occupant, WarmBase
 from .hosts import Newcomer, Newcomers, Seat, joined, may_wait, seat
 from .lines import Waiting
 from .pack_rule import PackedJob, PassLaw
@@ -17,6 +19,11 @@ from .rule import Placement
 
 LEAVE_S = 10.0
 """Until a job that has ended is out of its host: a step, and a look at its tensors and files."""
+
+
+MOST_IN_VAIN = 100
+"""A job whose card went so often while it loaded is replayed no further: under a rule that does not look at the time
+left, it might start in vain for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +45,28 @@ class ReplayedForm:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Presence:
+    """When a card is there: from the beginning of the replay on for some time, and again after each pause."""
+
+    open_s: float
+    shut_s: float | None = None  # None: it never comes back
+
+    @property
+    def cycle_s(self) -> float:
+        return math.inf if self.shut_s is None else self.open_s + self.shut_s
+
+    def opening(self, number: int) -> float:
+        """When it comes for the time with this number, from 0 on."""
+        return number * self.cycle_s if number else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReplayedJob:
     """A job to replay; it arrives at `waiting.since`."""
 
     waiting: Waiting
     seconds: float | None  # from its first step on, with a card of its own; None: not known, it never ends
+    save_s: float = 0.0  # of these, from one checkpoint to the next
     base: ReplayedBase | None = None  # None: it starts in no time, and leaves no host
     packed: PackedJob | None = None  # as the pack rule sees it; None: it trains alongside no other job
     roomy: tuple[ReplayedForm, ...] = ()  # the fastest first
@@ -65,6 +89,8 @@ class ReplayedRun:
     warm: bool  # a host had its base
     joined: bool  # others trained in that host
     beside: tuple[str, ...] = ()  # its other cards
+    attempts: int = 1  # more where cards have gone: `started` is the first one's, the rest the last one's
+    in_vain: int = 0  # attempts that were still loading when their card went
 
 
 @dataclass(kw_only=True)
@@ -74,6 +100,10 @@ class _Running:
     nodes: tuple[str, ...]
     left: float | None
     since: float
+    asked: ReplayedJob | None = None  # None: it ran before the replay
+    began: float = 0.0
+    start_s: float = 0.0  # of the work, until its first step
+    trains_s: float | None = None  # of the work, from its first step on
     packed: PackedJob | None = None
     speed: float = 1.0
     promised: float | None = None  # its end, as of the first join that slowed it
@@ -88,7 +118,15 @@ class _Running:
 class Clock:
     """The cards and their jobs over time. Times are seconds since the replay began."""
 
-    def __init__(self, *, now: dt.datetime, cards: Sequence[Card], contention: float, keep_warm_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        now: dt.datetime,
+        cards: Sequence[Card],
+        contention: float,
+        keep_warm_s: float,
+        presences: Mapping[str, Presence] | None = None,
+    ) -> None:
         self._began = now
         self.cards = {card.node: card for card in cards}
         self._contention = contention
@@ -99,9 +137,15 @@ class Clock:
         self._ends: list[tuple[float, int, int]] = []  # when, job_id, version
         self._opens: list[tuple[float, str, str]] = []  # when others may join it, node, host
         self._leaves: list[tuple[float, str, str]] = []  # when those that had ended are out of it, node, host
+        self._versions = itertools.count()
         self._moment = 0.0
+        self._presences = presences or {}
+        self._turns: list[tuple[float, bool, str, int]] = []  # when a card goes (False) or comes, which, number
+        self._returned: list[ReplayedJob] = []
         for card in cards:
             self._take_over(card)
+        for node in self._presences:
+            self._come(node, 0)
         for job_id, job in self._jobs.items():
             job.speed = self._speed(job_id)
             if job.left is not None:
@@ -140,11 +184,40 @@ class Clock:
         firsts = (*self._ends[:1], *self._opens[:1], *self._leaves[:1])
         return min((first[0] for first in firsts), default=None)
 
+    @property
+    def now(self) -> dt.datetime:
+        return self.at(self._moment)
+
+    def next_turn(self) -> float | None:
+        """When the next card comes or goes."""
+        return self._turns[0][0] if self._turns else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether any job runs."""
+        return bool(self._jobs)
+
     def _is_due(self, _: float, job_id: int, version: int) -> bool:
         return job_id in self._jobs and self._jobs[job_id].version == version
 
     def advance(self, moment: float) -> list[int]:
-        """Let time pass; the jobs that have ended by then, in the order of their ends."""
+        """Let time pass; the jobs that have left their cards by then, in this order."""
+        gone = []
+        while (turn := self.next_turn()) is not None and turn <= moment:
+            gone += self._advance(turn)
+            self._moment = turn
+            gone += self._turn(*heapq.heappop(self._turns)[1:])
+        gone += self._advance(moment)
+        self._moment = moment
+        self._drop_late_hosts()
+        return gone
+
+    def returned(self) -> list[ReplayedJob]:
+        """The jobs whose cards have gone since this was last asked: what is left of them."""
+        returned, self._returned = self._returned, []
+        return returned
+
+    def _advance(self, moment: float) -> list[int]:
         gone = []
         while (when := self.next_change()) is not None and when <= moment:
             self._moment = when
@@ -156,9 +229,48 @@ class Clock:
                 _, job_id, _ = heapq.heappop(self._ends)
                 self._end(job_id)
                 gone.append(job_id)
-        self._moment = moment
-        self._drop_late_hosts()
         return gone
+
+    def _turn(self, comes: bool, node: str, number: int) -> list[int]:
+        """A card comes, or goes: the jobs that leave it."""
+        if comes:
+            self._come(node, number)
+            return []
+        presence = self._presences[node]
+        if presence.shut_s is not None:
+            heapq.heappush(self._turns, (presence.opening(number + 1), True, node, number + 1))
+        return self._go(node)
+
+    def _come(self, node: str, number: int) -> None:
+        presence = self._presences[node]
+        goes = presence.opening(number) + presence.open_s
+        heapq.heappush(self._turns, (goes, False, node, number))
+        self.cards[node] = replace(self.cards[node], open=True, left_s=goes, window_s=presence.open_s)
+
+    def _go(self, node: str) -> list[int]:
+        """Stop what runs on the card, and its trainers."""
+        card = self.cards[node]
+        leaving = [one.job_id for one in card.running]
+        for job_id in leaving:
+            self._stop(job_id)
+        self._opens = [one for one in self._opens if one[1] != node]
+        self._leaves = [one for one in self._leaves if one[1] != node]
+        heapq.heapify(self._opens)
+        heapq.heapify(self._leaves)
+        self._put(replace(self.cards[node], open=False, hosts=()))
+        return leaving
+
+    def _stop(self, job_id: int) -> None:
+        """The job leaves its cards with a checkpoint, and waits again if the replay started it and knows its length."""
+        job, run = self._jobs[job_id], self.runs.get(job_id)
+        self._end(job_id)
+        if run is None or job.asked is None or job.left is None or job.trains_s is None:
+            return
+        left = max(0.0, job.left - (self._moment - job.since) * job.speed)
+        run = replace(run, in_vain=run.in_vain + (left >= job.trains_s))
+        self.runs[job_id] = run
+        if run.in_vain < MOST_IN_VAIN:
+            self._returned.append(_rest(job, left, self._moment - job.began, self.at(self._moment)))
 
     def seen(self) -> list[Card]:
         """The cards as the rule sees them: with what is left of their time, and to each member of an open host."""
@@ -169,15 +281,18 @@ class Clock:
     def start(self, placed: Placement, asked: ReplayedJob) -> None:
         job, now, card = placed.job, self.at(self._moment), self.cards[placed.node]
         seated = _seated(card, placed)
+        before = self.runs.get(job.job_id)
         self.runs[job.job_id] = ReplayedRun(
             node=card.node,
             method=placed.method,
             reserved=placed.reserved,
-            started=now,
+            started=now if before is None else before.started,
             ended=None,
             warm=seated.host is not None,
             joined=placed.join is not None,
             beside=tuple(share.node for share in placed.beside),
+            attempts=1 if before is None else before.attempts + 1,
+            in_vain=0 if before is None else before.in_vain,
         )
         start_s = _start_s(asked, seated)
         seconds = asked.seconds_in(placed.form)
@@ -186,7 +301,10 @@ class Clock:
         nodes = tuple(share.node for share in placed.shares)
         limit_s = None if packed is None else packed.limit_seconds
         deadline = None if limit_s is None else self._moment + limit_s
-        self._jobs[job.job_id] = _Running(nodes=nodes, left=left, since=self._moment, packed=packed, deadline=deadline)
+        self._jobs[job.job_id] = _Running(
+            nodes=nodes, left=left, since=self._moment, asked=asked, began=self._moment, start_s=start_s,
+            trains_s=seconds, packed=packed, deadline=deadline,
+        )  # fmt: skip
         self._expect(job.job_id)
         card = _with_host(card, seated, placed, asked.base, now)
         ends = None if left is None else now + dt.timedelta(seconds=left)
@@ -245,7 +363,7 @@ class Clock:
             job.promised = job.end
         if job.left is not None:
             job.left = max(0.0, job.left - (self._moment - job.since) * job.speed)
-        job.since, job.speed, job.version = self._moment, speed, job.version + 1
+        job.since, job.speed = self._moment, speed
         self._expect(job_id)
         ends = None if job.end is None else self.at(job.end)
         for node in job.nodes:
@@ -294,6 +412,7 @@ class Clock:
 
     def _expect(self, job_id: int) -> None:
         job = self._jobs[job_id]
+        job.version = next(self._versions)  # a number that no earlier attempt had
         if job.end is not None:
             heapq.heappush(self._ends, (job.end, job_id, job.version))
 
@@ -339,6 +458,21 @@ def _start_s(job: ReplayedJob, seated: Seat) -> float:
     if job.base is None:
         return 0.0
     return job.base.cold_s if seated.host is None else job.base.warm_s
+
+
+def _rest(job: _Running, left: float, took_s: float, now: dt.datetime) -> ReplayedJob:
+    """What waits again of a job that was stopped `took_s` after its start, with `left` seconds of work: its steps are
+    kept. Its time to a checkpoint is known now."""
+    asked = job.asked
+    assert asked is not None and asked.seconds is not None and job.trains_s is not None
+    waiting, trained_s = asked.waiting, job.trains_s - left
+    if trained_s <= 0:
+        checkpoint_s = max(waiting.checkpoint_s or 0.0, TIME_GROWTH * took_s)
+    else:  # the first one, as often as it saves, or the last one
+        checkpoint_s = took_s * min(1.0, (job.start_s + asked.save_s) / (job.start_s + trained_s))
+    share = min(1.0, left / job.trains_s) if job.trains_s else 1.0
+    rest = replace(waiting, checkpoint_s=checkpoint_s, again=now)
+    return replace(asked, seconds=asked.seconds * share, waiting=rest)
 
 
 def _with_host(card: Card, seated: Seat, placed: Placement, base: ReplayedBase | None, now: dt.datetime) -> Card:

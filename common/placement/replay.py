@@ -14,12 +14,13 @@ from typing import Protocol
 from loractl.common.job.method import RoomyForm
 from loractl.common.units import GIB
 
+from .card_hours import QuotaMeter
 from .cards import Card, Occupant
-from .clock import Clock, ReplayedJob, ReplayedRun
+from .clock import Clock, Presence, ReplayedJob, ReplayedRun
 from .hosts import Newcomers, open_bases
 from .lines import JoinedLine, KeptLine, Line, Openings, Waiting
 from .roomy import gains_more_in_a_pack, with_room
-from .rule import Placement, place
+from .rule import OLDEST_FIRST_AFTER_S, Placement, place
 from .shares import charge, decayed
 
 MOST_JOINERS = 32
@@ -49,6 +50,10 @@ class Rule(Protocol):
         """A job has left its card: this rule started it, or it ran from the beginning."""
         ...
 
+    def next_change(self, now: dt.datetime) -> dt.datetime | None:
+        """When it may start a job although no job arrives or ends and no card comes; None: never."""
+        ...
+
 
 def replay(
     jobs: Iterable[ReplayedJob],
@@ -59,35 +64,61 @@ def replay(
     contention: float = 0.0,
     keep_warm_s: float = 0.0,
     until: int | None = None,
+    presences: Mapping[str, Presence] | None = None,
 ) -> Replay:
     """Replay from `now` on, with the jobs and hosts that the cards have already, until nothing more happens.
 
     `rule`: PlacementRule() without one. `contention`: each of k jobs on a card runs at 1 / (1 + contention (k - 1)) of
     its speed, its start too; at 0 they don't slow each other, at 1 they take turns. `keep_warm_s`: how long a trainer
-    stays with its base after its job. `until`: stop once this job has started.
+    stays with its base after its job. `until`: stop once this job has started. `presences`: when cards are there, by
+    name; without one a card stays, or goes as it says itself. What runs when its card goes waits again.
     """
-    clock = Clock(now=now, cards=cards, contention=contention, keep_warm_s=keep_warm_s)
+    clock = Clock(now=now, cards=cards, contention=contention, keep_warm_s=keep_warm_s, presences=presences)
     rule = PlacementRule() if rule is None else rule
     coming = sorted(jobs, key=lambda job: (job.waiting.since, job.waiting.job_id))
     known = {job.waiting.job_id: job for job in coming}
     arrivals = [max(0.0, (job.waiting.since - now).total_seconds()) for job in coming]
-    arrived = 0
+    patience_s = _patience_s(presences or {})
+    arrived, waiting, last = 0, 0, 0.0
     while True:
-        moment = clock.next_change()
-        if arrived < len(coming) and (moment is None or arrivals[arrived] <= moment):
-            moment = arrivals[arrived]
-        if moment is None:
+        arrival = arrivals[arrived] if arrived < len(coming) else None
+        change = rule.next_change(clock.now) if waiting else None
+        moment = _first(clock.next_change(), arrival, None if change is None else (change - now).total_seconds())
+        turn = clock.next_turn() if waiting or clock.busy else None
+        if turn is not None and (turn <= last + patience_s if moment is None else turn < moment):
+            moment = turn
+        elif moment is not None:
+            last = moment
+        else:
             break
         for job_id in clock.advance(moment):
-            rule.ended(job_id, clock.at(moment))
+            rule.ended(job_id, clock.now)
+            last = moment
+        for job in clock.returned():
+            known[job.waiting.job_id] = job
+            rule.arrived(job)
+            waiting += 1
         while arrived < len(coming) and arrivals[arrived] <= moment:
             rule.arrived(coming[arrived])
             arrived += 1
-        for placed in rule.starts(clock.seen(), clock.at(moment)):
+            waiting += 1
+        for placed in rule.starts(clock.seen(), clock.now):
             clock.start(placed, known[placed.job.job_id])
+            waiting -= 1
         if until in clock.runs:
             break
     return Replay(runs=clock.runs, reserved=clock.reserved)
+
+
+def _first(*moments: float | None) -> float | None:
+    return min((moment for moment in moments if moment is not None), default=None)
+
+
+def _patience_s(presences: Mapping[str, Presence]) -> float:
+    """For how long cards may come and go while no job arrives, starts or ends: by then each card has come once more,
+    and each job has waited for as long as the rule counts."""
+    cycles = (one.cycle_s for one in presences.values() if one.shut_s is not None)
+    return OLDEST_FIRST_AFTER_S + 2 * max(cycles, default=0.0)
 
 
 class PlacementRule:
@@ -95,7 +126,7 @@ class PlacementRule:
 
     `charges`: GiB hours by user at `since`, what runs there included; without them no user has used anything yet.
     `newcomers`: what a join asks of a waiting job; without it none joins a host. `roomy`: what jobs may have beyond
-    their needs, by number.
+    their needs, by number. `meter`: the card hours of users with a quota; without it nobody has one.
     """
 
     def __init__(
@@ -105,7 +136,9 @@ class PlacementRule:
         running: Iterable[Occupant] = (),
         newcomers: Newcomers | None = None,
         roomy: Mapping[int, Sequence[RoomyForm]] | None = None,
+        meter: QuotaMeter | None = None,
     ) -> None:
+        self._meter = meter
         self._newcomers = newcomers
         self._roomy = roomy or {}
         self._levels: dict[int, dict[str, KeptLine]] = {}
@@ -134,6 +167,8 @@ class PlacementRule:
             job = placement.job
             size = sum(share.bytes for share in placement.shares)
             self._running[job.job_id] = (job.user, size, now, True)
+            if self._meter is not None:
+                self._meter.began(placement, now)
         by_node, given = {card.node: card for card in cards}, list[Placement]()
         for placement in placed:
             self._drop(placement.job)
@@ -162,11 +197,19 @@ class PlacementRule:
         if job_id not in self._running:
             return
         user, size, since, _ = self._running.pop(job_id)
+        if self._meter is not None:
+            self._meter.ended(job_id, now)
         past = self._decayed(user, now)
         self._past[user] = (past + size / GIB * (now - since).total_seconds() / 3600, now)
 
+    def next_change(self, now: dt.datetime) -> dt.datetime | None:
+        """When a user whose jobs wait for a quota is below it again."""
+        if self._meter is None:
+            return None
+        return self._meter.below_at({user for level in self._levels.values() for user in level}, now)
+
     def charges(self, now: dt.datetime) -> dict[str, float]:
-        """GiB hours that count against each user, as `fleet.read_charges` has them."""
+        """GiB hours that count against each user, as `nodes.read_charges` has them."""
         running: dict[str, list[tuple[int, float]]] = {}
         known: dict[str, float] = {}
         for user, size, since, here in self._running.values():
@@ -176,7 +219,10 @@ class PlacementRule:
             else:  # its earlier use is in the given charges
                 known[user] = known.get(user, 0.0) + size / GIB * seconds / 3600
         users = self._past.keys() | running.keys() | known.keys()
-        return {u: charge(self._decayed(u, now) + known.get(u, 0.0), running.get(u, ())) for u in users}
+        found = {u: charge(self._decayed(u, now) + known.get(u, 0.0), running.get(u, ())) for u in users}
+        if self._meter is None:
+            return found
+        return found | {user: quota.on(found.get(user, 0.0)) for user, quota in self._meter.at(now).items()}
 
     def _read_levels(self, bases: Collection[str]) -> Iterator[dict[str, Line]]:
         for priority in sorted(self._levels, reverse=True):

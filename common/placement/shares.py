@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -19,6 +20,14 @@ HALF_LIFE_S = 24 * 3600.0
 
 WINDOWS = {"day": 86400, "week": 7 * 86400, "month": 30 * 86400}
 """Seconds of a quota's time."""
+
+
+def parse_quota(text: str) -> tuple[float, int]:
+    """Card hours and seconds of "100h/week". Raises ValueError."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)h?/(day|week|month)", text)
+    if found is None:
+        raise ValueError("is not a quota")
+    return float(found[1]), WINDOWS[found[2]]
 
 
 def window_name(seconds: int) -> str:

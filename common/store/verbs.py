@@ -277,5 +277,6 @@ class UsageVerbs(Subject):
     since = reads(spent.read_spent)
     card_hours = reads(spent.read_card_hours)
     allowances = reads(spent.read_allowances)
+    past = reads(spent.read_past)
     set_quota = writes(usage.set_quota)
     remove_quota = writes(usage.remove_quota)

@@ -19,6 +19,10 @@ LOAD_BYTES_S = 0.28 * GIB
 """Bytes of a base that are read, checked and placed per second. Chosen, not measured on a card: with it a base of 8B
 parameters in 16 bit takes a minute, and SmolLM2-135M 9.2 s with its imports, as measured there."""
 
+SAVE_S = 300.0
+"""Seconds of training from one checkpoint to the next. Chosen: after the first one, a job knows what it needs of a card
+that goes."""
+
 
 def start_of(size: int, *, spare: bool, law: PassLaw | None = None) -> ReplayedBase:
     """The start of a job whose loaded base has `size` bytes. `spare`: a spare trainer is always ready.

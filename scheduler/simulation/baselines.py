@@ -10,6 +10,7 @@ from dataclasses import replace
 from loractl.common.placement.cards import Card, Occupant, largest_gpu, suits
 from loractl.common.placement.clock import ReplayedJob
 from loractl.common.placement.lines import KeptLine, Openings, Waiting
+from loractl.common.placement.replay import PlacementRule
 from loractl.common.placement.rule import Placement
 
 
@@ -52,6 +53,10 @@ class GreedyRule:
     def ended(self, job_id: int, now: dt.datetime) -> None:
         """Nothing depends on it."""
 
+    def next_change(self, now: dt.datetime) -> dt.datetime | None:
+        """None: it knows no quotas."""
+        return None
+
 
 def fifo() -> GreedyRule:
     """First in, first out on whole cards: how a lab without a scheduler queues, and Slurm without its backfill."""
@@ -66,6 +71,13 @@ def shortest_first() -> GreedyRule:
 def best_fit() -> GreedyRule:
     """Best fit on shared cards by age, without priority, share or reservation."""
     return GreedyRule(shares=True, blocks=False)
+
+
+class BlindRule(PlacementRule):
+    """Our rule, as if it were not told when a card goes."""
+
+    def starts(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
+        return super().starts([replace(card, left_s=None, window_s=None) for card in cards], now)
 
 
 def _openings(cards: Iterable[Card], largest: int) -> Openings:

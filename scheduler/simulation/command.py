@@ -25,7 +25,12 @@ take turns (1). Small fine-tunes leave a large card idle between kernels, large 
 
 @click.command()
 @click.argument("trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="TRACE")
-@click.option("--fleet", required=True, metavar="SIZES", help="The cards, like 2x12GiB,2x24GiB,80GiB.")
+@click.option(
+    "--fleet",
+    required=True,
+    metavar="SIZES",
+    help="The cards, like 2x12GiB,80GiB; of cards that go, '24GiB open 4h shut 2h' or '24GiB until 3d'.",
+)
 @click.option("--max-jobs-per-gpu", type=click.IntRange(1), help="Jobs that may share a card; by default as a worker.")
 @click.option("--compress", type=float, default=1.0, show_default=True, help="Let jobs arrive this many times as fast.")
 @click.option(
@@ -55,6 +60,13 @@ take turns (1). Small fine-tunes leave a large card idle between kernels, large 
 @click.option(
     "--roomy/--no-roomy", default=False, show_default=True, help="Let jobs recompute less, as 8B in 16 bit would."
 )
+@click.option(
+    "--quota",
+    "quotas",
+    multiple=True,
+    metavar="USER=HOURS/WINDOW[:soft]",
+    help="What a user may use, like ada=100h/week. Repeatable.",
+)
 @click.option("--longest", metavar="DURATION", help="Leave out jobs that take longer, like 1d.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N jobs to arrive.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw waits and memory use into a PNG.")
@@ -72,6 +84,7 @@ def sim(
     micro_batch: int | None,
     pass_cost: float,
     roomy: bool,
+    quotas: tuple[str, ...],
     longest: str | None,
     limit: int | None,
     plot: Path | None,
@@ -81,14 +94,15 @@ def sim(
 
     TRACE is a CSV with the columns arrival, vram, duration and user, and perhaps priority, base_model and base_size, or
     openb's list of pods. Where base models are known, a job begins at once in a host that has its base, and later where
-    it loads it anew.
+    it loads it anew. A card that goes stops its jobs with a checkpoint; they wait again.
     """
     from loractl.scheduler.cli.figure import require_matplotlib
     from loractl.scheduler.cli.screen import detect_screen
 
     from .outcome import Nodes, policies_for, simulate
+    from .quotas import parse_quotas
     from .text import text
-    from .workload import Passes, choose, parse_fleet, read_trace
+    from .workload import Passes, choose, parse_fleet, parse_presences, read_trace, without_slow
 
     bound = math.inf if longest is None else _seconds("--longest", longest)
     _check(compress, contention)
@@ -97,18 +111,26 @@ def sim(
         raise UsageError("--pass-cost says nothing without --micro-batch", "like --micro-batch 64 --pass-cost 50")
     law = _law(pass_cost)
     passes = None if micro_batch is None else Passes(tokens=micro_batch, law=law)
-    nodes = Nodes(keep_warm_s=_seconds("--keep-warm", keep_warm), spare=spare, passes=passes, roomy=roomy)
+    nodes = Nodes(
+        keep_warm_s=_seconds("--keep-warm", keep_warm),
+        spare=spare,
+        passes=passes,
+        roomy=roomy,
+        presences=parse_presences(fleet),
+    )
     if plot is not None:
         require_matplotlib("sim")
     cards = parse_fleet(fleet, max_jobs_per_gpu)
     chosen = _on_bases(choose(read_trace(trace), cards, bound, limit), base_models, base_size)
+    allowed = parse_quotas(quotas, {job.user for job in chosen.workload.jobs})
+    chosen = without_slow(chosen, cards, nodes.presences, spare=spare)
     if not chosen.jobs:
         raise UsageError(f"{trace} has no job that this fleet and these options leave", "larger cards: --fleet 80GiB")
     if passes is not None and not chosen.base_models:
         raise UsageError("--micro-batch says nothing of jobs without a base model", "one for all: --base-models 1")
-    names = policies_for(chosen, nodes)
+    names = policies_for(chosen, nodes, allowed)
     with click.progressbar(names, label="Replaying", file=sys.stderr, hidden=not sys.stderr.isatty()) as policies:
-        done = simulate(chosen, cards, compress, contention, nodes, policies)
+        done = simulate(chosen, cards, compress, contention, nodes, policies, allowed)
     if plot is not None:
         from .picture import draw
 

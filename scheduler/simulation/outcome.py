@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
+from loractl.common.placement.card_hours import QuotaMeter
 from loractl.common.placement.cards import Card
-from loractl.common.placement.clock import ReplayedJob, newcomers_of
+from loractl.common.placement.clock import Presence, ReplayedJob, ReplayedRun, newcomers_of
 from loractl.common.placement.hosts import KEEP_WARM_S, Newcomers
 from loractl.common.placement.lines import vram_class
 from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
+from loractl.common.placement.shares import Allowance
 
-from .baselines import best_fit, fifo, shortest_first
+from .baselines import BlindRule, best_fit, fifo, shortest_first
 from .workload import BEGIN, Chosen, Passes, to_replay
+
+
+@dataclass(frozen=True, kw_only=True)
+class Briefing:
+    """What a rule is told before a replay."""
+
+    newcomers: Newcomers | None
+    jobs: Sequence[ReplayedJob]
+    totals: Mapping[str, int]  # bytes of each card
+    quotas: Mapping[str, Allowance]  # by user
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,26 +36,34 @@ class Contender:
     """A rule, and how the nodes work under it."""
 
     title: str  # for people; a star marks a rule that knows what no real scheduler knows
-    make: Callable[[Newcomers | None, Sequence[ReplayedJob]], Rule]
+    make: Callable[[Briefing], Rule]
     hosts: bool = False  # trainers stay with their bases
     packs: bool = False  # jobs join others in them
     spares: bool = False  # spare trainers wait for jobs
     roomy: bool = False  # jobs do without recomputing if nobody else wants the memory
 
 
-def _ours(newcomers: Newcomers | None, jobs: Sequence[ReplayedJob]) -> Rule:
-    roomy = {job.waiting.job_id: [one.form for one in job.roomy] for job in jobs}
-    return PlacementRule(newcomers=newcomers, roomy=roomy)
+def _ours(briefing: Briefing, rule: type[PlacementRule] = PlacementRule) -> PlacementRule:
+    roomy = {job.waiting.job_id: [one.form for one in job.roomy] for job in briefing.jobs}
+    meter = QuotaMeter(briefing.quotas, briefing.totals) if briefing.quotas else None
+    return rule(newcomers=briefing.newcomers, roomy=roomy, meter=meter)
 
+
+_FULL = {"hosts": True, "packs": True, "spares": True, "roomy": True}
+"""All that our nodes can do."""
 
 POLICIES: dict[str, Contender] = {
-    "loractl": Contender(title="loractl", make=_ours, hosts=True, packs=True, spares=True, roomy=True),
+    "loractl": Contender(title="loractl", make=_ours, **_FULL),
+    "without_quotas": Contender(
+        title="without quotas", make=lambda briefing: _ours(replace(briefing, quotas={})), **_FULL
+    ),
+    "blind": Contender(title="blind", make=lambda briefing: _ours(briefing, BlindRule), **_FULL),
     "recomputing": Contender(title="recomputing", make=_ours, hosts=True, packs=True, spares=True),
     "without_packs": Contender(title="without packs", make=_ours, hosts=True, spares=True, roomy=True),
     "without_hosts": Contender(title="without hosts", make=_ours, spares=True, roomy=True),
-    "fifo": Contender(title="fifo", make=lambda *_: fifo()),
-    "shortest_first": Contender(title="shortest first*", make=lambda *_: shortest_first()),
-    "best_fit": Contender(title="best fit", make=lambda *_: best_fit()),
+    "fifo": Contender(title="fifo", make=lambda _: fifo()),
+    "shortest_first": Contender(title="shortest first*", make=lambda _: shortest_first()),
+    "best_fit": Contender(title="best fit", make=lambda _: best_fit()),
 }
 """The policies compared, ours first."""
 
@@ -58,11 +79,12 @@ class Nodes:
     spare: bool = True
     passes: Passes | None = None  # None: no job joins others in a host
     roomy: bool = False  # forms_of gives what jobs take without recomputing; False: that is unknown
+    presences: Mapping[str, Presence] = field(default_factory=dict)  # of cards that come and go, by name
 
 
 @dataclass(frozen=True, kw_only=True)
 class Course:
-    """A job from its arrival on. Seconds."""
+    """A job that has ended, from its arrival on. Seconds."""
 
     need: int  # bytes
     wait: float
@@ -70,6 +92,8 @@ class Course:
     warm: bool = False  # it started in a host that had its base
     joined: bool = False  # others trained there
     roomy: bool = False  # it did without recomputing
+    job_id: int = 0
+    user: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +101,9 @@ class RuleOutcome:
     """One rule's replay of a trace."""
 
     courses: tuple[Course, ...]
+    unfinished: int = 0  # jobs that did not end, most of which never started
+    stops: int = 0  # attempts whose card went
+    in_vain: int = 0  # of these, while they loaded
     makespan: float  # seconds from the first arrival to the last end
     reserved: tuple[tuple[float, int], ...]  # (seconds, bytes on all cards from then on)
     total: int  # bytes of all cards
@@ -129,6 +156,9 @@ class RuleOutcome:
             "warm_starts": self.warm,
             "joins": self.joined,
             "roomy": self.roomy,
+            "unfinished": self.unfinished,
+            "stops": self.stops,
+            "starts_in_vain": self.in_vain,
             "waits_by_class": {
                 str(size): {
                     "jobs": len(courses),
@@ -151,6 +181,7 @@ class Simulation:
     load: float | None  # see load_of
     nodes: Nodes
     outcomes: Mapping[str, RuleOutcome]  # by policy; ours is "loractl"
+    quotas: Mapping[str, Allowance] = field(default_factory=dict)  # by user
 
     @property
     def later(self) -> list[float]:
@@ -158,8 +189,9 @@ class Simulation:
         arrival; empty if not asked for."""
         if (without := self.outcomes.get("recomputing")) is None:
             return []
-        pairs = zip(self.outcomes["loractl"].courses, without.courses, strict=True)
-        return [ours.took - theirs.took for ours, theirs in pairs]
+        theirs = {course.job_id: course.took for course in without.courses}
+        ours = self.outcomes["loractl"].courses
+        return [course.took - theirs[course.job_id] for course in ours if course.job_id in theirs]
 
     @property
     def how_loaded(self) -> str:
@@ -175,9 +207,10 @@ class Simulation:
             "jobs": len(self.chosen.jobs),
             "never": self.chosen.never,
             "longer": self.chosen.longer,
+            "slow": self.chosen.slow,
             "left_out": workload.left_out,
             "users_are": workload.users_are,
-            "fleet": [{"vram": card.total, "max_jobs": card.max_jobs} for card in self.cards],
+            "fleet": [self._card_json(card) for card in self.cards],
             "compress": self.compress,
             "contention": self.contention,
             "keep_warm_s": self.nodes.keep_warm_s,
@@ -186,13 +219,58 @@ class Simulation:
             "base_models": len(self.chosen.base_models),
             "load": None if self.load is None or math.isinf(self.load) else self.load,
             "later": {"jobs": sum(one > 0 for one in self.later), "most_s": max(self.later)} if self.later else None,
+            "quotas": [waits.as_json() for waits in self.by_user] if self.quotas else None,
             "policies": {name: outcome.as_json() for name, outcome in self.outcomes.items()},
         }
 
+    def _card_json(self, card: Card) -> dict[str, Any]:
+        presence = self.nodes.presences.get(card.node)
+        open_s, shut_s = (None, None) if presence is None else (presence.open_s, presence.shut_s)
+        return {"vram": card.total, "max_jobs": card.max_jobs, "open_s": open_s, "shut_s": shut_s}
 
-def policies_for(chosen: Chosen, nodes: Nodes) -> tuple[str, ...]:
+    @property
+    def by_user(self) -> list[QuotaWaits]:
+        """How long the jobs of each user with a quota wait, and last those of all others."""
+        waits = [self._waits_of(user, quota, {user}) for user, quota in self.quotas.items()]
+        others = {job.user for job in self.chosen.jobs} - self.quotas.keys()
+        return [*waits, self._waits_of(None, None, others)] if others else waits
+
+    def _waits_of(self, user: str | None, quota: Allowance | None, users: Collection[str]) -> QuotaWaits:
+        ours, free = (
+            waits_of([course for course in self.outcomes[name].courses if course.user in users])
+            for name in ("loractl", "without_quotas")
+        )
+        jobs = sum(job.user in users for job in self.chosen.jobs)
+        return QuotaWaits(
+            user=user, quota=quota, jobs=jobs, unfinished=jobs - len(ours), mean_wait_s=mean(ours),
+            p99_wait_s=quantile(ours, 0.99), mean_wait_without_s=mean(free),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuotaWaits:
+    """How long the jobs of a user with a quota wait, or those of all others. Seconds."""
+
+    user: str | None  # None: all that have none
+    quota: Allowance | None
+    jobs: int
+    unfinished: int
+    mean_wait_s: float
+    p99_wait_s: float
+    mean_wait_without_s: float  # if nobody had a quota
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields under their own names, with the quota's own among them."""
+        names = ("card_hours", "window_s", "soft")
+        quota = {name: None if self.quota is None else getattr(self.quota, name) for name in names}
+        return {**{name: value for name, value in vars(self).items() if name != "quota"}, **quota}
+
+
+def policies_for(chosen: Chosen, nodes: Nodes, quotas: Mapping[str, Allowance] | None = None) -> tuple[str, ...]:
     """The policies that may differ on these jobs: without base models hosts change nothing."""
     idle = {"recomputing"} if not nodes.roomy else set()
+    idle |= {"without_quotas"} if not quotas else set()
+    idle |= {"blind"} if not nodes.presences else set()
     idle |= {"without_packs"} if nodes.passes is None else set()
     idle |= {"without_packs", "without_hosts"} if not chosen.base_models else set()
     return tuple(name for name in POLICIES if name not in idle)
@@ -205,18 +283,23 @@ def simulate(
     contention: float,
     nodes: Nodes | None = None,
     policies: Iterable[str] | None = None,
+    quotas: Mapping[str, Allowance] | None = None,
 ) -> Simulation:
     """Replay the chosen jobs under each policy; `nodes`: like the defaults of `loractl worker`."""
     nodes, outcomes = nodes or Nodes(), {}
+    totals = {card.node: card.total for card in cards}
     known = [replace(card, contention=contention) for card in cards]
-    for name in policies_for(chosen, nodes) if policies is None else policies:
+    for name in policies_for(chosen, nodes, quotas) if policies is None else policies:
         policy = POLICIES[name]
         passes = nodes.passes if policy.packs else None
         spare, roomy = policy.spares and nodes.spare, policy.roomy and nodes.roomy
         jobs = to_replay(chosen.jobs, compress, spare=spare, passes=passes, roomy=roomy)
         keep_warm_s = nodes.keep_warm_s if policy.hosts else 0.0
-        rule = policy.make(None if passes is None else newcomers_of(jobs), jobs)
-        replayed = replay(jobs, known, BEGIN, rule, contention=contention, keep_warm_s=keep_warm_s)
+        newcomers = None if passes is None else newcomers_of(jobs)
+        rule = policy.make(Briefing(newcomers=newcomers, jobs=jobs, totals=totals, quotas=quotas or {}))
+        replayed = replay(
+            jobs, known, BEGIN, rule, contention=contention, keep_warm_s=keep_warm_s, presences=nodes.presences
+        )
         outcomes[name] = outcome_of(jobs, cards, replayed)
     return Simulation(
         chosen=chosen,
@@ -224,33 +307,41 @@ def simulate(
         compress=compress,
         contention=contention,
         nodes=nodes,
-        load=load_of(to_replay(chosen.jobs, compress), cards),
+        load=load_of(to_replay(chosen.jobs, compress), cards, nodes.presences),
         outcomes=outcomes,
+        quotas=quotas or {},
     )
 
 
 def outcome_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card], replayed: Replay) -> RuleOutcome:
-    """Measure a replay from BEGIN on in which every job ended."""
-    courses, last = [], BEGIN
-    for job in jobs:
-        run, since = replayed.runs[job.waiting.job_id], job.waiting.since
-        assert run.ended is not None
-        last = max(last, run.ended)
-        courses.append(
-            Course(
-                need=job.waiting.least or 0,
-                wait=(run.started - since).total_seconds(),
-                took=(run.ended - since).total_seconds(),
-                warm=run.warm,
-                joined=run.joined,
-                roomy=run.reserved > (job.waiting.least or 0) and not run.joined,
-            )
-        )
+    """Measure a replay from BEGIN on."""
+    ran = [(job, replayed.runs[job.waiting.job_id]) for job in jobs if job.waiting.job_id in replayed.runs]
+    ended = [(job, run, run.ended) for job, run in ran if run.ended is not None]
+    makespan = (max((end for *_, end in ended), default=BEGIN) - BEGIN).total_seconds()
     return RuleOutcome(
-        courses=tuple(courses),
-        makespan=(last - BEGIN).total_seconds(),
-        reserved=tuple(((at - BEGIN).total_seconds(), size) for at, size in replayed.reserved),
+        courses=tuple(_course(job, run, end) for job, run, end in ended),
+        unfinished=len(jobs) - len(ended),
+        stops=sum(run.attempts - (run.ended is not None) for _, run in ran),
+        in_vain=sum(run.in_vain for _, run in ran),
+        makespan=makespan,
+        reserved=tuple(
+            (seconds, size) for at, size in replayed.reserved if (seconds := (at - BEGIN).total_seconds()) <= makespan
+        ),
         total=sum(card.total for card in cards),
+    )
+
+
+def _course(job: ReplayedJob, run: ReplayedRun, end: dt.datetime) -> Course:
+    waiting, least = job.waiting, job.waiting.least or 0
+    return Course(
+        need=least,
+        wait=(run.started - waiting.since).total_seconds(),
+        took=(end - waiting.since).total_seconds(),
+        warm=run.warm,
+        joined=run.joined,
+        roomy=run.reserved > least and not run.joined,
+        job_id=waiting.job_id,
+        user=waiting.user,
     )
 
 
@@ -272,12 +363,14 @@ RATED = 20
 """From this number of jobs on, the middle nine tenths leave some out, and arrivals have a rate."""
 
 
-def load_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card]) -> float | None:
+def load_of(
+    jobs: Sequence[ReplayedJob], cards: Sequence[Card], presences: Mapping[str, Presence] | None = None
+) -> float | None:
     """How busy the jobs would keep the cards if each were alone on one; above 1, whole cards can't keep up. None for a
     few jobs: the minutes in which they happen to arrive give no rate.
 
     Measured over the middle nine tenths of arrivals, which leaves out a trace's long ends. The scarcest cards decide:
-    all of them, or those that hold the larger jobs.
+    all of them, or those that hold the larger jobs. A card that comes and goes counts for its part of the time.
     """
     if len(jobs) < RATED:
         return None
@@ -285,9 +378,20 @@ def load_of(jobs: Sequence[ReplayedJob], cards: Sequence[Card]) -> float | None:
     span = (middle[-1].waiting.since - middle[0].waiting.since).total_seconds()
     if not span:
         return math.inf
+    last_s = (jobs[-1].waiting.since - BEGIN).total_seconds()
+    there = {card.node: _part_there((presences or {}).get(card.node), last_s) for card in cards}
     shares = []
     for below in {0, *(card.capacity for card in cards)}:
         work = sum(job.seconds or 0.0 for job in middle if (job.waiting.least or 0) > below)
         if work:
-            shares.append(work / span / sum(card.capacity > below for card in cards))
+            shares.append(work / span / sum(there[card.node] for card in cards if card.capacity > below))
     return max(shares, default=0.0)
+
+
+def _part_there(presence: Presence | None, last_s: float) -> float:
+    """The part of the time until the last arrival for which a card is there."""
+    if presence is None:
+        return 1.0
+    if presence.shut_s is None:
+        return min(1.0, presence.open_s / last_s) if last_s else 1.0
+    return presence.open_s / presence.cycle_s

@@ -17,6 +17,8 @@ from .workload import fleet_text
 # Lines differ in shade, width and dash, so that a grey print is readable too.
 _STYLES: dict[str, dict[str, Any]] = {
     "loractl": {"color": "#0b3d91", "linewidth": 2.6, "linestyle": "-", "zorder": 5},
+    "without_quotas": {"color": "#7a4fb5", "linewidth": 1.8, "linestyle": (0, (4, 1, 1, 1)), "zorder": 4},
+    "blind": {"color": "#b0306a", "linewidth": 1.8, "linestyle": (0, (5, 1)), "zorder": 4},
     "recomputing": {"color": "#7a9be8", "linewidth": 1.8, "linestyle": (0, (3, 2)), "zorder": 4},
     "without_packs": {"color": "#2f62c9", "linewidth": 1.8, "linestyle": (0, (6, 2)), "zorder": 4},
     "without_hosts": {"color": "#5b8def", "linewidth": 1.6, "linestyle": "-.", "zorder": 4},
@@ -36,7 +38,7 @@ def draw(done: Simulation, path: Path) -> None:
     waits, memory = figure.subplots(2, 1)
     _draw_waits(waits, done)
     _draw_memory(memory, done)
-    title = f"{thousands(len(done.chosen.jobs))} jobs on {fleet_text(done.cards)}"
+    title = f"{thousands(len(done.chosen.jobs))} jobs on {fleet_text(done.cards, done.nodes.presences)}"
     figure.suptitle(f"{title} ({done.how_loaded}contention {done.contention:g})", fontsize=11)
     save(figure, path)
 

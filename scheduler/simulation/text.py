@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from loractl.common.text import clean_line
 from loractl.common.units import thousands
 from loractl.scheduler.cli.screen import Screen, table
 
 from .outcome import POLICIES, RULES, RuleOutcome, Simulation, mean, quantile, waits_of
+from .quotas import quota_text
 from .workload import fleet_text
 
 
@@ -19,6 +21,10 @@ def text(done: Simulation, screen: Screen) -> str:
     headers = ["RULE", "MEAN", "P99", "MEAN WAIT", "P99", "LARGEST", "MAKESPAN", "VRAM"]
     lines += table(headers, [_row(name, out) for name, out in done.outcomes.items()], screen, right=headers[1:])
     lines += ["", *_by_class(done, screen), ""]
+    if done.nodes.presences:
+        lines += [*_by_stops(done, screen), ""]
+    if done.quotas:
+        lines += [*_by_user(done, screen), ""]
     notes = [
         "MEAN, P99: from arrival to end. LARGEST: p99 wait of the tenth that needs most.",
         "VRAM: reserved, of all cards, over the makespan.",
@@ -26,7 +32,12 @@ def text(done: Simulation, screen: Screen) -> str:
         "shortest first*: whole cards; it knows how long each job will take.",
     ]
     if done.how_loaded.startswith("load"):
-        notes.append("load: how busy the jobs keep the cards, alone on one each; above 1 they fall behind.")
+        notes.append("load: how busy the jobs keep the cards, one on each; above 1 they fall behind.")
+    if done.quotas:
+        notes.append("without quotas: loractl's rule, if nobody had a quota.")
+    if done.nodes.presences:
+        notes.append("blind: loractl's rule, if it did not look at the time that a card has left.")
+        notes.append("IN VAIN: the card went while the job loaded. UNFINISHED: not in the means.")
     if done.nodes.roomy:
         notes.append("recomputing: loractl's rule, but every job recomputes.")
     if done.chosen.base_models:
@@ -52,7 +63,7 @@ def _what(done: Simulation) -> list[str]:
         people += f" (its {workload.users_are}, for want of users)"
     lines = [
         f"{thousands(len(chosen.jobs))} jobs of {people},",
-        f"on {fleet_text(done.cards)}; {done.how_loaded}contention {done.contention:g}.",
+        f"on {fleet_text(done.cards, done.nodes.presences)}; {done.how_loaded}contention {done.contention:g}.",
     ]
     if chosen.base_models:
         lines += _bases(done)
@@ -60,6 +71,10 @@ def _what(done: Simulation) -> list[str]:
         lines += _roomy(done)
     if chosen.never:
         lines.append(f"Larger than every card, and not replayed: {thousands(chosen.never)}.")
+    if chosen.slow:
+        lines.append(f"Loading for longer than any card stays, and never started: {thousands(chosen.slow)}.")
+    if unfinished := done.outcomes["loractl"].unfinished:
+        lines.append(f"Not ended under loractl's rule, and in none of its means: {thousands(unfinished)}.")
     if chosen.longer:
         lines.append(f"Longer than --longest, and not replayed: {thousands(chosen.longer)}.")
     if workload.left_out:
@@ -119,3 +134,31 @@ def _by_class(done: Simulation, screen: Screen) -> list[str]:
         for size, courses in classes["loractl"].items()
     ]
     return table(headers, rows, screen, right=headers[1:])
+
+
+def _by_stops(done: Simulation, screen: Screen) -> list[str]:
+    """What became of attempts whose cards went, one row per rule."""
+    headers = ["CARDS THAT GO", "STOPS", "IN VAIN", "UNFINISHED"]
+    rows = [
+        [POLICIES[name].title, thousands(out.stops), thousands(out.in_vain), thousands(out.unfinished)]
+        for name, out in done.outcomes.items()
+    ]
+    return table(headers, rows, screen, right=headers[1:])
+
+
+def _by_user(done: Simulation, screen: Screen) -> list[str]:
+    """Waits of each user with a quota, and of all others, with and without quotas."""
+    headers = ["WAITS BY QUOTA", "", "JOBS", "UNFINISHED", "MEAN", "P99", "MEAN WITHOUT"]
+    rows = [
+        [
+            "others" if one.user is None else clean_line(one.user),
+            "" if one.quota is None else quota_text(one.quota),
+            thousands(one.jobs),
+            thousands(one.unfinished),
+            span(one.mean_wait_s),
+            span(one.p99_wait_s),
+            span(one.mean_wait_without_s),
+        ]
+        for one in done.by_user
+    ]
+    return table(headers, rows, screen, right=headers[2:])

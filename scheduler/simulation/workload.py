@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import csv
 import datetime as dt
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loractl.common.errors import DataError, UsageError
 from loractl.common.job.method import Method, Need
 from loractl.common.placement.cards import Card, default_max_jobs, largest_gpu
-from loractl.common.placement.clock import ReplayedJob
+from loractl.common.placement.clock import Presence, ReplayedJob
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.pack_rule import PackedJob, PassLaw
-from loractl.common.units import GIB, parse_duration, parse_size
+from loractl.common.units import GIB, duration, parse_duration, parse_size
 
-from .assumptions import forms_of, start_of
+from .assumptions import SAVE_S, forms_of, start_of
 
 BEGIN = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
 """When a trace begins; only distances from it count."""
@@ -89,6 +90,7 @@ class Chosen:
     jobs: tuple[TraceJob, ...]
     never: int  # larger than every card
     longer: int  # run longer than the given limit
+    slow: int = 0  # load for longer than any card that holds them is there
 
     @property
     def base_models(self) -> frozenset[str]:
@@ -103,6 +105,17 @@ def choose(workload: Workload, cards: Sequence[Card], longest: float, limit: int
     jobs = [job for job in held if job.seconds <= longest]
     never, longer = len(workload.jobs) - len(held), len(held) - len(jobs)
     return Chosen(workload=workload, jobs=tuple(jobs[:limit]), never=never, longer=longer)
+
+
+def without_slow(chosen: Chosen, cards: Sequence[Card], presences: Mapping[str, Presence], *, spare: bool) -> Chosen:
+    """Without the jobs that load for as long as any card that holds them is there, or longer: none of them begins."""
+
+    def stay_s(need: int) -> float:
+        there = [presences.get(card.node) for card in cards if card.usable >= need]
+        return max((math.inf if one is None else one.open_s for one in there), default=math.inf)
+
+    jobs = [job for job in chosen.jobs if start_of(job.base_size, spare=spare).cold_s < stay_s(job.need)]
+    return replace(chosen, jobs=tuple(jobs), slow=len(chosen.jobs) - len(jobs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +153,7 @@ def to_replay(
                 base_model=job.base_model,
             ),
             seconds=job.seconds,
+            save_s=SAVE_S,
             base=start_of(job.base_size, spare=spare, law=law) if job.base_size else None,
             packed=PackedJob(tokens=passes.tokens) if passes is not None and job.base_model else None,
             roomy=forms_of(job.need) if roomy else (),
@@ -150,29 +164,82 @@ def to_replay(
 
 def parse_fleet(text: str, max_jobs: int | None = None) -> list[Card]:
     """Cards of "2x12GiB,80GiB"; they are named by number and size. Raises UsageError."""
-    sizes: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(?:(\d{1,4})\s*x\s*)?(.+?)\s*", part)
-        try:
-            if match is None:
-                raise ValueError("is empty")
-            size, count = parse_size(match[2]), int(match[1] or 1)
-            if not GIB <= size < _LARGEST or count < 1:
-                raise ValueError("is not a card; write its size with a unit")
-        except ValueError as error:
-            raise UsageError(f"--fleet {text}: {part.strip()!r} {error}", "like --fleet 2x12GiB,80GiB") from error
-        sizes += [size] * count
     return [
-        Card(node=f"sim:{n}", total=size, max_jobs=default_max_jobs(size) if max_jobs is None else max_jobs)
-        for n, size in enumerate(sizes)
+        Card(node=node, total=size, max_jobs=default_max_jobs(size) if max_jobs is None else max_jobs)
+        for node, size, _ in _parts(text)
     ]
 
 
-def fleet_text(cards: Sequence[Card]) -> str:
-    """The fleet as a person would write it: 2x12, 80 GiB."""
+def parse_presences(text: str) -> dict[str, Presence]:
+    """When cards are there, of "2x12GiB open 4h shut 2h, 80GiB until 3d", by name; none of those that stay. Raises
+    UsageError."""
+    return {node: presence for node, _, presence in _parts(text) if presence is not None}
+
+
+_PART = re.compile(
+    r"\s*(?:(\d{1,4})\s*x\s*)?(?P<size>.*?)"
+    r"(?:\s+open\s+(?P<open>\S+)\s+shut\s+(?P<shut>\S+)|\s+until\s+(?P<until>\S+))?\s*"
+)
+
+
+def _parts(text: str) -> Iterator[tuple[str, int, Presence | None]]:
+    """Each card: its name, bytes, and when it is there if it does not stay."""
+    number = 0
+    for part in text.split(","):
+        match = _PART.fullmatch(part)
+        try:
+            if match is None or not match["size"]:
+                raise ValueError("is empty")
+            size, count, presence = parse_size(match["size"]), int(match[1] or 1), _presence(match)
+            if not GIB <= size < _LARGEST or count < 1:
+                raise ValueError("is not a card; write its size with a unit")
+        except ValueError as error:
+            hint = "like --fleet 2x12GiB,80GiB; of cards that go, '24GiB open 4h shut 2h' or '24GiB until 3d'"
+            raise UsageError(f"--fleet {text}: {part.strip()!r} {error}", hint) from error
+        for _ in range(count):
+            yield f"sim:{number}", size, presence
+            number += 1
+
+
+def _presence(part: re.Match[str]) -> Presence | None:
+    times = {}
+    for word in ("open", "shut", "until"):
+        if part[word] is not None:
+            try:
+                times[word] = parse_duration(part[word])
+            except ValueError as error:
+                raise ValueError(f"says {word} {part[word]}, which {error}") from error
+            if times[word] < LEAST_PRESENCE_S:
+                raise ValueError(f"says {word} {part[word]}, which is below {duration(LEAST_PRESENCE_S)}")
+    if not times:
+        return None
+    return Presence(open_s=times.get("open", times.get("until", 0.0)), shut_s=times.get("shut"))
+
+
+LEAST_PRESENCE_S = 60.0
+"""The least time for which a card is there, or away: each turn is a step of the replay."""
+
+
+def fleet_text(cards: Sequence[Card], presences: Mapping[str, Presence] | None = None) -> str:
+    """The fleet as a person would say it: 2x12, 80 GiB; 24 GiB open 4 h and shut 2 h."""
+    groups: dict[Presence | None, list[Card]] = {}
+    for card in cards:
+        groups.setdefault((presences or {}).get(card.node), []).append(card)
+    return ", and ".join(f"{_sizes(some)} GiB{_presence_text(presence)}" for presence, some in groups.items())
+
+
+def _sizes(cards: Sequence[Card]) -> str:
     counts = Counter(card.total for card in cards)
-    sizes = (f"{count}x{size / GIB:g}" if count > 1 else f"{size / GIB:g}" for size, count in sorted(counts.items()))
-    return f"{', '.join(sizes)} GiB"
+    return ", ".join(
+        f"{count}x{size / GIB:g}" if count > 1 else f"{size / GIB:g}" for size, count in sorted(counts.items())
+    )
+
+
+def _presence_text(presence: Presence | None) -> str:
+    if presence is None:
+        return ""
+    there, away = (duration(one).removesuffix(" 00 min") for one in (presence.open_s, presence.shut_s or 0.0))
+    return f" until {there}" if presence.shut_s is None else f" open {there} and shut {away}"
 
 
 def _sorted(workload: Workload) -> Workload:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import re
 
 import click
 
@@ -83,18 +82,19 @@ def set_quota(user: str, hours: str, soft: bool) -> None:
     HOURS are card hours within any day, week or month of 30 days. In a lab with roles the database's owner sets it.
     What already runs goes on.
     """
-    from loractl.common.placement.shares import WINDOWS
+    from loractl.common.placement.shares import parse_quota, window_name
     from loractl.scheduler.cli.session import open_session
 
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)h?/(day|week|month)", hours)
-    if found is None:
-        raise UsageError(f"{hours[:40]!r} is not a quota", "like 100h/week; also /day and /month")
+    try:
+        card_hours, window_s = parse_quota(hours)
+    except ValueError as error:
+        raise UsageError(f"{hours[:40]!r} {error}", "like 100h/week; also /day and /month") from None
     if not user.isprintable() or not 0 < len(user) <= 255:
         raise UsageError("USER must be one line of 1 to 255 characters")
     settings, store = open_session()
-    store.usage.set_quota(user, float(found[1]), WINDOWS[found[2]], settings.user, soft=soft)
+    store.usage.set_quota(user, card_hours, window_s, settings.user, soft=soft)
     beyond = "its jobs go last" if soft else "its jobs wait"
-    click.echo(f"{user} may use {float(found[1]):g} card hours a {found[2]}; beyond that {beyond}.")
+    click.echo(f"{user} may use {card_hours:g} card hours a {window_name(window_s)}; beyond that {beyond}.")
 
 
 @quota.command("remove")

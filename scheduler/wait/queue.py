@@ -38,7 +38,7 @@ def waiting_jobs(store: Store, jobs: Sequence[Job], view: FleetView | None = Non
     if not queued:
         return WaitingJobs()
     view, ready = with_awaited(view or store.cards.fleet(), store, queued), store.jobs.ready(REPLAYED_JOBS + 1)
-    starts = read_starts(store, view, ready) if view.running else {}
+    starts = read_starts(store, view, ready) if view.running or view.allowed else {}
     return WaitingJobs(
         reasons={job.job_id: reason(job, view, ready, starts) for job in queued},
         starts=starts,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from loractl.common.job.method import Method
 from loractl.common.placement.cards import Card, takes
 from loractl.common.placement.gangs import may_share
 from loractl.common.placement.hosts import KEEP_WARM_S, Newcomer, open_bases
@@ -17,6 +18,7 @@ from loractl.common.placement.rule import turn
 from loractl.common.store.fleet import FleetView, waiting_of
 
 if TYPE_CHECKING:
+    from loractl.common.placement.card_hours import PastCardHours, QuotaMeter
     from loractl.common.placement.clock import ReplayedRun
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job
@@ -46,24 +48,31 @@ class ExpectedStart:
 
 
 def read_starts(store: Store, view: FleetView, waiting: Sequence[Waiting]) -> dict[int, ExpectedStart]:
-    """See expected_starts. What a join needs to know about waiting jobs is read only if there is a host to join."""
-    joined = len(waiting) <= REPLAYED_JOBS and any(open_bases(card) for card in view.cards.values())
-    return expected_starts(view, waiting, store.cards.newcomers(waiting) if joined else {})
+    """See expected_starts. What a join needs to know about waiting jobs is read only if there is a host to join, and
+    past use only if somebody has a quota."""
+    if len(waiting) > REPLAYED_JOBS:
+        return {}
+    newcomers = store.cards.newcomers(waiting) if any(open_bases(card) for card in view.cards.values()) else {}
+    return expected_starts(view, waiting, newcomers, store.usage.past() if view.allowed else {})
 
 
 def expected_starts(
-    view: FleetView, waiting: Sequence[Waiting], newcomers: Mapping[int, Newcomer] | None = None
+    view: FleetView,
+    waiting: Sequence[Waiting],
+    newcomers: Mapping[int, Newcomer] | None = None,
+    past: Mapping[str, PastCardHours] | None = None,
 ) -> dict[int, ExpectedStart]:
-    """When the ready jobs start, if that depends only on running jobs with a measured end.
+    """When the ready jobs start, if that depends only on quotas and on running jobs with a measured end.
 
     The duration of a waiting job is unknown: a job that can only start after it gets no time. `newcomers`: those that
-    may join a running host, by number.
+    may join a running host, by number. `past`: what users with a quota have had; without it, jobs of a user who is
+    beyond a hard one get no time.
     """
     if len(waiting) > REPLAYED_JOBS:
         return {}
     cards, known = view.cards.values(), newcomers or {}
-    expected = _replayed(view, waiting, list(cards), known)
-    late = _replayed(view, waiting, [_late(card, view) for card in cards], known)
+    expected = _replayed(view, waiting, list(cards), known, past or {})
+    late = _replayed(view, waiting, [_late(card, view) for card in cards], known, past or {})
     return {
         job_id: ExpectedStart(
             at=run.started,
@@ -77,7 +86,11 @@ def expected_starts(
 
 
 def _replayed(
-    view: FleetView, waiting: Sequence[Waiting], cards: Sequence[Card], newcomers: Mapping[int, Newcomer]
+    view: FleetView,
+    waiting: Sequence[Waiting],
+    cards: Sequence[Card],
+    newcomers: Mapping[int, Newcomer],
+    past: Mapping[str, PastCardHours],
 ) -> Mapping[int, ReplayedRun]:
     """The run of each job that starts in a replay on these cards."""
     from loractl.common.placement.clock import ReplayedJob
@@ -85,8 +98,26 @@ def _replayed(
 
     running = [job for card in cards for job in card.running]
     jobs = [ReplayedJob(waiting=job, seconds=None) for job in waiting]
-    rule = PlacementRule(view.charges, view.now, running, lambda job: newcomers.get(job.job_id))
+    charges = {**view.charges, **{user: one.charge for user, one in past.items()}}  # the view's have quotas in them
+    meter = _meter(view, cards, past)
+    rule = PlacementRule(charges, view.now, running, lambda job: newcomers.get(job.job_id), meter=meter)
     return replay(jobs, cards, view.now, rule, keep_warm_s=KEEP_WARM_S).runs
+
+
+def _meter(view: FleetView, cards: Sequence[Card], past: Mapping[str, PastCardHours]) -> QuotaMeter | None:
+    """The use of users with a quota, as it goes on from here."""
+    from loractl.common.placement.card_hours import QuotaMeter
+
+    allowed = {user: allowance for user, allowance in view.allowed.items() if user in past}
+    if not allowed:
+        return None
+    meter = QuotaMeter(allowed, {card.node: card.total for card in cards}, past)
+    needs = {
+        job.job_id: job.vram_qlora if job.method == Method.QLORA.value else job.vram_lora
+        for job in view.running.values()
+    }
+    meter.take_over(cards, view.now, {job_id: need for job_id, need in needs.items() if isinstance(need, int)})
+    return meter
 
 
 def _late(card: Card, view: FleetView) -> Card:

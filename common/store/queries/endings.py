@@ -18,6 +18,7 @@ from loractl.common.job.status import (
     Status,
     retry_delay_s,
 )
+from loractl.common.placement.cards import TIME_GROWTH
 from loractl.common.placement.lines import RESULT_FIRST_S
 from loractl.common.placement.shares import base_share, decayed, with_base, within_need
 from loractl.common.text import storable
@@ -36,10 +37,6 @@ from .need import need_more
 from .outbox.notices import tell_of_job
 from .usage import CardUse
 from .usage import record as record_usage
-
-TIME_GROWTH = 1.25
-"""If a worker's end stops a job before its first stored checkpoint, the job then asks for this many times the time it
-had."""
 
 AVOIDED_S = 1800.0
 """How long a job avoids what failed it: after that it takes the card rather than wait for a busy one."""

@@ -6,23 +6,19 @@ import datetime as dt
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Reason
+from loractl.common.placement.card_hours import begin_of, by_hour, card_share
 from loractl.common.placement.shares import Allowance
 from loractl.common.units import GIB
 
 from ..tables import Attempt, Event, Job, LabelSet, Node, Quota, Usage, Use
 from ..transaction import SKIP_LOCKED, Transaction
-
-HOUR = dt.timedelta(hours=1)
-
-MOST_HOURS = 10_000
-"""Of one attempt. A longer one is the fault of a clock, and counts in the hour of its end."""
 
 _WAITS_FROM = ("queued", "requeued", "released", "retry", "patience")
 """Events after which a job waits for a card."""
@@ -65,25 +61,6 @@ def record(tx: Transaction, job: Job, parts: Sequence[CardUse], start: dt.dateti
 
 
 SUMS = ("card_hours", "gib_hours", "lost_hours", "waited_hours", "jobs")
-
-
-def by_hour(start: dt.datetime, end: dt.datetime) -> Iterator[tuple[dt.datetime, float]]:
-    """The hours that a time touches, each by its start, and how much of the time is within."""
-    if (end - start) / HOUR > MOST_HOURS:
-        start = max(start, begin_of(end))
-    hour = begin_of(start)
-    while hour <= end:
-        yield hour, max(0.0, (min(end, hour + HOUR) - max(start, hour)) / HOUR)
-        hour += HOUR
-
-
-def begin_of(moment: dt.datetime) -> dt.datetime:
-    return moment.astimezone(dt.UTC).replace(minute=0, second=0, microsecond=0)
-
-
-def card_share(size: float, total: int | None) -> float:
-    """The part of a card; of an unknown card, the whole."""
-    return min(1.0, size / total) if total else 1.0
 
 
 def label_set(labels: Mapping[str, str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -60,7 +61,10 @@ LINES = {
     "gpus": ["gpus"],
     "usage": ["usage", "usage --by month --since 400d"],
     "quota": ["quota"],
-    "sim": ["sim {trace} --fleet 24GiB,80GiB --roomy --micro-batch 10 --base-models 2"],
+    "sim": [
+        "sim {trace} --fleet 24GiB,80GiB --roomy --micro-batch 10 --base-models 2",
+        "sim {trace} --fleet '24GiB open 4h shut 2h,80GiB' --quota ada=1h/day:soft",
+    ],
     "import": ["import {theirs}"],
     "gc": ["gc --dry-run"],
     "db backup": ["db backup {backup}"],
@@ -141,7 +145,7 @@ def test_every_command_with_json_has_a_section_that_is_held() -> None:
 
 
 def _printed(line: str) -> Any:
-    done = CliRunner().invoke(cli, [*line.split(), "--json"])
+    done = CliRunner().invoke(cli, [*shlex.split(line), "--json"])
     assert done.stdout.startswith(("[", "{")), f"{line}: {done.output} {done.exception!r}"
     return json.loads(done.stdout)
 

@@ -72,8 +72,40 @@ def test_a_job_beyond_a_quota_says_what_was_used_and_when_jobs_start_again(timed
         "quota",
         "ada has used 1.5 of 1 card hours a day; jobs start again about Thu 13:00",
     )
+    timed.cards.see(node_state("box:0", total=48 * GIB, max_jobs=8))
+    start = waiting_jobs(timed, [timed.jobs.get(job_id)]).starts[job_id]
+    assert (start.at, start.node, start.spread_s) == (NOON + dt.timedelta(hours=25), "box:0", 0)
     row = quotas_text(quota_list(timed), WIDE).splitlines()[1]
     assert row.split(maxsplit=5) == ["ada", "1", "a", "day", "1.5", "wait until about Thu 13:00"]
+
+
+def test_the_expected_start_of_a_job_beyond_a_quota_is_when_a_claim_gives_it_a_card(timed: Store) -> None:
+    """What runs counts on, another's job goes first, and the second job waits for the first, whose end nobody knows."""
+    clock = timed.clock
+    assert isinstance(clock, Clock)
+    timed.usage.set_quota("ada", 1.0, 86400, "root", soft=False)
+    train(timed, "ada", 1, gib=48)
+    timed.jobs.submit(submission(lora=24, method="lora", user="wei"))
+    timed.cards.see(node_state("box:0", total=48 * GIB, max_jobs=1))
+    busy = timed.attempts.claim("box:0")
+    assert isinstance(busy, Claim)
+    first, second = (timed.jobs.submit(submission(lora=24, method="lora", user="ada")) for _ in range(2))
+    timed.cards.take_turn("box:0", 0.0, 0.0)
+
+    def starts() -> dict[int, dt.datetime]:
+        found = waiting_jobs(timed, [timed.jobs.get(job_id) for job_id in (first, second)]).starts
+        return {job_id: start.at for job_id, start in found.items()}
+
+    assert starts() == {}, "wei's job may run for ever"
+    timed.attempts.finish(busy, Reason.OK, "", Progress(step=5), RESULT)
+    begins = NOON + dt.timedelta(days=1)
+    assert starts() == {first: begins}
+    for moment in (begins - dt.timedelta(seconds=1), begins):
+        clock.now = moment
+        timed.cards.see(node_state("box:0", total=48 * GIB, max_jobs=1))
+        timed.cards.take_turn("box:0", 0.0, 0.0)
+        claim = timed.attempts.claim("box:0")
+        assert (isinstance(claim, Claim) and claim.job_id == first) is (moment == begins)
 
 
 def test_an_upgrade_counts_what_was_had_before_and_no_row_stops_it(timed: Store) -> None:

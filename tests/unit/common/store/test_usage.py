@@ -8,6 +8,7 @@ from collections import defaultdict
 import pytest
 
 from loractl.common.job.status import Reason
+from loractl.common.placement.card_hours import QuotaMeter
 from loractl.common.store.records import Claim, Left, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
@@ -149,6 +150,33 @@ def test_beyond_a_hard_quota_jobs_wait_until_enough_is_past(timed: Store, clock:
     clock.now = below
     timed.cards.take_turn("box:0", 0.0, 0.0)
     assert again(timed, "owl:0").job_id == held
+
+
+def test_a_replay_goes_on_from_what_the_database_has(timed: Store, clock: Clock) -> None:
+    """What it counts then, and an hour later if nothing ends, is what the quota's row and the running jobs say."""
+    timed.usage.set_quota("ada", 3.0, 86400, "root", soft=True)
+    end(timed, start(timed, gib=48))
+    clock.forward(5000)
+    end(timed, start(timed, user="wei", gib=48))
+    assert timed.usage.past().keys() == {"ada"}
+    claim = start(timed, gib=24)
+    clock.forward(4000)
+    end(timed, claim)
+    start(timed, gib=12, node="owl:0")
+    clock.forward(1000)
+    for later in (0, 3600):
+        clock.forward(later)
+        view, past = timed.cards.fleet(), timed.usage.past()
+        meter = QuotaMeter(view.allowed, {card.node: card.total for card in view.cards.values()}, past)
+        meter.take_over(view.cards.values(), view.now, {})
+        assert meter.at(view.now)["ada"].used == pytest.approx(view.allowed["ada"].used)
+        charge = past["ada"].charge
+        assert view.allowed["ada"].on(charge) == pytest.approx(view.charges["ada"])
+        if not later:
+            hour_later = meter.at(view.now + dt.timedelta(hours=1))["ada"].used
+    assert hour_later == pytest.approx(view.allowed["ada"].used)
+    timed.usage.remove_quota("ada")
+    assert timed.usage.past() == {}
 
 
 def test_beyond_a_soft_quota_jobs_go_last(timed: Store, clock: Clock) -> None:

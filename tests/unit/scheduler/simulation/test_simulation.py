@@ -11,13 +11,16 @@ from pathlib import Path
 import pytest
 
 from loractl.common.errors import DataError, UsageError
+from loractl.common.placement.clock import Presence
 from loractl.common.placement.replay import replay
+from loractl.common.placement.shares import Allowance
 from loractl.common.units import GIB
 from loractl.scheduler.cli.screen import Screen
 from loractl.scheduler.simulation.assumptions import start_of
 from loractl.scheduler.simulation.baselines import fifo
 from loractl.scheduler.simulation.bases import with_bases
 from loractl.scheduler.simulation.outcome import (
+    POLICIES,
     Course,
     Nodes,
     Simulation,
@@ -27,7 +30,8 @@ from loractl.scheduler.simulation.outcome import (
     quantile,
     simulate,
 )
-from loractl.scheduler.simulation.picture import binned, draw
+from loractl.scheduler.simulation.picture import _STYLES, binned, draw
+from loractl.scheduler.simulation.quotas import parse_quotas
 from loractl.scheduler.simulation.text import span, text
 from loractl.scheduler.simulation.workload import (
     BEGIN,
@@ -35,9 +39,12 @@ from loractl.scheduler.simulation.workload import (
     TraceJob,
     Workload,
     choose,
+    fleet_text,
     parse_fleet,
+    parse_presences,
     read_trace,
     to_replay,
+    without_slow,
 )
 
 from ....conftest import Cli
@@ -136,6 +143,40 @@ def test_a_fleet_is_read_with_the_workers_own_limits() -> None:
 def test_a_fleet_that_is_none_is_refused(fleet: str) -> None:
     with pytest.raises(UsageError, match="--fleet"):
         parse_fleet(fleet)
+
+
+def test_a_fleet_says_when_its_cards_are_there() -> None:
+    text = "2x12GiB open 4h shut 90min, 24 GiB  until 3d ,80GiB"
+    assert [(card.node, card.total // GIB) for card in parse_fleet(text)] == [
+        ("sim:0", 12),
+        ("sim:1", 12),
+        ("sim:2", 24),
+        ("sim:3", 80),
+    ]
+    often, once = Presence(open_s=4 * 3600, shut_s=5400), Presence(open_s=3 * 86400)
+    assert parse_presences(text) == {"sim:0": often, "sim:1": often, "sim:2": once}
+    said = "2x12 GiB open 4 h and shut 1 h 30 min, and 24 GiB until 3 d 0 h, and 80 GiB"
+    assert fleet_text(parse_fleet(text), parse_presences(text)) == said
+
+
+@pytest.mark.parametrize(
+    ("fleet", "what"),
+    [
+        ("12GiB open 4h", "'12GiB open 4h' is not a size"),
+        ("12GiB open 4h shut", "is not a size"),
+        ("12GiB open soon shut 2h", "says open soon, which is not a duration"),
+        ("12GiB open 4h shut 5s", "says shut 5s, which is below 60 s"),
+        ("12GiB until 0", "says until 0, which is below 60 s"),
+        ("until 4h", "'until 4h' is not a size"),
+        ("12GiB until 4h open 2h shut 2h", "is not a size"),
+        ("12GiB open 4h shut 1e9h", "says shut 1e9h, which is not a duration"),
+    ],
+)
+def test_a_card_that_is_there_at_no_time_is_refused(fleet: str, what: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_presences(fleet)
+    assert what in error.value.sentence
+    assert "24GiB open 4h shut 2h" in (error.value.hint or "")
 
 
 def test_arrivals_are_compressed_from_the_first_on(own: Path) -> None:
@@ -237,6 +278,28 @@ def test_memory_over_time_adds_up_to_the_utilisation(own: Path) -> None:
         assert max(means) <= out.total
 
 
+def test_a_card_that_comes_and_goes_counts_for_its_part_of_the_time() -> None:
+    jobs = to_replay([TraceJob(arrival=n * 100, need=GIB, seconds=100, user="ada") for n in range(400)], 1.0)
+    whole = load_of(jobs, parse_fleet("24GiB"))
+    for fleet, part in (("24GiB open 4h shut 2h", 2 / 3), ("24GiB until 19950s", 0.5), ("24GiB until 30d", 1.0)):
+        assert load_of(jobs, parse_fleet(fleet), parse_presences(fleet)) == pytest.approx((whole or 0) / part)
+
+
+def test_jobs_that_no_card_stays_for_are_counted_and_not_replayed() -> None:
+    jobs = [
+        TraceJob(arrival=n, need=need * GIB, seconds=60, user="ada", base_model="m", base_size=3 * GIB)
+        for n, need in enumerate((20, 60))
+    ]
+    text, workload = "24GiB until 2min,80GiB open 60s shut 1h", Workload(jobs=tuple(jobs))
+    chosen = choose(workload, parse_fleet(text), 1e9, None)
+    assert without_slow(chosen, parse_fleet(text), parse_presences(text), spare=True).slow == 0
+    slow = replace(chosen, jobs=tuple(replace(job, base_size=19 * GIB) for job in jobs))
+    left = without_slow(slow, parse_fleet(text), parse_presences(text), spare=True)
+    assert ([job.need // GIB for job in left.jobs], left.slow) == ([20], 1), "68 s: two minutes are enough"
+    stays = without_slow(slow, parse_fleet("24GiB,80GiB"), {}, spare=True)
+    assert stays.slow == 0
+
+
 # --- what it says ---
 
 
@@ -269,7 +332,8 @@ def test_the_json_names_every_rule_and_measure(own: Path) -> None:
     value = json.loads(json.dumps(simulated(own, longest=6000).as_json()))
     assert list(value["policies"]) == ["loractl", "fifo", "shortest_first", "best_fit"]
     assert (value["jobs"], value["never"], value["longer"]) == (2, 1, 1)
-    assert value["fleet"] == [{"vram": 24 * GIB, "max_jobs": 1}, {"vram": 80 * GIB, "max_jobs": 4}]
+    stays = {"open_s": None, "shut_s": None}
+    assert value["fleet"] == [{"vram": 24 * GIB, "max_jobs": 1, **stays}, {"vram": 80 * GIB, "max_jobs": 4, **stays}]
     assert {"mean_jct_s", "p99_jct_s", "mean_wait_s", "makespan_s"} < set(value["policies"]["fifo"])
 
 
@@ -409,6 +473,13 @@ def test_the_command_prints_text_or_json_and_draws(cli: Cli, own: Path, tmp_path
         (["--fleet", "80GiB", "--micro-batch", "64", "--pass-cost", "nan"], "--pass-cost nan is not a number"),
         (["--fleet", "80GiB", "--pass-cost", "50"], "--pass-cost says nothing without --micro-batch"),
         (["--fleet", "80GiB", "--keep-warm", "soon"], "--keep-warm soon is not a duration"),
+        (["--fleet", "80GiB", "--quota", "aad=100h/week"], "Hint: did you mean ada?"),
+        (["--fleet", "80GiB", "--quota", "zoe=100h/week"], "Hint: its users: ada, bob, cyd"),
+        (["--fleet", "80GiB", "--quota", "zoe=100h/week"], "the trace has no user 'zoe'"),
+        (["--fleet", "80GiB", "--quota", "100h/week"], "--quota 100h/week names no user"),
+        (["--fleet", "80GiB", "--quota", "ada=100h/year"], "'100h/year' is not a quota"),
+        (["--fleet", "80GiB", "--quota", "ada=1h/day", "--quota", "ada=2h/day:soft"], "ada has two quotas"),
+        (["--fleet", "80GiB until soon"], "says until soon, which is not a duration"),
     ],
 )
 def test_a_wrong_option_is_a_sentence_and_exit_code_two(cli: Cli, own: Path, args: list[str], what: str) -> None:
@@ -416,3 +487,64 @@ def test_a_wrong_option_is_a_sentence_and_exit_code_two(cli: Cli, own: Path, arg
     assert "Error: " in done.stderr
     assert what in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --- quotas and cards that go ---
+
+
+def test_quotas_are_read_in_the_words_of_loractl_quota() -> None:
+    assert parse_quotas(["ada=100h/week", "b=b=1.5/day:soft"], ["ada", "b=b", "cyd"]) == {
+        "ada": Allowance(card_hours=100, window_s=7 * 86400, soft=False, used=0, below_at=None),
+        "b=b": Allowance(card_hours=1.5, window_s=86400, soft=True, used=0, below_at=None),
+    }
+
+
+def test_the_command_tells_what_quotas_cost(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "two.csv"
+    rows = [f"{n}h,20GiB,1h,{'ada' if n % 2 else 'bob'}" for n in range(40)]
+    path.write_text("\n".join(["arrival,vram,duration,user", *rows]))
+    args = ("sim", path, "--fleet", "24GiB", "--quota", "ada=4h/day")
+    lines = cli(*args).stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert any(line.startswith("without quotas ") for line in lines)
+    start = next(n for n, line in enumerate(lines) if line.startswith("WAITS BY QUOTA"))
+    assert [line.split()[:4] for line in lines[start + 1 : start + 3]] == [
+        ["ada", "4", "a", "day"],
+        ["others", "20", "0", "0"],
+    ]
+    value = json.loads(cli(*args, "--quota", "bob=5h/day:soft", "--json").stdout)
+    ada, bob = value["quotas"]
+    assert (ada["user"], ada["card_hours"], ada["window_s"], ada["soft"], ada["jobs"]) == ("ada", 4, 86400, False, 20)
+    assert ada["mean_wait_s"] > 6 * 3600 and ada["mean_wait_without_s"] == 0
+    assert (bob["soft"], bob["mean_wait_s"], bob["unfinished"]) == (True, 0, 0)
+    assert value["policies"]["fifo"]["mean_wait_s"] == 0, "it knows no quotas"
+    none = json.loads(cli("sim", path, "--fleet", "24GiB", "--quota", "ada=0h/day", "--json").stdout)
+    assert [one["unfinished"] for one in none["quotas"]] == [20, 0]
+    assert (none["policies"]["loractl"]["unfinished"], none["policies"]["without_quotas"]["unfinished"]) == (20, 0)
+    said = cli("sim", path, "--fleet", "24GiB", "--quota", "ada=0h/day").stdout.splitlines()
+    assert "Not ended under loractl's rule, and in none of its means: 20." in said
+
+
+def test_the_command_tells_what_it_means_that_cards_go(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "night.csv"
+    rows = [f"{30 * n}min,20GiB,3h,ada,m,10GiB" for n in range(12)]
+    path.write_text("\n".join(["arrival,vram,duration,user,base_model,base_size", *rows]))
+    args = ("sim", path, "--fleet", "2x24GiB open 200min shut 1h, 24GiB")
+    lines = cli(*args).stdout.splitlines()
+    assert "on 2x24 GiB open 3 h 20 min and shut 60 min, and 24 GiB; contention 0.5." in lines
+    assert max(map(len, lines)) <= 80
+    table = lines[next(n for n, line in enumerate(lines) if line.startswith("CARDS THAT GO")) :][1:7]
+    stops = {row.rsplit(maxsplit=3)[0]: [int(cell) for cell in row.rsplit(maxsplit=3)[1:]] for row in table}
+    assert stops["loractl"][1:] == [0, 0]
+    value = json.loads(cli(*args, "--json").stdout)
+    assert [(card["open_s"], card["shut_s"]) for card in value["fleet"]] == [(12000, 3600), (12000, 3600), (None, None)]
+    for name, title in (("loractl", "loractl"), ("blind", "blind"), ("fifo", "fifo")):
+        out = value["policies"][name]
+        assert [out["stops"], out["starts_in_vain"], out["unfinished"]] == stops[title]
+    assert value["slow"] == 0 and value["quotas"] is None
+    gone = cli("sim", path, "--fleet", "24GiB until 5h", "--plot", tmp_path / "gone.png").stdout.splitlines()
+    assert any(line.startswith("Not ended under loractl's rule, and in none of its means: ") for line in gone)
+
+
+def test_every_policy_has_a_line_of_its_own() -> None:
+    assert set(_STYLES) == set(POLICIES)

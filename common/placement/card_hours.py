@@ -1,0 +1,171 @@
+"""Card hours: how use of the cards is counted, and what users with a quota have used on the clock of a replay."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from .cards import Card, WarmBase
+from .rule import Placement
+from .shares import Allowance, with_base
+
+HOUR = dt.timedelta(hours=1)
+
+MOST_HOURS = 10_000
+"""Of one attempt. A longer one is the fault of a clock, and counts in the hour of its end."""
+
+
+def by_hour(start: dt.datetime, end: dt.datetime) -> Iterator[tuple[dt.datetime, float]]:
+    """The hours that a time touches, each by its start, and how much of the time is within."""
+    if (end - start) / HOUR > MOST_HOURS:
+        start = max(start, begin_of(end))
+    hour = begin_of(start)
+    while hour <= end:
+        yield hour, max(0.0, (min(end, hour + HOUR) - max(start, hour)) / HOUR)
+        hour += HOUR
+
+
+def begin_of(moment: dt.datetime) -> dt.datetime:
+    return moment.astimezone(dt.UTC).replace(minute=0, second=0, microsecond=0)
+
+
+def card_share(size: float, total: int | None) -> float:
+    """The part of a card; of an unknown card, the whole."""
+    return min(1.0, size / total) if total else 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastCardHours:
+    """What a user with a quota had before a replay."""
+
+    charge: float = 0.0  # GiB hours that count for the fair share, whatever the quota says
+    ended: Mapping[dt.datetime, float] = field(default_factory=dict)  # card hours of ended attempts, by hour
+    running: Mapping[int, float] = field(default_factory=dict)  # card hours so far, by running job
+
+
+@dataclass(kw_only=True)
+class _Pack:
+    """Jobs in one trainer, which share the bytes of their base."""
+
+    base_bytes: int
+    members: set[int]
+
+
+@dataclass(kw_only=True)
+class _Held:
+    """What a running job holds, and its card hours up to a moment."""
+
+    user: str
+    sizes: Mapping[str, int]  # bytes that count, by card
+    start: dt.datetime
+    as_of: dt.datetime
+    hours: float = 0.0
+    pack: _Pack | None = None
+    joined: bool = False  # it holds its own part alone
+
+
+class QuotaMeter:
+    """The card hours of users with quotas as a replay goes on, counted as the database counts them: ended attempts by
+    the hour, until their hours are out of the quota's time; what runs, from its start on.
+
+    `allowed`: the quotas; `totals`: bytes of each card; `past`: what was used before the replay.
+    """
+
+    def __init__(
+        self,
+        allowed: Mapping[str, Allowance],
+        totals: Mapping[str, int],
+        past: Mapping[str, PastCardHours] | None = None,
+    ) -> None:
+        self._allowed = allowed
+        self._totals = totals
+        self._ended = {user: dict(past[user].ended) if past and user in past else {} for user in allowed}
+        self._before = {job_id: hours for one in (past or {}).values() for job_id, hours in one.running.items()}
+        self._held: dict[int, _Held] = {}
+        self._packs: dict[str, _Pack] = {}
+
+    def take_over(self, cards: Iterable[Card], now: dt.datetime, needs: Mapping[int, int]) -> None:
+        """Go on with what runs already. `needs`: bytes that count of jobs that hold more."""
+        cards, sizes = list(cards), dict[int, dict[str, int]]()
+        for card in cards:
+            for job in card.running:
+                size = min(job.reserved, needs.get(job.job_id, job.reserved))
+                sizes.setdefault(job.job_id, {})[card.node] = size
+                self._held[job.job_id] = _Held(
+                    user=job.user, sizes=sizes[job.job_id], start=job.began or now, as_of=now,
+                    hours=self._before.get(job.job_id, 0.0),
+                )  # fmt: skip
+        for card in cards:
+            for base in (one for one in card.hosts if one.open):
+                for member in card.inside(base):
+                    self._enter(member.job_id, base, now, joined=member.job_id != base.job_id)
+
+    def began(self, placed: Placement, now: dt.datetime) -> None:
+        """A job has started."""
+        job, sizes = placed.job, {share.node: share.bytes for share in placed.shares}
+        self._held[job.job_id] = _Held(user=job.user, sizes=sizes, start=now, as_of=now)
+        if placed.join is not None:
+            base = placed.join.base
+            if base.job_id is not None:
+                self._enter(base.job_id, base, now, joined=False)
+            self._enter(job.job_id, base, now, joined=True)
+
+    def ended(self, job_id: int, now: dt.datetime) -> None:
+        """A job has left its cards."""
+        job = self._held[job_id]
+        self._settle({job_id} if job.pack is None else job.pack.members, now)
+        if job.pack is not None:
+            job.pack.members.discard(job_id)
+        del self._held[job_id]
+        length = (now - job.start) / HOUR
+        if (quota := self._allowed.get(job.user)) is None or not length:
+            return
+        since, ended = now - dt.timedelta(seconds=quota.window_s), self._ended[job.user]
+        for hour, part in by_hour(job.start, now):
+            ended[hour] = ended.get(hour, 0.0) + job.hours * part / length
+        self._ended[job.user] = {hour: had for hour, had in ended.items() if hour > since}
+
+    def at(self, now: dt.datetime) -> dict[str, Allowance]:
+        """The quotas, and what is used of them."""
+        return {
+            user: replace(quota, used=self._used(user, now), below_at=None) for user, quota in self._allowed.items()
+        }
+
+    def below_at(self, users: Iterable[str], now: dt.datetime) -> dt.datetime | None:
+        """When the first of these users whose jobs wait for a quota falls below it, if nothing ends before."""
+        hard = [user for user in users if user in self._allowed and not self._allowed[user].soft]
+        over = [user for user in hard if self._used(user, now) >= self._allowed[user].card_hours]
+        return min((moment for user in over if (moment := self._below_at(user, now)) is not None), default=None)
+
+    def _below_at(self, user: str, now: dt.datetime) -> dt.datetime | None:
+        quota = self._allowed[user]
+        moments = sorted(hour + dt.timedelta(seconds=quota.window_s) for hour in self._ended[user])
+        later = (moment for moment in moments if moment > now)
+        return next((moment for moment in later if self._used(user, moment) < quota.card_hours), None)
+
+    def _used(self, user: str, now: dt.datetime) -> float:
+        """Card hours within the quota's time. What runs counts whole."""
+        since, ended = now - dt.timedelta(seconds=self._allowed[user].window_s), self._ended[user]
+        running = sum(self._hours(job, now) for job in self._held.values() if job.user == user)
+        return running + sum(hours for hour, hours in ended.items() if hour > since)
+
+    def _enter(self, job_id: int, base: WarmBase, now: dt.datetime, *, joined: bool) -> None:
+        """The job is in a trainer that others join: from now on they share its base."""
+        pack = self._packs.setdefault(base.host, _Pack(base_bytes=base.bytes, members=set()))
+        self._settle(pack.members | {job_id}, now)
+        pack.members.add(job_id)
+        self._held[job_id].pack, self._held[job_id].joined = pack, joined
+
+    def _settle(self, jobs: Iterable[int], now: dt.datetime) -> None:
+        for job in (self._held[job_id] for job_id in jobs):
+            job.hours, job.as_of = self._hours(job, now), now
+
+    def _hours(self, job: _Held, now: dt.datetime) -> float:
+        return job.hours + (now - job.as_of) / HOUR * sum(self._share(job, node) for node in job.sizes)
+
+    def _share(self, job: _Held, node: str) -> float:
+        size = job.sizes[node]
+        if job.pack is not None:
+            size = with_base(size, job.pack.base_bytes, joined=job.joined, share=1 / len(job.pack.members))
+        return card_share(size, self._totals.get(node))
