@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
-from loractl.common.placement.cards import Card, Occupant, Reservation, room_at
+from loractl.common.placement.cards import Card, Occupant, Reservation, lasts, room_at
 from loractl.common.placement.gangs import gang_of, may_share
 from loractl.common.placement.lines import ListedLine, Waiting
 from loractl.common.placement.rule import (
@@ -288,6 +288,10 @@ def best_by_all(each: Waiting, way: SharedNeed, cards: Collection[Card], kept: R
     return None
 
 
+def seconds(at: dt.datetime) -> float:
+    return (at - NOW).total_seconds()
+
+
 def soonest_by_all(each: Waiting, way: SharedNeed, cards: Collection[Card]) -> tuple[bool, dt.datetime, bool]:
     """When the first of all groups has room, and whether its cards are of several speeds."""
     options = []
@@ -297,6 +301,8 @@ def soonest_by_all(each: Waiting, way: SharedNeed, cards: Collection[Card]) -> t
             if all(room is not None for room in rooms):
                 moments = [room.at for room in rooms if room is not None]
                 last = max((at for at in moments if at is not None), default=NOW)
+                if any(c.left_s is not None and (None in moments or not lasts(c, each, seconds(last))) for c in group):
+                    continue  # a worker stops before the last of them has room
                 options.append((None in moments, NOW if None in moments else last, len({c.model for c in group}) > 1))
     return min(options)
 
@@ -312,6 +318,7 @@ def after(cards: dict[str, Card], kept: Reservation | None, placed: Placement) -
 
 @many
 @given(gang_scenes())
+@example(_scene(22618385))  # two cards would be ready at an unknown time, and one of them stops
 def test_the_rule_finds_what_trying_all_groups_finds(scene: Scene) -> None:
     cards, kept, begun = {c.node: c for c in scene.cards}, None, set()
     for d in scene.decide():
