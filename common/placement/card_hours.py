@@ -85,6 +85,11 @@ class QuotaMeter:
         self._held: dict[int, _Held] = {}
         self._packs: dict[str, _Pack] = {}
 
+    @property
+    def rationed(self) -> frozenset[str]:
+        """Users with a hard quota."""
+        return frozenset(user for user, allowance in self._allowed.items() if not allowance.soft)
+
     def take_over(self, cards: Iterable[Card], now: dt.datetime, needs: Mapping[int, int]) -> None:
         """Go on with what runs already. `needs`: bytes that count of jobs that hold more."""
         cards, sizes = list(cards), dict[int, dict[str, int]]()

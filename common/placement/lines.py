@@ -84,6 +84,7 @@ class Openings:
     unknown: bool  # a job whose need is not known may start
     labels: frozenset[frozenset[tuple[str, str]]]  # of each card with an opening
     joins: tuple[JoinOpening, ...] = ()
+    without: frozenset[str] = frozenset()  # users of whom no job is asked for
 
     @property
     def any(self) -> bool:
@@ -113,6 +114,10 @@ class Openings:
         """True only when every job of this step is admitted, given that some may be."""
         return step == 0 or step < size_step(self.gpu)
 
+    def admits(self, job: Waiting) -> bool:
+        """Whether the job may start in a trainer of its own, see `admit`."""
+        return job.user not in self.without and self.admit(job.bound, job.requires)
+
     def admit(self, least: int | None, requires: frozenset[tuple[str, str]]) -> bool:
         if not self._has(requires):
             return False
@@ -122,7 +127,7 @@ class Openings:
 
     def admit_join(self, job: Waiting) -> bool:
         """Whether the job may fit into a running host that has its base."""
-        return any(join.admits(job) for join in self.joins)
+        return job.user not in self.without and any(join.admits(job) for join in self.joins)
 
     def _has(self, requires: frozenset[tuple[str, str]]) -> bool:
         return any(requires <= labels for labels in self.labels)
@@ -144,7 +149,7 @@ class ListedLine:
 
     def next(self, openings: Openings) -> Waiting | None:
         for index, job in enumerate(self._jobs):
-            if openings.admit(job.bound, job.requires) or openings.admit_join(job):
+            if openings.admits(job) or openings.admit_join(job):
                 return self._jobs.pop(index)
         return None
 
@@ -160,10 +165,10 @@ class SubstitutedLine:
 
     def next(self, openings: Openings) -> Waiting | None:
         other, self._read = self._read, None
-        if other is None or not openings.admit(other.bound, other.requires):
+        if other is None or not openings.admits(other):
             other = self._other(openings)
         changed = self._changed
-        if changed is None or not openings.admit(changed.bound, changed.requires):
+        if changed is None or not openings.admits(changed):
             return other
         if other is not None and other.job_id < changed.job_id:
             return other
@@ -200,7 +205,7 @@ class JoinedLine:
     def _other(self, openings: Openings) -> Waiting | None:
         job = self._read
         while openings.rooms:
-            if job is not None and job.job_id not in self._given and openings.admit(job.bound, job.requires):
+            if job is not None and job.job_id not in self._given and openings.admits(job):
                 return job
             if (job := self._line.next(openings)) is None:
                 return None
@@ -273,7 +278,7 @@ class LineReader:
             place = self._read.get(shelf, 0)
             while place < len(entries):
                 order, job = entries[place]
-                if openings.admit(job.bound, job.requires):
+                if openings.admits(job):
                     if best is None or order < best[0]:
                         best = (order, job, shelf)
                     break

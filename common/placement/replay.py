@@ -161,7 +161,8 @@ class PlacementRule:
         if not len(self._all) or not (bases or any(card.open and card.slots and card.free for card in cards)):
             return []
         levels, oldest = self._read_levels(bases), _read(self._all, bases)
-        decisions = place(levels, cards, self.charges(now), now, oldest, self._newcomers)
+        rationed = frozenset[str]() if self._meter is None else self._meter.rationed
+        decisions = place(levels, cards, self.charges(now), now, oldest, self._newcomers, rationed=rationed)
         placed = [decision.placed for decision in decisions if decision.placed is not None]
         for placement in placed:
             job = placement.job

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import datetime as dt
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loractl.common.job.method import Method, Parallel, RoomyForm, SharedNeed
@@ -98,6 +98,7 @@ class _Fleet:
     awaited: set[int] = field(init=False)
     """Jobs not tried yet for which running jobs were asked to stop: for nothing if others took their other room."""
 
+    rationed: Collection[str] = ()  # users with a quota that lets them start nothing beyond it
     without_time: int = 0  # jobs looked at for which some card stops too early
 
     def __post_init__(self) -> None:
@@ -199,13 +200,15 @@ def place(
     oldest: Line | None = None,
     newcomers: Newcomers | None = None,
     joins: bool = True,
+    rationed: Collection[str] = (),
 ) -> Iterator[Decision]:
     """What starts now, in the order in which it is decided; lazily, so that a caller may stop early.
 
     `levels`: the ready jobs by priority, the highest first, and user. `charges`: GiB hours by user, see `charge`.
     `oldest`: all ready jobs; the oldest that could run goes first once it has waited OLDEST_FIRST_AFTER_S.
     `newcomers`: what hosts ask of a job's spec; None: none joins, and a base is known by its name alone. `joins`: some
-    of the jobs may join a running host.
+    of the jobs may join a running host. `rationed`: users with a hard quota: of each, age puts one job at a time first,
+    or all that waited for the quota would go before everybody once it lets go.
     """
     fleet = _Fleet(
         cards={c.node: c for c in cards},
@@ -213,6 +216,7 @@ def place(
         running=jobs_by_user(cards),
         newcomers=newcomers,
         joins=joins,
+        rationed=rationed,
     )
     if not fleet.openings().any:
         return
@@ -229,8 +233,12 @@ def place(
 
 def _first_by_age(oldest: Line, fleet: _Fleet, now: dt.datetime) -> Waiting | None:
     """The oldest job that the fleet could hold and that its user may start, if it has waited long enough."""
-    while (job := oldest.next(fleet.ever)) is not None and waited(job, now) >= OLDEST_FIRST_AFTER_S:
-        if not fleet.at_limit(job.user) and (fleet.gang_of(job) is not None or any(_rooms(job, fleet, now))):
+    asked = fleet.ever
+    while (job := oldest.next(asked)) is not None and waited(job, now) >= OLDEST_FIRST_AFTER_S:
+        if fleet.at_limit(job.user) or (job.user in fleet.rationed and fleet.running.get(job.user)):
+            asked = replace(asked, without=asked.without | {job.user})
+            continue
+        if fleet.gang_of(job) is not None or any(_rooms(job, fleet, now)):
             return job
         fleet.note_time(job)
         if fleet.closing:

@@ -29,7 +29,7 @@ from ..transaction import SKIP_LOCKED, Transaction
 from .aside import look_again, set_aside
 from .cards.decisions import decide
 from .cards.hosts import beside, take_place, take_seat
-from .cards.nodes import read_fleet
+from .cards.nodes import FleetState, read_fleet
 from .cards.packs import key_of, tokens_of
 from .cards.shares import lock, own_first, write
 from .changes import answer_wishes, is_asked_to_stop
@@ -76,7 +76,7 @@ def claim(
     cards = [mine if card.node == node else replace(card, stuck=card.node in distrusted) for card in fleet.cards]
     if not mine.open or not mine.free or not (mine.slots or open_bases(mine)):
         return None
-    given = _given(tx, mine, cards, fleet.charges, now)
+    given = _given(tx, mine, cards, fleet, now)
     for job_id in sorted(unreadable_met(tx.session))[:_ASIDE_AT_ONCE]:
         tx.apart(job_id, lambda job_id=job_id: tell_of_jobs(tx, look_again(tx, job_id)))  # type: ignore[misc]
     return _take(tx, given, cards, row, joins) if isinstance(given, Placement) else given
@@ -90,10 +90,10 @@ def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
 
 
 def _given(
-    tx: Transaction, mine: Card, cards: Sequence[Card], charges: Mapping[str, float], now: dt.datetime
+    tx: Transaction, mine: Card, cards: Sequence[Card], fleet: FleetState, now: dt.datetime
 ) -> Placement | Left | None:
     """What the rule gives this card. Left: it gives every job that fits here to other cards."""
-    outlook = decide(tx.session, cards, charges, now)
+    outlook = decide(tx.session, cards, fleet, now)
     mine, left = next(card for card in outlook.packs.cards if card.node == mine.node), set[str]()
     for decision in outlook.decisions:
         placed = decision.placed

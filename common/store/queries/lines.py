@@ -107,6 +107,14 @@ def _oldest(condition: str, limit: int = 1) -> TextualSelect:
     return _typed(f"SELECT {_COLUMNS} FROM jobs WHERE {READY} {condition} ORDER BY job_id LIMIT {limit}")  # noqa: S608  no input
 
 
+def _typed_without(condition: str) -> TextualSelect:
+    """The oldest ready job of other users than some."""
+    of_others = f'{condition} AND "user" NOT IN :without ORDER BY job_id LIMIT 1'
+    bound = text(f"SELECT {_COLUMNS} FROM jobs WHERE {READY} {of_others}")  # noqa: S608  no input
+    bound = bound.bindparams(bindparam("now", type_=UtcDateTime()), bindparam("without", expanding=True))
+    return bound.columns(**{name: _TYPES[name] for name in _READ})
+
+
 _OF_USER = 'AND priority = :priority AND "user" = '
 _FIRST_BY_USER = _typed(
     f"{_USERS} SELECT {_COLUMNS} FROM jobs WHERE job_id IN"  # noqa: S608  no input
@@ -117,6 +125,7 @@ _NEXT_OF_USER = _oldest(f"{_OF_USER} :user AND job_id > :after")
 _SOME_OF_USER = _oldest(f"{_OF_USER} :user AND job_id > :after", _AT_ONCE)
 _OLDEST = _oldest("")
 _OLDEST_FITTING = _oldest(f"AND job_id > :after AND {_FITS}")
+_OLDEST_OF_OTHERS = _typed_without(f"AND job_id > :after AND {_FITS}")
 _BY_NUMBER = _oldest("AND job_id = :job_id")
 _NEXT = _oldest(f"AND queue_key = :key AND job_id > :after AND {_FITS}")
 
@@ -272,9 +281,9 @@ class _StoredLine:
 
     def next(self, openings: Openings) -> Waiting | None:
         if self._heads is None:
-            if self._last is None or openings.admit(self._last.bound, self._last.requires):
+            if self._last is None or openings.admits(self._last):
                 job = self._by_age()
-                if job is None or openings.admit(job.bound, job.requires):
+                if job is None or openings.admits(job):
                     return job
             self._heads = self._level.heads(self._user, openings)
             for head in self._heads:
@@ -305,7 +314,7 @@ class _StoredLine:
         """The number of the oldest admitted job under the key."""
         if head.oldest is not None and head.oldest > head.given and head.key.all_fit(openings):
             return head.oldest
-        if head.job is None or not openings.admit(head.job.bound, head.job.requires):
+        if head.job is None or not openings.admits(head.job):
             head.job = self._search(head, openings)
             head.oldest, head.empty = None, head.job is None
         return None if head.job is None else head.job.job_id
@@ -335,12 +344,15 @@ class _OldestLine:
             if first is None or waited(first, self._now) < OLDEST_FIRST_AFTER_S:
                 return None  # no job has waited that long: the usual case costs one row
         while True:
-            bounds = _bounds(openings)
-            job = _one(self._session, _OLDEST_FITTING, self._now, after=self._given, **bounds)
+            asked = {**_bounds(openings), "after": self._given}
+            if openings.without:
+                job = _one(self._session, _OLDEST_OF_OTHERS, self._now, without=sorted(openings.without), **asked)
+            else:
+                job = _one(self._session, _OLDEST_FITTING, self._now, **asked)
             if job is None:
                 return None
             self._given = job.job_id
-            if openings.admit(job.bound, job.requires):
+            if openings.admits(job):
                 return job
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,14 +13,14 @@ from sqlalchemy.orm import Session
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card
 from loractl.common.placement.hosts import Newcomer, RefusedJoin, looked_at, open_bases, spoilt_bases
-from loractl.common.placement.lines import SubstitutedLine, Waiting
+from loractl.common.placement.lines import Line, SubstitutedLine, Waiting
 from loractl.common.placement.rule import Decision, place
 
 from ...fleet import FleetView
 from ...tables import LEASES, FleetRound, Job, Node
 from ...transaction import Transaction
 from ..lines import read_joiners, read_levels, read_oldest, read_order
-from .nodes import drained_targets, read_allowed, read_cards, read_charges, read_failures, read_fleet
+from .nodes import FleetState, drained_targets, read_allowed, read_cards, read_charges, read_failures, read_fleet
 from .packs import Packs, read_packs
 
 if TYPE_CHECKING:
@@ -36,12 +36,25 @@ class Outlook:
     decisions: Iterator[Decision]
 
 
-def decide(session: Session, cards: Sequence[Card], charges: Mapping[str, float], now: dt.datetime) -> Outlook:
+def decide(session: Session, cards: Sequence[Card], fleet: FleetState, now: dt.datetime) -> Outlook:
+    """`cards`: those of the fleet, as the caller knows them better."""
     packs = read_packs(session, cards, now)
     joiners = _joiners(session, packs, now)
     levels, oldest = read_levels(session, now, joiners=joiners), read_oldest(session, now)
-    decisions = place(levels, packs.cards, charges, now, oldest, packs.newcomer, joins=bool(joiners))
+    decisions = _placed(fleet, packs, levels, oldest, now, joins=bool(joiners))
     return Outlook(packs=packs, joiners=joiners, decisions=decisions)
+
+
+def _placed(
+    fleet: FleetState,
+    packs: Packs,
+    levels: Iterable[Mapping[str, Line]],
+    oldest: Line,
+    now: dt.datetime,
+    *,
+    joins: bool,
+) -> Iterator[Decision]:
+    return place(levels, packs.cards, fleet.charges, now, oldest, packs.newcomer, joins, fleet.rationed)
 
 
 def _joiners(session: Session, packs: Packs, now: dt.datetime, changed: Waiting | None = None) -> list[Waiting]:
@@ -60,7 +73,7 @@ def read_view(tx: Transaction) -> FleetView:
     """The whole fleet at this moment, read at once, and what starts next."""
     session, now = tx.session, tx.now()
     fleet = read_fleet(session, now)
-    outlook = decide(session, fleet.cards, fleet.charges, now)
+    outlook = decide(session, fleet.cards, fleet, now)
     decisions = tuple(outlook.decisions)
     return FleetView(
         now=now,
@@ -123,7 +136,7 @@ def read_start(tx: Transaction, changed: Waiting, spec: JobSpec | None = None) -
     joiners = _joiners(session, packs, now, changed)
     levels = read_levels(session, now, changed, joiners)
     oldest = SubstitutedLine(read_oldest(session, now), changed)
-    for decision in place(levels, packs.cards, fleet.charges, now, oldest, packs.newcomer, joins=bool(joiners)):
+    for decision in _placed(fleet, packs, levels, oldest, now, joins=bool(joiners)):
         if decision.placed is not None and decision.placed.job.job_id == changed.job_id:
             return decision.placed.node
     return None

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, and_, delete, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, and_, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import NameTaken
@@ -100,12 +100,18 @@ class FleetState:
 
     cards: list[Card]
     charges: dict[str, float]
+    rationed: frozenset[str]  # users with a hard quota
 
 
 def read_fleet(session: Session, now: dt.datetime, lease_s: float | None = None) -> FleetState:
     """`lease_s`: cards whose nodes are late for it are silent; None: nobody asks."""
     running = _read_running(session)
-    return FleetState(cards=_cards(session, now, running, lease_s), charges=_charges(session, now, running))
+    uses = session.execute(_USES).all()
+    return FleetState(
+        cards=_cards(session, now, running, lease_s),
+        charges=_charges(session, uses, now, running),
+        rationed=frozenset(quota.user for _, quota in uses if quota is not None and not quota.soft),
+    )
 
 
 def read_cards(session: Session, now: dt.datetime) -> list[Card]:
@@ -115,7 +121,7 @@ def read_cards(session: Session, now: dt.datetime) -> list[Card]:
 
 def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
     """GiB hours that count against each user who had or has a card."""
-    return _charges(session, now, _read_running(session))
+    return _charges(session, session.execute(_USES).all(), now, _read_running(session))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,8 +256,9 @@ def _held(running: _FleetRows, now: dt.datetime) -> Iterator[Held]:
         yield Held(job_id=row.job_id, user=row.user, node=row.node or "", bytes=size, since=since)
 
 
-def _charges(session: Session, now: dt.datetime, running: _FleetRows) -> dict[str, float]:
-    uses = session.execute(_USES).all()
+def _charges(
+    session: Session, uses: Sequence[Row[Use, Quota | None]], now: dt.datetime, running: _FleetRows
+) -> dict[str, float]:
     past = {use.user: decayed(use.gib_hours, (now - use.at).total_seconds()) for use, _ in uses}
     now_held: dict[str, list[tuple[int, float]]] = {}
     held = list(_held(running, now))

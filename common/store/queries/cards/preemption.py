@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from sqlalchemy import func, or_, select, update
 
@@ -17,7 +17,7 @@ from ...tables import WAITS, Job
 from ...transaction import SKIP_LOCKED, Transaction
 from ..lines import read_levels
 from .decisions import decide
-from .nodes import read_fleet
+from .nodes import FleetState, read_fleet
 from .shares import running_on
 
 AT_ONCE = 8
@@ -31,14 +31,14 @@ def preempt(tx: Transaction) -> tuple[int, ...]:
         return ()
     now = tx.now()
     fleet = read_fleet(tx.session, now, tx.lease_s)
-    cards, charges = fleet.cards, fleet.charges
-    decisions = list(decide(tx.session, cards, charges, now).decisions)
+    cards = fleet.cards
+    decisions = list(decide(tx.session, cards, fleet, now).decisions)
     starting = {d.placed.job.job_id for d in decisions if d.placed is not None}
     could_join = {d.declined.job_id for d in decisions if d.declined is not None}
     waiting = (job for job in _first_waiting(tx, now, cards, lowest) if job.job_id not in starting | could_join)
     ways = ((job, way) for job in waiting if (way := give_way(job, cards)) is not None)
     for job, (node, going) in itertools.islice(ways, AT_ONCE):
-        if _would_start(tx, job, [card.without(going) for card in cards], charges, now):
+        if _would_start(tx, job, [card.without(going) for card in cards], fleet, now):
             return going if _ask(tx, job.job_id, job.priority, node, going) else ()
     return ()
 
@@ -66,12 +66,10 @@ def _first_waiting(tx: Transaction, now: dt.datetime, cards: Sequence[Card], abo
                 yield job
 
 
-def _would_start(
-    tx: Transaction, job: Waiting, cards: Sequence[Card], charges: Mapping[str, float], now: dt.datetime
-) -> bool:
+def _would_start(tx: Transaction, job: Waiting, cards: Sequence[Card], fleet: FleetState, now: dt.datetime) -> bool:
     """Whether the rule gives the job one of the cards as they are then: not where its user is at a limit, or others go
     before it or have the card kept for them."""
-    then = decide(tx.session, cards, charges, now).decisions
+    then = decide(tx.session, cards, fleet, now).decisions
     return any(d.placed is not None and d.placed.job.job_id == job.job_id for d in then)
 
 

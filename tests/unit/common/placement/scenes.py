@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from hypothesis import settings
@@ -56,10 +56,13 @@ def running(job_id: int, gib: float, ends_in_s: float | None = None, user: str =
 
 
 def decide(
-    jobs: Sequence[Waiting], cards: Sequence[Card], charges: dict[str, float] | None = None
+    jobs: Sequence[Waiting],
+    cards: Sequence[Card],
+    charges: dict[str, float] | None = None,
+    rationed: Collection[str] = (),
 ) -> tuple[Decision, ...]:
     by_age = ListedLine(sorted(jobs, key=lambda job: job.job_id))
-    return tuple(place(levels_of(jobs), cards, charges or {}, NOW, by_age))
+    return tuple(place(levels_of(jobs), cards, charges or {}, NOW, by_age, rationed=rationed))
 
 
 def started(decisions: Sequence[Decision]) -> dict[int, str]:

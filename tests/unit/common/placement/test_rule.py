@@ -87,6 +87,18 @@ def test_the_oldest_of_a_user_at_the_limit_is_passed_over() -> None:
     assert started(decide(jobs, [card])) == {2: "a:0"}
 
 
+def test_what_waited_for_a_hard_quota_goes_first_by_age_one_job_at_a_time() -> None:
+    """All of them waited more than a day when the quota lets go: they would go before everybody."""
+    day = OLDEST_FIRST_AFTER_S
+    jobs = [a_job(1, age_s=day + 2), a_job(2, age_s=day + 1), a_job(4, user="bob", priority=5)]
+    free, busy = a_card(gib=80, max_jobs=1), a_card(gib=80, max_jobs=2, running=(running(9, 8, user="ada"),))
+    assert started(decide(jobs, [free], {"ada": 9.0}, ["ada"])) == {1: "a:0"}
+    assert started(decide(jobs, [busy], {"ada": 9.0}, ["ada"])) == {4: "a:0"}
+    assert started(decide(jobs, [busy], {"ada": 9.0})) == {1: "a:0"}, "without a quota age alone counts"
+    jobs.append(a_job(3, age_s=day, user="cyd"))
+    assert started(decide(jobs, [busy], {"ada": 9.0}, ["ada"])) == {3: "a:0"}, "the oldest of another"
+
+
 def test_a_job_that_could_never_run_keeps_its_user_from_no_reservation() -> None:
     card = a_card("a:0", 80, max_jobs=4, running=(running(8, 60, 600),))
     jobs = [a_job(1, 200, age_s=9000), a_job(2, 80, age_s=RESERVE_AFTER_S), a_job(3, 15, user="bob")]

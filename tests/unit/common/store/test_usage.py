@@ -6,6 +6,7 @@ import datetime as dt
 from collections import defaultdict
 
 import pytest
+from sqlalchemy import event
 
 from loractl.common.job.status import Reason
 from loractl.common.placement.card_hours import QuotaMeter
@@ -150,6 +151,35 @@ def test_beyond_a_hard_quota_jobs_wait_until_enough_is_past(timed: Store, clock:
     clock.now = below
     timed.cards.take_turn("box:0", 0.0, 0.0)
     assert again(timed, "owl:0").job_id == held
+
+
+def test_what_a_quota_held_for_a_day_does_not_go_before_everybody(timed: Store, clock: Clock) -> None:
+    timed.usage.set_quota("ada", 100.0, 86400, "root", soft=False)
+    end(timed, start(timed, gib=1))  # so that ada has used a card
+    old = [timed.jobs.submit(submission(lora=12, method="lora")) for _ in range(30)]
+    clock.forward(2 * 86400)
+    urgent = timed.jobs.submit(submission(lora=12, method="lora", user="wei", priority=5))
+    assert [again(timed).job_id for _ in range(3)] == [old[0], urgent, old[1]]
+
+
+def test_a_claim_looks_at_one_job_of_a_user_who_may_start_none(timed: Store, clock: Clock) -> None:
+    statements: list[str] = []
+    event.listen(timed.engine, "before_cursor_execute", lambda *told: statements.append(told[2]))
+
+    def asked() -> int:
+        clock.forward(2 * 86400)
+        timed.cards.see(node_state("box:0", total=48 * GIB, max_jobs=8))
+        statements.clear()
+        assert isinstance(timed.attempts.claim("box:0"), Left | None)
+        return len(statements)
+
+    end(timed, start(timed))
+    timed.usage.set_quota("ada", 0.0, 86400, "root", soft=False)
+    timed.jobs.submit(submission(lora=1, qlora=1))
+    one = asked()
+    for _ in range(20):
+        timed.jobs.submit(submission(lora=1, qlora=1))
+    assert asked() == one
 
 
 def test_a_replay_goes_on_from_what_the_database_has(timed: Store, clock: Clock) -> None:
