@@ -10,18 +10,18 @@ from loractl.common.errors import UsageError
 from loractl.common.units import duration, parse_moment
 
 GRACE_S = 180.0
-"""Before its end a worker takes so long by default: a step and its checkpoint, and the way of that into the store."""
+"""How long before its end a worker begins to stop by default: time for a step, its checkpoint and the upload."""
 
 END_VARIABLE = "SLURM_JOB_END_TIME"
-"""Slurm's: when the allocation ends, in seconds since 1970."""
+"""Slurm's variable: when the allocation ends, in seconds since 1970."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The time that a worker has."""
+    """The time until which a worker may run."""
 
-    ends: dt.datetime  # then it must be gone
-    said_by: str  # the option or variable that says so
+    ends: dt.datetime  # it must have ended by then
+    said_by: str  # the option or variable that set the end
     grace_s: float
 
     @property
@@ -33,7 +33,7 @@ class Window:
 def read_window(
     until: str | None, lasts_s: float | None, grace_s: float | None, environment: Mapping[str, str], now: dt.datetime
 ) -> Window | None:
-    """The earliest of all ends that were given; None: it stays. Raises UsageError.
+    """The window with the earliest of all given ends; None: no end was given, so the worker stays. Raises UsageError.
 
     `until`: a time or a duration; `lasts_s`: seconds from now.
     """

@@ -1,5 +1,7 @@
-"""What does not end by itself: processes that attempts leave behind on a device are ended, or the card is closed; of
-supervisors that no longer turn, the trainers are killed or told to stop their job, or else their node ends.
+"""What does not end by itself: processes that attempts leave behind on a device, and supervisors that hang.
+
+Leftover processes are killed; if that fails, the card is closed. A hanging supervisor's trainer is killed or told to
+stop the job; if that does not help, the node ends.
 """
 
 from __future__ import annotations
@@ -23,30 +25,30 @@ from loractl.worker.protocol.messages import Stop
 log = logging.getLogger("loractl.worker")
 
 STUCK_LEAST_S = 20.0
-"""A supervisor may be silent so long with any lease: ending a trainer and all that it started takes a while."""
+"""A supervisor may be silent this long with any lease: ending a trainer and all that it started takes time."""
 
 LOOK_MOST_S = 2.0
-"""The most that counts as a supervisor's silence between two looks at it: a node that was frozen catches up."""
+"""The most that counts as silence between two looks at a supervisor: after a freeze of the node, it can catch up."""
 
 
 class StuckSupervisors:
-    """Looks at the supervisors of one node again and again.
+    """Finds the supervisors of one node that hang, and ends what they hold.
 
-    A supervisor that has not turned for a lease loses its trainer: its lease is over, so the job may run elsewhere. A
-    trainer that has other jobs is told to stop this one, and goes on. A supervisor that still hangs after another lease
-    can't be ended, since it is a thread. Then the node takes no more jobs, lets the other attempts save, and ends. The
-    worker starts another node, which gives the stuck job back.
+    If a supervisor's loop has not turned for a lease, its trainer is killed: the lease is over, so the job may run
+    elsewhere. A trainer that has other jobs is told to stop only this one. A supervisor is a thread and can't be
+    killed: if it still hangs after another lease, the node takes no more jobs, lets the other attempts save, and ends.
+    The worker starts another node, which gives the stuck job back.
     """
 
     def __init__(self, place: Workplace) -> None:
         self._place = place
         self._patience = max(place.settings.lease_s, STUCK_LEAST_S)
-        self._silent: dict[int, tuple[float, float]] = {}  # slot -> its last turn, and the seconds looked on since
+        self._silent: dict[int, tuple[float, float]] = {}  # slot -> its last turn, and the seconds watched since
         self._killed: set[str] = set()  # tokens of attempts whose trainer was killed for it
         self._looked_at = place.clock.now()
 
     def end(self, attempts: Mapping[int, SupervisedAttempt]) -> None:
-        """Do what the longest silences ask for. `attempts`: slot -> what is supervised there."""
+        """Act on supervisors that were silent too long. `attempts`: slot -> the attempt supervised there."""
         silences = list(self._silences(attempts))
         stuck = [(attempt, silent) for attempt, silent in silences if silent >= self._patience]
         for attempt, silent in stuck:
@@ -60,13 +62,13 @@ class StuckSupervisors:
             log.error("a supervisor of %s is stuck: the node saves its other jobs, then restarts", self._place.node)
             self._place.drain.end_alone()
             self._place.drain.ask("checkpoint")
-            os.kill(os.getpid(), signal.SIGTERM)  # else one that turns again would leave a node that takes no jobs
+            os.kill(os.getpid(), signal.SIGTERM)  # else, if it turns again, the node would stay but take no jobs
         others = [attempt for attempt, silent in silences if silent < self._patience and not attempt.own.closed]
         if not others or longest > 2 * self._patience + DRAIN_GRACE_S:
-            os._exit(1)  # the trainers end with their stdin
+            os._exit(1)  # the trainers end when their stdin closes
 
     def _silences(self, attempts: Mapping[int, SupervisedAttempt]) -> Iterator[tuple[SupervisedAttempt, float]]:
-        """How long each supervisor has not turned, by the time that this process itself ran."""
+        """How long each supervisor's loop has not turned, counting only time in which this process itself ran."""
         now = self._place.clock.now()
         ran, self._looked_at = min(now - self._looked_at, LOOK_MOST_S), now
         for slot, attempt in attempts.items():
@@ -85,7 +87,7 @@ def _kill_trainer(attempt: SupervisedAttempt, silent: float) -> None:
             "job %s: its supervisor is stuck, and the trainer continues with its other jobs", attempt.claim.job_id
         )
         stop = Stop(job_id=attempt.claim.job_id, save=False)
-        # in a thread: the stuck supervisor may be sending itself, and the monitor must not wait for that
+        # in a thread: the stuck supervisor may hold the pipe, and the monitor must not wait for it
         threading.Thread(target=trainer.send, args=(stop,), name="stop", daemon=True).start()
         return
     log.error("job %s: its supervisor is stuck, the trainer is killed", attempt.claim.job_id)
@@ -98,17 +100,17 @@ def _kill_trainer(attempt: SupervisedAttempt, silent: float) -> None:
 
 
 LEFT_S = 20.0
-"""Seconds that a trainer's memory may stay on the card after its end: the driver takes a moment."""
+"""Seconds that a trainer's memory may stay on the card after its end: the driver takes a moment to free it."""
 
 
 def close_if_left(place: Workplace, watch: Watch, claim: Claim, host: str | None = None) -> None:
-    """After an attempt no process and no memory of it remains; else the card is closed, and the reason says why.
+    """Check after an attempt that none of its processes and memory remains; else close the card, with the reason.
 
-    `host`: the mark of the trainer that it has shared; where that has ended, nothing of it remains either.
+    `host`: the mark of the trainer that it shared; if that has ended, nothing of it may remain either.
     """
     job, deadline = str(claim.job_id), place.clock.now() + LEFT_S
     shared = set() if host is None or _lives(place, host) else {host_name(host)}
-    names = {job} if host is None else shared  # what it shared was not in its name; a next attempt of it may run by now
+    names = {job} if host is None else shared  # not the job's if it shared: its next attempt may already run here
 
     def held_now() -> int:
         used = watch.look().used
@@ -130,31 +132,31 @@ def _lives(place: Workplace, host: str) -> bool:
 
 
 def end_all(place: Workplace) -> None:
-    """End what an earlier, killed node of this device left running: this node runs nothing yet."""
+    """End what a killed earlier node of this device left running; this node runs nothing yet."""
     for run in runs_of(card_mark(place.settings, place.node)):
         end_leftovers(run)
 
 
 def end_strays(place: Workplace) -> None:
-    """End processes of attempts that no longer run: a trainer may have left some behind, and the node of another card,
-    if it stands still, ranks of a job on several."""
+    """End processes of attempts that no longer run. A trainer may have left some behind, and so may the node of another
+    card, if it hangs: ranks of a job on several cards."""
     card = card_mark(place.settings, place.node)
-    known = _marks_of_no_attempt(place)  # first: one may become an attempt's meanwhile
+    known = _marks_of_no_attempt(place)  # first: such a process may be handed to an attempt meanwhile
     marks = (runs_of(card) | runs_of(card, RANK_VARIABLE)) - known  # then: an attempt that starts now has its claim
     if not marks:
         return
-    known |= _marks_of_no_attempt(place)  # one may have been made meanwhile
+    known |= _marks_of_no_attempt(place)  # such a process may have been started meanwhile
     for run in marks - known - {run_mark(token) for token in place.store.cards.tokens(place.node)}:
         log.warning("what an attempt left behind on %s is ended", place.node)
         end_leftovers(run)
 
 
 def has_ranks(place: Workplace) -> bool:
-    """Whether a job on several cards runs here that the node of another card has started."""
+    """Whether ranks of a job on several cards run here that the node of another card started."""
     return bool(runs_of(card_mark(place.settings, place.node), RANK_VARIABLE))
 
 
 def _marks_of_no_attempt(place: Workplace) -> frozenset[str]:
-    """Those of the spare trainer and of hosts."""
+    """The marks of the spare trainer and of hosts."""
     keepers = (place.spares, place.hosts)
     return frozenset(mark for keeper in keepers if keeper is not None for mark in keeper.marks)
