@@ -233,9 +233,8 @@ def _gptq(draft: Draft, key: str, value: Any) -> None:
 
 
 def _watchdog(draft: Draft, key: str, value: Any) -> None:
-    draft.differ(
-        key, f"{short(value)}: a loss above it ends Axolotl's training, loractl's ends at one that is no number"
-    )
+    what = "a loss above it ends Axolotl's training; loractl's ends at one that is not a number"
+    draft.differ(key, f"{short(value)}: {what}")
 
 
 def _all_linear(draft: Draft, key: str, value: Any) -> None:

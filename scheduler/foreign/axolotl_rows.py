@@ -181,7 +181,7 @@ def _pairs(draft: Draft, entry: str, first: dict[str, Any]) -> None:
         _rename(draft, key, _QUESTIONS[form])
         what = f"{kind}: Axolotl puts {marks}'s marks around messages, loractl those of the model's own chat template"
         if form == "default":
-            what += "; Axolotl takes the question from prompt, input, question or instruction, loractl from prompt"
+            what += "; Axolotl's question is the first of prompt, input, question and instruction, loractl's is prompt"
         draft.differ(key, what)
     elif kind not in _AS_THEY_ARE:
         draft.leave(key, f"{short(kind)}: pairs are recognised by their columns instead, chosen and rejected")

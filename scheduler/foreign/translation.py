@@ -130,7 +130,7 @@ def carry_source(draft: Draft, theirs: str, own: Draft) -> None:
     texts = {"text": "plain text", "preference_text": "plain text"}
     forms = [texts.get(str(each.get("format")), "conversations") for each in (first, said)]
     if forms[0] != forms[1]:
-        draft.leave(theirs, f"{short(said['path'])}: {forms[1]} can't join {forms[0]}: train a job on each")
+        draft.leave(theirs, f"{short(said['path'])}: {forms[1]} can't be mixed with {forms[0]}: train a job on each")
         return
     draft.carried |= dict.fromkeys((*own.carried, theirs), "dataset.more")
     if said.get("template") != first.get("template"):

@@ -67,7 +67,7 @@ def test_a_job_for_two_cards_says_what_it_waits_for_and_is_not_passed_for_ever(h
     (idle,) = [node for node, seen in _answers(held, "gpus", "node").items() if not seen["jobs"]]
     waiting = _why(held, small[-1])
     assert waiting["word"] == "kept"
-    assert f"{idle} is kept for {large}" in waiting["sentence"]
+    assert f"{idle} is kept for job {large}" in waiting["sentence"]
 
     # the busy one ends, and both cards are its
     held.cli("cancel", busy)
