@@ -208,7 +208,7 @@ def refused_join(me: Waiting, card: Card, view: FleetView) -> str:
     members = [] if refused is None else card.inside(refused.base)
     if refused is None or not members:
         return ""
-    return f", not {beside(job.job_id for job in members)}: {refused.why}"
+    return f"; it does not train {beside(job.job_id for job in members)}: {refused.why}"
 
 
 def still_inside(card: Card) -> str:

@@ -161,15 +161,16 @@ def _result_elsewhere(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     order = next((order for card in cards if (order := view.drain_of(card.node)) is not None), None)
     silent = min((silent_s(view, card.node) for card in cards), default=None)
     if silent is None:
-        state = "which has no worker now"
+        state = "no worker now"
     elif silent > NODE_STALE_S:
         state = f"last seen {duration(silent)} ago"
     elif order is not None:
         state = f"drained by {order.user}"
     else:
-        state = "busy now" if any(card.open for card in cards) else "whose worker is being stopped"
-    text = f"only {me.only_host}, {state}, may take it, since it has the finished result, until "
-    return Wait(tier=Tier.POLICY, word="result", sentence=text + clock(job.result_until, view.now))
+        state = "busy now" if any(card.open for card in cards) else "its worker is being stopped"
+    until = clock(job.result_until, view.now)
+    text = f"only {me.only_host} ({state}) may take it until {until}: it has the finished result"
+    return Wait(tier=Tier.POLICY, word="result", sentence=text)
 
 
 TOO_SMALL = (Obstacle.LABELS, Obstacle.METHODS, Obstacle.SMALL)

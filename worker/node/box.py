@@ -171,7 +171,7 @@ class Box:
             if self._asked_to_stop:
                 raise KeyboardInterrupt
             if self._over:
-                click.echo("Stopping after a checkpoint: its time is over.", err=True)
+                click.echo("Stopping after a checkpoint: the worker's time is over.", err=True)
                 return False
             time.sleep(1)
             if time.monotonic() - watched >= WATCH_S:
@@ -237,7 +237,7 @@ class Box:
             others = [job.job_id for job in left if not job.held]
             closed = "".join(f", or for {name}, which is drained" for name in self._drained())
             one = len(others) == 1
-            told = [f"{_numbers(others)} wait{'s' if one else ''} for another box{closed}"] if others else []
+            told = [f"{_numbers(others)} {'waits' if one else 'wait'} for another box{closed}"] if others else []
             told += [f"{_numbers(held)} {'is' if len(held) == 1 else 'are'} held"] if held else []
             if told:
                 click.echo(f"No job that fits this box is left: {', '.join(told)}.", err=True)
@@ -303,7 +303,7 @@ class Box:
             rows, asked_at = {row.node: row for row in self._store.cards.nodes(self._settings.host)}, self._store.now()
             given = self._given(rows.values())
         except REFUSALS:
-            self._stuck_since.clear()  # without the database nobody can say which node is stuck
+            self._stuck_since.clear()  # without the database, no node counts as stuck
             return
         now = time.monotonic()
         for device in self._devices:
@@ -346,7 +346,7 @@ class Box:
             for process in self._nodes.values():
                 process.wait(timeout=max(0.1, self._stop_until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            click.echo("Its time to stop is over: what runs ends at once.", err=True)
+            click.echo("The time for the stop is over: running jobs end at once.", err=True)
             self._stop_now()
 
     def _stop_now(self) -> list[str]:
@@ -381,7 +381,7 @@ def _timed(window: Window, store: Store) -> dict[str, float]:
 
 
 def _numbers(job_ids: Sequence[int]) -> str:
-    """The jobs' numbers, oldest first; of many jobs, the first ones and the count of the others."""
+    """The jobs by number, oldest first; of many jobs, the first ones and the count of the others."""
     first = sorted(job_ids)[:SHOWN_JOBS]
     more = f" and {len(job_ids) - len(first)} more" if len(job_ids) > len(first) else ""
-    return ", ".join(map(str, first)) + more
+    return f"job{'' if len(job_ids) == 1 else 's'} {', '.join(map(str, first))}{more}"

@@ -136,7 +136,7 @@ class Monitor:
                 next_round = now + ROUND_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  it only spreads nodes
                 self._try("the round", lambda: self._go_round(slots))
                 self._try("the fleet's round", self._tend_fleet, vital=False)
-                self._try("planning anew", self._plan_anew, vital=False)
+                self._try("planning again", self._plan_anew, vital=False)
                 self._try("the queue", self._trim_queues)
             if clock.wait(self._called, max(0.05, min(next_look, next_round, now + 1.0) - clock.now())):
                 clock.wait(self._stopped, max(0.0, looked + CALM_S - clock.now()))

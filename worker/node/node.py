@@ -192,7 +192,9 @@ class DeviceNode:
                     return
             except REFUSALS as error:
                 if not said:
-                    log.warning("whether a job has %s beside another card: %s", self._place.node, told_by(error))
+                    log.warning(
+                        "can't tell whether a job has %s as one of several cards: %s", self._place.node, told_by(error)
+                    )
                 said = True
                 if not has_ranks(self._place):
                     return

@@ -52,11 +52,11 @@ def read_window(
     (end, said_by), grace_s = min(ends), GRACE_S if grace_s is None else grace_s
     left_s = (end - now).total_seconds()
     if left_s <= 0:
-        raise UsageError(f"{said_by}: that time is over", _STALE if said_by == END_VARIABLE else None)
+        raise UsageError(f"{said_by}: that time has passed", _STALE if said_by == END_VARIABLE else None)
     if left_s <= grace_s:
         raise UsageError(
-            f"{said_by}: {duration(left_s)} are left, and a stop may take {duration(grace_s)} of them",
-            "give it longer, or a stop less: --grace 30s",
+            f"{said_by}: only {duration(left_s)} are left, but a stop may take {duration(grace_s)}",
+            "choose a later end or a shorter stop, like --grace 30s",
         )
     return Window(ends=end, said_by=said_by, grace_s=grace_s)
 
@@ -69,5 +69,6 @@ def _slurm_end(text: str) -> dt.datetime:
         return dt.datetime.fromtimestamp(int(text), dt.UTC)
     except (ValueError, OverflowError, OSError):
         raise UsageError(
-            f"{END_VARIABLE} is no time in seconds since 1970: {text[:40]!r}", f"unset {END_VARIABLE}, and use --until"
+            f"{END_VARIABLE} is not a time in seconds since 1970: {text[:40]!r}",
+            f"unset {END_VARIABLE}, and use --until",
         ) from None

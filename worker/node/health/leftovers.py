@@ -147,7 +147,7 @@ def end_strays(place: Workplace) -> None:
         return
     known |= _marks_of_no_attempt(place)  # such a process may have been started meanwhile
     for run in marks - known - {run_mark(token) for token in place.store.cards.tokens(place.node)}:
-        log.warning("what an attempt left behind on %s is ended", place.node)
+        log.warning("ending processes that an attempt left behind on %s", place.node)
         end_leftovers(run)
 
 

@@ -119,7 +119,7 @@ def test_a_job_whose_result_lies_on_a_box_names_it_and_until_when() -> None:
     until = {"result_host": "heron", "result_until": in_seconds(300)}
     mine, other = card("heron:0"), card("owl:0", 48)
     assert told(waits(**until), mine, other) == ("next", "heron:0 is about to take it")
-    text = r"only heron, {}, may take it, since it has the finished result, until .*\d"
+    text = r"only heron \({}\) may take it until .*\d: it has the finished result"
 
     def state(*nodes: Any, **more: Any) -> str:
         word, sentence = told(waits(**until), *nodes, **more)
@@ -129,10 +129,10 @@ def test_a_job_whose_result_lies_on_a_box_names_it_and_until_when() -> None:
         return matched[1]
 
     assert state(mine, other, ran=[running(1, "heron:0", 20)]) == "busy now"
-    assert state(other) == "which has no worker now"
+    assert state(other) == "no worker now"
     assert state(mine, other, drains=[drained("heron")]) == "drained by lena"
     assert state(card("heron:0", seen_at=TWO_HOURS_AGO), other) == "last seen 2 h 00 min ago"
-    assert state(card("heron:0", draining=True), other) == "whose worker is being stopped"
+    assert state(card("heron:0", draining=True), other) == "its worker is being stopped"
     over = waits(result_host="heron", result_until=NOON)
     assert told(over, card("heron:0", draining=True), other) == ("next", "owl:0 is about to take it")
     view = fleet([mine, other], waiting=[waits(**until)])
