@@ -238,7 +238,7 @@ class Obstacle(enum.Enum):
     """Why a card does not take a job, apart from memory that others hold or get. The deciding predicates return it."""
 
     LABELS = enum.auto()  # its box lacks one
-    METHODS = enum.auto()  # the job's own limit is below every need
+    METHODS = enum.auto()  # the job's own limit is less than it needs with any method
     SMALL = enum.auto()  # it could never hold the job, or a share of it
     RESULT = enum.auto()  # another box has the job's finished result
     CLOSED = enum.auto()  # drained, stopping, silent or at fault: its node's row says which

@@ -54,7 +54,7 @@ def out_of_reach(job: Waiting, cards: Collection[Card]) -> str | None:
     if job.least is None or most is None or job.least <= most:
         return None
     largest = max(card.usable for card in [card for card in labelled if not card.processor] or labelled)
-    return f"needs {gib(job.least)} GiB, the largest card has {gib(largest)}"
+    return f"needs {gib(job.least)} GiB, and the largest card has {gib(largest)} GiB"
 
 
 def _why_no_time(job: Waiting, cards: Collection[Card]) -> str | None:
@@ -64,7 +64,7 @@ def _why_no_time(job: Waiting, cards: Collection[Card]) -> str | None:
     if job.checkpoint_s is None or not known or len(known) < len(windows) or job.checkpoint_s <= max(known):
         return None
     took, longest = duration(job.checkpoint_s), duration(max(known))
-    return f"needs {took} to its first stored checkpoint, and no worker stays longer than {longest}"
+    return f"needs {took} to store its first checkpoint, and no worker stays longer than {longest}"
 
 
 def _several_could_hold(job: Waiting, cards: Collection[Card]) -> bool:

@@ -57,7 +57,7 @@ _FOUR_BIT = ("nf4", "int4")
 
 
 def names_four_bit(theirs: dict[str, Any]) -> bool:
-    """Whether one of BASE_KEYS brings the base to 4 bit: Axolotl then trains QLoRA, whatever `adapter` says."""
+    """Whether one of BASE_KEYS loads the base in 4 bit: Axolotl then trains QLoRA, whatever `adapter` says."""
     said = [theirs[key] for key in BASE_KEYS if isinstance(theirs.get(key), dict)]
     return any(value.get("weight_dtype") in _FOUR_BIT for value in said)
 
@@ -71,7 +71,7 @@ def base_format(draft: Draft, key: str, value: Any) -> None:
     if loftq := value.get("loftq_config"):
         draft.put(key, "lora.init_lora_weights", "loftq")
         if loftq != {"loftq_bits": 4}:
-            draft.differ(key, f"{short(loftq)}: LoftQ begins from NF4, in 4 bit")
+            draft.differ(key, f"{short(loftq)}: LoftQ starts from NF4, in 4 bit")
     if "weight_dtype" in value:
         draft.put(key, "method", "qlora")
         if value != {"backend": "bnb", "weight_dtype": "nf4"}:
@@ -127,7 +127,7 @@ def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
     _own_tokenizer(draft, theirs)
     if not theirs.get("lora_target_modules") and not theirs.get("lora_target_linear"):
         draft.differ(
-            "lora_target_linear", "no layers are named: peft chooses there, and here every linear layer is adapted"
+            "lora_target_linear", "no layers are named: Axolotl lets peft choose, loractl adapts every linear layer"
         )
     defaults = {key: value for key, value in _DEFAULTS.items() if key != "lora.lora_dropout" or not is_of_pairs(draft)}
     fill_in(draft, defaults | ({"training.optim": OWN_OPTIMIZER} if four_bit and "optimizer" not in theirs else {}))
@@ -146,7 +146,7 @@ def _refuse(theirs: dict[str, Any], file: Path) -> None:
     kind = str(theirs.get("model_type", ""))
     if "Classification" in kind:
         hint = "write a job file with task_type: SEQ_CLS, on rows with text and label"
-        raise UsageError(f"{file} trains {kind}, and import carries trainings on answers alone", hint)
+        raise UsageError(f"{file} trains {kind}, but import converts only trainings on answers", hint)
     refuse_pictures(theirs, _PICTURES, file)
     adapter = theirs.get("adapter")
     if adapter not in ("lora", "qlora"):
@@ -176,7 +176,7 @@ def _warmup_and_batch(draft: Draft, theirs: dict[str, Any]) -> None:
     if theirs.get("warmup_steps") == 1:
         draft.put("warmup_steps", "training.warmup_steps", 2)  # Axolotl never warms up for one step
     elif not theirs.get("warmup_steps") and not theirs.get("warmup_ratio"):
-        draft.differ("warmup_ratio", "not set: 3 % of the steps, and there at most 100")
+        draft.differ("warmup_ratio", "not set: both warm up for 3 % of the steps, Axolotl for at most 100")
     batch, micro = theirs.get("batch_size"), theirs.get("micro_batch_size", 1)
     if "batch_size" not in theirs:
         return
@@ -229,11 +229,12 @@ def _gptq(draft: Draft, key: str, value: Any) -> None:
         draft.skip(key)
         return
     draft.put(key, "method", "qlora")
-    draft.differ(key, f"true: {QUANTISED}; method: qlora brings that to 4 bit, in as little memory")
+    draft.differ(key, f"true: {QUANTISED}; method: qlora loads it in 4 bit, in as little memory")
 
 
 def _watchdog(draft: Draft, key: str, value: Any) -> None:
-    draft.differ(key, f"{short(value)}: a loss above it ends the training there, here one that is not a number does")
+    what = "a loss above it ends Axolotl's training; loractl's ends at one that is not a number"
+    draft.differ(key, f"{short(value)}: {what}")
 
 
 def _all_linear(draft: Draft, key: str, value: Any) -> None:
@@ -328,25 +329,25 @@ _KERNELS = re.compile(
     "(liger|flash_attn|unsloth|otel|ddp|hub|gc|profiler|dataloader|torch_compile|eval_table|mlflow|comet)_.*"
     "|lora_(mlp|qkv|o|embedding)_kernel"
 )
-"""Settings that compute the same in another way, or say where a run happens and is watched."""
+"""Settings that compute the same in another way, or say where a run takes place and is logged."""
 
 
 _REASONS = {
-    "lora_target_parameters": "experts that are kept in one tensor are not adapted",
+    "lora_target_parameters": "experts that share one tensor are not adapted",
     "unfrozen_parameters": "the base is frozen, and adapters are trained",
-    "eot_tokens": "a turn ends with what the chat template writes, and that is learned",
+    "eot_tokens": "the chat template writes the end of a turn, which is learned",
     "use_dft": "the loss is plain cross-entropy",
     "use_eaft": "the loss is plain cross-entropy",
     "tokenizer_use_mistral_common": "the tokenizer's own files and chat template are used",
     **dict.fromkeys(
         ("exact_deduplication", "dataset_exact_deduplication"),
-        "the same row twice is learned twice; loractl data check names such rows",
+        "duplicate rows are all learned; loractl data check names them",
     ),
-    "sample_packing_sequentially": "rows that are packed together are chosen by length",
+    "sample_packing_sequentially": "loractl packs rows together by length",
     "resize_token_embeddings_to_32x": "the embeddings keep their size",
     "quantize_moe_experts": "only linear layers are in NF4",
-    "qat": "the weights are not rounded on the way",
-    "use_onebitllms": "weights of one bit are not trained",
+    "qat": "the weights are not rounded during training",
+    "use_onebitllms": "loractl does not train one-bit weights",
     "use_comet": "loractl reports to tensorboard, wandb and mlflow",
 }
 """Why there is no counterpart."""
@@ -372,7 +373,7 @@ _RULES: dict[str, Callable[[Draft, str, Any], None]] = {
     "attention": choice(
         "training.attn_implementation",
         {"flash": "flash_attention_2", "flash_attention_2": "flash_attention_2", "sdpa": "sdpa", "eager": "eager"},
-        "attention is transformers' own",
+        "loractl uses transformers' attention",
     ),
     "xformers_attention": ATTENTION,
     "group_by_length": BY_LENGTH,
@@ -380,7 +381,7 @@ _RULES: dict[str, Callable[[Draft, str, Any], None]] = {
     "peft_init_lora_weights": choice(
         "lora.init_lora_weights",
         {True: None, "gaussian": "gaussian", "orthogonal": "orthogonal", "loftq": "loftq"},
-        "the adapter begins as peft's default",
+        "the adapter starts with peft's default weights",
     ),
     "wandb_project": _tracker("wandb"),
     "use_wandb": _tracker("wandb"),

@@ -17,7 +17,7 @@ _ROLES = {"user": {"human", "user"}, "assistant": {"gpt", "chatgpt", "assistant"
 
 _AS_HERE = {"roles_to_train": ["assistant"], "train_on_eos": "turn"}  # what loractl does anyway
 _PROMPTS = {
-    "sharegpt": "sharegpt: Axolotl takes the template that the file names, loractl the model's own",
+    "sharegpt": "sharegpt: Axolotl uses the template that the file names, loractl the model's own",
     "completion": "completion: Axolotl cuts a long text into several rows, loractl keeps its first sequence_len tokens",
 }
 """What else a row type means in Axolotl."""
@@ -29,12 +29,12 @@ _LOCAL = {"json", "csv", "parquet", "arrow", "text"}
 
 _REASONS = {
     **dict.fromkeys(
-        ("field_thinking", "template_thinking_key"), "a thought is read of reasoning_content: rename it in the rows"
+        ("field_thinking", "template_thinking_key"), "loractl reads reasoning_content: rename the field in the rows"
     ),
-    "name": "the hub's default configuration is read",
-    "drop_system_message": "a system message is learned as it is: remove it from the rows",
+    "name": "loractl reads the hub's default configuration",
+    "drop_system_message": "loractl keeps system messages: remove them from the rows",
     "conversation": "the model's own chat template is used",
-    "shards": "every row is trained on: cut those rows into a file",
+    "shards": "loractl trains on every row: put the rows that you want into a file",
 }
 
 
@@ -42,7 +42,7 @@ def carry_rows(draft: Draft, theirs: dict[str, Any], file: Path, folder: Path) -
     """Carry `datasets` and `test_datasets`. Raises UsageError if there is no path."""
     if theirs.get("pretraining_dataset") and not theirs.get("datasets"):
         hint = "write it as datasets with type: completion, and with max_steps or num_epochs"
-        raise UsageError(f"{file} streams its rows (pretraining_dataset), and a job reads a data set as a whole", hint)
+        raise UsageError(f"{file} streams its rows (pretraining_dataset), but a job reads a data set as a whole", hint)
     entries = _entries(theirs.get("datasets"))
     if not entries or not all("path" in entry for entry in entries):
         what = "names a data set without its path" if entries else "names no data set"
@@ -91,7 +91,7 @@ def _places(draft: Draft, key: str, entry: dict[str, Any], source: Path, folder:
     if found := [place for place in here if (folder / place).is_file() or Path(place).is_file()]:
         return found
     if names:
-        what = f"{short(names)}: the hub's whole split is read: download that file, and write its path"
+        what = f"{short(names)}: loractl reads the hub's whole split: download that file, and write its path"
         draft.leave(f"{key}.data_files", what)
     revision = entry.get("revision")
     return [f"{path}@{revision}" if revision else from_here(path, source, folder)]
@@ -107,10 +107,10 @@ def _tests(draft: Draft, tests: list[dict[str, Any]], first: dict[str, Any], sou
         put_split(draft, "test_datasets[0].split", "dataset.eval_split", tests[0].get("split"))
     unset_key(draft.job, "dataset.test_size")
     if len(tests) > 1 or len(places) > 1:
-        draft.leave("test_datasets[1:]", "a job is measured on one data set: put the rows into one file")
+        draft.leave("test_datasets[1:]", "loractl evaluates a job on one data set: put the rows into one file")
     for key in sorted(tests[0].keys() - {"path", "data_files", "ds_type", "revision", "split"}, key=str):
         if tests[0][key] != first.get(key, _AS_HERE.get(key)):
-            what = "held-out rows are read as the rows to train on are"
+            what = "loractl reads held-out rows in the same way as the rows to train on"
             draft.leave(f"test_datasets[0].{key}", f"{short(tests[0][key])}: {what}")
 
 
@@ -130,7 +130,7 @@ def _format(draft: Draft, entry: str, first: dict[str, Any]) -> None:
         draft.put(key, "dataset.columns", {ours: name for ours in fields if (name := kind.get(f"field_{ours}"))})
         rest = sorted(str(name) for name, value in kind.items() if not str(name).startswith("field_") and value)
         if rest:
-            draft.leave(key, f"{', '.join(rest)}: prompts are made by the model's own chat template")
+            draft.leave(key, f"{', '.join(rest)}: the model's own chat template makes the prompts")
     elif isinstance(kind, str) and kind in _FORMATS:
         if _FORMATS[kind]:
             draft.put(key, "dataset.format", _FORMATS[kind])
@@ -179,9 +179,9 @@ def _pairs(draft: Draft, entry: str, first: dict[str, Any]) -> None:
     marks, _, form = str(kind or "passthrough").partition(".")
     if marks in _TEMPLATED and form in _QUESTIONS:
         _rename(draft, key, _QUESTIONS[form])
-        what = f"{kind}: {marks}'s marks stand around messages there, here those of the model's own chat template"
+        what = f"{kind}: Axolotl puts {marks}'s marks around messages, loractl those of the model's own chat template"
         if form == "default":
-            what += "; the question is the first column of prompt, input, question, instruction there, here prompt"
+            what += "; Axolotl's question is the first of prompt, input, question and instruction, loractl's is prompt"
         draft.differ(key, what)
     elif kind not in _AS_THEY_ARE:
         draft.leave(key, f"{short(kind)}: pairs are recognised by their columns instead, chosen and rejected")
@@ -203,7 +203,7 @@ def _formatted_pairs(draft: Draft, key: str, kind: dict[str, Any]) -> None:
     if plain:
         set_key(draft.job, "dataset.format", "preference_text")
     else:
-        draft.leave(key, f"{', '.join(formats)}: prompts are made by the model's own chat template")
+        draft.leave(key, f"{', '.join(formats)}: the model's own chat template makes the prompts")
 
 
 def _columns(draft: Draft, entry: str, first: dict[str, Any]) -> set[str]:

@@ -17,7 +17,8 @@ from loractl.scheduler.cli.output import show
 def import_config(file: Path, output: Path | None, as_json: bool) -> None:
     """Turn an Axolotl or LLaMA-Factory YAML into a job file.
 
-    It goes to standard output unless -o names a file; what could not be carried, and why, goes to standard error.
+    The job file goes to standard output unless -o names a file. What could not be carried, and why, goes to standard
+    error.
     """
     from .configuration import import_file
     from .text import account, job_file

@@ -32,7 +32,7 @@ class Imported:
     not_needed: tuple[str, ...]  # folders, caches, processes: nothing that affects training
     filled_in: dict[str, Any]  # our key -> the tool's default, which differs from ours
     settings: int  # of their file; one in a list counts as its own
-    otherwise: dict[str, str]  # their key -> what loractl does differently though the setting is carried or not set
+    otherwise: dict[str, str]  # their key -> what loractl does differently, if the setting is carried or not set
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self), "not_needed": list(self.not_needed)}
@@ -76,7 +76,7 @@ def _unknown(theirs: dict[str, Any], file: Path) -> UsageError:
     if {"base_model", "dataset"} <= theirs.keys():
         return UsageError(f"{file} is a job file already", f"loractl submit {file}")
     if {"compute_environment", "distributed_type"} & theirs.keys():
-        hint = "loractl gives a job its cards by itself (resources.cards): give the file with the model and the data"
+        hint = "loractl assigns cards by itself (resources.cards): give the file that names the model and the data"
         return UsageError(f"{file} is accelerate's: it says on which cards to train, not what", hint)
     hint = "Axolotl's files have base_model and datasets, LLaMA-Factory's model_name_or_path and dataset"
     return UsageError(f"{file} is neither Axolotl's nor LLaMA-Factory's", hint)
@@ -110,7 +110,7 @@ def _first_refusal(error: ValidationError) -> tuple[str, int | None, str]:
     key, what = ".".join(str(part) for part in told["loc"] if not isinstance(part, int)), told["msg"]
     entry = next((part for part in told["loc"] if isinstance(part, int)), None)
     if told["type"] == "literal_error":
-        what = "is not one that loractl has"
+        what = "is not a value that loractl knows"
     if not key:  # two keys that do not go together: "key: sentence", a line each
         key, _, what = what.removeprefix("Value error, ").partition("\n")[0].partition(": ")
     return key, entry, what

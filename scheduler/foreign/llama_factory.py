@@ -76,11 +76,9 @@ def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Draf
     _tokens(draft, theirs)
     _evaluations(draft, theirs)
     if not any(theirs.get(key) for key in ("bf16", "pure_bf16", "fp16")):
-        draft.differ(
-            "bf16", "off, and fp16 too: LLaMA-Factory takes the base's own number format, loractl the device's"
-        )
+        draft.differ("bf16", "off, like fp16: LLaMA-Factory uses the base's own number format, loractl the device's")
     if theirs.get("pure_bf16"):
-        draft.differ("pure_bf16", "the adapter's own weights are in bf16 there, in fp32 here")
+        draft.differ("pure_bf16", "LLaMA-Factory keeps the adapter's own weights in bf16, loractl in fp32")
     own = {"training.optim": OWN_OPTIMIZER} if bits == 4 and "optim" not in theirs else {}
     rank = get_key(draft.job, "lora.r")
     rank = rank if isinstance(rank, int) else _DEFAULTS["lora.r"]
@@ -93,7 +91,7 @@ def _refuse(theirs: dict[str, Any], file: Path) -> None:
     """Raises UsageError unless it is LoRA training on rows of text."""
     stage, kind = theirs.get("stage", "sft"), theirs.get("finetuning_type", "lora")
     if not theirs.get("do_train") and (other := next((key for key in _NO_TRAINING if theirs.get(key)), None)):
-        raise UsageError(f"{file} does not train ({other} without do_train), and a job does", _NO_TRAINING[other])
+        raise UsageError(f"{file} does not train ({other} without do_train), but a job does", _NO_TRAINING[other])
     if stage not in ("sft", "pt", "dpo"):
         raise refuse_objective(f"{file} has stage: {stage}", "set stage: sft")
     if kind != "lora":
@@ -104,7 +102,7 @@ def _refuse(theirs: dict[str, Any], file: Path) -> None:
 
 
 def _tokens(draft: Draft, theirs: dict[str, Any]) -> None:
-    """How rows become tokens there, if it differs here."""
+    """Report how LLaMA-Factory makes tokens of rows, if loractl does it differently."""
     packs = get_key(draft.job, "training.packing")
     if theirs.get("stage") == "pt":
         draft.put("stage", "dataset.format", "text")
@@ -116,8 +114,8 @@ def _tokens(draft: Draft, theirs: dict[str, Any]) -> None:
         _texts(draft, theirs, packs=bool(packs))
         return
     if packs and not theirs.get("neat_packing"):
-        draft.differ("packing", "examples that share a row see each other there, as with neat_packing they don't here")
-    what = "LLaMA-Factory cuts question and answer of a longer row in proportion, loractl cuts the row's end"
+        draft.differ("packing", "examples that share a row see each other in LLaMA-Factory; in loractl they don't")
+    what = "LLaMA-Factory cuts question and answer of a longer row in proportion, loractl cuts off the row's end"
     draft.differ("cutoff_len", what)
     if theirs.get("template", "tokenizer_default") != "tokenizer_default":
         what = "LLaMA-Factory also learns what its template writes after an answer's end, often a newline"
@@ -125,24 +123,24 @@ def _tokens(draft: Draft, theirs: dict[str, Any]) -> None:
 
 
 def _texts(draft: Draft, theirs: dict[str, Any], *, packs: bool) -> None:
-    """Plain text: the same tokens, unless rows are packed. Which tokens are learned, and how the loss is averaged,
-    differs.
+    """Report the differences for plain text: the tokens are the same unless rows are packed, but other tokens are
+    learned, and the loss is averaged in another way.
 
     LLaMA-Factory's processor/pretrain.py and transformers' DataCollatorForLanguageModeling and get_batch_samples.
     """
-    ends = "the end of a text is learned there only where the padding token is another token, here always"
-    averaged = "a step's loss is divided there by all tokens, here by all but each row's first token"
+    ends = "LLaMA-Factory learns a text's end only if the padding token is another token, loractl always does"
+    averaged = "LLaMA-Factory divides a step's loss by all tokens, loractl by all but each row's first token"
     draft.differ("stage", f"pt: {ends}; {averaged}")
     if packs:
-        there = "LLaMA-Factory cuts the row of each 1,000 texts every cutoff_len tokens, and drops its rest"
-        draft.differ("packing", f"{there}; here a longer text loses its end, and texts can't see each other")
+        there = "LLaMA-Factory joins 1,000 texts at a time, cuts them every cutoff_len tokens, and drops the rest"
+        draft.differ("packing", f"{there}; loractl cuts off the end of a longer text, and texts can't see each other")
     if "template" not in theirs:
         return
     draft.carried.pop("template", None)
     draft.left_out.pop("template", None)
     unset_key(draft.job, "dataset.template")
     if theirs["template"] == "llama3":
-        draft.leave("template", '"llama3": ends a text with <|end_of_text|>, here the tokenizer\'s own end does')
+        draft.leave("template", '"llama3": ends a text with <|end_of_text|>, loractl with the tokenizer\'s own end')
     elif "template" not in draft.not_needed:
         draft.skip("template")
 
@@ -210,12 +208,12 @@ _NOT_NEEDED = {
 
 
 _KERNELS = re.compile("(ddp|hub|dataloader|preprocessing|swanlab)_.*|ray_(?!num_workers).*")
-"""Settings that say where a run happens and is watched."""
+"""Settings that say where a run takes place and is logged."""
 
 
 _NO_TRAINING = {
-    "export_dir": "loractl adapters merge makes a full model of an adapter",
-    "infer_backend": "loractl generate and chat ask an adapter, serve answers for it",
+    "export_dir": "loractl adapters merge makes a full model from an adapter",
+    "infer_backend": "loractl generate, chat and serve answer with an adapter",
     "do_predict": "loractl predict answers a file's rows",
     "do_eval": "loractl report has the evaluation of every job",
 }
@@ -223,12 +221,12 @@ _NO_TRAINING = {
 
 
 _REASONS = {
-    "loraplus_lr_ratio": "A and B learn at one rate",
+    "loraplus_lr_ratio": "A and B have the same learning rate",
     "upcast_layernorm": "layer norms are not kept in fp32",
     "use_swanlab": "loractl reports to tensorboard, wandb and mlflow",
-    "shift_attn": "attention is transformers' own",
-    "rope_scaling": "positions are the base model's own",
-    "use_kt": "experts stay on the card, and are not computed by the processor",
+    "shift_attn": "loractl uses transformers' attention",
+    "rope_scaling": "loractl uses the base model's own position embeddings",
+    "use_kt": "experts stay on the card; the processor does not compute them",
     "streaming": "the data set is read as a whole",
 }
 """Why there is no counterpart."""
@@ -254,7 +252,7 @@ _RULES: dict[str, Callable[[Draft, str, Any], None]] = {
     "flash_attn": choice(
         "training.attn_implementation",
         {"auto": None, "fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"},
-        "attention is transformers' own",
+        "loractl uses transformers' attention",
     ),
     "group_by_length": BY_LENGTH,
     "disable_shuffling": IN_ORDER,
@@ -264,7 +262,7 @@ _RULES: dict[str, Callable[[Draft, str, Any], None]] = {
     ),
     "train_on_prompt": ANSWERS,
     "mask_history": only(False, "every answer of a conversation is learned"),
-    "pissa_init": only(False, "the adapter begins as peft's default"),
+    "pissa_init": only(False, "the adapter starts with peft's default weights"),
     "adapter_name_or_path": FRESH,
     "resume_from_checkpoint": FRESH,
     "quantization_method": only_of(("bnb", "bitsandbytes"), "NF4 of bitsandbytes is used"),

@@ -58,10 +58,11 @@ def _held_out(draft: Draft, names: list[str], entry: dict[str, Any], place: Path
         draft.carried["eval_dataset"] = "dataset.eval_path"
     unset_key(draft.job, "dataset.test_size")
     if len(names) > 1:
-        what = "a job is measured on one data set: put the rows into one file"
+        what = "loractl evaluates a job on one data set: put the rows into one file"
         draft.leave(f"eval_dataset: {', '.join(names[1:])}", what)
     if any(listed.get(part) != entry.get(part) for part in ("formatting", "columns", "tags")):
-        draft.leave(f"{_LISTING}: eval_dataset", "held-out rows are read as the rows to train on are")
+        what = "loractl reads held-out rows in the same way as the rows to train on"
+        draft.leave(f"{_LISTING}: eval_dataset", what)
 
 
 def _mix(draft: Draft, theirs: dict[str, Any]) -> None:
@@ -79,12 +80,15 @@ def _mix(draft: Draft, theirs: dict[str, Any]) -> None:
     except (TypeError, ValueError):
         chances = []
     if len(chances) != len(more) + 1 or min(chances) <= 0:
-        draft.leave("interleave_probs", f"{short(told)}: is not a number above 0 for each data set, so all are taken")
+        what = "is not a number above 0 for each data set, so all rows are taken"
+        draft.leave("interleave_probs", f"{short(told)}: {what}")
         return
     for source, chance in zip(more, chances[1:], strict=True):
         source["share"] = round(chance / sum(chances), 4)
-    what = f"{strategy}: rows are drawn there until one or all data sets are used up, and may repeat; here all rows of"
-    draft.differ("mix_strategy", f"{what} dataset.path are taken, and of each other one as many as its share is, once")
+    what = f"{strategy}: LLaMA-Factory draws rows until one or all data sets are used up, and may repeat rows"
+    draft.differ(
+        "mix_strategy", f"{what}; loractl takes all rows of dataset.path, and of each other set its share, once"
+    )
 
 
 def _place(file: Path, named: str) -> Path:
@@ -108,7 +112,7 @@ def _data(draft: Draft, name: str, place: Path, folder: Path, most: Any, *, pair
         set_key(draft.job, "dataset.path", hub)
     else:
         set_key(draft.job, "dataset.path", name)
-        draft.leave(f"dataset: {name}", f"{listing} does not say which file that is: write its path in its place")
+        draft.leave(f"dataset: {name}", f"{listing} does not say which file that is: write its path instead")
     split = str(entry.get("split") or "train")
     if most is not None and (type(most) is not int or most < 1 or not split.isidentifier()):
         draft.leave("max_samples", f"{short(most)}: is not a number of rows of the split {split}")
@@ -118,23 +122,23 @@ def _data(draft: Draft, name: str, place: Path, folder: Path, most: Any, *, pair
     columns = part if isinstance(part := entry.get("columns"), dict) else {}
     if seen := {"images", "videos", "audios"} & columns.keys():
         what = f"{listing}: {name} has {', '.join(sorted(seen))}"
-        raise UsageError(f"{what}, and loractl trains on text alone", "name a data set of text alone")
+        raise UsageError(f"{what}, but loractl trains only on text", "name a data set that has only text")
     if entry and pairs is not (entry.get("ranking") is True):
         has, learns, other = ("no pairs (ranking)", "pairs", "sft") if pairs else ("pairs (ranking)", "answers", "dpo")
-        what = f"{listing}: {name} has {has}, and this stage learns from {learns}"
-        raise UsageError(what, f"set stage: {other}, or take another data set")
+        what = f"{listing}: {name} has {has}, but this stage learns from {learns}"
+        raise UsageError(what, f"set stage: {other}, or choose another data set")
     _told(draft, entry)
     return entry
 
 
 def _told(draft: Draft, entry: dict[str, Any]) -> None:
     """Name what a listing says about a data set apart from its columns, and loractl does differently."""
-    whole = "every row is trained on: cut those rows into a file"
+    whole = "loractl trains on every row: put the rows that you want into a file"
     reasons = {
         "num_samples": whole,
-        "subset": "the hub's default configuration is read",
-        "folder": "the hub's whole data set is read",
-        "revision": "write it behind the hub's name: owner/name@revision",
+        "subset": "loractl reads the hub's default configuration",
+        "folder": "loractl reads the hub's whole data set",
+        "revision": "write it after the hub's name: owner/name@revision",
     }
     for key in sorted(reasons.keys() & entry.keys()):
         if entry[key] not in (None, ""):
@@ -142,7 +146,7 @@ def _told(draft: Draft, entry: dict[str, Any]) -> None:
     tags = tags if isinstance(tags := entry.get("tags"), dict) else {}
     for key, known in _MARKS.items():
         if tags.get(key) not in (None, *known):
-            draft.leave(f"{_LISTING}: tags.{key}", f"{short(tags[key])}: is not a role's name that loractl knows")
+            draft.leave(f"{_LISTING}: tags.{key}", f"{short(tags[key])}: is not a role that loractl knows")
 
 
 def _listed(listing: Path, name: str) -> dict[str, Any]:
@@ -179,10 +183,11 @@ def _columns(draft: Draft, entry: dict[str, Any], *, texts: bool, pairs: bool) -
         theirs = {ours: columns.get(name, ours) for name, ours in ours_of.items()}
         known = set(ours_of)
         if entry and columns.get("query", "input"):
-            # Stanford's template is carried; its form for an input has other words
+            # Stanford's template is carried; its wording for an input differs
             alpaca = get_key(draft.job, "dataset.template") == "alpaca"
-            here = "under ### Input: here, and the first sentence names it" if alpaca else "after an empty line here"
-            draft.differ(f"{_LISTING}: columns.query", f"a row's input follows on the next line there, {here}")
+            here = "under ### Input:, and its first sentence mentions it" if alpaca else "after an empty line"
+            what = f"LLaMA-Factory puts a row's input on the next line, loractl {here}"
+            draft.differ(f"{_LISTING}: columns.query", what)
     if pairs:
         theirs |= {side: columns.get(side, side) for side in SIDES}
         known |= {*SIDES}

@@ -42,7 +42,7 @@ def axolotl_loss(draft: Draft, theirs: Mapping[str, Any]) -> None:
         set_key(draft.job, "preference.loss_type", kind)
     if theirs.get("dpo_use_weighting"):
         draft.leave(
-            "dpo_use_weighting", "true: pairs are weighted by how likely they are there, here all count the same"
+            "dpo_use_weighting", "true: Axolotl weights pairs by how likely they are; in loractl all count the same"
         )
     unused = {"simpo_gamma", "cpo_alpha", "dpo_label_smoothing", "dpo_use_weighting", "rpo_alpha"}
     for key in sorted((_SAME_RESULT | unused) & theirs.keys() - {*draft.carried, *draft.left_out}):
@@ -66,10 +66,10 @@ def _axolotl_dpo(draft: Draft, theirs: Mapping[str, Any]) -> None:
     given, smoothing = theirs.get("dpo_loss_type", []), theirs.get("dpo_label_smoothing")
     names = [str(name) for name in (given if isinstance(given, list) else [given])]
     if unknown := [name for name in names if name not in _OF_DPO]:
-        what = f"{', '.join(unknown)}: loractl has {', '.join(_OF_DPO)}, and takes sigmoid"
+        what = f"{', '.join(unknown)}: loractl has {', '.join(_OF_DPO)}, and uses sigmoid"
         draft.leave("dpo_loss_type", what)
         if "dpo_loss_weights" in theirs:
-            draft.leave("dpo_loss_weights", "are of the losses that are not carried")
+            draft.leave("dpo_loss_weights", "belong to losses that are not carried")
         return
     if "robust" in names and smoothing:
         draft.put("dpo_label_smoothing", "preference.label_smoothing", smoothing)
@@ -108,20 +108,21 @@ def factory_loss(draft: Draft, theirs: Mapping[str, Any]) -> None:
         draft.skip(key)
     loss, share = theirs.get("pref_loss", "sigmoid"), theirs.get("pref_ftx")
     if loss not in ("sigmoid", "hinge", "ipo", "orpo", "simpo"):
-        draft.leave("pref_loss", f"{short(loss)}: loractl has no such loss of pairs, and takes sigmoid")
+        draft.leave("pref_loss", f"{short(loss)}: loractl has no such loss for pairs, and uses sigmoid")
         loss = "sigmoid"
     elif "pref_loss" in theirs:
         draft.put("pref_loss", "preference.loss_type", loss)
     if "pref_beta" in theirs:
         draft.put("pref_beta", "preference.beta", theirs["pref_beta"])
     if loss == "orpo":
-        draft.differ("pref_loss", "orpo: its loss of the chosen answers leaves the prompt out there, as TRL's does not")
+        what = "LLaMA-Factory's loss of the chosen answers leaves the prompt out; loractl, like TRL, includes it"
+        draft.differ("pref_loss", f"orpo: {what}")
     if share and loss == "orpo":
         draft.leave("pref_ftx", f"{short(share)}: orpo has its own term for the chosen answers")
     elif share:
         _add_answers(draft, "pref_ftx", loss, share)
-        what = f"{short(share)}: each chosen answer's own mean is learned there, here all of a step's chosen tokens are"
-        draft.differ("pref_ftx", what)
+        what = "LLaMA-Factory takes the mean of each chosen answer, loractl the mean of all chosen tokens of a step"
+        draft.differ("pref_ftx", f"{short(share)}: {what}")
     if "simpo_gamma" in theirs and loss == "simpo":
         draft.put("simpo_gamma", "preference.simpo_gamma", theirs["simpo_gamma"])
     for key in sorted(_FACTORY_REASONS.keys() & theirs.keys()):
@@ -133,12 +134,12 @@ def factory_loss(draft: Draft, theirs: Mapping[str, Any]) -> None:
 
 
 _FACTORY_REASONS = {
-    "dpo_label_smoothing": "smooths DPO's loss (cDPO); preference.label_smoothing is of another one, robust",
-    "pref_bco_weight": "loractl has no such loss of pairs",
+    "dpo_label_smoothing": "smooths DPO's loss (cDPO); preference.label_smoothing belongs to another one, robust",
+    "pref_bco_weight": "loractl has no such loss for pairs",
     "ld_alpha": "all tokens of an answer count the same",
     "ref_model": "answers are compared with the base without the adapter, or with the adapter of lora.init_from",
     "ref_model_adapters": "answers are compared with the base without the adapter, or with that of lora.init_from",
-    "ref_model_quantization_bit": "answers are compared with the same weights as are trained",
+    "ref_model_quantization_bit": "answers are compared with the base in the number format of the training",
 }
 
 

@@ -16,7 +16,7 @@ def job_file(imported: Imported, file: Path) -> str:
     left = clean_line(", ".join(sorted(imported.left_out))) or "nothing"
     head = f"# From {imported.tool}'s {clean_line(file.name)}, by loractl import. Left out: {left}.\n"
     if imported.otherwise:
-        head += f"# Done otherwise here: {clean_line(', '.join(sorted(imported.otherwise)))}.\n"
+        head += f"# Done differently here: {clean_line(', '.join(sorted(imported.otherwise)))}.\n"
     return head + yaml.safe_dump(imported.job, sort_keys=False, allow_unicode=True)
 
 
@@ -24,10 +24,10 @@ def account(imported: Imported, file: Path, output: Path | None) -> str:
     """What was carried, what was left out and why, and what comes next."""
     lines = [f"{len(imported.carried)} of {imported.settings} settings of {file} ({imported.tool}) are carried."]
     lines += _listed("Left out, so the training is not quite the same:", imported.left_out)
-    lines += _listed("Done otherwise here:", imported.otherwise)
+    lines += _listed("Done differently here:", imported.otherwise)
     if imported.filled_in:
         said = ", ".join(f"{key} {value}" for key, value in imported.filled_in.items())
-        lines.append(f"Written out, since {imported.tool} takes other defaults: {said}.")
+        lines.append(f"Written out, since {imported.tool} has other defaults: {said}.")
     if imported.not_needed:
         lines.append(f"Not needed here: {', '.join(sorted(imported.not_needed))}.")
     lines.append(f"Check it with its data: loractl data check {output or 'job.yaml'}")

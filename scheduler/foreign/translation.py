@@ -28,7 +28,7 @@ class Draft:
     not_needed: list[str] = field(default_factory=list)
     filled_in: dict[str, Any] = field(default_factory=dict)
     otherwise: dict[str, str] = field(default_factory=dict)
-    more: list[str] = field(default_factory=list)  # their names of the entries of dataset.more
+    more: list[str] = field(default_factory=list)  # their names for the entries of dataset.more
 
     def put(self, theirs: str, ours: str, value: Any) -> None:
         """Carry a value under our name."""
@@ -130,11 +130,11 @@ def carry_source(draft: Draft, theirs: str, own: Draft) -> None:
     texts = {"text": "plain text", "preference_text": "plain text"}
     forms = [texts.get(str(each.get("format")), "conversations") for each in (first, said)]
     if forms[0] != forms[1]:
-        draft.leave(theirs, f"{short(said['path'])}: {forms[1]} next to {forms[0]}: train a job on each")
+        draft.leave(theirs, f"{short(said['path'])}: {forms[1]} can't be mixed with {forms[0]}: train a job on each")
         return
     draft.carried |= dict.fromkeys((*own.carried, theirs), "dataset.more")
     if said.get("template") != first.get("template"):
-        draft.differ(theirs, "its prompts are written as those of the first data set (dataset.template)")
+        draft.differ(theirs, "its prompts have the same template as those of the first data set (dataset.template)")
     usual = {"split": "train", "format": "auto", "columns": {}}
     inherited = {"split": "train", "format": first.get("format", "auto"), "columns": first.get("columns", {})}
     own_keys = {key: said.get(key, value) for key, value in usual.items()}
@@ -175,20 +175,20 @@ def only_of(accepted: tuple[Any, ...], why: str) -> Callable[[Draft, str, Any], 
     return rule
 
 
-HELD_OUT = "rows are always held out to compare base and tuned on, a tenth (dataset.test_size), and not trained on"
+HELD_OUT = "loractl always holds out a tenth (dataset.test_size), to compare base and tuned on it"
 
 
 def tell_held_out(draft: Draft, theirs: Mapping[str, Any], key: str) -> None:
     """Say that a tenth of the rows is held out if their file says nothing about it."""
     if key not in theirs and get_key(draft.job, "dataset.eval_path") is None:
-        draft.differ(key, f"not set, which holds out none there: {HELD_OUT}")
+        draft.differ(key, f"not set: {draft.tool} holds out no rows, {HELD_OUT}")
 
 
 def refuse_pictures(theirs: Mapping[str, Any], keys: set[str], file: Path) -> None:
     """Raises UsageError for a training on more than text: its rows would silently lose their pictures."""
     if found := sorted(key for key in keys & theirs.keys() if theirs[key] is not False):
-        what = f"{file} trains on pictures or sound ({', '.join(found)}), and loractl on text alone"
-        raise UsageError(what, f"take {found[0]} out where the rows are text alone")
+        what = f"{file} trains on pictures or sound ({', '.join(found)}), but loractl trains only on text"
+        raise UsageError(what, f"take {found[0]} out if the rows have only text")
 
 
 def refuse_objective(what: str, instead: str) -> UsageError:
@@ -201,7 +201,7 @@ def evaluate_each(draft: Draft, key: str, times: float) -> None:
     epochs = get_key(draft.job, "training.num_train_epochs") or 1
     known = isinstance(times, (int, float)) and isinstance(epochs, (int, float)) and times > 0 and epochs > 0
     if not known or times * epochs < 1:
-        draft.leave(key, f"{short(times)}: is not a number of times that loractl can spread over the steps")
+        draft.leave(key, f"{short(times)}: loractl can't spread this number of evaluations over the steps")
     elif times * epochs == 1:
         draft.skip(key)  # once, at the end, is what loractl does anyway
     else:
@@ -215,7 +215,7 @@ def held_out(draft: Draft, key: str, value: Any) -> None:
     elif value:
         draft.leave(key, f"{short(value)} rows: dataset.test_size is a share, so a tenth is held out")
     else:
-        draft.differ(key, f"0, which holds out none there: {HELD_OUT}")
+        draft.differ(key, f"0: {draft.tool} holds out no rows, {HELD_OUT}")
 
 
 def names_of(ours: str) -> Callable[[Draft, str, Any], None]:
@@ -259,11 +259,11 @@ def OPTIMIZER(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rul
     """The optimizer by its name here; for LoRA, paged optimizers are not paged."""
     known = _OPTIMIZERS.get(value.lower()) if isinstance(value, str) else None
     if known is None:
-        draft.leave(key, f"{short(value)}: loractl has no such optimizer, and takes its own default (training.optim)")
+        draft.leave(key, f"{short(value)}: loractl has no such optimizer, and uses its own default (training.optim)")
     else:
         draft.put(key, "training.optim", _UNPAGED.get(known, known) if draft.job["method"] == "lora" else known)
     if value == "adamw_torch_8bit":
-        draft.differ(key, "its states are in 8 bit by torchao there, and by bitsandbytes here")
+        draft.differ(key, f"its 8-bit states are torchao's in {draft.tool}, and bitsandbytes' in loractl")
 
 
 OWN_OPTIMIZER = "adamw_torch_fused"
@@ -278,16 +278,16 @@ BF16 = choice(
 FP16 = choice("training.dtype", {True: "float16", False: None}, "no such number format")
 
 
-BY_LENGTH = choice("training.train_sampling_strategy", {True: "group_by_length", False: None}, "rows come at random")
+BY_LENGTH = choice("training.train_sampling_strategy", {True: "group_by_length", False: None}, "rows are shuffled")
 
 
-IN_ORDER = choice("training.train_sampling_strategy", {True: "sequential", False: None}, "rows come at random")
+IN_ORDER = choice("training.train_sampling_strategy", {True: "sequential", False: None}, "rows are shuffled")
 
 
-FRESH = only(False, "the training begins with a fresh adapter; lora.init_from names a stored one")
+FRESH = only(False, "the training starts with a fresh adapter; lora.init_from names a stored one")
 
 
-_CARD = "loractl divides a job over cards by itself (resources.cards); a step learns from as many rows as on one card"
+_CARD = "loractl divides a job over cards by itself (resources.cards); a step has as many rows as on one card"
 
 
 def ONE_CARD(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
@@ -303,14 +303,14 @@ def CARDS(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule am
     only(1, f"{short(value)}: {_CARD}")(draft, key, value)
 
 
-ANSWERS = only(False, "the loss is on answers alone")
+ANSWERS = only(False, "only answers count in the loss")
 
 
 TEMPLATE = only("tokenizer_default", "the tokenizer's own chat template is used")
 
 
 def TOKENS(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
-    """Special tokens. One to pad with changes nothing: padding is never learned."""
+    """Special tokens. A padding token changes nothing: padding is never learned."""
     if isinstance(value, dict) and value.keys() <= {"pad_token"}:
         draft.skip(key)
     else:
@@ -318,7 +318,7 @@ def TOKENS(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule a
 
 
 def REMOTE(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rule among rules
-    """Whether code of the model's own may run: transformers has it for most models."""
+    """Whether the model's own code may run: transformers has code for most models."""
     if value is False:
         draft.skip(key)
     else:
@@ -340,12 +340,12 @@ def ATTENTION(draft: Draft, key: str, value: Any) -> None:  # noqa: N802 - a rul
 def tell_tf32(draft: Draft, theirs: Mapping[str, Any]) -> None:
     """TF32 rounds only float32 products: it changes nothing in 16 bit."""
     if theirs.get("tf32") is True and get_key(draft.job, "training.dtype") == "float32":
-        draft.differ("tf32", "true: products of float32 are rounded to TF32 there, here they are not")
+        draft.differ("tf32", f"true: {draft.tool} rounds products of float32 to TF32, loractl does not")
     elif "tf32" in theirs:
         draft.skip("tf32")
 
 
-QUANTISED = "loractl refuses weights that others brought to few bits: name the model that they were made from"
+QUANTISED = "loractl refuses weights that are already quantised: name the original model"
 
 
 def tell_quantised(draft: Draft) -> None:

@@ -43,7 +43,7 @@ def plan_job(
     """Everything that submit writes about a job. `store`: None if a dry run has no database to ask. `devices`: see
     own_devices. `beside`: the jobs of the same submit by name.
 
-    Raises UsageError when its own max_vram is below every need, and for a lora.init_from that does not fit.
+    Raises UsageError if its own max_vram is less than it needs with any method, or if lora.init_from does not fit.
     """
     spec = spec if store is None else settle_predecessors(spec, store, beside)
     check_adapter(spec)

@@ -100,25 +100,26 @@ def _kept_off(
             shared = asking.gang is not None or not me.alone
             return "never", f"card is smaller than {'its share' if shared else 'the job'}", None
         case Obstacle.RESULT if job.result_until is not None:
-            text = f"until then {me.only_host} alone may take it: it has the finished result"
+            text = f"until then, only {me.only_host} may take the job: it has the finished result"
             return clock(job.result_until, view.now), text, job.result_until
         case Obstacle.CLOSED:
             return _closed(card, view)
         case Obstacle.TOO_FEW:
             return "never", f"{card.host} has too few cards for it", None
         case Obstacle.TOO_FEW_NOW:
-            return "?", f"too few cards of {card.host} can have a share of it now", None
+            return "?", f"too few cards of {card.host} can hold a share of it now", None
         case Obstacle.AVOIDED:
             why = avoidance_of(job, card, view)
-            return clock(why.until, view.now), f"failed it ({why.reason}), avoided until then", why.until
+            return clock(why.until, view.now), f"failed the job ({why.reason}), which avoids it until then", why.until
         case Obstacle.PATIENCE if job.lora_until is not None:
-            return clock(job.lora_until, view.now), "too small for LoRA, which it waits for until then", job.lora_until
+            text = "too small for LoRA, for which the job waits until then"
+            return clock(job.lora_until, view.now), text, job.lora_until
         case Obstacle.LEAVERS:
             return "?", still_inside(card), None
         case Obstacle.TIME:
             return "never", short_of_time(me, card, view), None
         case Obstacle.PROGRAMS:
-            return "?", f"{holder(view, card)}, no end known", None
+            return "?", f"{holder(view, card)} for an unknown time", None
     return "never", NEVER[obstacle], None
 
 
@@ -126,15 +127,15 @@ def short_of_time(me: Waiting, card: Card, view: FleetView) -> str:
     """Why the job does not begin on a card whose worker stops."""
     ends, took = clock(view.nodes[card.node].until, view.now), me.checkpoint_s
     if took is not None:
-        return f"stops at {ends}, and it needs {duration(took)} to its first stored checkpoint"
+        return f"stops at {ends}, but the job needs {duration(took)} to store its first checkpoint"
     least = duration(time_to_checkpoint(card, me))
-    return f"stops at {ends}, and its time to a checkpoint is not known: it begins there with {least} left"
+    return f"stops at {ends}, but the job's time to a checkpoint is not known, so it starts only with {least} left"
 
 
 NEVER = {
-    Obstacle.METHODS: "its resources.max_vram is below every need",
-    Obstacle.UNSHARED: "can't be one of several cards for it",
-    Obstacle.PROCESSOR: "a processor is for what no GPU of the fleet can hold",
+    Obstacle.METHODS: "the job's resources.max_vram is less than it needs with any method",
+    Obstacle.UNSHARED: "can't share the job with other cards",
+    Obstacle.PROCESSOR: "a processor takes only jobs that no GPU of the fleet can hold",
 }
 
 
@@ -155,42 +156,43 @@ def _now(taken: Taken | None, asking: Asking, card: Card, view: FleetView) -> st
     if placed is not None and placed.join is not None and placed.node == card.node:
         return f"about to train {beside(job.job_id for job in card.inside(placed.join.base))}"
     if taken is not None and taken.given:
-        said = f"{taken.given[0].job_id} goes first"
+        said = f"job {taken.given[0].job_id} goes first"
     elif taken is not None and taken.kept_for is not None:
-        said = "kept for it" if taken.kept_for.job_id == me.job_id else f"kept for {taken.kept_for.job_id}"
+        said = "kept for it" if taken.kept_for.job_id == me.job_id else f"kept for job {taken.kept_for.job_id}"
     else:
         mine = placed is not None and any(share.node == card.node for share in placed.shares)
         said = "about to take it" if mine else "fits"
     if asking.gang is not None:
         return _share(asking) if said == "fits" else f"{said}, {_share(asking)}"
     warm = any(card.has_warm(me.base_model, method) for method in me.methods)
-    return said + (", its base is loaded there" if warm else "")
+    return said + (", and its base is loaded there" if warm else "")
 
 
 def _share(asking: Asking) -> str:
     gang = asking.gang
     size = None if gang is None else least_need(asking.me.methods, gang.need)
-    return f"its share is {'–' if size is None else gib(size)} GiB, of {gang.cards if gang else 1} cards"
+    return f"its share is {'–' if size is None else gib(size)} GiB on each of {gang.cards if gang else 1} cards"
 
 
 def _full(full: Full, asking: Asking, card: Card, view: FleetView) -> str:
     ends = f"when {when_they_end(full.after)}"
     if asking.gang is not None:
         return f"{_share(asking)}, {ends}"
-    what = f"{'has a slot' if full.only_slot else 'fits'} {ends}{_beyond(asking.me, card, view)}"
-    unknown = ", which is not known" if full.at is None else ""
-    return what + unknown + refused_join(asking.me, card, view)
+    unknown = " (time not known)" if full.at is None else ""
+    what = f"{'has a slot' if full.only_slot else 'fits'} {ends}{unknown}{_beyond(asking.me, card, view)}"
+    return what + refused_join(asking.me, card, view)
 
 
 def _beyond(me: Waiting, card: Card, view: FleetView) -> str:
-    """Jobs whose memory beyond their need the job would fit into, as words after those that must end."""
+    """A running job that took memory beyond its need in which the waiting job would fit, to follow the jobs that must
+    end."""
     if me.least is None or me.least <= card.free or not card.slots:
         return ""
     for one in card.running:
         row = view.running.get(one.job_id)
         need = None if row is None else row.vram_qlora if row.method == Method.QLORA.value else row.vram_lora
         if need is not None and me.least <= card.free + one.reserved - within_need(one.reserved, need):
-            return f", which took {gib(one.reserved - need)} beyond its need when nobody wanted them"
+            return f", which took {gib(one.reserved - need)} GiB beyond its need while nobody else wanted it"
     return ""
 
 
@@ -206,7 +208,7 @@ def refused_join(me: Waiting, card: Card, view: FleetView) -> str:
     members = [] if refused is None else card.inside(refused.base)
     if refused is None or not members:
         return ""
-    return f", not {beside(job.job_id for job in members)}: {refused.why}"
+    return f"; it does not train {beside(job.job_id for job in members)}: {refused.why}"
 
 
 def still_inside(card: Card) -> str:
@@ -214,8 +216,8 @@ def still_inside(card: Card) -> str:
     jobs = [str(one.job_id) for one in card.leavers]
     held, one = gib(sum(one.bytes for one in card.leavers)), len(jobs) == 1
     return (
-        f"{'job' if one else 'jobs'} {in_words(jobs)} {'has' if one else 'have'} ended and"
-        f" {'holds' if one else 'hold'} {held} until {'it is' if one else 'they are'} out of the trainer"
+        f"{'job' if one else 'jobs'} {in_words(jobs)} {'has' if one else 'have'} ended but"
+        f" {'holds' if one else 'hold'} {held} GiB until {'it has' if one else 'they have'} left the trainer"
     )
 
 
@@ -229,7 +231,7 @@ SILENT_S = 15.0
 """A node writes its row every 5 s. After this time without it people see a warning, before it counts as offline."""
 
 FORGOTTEN_S = 3600.0
-"""A box that has been silent for longer is not news."""
+"""A card that has been silent for longer is no longer reported."""
 
 
 def trouble_of(view: FleetView, node: str) -> str | None:
@@ -272,10 +274,10 @@ def holder(view: FleetView, card: Card, *, pid: bool = False) -> str:
     """Who else holds memory of the card, and how much."""
     others = _others(view, card)
     if not others:
-        return f"something outside loractl holds {gib(card.outside)}, or did lately"
+        return f"something outside loractl holds, or recently held, {gib(card.outside)} GiB"
     number = f" (pid {others[0]['pid']})" if pid and others[0].get("name") else ""
     more = f" and {len(others) - 1} more hold" if len(others) > 1 else " holds"
-    return f"{process_name(others[0])}{number}{more} {gib(card.outside)}"
+    return f"{process_name(others[0])}{number}{more} {gib(card.outside)} GiB"
 
 
 def largest_program(view: FleetView, card: Card) -> str:
@@ -290,6 +292,6 @@ def _others(view: FleetView, card: Card) -> list[dict[str, Any]]:
 
 
 def process_name(process: Mapping[str, object]) -> str:
-    """Another person's program, for people."""
+    """Another person's program, like "python of mara"."""
     name, user = process.get("name") or f"pid {process['pid']}", process.get("user")
     return f"{name} of {user}" if user else str(name)

@@ -41,7 +41,7 @@ def asked_of(job: Job, view: FleetView) -> CardsAsked:
 
 
 def gang_wait(me: Waiting, gang: SharedNeed, view: FleetView) -> tuple[str, str]:
-    """What the job waits for, as a word and a sentence: a second card of 20 GiB on heron when 12 ends."""
+    """What the job waits for, as a word and a sentence: a second card of 20 GiB on heron when job 12 ends."""
     found = gathering_of(me, gang, view)
     size = least_need(me.methods, gang.need)
     of_size = "" if size is None else f" of {gib(size)} GiB"
@@ -79,6 +79,6 @@ def in_short(cards: Sequence[str]) -> str:
 
 
 def when_they_end(jobs: Sequence[int]) -> str:
-    """These jobs and what they do, like "3 and 1 end"."""
+    """The jobs that must end, like "jobs 3 and 1 end"."""
     more = f", {jobs[1]} and {len(jobs) - 2} more" if len(jobs) > 2 else f" and {jobs[1]}" if len(jobs) > 1 else ""
-    return f"{jobs[0]}{more} {'ends' if len(jobs) == 1 else 'end'}"
+    return f"{'job' if len(jobs) == 1 else 'jobs'} {jobs[0]}{more} {'ends' if len(jobs) == 1 else 'end'}"

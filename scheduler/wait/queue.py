@@ -93,5 +93,5 @@ def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[
 
 def _goes_first(ahead: Sequence[int], job: Job, ready: Sequence[Waiting]) -> str:
     if not reaches(job, ready):
-        return f"{ahead[0]} and at least {len(ahead) - 1} more go first"
-    return f"{ahead[0]} goes first" if len(ahead) == 1 else f"{ahead[0]} and {len(ahead) - 1} more go first"
+        return f"job {ahead[0]} and at least {len(ahead) - 1} more go first"
+    return f"job {ahead[0]} goes first" if len(ahead) == 1 else f"job {ahead[0]} and {len(ahead) - 1} more go first"

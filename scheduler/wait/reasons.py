@@ -61,7 +61,7 @@ class Wait:
 def explain(job: Job, view: FleetView) -> Wait:
     """The reason for a QUEUED job."""
     if what := unreadable(vars(job)):
-        sentence = f"its row can't be read, a worker sets it aside: {what}"
+        sentence = f"its row can't be read, so a worker will set it aside: {what}"
         return _held_back(job, view) or Wait(tier=Tier.NEVER, word="never", sentence=sentence)
     asking = Asking.of(job, view)
     return (
@@ -86,13 +86,13 @@ def _never(job: Job, me: Waiting, view: FleetView) -> Wait | None:
         resources = job.spec.get("resources")
         limit = resources.get("max_vram") if isinstance(resources, dict) else None
         size = f", {gib(limit)}," if isinstance(limit, int) else ""
-        return never(f"its resources.max_vram{size} is below every need")
+        return never(f"its resources.max_vram{size} is less than it needs with any method")
     why = out_of_reach(me, view.cards.values())
     return None if why is None else never(why)
 
 
 def _held_by(message: str | None) -> str:
-    """Who or what holds it; the word held precedes it."""
+    """Who or what holds it, to follow the word held."""
     return (message or "until loractl retry").removeprefix("held: ").removeprefix("held ")
 
 
@@ -128,7 +128,7 @@ def _behind(job: Job, view: FleetView) -> str:
     """The job for which it waits, and that job's state: the first of a chain whose turn it is."""
     first = view.awaited.get(job.awaits or 0)
     if first is None:
-        return f"job {job.awaits}, which was removed: loractl edit {job.job_id} --set after=[] lets it start without"
+        return f"job {job.awaits}, which was removed: loractl edit {job.job_id} --set after=[] lets it start anyway"
     head, name = first, f"job {first.job_id} ({first.name})"
     while head.status is Status.QUEUED and head.is_blocked and head.awaits is not None and head.awaits in view.awaited:
         head = view.awaited[head.awaits]
@@ -144,7 +144,7 @@ def _how_far(job: Job, view: FleetView, *, any_end: bool) -> str:
         return f"which runs on {job.node}" + ("" if ends is None else f" until about {clock(ends, view.now)}")
     if any_end or job.status is Status.SUCCEEDED:
         return f"which {job.status.in_words}: it starts in a moment"
-    return f"which {job.status.in_words}: it starts once a retry of that one succeeds"
+    return f"which {job.status.in_words}: it starts once a retry of that job succeeds"
 
 
 def _blamed(job: Job, view: FleetView) -> str | None:
@@ -161,15 +161,16 @@ def _result_elsewhere(job: Job, me: Waiting, view: FleetView) -> Wait | None:
     order = next((order for card in cards if (order := view.drain_of(card.node)) is not None), None)
     silent = min((silent_s(view, card.node) for card in cards), default=None)
     if silent is None:
-        state = "which has no worker now"
+        state = "no worker now"
     elif silent > NODE_STALE_S:
         state = f"last seen {duration(silent)} ago"
     elif order is not None:
         state = f"drained by {order.user}"
     else:
-        state = "busy now" if any(card.open for card in cards) else "whose worker is being stopped"
-    text = f"{me.only_host}, {state}, has its finished result and alone may take it until "
-    return Wait(tier=Tier.POLICY, word="result", sentence=text + clock(job.result_until, view.now))
+        state = "busy now" if any(card.open for card in cards) else "its worker is being stopped"
+    until = clock(job.result_until, view.now)
+    text = f"only {me.only_host} ({state}) may take it until {until}: it has the finished result"
+    return Wait(tier=Tier.POLICY, word="result", sentence=text)
 
 
 TOO_SMALL = (Obstacle.LABELS, Obstacle.METHODS, Obstacle.SMALL)
@@ -196,11 +197,11 @@ def _no_open_card(asking: Asking, view: FleetView) -> Wait | None:
         if (fault := fault_of(view.nodes[card.node])) is not None:
             return _fleet("closed", f"{card.node}: {fault}")
     if any(refusal in TOO_FEW for refusal in refusals.values()):
-        few = "it asks for several cards of one box, and not enough are open"
+        few = "it needs several cards of one box, but too few are open"
         held = all(card.open for card in holding) and any(_is_held(asking, card) for card in holding)
         return None if held else _fleet("worker", few)
     if (left_out := next((card for card in online if card.open), None)) is not None:
-        what = "a processor, for what no GPU of the fleet can hold; no GPU with its labels is online"
+        what = "a processor, which takes only jobs that no GPU can hold; no GPU with the job's labels is online"
         return _fleet("worker", f"{left_out.node} is {what}")
     if online:
         return _fleet("stopping", f"the worker of {online[0].node} is being stopped")
@@ -231,7 +232,7 @@ def _next(job: Job, view: FleetView) -> Wait | None:
         return None
     node = max((share.node for share in placed.shares), key=lambda name: silent_s(view, name))
     if (silent := silent_s(view, node)) > SILENT_S:
-        return _fleet("offline", f"{node} would take it and has been silent for {duration(silent)}")
+        return _fleet("offline", f"{node} would take it, but has been silent for {duration(silent)}")
     age = (view.now - job.submitted_at).total_seconds()
     late = "" if age <= AT_ONCE_S else f", waiting {duration(age)}"
     if placed.join is not None:
@@ -254,7 +255,7 @@ def _others_first(asking: Asking, view: FleetView) -> Wait | None:
     if own is not None and asking.gang is None and None in asking.refusals.values():
         # it has a card with room, but the rule passed it over
         most = least_limit(view.cards.values())
-        text = f"{own.job.job_id} goes first on {own.node}, and {me.user} may run {most} at a time"
+        text = f"job {own.job.job_id} goes first on {own.node}, and {me.user} may run {most} at a time"
         return _capacity("limit", text)
     kept, kept_for = list[str](), 0
     for node in nodes:
@@ -268,15 +269,15 @@ def _others_first(asking: Asking, view: FleetView) -> Wait | None:
             if asking.gang is None:
                 break
     are = "are" if len(kept) > 1 else "is"
-    return _capacity("kept", f"{in_words(kept)} {are} kept for {kept_for}, which goes first") if kept else None
+    return _capacity("kept", f"{in_words(kept)} {are} kept for job {kept_for}, which goes first") if kept else None
 
 
 def _passed_over(me: Waiting, first: Waiting, node: str) -> Wait:
     if first.priority > me.priority:
-        return _capacity("order", f"{first.job_id} has a higher priority on {node}")
+        return _capacity("order", f"job {first.job_id} goes first on {node}: its priority is higher")
     if first.user != me.user and first.job_id > me.job_id:
-        return _capacity("share", f"{first.user} used the cards less: {first.job_id} goes first on {node}")
-    return _capacity("order", f"{first.job_id} goes first on {node}")
+        return _capacity("share", f"job {first.job_id} goes first on {node}: {first.user} has used the cards less")
+    return _capacity("order", f"job {first.job_id} goes first on {node}")
 
 
 def _patience(asking: Asking, view: FleetView) -> Wait | None:
@@ -286,9 +287,10 @@ def _patience(asking: Asking, view: FleetView) -> Wait | None:
         return None
     small = next((card for card in cards if could_start(asking.at_last, card, cards)), None)
     if small is not None:
-        return _capacity("patience", f"until {clock(until, view.now)} for LoRA; QLoRA would fit on {small.node} now")
+        text = f"it waits for LoRA until {clock(until, view.now)}; QLoRA would fit on {small.node} now"
+        return _capacity("patience", text)
     if not asking.full:
-        text = f"until {clock(until, view.now)} for LoRA, for which no card has room; then for QLoRA"
+        text = f"it waits for LoRA until {clock(until, view.now)}, but no card has room; then it may use QLoRA"
         return _capacity("patience", text)
     return None
 
@@ -300,7 +302,7 @@ def _avoids(asking: Asking, view: FleetView) -> Wait | None:
         if refusal is Obstacle.AVOIDED and could_start(forgets, cards[node], cards.values()):
             why = avoidance_of(asking.job, cards[node], view)
             until = clock(why.until, view.now)
-            return _capacity("avoids", f"{node} failed it ({why.reason}): until {until} for another card")
+            return _capacity("avoids", f"{node} failed it ({why.reason}), so it waits for another card until {until}")
     return None
 
 
@@ -324,7 +326,7 @@ def _room(asking: Asking, view: FleetView) -> Wait:
         return _capacity(word, sentence + ours)
     if not full:
         free = next((node for node, refusal in asking.refusals.items() if refusal is None), None)
-        missed = f"{free} has room for it, and the rule does not reach it"
+        missed = f"{free} has room for it, but the rule does not reach it"
         return _held_by_others(asking, view) if free is None else _capacity("order", missed)
     first = min(full, key=lambda name: (*full[name].rank, name))
     node = mine.node if mine is not None and mine.node in full else first
@@ -341,7 +343,8 @@ def _held_by_others(asking: Asking, view: FleetView) -> Wait:
     card = max(blocked, key=lambda card: card.capacity)
     if asking.refusals[card.node] is Obstacle.LEAVERS:
         return _capacity("memory", f"on {card.node} {still_inside(card)}")
-    return _capacity("memory", f"{holder(view, card, pid=True)} on {card.node}, {gib(card.capacity)} are left")
+    left = f"on {card.node}, which leaves {gib(card.capacity)} GiB"
+    return _capacity("memory", f"{holder(view, card, pid=True)} {left}")
 
 
 def _is_held(asking: Asking, card: Card) -> bool:

@@ -59,7 +59,7 @@ def _start(answer: Why, screen: Screen) -> list[str]:
         return wrapped(f"Expected start: {at}{spread} on {in_words(start.nodes)}.", at, screen)
     if wait.word in ("never", "next"):
         return []
-    hangs = ": the end of what runs or goes before it is not measured yet" if wait.tier is Tier.CAPACITY else ""
+    hangs = ": the jobs that run or go first have no measured end yet" if wait.tier is Tier.CAPACITY else ""
     return wrapped(f"Expected start: not known{hangs}.", "", screen)
 
 

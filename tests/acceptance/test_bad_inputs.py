@@ -389,7 +389,7 @@ def _write(path: Path, content: str | bytes) -> None:
 
 
 @pytest.mark.parametrize("command", [("serve", "--base", "nothing/here"), ("web",)])
-def test_a_taken_port_is_told_before_anything_is_loaded(cli: Cli, command: tuple[str, ...]) -> None:
+def test_a_taken_port_is_reported_before_anything_is_loaded(cli: Cli, command: tuple[str, ...]) -> None:
     cli("status")  # makes the database, without which there is no page
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

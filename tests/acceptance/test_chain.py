@@ -50,7 +50,7 @@ def test_a_chain_waits_for_a_retry_of_its_middle_and_is_pushed(cli: Cli, tiny_mo
     assert [jobs[number]["status"] for number in (1, 2, 3)] == ["succeeded", "failed", "queued"]
     assert (jobs[2]["reason"], jobs[3]["awaits"]) == ("timed_out", 2)
     why = json.loads(cli("why", "3", "--json").stdout)
-    assert why["sentence"] == "job 2 (preferences), which has failed: it starts once a retry of that one succeeds"
+    assert why["sentence"] == "job 2 (preferences), which has failed: it starts once a retry of that job succeeds"
 
     cli("retry", "2", "--set", "resources.time_limit=1h")
     cli("worker", "--drain-when-idle", timeout=300)

@@ -55,7 +55,9 @@ def is_password_of(owner: Engine, name: str, password: str) -> bool:
     return base64.b64encode(stored).decode() == keys.split(":")[0]
 
 
-def test_each_login_may_its_part_and_a_second_time_changes_nothing(lab: Cli, owner: Engine, tmp_path: Path) -> None:
+def test_each_login_has_only_its_rights_and_a_second_run_changes_nothing(
+    lab: Cli, owner: Engine, tmp_path: Path
+) -> None:
     ada, heron, page = (f"new_{name}_{secrets.token_hex(4)}" for name in ("ada", "heron", "page"))
     asked = ("db", "roles", "--person", ada, "--box", heron, "--web", page)
     first = {login["name"]: login for login in json.loads(lab(*asked, "--json").stdout)["logins"]}

@@ -87,7 +87,7 @@ def gangs(request: pytest.FixtureRequest, lab: Lab, tiny_model: Path) -> Gangs:
 
 @OWN
 @pytest.mark.long
-def test_it_gives_way_on_both_cards_and_goes_on_on_one(gangs: Gangs) -> None:
+def test_a_job_on_two_cards_gives_way_on_both_and_resumes_on_one(gangs: Gangs) -> None:
     lab = gangs.lab
     lab.start(**CARDS)
     low = gangs.submit("--set=preemptible=true", *LASTING)

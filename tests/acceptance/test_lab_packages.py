@@ -117,7 +117,7 @@ def test_the_service_is_systemd_s_and_its_passwords_are_root_s(machine: Sandbox)
     assert machine.run("systemctl", "is-failed", "loractl-worker", code=1).stdout == "inactive\n", "it ends well"
 
 
-def test_again_it_changes_no_password_and_restarts_nothing(machine: Sandbox) -> None:
+def test_a_second_run_changes_no_password_and_restarts_nothing(machine: Sandbox) -> None:
     before = machine.run("bash", "-c", "cat /root/.loractl/config.toml; pgrep -f 'postgres -D|valkey-server'").stdout
     again = loractl(machine, OWNER, "lab", "init", "--packages", "--address", SERVER, "--artifacts", STORE)
     assert "the roles are there" in again.stdout
@@ -129,7 +129,7 @@ def test_again_it_changes_no_password_and_restarts_nothing(machine: Sandbox) -> 
     assert "The roles already existed." in by_hand and by_hand.count("LORACTL_DATABASE_URL=postgresql://") == 2
 
 
-def test_from_another_home_it_names_the_owner_s_and_changes_nothing(machine: Sandbox) -> None:
+def test_a_run_from_another_home_names_the_owner_s_and_changes_nothing(machine: Sandbox) -> None:
     seen = (
         "cat /root/.loractl/config.toml /etc/valkey/* /etc/postgresql/*/main/*.conf /etc/postgresql/*/main/conf.d/*;"
         " runuser -u postgres -- psql -c 'SELECT * FROM pg_authid' loractl; pgrep -f 'postgres -D|valkey-server'"

@@ -105,7 +105,7 @@ def test_a_supervisor_that_hangs_loses_its_trainer_and_the_slot_takes_the_next_j
         worker.send_signal(signal.SIGINT)
         worker.send_signal(signal.SIGINT)
         said, _ = worker.communicate(timeout=90)
-    assert "what an attempt left behind on heron:0 is ended" in said
+    assert "ending processes that an attempt left behind on heron:0" in said
 
 
 def test_jobs_start_without_the_queue(run_with: Callable[..., Cli], home: Path, tmp_path: Path) -> None:

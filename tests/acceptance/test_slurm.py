@@ -179,7 +179,7 @@ def test_a_training_that_is_longer_than_its_allocations_ends_as_an_uninterrupted
         ends.append(allocate(f"n{3 + len(ends)}", "--grace 10s --drain-when-idle", f"--time={minutes}"))
         _await(lambda: slurm.ended(ends[-1]), seconds=100 + 60 * minutes)
     assert len(ends) > 1, "this machine is too fast: raise STEPS"
-    assert "its time is over" in (tmp_path / f"{ends[0]}.out").read_text()
+    assert "the worker's time is over" in (tmp_path / f"{ends[0]}.out").read_text()
     assert lab.reasons(1)[-1] is Reason.OK and set(lab.reasons(1)[:-1]) == {Reason.DRAINED}
     assert lab.store.jobs.get(1).retries_used == 0
 

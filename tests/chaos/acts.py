@@ -14,10 +14,10 @@ from .history import Act, AttemptRow, Broken, Change, History
 from .trainer import loss_of
 
 PEOPLE_PROMISES = {
-    11: "an acknowledged edit, hold, release, retry or tag holds",
-    12: "gc takes nothing of a job that lives or is tagged, and of a name's results the older ones alone",
-    13: "a job gives way to a higher priority alone; only an end that counts spends one of its retries",
-    14: "a sweep stops losers alone",
+    11: "an acknowledged edit, hold, release, retry or tag is never lost",
+    12: "gc removes nothing of an unfinished or tagged job, and only the older results of a name",
+    13: "a job gives way only to a higher priority; only an end that counts spends a retry",
+    14: "a sweep stops only losers",
 }
 
 CHANGED = "a weight of the base has changed"
@@ -47,9 +47,9 @@ def counts_of(history: History) -> list[tuple[str, str]]:
     return [
         ("acknowledged " + ", ".join(kinds.values()), ", ".join(str(heard[kind]) for kind in kinds)),
         ("sweeps, members that they stopped", f"{len(swept)}, {reasons[Reason.PRUNED]}"),
-        ("results that gc took", str(sum(1 for _ in _taken(history)))),
+        ("results that gc removed", str(sum(1 for _ in _taken(history)))),
         ("attempts that gave way to a job of higher priority", str(reasons[Reason.PREEMPTED])),
-        ("bases that were changed under jobs that shared them", str(history.bases_changed)),
+        ("bases that changed while jobs shared them", str(history.bases_changed)),
     ]
 
 

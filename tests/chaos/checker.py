@@ -20,19 +20,19 @@ from .successes import unshown
 from .trainer import last_link, read_adapter
 
 PROMISES = {
-    0: "the run shows something: each kind of operation succeeded while a fault was active",
+    0: "the run proves something: each kind of operation succeeded while a fault was active",
     1: "a number that submit printed is never lost, and its job ends once",
-    2: "at most one attempt publishes a result; who lost the lease writes nothing",
+    2: "at most one attempt publishes a result; an attempt that lost its lease writes nothing",
     3: "a finished job never changes, an acknowledged cancel never runs again",
     4: "a lost worker is noticed within its lease, and the job goes on from the last good checkpoint",
     5: "succeeded means: adapter and report are stored, match their hashes and can be loaded",
     6: "no process remains after an attempt",
-    7: "while database, queue or store are away nothing fails for it",
-    8: "no job fails for good for the lab's fault, a bad box included",
-    9: "what ends one job of a trainer ends no other",
-    10: "a job on two cards has both, of one box, or none; what ends one of its ranks or nodes ends the attempt",
+    7: "nothing fails because the database, the queue or the store is away",
+    8: "no job fails for good because of the lab, bad boxes included",
+    9: "what ends one job of a trainer ends none of its other jobs",
+    10: "a job on two cards has both, on one box, or none; what ends one of its ranks or nodes ends the attempt",
     **PEOPLE_PROMISES,
-    15: "a job starts only once those that it starts after are over",
+    15: "a job starts only once the jobs that it starts after are over",
 }
 
 NOTICE_SLACK_S = 12.0

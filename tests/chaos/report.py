@@ -37,37 +37,37 @@ def page(outcome: Outcome) -> str:
     plan = outcome.plan
     return f"""# Chaos
 
-`make chaos` runs {plan.jobs} jobs while a script kills, freezes, cuts off and fills what loractl stands on, reads the
-whole history afterwards, and ends non-zero when one promise is broken. `make test` does the same for about a minute.
-This page is written by `make chaos`; its numbers are those of one run.
+`make chaos` runs {plan.jobs} jobs while a script kills, freezes, disconnects and fills what loractl depends on. Then it
+reads the whole history, and exits non-zero if one promise is broken. `make test` does the same for about a minute.
+`make chaos` writes this page; its numbers are those of one run.
 
     make chaos CHAOS_JOBS={plan.jobs} CHAOS_SEED={plan.seed}
 
-- Real: `loractl submit`, {plan.boxes} `loractl worker` with {plan.cards} simulated cards each, Valkey, PostgreSQL, the
-  artifact store ({outcome.disk}; one run in three has S3, or `CHAOS_STORE=s3`). Workers reach them through a proxy
-  that cuts connections, slows them, or passes nothing on in one direction. Boxes and people have the logins that
-  `loractl db roles` makes.
-- A hostile login says all that takes locks, or is refused them, and keeps each for up to two leases
-  (`tests/hostile.py`); it also takes every connection that PostgreSQL gives. The owner's psql holds a running job's
+- Real parts: `loractl submit`, {plan.boxes} `loractl worker` with {plan.cards} simulated cards each, Valkey,
+  PostgreSQL, and the artifact store ({outcome.disk}; one run in three uses S3, as does `CHAOS_STORE=s3`). Workers
+  reach them through a proxy that cuts connections, slows them down, or forwards nothing in one direction. Boxes and
+  people have the logins that `loractl db roles` makes.
+- A hostile login tries every statement that takes locks, and keeps each lock that it gets for up to two leases
+  (`tests/hostile.py`). It also takes every connection that PostgreSQL gives. The owner's psql holds a running job's
   row for longer than a lease. PostgreSQL's disk is a tmpfs that is full for a while, and a box's clock jumps by up to
-  an hour where Debian's libfaketime is installed.{_not_had(outcome)}
-- A stand-in for the trainer (`tests/chaos/trainer.py`, by `LORACTL_TRAINER`): the real pipes, protocol, checkpoints
-  and files; its weights are a chain of hashes, so that a step too many, too few, or from a torn file shows.
-- Jobs join others in one trainer, where the rule lets them. One in {1 / POISONED_SHARE:.0f} has a loss that is not a
-  number, and some are cancelled. One job in {GANGS} is on two cards: each rank makes a link of its chain in turn, over
-  loopback, and no step is done without all of them.
-- People edit, hold, release, retry and tag jobs, raise the priority of waiting ones (every second job is preemptible),
-  queue sweeps with rungs, cancel some as a whole, and run `loractl gc`, while faults are active.
-- Each process of an attempt is noted every {SEE_S:.0f} s, so that one which outlives its attempt is found.
-- A lease of {plan.lease_s:.0f} s in place of 60 (`LORACTL_LEASE`), and what follows from it in proportion.
-- The faults are drawn from the seed, one each {plan.gap_s:.1f} s; which process one hits hangs on what runs at that
-  moment. One that meets nothing to hit within {WAIT_S:.0f} s is dropped and not counted.
-- The history is what triggers in PostgreSQL wrote down in the transaction of each change, so that a write is seen
-  beside the token that the job's row held at that moment (`tests/chaos/history.py`, `checker.py`; `test_checker.py`
-  shows for each promise that a breach is found).
-- `make chaos CHAOS_DATABASE=sqlite` does the same to one box on SQLite, and prints its tables alone. Left out are
-  logins, connections and outages, which SQLite has not, and clocks, which its leases follow. Instead somebody holds
-  the write lock for up to a lease and a half. SQLite does not number transactions: a stale write within
+  an hour if Debian's libfaketime is installed.{_not_had(outcome)}
+- A stand-in for the trainer (`tests/chaos/trainer.py`, by `LORACTL_TRAINER`) has the real pipes, protocol, checkpoints
+  and files. Its weights are a chain of hashes, so that a step too many, a step too few, or one from a torn file shows.
+- Jobs join others in one trainer if the rule lets them. One in {1 / POISONED_SHARE:.0f} has a loss that is not a
+  number, and some are cancelled. One job in {GANGS} is on two cards: its ranks take turns to add a link to its chain,
+  over loopback, and no step is done without all of them.
+- While faults are active, people edit, hold, release, retry and tag jobs, raise the priority of waiting ones (every
+  second job is preemptible), queue sweeps with rungs, cancel some sweeps, and run `loractl gc`.
+- The processes of each attempt are recorded every {SEE_S:.0f} s, to find any that outlives its attempt.
+- A lease is {plan.lease_s:.0f} s instead of 60 (`LORACTL_LEASE`), and what depends on it is shorter in proportion.
+- The seed decides the faults, one every {plan.gap_s:.1f} s. Which process a fault hits depends on what runs at that
+  moment. A fault that finds no target within {WAIT_S:.0f} s is dropped and not counted.
+- PostgreSQL's triggers write the history, in the transaction of each change. So each write is recorded together with
+  the token that the job's row held at that moment (`tests/chaos/history.py`, `checker.py`). `test_checker.py` shows for
+  each promise that a breach is found.
+- `make chaos CHAOS_DATABASE=sqlite` does the same to one box on SQLite, and only prints its tables. It leaves out
+  logins, connections and outages, which SQLite does not have, and clocks, which its leases follow. Instead, another
+  program holds the write lock for up to a lease and a half. SQLite does not number transactions: a stale write within
   {TRANSACTION_S:.0f} s of its attempt's end would not be found there.
 
 ## What was kept
@@ -84,9 +84,9 @@ This page is written by `make chaos`; its numbers are those of one run.
 
 ## Successes in spite of faults
 
-What was committed while a fault of each kind was active, anywhere in the lab; several may be active at a time. A fault
-is active until it is healed and what it killed is back, at most {BACK_AT_LAST_S:.0f} s more. A run in which one kind of
-operation never succeeded so, proves nothing and fails.
+What was committed while a fault of each kind was active anywhere in the lab; several may be active at the same time. A
+fault is active until it is healed and what it killed is back, but at most {BACK_AT_LAST_S:.0f} s after it is healed. If
+one kind of operation never succeeded during a fault, the run proves nothing and fails.
 
 {chr(10).join(_successes(outcome))}
 
@@ -94,16 +94,16 @@ operation never succeeded so, proves nothing and fails.
 
 {chr(10).join(_recovery(outcome))}
 
-"Noticed" is from the kill or freeze to the end of the attempt as `worker_lost`, outages of the database at that time
-included; a node that is started again gives back at once what it had, without waiting for the lease. "Goes on" is from
-there to the start of the next attempt, waiting for a free card included. With the product's lease of 60 s the first is
-up to ten times as long.
+"Noticed" is the time from the kill or freeze to the end of the attempt as `worker_lost`, including outages of the
+database in between; a restarted node gives back what it had at once, without waiting for the lease. "Goes on" is the
+time from there to the start of the next attempt, including the wait for a free card. With the product's lease of 60 s,
+the first takes up to ten times as long.
 """
 
 
 def _not_had(outcome: Outcome) -> str:
     lacks = ", ".join(sorted(outcome.lacks - SQLITE_FAULTS))
-    return f" Not to be had in this run: {lacks}." if lacks else ""
+    return f" This run lacked: {lacks}." if lacks else ""
 
 
 def _counts(outcome: Outcome) -> list[str]:
@@ -127,22 +127,22 @@ def _counts(outcome: Outcome) -> list[str]:
         ("refused stale writes", f"{outcome.refused.total()} ({_listed(outcome.refused)})"),
         ("acknowledged cancels", str(len(history.cancelled))),
         *counts_of(history),
-        ("attempts that went on in a host", str(outcome.continued)),
-        ("attempts that joined others in one", str(outcome.packed)),
-        ("their trainers that died with jobs in them", str(len({a.host for a in gone if a.host}))),
+        ("attempts that continued in a host", str(outcome.continued)),
+        ("attempts that joined others in a host", str(outcome.packed)),
+        ("hosts that died with jobs in them", str(len({a.host for a in gone if a.host}))),
         ("attempts that shared a trainer", f"{len(together)} ({_listed(Counter(a.reason for a in together))})"),
         ("jobs on two cards", f"{len(gangs)} ({_listed(Counter(job['status'] for job in gangs))})"),
         ("attempts on two cards", f"{len(ganged)} ({_listed(Counter(a.reason for a in ganged))})"),
         ("of them resumed from a checkpoint", str(sum(bool(a.resumed_from_step) for a in ganged))),
         ("jobs that start after others", str(len(chained))),
-        ("of them let go by an edit, since one had failed or was cancelled", str(outcome.let_go)),
-        ("ranks killed alone", str(sum(hit.rank for hit in history.hits))),
+        ("of them started by an edit, since the awaited job had failed or was cancelled", str(outcome.let_go)),
+        ("single ranks killed", str(sum(hit.rank for hit in history.hits))),
         ("processes of an attempt left behind", str(sum(b.promise == 6 for b in outcome.broken))),
-        ("ended for another job's fault", str(sum(b.promise == 9 for b in outcome.broken))),
-        ("held after three failures of the lab, released", str(outcome.released)),
-        ("drained for failures, mended and opened again", str(outcome.mended)),
-        ("failed for the lab's fault", str(sum(b.promise == 8 for b in outcome.broken))),
-        ("statements of a hostile login that were let through", str(outcome.held)),
+        ("ended because of another job's fault", str(sum(b.promise == 9 for b in outcome.broken))),
+        ("held after three failures of the lab, and released", str(outcome.released)),
+        ("drained for failures, repaired and opened again", str(outcome.mended)),
+        ("failed because of the lab", str(sum(b.promise == 8 for b in outcome.broken))),
+        ("statements of a hostile login that PostgreSQL allowed", str(outcome.held)),
         ("faults", str(outcome.faults.total())),
         ("lost", str(lost)),
         ("ended twice", str(twice)),

@@ -47,7 +47,7 @@ def compare(device: torch.device, count: int, length: int) -> dict[str, Any]:
     lengths = [length - number % (length // 2) for number in range(count)]
     states = _states(device, sum(lengths), torch.bfloat16)
     by_row = _attention(states, lengths)
-    why = attention.why_not(device, torch.bfloat16, WIDTH, False)
+    why = attention.why_no_kernel(device, torch.bfloat16, WIDTH, False)
     if why is not None:
         return {"why": why, "by row": by_row[0]}
     at_once = _attention(states, lengths, once=True)

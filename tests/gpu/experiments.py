@@ -27,20 +27,20 @@ from .speeds import METHODS, WIDE, at_8b, attention, packs, parts, solo, solo_mo
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """`seconds`: a guess of what it takes on one large card. It begins only where so much time is left."""
+    """`seconds`: a guess of what it takes on one large card. It starts only if this much time is left."""
 
     run: Callable[[Rig], Iterator[Figure]]
     seconds: int
-    always: bool = True  # False: where time is left for it
+    always: bool = True  # False: only if time is left
 
     @property
     def asks(self) -> str:
-        """In a sentence or two."""
+        """What it checks, in a sentence or two."""
         return " ".join((self.run.__doc__ or "").split())
 
 
 def the_self_test(rig: Rig) -> Iterator[Figure]:
-    """What a node asks of a card before it serves."""
+    """What a node checks on a card before it serves."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": rig.uuid if rig.device == "cuda" else ""}
     report = self_test([sys.executable, "-m", SELF_TEST, rig.device, rig.uuid], environment)
     sees_us = rig.device == "cpu" or bool(report.sees_us)
@@ -52,7 +52,7 @@ def the_self_test(rig: Rig) -> Iterator[Figure]:
 
 
 def two_methods_at_once(rig: Rig) -> Iterator[Figure]:
-    """LoRA and QLoRA through a real worker at once, one attempt each; NVML against our own gauge."""
+    """LoRA and QLoRA at the same time through a real worker, one attempt each; NVML against our own gauge."""
     jobs = [rig.submit(f"both-{method}", HALF, method) for method in ("lora", "qlora")]
     with watched(rig) as peaks:
         rig.work(LORACTL_MAX_JOBS_PER_GPU="2" if rig.device == "cuda" else "1")
@@ -69,7 +69,7 @@ def two_methods_at_once(rig: Rig) -> Iterator[Figure]:
 
 
 def plans(rig: Rig) -> Iterator[Figure]:
-    """Plan, allocated, reserved and process memory of families by two methods."""
+    """Planned, allocated, reserved and process memory of model families, by two methods."""
     families = [family for family in FAMILIES if family != WIDE or rig.long]
     families = families[-1:] if rig.small else families if rig.long else ["gemma2 2B", HALF]
     jobs = {(family, m): rig.submit(f"plan-{n}-{m}", family, m) for n, family in enumerate(families) for m in METHODS}
@@ -95,7 +95,7 @@ def half_precision(rig: Rig) -> Iterator[Figure]:
 
 
 def out_of_memory(rig: Rig) -> Iterator[Figure]:
-    """The ladder: with a limit of 0.6 of the plan, and beside a thief."""
+    """The ladder: with a limit of 0.6 of the plan, and next to a program that takes memory away."""
     yield from climb(rig)
     batch, steps = (2, 8) if rig.small else (16, 30)
     job = rig.submit("robbed", HALF, "lora", per_device_train_batch_size=batch, max_steps=steps)
@@ -141,7 +141,7 @@ def killed(rig: Rig) -> Iterator[Figure]:
 
 
 def shared(rig: Rig) -> Iterator[Figure]:
-    """Two jobs, `serve` and an outsider on one card."""
+    """Two jobs, `serve` and another program on one card."""
     served = next(a.job_id for a in rig.store.adapters.all() if "both" in a.name)
     with serving(rig, served) as ask, rig.thief(min(2 * GIB, rig.total // 8)) as stranger:
         jobs = [rig.submit(f"shared-{n}", HALF, "lora") for n in range(1 if rig.small else 2)]
@@ -194,7 +194,7 @@ def serving(rig: Rig, job: int) -> Iterator[Callable[[], str]]:
 
 
 def faults(rig: Rig) -> Iterator[Figure]:
-    """A device-side assert, which is the program's fault, and an illegal address, which may be the card's."""
+    """A device-side assert, which is the program's fault, and an illegal address, which may be the card's fault."""
     trainer = {"LORACTL_TRAINER": "tests.gpu.faulty_trainer", "PYTHONPATH": str(ROOT)}
     for how, reason in (("assert", Reason.TRAINER_ERROR), ("address", Reason.GPU_ERROR)):
         job = rig.submit(f"fault-{how}", HALF, "lora")
@@ -209,7 +209,7 @@ def faults(rig: Rig) -> Iterator[Figure]:
 
 @contextmanager
 def watched(rig: Rig) -> Iterator[dict[int, int]]:
-    """The highest that NVML shows of each process meanwhile, by its number."""
+    """The peak that NVML shows for each process meanwhile, by its PID."""
     device, peaks, over = find_devices(load_settings(rig.cli.environment))[0], dict[int, int](), threading.Event()
 
     def look() -> None:
@@ -242,4 +242,4 @@ EXPERIMENTS: dict[str, Experiment] = {
     "Two jobs, serve and an outsider": Experiment(run=shared, seconds=60, always=False),
     "float16": Experiment(run=half_precision, seconds=25, always=False),
 }
-"""In this order: the first five answer after three minutes whether it works, how fast, with how much memory."""
+"""In this order: after three minutes, the first five have shown whether it works, how fast, with how much memory."""

@@ -31,7 +31,7 @@ from .families import Workshop
 MIB, GIB = 2**20, 2**30
 
 PHRASE, OVERHEAD = "something is broken ", 64
-"""What rows are filled with, and the tokens of all else in a row."""
+"""The text that fills rows, and the tokens of everything else in a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +66,12 @@ class Rig:
 
     @property
     def left(self) -> float:
-        """Seconds until the time is over. What models take to be made does not count: a slow disk proves nothing."""
+        """Seconds until the time is over. The time to make models does not count: a slow disk proves nothing."""
         return self.deadline + sum(self.workshop.seconds) - time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """That are left for what runs now."""
+        """Seconds left for what runs now."""
         return max(1.0, min(300.0, self.left))
 
     def rows(self, count: int = 64, length: int = 1024, *, mixed: bool = False) -> Path:
@@ -112,7 +112,7 @@ class Rig:
         return int((said[0] if isinstance(said, list) else said)["job_id"])
 
     def at_home(self, name: str) -> Rig:
-        """The same box with a home of its own: no trainer of another one is at hand there."""
+        """The same box with a home of its own, where no trainer of another home is available."""
         cli = self.cli.with_environment(LORACTL_HOME=str(self.folder / name))
         cli("db", "upgrade")
         return replace(self, cli=cli, store=Store(connect(load_settings(cli.environment))))
@@ -127,7 +127,7 @@ class Rig:
 
     @contextmanager
     def worker(self, *options: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
-        """A worker beside what happens meanwhile."""
+        """A worker that runs during the block."""
         with (self.folder / "worker.log").open("a") as log:
             command = [str(Path(sys.executable).with_name("loractl")), "worker", *options]
             environment = {**self.cli.environment, **environment}
@@ -142,7 +142,7 @@ class Rig:
 
     @contextmanager
     def thief(self, size: int, after_s: float = 0.0) -> Iterator[subprocess.Popen[str]]:
-        """Somebody else's program that takes so many bytes of the card."""
+        """Another program that takes this many bytes of the card."""
         process = self.module("thief", self.device, str(size), str(after_s))
         try:
             yield process

@@ -32,7 +32,7 @@ MEMBERS, LENGTHS = (2, 4, 8), (64, 256, 1024, 2048)
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A training that several sides do. `mixed`: of rows from an eighth of the length on."""
+    """A training that several sides run. `mixed`: its rows are from an eighth of the length to the full length."""
 
     family: str
     method: str
@@ -65,8 +65,8 @@ THEN = (
 
 
 def solo(rig: Rig) -> Iterator[Figure]:
-    """Tokens a second, share of what a product reaches, memory beside the plan's, and held-out loss, next to
-    transformers' Trainer, and to it with Liger's kernels where liger-kernel is installed."""
+    """Tokens a second, share of what a product reaches, memory against the plan, and held-out loss, next to
+    transformers' Trainer, and next to it with Liger's kernels if liger-kernel is installed."""
     yield from _tried(rig, [replace(one, family=WIDE) if rig.long and one.family == NARROW else one for one in FIRST])
 
 
@@ -108,11 +108,11 @@ def solo_figures(told: dict[str, dict[str, Any]], what: str, *, on_card: bool = 
 
 
 PLANNED = 1.05
-"""A training may allocate so much of what its plan's tensors take: the plan's margin."""
+"""How much a training may allocate, as a multiple of what its plan's tensors take: the plan's margin."""
 
 
 def parts(rig: Rig) -> Iterator[Figure]:
-    """A step's milliseconds by what the card does, and the gaps in which it waits, by torch's profiler."""
+    """A step's milliseconds by what the card does, and the gaps in which it waits, from torch's profiler."""
     shape = (2, 256) if rig.small else (4, 1024)
     for family, method in ((NARROW, "qlora"), (ONE, "lora")):
         model, rows = rig.workshop.model(family), rig.rows(length=shape[1])
@@ -137,8 +137,8 @@ APART = 0.05
 
 
 def attention(rig: Rig) -> Iterator[Figure]:
-    """Of 8B's shapes, forwards and backwards: memory where flash attention does not run, in fp32 and as a T4 has it;
-    one kernel for rows of any lengths against row by row."""
+    """Forwards and backwards, in 8B's shapes: memory if flash attention does not run, in fp32 and as on a T4; one
+    kernel for rows of any length against row by row."""
     without_flash = ["64/float32", "64/float16"] if rig.small else ["4096/float32", "4096/float16"]
     shapes = ["2x16"] if rig.small else ["4x1024", "16x256", "64x64"]
     for found in rig.told("attention", rig.device, *without_flash, *shapes):
@@ -162,7 +162,7 @@ def rows_figure(found: dict[str, Any], *, on_card: bool) -> Figure:
 
 
 def packs(rig: Rig) -> Iterator[Figure]:
-    """Members on one base against one by one: speed, memory beside the plan's sum, the rule, and what they learn."""
+    """Members on one base against one by one: speed, memory against the plans' sum, the rule, and what they learn."""
     model, rows = rig.workshop.model(WIDE if rig.long else NARROW), rig.rows(512, 128)  # every cut has learned tokens
     members, lengths = ((2,), (64,)) if rig.small else (MEMBERS, LENGTHS)
     shapes = [f"{count}x{length}" for length, count in itertools.product(lengths, members)]
@@ -195,11 +195,12 @@ def pack_figures(kind: str, found: dict[str, Any], verdict: dict[str, Any], *, t
 
 
 WORTH = 0.95
-"""A pack that the rule takes may be so slow against one by one: a pass is measured to a few percent."""
+"""How slow a pack that the rule takes may be against one by one: a pass is measured to a few percent."""
 
 
 def at_8b(rig: Rig) -> Iterator[Figure]:
-    """From the claim to the first step, cold, with a spare trainer, and with the base there; memory lean and exact."""
+    """From the claim to the first step: cold, with a spare trainer, and with the base loaded; memory in lean and exact
+    mode."""
     home, numbers = rig.at_home("wide"), itertools.count(1)
     try:
         for method in METHODS if rig.long else ("qlora",):
@@ -232,7 +233,7 @@ def _one_after_another(
 
 
 def _memory(rig: Rig, job: int, what: str) -> Figure:
-    """Plan beside what was measured. Once other jobs were in its process, the peaks are not a job's own."""
+    """The plan next to what was measured. If other jobs were in its process, the peaks are not the job's own."""
     last, row = rig.store.attempts.of_job(job)[-1], rig.store.jobs.get(job)
     sizes = [mib(size) for size in (last.vram_planned, last.vram_allocated, last.vram_peak, last.vram_process)]
     within = rig.device == "cpu" or (last.vram_process or 0) <= (last.vram_reserved or 0)

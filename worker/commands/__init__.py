@@ -1,1 +1,1 @@
-"""The worker's commands, one a module: each parses, asks and prints. The work is done in the rooms below."""
+"""The worker's commands, one per module: each parses, asks and prints. The rooms below do the work."""

@@ -1,4 +1,4 @@
-"""loractl chat and loractl generate: an adapter's answers at the terminal, in a conversation or to single prompts."""
+"""loractl chat and loractl generate: an adapter's answers in the terminal, in a conversation or to single prompts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def generate(adapter: str, prompts: tuple[str, ...], base: bool, as_json: bool, **style: Any) -> None:
     """Answer a prompt with an adapter, or with its base.
 
-    Several prompts are answered together. Without PROMPT, or for -, it is read from standard input.
+    Several prompts are answered together. Without PROMPT, or if it is -, the prompt is read from standard input.
     """
     texts = [sys.stdin.read() if text == "-" else text for text in prompts or ("-",)]
     if not all(text.strip() for text in texts):
@@ -46,7 +46,7 @@ def generate(adapter: str, prompts: tuple[str, ...], base: bool, as_json: bool, 
 
 
 COMMANDS = {
-    "/adapter NAME": "go on with another adapter of the same base; the conversation stays",
+    "/adapter NAME": "continue the conversation with another adapter of the same base",
     "/base": "let the base alone answer the last question, to compare",
     "/system TEXT": "start over with a system message",
     "/reset": "start over",
@@ -70,7 +70,7 @@ def chat(adapter: str, **style: Any) -> None:
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  arrow keys and history for input()
-        tell("/help lists what else can be typed.")
+        tell("/help lists the commands.")
     for line in _lines():
         try:
             if line.startswith("/"):
@@ -85,7 +85,7 @@ def chat(adapter: str, **style: Any) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What the person types, empty lines left out, until they end it."""
+    """The lines that the person types, without empty ones, until they quit."""
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -99,7 +99,7 @@ def _lines() -> Iterator[str]:
 
 
 def _obey(conversation: Conversation, line: str) -> bool:
-    """A command; False to end. Raises UsageError."""
+    """Do what a command says; False to quit. Raises UsageError."""
     word, _, rest = line.partition(" ")
     if word == "/quit":
         return False
@@ -134,7 +134,7 @@ def _say(text: str) -> None:
 
 
 def _end_line(answer: PartialAnswer) -> None:
-    """After the last token. Raises LoractlError where the answer failed."""
+    """End the answer's line after its last token. Raises LoractlError if the answer failed."""
     click.echo("")
     answer.check()
     if answer.ended == "length":

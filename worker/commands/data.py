@@ -1,4 +1,4 @@
-"""loractl data: look at a job's rows as its tokenizer and chat template make them, and at what is wrong in them."""
+"""loractl data: show a job's rows as its tokenizer and chat template make them, and what is wrong in them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def data() -> None:
 @click.option("--gpu", metavar="SIZE", help="Recommend for a card of this size, like 24GiB; else the fleet's largest.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def data_check(job_file: Path, overrides: tuple[str, ...], gpu: str | None, as_json: bool) -> None:
-    """Find what is wrong with a job's data before a GPU is touched.
+    """Find what is wrong with a job's data before it takes a GPU.
 
     It uses the model's own tokenizer and chat template, and shows lengths, what max_length cuts, findings, and three
     examples. In these, tokens that are not learned are dimmed. Exits with 2 when the trainer would refuse the data.
@@ -57,12 +57,12 @@ def data_check(job_file: Path, overrides: tuple[str, ...], gpu: str | None, as_j
 @data.command("show")
 @click.argument("job_file", type=click.Path(path_type=Path))
 @_SETTINGS
-@click.option("--row", type=int, help="The row to show; without it the first that is trained on.")
+@click.option("--row", type=int, help="The row to show; else the first that is trained on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the tokens as JSON.")
 def data_show(job_file: Path, overrides: tuple[str, ...], row: int | None, as_json: bool) -> None:
-    """Show one training example, its learned tokens marked.
+    """Show one training example, with its learned tokens marked.
 
-    On a terminal, tokens that are not learned are dimmed. Elsewhere learned tokens stand in [[brackets]].
+    On a terminal, tokens that are not learned are dimmed. Elsewhere, learned tokens are in [[brackets]].
     """
     spec = load_spec(job_file, overrides)
 
@@ -91,7 +91,7 @@ def _room(gpu: str | None) -> int | None:
             raise UsageError(f"--gpu: {gpu!r} {error}") from None
     settings = load_settings()
     if settings.embedded_database and not settings.home.exists():
-        return None  # a look at data makes no database
+        return None  # don't create a database just to look at data
     from loractl.common.store.database import connect
     from loractl.common.store.store import Store
 

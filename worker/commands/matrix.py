@@ -1,4 +1,4 @@
-"""loractl matrix: several adapters on several tasks, all on one loaded base, beside what full copies would cost."""
+"""loractl matrix: several adapters on several tasks, all on one loaded base, compared with the cost of full copies."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ from .terminal import tell, warn
 def matrix(html: Path | None, as_json: bool, **options: Any) -> None:
     """Score several adapters on several tasks, on one loaded base.
 
-    Each cell is compared with the base on the same rows. Also: how long a switch takes, and memory and disk of one base
-    with adapters against full copies.
+    Compares each cell with the base on the same rows. Also measures how long a switch takes, and memory and disk of one
+    base with adapters against full copies.
     """
     if html is not None and not html.absolute().parent.is_dir():
         raise UsageError(f"{html} can't be written: there is no such folder", "name a file in a folder that exists")

@@ -22,7 +22,7 @@ from .terminal import tell, warn
 def merge(adapter: str, folder: Path, dtype: str, gguf: bool, as_json: bool) -> None:
     """Merge base and adapter into a full model, and prove that it is the same.
 
-    The base is loaded in fp32, also for QLoRA. DIR, which must be new, gets safetensors, tokenizer and merge.json.
+    Loads the base in fp32, for QLoRA too. Writes safetensors, tokenizer and merge.json into DIR, which must be new.
     """
     from loractl.common.settings import load_settings
     from loractl.worker.base.kernels import load_kernels

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Predict = Callable[[Iterable[Question]], Iterator[Outcome]]
 
 ANSWER_OPTIONS = ("system", "tools", "max_new_tokens", "temperature", "top_p", "seed")
-"""What a classifier has no use for."""
+"""Options that a classifier can't use."""
 
 
 @click.command()
@@ -39,9 +39,9 @@ ANSWER_OPTIONS = ("system", "tools", "max_new_tokens", "temperature", "top_p", "
 def predict(adapter: str, file: Path, output: Path | None, **style: Any) -> None:
     """Label or answer every row of a file, as JSON lines.
 
-    A classifier gives "label" and "probability", other adapters give "answer"; "row" is the row's line in jsonl, else
-    its place. FILE is jsonl, json, csv or parquet, with the columns of the adapter's training; answers in it are not
-    read. All rows are checked before the base is loaded.
+    A classifier gives "label" and "probability", other adapters give "answer". "row" is the row's line number in jsonl,
+    else its position. FILE is jsonl, json, csv or parquet, with the columns of the adapter's training; answers in it
+    are not read. All rows are checked before the base is loaded.
     """
     from loractl.common.data.questions import Questions
     from loractl.common.settings import load_settings
@@ -96,9 +96,9 @@ def _answerer(library: Library, adapter: str, style: dict[str, Any]) -> Predict:
 
 
 def write_outcomes(outcomes: Iterator[Outcome], rows: int, output: Path | None) -> int:
-    """Write a line an outcome as it comes; returns how many rows have none."""
+    """Write one line per outcome as it comes; returns how many rows failed."""
     failed = 0
-    quiet = output is None and sys.stdout.isatty()  # there the lines themselves show how far it is
+    quiet = output is None and sys.stdout.isatty()  # on a terminal, the lines themselves show the progress
     bar = contextlib.nullcontext(lambda what, done, total: None) if quiet else progress_bar()
     with _lines(output, rows) as lines, bar as report:
         for done, outcome in enumerate(outcomes, start=1):
@@ -110,8 +110,8 @@ def write_outcomes(outcomes: Iterator[Outcome], rows: int, output: Path | None) 
 
 @contextlib.contextmanager
 def _lines(output: Path | None, rows: int) -> Iterator[TextIO]:
-    """Where the lines go. A file gets its name when it is complete: half of it is never taken for all. What is left of
-    work that was broken off is told."""
+    """Where the lines go. A file gets its name only when it is complete, so that half of it never passes for all. If
+    the work is interrupted, reports which part is left."""
     if output is None:
         yield sys.stdout
         return
@@ -126,7 +126,7 @@ def _lines(output: Path | None, rows: int) -> Iterator[TextIO]:
 
 
 def _tell_what_is_left(part: Path, rows: int) -> None:
-    """A part without a line is removed."""
+    """Report a part with lines; remove one without."""
     with part.open(encoding="utf-8") as file:
         done = sum(1 for _ in file)
     if done:

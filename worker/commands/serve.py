@@ -18,7 +18,7 @@ KEY_VARIABLE = "LORACTL_API_KEY"
 @click.command()
 @click.option("--base", "base", metavar="MODEL", help="Hub id or folder of the base; else that of the first adapter.")
 @click.option(
-    "--adapters", metavar="LIST", help="NAME=ADAPTER,... or ADAPTER,...; else all that are stored for the base."
+    "--adapters", metavar="LIST", help="NAME=ADAPTER,... or ADAPTER,...; else all stored adapters of the base."
 )
 @click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen.")
 @click.option(
@@ -30,14 +30,16 @@ KEY_VARIABLE = "LORACTL_API_KEY"
 @click.option(
     "--adapter-memory", default="2GiB", show_default=True, metavar="SIZE", help="The most memory for loaded adapters."
 )
-@click.option("--cache-memory", metavar="SIZE", help="The most memory for keys and values; else by what is free.")
+@click.option(
+    "--cache-memory", metavar="SIZE", help="The most memory for keys and values; else set by the free memory."
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(0, 2),
     default=0.0,
     show_default=True,
     metavar="T",
-    help="For requests that name none.",
+    help="For requests that don't set one.",
 )
 @click.option(
     "--load-in-4bit/--no-load-in-4bit",
@@ -56,8 +58,8 @@ def serve(**options: Any) -> None:
     """Serve a base and its adapters over an OpenAI-compatible API.
 
     A request's model names the adapter: a name of --adapters, or an adapter as loractl adapters lists it. The base
-    itself is served as base. Requests for different adapters share one batch. Set LORACTL_API_KEY to ask for a key;
-    beyond this machine's own address one is required.
+    itself is served as base. Requests for different adapters share one batch. If LORACTL_API_KEY is set, requests need
+    this key. It is required if --host lets other machines in.
     """
     key = os.environ.get(KEY_VARIABLE) or None
     host, port, temperature = (options.pop(name) for name in ("host", "port", "temperature"))
@@ -86,7 +88,7 @@ def _require_fastapi() -> None:
 
 
 def _check_exposure(host: str, key: str | None) -> None:
-    """Without a key the API is for this machine alone. Raises UsageError."""
+    """Raises UsageError if other machines could use the API without a key."""
     if host == "localhost":
         return
     try:
@@ -103,7 +105,7 @@ def _check_exposure(host: str, key: str | None) -> None:
 
 
 def _size(options: dict[str, Any], name: str) -> int | None:
-    """Bytes of a size that may be left out. Raises UsageError."""
+    """The bytes of a size option; None if it was not given. Raises UsageError."""
     from loractl.common.units import parse_size
 
     text = options[name]

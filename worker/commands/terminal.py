@@ -1,4 +1,4 @@
-"""The terminal's side of the commands that answer: their options, their notes, their safe text."""
+"""What the commands that answer share at the terminal: their options, their notes, their safe text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 from loractl.common.text import REPLACEMENT
 
 _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode's categories of characters that move the cursor, turn the direction of writing or end a line."""
+"""Unicode categories of characters that move the cursor, change the writing direction or end a line."""
 
 _HARMLESS = "\n\t\u200c\u200d"
 
@@ -46,7 +46,7 @@ def answering(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def tell(text: str) -> None:
-    """A note beside the command's result."""
+    """Print a note on stderr, next to the command's result."""
     click.echo(click.style(text, dim=True), err=True)
 
 
@@ -55,5 +55,5 @@ def warn(sentence: str) -> None:
 
 
 def clean_answer(text: str) -> str:
-    """An answer's text without characters that steer the terminal. Lines, all kinds of spaces and joiners stay."""
+    """An answer's text without characters that steer the terminal. Line ends, all kinds of spaces and joiners stay."""
     return "".join(c if c in _HARMLESS or unicodedata.category(c) not in _STEERING else REPLACEMENT for c in text)

@@ -9,7 +9,7 @@ import click
 
 
 class OneOrZero(click.types.BoolParamType):
-    """A yes or no whose variable is told apart from anything else in a few words."""
+    """A yes or no, with a short message if the option's variable is anything else."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
         """Raises BadParameter."""
@@ -29,7 +29,7 @@ class OneOrZero(click.types.BoolParamType):
     metavar="TIME",
     default="10min",
     show_default=True,
-    help="How long other people's programs keep the most that they held.",
+    help="How long the most memory that other people's programs held counts as theirs.",
 )
 @click.option(
     "--max-jobs-per-gpu",
@@ -43,7 +43,7 @@ class OneOrZero(click.types.BoolParamType):
     type=click.IntRange(1),
     envvar="LORACTL_MAX_JOBS_PER_USER",
     show_envvar=True,
-    help="Jobs that one person may run at a time; the smallest of all workers' limits applies.",
+    help="Jobs that one person may run at a time; the smallest limit of all workers applies.",
 )
 @click.option(
     "--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label that resources.node_labels may ask for."
@@ -65,7 +65,7 @@ class OneOrZero(click.types.BoolParamType):
     show_envvar=True,
     help="How long a trainer keeps its base after its job, for the next job on it; 0: never.",
 )
-@click.option("--until", metavar="WHEN", help="Stop by itself then, like 18:00, 2026-12-24T18:00 or 4h.")
+@click.option("--until", metavar="WHEN", help="Stop by itself at this time, like 18:00, 2026-12-24T18:00 or 4h.")
 @click.option("--for", "lasts", metavar="TIME", help="Stop by itself after this time, like 4h.")
 @click.option(
     "--grace",
@@ -89,8 +89,8 @@ def worker(
 ) -> None:
     """Serve this box's devices: claim waiting jobs that fit and train them.
 
-    Ctrl-C stops after a checkpoint and gives the jobs back; a second one stops at once. In a Slurm allocation, it stops
-    before that ends.
+    Ctrl-C stops after a checkpoint and gives the jobs back; a second one stops at once. In a Slurm allocation, the
+    worker stops before the allocation ends.
     """
     from loractl.common.errors import LoractlError
 
@@ -129,8 +129,8 @@ def worker(
     }
     now, grace_s = dt.datetime.now(dt.UTC), None if grace is None else _seconds("--grace", grace)
     window = read_window(until, None if lasts is None else _seconds("--for", lasts), grace_s, os.environ, now)
-    connect(settings).dispose()  # its schema is ours
-    store = Store(make_engine(settings.database_url, kept=0))  # it looks every ten seconds
+    connect(settings).dispose()  # checks that the schema is of this version
+    store = Store(make_engine(settings.database_url, kept=0))  # keeps no connection: it is used every ten seconds
     open_store(settings)
     devices = find_devices(settings, gpus)
     broker_url(settings)

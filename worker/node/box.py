@@ -1,4 +1,4 @@
-"""The nodes of this box as child processes: started, watched, started again, stopped."""
+"""The nodes of this box as child processes: starts, watches, restarts and stops them."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ if TYPE_CHECKING:
 log = logging.getLogger("loractl.worker")
 
 SHOWN_JOBS = 8
-"""So many of the jobs that are left are named."""
+"""The last line names at most this many of the jobs that are left."""
 
 IDLE_LOOKS = 2
-"""--drain-when-idle ends after so many looks in a row without a job left."""
+"""--drain-when-idle ends the worker after this many looks in a row that find no job left."""
 
 NODE_TRIES = 3
-"""A worker ends when a node fails so often in a row before it serves. A node that jobs kill does not count."""
+"""A worker gives up a node that fails this often in a row before it serves. A node that jobs kill does not count."""
 
 WATCH_S = 10.0
 """How often the watchdog looks."""
 
 STUCK_S = 90.0
-"""A node that is silent for so long, or leaves a job of its own waiting for so long, is asked to stop. After as long
-again it is killed. Then it is started again."""
+"""A node that is silent for this long, or leaves a job that it should start waiting for this long, is asked to stop.
+After as long again it is killed. Then it is restarted."""
 
 FIND_AGAIN_S = 15.0
-"""How often cards that can't be read are looked for again."""
+"""How often the worker looks again for cards that can't be read."""
 
 KILL_AFTER_S = 15.0
-"""After a second Ctrl-C the nodes have so long to give their jobs back."""
+"""How long the nodes have to give their jobs back after a second Ctrl-C."""
 
 GRACE_USED = 0.9
-"""Of --grace, for the jobs. The rest is for nodes that did not stop in it, and are stopped at once."""
+"""The share of --grace that the jobs get. Nodes that did not stop within it are stopped at once in the rest."""
 
 
 class Box:
@@ -74,11 +74,11 @@ class Box:
         window: Window | None = None,
         grace_s: float | None = None,
     ) -> None:
-        """`window`: when it stops by itself; None: it stays. `grace_s`: how long a stop may take; None: as it needs."""
+        """`window`: when it stops by itself; None: it stays. `grace_s`: how long a stop may take; None: no limit."""
         self._settings = settings
         self._window = window
         self._grace_s = None if grace_s is None else GRACE_USED * grace_s
-        self._stop_until: float | None = None  # a stop is on its way, and then it becomes one at once
+        self._stop_until: float | None = None  # set while stopping: the deadline, after which it stops at once
         timed = {"grace_s": self._grace_s, **({} if window is None else _timed(window, store))}
         self._window_s = timed.get("window_s") or 0.0
         self._options = json.dumps({**options, **timed, "devices": len(devices)})
@@ -87,15 +87,15 @@ class Box:
         self._devices = devices
         self._nodes: dict[str, subprocess.Popen[str]] = {}
         self._stuck_since: dict[str, float] = {}
-        self._asked: set[str] = set()  # nodes that were told to stop because they are stuck
+        self._asked: set[str] = set()  # nodes that were asked to stop because they are stuck
         self._started: dict[str, float] = {}  # when the node of a device was started
-        # a node of a GPU never serves the processor, though the driver may go meanwhile
+        # a node of a GPU never serves the processor, even if the driver disappears meanwhile
         kinds = {"auto": "cpu" if devices[0].kind == "cpu" else "nvml"}
         wanted = settings.devices or "auto"
         self._environment = {**os.environ, "LORACTL_DEVICES": kinds.get(wanted, wanted)}
-        self._embedded_queue = False  # it was there when this worker began
+        self._embedded_queue = False  # whether it was running when this worker began
         self._asked_to_stop = False
-        self._given_up: set[str] = set()  # devices whose nodes end at every start
+        self._given_up: set[str] = set()  # devices whose nodes end after every start
         self._began: dt.datetime | None = None  # the first look for --drain-when-idle, by the database's clock
         self._looked_at = time.monotonic()  # for cards that could not be read
         self._failures = {device.number: 0 for device in devices}  # failed starts in a row
@@ -112,14 +112,14 @@ class Box:
         from loractl.common.store.database import REFUSALS
 
         def interrupted(*_: Any) -> None:
-            self._asked_to_stop = True  # psycopg may raise its connection's error in place of what interrupts it
+            self._asked_to_stop = True  # psycopg may raise its connection error instead of the KeyboardInterrupt
             raise KeyboardInterrupt
 
         def noticed(*_: Any) -> None:
-            if not self._asked_to_stop:  # however often: what stops at once is a Ctrl-C or SIGTERM after it
+            if not self._asked_to_stop:  # a repeated notice changes nothing: only Ctrl-C or SIGTERM stops at once
                 interrupted()
 
-        for number in (signal.SIGINT, signal.SIGTERM):  # systemd's stop is a first Ctrl-C
+        for number in (signal.SIGINT, signal.SIGTERM):  # systemd's stop counts as a first Ctrl-C
             signal.signal(number, interrupted)
         signal.signal(signal.SIGUSR1, noticed)
         for device in self._devices:
@@ -130,40 +130,40 @@ class Box:
             if drain_when_idle and not broken and not self._over:
                 self._tell_of_the_rest()
         except KeyboardInterrupt:
-            try:  # a second one may come as soon as a person reads of it
+            try:  # a second one may come as soon as a person reads the line
                 broken = self._serves_nothing()
                 click.echo("Stopping after a checkpoint; Ctrl-C again stops at once.", err=True)
                 self._drain()
             except KeyboardInterrupt:
                 ended = self._stop_now()
-                with contextlib.suppress(LoractlError, *REFUSALS):  # what is left there is soon taken for silent
+                with contextlib.suppress(LoractlError, *REFUSALS):  # rows that stay soon count as silent
                     self._forget(ended)
                 return ExitCode.INTERRUPTED
         self._forget([device.number for device in self._devices])
         return ExitCode.FAILED if broken else ExitCode.OK
 
     def _forget(self, ended: Collection[str]) -> None:
-        """Remove the rows of nodes that have ended: what is not served is not being stopped."""
+        """Remove the rows of nodes that have ended, so that no command shows them as stopping."""
         identity = read_identity(self._settings)
         for device in (device for device in self._devices if device.number in ended):
             with unserved(self._settings, device) as free:
-                if free:  # else it is served for another worker, whose row and bases these are
+                if free:  # else another worker serves it, and the row and the bases are that worker's
                     self._store.cards.forget(self._name(device), identity)
 
     def _start(self, number: str) -> None:
-        # A session of its own: the terminal's Ctrl-C reaches this process alone, which then decides.
+        # A session of its own: the terminal's Ctrl-C reaches only this process, which then decides.
         self._started[number] = time.monotonic()
         self._nodes[number] = subprocess.Popen(
             [sys.executable, "-m", "loractl.worker.node", "--index", number, "--options", self._options],
             env=self._environment,
             start_new_session=True,
-            stdin=subprocess.PIPE,  # our orders; its end tells the node that we are gone
-            stdout=subprocess.DEVNULL,  # a node logs to stderr; here would be Celery's words at its shutdown
+            stdin=subprocess.PIPE,  # carries our orders; when it closes, the node knows that we are gone
+            stdout=subprocess.DEVNULL,  # a node logs to stderr; stdout has only what Celery prints at its shutdown
             encoding="utf-8",
         )
 
     def _wait(self, drain_when_idle: bool) -> bool:
-        """Watch until no job is left; start a node that ends by itself again. True when a node can't be started."""
+        """Watch until no job is left, and restart nodes that end by themselves. True when no node can be started."""
         from loractl.common.store.database import REFUSALS, told_by
 
         idle, watched = 0, time.monotonic()
@@ -171,7 +171,7 @@ class Box:
             if self._asked_to_stop:
                 raise KeyboardInterrupt
             if self._over:
-                click.echo("Stopping after a checkpoint: its time is over.", err=True)
+                click.echo("Stopping after a checkpoint: the worker's time is over.", err=True)
                 return False
             time.sleep(1)
             if time.monotonic() - watched >= WATCH_S:
@@ -180,7 +180,7 @@ class Box:
                 try:
                     self._restart_stuck()
                 except Exception:
-                    log.exception("the watchdog failed, it looks again")  # its end would end every node of the box
+                    log.exception("the watchdog failed, it looks again")  # raising would end every node of the box
             if self._restart_ended():
                 return True
             self._find_again()
@@ -193,11 +193,11 @@ class Box:
 
     @property
     def _over(self) -> bool:
-        """Whether its window is. By the calendar: a machine may have slept."""
+        """Whether its window is over. By the wall clock: a machine may have slept."""
         return self._window is not None and dt.datetime.now(dt.UTC) >= self._window.stops
 
     def _keep_queue(self) -> None:
-        """Start an embedded queue again that has ended since the worker began: commands start none."""
+        """Restart an embedded queue that has ended since the worker began: no command would start it."""
         try:
             if self._embedded_queue:
                 broker_url(self._settings)
@@ -205,9 +205,9 @@ class Box:
             log.warning("%s", error.sentence)
 
     def _nothing_left(self) -> bool:
-        """Whether no job runs, and none waits that a device of this box could hold which takes jobs.
+        """Whether no job runs, and no job waits that fits a device of this box that takes jobs.
 
-        Not before its nodes have told of their devices: until then no row says what several of them could hold.
+        False until all nodes have reported their devices: before that, no row says what several cards could hold.
         """
         self._began = self._began or self._store.now()
         told = {row.node for row in self._store.cards.nodes(self._settings.host) if row.seen_at >= self._began}
@@ -227,7 +227,7 @@ class Box:
         return names if self._settings.host in drains else [name for name in names if name in drains]
 
     def _tell_of_the_rest(self) -> None:
-        """The last line: the jobs that are left, though none of them is for this box."""
+        """Print the last line: the jobs that are left, none of which fits this box."""
         from loractl.common.job.status import Status
         from loractl.common.store.database import REFUSALS
 
@@ -237,13 +237,13 @@ class Box:
             others = [job.job_id for job in left if not job.held]
             closed = "".join(f", or for {name}, which is drained" for name in self._drained())
             one = len(others) == 1
-            told = [f"{_numbers(others)} wait{'s' if one else ''} for another box{closed}"] if others else []
+            told = [f"{_numbers(others)} {'waits' if one else 'wait'} for another box{closed}"] if others else []
             told += [f"{_numbers(held)} {'is' if len(held) == 1 else 'are'} held"] if held else []
             if told:
                 click.echo(f"No job that fits this box is left: {', '.join(told)}.", err=True)
 
     def _serves_nothing(self) -> bool:
-        """Whether the node of every device was refused when it started last, as for a name that another box has."""
+        """Whether every device's node was refused at its last start, for example because another box has its name."""
 
         def refused(number: str) -> bool:
             return self._failures[number] > 0 or self._nodes[number].poll() not in (None, 0)
@@ -252,9 +252,9 @@ class Box:
         return all(refused(number) and pid != self._nodes[number].pid for number, pid in served.items())
 
     def _restart_ended(self) -> bool:
-        """Start nodes again that ended by themselves; True when each ends at every start.
+        """Restart nodes that ended by themselves; True when every device's node ends after every start.
 
-        One that does is left alone: it must not end the nodes of other cards.
+        A single node that does is given up, so that the nodes of other cards go on.
         """
         for device in self._devices:
             number, process = device.number, self._nodes[device.number]
@@ -262,7 +262,7 @@ class Box:
                 continue
             served = served_by(self._settings, device) == process.pid
             self._failures[number] = 0 if served else self._failures[number] + 1
-            if process.returncode == os.EX_NOPERM:  # this login may not serve, and a next start may not either
+            if process.returncode == os.EX_NOPERM:  # this login may not serve: another start would fail too
                 click.echo(f"Error: node {number} is refused; see above.", err=True)
                 self._failures[number] = NODE_TRIES + 1
             if self._failures[number] == NODE_TRIES:
@@ -280,7 +280,7 @@ class Box:
     def _find_again(self) -> None:
         """Look again for cards that could not be read when the worker started: their nodes know neither UUID nor size.
 
-        A node that is asked to stop has no jobs, and is started again with what is there then.
+        When such a card can be read, its node is asked to stop: it has no jobs, and restarts with what is known then.
         """
         if time.monotonic() - self._looked_at < FIND_AGAIN_S:
             return
@@ -293,7 +293,7 @@ class Box:
                     self._nodes[device.number].terminate()
 
     def _restart_stuck(self) -> None:
-        """The watchdog: stop a node that is silent, or leaves what the rule gives it; then it is started again."""
+        """The watchdog: stop nodes that are silent, or do not start the job that the rule gives them, for a restart."""
         from loractl.common.store.database import REFUSALS
 
         try:
@@ -303,7 +303,7 @@ class Box:
             rows, asked_at = {row.node: row for row in self._store.cards.nodes(self._settings.host)}, self._store.now()
             given = self._given(rows.values())
         except REFUSALS:
-            self._stuck_since.clear()  # this can't be told then
+            self._stuck_since.clear()  # without the database, no node counts as stuck
             return
         now = time.monotonic()
         for device in self._devices:
@@ -320,14 +320,14 @@ class Box:
             click.echo(f"Node {device.number} {what} and is restarted.", err=True)
             self._stuck_since.pop(device.number, None)
             if device.number in self._asked:
-                process.kill()  # its trainers end with it; the next node gives their jobs back
+                process.kill()  # its trainers end with it; the restarted node gives their jobs back
             else:
                 self._tell(process, "alone")
-                process.terminate()  # what runs is saved and given back
+                process.terminate()  # it saves its running jobs and gives them back
             self._asked ^= {device.number}
 
     def _given(self, rows: Iterable[Node]) -> set[str]:
-        """The nodes to which the rule gives a waiting job; it is asked only where one waits that may fit this box."""
+        """The nodes to which the rule gives a waiting job. Asks the rule only if a job waits that may fit this box."""
         fitting = {size for row in rows for size in served_classes(row.free)}
         if not self._store.jobs.waiting_classes(fitting):
             return set()
@@ -346,11 +346,11 @@ class Box:
             for process in self._nodes.values():
                 process.wait(timeout=max(0.1, self._stop_until - time.monotonic()))
         except subprocess.TimeoutExpired:
-            click.echo("Its time to stop is over: what runs ends at once.", err=True)
+            click.echo("The time for the stop is over: running jobs end at once.", err=True)
             self._stop_now()
 
     def _stop_now(self) -> list[str]:
-        """The devices whose nodes gave their jobs back."""
+        """Stop the nodes at once; returns the devices whose nodes gave their jobs back."""
         for process in self._nodes.values():
             self._tell(process, "now")
         deadline, ended = time.monotonic() + KILL_AFTER_S, []
@@ -359,7 +359,7 @@ class Box:
                 process.wait(timeout=max(0.1, deadline - time.monotonic()))
                 ended.append(number)
             except subprocess.TimeoutExpired:
-                process.kill()  # its trainer ends with its stdin; the lease gives the job back
+                process.kill()  # its trainer ends when its stdin closes; the job returns when the lease expires
         return ended
 
     def _tell(self, process: subprocess.Popen[str], order: str) -> None:
@@ -375,13 +375,13 @@ class Box:
 
 
 def _timed(window: Window, store: Store) -> dict[str, float]:
-    """The window as nodes get it: in its row stands the database's time, whatever this machine's clock says."""
+    """The window as nodes get it: by the database's time, since this machine's clock may differ."""
     left_s = (window.stops - dt.datetime.now(dt.UTC)).total_seconds()
     return {"until": store.now().timestamp() + left_s, "window_s": left_s}
 
 
 def _numbers(job_ids: Sequence[int]) -> str:
-    """The jobs' numbers, the oldest first; of many the first ones and how many more there are."""
+    """The jobs by number, oldest first; of many jobs, the first ones and the count of the others."""
     first = sorted(job_ids)[:SHOWN_JOBS]
     more = f" and {len(job_ids) - len(first)} more" if len(job_ids) > len(first) else ""
-    return ", ".join(map(str, first)) + more
+    return f"job{'' if len(job_ids) == 1 else 's'} {', '.join(map(str, first))}{more}"

@@ -1,4 +1,5 @@
-"""What tells this box from another one with the same name, as of a copied home, a copied machine or a container."""
+"""What distinguishes this box from another one with the same name, such as a copy of its home, its machine or its
+container."""
 
 from __future__ import annotations
 
@@ -16,27 +17,27 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def read_identity(settings: Settings) -> BoxIdentity:
-    """This box's identity. What names it for life is drawn at the first call, and kept in the home.
+    """This box's identity. Its permanent number is drawn at the first call and stored in the home.
 
-    Raises LoractlError where the home's disk does not take it.
+    Raises LoractlError if the number can't be written there.
     """
     file = settings.runtime_dir / "instance"
     try:
-        if not _read(file):  # an empty one is what a full disk left
+        if not _read(file):  # a full disk leaves an empty one
             _draw(file)
     except OSError as error:
         raise LoractlError(
             f"{file} can't be written: {error.strerror}", "free space there, or repair its disk"
         ) from error
     machine = next((text for path in _MACHINE if (text := _read(path))), "")
-    # a copy of the file on the same machine, as of a container, has another number
+    # a copy of the file on the same machine, as in a container, has another inode
     return BoxIdentity(
         instance=file.read_text(), machine=_mark(machine), boot=_mark(f"{_read(_BOOT)} {file.stat().st_ino}")
     )
 
 
 def _draw(file: Path) -> None:
-    """Draw the number. The nodes of a box do so at once: the first one's stays, and no half of it is ever read."""
+    """Draw the number. The nodes of a box may do so at the same time: the first one wins, and none reads half of it."""
     number = uuid.uuid4().hex
     new = file.with_name(f"{file.name}.{number}")
     try:
@@ -51,7 +52,7 @@ def _draw(file: Path) -> None:
 
 
 def _read(path: Path) -> str:
-    """Its text; empty where a system has no such file."""
+    """The file's text; empty if the system has no such file."""
     try:
         return path.read_text().strip()
     except OSError:
@@ -59,5 +60,5 @@ def _read(path: Path) -> str:
 
 
 def _mark(text: str) -> str:
-    """A machine's own number is not for the network (machine-id(5)): a hash of it tells as much."""
+    """A machine's own id must not leave it (machine-id(5)); a hash of it identifies the machine just as well."""
     return hashlib.sha256(f"loractl {text}".encode()).hexdigest()[:32]

@@ -21,19 +21,19 @@ class NodeOptions:
     max_jobs: int | None = None  # None: by the card's size
     user_limit: int | None = None  # running jobs that one user may have in the fleet
     labels: dict[str, str] = field(default_factory=dict)
-    high_water_s: float = HIGH_WATER_S  # other people's memory stays theirs for so long
+    high_water_s: float = HIGH_WATER_S  # how long other people's programs keep the most memory that they held
     spare: bool | None = None  # whether a trainer is kept ready; None: on GPUs
-    keep_warm_s: float = 0.0  # a trainer stays with its base for so long after its job; 0: not at all
+    keep_warm_s: float = 0.0  # how long a trainer keeps its base after its job; 0: not at all
     until: float | None = None  # when the worker stops by itself, by the database's clock, in seconds since 1970
     window_s: float | None = None  # from its start until then
-    grace_s: float | None = None  # how long a stop may take; None: as long as it needs
-    devices: int = 1  # that share the box's cores
+    grace_s: float | None = None  # how long a stop may take; None: no limit
+    devices: int = 1  # the number that share the box's cores
 
 
 class DeviceRow:
-    """The node's account of its device: what it is, what holds it now, what its owner allows.
+    """What the node reports of its device: what it is, what is on it now, what its owner allows.
 
-    `box` tells it from another one with its name.
+    `box` distinguishes this box from another one with the same name.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class DeviceRow:
             device_name=device.name,
             kind=device.kind,
             total=device.total,
-            outside_bytes=seen.outside or 0,  # the first look was before any job came
+            outside_bytes=seen.outside or 0,  # never unknown: the first look comes before any job
             outside=seen.others,
             used=by_mark(seen.used),
             margin=self._options.margin,

@@ -1,8 +1,8 @@
-"""The hosts of a node: trainers that stay after their job with the base that they have loaded, for the next one.
+"""The hosts of a node: trainers that stay after their job, with the base that they have loaded, for the next job.
 
-A trainer that stays has a mark of its own while no job is in it, so that the ends of attempts and the round for strays
-leave it alone. A claim names the host that its job joins, and those that must go first. Nothing else starts on the card
-before these have ended and the device shows their room.
+A host without a job has a mark of its own, so that neither the end of an attempt nor the search for strays ends it. A
+claim names the host that its job joins, and the hosts that must go first. Nothing else starts on the card until these
+have ended and the device shows their memory as free.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from .spare import HAND_OVER_S, SpareTrainer
 log = logging.getLogger("loractl.worker")
 
 SHARED_KEEP_S = 60.0
-"""On a card that other people's programs use, too: they need not wait for a guess about the next job."""
+"""How long a host waits on a card that other people's programs also use: a guess about the next job is no reason to
+keep memory from them."""
 
 LOOK_S = 0.1
 """Seconds between two looks at the hosts."""
@@ -40,7 +41,7 @@ RECONCILE_S = 5.0
 """Seconds between two looks at their rows, and at other people's programs, while there are hosts."""
 
 ROOM_LOOK_S = 0.05
-"""Seconds between two looks at the room of one that ends: the next job waits for it."""
+"""Seconds between two looks at whether an ending host's memory is free: the next job waits for that."""
 
 LEFT_S = 20.0
 """Seconds that a host's memory may stay on the card after its end: the driver takes a moment."""
@@ -51,9 +52,9 @@ class _Waiting:
     """A host without a job."""
 
     trainer: SpareTrainer
-    until: float  # then it goes; by the process's clock
-    why: str = ""  # it goes; empty: it waits
-    stuck: str = ""  # what of it does not go, for people
+    until: float  # when it goes, by the process's clock
+    why: str = ""  # why it is going; empty: it waits
+    stuck: str = ""  # what remains of it on the card, in words; empty: nothing known
 
 
 @dataclass(kw_only=True)
@@ -63,27 +64,27 @@ class Hosts:
     place: Workplace
     watch: Watch
     keep_s: float
-    closed: bool = False  # the card is kept empty by a person's order
+    closed: bool = False  # the card is drained
     opened: Callable[[], None] = lambda: None  # is called when other jobs may join one that trains
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _changes: int = 0
     _waiting: dict[str, _Waiting] = field(default_factory=dict)
     _marks: set[str] = field(default_factory=set)  # of hosts, and of trainers that may become one
-    _open: dict[str, TrainerProcess] = field(default_factory=dict)  # that others may join
+    _open: dict[str, TrainerProcess] = field(default_factory=dict)  # trainers that other jobs may join
     _written: set[str] = field(default_factory=set)  # marks with a row
-    _spoilt: set[str] = field(default_factory=set)  # of those, the ones whose rows say that they take no more
-    _over: set[str] = field(default_factory=set)  # marks whose processes have ended, and whose rows have not
+    _spoilt: set[str] = field(default_factory=set)  # the marks of these whose row says that they take no more jobs
+    _over: set[str] = field(default_factory=set)  # marks of ended processes whose rows still exist
     _strangers_at: float | None = None  # when other people's programs were last seen on the card
-    _next: float = 0.0  # when the rows are looked at
+    _next: float = 0.0  # when to look at the rows again
     _stopped: threading.Event = field(default_factory=threading.Event)
-    _going: threading.Event = field(default_factory=threading.Event)  # one is sent off: who starts next waits for it
+    _going: threading.Event = field(default_factory=threading.Event)  # a host is sent off; the next start waits for it
     _thread: threading.Thread | None = None
 
     def start(self) -> None:
         self._thread = self.place.clock.start(self._run, "hosts")
 
     def stop(self) -> None:
-        """End all hosts; none stays any more."""
+        """End all hosts, and keep none from now on."""
         self._stopped.set()
         self._going.set()
         if self._thread is not None:
@@ -94,40 +95,41 @@ class Hosts:
 
     @property
     def marks(self) -> frozenset[str]:
-        """Marks of processes that are no strays: of hosts, and of trainers that are becoming one."""
+        """Marks of processes that are not strays: of hosts, and of trainers that are becoming hosts."""
         with self._changed:
             return frozenset(self._marks)
 
     @property
     def in_the_way(self) -> bool:
-        """Whether a host is on its way out: until it has ended nothing starts on the card."""
+        """Whether a host is ending: nothing starts on the card until it has ended."""
         with self._changed:
             return any(host.why for host in self._waiting.values())
 
     def make_room(self) -> str | None:
-        """Wait until no host is on its way out. Returns what holds the card where one does not go."""
+        """Wait until no host is ending. If one does not go, returns what it still holds of the card."""
         with self._changed:
             hosts = self._waiting.values()
             self.place.clock.wait_for(self._changed, lambda: not self.in_the_way or any(host.stuck for host in hosts))
             return next((host.stuck for host in hosts if host.stuck), None)
 
     def look_soon(self) -> None:
-        """A claim on another card may have sent some off: a job on several cards waits until they have gone."""
+        """Look at the rows at once: a claim on another card may have sent hosts off, for a job on several cards that
+        waits until they have gone."""
         self._next = 0.0
 
     def let_go(self, marks: Iterable[str]) -> None:
-        """Send off the hosts that a claim names, whose rows say so already."""
+        """Send off the hosts that a claim names; their rows already say that they leave."""
         self._let_go(marks, "another job needs the room")
 
     def trim(self, card: Card) -> None:
-        """Send off what has no room any more beside what others hold of the card now."""
+        """Send off hosts for which the card has no room any more, because others now hold more of it."""
         for base in beyond(card):
             self._send_off(base.host, "others need its room")
 
     def take(self, claim: Claim, environment: Mapping[str, str]) -> subprocess.Popen[str] | None:
-        """The host that the claim names, as the attempt's trainer. None: there is none, or it goes now.
+        """The host that the claim names, as the attempt's trainer. None: there is none, or it is ending.
 
-        It is called by a supervisor, so it takes no longer than a beat may be late.
+        A supervisor calls this, so it takes no longer than a heartbeat may be late.
         """
         if claim.host is None:
             return None
@@ -152,13 +154,13 @@ class Hosts:
         return host.trainer.process
 
     def await_change(self, seconds: float) -> None:
-        """Wait until a trainer has come to stay or has ended, at most so long."""
+        """Wait until a trainer becomes a host or ends, but no longer than this."""
         with self._changed:
             seen = self._changes
             self.place.clock.wait_for(self._changed, lambda: self._changes != seen, seconds)
 
     def draw_mark(self) -> str:
-        """A mark for a trainer that may stay."""
+        """A new mark, for a trainer that may become a host."""
         mark = secrets.token_hex(8)  # as long as an attempt's
         with self._changed:
             self._marks.add(mark)
@@ -174,12 +176,12 @@ class Hosts:
             self._tell()
 
     def knows(self, mark: str) -> bool:
-        """Whether there is a trainer of that mark."""
+        """Whether a trainer with this mark exists."""
         with self._changed:
             return mark in self._marks
 
     def open(self, trainer: TrainerProcess, claim: Claim, key: str, size: int) -> None:
-        """Let other jobs join a trainer beside the claim's."""
+        """Let other jobs join the trainer of the claim's job."""
         new = NewHost(host=trainer.mark, node=self.place.node, key=key, bytes=size)
         self.let_in(trainer)
         try:
@@ -194,17 +196,18 @@ class Hosts:
             self.opened()
 
     def let_in(self, trainer: TrainerProcess) -> None:
-        """Let a trainer be found by those who join it."""
+        """Let jobs that join a trainer find it here."""
         with self._changed:
             self._open[trainer.mark] = trainer
 
     def with_jobs(self, mark: str) -> TrainerProcess | None:
-        """The trainer of that mark, while there are jobs in it."""
+        """The trainer with this mark, while jobs are in it."""
         with self._changed:
             return self._open.get(mark)
 
     def spoil(self, mark: str, why: str) -> None:
-        """Let no claim name a trainer that takes no more jobs. Who is in it asks again where the database is away."""
+        """Let no claim name a trainer that takes no more jobs. If the database is away, the jobs in it call this
+        again."""
         with self._changed:
             if mark not in self._written or mark in self._spoilt:
                 return
@@ -217,7 +220,7 @@ class Hosts:
             self._spoilt.add(mark)
 
     def note_passes(self, mark: str, passes: Sequence[MeasuredPass]) -> None:
-        """Let the pack rule learn from passes of a trainer that has a row."""
+        """Store measured passes of a trainer that has a row, for the pack rule."""
         with self._changed:
             if mark not in self._written:
                 return
@@ -227,7 +230,8 @@ class Hosts:
             log.warning("the pack rule learns nothing of process %s: %s", mark, told_by(error))
 
     def keep(self, host: StayingTrainer, claim: Claim) -> bool:
-        """Take a trainer that has left its job; False: it was ended, as its base has no room or the node stops."""
+        """Keep a trainer whose last job has left. False: it was ended, because its base has no room or the node
+        stops."""
         new = NewHost(host=host.mark, node=self.place.node, key=host.key, bytes=host.bytes)
         environment, clock = dict(host.environment), self.place.clock
         trainer = SpareTrainer(process=host.process, mark=host.mark, environment=environment, clock=clock)
@@ -252,12 +256,12 @@ class Hosts:
         return True
 
     def _tell(self) -> None:
-        """Wake the threads that wait for a change. The lock is held."""
+        """Wake the threads that wait for a change. The caller holds the lock."""
         self._changes += 1
         self._changed.notify_all()
 
     def _may_be_written(self, mark: str) -> None:
-        """The database's answer was lost, so there may be a row: it must go with the process."""
+        """Note that a row may exist, since the database's answer was lost: it must be deleted with the process."""
         with self._changed:
             self._written.add(mark)
 
@@ -267,7 +271,7 @@ class Hosts:
 
     @property
     def _patience_s(self) -> float:
-        """How long a base waits for a job on this card at this moment."""
+        """How long a base waits for a job on this card now."""
         seen = self._strangers_at
         lately = seen is not None and self.place.clock.now() - seen < self.watch.high_water_s
         return min(self.keep_s, SHARED_KEEP_S) if lately else self.keep_s
@@ -284,12 +288,12 @@ class Hosts:
                 log.warning("the hosts' rows could not be written: %s", told_by(error))
                 self.place.clock.wait(self._stopped, 1.0)
             except Exception:
-                # if this thread ended silently, no base would go any more, and who needs its room would wait forever
+                # if this thread ended silently, no base would ever go, and a job that needs its room would wait forever
                 log.exception("the check of the hosts failed and is repeated")
                 self.place.clock.wait(self._stopped, 1.0)
 
     def _tend(self) -> None:
-        """Let go what died, what has waited long enough, and what the rows say; end what goes."""
+        """Send off hosts that died, waited long enough or are leaving by their rows, and end them."""
         with self._changed:
             waiting = {mark: host for mark, host in self._waiting.items() if not host.why}
         if waiting and not self._may_wait():
@@ -309,7 +313,7 @@ class Hosts:
             self._look_around(waiting)
 
     def _look_around(self, waiting: Mapping[str, _Waiting]) -> None:
-        """Follow the rows, and see whether others use the card. `waiting`: those that waited before this look."""
+        """Follow the rows, and see whether others use the card. `waiting`: the hosts that waited before this look."""
         rows = {row.host: row for row in self.place.store.hosts.of_card(self.place.node)}
         self._let_go([m for m in waiting if m not in rows or rows[m].leaving], "its row says so")
         with self._changed:
@@ -321,7 +325,7 @@ class Hosts:
                 host.until = min(host.until, soon)
 
     def _send_off(self, mark: str, why: str) -> None:
-        """Let a host go unless a job has joined it."""
+        """Send off a host unless a job has joined it."""
         with self._changed:
             host = self._waiting.get(mark)
         if host is None:
@@ -352,7 +356,8 @@ class Hosts:
                 self._tell()
 
     def _end(self, mark: str, host: _Waiting) -> bool:
-        """End a host's process, and see its room; else the card is closed, and the reason says why."""
+        """End a host's process, and check that its memory is free. If it is not, closes the card with the reason and
+        returns False."""
         if host.stuck:
             return not end_leftovers(mark) and not self._held(mark)
         log.info("process %s drops its base: %s", host.trainer.process.pid, host.why)
@@ -362,13 +367,13 @@ class Hosts:
             if self.place.clock.now() > deadline:
                 what = f"process {alive[0]}" if alive else f"{gib(self._held(mark))} GiB of memory"
                 why = f"a base left {what} behind; check the card, then loractl undrain {self.place.node}"
-                host.stuck = why if self._close(why) else ""  # once it is closed nobody waits for the room any more
+                host.stuck = why if self._close(why) else ""  # once the card is closed, nothing waits for this memory
                 return False
             self.place.clock.sleep(ROOM_LOOK_S)
         return True
 
     def _close(self, why: str) -> bool:
-        """Close the card. False: the database is away, and it is tried again."""
+        """Close the card. False: the database is away, and the caller tries again."""
         try:
             self.place.store.cards.drain(self.place.node, "loractl", why)
         except REFUSALS as error:
@@ -381,7 +386,7 @@ class Hosts:
         return self.watch.look().used.get(host_name(mark), 0)
 
     def _forget(self) -> None:
-        """Give the bytes of hosts that have ended back to the card."""
+        """Delete the rows of hosts that have ended, which gives their bytes back to the card."""
         with self._changed:
             over = set(self._over)
         if not over:

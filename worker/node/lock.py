@@ -1,4 +1,4 @@
-"""A device's lock: one node of this box serves it at a time."""
+"""A device's lock: only one node of this box serves it at a time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ log = logging.getLogger("loractl.worker")
 
 
 class DeviceLock:
-    """Take the lock; it is held while this process lives. Waits, with a log line, while another process has it.
+    """Takes the lock, and holds it while this process lives. Waits, with a log line, while another process has it.
 
-    Two nodes on one device would both claim by the same free memory.
+    Two nodes on one device would both count on the same free memory.
     """
 
     def __init__(self, settings: Settings, device: Device) -> None:
@@ -35,7 +35,7 @@ class DeviceLock:
         self._sign = _put_up_sign(device)
 
     def say_served(self) -> None:
-        """Note in the file that this process serves the device: it is no node that ends before it does anything."""
+        """Note in the file that this process serves the device, so that its end does not count as a failed start."""
         if not self._said:
             self._said = True
             self._file.truncate(0)
@@ -50,7 +50,7 @@ class DeviceLock:
 
 @contextlib.contextmanager
 def unserved(settings: Settings, device: Device) -> Iterator[bool]:
-    """Whether no node of this home serves the device; none begins to until the block ends."""
+    """Whether no node of this home serves the device. If so, none can begin to until the block ends."""
     with _path(settings, device).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +61,7 @@ def unserved(settings: Settings, device: Device) -> Iterator[bool]:
 
 
 def served_by(settings: Settings, device: Device) -> int | None:
-    """The number of the last process that served the device; None before the first."""
+    """The PID of the last process that served the device; None before the first."""
     try:
         return int(_path(settings, device).read_text())
     except (FileNotFoundError, ValueError):
@@ -69,9 +69,10 @@ def served_by(settings: Settings, device: Device) -> int | None:
 
 
 def is_served(uuid: str) -> bool:
-    """Whether a node of any user and any home on this machine serves the card: others' locks may not be ours to see.
+    """Whether a node of any user and any home on this machine serves the card. Other users' locks may be unreadable,
+    so each node also binds a socket.
 
-    Containers with a network of their own don't see each other's.
+    Containers with a network of their own don't see each other's sockets.
     """
     try:
         return any(line.split()[-1] == f"@{_SIGN}{uuid}" for line in Path("/proc/net/unix").read_text().splitlines())
@@ -83,9 +84,9 @@ _SIGN = "loractl-card-"
 
 
 def _put_up_sign(device: Device) -> socket.socket | None:
-    """An abstract socket with the device's name, which goes with this process. Nothing is ever sent to it."""
+    """Bind an abstract socket with the device's name, which ends with this process. Nothing is ever sent to it."""
     if device.kind != "cpu" and not device.uuid.startswith(("GPU-", "MIG-")):
-        return None  # cards of trials are not somebody's alone
+        return None  # simulated cards need not belong to one worker
     sign = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         sign.bind(f"\0{_SIGN}{device.uuid}")
@@ -93,7 +94,7 @@ def _put_up_sign(device: Device) -> socket.socket | None:
         sign.close()
         if error.errno == errno.EADDRINUSE:
             what, cost = "card", ""
-            if device.kind == "cpu":  # no refusal: a demo beside a lab's worker is slow, and harms nobody
+            if device.kind == "cpu":  # not refused: a demo next to a lab's worker is slow but does no harm
                 what, cost = "processor", "; both start as many threads as it has cores"
             shared = f"a worker of another LORACTL_HOME serves this {what}, too"
             log.warning("%s: neither knows what memory the other promised%s", shared, cost)

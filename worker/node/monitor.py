@@ -1,4 +1,4 @@
-"""The monitor of a node: a round of reports and looks, so that no job depends on a message alone."""
+"""The monitor of a node: it reports and looks for work periodically, so that no job depends on a message alone."""
 
 from __future__ import annotations
 
@@ -27,36 +27,37 @@ from .slots import Slots
 log = logging.getLogger("loractl.worker")
 
 SEE_S = 5.0
-"""How often a node's row is written; with a short lease this, like the next two, is shorter too."""
+"""How often a node writes its row. A shorter lease shortens this and the next two."""
 
 ROUND_S = 5.0
 """How often a node looks for waiting rows and expired leases by itself: messages are hints and may be lost."""
 
 FLEET_ROUND_S = 3.5
-"""The least time between two rounds for the fleet, which one node at a time makes: each node's own round may be one."""
+"""The least time between two of the fleet's rounds, which one node at a time does as part of its own round."""
 
 SETTLE_S = 15.0
-"""Seconds after an outage of the database in which living supervisors beat, before their attempts may be ended."""
+"""Seconds after an outage of the database in which living supervisors can beat before lost attempts are ended."""
 
 FIRST_ROUND_S = 2.0
-"""On a box of several cards the rule sees all of them by then; before, the first node up would take every job."""
+"""A node's first round waits this long on a box of several cards, until the rule sees all of them: else the first node
+to start would take every job."""
 
 CALM_S = 0.2
 """The least time between two looks, however many messages call for one."""
 
 STOP_S = 5.0
-"""A stopping node waits so long for its monitor."""
+"""How long a stopping node waits for its monitor."""
 
 ASIDE_S = 60.0
-"""How often a node whose turn it is looks for rows that can't be read; until then they fit nowhere. As often each node
-looks for those with an older version's plan."""
+"""How often the fleet's round looks for rows that can't be read; until then they fit nowhere. Each node looks equally
+often for rows with an older version's plan."""
 
 TRIES = 5
-"""After so many failures in a row the monitor ends its node, and the worker starts it again."""
+"""After this many failures in a row the monitor ends its node, and the worker restarts it."""
 
 
 class Monitor:
-    """A thread beside the slots that goes round. What fails again and again ends the node."""
+    """A thread next to the slots, with a round of periodic tasks. A vital task that keeps failing ends the node."""
 
     def __init__(self, place: Workplace, row: DeviceRow, hosts: Hosts | None = None, *, devices: int = 1) -> None:
         self._place = place
@@ -67,43 +68,43 @@ class Monitor:
         self._pace = pace_of(place.settings.lease_s)
         self._first_round_s = FIRST_ROUND_S if devices > 1 else 0.0
         self._next_aside = 0.0  # when this node next looks for rows that can't be read
-        self._looked_at: int | None = None  # the waiting job that it looked at last
-        self._next_plans = 0.0  # and for those with an older version's plan
+        self._looked_at: int | None = None  # the last waiting job that this search has read
+        self._next_plans = 0.0  # when this node next looks for rows with an older version's plan
         self._failures: dict[str, int] = {}  # in a row, by what failed
-        self._serving: set[int] = set(VRAM_CLASSES)  # classes that fit into what is free
-        self._joinable = False  # a trainer here may be joined, by a job of any class: its base is here already
-        self._consumed: set[int] = set(VRAM_CLASSES)  # those whose queues Celery consumes
-        self._consumer: Any = None  # Celery's; None when it consumes nothing (any more)
-        self._called = threading.Event()  # something has changed: do not wait for the next look
+        self._serving: set[int] = set(VRAM_CLASSES)  # classes that fit into the free memory
+        self._joinable = False  # whether a job of any class may join a trainer here: the base is loaded already
+        self._consumed: set[int] = set(VRAM_CLASSES)  # the classes whose queues Celery consumes
+        self._consumer: Any = None  # Celery's; None before it starts and once it stops
+        self._called = threading.Event()  # something has changed: look at once
         self._stopped = threading.Event()
-        self._pass_on = False  # a message came that no slot of this node could take
+        self._pass_on = False  # a message came while no slot of this node could take a job
         self._thread: threading.Thread | None = None
 
     def start(self, slots: Slots) -> None:
-        """Begin the rounds. They read the rows even while the queue is away."""
+        """Begin the rounds, which read the rows even while the queue is away."""
         self._thread = self._place.clock.start(lambda: self._run(slots), "monitor")
 
     def look_soon(self) -> None:
-        """What the device can take has changed."""
+        """Look at once: what the device can take has changed."""
         self._called.set()
 
     def pass_on(self) -> None:
-        """A message came while no slot was idle: wake the cards that the rule gives the waiting jobs to."""
+        """Wake the cards to which the rule gives the waiting jobs: a message came while no slot here was idle."""
         self._pass_on = True
         self._called.set()
 
     def follow(self, consumer: Any) -> None:
-        """Let Celery consume what fits from now on; with None nothing, since it is stopping."""
+        """Set Celery's consumer, which consumes the classes that fit from now on; None: Celery is stopping."""
         self._consumer = consumer
 
     def stop(self) -> None:
         self._stopped.set()
         self._called.set()
         if self._thread is not None:
-            self._place.clock.join(self._thread, STOP_S)  # a driver that hangs must not keep a node from ending
+            self._place.clock.join(self._thread, STOP_S)  # a hanging driver must not keep the node from ending
 
     def report(self) -> None:
-        """Write the device's row, and consume the classes that fit into what is free now."""
+        """Write the device's row, and consume the classes that fit into the free memory."""
         card = self._row.write(draining=self._place.drain.asked is not None)
         self._serving = set(served_classes(card.free)) if card.open and card.slots else set()
         if self._hosts is not None:
@@ -113,7 +114,7 @@ class Monitor:
             consumer.call_soon(self._consume, consumer)
 
     def _consume(self, consumer: Any) -> None:
-        """In Celery's thread: what piled up there meanwhile is one change."""
+        """Runs in Celery's thread. Several calls that piled up there make one change."""
         wanted = self._serving
         for size in wanted - self._consumed:
             consumer.add_task_queue(queue_name(size))
@@ -132,18 +133,18 @@ class Monitor:
                 looked, next_look = now, now + SEE_S * self._pace
                 self._try("the look", lambda: self._look(slots))
             if now >= next_round:
-                next_round = now + ROUND_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  spreads nodes, guards nothing
+                next_round = now + ROUND_S * self._pace * random.uniform(0.8, 1.2)  # noqa: S311  it only spreads nodes
                 self._try("the round", lambda: self._go_round(slots))
                 self._try("the fleet's round", self._tend_fleet, vital=False)
-                self._try("planning anew", self._plan_anew, vital=False)
+                self._try("planning again", self._plan_anew, vital=False)
                 self._try("the queue", self._trim_queues)
             if clock.wait(self._called, max(0.05, min(next_look, next_round, now + 1.0) - clock.now())):
                 clock.wait(self._stopped, max(0.0, looked + CALM_S - clock.now()))
 
     def _try(self, what: str, work: Callable[[], None], *, vital: bool = True) -> None:
-        """Do a part of the round. A vital one that fails again and again, with its services there, ends the node.
+        """Do a part of the round. A vital part that keeps failing while its services answer ends the node.
 
-        What the database refuses ends nothing: a new node would be refused too, and what runs here would stop for it.
+        A refusal by the database never does: it would refuse a new node too, and the jobs here would stop for nothing.
         """
         try:
             work()
@@ -155,7 +156,7 @@ class Monitor:
             else:
                 log.exception("%s failed: the database refuses it: %s", what, told_by(error))
         except Exception:
-            # if the monitor ended silently, the node would look offline and never come back
+            # if the monitor ended silently, the node would look offline forever
             self._failures[what] = self._failures.get(what, 0) + 1
             log.exception("%s failed, %s of %s times", what, self._failures[what], TRIES)
             if vital and self._failures[what] >= TRIES:
@@ -172,9 +173,9 @@ class Monitor:
             self._wake_others()
 
     def _obey_drain(self, slots: Slots) -> None:
-        """A person's order to drain at once gives running jobs back after a checkpoint; its end lets new ones in.
+        """Follow drains. An order to drain at once gives running jobs back after a checkpoint, until it is lifted.
 
-        A job on several cards is given back for each of them.
+        A job on several cards is given back if any of them is drained at once.
         """
         place, orders = self._place, self._place.store.cards.drains()
         order = orders.get(place.node) or orders.get(place.settings.host)
@@ -186,34 +187,34 @@ class Monitor:
             asked = ((card, orders.get(card) or orders.get(place.settings.host)) for card in cards)
             wanted = [f"{card} is drained by {o.user}: {o.reason}" for card, o in asked if o is not None and o.now]
             attempt.wishes.card_drained = wanted[0] if wanted else None
-        place.drain.order(at_once)  # its supervisors look from here on, and find whose order it is
+        place.drain.order(at_once)  # supervisors see it from here on, so the wishes above must say whose order it is
         if self._hosts is not None:
             self._hosts.closed = order is not None
 
     def _wake_others(self) -> None:
-        """Pass on a message that no slot here could take, by the claim's own rule."""
+        """Pass on a message that no slot here could use, by the rule that claims use."""
         given = {d.placed.node for d in self._place.store.cards.fleet().decisions if d.placed is not None}
         self._place.wake_others(given - {self._place.node})
 
     def _go_round(self, slots: Slots) -> None:
-        """Look for jobs with a lost message or one that came while nothing fitted."""
+        """Look for jobs whose message was lost, or came while they did not fit."""
         end_strays(self._place)
         wanted = set(VRAM_CLASSES) if self._joinable else self._serving
         if self._place.drain.wish is None and self._place.store.jobs.waiting_classes(wanted):
             slots.wake()
 
     def _plan_anew(self) -> None:
-        """Plan what waits since before an upgrade. Each node looks: it plans the jobs whose bases its box has."""
+        """Plan again the jobs that have waited since before an upgrade: each node those whose bases its box has."""
         if self._place.clock.now() < self._next_plans:
             return
         planned = self._place.store.jobs.plan_anew()
         for job_id in planned:
             log.info("job %s is planned again for this version's steps", job_id)
-        if not planned:  # else there may be more
+        if not planned:  # otherwise there may be more
             self._next_plans = self._place.clock.now() + ASIDE_S * self._pace
 
     def _trim_queues(self) -> None:
-        """Messages are hints, and a node looks by itself: nobody can keep it busy with more than it could need."""
+        """Discard excess messages: they are only hints, and nobody should keep a node busy by sending many."""
         queues = (card_queue(self._place.node), *map(queue_name, VRAM_CLASSES))
         try:
             if thrown := self._queues.trim(queues):
@@ -222,7 +223,7 @@ class Monitor:
             log.debug("%s", error.sentence)  # Celery says so, too
 
     def _tend_fleet(self) -> None:
-        """What concerns all jobs, unless another node sees to it: ending lost attempts, giving way, patience."""
+        """Do the fleet's round unless another node has done it: end lost attempts, make jobs give way, end patience."""
         store, pace = self._place.store, self._pace
         turn = store.cards.take_turn(self._place.node, FLEET_ROUND_S * pace, SETTLE_S * pace)
         if turn is None:
@@ -232,7 +233,7 @@ class Monitor:
         if self._place.clock.now() >= self._next_aside:
             aside = store.jobs.set_aside_unreadable(self._looked_at)
             self._looked_at = aside.after
-            if aside.after is None:  # else more wait behind, for the next turn
+            if aside.after is None:  # otherwise the next turn reads on from there
                 self._next_aside = self._place.clock.now() + ASIDE_S * pace
             for job_id in aside.jobs:
                 log.warning("job %s: its row can't be read, it is set aside", job_id)

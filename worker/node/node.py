@@ -1,9 +1,10 @@
-"""A node: the process that serves one device. A message sets an event; its slots claim what fits, and supervise it.
+"""A node: the process that serves one device. A message wakes its slots; they claim the jobs that fit and supervise
+them.
 
     python -m loractl.worker.node --index 0
 
-It never imports torch and never trains: trainers are processes of their own. Celery consumes in the main thread, the
-slots and the monitor are threads. `loractl worker` holds the node's stdin: a line there is an order, its end says that
+It never imports torch and never trains: trainers are separate processes. Celery consumes in the main thread; the slots
+and the monitor are threads. `loractl worker` holds the node's stdin: a line there is an order, and its end means that
 the worker is gone.
 """
 
@@ -54,14 +55,14 @@ GANG_S = 1.0
 """Seconds between two looks at the jobs that have this card as one of several, while the node stops."""
 
 AGAIN_S = 2.0
-"""Seconds before a node tries again that found no database at its start."""
+"""Seconds before a node that found no database at its start tries again."""
 
 
 class DeviceNode:
     """One device, its queues, its slots and its monitor."""
 
     def __init__(self, place: Workplace, options: NodeOptions) -> None:
-        """`place`: as `place_of` makes it, or a test."""
+        """`place`: from `place_of`, or made by a test."""
         settings, device, max_jobs = place.settings, place.device, _max_jobs(place.device, options)
         self._settings = settings
         self._place = place
@@ -91,32 +92,32 @@ class DeviceNode:
             devices=options.devices,
         )
         if self._hosts is not None:
-            self._hosts.opened = self._slots.wake  # a job that waits for the card may fit beside the one there
+            self._hosts.opened = self._slots.wake  # a job that waits for the card may fit next to the one there
 
     def serve(self) -> None:
-        """Consume until told to stop, and wait for what runs. Blocks."""
-        # loaded before the first message, which is answered in milliseconds: a claim reads a spec
+        """Consume until told to stop, then wait for the running jobs. Blocks."""
+        # imported before the first message, which must be answered in milliseconds: a claim reads a spec
         from celery import signals
         from celery.platforms import SecurityWarning
 
         from loractl.common.job.spec import JobSpec  # noqa: F401
 
-        # Celery warns root of pickled messages; this app takes JSON alone (common.queue).
+        # Celery warns root about pickled messages; this app accepts only JSON (common.queue).
         warnings.filterwarnings("ignore", category=SecurityWarning)
-        # A wake message that comes while this node stops goes back to its queue, which needs no warning.
+        # A wake message that comes while this node stops returns to its queue, which needs no warning.
         logging.getLogger("kombu.transport.virtual.base").setLevel(logging.ERROR)
         self._lock = DeviceLock(self._settings, self._place.device)
         app = make_app(broker_url(self._settings))
-        # the database may be away for long, and other cards of the box go on meanwhile
+        # the database may be away for long; the box's other cards go on meanwhile
         Patience(first_s=AGAIN_S, most_s=AGAIN_S, clock=self._place.clock).repeat(self.take_over, _once())
 
         @app.task(name=WAKE_TASK, ignore_result=True)
-        def wake(size_class: int) -> None:  # the message is only a hint: the claim looks at what is free now
+        def wake(size_class: int) -> None:  # the message is only a hint: the claim checks what is free now
             self.wake()
 
         signals.worker_ready.connect(lambda sender, **_: self._ready(sender), weak=False)
         signals.worker_shutting_down.connect(lambda **_: self._shut_down(), weak=False)
-        # until Celery has its own: what is claimed meanwhile must be given back, too
+        # until Celery sets its own handler: jobs that are claimed by then must be given back too
         signal.signal(signal.SIGTERM, lambda *_: self._shut_down())
         self.begin()
         try:
@@ -127,19 +128,19 @@ class DeviceNode:
             self._lock.close()
 
     def begin(self) -> None:
-        """Let the threads work. They find waiting jobs by themselves, also without messages."""
+        """Start the threads. They find waiting jobs even without messages."""
         self._slots.start()
         self._monitor.start(self._slots)
         self._self_test.start()
         self._messenger.start()
-        if self._spares is not None:  # the start of a job waits for a process that fetches its data, too
+        if self._spares is not None:  # besides a trainer, a job's start needs the process that fetches its data
             self._place.artifacts.make_ready()
         for keeper in (self._spares, self._hosts):
             if keeper is not None:
                 keeper.start()
 
     def end(self) -> None:
-        """Wait until every attempt has ended, then for the threads."""
+        """Wait until every attempt has ended, then stop the threads."""
         self._slots.close()
         self._await_gangs()
         for keeper in (self._spares, self._hosts):
@@ -150,18 +151,19 @@ class DeviceNode:
         self._self_test.stop()
 
     def wake(self) -> None:
-        """Look for jobs now, as after a message."""
+        """Look for jobs at once, as after a message."""
         self._slots.wake()
         if self._hosts is not None:
             self._hosts.look_soon()
 
     def _starts_a_job(self) -> bool:
-        """Whether a job is before its first step, or the card may take none: a spare would be in its way, or idle."""
+        """Whether a spare would be in the way, since a job has not reached its first step, or idle, since the card may
+        take no jobs."""
         starting = any(one.heard.step == 0 and not one.own.closed for one in self._slots.attempts.values())
         return starting or self._watch.fault is not None
 
     def _consume(self, app: Any) -> None:
-        """Let Celery consume until this node is to stop. Should Celery end by itself, what runs here goes on."""
+        """Let Celery consume until this node must stop. If Celery ends by itself, it restarts; running jobs go on."""
         while self._place.drain.asked is None:
             app.Worker(
                 pool="solo",
@@ -179,10 +181,10 @@ class DeviceNode:
                 self._place.clock.sleep(AGAIN_S)
 
     def _await_gangs(self) -> None:
-        """Stay while a job has this card as one of several: the node of its first card stops it, and if this one were
-        silent meanwhile, the job would be ended as lost. Where this node alone ends, nobody stops the job: it goes back
-        to its last checkpoint, and the card is not out of service until it ends by itself. While the database is away
-        only a job that runs here is known of: with none, nobody would ever end this wait."""
+        """Stay while a job has this card as one of several: the node of its first card stops it, and would end it as
+        lost if this node went silent meanwhile. If only this node ends, no other node stops the job, so it does not
+        wait: the job returns to its last checkpoint, rather than keep the card out of service until it ends. While the
+        database is away, the node waits only for a job that runs here, because nothing else could end the wait."""
         said = False
         while self._place.drain.wish != "now" and not self._place.drain.alone:
             try:
@@ -190,19 +192,21 @@ class DeviceNode:
                     return
             except REFUSALS as error:
                 if not said:
-                    log.warning("whether a job has %s beside another card: %s", self._place.node, told_by(error))
+                    log.warning(
+                        "can't tell whether a job has %s as one of several cards: %s", self._place.node, told_by(error)
+                    )
                 said = True
                 if not has_ranks(self._place):
                     return
             self._place.clock.sleep(GANG_S)
 
     def _ready(self, consumer: Any) -> None:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Celery prints its threads then
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # by default Celery prints its threads
         self._say_served()
         self._monitor.follow(consumer)
 
     def _changed(self) -> None:
-        """A job came or went here: this node is no broken one, and its card has another room."""
+        """A job came or went here: so this node works, and the card's room has changed."""
         self._say_served()
         self._monitor.look_soon()
 
@@ -211,14 +215,15 @@ class DeviceNode:
             self._lock.say_served()
 
     def take_over(self) -> None:
-        """Write the device's row, which a claim needs, and give back what an earlier node of this device left running.
+        """Write the device's row, which a claim needs, and give back jobs that an earlier node of this device left
+        running.
 
-        The lock says that no process of that node is alive, but only on this machine. Raises NameTaken.
+        The lock shows that no process of that node is alive, but only on this machine. Raises NameTaken.
         """
         end_all(self._place)
-        connect(self._settings).dispose()  # its schema is ours
+        connect(self._settings).dispose()  # checks that the schema is of this version
         first = arrival = self._row.arrive()
-        while arrival.seen_at is not None:  # until it has been silent for so long that its row is nobody's
+        while arrival.seen_at is not None:  # until the other node has been silent for so long that its row is free
             if arrival.seen_at != first.seen_at:
                 raise NameTaken(self._place.node)
             log.warning("%s was just served, before this machine's last start or on a copy of it", self._place.node)
@@ -226,11 +231,11 @@ class DeviceNode:
             arrival = self._row.arrive()
         for job_id in arrival.given_back:
             log.warning("job %s: an earlier worker of this device left it, it waits again", job_id)
-        end_strays(self._place)  # ranks of a job on several cards, which their leader has not ended yet
+        end_strays(self._place)  # ranks of a job on several cards that their leader has not ended yet
         self._monitor.report()
 
     def _shut_down(self) -> None:
-        """In a signal handler, too. Celery looks at its own flag while it starts."""
+        """Begin to stop; may run in a signal handler. While Celery starts, it looks only at its own flag."""
         from celery.worker import state
 
         state.should_stop = 0
@@ -239,10 +244,10 @@ class DeviceNode:
 
 
 def place_of(settings: Settings, device: Device, options: NodeOptions, drain: Drain) -> Workplace:
-    """What all attempts on the device share. Its store has connections enough for the threads of a DeviceNode."""
+    """What all attempts on the device share. Its store has enough connections for the threads of a DeviceNode."""
     max_jobs = _max_jobs(device, options)
     slots = slots_of(max_jobs, hosts=bool(options.keep_warm_s))
-    # a slot and its upload each, and the monitor; they take turns, so that one stays open
+    # for each slot, its upload and the monitor; they rarely need them at once, so that only one stays open
     connections = max(CONNECTIONS, 2 * max_jobs + 2, slots + 2)
     idle_s = NODE_IDLE_S * pace_of(settings.lease_s)
     engine = make_engine(settings.database_url, connections=connections, kept=1, idle_s=idle_s)
@@ -258,12 +263,12 @@ def place_of(settings: Settings, device: Device, options: NodeOptions, drain: Dr
 
 
 def _max_jobs(device: Device, options: NodeOptions) -> int:
-    """A plan says nothing about a processor's memory, so that is not shared."""
+    """Jobs that may share the device. A plan says nothing about a processor's memory, so jobs don't share that."""
     return options.max_jobs or (1 if device.kind == "cpu" else default_max_jobs(device.total))
 
 
 def obey(orders: IO[str], drain: Drain) -> None:
-    """Follow the worker's orders, in a thread. When the worker is gone, stop as after SIGTERM."""
+    """Follow the worker's orders in a thread. If the worker is gone, stop as after SIGTERM."""
 
     def listen() -> None:
         for line in orders:
@@ -279,7 +284,7 @@ def obey(orders: IO[str], drain: Drain) -> None:
 
 
 def _once() -> Callable[[str], None]:
-    """Logs what is waited for, each reason once: a try comes every few seconds, and an outage may last a night."""
+    """Logs what the node waits for, each reason once: it tries every few seconds, and an outage may last all night."""
     said: set[str] = set()
 
     def tell(why: str) -> None:
@@ -291,9 +296,10 @@ def _once() -> Callable[[str], None]:
 
 
 class LogHandler(logging.StreamHandler[IO[str]]):
-    """Writes to stderr, and goes without where nobody reads it any more.
+    """Writes to stderr, and drops lines once nobody reads it any more.
 
-    A node outlives a worker that was killed. To tell of each lost line, which is lost in turn, takes a processor.
+    A node outlives a worker that was killed. Reporting each lost line, in a line that is lost too, would keep a core
+    busy.
     """
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's name
@@ -302,7 +308,7 @@ class LogHandler(logging.StreamHandler[IO[str]]):
 
 
 class _CleanFormatter(logging.Formatter):
-    """Lines without control characters: a model's error may hold what would steer the terminal of the box's owner."""
+    """Removes control characters: a model's error may contain ones that would steer the owner's terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return clean_text(super().format(record))
@@ -318,7 +324,7 @@ def main() -> None:
     handler.setFormatter(_CleanFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     log.setLevel(logging.INFO)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # a notice to a whole allocation: the worker's own word follows
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm notifies the whole allocation; the worker's order follows
     options = NodeOptions(**arguments.options)
     drain = Drain(options.grace_s)
     obey(sys.stdin, drain)

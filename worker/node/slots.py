@@ -1,5 +1,5 @@
-"""The slots of a device: threads, one for each job that may run on it, that sleep until they are woken. Each claims
-what the placement rule gives its card, and leaves the rest to others.
+"""The slots of a device: one thread for each job that may run on it, asleep until it is woken. A slot claims only what
+the placement rule gives its card.
 """
 
 from __future__ import annotations
@@ -23,35 +23,35 @@ from .health.leftovers import close_if_left
 from .health.self_test import NOT_TESTED
 
 HOLD_BACK_S = 10.0
-"""Seconds for which a job is left to the card that the rule gives it to; after that the card counts as stuck."""
+"""How long this card leaves a job to the card that the rule gives it to; after that, the other card counts as stuck."""
 
 SETTLE_S = 5.0
-"""Seconds for which the first claim waits for the box's other cards, which start at the same time. Else the first of
-them would take as many waiting jobs as may share it, and the others would be idle beside it."""
+"""Seconds for which the first claim waits for the box's other cards, which start at the same time. Otherwise the first
+card would take as many waiting jobs as may share it, and leave the others idle."""
 
-SETTLE_LOOK_S = 0.2  # another node's row tells nobody that it has come
+SETTLE_LOOK_S = 0.2  # polled: nothing announces another node's row
 
 AGAIN_S = 0.05
-"""After another node's claim was faster."""
+"""How long a claim waits before it tries again, when another node's claim was faster."""
 
 
 class Claimer:
-    """Claims for the slots of one device, one at a time: two at once would both count on the same bytes."""
+    """Claims jobs for the slots of one device, one at a time: two claims at once would count on the same bytes."""
 
     def __init__(self, place: Workplace, watch: Watch, *, devices: int = 1) -> None:
-        """`devices`: how many cards of the box are served, with this one."""
+        """`devices`: how many cards of the box are served, including this one."""
         self._place = place
         self._watch = watch
         self._claiming = threading.Lock()
-        self._left: dict[str, float] = {}  # node -> since when a job is left to it
+        self._left: dict[str, float] = {}  # node -> since when this card leaves a job to it
         self._others = devices - 1
         self._settled = devices < 2
         self._made = place.clock.now()
-        self._began: float | None = None  # when the first claim was asked for
-        self._since: dt.datetime | None = None  # of this node, by the database's time
+        self._began: float | None = None  # when a slot first asked for a claim
+        self._since: dt.datetime | None = None  # when this node began, by the database's time
 
     def claim(self) -> Claim | None:
-        """What the rule gives this card now. What it gives another card that does not take it, after a while."""
+        """Claim what the rule gives this card now, or, after a while, what it gives a card that does not take it."""
         others: Collection[str] = ()
         with self._place.clock.holding(self._claiming):
             claim = None
@@ -69,21 +69,22 @@ class Claimer:
                     break
                 self._place.clock.sleep(AGAIN_S)
         if isinstance(claim, Claim):
-            return claim  # at once: nothing beats for it yet
+            return claim  # at once: nothing sends its heartbeats yet
         self._place.wake_others(others)  # outside the lock: the queue may be away
         return None
 
     def _has_settled(self) -> bool:
-        """Whether the box's other cards serve, too, or were waited for long enough. This one has to be ready itself.
+        """Whether the box's other cards serve too, or were waited for long enough. The wait starts when this card is
+        ready itself.
 
-        One serves where it was seen since this node began.
+        A card serves if its row was written after this node began.
         """
         if self._settled or self._watch.fault is not None:
             return True
         place, now = self._place, self._place.clock.now()
         self._began = self._began or now
         self._since = self._since or place.store.now() - dt.timedelta(seconds=now - self._made)
-        # a worker that was killed has left the rows of its cards, which say nothing of those that start now
+        # rows that a killed worker left behind say nothing about the nodes that start now
         others = [row for row in place.store.cards.nodes(place.settings.host) if row.node != place.node]
         ready = sum(row.fault != NOT_TESTED and row.seen_at >= self._since for row in others)
         self._settled = ready >= self._others or now - self._began > SETTLE_S
@@ -92,7 +93,7 @@ class Claimer:
     def _try(self) -> Claim | Left | None:
         seen, now = self._watch.look(), self._place.clock.now()
         if seen.fault is not None:
-            return None  # its row says so with the next look
+            return None  # the next look writes the fault into its row
         distrusted = frozenset(node for node, since in self._left.items() if now - since > HOLD_BACK_S)
         place = self._place
         can = {"joins": place.hosts is not None, "gangs": place.device.kind != "cpu"}
@@ -105,13 +106,13 @@ class Claimer:
 log = logging.getLogger("loractl.worker")
 
 CALM_S = 0.05
-"""Seconds that a slot rests after a claim that found nothing: who fills the queue must not fill the database, too."""
+"""Seconds that a slot rests after a claim that found nothing: many messages must not become as many queries."""
 
 
 class Slots:
-    """Claims what the rule gives this device, and supervises it.
+    """Claims the jobs that the rule gives this device, and supervises them.
 
-    `changed` is called when a job came or went, `overheard` when a message came for which no slot was idle.
+    Calls `changed` when a job comes or goes, and `overheard` when a message comes while no slot is idle.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Slots:
         self._overheard = overheard
         self._claimer = Claimer(place, watch, devices=devices)
         self._claiming = threading.Lock()
-        self._looked = 0  # how often they had been woken when one found nothing
+        self._looked = 0  # the value of `_calls` at the last claim that found nothing
         watch.own = self._own_trainers
         self._woken = threading.Condition()
         self._calls = 0  # how often the slots were woken
@@ -152,7 +153,7 @@ class Slots:
         return self._attempts.copy()
 
     def _own_trainers(self) -> list[OwnTrainer]:
-        """What supervisors know of their trainers: numbers, and the memory that each says it holds."""
+        """What supervisors know of their trainers: their PIDs, and the memory that each trainer reports."""
         return [
             OwnTrainer(
                 job=_name_of(attempt),
@@ -163,8 +164,8 @@ class Slots:
         ]
 
     def wake(self) -> None:
-        """Let idle slots look for a job; returns at once. Where the card has as many as it may have, others are told: a
-        slot that is idle then can only let a job join another."""
+        """Let idle slots look for a job; returns at once. If the card has as many jobs as may share it, also wakes
+        other cards: an idle slot here can then only let a job join another."""
         with self._woken:
             self._calls += 1
             self._woken.notify_all()
@@ -187,7 +188,7 @@ class Slots:
             try:
                 self._take_jobs(slot, calls)
             except Exception as error:
-                # if a slot ended silently, the node would look well and take no jobs
+                # if a slot ended silently, the node would look healthy but take no jobs
                 if (why := outage(error)) is None:
                     log.exception("slot %s failed; it looks again when it is woken", slot)
                 else:
@@ -197,7 +198,7 @@ class Slots:
                     self._changed()
 
     def _sleep(self, calls: int) -> int:
-        """Wait for another call than those; returns how many there were."""
+        """Wait until more calls have come than `calls`; returns the new count."""
         with self._woken:
             self._idle += 1
             self._place.clock.wait_for(self._woken, lambda: self._closing, CALM_S)
@@ -206,7 +207,7 @@ class Slots:
             return self._calls
 
     def _take_jobs(self, slot: int, calls: int) -> None:
-        """Claim and run, until nothing that waits is for this device. `calls`: those that woke this slot."""
+        """Claim and run jobs until no waiting job is for this device. `calls`: the count that woke this slot."""
         anew = False
         while not self._closing and (claim := self._claim(calls, anew=anew)) is not None:
             attempt = self._attempts[slot] = begin(claim, self._place.settings.work_dir, self._place.clock)
@@ -234,11 +235,11 @@ class Slots:
 
 
 def slots_of(max_jobs: int, *, hosts: bool) -> int:
-    """The slots of a device that may have so many trainers: where hosts are kept, each may have several jobs."""
+    """The slots of a device that may have this many trainers: if hosts are kept, each may have several jobs."""
     return max_jobs * (PACK_MEMBERS if hosts else 1)
 
 
 def _name_of(attempt: SupervisedAttempt) -> str:
-    """What stands for a job in its trainer's environment."""
+    """The name of a job, or of the host that it shares, in its trainer's environment."""
     host = None if attempt.run.trainer is None else attempt.run.trainer.host
     return str(attempt.claim.job_id) if host is None else host_name(host)

@@ -1,4 +1,4 @@
-"""One trainer of a node that has its imports behind it and waits for a job: made, handed over, replaced."""
+"""The spare of a node, a trainer that has done its imports and waits for a job: it is made, handed over, replaced."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ from loractl.worker.protocol.messages import Take
 log = logging.getLogger("loractl.worker")
 
 LOOK_S = 0.2
-"""Seconds between two looks at the spare, and the least that a node must be idle before one is made."""
+"""Seconds between two looks at the spare. A node waits at least this long before it makes its first."""
 
 IMPORT_S = 600.0
-"""A spare that has not imported everything by then hangs: a slow disk takes a minute or two at low priority."""
+"""A spare that has not imported everything by then hangs: even a slow disk takes a minute or two at low priority."""
 
 HAND_OVER_S = 5.0
-"""A spare answers in milliseconds. One that does not within this, or a quarter of a lease, is left."""
+"""A spare answers in milliseconds. If it does not within this time or a quarter of a lease, it is dropped."""
 
 FIRST_AGAIN_S, MOST_AGAIN_S = 10.0, 600.0
-"""Seconds until another spare is made after one that failed; each failure in a row doubles them."""
+"""Seconds until the next spare is made after one has failed; each failure in a row doubles them."""
 
 
 @dataclass(kw_only=True)
 class SpareTrainer:
-    """A process that is a spare, and who reads its pipes until it is a job's."""
+    """A spare's process, and the threads that read its pipes until a job gets it."""
 
     process: subprocess.Popen[str]
-    mark: str  # LORACTL_RUN until it is a job's
-    environment: dict[str, str]  # what it has in common with the trainers of jobs
+    mark: str  # LORACTL_RUN until a job gets it
+    environment: dict[str, str]  # the part that trainers of jobs have too
     clock: NodeClock = SYSTEM
     born: float = field(init=False)
     ready: threading.Event = field(default_factory=threading.Event)
-    lines: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)  # the last that its pipes' readers read
+    lines: queue.SimpleQueue[str] = field(default_factory=queue.SimpleQueue)  # the last line of each reader
     readers: list[threading.Thread] = field(default_factory=list)
-    last: str = ""  # that it printed on standard error
-    until: str = ""  # the line that ends its time as a spare; no line is empty
+    last: str = ""  # the last line that it printed on standard error
+    until: str = ""  # the line that ends its time as a spare; empty matches no line
 
     def __post_init__(self) -> None:
         self.born = self.clock.now()
 
     def read(self) -> None:
-        """Begin to read both pipes, up to the line with which it becomes a job's."""
+        """Begin to read both pipes, up to the line with which it goes to a job."""
         assert self.process.stdout and self.process.stderr
         for pipe, heard in ((self.process.stdout, self._answered), (self.process.stderr, self._printed)):
             reader = threading.Thread(target=self._read, args=(pipe, heard), name="spare's pipe", daemon=True)
@@ -63,7 +63,7 @@ class SpareTrainer:
             self.readers.append(reader)
 
     def become(self, job_id: int, mark: str, patience_s: float) -> bool:
-        """Hand it over. True: its environment shows the attempt's marks, and nobody reads its pipes any more."""
+        """Hand it over. True: its environment shows the attempt's marks, and its pipes are free for a new reader."""
         assert self.process.stdin
         self.until = taken(mark)
         deadline = self.clock.now() + patience_s
@@ -73,11 +73,11 @@ class SpareTrainer:
         except queue.Empty:
             return False
         for reader in self.readers:
-            reader.join()  # each has said its last
+            reader.join()  # each has put its last line
         return read == [self.until] * len(read) and self.shows(str(job_id), mark)
 
     def shows(self, name: str, mark: str) -> bool:
-        """Whether those who look for processes of the attempt, or for a host's, find this one."""
+        """Whether a search for the attempt's processes, or for the host's, would find this one."""
         try:
             seen = psutil.Process(self.process.pid).environ()
         except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
@@ -94,19 +94,19 @@ class SpareTrainer:
 
     def _answered(self, line: str) -> None:
         if line == READY and not self.ready.is_set():
-            self.ready.set()  # first: who reads the line may take it at once
+            self.ready.set()  # first: a reader of the log line may submit a job that takes the spare at once
             log.info("a spare trainer is ready, process %s", self.process.pid)
 
     def _printed(self, line: str) -> None:
-        """What it printed before is no job's."""
+        """Keep what it prints as a spare out of any job's log."""
         self.last = line.strip() or self.last
         log.debug("the spare trainer: %s", line.rstrip())
 
 
 class Spares:
-    """Keeps one spare trainer while the node has nothing better to do.
+    """Keeps one spare trainer, made while the node is not busy.
 
-    `busy`: whether none may be made now, since it would compete with a job that starts.
+    `busy`: whether making one now would compete with a job that starts.
     """
 
     def __init__(self, place: Workplace, busy: Callable[[], bool]) -> None:
@@ -126,7 +126,7 @@ class Spares:
         self._thread = self._place.clock.start(self._run, "spare")
 
     def stop(self) -> None:
-        """End the spare; none is made any more."""
+        """End the spare, and make none from now on."""
         self._stopped.set()
         if self._thread is not None:
             self._place.clock.join(self._thread)
@@ -139,14 +139,14 @@ class Spares:
 
     @property
     def marks(self) -> frozenset[str]:
-        """The marks of processes that are no strays: of the spare that waits, and of one that is handed over now."""
+        """Marks of processes that are not strays: of the waiting spare, and of one that is being handed over."""
         with self._lock:
             return frozenset(self._marks)
 
     def take(self, environment: Mapping[str, str]) -> subprocess.Popen[str] | None:
-        """The spare as the trainer with this environment; None where none fits or the hand-over fails.
+        """The spare, as the trainer with this environment; None if none fits or the hand-over fails.
 
-        It is called by a supervisor, so it takes no longer than a beat may be late.
+        A supervisor calls this, so it takes no longer than a heartbeat may be late.
         """
         own = {name: value for name, value in environment.items() if name not in (JOB_VARIABLE, RUN_VARIABLE)}
         with self._lock:
@@ -175,15 +175,15 @@ class Spares:
         while not self._place.clock.wait(self._stopped, LOOK_S):
             try:
                 self._tend()
-            except OSError as error:  # no memory or no number for another process
+            except OSError as error:  # no memory or no PID for another process
                 self._failed(f"it could not be started: {error.strerror or error}")
             except Exception as error:
-                # if this thread ended silently, every later job would start cold, and what was dropped would stay
+                # if this thread ended silently, every later job would start cold, and dropped spares would never end
                 log.exception("the check of the spare trainer failed and is repeated")
                 self._failed(repr(error))
 
     def _tend(self) -> None:
-        """Drop what died or hangs; make a spare when it is time."""
+        """Drop a spare that died or hangs; make one when it is time."""
         while not self._dropped.empty():
             spare, reason = self._dropped.get()
             self._end(spare)
@@ -202,7 +202,7 @@ class Spares:
         common = common_environment(self._place)
         with self._lock:
             self._marks.add(mark)
-        # The placeholder is the last: what is cut off behind the job's number ends the block.
+        # The placeholder comes last: a job's number overwrites it, and the zeros after the number end the block.
         environment = {**common, RUN_VARIABLE: mark, PLACEHOLDER: PLACEHOLDER_VALUE}
         try:
             process = self._place.launch(self._place.settings.trainer, environment, SPARE, self._place.device.trains_on)
@@ -212,7 +212,7 @@ class Spares:
             raise
         spare = SpareTrainer(process=process, mark=mark, environment=common, clock=self._place.clock)
         with self._lock:
-            self._waiting = spare  # before its pipes are read: it is ready only then
+            self._waiting = spare  # before its pipes are read, since that is what makes it ready
         try:
             spare.read()
         except RuntimeError:  # no thread for its pipes
@@ -234,7 +234,7 @@ class Spares:
         log.warning("the spare trainer is dropped: %s; another one is made in %.0f s", why, again_s)
 
     def _fault(self, spare: SpareTrainer) -> str | None:
-        """Why a spare that waits is none any more."""
+        """Why a waiting spare can't be used any more; None: it can."""
         if (code := spare.process.poll()) is not None:
             return f"it ended (exit status {code}){': ' if spare.last else ''}{spare.last[:300]}"
         if not spare.ready.is_set() and self._place.clock.now() - spare.born > IMPORT_S:

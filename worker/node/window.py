@@ -10,18 +10,18 @@ from loractl.common.errors import UsageError
 from loractl.common.units import duration, parse_moment
 
 GRACE_S = 180.0
-"""Before its end a worker takes so long by default: a step and its checkpoint, and the way of that into the store."""
+"""How long before its end a worker begins to stop by default: time for a step, its checkpoint and the upload."""
 
 END_VARIABLE = "SLURM_JOB_END_TIME"
-"""Slurm's: when the allocation ends, in seconds since 1970."""
+"""Slurm's variable: when the allocation ends, in seconds since 1970."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """The time that a worker has."""
+    """The time until which a worker may run."""
 
-    ends: dt.datetime  # then it must be gone
-    said_by: str  # the option or variable that says so
+    ends: dt.datetime  # it must have ended by then
+    said_by: str  # the option or variable that set the end
     grace_s: float
 
     @property
@@ -33,7 +33,7 @@ class Window:
 def read_window(
     until: str | None, lasts_s: float | None, grace_s: float | None, environment: Mapping[str, str], now: dt.datetime
 ) -> Window | None:
-    """The earliest of all ends that were given; None: it stays. Raises UsageError.
+    """The window with the earliest of all given ends; None: no end was given, so the worker stays. Raises UsageError.
 
     `until`: a time or a duration; `lasts_s`: seconds from now.
     """
@@ -52,11 +52,11 @@ def read_window(
     (end, said_by), grace_s = min(ends), GRACE_S if grace_s is None else grace_s
     left_s = (end - now).total_seconds()
     if left_s <= 0:
-        raise UsageError(f"{said_by}: that time is over", _STALE if said_by == END_VARIABLE else None)
+        raise UsageError(f"{said_by}: that time has passed", _STALE if said_by == END_VARIABLE else None)
     if left_s <= grace_s:
         raise UsageError(
-            f"{said_by}: {duration(left_s)} are left, and a stop may take {duration(grace_s)} of them",
-            "give it longer, or a stop less: --grace 30s",
+            f"{said_by}: only {duration(left_s)} are left, but a stop may take {duration(grace_s)}",
+            "choose a later end or a shorter stop, like --grace 30s",
         )
     return Window(ends=end, said_by=said_by, grace_s=grace_s)
 
@@ -69,5 +69,6 @@ def _slurm_end(text: str) -> dt.datetime:
         return dt.datetime.fromtimestamp(int(text), dt.UTC)
     except (ValueError, OverflowError, OSError):
         raise UsageError(
-            f"{END_VARIABLE} is no time in seconds since 1970: {text[:40]!r}", f"unset {END_VARIABLE}, and use --until"
+            f"{END_VARIABLE} is not a time in seconds since 1970: {text[:40]!r}",
+            f"unset {END_VARIABLE}, and use --until",
         ) from None

@@ -231,7 +231,7 @@ def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None =
             raise WrongState(what, done if job.status is Status.SUCCEEDED else None)
         if job.status is Status.QUEUED and job.awaits is not None and not job.held_too:
             what = f"job {job_id} waits for job {job.awaits}, nobody holds it"
-            raise WrongState(what, f"loractl edit {job_id} --set after=[] lets it start without")
+            raise WrongState(what, f"loractl edit {job_id} --set after=[] lets it start anyway")
         until = None if job.result_host is None else tx.now() + dt.timedelta(seconds=RESULT_FIRST_S)
         new = {"status": Status.QUEUED, **retried(), "held": job.awaits is not None, "result_until": until}
         if change_row(tx, job_id, "retry", seen(job), new, user):

@@ -67,8 +67,8 @@ def test_a_job_that_is_about_to_join_says_beside_whom(packed: Store) -> None:
 
 def test_a_job_that_does_not_join_says_by_which_numbers(packed: Store) -> None:
     found = asked(packed, queue(packed, length=1024))
-    why_not = "not with job 1 on one base: 2 jobs in one pass are"
-    assert found.wait.word == "busy" and f"{NODE} when 1 ends, {why_not}" in found.wait.sentence
+    why_not = "it does not train with job 1 on one base: 2 jobs in one pass are"
+    assert found.wait.word == "busy" and f"{NODE} when job 1 ends; {why_not}" in found.wait.sentence
     assert why_not in found.cards[0].then and "less than 1.33" in found.cards[0].then
 
 
@@ -82,7 +82,9 @@ def test_every_card_with_its_base_says_why_it_does_not_join_there(packed: Store)
     assert key is not None and packed.hosts.open(second, NewHost(host="o", node="owl:0", key=key, bytes=5 * GIB))
     found = asked(packed, queue(packed, length=1024))
     for number, fit in enumerate(found.cards, start=1):
-        assert fit.then.startswith(f"has a slot when {number} ends, which is not known, not with job {number} on one")
+        assert fit.then.startswith(
+            f"has a slot when job {number} ends (time not known); it does not train with job {number}"
+        )
         assert "less than 1.33" in fit.then
 
 
@@ -100,7 +102,7 @@ def test_a_job_that_can_t_join_says_which_setting_keeps_it_apart(
     packed: Store, keys: dict[str, Any], why_not: str
 ) -> None:
     found = asked(packed, queue(packed, **keys))
-    assert found.wait.sentence == f"{NODE} when 1 ends, not with job 1 on one base: {why_not}"
+    assert found.wait.sentence == f"{NODE} when job 1 ends; it does not train with job 1 on one base: {why_not}"
 
 
 def test_a_job_whose_shared_trainer_was_lost_says_that_it_is_tried_alone(packed: Store) -> None:
@@ -150,7 +152,7 @@ def test_a_cancelled_job_s_memory_is_told_until_it_is_out_of_its_trainer(packed:
     (host,) = fleet(packed).as_json()[0]["hosts"]
     assert (host["jobs"], host["leavers"]) == ([1], [{"job_id": second, "bytes": 3 * GIB}])
     large = packed.jobs.submit(submission(lora=20, method="lora", base_model="org/b"))
-    held = f"job {second} has ended and holds 3.0 until it is out of the trainer"
+    held = f"job {second} has ended but holds 3.0 GiB until it has left the trainer"
     found = asked(packed, large)
     assert (found.wait.sentence, found.cards[0].then) == (f"on {NODE} {held}", held)
     packed.jobs.retry(second, "bob")
@@ -162,8 +164,10 @@ def test_a_cancelled_job_s_memory_is_told_until_it_is_out_of_its_trainer(packed:
 def test_a_trainer_that_takes_no_more_jobs_says_why(packed: Store) -> None:
     packed.hosts.spoil("h", NODE, "job 9 ended there with disk_full")
     found = asked(packed, queue(packed))
-    why_not = "not with job 1 on one base: their trainer takes no more jobs: job 9 ended there with disk_full"
-    assert found.wait.sentence == f"{NODE} when 1 ends, {why_not}"
+    why_not = (
+        "it does not train with job 1 on one base: their trainer takes no more jobs: job 9 ended there with disk_full"
+    )
+    assert found.wait.sentence == f"{NODE} when job 1 ends; {why_not}"
     assert "takes no more jobs: job 9 ended there with disk_full" in devices(fleet(packed), replace(PIPE, width=200))
     (host,) = fleet(packed).as_json()[0]["hosts"]
     assert host["spoilt"] == "job 9 ended there with disk_full"
@@ -174,5 +178,5 @@ def test_a_list_leaves_to_why_what_keeps_jobs_apart(packed: Store) -> None:
     first, second = queue(packed, length=1024), queue(packed, length=900)
     listed = overview_text(overview(packed, Choice(), Page()), Screen(width=80, unicode=True, color=False))
     assert "one base" not in listed and "one by one" not in listed
-    assert f"{NODE} when 1 ends" in listed and f"{first} goes first" in " ".join(listed.split())
-    assert "not with job 1 on one base" in why_text(why(packed, second), PIPE)
+    assert f"{NODE} when job 1 ends" in listed and f"job {first} goes first" in " ".join(listed.split())
+    assert "does not train with job 1 on one base" in why_text(why(packed, second), PIPE)

@@ -30,7 +30,7 @@ def test_a_base_into_which_an_adapter_is_merged_that_must_stay_in_the_lab_says_s
     assert "publish" not in identify(str(tmp_path), None, tmp_path / "cache")
 
 
-def test_a_stop_is_seen_while_hashes_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_waits_for_hashes_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = threading.Event()
     monkeypatch.setattr(identity_module, "fingerprint", lambda *_: {"slow": "disk"} if read.wait(60) else {})
     (tmp_path / "base").mkdir()
@@ -46,7 +46,7 @@ def stop() -> None:
     raise InterruptedError
 
 
-def test_a_folder_that_goes_away_is_told_to_whoever_waits(tmp_path: Path) -> None:
+def test_waiting_for_the_hashes_of_a_missing_folder_is_an_error(tmp_path: Path) -> None:
     identity = BaseIdentity(str(tmp_path / "gone"), None, tmp_path / "cache")
     with pytest.raises(FileNotFoundError):
         identity.wait()

@@ -196,7 +196,7 @@ def test_a_job_for_other_boxes_and_a_held_one_keep_no_worker_and_are_named(idle:
     for _ in range(2):
         store.jobs.submit(submission(resources={"node_labels": {"nvlink": "yes"}}))
     store.jobs.hold(store.jobs.submit(submission()), "ada")
-    assert last_line() == "No job that fits this box is left: 1, 2 wait for another box, 3 is held."
+    assert last_line() == "No job that fits this box is left: jobs 1, 2 wait for another box, job 3 is held."
 
 
 @pytest.mark.parametrize(
@@ -206,11 +206,11 @@ def test_a_job_for_other_boxes_and_a_held_one_keep_no_worker_and_are_named(idle:
         ("heron", "heron:0, which is drained, or for heron:1, which is drained"),
     ],
 )
-def test_nor_does_one_that_only_a_drained_card_could_take(idle: Idle, target: str, named: str) -> None:
+def test_a_job_that_only_a_drained_card_could_take_keeps_no_worker(idle: Idle, target: str, named: str) -> None:
     store, last_line = idle
     store.jobs.submit(submission(lora=12, qlora=12))
     store.cards.drain(target, "ada", "new driver")
-    assert last_line() == f"No job that fits this box is left: 1 waits for another box, or for {named}."
+    assert last_line() == f"No job that fits this box is left: job 1 waits for another box, or for {named}."
 
 
 def test_a_card_that_could_not_be_read_is_served_by_another_node_once_it_can(

@@ -13,7 +13,7 @@ from loractl.common.settings import load_settings
 from loractl.worker.node.box_identity import read_identity
 
 
-def test_it_is_drawn_once_and_again_where_a_full_disk_left_it_empty(tmp_path: Path) -> None:
+def test_the_identity_is_drawn_once_and_again_if_a_full_disk_left_it_empty(tmp_path: Path) -> None:
     settings = replace(load_settings(), home=tmp_path)
     settings.runtime_dir.mkdir()
     with ThreadPoolExecutor(4) as nodes:
@@ -24,7 +24,7 @@ def test_it_is_drawn_once_and_again_where_a_full_disk_left_it_empty(tmp_path: Pa
     assert [path.name for path in settings.runtime_dir.iterdir()] == ["instance"]
 
 
-def test_a_home_that_does_not_take_it_is_named(tmp_path: Path) -> None:
+def test_an_identity_that_can_t_be_written_is_an_error_that_names_its_file(tmp_path: Path) -> None:
     with pytest.raises(LoractlError, match="instance can't be written: No such file") as told:
         read_identity(replace(load_settings(), home=tmp_path / "gone"))
     assert told.value.hint

@@ -138,7 +138,7 @@ def test_cards_by_number_are_taken_in_pci_order_which_is_said_or_refused(library
     assert [c["uuid"] for c in look(library, CUDA_VISIBLE_DEVICES="GPU-aaaa", CUDA_DEVICE_ORDER="FASTEST_FIRST")]
 
 
-def test_cards_that_are_not_there_make_no_processor_of_a_box_of_gpus(library: StandIn) -> None:
+def test_a_box_of_gpus_without_its_cards_does_not_serve_the_processor(library: StandIn) -> None:
     library.show(*CARDS)
     for hidden in ("7", "GPU-cccc", "0,7"):
         assert "CUDA_VISIBLE_DEVICES: " in refusal(library, CUDA_VISIBLE_DEVICES=hidden)
@@ -146,7 +146,7 @@ def test_cards_that_are_not_there_make_no_processor_of_a_box_of_gpus(library: St
     assert "shows no NVIDIA card" in refusal(library, CUDA_VISIBLE_DEVICES="-1", LORACTL_DEVICES="nvml")
 
 
-def test_the_stand_in_of_a_card_for_trials_trains_on_the_processor(library: StandIn) -> None:
+def test_a_simulated_card_trains_on_the_processor(library: StandIn) -> None:
     library.show(*CARDS)
     card = look(library, "0", LORACTL_DEVICES="nvml:cpu")[0]
     assert (card["kind"], card["sees"]) == ("sim", {"CUDA_VISIBLE_DEVICES": ""})
@@ -158,7 +158,9 @@ def test_without_a_driver_there_is_no_card(library: StandIn) -> None:
     assert "NVML finds no NVIDIA card" in refusal(library, LORACTL_DEVICES="nvml")
 
 
-def test_a_driver_that_does_not_answer_closes_the_cards_and_makes_no_processor_of_the_box(library: StandIn) -> None:
+def test_a_driver_that_does_not_answer_closes_the_cards_and_the_box_does_not_serve_its_processor(
+    library: StandIn,
+) -> None:
     library.show(*CARDS, init=18)
     (card,) = look(library)
     assert (card["kind"], card["total"]) == ("nvml", 0)
@@ -194,7 +196,7 @@ def test_a_lost_card_is_closed_and_the_others_are_served(library: StandIn) -> No
         assert [card["fault"] for card in once()] == [None, None], "after a reset it is as before"
 
 
-def test_a_node_whose_card_is_gone_does_not_become_one_of_the_processor(library: StandIn) -> None:
+def test_a_node_whose_card_is_gone_does_not_serve_the_processor(library: StandIn) -> None:
     library.show(SMALL)
     for number in ("1", "0.2"):
         (card,) = look(library, f"={number}", LORACTL_DEVICES="nvml")
@@ -204,7 +206,7 @@ def test_a_node_whose_card_is_gone_does_not_become_one_of_the_processor(library:
     assert card["uuid"] == "GPU-aaaa", "its worker has chosen the cards; what is hidden since then ends no node"
 
 
-def test_a_card_that_one_process_may_have_is_closed_to_jobs(library: StandIn) -> None:
+def test_a_card_in_an_exclusive_compute_mode_is_closed_to_jobs(library: StandIn) -> None:
     library.show(but(SMALL, mode=3), but(LARGE, mode=2))
     exclusive, prohibited = look(library)
     how = "jobs share cards: nvidia-smi -i GPU-aaaa -c DEFAULT"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from loractl.worker.attempt.workplace import Drain
 
 
-def test_a_node_that_hears_of_the_first_ctrl_c_late_does_not_take_the_second_one_back() -> None:
+def test_a_first_ctrl_c_that_comes_late_does_not_undo_the_second_one() -> None:
     drain = Drain()
     assert drain.wish is None
     drain.ask("now")
@@ -13,7 +13,7 @@ def test_a_node_that_hears_of_the_first_ctrl_c_late_does_not_take_the_second_one
     assert drain.wish == "now"
 
 
-def test_the_end_of_a_person_s_order_does_not_take_the_worker_s_stop_back() -> None:
+def test_an_undrain_does_not_undo_the_worker_s_stop() -> None:
     drain = Drain()
     drain.order(True)
     assert (drain.wish, drain.asked) == ("checkpoint", None)

@@ -179,7 +179,7 @@ def test_the_end_names_the_card_whose_rank_failed(
     assert state.failed_card == "box:0"
 
 
-def test_a_trainer_blames_no_card_that_is_not_its_job_s(state: SupervisedAttempt) -> None:
+def test_a_trainer_can_blame_only_its_job_s_cards(state: SupervisedAttempt) -> None:
     failed = Ended(job_id=state.claim.job_id, reason=Reason.GPU_ERROR, message="a fault", card="box:1")
     for card, blamed in (("box:1", "box:1"), ("owl:0", None), (None, None)):
         state.heard.ended = failed.model_copy(update={"card": card})
@@ -188,7 +188,7 @@ def test_a_trainer_blames_no_card_that_is_not_its_job_s(state: SupervisedAttempt
     assert state.failed_card is None
 
 
-def test_ranks_that_divide_a_base_start_anew_with_less_where_the_first_try_was_too_large(
+def test_ranks_that_divide_a_base_restart_with_less_if_the_first_try_was_too_large(
     place: Workplace, state: SupervisedAttempt
 ) -> None:
     """In one process the trainer tries smaller batches itself: then out of memory before the training is the end."""

@@ -46,13 +46,13 @@ def test_a_job_for_two_cards_says_what_it_waits_for_and_is_not_passed_for_ever(h
     held.until(busy, lambda job: job.eta_seconds)
     large = held.submit(*LARGE, name="large", steps=100)
     assert 39 * GIB < (held.store.jobs.get(large).vram_lora or 0) < 41 * GIB
-    lacks = f"waits for a second card of 20.7 GiB on heron when {busy} ends"
+    lacks = f"waits for a second card of 20.7 GiB on heron when job {busy} ends"
     assert _why(held, large)["sentence"] == lacks
     assert lacks in _answers(held, "status", "job_id")[large]["message"]
 
     # for half an hour small jobs may pass it, and the sentence stays true
     stream(lambda: len(began()) >= 3)
-    both = (f"waits for 2 cards of 20.7 GiB on heron when {busy} and {job_id} end" for job_id in small)
+    both = (f"waits for 2 cards of 20.7 GiB on heron when jobs {busy} and {job_id} end" for job_id in small)
     assert _why(held, large)["sentence"] in {lacks, *both}
     submitted = held.store.jobs.get(large).submitted_at
     held.change(large, submitted_at=submitted - dt.timedelta(seconds=RESERVE_AFTER_S))
@@ -67,7 +67,7 @@ def test_a_job_for_two_cards_says_what_it_waits_for_and_is_not_passed_for_ever(h
     (idle,) = [node for node, seen in _answers(held, "gpus", "node").items() if not seen["jobs"]]
     waiting = _why(held, small[-1])
     assert waiting["word"] == "kept"
-    assert f"{idle} is kept for {large}" in waiting["sentence"]
+    assert f"{idle} is kept for job {large}" in waiting["sentence"]
 
     # the busy one ends, and both cards are its
     held.cli("cancel", busy)

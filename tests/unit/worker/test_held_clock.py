@@ -39,7 +39,7 @@ def test_hours_pass_at_once_and_in_their_order(clock: HeldClock) -> None:
     assert woken == [("early", HOUR), ("late", 3 * HOUR)] and clock.now() == began + 3 * HOUR
 
 
-def test_it_stands_while_a_thread_works(clock: HeldClock) -> None:
+def test_time_stands_still_while_a_thread_works(clock: HeldClock) -> None:
     """Like one that fetches data: a thread that waits for it with a deadline has time enough."""
     done = threading.Event()
 
@@ -53,7 +53,7 @@ def test_it_stands_while_a_thread_works(clock: HeldClock) -> None:
     assert not clock.wait(threading.Event(), HOUR) and clock.now() == began + HOUR
 
 
-def test_it_stands_until_a_line_in_a_pipe_has_been_handed_on(clock: HeldClock) -> None:
+def test_time_stands_still_until_a_line_in_a_pipe_has_been_passed_on(clock: HeldClock) -> None:
     """Its reader is not known to the clock, and hands on what came after a while."""
     end, other = os.pipe()
     pipe, lines = _Pipe(end), queue.SimpleQueue[str]()
@@ -82,7 +82,7 @@ def test_it_stands_until_a_line_in_a_pipe_has_been_handed_on(clock: HeldClock) -
     assert clock.now() - began == 3.0 + HOUR
 
 
-def test_who_waits_for_a_condition_or_a_lock_is_woken_by_who_changes_it(clock: HeldClock) -> None:
+def test_a_thread_that_waits_for_a_condition_or_a_lock_is_woken_when_it_changes(clock: HeldClock) -> None:
     changed, lock, there = threading.Condition(), threading.Lock(), list[str]()
 
     def change() -> None:
@@ -103,7 +103,7 @@ def test_who_waits_for_a_condition_or_a_lock_is_woken_by_who_changes_it(clock: H
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_clock_that_ends_by_a_fault_leaves_nobody_waiting(clock: HeldClock) -> None:
+def test_a_clock_that_failed_leaves_no_thread_waiting(clock: HeldClock) -> None:
     def look() -> bool:
         raise OSError("a pipe that is no more")
 
@@ -115,7 +115,7 @@ def test_a_clock_that_ends_by_a_fault_leaves_nobody_waiting(clock: HeldClock) ->
         clock.sleep(HOUR)
 
 
-def test_a_pipe_that_ends_while_the_clock_looks_at_it_is_quiet(clock: HeldClock) -> None:
+def test_a_pipe_that_closes_while_the_clock_looks_at_it_counts_as_empty(clock: HeldClock) -> None:
     for _ in range(200):
         read, write = os.pipe()
         pipe = _Pipe(read)

@@ -26,7 +26,7 @@ def test_a_short_log_is_handed_on_whole_and_once() -> None:
     assert book.take(last=True) == "b\n"
 
 
-def test_what_could_not_be_written_comes_again_with_what_is_new() -> None:
+def test_lines_that_could_not_be_written_are_sent_again_with_the_new_ones() -> None:
     book = LogBook()
     book.put("a\n")
     book.take()
@@ -36,7 +36,7 @@ def test_what_could_not_be_written_comes_again_with_what_is_new() -> None:
     assert book.take() == ""
 
 
-def test_lines_that_come_faster_than_the_heartbeat_are_left_out_and_it_is_said() -> None:
+def test_lines_that_come_faster_than_the_heartbeat_are_left_out_with_a_note() -> None:
     book = LogBook()
     for n in range(CHUNK):
         book.put(f"line {n}\n")
@@ -70,7 +70,7 @@ def test_the_line_that_says_so_is_not_lost_while_the_database_is_away() -> None:
 
 
 @given(st.lists(st.tuples(st.text(max_size=40), st.booleans(), st.booleans()), max_size=40), st.integers(0, 100))
-def test_nothing_makes_it_longer_than_its_limit(steps: list[tuple[str, bool, bool]], room: int) -> None:
+def test_a_log_never_exceeds_its_limit(steps: list[tuple[str, bool, bool]], room: int) -> None:
     book, written = LogBook(limit=CHUNK + room), 0
     for text, take, through in steps:
         book.put(text)
@@ -118,7 +118,7 @@ def test_the_log_goes_on_where_a_full_disk_ends_its_file() -> None:
     assert [told.get() for _ in range(3)] == ["a\n", "[the log file ends here: No space left on device]\n", "b\n"]
 
 
-def test_what_a_full_disk_has_not_taken_fails_nothing_when_the_file_is_closed() -> None:
+def test_closing_a_log_file_on_a_full_disk_fails_nothing() -> None:
     told: queue.SimpleQueue[str] = queue.SimpleQueue()
     with opened(Path("/dev/full")) as file:
         read_log(io.StringIO("a\n"), file, told)
@@ -126,7 +126,7 @@ def test_what_a_full_disk_has_not_taken_fails_nothing_when_the_file_is_closed() 
 
 
 @pytest.mark.parametrize("limit", [0, 3])
-def test_a_file_that_is_full_already_gets_the_closing_line_alone(limit: int) -> None:
+def test_a_full_file_gets_only_the_closing_line(limit: int) -> None:
     file = io.StringIO()
     read_log(io.StringIO("abcd\nefgh\n"), file, LogBook(), limit=limit)
     assert file.getvalue() == "\n[the log file ends here: it has 0 MiB]\n"

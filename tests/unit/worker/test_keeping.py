@@ -67,7 +67,7 @@ class NoProcess(StoreClient):
         return super().put_result(folder, prefix)
 
 
-def test_what_nobody_expected_ends_no_upload(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_ends_no_upload(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint_upload, "AGAIN_S", 0.1)
     job_id = store.jobs.submit(submission())
     claim = take(store)

@@ -33,7 +33,7 @@ def test_what_was_found_out_is_not_found_out_again() -> None:
     assert ask(knowledge, 4, lambda: "anew").job_id == 4, "old ones go"
 
 
-def test_what_is_for_one_alone_is_found_out_anew_by_the_next() -> None:
+def test_what_one_job_found_only_for_itself_is_found_out_again_by_the_next() -> None:
     knowledge, unsure = Knowledge(), {"keeps": lambda found: found != "in halves"}
     for job_id, found in ((1, "in halves"), (2, "whole")):
         known = knowledge.once("what?", job_id, lambda found=found: found, check_stop=lambda: None, **unsure)
@@ -41,7 +41,7 @@ def test_what_is_for_one_alone_is_found_out_anew_by_the_next() -> None:
     assert ask(knowledge, 3, never) == Known("whole", 2)
 
 
-def test_others_wait_and_one_of_them_goes_on_where_it_fails() -> None:
+def test_others_wait_and_one_of_them_takes_over_if_the_first_fails() -> None:
     knowledge, seeking, fail = Knowledge(), threading.Event(), threading.Event()
 
     def fails() -> str:
@@ -61,7 +61,7 @@ def test_others_wait_and_one_of_them_goes_on_where_it_fails() -> None:
     assert found == Known("mine", 2) and fail.is_set()
 
 
-def test_who_waits_can_be_stopped() -> None:
+def test_a_job_that_waits_for_an_answer_can_be_stopped() -> None:
     knowledge, seeking, go_on = Knowledge(), threading.Event(), threading.Event()
 
     def slow() -> str:

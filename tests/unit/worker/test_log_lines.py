@@ -16,7 +16,7 @@ def test_a_step_s_line_fits_into_80_columns_and_says_step_loss_rate_and_what_is_
     assert re.fullmatch(r"\d\d:\d\d:\d\d training   step 1584 .*\n", line) and len(line.rstrip("\n")) <= 80
 
 
-def test_what_is_not_known_yet_is_left_out() -> None:
+def test_a_line_leaves_out_what_is_not_known_yet() -> None:
     first = Pace(step=1, total_steps=3000, step_seconds=5.06, tokens_per_second=None, left_seconds=None)
     assert step_texts({"loss": 2.0}, first) == ["step    1 of 3000  loss 2.0000  5.06 s a step"]
     bare = Pace(step=1, total_steps=3000, step_seconds=None, tokens_per_second=None, left_seconds=None)
@@ -25,7 +25,7 @@ def test_what_is_not_known_yet_is_left_out() -> None:
     assert evaluation_text(FAR) == "step 1584 of 3000  evaluates the held-out rows"
 
 
-def test_the_beginning_says_whether_it_goes_on_and_no_text_steers_a_terminal() -> None:
+def test_the_first_line_says_whether_it_resumes_and_no_text_steers_a_terminal() -> None:
     assert begin_text(0, 8) == "trains: 8 steps, the first one takes longest"
     assert begin_text(4, 8) == "trains: 8 steps, continues after step 4"
     assert "\x1b" not in log_line("warning", "red\x1b[31m\ntext") and log_line("a", "b\nc").count("\n") == 1

@@ -25,7 +25,7 @@ pytestmark = SQLITE_ALONE
 
 
 @pytest.mark.parametrize("opened", [False, True], ids=["a full card", "one whose trainer may be joined"])
-def test_a_job_that_waits_for_a_card_without_a_slot_is_looked_for_where_it_could_join_a_trainer(
+def test_a_card_without_a_slot_looks_for_jobs_that_could_join_its_trainer(
     store: Store, tmp_path: Path, opened: bool
 ) -> None:
     settings = load_settings({"LORACTL_HOME": str(tmp_path)})

@@ -13,7 +13,7 @@ import pytest
 from loractl.worker.node.node import LogHandler
 
 
-def test_a_line_that_nobody_reads_is_lost_without_a_word_and_a_wrong_one_is_told(
+def test_a_line_that_nobody_reads_is_dropped_silently_and_a_wrong_one_is_reported(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read, write = os.pipe()

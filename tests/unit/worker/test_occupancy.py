@@ -80,7 +80,7 @@ def test_a_rank_that_another_card_s_node_has_started_is_its_job_s(tmp_path: Path
     assert seen.outside == 3 * GIB
 
 
-def test_trainers_are_told_from_other_people_s_programs() -> None:
+def test_trainers_are_distinguished_from_other_people_s_programs() -> None:
     with program(**{JOB_VARIABLE: "12"}) as trainer, program() as notebook:
         mine, others = Process(pid=trainer.pid, bytes=10 * GIB), Process(pid=notebook.pid, bytes=20 * GIB)
         seen = Watch(device=Shown(processes=(mine, others), held=GIB), node_pid=os.getpid()).look()
@@ -117,7 +117,7 @@ def test_a_trainer_that_the_driver_lists_after_its_end_is_still_ours() -> None:
     assert (seen.used, seen.outside, seen.others) == ({"12": 10 * GIB}, 0, [])
 
 
-def test_a_number_that_is_given_again_after_a_trainer_s_end_is_not_ours() -> None:
+def test_a_pid_that_is_reused_after_a_trainer_s_end_is_not_ours() -> None:
     shown = Shown()
     watch = Watch(device=shown, node_pid=os.getpid())
     with program(**{JOB_VARIABLE: "12"}) as trainer:
@@ -141,7 +141,7 @@ def test_memory_of_a_trainer_that_came_and_went_between_two_looks_is_seen() -> N
 @pytest.mark.parametrize(
     "listed", [None, (), "without bytes", "of the host"], ids=["WSL", "nothing", "no bytes", "foreign numbers"]
 )
-def test_where_the_driver_does_not_tell_our_trainers_hold_what_they_say(listed: object) -> None:
+def test_if_the_driver_does_not_say_our_trainers_hold_what_they_report(listed: object) -> None:
     """Others' memory that came meanwhile is seen, which the memory before our job alone could not tell."""
     shown = Shown(processes=None, held=4 * GIB)
     watch = Watch(device=shown, node_pid=os.getpid())
@@ -169,7 +169,7 @@ def test_where_the_driver_does_not_tell_our_trainers_hold_what_they_say(listed: 
         assert watch.look().outside == 4 * GIB
 
 
-def test_a_process_of_another_container_has_no_name_and_counts_all_the_same() -> None:
+def test_a_process_of_another_container_has_no_name_but_still_counts() -> None:
     pid = next(pid for pid in range(2**22 - 1, 1, -1) if not psutil.pid_exists(pid))
     seen = Watch(device=Shown(processes=(Process(pid=pid, bytes=GIB),)), node_pid=os.getpid()).look()
     assert (seen.outside, seen.others) == (GIB, [{"pid": pid, "user": None, "name": None, "bytes": GIB}])

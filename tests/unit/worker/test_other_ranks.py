@@ -118,7 +118,7 @@ def test_a_leader_that_waits_for_a_dead_rank_ends_with_its_reason(
         (None, Reason.HOST_OUT_OF_MEMORY, "out-of-memory killer, whose kills can't be read here"),
     ],
 )
-def test_a_kill_is_the_kernel_s_where_it_counted_one_or_does_not_tell(
+def test_a_kill_is_the_kernel_s_if_it_counted_one_or_reports_no_count(
     kills: int | None, reason: Reason, says: str
 ) -> None:
     told = exit_reason(-signal.SIGKILL, kernel_kills=kills)

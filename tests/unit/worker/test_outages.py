@@ -66,7 +66,7 @@ def _leaves(name: str) -> Train:
     return does
 
 
-def test_a_result_that_no_store_takes_is_no_outage_and_holds_no_card(held: HeldLab) -> None:
+def test_a_result_that_every_store_refuses_is_no_outage_and_holds_no_card(held: HeldLab) -> None:
     job_id, other = held.submit(), held.submit()
     held.start(_leaves("tool\nuse.jinja"))
     held.until(job_id, lambda job: job.status is Status.FAILED, seconds=30)
@@ -75,7 +75,9 @@ def test_a_result_that_no_store_takes_is_no_outage_and_holds_no_card(held: HeldL
     held.until(other, lambda job: job.status is Status.FAILED, seconds=30)
 
 
-def test_a_finished_training_outlives_an_outage_that_is_longer_than_all_patience(held: HeldLab, away: Path) -> None:
+def test_a_finished_training_survives_an_outage_that_outlasts_every_attempt_s_patience(
+    held: HeldLab, away: Path
+) -> None:
     """With a checkpoint that waits for the store, too: it is left after its own patience."""
     job_id = held.submit("--set=max_retries=0", "--set=training.save_steps=4")
     held.start(LORACTL_STORE_PATIENCE="1min", LORACTL_LEASE="60s")
@@ -107,7 +109,7 @@ def test_a_finished_training_outlives_an_outage_that_is_longer_than_all_patience
     held.cli("adapters", "pull", job_id, held.folder / "pulled")
 
 
-def test_what_the_database_refuses_is_left_out_and_ends_no_training(held: HeldLab) -> None:
+def test_values_that_the_database_refuses_are_left_out_and_end_no_training(held: HeldLab) -> None:
     with held.engine.begin() as connection:
         for table, when in (("metrics", "NEW.step = 4"), ("adapters", "1")):
             connection.exec_driver_sql(

@@ -62,7 +62,7 @@ def test_a_small_card_gets_qlora_and_a_job_too_large_waits_for_a_larger_card(hel
     held.submit_file(files["3B"], "training.max_steps=200")
     waiting = _why(held, 1)
     assert (waiting["tier"], waiting["word"]) == ("never", "never")
-    assert waiting["sentence"] == f"needs {plans['70B']['qlora'] / GIB:.1f} GiB, the largest card has 23.5"
+    assert waiting["sentence"] == f"needs {plans['70B']['qlora'] / GIB:.1f} GiB, and the largest card has 23.5 GiB"
     assert {card["when"] for card in waiting["cards"]} == {"never"}
     (row,) = [row for row in json.loads(held.cli("status", "--json")) if row["job_id"] == 1]
     assert row["message"] == f"never: {waiting['sentence']}"
@@ -134,7 +134,7 @@ def test_other_people_s_programs_are_respected_named_and_waited_for(held: HeldLa
             held.submit_file(job)
             waiting = _why(held, 1)
             assert (waiting["tier"], waiting["word"]) == ("capacity", "memory")
-            told = f"sleep of {user} (pid {notebook.pid}) holds 20.0 on heron:1, 2.0 are left"
+            told = f"sleep of {user} (pid {notebook.pid}) holds 20.0 GiB on heron:1, which leaves 2.0 GiB"
             assert waiting["sentence"] == told
             assert f"It would fit now on heron:1 without sleep of {user}" in held.cli("why", 1)
             held.clock.sleep(60)

@@ -189,7 +189,7 @@ def test_without_a_size_for_the_cache_jobs_keep_a_part(settings: Settings) -> No
     assert Footprint(base=None, adapters=0, cache=None).within(free) == free
 
 
-def test_what_nf4_leaves_alone_takes_16_bit_unless_it_computes_in_fp32(tmp_path: Path) -> None:
+def test_layers_that_are_not_in_nf4_take_16_bit_unless_they_compute_in_fp32(tmp_path: Path) -> None:
     """As the steps of the training took it: by default lean, with `training.exact` as peft's recipe has it."""
     config = {
         "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

@@ -93,7 +93,7 @@ def as_no_root() -> None:
         libc.prctl(24, capability, 0, 0, 0)
 
 
-def test_nor_that_of_the_process_that_makes_its_calls_of_the_store(tmp_path: Path) -> None:
+def test_a_trainer_can_t_read_the_environment_of_the_process_that_calls_the_store(tmp_path: Path) -> None:
     """It has the node's environment, and stays for the next call."""
     done = subprocess.run(
         [sys.executable, "-c", LOOK, str(tmp_path)], env={"SECRET": "swordfish", "LORACTL_HOME": str(tmp_path)},
@@ -105,7 +105,7 @@ def test_nor_that_of_the_process_that_makes_its_calls_of_the_store(tmp_path: Pat
 READ = f"import json, sys\n{SHOWN}\nprint(json.dumps([shown(pid) for pid in sys.argv[1:]]))"
 
 
-def test_nor_that_of_a_real_worker_its_node_and_the_queue_that_it_has_started(home: Path) -> None:
+def test_a_trainer_can_t_read_the_environment_of_a_real_worker_its_node_and_its_queue(home: Path) -> None:
     environment = {"PATH": os.environ["PATH"], "LORACTL_HOME": str(home), "LORACTL_DEVICES": "cpu"}
     engine = connect(load_settings(environment))
     secret, plain = {**environment, "PGPASSWORD": "swordfish"}, [sys.executable, "-c", "input()"]

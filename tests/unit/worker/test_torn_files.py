@@ -70,7 +70,7 @@ def test_a_log_that_grew_with_each_attempt_to_store_the_result_does_not_spoil_it
 
 
 @pytest.mark.parametrize("torn", ["truncated", "gone", "note"])
-def test_a_torn_result_is_not(finished: Path, torn: str) -> None:
+def test_a_torn_result_is_not_taken_over(finished: Path, torn: str) -> None:
     weights = finished / "result" / "adapter" / "adapter_model.safetensors"
     if torn == "truncated":
         weights.write_bytes(b"weig")
@@ -203,7 +203,7 @@ class Tokens:
 
 
 @pytest.mark.parametrize("torn", ["empty", "zeroed", "gone", "counts"])
-def test_torn_tokens_are_made_anew(tmp_path: Path, torn: str) -> None:
+def test_torn_tokens_are_made_again(tmp_path: Path, torn: str) -> None:
     tokens = Tokens(tmp_path)
     rows = tokens.kept()
     assert tokens.kept() == rows and tokens.made == 1

@@ -68,9 +68,9 @@ def test_without_an_end_a_worker_stays() -> None:
     ("given", "slurm", "said"),
     [
         (("soon", None, None), None, "--until: 'soon' is neither a duration nor a time"),
-        ((None, 120.0, None), None, "--for: 2 min are left, and a stop may take 3 min of them"),
-        ((None, None, None), "tomorrow", "SLURM_JOB_END_TIME is no time in seconds since 1970: 'tomorrow'"),
-        ((None, None, None), "1000000000", "SLURM_JOB_END_TIME: that time is over"),
+        ((None, 120.0, None), None, "--for: only 2 min are left, but a stop may take 3 min"),
+        ((None, None, None), "tomorrow", "SLURM_JOB_END_TIME is not a time in seconds since 1970: 'tomorrow'"),
+        ((None, None, None), "1000000000", "SLURM_JOB_END_TIME: that time has passed"),
     ],
 )
 def test_an_end_that_leaves_no_time_is_refused(
@@ -165,7 +165,7 @@ def test_a_worker_stops_before_its_end_and_says_why(
 ) -> None:
     assert run(worker(STOPS, window=in_seconds(1.1), grace_s=1.0), drain_when_idle=False) == ExitCode.OK
     assert (tmp_path / "told").read_text() == "term\n"
-    assert "its time is over" in capfd.readouterr().err
+    assert "the worker's time is over" in capfd.readouterr().err
 
 
 def test_a_node_that_does_not_stop_in_the_grace_is_stopped_at_once(worker: Worker, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_notice_stops_after_a_checkpoint_however_often_it_comes(
     assert (tmp_path / "told").read_text() == "term\n"
 
 
-def test_idle_means_for_a_worker_with_an_end_that_nothing_waits_which_it_has_time_for(
+def test_a_worker_with_an_end_is_idle_if_it_has_no_time_for_any_waiting_job(
     worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does it wait for jobs of other boxes: it would hold its allocation for them."""

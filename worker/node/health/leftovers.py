@@ -1,4 +1,4 @@
-"""Processes that attempts leave behind on a device: they are ended, or the card is closed."""
+"""Processes that attempts leave behind on a device: they are killed; if that fails, the card is closed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from loractl.worker.protocol.idle_trainer import host_name
 
 log = logging.getLogger("loractl.worker")
 
-
 LEFT_S = 20.0
-"""Seconds that a trainer's memory may stay on the card after its end: the driver takes a moment."""
+"""Seconds that a trainer's memory may stay on the card after its end: the driver takes a moment to free it."""
 
 
 def close_if_left(place: Workplace, watch: Watch, claim: Claim, host: str | None = None) -> None:
-    """After an attempt no process and no memory of it remains; else the card is closed, and the reason says why.
+    """Check after an attempt that none of its processes and memory remains; else close the card, with the reason.
 
-    `host`: the mark of the trainer that it has shared; where that has ended, nothing of it remains either.
+    `host`: the mark of the trainer that it shared; if that has ended, nothing of it may remain either.
     """
     job, deadline = str(claim.job_id), place.clock.now() + LEFT_S
     shared = set() if host is None or _lives(place, host) else {host_name(host)}
-    names = {job} if host is None else shared  # what it shared was not in its name; a next attempt of it may run by now
+    names = {job} if host is None else shared  # not the job's if it shared: its next attempt may already run here
 
     def held_now() -> int:
         used = watch.look().used
@@ -46,31 +45,31 @@ def _lives(place: Workplace, host: str) -> bool:
 
 
 def end_all(place: Workplace) -> None:
-    """End what an earlier, killed node of this device left running: this node runs nothing yet."""
+    """End what a killed earlier node of this device left running; this node runs nothing yet."""
     for run in runs_of(card_mark(place.settings, place.node)):
         end_leftovers(run)
 
 
 def end_strays(place: Workplace) -> None:
-    """End processes of attempts that no longer run: a trainer may have left some behind, and the node of another card,
-    if it stands still, ranks of a job on several."""
+    """End processes of attempts that no longer run. A trainer may have left some behind, and so may the node of another
+    card, if it hangs: ranks of a job on several cards."""
     card = card_mark(place.settings, place.node)
-    known = _marks_of_no_attempt(place)  # first: one may become an attempt's meanwhile
+    known = _marks_of_no_attempt(place)  # first: such a process may be handed to an attempt meanwhile
     marks = (runs_of(card) | runs_of(card, RANK_VARIABLE)) - known  # then: an attempt that starts now has its claim
     if not marks:
         return
-    known |= _marks_of_no_attempt(place)  # one may have been made meanwhile
+    known |= _marks_of_no_attempt(place)  # such a process may have been started meanwhile
     for run in marks - known - {run_mark(token) for token in place.store.cards.tokens(place.node)}:
-        log.warning("what an attempt left behind on %s is ended", place.node)
+        log.warning("ending processes that an attempt left behind on %s", place.node)
         end_leftovers(run)
 
 
 def has_ranks(place: Workplace) -> bool:
-    """Whether a job on several cards runs here that the node of another card has started."""
+    """Whether ranks of a job on several cards run here that the node of another card started."""
     return bool(runs_of(card_mark(place.settings, place.node), RANK_VARIABLE))
 
 
 def _marks_of_no_attempt(place: Workplace) -> frozenset[str]:
-    """Those of the spare trainer and of hosts."""
+    """The marks of the spare trainer and of hosts."""
     keepers = (place.spares, place.hosts)
     return frozenset(mark for keeper in keepers if keeper is not None for mark in keeper.marks)

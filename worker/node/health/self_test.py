@@ -3,8 +3,8 @@
     python -m loractl.worker.node.health.self_test
 
 tests the cards of this box in the same way for loractl doctor. It prints a JSON object: `cards`, each with number,
-name, fault (or null), seconds and torch (of its self-test, or null), and served, where a worker of another home has the
-card: a test could take memory from its jobs.
+name, fault (or null), seconds and torch (of its self-test, or null), and with served if a worker serves the card. Such
+a card is not tested, since a test could take memory from its jobs.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ log = logging.getLogger("loractl.worker")
 SELF_TEST = "loractl.worker.base.self_test"
 
 AGAIN_S = 60.0
-"""Seconds between two looks at a card's faults; one that failed is tested again then."""
+"""Seconds between two looks at a card's faults; a card that failed is tested again then."""
 
 NOT_TESTED = "its self-test has not ended yet"
 """Why a card takes no job before its first self-test has ended."""
 
 LONGEST_S = 180.0
-"""Importing torch from a slow disk takes a minute; a test that takes longer than this hangs in the driver."""
+"""A test that takes longer than this hangs in the driver: importing torch from a slow disk takes only a minute."""
 
 NAME = "self-test"
-"""Under this in place of a job's number its memory is ours: it must not be held for a stranger's that may come back."""
+"""The test's name in place of a job's number. By it the memory counts as ours, not as another program's that may come
+back."""
 
 
 class SelfTest:
-    """Keeps a card of CUDA closed until its self-test has passed, at the start and after every fault.
+    """Keeps a CUDA card closed until its self-test has passed, at the start and after every fault.
 
-    `changed` is called when the card has opened or closed.
+    Calls `changed` when the card has opened or closed.
     """
 
     def __init__(self, place: Workplace, watch: Watch, changed: Callable[[], None], module: str = SELF_TEST) -> None:
@@ -62,12 +63,12 @@ class SelfTest:
             watch.fault = NOT_TESTED
 
     def start(self) -> None:
-        """Test in a thread; a processor and a simulated card need no test."""
+        """Start the tests in a thread; a processor and a simulated card need none."""
         if self._watch.fault is not None:
             self._place.clock.start(self._run, "self-test")
 
     def stop(self) -> None:
-        """Let the thread end; a test that runs ends by itself."""
+        """Let the thread end; a running test ends by itself."""
         self._stopped.set()
 
     def _run(self) -> None:
@@ -91,7 +92,7 @@ class SelfTest:
 
 
 def self_test(command: Sequence[str], environment: dict[str, str], longest_s: float = LONGEST_S) -> SelfTestReport:
-    """Run a self-test and read its report; a process that gives none is a fault, too."""
+    """Run a self-test and read its report. A process that prints no report is a fault too."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -105,21 +106,21 @@ def self_test(command: Sequence[str], environment: dict[str, str], longest_s: fl
     try:
         output, errors = process.communicate(timeout=longest_s)
     except subprocess.TimeoutExpired:
-        process.kill()  # not waited for: a process that hangs in the driver can't be ended
+        process.kill()  # don't wait: a process that hangs in the driver can't be killed
         hung = f"its self-test did not end within {longest_s:.0f} s: the driver hangs; look at dmesg, reboot the box"
         return SelfTestReport(fault=hung)
     return read_report(output) or SelfTestReport(fault=_end_without_report(process.returncode, errors))
 
 
 def _end_without_report(code: int, errors: str) -> str:
-    """bitsandbytes ends a process by exit(1) where a kernel fails, and says why on its last line."""
+    """How it ended, with its last line: if a kernel fails, bitsandbytes calls exit(1) and prints why there."""
     how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
     last = next((line.strip() for line in reversed(errors.splitlines()) if line.strip()), "nothing was said")
     return f"its self-test ended with {how}: {last[:300]}"
 
 
 AT_ONCE = 16
-"""Cards that are tested beside each other: more than a box has."""
+"""Cards that are tested at the same time: more than a box has."""
 
 
 def main() -> None:
@@ -128,7 +129,7 @@ def main() -> None:
 
 
 def check_cards(settings: Settings, module: str = SELF_TEST) -> list[dict[str, Any]]:
-    """Test every card by `module`. That none is found is a card without a name and with a fault."""
+    """Test every card by `module`. If no card is found, returns one without a name whose fault says so."""
     try:
         devices = find_devices(settings)
     except LoractlError as error:
@@ -138,7 +139,7 @@ def check_cards(settings: Settings, module: str = SELF_TEST) -> list[dict[str, A
 
 
 def _check(device: Device, module: str) -> dict[str, Any]:
-    """A processor and a simulated card need no test, as for a node."""
+    """Test one card. As for a node, a processor and a simulated card need no test."""
     found = {"number": device.number, "name": device.name, "seconds": None, "torch": None}
     fault = device.look().fault
     if fault is None and device.kind != "cpu" and is_served(device.uuid):

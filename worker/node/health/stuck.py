@@ -1,4 +1,4 @@
-"""Supervisors that no longer turn: their trainers are killed or told to stop their job, or else their node ends."""
+"""Supervisors that hang: the trainer is killed or told to stop the job; if that does not help, the node ends."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ log = logging.getLogger("loractl.worker")
 
 
 STUCK_LEAST_S = 20.0
-"""A supervisor may be silent so long with any lease: ending a trainer and all that it started takes a while."""
+"""A supervisor may be silent this long with any lease: ending a trainer and all that it started takes time."""
 
 
 LOOK_MOST_S = 2.0
-"""The most that counts as a supervisor's silence between two looks at it: a node that was frozen catches up."""
+"""The most that counts as silence between two looks at a supervisor: after a freeze of the node, it can catch up."""
 
 
 class StuckSupervisors:
-    """Looks at the supervisors of one node again and again.
+    """Finds the supervisors of one node that hang, and ends what they hold.
 
-    A supervisor that has not turned for a lease loses its trainer: its lease is over, so the job may run elsewhere. A
-    trainer that has other jobs is told to stop this one, and goes on. A supervisor that still hangs after another lease
-    can't be ended, since it is a thread. Then the node takes no more jobs, lets the other attempts save, and ends. The
-    worker starts another node, which gives the stuck job back.
+    If a supervisor's loop has not turned for a lease, its trainer is killed: the lease is over, so the job may run
+    elsewhere. A trainer that has other jobs is told to stop only this one. A supervisor is a thread and can't be
+    killed: if it still hangs after another lease, the node takes no more jobs, lets the other attempts save, and ends.
+    The worker starts another node, which gives the stuck job back.
     """
 
     def __init__(self, place: Workplace) -> None:
         self._place = place
         self._patience = max(place.settings.lease_s, STUCK_LEAST_S)
-        self._silent: dict[int, tuple[float, float]] = {}  # slot -> its last turn, and the seconds looked on since
+        self._silent: dict[int, tuple[float, float]] = {}  # slot -> its last turn, and the seconds watched since
         self._killed: set[str] = set()  # tokens of attempts whose trainer was killed for it
         self._looked_at = place.clock.now()
 
     def end(self, attempts: Mapping[int, SupervisedAttempt]) -> None:
-        """Do what the longest silences ask for. `attempts`: slot -> what is supervised there."""
+        """Act on supervisors that were silent too long. `attempts`: slot -> the attempt supervised there."""
         silences = list(self._silences(attempts))
         stuck = [(attempt, silent) for attempt, silent in silences if silent >= self._patience]
         for attempt, silent in stuck:
@@ -56,13 +56,13 @@ class StuckSupervisors:
             log.error("a supervisor of %s is stuck: the node saves its other jobs, then restarts", self._place.node)
             self._place.drain.end_alone()
             self._place.drain.ask("checkpoint")
-            os.kill(os.getpid(), signal.SIGTERM)  # else one that turns again would leave a node that takes no jobs
+            os.kill(os.getpid(), signal.SIGTERM)  # else, if it turns again, the node would stay but take no jobs
         others = [attempt for attempt, silent in silences if silent < self._patience and not attempt.own.closed]
         if not others or longest > 2 * self._patience + DRAIN_GRACE_S:
-            os._exit(1)  # the trainers end with their stdin
+            os._exit(1)  # the trainers end when their stdin closes
 
     def _silences(self, attempts: Mapping[int, SupervisedAttempt]) -> Iterator[tuple[SupervisedAttempt, float]]:
-        """How long each supervisor has not turned, by the time that this process itself ran."""
+        """How long each supervisor's loop has not turned, counting only time in which this process itself ran."""
         now = self._place.clock.now()
         ran, self._looked_at = min(now - self._looked_at, LOOK_MOST_S), now
         for slot, attempt in attempts.items():
@@ -81,7 +81,7 @@ def _kill_trainer(attempt: SupervisedAttempt, silent: float) -> None:
             "job %s: its supervisor is stuck, and the trainer continues with its other jobs", attempt.claim.job_id
         )
         stop = Stop(job_id=attempt.claim.job_id, save=False)
-        # in a thread: the stuck supervisor may be sending itself, and the monitor must not wait for that
+        # in a thread: the stuck supervisor may hold the pipe, and the monitor must not wait for it
         threading.Thread(target=trainer.send, args=(stop,), name="stop", daemon=True).start()
         return
     log.error("job %s: its supervisor is stuck, the trainer is killed", attempt.claim.job_id)

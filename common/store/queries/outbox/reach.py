@@ -32,7 +32,7 @@ KIND = "job.never"
 _AT_ONCE = 50
 
 
-_LIMIT = "its resources.max_vram is below every need"
+_LIMIT = "its resources.max_vram is less than it needs with any method"
 
 
 _KEYS = text(f"{EVERY_KEY} SELECT k FROM keys WHERE k IS NOT NULL")  # noqa: S608  no input

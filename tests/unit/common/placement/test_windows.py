@@ -112,7 +112,7 @@ def test_the_refusal_and_the_reach_say_that_time_is_short() -> None:
     busy = Round(cards={"a:0": replace(card, running=(running(9, 20, 3500.0),))}, decisions=(), now=NOW)
     assert busy.refusals(fits, fits) == {"a:0": Obstacle.TIME}, "it has room too late"
     assert out_of_reach(waits, [card]) is None
-    said = "needs 3 h 00 min to its first stored checkpoint, and no worker stays longer than 2 h 00 min"
+    said = "needs 3 h 00 min to store its first checkpoint, and no worker stays longer than 2 h 00 min"
     assert out_of_reach(never, [card]) == said
     assert out_of_reach(never, [card, a_card("b:0")]) is None, "one stays"
     assert out_of_reach(never, [card, a_card("b:0", 4)]) == said, "but is too small"

@@ -321,7 +321,7 @@ def test_a_job_waits_for_a_card_that_is_about_to_be_idle_where_it_ends_sooner_th
     mine = queue(store, **steps)
     assert store.attempts.claim(NODE, joins=True) is None, "1450 s beside the other, 1010 s on its own"
     view = store.cards.fleet()
-    assert explain(store.jobs.get(mine), view).sentence == f"box:1 when {other.job_id} ends"
+    assert explain(store.jobs.get(mine), view).sentence == f"box:1 when job {other.job_id} ends"
     assert view.refused_joins[mine, NODE].why == "it would end sooner on box:1, once that is free"
     store.attempts.beat(other, Progress(step=5, total_steps=1000, eta_seconds=900))
     assert claim(store).joins

@@ -16,7 +16,7 @@ from ...factories import Clock, node_state, submission
 from .test_fleet_rounds import turn
 from .test_outbox import ADA, OPS, all_due
 
-OPS_TOLD = "tiny: can never run, needs 64.0 GiB, the largest card has 48.0"
+OPS_TOLD = "tiny: can never run, needs 64.0 GiB, and the largest card has 48.0 GiB"
 
 
 def large(**keys: Any) -> Any:
@@ -74,7 +74,7 @@ def test_a_label_that_no_box_has_a_limit_of_its_own_and_a_job_that_is_held(lab: 
     lab.jobs.submit(submission(name="patient", lora=80, qlora=40, notify=["ops"], lora_patience="2h"))
     lab.jobs.hold(lab.jobs.submit(large(name="held")), "ada")
     go_on(lab, clock, GRACE_S + 120)
-    said = "can never run, its resources.max_vram is below every need"
+    said = "can never run, its resources.max_vram is less than it needs with any method"
     linked = "can never run, no box has the label nvlink=yes"
     assert all_due(lab, OPS) == [("ops", f"linked: {linked}"), ("ops", f"thrifty: {said}")]
 

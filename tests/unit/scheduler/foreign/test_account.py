@@ -85,14 +85,14 @@ def test_what_changes_nothing_that_is_learned_is_not_called_left_out(tmp_path: P
         ("resume_from_checkpoint: out/checkpoint-9", "resume_from_checkpoint", "a fresh adapter"),
         ("special_tokens: {eos_token: '<end>', pad_token: '<pad>'}", "special_tokens", "as it is"),
         ("expert_parallel_size: 2", "expert_parallel_size", "one card"),
-        ("lora_target_parameters: [experts.up_proj]", "lora_target_parameters", "kept in one tensor"),
+        ("lora_target_parameters: [experts.up_proj]", "lora_target_parameters", "share one tensor"),
         ("use_dft: true", "use_dft", "cross-entropy"),
         ("eot_tokens: ['<end>']", "eot_tokens", "chat template"),
         ("bnb_config_kwargs: {bnb_4bit_use_double_quant: false}", "bnb_config_kwargs", "double"),
         ("optimizer: muon", "optimizer", "its own default"),
         ("val_set_size: 200", "val_set_size", "a tenth"),
         ("datasets: [{path: o/d, type: alpaca, split: 'train[:5'}]", "datasets[0].split", "is not a split"),
-        ("datasets: [{path: o/d, type: alpaca}, {path: o/e, type: completion}]", "datasets[1]", "plain text next to"),
+        ("datasets: [{path: o/d, type: alpaca}, {path: o/e, type: completion}]", "datasets[1]", "can't be mixed"),
         ("datasets: [{path: o/d, type: alpaca, name: en}]", "datasets[0].name", "default"),
         ("datasets: [{path: o/d, type: alpaca, data_files: [x/rows.json]}]", "datasets[0].data_files", "whole split"),
         ("test_datasets: [{path: o/d, type: chat_template}]", "test_datasets[0].type", "as the rows to train on"),
@@ -121,10 +121,10 @@ def test_an_entry_that_is_refused_takes_no_other_with_it(tmp_path: Path) -> None
         ("fsdp: [full_shard]\nfsdp_config: {x: 1}\nfsdp_version: 2\ndeepspeed: z.json", "deepspeed", "resources.cards"),
         ("loss_watchdog_threshold: 5.0\nloss_watchdog_patience: 3", "loss_watchdog_threshold", "not a number"),
         ("trust_remote_code: true", "trust_remote_code", "LORACTL_TRUSTED_CODE"),
-        ("val_set_size: 0", "val_set_size", "holds out none there: rows are always held out"),
-        ("optimizer: adamw_torch_8bit", "optimizer", "by bitsandbytes here"),
-        ("bf16: false\ntf32: true", "tf32", "rounded to TF32 there"),
-        ("gptq: true", "gptq", "name the model that they were made from; method: qlora"),
+        ("val_set_size: 0", "val_set_size", "holds out no rows, loractl always holds out a tenth"),
+        ("optimizer: adamw_torch_8bit", "optimizer", "bitsandbytes' in loractl"),
+        ("bf16: false\ntf32: true", "tf32", "to TF32, loractl does not"),
+        ("gptq: true", "gptq", "name the original model; method: qlora"),
         ("base_model: o/Small-7B-AWQ", "base_model", "in 4 bit by AWQ"),
     ],
 )  # fmt: skip
@@ -160,12 +160,12 @@ def test_what_axolotl_does_unasked_is_carried_or_named(tmp_path: Path) -> None:
         ("peft: {backend: bnb, weight_dtype: nf4}", "qlora", None),
         ("peft: {backend: bnb, weight_dtype: int8}", "lora", "16 bit (lora) or NF4 (qlora)"),
         ("peft: {loftq_config: {loftq_bits: 4}}", "lora", "it is for method: qlora"),
-        ("peft: {loftq_config: {loftq_bits: 2}}\nload_in_4bit: true", "qlora", "LoftQ begins from NF4"),
+        ("peft: {loftq_config: {loftq_bits: 2}}\nload_in_4bit: true", "qlora", "LoftQ starts from NF4"),
         ("peft: {shape: odd}", "lora", "16 bit (lora) or NF4 (qlora)"),
         ("model_quantization_config: {backend: torchao, weight_dtype: int4}", "qlora", "NF4 of bitsandbytes"),
         ("model_quantization_config: FineGrainedFP8Config", "lora", "16 bit (lora) or NF4 (qlora)"),
         ("load_in_8bit: true", "lora", "16 bit (lora) or NF4 (qlora)"),
-        ("qat: {weight_dtype: int4}", "lora", "not rounded on the way"),
+        ("qat: {weight_dtype: int4}", "lora", "not rounded during training"),
     ],
 )  # fmt: skip
 def test_a_base_in_few_bits_is_nf4_here_or_named(tmp_path: Path, line: str, method: str, said: str | None) -> None:
@@ -261,7 +261,7 @@ def test_a_listing_is_found_where_the_tool_is_started(tmp_path: Path) -> None:
         (AXOLOTL + "plugins: [axolotl.integrations.kd.KDPlugin]\n", "KDPlugin", "rows with answers"),
         (AXOLOTL + "model_type: AutoModelForTokenClassification\n", "TokenClassification", "SEQ_CLS"),
         (AXOLOTL.replace("lora\n", "ia3\n", 1), "trains an ia3 adapter", "adapter: lora"),
-        (AXOLOTL + "processor_type: AutoProcessor\n", "pictures or sound", "text alone"),
+        (AXOLOTL + "processor_type: AutoProcessor\n", "pictures or sound", "only text"),
         ("base_model: a/b\nadapter: lora\npretraining_dataset: [{path: o/d}]\nmicro_batch_size: 1\n",
          "streams", "datasets with type: completion"),
         ("model: a/b\ntrain_dataset: rows.yaml\npeft_config: {name: lora}\n", "v1 form", "model_name_or_path"),
@@ -286,10 +286,10 @@ def test_what_is_refused_says_why_and_what_to_do(tmp_path: Path, text: str, sent
 
 
 def test_a_stage_that_does_not_learn_from_such_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(LoractlError, match=r"has pairs \(ranking\), and this stage learns from answers") as refused:
+    with pytest.raises(LoractlError, match=r"has pairs \(ranking\), but this stage learns from answers") as refused:
         import_text(tmp_path, FACTORY, {"hf_hub_url": "o/d", "ranking": True})
-    assert refused.value.hint == "set stage: dpo, or take another data set"
-    with pytest.raises(LoractlError, match=r"has no pairs \(ranking\), and this stage learns from pairs"):
+    assert refused.value.hint == "set stage: dpo, or choose another data set"
+    with pytest.raises(LoractlError, match=r"has no pairs \(ranking\), but this stage learns from pairs"):
         import_text(tmp_path, FACTORY + "stage: dpo\n", {"hf_hub_url": "o/d"})
 
 
@@ -346,7 +346,7 @@ def test_axolotl_s_losses_of_pairs_are_carried(
         ("type: chatml.argilla", {"chosen": "chosen_response", "rejected": "rejected_response"}, "chatml's marks"),
         ("type: chatml.argilla_chat", {}, "chatml's marks"),
         ("type: llama3.ultra", {}, "llama3's marks"),
-        ("type: chatml.default", {"instruction": "prompt"}, "the first column of prompt, input"),
+        ("type: chatml.default", {"instruction": "prompt"}, "the first of prompt, input"),
         ("type: passthrough", {}, ""),
         ("type: {field_prompt: ask, field_chosen: good, field_rejected: bad}",
          {"prompt": "ask", "chosen": "good", "rejected": "bad"}, ""),

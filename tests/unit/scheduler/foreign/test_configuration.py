@@ -245,7 +245,9 @@ def test_what_axolotl_does_otherwise_is_named(tmp_path: Path) -> None:
     assert "into several rows" in told["otherwise"]["datasets[0].type"]
     assert spec.dataset.on_overflow.value == "truncate", "a dropped text would be lost whole"
     account = CliRunner().invoke(cli, ["import", str(tmp_path / "theirs.yaml")])
-    assert "Done otherwise here:\n  datasets[0].type" in account.stderr and "# Done otherwise here: " in account.stdout
+    assert (
+        "Done differently here:\n  datasets[0].type" in account.stderr and "# Done differently here: " in account.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,9 +290,9 @@ def test_what_llama_factory_does_by_a_setting_or_unasked_is_carried(
 def test_what_llama_factory_does_otherwise_is_named(tmp_path: Path) -> None:
     told, _ = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + "template: qwen\npacking: true\n")
     assert told["otherwise"].keys() == {"cutoff_len", "template", "packing", "dataset_info.json: columns.query"}
-    assert told["otherwise"]["dataset_info.json: columns.query"].endswith("there, after an empty line here")
+    assert told["otherwise"]["dataset_info.json: columns.query"].endswith("line, loractl after an empty line")
     told, _ = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + "template: alpaca\n")
-    assert "under ### Input: here" in told["otherwise"]["dataset_info.json: columns.query"]
+    assert "under ### Input:," in told["otherwise"]["dataset_info.json: columns.query"]
     told, _ = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + "stage: pt\n")
     assert told["otherwise"].keys() == {"packing", "stage"} and told["filled_in"]["training.packing"] is True
     told, _ = imported(tmp_path, "model_name_or_path: a/b\ndataset: rows\n")
@@ -346,7 +348,7 @@ def test_llama_factory_s_data_sets_are_interleaved_by_shares(tmp_path: Path) -> 
     theirs = LISTED.replace("dataset: rows", "dataset: rows,talks\neval_dataset: talks\nmix_strategy: interleave_under")
     told, spec = imported(tmp_path, theirs + "interleave_probs: 0.7,0.3\n")
     assert told["job"]["dataset"]["more"] == [{"path": "o/talks", "split": "train_sft", "share": 0.3, "columns": {}}]
-    assert "all rows of dataset.path are taken" in told["otherwise"]["mix_strategy"]
+    assert "loractl takes all rows of dataset.path" in told["otherwise"]["mix_strategy"]
     assert (spec.dataset.eval_path, spec.dataset.eval_split) == ("o/talks", "train_sft")
     told, _ = imported(tmp_path, theirs + "interleave_probs: 0.7\n")
     assert "is not a number above 0 for each data set" in told["left_out"]["interleave_probs"]
@@ -356,7 +358,7 @@ def test_a_training_on_pictures_is_refused(tmp_path: Path) -> None:
     for text, what in (
         (SHORT + "processor_type: AutoProcessor\n", "pictures or sound (processor_type)"),
         (LISTED + "image_max_pixels: 262144\nvideo_max_pixels: 16384\n", "(image_max_pixels, video_max_pixels)"),
-        (listed(tmp_path, {"prompt": "body", "images": "images"}), "rows has images, and loractl trains on text"),
+        (listed(tmp_path, {"prompt": "body", "images": "images"}), "rows has images, but loractl trains only on text"),
     ):
         (tmp_path / "theirs.yaml").write_text(text)
         refused = CliRunner().invoke(cli, ["import", str(tmp_path / "theirs.yaml")])

@@ -205,7 +205,7 @@ def test_a_wide_screen_shows_the_model_and_the_method_as_well() -> None:
 def test_a_small_window_has_what_runs_first_and_then_how_many_more_wait(height: int) -> None:
     screen = replace(PLAIN, height=height)
     ran = [running(job_id=number) for number in range(1, 4)]
-    waiting = {job(job_id=number): wait("memory", f"box:0 when {number} ends") for number in range(11, 41)}
+    waiting = {job(job_id=number): wait("memory", f"box:0 when job {number} ends") for number in range(11, 41)}
     text = overview(ran, waiting, [], screen)
     lines = text.splitlines()
     assert lines[0] == "3 running, 30 waiting." and lines[-1].startswith("Today")

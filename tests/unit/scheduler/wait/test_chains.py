@@ -47,12 +47,12 @@ def test_the_head_of_a_chain_is_named_and_where_it_stands(store: Store) -> None:
     assert sentence(timed, last) == f"{behind}which runs on box:0 until about 12:10"
     assert remedies(timed, last) == (f"Start without: loractl edit {last} --set after=[]",)
     timed.attempts.finish(claim, Reason.BAD_DATA, "no rows", Progress())
-    assert sentence(timed, last) == f"{behind}which has failed: it starts once a retry of that one succeeds"
+    assert sentence(timed, last) == f"{behind}which has failed: it starts once a retry of that job succeeds"
     assert remedies(timed, 2)[0] == "Queue that one again: loractl retry 1"
 
 
 @pytest.mark.parametrize(
-    ("any_end", "said"), [(True, "it starts in a moment"), (False, "it starts once a retry of that one succeeds")]
+    ("any_end", "said"), [(True, "it starts in a moment"), (False, "it starts once a retry of that job succeeds")]
 )
 def test_a_cancelled_one_is_over_for_who_takes_any_end(store: Store, any_end: bool, said: str) -> None:
     first = queue(store, "answers")

@@ -32,13 +32,18 @@ def pair(**more: Any) -> list[Any]:
 
 def test_a_gang_says_which_card_it_lacks_and_who_has_it() -> None:
     busy = {"ran": [running(12, "heron:1", 20)]}
-    assert told(shared(), *pair(), **busy) == ("memory", "waits for a second card of 20.0 GiB on heron when 12 ends")
+    assert told(shared(), *pair(), **busy) == (
+        "memory",
+        "waits for a second card of 20.0 GiB on heron when job 12 ends",
+    )
     both = {"ran": [running(12, "heron:1", 20), running(13, "heron:0", 20)]}
-    assert told(shared(), *pair(), **both)[1].startswith("waits for 2 cards of 20.0 GiB on heron when 1")
+    assert told(shared(), *pair(), **both)[1].startswith("waits for 2 cards of 20.0 GiB on heron when jobs 1")
     small = {"ran": [running(12, "heron:1", 2)]}
     assert told(shared(), *pair(), **small)[0] == "busy", "there the memory is free, and the card takes no second job"
     kept = shared(submitted_at=in_seconds(-RESERVE_AFTER_S - 1))
-    assert told(kept, *pair(), ran=[running(12, "heron:1", 20, 600)])[1].endswith("on heron when 12 ends (kept for it)")
+    assert told(kept, *pair(), ran=[running(12, "heron:1", 20, 600)])[1].endswith(
+        "on heron when job 12 ends (kept for it)"
+    )
 
 
 def test_a_job_that_needs_several_cards_has_the_others_of_its_box_ahead_of_it() -> None:
@@ -60,7 +65,7 @@ def test_a_gang_that_starts_names_all_its_cards() -> None:
 def test_where_no_worker_runs_several_cards_a_job_that_asks_for_them_says_so() -> None:
     plain = [card(f"heron:{n}", 24) for n in range(2)]
     assert told(shared(alone=False), *plain) == ("never", "asks for 2 cards, and no worker here runs a job on several")
-    assert told(shared(), *plain) == ("never", "needs 40.0 GiB, the largest card has 24.0")
+    assert told(shared(), *plain) == ("never", "needs 40.0 GiB, and the largest card has 24.0 GiB")
     assert told(shared(cards=3, alone=False), *pair())[1] == "needs 3 cards of 20.0 GiB of one box, and no box has them"
 
 
@@ -68,7 +73,7 @@ def test_a_box_with_a_closed_card_is_waited_for() -> None:
     first, second = pair()
     second.draining = True
     word, sentence = told(shared(alone=False), first, second)
-    assert (word, sentence) == ("worker", "it asks for several cards of one box, and not enough are open")
+    assert (word, sentence) == ("worker", "it needs several cards of one box, but too few are open")
 
 
 def test_a_box_that_is_not_whole_is_named_by_what_it_lacks() -> None:
@@ -78,14 +83,14 @@ def test_a_box_that_is_not_whole_is_named_by_what_it_lacks() -> None:
     first, second = pair()
     second.outside_bytes, second.outside = 20 * GIB, [{"pid": 9, "name": "vllm", "bytes": 20 * GIB}]
     for job in (whole, shared(alone=False)):
-        assert told(job, first, second) == ("memory", "vllm (pid 9) holds 20.0 on heron:1, 4.0 are left")
+        assert told(job, first, second) == ("memory", "vllm (pid 9) holds 20.0 GiB on heron:1, which leaves 4.0 GiB")
 
 
 def test_a_gang_that_waits_for_lora_says_whose_end_gives_it_room() -> None:
     """It was told that no card has room for LoRA."""
     way = {"cards": 2, "parallel": "sharded", "lora": 20 * GIB, "qlora": 10 * GIB}
     job = waits(lora=40, qlora=30, gangs={"alone": True, "ways": [way]}, lora_until=in_seconds(3600))
-    asked = ("memory", "waits for a second card of 20.0 GiB on heron when 12 ends")
+    asked = ("memory", "waits for a second card of 20.0 GiB on heron when job 12 ends")
     assert told(job, *pair(), ran=[running(12, "heron:1", 20)]) == asked
 
 
@@ -95,15 +100,15 @@ def test_a_job_whose_share_is_small_is_not_reached_where_a_processor_would_take_
     cards = [card("heron:0", 16), card("wren:0", 64, kind="cpu")]
     first = waits(lora=16, qlora=16, job_id=6)
     view = fleet(cards, ran=[running(12, "heron:0", 16)], waiting=[first, job])
-    assert explain(job, view).sentence == "wren:0 has room for it, and the rule does not reach it"
+    assert explain(job, view).sentence == "wren:0 has room for it, but the rule does not reach it"
 
 
 def test_each_card_says_what_of_the_job_it_would_have() -> None:
     job = shared()
     view = fleet(pair(), ran=[running(12, "heron:1", 20)], waiting=[job])
     assert [(fit.when, fit.then) for fit in card_fits(job, view)] == [
-        ("now", "its share is 20.0 GiB, of 2 cards"),
-        ("?", "its share is 20.0 GiB, of 2 cards, when 12 ends"),
+        ("now", "its share is 20.0 GiB on each of 2 cards"),
+        ("?", "its share is 20.0 GiB on each of 2 cards, when job 12 ends"),
     ]
 
 
@@ -119,10 +124,10 @@ def test_a_job_whose_cards_are_kept_for_another_says_for_whom() -> None:
     second, trio = shared(15), [*pair(), card("heron:2", 24, gangs=True)]
     view = fleet(trio, ran=[running(12, "heron:2", 20, 600)], waiting=[first, second], charges={"ada": 9.0})
     wait = explain(second, view)
-    assert (wait.word, wait.sentence) == ("kept", "heron:0 and heron:1 are kept for 8, which goes first")
+    assert (wait.word, wait.sentence) == ("kept", "heron:0 and heron:1 are kept for job 8, which goes first")
     fits = card_fits(second, view)
-    assert fits[0].then == "kept for 8, its share is 15.0 GiB, of 2 cards"
-    assert (fits[2].at, fits[2].then) == (in_seconds(600), "its share is 15.0 GiB, of 2 cards, when 12 ends")
+    assert fits[0].then == "kept for job 8, its share is 15.0 GiB on each of 2 cards"
+    assert (fits[2].at, fits[2].then) == (in_seconds(600), "its share is 15.0 GiB on each of 2 cards, when job 12 ends")
 
 
 def test_a_box_with_too_few_cards_for_it_never_has_room() -> None:
@@ -137,7 +142,7 @@ def test_a_box_with_too_few_cards_for_it_never_has_room() -> None:
 
 
 def test_cards_that_are_closed_or_held_by_others_are_not_too_few_for_ever() -> None:
-    job, only, short = shared(), shared(alone=False), ("?", "too few cards of heron can have a share of it now")
+    job, only, short = shared(), shared(alone=False), ("?", "too few cards of heron can hold a share of it now")
 
     def fits(asks: Any, *nodes: Any, **others: Any) -> dict[str, tuple[str, str]]:
         return {fit.node: (fit.when, fit.then) for fit in card_fits(asks, fleet(nodes, waiting=[asks], **others))}
@@ -148,7 +153,7 @@ def test_cards_that_are_closed_or_held_by_others_are_not_too_few_for_ever() -> N
     assert fits(only, first, second)["heron:0"] == short
     crane = [card(f"crane:{n}", 24, gangs=True) for n in range(2)]
     found = fits(job, first, second, *crane)
-    assert found["heron:0"] == short and found["heron:1"] == ("?", "vllm holds 20.0, no end known")
+    assert found["heron:0"] == short and found["heron:1"] == ("?", "vllm holds 20.0 GiB for an unknown time")
     for asks in (job, only):
         assert fits(asks, *pair(), drains=[drained("heron:1")])["heron:0"] == short
     assert fits(job, *pair(), *crane, drains=[drained("heron:1")])["heron:0"] == short

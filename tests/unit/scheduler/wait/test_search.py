@@ -191,7 +191,7 @@ def _is_true(word: str, sentence: str, job: Asked, search: Search, waiting: list
         if word == "share":
             assert first > job.row.job_id
     elif word == "kept":
-        (first,) = [int(n) for n in re.findall(r"kept for (\d+)", sentence)]
+        (first,) = [int(n) for n in re.findall(r"kept for job (\d+)", sentence)]
         assert first in others and first not in placed and named[0].node in startable
     elif word in ("memory", "busy") and " when " in sentence:
         named_jobs = re.sub(r"and \d+ more", "", sentence.partition(" when ")[2].partition(" end")[0])
@@ -204,7 +204,7 @@ def _is_true(word: str, sentence: str, job: Asked, search: Search, waiting: list
     elif word == "patience":
         assert not startable and len(job.later) == 2
     elif word == "limit" and "goes first" in sentence:
-        (first,) = [int(n) for n in re.findall(r"^(\d+) goes first", sentence)]
+        (first,) = [int(n) for n in re.findall(r"^job (\d+) goes first", sentence)]
         assert startable and placed[first] == named[0].node
         assert next(row for row in waiting if row.job_id == first).user == job.row.user
     elif word == "limit":

@@ -41,7 +41,7 @@ def told(job: Job, *nodes: Any, **others: Any) -> tuple[str, str]:
 
 def test_a_job_larger_than_every_card_never_starts_and_says_by_how_much() -> None:
     nodes = card("a:0", 24), card("b:0", 48, margin=1, outside_bytes=40), card("off:0", 40, draining=True)
-    assert told(waits(lora=60, qlora=50), *nodes) == ("never", "needs 50.0 GiB, the largest card has 47.0")
+    assert told(waits(lora=60, qlora=50), *nodes) == ("never", "needs 50.0 GiB, and the largest card has 47.0 GiB")
     assert told(waits(lora=60, qlora=47), *nodes)[0] != "never", "others may leave"
 
 
@@ -54,7 +54,7 @@ def test_a_label_that_no_box_has_is_named() -> None:
 def test_a_job_whose_own_limit_is_below_its_need_never_starts() -> None:
     job = waits(methods=())
     job.spec = {"resources": {"max_vram": 2 * GIB}}
-    assert told(job, card()) == ("never", "its resources.max_vram, 2.0, is below every need")
+    assert told(job, card()) == ("never", "its resources.max_vram, 2.0, is less than it needs with any method")
 
 
 def test_the_smaller_method_of_several_decides_what_never_fits() -> None:
@@ -73,9 +73,9 @@ def test_whose_room_beyond_its_need_a_job_would_fit_into_is_named() -> None:
         (found,) = card_fits(waits(lora=45, qlora=45), fleet([card(total=80, max_jobs=4)], ran=[holder]))
         return found.then
 
-    assert fits() == "fits when 3 ends, which took 32.0 beyond its need when nobody wanted them"
-    assert fits(vram_lora=40 * GIB) == fits(vram_lora=None) == "fits when 3 ends"
-    assert fits(vram_lora=36 * GIB) == "fits when 3 ends", "its need alone leaves too little"
+    assert fits() == "fits when job 3 ends, which took 32.0 GiB beyond its need while nobody else wanted it"
+    assert fits(vram_lora=40 * GIB) == fits(vram_lora=None) == "fits when job 3 ends"
+    assert fits(vram_lora=36 * GIB) == "fits when job 3 ends", "its need alone leaves too little"
 
 
 def test_a_held_job_waits_for_a_person_whatever_is_free() -> None:
@@ -108,7 +108,10 @@ def test_a_user_at_the_limit_is_told_so() -> None:
 
 def test_a_job_behind_the_last_one_that_its_user_may_run_says_so() -> None:
     nodes = card("a:0", user_limit=1), card("b:0")
-    assert told(waits(8), *nodes, waiting=[waits(7)]) == ("limit", "7 goes first on a:0, and ada may run 1 at a time")
+    assert told(waits(8), *nodes, waiting=[waits(7)]) == (
+        "limit",
+        "job 7 goes first on a:0, and ada may run 1 at a time",
+    )
     assert told(waits(8, user="bob"), *nodes, waiting=[waits(7)])[0] == "next"
 
 
@@ -116,7 +119,7 @@ def test_a_job_whose_result_lies_on_a_box_names_it_and_until_when() -> None:
     until = {"result_host": "heron", "result_until": in_seconds(300)}
     mine, other = card("heron:0"), card("owl:0", 48)
     assert told(waits(**until), mine, other) == ("next", "heron:0 is about to take it")
-    text = r"heron, {}, has its finished result and alone may take it until .*\d"
+    text = r"only heron \({}\) may take it until .*\d: it has the finished result"
 
     def state(*nodes: Any, **more: Any) -> str:
         word, sentence = told(waits(**until), *nodes, **more)
@@ -126,17 +129,17 @@ def test_a_job_whose_result_lies_on_a_box_names_it_and_until_when() -> None:
         return matched[1]
 
     assert state(mine, other, ran=[running(1, "heron:0", 20)]) == "busy now"
-    assert state(other) == "which has no worker now"
+    assert state(other) == "no worker now"
     assert state(mine, other, drains=[drained("heron")]) == "drained by lena"
     assert state(card("heron:0", seen_at=TWO_HOURS_AGO), other) == "last seen 2 h 00 min ago"
-    assert state(card("heron:0", draining=True), other) == "whose worker is being stopped"
+    assert state(card("heron:0", draining=True), other) == "its worker is being stopped"
     over = waits(result_host="heron", result_until=NOON)
     assert told(over, card("heron:0", draining=True), other) == ("next", "owl:0 is about to take it")
     view = fleet([mine, other], waiting=[waits(**until)])
     then = {fit.node: fit.then for fit in card_fits(waits(**until), view)}
     assert then == {
         "heron:0": "about to take it",
-        "owl:0": "until then heron alone may take it: it has the finished result",
+        "owl:0": "until then, only heron may take the job: it has the finished result",
     }
 
 
@@ -150,10 +153,10 @@ def test_a_card_that_failed_it_is_named_with_the_reason_and_until_when() -> None
     for name in ("a:0", "a"):
         word, sentence = told(waits(avoids=failed(name)), *nodes, ran=ran)
         assert word == "avoids"
-        assert re.fullmatch(r"a:0 failed it \(gpu_error\): until .*\d for another card", sentence)
+        assert re.fullmatch(r"a:0 failed it \(gpu_error\), so it waits for another card until .*\d", sentence)
         found = fits(waits(avoids=failed(name)), *nodes, ran=ran)
-        assert found["a:0"][1] == "failed it (gpu_error), avoided until then"
-        assert found["b:0"] == ("?", "fits when 1 ends, which is not known")
+        assert found["a:0"][1] == "failed the job (gpu_error), which avoids it until then"
+        assert found["b:0"] == ("?", "fits when job 1 ends (time not known)")
     assert told(waits(avoids=failed("a:0")), card("a:0"), card("b:0", 2))[0] == "next", "the other is too small"
     over = {"a:0": {"reason": "gpu_error", "until": NOON.isoformat()}}
     assert told(waits(avoids=over), *nodes, ran=ran)[0] == "next"
@@ -213,7 +216,7 @@ def test_a_box_that_is_silent_or_drained_is_told_at_once() -> None:
     assert closed_cards(view) == ["crane:1 drained by lena", "heron silent for 20 s", "owl being stopped"]
     assert told(waits(), card(seen_at=in_seconds(-20))) == (
         "offline",
-        "box:0 would take it and has been silent for 20 s",
+        "box:0 would take it, but has been silent for 20 s",
     )
     assert trouble_of(view, "crane:0") is None and closed_cards(fleet([card(seen_at=in_seconds(-14))])) == []
     assert closed_cards(fleet([card(seen_at=in_seconds(-4000))])) == [], "a box that is long gone is no news"
@@ -243,7 +246,7 @@ def test_a_processor_that_leaves_a_job_to_gpus_which_lack_its_label_says_so() ->
     word, sentence = told(job, card("gpu:0"), card("cpu:0", kind="cpu", labels={"site": "roof"}))
     assert (word, sentence) == (
         "worker",
-        "cpu:0 is a processor, for what no GPU of the fleet can hold; no GPU with its labels is online",
+        "cpu:0 is a processor, which takes only jobs that no GPU can hold; no GPU with the job's labels is online",
     )
 
 
@@ -257,44 +260,47 @@ def test_a_job_that_the_rule_places_is_next_and_says_when_that_is_late() -> None
 
 def test_memory_that_running_jobs_hold_is_free_when_they_end() -> None:
     ran = [running(11, "box:0", 20, 600), running(12, "box:0", 20, 60), running(13, "box:0", 20, None)]
-    assert told(waits(lora=24, qlora=24), card(total=64, max_jobs=4), ran=ran) == ("memory", "box:0 when 12 ends")
+    assert told(waits(lora=24, qlora=24), card(total=64, max_jobs=4), ran=ran) == ("memory", "box:0 when job 12 ends")
     assert told(waits(lora=44, qlora=44), card(total=64, max_jobs=4), ran=ran) == (
         "memory",
-        "box:0 when 12 and 11 end",
+        "box:0 when jobs 12 and 11 end",
     )
     assert told(waits(lora=64, qlora=64), card(total=64, max_jobs=4), ran=ran) == (
         "memory",
-        "box:0 when 12, 11 and 1 more end",
+        "box:0 when jobs 12, 11 and 1 more end",
     )
 
 
 def test_the_card_that_is_free_first_is_named() -> None:
     nodes = card("a:0"), card("b:0"), card("c:0")
     ran = [running(1, "a:0", 20, 900), running(2, "b:0", 20, 300), running(3, "c:0", 20, None)]
-    assert told(waits(), *nodes, ran=ran) == ("memory", "b:0 when 2 ends")
+    assert told(waits(), *nodes, ran=ran) == ("memory", "b:0 when job 2 ends")
 
 
 def test_a_card_with_room_but_no_slot_is_busy() -> None:
-    assert told(waits(), card(total=48), ran=[running(11, "box:0", 8, 60)]) == ("busy", "box:0 when 11 ends")
+    assert told(waits(), card(total=48), ran=[running(11, "box:0", 8, 60)]) == ("busy", "box:0 when job 11 ends")
 
 
 def test_qlora_that_fits_sooner_is_what_a_job_waits_for() -> None:
     nodes = card("a:0", 24, max_jobs=3), card("b:0", 8)
     ran = [running(1, "a:0", 20, 900), running(2, "b:0", 8, 60)]
-    assert told(waits(lora=20, qlora=8), *nodes, ran=ran) == ("memory", "b:0 when 2 ends")
+    assert told(waits(lora=20, qlora=8), *nodes, ran=ran) == ("memory", "b:0 when job 2 ends")
 
 
 def test_memory_that_others_hold_is_told_with_whose_it_is() -> None:
     node = card(outside_bytes=20, outside=[NOTEBOOK, {**NOTEBOOK, "pid": 4712, "bytes": 4 * GIB}])
     assert told(waits(lora=8, qlora=8), node) == (
         "memory",
-        "vllm of tomas (pid 4711) and 1 more hold 20.0 on box:0, 4.0 are left",
+        "vllm of tomas (pid 4711) and 1 more hold 20.0 GiB on box:0, which leaves 4.0 GiB",
     )
     nameless = card(outside_bytes=20, outside=[{"pid": 4711, "user": None, "name": None, "bytes": 20 * GIB}])
-    assert told(waits(lora=8, qlora=8), nameless) == ("memory", "pid 4711 holds 20.0 on box:0, 4.0 are left")
+    assert told(waits(lora=8, qlora=8), nameless) == (
+        "memory",
+        "pid 4711 holds 20.0 GiB on box:0, which leaves 4.0 GiB",
+    )
     assert told(waits(lora=8, qlora=8), card(outside_bytes=20)) == (
         "memory",
-        "something outside loractl holds 20.0, or did lately on box:0, 4.0 are left",
+        "something outside loractl holds, or recently held, 20.0 GiB on box:0, which leaves 4.0 GiB",
     )
     assert told(waits(lora=8, qlora=4), node)[0] == "next", "QLoRA fits beside them"
 
@@ -303,12 +309,12 @@ def test_a_job_behind_another_one_says_whose_turn_it_is() -> None:
     mine = waits(7, lora=20, qlora=20)
     assert told(mine, card(), waiting=[waits(9, priority=3, user="bob")]) == (
         "order",
-        "9 has a higher priority on box:0",
+        "job 9 goes first on box:0: its priority is higher",
     )
-    assert told(mine, card(), waiting=[waits(6)]) == ("order", "6 goes first on box:0")
+    assert told(mine, card(), waiting=[waits(6)]) == ("order", "job 6 goes first on box:0")
     assert told(mine, card(), waiting=[waits(9, user="bob")], charges={"ada": 5.0}) == (
         "share",
-        "bob used the cards less: 9 goes first on box:0",
+        "job 9 goes first on box:0: bob has used the cards less",
     )
 
 
@@ -319,11 +325,11 @@ def test_a_card_that_is_kept_for_a_job_that_waited_long_is_kept_from_the_next() 
     node = card(total=48, max_jobs=4)
     assert told(second, node, ran=ran, waiting=[first], charges={"bob": 99.0}) == (
         "kept",
-        "box:0 is kept for 5, which goes first",
+        "box:0 is kept for job 5, which goes first",
     )
     assert told(first, node, ran=ran, waiting=[second], charges={"bob": 99.0}) == (
         "memory",
-        "box:0 when 1 ends (kept for it)",
+        "box:0 when job 1 ends (kept for it)",
     )
     small = waits(9, lora=8, qlora=8, user="bob")
     assert told(small, node, ran=ran, waiting=[first], charges={"bob": 99.0})[0] == "next", (
@@ -335,17 +341,17 @@ def test_patience_is_told_with_the_card_that_would_take_qlora() -> None:
     job = waits(lora=40, qlora=8, lora_until=in_seconds(3600))
     word, sentence = told(job, card(), card("b:0", 48, draining=True))
     assert word == "patience"
-    assert re.fullmatch(r"until .*\d for LoRA; QLoRA would fit on box:0 now", sentence)
+    assert re.fullmatch(r"it waits for LoRA until .*\d; QLoRA would fit on box:0 now", sentence)
     word, sentence = told(job, card(), ran=[running(1, "box:0", 24, 600)])
     assert word == "patience"
-    assert re.fullmatch(r"until .*\d for LoRA, for which no card has room; then for QLoRA", sentence)
-    assert told(job, card("b:0", 48), ran=[running(1, "b:0", 48, 600)]) == ("memory", "b:0 when 1 ends")
+    assert re.fullmatch(r"it waits for LoRA until .*\d, but no card has room; then it may use QLoRA", sentence)
+    assert told(job, card("b:0", 48), ran=[running(1, "b:0", 48, 600)]) == ("memory", "b:0 when job 1 ends")
 
 
 def test_a_card_for_qlora_alone_is_nothing_before_the_patience_is_over() -> None:
     when, then = fits(waits(lora=40, qlora=8, lora_until=in_seconds(3600)), card())["box:0"]
     assert when not in ("now", "never", "?")
-    assert then == "too small for LoRA, which it waits for until then"
+    assert then == "too small for LoRA, for which the job waits until then"
 
 
 # --- card by card ---
@@ -378,9 +384,9 @@ def test_each_card_says_what_it_is_for_the_job() -> None:
         "c:0": ("never", "lacks the label nvlink=yes"),
         "d:0": ("?", "its worker is stopping"),
         "e:0": ("?", "not seen for 2 h 00 min"),
-        "f:0": (when, "fits when 1 ends"),
-        "g:0": ("?", "fits when 2 ends, which is not known"),
-        "h:0": ("?", "vllm of tomas holds 22.0, no end known"),
+        "f:0": (when, "fits when job 1 ends"),
+        "g:0": ("?", "fits when job 2 ends (time not known)"),
+        "h:0": ("?", "vllm of tomas holds 22.0 GiB for an unknown time"),
         "i:0": ("?", "drained by lena: replacing a fan"),
         "j:0": ("never", "card is smaller than the job"),
     }
@@ -389,11 +395,11 @@ def test_each_card_says_what_it_is_for_the_job() -> None:
 
 def test_a_card_with_room_says_who_goes_first_there() -> None:
     mine = waits(7)
-    assert fits(mine, card(), waiting=[waits(6)])["box:0"] == ("now", "6 goes first")
+    assert fits(mine, card(), waiting=[waits(6)])["box:0"] == ("now", "job 6 goes first")
     first = waits(5, lora=40, qlora=40, submitted_at=in_seconds(-RESERVE_AFTER_S))
     big = card(total=48, max_jobs=4)
     found = fits(waits(9, lora=20, qlora=20), big, ran=[running(1, "box:0", 20, 600)], waiting=[first])
-    assert found["box:0"] == ("now", "kept for 5")
+    assert found["box:0"] == ("now", "kept for job 5")
 
 
 def test_a_card_that_two_jobs_get_at_once_is_about_to_take_each() -> None:
@@ -415,7 +421,10 @@ def test_a_processor_leaves_to_gpus_what_they_can_hold() -> None:
         "gpu:0": ("never", "card is smaller than the job"),
     }
     ran = [running(1, "gpu:0", 24, 600)]
-    assert fits(waits(), *nodes, ran=ran)["cpu:0"] == ("never", "a processor is for what no GPU of the fleet can hold")
+    assert fits(waits(), *nodes, ran=ran)["cpu:0"] == (
+        "never",
+        "a processor takes only jobs that no GPU of the fleet can hold",
+    )
 
 
 # --- expected starts ---
@@ -488,8 +497,8 @@ def test_a_job_behind_the_beginning_of_the_order_is_told_what_is_sure() -> None:
     mine = waits(999, lora=8, qlora=8)
     before = [waits(number, lora=8, qlora=8) for number in range(10, 10 + REPLAYED_JOBS + 1)]
     view = fleet([card()], [running(1, "box:0", 20)], [*before, mine])
-    assert reason(mine, view, ready(before), {}).sentence.endswith("; 10 and at least 200 more go first")
-    assert reason(mine, view, ready([*before[:3], mine]), {}).sentence.endswith("; 10 and 2 more go first")
+    assert reason(mine, view, ready(before), {}).sentence.endswith("; job 10 and at least 200 more go first")
+    assert reason(mine, view, ready([*before[:3], mine]), {}).sentence.endswith("; job 10 and 2 more go first")
 
 
 def test_a_program_in_the_way_is_named_only_when_it_alone_is() -> None:
@@ -526,7 +535,7 @@ def test_a_card_that_has_the_job_s_base_says_so() -> None:
     job = waits(lora=8)
     view = fleet([card("cold:0", 24), card("warm:0", 48)], waiting=[job], hosts=[host(on="warm:0")])
     assert {fit.node: fit.then for fit in card_fits(job, view)} == {
-        "cold:0": "fits", "warm:0": "about to take it, its base is loaded there"
+        "cold:0": "fits", "warm:0": "about to take it, and its base is loaded there"
     }  # fmt: skip
 
 
@@ -537,20 +546,20 @@ def test_a_card_whose_worker_stops_too_soon_says_when_and_what_the_job_needs() -
     ends = card("a:0", 24, until=in_seconds(1800), window_s=4 * 3600.0)
     text = f"a:0 stops at {clock(in_seconds(1800), NOON)}"
     asked = waits(checkpoint_s=2400.0)
-    assert told(asked, ends) == ("time", f"{text}, and it needs 40 min to its first stored checkpoint")
-    unknown = f"{text}, and its time to a checkpoint is not known: it begins there with 60 min left"
+    assert told(asked, ends) == ("time", f"{text}, but the job needs 40 min to store its first checkpoint")
+    unknown = f"{text}, but the job's time to a checkpoint is not known, so it starts only with 60 min left"
     assert told(waits(), ends) == ("time", unknown)
     assert told(waits(checkpoint_s=60.0), ends)[0] == "next"
     (fit,) = card_fits(asked, fleet([ends], waiting=[asked]))
     assert (fit.when, fit.then) == (
         "never",
-        text.removeprefix("a:0 ") + ", and it needs 40 min to its first stored checkpoint",
+        text.removeprefix("a:0 ") + ", but the job needs 40 min to store its first checkpoint",
     )
 
 
 def test_a_job_that_needs_longer_than_any_worker_stays_is_told_so() -> None:
     short = card("a:0", 24, until=in_seconds(1800), window_s=3600.0)
-    said = "needs 2 h 00 min to its first stored checkpoint, and no worker stays longer than 60 min"
+    said = "needs 2 h 00 min to store its first checkpoint, and no worker stays longer than 60 min"
     assert told(waits(checkpoint_s=7200.0), short) == ("never", said)
     busy = running(3, "b:0", 20, ends_in=600)
     assert told(waits(checkpoint_s=7200.0), short, card("b:0", 24), ran=[busy])[0] == "memory"

@@ -40,7 +40,10 @@ def test_the_lab_says_first_what_runs_and_who_holds_what(web: Web) -> None:
     assert re.search(r"Next to start: 17 on osprey:0 at about \d\d:\d\d", page)
     assert "vllm serve of tomás holds 41.0 GiB of heron:1 outside the queue" in page
     assert "priya · 12 · 61.0" in page and "Drained by lena: replacing a fan" in page
-    assert "needs 92.0 GiB, the largest card has 79.5" in page and "held by wei: until the new data are there" in page
+    assert (
+        "needs 92.0 GiB, and the largest card has 79.5 GiB" in page
+        and "held by wei: until the new data are there" in page
+    )
     assert "held held" not in page
 
 
@@ -117,8 +120,8 @@ def test_a_job_that_learned_from_pairs_shows_both_answers_beside_those_of_the_mo
 
 def test_a_waiting_job_s_page_says_card_by_card_why(web: Web) -> None:
     page = words(web.client.get("/jobs/17").text)
-    assert "osprey:0 when 12 ends" in page and "card is smaller than the job" in page
-    assert "vllm serve of tomás holds 41.0, no end known" in page
+    assert "osprey:0 when job 12 ends" in page and "card is smaller than the job" in page
+    assert "vllm serve of tomás holds 41.0 GiB for an unknown time" in page
 
 
 def test_a_sweep_s_page_names_the_best_and_marks_what_differs(web: Web) -> None:

@@ -49,12 +49,12 @@ def test_a_reason_stands_before_the_cards_and_what_would_help_after_them() -> No
     view, job = lab(), waits(1485, 30, 25, name="sql-gen")
     lines = why(view, PIPE, job, ExpectedStart(at=in_seconds(600), spread_s=120.0, node="heron:0")).splitlines()
     assert lines[0] == "1485 sql-gen waits for 25.0 GiB on one card."
-    assert lines[1] == "Reason: memory, heron:0 when 1471 ends."
+    assert lines[1] == "Reason: memory, heron:0 when job 1471 ends."
     assert lines[2].startswith("Expected start: ") and lines[2].endswith(" ± 2 min on heron:0.")
     assert lines[4].split() == ["CARD", "FREE", "OF", "FREE", "AT", "THEN"]
     cards = {line[2:].split()[0]: line for line in lines[5:11]}
     assert cards["heron:0"].startswith("→ heron:0     4.0  48")
-    assert cards["heron:0"].endswith("fits when 1471 ends")
+    assert cards["heron:0"].endswith("fits when job 1471 ends")
     assert cards["kestrel:0"] == "  kestrel:0   6.2  24  never      card is smaller than the job"
     assert cards["osprey:0"].split(maxsplit=3)[3].endswith("its worker is stopping")
     assert lines[12] == "Ahead of it: 1486 (priya). Position 2 of 9."

@@ -175,12 +175,12 @@ def limited_behind_another(lab: Lab) -> int:
 
 
 CASES: dict[Callable[[Lab], int], tuple[float | None, str]] = {
-    alone: (900, "memory: heron:0 when 1 ends"),
-    several: (900, "memory: waits for 2 cards of 20.0 GiB on heron when 2 and 1 end"),
-    several_kept: (2700, "memory: waits for 2 cards of 20.0 GiB on heron when 2 and 1 end"),
+    alone: (900, "memory: heron:0 when job 1 ends"),
+    several: (900, "memory: waits for 2 cards of 20.0 GiB on heron when jobs 2 and 1 end"),
+    several_kept: (2700, "memory: waits for 2 cards of 20.0 GiB on heron when jobs 2 and 1 end"),
     several_at_once: (0, "next: heron:0 and heron:1 are about to take it"),
     joins: (0, "next: heron:0 is about to take it with job 1 on one base"),
-    joins_later: (600, "memory: heron:0 when 3 ends"),
+    joins_later: (600, "memory: heron:0 when job 3 ends"),
     limited: (500, "limit: ada runs 1, the limit is 1"),
     limited_behind_another: (None, "limit: ada runs 1, the limit is 1"),
 }

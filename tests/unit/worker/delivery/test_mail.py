@@ -70,7 +70,7 @@ def test_a_mail_arrives_with_its_result_in_the_subject() -> None:
         ("554 ANSWER, never", Delivery(why="SMTP 554")),
     ],
 )
-def test_a_refusal_is_told_by_its_number_alone(refusal: str, expected: Delivery) -> None:
+def test_a_refusal_is_reported_only_by_its_number(refusal: str, expected: Delivery) -> None:
     with mail_server(Mailbox(refusal)) as port:
         assert told(f"smtp://127.0.0.1:{port}") == expected
 
@@ -87,7 +87,7 @@ class Choosy(Mailbox):
         return "250 known"
 
 
-def test_a_recipient_who_is_refused_is_told_though_others_get_the_mail() -> None:
+def test_a_refused_recipient_is_reported_though_others_get_the_mail() -> None:
     mailbox = Choosy()
     with mail_server(mailbox) as port:
         expected = Delivery(sent=True, why="SMTP 550 for 1 of its 2 recipients")
@@ -101,7 +101,7 @@ def test_a_server_that_says_nothing_or_hangs_up_is_tried_again() -> None:
     assert told(f"smtp://127.0.0.1:{free_port()}") == Delivery(again=True, why="the connection is refused")
 
 
-def test_a_password_goes_to_a_trusted_server_after_starttls_alone(
+def test_a_password_is_sent_only_to_a_trusted_server_after_starttls(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     authority = tls.make_authority(tmp_path / "authority")

@@ -43,14 +43,14 @@ def test_a_webhook_is_signed_as_standard_webhooks_say() -> None:
     assert request.json["data"]["subject"] == "triage-r32: better, loss 4.49 -> 0.25"
 
 
-def test_ntfy_gets_json_so_that_no_text_stands_in_a_header() -> None:
+def test_ntfy_gets_json_so_that_no_text_is_in_a_header() -> None:
     request = posted(Channel(name="ops", kind="ntfy", url="/lab-topic", secret="tk_S3CRET"), subject=HOSTILE)
     assert request.line == "POST / HTTP/1.1"
     assert request.headers["Authorization"] == "Bearer tk_S3CRET"
     assert (request.json["topic"], request.json["title"]) == ("lab-topic", HOSTILE)
 
 
-def test_slack_and_discord_call_nobody_whatever_a_job_says() -> None:
+def test_no_text_of_a_job_mentions_anybody_on_slack_or_discord() -> None:
     slack = posted(Channel(name="ops", kind="slack", url="/services/T/B/x"), subject=HOSTILE).json["text"]
     assert "&lt;!channel&gt;" in slack and "&amp; &lt;b&gt;" in slack and "<" not in slack
     discord = posted(Channel(name="ops", kind="discord", url="/api/webhooks/1/x"), text=HOSTILE + "y" * 5000).json
@@ -58,7 +58,7 @@ def test_slack_and_discord_call_nobody_whatever_a_job_says() -> None:
     assert len(discord["content"]) <= 2000
 
 
-def test_a_mail_can_t_get_a_header_from_a_text() -> None:
+def test_no_text_adds_a_header_to_a_mail() -> None:
     channel = Channel(name="ops", kind="mail", url="smtp://x", sender="loractl@lab.example", to=("ada@lab.example",))
     fine = mail(channel, parcel())
     assert (fine["Subject"], fine["Message-ID"]) == ("triage-r32: better, loss 4.49 -> 0.25", "<msg_7@loractl.invalid>")

@@ -45,7 +45,7 @@ def told(url: str) -> Delivery:
     ],
     ids="sent 500 429 503 gone endless-body endless-headers hangs trickles closes no-http".split(),  # noqa: SIM905  one line
 )
-def test_a_receiver_that_misbehaves_costs_bounded_time_and_is_told_in_our_words(
+def test_a_receiver_that_misbehaves_costs_bounded_time_and_is_reported_in_our_words(
     behaviour: receivers.Behaviour, expected: Delivery
 ) -> None:
     with receivers.receiver(behaviour) as ops:

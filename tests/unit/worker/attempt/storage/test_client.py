@@ -62,7 +62,7 @@ def until(holds: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def test_a_process_that_can_t_be_made_ahead_is_no_error(
+def test_failing_to_start_the_process_in_advance_is_no_error(
     artifacts: ArtifactStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A node makes it at its start, when its slots have begun: an error there would leave it hanging."""
@@ -108,7 +108,7 @@ def test_a_call_has_the_store_s_answer_or_its_error(artifacts: ArtifactStore, tm
     assert set(processes()) - others == {ready}, "one process for all calls, made ahead"
 
 
-def test_a_call_that_hangs_is_told_and_has_a_deadline(artifacts: ArtifactStore, tmp_path: Path) -> None:
+def test_a_call_that_hangs_is_reported_and_has_a_deadline(artifacts: ArtifactStore, tmp_path: Path) -> None:
     uri, digest = stored(artifacts, tmp_path, "rows")
     other = stored(artifacts, tmp_path, "others")
     pipe, told = hang(uri), []
