@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime as dt
+import hashlib
 import json
 import math
 import shutil
@@ -61,20 +62,9 @@ def reader(url: str, clock: Callable[[], dt.datetime]) -> Store:
 
 def seed(url: str, folder: Path, now: dt.datetime | None = None) -> SeededLab:
     """Boxes, and jobs that run, wait, are held, can never run, failed, and have ended well; a sweep of six."""
-    lab = SeededLab(
-        store=Store(make_engine(url)), artifacts=ArtifactStore(folder.as_uri()), now=now or dt.datetime.now(dt.UTC)
-    )
+    lab = reopen(url, folder, now or dt.datetime.now(dt.UTC))
     end, lab.now = lab.now, lab.now - dt.timedelta(hours=3)
-    lab.store = Store(make_engine(url), clock=lambda: lab.now)
-    see_cards(lab.store)
-    _sweep(lab)
-    for name, user, losses in (
-        ("triage-r32", "mara", (4.49, 0.25)), ("sql-gen-r16", "wei", (2.1, 1.4)), ("dialect-r8", "lena", (3.0, 2.98)),
-    ):  # fmt: skip
-        finish(lab, name, user, *losses)
-    failed = run(lab, "law-cite", "jonas", "kestrel:1", 9, steps=30)
-    lab.store.attempts.finish(failed, Reason.BAD_DATA, "data/law.jsonl: row 4120: there is no answer", Progress())
-    resumed(lab)
+    past(lab)
     for name, user, node, size, steps in (
         ("med-summ-70b", "priya", "osprey:0", 61, 1200), ("sql-gen-32b", "wei", "heron:0", 31, 800),
         ("triage-lr1e4", "mara", "kestrel:0", 17, 420), ("dialect-asr-post", "lena", "heron:0", 12, 0),
@@ -90,6 +80,19 @@ def seed(url: str, folder: Path, now: dt.datetime | None = None) -> SeededLab:
     lab.store.cards.drain("heron:2", "lena", "replacing a fan")
     lab.pass_((end - lab.now).total_seconds())
     return lab
+
+
+def past(lab: SeededLab) -> None:
+    """Eleven jobs that have ended: a sweep of six, three alone, one that failed, one that went on twice."""
+    see_cards(lab.store)
+    _sweep(lab)
+    for name, user, losses in (
+        ("triage-r32", "mara", (4.49, 0.25)), ("sql-gen-r16", "wei", (2.1, 1.4)), ("dialect-r8", "lena", (3.0, 2.98)),
+    ):  # fmt: skip
+        finish(lab, name, user, *losses)
+    failed = run(lab, "law-cite", "jonas", "kestrel:1", 9, steps=30)
+    lab.store.attempts.finish(failed, Reason.BAD_DATA, "data/law.jsonl: row 4120: there is no answer", Progress())
+    resumed(lab)
 
 
 def reopen(url: str, folder: Path, now: dt.datetime) -> SeededLab:
@@ -196,7 +199,7 @@ def store_result(lab: SeededLab, claim: Claim, base: float, tuned: float, **chan
     (folder / "log.txt").write_text(f"the log of job {claim.job_id}\n")
     manifest = lab.artifacts.put_result(folder, prefix)
     shutil.rmtree(folder)
-    sentence = f"{value['verdict']['reading']}, loss {base:.2f} -> {tuned:.2f}"
+    sentence = f"{value['verdict']['reading'].replace('_', ' ')}, loss {base:.2f} -> {tuned:.2f}"
     stored = StoredResult(
         adapter_uri=f"{lab.artifacts.url}/{prefix}/adapter", report_uri=f"{lab.artifacts.url}/{prefix}/report.json",
         adapter_size=168_000_000, adapter_sha256=manifest[WEIGHTS].sha256, manifest_sha256=manifest_sha256(manifest),
@@ -215,9 +218,12 @@ def the_report(job_id: int, name: str, user: str, base: float, tuned: float) -> 
         "high": change + 0.12, "cases": 100, "reading": reading,
     }  # fmt: skip
     exact = {**loss, "name": "exact_match", "label": "exact match", "unit": "%", "higher_is_better": True, "base": 61.2}
-    exact |= {"tuned": 78.4, "change": 17.2, "low": 13.9, "high": 20.4, "reading": "better"}
-    rouge = {**exact, "name": "rougeL", "label": "ROUGE-L", "base": 40.0, "tuned": 38.0, "change": -2.0}
-    rouge |= {"low": -3.1, "high": -0.9, "reading": "worse"}
+    more = round(17.2 * change / -4.24, 1)  # better, where the loss has fallen by so much
+    exact |= {"tuned": 61.2 + more, "change": more, "low": more - 3.3, "high": more + 3.2}
+    exact |= {"reading": "better" if more > 3.3 else "no clear change"}
+    less = -1.0 - job_id % 4 / 2
+    rouge = {**exact, "name": "rougeL", "label": "ROUGE-L", "base": 40.0, "tuned": 40.0 + less, "change": less}
+    rouge |= {"low": less - 1.1, "high": less + 1.1, "reading": "worse" if less < -1.1 else "no clear change"}
     answer = value["evaluation"]["answers"][0]
     kinds: Sequence[tuple[bool, bool]] = ((False, True), (True, False), (False, False), (True, True))
     answers = [
@@ -234,11 +240,12 @@ def the_report(job_id: int, name: str, user: str, base: float, tuned: float) -> 
         "answers": answers,
         "lm_eval": None,
     }
-    evaluation["row_losses"] = [[n, 20, base, tuned + 0.05 * math.sin(n)] for n in range(60)]
+    evaluation["row_losses"] = [[n, 20, 20 * base, 20 * (tuned + 0.05 * math.sin(n * job_id))] for n in range(60)]
     sentence = f"Better than the base: held-out loss {base:.2f} -> {tuned:.2f}."
     verdict = {"reading": "better" if reading == "better" else "no_measurable_gain", "short": "", "sentence": sentence}
     job = {**value["job"], "job_id": job_id, "name": name, "user": user}
-    data = {**value["data"], "held_out_sha256": "d" * 64}
+    data = {**value["data"], "train_rows": 900, "held_out_rows": 100, "held_out_sha256": "d" * 64}
+    data["sha256"] = hashlib.sha256(name.encode()).hexdigest()
     return {**value, "job": job, "evaluation": evaluation, "verdict": verdict, "data": data}
 
 
@@ -248,7 +255,13 @@ def _sweep(lab: SeededLab) -> None:
     members = [
         replace(
             submission(lora=17, qlora=None, user="mara", method="lora"),
-            spec=spec(name="triage-sweep", method="lora", training={"learning_rate": rate}, lora={"r": r}),
+            spec=spec(
+                name="triage-sweep",
+                base_model="org/Llama-3.1-8B",
+                method="lora",
+                training={"learning_rate": rate},
+                lora={"r": r},
+            ),
         )
         for rate, r in points
     ]

@@ -25,7 +25,8 @@ from ..conftest import Cli
 
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 
-VIEWS = ("/", "/jobs", "/jobs/11", "/jobs/12", "/jobs/17", "/sweeps", "/sweeps/1", "/adapters", "/adapters?adapter=7")
+VIEWS = ("/", "/jobs", "/jobs/11", "/jobs/12", "/jobs/17", "/sweeps", "/sweeps/1", "/adapters", "/adapters?adapter=7",
+         "/usage", "/usage?by=card&days=1")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loractl.common.errors import ArtifactError
+from loractl.common.placement.shares import LAST, NONE_LEFT
 from loractl.common.store.fleet import fault_of
 from loractl.common.store.records import Choice, Page
 from loractl.common.units import duration, gib
@@ -59,8 +60,9 @@ class OwnersShare:
     """What counts against a user, and what their programs hold outside the queue."""
 
     user: str
-    gib_hours: float  # half of it is forgotten after a day
+    gib_hours: float | None  # half of it is forgotten after a day; None: not known, and no job of theirs starts
     outside: int  # bytes now
+    quota: str = ""  # what new jobs do while the user is beyond a quota: go last, wait
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +140,17 @@ def _shares(view: FleetView) -> list[OwnersShare]:
             outside[user] = outside.get(user, 0) + int(process.get("bytes") or 0)
     outside.pop("", None)
     users = view.charges.keys() | outside.keys()
-    shares = [OwnersShare(user=u, gib_hours=view.charges.get(u, 0.0), outside=outside.get(u, 0)) for u in users]
-    return sorted(shares, key=lambda share: (-share.gib_hours, -share.outside, share.user))[:12]
+    shares = [_share(user, view.charges.get(user, 0.0), outside.get(user, 0)) for user in users]
+    return sorted(shares, key=lambda s: (s.gib_hours is not None, -(s.gib_hours or 0), -s.outside, s.user))[:12]
+
+
+def _share(user: str, charge: float, outside: int) -> OwnersShare:
+    """What counts against a user, without what a quota adds to put the user last."""
+    if charge == NONE_LEFT:
+        return OwnersShare(user=user, gib_hours=None, outside=outside, quota="wait")
+    if charge >= LAST:
+        return OwnersShare(user=user, gib_hours=charge - LAST, outside=outside, quota="go last")
+    return OwnersShare(user=user, gib_hours=charge, outside=outside)
 
 
 def _notices(store: Store, seen: Overview, view: FleetView) -> Iterator[Notice]:

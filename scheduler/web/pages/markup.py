@@ -87,12 +87,29 @@ def _later(now: dt.datetime, seconds: float) -> dt.datetime:
     return now + dt.timedelta(seconds=seconds)
 
 
+def _hours(hours: float, digits: int = 1) -> str:
+    """Hours for a column: 0.3, 1 045.2."""
+    return f"{hours:,.{digits}f}".replace(",", " ")
+
+
+def _arrows(text: str) -> str:
+    """A stored sentence with an arrow in place of a terminal's."""
+    return text.replace(" -> ", " → ")
+
+
+def _counted(number: int, thing: str) -> str:
+    """1 step, 1 584 steps."""
+    return f"{thousands(number)} {thing}{'' if number == 1 else 's'}"
+
+
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * min(1.0, max(0.0, share)):.0f} %"
 
 
 def _upper_first(text: str) -> str:
-    return text if text.startswith("loractl ") else text[:1].upper() + text[1:]  # a command must be typed exactly
+    """A sentence's first letter, unless it begins with a command, a file, a card or a key."""
+    first = text.partition(" ")[0].rstrip(",:;.").replace("-", "")
+    return text[:1].upper() + text[1:] if first.isalpha() and first != "loractl" else text
 
 
 def _owner(name: str, owners: Mapping[str, int]) -> int:
@@ -107,7 +124,8 @@ def _program(process: Mapping[str, Any]) -> str:
 
 
 _FILTERS: dict[str, Callable[..., Any]] = {
-    "amount": amount, "clock": clock, "duration": duration, "gib": gib, "in_words": in_words, "later": _later,
-    "method": _method, "model": _model, "number": number, "or_none": _or_none, "owner": _owner, "percent": _percent,
-    "program": _program, "setting": _setting, "signed": signed, "thousands": thousands, "upper_first": _upper_first,
+    "amount": amount, "arrows": _arrows, "clock": clock, "counted": _counted, "duration": duration, "gib": gib,
+    "hours": _hours, "in_words": in_words, "later": _later, "method": _method, "model": _model, "number": number,
+    "or_none": _or_none, "owner": _owner, "percent": _percent, "program": _program, "setting": _setting,
+    "signed": signed, "thousands": thousands, "upper_first": _upper_first,
 }  # fmt: skip

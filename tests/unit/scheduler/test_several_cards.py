@@ -148,6 +148,6 @@ def test_the_page_shows_it_once_with_all_its_cards(timed: Store, ran: Claim, tmp
     assert lab.count('data-key="r1"') == 1 and ">heron 0, 1<" in lab
     assert "20.0 GiB planned of each of heron:0 and heron:1" in lab and "ada · 1 · 2×20.0" in lab
     job = text("/jobs/1")
-    assert "Attempt 1 on heron:0 and heron:1" in job and "planned 20.0 on each of 2 cards" in job
+    assert "Attempt 1 on heron:0 and heron:1" in job and "planned 20.0 GiB on each of 2 cards" in job
     assert "heron:1 holds 17.0 of 20.0 GiB now" in job
     assert "attempt 1 on heron:0 and heron:1" in text("/jobs")

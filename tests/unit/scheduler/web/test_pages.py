@@ -21,7 +21,7 @@ from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import FRESH_S
 
 from .... import webs
-from ...factories import job, submission
+from ...factories import NOON, job, submission
 from .conftest import PAGES, Web
 
 
@@ -30,7 +30,7 @@ def test_every_page_is_drawn_from_either_database(any_web: Web) -> None:
     for address in PAGES:
         answer = web.client.get(address)
         assert answer.status_code == 200, f"{address}: {answer.text[:600]}"
-        assert "<h1>" in answer.text
+        assert "<h1>" in answer.text and "�" not in answer.text
     assert "4 running, 5 waiting, heron:2 drained by lena" in web.client.get("/").text
 
 
@@ -390,6 +390,65 @@ def test_a_legend_names_only_what_is_drawn(own_web: Web) -> None:
     assert key(f"/jobs/{short.job_id}", "h-loss") == "Loss training"
     assert "warm" not in key("/", "h-cards") and "outside" in key("/", "h-cards")
     assert "worse" in key("/adapters", "h-m") and "no clear change" in key("/adapters", "h-m")
+
+
+def test_a_share_beyond_a_quota_is_what_was_used_and_not_what_puts_it_last(own_web: Web) -> None:
+    """It said 1000000000279, ran over its panel, and left every other bar empty; a hard quota's bar was nan."""
+    usage = own_web.lab.store.usage
+    usage.set_quota("mara", 0.01, 7 * 86400, "lena", soft=True)
+    usage.set_quota("wei", 0.01, 7 * 86400, "lena", soft=False)
+    html = own_web.client.get("/").text
+    shares = words("<main>" + html.partition('data-key="shares"')[2])
+    assert re.search(r"mara [\d.]{2,4} beyond the quota: new jobs go last", shares), shares
+    assert "wei – beyond the quota: new jobs wait" in shares and "nan" not in html and "inf" not in shares
+    assert html.count('rx="3" class="d') > 4 and 'width="100.0%"' in html
+
+
+def test_a_card_whose_worker_stops_at_a_time_says_it_under_what_is_free(own_web: Web) -> None:
+    evening = {"until": NOON.replace(hour=18), "window_s": 36_000.0}
+    webs.see_cards(own_web.lab.store, **{"kestrel:1": evening})
+    assert re.search(r":1 RTX 4090 23\.5 / 24 until \d\d:\d\d", words(own_web.client.get("/").text))
+
+
+def test_a_list_of_jobs_says_that_one_can_never_start_and_after_which_one_starts(own_web: Web) -> None:
+    follower = webs.queue(own_web.lab, "follower", "ada", 4, after=[12])
+    page = words(own_web.client.get("/jobs").text)
+    assert "Waits never needs 92.0 GiB" in page and "Waits after job 12 (med-summ-70b), which runs on" in page
+    assert "Held by wei: until the new data are there" in page
+    waits = words(own_web.client.get(f"/jobs/{follower}").text)
+    assert "Llama-3.1-8B, r16 α32, lr" in waits, "no method is chosen yet"
+    assert "No attempt has started yet." in waits and "the whole log as text" not in waits
+
+
+def test_a_file_s_name_begins_no_sentence(web: Web) -> None:
+    page = words(web.client.get("/jobs/10").text)
+    assert page.count("data/law.jsonl: row 4120") == 2 and "Data/law" not in page
+
+
+def test_a_peak_is_red_beyond_what_was_reserved_and_else_a_warning(own_web: Web) -> None:
+    """An attempt that ended well in the memory it was given looked like a failure."""
+    html = own_web.client.get("/jobs/11").text
+    assert html.count('"peak past"') == 2 and '"peak over"' not in html
+    own_web.alter("UPDATE attempts SET vram_process = vram_reserved + 1 WHERE job_id = 9")
+    assert '"peak over"' in own_web.client.get("/jobs/9").text
+
+
+def test_one_of_a_thing_is_one(own_web: Web) -> None:
+    assert "in the last day, including" in words(own_web.client.get("/usage?days=1").text)
+    assert "in the last 7 days, including" in words(own_web.client.get("/usage?days=7").text)
+    evaluation = webs.the_report(9, "dialect-r8", "lena", 3.0, 2.98)["evaluation"]
+    one = {**evaluation, "rows": 1, "metrics": [{**metric, "cases": 1} for metric in evaluation["metrics"]]}
+    claim = webs.run(own_web.lab, "single", "ada", "kestrel:0", 3)
+    webs.store_result(own_web.lab, claim, 2.0, 1.5, evaluation=one)
+    page = words(own_web.client.get(f"/jobs/{claim.job_id}").text)
+    assert "1 held-out row;" in page and "1 case, nats" in page and "1 attempt until" not in page
+
+
+def test_usage_has_bars_and_its_words_below(web: Web) -> None:
+    html = web.client.get("/usage").text
+    page = words(html)
+    assert re.search(r"Total \d+\.\d \d+ \d+ % \d+\.\d h \d+", page) and "Lost: the card hours of" in page
+    assert 'width="100.0%"' in html, "the largest"
 
 
 def words(html: str) -> str:
