@@ -19,6 +19,9 @@ EXPOSE 8470
 CMD ["loractl", "web", "--host", "0.0.0.0"]
 
 FROM base AS worker
+# training.torch_compile compiles kernels: torch needs g++ for the processor, Triton a C compiler for a card.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir "$(echo /wheels/loractl-*.whl)[worker,postgres,s3]"
 USER 1000
 ENV LORACTL_HOME=/var/lib/loractl

@@ -32,10 +32,11 @@ pytestmark = [
 ]
 
 STEPS = 2400
-"""A minute and a half of a tiny model on one core that nobody else wants: longer than an allocation of a minute."""
+"""A minute and a half of a tiny model on one core that nobody else wants: longer than an allocation of a minute. A busy
+machine made 410 steps in one allocation, so 700 may fit into one where nothing else runs."""
 
-MOST = 20
-"""Allocations, on a machine that is busy."""
+MOST = 40
+"""Allocations, on a machine that is busy: with a load of 8 on two cores it took 17."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import errors
+from safetensors import safe_open
 
 from loractl.common.errors import DataError
 from loractl.common.job.method import Method
@@ -30,7 +32,8 @@ from loractl.worker.data.origin import load_pinned
 
 from ..conftest import ROOT
 from ..hub import Hub
-from ..models import write_helpdesk
+from ..models import weights_of, write_helpdesk
+from ..unit.factories import another_person
 
 # in a process of its own: the clients read the hub's address and their cache's place once
 LOAD = """
@@ -182,6 +185,21 @@ def test_what_the_hub_says_leaves_a_sentence_and_no_traceback(name: str) -> None
     with pytest.raises(TrainingFailed) as failed, model_errors("/lab/none"):
         raise OSError("what a library has to say of a folder")
     assert failed.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(("closed", "named"), [("base/model.safetensors", "base/model.safetensors"), ("", "base")])
+def test_a_base_that_the_worker_may_not_read_is_not_said_to_be_missing(closed: str, named: str) -> None:
+    """safetensors says "No such file" of each file that it can't open."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        base.mkdir()
+        (base / "model.safetensors").write_bytes(weights_of("a person's"))
+        Path(folder).chmod(0o755)
+        (Path(folder) / closed).chmod(0)
+        with another_person(), pytest.raises(TrainingFailed) as failed, model_errors(str(base)):
+            safe_open(base / "model.safetensors", "pt")
+    said = f"{folder}/{named} can't be read by the worker's user; ask its owner for: chmod -R a+rX {base}"
+    assert failed.value.sentence == f"base_model {base} can't be loaded: {said}"
 
 
 def test_a_hub_that_fails_is_away_and_what_is_cached_will_do(hub: Hub, box: Box, tmp_path: Path) -> None:

@@ -328,13 +328,26 @@ def model_errors(base_model: str) -> Iterator[None]:
             raise TrainingFailed(Reason.TRAINER_ERROR, f"{answer} for base_model {base_model}") from None
         if answer is not None:  # the sentence says it all: the job's log needs no traceback
             raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} can't be loaded: {answer}") from None
-        if Path(base_model).is_absolute() and not Path(base_model).exists():
+        if Path(base_model).is_absolute() and (closed := _closed(Path(base_model))) is not None:
+            why = f"{closed} can't be read by the worker's user; ask its owner for: chmod -R a+rX {base_model}"
+        elif Path(base_model).is_absolute() and not Path(base_model).exists():
             why = "there is no such folder on this worker"
         elif isinstance(error, SafetensorError):
             why = f"its weights can't be read ({error})"
         else:
             why = first_line(error)
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} can't be loaded: {why}") from error
+
+
+def _closed(folder: Path) -> str | None:
+    """The first of its files, or itself, that this user may not read. safetensors says "No such file" of it."""
+    try:
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if file.is_file():
+                file.open("rb").close()
+    except PermissionError as error:
+        return str(error.filename)
+    return None
 
 
 def first_line(error: BaseException) -> str:

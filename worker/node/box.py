@@ -236,8 +236,10 @@ class Box:
             held = [job.job_id for job in left if job.held]
             others = [job.job_id for job in left if not job.held]
             closed = "".join(f", or for {name}, which is drained" for name in self._drained())
+            longer = "" if self._window is None else ", or for a worker that stays longer"
             one = len(others) == 1
-            told = [f"{_numbers(others)} {'waits' if one else 'wait'} for another box{closed}"] if others else []
+            who = f"{_numbers(others)} {'waits' if one else 'wait'} for another box{closed}{longer}"
+            told = [who] if others else []
             told += [f"{_numbers(held)} {'is' if len(held) == 1 else 'are'} held"] if held else []
             if told:
                 click.echo(f"No job that fits this box is left: {', '.join(told)}.", err=True)

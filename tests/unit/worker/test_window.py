@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import update
+from sqlalchemy.orm import Session
 
 from loractl.common.errors import ExitCode, UsageError
 from loractl.common.job.status import Reason, Status
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 from loractl.worker.attempt.workplace import STOP_SHARE
 from loractl.worker.device.devices import SimulatedDevice
@@ -196,3 +199,17 @@ def test_a_worker_with_an_end_is_idle_if_it_has_no_time_for_any_waiting_job(
     made = worker(STOPS, window=in_seconds(3600), grace_s=1.0)
     monkeypatch.setattr(box.time, "sleep", lambda _: store.cards.see(node_state("heron:0", total=8 * GIB)))
     assert run(made, drain_when_idle=True) == ExitCode.OK
+
+
+def test_jobs_that_such_a_worker_had_no_time_for_wait_for_one_that_stays_longer(
+    worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(connect(load_settings({"LORACTL_HOME": str(tmp_path / "home"), "LORACTL_HOST": "heron"})))
+    job_id = store.jobs.submit(submission(lora=4, qlora=None, method="lora"))
+    with Session(store.engine) as session, session.begin():
+        session.execute(update(Job).where(Job.job_id == job_id).values(checkpoint_s=7200.0))
+    made = worker(STOPS, window=in_seconds(3600), grace_s=1.0)
+    monkeypatch.setattr(box.time, "sleep", lambda _: store.cards.see(node_state("heron:0", total=8 * GIB)))
+    assert run(made, drain_when_idle=True) == ExitCode.OK
+    said = "No job that fits this box is left: job 1 waits for another box, or for a worker that stays longer."
+    assert capfd.readouterr().err.splitlines()[-1] == said
