@@ -58,12 +58,9 @@ class Overview:
 
     @property
     def next_start(self) -> tuple[int, ExpectedStart] | None:
-        """The waiting job that starts first, if known."""
-        coming = [(start.at, job_id, start) for job_id, start in self.waits.starts.items() if start.at > self.now]
-        if not coming:
-            return None
-        _, job_id, start = min(coming, key=lambda found: found[:2])
-        return job_id, start
+        """The waiting job that starts first, if known; of several at one moment, the one that the rule tries first."""
+        coming = [(job_id, start) for job_id, start in self.waits.starts.items() if start.at > self.now]
+        return min(coming, key=lambda found: found[1].at, default=None)
 
     def as_json(self) -> list[dict[str, Any]]:
         """The running jobs, then the waiting ones: each with its fields, and the reason for its wait as its

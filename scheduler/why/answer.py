@@ -49,6 +49,10 @@ class Ahead:
     of: int | None  # jobs that could take the same cards, this one included; None: more than were read
 
 
+NO_PLACE = Ahead(jobs=(), complete=True, of=None)
+"""Of a job that somebody holds, or that waits for another one: it is in no line."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Why:
     """Why a job waits."""
@@ -99,7 +103,7 @@ def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWa
         wait=wait,
         start=starts.get(job_id),
         cards=tuple(card_fits(job, view)),
-        ahead=_ahead(job, view, waiting),
+        ahead=NO_PLACE if job.held else _ahead(job, view, waiting),
         remedies=_releases(job, wait, view) if helpless else remedies(job, view, store.cards.would_start),
         now=view.now,
         asks=asked_of(job, view),

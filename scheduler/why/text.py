@@ -12,7 +12,7 @@ from loractl.scheduler.wait.gangs import in_words
 from loractl.scheduler.wait.reasons import Tier
 from loractl.scheduler.wait.starts import REPLAYED_JOBS
 
-from .answer import NotWaiting, Why
+from .answer import NO_PLACE, NotWaiting, Why
 
 if TYPE_CHECKING:
     from .answer import Ahead
@@ -28,7 +28,8 @@ def why_text(answer: Why | NotWaiting, screen: Screen) -> str:
     lines += _start(answer, screen)
     if answer.cards:
         lines += ["", *_cards(answer, screen)]
-    closing = [*([] if wait.tier is Tier.NEVER else [_ahead(answer.ahead)]), *answer.remedies]
+    in_line = wait.tier is not Tier.NEVER and answer.ahead != NO_PLACE
+    closing = [*([_ahead(answer.ahead)] if in_line else []), *answer.remedies]
     lines += [""] if closing else []
     for text in closing:
         lines += wrapped(text, "", screen)

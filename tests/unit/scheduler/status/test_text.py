@@ -33,8 +33,10 @@ from loractl.scheduler.status.overview import JobList, Overview
 from loractl.scheduler.status.overview_text import job_list_text, overview_text
 from loractl.scheduler.wait.queue import WaitingJobs
 from loractl.scheduler.wait.reasons import Tier, Wait
+from loractl.scheduler.wait.starts import ExpectedStart
 
 from ...factories import NOON, job
+from ...fleets import in_seconds
 
 PLAIN = Screen(width=80, unicode=True, color=False)
 ASCII = Screen(width=80, unicode=False, color=False)
@@ -115,6 +117,16 @@ def history(
 
 def past(attempts: Iterable[Attempt], events: Iterable[Event]) -> tuple[tuple[PastAttempt, ...], tuple[PastEvent, ...]]:
     return tuple(map(attempt_of, attempts)), tuple(map(event_of, events))
+
+
+def test_of_two_starts_at_one_moment_the_first_by_the_rule_is_next() -> None:
+    at = ExpectedStart(at=in_seconds(60), spread_s=0.0, node="heron:0")
+    waits = WaitingJobs(starts={26: at, 25: at, 3: replace(at, at=in_seconds(90)), 9: replace(at, at=NOON)})
+    answer = Overview(
+        running=(), waiting=(), waits=waits, running_count=0, waiting_count=4, sweeps=(), sweep_count=0, ended={},
+        after=None, now=NOON,
+    )  # fmt: skip
+    assert answer.next_start == (26, at)
 
 
 def test_the_json_of_a_job_has_the_columns_names_and_plain_values() -> None:

@@ -7,10 +7,12 @@ import pytest
 from loractl.common.job.status import Reason, Stage
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
+from loractl.scheduler.change.amendment import amendment
 from loractl.scheduler.status.job import job_in_full
 from loractl.scheduler.status.job_text import job_text
 from loractl.scheduler.wait.queue import waiting_jobs
 from loractl.scheduler.why.answer import Why, why
+from loractl.scheduler.why.text import why_text
 
 from ....databases import SQLITE_ALONE
 from ...factories import Clock, submission, take
@@ -49,6 +51,19 @@ def test_the_head_of_a_chain_is_named_and_where_it_stands(store: Store) -> None:
     timed.attempts.finish(claim, Reason.BAD_DATA, "no rows", Progress())
     assert sentence(timed, last) == f"{behind}which has failed: it starts once a retry of that job succeeds"
     assert remedies(timed, 2)[0] == "Queue that one again: loractl retry 1"
+
+
+def test_a_job_that_waits_for_another_or_is_held_has_no_place_in_a_line(store: Store) -> None:
+    first = queue(store, "answers")
+    blocked, held = queue(store, "pairs", first), queue(store, "later")
+    store.jobs.hold(held, "ada")
+    for job_id in (blocked, held):
+        answer = why(store, job_id)
+        assert isinstance(answer, Why) and answer.ahead.jobs == ()
+        assert "ahead of it" not in why_text(answer, WIDE) and "Ahead of it" not in why_text(answer, WIDE)
+    store.jobs.cancel(first, "ada")
+    store.jobs.edit(amendment(store, blocked, ["after=[]"]), "ada")
+    assert "Nothing is ahead of it." in why_text(why(store, blocked), WIDE)
 
 
 @pytest.mark.parametrize(
