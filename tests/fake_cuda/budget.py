@@ -15,7 +15,7 @@ import torch
 from transformers import masking_utils
 
 from loractl.common.job.method import Method
-from loractl.worker.base import arithmetic
+from loractl.worker.base import shared_heads
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.engine.loss import MicroBatch, learned_in
 
@@ -156,7 +156,7 @@ def _attention_of_a_card() -> Iterator[None]:
     def flash(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, scale: float | None = None, **__: Any
     ) -> torch.Tensor:
-        states = [one.to(arithmetic.kind_of(one)) for one in (query, key, value)]
+        states = [one.to(shared_heads.kind_of(one)) for one in (query, key, value)]
         answer: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention(*states, 0.0, True, scale=scale)[0]
         return answer
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
-from loractl.worker.base import arithmetic
+from loractl.worker.base import shared_heads
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import LearnedTokens
 from loractl.worker.engine.passes import attention, card_kernels
@@ -122,7 +122,7 @@ def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
 def _forget() -> None:
     """What was found out of a card."""
     attention.why_no_kernel.cache_clear()
-    arithmetic.are_fused.cache_clear()
+    shared_heads.are_fused.cache_clear()
 
 
 def _attend(
@@ -136,7 +136,7 @@ def _attend(
     enable_gqa: bool = False,
 ) -> torch.Tensor:
     """By the kernel that torch would pick on a card: FlashAttention, else the efficient one, else plain products."""
-    q, k, v = (one.to(arithmetic.kind_of(one)) for one in (query, key, value))
+    q, k, v = (one.to(shared_heads.kind_of(one)) for one in (query, key, value))
     params = torch.backends.cuda.SDPAParams(q, k, v, attn_mask, dropout_p, is_causal, enable_gqa)
     if torch.backends.cuda.can_use_flash_attention(params):
         answer = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from loractl.worker.base import arithmetic
+from loractl.worker.base import shared_heads
 from loractl.worker.engine.passes import attention
 from loractl.worker.engine.passes.attention import RowAttention
 
@@ -32,7 +32,7 @@ TIMES = 7
 
 def main() -> None:
     device, *shapes = sys.argv[1:]
-    arithmetic.repeat_where_needed()  # as loading a base does
+    shared_heads.repeat_where_needed()  # as loading a base does
     for shape in shapes:
         if "/" in shape:
             tokens, kind = shape.split("/")
@@ -71,13 +71,13 @@ def _without_flash() -> Iterator[None]:
     flash, cudnn = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    arithmetic.are_fused.cache_clear()
+    shared_heads.are_fused.cache_clear()
     try:
         yield
     finally:
         torch.backends.cuda.enable_flash_sdp(flash)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        arithmetic.are_fused.cache_clear()
+        shared_heads.are_fused.cache_clear()
 
 
 def _held(device: torch.device, *, peak: bool = False) -> int:

@@ -69,7 +69,7 @@ OF_RESULTS: dict[str, Callable[[Store, ArtifactStore], HasJson]] = {
 }
 """The same for what is read from the artifact store, too."""
 
-ELSEWHERE = ("doctor", "sim", "usage", "quota")
+ELSEWHERE = ("doctor", "sim", "usage", "quota", "adapters push")
 """They read more than a store, or what runs counts until now: acceptance/test_doctor.py,
 test_a_simulation_prints_its_own_json, test_usage.py, test_json.py."""
 
