@@ -61,6 +61,9 @@ SHAPES = {"light": ("light", 1280), "dark": ("dark", 1280), "narrow": ("light", 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """A folder in memory, for the disk would take most of the time."""
 
+LOOKS = 60
+"""At the adapters, before the server must have read all reports."""
+
 MOST_HEIGHT = 1600
 """Of a picture, in pixels: answers and logs further down repeat what is above."""
 
@@ -125,10 +128,12 @@ def take(folder: Path) -> list[Path]:
 
 def _read_reports(page: Browser, address: str) -> None:
     """The first pages are drawn while the server still reads reports; wait until it has them all."""
-    page.open(f"{address}/adapters")
-    while page.value("document.body.innerText.includes('report not read')"):
-        time.sleep(FRESH_S)
+    for _ in range(LOOKS):
         page.open(f"{address}/adapters")
+        if not page.value("document.body.innerText.includes('report not read')"):
+            return
+        time.sleep(FRESH_S)  # the server draws a page once for all who ask within this time
+    raise SystemExit(f"{address}/adapters still reads reports")
 
 
 def _picture(page: Browser, address: str, file: Path, scheme: str, width: int) -> Path:
@@ -200,7 +205,7 @@ def seed(home: Path) -> dict[str, int]:
 
 
 def _last_week(lab: webs.SeededLab) -> None:
-    """Four jobs of some hours, the last of which failed; and quotas of a week."""
+    """Four jobs that took hours (the last one failed), and weekly quotas."""
     webs.see_cards(lab.store)
     for name, user, hours, size in (
         ("med-ner", "priya", 19, 40), ("sql-gen-r8", "wei", 11, 31), ("dialect-r4", "lena", 6, 17),

@@ -81,6 +81,7 @@ def read_dump(file: Path) -> Dump:
                 raise _damaged(file, "its form is not known")
             dump = Dump(**{**told, "tables": [DumpedTable(**table) for table in told["tables"]]})
             there = set(archive.namelist())
+    # what zipfile, zlib and the reading of the contents raise if the file was cut off, changed or made otherwise
     except (zipfile.BadZipFile, zlib.error, KeyError, TypeError, ValueError, EOFError, NotImplementedError) as error:
         raise _damaged(file, str(error).strip("'")) from None
     if missing := [table.name for table in dump.tables if member(table.name) not in there]:

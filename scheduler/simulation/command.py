@@ -93,8 +93,8 @@ def sim(
     """Replay a trace of jobs on a fleet under the placement rule and others.
 
     TRACE is a CSV with the columns arrival, vram, duration and user, and perhaps priority, base_model and base_size, or
-    openb's list of pods. Where base models are known, a job begins at once in a host that has its base, and later where
-    it loads it anew. A card that goes stops its jobs with a checkpoint; they wait again.
+    openb's list of pods. If base models are known, a job starts at once in a host that has its base, and later if it
+    has to load it. When a card goes away, its jobs save a checkpoint and go back to the queue.
     """
     from loractl.scheduler.cli.figure import require_matplotlib
     from loractl.scheduler.cli.screen import detect_screen

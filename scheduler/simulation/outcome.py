@@ -101,7 +101,7 @@ class RuleOutcome:
     """One rule's replay of a trace."""
 
     courses: tuple[Course, ...]
-    unfinished: int = 0  # jobs that did not end, most of which never started
+    unfinished: int = 0  # jobs that had not ended when the replay did; most of them never started
     stops: int = 0  # attempts whose card went
     in_vain: int = 0  # of these, while they loaded
     makespan: float  # seconds from the first arrival to the last end

@@ -249,7 +249,7 @@ def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path
 
 
 def _unended(run: _Run, also: str = "true") -> int:
-    """Jobs that wait or run, and of which this holds; with the database away, more than any limit."""
+    """How many jobs wait or run and meet a condition. If the database is away: more than any limit."""
     try:
         with run.lab.engine.connect() as connection:
             query = f"SELECT count(*) FROM jobs WHERE status IN ('queued', 'running') AND {also}"

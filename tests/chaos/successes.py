@@ -32,7 +32,7 @@ def tally(changes: Sequence[Change], spans: Sequence[Span]) -> dict[str, Counter
 
 
 def unshown(changes: Sequence[Change], spans: Sequence[Span]) -> list[str]:
-    """The operations of which none succeeded while a fault was active."""
+    """The operations that never succeeded while a fault was active."""
     done = tally(changes, spans)[ANY_FAULT]
     return [operation for operation in OPERATIONS if not done[operation]]
 

@@ -227,7 +227,7 @@ class Box:
         return names if self._settings.host in drains else [name for name in names if name in drains]
 
     def _tell_of_the_rest(self) -> None:
-        """Print the last line: the jobs that are left, none of which fits this box."""
+        """Print the last line: the jobs that are left because they don't fit this box."""
         from loractl.common.job.status import Status
         from loractl.common.store.database import REFUSALS
 

@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from loractl.common.errors import ServiceUnreachable
@@ -79,6 +80,7 @@ class Monitor:
         self._stopped = threading.Event()
         self._pass_on = False  # a message came while no slot of this node could take a job
         self._thread: threading.Thread | None = None
+        self._trimming: threading.Thread | None = None  # the last that trimmed the queues
 
     def start(self, slots: Slots) -> None:
         """Begin the rounds, which read the rows even while the queue is away."""
@@ -137,7 +139,7 @@ class Monitor:
                 self._try("the round", lambda: self._go_round(slots))
                 self._try("the fleet's round", self._tend_fleet, vital=False)
                 self._try("planning again", self._plan_anew, vital=False)
-                self._try("the queue", self._trim_queues)
+                self._trim_aside()
             if clock.wait(self._called, max(0.05, min(next_look, next_round, now + 1.0) - clock.now())):
                 clock.wait(self._stopped, max(0.0, looked + CALM_S - clock.now()))
 
@@ -212,6 +214,13 @@ class Monitor:
             log.info("job %s is planned again for this version's steps", job_id)
         if not planned:  # otherwise there may be more
             self._next_plans = self._place.clock.now() + ASIDE_S * self._pace
+
+    def _trim_aside(self) -> None:
+        """Trim the queues in a thread: a server that hangs takes seconds to time out, and the fleet's round must not
+        wait for that, or no lost worker would be noticed meanwhile."""
+        if self._trimming is None or self._place.clock.join(self._trimming, 0.0):
+            work = partial(self._try, "the queue", self._trim_queues)
+            self._trimming = self._place.clock.start(work, "queue")
 
     def _trim_queues(self) -> None:
         """Discard excess messages: they are only hints, and nobody should keep a node busy by sending many."""

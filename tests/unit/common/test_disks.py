@@ -32,7 +32,7 @@ def test_a_home_on_a_network_disk_is_refused_with_a_sentence(
         return
     with pytest.raises(UsageError, match=rf"our homes/ada is on a network disk \({kind}\), where SQLite can't lock"):
         connect(settings)
-    assert database.network_disk(tmp_path) is None, "beside it"
+    assert database.network_disk(tmp_path) is None, "a folder next to the mount"
 
 
 def test_of_two_mounts_on_one_point_the_later_one_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
