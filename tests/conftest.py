@@ -329,6 +329,10 @@ def home() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+class LeftRunning(Exception):
+    """A test, or loractl, has left a process behind."""
+
+
 KINDS = (warm.LIGHT,) if QUICK else (warm.LIGHT, warm.HEAVY)
 """The servers of warm starts."""
 
@@ -358,7 +362,8 @@ def _warm_servers() -> Iterator[Path]:
             server.wait(timeout=60)
         left = "".join(file.read_text() for file in folder.glob(f"*-{warm.LEFT}"))
         shutil.rmtree(folder, ignore_errors=True)
-        assert not left, f"left running: {left}"
+        if left:
+            raise LeftRunning(f"left running: {left}")
 
 
 SHARED_SERVERS = "WARM_SERVERS_OF_THE_RUN"
@@ -380,8 +385,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """End what all processes of the run share; in xdist's processes there is none."""
-    _run.close()
+    """End what all processes of the run share; in xdist's processes there is none. An error here would hide the names
+    of the tests that failed."""
+    try:
+        _run.close()
+    except LeftRunning as left:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        print(f"\n{left}", file=sys.stderr)
 
 
 @pytest.fixture(scope="session")

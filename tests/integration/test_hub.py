@@ -27,7 +27,7 @@ from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.model import load_base, load_tokenizer
-from loractl.worker.base.source import model_errors
+from loractl.worker.base.source import check_folder, model_errors
 from loractl.worker.data.origin import load_pinned
 
 from ..conftest import ROOT
@@ -187,18 +187,24 @@ def test_what_the_hub_says_leaves_a_sentence_and_no_traceback(name: str) -> None
     assert failed.value.__cause__ is not None
 
 
-@pytest.mark.parametrize(("closed", "named"), [("base/model.safetensors", "base/model.safetensors"), ("", "base")])
-def test_a_base_that_the_worker_may_not_read_is_not_said_to_be_missing(closed: str, named: str) -> None:
+@pytest.mark.parametrize(
+    ("closed", "advice"),
+    [("base/model.safetensors", "chmod -R a+rX {base}"), ("base", "chmod -R a+rX {base}"), ("", "chmod a+x {folder}")],
+)
+def test_a_base_that_the_worker_may_not_read_is_not_said_to_be_missing(closed: str, advice: str) -> None:
     """safetensors says "No such file" of each file that it can't open."""
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         base.mkdir()
         (base / "model.safetensors").write_bytes(weights_of("a person's"))
+        (base / "config.json").write_text("{}")
         Path(folder).chmod(0o755)
         (Path(folder) / closed).chmod(0)
         with another_person(), pytest.raises(TrainingFailed) as failed, model_errors(str(base)):
+            check_folder(str(base))
             safe_open(base / "model.safetensors", "pt")
-    said = f"{folder}/{named} can't be read by the worker's user; ask its owner for: chmod -R a+rX {base}"
+    place = Path(folder) / closed
+    said = f"{place} can't be read by the worker's user; ask its owner for: {advice.format(base=base, folder=folder)}"
     assert failed.value.sentence == f"base_model {base} can't be loaded: {said}"
 
 

@@ -19,7 +19,7 @@ from loractl.common.job.status import Reason
 from loractl.common.memory.weights import SMALLEST_8BIT, state_bytes
 from loractl.common.store.records import HELD_OUT_LOSS
 from loractl.worker.base.arithmetic import choose_precision
-from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.failure import TrainingFailed, explain
 from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
@@ -306,6 +306,16 @@ def test_a_compiled_model_learns_the_same(recipe: Recipe, monkeypatch: pytest.Mo
     )  # the compiler takes minutes
     _, told = recipe(torch_compile=True, max_steps=2, evaluation=HARDLY)
     assert len(losses(told)) == 2 and compiled
+
+
+def test_a_box_without_a_compiler_says_what_it_lacks() -> None:
+    """A whole model compiles in minutes; a sum fails in the same way."""
+    lacking = {"cpp.cxx": (None, "g++-that-is-nowhere"), "force_disable_caches": True}
+    with torch._inductor.config.patch(lacking), pytest.raises(Exception) as raised:
+        torch.compile(lambda numbers: (numbers.sin() + 1).sum(), backend="inductor")(torch.ones(7))
+    reason, sentence = explain(raised.value, own_limit=False)
+    assert reason is Reason.BAD_SPEC, "another attempt would end the same way"
+    assert sentence.startswith("training.torch_compile needs a compiler, which this box does not have: "), sentence
 
 
 def test_tensorboard_s_files_are_stored_with_the_result(recipe: Recipe, tmp_path: Path) -> None:

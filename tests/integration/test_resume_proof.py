@@ -43,8 +43,8 @@ from loractl.worker.device.devices import find_devices
 from loractl.worker.protocol.marker import MARKER, close_checkpoint
 from loractl.worker.protocol.messages import Note, Saved, Start, Stepped, Told
 from loractl.worker.recipe import arguments
-from loractl.worker.recipe.checkpoint import belongs_to, checkpoint_to_resume
 from loractl.worker.recipe.recipe import train
+from loractl.worker.recipe.resume import belongs_to, checkpoint_to_resume
 from loractl.worker.recipe.run import Run, Stopped
 
 from .. import warm

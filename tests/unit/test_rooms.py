@@ -6,6 +6,8 @@ import ast
 import functools
 import importlib.util
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -128,3 +130,12 @@ def _names(path: Path) -> frozenset[str]:
 def _has(module: str, name: str) -> bool:
     path = _file(module)
     return path is not None and (name in _names(path) or name == "*" or _file(f"{module}.{name}") is not None)
+
+
+def test_the_trainers_that_stand_in_load_no_training_stack() -> None:
+    """Tests start hundreds of them: with torch each takes seconds of CPU, and workers look slow that are not."""
+    program = (
+        "import sys, tests.quick_trainer, tests.chaos.trainer\n"
+        "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -8,6 +8,9 @@ from loractl.common.errors import LoractlError
 from loractl.common.job.status import Reason
 from loractl.worker.protocol.exit_reason import card_error
 
+NO_COMPILER = ("No working C++ compiler found", "Failed to find C compiler")
+"""What torch says on a processor, and Triton on a card (torch/_inductor/exc.py, triton/runtime/build.py)."""
+
 
 class TrainingFailed(LoractlError):
     """The attempt can't go on. The job's row will show the reason.
@@ -37,6 +40,11 @@ def explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:
     wrapped = any(words in text for words in ("No space left on device", "os error 28", "PytorchStreamWriter failed"))
     if wrapped or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
         return Reason.DISK_FULL, f"no space is left for {getattr(error, 'filename', None) or 'the job’s files'}"
+    if any(words in text for words in NO_COMPILER):
+        return Reason.BAD_SPEC, (
+            "training.torch_compile needs a compiler, which this box does not have: leave the option out, or have g++ "
+            "installed there"
+        )
     if (said := card_error(text)) is not None:
         return said
     return Reason.TRAINER_ERROR, f"{type(error).__name__}: {first}"

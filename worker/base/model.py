@@ -131,8 +131,8 @@ def load_tokenizer(base_model: str, revision: str | None = None, *, run_code: bo
 
     `run_code`: whether the box's owner trusts the model's own code at this revision.
     """
-    check_folder(base_model)
     with model_errors(base_model):
+        check_folder(base_model)
         options = loading_options(base_model, revision, run_code=run_code) | gguf_file_of(base_model)
         _check_tokenizer(base_model)
         tokenizer = AutoTokenizer.from_pretrained(base_model, **options)

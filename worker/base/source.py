@@ -9,6 +9,7 @@ import enum
 import errno
 import functools
 import json
+import os
 import re
 import socket
 import threading
@@ -329,7 +330,8 @@ def model_errors(base_model: str) -> Iterator[None]:
         if answer is not None:  # the sentence says it all: the job's log needs no traceback
             raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} can't be loaded: {answer}") from None
         if Path(base_model).is_absolute() and (closed := _closed(Path(base_model))) is not None:
-            why = f"{closed} can't be read by the worker's user; ask its owner for: chmod -R a+rX {base_model}"
+            change = f"chmod a+x {closed}" if closed in Path(base_model).parents else f"chmod -R a+rX {base_model}"
+            why = f"{closed} can't be read by the worker's user; ask its owner for: {change}"
         elif Path(base_model).is_absolute() and not Path(base_model).exists():
             why = "there is no such folder on this worker"
         elif isinstance(error, SafetensorError):
@@ -339,14 +341,22 @@ def model_errors(base_model: str) -> Iterator[None]:
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} can't be loaded: {why}") from error
 
 
-def _closed(folder: Path) -> str | None:
-    """The first of its files, or itself, that this user may not read. safetensors says "No such file" of it."""
+def _closed(folder: Path) -> Path | None:
+    """The first that this user may not read: a folder above it, itself, or one of its files. safetensors says "No such
+    file" of it."""
+    for place in (*reversed(folder.parents), folder):
+        try:
+            os.stat(f"{place}/.")  # noqa: PTH116  pathlib drops the dot, which needs the right to enter
+        except PermissionError:
+            return place
+        except OSError:
+            return None
     try:
-        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+        for file in sorted(folder.iterdir()):
             if file.is_file():
                 file.open("rb").close()
     except PermissionError as error:
-        return str(error.filename)
+        return Path(error.filename)
     return None
 
 

@@ -40,8 +40,9 @@ from loractl.worker.protocol.messages import Opened
 
 from .arguments import training_arguments
 from .best import BestKeeper
-from .checkpoint import Checkpoint, CheckpointCloser, ResumeCheck, ResumeProof, begun_with, belongs_to, readable
+from .checkpoint import Checkpoint
 from .progress import Recorder, Teller
+from .resume import CheckpointCloser, ResumeCheck, ResumeProof, begun_with, belongs_to, readable
 from .run import Run, Stopped
 
 PROCESSOR_ROOM_BYTES = 128 * 2**20

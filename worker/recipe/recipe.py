@@ -42,13 +42,13 @@ from loractl.worker.evaluation.report import TrainingCourse, build_report, write
 from loractl.worker.protocol.messages import Ancestor, Ended
 
 from .arguments import check_trackers
-from .checkpoint import checkpoint_to_resume
 from .fit import Callbacks, fit
 from .gang import Gang, base_of, gathered
 from .kinds import EvaluationTask
 from .need import tell_need, tell_padded
 from .preparation.aside import is_large, prepare_aside
 from .preparation.handover import prepare_rows
+from .resume import checkpoint_to_resume
 from .run import Run
 
 

@@ -1,0 +1,181 @@
+"""Resuming from a checkpoint: each is closed with a proof, and the newest of this same training is used once the model
+proves to be the saved one."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import TrainerCallback
+
+from loractl.common.job.identity import training_digests
+from loractl.common.job.status import Reason
+from loractl.common.memory.weights import FUSED, PAGED, PLAIN, optimizer_name
+from loractl.worker.base.arithmetic import evaluating, whole_modules
+from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.gauge import is_out_of_memory
+from loractl.worker.base.model import Learner
+from loractl.worker.base.source import first_line
+from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.token_rows import collate, inputs_of
+from loractl.worker.data.tokens import TokenRow
+from loractl.worker.engine.saved_state import FORMAT
+from loractl.worker.protocol.marker import close_checkpoint
+from loractl.worker.protocol.messages import Saved, Start
+
+from .best import BestKeeper
+from .checkpoint import Checkpoint, newest_checkpoint, withdraw
+from .run import Run
+
+PROOF_ROWS = 2
+PROOF_TOKENS = 256
+"""The rows for a checkpoint's proof: enough to detect another base or a damaged adapter, cheap compared with a step."""
+
+PROOF_TOLERANCE = 0.01
+"""Share by which the resumed model's loss on the proof rows may differ: other cards and precisions round differently;
+another base or a damaged adapter is far beyond."""
+
+
+def checkpoint_to_resume(run: Run, data: PreparedData) -> Checkpoint | None:
+    """The newest complete checkpoint of this same training, of this attempt or an earlier one.
+
+    The job's history records it, and each that belongs to something else.
+    """
+    folders = [Path(run.order.checkpoint_dir), *map(Path, run.order.earlier_checkpoints)]
+
+    def refused(step: int, differing: list[str]) -> None:
+        why = f"{', '.join(differing)} differ"
+        if "format" in differing:
+            why = "another version of loractl wrote it, in another format; the training starts again"
+        run.note("refused", f"the checkpoint of step {step} is not resumed: {why}")
+
+    checkpoint = newest_checkpoint(folders, belongs_to(run.order, data), refused)
+    if checkpoint is not None:
+        text = f"resumed from the checkpoint of step {checkpoint.step}"
+        if (other := begun_with(run.order, checkpoint)) is not None:
+            text += f", with the optimizer that it began with: {other}"
+        run.note("resumed", text, resumed_from_step=checkpoint.step)
+    return checkpoint
+
+
+def begun_with(order: Start, checkpoint: Checkpoint | None) -> str | None:
+    """The optimizer of a checkpoint from another kind of device, if the job names none: another optimizer could not use
+    its state. None if this device would take the same."""
+    here = optimizer_name(order.spec, order.method, on_gpu=order.device == "cuda")
+    theirs = checkpoint.optimizer if checkpoint is not None else None
+    return theirs if theirs in {PAGED, FUSED, PLAIN} - {here} and order.spec.training.optim == "auto" else None
+
+
+def belongs_to(order: Start, data: PreparedData) -> dict[str, str]:
+    """What a checkpoint of this order belongs to, by name."""
+    return {**training_digests(order.spec, order.method, data.digest), "format": FORMAT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeProof:
+    """A model's loss on a few rows. A checkpoint records it, and a resume from the checkpoint compares it."""
+
+    rows: Sequence[TokenRow]
+    pad: int
+    compute: torch.dtype
+
+    @classmethod
+    def of(cls, learner: Learner, data: PreparedData) -> ResumeProof:
+        pad, compute = learner.tokenizer.pad_token_id, learner.precision.base
+        return cls(rows=data.train.rows[:PROOF_ROWS], pad=pad, compute=compute)
+
+    def loss(self, model: Any) -> float:
+        """In eval mode: it draws no random numbers and changes nothing."""
+        with whole_modules(model, self.compute):
+            return proof_loss(model, self.rows, self.pad)
+
+    def check(self, model: Any, checkpoint: Checkpoint) -> None:
+        """Compare the model with its checkpoint's record. Raises TrainingFailed, with the checkpoint withdrawn."""
+        if checkpoint.proof is None:
+            return
+        now = self.loss(model)
+        if not abs(now - checkpoint.proof) <= PROOF_TOLERANCE * max(1.0, abs(checkpoint.proof)):
+            withdraw(checkpoint)
+            raise TrainingFailed(
+                Reason.TRAINER_ERROR,
+                f"the checkpoint of step {checkpoint.step} does not resume: the loss on its proof rows is {now:.4f}, "
+                f"it recorded {checkpoint.proof:.4f}; is the base model another one on this box?",
+            )
+
+
+_UNREADABLE = (
+    OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, SafetensorError,
+)  # fmt: skip
+"""What damaged files raise when they are read, and when their contents are loaded."""
+
+
+@contextlib.contextmanager
+def readable(checkpoint: Checkpoint) -> Iterator[None]:
+    """Withdraw a checkpoint whose files can't be read, or do not fit, though its marker calls it complete.
+
+    Raises TrainingFailed.
+    """
+    try:
+        yield
+    except TrainingFailed:  # its adapter is another: the next attempt would find it again
+        withdraw(checkpoint)
+        raise
+    except _UNREADABLE as error:
+        if is_out_of_memory(error):
+            raise
+        withdraw(checkpoint)
+        what = f"the checkpoint of step {checkpoint.step} can't be read: {first_line(error)}"
+        raise TrainingFailed(Reason.TRAINER_ERROR, what) from error
+
+
+class ResumeCheck(TrainerCallback):
+    """Checks the model after its adapter was loaded from a checkpoint, before its first step."""
+
+    def __init__(self, proof: ResumeProof, checkpoint: Checkpoint | None) -> None:
+        self._proof = proof
+        self._checkpoint = checkpoint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self._checkpoint is not None:
+            self._proof.check(model, self._checkpoint)
+
+
+def proof_loss(model: Any, rows: Sequence[TokenRow], pad: int) -> float:
+    """The mean loss of a model on a few rows, cut to PROOF_TOKENS, one at a time: on their tokens, or their labels."""
+    losses = []
+    with evaluating(model):
+        for row in rows:
+            kept = replace(row, input_ids=row.input_ids[:PROOF_TOKENS], labels=row.labels[:PROOF_TOKENS], starts=())
+            batch = collate([inputs_of(kept)], pad)
+            if row.label is None:
+                batch["labels"] = batch["input_ids"].clone()  # every token: a cut row may have no learned token
+            moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            losses.append(float(model(**moved).loss))
+    return statistics.fmean(losses)
+
+
+class CheckpointCloser(TrainerCallback):
+    """Adds to a checkpoint what the engine does not know, writes the marker, and notifies the supervisor."""
+
+    def __init__(self, run: Run, belongs_to: dict[str, str], proof: ResumeProof, best: BestKeeper) -> None:
+        self._run = run
+        self._belongs_to = belongs_to
+        self._proof = proof
+        self._best = best
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        finished = state.global_step >= state.max_steps or self._best.stopped_early is not None
+        self._best.store(folder)
+        proof, step = self._proof.loss(model), state.global_step
+        kind = args.optim.value
+        self._run.require_base()
+        close_checkpoint(folder, step=step, finished=finished, belongs_to=self._belongs_to, proof=proof, optimizer=kind)
+        self._run.note("saved", f"saved step {step}")
+        self._run.tell(Saved(job_id=self._run.order.job_id, step=step, path=str(folder)))
