@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from .cards import Card, WarmBase
 from .rule import Placement
@@ -144,10 +145,17 @@ class QuotaMeter:
         return min((moment for user in over if (moment := self._below_at(user, now)) is not None), default=None)
 
     def _below_at(self, user: str, now: dt.datetime) -> dt.datetime | None:
-        quota = self._allowed[user]
-        moments = sorted(hour + dt.timedelta(seconds=quota.window_s) for hour in self._ended[user])
-        later = (moment for moment in moments if moment > now)
-        return next((moment for moment in later if self._used(user, moment) < quota.card_hours), None)
+        quota, ended = self._allowed[user], self._ended[user]
+        window, held = dt.timedelta(seconds=quota.window_s), [job for job in self._held.values() if job.user == user]
+        hours = sorted(hour for hour in ended if hour + window > now)
+        left = [*accumulate((ended[hour] for hour in reversed(hours)), initial=0.0)]  # of the last 0, 1, 2, ...
+        for number, hour in enumerate(hours, start=1):
+            running = sum(self._hours(job, hour + window) for job in held)
+            if running >= quota.card_hours:
+                return None
+            if running + left[len(hours) - number] < quota.card_hours:
+                return hour + window
+        return None
 
     def _used(self, user: str, now: dt.datetime) -> float:
         """Card hours within the quota's time. What runs counts whole."""

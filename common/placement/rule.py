@@ -208,7 +208,7 @@ def place(
     `oldest`: all ready jobs; the oldest that could run goes first once it has waited OLDEST_FIRST_AFTER_S.
     `newcomers`: what hosts ask of a job's spec; None: none joins, and a base is known by its name alone. `joins`: some
     of the jobs may join a running host. `rationed`: users with a hard quota: of each, age puts one job at a time first,
-    or all that waited for the quota would go before everybody once it lets go.
+    the next once that has ended, or all that waited for the quota would go before everybody once it lets go.
     """
     fleet = _Fleet(
         cards={c.node: c for c in cards},
@@ -235,7 +235,7 @@ def _first_by_age(oldest: Line, fleet: _Fleet, now: dt.datetime) -> Waiting | No
     """The oldest job that the fleet could hold and that its user may start, if it has waited long enough."""
     asked = fleet.ever
     while (job := oldest.next(asked)) is not None and waited(job, now) >= OLDEST_FIRST_AFTER_S:
-        if fleet.at_limit(job.user) or (job.user in fleet.rationed and fleet.running.get(job.user)):
+        if fleet.at_limit(job.user) or (job.user in fleet.rationed and _follows_another(job, fleet)):
             asked = replace(asked, without=asked.without | {job.user})
             continue
         if fleet.gang_of(job) is not None or any(_rooms(job, fleet, now)):
@@ -244,6 +244,16 @@ def _first_by_age(oldest: Line, fleet: _Fleet, now: dt.datetime) -> Waiting | No
         if fleet.closing:
             break
     return None
+
+
+def _follows_another(job: Waiting, fleet: _Fleet) -> bool:
+    """Whether an older job of the same user has begun since this one could go first, and still runs. A younger one does
+    not count, nor one that began before: this job would lose its turn for as long as such jobs come or run."""
+    could = job.since + dt.timedelta(seconds=OLDEST_FIRST_AFTER_S)
+    ran = (one for card in fleet.cards.values() for one in card.running)
+    return any(
+        one.user == job.user and one.job_id < job.job_id and one.began is not None and one.began >= could for one in ran
+    )
 
 
 def turn(job: Waiting, charges: Mapping[str, float]) -> tuple[int, float, int]:

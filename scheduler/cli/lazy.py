@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib
 import importlib.util
 import os
@@ -17,10 +16,6 @@ from loractl.common.errors import ExitCode, LoractlError
 
 Commands = dict[str, tuple[str, str]]
 """Name -> (where it lives, its first line of help, so that a group's --help imports none of them)."""
-
-OBJECTS = 50_000
-"""New objects before Python looks for cycles, 700 otherwise: while a command imports, it would look hundreds of times
-and find nothing. A command that loads a model keeps Python's own number, since a cycle may hold a tensor."""
 
 
 @contextlib.contextmanager
@@ -61,8 +56,6 @@ class LazyGroup(click.Group):
         if module.startswith("loractl.worker") and importlib.util.find_spec("torch") is None:
             path = ctx.command_path if ctx.parent else "loractl"
             raise LoractlError(f"{path} {cmd_name} needs the training stack", "pip install 'loractl[worker]'")
-        if module.startswith("loractl.scheduler"):
-            gc.set_threshold(OBJECTS)
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 

@@ -125,7 +125,8 @@ def sim(
     allowed = parse_quotas(quotas, {job.user for job in chosen.workload.jobs})
     chosen = without_slow(chosen, cards, nodes.presences, spare=spare)
     if not chosen.jobs:
-        raise UsageError(f"{trace} has no job that this fleet and these options leave", "larger cards: --fleet 80GiB")
+        hint = "cards that stay longer" if chosen.slow else "larger cards: --fleet 80GiB"
+        raise UsageError(f"{trace} has no job that this fleet and these options leave", hint)
     if passes is not None and not chosen.base_models:
         raise UsageError("--micro-batch says nothing of jobs without a base model", "one for all: --base-models 1")
     names = policies_for(chosen, nodes, allowed)

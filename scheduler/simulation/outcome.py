@@ -146,11 +146,11 @@ class RuleOutcome:
     def as_json(self) -> dict[str, Any]:
         took, waits = [c.took for c in self.courses], waits_of(self.courses)
         return {
-            "mean_jct_s": mean(took),
-            "p99_jct_s": quantile(took, 0.99),
-            "mean_wait_s": mean(waits),
-            "p99_wait_s": quantile(waits, 0.99),
-            "largest_tenth_p99_wait_s": quantile(waits_of(self.largest_tenth), 0.99),
+            "mean_jct_s": mean(took) if took else None,
+            "p99_jct_s": quantile(took, 0.99) if took else None,
+            "mean_wait_s": mean(waits) if waits else None,
+            "p99_wait_s": quantile(waits, 0.99) if waits else None,
+            "largest_tenth_p99_wait_s": quantile(waits_of(self.largest_tenth), 0.99) if waits else None,
             "makespan_s": self.makespan,
             "vram_utilisation": self.utilisation,
             "warm_starts": self.warm,
@@ -242,22 +242,22 @@ class Simulation:
         )
         jobs = sum(job.user in users for job in self.chosen.jobs)
         return QuotaWaits(
-            user=user, quota=quota, jobs=jobs, unfinished=jobs - len(ours), mean_wait_s=mean(ours),
-            p99_wait_s=quantile(ours, 0.99), mean_wait_without_s=mean(free),
+            user=user, quota=quota, jobs=jobs, unfinished=jobs - len(ours), mean_wait_s=mean(ours) if ours else None,
+            p99_wait_s=quantile(ours, 0.99) if ours else None, mean_wait_without_s=mean(free) if free else None,
         )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuotaWaits:
-    """How long the jobs of a user with a quota wait, or those of all others. Seconds."""
+    """How long the jobs of a user with a quota wait, or those of all others. Seconds; None: none of them ended."""
 
     user: str | None  # None: all that have none
     quota: Allowance | None
     jobs: int
     unfinished: int
-    mean_wait_s: float
-    p99_wait_s: float
-    mean_wait_without_s: float  # if nobody had a quota
+    mean_wait_s: float | None
+    p99_wait_s: float | None
+    mean_wait_without_s: float | None  # if nobody had a quota
 
     def as_json(self) -> dict[str, Any]:
         """The fields under their own names, with the quota's own among them."""

@@ -13,14 +13,10 @@ from .workload import fleet_text
 
 def text(done: Simulation, screen: Screen) -> str:
     """A sentence, each rule's outcome, and the waits by need."""
-    ours, fifo = (mean([c.took for c in done.outcomes[name].courses]) for name in ("loractl", "fifo"))
-    change = 1 - ours / fifo if fifo else 0.0
-    against = f"{abs(change):.0%} {'sooner' if change >= 0 else 'later'} than" if abs(change) >= 0.005 else "as soon as"
-    head = f"With loractl a job ends {span(ours)} after it arrives, {against} by fifo."
-    lines = [screen.style(head, bold=True), *_what(done), ""]
+    lines = [screen.style(_head(done), bold=True), *_what(done), ""]
     headers = ["RULE", "MEAN", "P99", "MEAN WAIT", "P99", "LARGEST", "MAKESPAN", "VRAM"]
     lines += table(headers, [_row(name, out) for name, out in done.outcomes.items()], screen, right=headers[1:])
-    lines += ["", *_by_class(done, screen), ""]
+    lines += ["", *_by_class(done, screen), ""] if any(done.outcomes[name].courses for name in RULES) else [""]
     if done.nodes.presences:
         lines += [*_by_stops(done, screen), ""]
     if done.quotas:
@@ -47,8 +43,26 @@ def text(done: Simulation, screen: Screen) -> str:
     return "\n".join([*lines, *(screen.dim(note) for note in notes)])
 
 
-def span(seconds: float) -> str:
-    """A time as one number, so that a column of them can be compared: 45 s, 12 min, 11.0 h, 3.2 d."""
+def _head(done: Simulation) -> str:
+    """Compares the two rules by jobs that ended under both: the others have no time to compare."""
+    ours, fifo = ({c.job_id: c.took for c in done.outcomes[name].courses} for name in ("loractl", "fifo"))
+    if not (both := ours.keys() & fifo.keys()):
+        return "No job ended both with loractl and by fifo."
+    took, theirs = (mean([one[job_id] for job_id in both]) for one in (ours, fifo))
+    change = 1 - took / theirs if theirs else 0.0
+    against = f"{abs(change):.0%} {'sooner' if change >= 0 else 'later'} than" if abs(change) >= 0.005 else "as soon as"
+    said = f"With loractl a job ends {span(took)} after it arrives, {against} by fifo."
+    return (
+        said
+        if len(both) == len(done.chosen.jobs)
+        else f"{said}\nThis compares the {thousands(len(both))} jobs that end under both."
+    )
+
+
+def span(seconds: float | None) -> str:
+    """A time as one number, so that a column of them can be compared: 45 s, 12 min, 11.0 h, 3.2 d. None: a dash."""
+    if seconds is None:
+        return "–"
     for below, size, unit in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "h")):
         if seconds < below:
             return f"{seconds / size:.{0 if size < 3600 else 1}f} {unit}"
@@ -62,7 +76,7 @@ def _what(done: Simulation) -> list[str]:
     if workload.users_are != "user":
         people += f" (its {workload.users_are}, for want of users)"
     lines = [
-        f"{thousands(len(chosen.jobs))} jobs of {people},",
+        f"{thousands(len(chosen.jobs))} job{'' if len(chosen.jobs) == 1 else 's'} of {people},",
         f"on {fleet_text(done.cards, done.nodes.presences)}; {done.how_loaded}contention {done.contention:g}.",
     ]
     if chosen.base_models:
@@ -109,6 +123,8 @@ def _roomy(done: Simulation) -> list[str]:
 
 def _row(name: str, out: RuleOutcome) -> list[str]:
     took, waits = [c.took for c in out.courses], waits_of(out.courses)
+    if not took:
+        return [POLICIES[name].title, *7 * ["–"]]
     return [
         POLICIES[name].title,
         span(mean(took)),
@@ -122,16 +138,16 @@ def _row(name: str, out: RuleOutcome) -> list[str]:
 
 
 def _by_class(done: Simulation, screen: Screen) -> list[str]:
-    """Mean waits by VRAM class, one row per class."""
+    """Mean waits by VRAM class, one row per class. JOBS: that ended under our rule."""
     classes = {name: done.outcomes[name].by_class() for name in RULES}
     headers = ["MEAN WAIT BY NEED", "JOBS", *(POLICIES[name].title.upper() for name in classes)]
     rows = [
         [
             f"{'≤' if screen.unicode else 'to'} {size} GiB",
-            thousands(len(courses)),
-            *(span(mean(waits_of(courses[size]))) for courses in classes.values()),
+            thousands(len(classes["loractl"].get(size, ()))),
+            *(span(mean(waits_of(ended)) if (ended := courses.get(size)) else None) for courses in classes.values()),
         ]
-        for size, courses in classes["loractl"].items()
+        for size in sorted(set().union(*classes.values()))
     ]
     return table(headers, rows, screen, right=headers[1:])
 

@@ -28,7 +28,7 @@ def why_text(answer: Why | NotWaiting, screen: Screen) -> str:
     lines += _start(answer, screen)
     if answer.cards:
         lines += ["", *_cards(answer, screen)]
-    in_line = wait.tier is not Tier.NEVER and answer.ahead != NO_PLACE
+    in_line = wait.tier is not Tier.NEVER and answer.ahead is not NO_PLACE
     closing = [*([_ahead(answer.ahead)] if in_line else []), *answer.remedies]
     lines += [""] if closing else []
     for text in closing:

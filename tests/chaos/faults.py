@@ -138,6 +138,11 @@ class Injector:
                 self._open.remove(fault)
                 self.spans.append(Span(kind=fault.kind, start=fault.start, end=_now()))
 
+    @property
+    def active(self) -> bool:
+        """Whether a fault lasts, or waits for something to hit."""
+        return bool(self._open or self._waiting)
+
     def spans_so_far(self) -> list[Span]:
         """What is active still ends now."""
         return self.spans + [Span(kind=fault.kind, start=fault.start, end=_now()) for fault in self._open]

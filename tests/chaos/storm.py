@@ -305,7 +305,7 @@ def _blow(run: _Run, say: Callable[[str], None]) -> list[str]:
     due = began
     while not run.stop.is_set():
         now = time.monotonic()
-        if now >= due and not _is_long(run, now - began):
+        if now >= due and not (_is_long(run, now - began) and run.injector.active):
             run.injector.offer(fault)
             fault = next(faults)
             due = now + fault.gap_s
@@ -333,7 +333,7 @@ def _blow(run: _Run, say: Callable[[str], None]) -> list[str]:
 
 
 def _is_long(run: _Run, seconds: float) -> bool:
-    """Whether a storm of a set time has had it: no fault is dealt any more, and those that last go on."""
+    """Whether a storm of a set time has had it: those that last go on, and another is dealt only once none does."""
     return run.plan.storm_s is not None and seconds > run.plan.storm_s
 
 

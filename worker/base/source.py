@@ -341,9 +341,13 @@ def model_errors(base_model: str) -> Iterator[None]:
         raise TrainingFailed(Reason.MODEL_NOT_FOUND, f"base_model {base_model} can't be loaded: {why}") from error
 
 
+MODEL_FILES = {".json", ".safetensors", ".gguf", ".model", ".jinja", ".py"}
+"""How the names of files end that loading a model reads. Another file of the folder explains no error."""
+
+
 def _closed(folder: Path) -> Path | None:
-    """The first that this user may not read: a folder above it, itself, or one of its files. safetensors says "No such
-    file" of it."""
+    """The first that this user may not read: a folder above it, itself, or one of the model's files. safetensors says
+    "No such file" of it."""
     for place in (*reversed(folder.parents), folder):
         try:
             os.stat(f"{place}/.")  # noqa: PTH116  pathlib drops the dot, which needs the right to enter
@@ -353,10 +357,12 @@ def _closed(folder: Path) -> Path | None:
             return None
     try:
         for file in sorted(folder.iterdir()):
-            if file.is_file():
+            if file.suffix in MODEL_FILES and file.is_file():
                 file.open("rb").close()
     except PermissionError as error:
         return Path(error.filename)
+    except OSError:
+        return None  # the sentence says what went wrong first
     return None
 
 

@@ -139,7 +139,7 @@ class Monitor:
                 self._try("the round", lambda: self._go_round(slots))
                 self._try("the fleet's round", self._tend_fleet, vital=False)
                 self._try("planning again", self._plan_anew, vital=False)
-                self._trim_aside()
+                self._try("the queue's thread", self._trim_aside, vital=False)
             if clock.wait(self._called, max(0.05, min(next_look, next_round, now + 1.0) - clock.now())):
                 clock.wait(self._stopped, max(0.0, looked + CALM_S - clock.now()))
 

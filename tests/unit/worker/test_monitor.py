@@ -1,7 +1,10 @@
-"""What a node's monitor wakes its slots for."""
+"""What a node's monitor wakes its slots for, and what does not keep it from that."""
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,12 +12,14 @@ from typing import Any
 import pytest
 
 from loractl.common.placement.hosts import base_key
+from loractl.common.queue.hints import HintQueues
 from loractl.common.settings import load_settings
 from loractl.common.store.records import Claim, NewHost
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Drain, Workplace
+from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.node.monitor import Monitor
 
@@ -24,22 +29,54 @@ from ..factories import node_state, submission
 pytestmark = SQLITE_ALONE
 
 
+def place_in(home: Path, store: Store, clock: NodeClock = SYSTEM) -> Workplace:
+    return Workplace(
+        settings=load_settings({"LORACTL_HOME": str(home), "LORACTL_LEASE": "3s"}),
+        store=store, artifacts=StoreClient(f"file://{home}"), node="box:0", drain=Drain(),
+        device=CpuDevice(total=24 * GIB), clock=clock,
+    )  # fmt: skip
+
+
+def row_in(store: Store) -> Any:
+    def write(*, draining: bool) -> Any:
+        return store.cards.see(node_state("box:0", total=24 * GIB, max_jobs=1))
+
+    return SimpleNamespace(write=write)
+
+
+class NoThreadForTheQueue(NodeClock):
+    """A box that has no process numbers left."""
+
+    def start(self, work: Callable[[], object], name: str, *, daemon: bool = True) -> threading.Thread:
+        if name == "queue":
+            raise RuntimeError("can't start new thread")
+        return super().start(work, name, daemon=daemon)
+
+
+@pytest.mark.parametrize("clock", [SYSTEM, NoThreadForTheQueue()], ids=["it hangs", "no thread can start"])
+def test_the_rounds_go_on_whatever_becomes_of_the_queue(
+    store: Store, tmp_path: Path, clock: NodeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs, asked, woken = threading.Event(), list[str](), list[str]()
+    monkeypatch.setattr(HintQueues, "trim", lambda *_: asked.append("asked") or not hangs.wait(60))
+    store.jobs.submit(submission(lora=8, method="lora"))
+    monitor = Monitor(place_in(tmp_path, store, clock), row_in(store))
+    monitor.start(SimpleNamespace(wake=lambda: woken.append("woken"), attempts={}))  # type: ignore[arg-type]
+    deadline = time.monotonic() + 60
+    while len(woken) < 7:
+        assert time.monotonic() < deadline, woken
+        time.sleep(0.05)
+    monitor.stop()
+    hangs.set()
+    assert len(asked) == (clock is SYSTEM), "one at a time"
+
+
 @pytest.mark.parametrize("opened", [False, True], ids=["a full card", "one whose trainer may be joined"])
 def test_a_card_without_a_slot_looks_for_jobs_that_could_join_its_trainer(
     store: Store, tmp_path: Path, opened: bool
 ) -> None:
-    settings = load_settings({"LORACTL_HOME": str(tmp_path)})
-    place = Workplace(
-        settings=settings, store=store, artifacts=StoreClient(f"file://{tmp_path}"), node="box:0", drain=Drain(),
-        device=CpuDevice(total=24 * GIB),
-    )  # fmt: skip
-
-    def write(*, draining: bool) -> Any:
-        return store.cards.see(node_state("box:0", total=24 * GIB, max_jobs=1))
-
-    row: Any = SimpleNamespace(write=write)
     hosts: Any = SimpleNamespace(trim=lambda card: None)
-    monitor, woken = Monitor(place, row, hosts), list[str]()
+    monitor, woken = Monitor(place_in(tmp_path, store), row_in(store), hosts), list[str]()
     slots: Any = SimpleNamespace(wake=lambda: woken.append("woken"), attempts={})
     monitor.report()
     store.jobs.submit(submission(lora=8, method="lora"))

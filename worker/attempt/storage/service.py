@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-import fsspec  # noqa: F401  any store's calls need it: not first when one is waited for
-
 from loractl.common.artifacts import ArtifactStore, Binding, Manifest, StoredFile
 from loractl.common.errors import ArtifactError, NotStorable, ResultTaken, ServiceUnreachable
 from loractl.common.settings import load_settings
@@ -111,6 +109,8 @@ class _Teller:
 
 def main() -> None:
     """Serve the orders until stdin ends."""
+    import fsspec  # noqa: F401  any store's calls need it: now, not when one is waited for; the node needs it never
+
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
     orders: queue.SimpleQueue[str] = queue.SimpleQueue()

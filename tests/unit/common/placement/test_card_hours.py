@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need
@@ -160,7 +160,25 @@ def test_nobody_exceeds_a_hard_quota_by_more_than_what_ran_when_it_filled(
     st.lists(st.tuples(st.integers(0, 100_000), st.integers(1, 80), st.integers(0, 20_000)), max_size=20),
     st.booleans(),
 )
+@example([(0, 80, 20_000)] * 19, False)
 def test_a_quota_that_nobody_reaches_changes_nothing(drawn: list[tuple[int, int, int]], soft: bool) -> None:
+    """But for jobs that waited a day, which a hard one lets go first one at a time."""
     jobs = [a_job(n, t, gib, s, "ab"[n % 2]) for n, (t, gib, s) in enumerate(sorted(drawn), start=1)]
     cards = [a_card(80), a_card(24, "a:1", 1)]
-    assert replayed(jobs, cards, {"a": quota(1e6, soft=soft)}) == replayed(jobs, cards, {})
+    without, reached = replayed(jobs, cards, {}), replayed(jobs, cards, {"a": quota(1e6, soft=soft)})
+    waits = ((without.runs[job.waiting.job_id].started - job.waiting.since).total_seconds() for job in jobs)
+    if soft or max(waits, default=0) < DAY:
+        assert reached == without
+    else:
+        assert reached.runs.keys() == without.runs.keys()
+
+
+def test_a_hard_quota_that_is_far_away_lets_age_count_beside_a_long_job() -> None:
+    """A job of 20 days on the small card, and one that waits for the large card behind others of higher priority."""
+    long, large = a_job(1, 0, 24, 20 * DAY), a_job(3, 2, 80, HOUR)
+    bobs = [a_job(n, 1 if n == 2 else n, 80, 4 * HOUR, "bob") for n in (2, *range(4, 130))]
+    bobs = [replace(bob, waiting=replace(bob.waiting, priority=5)) for bob in bobs]
+    jobs, cards = sorted([long, large, *bobs], key=lambda job: job.waiting.job_id), [a_card(), a_card(24, "a:1", 1)]
+    alone = starts(replayed(jobs, cards, {}))[3]
+    assert DAY / HOUR < alone < DAY / HOUR + 5
+    assert starts(replayed(jobs, cards, {"ada": quota(1e5)}))[3] == alone

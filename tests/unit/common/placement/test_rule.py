@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime as dt
 from dataclasses import replace
 
+import pytest
+
 from loractl.common.job.method import Method, Need
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S
 from loractl.common.units import GIB
@@ -90,13 +92,26 @@ def test_the_oldest_of_a_user_at_the_limit_is_passed_over() -> None:
 def test_what_waited_for_a_hard_quota_goes_first_by_age_one_job_at_a_time() -> None:
     """All of them waited more than a day when the quota lets go: they would go before everybody."""
     day = OLDEST_FIRST_AFTER_S
-    jobs = [a_job(1, age_s=day + 2), a_job(2, age_s=day + 1), a_job(4, user="bob", priority=5)]
-    free, busy = a_card(gib=80, max_jobs=1), a_card(gib=80, max_jobs=2, running=(running(9, 8, user="ada"),))
-    assert started(decide(jobs, [free], {"ada": 9.0}, ["ada"])) == {1: "a:0"}
-    assert started(decide(jobs, [busy], {"ada": 9.0}, ["ada"])) == {4: "a:0"}
-    assert started(decide(jobs, [busy], {"ada": 9.0})) == {1: "a:0"}, "without a quota age alone counts"
-    jobs.append(a_job(3, age_s=day, user="cyd"))
-    assert started(decide(jobs, [busy], {"ada": 9.0}, ["ada"])) == {3: "a:0"}, "the oldest of another"
+    jobs = [a_job(2, age_s=day + 2), a_job(3, age_s=day + 1), a_job(5, user="bob", priority=5)]
+    free, first = a_card(gib=80, max_jobs=1), replace(running(1, 8, user="ada"), began=NOW)
+    busy = a_card(gib=80, max_jobs=2, running=(first,))
+    assert started(decide(jobs, [free], {"ada": 9.0}, ["ada"])) == {2: "a:0"}
+    assert started(decide(jobs, [busy], {"ada": 9.0}, ["ada"])) == {5: "a:0"}
+    assert started(decide(jobs, [busy], {"ada": 9.0})) == {2: "a:0"}, "without a quota age alone counts"
+    jobs.append(a_job(4, age_s=day, user="cyd"))
+    assert started(decide(jobs, [busy], {"ada": 9.0}, ["ada"])) == {4: "a:0"}, "the oldest of another"
+
+
+@pytest.mark.parametrize(("job_id", "began_s", "goes_first"), [(1, 3, False), (1, 1, True), (9, 3, True)])
+def test_under_a_hard_quota_a_job_waits_by_age_only_for_older_ones_that_began_after_it_could(
+    job_id: int, began_s: float, goes_first: bool
+) -> None:
+    """Else somebody who always has a small job running, or a long one, would never get a large card by age."""
+    could = NOW - dt.timedelta(seconds=10)
+    own = replace(running(job_id, 8, user="ada"), began=could + dt.timedelta(seconds=began_s - 2))
+    cards = [a_card(gib=8, node="a:1", running=(own,)), a_card(gib=80, max_jobs=1)]
+    jobs = [a_job(2, 80, age_s=OLDEST_FIRST_AFTER_S + 10), a_job(10, 80, user="bob", priority=5)]
+    assert started(decide(jobs, cards, {"ada": 9.0}, ["ada"])) == {2 if goes_first else 10: "a:0"}
 
 
 def test_a_job_that_could_never_run_keeps_its_user_from_no_reservation() -> None:

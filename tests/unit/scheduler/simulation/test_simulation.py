@@ -523,27 +523,28 @@ def test_the_command_tells_what_quotas_cost(cli: Cli, tmp_path: Path) -> None:
     assert (none["policies"]["loractl"]["unfinished"], none["policies"]["without_quotas"]["unfinished"]) == (20, 0)
     said = cli("sim", path, "--fleet", "24GiB", "--quota", "ada=0h/day").stdout.splitlines()
     assert "Not ended under loractl's rule, and in none of its means: 20." in said
+    assert said[0] == "With loractl a job ends 60 min after it arrives, as soon as by fifo."
+    assert said[1] == "This compares the 20 jobs that end under both."
+    assert next(line.split()[-4:] for line in said if line.startswith("ada ")) == ["–", "–", "0", "s"]
+    assert none["quotas"][0]["mean_wait_s"] is None
 
 
-def test_the_command_tells_what_it_means_that_cards_go(cli: Cli, tmp_path: Path) -> None:
-    path = tmp_path / "night.csv"
-    rows = [f"{30 * n}min,20GiB,3h,ada,m,10GiB" for n in range(12)]
-    path.write_text("\n".join(["arrival,vram,duration,user,base_model,base_size", *rows]))
-    args = ("sim", path, "--fleet", "2x24GiB open 200min shut 1h, 24GiB")
-    lines = cli(*args).stdout.splitlines()
-    assert "on 2x24 GiB open 3 h 20 min and shut 60 min, and 24 GiB; contention 0.5." in lines
-    assert max(map(len, lines)) <= 80
-    table = lines[next(n for n, line in enumerate(lines) if line.startswith("CARDS THAT GO")) :][1:7]
-    stops = {row.rsplit(maxsplit=3)[0]: [int(cell) for cell in row.rsplit(maxsplit=3)[1:]] for row in table}
-    assert stops["loractl"][1:] == [0, 0]
-    value = json.loads(cli(*args, "--json").stdout)
-    assert [(card["open_s"], card["shut_s"]) for card in value["fleet"]] == [(12000, 3600), (12000, 3600), (None, None)]
-    for name, title in (("loractl", "loractl"), ("blind", "blind"), ("fifo", "fifo")):
-        out = value["policies"][name]
-        assert [out["stops"], out["starts_in_vain"], out["unfinished"]] == stops[title]
-    assert value["slow"] == 0 and value["quotas"] is None
-    gone = cli("sim", path, "--fleet", "24GiB until 5h", "--plot", tmp_path / "gone.png").stdout.splitlines()
-    assert any(line.startswith("Not ended under loractl's rule, and in none of its means: ") for line in gone)
+def test_a_class_of_which_a_rule_ends_no_job_is_a_dash(cli: Cli, tmp_path: Path) -> None:
+    """By fifo the small job waits behind the large one until the only card goes."""
+    path = tmp_path / "two.csv"
+    path.write_text("arrival,vram,duration,user\n0,40GiB,10h,ada\n1min,4GiB,10min,bob\n")
+    lines = cli("sim", path, "--fleet", "80GiB until 2h").stdout.splitlines()
+    assert lines[:1] == ["No job ended both with loractl and by fifo."]
+    (small,) = (line for line in lines if line.startswith("≤ 8 GiB"))
+    assert small.split()[3:] == ["1", "0", "s", "–", "–", "0", "s"], "of the rules ours and best fit alone end it"
+    assert next(line.split()[1:] for line in lines if line.startswith("fifo ")) == 7 * ["–"]
+    path.write_text("arrival,vram,duration,user\n0,40GiB,10h,ada\n")
+    lines = cli("sim", path, "--fleet", "80GiB until 2h").stdout.splitlines()
+    assert lines[1] == "1 job of 1 user,"
+    assert not any(line.startswith("MEAN WAIT BY NEED") for line in lines)
+    path.write_text("arrival,vram,duration,user,base_model,base_size\n0,70GiB,10h,ada,m,60GiB\n")
+    refused = cli("sim", path, "--fleet", "80GiB open 60s shut 1h", "--no-spare", code=2).stderr
+    assert "Hint: cards that stay longer" in refused
 
 
 def test_every_policy_has_a_line_of_its_own() -> None:

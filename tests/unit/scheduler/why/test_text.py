@@ -12,20 +12,32 @@ from loractl.scheduler.status.job import state_of
 from loractl.scheduler.wait.cards import card_fits
 from loractl.scheduler.wait.reasons import Tier, Wait, explain
 from loractl.scheduler.wait.starts import ExpectedStart
-from loractl.scheduler.why.answer import Ahead, Why
+from loractl.scheduler.why.answer import NO_PLACE, Ahead, Why
 from loractl.scheduler.why.text import why_text
 
 from ...fleets import in_seconds, waits
 from ..screens import HOSTILE, PIPE, crowded, lab, seemly, shown
 
+NINTH = Ahead(jobs=((1486, "priya"),), complete=True, of=9)
 
-def why(view: FleetView, screen: Screen, job: Any, start: ExpectedStart | None = None, wait: Wait | None = None) -> str:
+FIRST = Ahead(jobs=(), complete=True, of=None)
+"""Of the job that is first among more than are read."""
+
+
+def why(
+    view: FleetView,
+    screen: Screen,
+    job: Any,
+    start: ExpectedStart | None = None,
+    wait: Wait | None = None,
+    ahead: Ahead = NINTH,
+) -> str:
     answer = Why(
         job=state_of(job),
         wait=wait or explain(job, view),
         start=start,
         cards=tuple(card_fits(job, view)),
-        ahead=Ahead(jobs=((1486, "priya"),), complete=True, of=9),
+        ahead=ahead,
         remedies=(
             "It would start now on heron:3 with max_length 1536.  Try: loractl plan 1485 --set dataset.max_length=1536",
             "It would fit now on heron:3 without vllm of tomás.",
@@ -43,6 +55,12 @@ def test_a_reason_fits_any_screen(view: Any, screen: Screen) -> None:
     node = list(found.cards)[-1]
     seemly(why(found, screen, job, ExpectedStart(at=in_seconds(10**6), spread_s=86_400 * 3, node=node)), screen)
     seemly(why(found, screen, job, wait=Wait(tier=Tier.POLICY, word="held", sentence=HOSTILE * 40)), screen)
+
+
+def test_the_first_of_a_long_line_is_told_so_and_a_held_job_has_no_place() -> None:
+    job, said = waits(1485, 30, 25), "Nothing is ahead of it."
+    assert said in why(lab(), PIPE, job, ahead=FIRST)
+    assert said not in why(lab(), PIPE, job, ahead=NO_PLACE)
 
 
 def test_a_reason_stands_before_the_cards_and_what_would_help_after_them() -> None:
