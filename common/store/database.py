@@ -95,6 +95,7 @@ _PASSING = (_READ_ONLY, "40", "53", LOCK_NOT_FREE, "57")
 Rolled back (a deadlock), short of resources, a lock that was not free, stopped by an operator or a time limit.
 """
 _TOO_LARGE = "54"  # the statement exceeds a limit of the server
+_TOO_MANY = ("number of parameters must be between", "too many SQL variables")  # the driver's words, without a state
 
 
 def connect_to_read(settings: Settings) -> Engine:
@@ -197,6 +198,8 @@ def outage(error: BaseException) -> str | None:
     if isinstance(error, (PendingRollbackError, ResourceClosedError)):  # what a lost connection leaves behind
         return "the connection was lost in the middle of a transaction"
     if not isinstance(error, DBAPIError):
+        return None
+    if any(words in str(error.orig) for words in _TOO_MANY):
         return None
     state = getattr(error.orig, "sqlstate", None) or ""
     passing = isinstance(error, (OperationalError, InterfaceError, InternalError)) or state.startswith(_PASSING)

@@ -71,6 +71,9 @@ BEGIN
     left(job.queue_key, 5) = lpad((10000 - job.priority)::text, 5, '0') AND
     right(job.queue_key, length(job."user") + 1) = '|' || job."user" AND
     (CASE WHEN wanted = '' THEN true ELSE json_typeof(wanted::json) = 'object' END) AND
+    (CASE WHEN json_typeof(job.spec -> 'after') = 'array' THEN json_array_length(job.spec -> 'after') <= 1000
+      ELSE true END) AND
+    to_jsonb(job) IS NOT NULL AND -- some JSON has no other form, and loractl_change needs it
     coalesce(job.lora_until, now()) BETWEEN now() - interval '1 day' AND now() + interval '100 years';
 END $$;
 CREATE OR REPLACE FUNCTION loractl_same_batch(job jobs) RETURNS boolean LANGUAGE plpgsql -- in other pieces: reproduce

@@ -124,10 +124,14 @@ def _where_queued(name: str, *columns: str, also: str = "") -> Index:
     return _where(name, f"status = 'queued'{also}", "status", *columns)
 
 
+MOST_AFTER = 1000
+"""Jobs after which one may start, as `Predecessors` in common/job/sections.py: a statement names them all."""
+
+
 def after_of(spec: Any) -> list[int]:
     """The numbers of the jobs that a stored spec's job starts after; none where it has another form."""
     after = spec.get("after") if isinstance(spec, dict) else None
-    return [one for one in after if is_whole(one, 1)] if isinstance(after, list) else []
+    return [one for one in after[:MOST_AFTER] if is_whole(one, 1)] if isinstance(after, list) else []
 
 
 def sweep_of(spec: Any) -> int | None:

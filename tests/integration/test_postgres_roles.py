@@ -28,6 +28,7 @@ from loractl.common.store.guard import retried
 from loractl.common.store.records import Claim, Delivery, Progress, SpentLog, StoredCheckpoint
 from loractl.common.store.roles import apply_roles, unbounded
 from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 from loractl.scheduler.change.amendment import amendment
 from loractl.scheduler.lab.health.services import see_logins
@@ -90,6 +91,30 @@ def test_who_submits_chains_jobs_and_lets_none_of_them_start_early(person: Store
     assert not person.jobs.get(last).held
     following = take(box)
     assert isinstance(following, Claim) and following.job_id == last
+
+
+def test_who_submits_writes_no_row_that_keeps_others_from_ending_or_can_t_be_cancelled(
+    person: Store, lab: Logins
+) -> None:
+    """A list longer than a statement may be, and text that one of PostgreSQL's two kinds of JSON can't hold."""
+    first = person.jobs.submit(submission())
+    mine, engine = person.jobs.submit(submission(after=[first])), make_engine(lab.person)
+    spec = person.jobs.get(mine).spec
+    for new in ({"spec": {**spec, "after": [first, *range(1000, 71_000)]}}, {"labels": {"team": "\u0000"}}):
+        asked = {"number": mine, "new": json.dumps(new)}
+        with pytest.raises((Forbidden, DatabaseError)), engine.begin() as connection:
+            connection.execute(
+                text("SELECT loractl_change(:number, 'edited', '{}', CAST(:new AS json), 'ada', '')"), asked
+            )
+    columns = ", ".join(f'"{column.name}"' for column in Job.__table__.columns if column.name != "job_id")
+    odd = columns.replace('"labels"', """'{"team": "\\u0000"}'::json""").replace('"submitted_at"', "now()")
+    copy = f"INSERT INTO jobs ({columns}) SELECT {odd} FROM jobs WHERE job_id = :number"
+    with pytest.raises((Forbidden, DatabaseError)), engine.begin() as connection:
+        connection.execute(text(copy), {"number": first})
+    with engine.begin() as connection:
+        connection.execute(text(copy.replace("\\u0000", "red")), {"number": first})
+    engine.dispose()
+    assert person.jobs.get(mine).spec == spec and len(person.jobs.matching()) == 3
 
 
 def test_the_owner_alone_sets_quotas_and_a_box_counts_what_is_had(person: Store, box: Store, postgres_url: str) -> None:

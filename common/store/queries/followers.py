@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, Select, String, and_, cast, exists, or_, select
+from sqlalchemy import ColumnElement, Select, String, and_, cast, exists, or_, select, update
 from sqlalchemy.orm import aliased
 
 from loractl.common.job.status import Status
@@ -21,6 +21,9 @@ from .sweeps import read_sweeps
 
 AT_ONCE = 100
 """Blocked jobs that one round lets go, at most."""
+
+MOST_PATIENCE_S = 3650 * 86400
+"""As `Duration` in common/job/sections.py; a row may say anything."""
 
 
 def first_awaited(tx: Transaction, after: Sequence[int], *, any_end: bool) -> int | None:
@@ -100,7 +103,17 @@ def _is_over(any_end: bool) -> ColumnElement[bool]:
 def _go_on(tx: Transaction, blocked: Select[Job]) -> None:
     now = tx.now()
     for job in tx.session.scalars(blocked.order_by(Job.job_id).limit(AT_ONCE).with_for_update(**SKIP_LOCKED)).all():
-        tx.apart(job.job_id, lambda job=job: _next(tx, job, now))  # type: ignore[misc]
+        job_id = job.job_id
+        if not tx.apart(job_id, lambda job=job: _next(tx, job, now)):  # type: ignore[misc]
+            tx.apart(job_id, lambda job_id=job_id: _set_aside(tx, job_id))  # type: ignore[misc]
+
+
+def _set_aside(tx: Transaction, job_id: int) -> None:
+    """Hold a job whose row can't be read, so that it is not among the first to be looked at for ever."""
+    why = "its row can't be read; loractl cancel drops the job"
+    held = {"awaits": None, "held_too": False, "held": True, "message": f"held: {why}"}
+    tx.change(update(Job).where(Job.job_id == job_id, WAITS).values(**held))
+    tx.tell(job_id, None, "held", why)
 
 
 def _next(tx: Transaction, job: Job, now: dt.datetime) -> None:
@@ -113,5 +126,5 @@ def _next(tx: Transaction, job: Job, now: dt.datetime) -> None:
     if (sweep_id := sweep_of(job.spec)) is not None:
         _begin_from_best(tx, job, sweep_id)
     if isinstance(patience := job.spec.get("lora_patience"), (int, float)) and job.lora_until is not None:
-        job.lora_until = now + dt.timedelta(seconds=patience)  # it begins to wait for a card now
+        job.lora_until = now + dt.timedelta(seconds=min(patience, MOST_PATIENCE_S))  # it begins to wait for a card now
     tx.tell(job.job_id, None, "released", f"job {over} {'has ended' if any_end else 'has succeeded'}")
