@@ -63,6 +63,49 @@ def test_who_asks_after_its_session_is_told() -> None:
         session.run(time.monotonic)
 
 
+@pytest.mark.parametrize("fails", ["start_threads", "Thread"], ids=["no memory for its threads", "no thread starts"])
+def test_an_engine_that_can_t_replace_its_thread_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """After an out-of-memory under a limit another thread goes on. The members' questions come to an answer anyway."""
+    monkeypatch.setattr(engines, "has_limit", lambda: True)
+    monkeypatch.setattr(engines, "start_threads", lambda: None)
+
+    def full() -> None:
+        raise MemoryError("no room")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("can't allocate memory")
+
+    answers: list[str] = []
+
+    def ask(session: Session) -> None:
+        try:
+            answers.append(str(session.run(lambda: "worked")))
+        except (RuntimeError, MemoryError) as error:
+            answers.append(str(error))
+
+    engine = Engine()
+    with engine.session(CPU) as first, engine.session(CPU) as second:
+        first.run(int)
+        with pytest.raises(MemoryError), monkeypatch.context() as broken:
+            if fails == "Thread":
+                broken.setattr(threading.Thread, "start", refuse)
+            else:
+                broken.setattr(engines, "start_threads", refuse)
+            try:
+                first.run(full)
+            finally:
+                if fails == "start_threads":
+                    ask(second)
+                time.sleep(0.2)  # the engine's thread finds that it can't be replaced
+        other = threading.Thread(target=ask, args=(second,), daemon=True)
+        other.start()
+        other.join(30)
+        assert not other.is_alive() and answers[-1] == "worked"
+    assert answers[:-1] == (["can't allocate memory"] if fails == "start_threads" else [])
+
+
 class Base:
     """A base whose passes learn nothing, and may fail."""
 

@@ -177,10 +177,10 @@ class Engine:
         """A training's session, until the block ends."""
         one = Session(self, RandomStreams(device))
         with self._changed:
-            self._sessions.add(one)
-            self._too_many = None
             if self._thread is None:
                 self._start()
+            self._sessions.add(one)
+            self._too_many = None
         try:
             yield one
         finally:
@@ -194,8 +194,12 @@ class Engine:
 
     def _start(self) -> None:
         # daemon: a process whose main thread fails must end
-        self._thread = threading.Thread(target=self._serve, name="engine", daemon=True)
-        self._thread.start()
+        before, self._thread = self._thread, threading.Thread(target=self._serve, name="engine", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._thread = before
+            raise
 
     @property
     def here(self) -> bool:
@@ -226,19 +230,44 @@ class Engine:
             self._changed.notify_all()
 
     def _serve(self) -> None:
-        if has_limit():
-            start_threads()
+        ready = not has_limit()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._asks or not self._sessions)
                 if not self._asks:
                     self._thread = None
                     return
-            self._next()
-            if self._worn:
-                self._worn = False
-                self._start()
+            ready = ready or self._has_threads()
+            if ready:
+                self._next()
+            if self._worn and self._is_replaced():
                 return
+
+    def _has_threads(self) -> bool:
+        """Start the threads that work here needs. False: no memory is left for them, and all who wait are told so: a
+        thread that ended instead would leave them waiting."""
+        try:
+            start_threads()
+        except Exception as error:  # noqa: BLE001  whatever it is, it belongs to all who ask
+            failed = as_value(error)
+        else:
+            return True
+        with self._changed:
+            waiting = [*self._asks]
+            self._asks.clear()
+        for ask in waiting:
+            self._fail(ask, failed)
+        return False
+
+    def _is_replaced(self) -> bool:
+        """Whether another thread goes on, without what this one holds. Where none can start, this one does."""
+        self._worn = False
+        try:
+            self._start()
+        except RuntimeError as error:
+            log.warning("the engine keeps its thread: %s", error)
+            return False
+        return True
 
     def _next(self, *, within: bool = False) -> None:
         """Do the first waiting piece of work; `within` a long one, only short ones."""

@@ -21,6 +21,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import speed_metrics
 
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
+from loractl.worker.base.batches import in_batches
 from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 
@@ -106,6 +107,10 @@ PROGRESS = ("global_step", "max_steps", "epoch", "total_flos", "log_history")
 """The progress in a checkpoint, under the names of transformers' TrainerState."""
 
 
+class _StopCame(Exception):
+    """In the middle of an evaluation."""
+
+
 class TrainingLoop:
     """One training on a base, with all its own parts: adapter, optimizer, schedule, order of rows, accumulation, clip,
     loss scaler, log, checkpoints and end."""
@@ -149,6 +154,8 @@ class TrainingLoop:
         self._before: dict[str, Any] = {}  # what a started window changes before its step
         self._saved = 0  # the step of the last checkpoint
         self._resumed: dict[str, Any] | None = None  # the streams of the checkpoint from which it resumes
+        self._due = False  # the evaluation of the step from which it resumes
+        self._held_out_rows = args.per_device_eval_batch_size  # of a batch
         self._in_epoch = False
         self._operations = 6 * self.model.num_parameters(exclude_embeddings=True)  # per token, for trackers
         self._began, self._first_step, self._first_epoch = 0.0, 0, 0.0
@@ -160,6 +167,11 @@ class TrainingLoop:
         return self.control.should_training_stop
 
     @property
+    def evaluation_due(self) -> bool:
+        """Whether the last step's evaluation is left to the next attempt, since a stop came first."""
+        return self.control.should_evaluate
+
+    @property
     def tensors(self) -> list[torch.Tensor]:
         """What it holds besides the base: its adapter, and the optimizer's state."""
         state = (value for held in self.optimizer.inner.state.values() for value in held.values())
@@ -169,6 +181,8 @@ class TrainingLoop:
         """Train to the end. Errors of the computation, callbacks or files come through."""
         ask = self.session.run
         ask(self._begin)
+        if self.evaluation_due:
+            self._follow_step()
         while not self.ended:
             for batch in ask(self._open_window):
                 loss = self.session.learn(self.forward, batch, self.trained, self.optimizer.backward)
@@ -177,13 +191,17 @@ class TrainingLoop:
                     ask(self._abandon_window)
                     break
             else:
-                if self.control.should_evaluate:
-                    self._evaluate()
-                if self.control.should_save:
-                    ask(self._save)
-                if self.ended or self.state.global_step % self.order.windows == 0:
-                    ask(self._end_epoch)
+                self._follow_step()
         ask(self._finish)
+
+    def _follow_step(self) -> None:
+        """Evaluate and save where a step asks for it."""
+        if self.control.should_evaluate:
+            self._evaluate()
+        if self.control.should_save:
+            self.session.run(self._save)
+        if self._in_epoch and (self.ended or self.state.global_step % self.order.windows == 0):
+            self.session.run(self._end_epoch)
 
     def resume(self, folder: Path) -> None:
         """Resume from a checkpoint. Raises TrainingFailed for one that does not belong to it, and what reading raises.
@@ -203,6 +221,7 @@ class TrainingLoop:
         self._log.restore(saved["log"])
         self.order.rows = saved["order"]
         self._resumed = saved["streams"]
+        self._due = bool(saved.get("evaluation_due"))  # an older version's has none
         restore_streams(self._resumed, self.forward.device)
 
     def _finish(self) -> None:
@@ -230,6 +249,9 @@ class TrainingLoop:
         self._tell("on_train_begin")
         if self._resumed is not None:
             restore_streams(self._resumed, self.forward.device)
+        if self._due:
+            self.control.should_evaluate = self.control.should_save = True
+            self.control.should_training_stop = self.state.global_step >= self.state.max_steps
 
     def _open_window(self) -> list[MicroBatch]:
         """The next rows to learn from before a step."""
@@ -299,10 +321,26 @@ class TrainingLoop:
         self.state.epoch = epoch + done / self.order.micro_batches
 
     def _evaluate(self) -> None:
-        """On the held-out rows, a batch at a time: others compute in between."""
-        began, rows = time.time(), self.rows.held_out
-        batches = held_out_batches(rows, self.args.per_device_eval_batch_size)
-        sums = [self.session.run(partial(self._score, batch)) for batch in batches]
+        """On the held-out rows, a batch at a time: others compute in between. A stop leaves it to the next attempt."""
+        began, rows = time.time(), longest_first(self.rows.held_out)
+        batches, sums = list[list[TokenRow]](), list[float]()
+        ended, self.control.should_training_stop = self.ended, False  # from here on it says that a stop has come
+
+        def score(chosen: list[int]) -> None:
+            batch = [rows[n] for n in chosen]
+            sums.append(self._score(batch))
+            batches.append(batch)
+
+        def look(_: int) -> None:
+            if self.ended:
+                raise _StopCame
+
+        try:
+            size, run = self._held_out_rows, self.session.run
+            self._held_out_rows = in_batches(list(range(len(rows))), size, score, run, look)
+        except _StopCame:
+            return
+        self.control.should_training_stop = ended
         metrics = speed_metrics("eval", began, num_samples=len(rows), num_steps=len(batches))
         measured = {"eval_loss": mean_loss(self.forward.loss, batches, sums), **metrics}
         self.session.run(partial(self._evaluated, measured))
@@ -329,6 +367,7 @@ class TrainingLoop:
             "log": self._log.state(),
             "order": torch.empty(0, dtype=torch.int64) if self.order.redrawn else self.order.rows,
             "streams": read_streams(self.forward.device),
+            "evaluation_due": self.evaluation_due,
         }
         write_snapshot(self.model, state, folder / f"checkpoint-{self.state.global_step}")
         self._tell("on_save")
@@ -358,10 +397,9 @@ def _trackers(args: TrainingArguments) -> list[TrainerCallback]:
     return [kind() for kind in get_reporting_integration_callbacks(args.report_to)]
 
 
-def held_out_batches(rows: Sequence[TokenRow], size: int) -> list[list[TokenRow]]:
-    """Batches of the rows, longest first, as in the report's evaluation."""
-    longest_first = sorted(rows, key=lambda row: -len(row.input_ids))
-    return [longest_first[at : at + size] for at in range(0, len(rows), size)]
+def longest_first(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """The order in which the report's evaluation takes them, too."""
+    return sorted(rows, key=lambda row: -len(row.input_ids))
 
 
 def mean_loss(loss: Loss, batches: Sequence[Sequence[TokenRow]], sums: Sequence[float]) -> float:

@@ -208,6 +208,10 @@ class Brake(TrainerCallback):
                 raise TrainingFailed(Reason.DIVERGED, f"{name} became {logs[name]} at step {state.global_step}")
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._run.go_on()  # a step of many micro-batches may take longer than a silence may last
+        self._obey(control)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._obey(control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -304,6 +308,7 @@ def _fit_once(
         return str(failure)
     finally:
         run.remains.note(loop.tensors)
-    if run.stop.is_set() and loop.state.global_step < loop.state.max_steps and callbacks.best.stopped_early is None:
+    ended = loop.state.global_step >= loop.state.max_steps or callbacks.best.stopped_early is not None
+    if run.stop.is_set() and (loop.evaluation_due or not ended):
         raise Stopped
     return None
