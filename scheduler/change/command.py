@@ -127,19 +127,21 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
         job_ids = _unfinished(store, settings.user if user == "me" else user, queued=queued)
         if not job_ids:
             click.echo("No such job waits." if queued else "No such job waits or runs.")
-    if sweep_id is not None:
-        for job in store.sweeps.cancel(sweep_id, settings.user):
-            _tell(store, job.job_id)
-
-    if with_followers:  # the last first, so that none starts in between
-        behind = {follower for job_id in job_ids for follower in store.jobs.followers(job_id)} - set(job_ids)
-        job_ids = [*sorted(behind, reverse=True), *job_ids]
 
     def end(job_id: int) -> None:
         store.jobs.cancel(job_id, settings.user)
         _tell(store, job_id)
 
-    _for_each(job_ids, end)
+    if with_followers:  # the last first, so that none starts in between
+        members = [] if sweep_id is None else [member.job_id for member in store.sweeps.get(sweep_id).members]
+        named = {*job_ids, *members}
+        behind = {follower for job_id in named for follower in store.jobs.followers(job_id)} - named
+        job_ids = [*sorted(behind, reverse=True), *job_ids]
+    try:
+        _for_each(job_ids, end)
+    finally:  # also where a follower has ended meanwhile
+        for job in [] if sweep_id is None else store.sweeps.cancel(sweep_id, settings.user):
+            _tell(store, job.job_id)
 
 
 def _unfinished(store: Store, user: str, *, queued: bool) -> list[int]:

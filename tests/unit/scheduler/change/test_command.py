@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from loractl.common.job.status import Reason
+from loractl.common.job.status import Reason, Status
+from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, Progress
@@ -42,3 +43,19 @@ def test_a_job_that_ends_in_between_is_not_said_to_be_stopping(
     assert first == f"Job {ended} has succeeded."
     assert second.startswith(f"Job {runs} is being stopped on box:0; nothing of its training is kept")
     assert third == f"Job {waits} is cancelled."
+
+
+def test_the_followers_of_a_sweep_s_members_are_cancelled_with_it(upgraded_home: Path) -> None:
+    """First, so that none starts once the last member has ended."""
+    environment = {"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"}
+    store = Store(connect(load_settings(environment)))
+    varied = NewSweep(name="tuned", user="ada", varied={"lora.r": "8,16"}, rungs=None, trials=None, seed=None)
+    number = store.sweeps.submit(varied, [submission(), submission()])
+    first, second = (member.job_id for member in store.sweeps.get(number).members)
+    after = store.jobs.submit(submission(after=[second]))
+    last = store.jobs.submit(submission(after=[after]))
+    other = store.jobs.submit(submission())
+    told = CliRunner(env=environment).invoke(cancel, ["--sweep", str(number), "--with-followers"])
+    assert told.exception is None, told.exception
+    assert told.stdout.splitlines() == [f"Job {n} is cancelled." for n in (last, after, first, second)]
+    assert store.jobs.get(other).status is Status.QUEUED
