@@ -67,9 +67,9 @@ def _is_over(store: Store, job: JobState) -> bool:
 def _is_stuck(store: Store, job_id: int) -> bool:
     """Whether a waiting job starts only when a person releases or retries another job."""
     row = store.jobs.get(job_id)
-    while row.status is Status.QUEUED and row.awaits is not None:
+    while row.status is Status.QUEUED and row.awaits is not None and row.awaits < row.job_id:  # else a person wrote it
         awaited = store.jobs.numbered([row.awaits]).get(row.awaits)
         if awaited is None or awaited.status in (Status.FAILED, Status.CANCELLED):
             return awaited is None or not row.after_any
         row = awaited
-    return row.status is Status.QUEUED and row.held
+    return row.status is Status.QUEUED and (row.held or row.awaits is not None)

@@ -130,10 +130,15 @@ def _behind(job: Job, view: FleetView) -> str:
     if first is None:
         return f"job {job.awaits}, which was removed: loractl edit {job.job_id} --set after=[] lets it start anyway"
     head, name = first, f"job {first.job_id} ({first.name})"
-    while head.status is Status.QUEUED and head.is_blocked and head.awaits is not None and head.awaits in view.awaited:
-        head = view.awaited[head.awaits]
+    while head.status is Status.QUEUED and head.is_blocked and (before := view.awaited.get(_earlier(head))) is not None:
+        head = before
     said = "" if head is first else f", which waits for job {head.job_id} ({head.name})"
     return f"{name}{said}, {_how_far(head, view, any_end=head is first and job.after_any)}"
+
+
+def _earlier(job: Job) -> int:
+    """The job for which it waits; 0 if that is none of the earlier ones: by hand, a row may await itself."""
+    return job.awaits if job.awaits is not None and job.awaits < job.job_id else 0
 
 
 def _how_far(job: Job, view: FleetView, *, any_end: bool) -> str:

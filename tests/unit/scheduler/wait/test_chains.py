@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import update
 
+from loractl.common.errors import ExitCode
 from loractl.common.job.status import Reason, Stage
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 from loractl.scheduler.change.amendment import amendment
+from loractl.scheduler.status.follow import follow
 from loractl.scheduler.status.job import job_in_full
 from loractl.scheduler.status.job_text import job_text
 from loractl.scheduler.wait.queue import waiting_jobs
@@ -85,3 +89,19 @@ def test_a_job_shows_those_before_it_and_behind_it(store: Store) -> None:
     store.jobs.hold(second, "mara", "disk")
     assert waiting_jobs(store, [store.jobs.get(second)]).reasons[second].word == "held"
     assert sentence(store, 3) == "job 2 (pairs), which is held"
+
+
+def test_a_row_that_awaits_itself_or_a_later_one_ends_no_answer(store: Store) -> None:
+    """Only a person could have written that: submit and edit let a job wait for earlier ones alone."""
+    first = queue(store, "answers")
+    second = queue(store, "pairs", first)
+    third = queue(store, "merged", second)
+    for awaits, said in (
+        (second, "job 2 (pairs), which is held"),
+        (third, "job 3 (merged), which waits for job 2 (pairs), which is held"),
+    ):
+        with store.engine.begin() as connection:
+            connection.execute(update(Job).where(Job.job_id == second).values(awaits=awaits))
+        assert sentence(store, second) == said
+        assert follow(store, second) is ExitCode.FAILED, "nothing lets it go on by itself"
+        assert remedies(store, second) == ("Start without: loractl edit 2 --set after=[]",)
