@@ -19,8 +19,9 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 from loractl.scheduler.change.amendment import amendment, require_unended, unchecked_rows
+from loractl.scheduler.submit.ancestor import settle_predecessors
 
-from ...factories import RESULT, node_state, submission, take
+from ...factories import RESULT, node_state, spec, submission, take
 
 
 def edited(store: Store, job_id: int, *overrides: str) -> Job:
@@ -194,3 +195,17 @@ def test_a_retry_that_is_refused_changes_nothing(store: Store) -> None:
     with pytest.raises(WrongState, match="only a failed, cancelled or held job"):
         store.jobs.retry(job_id, "bob", amendment(store, job_id, ["priority=9"]))
     assert (store.jobs.get(job_id).priority, len(store.jobs.events(job_id))) == (0, 1)
+
+
+def test_a_running_job_inherits_nothing_more_from_the_one_it_began_from(store: Store) -> None:
+    """Else its priority could only be changed by a cancel, which removes its checkpoints."""
+    first = store.jobs.submit(submission())
+    begins = settle_predecessors(spec(name="second", lora={"init_from": {"job": first}}), store)
+    second = store.jobs.submit(replace(submission(), spec=begins))
+    edited(store, first, "publish=false")
+    store.attempts.finish(started(store), Reason.OK, "done", Progress(), RESULT)
+    assert started(store).job_id == second
+    job = edited(store, second, "priority=5")
+    assert (job.priority, job.spec["publish"]) == (5, True)
+    with pytest.raises(UsageError, match=r"lora\.init_from can't change while job 2 runs"):
+        edited(store, second, "lora.init_from=null")
