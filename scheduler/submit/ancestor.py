@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loractl.common.errors import AdapterNotFound, UsageError
@@ -105,27 +106,30 @@ def in_order(specs: Sequence[JobSpec]) -> list[int]:
 
     Raises UsageError for a cycle, and for a name that two of them have.
     """
-    names = [spec.name for spec in specs]
+    counts = Counter(spec.name for spec in specs)
     for spec in specs:
-        if twice := next((name for name in _named(spec) if names.count(name) > 1), None):
+        if twice := next((name for name in _named(spec) if counts[name] > 1), None):
             raise UsageError(f"{spec.name}: two jobs of this submit are called {twice}", "give them different names")
-    found: list[int] = []
-
-    def walk(place: int, behind: tuple[str, ...]) -> None:
-        spec = specs[place]
-        if place in found:
-            return
-        if spec.name in behind:
-            ring = " -> ".join([*behind[behind.index(spec.name) :], spec.name])
-            raise UsageError(f"these jobs wait for each other: {ring}", "remove one of the names in after")
-        for name in _named(spec):
-            if name in names:
-                walk(names.index(name), (*behind, spec.name))
-        found.append(place)
-
+    places = {spec.name: place for place, spec in enumerate(specs)}
+    found: dict[int, None] = {}  # keeps the order; a chain may be longer than Python lets a function call itself
     for place in range(len(specs)):
-        walk(place, ())
-    return found
+        path = {place: _places(specs[place], places)} if place not in found else {}
+        while path:
+            last = next(reversed(path))
+            before = next((at for at in path[last] if at not in found), None)
+            if before is None:
+                found[last] = None
+                del path[last]
+            elif before in path:
+                ring = " -> ".join(specs[at].name for at in [*list(path)[list(path).index(before) :], before])
+                raise UsageError(f"these jobs wait for each other: {ring}", "remove one of the names in after")
+            else:
+                path[before] = _places(specs[before], places)
+    return list(found)
+
+
+def _places(spec: JobSpec, places: Mapping[str, int]) -> Iterator[int]:
+    return (places[name] for name in _named(spec) if name in places)
 
 
 def _named(spec: JobSpec) -> list[str]:

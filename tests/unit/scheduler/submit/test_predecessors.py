@@ -89,6 +89,13 @@ def test_many_jobs_that_name_each_other_are_put_in_order_at_once() -> None:
     assert in_order(specs[::-1]) == list(range(300))[::-1]
 
 
+def test_a_chain_may_be_longer_than_python_nests_calls() -> None:
+    count = 1100
+    assert (
+        in_order(named(**{f"j{n}": [f"j{n + 1}"] * (n + 1 < count) for n in range(count)})) == list(range(count))[::-1]
+    )
+
+
 @SQLITE_ALONE
 def test_a_job_that_is_not_there_and_one_that_came_later_are_refused(store: Store) -> None:
     first, second = (store.jobs.submit(submission(lora=1, qlora=1)) for _ in range(2))
