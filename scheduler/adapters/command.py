@@ -212,6 +212,11 @@ def delete(names: tuple[str, ...], yes: bool) -> None:
             raise WrongState(
                 f"job {jobs} is to begin from the adapter of job {adapter.job_id}", "wait for it, or cancel it"
             )
+        if followers := store.jobs.followers(adapter.job_id):
+            raise WrongState(
+                f"job {followers[0]} is to start after job {adapter.job_id}, whose adapter it may read",
+                f"wait for it, cancel it, or: loractl edit {followers[0]} --set after=[]",
+            )
     what = ", ".join(f"{clean_line(a.name)} (job {a.job_id}, {amount(a.size)})" for a in adapters)
     if not yes:
         click.confirm(f"Remove {what} with its report, for good?", abort=True, err=True)

@@ -1,0 +1,32 @@
+"""What `adapters delete` says of an adapter that another job holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from loractl.common.errors import WrongState
+from loractl.common.job.status import Reason
+from loractl.common.settings import load_settings
+from loractl.common.store.database import connect
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.store import Store
+from loractl.scheduler.adapters.command import delete
+
+from ...factories import RESULT, submission, take
+
+
+def test_the_job_that_is_to_start_after_it_is_named(upgraded_home: Path) -> None:
+    environment = {"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"}
+    store = Store(connect(load_settings(environment)))
+    first, other = (store.jobs.submit(submission()) for _ in range(2))
+    behind = store.jobs.submit(submission(after=[other, first]))
+    store.jobs.submit(submission(after=[behind]))
+    claim = take(store)
+    assert isinstance(claim, Claim) and claim.job_id == first
+    store.attempts.finish(claim, Reason.OK, "done", Progress(), RESULT)
+    told = CliRunner(env=environment).invoke(delete, [str(first), "--yes"])
+    assert isinstance(told.exception, WrongState)
+    assert told.exception.sentence == f"job {behind} is to start after job {first}, whose adapter it may read"
+    assert told.exception.hint == f"wait for it, cancel it, or: loractl edit {behind} --set after=[]"
