@@ -12,7 +12,7 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from loractl.common.job.method import Method, Need, SharedNeed, Ways, least_need
@@ -76,6 +76,49 @@ class JoinOpening:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stay:
+    """An opening on one card and how long that card stays: a bound like those of `Openings`."""
+
+    above: int  # a job that needs this much or less does not start there: a processor leaves it to GPUs; -1: it may
+    bytes: int  # a job that needs more does not fit
+    whole: bool  # a job whose need is not known may start
+    labels: frozenset[tuple[str, str]]
+    left_s: float  # from when the room is there; infinite: its worker stays
+    unmeasured: bool  # that is enough for a job whose time to a checkpoint was not measured
+
+    def admits(self, job: Waiting) -> bool:
+        time = self.unmeasured if job.checkpoint_s is None else job.checkpoint_s <= self.left_s
+        fits = self.whole if job.bound is None else self.above < job.bound <= self.bytes
+        return time and fits and job.requires <= self.labels
+
+    def exceeds(self, other: Stay) -> bool:
+        """Whether it admits all that the other one does, apart from labels."""
+        more = self.above <= other.above and self.bytes >= other.bytes and self.left_s >= other.left_s
+        return more and self.whole >= other.whole and self.unmeasured >= other.unmeasured
+
+    def or_(self, other: Stay) -> Stay:
+        """A bound for what one of them admits, apart from labels."""
+        return replace(
+            self,
+            above=min(self.above, other.above),
+            bytes=max(self.bytes, other.bytes),
+            whole=self.whole or other.whole,
+            left_s=max(self.left_s, other.left_s),
+            unmeasured=self.unmeasured or other.unmeasured,
+        )
+
+
+def widest(stays: Iterable[Stay], requires: frozenset[tuple[str, str]], most: int) -> list[Stay]:
+    """At most `most` bounds that together admit each job with these labels that one of the stays admits."""
+    found: list[Stay] = []
+    for stay in sorted(stays, key=lambda one: (-one.bytes, -one.left_s)):
+        if requires <= stay.labels and not any(other.exceeds(stay) for other in found):
+            found.append(stay)
+    rest = found[most - 1 :]
+    return [*found[: most - 1], functools.reduce(Stay.or_, rest)] if rest else found
+
+
+@dataclass(frozen=True, kw_only=True)
 class Openings:
     """What could start somewhere now: bounds that a line may use to leave out jobs without reading them."""
 
@@ -85,6 +128,7 @@ class Openings:
     labels: frozenset[frozenset[tuple[str, str]]]  # of each card with an opening
     joins: tuple[JoinOpening, ...] = ()
     without: frozenset[str] = frozenset()  # users of whom no job is asked for
+    stays: frozenset[Stay] | None = None  # of each card with an opening; None: no worker stops by itself
 
     @property
     def any(self) -> bool:
@@ -111,12 +155,13 @@ class Openings:
         return step <= size_step(self.gpu) or size_step(low) <= step <= size_step(high)
 
     def admit_all(self, step: int) -> bool:
-        """True only when every job of this step is admitted, given that some may be."""
+        """True only when every job of this step is admitted, given that some may be; `stays` are not asked."""
         return step == 0 or step < size_step(self.gpu)
 
     def admits(self, job: Waiting) -> bool:
-        """Whether the job may start in a trainer of its own, see `admit`."""
-        return job.user not in self.without and self.admit(job.bound, job.requires)
+        """Whether the job may start in a trainer of its own, see `admit`, and some card stays long enough for it."""
+        fits = job.user not in self.without and self.admit(job.bound, job.requires)
+        return fits and (self.stays is None or any(stay.admits(job) for stay in self.stays))
 
     def admit(self, least: int | None, requires: frozenset[tuple[str, str]]) -> bool:
         if not self._has(requires):

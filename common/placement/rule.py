@@ -15,16 +15,30 @@ from __future__ import annotations
 
 import datetime as dt
 import heapq
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loractl.common.job.method import Method, Parallel, RoomyForm, SharedNeed
 from loractl.common.units import GIB
 
-from .cards import Card, Kept, Occupant, Reservation, Room, has_room, largest_gpu, lasts, least_limit, room_for, takes
+from .cards import (
+    Card,
+    Kept,
+    Occupant,
+    Reservation,
+    Room,
+    has_room,
+    largest_gpu,
+    least_limit,
+    room_for,
+    rooms_in_time,
+    takes,
+    time_unmeasured,
+)
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
 from .hosts import DeclinedJoin, Join, Newcomers, best_join, join_openings, sooner_elsewhere
-from .lines import Line, Openings, Waiting, waited, waited_again
+from .lines import Line, Openings, Stay, Waiting, waited, waited_again
 from .shares import NONE_LEFT, START_CHARGE_S
 
 RESERVE_AFTER_S = 30 * 60.0
@@ -42,11 +56,6 @@ bounds how long a card idles. The time begins again with each attempt, hold and 
 A job that began within the hour and whose end is not known yet counts as ending soon: else short jobs on two cards, one
 of them always just begun, would pass the job for a day. A job whose end stays unknown would keep a card idle without
 limit."""
-
-
-MOST_WITHOUT_TIME = 32
-"""Jobs for which the time left on some card is too short and that are looked at in one pass. Then the cards whose
-workers stop take no more in it: a claim must not read a whole queue of long jobs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +93,16 @@ class _Fleet:
     """The cards while they fill up."""
 
     cards: dict[str, Card]
+    now: dt.datetime
     charges: dict[str, float]
     running: dict[str, int]  # jobs by user
     newcomers: Newcomers | None = None  # None: no job joins a running host
     joins: bool = True
     kept: Reservation | None = None
     largest: int = field(init=False)  # bytes for jobs on the largest open card that is no processor, others gone
-    ever: Openings = field(init=False)  # what could start once our running jobs have left
+    ever: Openings = field(init=False)  # what could start now, or once our running jobs have left
     user_limit: int | None = field(init=False)
+    timed: bool = field(init=False)  # the worker of some open card stops
     busy_until: dict[str, float] = field(default_factory=dict)
     """Cards for which jobs decline a host, and the seconds until the last of those would have ended there."""
 
@@ -99,36 +110,40 @@ class _Fleet:
     """Jobs not tried yet for which running jobs were asked to stop: for nothing if others took their other room."""
 
     rationed: Collection[str] = ()  # users with a quota that lets them start nothing beyond it
-    without_time: int = 0  # jobs looked at for which some card stops too early
 
     def __post_init__(self) -> None:
         usable = [c for c in self.cards.values() if c.open]
+        self.timed = any(c.left_s is not None for c in usable)
         self.largest = largest_gpu(usable)
-        self.ever = self._openings([(c, c.capacity) for c in usable if c.capacity and c.takes_jobs], usable)
+        self.ever = replace(
+            self._openings([(c, c.capacity) for c in usable if c.capacity and c.takes_jobs], usable),
+            joins=join_openings(self.joined),
+            stays=self._stays(
+                (then, then.free, left_s)
+                for card in usable
+                for then, left_s in rooms_in_time(card, self.now)
+                if then.free > 0 and then.max_jobs > then.trainers
+            ),
+        )
         self.user_limit = least_limit(usable)
         running = [one for card in self.cards.values() for one in card.running]
         self.awaited = {one.gives_way_to for one in running if one.gives_way_to is not None}
 
     def room(self, card: Card) -> int:
         """Bytes that a job may take there now, beside what is kept."""
-        room = 0 if self.closing and card.left_s is not None else card.room
+        room = card.room
         kept = self.kept.on(card.node) if room and self.kept is not None else None
         if kept is None:
             return room
         return max(0, min(room, kept.spare)) if kept.spare_slots > 0 else 0
 
-    @property
-    def closing(self) -> bool:
-        """Whether enough jobs were looked at in vain for what is left of some cards' time."""
-        return self.without_time >= MOST_WITHOUT_TIME
-
-    def note_time(self, job: Waiting) -> None:
-        """A job gets no card now: count it where that may be for want of time."""
-        self.without_time += any(self.room(card) > 0 and not lasts(card, job) for card in self.cards.values())
-
     def openings(self) -> Openings:
         rooms = [(c, room) for c in self.cards.values() if (room := self.room(c)) > 0]
-        return replace(self._openings(rooms, [c for c, _ in rooms if not c.running]), joins=join_openings(self.joined))
+        return replace(
+            self._openings(rooms, [c for c, _ in rooms if not c.running]),
+            joins=join_openings(self.joined),
+            stays=self._stays((c, room, math.inf if c.left_s is None else c.left_s) for c, room in rooms),
+        )
 
     @property
     def joined(self) -> list[Card]:
@@ -162,6 +177,22 @@ class _Fleet:
             processor=(self.largest, max((room for c, room in rooms if c.processor), default=0)),
             unknown=any(not c.processor or self.largest == 0 for c in whole),
             labels=frozenset(c.labels for c, _ in rooms),
+        )
+
+    def _stays(self, rooms: Iterable[tuple[Card, int, float]]) -> frozenset[Stay] | None:
+        """`rooms`: cards, the bytes of each that a job may have, and the seconds that its worker stays from then on."""
+        if not self.timed:
+            return None
+        return frozenset(
+            Stay(
+                above=self.largest if card.processor and self.largest else -1,
+                bytes=room,
+                whole=not card.running and not (card.processor and self.largest),
+                labels=card.labels,
+                left_s=left_s,
+                unmeasured=left_s >= time_unmeasured(card.window_s),
+            )
+            for card, room, left_s in rooms
         )
 
     def takes(self, card: Card, job: Waiting) -> bool:
@@ -212,6 +243,7 @@ def place(
     """
     fleet = _Fleet(
         cards={c.node: c for c in cards},
+        now=now,
         charges=dict(charges),
         running=jobs_by_user(cards),
         newcomers=newcomers,
@@ -240,9 +272,6 @@ def _first_by_age(oldest: Line, fleet: _Fleet, now: dt.datetime) -> Waiting | No
             continue
         if fleet.gang_of(job) is not None or any(_rooms(job, fleet, now)):
             return job
-        fleet.note_time(job)
-        if fleet.closing:
-            break
     return None
 
 
@@ -293,7 +322,6 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
         fleet.start(found, now)
         yield Decision(placed=found)
         return
-    fleet.note_time(job)
     if found is not None:
         fleet.busy_until[found.card] = found.ends
         yield Decision(declined=found)

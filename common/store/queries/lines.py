@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import RowMapping, TextualSelect, bindparam, text
+from sqlalchemy import RowMapping, TextClause, TextualSelect, bindparam, text
 from sqlalchemy.orm import Session
 
 from loractl.common.placement.lines import (
@@ -20,14 +20,16 @@ from loractl.common.placement.lines import (
     ListedLine,
     Openings,
     QueueKey,
+    Stay,
     SubstitutedLine,
     Waiting,
     queue_key_range,
     waited,
+    widest,
 )
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, turn
 
-from ..columns import UtcDateTime
+from ..columns import MOST_SECONDS, UtcDateTime
 from ..fleet import NOWHERE, waiting_of
 from ..tables import READY, Job
 
@@ -50,6 +52,23 @@ _COLUMNS = (
 _FITS = (
     "(vram_needed <= :gpu OR (vram_needed > :low AND vram_needed <= :high) OR (vram_needed IS NULL AND :unknown = 1))"
 )
+_MOST_STAYS = 8  # bounds of time in a statement; where more are needed, the last one is for all of the rest
+
+
+def _in_time(stays: int) -> str:
+    """Of a job for which some card stays long enough; "" where no worker stops by itself (0).
+
+    A statement with it reads past the jobs for which none does: they must neither be given to the rule one by one nor
+    hide the jobs behind them.
+    """
+    bounds = (
+        f"((vram_needed > :above{n} AND vram_needed <= :bytes{n} OR vram_needed IS NULL AND :whole{n} = 1)"
+        f" AND coalesce(checkpoint_s, :unmeasured{n}) <= :left{n})"
+        for n in range(stays)
+    )
+    return f" AND ({' OR '.join(bounds)})" if stays else ""
+
+
 _NEXT_PRIORITY = text("SELECT max(priority) FROM jobs WHERE status = 'queued' AND priority < :below")
 _USERS = (
     # a loose scan: from each user straight to the next, past any number of jobs between them
@@ -78,11 +97,17 @@ EVERY_KEY = (
 )
 """Each different key once, and NULL, by one step in an index for each."""
 
-_HEADS = text(
-    f"{_KEYS} SELECT k,"  # noqa: S608  no input
-    f" (SELECT job_id FROM jobs WHERE {READY} AND queue_key = keys.k ORDER BY job_id LIMIT 1)"
-    " FROM keys WHERE k < :end"
-).bindparams(bindparam("now", type_=UtcDateTime()))
+
+@functools.cache
+def _heads(stays: int) -> TextClause:
+    """Each key, and the oldest ready job under it for which some card stays."""
+    return text(
+        f"{_KEYS} SELECT k,"  # noqa: S608  no input
+        f" (SELECT job_id FROM jobs WHERE {READY} AND queue_key = keys.k{_in_time(stays)} ORDER BY job_id LIMIT 1)"
+        " FROM keys WHERE k < :end"
+    ).bindparams(bindparam("now", type_=UtcDateTime()))
+
+
 _LEAST = text(
     "SELECT vram_needed FROM jobs WHERE status = 'queued' AND queue_key = :key AND vram_needed IS NOT NULL"
     " ORDER BY vram_needed LIMIT 1"
@@ -124,10 +149,22 @@ _FIRST_BY_USER = _typed(
 _NEXT_OF_USER = _oldest(f"{_OF_USER} :user AND job_id > :after")
 _SOME_OF_USER = _oldest(f"{_OF_USER} :user AND job_id > :after", _AT_ONCE)
 _OLDEST = _oldest("")
-_OLDEST_FITTING = _oldest(f"AND job_id > :after AND {_FITS}")
-_OLDEST_OF_OTHERS = _typed_without(f"AND job_id > :after AND {_FITS}")
 _BY_NUMBER = _oldest("AND job_id = :job_id")
-_NEXT = _oldest(f"AND queue_key = :key AND job_id > :after AND {_FITS}")
+
+
+@functools.cache
+def _next_of_key(stays: int) -> TextualSelect:
+    return _oldest(f"AND queue_key = :key AND job_id > :after AND {_FITS}{_in_time(stays)}")
+
+
+@functools.cache
+def _oldest_fitting(stays: int) -> TextualSelect:
+    return _oldest(f"AND job_id > :after AND {_FITS}{_in_time(stays)}")
+
+
+@functools.cache
+def _oldest_of_others(stays: int) -> TextualSelect:
+    return _typed_without(f"AND job_id > :after AND {_FITS}{_in_time(stays)}")
 
 
 def read_levels(
@@ -231,10 +268,16 @@ class _Head:
     """A line's position under one key."""
 
     key: QueueKey
-    oldest: int | None  # the oldest job of any need that was not given yet; None: not known
+    oldest: int | None  # the oldest job of any need for which some card stays, not given yet; None: not known
+    stays: frozenset[Stay] | None  # for which it was read
     job: Waiting | None = None  # an admitted job that was looked up and not given yet
     given: int = 0  # jobs up to this number were given, or are not admitted any more
     empty: bool = False
+
+    def still_oldest(self, openings: Openings) -> bool:
+        """Whether `oldest` is admitted, without a look at its row: bounds of time were read for any labels."""
+        in_time = self.stays is None or (self.stays == openings.stays and not self.key.requires)
+        return self.oldest is not None and self.oldest > self.given and self.key.all_fit(openings) and in_time
 
 
 class _Level:
@@ -245,20 +288,24 @@ class _Level:
         self.now = now
         self.priority = priority
         self._read = ("}", "")  # the part of the keys that was read: nothing yet
+        self._stays: frozenset[Stay] | None = None  # for which they were read
         self._keys: dict[str, list[tuple[QueueKey, int | None]]] = {}
 
     def heads(self, user: str, openings: Openings) -> list[_Head]:
         """The user's keys under which something may be admitted, each with its oldest ready job."""
         start, end = queue_key_range(self.priority, *openings.steps)
-        if start < self._read[0] or end > self._read[1]:  # a line may ask for more than another one did before
+        # a line may ask for more than another one did before
+        if start < self._read[0] or end > self._read[1] or openings.stays != self._stays:
             start, end = min(start, self._read[0]), max(end, self._read[1])
-            self._read, self._keys = (start, end), {}
-            for key_text, job_id in self.session.execute(_HEADS, {"start": start, "end": end, "now": self.now}):
+            self._read, self._stays, self._keys = (start, end), openings.stays, {}
+            stays = _stays(openings)
+            asked = {"start": start, "end": end, "now": self.now, **_time_bounds(stays)}
+            for key_text, job_id in self.session.execute(_heads(len(stays)), asked):
                 with contextlib.suppress(ValueError):  # the jobs under such a key are set aside
                     key = QueueKey.parse(key_text)
                     self._keys.setdefault(key.user, []).append((key, job_id))
         mine = self._keys.get(user, [])
-        return [_Head(key=key, oldest=job_id, empty=job_id is None) for key, job_id in mine]
+        return [_Head(key=key, oldest=job_id, stays=self._stays, empty=job_id is None) for key, job_id in mine]
 
     def one(self, statement: TextualSelect, **values: Any) -> Waiting | None:
         return _one(self.session, statement, self.now, **values)
@@ -312,7 +359,7 @@ class _StoredLine:
 
     def _age(self, head: _Head, openings: Openings) -> int | None:
         """The number of the oldest admitted job under the key."""
-        if head.oldest is not None and head.oldest > head.given and head.key.all_fit(openings):
+        if head.still_oldest(openings):
             return head.oldest
         if head.job is None or not openings.admits(head.job):
             head.job = self._search(head, openings)
@@ -327,7 +374,9 @@ class _StoredLine:
             least = self._level.session.execute(_LEAST, {"key": head.key.text}).scalar()
             if least is None or (least > openings.gpu and (high <= low or least > high)):
                 return None
-        return self._level.one(_NEXT, key=head.key.text, after=head.given, **_bounds(openings))
+        stays = _stays(openings, head.key.requires)
+        bounds = {**_bounds(openings), **_time_bounds(stays)}
+        return self._level.one(_next_of_key(len(stays)), key=head.key.text, after=head.given, **bounds)
 
 
 class _OldestLine:
@@ -344,21 +393,45 @@ class _OldestLine:
             if first is None or waited(first, self._now) < OLDEST_FIRST_AFTER_S:
                 return None  # no job has waited that long: the usual case costs one row
         while True:
-            asked = {**_bounds(openings), "after": self._given}
-            if openings.without:
-                job = _one(self._session, _OLDEST_OF_OTHERS, self._now, without=sorted(openings.without), **asked)
-            else:
-                job = _one(self._session, _OLDEST_FITTING, self._now, **asked)
+            job = self._fitting(openings)
             if job is None:
                 return None
             self._given = job.job_id
             if openings.admits(job):
                 return job
 
+    def _fitting(self, openings: Openings) -> Waiting | None:
+        stays = _stays(openings)
+        asked = {**_bounds(openings), **_time_bounds(stays), "after": self._given}
+        if openings.without:
+            others = _oldest_of_others(len(stays))
+            return _one(self._session, others, self._now, without=sorted(openings.without), **asked)
+        return _one(self._session, _oldest_fitting(len(stays)), self._now, **asked)
+
 
 def _bounds(openings: Openings) -> dict[str, int]:
     low, high = openings.processor
     return {"gpu": openings.gpu, "low": low, "high": high, "unknown": int(openings.unknown)}
+
+
+def _stays(openings: Openings, requires: frozenset[tuple[str, str]] = frozenset()) -> list[Stay]:
+    """The bounds of time for jobs that require at least these labels; none where no worker stops by itself."""
+    if openings.stays is None:
+        return []
+    return widest(openings.stays, requires, _MOST_STAYS) or [_NO_STAY]
+
+
+def _time_bounds(stays: Sequence[Stay]) -> dict[str, float]:
+    """The parameters of `_in_time`."""
+    found: dict[str, float] = {}
+    for n, stay in enumerate(stays):
+        found |= {f"above{n}": stay.above, f"bytes{n}": stay.bytes, f"whole{n}": int(stay.whole)}
+        found |= {f"left{n}": min(stay.left_s, MOST_SECONDS), f"unmeasured{n}": 0.0 if stay.unmeasured else _TOO_LONG_S}
+    return found
+
+
+_NO_STAY = Stay(above=-1, bytes=-1, whole=False, labels=frozenset(), left_s=-1.0, unmeasured=False)
+_TOO_LONG_S = 2.0 * MOST_SECONDS
 
 
 def _one(session: Session, statement: TextualSelect, now: dt.datetime, **values: Any) -> Waiting | None:

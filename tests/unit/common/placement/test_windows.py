@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,10 +11,9 @@ from loractl.common.job.method import Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, Obstacle
 from loractl.common.placement.lines import ListedLine, Openings, Waiting
 from loractl.common.placement.refusals import Round, out_of_reach
-from loractl.common.placement.rule import MOST_WITHOUT_TIME, place
+from loractl.common.placement.rule import place
 from loractl.common.units import GIB
 
-from ...fleets import levels_of
 from .scenes import NOW, a_card, a_job, decide, running, started
 
 HOUR = 3600.0
@@ -53,27 +53,55 @@ def test_a_job_that_is_too_long_for_a_card_leaves_it_to_the_next() -> None:
     assert started(decide(jobs, [ending(HOUR), a_card("b:0", 80)])) == {1: "b:0", 2: "a:0"}
 
 
-def test_so_many_long_jobs_are_looked_at_and_no_more() -> None:
-    """Else a claim would read a whole queue for the last minutes of a card."""
-    long = [a_job(number, checkpoint_s=2 * HOUR) for number in range(1, MOST_WITHOUT_TIME + 1)]
-    short = a_job(MOST_WITHOUT_TIME + 1, checkpoint_s=60.0)
-    assert started(decide([*long[1:], short], [ending(HOUR)])) == {short.job_id: "a:0"}
-    assert started(decide([*long, short], [ending(HOUR)])) == {}
-    assert started(decide([*long, short], [ending(HOUR), a_card("b:0", max_jobs=1)])) == {1: "b:0", 33: "a:0"}
+class ReadLine(ListedLine):
+    """A line that writes down what it gave."""
+
+    def __init__(self, jobs: Sequence[Waiting], read: list[int]) -> None:
+        super().__init__(jobs)
+        self._read = read
+
+    def next(self, openings: Openings) -> Waiting | None:
+        if (job := super().next(openings)) is not None:
+            self._read.append(job.job_id)
+        return job
 
 
-def test_no_more_of_the_oldest_are_read_either() -> None:
-    read = list[int]()
+LONG, SHORT = 10 * HOUR, 60.0
 
-    class Line(ListedLine):
-        def next(self, openings: Openings) -> Waiting | None:
-            if (job := super().next(openings)) is not None:
-                read.append(job.job_id)
-            return job
 
-    long = [a_job(number, age_s=2e5, checkpoint_s=2 * HOUR) for number in range(1, 3 * MOST_WITHOUT_TIME)]
-    assert not list(place(levels_of(long), [ending(HOUR)], {}, NOW, Line(long)))
-    assert len(read) == MOST_WITHOUT_TIME
+@pytest.mark.parametrize("age_s", [0.0, HOUR, 2e5])
+@pytest.mark.parametrize(
+    "cards",
+    [
+        [ending(4 * HOUR)],
+        [ending(4 * HOUR), ending(12 * HOUR, "b:0", 12 * HOUR, gib=4)],
+        [ending(4 * HOUR), a_card("b:0", 4)],
+        [ending(4 * HOUR), a_card("b:0", 200, processor=True)],
+        [ending(4 * HOUR), ending(12 * HOUR, "b:0", 12 * HOUR, running=(running(9, 20),))],
+        [ending(4 * HOUR), ending(12 * HOUR, "b:0", 12 * HOUR, running=(running(9, 20, 3 * HOUR),))],
+        [ending(4 * HOUR), ending(12 * HOUR, "b:0", 12 * HOUR, running=(running(9, 20, 3 * HOUR),), stuck=True)],
+    ],
+    ids=["one", "a small one", "a small one that stays", "a processor", "one busy for no known time",
+         "one busy for too long", "one that takes nothing"],
+)  # fmt: skip
+def test_no_number_of_jobs_that_are_too_long_keeps_a_card_from_those_behind_them(
+    cards: list[Card], age_s: float
+) -> None:
+    """Nor are they read: a claim must not go through a whole queue of them."""
+    long = [a_job(number, age_s=age_s, checkpoint_s=LONG) for number in range(1, 200)]
+    jobs, read = [*long, a_job(200, age_s=age_s, checkpoint_s=SHORT)], list[int]()
+    lines = [{"ada": ReadLine(jobs, read)}]
+    found = list(place(lines, cards, {}, NOW, ReadLine(jobs, read)))
+    assert started(found) == {200: "a:0"}
+    assert set(read) == {200}
+
+
+def test_a_long_job_that_a_card_will_have_time_for_is_kept_its_place() -> None:
+    busy = ending(12 * HOUR, "b:0", 12 * HOUR, running=(running(9, 20, HOUR),))
+    jobs = [*(a_job(number, age_s=HOUR, checkpoint_s=LONG) for number in (1, 2)), a_job(3, 3, checkpoint_s=SHORT)]
+    found = decide(jobs, [ending(4 * HOUR), busy])
+    assert [(d.reserved.job.job_id, d.reserved.node) for d in found if d.reserved] == [(1, "b:0")]
+    assert started(found) == {3: "a:0"}
 
 
 @pytest.mark.parametrize(("ends_s", "kept"), [(1800.0, True), (3500.0, False), (None, False)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.method import Method, Need
 from loractl.common.job.status import Reason, Status
-from loractl.common.placement.lines import ListedLine, Openings, Waiting
+from loractl.common.placement.lines import ListedLine, Openings, Stay, Waiting, widest
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
 from loractl.common.store.fleet import NODE_STALE_S, card_of, is_ready, waiting_of
 from loractl.common.store.queries.cards.nodes import drained_targets, read_charges
@@ -27,6 +28,7 @@ from loractl.common.units import GIB
 
 from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission
 from ...fleets import card, drained, in_seconds, levels_of, running, waits
+from ..placement.scenes import a_job
 
 YES = {"nvlink": "yes"}
 
@@ -147,8 +149,29 @@ rows = st.fixed_dictionaries(
         "priority": st.sampled_from([0, 0, 7, -3, 100]),
         "method": st.sampled_from(["auto", "lora", "qlora"]),
         "labels": st.sampled_from([{}, {}, YES]),
+        "checkpoint_s": st.sampled_from([None, None, 60.0, 5000.0, 40_000.0]),
     }
 )
+
+
+@st.composite
+def stays(draw: st.DrawFn, gpu: float, labels: set[frozenset[tuple[str, str]]]) -> frozenset[Stay] | None:
+    """Cards of a box with and of one without the label, some of which stay for good."""
+    if draw(st.booleans()):
+        return None
+    sizes = st.sampled_from([size for size in (0.5, 1, 8, 23, 64) if size <= gpu] or [0])
+    found = draw(st.lists(st.tuples(sizes, st.sampled_from([600.0, 9000.0, 90_000.0, math.inf])), max_size=4))
+    return frozenset(
+        Stay(
+            above=draw(st.sampled_from([-1, -1, 8 * GIB])),
+            bytes=int(size * GIB),
+            whole=draw(st.booleans()),
+            labels=draw(st.sampled_from(sorted(labels, key=len))),
+            left_s=left_s,
+            unmeasured=left_s > 5000,
+        )
+        for size, left_s in found
+    )
 
 
 @st.composite
@@ -163,7 +186,13 @@ def shrinking(draw: st.DrawFn) -> list[Openings]:
         labels = labels - {draw(st.sampled_from([None, None, frozenset(YES.items())]))}
         processor = (int(low * GIB), int(high * GIB))
         found.append(Openings(gpu=int(gpu * GIB), processor=processor, unknown=unknown, labels=frozenset(labels)))
-    return found
+    first = draw(stays(64, {frozenset(), frozenset(YES.items())}))
+    kept = [first]
+    for _ in found[1:]:
+        kept.append(
+            None if kept[-1] is None else frozenset(one for one in sorted(kept[-1], key=repr) if draw(st.booleans()))
+        )
+    return [replace(one, stays=some) for one, some in zip(found, kept, strict=True)]
 
 
 @settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -175,9 +204,7 @@ def test_lines_in_the_database_give_what_lines_in_a_list_give(
         for table in reversed(Base.metadata.sorted_tables):
             session.execute(delete(table))
     clock.now = NOON - dt.timedelta(seconds=OLDEST_FIRST_AFTER_S)
-    for row in queue:
-        keys = {key: value for key, value in row.items() if key != "labels"}
-        timed.jobs.submit(submission(**keys, resources={"node_labels": row["labels"]}))
+    fill(timed, queue)
     clock.now = NOON
     listed = [waiting_of(vars(job), NOON) for job in sorted(timed.jobs.matching(), key=lambda j: j.job_id)]
     with Session(timed.engine) as session:
@@ -204,9 +231,7 @@ def test_the_rules_order_and_a_job_in_another_form_are_those_of_a_list(
     with Session(timed.engine) as session, session.begin():
         for table in reversed(Base.metadata.sorted_tables):
             session.execute(delete(table))
-    for row in queue:
-        keys = {key: value for key, value in row.items() if key != "labels"}
-        timed.jobs.submit(submission(**keys, resources={"node_labels": row["labels"]}))
+    fill(timed, queue)
     listed = [waiting_of(vars(job), NOON) for job in sorted(timed.jobs.matching(), key=lambda j: j.job_id)]
     in_order = sorted(listed, key=lambda job: (-job.priority, charges.get(job.user, 0.0), job.job_id))
     with Session(timed.engine) as session:
@@ -220,6 +245,27 @@ def test_the_rules_order_and_a_job_in_another_form_are_those_of_a_list(
         for stored_level, plain_level in zip(read_levels(session, NOON, changed), plain, strict=True):
             for user in plain_level:
                 assert _all(stored_level[user], openings, each) == _all(plain_level[user], openings, each)
+
+
+def fill(store: Store, queue: list[dict[str, Any]]) -> None:
+    for row in queue:
+        keys = {key: value for key, value in row.items() if key not in ("labels", "checkpoint_s")}
+        job_id = store.jobs.submit(submission(**keys, resources={"node_labels": row["labels"]}))
+        with store.engine.begin() as connection:
+            connection.execute(update(Job).where(Job.job_id == job_id).values(checkpoint_s=row["checkpoint_s"]))
+
+
+@given(stays(64, {frozenset(), frozenset(YES.items())}), st.lists(rows, max_size=8), st.integers(1, 3))
+def test_a_few_bounds_of_time_leave_out_no_job_that_many_admit(
+    many: frozenset[Stay] | None, queue: list[dict[str, Any]], most: int
+) -> None:
+    jobs = [a_job(n, row["lora"], checkpoint_s=row["checkpoint_s"]) for n, row in enumerate(queue)]
+    few = widest(many or (), frozenset(), most)
+    assert len(few) <= most
+    for job in jobs:
+        admitted = any(stay.admits(job) for stay in many or ())
+        assert any(stay.admits(job) for stay in few) or not admitted
+        assert most < 3 or len(few) == most or admitted == any(stay.admits(job) for stay in few)
 
 
 def test_before_a_day_has_passed_no_job_goes_first_for_its_age(timed: Store, clock: Clock) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime as dt
 
 import pytest
+from sqlalchemy import event, update
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.cards import TimeLeft
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
 
 from ...factories import NOON, PLENTY, Clock, node_state, submission
 
@@ -108,3 +110,23 @@ def test_no_job_is_left_for_a_worker_that_has_no_time_for_any(timed: Store, cloc
     timed.attempts.finish(mine, Reason.DRAINED, "stopped", Progress())
     assert timed.jobs.get(job_id).status is Status.QUEUED
     assert (left(300), left(299), timed.jobs.has_unfinished(PLENTY, {})) == (True, False, True)
+
+
+def test_a_short_job_starts_behind_any_number_that_no_card_stays_for(timed: Store, clock: Clock) -> None:
+    """Of other users and of its own, also once those have waited a day. Few statements read past them."""
+    long = [timed.jobs.submit(submission(lora=1, qlora=1, user="eve", name=f"j{n}")) for n in range(70)]
+    with timed.engine.begin() as connection:
+        connection.execute(update(Job).values(checkpoint_s=36_000.0))
+    short = [timed.jobs.submit(submission(lora=1, qlora=1, user=user)) for user in ("eve", "ada")]
+    statements = list[str]()
+    event.listen(timed.engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
+    for hours in (0, 30):
+        clock.forward(hours * 3600)
+        serve(timed, clock, 240)
+        (decision,) = timed.cards.fleet().decisions
+        statements.clear()
+        claim = claimed(timed)
+        assert len(statements) < 40
+        assert decision.placed is not None and decision.placed.job.job_id == claim.job_id and claim.job_id in short
+        timed.attempts.finish(claim, Reason.BAD_DATA, "no rows", Progress())
+    assert timed.jobs.get(long[0]).status is Status.QUEUED
