@@ -13,8 +13,13 @@ from .shares import Allowance, with_base
 
 HOUR = dt.timedelta(hours=1)
 
-MOST_HOURS = 10_000
-"""Of one attempt. A longer one is the fault of a clock, and counts in the hour of its end."""
+MOST_HOURS = 31 * 24
+"""Of one attempt. A longer one is taken for the fault of a clock, and counts in the hour of its end. Hours that a clock
+invents fill a quota as their time comes, so the bound is how long such a fault can cost a user the turn. A month, since
+an attempt that runs for longer without a stop is rare: it would count too little, while a stop keeps all its steps."""
+
+AHEAD = HOUR
+"""Hours that begin later than this do not count against a quota: a clock that was ahead has written them."""
 
 
 def by_hour(start: dt.datetime, end: dt.datetime) -> Iterator[tuple[dt.datetime, float]]:
@@ -132,6 +137,11 @@ class QuotaMeter:
             ended[hour] = ended.get(hour, 0.0) + job.hours * part / length
         self._ended[job.user] = {hour: had for hour, had in ended.items() if hour > since}
 
+    def _counting(self, user: str, now: dt.datetime) -> dict[dt.datetime, float]:
+        """Card hours of ended attempts within the quota's time, by hour."""
+        since = now - dt.timedelta(seconds=self._allowed[user].window_s)
+        return {hour: had for hour, had in self._ended[user].items() if since < hour <= now + AHEAD}
+
     def at(self, now: dt.datetime) -> dict[str, Allowance]:
         """The quotas, and what is used of them."""
         return {
@@ -145,9 +155,9 @@ class QuotaMeter:
         return min((moment for user in over if (moment := self._below_at(user, now)) is not None), default=None)
 
     def _below_at(self, user: str, now: dt.datetime) -> dt.datetime | None:
-        quota, ended = self._allowed[user], self._ended[user]
+        quota, ended = self._allowed[user], self._counting(user, now)
         window, held = dt.timedelta(seconds=quota.window_s), [job for job in self._held.values() if job.user == user]
-        hours = sorted(hour for hour in ended if hour + window > now)
+        hours = sorted(ended)
         left = [*accumulate((ended[hour] for hour in reversed(hours)), initial=0.0)]  # of the last 0, 1, 2, ...
         for number, hour in enumerate(hours, start=1):
             running = sum(self._hours(job, hour + window) for job in held)
@@ -159,9 +169,8 @@ class QuotaMeter:
 
     def _used(self, user: str, now: dt.datetime) -> float:
         """Card hours within the quota's time. What runs counts whole."""
-        since, ended = now - dt.timedelta(seconds=self._allowed[user].window_s), self._ended[user]
         running = sum(self._hours(job, now) for job in self._held.values() if job.user == user)
-        return running + sum(hours for hour, hours in ended.items() if hour > since)
+        return running + sum(self._counting(user, now).values())
 
     def _enter(self, job_id: int, base: WarmBase, now: dt.datetime, *, joined: bool) -> None:
         """The job is in a trainer that others join: from now on they share its base."""

@@ -13,7 +13,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Reason
-from loractl.common.placement.card_hours import begin_of, by_hour, card_share
+from loractl.common.placement.card_hours import AHEAD, begin_of, by_hour, card_share
 from loractl.common.placement.shares import Allowance
 from loractl.common.units import GIB
 
@@ -118,7 +118,7 @@ def refresh_quotas(tx: Transaction) -> None:
     now = tx.now()
     for quota in tx.session.scalars(select(Quota).order_by(Quota.user).with_for_update(**SKIP_LOCKED)).all():
         window = dt.timedelta(seconds=quota.window_s)
-        within = (Usage.user == quota.user, Usage.hour > now - window)
+        within = (Usage.user == quota.user, Usage.hour > now - window, Usage.hour <= now + AHEAD)
         sums = select(Usage.hour, func.sum(Usage.card_hours)).where(*within).group_by(Usage.hour).order_by(Usage.hour)
         hours = tx.session.execute(sums).all()
         quota.used, quota.below_at = sum(had for _, had in hours), None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import event
@@ -151,6 +152,24 @@ def test_beyond_a_hard_quota_jobs_wait_until_enough_is_past(timed: Store, clock:
     clock.now = below
     timed.cards.take_turn("box:0", 0.0, 0.0)
     assert again(timed, "owl:0").job_id == held
+
+
+@pytest.mark.parametrize("ahead", [dt.timedelta(days=6), dt.timedelta(days=200)])
+def test_a_clock_that_was_ahead_uses_up_no_quota(timed: Store, clock: Clock, ahead: dt.timedelta) -> None:
+    """Neither now nor once its hours have come, as far as no attempt takes so long."""
+    claim = start(timed, 48)
+    clock.forward(3600)
+    real = clock.now
+    clock.now = real + ahead
+    end(timed, claim)
+    for days in (0, 100) if ahead.days > 31 else (0,):
+        clock.now = real + dt.timedelta(days=days)
+        timed.usage.set_quota("ada", 20, 86400, "root", soft=False)  # counts as the fleet's round does
+        allowance, meter = timed.usage.allowances()["ada"], timed.usage.past()["ada"]
+        assert allowance.used <= 3 and not allowance.exceeded
+        met = QuotaMeter({"ada": replace(allowance, used=0.0)}, {"box:0": 48 * GIB}, {"ada": meter})
+        assert met.at(clock.now)["ada"].used == pytest.approx(allowance.used)
+        assert met.below_at(["ada"], clock.now) is None
 
 
 def test_what_a_quota_held_for_a_day_does_not_go_before_everybody(timed: Store, clock: Clock) -> None:
