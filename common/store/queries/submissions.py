@@ -13,7 +13,7 @@ from loractl import __version__
 from loractl.common.errors import SweepNotFound, WrongState
 from loractl.common.job.method import Method
 from loractl.common.job.status import TRANSITIONS, Reason, Status
-from loractl.common.job.sweep import NewSweep
+from loractl.common.job.sweep import NewSweep, setting
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.lines import RESULT_FIRST_S
 from loractl.common.text import clean_line
@@ -62,11 +62,12 @@ def submit_sweep(tx: Transaction, sweep: NewSweep, members: Sequence[Submission]
 
 def amend(tx: Transaction, job: Job, amendment: Amendment, now: dt.datetime) -> None:
     """Give a job's columns in memory what is asked of it now."""
-    submission = amendment.submission
+    submission, waited = amendment.submission, _waits(job)
     for name, value in _asked(submission).items():
         setattr(job, name, value)
     if job.status is not Status.RUNNING:
-        _block(tx, job, submission)
+        if _waits(job) != waited:  # else a released job would wait again, and choose another adapter to begin from
+            _block(tx, job, submission)
         job.lora_until = _lora_until(submission, now)
     job.gangs = submission.ways.as_json()
     job.checkpoint_s = None  # it may save more often now
@@ -98,6 +99,11 @@ def _block(tx: Transaction, job: Job, submission: Submission) -> None:
     begun = submission.spec.lora.init_from
     if not isinstance(begun, str | None) and begun.sweep is not None and job.awaits is None:
         block(job, after[-1])  # the fleet's round names the sweep's best, which a person's login may not
+
+
+def _waits(job: Job) -> tuple[Any, ...]:
+    """What decides which jobs it starts after."""
+    return job.after, job.after_any, setting(job.spec, "lora.init_from")
 
 
 def _row(submission: Submission, now: dt.datetime, sweep_id: int | None) -> Job:

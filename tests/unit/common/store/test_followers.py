@@ -12,10 +12,11 @@ from loractl.common.errors import WrongState
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.store.queries.followers import AT_ONCE
-from loractl.common.store.records import HELD_OUT_LOSS, Claim, Progress
+from loractl.common.store.records import HELD_OUT_LOSS, Claim, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
+from loractl.scheduler.change.amendment import amendment
 from loractl.scheduler.submit.ancestor import settle_predecessors
 
 from ...factories import RESULT, Clock, node_state, spec, submission, take
@@ -242,6 +243,36 @@ def test_where_no_member_has_a_result_the_job_is_held_with_the_reason(store: Sto
     store.jobs.retry(last, "ada")
     take(store)
     assert store.jobs.get(last).status is Status.FAILED
+
+
+def test_an_edit_blocks_no_released_job_again(store: Store) -> None:
+    first = queue(store, max_retries=0)
+    last = queue(store, first, after_any=True)
+    end(store, first, Reason.BAD_DATA)
+    store.jobs.retry(first, "ada")
+    store.jobs.edit(amendment(store, last, ["priority=5"]), "ada")
+    assert standing(store, last) == FREE
+    store.jobs.edit(amendment(store, last, ["after_any=false"]), "ada")
+    assert standing(store, last) == (first, True, False)
+
+
+def test_a_retry_with_a_change_continues_from_the_checkpoint_of_the_adapter_that_it_began_from(store: Store) -> None:
+    sweep_id, (first, second) = sweep(store, 2)
+    train(store, first, 0.5)
+    train(store, second, None)
+    last = begin_from_best(store, sweep_id)
+    round_of_the_fleet(store)
+    claim = start(store, last)
+    checkpoint = StoredCheckpoint(step=400, prefix=f"jobs/{last}/checkpoints/x", manifest_sha256="c" * 64)
+    store.attempts.keep_checkpoint(claim, checkpoint)
+    store.attempts.finish(claim, Reason.TIMED_OUT, "60 min", Progress(step=400))
+    store.jobs.retry(second, "ada")
+    better = start(store, second)
+    store.jobs.retry(last, "ada", amendment(store, last, ["resources.time_limit=2h"]))
+    assert standing(store, last) == FREE
+    store.attempts.finish(better, Reason.OK, "", Progress(metrics=((1, HELD_OUT_LOSS, 0.4),)), RESULT)
+    again = start(store, last)
+    assert (again.spec.lora.init_from, again.checkpoint) == (str(first), checkpoint)
 
 
 def test_a_result_stays_while_a_job_waits_for_others_of_its_list(store: Store) -> None:
