@@ -15,10 +15,34 @@ _SAME = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules
 adapter ended."""
 
 
-def ancestor_job(spec: JobSpec) -> int | None:
-    """The job whose adapter this one begins from; a stored spec names it by its number."""
+def ancestor_job(spec: JobSpec, best: int | None = None) -> int | None:
+    """The job whose adapter this one begins from; a stored spec names it by its number. `best`: the member that was
+    chosen where it names a sweep (`jobs.ancestor`)."""
     named = spec.lora.init_from
-    return parse_reference(named).job_id if isinstance(named, str) else None
+    if isinstance(named, AncestorJob):
+        return best
+    return None if named is None else parse_reference(named).job_id
+
+
+def may_go_without(spec: Any, awaits: int | None) -> bool:
+    """Whether a stored spec's job could start without those for which it still waits: not if it needs the adapter of
+    one of them."""
+    lora = spec.get("lora") if isinstance(spec, dict) else None
+    begun = lora.get("init_from") if isinstance(lora, dict) else None
+    if isinstance(begun, dict):  # a sweep, whose members are all in the list
+        return False
+    after = spec.get("after") if isinstance(spec, dict) else None
+    left = after if isinstance(after, list) else []
+    left = left[left.index(awaits) :] if awaits in left else left
+    return begun not in list(map(str, left))
+
+
+def settled_on(spec: JobSpec, best: int | None) -> JobSpec:
+    """The spec with the number of the member that was chosen, where it names a sweep."""
+    if best is None or not isinstance(spec.lora.init_from, AncestorJob):
+        return spec
+    lora = spec.lora.model_copy(update={"init_from": str(best)})
+    return spec.model_copy(update={"lora": lora})
 
 
 def with_numbers(spec: JobSpec, numbers: Mapping[str, int]) -> JobSpec:

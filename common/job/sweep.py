@@ -152,6 +152,12 @@ class SweepView:
         return min(there)[-1] if there else None
 
     @property
+    def stored_best(self) -> Member | None:
+        """The best of those with a final loss and a stored adapter, from which another job can begin."""
+        stored = [(m.final_loss, m.job_id, m) for m in self.members if m.has_result and m.final_loss is not None]
+        return min(stored)[-1] if stored else None
+
+    @property
     def saved_steps(self) -> tuple[int, int]:
         """(steps that stopped members did not take, steps of all members); only members with a known number count."""
         saved = sum((m.total_steps or 0) - (m.step or 0) for m in self.members if m.pruned)

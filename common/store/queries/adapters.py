@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from sqlalchemy import ColumnElement, Select, String, cast, delete, exists, func, select
+from sqlalchemy import ColumnElement, Select, String, case, cast, delete, exists, func, select
 from sqlalchemy.orm import Session, aliased
 
 from loractl.common.errors import AdapterNotFound, WrongState
@@ -116,8 +116,10 @@ def _is_newest() -> ColumnElement[bool]:
 
 
 def _init_from(job: type[Job]) -> ColumnElement[str]:
-    """The number of the job whose adapter it begins from, as text; of a sweep's best once that is known."""
-    return func.coalesce(cast(job.ancestor, String), part_of(job.spec, "lora", "init_from"))
+    """The number of the job whose adapter it begins from, as text; of a sweep's best once that is known. An edit may
+    have named another adapter since the best was chosen."""
+    begun = part_of(job.spec, "lora", "init_from")
+    return case((begun.startswith("{"), cast(job.ancestor, String)), else_=begun)
 
 
 def read_ancestors(tx: Transaction, job_ids: Collection[int]) -> dict[int, int]:

@@ -24,7 +24,7 @@ from loractl.common.units import gib
 from ..fleet import is_ready, unreadable
 from ..guard import begun, move
 from ..records import Claim, Left, StoredCheckpoint
-from ..tables import Attempt, Event, Job, Node
+from ..tables import Attempt, Event, Job, Node, sweep_of
 from ..transaction import SKIP_LOCKED, Transaction
 from .aside import look_again, set_aside
 from .cards.decisions import decide
@@ -33,6 +33,7 @@ from .cards.nodes import FleetState, read_fleet
 from .cards.packs import key_of, tokens_of
 from .cards.shares import lock, own_first, write
 from .changes import answer_wishes, is_asked_to_stop
+from .followers import begin_from_best
 from .lines import read_wanted, unreadable_met
 from .outbox.notices import tell_of_job, tell_of_jobs
 from .sweeps import read_rungs
@@ -122,6 +123,10 @@ def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node,
         return Left(nodes=frozenset())
     if _at_limit(tx, job.user, cards):
         return Left(nodes=frozenset())
+    if (sweep_id := sweep_of(job.spec)) is not None and job.ancestor is None:
+        tx.apart(job.job_id, lambda: begin_from_best(tx, job, sweep_id))  # a person has released it without a choice
+        if job.held:
+            return Left(nodes=frozenset())
     asked = _read(job)
     if isinstance(asked, str):
         set_aside(tx, job, asked, now)
@@ -199,6 +204,7 @@ def _read(job: Job) -> _Asked | str:
     """What the row asks; or what of it this version can't read, in words."""
     from pydantic import ValidationError
 
+    from loractl.common.job.ancestor import settled_on
     from loractl.common.job.spec import JobSpec
 
     if why := unreadable(vars(job)):
@@ -211,8 +217,7 @@ def _read(job: Job) -> _Asked | str:
     if not isinstance(spec.lora.init_from, str | None):  # its sweep has ended
         if job.ancestor is None:
             return "lora.init_from: the sweep has no best member"
-        lora = spec.lora.model_copy(update={"init_from": str(job.ancestor)})
-        spec = spec.model_copy(update={"lora": lora})
+        spec = settled_on(spec, job.ancestor)
     return _Asked(
         spec=spec,
         adjustment=without_room(spec, Adjustment(**(job.adjustment or {}))),

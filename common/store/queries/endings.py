@@ -78,9 +78,9 @@ def finish(
         return _already_finished(tx, claim, reason, job)
     record(tx, claim, progress)  # first: the history has what was reported before the end
     job.step, job.total_steps = progress.step or job.step, progress.total_steps or job.total_steps
-    _end_attempt(tx, job, reason, message, now, inside=inside, card=card)
-    if result is not None:
+    if result is not None:  # first: a job that its end releases may begin from it
         _keep_result(tx, job, claim, result, now)
+    _end_attempt(tx, job, reason, message, now, inside=inside, card=card)
     return job.status
 
 

@@ -17,6 +17,7 @@ from loractl.common.job.status import Status
 from ..columns import part_of
 from ..tables import WAITS, Job, after_of, sweep_of
 from ..transaction import SKIP_LOCKED, Transaction
+from .outbox.notices import tell_of_job
 from .sweeps import read_sweeps
 
 AT_ONCE = 100
@@ -69,16 +70,17 @@ def read_named(tx: Transaction) -> set[int]:
     return {job_id for _, after in _lists(tx) for job_id in after}
 
 
-def _begin_from_best(tx: Transaction, job: Job, sweep_id: int) -> None:
-    """Name the member that has the least held-out loss; hold the job where no member has one."""
-    best = next((view.best for view in read_sweeps(tx.session, [sweep_id], settings=False)), None)
-    if best is not None and best.status is Status.SUCCEEDED:
+def begin_from_best(tx: Transaction, job: Job, sweep_id: int) -> None:
+    """Name the member with the least held-out loss whose adapter is stored; hold the job where there is none."""
+    best = next((view.stored_best for view in read_sweeps(tx.session, [sweep_id], settings=False)), None)
+    if best is not None:
         job.ancestor = best.job_id
         tx.tell(job.job_id, None, "begins", f"begins from job {best.job_id}, the best of sweep {sweep_id}")
         return
-    why = f"no member of sweep {sweep_id} has a held-out loss; loractl cancel drops the job"
-    job.held, job.message = True, f"held: {why}"
+    why = f"no member of sweep {sweep_id} has a held-out loss and a stored adapter; loractl cancel drops the job"
+    job.ancestor, job.held, job.message = None, True, f"held: {why}"
     tx.tell(job.job_id, None, "held", why)
+    tell_of_job(tx, job)
 
 
 _ENDED = tuple(status for status in Status if status.is_terminal)
@@ -124,7 +126,7 @@ def _next(tx: Transaction, job: Job, now: dt.datetime) -> None:
     if job.awaits is not None:
         return
     if (sweep_id := sweep_of(job.spec)) is not None:
-        _begin_from_best(tx, job, sweep_id)
+        begin_from_best(tx, job, sweep_id)
     if isinstance(patience := job.spec.get("lora_patience"), (int, float)) and job.lora_until is not None:
         job.lora_until = now + dt.timedelta(seconds=min(patience, MOST_PATIENCE_S))  # it begins to wait for a card now
     tx.tell(job.job_id, None, "released", f"job {over} {'has ended' if any_end else 'has succeeded'}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import WrongState
@@ -14,7 +14,7 @@ from loractl.common.job.sweep import NewSweep
 from loractl.common.store.queries.followers import AT_ONCE
 from loractl.common.store.records import HELD_OUT_LOSS, Claim, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
-from loractl.common.store.tables import Job
+from loractl.common.store.tables import Job, OutboxMessage
 from loractl.common.units import GIB
 from loractl.scheduler.change.amendment import amendment
 from loractl.scheduler.submit.ancestor import settle_predecessors
@@ -206,15 +206,18 @@ def train(store: Store, job_id: int, loss: float | None) -> None:
     store.attempts.finish(claim, Reason.OK, "", Progress(metrics=((1, HELD_OUT_LOSS, loss),)), RESULT)
 
 
-def begin_from_best(store: Store, sweep_id: int) -> int:
-    settled = settle_predecessors(spec(name="last", lora={"init_from": {"sweep": sweep_id}}), store)
+def begin_from_best(store: Store, sweep_id: int, **keys: object) -> int:
+    settled = settle_predecessors(spec(name="last", lora={"init_from": {"sweep": sweep_id}}, **keys), store)
     return store.jobs.submit(replace(submission(lora=1, qlora=1), spec=settled))
 
 
-def test_the_best_member_of_a_sweep_is_begun_from_once_all_have_ended(store: Store) -> None:
-    sweep_id, members = sweep(store, 3)
+@pytest.mark.parametrize("losses", [(0.9, 0.5, None), (None, 0.5, 0.9), (0.9, 0.5)])
+def test_the_best_member_of_a_sweep_is_begun_from_once_all_have_ended(
+    store: Store, losses: tuple[float | None, ...]
+) -> None:
+    sweep_id, members = sweep(store, len(losses))
     last = begin_from_best(store, sweep_id)
-    for job_id, loss in zip(members, (0.9, 0.5, None), strict=True):
+    for job_id, loss in zip(members, losses, strict=True):
         assert store.jobs.get(last).held
         train(store, job_id, loss)
     assert standing(store, last) == FREE and store.jobs.get(last).ancestor == members[1]
@@ -235,14 +238,54 @@ def test_a_sweep_that_has_ended_before_is_asked_by_the_round(store: Store) -> No
 
 def test_where_no_member_has_a_result_the_job_is_held_with_the_reason(store: Store) -> None:
     sweep_id, members = sweep(store, 1)
-    last = begin_from_best(store, sweep_id)
+    last = begin_from_best(store, sweep_id, notify=["ops"])
     train(store, members[0], None)
-    row = store.jobs.get(last)
-    assert row.held and row.awaits is None
-    assert row.message == f"held: no member of sweep {sweep_id} has a held-out loss; loractl cancel drops the job"
+    why = f"no member of sweep {sweep_id} has a held-out loss and a stored adapter; loractl cancel drops the job"
+    assert standing(store, last) == (None, True, False) and store.jobs.get(last).message == f"held: {why}"
+    with store.engine.connect() as connection:
+        posted = connection.execute(select(OutboxMessage.kind, OutboxMessage.job_id, OutboxMessage.subject)).all()
+    assert posted == [("job.held", last, f"last: held, {why}")]
     store.jobs.retry(last, "ada")
     take(store)
-    assert store.jobs.get(last).status is Status.FAILED
+    assert standing(store, last) == (None, True, False) and store.jobs.get(last).message == f"held: {why}"
+
+
+def test_a_release_chooses_among_the_members_that_have_a_result_by_then(store: Store) -> None:
+    sweep_id, members = sweep(store, 1)
+    last = begin_from_best(store, sweep_id)
+    train(store, members[0], None)
+    store.jobs.retry(members[0], "ada")
+    train(store, members[0], 0.5)
+    store.jobs.retry(last, "ada")
+    assert start(store, last).spec.lora.init_from == str(members[0])
+    assert store.jobs.get(last).ancestor == members[0]
+
+
+def test_a_member_whose_adapter_was_removed_is_not_chosen(store: Store) -> None:
+    sweep_id, members = sweep(store, 3)
+    for job_id, loss in zip(members, (0.9, 0.5, 0.3), strict=True):
+        train(store, job_id, loss)
+    assert store.results.remove(members[2], "ada")
+    last = begin_from_best(store, sweep_id)
+    round_of_the_fleet(store)
+    assert store.jobs.get(last).ancestor == members[1]
+
+
+def test_an_adapter_named_after_the_choice_takes_its_place(store: Store) -> None:
+    other = queue(store)
+    end(store, other)
+    sweep_id, members = sweep(store, 2)
+    for job_id, loss in zip(members, (0.9, 0.5), strict=True):
+        train(store, job_id, loss)
+    last = begin_from_best(store, sweep_id)
+    round_of_the_fleet(store)
+    assert store.adapters.descendants(members[1]) == [last]
+    store.jobs.edit(amendment(store, last, [f"lora.init_from={other}"]), "ada")
+    assert standing(store, last) == FREE
+    assert store.adapters.ancestors([last]) == {last: other}
+    assert store.adapters.descendants(other) == [last] and store.adapters.descendants(members[1]) == []
+    assert not store.results.remove(other, "bob"), "an open job begins from it"
+    assert start(store, last).spec.lora.init_from == str(other)
 
 
 def test_an_edit_blocks_no_released_job_again(store: Store) -> None:
