@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore, Binding
     from loractl.common.job.spec import JobSpec
     from loractl.common.store.store import Store
+    from loractl.common.store.tables import Job
 
 CARD = "README.md"
 
@@ -70,7 +71,7 @@ def publishable(store: Store, artifacts: ArtifactStore, text: str) -> Publishabl
     spec, stored = override_spec(job.spec, (), f"job {job.job_id}"), result_binding(store, job)
     if not spec.publish:
         raise _must_stay(adapter.job_id, "its job says publish: false")
-    if (ancestor := _kept_ancestor(store, spec)) is not None:
+    if (ancestor := _kept_ancestor(store, job)) is not None:
         raise _must_stay(adapter.job_id, f"it was begun from that of job {ancestor}, whose job says publish: false")
     told = artifacts.read_report(stored)
     if (told.get("base") or {}).get("publish") is False:
@@ -78,18 +79,18 @@ def publishable(store: Store, artifacts: ArtifactStore, text: str) -> Publishabl
     return Publishable(job_id=job.job_id, stored=stored, spec=spec, data=job.data, report=told)
 
 
-def _kept_ancestor(store: Store, spec: JobSpec) -> int | None:
+def _kept_ancestor(store: Store, job: Job) -> int | None:
     """An ancestor whose row, as it is now, says that it must stay: an edit may have changed it after this job's
     submit."""
     from loractl.common.job.file import override_spec
 
-    while (job_id := ancestor_job(spec)) is not None:
-        row = store.jobs.numbered([job_id]).get(job_id)
-        if row is None:
-            return None
-        spec = override_spec(row.spec, (), f"job {job_id}")
-        if not spec.publish:
-            return job_id
+    row: Job | None = job
+    while row is not None:
+        spec = override_spec(row.spec, (), f"job {row.job_id}")
+        if row is not job and not spec.publish:
+            return row.job_id
+        begun_from = ancestor_job(spec, row.ancestor)
+        row = None if begun_from is None else store.jobs.numbered([begun_from]).get(begun_from)
     return None
 
 

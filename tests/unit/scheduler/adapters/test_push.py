@@ -19,11 +19,14 @@ from huggingface_hub import constants
 from loractl.common.artifacts import WEIGHTS, ArtifactStore, attempt_prefix, manifest_sha256
 from loractl.common.errors import ExitCode, LoractlError
 from loractl.common.job.status import Reason
+from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import connect
-from loractl.common.store.records import Claim, Progress
+from loractl.common.store.records import HELD_OUT_LOSS, Claim, Progress, Submission
 from loractl.common.store.store import Store
+from loractl.scheduler.change.amendment import amendment
 from loractl.scheduler.cli.main import cli
+from loractl.scheduler.submit.ancestor import settle_predecessors
 
 from .... import json_page
 from ....acceptance.test_report_page import report as page_report
@@ -70,10 +73,18 @@ class Lab:
 
     def finish(self, told: dict[str, Any] | None = None, tokenizer: str | None = None, **keys: Any) -> None:
         """Another job that succeeds. `tokenizer`: the text of tokenizer_config.json."""
+        self.store.jobs.submit(self.job(**keys))
+        self.end_well(told, tokenizer)
+
+    def job(self, **keys: Any) -> Submission:
         wanted = spec(**{"name": JOB, "base_model": str(self.base), **keys})
-        job_id = self.store.jobs.submit(replace(submission(user=USER), spec=wanted))
+        return replace(submission(user=USER), spec=wanted)
+
+    def end_well(self, told: dict[str, Any] | None = None, tokenizer: str | None = None) -> None:
+        """Let the job that waits succeed."""
         claim = take(self.store)
         assert isinstance(claim, Claim)
+        job_id = claim.job_id
         result = self.folder / f"result-{job_id}"
         adapter = result / "adapter"
         adapter.mkdir(parents=True)
@@ -90,7 +101,8 @@ class Lab:
         (result / "report.json").write_text(json.dumps(told or report(self.base)))
         manifest = ArtifactStore(self.settings.artifacts_url).put_result(result, attempt_prefix(job_id, 1))
         stored = replace(RESULT, manifest_sha256=manifest_sha256(manifest), adapter_sha256=manifest[WEIGHTS].sha256)
-        self.store.attempts.finish(claim, Reason.OK, "done", Progress(), stored)
+        measured = Progress(metrics=((1, HELD_OUT_LOSS, 0.5),))
+        self.store.attempts.finish(claim, Reason.OK, "done", measured, stored)
 
 
 def report(base_model: object, **changed: Any) -> dict[str, Any]:
@@ -268,6 +280,18 @@ def test_what_must_stay_in_the_lab_is_refused_before_the_hub_is_asked(lab: Lab) 
             assert error.sentence == f"the adapter of job {job} must stay in the lab: {why}"
             assert error.exit_code == ExitCode.FAILED
     assert lab.hub.requests == [] and not (lab.folder / "look").exists()
+
+
+def test_what_began_from_a_sweep_s_member_that_must_stay_is_refused(lab: Lab) -> None:
+    new = NewSweep(name="tuned", user=USER, varied={"lora.r": "4"})
+    sweep_id = lab.store.sweeps.submit(new, [lab.job()])
+    begun = lab.job(lora={"init_from": {"sweep": sweep_id}})
+    last = lab.store.jobs.submit(replace(begun, spec=settle_predecessors(begun.spec, lab.store)))
+    lab.store.jobs.edit(amendment(lab.store, 2, ["publish=false"]), USER)
+    lab.end_well()
+    lab.end_well()
+    error = lab.refused(f"adapters push {last} lab/support")
+    assert error.sentence.endswith("it was begun from that of job 2, whose job says publish: false")
 
 
 def test_what_would_be_pushed_can_be_looked_at_without_a_token_or_a_hub(
