@@ -42,9 +42,9 @@ def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
         )
     name = f"job {job_id}"
     before = override_spec(job.spec, (), name)
-    after = amended_spec(job.spec, overrides, name, Path.cwd())
+    after = asked = amended_spec(job.spec, overrides, name, Path.cwd())
     if job.status is not Status.RUNNING:  # it has begun from its ancestor: what that one says later changes nothing
-        after = settle_predecessors(after, store, job_id=job_id)
+        after = settle_predecessors(asked, store, job_id=job_id, before=before)
     Amended(
         job_id=job_id,
         standing=_standing(store, job),
@@ -54,7 +54,7 @@ def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
         after=after,
     ).require_allowed()
     anew = need_key(before, job.data) != need_key(after, job.data)
-    submission = plan_job(after, job.user, job.data, store) if anew else _as_known(job, before, after)
+    submission = plan_job(after, job.user, job.data, store, before=before) if anew else _as_known(job, before, after)
     text = ", ".join(map(str, changes(before, after)))
     seen = job.status, job.attempt, job.spec
     return Amendment(

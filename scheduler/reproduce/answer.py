@@ -96,8 +96,9 @@ def submission_of(repetition: Repetition, settings: Settings, store: Store) -> S
 
 
 def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
-    """The job's spec with what was chosen for it fixed: method, number format, optimizer, whether it recomputes, and
-    the commits of hub content."""
+    """The job's spec with what was chosen for it fixed: method, number format, optimizer, whether it recomputes, the
+    member of a sweep that it began from, and the commits of hub content."""
+    from loractl.common.job.ancestor import settled_on
     from loractl.common.job.file import override_spec
     from loractl.common.job.method import Method
 
@@ -112,8 +113,11 @@ def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
             f"job {job.job_id} has {MOST_LABELS} labels, so that none is left for {REPRODUCES}",
             f"take what is stored and submit it yourself: loractl show {job.job_id}",
         )
-    return _pinned_data(spec, report["data"].get("commits", {})).model_copy(
+    pinned = settled_on(_pinned_data(spec, report["data"].get("commits", {})), job.ancestor)
+    return pinned.model_copy(
         update={
+            "after": [],  # its turn has come
+            "after_any": False,
             "method": Method(report["method"]),
             "lora_patience": None,
             "revision": report.get("base", {}).get("commit") or spec.revision,

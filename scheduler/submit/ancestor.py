@@ -19,13 +19,18 @@ if TYPE_CHECKING:
 
 
 def settle_predecessors(
-    spec: JobSpec, store: Store, beside: Mapping[str, JobSpec] | None = None, job_id: int | None = None
+    spec: JobSpec,
+    store: Store,
+    beside: Mapping[str, JobSpec] | None = None,
+    job_id: int | None = None,
+    before: JobSpec | None = None,
 ) -> JobSpec:
     """The spec with the number of the job whose adapter it starts from, since names and tags move, and with that job
     among those that it starts after if it may not have ended yet. It says publish: false if that job's adapter, or one
     merged into its base, may not be published: whatever happens to their rows and folders.
 
-    `beside`: the jobs of the same submit by name, whose numbers are not known yet. `job_id`: of a job submitted before.
+    `beside`: the jobs of the same submit by name, whose numbers are not known yet. `job_id`: of a job submitted before,
+    `before`: its spec until now; the jobs after which that starts may have been removed since.
     Raises JobNotFound, AdapterNotFound, UsageError for a job that does not exist, one submitted later, and an adapter
     of another base, rank or layers.
     """
@@ -33,7 +38,7 @@ def settle_predecessors(
         spec = spec.model_copy(update={"publish": False})
     beside, begun = beside or {}, spec.lora.init_from
     if isinstance(begun, AncestorJob) and begun.sweep is not None:
-        return _begun_from_best(spec, store, begun.sweep)
+        return _begun_from_best(spec, store, begun.sweep, before)
     if isinstance(begun, AncestorJob) and begun.job is not None:
         after = list(dict.fromkeys([*spec.after, begun.job]))
         named = begun if isinstance(begun.job, str) else str(begun.job)  # a name has no number before it is written
@@ -50,7 +55,7 @@ def settle_predecessors(
             f"job {job_id} can't wait for job {later[0]}: a job waits for those that were submitted before it",
             f"queue it again: loractl submit --like {job_id} --after {later[0]}",
         )
-    known = store.jobs.numbered(numbers)
+    known = {*store.jobs.numbered(numbers), *([] if before is None else before.after)}
     if missing := [number for number in numbers if number not in known]:
         what = f"{spec.name}: after names job {missing[0]}, which does not exist"
         raise UsageError(what, "loractl status lists the jobs")
@@ -62,14 +67,18 @@ def settle_predecessors(
     return spec
 
 
-def _begun_from_best(spec: JobSpec, store: Store, sweep_id: int) -> JobSpec:
+def _begun_from_best(spec: JobSpec, store: Store, sweep_id: int, before: JobSpec | None) -> JobSpec:
     """It starts after all members, however they end; each of them must fit it. Raises SweepNotFound, UsageError."""
-    members = [member.job_id for member in store.sweeps.get(sweep_id).members]
+    if before is not None and before.lora.init_from == spec.lora.init_from:
+        members = [one for one in before.after if isinstance(one, int)]  # the sweep may have lost some since
+    else:
+        members = [member.job_id for member in store.sweeps.get(sweep_id).members]
     if spec.after not in ([], members):
         what = f"{spec.name}: lora.init_from names a sweep, and the job starts after its members"
         raise UsageError(what, "leave after out")
-    for job_id in members:
-        spec = _begun_from(spec, _spec_of(store, job_id), f"job {job_id} of sweep {sweep_id}")
+    for job_id, row in sorted(store.jobs.numbered(members).items()):
+        member = override_spec(row.spec, (), f"job {job_id}")
+        spec = _begun_from(spec, member, f"job {job_id} of sweep {sweep_id}")
     return spec.model_copy(update={"after": members, "after_any": True})
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.job.file import amended_spec, load_specs
+from loractl.common.job.ancestor import settled_on
+from loractl.common.job.file import amended_spec, load_specs, override_spec
 from loractl.scheduler.status.job import JobState
 
 from .ancestor import in_order
@@ -69,8 +70,9 @@ def started_after(draft: JobDraft, job_ids: Sequence[int]) -> JobDraft:
 def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> JobDraft:
     """A new job with a submitted job's settings and rows, except for the overrides. Raises JobNotFound, SpecError."""
     job, name = store.jobs.get(job_id), f"job {job_id}"
-    before = {key: value for key, value in job.spec.items() if key not in ("after", "after_any")}  # its turn has come
-    spec = amended_spec(before, overrides, name, Path.cwd())
+    before = settled_on(override_spec(job.spec, (), name), job.ancestor)
+    before = before.model_copy(update={"after": [], "after_any": False})  # its turn has come
+    spec = amended_spec(before.model_dump(mode="json"), overrides, name, Path.cwd())
     given = {override.partition("=")[0].partition(".")[2] for override in overrides}
     kept = spec.data_sets().keys() & job.data.keys()
     stored = {key: job.data[key] for key in sorted(kept) if key.partition(".")[0] not in given}

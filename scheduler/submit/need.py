@@ -39,13 +39,14 @@ def plan_job(
     store: Store | None,
     devices: str | None = None,
     beside: Mapping[str, JobSpec] | None = None,
+    before: JobSpec | None = None,
 ) -> Submission:
     """Everything that submit writes about a job. `store`: None if a dry run has no database to ask. `devices`: see
-    own_devices. `beside`: the jobs of the same submit by name.
+    own_devices. `beside`: the jobs of the same submit by name. `before`: of a job submitted before, its spec until now.
 
     Raises UsageError if its own max_vram is less than it needs with any method, or if lora.init_from does not fit.
     """
-    spec = spec if store is None else settle_predecessors(spec, store, beside)
+    spec = spec if store is None else settle_predecessors(spec, store, beside, before=before)
     check_adapter(spec)
     stack = fleet_stack(store, devices)
     planned = predict(spec, stack=stack)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from loractl.common.errors import UsageError
 from loractl.common.fingerprint import fingerprint
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Checkpointing, Method
+from loractl.common.job.status import Reason
+from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import load_settings
-from loractl.common.store.records import Claim, NodeState
+from loractl.common.store.records import HELD_OUT_LOSS, Claim, NodeState, Progress
 from loractl.common.store.store import Store
 from loractl.scheduler.reproduce.answer import Repetition, plan_repetition, submission_of
+from loractl.scheduler.submit.ancestor import settle_predecessors
 
 from ....databases import SQLITE_ALONE
-from ...factories import node_state, spec, submission, take
+from ...factories import RESULT, node_state, spec, submission, take
 
 pytestmark = SQLITE_ALONE
 
@@ -161,3 +165,30 @@ def test_a_report_of_an_earlier_version_is_repeated_with_what_it_does_not_say(st
 def test_a_job_without_room_for_a_label_is_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has 32 labels, so that none is left"):
         again(store, tmp_path, report(), labels={str(n): "x" for n in range(32)})
+
+
+def test_it_begins_from_the_member_that_was_chosen_and_waits_for_nobody(store: Store, tmp_path: Path) -> None:
+    new = NewSweep(name="tuned", user="ada", varied={"lora.r": "16"})
+    sweep_id = store.sweeps.submit(new, [submission(max_retries=0), submission(max_retries=0)])
+    begun = settle_predecessors(spec(lora={"init_from": {"sweep": sweep_id}}), store)
+    last = store.jobs.submit(replace(submission(), spec=begun))
+    for loss in (0.5, None):
+        end(store, loss)
+    assert end(store, 0.3).spec.lora.init_from == "1"
+    store.jobs.retry(2, "ada")
+    end(store, 0.4)
+    settings = load_settings({"LORACTL_HOME": str(tmp_path)})
+    repetition = plan_repetition(store.jobs.get(last), report(base={}), store, settings)
+    assert (repetition.spec.lora.init_from, repetition.spec.after, repetition.spec.after_any) == ("1", [], False)
+    again = store.jobs.submit(submission_of(repetition, settings, store))
+    assert store.jobs.get(again).spec["lora"]["init_from"] == "1" and not store.jobs.get(again).held
+
+
+def end(store: Store, loss: float | None) -> Claim:
+    """Let the next job end. None: it fails."""
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    measured = Progress() if loss is None else Progress(metrics=((1, HELD_OUT_LOSS, loss),))
+    result = None if loss is None else RESULT
+    store.attempts.finish(claim, Reason.BAD_DATA if loss is None else Reason.OK, "", measured, result)
+    return claim
