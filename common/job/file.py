@@ -234,6 +234,8 @@ def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str
             inner = place[section] = {}
         place = inner
     place[last] = value
+    if key == "after" and not value and not any(o.startswith("after_any=") for o in overrides):
+        place.pop("after_any", None)  # it says which end of those jobs will do
     if (rival := _RIVALS.get(key)) and value is not None and not any(o.startswith(f"{rival}=") for o in overrides):
         place.pop(rival.rpartition(".")[2], None)  # the override wins over what the file says
 

@@ -172,7 +172,8 @@ def _without_what_they_need(spec: JobSpec) -> Iterator[str]:
     if spec.after_any and not spec.after:
         yield "after_any: after names no job; name one, or leave it out"
     begun = spec.lora.init_from
-    if spec.after_any and isinstance(begun, AncestorJob) and begun.job is not None:
+    needed = begun.job if isinstance(begun, AncestorJob) else begun if begun in list(map(str, spec.after)) else None
+    if spec.after_any and needed is not None:
         yield "after_any: lora.init_from needs that job's adapter, which it has once it has succeeded; leave it out"
     yield from _uneven(spec)
     if spec.lora.init_from is not None and spec.lora.init_lora_weights != "default":

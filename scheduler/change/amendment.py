@@ -42,9 +42,9 @@ def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
         )
     name = f"job {job_id}"
     before = override_spec(job.spec, (), name)
-    after = asked = amended_spec(job.spec, overrides, name, Path.cwd())
+    after = amended_spec(job.spec, overrides, name, Path.cwd())
     if job.status is not Status.RUNNING:  # it has begun from its ancestor: what that one says later changes nothing
-        after = settle_predecessors(asked, store, job_id=job_id, before=before)
+        after = settle_predecessors(after, store, job_id=job_id, before=before)
     Amended(
         job_id=job_id,
         standing=_standing(store, job),

@@ -112,14 +112,18 @@ def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWa
 
 def _releases(job: Job, wait: Wait, view: FleetView) -> tuple[str, ...]:
     """What would let a job start that a person, or another job, holds back."""
+    from loractl.common.job.ancestor import may_go_without
+
     if wait.word == "held":
         return (f"Release it: loractl retry {job.job_id}",)
     if wait.word != "after":
         return ()
-    without = f"Start without: loractl edit {job.job_id} --set after=[]"
+    without: tuple[str, ...] = (f"Start without: loractl edit {job.job_id} --set after=[]",)
+    if not may_go_without(job.spec, job.awaits):
+        without = ()
     first = view.awaited.get(job.awaits or 0)
     ended = first is not None and first.status.is_terminal and first.status is not Status.SUCCEEDED
-    return (f"Queue that one again: loractl retry {job.awaits}", without) if ended else (without,)
+    return (f"Queue that one again: loractl retry {job.awaits}", *without) if ended and not job.after_any else without
 
 
 def _ahead(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> Ahead:

@@ -229,6 +229,8 @@ def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None =
 
     Raises JobNotFound, WrongState.
     """
+    from loractl.common.job.ancestor import may_go_without
+
     for _ in range(_TRIES):
         job = read_job(tx, job_id) if amendment is None else edit(tx, amendment, user)
         if Status.QUEUED not in _after(job):
@@ -237,7 +239,8 @@ def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None =
             raise WrongState(what, done if job.status is Status.SUCCEEDED else None)
         if job.status is Status.QUEUED and job.awaits is not None and not job.held_too:
             what = f"job {job_id} waits for job {job.awaits}, nobody holds it"
-            raise WrongState(what, f"loractl edit {job_id} --set after=[] lets it start anyway")
+            anyway = f"loractl edit {job_id} --set after=[] lets it start anyway"
+            raise WrongState(what, anyway if may_go_without(job.spec, job.awaits) else f"loractl why {job_id}")
         until = None if job.result_host is None else tx.now() + dt.timedelta(seconds=RESULT_FIRST_S)
         new = {"status": Status.QUEUED, **retried(), "held": job.awaits is not None, "result_until": until}
         if change_row(tx, job_id, "retry", seen(job), new, user):

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import datetime as dt
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loractl.common.errors import SpecError, UsageError
 from loractl.common.job.file import load_spec, load_specs
+from loractl.common.job.sections import AncestorJob
 from loractl.common.job.spec import JobSpec
+from loractl.common.job.status import Reason
+from loractl.common.job.sweep import NewSweep
+from loractl.common.store.records import HELD_OUT_LOSS, Claim, Progress
 from loractl.common.store.store import Store
 from loractl.scheduler.change.amendment import amendment
 from loractl.scheduler.submit.ancestor import in_order, settle_predecessors
 from loractl.scheduler.submit.draft import like_job, of_files
 
 from ....databases import SQLITE_ALONE
-from ...factories import spec, submission
+from ...factories import RESULT, Clock, spec, submission, take
 
+DAY_S = 24 * 3600
 JOB = "base_model: org/model\ndataset: {path: org/data}\n"
 
 
@@ -63,6 +70,7 @@ def test_a_line_that_ends_the_last_document_begins_none(tmp_path: Path, end: str
             "after: 2\nafter_any: true\nlora: {init_from: {job: 2}}",
             "after_any: lora.init_from needs that job",
         ),
+        ("after: 2\nafter_any: true\nlora: {init_from: 2}", "after_any: lora.init_from needs that job"),
     ],
 )
 def test_what_contradicts_itself_is_refused(tmp_path: Path, keys: str, said: str) -> None:
@@ -128,3 +136,54 @@ def test_a_job_like_another_does_not_wait_as_it_did(store: Store) -> None:
     last = store.jobs.submit(submission(lora=1, qlora=1, after=[first], after_any=True))
     again = like_job(store, last, [])
     assert (again.spec.after, again.spec.after_any) == ([], False)
+
+
+@SQLITE_ALONE
+def test_an_edit_looks_only_for_the_jobs_that_it_names_anew(store: Store) -> None:
+    timed = Store(store.engine, clock := Clock())
+    first, other = (timed.jobs.submit(submission(lora=1, qlora=1, max_retries=0)) for _ in range(2))
+    last = timed.jobs.submit(submission(lora=1, qlora=1, after=[first], after_any=True, max_retries=0))
+    for _ in (first, other, last):
+        claim = take(timed)
+        assert isinstance(claim, Claim)
+        timed.attempts.finish(claim, Reason.BAD_DATA, "", Progress())
+    clock.forward(40 * DAY_S)
+    gone = {first, other}
+    assert timed.results.forget_jobs(gone, clock.now - dt.timedelta(days=30)) == gone
+    timed.jobs.retry(last, "ada", amendment(timed, last, ["priority=3"]))
+    assert timed.jobs.get(last).priority == 3 and not timed.jobs.get(last).held
+    with pytest.raises(UsageError, match=f"after names job {other}, which does not exist"):
+        amendment(timed, last, [f"after=[{first}, {other}]"])
+
+
+@SQLITE_ALONE
+def test_an_empty_after_takes_after_any_with_it(store: Store) -> None:
+    first = store.jobs.submit(submission(lora=1, qlora=1))
+    last = store.jobs.submit(submission(lora=1, qlora=1, after=[first], after_any=True))
+    store.jobs.edit(amendment(store, last, ["after=[]"]), "ada")
+    row = store.jobs.get(last)
+    assert (row.after, row.after_any, row.awaits, row.held) == ([], False, None, False)
+    with pytest.raises(SpecError, match="after_any: after names no job"):
+        amendment(store, last, ["after_any=true"])
+
+
+@SQLITE_ALONE
+def test_no_edit_lets_a_job_start_without_the_adapter_that_it_needs(store: Store) -> None:
+    ancestor = store.jobs.submit(submission(lora=1, qlora=1))
+    settled = settle_predecessors(spec(lora={"init_from": {"job": ancestor}}), store)
+    begun = store.jobs.submit(replace(submission(lora=1, qlora=1), spec=settled))
+    with pytest.raises(SpecError, match=r"after_any: lora.init_from needs that job's adapter"):
+        amendment(store, begun, ["after_any=true"])
+
+
+@SQLITE_ALONE
+def test_a_job_like_one_of_a_sweep_s_best_begins_from_the_same_member(store: Store) -> None:
+    new = NewSweep(name="tuned", user="ada", varied={"lora.r": "16"})
+    sweep_id = store.sweeps.submit(new, [submission(lora=1, qlora=1)])
+    settled = settle_predecessors(spec(lora={"init_from": {"sweep": sweep_id}}), store)
+    last = store.jobs.submit(replace(submission(lora=1, qlora=1), spec=settled))
+    assert like_job(store, last, []).spec.lora.init_from == AncestorJob(sweep=sweep_id), "nothing is chosen yet"
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    store.attempts.finish(claim, Reason.OK, "", Progress(metrics=((1, HELD_OUT_LOSS, 0.5),)), RESULT)
+    assert like_job(store, last, []).spec.lora.init_from == str(claim.job_id)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from sqlalchemy import update
 
-from loractl.common.errors import ExitCode
+from loractl.common.errors import ExitCode, WrongState
 from loractl.common.job.status import Reason, Stage
+from loractl.common.job.sweep import NewSweep
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
@@ -19,14 +22,15 @@ from loractl.scheduler.why.answer import Why, why
 from loractl.scheduler.why.text import why_text
 
 from ....databases import SQLITE_ALONE
-from ...factories import Clock, submission, take
+from ...factories import Clock, spec, submission, take
 from ..screens import WIDE
 
 pytestmark = SQLITE_ALONE
 
 
 def queue(store: Store, name: str, *after: int, **keys: object) -> int:
-    return store.jobs.submit(submission(lora=1, qlora=1, **{"name": name, "after": list(after), **keys}))
+    wanted = spec(**{"name": name, "after": list(after), **keys})
+    return store.jobs.submit(replace(submission(lora=1, qlora=1), spec=wanted))
 
 
 def sentence(store: Store, job_id: int) -> str:
@@ -78,6 +82,24 @@ def test_a_cancelled_one_is_over_for_who_takes_any_end(store: Store, any_end: bo
     last = queue(store, "pairs", first, after_any=any_end)
     store.jobs.cancel(first, "ada")
     assert sentence(store, last) == f"job 1 (answers), which was cancelled: {said}"
+
+
+def test_only_what_helps_is_advised(store: Store) -> None:
+    first = queue(store, "answers")
+    any_end = queue(store, "report", first, after_any=True)
+    begun = queue(store, "pairs", first, lora={"init_from": str(first)})
+    with pytest.raises(WrongState) as refused:
+        store.jobs.retry(begun, "ada")
+    assert refused.value.hint == f"loractl why {begun}"
+    assert remedies(store, begun) == ()
+    store.jobs.cancel(first, "ada")
+    assert remedies(store, any_end) == (f"Start without: loractl edit {any_end} --set after=[]",)
+    assert remedies(store, begun) == (f"Queue that one again: loractl retry {first}",)
+    new = NewSweep(name="tuned", user="ada", varied={"lora.r": "16"})
+    sweep_id = store.sweeps.submit(new, [submission(lora=1, qlora=1)])
+    member = store.sweeps.get(sweep_id).members[0].job_id
+    best = queue(store, "best", member, after_any=True, lora={"init_from": {"sweep": sweep_id}})
+    assert remedies(store, best) == ()
 
 
 def test_a_job_shows_those_before_it_and_behind_it(store: Store) -> None:
