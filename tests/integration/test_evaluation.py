@@ -15,7 +15,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.batches import in_batches
-from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.base.model import load_base, load_tokenizer, positions_of
 from loractl.worker.evaluation.answers import rouge
 from loractl.worker.evaluation.comparison import BOOTSTRAP_SEED, Compared, draws, paired_interval
 from loractl.worker.evaluation.confusion import Labels, label_metrics
@@ -24,6 +24,7 @@ from loractl.worker.evaluation.report import verdict
 from loractl.worker.evaluation.row_losses import LOSS
 from loractl.worker.protocol.messages import LogLines, Note, Stepped
 
+from ..models import write_helpdesk
 from .conftest import Recipe
 
 RNG = np.random.default_rng(3)
@@ -188,6 +189,81 @@ def test_a_prompt_that_is_longer_than_any_row_is_not_answered(recipe: Recipe, tm
     found = evaluation(tmp_path / "a")
     assert ended.reason is Reason.OK and found["rows"] == 2
     assert [answer["row"] for answer in found["answers"]] == [1]
+
+
+NAMED_AS_IN_GPT2 = {"n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2}
+NAMED_AS_IN_LLAMA = {
+    "max_position_embeddings": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 32,
+}  # fmt: skip
+BOUNDED = {
+    "gpt2": NAMED_AS_IN_GPT2,
+    "openai-gpt": NAMED_AS_IN_GPT2,
+    "gpt_bigcode": NAMED_AS_IN_GPT2,
+    "gptj": NAMED_AS_IN_GPT2 | {"rotary_dim": 8},
+    "codegen": NAMED_AS_IN_GPT2 | {"n_ctx": 32, "n_head": 4, "rotary_dim": 4},
+    "ctrl": NAMED_AS_IN_GPT2 | {"dff": 32},
+    "gpt_neo": {"max_position_embeddings": 32, "hidden_size": 32, "num_layers": 1, "num_heads": 2}
+    | {"attention_types": [[["global"], 1]]},
+    "opt": NAMED_AS_IN_LLAMA | {"ffn_dim": 32, "word_embed_proj_dim": 32},
+    "biogpt": NAMED_AS_IN_LLAMA,
+    "mpt": {"max_seq_len": 32, "d_model": 32, "n_layers": 1, "n_heads": 2},
+}
+UNBOUNDED = {
+    "llama": NAMED_AS_IN_LLAMA,
+    "phi": NAMED_AS_IN_LLAMA,
+    "gpt_neox": NAMED_AS_IN_LLAMA,
+    "xglm": {"max_position_embeddings": 32, "d_model": 32, "num_layers": 1, "attention_heads": 2, "ffn_dim": 32},
+    "bloom": {"hidden_size": 32, "n_layer": 1, "n_head": 2},
+}
+
+
+@pytest.mark.parametrize("family", [*BOUNDED, *UNBOUNDED])
+def test_answers_end_where_a_table_of_positions_ends(family: str, tiny_model: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(str(tiny_model))
+    marks = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 2, "vocab_size": len(tokenizer)}
+    config = AutoConfig.for_model(family, **{**BOUNDED, **UNBOUNDED}[family], **marks)
+    model, made = AutoModelForCausalLM.from_config(config).eval(), list[int]()
+    model.generation_config.min_new_tokens = 16
+    model.register_forward_hook(lambda *_: made.append(1))
+    with torch.no_grad():
+        answers = generate(model, tokenizer, [[5] * 28, [5] * 9], 2, 16)
+    assert len(answers) == 2
+    assert (positions_of(model), len(made)) == ((32, 4) if family in BOUNDED else (None, 16))
+
+
+def test_prompts_near_the_last_of_a_base_s_positions_lose_no_training(
+    recipe: Recipe, tiny_model: Path, tmp_path: Path
+) -> None:
+    """One leaves room for fewer tokens than asked, and one for none."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base, tokenizer = tmp_path / "gpt2", load_tokenizer(str(tiny_model))
+    sizes = {"n_positions": 128, "n_embd": 32, "n_layer": 1, "n_head": 2, "vocab_size": len(tokenizer)}
+    config = GPT2Config(**sizes, bos_token_id=1, eos_token_id=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    GPT2LMHeadModel(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+
+    def prompt(said: str) -> int:
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        messages.append({"role": "user", "content": said})
+        return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True).input_ids)
+
+    texts = ["queue " * words + "x" * more for words in range(1, 100) for more in range(9)]
+    asked = [next(text for text in texts if prompt(text) == tokens) for tokens in (40, 115, 128)]
+    held_out = conversations(tmp_path / "held-out.jsonl", [[("a", "b"), (text, "priority")] for text in asked])
+    write_helpdesk(tmp_path / "data.jsonl")
+    ended, _ = recipe(
+        "a",
+        max_steps=1,
+        dataset={"eval_path": str(held_out), "max_length": 128, "on_overflow": "truncate"},
+        evaluation={"samples": 3, "max_new_tokens": 64},
+        job={"base_model": str(base)},
+    )
+    assert ended.reason is Reason.OK
+    assert [answer["row"] for answer in evaluation(tmp_path / "a")["answers"]] == [1, 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

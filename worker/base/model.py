@@ -118,6 +118,33 @@ class Learner:
         return "the base" if self.started is None else "the starting adapter"
 
 
+def positions_of(model: Any) -> int | None:
+    """The tokens that a model can take, prompt and answer together, if it looks positions up in a table; None if it
+    computes them as far as it is asked to."""
+    config = model.config.get_text_config()
+    if (longest := getattr(config, "max_seq_len", None)) and config.model_type == "mpt":
+        return int(longest)  # its table of biases has no module of its own
+    declared = int(getattr(config, "max_position_embeddings", None) or 0)
+    # a table may be longer by an offset; one of another size is of something else, like an image's patches
+    fitting = [size for size in _tables_of_positions(model) if abs(declared - size) <= _OFFSET]
+    return min(declared, *fitting) if fitting else None
+
+
+_OFFSET = 2
+"""Rows of a table of positions that may stand before the first position (OPT, RoBERTa)."""
+
+
+def _tables_of_positions(model: Any) -> Iterator[int]:
+    """The usable rows of each, by the names that transformers gives them."""
+    for path, module in model.named_modules():
+        name = path.rpartition(".")[2]
+        if isinstance(module, torch.nn.Embedding) and (name == "wpe" or "position" in name):
+            yield module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    for path, table in model.named_buffers():
+        if path.rpartition(".")[2] in ("embed_positions", "pos_encoding"):  # GPT-J, CodeGen, CTRL
+            yield len(table)
+
+
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}### {{ message['role'] | capitalize }}:\n{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\n\n{% endfor %}"

@@ -55,7 +55,7 @@ class Answer:
 def prompts_of(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Prompt]:
     """The prompts of the examples that have one: plain text has none. Prompts of more than `max_length` tokens are left
     out, like those of a long conversation whose last answers were cut off: memory planning and training were for rows
-    of that length, and the model may know no more positions."""
+    of that length."""
     prompts = [prompt for example in examples if (prompt := _prompt(example, tokenizer)) is not None]
     return [prompt for prompt in prompts if len(prompt.ids) <= max_length]
 

@@ -22,7 +22,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import evaluating, trained_weights, whole_modules
 from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.kept.knowledge import Once
-from loractl.worker.base.model import Learner
+from loractl.worker.base.model import Learner, positions_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow, unlearned
@@ -77,7 +77,7 @@ def evaluate(
     `once`: None: the base is measured here and now. `asked` runs each batch.
     """
     began = time.monotonic()
-    work = Work.of(data, spec, learner.tokenizer)
+    work = Work.of(data, spec, learner.tokenizer, positions_of(learner.model))
     base, tuned, base_job = measure_both(learner, work, spec, check_stop, progress, once, asked)
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = _labels(work, base, tuned) if work.labelled else None
@@ -165,8 +165,10 @@ class Work:
     batch: int
 
     @classmethod
-    def of(cls, data: PreparedData, spec: JobSpec, tokenizer: Any) -> Work:
+    def of(cls, data: PreparedData, spec: JobSpec, tokenizer: Any, positions: int | None = None) -> Work:
+        """`positions`: the model's, if it has a table of them. A prompt that leaves none for an answer is left out."""
         asked, most = spec.evaluation, spec.dataset.max_length
+        longest = most if positions is None else min(most, positions - 1)
         examples = data.held_out_examples[: asked.max_rows]
         labels = labels_taught(data.answer_shares) if Metric.LABELS in asked.metrics else []
         label_tokens = max((len(tokenizer(name, add_special_tokens=False).input_ids) for name in labels), default=0)
@@ -178,9 +180,9 @@ class Work:
             rows=rows,
             rejected=[text for _, *others in texts for text in others],
             given=list(map(unlearned, rows)) if spec.preference.learns_prompts else [],
-            prompts=prompts_of(data.held_out_examples[: asked.samples], tokenizer, most),
+            prompts=prompts_of(data.held_out_examples[: asked.samples], tokenizer, longest),
             labels=labels,
-            labelled=prompts_of(examples, tokenizer, most) if labels else [],
+            labelled=prompts_of(examples, tokenizer, longest) if labels else [],
             label_tokens=label_tokens + LABEL_SLACK,
             turns=several,
             regression=data.regression.rows.first(asked.max_rows) if data.regression else [],

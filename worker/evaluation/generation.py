@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from loractl.worker.base.batches import HERE, in_batches
+from loractl.worker.base.model import positions_of
 
 
 def generate(
@@ -23,11 +24,12 @@ def generate(
 ) -> list[tuple[str, bool]]:
     """(answer, ended by itself) for each prompt: greedy, in left-padded batches of similar length.
 
+    Where the model has a table of positions, a batch's answers end with it: each prompt must leave room for a token.
     `between`: called after each token of a batch; its errors come through. `halved`, `run`: see score_rows.
     """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     answers: list[tuple[str, bool]] = [("", False)] * len(prompts)
-    ends = end_ids(model, tokenizer)
+    ends, positions = end_ids(model, tokenizer), positions_of(model)
 
     def answer(chosen: list[int]) -> None:
         longest = len(prompts[chosen[0]])
@@ -36,7 +38,7 @@ def generate(
         out = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max_new_tokens if positions is None else min(max_new_tokens, positions - longest),
             do_sample=False,
             temperature=None,
             top_p=None,

@@ -16,7 +16,7 @@ from loractl.common.job.sections import Metric, PreferenceSpec
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.kept.knowledge import Once
-from loractl.worker.base.model import Learner
+from loractl.worker.base.model import Learner, positions_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.engine.pairs import Pairs, margins, pair_losses
 
@@ -85,7 +85,7 @@ def evaluate_preferences(
     `once`, `asked`: see `evaluate`.
     """
     began = time.monotonic()
-    work = Work.of(data, spec, learner.tokenizer)
+    work = Work.of(data, spec, learner.tokenizer, positions_of(learner.model))
     base, tuned, base_job = measure_both(learner, work, spec, check_stop, progress, once, asked)
     scores = PairScores.of(base), PairScores.of(tuned)
     losses = pair_row_losses(spec.preference, scores)

@@ -139,10 +139,10 @@ def measure(
     named, files = _named(options.adapters, library), _files(options.data)
     pool = _open(library, list(named.values()), options, tell, warn)
     wanted = asked_for(options.rows, options.samples, options.max_new_tokens, options.batch)
-    own = {name: task_of(name, listed, library, pool.tokenizer, wanted) for name, listed in named.items()}
+    own = {name: task_of(name, listed, library, pool, wanted) for name, listed in named.items()}
     tasks = [task for task, _ in own.values()]
     if files:
-        tasks = [task_from_file(name, path, pool.tokenizer, wanted) for name, path in files.items()]
+        tasks = [task_from_file(name, path, pool, wanted) for name, path in files.items()]
     folders = {name: library.fetch(listed) for name, listed in named.items()}
     loaded = {name: pool.hold(listed, folders[name]) for name, listed in named.items()}
     bases = {task.name: score(pool, None, task, wanted) for task in _told(tasks, "the base", tell)}

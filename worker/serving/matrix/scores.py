@@ -16,6 +16,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.sections import DatasetSpec, EvaluationSpec, Metric, Overflow
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.base.model import positions_of
 from loractl.worker.data.prepared import PreparedData, prepare_data
 from loractl.worker.data.prompt import templated
 from loractl.worker.data.token_rows import TokenRows
@@ -73,21 +74,21 @@ class Cell:
 
 
 def task_of(
-    name: str, adapter: Listed, library: Library, tokenizer: Any, asked: EvaluationSpec
+    name: str, adapter: Listed, library: Library, pool: AdapterPool, asked: EvaluationSpec
 ) -> tuple[Task, set[int]]:
     """The rows that an adapter's job held out, and the likenesses of those that it trained on."""
     dataset = adapter.spec.dataset
     path, held_path = library.data_file(adapter, "path"), library.data_file(adapter, "eval_path")
     assert path is not None
-    cache, tokenizer = library.settings.cache_dir, templated(tokenizer, dataset.template)
+    cache, tokenizer = library.settings.cache_dir, templated(pool.tokenizer, dataset.template)
     keys = (f"more.{number}" for number in range(len(dataset.more)))
     more = [place for key in keys if (place := library.data_file(adapter, key)) is not None]
     data = prepare_data(dataset, path, held_path, None, tokenizer, cache, more)
     spec = adapter.spec.model_copy(update={"evaluation": asked})
-    return _task(name, data, spec, tokenizer), {e.likeness() for e in data.train_examples}
+    return _task(name, data, spec, tokenizer, pool.model), {e.likeness() for e in data.train_examples}
 
 
-def task_from_file(name: str, path: Path, tokenizer: Any, asked: EvaluationSpec) -> Task:
+def task_from_file(name: str, path: Path, pool: AdapterPool, asked: EvaluationSpec) -> Task:
     """All distinct rows of a file. Raises DataError, UsageError."""
     if not path.is_file():
         raise UsageError(f"--data: there is no file {path}", "like --data faq=faq.jsonl")
@@ -95,18 +96,19 @@ def task_from_file(name: str, path: Path, tokenizer: Any, asked: EvaluationSpec)
     format, why = detect_format(rows, path)
     examples = distinct(parse_examples(rows, format, path)[0])
     dataset = DatasetSpec(path=str(path), on_overflow=Overflow.TRUNCATE)
-    tokens = fit_examples(examples, str(path), dataset, tokenizer, format)
+    tokens = fit_examples(examples, str(path), dataset, pool.tokenizer, format)
     data = PreparedData(
         format=format, why=why, train=TokenSet(rows=TokenRows.of(()), truncated=0, too_long=0), held_out=tokens,
         train_examples=examples, held_out_examples=examples, dropped=[], overlap=0, sha256=None,
     )  # fmt: skip
     spec = JobSpec(name="matrix", base_model="matrix", method=Method.LORA, dataset=dataset, evaluation=asked)
-    return _task(name, data, spec, tokenizer)
+    return _task(name, data, spec, pool.tokenizer, pool.model)
 
 
-def _task(name: str, data: PreparedData, spec: JobSpec, tokenizer: Any) -> Task:
+def _task(name: str, data: PreparedData, spec: JobSpec, tokenizer: Any, model: Any) -> Task:
     used = data.held_out_examples[: spec.evaluation.max_rows]
-    return Task(name=name, work=Work.of(data, spec, tokenizer), likenesses=tuple(e.likeness() for e in used))
+    work = Work.of(data, spec, tokenizer, positions_of(model))
+    return Task(name=name, work=work, likenesses=tuple(e.likeness() for e in used))
 
 
 def asked_for(rows: int, samples: int, max_new_tokens: int, batch: int) -> EvaluationSpec:
