@@ -29,6 +29,7 @@ BADGES = {
     "no_practical_change": "– No practical change",
     "no_measurable_gain": "– No measurable gain",
     "too_few_rows": "– Too few held-out rows to say",
+    "not_known": "– Could not be measured",
 }
 """The badge of each reading that a report's verdict can have."""
 
@@ -56,9 +57,13 @@ class MeasuredChange:
     def reading(self) -> Reading:
         if self.higher_is_better is None:
             return "a description"
+        if self.cases and not math.isfinite(self.change):
+            return "not known"
         if self.cases < MIN_CASES:
             return "too few cases"
-        if not all(map(math.isfinite, (self.change, self.low, self.high))) or self.low <= 0 <= self.high:
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            return "not known"
+        if self.low <= 0 <= self.high:
             return "no clear change"
         if self.slight:
             return "no practical change"
@@ -193,6 +198,11 @@ def report_verdict(
             "no practical change",
             f"No practical change: {measured}, too small to notice.",
         ),
+        "not known": (
+            "not_known",
+            "could not be measured",
+            f"Could not be measured: {measured}{_unmeasured(loss, f'{rows} {of.cases}')}.",
+        ),
         "worse": ("worse", "worse", f"Worse than {base}: {measured}."),
         "better": ("better", "better", f"Better than {base}: {measured}."),
     }[shown.reading]
@@ -226,6 +236,11 @@ def report_verdict(
     return ReportVerdict(
         reading=reading, short=f"{short}, {of.numbers}", sentence=sentence, aside=" ".join([*asides, *doubts])
     )
+
+
+def _unmeasured(loss: Mapping[str, Any], cases: str) -> str:
+    count = loss.get("unmeasured")
+    return f"; of {count} of {loss['cases']} {cases} it is not a number" if count else ", which is not a number"
 
 
 @dataclass(frozen=True, kw_only=True)

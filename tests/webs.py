@@ -215,7 +215,7 @@ def the_report(job_id: int, name: str, user: str, base: float, tuned: float) -> 
     reading = "better" if change < -0.1 else "no clear change"
     loss = {
         **value["evaluation"]["metrics"][0], "base": base, "tuned": tuned, "change": change, "low": change - 0.12,
-        "high": change + 0.12, "cases": 100, "reading": reading,
+        "high": change + 0.12, "cases": 100, "unmeasured": 0, "reading": reading,
     }  # fmt: skip
     exact = {**loss, "name": "exact_match", "label": "exact match", "unit": "%", "higher_is_better": True, "base": 61.2}
     more = round(17.2 * change / -4.24, 1)  # better, where the loss has fallen by so much

@@ -25,6 +25,9 @@ LEVEL = 0.05
 OTHER_LOSS = "another loss"
 """The reading of a job whose loss is of another kind than the best job's."""
 
+NOT_KNOWN = "not known"
+"""The reading of a job whose loss is not a number, and so is compared with none."""
+
 _APART = {"name", "labels", "priority"}  # settings that have no effect on the result
 _BASE = {"base_model", "revision"}  # settings that name the base
 
@@ -138,6 +141,8 @@ class Comparison:
 
     def reading(self, job: FinishedJob) -> str:
         """How the job's loss compares with the best job's."""
+        if job.measured_loss is None:
+            return NOT_KNOWN
         if job is self.best:
             return "best" if job.rows else "least loss"
         if job.against:
@@ -206,10 +211,8 @@ def compared(jobs: Sequence[FinishedJob]) -> Comparison:
     _check_one_task(jobs)
     order = sorted(jobs, key=lambda job: (job.loss, job.job_id))
     best = order[0]
-    measured = [
-        replace(job, against=_difference(best, job)) if job is not best and job.rows and job.rows == best.rows else job
-        for job in order
-    ]
+    alike = [job for job in order[1:] if job.measured_loss is not None and job.rows and job.rows == best.rows]
+    measured = [replace(job, against=_difference(best, job)) if job in alike else job for job in order]
     return Comparison(jobs=tuple(_holm(measured)))
 
 

@@ -14,7 +14,7 @@ from loractl.scheduler.report.answer import FinalResult, look, result_of
 from loractl.scheduler.status.standing import named_settings
 from loractl.scheduler.wait.gangs import in_words
 
-from .answer import OTHER_LOSS, Comparison, FinishedJob, comparison
+from .answer import NOT_KNOWN, OTHER_LOSS, Comparison, FinishedJob, comparison
 from .choice import CorrectedChange, corrected
 
 if TYPE_CHECKING:
@@ -146,8 +146,9 @@ class SweepComparison:
             few = f"on {rows} rows " if rows < MIN_CASES else ""
             told.append(f"{few}{_some(self.alike)} can't be told apart from it")
         for why, other in self._measured_otherwise.items():
-            how = "by another loss" if why == OTHER_LOSS else "on other rows"
-            told.append(f"{_some(other)} {'was' if len(other) == 1 else 'were'} measured {how}")
+            be = "was" if len(other) == 1 else "were"
+            how = f"{be} measured {'by another loss' if why == OTHER_LOSS else 'on other rows'}"
+            told.append(f"{_some(other)} {'could not be measured' if why == NOT_KNOWN else how}")
         return f"{head}; {', and '.join(told)}."
 
     def as_json(self) -> dict[str, Any]:

@@ -107,7 +107,20 @@ def test_a_gain_in_loss_names_what_got_worse() -> None:
 
 def test_a_number_that_is_not_finite_is_never_called_better() -> None:
     tokens, base = np.full(40, 10.0), RNG.normal(30, 3, 40)
-    assert compared(base, np.full(40, np.nan), tokens).reading == "no clear change"
+    assert compared(base, np.full(40, np.nan), tokens).reading == "not known"
+
+
+@pytest.mark.parametrize("side", ["base", "tuned"])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_a_loss_that_is_no_number_on_one_row_is_not_said_to_have_no_gain(side: str, number: float) -> None:
+    losses = {"base": np.full(20, 20.0), "tuned": np.full(20, 5.0)}
+    losses[side][3] = number
+    loss = LOSS.compare(losses["base"], losses["tuned"], np.full(20, 10.0))
+    told = verdict([loss])
+    assert (loss.reading, loss.unmeasured, told["reading"]) == ("not known", 1, "not_known")
+    assert told["short"].startswith("could not be measured, loss ") and "–" in told["short"]
+    assert told["sentence"].startswith("Could not be measured: held-out loss ")
+    assert told["sentence"].endswith("; of 1 of 20 held-out rows it is not a number.")
 
 
 def test_out_of_memory_halves_the_batch_and_every_row_is_still_scored_once() -> None:

@@ -26,7 +26,9 @@ def draws(cases: int) -> Iterator[Array]:
 
 
 def interval(changes: Array) -> tuple[float, float]:
-    """The 95% percentile interval."""
+    """The 95% percentile interval; NaN where no number decides an end."""
+    if not np.isfinite(changes).any():
+        return np.nan, np.nan
     low, high = np.nanpercentile(changes, [2.5, 97.5])
     return float(low), float(high)
 
@@ -37,8 +39,8 @@ def paired_interval(
     """(base, tuned, low, high): means sum(x)/sum(weight), and the interval of tuned - base over samples of the cases,
     the same cases for both."""
     values = np.stack([weight, base, tuned], axis=1)
-    totals = np.concatenate([some @ values for some in draws(len(weight))])
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        totals = np.concatenate([some @ values for some in draws(len(weight))])
         changes = transform(totals[:, 2] / totals[:, 0]) - transform(totals[:, 1] / totals[:, 0])
         means = [float(transform(np.array([part.sum() / weight.sum()]))[0]) for part in (base, tuned)]
     return means[0], means[1], *interval(changes)
@@ -57,6 +59,7 @@ class Compared:
     tuned: float
     low: float
     high: float
+    unmeasured: int = 0  # cases in which a number of base or tuned is infinite or none
 
     @property
     def change(self) -> float:
@@ -92,11 +95,16 @@ class Measure:
         self, base: Array, tuned: Array, weight: Array, transform: Callable[[Array], Array] = lambda x: x
     ) -> Compared:
         """A sum over rows divided by a sum of weights; rows without weight are not cases."""
-        return self.compared(int((weight > 0).sum()), *paired_interval(base, tuned, weight, transform))
+        cases = weight > 0
+        unmeasured = int((cases & ~(np.isfinite(base) & np.isfinite(tuned))).sum())
+        numbers = paired_interval(base, tuned, weight, transform)
+        return self.compared(int(cases.sum()), *numbers, unmeasured=unmeasured)
 
-    def compared(self, cases: int, base: float, tuned: float, low: float, high: float) -> Compared:
+    def compared(
+        self, cases: int, base: float, tuned: float, low: float, high: float, *, unmeasured: int = 0
+    ) -> Compared:
         """With an interval that is already known."""
-        return Compared(**vars(self), cases=cases, base=base, tuned=tuned, low=low, high=high)
+        return Compared(**vars(self), cases=cases, base=base, tuned=tuned, low=low, high=high, unmeasured=unmeasured)
 
 
 def percent(name: str, label: str) -> Measure:

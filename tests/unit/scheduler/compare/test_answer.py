@@ -238,3 +238,13 @@ def test_classifiers_are_compared_by_row_and_with_no_job_of_another_task() -> No
     compared([job(1, best), job(2, best, task_type="CAUSAL_LM")])  # one is older than the key
     with pytest.raises(UsageError, match="jobs 1 and 3 learn different tasks"):
         compared([jobs[0], job(3, best)])
+
+
+def test_a_job_whose_loss_is_no_number_on_some_row_is_last_and_compared_with_none() -> None:
+    good, poor, broken = (job(n, [loss * w for w in TOKENS]) for n, loss in ((1, 1.0), (2, 2.0), (3, 0.1)))
+    broken.report["evaluation"]["row_losses"][0][3] = broken.metrics["loss"]["tuned"] = None
+    found = compared([broken, good, poor])
+    assert [(one.job_id, found.reading(one)) for one in found.jobs] == [(1, "best"), (2, "worse"), (3, "not known")]
+    assert [one["against_best"] is None for one in found.as_json()["jobs"]] == [True, False, True]
+    assert "not known" in comparison_text(found, SCREEN)
+    assert compared([broken]).reading(broken) == "not known"
