@@ -51,6 +51,26 @@ def test_the_best_adapter_survives_a_resume(recipe: Recipe, tmp_path: Path) -> N
     assert report(tmp_path / "rest")["training"]["kept_step"] == best
 
 
+def test_losses_of_other_held_out_rows_choose_no_adapter_and_end_no_training(recipe: Recipe, tmp_path: Path) -> None:
+    """`retry --set evaluation.max_rows`: the rows of the first attempt are easier, by more than training changes."""
+    worse = _getting_worse(tmp_path)
+    hard = Path(worse["dataset"]["eval_path"])
+    easy = [{"role": "user", "content": "ticket 3: it is broken"}, {"role": "assistant", "content": "queue: gpu"}]
+    hard.write_text(hard.read_text().splitlines(keepends=True)[0] + json.dumps({"messages": easy}) + "\n")
+    asked = {"eval_steps": 1, "max_steps": 12, "load_best_model_at_end": True, "early_stopping_patience": 3, **worse}
+    recipe("whole", **asked, evaluation={"samples": 0, "max_rows": 1})
+    recipe("first", **asked, stop_after=4, evaluation={"samples": 0})
+    _, told = recipe("rest", **asked, resume="first", evaluation={"samples": 0, "max_rows": 1})
+    whole, rest = (report(tmp_path / name)["training"] for name in ("whole", "rest"))
+    assert rest["eval_losses"] == [
+        [step, loss] for step, loss in whole["eval_losses"] if step > rest["resumed_from_step"]
+    ]
+    assert rest["kept_step"] == whole["kept_step"] > rest["resumed_from_step"] >= 4
+    assert rest["stopped_early_at_step"] == whole["stopped_early_at_step"]
+    what = "the held-out losses so far are of other rows than those to come, so they are forgotten"
+    assert notes(told, "training")[0] == what
+
+
 def test_a_run_that_stopped_early_is_not_trained_on_when_it_is_taken_up(recipe: Recipe, tmp_path: Path) -> None:
     worse = _getting_worse(tmp_path)
     asked = {"eval_steps": 1, "max_steps": 30, "early_stopping_patience": 2}

@@ -11,7 +11,10 @@ from typing import Any
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from loractl.common.job.identity import data_digest
 from loractl.worker.base.adapter import load_weights, save_weights
+from loractl.worker.data.prepared import PreparedData
+from loractl.worker.data.row_forms import form_of
 
 from .progress import Recorder
 from .run import Run
@@ -30,6 +33,15 @@ class BestKeeper(TrainerCallback):
         self._file = Path(run.order.checkpoint_dir) / BEST_WEIGHTS
         self._best: tuple[int, float] | None = None  # (step, held-out loss)
         self.stopped_early: int | None = None  # the step at which early stopping ended the training
+        self._measured: str | None = None  # the digest of the held-out rows
+        self._forgets = False  # the checkpoint's evaluations, which were of other rows
+
+    def measures(self, data: PreparedData) -> None:
+        """Learn on which rows the losses will be; a checkpoint names them."""
+        asked, form = self._run.spec, form_of(data.format)
+        if asked.training.eval_steps is not None:
+            texts = (text for row in data.held_out.rows.first(asked.evaluation.max_rows) for text in form.texts(row))
+            self._measured = data_digest([text.input_ids, text.labels, text.label] for text in texts)
 
     @property
     def kept_step(self) -> int:
@@ -69,7 +81,8 @@ class BestKeeper(TrainerCallback):
         """Save the best so far in a checkpoint."""
         if self._best is None:
             return
-        (folder / BEST).write_text(json.dumps({"step": self._best[0], "loss": self._best[1]}))
+        best = {"step": self._best[0], "loss": self._best[1], "rows": self._measured}
+        (folder / BEST).write_text(json.dumps(best))
         if self._file.exists():
             shutil.copyfile(self._file, folder / BEST_WEIGHTS)
 
@@ -77,10 +90,27 @@ class BestKeeper(TrainerCallback):
         """Load it from the last checkpoint of a finished training; `state`: the checkpoint's progress."""
         if state["global_step"] < state["max_steps"]:
             self.stopped_early = state["global_step"]
-        self.bring(folder)
+        self._load(folder)
 
     def bring(self, folder: Path) -> None:
-        """Load the best before a checkpoint: a resume must not take a worse one. Raises what reading raises."""
+        """Load the best before a checkpoint: a resume must not take a worse one. One that was measured on other rows is
+        on another scale, so it is forgotten. Raises what reading raises."""
+        told = folder / BEST
+        best = json.loads(told.read_text()) if told.exists() else {}
+        if best.get("rows", self._measured) == self._measured:  # earlier versions did not store it
+            self._load(folder)
+            return
+        if not self._forgets:
+            what = "the held-out losses so far are of other rows than those to come, so they are forgotten"
+            self._run.note("training", what)
+        self._forgets = True
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._forgets:
+            state.log_history[:] = [entry for entry in state.log_history if "eval_loss" not in entry]
+            self._recorder.take_losses(state.log_history)
+
+    def _load(self, folder: Path) -> None:
         if (told := folder / BEST).exists():
             best = json.loads(told.read_text())
             self._best = (best["step"], best["loss"])

@@ -75,6 +75,7 @@ def train(run: Run) -> Ended:
 
     # 3. Train, from the newest checkpoint of this same training if there is one.
     callbacks = ask(lambda: Callbacks.of(run, learner, data, checkpoint_to_resume(run, data)))
+    callbacks.best.measures(data)
     arguments = fit(run, learner, steps, data, callbacks)
 
     # 4. Keep the adapter before anything else can fail.
