@@ -26,7 +26,7 @@ from loractl.scheduler.report.text import report_text
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.lora import add_adapter
-from loractl.worker.base.model import load_base, load_tokenizer
+from loractl.worker.base.model import Learner, load_base, load_tokenizer
 from loractl.worker.evaluation.comparison import paired_interval
 from loractl.worker.evaluation.harness import Scored, compare, find_tasks, score_tasks
 from loractl.worker.recipe.run import Stopped
@@ -105,9 +105,13 @@ def spec_of(model: Path, **evaluation: Any) -> JobSpec:
     return JobSpec.model_validate({"name": "t", "base_model": str(model), "method": "lora", **sections})
 
 
-def score(model: Any, tiny_model: Path, folder: Path, check: Callable[[], None], **evaluation: Any) -> Any:
+def score(
+    model: Any, tiny_model: Path, folder: Path, check: Callable[[], None], started: Any = None, **evaluation: Any
+) -> Any:
     spec, tokenizer = spec_of(tiny_model, **evaluation), load_tokenizer(str(tiny_model))
-    return score_tasks(model, tokenizer, spec, find_tasks(spec, str(folder)), torch.float32, check)
+    precision = choose_precision("cpu", "float32")
+    learner = Learner(model=model, tokenizer=tokenizer, precision=precision, started=started)
+    return score_tasks(learner, spec, find_tasks(spec, str(folder)), check)
 
 
 def test_a_job_s_tasks_are_scored_on_base_and_tuned_and_a_failing_one_keeps_the_training(
@@ -208,6 +212,34 @@ def test_a_stop_ends_it_and_out_of_memory_halves_its_batch(tiny_model: Path, tas
     assert calls.count(2) == 3, "at the next batch"
     with pytest.raises(torch.OutOfMemoryError):
         score(model, tiny_model, tasks, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+
+
+def test_the_base_of_a_job_on_pairs_is_the_adapter_that_it_started_from(tiny_model: Path, tasks: Path) -> None:
+    """The report calls that adapter base, and its other measures are against it."""
+    model = add_adapter(
+        load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu", "float32")),
+        spec_of(tiny_model),
+        Method.LORA,
+    )
+
+    def trained(spread: float) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data = spread * torch.randn(parameter.shape)
+        return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+    def numbers(started: Any = None) -> list[tuple[float, float]]:
+        found = score(model, tiny_model, tasks, lambda: None, started, lm_eval=["lab_answers"]).scored
+        return [(one.compared.base, one.compared.tuned) for one in found]
+
+    started = trained(0.5)
+    bare_and_started = numbers()
+    trained(1.0)
+    bare_and_tuned = numbers()
+    assert numbers(started) == [
+        (of_started, tuned) for (_, of_started), (_, tuned) in zip(bare_and_started, bare_and_tuned, strict=True)
+    ]
+    assert bare_and_started != [(of_started, of_started) for _, of_started in bare_and_started], "they differ"
 
 
 @pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])

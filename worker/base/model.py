@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from loractl.common.fingerprint import has_tokenizer, unfit_template
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
 
-from .arithmetic import Precision
+from .arithmetic import Precision, evaluating, trained_weights, whole_modules
 from .failure import TrainingFailed
 from .gauge import memory_or_card
 from .shared_heads import repeat_where_needed
@@ -116,6 +116,15 @@ class Learner:
     def compared_with(self) -> str:
         """What "base" means in its report."""
         return "the base" if self.started is None else "the starting adapter"
+
+
+def measuring(learner: Learner, work: Callable[[], None], *, base: bool = False) -> None:
+    """Do a piece of an evaluation in its modes. `base`: with the adapter switched off, or with its first weights."""
+    started = learner.started if base else None
+    weights = contextlib.nullcontext() if started is None else trained_weights(learner.model, started)
+    whole = whole_modules(learner.model, learner.precision.base)
+    with evaluating(learner.model, base=base and started is None), weights, whole:
+        work()
 
 
 def positions_of(model: Any) -> int | None:

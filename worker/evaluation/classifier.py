@@ -17,14 +17,14 @@ import numpy as np
 from loractl.common.job.sections import Metric
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.batches import HERE, Computer, in_batches
-from loractl.worker.base.model import Learner
+from loractl.worker.base.model import Learner, measuring
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.token_rows import collate, inputs_of
 from loractl.worker.data.tokens import TokenRow
 
 from .comparison import Array
 from .confusion import Labels, label_metrics
-from .evaluation import Evaluation, counter, measuring
+from .evaluation import Evaluation, counter
 from .row_losses import LOSS
 
 BASELINE = "the most frequent label"

@@ -6,7 +6,6 @@ that share their base and held-out rows, like those of a sweep, the base is meas
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import time
@@ -19,10 +18,9 @@ import numpy as np
 
 from loractl.common.job.sections import DataFormat, Metric
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.arithmetic import evaluating, trained_weights, whole_modules
 from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.kept.knowledge import Once
-from loractl.worker.base.model import Learner, positions_of
+from loractl.worker.base.model import Learner, measuring, positions_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow, unlearned
@@ -287,15 +285,6 @@ def _measure(
         labels=labels,
         halved=bool(smaller),
     )
-
-
-def measuring(learner: Learner, work: Callable[[], None], *, base: bool = False) -> None:
-    """Do a piece of an evaluation in its modes. `base`: with the adapter switched off, or with its first weights."""
-    started = learner.started if base else None
-    weights = contextlib.nullcontext() if started is None else trained_weights(learner.model, started)
-    whole = whole_modules(learner.model, learner.precision.base)
-    with evaluating(learner.model, base=base and started is None), weights, whole:
-        work()
 
 
 def _question(learner: Learner, work: Work, spec: JobSpec) -> str:

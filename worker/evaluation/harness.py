@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
-import torch
 
 from loractl.common.job.sections import EvaluationSpec
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.worker.base.arithmetic import evaluating, whole_modules
 from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import is_out_of_memory, release
+from loractl.worker.base.model import Learner, measuring
 from loractl.worker.base.source import Refusal, refusal
 
 from .comparison import Array, Compared, Measure, paired_interval
@@ -111,15 +110,13 @@ def find_tasks(spec: JobSpec, folder: str | None) -> Any:
 
 
 def score_tasks(
-    model: Any,
-    tokenizer: Any,
+    learner: Learner,
     spec: JobSpec,
     manager: Any,
-    compute: torch.dtype,
     check_stop: Callable[[], None],
     engine: Computer = HERE,
 ) -> Benchmarks:
-    """Run the job's tasks on the base, which is the model with its adapter switched off, and on the tuned model.
+    """Run the job's tasks on what the report calls base, see `measuring`, and on the tuned model.
 
     `manager`: from `find_tasks`. Raises what `check_stop` raises, before a batch; out-of-memory if one row at a time
     does not fit; and any error of a task.
@@ -133,8 +130,14 @@ def score_tasks(
         engine.pause()
 
     def score(rows: int, *, base: bool) -> Results:
-        with evaluating(model, base=base), whole_modules(model, compute):
-            return _results(_wrapped(model, tokenizer, rows, between), asked, manager, rows)
+        found: list[Results] = []
+
+        def work() -> None:
+            wrapped = _wrapped(learner.model, learner.tokenizer, rows, between)
+            found.append(_results(wrapped, asked, manager, rows))
+
+        measuring(learner, work, base=base)
+        return found[0]
 
     for base in (True, False):
         while True:

@@ -23,14 +23,14 @@ from loractl.worker.base.adapter import read_labels
 from loractl.worker.base.arithmetic import random_streams_kept
 from loractl.worker.base.batches import Computer
 from loractl.worker.base.kept.knowledge import Once
-from loractl.worker.base.model import HEAD, Head, Learner, label_settings
+from loractl.worker.base.model import HEAD, Head, Learner, label_settings, measuring
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import CrossEntropy, LabelLoss, Loss, classified
 from loractl.worker.engine.pairs import PairLoss, Scores, row_key
 from loractl.worker.evaluation.classifier import classify, evaluate_classifier
-from loractl.worker.evaluation.evaluation import Evaluation, Work, evaluate, measuring
+from loractl.worker.evaluation.evaluation import Evaluation, Work, evaluate
 from loractl.worker.evaluation.preferences import evaluate_preferences
 from loractl.worker.evaluation.row_losses import score_rows
 from loractl.worker.evaluation.stretches import ROWS, Stretch

@@ -298,8 +298,7 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
     if tasks is None:
         return evaluation
     run.note("evaluation", f"scoring base and tuned on {', '.join(run.spec.evaluation.lm_eval)} of lm_eval")
-    model, tokenizer, compute = learner.model, learner.tokenizer, learner.precision.base
-    scored = score_tasks(model, tokenizer, run.spec, tasks, compute, run.check_stop, run.session)
+    scored = score_tasks(learner, run.spec, tasks, run.check_stop, run.session)
     return replace(evaluation, benchmarks=scored)
 
 
