@@ -63,8 +63,8 @@ def test_losses_of_other_held_out_rows_choose_no_adapter_and_end_no_training(rec
     _, told = recipe("rest", **asked, resume="first", evaluation={"samples": 0, "max_rows": 1})
     whole, rest = (report(tmp_path / name)["training"] for name in ("whole", "rest"))
     assert rest["eval_losses"] == [
-        [step, loss] for step, loss in whole["eval_losses"] if step > rest["resumed_from_step"]
-    ]
+        [step, loss] for step, loss in whole["eval_losses"] if step >= rest["resumed_from_step"]
+    ], "the stop left that step's evaluation to this attempt"
     assert rest["kept_step"] == whole["kept_step"] > rest["resumed_from_step"] >= 4
     assert rest["stopped_early_at_step"] == whole["stopped_early_at_step"]
     what = "the held-out losses so far are of other rows than those to come, so they are forgotten"

@@ -41,7 +41,7 @@ def matrix(*rows: MatrixRow, switches: tuple[float, ...] = (0.001, 0.003)) -> Ma
         (cell(-1), LOSS, "better"),
         (cell(-1), ACCURACY, "worse"),
         (cell(0.05), LOSS, "no clear change"),
-        (cell(-1, spread=math.nan), LOSS, "no clear change"),
+        (cell(-1, spread=math.nan), LOSS, "not known"),
         (cell(-1, cases=7), LOSS, "too few rows"),
         (cell(-0.005, spread=0.001), LOSS, "no practical change"),
     ],
