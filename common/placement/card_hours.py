@@ -13,10 +13,10 @@ from .shares import Allowance, with_base
 
 HOUR = dt.timedelta(hours=1)
 
-MOST_HOURS = 31 * 24
+MOST_HOURS = 100 * 24
 """Of one attempt. A longer one is taken for the fault of a clock, and counts in the hour of its end. Hours that a clock
-invents fill a quota as their time comes, so the bound is how long such a fault can cost a user the turn. A month, since
-an attempt that runs for longer without a stop is rare: it would count too little, while a stop keeps all its steps."""
+invents fill a quota as their time comes, so the bound is how long such a fault can cost a user the turn. Attempts of
+weeks are real and must count; one of a hundred days without a stop would count too little."""
 
 AHEAD = HOUR
 """Hours that begin later than this do not count against a quota: a clock that was ahead has written them."""
