@@ -8,13 +8,15 @@ import itertools
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from .tokens import IGNORED, TokenRow
+
+if TYPE_CHECKING:
+    import torch
 
 
 def inputs_of(row: TokenRow) -> dict[str, list[int]]:
@@ -28,6 +30,8 @@ def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, torch.T
     """Right-padded int64 tensors of shape (rows, longest row): input_ids, labels and attention_mask; for packed rows
     position_ids instead of the mask, restarting with every example and with the padding. A classifier's labels have the
     shape (rows,)."""
+    import torch  # a process that only prepares or checks rows needs none
+
     longest = max(len(r["input_ids"]) for r in rows)
 
     def padded(values: Callable[[dict[str, list[int]]], list[int]], fill: int) -> torch.Tensor:

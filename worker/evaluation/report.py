@@ -20,17 +20,19 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.text import signed
 from loractl.common.units import amount, duration, gib, thousands
 from loractl.common.verdict import answer_groups, badge, chose_step, report_verdict, written
-from loractl.worker.base.model import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.protocol.messages import Peaks, Start
 from loractl.worker.protocol.versions import installed_versions
 
 from .comparison import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED, Compared
-from .evaluation import Evaluation
-from .harness import Benchmarks
 
 if TYPE_CHECKING:
     from jinja2 import Template
+
+    from loractl.worker.base.model import Learner
+
+    from .evaluation import Evaluation
+    from .harness import Benchmarks
 
 
 def write_page(report: dict[str, Any], folder: Path) -> None:
