@@ -75,9 +75,10 @@ def test_an_engine_that_can_t_replace_its_thread_leaves_nobody_waiting(
         raise MemoryError("no room")
 
     def refuse(*_: Any, **__: Any) -> None:
+        tried.set()
         raise RuntimeError("can't allocate memory")
 
-    answers: list[str] = []
+    answers, tried = list[str](), threading.Event()
 
     def ask(session: Session) -> None:
         try:
@@ -98,7 +99,7 @@ def test_an_engine_that_can_t_replace_its_thread_leaves_nobody_waiting(
             finally:
                 if fails == "start_threads":
                     ask(second)
-                time.sleep(0.2)  # the engine's thread finds that it can't be replaced
+                assert tried.wait(30), "the engine's thread finds that it can't be replaced"
         other = threading.Thread(target=ask, args=(second,), daemon=True)
         other.start()
         other.join(30)

@@ -156,7 +156,7 @@ rows = st.fixed_dictionaries(
 
 @st.composite
 def stays(draw: st.DrawFn, gpu: float, labels: set[frozenset[tuple[str, str]]]) -> frozenset[Stay] | None:
-    """Cards of a box with and of one without the label, some of which stay for good."""
+    """Cards of two boxes, one with the label and one without; some of the cards stay for good."""
     if draw(st.booleans()):
         return None
     sizes = st.sampled_from([size for size in (0.5, 1, 8, 23, 64) if size <= gpu] or [0])

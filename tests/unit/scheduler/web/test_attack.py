@@ -57,7 +57,7 @@ def no_tasks_of_others() -> None:
 
 
 def faults(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was logged as a fault: the site's own, or a task's of which nobody would learn."""
+    """Every error that was logged: by the site itself, or for a task that nobody awaited."""
     return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
 
 
