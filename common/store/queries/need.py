@@ -14,7 +14,6 @@ from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method, Need, Roomy, RoomyForm, SharedNeed, Ways, within
 from loractl.common.job.status import Status
-from loractl.common.memory.config import read_shape
 from loractl.common.memory.correction import GROWTH, learned, learned_roomy
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.gangs import gang_of
@@ -116,6 +115,8 @@ _OLD_BASES = sql(
 def _plannable(tx: Transaction) -> Iterator[int]:
     """Jobs whose bases are on this machine. Of each base the oldest plans are looked at, and no more than are planned
     in one go: others come once these have been planned, or have started."""
+    from loractl.common.memory.config import read_shape
+
     revision = part_of(Job.spec, "revision")
     old = select(Job.job_id, revision.label("revision")).where(WAITS, Job.engine < ENGINE)
     for base in tx.session.scalars(_OLD_BASES, {"engine": ENGINE}).all():
