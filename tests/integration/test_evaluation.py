@@ -247,6 +247,17 @@ def test_answers_end_where_a_table_of_positions_ends(family: str, tiny_model: Pa
     assert (positions_of(model), len(made)) == ((32, 4) if family in BOUNDED else (None, 16))
 
 
+@pytest.mark.parametrize(("family", "table"), [("gpt2", "wpe"), ("opt", "embed_positions")])
+def test_a_table_of_positions_that_is_trained_itself_bounds_answers_too(family: str, table: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    marks = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "vocab_size": 64}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **BOUNDED[family], **marks))
+    trained = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", modules_to_save=[table]))
+    assert positions_of(trained) == 32
+
+
 def test_prompts_near_the_last_of_a_base_s_positions_lose_no_training(
     recipe: Recipe, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
 import random
 import threading
 import time
@@ -353,9 +354,10 @@ def test_a_training_is_measured_in_its_midst_by_the_loss_that_it_learns(tiny_mod
     lab, course = Lab(tiny_model, tmp_path, **BASES["lora in fp32"], max_steps=2, eval_steps=2), Course()
     lab.beta = {"preferences": 0.1}
     with Engine().session(CPU) as session:
-        loop = lab.loop(session, "preferences", ({}, {}), course)
-        loop.args.per_device_eval_batch_size = 2
+        loop = lab.loop(session, "preferences", ({}, {}), course, Ticks(scored := list[str](), "scored"))
+        loop.args.per_device_eval_batch_size = 2  # as the probe sets it, where more do not fit
         loop.run()
+    assert len(scored) == 3
     (measured,) = [line["eval_loss"] for line in course.log if "eval_loss" in line]
     rows, loss = loop.rows.held_out, loop.forward.loss
     assert isinstance(loss, Preference) and len(rows) == 5
@@ -468,6 +470,39 @@ def test_a_stop_between_micro_batches_leaves_a_checkpoint_that_resumes_bit_for_b
     assert all(torch.equal(weight, whole.weights[key]) for key, weight in rest.weights.items())
 
 
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "sequential"])
+def test_the_tokens_of_a_part_of_an_epoch_are_those_of_its_rows(
+    tiny_model: Path, tmp_path: Path, strategy: str
+) -> None:
+    """Not that part of all tokens: by length, the longest rows come first. Rows have 5 to 60 tokens."""
+    lab = Lab(tiny_model, tmp_path, **BASES["lora in fp32"])
+    lab.lengths = range(5, 61, 11)
+    rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    settings: Settings = ({}, {"train_sampling_strategy": strategy, "max_steps": 8, **rows})
+    with Engine().session(CPU) as session:
+        whole = lab.loop(session, "whole", settings, Course())
+        whole.run()
+        stopped = lab.loop(session, "whole", settings, Course(), End(step=7, piece=1))  # the second epoch has 5 steps
+        stopped.run()
+        checkpoint = Path(stopped.args.output_dir) / f"checkpoint-{stopped.state.global_step}"
+        _without_count(checkpoint / "training_state.json")
+        resumed = lab.loop(session, "whole", settings, Course())
+        resumed.resume(checkpoint)
+        counts = [stopped.state.num_input_tokens_seen, resumed.state.num_input_tokens_seen]
+        resumed.run()
+    passed = whole.state.total_flos / (6 * whole.model.num_parameters(exclude_embeddings=True))
+    assert whole.state.num_input_tokens_seen == resumed.state.num_input_tokens_seen == passed
+    assert counts[0] == counts[1] > 0
+
+
+def _without_count(state: Path) -> None:
+    """As an older version wrote it."""
+    text = json.loads(state.read_text())
+    progress = dict(text["dict"])["progress"]
+    progress["dict"] = [item for item in progress["dict"] if item[0] != "num_input_tokens_seen"]
+    state.write_text(json.dumps(text))
+
+
 def test_an_evaluation_of_one_changes_no_gradient_of_others(tiny_model: Path, tmp_path: Path) -> None:
     """bitsandbytes repacks an NF4 layer's weights on its first forward in eval mode, and gradients are wrong then."""
     lab = Lab(tiny_model, tmp_path, **BASES["nf4"])
@@ -495,6 +530,7 @@ def test_an_evaluation_is_sliced_between_the_steps_of_others(tiny_model: Path, t
     together.end()
     begun, ended = order.index("scored"), len(order) - order[::-1].index("scored")
     assert not together.failed and "step" in order[begun:ended]
+    assert order.count("scored") == 2 * 5
 
 
 class Ticks(TrainerCallback):

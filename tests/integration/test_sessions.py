@@ -264,3 +264,74 @@ def test_a_thread_that_met_a_limit_ends_and_not_one_that_only_paused(monkeypatch
 
         assert a.run_long(long, lambda: None) == (second, second) and told == ["full"]
         assert a.run(threading.get_ident) == second
+
+
+def test_a_long_piece_whose_pause_finds_no_thread_fails_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one for the others' work in the pause, nor one that goes on without what the failure holds."""
+    monkeypatch.setattr(engines, "has_limit", lambda: True)
+    engine, answers, refused = Engine(), list[str](), list[int]()
+
+    def refuse(*_: Any, **__: Any) -> None:
+        refused.append(1)
+        raise RuntimeError("can't start new thread")
+
+    with engine.session(CPU) as a, engine.session(CPU) as b:
+        a.run(int)
+        with monkeypatch.context() as broken:
+
+            def long() -> None:
+                in_thread(lambda: answers.append(str(b.run(lambda: 7))))
+                wait_for(lambda: engine.waiting == 1)
+                broken.setattr(threading.Thread, "start", refuse)
+                a.pause()
+
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                a.run_long(long, lambda: None)
+            wait_for(lambda: len(refused) == 2)
+        threading.Thread(target=lambda: answers.append(str(a.run(lambda: a.run(lambda: 8)))), daemon=True).start()
+        wait_for(lambda: len(answers) == 2)
+    assert sorted(answers) == ["7", "8"]
+
+
+def test_a_stop_while_the_engine_has_no_memory_for_its_threads_ends_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one who stops withdraws its question after the engine has taken it, and before it has answered it."""
+    engine, taken, stopped, told = Engine(), threading.Event(), threading.Event(), list[str]()
+    monkeypatch.setattr(engines, "has_limit", lambda: True)
+
+    def full() -> None:
+        wait_for(lambda: engine.waiting == 2)
+        raise MemoryError("no room")
+
+    def stop() -> None:
+        if taken.is_set():
+            raise ZeroDivisionError
+
+    def ask(run: Callable[[], object]) -> None:
+        try:
+            run()
+        except (MemoryError, ZeroDivisionError) as error:
+            told.append(type(error).__name__)
+        finally:
+            if len(told) == 2 or told == ["ZeroDivisionError"]:
+                stopped.set()
+
+    def between() -> None:
+        taken.set()
+        assert stopped.wait(30)
+
+    with engine.session(CPU) as a, engine.session(CPU) as b, monkeypatch.context() as broken:
+        broken.setattr(engines, "start_threads", full)
+        broken.setattr(engines, "release", between)
+        asks = [in_thread(lambda: ask(lambda: a.run(int)))]
+        wait_for(lambda: engine.waiting == 1)
+        asks.append(in_thread(lambda: ask(lambda: b.run_long(int, stop))))
+        for one in asks:
+            one.join(60)
+        broken.undo()
+        monkeypatch.setattr(engines, "has_limit", lambda: True)
+        monkeypatch.setattr(engines, "start_threads", lambda: None)
+        answers = list[int]()
+        again = threading.Thread(target=lambda: answers.append(a.run(lambda: 7)), daemon=True)
+        again.start()
+        again.join(30)
+        assert sorted(told) == ["MemoryError", "ZeroDivisionError"] and answers == [7]

@@ -146,8 +146,8 @@ _OFFSET = 2
 def _tables_of_positions(model: Any) -> Iterator[int]:
     """The usable rows of each, by the names that transformers gives them."""
     for path, module in model.named_modules():
-        name = path.rpartition(".")[2]
-        if isinstance(module, torch.nn.Embedding) and (name == "wpe" or "position" in name):
+        names = path.split(".")  # peft moves a table that is trained whole below its own place
+        if isinstance(module, torch.nn.Embedding) and any(name == "wpe" or "position" in name for name in names):
             yield module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     for path, table in model.named_buffers():
         if path.rpartition(".")[2] in ("embed_positions", "pos_encoding"):  # GPT-J, CodeGen, CTRL

@@ -197,7 +197,7 @@ class Engine:
         before, self._thread = self._thread, threading.Thread(target=self._serve, name="engine", daemon=True)
         try:
             self._thread.start()
-        except RuntimeError:
+        except (RuntimeError, MemoryError):
             self._thread = before
             raise
 
@@ -256,7 +256,8 @@ class Engine:
             waiting = [*self._asks]
             self._asks.clear()
         for ask in waiting:
-            self._fail(ask, failed)
+            if ask.answer.set_running_or_notify_cancel():  # a stop may have withdrawn it meanwhile
+                self._fail(ask, failed)
         return False
 
     def _is_replaced(self) -> bool:
@@ -264,7 +265,7 @@ class Engine:
         self._worn = False
         try:
             self._start()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             log.warning("the engine keeps its thread: %s", error)
             return False
         return True
@@ -340,9 +341,11 @@ class Engine:
             self._next(within=True)
 
         self._thread = threading.Thread(target=work, name="engine", daemon=True)
-        self._thread.start()
-        self._thread.join()
-        self._thread, self._worn = outer, worn
+        try:
+            self._thread.start()
+            self._thread.join()
+        finally:  # where none can start, the piece fails, and this thread is the engine's again
+            self._thread, self._worn = outer, worn
 
     def _gather(self, together: list[_Learning]) -> bool:
         """Add the sessions that wait with a micro-batch, and those about to bring one. False: this thread is worn, and

@@ -78,6 +78,17 @@ class RowOrder:
         micro = range(number * self._accumulated, min(self.micro_batches, (number + 1) * self._accumulated))
         return [self.rows[n * self._size : (n + 1) * self._size].tolist() for n in micro]
 
+    def tokens_before(self, step: int) -> int:
+        """Tokens of all rows before a step, without padding. The order of the epoch in which it lies must be drawn."""
+        epoch, windows = divmod(step, self.windows)
+        rows = self.draw(epoch) if self.redrawn else self.rows
+        begun = rows[: windows * self._size * self._accumulated].tolist()
+        return epoch * sum(self._lengths) + sum(self._lengths[row] for row in begun)
+
+    def tokens_of(self, number: int) -> int:
+        """Tokens of an epoch's window, without padding."""
+        return sum(self._lengths[row] for rows in self.window(number) for row in rows)
+
 
 def by_length(lengths: Sequence[int], batch: int) -> list[int]:
     """Rows in random order, but with neighbours of similar length; the longest row comes first, to see early whether it
@@ -103,7 +114,7 @@ class MemberRows:
 
 KEPT_CHECKPOINTS = 2
 
-PROGRESS = ("global_step", "max_steps", "epoch", "total_flos", "log_history")
+PROGRESS = ("global_step", "max_steps", "epoch", "num_input_tokens_seen", "total_flos", "log_history")
 """The progress in a checkpoint, under the names of transformers' TrainerState."""
 
 
@@ -155,7 +166,7 @@ class TrainingLoop:
         self._saved = 0  # the step of the last checkpoint
         self._resumed: dict[str, Any] | None = None  # the streams of the checkpoint from which it resumes
         self._due = False  # the evaluation of the step from which it resumes
-        self._held_out_rows = args.per_device_eval_batch_size  # of a batch
+        self._held_out_rows: int | None = None  # of a batch, once more did not fit
         self._in_epoch = False
         self._operations = 6 * self.model.num_parameters(exclude_embeddings=True)  # per token, for trackers
         self._began, self._first_step, self._first_epoch = 0.0, 0, 0.0
@@ -216,10 +227,12 @@ class TrainingLoop:
         self.optimizer.load_state_dict(saved["optimizer"])
         self._schedule.load_state_dict(saved["schedule"])
         for name in PROGRESS:
-            if name != "max_steps":  # the job's own: it is the same training
+            if name not in ("max_steps", "num_input_tokens_seen"):  # the job's own: it is the same training
                 setattr(self.state, name, saved["progress"][name])
         self._log.restore(saved["log"])
         self.order.rows = saved["order"]
+        # an older version's checkpoint has no count
+        self.state.num_input_tokens_seen = self.order.tokens_before(self.state.global_step)
         self._resumed = saved["streams"]
         self._due = bool(saved.get("evaluation_due"))  # an older version's has none
         restore_streams(self._resumed, self.forward.device)
@@ -317,6 +330,7 @@ class TrainingLoop:
     def _count_step(self) -> None:
         epoch, window = divmod(self.state.global_step, self.order.windows)
         done = min(self.order.micro_batches, (window + 1) * self.args.gradient_accumulation_steps)
+        self.state.num_input_tokens_seen += self.order.tokens_of(window)
         self.state.global_step += 1
         self.state.epoch = epoch + done / self.order.micro_batches
 
@@ -336,7 +350,8 @@ class TrainingLoop:
                 raise _StopCame
 
         try:
-            size, run = self._held_out_rows, self.session.run
+            asked, run = self.args.per_device_eval_batch_size, self.session.run
+            size = min(asked, self._held_out_rows or asked)
             self._held_out_rows = in_batches(list(range(len(rows))), size, score, run, look)
         except _StopCame:
             return

@@ -28,9 +28,10 @@ class Recorder(TrainerCallback):
     """The course of a training so far. Resumed steps and losses belong to it, their seconds do not."""
 
     def __init__(self, epoch_tokens: int) -> None:
-        self._epoch_tokens = epoch_tokens  # without padding
-        self._epochs = 0.0  # passed so far, including resumed ones
-        self._first_epoch = 0.0
+        """`epoch_tokens`: of all rows, without padding."""
+        self._epoch_tokens = epoch_tokens
+        self.tokens = 0  # without padding, that the adapter was trained on since its first step
+        self._first_tokens = 0  # those of earlier attempts
         self._step_began = 0.0
         self.train_losses: list[tuple[int, float]] = []
         self.eval_losses: list[tuple[int, float]] = []
@@ -40,20 +41,15 @@ class Recorder(TrainerCallback):
         self.seconds = 0.0  # inside steps, without evaluations and checkpoints
 
     @property
-    def tokens(self) -> int:
-        """Tokens, without padding, that the adapter was trained on since its first step."""
-        return round(self._epochs * self._epoch_tokens)
-
-    @property
     def tokens_per_second(self) -> float | None:
         """Tokens per second, without padding, inside this attempt's steps."""
-        tokens = (self._epochs - self._first_epoch) * self._epoch_tokens
+        tokens = self.tokens - self._first_tokens
         return tokens / self.seconds if self.seconds > 0 and tokens > 0 else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.first_step = self.steps = state.global_step
         self.total_steps = state.max_steps
-        self._epochs = self._first_epoch = state.epoch or 0.0
+        self.tokens = self._first_tokens = state.num_input_tokens_seen
         self.take_losses(state.log_history)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -62,8 +58,7 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds += time.monotonic() - self._step_began
         self.steps = state.global_step
-        # the share of epochs passed counts each epoch's short last batch correctly
-        self._epochs = state.epoch
+        self.tokens = state.num_input_tokens_seen
         control.should_log |= state.global_step >= state.max_steps  # the last loss belongs to the curve
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -76,7 +71,9 @@ class Recorder(TrainerCallback):
     def read_finished(self, state: dict[str, Any]) -> None:
         """Load the course of a finished training from its last checkpoint's progress."""
         self.first_step = self.steps = self.total_steps = state["global_step"]
-        self._epochs = self._first_epoch = state["epoch"]
+        # an older version's checkpoint has no count: rows have their mean length
+        counted = int(state.get("num_input_tokens_seen", round(state["epoch"] * self._epoch_tokens)))
+        self.tokens = self._first_tokens = counted
         self.take_losses(state["log_history"])
 
     def take_losses(self, entries: list[dict[str, Any]]) -> None:
