@@ -16,7 +16,7 @@ from loractl.common.errors import SpecError, SpecProblem
 
 from .document import Document, load_yaml, read_documents, read_yaml
 from .names import from_address
-from .sections import AS_WRITTEN, DATA_SUFFIXES, Metric, RowFields, SourceSpec
+from .sections import AS_WRITTEN, DATA_SUFFIXES, AncestorJob, Metric, RowFields, SourceSpec
 from .spec import JobSpec, spec_keys
 
 _KNOWN_AS = {
@@ -166,6 +166,9 @@ def amended_spec(tree: dict[str, Any], overrides: Sequence[str], name: str, fold
     for section, keys in stored.kind.defaults({}).items():  # other kinds' defaults may have been asked for
         if isinstance(keys, dict):
             changed[section] = {key: whole[section][key] for key in keys} | changed.get(section, {})
+    if isinstance(stored.lora.init_from, AncestorJob) and any(o.startswith("lora.init_from=") for o in overrides):
+        changed.pop("after", None)  # it names that sweep's members, for the sake of the best of them
+        changed.pop("after_any", None)
     for override in overrides:
         _apply_override(changed, override, overrides)
     try:

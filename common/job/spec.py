@@ -172,9 +172,11 @@ def _without_what_they_need(spec: JobSpec) -> Iterator[str]:
     if spec.after_any and not spec.after:
         yield "after_any: after names no job; name one, or leave it out"
     begun = spec.lora.init_from
-    needed = begun.job if isinstance(begun, AncestorJob) else begun if begun in list(map(str, spec.after)) else None
+    awaited = [str(one) for one in spec.after if isinstance(one, int)]  # a name is that of a stored adapter
+    needed = begun.job if isinstance(begun, AncestorJob) else begun if begun in awaited else None
     if spec.after_any and needed is not None:
-        yield "after_any: lora.init_from needs that job's adapter, which it has once it has succeeded; leave it out"
+        said = "lora.init_from needs that job's adapter, which it has once it has succeeded"
+        yield f"after_any: {said}; leave it out, or after as well if the adapter is stored"
     yield from _uneven(spec)
     if spec.lora.init_from is not None and spec.lora.init_lora_weights != "default":
         yield "lora.init_lora_weights: lora.init_from already says how A and B start; remove one of them"

@@ -194,6 +194,7 @@ def untag(name: str) -> None:
 def delete(names: tuple[str, ...], yes: bool) -> None:
     """Remove adapters and their reports for good; tagged ones are refused."""
     from loractl.common.errors import WrongState
+    from loractl.common.job.ancestor import may_go_without
     from loractl.common.text import clean_line
     from loractl.common.units import amount
     from loractl.scheduler.cli.session import open_stores
@@ -213,9 +214,11 @@ def delete(names: tuple[str, ...], yes: bool) -> None:
                 f"job {jobs} is to begin from the adapter of job {adapter.job_id}", "wait for it, or cancel it"
             )
         if followers := store.jobs.followers(adapter.job_id):
+            first = store.jobs.get(followers[0])
+            anyway = f"wait for it, cancel it, or: loractl edit {first.job_id} --set after=[]"
             raise WrongState(
-                f"job {followers[0]} is to start after job {adapter.job_id}, whose adapter it may read",
-                f"wait for it, cancel it, or: loractl edit {followers[0]} --set after=[]",
+                f"job {first.job_id} is to start after job {adapter.job_id}, whose adapter it may read",
+                anyway if may_go_without(first.spec, first.awaits) else "wait for it, or cancel it",
             )
     what = ", ".join(f"{clean_line(a.name)} (job {a.job_id}, {amount(a.size)})" for a in adapters)
     if not yes:

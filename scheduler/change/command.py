@@ -115,7 +115,7 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
     A waiting job ends at once; a running one's trainer is asked to stop and killed if it does not within 10 s. Its
     checkpoints are removed. Of several jobs, those that can't be cancelled are named, and the others are.
     """
-    from loractl.common.errors import UsageError
+    from loractl.common.errors import JobNotFound, UsageError, WrongState
     from loractl.scheduler.cli.session import open_session
 
     if [bool(jobs), sweep_id is not None, user is not None].count(True) != 1 or (queued and user is None):
@@ -137,11 +137,15 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
         named = {*job_ids, *members}
         behind = {follower for job_id in named for follower in store.jobs.followers(job_id)} - named
         job_ids = [*sorted(behind, reverse=True), *job_ids]
+    refused = None
     try:
         _for_each(job_ids, end)
-    finally:  # also where a follower has ended meanwhile
-        for job in [] if sweep_id is None else store.sweeps.cancel(sweep_id, settings.user):
-            _tell(store, job.job_id)
+    except (click.exceptions.Exit, WrongState, JobNotFound) as error:  # a follower has ended meanwhile
+        refused = error
+    for job in [] if sweep_id is None else store.sweeps.cancel(sweep_id, settings.user):
+        _tell(store, job.job_id)
+    if refused is not None:
+        raise refused
 
 
 def _unfinished(store: Store, user: str, *, queued: bool) -> list[int]:

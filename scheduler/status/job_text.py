@@ -185,9 +185,6 @@ def _next_command(job: JobState) -> str:
         return f"A cancel was asked for. Its log: loractl logs {job.job_id} -f"
     if job.status is Status.RUNNING:
         return f"Its log: loractl logs {job.job_id} -f   stop it: loractl cancel {job.job_id}"
-    if job.awaits is not None and not job.held:
-        without = f"loractl edit {job.job_id} --set after=[]"
-        return f"Explain the wait: loractl why {job.job_id}   start without: {without}"
     if job.held:
         return f"Release it: loractl retry {job.job_id}   drop it: loractl cancel {job.job_id}"
     return f"Explain the wait: loractl why {job.job_id}   drop it: loractl cancel {job.job_id}"

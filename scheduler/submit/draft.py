@@ -70,7 +70,8 @@ def started_after(draft: JobDraft, job_ids: Sequence[int]) -> JobDraft:
 def like_job(store: Store, job_id: int, overrides: Sequence[str]) -> JobDraft:
     """A new job with a submitted job's settings and rows, except for the overrides. Raises JobNotFound, SpecError."""
     job, name = store.jobs.get(job_id), f"job {job_id}"
-    before = settled_on(override_spec(job.spec, (), name), job.ancestor)
+    chosen = job.ancestor if job.awaits is None else None  # an edit has named another sweep, which has not ended
+    before = settled_on(override_spec(job.spec, (), name), chosen)
     before = before.model_copy(update={"after": [], "after_any": False})  # its turn has come
     spec = amended_spec(before.model_dump(mode="json"), overrides, name, Path.cwd())
     given = {override.partition("=")[0].partition(".")[2] for override in overrides}

@@ -128,12 +128,21 @@ def _behind(job: Job, view: FleetView) -> str:
     """The job for which it waits, and that job's state: the first of a chain whose turn it is."""
     first = view.awaited.get(job.awaits or 0)
     if first is None:
-        return f"job {job.awaits}, which was removed: loractl edit {job.job_id} --set after=[] lets it start anyway"
+        return f"job {job.awaits}, which was removed{_without_it(job)}"
     head, name = first, f"job {first.job_id} ({first.name})"
     while head.status is Status.QUEUED and head.is_blocked and (before := view.awaited.get(_earlier(head))) is not None:
         head = before
     said = "" if head is first else f", which waits for job {head.job_id} ({head.name})"
     return f"{name}{said}, {_how_far(head, view, any_end=head is first and job.after_any)}"
+
+
+def _without_it(job: Job) -> str:
+    """What helps once the job that it waits for is no longer there."""
+    from loractl.common.job.ancestor import may_go_without
+
+    if may_go_without(job.spec, job.awaits):
+        return f": loractl edit {job.job_id} --set after=[] lets it start anyway"
+    return f" with the adapter that it begins from: loractl cancel {job.job_id} drops it"
 
 
 def _earlier(job: Job) -> int:

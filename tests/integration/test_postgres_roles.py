@@ -71,6 +71,8 @@ def test_who_submits_chains_jobs_and_lets_none_of_them_start_early(person: Store
     person.jobs.retry(last, "ada")
     person.jobs.cancel(last, "ada")
     person.jobs.retry(last, "ada")
+    person.jobs.cancel(last, "ada")
+    person.jobs.retry(last, "ada", amendment(person, last, ["priority=5"]))
     for changed in ("after=[]", f"after=[{first}]"):
         person.jobs.edit(amendment(person, other, [changed]), "ada")
     assert [(row.awaits, row.held, row.held_too) for row in map(person.jobs.get, (last, other))] == [

@@ -117,9 +117,10 @@ def _is_newest() -> ColumnElement[bool]:
 
 def _init_from(job: type[Job]) -> ColumnElement[str]:
     """The number of the job whose adapter it begins from, as text; of a sweep's best once that is known. An edit may
-    have named another adapter since the best was chosen."""
+    have named another adapter, or another sweep, since the best was chosen."""
     begun = part_of(job.spec, "lora", "init_from")
-    return case((begun.startswith("{"), cast(job.ancestor, String)), else_=begun)
+    chosen = case((job.awaits.is_(None), cast(job.ancestor, String)))
+    return case((begun.startswith("{"), chosen), else_=begun)
 
 
 def read_ancestors(tx: Transaction, job_ids: Collection[int]) -> dict[int, int]:

@@ -399,6 +399,8 @@ class _OldestLine:
             self._given = job.job_id
             if openings.admits(job):
                 return job
+            if waited(job, self._now) < OLDEST_FIRST_AFTER_S:
+                return None  # those behind it are younger: of thousands that no card stays for, none is read
 
     def _fitting(self, openings: Openings) -> Waiting | None:
         stays = _stays(openings)

@@ -68,6 +68,8 @@ def amend(tx: Transaction, job: Job, amendment: Amendment, now: dt.datetime) -> 
     if job.status is not Status.RUNNING:
         if _waits(job) != waited:  # else a released job would wait again, and choose another adapter to begin from
             _block(tx, job, submission)
+        elif job.awaits is not None:
+            block(job, job.awaits)  # a job that was cancelled in its wait waits again, once a retry queues it
         job.lora_until = _lora_until(submission, now)
     job.gangs = submission.ways.as_json()
     job.checkpoint_s = None  # it may save more often now

@@ -6,12 +6,13 @@ import datetime as dt
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete, update
+from sqlalchemy import delete, event, update
 from sqlalchemy.orm import Session
 
 from loractl.common.job.method import Method, Need
@@ -275,6 +276,29 @@ def test_before_a_day_has_passed_no_job_goes_first_for_its_age(timed: Store, clo
         clock.forward(seconds)
         with Session(timed.engine) as session:
             assert [job.job_id for job in _all(read_oldest(session, clock.now), [every], 0) if job] == first
+
+
+def test_of_many_young_jobs_that_no_card_stays_for_one_is_read(timed: Store, clock: Clock) -> None:
+    """They need labels that only a card has which stops soon; in the database's bounds they pass for the other's."""
+    fill(timed, [JOB_WITH_LABEL])
+    clock.forward(OLDEST_FIRST_AFTER_S - 60)
+    fill(timed, [JOB_WITH_LABEL] * 20)
+    clock.forward(120)
+    stay = partial(Stay, above=-1, bytes=64 * GIB, whole=False)
+    soon = stay(labels=frozenset(YES.items()), left_s=600.0, unmeasured=False)
+    forever = stay(labels=frozenset(), left_s=math.inf, unmeasured=True)
+    labels = frozenset({frozenset(), frozenset(YES.items())})
+    every = Openings(gpu=64 * GIB, processor=(0, 0), unknown=True, labels=labels, stays=frozenset({soon, forever}))
+    statements: list[str] = []
+    with Session(timed.engine) as session:
+        event.listen(timed.engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
+        assert read_oldest(session, clock.now).next(every) is None
+    assert len(statements) <= 4, "the first, the old one, and a young one"
+
+
+JOB_WITH_LABEL = {
+    "lora": 1, "qlora": 1, "user": "ada", "priority": 0, "method": "auto", "labels": YES, "checkpoint_s": 5000.0,
+}  # fmt: skip
 
 
 def _all(line: Any, openings: list[Openings], each: int) -> list[Waiting | None]:

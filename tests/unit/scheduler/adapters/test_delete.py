@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -14,7 +15,7 @@ from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.scheduler.adapters.command import delete
 
-from ...factories import RESULT, submission, take
+from ...factories import RESULT, spec, submission, take
 
 
 def test_the_job_that_is_to_start_after_it_is_named(upgraded_home: Path) -> None:
@@ -22,6 +23,8 @@ def test_the_job_that_is_to_start_after_it_is_named(upgraded_home: Path) -> None
     store = Store(connect(load_settings(environment)))
     first, other = (store.jobs.submit(submission()) for _ in range(2))
     behind = store.jobs.submit(submission(after=[other, first]))
+    begun = spec(after=[other, first], lora={"init_from": str(other)})
+    needs = store.jobs.submit(replace(submission(), spec=begun))
     store.jobs.submit(submission(after=[behind]))
     claim = take(store)
     assert isinstance(claim, Claim) and claim.job_id == first
@@ -30,3 +33,7 @@ def test_the_job_that_is_to_start_after_it_is_named(upgraded_home: Path) -> None
     assert isinstance(told.exception, WrongState)
     assert told.exception.sentence == f"job {behind} is to start after job {first}, whose adapter it may read"
     assert told.exception.hint == f"wait for it, cancel it, or: loractl edit {behind} --set after=[]"
+    store.jobs.cancel(behind, "ada")
+    told = CliRunner(env=environment).invoke(delete, [str(first), "--yes"])
+    assert isinstance(told.exception, WrongState) and told.exception.sentence.startswith(f"job {needs} ")
+    assert told.exception.hint == "wait for it, or cancel it", "it needs the adapter of the other"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from loractl.common.errors import WrongState
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.settings import load_settings
@@ -59,3 +60,28 @@ def test_the_followers_of_a_sweep_s_members_are_cancelled_with_it(upgraded_home:
     assert told.exception is None, told.exception
     assert told.stdout.splitlines() == [f"Job {n} is cancelled." for n in (last, after, first, second)]
     assert store.jobs.get(other).status is Status.QUEUED
+
+
+def test_a_ctrl_c_among_the_followers_leaves_the_sweep_alone(
+    upgraded_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not one of them that has ended meanwhile: then the others go on, and the sweep is cancelled."""
+    environment = {"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"}
+    store = Store(connect(load_settings(environment)))
+    varied = NewSweep(name="tuned", user="ada", varied={"lora.r": "8,16"}, rungs=None, trials=None, seed=None)
+    number = store.sweeps.submit(varied, [submission(), submission()])
+    members = [member.job_id for member in store.sweeps.get(number).members]
+    follower = store.jobs.submit(submission(after=[members[1]]))
+    asked, failing = vars(JobVerbs)["cancel"], [KeyboardInterrupt(), WrongState("it has succeeded")]
+
+    def fails(self: JobVerbs, job_id: int, user: str) -> Job:
+        if job_id == follower:
+            raise failing.pop(0)
+        return asked.__get__(self, JobVerbs)(job_id, user)
+
+    monkeypatch.setattr(JobVerbs, "cancel", fails)
+    CliRunner(env=environment).invoke(cancel, ["--sweep", str(number), "--with-followers"])
+    assert [store.jobs.get(n).status for n in members] == [Status.QUEUED] * 2
+    told = CliRunner(env=environment).invoke(cancel, ["--sweep", str(number), "--with-followers"])
+    assert isinstance(told.exception, WrongState) and not failing
+    assert [store.jobs.get(n).status for n in members] == [Status.CANCELLED] * 2

@@ -187,3 +187,39 @@ def test_a_job_like_one_of_a_sweep_s_best_begins_from_the_same_member(store: Sto
     assert isinstance(claim, Claim)
     store.attempts.finish(claim, Reason.OK, "", Progress(metrics=((1, HELD_OUT_LOSS, 0.5),)), RESULT)
     assert like_job(store, last, []).spec.lora.init_from == str(claim.job_id)
+
+
+@SQLITE_ALONE
+def test_a_best_member_chosen_before_an_edit_named_another_sweep_is_forgotten(store: Store) -> None:
+    new = NewSweep(name="tuned", user="ada", varied={"lora.r": "16"})
+    first, second = (store.sweeps.submit(new, [submission(lora=1, qlora=1)]) for _ in range(2))
+    settled = settle_predecessors(spec(lora={"init_from": {"sweep": first}}), store)
+    last = store.jobs.submit(replace(submission(lora=1, qlora=1), spec=settled))
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    store.attempts.finish(claim, Reason.OK, "", Progress(metrics=((1, HELD_OUT_LOSS, 0.5),)), RESULT)
+    assert store.adapters.descendants(claim.job_id) == [last]
+    store.jobs.edit(amendment(store, last, [f"lora.init_from={{sweep: {second}}}"]), "ada")
+    assert like_job(store, last, []).spec.lora.init_from == AncestorJob(sweep=second)
+    assert store.adapters.descendants(claim.job_id) == []
+    assert store.jobs.get(last).after == [member.job_id for member in store.sweeps.get(second).members]
+
+
+@SQLITE_ALONE
+def test_a_job_that_waits_for_a_sweep_s_best_may_begin_from_a_member_that_has_ended(store: Store) -> None:
+    new = NewSweep(name="tuned", user="ada", varied={"lora.r": "16,16"})
+    sweep_id = store.sweeps.submit(new, [submission(lora=1, qlora=1), submission(lora=1, qlora=1)])
+    settled = settle_predecessors(spec(lora={"init_from": {"sweep": sweep_id}}), store)
+    last = store.jobs.submit(replace(submission(lora=1, qlora=1), spec=settled))
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    store.attempts.finish(claim, Reason.OK, "", Progress(metrics=((1, HELD_OUT_LOSS, 0.5),)), RESULT)
+    assert store.jobs.get(last).held, "the other member has not ended"
+    store.jobs.edit(amendment(store, last, [f"lora.init_from={claim.job_id}"]), "ada")
+    row = store.jobs.get(last)
+    assert (row.after, row.after_any, row.held) == ([], False, False)
+
+
+def test_a_name_in_after_is_not_the_stored_adapter_of_that_name(tmp_path: Path) -> None:
+    job = written(tmp_path, "name: pairs\nafter: [answers]\nafter_any: true\nlora: {init_from: answers}")
+    assert load_spec(job).lora.init_from == "answers"

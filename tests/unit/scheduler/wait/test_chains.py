@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import delete, update
 
 from loractl.common.errors import ExitCode, WrongState
 from loractl.common.job.status import Reason, Stage
@@ -100,6 +100,19 @@ def test_only_what_helps_is_advised(store: Store) -> None:
     member = store.sweeps.get(sweep_id).members[0].job_id
     best = queue(store, "best", member, after_any=True, lora={"init_from": {"sweep": sweep_id}})
     assert remedies(store, best) == ()
+
+
+def test_of_a_removed_job_only_what_helps_is_advised(store: Store) -> None:
+    """By hand: gc keeps a job for which others wait."""
+    first = queue(store, "answers")
+    plain = queue(store, "report", first)
+    begun = queue(store, "pairs", first, lora={"init_from": str(first)})
+    with store.begin(read_only=False) as tx:
+        tx.session.execute(delete(Job).where(Job.job_id == first))
+    removed = "job 1, which was removed"
+    assert sentence(store, plain) == f"{removed}: loractl edit {plain} --set after=[] lets it start anyway"
+    dropped = f"{removed} with the adapter that it begins from: loractl cancel {begun} drops it"
+    assert sentence(store, begun) == dropped
 
 
 def test_a_job_shows_those_before_it_and_behind_it(store: Store) -> None:
