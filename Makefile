@@ -48,7 +48,7 @@ lint: dev  ## ruff, mypy --strict, import rules
 TEST_PROCESSES ?= 4
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-check: dev  ## the unit tests that need no service, with a fifth of the examples of each property: seconds
+check: dev  ## the unit tests that need no service, with a fifth of the examples of each property: about two minutes
 	SERVICES=none STORE_EXAMPLES=5 $(PYTEST) -q -r fE tests/unit
 
 # mypy needs one core for as long as the tests are still starting, so both go on beside each other.
