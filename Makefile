@@ -10,7 +10,7 @@ FROM_WHEELS := $(if $(wildcard wheels/),--no-index --find-links wheels)
 
 .PHONY: help dev wheels model demo test tests test-long lint check chaos gpu clean
 
-# Where it is set, as in many container images, every process compiles all of loractl anew, and the tests start hundreds.
+# Where it is set, as in many container images, every process compiles all of loractl again, and the tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## list the targets

@@ -6,8 +6,8 @@ Each page is asked for again and again through the application itself; nothing t
 and the worst time in ms; the processor time of this process, which has SQLite's part in it, and of PostgreSQL's own
 processes (on a busy machine the times beside them tell of its other work); how many statements it asks; and the page's
 size before and after gzip. One in 50 of the jobs waits, and 64 run on 16 cards of four boxes; half a percent has
-failed; a half belongs to sweeps of a hundred. The pages are drawn anew for each look: what is kept for a moment for all
-who look is not used.
+failed; a half belongs to sweeps of a hundred. The pages are drawn for each look: what is kept for a moment for all who
+look is not used.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def fill(store: Store, engine: Engine, jobs: int) -> None:
                 names=names, cards=cards, users=len(USERS), count=len(CARDS), steps=STEPS, past=past
             )
             connection.execute(text(filled), values)
-    if engine.dialect.name == "postgresql":  # as autovacuum leaves it: the updates above have written each row anew
+    if engine.dialect.name == "postgresql":  # as autovacuum leaves it: the updates above have written each row again
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(text("SET statement_timeout = 0"))
             connection.execute(text("VACUUM FULL"))

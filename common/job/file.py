@@ -166,7 +166,7 @@ def amended_spec(tree: dict[str, Any], overrides: Sequence[str], name: str, fold
     for section, keys in stored.kind.defaults({}).items():  # other kinds' defaults may have been asked for
         if isinstance(keys, dict):
             changed[section] = {key: whole[section][key] for key in keys} | changed.get(section, {})
-    if isinstance(stored.lora.init_from, AncestorJob) and any(o.startswith("lora.init_from=") for o in overrides):
+    if isinstance(stored.lora.init_from, AncestorJob) and _sets(overrides, "lora.init_from"):
         changed.pop("after", None)  # it names that sweep's members, for the sake of the best of them
         changed.pop("after_any", None)
     for override in overrides:
@@ -214,6 +214,11 @@ _RIVALS = {
 """Keys that say the same thing in two ways: an override of one takes the place of the other."""
 
 
+def _sets(overrides: Sequence[str], key: str) -> bool:
+    """Whether one of the `KEY=VALUE` overrides sets this key, or a key within it."""
+    return any(f"{override.partition('=')[0]}.".startswith(f"{key}.") for override in overrides)
+
+
 def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str]) -> None:
     key, equals, text = override.partition("=")
     problem = SpecProblem(
@@ -237,9 +242,9 @@ def _apply_override(tree: dict[str, Any], override: str, overrides: Sequence[str
             inner = place[section] = {}
         place = inner
     place[last] = value
-    if key == "after" and not value and not any(o.startswith("after_any=") for o in overrides):
+    if key == "after" and not value and not _sets(overrides, "after_any"):
         place.pop("after_any", None)  # it says which end of those jobs will do
-    if (rival := _RIVALS.get(key)) and value is not None and not any(o.startswith(f"{rival}=") for o in overrides):
+    if (rival := _RIVALS.get(key)) and value is not None and not _sets(overrides, rival):
         place.pop(rival.rpartition(".")[2], None)  # the override wins over what the file says
 
 

@@ -54,7 +54,7 @@ class Amendment:
     job_id: int
     seen: tuple[Status, int, dict[str, Any]]  # status, attempt and spec as they were when the change was checked
     submission: Submission  # its spec, data and need from now on
-    planned_anew: bool  # False: what decides its memory is as before, and so is what was learned of it
+    replanned: bool  # False: what decides its memory is as before, and so is what was learned of it
     new_batch: bool = False  # the pieces that out-of-memory has left are another batch's
     text: str  # each key with both values, for the history
 

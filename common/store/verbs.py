@@ -128,9 +128,9 @@ class JobVerbs(Subject):
     end_patience = writes(backlog.end_patience)
     set_aside_unreadable = writes(aside.set_aside_unreadable)
 
-    def plan_anew(self) -> list[int]:
+    def replan_outdated(self) -> list[int]:
         """Plan waiting jobs whose plans are of an older engine, if their bases are on this machine; returns them."""
-        return need.plan_anew(self._read, self._write)
+        return need.replan_outdated(self._read, self._write)
 
 
 class SweepVerbs(Subject):

@@ -53,15 +53,18 @@ def amendment(store: Store, job_id: int, overrides: Sequence[str]) -> Amendment:
         before=before,
         after=after,
     ).require_allowed()
-    anew = need_key(before, job.data) != need_key(after, job.data)
-    submission = plan_job(after, job.user, job.data, store, before=before) if anew else _as_known(job, before, after)
+    replanned = need_key(before, job.data) != need_key(after, job.data)
+    if replanned:
+        submission = plan_job(after, job.user, job.data, store, before=before)
+    else:
+        submission = _with_known_need(job, before, after)
     text = ", ".join(map(str, changes(before, after)))
     seen = job.status, job.attempt, job.spec
     return Amendment(
         job_id=job_id,
         seen=seen,
         submission=submission,
-        planned_anew=anew,
+        replanned=replanned,
         new_batch=before.training.effective_batch != after.training.effective_batch,
         text=text,
     )
@@ -112,9 +115,9 @@ def _has_trained(store: Store, job: Job) -> bool:
     return left or bool(job.step) or bool(store.jobs.metrics(job.job_id, "loss"))
 
 
-def _as_known(job: Job, before: JobSpec, after: JobSpec) -> Submission:
-    """Nothing that decides its memory has changed, so its need stays, with all that its attempts have measured, for one
-    card and for each of several."""
+def _with_known_need(job: Job, before: JobSpec, after: JobSpec) -> Submission:
+    """The changed job, if nothing that decides its memory has changed: it keeps its need with all that its attempts
+    have measured, for one card and for each of several."""
     need, methods = Need(lora=job.vram_lora, qlora=job.vram_qlora), tuple(Method(name) for name in job.methods)
     ways = Ways.read(job.gangs)
     if _divided(before) != _divided(after):

@@ -213,7 +213,7 @@ def rounds(store: Store) -> None:
     store.cards.take_turn("fresh:0", 0.0, 0.0)
     store.jobs.end_patience()
     store.cards.preempt()
-    store.jobs.plan_anew()
+    store.jobs.replan_outdated()
     store.jobs.waiting_classes((8, 24))
     store.jobs.has_unfinished(2**40, {})
 

@@ -296,7 +296,7 @@ def test_a_box_plans_anew_what_waits_since_before_an_upgrade(
     with owner.begin() as connection:
         connection.execute(text(f"UPDATE jobs SET engine = 1 WHERE job_id = {job_id}"))
     owner.dispose()
-    assert box.jobs.plan_anew() == [job_id]
+    assert box.jobs.replan_outdated() == [job_id]
     assert (box.jobs.get(job_id).vram_lora or 0) < GIB
 
 

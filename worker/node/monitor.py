@@ -209,7 +209,7 @@ class Monitor:
         """Plan again the jobs that have waited since before an upgrade: each node those whose bases its box has."""
         if self._place.clock.now() < self._next_plans:
             return
-        planned = self._place.store.jobs.plan_anew()
+        planned = self._place.store.jobs.replan_outdated()
         for job_id in planned:
             log.info("job %s is planned again for this version's steps", job_id)
         if not planned:  # otherwise there may be more

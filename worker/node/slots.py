@@ -208,8 +208,8 @@ class Slots:
 
     def _take_jobs(self, slot: int, calls: int) -> None:
         """Claim and run jobs until no waiting job is for this device. `calls`: the count that woke this slot."""
-        anew = False
-        while not self._closing and (claim := self._claim(calls, anew=anew)) is not None:
+        after_job = False
+        while not self._closing and (claim := self._claim(calls, after_job=after_job)) is not None:
             attempt = self._attempts[slot] = begin(claim, self._place.settings.work_dir, self._place.clock)
             self._changed()
             if self._count > 1:
@@ -220,12 +220,12 @@ class Slots:
             close_if_left(self._place, self._watch, claim, attempt.run.host)
             del self._attempts[slot]
             self._changed()
-            calls, anew = self._calls, True
+            calls, after_job = self._calls, True
 
-    def _claim(self, calls: int, *, anew: bool) -> Claim | None:
-        """Claim, unless another slot has found nothing since this one was woken. `anew`: a job has just ended."""
+    def _claim(self, calls: int, *, after_job: bool) -> Claim | None:
+        """Claim, unless another slot has found nothing since this one was woken. `after_job`: a job has just ended."""
         with self._place.clock.holding(self._claiming):
-            if calls <= self._looked and not anew:
+            if calls <= self._looked and not after_job:
                 return None
             began = self._calls
             claim = self._claimer.claim()

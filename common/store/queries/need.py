@@ -87,7 +87,7 @@ def _as_learned(before: Roomy, now: Roomy) -> Roomy:
     return Roomy(lora=corrected(Method.LORA), qlora=corrected(Method.QLORA))
 
 
-def plan_anew(read: Callable[[], Transaction], write: Callable[[], Transaction]) -> list[int]:
+def replan_outdated(read: Callable[[], Transaction], write: Callable[[], Transaction]) -> list[int]:
     """Plan waiting jobs whose plans are of an older engine, if their bases are on this machine; returns the jobs."""
     with read() as tx:
         here = list(itertools.islice(_plannable(tx), AT_ONCE))

@@ -73,9 +73,9 @@ def amend(tx: Transaction, job: Job, amendment: Amendment, now: dt.datetime) -> 
         job.lora_until = _lora_until(submission, now)
     job.gangs = submission.ways.as_json()
     job.checkpoint_s = None  # it may save more often now
-    if amendment.planned_anew or amendment.new_batch:
+    if amendment.replanned or amendment.new_batch:
         job.adjustment = None  # it was made for another batch
-    if amendment.planned_anew:
+    if amendment.replanned:
         for name, value in _planned(submission).items():
             setattr(job, name, value)
     line_up(job, submission.spec.resources.node_labels, now)

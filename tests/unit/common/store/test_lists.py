@@ -58,7 +58,7 @@ ROUNDS: dict[str, Callable[[Store], Any]] = {
     "preempt": lambda store: store.cards.preempt(),
     "patience": lambda store: store.jobs.end_patience(),
     "leases": lambda store: store.attempts.reap(),
-    "plan anew": lambda store: store.jobs.plan_anew(),
+    "replan outdated": lambda store: store.jobs.replan_outdated(),
 }
 
 
@@ -233,5 +233,5 @@ def test_a_label_that_is_edited_is_listed_anew(store: Store) -> None:
     row = store.jobs.get(number)
     seen = (row.status, row.attempt, row.spec)
     changed = submission(labels={"team": "vision"})
-    store.jobs.edit(Amendment(job_id=number, submission=changed, seen=seen, text="labels", planned_anew=False), "ada")
+    store.jobs.edit(Amendment(job_id=number, submission=changed, seen=seen, text="labels", replanned=False), "ada")
     assert listed("team", "nlp") == [other] and listed("team", "vision") == [number] and listed("n", "1") == []

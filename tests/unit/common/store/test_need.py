@@ -323,7 +323,7 @@ def test_after_an_upgrade_what_waits_is_planned_for_the_new_steps(store: Store, 
     assert upgrade(store.engine) == ("0016", HEAD)
     show(store)
     assert store.attempts.claim("box:0") is None, "it was planned for more than the card has"
-    assert store.jobs.plan_anew() == [job_id]
+    assert store.jobs.replan_outdated() == [job_id]
     job, asked = store.jobs.get(job_id), submission(base_model=str(base), method="lora").spec
     need = predict(asked)
     assert (job.vram_lora, job.vram_qlora, job.vram_needed) == (need.lora, need.qlora, need.lora)
@@ -331,7 +331,7 @@ def test_after_an_upgrade_what_waits_is_planned_for_the_new_steps(store: Store, 
     assert (job.need_key, job.family, job.engine) == (need_key(asked, {}), "llama", ENGINE)
     text = f"planned again for this version's steps: lora {gib(need.lora)} GiB, qlora {gib(need.qlora)} GiB"
     assert text_of_last(store, job_id) == ("planned", text)
-    assert store.jobs.plan_anew() == [], "once"
+    assert store.jobs.replan_outdated() == [], "once"
     assert claim(store).job_id == job_id
 
 
@@ -341,16 +341,16 @@ def test_only_what_waits_with_an_older_plan_is_planned_anew_where_its_base_is(st
     newest = store.jobs.submit(submission(lora=30, base_model=str(base)))
     unreadable = submit_before_the_upgrade(store, base)
     set_columns(store, unreadable, spec={**store.jobs.get(unreadable).spec, "something_new": 1})
-    assert store.jobs.plan_anew() == []
+    assert store.jobs.replan_outdated() == []
     assert {store.jobs.get(each).vram_lora for each in (elsewhere, cancelled, newest, unreadable)} == {30 * GIB}
     store.jobs.retry(cancelled, "ada")
-    assert store.jobs.plan_anew() == [cancelled]
+    assert store.jobs.replan_outdated() == [cancelled]
 
 
 def test_a_job_that_has_run_keeps_what_its_own_rows_have_taught(store: Store, base: Path) -> None:
     job_id = submit_before_the_upgrade(store, base)
     set_columns(store, job_id, attempt=1, vram_lora=GIB, planned={"lora": GIB, "qlora": None})
-    assert store.jobs.plan_anew() == [job_id]
+    assert store.jobs.replan_outdated() == [job_id]
     job, need = store.jobs.get(job_id), predict(submission(base_model=str(base), method="lora").spec)
     assert (job.vram_lora, job.vram_qlora) == (GIB, need.qlora)
     assert job.planned == {"lora": GIB, "qlora": need.qlora}

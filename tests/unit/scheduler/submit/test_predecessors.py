@@ -190,7 +190,8 @@ def test_a_job_like_one_of_a_sweep_s_best_begins_from_the_same_member(store: Sto
 
 
 @SQLITE_ALONE
-def test_a_best_member_chosen_before_an_edit_named_another_sweep_is_forgotten(store: Store) -> None:
+@pytest.mark.parametrize("change", ["lora.init_from={{sweep: {}}}", "lora.init_from.sweep={}"])
+def test_a_best_member_chosen_before_an_edit_named_another_sweep_is_forgotten(store: Store, change: str) -> None:
     new = NewSweep(name="tuned", user="ada", varied={"lora.r": "16"})
     first, second = (store.sweeps.submit(new, [submission(lora=1, qlora=1)]) for _ in range(2))
     settled = settle_predecessors(spec(lora={"init_from": {"sweep": first}}), store)
@@ -199,7 +200,7 @@ def test_a_best_member_chosen_before_an_edit_named_another_sweep_is_forgotten(st
     assert isinstance(claim, Claim)
     store.attempts.finish(claim, Reason.OK, "", Progress(metrics=((1, HELD_OUT_LOSS, 0.5),)), RESULT)
     assert store.adapters.descendants(claim.job_id) == [last]
-    store.jobs.edit(amendment(store, last, [f"lora.init_from={{sweep: {second}}}"]), "ada")
+    store.jobs.edit(amendment(store, last, [change.format(second)]), "ada")
     assert like_job(store, last, []).spec.lora.init_from == AncestorJob(sweep=second)
     assert store.adapters.descendants(claim.job_id) == []
     assert store.jobs.get(last).after == [member.job_id for member in store.sweeps.get(second).members]
