@@ -21,6 +21,7 @@ from .verbs import (
     CardVerbs,
     HostVerbs,
     JobVerbs,
+    LabVerbs,
     OutboxVerbs,
     ResultVerbs,
     SweepVerbs,
@@ -40,7 +41,7 @@ class Store:
         self.jobs, self.sweeps, self.attempts = JobVerbs(self.begin), SweepVerbs(self.begin), AttemptVerbs(self.begin)
         self.cards, self.hosts = CardVerbs(self.begin), HostVerbs(self.begin)
         self.adapters, self.results = AdapterVerbs(self.begin), ResultVerbs(self.begin)
-        self.outbox, self.usage = OutboxVerbs(self.begin), UsageVerbs(self.begin)
+        self.outbox, self.usage, self.lab = OutboxVerbs(self.begin), UsageVerbs(self.begin), LabVerbs(self.begin)
 
     def begin(self, *, read_only: bool) -> Transaction:
         """A transaction: committed at the end of its `with`, rolled back on an error."""

@@ -529,6 +529,17 @@ class Quota(Base):
     below_at: Mapped[Timestamp | None]  # when that alone is below the quota; null: it is now
 
 
+class LabSetting(Base):
+    """What the lab's owner has decided for everybody, or what is true of the lab as a whole."""
+
+    __tablename__ = "lab_settings"
+
+    name: Mapped[str] = mapped_column(Characters(64), primary_key=True)
+    value: Mapped[str] = mapped_column(Prose())
+    set_by: Mapped[str]
+    at: Mapped[Timestamp]
+
+
 FINAL = "(name = 'held_out_loss' OR substr(name, 1, 5) = 'rung_')"
 """What a member of a sweep is compared by. The words must be exactly these, so that a planner recognises the index."""
 

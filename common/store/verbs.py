@@ -20,6 +20,7 @@ from .queries import (
     followers,
     heartbeats,
     jobs,
+    lab_settings,
     looks,
     need,
     retention,
@@ -280,3 +281,11 @@ class UsageVerbs(Subject):
     past = reads(spent.read_past)
     set_quota = writes(usage.set_quota)
     remove_quota = writes(usage.remove_quota)
+
+
+class LabVerbs(Subject):
+    """Verbs about the lab as a whole."""
+
+    setting = reads(lab_settings.read_setting)
+    set = writes(lab_settings.write_setting)
+    set_first = writes(lab_settings.write_first)

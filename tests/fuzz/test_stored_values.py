@@ -78,7 +78,7 @@ ROWS = {
     "attempts": (f"job_id IN (SELECT job_id FROM jobs WHERE {RUNS})", "job_id = 1"),
     "nodes": ("node = 'kestrel:1'", "node = 'osprey:0'"),
     "hosts": ("1 = 1",), "sweeps": ("1 = 1",), "tags": ("1 = 1",), "uses": ("1 = 1",),
-    "usage": ("1 = 1",), "label_sets": ("1 = 1",), "quotas": ("1 = 1",),
+    "usage": ("1 = 1",), "label_sets": ("1 = 1",), "quotas": ("1 = 1",), "lab_settings": ("1 = 1",),
 }  # fmt: skip
 """Jobs that wait (one of them on several cards), run and have ended, and the other rows of the lab."""
 
@@ -138,6 +138,7 @@ def fill(url: str, artifacts: ArtifactStore) -> None:
     lab.store.jobs.submit(replace(job, data={"path": {"uri": "datasets/x", "rows": 10, "tokens": 100, "bytes": 1000}}))
     lab.store.adapters.tag(Reference(name="ended"), "prod", "wei")
     lab.store.usage.set_quota("wei", 1.0, 86400, "root", soft=True)
+    lab.store.lab.set("store", "mark", "root")
     webs.queue(lab, "blocked", "wei", 1, after=[failed.job_id])
     with engine.begin() as connection:
         connection.execute(insert(LabelSet).values(label_set="x", labels={"team": "nlp"}))

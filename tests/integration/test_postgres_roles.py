@@ -119,6 +119,23 @@ def test_who_submits_writes_no_row_that_keeps_others_from_ending_or_can_t_be_can
     assert person.jobs.get(mine).spec == spec and len(person.jobs.matching()) == 3
 
 
+def test_the_owner_alone_writes_the_lab_s_settings_and_everybody_reads_them(
+    person: Store, box: Store, postgres_url: str
+) -> None:
+    engine = make_engine(postgres_url)
+    owner = Store(engine)
+    assert owner.lab.set_first("store", "one", "root") == "one" == owner.lab.set_first("store", "two", "root")
+    for login in (person, box):
+        for write in (login.lab.set, login.lab.set_first):
+            for name in ("store", "new"):
+                with pytest.raises(Forbidden):
+                    write(name, "mine", "ada")
+        assert (login.lab.setting("store"), login.lab.setting("new")) == ("one", None)
+    owner.lab.set("store", "two", "root")
+    assert box.lab.setting("store") == "two"
+    engine.dispose()
+
+
 def test_the_owner_alone_sets_quotas_and_a_box_counts_what_is_had(person: Store, box: Store, postgres_url: str) -> None:
     for login in (person, box):
         with pytest.raises(Forbidden):
