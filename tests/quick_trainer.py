@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loractl.common.job.status import Reason, Stage
-from loractl.worker.protocol.marker import close_checkpoint
+from loractl.worker.protocol.marker import close_checkpoint, remove_marker
 from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Start, Stepped, Stop, Told
 from loractl.worker.recipe.checkpoint import newest_checkpoint
 from loractl.worker.recipe.order_desk import Orders
@@ -58,6 +58,10 @@ def train(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
 
     folders = [Path(order.checkpoint_dir), *map(Path, order.earlier_checkpoints)]
     found = newest_checkpoint(folders, {"job": str(job)})
+    if found is not None and (found.path / "trainer_state.json").read_text() != "{}":
+        remove_marker(found.path)
+        why = f"the checkpoint of step {found.step} can't be read"
+        return Ended(job_id=job, reason=Reason.TRAINER_ERROR, message=why, withdrawn=str(found.path))
     if found is not None:
         tell(Note(job_id=job, kind="resumed", text="resumed", resumed_from_step=found.step))
     for step in range(found.step + 1 if found else 1, steps + 1):

@@ -130,6 +130,7 @@ class Progress:
     resumed_from_step: int | None = None
     adjustment: Adjustment | None = None  # of the run to what its memory allows, kept for later attempts
     result_host: str | None = None  # the box that holds a finished result; empty: none does
+    withdrawn: str | None = None  # the prefix of the stored checkpoint that no attempt goes on from any more
     metrics: tuple[tuple[int, str, float], ...] = ()  # step, name, value
     events: tuple[tuple[str, str], ...] = ()  # kind, text
     log: str = ""

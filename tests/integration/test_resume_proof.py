@@ -203,6 +203,25 @@ def test_three_kills_in_one_run_change_no_bit_of_it(
     assert all(steps < 2 * SAVE_EVERY for steps in lost)
 
 
+def test_an_attempt_whose_checkpoint_is_broken_on_its_box_goes_on_from_the_store_s_copy(
+    lab: Lab, tiny_model: Path, warm_start: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**warm_start, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    job, kill = lab.submit(tiny_model, "lora"), Kill(SAVE_EVERY + 2, 0.0)
+    monkeypatch.setattr(TrainerLink, "hear", lambda link, message: kill.hear(link, message))
+    assert lab.attempt("heron") is Status.QUEUED
+    monkeypatch.setattr(TrainerLink, "hear", HEAR)
+    (state,) = (lab.folder / "heron").glob(f"work/{job}/attempt-1/checkpoints/*/training_state.json")
+    state.write_bytes(state.read_bytes()[:-2] + b"]]")
+    assert lab.attempt("heron") is Status.SUCCEEDED
+    assert [a.resumed_from_step for a in lab.store.attempts.of_job(job)] == [None, SAVE_EVERY]
+    told = [event.text for event in lab.store.jobs.events(job) if event.kind in ("withdrawn", "resumed")]
+    assert told[0].startswith(f"the checkpoint of step {SAVE_EVERY} can't be read: ")
+    assert told[0].endswith("; it is withdrawn on this box")
+    assert told[1:] == [f"resumed from the checkpoint of step {SAVE_EVERY}"]
+
+
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "batch size": ({"training": {"per_device_train_batch_size": 2}}, "training"),
     "learning rate": ({"training": {"learning_rate": 1e-4}}, "training"),
@@ -245,11 +264,16 @@ def test_another_base_under_the_same_name_is_noticed_and_its_checkpoint_not_trie
     (saved,) = (Path(m.path) for m in told if isinstance(m, Saved))
     _change_weights(model)
     second, told = _run(tmp_path / "second", model, data=rows, earlier=saved.parent)
-    with pytest.raises(TrainingFailed, match="its proof rows is"):
+    with pytest.raises(TrainingFailed, match="its proof rows is") as failed:
         train(second)
+    assert failed.value.withdrawn == str(saved)
+    assert not any(isinstance(message, Note) and message.kind == "resumed" for message in told)
     assert not (saved / MARKER).exists()
-    third, _ = _run(tmp_path / "third", model, data=rows, earlier=saved.parent)
+    third, told = _run(tmp_path / "third", model, data=rows, earlier=saved.parent)
     assert checkpoint_to_resume(third, _data(rows, model)) is None
+    assert [message.text for message in told if isinstance(message, Note)] == [
+        "no whole checkpoint is left, so the training starts again from its first step"
+    ]
 
 
 DAMAGE = {

@@ -54,6 +54,7 @@ class Heard:
     opened: Opened | None = None  # others may join its trainer; not written yet
     passes: list[MeasuredPass] = field(default_factory=list)  # not passed on yet
     saved: list[Saved] = field(default_factory=list)  # checkpoints not passed on yet
+    withdrawn: set[str] = field(default_factory=set)  # folders of checkpoints that it found broken
 
     def take(self, message: Told) -> None:
         if isinstance(message, (Stepped, Ended)) and message.peaks is not None:
@@ -213,6 +214,31 @@ class SupervisedAttempt:
     def rung_reached(self) -> int:
         """The step of a rung that the next beat reports, 0 without one. A loser trains for nothing until that beat."""
         return max((point.step for point in rung_points(self.claim, self.unwritten.pending)), default=0)
+
+    def lays_aside(self) -> bool:
+        """Whether its trainer ended because its checkpoint is broken: then the attempt goes on, with an older one or
+        from the start, and the checkpoint is never tried again."""
+        ended = self.heard.ended
+        if ended is None or ended.withdrawn is None or ended.withdrawn in self.heard.withdrawn:
+            return False
+        if self.own.forced is not None or self.own.lease_lost or self.own.gone_as is not None:
+            return False
+        self.heard.withdrawn.add(ended.withdrawn)
+        here = not Path(ended.withdrawn).is_relative_to(self.stored)
+        where = "on this box" if here else "from the artifact store"
+        self.unwritten.note("withdrawn", f"{ended.message}; it is withdrawn {where}")
+        if not here and self.claim.checkpoint is not None:
+            self.unwritten.pending = replace(self.unwritten.pending, withdrawn=self.claim.checkpoint.prefix)
+        if self.run.goes_on_alone:
+            self.heard.ended = Ended(job_id=ended.job_id, reason=Reason.HOST_LOST, message=ended.message)
+            return False
+        self.heard.ended = None
+        return True
+
+    @property
+    def stored(self) -> Path:
+        """The folder for a checkpoint from the artifact store."""
+        return self.folder.parent / "stored"
 
     def verdict(self) -> tuple[Reason, str]:
         """The attempt's reason: what the trainer said, unless we stopped it before it was done."""

@@ -5,18 +5,18 @@ A disk that fills up later would lose the steps since the last checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from loractl.common.adapter_config import CONFIG, check_adapter_config
 from loractl.common.artifacts import WEIGHTS
 from loractl.common.binding import checkpoint_binding, result_binding
 from loractl.common.channels import VARIABLES
-from loractl.common.errors import AdapterNotFound, ArtifactError, JobNotFound
+from loractl.common.errors import AdapterNotFound, ArtifactError, JobNotFound, ServiceUnreachable
 from loractl.common.files import remove_tree
 from loractl.common.job.ancestor import ancestor_job, misfits
 from loractl.common.job.method import Method
@@ -120,7 +120,7 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
     data = [Path(path) for path in named.values() if Path(path).is_file()]
     _require_space(place, folder, bytes_to_write(spec, claim.method, sum(path.stat().st_size for path in data)))
     earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
-    earlier += stored_checkpoint(place, claim, folder.parent / "stored", attempt.unwritten.note)
+    earlier += stored_checkpoint(place, attempt)
     runs_code = may_run_code(spec, place.settings)
     return Start(
         job_id=claim.job_id,
@@ -145,8 +145,8 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
         vram_reserved=claim.vram_reserved,
         # A plan is for a card: RAM is limited only if the box's owner says so.
         memory_limit=claim.vram_reserved if place.device.trains_on == "cuda" else place.settings.trainer_ram,
-        adjustment=claim.adjustment,
-        changes=list(claim.changes),
+        adjustment=attempt.heard.adjustment,
+        changes=[*claim.changes, *attempt.heard.changes],
         data_path=named["path"],
         data_sha256=hashes.get("path"),
         more_paths=[named[key] for key in more],
@@ -258,17 +258,22 @@ def device_environment(device: Device, name: str, threads: int) -> dict[str, str
     return {**kept, **device.environment(), JOB_VARIABLE: name, "OMP_NUM_THREADS": str(threads)}
 
 
-def stored_checkpoint(place: Workplace, claim: Claim, folder: Path, note: Callable[[str, str], None]) -> list[Path]:
+def stored_checkpoint(place: Workplace, attempt: SupervisedAttempt) -> list[Path]:
     """Fetch the newest checkpoint from the artifact store, unless it is here. Another box may have written it.
 
-    A checkpoint that does not match its row is refused, and the history says so (`note`).
+    One that does not match its row is refused, and the history says so. One that this attempt has found broken is
+    removed there.
     """
-    kept = claim.checkpoint
+    claim, kept, folder = attempt.claim, attempt.claim.checkpoint, attempt.stored
     here = [] if kept is None else folder.parent.glob(f"attempt-*/checkpoints/checkpoint-{kept.step}")
     if kept is None or any(map(is_complete, here)):
         return []
+    target, note = folder / "checkpoints" / f"checkpoint-{kept.step}", attempt.unwritten.note
+    if str(target) in attempt.heard.withdrawn:
+        with contextlib.suppress(ArtifactError, ServiceUnreachable):  # no row names it: it goes with the job's others
+            place.artifacts.remove_checkpoint(kept.prefix)
+        return [target.parent]
     remove_tree(folder)
-    target = folder / "checkpoints" / f"checkpoint-{kept.step}"
     try:
         place.artifacts.pull(checkpoint_binding(kept), target)
     except ArtifactError as error:
@@ -277,4 +282,4 @@ def stored_checkpoint(place: Workplace, claim: Claim, folder: Path, note: Callab
         return []
     if kept.manifest_sha256 is None:
         note("data", f"the stored checkpoint of step {kept.step} is not bound to its row: an earlier version stored it")
-    return [folder / "checkpoints"]
+    return [target.parent]

@@ -172,7 +172,7 @@ def _is_over(place: Workplace, attempt: SupervisedAttempt) -> bool:
 def _remove(place: Workplace, attempt: SupervisedAttempt) -> None:
     """All that this attempt and earlier ones have left."""
     job_id, number = attempt.claim.job_id, attempt.claim.attempt
-    for folder in [*_own(attempt), attempt.folder.parent / "stored"]:
+    for folder in [*_own(attempt), attempt.stored]:
         shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):  # it is not empty, or gone
         attempt.folder.parent.rmdir()

@@ -133,6 +133,8 @@ def _carry_out(place: Workplace, attempt: SupervisedAttempt) -> tuple[Reason, st
                     attempt.unwritten.pending, result_host=""
                 )  # it is incomplete, or somebody removed it
             train(place, attempt, _with_patience(place, attempt, prepare, away))
+            while attempt.lays_aside():
+                train(place, attempt, _with_patience(place, attempt, prepare, away))
         reason, message = attempt.verdict()
         if reason is not Reason.OK or attempt.own.gone_as is not None:
             return reason, message, None

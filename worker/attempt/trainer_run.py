@@ -58,7 +58,7 @@ def train(place: Workplace, attempt: SupervisedAttempt, start: Start) -> None:
 
     Only a new process has unfragmented memory again; it continues from the last checkpoint.
     """
-    attempt.run.began = place.clock.now()
+    attempt.run.began = attempt.run.began or place.clock.now()
     upload = CheckpointUpload(place.artifacts, place.store, attempt.claim, attempt.folder / "keeping", place.clock)
     order: Start | None = start
     try:

@@ -247,6 +247,7 @@ class Ended(_Message):
     message: str
     peaks: Peaks | None = None
     card: str | None = None  # of several cards, the one whose rank failed, by its node's name
+    withdrawn: str | None = None  # the folder of the broken checkpoint that is the cause
     base_bytes: int | None = None  # of the base that stays, once nothing else of the job is left; None: none stays
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loractl.worker.protocol.marker import read_marker, remove_marker
+from loractl.worker.protocol.marker import read_marker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,6 @@ def newest_checkpoint(
     paths = [path for folder in folders for path in folder.glob("checkpoint-*")]
     ours = [checkpoint for path in paths if (checkpoint := _read(path, belongs_to, refused)) is not None]
     return max(ours, key=lambda checkpoint: checkpoint.step, default=None)
-
-
-def withdraw(checkpoint: Checkpoint) -> None:
-    """Remove the marker of a checkpoint whose contents are not what it claims: from now on it counts as incomplete."""
-    remove_marker(checkpoint.path)
 
 
 def _read(path: Path, belongs_to: dict[str, str], refused: Callable[[int, list[str]], None]) -> Checkpoint | None:

@@ -42,7 +42,7 @@ from .arguments import training_arguments
 from .best import BestKeeper
 from .checkpoint import Checkpoint
 from .progress import Recorder, Teller
-from .resume import CheckpointCloser, ResumeCheck, ResumeProof, begun_with, belongs_to, readable
+from .resume import CheckpointCloser, ResumeCheck, ResumeProof, begun_with, belongs_to, readable, tell_resumed
 from .run import Run, Stopped
 
 PROCESSOR_ROOM_BYTES = 128 * 2**20
@@ -162,7 +162,7 @@ class Callbacks:
         teller = Teller(run, recorder, work, final)
         closer = CheckpointCloser(run, belongs_to(run.order, data), proof, best)
         # the check and the brake come first: the others must not see a wrong model or a NaN loss
-        order = (ResumeCheck(proof, checkpoint), Brake(run), recorder, best, closer, teller)
+        order = (ResumeCheck(run, proof, checkpoint), Brake(run), recorder, best, closer, teller)
         return cls(checkpoint=checkpoint, proof=proof, recorder=recorder, best=best, teller=teller, in_order=order)
 
 
@@ -270,6 +270,7 @@ def _take_finished(run: Run, learner: Learner, callbacks: Callbacks, checkpoint:
         callbacks.recorder.read_finished(progress)
         callbacks.best.read_finished(checkpoint.path, progress)
     callbacks.proof.check(learner.model, checkpoint)
+    tell_resumed(run, checkpoint)
     callbacks.teller.tell()
 
 

@@ -50,7 +50,7 @@ class OtherRanks:
     def settle(self, ended: Ended) -> Ended:
         """The leader's end as the job's: if another rank has failed, with that rank's reason."""
         self._settled.set()
-        if ended.reason in (Reason.TRAINER_ERROR, Reason.EVALUATION_FAILED):
+        if ended.reason in (Reason.TRAINER_ERROR, Reason.EVALUATION_FAILED) and ended.withdrawn is None:
             with contextlib.suppress(queue.Empty):  # then it was the leader's own error
                 ended = self._said.get(timeout=GRACE_S)
         if ended.reason is Reason.OK:

@@ -26,11 +26,12 @@ from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.token_rows import collate, inputs_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.saved_state import FORMAT
-from loractl.worker.protocol.marker import close_checkpoint
+from loractl.worker.protocol.exit_reason import names_card
+from loractl.worker.protocol.marker import close_checkpoint, remove_marker
 from loractl.worker.protocol.messages import Saved, Start
 
 from .best import BestKeeper
-from .checkpoint import Checkpoint, newest_checkpoint, withdraw
+from .checkpoint import Checkpoint, newest_checkpoint
 from .run import Run
 
 PROOF_ROWS = 2
@@ -48,20 +49,27 @@ def checkpoint_to_resume(run: Run, data: PreparedData) -> Checkpoint | None:
     The job's history records it, and each that belongs to something else.
     """
     folders = [Path(run.order.checkpoint_dir), *map(Path, run.order.earlier_checkpoints)]
+    others: list[int] = []
 
     def refused(step: int, differing: list[str]) -> None:
+        others.append(step)
         why = f"{', '.join(differing)} differ"
         if "format" in differing:
             why = "another version of loractl wrote it, in another format; the training starts again"
         run.note("refused", f"the checkpoint of step {step} is not resumed: {why}")
 
     checkpoint = newest_checkpoint(folders, belongs_to(run.order, data), refused)
-    if checkpoint is not None:
-        text = f"resumed from the checkpoint of step {checkpoint.step}"
-        if (other := begun_with(run.order, checkpoint)) is not None:
-            text += f", with the optimizer that it began with: {other}"
-        run.note("resumed", text, resumed_from_step=checkpoint.step)
+    if checkpoint is None and not others and any(True for folder in folders for _ in folder.glob("checkpoint-*")):
+        run.note("restarted", "no whole checkpoint is left, so the training starts again from its first step")
     return checkpoint
+
+
+def tell_resumed(run: Run, checkpoint: Checkpoint) -> None:
+    """Record from which checkpoint the training goes on, once that has proved to be whole."""
+    text = f"resumed from the checkpoint of step {checkpoint.step}"
+    if (other := begun_with(run.order, checkpoint)) is not None:
+        text += f", with the optimizer that it began with: {other}"
+    run.note("resumed", text, resumed_from_step=checkpoint.step)
 
 
 def begun_with(order: Start, checkpoint: Checkpoint | None) -> str | None:
@@ -101,11 +109,10 @@ class ResumeProof:
             return
         now = self.loss(model)
         if not abs(now - checkpoint.proof) <= PROOF_TOLERANCE * max(1.0, abs(checkpoint.proof)):
-            withdraw(checkpoint)
-            raise TrainingFailed(
-                Reason.TRAINER_ERROR,
-                f"the checkpoint of step {checkpoint.step} does not resume: the loss on its proof rows is {now:.4f}, "
-                f"it recorded {checkpoint.proof:.4f}; is the base model another one on this box?",
+            raise withdrawn(
+                checkpoint,
+                f"does not resume: the loss on its proof rows is {now:.4f}, it recorded {checkpoint.proof:.4f}; is the "
+                "base model another one on this box?",
             )
 
 
@@ -123,27 +130,32 @@ def readable(checkpoint: Checkpoint) -> Iterator[None]:
     """
     try:
         yield
-    except TrainingFailed:  # its adapter is another: the next attempt would find it again
-        withdraw(checkpoint)
-        raise
-    except _UNREADABLE as error:
-        if is_out_of_memory(error):
+    except (TrainingFailed, *_UNREADABLE) as error:
+        if is_out_of_memory(error) or names_card(str(error)):
             raise
-        withdraw(checkpoint)
-        what = f"the checkpoint of step {checkpoint.step} can't be read: {first_line(error)}"
-        raise TrainingFailed(Reason.TRAINER_ERROR, what) from error
+        raise withdrawn(checkpoint, f"can't be read: {first_line(error)}") from error
+
+
+def withdrawn(checkpoint: Checkpoint, why: str) -> TrainingFailed:
+    """The failure over a checkpoint whose contents are not what it claims: from now on it counts as incomplete, and the
+    supervisor withdraws it from the artifact store if it came from there."""
+    remove_marker(checkpoint.path)
+    what = f"the checkpoint of step {checkpoint.step} {why}"
+    return TrainingFailed(Reason.TRAINER_ERROR, what, withdrawn=str(checkpoint.path))
 
 
 class ResumeCheck(TrainerCallback):
     """Checks the model after its adapter was loaded from a checkpoint, before its first step."""
 
-    def __init__(self, proof: ResumeProof, checkpoint: Checkpoint | None) -> None:
+    def __init__(self, run: Run, proof: ResumeProof, checkpoint: Checkpoint | None) -> None:
+        self._run = run
         self._proof = proof
         self._checkpoint = checkpoint
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self._checkpoint is not None:
             self._proof.check(model, self._checkpoint)
+            tell_resumed(self._run, self._checkpoint)
 
 
 def proof_loss(model: Any, rows: Sequence[TokenRow], pad: int) -> float:

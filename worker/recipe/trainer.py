@@ -320,7 +320,7 @@ def _trained(run: Run) -> Ended:
         if error.__cause__ is not None:  # a library's; without one, the sentence says it all
             run.write("".join(traceback.format_exception(error.__cause__)))
         run.failed_aside = error.aside
-        return ended(error.reason, error.sentence)
+        return ended(error.reason, error.sentence).model_copy(update={"withdrawn": error.withdrawn})
     except Exception as error:  # noqa: BLE001  after any error the job's row must say why
         # the last place that can name the failure: the whole traceback goes to the log, the sentence to the job's row
         run.write(traceback.format_exc())

@@ -101,6 +101,10 @@ def record(tx: Transaction, claim: Claim, progress: Progress) -> None:
     if progress.result_host is not None:
         change = mine(claim).values(result_host=progress.result_host or None)
         tx.session.execute(change.execution_options(synchronize_session="fetch"))
+    if progress.withdrawn is not None:
+        named = part_of(Job.checkpoint, "prefix") == progress.withdrawn  # not one that was stored meanwhile
+        change = mine(claim).where(named).values(checkpoint=None)
+        tx.session.execute(change.execution_options(synchronize_session="fetch"))
     if progress.need is not None:
         plan_again(tx, claim, progress.need, progress.roomy, progress.running)
     measured = {name: value for name in _MEASURED if (value := getattr(progress, name)) is not None}

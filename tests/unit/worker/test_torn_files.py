@@ -11,16 +11,17 @@ from typing import Any
 
 import pytest
 
-from loractl.common.artifacts import checkpoint_prefix, manifest_sha256, sha256_of
+from loractl.common.artifacts import ArtifactStore, checkpoint_prefix, manifest_sha256, sha256_of
 from loractl.common.data.examples import Example
 from loractl.common.job.identity import data_digest, training_digests
 from loractl.common.job.method import Method
 from loractl.common.job.sections import DataFormat, DatasetSpec, PromptTemplate
+from loractl.common.job.status import Reason
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, StoredCheckpoint
 from loractl.common.store.store import Store
-from loractl.worker.attempt.attempt import begin
+from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.order import stored_checkpoint
 from loractl.worker.attempt.result import mark_ready, ready_result, take_ready
 from loractl.worker.attempt.storage.client import StoreClient
@@ -30,8 +31,10 @@ from loractl.worker.data.token_set import RowTokenizer
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.protocol.marker import MARKER, close_checkpoint, is_complete
+from loractl.worker.protocol.messages import Peaks
 from loractl.worker.recipe.checkpoint import newest_checkpoint
 
+from ...held_lab import HeldLab
 from .. import factories
 
 
@@ -113,6 +116,10 @@ def workplace(home: Path) -> Workplace:
     )  # fmt: skip
 
 
+def second(place: Workplace, kept: StoredCheckpoint) -> SupervisedAttempt:
+    return begin(claim(attempt=2, checkpoint=kept), place.settings.work_dir)
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_stored_checkpoint_is_fetched_when_the_local_one_is_torn(tmp_path: Path, whole: bool) -> None:
     place = workplace(tmp_path)
@@ -123,20 +130,22 @@ def test_a_stored_checkpoint_is_fetched_when_the_local_one_is_torn(tmp_path: Pat
     if not whole:
         (local / "optimizer.pt").write_bytes(bytes(50))
     assert (local / MARKER).exists() and is_complete(local) is whole
-    fetched = stored_checkpoint(place, claim(attempt=2, checkpoint=kept), settings.work_dir / "1" / "stored", print)
+    fetched = stored_checkpoint(place, second(place, kept))
     assert bool(fetched) is not whole
     assert all(is_complete(folder / "checkpoint-5") for folder in fetched)
 
 
 def test_a_stored_checkpoint_that_somebody_has_replaced_is_not_resumed_and_the_history_says_so(tmp_path: Path) -> None:
-    place, told = workplace(tmp_path), []
+    place, told = workplace(tmp_path), list[str]()
     saved = place.artifacts.put_result(checkpoint(tmp_path / "saved"), checkpoint_prefix(1, 1, 5))
     kept = StoredCheckpoint(step=5, prefix=checkpoint_prefix(1, 1, 5), manifest_sha256=manifest_sha256(saved))
     folder = place.settings.work_dir / "1" / "stored"
 
     def fetch(named: StoredCheckpoint) -> list[Path]:
-        told.clear()
-        return stored_checkpoint(place, claim(2, named), folder, lambda kind, text: told.append(f"{kind}: {text}"))
+        attempt = second(place, named)
+        found = stored_checkpoint(place, attempt)
+        told[:] = [f"{kind}: {text}" for kind, text in attempt.unwritten.progress(Peaks()).events]
+        return found
 
     assert fetch(kept) and told == []
     (tmp_path / "saved" / "optimizer.pt").write_bytes(bytes(99))
@@ -254,3 +263,33 @@ def test_copies_of_a_tokenizer_with_another_template_are_summed_once(tmp_path: P
         copied.text = text
         assert copied is not tokens and copied.kept()
     assert backend.summed == 1
+
+
+@pytest.mark.parametrize("older", ["whole", "broken"])
+def test_a_broken_checkpoint_is_withdrawn_everywhere_then_an_older_one_is_tried_then_a_fresh_start(
+    held: HeldLab, older: str
+) -> None:
+    """On the box's disk and in the store, in one attempt that spends no retry; the history has a line for each."""
+    held.start()
+    job_id = held.submit("--set=training.save_steps=5", "--set=max_retries=0", steps=40)
+    held.until(job_id, lambda job: (job.checkpoint or {}).get("step") == 10)
+    held.stop(how="now")
+    saved = held.settings().work_dir / str(job_id) / "attempt-1" / "checkpoints"
+    for folder in sorted(saved.glob("checkpoint-*")):
+        if older == "broken" or folder.name != "checkpoint-5":
+            (folder / "trainer_state.json").write_text("[]")  # as many bytes as its marker says
+    kept, artifacts = held.store.jobs.get(job_id).checkpoint, ArtifactStore(held.settings().artifacts_url)
+    assert kept is not None
+    again = artifacts.put_result(saved / "checkpoint-10", kept["prefix"])
+    held.change(job_id, checkpoint={**kept, "manifest_sha256": manifest_sha256(again)})
+    held.start()
+    held.until(job_id, lambda job: job.checkpoint is None, seconds=6)
+    held.until(job_id, lambda job: (job.checkpoint or {}).get("step", 0) > 10)
+    assert not list(held.home.glob(f"artifacts/jobs/{job_id}/checkpoints/1-10/*"))
+    held.until(job_id, lambda job: job.status == "succeeded")
+    assert held.reasons(job_id) == [Reason.DRAINED, Reason.OK]
+    assert held.store.jobs.get(job_id).retries_used == 0
+    told = [event.text for event in held.store.jobs.events(job_id) if event.kind in ("withdrawn", "resumed")]
+    broken = "the checkpoint of step 10 can't be read; it is withdrawn"
+    last = "resumed" if older == "whole" else "the checkpoint of step 5 can't be read; it is withdrawn on this box"
+    assert told == [f"{broken} on this box", f"{broken} from the artifact store", last]

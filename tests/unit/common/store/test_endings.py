@@ -378,6 +378,20 @@ def test_after_ten_minutes_any_box_takes_it(timed: Store, clock: Clock) -> None:
     assert timed.jobs.get(job_id).result_host is None
 
 
+def test_a_withdrawn_checkpoint_is_not_gone_on_from_and_one_stored_meanwhile_is(timed: Store) -> None:
+    job_id = timed.jobs.submit(submission())
+    mine = claim(timed)
+    first, second = (StoredCheckpoint(step=n, prefix=f"jobs/{job_id}/checkpoints/1-{n}") for n in (5, 10))
+    for kept, withdrawn, left in ((first, first, None), (second, first, second), (second, second, None)):
+        assert timed.attempts.keep_checkpoint(mine, kept)
+        timed.attempts.beat(mine, Progress(withdrawn=withdrawn.prefix))
+        assert timed.jobs.get(job_id).checkpoint == (None if left is None else vars(left))
+    assert timed.attempts.keep_checkpoint(mine, first)
+    last = Progress(withdrawn=first.prefix)
+    assert timed.attempts.finish(mine, Reason.HOST_LOST, "it is broken", last) is Status.QUEUED
+    assert timed.jobs.get(job_id).checkpoint is None
+
+
 @pytest.mark.parametrize("reason", [Reason.TRAINER_ERROR, Reason.TIMED_OUT, Reason.DIVERGED, Reason.CANCELLED])
 def test_a_failed_job_keeps_what_a_retry_goes_on_from_and_says_so(timed: Store, clock: Clock, reason: Reason) -> None:
     job_id = timed.jobs.submit(submission(max_retries=0))
