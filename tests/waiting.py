@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import psutil
+from sqlalchemy import Connection, text
 
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
@@ -35,3 +36,16 @@ def is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+_BLOCKED = text(  # a session that waits for a row names no database there
+    "SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted AND pid IN (SELECT pid FROM pg_locks"
+    " WHERE database = (SELECT oid FROM pg_database WHERE datname = current_database()))"
+)
+
+
+def until_blocked(connection: Connection, sessions: int) -> None:
+    """Once that many sessions of the connection's PostgreSQL database wait for a lock."""
+    deadline = time.monotonic() + 30
+    while connection.scalar(_BLOCKED) < sessions:
+        assert time.monotonic() < deadline

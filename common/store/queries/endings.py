@@ -307,9 +307,9 @@ def _charge(tx: Transaction, job: Job, parts: Sequence[CardUse], now: dt.datetim
     if job.started_at is None or not job.vram_reserved:
         return
     had = sum(part.bytes for part in parts) / GIB * (now - job.started_at).total_seconds() / 3600
-    use = tx.session.get(Use, job.user, with_for_update=True)
-    past = 0.0 if use is None else decayed(use.gib_hours, (now - use.at).total_seconds())
-    tx.put(Use, "user", {"user": job.user, "gib_hours": past + had, "at": now})
+    tx.add_new(Use, [{"user": job.user, "gib_hours": 0.0, "at": now}])  # there is a row to lock at a first end, too
+    use = tx.session.get_one(Use, job.user, with_for_update=True, populate_existing=True)
+    use.gib_hours, use.at = decayed(use.gib_hours, (now - use.at).total_seconds()) + had, now
 
 
 def _parts(tx: Transaction, job: Job, now: dt.datetime) -> list[CardUse]:

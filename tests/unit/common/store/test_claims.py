@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import threading
-import time
 
 import pytest
 from sqlalchemy import Engine, text
@@ -17,6 +16,7 @@ from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 
+from ....waiting import until_blocked
 from ...factories import NOON, PLENTY, RESULT, Clock, node_state, submission, take
 
 NOTHING = Progress()
@@ -281,20 +281,14 @@ def test_two_claims_at_once_keep_a_user_s_limit(postgres_engine: Engine) -> None
     show("b:0", 4)
     for size in (20, 3):
         store.jobs.submit(submission(lora=size, method="lora"))
-    here = "(SELECT oid FROM pg_database WHERE datname = current_database())"  # who waits for a row names no database
-    mine = f"SELECT pid FROM pg_locks WHERE database = {here}"
-    waiting = text(f"SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted AND pid IN ({mine})")
-    deadline = time.monotonic() + 30
     claims = [threading.Thread(target=store.attempts.claim, args=(node,)) for node in ("b:0", "a:0")]
     with postgres_engine.begin() as connection:
         connection.execute(text("LOCK TABLE attempts IN SHARE MODE"))  # a claim decides, and can't write
         for number, claim in enumerate(claims):
-            while connection.scalar(waiting) < number:
-                assert time.monotonic() < deadline
+            until_blocked(connection, number)
             show("a:0", 0 if number == 0 else 24)
             claim.start()
-        while connection.scalar(waiting) < len(claims):
-            assert time.monotonic() < deadline
+        until_blocked(connection, len(claims))
     for claim in claims:
         claim.join(timeout=30)
     assert len(store.jobs.matching(statuses=[Status.RUNNING])) == 1

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import threading
 from collections import defaultdict
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import Engine, event, text
 
 from loractl.common.job.status import Reason
 from loractl.common.placement.card_hours import QuotaMeter
@@ -15,6 +16,7 @@ from loractl.common.store.records import Claim, Left, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 
+from ....waiting import until_blocked
 from ...factories import NOON, RESULT, Clock, node_state, submission
 
 EPOCH = NOON - dt.timedelta(days=400)
@@ -69,6 +71,28 @@ def test_a_part_of_a_card_counts_as_its_part_by_hour_user_and_card(timed: Store,
     assert (total(timed, "gib_hours"), total(timed, "jobs")) == (12 * 1.5 + 24 * 1.5, 2)
     assert {tuple(use.labels.items()) for use in timed.usage.since(EPOCH)} == {(("team", "nlp"),), ()}
     assert sums(timed, "user", since=hours[1]) == {("ada",): 0.25, ("wei",): 0.5}
+
+
+def test_a_user_s_first_endings_in_one_transaction_are_all_charged(timed: Store, clock: Clock) -> None:
+    for _ in range(2):
+        start(timed)
+    clock.forward(3600)
+    assert len(timed.attempts.reap()) == 2
+    assert (total(timed, "gib_hours"), timed.cards.fleet().charges) == (24.0, {"ada": pytest.approx(24.0)})
+
+
+def test_a_user_s_first_endings_in_two_transactions_are_both_charged(postgres_engine: Engine, clock: Clock) -> None:
+    store = Store(postgres_engine, clock=clock)
+    ends = [threading.Thread(target=end, args=(store, start(store))) for _ in range(2)]
+    clock.forward(3600)
+    with postgres_engine.begin() as connection:
+        connection.execute(text("LOCK TABLE uses IN SHARE MODE"))  # an end reads the user's use, and can't write it
+        for one in ends:
+            one.start()
+        until_blocked(connection, len(ends))
+    for one in ends:
+        one.join(timeout=30)
+    assert store.cards.fleet().charges == {"ada": pytest.approx(24.0)}
 
 
 def test_it_outlives_the_jobs(timed: Store, clock: Clock) -> None:
