@@ -340,6 +340,13 @@ INSIDE = text(_INSIDE.format("attempts."))
 """Of an attempt: it is in a host, running or on its way out. The words must be exactly these, as FINAL's."""
 
 
+def peak_of(attempt: Any) -> int:
+    """Bytes measured of an attempt's process; 0: none, on a simulated card, or others were in it."""
+    if attempt.shared or attempt.device_kind == "sim":
+        return 0
+    return attempt.vram_process or attempt.vram_peak or 0
+
+
 class AttemptShare(Base):
     """What an attempt on several cards has of one of them."""
 

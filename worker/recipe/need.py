@@ -7,13 +7,14 @@ from dataclasses import replace
 import torch
 
 from loractl.common.job.adjustment import adjusted, is_roomy, without_room
-from loractl.common.job.method import Need
+from loractl.common.job.method import Need, Parallel
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.fit import plan_roomy
 from loractl.common.memory.plan import predict
 from loractl.common.memory.step import Lengths, Stack, is_lean
+from loractl.common.memory.weights import sharded_bytes, weight_bytes
 from loractl.common.units import gib
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
@@ -31,8 +32,8 @@ def tell_need(run: Run, data: PreparedData) -> None:
     """Report what the job needs for its own rows' lengths and the card's arithmetic, which submit could not know.
 
     An architecture that the plan does not know is traced, if memory is one card's. Raises TrainingFailed(out_of_memory)
-    if the trace, or the plan in a wider type than submit planned, needs more than the card has: no weight is loaded
-    yet.
+    if the trace, the plan in a wider type than submit planned, or the base's weights alone need more than the card
+    gives: no weight is loaded yet.
     """
     order, spec = run.order, _for_any_attempt(run)
     lengths, stack = lengths_of(data), _stack(run)
@@ -47,6 +48,10 @@ def tell_need(run: Run, data: PreparedData) -> None:
             why = f"{_family(spec)} overflows float16, and this card has no bfloat16"
             what = f"in float32 it needs {gib(size)} GiB, the card gives {gib(given)} GiB"
             raise TrainingFailed(Reason.OUT_OF_MEMORY, f"{why}: {what}")
+        least = 0 if order.gpu == "cpu" else _weights(order)
+        if given is not None and given < least:  # a row may say anything: its need is the submitter's word
+            what = f"its base alone takes {gib(least)} GiB, the card gives {gib(given)} GiB"
+            raise TrainingFailed(Reason.OUT_OF_MEMORY, what)
         return
     try:
         traced = trace_plan(spec.base_model, spec, order.method, lengths).need_bytes
@@ -72,6 +77,16 @@ def tell_padded(run: Run, data: PreparedData, why: str) -> None:
     size, lean = need.of(method), before.of(method)
     run.note("plan", f"with padded rows it needs {gib(size)} GiB by its plan, not {gib(lean)}")
     _planned(run, need, lengths, replace(_stack(run), padded=True))
+
+
+def _weights(order: Start) -> int:
+    """Bytes of the base on each of the job's cards, in the narrowest form in which it may be loaded; 0: not known."""
+    shape = read_shape(order.spec.base_model, order.spec.revision)
+    if shape is None:
+        return 0
+    if order.parallel is Parallel.SHARDED:
+        return sharded_bytes(shape, order.method, len(order.ranks), whole_rest=False).kept
+    return weight_bytes(shape, order.method, whole_rest=False)
 
 
 def _for_any_attempt(run: Run) -> JobSpec:

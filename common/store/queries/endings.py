@@ -26,7 +26,7 @@ from loractl.common.units import GIB
 
 from ..guard import become, ended, move
 from ..records import Claim, Progress, StoredResult
-from ..tables import Adapter, Attempt, Job, Node, TrainerHost, Use
+from ..tables import Adapter, Attempt, Job, Node, TrainerHost, Use, peak_of
 from ..transaction import SKIP_LOCKED, Transaction
 from .cards.nodes import note_failure, note_success
 from .cards.shares import read_beside, running_on, silent
@@ -313,11 +313,14 @@ def _charge(tx: Transaction, job: Job, parts: Sequence[CardUse], now: dt.datetim
 
 
 def _parts(tx: Transaction, job: Job, now: dt.datetime) -> list[CardUse]:
-    """Mean bytes of each card that the attempt had; of a base that it shared, its part by time and members."""
+    """Mean bytes of each card that the attempt had; of a base that it shared, its part by time and members. What was
+    measured counts where it is more than what was reserved."""
     own = tx.session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
     beside = read_beside(tx.session, [job.job_id]).get(job.job_id, [])
     others = [CardUse(node=share.node, bytes=share.bytes) for share in beside]
     reserved = job.vram_reserved or 0
+    if own is not None and not beside:
+        reserved = max(reserved, peak_of(own))
     if own is not None and own.roomy:
         reserved = within_need(reserved, job.vram_qlora if job.method == Method.QLORA.value else job.vram_lora)
     if own is not None and own.shared and job.started_at is not None:

@@ -14,16 +14,16 @@ from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method, Need, Roomy, RoomyForm, SharedNeed, Ways, within
 from loractl.common.job.status import Status
-from loractl.common.memory.correction import GROWTH, learned, learned_roomy
+from loractl.common.memory.correction import FACTOR_BOUNDS, GROWTH, learned, learned_roomy
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.gangs import gang_of
 from loractl.common.placement.hosts import own_part
-from loractl.common.units import gib
+from loractl.common.units import GIB, gib
 
 from ..columns import part_of
 from ..fleet import waiting_of
 from ..records import Claim, MemoryPlan
-from ..tables import WAITS, Attempt, AttemptShare, Job, Node
+from ..tables import WAITS, Attempt, AttemptShare, Job, Node, peak_of
 from ..transaction import SKIP_LOCKED, Transaction
 from .backlog import line_up, node_labels
 from .cards.nodes import read_cards
@@ -56,7 +56,7 @@ def plan_again(
         before = old.get(name)
         if size is not None:  # what was learned from measured peaks holds for the better plan too
             learned = known[name] / before if known[name] and before else 1.0
-            known[name] = int(size * learned)
+            known[name] = int(size * max(learned, FACTOR_BOUNDS[0]))  # the row's figures are the submitter's word
     job.planned, job.vram_lora, job.vram_qlora = new, known["lora"], known["qlora"]
     if roomy is not None:
         job.roomy = _as_learned(Roomy.read(job.roomy), roomy).as_json()
@@ -186,7 +186,7 @@ def need_more(tx: Transaction, job: Job, card: str, gave: int, message: str, now
     method = Method(job.method or Method.LORA.value)
     assert attempt is not None
     gave += (attempt.base_bytes or 0) if attempt.joined else 0
-    peak = 0 if attempt.shared else attempt.vram_process or attempt.vram_peak or 0
+    peak = peak_of(attempt)
     if attempt.device_kind == "nvml" and 0 < peak < OUTSIDER_SHARE * gave:
         return True, f"{message}; another program took memory of {card}"
     shares = select(AttemptShare).where(AttemptShare.job_id == job.job_id, AttemptShare.attempt == job.attempt)
@@ -213,8 +213,10 @@ def need_more(tx: Transaction, job: Job, card: str, gave: int, message: str, now
 def _each_needs_more(
     tx: Transaction, job: Job, cards: int, gave: int, message: str, now: dt.datetime
 ) -> tuple[bool, str]:
-    """The same for a job on several cards, each of which had `gave` bytes."""
-    method, ways, more = Method(job.method or Method.LORA.value), Ways.read(job.gangs), int(gave * GROWTH)
+    """The same for a job on several cards, each of which had `gave` bytes. By a GiB at least: a need of one byte would
+    never grow."""
+    method, ways = Method(job.method or Method.LORA.value), Ways.read(job.gangs)
+    more = max(int(gave * GROWTH), gave + GIB)
 
     def raised(way: SharedNeed) -> SharedNeed:
         size = way.need.of(method)

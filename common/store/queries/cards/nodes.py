@@ -21,7 +21,7 @@ from loractl.common.store.tables import TrainerHost
 
 from ...fleet import NODE_STALE_S, OCCUPANT, InsideHost, card_of
 from ...records import BoxIdentity, NodeState
-from ...tables import INSIDE, Attempt, DrainOrder, Job, LabFailure, Node, Quota, Use
+from ...tables import INSIDE, Attempt, DrainOrder, Job, LabFailure, Node, Quota, Use, peak_of
 from ...transaction import Transaction
 from ..outbox.notices import tell_of_closure
 from ..usage import read_allowances
@@ -30,7 +30,10 @@ from .shares import beside, is_late, running_on
 # Made once: SQLAlchemy takes longer to make such a statement than to run it.
 _NODES, _HOSTS, _USES, _DRAINS = select(Node), select(TrainerHost), select(Use, Quota), select(DrainOrder)
 _USES = _USES.outerjoin(Quota, Quota.user == Use.user)
-_OCCUPANTS = select(*OCCUPANT, Job.method, Job.vram_lora, Job.vram_qlora).where(Job.status == Status.RUNNING)
+_OWN = (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt)
+_MEASURED = (Attempt.roomy, Attempt.shared, Attempt.device_kind, Attempt.vram_process, Attempt.vram_peak)
+_OCCUPANTS = select(*OCCUPANT, Job.method, Job.vram_lora, Job.vram_qlora, *_MEASURED).outerjoin(Attempt, _OWN)
+_OCCUPANTS = _OCCUPANTS.where(Job.status == Status.RUNNING)
 
 
 def identity(node: NodeState | Node) -> BoxIdentity:
@@ -250,8 +253,10 @@ def _held(running: _FleetRows, now: dt.datetime) -> Iterator[Held]:
         size = row.vram_reserved or 0
         if row.job_id not in shared:
             base, joined, count = parts.get(row.job_id, (0, False, 1))
-            need = row.vram_qlora if row.method == Method.QLORA.value else row.vram_lora
-            size = with_base(within_need(size, need), base, joined=joined, share=1 / count)
+            size = max(size, peak_of(row))
+            if row.roomy:
+                size = within_need(size, row.vram_qlora if row.method == Method.QLORA.value else row.vram_lora)
+            size = with_base(size, base, joined=joined, share=1 / count)
         since = row.started_at or now
         yield Held(job_id=row.job_id, user=row.user, node=row.node or "", bytes=size, since=since)
 

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method, Need
 from loractl.common.job.status import Reason, Status
-from loractl.common.memory.correction import GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
+from loractl.common.memory.correction import FACTOR_BOUNDS, GROWTH, LIKE_IT_SPARE, Measured, learned, peaks_like
 from loractl.common.memory.engine import ENGINE
 from loractl.common.memory.need_key import need_key
 from loractl.common.memory.plan import predict
@@ -40,10 +40,11 @@ def claim(store: Store, node: str = "box:0") -> Claim:
     return taken
 
 
-def runs_out(store: Store, mine: Claim, peak: float | None = None) -> Status | None:
-    """The attempt ends out of memory; `peak`: GiB that its process had then, without it all that it was given."""
+def runs_out(store: Store, mine: Claim, peak: float | None = None, need: Need | None = None) -> Status | None:
+    """The attempt ends out of memory; `peak`: GiB that its process had then, without it all that it was given;
+    `need`: what its trainer has planned."""
     had = int(peak * GIB) if peak is not None else mine.vram_reserved
-    return store.attempts.finish(mine, Reason.OUT_OF_MEMORY, "out of memory", Progress(vram_process=had))
+    return store.attempts.finish(mine, Reason.OUT_OF_MEMORY, "out of memory", Progress(vram_process=had, need=need))
 
 
 def text_of_last(store: Store, job_id: int) -> tuple[str, str]:
@@ -253,6 +254,18 @@ def test_the_attempt_s_plan_is_the_one_before_what_was_learned(store: Store) -> 
     row = store.jobs.get(job_id)
     assert (row.vram_lora, row.vram_reserved) == (12 * GIB, 6 * GIB), "it has no more, the next attempt will"
     assert store.attempts.of_job(job_id)[0].vram_planned == 10 * GIB, "which its peak is compared with"
+
+
+def test_a_trainer_s_plan_corrects_a_need_that_nothing_has_taught(store: Store) -> None:
+    """A row's own figures of one byte would make each better plan one of one byte, too."""
+    wanted = submission(lora=40, method="lora", roomy={4: 44})
+    job_id = store.jobs.submit(replace(wanted, need=Need(lora=1, qlora=None)))
+    show(store, total=48, max_jobs=4)
+    mine = claim(store)
+    assert runs_out(store, mine, peak=0.5, need=Need(lora=40 * GIB, qlora=10 * GIB)) is Status.QUEUED
+    assert store.jobs.get(job_id).vram_lora == int(FACTOR_BOUNDS[0] * 40 * GIB)
+    show(store, total=48, max_jobs=4, outside_bytes=47 * GIB)
+    assert store.attempts.claim("box:0") is None
 
 
 def test_what_waits_and_what_runs_hides_no_attempt_of_its_kind(store: Store) -> None:

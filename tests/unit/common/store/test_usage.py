@@ -12,8 +12,10 @@ from sqlalchemy import Engine, event, text
 
 from loractl.common.job.status import Reason
 from loractl.common.placement.card_hours import QuotaMeter
+from loractl.common.store.queries.cards.nodes import read_allowed
 from loractl.common.store.records import Claim, Left, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
+from loractl.common.store.tables import Use
 from loractl.common.units import GIB
 
 from ....waiting import until_blocked
@@ -93,6 +95,25 @@ def test_a_user_s_first_endings_in_two_transactions_are_both_charged(postgres_en
     for one in ends:
         one.join(timeout=30)
     assert store.cards.fleet().charges == {"ada": pytest.approx(24.0)}
+
+
+def test_what_was_measured_counts_where_less_was_reserved(timed: Store, clock: Clock) -> None:
+    """A need of one byte evades neither share nor quota."""
+    timed.usage.set_quota("ada", 5, 86400, "lena", soft=False)
+    claim = start(timed, gib=1 / GIB)
+    timed.attempts.beat(claim, Progress(vram_process=40 * GIB))
+    clock.forward(6 * 3600)
+
+    def counted() -> tuple[float, float, float]:
+        with timed.begin(read_only=True) as tx:
+            (allowed,) = read_allowed(tx.session, tx.now()).values()
+        return total(timed, "gib_hours"), total(timed, "card_hours"), round(allowed.used, 6)
+
+    assert counted() == (240, 5, 5), "while it runs"
+    end(timed, claim)
+    assert counted() == (240, 5, 5), "after its end"
+    with timed.begin(read_only=True) as tx:
+        assert tx.session.get_one(Use, "ada").gib_hours == pytest.approx(240)
 
 
 def test_it_outlives_the_jobs(timed: Store, clock: Clock) -> None:
