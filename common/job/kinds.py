@@ -74,10 +74,6 @@ class TaskKind:
         """ "key: sentence" for each key that means nothing for the kind."""
         yield from ()
 
-    def undivided(self, spec: Sections) -> str | None:
-        """Why several cards can't share the job; None: they can."""
-        return None
-
     def idle(self, spec: Sections) -> Iterator[str]:
         """The same for keys of a job file that would have no effect; a stored spec may have them."""
         if spec.preference != PreferenceSpec():
@@ -241,11 +237,6 @@ class Preferences(TaskKind):
             yield f"preference.loss_type: {', '.join(names)}: one compares with the base and one does not; take one"
         if names == ("sft",):
             yield "preference.loss_type: sft alone learns chosen answers; task_type: CAUSAL_LM does that"
-
-    def undivided(self, spec: Sections) -> str | None:
-        if not spec.preference.answer_weight:
-            return None
-        return "sft and orpo take the mean over a micro-batch's answers, which several cards would divide"
 
     def idle(self, spec: Sections) -> Iterator[str]:
         gamma = PreferenceSpec.model_fields["simpo_gamma"].default

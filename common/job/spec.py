@@ -79,7 +79,7 @@ class JobSpec(Section):
     @model_validator(mode="after")
     def _combinations(self, info: ValidationInfo) -> JobSpec:
         # also in a stored spec: it can't be trained
-        wrong = [*_around_plain_rows(self), *self.kind.unfit(self), *_divided_in_vain(self)]
+        wrong = [*_around_plain_rows(self), *self.kind.unfit(self)]
         if info.context == AS_WRITTEN:
             wrong += [*self.kind.idle(self), *_said_twice_or_never(self), *_without_what_they_need(self)]
         if wrong:
@@ -180,16 +180,6 @@ def _without_what_they_need(spec: JobSpec) -> Iterator[str]:
     yield from _uneven(spec)
     if spec.lora.init_from is not None and spec.lora.init_lora_weights != "default":
         yield "lora.init_lora_weights: lora.init_from already says how A and B start; remove one of them"
-
-
-def _divided_in_vain(spec: JobSpec) -> Iterator[str]:
-    """ "key: sentence" for keys that divide over cards what they can't share."""
-    if (why := spec.kind.undivided(spec)) is None:
-        return
-    if spec.resources.cards not in (1, "auto"):
-        yield f"resources.cards: {why}; leave it out"
-    if spec.resources.parallel != "auto":
-        yield f"resources.parallel: {why}; leave it out"
 
 
 def _uneven(spec: JobSpec) -> Iterator[str]:

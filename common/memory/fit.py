@@ -30,7 +30,7 @@ def plan_ways(
     """On how many cards the job may run. `planned`, `need`: of one card, the latter corrected by measured peaks, which
     corrects the others in proportion."""
     cards, wanted = spec.resources.cards, spec.resources.parallel
-    if cards == 1 or spec.kind.undivided(spec) is not None:
+    if cards == 1:
         return Ways()
     shape = read_shape(spec.base_model, spec.revision)
     if cards == "auto":

@@ -31,6 +31,7 @@ class Lengths:
     rows: int | None = None  # to train on: a micro-batch can't hold more
     labels: int | None = None  # of a classifier
     longest: tuple[int, ...] = ()  # the longest rows to train on, longest first: MOST_LONGEST of them
+    text: int | None = None  # the longest answer of a pair to train on
 
     def tokens(self, rows: int) -> int:
         """Tokens of the largest micro-batch of `rows` rows, without padding."""
@@ -91,7 +92,9 @@ class Step:
         saved = {saved_part(name) for name in spec.lora.modules_to_save}
         lean = is_lean(shape, spec) and not stack.padded
         asked = None if training.attn_implementation == "auto" else training.attn_implementation
-        batch = micro_batch(spec, lengths, stack.cards)
+        row = lengths.train if lengths else spec.kind.halves * spec.dataset.max_length
+        texts = 1 if lean else spec.kind.halves  # of a row, where each is padded by itself
+        batch = micro_batch(spec, lengths, stack.cards) * texts
         return cls(
             batch=batch,
             unpadded=lengths.tokens(batch) if lengths and lean else None,
@@ -104,7 +107,7 @@ class Step:
             saved_head="head" in saved and not full,
             dora=spec.lora.use_dora,
             packed=training.packing,
-            length=lengths.train if lengths else spec.kind.halves * spec.dataset.max_length,
+            length=row if texts == 1 else (lengths and lengths.text) or row // texts,
             evaluated=lengths.evaluate if lengths else spec.kind.halves * spec.dataset.max_length,
             quantised=method is Method.QLORA,
             checkpoints=checkpoints_activations(spec, on_gpu=stack.on_gpu),

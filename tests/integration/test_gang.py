@@ -87,7 +87,7 @@ def test_two_ranks_train_as_one_does(tiny_model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "asked, kinds",
     [
-        ({}, (DATA, SHARDED)),
+        ({"loss_type": ["sigmoid", "sft"]}, (DATA, SHARDED)),
         pytest.param({"loss_type": "simpo"}, (DATA,), marks=pytest.mark.long),
         pytest.param(
             {"loss_type": ["ipo", "hinge"], "loss_weights": [1, 0.5]}, (DATA, SHARDED), marks=pytest.mark.long

@@ -16,6 +16,7 @@ from loractl.common.job.sections import PreferenceSpec
 from loractl.common.memory.step import HEAD_CHUNK
 from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.base.model import Learner
+from loractl.worker.data.row_forms import with_prompts
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import (
     Backward,
@@ -26,6 +27,7 @@ from loractl.worker.engine.loss import (
     MicroBatch,
     TokenLoss,
     learned_in,
+    window_of,
 )
 from loractl.worker.engine.optimizer import ScaledOptimizer
 from loractl.worker.engine.pairs import PairLoss
@@ -130,8 +132,7 @@ def learn(
 
 
 def window(*pieces: Sequence[TokenRow], loss: Loss) -> list[MicroBatch]:
-    count = sum(loss.count(rows) for rows in pieces)
-    return [MicroBatch(rows=list(rows), learned=count, pieces=len(pieces), number=n) for n, rows in enumerate(pieces)]
+    return window_of(loss, list(map(list, pieces)))
 
 
 def near(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -206,14 +207,23 @@ def test_the_head_sees_a_chunk_at_a_time_and_at_first_without_a_graph(way: Calla
     assert len(chunks) > 1 and seen == [(size, graph) for graph in (False, True) for size in chunks]
 
 
+@pytest.mark.parametrize("name", ["dpo", "simpo and answers", "orpo"])
 @pytest.mark.parametrize("way", [lean, shared, padded])
-def test_two_micro_batches_of_a_window_learn_what_one_of_all_rows_does(way: Callable[[TokenLoss], Any]) -> None:
-    rows = pairs(5)
-    forward = way(loss := preference(rows))
-    value, ours = learn(forward, *window(rows[:2], rows[2:], loss=loss))
+def test_a_window_learns_the_same_however_it_is_cut(way: Callable[[TokenLoss], Any], name: str) -> None:
+    """Memory decides how: a term for answers is a mean over the tokens of all of them, as of one micro-batch in TRL."""
+    rows = pairs(4)
+    found: dict[str, tuple[Sequence[TokenRow], TokenLoss]] = {
+        "dpo": (rows, preference(rows)),
+        "simpo and answers": (rows, PairLoss(PreferenceSpec(loss_type=["simpo", "sft"], loss_weights=[1.0, 0.5]))),
+        "orpo": (with_prompts(rows), PairLoss(PreferenceSpec(loss_type="orpo"))),
+    }
+    rows, loss = list(found[name][0]), found[name][1]
+    forward = way(loss)
     expected, theirs = learn(forward, *window(rows, loss=loss))
-    assert value == pytest.approx(expected, rel=1e-6)
-    near(ours, theirs)
+    for cut in ([rows[:2], rows[2:]], [[row] for row in rows]):
+        value, ours = learn(forward, *window(*cut, loss=loss))
+        assert value == pytest.approx(expected, rel=1e-6)
+        near(ours, theirs)
 
 
 @pytest.mark.parametrize("way", [lean, shared, padded])
@@ -281,10 +291,12 @@ class OtherRank:
                 tensor += self.waiting.pop(0)
 
 
+@pytest.mark.parametrize("answers_too", [False, True])
 @pytest.mark.parametrize("way", [lean, padded])
-def test_ranks_that_divide_pairs_learn_what_one_learns(way: Callable[[TokenLoss], Any]) -> None:
+def test_ranks_that_divide_pairs_learn_what_one_learns(way: Callable[[TokenLoss], Any], answers_too: bool) -> None:
     rows = pairs(5)
-    forward, link = way(loss := preference(rows)), OtherRank()
+    loss = PairLoss(PreferenceSpec(loss_type=["simpo", "sft"])) if answers_too else preference(rows)
+    forward, link = way(loss), OtherRank()
     batches = window(rows[:4], rows[4:], loss=loss)  # of the last one the second rank has none
     expected, theirs = learn(forward, *batches)
     for link.rank in (1, 0):

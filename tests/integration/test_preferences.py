@@ -13,14 +13,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
+from loractl.common.job.method import Method
 from loractl.common.job.sections import DataFormat, PreferenceSpec
 from loractl.common.job.status import Reason
+from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner
 from loractl.worker.data.row_forms import form_of, with_prompts
-from loractl.worker.data.tokens import IGNORED, TokenRow, unlearned
-from loractl.worker.engine.loss import LearnedTokens
+from loractl.worker.data.token_rows import TokenRows
+from loractl.worker.data.tokens import IGNORED, TokenRow, texts_of, unlearned
+from loractl.worker.engine.loss import LearnedTokens, meet, window_of
 from loractl.worker.engine.pairs import PairLoss, Sizes
+from loractl.worker.engine.passes.choice import forward_pass
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.protocol.messages import Opened, Start, Stepped
 from loractl.worker.recipe.kinds import FrozenReference, trained_kind
@@ -83,6 +89,11 @@ def test_a_pair_is_one_row_with_both_answers_behind_the_same_prompt(tmp_path: Pa
     ]
     learned = [tokenizer.decode([label for label in text.labels if label != IGNORED]) for text in (chosen, rejected)]
     assert learned == ["number 0 and good <|im_end|>", "bad 0 <|im_end|>"]
+
+
+def test_the_longer_answer_of_each_pair_is_known_without_building_rows() -> None:
+    rows = answer_pairs(6)
+    assert TokenRows.of(rows).texts == [max(len(text.input_ids) for text in texts_of(row)) for row in rows]
 
 
 def test_the_first_loss_is_that_of_a_model_which_is_its_own_reference(recipe: Recipe, asked: Any) -> None:
@@ -160,6 +171,73 @@ def rows_of(count: int, tokens: int = 12) -> list[TokenRow]:
         TokenRow(number=n, input_ids=row, labels=label, starts=(tokens,))
         for n, (row, label) in enumerate(zip(ids, labels, strict=True))
     ]
+
+
+LIKE_LLAMA: dict[str, Any] = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": PAD, "initializer_range": 0.2,
+}  # fmt: skip
+MAMBA: dict[str, Any] = {
+    **LIKE_LLAMA, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1,
+}  # fmt: skip
+LINEAR: dict[str, Any] = {
+    **LIKE_LLAMA, "num_hidden_layers": 4, "head_dim": 8, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+
+WITHOUT_POSITIONS: dict[str, dict[str, Any]] = {
+    "Qwen3Next": {**LINEAR, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "Qwen3_5Text": LINEAR,
+    "Lfm2": {**LIKE_LLAMA, "layer_types": ["conv", "full_attention"]},
+    "Bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "NemotronH": {
+        **LIKE_LLAMA, "layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 16,
+        "ssm_state_size": 8, "n_groups": 1, "head_dim": 8,
+    },
+    "GraniteMoeHybrid": {
+        **MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 32, "num_local_experts": 0,
+    },
+    "Zamba2": {
+        **LIKE_LLAMA, "mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16, "mamba_ngroups": 1,
+        "num_mem_blocks": 1, "layers_block_type": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "adapter_rank": 4,
+        "num_key_value_heads": 4,
+    },
+    "FalconH1": {**MAMBA, "mamba_d_ssm": 64},
+    "RecurrentGemma": {**LIKE_LLAMA, "lru_width": 32, "attention_window_size": 16, "num_hidden_layers": 3},
+    "Mpt": {"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4, "initializer_range": 0.2},
+    "Bloom": {"vocab_size": 300, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.2},
+    "OlmoHybrid": {**LIKE_LLAMA, "num_hidden_layers": 4},
+}  # fmt: skip
+"""Bases in which a text does not begin where position ids restart: states, convolutions, biases for distances."""
+
+
+@pytest.mark.parametrize("family", WITHOUT_POSITIONS)
+def test_the_rejected_answer_does_not_see_the_chosen_one(family: str) -> None:
+    """Whatever the base does with positions, a model is at first its own reference; held-out pairs choose the best
+    step."""
+    config = getattr(transformers, f"{family}Config")(**WITHOUT_POSITIONS[family])
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    first, held_out = first_losses(base, "q_proj" if family in ("NemotronH", "FalconH1") else "all-linear")
+    assert first == pytest.approx(math.log(2), abs=1e-4)
+    assert held_out == pytest.approx(math.log(2), abs=1e-4)
+
+
+def first_losses(base: Any, targets: str, **sections: Any) -> tuple[float, float]:
+    """A pair's loss on a fresh adapter, at a beta that shows any difference to the reference: in a step, and held
+    out."""
+    named = targets if targets == "all-linear" else [targets]
+    spec = spec_of(task_type="preference", lora={"target_modules": named}, preference={"beta": 1.0}, **sections)
+    model = add_adapter(base, spec, Method.LORA).train()
+    learner = Learner(model=model, tokenizer=SimpleNamespace(pad_token_id=PAD, eos_token_id=2), precision=FP32)
+    kind, rows = trained_kind(spec), answer_pairs(4)
+    loss = kind.loss(spec)
+    forward, _ = forward_pass(learner, spec, 100, loss=loss)
+    kind.refer(loss, replace(learner, scorer=forward if isinstance(forward, LeanPass) else None), lambda _: {})
+    meet(loss, rows)
+    first = sum(float(forward.learn(batch, torch.autograd.backward)) for batch in window_of(loss, [rows[:1], rows[1:]]))
+    with evaluating(model):
+        return first, forward.held_out_loss(rows) / len(rows)
 
 
 class Known:

@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 from loractl.common.errors import DataError, LoractlError
+from loractl.common.job.kinds import PAIRS
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.step import MOST_LONGEST, Lengths
 from loractl.common.settings import load_settings
@@ -32,6 +33,7 @@ from .prompt import templated
 def lengths_of(data: PreparedData) -> Lengths:
     """The longest rows to train on and the longest held-out or final row, in tokens."""
     longest = heapq.nlargest(MOST_LONGEST, data.trained_rows.lengths)
+    texts = data.trained_rows.texts if data.format in PAIRS else None
     last = [] if data.final is None else data.final.tokens.rows.lengths
     return Lengths(
         train=longest[0],
@@ -39,6 +41,7 @@ def lengths_of(data: PreparedData) -> Lengths:
         evaluate=max(*data.held_out.rows.lengths, *last, 0),
         rows=len(data.trained_rows),
         labels=len(data.label_names) or None,
+        text=None if texts is None else max(texts),
     )
 
 

@@ -10,7 +10,7 @@ from loractl.common.data.examples import Example
 from loractl.common.job.sections import DataFormat
 
 from .token_rows import TokenRows
-from .tokens import IGNORED, TokenRow, asked_in, cut, encode, teaches
+from .tokens import IGNORED, TokenRow, asked_in, cut, encode, teaches, texts_of
 
 
 class RowForm:
@@ -80,9 +80,8 @@ class PairForm(RowForm):
         return _pair_of(cut(chosen, most), cut(rejected, most))
 
     def texts(self, row: TokenRow) -> tuple[TokenRow, ...]:
-        (begin,) = row.starts
-        chosen = replace(row, input_ids=row.input_ids[:begin], labels=row.labels[:begin], starts=())
-        return chosen, replace(row, input_ids=row.input_ids[begin:], labels=row.labels[begin:], starts=())
+        chosen, rejected = texts_of(row)
+        return chosen, rejected
 
     def teaches(self, row: TokenRow) -> bool:
         chosen, rejected = self.texts(row)

@@ -149,6 +149,13 @@ class TokenRows(Sequence[TokenRow]):
         return lengths
 
     @property
+    def texts(self) -> list[int]:
+        """Tokens of the longer text of each row, of which a pair's has two."""
+        lengths = np.diff(self._columns["end"], prepend=0)
+        longer: list[int] = np.maximum(self._columns["start"], lengths - self._columns["start"]).tolist()
+        return longer
+
+    @property
     def class_labels(self) -> list[int]:
         """A classifier's label of each row; empty for other rows."""
         return self._list("label") if "label" in self._columns else []

@@ -6,6 +6,7 @@ BOS.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,15 @@ def teaches(row: TokenRow) -> bool:
 def cut(row: TokenRow, most: int) -> TokenRow:
     """The row's first tokens."""
     return replace(row, input_ids=row.input_ids[:most], labels=row.labels[:most])
+
+
+def texts_of(row: TokenRow) -> list[TokenRow]:
+    """Each text of a row as a row of its own: a packed row's examples, or a pair's answers after their prompts."""
+    borders = [0, *row.starts, len(row.input_ids)]
+    return [
+        replace(row, input_ids=row.input_ids[begin:end], labels=row.labels[begin:end], starts=())
+        for begin, end in itertools.pairwise(borders)
+    ]
 
 
 def asked_in(row: TokenRow) -> int:

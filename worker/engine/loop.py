@@ -26,7 +26,7 @@ from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 
 from .engine import ForwardPass, Session
-from .loss import Loss, LossLog, MicroBatch, meet
+from .loss import Loss, LossLog, MicroBatch, meet, window_of
 from .optimizer import ScaledOptimizer, make_optimizer
 from .saved_state import drop_older, read_snapshot, write_snapshot
 from .streams import read_streams, restore_streams, seed_streams
@@ -280,14 +280,10 @@ class TrainingLoop:
             elif self.order.redrawn:
                 self.order.rows = self.order.draw(epoch)
         pieces = [[self.rows.train[n] for n in rows] for rows in self.order.window(window)]
-        learned = sum(self.forward.loss.count(rows) for rows in pieces)
         self._tell("on_step_begin")
         for rows in pieces:
             meet(self.forward.loss, rows)
-        return [
-            MicroBatch(rows=rows, learned=learned, pieces=len(pieces), number=number)
-            for number, rows in enumerate(pieces)
-        ]
+        return window_of(self.forward.loss, pieces)
 
     def _took(self, batch: MicroBatch, loss: torch.Tensor) -> None:
         """Count the loss of a micro-batch whose gradients exist; after the window's last, take the step."""

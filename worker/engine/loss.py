@@ -23,6 +23,7 @@ class MicroBatch:
 
     rows: list[TokenRow]
     learned: int  # of the whole window, as the loss counts them: their mean is learned
+    answered: int = 0  # likewise of its second term, if it has one that is the mean of something else
     pieces: int  # micro-batches of the window
     number: int = 0  # its index in the window
     divided: bool = False  # its rows are one rank's part of it
@@ -31,6 +32,17 @@ class MicroBatch:
     def is_last(self) -> bool:
         """Whether a step follows it."""
         return self.number == self.pieces - 1
+
+
+def window_of(loss: Loss, pieces: Sequence[list[TokenRow]]) -> list[MicroBatch]:
+    """The micro-batches of one window."""
+    learned, answered = sum(map(loss.count, pieces)), 0
+    if isinstance(loss, BentLoss):
+        answered = sum(map(loss.count_answered, pieces))
+    return [
+        MicroBatch(rows=rows, learned=learned, answered=answered, pieces=len(pieces), number=number)
+        for number, rows in enumerate(pieces)
+    ]
 
 
 def learned_in(rows: Sequence[TokenRow]) -> int:
@@ -53,9 +65,7 @@ class CrossEntropy:
         """The loss that measures held-out rows."""
         return CrossEntropy()
 
-    def of_logits(
-        self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[TokenRow], count: torch.Tensor
-    ) -> torch.Tensor:
+    def of_logits(self, logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         """The loss from the logits of padded rows, divided by `count`."""
         return smoothed(logits, labels, count, self.smoothing)
 
@@ -73,9 +83,7 @@ class LabelLoss:
     def held_out(self) -> LabelLoss:
         return LabelLoss()
 
-    def of_logits(
-        self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[TokenRow], count: torch.Tensor
-    ) -> torch.Tensor:
+    def of_logits(self, logits: torch.Tensor, labels: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
         return classified(logits, labels, count, self.smoothing)
 
 
@@ -121,22 +129,19 @@ class BentLoss(ABC):
     def count(self, rows: Sequence[TokenRow]) -> int:
         """The divisor of the loss of some rows, such as the number of pairs; 0 if nothing in them is learned."""
 
+    def count_answered(self, rows: Sequence[TokenRow]) -> int:
+        """The divisor of a second term, such as the number of tokens; 0 if the loss has none."""
+        return 0
+
     @abstractmethod
     def summed(self, logp: torch.Tensor, tokens: LearnedTokens) -> torch.Tensor:
-        """The loss of some rows, summed over what `count` counts, with a graph to the log-probabilities: in fp32, of
-        shape (tokens,)."""
+        """The loss of some rows, summed over what `count` counts, so that no other row changes it. With a graph to the
+        log-probabilities: in fp32, of shape (tokens,)."""
 
-    @property
-    def held_out(self) -> BentLoss:
-        return self
-
-    def of_logits(
-        self, logits: torch.Tensor, labels: torch.Tensor, rows: Sequence[TokenRow], count: torch.Tensor
-    ) -> torch.Tensor:
-        tokens = LearnedTokens.of(rows, logits.device)
-        logits, targets = logits[tokens.row_of, tokens.place - 1], labels[tokens.row_of, tokens.place]
-        losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        return self.summed(-losses, tokens) / count
+    def share(self, logp: torch.Tensor, tokens: LearnedTokens, batch: MicroBatch) -> torch.Tensor:
+        """A micro-batch's share of its window's loss, each term of which is a mean over the whole window: however the
+        window is cut, the shares add up to the same."""
+        return self.summed(logp, tokens) / batch.learned
 
 
 UNSMOOTHED = CrossEntropy()

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812  torch's own name for it
 from loractl.common.job.sections import PreferenceSpec
 from loractl.worker.data.tokens import IGNORED, TokenRow
 
-from .loss import BentLoss, LearnedTokens
+from .loss import BentLoss, LearnedTokens, MicroBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,15 +174,19 @@ class ToldReference:
 
 
 class PairLoss(BentLoss):
-    """The mean over pairs of the losses that a job names."""
+    """The mean over pairs of the losses that a job names. A term for the chosen answers is a mean over their tokens, as
+    in TRL; a held-out pair's is its own, which no other pair changes."""
 
-    def __init__(self, asked: PreferenceSpec, reference: PairReference | None = None, *, by_pair: bool = False) -> None:
-        """`by_pair`: a term for answers is each pair's own mean over its tokens; else it is the mean of a micro-batch,
-        as in TRL."""
-        self.asked, self.reference, self._by_pair = asked, reference, by_pair
+    def __init__(self, asked: PreferenceSpec, reference: PairReference | None = None) -> None:
+        self.asked, self.reference = asked, reference
 
     def count(self, rows: Sequence[TokenRow]) -> int:
         return len(rows)
+
+    def count_answered(self, rows: Sequence[TokenRow]) -> int:
+        if not self.asked.answer_weight:
+            return 0
+        return sum(size.asked + size.chosen for size in map(Sizes.of, rows))
 
     def meet(self, rows: Sequence[TokenRow]) -> None:
         if self.reference is not None:
@@ -195,24 +199,23 @@ class PairLoss(BentLoss):
         if self.asked.has_reference:
             self.reference = ToldReference(scores={row_key(row): found for row, found in zip(rows, known, strict=True)})
 
-    @property
-    def held_out(self) -> PairLoss:
-        return PairLoss(self.asked, self.reference, by_pair=True)
-
     def summed(self, logp: torch.Tensor, tokens: LearnedTokens) -> torch.Tensor:
         pairs = pairs_of(logp, tokens.rows)
-        total = pair_losses(self.asked, pairs, self._reference(pairs, tokens.rows)).sum()
-        if not (weight := self.asked.answer_weight):
-            return total
-        if self._by_pair:
-            return total - weight * (pairs.learned / pairs.learned_tokens).sum()
-        return total - weight * len(tokens.rows) * pairs.learned.sum() / pairs.learned_tokens.sum()
+        total, weight = self._compared(pairs, tokens.rows), self.asked.answer_weight
+        return total - weight * (pairs.learned / pairs.learned_tokens).sum() if weight else total
 
-    def _reference(self, pairs: Pairs, rows: Sequence[TokenRow]) -> Pairs | None:
-        if self.reference is None:
-            return None
-        known = torch.tensor([self.reference.of(row) for row in rows], device=pairs.chosen.device).unbind(1)
-        return replace(pairs, chosen=known[0], rejected=known[1])
+    def share(self, logp: torch.Tensor, tokens: LearnedTokens, batch: MicroBatch) -> torch.Tensor:
+        pairs = pairs_of(logp, tokens.rows)
+        share, weight = self._compared(pairs, tokens.rows) / batch.learned, self.asked.answer_weight
+        return share - weight * pairs.learned.sum() / batch.answered if weight else share
+
+    def _compared(self, pairs: Pairs, rows: Sequence[TokenRow]) -> torch.Tensor:
+        """The sum of the pairs' losses, without a term for answers."""
+        reference = None
+        if self.reference is not None:
+            known = torch.tensor([self.reference.of(row) for row in rows], device=pairs.chosen.device).unbind(1)
+            reference = replace(pairs, chosen=known[0], rejected=known[1])
+        return pair_losses(self.asked, pairs, reference).sum()
 
 
 def pairs_of(logp: torch.Tensor, rows: Sequence[TokenRow]) -> Pairs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.engine import ForwardPass
 from loractl.worker.engine.loop import MemberRows, TrainingLoop
-from loractl.worker.engine.loss import MicroBatch, meet
+from loractl.worker.engine.loss import meet, window_of
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.shared import SharedPass
 from loractl.worker.engine.saved_state import read_snapshot
@@ -61,7 +61,7 @@ def try_longest(loop: TrainingLoop, learner: Learner, data: PreparedData, run: R
     the training does not fit, and the out-of-memory error itself if evaluating a single row does not.
     """
     ask, held = run.session.run, list[torch.Tensor]()
-    rows = _largest(data, run, loop.args.per_device_train_batch_size)
+    rows = _largest(data, run, loop)
     try:
         ask(partial(_try_step, loop, rows, held))
     except Exception as error:
@@ -85,9 +85,12 @@ def _tell_attention(forward: ForwardPass, run: Run) -> None:
         run.note("engine", f"attention goes row by row: {forward.by_row}")
 
 
-def _largest(data: PreparedData, run: Run, size: int) -> list[TokenRow]:
+def _largest(data: PreparedData, run: Run, loop: TrainingLoop) -> list[TokenRow]:
     """The largest possible batch; with several cards, each has the longest rows."""
-    return longest(data.trained_rows, size // run.cards) * run.cards
+    rows, size = data.trained_rows, loop.args.per_device_train_batch_size
+    # a padded pair is as long as its longer answer makes it
+    own = [loop.forward.tokens([row]) for row in rows] if run.spec.kind.halves > 1 else None
+    return longest(rows, size // run.cards, own) * run.cards
 
 
 def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, run: Run) -> None:
@@ -113,9 +116,10 @@ def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, ru
         run.adjust_evaluation(fitting)
 
 
-def longest(rows: Sequence[TokenRow], count: int) -> list[TokenRow]:
-    """The rows with the most tokens: they make the largest possible batch."""
-    lengths = lengths_in(rows)
+def longest(rows: Sequence[TokenRow], count: int, own: Sequence[int] | None = None) -> list[TokenRow]:
+    """The rows with the most tokens: they make the largest possible batch. `own`: how many each takes, if not as many
+    as it has."""
+    lengths = lengths_in(rows) if own is None else own
     return [rows[place] for place in sorted(range(len(rows)), key=lambda place: -lengths[place])[:count]]
 
 
@@ -129,8 +133,8 @@ def _try_step(loop: TrainingLoop, rows: list[TokenRow], held: list[torch.Tensor]
             if pieces > 1:
                 for parameter in loop.trained:  # the gradients of earlier micro-batches
                     parameter.grad = torch.zeros_like(parameter)
-            batch = MicroBatch(rows=rows, learned=max(1, loop.forward.loss.count(rows)), pieces=pieces)
-            loop.forward.learn(batch, loop.optimizer.backward)
+            (batch,) = window_of(loop.forward.loss, [rows])
+            loop.forward.learn(replace(batch, pieces=pieces), loop.optimizer.backward)
         finally:
             loop.model.zero_grad()
 

@@ -33,6 +33,7 @@ from loractl.worker.base.arithmetic import Precision, compute_in
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.source import source_of
 from loractl.worker.data.tokens import IGNORED, TokenRow
+from loractl.worker.engine.loss import window_of
 from loractl.worker.engine.passes.lean import LeanPass, RowsBehindEachOther
 
 from .kinds import trained_kind
@@ -69,7 +70,8 @@ def trace_plan(model: str | Path, spec: JobSpec, method: Method, lengths: Length
 
     options = trained_kind(spec).settings(planned_labels(spec, lengths)) | source_of(str(model), spec.revision)
     config = AutoConfig.from_pretrained(str(model), trust_remote_code=False, **options)
-    tokens = lengths.train if lengths else spec.dataset.max_length
+    halves = spec.kind.halves
+    tokens = halves * (lengths.text or lengths.train // halves if lengths else spec.dataset.max_length)
     batch = micro_batch(spec, lengths)
     spec = spec.model_copy(update={"training": spec.training.model_copy(update={"per_device_train_batch_size": batch})})
     layers = config.get_text_config().num_hidden_layers
@@ -105,8 +107,10 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean:
     batch = spec.training.per_device_train_batch_size
     laid_rows = _rows(batch, tokens, spec.kind.halves)
     laid = RowsBehindEachOther.of(laid_rows, torch.device("cpu"))
+    (window,) = window_of(trained_kind(spec).loss(spec), [laid_rows])
     precision = Precision(base=_dtype(spec), amp=None if spec.training.dtype == "float32" else "bf16")
-    with FakeTensorMode(allow_non_fake_inputs=True), _masks(padded=batch > 1 or spec.training.packing):
+    texts = batch * spec.kind.halves
+    with FakeTensorMode(allow_non_fake_inputs=True), _masks(padded=texts > 1 or spec.training.packing):
         constants = _make_fake(model)
         compute_in(model, precision)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -117,14 +121,14 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean:
         state = [torch.empty(state_bytes(optimizer_name(spec, method), p.numel()), dtype=torch.uint8) for p in trained]
         live.watch(state)
         held = live.now - weights - adapter
-        rows = torch.zeros((batch, tokens), dtype=torch.int64)
+        rows = torch.zeros((texts, batch * tokens // texts), dtype=torch.int64)
         count = torch.tensor(1)
         passing = LeanPass(model, precision, loss=trained_kind(spec).loss(spec)) if lean else None
         learned = list[torch.Tensor]()
 
         def step() -> None:
             if passing is not None:
-                passing.learn_rows(laid, 1, torch.autograd.backward, laid_rows)
+                passing.learn_rows(laid, window, torch.autograd.backward)
                 return
             inputs = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
             torch.autograd.backward(trained_kind(spec).traced_loss(model, inputs, count))

@@ -85,20 +85,18 @@ class HeadPart:
     targets: torch.Tensor
     count: int  # the loss's divisor
     smoothing: float  # of labels, for cross-entropy
-    bent: Callable[[torch.Tensor], torch.Tensor] | None  # from log-probabilities to the summed loss, for other losses
+    bent: Callable[[torch.Tensor], torch.Tensor] | None  # from log-probabilities to the loss, divided, for other losses
     backward: Backward
 
     @classmethod
-    def of(
-        cls, laid: RowsBehindEachOther, rows: Sequence[TokenRow], count: int, loss: TokenLoss, backward: Backward
-    ) -> HeadPart:
+    def of(cls, laid: RowsBehindEachOther, batch: MicroBatch, loss: TokenLoss, backward: Backward) -> HeadPart:
         """Before the rows pass the model: afterwards it would wait for the card."""
         smoothing, bent = 0.0, None
         if isinstance(loss, CrossEntropy):
             smoothing = loss.smoothing
         else:
-            bent = functools.partial(loss.summed, tokens=LearnedTokens.of(rows, laid.targets.device))
-        return cls(targets=laid.targets, count=count, smoothing=smoothing, bent=bent, backward=backward)
+            bent = functools.partial(loss.share, tokens=LearnedTokens.of(batch.rows, laid.targets.device), batch=batch)
+        return cls(targets=laid.targets, count=batch.learned, smoothing=smoothing, bent=bent, backward=backward)
 
 
 class LeanModel:
@@ -165,7 +163,7 @@ class LeanModel:
             if part.bent is not None and len(part.targets):
                 own = hidden.detach()[end - len(part.targets) : end]
                 logp = self._log_probabilities(own, part.targets, apart, scratch).requires_grad_()
-                share = part.bent(logp) / part.count
+                share = part.bent(logp)
                 part.backward(share)
                 assert logp.grad is not None
                 totals[number], slopes[number] = share.detach(), logp.grad
@@ -278,14 +276,11 @@ class LeanPass:
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
-        laid = RowsBehindEachOther.of(batch.rows, self.device)
-        return self.learn_rows(laid, batch.learned, backward, batch.rows)
+        return self.learn_rows(RowsBehindEachOther.of(batch.rows, self.device), batch, backward)
 
-    def learn_rows(
-        self, laid: RowsBehindEachOther, count: int, backward: Backward, rows: Sequence[TokenRow] = ()
-    ) -> torch.Tensor:
-        """The same for concatenated `rows`; the loss is their sum divided by `count`."""
-        part = HeadPart.of(laid, rows, count, self.loss, backward)
+    def learn_rows(self, laid: RowsBehindEachOther, batch: MicroBatch, backward: Backward) -> torch.Tensor:
+        """The same for the batch's rows as they are laid out."""
+        part = HeadPart.of(laid, batch, self.loss, backward)
         with self._lean.lean(laid.lengths):
             learned = self._decoded(laid)[laid.places]
             (total,), gradient = self._lean.learn_head(learned, [part])
@@ -306,7 +301,7 @@ class LeanPass:
         mode."""
         losses = [scored.losses for scored in self.scores(rows)]
         if isinstance(self.loss, BentLoss) and losses:
-            return float(self.loss.held_out.summed(-torch.cat(losses), LearnedTokens.of(rows, self.device)))
+            return float(self.loss.summed(-torch.cat(losses), LearnedTokens.of(rows, self.device)))
         return sum(float(some.double().sum()) for some in losses)
 
     def scores(self, rows: Sequence[TokenRow]) -> list[ScoredTokens]:

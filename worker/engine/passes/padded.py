@@ -9,8 +9,18 @@ from typing import Any
 import torch
 
 from loractl.worker.data.token_rows import collate, inputs_of
-from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loss import UNSMOOTHED, Backward, CrossEntropy, Loss, MicroBatch, accepts_window
+from loractl.worker.data.tokens import TokenRow, texts_of
+from loractl.worker.engine.loss import (
+    UNSMOOTHED,
+    Backward,
+    BentLoss,
+    CrossEntropy,
+    LabelLoss,
+    LearnedTokens,
+    Loss,
+    MicroBatch,
+    accepts_window,
+)
 from loractl.worker.engine.streams import RandomStreams
 
 
@@ -46,7 +56,10 @@ class PaddedPass:
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
         with noisy_embeddings(self.model, self._noise):
-            loss = self._loss(self._learner, batch.rows, batch.learned, self.loss)
+            if isinstance(self.loss, BentLoss):
+                loss = self.loss.share(*self._log_probabilities(self._learner, batch.rows), batch)
+            else:
+                loss = self._loss(self._learner, batch.rows, batch.learned, self.loss)
             if _is_model_s_own(self.loss) and not self._whole_windows:  # averaged over the micro-batch
                 loss = loss * self.loss.count(batch.rows) / batch.learned if batch.divided else loss / batch.pieces
             backward(loss)
@@ -57,26 +70,48 @@ class PaddedPass:
         mode. Without the part for its router that a model may add: the report's has none."""
         alone = {"output_router_logits": False} if self._routed else {}
         with torch.no_grad():
+            if isinstance(self.loss, BentLoss):
+                return float(self.loss.summed(*self._log_probabilities(self.model, rows)))
             learned = max(1, self.loss.count(rows))
             return learned * float(self._loss(self.model, rows, learned, self.loss.held_out, **alone))
 
     def pass_through(self, row: TokenRow, *, learns: bool = False) -> None:
         """A pass that leaves nothing, or gradients of zero: for a rank without rows while others have some."""
-        ids = torch.tensor([row.input_ids], device=self.device)
+        ids = torch.tensor([texts_of(row)[0].input_ids], device=self.device)
         logits = self._learner(input_ids=ids, use_cache=False)["logits"]
         if learns:
             logits.backward(torch.zeros_like(logits))
 
     def tokens(self, rows: Sequence[TokenRow]) -> int:
         """Tokens that pass the model, padding included."""
-        return len(rows) * max(len(row.input_ids) for row in rows)
+        laid = self._texts(rows)
+        return len(laid) * max(len(row.input_ids) for row in laid)
 
-    def _loss(self, model: Any, rows: Sequence[TokenRow], learned: int, loss: Loss, **how: bool) -> torch.Tensor:
-        inputs = {name: t.to(self.device) for name, t in collate([inputs_of(row) for row in rows], self._pad).items()}
+    def _texts(self, rows: Sequence[TokenRow]) -> Sequence[TokenRow]:
+        """The rows as they pass the model. Each answer of a pair is a row of its own: a layer that carries a state from
+        token to token, or that looks at no positions, would show the rejected answer the chosen one."""
+        return [text for row in rows for text in texts_of(row)] if isinstance(self.loss, BentLoss) else rows
+
+    def _inputs(self, rows: Sequence[TokenRow]) -> dict[str, torch.Tensor]:
+        return {name: t.to(self.device) for name, t in collate([inputs_of(row) for row in rows], self._pad).items()}
+
+    def _log_probabilities(self, model: Any, rows: Sequence[TokenRow]) -> tuple[torch.Tensor, LearnedTokens]:
+        """Of the rows' learned tokens, in fp32."""
+        laid = self._texts(rows)
+        inputs, tokens = self._inputs(laid), LearnedTokens.of(laid, self.device)
+        targets = inputs.pop("labels")[tokens.row_of, tokens.place]
+        logits = model(**inputs)["logits"][tokens.row_of, tokens.place - 1]
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        return -losses, LearnedTokens.of(rows, self.device)
+
+    def _loss(
+        self, model: Any, rows: Sequence[TokenRow], learned: int, loss: CrossEntropy | LabelLoss, **how: bool
+    ) -> torch.Tensor:
+        inputs = self._inputs(rows)
         count = torch.tensor(float(learned), device=self.device)
         if not _is_model_s_own(loss):
             labels = inputs.pop("labels")
-            return loss.of_logits(model(**inputs)["logits"], labels, rows, count)
+            return loss.of_logits(model(**inputs)["logits"], labels, count)
         window = {"num_items_in_batch": count} if self._whole_windows else {}
         # only the loss of the output is kept, so that the logits are freed before the backward pass
         return model(**inputs, **window, **how)["loss"]

@@ -144,8 +144,7 @@ class SharedBase:
     def _learn(self, pieces: Sequence[Piece], laid: Sequence[RowsBehindEachOther]) -> list[torch.Tensor]:
         places = _together([rows.places for rows in laid], [rows.tokens for rows in laid])
         parts = [
-            HeadPart.of(rows, piece.batch.rows, piece.batch.learned, piece.loss, piece.backward)
-            for piece, rows in zip(pieces, laid, strict=True)
+            HeadPart.of(rows, piece.batch, piece.loss, piece.backward) for piece, rows in zip(pieces, laid, strict=True)
         ]
         with self._passing([(piece.model, piece.streams) for piece in pieces], laid):
             learned = self._decoded(laid)[places]

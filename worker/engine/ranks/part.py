@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -84,8 +85,7 @@ class Part:
     def _learn_own(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         rows = rows_of(batch.rows, self._link.rank, self._link.size)
         if self._own.loss.count(rows):
-            own = MicroBatch(rows=rows, learned=batch.learned, pieces=batch.pieces, divided=True)
-            return self._own.learn(own, backward)
+            return self._own.learn(replace(batch, rows=rows, divided=True), backward)
         if self._lockstep:
             self._own.pass_through(batch.rows[0], learns=True)
         return torch.zeros((), device=self._own.device)

@@ -646,19 +646,6 @@ def test_what_a_job_of_pairs_can_do_nothing_with_is_refused(tmp_path: Path, line
     assert problem.line == (5 if start == PAIRS else 4)
 
 
-@pytest.mark.parametrize("loss", ["orpo", "[ipo, sft]"])
-@pytest.mark.parametrize("key, value", [("cards", "2"), ("parallel", "sharded")])
-def test_cards_do_not_share_a_term_for_answers(tmp_path: Path, loss: str, key: str, value: str) -> None:
-    terms, cards = f"preference: {{loss_type: {loss}}}\n", f"resources: {{{key}: {value}}}\n"
-    problem = only(write(tmp_path, PAIRS + terms + cards))
-    assert (problem.key, problem.line) == (f"resources.{key}", 6)
-    assert problem.what.endswith("which several cards would divide; leave it out")
-    assert load_spec(write(tmp_path, PAIRS + terms)) and load_spec(write(tmp_path, PAIRS + cards))
-    stored = {"task_type": "preference", "preference": {"loss_type": "orpo"}, "resources": {"cards": 2}}
-    with pytest.raises(ValidationError, match=r"resources\.cards: sft and orpo"):
-        JobSpec.model_validate(MINIMAL_TREE | stored)
-
-
 @pytest.mark.parametrize(
     "lines",
     [

@@ -287,6 +287,18 @@ def test_lean_rows_are_planned_as_long_as_they_are_and_padded_ones_as_long_as_th
     assert planned(rows, exact=True).parts == planned(alike, exact=True).parts
 
 
+def test_padded_pairs_are_planned_with_each_answer_as_long_as_the_longest() -> None:
+    pairs = {"task_type": "preference", "dataset": {"path": "x.jsonl"}, "lora": {"r": 16}}
+
+    def planned(lengths: Lengths, *, exact: bool) -> int:
+        asked = {"name": "t", "base_model": "org/model", "training": {"exact": exact}, **pairs}
+        return plan(shape(), JobSpec.model_validate(asked), Method.LORA, lengths).tensor_bytes
+
+    uneven, even = Lengths(train=300, evaluate=9, text=256), Lengths(train=512, evaluate=9, text=256)
+    assert planned(uneven, exact=True) == planned(even, exact=True)
+    assert planned(uneven, exact=False) < planned(even, exact=False)
+
+
 def test_the_largest_fit_says_whether_rows_or_memory_end_it() -> None:
     def fit(rows: int | None) -> tuple[int | None, bool]:
         found = largest_fit(shape(), job(), Method.LORA, 8 * GIB, Lengths(train=256, evaluate=256, rows=rows))
