@@ -61,6 +61,8 @@ class TaskKind:
     """Why its base can't be shared with other jobs; None: it can."""
     writes = True
     """Whether its adapter continues a text, so that `generate`, `chat` and `serve` can ask it."""
+    base_draws = True
+    """Whether the base's own dropout, if it has any, acts in training."""
     loss_of = "token"
     """What a loss is the mean of."""
     halves = 1
@@ -187,6 +189,7 @@ class Preferences(TaskKind):
     """Pairs: a prompt, an answer that was chosen, one that was rejected."""
 
     task = TaskType.PREFERENCE
+    base_draws = False  # the reference is scored without
     loss_of = "pair"
     halves = 2
 

@@ -18,7 +18,7 @@ import transformers
 from loractl.common.job.method import Method
 from loractl.common.job.sections import DataFormat, PreferenceSpec
 from loractl.common.job.status import Reason
-from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.base.arithmetic import draws, evaluating
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner
 from loractl.worker.data.row_forms import form_of, with_prompts
@@ -221,6 +221,24 @@ def test_the_rejected_answer_does_not_see_the_chosen_one(family: str) -> None:
     first, held_out = first_losses(base, "q_proj" if family in ("NemotronH", "FalconH1") else "all-linear")
     assert first == pytest.approx(math.log(2), abs=1e-4)
     assert held_out == pytest.approx(math.log(2), abs=1e-4)
+
+
+@pytest.mark.parametrize("family, sizes", [
+    ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "embd_pdrop": 0.3, "resid_pdrop": 0.3, "attn_pdrop": 0.3}),
+    ("OPT", {
+        "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "dropout": 0.3, "attention_dropout": 0.3, "layerdrop": 0.3,
+    }),
+])  # fmt: skip
+def test_a_base_s_own_dropout_is_off_for_pairs_and_an_adapter_s_stays(family: str, sizes: dict[str, Any]) -> None:
+    """As TRL has it, but there an adapter's is off as well, whatever the job says; ours is off by default."""
+    config = getattr(transformers, f"{family}Config")(vocab_size=300, pad_token_id=PAD, **sizes)
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    for found in first_losses(base, "all-linear"):
+        assert found == pytest.approx(math.log(2), abs=1e-4)
+    for task, dropout, acts in (("preference", 0.0, False), ("preference", 0.25, True), ("CAUSAL_LM", 0.0, True)):
+        spec = spec_of(task_type=task, lora={"lora_dropout": dropout})
+        assert draws(add_adapter(transformers.AutoModelForCausalLM.from_config(config), spec, Method.LORA)) == acts
 
 
 def first_losses(base: Any, targets: str, **sections: Any) -> tuple[float, float]:

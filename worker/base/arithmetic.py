@@ -1,4 +1,4 @@
-"""How a model computes: the number formats of a run, sound NF4 layers, and evaluation that leaves no trace."""
+"""How a model computes: the number formats of a run, sound NF4 layers, dropout, and evaluation that leaves no trace."""
 
 from __future__ import annotations
 
@@ -116,6 +116,24 @@ def keep_nf4_in_training_mode(model: Any) -> None:
         if isinstance(module, Linear4bit):
             module.train(True)
             module.train = lambda mode=True, module=module: module
+
+
+def draws(model: Any) -> bool:
+    """Whether a model draws random numbers in training: for dropout, or for noise like a router's."""
+    return any(_chances(module) for module in model.modules())
+
+
+def stop_draws(model: Any) -> None:
+    """Let a model compute in training mode what it computes in eval mode."""
+    for module in model.modules():
+        for name in _chances(module):
+            setattr(module, name, 0.0)
+
+
+def _chances(module: Any) -> list[str]:
+    """A module's attributes that say how often or how much it draws: some models' code keeps only the number."""
+    named = {name: value for name, value in vars(module).items() if name == "p" or "drop" in name or "jitter" in name}
+    return [name for name, value in named.items() if isinstance(value, float) and value > 0]
 
 
 @contextlib.contextmanager

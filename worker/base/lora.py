@@ -14,7 +14,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.module_pattern import ModulePattern
 
-from .arithmetic import settle_nf4
+from .arithmetic import settle_nf4, stop_draws
 from .failure import TrainingFailed
 from .model import HEAD
 from .source import first_line, model_errors, source_of
@@ -28,6 +28,8 @@ def add_adapter(base: Any, spec: JobSpec, method: Method) -> Any:
     TrainingFailed(bad_spec)."""
     from peft import LoraConfig, get_peft_model
 
+    if not spec.kind.base_draws:
+        stop_draws(base)
     if method is Method.QLORA:
         base = settle_nf4(base, whole=spec.training.exact)
     targets = spec.lora.target_modules

@@ -15,6 +15,7 @@ from loractl.common.fingerprint import changed_files
 from loractl.common.job.status import Reason
 from loractl.common.memory.context import CONTEXT_BYTES
 
+from ..arithmetic import draws
 from ..failure import TrainingFailed
 from ..gauge import forget_peaks, lift_limit, release
 from ..source import BaseIdentity, Traits, pin, traits_of
@@ -254,11 +255,8 @@ def _unfit(model: Any) -> str | None:
     """Why a base is for only one training."""
     if not type(model).__module__.startswith("transformers."):
         return "the model runs its own code"
-    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
+    if draws(model):
         return "the base has its own dropout"
-    config = model.config.get_text_config()
-    if any(name.endswith(("dropout", "pdrop")) and value for name, value in vars(config).items()):
-        return "the base has its own dropout"
-    if getattr(config, "output_router_logits", False):
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
         return "the base has a loss for its router"
     return None

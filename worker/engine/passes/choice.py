@@ -8,7 +8,7 @@ import torch
 
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.families import ROW_ATTENTION
-from loractl.worker.base.arithmetic import Precision, evaluating
+from loractl.worker.base.arithmetic import Precision, draws, evaluating
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.model import Learner
@@ -45,7 +45,7 @@ def shared_base(model: Any, precision: Precision) -> SharedBase | None:
     """A base, as it was loaded, for several trainings; None if its code tells rows apart only by padding, draws random
     numbers itself, rotates positions by the longest row of a pass, or on a CPU has experts that can't get one
     training's tokens at a time."""
-    if _by_model(model) is not None or any(_drops(module) or _stretches(module) for module in model.modules()):
+    if _by_model(model) is not None or draws(model) or any(map(_stretches, model.modules())):
         return None
     if model.device.type == "cpu" and _has_other_experts(model):
         return None
@@ -63,12 +63,6 @@ def _stretches(module: Any) -> bool:
     kinds = getattr(module, "rope_type", None)
     named = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
     return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in named)
-
-
-def _drops(module: Any) -> bool:
-    """Whether a module has its own dropout, or noise like a router's: some models' code keeps only the number."""
-    chances = [value for name, value in vars(module).items() if name == "p" or "dropout" in name or "jitter" in name]
-    return any(isinstance(chance, float) and chance > 0 for chance in chances)
 
 
 def forward_pass(
