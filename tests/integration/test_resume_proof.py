@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from loractl.common.artifacts import WEIGHTS, ArtifactStore, open_store
 from loractl.common.binding import result_binding
@@ -36,13 +37,14 @@ from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.trainer_process import TrainerLink
 from loractl.worker.attempt.workplace import Drain, Workplace
+from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.prepared import prepare_data
 from loractl.worker.device.devices import find_devices
 from loractl.worker.protocol.marker import MARKER, close_checkpoint
 from loractl.worker.protocol.messages import Note, Saved, Start, Stepped, Told
-from loractl.worker.recipe import arguments
+from loractl.worker.recipe import arguments, recipe
 from loractl.worker.recipe.recipe import train
 from loractl.worker.recipe.resume import belongs_to, checkpoint_to_resume
 from loractl.worker.recipe.run import Run, Stopped
@@ -344,6 +346,37 @@ def test_a_training_goes_on_with_the_optimizer_that_it_began_with_where_the_devi
     assert json.loads((tmp_path / "second" / "result" / "job.json").read_text())["training_arguments"]["optim"] == (
         "paged_adamw_8bit"
     )
+
+
+def test_a_training_goes_on_in_the_device_s_number_format_with_a_scaler_of_its_own(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And back again, as a card that takes bfloat16 does with what one before Ampere has saved."""
+    rows = write_helpdesk(tmp_path / "data.jsonl")
+    formats = [
+        Precision(base=torch.float32, amp=None),
+        Precision(base=torch.float16, amp="fp16"),
+        Precision(base=torch.bfloat16, amp="bf16"),
+    ]
+    saved, said = None, []
+    for number, precision in enumerate(formats):
+        monkeypatch.setattr(recipe, "choose_precision", lambda *_, precision=precision: precision)
+        stop_after = (2, 4, None)[number]
+        logs: dict[str, Any] = {"training": {"logging_steps": 1}}
+        run, told = _run(tmp_path / str(number), tiny_model, data=rows, earlier=saved, stop_after=stop_after, **logs)
+        with contextlib.suppress(Stopped):
+            train(run)
+        saved = tmp_path / str(number) / "checkpoints"
+        said += [
+            message.text.partition("; ")[2]
+            for message in told
+            if isinstance(message, Note) and message.kind == "resumed"
+        ]
+    assert said == [
+        "it was trained in fp32 and continues in fp16 with a fresh loss scaler, as this device computes",
+        "it was trained in fp16 and continues in bf16, as this device computes",
+    ]
+    assert (tmp_path / "2" / "result" / "report.json").exists()
 
 
 def _change_weights(model: Path) -> None:

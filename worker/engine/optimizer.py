@@ -119,7 +119,7 @@ class ScaledOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.inner.load_state_dict(state["optimizer"])
-        if self.scaler is not None:
+        if self.scaler is not None and state["scaler"] is not None:  # else it was trained in another number format
             self.scaler.load_state_dict(state["scaler"])
 
 

@@ -18,6 +18,7 @@ class Checkpoint:
     finished: bool  # of the training's last step
     proof: float | None = None  # the saved model's loss on the proof rows
     optimizer: str | None = None  # the name of the optimizer whose state it holds
+    dtype: str | None = None  # bf16, fp16 or fp32, in which it was trained; None: an earlier version wrote it
 
 
 def newest_checkpoint(
@@ -41,5 +42,5 @@ def _read(path: Path, belongs_to: dict[str, str], refused: Callable[[int, list[s
     if differing:
         refused(step, differing)
         return None
-    proof, optimizer = marker.get("proof"), marker.get("optimizer")
-    return Checkpoint(path=path, step=step, finished=bool(marker["finished"]), proof=proof, optimizer=optimizer)
+    known = {name: marker.get(name) for name in ("proof", "optimizer", "dtype")}
+    return Checkpoint(path=path, step=step, finished=bool(marker["finished"]), **known)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from loractl.common.job.identity import training_digests
 from loractl.common.job.status import Reason
@@ -64,11 +64,15 @@ def checkpoint_to_resume(run: Run, data: PreparedData) -> Checkpoint | None:
     return checkpoint
 
 
-def tell_resumed(run: Run, checkpoint: Checkpoint) -> None:
-    """Record from which checkpoint the training goes on, once that has proved to be whole."""
+def tell_resumed(run: Run, checkpoint: Checkpoint, args: TrainingArguments | None = None) -> None:
+    """Record from which checkpoint the training goes on, once that has proved to be whole. `args`: those with which it
+    does; None: it is finished."""
     text = f"resumed from the checkpoint of step {checkpoint.step}"
     if (other := begun_with(run.order, checkpoint)) is not None:
         text += f", with the optimizer that it began with: {other}"
+    if args is not None and checkpoint.dtype not in (None, now := _dtype(args)):
+        scaler = " with a fresh loss scaler" if args.fp16 else ""
+        text += f"; it was trained in {checkpoint.dtype} and continues in {now}{scaler}, as this device computes"
     run.note("resumed", text, resumed_from_step=checkpoint.step)
 
 
@@ -78,6 +82,11 @@ def begun_with(order: Start, checkpoint: Checkpoint | None) -> str | None:
     here = optimizer_name(order.spec, order.method, on_gpu=order.device == "cuda")
     theirs = checkpoint.optimizer if checkpoint is not None else None
     return theirs if theirs in {PAGED, FUSED, PLAIN} - {here} and order.spec.training.optim == "auto" else None
+
+
+def _dtype(args: TrainingArguments) -> str:
+    """The number format of a training's products."""
+    return "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
 
 
 def belongs_to(order: Start, data: PreparedData) -> dict[str, str]:
@@ -155,7 +164,7 @@ class ResumeCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self._checkpoint is not None:
             self._proof.check(model, self._checkpoint)
-            tell_resumed(self._run, self._checkpoint)
+            tell_resumed(self._run, self._checkpoint, args)
 
 
 def proof_loss(model: Any, rows: Sequence[TokenRow], pad: int) -> float:
@@ -187,8 +196,8 @@ class CheckpointCloser(TrainerCallback):
         finished = ended and not control.should_evaluate  # a stop came before the last evaluation
         self._best.store(folder)
         proof, step = self._proof.loss(model), state.global_step
-        kind = args.optim.value
+        kinds = {"optimizer": args.optim.value, "dtype": _dtype(args)}
         self._run.require_base()
-        close_checkpoint(folder, step=step, finished=finished, belongs_to=self._belongs_to, proof=proof, optimizer=kind)
+        close_checkpoint(folder, step=step, finished=finished, belongs_to=self._belongs_to, proof=proof, **kinds)
         self._run.note("saved", f"saved step {step}")
         self._run.tell(Saved(job_id=self._run.order.job_id, step=step, path=str(folder)))
