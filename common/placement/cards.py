@@ -109,6 +109,7 @@ class Card:
     gangs: bool = False  # may be one of several cards for one job
     silent: bool = False  # not heard of lately: no job on several cards begins there, though one may wait for it
     stuck: bool = False  # takes no job that the rule gives it: none begins there, though one on several may wait for it
+    bf16: bool | None = None  # whether it computes in bfloat16, unless a job says otherwise; None: not known
     left_s: float | None = None  # until its worker stops, as it has said; None: it stays
     window_s: float | None = None  # from its worker's start until then
     contention: float | None = None  # what a process costs another one there, see pack_rule.Sharing; None: not measured
@@ -249,6 +250,7 @@ class Obstacle(enum.Enum):
     TOO_FEW_NOW = enum.auto()  # its box has enough such cards, but some are closed or full of other programs
     PROCESSOR = enum.auto()  # it leaves the job to GPUs
     AVOIDED = enum.auto()  # it failed the job a short while ago
+    FORMAT = enum.auto()  # it computes in another number format than the job's checkpoint, and another card does not
     PATIENCE = enum.auto()  # it holds the job by a method that is not permitted yet
     LEAVERS = enum.auto()  # jobs that have ended are not out of their trainers
     PROGRAMS = enum.auto()  # other programs hold too much of it
@@ -322,12 +324,18 @@ def elsewhere(card: Card, job: Waiting) -> Obstacle | None:
 
 
 def avoided(card: Card, job: Waiting, fleet: Collection[Card]) -> bool:
-    """Whether the job keeps off a card that failed it: only while another one could hold it, so it never waits for
-    nothing."""
-    if not failed(card, job):
+    """Whether the job keeps off a card that failed it, or that computes in another number format than its checkpoint:
+    only while another one could hold it that did not fail it, and has that format. So it never waits for nothing."""
+    if not failed(card, job) and not differs(card, job):
         return False
     largest = largest_gpu(fleet)
-    return any(could_hold(other, job, largest) for other in fleet if not failed(other, job))
+    others = [other for other in fleet if not failed(other, job) and could_hold(other, job, largest)]
+    return bool(others) if failed(card, job) else any(other.bf16 == job.bf16 for other in others)
+
+
+def differs(card: Card, job: Waiting) -> bool:
+    """Whether the card is known to compute in another number format than the job's checkpoint."""
+    return card.bf16 is not None and job.bf16 is not None and card.bf16 != job.bf16
 
 
 def failed(card: Card, job: Waiting) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from loractl.common.job.method import Method, SharedNeed
 
-from .cards import Card, Room, could_hold, elsewhere, failed, largest_gpu, lasts, room_for
+from .cards import Card, Room, could_hold, differs, elsewhere, failed, largest_gpu, lasts, room_for
 from .lines import Waiting
 
 
@@ -65,10 +65,12 @@ def may_share(card: Card, job: Waiting) -> bool:
 
 
 def takers(job: Waiting, gang: SharedNeed, cards: Collection[Card]) -> list[Card]:
-    """The cards that the rule may give the job: none that failed it, while a box could hold it without them."""
+    """The cards that the rule may give the job: none that failed it, nor any of another number format than its
+    checkpoint, while a box could hold it without them."""
     sound = [card for card in cards if not failed(card, job)]
-    allowed = sound if len(sound) < len(cards) and any(_holding(job, gang, sound)) else cards
-    return [card for card in allowed if may_share(card, job)]
+    alike = [card for card in sound if not differs(card, job)]
+    fewer = (some for some in (alike, sound) if len(some) < len(cards) and any(_holding(job, gang, some)))
+    return [card for card in next(fewer, cards) if may_share(card, job)]
 
 
 def best_group(cards: Sequence[Card], count: int) -> list[Card] | None:

@@ -35,6 +35,7 @@ class Waiting:
     requires: frozenset[tuple[str, str]] = frozenset()  # labels that its node must have
     only_host: str | None = None  # the box that has its finished result, while no other box may take it
     avoids: frozenset[str] = frozenset()  # cards and boxes that failed it a short while ago
+    bf16: bool | None = None  # whether its stored checkpoint was trained in bfloat16; None: any card may go on from it
     base_model: str = ""  # empty: it is not known, or no host may have it
     alone: bool = True  # one card may take it
     gangs: tuple[SharedNeed, ...] = ()  # how several cards may divide it, the preferred way first

@@ -21,6 +21,7 @@ from .cards import (
     Reservation,
     Room,
     avoided,
+    failed,
     largest_gpu,
     lasts,
     least_limit,
@@ -195,7 +196,7 @@ class Round:
         if obstacle is Obstacle.PROCESSOR and unsuited(card, job, self.largest) is not None:
             return obstacle
         if avoided(card, job, self.cards.values()):
-            return Obstacle.AVOIDED
+            return Obstacle.AVOIDED if failed(card, job) else Obstacle.FORMAT
         placed = self.placed.get(job.job_id)
         if placed is not None and placed.join is not None and placed.node == card.node:
             return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import functools
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,9 +114,21 @@ def card_of(
         model=node.device_name,
         gangs=bool(node.gangs) and not node.gpu.startswith("MIG-"),  # slices can't talk to each other
         user_limit=node.user_limit,
+        bf16=takes_bf16(node.self_test),
         left_s=None if node.until is None else (node.until - now).total_seconds(),
         window_s=None if node.until is None else node.window_s,
     )
+
+
+_AMPERE = 8
+"""The first generation (compute capability 8.0) that has bfloat16."""
+
+
+def takes_bf16(self_test: Mapping[str, Any] | None) -> bool | None:
+    """Whether a card takes bfloat16 under training.dtype auto, by its self-test; None: a processor's, or none yet."""
+    capability = self_test.get("capability") if isinstance(self_test, Mapping) else None
+    known = re.fullmatch(r"(\d{1,3})\.\d{1,3}", str(capability), re.ASCII)
+    return None if known is None else int(known[1]) >= _AMPERE
 
 
 def _reserved(size: int | None, total: int) -> int:
@@ -219,6 +232,7 @@ def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
         requires=NOWHERE if why else QueueKey.parse(row["queue_key"]).requires,
         only_host=row["result_host"] if row["result_until"] is not None and row["result_until"] > now else None,
         avoids=frozenset(avoided_by(row["avoids"], now)),
+        bf16=row.get("begun_bf16"),
         base_model=row["base_model"],
         alone=ways.alone,
         gangs=ways.gangs,

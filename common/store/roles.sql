@@ -46,7 +46,7 @@ GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, he
     to_evaluate, attempt,
     node, gpu, method, started_at, vram_reserved, vram_lora, vram_qlora, vram_needed, vram_class, planned, need_key,
     family, engine, queue_key, lora_until, checkpoint, adjustment, adapter_uri, report_uri, result_host, result_until,
-    manifest_sha256, lab_failures, lab_step, avoids, gangs, roomy, checkpoint_s)
+    manifest_sha256, lab_failures, lab_step, avoids, gangs, roomy, checkpoint_s, begun_bf16)
     ON jobs TO loractl_worker;
 GRANT INSERT, UPDATE ON attempts, uses, usage, fleet_rounds, locks TO loractl_worker;
 GRANT UPDATE (used, below_at) ON quotas TO loractl_worker; -- the owner alone sets one
@@ -99,6 +99,7 @@ SET search_path = pg_catalog, public, pg_temp AS $$
   SELECT before."user" = session_user AND before.status <> 'succeeded' AND loractl_readable(after) AND
     after.spec ->> 'name' = after.name AND after.spec ->> 'base_model' = after.base_model AND
     (after.checkpoint_s IS NULL OR after.checkpoint_s = before.checkpoint_s) AND
+    (after.begun_bf16 IS NULL OR after.begun_bf16 = before.begun_bf16) AND
     (after.adjustment::text IS NOT DISTINCT FROM before.adjustment::text OR
       coalesce(after.adjustment::text, 'null') = 'null') AND
     (after.spec::text = before.spec::text OR loractl_same_batch(after)) AND
@@ -128,7 +129,7 @@ DECLARE
     WHEN 'retry' THEN '{status,reason,message,held,held_too,ended_at,not_before,retries_used,step,total_steps,loss,
       tokens_per_second,cancel_requested,lab_failures,lab_step,avoids,result_until}'
     WHEN 'edited' THEN '{name,labels,spec,spec_hash,priority,methods,preemptible,version,max_retries,vram_lora,
-      held,awaits,held_too,checkpoint_s,
+      held,awaits,held_too,checkpoint_s,begun_bf16,
       vram_qlora,vram_needed,vram_class,planned,need_key,family,engine,queue_key,lora_until,adjustment,gangs,roomy}'
     END;
 BEGIN
@@ -165,7 +166,7 @@ BEGIN
       concat(NEW.token, NEW.adapter_uri, NEW.report_uri, NEW.result_host, NEW.manifest_sha256, NEW.reason, NEW.message,
         NEW.stage, NEW.preempted_by, NEW.node, NEW.gpu, NEW.method, NEW.vram_reserved, NEW.step, NEW.total_steps,
         NEW.loss, NEW.ancestor, NEW.tokens_per_second, NEW.eta_seconds, NEW.eta_spread_seconds, NEW.evaluated, NEW.to_evaluate,
-        NEW.lab_step, NEW.checkpoint_s, NEW.avoids, NEW.not_before, NEW.started_at, NEW.ended_at, NEW.lease_expires_at,
+        NEW.lab_step, NEW.checkpoint_s, NEW.begun_bf16, NEW.avoids, NEW.not_before, NEW.started_at, NEW.ended_at, NEW.lease_expires_at,
         NEW.result_until) <> '' OR
       coalesce(NEW.checkpoint::text, 'null') <> 'null' OR NOT loractl_readable(NEW) OR NOT loractl_same_batch(NEW) OR
       NEW.submitted_at NOT BETWEEN now() - interval '1 day' AND now() + interval '1 day' OR

@@ -205,6 +205,7 @@ class Job(Base):
     roomy: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_roomy, null=True, none_as_null=True))
     # the newest one in the artifact store: step, prefix
     checkpoint: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_checkpoint, null=True))
+    begun_bf16: Mapped[bool | None]  # the card that trained it takes bfloat16; null: not known, or the job says in what
     result_host: Mapped[str | None]  # the box that holds a finished result which is not stored yet
     result_until: Mapped[Timestamp | None]  # until then only that box may take the job
     # what out-of-memory has changed: micro-batch, accumulation, ...

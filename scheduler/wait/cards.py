@@ -111,6 +111,8 @@ def _kept_off(
         case Obstacle.AVOIDED:
             why = avoidance_of(job, card, view)
             return clock(why.until, view.now), f"failed the job ({why.reason}), which avoids it until then", why.until
+        case Obstacle.FORMAT:
+            return "?", f"{other_format(me)}, and another open card does", None
         case Obstacle.PATIENCE if job.lora_until is not None:
             text = "too small for LoRA, for which the job waits until then"
             return clock(job.lora_until, view.now), text, job.lora_until
@@ -218,6 +220,15 @@ def still_inside(card: Card) -> str:
     return (
         f"{'job' if one else 'jobs'} {in_words(jobs)} {'has' if one else 'have'} ended but"
         f" {'holds' if one else 'hold'} {held} GiB until {'it has' if one else 'they have'} left the trainer"
+    )
+
+
+def other_format(me: Waiting) -> str:
+    """Why the job keeps off a card that computes in another number format than its checkpoint."""
+    return (
+        "does not compute in bfloat16, as its checkpoint does"
+        if me.bf16
+        else "computes in bfloat16, its checkpoint not"
     )
 
 

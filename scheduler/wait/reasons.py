@@ -20,7 +20,18 @@ from loractl.common.placement.shares import Allowance, window_name
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, fault_of, paused, unreadable
 from loractl.common.units import clock, duration, gib
 
-from .cards import SILENT_S, Asking, avoidance_of, beside, holder, refused_join, short_of_time, silent_s, still_inside
+from .cards import (
+    SILENT_S,
+    Asking,
+    avoidance_of,
+    beside,
+    holder,
+    other_format,
+    refused_join,
+    short_of_time,
+    silent_s,
+    still_inside,
+)
 from .gangs import gang_wait, gathering_of, in_words, when_they_end
 
 if TYPE_CHECKING:
@@ -310,13 +321,16 @@ def _patience(asking: Asking, view: FleetView) -> Wait | None:
 
 
 def _avoids(asking: Asking, view: FleetView) -> Wait | None:
-    """A card has room for it but failed it: it waits for another card."""
-    forgets, cards = replace(asking.me, avoids=frozenset()), view.cards
+    """A card has room for it but failed it, or computes in another number format: it waits for another card."""
+    forgets, cards = replace(asking.me, avoids=frozenset(), bf16=None), view.cards
     for node, refusal in asking.refusals.items():
-        if refusal is Obstacle.AVOIDED and could_start(forgets, cards[node], cards.values()):
-            why = avoidance_of(asking.job, cards[node], view)
-            until = clock(why.until, view.now)
-            return _capacity("avoids", f"{node} failed it ({why.reason}), so it waits for another card until {until}")
+        if refusal not in (Obstacle.AVOIDED, Obstacle.FORMAT) or not could_start(forgets, cards[node], cards.values()):
+            continue
+        if refusal is Obstacle.FORMAT:
+            return _capacity("format", f"{node} {other_format(asking.me)}, so it waits for another card")
+        why = avoidance_of(asking.job, cards[node], view)
+        until = clock(why.until, view.now)
+        return _capacity("avoids", f"{node} failed it ({why.reason}), so it waits for another card until {until}")
     return None
 
 

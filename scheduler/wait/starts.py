@@ -158,7 +158,7 @@ def rivals(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waitin
 
 def _suiting(job: Waiting, view: FleetView) -> frozenset[str]:
     """The open cards that the job could take. Hundreds of waiting jobs ask for the same, so the view keeps it."""
-    form = (job.need, job.methods, job.requires, job.only_host, job.avoids, job.alone, job.gangs)
+    form = (job.need, job.methods, job.requires, job.only_host, job.avoids, job.bf16, job.alone, job.gangs)
     found = view.suiting.get(form)
     if found is None:
         fleet = view.cards.values()

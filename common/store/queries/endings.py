@@ -228,7 +228,7 @@ def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
     if job.reason in KEEPING:
         message += _kept(job)
     else:
-        job.checkpoint = job.result_host = None  # the files are removed
+        job.checkpoint = job.begun_bf16 = job.result_host = None  # the files are removed
     job.result_until = None
     forget_wishes(tx, job.job_id)
     tx.tell(job.job_id, job.attempt, job.status.value, message)

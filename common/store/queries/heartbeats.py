@@ -13,9 +13,10 @@ from loractl.common.job.adjustment import without_room
 from loractl.common.text import storable
 
 from ..columns import part_of
+from ..fleet import takes_bf16
 from ..guard import EXPECTED, REACHED, mine
 from ..records import Beat, Claim, Progress, StoredCheckpoint, rung_points
-from ..tables import ASKED_TO_STOP, Attempt, Job, LogChunk, MetricPoint
+from ..tables import ASKED_TO_STOP, Attempt, Job, LogChunk, MetricPoint, Node
 from ..transaction import SKIP_LOCKED, Transaction
 from .need import plan_again
 from .sweeps import read_verdict
@@ -75,10 +76,11 @@ def _seconds(limit: str | float | None) -> float | None:
 
 def keep_checkpoint(tx: Transaction, claim: Claim, checkpoint: StoredCheckpoint) -> bool:
     """Name a stored checkpoint as the one that a later attempt goes on from; False when the lease is lost."""
-    row = tx.session.execute(select(Job.checkpoint, Job.started_at).where(Job.job_id == claim.job_id)).one()
-    took = {}
+    known = select(Job.checkpoint, Job.started_at, Node.self_test).outerjoin(Node, Node.node == Job.node)
+    row = tx.session.execute(known.where(Job.job_id == claim.job_id)).one()
+    took: dict[str, Any] = {"begun_bf16": takes_bf16(row.self_test) if claim.spec.training.dtype == "auto" else None}
     if row.started_at is not None and not is_of_attempt(row.checkpoint, claim.job_id, claim.attempt):
-        took = {"checkpoint_s": (tx.now() - row.started_at).total_seconds()}
+        took |= {"checkpoint_s": (tx.now() - row.started_at).total_seconds()}
     return tx.change(mine(claim).values(checkpoint=vars(checkpoint), **took)) == 1
 
 
@@ -103,7 +105,7 @@ def record(tx: Transaction, claim: Claim, progress: Progress) -> None:
         tx.session.execute(change.execution_options(synchronize_session="fetch"))
     if progress.withdrawn is not None:
         named = part_of(Job.checkpoint, "prefix") == progress.withdrawn  # not one that was stored meanwhile
-        change = mine(claim).where(named).values(checkpoint=None)
+        change = mine(claim).where(named).values(checkpoint=None, begun_bf16=None)
         tx.session.execute(change.execution_options(synchronize_session="fetch"))
     if progress.need is not None:
         plan_again(tx, claim, progress.need, progress.roomy, progress.running)

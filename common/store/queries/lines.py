@@ -41,7 +41,7 @@ _AT_ONCE = 32  # of a user's jobs in one query, where many are read
 
 _OF_ROW = (
     'job_id, "user", priority, submitted_at, methods, vram_lora, vram_qlora, lora_until, queue_key, result_host,'
-    " result_until, avoids, base_model, gangs, planned, attempt, checkpoint_s"
+    " result_until, avoids, begun_bf16, base_model, gangs, planned, attempt, checkpoint_s"
 )
 _COLUMNS = (
     f"{_OF_ROW},"  # noqa: S608  no input

@@ -133,7 +133,8 @@ def forget_checkpoint(tx: Transaction, job_id: int) -> int | None:
     """
     ended_job = update(Job).where(Job.job_id == job_id, Job.status.in_(ENDED))
     return tx.session.scalar(
-        ended_job.values(checkpoint=None).returning(Job.attempt), execution_options={"synchronize_session": False}
+        ended_job.values(checkpoint=None, begun_bf16=None).returning(Job.attempt),
+        execution_options={"synchronize_session": False},
     )
 
 

@@ -73,6 +73,8 @@ def amend(tx: Transaction, job: Job, amendment: Amendment, now: dt.datetime) -> 
         job.lora_until = _lora_until(submission, now)
     job.gangs = submission.ways.as_json()
     job.checkpoint_s = None  # it may save more often now
+    if submission.spec.training.dtype != "auto":
+        job.begun_bf16 = None
     if amendment.replanned or amendment.new_batch:
         job.adjustment = None  # it was made for another batch
     if amendment.replanned:

@@ -121,6 +121,7 @@ def random_card(rng: random.Random, number: int, limit: int | None) -> Card:
         user_limit=limit,
         left_s=rng.choice((None, None, None, 600.0, 4000.0, 9000.0)),
         window_s=10_000.0,
+        bf16=rng.choice((None, True, True, False)),
     )
 
 
@@ -138,4 +139,5 @@ def random_job(rng: random.Random, number: int, age_s: float) -> Waiting:
         only_host=rng.choice((None, None, None, None, "n", "m")),
         avoids=rng.choice((frozenset(), frozenset(), frozenset({"n:0"}), frozenset({"n:0", "n:1"}), frozenset({"n"}))),
         checkpoint_s=rng.choice((None, 60.0, 900.0, 5000.0)),
+        bf16=rng.choice((None, None, True, False)),
     )

@@ -138,7 +138,7 @@ def test_no_job_starts_where_it_failed_while_another_card_could_hold_it(scene: S
         sound = [card for card in scene.cards if not blamed & {card.node, card.host}]
         idle = [replace(card, running=(), user_limit=None) for card in sound if card.open]
         largest = largest_gpu(scene.cards)
-        fits = [c for c in idle if could_start(replace(job, avoids=frozenset()), c, idle)]
+        fits = [c for c in idle if could_start(replace(job, avoids=frozenset(), bf16=None), c, idle)]
         assert not [c for c in fits if not c.processor or largest == 0 or (job.least or 0) > largest]
 
 
@@ -148,7 +148,7 @@ def test_what_a_job_avoids_never_makes_it_wait_for_nothing(scene: Scene) -> None
     """On the fleet without anything else that we run, a job starts if it would start with no such memory."""
     idle = [replace(card, running=()) for card in scene.cards]
     for job in scene.jobs:
-        forgets = replace(job, avoids=frozenset())
+        forgets = replace(job, avoids=frozenset(), bf16=None)
         assert bool(started(decide([job], idle))) == bool(started(decide([forgets], idle)))
 
 

@@ -257,14 +257,19 @@ def all_groups(each: Waiting, way: SharedNeed, cards: Collection[Card]) -> Itera
 
 
 def allowed_groups(each: Waiting, way: SharedNeed, cards: Collection[Card]) -> list[tuple[Card, ...]]:
-    """Without those that failed the job, where others could hold it."""
+    """Without those that failed the job or compute in another format than its checkpoint, where others could hold
+    it."""
     every = list(all_groups(each, way, cards))
     sound = [g for g in every if not any({c.node, c.host} & each.avoids for c in g)]
+    alike = [g for g in sound if each.bf16 is None or all(c.bf16 in (None, each.bf16) for c in g)]
     sizes = [way.need.of(method) for method in each.methods]
-    able = (
-        all(c.capacity > 0 and c.max_jobs and (size or 0) <= c.capacity for c in g) for g in sound for size in sizes
-    )
-    return sound if any(able) else every
+    for some in (alike, sound):
+        able = (
+            all(c.capacity > 0 and c.max_jobs and (size or 0) <= c.capacity for c in g) for g in some for size in sizes
+        )
+        if any(able):
+            return some
+    return every
 
 
 def rooms_of(each: Card, kept: Reservation | None) -> int:

@@ -64,8 +64,11 @@ class Reference:
         suited = [c for c in mine if job.requires <= c.labels and (beyond or not c.processor)]
         suited = [c for c in suited if self.has_time(job, c, 0.0)]
         sound = [c for c in suited if c.node not in job.avoids and c.node.split(":")[0] not in job.avoids]
-        room = {c.node: c.total - c.margin - c.outside for c in sound if c.max_jobs > 0}
-        return sound if any(size > 0 and (least is None or least <= size) for size in room.values()) else suited
+        room = [(c, c.total - c.margin - c.outside) for c in sound if c.max_jobs > 0]
+        able = [c for c, size in room if size > 0 and (least is None or least <= size)]
+        if job.bf16 is not None and any(c.bf16 is job.bf16 for c in able):
+            return [c for c in sound if c.bf16 in (None, job.bf16)]
+        return sound if able else suited
 
     def has_time(self, job: Waiting, card: Card, at: float) -> bool:
         took = min(3600.0, (card.window_s or 0.0) / 2) if job.checkpoint_s is None else job.checkpoint_s

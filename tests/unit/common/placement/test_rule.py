@@ -188,6 +188,19 @@ def test_a_job_takes_the_card_that_failed_it_where_no_other_could_hold_it() -> N
     assert started(decide([job], [bad, lent])) == {1: "a:0"}, "other people's programs may stay for ever"
 
 
+def test_a_job_waits_for_a_card_of_its_checkpoint_s_number_format_while_one_is_open() -> None:
+    old, new = replace(a_card("a:0", 24), bf16=False), replace(a_card("b:0", 24), bf16=True)
+    busy = replace(new, running=(running(9, 24),))
+    job = a_job(1, bf16=True)
+    assert started(decide([job], [old, busy])) == {}
+    assert started(decide([replace(job, bf16=None)], [old, busy])) == {1: "a:0"}
+    assert started(decide([replace(job, bf16=False)], [old, busy])) == {1: "a:0"}
+    for other in (replace(busy, open=False), replace(busy, total=2 * GIB), replace(busy, bf16=None)):
+        assert started(decide([job], [old, other])) == {1: "a:0"}, "else it goes on in another format"
+    failed = replace(job, avoids=frozenset({"b:0"}))
+    assert started(decide([failed], [old, new])) == {1: "a:0"}, "rather than on the one that failed it"
+
+
 def test_a_box_that_failed_a_job_is_avoided_with_all_its_cards() -> None:
     cards = [a_card("a:0", 8), a_card("a:1", 8), a_card("b:0", 80)]
     assert started(decide([a_job(1, avoids=frozenset({"a"}))], cards)) == {1: "b:0"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 
 import pytest
 
@@ -63,6 +64,29 @@ def test_a_retry_avoids_the_box_whose_disk_or_network_failed_it(timed: Store, cl
     clock.forward(LAB_RETRY_DELAY_S)
     assert [timed.attempts.claim(node) for node in ("a:0", "a:1")] == [None, None]
     assert isinstance(timed.attempts.claim("b:0"), Claim)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_retry_waits_for_a_card_of_its_checkpoint_s_number_format_unless_the_job_names_one(
+    timed: Store, dtype: str
+) -> None:
+    new, old = node_state("a:0", self_test={"capability": "9.0"}), node_state("b:0", self_test={"capability": "7.5"})
+    timed.cards.see(new)
+    job_id = timed.jobs.submit(submission(training={"dtype": dtype}))
+    claim, kept = start(timed, "a:0"), StoredCheckpoint(step=5, prefix="jobs/1/checkpoints/1-5")
+    assert timed.attempts.keep_checkpoint(claim, kept)
+    assert timed.jobs.get(job_id).begun_bf16 is (True if dtype == "auto" else None)
+    end(timed, claim, Reason.DRAINED)
+    timed.cards.see(old)
+    other = timed.jobs.submit(submission(priority=1))
+    assert start(timed, "a:0").job_id == other
+    if dtype == "auto":
+        assert timed.attempts.claim("b:0") is None, "the busy card takes its format"
+        timed.cards.drain("a:0", "lena", "repair")
+    again = timed.attempts.claim("b:0")
+    assert isinstance(again, Claim) and again.job_id == job_id
+    timed.attempts.beat(again, Progress(withdrawn=kept.prefix))
+    assert timed.jobs.get(job_id).begun_bf16 is None
 
 
 def test_it_takes_the_card_that_failed_it_where_no_other_could_hold_it_and_after_half_an_hour(

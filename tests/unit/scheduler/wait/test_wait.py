@@ -162,6 +162,20 @@ def test_a_card_that_failed_it_is_named_with_the_reason_and_until_when() -> None
     assert told(waits(avoids=over), *nodes, ran=ran)[0] == "next"
 
 
+def test_a_card_of_another_number_format_is_named_while_it_waits_for_one_of_its_checkpoint_s() -> None:
+    old, new = card("a:0", self_test={"capability": "7.5"}), card("b:0", self_test={"capability": "9.0"})
+    ran = [running(1, "b:0", 24)]
+    why = "a:0 does not compute in bfloat16, as its checkpoint does, so it waits for another card"
+    assert told(waits(begun_bf16=True), old, new, ran=ran) == ("format", why)
+    found = fits(waits(begun_bf16=True), old, new, ran=ran)
+    assert found["a:0"][1] == "does not compute in bfloat16, as its checkpoint does, and another open card does"
+    assert told(waits(begun_bf16=True), old)[0] == "next"
+    other = told(
+        waits(begun_bf16=False), new, card("a:0", self_test={"capability": "7.5"}), ran=[running(1, "a:0", 24)]
+    )
+    assert other == ("format", "b:0 computes in bfloat16, its checkpoint not, so it waits for another card")
+
+
 def test_a_pause_after_a_failure_of_the_lab_says_where_and_how() -> None:
     job = waits(attempt=1, not_before=in_seconds(9), reason=Reason.DISK_FULL, message="full", node="a:0")
     assert told(job, card()) == ("retry", "attempt 2 in 9 s: a:0 failed it (disk_full)")
