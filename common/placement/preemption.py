@@ -64,14 +64,25 @@ def _cost(going: Sequence[Occupant]) -> tuple[int, int, int]:
 
 
 def _fewest(card: Card, size: int, willing: Sequence[Occupant]) -> list[Occupant] | None:
-    """The smallest group of willing jobs that leaves room for `size` bytes and a slot when it ends."""
+    """The smallest group of willing jobs that leaves room for `size` bytes and a slot when it ends: as few as possible,
+    of the lowest priorities that suffice, and each the least that does."""
     for count in range(1, len(willing) + 1):
-        # try the largest: if these are too small, any other group of this size is, too
-        going = sorted(willing, key=lambda j: -max(j.reserved, j.used))[:count]
-        if _has_room(card, size, going):
-            single = [j for j in willing if _has_room(card, size, [j])] if count == 1 else []
-            return [min(single, key=lambda j: (j.priority, j.reserved))] if single else going
+        for priority in sorted({job.priority for job in willing}):
+            low = [job for job in willing if job.priority <= priority]
+            # try the largest: if these are too small, any other group of this size is, too
+            going = sorted(low, key=lambda j: -max(j.reserved, j.used))[:count]
+            if len(going) == count and _has_room(card, size, going):
+                return _spared(card, size, going, low)
     return None
+
+
+def _spared(card: Card, size: int, going: list[Occupant], low: Sequence[Occupant]) -> list[Occupant]:
+    """The same room by others of these: in place of each, from the highest priority on, the lowest that is enough."""
+    for one in sorted(going, key=lambda j: (-j.priority, -j.reserved)):
+        rest = [job for job in going if job is not one]
+        enough = [job for job in low if job not in rest and _has_room(card, size, [*rest, job])]
+        going = [*rest, min(enough, key=lambda j: (j.priority, j.reserved))]
+    return going
 
 
 def _has_room(card: Card, size: int, going: Sequence[Occupant]) -> bool:

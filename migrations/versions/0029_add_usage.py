@@ -8,6 +8,7 @@ import datetime as dt
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 
 import sqlalchemy as sa
 from alembic import op
@@ -66,27 +67,16 @@ def _count_what_was(usage: sa.Table, sets: sa.Table) -> None:
     sums: dict[tuple[dt.datetime, str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0])
     found: dict[str, dict[str, str]] = {}
     for user, node, labels, start, end, size, is_last, status in rows:
-        try:
-            began, over, given = _read(start), _read(end), json.loads(labels)
-            key = _key(given)
-        except (AttributeError, TypeError, ValueError):
-            continue
         if not isinstance(user, str) or not isinstance(node, str) or not isinstance(size, int | None):
             continue
-        if key:
-            found[key] = given
-        total = totals.get(node)
-        part = min(1.0, size / total) if size and isinstance(total, int) and total > 0 else 1.0
-        hour = began.replace(minute=0, second=0, microsecond=0)
-        if not 0 <= (over - began) / _HOUR < _MOST:
-            continue
-        while hour <= over:
-            within = max(0.0, (min(over, hour + _HOUR) - max(began, hour)) / _HOUR)
+        hours = list(hours_of(labels, start, end))
+        for number, (hour, key, within) in enumerate(hours, start=1):
+            if key:
+                found[key] = json.loads(labels)
             row = sums[hour, user, node, key]
-            row[0] += within * part
+            row[0] += within * part_of(size, totals.get(node))
             row[1] += within * (size or 0) / 2**30
-            row[2] += int(hour + _HOUR > over and bool(is_last) and status in ("succeeded", "failed", "cancelled"))
-            hour += _HOUR
+            row[2] += int(number == len(hours) and bool(is_last) and status in ("succeeded", "failed", "cancelled"))
     new = [
         {
             "hour": hour, "user": user, "node": node, "label_set": key, "card_hours": cards, "gib_hours": gib,
@@ -98,6 +88,24 @@ def _count_what_was(usage: sa.Table, sets: sa.Table) -> None:
         bind.execute(sa.insert(usage), new[first : first + 1000])
     if found:
         bind.execute(sa.insert(sets), [{"label_set": key, "labels": labels} for key, labels in found.items()])
+
+
+def hours_of(labels: str, start: str, end: str) -> Iterator[tuple[dt.datetime, str, float]]:
+    """The hours that an attempt touches, the short name of its labels, and how much of each hour it had; none where
+    that can't be read."""
+    try:
+        began, over, key = _read(start), _read(end), _key(json.loads(labels))
+        hour = began.replace(minute=0, second=0, microsecond=0)
+    except (AttributeError, TypeError, ValueError):
+        return
+    while 0 <= (over - began) / _HOUR < _MOST and hour <= over:
+        yield hour, key, max(0.0, (min(over, hour + _HOUR) - max(began, hour)) / _HOUR)
+        hour += _HOUR
+
+
+def part_of(size: int | None, total: object) -> float:
+    """The part of a card; of an unknown one, the whole."""
+    return min(1.0, size / total) if size and isinstance(total, int) and total > 0 else 1.0
 
 
 def _read(text: str) -> dt.datetime:

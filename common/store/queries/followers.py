@@ -49,11 +49,13 @@ def release_followers(tx: Transaction, ended: Job) -> None:
 
 
 def release_left(tx: Transaction) -> None:
-    """The same for what ended without it: by a person, by an earlier version, or while a follower was submitted."""
+    """The same for what ended without it: by a person, by an earlier version, or while a follower was submitted. And
+    for what gc has removed, since a retry of the follower brings back the wait."""
     ended = aliased(Job)
     succeeded = exists().where(ended.job_id == Job.awaits, ended.status == Status.SUCCEEDED)
     over = exists().where(ended.job_id == Job.awaits, ended.status.in_(_ENDED))
-    _go_on(tx, _blocked().where(or_(succeeded, and_(_ANY, over))))
+    gone = ~exists().where(ended.job_id == Job.awaits)
+    _go_on(tx, _blocked().where(or_(succeeded, gone, and_(_ANY, over))))
 
 
 def read_followers(tx: Transaction, job_id: int) -> list[int]:
@@ -122,8 +124,15 @@ def _next(tx: Transaction, job: Job, now: dt.datetime) -> None:
     over, after = job.awaits, job.after
     left = after[after.index(over) + 1 :] if over in after else []
     any_end = job.after_any
-    block(job, first_awaited(tx, left, any_end=any_end))
+    there = set(tx.session.scalars(select(Job.job_id).where(Job.job_id.in_(after))))
+    block(job, first_awaited(tx, [one for one in left if one in there], any_end=any_end))
     if job.awaits is not None:
+        return
+    if gone := [one for one in after if one not in there]:
+        why = f"job {gone[0]}, which it was to start after, is not there any more"
+        job.held, job.message = True, f"held: {why}"
+        tx.tell(job.job_id, None, "held", f"{why}; loractl retry lets it start")
+        tell_of_job(tx, job)
         return
     if (sweep_id := sweep_of(job.spec)) is not None:
         begin_from_best(tx, job, sweep_id)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+from dataclasses import replace
 
 import pytest
 
+from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
 from loractl.common.job.status import Reason
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
@@ -19,6 +21,9 @@ from ..factories import NOON, RESULT, Clock, node_state, submission
 from .screens import WIDE
 
 pytestmark = SQLITE_ALONE
+
+GANGS_BEFORE = "0032"
+"""The revision before the one that counts an attempt's further cards."""
 
 
 @pytest.fixture
@@ -111,6 +116,7 @@ def test_the_expected_start_of_a_job_beyond_a_quota_is_when_a_claim_gives_it_a_c
 def test_an_upgrade_counts_what_was_had_before_and_no_row_stops_it(timed: Store) -> None:
     train(timed, "ada", 1.5, labels={"team": "nlp"})
     train(timed, "wei", 1, gib=48)
+    train_on_two_cards(timed)
     before = usage_table(timed, "user", NOON).rows
     for number in range(3):
         train(timed, f"eve{number}", 1)
@@ -126,13 +132,47 @@ def test_an_upgrade_counts_what_was_had_before_and_no_row_stops_it(timed: Store)
     assert {name for use in timed.usage.since(NOON) for name in use.labels.items()} == {("team", "nlp")}
 
 
-def again(store: Store) -> None:
+def test_hours_of_further_cards_are_counted_once_in_a_lab_that_has_counted_some(timed: Store) -> None:
+    """An earlier version's upgrade left them out, its workers did not."""
+    for _ in range(2):
+        train_on_two_cards(timed)
+        train(timed, "ada", 0.25)
+    before = by_card(timed)
+    with timed.engine.begin() as connection:  # the first of the two ended before the upgrade
+        lost = "UPDATE usage SET card_hours = card_hours - 0.75, gib_hours = gib_hours - 36"
+        connection.exec_driver_sql(f"{lost} WHERE node = 'box:1' AND hour = (SELECT min(hour) FROM usage)")
+    for _ in range(2):
+        again(timed, GANGS_BEFORE)
+        assert by_card(timed) == before
+
+
+def by_card(store: Store) -> list[tuple[str, float, float]]:
+    rows = usage_table(store, "card", NOON).rows
+    return [(row.name, round(row.card_hours, 6), round(row.gib_hours, 6)) for row in rows]
+
+
+def train_on_two_cards(store: Store) -> None:
+    """40 of 48 GiB of each for 0.9 hours."""
+    clock = store.clock
+    assert isinstance(clock, Clock)
+    way = SharedNeed(cards=2, parallel=Parallel.SHARDED, need=Need(lora=40 * GIB, qlora=None))
+    wanted = submission(lora=90, qlora=None, method="lora")
+    store.jobs.submit(replace(wanted, ways=Ways(alone=False, gangs=(way,))))
+    for node in ("box:0", "box:1"):
+        store.cards.see(node_state(node, total=48 * GIB, max_jobs=8, gangs=True))
+    claim = store.attempts.claim("box:0", gangs=True)
+    assert isinstance(claim, Claim)
+    clock.forward(0.9 * 3600)
+    store.attempts.finish(claim, Reason.OK, "", Progress(), RESULT)
+
+
+def again(store: Store, before: str = "0028") -> None:
     """Down to before usage was counted, and up."""
     from alembic import command
 
     from loractl.common.store.schema import alembic_config
 
     with store.engine.connect() as connection, alembic_config(connection) as config:
-        command.downgrade(config, "0028")
+        command.downgrade(config, before)
         command.upgrade(config, "head")
         connection.commit()

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from loractl.common.job.method import Method, Need
+from loractl.common.placement.preemption import give_way
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S
 from loractl.common.units import GIB
 
@@ -214,3 +215,17 @@ def test_a_kept_card_is_none_that_failed_the_job() -> None:
     (kept,) = decide([job], [soon, late, a_card("c:0", 8)])
     assert kept.reserved is not None
     assert kept.reserved.node == "b:0"
+
+
+@pytest.mark.parametrize(
+    ("needs", "going"),
+    [(10, {4}), (14, {1}), (18, {3, 4}), (20, {2, 4}), (26, {1, 4}), (34, {1, 3, 4}), (50, None)],
+)
+def test_the_fewest_give_way_then_those_of_the_lowest_priority_then_the_smallest(
+    needs: int, going: set[int] | None
+) -> None:
+    """By size alone, 1 and 2 would stop for 18 GiB."""
+    jobs = {1: (16, 3), 2: (10, 1), 3: (8, 1), 4: (10, 0)}  # GiB and priority
+    there = tuple(replace(running(n, gib), preemptible=True, priority=priority) for n, (gib, priority) in jobs.items())
+    asked = give_way(a_job(9, needs, priority=5), [a_card("a:0", 44, max_jobs=8, running=there)])
+    assert (None if asked is None else set(asked[1])) == going

@@ -122,7 +122,8 @@ def test_rows_that_can_t_be_released_keep_no_other_job(store: Store) -> None:
     for _ in range(2):
         round_of_the_fleet(store)
     assert [standing(store, job_id) for job_id in (last, endless)] == [FREE, FREE]
-    assert standing(store, long)[0] == 10_000, "what is not there is not over"
+    assert standing(store, long) == (None, True, False)
+    assert store.jobs.get(long).message == "held: job 10000, which it was to start after, is not there any more"
     held = store.jobs.get(odd[0])
     assert (held.awaits, held.held) == (None, True)
     assert held.message == "held: its row can't be read; loractl cancel drops the job"
@@ -160,6 +161,25 @@ def test_a_cancelled_one_waits_again_when_it_is_retried(store: Store) -> None:
     store.jobs.retry(last, "ada")
     round_of_the_fleet(store)
     assert standing(store, last) == FREE
+
+
+def test_one_that_is_retried_after_gc_has_removed_what_it_awaits_is_held_with_the_reason(
+    timed: Store, clock: Clock
+) -> None:
+    first, second = queue(timed), queue(timed)
+    last = queue(timed, first, second)
+    for job_id in (last, first):
+        timed.jobs.cancel(job_id, "ada")
+    clock.forward(1)
+    assert timed.results.forget_jobs([first], clock.now) == {first}
+    timed.jobs.retry(last, "ada")
+    round_of_the_fleet(timed)
+    assert standing(timed, last) == (second, True, False)
+    end(timed, second)
+    assert standing(timed, last) == (None, True, False)
+    assert timed.jobs.get(last).message == f"held: job {first}, which it was to start after, is not there any more"
+    timed.jobs.retry(last, "ada")
+    assert standing(timed, last) == FREE
 
 
 def test_patience_for_lora_begins_when_it_may_start(timed: Store, clock: Clock) -> None:
