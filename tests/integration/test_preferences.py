@@ -355,7 +355,7 @@ def test_what_others_say_within_a_chosen_answer_is_learned_by_orpo_no_more_than_
     labels = [IGNORED, IGNORED, 40, IGNORED, IGNORED, 42, IGNORED, IGNORED, 50]
     row = TokenRow(number=1, input_ids=ids, labels=labels, starts=(6,))
     (learned,) = with_prompts([row])
-    assert learned.labels == [5, 6, *labels[2:]]
+    assert learned.labels == [IGNORED, 6, *labels[2:]]
     assert Sizes.of(learned) == Sizes(asked=1, chosen=2, rejected=1)
     chosen, _ = form_of(DataFormat.PREFERENCE).texts(row)
     assert unlearned(chosen).input_ids == [5, 6] == unlearned(chosen).labels, "as the report measures it"

@@ -23,7 +23,9 @@ from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.prepared import prepare_data
+from loractl.worker.data.token_findings import TokenLook
 from loractl.worker.data.tokens import IGNORED, encode
+from loractl.worker.engine.loss import learned_in
 from loractl.worker.evaluation.row_losses import score_rows
 from loractl.worker.protocol.marker import close_checkpoint
 from loractl.worker.protocol.messages import Note, Stepped
@@ -309,6 +311,19 @@ def test_loss_falls_on_answers_alone_and_the_end_is_learned(tiny_model: Path, tm
     assert tokenizer.decode(learned) == f"{examples[0].turns[1].content}<|im_end|>"
     assert row.input_ids.count(tokenizer.bos_token_id) == 2, "one <|im_start|> a message, none doubled"
     assert encode(examples[0], tokenizer, data.format) == [row]
+
+
+def test_a_text_s_first_token_is_never_counted_as_learned(tiny_model: Path, tmp_path: Path) -> None:
+    """Nothing precedes it, and this tokenizer puts no BOS there: ten texts of 181 tokens teach 171."""
+    tokenizer, file = load_tokenizer(str(tiny_model)), tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": f"A text of its own, number {n}"}) + "\n" for n in range(20)), "utf-8")
+    spec = JobSpec.model_validate({"name": "t", "base_model": str(tiny_model), "dataset": {"path": str(file)}})
+    data, look = prepare_data(spec.dataset, str(file), None, None, tokenizer, None), TokenLook(spec, tokenizer)
+    rows = data.train.rows
+    for row in rows:
+        look.see([row])
+    assert learned_in(rows) == data.train.tokens - len(rows)
+    assert data.facts()["supervised_tokens"] == sum(look.learned) == learned_in(rows)
 
 
 def test_the_loss_of_a_row_is_the_mean_over_its_learned_tokens(tiny_model: Path, tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def with_prompts(rows: Sequence[TokenRow]) -> TokenRows:
 
     def learned(row: TokenRow) -> TokenRow:
         asked = asked_in(row)
-        return replace(row, labels=[*row.input_ids[:asked], *row.labels[asked:]], asked=asked)
+        return replace(row, labels=[IGNORED, *row.input_ids[1:asked], *row.labels[max(1, asked) :]], asked=asked)
 
     return TokenRows.of(map(learned, rows))
 

@@ -124,7 +124,7 @@ class TokenLook:
         ids, labels, most, tokenizer = row.input_ids, row.labels, self.max_length, self._tokenizer
         bos, eos, unknown = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
         learned = learned_tokens(row)
-        self._given = self._given or learned < len(labels)
+        self._given = self._given or IGNORED in labels[1:]
         known = unknown in (None, bos, eos, tokenizer.pad_token_id)
         return [
             (self._doubled, bos is not None and ids[:2] == [bos, bos] and bos != eos),

@@ -28,7 +28,7 @@ from .row_forms import form_of
 from .token_rows import TokenRows
 from .tokens import IGNORED, TokenRow
 
-_CACHE_VERSION = 7
+_CACHE_VERSION = 8
 
 _COUNTS = "counts.json"
 

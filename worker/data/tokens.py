@@ -26,7 +26,8 @@ IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRow:
-    """One tokenised row; `labels` equal `input_ids` where the model learns to continue, and IGNORED elsewhere."""
+    """One tokenised row; `labels` equal `input_ids` where the model learns to continue, never at the first token, and
+    are IGNORED elsewhere."""
 
     number: int  # of the example: rows of one conversation share it, and follow each other
     input_ids: list[int]
@@ -73,11 +74,11 @@ def encode(example: Example, tokenizer: Any, format: DataFormat) -> list[TokenRo
     Raises ValueError if the chat template refuses it.
     """
     if example.turns:
-        return [
-            TokenRow(number=example.number, input_ids=ids, labels=labels) for ids, labels in _chat(example, tokenizer)
-        ]
-    ids, labels = _encode_text(example, tokenizer, learn_all=format is DataFormat.TEXT)
-    return [TokenRow(number=example.number, input_ids=ids, labels=labels)]
+        found = _chat(example, tokenizer)
+    else:
+        found = [_encode_text(example, tokenizer, learn_all=format is DataFormat.TEXT)]
+    # nothing precedes a row's first token, so it is never learned
+    return [TokenRow(number=example.number, input_ids=ids, labels=[IGNORED, *labels[1:]]) for ids, labels in found]
 
 
 def _chat(example: Example, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
