@@ -22,7 +22,7 @@ from .screens import WIDE
 
 pytestmark = SQLITE_ALONE
 
-GANGS_BEFORE = "0032"
+GANGS_BEFORE = "0033"
 """The revision before the one that counts an attempt's further cards."""
 
 

@@ -1,4 +1,4 @@
-"""The hours of an attempt's further cards, which revision 0029 left out (revision 0033).
+"""The hours of an attempt's further cards, which revision 0029 left out (revision 0034).
 
 An attempt that ended after that revision has them. So each hour of a card gets what is missing to the sum of all
 attempts there, and no more than those on several cards had. A row that can't be read counts nothing.
@@ -10,8 +10,8 @@ from collections import defaultdict
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0033"
-down_revision = "0032"
+revision = "0034"
+down_revision = "0033"
 branch_labels = None
 depends_on = None
 
