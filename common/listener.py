@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import ipaddress
 import re
+import resource
 import socket
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +20,14 @@ from .errors import UsageError
 HEADERS_S = 10.0
 """Seconds in which the lines of a request must have arrived."""
 
-WAITING = 50
-"""Connections of one address that may wait, for a request's lines or for a further request."""
+WAITING = 1000
+"""Connections that may wait for their callers: for a request's lines, its body, or a further request."""
+
+FILES = 4096
+"""Open files that a server may have: the connections that one turn of its loop accepts, too, and the rest of it."""
+
+KEEP_ALIVE_S = 75
+"""Seconds in which a further request may come: longer than a proxy keeps a connection, which is 60 s for most."""
 
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::\d{1,5})?", re.ASCII)
 
@@ -57,10 +65,10 @@ def check_port(host: str, port: int) -> None:
 class Connection(H11Protocol):
     """A caller's connection, which ends when the lines of a request don't arrive in time.
 
-    uvicorn itself waits for them forever: a few hundred callers that send a byte now and then would hold all of a
-    process's connections. What still comes after an answer must be the next request. Of an address's waiting
-    connections only the newest stay: a caller that asks at once is not shut out by older connections, its own or those
-    of others behind its proxy.
+    uvicorn itself waits for them forever: a few thousand callers that send a byte now and then would hold all of a
+    process's connections. What still comes after an answer must be the next request. When too many connections wait for
+    their callers, the address with most of them loses its oldest: a caller that asks at once is shut out neither by
+    another address nor by older connections of its own proxy, and a fleet behind one proxy loses none.
     """
 
     _began = 0.0
@@ -69,7 +77,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._began = self.loop.time()
-        self._leave_the_newest()
+        self._make_room()
         self._late = self.loop.call_later(HEADERS_S, self._give_up)
 
     def data_received(self, data: bytes) -> None:
@@ -81,27 +89,37 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._leave_the_newest()  # those that came while this one was answered did not count it
+        self._make_room()  # those that came while this one was answered did not count it
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._in_time()
         super().connection_lost(exc)
 
-    def _leave_the_newest(self) -> None:
-        for older in self._waiting_beside()[:-WAITING]:
-            older._give_up()
+    def _make_room(self) -> None:
+        if len(self.connections) <= WAITING:
+            return
+        waiting = [other for other in self.connections if isinstance(other, Connection) and other._waits]
+        for _ in range(len(waiting) - WAITING):
+            counts = Counter(other._address for other in waiting)
+            most = max(counts.values())
+            oldest = min((one for one in waiting if counts[one._address] == most), key=lambda one: one._began)
+            waiting.remove(oldest)
+            self.connections.discard(oldest)
+            oldest.transport.abort()  # close() waits for a caller that does not read its answer
 
-    def _waiting_beside(self) -> list[Connection]:
-        """The waiting connections of the same address, this one included, the oldest first."""
-        host = (self.client or [None])[0]
-        every = [other for other in self.connections if isinstance(other, Connection) and other._idle]
-        mine = [other for other in every if (other.client or [None])[0] == host and not other.transport.is_closing()]
-        return sorted(mine, key=lambda other: other._began)
+    @property
+    def _address(self) -> str | None:
+        return (self.client or [None])[0]
 
     @property
     def _idle(self) -> bool:
-        """Whether no request has arrived whole, or the last one is answered."""
+        """Whether no request's lines have arrived, or the last request is answered."""
         return self.cycle is None or self.cycle.response_complete
+
+    @property
+    def _waits(self) -> bool:
+        """Whether it is the caller's turn."""
+        return self._idle or self.cycle.more_body
 
     def _in_time(self) -> None:
         if self._late is not None:
@@ -123,6 +141,8 @@ class Listener(uvicorn.Server):
 
     async def startup(self, sockets: Any = None) -> None:
         """Listen, then say so."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, FILES)), hard))
         await super().startup(sockets)
         for server in self.servers:
             for listening in server.sockets:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from loractl.common.errors import UsageError
-from loractl.common.listener import Connection, Listener, check_port
+from loractl.common.listener import KEEP_ALIVE_S, WAITING, Connection, Listener, check_port
 
 from .access import is_loopback
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .access import Access
 
 AT_ONCE = 200
-"""Connections served at a time; further ones are asked to come later."""
+"""Requests answered at a time, beside connections that wait; further ones are asked to come later."""
 
 
 def listen(app: Any, host: str, port: int, access: Access, tell: Callable[[str], None]) -> None:
@@ -32,8 +32,8 @@ def listen(app: Any, host: str, port: int, access: Access, tell: Callable[[str],
         server_header=False,
         ws="none",
         http=Connection,
-        limit_concurrency=AT_ONCE,
-        timeout_keep_alive=15,
+        limit_concurrency=WAITING + AT_ONCE,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=3,
     )
     server = Listener(config, lambda at: tell(_address(host, at.rpartition(":")[2], access)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,32 @@ def test_a_body_that_does_not_come_is_answered(serve: Callable[..., int], monkey
         while b"}" not in answer and (more := connection.recv(65536)):  # head and body may come apart
             answer += more
     assert answer.startswith(b"HTTP/1.1 408 ") and b"the body did not arrive within 0.2 s" in answer
+
+
+def test_a_fleet_behind_one_address_is_answered_or_told_to_come_later(serve: Callable[..., int]) -> None:
+    """800 callers whose connections open before any of them has sent its request, as agents behind a proxy."""
+    port, body = serve(), json.dumps({"model": "base", "prompt": "queue", "max_tokens": 1}).encode()
+    lines = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\nConnection: close\r\n"
+
+    async def post(opened: asyncio.Barrier) -> tuple[bytes, bytes]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        await opened.wait()
+        with contextlib.closing(writer):
+            writer.write(f"{lines}Content-Type: application/json\r\n\r\n".encode())
+            await writer.drain()
+            writer.write(body)
+            head, _, answer = (await reader.read()).partition(b"\r\n\r\n")
+        assert json.loads(answer)
+        return head.split()[1], head.lower()
+
+    async def all_at_once() -> list[tuple[bytes, bytes]]:
+        opened = asyncio.Barrier(800)
+        return await asyncio.gather(*(post(opened) for _ in range(800)))
+
+    answers = asyncio.run(asyncio.wait_for(all_at_once(), 60))
+    counts = Counter(status for status, _ in answers)
+    assert counts[b"200"] + counts[b"503"] == 800 and counts[b"200"] >= http.MOST_WAITING, counts
+    assert all(b"\r\nretry-after: 5" in head for status, head in answers if status == b"503")
 
 
 def test_a_prompt_that_can_not_fit_is_refused_before_it_is_tokenised(

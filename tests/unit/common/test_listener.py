@@ -12,12 +12,17 @@ from typing import Any
 import pytest
 import uvicorn
 
-from loractl.common.listener import WAITING, Connection, Listener
+from loractl.common.listener import Connection, Listener
+
+WAITING = 50
 
 ASKED_LATER, MAY_ANSWER = threading.Semaphore(0), threading.Event()
 
 
 async def hello(scope: Any, receive: Any, send: Any) -> None:
+    if scope["path"] == "/body":
+        while (await receive()).get("more_body"):
+            pass
     if scope["path"] == "/later":
         ASKED_LATER.release()
         while not MAY_ANSWER.is_set():
@@ -27,8 +32,9 @@ async def hello(scope: Any, receive: Any, send: Any) -> None:
 
 
 @pytest.fixture
-def port() -> Iterator[int]:
-    """Of a server that serves two more connections than one address may leave waiting."""
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Of a server that serves two more connections than may be left waiting."""
+    monkeypatch.setattr("loractl.common.listener.WAITING", WAITING)
     told: list[str] = []
     listens = threading.Event()
 
@@ -58,7 +64,12 @@ def port() -> Iterator[int]:
 ASKED = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\n", ASKED], ids=["silent", "half a request", "answered"])
+BEGUN = b"POST /body HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nx"
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HTTP/1.1\r\n", BEGUN, ASKED], ids=["silent", "half a request", "half a body", "answered"]
+)
 def test_an_address_with_many_waiting_connections_loses_the_oldest_and_shuts_nobody_out(port: int, sent: bytes) -> None:
     with contextlib.ExitStack() as stack:
         waiting = [
@@ -74,6 +85,22 @@ def test_an_address_with_many_waiting_connections_loses_the_oldest_and_shuts_nob
         caller = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
         caller.sendall(ASKED)
         assert caller.recv(64).startswith(b"HTTP/1.1 200")
+
+
+def test_the_address_with_the_most_waiting_connections_pays_for_its_own(port: int) -> None:
+    with contextlib.ExitStack() as stack:
+        few, many = (
+            [
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20, source_address=(own, 0)))
+                for _ in range(count)
+            ]
+            for own, count in (("127.0.0.2", 10), ("127.0.0.1", 2 * WAITING))
+        )
+        for older in many[: -WAITING + 10]:
+            assert not older.recv(64)
+        for caller in (*few, many[-1]):
+            caller.sendall(ASKED)
+            assert caller.recv(64).startswith(b"HTTP/1.1 200")
 
 
 def test_connections_whose_answers_end_later_are_counted_then(port: int) -> None:

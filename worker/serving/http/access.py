@@ -16,7 +16,7 @@ from .openai_api import ApiError
 
 def answered(error: ApiError) -> Response:
     """The error as a response."""
-    return JSONResponse(error.body(), status_code=error.status)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
 
 class AccessControl:

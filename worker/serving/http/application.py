@@ -50,6 +50,9 @@ DEFAULT_TOKENS = 512
 MOST_WAITING = 256
 """Answers that may wait for a place in the batch; further ones are asked to come later."""
 
+AGAIN_S = 5
+"""Seconds after which a caller that was sent away should ask again."""
+
 FRESH_S = 2.0
 """The list of stored adapters is reread when older than this."""
 
@@ -312,8 +315,8 @@ class Service:
             raise ApiError(503, self.state)
         wanted = len(prompts) * asked.each
         if self._engine.waiting + wanted > MOST_WAITING:
-            what = f"{self._engine.waiting} answers wait already, {MOST_WAITING} may; try again in a while"
-            raise ApiError(503, what, code="overloaded")
+            what = f"{self._engine.waiting} answers wait already, {MOST_WAITING} may; try again in {AGAIN_S} s"
+            raise ApiError(503, what, code="overloaded", again_s=AGAIN_S)
         limits = await _refusing(
             lambda: [self._limit(asked, len(ids)) for ids in prompts],
             "messages" if isinstance(asked, ChatRequest) else "prompt",

@@ -34,9 +34,12 @@ _CODES = {
 class ApiError(Exception):
     """A response with an HTTP status, in the API's form."""
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, code: str | None = None, param: str | None = None, again_s: int | None = None
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
+        self.headers = {} if again_s is None else {"retry-after": str(again_s)}
         self.code = code or _CODES.get(status, "server_error")
 
     def body(self) -> dict[str, Any]:

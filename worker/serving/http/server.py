@@ -11,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from loractl.common.errors import UsageError
-from loractl.common.listener import Connection, Listener
+from loractl.common.listener import KEEP_ALIVE_S, Connection, Listener
 from loractl.worker.protocol.trust import check_base
 from loractl.worker.serving.adapter_pool import BaseChoice, open_pool, warn_of_arithmetic
 from loractl.worker.serving.card import Footprint, take_card
@@ -65,7 +65,14 @@ def listen(app: Any, host: str, port: int, tell: Callable[[str], None]) -> None:
 def configure(app: Any, host: str, port: int) -> uvicorn.Config:
     """How uvicorn serves the application."""
     return uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5, http=Connection, ws="none"
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=5,
+        http=Connection,
+        ws="none",
     )
 
 
