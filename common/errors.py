@@ -115,8 +115,8 @@ class JobNotFound(LoractlError):
 
     exit_code = ExitCode.NO_SUCH_JOB
 
-    def __init__(self, job: int | str) -> None:
-        super().__init__(f"there is no job {job}", "loractl status -a lists all jobs")
+    def __init__(self, job: int | str, sentence: str | None = None) -> None:
+        super().__init__(sentence or f"there is no job {job}", "loractl status -a lists all jobs")
 
 
 class AdapterNotFound(LoractlError):

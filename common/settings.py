@@ -6,6 +6,7 @@ import getpass
 import os
 import re
 import socket
+import tempfile
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .channels import Channel, channel_names, read_channels
-from .errors import UsageError
+from .errors import LoractlError, UsageError
 from .units import parse_duration, parse_size
 
 _KEYS = (
     "database_url", "redis_url", "artifacts_url", "devices", "trainer_ram", "store_patience", "user", "host",
     "model_roots", "trusted_code", "lm_eval_tasks", "max_row", "max_data", "lease", "trainer", "notify",
 )  # fmt: skip
+
+OWN_HOME = "set LORACTL_HOME to a folder that you may write"
 
 LEASE_S = 60.0
 """How long an attempt may be silent before its job continues elsewhere, by the database's clock."""
@@ -90,6 +93,15 @@ class Settings:
         """For senders: raises UsageError where config.toml's channels can't be read. Other commands need none."""
         if self.channels_fault is not None:
             raise self.channels_fault
+
+    def require_home(self) -> None:
+        """For what keeps files of its own: raises LoractlError where the home can't be written."""
+        try:
+            make_private(self.home)
+            with tempfile.TemporaryFile(dir=self.home):
+                pass
+        except OSError as error:
+            raise LoractlError(f"{self.home} can't be written to: {error.strerror}", OWN_HOME) from error
 
     @property
     def embedded_database(self) -> bool:
@@ -312,8 +324,10 @@ def _config_file(path: Path) -> tuple[dict[str, str], object, S3Keys | None]:
     if unknown:
         raise UsageError(f"{path}: unknown key {unknown[0]}", f"known keys: {', '.join((*_KEYS, 'channels', 's3'))}")
     texts = {key: str(value) for key, value in values.items()}
-    if (channels or s3 or any(map(_holds_password, texts.values()))) and path.stat().st_mode & 0o077:
-        raise UsageError(f"{path} holds a password, and others can read it", f"chmod 600 {path}")
+    secret = [f"{key} is a URL with a password" for key, text in texts.items() if _holds_password(text)]
+    secret += [f"[{table}] may hold passwords" for table, given in (("channels", channels), ("s3", s3)) if given]
+    if secret and path.stat().st_mode & 0o077:
+        raise UsageError(f"{path}: {secret[0]}, and others can read the file", f"chmod 600 {path}")
     return texts, channels, s3
 
 

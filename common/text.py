@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -33,3 +35,13 @@ def signed(value: float | None, digits: int = 2) -> str:
 def minus(text: str) -> str:
     """A formatted number with a real minus sign."""
     return text.replace("-", "\N{MINUS SIGN}")
+
+
+def slip_of(word: str, known: Iterable[str]) -> str | None:
+    """The known word of which this one is a slip; None if none is so close: seed is no slip of deepspeed."""
+    import difflib
+
+    names = list(known)
+    swapped = [name for name in names if sorted(name) == sorted(word)]
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.75) or swapped
+    return close[0] if close else None

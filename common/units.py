@@ -66,22 +66,40 @@ def parse_moment(text: str, now: dt.datetime) -> dt.datetime:
         pass
     local = now.astimezone()
     try:
-        today = dt.datetime.combine(local.date(), dt.time.fromisoformat(text)).astimezone()
-        return today if today > now else (today.replace(tzinfo=None) + dt.timedelta(days=1)).astimezone()
+        if re.fullmatch(_CLOCK, text):
+            today = dt.datetime.combine(local.date(), dt.time.fromisoformat(text)).astimezone()
+            return today if today > now else (today.replace(tzinfo=None) + dt.timedelta(days=1)).astimezone()
     except ValueError:
         pass
-    try:
-        moment = dt.datetime.fromisoformat(text).astimezone()
-    except ValueError:
-        raise ValueError("is neither a duration nor a time") from None
+    moment = parse_date(text)
     if moment <= now:
         raise ValueError("is in the past")
     return moment
 
 
+_CLOCK = r"\d\d:\d\d(:\d\d)?"
+
+
+def parse_date(text: str) -> dt.datetime:
+    """A local date, or date and time. Python's own reader also takes 00:00:00:00. Raises ValueError."""
+    try:
+        if re.fullmatch(rf"\d{{4}}-\d\d-\d\d([T ]{_CLOCK}(Z|[+-]\d\d:\d\d)?)?", text):
+            return dt.datetime.fromisoformat(text).astimezone()
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError("is neither a duration nor a time")
+
+
 def gib(size: int | float | None) -> str:
     """Bytes as GiB with one decimal, "–" when unknown."""
     return "–" if size is None else f"{size / GIB:.1f}"
+
+
+def hours(value: float) -> str:
+    """Hours as "12.3", and below one with the digits that tell them from none: "0.21", "0.0042"."""
+    if value == 0 or value >= 1:
+        return f"{value:.1f}"
+    return f"{value:.2g}" if value >= 0.0001 else "<0.0001"
 
 
 def amount(size: int) -> str:

@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from loractl.common.errors import DataError
-from loractl.common.job.sections import BadRow, DataFormat, PromptTemplate
+from loractl.common.job.sections import BadRow, ColumnName, DataFormat, PromptTemplate
 
 from .examples import Example, Examples, Turn
 from .fields import MESSAGES, SIDES, Reading, advice_about, tool_calls, tools
@@ -119,7 +119,8 @@ def map_columns(rows: Iterable[RawRow], columns: Mapping[Any, str], file: str | 
     if missing:
         has = column_names(first.value)
         what = f"has no column {column_names(dict.fromkeys(missing))} that dataset.columns names; it has {has}"
-        raise DataError(file, what, row=first.number, hint=_spaces_apart(missing, first.value), kind="unknown columns")
+        hint = _spaces_apart(missing, first.value) or _turned_round(outer, first.value)
+        raise DataError(file, what, row=first.number, hint=hint, kind="unknown columns")
     return _Mapped(rows, outer, inner)
 
 
@@ -130,6 +131,13 @@ def _spaces_apart(missing: Sequence[str], row: Mapping[str, Any]) -> str | None:
     if alike is None:
         return None
     return f"write {json.dumps(alike, ensure_ascii=False)} in dataset.columns, or take the spaces out of the file"
+
+
+def _turned_round(outer: Mapping[str, str], row: Mapping[str, Any]) -> str | None:
+    """What to do about a mapping that names the data's column first."""
+    turned = {theirs: ours for ours, theirs in outer.items() if ours in row and theirs in get_args(ColumnName)}
+    pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in turned.items())
+    return f"loractl's name comes first, then the data's: write {{{pairs}}}" if turned else None
 
 
 class _Mapped:

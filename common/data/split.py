@@ -343,7 +343,7 @@ def fitting(
 ) -> Split:
     """The split with only the rows of these numbers: on_overflow: drop leaves out the others, which are too long.
 
-    Raises DataError if no row is left to train on or to hold out, or a classifier has fewer than two labels left.
+    Each side has a row left. Raises DataError if a classifier has fewer than two labels left.
     """
     if (len(train), len(held_out), len(final)) == (len(split.train), len(split.held_out), len(split.final or ())):
         return split
@@ -351,25 +351,13 @@ def fitting(
     trained = split.train.part(place for place, e in enumerate(split.train) if e.number in train)
     held = split.held_out.part(place for place, e in enumerate(split.held_out) if e.number in held_out)
     last = split.final and split.final.part(place for place, e in enumerate(split.final) if e.number in final)
-    final_file = dataset.final_path or file
-    sides = [(trained, "to train on", file), (held, "held out", held_file)]
-    for side, name, of in [*sides, (last, "that is final", final_file)] if last is not None else sides:
-        if not side:
-            raise no_row_fits(of, dataset.max_length, f" {name}")
     labels = check_taught(trained, file)
     held, untold = _of_known_labels(held, labels, held_file, dataset.on_bad_row)
     dropped = split.dropped + untold
     if last is not None:
-        last, untold = _of_known_labels(last, labels, final_file, dataset.on_bad_row)
+        last, untold = _of_known_labels(last, labels, dataset.final_path or file, dataset.on_bad_row)
         dropped = dropped + untold
     return replace(split, train=trained, held_out=held, final=last, dropped=dropped)
-
-
-def no_row_fits(file: str | Path, max_length: int, side: str = "") -> DataError:
-    """The error for a file, or for one side of its split, whose rows are all too long."""
-    return DataError(
-        file, f"has no row{side} of at most {max_length} tokens", hint="raise dataset.max_length", kind="too long"
-    )
 
 
 def split_held_out(examples: Sequence[Example], test_size: float, file: str | Path) -> tuple[Examples, Examples]:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from yaml import YAMLError
 
 from loractl.common.errors import SpecError, SpecProblem
+from loractl.common.text import slip_of
 
 from .document import Document, load_yaml, read_documents, read_yaml
 from .names import from_address
@@ -65,6 +66,7 @@ _KNOWN_AS = {
     "sample_packing": "training.packing",
     "neftune_alpha": "training.neftune_noise_alpha",
     "flash_attention": "training.attn_implementation",
+    "mixed_precision": "training.dtype",
     "bf16": "training.dtype",
     "fp16": "training.dtype",
     "dora": "lora.use_dora",
@@ -79,6 +81,10 @@ _KNOWN_AS = {
 _NOT_HERE = {
     "gpus": "write resources.cards, the number of one box's cards; the workers choose them",
     "num_gpus": "write resources.cards, the number of one box's cards; the workers choose them",
+    "deepspeed": "write resources.cards and resources.parallel: sharded, which divides the base among the cards",
+    "fsdp": "write resources.cards and resources.parallel: sharded, which divides the base among the cards",
+    "device_map": "leave it out: the workers choose the card",
+    "output_dir": "leave it out: the result is stored; loractl adapters pull copies it into a folder",
     "gptq": "name the model that the GPTQ weights were made from as base_model, with method: qlora",
     "load_in_4bit": "write method: qlora, which holds the base in 4 bits (NF4)",
     "load_in_8bit": "write method: qlora, which holds the base in 4 bits (NF4); 8 bits are not offered",
@@ -258,7 +264,9 @@ def _refusal(
 
 def _problems(error: Any, file: str, lines: dict[tuple[str, ...], int], overrides: Sequence[str]) -> list[SpecProblem]:
     """One pydantic error as problems with the file's line and a hint; all contradictions of keys are one error."""
-    path = tuple(str(part) for part in error["loc"] if not str(part).startswith(("literal[", "list[", "function-")))
+    path = tuple(
+        str(part) for part in error["loc"] if not str(part).startswith(("literal[", "list[", "function-", "[key]"))
+    )
     if not path and error["type"] == "value_error":
         pairs = [text.split(": ", 1) for text in str(error["ctx"]["error"]).splitlines()]
         return [_problem(tuple(key.split(".")), what, None, file, lines, overrides) for key, what in pairs]
@@ -271,7 +279,9 @@ def _problem(
 ) -> SpecProblem:  # fmt: skip
     key = ".".join(path)
     overridden = {o.split("=")[0] for o in overrides}
-    if key in overridden or (path not in lines and any(o.startswith(f"{key}.") for o in overridden)):
+    if any(f"{key}.".startswith(f"{o}.") for o in overridden) or (
+        path not in lines and any(o.startswith(f"{key}.") for o in overridden)
+    ):
         return SpecProblem(file="--set", line=None, key=key, what=what, hint=hint)
     line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
     return SpecProblem(file=file, line=line, key=key, what=what, hint=hint)
@@ -310,6 +320,11 @@ def _explain(error: Any, key: str) -> tuple[str, str | None]:
         return "is missing", f"add a line {key.split('.')[-1]}: ..."
     if kind in ("enum", "literal_error"):
         allowed = context["expected"].replace("'", "").replace(" or ", ", ")
+        if ".columns." in key:
+            return (
+                f"{shown} is not one of {allowed}",
+                "loractl's name comes first, then the data's, like {prompt: question}",
+            )
         if key.split(".")[0] == "method" and str(given).lower() in _FULL_TRAINING:
             return f"{shown} is not one of {allowed}", "loractl trains only adapters, never all weights: lora or qlora"
         return f"{shown} is not one of {allowed}", _value_meant(str(given), allowed.split(", "))
@@ -356,9 +371,10 @@ def _did_you_mean(key: str) -> str | None:
     elsewhere = [k for k in keys if k.rpartition(".")[2] == last and k != key]
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
-    candidates = difflib.get_close_matches(last, [k.rpartition(".")[2] for k in siblings], n=1, cutoff=0.6)
-    if candidates:
-        return f"did you mean {'.'.join([*section, candidates[0]])}?"
+    for some in (siblings, [] if section else keys):
+        names = {k.rpartition(".")[2]: k for k in some}
+        if close := slip_of(last, names):
+            return f"did you mean {'.'.join([*section, close]) if section else names[close]}?"
     return f"known keys here: {', '.join(k.rpartition('.')[2] for k in siblings)}" if siblings else None
 
 

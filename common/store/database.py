@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import os
 import re
 import shutil
 import sqlite3
@@ -26,7 +27,7 @@ from loractl.common.errors import (
     ServiceUnreachable,
     UsageError,
 )
-from loractl.common.settings import Settings, make_private, redacted
+from loractl.common.settings import OWN_HOME, Settings, make_private, redacted
 
 from .columns import FAR_OFF, LONG_AGO, read_json
 from .schema import HEAD, revision, upgrade
@@ -362,10 +363,7 @@ def _private_file(path: Path) -> None:
     """An empty file for its owner alone, if there is none; SQLite gives its companions (-wal, -shm) the same mode."""
     try:
         make_private(path.parent)
-    except OSError as error:
-        raise LoractlError(
-            f"{path.parent} can't be made: {error.strerror}", "set LORACTL_HOME to a folder that you may write"
-        ) from error
-    if path.is_absolute():
-        with contextlib.suppress(OSError):  # SQLite says what is wrong
+        if path.is_absolute() and not os.path.exists(path):  # noqa: PTH110  Path's raises where a folder is closed
             path.touch(mode=0o600)
+    except OSError as error:
+        raise LoractlError(f"{error.filename} can't be made: {error.strerror}", OWN_HOME) from error

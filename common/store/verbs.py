@@ -279,6 +279,7 @@ class UsageVerbs(Subject):
     card_hours = reads(spent.read_card_hours)
     allowances = reads(spent.read_allowances)
     past = reads(spent.read_past)
+    users = reads(usage.read_users)
     set_quota = writes(usage.set_quota)
     remove_quota = writes(usage.remove_quota)
 

@@ -161,11 +161,16 @@ def _check_new(folder: Path) -> None:
 @click.argument("name", metavar="TAG")
 def tag(adapter: str, name: str) -> None:
     """Tag an adapter as NAME:TAG; loractl gc keeps it."""
+    from loractl.common.errors import UsageError
     from loractl.common.job.names import check_tag, parse_reference
     from loractl.common.text import clean_line
     from loractl.scheduler.cli.session import open_session
 
-    check_tag(name)
+    _, colon, alone = name.rpartition(":")
+    check_tag(alone)
+    if colon:
+        what = f"{name!r} is a name and a tag; the name is always that of the adapter's job"
+        raise UsageError(what, f"loractl adapters tag {adapter} {alone}")
     settings, store = open_session()
     row, before = store.adapters.tag(parse_reference(adapter), name, settings.user)
     moved = f"; it was job {before}" if before not in (None, row.job_id) else ""

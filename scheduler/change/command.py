@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from loractl.scheduler.cli.named import JobName, Setting, jobs_named
+from loractl.scheduler.cli.named import JobName, Setting, jobs_named, warn_of_unknown_user
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
@@ -124,8 +124,10 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
     settings, store = open_session()
     job_ids = jobs_named(store, jobs)
     if user is not None:
-        job_ids = _unfinished(store, settings.user if user == "me" else user, queued=queued)
+        user = settings.user if user == "me" else user
+        job_ids = _unfinished(store, user, queued=queued)
         if not job_ids:
+            warn_of_unknown_user(store, user)
             click.echo("No such job waits." if queued else "No such job waits or runs.")
 
     def end(job_id: int) -> None:

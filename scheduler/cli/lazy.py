@@ -67,11 +67,11 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        import difflib
+        from loractl.common.text import slip_of
 
         names = self.list_commands(ctx)
         if args and args[0] not in names and not args[0].startswith("-"):
-            close, path = difflib.get_close_matches(args[0], names, n=1), ctx.command_path if ctx.parent else "loractl"
-            hint = f"did you mean {path} {close[0]}?" if close else f"{path} --help lists the commands"
+            close, path = slip_of(args[0], names), ctx.command_path if ctx.parent else "loractl"
+            hint = f"did you mean {path} {close}?" if close else f"{path} --help lists the commands"
             raise click.UsageError(f"there is no command {args[0]!r}\nHint: {hint}", ctx=None)
         return super().resolve_command(ctx, args)

@@ -10,6 +10,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from loractl.common.errors import JobNotFound, LoractlError, UsageError
+from loractl.common.text import clean_line, slip_of
 from loractl.common.units import LARGEST
 
 if TYPE_CHECKING:
@@ -51,6 +52,15 @@ def job_named(store: Store, text: str) -> int:
 def jobs_named(store: Store, texts: Sequence[str]) -> list[int]:
     """The jobs of numbers, ranges like 3-9, names and tags. A range means those that exist. Raises like job_named."""
     return [job_id for text in texts for job_id in _range(store, text) or [job_named(store, text)]]
+
+
+def warn_of_unknown_user(store: Store, user: str) -> None:
+    """Tell a person that this name is nobody's here: a typing slip, or somebody new."""
+    known = store.usage.users()
+    if user not in known:
+        close = slip_of(user, sorted(known))
+        meant = f"; did you mean {clean_line(close)}?" if close else "."
+        click.echo(f"Warning: nobody called {clean_line(user)} has submitted a job here{meant}", err=True)
 
 
 def _range(store: Store, text: str) -> list[int]:

@@ -20,7 +20,10 @@ def db() -> None:
 
 @db.command("upgrade")
 @click.option(
-    "--backup", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Make a backup before a change."
+    "--backup",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Make a backup first, if there is something to upgrade.",
 )
 @click.option("--force", is_flag=True, help="Upgrade even while workers serve the older tables.")
 def db_upgrade(backup: Path | None, force: bool) -> None:
@@ -37,6 +40,9 @@ def db_upgrade(backup: Path | None, force: bool) -> None:
     if done.saved is not None:
         click.echo(f"{backup} holds the state before: {_held(done.saved)}.")
     same = done.before == done.after
+    if backup is not None and done.saved is None:
+        why = f"nothing changes; loractl db backup {backup} makes one" if same else "the database was empty"
+        click.echo(f"{backup} was not written: {why}.", err=True)
     way = f"is already at revision {done.after}" if same else f"went from {done.before or 'empty'} to {done.after}"
     click.echo(f"{redacted(settings.database_url)} {way}.")
     if done.roles_wanted:

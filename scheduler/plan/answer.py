@@ -139,9 +139,10 @@ class MemoryNeed:
         fastest first), and with --solve `largest` (`micro_batch`, `max_length`, and `all_rows`: whether the rows limit
         the micro-batch, not the memory); `choice`: the method that the best card would take, or null; `lengths`: in
         tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `rows`: how many are used,
-        `train`, `held_out` and, if there are any, `final`, and `left_out` as too long, or null; `planned_for`: a
-        sentence; `device`: gpu or cpu; `cards`: one entry a card; `solutions`: if no card holds it alone, what would
-        (`settings` as KEY=VALUE, `words`, `method`, `cards`, `parallel`, `bytes` of each); all with --solve.
+        `train`, `held_out` and, if there are any, `final`, and of those too long `cut` and `left_out`, or null;
+        `planned_for`: a sentence; `device`: gpu or cpu; `cards`: one entry a card; `solutions`: if no card holds it
+        alone, what would (`settings` as KEY=VALUE, `words`, `method`, `cards`, `parallel`, `bytes` of each); all with
+        --solve.
         """
         return {
             "methods": {method.value: self._method(method, planned) for method, planned in self.plans.items()},

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 from loractl.common.errors import UsageError
 from loractl.common.placement.shares import Allowance, parse_quota, window_name
+from loractl.common.text import slip_of
 
 LIKE = "like --quota ada=100h/week, or --quota ada=20h/day:soft; also /month"
 
@@ -22,8 +22,8 @@ def parse_quotas(texts: Sequence[str], users: Iterable[str]) -> dict[str, Allowa
         if not equals:
             raise UsageError(f"--quota {text[:60]} names no user", LIKE)
         if user not in known:
-            close = difflib.get_close_matches(user, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"its users: {', '.join(known[:10])}"
+            close = slip_of(user, known)
+            hint = f"did you mean {close}?" if close else f"its users: {', '.join(known[:10])}"
             raise UsageError(f"--quota {text[:60]}: the trace has no user {user[:40]!r}", hint)
         if user in quotas:
             raise UsageError(f"--quota: {user} has two quotas", "give one for each user")

@@ -12,7 +12,7 @@ import click
 from loractl.common.errors import UsageError
 from loractl.common.text import clean_line
 from loractl.scheduler.cli import output
-from loractl.scheduler.cli.named import JobName, job_named
+from loractl.scheduler.cli.named import JobName, job_named, warn_of_unknown_user
 from loractl.scheduler.cli.screen import detect_screen
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ def status(
         raise UsageError("--sweep lists the members of one sweep", f"alone: loractl status --sweep {sweep_id}")
     settings, store = open_session()
     user = settings.user if user == "me" else user
+    if user is not None:
+        warn_of_unknown_user(store, user)
     choice, page = Choice(user=user, label=_pair(label)), Page(limit=limit, after=after)
     if sweep_id is not None:
         _sweep(store, sweep_id, watch=watch, as_json=as_json)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from loractl.common.errors import AdapterNotFound, UsageError
+from loractl.common.errors import AdapterNotFound, JobNotFound, UsageError
 from loractl.common.fingerprint import may_be_published
 from loractl.common.job.ancestor import misfits
 from loractl.common.job.file import override_spec
@@ -57,8 +57,7 @@ def settle_predecessors(
         )
     known = {*store.jobs.numbered(numbers), *([] if before is None else before.after)}
     if missing := [number for number in numbers if number not in known]:
-        what = f"{spec.name}: after names job {missing[0]}, which does not exist"
-        raise UsageError(what, "loractl status lists the jobs")
+        raise JobNotFound(missing[0], f"{spec.name}: after names job {missing[0]}, which does not exist")
     if isinstance(begun, AncestorJob) and begun.job is not None:
         ancestor = beside[begun.job] if isinstance(begun.job, str) else _spec_of(store, begun.job)
         spec = _begun_from(spec, ancestor, f"job {begun.job}")

@@ -27,7 +27,7 @@ class RowLengths:
     """What is known about the rows' lengths."""
 
     lengths: Lengths | None  # None: every row is taken to be max_length tokens long
-    rows: Mapping[str, int] | None  # used: `train`, `held_out`, perhaps `final`; and `left_out`: too long
+    rows: Mapping[str, int] | None  # used: `train`, `held_out`, perhaps `final`; and those too long: `cut`, `left_out`
     sentence: str  # what a plan assumes
 
 
@@ -43,10 +43,11 @@ def row_lengths(spec: JobSpec, announce: Callable[[], None] = lambda: None) -> R
             told, rows = counted["lengths"], counted["rows"]
             lengths = Lengths(**{**told, "longest": tuple(told["longest"])})
             longest = f"Longest {noun}: {lengths.train} tokens{of_both}, held out {lengths.evaluate}"
+            cut = f", which cuts {rows['cut']}" if rows["cut"] else ""
             used = f"{rows['train']} {noun}s to train on, {rows['held_out']} held out"
             used += f", {rows['final']} final" if "final" in rows else ""
             used += f", {rows['left_out']} too long and left out" if rows["left_out"] else ""
-            sentence = f"{longest}; max_length is {spec.dataset.max_length}. {used}."
+            sentence = f"{longest}; max_length is {spec.dataset.max_length}{cut}. {used}."
             return RowLengths(lengths=lengths, rows=rows, sentence=sentence)
         obstacle = counted["error"]
     most = f"{'twice ' * (halves > 1)}max_length, {halves * spec.dataset.max_length} tokens"

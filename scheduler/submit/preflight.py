@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import urllib.error
@@ -19,6 +18,7 @@ from loractl.common.fingerprint import has_tokenizer, unfit_template
 from loractl.common.job.names import is_hub_id
 from loractl.common.memory.config import find_config, hub_is_off
 from loractl.common.tensor_file import tensor_file_fault
+from loractl.common.text import slip_of
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
@@ -182,8 +182,8 @@ def check_model(spec: JobSpec, settings: Settings) -> list[str]:
 def _not_here(base: Path, settings: Settings) -> str:
     """A warning: another machine may have it. An error if the workers are on this machine."""
     beside = [path.name for path in base.parent.iterdir() if path.is_dir()] if base.parent.is_dir() else []
-    close = difflib.get_close_matches(base.name, beside, n=1)
-    meant = f"did you mean {base.parent / close[0]}?" if close else ""
+    close = slip_of(base.name, beside)
+    meant = f"did you mean {base.parent / close}?" if close else ""
     if settings.embedded_database:
         otherwise = "name an existing folder, relative to the job file, or a hub id like owner/name"
         raise UsageError(f"there is no base_model {base}", meant or otherwise)

@@ -40,14 +40,14 @@ def usage(by: str, since: str, as_csv: bool, as_json: bool) -> None:
 
 def _begin(text: str, now: dt.datetime) -> dt.datetime:
     """A duration before now, or a local date or time. Raises UsageError."""
-    from loractl.common.units import parse_duration
+    from loractl.common.units import parse_date, parse_duration
 
     try:
         return now - dt.timedelta(seconds=parse_duration(text))
     except (ValueError, OverflowError):
         pass
     try:
-        return dt.datetime.fromisoformat(text).astimezone(dt.UTC)
+        return parse_date(text).astimezone(dt.UTC)
     except (ValueError, OverflowError):
         raise UsageError(f"--since {text[:40]!r} is neither a duration nor a date", "like 7d or 2026-12-24") from None
 
@@ -83,6 +83,7 @@ def set_quota(user: str, hours: str, soft: bool) -> None:
     What already runs goes on.
     """
     from loractl.common.placement.shares import parse_quota, window_name
+    from loractl.scheduler.cli.named import warn_of_unknown_user
     from loractl.scheduler.cli.session import open_session
 
     try:
@@ -92,6 +93,7 @@ def set_quota(user: str, hours: str, soft: bool) -> None:
     if not user.isprintable() or not 0 < len(user) <= 255:
         raise UsageError("USER must be one line of 1 to 255 characters")
     settings, store = open_session()
+    warn_of_unknown_user(store, user)
     store.usage.set_quota(user, card_hours, window_s, settings.user, soft=soft)
     beyond = "its jobs go last" if soft else "its jobs wait"
     click.echo(f"{user} may use {card_hours:g} card hours a {window_name(window_s)}; beyond that {beyond}.")
@@ -101,9 +103,15 @@ def set_quota(user: str, hours: str, soft: bool) -> None:
 @click.argument("user")
 def remove_quota(user: str) -> None:
     """Let USER use what is free again."""
+    from loractl.common.text import slip_of
     from loractl.scheduler.cli.session import open_session
+
+    from .answer import quota_list
 
     _, store = open_session()
     if not store.usage.remove_quota(user):
-        raise UsageError(f"{user[:60]!r} has no quota", "loractl quota lists them")
+        close = slip_of(user, [quota.user for quota in quota_list(store).quotas])
+        raise UsageError(
+            f"{user[:60]!r} has no quota", f"did you mean {close}?" if close else "loractl quota lists them"
+        )
     click.echo(f"{user} has no quota any more.")

@@ -7,6 +7,7 @@ import io
 from typing import TYPE_CHECKING
 
 from loractl.common.text import clean_line
+from loractl.common.units import hours
 from loractl.scheduler.cli.screen import table
 
 from .answer import FIGURES
@@ -37,7 +38,8 @@ def usage_text(answer: UsageTable, screen: Screen) -> str:
 
 def _cells(row: UsageRow) -> list[str]:
     lost = f"{row.lost_hours / row.card_hours:.0%}" if row.card_hours else "–"
-    figures = (f"{row.card_hours:.1f}", f"{row.gib_hours:.0f}", lost, f"{row.waited_hours:.1f}", str(row.jobs))
+    gib_hours = f"{row.gib_hours:.0f}" if row.gib_hours >= 10 else hours(row.gib_hours)
+    figures = (hours(row.card_hours), gib_hours, lost, hours(row.waited_hours), str(row.jobs))
     return [clean_line(row.name), *figures]
 
 
@@ -55,6 +57,6 @@ def quotas_text(answer: QuotaList, screen: Screen) -> str:
     if not answer.quotas:
         return "No quota is set. Set one: loractl quota set USER 100h/week"
     rows = [
-        [clean_line(quota.user), quota.allowed, f"{quota.used:.1f}", quota.means(answer.now)] for quota in answer.quotas
+        [clean_line(quota.user), quota.allowed, hours(quota.used), quota.means(answer.now)] for quota in answer.quotas
     ]
     return "\n".join(table(["USER", "CARD HOURS", "USED", "NEW JOBS"], rows, screen, right=("USED",)))

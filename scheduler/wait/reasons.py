@@ -18,7 +18,7 @@ from loractl.common.placement.lines import Waiting
 from loractl.common.placement.refusals import Taken, out_of_reach
 from loractl.common.placement.shares import Allowance, window_name
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, fault_of, paused, unreadable
-from loractl.common.units import clock, duration, gib
+from loractl.common.units import clock, duration, gib, hours
 
 from .cards import (
     SILENT_S,
@@ -131,7 +131,7 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
 def _used_up(user: str, allowance: Allowance, now: dt.datetime) -> str:
     """When ended work is below the quota again; unknown while running jobs alone exceed it."""
     quota = f"{allowance.card_hours:g} card hours a {window_name(allowance.window_s)}"
-    used = f"{user} has used {allowance.used:.1f} of {quota}"
+    used = f"{user} has used {hours(allowance.used)} of {quota}"
     return used + ("" if allowance.below_at is None else f"; jobs start again about {clock(allowance.below_at, now)}")
 
 

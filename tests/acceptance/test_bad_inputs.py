@@ -190,6 +190,12 @@ MISTAKES = [
     Mistake("Latin-1 data", "is not UTF-8", data="caf\xe9".encode("latin-1")),
     # commands
     Mistake("no such job", "there is no job 99", command=["status", "99"], code=3),
+    Mistake(
+        "after a job that is not there",
+        "after names job 999, which does not exist",
+        command=["submit", "job.yaml", "--after", "999"],
+        code=3,
+    ),
     Mistake("cancel what is not there", "there is no job 7", command=["cancel", "7"], code=3),
     Mistake("hold what is not there", "there is no job 7", command=["hold", "7"], code=3),
     Mistake("an age below a day", "--older-than 1h is too short", command=["gc", "--older-than", "1h"]),
@@ -313,7 +319,9 @@ def test_ctrl_c_in_wait_says_that_the_job_goes_on(cli: Cli, tmp_path: Path) -> N
 def test_an_empty_database_says_which_command_fills_it(make_cli: Callable[..., Cli], postgres_url: str) -> None:
     cli = make_cli(LORACTL_DATABASE_URL=postgres_url)
     _answered(cli("status", code=None), "run loractl db upgrade", 1)
-    assert "went from empty to " in cli("db", "upgrade").stdout
+    upgraded = cli("db", "upgrade", "--backup", "before.backup")
+    assert "went from empty to " in upgraded.stdout
+    assert upgraded.stderr == "before.backup was not written: the database was empty.\n"
     assert "0 running" in cli("status").stdout
 
 

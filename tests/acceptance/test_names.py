@@ -61,6 +61,23 @@ def test_ranges_and_a_persons_waiting_jobs_are_cancelled(lab: Cli) -> None:
     lab("cancel", "3", "--user", "me", code=2)
 
 
+def test_a_tag_is_given_without_its_name_and_a_person_nobody_knows_is_doubted(lab: Cli) -> None:
+    told = lab("adapters", "tag", "1", "tickets:prod", code=2).stderr.splitlines()
+    assert told[0].startswith("Error: 'tickets:prod' is a name and a tag") and told[1:] == [
+        "Hint: loractl adapters tag 1 prod"
+    ]
+    doubted = "Warning: nobody called bbo has submitted a job here; did you mean bob?"
+    for command in (
+        ("quota", "set", "bbo", "1h/day"),
+        ("cancel", "--user", "bob2", "--queued"),
+        ("status", "--user", "bob2"),
+    ):
+        assert lab(*command).stderr.splitlines()[:1] == [doubted.replace("bbo", command[2])]
+    assert "did you mean bbo?" in lab("quota", "remove", "bob", code=2).stderr
+    lab("quota", "set", "bob", "1h/day")
+    assert not lab("quota", "remove", "bob").stderr
+
+
 @pytest.mark.parametrize(
     ("shell", "line", "offered"),
     [

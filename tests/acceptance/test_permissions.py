@@ -6,6 +6,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from loractl.common.queue.valkey import stop_embedded
 from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
@@ -56,12 +58,26 @@ def test_a_password_in_a_file_that_others_can_read_is_refused(cli: Cli, home: Pa
     config.write_text('redis_url = "redis://:hunter2@lab:6379/0"\n')
     config.chmod(0o644)
     told = cli("status", code=2).stderr
-    assert told == f"Error: {config} holds a password, and others can read it\nHint: chmod 600 {config}\n"
+    why = "redis_url is a URL with a password, and others can read the file"
+    assert told == f"Error: {config}: {why}\nHint: chmod 600 {config}\n"
     config.chmod(0o600)
     cli("status")
     config.write_text('redis_url = "redis://127.0.0.1:6379/0"\n')
     config.chmod(0o644)
     cli("status")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"), [("worker", "/sys can't be written to"), ("status", "/sys/loractl.db can't be made")]
+)
+def test_a_home_that_can_t_be_written_is_named_in_one_sentence(
+    make_cli: Callable[..., Cli], command: str, said: str
+) -> None:
+    """Nobody can make a file in /sys, not even root."""
+    told = make_cli(LORACTL_HOME="/sys")(command, code=1).stderr.splitlines()
+    assert told[0].startswith(f"Error: {said}: ") and told[1:] == [
+        "Hint: set LORACTL_HOME to a folder that you may write"
+    ]
 
 
 def test_a_password_in_the_store_s_address_is_refused(make_cli: Callable[..., Cli]) -> None:

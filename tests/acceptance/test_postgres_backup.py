@@ -231,7 +231,9 @@ def test_upgrade_waits_for_no_worker_that_still_serves_and_makes_a_backup_before
         assert not (tmp_path / "before.backup").exists() and revision(engine) == "0010"
         done = cli("db", "upgrade", "--backup", tmp_path / "before.backup", "--force").stdout
         assert "before.backup holds the state before: 0 jobs." in done and revision(engine) == HEAD
-        assert cli("db", "upgrade").stdout.endswith(f"is already at revision {HEAD}.\n")
+        again = cli("db", "upgrade", "--backup", tmp_path / "again.backup")
+        assert again.stdout.endswith(f"is already at revision {HEAD}.\n") and not (tmp_path / "again.backup").exists()
+        assert "again.backup was not written: nothing changes; loractl db backup " in again.stderr
     with opened(second) as engine:
         load(engine, tmp_path / "before.backup", lambda newest: newest)
         assert revision(engine) == HEAD

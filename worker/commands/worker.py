@@ -118,6 +118,7 @@ def worker(
 
     settings = load_settings()
     settings.require_channels()
+    settings.require_home()
     options = {
         "margin": _size(reserve),
         "high_water_s": _seconds("--high-water", high_water),

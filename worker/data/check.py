@@ -36,6 +36,7 @@ from .origin import load_rows
 from .prepared import PreparedData
 from .row_forms import form_of
 from .token_findings import TemplateLook, TokenLook
+from .token_set import no_row_fits
 from .tokens import TokenRow
 
 RENDERED_ROWS = 200
@@ -179,6 +180,7 @@ def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report:
             longest_held_out=max(*held.lengths, *last.lengths, 0),
         )
         try:
+            _check_left(split, spec.dataset, (trained, held, last))
             split = fitting(split, spec.dataset, *(set(look.numbers) for look in (trained, held, last)))
         except DataError as error:
             lengths = trained.length_findings(held, last)
@@ -201,6 +203,14 @@ def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report:
         final_rows=None if split.final is None else len(split.final),
         left_out=trained.left_out + held.left_out + last.left_out,
     )
+
+
+def _check_left(split: Split, dataset: DatasetSpec, looks: Sequence[TokenLook]) -> None:
+    """Raises DataError where each row of a side is too long and left out."""
+    files = (dataset.path, dataset.eval_path or dataset.path, dataset.final_path or dataset.path)
+    for look, side, file in zip(looks, (" to train on", " held out", " that is final"), files, strict=True):
+        if look.lengths and not look.numbers:
+            raise no_row_fits(file, dataset.max_length, look.lengths, side)
 
 
 def _tokenise(
@@ -257,19 +267,22 @@ def advice_for(spec: JobSpec, checked: Checked, room: int | None) -> list[str]:
     if checked.lengths is None:
         return []
     longest = max(checked.lengths.most, checked.longest_held_out)
-    length = -(-longest // 64) * 64
-    advice = [f"dataset.max_length: {length} holds the longest row, {longest} tokens."]
-    fit = _largest_batch(spec, length, longest, checked, room) if room else None
+    advice = [f"dataset.max_length: {longest} holds all rows."]
+    if longest > checked.lengths.most:
+        advice = [
+            f"{advice[0]} The longest to train on has {checked.lengths.most} tokens, the longest other {longest}."
+        ]
+    fit = _largest_batch(spec, longest, checked, room) if room else None
     return [*advice, fit] if fit else advice
 
 
-def _largest_batch(spec: JobSpec, length: int, longest: int, checked: Checked, room: int) -> str | None:
+def _largest_batch(spec: JobSpec, longest: int, checked: Checked, room: int) -> str | None:
     shape = read_shape(spec.base_model, spec.revision)
     if shape is None:
         return None
-    wide = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": length})})
+    wide = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": longest})})
     labels = len(checked.labels) or None
-    rows = checked.train_rows + checked.left_out  # at this length all of them are used
+    rows = checked.train_rows + checked.left_out  # with this max_length all of them are used
     halves = spec.kind.halves  # the plan is for whole rows
     held_out = halves * checked.longest_held_out
     lengths = Lengths(train=halves * longest, evaluate=held_out, rows=rows, labels=labels)

@@ -4,9 +4,9 @@
     python -m loractl.worker.data.lengths --check < spec.json
 
 Prints {"lengths": {"train": tokens, "evaluate": tokens, "rows": number, "labels": number, "longest": [tokens]}, "rows":
-{"train": number, "held_out": number, "left_out": number}}, where labels are a classifier's, else null, longest has the
-longest rows to train on, and rows counts the rows used; with --check {"findings": [...]} about the rows used. Or
-{"error": sentence, "hint": sentence or null, "of_rows": whether a row is wrong, and not what reads it}.
+{"train": number, "held_out": number, "cut": number, "left_out": number}}, where labels are a classifier's, else null,
+longest has the longest rows to train on, and rows counts the rows used; with --check {"findings": [...]} about the rows
+used. Or {"error": sentence, "hint": sentence or null, "of_rows": whether a row is wrong, and not what reads it}.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ def _counts(spec: JobSpec) -> dict[str, Any]:
     parts = [prepared.train, prepared.held_out, *([] if prepared.final is None else [prepared.final.tokens])]
     rows = {
         **dict(zip(("train", "held_out", "final"), (part.rows.examples for part in parts), strict=False)),
+        "cut": sum(part.truncated for part in parts),
         "left_out": sum(part.too_long for part in parts),
     }
     return {"lengths": vars(lengths_of(packed(prepared, spec))), "rows": rows}

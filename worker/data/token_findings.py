@@ -181,7 +181,8 @@ class TokenLook:
         findings = unfit + _about_each("error", "no learned token", text, empty, hint)
         cut = [sorted(set(numbers) - set(untaught)) for numbers, untaught in zip(too_long, empty, strict=True)]
         share = 100 * sum(look._cut for look in looks) / max(1, sum(look._tokens for look in looks))
-        text = f"{{n}} cut at dataset.max_length ({most}), which takes {share:.0f} % of all tokens"
+        taken = f"{share:.0f}" if share >= 1 else "less than 1"
+        text = f"{{n}} cut at dataset.max_length ({most}), which takes {taken} % of all tokens"
         return findings + _about_each("warning", "cut rows", text, cut, hint)
 
 

@@ -12,6 +12,7 @@ import json
 import shutil
 import tempfile
 import weakref
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 
 from loractl.common.artifacts import sha256_of
 from loractl.common.data.examples import Example
-from loractl.common.data.split import no_row_fits
 from loractl.common.errors import DataError
 from loractl.common.files import sync
 from loractl.common.job.sections import DataFormat, DatasetSpec, Overflow
@@ -117,14 +117,21 @@ def fit_examples(
     fitting = _Fitting(file=file, dataset=dataset, tokenizer=tokenizer, format=format)
     rows = TokenRows.of(fitting.rows_of(examples))
     if not rows:
-        raise no_row_fits(file, dataset.max_length, side)
+        raise no_row_fits(file, dataset.max_length, fitting.left_out, side)
     return TokenSet(
         rows=rows,
         truncated=fitting.truncated,
-        too_long=fitting.too_long,
+        too_long=len(fitting.left_out),
         apart=fitting.apart,
         apart_rows=fitting.apart_rows,
     )
+
+
+def no_row_fits(file: str, max_length: int, lengths: Sequence[int], side: str = "") -> DataError:
+    """The error for a file, or for one side of its split, whose rows are all too long; `lengths`: theirs."""
+    least, most = min(lengths), max(lengths)
+    what = f"has no row{side} of at most {max_length} tokens: the shortest has {least}, the longest {most}"
+    return DataError(file, what, hint="raise dataset.max_length", kind="too long")
 
 
 @dataclass(kw_only=True)
@@ -136,7 +143,7 @@ class _Fitting:
     tokenizer: Any
     format: DataFormat
     truncated: int = field(default=0, init=False)
-    too_long: int = field(default=0, init=False)
+    left_out: array[int] = field(default_factory=lambda: array("L"), init=False)  # tokens of each
     apart: int = field(default=0, init=False)
     apart_rows: int = field(default=0, init=False)
 
@@ -157,7 +164,7 @@ class _Fitting:
                         hint="raise dataset.max_length, or set dataset.on_overflow to truncate or drop",
                     )
                 if dataset.on_overflow is Overflow.DROP:
-                    self.too_long += 1
+                    self.left_out.append(longest)
                     continue
                 rows = [form.cut(row, example, self.tokenizer, dataset.max_length) for row in rows]
                 self.truncated += 1

@@ -108,6 +108,12 @@ def set_quota(tx: Transaction, user: str, card_hours: float, window_s: int, by: 
     refresh_quotas(tx)
 
 
+def read_users(tx: Transaction) -> set[str]:
+    """Everybody who has submitted a job, used a card or been given a quota."""
+    columns = (Job.user, Usage.user, Quota.user)
+    return {user for column in columns for user in tx.session.scalars(select(column).distinct())}
+
+
 def remove_quota(tx: Transaction, user: str) -> bool:
     """False when the user has none."""
     return bool(tx.session.execute(delete(Quota).where(Quota.user == user).returning(Quota.user)).first())

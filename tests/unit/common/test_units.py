@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import datetime as dt
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.units import GIB, amount, duration, gib, parse_duration, parse_size, thousands
+from loractl.common.units import (
+    GIB,
+    amount,
+    duration,
+    gib,
+    hours,
+    parse_date,
+    parse_duration,
+    parse_moment,
+    parse_size,
+    thousands,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +74,24 @@ def test_a_duration_is_read_with_one_or_more_units(text: str | int, seconds: flo
 def test_what_is_no_duration_is_refused_with_the_right_form(text: str) -> None:
     with pytest.raises(ValueError, match="write it like 90s"):
         parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["00:00:00:00", "2026-12-24T00:00:00:00", "18:00Z", "24:00", "2026W521", "2026-02-30", "18"]
+)
+def test_what_only_pythons_own_reader_takes_for_a_time_is_refused(text: str) -> None:
+    now = dt.datetime(2026, 1, 1, tzinfo=dt.UTC)
+    with pytest.raises(ValueError, match="neither a duration nor a time"):
+        parse_date(text) if text == "18" else parse_moment(text, now)
+    assert parse_moment("2026-12-24T18:00Z", now) == dt.datetime(2026, 12, 24, 18, tzinfo=dt.UTC)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0, "0.0"), (101.24, "101.2"), (1.0, "1.0"), (0.21, "0.21"), (0.00123, "0.0012"), (1e-7, "<0.0001")],
+)
+def test_hours_below_one_keep_the_digits_that_tell_them_from_none(value: float, shown: str) -> None:
+    assert hours(value) == shown
 
 
 @given(st.text(max_size=30))

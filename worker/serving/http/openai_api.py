@@ -7,7 +7,6 @@ ignored.
 
 from __future__ import annotations
 
-import difflib
 import json
 from typing import Annotated, Any, Literal
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from loractl.common.data.examples import Turn
 from loractl.common.data.fields import tool_calls, tools
+from loractl.common.text import slip_of
 from loractl.worker.serving.decoding.grammar import ANY_OBJECT
 
 MOST_CHOICES = 128
@@ -35,7 +35,13 @@ class ApiError(Exception):
     """A response with an HTTP status, in the API's form."""
 
     def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None, again_s: int | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        again_s: int | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
@@ -197,8 +203,8 @@ class _Request(BaseModel):
     def _refuse_a_slip(self, key: str) -> None:
         """Raises ApiError for a misspelt key. The response's header names the rest."""
         known = {*type(self).model_fields, *_UNCHANGING, *_DESCRIBING}
-        if close := difflib.get_close_matches(key, known, 1, 0.75):
-            what = f"{key[:64]} is not known here; did you mean {close[0]}?"
+        if close := slip_of(key, known):
+            what = f"{key[:64]} is not known here; did you mean {close}?"
             raise ApiError(400, what, code="unknown_parameter", param=key[:64])
 
     @property

@@ -228,7 +228,7 @@ def test_a_format_that_was_set_is_not_guessed_and_unknown_columns_are_listed() -
     assert "alpaca: instruction, output" in caught.value.hint
 
 
-def test_spaces_at_the_ends_of_a_columns_name_are_seen() -> None:
+def test_spaces_at_the_ends_of_a_columns_name_are_seen_and_a_mapping_the_wrong_way_round() -> None:
     rows = [RawRow(number=1, value={"ID": "1", "Frage ": "a", "": "b"})]
     with pytest.raises(
         DataError, match=r'no column Frage that dataset.columns names; it has ID, "Frage ", ""'
@@ -239,6 +239,9 @@ def test_spaces_at_the_ends_of_a_columns_name_are_seen() -> None:
         detect_format(rows, "d")
     with pytest.raises(DataError, match=r'has no text .it has ID, "Frage ", ""'):
         parse_examples(rows, DataFormat.TEXT, "d")
+    with pytest.raises(DataError, match=r"no column prompt that") as caught:
+        map_columns([RawRow(number=1, value={"instruction": "a", "output": "b"})], {"instruction": "prompt"}, "d")
+    assert caught.value.hint == "loractl's name comes first, then the data's: write {prompt: instruction}"
     with pytest.raises(DataError, match=r"no column Answer that dataset\.columns") as caught:
         map_columns(rows, {"prompt": "Answer"}, "d")
     assert caught.value.hint is None

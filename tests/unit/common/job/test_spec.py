@@ -77,12 +77,34 @@ def test_every_problem_is_reported_at_once_with_its_line_in_the_order_of_the_fil
         ("sequence_len: 512", "sequence_len", "dataset.max_length"),
         ("model_name_or_path: x", "model_name_or_path", "base_model"),
         ("piority: 3", "piority", "priority"),
+        ("gradient_checkpoint: true", "gradient_checkpoint", "training.gradient_checkpointing"),
+        ("mixed_precision: bf16", "mixed_precision", "training.dtype"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_key_that_was_meant(tmp_path: Path, line: str, key: str, meant: str) -> None:
     problem = only(write(tmp_path, MINIMAL + line))
     assert (problem.line, problem.key, problem.what) == (4, key, "unknown key")
     assert problem.hint == f"did you mean {meant}?"
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("deepspeed: zero3.json", "write resources.cards and resources.parallel: sharded"),
+        ("training: {deepspeed: zero3.json}", "write resources.cards and resources.parallel: sharded"),
+        ("output_dir: out", "leave it out: the result is stored"),
+        ("adapter: lora", "known keys here: name, base_model"),
+        ("load_best: true", "known keys here: name, base_model"),
+    ],
+)
+def test_a_key_that_is_no_slip_of_ours_is_not_taken_for_one(tmp_path: Path, line: str, hint: str) -> None:
+    assert (only(write(tmp_path, MINIMAL + line)).hint or "").startswith(hint)
+
+
+def test_columns_the_wrong_way_round_are_refused_with_the_right_one(tmp_path: Path) -> None:
+    problem = only(write(tmp_path, MINIMAL), "dataset.columns={question: prompt}")
+    assert (problem.file, problem.key) == ("--set", "dataset.columns.question")
+    assert problem.hint == "loractl's name comes first, then the data's, like {prompt: question}"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.errors import SpecError, UsageError
+from loractl.common.errors import JobNotFound, SpecError, UsageError
 from loractl.common.job.file import load_spec, load_specs
 from loractl.common.job.sections import AncestorJob
 from loractl.common.job.spec import JobSpec
@@ -107,7 +107,7 @@ def test_a_chain_may_be_longer_than_python_nests_calls() -> None:
 @SQLITE_ALONE
 def test_a_job_that_is_not_there_and_one_that_came_later_are_refused(store: Store) -> None:
     first, second = (store.jobs.submit(submission(lora=1, qlora=1)) for _ in range(2))
-    with pytest.raises(UsageError, match="after names job 99, which does not exist"):
+    with pytest.raises(JobNotFound, match="after names job 99, which does not exist"):
         settle_predecessors(spec(after=[99]), store)
     with pytest.raises(UsageError, match="after names tickets, which is not a job of this submit"):
         settle_predecessors(spec(after=["tickets"]), store)
@@ -152,7 +152,7 @@ def test_an_edit_looks_only_for_the_jobs_that_it_names_anew(store: Store) -> Non
     assert timed.results.forget_jobs(gone, clock.now - dt.timedelta(days=30)) == gone
     timed.jobs.retry(last, "ada", amendment(timed, last, ["priority=3"]))
     assert timed.jobs.get(last).priority == 3 and not timed.jobs.get(last).held
-    with pytest.raises(UsageError, match=f"after names job {other}, which does not exist"):
+    with pytest.raises(JobNotFound, match=f"after names job {other}, which does not exist"):
         amendment(timed, last, [f"after=[{first}, {other}]"])
 
 
