@@ -25,6 +25,9 @@ _SPARKS = "▁▂▃▄▅▆▇█"
 NAME_COLUMNS = 20
 """Columns of a card's name."""
 
+LEAST_FIRST = 12
+"""Columns that a wrapped first column keeps."""
+
 ROOM_TO_WRAP = 24
 """Columns in which a wrapped sentence can still be read."""
 
@@ -85,9 +88,17 @@ def sparkline(values: Sequence[float], width: int, screen: Screen) -> str:
 
 
 def table(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], screen: Screen, right: Sequence[str] = ()
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    screen: Screen,
+    right: Sequence[str] = (),
+    *,
+    wraps: bool = False,
 ) -> list[str]:
-    """Lines of a table without borders; columns named in `right` are aligned right, the last may be cut."""
+    """Lines of a table without borders; columns named in `right` are aligned right. `wraps`: on a narrow screen, the
+    first column wraps; it has no colour."""
+    if wraps and rows:
+        rows = _first_wrapped(rows, headers, screen)
     plain = [[click.unstyle(cell) for cell in row] for row in rows]
     widths = [max(len(h), *(len(row[n]) for row in plain)) if rows else len(h) for n, h in enumerate(headers)]
 
@@ -100,6 +111,16 @@ def table(
         return screen.dim(text) if dimmed else text
 
     return [line(headers, dimmed=True), *(line(row) for row in rows)]
+
+
+def _first_wrapped(rows: Sequence[Sequence[str]], headers: Sequence[str], screen: Screen) -> list[list[str]]:
+    others = ([click.unstyle(cell) for cell in row[1:]] for row in [headers, *rows])
+    room = max(LEAST_FIRST, screen.width - sum(max(map(len, cells)) + 2 for cells in zip(*others, strict=True)))
+    wrapped_rows = []
+    for first, *rest in rows:
+        begins, *more = textwrap.wrap(first, room, subsequent_indent="  ", break_on_hyphens=False) or [""]
+        wrapped_rows += [[begins, *rest], *([line, *("" for _ in rest)] for line in more)]
+    return wrapped_rows
 
 
 def fit(text: str, width: int) -> str:

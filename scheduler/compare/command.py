@@ -13,7 +13,10 @@ from loractl.scheduler.cli.output import show
 @click.argument("job_ids", type=int, metavar="JOB...", nargs=-1)
 @click.option("--sweep", "sweep_id", type=int, metavar="N", help="The members of a sweep, and which of them is best.")
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw loss curves and changes into a PNG."
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Draw loss curves and changes into a PNG, like jobs.png.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compare(job_ids: tuple[int, ...], sweep_id: int | None, plot: Path | None, as_json: bool) -> None:

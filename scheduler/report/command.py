@@ -13,7 +13,12 @@ from loractl.scheduler.cli.output import show
 @click.command()
 @click.argument("job", type=JobName(), metavar="JOB")
 @click.option("--answers", type=click.IntRange(0), default=3, show_default=True, help="How many answers to show.")
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the page into this file.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the page into this file, like report.html.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print report.json.")
 def report(job: str, answers: int, html: Path | None, as_json: bool) -> None:
     """Print a job's evaluation report: base against tuned."""

@@ -8,7 +8,7 @@ from loractl.common.job.kinds import kind_of
 from loractl.common.text import clean_line, number, signed
 from loractl.common.units import duration, gib, thousands
 from loractl.common.verdict import are_of_pairs, written
-from loractl.scheduler.cli.screen import Screen, block, table
+from loractl.scheduler.cli.screen import Screen, block, fit, table, wrapped
 
 _OF_SHARES = "; its loss is that of the labels' shares of the training rows"
 """What a classifier's baseline is equally sure of."""
@@ -19,12 +19,11 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str
 
     `final`: what its final rows say.
     """
-    lines = [
-        screen.style(f"{report['job']['job_id']} {clean_line(report['job']['name'])}", bold=True)
-        + f": {clean_line(report['verdict']['sentence'])}",
-        *(clean_line(aside) for aside in [report["verdict"].get("aside"), final] if aside),
-        "",
-    ]
+    job = f"{report['job']['job_id']} {report['job']['name']}"
+    lines = wrapped(f"{job}: {report['verdict']['sentence']}", job, screen)
+    for aside in filter(None, [report["verdict"].get("aside"), final]):
+        lines += wrapped(aside, "", screen)
+    lines.append("")
     rows = []
     for m in report["evaluation"]["metrics"]:
         shown = written(m)
@@ -40,25 +39,25 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str
             ]
         )
     headers = ["MEASURE", "BASE", "TUNED", "CHANGE", "95 % INTERVAL", "READING"]
-    lines += table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE"))
+    lines += table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE"), wraps=True)
     training, data, e = report["training"], report["data"], report["evaluation"]
     if e.get("baseline"):  # older reports have none
         what = "" if kind_of(report.get("task_type")).writes else _OF_SHARES
-        lines += ["", f"Base: {clean_line(e['baseline'])}{what}."]
+        lines += ["", *wrapped(f"Base: {e['baseline']}{what}.", "", screen)]
     lines += _labels_table(e.get("labels"), screen) + _turns_table(e.get("turns"), screen)
     lines += _harness_table(e.get("lm_eval"), screen)
     apart = data.get("conversations_apart", 0)  # none in a report of an earlier version
     as_rows = f" {apart} conversations are {data['rows_of_conversations_apart']} rows." if apart else ""
     left_out = sum(data.get(f"{why}_rows_dropped", 0) for why in ("too_long", "bad", "overlap", "repeated"))
     speed = f", {training['tokens_per_second']:.0f} tok/s" if training["tokens_per_second"] else ""
-    lines += [
-        "",
+    notes = (
         f"{e['rows']} held-out row{'s' * (e['rows'] != 1)}. {report['method']}, {_steps_taken(training)} in "
         f"{duration(training['seconds'])}{speed}, "
-        f"peak {gib(training['peak_memory_bytes'])} GiB ({clean_line(training['peak_memory_kind'])}).",
+        f"peak {gib(training['peak_memory_bytes'])} GiB ({training['peak_memory_kind']}).",
         f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
         f"{data['truncated_rows']} row{'s' * (data['truncated_rows'] != 1)} truncated, {left_out} left out.{as_rows}",
-    ]
+    )
+    lines += ["", *(line for note in notes for line in wrapped(note, "", screen))]
     # what changed comes first: repaired, broken, then the rest
     order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], not a["tuned_exact"], a["row"]))
     for answer in order[:answers]:
@@ -95,9 +94,10 @@ def _labels_table(labels: dict[str, Any] | None, screen: Screen) -> list[str]:
             continue
         wrong = sorted(((n, names[k]) for k, n in enumerate(tuned) if n and k != place), key=lambda pair: -pair[0])
         taken = ", ".join(f"{other} {n}" for n, other in wrong[:2])
-        rows.append([name, str(sum(tuned)), str(base[place]), screen.style(str(tuned[place]), bold=True), taken])
+        right = screen.style(str(tuned[place]), bold=True)
+        rows.append([name, str(sum(tuned)), str(base[place]), right, fit(taken, screen.width - 45)])
     headers = ["LABEL", "ROWS", "BASE RIGHT", "TUNED RIGHT", "TUNED SAID INSTEAD"]
-    return ["", *table(headers, rows, screen, right=("ROWS", "BASE RIGHT", "TUNED RIGHT"))]
+    return ["", *table(headers, rows, screen, right=("ROWS", "BASE RIGHT", "TUNED RIGHT"), wraps=True)]
 
 
 def _turns_table(turns: list[dict[str, Any]] | None, screen: Screen) -> list[str]:
@@ -133,9 +133,9 @@ def _harness_table(harness: dict[str, Any] | None, screen: Screen) -> list[str]:
     hidden = len(harness["metrics"]) - len(shown)
     return [
         "",
-        *table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE")),
-        f"lm_eval {clean_line(harness['version'])}, {limit} of each task; standard errors in brackets.",
-        paired + ("; * unpaired, from both standard errors." if unpaired else "."),
+        *table(headers, rows, screen, right=("BASE", "TUNED", "CHANGE"), wraps=True),
+        *wrapped(f"lm_eval {harness['version']}, {limit} of each task; standard errors in brackets.", "", screen),
+        *wrapped(paired + ("; * unpaired, from both standard errors." if unpaired else "."), "", screen),
         *([f"{hidden} more numbers, of the groups' members, are in the page and in --json."] if hidden else []),
     ]
 

@@ -69,7 +69,12 @@ take turns (1). Small fine-tunes leave a large card idle between kernels, large 
 )
 @click.option("--longest", metavar="DURATION", help="Leave out jobs that take longer, like 1d.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first N jobs to arrive.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw waits and memory use into a PNG.")
+@click.option(
+    "--plot",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Draw waits and memory use into a PNG, like sim.png.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def sim(
     trace: Path,

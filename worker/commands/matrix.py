@@ -42,7 +42,12 @@ from .terminal import tell, warn
     help="The base in NF4, or not; else as most of the adapters were trained.",
 )
 @click.option("--gpu", metavar="CARD", help="Use this card, by index or UUID; else the freest, or the CPU.")
-@click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Write the heat map into this file.")
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the heat map into this file, like matrix.html.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def matrix(html: Path | None, as_json: bool, **options: Any) -> None:
     """Score several adapters on several tasks, on one loaded base.

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import click
 import pytest
 
 from loractl.common.units import GIB
 from loractl.scheduler.cli.screen import Screen
 from loractl.scheduler.report.text import report_text
+
+from ..screens import shown
 
 PLAIN = Screen(width=80, unicode=True, color=False)
 ASCII = Screen(width=80, unicode=False, color=False)
@@ -65,6 +68,22 @@ def test_the_report_shows_the_verdict_the_table_and_what_was_repaired_first() ->
     assert re.findall(r"^Row (\d)", text, re.M) == ["3", "2", "1"]
     assert "base (wrong): text\n  tuned (right): text" in text
     assert text.endswith("1 more answer: loractl report 7 --answers 4")
+
+
+@shown
+def test_every_line_but_an_answer_s_stays_on_the_screen(screen: Screen) -> None:
+    value = report()
+    own = {"label": "answers that end by themselves", "unit": "%", "base": 33.3, "low": -129.66, "high": -59.89}
+    value["evaluation"]["metrics"].append(
+        {**value["evaluation"]["metrics"][0], **own, "reading": "no practical change"}
+    )
+    value["evaluation"] |= {
+        "baseline": "the most frequent label of the training rows is right in 61.0 % of the held-out rows",
+        "labels": {"names": ["a label whose name is a sentence"] * 3, "base": [[9] * 3] * 3, "tuned": [[9] * 3] * 3},
+    }
+    value["verdict"]["sentence"] = value["verdict"]["aside"] = "held-out loss 4.49 -> 0.25, and so on; " * 4
+    for line in report_text(value, screen, 1, "final rows: " * 20).splitlines():
+        assert len(click.unstyle(line)) <= screen.width, line
 
 
 def test_labels_and_turns_are_tables_of_their_own() -> None:
