@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers.modeling_flash_attention_utils import _is_packed_sequence
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
@@ -18,6 +21,7 @@ from loractl.common.job.status import Reason
 from loractl.common.memory.step import HEAD_CHUNK
 from loractl.common.units import gib
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, evaluating
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.kept.knowledge import Knowledge, Known, Once
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner, load_base, load_tokenizer
@@ -29,7 +33,7 @@ from loractl.worker.engine.passes import choice, wide
 from loractl.worker.engine.passes.attention import ShortRows
 from loractl.worker.engine.passes.choice import forward_pass, rows_together
 from loractl.worker.engine.passes.lean import LeanPass
-from loractl.worker.engine.passes.padded import PaddedPass
+from loractl.worker.engine.passes.padded import PaddedPass, check_apart
 from loractl.worker.engine.passes.shared import SharedPass
 from loractl.worker.engine.streams import seed_streams
 from loractl.worker.evaluation.row_losses import score_rows
@@ -417,6 +421,47 @@ def test_a_lean_training_ends_where_an_exact_one_does(recipe: Recipe, tmp_path: 
     lean_loss, exact_loss = (report["evaluation"]["metrics"][0]["tuned"] for report in reports)
     assert lean_loss == pytest.approx(exact_loss, rel=1e-4)
     assert not [m for m in told["lean"] if isinstance(m, Note) and m.kind == "engine"]
+
+
+def test_a_model_in_which_packed_examples_see_each_other_is_refused() -> None:
+    padded, packs = _padded(), pack(rows(2), 64)
+    check_apart(padded, packs)
+    own = padded.model.get_base_model()
+    forward = own.forward
+    own.forward = lambda position_ids=None, **rest: forward(**rest)  # as a model that does not look at positions
+    with pytest.raises(TrainingFailed, match="packed examples see each other") as failure:
+        check_apart(padded, packs)
+    assert failure.value.reason is Reason.BAD_SPEC
+
+
+def _padded() -> PaddedPass:
+    return PaddedPass(adapted(base_of("Llama"), spec_of()), PAD)
+
+
+def _by_position(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, position_ids: Any, **how: Any
+) -> tuple[torch.Tensor, None]:
+    """Attention in place of FlashAttention 2's, called by transformers' own rule for rows of several examples."""
+    lengths = [query.shape[2]]
+    if _is_packed_sequence(position_ids, len(query)):
+        borders = [*(position_ids[0] == 0).nonzero()[:, 0].tolist(), query.shape[2]]
+        lengths = [end - begin for begin, end in itertools.pairwise(borders)]
+    parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    rows = [attend(*part, is_causal=True, scale=how["scaling"], enable_gqa=True) for part in parts]
+    return torch.cat(rows, dim=2).transpose(1, 2), None
+
+
+def test_packed_rows_are_apart_where_positions_count_in_a_batch_of_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    padded, packs = _padded(), pack(rows(7), 64)
+    expected = learned(padded, packs)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "flash_attention_2", _by_position)
+    monkeypatch.setattr(padded.model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(TrainingFailed, match="packed examples see each other"):
+        check_apart(padded, packs)  # in the form in which rows pass, which is several at once
+    flash = PaddedPass(padded.model, PAD)
+    check_apart(flash, packs)
+    assert len(packs) > 1 and apart(learned(flash, packs), expected) < 1e-5
 
 
 def test_the_history_says_why_rows_are_padded_and_each_message_how_far_the_evaluation_is(recipe: Recipe) -> None:

@@ -23,7 +23,7 @@ from loractl.worker.base.failure import TrainingFailed, explain
 from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
-from loractl.worker.data.packing import check_apart, pack
+from loractl.worker.data.packing import pack
 from loractl.worker.data.token_rows import collate, inputs_of
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.protocol.messages import Note, Stepped
@@ -229,17 +229,6 @@ def test_packed_examples_fill_rows_and_none_sees_another(tiny_model: Path) -> No
                 alone = model(input_ids=batch["input_ids"][place : place + 1, begin:end]).logits[0]
                 torch.testing.assert_close(together[place, begin:end], alone, rtol=1e-4, atol=1e-4)
                 assert row.labels[begin] == IGNORED, "nothing of its own precedes an example's first token"
-
-
-def test_a_model_in_which_packed_examples_see_each_other_is_refused(tiny_model: Path) -> None:
-    model = load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu", "float32"))
-    packs = pack([_row(1, 20), _row(2, 20)], 64)
-    check_apart(model, packs, 0)
-    forward = model.forward
-    model.forward = lambda position_ids=None, **rest: forward(**rest)  # as a model that does not look at positions
-    with pytest.raises(TrainingFailed, match="packed examples see each other") as failure:
-        check_apart(model, packs, 0)
-    assert failure.value.reason is Reason.BAD_SPEC
 
 
 def test_packing_takes_fewer_steps_for_the_same_tokens(recipe: Recipe, tmp_path: Path) -> None:

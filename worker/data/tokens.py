@@ -56,6 +56,16 @@ def texts_of(row: TokenRow) -> list[TokenRow]:
     ]
 
 
+def joined(rows: Sequence[TokenRow]) -> TokenRow:
+    """One row of all texts of some rows, none of whose first tokens is learned."""
+    ids, labels, starts = list[int](), list[int](), list[int]()
+    for text in itertools.chain.from_iterable(map(texts_of, rows)):
+        starts.append(len(ids))
+        ids += text.input_ids
+        labels += [IGNORED, *text.labels[1:]]
+    return TokenRow(number=rows[0].number, input_ids=ids, labels=labels, starts=tuple(starts[1:]))
+
+
 def asked_in(row: TokenRow) -> int:
     """The number of tokens before the row's first learned token."""
     return next((place for place, label in enumerate(row.labels) if label != IGNORED), len(row.labels))

@@ -26,7 +26,6 @@ from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Head, Learner, load_tokenizer
 from loractl.worker.base.source import BaseIdentity, family_of, traits_of
 from loractl.worker.data.lengths import lengths_of
-from loractl.worker.data.packing import check_apart
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.prompt import templated
 from loractl.worker.data.tokens import APART
@@ -34,6 +33,7 @@ from loractl.worker.engine.engine import ForwardPass
 from loractl.worker.engine.passes.check_cache import CheckCache
 from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
 from loractl.worker.engine.passes.lean import LeanPass
+from loractl.worker.engine.passes.padded import check_apart
 from loractl.worker.engine.passes.shared import SharedBase
 from loractl.worker.engine.ranks.leader import DividedPass
 from loractl.worker.evaluation.evaluation import Evaluation
@@ -168,8 +168,10 @@ def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, Forwa
         if run.order.joins and shared is not None and shared.apart is not None:
             run.note("engine", f"the rows of each training are multiplied by themselves: {shared.apart}")
         learner = replace(learner, scorer=forward)
-    elif why is not None:
-        tell_padded(run, data, why)
+    else:
+        if why is not None:
+            tell_padded(run, data, why)
+        check_apart(forward, data.packed or ())
     run.kind.refer(forward.loss, learner, partial(_known, run))
     return learner, forward if gang is None else gang.lead(forward, run.spec, learner.precision), identity
 
@@ -211,8 +213,6 @@ def _load(
     if order.init_from is not None:
         _begin_from(run, model, data, order.init_from)
     compute_in(model, precision)
-    if data.packed is not None:
-        check_apart(model, data.packed, tokenizer.pad_token_id)
     compares = order.init_from is not None and run.kind.from_ancestor
     started = [p.detach().cpu().clone() for p in model.parameters() if p.requires_grad] if compares else None
     return Learner(model=model, tokenizer=tokenizer, precision=precision, started=started), identity, shared

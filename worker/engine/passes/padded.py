@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from loractl.common.job.status import Reason
+from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.data.token_rows import collate, inputs_of
-from loractl.worker.data.tokens import TokenRow, texts_of
+from loractl.worker.data.tokens import TokenRow, cut, joined, texts_of
 from loractl.worker.engine.loss import (
     UNSMOOTHED,
     Backward,
@@ -22,6 +26,8 @@ from loractl.worker.engine.loss import (
     accepts_window,
 )
 from loractl.worker.engine.streams import RandomStreams
+
+from .attention import BY_POSITION
 
 
 class PaddedPass:
@@ -47,7 +53,9 @@ class PaddedPass:
         self._noise = noise
         self._learner = torch.compile(model, backend="inductor") if compiled else model
         self._whole_windows = accepts_window(model)
-        self._routed = getattr(model.config.get_text_config(), "output_router_logits", False)
+        text = model.config.get_text_config()
+        self._routed = getattr(text, "output_router_logits", False)
+        self._by_position = text._attn_implementation in BY_POSITION
 
     def recompute_blocks(self, every: int = 1) -> None:
         """Hold the activations of each block (1), or of every second one (2), only in the backward pass."""
@@ -84,20 +92,32 @@ class PaddedPass:
 
     def tokens(self, rows: Sequence[TokenRow]) -> int:
         """Tokens that pass the model, padding included."""
-        laid = self._texts(rows)
+        laid = self._laid(rows)
         return len(laid) * max(len(row.input_ids) for row in laid)
 
-    def _texts(self, rows: Sequence[TokenRow]) -> Sequence[TokenRow]:
+    def last_logits(self, rows: Sequence[TokenRow], count: int) -> torch.Tensor:
+        """The logits of the last row's last tokens, in fp32, for a model in eval mode."""
+        laid = self._laid(rows)
+        inputs, end = self._inputs(laid), len(laid[-1].input_ids)
+        del inputs["labels"]
+        with torch.no_grad():
+            logits: torch.Tensor = self.model(**inputs, use_cache=False).logits[-1, end - count : end].float()
+        return logits
+
+    def _laid(self, rows: Sequence[TokenRow]) -> Sequence[TokenRow]:
         """The rows as they pass the model. Each answer of a pair is a row of its own: a layer that carries a state from
-        token to token, or that looks at no positions, would show the rejected answer the chosen one."""
-        return [text for row in rows for text in texts_of(row)] if isinstance(self.loss, BentLoss) else rows
+        token to token, or that looks at no positions, would show the rejected answer the chosen one. Packed rows are
+        one row where attention looks at positions in a batch of one alone."""
+        if isinstance(self.loss, BentLoss):
+            return [text for row in rows for text in texts_of(row)]
+        return [joined(rows)] if self._by_position and any(row.starts for row in rows) else rows
 
     def _inputs(self, rows: Sequence[TokenRow]) -> dict[str, torch.Tensor]:
         return {name: t.to(self.device) for name, t in collate([inputs_of(row) for row in rows], self._pad).items()}
 
     def _log_probabilities(self, model: Any, rows: Sequence[TokenRow]) -> tuple[torch.Tensor, LearnedTokens]:
         """Of the rows' learned tokens, in fp32."""
-        laid = self._texts(rows)
+        laid = self._laid(rows)
         inputs, tokens = self._inputs(laid), LearnedTokens.of(laid, self.device)
         targets = inputs.pop("labels")[tokens.row_of, tokens.place]
         logits = model(**inputs)["logits"][tokens.row_of, tokens.place - 1]
@@ -107,7 +127,7 @@ class PaddedPass:
     def _loss(
         self, model: Any, rows: Sequence[TokenRow], learned: int, loss: CrossEntropy | LabelLoss, **how: bool
     ) -> torch.Tensor:
-        inputs = self._inputs(rows)
+        inputs = self._inputs(self._laid(rows))
         count = torch.tensor(float(learned), device=self.device)
         if not _is_model_s_own(loss):
             labels = inputs.pop("labels")
@@ -115,6 +135,38 @@ class PaddedPass:
         window = {"num_items_in_batch": count} if self._whole_windows else {}
         # only the loss of the output is kept, so that the logits are freed before the backward pass
         return model(**inputs, **window, **how)["loss"]
+
+
+APART_TOLERANCE = 0.01
+"""Share of the largest logit that rounding may move; another example in sight moves far more."""
+
+TRIED = 64
+"""Tokens of an example that are tried: logits of a long row would take gigabytes."""
+
+
+def check_apart(padded: PaddedPass, rows: Iterable[TokenRow]) -> None:
+    """Change all that precedes the last example in two packed rows: nothing of it may change. Raises
+    TrainingFailed(bad_spec).
+
+    transformers keeps packed examples apart if position ids restart and no attention mask is given
+    (masking_utils.find_packed_sequence_indices). An architecture with its own attention may not.
+    """
+    packed = next((row for row in rows if row.starts), None)
+    if packed is None:
+        return
+    first, last = (cut(text, TRIED) for text in texts_of(packed)[:2])
+    vocabulary = padded.model.get_input_embeddings().weight.shape[0]
+    other = replace(first, input_ids=[(token + 1) % vocabulary for token in first.input_ids])
+    with evaluating(padded.model):
+        pairs = [joined([one, last]) for one in (first, other)]
+        seen, same = (padded.last_logits([row, row], len(last.input_ids)) for row in pairs)
+    moved_by = float((seen - same).abs().max() / seen.abs().max())
+    if not moved_by <= APART_TOLERANCE:
+        raise TrainingFailed(
+            Reason.BAD_SPEC,
+            "training.packing: in this model's attention packed examples see each other "
+            f"(logits moved by {100 * moved_by:.0f} %); set packing: false",
+        )
 
 
 def _is_model_s_own(loss: Loss) -> bool:
