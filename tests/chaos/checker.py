@@ -24,7 +24,7 @@ PROMISES = {
     1: "a number that submit printed is never lost, and its job ends once",
     2: "at most one attempt publishes a result; an attempt that lost its lease writes nothing",
     3: "a finished job never changes, an acknowledged cancel never runs again",
-    4: "a lost worker is noticed within its lease, and the job goes on from the last good checkpoint",
+    4: "a lost worker, and no living one, is noticed within its lease; its job goes on from the last good checkpoint",
     5: "succeeded means: adapter and report are stored, match their hashes and can be loaded",
     6: "no process remains after an attempt",
     7: "nothing fails because the database, the queue or the store is away",
@@ -64,6 +64,7 @@ def check(history: History) -> list[Broken]:
         _no_stale_write,
         _nothing_after_the_end,
         _noticed,
+        _living,
         _resumed,
         _left,
         _alone,
@@ -201,11 +202,47 @@ def _nothing_after_the_end(history: History) -> Iterator[Broken]:
             yield Broken(promise=3, what=f"job {job_id} was cancelled and is {status}")
 
 
+def _leases(history: History) -> dict[str, dt.datetime]:
+    """By token, until when each attempt held its lease as its job's row said last."""
+    rows = [change.new for change in history.changes if change.what == "job" and change.new is not None]
+    return {row["token"]: _time(row["lease_expires_at"]) for row in rows if row["token"]}
+
+
+def _living(history: History) -> Iterator[Broken]:
+    """An attempt was ended as lost while it held its lease and its node served on, or though no fault had met it."""
+    leases = _leases(history)
+    for attempt in history.attempts:
+        if attempt.reason != "worker_lost" or attempt.ended_at is None:
+            continue
+        name = f"attempt {attempt.attempt} of job {attempt.job_id}"
+        over = max(leases.get(attempt.token, attempt.started_at), attempt.lease_expires_at or attempt.started_at)
+        silent = attempt.message.startswith(
+            f"{attempt.node} was silent"
+        )  # else it is a gang's other card, or a restart
+        if silent and over > attempt.ended_at:
+            left = (over - attempt.ended_at).total_seconds()
+            yield Broken(promise=4, what=f"{name} was ended as lost {left:.1f} s before its lease was over")
+        if not _met_a_fault(history, attempt, attempt.ended_at):
+            yield Broken(promise=4, what=f"{name} was ended as lost, and no fault had met {attempt.node}")
+
+
+def _met_a_fault(history: History, attempt: AttemptRow, end: dt.datetime) -> bool:
+    """Whether it was hit, or its box, its cards, its row or the database were away while it ran or a lease before."""
+    if any((hit.job_id, hit.attempt) == (attempt.job_id, attempt.attempt) for hit in history.hits):
+        return True
+    settle, cards = dt.timedelta(seconds=history.lease_s), {attempt.node, *attempt.cards}
+    places = {None, *cards, *(card.partition(":")[0] for card in cards)}
+    return any(
+        window.job in (None, attempt.job_id)
+        and window.box in places
+        and window.start < end
+        and window.end + settle > attempt.started_at
+        for window in history.windows
+    )
+
+
 def _noticed(history: History) -> Iterator[Broken]:
-    leases: dict[str, dt.datetime] = {}
-    for change in history.changes:
-        if change.what == "job" and change.new is not None and change.new["token"]:
-            leases[change.new["token"]] = _time(change.new["lease_expires_at"])
+    leases = _leases(history)
     for attempt in history.attempts:
         name = f"attempt {attempt.attempt} of job {attempt.job_id}"
         if attempt.ended_at is None:

@@ -226,6 +226,8 @@ class Injector:
             if second and not at_node:
                 self._note_rank(process)
             process.kill()
+            if at_node:  # also of what it had just claimed
+                self.windows.append(Window(start=_now(), end=_now(), box=node))
             self._until_back(lambda: self._is_new(fault.kind, box, index, process))
             return True
         process.suspend()  # a trainer's supervisors beat on: nothing may come of it

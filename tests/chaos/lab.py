@@ -29,6 +29,7 @@ from loractl.common.store.schema import upgrade
 from ..services import free_port, make_cluster, postgres_command, s3_command, wait_for_port
 from ..services import s3 as bucket_of
 from .deck import CLOCK_FAULT, DISK_FAULT, POSTGRES_FAULTS, S3_FAULTS, SQLITE_FAULTS
+from .guard import guarded
 from .proxy import Link, Proxy
 
 REPO = Path(__file__).parents[2]
@@ -461,6 +462,7 @@ def lab(boxes: int, cards: int, lease_s: float, *, s3: bool = False, sqlite: boo
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="lora-chaos-"))
         folder.chmod(0o755)  # PostgreSQL's user goes through it
+        stack.enter_context(guarded(folder))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         database = SqliteFile(folder) if sqlite else Postgres(folder)
         stack.callback(database.stop)

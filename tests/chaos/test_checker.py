@@ -67,7 +67,10 @@ def good() -> History:
         Change(tx=9, at=at(2), what="job", job_id=2, attempt=0, old=queued, new=row("cancelled")),
     ]
     attempts = [
-        AttemptRow(job_id=1, attempt=1, token="a", node="x:0", started_at=at(0), ended_at=at(10), reason="worker_lost"),
+        AttemptRow(
+            job_id=1, attempt=1, token="a", node="x:0", started_at=at(0), ended_at=at(10), reason="worker_lost",
+            message="x:0 was silent for 6 s",
+        ),
         AttemptRow(
             job_id=1, attempt=2, token="b", node="y:0", started_at=at(16), ended_at=at(20), reason="ok",
             resumed_from_step=5,
@@ -81,6 +84,7 @@ def good() -> History:
         adapters={1: {"attempt": 2, "uri": URI}},
         changes=changes,
         lease_s=LEASE_S,
+        hits=(Hit(at=at(4), job_id=1, attempt=1, final=False),),
         spans=(Span(kind="kill a node", start=at(0), end=at(30)),),
     )
 
@@ -109,6 +113,11 @@ def hit(history: History, **how: bool) -> History:
 
 def with_changes(history: History, *more: Change) -> History:
     return replace(history, changes=[*history.changes, *more])
+
+
+def away(history: History, box: str | None, seconds: float = 3) -> History:
+    """In place of the hit, a box or the database was away for five seconds."""
+    return replace(history, hits=(), windows=(Window(start=at(seconds), end=at(seconds + 5), box=box),))
 
 
 def did(history: History, kind: str, job_id: int, seconds: float, *, heard: bool = True, **more: Any) -> History:
@@ -337,6 +346,11 @@ BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
     "a job gave way to nobody": (13, lambda h: gave_way(h, to=None)),
     "a job gave way that may not": (13, lambda h: gave_way(h, preemptible=False)),
     "who gave way spent a retry": (13, lambda h: gave_way(h, spent=1)),
+    "an attempt with a lease was ended as lost": (4, lambda h: with_attempt(h, 1, ended_at=at(7))),
+    "its own row held the lease": (4, lambda h: with_attempt(h, 1, lease_expires_at=at(11))),
+    "no fault had met who was lost": (4, lambda h: replace(h, hits=())),
+    "another box was away": (4, lambda h: away(h, "y")),
+    "its box was away long before": (4, lambda h: away(h, "x", -20)),
     "who gave way began anew": (4, lambda h: with_attempt(gave_way(h), 2, resumed_from_step=None)),
     "a sweep stopped its best": (14, lambda h: in_a_sweep(h, rate=1e-3)),
     "a job started before the one that it starts after": (15, lambda h: after(h, 2)),
@@ -418,6 +432,12 @@ def test_nobody_has_to_notice_while_the_database_or_every_box_is_away() -> None:
     both = tuple(Window(start=at(9), end=at(33), box=box) for box in ("x", "y"))
     assert check(replace(late, windows=both, boxes=frozenset({"x", "y"}))) == []
     assert check(replace(late, windows=both[:1], boxes=frozenset({"x", "y"})))
+
+
+def test_who_lost_the_lease_in_a_fault_or_the_node_was_not_living() -> None:
+    for box in ("x", "x:0", None):
+        assert check(away(good(), box)) == []
+    assert check(with_attempt(good(), 1, ended_at=at(7), message="x:0 was restarted")) == []
 
 
 def test_a_lease_that_the_attempt_s_own_row_holds_is_not_over() -> None:

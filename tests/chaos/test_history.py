@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -11,6 +12,8 @@ from sqlalchemy import Engine, text
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.store.database import make_engine
+from loractl.common.store.queries.endings import _end_lost
+from loractl.common.store.queries.jobs import read_job
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
@@ -65,6 +68,19 @@ def test_a_good_history_keeps_every_promise(engine: Engine) -> None:
         "finish": 1,
     }
     assert {change.what for change in seen(engine).changes} >= {"job", "attempts", "events", "adapters"}
+
+
+def test_a_living_attempt_that_is_ended_as_lost_is_found(engine: Engine) -> None:
+    """As by a round for the fleet that looks at no lease."""
+    store = Store(engine)
+    store.jobs.submit(submission())
+    assert isinstance(take(store), Claim)
+    assert store.attempts.reap() == []
+    with store.begin(read_only=False) as tx:
+        _end_lost(tx, read_job(tx, 1), "box:0 was silent for 60 s", tx.now())
+    early, spared = (breach.what for breach in broken(engine) if breach.promise == 4)
+    assert re.fullmatch(r"attempt 1 of job 1 was ended as lost (59|60)\.\d s before its lease was over", early)
+    assert spared == "attempt 1 of job 1 was ended as lost, and no fault had met box:0"
 
 
 def test_a_write_after_the_end_is_found(engine: Engine) -> None:
