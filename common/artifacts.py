@@ -20,11 +20,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import ArtifactError, NotStorable, ReportUnknown, ResultTaken, ServiceUnreachable
-from .files import Doing, Unfinished, nothing_told, open_files
+from .errors import ArtifactError, NotStorable, ReportUnknown, ResultTaken, ServiceUnreachable, WrongStore
+from .files import Doing, Folder, Unfinished, nothing_told, open_files
 from .settings import S3Keys, Settings, redacted
 
 log = logging.getLogger("loractl")
+
+MARK = ".loractl-lab"
+"""Says whose store it is: another folder may have the same path, and another bucket the same name."""
 
 MANIFEST = "manifest.json"
 WEIGHTS = "adapter/adapter_model.safetensors"
@@ -99,9 +102,12 @@ class Binding:
     weights_sha256: str | None = None  # of WEIGHTS, for a result that is not bound
 
 
-def names_dataset(url: str, uri: str, sha256: str) -> bool:
-    """Whether put_dataset of the store at `url` can have returned these. Others may have written them into a row."""
-    name = uri.removeprefix(url.rstrip("/") + "/")
+def names_dataset(url: str | None, uri: str, sha256: str) -> bool:
+    """Whether put_dataset of the store at `url` can have returned these. Others may have written them into a row.
+
+    None: a store that is known by its mark, wherever it was when the data set was stored.
+    """
+    name = "/".join(uri.split("/")[-2:]) if url is None else uri.removeprefix(url.rstrip("/") + "/")
     return bool(_SHA256.fullmatch(sha256) and re.fullmatch(rf"datasets/{sha256}\.[a-z]{{1,8}}", name))
 
 
@@ -114,12 +120,41 @@ class ArtifactStore:
         tell: Callable[[str], None] | None = None,
         doing: Doing = nothing_told,
         keys: S3Keys | None = None,
+        *,
+        mark: str | None = None,
+        is_own: bool = False,
     ) -> None:
-        """`tell` takes a sentence for people, once for each result read that is not bound to its row."""
+        """`tell` takes a sentence for people, once for each result read that is not bound to its row.
+
+        `mark`: the lab's. Then every method raises WrongStore for a store with another mark, or with none. "": the lab
+        knows none yet, but a missing folder is refused. None: nothing is checked. `is_own`: a bucket that has the mark.
+        """
         self.url = url.rstrip("/")
         self._files = open_files(self.url, doing, keys)
         self._tell = log.warning if tell is None else tell
         self._told: set[str] = set()
+        self.mark = mark
+        self._is_own = is_own
+
+    def check(self) -> None:
+        """Raises WrongStore if this is not the lab's store, ArtifactError, ServiceUnreachable."""
+        with self._errors("looking for the store"):
+            pass
+
+    def read_mark(self) -> str | None:
+        """The mark that it has; None: none."""
+        with self._errors("reading the mark"):
+            return self._found_mark()
+
+    def write_mark(self, mark: str) -> None:
+        """Give it this mark."""
+        with self._errors("writing the mark"):
+            self._files.write(MARK, f"{mark}\n".encode())
+
+    def has_result(self, prefix: str) -> bool:
+        """Whether a result is closed there; nothing of it is checked."""
+        with self._errors(f"looking for {prefix}"):
+            return self._files.exists(f"{prefix}/{MANIFEST}")
 
     def put_dataset(self, path: Path) -> tuple[str, str]:
         """Upload a data set under its content hash, once. Returns (uri, sha256)."""
@@ -137,9 +172,9 @@ class ArtifactStore:
 
         Raises ArtifactError, also for a name that put_dataset can't have made: others may have written the row.
         """
-        name = uri.removeprefix(self.url + "/")
-        if not names_dataset(self.url, uri, sha256):
+        if not names_dataset(None if self.mark else self.url, uri, sha256):
             raise ArtifactError(f"{uri!r} is not a data set of this store", "submit the job again")
+        name = "/".join(uri.split("/")[-2:])
         target = folder / Path(name).name
         if target.exists() and sha256_of(target) == sha256:
             os.utime(target)  # loractl gc removes data sets that nobody has used for long
@@ -368,9 +403,26 @@ class ArtifactStore:
                 "since; run loractl adapters bind"
             )
 
+    def _require_own(self) -> None:
+        """A bucket is looked at once, a folder each time: its share may be unmounted meanwhile."""
+        if self.mark is None or self._is_own:
+            return
+        if isinstance(self._files, Folder) and not self._files.is_there():
+            raise WrongStore(redacted(self.url), "this machine has no such folder")
+        if self.mark and (found := self._found_mark()) != self.mark:
+            raise WrongStore(redacted(self.url), "it has no mark" if found is None else "it has another lab's mark")
+        self._is_own = not isinstance(self._files, Folder)
+
+    def _found_mark(self) -> str | None:
+        try:
+            return self._files.read(MARK)[:64].decode(errors="replace").strip() or None
+        except FileNotFoundError:
+            return None
+
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
         try:
+            self._require_own()
             yield
         except (ArtifactError, ServiceUnreachable):
             raise
@@ -396,9 +448,11 @@ def split_final(report: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] 
     return report, final if isinstance(final, dict) else None
 
 
-def open_store(settings: Settings, tell: Callable[[str], None] | None = None) -> ArtifactStore:
-    """The artifact store of this installation; `tell` as for ArtifactStore."""
-    return ArtifactStore(settings.artifacts_url, tell, keys=settings.s3)
+def open_store(
+    settings: Settings, tell: Callable[[str], None] | None = None, *, mark: str | None = None
+) -> ArtifactStore:
+    """The store at this installation's address; `tell` and `mark` as for ArtifactStore."""
+    return ArtifactStore(settings.artifacts_url, tell, keys=settings.s3, mark=mark)
 
 
 def attempt_prefix(job_id: int, attempt: int) -> str:

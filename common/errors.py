@@ -8,7 +8,8 @@ LoractlError                    1  failed
 ├── AdapterNotFound             3  no such adapter
 ├── SweepNotFound               3  no such sweep
 ├── ServiceUnreachable          4  database, Redis or artifact store can't be reached
-│   └── ServiceRefused          4  it answers, and refuses the user or the password
+│   ├── ServiceRefused          4  it answers, and refuses the user or the password
+│   └── WrongStore              4  the artifact store is another one than the lab's
 ├── Forbidden                   1  the database's user has no right to do that
 ├── NameTaken                   1  another box has this one's name
 ├── SchemaMismatch              1  the database is older or newer than this loractl
@@ -161,6 +162,18 @@ class ServiceRefused(ServiceUnreachable):
         super().__init__(service, address, setting, why)
         self.sentence = f"{service} at {address} refuses this user: {why}"
         self.hint = f"check user and password in {setting}; write special characters as %XX"
+
+
+class WrongStore(ServiceUnreachable):
+    """What is at the artifact store's address is not the lab's store: nothing is read or written there."""
+
+    def __init__(self, address: str, why: str) -> None:
+        super().__init__("the artifact store", address, "LORACTL_ARTIFACTS_URL", why)
+        self.sentence = f"{address} is not the lab's artifact store: {why}"
+        self.hint = (
+            "set LORACTL_ARTIFACTS_URL to the lab's store, and see that it is mounted; "
+            "if the lab has moved or was restored, its owner runs loractl lab adopt-store"
+        )
 
 
 class Forbidden(LoractlError):

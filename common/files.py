@@ -215,6 +215,10 @@ class Folder(Bucket):
     it counts as written: a power loss undoes nothing.
     """
 
+    def is_there(self) -> bool:
+        """Whether the folder exists."""
+        return Path(self._root).is_dir()
+
     def write(self, name: str, content: bytes) -> None:
         self._write(name, [content])
 

@@ -160,9 +160,9 @@ class TrainerThread:
 class _NearStore(StoreClient):
     """The artifact store without the processes for its calls, whose start takes half a second of a processor."""
 
-    def _call(self, name: str, *arguments: Any) -> Any:
+    def _ask(self, name: str, *arguments: Any) -> Any:
         plain = json.loads(json.dumps(arguments))  # what crosses the pipe
-        return carry_out(ArtifactStore(self.url), name, plain)
+        return carry_out(ArtifactStore(self.url, mark=self.mark), name, plain)
 
     def watched(self, watch: CallWatch) -> StoreClient:
         return self
@@ -236,7 +236,7 @@ class HeldLab:
                 place,
                 clock=self.clock,
                 store=Store(place.store.engine, self.time, settings.lease_s),
-                artifacts=_NearStore(settings.artifacts_url),
+                artifacts=_NearStore(settings.artifacts_url, mark=(options or NodeOptions()).store_mark),
                 launch=lambda *_: self._launch(does),
             )
             for place in places

@@ -289,4 +289,4 @@ class LabVerbs(Subject):
 
     setting = reads(lab_settings.read_setting)
     set = writes(lab_settings.write_setting)
-    set_first = writes(lab_settings.write_first)
+    named_store = reads(lab_settings.read_named_store)

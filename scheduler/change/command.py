@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -38,13 +39,14 @@ def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     from .amendment import amendment, require_unended, unchecked_rows, unknown_channels
 
     settings, store = open_session()
+    artifacts = functools.partial(open_artifacts, settings, store)
     with open_sender(settings) as sender:
 
         def change(job_id: int) -> None:
             require_unended(store, job_id)
             changed = amendment(store, job_id, overrides)
             warn(unknown_channels(changed, settings))
-            warn(unchecked_rows(changed, lambda: open_artifacts(settings), lambda: hint("Counting tokens ...")))
+            warn(unchecked_rows(changed, artifacts, lambda: hint("Counting tokens ...")))
             job = store.jobs.edit(changed, settings.user)
             click.echo(f"Job {job_id} is changed: {changed.text}.")
             warn(wake_for(job, sender))
@@ -71,13 +73,14 @@ def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     from .amendment import amendment, unchecked_rows, unknown_channels
 
     settings, store = open_session()
+    artifacts = functools.partial(open_artifacts, settings, store)
     with open_sender(settings) as sender:
 
         def queue(job_id: int) -> None:
             changed = amendment(store, job_id, overrides) if overrides else None
             if changed is not None:
                 warn(unknown_channels(changed, settings))
-                warn(unchecked_rows(changed, lambda: open_artifacts(settings), lambda: hint("Counting tokens ...")))
+                warn(unchecked_rows(changed, artifacts, lambda: hint("Counting tokens ...")))
             job = store.jobs.retry(job_id, settings.user, changed)
             click.echo(f"Job {job_id} is queued again{f': {changed.text}' if changed else ''}.")
             warn(wake_for(job, sender))

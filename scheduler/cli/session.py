@@ -39,14 +39,16 @@ def open_to_check(settings: Settings) -> tuple[Store | None, str | None]:
 def open_stores() -> tuple[Settings, Store, ArtifactStore]:
     """What open_session opens, and the artifact store. Raises UsageError too."""
     settings, store = open_session()
-    return settings, store, open_artifacts(settings)
+    return settings, store, open_artifacts(settings, store)
 
 
-def open_artifacts(settings: Settings) -> ArtifactStore:
-    """The artifact store, which warns of results that are not bound to their rows. Raises UsageError."""
+def open_artifacts(settings: Settings, store: Store | None) -> ArtifactStore:
+    """The artifact store, which warns of results that are not bound to their rows, and refuses to be another than the
+    lab's. `store`: None for a dry run, which writes nothing there. Raises UsageError, WrongStore."""
     from loractl.common.artifacts import open_store
+    from loractl.common.lab_store import open_lab_store
 
-    return open_store(settings, _warn)
+    return open_store(settings, _warn) if store is None else open_lab_store(settings, store, _warn)
 
 
 def _warn(sentence: str) -> None:

@@ -33,7 +33,7 @@ def db_upgrade(backup: Path | None, force: bool) -> None:
     """
     from loractl.common.settings import load_settings, redacted
 
-    from .revision import bring_to_head
+    from .revision import bring_to_head, store_unknown
 
     settings = load_settings()
     done = bring_to_head(settings, backup, force=force)
@@ -47,6 +47,13 @@ def db_upgrade(backup: Path | None, force: bool) -> None:
     click.echo(f"{redacted(settings.database_url)} {way}.")
     if done.roles_wanted:
         click.echo(_ROLES, err=True)
+    _tell_of_store(store_unknown(settings))
+
+
+def _tell_of_store(unknown: str | None) -> None:
+    if unknown is not None:
+        click.echo(f"The database does not know the lab's artifact store yet: {unknown}.", err=True)
+        click.echo("With the lab's LORACTL_ARTIFACTS_URL: loractl lab adopt-store", err=True)
 
 
 _ROLES = "Grant the roles their new rights: loractl db roles"
@@ -79,12 +86,15 @@ def db_roles(
     """
     from loractl.common.settings import load_settings
 
+    from .revision import store_unknown
     from .roles import set_up_roles, wanted_logins
     from .text import roles
 
     chosen = None if passwords is None else passwords.read().splitlines()
-    answer = set_up_roles(load_settings(), wanted_logins(people, boxes, pages, chosen), renew=renew)
+    settings = load_settings()
+    answer = set_up_roles(settings, wanted_logins(people, boxes, pages, chosen), renew=renew)
     show(answer, as_json, lambda: roles(answer))
+    _tell_of_store(store_unknown(settings))
 
 
 @db.command("backup")

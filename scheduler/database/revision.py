@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loractl.common.errors import Forbidden, WrongState
+from loractl.common.lab_store import adopt_if_sure
 from loractl.common.settings import Settings
-from loractl.common.store.database import connect, reachable
+from loractl.common.store.database import connect, one_look, reachable
 from loractl.common.store.roles import apply_roles, has_roles
 from loractl.common.store.schema import HEAD, revision, serving_boxes, upgrade
+from loractl.common.store.store import Store
 
 from .backup import Contents, back_up
 
@@ -48,3 +50,10 @@ def bring_to_head(settings: Settings, backup: Path | None, *, force: bool) -> Up
             return Upgraded(before=before, after=after, saved=saved, roles_wanted=wanted)
         finally:
             engine.dispose()
+
+
+def store_unknown(settings: Settings) -> str | None:
+    """Let the database know the lab's artifact store, as its owner. Why it still knows none; None: it does."""
+    with one_look(settings) as engine:
+        why = adopt_if_sure(settings, Store(engine))
+    return None if why is None else why.sentence

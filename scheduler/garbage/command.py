@@ -39,7 +39,7 @@ def gc(keep_last: int | None, older_than: str, jobs: bool, dry_run: bool, force:
 
     policy = Policy(keep_last=keep_last, older_than=parse_age(older_than), past_jobs=jobs)
     settings, store = open_session()
-    cleaner = Cleaner(settings, store, open_artifacts(settings), policy)
+    cleaner = Cleaner(settings, store, open_artifacts(settings, store), policy)
     if not force:
         cleaner.check_own_store()
     gone = []

@@ -5,13 +5,13 @@ from __future__ import annotations
 import getpass
 import json
 import os
-import secrets
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
-from loractl.common.errors import LoractlError, UsageError
+from loractl.common.artifacts import ArtifactStore
+from loractl.common.errors import UsageError
 from loractl.common.settings import S3Keys, Settings
 
 from .line import Tls
@@ -19,9 +19,6 @@ from .place import SERVICE_USER
 
 _CERTIFICATES = {"database": "sslrootcert", "queue": "ssl_ca_certs"}
 """The option of a service's URL that names its authority."""
-
-MARK_FILE = ".loractl-lab"
-"""Marks a folder store as the lab's: another folder may have the same path."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +61,6 @@ def addresses_of(settings: Settings, server_has_tls: bool, address: str | None) 
         artifacts_url=settings.artifacts_url,
         certificates=certificates,
         s3=_s3(settings, address) if settings.artifacts_url.startswith("s3://") else None,
-        store_mark=_mark(settings.artifacts_url),
     )
 
 
@@ -80,34 +76,9 @@ def urls_with_certificates(lab: LabAddresses, folder: Path) -> tuple[Tls, str, d
 
 
 def refuse_another_store(lab: LabAddresses) -> None:
-    """A folder of this name that is not the lab's would take results that no other box sees. Raises UsageError."""
-    if lab.store_mark is None:
-        return
-    folder = _folder(lab.artifacts_url)
-    try:
-        found = (folder / MARK_FILE).read_text().strip()
-    except OSError:
-        found = None
-    if found != lab.store_mark:
-        raise UsageError(f"{folder} on this machine is not the lab's folder", "mount it here as on the server box")
-
-
-def _mark(artifacts_url: str) -> str | None:
-    """The mark of a folder store, created if missing. Raises LoractlError."""
-    if not artifacts_url.startswith("file://"):
-        return None
-    file = _folder(artifacts_url) / MARK_FILE
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            file.write_text(secrets.token_hex(16) + "\n")
-        return file.read_text().strip()
-    except OSError as error:
-        raise LoractlError(f"{file} can't be written: {error.strerror}", "LORACTL_ARTIFACTS_URL names it") from error
-
-
-def _folder(artifacts_url: str) -> Path:
-    return Path(unquote(artifacts_url.removeprefix("file://")))
+    """A folder of this name that is not the lab's would take results that no other box sees. Raises WrongStore."""
+    if lab.store_mark is not None and lab.artifacts_url.startswith("file://"):
+        ArtifactStore(lab.artifacts_url, mark=lab.store_mark).check()
 
 
 def _database_tls(url: str, server_has_tls: bool) -> Tls:

@@ -83,6 +83,26 @@ def lab_invite(boxes: tuple[str, ...], people: tuple[str, ...], address: str | N
     show(answer, as_json, lambda: invited(answer))
 
 
+@lab.command("adopt-store")
+@click.option("--empty", is_flag=True, help="Even without the lab's results; a missing folder is made.")
+def lab_adopt_store(empty: bool) -> None:
+    """Make the store of these settings the lab's only one.
+
+    Workers and clients refuse any other. For a store that has moved, was restored, or is not known yet; on PostgreSQL
+    say it as the owner of the tables.
+    """
+    from loractl.common.lab_store import SETTING, adopt
+    from loractl.common.settings import redacted
+    from loractl.scheduler.cli.session import open_session
+
+    settings, store = open_session()
+    before = store.lab.setting(SETTING)
+    mark = adopt(settings, store, empty=empty)
+    click.echo(f"{redacted(settings.artifacts_url)} is the lab's artifact store.")
+    if before not in (None, mark):
+        click.echo("It has another mark than the one before: restart the workers.", err=True)
+
+
 def _guests(boxes: tuple[str, ...], people: tuple[str, ...]) -> list[Any]:
     from .lab import Guest
 

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loractl.common.errors import UsageError
+from loractl.common.lab_store import SETTING, adopt, open_lab_store
 from loractl.common.settings import Settings
+from loractl.common.store.database import one_look
 from loractl.common.store.entrance import DatabaseServer, Invitation, LabOwner, lab_owner
 from loractl.common.store.roles import SUBMIT, WORK
 from loractl.common.store.schema import HEAD
+from loractl.common.store.store import Store
 
 from .addresses import addresses_of, is_only_here
 from .line import JoinLine, new_secret
@@ -90,7 +93,7 @@ def _invited(
     settings: Settings, owner: LabOwner, guests: Sequence[Guest], address: str | None, valid_s: float
 ) -> LabAnswer:
     server = owner.server()
-    addresses = addresses_of(settings, server.tls, address)
+    addresses = replace(addresses_of(settings, server.tls, address), store_mark=_store_mark(settings))
     lines = [_line(server, addresses.database_tls, address) for _ in guests]
     pairs = list(zip(guests, lines, strict=True))
     until = owner.invite([_invitation(guest, line, addresses.text()) for guest, line in pairs], valid_s)
@@ -104,6 +107,16 @@ def _invited(
         until=until,
         tickets=tuple(JoinTicket(kind=guest.kind, name=guest.name, line=line.text()) for guest, line in pairs),
     )
+
+
+def _store_mark(settings: Settings) -> str:
+    """The store's mark; a lab without one gets it here. Raises WrongStore, and what adopt raises."""
+    with one_look(settings) as engine:
+        store = Store(engine)
+        if (known := store.lab.setting(SETTING)) is None:
+            return adopt(settings, store)
+        open_lab_store(settings, store).check()
+        return known
 
 
 def _line(server: DatabaseServer, tls: dict[str, str], address: str | None) -> JoinLine:

@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from loractl.common.errors import LoractlError, UsageError, WrongState
+from loractl.common.lab_store import make_folder
 from loractl.common.settings import Settings, load_settings
 
 from .containers import start_containers
@@ -48,6 +49,8 @@ def make_lab(wish: LabWish, guests: Sequence[Guest], valid_s: float) -> LabAnswe
     elif wish.artifacts_url or wish.networks or wish.take_over:
         raise UsageError("--artifacts, --network and --take-over go with --packages", "set LORACTL_ARTIFACTS_URL")
     elif not settings.embedded_database and settings.redis_url is not None:
+        if settings.artifacts_url.startswith("file://"):
+            make_folder(settings)
         _wait_for(("database", "queue", "store"), 0)
     return replace(set_up_lab(settings, guests, wish.address, valid_s=valid_s), done=done)
 

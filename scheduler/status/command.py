@@ -167,7 +167,7 @@ def logs(job: str, following: bool, tail: int | None) -> None:
 
     settings, store = open_session()
     job_id = job_named(store, job)
-    log = job_log(store, lambda: open_artifacts(settings), job_id)
+    log = job_log(store, lambda: open_artifacts(settings, store), job_id)
     _print(log.text if tail is None else _last_lines(log.text, tail))
     empty = not log.text
     while following and not log.job.status.is_terminal:

@@ -78,7 +78,7 @@ def _check(drafts: Sequence[JobDraft], settings: Settings) -> None:
 
     from .intake import doubts_of, plan_all
 
-    (store, unknown), artifacts = open_to_check(settings), open_artifacts(settings)
+    (store, unknown), artifacts = open_to_check(settings), open_artifacts(settings, None)
     _warn_of_files(drafts)
     doubts = _doubts_about_bases(drafts, settings)
     planned = plan_all(drafts, settings, store)

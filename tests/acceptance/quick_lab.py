@@ -19,6 +19,8 @@ from sqlalchemy import Engine, update
 from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Reason
+from loractl.common.lab_store import adopt
+from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
@@ -96,11 +98,14 @@ def quick_lab(make_cli: Callable[..., Cli], home: Path, folder: Path, url: str |
     engine = make_engine(url or f"sqlite:///{home / 'loractl.db'}")
     upgrade(engine)
     (folder / "config.json").write_text(json.dumps(CONFIG))
+    (home / "artifacts").mkdir()
     cli = make_cli(
         LORACTL_HOST="heron", LORACTL_TRAINER="tests.quick_trainer", PYTHONPATH=str(ROOT),
         QUICK_STARTS=str(folder / "starts"), LORACTL_LEASE=f"{LEASE_S}s",
         **({"LORACTL_DATABASE_URL": url} if url else {}),
     )  # fmt: skip
+    if url:
+        adopt(load_settings(cli.environment), Store(engine))
     found = Lab(cli, home, engine, folder)
     yield found
     for worker in found.workers:

@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 
 from loractl import __version__
+from loractl.common.artifacts import MARK
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect, make_engine
 from loractl.common.store.schema import HEAD, upgrade
@@ -59,7 +60,7 @@ def test_a_home_before_its_first_job_and_after_and_nothing_stays(cli: Cli, home:
     fresh = checks(cli)
     assert tuple(fresh) == LAB
     assert levels(fresh) | {"disk": "?"} == dict.fromkeys(LAB, "ok") | {"disk": "?"} | dict.fromkeys(
-        ("database", "revision", "logins", "clock", "boxes", "messages"), "skipped"
+        ("database", "revision", "logins", "clock", "store", "boxes", "messages"), "skipped"
     )
     assert not (home / "loractl.db").exists() and not (home / "run" / "valkey.sock").exists()
     assert "it needs no self-test" in fresh["cards"][0]["sentence"]
@@ -67,7 +68,7 @@ def test_a_home_before_its_first_job_and_after_and_nothing_stays(cli: Cli, home:
     told = cli("doctor").stdout
     assert f"{HEAD}, as loractl {__version__} needs it" in told and "no worker is online" in told
     assert "> start one on a GPU box: loractl worker" in told and "1 warning." in told
-    assert [path for path in (home / "artifacts").rglob("*") if path.is_file()] == []
+    assert [path.name for path in (home / "artifacts").rglob("*") if path.is_file()] == [MARK], "the upgrade's"
 
 
 def test_a_lab_s_services_answer_and_no_line_shows_a_password(
@@ -164,12 +165,13 @@ def test_boxes_of_other_versions_silent_ones_and_closed_cards_are_named(cli: Cli
 
 
 def test_a_clock_that_is_off_a_database_that_only_reads_and_one_of_the_future(
-    make_cli: Callable[..., Cli], postgres_url: str
+    make_cli: Callable[..., Cli], postgres_url: str, tmp_path: Path
 ) -> None:
     engine = make_engine(postgres_url)
     upgrade(engine)
     engine.dispose()
-    cli, name = make_cli(LORACTL_DATABASE_URL=postgres_url), make_url(postgres_url).database
+    cli = make_cli(LORACTL_DATABASE_URL=postgres_url, LORACTL_ARTIFACTS_URL=tmp_path.as_uri())
+    name = make_url(postgres_url).database
     owner = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     with owner.connect() as connection:
         for statement in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import shutil
 import signal
 import time
@@ -13,7 +14,7 @@ import psutil
 import pytest
 from sqlalchemy import create_engine, make_url, select, text
 
-from loractl.common.job.status import Status
+from loractl.common.job.status import Reason, Status
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
@@ -22,7 +23,9 @@ from loractl.common.units import GIB
 
 from ..conftest import Cli
 from ..databases import UPGRADED, database
+from ..models import write_job
 from ..unit.factories import node_state, submission
+from .quick_lab import quick_lab
 from .test_node import SLOW
 
 LEASE_S = 6
@@ -36,9 +39,12 @@ def fleet_url(postgres_server: str) -> Iterator[str]:
 
 @pytest.mark.cold
 def test_a_node_that_starts_in_an_outage_of_the_database_takes_no_living_job_over(
-    make_cli: Callable[..., Cli], fleet_url: str, postgres_server: str
+    make_cli: Callable[..., Cli], fleet_url: str, postgres_server: str, tmp_path: Path
 ) -> None:
-    cli = make_cli(LORACTL_DATABASE_URL=fleet_url, LORACTL_HOST="owl", LORACTL_LEASE=f"{LEASE_S}s")
+    cli = make_cli(
+        LORACTL_DATABASE_URL=fleet_url, LORACTL_HOST="owl", LORACTL_LEASE=f"{LEASE_S}s",
+        LORACTL_ARTIFACTS_URL=tmp_path.as_uri(),
+    )  # fmt: skip
     engine = make_engine(fleet_url)
     store = Store(engine, lease_s=LEASE_S)
     worker = cli.start("worker")
@@ -79,6 +85,7 @@ def test_a_copied_home_with_an_equal_name_takes_no_running_job(
     shared = {
         "LORACTL_DATABASE_URL": upgraded_url, "LORACTL_HOST": "heron", "LORACTL_LEASE": f"{LEASE_S}s",
         "LORACTL_TRAINER": "slow_trainer", "PYTHONPATH": str(tmp_path), "LORACTL_REDIS_URL": "redis://127.0.0.1:1",
+        "LORACTL_ARTIFACTS_URL": tmp_path.as_uri(),
     }  # fmt: skip
     engine = make_engine(upgraded_url)
     store = Store(engine)
@@ -115,3 +122,44 @@ def _until(holds: Callable[[], bool], seconds: float = 60) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it does not come to that"
         time.sleep(0.05)
+
+
+def test_a_box_or_a_client_with_another_store_is_refused_before_it_takes_or_leaves_anything(
+    make_cli: Callable[..., Cli], home: Path, tmp_path: Path, fleet_url: str
+) -> None:
+    owner = make_cli(LORACTL_DATABASE_URL=fleet_url)
+    told = owner("db", "upgrade").stderr
+    assert "does not know the lab's artifact store yet" in told and "loractl lab adopt-store" in told
+    assert "this home's own, and the lab is on PostgreSQL" in owner("worker", "--drain-when-idle", code=4).stderr
+    with quick_lab(make_cli, home, tmp_path, fleet_url) as lab:
+        file, job_id, away = write_job(tmp_path, tmp_path, name="job"), lab.submit(), tmp_path / "mount" / "lab"
+        lost = lab.cli.with_environment(LORACTL_HOME=str(tmp_path / "owl"), LORACTL_HOST="owl")
+        for other, why in (
+            (lost, "this machine has no such folder"),
+            (lost.with_environment(LORACTL_ARTIFACTS_URL=away.as_uri()), "this machine has no such folder"),
+            (lost.with_environment(LORACTL_ARTIFACTS_URL=tmp_path.as_uri()), "it has no mark"),
+        ):
+            for command in (["worker", "--drain-when-idle"], ["submit", file]):
+                told = other(*command, code=4).stderr
+                assert f"is not the lab's artifact store: {why}\nHint: set LORACTL_ARTIFACTS_URL" in told
+            doctor = json.loads(other("doctor", "--json", "--check", "store", code=1).stdout)
+            assert why in next(line for line in doctor["checks"] if line["check"] == "store")["sentence"]
+        assert not away.exists() and not (tmp_path / "owl" / "artifacts").exists()
+        assert len(lab.store.jobs.matching()) == 1
+        worker = lab.start("--drain-when-idle")
+        lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
+        assert worker.wait(30) == 0 and lab.reasons(job_id) == [Reason.OK]
+
+        moved = lab.cli.with_environment(LORACTL_ARTIFACTS_URL=(home / "moved").as_uri())
+        assert "lacks the result of job 1" in _refused(moved, home / "moved")
+        (home / "artifacts").rename(home / "moved")
+        assert moved("lab", "adopt-store").stdout == f"{(home / 'moved').as_uri()} is the lab's artifact store.\n"
+        moved("report", job_id)
+
+
+def _refused(cli: Cli, folder: Path) -> str:
+    """What adopt-store says of an empty folder, as an unmounted share looks."""
+    folder.mkdir()
+    told = cli("lab", "adopt-store", code=1).stderr
+    folder.rmdir()
+    return told

@@ -117,7 +117,7 @@ def test_a_join_that_can_t_work_is_refused_before_the_line_is_used(lab: Lab, pos
     home = Path(box.environment["LORACTL_HOME"])
     mark, aside = lab.store, lab.folder / "aside"
     mark.rename(aside)
-    assert "is not the lab's folder" in box("join", line, "--no-service", code=2).stderr
+    assert "this machine has no such folder" in box("join", line, "--no-service", code=4).stderr
     aside.rename(mark)
     set_there = box.with_environment(LORACTL_REDIS_URL="redis://127.0.0.1:1/0")
     assert "LORACTL_REDIS_URL is set here" in set_there("join", line, "--no-service", code=1).stderr

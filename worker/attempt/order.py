@@ -103,7 +103,8 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
     """Fetch the data and write the trainer's order."""
     claim, folder = attempt.claim, attempt.folder
     spec, cache = claim.spec, place.settings.cache_dir
-    check_claim(spec, claim.data, place.settings)
+    place.artifacts.check()  # its data may be in the cache, and the training for nothing
+    check_claim(spec, claim.data, place.settings, marked=bool(place.artifacts.mark))
     if claim.checkpoint is not None:
         check_checkpoint(claim.job_id, claim.checkpoint)
     _require_space(place, folder, bytes_to_write(spec, claim.method))

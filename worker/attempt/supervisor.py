@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from loractl.common.errors import ArtifactError, LoractlError, NotStorable, ResultTaken, ServiceUnreachable
+from loractl.common.errors import ArtifactError, LoractlError, NotStorable, ResultTaken, ServiceUnreachable, WrongStore
 from loractl.common.job.status import KEEPING, Reason, Stage, Status
 from loractl.common.store.database import REFUSALS, outage, told_by
 from loractl.common.store.records import Progress, StoredResult
@@ -132,9 +132,9 @@ def _carry_out(place: Workplace, attempt: SupervisedAttempt) -> tuple[Reason, st
                 attempt.unwritten.pending = replace(
                     attempt.unwritten.pending, result_host=""
                 )  # it is incomplete, or somebody removed it
-            train(place, attempt, _with_patience(place, attempt, prepare, away))
+            train(place, attempt, _with_patience(place, attempt, prepare, _store_away))
             while attempt.lays_aside():
-                train(place, attempt, _with_patience(place, attempt, prepare, away))
+                train(place, attempt, _with_patience(place, attempt, prepare, _store_away))
         reason, message = attempt.verdict()
         if reason is not Reason.OK or attempt.own.gone_as is not None:
             return reason, message, None
@@ -211,6 +211,11 @@ def _with_patience(
     return answer
 
 
+def _store_away(error: BaseException) -> str | None:
+    """While nothing is trained, another box can begin at once: it may have the lab's store."""
+    return None if isinstance(error, WrongStore) else away(error)
+
+
 def _not_stored(error: BaseException) -> str | None:
     """While storing, a file that reads back differently is tried again too, but not a place that is taken, nor what no
     store takes."""
@@ -238,6 +243,8 @@ def _explain(error: Exception) -> tuple[Reason, str]:
         return reason, f"{error.strerror or error}: {error.filename or ''}".strip(": ")
     if isinstance(error, NotStorable):  # the next attempt would leave the same
         return Reason.BAD_SPEC, error.sentence
+    if isinstance(error, WrongStore):  # nobody's failure that the job or its retries would answer for
+        return Reason.DRAINED, error.sentence
     if isinstance(error, (ArtifactError, ServiceUnreachable)):
         return Reason.STORE_FAILED, error.sentence
     if isinstance(error, Refused):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from loractl.common.artifacts import ArtifactStore
 
 
 class OneOrZero(click.types.BoolParamType):
@@ -105,7 +108,7 @@ def worker(
     import datetime as dt
     import os
 
-    from loractl.common.artifacts import open_store
+    from loractl.common.lab_store import open_lab_store
     from loractl.common.queue.valkey import broker_url
     from loractl.common.settings import load_settings
     from loractl.common.store.database import connect, make_engine
@@ -119,7 +122,7 @@ def worker(
     settings = load_settings()
     settings.require_channels()
     settings.require_home()
-    options = {
+    options: dict[str, Any] = {
         "margin": _size(reserve),
         "high_water_s": _seconds("--high-water", high_water),
         "max_jobs": max_jobs_per_gpu,
@@ -132,7 +135,9 @@ def worker(
     window = read_window(until, None if lasts is None else _seconds("--for", lasts), grace_s, os.environ, now)
     connect(settings).dispose()  # checks that the schema is of this version
     store = Store(make_engine(settings.database_url, kept=0))  # keeps no connection: it is used every ten seconds
-    open_store(settings)
+    artifacts = open_lab_store(settings, store)
+    _require_store(artifacts)
+    options["store_mark"] = artifacts.mark
     devices = find_devices(settings, gpus)
     broker_url(settings)
     for device in devices:
@@ -149,6 +154,18 @@ def worker(
         click.echo(f"Stops at {clock(window.stops, now)}, {ends}.", err=True)
     click.echo("Ctrl-C saves a checkpoint and requeues running jobs.", err=True)
     sys.exit(Box(settings, store, devices, options, window=window, grace_s=grace_s).run(drain_when_idle))
+
+
+def _require_store(artifacts: ArtifactStore) -> None:
+    """Raises WrongStore for another store than the lab's; one that is away may come back."""
+    from loractl.common.errors import ArtifactError, ServiceUnreachable, WrongStore
+
+    try:
+        artifacts.check()
+    except WrongStore:
+        raise
+    except (ArtifactError, ServiceUnreachable) as error:
+        click.echo(f"Warning: {error.sentence}.", err=True)
 
 
 def _size(text: str) -> int:

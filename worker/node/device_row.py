@@ -28,6 +28,7 @@ class NodeOptions:
     window_s: float | None = None  # from its start until then
     grace_s: float | None = None  # how long a stop may take; None: no limit
     devices: int = 1  # the number that share the box's cores
+    store_mark: str | None = None  # the mark of the lab's artifact store; see ArtifactStore
 
 
 class DeviceRow:
@@ -75,7 +76,7 @@ class DeviceRow:
             temperature=seen.temperature,
             draining=draining,
             gangs=device.kind != "cpu",
-            fault=seen.fault,
+            fault=seen.fault or place.artifacts.fault,
             self_test=seen.self_test,
             versions=self._versions,
             until=None if self._options.until is None else dt.datetime.fromtimestamp(self._options.until, dt.UTC),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from loractl.common.errors import ServiceUnreachable
+from loractl.common.errors import ArtifactError, ServiceUnreachable
 from loractl.common.placement.hosts import open_bases
 from loractl.common.placement.lines import VRAM_CLASSES, served_classes
 from loractl.common.queue.hints import HintQueues, card_queue, queue_name
@@ -80,7 +80,7 @@ class Monitor:
         self._stopped = threading.Event()
         self._pass_on = False  # a message came while no slot of this node could take a job
         self._thread: threading.Thread | None = None
-        self._trimming: threading.Thread | None = None  # the last that trimmed the queues
+        self._asides: dict[str, threading.Thread] = {}  # the last thread of each kind
 
     def start(self, slots: Slots) -> None:
         """Begin the rounds, which read the rows even while the queue is away."""
@@ -139,7 +139,9 @@ class Monitor:
                 self._try("the round", lambda: self._go_round(slots))
                 self._try("the fleet's round", self._tend_fleet, vital=False)
                 self._try("planning again", self._plan_anew, vital=False)
-                self._try("the queue's thread", self._trim_aside, vital=False)
+                self._try("the queue's thread", lambda: self._aside("queue", self._trim_queues), vital=False)
+                if self._place.artifacts.fault is not None:
+                    self._try("the store's thread", lambda: self._aside("store", self._find_store), vital=False)
             if clock.wait(self._called, max(0.05, min(next_look, next_round, now + 1.0) - clock.now())):
                 clock.wait(self._stopped, max(0.0, looked + CALM_S - clock.now()))
 
@@ -215,12 +217,22 @@ class Monitor:
         if not planned:  # otherwise there may be more
             self._next_plans = self._place.clock.now() + ASIDE_S * self._pace
 
-    def _trim_aside(self) -> None:
-        """Trim the queues in a thread: a server that hangs takes seconds to time out, and the fleet's round must not
-        wait for that, or no lost worker would be noticed meanwhile."""
-        if self._trimming is None or self._place.clock.join(self._trimming, 0.0):
-            work = partial(self._try, "the queue", self._trim_queues)
-            self._trimming = self._place.clock.start(work, "queue")
+    def _aside(self, name: str, work: Callable[[], None]) -> None:
+        """Do this in a thread: a server that hangs takes seconds to time out, and the fleet's round must not wait for
+        that, or no lost worker would be noticed meanwhile."""
+        if name not in self._asides or self._place.clock.join(self._asides[name], 0.0):
+            self._asides[name] = self._place.clock.start(partial(self._try, f"the {name}", work), name)
+
+    def _find_store(self) -> None:
+        """Open the card again once the lab's artifact store is here: its share was mounted, say."""
+        try:
+            self._place.artifacts.check()
+        except (ArtifactError, ServiceUnreachable) as error:
+            log.debug("%s", error.sentence)
+            return
+        log.info("the lab's artifact store is here again, and %s takes jobs", self._place.node)
+        self._pass_on = True
+        self.look_soon()
 
     def _trim_queues(self) -> None:
         """Discard excess messages: they are only hints, and nobody should keep a node busy by sending many."""

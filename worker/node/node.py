@@ -254,7 +254,7 @@ def place_of(settings: Settings, device: Device, options: NodeOptions, drain: Dr
     return Workplace(
         settings=settings,
         store=Store(engine, lease_s=settings.lease_s),
-        artifacts=StoreClient(settings.artifacts_url),
+        artifacts=StoreClient(settings.artifacts_url, mark=options.store_mark),
         device=device,
         node=f"{settings.host}:{device.number}",
         drain=drain,

@@ -92,7 +92,7 @@ class Claimer:
 
     def _try(self) -> Claim | Left | None:
         seen, now = self._watch.look(), self._place.clock.now()
-        if seen.fault is not None:
+        if seen.fault is not None or self._place.artifacts.fault is not None:
             return None  # the next look writes the fault into its row
         distrusted = frozenset(node for node, since in self._left.items() if now - since > HOLD_BACK_S)
         place = self._place

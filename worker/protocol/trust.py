@@ -26,10 +26,11 @@ class Refused(LoractlError):
     """The job asks for something that this box's owner, or loractl itself, does not allow."""
 
 
-def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings) -> None:
+def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings, *, marked: bool = False) -> None:
     """Raises Refused unless a job may name this base model and this data here.
 
-    `data` says which of the spec's data sets are in the artifact store; the others must be on the hub.
+    `data` says which of the spec's data sets are in the artifact store; the others must be on the hub. `marked`:
+    the store was found by its mark, and may have moved since the data was stored.
     """
     check_base(spec.base_model, settings.model_roots)
     named = spec.data_sets()
@@ -39,7 +40,7 @@ def check_claim(spec: JobSpec, data: dict[str, Any], settings: Settings) -> None
             _check_hub_data(f"{section}.{key}", named[key])
         elif not _is_stored(entry):
             raise Refused(f"the row says of {section}.{key} no address and hash of a stored data set")
-        elif not names_dataset(settings.artifacts_url, entry["uri"], entry["sha256"]):
+        elif not names_dataset(None if marked else settings.artifacts_url, entry["uri"], entry["sha256"]):
             # no failure of the store: such rows must not make it look broken, and so close cards
             raise Refused(f"{section}.{key}: {entry['uri']!r} is not a data set of this store")
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.adapter_config import CONFIG, check_adapter_weights
-from loractl.common.artifacts import ArtifactStore, Binding, attempt_prefix, open_store, sha256_of
+from loractl.common.artifacts import ArtifactStore, Binding, attempt_prefix, sha256_of
 from loractl.common.errors import ArtifactError, UsageError
 from loractl.common.fingerprint import changed_files
 from loractl.common.job.method import Method
 from loractl.common.job.names import parse_reference
 from loractl.common.job.sections import DataFormat
 from loractl.common.job.spec import JobSpec
+from loractl.common.lab_store import open_lab_store
 from loractl.common.memory.engine import LEAN
 from loractl.common.settings import Settings
 from loractl.common.store.columns import word
@@ -85,7 +86,7 @@ class Library:
         self._settings = settings
         with reachable(settings):
             self._store = Store(connect(settings))
-        self._artifacts: ArtifactStore = open_store(settings, tell)
+        self._artifacts: ArtifactStore = open_lab_store(settings, self._store, tell)
         self._fetched: dict[tuple[int, int], Path] = {}  # verified by this process
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..tables import LabSetting
+from sqlalchemy import select
+
+from ..tables import Adapter, Job, LabSetting
 from ..transaction import Transaction
 
 
@@ -17,7 +19,17 @@ def write_setting(tx: Transaction, name: str, value: str, by: str) -> None:
     tx.put(LabSetting, "name", {"name": name, "value": value, "set_by": by, "at": tx.now()})
 
 
-def write_first(tx: Transaction, name: str, value: str, by: str) -> str:
-    """Set it unless it is set; returns what counts then. Raises as `write_setting` does."""
-    tx.add_new(LabSetting, [{"name": name, "value": value, "set_by": by, "at": tx.now()}])
-    return read_setting(tx, name) or value
+def read_named_store(tx: Transaction) -> str | None:
+    """The address of the artifact store that the newest result, or one of the newest jobs, names; None: none does."""
+    uri = tx.session.scalar(select(Adapter.uri).order_by(Adapter.job_id.desc()).limit(1))
+    if uri is not None:
+        return uri.rpartition("/jobs/")[0]
+    for data in tx.session.scalars(select(Job.data).order_by(Job.job_id.desc()).limit(_NEWEST)):
+        for stored in data.values():
+            if isinstance(stored, dict):
+                return str(stored.get("uri")).rpartition("/datasets/")[0]
+    return None
+
+
+_NEWEST = 50
+"""Jobs that are asked for a store; data sets of the hub name none."""

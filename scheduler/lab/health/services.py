@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loractl import __version__
-from loractl.common.errors import ArtifactError, SchemaMismatch
+from loractl.common.errors import ArtifactError, LoractlError, SchemaMismatch, WrongStore
+from loractl.common.lab_store import SETTING, folder_of, is_home_s, known_mark
 from loractl.common.settings import Settings, redacted
-from loractl.common.store.database import one_look
+from loractl.common.store.database import has_database, one_look
 from loractl.common.store.roles import has_roles, unbounded
 from loractl.common.store.schema import HEAD, revision
 from loractl.common.store.store import Store
@@ -143,10 +144,15 @@ def see_queue(settings: Settings) -> Iterator[Condition]:
 
 
 def see_store(settings: Settings) -> Iterator[Condition]:
-    """Whether a data set, stored as a client does, and a checkpoint, stored as a box does, read back as written."""
+    """Whether it is the lab's, and a data set, stored as a client does, and a checkpoint, stored as a box does, read
+    back as written."""
     from loractl.common.artifacts import open_store
 
-    store, began, address = open_store(settings), time.monotonic(), redacted(settings.artifacts_url)
+    mark, address = _mark(settings), redacted(settings.artifacts_url)
+    if not mark and is_home_s(settings) and not folder_of(settings).exists():
+        yield skipped("store", f"there is none yet: {address}", "loractl submit job.yaml makes it")
+        return
+    store, began = open_store(settings, mark=mark or ""), time.monotonic()
     refused: dict[str, ArtifactError] = {}
     with tempfile.TemporaryDirectory(prefix="loractl-doctor-") as folder:
         for what, keep in (("data sets", _keep_dataset), ("results", _keep_checkpoint)):
@@ -163,6 +169,25 @@ def see_store(settings: Settings) -> Iterator[Condition]:
     else:
         first = refused["data sets"]
         yield broken("store", first.sentence, first.hint)
+    if mark == "" and not settings.embedded_database:
+        what = "the database does not know the lab's store yet, so a worker with another one would take jobs"
+        yield warning("store", what, "as the owner of the tables: loractl lab adopt-store")
+
+
+def _mark(settings: Settings) -> str | None:
+    """The mark by which the database knows the store, "" if it knows none; None: the database can't be asked."""
+    if not has_database(settings):
+        return None
+    try:
+        with one_look(settings) as engine:
+            if revision(engine) != HEAD:
+                return None
+            store = Store(engine)
+            return store.lab.setting(SETTING) or "" if settings.embedded_database else known_mark(settings, store)
+    except WrongStore:
+        raise
+    except LoractlError:  # its own check says so
+        return None
 
 
 def _keep_dataset(store: ArtifactStore, folder: Path) -> None:

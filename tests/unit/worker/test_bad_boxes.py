@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from loractl.common.job.status import Reason, Status
+from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.lab_store import adopt
 from loractl.common.store.records import Claim
 from loractl.worker.device.occupancy import Watch
+from loractl.worker.node.device_row import NodeOptions
 from loractl.worker.node.health import leftovers
 from loractl.worker.protocol.messages import Ended, Start
 from loractl.worker.recipe.order_desk import Orders
@@ -75,6 +77,57 @@ def test_a_box_with_a_full_disk_fails_no_job_for_good_and_is_closed(held: HeldLa
         subprocess.run(["umount", "-l", str(work)], check=True)
     held.cli("undrain", "owl")
     held.until(last, lambda job: job.status is Status.SUCCEEDED)
+
+
+def test_a_box_with_another_store_fails_no_job_and_takes_jobs_once_the_lab_s_is_mounted(
+    held: HeldLab, tmp_path: Path
+) -> None:
+    """It would take all of them: it is always idle."""
+    options = NodeOptions(store_mark=adopt(held.settings(), held.store, empty=True))
+    mount, jobs = tmp_path / "mount", [held.submit() for _ in range(3)]
+    mount.mkdir()
+    held.start(options=options, LORACTL_HOST="owl", LORACTL_HOME=str(tmp_path / "owl"),
+               LORACTL_ARTIFACTS_URL=mount.as_uri())  # fmt: skip
+    held.until(jobs[0], lambda job: job.attempt == 1 and job.status is Status.QUEUED)
+    held.clock.sleep(60)
+    assert [held.reasons(job_id) for job_id in jobs] == [[Reason.DRAINED], [], []], "the card is closed by then"
+    given_back = held.store.jobs.get(jobs[0])
+    assert (given_back.held, given_back.retries_used, given_back.lab_failures) == (False, 0, 0)
+    assert "is not the lab's artifact store: it has no mark" in " ".join(held.cli("gpus").split())
+    assert "is not the lab's artifact store" in " ".join(held.cli("why", jobs[1]).split())
+
+    healthy = held.start(options=options)
+    for job_id in jobs:
+        held.until(job_id, lambda job: job.status is Status.SUCCEEDED)
+    held.stop(healthy)
+    assert list(mount.iterdir()) == [], "nothing was written"
+    last = held.submit()
+    held.clock.sleep(30)
+    assert held.store.jobs.get(last).attempt == 0
+    mount.rmdir()
+    mount.symlink_to(held.home / "artifacts")
+    held.until(last, lambda job: job.status is Status.SUCCEEDED)
+    assert held.store.attempts.of_job(last)[-1].node == "owl:0"
+
+
+def test_a_share_that_is_unmounted_during_a_training_costs_no_training(held: HeldLab) -> None:
+    share, away = held.home / "artifacts", held.home / "away"
+    options = NodeOptions(store_mark=adopt(held.settings(), held.store, empty=True))
+    job_id = held.submit(steps=100)
+    held.start(options=options)
+    held.until(job_id, lambda job: (job.step or 0) > 2)
+    other = held.submit()
+    share.rename(away)
+    share.mkdir()
+    held.until(job_id, lambda job: job.stage is Stage.STORING)
+    held.clock.sleep(60)
+    assert held.store.jobs.get(job_id).stage is Stage.STORING and list(share.iterdir()) == []
+    assert "has no mark; it is tried again" in " ".join(held.cli("show", job_id).split())
+    share.rmdir()
+    away.rename(share)
+    for one in (job_id, other):
+        held.until(one, lambda job: job.status is Status.SUCCEEDED)
+    assert held.starts == [f"{job_id}.1", f"{other}.1"]
 
 
 def test_a_card_on_which_something_of_an_attempt_remains_is_closed_with_the_reason(

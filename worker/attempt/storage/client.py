@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from loractl.common.artifacts import Binding, Manifest
-from loractl.common.errors import ServiceUnreachable
+from loractl.common.errors import ServiceUnreachable, WrongStore
 from loractl.common.settings import redacted
 
 from .service import as_error, manifest_of
@@ -48,14 +48,23 @@ class CallWatch:
 class StoreClient:
     """The artifact store at a URL. Raises what ArtifactStore raises, and ServiceUnreachable for a call that hangs."""
 
-    def __init__(self, url: str, watch: CallWatch | None = None, pool: _Pool | None = None) -> None:
+    def __init__(
+        self, url: str, watch: CallWatch | None = None, pool: _Pool | None = None, *, mark: str | None = None
+    ) -> None:
+        """`mark`: see ArtifactStore."""
         self.url = url.rstrip("/")
+        self.mark = mark
         self.watch = watch or CallWatch()
         self._pool = pool or _Pool()
 
+    @property
+    def fault(self) -> str | None:
+        """Why the last call found another store than the lab's here; None: it did not."""
+        return self._pool.fault
+
     def watched(self, watch: CallWatch) -> StoreClient:
         """The same store for a caller that waits in another way."""
-        return StoreClient(self.url, watch, self._pool)
+        return StoreClient(self.url, watch, self._pool, mark=self.mark)
 
     def make_ready(self) -> None:
         """Start a process for the next call, so that it need not wait. If none can be started, the next call says
@@ -64,6 +73,10 @@ class StoreClient:
             self._pool.give(self._pool.take())
         except (OSError, RuntimeError) as error:  # no memory for a process, or no thread for its pipe
             log.warning("no process for the artifact store could be made ahead: %s", error)
+
+    def check(self) -> None:
+        """See ArtifactStore."""
+        self._call("check")
 
     def fetch_dataset(self, uri: str, sha256: str, folder: Path) -> Path:
         """See ArtifactStore."""
@@ -87,11 +100,21 @@ class StoreClient:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         try:
+            answer = self._ask(name, *arguments)
+        except WrongStore as error:
+            self._pool.fault = error.sentence
+            raise
+        self._pool.fault, self._pool.is_own = None, not self.url.startswith("file:")
+        return answer
+
+    def _ask(self, name: str, *arguments: Any) -> Any:
+        try:
             process = self._pool.take()
         except (OSError, RuntimeError) as error:  # as in make_ready: temporary, and no fault of what is stored
             raise _unreachable(self.url, f"no process could be started for it: {error}") from error
         try:
-            answer = process.ask({"url": self.url, "call": name, "arguments": arguments}, self.watch)
+            named = {"url": self.url, "mark": self.mark, "is_own": self._pool.is_own}
+            answer = process.ask({**named, "call": name, "arguments": arguments}, self.watch)
         except BaseException:
             process.leave()
             raise
@@ -102,9 +125,11 @@ class StoreClient:
 
 
 class _Pool:
-    """Processes without a call."""
+    """Processes without a call, and what the last call found."""
 
     def __init__(self) -> None:
+        self.fault: str | None = None
+        self.is_own = False  # whether it is a bucket that has the mark
         self._lock = threading.Lock()
         self._idle: list[_StoreProcess] = []
 

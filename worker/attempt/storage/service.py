@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from loractl.common.artifacts import ArtifactStore, Binding, Manifest, StoredFile
-from loractl.common.errors import ArtifactError, NotStorable, ResultTaken, ServiceUnreachable
+from loractl.common.errors import ArtifactError, NotStorable, ResultTaken, ServiceUnreachable, WrongStore
 from loractl.common.settings import load_settings
 
 Arguments = list[Any]
@@ -34,6 +34,8 @@ def manifest_of(answer: dict[str, Any]) -> Manifest:
 
 def as_answer(error: Exception) -> dict[str, Any]:
     """An error for the pipe."""
+    if isinstance(error, WrongStore):
+        return {"kind": "wrong store", "facts": [error.facts[1], error.facts[3]]}
     if isinstance(error, ServiceUnreachable):
         return {"kind": "unreachable", "facts": list(error.facts)}
     if isinstance(error, ResultTaken):
@@ -54,6 +56,7 @@ def as_error(answer: dict[str, Any]) -> Exception:
     """The error in an answer."""
     kinds: dict[str, Callable[..., Exception]] = {
         "unreachable": ServiceUnreachable,
+        "wrong store": WrongStore,
         "artifact": ArtifactError,
         "taken": ResultTaken,
         "not storable": NotStorable,
@@ -75,6 +78,7 @@ def _put_result(store: ArtifactStore, folder: str, prefix: str) -> dict[str, Any
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
+    "check": ArtifactStore.check,
     "fetch_dataset": _fetch_dataset,
     "pull": _pull,
     "put_result": _put_result,
@@ -115,13 +119,15 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no answer
     orders: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(orders,), name="orders", daemon=True).start()
-    teller, stores, keys = _Teller(answers), dict[str, ArtifactStore](), load_settings().s3
+    teller, stores, keys = _Teller(answers), dict[tuple[str, str | None], ArtifactStore](), load_settings().s3
     while True:
         order = json.loads(orders.get())
         try:
-            if (url := order["url"]) not in stores:
-                stores[url] = ArtifactStore(url, doing=teller.doing, keys=keys)
-            teller.write({"value": carry_out(stores[url], order["call"], order["arguments"])})
+            if (named := (order["url"], order["mark"])) not in stores:
+                stores[named] = ArtifactStore(
+                    named[0], doing=teller.doing, keys=keys, mark=named[1], is_own=order["is_own"]
+                )
+            teller.write({"value": carry_out(stores[named], order["call"], order["arguments"])})
         except BrokenPipeError:
             return
         except Exception as error:  # noqa: BLE001  told to the node, which raises it

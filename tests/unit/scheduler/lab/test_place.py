@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from loractl.common.errors import UsageError, WrongState
+from loractl.common.artifacts import MARK
+from loractl.common.errors import UsageError, WrongState, WrongStore
 from loractl.common.settings import S3Keys, load_settings
 from loractl.scheduler.lab.addresses import (
-    MARK_FILE,
     LabAddresses,
     addresses_of,
     read_addresses,
@@ -126,15 +127,21 @@ def test_addresses_lead_elsewhere_and_certificates_travel(tmp_path: Path, bare: 
         "LORACTL_REDIS_URL": f"rediss://:pw@127.0.0.1:6380/0?ssl_ca_certs={tmp_path}/ca.pem",
         "LORACTL_ARTIFACTS_URL": (tmp_path / "ein Labor").as_uri(),
     })  # fmt: skip
-    lab = read_addresses(addresses_of(settings, server_has_tls=True, address="10.0.0.5").text())
+    addresses = addresses_of(settings, server_has_tls=True, address="10.0.0.5")
+    lab = read_addresses(replace(addresses, store_mark="ours").text())
     assert lab.redis_url == "rediss://:pw@10.0.0.5:6380/0" and lab.s3 is None
     assert lab.database_tls == {"sslmode": "require", "channel_binding": "require"}
     tls, redis_url, placed = urls_with_certificates(lab, Path("/etc/loractl"))
     assert redis_url.endswith("/0?ssl_ca_certs=/etc/loractl/queue-ca.pem") and tls == lab.database_tls
     assert placed == {Path("/etc/loractl/queue-ca.pem"): "PEM of the queue"}
-    refuse_another_store(lab)
-    (tmp_path / "ein Labor" / MARK_FILE).write_text("another's")
-    with pytest.raises(UsageError, match="is not the lab's folder"):
+    with pytest.raises(WrongStore, match="this machine has no such folder"):
+        refuse_another_store(lab)
+    for mark in ("ours", "another's"):
+        (tmp_path / "ein Labor").mkdir(exist_ok=True)
+        (tmp_path / "ein Labor" / MARK).write_text(mark)
+        if mark == "ours":
+            refuse_another_store(lab)
+    with pytest.raises(WrongStore, match="another lab's mark"):
         refuse_another_store(lab)
     refuse_another_store(LabAddresses(database_tls={}, redis_url="redis://x", artifacts_url="s3://loractl/lab"))
 
