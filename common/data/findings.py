@@ -72,7 +72,8 @@ def about_fields(names: Sequence[str]) -> list[Finding]:
 
 
 def about_warmup(training: TrainingSpec, rows: int | None) -> list[Finding]:
-    """A warm-up that is longer than the training. `rows`: None if their number is not known.
+    """A warm-up that is longer than the training; an error if nothing would be learned. `rows`: None if their number is
+    not known.
 
     Packed rows are fewer, so its steps are too.
     """
@@ -80,8 +81,12 @@ def about_warmup(training: TrainingSpec, rows: int | None) -> list[Finding]:
     if steps is None or warmup < max(1, steps) or training.lr_scheduler_type == "constant":
         return []
     text = f"training.warmup_steps is {warmup:g} and the run has {steps} step{'' if steps == 1 else 's'}"
+    hint = "below 1 it is a share of all steps: 0.03"
+    if steps == 1:
+        text += ": its learning rate is 0, so nothing would be learned"
+        return [Finding(level="error", kind="long warm-up", text=text, hint=hint)]
     text += ": the learning rate never reaches its full value"
-    return [Finding(level="warning", kind="long warm-up", text=text, hint="below 1 it is a share of all steps: 0.03")]
+    return [Finding(level="warning", kind="long warm-up", text=text, hint=hint)]
 
 
 def _steps(training: TrainingSpec, rows: int | None) -> int | None:

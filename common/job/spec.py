@@ -155,6 +155,8 @@ def _said_twice_or_never(spec: JobSpec) -> Iterator[str]:
 def _without_what_they_need(spec: JobSpec) -> Iterator[str]:
     """ "key: sentence" for each key that has no effect, or can't have one, with the other keys."""
     training, methods = spec.training, permitted_methods(spec.method)
+    if training.max_steps == 1 <= training.warmup_steps and training.lr_scheduler_type != "constant":
+        yield "training.warmup_steps: the only step would have learning rate 0 and learn nothing; leave it out"
     if spec.lora_patience is not None and methods != (Method.LORA, Method.QLORA):
         yield "lora_patience: is for method auto or [lora, qlora]; other methods have nothing to wait for"
     if training.optim.startswith("paged") and Method.QLORA not in methods:

@@ -54,6 +54,7 @@ class Reason(enum.StrEnum):
     OUT_OF_MEMORY = "out_of_memory"
     HOST_OUT_OF_MEMORY = "host_out_of_memory"
     DIVERGED = "diverged"
+    NOT_TRAINED = "not_trained"
     TIMED_OUT = "timed_out"
     CANCELLED = "cancelled"
     PRUNED = "pruned"
@@ -128,6 +129,12 @@ OUTCOMES: dict[Reason, Meaning] = {
     Reason.DIVERGED: Meaning(
         status=Status.FAILED, retryable=False, counts=False, advice="lower training.learning_rate and submit again"
     ),
+    Reason.NOT_TRAINED: Meaning(
+        status=Status.FAILED,
+        retryable=False,
+        counts=False,
+        advice="raise training.learning_rate or the number of steps, or lower training.warmup_steps, and submit again",
+    ),
     Reason.TIMED_OUT: Meaning(
         status=Status.FAILED,
         retryable=False,
@@ -185,7 +192,7 @@ KEEPING = frozenset(
 )
 """A job that failed so keeps its finished result and checkpoints until loractl gc: a retry continues from them."""
 
-FAILS_AGAIN = frozenset({Reason.BAD_SPEC, Reason.BAD_DATA, Reason.DIVERGED})
+FAILS_AGAIN = frozenset({Reason.BAD_SPEC, Reason.BAD_DATA, Reason.DIVERGED, Reason.NOT_TRAINED})
 """The fault is the job's own: queued again as it is, it fails in the same way."""
 
 LAB_FAILURE_LIMIT = 3

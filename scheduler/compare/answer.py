@@ -208,7 +208,7 @@ def compared(jobs: Sequence[FinishedJob]) -> Comparison:
     These rows also chose the best, so all pairs count as compared (Holm). Raises UsageError for jobs of different
     tasks.
     """
-    _check_one_task(jobs)
+    check_one_task(jobs)
     order = sorted(jobs, key=lambda job: (job.loss, job.job_id))
     best = order[0]
     alike = [job for job in order[1:] if job.measured_loss is not None and job.rows and job.rows == best.rows]
@@ -235,7 +235,7 @@ def _defaults() -> dict[str, Any]:
     return dict(flat_settings(spec.model_dump(mode="json")))
 
 
-def _check_one_task(jobs: Sequence[FinishedJob]) -> None:
+def check_one_task(jobs: Sequence[FinishedJob]) -> None:
     """Refuse jobs of different tasks: a loss of tokens and one of labels can't be compared. Raises UsageError."""
     tasks = {job.task: job.job_id for job in jobs}
     if len(tasks) > 1:

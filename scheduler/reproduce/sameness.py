@@ -12,6 +12,7 @@ from loractl.scheduler.compare.answer import (
     FinishedJob,
     Report,
     base_hash,
+    check_one_task,
     differences,
     finished_job,
     held_out_hash,
@@ -125,12 +126,14 @@ class Sameness:
 
 
 def sameness(store: Store, artifacts: ArtifactStore, first: int, second: int) -> Sameness:
-    """Compare two finished jobs. Raises JobNotFound, WrongState for one without a result."""
+    """Compare two finished jobs. Raises JobNotFound, WrongState for one without a result, and what compare_results
+    raises."""
     return compare_results(finished_job(store, artifacts, first), finished_job(store, artifacts, second))
 
 
 def compare_results(first: FinishedJob, second: FinishedJob) -> Sameness:
-    """Compare two finished jobs by their reports and settings."""
+    """Compare two finished jobs by their reports and settings. Raises UsageError for jobs of different tasks."""
+    check_one_task([first, second])
     mine, theirs = first.report, second.report
     ran_with = (*_ran_with(mine, theirs), *_settings(first, second))
     return Sameness(

@@ -234,14 +234,14 @@ def test_trackers_get_the_names_that_the_trainer_gives_them(
 
 
 def test_job_json_tells_the_arguments_by_transformers_names(recipe: Recipe, tmp_path: Path) -> None:
-    recipe(max_steps=1, evaluation={"samples": 0, "metrics": ["loss"]}, warmup_steps=3)
+    recipe(max_steps=2, evaluation={"samples": 0, "metrics": ["loss"]}, warmup_steps=3)
     told = json.loads((tmp_path / "a" / "result" / "job.json").read_text())["training_arguments"]
     assert told.keys() <= {one.name for one in dataclasses.fields(TrainingArguments)}
     asked = {
         "warmup_steps": 3,
         "optim": "adamw_torch_fused",
         "lr_scheduler_type": "cosine",
-        "max_steps": 1,
+        "max_steps": 2,
         "use_cpu": True,
     }
     assert {name: told[name] for name in asked} == asked

@@ -230,6 +230,27 @@ def test_an_exploding_learning_rate_ends_as_diverged(recipe: Recipe) -> None:
     assert failure.value.reason is Reason.DIVERGED
 
 
+NOT_EVALUATED = {"samples": 0, "metrics": ["loss"]}
+
+
+def test_the_default_warm_up_leaves_one_step_to_learn_in(recipe: Recipe, tmp_path: Path) -> None:
+    ended, told = recipe(max_steps=1, evaluation=NOT_EVALUATED)
+    assert ended.reason is Reason.OK
+    saved = load_file(tmp_path / "a" / "result" / "adapter" / "adapter_model.safetensors")
+    assert all(bool(tensor.any()) for name, tensor in saved.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_training_that_changed_no_weight_is_not_trained(recipe: Recipe, tmp_path: Path, resumed: bool) -> None:
+    """A warm-up as long as the training: the rate of its only step is 0. No submit takes such a job file."""
+    keys = {"max_steps": 1, "warmup_steps": 1, "evaluation": NOT_EVALUATED}
+    for where in ("first", "again")[: 1 + resumed]:
+        with pytest.raises(TrainingFailed, match="the training has changed no weight") as failed:
+            recipe(where, resume="first" if where == "again" else None, **keys)
+        assert failed.value.reason is Reason.NOT_TRAINED
+        assert not (tmp_path / where / "result" / "adapter").exists()
+
+
 def test_unknown_target_modules_name_the_right_ones(recipe: Recipe) -> None:
     with pytest.raises(
         TrainingFailed, match="c_attn is not a linear layer of this model; it has down_proj, gate_proj"

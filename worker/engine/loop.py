@@ -154,7 +154,7 @@ class TrainingLoop:
         self._schedule = get_scheduler(
             args.lr_scheduler_type,
             optimizer=self.optimizer.inner,
-            num_warmup_steps=args.get_warmup_steps(self.state.max_steps),
+            num_warmup_steps=warmup_steps(args, self.state.max_steps),
             num_training_steps=self.state.max_steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
@@ -397,6 +397,12 @@ class TrainingLoop:
     def _zero(self) -> None:
         for parameter in self.trained:
             parameter.grad = None
+
+
+def warmup_steps(args: TrainingArguments, steps: int) -> int:
+    """Steps of the warm-up. transformers rounds a share of them up, but the first has rate 0: of a training of one step
+    nothing would be learned."""
+    return 0 if steps == 1 and args.warmup_steps < 1 else args.get_warmup_steps(steps)
 
 
 def _trackers(args: TrainingArguments) -> list[TrainerCallback]:

@@ -73,12 +73,15 @@ def train(run: Run) -> Ended:
     # 2. The base model, in NF4 for QLoRA, a fresh adapter, and the forward pass.
     learner, steps, identity = ask(partial(_ready, run, data, tokenizer))
 
+    fresh = ask(partial(_marks, learner.model))
+
     # 3. Train, from the newest checkpoint of this same training if there is one.
     callbacks = ask(lambda: Callbacks.of(run, learner, data, checkpoint_to_resume(run, data)))
     callbacks.best.measures(data)
     arguments = fit(run, learner, steps, data, callbacks)
 
     # 4. Keep the adapter before anything else can fail.
+    ask(partial(_require_trained, learner.model, fresh))
     ask(partial(_keep, run, learner, tokenizer, callbacks))
     (out / "job.json").write_text(json.dumps(_resolved(run, arguments), indent=1), "utf-8")
 
@@ -260,6 +263,24 @@ def _about_fp16(spec: JobSpec, precision: Precision, family: str, *, on_gpu: boo
     if precision.amp is None and spec.training.dtype == "auto":
         return f"{family} overflows float16, and this card has no bfloat16: it trains in float32, slower"
     return None
+
+
+_AT_ONCE = 2**22
+"""Numbers of a parameter that are summed at a time: a copy of all of them in double precision might not fit."""
+
+
+def _marks(model: Any) -> list[tuple[float, float]]:
+    """The sum and the norm of each part of the trained weights: they differ as soon as a weight has changed."""
+    trained = (parameter.detach() for parameter in model.parameters() if parameter.requires_grad)
+    parts = (part.double() for weights in trained for part in weights.reshape(-1).split(_AT_ONCE))
+    return [(float(part.sum()), float(part.norm())) for part in parts]
+
+
+def _require_trained(model: Any, fresh: list[tuple[float, float]]) -> None:
+    """Raises TrainingFailed if no trained weight differs from the one with which the training began."""
+    if _marks(model) == fresh:
+        what = "the training has changed no weight: each of its steps had learning rate 0, or no gradient"
+        raise TrainingFailed(Reason.NOT_TRAINED, what)
 
 
 def check_finite(model: Any) -> None:

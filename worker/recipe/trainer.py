@@ -131,6 +131,7 @@ STAYS_AFTER = frozenset(
         Reason.PREEMPTED,
         Reason.BAD_DATA,
         Reason.DIVERGED,
+        Reason.NOT_TRAINED,
         Reason.HOST_LOST,
     }
 )

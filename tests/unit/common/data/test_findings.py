@@ -64,6 +64,7 @@ def test_a_prompt_and_a_completion_that_run_together_are_seen(prompt: str, compl
         ({"warmup_steps": 7, "num_train_epochs": 4}, 32, False),
         ({"warmup_steps": 7, "num_train_epochs": 3}, None, False),
         ({"warmup_steps": 0.9, "max_steps": 1}, None, False),
+        ({"warmup_steps": 1, "num_train_epochs": 1}, 16, True),
         ({"warmup_steps": 0, "max_steps": 1}, None, False),
         ({"warmup_steps": 100, "max_steps": 40, "lr_scheduler_type": "constant"}, None, False),
     ],
@@ -71,5 +72,6 @@ def test_a_prompt_and_a_completion_that_run_together_are_seen(prompt: str, compl
 def test_a_warm_up_that_never_ends_is_told(training: dict[str, Any], rows: int | None, warned: bool) -> None:
     told = about_warmup(TrainingSpec(**training), rows)
     assert [finding.kind for finding in told] == ["long warm-up"] * warned
+    assert [finding.level for finding in told] == ["error" if rows == 16 else "warning"] * warned
     if warned and training.get("max_steps") == 40:
         assert told[0].text.startswith(f"training.warmup_steps is {training['warmup_steps']} and the run has 40 steps:")

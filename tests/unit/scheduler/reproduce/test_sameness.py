@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from loractl.common.errors import UsageError
 from loractl.scheduler.cli.screen import Screen
 from loractl.scheduler.compare.answer import FinishedJob
 from loractl.scheduler.reproduce import sameness
@@ -122,6 +123,12 @@ def test_other_held_out_rows_are_never_the_same() -> None:
     found = compare_results(job(1), job(2, data__held_out_sha256="0" * 64))
     assert not found.same and found.row_losses is None
     assert "measured on other held-out rows" in sameness_text(found, SCREEN)
+
+
+def test_jobs_of_two_kinds_of_training_are_refused() -> None:
+    """Their losses have other meanings, even where their adapters are equal byte by byte."""
+    with pytest.raises(UsageError, match="jobs 1 and 2 learn different tasks, so their losses can't be compared"):
+        compare_results(job(1), job(2, spec={"task_type": "preference"}))
 
 
 def test_a_fixed_choice_is_compared_by_what_ran_and_not_by_what_was_written() -> None:
