@@ -234,7 +234,7 @@ NOT_EVALUATED = {"samples": 0, "metrics": ["loss"]}
 
 
 def test_the_default_warm_up_leaves_one_step_to_learn_in(recipe: Recipe, tmp_path: Path) -> None:
-    ended, told = recipe(max_steps=1, evaluation=NOT_EVALUATED)
+    ended, _ = recipe(max_steps=1, evaluation=NOT_EVALUATED)
     assert ended.reason is Reason.OK
     saved = load_file(tmp_path / "a" / "result" / "adapter" / "adapter_model.safetensors")
     assert all(bool(tensor.any()) for name, tensor in saved.items() if "lora_B" in name)

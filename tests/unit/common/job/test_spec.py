@@ -246,6 +246,16 @@ def test_a_name_that_is_no_file_name_is_refused(tmp_path: Path, name: str) -> No
     assert "is not a name: letters, digits, '.', '_' and '-' only, at most 63" in problem.what
 
 
+def test_a_warm_up_of_the_only_step_is_refused(tmp_path: Path) -> None:
+    one = f"{MINIMAL}\ntraining:\n  max_steps: 1\n  warmup_steps: 1\n"
+    problem = only(write(tmp_path, one))
+    assert problem.key == "training.warmup_steps"
+    assert problem.what == "the only step would have learning rate 0 and learn nothing; leave it out"
+    for said in (one.replace("max_steps: 1", "max_steps: 2"), one.replace("warmup_steps: 1", "warmup_steps: 0.03")):
+        load_spec(write(tmp_path, said))
+    load_spec(write(tmp_path, f"{one}  lr_scheduler_type: constant\n"))
+
+
 def test_missing_keys_are_all_named_with_the_line_to_add(tmp_path: Path) -> None:
     found = problems(write(tmp_path, "method: lora\n"))
     assert [(p.key, p.what, p.hint) for p in found] == [

@@ -11,7 +11,7 @@ import pytest
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import DataError
 from loractl.common.store.store import Store
-from loractl.scheduler.submit.data import check_data, store_data
+from loractl.scheduler.submit.data import check_data, check_used_data, store_data
 from loractl.scheduler.submit.draft import like_job, rows_at_hand
 
 from ....databases import SQLITE_ALONE
@@ -27,6 +27,16 @@ def test_a_name_that_is_neither_is_refused_at_submit(name: str) -> None:
     assert "owner/name" in str(caught.value.hint)
     with pytest.raises(DataError, match="nor a data set on the hub"):
         check_data(spec(dataset={"path": "org/data", "eval_path": name}))
+
+
+def test_rows_that_make_one_step_with_a_warm_up_as_long_are_refused(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"row {n} says something"}) + "\n" for n in range(8)))
+    training = {"num_train_epochs": 1, "gradient_accumulation_steps": 8, "per_device_train_batch_size": 2}
+    job = spec(dataset={"path": str(rows)}, training={**training, "warmup_steps": 1})
+    with pytest.raises(DataError, match="the run has 1 step: its learning rate is 0, so nothing would be learned"):
+        check_used_data(job)
+    check_used_data(spec(dataset={"path": str(rows)}, training=training))
 
 
 def test_a_hub_id_is_left_to_the_worker() -> None:
