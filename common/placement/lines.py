@@ -11,7 +11,7 @@ import datetime as dt
 import functools
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -198,6 +198,18 @@ class ListedLine:
             if openings.admits(job) or openings.admit_join(job):
                 return self._jobs.pop(index)
         return None
+
+
+class PassingLine:
+    """A line without some jobs."""
+
+    def __init__(self, line: Line, passed: Collection[int]) -> None:
+        self._line, self._passed = line, passed
+
+    def next(self, openings: Openings) -> Waiting | None:
+        while (job := self._line.next(openings)) is not None and job.job_id in self._passed:
+            pass
+        return job
 
 
 class SubstitutedLine:

@@ -48,7 +48,8 @@ BEGIN
     RETURN json_build_object('refused', 'name');
   END IF;
   IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = its_name) THEN
-    EXECUTE format('CREATE ROLE %I LOGIN PASSWORD %L', its_name, verifier);
+    EXECUTE format('CREATE ROLE %I LOGIN CONNECTION LIMIT %s PASSWORD %L', its_name,
+      CASE invited.role WHEN 'loractl_submit' THEN 20 ELSE -1 END, verifier);
   ELSIF invited.name IS NULL OR EXISTS (SELECT FROM pg_roles WHERE rolname = its_name AND
       (rolsuper OR rolcreaterole OR rolreplication OR rolbypassrls OR NOT rolcanlogin)) THEN
     RETURN json_build_object('refused', 'taken');

@@ -18,6 +18,9 @@ from .schema import lock_schema
 SUBMIT, WORK, SHOW = "loractl_submit", "loractl_worker", "loractl_web"
 ROLES = (SUBMIT, WORK, SHOW)
 
+MOST_CONNECTIONS = 20
+"""Of a person's login, as in invitations.sql: one must not use up all that the server has."""
+
 _NAME = re.compile(r"[a-z_][a-z0-9_.-]{0,62}", re.ASCII)
 _LEAST_CHARACTERS = 12
 """Of a password that somebody else has chosen: anybody who reaches the server may guess."""
@@ -75,7 +78,8 @@ def has_roles(engine: Engine) -> bool:
 
 
 def unbounded(connection: Connection) -> tuple[str, ...]:
-    """What a login that submits could fill the server's disk with, though nothing of loractl's needs it."""
+    """What a login that submits could fill the server's disk or table of locks with, though nothing of loractl's needs
+    it."""
     found = connection.execute(text(_UNBOUNDED), {"role": SUBMIT}).one()
     return tuple(name.replace("_", " ") for name, is_open in found._mapping.items() if is_open)
 
@@ -85,6 +89,7 @@ SELECT has_database_privilege(:role, current_database(), 'TEMPORARY') AS tempora
   has_function_privilege(:role, 'lo_creat(integer)', 'EXECUTE')
     OR has_function_privilege(:role, 'lo_create(oid)', 'EXECUTE')
     OR has_function_privilege(:role, 'lo_from_bytea(oid, bytea)', 'EXECUTE') AS large_objects,
+  has_function_privilege(:role, 'pg_advisory_lock(bigint)', 'EXECUTE') AS advisory_locks,
   coalesce(
     (SELECT split_part(one, '=', 2) FROM pg_db_role_setting JOIN pg_database ON setdatabase = pg_database.oid,
       unnest(setconfig) AS one
@@ -116,7 +121,8 @@ def _give(connection: Connection, login: WantedLogin, renew: bool) -> RoleLogin:
     new = not role_exists(connection, login.name)
     quoted = connection.dialect.identifier_preparer.quote_identifier(login.name)
     if new:
-        connection.exec_driver_sql(f"CREATE ROLE {quoted} LOGIN")
+        limit = f" CONNECTION LIMIT {MOST_CONNECTIONS}" if login.role == SUBMIT else ""
+        connection.exec_driver_sql(f"CREATE ROLE {quoted} LOGIN{limit}")
     else:
         refuse_another_s(connection, login)
     connection.exec_driver_sql(f"GRANT {login.role} TO {quoted}")

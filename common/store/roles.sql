@@ -7,11 +7,18 @@ DO $$ BEGIN
   IF to_regrole('loractl_web') IS NULL THEN CREATE ROLE loractl_web NOLOGIN; END IF; -- loractl web: it only reads
 END $$;
 REVOKE CREATE ON SCHEMA public FROM PUBLIC;
--- Nothing of loractl's needs temporary tables or large objects: a login could fill the disk with them.
-DO $$ BEGIN
+-- Nothing of loractl's needs temporary tables, large objects or advisory locks: a login could fill the disk with them,
+-- and the server's table of locks.
+DO $$ DECLARE its regprocedure; BEGIN
   EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
   IF (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN -- these functions are the superuser's
     REVOKE EXECUTE ON FUNCTION lo_creat(integer), lo_create(oid), lo_from_bytea(oid, bytea) FROM PUBLIC;
+    FOR its IN SELECT oid FROM pg_proc WHERE proname ~ '^pg_(try_)?advisory_' AND pronamespace = 'pg_catalog'::regnamespace LOOP
+      EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', its);
+    END LOOP;
+    IF to_regrole('pg_use_reserved_connections') IS NOT NULL THEN -- PostgreSQL 16: others use up the rest alone
+      GRANT pg_use_reserved_connections TO loractl_worker;
+    END IF;
   END IF;
 END $$;
 -- The same by sorting what it may read. Only a superuser may bound that; what the owner has set stays, and the owner's
@@ -36,8 +43,8 @@ GRANT SELECT ON ALL TABLES IN SCHEMA public TO loractl_submit, loractl_worker, l
 -- a person does to a job that is there, loractl_change and loractl_tag do.
 GRANT INSERT ON jobs, events, sweeps, job_labels, looks TO loractl_submit;
 GRANT USAGE ON SEQUENCE jobs_job_id_seq, events_event_id_seq, sweeps_sweep_id_seq, looks_look_id_seq TO loractl_submit;
-GRANT EXECUTE ON FUNCTION loractl_login(), loractl_change(integer, text, jsonb, json, text, text),
-  loractl_tag(text, text, integer, integer, text) TO loractl_submit, loractl_worker;
+GRANT EXECUTE ON FUNCTION loractl_login(), loractl_change(bigint, text, jsonb, json, text, text),
+  loractl_tag(text, text, bigint, bigint, text) TO loractl_submit, loractl_worker;
 
 -- worker, gc, adapters bind, drain and undrain: everything of a job's row but what was asked, and by whom
 GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, held, not_before, retries_used, ended_at,

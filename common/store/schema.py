@@ -15,7 +15,7 @@ from loractl.common.errors import SchemaMismatch
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0034"
+HEAD = "0035"
 """The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from sqlalchemy import ColumnElement, CursorResult, DateTime, Engine, Update, bindparam, delete, func, select
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from loractl.common.text import storable
@@ -33,6 +34,19 @@ FLEET = "fleet"
 _CLOCK = select(func.clock_timestamp())
 
 
+_CHANGED, _LOCKED = "LR001", "LR002"
+"""SQLSTATEs of a commit that makes a person's changes (migration 0035)."""
+
+
+class Overtaken(Exception):
+    """A commit found a row of a person's change changed or locked by somebody else; nothing was written."""
+
+    def __init__(self, told: str | None, job_id: str | None, *, locked: bool) -> None:
+        super().__init__(told)
+        self.job_id = int(job_id) if job_id and job_id.isdecimal() else 0
+        self.locked = locked
+
+
 class Transaction:
     """Committed at the end, rolled back on an error; its rows stay readable afterwards.
 
@@ -54,9 +68,19 @@ class Transaction:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                self.session.commit()
+                self._commit()
         finally:
             self.session.close()
+
+    def _commit(self) -> None:
+        try:
+            self.session.commit()
+        except DBAPIError as error:
+            state: str = getattr(error.orig, "sqlstate", None) or ""
+            if state not in (_CHANGED, _LOCKED):
+                raise
+            told: Any = error.orig
+            raise Overtaken(told.diag.message_primary, told.diag.message_detail, locked=state == _LOCKED) from error
 
     def now(self) -> dt.datetime:
         """The time that every timestamp follows."""

@@ -30,6 +30,7 @@ from .queries import (
     usage,
 )
 from .queries.cards import decisions, fleet_rounds, hosts, nodes, preemption, shares
+from .queries.changes import persistently
 from .queries.outbox import deliveries
 from .records import FleetTurn, Parcel
 from .tables import FinalLook
@@ -69,8 +70,8 @@ class Verb(Generic[Given, Answer]):
     def __get__(self, subject: Subject, kind: type[Subject]) -> Callable[Given, Answer]:
         @functools.wraps(self._work)
         def run(*args: Given.args, **kwargs: Given.kwargs) -> Answer:
-            with subject._begin(read_only=self._read_only) as tx:
-                return self._work(tx, *args, **kwargs)
+            begin = functools.partial(subject._begin, read_only=self._read_only)
+            return persistently(begin, lambda tx: self._work(tx, *args, **kwargs))
 
         return run
 

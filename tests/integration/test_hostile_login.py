@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import secrets
 import threading
 import time
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 from sqlalchemy import Engine, text
 
-from loractl.common.errors import WrongState
+from loractl.common.errors import Forbidden, WrongState
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.store.database import make_engine
+from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.entrance import LOGIN, Invitation, invite
 from loractl.common.store.queries import changes
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.roles import SUBMIT
 from loractl.common.store.store import Store
 
-from ..hostile import OLD_LOCKS, STATEMENTS, held_open, storm
+from ..hostile import HOLDING, OLD_LOCKS, STATEMENTS, held_open, storm
 from ..roles import PASSWORD, Logins
 from ..unit.factories import RESULT, Clock, submission, take
 
+HELD = "SELECT loractl_change(1, 'held', '{}', '{\"held\": true}', 'ada', '')"
 LEASE_S = 60.0
 STORM_S = 4.0
 
@@ -49,11 +52,13 @@ def edits(job_id: int) -> str:
 
 
 def test_who_holds_the_locks_of_an_earlier_version_stops_no_round(
-    person: Store, box: Store, lab: Logins, clock: Clock
+    person: Store, box: Store, lab: Logins, postgres_url: str, clock: Clock
 ) -> None:
     person.jobs.submit(submission())
     assert isinstance(take(box), Claim)
-    with held_open(lab.person, OLD_LOCKS):
+    with pytest.raises(Forbidden), held_open(lab.person, OLD_LOCKS):
+        pytest.fail("a login could fill the server's table of locks")
+    with held_open(postgres_url, OLD_LOCKS):
         clock.forward(1.1 * LEASE_S)
         assert box.cards.take_turn("box:0", 0, 0) is not None
         assert [job_id for job_id, _ in box.attempts.reap()] == [1]
@@ -63,18 +68,19 @@ def test_who_holds_the_locks_of_an_earlier_version_stops_no_round(
 def test_a_row_that_a_login_keeps_locked_costs_no_attempt_and_no_beat_is_lost(
     person: Store, box: Store, lab: Logins, postgres_url: str, clock: Clock
 ) -> None:
-    """Its own login holds it by an edit, the owner by hand."""
+    """The owner holds it by hand; an edit of its own login holds nothing."""
     job_id = person.jobs.submit(submission())
     claim = take(box)
     assert isinstance(claim, Claim)
-    for url, statement in ((postgres_url, "SELECT * FROM jobs FOR UPDATE"), (lab.person, edits(job_id))):
+    locks = ((postgres_url, "SELECT * FROM jobs FOR NO KEY UPDATE", False), (lab.person, edits(job_id), True))
+    for url, statement, recorded in locks:
         with held_open(url, statement):
             for _ in range(8):
                 clock.forward(LEASE_S / 5)
                 beat = box.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=5))
-                assert (beat.accepted, beat.recorded) == (True, False)
+                assert (beat.accepted, beat.recorded) == (True, recorded)
                 assert box.attempts.reap() == []
-            if url == lab.person:
+            if url == postgres_url:
                 person.jobs.cancel(job_id, "ada")
                 assert box.attempts.beat(claim, Progress()).cancel_requested, "a wish needs nobody's row"
         assert box.attempts.reap() == [], "its own row holds the lease"
@@ -86,7 +92,7 @@ def test_a_row_that_a_login_keeps_locked_costs_no_attempt_and_no_beat_is_lost(
 def test_who_changes_a_job_whose_row_somebody_keeps_locked_is_told_who_it_is(
     person: Store, box: Store, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(changes, "PATIENCE_MS", 50)
+    monkeypatch.setattr(changes, "PATIENCE_S", 0.05)
     running, waiting = person.jobs.submit(submission()), person.jobs.submit(submission())
     assert isinstance(take(box), Claim)
     for job_id in (running, waiting):
@@ -108,17 +114,134 @@ def test_a_line_of_a_history_that_is_never_committed_holds_nobody_up(person: Sto
 
 
 def test_who_is_silent_for_a_lease_ends_also_where_its_row_was_locked_once(
-    person: Store, box: Store, lab: Logins, clock: Clock
+    person: Store, box: Store, postgres_url: str, clock: Clock
 ) -> None:
     job_id = person.jobs.submit(submission())
     claim = take(box)
     assert isinstance(claim, Claim)
-    with held_open(lab.person, edits(job_id)):
+    with held_open(postgres_url, "SELECT * FROM jobs FOR UPDATE"):
         assert not box.attempts.beat(claim, Progress()).recorded
         clock.forward(1.2 * LEASE_S)
         assert box.attempts.reap() == [], "who holds its row is passed over"
     assert [lost for lost, _ in box.attempts.reap()] == [job_id]
     assert not box.attempts.beat(claim, Progress()).accepted
+
+
+def test_an_open_transaction_s_changes_lock_nothing_and_count_once_it_commits(
+    person: Store, box: Store, lab: Logins, postgres_url: str
+) -> None:
+    mine, other = person.jobs.submit(submission()), person.jobs.submit(submission(name="b"))
+    whole = HELD.replace("(1,", "(job_id,").replace("'{}'", '\'{"status": "queued"}\'') + " FROM jobs"
+    engine, owner = make_engine(lab.person, kept=0), make_engine(postgres_url)
+    with engine.connect() as open_one:
+        open_one.exec_driver_sql(whole)
+        with owner.connect() as looking:  # nobody has a row locked
+            assert len(looking.exec_driver_sql("SELECT 1 FROM jobs FOR UPDATE NOWAIT").all()) == 2
+        person.jobs.cancel(other, "ada")
+        assert person.jobs.get(other).status is Status.CANCELLED, "at once, on an idle lab"
+        with pytest.raises(DatabaseError, match=f"job {other} has changed meanwhile"):
+            open_one.exec_driver_sql("COMMIT")
+    assert not person.jobs.get(mine).held, "all or none"
+    claim = take(box)
+    assert isinstance(claim, Claim) and claim.job_id == mine
+    for dispose in (engine, owner):
+        dispose.dispose()
+
+
+EARLY = (
+    (HELD, "SET CONSTRAINTS ALL IMMEDIATE"),
+    ("SET CONSTRAINTS ALL IMMEDIATE", HELD),
+    (HELD, "SAVEPOINT a", "SET CONSTRAINTS ALL IMMEDIATE"),
+    (HELD, "DO $$ BEGIN SET CONSTRAINTS ALL IMMEDIATE; END $$"),
+    (HELD, "COMMIT; SELECT pg_sleep(60)"),
+    (HELD, "commit"),
+    (HELD, "COMMIT AND CHAIN"),
+    (HELD, "PREPARE TRANSACTION 'x'"),
+    (HELD, "DECLARE slow CURSOR WITH HOLD FOR SELECT pg_sleep(60)", "COMMIT"),
+    ("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", HELD, "COMMIT"),
+)
+"""Ways to have a change made before the transaction's end, or to make that end last."""
+
+
+@pytest.mark.parametrize("statements", EARLY)
+def test_no_statement_but_commit_makes_a_change_and_a_commit_is_not_made_to_last(
+    person: Store, lab: Logins, postgres_url: str, statements: tuple[str, ...]
+) -> None:
+    person.jobs.submit(submission())
+    *before, last = statements
+    owner = make_engine(postgres_url)
+    with psycopg.connect(lab.person.replace("+psycopg", "")) as connection:
+        for statement in before:
+            connection.execute(statement)
+        began = time.monotonic()
+        with pytest.raises(psycopg.Error):
+            connection.execute(last)
+        assert time.monotonic() - began < 5
+        with owner.connect() as looking:
+            looking.exec_driver_sql("SELECT 1 FROM jobs FOR UPDATE NOWAIT")
+        connection.rollback()
+    assert not person.jobs.get(1).held
+    owner.dispose()
+
+
+def test_a_pipeline_s_changes_are_made_by_its_commit_alone(person: Store, lab: Logins) -> None:
+    person.jobs.submit(submission())
+    address = lab.person.replace("+psycopg", "")
+    with pytest.raises(psycopg.Error), psycopg.connect(address, autocommit=True) as one, one.pipeline():
+        one.execute(HELD).fetchone()
+    assert not person.jobs.get(1).held
+    with psycopg.connect(address, autocommit=True) as connection, connection.pipeline():
+        for statement in ("BEGIN", HELD, "COMMIT"):
+            connection.execute(statement)
+    assert person.jobs.get(1).held
+
+
+def test_a_change_meets_another_login_s_and_is_made_after_it(person: Store, postgres_url: str) -> None:
+    """The owner's transaction has the row for half a second: the change waits for no lock, and is tried again."""
+    job_id, owner = person.jobs.submit(submission()), make_engine(postgres_url)
+
+    def lock() -> None:
+        with owner.begin() as connection:
+            connection.exec_driver_sql("SELECT * FROM jobs FOR UPDATE")
+            locked.set()
+            time.sleep(0.5)
+
+    locked = threading.Event()
+    thread = threading.Thread(target=lock)
+    thread.start()
+    locked.wait()
+    person.jobs.hold(job_id, "ada")
+    thread.join()
+    assert person.jobs.get(job_id).held
+    owner.dispose()
+
+
+def test_one_transaction_s_changes_are_bounded_and_one_job_s_history_is(person: Store, lab: Logins) -> None:
+    job_id = person.jobs.submit(submission())
+    many = f"{HELD} FROM generate_series(1, %s)"
+    with psycopg.connect(lab.person.replace("+psycopg", "")) as connection:
+        with pytest.raises(psycopg.Error, match="at most 2,000 changes"):
+            connection.execute(many, [2001])
+        connection.rollback()
+        connection.execute(many, [600])
+        with pytest.raises(psycopg.Error, match="changed job 1 500 times within a day"):
+            connection.execute("COMMIT")
+    assert len(person.jobs.events(job_id)) == 1
+
+
+def test_a_claim_goes_on_with_the_next_job_where_somebody_keeps_the_first_ones_locked(
+    person: Store, box: Store, lab: Logins, postgres_url: str
+) -> None:
+    for number in range(30):
+        person.jobs.submit(submission(name=f"locked-{number}", priority=1000))
+    free = person.jobs.submit(submission())
+    for url in (postgres_url, lab.box):
+        with held_open(url, f"SELECT * FROM jobs WHERE job_id < {free} FOR NO KEY UPDATE"):
+            began = time.monotonic()
+            claim = take(box)
+            assert isinstance(claim, Claim) and claim.job_id == free and time.monotonic() - began < 1
+        box.attempts.finish(claim, Reason.OUT_OF_MEMORY, "", Progress())
+        free = person.jobs.submit(submission())
 
 
 @pytest.fixture
@@ -168,6 +291,47 @@ def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
     assert len({statement.split("(")[0] for statement in said}) > 5, "it was let through"
     assert _asked_and_held(owner) == before
     for claim in claims.values():
+        assert box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+    owner.dispose()
+
+
+def test_whatever_three_logins_leave_open_ten_jobs_run_on_and_others_start_within_a_second(
+    person: Store, box: Store, lab: Logins, joiner: str, postgres_url: str, clock: Clock
+) -> None:
+    claims: list[Claim] = []
+    for number in range(10):
+        person.jobs.submit(submission(max_retries=0))
+        claim = take(box, node=f"box:{number}")
+        assert isinstance(claim, Claim)
+        claims.append(claim)
+    for _ in range(3):
+        person.jobs.submit(submission(priority=1000))
+    owner = make_engine(postgres_url)
+    before = _asked_and_held(owner)
+    by_owner = (
+        "SELECT * FROM jobs FOR UPDATE",
+        *(one for one in HOLDING if one.startswith("SELECT loractl")),
+        OLD_LOCKS,
+    )
+    for url, statements in ((lab.person, HOLDING), (joiner, HOLDING), (postgres_url, by_owner)):
+        with contextlib.ExitStack() as left_open:
+            for statement in statements:
+                with contextlib.suppress(DatabaseError, Forbidden):
+                    about = statement.format(11) if "{0}" in statement else statement
+                    left_open.enter_context(held_open(url, "SET lock_timeout = 100", about))
+            clock.forward(LEASE_S / 3)
+            for claim in claims:
+                assert box.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=1)).accepted
+            assert box.attempts.reap() == []
+            began = time.monotonic()
+            started = person.jobs.submit(submission())
+            found = take(box, node="box:10")
+            assert isinstance(found, Claim) and time.monotonic() - began < 1
+            if url != postgres_url:  # with nothing locked, what is first starts
+                assert found.job_id < started
+        assert box.attempts.finish(found, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+        assert _asked_and_held(owner) == before
+    for claim in claims:
         assert box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
     owner.dispose()
 

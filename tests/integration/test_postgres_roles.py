@@ -670,9 +670,10 @@ def test_what_a_login_may_fill_the_server_s_disk_with_is_bounded_or_named(
             sort(300_000)
         own.exec_driver_sql(f"ALTER DATABASE {database} RESET temp_file_limit")
         own.exec_driver_sql(f"GRANT TEMPORARY ON DATABASE {database} TO loractl_submit")
-        own.exec_driver_sql("GRANT EXECUTE ON FUNCTION lo_create(oid) TO PUBLIC")
-        assert named() == ("temporary tables", "large objects", "temporary files")
-        assert doctor_s().endswith("temporary tables and large objects and temporary files")
+        for function in ("lo_create(oid)", "pg_advisory_lock(bigint)"):
+            own.exec_driver_sql(f"GRANT EXECUTE ON FUNCTION {function} TO PUBLIC")
+        assert named() == ("temporary tables", "large objects", "advisory locks", "temporary files")
+        assert doctor_s().endswith("temporary tables and large objects and advisory locks and temporary files")
         own.exec_driver_sql(f"REVOKE TEMPORARY ON DATABASE {database} FROM loractl_submit")
         apply_roles(make_engine(postgres_url))
     assert named() == ()

@@ -1,4 +1,5 @@
-"""A person's changes of jobs, as they are written: a guarded update on SQLite, a function on PostgreSQL.
+"""A person's changes of jobs, as they are written: a guarded update on SQLite, a function on PostgreSQL, whose work the
+commit does.
 
 On PostgreSQL a request to cancel a running job is a wish, a row of its own, which the next heartbeat reads: so it waits
 for nobody who has locked the job's row.
@@ -7,20 +8,22 @@ for nobody who has locked the job's row.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from sqlalchemy import delete, exists, select, update
 from sqlalchemy import text as sql
-from sqlalchemy.exc import OperationalError
 
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Reason, Status
 from loractl.common.text import clean_line, storable
 
-from ..database import LOCK_NOT_FREE
+from ..guard import become
 from ..tables import Job, JobLabel, Wish
-from ..transaction import SKIP_LOCKED, Transaction
+from ..transaction import SKIP_LOCKED, Overtaken, Transaction
+
+Answer = TypeVar("Answer")
 
 _SAID = {
     "cancel": "cancel asked for", "cancelled": "cancelled", "held": "held", "retry": "queued again", "edited": "edited",
@@ -35,35 +38,42 @@ def seen(job: Job) -> dict[str, Any]:
 
 def change_row(
     tx: Transaction,
-    job_id: int,
+    job: Job,
     kind: str,
-    expected: Mapping[str, Any],
     new: Mapping[str, Any],
     user: str,
     tail: str = "",
-) -> bool:
-    """Change a job's row if its columns are still as expected, and record who did it; False if they are not.
+    expected: Mapping[str, Any] | None = None,
+) -> Job | None:
+    """Change a job's row if its columns are still as `seen`, and record who did it; None if they are not.
 
-    `kind`: one of _SAID. `tail`: what the history says after who did it."""
-    tail = storable(tail)
-    if tx.has_functions:
-        asked = {"number": job_id, "kind": kind, "expected": _as_json(expected), "new": _as_json(new)}
-        return _ask_function(tx, job_id, {**asked, "who": user, "tail": tail})
+    Returns the job as it is then: on PostgreSQL when the transaction commits, which raises Overtaken where another
+    transaction has changed or locked the row meanwhile. `kind`: one of _SAID. `tail`: what the history says after who
+    did it. `expected`: other columns to compare."""
+    tail, expected = storable(tail), {**seen(job), **(expected or {})}
     said = f"{_SAID[kind]} by {user}{tail}"
-    if kind == "cancel":  # no wish: here nobody keeps a row locked, and a worker of an earlier version reads this, too
-        new = {"cancel_requested": True}
-    elif kind in ("cancelled", "held"):
-        new = {**new, "message": said}
+    if kind == "cancel" and not tx.has_functions:
+        new = {"cancel_requested": True}  # no wish: nobody keeps a row locked, and an earlier worker reads this, too
+    over = {**new, "message": said} if kind in ("cancelled", "held") else new
+    if tx.has_functions:
+        asked = {"number": job.job_id, "kind": kind, "expected": _as_json(expected), "new": _as_json(new)}
+        if not tx.session.scalar(_LORACTL_CHANGE, {**asked, "who": user, "tail": tail}):
+            return None
+        if job in tx.session:
+            tx.session.expunge(job)
+        for name, value in over.items() if kind != "cancel" else [("cancel_requested", True)]:
+            setattr(job, name, value)
+        return job
     # SQLite has one writer at a time, so that the columns of JSON can't have changed since they were read
     as_read = [getattr(Job, name) == value for name, value in expected.items() if name in ("status", "attempt", "held")]
-    if not tx.change(update(Job).where(Job.job_id == job_id, *as_read).values(**new)):
-        return False
+    if not tx.change(update(Job).where(Job.job_id == job.job_id, *as_read).values(**over)):
+        return None
     if "labels" in new:
-        tx.session.execute(delete(JobLabel).where(JobLabel.job_id == job_id))
-        tx.session.add_all(JobLabel(job_id=job_id, key=key, value=value) for key, value in new["labels"].items())
-    tx.tell(job_id, None, kind, said)
+        tx.session.execute(delete(JobLabel).where(JobLabel.job_id == job.job_id))
+        tx.session.add_all(JobLabel(job_id=job.job_id, key=key, value=value) for key, value in new["labels"].items())
+    tx.tell(job.job_id, None, kind, said)
     tx.session.flush()
-    return True
+    return tx.session.get_one(Job, job.job_id, populate_existing=True)
 
 
 _LORACTL_CHANGE = sql(
@@ -71,8 +81,10 @@ _LORACTL_CHANGE = sql(
 )
 
 
-PATIENCE_MS = 3000
-"""How long a person's change waits for the job's row. A heartbeat or an end holds it for milliseconds."""
+PATIENCE_S = 3.0
+"""How long a person's change is tried. A heartbeat or an end holds its row for milliseconds."""
+
+_PAUSE_S = 0.05
 
 _HOLDER = sql(
     "SELECT one.pid, one.usename, one.application_name FROM jobs"
@@ -82,20 +94,29 @@ _HOLDER = sql(
 """Whose transaction was the last to lock or to write the row, and is open."""
 
 
-def _ask_function(tx: Transaction, job_id: int, asked: Mapping[str, Any]) -> bool:
-    """Raises WrongState where somebody keeps the job's row locked, like a psql that was left open."""
-    try:
-        with tx.session.begin_nested():
-            tx.session.execute(sql(f"SET LOCAL lock_timeout = {PATIENCE_MS}"))
-            return bool(tx.session.scalar(_LORACTL_CHANGE, asked))
-    except OperationalError as error:
-        if getattr(error.orig, "sqlstate", None) != LOCK_NOT_FREE:
-            raise
-        holder = tx.session.execute(_HOLDER, {"number": job_id}).first()
+def persistently(begin: Callable[[], Transaction], work: Callable[[Transaction], Answer]) -> Answer:
+    """Do it in a transaction, and again in a new one while its commit is overtaken. Raises WrongState in the end."""
+    end = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            with begin() as tx:
+                return work(tx)
+        except Overtaken as overtaken:
+            if time.monotonic() > end:
+                with begin() as tx:
+                    raise _why(tx, overtaken) from overtaken
+        time.sleep(_PAUSE_S)
+
+
+def _why(tx: Transaction, overtaken: Overtaken) -> WrongState:
+    """Names who keeps a job's row locked, like a psql that was left open."""
+    if not overtaken.locked:
+        return WrongState(f"{overtaken}; try again")
+    holder = tx.session.execute(_HOLDER, {"number": overtaken.job_id}).first()
     who = "another session" if holder is None else f"{holder.usename}'s session {holder.pid}"
     what = f"{who} ({holder.application_name})" if holder is not None and holder.application_name else who
     end = "let it commit" if holder is None else f"let it commit, or end it: SELECT pg_terminate_backend({holder.pid})"
-    raise WrongState(f"job {job_id} is not changed: {clean_line(what)} keeps its row locked", end)
+    return WrongState(f"job {overtaken.job_id} is not changed: {clean_line(what)} keeps its row locked", end)
 
 
 def _as_json(columns: Mapping[str, Any]) -> str:
@@ -114,8 +135,10 @@ def answer_wishes(tx: Transaction) -> None:
             continue
         if job.status is Status.QUEUED:
             by = tx.session.scalars(select(Wish.user).where(Wish.job_id == job.job_id).order_by(Wish.at)).first()
-            over = {"status": Status.CANCELLED, "reason": Reason.CANCELLED, "held": False, "ended_at": tx.now()}
-            change_row(tx, job.job_id, "cancelled", seen(job), over, by or "a person")
+            become(job, Status.CANCELLED)
+            job.reason, job.held, job.ended_at = Reason.CANCELLED, False, tx.now()
+            job.message = f"cancelled by {by or 'a person'}"
+            tx.tell(job.job_id, None, "cancelled", job.message)
         forget_wishes(tx, job.job_id)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -34,12 +34,15 @@ from .cards.packs import key_of, tokens_of
 from .cards.shares import lock, own_first, write
 from .changes import answer_wishes, is_asked_to_stop
 from .followers import begin_from_best
-from .lines import read_wanted, unreadable_met
+from .lines import read_locked, read_wanted, unreadable_met
 from .outbox.notices import tell_of_job, tell_of_jobs
 from .sweeps import read_rungs
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
+
+_TRIES, _PROBED_AFTER = 8, 2
+"""How many locked rows a claim passes over one by one, and after how many it asks which others are locked."""
 
 _ASIDE_AT_ONCE = 50
 """Rows that one claim sets aside at most."""
@@ -77,10 +80,18 @@ def claim(
     cards = [mine if card.node == node else replace(card, stuck=card.node in distrusted) for card in fleet.cards]
     if not mine.open or not mine.free or not (mine.slots or open_bases(mine)):
         return None
-    given = _given(tx, mine, cards, fleet, now)
+    passed: set[int] = set()  # jobs whose rows somebody keeps locked
+    for tried in range(_TRIES):
+        given = _given(tx, mine, cards, fleet, now, passed)
+        taken = _take(tx, given, cards, row, joins) if isinstance(given, Placement) else given
+        if taken is not None or not isinstance(given, Placement):
+            break
+        passed |= {given.job.job_id, *(read_locked(tx.session, now) if tried == _PROBED_AFTER else ())}
+    else:
+        taken = Left(nodes=frozenset())
     for job_id in sorted(unreadable_met(tx.session))[:_ASIDE_AT_ONCE]:
         tx.apart(job_id, lambda job_id=job_id: tell_of_jobs(tx, look_again(tx, job_id)))  # type: ignore[misc]
-    return _take(tx, given, cards, row, joins) if isinstance(given, Placement) else given
+    return taken
 
 
 def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
@@ -91,10 +102,10 @@ def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
 
 
 def _given(
-    tx: Transaction, mine: Card, cards: Sequence[Card], fleet: FleetState, now: dt.datetime
+    tx: Transaction, mine: Card, cards: Sequence[Card], fleet: FleetState, now: dt.datetime, passed: Collection[int]
 ) -> Placement | Left | None:
     """What the rule gives this card. Left: it gives every job that fits here to other cards."""
-    outlook = decide(tx.session, cards, fleet, now)
+    outlook = decide(tx.session, cards, fleet, now, passed)
     mine, left = next(card for card in outlook.packs.cards if card.node == mine.node), set[str]()
     for decision in outlook.decisions:
         placed = decision.placed
@@ -113,10 +124,13 @@ def _could_share(placed: Placement, mine: Card) -> bool:
     return bool(placed.beside) and may_share(mine, placed.job) and any(one.bytes <= mine.room for one in placed.shares)
 
 
-def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node, joins: bool) -> Claim | Left:
+def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node, joins: bool) -> Claim | Left | None:
+    """None: somebody has the job's row locked."""
     now = tx.now()
     job = tx.session.get(Job, placed.job.job_id, with_for_update=SKIP_LOCKED, populate_existing=True)
-    if job is None or not is_ready(job, now):
+    if job is None:
+        return None
+    if not is_ready(job, now):
         return Left(nodes=frozenset())  # another node's claim was faster, or a person held it
     if is_asked_to_stop(tx, job.job_id):  # it was given back while it was cancelled
         answer_wishes(tx)

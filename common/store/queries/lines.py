@@ -35,6 +35,7 @@ from ..tables import READY, Job
 
 _MET = "unreadable jobs"
 _HIGHEST = 2**31  # above every priority that a row can have
+_PROBED = 2000  # ready jobs of which a claim asks at once whether they are locked
 _MOST_JOINERS = 32  # of a base that are asked whether they join; four packs in a go
 _MOST_BASES = 100  # in one statement; SQLite takes up to 500
 _AT_ONCE = 32  # of a user's jobs in one query, where many are read
@@ -216,6 +217,18 @@ def read_wanted(session: Session, now: dt.datetime, job_id: int, free: int) -> b
     """Whether another ready job than this one needs no more than `free` bytes."""
     asked = {"now": now, "job_id": job_id, "free": free}
     return bool(session.execute(_WANTED, asked).scalar())
+
+
+def read_locked(session: Session, now: dt.datetime) -> set[int]:
+    """Those of the first ready jobs whose rows somebody keeps locked. It locks the others for a moment to know."""
+    first = text(f"SELECT job_id FROM jobs WHERE {READY} ORDER BY priority DESC, job_id LIMIT {_PROBED}")  # noqa: S608  no input
+    asked = {"now": now}
+    ready = set(session.execute(first.bindparams(bindparam("now", type_=UtcDateTime())), asked).scalars())
+    with session.begin_nested() as probe:
+        free = text(f"{first.text} FOR SHARE SKIP LOCKED").bindparams(bindparam("now", type_=UtcDateTime()))
+        locked = ready - set(session.execute(free, asked).scalars())
+        probe.rollback()
+    return locked
 
 
 def read_order(session: Session, now: dt.datetime, charges: Mapping[str, float], limit: int) -> list[Waiting]:

@@ -182,8 +182,10 @@ def forget_jobs(tx: Transaction, job_ids: Collection[int], ended_before: dt.date
     """Remove such jobs with all their rows, and sweeps that have no member left; returns the jobs that went."""
     gone: set[int] = set()
     for some in _parts(set(job_ids) - read_named(tx)):
+        going = select(Job.job_id).where(Job.job_id.in_(some), _may_go(ended_before))
+        free = list(tx.session.scalars(going.with_for_update(skip_locked=True)))  # a look at one may not be committed
         # what hangs on a job goes with it, by its foreign key
-        forgotten = delete(Job).where(Job.job_id.in_(some), _may_go(ended_before)).returning(Job.job_id)
+        forgotten = delete(Job).where(Job.job_id.in_(free)).returning(Job.job_id)
         gone.update(tx.session.scalars(forgotten.execution_options(synchronize_session=False)))
     member = exists().where(Job.sweep_id == Sweep.sweep_id)
     tx.session.execute(delete(Sweep).where(~member), execution_options={"synchronize_session": False})

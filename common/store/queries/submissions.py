@@ -26,7 +26,7 @@ from ..transaction import Transaction
 from .backlog import line_up
 from .changes import change_row, seen
 from .followers import block, first_awaited
-from .jobs import read_job, with_wishes
+from .jobs import read_job
 
 
 def submit(tx: Transaction, submission: Submission) -> int:
@@ -176,12 +176,12 @@ def cancel(tx: Transaction, job_id: int, user: str) -> Job:
     for _ in range(_TRIES):
         job = read_job(tx, job_id)
         if job.status is Status.RUNNING:
-            if change_row(tx, job_id, "cancel", seen(job), {}, user):
-                return with_wishes(tx, [job])[0]
+            if (asked := change_row(tx, job, "cancel", {}, user)) is not None:
+                return asked
         elif job.status is Status.QUEUED:
             over = {"status": Status.CANCELLED, "reason": Reason.CANCELLED, "held": False, "ended_at": tx.now()}
-            if change_row(tx, job_id, "cancelled", seen(job), over, user):
-                return read_job(tx, job_id)
+            if (cancelled := change_row(tx, job, "cancelled", over, user)) is not None:
+                return cancelled
         else:
             raise WrongState(f"job {job_id} has already {_ended_as(job)}")
     raise _changed(job_id)
@@ -218,8 +218,8 @@ def hold(tx: Transaction, job_id: int, user: str, reason: str = "") -> Job:
             what = f"job {job_id} {job.status.in_words}: only a waiting job can be held"
             raise WrongState(what, _back_to_the_queue(job) if job.status is Status.RUNNING else None)
         new = {"held": True} if job.awaits is None else {"held": True, "held_too": True}
-        if change_row(tx, job_id, "held", seen(job), new, user, f": {reason}" if reason else ""):
-            return read_job(tx, job_id)
+        if (held := change_row(tx, job, "held", new, user, f": {reason}" if reason else "")) is not None:
+            return held
     raise _changed(job_id)
 
 
@@ -247,8 +247,8 @@ def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None =
             raise WrongState(what, anyway if may_go_without(job.spec, job.awaits) else f"loractl why {job_id}")
         until = None if job.result_host is None else tx.now() + dt.timedelta(seconds=RESULT_FIRST_S)
         new = {"status": Status.QUEUED, **retried(), "held": job.awaits is not None, "result_until": until}
-        if change_row(tx, job_id, "retry", seen(job), new, user):
-            return read_job(tx, job_id)
+        if (queued := change_row(tx, job, "retry", new, user)) is not None:
+            return queued
         amendment = None  # it is in the row by now
     raise _changed(job_id)
 
@@ -269,9 +269,10 @@ def edit(tx: Transaction, amendment: Amendment, user: str) -> Job:
     tx.session.expunge(job)  # what is changed here in memory is written below
     amend(tx, job, amendment, now)
     new = {name: one.value for name, one in inspect(job).attrs.items() if one.history.has_changes()}
-    if not change_row(tx, job.job_id, "edited", expected, new, user, f": {amendment.text}"):
+    edited = change_row(tx, job, "edited", new, user, f": {amendment.text}", expected)
+    if edited is None:
         raise _changed(job.job_id)
-    return read_job(tx, job.job_id)
+    return edited
 
 
 def _changed(job_id: int) -> WrongState:

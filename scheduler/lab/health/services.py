@@ -94,7 +94,7 @@ def see_revision(settings: Settings) -> Iterator[Condition]:
 
 
 def see_logins(settings: Settings) -> Iterator[Condition]:
-    """What could fill the database's disk through a lab's login."""
+    """What a lab's login could fill the database's server with."""
     if settings.embedded_database:
         yield fine("logins", "none: SQLite's file is its owner's alone")
         return
@@ -107,7 +107,7 @@ def see_logins(settings: Settings) -> Iterator[Condition]:
     if not found:
         yield fine("logins", "their temporary files are bounded; the rows that they write are not")
         return
-    what = f"a login that submits may fill the database's disk with {' and '.join(found)}"
+    what = f"a login that submits may fill the database's server with {' and '.join(found)}"
     yield warning("logins", what, "as a superuser of the server: loractl db roles")
 
 
