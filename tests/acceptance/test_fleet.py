@@ -154,7 +154,7 @@ def test_a_box_or_a_client_with_another_store_is_refused_before_it_takes_or_leav
         assert "lacks the result of job 1" in _refused(moved, home / "moved")
         (home / "artifacts").rename(home / "moved")
         assert moved("lab", "adopt-store").stdout == f"{(home / 'moved').as_uri()} is the lab's artifact store.\n"
-        moved("report", job_id)
+        moved("adapters", "pull", job_id, tmp_path / "pulled")
 
 
 def _refused(cli: Cli, folder: Path) -> str:

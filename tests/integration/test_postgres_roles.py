@@ -124,12 +124,11 @@ def test_the_owner_alone_writes_the_lab_s_settings_and_everybody_reads_them(
 ) -> None:
     engine = make_engine(postgres_url)
     owner = Store(engine)
-    assert owner.lab.set_first("store", "one", "root") == "one" == owner.lab.set_first("store", "two", "root")
+    owner.lab.set("store", "one", "root")
     for login in (person, box):
-        for write in (login.lab.set, login.lab.set_first):
-            for name in ("store", "new"):
-                with pytest.raises(Forbidden):
-                    write(name, "mine", "ada")
+        for name in ("store", "new"):
+            with pytest.raises(Forbidden):
+                login.lab.set(name, "mine", "ada")
         assert (login.lab.setting("store"), login.lab.setting("new")) == ("one", None)
     owner.lab.set("store", "two", "root")
     assert box.lab.setting("store") == "two"
@@ -683,12 +682,15 @@ def test_what_a_login_may_fill_the_server_s_disk_with_is_bounded_or_named(
 def test_the_commands_say_so_in_a_sentence(make_cli: Callable[..., Cli], lab: Logins, tmp_path: Path) -> None:
     write_helpdesk(tmp_path / "data.jsonl")
     (tmp_path / "job.yaml").write_text("name: job\nbase_model: gpt2\ndataset: {path: data.jsonl}\n")
-    make_cli(LORACTL_DATABASE_URL=lab.person)("submit", tmp_path / "job.yaml")
-    told = make_cli(LORACTL_DATABASE_URL=lab.box)("submit", tmp_path / "job.yaml", code=1).stderr
+    shared = make_cli(LORACTL_ARTIFACTS_URL=tmp_path.as_uri())
+    shared.with_environment(LORACTL_DATABASE_URL=lab.person)("submit", tmp_path / "job.yaml")
+    told = shared.with_environment(LORACTL_DATABASE_URL=lab.box)("submit", tmp_path / "job.yaml", code=1).stderr
     assert told.startswith("Error: the database does not let heron_"), told
     assert "permission denied for table jobs\nHint: each role has its own rights: docs/deploy.md" in told
 
 
-def test_a_worker_with_a_person_s_login_is_refused_once(lab: Logins, make_cli: Callable[..., Cli]) -> None:
-    told = make_cli(LORACTL_DATABASE_URL=lab.person)("worker", code=1).stderr
+def test_a_worker_with_a_person_s_login_is_refused_once(
+    lab: Logins, make_cli: Callable[..., Cli], tmp_path: Path
+) -> None:
+    told = make_cli(LORACTL_DATABASE_URL=lab.person, LORACTL_ARTIFACTS_URL=tmp_path.as_uri())("worker", code=1).stderr
     assert told.count("does not let") == 1 and "Error: node 0 is refused; see above." in told

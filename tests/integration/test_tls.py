@@ -78,6 +78,7 @@ def test_the_database_answers_by_tls_to_who_trusts_its_authority(
     cli = make_cli(
         LORACTL_DATABASE_URL=f"{database}?sslmode=verify-full&sslrootcert={quote(str(right))}",
         LORACTL_REDIS_URL=f"{valkey}?ssl_ca_certs={right}",
+        LORACTL_ARTIFACTS_URL=tmp_path.as_uri(),
     )
     cli("db", "upgrade")
     write_helpdesk(tmp_path / "data.jsonl")
