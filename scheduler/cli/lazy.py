@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from loractl.common.errors import ExitCode, LoractlError
+from loractl.common.text import slip_of
 
 Commands = dict[str, tuple[str, str]]
 """Name -> (where it lives, its first line of help, so that a group's --help imports none of them)."""
@@ -44,7 +45,21 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         with _reader_may_leave():
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            except click.NoSuchOption as wrong:
+                near = [o for o in wrong.possibilities or () if slip_of(wrong.option_name.strip("-"), [o.strip("-")])]
+                raise click.NoSuchOption(wrong.option_name, possibilities=near, ctx=wrong.ctx) from None
+            except click.BadOptionUsage as wrong:
+                raise self._without_value(ctx, wrong) from None
+
+    def _without_value(self, ctx: click.Context, wrong: click.BadOptionUsage) -> click.UsageError:
+        """The error with the option's own help as its hint, where the option is that of a command of this group."""
+        command = self.get_command(ctx, ctx.invoked_subcommand or "")
+        for option in () if command is None else command.params:
+            if wrong.option_name in option.opts and (record := option.get_help_record(ctx)) is not None:
+                return click.UsageError(f"{wrong.option_name} needs a value\nHint: {record[0]}: {record[1]}")
+        return wrong
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*self._lazy, *super().list_commands(ctx)]
@@ -67,8 +82,6 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        from loractl.common.text import slip_of
-
         names = self.list_commands(ctx)
         if args and args[0] not in names and not args[0].startswith("-"):
             close, path = slip_of(args[0], names), ctx.command_path if ctx.parent else "loractl"

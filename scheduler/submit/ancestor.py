@@ -50,14 +50,14 @@ def settle_predecessors(
             "submit both files together, or write the number of a job that is queued already",
         )
     numbers = [one for one in spec.after if isinstance(one, int)]
+    known = {*store.jobs.numbered(numbers), *([] if before is None else before.after)}
+    if missing := [number for number in numbers if number not in known]:
+        raise JobNotFound(missing[0], f"{spec.name}: after names job {missing[0]}, which does not exist")
     if job_id is not None and (later := [number for number in numbers if number >= job_id]):
         raise UsageError(
             f"job {job_id} can't wait for job {later[0]}: a job waits for those that were submitted before it",
             f"queue it again: loractl submit --like {job_id} --after {later[0]}",
         )
-    known = {*store.jobs.numbered(numbers), *([] if before is None else before.after)}
-    if missing := [number for number in numbers if number not in known]:
-        raise JobNotFound(missing[0], f"{spec.name}: after names job {missing[0]}, which does not exist")
     if isinstance(begun, AncestorJob) and begun.job is not None:
         ancestor = beside[begun.job] if isinstance(begun.job, str) else _spec_of(store, begun.job)
         spec = _begun_from(spec, ancestor, f"job {begun.job}")

@@ -95,8 +95,8 @@ def set_quota(user: str, hours: str, soft: bool) -> None:
     settings, store = open_session()
     warn_of_unknown_user(store, user)
     store.usage.set_quota(user, card_hours, window_s, settings.user, soft=soft)
-    beyond = "its jobs go last" if soft else "its jobs wait"
-    click.echo(f"{user} may use {card_hours:g} card hours a {window_name(window_s)}; beyond that {beyond}.")
+    allowed = f"{card_hours:g} card hour{'s' * (card_hours != 1)} a {window_name(window_s)}"
+    click.echo(f"{user} may use {allowed}; beyond that their jobs {'go last' if soft else 'wait'}.")
 
 
 @quota.command("remove")

@@ -146,6 +146,13 @@ def test_an_unknown_command_gets_a_hint_and_exit_code_2(cli: Cli, typed: str, hi
         (("status", "--watch"), ExitCode.USAGE, "Error: --watch without a JOB needs a terminal\n"),
         (("submit", "absent.yaml"), ExitCode.USAGE, "Error: absent.yaml: no such file\n"),
         (("status", "--colour"), ExitCode.USAGE, "Error: No such option"),
+        (("submit", "--name", "x"), ExitCode.USAGE, "Error: No such option '--name'.\nHint: loractl submit --help\n"),
+        (("status", "--usr", "x"), ExitCode.USAGE, "Error: No such option '--usr'. Did you mean '--user'?\n"),
+        (
+            ("report", "1", "--html"),
+            ExitCode.USAGE,
+            "Error: --html needs a value\nHint: --html FILE: Write the page into",
+        ),
         (("chat",), ExitCode.USAGE, "Error: Missing argument 'ADAPTER'.\nHint: loractl chat --help\n"),
         (("completion",), ExitCode.USAGE, "Error: Missing argument '{bash|zsh|fish}'. Choose from: bash, zsh, fish\n"),
         (("status", "seven"), ExitCode.NO_SUCH_JOB, "Error: there is no job seven\n"),

@@ -109,6 +109,8 @@ def test_a_job_that_is_not_there_and_one_that_came_later_are_refused(store: Stor
     first, second = (store.jobs.submit(submission(lora=1, qlora=1)) for _ in range(2))
     with pytest.raises(JobNotFound, match="after names job 99, which does not exist"):
         settle_predecessors(spec(after=[99]), store)
+    with pytest.raises(JobNotFound, match="after names job 99, which does not exist"):
+        amendment(store, first, ["after=99"])
     with pytest.raises(UsageError, match="after names tickets, which is not a job of this submit"):
         settle_predecessors(spec(after=["tickets"]), store)
     with pytest.raises(UsageError, match=f"job {first} can't wait for job {second}"):
