@@ -229,6 +229,7 @@ class RowAttention:
         self._lengths: list[int] = []
         self._borders: torch.Tensor | None = None  # of these, on the card
         self.by_row: str | None = None  # why several went one by one, on a card
+        self.called = False  # by the model's code in the current pass
 
     @property
     def lengths(self) -> list[int]:
@@ -237,11 +238,12 @@ class RowAttention:
 
     @lengths.setter
     def lengths(self, lengths: list[int]) -> None:
-        self._lengths, self._borders, self.by_row = lengths, None, None
+        self._lengths, self._borders, self.by_row, self.called = lengths, None, None, False
 
     def __call__(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **how: Any
     ) -> tuple[torch.Tensor, None]:
+        self.called = True
         window = how.get("sliding_window")
         if self._at_once(query, key, value, window, how):
             if self._borders is None:
@@ -341,6 +343,11 @@ class RowLayout:
     def by_row(self) -> str | None:
         """Why, on a card, several rows went through a layer one by one in the last pass; None: they did not."""
         return self._attention.by_row
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether attention told rows apart in the last pass; a model with attention of its own calls no other."""
+        return self.own in BY_POSITION or self._attention.called
 
     @contextlib.contextmanager
     def of(self, lengths: list[int]) -> Iterator[None]:

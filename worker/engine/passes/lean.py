@@ -117,6 +117,11 @@ class LeanModel:
         """Why, on a card, several rows went through attention one by one in the last pass; None: they did not."""
         return self._layout.by_row
 
+    @property
+    def tells_apart(self) -> bool:
+        """Whether attention told rows apart in the last pass."""
+        return self._layout.tells_apart
+
     @contextlib.contextmanager
     def lean(self, lengths: list[int]) -> Iterator[None]:
         """Rows of these lengths are concatenated, and adapters read their input as it is: under autocast their products
@@ -334,6 +339,11 @@ class LeanPass:
     def by_row(self) -> str | None:
         """Why, on a card, several rows went through attention one by one in the last pass; None: they did not."""
         return self._lean.by_row
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether attention told rows apart in the last pass."""
+        return self._lean.tells_apart
 
     def tokens(self, rows: Sequence[TokenRow]) -> int:
         """Tokens that pass the model."""

@@ -70,6 +70,11 @@ class SharedBase:
         not."""
         return self._lean.by_row
 
+    @property
+    def tells_apart(self) -> bool:
+        """Whether attention told rows apart in the last pass."""
+        return self._lean.tells_apart
+
     def view(self) -> Any:
         """A view of the base, for one adapter."""
         return view_of(self.model)
@@ -263,6 +268,10 @@ class SharedPass(LeanPass):
     @property
     def by_row(self) -> str | None:
         return self.base.by_row
+
+    @property
+    def tells_apart(self) -> bool:
+        return self.base.tells_apart
 
     def last_logits(self, rows: Sequence[TokenRow], count: int) -> list[torch.Tensor]:
         return self.base.last_logits(self.model, self.streams, rows, count)
