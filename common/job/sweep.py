@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,22 @@ def meets_rungs(eval_steps: float, max_steps: int | None) -> bool:
     if eval_steps >= 1:
         return max_steps is not None and all(rung * max_steps % eval_steps == 0 for rung in RUNGS)
     return all(abs(rung / eval_steps - round(rung / eval_steps)) < _SLACK and eval_steps <= rung for rung in RUNGS)
+
+
+def unlike(varied: Iterable[str], task: str | None) -> str | None:
+    """The first varied key by which the members' held-out losses can't be compared; None: they can. `task`: their
+    task_type, as it is stored."""
+    from .kinds import kind_of  # pydantic, which most readers of jobs do without
+    from .sections import TaskType
+
+    known = task in list(TaskType)  # else a newer version wrote it
+    others = kind_of(task if known else None).loss_keys
+    return next((key for key in varied if any(_overlap(key, other) for other in others)), None)
+
+
+def _overlap(key: str, other: str) -> bool:
+    """Whether one of two keys is the other, or a section that holds it."""
+    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +149,7 @@ class SweepView:
     trials: int | None = None
     seed: int | None = None
     members: Sequence[Member] = field(default_factory=tuple)
+    unlike: str | None = None  # the varied key by which their losses can't be compared; None: they can
 
     @property
     def ended(self) -> bool:
@@ -143,8 +160,10 @@ class SweepView:
         """The member with the least final loss of those that have succeeded.
 
         Before the first success: the member with the least loss at its last rung, since less loss after fewer steps is
-        ahead. None before the first rung.
+        ahead. None before the first rung, and where losses can't be compared.
         """
+        if self.unlike is not None:
+            return None
         done = [(m.final_loss, m.job_id, m) for m in self.members if m.final_loss is not None]
         if done:
             return min(done)[-1]
@@ -153,7 +172,10 @@ class SweepView:
 
     @property
     def stored_best(self) -> Member | None:
-        """The best of those with a final loss and a stored adapter, from which another job can begin."""
+        """The best of those with a final loss and a stored adapter, from which another job can begin. None where losses
+        can't be compared."""
+        if self.unlike is not None:
+            return None
         stored = [(m.final_loss, m.job_id, m) for m in self.members if m.has_result and m.final_loss is not None]
         return min(stored)[-1] if stored else None
 
@@ -162,6 +184,11 @@ class SweepView:
         """(steps that stopped members did not take, steps of all members); only members with a known number count."""
         saved = sum((m.total_steps or 0) - (m.step or 0) for m in self.members if m.pruned)
         return saved, sum(m.total_steps or 0 for m in self.members)
+
+
+def no_best(view: SweepView) -> str:
+    """Why no member of a sweep is its best, where losses can't be compared."""
+    return f"sweep {view.sweep_id} has no best member: losses of different {view.unlike} can't be compared"
 
 
 def metric_of(rung: float) -> str:

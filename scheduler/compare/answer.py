@@ -25,6 +25,9 @@ LEVEL = 0.05
 OTHER_LOSS = "another loss"
 """The reading of a job whose loss is of another kind than the best job's."""
 
+ACCURACY = "preference_accuracy"
+"""The measure by which jobs are ranked whose losses differ in kind."""
+
 NOT_KNOWN = "not known"
 """The reading of a job whose loss is not a number, and so is compared with none."""
 
@@ -92,6 +95,13 @@ class FinishedJob:
         return math.inf if self.measured_loss is None else self.measured_loss
 
     @property
+    def accuracy(self) -> float:
+        """Preference accuracy of the tuned model, which preference losses of all kinds share; -1 without a measured
+        one, so that the job comes last."""
+        tuned = self.metrics.get(ACCURACY, {}).get("tuned")
+        return -1.0 if tuned is None or self.measured_loss is None or not math.isfinite(tuned) else float(tuned)
+
+    @property
     def rows(self) -> tuple[Any, ...] | None:
         """Equal for jobs measured on the same tokens, by the same loss. None if the report does not say which."""
         losses = self.report["evaluation"].get("row_losses")
@@ -109,13 +119,18 @@ class FinishedJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Finished jobs, least held-out loss first."""
+    """Finished jobs, least held-out loss first; where losses differ in kind, the highest preference accuracy."""
 
     jobs: tuple[FinishedJob, ...]
 
     @property
     def best(self) -> FinishedJob:
         return self.jobs[0]
+
+    @property
+    def by_accuracy(self) -> bool:
+        """Whether the jobs are ranked by preference accuracy: their losses differ in kind."""
+        return any(job.loss_by != self.best.loss_by for job in self.jobs)
 
     @property
     def differences(self) -> dict[str, list[Any]]:
@@ -203,16 +218,18 @@ def held_out_hash(report: Report) -> str | None:
 
 
 def compared(jobs: Sequence[FinishedJob]) -> Comparison:
-    """The best first, by held-out loss; jobs measured on the same rows as the best are compared with it.
+    """The best first, by held-out loss, or by preference accuracy where losses differ in kind; jobs measured on the
+    same rows as the best, by its loss, are compared with it.
 
     These rows also chose the best, so all pairs count as compared (Holm). Raises UsageError for jobs of different
     tasks.
     """
     check_one_task(jobs)
-    order = sorted(jobs, key=lambda job: (job.loss, job.job_id))
+    alike = all(job.loss_by == jobs[0].loss_by for job in jobs)
+    order = sorted(jobs, key=lambda job: (job.loss if alike else -job.accuracy, job.job_id))
     best = order[0]
-    alike = [job for job in order[1:] if job.measured_loss is not None and job.rows and job.rows == best.rows]
-    measured = [replace(job, against=_difference(best, job)) if job in alike else job for job in order]
+    same = [job for job in order[1:] if job.measured_loss is not None and job.rows and job.rows == best.rows]
+    measured = [replace(job, against=_difference(best, job)) if job in same else job for job in order]
     return Comparison(jobs=tuple(_holm(measured)))
 
 

@@ -16,14 +16,14 @@ from loractl.scheduler.cli.screen import Screen, number_columns, table
 from loractl.scheduler.status.standing import settings_of, shares, titles
 from loractl.scheduler.wait.gangs import in_words
 
-from .answer import OTHER_LOSS
+from .answer import ACCURACY, OTHER_LOSS
 
 if TYPE_CHECKING:
     from .answer import Comparison, FinishedJob
     from .winner import SweepComparison
 
 
-OF_PAIRS = ("preference_accuracy",)
+OF_PAIRS = (ACCURACY,)
 """Also for jobs whose losses differ in kind."""
 
 OTHERS = (*OF_PAIRS, "accuracy", "exact_match", "rougeL")
@@ -141,9 +141,7 @@ def _changes(answer: Comparison, screen: Screen) -> list[str]:
     other = [str(job.job_id) for job in answer.jobs if answer.reading(job) == OTHER_LOSS]
     if other:
         learn = "learns" if len(other) == 1 else "learn"
-        what = (
-            f"{in_words(other)} {learn} by another loss than {answer.best.job_id}: compare their preference accuracy."
-        )
+        what = f"{in_words(other)} {learn} by another loss than {answer.best.job_id}: preference accuracy ranks them."
         lines = ["", screen.dim(what)]
     else:
         lines = []

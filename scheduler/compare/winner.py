@@ -134,8 +134,11 @@ class SweepComparison:
         best = self.comparison.best
         member = next(member for member in self.sweep.members if member.job_id == best.job_id)
         so_far = "" if self.sweep.ended else " so far"
-        loss = number(best.measured_loss, 3)
-        head = f"Best{so_far}: {best.job_id} ({named_settings(self.sweep, member)}), held-out loss {loss}"
+        least = "Least loss" if self.sweep.unlike is not None else "Best"
+        rank, reached = f"{least}{so_far}", f"held-out loss {number(best.measured_loss, 3)}"
+        if self.comparison.by_accuracy:
+            rank, reached = f"Best{so_far} by preference accuracy", f"{number(best.accuracy, 1)} %"
+        head = f"{rank}: {best.job_id} ({named_settings(self.sweep, member)}), {reached}"
         if self.runner_up is None:
             return f"{head}, the only member with a result."
         if self.clear:

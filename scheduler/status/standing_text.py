@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loractl.common.job.status import Stage, Status
+from loractl.common.job.sweep import no_best
 from loractl.common.text import clean_line
 from loractl.common.units import thousands
 from loractl.scheduler.cli.screen import Screen, bar, fit, number_columns, table, wrapped_table
@@ -62,6 +63,8 @@ def opened(standing: SweepStanding, screen: Screen) -> str:
     if view.best is not None:
         best = f"{view.best.job_id} ({named_settings(view, view.best)}), held-out loss {loss_of(view.best)}"
         lines += ["", screen.style("Best: " if view.ended else "Best so far: ", bold=True) + best + "."]
+    elif view.unlike is not None:
+        lines += ["", f"{no_best(view).capitalize()}."]
     saved, steps = view.saved_steps
     if view.ended and view.rungs and steps:
         part = f"{thousands(saved)} of {thousands(steps)} steps ({saved / steps * 100:.0f} %)"
@@ -110,6 +113,8 @@ def _next_command(view: SweepView) -> str:
         first = view.members[0].job_id
         member = f"why one waits: loractl why {waiting[0]}" if waiting else f"one: loractl status {first}"
         return f"Drop it: loractl cancel --sweep {view.sweep_id}   {member}"
+    if view.unlike is not None and any(member.has_result for member in view.members):
+        return f"The members that have ended: loractl compare --sweep {view.sweep_id}"
     if view.best is None or view.best.final_loss is None:
         return f"What went wrong: loractl status {view.members[0].job_id}"
     best = f"its report: loractl report {view.best.job_id}"

@@ -12,6 +12,7 @@ from loractl.common.job.ancestor import misfits
 from loractl.common.job.file import override_spec
 from loractl.common.job.names import parse_reference
 from loractl.common.job.sections import AncestorJob
+from loractl.common.job.sweep import no_best
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
@@ -71,7 +72,10 @@ def _begun_from_best(spec: JobSpec, store: Store, sweep_id: int, before: JobSpec
     if before is not None and before.lora.init_from == spec.lora.init_from:
         members = [one for one in before.after if isinstance(one, int)]  # the sweep may have lost some since
     else:
-        members = [member.job_id for member in store.sweeps.get(sweep_id).members]
+        sweep = store.sweeps.get(sweep_id)
+        if sweep.unlike is not None:
+            raise UsageError(f"{spec.name}: lora.init_from: {no_best(sweep)}", "name a member: {job: 12}")
+        members = [member.job_id for member in sweep.members]
     if spec.after not in ([], members):
         what = f"{spec.name}: lora.init_from names a sweep, and the job starts after its members"
         raise UsageError(what, "leave after out")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import SpecError, SpecProblem, UsageError
-from loractl.common.job.sweep import RUNGS, NewSweep, meets_rungs, setting
+from loractl.common.job.sweep import RUNGS, NewSweep, meets_rungs, setting, unlike
 from loractl.scheduler.submit.data import store_data
 from loractl.scheduler.submit.need import own_devices, plan_job, stored_hashes
 
@@ -27,18 +27,20 @@ if TYPE_CHECKING:
 
 _NAME_LENGTH = 63
 
-_OTHER_LOSSES = ("base_model", "revision", "dataset", "evaluation", "preference", "training.label_smoothing_factor")
-"""Keys and sections that change what the held-out loss measures, so that losses can't be compared."""
-
 
 def member_specs(path: Path, grid: Grid, *, trials: int | None, seed: int, early_stop: bool) -> list[JobSpec]:
     """The spec of each point, under the job file's own name.
 
     Raises SpecError with the problems of all of them, UsageError.
     """
-    _refuse(grid, early_stop)
+    if "name" in grid.given:
+        raise UsageError("--set name can't take several values", "members are called NAME-1, NAME-2, ... anyway")
+    if early_stop:
+        _refuse_unlike(grid, None)  # before what the values have of other faults
     chosen = points(grid, trials, seed)
     specs = _specs(path, grid, chosen)
+    if early_stop:
+        _refuse_unlike(grid, specs[0].task_type)
     first: dict[str, Point] = {}
     for spec, point in zip(specs, chosen, strict=True):
         twin = first.setdefault(spec.model_dump_json(), point)
@@ -91,21 +93,13 @@ def planned(specs: Sequence[JobSpec], settings: Settings, store: Store | None) -
     ]
 
 
-def _refuse(grid: Grid, early_stop: bool) -> None:
-    """Raises UsageError for a key that can't be varied, or can't if members are compared in mid-training."""
-    for key in grid.given:
-        if key == "name":
-            raise UsageError("--set name can't take several values", "members are called NAME-1, NAME-2, ... anyway")
-        if early_stop and any(_overlap(key, other) for other in _OTHER_LOSSES):
-            raise UsageError(
-                f"--early-stop compares held-out losses, which jobs of another {key} do not have in common",
-                f"leave out --early-stop, or make a sweep for each {key}",
-            )
-
-
-def _overlap(key: str, other: str) -> bool:
-    """Whether one of two keys is the other, or a section that holds it."""
-    return f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}.")
+def _refuse_unlike(grid: Grid, task: str | None) -> None:
+    """Raises UsageError if the members can't be compared in mid-training."""
+    if (key := unlike(grid.given, task)) is not None:
+        raise UsageError(
+            f"--early-stop compares held-out losses, which jobs of another {key} do not have in common",
+            f"leave out --early-stop, or make a sweep for each {key}",
+        )
 
 
 def _specs(path: Path, grid: Grid, chosen: Sequence[Point]) -> list[JobSpec]:

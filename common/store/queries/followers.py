@@ -13,6 +13,7 @@ from sqlalchemy import ColumnElement, Select, String, and_, cast, exists, or_, s
 from sqlalchemy.orm import aliased
 
 from loractl.common.job.status import Status
+from loractl.common.job.sweep import no_best
 
 from ..columns import part_of
 from ..tables import WAITS, Job, after_of, sweep_of
@@ -74,12 +75,15 @@ def read_named(tx: Transaction) -> set[int]:
 
 def begin_from_best(tx: Transaction, job: Job, sweep_id: int) -> None:
     """Name the member with the least held-out loss whose adapter is stored; hold the job where there is none."""
-    best = next((view.stored_best for view in read_sweeps(tx.session, [sweep_id], settings=False)), None)
+    view = next(iter(read_sweeps(tx.session, [sweep_id], settings=False)), None)
+    best = None if view is None else view.stored_best
     if best is not None:
         job.ancestor = best.job_id
         tx.tell(job.job_id, None, "begins", f"begins from job {best.job_id}, the best of sweep {sweep_id}")
         return
     why = f"no member of sweep {sweep_id} has a held-out loss and a stored adapter; loractl cancel drops the job"
+    if view is not None and view.unlike is not None:
+        why = f"{no_best(view)}; loractl cancel drops the job, and loractl edit names a member"
     job.ancestor, job.held, job.message = None, True, f"held: {why}"
     tx.tell(job.job_id, None, "held", why)
     tell_of_job(tx, job)

@@ -10,9 +10,10 @@ from sqlalchemy.orm import Session
 
 from loractl.common.errors import SweepNotFound
 from loractl.common.job.status import Reason, Status
-from loractl.common.job.sweep import Member, RungPoint, SweepView, judge, metric_of, setting
+from loractl.common.job.sweep import Member, RungPoint, SweepView, judge, metric_of, setting, unlike
 from loractl.common.units import LARGEST
 
+from ..columns import part_of
 from ..records import HELD_OUT_LOSS, Claim, Page
 from ..tables import FINAL, Attempt, AttemptShare, Job, MetricPoint, Sweep
 from ..transaction import Transaction
@@ -65,6 +66,7 @@ def read_sweeps(session: Session, sweep_ids: Collection[int], *, settings: bool 
     for row in rows:
         asked = row.settings
         varied = asked.get("varied") or {}
+        first = select(part_of(Job.spec, "task_type")).where(Job.sweep_id == row.sweep_id).order_by(Job.job_id).limit(1)
         columns, keys = (_OF_MEMBER, varied) if settings else (_WITHOUT_SPEC, ())
         # a sweep at a time: a member is small, but its row has the whole spec
         mine = session.execute(select(*columns).where(Job.sweep_id == row.sweep_id).order_by(Job.job_id))
@@ -79,6 +81,7 @@ def read_sweeps(session: Session, sweep_ids: Collection[int], *, settings: bool 
                 trials=asked.get("trials"),
                 seed=asked.get("seed"),
                 members=[_member(job, keys, row.rungs or (), points, cards.get(job.job_id, ())) for job in mine],
+                unlike=unlike(varied, session.scalar(first)),
             )
         )
     return views

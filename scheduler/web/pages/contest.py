@@ -55,7 +55,9 @@ class SweepContest:
 
     @property
     def leaders(self) -> tuple[int, ...]:
-        """The three best members, whose lines are named."""
+        """The three best members, whose lines are named; none where losses can't be compared."""
+        if self.sweep.unlike is not None:
+            return ()
         done = sorted((m.loss, m.job_id) for m in self.sweep.members if m.loss is not None)
         return tuple(job_id for _, job_id in done[:3])
 
@@ -138,7 +140,7 @@ def _grid(sweep: SweepView) -> SettingsGrid | None:
     for member in sweep.members:
         place = (repr(member.settings[down]), repr(member.settings[across]))
         other = best.get(place)
-        if other is None or (member.loss is not None and (other.loss is None or member.loss < other.loss)):
+        if other is None or (sweep.unlike is None and _before(member, other)):
             best[place] = member
     return SettingsGrid(
         across=names[across],
@@ -148,6 +150,10 @@ def _grid(sweep: SweepView) -> SettingsGrid | None:
             (short_setting(d), tuple(best.get((repr(d), repr(a))) for a in values[across])) for d in values[down]
         ),
     )
+
+
+def _before(member: Member, other: Member) -> bool:
+    return member.loss is not None and (other.loss is None or member.loss < other.loss)
 
 
 def _in_order(values: Any) -> list[Any]:

@@ -121,10 +121,10 @@ def _outcome(view: SweepView) -> str:
     well = sum(member.status is Status.SUCCEEDED for member in view.members)
     stopped = sum(member.reason is Reason.PRUNED for member in view.members)
     cancelled = sum(member.reason is Reason.CANCELLED for member in view.members)
-    losses = [(member.final_loss, member.job_id) for member in view.members if member.final_loss is not None]
     early = f", {stopped} stopped early" if stopped else ""
     early += f", {cancelled} cancelled" if cancelled else ""
-    best = f", best loss {min(losses)[0]:.4f} (job {min(losses)[1]})" if losses else ""
+    first = view.best
+    best = f", best loss {first.final_loss:.4f} (job {first.job_id})" if first and first.final_loss is not None else ""
     return f"{view.name}: sweep {view.sweep_id} is over, {well} of {len(view.members)} succeeded{early}{best}"
 
 

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from loractl.common.errors import WrongState
+from loractl.common.errors import UsageError, WrongState
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.store.queries.followers import AT_ONCE
@@ -210,9 +210,9 @@ def test_jobs_of_one_submit_name_each_other_and_all_of_them_are_written_or_none(
     assert standing(store, second) == (first, True, False)
 
 
-def sweep(store: Store, count: int) -> tuple[int, list[int]]:
-    members = [submission(lora=1, qlora=1, name=f"r{number}", max_retries=0) for number in range(count)]
-    new = NewSweep(name="tuned", user="ada", varied={"lora.r": "8,16"}, rungs=None, trials=None, seed=None)
+def sweep(store: Store, count: int, varied: str = "lora.r", **keys: object) -> tuple[int, list[int]]:
+    members = [submission(lora=1, qlora=1, name=f"r{number}", max_retries=0, **keys) for number in range(count)]
+    new = NewSweep(name="tuned", user="ada", varied={varied: "8,16"}, rungs=None, trials=None, seed=None)
     sweep_id = store.sweeps.submit(new, members)
     return sweep_id, [member.job_id for member in store.sweeps.get(sweep_id).members]
 
@@ -268,6 +268,37 @@ def test_where_no_member_has_a_result_the_job_is_held_with_the_reason(store: Sto
     store.jobs.retry(last, "ada")
     take(store)
     assert standing(store, last) == (None, True, False) and store.jobs.get(last).message == f"held: {why}"
+
+
+@pytest.mark.parametrize(
+    ("varied", "keys", "unlike"),
+    [
+        ("preference.loss_type", {"task_type": "preference"}, True), ("training.label_smoothing_factor", {}, True),
+        ("lora.init_from", {"task_type": "preference"}, True), ("lora.init_from", {}, False),
+    ],
+)  # fmt: skip
+def test_no_member_is_the_best_of_a_sweep_whose_losses_cannot_be_compared(
+    store: Store, varied: str, keys: dict[str, object], unlike: bool
+) -> None:
+    """A submit is refused; a job that an earlier version has queued is held."""
+    sweep_id, members = sweep(store, 2, varied, notify=["ops"], **keys)
+    why = f"sweep {sweep_id} has no best member: losses of different {varied} can't be compared"
+    if unlike:
+        with pytest.raises(UsageError, match=f"last: lora.init_from: {why}"):
+            begin_from_best(store, sweep_id, **keys)
+    after = {"after": members, "after_any": True}
+    queued = spec(name="last", lora={"init_from": {"sweep": sweep_id}}, **after, **keys)
+    last = store.jobs.submit(replace(submission(lora=1, qlora=1), spec=queued))
+    for job_id, loss in zip(members, (0.02, 0.41), strict=True):
+        train(store, job_id, loss)
+    with store.engine.connect() as connection:
+        (over,) = connection.execute(select(OutboxMessage.subject).where(OutboxMessage.kind == "sweep.over")).scalars()
+    if not unlike:
+        assert store.jobs.get(last).ancestor == members[0] and "best loss 0.0200" in over
+        return
+    told = f"held: {why}; loractl cancel drops the job, and loractl edit names a member"
+    assert store.jobs.get(last).message == told and store.jobs.get(last).ancestor is None
+    assert "best loss" not in over and store.sweeps.get(sweep_id).best is None
 
 
 def test_a_release_chooses_among_the_members_that_have_a_result_by_then(store: Store) -> None:

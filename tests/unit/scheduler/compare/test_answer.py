@@ -152,9 +152,11 @@ def test_pairs_are_compared_pair_by_pair_and_told_with_the_share_that_is_preferr
 def test_losses_of_pairs_that_are_not_one_measure_are_not_compared(
     first: dict[str, Any], second: dict[str, Any], alike: bool
 ) -> None:
+    """The second has more loss and ranks more pairs rightly, which decides where the losses are no one measure."""
     order = compared([of_pairs(1, 0.5, **first), of_pairs(2, 0.9, **second)])
+    assert [job.job_id for job in order.jobs] == ([1, 2] if alike else [2, 1])
     assert order.reading(order.jobs[1]) == ("worse" if alike else "another loss")
-    told = "2 learns by another loss than 1: compare their preference accuracy."
+    told = "1 learns by another loss than 2: preference accuracy ranks them."
     assert (told in comparison_text(order, SCREEN)) != alike
 
 

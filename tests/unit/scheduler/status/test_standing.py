@@ -187,9 +187,24 @@ def test_a_winner_is_clear_only_where_the_rows_say_so() -> None:
     assert few.sentence.endswith("; on 5 rows 2 can't be told apart from it.")
     assert "2 was measured on other rows" in judged(both, job(1, best), job(2, far, rows="others")).sentence
     betas = [job(n, some, task_type="preference", preference={"beta": n}) for n, some in ((1, best), (2, far))]
-    assert judged(both, *betas).sentence.endswith("; 2 was measured by another loss.")
+    for one, accuracy in zip(betas, (60.0, 80.0), strict=True):
+        share = {"name": "preference_accuracy", "label": "preference accuracy", "unit": "%", "tuned": accuracy}
+        one.report["evaluation"]["metrics"].append(share)
+    by_accuracy = judged(both, *betas).sentence
+    assert by_accuracy.startswith("Best by preference accuracy: 2 (r 8, learning_rate 0.001), 80.0 %; ")
+    assert by_accuracy.endswith("; 1 was measured by another loss.")
+    other = judged(replace(both, unlike="dataset.path"), job(1, best), job(2, far, rows="others")).sentence
+    assert other.startswith("Least loss: 1 ") and "2 was measured on other rows" in other
     assert "the only member with a result" in judged(both, job(1, best)).sentence
     assert judged(view(done(1, 1.0), member(2, 0.1)), job(1, best)).sentence.startswith("Best so far: 1 ")
+
+
+def test_no_member_is_the_best_where_losses_cannot_be_compared() -> None:
+    sweep = view(done(1, 0.02), done(2, 0.41), unlike="preference.loss_type")
+    assert (sweep.best, sweep.stored_best, SweepStanding(sweep=sweep).as_json()["best_job_id"]) == (None, None, None)
+    told = in_full(sweep, WIDE)
+    assert "Sweep 3 has no best member: losses of different preference.loss_type can't be compared." in told
+    assert told.endswith("The members that have ended: loractl compare --sweep 3") and "Best" not in told
 
 
 def test_a_member_that_was_stopped_with_less_loss_is_named() -> None:
