@@ -7,8 +7,11 @@ import re
 
 GIB = 1024**3
 
+LAST_NUMBER = 2**53 - 1
+"""The greatest number of a job or a sweep: every reader of JSON has it exactly."""
+
 LARGEST = 2**31 - 1
-"""The largest whole number of a row, a job's number too: PostgreSQL's INTEGER ends here, and SQLite's at 64 bits."""
+"""The largest whole number of a row: PostgreSQL's INTEGER ends here, and SQLite's at 64 bits."""
 
 LEAST_WITHOUT_UNIT = 2**20
 """Bytes; a smaller number needs a unit."""

@@ -32,7 +32,7 @@ from loractl.common.adapter_config import is_module_name
 from loractl.common.channels import LAB
 from loractl.common.errors import UsageError
 from loractl.common.module_pattern import ModulePattern
-from loractl.common.units import LARGEST, parse_duration, parse_size
+from loractl.common.units import LARGEST, LAST_NUMBER, parse_duration, parse_size
 
 from .method import MOST_CARDS, Checkpointing, Method
 from .names import parse_reference
@@ -148,7 +148,7 @@ def _methods(value: Any) -> Method | list[Method]:
 def _predecessor(value: Any) -> int | str:
     if isinstance(value, str) and re.fullmatch(NAME, value) and not value.isdigit():
         return value
-    if type(value) is int and 1 <= value <= LARGEST:
+    if type(value) is int and 1 <= value <= LAST_NUMBER:
         return value
     what = f"{json.dumps(value, default=str)} is not a job"
     raise ValueError(f"{what}; write its number, or its name in the same submit, like 12 or tickets")
@@ -285,7 +285,7 @@ class AncestorJob(Section):
 
     job: Annotated[int | str, BeforeValidator(_predecessor)] | None = None
     """Its number, or its name in the same submit."""
-    sweep: int | None = Field(None, ge=1, le=LARGEST)
+    sweep: int | None = Field(None, ge=1, le=LAST_NUMBER)
     """Its number."""
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
-from loractl.common.units import LARGEST
+from loractl.common.units import LARGEST, LAST_NUMBER
 
 LONG_AGO, FAR_OFF = dt.datetime(2, 1, 1, tzinfo=dt.UTC), dt.datetime(9998, 12, 31, tzinfo=dt.UTC)
 """The first and the last time that a row may hold: within them every time zone has a calendar."""
@@ -86,6 +86,20 @@ class Whole(TypeDecorator[int]):
         low, high = (-_MOST, _MOST) if self.key else (self.low, self.high)
         found: int = in_place_of(value, min(max(int(value) if is_number(value) else 0, low), high))
         return found
+
+
+class RowNumber(Whole):
+    """A number that the database draws for a row, or that names such a row."""
+
+    impl = Integer
+    cache_ok = True
+
+    def __init__(self) -> None:
+        super().__init__(1, LAST_NUMBER, key=True)
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        # SQLite's own keys must be INTEGER, which has 64 bits there
+        return dialect.type_descriptor(BigInteger() if dialect.name == "postgresql" else self.impl_instance)
 
 
 class Bytes(Whole):
@@ -221,6 +235,11 @@ def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> boo
 
 def is_whole(value: Any, low: int = 0, high: int = LARGEST) -> bool:
     return type(value) is int and low <= value <= high
+
+
+def is_number_drawn(value: Any) -> bool:
+    """Whether it can be the number of a job or a sweep."""
+    return is_whole(value, 1, LAST_NUMBER)
 
 
 def is_size(value: Any) -> bool:

@@ -1,4 +1,4 @@
--- The roles of a lab, what each may do, and the triggers that hold submitters to it. loractl db roles runs all of
+-- The roles of a lab, what each may do, and the rules that hold submitters to it. loractl db roles runs all of
 -- this in one transaction, and again after each upgrade: a line that ran before changes nothing.
 
 DO $$ BEGIN
@@ -39,12 +39,13 @@ REVOKE ALL ON ALL SEQUENCES IN SCHEMA public FROM loractl_submit, loractl_worker
 GRANT USAGE ON SCHEMA public TO loractl_submit, loractl_worker, loractl_web;
 GRANT SELECT ON ALL TABLES IN SCHEMA public TO loractl_submit, loractl_worker, loractl_web;
 
--- submit and sweep, and all that only reads. No UPDATE and no DELETE: they would let a login lock rows and tables. What
--- a person does to a job that is there, loractl_change and loractl_tag do.
-GRANT INSERT ON jobs, events, sweeps, job_labels, looks TO loractl_submit;
-GRANT USAGE ON SEQUENCE jobs_job_id_seq, events_event_id_seq, sweeps_sweep_id_seq, looks_look_id_seq TO loractl_submit;
+-- submit and sweep, and all that only reads. No right to write a table, or to draw a number: with them a login could
+-- lock rows and tables, write what no client would, or use numbers up. Functions write for it: loractl_submit a new job,
+-- loractl_change and loractl_tag what a person does to one that is there, loractl_look a look at final rows.
+GRANT EXECUTE ON FUNCTION loractl_submit(json) TO loractl_submit;
 GRANT EXECUTE ON FUNCTION loractl_login(), loractl_change(bigint, text, jsonb, json, text, text),
-  loractl_tag(text, text, bigint, bigint, text) TO loractl_submit, loractl_worker;
+  loractl_tag(text, text, bigint, bigint, text), loractl_look(bigint, text, text, timestamptz)
+  TO loractl_submit, loractl_worker;
 
 -- worker, gc, adapters bind, drain and undrain: everything of a job's row but what was asked, and by whom
 GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, held, not_before, retries_used, ended_at,
@@ -59,9 +60,9 @@ GRANT INSERT, UPDATE ON attempts, uses, usage, fleet_rounds, locks TO loractl_wo
 GRANT UPDATE (used, below_at) ON quotas TO loractl_worker; -- the owner alone sets one
 GRANT DELETE ON wishes TO loractl_worker;
 GRANT INSERT, UPDATE, DELETE ON nodes, hosts, drains, tags, outbox TO loractl_worker;
-GRANT INSERT ON events, metrics, shares, looks, label_sets TO loractl_worker;
+GRANT INSERT ON events, metrics, shares, label_sets TO loractl_worker;
 GRANT INSERT, DELETE ON log_chunks, adapters, lab_failures TO loractl_worker;
-GRANT USAGE ON SEQUENCE events_event_id_seq, log_chunks_chunk_id_seq, looks_look_id_seq TO loractl_worker;
+GRANT USAGE ON SEQUENCE events_event_id_seq, log_chunks_chunk_id_seq TO loractl_worker;
 
 -- A submitter writes no row that has a history or that workers can't read, and changes one as cancel, hold, retry and
 -- edit do. Anybody cancels, holds, retries and tags; only a job's own login changes what is asked of it. The person is
@@ -157,85 +158,27 @@ BEGIN
       coalesce(after.result_until, now()) BETWEEN now() - interval '1 day' AND now() + interval '1 day'
     ELSE loractl_may_edit(before, after) AND loractl_stays_held(before, after) END;
 END $$;
-CREATE OR REPLACE FUNCTION loractl_no_claim() RETURNS trigger LANGUAGE plpgsql
+-- Whether a person may write a job like this; loractl_submit asks.
+CREATE OR REPLACE FUNCTION loractl_is_new(job jobs) RETURNS boolean LANGUAGE sql
 SET search_path = pg_catalog, public, pg_temp AS $$
-DECLARE
-  drawn bigint;
-BEGIN
-  BEGIN
-    drawn := currval('jobs_job_id_seq');
-  EXCEPTION WHEN object_not_in_prerequisite_state THEN
-    drawn := NULL; -- no number was drawn: it names one of its own
-  END;
-  IF NEW.job_id IS DISTINCT FROM drawn OR NEW.status <> 'queued' OR NEW.attempt <> 0 OR NEW.cancel_requested OR
-      NEW.held <> (NEW.awaits IS NOT NULL) OR NEW.held_too OR NEW.awaits >= NEW.job_id OR
-      NEW.retries_used <> 0 OR NEW.lab_failures <> 0 OR
-      concat(NEW.token, NEW.adapter_uri, NEW.report_uri, NEW.result_host, NEW.manifest_sha256, NEW.reason, NEW.message,
-        NEW.stage, NEW.preempted_by, NEW.node, NEW.gpu, NEW.method, NEW.vram_reserved, NEW.step, NEW.total_steps,
-        NEW.loss, NEW.ancestor, NEW.tokens_per_second, NEW.eta_seconds, NEW.eta_spread_seconds, NEW.evaluated, NEW.to_evaluate,
-        NEW.lab_step, NEW.checkpoint_s, NEW.begun_bf16, NEW.avoids, NEW.not_before, NEW.started_at, NEW.ended_at, NEW.lease_expires_at,
-        NEW.result_until) <> '' OR
-      coalesce(NEW.checkpoint::text, 'null') <> 'null' OR NOT loractl_readable(NEW) OR NOT loractl_same_batch(NEW) OR
-      NEW.submitted_at NOT BETWEEN now() - interval '1 day' AND now() + interval '1 day' OR
-      NEW.sweep_id IS NOT NULL AND
-        NOT EXISTS (SELECT FROM sweeps WHERE sweep_id = NEW.sweep_id AND "user" = session_user) THEN
-    RAISE EXCEPTION 'only a worker may claim and end jobs' USING ERRCODE = 'insufficient_privilege';
-  END IF;
-  NEW.queue_key := left(NEW.queue_key, -length(NEW."user")) || session_user;
-  NEW."user" := session_user;
-  RETURN NEW;
-END $$;
-DROP TRIGGER IF EXISTS loractl_no_claim ON jobs; -- an earlier one looked at updates, too
-CREATE TRIGGER loractl_no_claim BEFORE INSERT ON jobs FOR EACH ROW
-  WHEN (pg_has_role('loractl_submit', 'MEMBER') AND NOT pg_has_role('loractl_worker', 'MEMBER'))
-  EXECUTE FUNCTION loractl_no_claim();
-
-CREATE OR REPLACE FUNCTION loractl_by_login() RETURNS trigger LANGUAGE plpgsql
-SET search_path = pg_catalog, public, pg_temp AS $$
-DECLARE
-  said text;
-BEGIN
-  IF TG_TABLE_NAME = 'events' THEN -- that a job is queued, and no more
-    said := substring(NEW.text FROM '^queued by (.*)$');
-    IF NEW.attempt IS NOT NULL OR NEW.kind <> 'queued' OR said IS NULL OR
-        NOT EXISTS (SELECT FROM jobs WHERE job_id = NEW.job_id AND "user" = session_user AND attempt = 0) THEN
-      RAISE EXCEPTION 'only a worker tells of attempts' USING ERRCODE = 'insufficient_privilege';
-    END IF;
-    NEW.event_id := nextval('events_event_id_seq'); -- one that it names could be another's next
-    NEW.at := clock_timestamp();
-    IF said !~ ('^' || regexp_replace(session_user::text, '([.])', '\\\1', 'g') || '(, .*)?$') THEN
-      NEW.text := NEW.text || ' (login ' || session_user || ')';
-    END IF;
-  ELSIF TG_TABLE_NAME = 'sweeps' THEN
-    NEW.sweep_id := nextval('sweeps_sweep_id_seq');
-    NEW.created_at := clock_timestamp();
-    NEW."user" := session_user;
-  ELSIF TG_TABLE_NAME = 'looks' THEN -- at anybody's result, by the login, now
-    SELECT sweep_id INTO NEW.sweep_id FROM jobs WHERE job_id = NEW.job_id AND status = 'succeeded';
-    IF NOT FOUND THEN
-      RAISE EXCEPTION 'only a result can be looked at' USING ERRCODE = 'insufficient_privilege';
-    END IF;
-    NEW.look_id := nextval('looks_look_id_seq');
-    NEW.at := clock_timestamp();
-    NEW."user" := session_user;
-  ELSIF NOT EXISTS (SELECT FROM jobs WHERE job_id = NEW.job_id AND "user" = session_user) THEN
-    RAISE EXCEPTION 'a job is listed by its own labels' USING ERRCODE = 'insufficient_privilege';
-  END IF;
-  RETURN NEW;
-END $$;
--- Triggers and functions of an earlier version
+  SELECT job.status = 'queued' AND job.attempt = 0 AND NOT job.cancel_requested AND
+    job.held = (job.awaits IS NOT NULL) AND NOT job.held_too AND coalesce(job.awaits, 0) < job.job_id AND
+    job.retries_used = 0 AND job.lab_failures = 0 AND
+    concat(job.token, job.adapter_uri, job.report_uri, job.result_host, job.manifest_sha256, job.reason, job.message,
+      job.stage, job.preempted_by, job.node, job.gpu, job.method, job.vram_reserved, job.step, job.total_steps,
+      job.loss, job.ancestor, job.tokens_per_second, job.eta_seconds, job.eta_spread_seconds, job.evaluated,
+      job.to_evaluate, job.lab_step, job.checkpoint_s, job.avoids, job.not_before, job.started_at, job.ended_at,
+      job.lease_expires_at, job.result_until) = '' AND
+    coalesce(job.checkpoint::text, 'null') = 'null' AND loractl_readable(job) AND loractl_same_batch(job) AND
+    job.submitted_at BETWEEN now() - interval '1 day' AND now() + interval '1 day' AND
+    (job.sweep_id IS NULL OR EXISTS (SELECT FROM sweeps WHERE sweep_id = job.sweep_id AND "user" = session_user));
+$$;
+-- Triggers and functions of earlier versions, whose logins inserted rows themselves
+DROP TRIGGER IF EXISTS loractl_no_claim ON jobs;
+DROP TRIGGER IF EXISTS loractl_by_login ON events;
+DROP TRIGGER IF EXISTS loractl_by_login ON sweeps;
+DROP TRIGGER IF EXISTS loractl_by_login ON job_labels;
+DROP TRIGGER IF EXISTS loractl_by_login ON looks;
 DROP TRIGGER IF EXISTS loractl_by_login ON tags;
 DROP TRIGGER IF EXISTS loractl_own_label ON job_labels;
-DROP FUNCTION IF EXISTS loractl_own_label(), loractl_says_login(text);
-CREATE OR REPLACE TRIGGER loractl_by_login BEFORE INSERT ON events FOR EACH ROW
-  WHEN (pg_has_role('loractl_submit', 'MEMBER') AND NOT pg_has_role('loractl_worker', 'MEMBER'))
-  EXECUTE FUNCTION loractl_by_login();
-CREATE OR REPLACE TRIGGER loractl_by_login BEFORE INSERT ON sweeps FOR EACH ROW
-  WHEN (pg_has_role('loractl_submit', 'MEMBER') AND NOT pg_has_role('loractl_worker', 'MEMBER'))
-  EXECUTE FUNCTION loractl_by_login();
-CREATE OR REPLACE TRIGGER loractl_by_login BEFORE INSERT ON job_labels FOR EACH ROW
-  WHEN (pg_has_role('loractl_submit', 'MEMBER') AND NOT pg_has_role('loractl_worker', 'MEMBER'))
-  EXECUTE FUNCTION loractl_by_login();
-CREATE OR REPLACE TRIGGER loractl_by_login BEFORE INSERT ON looks FOR EACH ROW
-  WHEN (pg_has_role('loractl_submit', 'MEMBER') AND NOT pg_has_role('loractl_worker', 'MEMBER'))
-  EXECUTE FUNCTION loractl_by_login();
+DROP FUNCTION IF EXISTS loractl_own_label(), loractl_says_login(text), loractl_no_claim(), loractl_by_login();

@@ -15,7 +15,7 @@ from loractl.common.errors import SchemaMismatch
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0035"
+HEAD = "0036"
 """The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
 
 

@@ -26,10 +26,12 @@ from .columns import (
     Json,
     Prose,
     Real,
+    RowNumber,
     UtcDateTime,
     Whole,
     Words,
     is_number,
+    is_number_drawn,
     is_object,
     is_size,
     is_text,
@@ -41,8 +43,8 @@ from .records import StoredCheckpoint
 
 Timestamp = Annotated[dt.datetime, mapped_column(UtcDateTime())]
 Bytes = Annotated[int, mapped_column(columns.Bytes())]
-Key = Annotated[int, mapped_column(Whole(1, key=True), primary_key=True, autoincrement=True)]
-JobKey = Annotated[int, mapped_column(Whole(1, key=True), ForeignKey("jobs.job_id", ondelete="CASCADE"))]
+Key = Annotated[int, mapped_column(RowNumber(), primary_key=True, autoincrement=True)]
+JobKey = Annotated[int, mapped_column(RowNumber(), ForeignKey("jobs.job_id", ondelete="CASCADE"))]
 Number = Annotated[int, mapped_column(Whole(key=True), primary_key=True, autoincrement=False)]
 Seconds = Annotated[float, mapped_column(Real(-MOST_SECONDS, MOST_SECONDS))]
 Labels = Annotated[dict[str, str], mapped_column(Json(object_of(is_text)))]
@@ -131,7 +133,7 @@ MOST_AFTER = 1000
 def after_of(spec: Any) -> list[int]:
     """The numbers of the jobs that a stored spec's job starts after; none where it has another form."""
     after = spec.get("after") if isinstance(spec, dict) else None
-    return [one for one in after[:MOST_AFTER] if is_whole(one, 1)] if isinstance(after, list) else []
+    return [one for one in after[:MOST_AFTER] if is_number_drawn(one)] if isinstance(after, list) else []
 
 
 def sweep_of(spec: Any) -> int | None:
@@ -139,7 +141,7 @@ def sweep_of(spec: Any) -> int | None:
     lora = spec.get("lora") if isinstance(spec, dict) else None
     begun = lora.get("init_from") if isinstance(lora, dict) else None
     number = begun.get("sweep") if isinstance(begun, dict) else None
-    return number if is_whole(number, 1) else None
+    return number if is_number_drawn(number) else None
 
 
 class Job(Base):
@@ -218,11 +220,11 @@ class Job(Base):
     stage: Mapped[Stage | None] = mapped_column(Words(Stage))
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     preemptible: Mapped[bool] = mapped_column(default=False)
-    preempted_by: Mapped[int | None]  # the job that this running one gives way to
+    preempted_by: Mapped[int | None] = mapped_column(RowNumber())  # the job that this running one gives way to
     version: Mapped[str | None] = mapped_column(Characters(32))  # of the loractl that wrote the spec
     held: Mapped[bool] = mapped_column(default=False)
-    awaits: Mapped[int | None] = mapped_column(Whole(1, key=True))  # the first job of its `after` that is not over
-    ancestor: Mapped[int | None] = mapped_column(Whole(1, key=True))  # the best member of a sweep that it begins from
+    awaits: Mapped[int | None] = mapped_column(RowNumber())  # the first job of its `after` that is not over
+    ancestor: Mapped[int | None] = mapped_column(RowNumber())  # the best member of a sweep that it begins from
     held_too: Mapped[bool] = mapped_column(default=False, server_default=false())  # also held by a person, or the lab
     not_before: Mapped[Timestamp | None]  # backoff
     attempt: Mapped[int] = mapped_column(Whole(0, MOST_ATTEMPTS), default=0)
@@ -254,7 +256,7 @@ class Job(Base):
     adapter_uri: Mapped[str | None] = mapped_column(Prose())
     report_uri: Mapped[str | None] = mapped_column(Prose())
     manifest_sha256: Mapped[str | None] = mapped_column(Characters(64))  # of its result; null: of an earlier version
-    sweep_id: Mapped[int | None] = mapped_column(Whole(1, key=True))  # the sweep that it belongs to
+    sweep_id: Mapped[int | None] = mapped_column(RowNumber())  # the sweep that it belongs to
 
     @property
     def after(self) -> list[int]:
@@ -614,7 +616,7 @@ class FinalLook(Base):
 
     look_id: Mapped[Key]
     job_id: Mapped[JobKey]
-    sweep_id: Mapped[int | None] = mapped_column(Whole(1, key=True))  # whose winner the job was
+    sweep_id: Mapped[int | None] = mapped_column(RowNumber())  # whose winner the job was
     rows_sha256: Mapped[str] = mapped_column(Characters(64))
     user: Mapped[str]
     at: Mapped[Timestamp]
@@ -651,7 +653,7 @@ class TrainerHost(Base):
     base_model: Mapped[str] = mapped_column(Prose())
     method: Mapped[Method] = mapped_column(Words(Method, 8))
     bytes: Mapped[Bytes]
-    job_id: Mapped[int]  # of the last attempt that had the whole of it
+    job_id: Mapped[int] = mapped_column(RowNumber())  # of the last attempt that had the whole of it
     attempt: Mapped[int]
     leaving: Mapped[bool] = mapped_column(default=False)  # nothing joins it any more
     since: Mapped[Timestamp]  # when it last began to wait, or a job joined it
@@ -675,7 +677,7 @@ class OutboxMessage(Base):
     event: Mapped[str]
     channel: Mapped[str] = mapped_column(Characters(64))  # a name of somebody's config.toml, or me, or lab
     user: Mapped[str]
-    job_id: Mapped[int | None] = mapped_column(ForeignKey("jobs.job_id", ondelete="CASCADE"), index=True)
+    job_id: Mapped[int | None] = mapped_column(RowNumber(), ForeignKey("jobs.job_id", ondelete="CASCADE"), index=True)
     kind: Mapped[str] = mapped_column(Characters(32))
     subject: Mapped[str] = mapped_column(Prose())
     text: Mapped[str] = mapped_column(Prose())

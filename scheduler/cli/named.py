@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 
 from loractl.common.errors import JobNotFound, LoractlError, UsageError
 from loractl.common.text import clean_line, slip_of
-from loractl.common.units import LARGEST
+from loractl.common.units import LAST_NUMBER
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
@@ -73,7 +73,7 @@ def _range(store: Store, text: str) -> list[int]:
         raise UsageError(what, f"the smaller number first, and at most {MOST_OF_A_RANGE} jobs, like 3-9")
     from loractl.common.store.records import Choice, Page
 
-    page = Page(limit=last - first + 1, after=last + 1 if last < LARGEST else None)
+    page = Page(limit=last - first + 1, after=last + 1 if last < LAST_NUMBER else None)
     found = sorted(job.job_id for job in store.jobs.newest(Choice(), page) if first <= job.job_id <= last)
     if not found:
         raise JobNotFound(text)

@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 import click
 
-from loractl.common.units import LARGEST
+from loractl.common.units import LAST_NUMBER
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -46,7 +46,7 @@ def paged(what: str) -> Callable[[Command], Command]:
     def add(command: Command) -> Command:
         after = click.option(
             "--after",
-            type=click.IntRange(1, LARGEST),
+            type=click.IntRange(1, LAST_NUMBER),
             metavar="JOB",
             help="Continue after this job, the last one listed.",
         )

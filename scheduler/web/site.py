@@ -22,7 +22,7 @@ from loractl import __version__
 from loractl.common.errors import LoractlError
 from loractl.common.store.database import REFUSALS
 from loractl.common.text import clean_text
-from loractl.common.units import LARGEST
+from loractl.common.units import LAST_NUMBER
 
 from .guard import Guard
 from .metrics import CONTENT_TYPE, Exporter
@@ -193,7 +193,7 @@ def make_site(store: Store, shelf: ReportShelf, access: Access) -> Any:
 
 def _number(request: Request) -> int:
     number: int = request.path_params["number"]
-    if not 0 < number <= LARGEST:
+    if not 0 < number <= LAST_NUMBER:
         raise NoSuchPage
     return number
 

@@ -104,13 +104,21 @@ def test_who_changes_a_job_whose_row_somebody_keeps_locked_is_told_who_it_is(
         person.jobs.cancel(job_id, "ada")
 
 
-def test_a_line_of_a_history_that_is_never_committed_holds_nobody_up(person: Store, box: Store, lab: Logins) -> None:
-    job_id = person.jobs.submit(submission())
-    line = f"INSERT INTO events (job_id, at, kind, text) VALUES ({job_id}, now(), 'queued', 'queued by me')"
-    with held_open(lab.person, line):
-        claim = take(box)
-        assert isinstance(claim, Claim) and box.attempts.beat(claim, Progress()).recorded
-        assert box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+def test_a_look_that_is_never_committed_keeps_gc_from_no_other_job(
+    person: Store, postgres_url: str, lab: Logins
+) -> None:
+    owner = Store(make_engine(postgres_url))
+    seen, other = (person.jobs.submit(submission()) for _ in range(2))
+    for job_id in (seen, other):
+        claim = take(owner)
+        assert isinstance(claim, Claim)
+        owner.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT)
+        assert owner.results.remove(job_id, "root")
+    later = owner.now() + dt.timedelta(days=1)
+    with held_open(lab.person, f"SELECT loractl_look({seen}, 'f', 'ada', now())"):
+        assert owner.results.forget_jobs([seen, other], later) == {other}
+    assert owner.results.forget_jobs([seen], later) == {seen}
+    owner.engine.dispose()
 
 
 def test_who_is_silent_for_a_lease_ends_also_where_its_row_was_locked_once(

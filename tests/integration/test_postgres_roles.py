@@ -108,13 +108,11 @@ def test_who_submits_writes_no_row_that_keeps_others_from_ending_or_can_t_be_can
             connection.execute(
                 text("SELECT loractl_change(:number, 'edited', '{}', CAST(:new AS json), 'ada', '')"), asked
             )
-    columns = ", ".join(f'"{column.name}"' for column in Job.__table__.columns if column.name != "job_id")
-    odd = columns.replace('"labels"', """'{"team": "\\u0000"}'::json""").replace('"submitted_at"', "now()")
-    copy = f"INSERT INTO jobs ({columns}) SELECT {odd} FROM jobs WHERE job_id = :number"
+    row = _row(person, first)
     with pytest.raises((Forbidden, DatabaseError)), engine.begin() as connection:
-        connection.execute(text(copy), {"number": first})
+        connection.execute(SUBMIT_JOB, {"document": json.dumps({"job": {**row, "labels": {"team": "\u0000"}}})})
     with engine.begin() as connection:
-        connection.execute(text(copy.replace("\\u0000", "red")), {"number": first})
+        connection.execute(SUBMIT_JOB, {"document": json.dumps({"job": {**row, "labels": {"team": "red"}}})})
     engine.dispose()
     assert person.jobs.get(mine).spec == spec and len(person.jobs.matching()) == 3
 
@@ -167,41 +165,49 @@ def test_a_look_at_final_rows_is_the_login_s_and_of_now(person: Store, box: Stor
     )
     engine = make_engine(lab.person)
     with engine.begin() as connection:
-        row = f"({job_id}, 99, 'f', 'eve', '2001-01-01')"
-        connection.exec_driver_sql(f'INSERT INTO looks (job_id, sweep_id, rows_sha256, "user", at) VALUES {row}')
+        connection.exec_driver_sql(f"SELECT loractl_look({job_id}, 'f', 'eve', '2001-01-01')")
     engine.dispose()
     person.results.look(job_id, "f", "eve")
     login, looks = make_url(lab.person).username, box.results.look(job_id, "f", "heron")
-    assert [(one.user, one.sweep_id) for one in looks] == [(login, None), (login, None), ("heron", None)]
+    logins = (login, login, make_url(lab.box).username)
+    assert [(one.user, one.sweep_id) for one in looks] == [(login, None) for login in logins]
     assert all(abs((one.at - box.now()).total_seconds()) < 600 for one in looks)
 
 
-def test_who_submits_takes_no_number_that_the_next_row_of_another_would_have(
-    person: Store, box: Store, lab: Logins
+def test_who_submits_draws_no_number_and_numbers_go_on_beyond_32_bits(
+    person: Store, box: Store, lab: Logins, postgres_url: str
 ) -> None:
-    job_id = person.jobs.submit(submission())
+    owner, login = make_engine(postgres_url), make_engine(lab.person)
+    with owner.begin() as connection:
+        sequences = connection.exec_driver_sql("SELECT sequencename FROM pg_sequences").scalars().all()
+        assert len(sequences) == 5
+        for sequence in sequences:
+            connection.exec_driver_sql(f"SELECT setval('{sequence}', {2**31 + 5})")
+    for sequence in sequences:
+        for call in ("nextval('{}')", "setval('{}', 1)", "currval('{}')"):
+            with pytest.raises(Forbidden), login.begin() as connection:
+                connection.exec_driver_sql(f"SELECT {call.format(sequence)}")
+    first = person.jobs.submit(submission())
+    assert first > 2**31
+    second = person.jobs.submit(submission(name="b", after=[first], labels={"team": "nlp"}))
     claim = take(box)
-    assert (
-        isinstance(claim, Claim)
-        and box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
-    )
-    waits = person.jobs.submit(submission(name="b"))
-    columns = {
-        "events": ("event_id, job_id, at, kind, text", f"{waits}, now(), 'queued', 'queued by ada'"),
-        "sweeps": ('sweep_id, name, "user", created_at, settings', "'s', 'ada', now(), '{}'"),
-        "looks": ('look_id, job_id, rows_sha256, "user", at', f"{job_id}, 'f', 'ada', now()"),
-    }
-    engine = make_engine(lab.person)
-    with engine.begin() as connection:
-        for table, (names, values) in columns.items():
-            for number in range(1, 40):
-                connection.exec_driver_sql(f"INSERT INTO {table} ({names}) VALUES ({number + 100}, {values})")
-            number = names.partition(",")[0]
-            taken = connection.exec_driver_sql(f"SELECT max({number}) FROM {table}").scalar_one()
-            drawn = connection.exec_driver_sql(f"SELECT nextval('{table}_{number}_seq')").scalar_one()
-            assert drawn > taken, table
-    engine.dispose()
-    assert len(box.results.look(job_id, "f", "heron")) == 40
+    assert isinstance(claim, Claim) and claim.job_id == first
+    assert box.attempts.beat(
+        claim, Progress(stage=Stage.TRAINING, step=1, log="x", metrics=((1, "loss", 1.0),))
+    ).recorded
+    assert box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
+    person.adapters.tag(Reference(job_id=first), "prod", "ada")
+    assert [one.look_id > 2**31 for one in person.results.look(first, "f", "ada")] == [True]
+    person.jobs.hold(second, "ada")
+    person.jobs.retry(second, "ada", amendment(person, second, ["labels.a=b"]))
+    last = take(box)
+    assert isinstance(last, Claim) and last.job_id == second
+    assert person.jobs.cancel(second, "ada").cancel_requested
+    assert box.attempts.finish(last, Reason.CANCELLED, "stopped", Progress()) is Status.CANCELLED
+    sweep_id = person.sweeps.submit(NewSweep(name="a", user="ada", varied={}, rungs=None), [submission()])
+    assert sweep_id > 2**31 and person.sweeps.get(sweep_id).members[0].job_id > second
+    for engine in (owner, login):
+        engine.dispose()
 
 
 def test_the_page_s_role_reads_all_that_is_shown_and_writes_nothing(
@@ -394,58 +400,57 @@ BY_HAND = [
     "INSERT INTO nodes SELECT * FROM nodes",
     "DELETE FROM jobs",
     "DELETE FROM events",
-    "DROP TRIGGER loractl_no_claim ON jobs",
-    "DROP FUNCTION loractl_tag(text, text, integer, integer, text)",
+    "DROP FUNCTION loractl_is_new(jobs)",
+    "DROP FUNCTION loractl_tag(text, text, bigint, bigint, text)",
     "CREATE TABLE mine (a int)",
     "CREATE TEMP TABLE mine (a int)",
     "SELECT lo_create(0)",
     "SELECT lo_from_bytea(0, '\\x00')",
-    "CREATE OR REPLACE FUNCTION loractl_no_claim() RETURNS trigger LANGUAGE sql AS ''",
+    "CREATE OR REPLACE FUNCTION loractl_login() RETURNS text LANGUAGE sql AS ''",
     "SET ROLE loractl_worker",
     "GRANT loractl_worker TO CURRENT_USER",
 ]
 """What a client could try that speaks SQL by itself."""
 
 HISTORY = {
-    "status": "'running'",
-    "token": "'mine'",
-    "held": "true",
-    "held_too": "true",
-    "awaits": "1",
-    "attempt": "3",
-    "retries_used": "2147483647",
-    "lab_failures": "2147483647",
-    "avoids": "'5'",
-    "preempted_by": "1",
-    "loss": "0.001",
-    "adapter_uri": "'x'",
-    "result_host": "'heron'",
-    "manifest_sha256": "'x'",
-    "checkpoint": '\'{"step": "../../x", "prefix": "jobs/1/attempt-1"}\'',
+    "status": "running",
+    "token": "mine",
+    "held": True,
+    "held_too": True,
+    "awaits": 1,
+    "attempt": 3,
+    "retries_used": 2147483647,
+    "lab_failures": 2147483647,
+    "avoids": 5,
+    "preempted_by": 1,
+    "loss": 0.001,
+    "adapter_uri": "x",
+    "result_host": "heron",
+    "manifest_sha256": "x",
+    "checkpoint": {"step": "../../x", "prefix": "jobs/1/attempt-1"},
 }
 """Columns that no new row has set."""
 
-UNREADABLE = {
-    "methods": ["'[\"x\"]'", "'null'", "'\"lora\"'", "'{}'"],
+UNREADABLE: dict[str, list[Any]] = {
+    "methods": [["x"], None, "lora", {}],
     "adjustment": [
-        "'5'",
-        "'[]'",
-        "'{\"micro_batch\": 1}'",
-        '\'{"micro_batch": 1, "accumulation": 15}\'',
-        '\'{"micro_batch": "1", "accumulation": 16}\'',
-        '\'{"micro_batch": -1, "accumulation": -16}\'',
-        "'{\"eval_batch\": 0}'",
-        "'{\"eval_batch\": null}'",
-        "'{\"gradient_checkpointing\": 1}'",
-        "'{\"x\": 1}'",
+        5,
+        [],
+        {"micro_batch": 1},
+        {"micro_batch": 1, "accumulation": 15},
+        {"micro_batch": "1", "accumulation": 16},
+        {"micro_batch": -1, "accumulation": -16},
+        {"eval_batch": 0},
+        {"eval_batch": None},
+        {"gradient_checkpointing": 1},
+        {"x": 1},
     ],
-    "queue_key": ["'garbage'", "''", "'10000|001|{5}|ada'", "'00000|001||ada'", "'10000|001||eve'"],
-    "submitted_at": ["'infinity'", "'-infinity'", "'2001-01-01'"],
-    "lora_until": ["'infinity'"],
-    "not_before": ["'infinity'"],
-    "ended_at": ["now()"],
-    "priority": ["2000"],
-    "job_id": ["4711", "1"],
+    "queue_key": ["garbage", "", "10000|001|{5}|ada", "00000|001||ada", "10000|001||eve"],
+    "submitted_at": ["infinity", "-infinity", "2001-01-01"],
+    "lora_until": ["infinity"],
+    "not_before": ["infinity"],
+    "ended_at": ["2026-01-01"],
+    "priority": [2000],
 }
 """Values by column that would stop the workers, or that only the database gives."""
 
@@ -487,53 +492,39 @@ def _all_rows(owner: Engine) -> dict[str, list[Any]]:
 
 def test_a_new_row_has_no_history(person: Store, lab: Logins) -> None:
     person.jobs.submit(submission())
-    engine = make_engine(lab.person)
-    with engine.connect() as connection:
-        names = connection.execute(text("SELECT * FROM jobs LIMIT 0")).keys()
-    columns = {f'"{name}"': f'"{name}"' for name in names if name != "job_id"}
+    engine, row = make_engine(lab.person), _row(person, 1)
 
-    def copy(values: dict[str, str]) -> None:
-        statement = f"INSERT INTO jobs ({', '.join(values)}) SELECT {', '.join(values.values())} FROM jobs"
+    def copy(**values: Any) -> None:
         with engine.begin() as connection:
-            connection.execute(text(statement.replace(":", "\\:")))
+            connection.execute(SUBMIT_JOB, {"document": json.dumps({"job": {**row, **values}})})
 
-    copy(columns)
+    copy()
+    copy(job_id=1, user="eve", queue_key=row["queue_key"].rpartition("|")[0] + "|eve")  # neither is the client's word
     for name, value in HISTORY.items():
         with pytest.raises(Forbidden):
-            copy({**columns, f'"{name}"': value})
+            copy(**{name: value})
             pytest.fail(f"a new row with {name} was let through")
     for name, values in UNREADABLE.items():
         for value in values:
             with pytest.raises((Forbidden, DatabaseError)):
-                copy({**columns, f'"{name}"': value})
+                copy(**{name: value})
                 pytest.fail(f"a new row with {name} = {value} was let through")
+    with pytest.raises(DatabaseError, match="more than 1 MiB"):
+        copy(base_model="x" * 2**20)
     engine.dispose()
-    assert [job.job_id for job in person.jobs.matching()] == [2, 1]
+    jobs = person.jobs.matching()
+    assert len(jobs) == 3 and {job.user for job in jobs} == {make_url(lab.person).username}
 
 
-def test_what_a_login_makes_of_its_own_is_not_taken_for_the_lab_s(
-    lab: Logins, person: Store, postgres_url: str
-) -> None:
-    """Temporary tables and sequences go before those of the lab, wherever a name does not say whose it is."""
-    owner = make_engine(postgres_url)
-    others, mine = Store(owner).jobs.submit(submission(user="eve")), person.jobs.submit(submission())
-    copy = f"r record; BEGIN SELECT * INTO r FROM public.jobs WHERE job_id = {mine}; j := r; j.job_id := 4711;"
-    number = ("CREATE TEMP SEQUENCE jobs_job_id_seq", "SELECT setval('pg_temp.jobs_job_id_seq', 4711)",
-              f"DO $$ DECLARE j public.jobs; {copy} INSERT INTO public.jobs SELECT j.*; END $$")  # fmt: skip
-    label = ("CREATE TEMP TABLE jobs (job_id bigint, \"user\" text)",
-             f"INSERT INTO public.job_labels VALUES ({others}, 'a', 'b')")  # fmt: skip
-    owner.dispose()
-    owner = make_engine(postgres_url)
-    with owner.begin() as connection:  # loractl db roles takes it, but an owner may give it back
-        connection.exec_driver_sql(f"GRANT TEMPORARY ON DATABASE {owner.url.database} TO PUBLIC")
-    for statements in (number, label):
-        engine = make_engine(lab.person)
-        with pytest.raises(Forbidden, match=r"only a worker may|its own labels"), engine.begin() as connection:
-            for statement in statements:
-                connection.execute(text(statement.replace(":=", "\\:=")))
-            pytest.fail(f"{statements[-1]} was let through")
-        engine.dispose()
-    owner.dispose()
+SUBMIT_JOB = text("SELECT loractl_submit(CAST(:document AS json))")
+
+
+def _row(store: Store, job_id: int) -> dict[str, Any]:
+    """A job's columns, as a client gives those of a new one."""
+    job = store.jobs.get(job_id)
+    columns = {column.name: getattr(job, column.name) for column in Job.__table__.columns}
+    row: dict[str, Any] = json.loads(json.dumps(columns, default=lambda moment: moment.isoformat()))
+    return row
 
 
 def test_who_did_it_is_the_login_whatever_the_client_claims(person: Store, box: Store, lab: Logins) -> None:
@@ -686,7 +677,7 @@ def test_the_commands_say_so_in_a_sentence(make_cli: Callable[..., Cli], lab: Lo
     shared.with_environment(LORACTL_DATABASE_URL=lab.person)("submit", tmp_path / "job.yaml")
     told = shared.with_environment(LORACTL_DATABASE_URL=lab.box)("submit", tmp_path / "job.yaml", code=1).stderr
     assert told.startswith("Error: the database does not let heron_"), told
-    assert "permission denied for table jobs\nHint: each role has its own rights: docs/deploy.md" in told
+    assert "permission denied for function loractl_submit\nHint: each role has its own rights: docs/deploy.md" in told
 
 
 def test_a_worker_with_a_person_s_login_is_refused_once(

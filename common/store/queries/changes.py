@@ -7,6 +7,7 @@ for nobody who has locked the job's row.
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from loractl.common.job.status import Reason, Status
 from loractl.common.text import clean_line, storable
 
 from ..guard import become
-from ..tables import Job, JobLabel, Wish
+from ..tables import Base, Job, JobLabel, Wish
 from ..transaction import SKIP_LOCKED, Overtaken, Transaction
 
 Answer = TypeVar("Answer")
@@ -56,7 +57,7 @@ def change_row(
         new = {"cancel_requested": True}  # no wish: nobody keeps a row locked, and an earlier worker reads this, too
     over = {**new, "message": said} if kind in ("cancelled", "held") else new
     if tx.has_functions:
-        asked = {"number": job.job_id, "kind": kind, "expected": _as_json(expected), "new": _as_json(new)}
+        asked = {"number": job.job_id, "kind": kind, "expected": as_json(expected), "new": as_json(new)}
         if not tx.session.scalar(_LORACTL_CHANGE, {**asked, "who": user, "tail": tail}):
             return None
         if job in tx.session:
@@ -119,8 +120,21 @@ def _why(tx: Transaction, overtaken: Overtaken) -> WrongState:
     return WrongState(f"job {overtaken.job_id} is not changed: {clean_line(what)} keeps its row locked", end)
 
 
-def _as_json(columns: Mapping[str, Any]) -> str:
-    return json.dumps(columns, default=lambda moment: moment.isoformat())
+def values_of(row: Base) -> dict[str, Any]:
+    """The columns of a new row that have a value."""
+    columns = row.__table__.columns
+    return {name: value for name, value in vars(row).items() if name in columns and value is not None}
+
+
+def as_json(columns: Mapping[str, Any]) -> str:
+    """As the database's functions read it."""
+    return json.dumps(columns, default=_time)
+
+
+def _time(value: Any) -> str:
+    if isinstance(value, dt.datetime):
+        return value.isoformat()
+    raise TypeError(f"{type(value).__name__} is not JSON serializable")
 
 
 def answer_wishes(tx: Transaction) -> None:

@@ -17,7 +17,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
 from loractl.common.memory.correction import Measured
 from loractl.common.memory.engine import ENGINE
-from loractl.common.units import LARGEST
+from loractl.common.units import LAST_NUMBER
 
 from ..columns import LONG_AGO
 from ..records import Choice, CoursePoint, JobCount, Page, PastRun
@@ -59,7 +59,7 @@ class Glance:
 
 def read_job(tx: Transaction, job_id: int) -> Job:
     """One job as it is now. Raises JobNotFound."""
-    job = tx.session.get(Job, job_id, populate_existing=True) if 0 < job_id <= LARGEST else None
+    job = tx.session.get(Job, job_id, populate_existing=True) if 0 < job_id <= LAST_NUMBER else None
     if job is None:
         raise JobNotFound(job_id)
     return job

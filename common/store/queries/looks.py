@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, func, select
 
 from ..tables import (
     FinalLook,
@@ -14,6 +14,9 @@ from .jobs import read_job
 def look(tx: Transaction, job_id: int, rows_sha256: str, user: str) -> int:
     """Write one down; returns its number. Raises JobNotFound."""
     sweep_id = read_job(tx, job_id).sweep_id
+    if tx.has_functions:
+        look_id: int = tx.session.scalars(select(func.loractl_look(job_id, rows_sha256, user, tx.now()))).one()
+        return look_id
     mine = FinalLook(job_id=job_id, sweep_id=sweep_id, rows_sha256=rows_sha256, user=user, at=tx.now())
     tx.session.add(mine)
     tx.session.flush()

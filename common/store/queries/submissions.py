@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import inspect, select
+from sqlalchemy import text as sql
 
 from loractl import __version__
 from loractl.common.errors import SweepNotFound, WrongState
@@ -16,15 +17,15 @@ from loractl.common.job.status import TRANSITIONS, Reason, Status
 from loractl.common.job.sweep import NewSweep, setting
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.lines import RESULT_FIRST_S
-from loractl.common.text import clean_line
-from loractl.common.units import LARGEST
+from loractl.common.text import clean_line, storable
+from loractl.common.units import LAST_NUMBER
 
 from ..guard import retried
 from ..records import Amendment, Submission
 from ..tables import Job, JobLabel, Sweep
 from ..transaction import Transaction
 from .backlog import line_up
-from .changes import change_row, seen
+from .changes import as_json, change_row, seen, values_of
 from .followers import block, first_awaited
 from .jobs import read_job
 
@@ -53,11 +54,10 @@ def submit_sweep(tx: Transaction, sweep: NewSweep, members: Sequence[Submission]
     settings = {"varied": dict(sweep.varied), "trials": sweep.trials, "seed": sweep.seed}
     rungs = None if sweep.rungs is None else list(sweep.rungs)
     row = Sweep(name=sweep.name, user=sweep.user, settings=settings, rungs=rungs, created_at=now)
-    tx.session.add(row)
-    tx.session.flush()
+    sweep_id = _write(tx, row, {"sweep": values_of(row)})
     for member in members:
-        _queue(tx, member, now, row.sweep_id)
-    return row.sweep_id
+        _queue(tx, member, now, sweep_id)
+    return sweep_id
 
 
 def amend(tx: Transaction, job: Job, amendment: Amendment, now: dt.datetime) -> None:
@@ -87,13 +87,25 @@ def _queue(tx: Transaction, submission: Submission, now: dt.datetime, sweep_id: 
     job = _row(submission, now, sweep_id)
     _block(tx, job, submission)
     line_up(job, submission.spec.resources.node_labels, now)
-    tx.session.add(job)
-    tx.session.flush()
-    tx.session.add_all(JobLabel(job_id=job.job_id, key=key, value=value) for key, value in job.labels.items())
     why = f", {submission.purpose}" if submission.purpose else ""
     why += "" if sweep_id is None else f" as a member of sweep {sweep_id}"
-    tx.tell(job.job_id, None, "queued", f"queued by {submission.user}{why}")
-    return job.job_id
+    job_id = _write(tx, job, {"job": values_of(job), "why": storable(why)})
+    if not tx.has_functions:
+        tx.session.add_all(JobLabel(job_id=job_id, key=key, value=value) for key, value in job.labels.items())
+        tx.tell(job_id, None, "queued", f"queued by {submission.user}{why}")
+    return job_id
+
+
+def _write(tx: Transaction, row: Job | Sweep, document: Mapping[str, Any]) -> int:
+    """Write a new row; returns its number. On PostgreSQL a function does it, and adds what belongs to it."""
+    if tx.has_functions:
+        return int(tx.session.scalars(_LORACTL_SUBMIT, {"document": as_json(document)}).one())
+    tx.session.add(row)
+    tx.session.flush()
+    return row.job_id if isinstance(row, Job) else row.sweep_id
+
+
+_LORACTL_SUBMIT = sql("SELECT loractl_submit(CAST(:document AS json))")
 
 
 def _block(tx: Transaction, job: Job, submission: Submission) -> None:
@@ -189,7 +201,7 @@ def cancel(tx: Transaction, job_id: int, user: str) -> Job:
 
 def cancel_sweep(tx: Transaction, sweep_id: int, user: str) -> list[Job]:
     """Cancel all members of a sweep that have not ended. Raises SweepNotFound, WrongState when all have."""
-    if not 0 < sweep_id <= LARGEST:
+    if not 0 < sweep_id <= LAST_NUMBER:
         raise SweepNotFound(sweep_id)
     left = select(Job.job_id).where(Job.sweep_id == sweep_id, Job.status.in_([Status.QUEUED, Status.RUNNING]))
     job_ids = tx.session.scalars(left.order_by(Job.job_id)).all()

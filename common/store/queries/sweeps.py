@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from loractl.common.errors import SweepNotFound
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import Member, RungPoint, SweepView, judge, metric_of, setting, unlike
-from loractl.common.units import LARGEST
+from loractl.common.units import LAST_NUMBER
 
 from ..columns import part_of
 from ..records import HELD_OUT_LOSS, Claim, Page
@@ -58,7 +58,7 @@ def read_sweeps(session: Session, sweep_ids: Collection[int], *, settings: bool 
 
     Without `settings` those of the members are empty: a spec costs more than all else that is read of a job.
     """
-    sweep_ids = [number for number in sweep_ids if 0 < number <= LARGEST]
+    sweep_ids = [number for number in sweep_ids if 0 < number <= LAST_NUMBER]
     rows = session.scalars(select(Sweep).where(Sweep.sweep_id.in_(sweep_ids)).order_by(Sweep.sweep_id)).all()
     names = {metric_of(rung) for row in rows for rung in row.rungs or ()}
     points, cards = _newest(session, sweep_ids, [*names, HELD_OUT_LOSS]), _cards(session, sweep_ids)

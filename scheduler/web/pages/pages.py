@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.errors import UsageError
 from loractl.common.job.status import FAILS_AGAIN, Reason, Status
 from loractl.common.store.records import Choice, Page
-from loractl.common.units import LARGEST
+from loractl.common.units import LARGEST, LAST_NUMBER
 from loractl.scheduler.status.job import JobState
 from loractl.scheduler.status.overview import job_list
 from loractl.scheduler.usage.answer import GROUPS, quota_list, usage_table
@@ -88,8 +88,8 @@ class Asked:
 
 def number_of(text: str) -> int | None:
     """The text as a number of a job or sweep; else None."""
-    number = int(text) if re.fullmatch(r"[0-9]{1,10}", text) else 0
-    return number if 0 < number <= LARGEST else None
+    number = int(text) if re.fullmatch(r"[0-9]{1,16}", text) else 0
+    return number if 0 < number <= LAST_NUMBER else None
 
 
 class Pages:
