@@ -102,6 +102,7 @@ class JobVerbs(Subject):
     submit = writes(submissions.submit)
     submit_all = writes(submissions.submit_all)
     cancel = writes(submissions.cancel)
+    cancel_open = writes(submissions.cancel_open)
     hold = writes(submissions.hold)
     retry = writes(submissions.retry)
     edit = writes(submissions.edit)

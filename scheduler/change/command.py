@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -11,7 +12,11 @@ import click
 from loractl.scheduler.cli.named import JobName, Setting, jobs_named, warn_of_unknown_user
 
 if TYPE_CHECKING:
+    from loractl.common.job.status import Status
     from loractl.common.store.store import Store
+
+AT_ONCE = 100
+"""Jobs that one transaction cancels: a commit costs more than a change, and workers wait for what is changed."""
 
 
 @click.command()
@@ -133,22 +138,28 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
             warn_of_unknown_user(store, user)
             click.echo("No such job waits." if queued else "No such job waits or runs.")
 
+    tried: set[int] = set()
+    became: dict[int, Status] = {}
+
     def end(job_id: int) -> None:
-        store.jobs.cancel(job_id, settings.user)
-        _tell(store, job_id)
+        if job_id not in tried and len(job_ids) > 1:
+            some = job_ids[(first := job_ids.index(job_id)) : first + AT_ONCE]
+            tried.update(some)
+            with contextlib.suppress(JobNotFound, WrongState):  # below, each is asked for and told alone
+                became.update((job.job_id, job.status) for job in store.jobs.cancel_open(some, settings.user))
+        _tell(store, job_id, became.get(job_id) or store.jobs.cancel(job_id, settings.user).status)
 
     if with_followers:  # the last first, so that none starts in between
         members = [] if sweep_id is None else [member.job_id for member in store.sweeps.get(sweep_id).members]
         named = {*job_ids, *members}
-        behind = {follower for job_id in named for follower in store.jobs.followers(job_id)} - named
-        job_ids = [*sorted(behind, reverse=True), *job_ids]
+        job_ids = [*reversed(store.jobs.followers(*named)), *job_ids]
     refused = None
     try:
         _for_each(job_ids, end)
     except (click.exceptions.Exit, WrongState, JobNotFound) as error:  # a follower has ended meanwhile
         refused = error
     for job in [] if sweep_id is None else store.sweeps.cancel(sweep_id, settings.user):
-        _tell(store, job.job_id)
+        _tell(store, job.job_id, job.status)
     if refused is not None:
         raise refused
 
@@ -160,15 +171,15 @@ def _unfinished(store: Store, user: str, *, queued: bool) -> list[int]:
     return sorted(job.job_id for job in store.jobs.matching(statuses=statuses, user=user))
 
 
-def _tell(store: Store, job_id: int) -> None:
+def _tell(store: Store, job_id: int, became: Status) -> None:
     from loractl.common.job.status import Status
     from loractl.common.text import clean_line
     from loractl.scheduler.status.job import job_state
 
-    job = job_state(store, job_id)
-    if job.status is Status.CANCELLED:
+    if became is Status.CANCELLED:
         click.echo(f"Job {job_id} is cancelled.")
         return
+    job = job_state(store, job_id)
     if job.status is not Status.RUNNING:  # it ended before its trainer could be asked to stop
         click.echo(f"Job {job_id} {job.status.in_words}.")
         return

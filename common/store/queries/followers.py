@@ -7,9 +7,10 @@ Its list is walked once: jobs before that one are over.
 from __future__ import annotations
 
 import datetime as dt
+import json
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, Select, String, and_, cast, exists, or_, select, update
+from sqlalchemy import ColumnElement, Select, String, and_, cast, exists, func, or_, select, update
 from sqlalchemy.orm import aliased
 
 from loractl.common.job.status import Status
@@ -59,13 +60,13 @@ def release_left(tx: Transaction) -> None:
     _go_on(tx, _blocked().where(or_(succeeded, gone, and_(_ANY, over))))
 
 
-def read_followers(tx: Transaction, job_id: int) -> list[int]:
-    """The blocked jobs that are to start after this one, directly or after others that are, by number."""
-    found = {job_id}
+def read_followers(tx: Transaction, *job_ids: int) -> list[int]:
+    """The blocked jobs that are to start after these, directly or after others that are, by number."""
+    found = set(job_ids)
     for follower, after in _lists(tx):  # a job waits for those before it alone
         if not found.isdisjoint(after):
             found.add(follower)
-    return sorted(found - {job_id})
+    return sorted(found.difference(job_ids))
 
 
 def read_named(tx: Transaction) -> set[int]:
@@ -99,9 +100,17 @@ def _blocked() -> Select[Job]:
 
 
 def _lists(tx: Transaction) -> list[tuple[int, list[int]]]:
-    """The blocked jobs by number, each with those that it is to start after."""
-    blocked = select(Job.job_id, Job.spec).where(WAITS, Job.awaits > 0).order_by(Job.job_id)
-    return [(job_id, after_of(spec)) for job_id, spec in tx.session.execute(blocked)]
+    """The blocked jobs by number, each with those that it is to start after. Of their specs that part alone is read: of
+    15,000 jobs all of it took 270 MiB."""
+    blocked = select(Job.job_id, part_of(Job.spec, "after")).where(WAITS, Job.awaits > 0).order_by(Job.job_id)
+    return [(job_id, after_of({"after": _list(after)})) for job_id, after in tx.session.execute(blocked)]
+
+
+def _list(text: str | None) -> object:
+    try:
+        return json.loads(text or "null")
+    except ValueError:  # a text, which is given without its quotes
+        return None
 
 
 def _is_over(any_end: bool) -> ColumnElement[bool]:
@@ -110,7 +119,11 @@ def _is_over(any_end: bool) -> ColumnElement[bool]:
 
 def _go_on(tx: Transaction, blocked: Select[Job]) -> None:
     now = tx.now()
-    for job in tx.session.scalars(blocked.order_by(Job.job_id).limit(AT_ONCE).with_for_update(**SKIP_LOCKED)).all():
+    # the first of each job that has ended, then the second of each: a job with many followers holds up no others
+    turn = func.row_number().over(partition_by=Job.awaits, order_by=Job.job_id).label("turn")
+    turns = blocked.with_only_columns(Job.job_id, turn).subquery()
+    some = select(Job).join(turns, turns.c.job_id == Job.job_id).order_by(turns.c.turn, Job.job_id).limit(AT_ONCE)
+    for job in tx.session.scalars(some.with_for_update(of=Job, **SKIP_LOCKED)).all():
         job_id = job.job_id
         if not tx.apart(job_id, lambda job=job: _next(tx, job, now)):  # type: ignore[misc]
             tx.apart(job_id, lambda job_id=job_id: _set_aside(tx, job_id))  # type: ignore[misc]

@@ -209,6 +209,11 @@ def cancel_sweep(tx: Transaction, sweep_id: int, user: str) -> list[Job]:
         raise SweepNotFound(sweep_id)
     if not job_ids:
         raise WrongState(f"all jobs of sweep {sweep_id} have ended")
+    return cancel_open(tx, job_ids, user)
+
+
+def cancel_open(tx: Transaction, job_ids: Sequence[int], user: str) -> list[Job]:
+    """Cancel those of these jobs that have not ended. Raises JobNotFound."""
     return [job for job_id in job_ids if (job := _cancel_if_open(tx, job_id, user)) is not None]
 
 

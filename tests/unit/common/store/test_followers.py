@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from sqlalchemy.orm import Session
 from loractl.common.errors import UsageError, WrongState
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import NewSweep
+from loractl.common.store.queries import followers
 from loractl.common.store.queries.followers import AT_ONCE
 from loractl.common.store.records import HELD_OUT_LOSS, Claim, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
@@ -198,6 +200,36 @@ def test_followers_are_found_through_each_other(store: Store) -> None:
     third, other = queue(store, second), queue(store)
     assert store.jobs.followers(first) == [second, third]
     assert store.jobs.followers(other) == store.jobs.followers(third) == []
+
+
+def test_of_a_blocked_job_only_its_list_is_read(store: Store) -> None:
+    """Of 15,000 jobs, all that their files say took 270 MiB."""
+    first = queue(store)
+    behind = store.jobs.submit_all([submission(after=[first]) for _ in range(50)])
+    with Session(store.engine) as session, session.begin():
+        spec = session.get_one(Job, behind[0]).spec
+        session.execute(update(Job).where(Job.job_id.in_(behind)).values(spec={**spec, "more": "a" * 50_000}))
+    tracemalloc.start()
+    found = store.jobs.followers(first)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert found == behind and most < 1_000_000
+
+
+def test_a_job_with_many_followers_holds_up_no_others(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(followers, "AT_ONCE", 4)
+    first, second = queue(store), queue(store)
+    many = store.jobs.submit_all([submission(lora=1, qlora=1, after=[first]) for _ in range(12)])
+    last = queue(store, second)
+    for job_id in (first, second):  # by an earlier version, which let nobody go
+        with Session(store.engine) as session, session.begin():
+            session.execute(update(Job).where(Job.job_id == job_id).values(status=Status.SUCCEEDED))
+    round_of_the_fleet(store)
+    assert standing(store, last) == FREE
+    assert [standing(store, job_id) for job_id in many[:4]] == [FREE] * 3 + [(first, True, False)]
+    for _ in range(3):
+        round_of_the_fleet(store)
+    assert {standing(store, job_id) for job_id in many} == {FREE}
 
 
 def test_jobs_of_one_submit_name_each_other_and_all_of_them_are_written_or_none(store: Store) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from sqlalchemy import Connection, Engine, event
 
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Reason, Status
@@ -16,7 +18,7 @@ from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.store.verbs import JobVerbs
-from loractl.scheduler.change.command import cancel
+from loractl.scheduler.change.command import AT_ONCE, cancel
 
 from ...factories import RESULT, submission, take
 
@@ -29,15 +31,14 @@ def test_a_job_that_ends_in_between_is_not_said_to_be_stopping(
     ended, runs, waits = (store.jobs.submit(submission()) for _ in range(3))
     claim, other = take(store), take(store)
     assert isinstance(claim, Claim) and isinstance(other, Claim) and (claim.job_id, other.job_id) == (ended, runs)
-    asked = vars(JobVerbs)["cancel"]
+    asked = vars(JobVerbs)["cancel_open"]
 
-    def ends_at_once(self: JobVerbs, job_id: int, user: str) -> Job:
-        job = asked.__get__(self, JobVerbs)(job_id, user)
-        if job_id == ended:
-            store.attempts.finish(claim, Reason.OK, "done", Progress(), RESULT)
-        return job
+    def ends_at_once(self: JobVerbs, job_ids: Sequence[int], user: str) -> list[Job]:
+        jobs: list[Job] = asked.__get__(self, JobVerbs)(job_ids, user)
+        store.attempts.finish(claim, Reason.OK, "done", Progress(), RESULT)
+        return jobs
 
-    monkeypatch.setattr(JobVerbs, "cancel", ends_at_once)
+    monkeypatch.setattr(JobVerbs, "cancel_open", ends_at_once)
     told = CliRunner(env=environment).invoke(cancel, [str(n) for n in (ended, runs, waits)])
     assert told.exception is None, told.exception
     first, second, third = told.output.splitlines()
@@ -60,6 +61,25 @@ def test_the_followers_of_a_sweep_s_members_are_cancelled_with_it(upgraded_home:
     assert told.exception is None, told.exception
     assert told.stdout.splitlines() == [f"Job {n} is cancelled." for n in (last, after, first, second)]
     assert store.jobs.get(other).status is Status.QUEUED
+
+
+def test_many_are_cancelled_in_few_transactions_and_those_that_can_t_be_are_named(upgraded_home: Path) -> None:
+    environment = {"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"}
+    store = Store(connect(load_settings(environment)))
+    first = store.jobs.submit(submission())
+    behind = store.jobs.submit_all([submission(after=[first]) for _ in range(AT_ONCE + 20)])
+    store.jobs.cancel(behind[5], "ada")
+    ends: list[Connection] = []
+    note = ends.append
+    event.listen(Engine, "commit", note)
+    try:
+        told = CliRunner(env=environment).invoke(cancel, [f"{first}-{behind[-1]}"])
+    finally:
+        event.remove(Engine, "commit", note)
+    assert told.exit_code == 1
+    assert told.stdout.splitlines() == [f"Job {n} is cancelled." for n in (first, *behind) if n != behind[5]]
+    assert told.stderr.splitlines() == [f"Error: job {behind[5]} has already been cancelled"]
+    assert len(ends) < 12, "a transaction for each took 24 ms"
 
 
 def test_a_ctrl_c_among_the_followers_leaves_the_sweep_alone(
