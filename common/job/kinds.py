@@ -65,10 +65,8 @@ class TaskKind:
     """Whether the base's own dropout, if it has any, acts in training."""
     loss_of = "token"
     """What a loss is the mean of."""
-    loss_keys: tuple[str, ...] = (
-        "task_type", "base_model", "revision", "dataset", "evaluation", "preference", "training.label_smoothing_factor",
-    )  # fmt: skip
-    """Keys and sections that change what the held-out loss measures: losses that differ in one can't be compared."""
+    measured_from_start = False
+    """Whether a loss is measured from the adapter that the job starts from."""
     halves = 1
     """How many texts of up to dataset.max_length tokens one row holds."""
 
@@ -195,7 +193,7 @@ class Preferences(TaskKind):
     task = TaskType.PREFERENCE
     base_draws = False  # the reference is scored without
     loss_of = "pair"
-    loss_keys = (*TaskKind.loss_keys, "lora.init_from")  # the reference that it is measured from
+    measured_from_start = True  # that is the reference
     halves = 2
 
     def defaults(self, written: dict[str, Any]) -> dict[str, Any]:

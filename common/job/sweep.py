@@ -65,15 +65,25 @@ def meets_rungs(eval_steps: float, max_steps: int | None) -> bool:
     return all(abs(rung / eval_steps - round(rung / eval_steps)) < _SLACK and eval_steps <= rung for rung in RUNGS)
 
 
+OTHER_LOSSES = (
+    "task_type", "base_model", "revision", "dataset", "evaluation", "preference", "training.label_smoothing_factor",
+)  # fmt: skip
+"""Keys and sections that change what the held-out loss measures: losses that differ in one can't be compared."""
+
+
 def unlike(varied: Iterable[str], task: str | None) -> str | None:
     """The first varied key by which the members' held-out losses can't be compared; None: they can. `task`: their
     task_type, as it is stored."""
-    from .kinds import kind_of  # pydantic, which most readers of jobs do without
+    keys = list(varied)
+    found = next((key for key in keys if any(_overlap(key, other) for other in OTHER_LOSSES)), None)
+    begun = next((key for key in keys if _overlap(key, "lora.init_from")), None)
+    if found is not None or begun is None:
+        return found
+    from .kinds import kind_of  # pydantic, without which status starts faster
     from .sections import TaskType
 
     known = task in list(TaskType)  # else a newer version wrote it
-    others = kind_of(task if known else None).loss_keys
-    return next((key for key in varied if any(_overlap(key, other) for other in others)), None)
+    return begun if kind_of(task if known else None).measured_from_start else None
 
 
 def _overlap(key: str, other: str) -> bool:
