@@ -22,9 +22,9 @@ from typing import Any
 from kombu import Connection
 from kombu.exceptions import KombuError
 from kombu.transport import redis
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError
 
-from loractl.common.errors import ServiceUnreachable
+from loractl.common.errors import ServiceRefused, ServiceUnreachable
 from loractl.common.settings import Settings, redacted
 
 from .valkey import broker_url, embedded_runs
@@ -146,15 +146,15 @@ def open_sender(settings: Settings) -> Iterator[HintSender]:
         yield HintSender(url, producer, away)
 
 
-def queue_away(settings: Settings) -> str | None:
-    """A sentence if the queue does not answer; None if it does, and for the queue that a worker here starts."""
+def queue_away(settings: Settings) -> ServiceUnreachable | None:
+    """Why the queue does not answer; None if it does, and for the queue that a worker here starts."""
     if settings.redis_url is None:
         return None
     try:
         with open_sender(settings) as sender:
             sender.wake(())
     except ServiceUnreachable as error:
-        return error.sentence
+        return error
     return None
 
 
@@ -170,8 +170,10 @@ def reachable(url: str) -> Iterator[None]:
     try:
         yield
     except (OSError, KombuError, RedisError) as error:
-        why = str(error) or type(error).__name__
-        raise ServiceUnreachable("the queue", redacted(url), "LORACTL_REDIS_URL", why) from error
+        why = str(error).rstrip(".") or type(error).__name__
+        refused = isinstance(error, AuthenticationError) or isinstance(error.__cause__, AuthenticationError)
+        kind = ServiceRefused if refused else ServiceUnreachable
+        raise kind("the queue", redacted(url), "LORACTL_REDIS_URL", why) from error
 
 
 MOST_HINTS = 256

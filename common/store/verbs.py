@@ -176,6 +176,7 @@ class CardVerbs(Subject):
     arrive = writes(arrivals.arrive)
     see = writes(nodes.see)
     forget = writes(nodes.forget)
+    forget_silent = writes(nodes.forget_silent)
     tokens = reads(nodes.read_tokens)
     serves_beside = reads(nodes.serves_beside)
 

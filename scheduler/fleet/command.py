@@ -98,8 +98,9 @@ def end_of_drain(text: str, now: dt.datetime) -> dt.datetime:
 
 @click.command()
 @click.option("--used", is_flag=True, help="Show what jobs hold now, next to what their plans reserve.")
+@click.option("--forget", type=Target(), metavar="HOST|CARD", help="Remove a silent box or card from the list.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def gpus(used: bool, as_json: bool) -> None:
+def gpus(used: bool, forget: str | None, as_json: bool) -> None:
     """List the devices of all boxes and what uses them."""
     from loractl.scheduler.cli.session import open_session
 
@@ -107,5 +108,7 @@ def gpus(used: bool, as_json: bool) -> None:
     from .text import devices
 
     _, store = open_session()
+    if forget is not None:
+        click.echo(f"Forgotten: {', '.join(store.cards.forget_silent(forget))}.", err=True)
     answer = fleet(store)
     show(answer, as_json, lambda: devices(answer, detect_screen(), used=used))

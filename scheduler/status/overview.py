@@ -128,7 +128,7 @@ def told_of_queue(answer: Overview, settings: Settings) -> Overview:
     from loractl.common.queue.hints import queue_away
 
     away = queue_away(settings)
-    return answer if away is None else replace(answer, waits=without_queue(answer.waits, away))
+    return answer if away is None else replace(answer, waits=without_queue(answer.waits, away.sentence))
 
 
 def job_list(store: Store, choice: Choice, page: Page) -> JobList:

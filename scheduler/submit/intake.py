@@ -118,7 +118,10 @@ def _ring(sender: HintSender, size_classes: Iterable[int], what: str) -> list[st
     try:
         sender.wake(size_classes)
     except ServiceUnreachable as error:
-        return [f"Warning: {error.sentence}", f"{what} is safe in the database; workers find it there within seconds."]
+        return [
+            f"Warning: {error.sentence}: {error.hint}.",
+            f"{what} is safe in the database; workers find it there within seconds.",
+        ]
     return []
 
 

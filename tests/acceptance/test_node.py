@@ -126,7 +126,9 @@ def test_jobs_start_without_the_queue(run_with: Callable[..., Cli], home: Path, 
             _until(lambda: len(phone.requests) > 0)
         finally:
             worker.send_signal(signal.SIGINT)
-            worker.communicate(timeout=60)
+            said, _ = worker.communicate(timeout=60)
+    assert said.count("the queue is unreachable at redis://127.0.0.1:1") == 2, "by the worker and by its node"
+    assert said.count("or set LORACTL_REDIS_URL") == 2 and "Cannot connect" not in said and "Traceback" not in said
     assert store.jobs.get(1).message == "nothing is trained"
     (message,) = phone.requests
     assert message.json["title"].endswith(": failed (bad_data), nothing is trained")

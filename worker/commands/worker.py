@@ -109,6 +109,7 @@ def worker(
     import os
 
     from loractl.common.lab_store import open_lab_store
+    from loractl.common.queue.hints import queue_away
     from loractl.common.queue.valkey import broker_url
     from loractl.common.settings import load_settings
     from loractl.common.store.database import connect, make_engine
@@ -140,6 +141,8 @@ def worker(
     options["store_mark"] = artifacts.mark
     devices = find_devices(settings, gpus)
     broker_url(settings)
+    if (away := queue_away(settings)) is not None:
+        click.echo(f"Warning: {away.sentence}: {away.hint}. Until then this box finds jobs by itself.", err=True)
     for device in devices:
         size = f"{gib(device.total)} GiB" if device.total else "closed"
         named = f" ({settings.host}:{device.number}, {device.uuid})" if device.kind == "nvml" else ""

@@ -81,6 +81,7 @@ class Monitor:
         self._pass_on = False  # a message came while no slot of this node could take a job
         self._thread: threading.Thread | None = None
         self._asides: dict[str, threading.Thread] = {}  # the last thread of each kind
+        self._queue_away = False
 
     def start(self, slots: Slots) -> None:
         """Begin the rounds, which read the rows even while the queue is away."""
@@ -241,7 +242,13 @@ class Monitor:
             if thrown := self._queues.trim(queues):
                 log.warning("%s excess messages were on the queue and are discarded", thrown)
         except ServiceUnreachable as error:
-            log.debug("%s", error.sentence)  # Celery says so, too
+            if not self._queue_away:
+                log.warning("%s: %s; until then this node finds jobs by itself", error.sentence, error.hint)
+            self._queue_away = True
+            return
+        if self._queue_away:
+            log.info("the queue answers again")
+        self._queue_away = False
 
     def _tend_fleet(self) -> None:
         """Do the fleet's round unless another node has done it: end lost attempts, make jobs give way, end patience."""

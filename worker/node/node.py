@@ -106,6 +106,8 @@ class DeviceNode:
         warnings.filterwarnings("ignore", category=SecurityWarning)
         # A wake message that comes while this node stops returns to its queue, which needs no warning.
         logging.getLogger("kombu.transport.virtual.base").setLevel(logging.ERROR)
+        # Of a queue that is away it writes a line in each try, for ever; the monitor says it once.
+        logging.getLogger("celery.worker.consumer.consumer").setLevel(logging.CRITICAL)
         self._lock = DeviceLock(self._settings, self._place.device)
         app = make_app(broker_url(self._settings))
         # the database may be away for long; the box's other cards go on meanwhile

@@ -11,13 +11,14 @@ from typing import Any
 from sqlalchemy import ColumnElement, Row, Select, and_, delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from loractl.common.errors import NameTaken
+from loractl.common.errors import NameTaken, UsageError, WrongState
 from loractl.common.job.method import Method
 from loractl.common.job.status import OUTCOMES, Blamed, Reason, Status
 from loractl.common.placement.cards import Card
 from loractl.common.placement.closure import REMEMBERED_S, CardFailure, closure
 from loractl.common.placement.shares import Allowance, charge, decayed, with_base, within_need
 from loractl.common.store.tables import TrainerHost
+from loractl.common.units import duration
 
 from ...fleet import NODE_STALE_S, OCCUPANT, InsideHost, card_of
 from ...records import BoxIdentity, NodeState
@@ -64,6 +65,31 @@ def forget(tx: Transaction, node: str, box: BoxIdentity | None = None) -> None:
     if row is not None and (box is None or identity(row) == box):
         tx.session.delete(row)
         forget_hosts(tx, TrainerHost.node == node)
+
+
+def forget_silent(tx: Transaction, target: str) -> list[str]:
+    """Remove the rows of a box, or of one of its cards, that no worker serves any more; returns their names.
+
+    Raises UsageError for a target without a row, WrongState for a card that was seen lately or has a job.
+    """
+    rows = tx.session.scalars(select(Node).where(or_(Node.node == target, Node.host == target)).order_by(Node.node))
+    if not (gone := list(rows)):
+        raise UsageError(f"no worker has reported {target}", "loractl gpus lists the cards")
+    for row in gone:
+        if (silent_s := (tx.now() - row.seen_at).total_seconds()) <= NODE_STALE_S:
+            raise WrongState(
+                f"the worker of {row.node} was seen {duration(silent_s)} ago",
+                f"a box is forgotten {duration(NODE_STALE_S)} after its worker has ended; loractl drain closes it",
+            )
+        running = select(Job.job_id).where(
+            Job.status == Status.RUNNING, or_(Job.node == row.node, Job.job_id.in_(running_on(row.node)))
+        )
+        if (job_id := tx.session.scalar(running.limit(1))) is not None:
+            raise WrongState(
+                f"job {job_id} still counts as running on {row.node}", "any worker ends it as lost within a minute"
+            )
+        forget(tx, row.node)
+    return [row.node for row in gone]
 
 
 def forget_hosts(tx: Transaction, which: ColumnElement[bool]) -> None:

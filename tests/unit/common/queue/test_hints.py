@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from loractl.common.errors import ExitCode, ServiceUnreachable, UsageError
+from loractl.common.errors import ExitCode, ServiceRefused, ServiceUnreachable, UsageError
 from loractl.common.placement.lines import VRAM_CLASSES
 from loractl.common.queue.app import make_app
 from loractl.common.queue.hints import MOST_HINTS, WAKE_TASK, HintQueues, queue_name
@@ -36,6 +36,17 @@ def test_a_queue_where_nothing_listens_is_named_within_five_seconds_without_its_
     assert error.sentence.startswith(f"the queue is unreachable at redis://:***@127.0.0.1:{port}/0: ")
     assert "hunter2" not in error.sentence
     assert error.hint == "check that it runs, or set LORACTL_REDIS_URL"
+
+
+@pytest.mark.parametrize("password", [":wrong@", ""])
+def test_a_wrong_password_of_the_queue_is_named_with_its_variable(
+    redis_url: str, tmp_path: Path, password: str
+) -> None:
+    url = f"redis://{password}{redis_url.partition('@')[2]}"
+    with pytest.raises(ServiceRefused) as caught:
+        wake(load_settings({"LORACTL_HOME": str(tmp_path), "LORACTL_REDIS_URL": url}), 24)
+    assert "the queue at redis://" in caught.value.sentence and "refuses this user" in caught.value.sentence
+    assert "check user and password in LORACTL_REDIS_URL" in str(caught.value.hint)
 
 
 def test_a_wake_up_is_one_json_message_in_the_queue_of_its_class(redis_url: str, tmp_path: Path) -> None:

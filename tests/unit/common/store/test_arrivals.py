@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from loractl.common.errors import NameTaken
+from loractl.common.errors import NameTaken, UsageError, WrongState
 from loractl.common.job.status import Reason, Status
 from loractl.common.settings import LEASE_S
 from loractl.common.store.fleet import NODE_STALE_S
@@ -107,3 +107,22 @@ def test_of_boxes_that_start_together_with_one_name_one_serves(store: Store) -> 
         thread.join()
     assert (len(served), len(refused)) == (1, 5)
     assert store.cards.nodes()[0].instance == f"home {served[0]}"
+
+
+def test_a_silent_box_is_forgotten_once_no_job_counts_as_running_there(timed: Store, clock: Clock) -> None:
+    claim = run(timed)
+    timed.cards.see(node_state("heron:1"))
+    timed.cards.see(node_state("owl:0"))
+    with pytest.raises(UsageError, match="no worker has reported wren"):
+        timed.cards.forget_silent("wren")
+    with pytest.raises(WrongState, match="the worker of heron:0 was seen"):
+        timed.cards.forget_silent("heron")
+    clock.forward(NODE_STALE_S + LEASE_S)
+    with pytest.raises(WrongState, match=f"job {claim.job_id} still counts as running on heron:0"):
+        timed.cards.forget_silent("heron")
+    assert len(timed.cards.nodes()) == 3, "none of its cards"
+    timed.attempts.reap()
+    assert timed.cards.forget_silent("heron") == ["heron:0", "heron:1"]
+    assert timed.cards.forget_silent("owl:0") == ["owl:0"] and timed.cards.nodes() == []
+    timed.cards.see(heron())
+    assert [node.node for node in timed.cards.nodes()] == ["heron:0"], "it may come back"
