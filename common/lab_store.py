@@ -27,6 +27,11 @@ def open_lab_store(settings: Settings, store: Store, tell: Callable[[str], None]
     return open_store(settings, tell, mark=known_mark(settings, store))
 
 
+def open_to_read(settings: Settings, store: Store) -> ArtifactStore:
+    """For a database that takes no writes: no store becomes known."""
+    return open_store(settings, mark=store.lab.setting(SETTING) or "")
+
+
 def known_mark(settings: Settings, store: Store) -> str:
     """The mark by which the database knows the store; "" while it knows none.
 

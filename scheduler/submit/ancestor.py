@@ -93,10 +93,19 @@ def _settle_stored(spec: JobSpec, text: str, store: Store) -> JobSpec:
     try:
         row = store.adapters.get(reference)
     except AdapterNotFound as error:
-        raise UsageError(f"lora.init_from: {error.sentence}", "loractl adapters lists them") from error
+        hint = "loractl adapters lists them"
+        if (awaited := _awaited_as(spec, text, store)) is not None:
+            hint = f"for the adapter that job {awaited} will have: lora: {{init_from: {{job: {awaited}}}}}"
+        raise UsageError(f"lora.init_from: {error.sentence}", hint) from error
     spec = _begun_from(spec, _spec_of(store, row.job_id), f"{row.name} (job {row.job_id})")
     lora = spec.lora.model_copy(update={"init_from": str(row.job_id)})
     return spec.model_copy(update={"lora": lora})
+
+
+def _awaited_as(spec: JobSpec, name: str, store: Store) -> int | str | None:
+    """The job of this name that the spec starts after, as it names it; None: there is none."""
+    rows = store.jobs.numbered([one for one in spec.after if isinstance(one, int)])
+    return next((one for one in spec.after if (one if isinstance(one, str) else rows[one].name) == name), None)
 
 
 def _spec_of(store: Store, job_id: int) -> JobSpec:

@@ -76,7 +76,7 @@ def _check(drafts: Sequence[JobDraft], settings: Settings) -> None:
     """Submit's checks before it queues, with nothing written; it prints what is doubtful."""
     from loractl.scheduler.cli.session import open_artifacts, open_to_check
 
-    from .intake import doubts_of, plan_all
+    from .intake import doubts_of, plan_all, too_large
 
     (store, unknown), artifacts = open_to_check(settings), open_artifacts(settings, None)
     _warn_of_files(drafts)
@@ -84,7 +84,8 @@ def _check(drafts: Sequence[JobDraft], settings: Settings) -> None:
     planned = plan_all(drafts, settings, store)
     doubts += _doubts_about_rows(drafts, artifacts)
     for submission in planned:
-        doubts += doubts_of(submission.spec.name, submission, settings, store)
+        name = submission.spec.name
+        doubts += [*doubts_of(name, submission, settings), *too_large(name, submission, store)]
     warn(dict.fromkeys([*doubts, *([unknown] if unknown else [])]))
 
 

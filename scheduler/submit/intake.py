@@ -11,7 +11,7 @@ from loractl.common.errors import ServiceUnreachable
 from loractl.common.job.status import Status
 from loractl.common.placement.lines import vram_class
 from loractl.common.queue.hints import HintSender, open_sender
-from loractl.common.units import gib
+from loractl.common.units import clock, gib
 
 from .data import is_local, store_data
 from .need import own_devices, plan_job, stored_hashes
@@ -85,12 +85,12 @@ def enqueue_all(submissions: Sequence[Submission], settings: Settings, store: St
         job_ids = store.jobs.submit_all(submissions)
         away = _ring(sender, classes, f"Job {job_ids[0]}" if len(job_ids) == 1 else "Every job")
     found = store.jobs.numbered(job_ids)
-    entries = []
+    outlook, entries = _outlook(store, list(found.values())), []
     for job_id, submission in zip(job_ids, submissions, strict=True):
         purpose = f", {submission.purpose}" if submission.purpose else ""
         waits = f"; it starts after job {found[job_id].awaits}" if found[job_id].awaits else ""
         sentence = f"Job {job_id} ({submission.spec.name}) is queued{purpose}{waits}."
-        doubts = doubts_of(f"job {job_id}", submission, settings, store)
+        doubts = [*doubts_of(f"job {job_id}", submission, settings), *outlook.get(job_id, ())]
         entries.append(Entry(job_id=job_id, sentence=sentence, warnings=(*doubts, *away)))
         away = []
     return entries
@@ -105,7 +105,32 @@ def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settin
     sweep = store.sweeps.get(sweep_id)
     pairs = zip(sweep.members, members, strict=True)
     largest, submission = max(pairs, key=lambda pair: pair[1].first_need or 0)
-    return SweepEntry(sweep=sweep, warnings=(*doubts_of(f"job {largest.job_id}", submission, settings, store), *away))
+    outlook = _outlook(store, [store.jobs.get(largest.job_id)]).get(largest.job_id, ())
+    return SweepEntry(
+        sweep=sweep, warnings=(*doubts_of(f"job {largest.job_id}", submission, settings), *outlook, *away)
+    )
+
+
+def _outlook(store: Store, jobs: Sequence[Job]) -> dict[int, tuple[str, ...]]:
+    """Of jobs that wait, those that no card could ever hold, and when others start that have to wait, where known."""
+    from loractl.scheduler.wait.gangs import in_words
+    from loractl.scheduler.wait.reasons import AT_ONCE_S, Tier, explain
+    from loractl.scheduler.wait.starts import REPLAYED_JOBS, read_starts
+
+    view = store.cards.fleet()
+    starts = read_starts(store, view, store.jobs.ready(REPLAYED_JOBS + 1))
+    told = dict[int, tuple[str, ...]]()
+    for job in jobs:
+        if job.status is not Status.QUEUED:
+            continue
+        wait, start = explain(job, view), starts.get(job.job_id)
+        if wait.tier is Tier.NEVER:
+            what = f"Warning: job {job.job_id} can't start: {wait.sentence}; loractl why {job.job_id} says what helps."
+            told[job.job_id] = (what,)
+        elif start is not None and (start.at - view.now).total_seconds() > AT_ONCE_S:
+            at, on = clock(start.at, view.now), in_words(start.nodes)
+            told[job.job_id] = (f"Note: job {job.job_id} is expected to start about {at} on {on}.",)
+    return told
 
 
 def wake_for(job: Job, sender: HintSender) -> list[str]:
@@ -125,8 +150,8 @@ def _ring(sender: HintSender, size_classes: Iterable[int], what: str) -> list[st
     return []
 
 
-def doubts_of(name: str, submission: Submission, settings: Settings, store: Store | None) -> list[str]:
-    """What would make the job wait forever, or fail on its worker. `name`: of the job."""
+def doubts_of(name: str, submission: Submission, settings: Settings) -> list[str]:
+    """What may fail on its worker, or is not as a person may think. `name`: of the job."""
     spec = submission.spec
     doubts = unknown_names(spec.notify, settings.channels, settings.user)
     if not spec.publish:
@@ -134,10 +159,13 @@ def doubts_of(name: str, submission: Submission, settings: Settings, store: Stor
     for text in spec.data_sets().values():
         if not is_local(text):
             doubts.append(f"Note: {text} is not a file here, so it is read from the hub.")
+    return doubts
+
+
+def too_large(name: str, submission: Submission, store: Store | None) -> list[str]:
+    """Of a dry run: whether a job would wait forever. `name`: of the job."""
     nodes = [] if store is None else store.cards.nodes()
     least, largest = submission.first_need, max((node.usable for node in nodes), default=None)
     if least is not None and largest is not None and least > largest:
-        doubts.append(
-            f"Warning: {name} needs {gib(least)} GiB by its plan, the largest device known has {gib(largest)}."
-        )
-    return doubts
+        return [f"Warning: {name} needs {gib(least)} GiB by its plan, the largest device known has {gib(largest)}."]
+    return []

@@ -59,7 +59,7 @@ def sweep(
 def _check(draft: SweepDraft, job_file: Path, settings: Settings) -> None:
     """Sweep's checks before it queues, with nothing written; it prints what is doubtful."""
     from loractl.scheduler.cli.session import open_to_check
-    from loractl.scheduler.submit.intake import doubts_of, with_own_channels
+    from loractl.scheduler.submit.intake import doubts_of, too_large, with_own_channels
 
     from .answer import planned
 
@@ -68,7 +68,8 @@ def _check(draft: SweepDraft, job_file: Path, settings: Settings) -> None:
     doubts = _doubts(draft, settings)
     members = planned([with_own_channels(spec, settings) for spec in draft.specs], settings, store)
     largest = max(members, key=lambda member: member.first_need or 0)
-    doubts += [*doubts_of(largest.spec.name, largest, settings, store), *([unknown] if unknown else [])]
+    name = largest.spec.name
+    doubts += [*doubts_of(name, largest, settings), *too_large(name, largest, store), *([unknown] if unknown else [])]
     warn(dict.fromkeys(doubts))
 
 

@@ -1,4 +1,4 @@
-"""What would make a waiting job start now, according to the placement rule."""
+"""What would make a waiting job start now, according to the placement rule; or at all, if no card could hold it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from loractl.common.job.method import Method, Need
 from loractl.common.placement.cards import could_start
 from loractl.common.placement.hosts import join_openings
 from loractl.common.placement.lines import Waiting
+from loractl.common.placement.refusals import out_of_reach, with_labels
 from loractl.common.store.fleet import FleetView, waiting_of
 from loractl.common.units import gib
 
@@ -38,16 +39,38 @@ def remedies(job: Job, view: FleetView, rule: Trial) -> tuple[str, ...]:
     )
 
 
-def _other_method(job: Job, view: FleetView, rule: Trial) -> Iterator[str]:
+def ways_out(job: Job, view: FleetView) -> tuple[str, ...]:
+    """What would let a job start on a card of this fleet, of which none could ever hold it. Sentences; the last way is
+    to drop it."""
+    me, cards = waiting_of(vars(job), view.now), view.cards.values()
+    labelled = with_labels(cards, me.requires)
+    largest = max(labelled, key=lambda card: card.usable, default=None)
+
+    def could_hold(changed: Waiting, spec: JobSpec | None = None) -> str | None:
+        return None if largest is None or out_of_reach(changed, cards) is not None else largest.node
+
+    edit, ways = f"loractl edit {job.job_id} --set", list[str]()
+    if not me.methods:
+        ways.append(f"Without that limit: {edit} resources.max_vram=null")
+    if not labelled:
+        ways.append(f"On any box: {edit} 'resources.node_labels={{}}'")
+    if not me.alone:
+        ways.append(f"On one card, if that holds it: {edit} resources.cards=1")
+    ways += (*_other_method(job, view, could_hold, "could"), *_smaller_job(job, view, could_hold, "could"))
+    return (*ways, f"Or drop it: loractl cancel {job.job_id}")
+
+
+def _other_method(job: Job, view: FleetView, rule: Trial, may: str = "would") -> Iterator[str]:
     me = waiting_of(vars(job), view.now)
     if Method.QLORA in me.methods or job.vram_qlora is None:
         return
     node = rule(replace(me, methods=(Method.QLORA,)))
     if node is not None:
-        yield f"It would start now on {node} with method: qlora (plan {gib(job.vram_qlora)} GiB)."
+        now = " now" if may == "would" else ""
+        yield f"It {may} start{now} on {node} with method: qlora (plan {gib(job.vram_qlora)} GiB)."
 
 
-def _smaller_job(job: Job, view: FleetView, rule: Trial) -> Iterator[str]:
+def _smaller_job(job: Job, view: FleetView, rule: Trial, may: str = "would") -> Iterator[str]:
     from pydantic import ValidationError
 
     from loractl.common.job.spec import JobSpec  # pydantic's models take 80 ms to build
@@ -59,7 +82,7 @@ def _smaller_job(job: Job, view: FleetView, rule: Trial) -> Iterator[str]:
     me = waiting_of(vars(job), view.now)
     permitted = me.methods
     cards = view.cards.values()
-    alone = max((card.room for card in cards), default=0)
+    alone = max((card.room if may == "would" else card.usable for card in cards), default=0)
     beside = max((o.bytes for o in join_openings(cards) if o.base_model == me.base_model), default=0)
     # a place with others may be refused though it has more room than a card of the job's own
     rooms = sorted({alone, beside}, reverse=True)
@@ -72,7 +95,8 @@ def _smaller_job(job: Job, view: FleetView, rule: Trial) -> Iterator[str]:
             told.add(kind)
             as_ = f"as {methods[0].value} " if len(permitted) > 1 and len(methods) == 1 else ""
             plan = f"(plan {gib(min(needs[method] for method in methods))} GiB)"
-            yield f"It would start now on {node} {as_}with {text} {plan}."
+            now = " now" if may == "would" else ""
+            yield f"It {may} start{now} on {node} {as_}with {text} {plan}."
             yield f"Try: loractl plan {job.job_id} --set {key}"
 
 

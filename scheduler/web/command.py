@@ -25,7 +25,7 @@ def web(host: str, port: int, always: bool, names: tuple[str, ...]) -> None:
     which it draws once and prints with the address. /metrics has the lab's numbers for Prometheus.
     """
     _require_web()
-    from loractl.common.lab_store import open_lab_store
+    from loractl.common.lab_store import open_to_read
     from loractl.common.settings import load_settings
     from loractl.common.store.database import connect_to_read
     from loractl.common.store.store import Store
@@ -38,7 +38,7 @@ def web(host: str, port: int, always: bool, names: tuple[str, ...]) -> None:
     settings = load_settings()
     access = access_to(host, settings.home, names, always=always)
     store = Store(connect_to_read(settings))
-    shelf = ReportShelf(store, lambda: open_lab_store(settings, store))
+    shelf = ReportShelf(store, lambda: open_to_read(settings, store))
     listen(make_site(store, shelf, access), host, port, access, lambda text: click.echo(text, err=True))
 
 

@@ -13,7 +13,7 @@ from loractl.scheduler.wait.cards import CardFit, card_fits
 from loractl.scheduler.wait.gangs import CardsAsked, asked_of
 from loractl.scheduler.wait.queue import reason, with_awaited
 from loractl.scheduler.wait.reasons import Tier, Wait
-from loractl.scheduler.wait.remedies import remedies
+from loractl.scheduler.wait.remedies import remedies, ways_out
 from loractl.scheduler.wait.starts import REPLAYED_JOBS, ExpectedStart, ahead_of, reaches, read_starts, rivals
 
 if TYPE_CHECKING:
@@ -97,14 +97,19 @@ def why(store: Store, job_id: int, *, with_remedies: bool = True) -> Why | NotWa
     view, waiting = with_awaited(store.cards.fleet(), store, [job]), store.jobs.ready(REPLAYED_JOBS + 1)
     starts = read_starts(store, view, waiting)
     wait = reason(job, view, waiting, starts)
-    helpless = wait.tier in (Tier.POLICY, Tier.NEXT) or not with_remedies
+    if wait.tier is Tier.NEVER and with_remedies:
+        helping = ways_out(job, view)
+    elif wait.tier in (Tier.POLICY, Tier.NEXT) or not with_remedies:
+        helping = _releases(job, wait, view)
+    else:
+        helping = remedies(job, view, store.cards.would_start)
     return Why(
         job=state_of(job),
         wait=wait,
         start=starts.get(job_id),
         cards=tuple(card_fits(job, view)),
         ahead=NO_PLACE if job.held else _ahead(job, view, waiting),
-        remedies=_releases(job, wait, view) if helpless else remedies(job, view, store.cards.would_start),
+        remedies=helping,
         now=view.now,
         asks=asked_of(job, view),
     )

@@ -12,12 +12,15 @@ from loractl.common.placement.lines import vram_class
 from loractl.common.queue.hints import queue_name
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import load_settings
+from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
+from loractl.common.units import GIB
 from loractl.scheduler.submit.intake import enqueue
+from loractl.scheduler.why.answer import Why, why
 
 from ....databases import SQLITE_ALONE
 from ....services import free_port
-from ...factories import submission
+from ...factories import node_state, submission
 
 pytestmark = SQLITE_ALONE
 
@@ -45,6 +48,35 @@ def test_a_queued_job_leaves_one_hint_in_the_queue_of_its_class(store: Store, ho
     assert entry.sentence == f"Job {entry.job_id} (tiny) is queued."
     client = redis.Redis(unix_socket_path=str(settings.runtime_dir / "valkey.sock"))
     assert client.llen(queue_name(store.jobs.get(entry.job_id).vram_class)) == 1
+
+
+def test_what_no_card_could_hold_and_what_has_to_wait_is_said_at_submit_with_the_way_out(
+    store: Store, home: Path
+) -> None:
+    settings = load_settings({"LORACTL_HOME": str(home)})
+    store.cards.see(node_state("heron:0", total=48 * GIB, max_jobs=1))
+
+    def told(**keys: Any) -> tuple[int, str]:
+        entry = enqueue(submission(**keys), settings, store)
+        return entry.job_id, " ".join(entry.warnings[1:])  # the first is about the data
+
+    assert told(lora=20, method="lora") == (1, "")
+    claim = store.attempts.claim("heron:0")
+    assert isinstance(claim, Claim)
+    store.attempts.beat(claim, Progress(step=5, total_steps=10, eta_seconds=3600))
+    number, said = told(lora=20, method="lora")
+    assert said.startswith(f"Note: job {number} is expected to start about ") and said.endswith(" on heron:0.")
+    for keys, why_not, way in (
+        ({"lora": 99, "qlora": 60}, "needs 60.0 GiB, and the largest card has 48.0 GiB", "Or drop it"),
+        ({"lora": 99, "qlora": 40, "method": "lora"}, "needs 99.0 GiB", "could start on heron:0 with method: qlora"),
+        ({"resources": {"node_labels": {"site": "roof"}}}, "no box has the label site=roof", "node_labels={}'"),
+    ):
+        number, said = told(**keys)
+        assert said.startswith(f"Warning: job {number} can't start: {why_not}"), said
+        assert said.endswith(f"; loractl why {number} says what helps.")
+        answer = why(store, number)
+        assert isinstance(answer, Why) and way in " ".join(answer.remedies), answer.remedies
+        assert answer.remedies[-1] == f"Or drop it: loractl cancel {number}"
 
 
 @pytest.mark.timeout(30)

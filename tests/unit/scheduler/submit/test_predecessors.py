@@ -226,3 +226,15 @@ def test_a_job_that_waits_for_a_sweep_s_best_may_begin_from_a_member_that_has_en
 def test_a_name_in_after_is_not_the_stored_adapter_of_that_name(tmp_path: Path) -> None:
     job = written(tmp_path, "name: pairs\nafter: [answers]\nafter_any: true\nlora: {init_from: answers}")
     assert load_spec(job).lora.init_from == "answers"
+
+
+@SQLITE_ALONE
+def test_a_job_of_after_named_as_a_stored_adapter_is_told_the_form_that_is_meant(store: Store) -> None:
+    answers = store.jobs.submit(submission(name="answers"))
+    for after, beside, form in (
+        ([answers], {}, f"{{job: {answers}}}"),
+        (["answers"], {"answers": spec(name="answers")}, "{job: answers}"),
+    ):
+        with pytest.raises(UsageError, match="no adapter answers:latest is stored") as refused:
+            settle_predecessors(spec(name="pairs", after=after, lora={"init_from": "answers"}), store, beside)
+        assert refused.value.hint is not None and refused.value.hint.endswith(f"will have: lora: {{init_from: {form}}}")
