@@ -11,6 +11,7 @@ LoractlError                    1  failed
 │   ├── ServiceRefused          4  it answers, and refuses the user or the password
 │   └── WrongStore              4  the artifact store is another one than the lab's
 ├── Forbidden                   1  the database's user has no right to do that
+├── ValueRefused                1  the database refuses a value that its column may not hold
 ├── NameTaken                   1  another box has this one's name
 ├── SchemaMismatch              1  the database is older or newer than this loractl
 ├── ArtifactError               1  an artifact can't be written or does not match its manifest
@@ -184,6 +185,13 @@ class Forbidden(LoractlError):
             f"the database does not let {user or 'this user'} do that: {why}",
             "each role has its own rights: docs/deploy.md; LORACTL_DATABASE_URL names the user",
         )
+
+
+class ValueRefused(LoractlError):
+    """A value is too long, out of its bounds, or of another shape than its column's."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"the database refuses the value of {what}", "it is too long, out of bounds, or not printable")
 
 
 class NameTaken(LoractlError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 
-GIB = 1024**3
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
 
 LAST_NUMBER = 2**53 - 1
 """The greatest number of a job or a sweep: every reader of JSON has it exactly."""

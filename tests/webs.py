@@ -14,20 +14,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import insert, update
+
 from loractl.common.adapter_config import CONFIG
 from loractl.common.artifacts import WEIGHTS, ArtifactStore, attempt_prefix, manifest_sha256
+from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
+from loractl.common.job.names import Reference
 from loractl.common.job.status import Reason, Stage
 from loractl.common.job.sweep import NewSweep
+from loractl.common.placement.pack_rule import MeasuredPass
 from loractl.common.store.database import make_engine
-from loractl.common.store.records import Claim, Progress, StoredResult
+from loractl.common.store.records import Claim, NewHost, Progress, StoredResult
 from loractl.common.store.store import Store
-from loractl.common.store.tables import LEASES, FleetRound
+from loractl.common.store.tables import LEASES, FleetRound, LabelSet, Usage
 from loractl.common.units import GIB
 from loractl.scheduler.web.pages.shelf import ReportShelf
 
 from .acceptance.test_report_page import report
 from .models import weights_of
-from .unit.factories import node_state, spec, submission
+from .unit.factories import NOON, node_state, spec, submission
 
 CARDS = {
     "kestrel:0": ("NVIDIA GeForce RTX 4090", 24), "kestrel:1": ("NVIDIA GeForce RTX 4090", 24),
@@ -80,6 +85,36 @@ def seed(url: str, folder: Path, now: dt.datetime | None = None) -> SeededLab:
     lab.store.cards.drain("heron:2", "lena", "replacing a fan")
     lab.pass_((end - lab.now).total_seconds())
     return lab
+
+
+def one_of_each(url: str, artifacts: ArtifactStore) -> None:
+    """A small lab with a row of each kind."""
+    engine = make_engine(url)
+    lab = SeededLab(store=Store(engine), artifacts=artifacts, now=NOON)
+    lab.store = Store(engine, clock=lambda: lab.now)
+    see_cards(lab.store)
+    finish(lab, "ended", "mara", 2.5, 0.9, "kestrel:0")
+    failed = run(lab, "failed", "mara", "kestrel:0", 9, steps=30)
+    lab.store.attempts.finish(failed, Reason.BAD_DATA, "data/law.jsonl: row 4120: there is no answer", Progress())
+    claim = run(lab, "runs", "mara", "kestrel:1", 9, steps=30)
+    assert lab.store.hosts.open(claim, NewHost(host="mark", node="kestrel:1", key="k" * 64, bytes=GIB))
+    lab.store.hosts.note_passes("mark", [MeasuredPass(tokens=64, members=1, seconds=0.5)])
+    members = [replace(submission(lora=95, qlora=None), spec=spec(name="member", lora={"r": r})) for r in (8, 16)]
+    lab.store.sweeps.submit(
+        NewSweep(name="sweep", user="mara", varied={"lora.r": "8,16"}, rungs=(0.25, 0.5), trials=2, seed=1), members
+    )
+    queue(lab, "waits", "wei", 92)
+    way = SharedNeed(cards=2, parallel=Parallel.DATA, need=Need(lora=50 * GIB, qlora=None))
+    job = replace(submission(lora=92, qlora=None, user="wei", name="shared"), ways=Ways(gangs=(way,)))
+    lab.store.jobs.submit(replace(job, data={"path": {"uri": "datasets/x", "rows": 10, "tokens": 100, "bytes": 1000}}))
+    lab.store.adapters.tag(Reference(name="ended"), "prod", "wei")
+    lab.store.usage.set_quota("wei", 1.0, 86400, "root", soft=True)
+    lab.store.lab.set("store", "mark", "root")
+    queue(lab, "blocked", "wei", 1, after=[failed.job_id])
+    with engine.begin() as connection:
+        connection.execute(insert(LabelSet).values(label_set="x", labels={"team": "nlp"}))
+        connection.execute(update(Usage).values(label_set="x"))
+    engine.dispose()
 
 
 def past(lab: SeededLab) -> None:

@@ -1,7 +1,10 @@
-"""Types of columns that both databases read in the same way, whatever a row holds.
+"""Types of columns: what each may hold, as a check of both databases, in what is written and in what is read.
 
-A value that no version of ours has written is read as a harmless value of the column's kind, and marked as Unreadable.
-Code that lists rows continues, and code that would act on one asks `unreadable`.
+A type's `check` is the bound that the database holds (`checks`), and what it reads by. What our code writes is made
+storable on the way: a text is cut to its length, a number that is none is left out.
+
+A value that is there nevertheless is read as a harmless value of the column's kind, and marked as Unreadable. Code that
+lists rows continues, and code that would act on one asks `unreadable`.
 """
 
 from __future__ import annotations
@@ -9,27 +12,27 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import json
-import math
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from sqlalchemy import JSON, BigInteger, Boolean, DateTime, Dialect, Double, Integer, String, Text, TypeDecorator
+from sqlalchemy import JSON, BigInteger, Boolean, DateTime, Dialect, Double, Integer, String, Table, Text, TypeDecorator
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.elements import ColumnElement
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeEngine
 
-from loractl.common.units import LARGEST, LAST_NUMBER
+from loractl.common.text import REPLACEMENT, storable
+from loractl.common.units import KIB, LARGEST, LAST_NUMBER
+
+from .shapes import MOST, MOST_BYTES, JsonShape, fits_sql, is_number
 
 LONG_AGO, FAR_OFF = dt.datetime(2, 1, 1, tzinfo=dt.UTC), dt.datetime(9998, 12, 31, tzinfo=dt.UTC)
 """The first and the last time that a row may hold: within them every time zone has a calendar."""
 
 FIRST_YEAR, LAST_YEAR = 2000, 9000
 """Of what happens in a lab."""
-
-MOST_BYTES = 2**50
-"""Of a card, or of what a job needs of it."""
 
 MOST_SECONDS = 1e10
 """Until a job's end: three centuries, which the calendar holds."""
@@ -67,7 +70,40 @@ def unreadable_of(row: Mapping[str, Any]) -> str:
     return next((f"{name}: {value.told}" for name, value in row.items() if isinstance(value, Unreadable)), "")
 
 
-class Whole(TypeDecorator[int]):
+class Bounded:
+    """What all types of columns have. A value of null is not asked about."""
+
+    def check(self, column: str, dialect: str) -> str:
+        """Whether the column's value is one that it may hold, in SQL; empty: its type alone says so."""
+        return ""
+
+    def can_hold(self, value: Any) -> bool:
+        """`check` of a value in Python, where what is measured may have any."""
+        return True
+
+    def harmless(self, value: Any) -> Any:
+        """What the column holds in place of a value that it may not hold, and that was read as this one."""
+        return value
+
+
+def misfits(table: Table, row: Mapping[str, Any]) -> list[str]:
+    """The names of the values that their columns can't hold."""
+    return [name for name, value in row.items() if value is not None and not _kind(table, name).can_hold(value)]
+
+
+def storable_row(table: Table, row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is measured, as the table can hold it: null, or the nearest value, in place of what it can't."""
+    wrong = {
+        name: None if table.c[name].nullable else _kind(table, name).harmless(row[name]) for name in misfits(table, row)
+    }
+    return {**row, **wrong}
+
+
+def _kind(table: Table, name: str) -> Bounded:
+    return cast(Bounded, table.c[name].type)
+
+
+class Whole(Bounded, TypeDecorator[int]):
     """A whole number between two bounds. `key`: it names a row, so that another number would name another row."""
 
     impl = Integer
@@ -77,12 +113,22 @@ class Whole(TypeDecorator[int]):
         super().__init__()
         self.low, self.high, self.key = low, high, key
 
+    def check(self, column: str, dialect: str) -> str:
+        kind = f"typeof({column}) = 'integer' AND " if dialect == "sqlite" else ""
+        return f"{kind}{column} BETWEEN {self.low} AND {self.high}"
+
+    def can_hold(self, value: Any) -> bool:
+        return type(value) is int and self.low <= value <= self.high
+
+    def harmless(self, value: Any) -> int:
+        return min(max(int(value), self.low), self.high)
+
     def process_bind_param(self, value: int | None, dialect: Dialect) -> int | None:
         return int(value) if isinstance(value, Unreadable) else value
 
     def process_result_value(self, value: Any, dialect: Dialect) -> int | None:
-        if value is None or (type(value) is int and self.low <= value <= self.high):
-            return value
+        if value is None or self.can_hold(value):
+            return value  # type: ignore[no-any-return]
         low, high = (-_MOST, _MOST) if self.key else (self.low, self.high)
         found: int = in_place_of(value, min(max(int(value) if is_number(value) else 0, low), high))
         return found
@@ -112,29 +158,44 @@ class Bytes(Whole):
         super().__init__(0, MOST_BYTES)
 
 
-class Real(TypeDecorator[float]):
+class Real(Bounded, TypeDecorator[float]):
     """A finite number between two bounds."""
 
     impl = Double
     cache_ok = True
 
-    def __init__(self, low: float = -1e300, high: float = 1e300) -> None:
+    def __init__(self, low: float = -MOST, high: float = MOST) -> None:
         super().__init__()
         self.low, self.high = low, high
 
+    def check(self, column: str, dialect: str) -> str:
+        kind = f"typeof({column}) IN ('integer', 'real') AND " if dialect == "sqlite" else ""
+        return f"{kind}{column} BETWEEN {self.low} AND {self.high}"
+
+    def can_hold(self, value: Any) -> bool:
+        return is_number(value, self.low, self.high)
+
+    def harmless(self, value: Any) -> float:
+        return min(max(float(value), self.low), self.high) if is_number(value) else max(0.0, self.low)
+
     def process_result_value(self, value: Any, dialect: Dialect) -> float | None:
-        if value is None or is_number(value, self.low, self.high):
+        if value is None or self.can_hold(value):
             return value  # type: ignore[no-any-return]
-        number = float(value) if is_number(value) else 0.0
-        found: float = in_place_of(value, min(max(number, self.low), self.high))
+        found: float = in_place_of(value, self.harmless(value))
         return found
 
 
-class Flag(TypeDecorator[bool]):
+class Flag(Bounded, TypeDecorator[bool]):
     """Yes or no."""
 
     impl = Boolean
     cache_ok = True
+
+    def check(self, column: str, dialect: str) -> str:
+        return f"typeof({column}) = 'integer' AND {column} IN (0, 1)" if dialect == "sqlite" else ""
+
+    def harmless(self, value: Any) -> bool:
+        return bool(value)
 
     def result_processor(self, dialect: Dialect, coltype: object) -> Callable[[Any], bool | None]:
         def read(value: Any) -> bool | None:
@@ -145,39 +206,121 @@ class Flag(TypeDecorator[bool]):
         return read
 
 
-class Characters(TypeDecorator[str]):
-    """Text of a bounded length."""
+_STEERING = ((0x01, 0x1F), (0x7F, 0x9F), (0x2028, 0x202E), (0x2066, 0x2069))
+"""First and last of the characters that steer a terminal, break a line or turn its direction."""
+
+_STEERS = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in ((0, 0), *_STEERING)) + "]")
+
+
+def _is_printable(column: str, dialect: str) -> str:
+    if dialect == "sqlite":
+        ranges = " || ".join(f"char({first}) || '-' || char({last})" for first, last in _STEERING)
+        return f"{column} NOT GLOB ('*[' || {ranges} || ']*') AND instr({column}, char(0)) = 0"
+    ranges = "".join(rf"\u{first:04x}-\u{last:04x}" for first, last in _STEERING)
+    return f"{column} !~ '[{ranges}]'"
+
+
+class Characters(Bounded, TypeDecorator[str]):
+    """A line of a bounded length, without characters that steer a terminal. `but`: a word that it may not be."""
 
     impl = String
     cache_ok = True
+
+    def __init__(self, length: int, but: str = "") -> None:
+        super().__init__(length)
+        self.most, self.but = length, but
+
+    def check(self, column: str, dialect: str) -> str:
+        kind = f"typeof({column}) = 'text' AND length({column}) <= {self.most} AND " if dialect == "sqlite" else ""
+        return f"{kind}{_is_printable(column, dialect)}" + (f" AND {column} <> '{self.but}'" if self.but else "")
+
+    def can_hold(self, value: Any) -> bool:
+        return isinstance(value, str) and value == self.harmless(value)
+
+    def harmless(self, value: Any) -> str:
+        line = _STEERS.sub(REPLACEMENT, storable(str(value)))[: self.most]
+        return f"{line[: self.most - 1]}{REPLACEMENT}" if line == self.but else line
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else self.harmless(value)
 
     def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
         return value if value is None or isinstance(value, str) else in_place_of(value, _text(value))
 
 
-class Prose(Characters):
-    """Text of any length."""
+class Prose(Bounded, TypeDecorator[str]):
+    """Text of at most `most` bytes; what is written is cut to them."""
 
     impl = Text
     cache_ok = True
 
+    def __init__(self, most: int = 16 * KIB) -> None:
+        super().__init__()
+        self.most = most
 
-Shape = Callable[[Any], Any]
-"""Whether a value of JSON is what a column holds: false, or one of _MISFITS, where it is not."""
+    def check(self, column: str, dialect: str) -> str:
+        if dialect == "sqlite":
+            return f"typeof({column}) = 'text' AND length(CAST({column} AS BLOB)) <= {self.most}"
+        return f"octet_length({column}) <= {self.most}"
+
+    def harmless(self, value: Any) -> str:
+        whole = storable(str(value))
+        if len(whole) * 4 <= self.most or len(told := whole.encode()) <= self.most:
+            return whole
+        return told[: self.most - len(_CUT)].decode(errors="ignore") + _CUT.decode()
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
+        return None if value is None else self.harmless(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> str | None:
+        return value if value is None or isinstance(value, str) else in_place_of(value, _text(value))
+
+
+_CUT = "…".encode()
 
 _MISFITS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
-class Json(TypeDecorator[Any]):
-    """A value of JSON that has a shape. `otherwise`: what a value without it is read as. `null`: null is one, too."""
+class Json(Bounded, TypeDecorator[Any]):
+    """A value of JSON that has a shape. `otherwise`: what a value without it is read as. `null`: null is one, too.
+
+    `reads`: what this version understands of the shape: false, or one of _MISFITS, for what only a newer one does.
+    `most`: bytes of its text.
+    """
 
     impl = JSON
     cache_ok = True
 
-    def __init__(self, shape: Shape, otherwise: Any = None, *, null: bool = False, none_as_null: bool = False) -> None:
+    def __init__(
+        self,
+        shape: JsonShape,
+        otherwise: Any = None,
+        *,
+        null: bool = False,
+        none_as_null: bool = False,
+        reads: Callable[[Any], Any] = bool,
+        most: int = 64 * KIB,
+    ) -> None:
         super().__init__(none_as_null=none_as_null)
         self.shape, self.null, self.should_evaluate_none = shape, null, not none_as_null
+        self.most, self._reads = most, reads
         self._otherwise = {} if otherwise is None else otherwise
+
+    def check(self, column: str, dialect: str) -> str:
+        if dialect == "sqlite":
+            valid = f"CASE WHEN json_valid({column}) THEN json_type({column}) IS NOT NULL ELSE 0 END"
+            return f"typeof({column}) = 'text' AND length(CAST({column} AS BLOB)) <= {self.most} AND {valid}"
+        return f"octet_length(CAST({column} AS text)) <= {self.most}"
+
+    def can_hold(self, value: Any) -> bool:
+        return self.shape(value) or (value is None and self.null)
+
+    def fits(self, column: str, dialect: str) -> str:
+        """Whether the value has the shape: what no check can ask, since it looks into every part."""
+        return fits_sql(dialect, column, self.shape, null=self.null)
+
+    def harmless(self, value: Any) -> Any:
+        return self._otherwise
 
     def coerce_compared_value(self, op: Any, value: Any) -> Any:
         return self.impl_instance.coerce_compared_value(op, value)
@@ -186,10 +329,24 @@ class Json(TypeDecorator[Any]):
         if value is None and self.null:
             return None
         try:
-            fits = not isinstance(value, Unreadable) and self.shape(value)
+            fits = not isinstance(value, Unreadable) and self.shape(value) and (not value or self._reads(value))
         except _MISFITS:
             fits = False
         return value if fits else in_place_of(value, self._otherwise)
+
+
+def write_json(value: Any) -> str:
+    """A value as a column of JSON holds it, without texts that no database can hold."""
+    told = json.dumps(value)
+    return json.dumps(_storable_json(value)) if "\\ud" in told or "\\u0000" in told else told
+
+
+def _storable_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_storable_json(key): _storable_json(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_storable_json(one) for one in value]
+    return storable(value) if isinstance(value, str) else value
 
 
 def read_json(text: Any) -> Any:
@@ -225,53 +382,6 @@ def part_of(column: Any, *path: str) -> ColumnElement[str]:
     return found
 
 
-# --- shapes of JSON ---
-
-
-def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> bool:
-    """Whether it is a finite number within the bounds."""
-    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
-
-
-def is_whole(value: Any, low: int = 0, high: int = LARGEST) -> bool:
-    return type(value) is int and low <= value <= high
-
-
-def is_number_drawn(value: Any) -> bool:
-    """Whether it can be the number of a job or a sweep."""
-    return is_whole(value, 1, LAST_NUMBER)
-
-
-def is_size(value: Any) -> bool:
-    """Bytes, or null for those that are not known."""
-    return value is None or is_whole(value, 0, MOST_BYTES)
-
-
-def is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def is_object(value: Any) -> bool:
-    return isinstance(value, dict)
-
-
-def object_of(shape: Shape) -> Shape:
-    """Whether it is an object whose values all have the shape."""
-    return lambda value: isinstance(value, dict) and all(map(shape, value.values()))
-
-
-def list_of(shape: Shape) -> Shape:
-    """Whether it is a list of values that all have the shape."""
-    return lambda value: isinstance(value, list) and all(map(shape, value))
-
-
-def fields(**shapes: Shape) -> Shape:
-    """Whether it is an object whose values of these names have their shapes, or are null, where they are there."""
-    return lambda value: (
-        isinstance(value, dict) and all(value.get(name) is None or shape(value[name]) for name, shape in shapes.items())
-    )
-
-
 def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
@@ -292,7 +402,7 @@ class _SqliteTimes(sqlite.DATETIME):
         return as_time
 
 
-class UtcDateTime(TypeDecorator[dt.datetime]):
+class UtcDateTime(Bounded, TypeDecorator[dt.datetime]):
     """An aware UTC datetime; SQLite stores none, so the zone is taken off and put back.
 
     Anything else is read as LONG_AGO, and marked.
@@ -300,6 +410,21 @@ class UtcDateTime(TypeDecorator[dt.datetime]):
 
     impl = DateTime(timezone=True)
     cache_ok = True
+
+    def check(self, column: str, dialect: str) -> str:
+        first, last = f"{FIRST_YEAR}-01-01 00:00:00", f"{LAST_YEAR}-01-01 00:00:00"
+        if dialect != "sqlite":
+            return f"{column} >= '{first}+00' AND {column} < '{last}+00'"
+        to_the_second, digits = f"substr({column}, 1, 19)", "[0-9]" * 6
+        return (
+            f"typeof({column}) = 'text' AND strftime('%Y-%m-%d %H:%M:%S', {to_the_second}) IS {to_the_second}"
+            f" AND (length({column}) = 19 OR substr({column}, 20) GLOB '.{digits}')"
+            f" AND {column} >= '{first}' AND {column} < '{last}'"
+        )
+
+    def harmless(self, value: dt.datetime) -> dt.datetime:
+        last = dt.datetime(LAST_YEAR, 1, 1, tzinfo=dt.UTC) - dt.timedelta(microseconds=1)
+        return min(max(value, dt.datetime(FIRST_YEAR, 1, 1, tzinfo=dt.UTC)), last)
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         own: TypeEngine[Any] = _SqliteTimes() if dialect.name == "sqlite" else self.impl_instance  # type: ignore[no-untyped-call]  # its base has no types
@@ -323,7 +448,7 @@ class UtcDateTime(TypeDecorator[dt.datetime]):
 _Word = TypeVar("_Word", bound=enum.StrEnum)
 
 
-class Words(TypeDecorator[_Word]):
+class Words(Bounded, TypeDecorator[_Word]):
     """A word of the enum, by value. One that only a newer version knows is read as a member that has no name here."""
 
     impl = String
@@ -331,7 +456,13 @@ class Words(TypeDecorator[_Word]):
 
     def __init__(self, words: type[_Word], length: int = 24) -> None:
         super().__init__(length)
-        self.words = words
+        self.words, self._form = words, Characters(length)
+
+    def check(self, column: str, dialect: str) -> str:
+        return self._form.check(column, dialect)
+
+    def harmless(self, value: Any) -> str:
+        return self._form.harmless(value)
 
     def process_bind_param(self, value: _Word | None, dialect: Dialect) -> str | None:
         return None if value is None else str(value)

@@ -26,10 +26,11 @@ from loractl.common.errors import (
     ServiceRefused,
     ServiceUnreachable,
     UsageError,
+    ValueRefused,
 )
 from loractl.common.settings import OWN_HOME, Settings, make_private, redacted
 
-from .columns import FAR_OFF, LONG_AGO, read_json
+from .columns import FAR_OFF, LONG_AGO, read_json, write_json
 from .schema import HEAD, revision, upgrade
 
 MOUNTS = Path("/proc/self/mountinfo")
@@ -62,7 +63,7 @@ def _mount(line: str) -> tuple[Path, str]:
 DatabaseError = DBAPIError
 """What a database driver raises, by the name under which other rooms catch it."""
 
-REFUSALS = (SQLAlchemyError, Forbidden, OverflowError, UnicodeError)
+REFUSALS = (SQLAlchemyError, Forbidden, ValueRefused, OverflowError, UnicodeError)
 """All that a verb of the store may raise because of the database: it is away (see `outage`), or it refuses values."""
 
 SQLITE_BUSY_MS, SQLITE_READER_MS = 30_000, 2_000
@@ -88,6 +89,8 @@ _POSTGRES_OPTIONS = {
 }
 _IDLE_S = 60  # a command may read 100,000 rows and look at them
 _INSUFFICIENT_PRIVILEGE = "42501"
+_CHECK_VIOLATION = "23514"
+_CHECKED = re.compile(r"ck_(\w+)_[0-9a-f]{8}")
 _READ_ONLY = "25006"  # a standby, or a primary that a failover has stepped down
 LOCK_NOT_FREE = "55P03"
 _PASSING = (_READ_ONLY, "40", "53", LOCK_NOT_FREE, "57")
@@ -232,7 +235,9 @@ def make_engine(
     try:
         if not url.startswith("sqlite"):
             pool, options = _pool(connections, kept), _postgres_options(idle_s, read_only)
-            engine = create_engine(url, connect_args=options, json_deserializer=read_json, **pool)
+            engine = create_engine(
+                url, connect_args=options, json_serializer=write_json, json_deserializer=read_json, **pool
+            )
             event.listen(engine, "handle_error", _look_at_error)
             event.listen(engine, "connect", _read_every_time)
             return engine
@@ -242,7 +247,9 @@ def make_engine(
         _refuse_network_disk(file.parent)
         opened = f"sqlite:///file:{quote(str(file))}?mode=ro&uri=true" if read_only else url
         busy_ms = SQLITE_READER_MS if read_only else SQLITE_BUSY_MS
-        engine = create_engine(opened, connect_args={"timeout": busy_ms / 1000}, json_deserializer=read_json)
+        engine = create_engine(
+            opened, connect_args={"timeout": busy_ms / 1000}, json_serializer=write_json, json_deserializer=read_json
+        )
     except (ArgumentError, NoSuchModuleError) as error:
         raise UsageError(
             f"LORACTL_DATABASE_URL is not a database URL: {redacted(url)}", "like postgresql://user@host/loractl"
@@ -264,7 +271,9 @@ def make_engine(
             _write_ahead(connection)
 
     @event.listens_for(engine, "handle_error")
-    def _name_full_disk(context: ExceptionContext) -> None:
+    def _look_at_error_of_sqlite(context: ExceptionContext) -> None:
+        if isinstance(context.original_exception, sqlite3.IntegrityError):
+            _refuse_value(context)
         if context.sqlalchemy_exception is not None and _is_full_disk(context.original_exception, file.parent):
             context.sqlalchemy_exception.orig = sqlite3.OperationalError(_FULL[0])
 
@@ -330,10 +339,18 @@ def _look_at_error(context: ExceptionContext) -> None:
     state = getattr(context.original_exception, "sqlstate", None)
     if state == _READ_ONLY:
         context.is_disconnect = True  # the pool drops all its connections
+    if state == _CHECK_VIOLATION:
+        _refuse_value(context)
     if state != _INSUFFICIENT_PRIVILEGE:
         return
     user = None if context.engine is None else context.engine.url.username
     raise Forbidden(user, str(context.original_exception).splitlines()[0]) from context.original_exception
+
+
+def _refuse_value(context: ExceptionContext) -> None:
+    """Name the column whose bound a statement would break (`checks`)."""
+    if column := _CHECKED.search(str(context.original_exception)):
+        raise ValueRefused(column[1]) from context.original_exception
 
 
 def _write_ahead(connection: sqlite3.Connection) -> None:

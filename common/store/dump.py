@@ -21,6 +21,7 @@ from sqlalchemy import Connection, Engine, inspect, text
 from loractl.common.errors import LoractlError, SchemaMismatch, UsageError, WrongState
 from loractl.common.store import store  # noqa: F401  with it every table is known
 
+from .checks import hold
 from .schema import HEAD, alembic_config, lock_schema
 from .tables import Base, Lock
 
@@ -165,6 +166,7 @@ def load(engine: Engine, file: Path, beyond: Callable[[int], int]) -> Dump:
         connection.execute(text("DELETE FROM nodes"))
         connection.execute(text("UPDATE jobs SET lease_expires_at = started_at WHERE status = 'running'"))
         command.upgrade(config, "head")
+        hold(connection)
     return dumped
 
 

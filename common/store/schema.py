@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from importlib.resources import as_file, files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import IntegrityError
 
-from loractl.common.errors import SchemaMismatch
+from loractl.common.errors import LoractlError, SchemaMismatch
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-HEAD = "0036"
+HEAD = "0037"
 """The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
 
 
@@ -35,16 +35,38 @@ def upgrade(engine: Engine) -> tuple[str | None, str]:
     """
     from alembic import command
 
+    from .checks import hold
+
     before = revision(engine)
     if before is not None and before > HEAD:
         raise SchemaMismatch(before, HEAD)
-    with engine.begin() as connection, alembic_config(connection) as config:
+    with _migrating(engine) as connection, alembic_config(connection) as config:
         if engine.dialect.name == "postgresql":
             for patience in ("statement_timeout", "lock_timeout"):
                 connection.execute(text(f"SET LOCAL {patience} = 0"))  # a migration takes what it takes
             lock_schema(connection)
         command.upgrade(config, "head")
+        hold(connection)
     return before, HEAD
+
+
+@contextlib.contextmanager
+def _migrating(engine: Engine) -> Iterator[Connection]:
+    """A transaction in which a table may be replaced. On SQLite that would delete the rows that refer to it, so foreign
+    keys rest, which can be said outside of a transaction alone, and are looked at before its end."""
+    with engine.connect() as connection:
+        driver: Any = connection.connection.driver_connection
+        is_sqlite = engine.dialect.name == "sqlite"
+        if is_sqlite:
+            driver.execute("PRAGMA foreign_keys = OFF")
+        try:
+            with connection.begin():
+                yield connection
+                if is_sqlite and (lost := connection.exec_driver_sql("PRAGMA foreign_key_check").first()):
+                    raise LoractlError(f"a row of {lost[0]} would refer to none of {lost[2]}", "nothing was changed")
+        finally:
+            if is_sqlite:
+                driver.execute("PRAGMA foreign_keys = ON")
 
 
 def lock_schema(connection: Connection) -> None:

@@ -4,7 +4,6 @@ Annotations are values here, not texts: SQLAlchemy would evaluate the text of ea
 """
 
 import datetime as dt
-from functools import partial
 from typing import Annotated, Any
 
 from sqlalchemy import ForeignKey, Index, MetaData, String, Text, TextClause, bindparam, exists, false, or_, text
@@ -12,34 +11,17 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method, Roomy, Ways
+from loractl.common.job.names import LATEST
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.memory.context import context_excess
 from loractl.common.placement.pack_rule import PassLaw
 from loractl.common.store import columns
-from loractl.common.units import LARGEST
+from loractl.common.units import KIB, LARGEST, MIB
 
-from .columns import (
-    MOST_BYTES,
-    MOST_SECONDS,
-    Characters,
-    Flag,
-    Json,
-    Prose,
-    Real,
-    RowNumber,
-    UtcDateTime,
-    Whole,
-    Words,
-    is_number,
-    is_number_drawn,
-    is_object,
-    is_size,
-    is_text,
-    is_whole,
-    list_of,
-    object_of,
-)
+from . import shapes
+from .columns import MOST_SECONDS, Characters, Flag, Json, Prose, Real, RowNumber, UtcDateTime, Whole, Words
 from .records import StoredCheckpoint
+from .shapes import MOST_BYTES, is_number, is_number_drawn, list_of, object_of, optional, whole
 
 Timestamp = Annotated[dt.datetime, mapped_column(UtcDateTime())]
 Bytes = Annotated[int, mapped_column(columns.Bytes())]
@@ -47,7 +29,7 @@ Key = Annotated[int, mapped_column(RowNumber(), primary_key=True, autoincrement=
 JobKey = Annotated[int, mapped_column(RowNumber(), ForeignKey("jobs.job_id", ondelete="CASCADE"))]
 Number = Annotated[int, mapped_column(Whole(key=True), primary_key=True, autoincrement=False)]
 Seconds = Annotated[float, mapped_column(Real(-MOST_SECONDS, MOST_SECONDS))]
-Labels = Annotated[dict[str, str], mapped_column(Json(object_of(is_text)))]
+Labels = Annotated[dict[str, str], mapped_column(Json(object_of(shapes.text)))]
 
 
 class Base(DeclarativeBase):
@@ -57,37 +39,30 @@ class Base(DeclarativeBase):
 MOST_ATTEMPTS = 2**30
 """Of a job: the next one has a number, too."""
 
-_is_data_set = columns.fields(
-    uri=is_text, sha256=is_text, rows=is_whole, bytes=is_size, tokens=lambda tokens: is_number(tokens, 0, MOST_BYTES)
+_DATA_SET = shapes.fields(
+    uri=shapes.text, sha256=shapes.text, rows=whole(), bytes=shapes.size, tokens=shapes.number(0, MOST_BYTES)
 )
-_is_program = columns.fields(pid=is_whole, user=is_text, name=is_text, bytes=is_size)
-_is_piece = columns.fields(
-    micro_batch=lambda rows: is_whole(rows, 1), accumulation=lambda steps: is_whole(steps, 1),
-    eval_batch=lambda rows: is_whole(rows, 1), gradient_checkpointing=lambda on: isinstance(on, bool) or on == "half",
+_PROGRAM = shapes.fields(pid=whole(), user=shapes.text, name=shapes.text, bytes=shapes.size)
+_PIECE = shapes.fields(
+    micro_batch=whole(1), accumulation=whole(1), eval_batch=whole(1),
+    gradient_checkpointing=shapes.either(shapes.flag, shapes.text),
 )  # fmt: skip
-_is_used = partial(is_whole, high=MOST_BYTES)
-_varies = columns.fields(varied=object_of(is_text), trials=is_whole, seed=is_whole)
+_CHECKPOINT = shapes.fields(("step", "prefix"), step=whole(), prefix=shapes.text, manifest_sha256=optional(shapes.text))
+_WAY = shapes.fields(
+    ("cards", "parallel", "lora", "qlora"),
+    cards=whole(1), parallel=shapes.text, lora=shapes.size, qlora=shapes.size,
+)  # fmt: skip
+_WAYS = shapes.fields(("alone", "ways"), alone=shapes.flag, ways=list_of(_WAY))
+_FORM = shapes.fields(
+    ("micro_batch", "bytes", "planned"),
+    micro_batch=whole(1), bytes=whole(1, MOST_BYTES), planned=whole(1, MOST_BYTES), half=shapes.flag,
+)  # fmt: skip
+_ROOMY = shapes.fields(lora=list_of(_FORM), qlora=list_of(_FORM))
+_VARIED = shapes.fields(varied=object_of(shapes.text), trials=whole(), seed=whole())
 
 
 def _is_adjustment(value: Any) -> bool:
-    return bool(Adjustment(**value)) and _is_piece(value)
-
-
-def _is_checkpoint(value: Any) -> bool:
-    kept = StoredCheckpoint(**value)
-    return is_whole(kept.step) and is_text(kept.prefix) and isinstance(kept.manifest_sha256, str | None)
-
-
-def _can_be_divided(value: Any) -> bool:
-    ways = Ways.read(value).gangs
-    return all(is_whole(w.cards, 1) and is_size(w.need.lora) and is_size(w.need.qlora) for w in ways)
-
-
-def _is_roomy(value: Any) -> bool:
-    forms = [form for method in Method for form in Roomy.read(value).of(method)]
-    return all(is_whole(one.micro_batch, 1) and is_whole(one.planned, 1, MOST_BYTES) for one in forms) and all(
-        is_whole(one.bytes, 1, MOST_BYTES) for one in forms
-    )
+    return Adjustment(**value).gradient_checkpointing in (None, False, True, "half")
 
 
 WAITS = text("status = 'queued'")
@@ -178,40 +153,44 @@ class Job(Base):
     name: Mapped[str]
     user: Mapped[str]
     labels: Mapped[Labels]
-    spec: Mapped[dict[str, Any]] = mapped_column(Json(is_object))
+    spec: Mapped[dict[str, Any]] = mapped_column(Json(shapes.anything, most=MIB))
     spec_hash: Mapped[str] = mapped_column(Characters(64))
     base_model: Mapped[str] = mapped_column(Prose())
     # stored data sets: {"path": {"uri", "sha256", "rows"}, "more.0": ..., "eval_path": ...}
-    data: Mapped[dict[str, Any]] = mapped_column(Json(object_of(lambda stored: stored is None or _is_data_set(stored))))
+    data: Mapped[dict[str, Any]] = mapped_column(Json(object_of(optional(_DATA_SET)), most=MIB))
     priority: Mapped[int] = mapped_column(Whole(-LARGEST - 1))
     vram_lora: Mapped[Bytes | None]  # predicted peak by method; null: can't be planned on the client
     vram_qlora: Mapped[Bytes | None]
     vram_needed: Mapped[Bytes | None]  # the least that a permitted method needs; null: not known yet
     vram_class: Mapped[int]  # GiB; the queue that wakes nodes for it
     # bytes by method as predicted, before what was learned from measured peaks
-    planned: Mapped[dict[str, Any]] = mapped_column(Json(object_of(is_size)))
+    planned: Mapped[dict[str, Any]] = mapped_column(Json(object_of(shapes.size)))
     # priority, size step, required labels, user; bytewise order in every database
     queue_key: Mapped[str] = mapped_column(Prose().with_variant(Text(collation="C"), "postgresql"))
-    methods: Mapped[list[str]] = mapped_column(Json(list_of(Method), []))  # permitted ones, the preferred first
+    methods: Mapped[list[str]] = mapped_column(  # permitted ones, the preferred first
+        Json(list_of(shapes.text), [], reads=lambda names: [Method(name) for name in names])
+    )
     lora_until: Mapped[Timestamp | None]  # until then it waits for a card that holds LoRA; null: it does not
     need_key: Mapped[str | None] = mapped_column(Characters(64))  # jobs with the same one need the same memory
     family: Mapped[str | None] = mapped_column(Characters(64))  # the base's model_type; null: not known on the client
     engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it was planned for: common/memory/engine.py
     # how several cards may divide it: {"alone": may one have it, "ways": [{"cards", "parallel", bytes by method}]}
     gangs: Mapped[dict[str, Any] | None] = mapped_column(  # null: one card is to have it
-        Json(_can_be_divided, {"alone": True, "ways": []}, null=True, none_as_null=True)
+        Json(_WAYS, {"alone": True, "ways": []}, null=True, none_as_null=True, reads=Ways.read)
     )
     # from an attempt's start to its first stored checkpoint; null: not measured
     checkpoint_s: Mapped[Seconds | None]
     # what it may have beyond its need, to train without recomputing: {method: [{"micro_batch", "bytes", "planned"}]}
-    roomy: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_roomy, null=True, none_as_null=True))
+    roomy: Mapped[dict[str, Any] | None] = mapped_column(Json(_ROOMY, null=True, none_as_null=True, reads=Roomy.read))
     # the newest one in the artifact store: step, prefix
-    checkpoint: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_checkpoint, null=True))
+    checkpoint: Mapped[dict[str, Any] | None] = mapped_column(
+        Json(_CHECKPOINT, null=True, reads=lambda kept: StoredCheckpoint(**kept))
+    )
     begun_bf16: Mapped[bool | None]  # the card that trained it takes bfloat16; null: not known, or the job says in what
     result_host: Mapped[str | None]  # the box that holds a finished result which is not stored yet
     result_until: Mapped[Timestamp | None]  # until then only that box may take the job
     # what out-of-memory has changed: micro-batch, accumulation, ...
-    adjustment: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_adjustment, null=True))
+    adjustment: Mapped[dict[str, Any] | None] = mapped_column(Json(_PIECE, null=True, reads=_is_adjustment))
     max_retries: Mapped[int]
 
     status: Mapped[Status] = mapped_column(Words(Status))
@@ -233,7 +212,7 @@ class Job(Base):
     lab_failures: Mapped[int] = mapped_column(Whole(0, LARGEST - 1), default=0, server_default="0")
     lab_step: Mapped[int | None]  # the step that a next attempt could go on from when the last of them happened
     # cards and boxes that failed it: {name: {"reason", "until"}}
-    avoids: Mapped[dict[str, Any] | None] = mapped_column(Json(is_object, null=True, none_as_null=True))
+    avoids: Mapped[dict[str, Any] | None] = mapped_column(Json(shapes.anything, null=True, none_as_null=True))
 
     token: Mapped[str | None] = mapped_column(Characters(32))  # of the attempt that holds the lease
     vram_reserved: Mapped[Bytes | None]  # of its card, while it runs
@@ -289,9 +268,9 @@ class Sweep(Base):
     name: Mapped[str]
     user: Mapped[str]
     # varied: text as it was given, by key; trials and seed where points were drawn
-    settings: Mapped[dict[str, Any]] = mapped_column(Json(_varies))
+    settings: Mapped[dict[str, Any]] = mapped_column(Json(_VARIED))
     rungs: Mapped[list[float] | None] = mapped_column(  # shares; null: no loser is stopped
-        Json(list_of(lambda rung: is_number(rung, 0, 1)), [], null=True, none_as_null=True)
+        Json(list_of(shapes.number(0, 1)), [], null=True, none_as_null=True)
     )
     created_at: Mapped[Timestamp]
 
@@ -405,9 +384,9 @@ class Node(Base):
     free: Mapped[Bytes]  # what a new job may take
     reserved: Mapped[Bytes]  # by running jobs
     # other people's processes: pid, user, name, bytes
-    outside: Mapped[list[dict[str, Any]]] = mapped_column(Json(list_of(_is_program), []))
+    outside: Mapped[list[dict[str, Any]]] = mapped_column(Json(list_of(_PROGRAM), []))
     outside_bytes: Mapped[Bytes]  # held by programs that are not ours, now or a short while ago
-    used: Mapped[dict[str, Any]] = mapped_column(Json(object_of(_is_used)))  # bytes measured now, by job
+    used: Mapped[dict[str, Any]] = mapped_column(Json(object_of(whole(0, MOST_BYTES))))  # bytes measured now, by job
     margin: Mapped[Bytes]  # what the box's owner keeps free
     max_jobs: Mapped[int]
     user_limit: Mapped[int | None] = mapped_column(Whole(1))  # running jobs a user may have
@@ -419,7 +398,7 @@ class Node(Base):
     gangs: Mapped[bool] = mapped_column(default=False, server_default=false())  # its worker serves several cards a job
     fault: Mapped[str | None] = mapped_column(Prose())  # why nothing can run on it, with the next step
     # what it showed; null: no test
-    self_test: Mapped[dict[str, Any] | None] = mapped_column(Json(is_object, null=True, none_as_null=True))
+    self_test: Mapped[dict[str, Any] | None] = mapped_column(Json(shapes.anything, null=True, none_as_null=True))
     instance: Mapped[str | None] = mapped_column(Characters(64))  # of the box: two boxes may call themselves the same
     machine: Mapped[str | None] = mapped_column(Characters(64))  # a home may be copied to another machine
     boot: Mapped[str | None] = mapped_column(Characters(64))  # a whole machine may be copied
@@ -550,6 +529,19 @@ class LabSetting(Base):
     at: Mapped[Timestamp]
 
 
+class Quarantined(Base):
+    """A value that its column may not hold, as it was when the tables were brought to the columns' bounds."""
+
+    __tablename__ = "quarantine"
+
+    quarantine_id: Mapped[Key]
+    table_name: Mapped[str] = mapped_column(Characters(64))
+    row_key: Mapped[str] = mapped_column(Prose())  # of the row, as JSON
+    column_name: Mapped[str] = mapped_column(Characters(64))  # *: the whole row, as JSON, whose key could not stay
+    value: Mapped[str] = mapped_column(Prose(2**30))
+    at: Mapped[Timestamp]
+
+
 FINAL = "(name = 'held_out_loss' OR substr(name, 1, 5) = 'rung_')"
 """What a member of a sweep is compared by. The words must be exactly these, so that a planner recognises the index."""
 
@@ -576,7 +568,7 @@ class LogChunk(Base):
     job_id: Mapped[JobKey] = mapped_column(index=True)
     attempt: Mapped[int]
     at: Mapped[Timestamp]
-    text: Mapped[str] = mapped_column(Prose())
+    text: Mapped[str] = mapped_column(Prose(MIB))
 
 
 class Adapter(Base):
@@ -602,7 +594,7 @@ class Tag(Base):
     __tablename__ = "tags"
 
     name: Mapped[str] = mapped_column(primary_key=True)  # of the jobs
-    tag: Mapped[str] = mapped_column(Characters(64), primary_key=True)
+    tag: Mapped[str] = mapped_column(Characters(64, LATEST), primary_key=True)  # latest moves by itself
     job_id: Mapped[JobKey] = mapped_column(index=True)
     user: Mapped[str]  # who set it last
     at: Mapped[Timestamp]
@@ -660,7 +652,9 @@ class TrainerHost(Base):
     open: Mapped[bool] = mapped_column(default=False, server_default=false())  # others may train alongside its jobs
     spoilt: Mapped[str | None] = mapped_column(Prose())  # why it ends with its last job; null: it does not
     # of its passes, see pack_rule.py
-    law: Mapped[dict[str, Any] | None] = mapped_column(Json(_is_law, null=True, none_as_null=True))
+    law: Mapped[dict[str, Any] | None] = mapped_column(
+        Json(shapes.anything, null=True, none_as_null=True, reads=_is_law)
+    )
 
 
 class OutboxMessage(Base):
@@ -680,7 +674,7 @@ class OutboxMessage(Base):
     job_id: Mapped[int | None] = mapped_column(RowNumber(), ForeignKey("jobs.job_id", ondelete="CASCADE"), index=True)
     kind: Mapped[str] = mapped_column(Characters(32))
     subject: Mapped[str] = mapped_column(Prose())
-    text: Mapped[str] = mapped_column(Prose())
+    text: Mapped[str] = mapped_column(Prose(64 * KIB))
     at: Mapped[Timestamp]
     due_at: Mapped[Timestamp]  # of the next try; while one runs, the end of its lease
     token: Mapped[str | None] = mapped_column(Characters(32))  # of the sender that has the lease

@@ -12,8 +12,6 @@ from sqlalchemy import ColumnElement, CursorResult, DateTime, Engine, Update, bi
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from loractl.common.text import storable
-
 from .columns import UtcDateTime
 from .database import outage
 from .tables import Base, Event, Lock
@@ -105,7 +103,7 @@ class Transaction:
     def tell(self, job_id: int, attempt: int | None, kind: str, text: str) -> None:
         """Write a line of the job's history."""
         at = func.clock_timestamp() if self._asks_database else self.now()  # without a query of its own
-        self.session.add(Event(job_id=job_id, attempt=attempt, at=at, kind=kind, text=storable(text)))
+        self.session.add(Event(job_id=job_id, attempt=attempt, at=at, kind=kind, text=text))
 
     def is_alone(self, lock: str = FLEET) -> bool:
         """Whether this transaction, and no other, may do until its end what the lock's name says. Does not wait.

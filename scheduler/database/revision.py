@@ -9,6 +9,7 @@ from pathlib import Path
 from loractl.common.errors import Forbidden, WrongState
 from loractl.common.lab_store import adopt_if_sure
 from loractl.common.settings import Settings
+from loractl.common.store.checks import quarantined
 from loractl.common.store.database import connect, one_look, reachable
 from loractl.common.store.roles import apply_roles, has_roles
 from loractl.common.store.schema import HEAD, revision, serving_boxes, upgrade
@@ -24,6 +25,7 @@ class Upgraded:
     before: str | None  # None: there were no tables
     after: str
     saved: Contents | None  # what the backup holds; None: none was wanted, or there was nothing to do
+    quarantined: int  # values that broke their columns' bounds, by this upgrade and earlier ones
     roles_wanted: bool  # the roles still need rights to what is new, which this login may not grant
 
 
@@ -47,7 +49,8 @@ def bring_to_head(settings: Settings, backup: Path | None, *, force: bool) -> Up
                 with contextlib.suppress(Forbidden):  # then somebody with the right must do it
                     apply_roles(engine)
                     wanted = False
-            return Upgraded(before=before, after=after, saved=saved, roles_wanted=wanted)
+            aside = quarantined(engine)
+            return Upgraded(before=before, after=after, saved=saved, quarantined=aside, roles_wanted=wanted)
         finally:
             engine.dispose()
 

@@ -1,6 +1,7 @@
-"""Whatever a column can store: one row stops no claim, no answer and no gc, and an ended job stays as it is.
+"""Any value in any column: the database refuses it, or every command reads it.
 
-On SQLite any type in any column, on PostgreSQL what each column's type takes; and what a login of people may write.
+What is stored is never read as another value, stops no claim, no answer and no gc, and an ended job stays as it is. On
+SQLite any type in any column, on PostgreSQL what each column's type takes; and what a login of people may write.
 STORE_EXAMPLES=2000 pytest tests/fuzz/test_stored_values.py is the long run: a quarter of an hour for each database.
 """
 
@@ -12,28 +13,24 @@ import json
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, insert, text, update
+from sqlalchemy import Engine, Text, cast, select, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from loractl.common.artifacts import ArtifactStore
-from loractl.common.errors import Forbidden
-from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
-from loractl.common.job.names import Reference
-from loractl.common.job.status import Reason, Status
-from loractl.common.job.sweep import NewSweep
-from loractl.common.placement.pack_rule import MeasuredPass
+from loractl.common.errors import Forbidden, ValueRefused
+from loractl.common.job.status import Status
 from loractl.common.settings import load_settings
-from loractl.common.store.records import Choice, Claim, Left, NewHost, Page, Progress
+from loractl.common.store.columns import Json, Unreadable, read_json
+from loractl.common.store.records import Choice, Claim, Left, Page
 from loractl.common.store.roles import SUBMIT
 from loractl.common.store.store import Store
-from loractl.common.store.tables import Base, LabelSet, Usage
+from loractl.common.store.tables import Base
 from loractl.common.units import GIB, LARGEST
 from loractl.scheduler.adapters.answer import adapter_list
 from loractl.scheduler.adapters.text import adapters_text
@@ -59,7 +56,7 @@ from .. import webs
 from ..conftest import kept_engine
 from ..databases import UPGRADED, database
 from ..roles import role
-from ..unit.factories import EXAMPLES, NOON, Clock, node_state, spec, submission
+from ..unit.factories import EXAMPLES, NOON, Clock, node_state, submission
 from ..unit.scheduler.screens import WIDE
 
 pytestmark = pytest.mark.timeout(max(300, 5 * EXAMPLES))
@@ -114,36 +111,6 @@ def nested(leaf: Any, grow: Any, old: Any) -> Any:
         return leaf
     path[-1][0][path[-1][1]] = leaf
     return path[0][0]
-
-
-def fill(url: str, artifacts: ArtifactStore) -> None:
-    """A small lab with a row of each kind."""
-    engine = kept_engine(url)
-    lab = webs.SeededLab(store=Store(engine), artifacts=artifacts, now=NOON)
-    lab.store = Store(engine, clock=lambda: lab.now)
-    webs.see_cards(lab.store)
-    webs.finish(lab, "ended", "mara", 2.5, 0.9, "kestrel:0")
-    failed = webs.run(lab, "failed", "mara", "kestrel:0", 9, steps=30)
-    lab.store.attempts.finish(failed, Reason.BAD_DATA, "data/law.jsonl: row 4120: there is no answer", Progress())
-    claim = webs.run(lab, "runs", "mara", "kestrel:1", 9, steps=30)
-    assert lab.store.hosts.open(claim, NewHost(host="mark", node="kestrel:1", key="k" * 64, bytes=GIB))
-    lab.store.hosts.note_passes("mark", [MeasuredPass(tokens=64, members=1, seconds=0.5)])
-    members = [replace(submission(lora=95, qlora=None), spec=spec(name="member", lora={"r": r})) for r in (8, 16)]
-    lab.store.sweeps.submit(
-        NewSweep(name="sweep", user="mara", varied={"lora.r": "8,16"}, rungs=(0.25, 0.5), trials=2, seed=1), members
-    )
-    webs.queue(lab, "waits", "wei", 92)
-    way = SharedNeed(cards=2, parallel=Parallel.DATA, need=Need(lora=50 * GIB, qlora=None))
-    job = replace(submission(lora=92, qlora=None, user="wei", name="shared"), ways=Ways(gangs=(way,)))
-    lab.store.jobs.submit(replace(job, data={"path": {"uri": "datasets/x", "rows": 10, "tokens": 100, "bytes": 1000}}))
-    lab.store.adapters.tag(Reference(name="ended"), "prod", "wei")
-    lab.store.usage.set_quota("wei", 1.0, 86400, "root", soft=True)
-    lab.store.lab.set("store", "mark", "root")
-    webs.queue(lab, "blocked", "wei", 1, after=[failed.job_id])
-    with engine.begin() as connection:
-        connection.execute(insert(LabelSet).values(label_set="x", labels={"team": "nlp"}))
-        connection.execute(update(Usage).values(label_set="x"))
-    engine.dispose()
 
 
 def write(connection: Any, table: str, column: str, where: str, value: Any) -> None:
@@ -293,10 +260,24 @@ def stored_in(engine: Engine, told: Sequence[Any]) -> list[int]:
         if isinstance(old, str) and old[:1] in ("{", "[") and grow.random() < 0.5 and not isinstance(value, bytes):
             new = json.dumps(nested(value, grow, json.loads(old)))
         note(f"UPDATE {table} SET {column} = {new!r} WHERE {where}")
-        with contextlib.suppress(SQLAlchemyError), engine.begin() as connection:
+        with contextlib.suppress(SQLAlchemyError, ValueRefused), engine.begin() as connection:
             write(connection, table, column, where, new)
             job_ids.update([new] if (table, column) == ("jobs", "job_id") and type(new) is int else concerned)
+    if job_ids:
+        is_read(engine, {(table, column) for (table, column, _), *_ in told})
     return sorted(job_ids)
+
+
+def is_read(engine: Engine, written: Iterable[tuple[str, str]]) -> None:
+    """What the database has taken is read as it is, but for what only a newer version may say."""
+    with engine.connect() as connection:
+        for table, column in written:
+            kept = Base.metadata.tables[table].c[column]
+            shape = kept.type.shape if isinstance(kept.type, Json) else None
+            values = [(row[0], row[1]) for row in connection.execute(select(kept, cast(kept, Text)))]
+            for value, told in values:
+                newer = shape is not None and told is not None and shape(read_json(told))
+                assert newer or not isinstance(value, Unreadable), f"{table}.{column} holds {told}"
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +293,7 @@ def artifacts(folder: Path) -> ArtifactStore:
 @pytest.fixture(scope="module")
 def seeded_file(sqlite_template: Path, folder: Path, artifacts: ArtifactStore) -> Path:
     shutil.copy(sqlite_template, file := sqlite_template.with_name("stored.db"))
-    fill(f"sqlite:///{file}", artifacts)
+    webs.one_of_each(f"sqlite:///{file}", artifacts)
     return file
 
 
@@ -349,7 +330,7 @@ END $$
 @pytest.fixture(scope="module")
 def seeded_url(postgres_server: str, folder: Path, artifacts: ArtifactStore) -> Iterator[str]:
     with database(postgres_server, UPGRADED) as url:
-        fill(url, artifacts)
+        webs.one_of_each(url, artifacts)
         engine = kept_engine(url)
         with engine.begin() as connection:
             connection.execute(text(_SEED))
@@ -397,7 +378,7 @@ def written_by(login: Engine, told: Sequence[Any]) -> list[int]:
         if isinstance(old, str) and old[:1] in ("{", "[") and grow.random() < 0.5 and not isinstance(value, bytes):
             new = json.dumps(nested(value, grow, json.loads(old)))
         note(f"{'UPDATE' if edits else 'INSERT'} {table} {column} = {new!r}")
-        with contextlib.suppress(SQLAlchemyError, Forbidden), login.begin() as connection:
+        with contextlib.suppress(SQLAlchemyError, Forbidden, ValueRefused), login.begin() as connection:
             if table == "jobs" and edits:
                 (job_id,) = copied(connection, "jobs", WAITS)
                 write(connection, table, column, f"job_id = {job_id}", new)

@@ -9,7 +9,6 @@ from sqlalchemy import or_, select, text
 
 from loractl import __version__
 from loractl.common.job.status import Reason, Status
-from loractl.common.text import storable
 
 from ..fleet import unreadable
 from ..guard import become
@@ -30,8 +29,8 @@ def set_aside_unreadable(tx: Transaction, after: int | None = None) -> Aside:
 
     It looks at a few, after the job numbered `after`; None: from the first. The claim sets aside what the lines meet.
     """
-    ready = or_(Job.not_before.is_(None), Job.not_before <= tx.now())
-    waiting = select(*Job.__table__.columns).where(text("status = 'queued'"), ready).order_by(Job.job_id)
+    ready = or_(Job.not_before.is_(None), Job.not_before <= tx.now()), ~Job.held
+    waiting = select(*Job.__table__.columns).where(text("status = 'queued'"), *ready).order_by(Job.job_id)
     some = (waiting if after is None else waiting.where(Job.job_id > after)).limit(AT_ONCE)
     rows = tx.session.execute(some).mappings().all()
     found = [row["job_id"] for row in rows if unreadable(dict(row))]
@@ -56,7 +55,7 @@ def set_aside(tx: Transaction, job: Job, what: str, now: dt.datetime) -> None:
 
     `what`: what can't be read of it.
     """
-    what = storable(f"this worker's loractl does not understand {what}")
+    what = f"this worker's loractl does not understand {what}"
     if job.version is not None and _release(job.version) > _release(__version__):
         job.not_before = now + dt.timedelta(seconds=NEWER_WORKER_DELAY_S)
         job.message = f"written by loractl {job.version}, a worker with {__version__} can't read it"

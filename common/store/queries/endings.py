@@ -21,7 +21,6 @@ from loractl.common.job.status import (
 from loractl.common.placement.cards import TIME_GROWTH
 from loractl.common.placement.lines import RESULT_FIRST_S
 from loractl.common.placement.shares import base_share, decayed, with_base, within_need
-from loractl.common.text import storable
 from loractl.common.units import GIB
 
 from ..guard import become, ended, move
@@ -32,7 +31,7 @@ from .cards.nodes import note_failure, note_success
 from .cards.shares import read_beside, running_on, silent
 from .changes import forget_wishes, is_asked_to_stop
 from .followers import release_followers
-from .heartbeats import is_of_attempt, record
+from .heartbeats import is_of_attempt, record, storable_progress
 from .need import need_more
 from .outbox.notices import tell_of_job
 from .usage import CardUse
@@ -76,7 +75,8 @@ def finish(
     job = tx.session.scalars(select(Job).where(Job.job_id == claim.job_id).with_for_update(key_share=True)).one()
     if job.token != claim.token or job.status is not Status.RUNNING:
         return _already_finished(tx, claim, reason, job)
-    record(tx, claim, progress)  # first: the history has what was reported before the end
+    progress, left_out = storable_progress(progress)
+    record(tx, claim, progress, left_out)  # first: the history has what was reported before the end
     job.step, job.total_steps = progress.step or job.step, progress.total_steps or job.total_steps
     if result is not None:  # first: a job that its end releases may begin from it
         _keep_result(tx, job, claim, result, now)
@@ -160,7 +160,7 @@ def _close_attempt(
     tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime, *, inside: bool = False
 ) -> None:
     own = (Attempt.job_id == job.job_id) & (Attempt.attempt == job.attempt)
-    over = {"ended_at": now, "reason": reason, "message": storable(message)}
+    over = {"ended_at": now, "reason": reason, "message": message}
     # A host without a row has ended, and no one would say later that the attempt is out of it.
     there = exists().where(TrainerHost.host == Attempt.host) if inside else False
     tx.session.execute(update(Attempt).where(own).values(**over, inside=there))
@@ -179,7 +179,7 @@ def _end_attempt(
     card: str | None = None,
 ) -> None:
     """Close the running attempt and decide what becomes of the job. `card`: which one of several failed, if one did."""
-    message, gave, card = storable(message), job.vram_reserved, card or job.node or ""
+    gave, card = job.vram_reserved, card or job.node or ""
     job.cancel_requested = job.cancel_requested or is_asked_to_stop(tx, job.job_id)
     parts, start = _parts(tx, job, now), job.started_at
     _charge(tx, job, parts, now)

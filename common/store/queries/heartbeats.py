@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
 
-from sqlalchemy import ColumnElement, insert, select, update
+from sqlalchemy import ColumnElement, Table, insert, select, update
 
 from loractl.common.artifacts import checkpoint_prefix
 from loractl.common.job.adjustment import without_room
-from loractl.common.text import storable
 
-from ..columns import part_of
+from ..columns import misfits, part_of
 from ..fleet import takes_bf16
 from ..guard import EXPECTED, REACHED, mine
 from ..records import Beat, Claim, Progress, StoredCheckpoint, rung_points
-from ..tables import ASKED_TO_STOP, Attempt, Job, LogChunk, MetricPoint, Node
+from ..tables import ASKED_TO_STOP, Attempt, Event, Job, LogChunk, MetricPoint, Node
 from ..transaction import SKIP_LOCKED, Transaction
 from .need import plan_again
 from .sweeps import read_verdict
 
+_REPORTED = ("stage", *REACHED, *EXPECTED)
 _MEASURED = ("vram_peak", "vram_allocated", "vram_process", "resumed_from_step")
 """The part of it that the attempt's own row keeps."""
+
+_LEFT_OUT = "left out"
 
 
 def beat(tx: Transaction, claim: Claim, progress: Progress) -> Beat:
@@ -30,11 +32,8 @@ def beat(tx: Transaction, claim: Claim, progress: Progress) -> Beat:
 
     A member of a sweep that reaches a rung is compared in this transaction, and may be told to stop.
     """
-    values = {
-        name: value
-        for name in ("stage", *REACHED, *EXPECTED)
-        if (value := getattr(progress, name)) is not None and (not isinstance(value, float) or math.isfinite(value))
-    }
+    progress, left_out = storable_progress(progress)
+    values = {name: value for name in _REPORTED if (value := getattr(progress, name)) is not None}
     limit = part_of(Job.spec, "resources", "time_limit")  # not the whole spec at each beat
     wishes = (Job.cancel_requested, Job.preempted_by, limit.label("time_limit"))
     free = select(Job.job_id).where(Job.job_id == claim.job_id).with_for_update(**SKIP_LOCKED)
@@ -44,7 +43,7 @@ def beat(tx: Transaction, claim: Claim, progress: Progress) -> Beat:
     ).first()
     if row is None:
         return _beat_beside(tx, claim)
-    record(tx, claim, progress)
+    record(tx, claim, progress, left_out)
     return Beat(
         accepted=True,
         cancel_requested=row.cancel_requested,
@@ -89,13 +88,49 @@ def is_of_attempt(checkpoint: Mapping[str, Any] | None, job_id: int, attempt: in
     return checkpoint is not None and checkpoint["prefix"].startswith(checkpoint_prefix(job_id, attempt, ""))
 
 
-def record(tx: Transaction, claim: Claim, progress: Progress) -> None:
-    """Write the append-only part of a heartbeat; the caller has checked the token in this transaction."""
+def storable_progress(progress: Progress) -> tuple[Progress, list[str]]:
+    """What of it the columns can hold, and what not, for people: a measurement stops neither a lease nor an end."""
+    jobs, attempts, points = (cast(Table, one.__table__) for one in (Job, Attempt, MetricPoint))
+    asked = {
+        **{name: (jobs, name, getattr(progress, name)) for name in _REPORTED},
+        **{name: (attempts, name, getattr(progress, name)) for name in _MEASURED},
+        "need": (jobs, "planned", progress.need and vars(progress.need)),
+        "roomy": (jobs, "roomy", progress.roomy and progress.roomy.as_json()),
+        "running": (attempts, "vram_planned", progress.running),
+        "adjustment": (jobs, "adjustment", progress.adjustment and progress.adjustment.as_json()),
+    }
+    wrong = [name for name, (table, column, value) in asked.items() if misfits(table, {column: value})]
+    told = [f"{name} {getattr(progress, name)}"[:_SHOWN] for name in wrong]
+    metrics = []
+    for step, name, value in progress.metrics:
+        if misfits(points, {"step": step, "name": name, "value": value}):
+            told.append(f"{name} {value} of step {step}"[:_SHOWN])
+        else:
+            metrics.append((step, name, value))
+    if not told:
+        return progress, []
+    without: dict[str, Any] = dict.fromkeys(wrong)
+    return replace(progress, **without, metrics=tuple(metrics)), told
+
+
+_SHOWN = 100
+"""Characters of a value in the history."""
+
+
+def record(tx: Transaction, claim: Claim, progress: Progress, left_out: Sequence[str] = ()) -> None:
+    """Write the append-only part of a heartbeat; the caller has checked the token in this transaction.
+
+    `left_out`: what `storable_progress` took away. The history has the first of it.
+    """
+    if left_out:
+        said = select(Event.event_id).where(Event.job_id == claim.job_id, Event.kind == _LEFT_OUT)
+        if tx.session.scalar(said.where(Event.attempt == claim.attempt).limit(1)) is None:
+            tx.tell(claim.job_id, claim.attempt, _LEFT_OUT, f"no number that can be kept: {', '.join(left_out[:5])}")
     _record_metrics(tx, claim, progress)
     for kind, text in progress.events:
         tx.tell(claim.job_id, claim.attempt, kind, text)
     if progress.log:
-        lines = {"at": tx.now(), "text": storable(progress.log)}
+        lines = {"at": tx.now(), "text": progress.log}
         tx.session.execute(insert(LogChunk).values(job_id=claim.job_id, attempt=claim.attempt, **lines))
     if progress.adjustment is not None:
         change = mine(claim).values(adjustment=without_room(claim.spec, progress.adjustment).as_json())
@@ -120,7 +155,6 @@ def _record_metrics(tx: Transaction, claim: Claim, progress: Progress) -> None:
     points = [
         {"job_id": claim.job_id, "attempt": claim.attempt, "step": step, "name": name, "value": value}
         for step, name, value in (*progress.metrics, *rungs)
-        if math.isfinite(value)  # SQLite keeps a NaN as null
     ]
     if points:
         tx.add_new(MetricPoint, points)

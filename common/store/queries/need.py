@@ -23,6 +23,7 @@ from loractl.common.units import GIB, gib
 from ..columns import part_of
 from ..fleet import waiting_of
 from ..records import Claim, MemoryPlan
+from ..shapes import MOST_BYTES
 from ..tables import WAITS, Attempt, AttemptShare, Job, Node, peak_of
 from ..transaction import SKIP_LOCKED, Transaction
 from .backlog import line_up, node_labels
@@ -56,14 +57,16 @@ def plan_again(
         before = old.get(name)
         if size is not None:  # what was learned from measured peaks holds for the better plan too
             learned = known[name] / before if known[name] and before else 1.0
-            known[name] = int(size * max(learned, FACTOR_BOUNDS[0]))  # the row's figures are the submitter's word
+            known[name] = min(
+                int(size * max(learned, FACTOR_BOUNDS[0])), MOST_BYTES
+            )  # the row's figures are the submitter's word
     job.planned, job.vram_lora, job.vram_qlora = new, known["lora"], known["qlora"]
     if roomy is not None:
         job.roomy = _as_learned(Roomy.read(job.roomy), roomy).as_json()
     size, attempt = known[claim.method.value], tx.session.get(Attempt, (claim.job_id, claim.attempt))
     plan = new.get(claim.method.value)
     if running is not None and claim.vram_planned and claim.vram_reserved:
-        size, plan = int(running * claim.vram_reserved / claim.vram_planned), running
+        size, plan = min(int(running * claim.vram_reserved / claim.vram_planned), MOST_BYTES), running
     elif attempt is not None and attempt.roomy:
         plan = attempt.vram_planned  # out of memory took the room back: its peak is still the larger size's
     if size is not None and attempt is not None and attempt.joined:
@@ -82,7 +85,9 @@ def _as_learned(before: Roomy, now: Roomy) -> Roomy:
 
     def corrected(method: Method) -> tuple[RoomyForm, ...]:
         factor = next((form.bytes / form.planned for form in before.of(method)), 1.0)
-        return tuple(replace(form, bytes=int(form.planned * factor)) for form in now.of(method))
+        return tuple(
+            replace(form, bytes=max(1, min(int(form.planned * factor), MOST_BYTES))) for form in now.of(method)
+        )
 
     return Roomy(lora=corrected(Method.LORA), qlora=corrected(Method.QLORA))
 

@@ -13,7 +13,6 @@ from loractl.common.placement.cards import WarmBase
 from loractl.common.placement.hosts import Seat, may_wait
 from loractl.common.placement.pack_rule import MeasuredPass, PassLaw
 from loractl.common.store.tables import TrainerHost
-from loractl.common.text import storable
 
 from ...records import Claim, NewHost
 from ...tables import INSIDE, Attempt, Job, Node
@@ -80,7 +79,7 @@ def spoil(tx: Transaction, host: str, node: str, why: str) -> None:
     """Let no job join the host any more, which ends with its last one; `why`: in words; the first reason stays."""
     tx.session.scalars(select(Node).where(Node.node == node).with_for_update()).first()  # no claim joins it meanwhile
     still = (TrainerHost.host == host, TrainerHost.spoilt.is_(None))
-    tx.session.execute(update(TrainerHost).where(*still).values(spoilt=storable(why)))
+    tx.session.execute(update(TrainerHost).where(*still).values(spoilt=why))
 
 
 def leave(tx: Transaction, claim: Claim) -> None:

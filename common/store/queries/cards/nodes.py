@@ -6,9 +6,9 @@ import datetime as dt
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Row, Select, and_, delete, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, Table, and_, delete, or_, select, update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import NameTaken, UsageError, WrongState
@@ -20,6 +20,7 @@ from loractl.common.placement.shares import Allowance, charge, decayed, with_bas
 from loractl.common.store.tables import TrainerHost
 from loractl.common.units import duration
 
+from ...columns import storable_row
 from ...fleet import NODE_STALE_S, OCCUPANT, InsideHost, card_of
 from ...records import BoxIdentity, NodeState
 from ...tables import INSIDE, Attempt, DrainOrder, Job, LabFailure, Node, Quota, Use, peak_of
@@ -51,7 +52,8 @@ def see(tx: Transaction, state: NodeState) -> Card:
     drained, inside = drained_targets(tx.session, now), read_inside(tx.session) if hosts else ()
     card = card_of(Node(**vars(state), seen_at=now), list(running), now, drained, hosts, inside)
     reserved = sum(job.reserved for job in card.running)
-    row = {**vars(state), "seen_at": now, "free": card.free, "reserved": reserved}
+    seen = {**vars(state), "seen_at": now, "free": card.free, "reserved": reserved}
+    row = storable_row(cast(Table, Node.__table__), seen)  # a sensor says what it likes
     stale = Node.seen_at < now - dt.timedelta(seconds=NODE_STALE_S)
     own = and_(*(getattr(Node, name) == value for name, value in vars(identity(state)).items()))
     if not tx.put(Node, "node", row, over=None if state.instance is None else or_(own, stale, Node.instance.is_(None))):

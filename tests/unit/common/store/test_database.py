@@ -67,7 +67,7 @@ def test_a_job_number_is_never_given_twice(database_url: str) -> None:
     row = (
         'INSERT INTO jobs (name, "user", labels, spec, spec_hash, base_model, data, priority, vram_class, max_retries, '
         "status, cancel_requested, held, attempt, retries_used, submitted_at) VALUES ('a', 'b', '{}', '{}', 'c', 'd', "
-        "'{}', 0, 8, 0, 'queued', false, false, 0, 0, '2026-01-01') RETURNING job_id"
+        "'{}', 0, 8, 0, 'queued', false, false, 0, 0, '2026-01-01 00:00:00') RETURNING job_id"
     )
     with engine.begin() as connection:
         first = connection.execute(text(row)).scalar_one()
@@ -87,7 +87,7 @@ def test_jobs_that_were_there_before_are_listed_by_their_labels(database_url: st
         'INSERT INTO jobs (name, "user", labels, spec, spec_hash, base_model, data, priority, vram_class, max_retries,'
         " status, cancel_requested, held, attempt, retries_used, submitted_at, planned, queue_key, methods,"
         " preemptible) VALUES ('a', 'b', :labels, '{}', 'c', 'd', '{}', 0, 8, 0, 'queued', false, false, 0, 0,"
-        " '2026-01-01', '{}', 'x', '[]', false)"
+        " '2026-01-01 00:00:00', '{}', 'x', '[]', false)"
     )
     for labels in ('{"team": "nlp"}', "{}", '{"team": "vision", "n": "1"}', "[7]", '{"team": 7}', "null"):
         with engine.begin() as connection:
@@ -283,7 +283,7 @@ def test_a_full_disk_on_which_sqlite_can_t_make_its_companions_is_no_database_th
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=768k", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("a small disk needs the right to mount a tmpfs")
     try:
         shutil.copy(sqlite_template, disk / "loractl.db")

@@ -1,0 +1,271 @@
+"""The bounds of the columns in the database itself: checks that every writer meets, whatever it is.
+
+They are declared by the columns' types. `hold` brings the tables to them after all migrations, so that a new column, or
+another bound, needs nothing else. A value that is there and may not be is moved to the table `quarantine`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from sqlalchemy import Column, Connection, Engine, Table, func, insert, inspect, select, text, update
+from sqlalchemy.exc import IntegrityError
+
+from loractl.common.errors import ValueRefused
+from loractl.common.job.status import Status
+
+from .columns import Bounded, Characters, Json
+from .tables import Base, Event, Job, Quarantined
+
+_PREFIX = "ck_"
+_MARK = ", /* bounds of the columns */ "
+"""In SQLite's text of a table: what follows is ours. The comma comes first: a column that is added goes before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """One column's bound. `deep`: what a check can't ask by itself, since it looks into every part of JSON."""
+
+    column: Column[Any]
+    sql: str
+    deep: str = ""
+
+    @property
+    def name(self) -> str:
+        """It changes with what is asked."""
+        return f"{_PREFIX}{self.column.name}_{hashlib.sha256((self.sql + self.deep).encode()).hexdigest()[:8]}"
+
+    @property
+    def whole(self) -> str:
+        """All that is asked; true where the value is null."""
+        own = f'"{self.column.name}"'
+        both = f"CASE WHEN {self.sql} THEN {self.deep} END" if self.deep else self.sql
+        return f"({own} IS NULL OR coalesce({both}, {own} IS NULL))"
+
+
+def checks_of(table: Table, dialect: str) -> list[Bound]:
+    """What its columns' types say."""
+    found = []
+    for column in table.columns:
+        kind = cast(Bounded, column.type)
+        if not isinstance(kind, Bounded) or not (sql := kind.check(f'"{column.name}"', dialect)):
+            continue
+        deep = kind.fits(f'"{column.name}"', dialect) if isinstance(kind, Json) else ""
+        found.append(Bound(column=column, sql=sql, deep=deep))
+    return found
+
+
+def hold(connection: Connection) -> int:
+    """Bring the tables to their columns' bounds; returns how many values went to quarantine."""
+    there = set(inspect(connection).get_table_names())
+    tables = [table for table in reversed(Base.metadata.sorted_tables) if table.name in there]  # children first
+    bring = _bring_sqlite if connection.dialect.name == "sqlite" else _bring_postgres
+    return sum(bring(connection, table, checks_of(table, connection.dialect.name)) for table in tables)
+
+
+def release(connection: Connection) -> None:
+    """Take the bounds away again."""
+    bring = _bring_sqlite if connection.dialect.name == "sqlite" else _bring_postgres
+    for name in inspect(connection).get_table_names():
+        if name in Base.metadata.tables:
+            bring(connection, Base.metadata.tables[name], [])
+
+
+def quarantined(engine: Engine) -> int:
+    """How many values are in quarantine."""
+    with engine.connect().execution_options(read_only=True) as connection:
+        return connection.execute(select(func.count()).select_from(Quarantined)).scalar_one()
+
+
+# --- PostgreSQL ---
+
+
+def _bring_postgres(connection: Connection, table: Table, wanted: Sequence[Bound]) -> int:
+    names = set(connection.execute(text(_HELD), {"table": table.name, "ours": _PREFIX}).scalars())
+    new = [check for check in wanted if check.name not in names]
+    old = names - {check.name for check in wanted}
+    if not new and not old:
+        return 0
+    if old:
+        drops = ", ".join(f'DROP CONSTRAINT "{name}"' for name in sorted(old))
+        connection.exec_driver_sql(f"ALTER TABLE {table.name} {drops}")
+    if not new:
+        return 0
+    for check in new:
+        if check.deep:
+            connection.exec_driver_sql(
+                _FUNCTION.format(name=_function(check), argument=check.column.name, asks=check.deep)
+            )
+    adds = ", ".join(f'ADD CONSTRAINT "{check.name}" CHECK ({_asked(check)})' for check in new)
+    try:
+        with connection.begin_nested():
+            connection.exec_driver_sql(f"ALTER TABLE {table.name} {adds}")
+        return 0
+    except (IntegrityError, ValueRefused):
+        moved = _clean(connection, table, {check: _asked(check) for check in new}, "ctid")
+        connection.exec_driver_sql(f"ALTER TABLE {table.name} {adds}")
+        return moved
+
+
+_HELD = """
+SELECT conname FROM pg_constraint WHERE conrelid = CAST(:table AS regclass) AND contype = 'c'
+  AND starts_with(conname, :ours)
+"""
+_FUNCTION = """
+CREATE OR REPLACE FUNCTION {name}("{argument}" json) RETURNS boolean LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE
+AS $$ BEGIN RETURN coalesce({asks}, false); EXCEPTION WHEN data_exception OR program_limit_exceeded THEN RETURN false;
+END $$
+"""
+"""PostgreSQL takes JSON that it can't read: text that no encoding has, or nested too deep."""
+
+
+def _function(check: Bound) -> str:
+    return f"loractl_fits_{check.column.table.name}_{check.column.name}"
+
+
+def _asked(check: Bound) -> str:
+    return f'{check.sql} AND {_function(check)}("{check.column.name}")' if check.deep else check.sql
+
+
+# --- SQLite ---
+
+
+def _bring_sqlite(connection: Connection, table: Table, wanted: Sequence[Bound]) -> int:
+    """SQLite has no statement that adds a check. It keeps a table as the text that made it, and rows do not depend on
+    their checks: so the text is written, as SQLite's own page on ALTER TABLE does it for changes that leave rows as
+    they are. No row, key or index is touched, and nothing is deleted that another table refers to."""
+    written = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?"
+    before: str = connection.exec_driver_sql(written, (table.name,)).scalar_one()
+    own = before.partition(_MARK)[0].removesuffix(")") if _MARK in before else before.rstrip().removesuffix(")")
+    bounds = ", ".join(
+        f'CONSTRAINT "{check.name}" CHECK ("{check.column.name}" IS NULL OR ({check.sql}))' for check in wanted
+    )
+    after = f"{own}{_MARK}{bounds})" if wanted else f"{own})"
+    if after == before:
+        return 0
+    _drop_triggers(connection, table)
+    moved = _clean(connection, table, {check: check.whole for check in wanted}, "rowid")
+    version = connection.exec_driver_sql("PRAGMA schema_version").scalar_one()
+    connection.exec_driver_sql("PRAGMA writable_schema = ON")
+    connection.exec_driver_sql(
+        "UPDATE sqlite_master SET sql = ? WHERE type = 'table' AND name = ?", (after, table.name)
+    )
+    connection.exec_driver_sql(f"PRAGMA schema_version = {version + 1}")
+    connection.exec_driver_sql(
+        "PRAGMA writable_schema = RESET"
+    )  # reads the tables again: a wrong text is an error here
+    for check in wanted:
+        if check.deep:
+            for when in ("INSERT", f'UPDATE OF "{check.column.name}"'):
+                connection.exec_driver_sql(_trigger(check, when))
+    return moved
+
+
+def _trigger(check: Bound, when: str) -> str:
+    """A check can't look into every part of JSON, a trigger can."""
+    own = f'"{check.column.name}"'
+    asks = check.deep.replace(own, f"NEW.{own}")
+    return (
+        f'CREATE TRIGGER "{check.name}_{check.column.table.name}_{when[:6].lower()}" BEFORE {when}'
+        f" ON {check.column.table.name} WHEN NEW.{own} IS NOT NULL AND ({asks}) IS NOT TRUE"
+        f" BEGIN SELECT RAISE(ABORT, 'CHECK constraint failed: {check.name}'); END"
+    )
+
+
+def _drop_triggers(connection: Connection, table: Table) -> None:
+    ours = "SELECT name FROM sqlite_master WHERE type = 'trigger' AND tbl_name = ? AND name LIKE 'ck\\_%' ESCAPE '\\'"
+    for name in connection.exec_driver_sql(ours, (table.name,)).scalars().all():
+        connection.exec_driver_sql(f'DROP TRIGGER "{name}"')
+
+
+# --- values that are there, and may not be ---
+
+
+def _clean(connection: Connection, table: Table, asked: Mapping[Bound, str], place: str) -> int:
+    """Move values that break a bound to the quarantine. `place`: what names a row, until it is written."""
+    if not asked:
+        return 0
+    checks = list(asked)
+    passes = {check: f'coalesce({asked[check]}, "{check.column.name}" IS NULL)' for check in checks}
+    select = (
+        f"SELECT CAST({place} AS text), {', '.join(passes.values())} FROM {table.name}"  # noqa: S608  our own words
+        f" WHERE NOT ({' AND '.join(passes.values())})"
+    )
+    moved = 0
+    for where, *held in connection.exec_driver_sql(select).all():
+        broken = [check.column for check, holds in zip(checks, held, strict=True) if not holds]
+        _clean_row(connection, table, broken, f"{place} = CAST('{where}' AS {'tid' if place == 'ctid' else 'integer'})")
+        moved += len(broken)
+    return moved
+
+
+def _clean_row(connection: Connection, table: Table, broken: Sequence[Column[Any]], where: str) -> None:
+    row: dict[str, str | None] = {
+        name: connection.exec_driver_sql(_as_text(connection, table, name, where)).scalar()
+        for name in [column.name for column in table.columns]
+    }
+    key = {column.name: row[column.name] for column in table.primary_key}
+    new = {column.name: _instead(connection, column, where) for column in broken}
+    lost = [column for column in broken if column.primary_key]
+    if not lost or all(isinstance(column.type, Characters) for column in lost):
+        try:
+            with connection.begin_nested():
+                connection.execute(table.update().where(text(where)).values(**new))
+        except (IntegrityError, ValueRefused):
+            lost = [*lost, *table.primary_key]
+        else:
+            for column in broken:
+                _put_aside(connection, table, key, column.name, row[column.name])
+            if table is Job.__table__:
+                _tell(connection, int(row["job_id"] or 0), row["status"] or "", {name: row[name] for name in new})
+            return
+    _put_aside(connection, table, key, "*", json.dumps(row))
+    connection.exec_driver_sql(f"DELETE FROM {table.name} WHERE {where}")  # noqa: S608
+
+
+def _as_text(connection: Connection, table: Table, column: str, where: str) -> str:
+    own = f'"{column}"'
+    if connection.dialect.name == "sqlite":
+        own = f"CASE typeof({own}) WHEN 'blob' THEN 'x''' || hex({own}) || '''' ELSE CAST({own} AS text) END"
+    else:
+        own = f"CAST({own} AS text)"
+    return f"SELECT {own} FROM {table.name} WHERE {where}"  # noqa: S608
+
+
+def _instead(connection: Connection, column: Column[Any], where: str) -> Any:
+    """What the row holds from now on."""
+    if column.nullable:
+        return None
+    read = connection.execute(column.table.select().with_only_columns(column).where(text(where))).scalar()
+    return cast(Bounded, column.type).harmless(read)
+
+
+def _put_aside(connection: Connection, table: Table, key: Mapping[str, Any], column: str, value: str | None) -> None:
+    row = {"table_name": table.name, "row_key": json.dumps(key), "column_name": column, "value": value or ""}
+    connection.execute(insert(Quarantined).values(**row, at=_now(connection)))
+
+
+def _now(connection: Connection) -> dt.datetime:
+    at = connection.execute(text("SELECT CURRENT_TIMESTAMP")).scalar_one()
+    return dt.datetime.fromisoformat(at).replace(tzinfo=dt.UTC) if isinstance(at, str) else at
+
+
+def _tell(connection: Connection, job_id: int, status: str, values: Mapping[str, str | None]) -> None:
+    """Lines in the job's history. A waiting job is held; others stay as they are, whatever they were."""
+    if status == Status.QUEUED:
+        what = ", ".join(values)
+        why = f"held: {what} of its row could not stay; loractl edit puts that right, loractl retry releases it"
+        over = {"held": True, "held_too": Job.awaits.isnot(None), "message": why}
+        connection.execute(update(Job).where(Job.job_id == job_id).values(**over))
+    for name, value in values.items():
+        line = f"{name} was moved to the quarantine: {(value or '')[:_SHOWN]}"
+        connection.execute(insert(Event).values(job_id=job_id, at=_now(connection), kind="quarantine", text=line))
+
+
+_SHOWN = 200
+"""Characters of a value in a job's history."""

@@ -1,0 +1,257 @@
+"""The columns' bounds in the database itself: nobody stores what no reader could read, and an upgrade loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from sqlalchemy import Engine, insert
+
+from loractl.common.artifacts import ArtifactStore
+from loractl.common.errors import ValueRefused
+from loractl.common.job.method import Need
+from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.store.database import DatabaseError, make_engine
+from loractl.common.store.records import Claim, Progress, StoredResult
+from loractl.common.store.schema import alembic_config, upgrade
+from loractl.common.store.store import Store
+from loractl.common.store.tables import (
+    AttemptShare,
+    Base,
+    DrainOrder,
+    FinalLook,
+    JobLabel,
+    LabFailure,
+    LabSetting,
+    Lock,
+    Wish,
+)
+
+from .... import webs
+from ...factories import NOON, submission, take
+
+REFUSED = {
+    "jobs": {
+        "priority": ["2147483648", "-2147483649"], "vram_lora": ["-1", "1125899906842625"], "vram_class": ["-1"],
+        "retries_used": ["-1", "2147483647"], "loss": ["'NaN'", "'Infinity'", "1e301", "'many'"],
+        "tokens_per_second": ["-1"], "submitted_at": ["'infinity'", "'1999-12-31 23:59:59'", "'2026-02-31 00:00:00'"],
+        "lora_until": ["'-infinity'", "'9000-01-01 00:00:00'", "'noon'"],
+        "name": ["'a\u0007b'", "'a\u202eb'", "'a\nb'"],
+        "labels": ["'{\"a\": 5}'", "'[]'", "'null'", "'{'"], "spec": ["'[]'", "'7'", "'{\"a\": 1e999}'"],
+        "planned": ["'{\"lora\": -1}'", "'{\"lora\": 1.0}'", "'{\"lora\": \"4\"}'"], "methods": ["'{}'", "'[1]'"],
+        "adjustment": ["'{\"micro_batch\": 0}'", "'4'"],
+        "checkpoint": ["'{\"step\": 3}'", "'{\"step\": 1e2, \"prefix\": \"x\"}'"],
+        "gangs": ["'{\"alone\": true, \"ways\": [{\"cards\": 0, \"parallel\": \"x\", \"lora\": 1, \"qlora\": 2}]}'"],
+        "avoids": ["'[]'", f"'{'[' * 900}{']' * 900}'", f"'{{\"a\": {'9' * 5000}}}'"],
+        "data": ["'{\"path\": {\"rows\": -1}}'"],
+        "roomy": ["'{\"lora\": [{\"micro_batch\": 1, \"bytes\": 0, \"planned\": 1}]}'"],
+    },
+    "tags": {"tag": ["'latest'", "'a\u001bb'"]},
+    "nodes": {"temperature": ["-2147483648"], "window_s": ["'NaN'"], "outside": ["'[{\"pid\": \"x\"}]'"]},
+    "sweeps": {"rungs": ["'[2]'"], "settings": ["'{\"varied\": 5}'"]},
+    "events": {"at": ["'infinity'"], "text": ["{long}"]},
+    "usage": {"card_hours": ["-1"]},
+}  # fmt: skip
+"""Values in SQL, by table and column."""
+
+LOOSE = {"jobs": {"spec": ["7", "x'7b7d'"], "name": ["x'61'"], "held": ["'many'", "2"], "attempt": ["'1x'", "0.5"]}}
+"""What SQLite's own types would take."""
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore((tmp_path / "artifacts").as_uri())
+
+
+@contextlib.contextmanager
+def opened(url: str) -> Iterator[Engine]:
+    engine = make_engine(url)
+    yield engine
+    engine.dispose()
+
+
+def refused(engine: Engine, table: str, column: str, value: str) -> bool:
+    """Whether the database itself refuses it, whoever writes."""
+    told = value.replace("{long}", "'" + "x" * 16385 + "'")
+    try:
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f'UPDATE {table} SET "{column}" = {told}')
+            connection.rollback()
+    except ValueRefused as error:
+        return f"the database refuses the value of {column}" == error.sentence
+    except DatabaseError:
+        return True
+    return False
+
+
+def test_no_column_takes_what_no_reader_could_read(upgraded_url: str, artifacts: ArtifactStore) -> None:
+    webs.one_of_each(upgraded_url, artifacts)
+    with opened(upgraded_url) as engine:
+        wanted = [REFUSED, LOOSE] if engine.dialect.name == "sqlite" else [REFUSED]
+        taken = [
+            (table, column, value) for tables in wanted for table, columns in tables.items()
+            for column, told in columns.items() for value in told if not refused(engine, table, column, value)
+        ]  # fmt: skip
+        assert taken == []
+
+
+def test_the_bounds_take_what_a_newer_version_may_say(upgraded_url: str, artifacts: ArtifactStore) -> None:
+    webs.one_of_each(upgraded_url, artifacts)
+    with opened(upgraded_url) as engine:
+        for column, value in {
+            "status": "sublimated", "reason": "comet", "stage": "melting", "methods": '["dora"]', "version": "99.0.0",
+            "adjustment": '{"new": 1}', "checkpoint": '{"step": 1, "prefix": "x", "new": []}', "spec": '{"new": 1}',
+            "name": "тюнинг ✓", "labels": '{"team": "\U0001f600"}',
+        }.items():  # fmt: skip
+            assert not refused(engine, "jobs", column, f"'{value}'"), column
+
+
+def rows_of(engine: Engine) -> dict[str, list[tuple[Any, ...]]]:
+    """All rows of all tables, as text."""
+    found = {}
+    with engine.connect() as connection:
+        for table in Base.metadata.sorted_tables:
+            if engine.dialect.has_table(connection, table.name):
+                names = ", ".join(f'CAST("{column.name}" AS text)' for column in table.columns)
+                found[table.name] = sorted(
+                    map(tuple, connection.exec_driver_sql(f"SELECT {names} FROM {table.name}")), key=str
+                )
+    return found
+
+
+def form_of(engine: Engine) -> list[Any]:
+    """Indexes and numbers that are given next."""
+    with engine.connect() as connection:
+        if engine.dialect.name == "sqlite":
+            indexes = "SELECT name, sql FROM sqlite_master WHERE type = 'index' ORDER BY name"
+            numbers = "SELECT name, seq FROM sqlite_sequence ORDER BY name"
+        else:
+            indexes = (
+                "SELECT indexname, indexdef FROM pg_indexes WHERE schemaname = 'public' AND tablename <> 'quarantine'"
+                " ORDER BY indexname"
+            )
+            numbers = (
+                "SELECT sequencename, last_value FROM pg_sequences WHERE schemaname = 'public'"
+                " AND left(sequencename, 10) <> 'quarantine' ORDER BY 1"
+            )
+        return [connection.exec_driver_sql(one).all() for one in (indexes, numbers)]
+
+
+@pytest.fixture
+def old_url(database_url: str, artifacts: ArtifactStore) -> str:
+    """A lab with rows of each kind, in the tables of before there were bounds."""
+    with opened(database_url) as engine:
+        with engine.begin() as connection, alembic_config(connection) as config:
+            command.upgrade(config, "0036")
+        webs.one_of_each(database_url, artifacts)
+        own = {"job_id": 1, "at": NOON, "attempt": 1, "node": "kestrel:0", "user": "ada"}
+        others: list[tuple[type[Base], dict[str, Any]]] = [
+            (Wish, own), (Lock, {"name": "x"}), (DrainOrder, {"target": "heron", "reason": "", "now": False} | own),
+            (FinalLook, {"rows_sha256": "0"} | own), (LabSetting, {"name": "x", "value": "y", "set_by": "root"} | own),
+            (LabFailure, {"reason": Reason.KILLED, "message": "x"} | own), (JobLabel, {"key": "a", "value": "b"} | own),
+            (AttemptShare, {"rank": 1, "bytes": 5} | own),
+        ]  # fmt: skip
+        with engine.begin() as connection:
+            for table, row in others:
+                has = table.__table__.columns
+                connection.execute(insert(table).values({name: one for name, one in row.items() if name in has}))
+    return database_url
+
+
+def test_an_upgrade_leaves_every_row_of_every_table_as_it_was(old_url: str) -> None:
+    with opened(old_url) as engine:
+        rows, form = rows_of(engine), form_of(engine)
+        assert [name for name, found in rows.items() if not found] == []
+        upgrade(engine)
+        after = rows_of(engine)
+        assert after.pop("quarantine") == []
+        assert {name: len(found) for name, found in after.items()} == {name: len(found) for name, found in rows.items()}
+        assert after == rows and form_of(engine) == form
+    with opened(old_url) as engine:  # other connections see the bounds, and can use the tables
+        assert refused(engine, "jobs", "priority", "99999999999")
+        if engine.dialect.name == "sqlite":
+            with engine.connect() as connection:
+                assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
+                assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+
+
+def test_what_breaks_a_bound_goes_to_the_quarantine_and_its_row_stays(old_url: str) -> None:
+    with opened(old_url) as engine:
+        store = Store(engine)
+        before = rows_of(engine)
+        broken = {
+            "waits": ("spec", "[]"), "blocked": ("vram_lora", "-5"), "runs": ("loss", "1e301"),
+            "ended": ("planned", '{"lora": -7}'), "failed": ("submitted_at", "1999-01-01 00:00:00"),
+        }  # fmt: skip
+        with engine.begin() as connection:
+            for name, (column, value) in broken.items():
+                connection.exec_driver_sql(f"UPDATE jobs SET {column} = '{value}' WHERE name = '{name}'")
+            connection.exec_driver_sql("UPDATE tags SET tag = 'latest'")
+        upgrade(engine)
+        after = rows_of(engine)
+        assert {name: len(found) for name, found in after.items() if name not in ("quarantine", "events")} == {
+            name: len(found) for name, found in before.items() if name != "events"
+        }
+        assert len(after["events"]) == len(before["events"]) + len(broken)
+        kept = {(row[1], row[3]): row[4] for row in after["quarantine"]}
+        assert kept[("tags", "tag")] == "latest"
+        assert {one[0] for one in kept} == {"jobs", "tags"} and len(after["quarantine"]) == len(broken) + 1
+        assert kept[("jobs", "spec")] == "[]" and float(kept[("jobs", "loss")]) == 1e301
+        jobs = {job.name: job for job in map(store.jobs.get, range(1, len(before["jobs"]) + 1))}
+        assert {name: (jobs[name].status, jobs[name].held) for name in broken} == {
+            "waits": (Status.QUEUED, True), "blocked": (Status.QUEUED, True), "runs": (Status.RUNNING, False),
+            "ended": (Status.SUCCEEDED, False), "failed": (Status.FAILED, False),
+        }  # fmt: skip
+        assert jobs["blocked"].held_too and "vram_lora of its row could not stay" in str(jobs["waits"].message).replace(
+            "spec", "vram_lora"
+        )
+        told = store.jobs.events(jobs["ended"].job_id)[-1]
+        assert (told.kind, told.text) == ("quarantine", 'planned was moved to the quarantine: {"lora": -7}')
+        store.jobs.set_aside_unreadable()
+        assert store.jobs.get(jobs["waits"].job_id).status is Status.QUEUED, "it is held, and not failed"
+
+
+ABSURD = Progress(
+    stage=Stage.TRAINING, step=-3, total_steps=2**40, loss=math.nan, tokens_per_second=-math.inf, eta_seconds=1e200,
+    eta_spread_seconds=math.inf, evaluated=-1, to_evaluate=2**33, need=Need(lora=-5, qlora=2**60), vram_peak=-1,
+    vram_allocated=2**62, vram_process=2**51, resumed_from_step=-1, running=-4,
+    metrics=((1, "loss", math.nan), (2, "n" * 65, 1.0), (-1, "loss", 1.0), (4, "a\nb", 1.0), (5, "loss", 0.5)),
+    events=(("k" * 40, "bell \a \0 \ud800" + "x" * 99_999),), log="\0\ud800" + "y" * 2_000_000, result_host="box\n",
+)  # fmt: skip
+
+
+def test_a_measurement_that_can_t_be_kept_stops_neither_a_lease_nor_an_end(upgraded_url: str) -> None:
+    with opened(upgraded_url) as engine:
+        store = Store(engine)
+        store.jobs.submit(submission())
+        claim = take(store)
+        assert isinstance(claim, Claim)
+        before = store.jobs.get(claim.job_id).lease_expires_at
+        for _ in range(3):
+            assert store.attempts.beat(claim, ABSURD).accepted
+        row = store.jobs.get(claim.job_id)
+        assert before is not None and row.lease_expires_at is not None and row.lease_expires_at > before
+        assert (row.stage, row.step, row.loss, row.eta_seconds) == (Stage.TRAINING, None, None, None)
+        assert [(point.step, point.value) for point in store.jobs.metrics(claim.job_id, "loss")] == [(5, 0.5)]
+        told = [event.text for event in store.jobs.events(claim.job_id) if event.kind == "left out"]
+        assert len(told) == 1 and told[0].startswith("no number that can be kept: step -3, total_steps ")
+        sha = "0" * 64
+        result = StoredResult(adapter_uri="u", report_uri="r", adapter_size=1, adapter_sha256=sha, manifest_sha256=sha)
+        done = store.attempts.finish(claim, Reason.OK, "m\0" + "z" * 99_999, ABSURD, result)
+        assert done is Status.SUCCEEDED
+        assert len(str(store.jobs.get(claim.job_id).message).encode()) <= 16384
+
+
+def test_a_sensor_that_says_nonsense_does_not_silence_its_card(upgraded_url: str) -> None:
+    with opened(upgraded_url) as engine:
+        store = Store(engine)
+        store.jobs.submit(submission())
+        odd = {"load": 2**32, "temperature": -(2**40), "outside": [{"pid": -1}], "device_name": "x\ny" * 200}
+        assert isinstance(take(store, **odd), Claim)
+        node = store.cards.fleet().nodes["box:0"]
+        assert (node.load, node.temperature, node.outside) == (None, None, [])
