@@ -96,7 +96,7 @@ def table(
     wraps: bool = False,
 ) -> list[str]:
     """Lines of a table without borders; columns named in `right` are aligned right. `wraps`: on a narrow screen, the
-    first column wraps; it has no colour."""
+    first column wraps, not at a no-break space; it has no colour."""
     if wraps and rows:
         rows = _first_wrapped(rows, headers, screen)
     plain = [[click.unstyle(cell) for cell in row] for row in rows]
@@ -120,7 +120,7 @@ def _first_wrapped(rows: Sequence[Sequence[str]], headers: Sequence[str], screen
     for first, *rest in rows:
         begins, *more = textwrap.wrap(first, room, subsequent_indent="  ", break_on_hyphens=False) or [""]
         wrapped_rows += [[begins, *rest], *([line, *("" for _ in rest)] for line in more)]
-    return wrapped_rows
+    return [[first.replace("\N{NO-BREAK SPACE}", " "), *rest] for first, *rest in wrapped_rows]
 
 
 def fit(text: str, width: int) -> str:

@@ -30,7 +30,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str
         color = {"better": "green", "worse": "red"}.get(shown.reading)
         rows.append(
             [
-                m["label"] + (f", {m['unit']}" if m["unit"] else ""),
+                m["label"] + (f",\N{NO-BREAK SPACE}{m['unit']}" if m["unit"] else ""),
                 shown.base,
                 screen.style(shown.tuned, bold=True),
                 shown.change,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from loractl.common.text import clean_line
 from loractl.common.units import hours
-from loractl.scheduler.cli.screen import table
+from loractl.scheduler.cli.screen import table, wrapped
 
 from .answer import FIGURES
 
@@ -28,12 +28,12 @@ def usage_text(answer: UsageTable, screen: Screen) -> str:
     if len(rows) > 1:
         rows.append(_cells(answer.total))
     notes = (
-        f"Hours of whole cards {since}, what runs now included: a part of a card counts as its",
-        "GiB of the card's, a base that jobs share is divided among them. LOST: steps after the",
-        "last checkpoint of attempts that failed. WAITED: until attempts began. JOBS: ended.",
+        f"Hours of whole cards {since}, what runs now included: a part of a card counts as its GiB of the card's, a "
+        "base that jobs share is divided among them. LOST: steps after the last checkpoint of attempts that failed. "
+        "WAITED: until attempts began. JOBS: ended."
     )
     lines = table(headers, rows, screen, right=tuple(headers[1:]))
-    return "\n".join([*lines, "", *map(screen.dim, notes)])
+    return "\n".join([*lines, "", *map(screen.dim, wrapped(notes, "", screen))])
 
 
 def _cells(row: UsageRow) -> list[str]:

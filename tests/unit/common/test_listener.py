@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from loractl.common.listener import Connection, Listener
+from loractl.common.listener import FILES, Connection, Listener
 
 WAITING = 50
 
@@ -121,6 +122,17 @@ def test_connections_whose_answers_end_later_are_counted_then(port: int) -> None
                     pass
                 ended += 1
         assert ended == 2
+
+
+def test_a_server_has_files_enough_for_its_connections(request: pytest.FixtureRequest) -> None:
+    """A login's limit is 1,024 on most systems, and a full one would shut everybody out."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        request.getfixturevalue("port")
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, FILES), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_connections_that_are_few_stay(port: int) -> None:

@@ -82,8 +82,9 @@ def test_every_line_but_an_answer_s_stays_on_the_screen(screen: Screen) -> None:
         "labels": {"names": ["a label whose name is a sentence"] * 3, "base": [[9] * 3] * 3, "tuned": [[9] * 3] * 3},
     }
     value["verdict"]["sentence"] = value["verdict"]["aside"] = "held-out loss 4.49 -> 0.25, and so on; " * 4
-    for line in report_text(value, screen, 1, "final rows: " * 20).splitlines():
-        assert len(click.unstyle(line)) <= screen.width, line
+    lines = click.unstyle(report_text(value, screen, 1, "final rows: " * 20)).splitlines()
+    assert all(len(line) <= screen.width for line in lines), lines
+    assert screen.width > 80 or "  themselves, %" in lines, "the unit stays with its last word"
 
 
 def test_labels_and_turns_are_tables_of_their_own() -> None:
