@@ -6,6 +6,7 @@ nobody listens, and commands don't need it: a worker that starts looks into the 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import ipaddress
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, parse_qsl, quote, urlsplit
 
-from loractl.common.errors import ServiceUnreachable, UsageError
+from loractl.common.errors import LoractlError, ServiceUnreachable, UsageError
 from loractl.common.settings import Settings, make_private
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ SOCKET_PATH_LIMIT = 107 if sys.platform == "linux" else 103
 """Bytes that fit into sockaddr_un.sun_path, without the closing zero: BSD's and macOS's is shorter."""
 
 _START_TIMEOUT_S = 10.0
+
+_ROOM = 1 << 17
+"""Bytes that it needs at its start, at least."""
 
 
 def broker_url(settings: Settings, *, start: bool = True) -> str:
@@ -157,9 +161,15 @@ def _client(path: Path, timeout_s: float) -> Redis:
 
 def _start(settings: Settings, path: Path) -> None:
     folder, log = path.parent, settings.runtime_dir / "valkey.log"
-    for needed in (folder, settings.runtime_dir):
-        make_private(needed)
-    with (settings.runtime_dir / "valkey.lock").open("w") as lock:
+    try:
+        for needed in (folder, settings.runtime_dir):
+            make_private(needed)
+        lock = (settings.runtime_dir / "valkey.lock").open("w")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _full(settings) from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two commands at once start one server
         if _answers(path):
             return
@@ -196,7 +206,16 @@ def _start(settings: Settings, path: Path) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not _answers(path):
             if child.poll() is not None or time.monotonic() > deadline:
+                if shutil.disk_usage(settings.runtime_dir).free < _ROOM:
+                    raise _full(settings)
                 raise ServiceUnreachable(
                     "the embedded Valkey", str(path), "LORACTL_REDIS_URL", f"it did not start; see {log}"
                 )
             time.sleep(0.02)
+
+
+def _full(settings: Settings) -> LoractlError:
+    return LoractlError(
+        f"the disk of {settings.runtime_dir} is full: the embedded Valkey can't start",
+        "free space there, or set LORACTL_REDIS_URL; no job is lost",
+    )

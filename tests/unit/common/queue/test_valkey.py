@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from urllib.parse import unquote
 import pytest
 import redis
 
-from loractl.common.errors import UsageError
+from loractl.common.errors import LoractlError, UsageError
 from loractl.common.queue.valkey import SOCKET_PATH_LIMIT, broker_url, server_binary, stop_embedded
 from loractl.common.settings import Settings, load_settings
 
@@ -206,3 +207,19 @@ def test_what_wakes_no_worker_starts_no_server(make_cli: Callable[..., Cli], hom
     """A worker that serves the home has started it; where none does, nobody listens."""
     make_cli(LORACTL_DEVICES="cpu")(*line.split(), code=None)
     assert not (home / "run" / "valkey.sock").exists()
+
+
+def test_a_full_disk_is_named_where_valkey_does_not_start(tmp_path: Path) -> None:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(tmp_path)], capture_output=True
+    ).returncode:
+        pytest.skip("a small disk needs the right to mount a tmpfs")
+    try:
+        (tmp_path / "home").mkdir()
+        with (tmp_path / "all").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
+        with pytest.raises(LoractlError, match=r"the disk of .*/home/run is full: the embedded Valkey can't start"):
+            broker_url(load_settings({"LORACTL_HOME": str(tmp_path / "home")}))
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
