@@ -1,19 +1,55 @@
-"""A progress bar on a terminal, and nothing in a pipe: for what takes more than a moment."""
+"""Progress of what takes more than a moment: a bar on a terminal, or a line from time to time in a pipe, too."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TextIO
+
+from .units import duration
 
 Report = Callable[[str, int, int], None]
 """What is done, how much of it, and of how much."""
 
 SHOWN_AFTER_S = 1.0
 REDRAWN_AFTER_S = 0.2
+
+
+LINES_EVERY_S = 10.0
+"""Between two lines in a pipe."""
+
+
+@contextlib.contextmanager
+def working(what: str, total: int, stream: TextIO | None = None) -> Iterator[Callable[[int], None]]:
+    """Says on the stream (stderr) how much of it is done, also while nothing is reported: a line each few seconds, or
+    one on a terminal, which is gone at the end. Takes how much is done."""
+    stream, stopped, done, began = stream or sys.stderr, threading.Event(), 0, time.monotonic()
+    drawn = stream.isatty()
+
+    def take(count: int) -> None:
+        nonlocal done
+        done = count
+
+    def say() -> None:
+        while not stopped.wait(SHOWN_AFTER_S if drawn else LINES_EVERY_S):
+            text = f"{what}: {done} of {total}, {duration(time.monotonic() - began)}"
+            stream.write(f"\r\x1b[K{text}" if drawn else f"{text}\n")
+            stream.flush()
+
+    thread = threading.Thread(target=say, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield take
+    finally:
+        stopped.set()
+        thread.join()
+        if drawn and time.monotonic() - began > SHOWN_AFTER_S:
+            stream.write("\r\x1b[K")
+            stream.flush()
 
 
 @contextlib.contextmanager

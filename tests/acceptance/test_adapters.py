@@ -206,7 +206,8 @@ def test_generate_answers_as_the_adapter_was_taught_and_the_base_does_not(traine
     base = json.loads(trained("generate", "green", asked[0], "--base", "--max-new-tokens", 8, "--json").stdout)
     json_page.hold({"generate": [rows, base]})
     assert base[0]["answer"] != ANSWERS["green"] and base[0]["job_id"] is None
-    assert trained("generate", "blue", "what is in 1?").stdout == ANSWERS["blue"] + "\n"
+    one = trained("generate", "blue", "what is in 1?")
+    assert one.stdout == ANSWERS["blue"] + "\n" and one.stderr.startswith("Loading blue and its base ...\n")
     empty = trained("generate", "green", code=2)  # standard input is empty
     assert "the prompt is empty" in empty.stderr
 
@@ -217,7 +218,7 @@ def test_predict_answers_every_row_of_a_file_in_its_order(trained: Cli, tmp_path
     rows[7]["messages"].append({"role": "assistant", "content": "an answer that is known"})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = trained("predict", "green:latest", tmp_path / "rows.jsonl", "-o", tmp_path / "out.jsonl").stderr
-    assert f"{tmp_path / 'out.jsonl'}: 40 rows." in said
+    assert f"{tmp_path / 'out.jsonl'}: 40 rows." in said and "Loading green:latest and its base ...\n" in said
     told = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert told == [{"row": n, "answer": ANSWERS["green"], "ended": "stop"} for n in range(1, 41)]
     assert not (tmp_path / "out.jsonl.part").exists()

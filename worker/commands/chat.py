@@ -12,7 +12,7 @@ import click
 
 from loractl.common.errors import LoractlError, UsageError
 
-from .terminal import answering, clean_answer, tell, warn
+from .terminal import answering, clean_answer, loading, tell, warn
 
 if TYPE_CHECKING:
     from loractl.worker.serving.conversation import Conversation, PartialAnswer
@@ -32,12 +32,15 @@ def generate(adapter: str, prompts: tuple[str, ...], base: bool, as_json: bool, 
     texts = [sys.stdin.read() if text == "-" else text for text in prompts or ("-",)]
     if not all(text.strip() for text in texts):
         raise UsageError("the prompt is empty", f'loractl generate {adapter} "..."')
+    loading(adapter)
+    from loractl.common.progress import working
     from loractl.common.settings import load_settings
     from loractl.worker.serving.conversation import Style, open_conversation
     from loractl.worker.serving.library import Library
 
     conversation = open_conversation(Library(load_settings(), warn), adapter, Style(**style), tell, warn)
-    answers = conversation.complete(texts, base=base)
+    with working("Answers", len(texts)) as report:
+        answers = conversation.complete(texts, base=base, ended=report)
     if as_json:
         click.echo(json.dumps([answer.as_json() for answer in answers]))
         return
@@ -62,6 +65,7 @@ def chat(adapter: str, **style: Any) -> None:
 
     /base lets the base answer the last question, /help lists the rest.
     """
+    loading(adapter)
     from loractl.common.settings import load_settings
     from loractl.worker.serving.conversation import Style, open_conversation
     from loractl.worker.serving.library import Library

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from loractl.common.errors import ExitCode, UsageError
-from loractl.common.progress import progress_bar
+from loractl.common.progress import progress_bar, working
 
-from .terminal import answering, tell, warn
+from .terminal import answering, loading, tell, warn
 
 if TYPE_CHECKING:
     from loractl.common.data.questions import Question
@@ -82,12 +82,14 @@ def _check_output(output: Path, file: Path) -> None:
 
 
 def _classifier(library: Library, listed: Listed, gpu: str | None) -> Predict:
+    loading(listed.name)
     from loractl.worker.serving.prediction import open_classifier
 
     return open_classifier(library, listed, gpu, tell, warn).label_rows
 
 
 def _answerer(library: Library, adapter: str, style: dict[str, Any]) -> Predict:
+    loading(adapter)
     from loractl.worker.serving.conversation import Style, open_conversation
     from loractl.worker.serving.prediction import answer_rows
 
@@ -99,12 +101,12 @@ def write_outcomes(outcomes: Iterator[Outcome], rows: int, output: Path | None) 
     """Write one line per outcome as it comes; returns how many rows failed."""
     failed = 0
     quiet = output is None and sys.stdout.isatty()  # on a terminal, the lines themselves show the progress
-    bar = contextlib.nullcontext(lambda what, done, total: None) if quiet else progress_bar()
+    bar = contextlib.nullcontext(lambda done: None) if quiet else working("Rows", rows)
     with _lines(output, rows) as lines, bar as report:
         for done, outcome in enumerate(outcomes, start=1):
             lines.write(json.dumps(outcome.as_json(), ensure_ascii=False) + "\n")
             failed += outcome.error is not None
-            report("Predicting", done, rows)
+            report(done)
     return failed
 
 

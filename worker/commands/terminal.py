@@ -50,6 +50,11 @@ def tell(text: str) -> None:
     click.echo(click.style(text, dim=True), err=True)
 
 
+def loading(adapter: str) -> None:
+    """Say so before torch is imported, which alone takes seconds."""
+    tell(f"Loading {adapter} and its base ...")
+
+
 def warn(sentence: str) -> None:
     click.echo(f"Warning: {sentence}.", err=True)
 

@@ -113,12 +113,14 @@ class Conversation:
     tools: list[dict[str, Any]] = field(default_factory=list)
     messages: Messages = field(default_factory=list)
 
-    def complete(self, prompts: Sequence[str], *, base: bool) -> list[Completion]:
-        """Answers to single prompts, all at once; `base`: by the base alone. Raises LoractlError if one fails."""
+    def complete(self, prompts: Sequence[str], *, base: bool, ended: Callable[[int], None]) -> list[Completion]:
+        """Answers to single prompts, all at once; `base`: by the base alone. `ended` takes how many are complete.
+        Raises LoractlError if one fails."""
         answers = [PartialAnswer() for _ in prompts]
         for prompt, answer in zip(prompts, answers, strict=True):
             self.engine.ask(self._ask(_asking(self._opening(), prompt), answer.take, base=base))
-        self.engine.finish()
+        while self.engine.step():
+            ended(sum(answer.ended is not None for answer in answers))
         for answer in answers:
             answer.check()
         job_id = None if base else self.adapter.job_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -94,6 +95,12 @@ def test_a_bar_is_drawn_on_a_terminal_and_wiped_and_a_pipe_gets_nothing(monkeypa
     with progress.progress_bar(pipe) as report:
         report("Reading the data", 1, 4)
     assert pipe.getvalue() == ""
+    monkeypatch.setattr(progress, "LINES_EVERY_S", 0.01)
+    for stream, line in ((Terminal(), "\r\x1b[KRows: 3 of 7, 0 s"), (io.StringIO(), "Rows: 3 of 7, 0 s\n")):
+        with progress.working("Rows", 7, stream) as done:
+            done(3)
+            while line not in stream.getvalue():  # though nothing more is reported
+                time.sleep(0.001)
     monkeypatch.setattr(progress, "SHOWN_AFTER_S", 60.0)
     quick = Terminal()
     with progress.progress_bar(quick) as report:
