@@ -274,6 +274,16 @@ class Over:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OldResult:
+    """A job whose user has newer results of the same name, and the attempt that stored its result."""
+
+    job_id: int
+    attempt: int
+    user: str
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PastJob:
     """A job that ended long ago. Sizes in the database, in bytes, roughly."""
 

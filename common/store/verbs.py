@@ -236,7 +236,7 @@ class ResultVerbs(Subject):
     looks = lists(looks.looks)
     not_bound = lists(retention.not_bound)
     bind = writes(retention.bind_result)
-    beyond_newest = lists(retention.beyond_newest)
+    beyond_newest = reads(retention.read_beyond_newest)
     remove = writes(retention.remove_result)
 
     over = reads(retention.read_over)

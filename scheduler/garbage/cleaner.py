@@ -21,9 +21,8 @@ from loractl.common.binding import result_binding
 from loractl.common.errors import AdapterNotFound, ArtifactError, LoractlError, UsageError
 from loractl.common.files import Unfinished, remove_tree
 from loractl.common.settings import Settings
-from loractl.common.store.records import PastJob, SpentLog
+from loractl.common.store.records import OldResult, PastJob, SpentLog
 from loractl.common.store.store import Store
-from loractl.common.store.tables import Job
 from loractl.common.units import parse_duration
 
 log = logging.getLogger("loractl")
@@ -204,10 +203,10 @@ class Cleaner:
             gone = self._store.results.forget_jobs([job.job_id for job in jobs], limit)
             yield from (_past(job) for job in jobs if job.job_id in gone)
 
-    def _old_results(self) -> list[Job]:
+    def _old_results(self) -> list[OldResult]:
         return [] if self._policy.keep_last is None else self._store.results.beyond_newest(self._policy.keep_last)
 
-    def _results(self, old: Collection[Job]) -> Iterator[Garbage]:
+    def _results(self, old: Collection[OldResult]) -> Iterator[Garbage]:
         sizes = {held.name: held.size for held in self._artifacts.holdings("jobs")} if old else {}
         for job in old:
             name, why = attempt_prefix(job.job_id, job.attempt), f"older than {job.user}'s newest of {job.name}"

@@ -74,6 +74,11 @@ def read_named(tx: Transaction) -> set[int]:
     return {job_id for _, after in _lists(tx) for job_id in after}
 
 
+def is_named(tx: Transaction, job_id: int) -> bool:
+    """The same of one job."""
+    return any(job_id in after for _, after in _lists(tx, _AFTER.contains(str(job_id))))
+
+
 def begin_from_best(tx: Transaction, job: Job, sweep_id: int) -> None:
     """Name the member with the least held-out loss whose adapter is stored; hold the job where there is none."""
     view = next(iter(read_sweeps(tx.session, [sweep_id], settings=False)), None)
@@ -91,6 +96,7 @@ def begin_from_best(tx: Transaction, job: Job, sweep_id: int) -> None:
 
 
 _ENDED = tuple(status for status in Status if status.is_terminal)
+_AFTER = part_of(Job.spec, "after")
 _ANY = cast(part_of(Job.spec, "after_any"), String).in_(("true", "1"))  # SQLite's JSON has 1
 
 
@@ -99,10 +105,10 @@ def _blocked() -> Select[Job]:
     return select(Job).where(WAITS, Job.awaits > 0)
 
 
-def _lists(tx: Transaction) -> list[tuple[int, list[int]]]:
+def _lists(tx: Transaction, *also: ColumnElement[bool]) -> list[tuple[int, list[int]]]:
     """The blocked jobs by number, each with those that it is to start after. Of their specs that part alone is read: of
     15,000 jobs all of it took 270 MiB."""
-    blocked = select(Job.job_id, part_of(Job.spec, "after")).where(WAITS, Job.awaits > 0).order_by(Job.job_id)
+    blocked = select(Job.job_id, _AFTER).where(WAITS, Job.awaits > 0, *also).order_by(Job.job_id)
     return [(job_id, after_of({"after": _list(after)})) for job_id, after in tx.session.execute(blocked)]
 
 

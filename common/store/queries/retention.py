@@ -13,11 +13,11 @@ from sqlalchemy.orm import aliased
 
 from loractl.common.job.status import KEEPING, Status
 
-from ..records import HELD_OUT_LOSS, Over, PastJob, SpentLog
+from ..records import HELD_OUT_LOSS, OldResult, Over, PastJob, SpentLog
 from ..tables import Adapter, Attempt, Base, Event, Job, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
 from .adapters import is_begun_from, is_tagged
-from .followers import read_named
+from .followers import is_named, read_named
 
 ENDED = tuple(status for status in Status if status.is_terminal)
 
@@ -45,17 +45,20 @@ _PAST = (
 )  # fmt: skip
 
 
-def beyond_newest(keep: int) -> Select[Job]:
+def read_beyond_newest(tx: Transaction, keep: int) -> list[OldResult]:
     """Results beyond the `keep` newest of their user and name, oldest first; tagged results stay, and those from which
     open jobs begin."""
     place = func.row_number().over(partition_by=(Job.user, Job.name), order_by=(Job.ended_at.desc(), Job.job_id.desc()))
     placed = select(Job.job_id, place.label("place")).where(_has_result()).subquery()
-    return (
-        select(Job)
-        .join(placed, placed.c.job_id == Job.job_id)
-        .where(placed.c.place > keep, ~is_tagged(), ~is_begun_from())
-        .order_by(Job.job_id)
-    )
+    older = (placed.c.place > keep, ~is_tagged(), ~is_begun_from())
+    columns = (
+        Job.job_id,
+        Job.attempt,
+        Job.user,
+        Job.name,
+    )  # not whole rows: they are wide, and may be all that there are
+    found = select(*columns).join(placed, placed.c.job_id == Job.job_id).where(*older).order_by(Job.job_id)
+    return [OldResult(**row._mapping) for row in tx.session.execute(found)]
 
 
 def read_over(tx: Transaction, job_ids: Collection[int], kept_since: dt.datetime | None = None) -> Over:
@@ -86,11 +89,11 @@ def read_needed_data(tx: Transaction, ended_since: dt.datetime, without: Collect
     `without`: jobs with results that count as removed.
     """
     held, wanted = cast(Job.data, Text), or_(Job.status.not_in(ENDED), _has_result(), Job.ended_at >= ended_since)
-    same = select(held, func.count()).where(wanted).group_by(held)  # most jobs share their data: no walk over all rows
-    counts = Counter(dict(tx.session.execute(same).tuples().all()))
+    same = select(held, func.count()).where(wanted).group_by(held)  # many jobs have the same
+    counts = Counter(dict(tx.session.execute(same).all()))
     for some in _parts(without):
         gone = same.where(Job.job_id.in_(some), Job.ended_at < ended_since)
-        counts.subtract(dict(tx.session.execute(gone).tuples().all()))
+        counts.subtract(dict(tx.session.execute(gone).all()))
     return {name for data, many in counts.items() if many for name in _names_in(data)}
 
 
@@ -229,7 +232,7 @@ def _has_result() -> ColumnElement[bool]:
 
 def _drop_result(tx: Transaction, job_id: int) -> bool:
     """Forget a job's result; False when it has none, somebody has tagged it, or a job is to begin from it."""
-    if job_id in read_named(tx):
+    if is_named(tx, job_id):
         return False
     none = {"adapter_uri": None, "report_uri": None, "manifest_sha256": None}
     gone = update(Job).where(Job.job_id == job_id, _has_result(), ~is_tagged(), ~is_begun_from()).values(**none)

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from loractl.common.errors import WrongState
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import NewSweep
+from loractl.common.store.queries import retention
 from loractl.common.store.records import Claim, Progress, StoredResult
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
@@ -145,6 +146,20 @@ def test_a_data_set_is_needed_while_a_job_may_read_it(timed: Store, clock: Clock
     without = {jobs["result"], jobs["waiting"]}
     assert timed.results.needed_data(NOON + DAY, {jobs["result"]}) == {"waiting.jsonl", "running.jsonl"} | shared
     assert "result.jsonl" in timed.results.needed_data(NOON - DAY, without)
+
+
+def test_what_is_the_same_of_many_jobs_is_read_once(timed: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    names_in = retention._names_in
+
+    def note(data: str) -> list[str]:
+        read.append(data)
+        return names_in(data)
+
+    monkeypatch.setattr(retention, "_names_in", note)
+    for job_id in timed.jobs.submit_all([submission() for _ in range(20)]):
+        name_data(timed, job_id, "shared.jsonl")
+    assert (timed.results.needed_data(NOON), len(read)) == ({"shared.jsonl"}, 1)
 
 
 def test_the_log_of_a_result_is_spent_and_other_logs_are_kept(timed: Store, clock: Clock) -> None:
