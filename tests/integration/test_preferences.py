@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -23,12 +24,14 @@ from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner
 from loractl.worker.data.row_forms import form_of, with_prompts
 from loractl.worker.data.token_rows import TokenRows
-from loractl.worker.data.tokens import IGNORED, TokenRow, texts_of, unlearned
+from loractl.worker.data.tokens import IGNORED, TokenRow, unlearned
 from loractl.worker.engine.loss import LearnedTokens, meet, window_of
 from loractl.worker.engine.pairs import PairLoss, Sizes
 from loractl.worker.engine.passes.choice import forward_pass
 from loractl.worker.engine.passes.lean import LeanPass
+from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.protocol.messages import Opened, Start, Stepped
+from loractl.worker.recipe.fit import largest_batch
 from loractl.worker.recipe.kinds import FrozenReference, trained_kind
 
 from .conftest import Recipe
@@ -91,9 +94,18 @@ def test_a_pair_is_one_row_with_both_answers_behind_the_same_prompt(tmp_path: Pa
     assert learned == ["number 0 and good <|im_end|>", "bad 0 <|im_end|>"]
 
 
-def test_the_longer_answer_of_each_pair_is_known_without_building_rows() -> None:
-    rows = answer_pairs(6)
-    assert TokenRows.of(rows).texts == [max(len(text.input_ids) for text in texts_of(row)) for row in rows]
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_batch_that_is_tried_is_as_large_as_any_that_comes(exact: bool) -> None:
+    """A padded pair is as long as its longer answer makes it, a lean one as long as both."""
+    lengths = [(20, 20), (9, 30), (28, 5), (25, 10), (19, 19)]
+    ids = [[[3 + n] * chosen, [4 + n] * rejected] for n, (chosen, rejected) in enumerate(lengths)]
+    rows = [TokenRow(number=n, input_ids=a + b, labels=a + b, starts=(len(a),)) for n, (a, b) in enumerate(ids)]
+    model, loss = adapted(base_of("Llama"), spec_of()), PairLoss(PreferenceSpec())
+    forward = PaddedPass(model, PAD, loss=loss) if exact else LeanPass(model, FP32, loss=loss)
+    loop = SimpleNamespace(forward=forward, args=SimpleNamespace(per_device_train_batch_size=2))
+    run: Any = SimpleNamespace(cards=1, spec=spec_of(task_type="preference"))
+    tried = largest_batch(SimpleNamespace(trained_rows=TokenRows.of(rows)), run, loop)  # type: ignore[arg-type]
+    assert forward.tokens(tried) == max(map(forward.tokens, itertools.combinations(rows, 2))) == (120 if exact else 79)
 
 
 def test_the_first_loss_is_that_of_a_model_which_is_its_own_reference(recipe: Recipe, asked: Any) -> None:

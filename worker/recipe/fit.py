@@ -61,7 +61,7 @@ def try_longest(loop: TrainingLoop, learner: Learner, data: PreparedData, run: R
     the training does not fit, and the out-of-memory error itself if evaluating a single row does not.
     """
     ask, held = run.session.run, list[torch.Tensor]()
-    rows = _largest(data, run, loop)
+    rows = largest_batch(data, run, loop)
     try:
         ask(partial(_try_step, loop, rows, held))
     except Exception as error:
@@ -85,12 +85,13 @@ def _tell_attention(forward: ForwardPass, run: Run) -> None:
         run.note("engine", f"attention goes row by row: {forward.by_row}")
 
 
-def _largest(data: PreparedData, run: Run, loop: TrainingLoop) -> list[TokenRow]:
+def largest_batch(data: PreparedData, run: Run, loop: TrainingLoop) -> list[TokenRow]:
     """The largest possible batch; with several cards, each has the longest rows."""
-    rows, size = data.trained_rows, loop.args.per_device_train_batch_size
-    # a padded pair is as long as its longer answer makes it
-    own = [loop.forward.tokens([row]) for row in rows] if run.spec.kind.halves > 1 else None
-    return longest(rows, size // run.cards, own) * run.cards
+    rows, size = data.trained_rows, loop.args.per_device_train_batch_size // run.cards
+    batches = [longest(rows, size)]
+    if run.spec.kind.halves > 1:  # a padded pair is as long as its longer answer makes it
+        batches.append(longest(rows, size, rows.texts))
+    return max(batches, key=loop.forward.tokens) * run.cards
 
 
 def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, run: Run) -> None:
@@ -117,8 +118,8 @@ def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, ru
 
 
 def longest(rows: Sequence[TokenRow], count: int, own: Sequence[int] | None = None) -> list[TokenRow]:
-    """The rows with the most tokens: they make the largest possible batch. `own`: how many each takes, if not as many
-    as it has."""
+    """The rows with the most tokens: they make the largest possible batch. `own`: each row's tokens, if not all of
+    them count."""
     lengths = lengths_in(rows) if own is None else own
     return [rows[place] for place in sorted(range(len(rows)), key=lambda place: -lengths[place])[:count]]
 

@@ -171,7 +171,7 @@ def _by_hand(lab: Store, job: Path) -> dict[str, list[Any]]:
     whole = sweep_comparison(lab, open_store(load_settings()), 1, "mara")
     planned = replace(
         memory_need(lab, job_to_plan(lab, str(job), ()), None, solve=False),
-        lengths=Lengths(train=90, evaluate=80, rows=20, labels=2, longest=(90,)),
+        lengths=Lengths(train=90, evaluate=80, rows=20, labels=2, longest=(90,), text=45),
         rows={"train": 20, "held_out": 2, "final": 2, "cut": 0, "left_out": 1},
     )
     report = webs.the_report(1, "triage-sweep", "mara", 3.0, 0.8)
