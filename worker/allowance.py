@@ -1,4 +1,5 @@
-"""What a worker may use of this machine: cores and memory, by affinity, control groups, Slurm and the owner's settings.
+"""What a worker may use of this machine: cores, memory and instructions, by affinity, control groups, Slurm and the
+owner's settings.
 
 Nothing is cached: each call sees the current limits.
 """
@@ -145,3 +146,32 @@ def _text(path: Path) -> str:
         return path.read_text("utf-8", "replace").strip()
     except OSError:
         return ""
+
+
+MOST_ONEDNN = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""oneDNN's own variables for the instructions that it may use at most."""
+
+_NO_BF16 = frozenset({"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})
+"""Values of these variables that exclude bf16 instructions."""
+
+
+def shows_bf16() -> bool:
+    """Whether bf16 products have their own instructions here, as Linux shows it: what `has_bf16` asks torch, which a
+    node does not load."""
+    return bf16_allowed() and not {"avx512_bf16", "amx_tile"}.isdisjoint(cpuinfo("flags").split())
+
+
+def bf16_allowed() -> bool:
+    """Whether oneDNN may use bf16 instructions."""
+    return instructions_allowed() not in _NO_BF16
+
+
+def instructions_allowed() -> str:
+    """The most that oneDNN may use, by its variables; empty: all."""
+    return next((os.environ[name].upper() for name in MOST_ONEDNN if name in os.environ), "")
+
+
+def cpuinfo(field: str) -> str:
+    """The first value of a field of /proc/cpuinfo; empty if there is none."""
+    lines = _lines(Path("/proc/cpuinfo"))
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

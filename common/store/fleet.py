@@ -125,9 +125,11 @@ _AMPERE = 8
 
 
 def takes_bf16(self_test: Mapping[str, Any] | None) -> bool | None:
-    """Whether a card takes bfloat16 under training.dtype auto, by its self-test; None: a processor's, or none yet."""
-    capability = self_test.get("capability") if isinstance(self_test, Mapping) else None
-    known = re.fullmatch(r"(\d{1,3})\.\d{1,3}", str(capability), re.ASCII)
+    """Whether a device takes bfloat16 under training.dtype auto, by what it showed; None: it showed nothing yet."""
+    found = self_test if isinstance(self_test, Mapping) else {}
+    if isinstance(told := found.get("bf16"), bool):  # a processor
+        return told
+    known = re.fullmatch(r"(\d{1,3})\.\d{1,3}", str(found.get("capability")), re.ASCII)
     return None if known is None else int(known[1]) >= _AMPERE
 
 

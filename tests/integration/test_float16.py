@@ -14,8 +14,10 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.step import Lengths
 from loractl.common.units import GIB
+from loractl.worker.allowance import shows_bf16
 from loractl.worker.base.arithmetic import OVERFLOWS_FP16, Precision, choose_precision
 from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.processor import has_bf16
 from loractl.worker.base.source import family_of
 from loractl.worker.engine.optimizer import ScaledOptimizer
 from loractl.worker.protocol.messages import Note, Planned, Stepped, Told
@@ -53,6 +55,15 @@ class Training:
         self.state.global_step += 1
         for callback in self.callbacks:
             callback.on_log(self.args, self.state, TrainerControl(), logs={"loss": loss, "grad_norm": norm})
+
+
+@pytest.mark.parametrize("most", ["", "AVX2"])
+def test_a_node_knows_without_torch_whether_its_processor_has_bfloat16(
+    most: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    assert shows_bf16() is has_bf16()
+    assert most == "" or not shows_bf16()
 
 
 def test_the_scaler_s_first_skips_are_no_divergence(tmp_path: Path) -> None:

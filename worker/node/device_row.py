@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from loractl.common.placement.cards import MARGIN_BYTES, Card
 from loractl.common.store.records import Arrival, BoxIdentity, NodeState
+from loractl.worker.allowance import shows_bf16
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import HIGH_WATER_S, Watch
 from loractl.worker.protocol.idle_trainer import by_mark
@@ -46,6 +47,7 @@ class DeviceRow:
         self._max_jobs = max_jobs
         self._box = box
         self._versions = installed_versions()
+        self._processor = {"bf16": shows_bf16()} if place.device.kind == "cpu" else None  # it needs no test
 
     def arrive(self) -> Arrival:
         """Write the row of a node that is about to serve, unless another one has its name. Raises NameTaken."""
@@ -77,7 +79,7 @@ class DeviceRow:
             draining=draining,
             gangs=device.kind != "cpu",
             fault=seen.fault or place.artifacts.fault,
-            self_test=seen.self_test,
+            self_test=self._processor or seen.self_test,
             versions=self._versions,
             until=None if self._options.until is None else dt.datetime.fromtimestamp(self._options.until, dt.UTC),
             window_s=self._options.window_s,

@@ -65,11 +65,16 @@ def test_a_retry_avoids_the_box_whose_disk_or_network_failed_it(timed: Store, cl
     assert isinstance(timed.attempts.claim("b:0"), Claim)
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "showed"), [("auto", ("9.0", "7.5")), ("bfloat16", ("9.0", "7.5")), ("auto", (True, False))]
+)
 def test_a_retry_waits_for_a_card_of_its_checkpoint_s_number_format_unless_the_job_names_one(
-    timed: Store, dtype: str
+    timed: Store, dtype: str, showed: tuple[str | bool, str | bool]
 ) -> None:
-    new, old = node_state("a:0", self_test={"capability": "9.0"}), node_state("b:0", self_test={"capability": "7.5"})
+    kind, what = ("cpu", "bf16") if isinstance(showed[0], bool) else ("nvml", "capability")
+    new, old = (
+        node_state(name, kind=kind, self_test={what: said}) for name, said in zip(("a:0", "b:0"), showed, strict=True)
+    )
     timed.cards.see(new)
     job_id = timed.jobs.submit(submission(training={"dtype": dtype}))
     claim, kept = start(timed, "a:0"), StoredCheckpoint(step=5, prefix="jobs/1/checkpoints/1-5")
