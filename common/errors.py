@@ -194,6 +194,14 @@ class ValueRefused(LoractlError):
         super().__init__(f"the database refuses the value of {what}", "it is too long, out of bounds, or not printable")
 
 
+class NotYours(Forbidden):
+    """Somebody else's job: who may change it is the lab's decision (docs/security.md)."""
+
+    def __init__(self, sentence: str) -> None:
+        hint = "the lab's owner names operators, or lets everybody: loractl lab operators --add NAME, loractl lab open"
+        LoractlError.__init__(self, sentence, hint)
+
+
 class NameTaken(LoractlError):
     """Another live box has the same name: each would give back the other's jobs."""
 

@@ -29,7 +29,7 @@ from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 
 from . import services, warm
-from .databases import KeptDatabase, database, make_template
+from .databases import OPEN_LAB, KeptDatabase, database, make_template
 from .models import make_tiny_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before a library reads it: what a test wants of a hub, it asks of its own
@@ -187,6 +187,8 @@ def sqlite_template(shared_folder: Path) -> Path:
         if folder is not None:
             engine = make_engine(f"sqlite:///{folder / 'loractl.db'}")
             upgrade(engine)
+            with engine.begin() as connection:
+                connection.exec_driver_sql(OPEN_LAB)
             engine.dispose()
     return shared_folder / "sqlite" / "loractl.db"
 

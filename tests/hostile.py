@@ -25,6 +25,7 @@ HOLDING = (
     "SELECT loractl_change({0}, 'held', '{{}}', '{{\"held\": true}}', 'ada', '')",
     "SELECT loractl_change({0}, 'retry', '{{}}', '{{\"status\": \"queued\"}}', 'ada', '')",
     "SELECT loractl_change({0}, 'cancelled', '{{}}', '{{\"status\": \"cancelled\"}}', 'ada', '')",
+    "DECLARE slow CURSOR WITH HOLD FOR SELECT * FROM jobs", "SET CONSTRAINTS ALL IMMEDIATE",
     "SELECT loractl_look({0}, 'f', 'ada', now())", "SELECT loractl_submit('{{}}')",
     "SELECT loractl_tag('tiny', 'prod', {0}, NULL, 'ada')", "SELECT loractl_tag('tiny', 'prod', NULL, {0}, 'ada')",
 )  # fmt: skip

@@ -22,6 +22,7 @@ from sqlalchemy.pool import NullPool
 from loractl.common.errors import (
     Forbidden,
     LoractlError,
+    NotYours,
     SchemaMismatch,
     ServiceRefused,
     ServiceUnreachable,
@@ -91,6 +92,7 @@ _IDLE_S = 60  # a command may read 100,000 rows and look at them
 _INSUFFICIENT_PRIVILEGE = "42501"
 _CHECK_VIOLATION = "23514"
 _CHECKED = re.compile(r"ck_(\w+)_[0-9a-f]{8}")
+_NOT_YOURS = "LR004"  # of loractl's functions: somebody else's job
 _READ_ONLY = "25006"  # a standby, or a primary that a failover has stepped down
 LOCK_NOT_FREE = "55P03"
 _PASSING = (_READ_ONLY, "40", "53", LOCK_NOT_FREE, "57")
@@ -341,10 +343,33 @@ def _look_at_error(context: ExceptionContext) -> None:
         context.is_disconnect = True  # the pool drops all its connections
     if state == _CHECK_VIOLATION:
         _refuse_value(context)
-    if state != _INSUFFICIENT_PRIVILEGE:
-        return
-    user = None if context.engine is None else context.engine.url.username
-    raise Forbidden(user, str(context.original_exception).splitlines()[0]) from context.original_exception
+    told = next(iter(str(context.original_exception).splitlines()), "")
+    if state == _NOT_YOURS:
+        raise NotYours(told) from context.original_exception
+    if state == _INSUFFICIENT_PRIVILEGE:
+        user = None if context.engine is None else context.engine.url.username
+        raise Forbidden(user, _denial(told)) from context.original_exception
+
+
+def _denial(told: str) -> str:
+    """Whose right it is that a login lacks, in the place of the name of a table."""
+    what = re.match(r"(permission denied for|must be) (?:\w+ )*?(?:table |function |relation )?([\w.]+)$", told)
+    if what is None:
+        return told
+    if what[1] == "must be":
+        return "only the lab's owner makes tables, roles and join lines"
+    return _RIGHTS.get(what[2], f"only boxes and the lab's owner write {what[2]}")
+
+
+_RIGHTS = {
+    **dict.fromkeys(("quotas", "uses"), "only the lab's owner sets quotas"),
+    **dict.fromkeys(("drains", "nodes"), "only boxes and the lab's owner drain and close cards"),
+    **dict.fromkeys(("jobs", "attempts", "adapters"), "only boxes and the lab's owner run jobs and remove results"),
+    "lab_settings": "only the lab's owner decides what holds for the whole lab",
+    "loractl_submit": "a box's login submits no jobs, a person's does",
+    "loractl_lab": "only the lab's owner makes join lines",
+    "public": "only the lab's owner makes tables, roles and join lines",
+}
 
 
 def _refuse_value(context: ExceptionContext) -> None:

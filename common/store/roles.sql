@@ -104,7 +104,7 @@ BEGIN
 END $$;
 CREATE OR REPLACE FUNCTION loractl_may_edit(before jobs, after jobs) RETURNS boolean LANGUAGE sql
 SET search_path = pg_catalog, public, pg_temp AS $$
-  SELECT before."user" = session_user AND before.status <> 'succeeded' AND loractl_readable(after) AND
+  SELECT before.status <> 'succeeded' AND loractl_readable(after) AND
     after.spec ->> 'name' = after.name AND after.spec ->> 'base_model' = after.base_model AND
     (after.checkpoint_s IS NULL OR after.checkpoint_s = before.checkpoint_s) AND
     (after.begun_bf16 IS NULL OR after.begun_bf16 = before.begun_bf16) AND

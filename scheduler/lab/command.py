@@ -103,6 +103,46 @@ def lab_adopt_store(empty: bool) -> None:
         click.echo("It has another mark than the one before: restart the workers.", err=True)
 
 
+@lab.command("open")
+def lab_open() -> None:
+    """Let everybody cancel, hold and retry everybody's jobs, and tag them."""
+    _let_change("open", "Everybody may change everybody's jobs.")
+
+
+@lab.command("close")
+def lab_close() -> None:
+    """Let people change their own jobs alone; operators and the lab's owner change all."""
+    _let_change("own", "People change their own jobs; operators and the lab's owner change all.")
+
+
+def _let_change(value: str, said: str) -> None:
+    from loractl.scheduler.cli.session import open_session
+
+    settings, store = open_session()
+    store.lab.set("changes", value, settings.user)
+    click.echo(said)
+
+
+@lab.command("operators")
+@click.option("--add", "added", multiple=True, metavar="NAME", help="Name this person an operator; repeatable.")
+@click.option("--remove", "removed", multiple=True, metavar="NAME", help="No longer this one; repeatable.")
+def lab_operators(added: tuple[str, ...], removed: tuple[str, ...]) -> None:
+    """Name those who may change everybody's jobs, or list them."""
+    from loractl.common.errors import UsageError
+    from loractl.scheduler.cli.session import open_session
+
+    settings, store = open_session()
+    known = store.lab.operators()
+    if odd := [name for name in added if len(name.split()) != 1 or not name.isprintable()]:
+        raise UsageError(f"{odd[0]!r} is no name of a person", "as LORACTL_USER or the login says it, like ada")
+    if unknown := sorted(set(removed) - set(known)):
+        raise UsageError(f"{unknown[0]} is no operator", f"operators: {', '.join(known) or 'none'}")
+    now = sorted({*known, *added} - set(removed))
+    if now != known:
+        store.lab.set("operators", " ".join(now), settings.user)
+    click.echo(f"Operators: {', '.join(now) or 'none'}.")
+
+
 def _guests(boxes: tuple[str, ...], people: tuple[str, ...]) -> list[Any]:
     from .lab import Guest
 

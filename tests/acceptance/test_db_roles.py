@@ -134,7 +134,9 @@ def test_an_upgrade_gives_the_roles_their_rights(make_cli: Callable[..., Cli], p
             connection.exec_driver_sql("CREATE ROLE loractl_submit NOLOGIN")
         assert "loractl db roles" not in cli("db", "upgrade").stderr
         may = "SELECT has_table_privilege('loractl_submit', 'jobs', :what)"
-        assert [connection.execute(text(may), {"what": what}).scalar() for what in ("INSERT", "UPDATE")] == [
+        assert [connection.execute(text(may), {"what": what}).scalar() for what in ("SELECT", "INSERT")] == [
             True,
             False,
         ]
+        called = "SELECT has_function_privilege('loractl_submit', 'loractl_submit(json)', 'EXECUTE')"
+        assert connection.execute(text(called)).scalar()

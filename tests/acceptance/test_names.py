@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def lab(cli: Cli, home: Path) -> Cli:
     """Job 1 (tickets) has succeeded and is tagged prod; 2 to 5 wait, 3 and 4 under one name, 5 is bob's."""
     engine = connect(load_settings(cli.environment))
     store = Store(engine)
+    store.lab.set("changes", "open", "root")
     user = load_settings(cli.environment).user
     for name in ("tickets", "alone", "twice", "twice"):
         store.jobs.submit(replace(submission(name=name), user=user))
@@ -94,3 +96,25 @@ def test_the_shell_completes_jobs_names_tags_boxes_and_keys(lab: Cli, shell: str
     asked = {"_LORACTL_COMPLETE": f"{shell}_complete", "COMP_WORDS": line, "COMP_CWORD": place}
     told, _ = lab.with_environment(**asked).start().communicate(timeout=60)
     assert all(word in told for word in offered) and "Traceback" not in told, told
+
+
+def test_a_closed_lab_s_people_change_their_own_jobs_and_operators_all(lab: Cli, make_cli: Callable[..., Cli]) -> None:
+    user, bob = load_settings(lab.environment).user, make_cli(LORACTL_USER="bob")
+    assert "People change their own jobs" in lab("lab", "close").stdout
+    told = bob("cancel", "2", code=1).stderr
+    assert f"Error: job 2 is {user}'s: only {user}, an operator or the lab's owner may cancel it" in told
+    assert "loractl lab operators --add NAME, loractl lab open" in told
+    for command in (("hold", "2"), ("edit", "2", "--set", "training.seed=3"), ("adapters", "tag", "1", "mine"),
+                    ("adapters", "untag", "tickets:prod"), ("cancel", "--user", user, "--queued")):  # fmt: skip
+        assert (
+            f"an operator or the lab's owner may {command[0].replace('adapters', 'tag')} it"
+            in bob(*command, code=1).stderr
+        )
+    assert _statuses(lab) == {1: "succeeded", 2: "queued", 3: "queued", 4: "queued", 5: "queued"}
+    bob("cancel", "5")
+    assert lab("lab", "operators", "--add", "bob").stdout == "Operators: bob.\n"
+    bob("hold", "2")
+    assert lab("lab", "operators", "--remove", "bob").stdout == "Operators: none.\n"
+    assert "may retry it" in bob("retry", "2", code=1).stderr
+    lab("lab", "open")
+    bob("retry", "2")

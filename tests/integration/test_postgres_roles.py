@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.channels import Channel
-from loractl.common.errors import Forbidden
+from loractl.common.errors import Forbidden, NotYours
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Need
 from loractl.common.job.names import Reference
@@ -26,7 +26,7 @@ from loractl.common.settings import load_settings
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.guard import retried
 from loractl.common.store.records import Claim, Delivery, Progress, SpentLog, StoredCheckpoint
-from loractl.common.store.roles import apply_roles, unbounded
+from loractl.common.store.roles import SUBMIT, apply_roles, unbounded
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
@@ -152,6 +152,56 @@ def test_the_owner_alone_sets_quotas_and_a_box_counts_what_is_had(person: Store,
     engine.dispose()
 
 
+def test_a_person_changes_their_own_jobs_operators_and_the_owner_all_and_a_lab_may_be_open(
+    person: Store, box: Store, lab: Logins, postgres_url: str
+) -> None:
+    owner, ada = Store(make_engine(postgres_url)), str(make_url(lab.person).username)
+    ended, waits, runs = (person.jobs.submit(submission(name=name)) for name in ("ended", "waits", "runs"))
+    claim = take(box)
+    assert isinstance(claim, Claim) and claim.job_id == ended
+    box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT)
+    person.jobs.hold(waits, "ada")
+    claim = take(box)
+    assert isinstance(claim, Claim) and claim.job_id == runs
+    person.jobs.retry(waits, "ada")
+    name = f"bob_{secrets.token_hex(4)}"
+    with role(postgres_url, name, SUBMIT) as url:
+        bob = Store(make_engine(url))
+        asked = {
+            "cancel": lambda login: login.jobs.cancel(runs, ada),
+            "hold": lambda login: login.jobs.hold(waits, ada),
+            "retry": lambda login: login.jobs.retry(waits, ada),
+            "tag": lambda login: login.adapters.tag(Reference(job_id=ended), "prod", ada),
+        }
+        before = _all_rows(owner.engine)
+        for login in (bob, box):
+            for what in ("cancel", "hold", "tag"):
+                with pytest.raises(
+                    NotYours, match=f"is {ada}'s: only {ada}, an operator or the lab's owner may {what} it"
+                ):
+                    asked[what](login)
+        with pytest.raises(NotYours, match="may edit it"):
+            bob.jobs.edit(amendment(bob, waits, ["priority=5"]), ada)
+        assert _all_rows(owner.engine) == before
+        with pytest.raises(Forbidden, match="only the lab's owner decides what holds for the whole lab"):
+            bob.lab.set("operators", name, name)
+        owner.lab.set("operators", f"x {name}", "root")
+        asked["hold"](bob)
+        bob.jobs.edit(amendment(bob, waits, ["priority=5"]), ada)
+        owner.lab.set("operators", "", "root")
+        with pytest.raises(NotYours):
+            asked["retry"](bob)
+        owner.lab.set("changes", "open", "root")
+        for what in ("retry", "tag", "cancel"):
+            asked[what](bob)
+        owner.lab.set("changes", "own", "root")
+        owner.jobs.hold(waits, "root")
+        told = [event.text for event in owner.jobs.events(waits)][-4:]
+        assert told[0] == f"held by {name}" and told[2:] == [f"queued again by {name}", "held by root"]
+        for one in (bob, owner):
+            one.engine.dispose()
+
+
 def vars_of_a_retry() -> dict[str, object]:
     return {**retried(), "status": "queued", "result_until": None}
 
@@ -180,7 +230,7 @@ def test_who_submits_draws_no_number_and_numbers_go_on_beyond_32_bits(
     owner, login = make_engine(postgres_url), make_engine(lab.person)
     with owner.begin() as connection:
         sequences = connection.exec_driver_sql("SELECT sequencename FROM pg_sequences").scalars().all()
-        assert len(sequences) == 5
+        assert len(sequences) == 6
         for sequence in sequences:
             connection.exec_driver_sql(f"SELECT setval('{sequence}', {2**31 + 5})")
     for sequence in sequences:
@@ -334,9 +384,11 @@ def test_who_submits_cannot_claim_or_touch_what_is_a_worker_s(person: Store, box
         lambda: person.attempts.keep_checkpoint(claim, StoredCheckpoint(step=1, prefix="jobs/1/checkpoints/1-1")),
         lambda: person.cards.drain("box", "ada", "mine"),
         lambda: person.cards.forget("box:0"),
+        lambda: person.usage.set_quota("ada", 1e9, 86400, "ada", soft=True),
+        lambda: apply_roles(person.engine),
         lambda: person.results.remove(running, "ada"),
     ):
-        with pytest.raises(Forbidden, match=r"does not let ada_\w+ do that"):
+        with pytest.raises(Forbidden, match=r"does not let ada_\w+ do that: only (boxes and )?the lab's owner "):
             forbidden()
     assert box.jobs.get(running).token == claim.token
 
@@ -470,7 +522,7 @@ def test_by_hand_who_submits_cannot_do_more(person: Store, box: Store, lab: Logi
         isinstance(over, Claim)
         and box.attempts.finish(over, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
     )
-    person.adapters.tag(Reference(job_id=3), "prod", "ada")
+    Store(owner).adapters.tag(Reference(job_id=3), "prod", "eve")
     person.results.look(3, "f" * 64, "ada")
     assert Store(owner).jobs.submit(submission(user="eve", name="waits")) == 4
     before = _all_rows(owner)
@@ -677,7 +729,7 @@ def test_the_commands_say_so_in_a_sentence(make_cli: Callable[..., Cli], lab: Lo
     shared.with_environment(LORACTL_DATABASE_URL=lab.person)("submit", tmp_path / "job.yaml")
     told = shared.with_environment(LORACTL_DATABASE_URL=lab.box)("submit", tmp_path / "job.yaml", code=1).stderr
     assert told.startswith("Error: the database does not let heron_"), told
-    assert "permission denied for function loractl_submit\nHint: each role has its own rights: docs/deploy.md" in told
+    assert "a box's login submits no jobs, a person's does\nHint: each role has its own rights: docs/deploy.md" in told
 
 
 def test_a_worker_with_a_person_s_login_is_refused_once(

@@ -16,6 +16,7 @@ from ..records import Page
 from ..tables import Adapter, Job, Tag
 from ..transaction import Transaction
 from .jobs import read_job
+from .lab_settings import refuse_stranger
 
 
 def read_adapter(tx: Transaction, reference: Reference) -> Adapter:
@@ -74,6 +75,8 @@ def _set_tag(tx: Transaction, key: tuple[str, str], job_id: int | None, before: 
     name, tag = key
     if tx.has_functions:
         return bool(tx.session.scalar(select(func.loractl_tag(name, tag, job_id, before, user))))
+    for one in {job_id, before} - {None}:
+        refuse_stranger(tx, one or 0, "tag", user)
     if job_id is None:
         tx.session.execute(delete(Tag).where(Tag.name == name, Tag.tag == tag))
         tx.tell(before or 0, None, "untagged", f"lost the tag {name}:{tag} by {user}")

@@ -23,6 +23,7 @@ from loractl.common.text import clean_line, storable
 from ..guard import become
 from ..tables import Base, Job, JobLabel, Wish
 from ..transaction import SKIP_LOCKED, Overtaken, Transaction
+from .lab_settings import refuse_stranger
 
 Answer = TypeVar("Answer")
 
@@ -30,6 +31,9 @@ _SAID = {
     "cancel": "cancel asked for", "cancelled": "cancelled", "held": "held", "retry": "queued again", "edited": "edited",
 }  # fmt: skip
 """The history's words for each, before the name of the person."""
+
+
+_ASKS = {"cancel": "cancel", "cancelled": "cancel", "held": "hold", "retry": "retry", "edited": "edit"}
 
 
 def seen(job: Job) -> dict[str, Any]:
@@ -65,6 +69,7 @@ def change_row(
         for name, value in over.items() if kind != "cancel" else [("cancel_requested", True)]:
             setattr(job, name, value)
         return job
+    refuse_stranger(tx, job.job_id, _ASKS[kind], user)
     # SQLite has one writer at a time, so that the columns of JSON can't have changed since they were read
     as_read = [getattr(Job, name) == value for name, value in expected.items() if name in ("status", "attempt", "held")]
     if not tx.change(update(Job).where(Job.job_id == job.job_id, *as_read).values(**over)):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from sqlalchemy import select
 
+from loractl.common.errors import NotYours
+from loractl.common.text import clean_line
+
 from ..tables import Adapter, Job, LabSetting
 from ..transaction import Transaction
 
@@ -17,6 +20,27 @@ def read_setting(tx: Transaction, name: str) -> str | None:
 def write_setting(tx: Transaction, name: str, value: str, by: str) -> None:
     """Set it, in place of what was. Raises Forbidden for a login that is not the owner's."""
     tx.put(LabSetting, "name", {"name": name, "value": value, "set_by": by, "at": tx.now()})
+
+
+CHANGES, OPEN, OPERATORS = "changes", "open", "operators"
+"""Who may change whose jobs: the value of the first, and the names that the last holds, between spaces."""
+
+
+def read_operators(tx: Transaction) -> list[str]:
+    """Whom the owner lets change everybody's jobs."""
+    return (read_setting(tx, OPERATORS) or "").split()
+
+
+def refuse_stranger(tx: Transaction, job_id: int, what: str, user: str) -> None:
+    """Raises NotYours where this person may not do this to a job. On SQLite alone: PostgreSQL's functions ask by
+    themselves, and know the login."""
+    if tx.has_functions:
+        return
+    owner = tx.session.scalar(select(Job.user).where(Job.job_id == job_id))
+    if user == owner or read_setting(tx, CHANGES) == OPEN or user in read_operators(tx):
+        return
+    only = f"only {clean_line(owner or '')}, an operator or the lab's owner may {what} it"
+    raise NotYours(f"job {job_id} is {clean_line(owner or '')}'s: {only}")
 
 
 def read_named_store(tx: Transaction) -> str | None:

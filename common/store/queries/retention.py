@@ -18,6 +18,9 @@ from ..tables import Adapter, Attempt, Base, Event, Job, LogChunk, MetricPoint, 
 from ..transaction import Transaction
 from .adapters import is_begun_from, is_tagged
 from .followers import is_named, read_named
+from .lab_settings import refuse_stranger
+
+GC = "loractl gc"
 
 ENDED = tuple(status for status in Status if status.is_terminal)
 
@@ -106,10 +109,12 @@ def _names_in(data: str) -> list[str]:
         return re.findall(r'([^"/]+)"', data)
 
 
-def remove_result(tx: Transaction, job_id: int, user: str, by: str = "loractl gc") -> bool:
+def remove_result(tx: Transaction, job_id: int, user: str, by: str = GC) -> bool:
     """Forget a job's adapter and report: their files may go then. False when it has none, it is tagged, or an
     open job begins from it.
     """
+    if by != GC:
+        refuse_stranger(tx, job_id, "remove the result of", user)
     gone = _drop_result(tx, job_id)
     if gone:
         tx.tell(job_id, None, "removed", f"adapter and report removed by {user} ({by})")

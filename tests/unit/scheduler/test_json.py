@@ -158,7 +158,7 @@ def _by_hand(lab: Store, job: Path) -> dict[str, list[Any]]:
     """Answers that no command gives in this lab, and parts that a lab of one moment lacks."""
     found = Condition(check="queue", level=Level.WARNING, sentence="it is slow", hint="look at it")
     made = LabAnswer(
-        host="10.0.0.5", only_here=False, revision="0036", revision_before="0035", new_roles=("loractl_web",),
+        host="10.0.0.5", only_here=False, revision="0038", revision_before="0037", new_roles=("loractl_web",),
         until=NOON, tickets=(JoinTicket(kind="box", name="heron", line="join-1"),), done=("It listens.",),
     )  # fmt: skip
     joined = JoinAnswer(
@@ -166,7 +166,7 @@ def _by_hand(lab: Store, job: Path) -> dict[str, list[Any]]:
         diagnosis=Diagnosis(conditions=(found,)),
     )  # fmt: skip
     roles = RolesAnswer(
-        revision="0036", new_roles=("loractl_web",), logins=(RoleLogin(name="ada", role="submit", new=True, url="p"),)
+        revision="0038", new_roles=("loractl_web",), logins=(RoleLogin(name="ada", role="submit", new=True, url="p"),)
     )
     whole = sweep_comparison(lab, open_store(load_settings()), 1, "mara")
     planned = replace(

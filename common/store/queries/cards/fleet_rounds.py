@@ -13,7 +13,7 @@ from ...transaction import Transaction
 from ..changes import answer_wishes
 from ..followers import release_left
 from ..outbox.deliveries import tidy
-from ..outbox.notices import NEWS_S, tell_of_cancelled_sweeps, tell_of_silence
+from ..outbox.notices import NEWS_S, tell_of_cancelled_sweeps, tell_of_changes, tell_of_silence
 from ..outbox.reach import tell_of_jobs_out_of_reach
 from ..usage import refresh_quotas
 from .nodes import read_cards
@@ -51,7 +51,9 @@ def take_turn(tx: Transaction, node: str, every_s: float, settle_s: float) -> Fl
     answer_wishes(tx)
     release_left(tx)
     refresh_quotas(tx)
-    tell_of_cancelled_sweeps(tx, max(last_at, now - dt.timedelta(seconds=NEWS_S)))
+    since = max(last_at, now - dt.timedelta(seconds=NEWS_S))
+    tell_of_cancelled_sweeps(tx, since)
+    tell_of_changes(tx, since)
     _look_at_reach(tx, node, now)
     tidy(tx, now)
     return FleetTurn(settling=settling)

@@ -24,6 +24,7 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, conditioned
 
 from ....services import free_port
+from ...factories import submission
 
 
 def settings_for(url: str, home: Path) -> Settings:
@@ -122,6 +123,23 @@ def test_a_downgrade_removes_every_table_again(database_url: str) -> None:
     assert set(inspect(engine).get_table_names()) == {"alembic_version"}
     assert revision(engine) is None
     assert upgrade(engine) == (None, HEAD)
+    engine.dispose()
+
+
+def test_an_upgraded_lab_stays_open_until_its_owner_closes_it_and_a_new_one_is_closed(database_url: str) -> None:
+    from alembic import command
+
+    engine = make_engine(database_url)
+    upgrade(engine)
+    store = Store(engine)
+    assert store.lab.setting("changes") is None
+    job_id = store.jobs.submit(submission())
+    with engine.begin() as connection, alembic_config(connection) as config:
+        command.downgrade(config, "0037")
+    assert upgrade(engine) == ("0037", HEAD)
+    assert store.lab.setting("changes") == "open"
+    store.jobs.hold(job_id, "bob")
+    assert store.jobs.get(job_id).message == "held by bob"
     engine.dispose()
 
 

@@ -316,3 +316,16 @@ def test_a_spec_that_names_channels_in_a_wrong_form_does_not_keep_its_job_from_e
         job.spec = {**job.spec, "notify": notify}
     assert store.attempts.finish(claim, Reason.OK, "fine", Progress(), RESULT) is Status.SUCCEEDED
     assert len(all_due(store, OPS)) == (1 if isinstance(notify, list) else 0)
+
+
+def test_a_job_s_owner_is_told_who_else_has_changed_it(store: Store) -> None:
+    job_id = store.jobs.submit(submission(name="mine", notify=["ops"]))
+    store.jobs.hold(job_id, "ada")
+    store.jobs.retry(job_id, "bob")
+    store.jobs.hold(job_id, "adam", "its data are wrong")
+    turn(store)
+    assert all_due(store, OPS) == [
+        ("ops", "mine: held by adam: its data are wrong"), ("ops", "mine: queued again by bob")
+    ]  # fmt: skip
+    turn(store)
+    assert all_due(store, OPS) == []
