@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from loractl.common.job.sections import PreferenceSpec
 from loractl.common.memory.step import HEAD_CHUNK
@@ -39,7 +40,8 @@ from loractl.worker.engine.ranks.part import Part
 from loractl.worker.engine.streams import seed_streams
 
 from .test_engine import PAD
-from .test_lean import FP32, adapted, base_of, spec_of
+from .test_engine import rows as token_rows
+from .test_lean import FP32, SMALL, adapted, base_of, spec_of
 
 
 class Preference(BentLoss):
@@ -222,6 +224,20 @@ def test_a_window_learns_the_same_however_it_is_cut(way: Callable[[TokenLoss], A
     expected, theirs = learn(forward, *window(rows, loss=loss))
     for cut in ([rows[:2], rows[2:]], [[row] for row in rows]):
         value, ours = learn(forward, *window(*cut, loss=loss))
+        assert value == pytest.approx(expected, rel=1e-6)
+        near(ours, theirs)
+
+
+def test_a_router_s_loss_counts_once_a_window() -> None:
+    """Four times the same row, so that the load of the experts is the same however the window is cut."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        **SMALL, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5
+    )
+    forward, rows = PaddedPass(adapted(transformers.MixtralForCausalLM(config), spec_of()), PAD), token_rows(1) * 4
+    expected, theirs = learn(forward, *window(rows, loss=forward.loss))
+    for cut in ([rows[:2], rows[2:]], [[row] for row in rows]):
+        value, ours = learn(forward, *window(*cut, loss=forward.loss))
         assert value == pytest.approx(expected, rel=1e-6)
         near(ours, theirs)
 

@@ -134,7 +134,13 @@ class PaddedPass:
             return loss.of_logits(model(**inputs)["logits"], labels, count)
         window = {"num_items_in_batch": count} if self._whole_windows else {}
         # only the loss of the output is kept, so that the logits are freed before the backward pass
-        return model(**inputs, **window, **how)["loss"]
+        found = model(**inputs, **window, **how)
+        share = self.loss.count(rows) / learned
+        if not (window and self._routed and share < 1):
+            return found["loss"]
+        # the model adds its router's loss to that of any rows: of a window's it would count once a micro-batch
+        words = loss.of_logits(found["logits"], inputs["labels"], count)
+        return words + share * (found["loss"] - words)
 
 
 APART_TOLERANCE = 0.01
