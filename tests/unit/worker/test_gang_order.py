@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,6 @@ from loractl.common.placement.gangs import GangShare
 from loractl.common.queue.hints import card_queue
 from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import load_settings
-from loractl.common.store.columns import LONG_AGO
 from loractl.common.store.database import connect, make_engine
 from loractl.common.store.records import Claim, NewHost, Progress
 from loractl.common.store.store import Store
@@ -88,7 +88,7 @@ def test_the_first_claim_waits_for_the_box_s_other_cards_and_leaves_them_their_j
     kill, too, by the row that the other one had left."""
     place.store.cards.see(node_state("box:0", kind="sim", total=8 * GIB, max_jobs=4))
     with Session(make_engine(place.settings.database_url)) as session, session.begin():
-        session.execute(update(Node).where(Node.node == "box:0").values(seen_at=LONG_AGO))
+        session.execute(update(Node).where(Node.node == "box:0").values(seen_at=dt.datetime(2000, 1, 1, tzinfo=dt.UTC)))
     place.store.cards.see(node_state("box:1", kind="sim", total=8 * GIB, max_jobs=4))
     for _ in range(2):
         place.store.jobs.submit(submission(base_model="org/a", lora=1, method="lora"))

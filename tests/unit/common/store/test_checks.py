@@ -42,7 +42,7 @@ REFUSED = {
         "tokens_per_second": ["-1"], "submitted_at": ["'infinity'", "'1999-12-31 23:59:59'", "'2026-02-31 00:00:00'"],
         "lora_until": ["'-infinity'", "'9000-01-01 00:00:00'", "'noon'"],
         "name": ["'a\u0007b'", "'a\u202eb'", "'a\nb'"],
-        "labels": ["'{\"a\": 5}'", "'[]'", "'null'", "'{'"], "spec": ["'[]'", "'7'", "'{\"a\": 1e999}'"],
+        "labels": ["'{\"a\": 5}'", "'[]'", "'null'", "'{'"], "spec": ["'[]'", "'7'", "'{\"a\": 1e999}'", "{big}"],
         "planned": ["'{\"lora\": -1}'", "'{\"lora\": 1.0}'", "'{\"lora\": \"4\"}'"], "methods": ["'{}'", "'[1]'"],
         "adjustment": ["'{\"micro_batch\": 0}'", "'4'"],
         "checkpoint": ["'{\"step\": 3}'", "'{\"step\": 1e2, \"prefix\": \"x\"}'"],
@@ -77,7 +77,7 @@ def opened(url: str) -> Iterator[Engine]:
 
 def refused(engine: Engine, table: str, column: str, value: str) -> bool:
     """Whether the database itself refuses it, whoever writes."""
-    told = value.replace("{long}", "'" + "x" * 16385 + "'")
+    told = value.replace("{long}", "'" + "x" * 16385 + "'").replace("{big}", "'" + '{"a": "' + "x" * 2**20 + "\"}'")
     try:
         with engine.connect() as connection:
             connection.exec_driver_sql(f'UPDATE {table} SET "{column}" = {told}')
