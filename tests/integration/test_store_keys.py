@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from loractl.common.artifacts import ArtifactStore, Binding, attempt_prefix, checkpoint_prefix, manifest_sha256
+from loractl.common.artifacts import MARK, ArtifactStore, Binding, attempt_prefix, checkpoint_prefix, manifest_sha256
 from loractl.common.errors import ArtifactError
 
 from ..services import free_port, running
@@ -114,7 +114,8 @@ class Gate(BaseHTTPRequestHandler):
 @pytest.fixture
 def gate(real_services: None, tmp_path: Path) -> Iterator[str]:
     """The address of an S3 server with the page's policy and three accounts."""
-    (tmp_path / "s3" / "loractl").mkdir(parents=True)
+    (tmp_path / "s3" / "loractl" / "lab").mkdir(parents=True)
+    (tmp_path / "s3" / "loractl" / "lab" / MARK).write_text("the owner's\n")
     port = free_port()
     rclone = shutil.which("rclone") or str(Path(sys.executable).with_name("rclone"))
     keys = [part for name in NAMES for part in ("--auth-key", f"{name},{SECRET}")]
@@ -159,6 +160,11 @@ def test_each_key_can_do_its_own_part_and_no_more(stores: dict[str, ArtifactStor
     (tmp_path / "result" / "adapter").mkdir(parents=True)
     (tmp_path / "result" / "adapter" / "weights").write_bytes(b"w")
     result, checkpoint = attempt_prefix(1, 1), checkpoint_prefix(1, 1, 5)
+
+    for guest in (client, box, gc):
+        with denied():
+            guest.write_mark("theirs")
+        assert guest.read_mark() == "the owner's"
 
     uri, digest = client.put_dataset(data)
     stored = tmp_path / "s3" / "loractl" / "lab" / "datasets" / f"{digest}.jsonl"

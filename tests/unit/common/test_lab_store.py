@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from loractl.common.artifacts import MARK, ArtifactStore, attempt_prefix
-from loractl.common.errors import WrongState, WrongStore
+from loractl.common.errors import ServiceUnreachable, WrongState, WrongStore
 from loractl.common.job.status import Reason
 from loractl.common.lab_store import SETTING, adopt, adopt_if_sure, known_mark, open_lab_store
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 
+from ...services import S3, free_port
 from ..factories import RESULT, submission, take
 
 
@@ -153,3 +154,31 @@ def test_a_moved_store_is_found_by_its_mark_with_the_data_of_waiting_jobs(
     with pytest.raises(WrongState, match="has no folder"):
         adopt(settings_of(after), store)
     assert adopt(settings_of(after), store, empty=True) == mark and after.is_dir()
+
+
+def test_a_bucket_is_looked_at_once_and_one_that_is_away_is_an_outage(
+    store: Store, s3_server: S3, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    database = store.engine.url.render_as_string(hide_password=False)
+
+    def settings(url: str) -> Settings:
+        home = {"LORACTL_HOME": str(tmp_path), "LORACTL_DATABASE_URL": database, "LORACTL_ARTIFACTS_URL": url}
+        return load_settings(home)
+
+    ours = settings(f"{s3_server.url}/{tmp_path.name}/lab")
+    mark = adopt(ours, store)
+    artifacts = open_lab_store(ours, store)
+    artifacts.put_dataset(data)
+    artifacts._files._fs.rm(f"{artifacts.url}/{MARK}")
+    artifacts.put_dataset(data)
+    for other in (f"{s3_server.url}/{tmp_path.name}/other", "s3://no-such-bucket/lab"):
+        with pytest.raises(WrongStore, match="it has no mark"):
+            open_lab_store(settings(other), store).put_dataset(data)
+    assert adopt(ours, store) == mark
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(ServiceUnreachable) as away:
+        open_lab_store(ours, store).put_dataset(data)
+    assert not isinstance(away.value, WrongStore)
