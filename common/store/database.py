@@ -28,6 +28,7 @@ from loractl.common.errors import (
     ServiceUnreachable,
     UsageError,
     ValueRefused,
+    WrongState,
 )
 from loractl.common.settings import OWN_HOME, Settings, make_private, redacted
 
@@ -92,7 +93,7 @@ _IDLE_S = 60  # a command may read 100,000 rows and look at them
 _INSUFFICIENT_PRIVILEGE = "42501"
 _CHECK_VIOLATION = "23514"
 _CHECKED = re.compile(r"ck_(\w+)_[0-9a-f]{8}")
-_NOT_YOURS = "LR004"  # of loractl's functions: somebody else's job
+_NOT_YOURS, _TOO_MUCH = "LR004", "LR005"  # of loractl's functions: somebody else's job, and a bound
 _READ_ONLY = "25006"  # a standby, or a primary that a failover has stepped down
 LOCK_NOT_FREE = "55P03"
 _PASSING = (_READ_ONLY, "40", "53", LOCK_NOT_FREE, "57")
@@ -346,6 +347,8 @@ def _look_at_error(context: ExceptionContext) -> None:
     told = next(iter(str(context.original_exception).splitlines()), "")
     if state == _NOT_YOURS:
         raise NotYours(told) from context.original_exception
+    if state == _TOO_MUCH:
+        raise WrongState(told, "what one login may write is bounded: docs/deploy.md") from context.original_exception
     if state == _INSUFFICIENT_PRIVILEGE:
         user = None if context.engine is None else context.engine.url.username
         raise Forbidden(user, _denial(told)) from context.original_exception

@@ -33,8 +33,11 @@ from .queries.cards import decisions, fleet_rounds, hosts, nodes, preemption, sh
 from .queries.changes import persistently
 from .queries.outbox import deliveries
 from .records import FleetTurn, Parcel
-from .tables import FinalLook
+from .tables import FinalLook, Job
 from .transaction import Transaction
+
+_AT_ONCE = 50
+"""Members of a sweep that one transaction cancels."""
 
 Given = ParamSpec("Given")
 Answer = TypeVar("Answer")
@@ -140,7 +143,18 @@ class SweepVerbs(Subject):
     """Verbs about sweeps."""
 
     submit = writes(submissions.submit_sweep)
-    cancel = writes(submissions.cancel_sweep)
+
+    def cancel(self, sweep_id: int, user: str) -> list[Job]:
+        """Cancel all members of a sweep that have not ended. Raises SweepNotFound, WrongState when all have.
+
+        A few in a transaction: PostgreSQL has all their rows locked while it commits.
+        """
+        with self._read() as tx:
+            open_ones = submissions.read_open_members(tx, sweep_id)
+        parts = [open_ones[first : first + _AT_ONCE] for first in range(0, len(open_ones), _AT_ONCE)]
+        return [job for some in parts for job in self._cancel_open(some, user)]
+
+    _cancel_open = writes(submissions.cancel_open)
 
     get = reads(sweeps.read_sweep)
     head = reads(sweeps.read_head)

@@ -50,7 +50,7 @@ BEGIN
   IF loractl_login() IS NOT NULL AND (SELECT count(*) FROM (SELECT FROM events WHERE job_id = number AND
       attempt IS NULL AND at > clock_timestamp() - interval '1 day' LIMIT 500) AS told) = 500 THEN
     RAISE EXCEPTION 'people have changed job % 500 times within a day', number
-      USING ERRCODE = 'program_limit_exceeded';
+      USING ERRCODE = 'LR005';
   END IF;
 END $$
 """
@@ -61,10 +61,10 @@ CREATE FUNCTION loractl_pending.wanted(before jobs, asked loractl_pending.change
 SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
   after jobs := before;
+  found jsonb := to_jsonb(before);
 BEGIN
   IF before.job_id IS NULL OR asked.kind = 'cancel' AND before.status <> 'running' OR
-      EXISTS (SELECT FROM jsonb_each(asked.expected) AS one
-        WHERE to_jsonb(before) -> one.key IS DISTINCT FROM one.value) THEN
+      EXISTS (SELECT FROM jsonb_each(asked.expected) AS one WHERE found -> one.key IS DISTINCT FROM one.value) THEN
     RETURN NULL;
   END IF;
   PERFORM loractl_pending.refuse_flood(before.job_id);
@@ -164,8 +164,10 @@ _BY_COMMIT = """
 CREATE FUNCTION loractl_pending.by_commit() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
 SET search_path = pg_catalog, public, pg_temp SET lock_timeout = '300ms' SET jit = off
 SET enable_seqscan = off SET enable_indexscan = on SET enable_indexonlyscan = on SET random_page_cost = 1.1
-SET cpu_index_tuple_cost = 0.005 SET cpu_operator_cost = 0.0025 AS $$
+SET cpu_index_tuple_cost = 0.005 SET cpu_operator_cost = 0.0025 SET plan_cache_mode = auto
+SET debug_print_parse = off SET debug_print_rewritten = off SET debug_print_plan = off AS $$
 DECLARE
+  began timestamptz := clock_timestamp();
   asked loractl_pending.changes;
   refused text;
   state text;
@@ -183,6 +185,10 @@ BEGIN
         PERFORM loractl_pending.set_tag(asked);
       ELSE
         PERFORM loractl_pending.carry_out(asked);
+      END IF;
+      IF clock_timestamp() > began + interval '1 second' THEN
+        RAISE EXCEPTION 'one transaction makes too many changes: % took a second', asked.nth
+          USING ERRCODE = 'LR005';
       END IF;
     END LOOP;
     DELETE FROM loractl_pending.changes WHERE tx = NEW.tx;
@@ -215,7 +221,7 @@ BEGIN
   asked.size := coalesce(last.size, 0) + octet_length(asked.new::text) + octet_length(asked.expected::text) +
     octet_length(asked.tail) + octet_length(asked.who);
   IF last.nth >= 2000 OR asked.size > 16777216 THEN
-    RAISE EXCEPTION 'one transaction makes at most 2,000 changes, of 16 MiB' USING ERRCODE = 'program_limit_exceeded';
+    RAISE EXCEPTION 'one transaction makes at most 2,000 changes, of 16 MiB' USING ERRCODE = 'LR005';
   END IF;
   INSERT INTO loractl_pending.changes (tx, nth, first, kind, job_id, expected, new, who, tail, size)
     VALUES (pg_current_xact_id(), coalesce(last.nth, 0) + 1, last.nth IS NULL, asked.kind, asked.job_id, asked.expected,

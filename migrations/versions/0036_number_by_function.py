@@ -50,7 +50,7 @@ DECLARE
   group_of_jobs sweeps;
 BEGIN
   IF octet_length(document::text) > 1048576 THEN
-    RAISE EXCEPTION 'a job has more than 1 MiB' USING ERRCODE = 'program_limit_exceeded';
+    RAISE EXCEPTION 'a job has more than 1 MiB' USING ERRCODE = 'LR005';
   END IF;
   IF asked IS NULL THEN
     group_of_jobs := json_populate_record(NULL::sweeps, document -> 'sweep');
@@ -62,7 +62,7 @@ BEGIN
   END IF;
   IF login IS NOT NULL AND told - interval '1 day' <
       (SELECT submitted_at FROM jobs WHERE "user" = login ORDER BY job_id DESC OFFSET 19999 LIMIT 1) THEN
-    RAISE EXCEPTION '% has queued 20,000 jobs within a day', login USING ERRCODE = 'program_limit_exceeded';
+    RAISE EXCEPTION '% has queued 20,000 jobs within a day', login USING ERRCODE = 'LR005';
   END IF;
   job := json_populate_record(NULL::jobs, asked);
   who := job."user";
@@ -108,7 +108,7 @@ BEGIN
   IF login IS NOT NULL AND (SELECT count(*) FROM (SELECT FROM looks WHERE "user" = login AND
       looks.at > clock_timestamp() - interval '1 day' LIMIT 2000) AS recent) = 2000 THEN
     RAISE EXCEPTION '% has looked at final rows 2,000 times within a day', login
-      USING ERRCODE = 'program_limit_exceeded';
+      USING ERRCODE = 'LR005';
   END IF;
   INSERT INTO looks (job_id, sweep_id, rows_sha256, "user", at) VALUES (number, sweep, left(rows, 64),
     coalesce(login, who), CASE WHEN login IS NULL THEN loractl_look.at ELSE clock_timestamp() END)

@@ -123,7 +123,7 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
     A waiting job ends at once; a running one's trainer is asked to stop and killed if it does not within 10 s. Its
     checkpoints are removed. Of several jobs, those that can't be cancelled are named, and the others are.
     """
-    from loractl.common.errors import JobNotFound, UsageError, WrongState
+    from loractl.common.errors import JobNotFound, NotYours, UsageError, WrongState
     from loractl.scheduler.cli.session import open_session
 
     if [bool(jobs), sweep_id is not None, user is not None].count(True) != 1 or (queued and user is None):
@@ -145,7 +145,7 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
         if job_id not in tried and len(job_ids) > 1:
             some = job_ids[(first := job_ids.index(job_id)) : first + AT_ONCE]
             tried.update(some)
-            with contextlib.suppress(JobNotFound, WrongState):  # below, each is asked for and told alone
+            with contextlib.suppress(JobNotFound, NotYours, WrongState):  # below, each is asked for and told alone
                 became.update((job.job_id, job.status) for job in store.jobs.cancel_open(some, settings.user))
         _tell(store, job_id, became.get(job_id) or store.jobs.cancel(job_id, settings.user).status)
 
@@ -156,7 +156,7 @@ def cancel(jobs: tuple[str, ...], sweep_id: int | None, user: str | None, queued
     refused = None
     try:
         _for_each(job_ids, end)
-    except (click.exceptions.Exit, WrongState, JobNotFound) as error:  # a follower has ended meanwhile
+    except (click.exceptions.Exit, WrongState, JobNotFound, NotYours) as error:  # a follower has ended meanwhile
         refused = error
     for job in [] if sweep_id is None else store.sweeps.cancel(sweep_id, settings.user):
         _tell(store, job.job_id, job.status)
@@ -190,15 +190,15 @@ def _tell(store: Store, job_id: int, became: Status) -> None:
 def _for_each(job_ids: Sequence[int], do: Callable[[int], None]) -> None:
     """Do it for each job. Of several, those that fail are named and the others done; the exit status is then 1.
 
-    Raises JobNotFound and WrongState for a job that was named alone.
+    Raises JobNotFound, NotYours and WrongState for a job that was named alone.
     """
-    from loractl.common.errors import ExitCode, JobNotFound, WrongState
+    from loractl.common.errors import ExitCode, JobNotFound, NotYours, WrongState
 
     refused = False
     for job_id in dict.fromkeys(job_ids):
         try:
             do(job_id)
-        except (JobNotFound, WrongState) as error:
+        except (JobNotFound, NotYours, WrongState) as error:
             if len(job_ids) == 1:
                 raise
             refused = True

@@ -111,7 +111,8 @@ def test_a_closed_lab_s_people_change_their_own_jobs_and_operators_all(lab: Cli,
             in bob(*command, code=1).stderr
         )
     assert _statuses(lab) == {1: "succeeded", 2: "queued", 3: "queued", 4: "queued", 5: "queued"}
-    bob("cancel", "5")
+    told = bob("cancel", "2-5", code=1)
+    assert told.stderr.count("may cancel it") == 3 and told.stdout == "Job 5 is cancelled.\n"
     assert lab("lab", "operators", "--add", "bob").stdout == "Operators: bob.\n"
     bob("hold", "2")
     assert lab("lab", "operators", "--remove", "bob").stdout == "Operators: none.\n"

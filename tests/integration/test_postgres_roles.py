@@ -16,7 +16,7 @@ from starlette.testclient import TestClient
 
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.channels import Channel
-from loractl.common.errors import Forbidden, NotYours
+from loractl.common.errors import Forbidden, NotYours, WrongState
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Need
 from loractl.common.job.names import Reference
@@ -561,7 +561,7 @@ def test_a_new_row_has_no_history(person: Store, lab: Logins) -> None:
             with pytest.raises((Forbidden, DatabaseError)):
                 copy(**{name: value})
                 pytest.fail(f"a new row with {name} = {value} was let through")
-    with pytest.raises(DatabaseError, match="more than 1 MiB"):
+    with pytest.raises(WrongState, match="more than 1 MiB"):
         copy(base_model="x" * 2**20)
     engine.dispose()
     jobs = person.jobs.matching()

@@ -199,17 +199,17 @@ def cancel(tx: Transaction, job_id: int, user: str) -> Job:
     raise _changed(job_id)
 
 
-def cancel_sweep(tx: Transaction, sweep_id: int, user: str) -> list[Job]:
-    """Cancel all members of a sweep that have not ended. Raises SweepNotFound, WrongState when all have."""
+def read_open_members(tx: Transaction, sweep_id: int) -> list[int]:
+    """The members of a sweep that have not ended. Raises SweepNotFound, WrongState when all have."""
     if not 0 < sweep_id <= LAST_NUMBER:
         raise SweepNotFound(sweep_id)
     left = select(Job.job_id).where(Job.sweep_id == sweep_id, Job.status.in_([Status.QUEUED, Status.RUNNING]))
-    job_ids = tx.session.scalars(left.order_by(Job.job_id)).all()
+    job_ids = list(tx.session.scalars(left.order_by(Job.job_id)))
     if not job_ids and tx.session.get(Sweep, sweep_id) is None:
         raise SweepNotFound(sweep_id)
     if not job_ids:
         raise WrongState(f"all jobs of sweep {sweep_id} have ended")
-    return cancel_open(tx, job_ids, user)
+    return job_ids
 
 
 def cancel_open(tx: Transaction, job_ids: Sequence[int], user: str) -> list[Job]:
