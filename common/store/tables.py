@@ -145,6 +145,7 @@ class Job(Base):
         _where("ix_jobs_outcome", "ended_at IS NOT NULL", "status", "reason"),
         _where("ix_jobs_ended", "ended_at IS NOT NULL", "ended_at", "status", "sweep_id", "job_id"),
         _where("ix_jobs_need_key", "attempt > 0", "need_key", "job_id"),
+        _where("ix_jobs_ran", "attempt > 0", "base_model", "job_id"),
         _where("ix_jobs_family", "ended_at IS NOT NULL", "family", "job_id"),
         {"sqlite_autoincrement": True},  # a number is never given twice, also after a delete
     )

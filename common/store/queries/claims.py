@@ -35,6 +35,7 @@ from .cards.shares import lock, own_first, write
 from .changes import answer_wishes, is_asked_to_stop
 from .followers import begin_from_best
 from .lines import read_locked, read_wanted, unreadable_met
+from .need import raise_least
 from .outbox.notices import tell_of_job, tell_of_jobs
 from .sweeps import read_rungs
 
@@ -145,6 +146,9 @@ def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node,
     if isinstance(asked, str):
         set_aside(tx, job, asked, now)
         tell_of_job(tx, job)
+        return Left(nodes=frozenset())
+    alone = node.kind == "nvml" and placed.join is None and not placed.beside
+    if alone and raise_least(tx, job, placed.method, placed.reserved):
         return Left(nodes=frozenset())
     key = None if placed.beside else key_of(job, asked.spec, placed.method)
     placed = _in_its_room(tx, placed, job, asked, cards, node, joins and key is not None)

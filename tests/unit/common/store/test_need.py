@@ -19,8 +19,8 @@ from loractl.common.memory.correction import FACTOR_BOUNDS, GROWTH, LIKE_IT_SPAR
 from loractl.common.memory.engine import ENGINE
 from loractl.common.memory.need_key import need_key
 from loractl.common.memory.plan import predict
-from loractl.common.store.queries.need import OUTSIDER_SHARE
-from loractl.common.store.records import Claim, Progress
+from loractl.common.store.queries.need import LEAST_SHARE, OUTSIDER_SHARE
+from loractl.common.store.records import Claim, Left, Progress
 from loractl.common.store.schema import HEAD, alembic_config, upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Attempt, Job
@@ -266,6 +266,22 @@ def test_a_trainer_s_plan_corrects_a_need_that_nothing_has_taught(store: Store) 
     assert store.jobs.get(job_id).vram_lora == int(FACTOR_BOUNDS[0] * 40 * GIB)
     show(store, total=48, max_jobs=4, outside_bytes=47 * GIB)
     assert store.attempts.claim("box:0") is None
+
+
+def test_a_need_has_a_floor_that_the_base_s_measured_attempts_give(store: Store) -> None:
+    show(store, total=48, max_jobs=4)
+    ran(store, "key-1", 40)
+    job_id = store.jobs.submit(submission(lora=1 / GIB, method="lora"))
+    show(store, total=48, max_jobs=4, outside_bytes=47 * GIB)
+    assert store.attempts.claim("box:0") == Left(nodes=frozenset()), "look again"
+    assert store.attempts.claim("box:0") is None
+    assert store.jobs.get(job_id).vram_needed == int(LEAST_SHARE * 40 * GIB) == 10 * GIB
+    least = "a quarter of the least that its base was measured to take with lora"
+    assert text_of_last(store, job_id) == ("planned", f"needs 10.0 GiB, not 0.0: {least}")
+    show(store, total=48, max_jobs=4)
+    assert claim(store).vram_reserved == 10 * GIB
+    other = store.jobs.submit(submission(lora=1 / GIB, method="lora", base_model="org/unknown"))
+    assert claim(store).job_id == other, "nothing is known of that one"
 
 
 def test_what_waits_and_what_runs_hides_no_attempt_of_its_kind(store: Store) -> None:
