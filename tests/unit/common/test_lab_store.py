@@ -18,6 +18,7 @@ from loractl.common.settings import Settings, load_settings
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 
+from ...databases import SQLITE_ALONE
 from ...services import S3, free_port
 from ..factories import RESULT, submission, take
 
@@ -156,6 +157,7 @@ def test_a_moved_store_is_found_by_its_mark_with_the_data_of_waiting_jobs(
     assert adopt(settings_of(after), store, empty=True) == mark and after.is_dir()
 
 
+@SQLITE_ALONE
 def test_a_bucket_is_looked_at_once_and_one_that_is_away_is_an_outage(
     store: Store, s3_server: S3, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,7 +89,7 @@ def test_a_box_with_another_store_fails_no_job_and_takes_jobs_once_the_lab_s_is_
     held.start(options=options, LORACTL_HOST="owl", LORACTL_HOME=str(tmp_path / "owl"),
                LORACTL_ARTIFACTS_URL=mount.as_uri())  # fmt: skip
     held.until(jobs[0], lambda job: job.attempt == 1 and job.status is Status.QUEUED)
-    held.clock.sleep(60)
+    held.clock.sleep(15)
     assert [held.reasons(job_id) for job_id in jobs] == [[Reason.DRAINED], [], []], "the card is closed by then"
     given_back = held.store.jobs.get(jobs[0])
     assert (given_back.held, given_back.retries_used, given_back.lab_failures) == (False, 0, 0)
@@ -102,7 +102,7 @@ def test_a_box_with_another_store_fails_no_job_and_takes_jobs_once_the_lab_s_is_
     held.stop(healthy)
     assert list(mount.iterdir()) == [], "nothing was written"
     last = held.submit()
-    held.clock.sleep(30)
+    held.clock.sleep(5)
     assert held.store.jobs.get(last).attempt == 0
     mount.rmdir()
     mount.symlink_to(held.home / "artifacts")
@@ -113,14 +113,14 @@ def test_a_box_with_another_store_fails_no_job_and_takes_jobs_once_the_lab_s_is_
 def test_a_share_that_is_unmounted_during_a_training_costs_no_training(held: HeldLab) -> None:
     share, away = held.home / "artifacts", held.home / "away"
     options = NodeOptions(store_mark=adopt(held.settings(), held.store, empty=True))
-    job_id = held.submit(steps=100)
+    job_id = held.submit(steps=40)
     held.start(options=options)
     held.until(job_id, lambda job: (job.step or 0) > 2)
     other = held.submit()
     share.rename(away)
     share.mkdir()
     held.until(job_id, lambda job: job.stage is Stage.STORING)
-    held.clock.sleep(60)
+    held.clock.sleep(10)
     assert held.store.jobs.get(job_id).stage is Stage.STORING and list(share.iterdir()) == []
     assert "has no mark; it is tried again" in " ".join(held.cli("show", job_id).split())
     share.rmdir()
