@@ -126,13 +126,16 @@ def draws(model: Any) -> bool:
 def stop_draws(model: Any) -> None:
     """Let a model compute in training mode what it computes in eval mode."""
     for module in model.modules():
-        for name in _chances(module):
-            setattr(module, name, 0.0)
+        # Falcon's and Persimmon's code reads some of the config's numbers in each pass
+        for holder in (module, *([module.config] if hasattr(module, "config") else [])):
+            for name in _chances(holder):
+                setattr(holder, name, 0.0)
 
 
-def _chances(module: Any) -> list[str]:
-    """A module's attributes that say how often or how much it draws: some models' code keeps only the number."""
-    named = {name: value for name, value in vars(module).items() if name == "p" or "drop" in name or "jitter" in name}
+def _chances(holder: Any) -> list[str]:
+    """The attributes of a module or config that say how often or how much it draws: some models' code keeps only the
+    number."""
+    named = {name: value for name, value in vars(holder).items() if name == "p" or "drop" in name or "jitter" in name}
     return [name for name, value in named.items() if isinstance(value, float) and value > 0]
 
 
