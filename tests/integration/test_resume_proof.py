@@ -16,6 +16,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -45,8 +46,9 @@ from loractl.worker.device.devices import find_devices
 from loractl.worker.protocol.marker import MARKER, close_checkpoint
 from loractl.worker.protocol.messages import Note, Saved, Start, Stepped, Told
 from loractl.worker.recipe import arguments, recipe
+from loractl.worker.recipe.checkpoint import Checkpoint
 from loractl.worker.recipe.recipe import train
-from loractl.worker.recipe.resume import belongs_to, checkpoint_to_resume
+from loractl.worker.recipe.resume import belongs_to, checkpoint_to_resume, tell_resumed
 from loractl.worker.recipe.run import Run, Stopped
 
 from .. import warm
@@ -377,6 +379,17 @@ def test_a_training_goes_on_in_the_device_s_number_format_with_a_scaler_of_its_o
         "it was trained in fp16 and continues in bf16, as this device computes",
     ]
     assert (tmp_path / "2" / "result" / "report.json").exists()
+
+
+def test_the_history_says_that_an_earlier_version_computed_losses_of_pairs_differently(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    args: Any = SimpleNamespace(bf16=False, fp16=False)
+    for task, dtype, says in (("preference", None, True), ("preference", "fp32", False), ("CAUSAL_LM", None, False)):
+        run, told = _run(tmp_path / f"{task}-{dtype}", tiny_model, task_type=task)
+        tell_resumed(run, Checkpoint(path=tmp_path, step=3, finished=False, dtype=dtype), args)
+        (said,) = (message.text for message in told if isinstance(message, Note))
+        assert said.endswith("which computed some losses of pairs differently") == says
 
 
 def _change_weights(model: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainingArguments
 
 from loractl.common.job.identity import training_digests
+from loractl.common.job.sections import TaskType
 from loractl.common.job.status import Reason
 from loractl.common.memory.weights import FUSED, PAGED, PLAIN, optimizer_name
 from loractl.worker.base.arithmetic import evaluating, whole_modules
@@ -73,6 +74,8 @@ def tell_resumed(run: Run, checkpoint: Checkpoint, args: TrainingArguments | Non
     if args is not None and checkpoint.dtype not in (None, now := _dtype(args)):
         scaler = " with a fresh loss scaler" if args.fp16 else ""
         text += f"; it was trained in {checkpoint.dtype} and continues in {now}{scaler}, as this device computes"
+    if args is not None and checkpoint.dtype is None and run.spec.task_type is TaskType.PREFERENCE:
+        text += "; an earlier version began it, which computed some losses of pairs differently"
     run.note("resumed", text, resumed_from_step=checkpoint.step)
 
 
