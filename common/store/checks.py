@@ -141,7 +141,7 @@ def _bring_sqlite(connection: Connection, table: Table, wanted: Sequence[Bound])
     they are. No row, key or index is touched, and nothing is deleted that another table refers to."""
     written = "SELECT sql FROM sqlite_master WHERE type = 'table' AND name = ?"
     before: str = connection.exec_driver_sql(written, (table.name,)).scalar_one()
-    own = before.partition(_MARK)[0].removesuffix(")") if _MARK in before else before.rstrip().removesuffix(")")
+    own = before.partition(_MARK)[0] if _MARK in before else before.rstrip().removesuffix(")")
     bounds = ", ".join(
         f'CONSTRAINT "{check.name}" CHECK ("{check.column.name}" IS NULL OR ({check.sql}))' for check in wanted
     )

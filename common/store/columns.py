@@ -239,7 +239,7 @@ class Characters(Bounded, TypeDecorator[str]):
 
     def harmless(self, value: Any) -> str:
         line = _STEERS.sub(REPLACEMENT, storable(str(value)))[: self.most]
-        return f"{line[: self.most - 1]}{REPLACEMENT}" if line == self.but else line
+        return f"{line[: self.most - 1]}{REPLACEMENT}" if self.but and line == self.but else line
 
     def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:
         return None if value is None else self.harmless(value)

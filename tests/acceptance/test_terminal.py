@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import update
 
 from loractl.common.artifacts import WEIGHTS, attempt_prefix, manifest_sha256, open_store
 from loractl.common.job.status import Reason, Stage
@@ -15,6 +15,7 @@ from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.records import Claim, Progress, StoredResult
 from loractl.common.store.store import Store
+from loractl.common.store.tables import Adapter, Attempt, Job
 
 from ..conftest import Cli
 from ..models import weights_of
@@ -33,7 +34,7 @@ def lab(cli: Cli, home: Path, tmp_path: Path) -> Cli:
     store = Store(engine)
     for name in ("ends", "fails", "runs", "waits", "held"):
         store.jobs.submit(replace(submission(name=name, max_retries=0), user=EVIL))
-    store.jobs.hold(5, EVIL, EVIL)
+    store.jobs.hold(5, str(store.jobs.get(5).user), EVIL)
     card = {
         "gpu": EVIL,
         "device_name": EVIL,
@@ -51,10 +52,10 @@ def lab(cli: Cli, home: Path, tmp_path: Path) -> Cli:
             store.attempts.finish(claim, Reason.TRAINER_ERROR, EVIL, Progress())
     store.cards.see(node_state("waits:0", **card))
     with engine.begin() as connection:
-        for column in ("name", "base_model", "node", "gpu", "family"):
-            connection.execute(text(f"UPDATE jobs SET {column} = :evil WHERE {column} IS NOT NULL"), {"evil": EVIL})
-        connection.execute(text("UPDATE attempts SET node = :evil, message = :evil"), {"evil": EVIL})
-        connection.execute(text("UPDATE adapters SET name = :evil, base_model = :evil, uri = :evil"), {"evil": EVIL})
+        for column in (Job.name, Job.base_model, Job.node, Job.gpu, Job.family):
+            connection.execute(update(Job).where(column.isnot(None)).values({column: EVIL}))
+        connection.execute(update(Attempt).values(node=EVIL, message=EVIL))
+        connection.execute(update(Adapter).values(name=EVIL, base_model=EVIL, uri=EVIL))
     store.cards.drain("box", EVIL, EVIL)
     engine.dispose()
     return cli

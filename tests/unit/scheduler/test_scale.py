@@ -20,7 +20,7 @@ from loractl.scheduler.status.overview import SWEEPS_SHOWN, job_list, overview
 from loractl.scheduler.why.answer import Why, why
 
 from ...databases import SQLITE_ALONE
-from ..factories import NOON, node_state, submission
+from ..factories import node_state, submission
 
 FEW, MANY = 400, 3_200
 """Both are more than a page and more than is replayed, so that an answer has the same form."""
@@ -89,13 +89,13 @@ def grow(store: Store, jobs: int, ended: bool) -> None:
         if not ended:
             return
         done = "UPDATE jobs SET status = 'succeeded', reason = 'ok', attempt = 1, ended_at = :now, report_uri = 'file:///r'"
-        connection.execute(text(f"{done} WHERE job_id <> 60"), {"now": NOON.replace(year=2099)})
+        connection.execute(text(f"{done} WHERE job_id <> 60"), {"now": "2099-01-01 12:00:00"})
         stored = (
             "INSERT INTO adapters (job_id, attempt, name, base_model, method, uri, size, sha256, created_at)"
             " SELECT job_id, 1, 'tiny' || job_id % 7, 'org/model', 'lora', 'file:///a', 1, 'f', :now FROM jobs"
             " WHERE job_id NOT IN (SELECT job_id FROM adapters) AND job_id <> 60"
         )
-        connection.execute(text(stored), {"now": NOON})
+        connection.execute(text(stored), {"now": "2026-01-01 12:00:00"})
 
 
 def _columns(connection: Any, table: str) -> list[Any]:

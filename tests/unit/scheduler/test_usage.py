@@ -9,6 +9,7 @@ import pytest
 
 from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
 from loractl.common.job.status import Reason
+from loractl.common.store.checks import release
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
@@ -121,6 +122,7 @@ def test_an_upgrade_counts_what_was_had_before_and_no_row_stops_it(timed: Store)
     for number in range(3):
         train(timed, f"eve{number}", 1)
     with timed.engine.begin() as connection:
+        release(connection)
         for name, value in (("eve0", "'noon'"), ("eve1", "'0001-01-01 00:00:00'"), ("eve2", "x'ff'")):
             its = f"""job_id = (SELECT job_id FROM jobs WHERE "user" = '{name}')"""
             connection.exec_driver_sql(f"UPDATE attempts SET started_at = {value} WHERE {its}")

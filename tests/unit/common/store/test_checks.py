@@ -16,6 +16,7 @@ from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import ValueRefused
 from loractl.common.job.method import Need
 from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.store.columns import Characters, Prose
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.records import Claim, Progress, StoredResult
 from loractl.common.store.schema import alembic_config, upgrade
@@ -255,3 +256,15 @@ def test_a_sensor_that_says_nonsense_does_not_silence_its_card(upgraded_url: str
         assert isinstance(take(store, **odd), Claim)
         node = store.cards.fleet().nodes["box:0"]
         assert (node.load, node.temperature, node.outside) == (None, None, [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "kept"),
+    [
+        (Characters(4), "", ""), (Characters(4), "ab cd", "ab c"), (Characters(9), "a\nb\u202ec\0", "a�b�c�"),
+        (Characters(9, "latest"), "latest", "latest�"), (Characters(9, "latest"), "later", "later"),
+        (Prose(8), "", ""), (Prose(8), "a\n\x1b", "a\n\x1b"), (Prose(8), "ééééé", "éé…"), (Prose(8), "12345678", "12345678"),
+    ],
+)  # fmt: skip
+def test_text_is_written_as_its_column_can_hold_it(kind: Characters | Prose, written: str, kept: str) -> None:
+    assert kind.harmless(written) == kept and kind.harmless(kept) == kept

@@ -27,6 +27,7 @@ from loractl.common.files import Folder, Unfinished, open_files
 from loractl.common.job.names import parse_reference
 from loractl.common.job.status import Reason
 from loractl.common.settings import Settings, load_settings
+from loractl.common.store.checks import release
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint, StoredResult
 from loractl.common.store.store import Store
@@ -271,6 +272,7 @@ def test_data_stay_that_a_row_names_which_cannot_be_read(lab: Lab) -> None:
     waiting = lab.store.jobs.submit(submission(lora=200, qlora=200))
     name = lab.data("waiting", waiting)
     with Session(lab.store.engine) as session, session.begin():
+        release(session.connection())
         data = {"path": {"uri": f"file:///lab/{name}", "rows": -1}}
         session.execute(update(Job).where(Job.job_id == waiting).values(data=data))
     lab.clock.forward(MONTH.total_seconds() + 86400)
