@@ -107,7 +107,7 @@ def one_of_each(url: str, artifacts: ArtifactStore) -> None:
     way = SharedNeed(cards=2, parallel=Parallel.DATA, need=Need(lora=50 * GIB, qlora=None))
     job = replace(submission(lora=92, qlora=None, user="wei", name="shared"), ways=Ways(gangs=(way,)))
     lab.store.jobs.submit(replace(job, data={"path": {"uri": "datasets/x", "rows": 10, "tokens": 100, "bytes": 1000}}))
-    lab.store.adapters.tag(Reference(name="ended"), "prod", "wei")
+    lab.store.adapters.tag(Reference(name="ended"), "prod", "mara")
     lab.store.usage.set_quota("wei", 1.0, 86400, "root", soft=True)
     lab.store.lab.set("store", "mark", "root")
     queue(lab, "blocked", "wei", 1, after=[failed.job_id])

@@ -40,7 +40,7 @@ def upgrade(engine: Engine) -> tuple[str | None, str]:
     before = revision(engine)
     if before is not None and before > HEAD:
         raise SchemaMismatch(before, HEAD)
-    with _migrating(engine) as connection, alembic_config(connection) as config:
+    with migrating(engine) as connection, alembic_config(connection) as config:
         if engine.dialect.name == "postgresql":
             for patience in ("statement_timeout", "lock_timeout"):
                 connection.execute(text(f"SET LOCAL {patience} = 0"))  # a migration takes what it takes
@@ -51,7 +51,7 @@ def upgrade(engine: Engine) -> tuple[str | None, str]:
 
 
 @contextlib.contextmanager
-def _migrating(engine: Engine) -> Iterator[Connection]:
+def migrating(engine: Engine) -> Iterator[Connection]:
     """A transaction in which a table may be replaced. On SQLite that would delete the rows that refer to it, so foreign
     keys rest, which can be said outside of a transaction alone, and are looked at before its end."""
     with engine.connect() as connection:
