@@ -11,8 +11,8 @@ import datetime as dt
 import functools
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from loractl.common.job.method import Method, Need, SharedNeed, Ways, least_need
@@ -200,14 +200,26 @@ class ListedLine:
         return None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PassedOver:
+    """What a claim goes without: jobs whose rows are locked, and all jobs of users whose rows would keep it busy."""
+
+    jobs: set[int] = field(default_factory=set)
+    users: set[str] = field(default_factory=set)
+
+    def has(self, job: Waiting) -> bool:
+        return job.job_id in self.jobs or job.user in self.users
+
+
 class PassingLine:
     """A line without some jobs."""
 
-    def __init__(self, line: Line, passed: Collection[int]) -> None:
+    def __init__(self, line: Line, passed: PassedOver) -> None:
         self._line, self._passed = line, passed
 
     def next(self, openings: Openings) -> Waiting | None:
-        while (job := self._line.next(openings)) is not None and job.job_id in self._passed:
+        of_others = replace(openings, without=openings.without | self._passed.users)
+        while (job := self._line.next(of_others)) is not None and self._passed.has(job):
             pass
         return job
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import enum
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.cards import Card, could_start, least_limit
 from loractl.common.placement.gangs import may_share
 from loractl.common.placement.hosts import Seat, joined, may_join, open_bases, seat
+from loractl.common.placement.lines import PassedOver
 from loractl.common.placement.roomy import gains_more_in_a_pack, with_room
 from loractl.common.placement.rule import Placement
 from loractl.common.units import gib
@@ -44,6 +47,10 @@ if TYPE_CHECKING:
 
 _TRIES, _PROBED_AFTER = 8, 2
 """How many locked rows a claim passes over one by one, and after how many it asks which others are locked."""
+
+_MOST_PASSED = 32
+"""Locked rows of a user that a claim passes over one by one; with more, or with one that can't start, it goes without
+all jobs of this user: nobody's rows keep a card from the jobs of others."""
 
 _ASIDE_AT_ONCE = 50
 """Rows that one claim sets aside at most."""
@@ -81,15 +88,31 @@ def claim(
     cards = [mine if card.node == node else replace(card, stuck=card.node in distrusted) for card in fleet.cards]
     if not mine.open or not mine.free or not (mine.slots or open_bases(mine)):
         return None
-    passed: set[int] = set()  # jobs whose rows somebody keeps locked
+    taken: Claim | Left | None
+    passed, met_odd = PassedOver(), False
     for tried in range(_TRIES):
         given = _given(tx, mine, cards, fleet, now, passed)
-        taken = _take(tx, given, cards, row, joins) if isinstance(given, Placement) else given
-        if taken is not None or not isinstance(given, Placement):
+        if not isinstance(given, Placement):
+            taken = given
             break
-        passed |= {given.job.job_id, *(read_locked(tx.session, now) if tried == _PROBED_AFTER else ())}
+        found = _take(tx, given, cards, row, joins)
+        if not isinstance(found, _Obstacle):
+            taken = found
+            break
+        passed.jobs.add(given.job.job_id)
+        if found is _Obstacle.ODD:
+            passed.users.add(given.job.user)
+            met_odd = True
+        elif tried == _PROBED_AFTER:
+            locked = read_locked(tx.session, now)
+            passed.jobs.update(locked)
+            passed.users.update(user for user, rows in Counter(locked.values()).items() if rows > _MOST_PASSED)
+        elif tried > _PROBED_AFTER:
+            passed.users.add(given.job.user)
     else:
         taken = Left(nodes=frozenset())
+    if met_odd and not isinstance(taken, Claim):
+        taken = Left(nodes=frozenset())  # others of those users may fit
     for job_id in sorted(unreadable_met(tx.session))[:_ASIDE_AT_ONCE]:
         tx.apart(job_id, lambda job_id=job_id: tell_of_jobs(tx, look_again(tx, job_id)))  # type: ignore[misc]
     return taken
@@ -103,7 +126,7 @@ def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
 
 
 def _given(
-    tx: Transaction, mine: Card, cards: Sequence[Card], fleet: FleetState, now: dt.datetime, passed: Collection[int]
+    tx: Transaction, mine: Card, cards: Sequence[Card], fleet: FleetState, now: dt.datetime, passed: PassedOver
 ) -> Placement | Left | None:
     """What the rule gives this card. Left: it gives every job that fits here to other cards."""
     outlook = decide(tx.session, cards, fleet, now, passed)
@@ -125,12 +148,20 @@ def _could_share(placed: Placement, mine: Card) -> bool:
     return bool(placed.beside) and may_share(mine, placed.job) and any(one.bytes <= mine.room for one in placed.shares)
 
 
-def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node, joins: bool) -> Claim | Left | None:
-    """None: somebody has the job's row locked."""
+class _Obstacle(enum.Enum):
+    """Why a claim goes on with another job in the same transaction."""
+
+    LOCKED = enum.auto()
+    ODD = enum.auto()  # it can't start as it is
+
+
+def _take(
+    tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node, joins: bool
+) -> Claim | Left | _Obstacle:
     now = tx.now()
     job = tx.session.get(Job, placed.job.job_id, with_for_update=SKIP_LOCKED, populate_existing=True)
     if job is None:
-        return None
+        return _Obstacle.LOCKED
     if not is_ready(job, now):
         return Left(nodes=frozenset())  # another node's claim was faster, or a person held it
     if is_asked_to_stop(tx, job.job_id):  # it was given back while it was cancelled
@@ -141,15 +172,15 @@ def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node,
     if (sweep_id := sweep_of(job.spec)) is not None and job.ancestor is None:
         tx.apart(job.job_id, lambda: begin_from_best(tx, job, sweep_id))  # a person has released it without a choice
         if job.held:
-            return Left(nodes=frozenset())
+            return _Obstacle.ODD
     asked = _read(job)
     if isinstance(asked, str):
         set_aside(tx, job, asked, now)
         tell_of_job(tx, job)
-        return Left(nodes=frozenset())
+        return _Obstacle.ODD
     alone = node.kind == "nvml" and placed.join is None and not placed.beside
     if alone and raise_least(tx, job, placed.method, placed.reserved):
-        return Left(nodes=frozenset())
+        return _Obstacle.ODD
     key = None if placed.beside else key_of(job, asked.spec, placed.method)
     placed = _in_its_room(tx, placed, job, asked, cards, node, joins and key is not None)
     taken, *others = _seats(placed, key, cards)

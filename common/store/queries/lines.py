@@ -219,16 +219,18 @@ def read_wanted(session: Session, now: dt.datetime, job_id: int, free: int) -> b
     return bool(session.execute(_WANTED, asked).scalar())
 
 
-def read_locked(session: Session, now: dt.datetime) -> set[int]:
-    """Those of the first ready jobs whose rows somebody keeps locked. It locks the others for a moment to know."""
-    first = text(f"SELECT job_id FROM jobs WHERE {READY} ORDER BY priority DESC, job_id LIMIT {_PROBED}")  # noqa: S608  no input
-    asked = {"now": now}
-    ready = set(session.execute(first.bindparams(bindparam("now", type_=UtcDateTime())), asked).scalars())
+def read_locked(session: Session, now: dt.datetime) -> dict[int, str]:
+    """Those of the first ready jobs whose rows somebody keeps locked, with their users. It locks the others for a
+    moment to know."""
+    first = text(
+        f'SELECT job_id, "user" FROM jobs WHERE {READY} ORDER BY priority DESC, job_id LIMIT {_PROBED}'  # noqa: S608  no input
+    ).bindparams(bindparam("now", type_=UtcDateTime()))
+    ready = {row.job_id: row.user for row in session.execute(first, {"now": now})}
     with session.begin_nested() as probe:
         free = text(f"{first.text} FOR SHARE SKIP LOCKED").bindparams(bindparam("now", type_=UtcDateTime()))
-        locked = ready - set(session.execute(free, asked).scalars())
+        unlocked = set(session.execute(free, {"now": now}).scalars())
         probe.rollback()
-    return locked
+    return {job_id: user for job_id, user in ready.items() if job_id not in unlocked}
 
 
 def read_order(session: Session, now: dt.datetime, charges: Mapping[str, float], limit: int) -> list[Waiting]:

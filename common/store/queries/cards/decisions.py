@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card
 from loractl.common.placement.hosts import Newcomer, RefusedJoin, looked_at, open_bases, spoilt_bases
-from loractl.common.placement.lines import Line, PassingLine, SubstitutedLine, Waiting
+from loractl.common.placement.lines import Line, PassedOver, PassingLine, SubstitutedLine, Waiting
 from loractl.common.placement.rule import Decision, place
 
 from ...fleet import FleetView
@@ -37,15 +37,19 @@ class Outlook:
 
 
 def decide(
-    session: Session, cards: Sequence[Card], fleet: FleetState, now: dt.datetime, passed: Collection[int] = ()
+    session: Session, cards: Sequence[Card], fleet: FleetState, now: dt.datetime, passed: PassedOver | None = None
 ) -> Outlook:
-    """`cards`: those of the fleet, as the caller knows them better. `passed`: jobs that the rule goes without."""
+    """`cards`: those of the fleet, as the caller knows them better. `passed`: what the rule goes without."""
     packs = read_packs(session, cards, now)
-    joiners = [job for job in _joiners(session, packs, now) if job.job_id not in passed]
+    passed = passed or PassedOver()
+    joiners = [job for job in _joiners(session, packs, now) if not passed.has(job)]
     levels: Iterable[Mapping[str, Line]] = read_levels(session, now, joiners=joiners)
     oldest = read_oldest(session, now)
-    if passed:
-        levels = ({user: PassingLine(line, passed) for user, line in level.items()} for level in levels)
+    if passed.jobs or passed.users:
+        levels = (
+            {user: PassingLine(line, passed) for user, line in level.items() if user not in passed.users}
+            for level in levels
+        )
         oldest = PassingLine(oldest, passed)
     decisions = _placed(fleet, packs, levels, oldest, now, joins=bool(joiners))
     return Outlook(packs=packs, joiners=joiners, decisions=decisions)

@@ -183,6 +183,22 @@ def test_a_row_of_a_newer_version_waits_for_a_newer_worker_and_says_so_once(upgr
         assert [event.kind for event in store.jobs.events(job_id)] == ["queued", "version"]
 
 
+def test_a_user_s_jobs_that_no_version_reads_keep_no_card_from_others(upgraded_url: str) -> None:
+    engine = make_engine(upgraded_url)
+    store = Store(engine)
+    newer = [store.jobs.submit(submission()) for _ in range(20)]
+    with Session(engine) as session, session.begin():
+        for job_id in newer:
+            job = session.get_one(Job, job_id)
+            job.spec, job.version = {"new": 1}, "99.0.0"
+    own, others = store.jobs.submit(submission()), store.jobs.submit(submission(user="eve"))
+    claim = take(store)
+    assert isinstance(claim, Claim) and claim.job_id == others
+    while isinstance(claim := take(store), Left):
+        pass
+    assert isinstance(claim, Claim) and claim.job_id == own
+
+
 @pytest.mark.parametrize("column", ["status", "reason", "stage", "method"])
 def test_a_word_of_a_newer_version_is_shown_as_it_is(upgraded_url: str, column: str) -> None:
     engine = make_engine(upgraded_url)
