@@ -8,8 +8,15 @@ DO $$ BEGIN
     EXECUTE format('GRANT loractl_registrar TO %I', current_user);
   END IF;
   EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
+  EXECUTE format('GRANT CONNECT ON DATABASE %I TO loractl_join', current_database());
 END $$;
-GRANT loractl_submit, loractl_worker TO loractl_registrar WITH ADMIN OPTION;
+DO $$ DECLARE its text; BEGIN -- not again: a GRANT waits for a join line's open transaction
+  FOREACH its IN ARRAY '{loractl_submit,loractl_worker}'::text[] LOOP
+    IF NOT pg_has_role('loractl_registrar', its, 'MEMBER WITH ADMIN OPTION') THEN
+      EXECUTE format('GRANT %I TO loractl_registrar WITH ADMIN OPTION', its);
+    END IF;
+  END LOOP;
+END $$;
 
 CREATE SCHEMA IF NOT EXISTS loractl_lab;
 REVOKE ALL ON SCHEMA loractl_lab FROM PUBLIC;
@@ -27,18 +34,18 @@ GRANT SELECT, UPDATE, DELETE ON loractl_lab.invitations TO loractl_registrar; --
 -- With a verifier it makes the login, or gives the one that the owner has named another password, and ends the
 -- invitation. Without one it only says what the invitation is. A refusal is an answer, and changes nothing.
 CREATE OR REPLACE FUNCTION loractl_lab.enter(wanted text, verifier text) RETURNS json
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp SET lock_timeout = '5s' AS $$
 DECLARE
   invited loractl_lab.invitations;
   its_name text;
 BEGIN
-  SELECT * INTO invited FROM loractl_lab.invitations
-    WHERE login = session_user AND expires_at > clock_timestamp() FOR UPDATE;
+  SELECT * INTO invited FROM loractl_lab.invitations WHERE login = session_user AND expires_at > clock_timestamp();
+  IF FOUND AND verifier IS NULL THEN -- a look locks nothing
+    RETURN json_build_object('role', invited.role, 'name', invited.name, 'sealed', invited.sealed);
+  END IF;
+  PERFORM FROM loractl_lab.invitations WHERE login = session_user AND expires_at > clock_timestamp() FOR UPDATE;
   IF NOT FOUND THEN
     RETURN json_build_object('refused', 'spent');
-  END IF;
-  IF verifier IS NULL THEN
-    RETURN json_build_object('role', invited.role, 'name', invited.name, 'sealed', invited.sealed);
   END IF;
   IF verifier !~ '^SCRAM-SHA-256\$[0-9]{4,6}:[A-Za-z0-9+/=]{16,64}\$[A-Za-z0-9+/=]{44}:[A-Za-z0-9+/=]{44}$' THEN
     RETURN json_build_object('refused', 'verifier');
@@ -68,13 +75,19 @@ ALTER FUNCTION loractl_lab.enter(text, text) OWNER TO loractl_registrar;
 REVOKE CREATE ON SCHEMA loractl_lab FROM loractl_registrar;
 
 -- Logins of used lines, and of lines that nobody used in their hour.
-DELETE FROM loractl_lab.invitations WHERE expires_at < clock_timestamp();
-DO $$ DECLARE spent name; BEGIN
+DELETE FROM loractl_lab.invitations WHERE login IN -- but those that a line's open transaction keeps locked
+  (SELECT login FROM loractl_lab.invitations WHERE expires_at < clock_timestamp() FOR UPDATE SKIP LOCKED);
+DO $$ DECLARE
+  spent name;
+  patience text := current_setting('lock_timeout');
+BEGIN
+  PERFORM set_config('lock_timeout', '1s', true);
   FOR spent IN SELECT rolname FROM pg_roles WHERE rolname ~ '^loractl_join_[0-9a-f]{12}$' AND rolvaliduntil < now() LOOP
     BEGIN
       EXECUTE format('DROP ROLE %I', spent);
-    EXCEPTION WHEN insufficient_privilege THEN
-      NULL; -- another owner's, of another database of this server
+    EXCEPTION WHEN insufficient_privilege OR lock_not_available THEN
+      NULL; -- another owner's, of another database of this server, or its transaction is open
     END;
   END LOOP;
+  PERFORM set_config('lock_timeout', patience, true);
 END $$;

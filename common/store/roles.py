@@ -90,6 +90,8 @@ SELECT has_database_privilege(:role, current_database(), 'TEMPORARY') AS tempora
     OR has_function_privilege(:role, 'lo_create(oid)', 'EXECUTE')
     OR has_function_privilege(:role, 'lo_from_bytea(oid, bytea)', 'EXECUTE') AS large_objects,
   has_function_privilege(:role, 'pg_advisory_lock(bigint)', 'EXECUTE') AS advisory_locks,
+  EXISTS (SELECT FROM pg_database WHERE datname IN ('postgres', 'template1') AND datname <> current_database()
+    AND datallowconn AND has_database_privilege(:role, oid, 'CONNECT')) AS what_other_databases_allow,
   coalesce(
     (SELECT split_part(one, '=', 2) FROM pg_db_role_setting JOIN pg_database ON setdatabase = pg_database.oid,
       unnest(setconfig) AS one

@@ -9,12 +9,27 @@ END $$;
 REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 -- Nothing of loractl's needs temporary tables, large objects or advisory locks: a login could fill the disk with them,
 -- and the server's table of locks.
-DO $$ DECLARE its regprocedure; BEGIN
+DO $$ DECLARE
+  its regprocedure;
+  other name;
+  its_login name;
+BEGIN
   EXECUTE format('REVOKE TEMPORARY ON DATABASE %I FROM PUBLIC', current_database());
+  EXECUTE format('GRANT CONNECT ON DATABASE %I TO loractl_submit, loractl_worker, loractl_web', current_database());
   IF (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN -- these functions are the superuser's
     REVOKE EXECUTE ON FUNCTION lo_creat(integer), lo_create(oid), lo_from_bytea(oid, bytea) FROM PUBLIC;
     FOR its IN SELECT oid FROM pg_proc WHERE proname ~ '^pg_(try_)?advisory_' AND pronamespace = 'pg_catalog'::regnamespace LOOP
       EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', its);
+    END LOOP;
+    -- Nor in the server's own databases: its table of locks is one for all of them. Who could connect still can.
+    FOR other IN SELECT datname FROM pg_database WHERE datname IN ('postgres', 'template1') AND
+        datname <> current_database() AND has_database_privilege('public', oid, 'CONNECT') LOOP
+      FOR its_login IN SELECT rolname FROM pg_roles WHERE rolcanlogin AND NOT rolsuper AND rolname !~ '^loractl_join_' AND
+          NOT EXISTS (SELECT FROM pg_auth_members WHERE member = pg_roles.oid AND
+            roleid IN (to_regrole('loractl_submit'), to_regrole('loractl_worker'), to_regrole('loractl_web'))) LOOP
+        EXECUTE format('GRANT CONNECT ON DATABASE %I TO %I', other, its_login);
+      END LOOP;
+      EXECUTE format('REVOKE CONNECT ON DATABASE %I FROM PUBLIC', other);
     END LOOP;
     IF to_regrole('pg_use_reserved_connections') IS NOT NULL THEN -- PostgreSQL 16: others use up the rest alone
       GRANT pg_use_reserved_connections TO loractl_worker;

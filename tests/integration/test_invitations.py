@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from loractl.common.errors import Forbidden, UsageError, WrongState
 from loractl.common.store.database import make_engine
 from loractl.common.store.entrance import LOGIN, Invitation, entered, invite, look
-from loractl.common.store.roles import SUBMIT, WORK, WantedLogin, apply_roles
+from loractl.common.store.roles import SUBMIT, WORK, WantedLogin, apply_roles, verifier
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 
@@ -156,6 +156,22 @@ def test_a_line_ends_with_its_time_and_its_login_goes_with_the_next(
         there = text("SELECT count(*) FROM pg_roles WHERE rolname = :n")
         assert connection.execute(there, {"n": guest.login}).scalar() == 0
         assert connection.execute(text("SELECT count(*) FROM loractl_lab.invitations")).scalar() == 1
+
+
+def test_lines_whose_transactions_stay_open_keep_the_owner_from_inviting_nobody(
+    owner: Engine, invited: Callable[..., tuple[Engine, Invitation]]
+) -> None:
+    (looking, looks), (entering, _) = invited(), invited()
+    with looking.connect() as one, entering.connect() as other:
+        one.execute(text(ENTER))
+        with owner.begin() as connection:
+            over = text("UPDATE loractl_lab.invitations SET expires_at = now() WHERE login = :login")
+            connection.execute(over, {"login": looks.login})
+            kept = verifier(connection, "x", "a" * 20)
+        other.execute(text("SELECT loractl_lab.enter(:name, :kept)"), {"name": new_name(), "kept": kept})
+        began = time.monotonic()
+        engine, _ = invited()
+        assert look(engine).role == SUBMIT and time.monotonic() - began < 3
 
 
 def test_a_name_that_is_there_changes_its_password_for_the_owner_s_line_alone(
