@@ -36,10 +36,12 @@ END $$
 """
 
 _SAID = """
+-- One line, in which nothing makes the name longer
 CREATE FUNCTION loractl_pending.said(asked loractl_pending.changes) RETURNS text LANGUAGE sql STABLE
 SET search_path = pg_catalog, public, pg_temp AS $$
   SELECT CASE asked.kind WHEN 'cancel' THEN 'cancel asked for' WHEN 'retry' THEN 'queued again' WHEN 'held' THEN 'held'
-    WHEN 'cancelled' THEN 'cancelled' WHEN 'edited' THEN 'edited' END || ' by ' || asked.who || asked.tail
+    WHEN 'cancelled' THEN 'cancelled' WHEN 'edited' THEN 'edited' END || ' by ' || asked.who ||
+    CASE WHEN asked.tail ~ '^(: |$)' THEN '' ELSE ': ' END || translate(asked.tail, E'\\n\\r', '  ')
 $$
 """
 
@@ -159,10 +161,10 @@ END $$
 
 _BY_COMMIT = """
 -- Makes all changes of the transaction, by COMMIT alone: then no lock of theirs outlives the call. What could stretch
--- that moment is refused or fixed: a cursor that COMMIT has to read to its end, the login's planner settings, messages
+-- that moment is refused or fixed: a cursor that COMMIT has to read to its end, the login's settings, messages
 -- to a client that reads none. An error gives the locks back before the client is told.
 CREATE FUNCTION loractl_pending.by_commit() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
-SET search_path = pg_catalog, public, pg_temp SET lock_timeout = '300ms' SET jit = off
+SET search_path = pg_catalog, public, pg_temp SET extra_float_digits = 1 SET jit = off
 SET enable_seqscan = off SET enable_indexscan = on SET enable_indexonlyscan = on SET random_page_cost = 1.1
 SET cpu_index_tuple_cost = 0.005 SET cpu_operator_cost = 0.0025 SET plan_cache_mode = auto
 SET debug_print_parse = off SET debug_print_rewritten = off SET debug_print_plan = off AS $$
@@ -178,7 +180,8 @@ BEGIN
     RAISE EXCEPTION 'changes are made by the statement COMMIT alone, at READ COMMITTED, without a cursor WITH HOLD'
       USING ERRCODE = 'LR003';
   END IF;
-  PERFORM set_config('client_min_messages', 'error', true);
+  -- to the transaction's end: NOTIFY takes a lock of the whole server after this function
+  PERFORM set_config('client_min_messages', 'error', true), set_config('lock_timeout', '300ms', true);
   BEGIN
     FOR asked IN SELECT * FROM loractl_pending.changes WHERE tx = NEW.tx ORDER BY nth LOOP
       IF asked.kind = 'tag' THEN

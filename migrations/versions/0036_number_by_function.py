@@ -53,6 +53,11 @@ BEGIN
     RAISE EXCEPTION 'a job has more than 1 MiB' USING ERRCODE = 'LR005';
   END IF;
   IF asked IS NULL THEN
+    IF login IS NOT NULL AND (SELECT count(*) FROM
+        (SELECT "user", created_at FROM sweeps ORDER BY sweep_id DESC LIMIT 20000) AS newest
+        WHERE "user" = login AND created_at > told - interval '1 day') >= 2000 THEN
+      RAISE EXCEPTION '% has made 2,000 sweeps within a day', login USING ERRCODE = 'LR005';
+    END IF;
     group_of_jobs := json_populate_record(NULL::sweeps, document -> 'sweep');
     INSERT INTO sweeps (name, "user", settings, rungs, created_at) VALUES (group_of_jobs.name,
       coalesce(login, group_of_jobs."user"), group_of_jobs.settings, group_of_jobs.rungs,
@@ -80,6 +85,7 @@ BEGIN
     END IF;
     job.queue_key := left(job.queue_key, -length(who)) || login;
     job."user" := login;
+    job.submitted_at := told;
     who := who || CASE WHEN who = login THEN '' ELSE ' (login ' || login || ')' END;
   ELSE
     told := job.submitted_at;
@@ -87,7 +93,8 @@ BEGIN
   INSERT INTO jobs SELECT (job).*;
   INSERT INTO job_labels (job_id, key, value) SELECT job.job_id, key, value FROM json_each_text(job.labels);
   INSERT INTO events (job_id, attempt, at, kind, text) VALUES (job.job_id, NULL, told, 'queued',
-    'queued by ' || who || coalesce(left(document ->> 'why', 2000), ''));
+    'queued by ' || who || coalesce(substring(left(translate(document ->> 'why', E'\\n\\r', '  '), 2000)
+      FROM '^(?:, | as a member of sweep ).*'), '')); -- nothing makes the name longer
   RETURN job.job_id;
 END $$
 """

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
-from sqlalchemy import Engine, text
+from sqlalchemy import Engine, make_url, text
 
 from loractl.common.errors import Forbidden, WrongState
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.entrance import LOGIN, Invitation, invite
-from loractl.common.store.queries import changes
+from loractl.common.store.queries import changes, lines
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.roles import SUBMIT
 from loractl.common.store.store import Store
@@ -234,6 +234,10 @@ def test_one_transaction_s_changes_are_bounded_and_one_job_s_history_is(person: 
         connection.execute(many, [600])
         with pytest.raises(psycopg.Error, match=r"changed job 1 500 times within a day|too many changes"):
             connection.execute("COMMIT")
+        connection.rollback()
+        made = '{"sweep": {"name": "a", "settings": {"varied": {}, "trials": 1, "seed": 1}}}'
+        with pytest.raises(psycopg.Error, match="made 2,000 sweeps within a day"):
+            connection.execute("SELECT loractl_submit(%s) FROM generate_series(1, 2001)", [made])
     assert len(person.jobs.events(job_id)) == 1
 
 
@@ -250,6 +254,52 @@ def test_a_claim_goes_on_with_the_next_job_where_somebody_keeps_the_first_ones_l
             assert isinstance(claim, Claim) and claim.job_id == free and time.monotonic() - began < 1
         box.attempts.finish(claim, Reason.OUT_OF_MEMORY, "", Progress())
         free = person.jobs.submit(submission())
+
+
+def test_more_locked_rows_of_a_user_than_a_claim_asks_about_keep_no_card_from_others(
+    person: Store, box: Store, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "_PROBED", 5)
+    for _ in range(12):
+        person.jobs.submit(submission(priority=1000))
+    owner = Store(make_engine(postgres_url))
+    others = owner.jobs.submit(submission(user="eve"))
+    with held_open(postgres_url, f"SELECT * FROM jobs WHERE job_id < {others} FOR NO KEY UPDATE"):
+        claim = take(box)
+    assert isinstance(claim, Claim) and claim.job_id == others
+    owner.engine.dispose()
+
+
+def test_a_commit_of_changes_that_take_long_is_ended(person: Store, lab: Logins, postgres_url: str) -> None:
+    job_id, owner = person.jobs.submit(submission()), make_engine(postgres_url)
+    with owner.connect() as connection:
+        function = str(
+            connection.exec_driver_sql("SELECT pg_get_functiondef('loractl_pending.by_commit'::regproc)").scalar()
+        )
+
+    def allow(seconds: str) -> None:
+        with owner.begin() as connection:
+            connection.execute(text(function.replace("1 second", seconds).replace(":", "\\:")))
+
+    allow("0 seconds")
+    try:
+        with psycopg.connect(lab.person.replace("+psycopg", "")) as connection:
+            connection.execute(HELD)
+            with pytest.raises(psycopg.Error, match="makes too many changes"):
+                connection.execute("COMMIT")
+            with owner.connect() as looking:
+                looking.exec_driver_sql("SELECT 1 FROM jobs FOR UPDATE NOWAIT")
+    finally:
+        allow("1 second")
+    person.jobs.hold(job_id, "ada")
+    owner.dispose()
+
+
+def test_a_login_reaches_no_other_database_where_it_could_use_the_server_s_locks_up(lab: Logins) -> None:
+    for name in ("postgres", "template1"):
+        elsewhere = make_url(lab.person).set(drivername="postgresql", database=name)
+        with pytest.raises(psycopg.OperationalError, match="permission denied for database"):
+            psycopg.connect(elsewhere.render_as_string(hide_password=False))
 
 
 @pytest.fixture

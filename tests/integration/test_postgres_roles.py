@@ -202,6 +202,21 @@ def test_a_person_changes_their_own_jobs_operators_and_the_owner_all_and_a_lab_m
             one.engine.dispose()
 
 
+def test_numbers_are_compared_as_they_are_and_not_as_a_login_rounds_them(
+    person: Store, lab: Logins, postgres_url: str
+) -> None:
+    job_id, owner, engine = person.jobs.submit(submission()), make_engine(postgres_url), make_engine(lab.person)
+    with owner.begin() as connection:
+        connection.exec_driver_sql("UPDATE jobs SET loss = 0.2345")
+    with pytest.raises((Forbidden, DatabaseError)), engine.begin() as connection:
+        connection.exec_driver_sql("SET extra_float_digits = -15")
+        said = '{"held": true, "loss": 0.21}'
+        connection.exec_driver_sql(f"SELECT loractl_change({job_id}, 'held', '{{}}', '{said}', '', '')")
+    assert person.jobs.get(job_id).loss == 0.2345
+    for one in (owner, engine):
+        one.dispose()
+
+
 def vars_of_a_retry() -> dict[str, object]:
     return {**retried(), "status": "queued", "result_until": None}
 
@@ -596,6 +611,18 @@ def test_who_did_it_is_the_login_whatever_the_client_claims(person: Store, box: 
     assert person.jobs.events(job_id)[-1].text == f"queued again by {login}"
     person.jobs.hold(job_id, str(login), "by bob")
     assert person.jobs.get(job_id).message == f"held by {login}: by bob"
+    person.jobs.retry(job_id, str(login))
+    engine = make_engine(lab.person)
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"SELECT loractl_change({job_id}, 'held', '{{}}', '{{\"held\": true}}', '', 'm\nq')")
+        yesterday = (dt.datetime.now(dt.UTC) - dt.timedelta(hours=23)).isoformat()
+        row = {**_row(person, job_id), "held": False, "message": None, "submitted_at": yesterday}
+        asked = {"document": json.dumps({"job": row, "why": "m"})}
+        backdated = connection.execute(SUBMIT_JOB, asked).scalar_one()
+    engine.dispose()
+    assert person.jobs.get(job_id).message == f"held by {login}: m q", "no name can be made longer"
+    assert [event.text for event in person.jobs.events(backdated)] == [f"queued by {login}"]
+    assert abs((person.jobs.get(backdated).submitted_at - person.now()).total_seconds()) < 600
     person.jobs.retry(job_id, str(login))
     assert isinstance(take(box, labels={"nvlink": "yes"}), Claim)
 
