@@ -358,10 +358,15 @@ class LabFailure(Base):
     message: Mapped[str] = mapped_column(Prose())
 
 
+OF_PEOPLE = "attempt IS NULL AND kind IN ('cancel', 'cancelled', 'held', 'retry', 'edited')"
+"""Of a line of a history: it says what a person did to the job. The words must be exactly these, for the index."""
+
+
 class Event(Base):
     """One line of a job's history; never changed."""
 
     __tablename__ = "events"
+    __table_args__ = (_where("ix_events_of_people", OF_PEOPLE, "at"),)
 
     event_id: Mapped[Key]
     job_id: Mapped[JobKey] = mapped_column(index=True)

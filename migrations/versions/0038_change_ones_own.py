@@ -33,9 +33,14 @@ _IN_TAG = """PERFORM loractl_pending.refuse_stranger(job_id, "user", 'tag', left
     FROM jobs WHERE job_id IN (number, had);"""
 
 
+_OF_PEOPLE = sa.text("attempt IS NULL AND kind IN ('cancel', 'cancelled', 'held', 'retry', 'edited')")
+
+
 def upgrade() -> None:
     bind = op.get_bind()
-    if bind.execute(sa.text("SELECT 1 FROM jobs LIMIT 1")).scalar() is not None:
+    op.create_index("ix_events_of_people", "events", ["at"], sqlite_where=_OF_PEOPLE, postgresql_where=_OF_PEOPLE)
+    known = sa.text("SELECT 1 FROM jobs WHERE NOT EXISTS (SELECT 1 FROM lab_settings WHERE name = 'changes') LIMIT 1")
+    if bind.execute(known).scalar() is not None:
         settings = sa.table("lab_settings", *map(sa.column, ("name", "value", "set_by", "at")))
         op.execute(settings.insert().values(name="changes", value="open", set_by="db upgrade", at=sa.func.now()))
     if bind.dialect.name == "postgresql":
@@ -44,6 +49,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.drop_index("ix_events_of_people", table_name="events")
     if op.get_bind().dialect.name == "postgresql":
         _write_functions("", "")
         op.execute("DROP FUNCTION loractl_pending.refuse_stranger")

@@ -173,6 +173,17 @@ def test_a_person_changes_their_own_jobs_operators_and_the_owner_all_and_a_lab_m
             "retry": lambda login: login.jobs.retry(waits, ada),
             "tag": lambda login: login.adapters.tag(Reference(job_id=ended), "prod", ada),
         }
+        for tag in ("latest", "a\nb", "x" * 64, ""):
+            with (
+                pytest.raises(DatabaseError, match="is not a tag that a person can give"),
+                person.engine.begin() as connection,
+            ):
+                call = text("SELECT loractl_tag('ended', :tag, :job_id, NULL, 'ada')")
+                connection.execute(call, {"tag": tag, "job_id": ended})
+        with owner.engine.connect() as connection:
+            limit = text("SELECT rolconnlimit FROM pg_roles WHERE rolname IN (:name, :box) ORDER BY rolconnlimit")
+            logins = {"name": name, "box": make_url(lab.box).username}
+            assert connection.execute(limit, logins).scalars().all() == [-1, 20]
         before = _all_rows(owner.engine)
         for login in (bob, box):
             for what in ("cancel", "hold", "tag"):

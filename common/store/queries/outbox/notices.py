@@ -8,14 +8,13 @@ import uuid
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import func, select
-from sqlalchemy.orm import aliased
+from sqlalchemy import func, select, text
 
 from loractl.common.channels import LAB, names_in
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import SweepView
 from loractl.common.store.fleet import NODE_STALE_S
-from loractl.common.store.tables import AttemptShare, Event, Job, Node, OutboxMessage
+from loractl.common.store.tables import OF_PEOPLE, AttemptShare, Event, Job, Node, OutboxMessage
 from loractl.common.store.transaction import Transaction
 from loractl.common.text import clean_line, storable
 
@@ -89,22 +88,17 @@ def tell_of_cancelled_sweeps(tx: Transaction, since: dt.datetime) -> None:
 
 def tell_of_changes(tx: Transaction, since: dt.datetime) -> None:
     """Report to a job's channels that somebody else has changed it since then: no person's login writes messages."""
-    newest = select(Event).order_by(Event.event_id.desc()).limit(_EVENTS).subquery()
-    event = aliased(Event, newest)
-    changed = (event.at >= since, event.attempt.is_(None), event.kind.in_(CHANGES))
-    query = select(event.event_id, event.text, Job).join(Job, Job.job_id == event.job_id).where(*changed)
-    for event_id, told, job in tx.session.execute(query.order_by(event.event_id)).all():
-        own = re.match(rf"[a-z ]+ by {re.escape(job.user)}(:|$)", told)
-        if own is None and (names := names_in(job.spec)):
+    changed = (
+        select(Event.event_id, Event.job_id, Event.text, Event.at).where(Event.at >= since, text(OF_PEOPLE)).subquery()
+    )
+    users = select(changed, Job.user).join(Job, Job.job_id == changed.c.job_id).order_by(changed.c.at)
+    for event_id, job_id, told, _, user in tx.session.execute(users).all():
+        if re.match(rf"[a-z ]+ by {re.escape(user)}(:|$)", told):
+            continue
+        job = tx.session.get_one(Job, job_id)
+        if names := names_in(job.spec):
             then = f"It is {job.status.in_words}."
             _post(tx, names, f"changed:{event_id}", "job.changed", job, f"{job.name}: {told}", then)
-
-
-CHANGES = ("cancel", "cancelled", "held", "retry", "edited")
-"""Kinds of lines in a history that a person's change has written."""
-
-_EVENTS = 1000
-"""Newest lines of all histories among which a round looks for people's changes."""
 
 
 def _tell_of_job(tx: Transaction, job: Job, names: Sequence[str]) -> None:
