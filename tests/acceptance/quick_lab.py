@@ -46,7 +46,7 @@ class Lab:
     def store(self) -> Store:
         return Store(self.engine)
 
-    def submit(self, *options: str, name: str = "job", steps: int = 10, user: str = "ada") -> int:
+    def submit(self, *options: str, name: str = "job", steps: int = 10, user: str = "tester") -> int:
         file = write_job(self.folder, self.folder, name=name)
         said = self.cli.with_environment(LORACTL_USER=user)(
             "submit", file, f"--set=training.max_steps={steps}", *options
