@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from sqlalchemy import exists, func, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method, Need, Roomy, RoomyForm, SharedNeed, Ways, within
-from loractl.common.job.status import Reason, Status
+from loractl.common.job.status import Status
 from loractl.common.memory.correction import FACTOR_BOUNDS, GROWTH, learned, learned_roomy
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.gangs import gang_of
@@ -92,26 +92,23 @@ def _as_learned(before: Roomy, now: Roomy) -> Roomy:
     return Roomy(lora=corrected(Method.LORA), qlora=corrected(Method.QLORA))
 
 
-LEAST_SHARE = 0.25
-"""Of the least that an attempt of a base and a method was measured to take, a job needs at least this much: with
-shorter rows it may need less than all before it, but never less than the base's weights."""
+LEAST_SHARE = 0.8
+"""Of what a base alone was measured to take with a method: a job on it needs at least this much. Contexts differ."""
 
 
 def raise_least(tx: Transaction, job: Job, method: Method, need: int) -> bool:
-    """Raise a need that is below what its base is known to take, since a row's figures are the submitter's word. False:
-    it is not, or nothing is known of the base."""
-    several = (AttemptShare.job_id == Attempt.job_id) & (AttemptShare.attempt == Attempt.attempt)
-    alone = (Attempt.device_kind == "nvml", Attempt.reason == Reason.OK, ~Attempt.shared, ~exists().where(several))
-    peak = select(func.min(func.coalesce(Attempt.vram_process, Attempt.vram_peak)))
-    peak = peak.where(Attempt.job_id == Job.job_id, Attempt.method == method.value, *alone).correlate(Job)
-    ran = select(peak.scalar_subquery().label("peak")).where(sql("attempt > 0"), Job.base_model == job.base_model)
+    """Raise a need that is below what its base alone is known to take, since a row's figures are the submitter's word.
+    False: it is not, or nothing is known of the base. An attempt's peak says little: it grows with the rows."""
+    size = select(func.min(Attempt.base_bytes)).correlate(Job)
+    size = size.where(Attempt.job_id == Job.job_id, Attempt.method == method.value, Attempt.device_kind == "nvml")
+    ran = select(size.scalar_subquery().label("size")).where(sql("attempt > 0"), Job.base_model == job.base_model)
     some = ran.order_by(Job.job_id.desc()).limit(AT_ONCE).subquery()
-    least = int(LEAST_SHARE * (tx.session.scalar(select(func.min(some.c.peak))) or 0))
-    if need >= least:
+    base = tx.session.scalar(select(func.min(some.c.size))) or 0
+    if need >= (least := int(LEAST_SHARE * base)):
         return False
     setattr(job, f"vram_{method.value}", least)
     line_up(job, node_labels(job), tx.now())
-    known = f"a quarter of the least that its base was measured to take with {method.value}"
+    known = f"its base alone was measured to take {gib(base)} GiB with {method.value}"
     tx.tell(job.job_id, None, "planned", f"needs {gib(least)} GiB, not {gib(need)}: {known}")
     return True
 
