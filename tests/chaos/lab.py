@@ -26,6 +26,7 @@ from loractl.common.store.database import make_engine
 from loractl.common.store.roles import SUBMIT, WORK, WantedLogin, apply_roles
 from loractl.common.store.schema import upgrade
 
+from ..databases import OPEN_LAB
 from ..services import free_port, make_cluster, postgres_command, s3_command, wait_for_port
 from ..services import s3 as bucket_of
 from .deck import CLOCK_FAULT, DISK_FAULT, POSTGRES_FAULTS, S3_FAULTS, SQLITE_FAULTS
@@ -433,6 +434,7 @@ def _engines(database: Postgres | SqliteFile) -> tuple[Engine, Engine]:
     if isinstance(database, SqliteFile):
         writer = make_engine(database.url)
         upgrade(writer)
+        _open(writer)
         # whoever writes here must also heal the fault that holds the lock
         event.listen(writer, "connect", lambda connection, _: connection.execute("PRAGMA busy_timeout=500"))
         writer.dispose()
@@ -440,9 +442,16 @@ def _engines(database: Postgres | SqliteFile) -> tuple[Engine, Engine]:
     patience = {"options": "-c statement_timeout=20000 -c lock_timeout=10000"}
     engine = create_engine(database.url, pool_pre_ping=True, connect_args=patience)
     upgrade(engine)
+    _open(engine)
     people = [WantedLogin(name=name, role=SUBMIT) for name in (*USERS, HOSTILE)]
     apply_roles(engine, [WantedLogin(name=BOX_LOGIN, role=WORK), *people])
     return engine, engine
+
+
+def _open(engine: Engine) -> None:
+    """Let people change each other's jobs."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql(OPEN_LAB)
 
 
 def _own_clock(home: Path) -> dict[str, str]:

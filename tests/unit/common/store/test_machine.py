@@ -180,7 +180,8 @@ class Life(RuleBasedStateMachine):
         self.numbers = itertools.count(1)
         with Session(store.engine) as session, session.begin():
             for table in reversed(Base.metadata.sorted_tables):
-                session.execute(delete(table))
+                if table.name != "lab_settings":  # it is open
+                    session.execute(delete(table))
 
     # --- what a person does ---
 
