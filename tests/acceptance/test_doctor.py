@@ -172,6 +172,12 @@ def test_a_clock_that_is_off_a_database_that_only_reads_and_one_of_the_future(
     engine.dispose()
     cli = make_cli(LORACTL_DATABASE_URL=postgres_url, LORACTL_ARTIFACTS_URL=tmp_path.as_uri())
     name = make_url(postgres_url).database
+    works, unknown = checks(cli, "--check", "store")["store"]
+    assert (works["level"], unknown["level"]) == ("ok", "warning") and "does not know the lab's store" in unknown[
+        "sentence"
+    ]
+    cli("lab", "adopt-store")
+    assert len(checks(cli, "--check", "store")["store"]) == 1
     owner = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
     with owner.connect() as connection:
         for statement in (
