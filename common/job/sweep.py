@@ -65,10 +65,9 @@ def meets_rungs(eval_steps: float, max_steps: int | None) -> bool:
     return all(abs(rung / eval_steps - round(rung / eval_steps)) < _SLACK and eval_steps <= rung for rung in RUNGS)
 
 
-OTHER_LOSSES = (
-    "task_type", "base_model", "revision", "dataset", "evaluation", "preference", "training.label_smoothing_factor",
-)  # fmt: skip
-"""Keys and sections that change what the held-out loss measures: losses that differ in one can't be compared."""
+OTHER_LOSSES = ("task_type", "base_model", "revision", "dataset", "evaluation", "preference")
+"""Keys and sections that change what the held-out loss measures: losses that differ in one can't be compared.
+training.label_smoothing_factor is none of them: held-out rows are measured without it."""
 
 
 def unlike(varied: Iterable[str], task: str | None) -> str | None:

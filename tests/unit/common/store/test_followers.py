@@ -305,7 +305,7 @@ def test_where_no_member_has_a_result_the_job_is_held_with_the_reason(store: Sto
 @pytest.mark.parametrize(
     ("varied", "keys", "unlike"),
     [
-        ("preference.loss_type", {"task_type": "preference"}, True), ("training.label_smoothing_factor", {}, True),
+        ("preference.loss_type", {"task_type": "preference"}, True), ("training.label_smoothing_factor", {}, False),
         ("lora.init_from", {"task_type": "preference"}, True), ("lora.init_from", {}, False),
     ],
 )  # fmt: skip

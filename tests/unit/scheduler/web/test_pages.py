@@ -145,13 +145,13 @@ def test_a_sweep_without_a_result_offers_no_comparison(own_web: Web) -> None:
 
 
 def test_a_sweep_whose_losses_cannot_be_compared_has_no_best_member(own_web: Web) -> None:
-    one, key = webs.submission(lora=1, user="mara", name="late"), "label_smoothing_factor"
-    members = [replace(one, spec=webs.spec(name="late", training={key: share})) for share in (0.0, 0.1)]
-    varied = {f"training.{key}": "0,0.1"}
+    one, key = webs.submission(lora=1, user="mara", name="late"), "max_length"
+    members = [replace(one, spec=webs.spec(name="late", dataset={"path": "org/data", key: most})) for most in (64, 128)]
+    varied = {f"dataset.{key}": "64,128"}
     own_web.lab.store.sweeps.submit(webs.NewSweep(name="late", user="mara", varied=varied), members)
-    said = f"osses of different training.{key} can't be compared"
+    said = f"osses of different dataset.{key} can't be compared"
     assert f"L{said}, so no member is the best." in words(own_web.client.get("/sweeps/2").text)
-    assert f"losses of different training.{key} " in own_web.client.get("/sweeps").text, "as the dash's title"
+    assert f"losses of different dataset.{key} " in own_web.client.get("/sweeps").text, "as the dash's title"
 
 
 def test_the_adapters_page_compares_and_tells_where_one_comes_from(own_web: Web) -> None:
