@@ -68,6 +68,7 @@ def reader(url: str, clock: Callable[[], dt.datetime]) -> Store:
 def seed(url: str, folder: Path, now: dt.datetime | None = None) -> SeededLab:
     """Boxes, and jobs that run, wait, are held, can never run, failed, and have ended well; a sweep of six."""
     lab = reopen(url, folder, now or dt.datetime.now(dt.UTC))
+    lab.store.lab.set("changes", "open", "root")
     end, lab.now = lab.now, lab.now - dt.timedelta(hours=3)
     past(lab)
     for name, user, node, size, steps in (

@@ -105,7 +105,7 @@ def lab_adopt_store(empty: bool) -> None:
 
 @lab.command("open")
 def lab_open() -> None:
-    """Let everybody cancel, hold and retry everybody's jobs, and tag them."""
+    """Let everybody change everybody's jobs."""
     _let_change("open", "Everybody may change everybody's jobs.")
 
 

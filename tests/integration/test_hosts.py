@@ -211,7 +211,7 @@ def test_a_cancelled_job_leaves_its_host_warm(place: Workplace) -> None:
         thread = threading.Thread(target=supervise, args=(own.place, state))
         thread.start()
         until(lambda: state.heard.step == 1)
-        place.store.jobs.cancel(claim.job_id, "bob")
+        place.store.jobs.cancel(claim.job_id, "ada")
         thread.join(timeout=20)
         assert place.store.jobs.get(claim.job_id).status is Status.CANCELLED
         assert own.run() == (first, 3)

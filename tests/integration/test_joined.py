@@ -182,7 +182,7 @@ def test_a_cancelled_member_leaves_alone_and_a_lost_lease_ends_no_other(place: W
         first = own.start()
         until(lambda: own.rows)
         second, third = own.start(joins=True), own.start(joins=True)
-        place.store.jobs.cancel(second, "bob")
+        place.store.jobs.cancel(second, "ada")
         own.join(second)
         assert place.store.jobs.get(second).status is Status.CANCELLED
         own.states[first].own.lease_lost = True
@@ -253,7 +253,7 @@ def test_a_member_that_does_not_leave_ends_the_others_only_where_none_takes_a_st
         first = own.start()
         until(lambda: own.rows)
         deaf = own.start("deaf", joins=True)
-        place.store.jobs.cancel(deaf, "bob")
+        place.store.jobs.cancel(deaf, "ada")
         until(lambda: own.states[deaf].own.kill_at is not None)
         own.states[deaf].own.kill_at = 0.0
         own.threads[deaf].join(timeout=2)
@@ -274,7 +274,7 @@ def test_a_cancelled_member_s_row_closes_at_once_and_it_holds_its_part_until_it_
         first = own.start()
         until(lambda: own.rows)
         deaf = own.start("deaf", joins=True)
-        place.store.jobs.cancel(deaf, "bob")
+        place.store.jobs.cancel(deaf, "ada")
         until(lambda: place.store.jobs.get(deaf).status is Status.CANCELLED, seconds=5)
         assert own.threads[deaf].is_alive() and place.store.attempts.of_job(deaf)[0].reason is Reason.CANCELLED
         (leaver,) = own.card.leavers
@@ -295,10 +295,10 @@ def test_a_job_whose_earlier_attempt_is_still_in_the_trainer_goes_back_at_once_a
         first = own.start()
         until(lambda: own.rows)
         deaf = own.start("deaf", joins=True)
-        place.store.jobs.cancel(deaf, "bob")
+        place.store.jobs.cancel(deaf, "ada")
         until(lambda: place.store.jobs.get(deaf).status is Status.CANCELLED)
         earlier, thread = own.states[deaf], own.threads[deaf]
-        place.store.jobs.retry(deaf, "bob")
+        place.store.jobs.retry(deaf, "ada")
         claim = place.store.attempts.claim("box:0", joins=True)
         assert isinstance(claim, Claim) and not claim.joins
         own.follow(replace(claim, joins=True, host=own.rows[0]))  # as of a claim that did not know it
