@@ -48,7 +48,7 @@ def tell_need(run: Run, data: PreparedData) -> None:
             why = f"{_family(spec)} overflows float16, and this card has no bfloat16"
             what = f"in float32 it needs {gib(size)} GiB, the card gives {gib(given)} GiB"
             raise TrainingFailed(Reason.OUT_OF_MEMORY, f"{why}: {what}")
-        least = 0 if order.gpu == "cpu" else _weights(order)
+        least = 0 if order.gpu == "cpu" or order.joins else _weights(order)
         if given is not None and given < least:  # a row may say anything: its need is the submitter's word
             what = f"its base alone takes {gib(least)} GiB, the card gives {gib(given)} GiB"
             raise TrainingFailed(Reason.OUT_OF_MEMORY, what)
