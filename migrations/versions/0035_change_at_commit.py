@@ -57,6 +57,26 @@ BEGIN
 END $$
 """
 
+_REFUSE_LEVELS = """
+-- A claim reads each priority by itself: thousands of them, whose jobs fit nowhere, would make it last for seconds.
+CREATE FUNCTION loractl_pending.refuse_levels(whose text, another integer) RETURNS void LANGUAGE plpgsql
+SET search_path = pg_catalog, public, pg_temp SET enable_seqscan = off SET enable_indexscan = on
+SET enable_indexonlyscan = on AS $$
+BEGIN
+  IF NOT EXISTS (SELECT FROM jobs WHERE status = 'queued' AND priority = another AND "user" = whose) AND (
+      WITH RECURSIVE levels(p) AS (
+        SELECT max(priority) FROM jobs WHERE status = 'queued'
+        UNION ALL
+        SELECT (SELECT max(priority) FROM jobs WHERE status = 'queued' AND priority < levels.p) FROM levels
+        WHERE levels.p IS NOT NULL)
+      SELECT count(*) FROM levels
+      WHERE EXISTS (SELECT FROM jobs WHERE status = 'queued' AND priority = levels.p AND "user" = whose)) >= 10 THEN
+    RAISE EXCEPTION '%''s waiting jobs have 10 different priorities already, none of them is %', whose, another
+      USING ERRCODE = 'LR005';
+  END IF;
+END $$
+"""
+
 _WANTED = """
 -- What a change makes of the row; null where the row is not as expected. Raises where the login may not.
 CREATE FUNCTION loractl_pending.wanted(before jobs, asked loractl_pending.changes) RETURNS jobs LANGUAGE plpgsql
@@ -81,6 +101,9 @@ BEGIN
     IF loractl_may_change(before, after, asked.kind) IS NOT TRUE THEN
       RAISE EXCEPTION 'only a worker may claim and end jobs, and only its own login edits a job'
         USING ERRCODE = 'insufficient_privilege';
+    END IF;
+    IF after.status = 'queued' THEN
+      PERFORM loractl_pending.refuse_levels(after."user", after.priority);
     END IF;
   END IF;
   RETURN after;
@@ -301,7 +324,7 @@ _FUNCTIONS = {
 def upgrade() -> None:
     if op.get_bind().dialect.name == "postgresql":
         _drop(_functions_of_0024())
-        inner = (_SAID, _REFUSE_FLOOD, _WANTED, _CARRY_OUT, _SET_TAG, _BY_COMMIT, _TRIGGER, _ASK)
+        inner = (_SAID, _REFUSE_FLOOD, _REFUSE_LEVELS, _WANTED, _CARRY_OUT, _SET_TAG, _BY_COMMIT, _TRIGGER, _ASK)
         _make((*_PENDING, *inner), _FUNCTIONS)
 
 

@@ -83,6 +83,7 @@ BEGIN
     IF loractl_is_new(job) IS NOT TRUE THEN
       RAISE EXCEPTION 'only a worker may claim and end jobs' USING ERRCODE = 'insufficient_privilege';
     END IF;
+    PERFORM loractl_pending.refuse_levels(login, job.priority);
     job.queue_key := left(job.queue_key, -length(who)) || login;
     job."user" := login;
     job.submitted_at := told;

@@ -21,6 +21,7 @@ from loractl.common.store.queries import changes, lines
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.roles import SUBMIT
 from loractl.common.store.store import Store
+from loractl.scheduler.change.amendment import amendment
 
 from ..hostile import HOLDING, OLD_LOCKS, STATEMENTS, held_open, storm
 from ..roles import PASSWORD, Logins
@@ -239,6 +240,20 @@ def test_one_transaction_s_changes_are_bounded_and_one_job_s_history_is(person: 
         with pytest.raises(psycopg.Error, match="made 2,000 sweeps within a day"):
             connection.execute("SELECT loractl_submit(%s) FROM generate_series(1, 2001)", [made])
     assert len(person.jobs.events(job_id)) == 1
+
+
+def test_a_login_s_waiting_jobs_have_few_priorities_each_of_which_costs_a_claim(person: Store) -> None:
+    first, *_ = (person.jobs.submit(submission(priority=number)) for number in range(10))
+    person.jobs.submit(submission(priority=9))
+    told = "waiting jobs have 10 different priorities already, none of them is 10"
+    with pytest.raises(WrongState, match=told):
+        person.jobs.submit(submission(priority=10))
+    with pytest.raises(WrongState, match=told):
+        person.jobs.edit(amendment(person, first, ["priority=10"]), "ada")
+    person.jobs.cancel(first, "ada")
+    person.jobs.submit(submission(priority=10))
+    with pytest.raises(WrongState, match="none of them is 0"):
+        person.jobs.retry(first, "ada")
 
 
 def test_a_claim_goes_on_with_the_next_job_where_somebody_keeps_the_first_ones_locked(
