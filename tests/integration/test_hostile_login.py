@@ -30,6 +30,8 @@ from ..unit.factories import RESULT, Clock, submission, take
 HELD = "SELECT loractl_change(1, 'held', '{}', '{\"held\": true}', 'ada', '')"
 LEASE_S = 60.0
 STORM_S = 4.0
+SOON_S = 5.0
+"""A start that waits for nobody takes a tenth of a second, a busy machine's a second; a lock is waited for 10 s."""
 
 
 @pytest.fixture
@@ -266,7 +268,7 @@ def test_a_claim_goes_on_with_the_next_job_where_somebody_keeps_the_first_ones_l
         with held_open(url, f"SELECT * FROM jobs WHERE job_id < {free} FOR NO KEY UPDATE"):
             began = time.monotonic()
             claim = take(box)
-            assert isinstance(claim, Claim) and claim.job_id == free and time.monotonic() - began < 1
+            assert isinstance(claim, Claim) and claim.job_id == free and time.monotonic() - began < SOON_S
         box.attempts.finish(claim, Reason.OUT_OF_MEMORY, "", Progress())
         free = person.jobs.submit(submission())
 
@@ -399,7 +401,7 @@ def test_whatever_three_logins_leave_open_ten_jobs_run_on_and_others_start_withi
             began = time.monotonic()
             started = person.jobs.submit(submission())
             found = take(box, node="box:10")
-            assert isinstance(found, Claim) and time.monotonic() - began < 1
+            assert isinstance(found, Claim) and time.monotonic() - began < SOON_S
             if url != postgres_url:  # with nothing locked, what is first starts
                 assert found.job_id < started
         assert box.attempts.finish(found, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
