@@ -55,7 +55,8 @@ def change_row(
     Returns the job as it is then: on PostgreSQL when the transaction commits, which raises Overtaken where another
     transaction has changed or locked the row meanwhile. `kind`: one of _SAID. `tail`: what the history says after who
     did it. `expected`: other columns to compare."""
-    tail, expected = storable(tail), {**seen(job), **(expected or {})}
+    tail = storable(tail).translate({10: " ", 13: " "})  # one line of the history, as loractl_change writes it
+    expected = {**seen(job), **(expected or {})}
     said = f"{_SAID[kind]} by {user}{tail}"
     if kind == "cancel" and not tx.has_functions:
         new = {"cancel_requested": True}  # no wish: nobody keeps a row locked, and an earlier worker reads this, too
