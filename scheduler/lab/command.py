@@ -111,7 +111,7 @@ def lab_open() -> None:
 
 @lab.command("close")
 def lab_close() -> None:
-    """Let people change their own jobs alone; operators and the lab's owner change all."""
+    """Let people change their own jobs alone; operators change all."""
     _let_change("own", "People change their own jobs; operators and the lab's owner change all.")
 
 

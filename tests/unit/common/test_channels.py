@@ -56,7 +56,7 @@ command = ["/usr/local/bin/tell", "--loud"]
 """
     assert load(tmp_path, text) == ("hook", "phone", "chat", "discord", "mail", "script", "me")
     assert load(tmp_path, text, LORACTL_NOTIFY="mail, me")[-2:] == ("mail", "me")
-    with pytest.raises(UsageError, match="others can read it"):
+    with pytest.raises(UsageError, match="others can read the file"):
         load(tmp_path, text, 0o644)
 
 

@@ -108,7 +108,7 @@ def test_s3_keys_of_a_config_give_way_to_the_environment_s(
     assert KEYS.options() == {}
     config = tmp_path / "config.toml"
     config.write_text('[s3]\naccess_key = "a"\nsecret_key = "hidden-word"\n')
-    with pytest.raises(UsageError, match="others can read it"):
+    with pytest.raises(UsageError, match="others can read the file"):
         load_settings({"LORACTL_HOME": str(tmp_path)})
     config.chmod(0o600)
     for wrong in ('[s3]\naccess_key = "a"\n', '[s3]\naccess_key = "a"\nsecret_key = 3\n', "s3 = 7\n",
