@@ -316,8 +316,11 @@ def test_ctrl_c_in_wait_says_that_the_job_goes_on(cli: Cli, tmp_path: Path) -> N
     assert json.loads(cli("status", 1, "--json").stdout)["status"] == "queued"
 
 
-def test_an_empty_database_says_which_command_fills_it(make_cli: Callable[..., Cli], postgres_url: str) -> None:
-    cli = make_cli(LORACTL_DATABASE_URL=postgres_url)
+def test_an_empty_database_says_which_command_fills_it(
+    make_cli: Callable[..., Cli], postgres_url: str, tmp_path: Path
+) -> None:
+    cli = make_cli(LORACTL_DATABASE_URL=postgres_url, LORACTL_ARTIFACTS_URL=(tmp_path / "store").as_uri())
+    (tmp_path / "store").mkdir()
     _answered(cli("status", code=None), "run loractl db upgrade", 1)
     upgraded = cli("db", "upgrade", "--backup", "before.backup")
     assert "went from empty to " in upgraded.stdout

@@ -211,6 +211,10 @@ CASES = [
         [chat(f"queue {n} [gold={('yes', 'no')[n % 2]}]", ("yes", "no")[n % 2]) for n in range(60)],
     ),
     Case("few rows", "warning", good(12)),
+    Case(
+        "long warm-up", "error", good(),
+        {"training": {"warmup_steps": 1, "num_train_epochs": 1, "gradient_accumulation_steps": 100}},
+    ),
     Case("long warm-up", "warning", good(), {"training": {"warmup_steps": 100, "num_train_epochs": 1}}),
     Case("one label only", "warning", [chat(f"question {n}", "yes") for n in range(40)]),
     Case("lopsided labels", "warning", [chat(f"question {n}", "no" if n % 16 == 0 else "yes") for n in range(64)]),
