@@ -240,11 +240,11 @@ def test_a_thread_that_met_a_limit_ends_and_not_one_that_only_paused(monkeypatch
         raise MemoryError
 
     with engine.session(CPU) as a, engine.session(CPU) as b:
-        first = a.run(threading.get_ident)
-        assert a.run(threading.get_ident) == first
+        first = a.run(threading.get_native_id)
+        assert a.run(threading.get_native_id) == first
         with pytest.raises(MemoryError):
             a.run(full)
-        second = a.run(threading.get_ident)
+        second = a.run(threading.get_native_id)
         assert second != first
         told: list[str] = []
 
@@ -257,13 +257,13 @@ def test_a_thread_that_met_a_limit_ends_and_not_one_that_only_paused(monkeypatch
         def long() -> tuple[int, int]:
             asks = in_thread(neighbour)
             wait_for(lambda: engine.waiting == 1)
-            before = threading.get_ident()
+            before = threading.get_native_id()
             a.pause()
             asks.join(30)
-            return before, threading.get_ident()
+            return before, threading.get_native_id()
 
         assert a.run_long(long, lambda: None) == (second, second) and told == ["full"]
-        assert a.run(threading.get_ident) == second
+        assert a.run(threading.get_native_id) == second
 
 
 def test_a_long_piece_whose_pause_finds_no_thread_fails_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

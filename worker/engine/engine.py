@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -261,11 +262,28 @@ class Engine:
         return False
 
     def _is_replaced(self) -> bool:
-        """Whether another thread goes on, without what this one holds. Where none can start, this one does."""
+        """Whether another thread goes on, without what this one holds. Where none can start, this one does.
+
+        It starts once this one has ended: glibc gives a new thread the heap of one that has, else one of its own, and
+        the holes in the old heap would count in the limit without being of use.
+        """
         self._worn = False
+        worn = f"/proc/self/task/{threading.get_native_id()}"
+
+        def relay() -> None:
+            while Path(worn).exists():
+                time.sleep(0.001)
+            try:
+                self._start()
+            except (RuntimeError, MemoryError) as error:
+                log.warning("the engine keeps its thread: %s", error)
+                self._serve()
+
+        before, self._thread = self._thread, threading.Thread(target=relay, name="engine", daemon=True)
         try:
-            self._start()
+            self._thread.start()
         except (RuntimeError, MemoryError) as error:
+            self._thread = before
             log.warning("the engine keeps its thread: %s", error)
             return False
         return True
