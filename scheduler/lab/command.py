@@ -140,7 +140,9 @@ def lab_operators(added: tuple[str, ...], removed: tuple[str, ...]) -> None:
     now = sorted({*known, *added} - set(removed))
     if now != known:
         store.lab.set("operators", " ".join(now), settings.user)
-    click.echo(f"Operators: {', '.join(now) or 'none'}.")
+    is_open = store.lab.setting("changes") == "open"
+    rule = "Everybody may change everybody's jobs" if is_open else "People change their own jobs"
+    click.echo(f"{rule}. Operators: {', '.join(now) or 'none'}.")
 
 
 def _guests(boxes: tuple[str, ...], people: tuple[str, ...]) -> list[Any]:

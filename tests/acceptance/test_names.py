@@ -113,9 +113,9 @@ def test_a_closed_lab_s_people_change_their_own_jobs_and_operators_all(lab: Cli,
     assert _statuses(lab) == {1: "succeeded", 2: "queued", 3: "queued", 4: "queued", 5: "queued"}
     told = bob("cancel", "2-5", code=1)
     assert told.stderr.count("may cancel it") == 3 and told.stdout == "Job 5 is cancelled.\n"
-    assert lab("lab", "operators", "--add", "bob").stdout == "Operators: bob.\n"
+    assert lab("lab", "operators", "--add", "bob").stdout == "People change their own jobs. Operators: bob.\n"
     bob("hold", "2")
-    assert lab("lab", "operators", "--remove", "bob").stdout == "Operators: none.\n"
+    assert lab("lab", "operators", "--remove", "bob").stdout == "People change their own jobs. Operators: none.\n"
     assert "may retry it" in bob("retry", "2", code=1).stderr
     lab("lab", "open")
     bob("retry", "2")

@@ -105,7 +105,7 @@ def see_logins(settings: Settings) -> Iterator[Condition]:
         with engine.connect() as connection:
             found = unbounded(connection)
     if not found:
-        yield fine("logins", "their temporary files are bounded; the rows that they write are not")
+        yield fine("logins", "their rows and temporary files are bounded")
         return
     what = f"a login that submits may fill the database's server with {' and '.join(found)}"
     yield warning("logins", what, "as a superuser of the server: loractl db roles")
