@@ -44,7 +44,7 @@ def known_mark(settings: Settings, store: Store) -> str:
         if is_home_s(settings):
             raise WrongStore(redacted(settings.artifacts_url), "it is this home's own, and the lab is on PostgreSQL")
         return ""
-    with contextlib.suppress(ServiceUnreachable, ArtifactError, WrongState):  # whoever uses the store will meet it
+    with contextlib.suppress(ServiceUnreachable, ArtifactError, WrongState):  # the next use of the store reports it
         return adopt(settings, store, empty=is_home_s(settings))
     return ""
 

@@ -38,7 +38,7 @@ def minus(text: str) -> str:
 
 
 def slip_of(word: str, known: Iterable[str]) -> str | None:
-    """The known word of which this one is a slip; None if none is so close: seed is no slip of deepspeed."""
+    """The known word that was probably meant; None if none is so close: seed is no slip of deepspeed."""
     import difflib
 
     names = list(known)

@@ -77,7 +77,7 @@ def _fewest(card: Card, size: int, willing: Sequence[Occupant]) -> list[Occupant
 
 
 def _spared(card: Card, size: int, going: list[Occupant], low: Sequence[Occupant]) -> list[Occupant]:
-    """The same room by others of these: in place of each, from the highest priority on, the lowest that is enough."""
+    """Replace each job, from the highest priority on, by the one of the lowest priority that frees enough room."""
     for one in sorted(going, key=lambda j: (-j.priority, -j.reserved)):
         rest = [job for job in going if job is not one]
         enough = [job for job in low if job not in rest and _has_room(card, size, [*rest, job])]

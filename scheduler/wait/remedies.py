@@ -40,8 +40,7 @@ def remedies(job: Job, view: FleetView, rule: Trial) -> tuple[str, ...]:
 
 
 def ways_out(job: Job, view: FleetView) -> tuple[str, ...]:
-    """What would let a job start on a card of this fleet, of which none could ever hold it. Sentences; the last way is
-    to drop it."""
+    """What would let a job start if no card of this fleet could ever hold it. Sentences; the last way is to cancel."""
     me, cards = waiting_of(vars(job), view.now), view.cards.values()
     labelled = with_labels(cards, me.requires)
     largest = max(labelled, key=lambda card: card.usable, default=None)

@@ -51,8 +51,8 @@ def release_followers(tx: Transaction, ended: Job) -> None:
 
 
 def release_left(tx: Transaction) -> None:
-    """The same for what ended without it: by a person, by an earlier version, or while a follower was submitted. And
-    for what gc has removed, since a retry of the follower brings back the wait."""
+    """Release followers that `release_followers` missed: a person or an earlier version ended the job, or it ended
+    during the follower's submit, or gc has removed it and a retry brought back the wait."""
     ended = aliased(Job)
     succeeded = exists().where(ended.job_id == Job.awaits, ended.status == Status.SUCCEEDED)
     over = exists().where(ended.job_id == Job.awaits, ended.status.in_(_ENDED))
@@ -75,7 +75,7 @@ def read_named(tx: Transaction) -> set[int]:
 
 
 def is_named(tx: Transaction, job_id: int) -> bool:
-    """The same of one job."""
+    """Whether a blocked job waits for this one, or will."""
     return any(job_id in after for _, after in _lists(tx, _AFTER.contains(str(job_id))))
 
 

@@ -35,7 +35,7 @@ from ..tables import READY, Job
 
 _MET = "unreadable jobs"
 _HIGHEST = 2**31  # above every priority that a row can have
-_PROBED = 2000  # ready jobs of which a claim asks at once whether they are locked
+_PROBED = 2000  # ready jobs whose locks a claim reads at once
 _MOST_JOINERS = 32  # of a base that are asked whether they join; four packs in a go
 _MOST_BASES = 100  # in one statement; SQLite takes up to 500
 _AT_ONCE = 32  # of a user's jobs in one query, where many are read

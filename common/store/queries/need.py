@@ -239,8 +239,8 @@ def need_more(tx: Transaction, job: Job, card: str, gave: int, message: str, now
 def _each_needs_more(
     tx: Transaction, job: Job, cards: int, gave: int, message: str, now: dt.datetime
 ) -> tuple[bool, str]:
-    """The same for a job on several cards, each of which had `gave` bytes. By a GiB at least: a need of one byte would
-    never grow."""
+    """Raise the need of a job on several cards, where each card gave `gave` bytes; by at least a GiB, since a need of
+    one byte would never grow."""
     method, ways = Method(job.method or Method.LORA.value), Ways.read(job.gangs)
     more = max(int(gave * GROWTH), gave + GIB)
 

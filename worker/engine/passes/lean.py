@@ -284,7 +284,7 @@ class LeanPass:
         return self.learn_rows(RowsBehindEachOther.of(batch.rows, self.device), batch, backward)
 
     def learn_rows(self, laid: RowsBehindEachOther, batch: MicroBatch, backward: Backward) -> torch.Tensor:
-        """The same for the batch's rows as they are laid out."""
+        """`learn` for rows that are already laid out."""
         part = HeadPart.of(laid, batch, self.loss, backward)
         with self._lean.lean(laid.lengths):
             learned = self._decoded(laid)[laid.places]

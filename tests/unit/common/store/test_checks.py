@@ -78,7 +78,7 @@ def opened(url: str) -> Iterator[Engine]:
 
 
 def refused(engine: Engine, table: str, column: str, value: str) -> bool:
-    """Whether the database itself refuses it, whoever writes."""
+    """Whether the database itself refuses it."""
     told = value.replace("{long}", "'" + "x" * 16385 + "'").replace("{big}", "'" + '{"a": "' + "x" * 2**20 + "\"}'")
     try:
         with engine.connect() as connection:
