@@ -150,7 +150,7 @@ class TokenRows(Sequence[TokenRow]):
 
     @property
     def texts(self) -> list[int]:
-        """Tokens of the longer text of each row, of which a pair's has two."""
+        """Tokens of the longer text of each row; a pair's row has two texts."""
         lengths = np.diff(self._columns["end"], prepend=0)
         longer: list[int] = np.maximum(self._columns["start"], lengths - self._columns["start"]).tolist()
         return longer

@@ -139,8 +139,8 @@ class BentLoss(ABC):
         log-probabilities: in fp32, of shape (tokens,)."""
 
     def share(self, logp: torch.Tensor, tokens: LearnedTokens, batch: MicroBatch) -> torch.Tensor:
-        """A micro-batch's share of its window's loss, each term of which is a mean over the whole window: however the
-        window is cut, the shares add up to the same."""
+        """A micro-batch's share of its window's loss, where each term is a mean over the whole window: the shares add
+        up to the same however the window is cut."""
         return self.summed(logp, tokens) / batch.learned
 
 
