@@ -370,7 +370,7 @@ def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
     owner.dispose()
 
 
-def test_whatever_three_logins_leave_open_ten_jobs_run_on_and_others_start_within_a_second(
+def test_whatever_three_logins_leave_open_ten_jobs_run_on_and_others_start_at_once(
     person: Store, box: Store, lab: Logins, joiner: str, postgres_url: str, clock: Clock
 ) -> None:
     claims: list[Claim] = []
