@@ -153,9 +153,9 @@ def start_postgres(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def postgres(folder: Path) -> Iterator[str]:
-    """One of a test's own."""
-    process, url = _postgres(folder)
+def postgres(folder: Path, *settings: str) -> Iterator[str]:
+    """One of a test's own. `settings`: of the server, like max_connections=12."""
+    process, url = _postgres(folder, *settings)
     with _ending(process, signal.SIGQUIT):
         yield url
 
@@ -165,14 +165,14 @@ _CONNECTIONS = "max_connections=400"
 """For all processes of a run: a test of one opens 40."""
 
 
-def _postgres(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
+def _postgres(folder: Path, *more: str) -> tuple[subprocess.Popen[bytes], str]:
     import psycopg
 
     cluster = folder / "data"
     user = make_cluster(cluster)
     rules = cluster / "pg_hba.conf"
     rules.write_text(f"local all +loractl_join scram-sha-256\n{rules.read_text()}")
-    settings = [f"--{setting}" for setting in (*_NO_DISK, _CONNECTIONS)]
+    settings = [f"--{setting}" for setting in (*_NO_DISK, _CONNECTIONS, *more)]
     with (cluster / "log").open("w") as log:
         process = _start([*postgres_command(cluster), *settings], user=user, cwd="/", stdout=log, stderr=log)
     url = f"postgresql://postgres:@/postgres?host={cluster}"

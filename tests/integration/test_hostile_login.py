@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import secrets
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -20,11 +22,13 @@ from loractl.common.store.entrance import LOGIN, Invitation, invite
 from loractl.common.store.queries import changes, lines
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.roles import SUBMIT
+from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.scheduler.change.amendment import amendment
 
+from .. import services
 from ..hostile import HOLDING, OLD_LOCKS, STATEMENTS, held_open, storm
-from ..roles import PASSWORD, Logins
+from ..roles import PASSWORD, Logins, logins
 from ..unit.factories import RESULT, Clock, submission, take
 
 HELD = "SELECT loractl_change(1, 'held', '{}', '{\"held\": true}', 'ada', '')"
@@ -409,6 +413,24 @@ def test_whatever_three_logins_leave_open_ten_jobs_run_on_and_others_start_at_on
     for claim in claims:
         assert box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT) is Status.SUCCEEDED
     owner.dispose()
+
+
+def test_a_login_that_uses_up_all_connections_stops_no_box(real_services: None) -> None:
+    settings = "max_connections=14", "reserved_connections=5", "superuser_reserved_connections=3"
+    with tempfile.TemporaryDirectory(prefix="loractl-pg-") as folder, services.postgres(Path(folder), *settings) as url:
+        upgrade(owner := make_engine(url, kept=0))
+        with logins(url) as lab, contextlib.ExitStack() as held:
+            person, box = (Store(make_engine(login, kept=0)) for login in (lab.person, lab.box))
+            for _ in range(2):
+                person.jobs.submit(submission())
+            claim = take(box)
+            assert isinstance(claim, Claim)
+            with pytest.raises(psycopg.OperationalError, match="connection slots are reserved"):
+                while True:
+                    held.enter_context(psycopg.connect(lab.person.replace("+psycopg", "")))
+            assert box.attempts.beat(claim, Progress(stage=Stage.TRAINING)).accepted
+            assert isinstance(take(box, node="box:1"), Claim)
+        owner.dispose()
 
 
 def _asked_and_held(owner: Engine) -> list[str]:
