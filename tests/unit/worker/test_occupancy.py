@@ -101,6 +101,8 @@ def test_what_a_trainer_has_started_is_its_job_s_on_every_kernel(
     with subprocess.Popen(started, stdout=subprocess.PIPE, env={**os.environ, JOB_VARIABLE: "12"}) as trainer:
         assert trainer.stdout is not None
         child = psutil.Process(int(trainer.stdout.readline()))
+        while child.name() != "sleep" or not child.environ():  # while it becomes another program, it shows none
+            time.sleep(0.001)
         seen = Watch(device=Shown(processes=(Process(pid=child.pid, bytes=GIB),)), node_pid=os.getpid()).look()
         child.kill()
         trainer.wait()
