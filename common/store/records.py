@@ -127,6 +127,7 @@ class Progress:
     vram_peak: int | None = None
     vram_allocated: int | None = None
     vram_process: int | None = None
+    base_bytes: int | None = None  # of the device, by the loaded base alone
     resumed_from_step: int | None = None
     adjustment: Adjustment | None = None  # of the run to what its memory allows, kept for later attempts
     result_host: str | None = None  # the box that holds a finished result; empty: none does

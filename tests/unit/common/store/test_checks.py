@@ -232,7 +232,7 @@ def test_what_breaks_a_bound_goes_to_the_quarantine_and_its_row_stays(old_url: s
 ABSURD = Progress(
     stage=Stage.TRAINING, step=-3, total_steps=2**40, loss=math.nan, tokens_per_second=-math.inf, eta_seconds=1e200,
     eta_spread_seconds=math.inf, evaluated=-1, to_evaluate=2**33, need=Need(lora=-5, qlora=2**60), vram_peak=-1,
-    vram_allocated=2**62, vram_process=2**51, resumed_from_step=-1, running=-4,
+    vram_allocated=2**62, vram_process=2**51, base_bytes=-1, resumed_from_step=-1, running=-4,
     metrics=((1, "loss", math.nan), (2, "n" * 65, 1.0), (-1, "loss", 1.0), (4, "a\nb", 1.0), (5, "loss", 0.5)),
     events=(("k" * 40, "bell \a \0 \ud800" + "x" * 99_999),), log="\0\ud800" + "y" * 2_000_000, result_host="box\n",
 )  # fmt: skip

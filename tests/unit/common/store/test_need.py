@@ -271,9 +271,9 @@ def test_a_trainer_s_plan_corrects_a_need_that_nothing_has_taught(store: Store) 
 def test_a_need_has_a_floor_that_its_base_s_recorded_size_gives(store: Store) -> None:
     """Not the peaks of other jobs on it: those grow with the rows, and a job of short rows fits a small card."""
     show(store, total=48, max_jobs=4)
-    ran(store, "key-1", 40)
-    with store.engine.begin() as connection:
-        connection.execute(update(Attempt).values(base_bytes=5 * GIB))
+    store.jobs.submit(replace(submission(), need_key="key-1"))
+    store.attempts.beat(first := claim(store), Progress(base_bytes=5 * GIB))
+    store.attempts.finish(first, Reason.OK, "done", Progress(vram_process=40 * GIB), RESULT)
     short = store.jobs.submit(submission(lora=6, method="lora"))
     mine = claim(store)
     assert (mine.job_id, mine.vram_reserved) == (short, 6 * GIB)
