@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.placement.cards import Card, WarmBase
+from loractl.common.placement.cards import Card
 from loractl.common.settings import LEASE_S
 from loractl.common.store.fleet import FleetView, fault_of
 from loractl.scheduler.wait.cards import SILENT_S
@@ -75,11 +75,11 @@ class DeviceState:
         return self.spread.get(job_id, (self.node,))
 
     def as_json(self) -> dict[str, Any]:
-        """The fields of the device up to `seen_at`, and `open`, `jobs`, `hosts`, `drained` and `failures`.
+        """The fields of the device up to `seen_at`, and `open`, `jobs`, `drained` and `failures`.
 
         `open`: whether it takes jobs; `jobs`: job_id, user and reserved bytes of each job that runs there, and all its
-        `cards`; `hosts`: the trainers there that keep their bases, and the jobs in each; `drained`: by whom, why and
-        until when, or null; `failures`: how many attempts failed there for the lab, by reason.
+        `cards`; `drained`: by whom, why and until when, or null; `failures`: how many attempts failed there for the
+        lab, by reason.
         """
         columns = {name: getattr(self, name) for name in DEVICE_FIELDS}
         return {
@@ -92,23 +92,9 @@ class DeviceState:
                 {"job_id": j.job_id, "user": j.user, "reserved": j.reserved, "cards": list(self.cards_of(j.job_id))}
                 for j in self.card.running
             ],
-            "hosts": [_host_as_json(base, self.card) for base in self.card.hosts],
             "drained": None if self.closed_by is None else self.closed_by.as_json(),
             "failures": dict(self.failures),
         }
-
-
-def _host_as_json(base: WarmBase, card: Card) -> dict[str, Any]:
-    """`leaving`: it is ending, and its bytes are held until its process has ended; `open`: more jobs may join it;
-    `spoilt`: why none may, so that it ends with its last job; `jobs`: the jobs that run in it; `leavers`: jobs that
-    have ended, and hold `bytes` until they are out of it; `job_id`: the job whose reservation holds the base."""
-    names = ("host", "base_model", "bytes", "job_id", "leaving", "open", "spoilt")
-    return {
-        **{name: getattr(base, name) for name in names},
-        "method": base.method.value,
-        "jobs": [job.job_id for job in card.inside(base)],
-        "leavers": [vars(one) for one in base.leavers],
-    }
 
 
 DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-5]

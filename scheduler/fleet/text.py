@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loractl.common.adapter_config import portable_name
-from loractl.common.placement.hosts import spoilt_bases
 from loractl.common.units import GIB, clock, duration, gib
 from loractl.scheduler.cli.screen import Screen, card_name, fit, joined, wrapped_table
 from loractl.scheduler.wait.cards import process_name
@@ -32,9 +30,7 @@ def devices(fleet: Fleet, screen: Screen, *, used: bool = False) -> str:
     marks = "█ ▓ jobs, by plan   ▒ outside loractl   · free   ─ closed" if screen.unicode else ""
     marks = marks or "# = jobs, by plan   x outside loractl   . free   - closed"
     closing = "GiB." if used else "GiB.  loractl gpus --used shows what jobs really hold."
-    warm = any(device.card.waiting_bases for device in fleet.devices)
-    notes = [closing, *(["A warm base counts as free: it is dropped when a job needs its room."] if warm else [])]
-    return joined([*lines, "", screen.dim(marks), *map(screen.dim, notes)], screen)
+    return joined([*lines, "", screen.dim(marks), screen.dim(closing)], screen)
 
 
 def _row(device: DeviceState, now: dt.datetime, screen: Screen, *, used: bool) -> list[str]:
@@ -59,8 +55,6 @@ def _memory_bar(card: Card, width: int, screen: Screen) -> str:
         return blocks[4] * width
     parts = [(blocks[0], card.outside)]
     parts += [(blocks[1 + n % 2], max(job.reserved, job.used)) for n, job in enumerate(card.running)]
-    parts += [(blocks[1 + len(card.running) % 2], base.bytes) for base in card.bases_beside_jobs]
-    parts += [(blocks[1 + n % 2], one.bytes) for n, one in enumerate(card.leavers, len(card.running) + 1)]
     shares = [(mark, min(1.0, size / card.total)) for mark, size in parts]  # a row may report more than the card has
     cells = "".join(mark * max(1, round(share * width)) for mark, share in shares if share >= 1 / 200)[:width]
     return screen.style(cells, fg="blue") + blocks[3] * (width - len(cells))
@@ -79,28 +73,18 @@ def _obstacle(device: DeviceState, now: dt.datetime) -> str | None:
 
 
 def _jobs(device: DeviceState) -> list[str]:
-    """The jobs of a card: those that share a process together, and a job on several cards with all of its cards."""
-    card = device.card
-    alone = [
+    """The jobs of a card, a job on several cards with all of them."""
+    return [
         f"{job.user} {job.job_id}" + (f" on {in_short(cards)}" if len(cards := device.cards_of(job.job_id)) > 1 else "")
-        for job in card.running
-        if not card.companions(job.job_id)
+        for job in device.card.running
     ]
-    packs = [jobs for base in card.hosts if len(jobs := card.inside(base)) > 1]
-    return [*alone, *(f"{' + '.join(f'{job.user} {job.job_id}' for job in jobs)} on one base" for jobs in packs)]
 
 
 def _users(device: DeviceState, now: dt.datetime) -> str:
-    jobs = _jobs(device)
     others = [process_name(process) for process in device.outside]
     if len(others) > 2:
         others = [*others[:2], f"{len(others) - 2} more"]
-    bases = [f"{portable_name(base.base_model)} is warm" for base in device.card.waiting_bases]
-    bases += [
-        f"{portable_name(base.base_model)} takes no more jobs: {base.spoilt}" for base in spoilt_bases(device.card)
-    ]
-    leavers = [f"{one.job_id} is leaving, {gib(one.bytes)} held" for one in device.card.leavers]
     failures = ", ".join(f"{count} {reason}" for reason, count in sorted(device.failures.items()))
     notes = [f"failed lately: {failures}"] if failures else []
     notes += [] if device.until is None else [f"until {clock(device.until, now)}"]
-    return ", ".join([*jobs, *leavers, *bases, *others, *notes]) or "–"
+    return ", ".join([*_jobs(device), *others, *notes]) or "–"

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 JSON_FIELDS = (
     "job_id", "name", "user", "status", "reason", "message", "stage", "method", "base_model", "step", "total_steps",
     "loss", "eta_seconds", "node", "gpu", "attempt", "submitted_at", "started_at", "ended_at", "adapter_uri",
-    "report_uri", "labels", "sweep_id", "cards", "companions", "after", "awaits",
+    "report_uri", "labels", "sweep_id", "cards", "after", "awaits",
 )  # fmt: skip
-"""What --json says about a job: the table's columns, where it runs, and with which other jobs."""
+"""What --json says about a job: the table's columns, and where it runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,6 @@ class JobState:
     to_evaluate: int | None
 
     cards: tuple[str, ...] = ()  # on which it runs, its first card first; none while it does not run
-    companions: tuple[int, ...] = ()  # other jobs in its trainer
     after: tuple[int, ...] = ()  # the jobs that it starts after
 
     @property
@@ -93,11 +92,11 @@ class JobState:
         return {name: _plain(getattr(self, name)) for name in JSON_FIELDS}
 
 
-_STATE_FIELDS = tuple(JobState.__annotations__)[:-3]
+_STATE_FIELDS = tuple(JobState.__annotations__)[:-2]
 
 
 def state_of(job: Job, view: FleetView | None = None) -> JobState:
-    """The public part of a row. Without `view` only a running job's first card is known, and no companions."""
+    """The public part of a row. Without `view` only a running job's first card is known."""
     state = JobState(**{name: getattr(job, name) for name in _STATE_FIELDS})
     state = replace(state, held=job.held and not job.is_blocked, after=tuple(job.after))
     if job.status is not Status.QUEUED and (what := unreadable_of(vars(job))):
@@ -105,16 +104,12 @@ def state_of(job: Job, view: FleetView | None = None) -> JobState:
         state = replace(state, message=f"{said}its row can't be read: {what}")
     if job.status is not Status.RUNNING or job.node is None:
         return state
-    card = None if view is None else view.cards.get(job.node)
-    return replace(
-        state,
-        cards=(job.node, *sorted(set([] if view is None else view.cards_of(job.job_id)) - {job.node})),
-        companions=() if card is None else card.companions(job.job_id),
-    )
+    others = set() if view is None else set(view.cards_of(job.job_id)) - {job.node}
+    return replace(state, cards=(job.node, *sorted(others)))
 
 
 def job_state(store: Store, job_id: int) -> JobState:
-    """The state of a job, without its companions. Raises JobNotFound."""
+    """The state of a job. Raises JobNotFound."""
     job = store.jobs.get(job_id)
     state = state_of(job)
     others = [share.node for share in store.attempts.shares(job_id) if share.attempt == job.attempt and share.rank > 0]
@@ -165,7 +160,6 @@ class PastAttempt:
     reason: Reason | None
     message: str | None
     resumed_from_step: int | None
-    shared: bool  # other jobs were in its trainer
     roomy: bool | None  # it had the memory to do without recomputing; None: from an earlier version
 
     cards: tuple[CardPart, ...] = ()  # all of them, its first card first; several have equal plans
@@ -211,7 +205,6 @@ class JobInFull:
     held_out: tuple[tuple[int, float], ...]  # step, loss on held-out rows
     now: dt.datetime
     trouble: str | None = None  # what is wrong with a running job's card, in a few words
-    still_holds: int = 0  # bytes of a card that an ended job holds until it is out of its trainer
     after: tuple[JobState, ...] = ()  # the jobs that it starts after, as far as they exist
     followers: tuple[int, ...] = ()  # the jobs that start after it, directly or not
 
@@ -223,16 +216,13 @@ class JobInFull:
 def job_in_full(store: Store, job_id: int) -> JobInFull:
     """A job, why it waits, and its course. Raises JobNotFound."""
     row = store.jobs.get(job_id)
-    attempts = store.attempts.of_job(job_id)
-    leaves = any(attempt.inside for attempt in attempts)
-    view = store.cards.fleet() if leaves or row.status in (Status.QUEUED, Status.RUNNING) else None
+    view = store.cards.fleet() if row.status in (Status.QUEUED, Status.RUNNING) else None
     job = state_of(row, view)
     return JobInFull(
         job=job,
         wait=waiting_jobs(store, [row], view).reasons.get(job_id),
         trouble=None if view is None else trouble_on(view, job.cards),
-        attempts=_attempts(store, job, view, attempts),
-        still_holds=_still_held(view, job_id) if leaves else 0,
+        attempts=_attempts(store, job, view),
         events=_events(store, job_id),
         losses=tuple((point.step, point.value) for point in store.jobs.metrics(job_id, "loss")),
         held_out=held_out_losses(store, job_id),
@@ -248,12 +238,6 @@ def trouble_on(view: FleetView, cards: Sequence[str]) -> str | None:
         if card in view.nodes and (said := trouble_of(view, card)) is not None:
             return f"{said} ({card})" if len(cards) > 1 else said
     return None
-
-
-def _still_held(view: FleetView | None, job_id: int) -> int:
-    """Bytes of cards that an ended job still holds: it is not out of its trainers yet."""
-    cards = () if view is None else view.cards.values()
-    return sum(one.bytes for card in cards for one in card.leavers if one.job_id == job_id)
 
 
 def held_out_losses(store: Store, job_id: int) -> tuple[tuple[int, float], ...]:
@@ -297,13 +281,13 @@ def job_history(store: Store, job_id: int) -> JobHistory:
         job=job,
         spec=row.spec,
         data=row.data,
-        attempts=_attempts(store, job, view, store.attempts.of_job(job_id)),
+        attempts=_attempts(store, job, view),
         events=_events(store, job_id),
         now=store.now(),
     )
 
 
-def _attempts(store: Store, job: JobState, view: FleetView | None, rows: Sequence[Attempt]) -> tuple[PastAttempt, ...]:
+def _attempts(store: Store, job: JobState, view: FleetView | None) -> tuple[PastAttempt, ...]:
     shares = store.attempts.shares(job.job_id)
     known = [] if view is None else [view.nodes[card] for card in job.cards if card in view.nodes]
     used = {node.node: node.used.get(str(job.job_id)) for node in known}
@@ -312,7 +296,7 @@ def _attempts(store: Store, job: JobState, view: FleetView | None, rows: Sequenc
         mine = [share for share in shares if share.attempt == row.attempt]
         return attempt_of(row, mine, used if row.ended_at is None else None)
 
-    return tuple(map(told, rows))
+    return tuple(map(told, store.attempts.of_job(job.job_id)))
 
 
 def _events(store: Store, job_id: int) -> tuple[PastEvent, ...]:

@@ -13,7 +13,6 @@ from loractl.common.job.status import OUTCOMES, Stage, Status
 from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib, thousands
 from loractl.scheduler.cli.screen import Screen, bar, sparkline, table, wrapped
-from loractl.scheduler.wait.cards import beside
 
 if TYPE_CHECKING:
     from .job import JobHistory, JobInFull, JobState, PastAttempt
@@ -80,14 +79,9 @@ def _memory(last: PastAttempt, job: JobState, screen: Screen) -> list[str]:
     of_ram = " of RAM" if last.device_kind == "cpu" else ""
     peak = f"{gib(last.peak)} GiB{of_ram} at most{' on one card' if several else ''}" if last.peak else ""
     planned = f"planned {gib(last.planned)} GiB{' on each' if several else ''}" if last.planned else ""
-    unmeasured = "not measured separately from its companions" if last.shared and not peak else ""
-    memory = ", ".join(part for part in (peak, planned, unmeasured) if part)
+    memory = ", ".join(part for part in (peak, planned) if part)
     line = (f"memory    {memory}   " if memory else "") + how
-    lines = (
-        [line]
-        if not (several or unmeasured) or len(line) <= screen.width
-        else [f"memory    {memory}", f"          {how}"]
-    )
+    lines = [line] if not several or len(line) <= screen.width else [f"memory    {memory}", f"          {how}"]
     held = [f"{clean_line(part.node)} {gib(part.used)}" for part in last.cards if part.used and several]
     now = textwrap.wrap(f"now {', '.join(held)}", screen.width - 10) if held else []
     return [*lines, *(f"          {part}" for part in now)]
@@ -105,15 +99,13 @@ def _standing(answer: JobInFull, screen: Screen) -> list[str]:
         eta = f"  {duration(job.eta_seconds)} left" if job.eta_seconds and not job.cancel_requested else ""
         tail = f" {share:4.0%}  {steps}{eta}"
         trouble = f"; its card is {clean_line(answer.trouble)}" if answer.trouble else ""
-        shared = f", {beside(job.companions)}" if job.companions else ""
-        where = f" on {job.where}, attempt {job.attempt}, {doing}{shared}{trouble}"
+        where = f" on {job.where}, attempt {job.attempt}, {doing}{trouble}"
         return [*_sentence(job, where, screen), "", bar(share, min(60, screen.width - len(tail)), screen) + tail]
     if job.status is Status.QUEUED and answer.wait is not None:
         return _sentence(job, f" waits: {answer.wait.word}, {answer.wait.sentence}.", screen)
     reason = f" ({job.reason.value})" if job.status is Status.FAILED and job.reason else ""
     name, state = f"{job.job_id} {clean_line(job.name)}", state_word(job, screen)
-    held = f"; it holds {gib(answer.still_holds)} GiB until it is out of its trainer" if answer.still_holds else ""
-    return [f"{screen.style(name, bold=True)} {state}{reason}: {clean_line(job.message or '')}{held}"]
+    return [f"{screen.style(name, bold=True)} {state}{reason}: {clean_line(job.message or '')}"]
 
 
 def state_line(job: JobState, held_out: Sequence[tuple[int, float]] = ()) -> str:

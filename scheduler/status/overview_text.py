@@ -157,8 +157,7 @@ class _Widths:
 
 
 def _widths(running: Sequence[JobState], room: int, *, wide: bool) -> _Widths:
-    """How the cells share `room` columns: a card with all its companions goes before a long name, and that before a
-    long bar."""
+    """How the cells share `room` columns: all cards of a job go before a long name, and that before a long bar."""
     whole = max(len(_places(job)[0]) for job in running)
     method = max(len(f" {job.method}") for job in running)
     tries = ((16, 12), (14, 12), (14, 10), (12, 8)) if wide else ((14, 10), (14, 8), (12, 8), (12, 6), (10, 6))
@@ -186,14 +185,9 @@ def _place(job: JobState, width: int) -> str:
 
 
 def _places(job: JobState) -> list[str]:
-    """The cards on which a job runs and its companions, the fullest form first."""
-    place, others = clean_line(job.place), job.companions
-    if len(job.cards) > 1:
-        return [place, f"{clean_line(job.cards[0])} +{len(job.cards) - 1}"]
-    if not others:
-        return [place]
-    more = f" +{len(others) - 1}" if others[1:] else ""
-    return [f"{place} with {', '.join(map(str, others))}", f"{place} with {others[0]}{more}", f"with {others[0]}{more}"]
+    """The cards on which a job runs, the fullest form first."""
+    short = [f"{clean_line(job.cards[0])} +{len(job.cards) - 1}"] if len(job.cards) > 1 else []
+    return [clean_line(job.place), *short]
 
 
 def _waiting_block(waiting: Sequence[JobState], overview: Overview, screen: Screen) -> _Block:
@@ -236,8 +230,8 @@ def _waiting_table(
     first_with: dict[tuple[str, str], int] = {}
     for line, job, when in zip(lines, waiting, whens, strict=True):
         wait = waits.reasons[job.job_id]
-        shared = first_with.setdefault((wait.word, wait.brief), job.job_id)
-        sentence = clean_line(wait.brief) if shared == job.job_id else f"as {shared}"
+        shared = first_with.setdefault((wait.word, wait.sentence), job.job_id)
+        sentence = clean_line(wait.sentence) if shared == job.job_id else f"as {shared}"
         first, *rest = textwrap.wrap(sentence, room) or [""]
         gap = " " * (before - len(click.unstyle(line)))
         told.append([f"{line}{gap}{first:<{room}}  {when:>{last}}", *(" " * before + part for part in rest)])

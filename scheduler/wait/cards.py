@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from loractl.common.store.fleet import (
 from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib
 
-from .gangs import in_words, when_they_end
+from .gangs import when_they_end
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
@@ -116,8 +116,6 @@ def _kept_off(
         case Obstacle.PATIENCE if job.lora_until is not None:
             text = "too small for LoRA, for which the job waits until then"
             return clock(job.lora_until, view.now), text, job.lora_until
-        case Obstacle.LEAVERS:
-            return "?", still_inside(card), None
         case Obstacle.TIME:
             return "never", short_of_time(me, card, view), None
         case Obstacle.PROGRAMS:
@@ -155,8 +153,6 @@ def _closed(card: Card, view: FleetView) -> tuple[str, str, dt.datetime | None]:
 def _now(taken: Taken | None, asking: Asking, card: Card, view: FleetView) -> str:
     """What the rule does with a card that has room."""
     me, placed = asking.me, view.round.placed.get(asking.me.job_id)
-    if placed is not None and placed.join is not None and placed.node == card.node:
-        return f"about to train {beside(job.job_id for job in card.inside(placed.join.base))}"
     if taken is not None and taken.given:
         said = f"job {taken.given[0].job_id} goes first"
     elif taken is not None and taken.kept_for is not None:
@@ -166,8 +162,7 @@ def _now(taken: Taken | None, asking: Asking, card: Card, view: FleetView) -> st
         said = "about to take it" if mine else "fits"
     if asking.gang is not None:
         return _share(asking) if said == "fits" else f"{said}, {_share(asking)}"
-    warm = any(card.has_warm(me.base_model, method) for method in me.methods)
-    return said + (", and its base is loaded there" if warm else "")
+    return said
 
 
 def _share(asking: Asking) -> str:
@@ -181,8 +176,7 @@ def _full(full: Full, asking: Asking, card: Card, view: FleetView) -> str:
     if asking.gang is not None:
         return f"{_share(asking)}, {ends}"
     unknown = " (time not known)" if full.at is None else ""
-    what = f"{'has a slot' if full.only_slot else 'fits'} {ends}{unknown}{_beyond(asking.me, card, view)}"
-    return what + refused_join(asking.me, card, view)
+    return f"{'has a slot' if full.only_slot else 'fits'} {ends}{unknown}{_beyond(asking.me, card, view)}"
 
 
 def _beyond(me: Waiting, card: Card, view: FleetView) -> str:
@@ -196,31 +190,6 @@ def _beyond(me: Waiting, card: Card, view: FleetView) -> str:
         if need is not None and me.least <= card.free + one.reserved - within_need(one.reserved, need):
             return f", which took {gib(one.reserved - need)} GiB beyond its need while nobody else wanted it"
     return ""
-
-
-def beside(jobs: Iterable[int]) -> str:
-    """Other jobs in one trainer, like "with jobs 12 and 13 on one base"."""
-    numbers = [str(number) for number in sorted(jobs)]
-    return f"with {'job' if len(numbers) == 1 else 'jobs'} {in_words(numbers)} on one base"
-
-
-def refused_join(me: Waiting, card: Card, view: FleetView) -> str:
-    """Why the job does not train with the card's jobs that have its base; empty if that is no option."""
-    refused = view.refused_joins.get((me.job_id, card.node))
-    members = [] if refused is None else card.inside(refused.base)
-    if refused is None or not members:
-        return ""
-    return f"; it does not train {beside(job.job_id for job in members)}: {refused.why}"
-
-
-def still_inside(card: Card) -> str:
-    """Which jobs of the card have ended and hold memory until they are out of their trainers."""
-    jobs = [str(one.job_id) for one in card.leavers]
-    held, one = gib(sum(one.bytes for one in card.leavers)), len(jobs) == 1
-    return (
-        f"{'job' if one else 'jobs'} {in_words(jobs)} {'has' if one else 'have'} ended but"
-        f" {'holds' if one else 'hold'} {held} GiB until {'it has' if one else 'they have'} left the trainer"
-    )
 
 
 def other_format(me: Waiting) -> str:

@@ -10,7 +10,7 @@ from loractl.common.job.status import Status
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView
 
-from .cards import Asking, refused_join
+from .cards import Asking
 from .gangs import CardsAsked, asked_of, when_they_end
 from .reasons import Tier, Wait, explain
 from .starts import REPLAYED_JOBS, ExpectedStart, ahead_of, reaches, read_starts
@@ -82,13 +82,10 @@ def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[
     if asking.gang is not None or full is None:
         return wait
     ends = {one.job_id: one.ends for one in card.running}
-    # if it joins others there, fewer of them have to end than for its own trainer
     ending = tuple(one for one in full.after if (end := ends[one]) is not None and end <= start.at)
     if wait.sentence.startswith(f"{start.node} when") and ending in ((), full.after):
         return wait
-    apart = refused_join(asking.me, card, view)
-    sentence = f"{start.node} when {when_they_end(ending or full.after)}{apart}"
-    return replace(wait, sentence=sentence, apart=apart)
+    return replace(wait, sentence=f"{start.node} when {when_they_end(ending or full.after)}")
 
 
 def _goes_first(ahead: Sequence[int], job: Job, ready: Sequence[Waiting]) -> str:

@@ -24,13 +24,10 @@ from .cards import (
     SILENT_S,
     Asking,
     avoidance_of,
-    beside,
     holder,
     other_format,
-    refused_join,
     short_of_time,
     silent_s,
-    still_inside,
 )
 from .gangs import gang_wait, gathering_of, in_words, when_they_end
 
@@ -58,15 +55,9 @@ class Wait:
     tier: Tier
     word: str
     sentence: str
-    apart: str = ""  # part of the sentence: why the job does not train with those that have its base
-
-    @property
-    def brief(self) -> str:
-        """The sentence for a list of jobs: only `loractl why` says what keeps a job apart."""
-        return self.sentence.replace(self.apart, "", 1)
 
     def __str__(self) -> str:
-        return f"{self.word}: {self.brief}"
+        return f"{self.word}: {self.sentence}"
 
 
 def explain(job: Job, view: FleetView) -> Wait:
@@ -260,8 +251,6 @@ def _next(job: Job, view: FleetView) -> Wait | None:
         return _fleet("offline", f"{node} would take it, but has been silent for {duration(silent)}")
     age = (view.now - job.submitted_at).total_seconds()
     late = "" if age <= AT_ONCE_S else f", waiting {duration(age)}"
-    if placed.join is not None:
-        late = f" {beside(other.job_id for other in view.cards[node].inside(placed.join.base))}{late}"
     nodes = in_words([share.node for share in placed.shares])
     return Wait(
         tier=Tier.NEXT, word="next", sentence=f"{nodes} {'are' if placed.beside else 'is'} about to take it{late}"
@@ -358,10 +347,8 @@ def _room(asking: Asking, view: FleetView) -> Wait:
         return _held_by_others(asking, view) if free is None else _capacity("order", missed)
     first = min(full, key=lambda name: (*full[name].rank, name))
     node = mine.node if mine is not None and mine.node in full else first
-    sentence = f"{node} when {when_they_end(full[node].after)}{ours}"
-    apart = refused_join(me, view.cards[node], view)
     word = "busy" if full[node].only_slot else "memory"
-    return Wait(tier=Tier.CAPACITY, word=word, sentence=sentence + apart, apart=apart)
+    return _capacity(word, f"{node} when {when_they_end(full[node].after)}{ours}")
 
 
 def _held_by_others(asking: Asking, view: FleetView) -> Wait:
@@ -369,8 +356,6 @@ def _held_by_others(asking: Asking, view: FleetView) -> Wait:
     if not blocked:
         return _capacity("memory", "no open card has room for it")
     card = max(blocked, key=lambda card: card.capacity)
-    if asking.refusals[card.node] is Obstacle.LEAVERS:
-        return _capacity("memory", f"on {card.node} {still_inside(card)}")
     left = f"on {card.node}, which leaves {gib(card.capacity)} GiB"
     return _capacity("memory", f"{holder(view, card, pid=True)} {left}")
 
@@ -378,7 +363,7 @@ def _held_by_others(asking: Asking, view: FleetView) -> Wait:
 def _is_held(asking: Asking, card: Card) -> bool:
     refusal, could_hold = asking.refusals[card.node], (asking.me.bound or 0) <= card.usable
     programs = refusal is Obstacle.PROGRAMS or (refusal is Obstacle.TOO_FEW_NOW and card.outside > 0)
-    return could_hold and (programs or refusal is Obstacle.LEAVERS)
+    return could_hold and programs
 
 
 def _capacity(word: str, sentence: str) -> Wait:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from loractl.common.job.method import Method, Need
 from loractl.common.placement.cards import could_start
-from loractl.common.placement.hosts import join_openings
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.refusals import out_of_reach, with_labels
 from loractl.common.store.fleet import FleetView, waiting_of
@@ -22,12 +21,8 @@ if TYPE_CHECKING:
     from loractl.common.store.tables import Job
 
 
-class Trial(Protocol):
-    """The card that the placement rule would give a waiting job in another form, all else unchanged; None: no card."""
-
-    def __call__(self, changed: Waiting, spec: JobSpec | None = None, /) -> str | None:
-        """`spec`: the form's job file, if it differs from the job's."""
-        ...
+Trial = Callable[[Waiting], str | None]
+"""The card that the placement rule would give a waiting job in another form, all else unchanged; None: no card."""
 
 
 def remedies(job: Job, view: FleetView, rule: Trial) -> tuple[str, ...]:
@@ -45,7 +40,7 @@ def ways_out(job: Job, view: FleetView) -> tuple[str, ...]:
     labelled = with_labels(cards, me.requires)
     largest = max(labelled, key=lambda card: card.usable, default=None)
 
-    def could_hold(changed: Waiting, spec: JobSpec | None = None) -> str | None:
+    def could_hold(changed: Waiting) -> str | None:
         return None if largest is None or out_of_reach(changed, cards) is not None else largest.node
 
     edit, ways = f"loractl edit {job.job_id} --set", list[str]()
@@ -80,16 +75,12 @@ def _smaller_job(job: Job, view: FleetView, rule: Trial, may: str = "would") -> 
         return
     me = waiting_of(vars(job), view.now)
     permitted = me.methods
-    cards = view.cards.values()
-    alone = max((card.room if may == "would" else card.usable for card in cards), default=0)
-    beside = max((o.bytes for o in join_openings(cards) if o.base_model == me.base_model), default=0)
-    # a place with others may be refused though it has more room than a card of the job's own
-    rooms = sorted({alone, beside}, reverse=True)
-    for key, text, needs, changed in (form for room in rooms for form in _smaller_forms(spec, permitted, room)):
+    room = max((card.room if may == "would" else card.usable for card in view.cards.values()), default=0)
+    for key, text, needs in _smaller_forms(spec, permitted, room):
         kind = key.partition("=")[0]
         need = Need(lora=needs.get(Method.LORA), qlora=needs.get(Method.QLORA))
         methods = tuple(method for method in permitted if method in needs)
-        node = rule(replace(me, need=need, methods=methods), changed) if methods and kind not in told else None
+        node = rule(replace(me, need=need, methods=methods)) if methods and kind not in told else None
         if node is not None:
             told.add(kind)
             as_ = f"as {methods[0].value} " if len(permitted) > 1 and len(methods) == 1 else ""
@@ -99,10 +90,8 @@ def _smaller_job(job: Job, view: FleetView, rule: Trial, may: str = "would") -> 
             yield f"Try: loractl plan {job.job_id} --set {key}"
 
 
-def _smaller_forms(
-    spec: JobSpec, methods: Sequence[Method], room: int
-) -> list[tuple[str, str, dict[Method, int], JobSpec]]:
-    """Smaller forms of the job that a card with `room` bytes would hold: key=value, words, need by method, spec."""
+def _smaller_forms(spec: JobSpec, methods: Sequence[Method], room: int) -> list[tuple[str, str, dict[Method, int]]]:
+    """Smaller forms of the job that a card with `room` bytes would hold: key=value, words, need by method."""
     from loractl.common.memory.config import read_shape
     from loractl.common.memory.fit import largest_fit
     from loractl.common.memory.plan import plan
@@ -110,11 +99,11 @@ def _smaller_forms(
     shape = read_shape(spec.base_model, spec.revision)
     if shape is None or room <= 0:
         return []
-    smaller: dict[str, tuple[str, dict[Method, int], JobSpec]] = {}
+    smaller: dict[str, tuple[str, dict[Method, int]]] = {}
     for method in methods:
         fit = largest_fit(shape, spec, method, room)
         for key, text, changed in (*shorter_rows(spec, fit), *fewer_rows(spec, fit)):
-            smaller.setdefault(key, (text, {}, changed))[1][method] = plan(shape, changed, method).need_bytes
+            smaller.setdefault(key, (text, {}))[1][method] = plan(shape, changed, method).need_bytes
     return [(key, *form) for key, form in smaller.items()]
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.job.method import Method
 from loractl.common.placement.cards import Card, takes
 from loractl.common.placement.gangs import may_share
-from loractl.common.placement.hosts import KEEP_WARM_S, Newcomer, open_bases
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.rule import turn
 from loractl.common.store.fleet import FleetView, waiting_of
@@ -48,31 +47,25 @@ class ExpectedStart:
 
 
 def read_starts(store: Store, view: FleetView, waiting: Sequence[Waiting]) -> dict[int, ExpectedStart]:
-    """See expected_starts. What a join needs to know about waiting jobs is read only if there is a host to join, and
-    past use only if somebody has a quota."""
+    """See expected_starts. Past use is read only if somebody has a quota."""
     if len(waiting) > REPLAYED_JOBS:
         return {}
-    newcomers = store.cards.newcomers(waiting) if any(open_bases(card) for card in view.cards.values()) else {}
-    return expected_starts(view, waiting, newcomers, store.usage.past() if view.allowed else {})
+    return expected_starts(view, waiting, store.usage.past() if view.allowed else {})
 
 
 def expected_starts(
-    view: FleetView,
-    waiting: Sequence[Waiting],
-    newcomers: Mapping[int, Newcomer] | None = None,
-    past: Mapping[str, PastCardHours] | None = None,
+    view: FleetView, waiting: Sequence[Waiting], past: Mapping[str, PastCardHours] | None = None
 ) -> dict[int, ExpectedStart]:
     """When the ready jobs start, if that depends only on quotas and on running jobs with a measured end.
 
-    The duration of a waiting job is unknown: a job that can only start after it gets no time. `newcomers`: those that
-    may join a running host, by number. `past`: what users with a quota have had; without it, jobs of a user who is
-    beyond a hard one get no time.
+    The duration of a waiting job is unknown: a job that can only start after it gets no time. `past`: what users with a
+    quota have had; without it, jobs of a user who is beyond a hard one get no time.
     """
     if len(waiting) > REPLAYED_JOBS:
         return {}
-    cards, known = view.cards.values(), newcomers or {}
-    expected = _replayed(view, waiting, list(cards), known, past or {})
-    late = _replayed(view, waiting, [_late(card, view) for card in cards], known, past or {})
+    cards = view.cards.values()
+    expected = _replayed(view, waiting, list(cards), past or {})
+    late = _replayed(view, waiting, [_late(card, view) for card in cards], past or {})
     return {
         job_id: ExpectedStart(
             at=run.started,
@@ -86,11 +79,7 @@ def expected_starts(
 
 
 def _replayed(
-    view: FleetView,
-    waiting: Sequence[Waiting],
-    cards: Sequence[Card],
-    newcomers: Mapping[int, Newcomer],
-    past: Mapping[str, PastCardHours],
+    view: FleetView, waiting: Sequence[Waiting], cards: Sequence[Card], past: Mapping[str, PastCardHours]
 ) -> Mapping[int, ReplayedRun]:
     """The run of each job that starts in a replay on these cards."""
     from loractl.common.placement.clock import ReplayedJob
@@ -100,8 +89,8 @@ def _replayed(
     jobs = [ReplayedJob(waiting=job, seconds=None) for job in waiting]
     charges = {**view.charges, **{user: one.charge for user, one in past.items()}}  # the view's have quotas in them
     meter = _meter(view, cards, past)
-    rule = PlacementRule(charges, view.now, running, lambda job: newcomers.get(job.job_id), meter=meter)
-    return replay(jobs, cards, view.now, rule, keep_warm_s=KEEP_WARM_S).runs
+    rule = PlacementRule(charges, view.now, running, meter=meter)
+    return replay(jobs, cards, view.now, rule).runs
 
 
 def _meter(view: FleetView, cards: Sequence[Card], past: Mapping[str, PastCardHours]) -> QuotaMeter | None:

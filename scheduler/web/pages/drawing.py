@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.adapter_config import portable_name
 from loractl.common.chart import Axes, axes_of, finite, loss_chart
 
 if TYPE_CHECKING:
@@ -20,19 +19,17 @@ if TYPE_CHECKING:
 class BarPart:
     """A part of a card's bar, in percent of the card."""
 
-    kind: str  # job, outside, held, leaver, base
+    kind: str  # job, outside
     at: float
     width: float
     size: int  # bytes
     used: float = 0.0  # of the card, measured
     user: str = ""
     job_id: int | None = None
-    text: str = ""
 
 
 def card_parts(device: DeviceState) -> list[BarPart]:
-    """What holds a card: other people's programs, then our jobs, what ended jobs hold, and bases that wait for a
-    job."""
+    """What holds a card: other people's programs, then our jobs."""
     card, total = device.card, device.card.total
     if not total:
         return []
@@ -50,12 +47,6 @@ def card_parts(device: DeviceState) -> list[BarPart]:
     for job in card.running:
         used = round(min(100.0, 100 * job.used / total), 2)
         add("job", max(job.reserved, job.used), used=used, user=job.user, job_id=job.job_id)
-    for base in card.bases_beside_jobs:
-        add("held", base.bytes, text=portable_name(base.base_model))
-    for one in card.leavers:
-        add("leaver", one.bytes, job_id=one.job_id)
-    for base in card.waiting_bases:
-        add("base", base.bytes, text=portable_name(base.base_model))
     return parts
 
 

@@ -81,7 +81,7 @@ class LabFloor:
 
     @property
     def part_kinds(self) -> frozenset[str]:
-        """The kinds of parts in the cards' bars: job, outside, held, leaver, base."""
+        """The kinds of parts in the cards' bars: job, outside."""
         return frozenset(part.kind for device in self.fleet.devices for part in card_parts(device))
 
     @property

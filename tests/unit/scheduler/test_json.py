@@ -15,9 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from loractl.common.artifacts import open_store
-from loractl.common.job.method import Method
 from loractl.common.memory.step import Lengths
-from loractl.common.placement.cards import Leaver, WarmBase
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.roles import RoleLogin
@@ -187,19 +185,14 @@ def _by_hand(lab: Store, job: Path) -> dict[str, list[Any]]:
         "doctor": [Diagnosis(conditions=(found,)).as_json()],
         "plan": [planned.as_json()],
         "compare --sweep": [replace(whole, final=final).as_json()],
-        "gpus": [_with_a_host(fleet(lab)).as_json()],
+        "gpus": [_with_a_self_test(fleet(lab)).as_json()],
     }
 
 
-def _with_a_host(found: Fleet) -> Fleet:
-    """Its first card has a trainer with a base, and a job that is leaving it."""
-    base = WarmBase(
-        host="h1", key="k", base_model="org/model", method=Method.LORA, bytes=1, since=NOON, job_id=13,
-        leavers=(Leaver(job_id=9, bytes=1),), spoilt="it has failed",
-    )  # fmt: skip
+def _with_a_self_test(found: Fleet) -> Fleet:
+    """Its first card has shown something before it served."""
     first, *others = found.devices
-    first = replace(first, card=replace(first.card, hosts=(base,)), self_test={})
-    return replace(found, devices=(first, *others))
+    return replace(found, devices=(replace(first, self_test={}), *others))
 
 
 def _with_json(group: click.Group, path: str = "") -> list[str]:

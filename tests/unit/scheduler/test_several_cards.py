@@ -76,7 +76,7 @@ def test_every_command_names_all_its_cards(timed: Store, ran: Claim) -> None:
     assert "on heron:0 and heron:1, training" in state_line(job_state(timed, 1))
     assert [job["cards"] for device in fleet(timed).as_json() for job in device["jobs"]] == [["heron:0", "heron:1"]] * 2
     (listed,) = overview(timed, *EVERYTHING).as_json()
-    assert (listed["node"], listed["cards"], listed["companions"]) == ("heron:0", ["heron:0", "heron:1"], [])
+    assert (listed["node"], listed["cards"]) == ("heron:0", ["heron:0", "heron:1"])
 
 
 def test_a_sweep_and_a_message_name_all_its_cards(timed: Store, tmp_path: Path) -> None:

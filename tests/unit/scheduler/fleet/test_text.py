@@ -17,7 +17,7 @@ from loractl.scheduler.fleet.answer import DEVICE_FIELDS, fleet_of
 from loractl.scheduler.fleet.text import devices
 
 from ...factories import NOON
-from ...fleets import card, fleet, host, running
+from ...fleets import card, fleet, running
 from ..screens import ASCII, PIPE, WIDE, crowded, lab, seemly, shown
 
 
@@ -89,7 +89,7 @@ def test_a_device_as_json_has_all_that_its_node_told() -> None:
     columns = [column.key for column in Node.__table__.columns]
     assert list(DEVICE_FIELDS) == columns
     (told,) = fleet_of(fleet([card()])).as_json()
-    assert list(told) == [*columns, "open", "jobs", "hosts", "drained", "failures"]
+    assert list(told) == [*columns, "open", "jobs", "drained", "failures"]
     assert told["failures"] == {}
 
 
@@ -105,19 +105,6 @@ def test_failures_of_the_lab_are_counted_until_a_job_ends_well_there() -> None:
     assert rows["a:0"].endswith("ada 1, failed lately: 1 gpu_error, 2 worker_lost")
     assert rows["b:0"].endswith("–")
     assert [device["failures"] for device in found.as_json()] == [{"gpu_error": 1, "worker_lost": 2}, {}]
-
-
-def test_a_base_that_waits_for_a_job_is_named_and_counts_as_free() -> None:
-    view = fleet([card("box:0", 24), card("box:1", 24)], ran=[running(3, "box:1", 8, attempt=2)], hosts=[
-        host(base_model="/models/SmolLM2-135M"), host("h2", "box:1", job_id=3, attempt=2), host("h3", leaving=True),
-    ])  # fmt: skip
-    first, second = devices(fleet_of(view), PIPE).splitlines()[1:3]
-    assert first.split()[2:] == ["24.0", "24", "–", "SmolLM2-135M", "is", "warm"]
-    assert "warm" not in second, "a job is in it"
-    told = fleet_of(view).as_json()
-    assert [(h["host"], h["job_id"], h["leaving"]) for device in told for h in device["hosts"]] == [
-        ("h1", None, False), ("h3", None, True), ("h2", 3, False),
-    ]  # fmt: skip
 
 
 def test_a_card_whose_worker_stops_says_until_when() -> None:

@@ -164,32 +164,14 @@ def test_the_largest_values_stay_within_the_screen(width: int) -> None:
     assert [line for text in texts for line in text.splitlines() if len(line) > width] == []
 
 
-def largest_packed(*companions: int, **changed: Any) -> Any:
-    return replace(state_of(largest_running()), companions=companions, **changed)
-
-
 @pytest.mark.parametrize("width", [80, 110, 120])
-def test_cards_and_company_give_way_before_the_screen_does(width: int) -> None:
+def test_cards_give_way_before_the_screen_does(width: int) -> None:
     screen = Screen(width=width, unicode=True, color=False)
     several = tuple(f"a-long-host-name:{n}" for n in range(12, 16))
-    jobs = (largest_packed(*range(1000, 1006)), largest_packed(cards=several), state_of(running()))
-    text = overview([], {}, [], screen, running=jobs, running_count=3)
+    jobs = (replace(state_of(largest_running()), cards=several), state_of(running()))
+    text = overview([], {}, [], screen, running=jobs, running_count=2)
     assert [line for line in text.splitlines() if len(line) > width] == []
     assert re.search(r"evaluating|eval ", text)
-
-
-def test_company_is_named_as_fully_as_there_is_room() -> None:
-    def card(*companions: int, node: str = "heron:0", width: int = 80) -> str:
-        job = replace(state_of(running(node=node, name="n" * 40)), companions=companions, cards=(node,))
-        screen = Screen(width=width, unicode=True, color=False)
-        found = re.search(r"(\S*:\d.*?|with.*?)  ", overview([], {}, [], screen, running=(job,)).splitlines()[3])
-        assert found is not None
-        return found[1]
-
-    assert card(8, 9) == "heron:0 with 8, 9"
-    assert card(1479, 1480, 1481) == "heron:0 with 1479 +2"
-    assert card(1479, 1480, 1481, width=120) == "heron:0 with 1479, 1480, 1481"
-    assert card(1479, node="osprey-the-large:0").endswith("with 1479")
 
 
 def test_a_job_that_is_evaluated_shows_when_that_ends() -> None:
@@ -336,17 +318,12 @@ def test_a_terminal_breaks_the_history_between_words_and_a_pipe_has_it_whole() -
 
 def test_the_attempts_of_a_job_on_several_cards_fit_a_narrow_screen() -> None:
     shares = [AttemptShare(job_id=7, attempt=1, rank=n, node=f"kestrel:{n}", bytes=20 * GIB) for n in range(2)]
-    one = attempt_of(attempt(node="kestrel:0", vram_reserved=20 * GIB, shared=False), shares)
+    one = attempt_of(attempt(node="kestrel:0", vram_reserved=20 * GIB), shares)
     answer = JobHistory(job=state_of(running()), spec={}, data={}, attempts=(one,), events=(), now=NOON)
     lines = history_text(answer, PLAIN).splitlines()
     assert max(map(len, lines)) <= 80
     assert re.search(r"1  kestrel 0, 1  qlora  20\.0   6\.0 ", "\n".join(lines))
     assert answer.as_json()["attempts"][0]["cards"][1] == {"node": "kestrel:1", "reserved": 20 * GIB, "used": None}
-
-
-def test_memory_that_others_share_is_not_called_the_jobs_own() -> None:
-    lines = full(running(), attempts=[attempt(vram_peak=None, shared=True)]).splitlines()
-    assert "memory    planned 8.0 GiB, not measured separately from its companions" in lines
 
 
 def test_the_adapters_are_listed_with_the_command_that_fetches_one() -> None:

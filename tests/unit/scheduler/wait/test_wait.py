@@ -22,7 +22,7 @@ from loractl.scheduler.wait.remedies import without_others
 from loractl.scheduler.wait.starts import REPLAYED_JOBS, ExpectedStart, ahead_of, expected_starts
 
 from ...factories import NOON
-from ...fleets import card, drained, fleet, host, in_seconds, ready, running, waits
+from ...fleets import card, drained, fleet, in_seconds, ready, running, waits
 
 LORA_ONLY = (Method.LORA,)
 TWO_HOURS_AGO = in_seconds(-7200)
@@ -471,14 +471,6 @@ def test_a_late_end_may_change_the_card_and_the_spread_covers_it() -> None:
     assert expected_starts(view, ready(waiting)) == {7: ExpectedStart(at=in_seconds(600), spread_s=110.0, node="a:0")}
 
 
-def test_the_base_of_a_job_that_ends_draws_the_next_one_to_its_card() -> None:
-    nodes, waiting = [card("a:0"), card("b:0", 48)], [waits(7, lora=24, qlora=24)]
-    ran = [running(1, "a:0", 20, 600), running(2, "b:0", 40, 600, attempt=1)]
-    alone, beside = fleet(nodes, ran, waiting), fleet(nodes, ran, waiting, hosts=[host(on="b:0", job_id=2)])
-    assert expected_starts(alone, ready(waiting))[7].node == "a:0", "the smaller card"
-    assert expected_starts(beside, ready(waiting))[7].node == "b:0"
-
-
 def test_a_job_that_starts_now_starts_now() -> None:
     waiting = [waits(7)]
     assert expected_starts(fleet([card()], (), waiting), ready(waiting))[7] == ExpectedStart(
@@ -543,14 +535,6 @@ def test_the_tiers_are_told_in_their_order() -> None:
     assert (
         told(waits(not_before=in_seconds(dt.timedelta(minutes=5).total_seconds())), card(draining=True))[0] == "retry"
     )
-
-
-def test_a_card_that_has_the_job_s_base_says_so() -> None:
-    job = waits(lora=8)
-    view = fleet([card("cold:0", 24), card("warm:0", 48)], waiting=[job], hosts=[host(on="warm:0")])
-    assert {fit.node: fit.then for fit in card_fits(job, view)} == {
-        "cold:0": "fits", "warm:0": "about to take it, and its base is loaded there"
-    }  # fmt: skip
 
 
 # --- time ---

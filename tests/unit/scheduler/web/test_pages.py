@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 
 from loractl.common.job.status import Reason, Status
-from loractl.common.placement.hosts import base_key
-from loractl.common.store.records import NewHost, Progress
-from loractl.common.units import GIB
+from loractl.common.store.records import Progress
 from loractl.scheduler.status.job import state_of
 from loractl.scheduler.web.pages.markup import static_url
 from loractl.scheduler.web.pages.pages import commands_for
@@ -45,20 +43,6 @@ def test_the_lab_says_first_what_runs_and_who_holds_what(web: Web) -> None:
         and "held by wei: until the new data are there" in page
     )
     assert "held held" not in page
-
-
-def test_a_base_that_waits_for_a_job_is_drawn_on_its_card(own_web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loractl.scheduler.web.site.FRESH_S", -1.0)
-    lab = own_web.lab
-    claim = webs.run(lab, "keeps", "ada", "kestrel:0", 3)
-    key = base_key(claim.spec, claim.method)
-    assert key is not None
-    assert lab.store.hosts.keep(claim, NewHost(host="mark", node="kestrel:0", key=key, bytes=2 * GIB))
-    assert "waits for a job: " not in own_web.client.get("/").text, "its job runs in it"
-    webs.store_result(lab, claim, 2.0, 1.5)
-    page = own_web.client.get("/").text
-    base = claim.spec.base_model.rpartition("/")[2]
-    assert f"{base} is loaded and waits for a job: 2.0 GiB, which count as free" in page and f"; {base} is warm" in page
 
 
 def test_a_lab_in_which_nothing_waits_says_so_in_sentences(own_web: Web) -> None:
@@ -398,7 +382,7 @@ def test_a_legend_names_only_what_is_drawn(own_web: Web) -> None:
     assert key("/jobs/15", "h-loss") == "Loss"
     short = webs.run(lab, "short", "mara", "kestrel:0", 3, steps=60)
     assert key(f"/jobs/{short.job_id}", "h-loss") == "Loss training"
-    assert "warm" not in key("/", "h-cards") and "outside" in key("/", "h-cards")
+    assert "outside" in key("/", "h-cards")
     assert "worse" in key("/adapters", "h-m") and "no clear change" in key("/adapters", "h-m")
 
 

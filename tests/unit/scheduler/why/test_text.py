@@ -7,14 +7,20 @@ from typing import Any
 import pytest
 
 from loractl.common.store.fleet import FleetView
+from loractl.common.store.records import Claim
+from loractl.common.store.store import Store
 from loractl.scheduler.cli.screen import Screen
-from loractl.scheduler.status.job import state_of
+from loractl.scheduler.status.job import job_in_full, state_of
+from loractl.scheduler.status.job_text import job_text
 from loractl.scheduler.wait.cards import card_fits
 from loractl.scheduler.wait.reasons import Tier, Wait, explain
 from loractl.scheduler.wait.starts import ExpectedStart
 from loractl.scheduler.why.answer import NO_PLACE, Ahead, Why
+from loractl.scheduler.why.answer import why as asked
 from loractl.scheduler.why.text import why_text
 
+from ....databases import SQLITE_ALONE
+from ...factories import node_state, submission
 from ...fleets import in_seconds, waits
 from ..screens import HOSTILE, PIPE, crowded, lab, seemly, shown
 
@@ -91,3 +97,29 @@ def test_an_expected_start_that_is_not_known_says_so_unless_it_is_plain() -> Non
 
 def test_a_job_of_unknown_need_waits_for_a_card_of_its_own() -> None:
     assert why(lab(), PIPE, waits(1485, None, None)).startswith("1485 helpdesk waits for a card of its own.")
+
+
+@pytest.fixture
+def running_here(store: Store) -> Store:
+    """A job that runs on the only card."""
+    store.cards.see(node_state("box:0"))
+    store.jobs.submit(submission())
+    assert isinstance(store.attempts.claim("box:0"), Claim)
+    return store
+
+
+@SQLITE_ALONE
+def test_why_of_a_running_job_says_what_is_wrong_with_its_card(running_here: Store) -> None:
+    """Its worker was dead, and all that was said is that it runs there."""
+    told = "Job 1 does not wait: it is running on box:0"
+    assert why_text(asked(running_here, 1), PIPE).startswith(f"{told}. ")
+    running_here.cards.drain("box:0", "mara", "new fans", until=None, at_once=False)
+    assert why_text(asked(running_here, 1), PIPE).startswith(f"{told}, its card is drained by mara. ")
+
+
+@SQLITE_ALONE
+def test_a_held_job_says_how_it_is_released(running_here: Store) -> None:
+    held = running_here.jobs.submit(submission())
+    running_here.jobs.hold(held, "mara", "later")
+    assert why_text(asked(running_here, held), PIPE).endswith(f"Release it: loractl retry {held}")
+    assert f"Release it: loractl retry {held}" in job_text(job_in_full(running_here, held), PIPE)

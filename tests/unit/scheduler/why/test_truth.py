@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 from loractl.common.job.status import Reason
-from loractl.common.placement.hosts import base_key
 from loractl.common.placement.rule import RESERVE_AFTER_S
 from loractl.common.store.database import make_engine
-from loractl.common.store.records import Claim, NewHost, Progress
+from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.scheduler.wait.reasons import Tier
@@ -21,9 +20,6 @@ from loractl.scheduler.why.answer import Why, why
 
 from ...common.store.test_gangs import gang
 from ...factories import RESULT, Clock, node_state, submission
-
-SHORT = {"dataset": {"path": "org/data", "max_length": 8}, "training": {"per_device_train_batch_size": 1}}
-"""Rows so short that a pack of strangers pays."""
 
 
 class Lab:
@@ -52,7 +48,7 @@ class Lab:
     def run(self, ends: float, gib: float = 20, *, node: str = "heron:0", user: str = "bob", **keys: Any) -> Claim:
         """A job on a card that says when it ends, as of now."""
         self.queue(gib, user=user, **keys)
-        mine = self.store.attempts.claim(node, joins=True, gangs=True)
+        mine = self.store.attempts.claim(node, gangs=True)
         assert isinstance(mine, Claim)
         self.expect(mine, ends)
         return mine
@@ -60,12 +56,6 @@ class Lab:
     def expect(self, mine: Claim, ends: float) -> None:
         self.store.attempts.beat(mine, Progress(step=1, total_steps=1000, eta_seconds=ends))
         self.running.append((self.seconds + ends, mine))
-
-    def open_host(self, mine: Claim) -> None:
-        key = base_key(mine.spec, mine.method)
-        assert key is not None
-        node = self.store.jobs.get(mine.job_id).node
-        assert node and self.store.hosts.open(mine, NewHost(host="h", node=node, key=key, bytes=5 * GIB))
 
     def ask(self, job_id: int) -> Why:
         answer = why(self.store, job_id, with_remedies=False)
@@ -79,7 +69,7 @@ class Lab:
                 self.started[mine.job_id] = (self.seconds, sorted(nodes))
 
     def _claim(self, node: str) -> Any:
-        return self.store.attempts.claim(node, joins=True, gangs=True)
+        return self.store.attempts.claim(node, gangs=True)
 
     def goes_on(self, job_id: int) -> None:
         """Every card asks, and again at each end, to the last. Whenever `why` says that the job is next, it starts."""
@@ -87,7 +77,6 @@ class Lab:
         for ends, mine in sorted(self.running, key=lambda pair: pair[0]):
             self.forward(ends - self.seconds)
             self.store.attempts.finish(mine, Reason.OK, "done", Progress(), RESULT)
-            self.store.hosts.leave(mine)
             self._moment(job_id)
 
     def _moment(self, job_id: int) -> None:
@@ -144,21 +133,6 @@ def several_at_once(lab: Lab) -> int:
     return lab.store.jobs.submit(gang())
 
 
-def joins(lab: Lab) -> int:
-    """A trainer with its base takes it, though no card is idle."""
-    lab.open_host(lab.run(900, 8, user="cyd", **SHORT))
-    lab.run(300, node="heron:1", base_model="org/other")
-    return lab.queue(8, **SHORT)
-
-
-def joins_later(lab: Lab) -> int:
-    """Its own part has room there once a member has left."""
-    lab.open_host(lab.run(3000, 8, user="cyd", **SHORT))
-    lab.run(2000, node="heron:1", base_model="org/other")
-    lab.run(600, 18, user="eve", **SHORT)
-    return lab.queue(9, **SHORT)
-
-
 def limited(lab: Lab) -> int:
     """A card is idle, and its user runs as many as may."""
     lab.see(user_limit=1)
@@ -179,8 +153,6 @@ CASES: dict[Callable[[Lab], int], tuple[float | None, str]] = {
     several: (900, "memory: waits for 2 cards of 20.0 GiB on heron when jobs 2 and 1 end"),
     several_kept: (2700, "memory: waits for 2 cards of 20.0 GiB on heron when jobs 2 and 1 end"),
     several_at_once: (0, "next: heron:0 and heron:1 are about to take it"),
-    joins: (0, "next: heron:0 is about to take it with job 1 on one base"),
-    joins_later: (600, "memory: heron:0 when job 3 ends"),
     limited: (500, "limit: ada runs 1, the limit is 1"),
     limited_behind_another: (None, "limit: ada runs 1, the limit is 1"),
 }
