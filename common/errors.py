@@ -14,6 +14,7 @@ LoractlError                    1  failed
 ├── ValueRefused                1  the database refuses a value that its column may not hold
 ├── NameTaken                   1  another box has this one's name
 ├── SchemaMismatch              1  the database is older or newer than this loractl
+│   └── SchemaTooOld            1  it is older than any that this loractl upgrades
 ├── ArtifactError               1  an artifact can't be written or does not match its manifest
 │   ├── ReportUnknown           1  a stored report has another form than loractl's
 │   ├── ResultTaken             1  another result is there
@@ -216,11 +217,23 @@ class NameTaken(LoractlError):
 class SchemaMismatch(LoractlError):
     """The database's schema is not the one that this loractl knows."""
 
-    def __init__(self, revision: str | None, wanted: str) -> None:
+    def __init__(self, revision: str | None, wanted: str, *, what: str = "the database") -> None:
         older = "has no loractl tables yet" if revision is None else f"is at revision {revision}"
         super().__init__(
-            f"the database {older}, this loractl needs revision {wanted}",
+            f"{what} {older}, this loractl needs revision {wanted}",
             "run loractl db upgrade; if the database is the newer one, upgrade loractl instead",
+        )
+
+
+class SchemaTooOld(SchemaMismatch):
+    """No migration leads from this schema to this loractl's."""
+
+    def __init__(self, revision: str, oldest: str, *, upgrader: str, what: str) -> None:
+        """`upgrader`: the loractl that brings it to the `oldest` revision from which this one goes on."""
+        LoractlError.__init__(
+            self,
+            f"{what} is at revision {revision}, and this loractl upgrades from revision {oldest} on",
+            f"first run loractl db upgrade of {upgrader}, then this one's",
         )
 
 

@@ -23,7 +23,6 @@ from loractl.common.errors import (
     Forbidden,
     LoractlError,
     NotYours,
-    SchemaMismatch,
     ServiceRefused,
     ServiceUnreachable,
     UsageError,
@@ -33,7 +32,7 @@ from loractl.common.errors import (
 from loractl.common.settings import OWN_HOME, Settings, make_private, redacted
 
 from .columns import FAR_OFF, LONG_AGO, read_json, write_json
-from .schema import HEAD, revision, upgrade
+from .schema import HEAD, OLDEST, mismatch, revision, upgrade
 
 MOUNTS = Path("/proc/self/mountinfo")
 
@@ -118,7 +117,7 @@ def connect_to_read(settings: Settings) -> Engine:
     with reachable(settings):
         current = revision(engine)
     if current != HEAD:
-        raise SchemaMismatch(current, HEAD)
+        raise mismatch(current)
     return engine
 
 
@@ -138,11 +137,11 @@ def connect(settings: Settings, *, check_schema: bool = True) -> Engine:
         return engine
     with reachable(settings):
         current = revision(engine)
-        if current != HEAD and settings.embedded_database and (current is None or current < HEAD):
+        if current != HEAD and settings.embedded_database and (current is None or OLDEST <= current < HEAD):
             upgrade(engine)
             current = HEAD
     if current != HEAD:
-        raise SchemaMismatch(current, HEAD)
+        raise mismatch(current)
     return engine
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, inspect, text
 
-from loractl.common.errors import LoractlError, SchemaMismatch, UsageError, WrongState
+from loractl.common.errors import LoractlError, UsageError, WrongState
 from loractl.common.store import store  # noqa: F401  with it every table is known
 
 from .checks import hold
-from .schema import HEAD, alembic_config, lock_schema
+from .schema import HEAD, OLDEST, alembic_config, lock_schema, mismatch
 from .tables import Base, Lock
 
 FORMAT = 1
@@ -72,7 +72,7 @@ def is_dump(file: Path) -> bool:
 
 def read_dump(file: Path) -> Dump:
     """What the file holds; every byte of it was read. Raises UsageError for another or a damaged file, SchemaMismatch
-    when a newer loractl made it."""
+    for one of a newer loractl, or of one too old."""
     try:
         with zipfile.ZipFile(file) as archive:
             if (broken := archive.testzip()) is not None:
@@ -87,8 +87,8 @@ def read_dump(file: Path) -> Dump:
         raise _damaged(file, str(error).strip("'")) from None
     if missing := [table.name for table in dump.tables if member(table.name) not in there]:
         raise _damaged(file, f"{missing[0]} is missing")
-    if dump.revision > HEAD:
-        raise SchemaMismatch(dump.revision, HEAD)
+    if not OLDEST <= dump.revision <= HEAD:
+        raise mismatch(dump.revision, "the backup")
     return dump
 
 
@@ -128,7 +128,7 @@ def dump(engine: Engine, file: Path) -> Dump:
         connection.execute(text("SET TRANSACTION READ ONLY"))
         revision = _revision(connection)
         if revision is None:
-            raise SchemaMismatch(None, "0001")
+            raise mismatch(None)
         with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=_SPEED) as archive:
             tables = [_copy_out(connection, name, archive) for name in _known_tables(connection)]
             newest, last_event, made_at = connection.execute(text(_MOMENT)).one()

@@ -14,12 +14,12 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, text
 
-from loractl.common.errors import LoractlError, SchemaMismatch, UsageError, WrongState
+from loractl.common.errors import LoractlError, UsageError, WrongState
 from loractl.common.settings import Settings
 
 from .database import connect, reachable
 from .roles import WantedLogin, apply_roles, check_login, refuse_another_s, role_exists, verifier
-from .schema import HEAD, lock_schema, revision, upgrade
+from .schema import HEAD, lock_schema, mismatch, revision, upgrade
 
 LOGIN = "loractl_join_"
 """The prefix of all logins of join lines; 12 hex digits follow."""
@@ -161,13 +161,13 @@ class LabOwner:
         if (before := revision(self._engine)) is None:
             upgrade(self._engine)
         elif before != HEAD:
-            raise SchemaMismatch(before, HEAD)
+            raise mismatch(before)
         return before, apply_roles(self._engine).new_roles
 
     def invite(self, invitations: Sequence[Invitation], valid_s: float) -> dt.datetime:
         """As `invite` says. Raises SchemaMismatch where nothing was prepared."""
         if (before := revision(self._engine)) != HEAD:
-            raise SchemaMismatch(before, HEAD)
+            raise mismatch(before)
         return invite(self._engine, invitations, valid_s)
 
 

@@ -10,13 +10,25 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, Engine, inspect, text
 from sqlalchemy.exc import IntegrityError
 
-from loractl.common.errors import LoractlError, SchemaMismatch
+from loractl.common.errors import LoractlError, SchemaMismatch, SchemaTooOld
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
 HEAD = "0039"
 """The newest migration in migrations/versions; a test holds it equal to Alembic's own head."""
+
+OLDEST = "0031"
+"""The revision that the first migration makes: `UPGRADER` brings an older database or backup to it."""
+
+UPGRADER = "loractl 0.5.0, commit 18a2d29e"
+
+
+def mismatch(found: str | None, what: str = "the database") -> SchemaMismatch:
+    """Why a schema of this revision is not used; None: there is none."""
+    if found is not None and found < OLDEST:
+        return SchemaTooOld(found, OLDEST, upgrader=UPGRADER, what=what)
+    return SchemaMismatch(found, HEAD, what=what)
 
 
 def revision(engine: Engine) -> str | None:
@@ -31,15 +43,15 @@ def revision(engine: Engine) -> str | None:
 def upgrade(engine: Engine) -> tuple[str | None, str]:
     """Migrate to HEAD; returns the revision before and after. Several processes may call it at once.
 
-    Raises SchemaMismatch when the database is newer than this loractl.
+    Raises SchemaMismatch for a database newer than this loractl, or older than what it upgrades.
     """
     from alembic import command
 
     from .checks import hold
 
     before = revision(engine)
-    if before is not None and before > HEAD:
-        raise SchemaMismatch(before, HEAD)
+    if before is not None and not OLDEST <= before <= HEAD:
+        raise mismatch(before)
     with migrating(engine) as connection, alembic_config(connection) as config:
         if engine.dialect.name == "postgresql":
             for patience in ("statement_timeout", "lock_timeout"):

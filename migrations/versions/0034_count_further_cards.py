@@ -1,11 +1,14 @@
-"""The hours of an attempt's further cards, which revision 0029 left out (revision 0034).
+"""The hours of an attempt's further cards, which no revision before has counted (revision 0034).
 
 An attempt that ended after that revision has them. So each hour of a card gets what is missing to the sum of all
 attempts there, and no more than those on several cards had. A row that can't be read counts nothing.
 """
 
-import importlib
+import datetime as dt
+import hashlib
+import json
 from collections import defaultdict
+from collections.abc import Iterator
 
 import sqlalchemy as sa
 from alembic import op
@@ -15,7 +18,8 @@ down_revision = "0033"
 branch_labels = None
 depends_on = None
 
-_first = importlib.import_module("loractl.migrations.versions.0029_add_usage")
+_HOUR = dt.timedelta(hours=1)
+_MOST = 10_000  # hours of an attempt
 
 _HAD = (
     'SELECT jobs."user", shares.node, CAST(jobs.labels AS text), CAST(attempts.started_at AS text),'
@@ -38,10 +42,10 @@ def upgrade() -> None:
     every, further = (defaultdict[tuple[object, ...], float](float) for _ in range(2))
     gib = defaultdict[tuple[object, ...], float](float)
     for user, node, labels, start, end, size, is_further in bind.execute(sa.text(_HAD)):
-        for hour, label_set, within in _first.hours_of(labels, start, end):
+        for hour, label_set, within in _hours_of(labels, start, end):
             if not isinstance(user, str) or not isinstance(node, str) or not isinstance(size, int | None):
                 continue
-            key, cards = (hour, user, node, label_set), within * _first.part_of(size, totals.get(node))
+            key, cards = (hour, user, node, label_set), within * _part_of(size, totals.get(node))
             every[key] += cards
             if is_further:
                 further[key] += cards
@@ -59,6 +63,34 @@ def upgrade() -> None:
             bind.execute(sa.insert(usage).values(**values, **sums, **rest))
         else:
             bind.execute(sa.update(usage).where(own).values({name: usage.c[name] + sums[name] for name in sums}))
+
+
+def _hours_of(labels: str, start: str, end: str) -> Iterator[tuple[dt.datetime, str, float]]:
+    """The hours that an attempt touches, the short name of its labels, and how much of each hour it had; none where
+    that can't be read."""
+    try:
+        began, over, key = _read(start), _read(end), _key(json.loads(labels))
+        hour = began.replace(minute=0, second=0, microsecond=0)
+    except (AttributeError, TypeError, ValueError):
+        return
+    while 0 <= (over - began) / _HOUR < _MOST and hour <= over:
+        yield hour, key, max(0.0, (min(over, hour + _HOUR) - max(began, hour)) / _HOUR)
+        hour += _HOUR
+
+
+def _part_of(size: int | None, total: object) -> float:
+    """The part of a card; of an unknown one, the whole."""
+    return min(1.0, size / total) if size and isinstance(total, int) and total > 0 else 1.0
+
+
+def _read(text: str) -> dt.datetime:
+    moment = dt.datetime.fromisoformat(text)
+    return moment.replace(tzinfo=dt.UTC) if moment.tzinfo is None else moment.astimezone(dt.UTC)
+
+
+def _key(labels: dict[str, str]) -> str:
+    pairs = sorted((str(key), str(value)) for key, value in labels.items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16] if pairs else ""
 
 
 def downgrade() -> None:

@@ -323,7 +323,7 @@ _FUNCTIONS = {
 
 def upgrade() -> None:
     if op.get_bind().dialect.name == "postgresql":
-        _drop(_functions_of_0024())
+        _drop(_functions_of_0031())
         inner = (_SAID, _REFUSE_FLOOD, _REFUSE_LEVELS, _WANTED, _CARRY_OUT, _SET_TAG, _BY_COMMIT, _TRIGGER, _ASK)
         _make((*_PENDING, *inner), _FUNCTIONS)
 
@@ -332,7 +332,7 @@ def downgrade() -> None:
     if op.get_bind().dialect.name == "postgresql":
         op.execute("DROP SCHEMA loractl_pending CASCADE")
         _drop(_FUNCTIONS)
-        _make((), _functions_of_0024())
+        _make((), _functions_of_0031())
 
 
 def _make(others: Iterable[str], functions: dict[str, str]) -> None:
@@ -347,6 +347,6 @@ def _drop(functions: dict[str, str]) -> None:
         op.execute(f"DROP FUNCTION {name}")
 
 
-def _functions_of_0024() -> dict[str, str]:
-    earlier = importlib.import_module("loractl.migrations.versions.0024_change_by_function")
+def _functions_of_0031() -> dict[str, str]:
+    earlier = importlib.import_module("loractl.migrations.versions.0031_create_the_tables")
     return dict(earlier._FUNCTIONS)

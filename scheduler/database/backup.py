@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from loractl.common.artifacts import open_store
-from loractl.common.errors import LoractlError, SchemaMismatch, UsageError, WrongState
+from loractl.common.errors import LoractlError, UsageError, WrongState
 from loractl.common.settings import Settings, make_private, redacted
 from loractl.common.store.database import SQLITE_BUSY_MS, make_engine, reachable
 from loractl.common.store.dump import Dump, dump, is_dump, load
 from loractl.common.store.roles import has_roles
-from loractl.common.store.schema import HEAD
+from loractl.common.store.schema import HEAD, OLDEST, mismatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,8 @@ def copy_to(source: Path, aside: Path) -> Contents:
 
 
 def check(file: Path) -> Contents:
-    """What the backup holds. Raises UsageError for another file, SchemaMismatch when a newer loractl wrote it."""
+    """What the backup holds. Raises UsageError for another file, SchemaMismatch for one of a newer loractl, or of one
+    too old."""
     try:
         with _opened(file) as backup:
             whole = backup.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok"
@@ -60,8 +61,8 @@ def check(file: Path) -> Contents:
         whole = False
     if not whole:
         raise UsageError(f"{file} is not a loractl backup, or is damaged", "loractl db backup FILE makes one")
-    if contents.revision > HEAD:
-        raise SchemaMismatch(contents.revision, HEAD)
+    if not OLDEST <= contents.revision <= HEAD:
+        raise mismatch(contents.revision, "the backup")
     return contents
 
 

@@ -12,7 +12,7 @@ from loractl.common.settings import Settings
 from loractl.common.store.checks import quarantined
 from loractl.common.store.database import connect, one_look, reachable
 from loractl.common.store.roles import apply_roles, has_roles
-from loractl.common.store.schema import HEAD, revision, serving_boxes, upgrade
+from loractl.common.store.schema import HEAD, OLDEST, revision, serving_boxes, upgrade
 from loractl.common.store.store import Store
 
 from .backup import Contents, back_up
@@ -36,7 +36,7 @@ def bring_to_head(settings: Settings, backup: Path | None, *, force: bool) -> Up
         engine = connect(settings, check_schema=False)
         try:
             found, saved = revision(engine), None
-            if found is not None and found < HEAD:
+            if found is not None and OLDEST <= found < HEAD:
                 if not force and (boxes := serving_boxes(engine)):
                     raise WrongState(
                         f"{', '.join(boxes)} still {'serves' if len(boxes) == 1 else 'serve'} with revision {found}",

@@ -9,12 +9,11 @@ from loractl.common.errors import (
     AdapterNotFound,
     JobNotFound,
     LoractlError,
-    SchemaMismatch,
     SweepNotFound,
     UsageError,
 )
 from loractl.common.store.database import REFUSALS, outage, told_by
-from loractl.common.store.schema import HEAD
+from loractl.common.store.schema import HEAD, mismatch
 
 from .pages.pages import Drawn
 
@@ -60,7 +59,7 @@ def _of_database(error: Exception, store: Store) -> tuple[str, str | None, int]:
         log.warning("the database did not answer: %s", told_by(error))
         return _AWAY
     if found != HEAD:
-        other = SchemaMismatch(found, HEAD)
+        other = mismatch(found)
         return other.sentence, f"{other.hint}; then start loractl web again", 503
     if outage(error) is not None:
         return _AWAY

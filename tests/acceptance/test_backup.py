@@ -105,7 +105,7 @@ def test_a_backup_is_one_private_file_and_replaces_none(cli: Cli, home: Path, tm
     assert "can't be copied to" in told and "No such file or directory" in told
 
 
-@pytest.mark.parametrize("kind", ["absent", "text", "other database", "torn", "newer"])
+@pytest.mark.parametrize("kind", ["absent", "text", "other database", "torn", "newer", "too old"])
 def test_what_is_no_backup_is_refused_and_the_database_stays(cli: Cli, tmp_path: Path, kind: str) -> None:
     cli("submit", job_file(tmp_path))
     file = tmp_path / "b.db"
@@ -113,19 +113,22 @@ def test_what_is_no_backup_is_refused_and_the_database_stays(cli: Cli, tmp_path:
         file.write_text("hello")
     elif kind == "other database":
         sqlite3.connect(file).execute("CREATE TABLE t (a)").connection.close()
-    elif kind in ("torn", "newer"):
+    elif kind in ("torn", "newer", "too old"):
         cli("db", "backup", file)
         if kind == "torn":
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
         else:
             database = sqlite3.connect(file)
-            database.execute("UPDATE alembic_version SET version_num = '9999'")
+            found = "9999" if kind == "newer" else "0030"
+            database.execute("UPDATE alembic_version SET version_num = ?", [found])
             database.commit()
             database.close()
-    says = {"absent": "no such file", "newer": "is at revision 9999"}.get(
-        kind, "is not a loractl backup, or is damaged"
-    )
-    told = cli("db", "restore", file, "--force", code=1 if kind == "newer" else 2).stderr
+    says = {
+        "absent": "no such file",
+        "newer": "the backup is at revision 9999",
+        "too old": "the backup is at revision 0030, and this loractl upgrades from revision 0031 on",
+    }.get(kind, "is not a loractl backup, or is damaged")
+    told = cli("db", "restore", file, "--force", code=1 if kind in ("newer", "too old") else 2).stderr
     assert says in told
     assert numbers(cli) == [1]
 

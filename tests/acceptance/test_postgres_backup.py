@@ -164,16 +164,16 @@ def test_a_dump_of_an_older_revision_is_brought_to_this_one(postgres_url: str, s
 
     with opened(postgres_url) as engine:
         with engine.begin() as connection, alembic_config(connection) as config:
-            command.upgrade(config, "0010")
+            command.upgrade(config, "0031")
             connection.execute(text("INSERT INTO uses (\"user\", gib_hours, at) VALUES ('ada', 2.5, now())"))
-        assert dump(engine, tmp_path / "old.backup").revision == "0010"
+        assert dump(engine, tmp_path / "old.backup").revision == "0031"
     with opened(second) as engine:
         load(engine, tmp_path / "old.backup", lambda newest: newest)
         assert revision(engine) == HEAD and Store(engine).jobs.users() == ["ada"]
         assert Store(engine).jobs.submit(submission()) == 1
 
 
-@pytest.mark.parametrize("fault", ["cut", "flipped", "text", "newer", "a table less", "a row more"])
+@pytest.mark.parametrize("fault", ["cut", "flipped", "text", "newer", "too old", "a table less", "a row more"])
 def test_what_is_no_whole_dump_is_refused_and_nothing_is_written(
     first: Store, second: str, tmp_path: Path, fault: str
 ) -> None:
@@ -193,8 +193,8 @@ def test_what_is_no_whole_dump_is_refused_and_nothing_is_written(
         with zipfile.ZipFile(file) as archive:
             members = {name: archive.read(name) for name in archive.namelist()}
         told = json.loads(members["contents.json"])
-        if fault == "newer":
-            told["revision"] = "9999"
+        if fault in ("newer", "too old"):
+            told["revision"] = "9999" if fault == "newer" else "0030"
         elif fault == "a table less":
             del members["metrics.copy"]
         else:
@@ -218,7 +218,7 @@ def test_upgrade_waits_for_no_worker_that_still_serves_and_makes_a_backup_before
     cli = make_cli(LORACTL_DATABASE_URL=postgres_url)
     with opened(postgres_url) as engine:
         with engine.begin() as connection, alembic_config(connection) as config:
-            command.upgrade(config, "0010")
+            command.upgrade(config, "0031")
             connection.execute(
                 text(
                     "INSERT INTO nodes (node, host, gpu, device_name, kind, total, free, reserved, outside,"
@@ -227,8 +227,8 @@ def test_upgrade_waits_for_no_worker_that_still_serves_and_makes_a_backup_before
                 )
             )
         told = cli("db", "upgrade", "--backup", tmp_path / "before.backup", code=1).stderr
-        assert "heron still serves with revision 0010" in told and "systemctl stop" in told
-        assert not (tmp_path / "before.backup").exists() and revision(engine) == "0010"
+        assert "heron still serves with revision 0031" in told and "systemctl stop" in told
+        assert not (tmp_path / "before.backup").exists() and revision(engine) == "0031"
         done = cli("db", "upgrade", "--backup", tmp_path / "before.backup", "--force").stdout
         assert "before.backup holds the state before: 0 jobs." in done and revision(engine) == HEAD
         again = cli("db", "upgrade", "--backup", tmp_path / "again.backup")

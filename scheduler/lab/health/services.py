@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loractl import __version__
-from loractl.common.errors import ArtifactError, LoractlError, SchemaMismatch, WrongStore
+from loractl.common.errors import ArtifactError, LoractlError, WrongStore
 from loractl.common.lab_store import SETTING, folder_of, is_home_s, known_mark
 from loractl.common.settings import Settings, redacted
 from loractl.common.store.database import has_database, one_look
 from loractl.common.store.roles import has_roles, unbounded
-from loractl.common.store.schema import HEAD, revision
+from loractl.common.store.schema import HEAD, OLDEST, mismatch, revision
 from loractl.common.store.store import Store
 from loractl.common.units import duration
 
@@ -86,10 +86,10 @@ def see_revision(settings: Settings) -> Iterator[Condition]:
         current = revision(engine)
     if current == HEAD:
         yield fine("revision", f"{HEAD}, as loractl {__version__} needs it")
-    elif settings.embedded_database and (current or "") < HEAD:
+    elif settings.embedded_database and (current is None or OLDEST <= current < HEAD):
         yield warning("revision", f"{current}; this loractl needs {HEAD}", "the next command upgrades it")
     else:
-        wrong = SchemaMismatch(current, HEAD)
+        wrong = mismatch(current)
         yield broken("revision", wrong.sentence, wrong.hint)
 
 

