@@ -8,7 +8,7 @@ from loractl.common.job.status import Reason, Status
 from loractl.worker.attempt.stops import DRAIN_GRACE_S, STOP_GRACE_S
 from loractl.worker.attempt.workplace import BEAT_S
 from loractl.worker.protocol.messages import Ended, Stage, StageChanged, Start, Stepped
-from loractl.worker.recipe.order_desk import Orders
+from loractl.worker.recipe.orders import StopOrder
 
 from ...held_lab import HeldLab
 from ...quick_trainer import Sleep, Tell
@@ -16,7 +16,7 @@ from ...quick_trainer import Sleep, Tell
 UNSAVED = "--set=training.save_steps=100000"
 
 
-def deaf(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
+def deaf(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> Ended:
     """A trainer that never looks for orders."""
     tell(StageChanged(job_id=order.job_id, stage=Stage.TRAINING))
     for step in range(1, 10**6):
