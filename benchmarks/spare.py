@@ -89,8 +89,8 @@ def main() -> None:
         folder = Path(scratch)
         job = write_job(folder, (model or make_tiny_model(folder / "tiny")).absolute())
         ways = {
-            "cold": Lab(folder / "c", "--no-spare", "--keep-warm=0"),
-            "spare": Lab(folder / "s", "--spare", "--keep-warm=0"),
+            "cold": Lab(folder / "c", "--no-spare"),
+            "spare": Lab(folder / "s", "--spare"),
         }
         times: dict[str, list[float]] = {way: [] for way in ways}
         try:

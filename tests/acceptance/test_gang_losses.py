@@ -78,9 +78,7 @@ OWN = pytest.mark.parametrize("gangs", ["own"], indirect=True)
 def gangs(request: pytest.FixtureRequest, lab: Lab, tiny_model: Path) -> Gangs:
     own = request.param == "own"
     trainer = "loractl.worker.recipe.trainer" if own else "tests.chaos.trainer"
-    cli = lab.cli.with_environment(
-        LORACTL_TRAINER=trainer, LORACTL_KEEP_WARM="0", PYTHONPATH=str(REPO), OMP_NUM_THREADS="1"
-    )
+    cli = lab.cli.with_environment(LORACTL_TRAINER=trainer, PYTHONPATH=str(REPO), OMP_NUM_THREADS="1")
     lab.cli = cli
     return Gangs(lab=lab, model=tiny_model)
 

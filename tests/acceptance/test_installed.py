@@ -137,7 +137,7 @@ def test_the_whole_works_without_the_clone(
 ) -> None:
     """README.md's first screen as it is typed, on a model without knowledge; the tables, and a lab's first step."""
     bin_folder = _installed(wheel, tmp_path / "whole", "worker", "postgres", "s3", "web")
-    environment = {**os.environ, "LORACTL_HOME": str(home), "LORACTL_DEVICES": "cpu", "LORACTL_KEEP_WARM": "0"}
+    environment = {**os.environ, "LORACTL_HOME": str(home), "LORACTL_DEVICES": "cpu"}
     command = str(bin_folder / "loractl")
 
     def run(*args: str, **more: str) -> str:

@@ -24,7 +24,7 @@ def test_a_job_takes_the_imported_spare_and_a_killed_node_leaves_none(
 ) -> None:
     cli, said = make_cli(), []
     cli("status")
-    worker = cli.start("worker", "--spare", "--keep-warm", "0")
+    worker = cli.start("worker", "--spare")
     assert worker.stdout
     reader = threading.Thread(target=lambda: said.extend(iter(worker.stdout.readline, "")), daemon=True)
     reader.start()

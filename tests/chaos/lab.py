@@ -501,7 +501,6 @@ def lab(boxes: int, cards: int, lease_s: float, *, s3: bool = False, sqlite: boo
                 **({} if found is None else found.environment),
                 "LORACTL_DEVICES": "sim:" + ",".join(["8GiB"] * cards),
                 "LORACTL_LEASE": f"{lease_s}s",
-                "LORACTL_KEEP_WARM": "2s",
                 "LORACTL_TRAINER": TRAINER,
                 "HF_HUB_OFFLINE": "1",
                 "OMP_NUM_THREADS": "1",

@@ -17,7 +17,6 @@ from loractl.worker.attempt.trainer_process import TrainerProcess
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,
-    FileKept,
     GoingOn,
     Learned,
     LogLines,
@@ -55,7 +54,6 @@ TOLD: list[Told] = [
     Note(job_id=1, kind="data", text="rows"),
     Saved(job_id=1, step=3, path="/work/1/attempt-1/checkpoints/checkpoint-3"),
     Ended(job_id=1, reason=Reason.OK, message="done"),
-    FileKept(job_id=1, key="a" * 64, sha256="0" * 64),
     LogLines(job_id=1, text="line\n"),
     Opened(job_id=1, base_bytes=1),
     Passed(job_id=1, tokens=9, members=2, seconds=0.5),
@@ -130,10 +128,8 @@ def test_the_supervisor_reads_any_lines_to_their_end(lines: list[str]) -> None:
     INPUTS["trainer's output"] += 1
     text = "".join(line.replace("\n", " ").replace("\r", " ") + "\n" for line in lines)
     ended: Any = SimpleNamespace(stdout=io.StringIO(text), stderr=io.StringIO(), pid=0, poll=lambda: 0)
-    trainer = TrainerProcess(ended, "run")
-    link = trainer.begin(1, io.StringIO(), LogBook())
+    trainer = TrainerProcess(ended, 1, "run", io.StringIO(), LogBook())
     for reader in trainer._readers:
         reader.join()
-    while not link.told.empty():
-        message = link.told.get()
-        assert isinstance(message, str) or message.job_id == 1
+    while not trainer.told.empty():
+        assert trainer.told.get().job_id == 1

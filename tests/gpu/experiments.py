@@ -126,7 +126,7 @@ def _met_the_thief(rig: Rig, job: int) -> bool:
 def killed(rig: Rig) -> Iterator[Figure]:
     """kill -9 of a QLoRA trainer with paged 8-bit state, which resumes from its checkpoint."""
     job = rig.submit("killed", HALF, "qlora", max_steps=400 if rig.small else 60, save_steps=4)
-    with rig.worker("--keep-warm=0"):  # a trainer that stays pages nothing
+    with rig.worker():
         rig.until_job(job, lambda row: (row.step or 0) >= 9, "step 9")
         os.kill(rig.trainer_of(job).pid, signal.SIGKILL)
         rig.until_job(

@@ -180,12 +180,12 @@ def trainer_of(folder: Path, body: str) -> Iterator[tuple[subprocess.Popen[str],
     environment = {**os.environ, RUN_VARIABLE: "none-of-ours", "PYTHONPATH": str(folder)}
     book = LogBook()
     with (folder / "log.txt").open("w") as log:
-        trainer = TrainerProcess(launch("body", environment), "none-of-ours")
-        link = trainer.begin(1, log, book)
+        process = launch("body", environment)
+        trainer = TrainerProcess(process, 1, "none-of-ours", log, book)
         try:
-            yield trainer.process, book
+            yield process, book
         finally:
-            trainer.leave(link, stay=False)
+            trainer.end()
 
 
 def end_of(folder: Path, body: str) -> dict[str, object]:

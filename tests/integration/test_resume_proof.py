@@ -33,10 +33,9 @@ from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, NodeState, Submission
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
-from loractl.worker.attempt.attempt import begin
+from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.supervisor import supervise
-from loractl.worker.attempt.trainer_process import TrainerLink
 from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.failure import TrainingFailed
@@ -67,9 +66,9 @@ class Kill:
     delay: float
     done: threading.Event = field(default_factory=threading.Event)
 
-    def hear(self, link: TrainerLink, message: Told) -> None:
-        """In place of TrainerLink.hear: passes everything on, and strikes."""
-        HEAR(link, message)
+    def hear(self, attempt: SupervisedAttempt, message: Told) -> None:
+        """In place of SupervisedAttempt.hear: passes everything on, and strikes."""
+        HEAR(attempt, message)
         if isinstance(message, Stepped) and message.step >= self.step and not self.done.is_set():
             time.sleep(self.delay)
             self.strike()
@@ -82,7 +81,7 @@ class Kill:
                     self.done.set()
 
 
-HEAR = TrainerLink.hear
+HEAR = SupervisedAttempt.hear
 WARM = {"LORACTL_TRAINER": warm.__name__}
 
 
@@ -173,12 +172,12 @@ def test_three_kills_in_one_run_change_no_bit_of_it(
     assert lab.attempt("heron") is Status.SUCCEEDED
 
     for kill, box in zip(kills, ("heron", "heron", "owl"), strict=True):
-        monkeypatch.setattr(TrainerLink, "hear", lambda link, message, kill=kill: kill.hear(link, message))
+        monkeypatch.setattr(SupervisedAttempt, "hear", lambda attempt, message, kill=kill: kill.hear(attempt, message))
         assert lab.attempt(box) is Status.QUEUED
         assert kill.done.is_set()
         if lab.store.jobs.get(killed).held:  # thrice without a further checkpoint
             lab.store.jobs.retry(killed, "ada")
-    monkeypatch.setattr(TrainerLink, "hear", HEAR)
+    monkeypatch.setattr(SupervisedAttempt, "hear", HEAR)
     monkeypatch.delenv(warm.SOCKET)
     assert lab.attempt("owl") is Status.SUCCEEDED
 
@@ -213,9 +212,9 @@ def test_an_attempt_whose_checkpoint_is_broken_on_its_box_goes_on_from_the_store
     for name, value in {**warm_start, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     job, kill = lab.submit(tiny_model, "lora"), Kill(SAVE_EVERY + 2, 0.0)
-    monkeypatch.setattr(TrainerLink, "hear", lambda link, message: kill.hear(link, message))
+    monkeypatch.setattr(SupervisedAttempt, "hear", lambda attempt, message: kill.hear(attempt, message))
     assert lab.attempt("heron") is Status.QUEUED
-    monkeypatch.setattr(TrainerLink, "hear", HEAR)
+    monkeypatch.setattr(SupervisedAttempt, "hear", HEAR)
     (state,) = (lab.folder / "heron").glob(f"work/{job}/attempt-1/checkpoints/*/training_state.json")
     state.write_bytes(state.read_bytes()[:-2] + b"]]")
     assert lab.attempt("heron") is Status.SUCCEEDED
@@ -430,8 +429,8 @@ def _run(
     def tell(message: Told) -> None:
         told.append(message)
         if stop_after is not None and isinstance(message, Stepped) and message.step >= stop_after:
-            run.stop.saves.set()
-            run.stop.came.set()
+            run.save_on_stop.set()
+            run.stop.set()
 
     run = Run(order=order, tell=tell)
     return run, told

@@ -35,7 +35,7 @@ from loractl.worker.recipe.trainer import main
 
 sys.stderr.write("from before\\n\\n")
 
-def run(order, stop, tell):
+def run(order, orders, tell):
     sys.stderr.write("from the job\\n")
     child = subprocess.Popen(["sleep", "600"], start_new_session=True)  # as a tracker's service
     tell(Note(job_id=order.job_id, kind="child", text=str(child.pid)))
@@ -104,12 +104,12 @@ def train(place: Workplace, trainer: subprocess.Popen[str], run: str, folder: Pa
     order = make_order(folder, folder, folder / "data.jsonl").model_copy(update={"job_id": 12})
     told: list[object] = []
     with (folder / "log.txt").open("w") as log:
-        process = TrainerProcess(trainer, run)
-        link = process.begin(12, log, LogBook())
-        link.send(order)
+        process = TrainerProcess(trainer, 12, run, log, LogBook())
+        process.send(order)
         trainer.wait(timeout=30)
-        process.leave(link, stay=False)
-        until(lambda: not link.told.empty() and told.append(link.told.get()) is None and isinstance(told[-1], Ended))
+        process.end()
+        while not process.told.empty():
+            told.append(process.told.get())
     return told, (folder / "log.txt").read_text()
 
 

@@ -11,20 +11,14 @@ from pathlib import Path
 
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Need, Roomy
-from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.placement.pack_rule import MeasuredPass
+from loractl.common.job.status import Reason, Stage
 from loractl.common.store.records import Beat, Claim, Progress, rung_points
 from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,
-    FileKept,
-    Learned,
-    MemberLeft,
     Note,
-    Opened,
-    Passed,
     Peaks,
     Planned,
     Saved,
@@ -34,7 +28,7 @@ from loractl.worker.protocol.messages import (
 )  # fmt: skip
 
 from .log import LOG_FILE, LogBook, append_line
-from .trainer_process import TrainerLink
+from .trainer_process import TrainerProcess
 
 log = logging.getLogger("loractl.worker")
 
@@ -52,8 +46,6 @@ class Heard:
     step: int = 0
     peaks: Peaks = field(default_factory=Peaks)
     ended: Ended | None = None
-    opened: Opened | None = None  # others may join its trainer; not written yet
-    passes: list[MeasuredPass] = field(default_factory=list)  # not passed on yet
     saved: list[Saved] = field(default_factory=list)  # checkpoints not passed on yet
     withdrawn: set[str] = field(default_factory=set)  # folders of checkpoints that it found broken
 
@@ -70,11 +62,6 @@ class Heard:
             self.changes.append(message.text)
         elif isinstance(message, Saved):
             self.saved.append(message)
-        elif isinstance(message, Opened):
-            self.opened = message
-        elif isinstance(message, Passed):
-            told = {name: getattr(message, name) for name in ("tokens", "members", "seconds", "wall_seconds")}
-            self.passes.append(MeasuredPass(**told))
 
 
 @dataclass(kw_only=True)
@@ -108,7 +95,7 @@ class Unwritten:
         self._noted.put((kind, text))
 
     def take(self, message: Told) -> None:
-        if isinstance(message, (StageChanged, Note, Adjusted, Planned, Stepped, FileKept)):
+        if isinstance(message, (StageChanged, Note, Adjusted, Planned, Stepped)):
             self.pending = _fold(self.pending, message)
 
     def progress(self, peaks: Peaks, *, last: bool = False) -> Progress:
@@ -138,14 +125,11 @@ class Unwritten:
 
 @dataclass(kw_only=True)
 class TrainerRun:
-    """The trainer that an attempt is in, and those before."""
+    """The running trainer of an attempt, and those before."""
 
     began: float | None = None  # when the attempt began to train, by the clock
-    trainer: TrainerLink | None = None
-    host: str | None = None  # the mark of the trainer that it has shared, or may have
-    stayed: bool = False  # its trainer waits for the next job; its row may name that host, shared or not
+    trainer: TrainerProcess | None = None
     pids: frozenset[int] = frozenset()  # of all trainers that ran for it
-    goes_on_alone: bool = False  # its next attempt runs alone, since this one was in a trainer that others need
 
 
 @dataclass(kw_only=True)
@@ -158,7 +142,6 @@ class Supervision:
     forced: tuple[Reason, str] | None = None  # why it stopped the trainer
     kill_at: float | None = None
     lease_lost: bool = False
-    gone_as: Status | None = None  # its job's status when its row was closed; it is not out of its trainer yet
     closed: bool = False  # its row is closed; what follows is housekeeping
     result_refused: bool = False  # the row does not name the result: its files are kept
 
@@ -193,14 +176,9 @@ class SupervisedAttempt:
         with contextlib.suppress(OSError):  # like a trainer's lines: the database has it anyway
             append_line(self.folder / LOG_FILE, line)
 
-    def hear(self, message: Told | str) -> None:
-        """Take a line from the trainer: a message, or other output."""
-        trainer = self.run.trainer
-        if not isinstance(message, (Passed, Learned)) or trainer is None or trainer.alone:
-            self.heard.at = self.clock.now()  # with several jobs' passes, any of them is reported
-        if isinstance(message, str):
-            self.unwritten.log.put(message)
-            return
+    def hear(self, message: Told) -> None:
+        """Take a message from the trainer."""
+        self.heard.at = self.clock.now()
         self.heard.take(message)
         self.unwritten.take(message)
         self._show(message)
@@ -222,7 +200,7 @@ class SupervisedAttempt:
         ended = self.heard.ended
         if ended is None or ended.withdrawn is None or ended.withdrawn in self.heard.withdrawn:
             return False
-        if self.own.forced is not None or self.own.lease_lost or self.own.gone_as is not None:
+        if self.own.forced is not None or self.own.lease_lost:
             return False
         self.heard.withdrawn.add(ended.withdrawn)
         here = not Path(ended.withdrawn).is_relative_to(self.stored)
@@ -230,9 +208,6 @@ class SupervisedAttempt:
         self.unwritten.note("withdrawn", f"{ended.message}; it is withdrawn {where}")
         if not here and self.claim.checkpoint is not None:
             self.unwritten.pending = replace(self.unwritten.pending, withdrawn=self.claim.checkpoint.prefix)
-        if self.run.goes_on_alone:
-            self.heard.ended = Ended(job_id=ended.job_id, reason=Reason.HOST_LOST, message=ended.message)
-            return False
         self.heard.ended = None
         return True
 
@@ -261,10 +236,6 @@ class SupervisedAttempt:
             self._show_step(message)
         elif isinstance(message, Note) and message.kind != "saved":  # as often as the job file says
             log.info("job %s: %s", message.job_id, message.text)
-        elif isinstance(message, MemberLeft) and message.fault is not None:
-            log.warning(
-                "job %s: its trainer takes no more jobs and ends with its last: %s", message.job_id, message.fault
-            )
 
     def _show_step(self, message: Stepped) -> None:
         now, last = self.clock.now(), message.step >= message.total_steps
@@ -297,8 +268,6 @@ def _fold(progress: Progress, message: Told) -> Progress:
         return replace(progress, events=events, resumed_from_step=resumed)
     if isinstance(message, Adjusted):
         return replace(progress, adjustment=message.adjustment)
-    if isinstance(message, FileKept):
-        return replace(progress, kept=(*progress.kept, (message.key, message.sha256)))
     if isinstance(message, Planned):
         need, roomy = Need(lora=message.lora, qlora=message.qlora), message.roomy
         roomy_too = None if roomy is None else Roomy.read(roomy)

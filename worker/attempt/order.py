@@ -26,9 +26,7 @@ from loractl.common.job.status import Stage
 from loractl.common.memory.config import read_shape
 from loractl.common.memory.step import planned_labels
 from loractl.common.memory.weights import adapter_tensors, optimizer_name, state_bytes
-from loractl.common.placement.hosts import base_key
 from loractl.common.store.records import Claim
-from loractl.common.store.tables import KeptFile
 from loractl.common.units import GIB
 from loractl.worker.device.devices import Device, find_device, torch_settings
 from loractl.worker.device.occupancy import (
@@ -40,7 +38,7 @@ from loractl.worker.device.occupancy import (
     run_mark,
 )
 from loractl.worker.protocol.marker import is_complete
-from loractl.worker.protocol.messages import Ancestor, KnownFile, Rank, Start
+from loractl.worker.protocol.messages import Ancestor, Rank, Start
 from loractl.worker.protocol.trust import Refused, check_checkpoint, check_claim, may_run_code
 
 from .attempt import SupervisedAttempt
@@ -123,7 +121,6 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
     _require_space(place, folder, bytes_to_write(spec, claim.method, sum(path.stat().st_size for path in data)))
     earlier = sorted(folder.parent.glob("attempt-*/checkpoints"), key=lambda p: p.stat().st_mtime, reverse=True)
     earlier += stored_checkpoint(place, attempt)
-    runs_code = may_run_code(spec, place.settings)
     return Start(
         job_id=claim.job_id,
         attempt=claim.attempt,
@@ -134,10 +131,8 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
         device=place.device.trains_on,
         device_name=place.device.name,
         spec=spec,
-        run_code=runs_code,
+        run_code=may_run_code(spec, place.settings),
         init_from=_ancestor(place, attempt),
-        keep=None if place.hosts is None or runs_code or claim.shares[1:] else base_key(spec, claim.method),
-        joins=claim.joins,
         parallel=claim.parallel,
         ranks=_ranks(place, claim),
         lm_eval_tasks=str(place.settings.lm_eval_tasks) if place.settings.lm_eval_tasks else None,
@@ -163,12 +158,7 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
         checkpoint_dir=str(folder / "checkpoints"),
         earlier_checkpoints=[str(p) for p in earlier],
         cache_dir=str(cache),
-        kept=[_known(row) for row in place.store.cards.kept_files(place.settings.host)],
     )
-
-
-def _known(row: KeptFile) -> KnownFile:
-    return KnownFile(key=row.key, sha256=row.sha256, job_id=row.job_id, at=row.at)
 
 
 def _ranks(place: Workplace, claim: Claim) -> list[Rank]:

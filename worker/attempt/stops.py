@@ -17,7 +17,6 @@ from loractl.common.store.records import Beat
 from loractl.worker.protocol.messages import Stop
 
 from .attempt import SupervisedAttempt
-from .trainer_process import LEAVE_S
 from .workplace import STOP_SHARE, Drain, Workplace
 
 log = logging.getLogger("loractl.worker")
@@ -51,8 +50,6 @@ class StopWish:
 
 def wanted_stop(place: Workplace, attempt: SupervisedAttempt) -> StopWish | None:
     """The most urgent reason to end this attempt, or None."""
-    if attempt.own.lease_lost:  # it shares its trainer, else that was killed
-        return StopWish(reason=Reason.WORKER_LOST, message="its lease was lost")
     if attempt.wishes.cancel_requested:
         return StopWish(reason=Reason.CANCELLED, message="cancelled while it ran")
     if attempt.wishes.pruned is not None:
@@ -69,8 +66,6 @@ def wanted_stop(place: Workplace, attempt: SupervisedAttempt) -> StopWish | None
         return StopWish(reason=Reason.DRAINED, message=why, save=True, grace_s=_stop_s(place.drain))
     if attempt.wishes.card_drained is not None:
         return StopWish(reason=Reason.DRAINED, message=attempt.wishes.card_drained, save=True, grace_s=DRAIN_GRACE_S)
-    if is_silent(attempt):  # it shares its trainer, else that was killed
-        return StopWish(reason=Reason.TRAINER_ERROR, message=SILENT)
     return None
 
 
@@ -89,31 +84,6 @@ def is_silent(attempt: SupervisedAttempt) -> bool:
     return busy and attempt.clock.now() - max(attempt.heard.at, attempt.unwritten.log.heard) > SILENCE_S
 
 
-def closes_now(attempt: SupervisedAttempt) -> bool:
-    """Whether the job's row is closed though the job has not left its shared trainer: if its stop leaves no checkpoint,
-    or was not obeyed in time. The card memory that it holds stays held."""
-    link = attempt.run.trainer
-    if (
-        attempt.own.forced is None
-        or link is None
-        or not link.leaves_others
-        or attempt.own.lease_lost
-        or attempt.own.gone_as is not None
-    ):
-        return False
-    if attempt.heard.ended is not None and attempt.heard.ended.reason is Reason.OK:
-        return False
-    late = attempt.own.kill_at is not None and attempt.clock.now() > attempt.own.kill_at
-    return late or attempt.own.forced[0] in (Reason.CANCELLED, Reason.PRUNED)
-
-
-def does_not_leave(attempt: SupervisedAttempt) -> bool:
-    """Whether a job, long after its stop order, is still in a trainer that continues with others."""
-    link = attempt.run.trainer
-    late = attempt.own.kill_at is not None and attempt.clock.now() > attempt.own.kill_at + LEAVE_S
-    return late and link is not None and link.leaves_others
-
-
 def ask_to_stop(attempt: SupervisedAttempt, wish: StopWish) -> None:
     """Tell the trainer to end, once; it is killed after the grace period. A cancel overrides any other request."""
     if attempt.own.forced is not None and (attempt.own.forced[0] is wish.reason or wish.reason is not Reason.CANCELLED):
@@ -124,26 +94,17 @@ def ask_to_stop(attempt: SupervisedAttempt, wish: StopWish) -> None:
     attempt.run.trainer.send(Stop(job_id=attempt.claim.job_id, save=wish.save))
 
 
-def must_leave(place: Workplace, attempt: SupervisedAttempt) -> bool:
-    """Whether the trainer must be killed now, whatever it is doing.
-
-    A trainer with other jobs continues with them; a job with a stop order leaves it between two steps, unless none of
-    the jobs takes any steps.
-    """
-    now, link = attempt.clock.now(), attempt.run.trainer
-    shares = link is not None and not link.alone
-    if attempt.own.lease_lost and not shares:
+def must_be_killed(place: Workplace, attempt: SupervisedAttempt) -> bool:
+    """Whether the trainer must be killed now, whatever it is doing."""
+    if attempt.own.lease_lost:
         return True
-    if is_silent(attempt) and not shares:
+    if is_silent(attempt):
         attempt.own.forced = Reason.TRAINER_ERROR, SILENT
-        return True
-    if is_silent(attempt) and attempt.own.gone_as is None and link is not None and link.stuck:
-        attempt.own.forced = Reason.HOST_LOST, f"it shared its trainer with other jobs, and none took a step: {SILENT}"
         return True
     if place.drain.wish == "now":
         attempt.own.forced = Reason.DRAINED, "the worker was stopped at once"
         return True
-    if attempt.own.kill_at is not None and now > attempt.own.kill_at and (link is None or not shares or link.stuck):
+    if attempt.own.kill_at is not None and attempt.clock.now() > attempt.own.kill_at:
         log.warning("job %s: the trainer did not stop in time and is killed", attempt.claim.job_id)
         return True
     return False
@@ -184,8 +145,6 @@ Answer = TypeVar("Answer")
 def beat(place: Workplace, attempt: SupervisedAttempt) -> None:
     """One heartbeat. No database error ends a training: the lease decides."""
     attempt.turn()
-    if attempt.own.gone_as is not None:
-        return  # its row is closed
     answer: Beat | None
     try:
         answer = place.store.attempts.beat(attempt.claim, attempt.unwritten.progress(attempt.heard.peaks))

@@ -44,36 +44,18 @@ def supervise(place: Workplace, attempt: SupervisedAttempt) -> Status | None:
     if attempt.own.lease_lost:
         attempt.own.closed = True
         log.warning("job %s: the lease of attempt %s was lost, its result is dropped", claim.job_id, claim.attempt)
-        _leave_host(place, attempt)
         clean(place, attempt, None)  # the next attempt may continue from its checkpoints
         return None
-    if attempt.own.gone_as is not None:
-        attempt.own.closed = True
-        _leave_host(place, attempt)
-        clean(place, attempt, attempt.own.gone_as)
-        return attempt.own.gone_as
     if reason in KEEPING and not attempt.wishes.cancel_requested and (attempt.folder / READY).exists():
         attempt.unwritten.note("kept", f"{place.settings.host} keeps the finished result: an attempt there stores it")
     status = _finish(place, attempt, reason, message, result)
     attempt.own.closed = True
-    if status is None:  # the lease was lost while its end waited
-        _leave_host(place, attempt)
     named = status.value if status else "lost"
     because = "" if reason.value in (named, Reason.OK.value) else f" ({reason.value})"
     log.info("job %s %s: %s%s: %s", claim.job_id, claim.spec.name, named, because, message)
     if not attempt.own.result_refused:
         clean(place, attempt, status)
     return status
-
-
-def _leave_host(place: Workplace, attempt: SupervisedAttempt) -> None:
-    """Give back what an attempt still held of a trainer after its row was closed: it has left the trainer now."""
-    if attempt.run.host is None and not attempt.run.stayed:
-        return
-    try:
-        _insist(place, attempt, lambda: place.store.hosts.leave(attempt.claim))
-    except REFUSALS as error:
-        log.warning("job %s: what it held of its trainer stays held: %s", attempt.claim.job_id, told_by(error))
 
 
 def _finish(
@@ -136,7 +118,7 @@ def _carry_out(place: Workplace, attempt: SupervisedAttempt) -> tuple[Reason, st
             while attempt.lays_aside():
                 train(place, attempt, _with_patience(place, attempt, prepare, _store_away))
         reason, message = attempt.verdict()
-        if reason is not Reason.OK or attempt.own.gone_as is not None:
+        if reason is not Reason.OK:
             return reason, message, None
         attempt.unwritten.pending = replace(attempt.unwritten.pending, stage=Stage.STORING)
         if taken is None:

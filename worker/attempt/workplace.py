@@ -5,22 +5,20 @@ from __future__ import annotations
 import logging
 import subprocess
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from loractl.common.errors import LoractlError
-from loractl.common.placement.pack_rule import MeasuredPass
 from loractl.common.queue.hints import wake_cards
 from loractl.common.settings import Settings
-from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
 from loractl.worker.allowance import threads_of_trainer
 from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.device.devices import Device
 
 from .storage.client import StoreClient
-from .trainer_process import TrainerProcess, launch
+from .trainer_process import launch
 
 Wish = Literal["checkpoint", "now"]
 
@@ -102,83 +100,6 @@ class SpareSource(Protocol):
         ...
 
 
-class HostSource(Protocol):
-    """Keeps trainers with their bases between two jobs."""
-
-    @property
-    def marks(self) -> frozenset[str]:
-        """Marks of processes that are no attempt's and no stray."""
-        ...
-
-    @property
-    def in_the_way(self) -> bool:
-        """Whether a base is being removed: until it is gone, nothing starts on the card."""
-        ...
-
-    def make_room(self) -> str | None:
-        """Wait until none is. If one does not go, returns what holds the card, for people."""
-        ...
-
-    def let_go(self, marks: Iterable[str]) -> None:
-        """Send away the hosts that a claim names."""
-        ...
-
-    def take(self, claim: Claim, environment: Mapping[str, str]) -> subprocess.Popen[str] | None:
-        """The host that the claim names, as the attempt's trainer. None: there is none, or it is being removed."""
-        ...
-
-    def await_change(self, seconds: float) -> None:
-        """Wait at most this long until a trainer has come to stay or has ended."""
-        ...
-
-    def draw_mark(self) -> str:
-        """A mark for a trainer that may stay."""
-        ...
-
-    def knows(self, mark: str) -> bool:
-        """Whether there is a trainer with this mark, or was a moment ago."""
-        ...
-
-    def open(self, trainer: TrainerProcess, claim: Claim, key: str, size: int) -> None:
-        """Let other jobs join a trainer along with the claim's. `key`, `size`: of its base."""
-        ...
-
-    def let_in(self, trainer: TrainerProcess) -> None:
-        """Let jobs that join a trainer find it."""
-        ...
-
-    def with_jobs(self, mark: str) -> TrainerProcess | None:
-        """The trainer with this mark, while it has jobs."""
-        ...
-
-    def spoil(self, mark: str, why: str) -> None:
-        """Keep claims from naming a trainer that takes no more jobs."""
-        ...
-
-    def note_passes(self, mark: str, passes: Sequence[MeasuredPass]) -> None:
-        """Let the pack rule learn from the passes of a trainer that has a row."""
-        ...
-
-    def keep(self, host: StayingTrainer, claim: Claim) -> bool:
-        """Take a trainer whose job has left; False: it is ended, since there is no room for its base."""
-        ...
-
-    def drop_mark(self, mark: str) -> None:
-        """The trainer with this mark does not stay."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class StayingTrainer:
-    """A trainer whose job has left, with its loaded base."""
-
-    process: subprocess.Popen[str]
-    mark: str
-    key: str  # what decides how its base was loaded
-    bytes: int  # of the base
-    environment: Mapping[str, str]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Workplace:
     """One device with its services."""
@@ -191,7 +112,6 @@ class Workplace:
     drain: Drain
     trainers: int = 1  # that this box may run at a time; they share its cores
     spares: SpareSource | None = None  # None: every trainer starts cold
-    hosts: HostSource | None = None  # None: every trainer ends with its job
     clock: NodeClock = SYSTEM
     launch: Callable[..., subprocess.Popen[str]] = launch  # starts a trainer
 

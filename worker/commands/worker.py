@@ -59,15 +59,7 @@ class OneOrZero(click.types.BoolParamType):
     show_envvar=True,
     help="Keep one trainer ready, with its libraries loaded.  [default: on GPUs]",
 )
-@click.option(
-    "--keep-warm",
-    metavar="TIME",
-    default="10min",
-    show_default=True,
-    envvar="LORACTL_KEEP_WARM",
-    show_envvar=True,
-    help="How long a trainer keeps its base after its job, for the next job on it; 0: never.",
-)
+@click.option("--keep-warm", hidden=True, envvar="LORACTL_KEEP_WARM")  # without effect: start scripts have it
 @click.option("--until", metavar="WHEN", help="Stop by itself at this time, like 18:00, 2026-12-24T18:00 or 4h.")
 @click.option("--for", "lasts", metavar="TIME", help="Stop by itself after this time, like 4h.")
 @click.option(
@@ -84,7 +76,7 @@ def worker(
     max_jobs_per_user: int | None,
     labels: tuple[str, ...],
     spare: bool | None,
-    keep_warm: str,
+    keep_warm: str | None,
     until: str | None,
     lasts: str | None,
     grace: str | None,
@@ -120,6 +112,8 @@ def worker(
     from loractl.worker.node.box import Box
     from loractl.worker.node.window import read_window
 
+    if keep_warm is not None:
+        _tell_of_keep_warm()
     settings = load_settings()
     settings.require_channels()
     settings.require_home()
@@ -130,7 +124,6 @@ def worker(
         "user_limit": max_jobs_per_user,
         "labels": _labels(labels),
         "spare": spare,
-        "keep_warm_s": _seconds("--keep-warm", keep_warm),
     }
     now, grace_s = dt.datetime.now(dt.UTC), None if grace is None else _seconds("--grace", grace)
     window = read_window(until, None if lasts is None else _seconds("--for", lasts), grace_s, os.environ, now)
@@ -181,18 +174,24 @@ def _size(text: str) -> int:
         raise UsageError(f"--reserve: {text!r} {error}") from None
 
 
-def _seconds(option: str, text: str) -> float:
+def _tell_of_keep_warm() -> None:
     from click.core import ParameterSource
 
+    by_variable = click.get_current_context().get_parameter_source("keep_warm") is ParameterSource.ENVIRONMENT
+    named = "LORACTL_KEEP_WARM" if by_variable else "--keep-warm"
+    click.echo(
+        f"Warning: {named} has no effect, since a trainer ends with its job. The next release refuses it.", err=True
+    )
+
+
+def _seconds(option: str, text: str) -> float:
     from loractl.common.errors import UsageError
     from loractl.common.units import parse_duration
 
     try:
         return parse_duration(text)
     except ValueError as error:
-        name = option.removeprefix("--").replace("-", "_")
-        by_variable = click.get_current_context().get_parameter_source(name) is ParameterSource.ENVIRONMENT
-        raise UsageError(f"{f'LORACTL_{name.upper()}' if by_variable else option}: {text!r} {error}") from None
+        raise UsageError(f"{option}: {text!r} {error}") from None
 
 
 def _labels(pairs: tuple[str, ...]) -> dict[str, str]:

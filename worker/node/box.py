@@ -147,7 +147,7 @@ class Box:
         identity = read_identity(self._settings)
         for device in (device for device in self._devices if device.number in ended):
             with unserved(self._settings, device) as free:
-                if free:  # else another worker serves it, and the row and the bases are that worker's
+                if free:  # else another worker serves it, and the row is that worker's
                     self._store.cards.forget(self._name(device), identity)
 
     def _start(self, number: str) -> None:

@@ -10,7 +10,6 @@ from loractl.common.store.records import Arrival, BoxIdentity, NodeState
 from loractl.worker.allowance import shows_bf16
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import HIGH_WATER_S, Watch
-from loractl.worker.protocol.idle_trainer import by_mark
 from loractl.worker.protocol.versions import installed_versions
 
 
@@ -24,7 +23,6 @@ class NodeOptions:
     labels: dict[str, str] = field(default_factory=dict)
     high_water_s: float = HIGH_WATER_S  # how long other people's programs keep the most memory that they held
     spare: bool | None = None  # whether a trainer is kept ready; None: on GPUs
-    keep_warm_s: float = 0.0  # how long a trainer keeps its base after its job; 0: not at all
     until: float | None = None  # when the worker stops by itself, by the database's clock, in seconds since 1970
     window_s: float | None = None  # from its start until then
     grace_s: float | None = None  # how long a stop may take; None: no limit
@@ -69,7 +67,7 @@ class DeviceRow:
             total=device.total,
             outside_bytes=seen.outside or 0,  # never unknown: the first look comes before any job
             outside=seen.others,
-            used=by_mark(seen.used),
+            used=seen.used,
             margin=self._options.margin,
             max_jobs=self._max_jobs,
             user_limit=self._options.user_limit,

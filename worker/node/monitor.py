@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from loractl.common.errors import ArtifactError, ServiceUnreachable
-from loractl.common.placement.hosts import open_bases
 from loractl.common.placement.lines import VRAM_CLASSES, served_classes
 from loractl.common.queue.hints import HintQueues, card_queue, queue_name
 from loractl.common.settings import pace_of
@@ -22,7 +21,6 @@ from loractl.worker.node.health.leftovers import end_strays
 
 from .device_row import DeviceRow
 from .health.stuck import StuckSupervisors
-from .hosts import Hosts
 from .slots import Slots
 
 log = logging.getLogger("loractl.worker")
@@ -60,10 +58,9 @@ TRIES = 5
 class Monitor:
     """A thread next to the slots, with a round of periodic tasks. A vital task that keeps failing ends the node."""
 
-    def __init__(self, place: Workplace, row: DeviceRow, hosts: Hosts | None = None, *, devices: int = 1) -> None:
+    def __init__(self, place: Workplace, row: DeviceRow, *, devices: int = 1) -> None:
         self._place = place
         self._row = row
-        self._hosts = hosts
         self._queues = HintQueues(place.settings)
         self._stuck = StuckSupervisors(place)
         self._pace = pace_of(place.settings.lease_s)
@@ -73,7 +70,6 @@ class Monitor:
         self._next_plans = 0.0  # when this node next looks for rows with an older version's plan
         self._failures: dict[str, int] = {}  # in a row, by what failed
         self._serving: set[int] = set(VRAM_CLASSES)  # classes that fit into the free memory
-        self._joinable = False  # whether a job of any class may join a trainer here: the base is loaded already
         self._consumed: set[int] = set(VRAM_CLASSES)  # the classes whose queues Celery consumes
         self._consumer: Any = None  # Celery's; None before it starts and once it stops
         self._called = threading.Event()  # something has changed: look at once
@@ -110,9 +106,6 @@ class Monitor:
         """Write the device's row, and consume the classes that fit into the free memory."""
         card = self._row.write(draining=self._place.drain.asked is not None)
         self._serving = set(served_classes(card.free)) if card.open and card.slots else set()
-        if self._hosts is not None:
-            self._joinable = bool(open_bases(card))
-            self._hosts.trim(card)
         if (consumer := self._consumer) is not None:
             consumer.call_soon(self._consume, consumer)
 
@@ -193,8 +186,6 @@ class Monitor:
             wanted = [f"{card} is drained by {o.user}: {o.reason}" for card, o in asked if o is not None and o.now]
             attempt.wishes.card_drained = wanted[0] if wanted else None
         place.drain.order(at_once)  # supervisors see it from here on, so the wishes above must say whose order it is
-        if self._hosts is not None:
-            self._hosts.closed = order is not None
 
     def _wake_others(self) -> None:
         """Pass on a message that no slot here could use, by the rule that claims use."""
@@ -204,8 +195,7 @@ class Monitor:
     def _go_round(self, slots: Slots) -> None:
         """Look for jobs whose message was lost, or came while they did not fit."""
         end_strays(self._place)
-        wanted = set(VRAM_CLASSES) if self._joinable else self._serving
-        if self._place.drain.wish is None and self._place.store.jobs.waiting_classes(wanted):
+        if self._place.drain.wish is None and self._place.store.jobs.waiting_classes(self._serving):
             slots.wake()
 
     def _plan_anew(self) -> None:

@@ -43,10 +43,9 @@ from loractl.worker.node.health.self_test import SelfTest
 
 from .box_identity import read_identity
 from .device_row import DeviceRow, NodeOptions
-from .hosts import Hosts
 from .lock import DeviceLock
 from .monitor import Monitor
-from .slots import Slots, slots_of
+from .slots import Slots
 from .spare import Spares
 
 log = logging.getLogger("loractl.worker")
@@ -77,11 +76,10 @@ class DeviceNode:
             clock=place.clock,
         )
         self._watch = watch
-        self._hosts = Hosts(place=self._place, watch=watch, keep_s=options.keep_warm_s) if options.keep_warm_s else None
-        self._place = replace(self._place, spares=self._spares, hosts=self._hosts)
+        self._place = replace(self._place, spares=self._spares)
         self._row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, box=read_identity(settings))
         self._self_test = SelfTest(self._place, watch, lambda: self._monitor.look_soon())
-        self._monitor = Monitor(self._place, self._row, self._hosts, devices=options.devices)
+        self._monitor = Monitor(self._place, self._row, devices=options.devices)
         self._messenger = Messenger(self._place.store, settings, clock=place.clock)
         self._slots = Slots(
             self._place,
@@ -91,8 +89,6 @@ class DeviceNode:
             overheard=self._monitor.pass_on,
             devices=options.devices,
         )
-        if self._hosts is not None:
-            self._hosts.opened = self._slots.wake  # a job that waits for the card may fit next to the one there
 
     def serve(self) -> None:
         """Consume until told to stop, then wait for the running jobs. Blocks."""
@@ -135,19 +131,16 @@ class DeviceNode:
         self._monitor.start(self._slots)
         self._self_test.start()
         self._messenger.start()
-        if self._spares is not None:  # besides a trainer, a job's start needs the process that fetches its data
-            self._place.artifacts.make_ready()
-        for keeper in (self._spares, self._hosts):
-            if keeper is not None:
-                keeper.start()
+        if self._spares is not None:
+            self._place.artifacts.make_ready()  # a job's start also needs the process that fetches its data
+            self._spares.start()
 
     def end(self) -> None:
         """Wait until every attempt has ended, then stop the threads."""
         self._slots.close()
         self._await_gangs()
-        for keeper in (self._spares, self._hosts):
-            if keeper is not None:
-                keeper.stop()
+        if self._spares is not None:
+            self._spares.stop()
         self._monitor.stop()
         self._messenger.stop()
         self._self_test.stop()
@@ -155,8 +148,6 @@ class DeviceNode:
     def wake(self) -> None:
         """Look for jobs at once, as after a message."""
         self._slots.wake()
-        if self._hosts is not None:
-            self._hosts.look_soon()
 
     def _starts_a_job(self) -> bool:
         """Whether a spare would be in the way, since a job has not reached its first step, or idle, since the card may
@@ -248,9 +239,8 @@ class DeviceNode:
 def place_of(settings: Settings, device: Device, options: NodeOptions, drain: Drain) -> Workplace:
     """What all attempts on the device share. Its store has enough connections for the threads of a DeviceNode."""
     max_jobs = _max_jobs(device, options)
-    slots = slots_of(max_jobs, hosts=bool(options.keep_warm_s))
     # for each slot, its upload and the monitor; they rarely need them at once, so that only one stays open
-    connections = max(CONNECTIONS, 2 * max_jobs + 2, slots + 2)
+    connections = max(CONNECTIONS, 2 * max_jobs + 2)
     idle_s = NODE_IDLE_S * pace_of(settings.lease_s)
     engine = make_engine(settings.database_url, connections=connections, kept=1, idle_s=idle_s)
     return Workplace(

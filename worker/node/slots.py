@@ -10,14 +10,12 @@ import logging
 import threading
 from collections.abc import Callable, Collection
 
-from loractl.common.placement.hosts import PACK_MEMBERS
 from loractl.common.store.database import absence, outage
 from loractl.common.store.records import Claim, Left
 from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import OwnTrainer, Watch
-from loractl.worker.protocol.idle_trainer import by_mark, host_name
 
 from .health.leftovers import close_if_left
 from .health.self_test import NOT_TESTED
@@ -62,8 +60,6 @@ class Claimer:
                 claim = self._try()
                 if not isinstance(claim, Left):
                     self._left = {}
-                    if claim is not None and self._place.hosts is not None:
-                        self._place.hosts.let_go(claim.leaving)  # before another claim's trainer starts
                     break
                 if others := claim.nodes:
                     break
@@ -96,8 +92,8 @@ class Claimer:
             return None  # the next look writes the fault into its row
         distrusted = frozenset(node for node, since in self._left.items() if now - since > HOLD_BACK_S)
         place = self._place
-        can = {"joins": place.hosts is not None, "gangs": place.device.kind != "cpu"}
-        claim = place.store.attempts.claim(place.node, seen.outside, by_mark(seen.used), distrusted, **can)
+        gangs = place.device.kind != "cpu"
+        claim = place.store.attempts.claim(place.node, seen.outside, seen.used, distrusted, gangs=gangs)
         if isinstance(claim, Left):
             self._left = {node: self._left.get(node, now) for node in claim.nodes}
         return claim
@@ -138,8 +134,7 @@ class Slots:
         self._idle = 0  # slots that sleep
         self._closing = False
         self._attempts: dict[int, SupervisedAttempt] = {}  # slot -> what it supervises
-        self._max_jobs = max_jobs
-        self._count = slots_of(max_jobs, hosts=place.hosts is not None)
+        self._count = max_jobs
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
@@ -156,7 +151,7 @@ class Slots:
         """What supervisors know of their trainers: their PIDs, and the memory that each trainer reports."""
         return [
             OwnTrainer(
-                job=_name_of(attempt),
+                job=str(attempt.claim.job_id),
                 pids=attempt.run.pids,
                 held=None if attempt.run.trainer is None else attempt.heard.peaks.held,
             )
@@ -164,12 +159,11 @@ class Slots:
         ]
 
     def wake(self) -> None:
-        """Let idle slots look for a job; returns at once. If the card has as many jobs as may share it, also wakes
-        other cards: an idle slot here can then only let a job join another."""
+        """Let idle slots look for a job; returns at once. Without an idle slot, wakes other cards."""
         with self._woken:
             self._calls += 1
             self._woken.notify_all()
-            idle = self._idle and len(self._attempts) < self._max_jobs
+            idle = self._idle
         if not idle or self._place.drain.wish is not None:
             self._overheard()
 
@@ -217,7 +211,7 @@ class Slots:
             elif self._calls != calls:
                 self._overheard()  # it came while this slot claimed
             supervise(self._place, attempt)
-            close_if_left(self._place, self._watch, claim, attempt.run.host)
+            close_if_left(self._place, self._watch, claim)
             del self._attempts[slot]
             self._changed()
             calls, after_job = self._calls, True
@@ -232,14 +226,3 @@ class Slots:
             if claim is None:
                 self._looked = began
             return claim
-
-
-def slots_of(max_jobs: int, *, hosts: bool) -> int:
-    """The slots of a device that may have this many trainers: if hosts are kept, each may have several jobs."""
-    return max_jobs * (PACK_MEMBERS if hosts else 1)
-
-
-def _name_of(attempt: SupervisedAttempt) -> str:
-    """The name of a job, or of the host that it shares, in its trainer's environment."""
-    host = None if attempt.run.trainer is None else attempt.run.trainer.host
-    return str(attempt.claim.job_id) if host is None else host_name(host)

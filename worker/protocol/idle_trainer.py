@@ -14,8 +14,6 @@ from then on its output belongs to no job, since the jobs' own lines come as mes
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 SPARE = "--spare"
 """The argument before the kind of device."""
 
@@ -31,11 +29,6 @@ PLACEHOLDER_VALUE = "-" * 24
 def host_name(mark: str) -> str:
     """The value of LORACTL_JOB while a host has no job: its memory is ours, but no job's."""
     return f"host-{mark}"
-
-
-def by_mark(used: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by job, and for hosts by mark, as in rows."""
-    return {name.removeprefix("host-"): size for name, size in used.items()}
 
 
 def taken(mark: str) -> str:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from redis import Redis
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
 from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
 from loractl.common.job.status import Reason, Stage
 from loractl.common.placement.gangs import GangShare
-from loractl.common.queue.hints import card_queue
-from loractl.common.queue.valkey import broker_url
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect, make_engine
-from loractl.common.store.records import Claim, NewHost, Progress
+from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Node
 from loractl.common.units import GIB
@@ -29,7 +25,7 @@ from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.order import prepare
 from loractl.worker.attempt.stops import wanted_stop
 from loractl.worker.attempt.storage.client import StoreClient
-from loractl.worker.attempt.trainer_run import _await_other_cards, _lighter
+from loractl.worker.attempt.trainer_run import _lighter
 from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.device.devices import find_devices
 from loractl.worker.device.occupancy import RANK_VARIABLE, Watch, card_mark
@@ -71,7 +67,7 @@ def test_an_order_names_a_process_for_each_card(place: Workplace, state: Supervi
         Rank(rank=0, node="box:1", gpu="SIM-1", device="cpu", environment=hidden),
         Rank(rank=1, node="box:0", gpu="SIM-0", device="cpu", environment={**hidden, RANK_VARIABLE: card}),
     ]
-    assert (start.parallel, start.rank, start.gpu, start.keep) == (Parallel.SHARDED, 0, "SIM-1", None)
+    assert (start.parallel, start.rank, start.gpu) == (Parallel.SHARDED, 0, "SIM-1")
     alone = replace(state, claim=replace(state.claim, shares=SHARES[:1]))
     assert prepare(place, alone).ranks == []
 
@@ -115,28 +111,6 @@ def test_a_job_says_whose_drain_ends_it_and_not_that_the_worker_stops(
     assert wish is not None and wish.message == "the worker is being stopped"
 
 
-def test_no_rank_starts_before_a_base_has_left_the_other_card_whose_node_is_woken(
-    place: Workplace, state: SupervisedAttempt, home: Path
-) -> None:
-    broker_url(place.settings)  # as the home's worker starts it
-    place.store.cards.see(node_state("box:0", kind="sim", total=8 * GIB))
-    place.store.jobs.submit(submission(base_model="org/a", lora=1, method="lora"))
-    other = place.store.attempts.claim("box:0")
-    assert isinstance(other, Claim)
-    assert place.store.hosts.keep(other, NewHost(host="warm", node="box:0", key="llama", bytes=GIB))
-    place.store.attempts.finish(other, Reason.CANCELLED, "enough", Progress())
-    _await_other_cards(place, state)
-    assert place.store.hosts.send_off("warm", "box:0")
-    waiting = threading.Thread(target=_await_other_cards, args=(place, state))
-    waiting.start()
-    waiting.join(timeout=0.6)
-    assert waiting.is_alive()
-    assert Redis(unix_socket_path=str(home / "run" / "valkey.sock")).llen(card_queue("box:0")) == 1
-    place.store.hosts.forget(["warm"])
-    waiting.join(timeout=5)
-    assert not waiting.is_alive()
-
-
 def test_a_claim_of_several_cards_is_supervised_whatever_the_queue_does(place: Workplace) -> None:
     """A wake between the claim and its first beat could take the lease's time, or lose the claim."""
     place = replace(place, settings=replace(place.settings, redis_url="redis://queue.example:6379"))  # no password
@@ -156,7 +130,7 @@ from loractl.worker.protocol.messages import Ended
 from loractl.worker.recipe.trainer import main
 
 
-def run(order, stop, tell):
+def run(order, orders, tell):
     return Ended(job_id=order.job_id, reason=Reason.GPU_ERROR, message="CUDA error: the card has fallen off the bus")
 
 

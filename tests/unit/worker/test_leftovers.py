@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
 from loractl.common.settings import load_settings
 from loractl.worker.device.occupancy import CARD_VARIABLE, RUN_VARIABLE, card_mark, end_leftovers, run_mark, runs_of
+from loractl.worker.node.health.leftovers import end_all
 
 
 @pytest.fixture
@@ -29,6 +33,17 @@ def test_a_process_of_a_card_is_found_by_its_run_and_ended(sleeper: subprocess.P
     assert runs_of("another card") == set()
     assert end_leftovers(run_mark("token")) == []
     assert not psutil.pid_exists(sleeper.pid)
+
+
+def test_a_node_ends_what_an_earlier_one_of_its_card_left_even_if_it_is_frozen(tmp_path: Path) -> None:
+    """A frozen trainer does not notice that its pipe has closed."""
+    settings = load_settings({"LORACTL_HOME": str(tmp_path)})
+    place: Any = SimpleNamespace(settings=settings, node="heron:0")
+    marks = {CARD_VARIABLE: card_mark(settings, "heron:0"), RUN_VARIABLE: run_mark("token")}
+    frozen = subprocess.Popen(["sleep", "60"], env={**os.environ, **marks}, start_new_session=True)
+    os.kill(frozen.pid, signal.SIGSTOP)
+    end_all(place)
+    assert not psutil.pid_exists(frozen.pid)
 
 
 def test_the_same_card_of_another_home_is_another_one(tmp_path: Path) -> None:

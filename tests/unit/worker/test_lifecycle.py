@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 from loractl.common.job.status import Reason, Status
-from loractl.worker.attempt.stops import DRAIN_GRACE_S, STOP_GRACE_S
+from loractl.worker.attempt.stops import DRAIN_GRACE_S, SILENCE_S, STOP_GRACE_S
 from loractl.worker.attempt.workplace import BEAT_S
-from loractl.worker.protocol.messages import Ended, Stage, StageChanged, Start, Stepped
-from loractl.worker.recipe.orders import StopOrder
+from loractl.worker.protocol.messages import Ended, GoingOn, Stage, StageChanged, Start, Stepped
+from loractl.worker.recipe.order_desk import Orders
 
 from ...held_lab import HeldLab
 from ...quick_trainer import Sleep, Tell
@@ -16,7 +16,7 @@ from ...quick_trainer import Sleep, Tell
 UNSAVED = "--set=training.save_steps=100000"
 
 
-def deaf(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> Ended:
+def deaf(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
     """A trainer that never looks for orders."""
     tell(StageChanged(job_id=order.job_id, stage=Stage.TRAINING))
     for step in range(1, 10**6):
@@ -60,6 +60,23 @@ def test_a_second_stop_does_not_wait_for_the_step_that_the_first_one_waits_for(h
     place.drain.ask("now")
     held.until(1, lambda job: job.status is Status.QUEUED, seconds=5)
     assert (held.alive, held.reasons(1)) == (0, [Reason.DRAINED])
+
+
+def test_a_trainer_that_has_said_nothing_for_half_an_hour_is_killed(held: HeldLab) -> None:
+    def silent(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
+        tell(StageChanged(job_id=order.job_id, stage=Stage.TRAINING))
+        for said_after in (SILENCE_S - 60, 2 * SILENCE_S):
+            sleep(said_after)
+            tell(GoingOn(job_id=order.job_id))
+        raise AssertionError
+
+    held.start(silent, LORACTL_LEASE="60s")
+    held.submit("--set=max_retries=0")
+    began = held.clock.now()
+    held.until(1, lambda job: job.status == "failed", seconds=3 * SILENCE_S)
+    assert 2 * SILENCE_S - 60 <= held.clock.now() - began < 2 * SILENCE_S, "its words count"
+    assert (held.alive, held.reasons(1)) == (0, [Reason.TRAINER_ERROR])
+    assert held.store.jobs.get(1).message == "the trainer was silent for 30 min"
 
 
 def test_a_job_over_its_time_limit_keeps_a_checkpoint_and_a_retry_with_more_goes_on_from_it(held: HeldLab) -> None:

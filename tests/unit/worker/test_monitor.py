@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from loractl.common.placement.hosts import base_key
 from loractl.common.queue.hints import HintQueues
 from loractl.common.settings import load_settings
-from loractl.common.store.records import Claim, NewHost
+from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt.storage.client import StoreClient
@@ -71,22 +70,15 @@ def test_the_rounds_go_on_whatever_becomes_of_the_queue(
     assert len(asked) == (clock is SYSTEM), "one at a time"
 
 
-@pytest.mark.parametrize("opened", [False, True], ids=["a full card", "one whose trainer may be joined"])
-def test_a_card_without_a_slot_looks_for_jobs_that_could_join_its_trainer(
-    store: Store, tmp_path: Path, opened: bool
-) -> None:
-    hosts: Any = SimpleNamespace(trim=lambda card: None)
-    monitor, woken = Monitor(place_in(tmp_path, store), row_in(store), hosts), list[str]()
+def test_a_full_card_does_not_look_for_jobs(store: Store, tmp_path: Path) -> None:
+    monitor, woken = Monitor(place_in(tmp_path, store), row_in(store)), list[str]()
     slots: Any = SimpleNamespace(wake=lambda: woken.append("woken"), attempts={})
-    monitor.report()
-    store.jobs.submit(submission(lora=8, method="lora"))
-    mine = store.attempts.claim("box:0")
-    assert isinstance(mine, Claim)
-    key = base_key(mine.spec, mine.method)
-    assert key is not None
-    if opened:
-        assert store.hosts.open(mine, NewHost(host="mark", node="box:0", key=key, bytes=5 * GIB))
-    store.jobs.submit(submission(lora=20, method="lora"))
+    for _ in range(2):
+        store.jobs.submit(submission(lora=8, method="lora"))
     monitor.report()
     monitor._go_round(slots)
-    assert woken == (["woken"] if opened else []), "its own part may fit where its whole need does not"
+    assert woken == ["woken"]
+    assert isinstance(store.attempts.claim("box:0"), Claim)
+    monitor.report()
+    monitor._go_round(slots)
+    assert woken == ["woken"], "though a job waits that would fit next to the one there"

@@ -17,7 +17,6 @@ from loractl.common.errors import ExitCode
 from loractl.common.queue.valkey import broker_url, embedded_runs, stop_embedded
 from loractl.common.settings import Settings, load_settings
 from loractl.common.store.database import connect
-from loractl.common.store.records import Claim, NewHost
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.device.devices import CpuDevice, SimulatedDevice
@@ -26,7 +25,7 @@ from loractl.worker.node.box import Box
 from loractl.worker.node.box_identity import read_identity
 from loractl.worker.node.lock import DeviceLock
 
-from ..factories import node_state, submission
+from ..factories import node_state
 
 DEVICE = SimulatedDevice(index=0, uuid="SIM-0", name="sim", total=8 * GIB)
 
@@ -48,17 +47,13 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settin
 
 
 def _served(settings: Settings) -> Store:
-    """The rows of a node that serves the device, with a job whose trainer others may join."""
+    """The row of a node that serves the device."""
     store = Store(connect(settings))
     store.cards.see(replace(node_state("box:0", total=8 * GIB), **vars(read_identity(settings))))
-    store.jobs.submit(submission(base_model="org/a", lora=1, method="lora"))
-    claim = store.attempts.claim("box:0")
-    assert isinstance(claim, Claim)
-    assert store.hosts.open(claim, NewHost(host="0123456789abcdef", node="box:0", key="key", bytes=1))
     return store
 
 
-def test_a_second_worker_that_stops_leaves_the_first_one_s_node_and_bases_in_their_rows(settings: Settings) -> None:
+def test_a_second_worker_that_stops_leaves_the_first_one_s_node_in_its_row(settings: Settings) -> None:
     store = _served(settings)
     lock = DeviceLock(settings, DEVICE)
     try:
@@ -66,13 +61,12 @@ def test_a_second_worker_that_stops_leaves_the_first_one_s_node_and_bases_in_the
     finally:
         lock.close()
     assert [row.node for row in store.cards.nodes("box")] == ["box:0"]
-    assert [row.host for row in store.hosts.of_card("box:0")] == ["0123456789abcdef"]
 
 
-def test_a_worker_that_stops_takes_its_own_rows_away(settings: Settings) -> None:
+def test_a_worker_that_stops_takes_its_own_row_away(settings: Settings) -> None:
     store = _served(settings)
     assert Box(settings, store, [DEVICE], {}).run(drain_when_idle=False) == ExitCode.OK
-    assert [*store.cards.nodes("box"), *store.hosts.of_card("box:0")] == []
+    assert store.cards.nodes("box") == []
 
 
 @pytest.fixture

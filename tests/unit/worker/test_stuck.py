@@ -18,11 +18,10 @@ from loractl.common.store.database import connect
 from loractl.common.store.records import Claim
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
-from loractl.worker.attempt import trainer_process as trainer_module
 from loractl.worker.attempt.attempt import SupervisedAttempt, begin
 from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.storage.client import StoreClient
-from loractl.worker.attempt.trainer_process import TrainerLink, TrainerProcess, launch
+from loractl.worker.attempt.trainer_process import TrainerProcess, launch
 from loractl.worker.attempt.workplace import Drain, Workplace
 from loractl.worker.device.devices import CpuDevice, SimulatedDevice
 from loractl.worker.node.device_row import NodeOptions
@@ -30,25 +29,17 @@ from loractl.worker.node.health import stuck as module
 from loractl.worker.node.health.stuck import StuckSupervisors
 from loractl.worker.node.monitor import TRIES
 from loractl.worker.node.node import DeviceNode, place_of
-from loractl.worker.protocol.idle_trainer import shared
 from loractl.worker.protocol.messages import Stop
 
 from ..factories import node_state, submission
-
-STILL = f"""
-import sys, time
-print({shared("mark")!r}, end="", flush=True)
-time.sleep(60)  # reads no order
-"""
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
     """A processor of a worker whose supervisors may be silent for half a second."""
-    (tmp_path / "still.py").write_text(STILL)
+    (tmp_path / "still.py").write_text("import time; time.sleep(60)  # reads no order")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(module, "STUCK_LEAST_S", 0.5)
-    monkeypatch.setattr(trainer_module, "ANSWER_S", 60.0)  # on a busy machine a process may take long to start
     monkeypatch.setattr(module, "LOOK_MOST_S", 0.6)  # two looks are no reason to end this process
     settings = replace(load_settings({"LORACTL_HOME": str(tmp_path / "home")}), lease_s=0.5)
     store = Store(connect(settings))
@@ -60,17 +51,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workplace:
 
 
 @pytest.fixture
-def link(tmp_path: Path, place: Workplace) -> Iterator[TrainerLink]:
-    """The first of two jobs in a trainer that reads no order."""
-    process = launch("still", dict(os.environ))
-    trainer = TrainerProcess(process, "run", "mark")
+def trainer(tmp_path: Path, place: Workplace) -> Iterator[TrainerProcess]:
+    """One that reads no order."""
     with (tmp_path / "log.txt").open("w") as file:
-        first = trainer.begin(1, file, LogBook())
-        try:
-            assert trainer.join(2, file, LogBook()) is not None
-            yield first
-        finally:
-            trainer.leave(first, stay=False, end=True)
+        still = TrainerProcess(launch("still", dict(os.environ)), 1, "run", file, LogBook())
+        yield still
+        still.end()
 
 
 @pytest.fixture
@@ -82,38 +68,50 @@ def sigterms() -> Iterator[list[int]]:
     signal.signal(signal.SIGTERM, before)
 
 
-def attempt(place: Workplace, link: TrainerLink | None = None) -> SupervisedAttempt:
+def attempt(place: Workplace, trainer: TrainerProcess | None = None) -> SupervisedAttempt:
     place.store.jobs.submit(submission(lora=1, method="lora"))
     claim = place.store.attempts.claim("box:0")
     assert isinstance(claim, Claim)
     state = begin(claim, place.settings.work_dir)
-    state.run.trainer = link
+    state.run.trainer = trainer
     return state
 
 
-def test_the_monitor_does_not_wait_for_a_trainer_to_which_the_stuck_supervisor_writes(
-    place: Workplace, link: TrainerLink
+def test_the_trainer_of_a_supervisor_that_is_stuck_in_a_write_to_it_is_killed(
+    place: Workplace, trainer: TrainerProcess
 ) -> None:
     stop = Stop(job_id=1, save=False)
-    writer = threading.Thread(target=lambda: [link.send(stop) for _ in range(3000)], daemon=True)
+    writer = threading.Thread(target=lambda: [trainer.send(stop) for _ in range(3000)], daemon=True)
     writer.start()  # more than a pipe holds
-    looks, state = StuckSupervisors(place), attempt(place, link)
+    looks, state = StuckSupervisors(place), attempt(place, trainer)
     looks.end({0: state})
     time.sleep(0.7)
+    assert writer.is_alive()
     monitor = threading.Thread(target=looks.end, args=({0: state},), daemon=True)
     monitor.start()
     monitor.join(timeout=5)
-    assert writer.is_alive() and not monitor.is_alive()
+    assert not monitor.is_alive(), "it does not wait for the pipe"
+    writer.join(timeout=20)
+    assert not writer.is_alive() and trainer.poll() == -signal.SIGKILL
+    assert state.own.forced is not None and "the supervisor was stuck for" in state.own.forced[1]
+
+
+def test_the_end_of_a_trainer_does_not_wait_for_an_order_that_it_does_not_read(trainer: TrainerProcess) -> None:
+    stop = Stop(job_id=1, save=False)
+    writer = threading.Thread(target=lambda: [trainer.send(stop) for _ in range(3000)], daemon=True)
+    writer.start()
+    time.sleep(0.2)
+    assert writer.is_alive()
     began = time.monotonic()
-    link.trainer.leave(link, stay=False, end=True)
-    assert time.monotonic() - began < 20, "nor does who ends it"
+    trainer.end()
+    assert time.monotonic() - began < 20
 
 
-def test_an_order_to_a_trainer_whose_pipe_is_closed_fails_nobody(link: TrainerLink) -> None:
+def test_an_order_to_a_trainer_whose_pipe_is_closed_fails_nobody(trainer: TrainerProcess) -> None:
     """As while another thread waits for its end, which state D puts off."""
-    assert link.trainer.process.stdin is not None
-    link.trainer.process.stdin.close()
-    link.send(Stop(job_id=1, save=False))
+    assert trainer._process.stdin is not None
+    trainer._process.stdin.close()
+    trainer.send(Stop(job_id=1, save=False))
 
 
 def test_a_node_whose_stuck_supervisor_turns_again_still_ends(place: Workplace, sigterms: list[int]) -> None:

@@ -1,1 +1,2 @@
-"""What is known about a base from earlier."""
+"""A base that stays in its process between trainings: restored to its loaded state, with proof that nothing else
+stayed."""

@@ -8,7 +8,6 @@ from loractl.common.store.records import Claim
 from loractl.common.units import gib
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import RANK_VARIABLE, Watch, card_mark, end_leftovers, run_mark, runs_of
-from loractl.worker.protocol.idle_trainer import host_name
 
 log = logging.getLogger("loractl.worker")
 
@@ -16,18 +15,12 @@ LEFT_S = 20.0
 """Seconds that a trainer's memory may stay on the card after its end: the driver takes a moment to free it."""
 
 
-def close_if_left(place: Workplace, watch: Watch, claim: Claim, host: str | None = None) -> None:
-    """Check after an attempt that none of its processes and memory remains; else close the card, with the reason.
-
-    `host`: the mark of the trainer that it shared; if that has ended, nothing of it may remain either.
-    """
+def close_if_left(place: Workplace, watch: Watch, claim: Claim) -> None:
+    """Check after an attempt that none of its processes and memory remains; else close the card, with the reason."""
     job, deadline = str(claim.job_id), place.clock.now() + LEFT_S
-    shared = set() if host is None or _lives(place, host) else {host_name(host)}
-    names = {job} if host is None else shared  # not the job's if it shared: its next attempt may already run here
 
     def held_now() -> int:
-        used = watch.look().used
-        return sum(used.get(name, 0) for name in names)
+        return watch.look().used.get(job, 0)
 
     while (alive := end_leftovers(run_mark(claim.token))) or held_now():
         if place.clock.now() > deadline:
@@ -40,10 +33,6 @@ def close_if_left(place: Workplace, watch: Watch, claim: Claim, host: str | None
         place.clock.sleep(0.5)
 
 
-def _lives(place: Workplace, host: str) -> bool:
-    return place.hosts is not None and place.hosts.knows(host)
-
-
 def end_all(place: Workplace) -> None:
     """End what a killed earlier node of this device left running; this node runs nothing yet."""
     for run in runs_of(card_mark(place.settings, place.node)):
@@ -54,11 +43,11 @@ def end_strays(place: Workplace) -> None:
     """End processes of attempts that no longer run. A trainer may have left some behind, and so may the node of another
     card, if it hangs: ranks of a job on several cards."""
     card = card_mark(place.settings, place.node)
-    known = _marks_of_no_attempt(place)  # first: such a process may be handed to an attempt meanwhile
+    known = _spare_marks(place)  # first: a spare may be handed to an attempt meanwhile
     marks = (runs_of(card) | runs_of(card, RANK_VARIABLE)) - known  # then: an attempt that starts now has its claim
     if not marks:
         return
-    known |= _marks_of_no_attempt(place)  # such a process may have been started meanwhile
+    known |= _spare_marks(place)  # a spare may have been started meanwhile
     for run in marks - known - {run_mark(token) for token in place.store.cards.tokens(place.node)}:
         log.warning("ending processes that an attempt left behind on %s", place.node)
         end_leftovers(run)
@@ -69,7 +58,5 @@ def has_ranks(place: Workplace) -> bool:
     return bool(runs_of(card_mark(place.settings, place.node), RANK_VARIABLE))
 
 
-def _marks_of_no_attempt(place: Workplace) -> frozenset[str]:
-    """The marks of the spare trainer and of hosts."""
-    keepers = (place.spares, place.hosts)
-    return frozenset(mark for keeper in keepers if keeper is not None for mark in keeper.marks)
+def _spare_marks(place: Workplace) -> frozenset[str]:
+    return frozenset() if place.spares is None else place.spares.marks

@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 from collections.abc import Iterator, Mapping
 
 from loractl.common.job.status import Reason
 from loractl.worker.attempt.attempt import SupervisedAttempt
 from loractl.worker.attempt.stops import DRAIN_GRACE_S
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.protocol.messages import Stop
 
 log = logging.getLogger("loractl.worker")
 
@@ -29,9 +27,8 @@ class StuckSupervisors:
     """Finds the supervisors of one node that hang, and ends what they hold.
 
     If a supervisor's loop has not turned for a lease, its trainer is killed: the lease is over, so the job may run
-    elsewhere. A trainer that has other jobs is told to stop only this one. A supervisor is a thread and can't be
-    killed: if it still hangs after another lease, the node takes no more jobs, lets the other attempts save, and ends.
-    The worker starts another node, which gives the stuck job back.
+    elsewhere. A supervisor is a thread and can't be killed: if it still hangs after another lease, the node takes no
+    more jobs, lets the other attempts save, and ends. The worker starts another node, which gives the stuck job back.
     """
 
     def __init__(self, place: Workplace) -> None:
@@ -75,14 +72,6 @@ class StuckSupervisors:
 def _kill_trainer(attempt: SupervisedAttempt, silent: float) -> None:
     trainer = attempt.run.trainer
     if trainer is None or trainer.poll() is not None:
-        return
-    if not trainer.alone:
-        log.error(
-            "job %s: its supervisor is stuck, and the trainer continues with its other jobs", attempt.claim.job_id
-        )
-        stop = Stop(job_id=attempt.claim.job_id, save=False)
-        # in a thread: the stuck supervisor may hold the pipe, and the monitor must not wait for it
-        threading.Thread(target=trainer.send, args=(stop,), name="stop", daemon=True).start()
         return
     log.error("job %s: its supervisor is stuck, the trainer is killed", attempt.claim.job_id)
     if attempt.own.forced is None:
