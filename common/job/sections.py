@@ -533,8 +533,8 @@ class ResourcesSpec(Section):
         default_factory=dict, max_length=8
     )
     """Labels that the box must have (loractl worker --label KEY=VALUE), like nvlink: "yes"."""
-    exclusive: bool = False
-    """Train in a process of its own, which takes no base from another job and keeps none for one."""
+    exclusive: bool = Field(default=False, exclude=True)
+    """Without effect: every job trains in a process of its own. Earlier job files and stored specs have it."""
     cards: Cards = "auto"
     """Cards of one box that share the job. auto: one where one holds it, else the fewest that do."""
     parallel: Literal["auto", "data", "sharded"] = "auto"

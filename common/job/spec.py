@@ -120,9 +120,13 @@ class JobSpec(Section):
         )
 
 
+WITHOUT_EFFECT = frozenset({"resources.exclusive"})
+"""Keys of earlier job files and stored specs that are still read, and change nothing any more."""
+
+
 def spec_keys() -> list[str]:
-    """Every key of the job file as a dotted path, sections left out."""
-    return [key for key in _all_keys(JobSpec) if not key.endswith(".")]
+    """Every key of the job file that has an effect, as a dotted path, sections left out."""
+    return [key for key in _all_keys(JobSpec) if not key.endswith(".") and key not in WITHOUT_EFFECT]
 
 
 def _around_plain_rows(spec: JobSpec) -> Iterator[str]:

@@ -95,7 +95,6 @@ class Meaning:
 
 
 _LAB = "nothing to do: the lab caused it, and the job is retried without spending its retries"
-_ALONE = "nothing to do: its shared trainer ended, and the job continues in a separate one"
 
 OUTCOMES: dict[Reason, Meaning] = {
     Reason.OK: Meaning(
@@ -153,7 +152,7 @@ OUTCOMES: dict[Reason, Meaning] = {
     ),
     Reason.PREEMPTED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
     Reason.DRAINED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
-    Reason.HOST_LOST: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_ALONE),
+    Reason.HOST_LOST: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
     Reason.WORKER_LOST: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB, blames=Blamed.CARD),
     Reason.KILLED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB, blames=Blamed.CARD),
     Reason.GPU_ERROR: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB, blames=Blamed.CARD),

@@ -13,7 +13,7 @@ from loractl.common.errors import UsageError
 from loractl.scheduler.cli.named import Setting
 from loractl.scheduler.cli.output import hint, show, warn
 
-from .warnings import warn_of_data
+from .warnings import warn_of_data, warn_of_keys
 
 if TYPE_CHECKING:
     from loractl.common.artifacts import ArtifactStore
@@ -90,6 +90,7 @@ def _check(drafts: Sequence[JobDraft], settings: Settings) -> None:
 
 
 def _warn_of_files(drafts: Sequence[JobDraft]) -> None:
+    warn_of_keys(draft.spec for draft in drafts)
     for draft in drafts:
         if draft.like is None:
             warn_of_data(draft.spec, draft.job_file)

@@ -1,7 +1,8 @@
-"""What a command that queues jobs says about their data, on stderr."""
+"""What a command that queues jobs says about their keys and their data, on stderr."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,13 @@ from loractl.scheduler.cli.output import hint, warn
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
+
+
+def warn_of_keys(specs: Iterable[JobSpec]) -> None:
+    """Print a warning about a key of these jobs that has no effect any more."""
+    if any(spec.resources.exclusive for spec in specs):
+        what = "resources.exclusive has no effect: every job trains in a process of its own"
+        warn([f"Warning: {what}. Remove it; a later version refuses it."])
 
 
 def warn_of_data(spec: JobSpec, job_file: Path | None) -> None:

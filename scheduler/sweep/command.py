@@ -9,7 +9,7 @@ import click
 
 from loractl.scheduler.cli.named import Setting
 from loractl.scheduler.cli.output import hint, show, warn
-from loractl.scheduler.submit.warnings import warn_of_data
+from loractl.scheduler.submit.warnings import warn_of_data, warn_of_keys
 
 if TYPE_CHECKING:
     from loractl.common.settings import Settings
@@ -76,6 +76,7 @@ def _check(draft: SweepDraft, job_file: Path, settings: Settings) -> None:
 def _warn_of_files(draft: SweepDraft, job_file: Path) -> None:
     from .answer import with_different_data
 
+    warn_of_keys(draft.specs)
     for spec in with_different_data(draft.specs):
         warn_of_data(spec, job_file)
 

@@ -334,7 +334,6 @@ def test_losses_checkpoints_and_evaluations_come_as_often_as_asked_for(recipe: R
 
 ELSEWHERE = {
     "resources.cards": "tests/acceptance/test_gang.py",
-    "resources.exclusive": "tests/unit/scheduler/test_packs.py",
     "resources.parallel": "tests/acceptance/test_gang.py",
     "name": "tests/acceptance/test_main_job.py",
     "task_type": "tests/integration/test_classify.py",

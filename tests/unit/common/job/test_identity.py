@@ -143,6 +143,20 @@ def test_what_82e4d97_stored_is_taken_up(written: str) -> None:
     assert training_digests(spec, Method.LORA, data_digest(rows)) == dict(zip(names, parts, strict=True))
 
 
+@pytest.mark.parametrize("exclusive", [True, False])
+@pytest.mark.parametrize("written", STORED)
+def test_a_key_that_has_no_effect_any_more_is_read_changes_no_digest_and_is_not_stored_again(
+    written: str, exclusive: bool
+) -> None:
+    tree, digest, rows, parts = STORED[written]
+    spec = JobSpec.model_validate({**tree, "resources": {**tree.get("resources", {}), "exclusive": exclusive}})
+    assert spec.resources.exclusive is exclusive
+    assert spec_digest(spec) == digest
+    assert list(training_digests(spec, Method.LORA, data_digest(rows)).values()) == parts
+    again = JobSpec.model_validate(spec.model_dump(mode="json"))
+    assert "exclusive" not in spec.model_dump(mode="json")["resources"] and spec_digest(again) == digest
+
+
 def test_every_key_of_the_job_file_is_known_to_decide_or_not() -> None:
     assert {key for key in spec_keys() if decides(key)} == OTHERWISE.keys() | ELSEWHERE
     first = {f"{section}.{key}".lstrip(".") for section, keys in FROM_THE_START.items() for key in keys}

@@ -169,3 +169,17 @@ def test_a_plan_that_no_card_holds_does_not_say_submit_it_nor_none(base: str, tm
     assert f"No card holds it as it is. What would fit: loractl plan {job} --solve" in " ".join(never.split())
     solved = cli("plan", job, "--gpu", "1GiB", "--solve").stdout
     assert "none" not in solved and "Submit it" not in solved and "No card holds it as it is: shorter rows" in solved
+
+
+def test_a_key_without_effect_is_taken_with_a_warning_and_not_stored(base: str, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    job = tmp_path / "job.yaml"
+    text = f"name: t\nbase_model: {base}\ndataset: {{path: d.jsonl}}\nresources: {{cards: 1, exclusive: true}}\n"
+    said = "Warning: resources.exclusive has no effect: every job trains in a process of its own. Remove it; "
+    for command in (("submit", job), ("sweep", job, "--set", "lora.r=4,8")):
+        job.write_text(text)
+        done = cli(*command, "--dry-run", "--json")
+        assert done.stderr.count(said) == 1
+        assert "max_vram" in done.stdout and "exclusive" not in done.stdout
+        job.write_text(text.replace("true", "false"))
+        assert "exclusive" not in cli(*command, "--dry-run", "--json").stderr
