@@ -16,7 +16,7 @@ BASES = {"qwen-1.5b": 3.0, "mistral-7b-nf4": 4.5, "llama-8b-nf4": 5.5, "llama-8b
 def main() -> None:
     rng, clock, burst = random.Random(7), 0.0, 0
     user, base = "", ""
-    print("arrival,vram,duration,user,base_model,base_size")
+    print("arrival,vram,duration,user,base_size")
     for _ in range(JOBS):
         if burst == 0:
             user = rng.choice(["ada"] * 2 + ["bob", "cyd", "dan", "eve", "fay"])
@@ -25,7 +25,7 @@ def main() -> None:
         burst -= 1
         clock += 20
         need, seconds = BASES[base] + rng.choice((2, 4, 7)), min(12 * 3600, rng.lognormvariate(8.3, 1.0))
-        print(f"{clock:.0f},{need}GiB,{seconds:.0f},{user},{base},{BASES[base]}GiB")
+        print(f"{clock:.0f},{need}GiB,{seconds:.0f},{user},{BASES[base]}GiB")
 
 
 if __name__ == "__main__":

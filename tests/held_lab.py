@@ -46,7 +46,7 @@ from loractl.worker.device.snapshot import Process, Snapshot
 from loractl.worker.node.device_row import NodeOptions
 from loractl.worker.node.node import DeviceNode, place_of
 from loractl.worker.protocol.messages import Ended, Start, Stop, Told, decode_order, encode
-from loractl.worker.recipe.order_desk import EXIT_ORPHANED, Orders
+from loractl.worker.recipe.orders import EXIT_ORPHANED, StopOrder
 
 from .held_clock import HeldClock
 from .models import CONFIG, write_job
@@ -59,7 +59,7 @@ NO_QUEUE = "redis://127.0.0.1:1"
 NO_PROCESS = itertools.count(1 << 23)
 """Numbers that Linux gives to no process."""
 
-Train = Callable[[Start, Orders, Tell, Sleep], Ended]
+Train = Callable[[Start, StopOrder, Tell, Sleep], Ended]
 
 
 class _Killed(Exception):
@@ -108,7 +108,7 @@ class TrainerThread:
         self.stdin = os.fdopen(ordered, "w", encoding="utf-8")
         self.stdout, self.stderr, self._orders = _Pipe(told), _Pipe(printed), _Pipe(orders)
         self._start: queue.SimpleQueue[Start] = queue.SimpleQueue()
-        self._stops: Orders = queue.SimpleQueue()
+        self._stop = StopOrder()
         self._orphaned, self._ended = threading.Event(), threading.Event()
         for pipe in (self.stdout, self.stderr, self._orders):
             clock.watch(pipe.quiet)
@@ -131,7 +131,7 @@ class TrainerThread:
             if isinstance(order, Start):
                 self._start.put(order)
             elif isinstance(order, Stop):
-                self._stops.put(order)
+                self._stop.give(order)
         self._orphaned.set()
 
     def _live(self) -> None:
@@ -140,7 +140,7 @@ class TrainerThread:
                 self._sleep(0.001)
             order = self._start.get()
             self._began(order)
-            self._tell(self._does(order, self._stops, self._tell, self._sleep))
+            self._tell(self._does(order, self._stop, self._tell, self._sleep))
             status = 0
         except _Killed:
             status = EXIT_ORPHANED

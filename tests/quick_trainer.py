@@ -9,7 +9,6 @@ As a process it writes JOB.ATTEMPT into the file that QUICK_STARTS names. In a t
 from __future__ import annotations
 
 import os
-import queue
 import signal
 import time
 from collections.abc import Callable
@@ -17,9 +16,9 @@ from pathlib import Path
 
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.protocol.marker import close_checkpoint, remove_marker
-from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Start, Stepped, Stop, Told
+from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Start, Stepped, Told
 from loractl.worker.recipe.checkpoint import newest_checkpoint
-from loractl.worker.recipe.order_desk import Orders
+from loractl.worker.recipe.orders import StopOrder
 
 from .models import weights_of
 
@@ -33,17 +32,17 @@ Tell = Callable[[Told], None]
 Sleep = Callable[[float], None]
 
 
-def run(order: Start, orders: Orders, tell: Tell) -> Ended:
+def run(order: Start, stop: StopOrder, tell: Tell) -> Ended:
     """As a process."""
     with Path(os.environ["QUICK_STARTS"]).open("a") as starts:
         starts.write(f"{order.job_id}.{order.attempt}\n")
     tell(StageChanged(job_id=order.job_id, stage=Stage.TRAINING))
     if KILLS in order.spec.labels:
         os.kill(os.getppid(), signal.SIGKILL)
-    return train(order, orders, tell, time.sleep)
+    return train(order, stop, tell, time.sleep)
 
 
-def train(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
+def train(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> Ended:
     """Go on from the newest checkpoint, a step each 50 ms; stop when asked to."""
     job, steps = order.job_id, order.spec.training.max_steps
     assert steps is not None
@@ -70,12 +69,9 @@ def train(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
         tell(Stepped(job_id=job, step=step, total_steps=steps, metrics={"loss": 1 / step}, eta_seconds=left))
         if step % order.spec.training.save_steps == 0:
             save(step)
-        try:
-            stop = orders.get_nowait()
-        except queue.Empty:
+        if not stop.came.is_set():
             continue
-        assert isinstance(stop, Stop)
-        if stop.save:
+        if stop.saves.is_set():
             save(step)
         return Ended(job_id=job, reason=Reason.DRAINED, message="stopped")
     adapter = Path(order.output_dir) / "adapter"

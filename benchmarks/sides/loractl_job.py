@@ -64,6 +64,6 @@ else:
 with Engine().session(adapted.device) as session:
     forward = Counted(base, adapted, streams=session.streams, loss=loss)
     learner = Learner(model=adapted, tokenizer=tokenizer, precision=precision, scorer=forward)
-    trained_kind(spec).refer(forward.loss, learner, lambda what: {})
+    trained_kind(spec).refer(forward.loss, learner)
     TrainingLoop(session, forward, arguments, MemberRows(train=rows, held_out=[]), (gate,)).run()
 gate.end(adapted)

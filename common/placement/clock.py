@@ -6,13 +6,13 @@ import datetime as dt
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from loractl.common.job.method import Method, RoomyForm
 
 from .cards import TIME_GROWTH, Card, Occupant, WarmBase
-from .hosts import Newcomer, Newcomers, Seat, joined, may_wait, seat
+from .hosts import Seat, joined, may_wait, seat
 from .lines import Waiting
 from .pack_rule import PackedJob, PassLaw
 from .rule import Placement
@@ -423,18 +423,6 @@ class Clock:
         if self.reserved[-1][0] == now:
             self.reserved.pop()
         self.reserved.append((now, total))
-
-
-def newcomers_of(jobs: Iterable[ReplayedJob]) -> Newcomers:
-    """What the rule asks of waiting jobs, out of those that are replayed."""
-    packed = {job.waiting.job_id: job.packed for job in jobs}
-
-    def newcomer(waiting: Waiting) -> Newcomer | None:
-        member = packed.get(waiting.job_id)
-        keys = {method: key_of(waiting.base_model, method) for method in waiting.methods}
-        return None if member is None else Newcomer(keys=keys, packed=member)
-
-    return newcomer
 
 
 def key_of(base_model: str, method: Method) -> str:

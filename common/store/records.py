@@ -134,6 +134,7 @@ class Progress:
     withdrawn: str | None = None  # the prefix of the stored checkpoint that no attempt goes on from any more
     metrics: tuple[tuple[int, str, float], ...] = ()  # step, name, value
     events: tuple[tuple[str, str], ...] = ()  # kind, text
+    kept: tuple[tuple[str, str], ...] = ()  # files in the box's cache for later jobs: key, sha256
     log: str = ""
 
 

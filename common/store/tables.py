@@ -687,3 +687,16 @@ class OutboxMessage(Base):
     tries: Mapped[int] = mapped_column(default=0, server_default="0")
     settled_at: Mapped[Timestamp | None]  # sent, passed on to channels, or given up
     outcome: Mapped[str | None] = mapped_column(Prose())  # of the last try
+
+
+class KeptFile(Base):
+    """A file in a box's cache that later jobs there may use. A file without a row is never read."""
+
+    __tablename__ = "kept_files"
+    __table_args__ = (Index("ix_kept_files_host", "host", "at"),)
+
+    key: Mapped[str] = mapped_column(Characters(64), primary_key=True)  # a hash of the box and of all that decides it
+    host: Mapped[str]
+    sha256: Mapped[str] = mapped_column(Characters(64))
+    job_id: Mapped[JobKey] = mapped_column(index=True)  # that wrote it
+    at: Mapped[Timestamp]

@@ -20,6 +20,7 @@ from .queries import (
     followers,
     heartbeats,
     jobs,
+    kept_files,
     lab_settings,
     looks,
     need,
@@ -193,6 +194,7 @@ class CardVerbs(Subject):
     forget_silent = writes(nodes.forget_silent)
     tokens = reads(nodes.read_tokens)
     serves_beside = reads(nodes.serves_beside)
+    kept_files = lists(kept_files.kept_files)
 
     drains = reads(nodes.read_drains)
     drain = writes(nodes.drain)

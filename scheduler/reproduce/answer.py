@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
 from loractl.common.job.adjustment import Adjustment, adjusted
-from loractl.common.placement.hosts import REPRODUCES
 from loractl.common.text import clean_line
 from loractl.scheduler.report.answer import result_of
 from loractl.scheduler.submit.need import own_devices, plan_job
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
     from loractl.common.store.tables import Attempt, Job, Node
 
 MOST_LABELS = 32
+
+REPRODUCES = "reproduces"
+"""The label of a job that runs another one again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +203,8 @@ def _changes(report: dict[str, Any]) -> Iterator[Caveat]:
 
 
 def _company(report: dict[str, Any]) -> Iterator[Caveat]:
-    """Jobs that were in the same trainer. Nobody knows which will be there next time."""
+    """Jobs that were in the same trainer, as earlier versions had it."""
     others = report["training"].get("companions") or ()
     if others:
         then = ", ".join(map(str, others))
-        yield Caveat(what="other jobs in its trainer", then=then, now="not known before it runs")
+        yield Caveat(what="other jobs in its trainer", then=then, now="none")

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
 from loractl.common.errors import UsageError
-from loractl.common.placement.pack_rule import START, PassLaw
 from loractl.scheduler.cli.output import show
-
-if TYPE_CHECKING:
-    from .workload import Chosen
 
 CONTENTION = 0.5
 """Two jobs on a card run at two thirds of their speed each: between cards that are shared at no cost (0) and jobs that
@@ -40,23 +33,8 @@ take turns (1). Small fine-tunes leave a large card idle between kernels, large 
     show_default=True,
     help="What sharing a card costs: each of k jobs runs at 1/(1 + C(k-1)) of its speed.",
 )
-@click.option(
-    "--base-models", metavar="COUNT", help="Base models of a trace that names none: drawn for each job; each: its own."
-)
-@click.option("--base-size", metavar="SIZE", help="What such a base takes of a card once loaded.  [default: 5GiB]")
-@click.option("--keep-warm", metavar="TIME", default="10min", show_default=True, help="As for a worker; 0: no hosts.")
+@click.option("--base-size", metavar="SIZE", help="Size of the base that each job loads first, if the trace has none.")
 @click.option("--spare/--no-spare", default=True, show_default=True, help="As for a worker.")
-@click.option(
-    "--micro-batch", type=click.IntRange(1), metavar="TOKENS", help="Let jobs with this many tokens a pass join hosts."
-)
-@click.option(
-    "--pass-cost",
-    type=click.FloatRange(0.0),
-    metavar="TOKENS",
-    default=START[True][0],
-    show_default=True,
-    help="The fixed cost of a pass, in tokens.",
-)
 @click.option(
     "--roomy/--no-roomy", default=False, show_default=True, help="Let jobs recompute less, as 8B in 16 bit would."
 )
@@ -82,12 +60,8 @@ def sim(
     max_jobs_per_gpu: int | None,
     compress: float,
     contention: float,
-    base_models: str | None,
     base_size: str | None,
-    keep_warm: str,
     spare: bool,
-    micro_batch: int | None,
-    pass_cost: float,
     roomy: bool,
     quotas: tuple[str, ...],
     longest: str | None,
@@ -97,9 +71,9 @@ def sim(
 ) -> None:
     """Replay a trace of jobs on a fleet under the placement rule and others.
 
-    TRACE is a CSV with the columns arrival, vram, duration and user, and perhaps priority, base_model and base_size, or
-    openb's list of pods. If base models are known, a job starts at once in a host that has its base, and later if it
-    has to load it. When a card goes away, its jobs save a checkpoint and go back to the queue.
+    TRACE is a CSV with the columns arrival, vram, duration and user, and perhaps priority and base_size, or openb's
+    list of pods. If the size of its base is known, a job loads it before its first step. When a card goes away, its
+    jobs save a checkpoint and go back to the queue.
     """
     from loractl.scheduler.cli.figure import require_matplotlib
     from loractl.scheduler.cli.screen import detect_screen
@@ -107,34 +81,23 @@ def sim(
     from .outcome import Nodes, policies_for, simulate
     from .quotas import parse_quotas
     from .text import text
-    from .workload import Passes, choose, parse_fleet, parse_presences, read_trace, without_slow
+    from .workload import choose, parse_fleet, parse_presences, read_trace, without_slow
 
     bound = math.inf if longest is None else _seconds("--longest", longest)
     _check(compress, contention)
-    given = click.get_current_context().get_parameter_source("pass_cost") is not ParameterSource.DEFAULT
-    if given and micro_batch is None:
-        raise UsageError("--pass-cost says nothing without --micro-batch", "like --micro-batch 64 --pass-cost 50")
-    law = _law(pass_cost)
-    passes = None if micro_batch is None else Passes(tokens=micro_batch, law=law)
-    nodes = Nodes(
-        keep_warm_s=_seconds("--keep-warm", keep_warm),
-        spare=spare,
-        passes=passes,
-        roomy=roomy,
-        presences=parse_presences(fleet),
-    )
+    nodes = Nodes(spare=spare, roomy=roomy, presences=parse_presences(fleet))
     if plot is not None:
         require_matplotlib("sim")
     cards = parse_fleet(fleet, max_jobs_per_gpu)
-    chosen = _on_bases(choose(read_trace(trace), cards, bound, limit), base_models, base_size)
+    chosen = choose(read_trace(trace), cards, bound, limit)
+    if base_size is not None:
+        chosen = chosen.on_bases_of(_size(base_size))
     allowed = parse_quotas(quotas, {job.user for job in chosen.workload.jobs})
     chosen = without_slow(chosen, cards, nodes.presences, spare=spare)
     if not chosen.jobs:
         hint = "cards that stay longer" if chosen.slow else "larger cards: --fleet 80GiB"
         raise UsageError(f"{trace} has no job that this fleet and these options leave", hint)
-    if passes is not None and not chosen.base_models:
-        raise UsageError("--micro-batch says nothing of jobs without a base model", "one for all: --base-models 1")
-    names = policies_for(chosen, nodes, allowed)
+    names = policies_for(nodes, allowed)
     with click.progressbar(names, label="Replaying", file=sys.stderr, hidden=not sys.stderr.isatty()) as policies:
         done = simulate(chosen, cards, compress, contention, nodes, policies, allowed)
     if plot is not None:
@@ -153,30 +116,16 @@ def _check(compress: float, contention: float) -> None:
         raise UsageError(f"--contention {contention:g} is not a number", "0: sharing is free; 1: jobs take turns")
 
 
-def _law(pass_cost: float) -> PassLaw:
-    """The cost of a pass in tokens: of the pass itself, of each of its tokens, and of each member."""
-    if not math.isfinite(pass_cost):
-        raise UsageError(f"--pass-cost {pass_cost:g} is not a number", "like --pass-cost 300")
-    return PassLaw(fixed=pass_cost, token=1.0, member=START[True][1])
-
-
-def _on_bases(chosen: Chosen, base_models: str | None, base_size: str | None) -> Chosen:
-    """The jobs on the requested base models. Raises UsageError."""
+def _size(text: str) -> int:
+    """The bytes of --base-size. Raises UsageError."""
     from loractl.common.units import parse_size
 
-    from .bases import parse_count, with_bases
-
-    if base_models is None:
-        if base_size is not None:
-            raise UsageError("--base-size says nothing without --base-models", "like --base-models 6 --base-size 5GiB")
-        return chosen
     try:
-        size = parse_size(base_size or "5GiB")
-        if not size:
-            raise ValueError("is not a base; write its size with a unit")
+        if size := parse_size(text):
+            return size
+        raise ValueError("is not a base; write its size with a unit")
     except ValueError as error:
-        raise UsageError(f"--base-size {base_size} {error}", "like --base-size 5GiB") from error
-    return replace(chosen, jobs=with_bases(chosen.jobs, parse_count(base_models), size))
+        raise UsageError(f"--base-size {text} {error}", "like --base-size 5GiB") from error
 
 
 def _seconds(option: str, text: str) -> float:

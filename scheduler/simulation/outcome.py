@@ -11,21 +11,19 @@ from typing import Any
 
 from loractl.common.placement.card_hours import QuotaMeter
 from loractl.common.placement.cards import Card
-from loractl.common.placement.clock import Presence, ReplayedJob, ReplayedRun, newcomers_of
-from loractl.common.placement.hosts import KEEP_WARM_S, Newcomers
+from loractl.common.placement.clock import Presence, ReplayedJob, ReplayedRun
 from loractl.common.placement.lines import vram_class
 from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
 from loractl.common.placement.shares import Allowance
 
 from .baselines import BlindRule, best_fit, fifo, shortest_first
-from .workload import BEGIN, Chosen, Passes, to_replay
+from .workload import BEGIN, Chosen, to_replay
 
 
 @dataclass(frozen=True, kw_only=True)
 class Briefing:
     """What a rule is told before a replay."""
 
-    newcomers: Newcomers | None
     jobs: Sequence[ReplayedJob]
     totals: Mapping[str, int]  # bytes of each card
     quotas: Mapping[str, Allowance]  # by user
@@ -37,8 +35,6 @@ class Contender:
 
     title: str  # for people; a star marks a rule that knows what no real scheduler knows
     make: Callable[[Briefing], Rule]
-    hosts: bool = False  # trainers stay with their bases
-    packs: bool = False  # jobs join others in them
     spares: bool = False  # spare trainers wait for jobs
     roomy: bool = False  # jobs do without recomputing if nobody else wants the memory
 
@@ -46,10 +42,10 @@ class Contender:
 def _ours(briefing: Briefing, rule: type[PlacementRule] = PlacementRule) -> PlacementRule:
     roomy = {job.waiting.job_id: [one.form for one in job.roomy] for job in briefing.jobs}
     meter = QuotaMeter(briefing.quotas, briefing.totals) if briefing.quotas else None
-    return rule(newcomers=briefing.newcomers, roomy=roomy, meter=meter)
+    return rule(roomy=roomy, meter=meter)
 
 
-_FULL = {"hosts": True, "packs": True, "spares": True, "roomy": True}
+_FULL = {"spares": True, "roomy": True}
 """All that our nodes can do."""
 
 POLICIES: dict[str, Contender] = {
@@ -58,9 +54,7 @@ POLICIES: dict[str, Contender] = {
         title="without quotas", make=lambda briefing: _ours(replace(briefing, quotas={})), **_FULL
     ),
     "blind": Contender(title="blind", make=lambda briefing: _ours(briefing, BlindRule), **_FULL),
-    "recomputing": Contender(title="recomputing", make=_ours, hosts=True, packs=True, spares=True),
-    "without_packs": Contender(title="without packs", make=_ours, hosts=True, spares=True, roomy=True),
-    "without_hosts": Contender(title="without hosts", make=_ours, spares=True, roomy=True),
+    "recomputing": Contender(title="recomputing", make=_ours, spares=True),
     "fifo": Contender(title="fifo", make=lambda _: fifo()),
     "shortest_first": Contender(title="shortest first*", make=lambda _: shortest_first()),
     "best_fit": Contender(title="best fit", make=lambda _: best_fit()),
@@ -75,9 +69,7 @@ RULES = ("loractl", "fifo", "shortest_first", "best_fit")
 class Nodes:
     """The settings of the nodes under our rule, as the options of `loractl worker`."""
 
-    keep_warm_s: float = KEEP_WARM_S
     spare: bool = True
-    passes: Passes | None = None  # None: no job joins others in a host
     roomy: bool = False  # forms_of gives what jobs take without recomputing; False: that is unknown
     presences: Mapping[str, Presence] = field(default_factory=dict)  # of cards that come and go, by name
 
@@ -89,8 +81,6 @@ class Course:
     need: int  # bytes
     wait: float
     took: float  # from its arrival to its end
-    warm: bool = False  # it started in a host that had its base
-    joined: bool = False  # others trained there
     roomy: bool = False  # it did without recomputing
     job_id: int = 0
     user: str = ""
@@ -122,16 +112,6 @@ class RuleOutcome:
         return used / (self.total * self.makespan) if self.makespan else 0.0
 
     @property
-    def warm(self) -> float:
-        """The share of all jobs that started in a host with their base."""
-        return sum(course.warm for course in self.courses) / len(self.courses) if self.courses else 0.0
-
-    @property
-    def joined(self) -> float:
-        """The share of all jobs that joined others in a host."""
-        return sum(course.joined for course in self.courses) / len(self.courses) if self.courses else 0.0
-
-    @property
     def roomy(self) -> float:
         """The share of all jobs that did without recomputing."""
         return sum(course.roomy for course in self.courses) / len(self.courses) if self.courses else 0.0
@@ -153,8 +133,6 @@ class RuleOutcome:
             "largest_tenth_p99_wait_s": quantile(waits_of(self.largest_tenth), 0.99) if waits else None,
             "makespan_s": self.makespan,
             "vram_utilisation": self.utilisation,
-            "warm_starts": self.warm,
-            "joins": self.joined,
             "roomy": self.roomy,
             "unfinished": self.unfinished,
             "stops": self.stops,
@@ -213,10 +191,7 @@ class Simulation:
             "fleet": [self._card_json(card) for card in self.cards],
             "compress": self.compress,
             "contention": self.contention,
-            "keep_warm_s": self.nodes.keep_warm_s,
             "spare": self.nodes.spare,
-            "micro_batch": None if self.nodes.passes is None else self.nodes.passes.tokens,
-            "base_models": len(self.chosen.base_models),
             "load": None if self.load is None or math.isinf(self.load) else self.load,
             "later": {"jobs": sum(one > 0 for one in self.later), "most_s": max(self.later)} if self.later else None,
             "quotas": [waits.as_json() for waits in self.by_user] if self.quotas else None,
@@ -266,13 +241,11 @@ class QuotaWaits:
         return {**{name: value for name, value in vars(self).items() if name != "quota"}, **quota}
 
 
-def policies_for(chosen: Chosen, nodes: Nodes, quotas: Mapping[str, Allowance] | None = None) -> tuple[str, ...]:
-    """The policies that may differ on these jobs: without base models hosts change nothing."""
+def policies_for(nodes: Nodes, quotas: Mapping[str, Allowance] | None = None) -> tuple[str, ...]:
+    """The policies that may differ."""
     idle = {"recomputing"} if not nodes.roomy else set()
     idle |= {"without_quotas"} if not quotas else set()
     idle |= {"blind"} if not nodes.presences else set()
-    idle |= {"without_packs"} if nodes.passes is None else set()
-    idle |= {"without_packs", "without_hosts"} if not chosen.base_models else set()
     return tuple(name for name in POLICIES if name not in idle)
 
 
@@ -289,17 +262,12 @@ def simulate(
     nodes, outcomes = nodes or Nodes(), {}
     totals = {card.node: card.total for card in cards}
     known = [replace(card, contention=contention) for card in cards]
-    for name in policies_for(chosen, nodes, quotas) if policies is None else policies:
+    for name in policies_for(nodes, quotas) if policies is None else policies:
         policy = POLICIES[name]
-        passes = nodes.passes if policy.packs else None
         spare, roomy = policy.spares and nodes.spare, policy.roomy and nodes.roomy
-        jobs = to_replay(chosen.jobs, compress, spare=spare, passes=passes, roomy=roomy)
-        keep_warm_s = nodes.keep_warm_s if policy.hosts else 0.0
-        newcomers = None if passes is None else newcomers_of(jobs)
-        rule = policy.make(Briefing(newcomers=newcomers, jobs=jobs, totals=totals, quotas=quotas or {}))
-        replayed = replay(
-            jobs, known, BEGIN, rule, contention=contention, keep_warm_s=keep_warm_s, presences=nodes.presences
-        )
+        jobs = to_replay(chosen.jobs, compress, spare=spare, roomy=roomy)
+        rule = policy.make(Briefing(jobs=jobs, totals=totals, quotas=quotas or {}))
+        replayed = replay(jobs, known, BEGIN, rule, contention=contention, presences=nodes.presences)
         outcomes[name] = outcome_of(jobs, cards, replayed)
     return Simulation(
         chosen=chosen,
@@ -337,9 +305,7 @@ def _course(job: ReplayedJob, run: ReplayedRun, end: dt.datetime) -> Course:
         need=least,
         wait=(run.started - waiting.since).total_seconds(),
         took=(end - waiting.since).total_seconds(),
-        warm=run.warm,
-        joined=run.joined,
-        roomy=run.reserved > least and not run.joined,
+        roomy=run.reserved > least,
         job_id=waiting.job_id,
         user=waiting.user,
     )

@@ -20,8 +20,6 @@ _STYLES: dict[str, dict[str, Any]] = {
     "without_quotas": {"color": "#7a4fb5", "linewidth": 1.8, "linestyle": (0, (4, 1, 1, 1)), "zorder": 4},
     "blind": {"color": "#b0306a", "linewidth": 1.8, "linestyle": (0, (5, 1)), "zorder": 4},
     "recomputing": {"color": "#7a9be8", "linewidth": 1.8, "linestyle": (0, (3, 2)), "zorder": 4},
-    "without_packs": {"color": "#2f62c9", "linewidth": 1.8, "linestyle": (0, (6, 2)), "zorder": 4},
-    "without_hosts": {"color": "#5b8def", "linewidth": 1.6, "linestyle": "-.", "zorder": 4},
     "fifo": {"color": "#b5541c", "linewidth": 1.6, "linestyle": "-"},
     "shortest_first": {"color": "#8a8a8a", "linewidth": 1.4, "linestyle": ":"},
     "best_fit": {"color": "#3f9b8f", "linewidth": 1.4, "linestyle": "--"},

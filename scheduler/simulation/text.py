@@ -36,10 +36,6 @@ def text(done: Simulation, screen: Screen) -> str:
         notes.append("IN VAIN: the card went while the job loaded. UNFINISHED: not in the means.")
     if done.nodes.roomy:
         notes.append("recomputing: loractl's rule, but every job recomputes.")
-    if done.chosen.base_models:
-        if done.nodes.passes is not None:
-            notes.append("without packs: loractl's rule, with one job at a time in a host.")
-        notes.append("without hosts: loractl's rule, but each job loads its base again.")
     return "\n".join([*lines, *(screen.dim(note) for note in notes)])
 
 
@@ -79,8 +75,6 @@ def _what(done: Simulation) -> list[str]:
         f"{thousands(len(chosen.jobs))} job{'' if len(chosen.jobs) == 1 else 's'} of {people},",
         f"on {fleet_text(done.cards, done.nodes.presences)}; {done.how_loaded}contention {done.contention:g}.",
     ]
-    if chosen.base_models:
-        lines += _bases(done)
     if done.nodes.roomy:
         lines += _roomy(done)
     if chosen.never:
@@ -93,21 +87,6 @@ def _what(done: Simulation) -> list[str]:
         lines.append(f"Longer than --longest, and not replayed: {thousands(chosen.longer)}.")
     if workload.left_out:
         lines.append(f"No job on one card with a lifetime, and not read: {thousands(workload.left_out)} rows.")
-    return lines
-
-
-def _bases(done: Simulation) -> list[str]:
-    """How many base models there are, and how many jobs found theirs loaded."""
-    jobs, count = done.chosen.jobs, len(done.chosen.base_models)
-    found = f"{done.outcomes['loractl'].warm:.0%} of the jobs found theirs loaded"
-    lines = [f"{thousands(count)} base model{'' if count == 1 else 's'}, kept {span(done.nodes.keep_warm_s)}: {found}."]
-    if done.nodes.passes is not None:
-        lines.append(
-            f"Micro-batches of {thousands(done.nodes.passes.tokens)} tokens: "
-            f"{done.outcomes['loractl'].joined:.0%} of the jobs joined others in a host."
-        )
-    if alone := sum(not job.base_model for job in jobs):
-        lines.append(f"With a base model that no other job has: {thousands(alone)}.")
     return lines
 
 

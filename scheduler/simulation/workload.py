@@ -7,19 +7,18 @@ import datetime as dt
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loractl.common.errors import DataError, UsageError
 from loractl.common.job.method import Method, Need
 from loractl.common.placement.cards import Card, default_max_jobs, largest_gpu
-from loractl.common.placement.clock import Presence, ReplayedJob
+from loractl.common.placement.clock import Presence, ReplayedBase, ReplayedJob
 from loractl.common.placement.lines import Waiting
-from loractl.common.placement.pack_rule import PackedJob, PassLaw
 from loractl.common.units import GIB, duration, parse_duration, parse_size
 
-from .assumptions import SAVE_S, forms_of, start_of
+from .assumptions import SAVE_S, forms_of, start_s
 
 BEGIN = dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
 """When a trace begins; only distances from it count."""
@@ -41,7 +40,6 @@ class TraceJob:
     seconds: float
     user: str
     priority: int = 0
-    base_model: str = ""  # empty: one that no other job shares
     base_size: int = 0  # bytes that the loaded base takes of its need; 0: unknown, it starts at once
 
 
@@ -57,8 +55,8 @@ class Workload:
 def read_trace(path: Path) -> Workload:
     """Read loractl's own form or openb's list of pods.
 
-    Our columns are arrival, vram, duration and user, and perhaps priority, base_model and base_size. Raises DataError
-    with the number of the bad line.
+    Our columns are arrival, vram, duration and user, and perhaps priority and base_size. Raises DataError with the
+    number of the bad line.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -68,9 +66,7 @@ def read_trace(path: Path) -> Workload:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(path, f"can't be read as CSV: {getattr(error, 'strerror', None) or error}") from error
     if header >= OWN_COLUMNS:
-        jobs = tuple(_own_job(path, line, row) for line, row in rows)
-        _refuse_two_sizes(path, zip((line for line, _ in rows), jobs, strict=True))
-        return _sorted(Workload(jobs=jobs))
+        return _sorted(Workload(jobs=tuple(_own_job(path, line, row) for line, row in rows)))
     if header >= OPENB_COLUMNS:
         pods = [(line, row) for line, row in rows if _is_job(row)]
         jobs = tuple(_pod(path, line, row) for line, row in pods)
@@ -92,10 +88,13 @@ class Chosen:
     longer: int  # run longer than the given limit
     slow: int = 0  # load for longer than any card that holds them is there
 
-    @property
-    def base_models(self) -> frozenset[str]:
-        """The base models that jobs share, or could."""
-        return frozenset(job.base_model for job in self.jobs if job.base_model)
+    def on_bases_of(self, size: int) -> Chosen:
+        """Each job with a base of this size, or half its need if that is no larger. Raises UsageError if the trace has
+        sizes itself."""
+        if any(job.base_size for job in self.jobs):
+            raise UsageError("--base-size: the trace has a column base_size itself", "leave --base-size out")
+        jobs = (replace(job, base_size=size if job.need > size else job.need // 2) for job in self.jobs)
+        return replace(self, jobs=tuple(jobs))
 
 
 def choose(workload: Workload, cards: Sequence[Card], longest: float, limit: int | None) -> Chosen:
@@ -114,32 +113,18 @@ def without_slow(chosen: Chosen, cards: Sequence[Card], presences: Mapping[str, 
         there = [presences.get(card.node) for card in cards if card.usable >= need]
         return max((math.inf if one is None else one.open_s for one in there), default=math.inf)
 
-    jobs = [job for job in chosen.jobs if start_of(job.base_size, spare=spare).cold_s < stay_s(job.need)]
+    jobs = [job for job in chosen.jobs if start_s(job.base_size, spare=spare) < stay_s(job.need)]
     return replace(chosen, jobs=tuple(jobs), slow=len(chosen.jobs) - len(jobs))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Passes:
-    """The passes of jobs that may train with others on their base."""
-
-    tokens: int  # of each job's micro-batch
-    law: PassLaw
-
-
 def to_replay(
-    jobs: Sequence[TraceJob],
-    compress: float,
-    *,
-    spare: bool = False,
-    passes: Passes | None = None,
-    roomy: bool = False,
+    jobs: Sequence[TraceJob], compress: float, *, spare: bool = False, roomy: bool = False
 ) -> list[ReplayedJob]:
     """The jobs for a replay from BEGIN on, their arrivals `compress` times as close, numbered by arrival.
 
-    `spare`: a job that loads its base does so in a spare trainer. `passes`: if jobs may share a trainer. `roomy`:
-    whether they may do without recomputing.
+    `spare`: a job starts in a spare trainer. `roomy`: whether jobs may do without recomputing.
     """
-    law = None if passes is None else passes.law
+    starts = [start_s(job.base_size, spare=spare) for job in jobs]
     first = min((job.arrival for job in jobs), default=0.0)
     return [
         ReplayedJob(
@@ -150,15 +135,13 @@ def to_replay(
                 since=BEGIN + dt.timedelta(seconds=(job.arrival - first) / compress),
                 methods=(Method.LORA,),  # a trace has one need, for any method
                 need=Need(lora=job.need, qlora=None),
-                base_model=job.base_model,
             ),
             seconds=job.seconds,
             save_s=SAVE_S,
-            base=start_of(job.base_size, spare=spare, law=law) if job.base_size else None,
-            packed=PackedJob(tokens=passes.tokens) if passes is not None and job.base_model else None,
+            base=ReplayedBase(bytes=job.base_size, cold_s=start, warm_s=start),
             roomy=forms_of(job.need) if roomy else (),
         )
-        for number, job in enumerate(jobs, start=1)
+        for number, (job, start) in enumerate(zip(jobs, starts, strict=True), start=1)
     ]
 
 
@@ -257,28 +240,18 @@ def _own_job(path: Path, line: int, row: Mapping[str, str | None]) -> TraceJob:
     need = int(read("vram", parse_size))
     if not need:
         raise DataError(f"{path}:{line}", "vram is 0", hint="what the job needs of a card, like 20GiB")
-    size = int(read("base_size", parse_size)) if given("base_model") or given("base_size") else 0
-    if size >= need or (given("base_model") and not size):
+    size = int(read("base_size", parse_size)) if given("base_size") else 0
+    if size >= need:
         hint = "the part of vram that the loaded base takes, like 5GiB"
-        raise DataError(f"{path}:{line}", f"base_size {'is not below vram' if size else 'is 0'}", hint=hint)
+        raise DataError(f"{path}:{line}", "base_size is not below vram", hint=hint)
     return TraceJob(
         arrival=read("arrival", parse_duration),
         need=need,
         seconds=read("duration", parse_duration),
         user=(row["user"] or "").strip(),
         priority=int(read("priority", int)) if given("priority") else 0,
-        base_model=(row.get("base_model") or "").strip(),
         base_size=size,
     )
-
-
-def _refuse_two_sizes(path: Path, jobs: Iterable[tuple[int, TraceJob]]) -> None:
-    """A base model has one size, whatever method a job trains it with: its number format belongs to its name."""
-    sizes: dict[str, int] = {}
-    for line, job in jobs:
-        if job.base_model and sizes.setdefault(job.base_model, job.base_size) != job.base_size:
-            what = f"base_size is another one than on an earlier line for base_model {job.base_model!r}"
-            raise DataError(f"{path}:{line}", what, hint="name the number format too: llama-8b-nf4")
 
 
 def _is_job(row: Mapping[str, str | None]) -> bool:

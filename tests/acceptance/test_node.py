@@ -45,7 +45,7 @@ from loractl.worker.protocol.messages import Ended
 from loractl.worker.recipe.trainer import main
 
 if __name__ == "__main__":
-    main(lambda start, orders, tell: Ended(job_id=start.job_id, reason=Reason.BAD_DATA, message="nothing is trained"))
+    main(lambda start, stop, tell: Ended(job_id=start.job_id, reason=Reason.BAD_DATA, message="nothing is trained"))
 """
 
 HUB_MODEL = Path("org/base")
@@ -58,8 +58,8 @@ from loractl.worker.protocol.messages import Ended
 from loractl.worker.recipe.trainer import main
 
 
-def run(start, orders, tell):
-    orders.get()
+def run(start, stop, tell):
+    stop.came.wait()
     return Ended(job_id=start.job_id, reason=Reason.DRAINED, message="stopped")
 
 

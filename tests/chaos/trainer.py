@@ -28,9 +28,9 @@ from loractl.common.job.identity import spec_digest
 from loractl.common.job.status import Reason, Stage
 from loractl.common.job.sweep import eval_interval
 from loractl.worker.protocol.marker import close_checkpoint
-from loractl.worker.protocol.messages import Ended, Note, Opened, Saved, StageChanged, Start, Stepped, Stop
+from loractl.worker.protocol.messages import Ended, Note, Saved, StageChanged, Start, Stepped
 from loractl.worker.recipe.checkpoint import newest_checkpoint
-from loractl.worker.recipe.order_desk import Orders
+from loractl.worker.recipe.orders import StopOrder
 from loractl.worker.recipe.other_ranks import LINK_LOST, OtherRanks
 from loractl.worker.recipe.trainer import Tell, main
 
@@ -40,9 +40,6 @@ STEP_S = 0.05
 
 KEPT = 2
 """Checkpoints that stay on the disk, as with the real trainer."""
-
-BASE_BYTES = 1 << 20
-"""Of the base that it says it keeps."""
 
 LEAVES = "leaves-a-process"
 """A job with this label starts a process in a session of its own, which does not end with the trainer."""
@@ -59,16 +56,7 @@ the name, and stands in the middle of a file until that is removed, or for STAND
 
 STANDS_S = 10.0
 
-NEW_BASE = "change-the-base"
-"""Where a box's home has a file of this name, a trainer with several jobs takes it as well, and its base is another
-one."""
-
 TENSOR = "chain"
-
-BASE = b"the base that all jobs of a process have"
-
-_base = bytearray(BASE)  # of this process
-_here: dict[int, set[int]] = {}  # job -> all that were in this process while it is
 
 
 def first_link(spec_hash: str, data_sha256: str) -> bytes:
@@ -92,54 +80,30 @@ def last_link(spec_hash: str, data_sha256: str, steps: int) -> bytes:
     return link
 
 
-def run(order: Start, orders: Orders, tell: Tell) -> Ended:
+def run(order: Start, stop: StopOrder, tell: Tell) -> Ended:
     """Train; on several cards with a process for each, like loractl's own."""
     try:
         if order.rank:
             follow(order, next_link)
             return Ended(job_id=order.job_id, reason=Reason.OK, message="")
         if not order.ranks:
-            return _train(order, orders, tell, Alone(next_link))
+            return _train(order, stop, tell, Alone(next_link))
         gang = OtherRanks(order, tell, "tests.chaos.trainer")
-        return gang.settle(_lead(gang.order, orders, tell))
+        return gang.settle(_lead(gang.order, stop, tell))
     except OSError:
         return Ended(job_id=order.job_id, reason=Reason.TRAINER_ERROR, message=LINK_LOST)
 
 
-def _lead(order: Start, orders: Orders, tell: Tell) -> Ended:
+def _lead(order: Start, stop: StopOrder, tell: Tell) -> Ended:
     try:
         with Gang(order, next_link) as ranks:
-            return _train(order, orders, tell, ranks)
+            return _train(order, stop, tell, ranks)
     except OSError as error:
         return Ended(job_id=order.job_id, reason=Reason.TRAINER_ERROR, message=f"{LINK_LOST}: {error!r}")
 
 
-class _BaseChanged(Exception):
-    """Another job of the process has changed what all have."""
-
-
-def _train(order: Start, orders: Orders, tell: Tell, ranks: Ranks) -> Ended:
-    """As _steps, on a base that jobs of one process have together: as loractl's own trainer does, it looks at the base
-    before anything counts that was trained on it. Raises OSError when another rank is gone."""
-    for met in list(_here.values()):
-        met.add(order.job_id)
-    _here[order.job_id] = set(_here)
-    try:
-        return _steps(order, orders, tell, ranks)
-    except _BaseChanged:
-        why = "it shared its trainer with other jobs, and a weight of the base has changed"
-        return Ended(job_id=order.job_id, reason=Reason.HOST_LOST, message=why)
-    finally:
-        del _here[order.job_id]
-
-
-def _require_base(order: Start) -> None:
-    if _here[order.job_id] and _base != BASE:
-        raise _BaseChanged
-
-
-def _steps(order: Start, orders: Orders, tell: Tell, ranks: Ranks) -> Ended:
-    """A sleep and a hash a step."""
+def _train(order: Start, stop: StopOrder, tell: Tell, ranks: Ranks) -> Ended:
+    """A sleep and a hash a step. Raises OSError when another rank is gone."""
     job, steps = order.job_id, order.spec.training.max_steps
     assert steps is not None
     tell(StageChanged(job_id=job, stage=Stage.PREPARING))
@@ -157,36 +121,22 @@ def _steps(order: Start, orders: Orders, tell: Tell, ranks: Ranks) -> Ended:
         text = f"resumed from the checkpoint of step {step}"
         tell(Note(job_id=job, kind="resumed", text=text, resumed_from_step=step))
     tell(StageChanged(job_id=job, stage=Stage.TRAINING))
-    if order.keep is not None and not order.joins:
-        tell(Opened(job_id=job, base_bytes=BASE_BYTES))
     while step < steps:
         time.sleep(STEP_S)
         step += 1
         link = ranks.next_link(link, step)
-        if len(_here) > 1 and _take(order, NEW_BASE) is not None:
-            _base[:] = b"another"
-        if _base != BASE:  # what comes of it is worth nothing
-            link = hashlib.sha256(link + _base).digest()
         if POISONED in order.spec.labels and step > 2:
-            return Ended(job_id=job, reason=Reason.DIVERGED, message="the loss is nan", base_bytes=_stays(order))
+            return Ended(job_id=job, reason=Reason.DIVERGED, message="the loss is nan")
         tell(Stepped(job_id=job, step=step, total_steps=steps, metrics=_measured(order, step, steps)))
-        stop = _stop(orders)
-        if step % order.spec.training.save_steps == 0 or step == steps or (stop is not None and stop.save):
-            _require_base(order)
+        if step % order.spec.training.save_steps == 0 or step == steps or stop.saves.is_set():
             folder = _save(order, step, steps, link, belongs_to)
             tell(Saved(job_id=job, step=step, path=str(folder)))
-        if stop is not None:
-            reason = Reason.DRAINED if stop.save else Reason.CANCELLED
-            return Ended(job_id=job, reason=reason, message="stopped when asked to", base_bytes=_stays(order))
+        if stop.came.is_set():
+            reason = Reason.DRAINED if stop.saves.is_set() else Reason.CANCELLED
+            return Ended(job_id=job, reason=reason, message="stopped when asked to")
     tell(StageChanged(job_id=job, stage=Stage.EVALUATING))
-    _require_base(order)
     _write_result(Path(order.output_dir), order, link)
-    return Ended(job_id=job, reason=Reason.OK, message=f"{steps} steps", base_bytes=_stays(order))
-
-
-def _stays(order: Start) -> int | None:
-    """It stays as a host, unless the job has left something, or its base is another one."""
-    return None if LEAVES in order.spec.labels or _base != BASE else BASE_BYTES
+    return Ended(job_id=job, reason=Reason.OK, message=f"{steps} steps")
 
 
 def _measured(order: Start, step: int, steps: int) -> dict[str, float]:
@@ -208,11 +158,6 @@ def _stand(order: Start) -> None:
     sign, until = _take(order, GANG_TRAP if order.ranks else TRAP), time.monotonic() + STANDS_S
     while sign is not None and sign.exists() and time.monotonic() < until:
         time.sleep(0.05)
-
-
-def _stop(orders: Orders) -> Stop | None:
-    message = None if orders.empty() else orders.get()
-    return message if isinstance(message, Stop) else None
 
 
 def _save(order: Start, step: int, steps: int, link: bytes, belongs_to: dict[str, str]) -> Path:

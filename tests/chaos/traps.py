@@ -7,7 +7,10 @@ from pathlib import Path
 import psutil
 
 from .lab import Box, trainers_below
-from .trainer import GANG_TRAP, NEW_BASE, TRAP
+from .trainer import GANG_TRAP, TRAP
+
+NEW_BASE = "change-the-base"
+"""No trainer takes it: each has one job."""
 
 
 def in_a_checkpoint(box: Box, *, others: bool) -> psutil.Process | None:

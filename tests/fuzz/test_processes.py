@@ -15,7 +15,7 @@ import pytest
 
 from loractl.common.errors import ExitCode
 from loractl.worker.protocol.messages import encode
-from loractl.worker.recipe.order_desk import EXIT_ORPHANED
+from loractl.worker.recipe.orders import EXIT_ORPHANED
 
 from .. import warm
 from ..conftest import Cli

@@ -17,6 +17,7 @@ from loractl.worker.attempt.trainer_process import TrainerProcess
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,
+    FileKept,
     GoingOn,
     Learned,
     LogLines,
@@ -54,6 +55,7 @@ TOLD: list[Told] = [
     Note(job_id=1, kind="data", text="rows"),
     Saved(job_id=1, step=3, path="/work/1/attempt-1/checkpoints/checkpoint-3"),
     Ended(job_id=1, reason=Reason.OK, message="done"),
+    FileKept(job_id=1, key="a" * 64, sha256="0" * 64),
     LogLines(job_id=1, text="line\n"),
     Opened(job_id=1, base_bytes=1),
     Passed(job_id=1, tokens=9, members=2, seconds=0.5),

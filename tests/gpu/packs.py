@@ -115,7 +115,6 @@ class Bench:
         from loractl.common.memory.plan import predict
         from loractl.common.memory.step import Lengths
         from loractl.common.placement.hosts import own_part
-        from loractl.worker.base.kept.model_snapshot import ModelSnapshot
 
         training = {"dtype": "bfloat16", "per_device_train_batch_size": 1, "optim": "adamw_torch_fused"}
         asked = {"name": "p", "base_model": self.model, "method": "qlora" if self.kind == "nf4" else "lora"}
@@ -123,7 +122,7 @@ class Bench:
         spec = JobSpec.model_validate({**asked, "lora": lora, "dataset": dataset, "training": training})
         need = predict(spec, Lengths(train=length, evaluate=length)).of(Method(asked["method"]))
         assert need is not None, "the family has a plan"
-        base = ModelSnapshot(self.lab.base.model).size + CONTEXT_BYTES
+        base = sum(weight.nbytes for weight in self.lab.base.model.parameters()) + CONTEXT_BYTES
         return int(need + (count - 1) * own_part(need, base))
 
 

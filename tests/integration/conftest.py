@@ -13,7 +13,6 @@ import pytest
 from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.common.placement.hosts import base_key
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect, make_engine
 from loractl.common.store.schema import upgrade
@@ -21,7 +20,6 @@ from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.worker.attempt.storage.client import StoreClient
 from loractl.worker.attempt.workplace import Drain, Workplace
-from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.kernels import load_kernels
 from loractl.worker.device.devices import CpuDevice
 from loractl.worker.protocol.messages import Ended, Start, Stepped
@@ -112,8 +110,6 @@ def start(tiny_model: Path, tmp_path: Path, cache: Path) -> Callable[..., Start]
         job: dict | None = None,
         memory_limit: int | None = None,
         lm_eval_tasks: Path | None = None,
-        keep: bool = False,
-        joins: bool = False,
         **training: object,
     ) -> Start:
         spec = JobSpec.model_validate(
@@ -161,8 +157,6 @@ def start(tiny_model: Path, tmp_path: Path, cache: Path) -> Callable[..., Start]
             earlier_checkpoints=[str(tmp_path / resume / "checkpoints")] if resume else [],
             cache_dir=str(cache),
             lm_eval_tasks=str(lm_eval_tasks) if lm_eval_tasks else None,
-            keep=base_key(spec, Method(method)) if keep else None,
-            joins=joins,
         )
 
     return make
@@ -173,19 +167,16 @@ def recipe(start: Callable[..., Start]) -> Recipe:
     """Run the recipe on a tiny model, by what `start` takes."""
     from loractl.worker.recipe.recipe import train
 
-    def run(
-        where: str = "a", *, stop_after: int | None = None, base_cache: BaseCache | None = None, **keys: Any
-    ) -> tuple[Ended, list]:
+    def run(where: str = "a", *, stop_after: int | None = None, **keys: Any) -> tuple[Ended, list]:
         told: list = []
-        order = start(where, keep=base_cache is not None, **keys)
-        state = Run(order=order, tell=told.append, base_cache=base_cache or BaseCache())
+        state = Run(order=start(where, **keys), tell=told.append)
         if stop_after is not None:
 
             def tell(message: object) -> None:
                 told.append(message)
                 if isinstance(message, Stepped) and message.step >= stop_after:
-                    state.save_on_stop.set()
-                    state.stop.set()
+                    state.stop.saves.set()
+                    state.stop.came.set()
 
             object.__setattr__(state, "tell", tell)
         try:

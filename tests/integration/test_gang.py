@@ -219,7 +219,7 @@ def test_rows_are_divided_evenly_and_in_order() -> None:
 def stop_after(step: int) -> Any:
     def watch(run: Run, told: Told) -> None:
         if isinstance(told, Stepped) and told.step >= step:
-            run.save_on_stop.set()
-            run.stop.set()
+            run.stop.saves.set()
+            run.stop.came.set()
 
     return watch

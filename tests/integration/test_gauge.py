@@ -108,54 +108,27 @@ def test_a_trainer_on_a_processor_asks_for_large_pages_unless_the_box_s_owner_sa
     assert device_environment(card, "1", 1).get("GLIBC_TUNABLES") == own
 
 
-LIMITED = """
-import resource
-import torch
-from loractl.worker.base.gauge import data_bytes, hold_to, lift_limit
-
-libraries = data_bytes()
-hold_to(256 << 20, "cpu", "cpu")
-first = resource.getrlimit(resource.RLIMIT_DATA)[0]
-base = torch.ones(64 << 18)  # 64 MiB that stay
-lift_limit()
-assert resource.getrlimit(resource.RLIMIT_DATA)[0] == resource.RLIM_INFINITY
-more = torch.ones(300 << 18)
-del more
-hold_to(256 << 20, "cpu", "cpu")
-assert resource.getrlimit(resource.RLIMIT_DATA)[0] == first, "the base that is there counts in the limit"
-try:
-    torch.ones(220 << 18)
-except RuntimeError as error:
-    print(error)
-"""
-
-
-def test_a_host_s_limit_is_that_of_base_and_member_at_each_join() -> None:
-    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=120)
-    assert "can't allocate memory" in done.stdout, done.stderr
-
-
 FULL_ONCE = """
 import resource
 import torch
 from loractl.worker.base.batches import in_batches
-from loractl.worker.base.gauge import data_bytes, hold_to, lift_limit
+from loractl.worker.base.gauge import data_bytes, hold_to
 
 hold_to(1 << 30, "cpu", "cpu")
 rows = [torch.ones(20 + n, 256, dtype=torch.bfloat16) for n in range(64)]
 weight = torch.ones(256, 256, dtype=torch.bfloat16)
 tries = []
+limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
 
 def work(chosen):
     tries.append(len(chosen))
     if len(tries) == 1:
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + (1 << 20), hard))
     try:
         for n in chosen:
             torch.nn.functional.linear(rows[n], weight)
     finally:
-        lift_limit()
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 in_batches(list(range(64)), 64, work)
 torch.nn.functional.linear(torch.ones(300, 256, dtype=torch.bfloat16), weight)

@@ -25,7 +25,6 @@ from loractl.common.errors import DataError
 from loractl.common.job.method import Method
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.base.source import check_folder, model_errors
 from loractl.worker.data.origin import load_pinned
@@ -57,7 +56,6 @@ def hub(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Hub:
     hub = Hub(folder / "hub")
     rows = write_helpdesk(folder / "rows.jsonl", 12).read_text()
     hub.commit("models", "org/tiny", tiny_model)
-    hub.commit("models", "org/warm", tiny_model)
     hub.commit("models", "org/gated", tiny_model)
     hub.commit("models", "org/empty", {"README.md": "no model yet"})
     hub.commit("datasets", "org/desk", {"train.jsonl": rows, "test.jsonl": rows.partition("\n")[0]})
@@ -81,10 +79,6 @@ def answer(what: str, name: str, revision: str | None) -> tuple[str, str]:
         if what == "model":
             load_tokenizer(name, revision)
             return "ok", str(load().config.hidden_size)
-        if what == "kept":
-            base_cache, source = BaseCache(), (name, revision)
-            found = [base_cache.base("k", source, load, joins=j)[1] for j in (False, True)]
-            return "ok", str(found)
         rows, commit = load_pinned(name, revision or "")
         return "ok", f"{sum(1 for _ in rows)} rows of {commit}"
     except TrainingFailed as error:
@@ -212,7 +206,6 @@ def test_a_hub_that_fails_is_away_and_what_is_cached_will_do(hub: Hub, box: Box,
     asked = ("model", "org/tiny", None), ("data", "org/desk", "train"), ("data", "org/desk@next", "train")
     assert box.ask(("data", "org/desk", "train[:25%]+test"))[0][1].startswith("4 rows of ")
     main, following = (hub.find("datasets", "org/desk", name)[0] for name in ("main", "next"))
-    assert box.ask(("kept", "org/warm", None)) == [("ok", "[False, True]")], "its files came with the first one"
     fetched = box.ask(*asked)
     assert fetched == [("ok", "64"), ("ok", f"12 rows of {main}"), ("ok", f"24 rows of {following}")]
     hub.fails = HTTPStatus.SERVICE_UNAVAILABLE

@@ -22,7 +22,7 @@ from loractl.common.memory.step import HEAD_CHUNK
 from loractl.common.units import gib
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, evaluating
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.kept.knowledge import Knowledge, Known, Once
+from loractl.worker.base.kept.knowledge import Known, Once
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner, load_base, load_tokenizer
 from loractl.worker.data.packing import pack
@@ -85,9 +85,12 @@ def spec_of(method: str = "lora", **sections: Any) -> JobSpec:
     return JobSpec.model_validate(job)
 
 
-def asking(knowledge: Knowledge) -> Once[Any]:
+def asking(known: dict[str, Any]) -> Once[Any]:
     def once(question: str, find_out: Callable[[], Any], /, *, keeps: Callable[[Any], bool]) -> Known[Any]:
-        return knowledge.once(question, 1, find_out, check_stop=lambda: None, keeps=keeps)
+        answer = known[question] if question in known else find_out()
+        if keeps(answer):
+            known[question] = answer
+        return Known(answer, 1)
 
     return once
 
@@ -242,14 +245,15 @@ def test_a_family_that_needs_its_rows_apart_keeps_padding_and_says_why(
     config = getattr(transformers, f"{family}Config")(**settings, hidden_size=32, vocab_size=300)
     base = getattr(transformers, f"{family}ForCausalLM")(config)
     model = adapted(base, spec_of(lora={"target_modules": targets}))
-    learner, knowledge = Learner(model=model, tokenizer=load_tokenizer(str(tiny_model)), precision=FP32), Knowledge()
+    learner = Learner(model=model, tokenizer=load_tokenizer(str(tiny_model)), precision=FP32)
+    known: dict[str, Any] = {}
     for _ in range(2):  # a fault is not known: the next one looks for it again
-        forward, said = forward_pass(learner, spec_of(), 40, once=asking(knowledge))
+        forward, said = forward_pass(learner, spec_of(), 40, once=asking(known))
         assert isinstance(forward, PaddedPass) and said is not None and why in said
 
 
 def test_a_base_is_tried_once_for_jobs_that_adapt_it_alike(tiny_model: Path) -> None:
-    base, knowledge, passes = load_base(str(tiny_model), Method.LORA, "cpu", FP32), Knowledge(), []
+    base, knowledge, passes = load_base(str(tiny_model), Method.LORA, "cpu", FP32), dict[str, Any](), []
     tokenizer = load_tokenizer(str(tiny_model))
     shared = choice.shared_base(base, FP32)
     assert shared is not None
@@ -478,14 +482,6 @@ def test_the_history_says_why_rows_are_padded_and_each_message_how_far_the_evalu
     assert far == sorted(far) and far[0][0] < far[0][1] == far[-1][0]
     (said,) = [m.text for m in told if isinstance(m, Note) and m.kind == "engine"]
     assert said == "trains with padded rows: NEFTune's noise is made for padded rows"
-
-
-def test_the_history_says_why_no_other_job_can_train_beside_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "rows_together", lambda it, _: "no" if isinstance(it, SharedPass) else None)
-    ended, told = recipe(max_steps=1, evaluation={"samples": 0, "metrics": ["loss"]})
-    assert ended.reason is Reason.OK
-    said = [m.text for m in told if isinstance(m, Note) and m.kind == "engine"]
-    assert said == ["no other job trains with it: no"]
 
 
 def test_a_model_that_proves_to_need_padding_is_planned_anew_with_it(

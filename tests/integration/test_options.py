@@ -20,7 +20,6 @@ from loractl.common.memory.weights import SMALLEST_8BIT, state_bytes
 from loractl.common.store.records import HELD_OUT_LOSS
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed, explain
-from loractl.worker.base.kept.base_cache import BaseCache
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
 from loractl.worker.data.packing import pack
@@ -43,12 +42,6 @@ HARDLY = {"samples": 0, "metrics": ["loss"]}
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One for all: it is tried once that rows behind each other are right, and no test is about that."""
     return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
-def base_cache() -> BaseCache:
-    """Keeps the base from one training to the next, which changes no bit of them (test_kept_base.py)."""
-    return BaseCache()
 
 
 def losses(told: list[Any], name: str = "loss") -> list[float]:
@@ -107,14 +100,12 @@ def report(folder: Path) -> dict[str, Any]:
     ],
     ids=lambda options: "-".join(f"{k}={v}" for section in options.values() for k, v in section.items()),
 )
-def test_an_option_changes_what_is_learned(
-    recipe: Recipe, base_cache: BaseCache, tmp_path: Path, options: dict[str, Any]
-) -> None:
+def test_an_option_changes_what_is_learned(recipe: Recipe, tmp_path: Path, options: dict[str, Any]) -> None:
     sections = {name: section for name, section in options.items() if name != "training"}
     few = {"max_steps": 4, "eval_steps": None, **options.get("training", {})}
     if not PLAIN:  # the same for every option
-        PLAIN.extend(losses(recipe("plain", base_cache=base_cache, max_steps=4, evaluation=HARDLY)[1]))
-    ended, changed = recipe("changed", base_cache=base_cache, evaluation=HARDLY, **sections, **few)
+        PLAIN.extend(losses(recipe("plain", max_steps=4, evaluation=HARDLY)[1]))
+    ended, changed = recipe("changed", evaluation=HARDLY, **sections, **few)
     assert ended.reason is Reason.OK
     assert losses(changed) != PLAIN
     resolved = json.loads((tmp_path / "changed" / "result" / "job.json").read_text())["spec"]
@@ -122,10 +113,8 @@ def test_an_option_changes_what_is_learned(
         assert {key: resolved[name][key] for key in section} == section
 
 
-def test_no_option_changes_nothing_of_it_also_after_all_others(recipe: Recipe, base_cache: BaseCache) -> None:
-    plain, again = (
-        losses(recipe(name, base_cache=base_cache, max_steps=4, evaluation=HARDLY)[1]) for name in ("a", "b")
-    )
+def test_no_option_changes_nothing_of_it_also_after_all_others(recipe: Recipe) -> None:
+    plain, again = (losses(recipe(name, max_steps=4, evaluation=HARDLY)[1]) for name in ("a", "b"))
     assert again == plain == (PLAIN or plain)
 
 
@@ -189,7 +178,7 @@ def test_loftq_starts_nearer_to_the_base_than_nf4_alone(tiny_model: Path) -> Non
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_trains_and_holds_the_state_that_the_plan_counts(
-    recipe: Recipe, base_cache: BaseCache, monkeypatch: pytest.MonkeyPatch, optimizer: str
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     """Measured on the optimizer itself at the end of a run, per trained tensor."""
     from loractl.worker.engine import loop as module
@@ -197,7 +186,7 @@ def test_every_optimizer_trains_and_holds_the_state_that_the_plan_counts(
     made: list[Any] = []
     make = module.make_optimizer
     monkeypatch.setattr(module, "make_optimizer", lambda *a: made.append(make(*a)) or made[-1])  # the real one, kept
-    ended, told = recipe(base_cache=base_cache, max_steps=3, optim=optimizer, lora={"r": 64}, evaluation=HARDLY)
+    ended, told = recipe(max_steps=3, optim=optimizer, lora={"r": 64}, evaluation=HARDLY)
     assert ended.reason is Reason.OK and len(losses(told)) == 3
     held = [(parameter.numel(), _state_bytes(state)) for parameter, state in made[0].state.items()]
     if optimizer in ("sgd", "adafactor"):
@@ -372,7 +361,7 @@ ELSEWHERE = {
     "dataset.more": "tests/integration/test_sources.py",
     "dataset.eval_split": "tests/integration/test_sources.py",
     "dataset.final_path": "tests/integration/test_evaluation.py",
-    "dataset.final_size": "tests/integration/test_preparation.py",
+    "dataset.final_size": "tests/integration/test_evaluation.py",
     "preference.loss_type": "tests/integration/test_preferences.py",
     "preference.loss_weights": "tests/integration/test_preferences.py",
     "preference.beta": "tests/integration/test_preferences.py",

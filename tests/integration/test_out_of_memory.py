@@ -142,8 +142,8 @@ def here(order: Start, *, stop_after: int | None = None) -> list[Told]:
     def tell(message: Told) -> None:
         told.append(message)
         if stop_after is not None and isinstance(message, Stepped) and message.step >= stop_after:
-            run.save_on_stop.set()
-            run.stop.set()
+            run.stop.saves.set()
+            run.stop.came.set()
 
     run.tell = tell
     try:

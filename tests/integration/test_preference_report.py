@@ -23,7 +23,6 @@ from loractl.scheduler.report.text import report_text
 from loractl.scheduler.web.pages.measures import digest
 from loractl.worker.base.arithmetic import choose_precision, evaluating
 from loractl.worker.base.batches import HERE
-from loractl.worker.base.kept.knowledge import Knowledge
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner, load_base, load_tokenizer
 from loractl.worker.data.prepared import PreparedData, prepare_data
@@ -210,37 +209,17 @@ def _noted(told: list[tuple[int, int]], *at: int) -> None:
     told.append((at[0], at[1]))
 
 
-def test_the_work_that_is_told_adds_up_also_where_the_base_is_known(made: Made) -> None:
+def test_the_work_that_is_told_adds_up(made: Made) -> None:
     learner, data, spec = made()
-    kind, knowledge, told = trained_kind(spec), Knowledge(), list[tuple[int, int]]()
+    kind, told = trained_kind(spec), list[tuple[int, int]]()
     stretches = kind.stretches(spec, data, learner.tokenizer)
-
-    def once(question: str, find_out: Any, *, keeps: Any) -> Any:
-        return knowledge.once(question, 7, find_out, check_stop=lambda: None, keeps=keeps)
-
-    found = []
-    for _ in range(2):
-        told.clear()
-        tell = partial(_noted, told)
-        found.append(
-            kind.evaluate(
-                EvaluationTask(
-                    learner=learner,
-                    data=data,
-                    spec=spec,
-                    check_stop=lambda: None,
-                    progress=tell,
-                    once=once,
-                    asked=HERE,
-                )
-            )
-        )
-        total = 2 * (20 + 3)
-        assert {of for _, of in told} == {total} == {sum(stretch.count for stretch in stretches)}
-        assert told[-1][0] == total and [done for done, _ in told] == sorted(done for done, _ in told)
-    assert [one.base_job for one in found] == [None, 7]
-    assert found[0].metrics == found[1].metrics and found[0].row_losses == found[1].row_losses
-    assert kind.answers(spec, data) == 3 == len(found[0].answers)
+    task = EvaluationTask(
+        learner=learner, data=data, spec=spec, check_stop=lambda: None, progress=partial(_noted, told), asked=HERE
+    )
+    found, total = kind.evaluate(task), 2 * (20 + 3)
+    assert {of for _, of in told} == {total} == {sum(stretch.count for stretch in stretches)}
+    assert told[-1][0] == total and [done for done, _ in told] == sorted(done for done, _ in told)
+    assert kind.answers(spec, data) == 3 == len(found.answers)
 
 
 def test_a_batch_is_tried_as_the_evaluation_has_it_at_its_longest(made: Made) -> None:

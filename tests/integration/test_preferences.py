@@ -31,7 +31,7 @@ from loractl.worker.engine.pairs import PairLoss, Sizes
 from loractl.worker.engine.passes.choice import forward_pass
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
-from loractl.worker.protocol.messages import Opened, Start, Stepped
+from loractl.worker.protocol.messages import Start, Stepped
 from loractl.worker.recipe.fit import largest_batch
 from loractl.worker.recipe.kinds import FrozenReference, trained_kind
 
@@ -39,7 +39,7 @@ from .conftest import Recipe
 from .test_engine import PAD
 from .test_lean import FP32, adapted, base_of, spec_of
 from .test_loss import pairs as answer_pairs
-from .test_members import LONG, Process, weights
+from .test_stopped_evaluation import weights
 
 PAIRS: dict[str, Any] = {"per_device_train_batch_size": 4, "max_steps": 6, "learning_rate": 2e-3}
 
@@ -126,31 +126,6 @@ def test_a_training_that_goes_on_after_a_stop_leaves_the_same_adapter(
     recipe("begun", stop_after=3, **keys)
     recipe("resumed", resume="begun", **keys)
     assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
-
-
-def test_jobs_on_pairs_and_jobs_on_answers_in_one_process_leave_what_they_leave_alone(
-    recipe: Recipe, start: Callable[..., Start], asked: Any, tmp_path: Path
-) -> None:
-    wanted: list[dict[str, Any]] = [
-        {**LONG, "max_steps": 10},
-        asked(max_steps=8),
-        {**LONG, "seed": 5, "lora": {"r": 8, "lora_dropout": 0.1}},
-        asked({"loss_type": "simpo"}, seed=3),
-    ]
-    for number, keys in enumerate(wanted, start=1):
-        recipe(f"alone{number}", **keys)
-    process = Process()
-
-    def begin_others() -> None:
-        process.send(*(start(f"b{n}", job_id=n, keep=True, joins=True, **wanted[n - 1]) for n in (2, 3, 4)))
-
-    process.when(1, Opened, begin_others)
-    process.send(start("b1", job_id=1, keep=True, **wanted[0]))
-    process.join()
-    assert {process.ended(job).reason for job in (1, 2, 3, 4)} == {Reason.OK}, process.remained()
-    assert [weights(tmp_path / f"b{n}") for n in (1, 2, 3, 4)] == [
-        weights(tmp_path / f"alone{n}") for n in (1, 2, 3, 4)
-    ]
 
 
 def test_the_adapter_that_a_job_begins_from_is_its_reference(
@@ -268,7 +243,7 @@ def first_losses(base: Any, targets: str, **sections: Any) -> tuple[float, float
     kind, rows = trained_kind(spec), answer_pairs(4)
     loss = kind.loss(spec)
     forward, _ = forward_pass(learner, spec, 100, loss=loss)
-    kind.refer(loss, replace(learner, scorer=forward if isinstance(forward, LeanPass) else None), lambda _: {})
+    kind.refer(loss, replace(learner, scorer=forward if isinstance(forward, LeanPass) else None))
     meet(loss, rows)
     first = sum(float(forward.learn(batch, torch.autograd.backward)) for batch in window_of(loss, [rows[:1], rows[1:]]))
     with evaluating(model):
@@ -350,7 +325,7 @@ def test_a_padded_pair_s_reference_does_not_depend_on_the_pairs_beside_it() -> N
     model, rows = adapted(base_of("Llama"), spec_of()), answer_pairs(12)
     tokenizer = SimpleNamespace(pad_token_id=PAD, eos_token_id=2)
     learner = Learner(model=model, tokenizer=tokenizer, precision=FP32)
-    together, alone = FrozenReference(learner, {}), FrozenReference(learner, {})
+    together, alone = FrozenReference(learner), FrozenReference(learner)
     together.meet(rows)
     for row in rows:
         alone.meet([row])
@@ -376,22 +351,3 @@ def test_what_others_say_within_a_chosen_answer_is_learned_by_orpo_no_more_than_
     assert Sizes.of(learned) == Sizes(asked=1, chosen=2, rejected=1)
     chosen, _ = form_of(DataFormat.PREFERENCE).texts(row)
     assert unlearned(chosen).input_ids == [5, 6] == unlearned(chosen).labels, "as the report measures it"
-
-
-def test_a_reference_is_shared_by_those_that_compute_alike() -> None:
-    """Padded rows round otherwise, and a job with NEFTune has such on the same base."""
-    model, rows = adapted(base_of("Llama"), spec_of()), answer_pairs(12)
-    padded = Learner(model=model, tokenizer=SimpleNamespace(pad_token_id=PAD, eos_token_id=2), precision=FP32)
-    lean = replace(padded, scorer=LeanPass(model, FP32))
-    kind, asked = trained_kind(spec_of(task_type="preference")), PreferenceSpec()
-
-    def met(learner: Learner, found: dict[str, dict[Any, Any]]) -> dict[Any, Any]:
-        loss = PairLoss(asked)
-        kind.refer(loss, learner, lambda what: found.setdefault(what, {}))
-        loss.meet(rows)
-        return {row.number: loss.reference.of(row) for row in rows if loss.reference is not None}
-
-    shared = dict[str, dict[Any, Any]]()
-    assert met(padded, shared) == met(padded, shared)
-    assert len(shared) == 1
-    assert met(lean, shared) == met(lean, {}) != met(padded, {})

@@ -29,13 +29,10 @@ PROMISES = [
     "tests/integration/test_engine.py",
     "tests/integration/test_lean.py",
     "tests/integration/test_pack.py",
-    "tests/integration/test_members.py",
-    "tests/integration/test_kept_base.py",
     "tests/integration/test_resume_proof.py",
     "tests/acceptance/test_reproduce.py",
-    "tests/acceptance/test_warm_host.py",
 ]
-"""What must hold on every processor: bits of a pack, a host, a resume, a reproduced job, and the Trainer's."""
+"""What must hold on every processor: bits of a pack, a resume, a reproduced job, and the Trainer's."""
 
 PACK = "tests/integration/test_pack.py::test_"
 

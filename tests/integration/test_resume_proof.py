@@ -429,8 +429,8 @@ def _run(
     def tell(message: Told) -> None:
         told.append(message)
         if stop_after is not None and isinstance(message, Stepped) and message.step >= stop_after:
-            run.save_on_stop.set()
-            run.stop.set()
+            run.stop.saves.set()
+            run.stop.came.set()
 
     run = Run(order=order, tell=tell)
     return run, told

@@ -35,7 +35,7 @@ from loractl.worker.recipe.trainer import main
 
 sys.stderr.write("from before\\n\\n")
 
-def run(order, orders, tell):
+def run(order, stop, tell):
     sys.stderr.write("from the job\\n")
     child = subprocess.Popen(["sleep", "600"], start_new_session=True)  # as a tracker's service
     tell(Note(job_id=order.job_id, kind="child", text=str(child.pid)))

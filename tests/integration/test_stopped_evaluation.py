@@ -41,8 +41,8 @@ def test_a_stop_in_an_evaluation_is_obeyed_within_a_batch_and_costs_nothing(
     def stop(self: Any, args: Any, state: Any, control: Any, **_: Any) -> None:
         scored.append(state.global_step)
         if state.global_step == step:
-            self._run.save_on_stop.set()
-            self._run.stop.set()
+            self._run.stop.saves.set()
+            self._run.stop.came.set()
 
     with monkeypatch.context() as patched:
         patched.setattr(Teller, "on_prediction_step", stop)

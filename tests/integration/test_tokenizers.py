@@ -1,11 +1,10 @@
-"""Tokenizers of a process: made once, one training's at a time, as new for the next one, and of bases submit takes."""
+"""Tokenizers and weights of bases: what submit takes, the worker takes."""
 
 from __future__ import annotations
 
 import json
 import struct
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,6 @@ from loractl.scheduler.plan.answer import JobToPlan, memory_need
 from loractl.scheduler.submit.need import check_adapter
 from loractl.scheduler.submit.preflight import check_base
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.kept.base_cache import KEPT, Tokenizers
 from loractl.worker.base.model import load_tokenizer
 
 from ..unit.factories import spec
@@ -23,49 +21,6 @@ SMALL = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 2, "vocab_size": 100_000,
 }  # fmt: skip
-
-
-def test_the_next_training_has_the_tokenizer_as_it_was_made(tiny_model: Path, tmp_path: Path) -> None:
-    kept, made = Tokenizers(), list[Any]()
-
-    def make() -> Any:
-        made.append(load_tokenizer(str(tiny_model)))
-        return made[-1]
-
-    def files(tokenizer: Any, name: str) -> dict[str, bytes]:
-        tokenizer.save_pretrained(tmp_path / name)
-        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-
-    first = kept.take((str(tiny_model), None), make)
-    new = files(first.tokenizer, "new")
-    first.tokenizer(["a b", "c"], padding=True, truncation=True, max_length=2)
-    first.tokenizer.padding_side, first.tokenizer.chat_template = "left", "another"
-    assert files(first.tokenizer, "used") != new
-    beside = kept.take((str(tiny_model), None), make)
-    assert beside.tokenizer is not first.tokenizer and len(made) == 2, "each has its own"
-    kept.give_back(first)
-    again = kept.take((str(tiny_model), None), make)
-    assert again.tokenizer is first.tokenizer and len(made) == 2
-    assert files(again.tokenizer, "again") == new
-
-
-def test_no_tokenizer_outlives_its_files_and_few_wait(tmp_path: Path) -> None:
-    from ..models import make_tiny_model
-
-    folder, kept = make_tiny_model(tmp_path / "model"), Tokenizers()
-
-    def take() -> Any:
-        return kept.take((str(folder), None), lambda: load_tokenizer(str(folder)))
-
-    borrowed = [take() for _ in range(KEPT + 1)]
-    for one in borrowed:
-        kept.give_back(one)
-    known = {id(one.tokenizer) for one in borrowed}
-    assert [id(take().tokenizer) in known for _ in range(KEPT + 1)] == [True] * KEPT + [False]
-    kept.give_back(borrowed[0])
-    file = folder / "tokenizer_config.json"
-    file.write_bytes(file.read_bytes() + b"\n")
-    assert id(take().tokenizer) not in known
 
 
 @pytest.mark.parametrize("format", ["gptq", "awq", "fp8", "compressed-tensors"])

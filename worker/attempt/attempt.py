@@ -18,6 +18,7 @@ from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import (
     Adjusted,
     Ended,
+    FileKept,
     Note,
     Peaks,
     Planned,
@@ -95,7 +96,7 @@ class Unwritten:
         self._noted.put((kind, text))
 
     def take(self, message: Told) -> None:
-        if isinstance(message, (StageChanged, Note, Adjusted, Planned, Stepped)):
+        if isinstance(message, (StageChanged, Note, Adjusted, Planned, Stepped, FileKept)):
             self.pending = _fold(self.pending, message)
 
     def progress(self, peaks: Peaks, *, last: bool = False) -> Progress:
@@ -268,6 +269,8 @@ def _fold(progress: Progress, message: Told) -> Progress:
         return replace(progress, events=events, resumed_from_step=resumed)
     if isinstance(message, Adjusted):
         return replace(progress, adjustment=message.adjustment)
+    if isinstance(message, FileKept):
+        return replace(progress, kept=(*progress.kept, (message.key, message.sha256)))
     if isinstance(message, Planned):
         need, roomy = Need(lora=message.lora, qlora=message.qlora), message.roomy
         roomy_too = None if roomy is None else Roomy.read(roomy)

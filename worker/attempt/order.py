@@ -27,6 +27,7 @@ from loractl.common.memory.config import read_shape
 from loractl.common.memory.step import planned_labels
 from loractl.common.memory.weights import adapter_tensors, optimizer_name, state_bytes
 from loractl.common.store.records import Claim
+from loractl.common.store.tables import KeptFile
 from loractl.common.units import GIB
 from loractl.worker.device.devices import Device, find_device, torch_settings
 from loractl.worker.device.occupancy import (
@@ -38,7 +39,7 @@ from loractl.worker.device.occupancy import (
     run_mark,
 )
 from loractl.worker.protocol.marker import is_complete
-from loractl.worker.protocol.messages import Ancestor, Rank, Start
+from loractl.worker.protocol.messages import Ancestor, KnownFile, Rank, Start
 from loractl.worker.protocol.trust import Refused, check_checkpoint, check_claim, may_run_code
 
 from .attempt import SupervisedAttempt
@@ -158,7 +159,12 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
         checkpoint_dir=str(folder / "checkpoints"),
         earlier_checkpoints=[str(p) for p in earlier],
         cache_dir=str(cache),
+        kept=[_known(row) for row in place.store.cards.kept_files(place.settings.host)],
     )
+
+
+def _known(row: KeptFile) -> KnownFile:
+    return KnownFile(key=row.key, sha256=row.sha256, job_id=row.job_id, at=row.at)
 
 
 def _ranks(place: Workplace, claim: Claim) -> list[Rank]:

@@ -15,13 +15,12 @@ NO_COMPILER = ("No working C++ compiler found", "Failed to find C compiler")
 class TrainingFailed(LoractlError):
     """The attempt can't go on. The job's row will show the reason.
 
-    `aside`: it happened in a process other than the trainer's, and says nothing about the trainer. `withdrawn`: the
-    folder of the broken checkpoint that is the cause; the attempt goes on without it.
+    `withdrawn`: the folder of the broken checkpoint that is the cause; the attempt goes on without it.
     """
 
-    def __init__(self, reason: Reason, sentence: str, *, aside: bool = False, withdrawn: str | None = None) -> None:
+    def __init__(self, reason: Reason, sentence: str, *, withdrawn: str | None = None) -> None:
         super().__init__(sentence)
-        self.reason, self.aside, self.withdrawn = reason, aside, withdrawn
+        self.reason, self.withdrawn = reason, withdrawn
 
 
 def explain(error: Exception, *, own_limit: bool) -> tuple[Reason, str]:

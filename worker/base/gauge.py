@@ -129,26 +129,6 @@ def _bytes_of_libraries() -> int:
     return _in_new_thread(data_bytes)
 
 
-def lift_limit() -> None:
-    """Between two trainings: a process without a training needs no limit, and must not fail at the last training's."""
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
-    if torch.cuda.is_initialized():
-        torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def forget_peaks() -> bool:
-    """Reset this process's memory peaks. False if the system does not allow that."""
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM (proc(5))
-    except OSError as error:
-        log.debug("the peak of this process's memory can't be set back: %s", error)
-        return False
-    return True
-
-
 def allocator_room(limit: int, context: int | None) -> int:
     """Bytes that torch's allocator may take of a process's `limit`, with its measured CUDA context (None: not
     measured).

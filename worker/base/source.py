@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -184,10 +184,6 @@ def _traits(folder: Path) -> Traits:
     return frozenset((where, name, f.st_size, f.st_mtime_ns, f.st_ctime_ns, f.st_ino) for name, f in facts)
 
 
-LOOK_S = 0.5
-"""How often a wait for hashes checks whether to stop."""
-
-
 class BaseIdentity:
     """Hashes a base model's files during its training: a card must not wait minutes for the hash of 140 GB.
 
@@ -200,7 +196,6 @@ class BaseIdentity:
         self._folder = Path(base_model) if pinned is None else pinned.folder
         self._cache = cache
         self._files: Fingerprint = {}
-        self._traits: Traits | None = None  # of the files, the same before and after hashing; None: they changed
         self._error: Exception | None = None
         # it ends with the process: a failing job must not wait for it
         self._thread = threading.Thread(target=self._hash, name="identity", daemon=True)
@@ -217,19 +212,9 @@ class BaseIdentity:
     def _terms(self) -> dict[str, bool]:
         return {} if may_be_published(str(self._folder)) else {"publish": False}
 
-    def files_at(self, traits: Traits, check_stop: Callable[[], None]) -> Fingerprint | None:
-        """Wait for the hashes of files with these traits; None: others were hashed, or none could be read. `check_stop`
-        is called during the wait."""
-        while self._thread.is_alive():
-            check_stop()
-            self._thread.join(LOOK_S)
-        return self._files if self._error is None and self._traits == traits else None
-
     def _hash(self) -> None:
         try:
-            before = _traits(self._folder)
             self._files = fingerprint(self._folder, self._cache)
-            self._traits = before if _traits(self._folder) == before else None
         except Exception as error:  # noqa: BLE001  raised again where it is waited for
             self._error = error
 

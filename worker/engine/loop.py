@@ -133,22 +133,19 @@ class TrainingLoop:
         args: TrainingArguments,
         rows: MemberRows,
         callbacks: Sequence[TrainerCallback] = (),
-        *,
-        pages: bool = True,
     ) -> None:
-        """`pages`: the optimizer's state may be paged, since the process ends with this training."""
         self.session, self.forward, self.args, self.rows = session, forward, args, rows
         self.model = forward.model
-        session.run(partial(self._make, callbacks, pages))
+        session.run(partial(self._make, callbacks))
 
-    def _make(self, callbacks: Sequence[TrainerCallback], pages: bool) -> None:
+    def _make(self, callbacks: Sequence[TrainerCallback]) -> None:
         args, forward = self.args, self.forward
         seed_streams(args.seed)
         if args.activation_checkpointing:
             forward.recompute_blocks((args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1))
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         scaler = torch.amp.GradScaler(forward.device.type) if args.fp16 else None
-        self.optimizer = ScaledOptimizer(make_optimizer(self.model, args, pages), scaler)
+        self.optimizer = ScaledOptimizer(make_optimizer(self.model, args), scaler)
         self.order = RowOrder(lengths_in(self.rows.train), args)
         self.control, self.state = TrainerControl(), self._first_state()
         self._schedule = get_scheduler(
@@ -181,12 +178,6 @@ class TrainingLoop:
     def evaluation_due(self) -> bool:
         """Whether the last step's evaluation is left to the next attempt, since a stop came first."""
         return self.control.should_evaluate
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """What it holds besides the base: its adapter, and the optimizer's state."""
-        state = (value for held in self.optimizer.inner.state.values() for value in held.values())
-        return [*self.trained, *(value for value in state if isinstance(value, torch.Tensor))]
 
     def run(self) -> None:
         """Train to the end. Errors of the computation, callbacks or files come through."""

@@ -18,20 +18,15 @@ _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|
 the same everywhere."""
 
 
-def make_optimizer(model: Any, args: TrainingArguments, pages: bool = True) -> Any:
-    """The optimizer of `args` over the model's trainable parameters; biases and norms are not decayed.
-
-    `pages`: the process ends with the training. bitsandbytes holds all paged state in its own list and never gives it
-    back (functional.GlobalPageManager, get_paged), so a process with more trainings to come uses none: the numbers are
-    the same.
-    """
+def make_optimizer(model: Any, args: TrainingArguments) -> Any:
+    """The optimizer of `args` over the model's trainable parameters; biases and norms are not decayed."""
     names = decayed_names(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for name, p in trained if name in names], "weight_decay": args.weight_decay},
         {"params": [p for name, p in trained if name not in names], "weight_decay": 0.0},
     ]
-    optimizer = _kind(args, pages=pages)(groups)
+    optimizer = _kind(args)(groups)
     if args.optim.value.endswith("_8bit"):
         _keep_embeddings_whole(model)
     return optimizer
@@ -58,7 +53,7 @@ def decayed_names(model: Any) -> set[str]:
     }
 
 
-def _kind(args: TrainingArguments, *, pages: bool) -> Callable[[Any], Any]:
+def _kind(args: TrainingArguments) -> Callable[[Any], Any]:
     """The optimizer with a name of the job file, and its numbers, for groups of parameters."""
     from transformers.optimization import Adafactor
 
@@ -76,7 +71,7 @@ def _kind(args: TrainingArguments, *, pages: bool) -> Callable[[Any], Any]:
         return plain[name]
     from bitsandbytes import optim as bnb
 
-    kept = {"optim_bits": 8 if name.endswith("_8bit") else 32, "is_paged": pages and name.startswith("paged_")}
+    kept = {"optim_bits": 8 if name.endswith("_8bit") else 32, "is_paged": name.startswith("paged_")}
     more = (*betas, ADEMAMIX_BETA3)
     ours: dict[str, Callable[[Any], Any]] = {
         "adamw": lambda groups: bnb.AdamW(groups, **lr, betas=betas, eps=eps, **kept),

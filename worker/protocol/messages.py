@@ -5,6 +5,7 @@ Every message names its job: a host serves jobs on the same base, one after anot
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -51,6 +52,17 @@ class Ancestor(BaseModel):
     def lineage(self) -> dict[str, int | str]:
         """What the new adapter's files record about it."""
         return self.model_dump(exclude={"path"})
+
+
+class KnownFile(BaseModel):
+    """A file in this box's cache that an earlier job has left, as the database knows it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    key: str  # a hash of all that decides its content
+    sha256: str  # of its content
+    job_id: int  # that wrote it
+    at: dt.datetime
 
 
 class Rank(BaseModel):
@@ -100,6 +112,7 @@ class Start(_Message):
     checkpoint_dir: str
     earlier_checkpoints: list[str]  # folders of earlier attempts, newest first
     cache_dir: str
+    kept: list[KnownFile] = Field(default_factory=list)  # what it may use of that folder, beyond what it can check
     init_from: Ancestor | None = None  # None: a fresh adapter
     lm_eval_tasks: str | None = None  # the box owner's folder of tasks for the lm-eval harness
     keep: str | None = None  # what decides how the base is loaded, if it may stay for the next job; None: it may not
@@ -194,6 +207,17 @@ class Saved(_Message):
     path: str
 
 
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class FileKept(_Message):
+    """Trainer: a file for later jobs is in this box's cache."""
+
+    type: Literal["file_kept"] = "file_kept"
+    key: Sha256
+    sha256: Sha256
+
+
 class LogLines(_Message):
     """Trainer: lines of a job's log, if the process has several jobs."""
 
@@ -259,6 +283,7 @@ Told = (
     | Planned
     | Note
     | Saved
+    | FileKept
     | LogLines
     | Opened
     | Passed

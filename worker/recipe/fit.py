@@ -33,10 +33,8 @@ from loractl.worker.engine.engine import ForwardPass
 from loractl.worker.engine.loop import MemberRows, TrainingLoop
 from loractl.worker.engine.loss import meet, window_of
 from loractl.worker.engine.passes.lean import LeanPass
-from loractl.worker.engine.passes.shared import SharedPass
 from loractl.worker.engine.saved_state import read_snapshot
 from loractl.worker.evaluation.stretches import Stretch
-from loractl.worker.protocol.messages import Opened
 
 from .arguments import training_arguments
 from .best import BestKeeper
@@ -223,21 +221,9 @@ class Brake(TrainerCallback):
         self._obey(control)
 
     def _obey(self, control: Any) -> None:
-        if self._run.stop.is_set():
+        if self._run.stop.came.is_set():
             control.should_training_stop = True
-            control.should_save = self._run.save_on_stop.is_set()
-
-
-class BaseOpening(TrainerCallback):
-    """Reports that others may train on the base, once the longest batches have fitted."""
-
-    def __init__(self, run: Run, forward: ForwardPass) -> None:
-        self._run, self._shares = run, isinstance(forward, SharedPass)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        order, size = self._run.order, self._run.base_cache.size
-        if self._shares and size and not order.joins:
-            self._run.tell(Opened(job_id=order.job_id, base_bytes=size))
+            control.should_save = self._run.stop.saves.is_set()
 
 
 def fit(
@@ -299,8 +285,7 @@ def _fit_once(
     rows = MemberRows(train=data.trained_rows, held_out=held_out)
     # Without a limit no allocation fails on a CPU: the kernel kills a process, and a probe would notice nothing.
     probed = run.on_gpu or run.order.memory_limit is not None
-    called = (*callbacks.in_order, BaseOpening(run, forward))
-    loop = TrainingLoop(run.session, forward, arguments, rows, called, pages=run.order.keep is None)
+    loop = TrainingLoop(run.session, forward, arguments, rows, callbacks.in_order)
     if callbacks.checkpoint is not None:
         with readable(callbacks.checkpoint):
             loop.resume(callbacks.checkpoint.path)
@@ -312,9 +297,7 @@ def _fit_once(
         loop.run()
     except DoesNotFit as failure:
         return str(failure)
-    finally:
-        run.remains.note(loop.tensors)
     ended = loop.state.global_step >= loop.state.max_steps or callbacks.best.stopped_early is not None
-    if run.stop.is_set() and (loop.evaluation_due or not ended):
+    if run.stop.came.is_set() and (loop.evaluation_due or not ended):
         raise Stopped
     return None

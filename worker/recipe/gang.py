@@ -91,7 +91,7 @@ def base_of(order: Start, precision: Precision, head: Head | None) -> Any:
 def follow(run: Run) -> Ended:
     """All the work of a follower: it loads the model, and does its part of each step."""
     run.session.run(partial(_prepared, run)).follow(run.session.run)
-    return Ended(job_id=run.order.job_id, reason=Reason.OK, message="", peaks=run.peaks())
+    return Ended(job_id=run.order.job_id, reason=Reason.OK, message="", peaks=run.gauge.look())
 
 
 def _prepared(run: Run) -> Follower:

@@ -22,7 +22,6 @@ from loractl.common.job.spec import JobSpec
 from loractl.worker.base.adapter import read_labels
 from loractl.worker.base.arithmetic import random_streams_kept
 from loractl.worker.base.batches import Computer
-from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.model import HEAD, Head, Learner, label_settings, measuring
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import form_of
@@ -39,12 +38,12 @@ from loractl.worker.evaluation.stretches import ROWS, Stretch
 class FrozenReference:
     """What a report calls base: the bare base, or the adapter with its first weights.
 
-    A row is scored once, just before it is first learned from. Trainings of one process with the same base share the
-    scores.
+    A row is scored once, just before it is first learned from.
     """
 
-    def __init__(self, learner: Learner, known: Scores) -> None:
-        self._learner, self._known = learner, known
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self._known: Scores = {}
 
     def meet(self, rows: Sequence[TokenRow]) -> None:
         new = {key: row for row in rows if (key := row_key(row)) not in self._known}
@@ -77,7 +76,6 @@ class EvaluationTask:
     spec: JobSpec
     check_stop: Callable[[], None]
     progress: Callable[[int, int], None]
-    once: Once[Any]
     asked: Computer
 
 
@@ -99,8 +97,8 @@ class TrainedKind(ABC):
     def loss(self, spec: JobSpec) -> Loss:
         """The loss that rows are trained with."""
 
-    def refer(self, loss: Loss, learner: Learner, known: Callable[[str], dict[Any, Any]]) -> None:  # noqa: B027
-        """Give a loss its reference model. `known`: what trainings of this process know about something."""
+    def refer(self, loss: Loss, learner: Learner) -> None:  # noqa: B027
+        """Give a loss its reference model."""
 
     def misfit(self, data: PreparedData, stored: Path) -> str | None:
         """How the rows differ from the stored adapter that the job starts from. Raises ArtifactError."""
@@ -159,7 +157,7 @@ class TrainedAnswers(TrainedKind):
         score_rows(learner.model, learner.tokenizer, rows, len(rows), scorer=learner.scorer, run=lambda piece: piece())
 
     def evaluate(self, work: EvaluationTask) -> Evaluation:
-        return evaluate(work.learner, work.data, work.spec, work.check_stop, work.progress, work.once, work.asked)
+        return evaluate(work.learner, work.data, work.spec, work.check_stop, work.progress, asked=work.asked)
 
     def built(self, config: Any, **options: Any) -> Any:
         from transformers import AutoModelForCausalLM
@@ -184,11 +182,10 @@ class TrainedPreferences(TrainedAnswers):
     def loss(self, spec: JobSpec) -> Loss:
         return PairLoss(spec.preference)
 
-    def refer(self, loss: Loss, learner: Learner, known: Callable[[str], dict[Any, Any]]) -> None:
+    def refer(self, loss: Loss, learner: Learner) -> None:
         assert isinstance(loss, PairLoss)
         if loss.asked.has_reference:
-            question = f"reference of pairs, by {type(learner.scorer).__name__}"  # each type rounds in its own way
-            loss.reference = FrozenReference(learner, known(question))
+            loss.reference = FrozenReference(learner)
 
     def score(self, learner: Learner, rows: list[TokenRow]) -> None:
         # an evaluation's batch has as many answers as this one has pairs: at worst the longest
@@ -197,7 +194,7 @@ class TrainedPreferences(TrainedAnswers):
 
     def evaluate(self, work: EvaluationTask) -> Evaluation:
         return evaluate_preferences(
-            work.learner, work.data, work.spec, work.check_stop, work.progress, work.once, work.asked
+            work.learner, work.data, work.spec, work.check_stop, work.progress, asked=work.asked
         )
 
 

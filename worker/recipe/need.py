@@ -39,8 +39,6 @@ def tell_need(run: Run, data: PreparedData) -> None:
     lengths, stack = lengths_of(data), _stack(run)
     need = predict(spec, lengths, stack=stack)
     given = order.vram_reserved
-    if given is not None and order.joins:
-        given += run.base_cache.size  # loaded by others
     size = need.of(order.method)
     if size is not None or given is None or order.gpu == "cpu" or order.ranks:
         _tell(run, need, lengths, stack)
@@ -48,7 +46,7 @@ def tell_need(run: Run, data: PreparedData) -> None:
             why = f"{_family(spec)} overflows float16, and this card has no bfloat16"
             what = f"in float32 it needs {gib(size)} GiB, the card gives {gib(given)} GiB"
             raise TrainingFailed(Reason.OUT_OF_MEMORY, f"{why}: {what}")
-        least = 0 if order.gpu == "cpu" or order.joins else _weights(order)
+        least = 0 if order.gpu == "cpu" else _weights(order)
         if given is not None and given < least:  # a row may say anything: its need is the submitter's word
             what = f"its base alone takes {gib(least)} GiB, the card gives {gib(given)} GiB"
             raise TrainingFailed(Reason.OUT_OF_MEMORY, what)

@@ -117,7 +117,7 @@ class Teller(TrainerCallback):
         now = time.monotonic()
         self._step_times.append(now - self._step_ended)
         self._step_ended = now
-        if self._run.stop.is_set() or now - self._told > TOLD_EVERY_S:
+        if self._run.stop.came.is_set() or now - self._told > TOLD_EVERY_S:
             self.tell()
         if control.should_evaluate and not control.should_log:
             self._run.say(evaluation_text(self._pace()))
@@ -147,7 +147,7 @@ class Teller(TrainerCallback):
                 tokens_per_second=recorder.tokens_per_second,
                 eta_seconds=left,
                 eta_spread_seconds=spread,
-                peaks=self._run.peaks(),
+                peaks=self._run.gauge.look(),
             )
         )
 
@@ -201,7 +201,7 @@ class Teller(TrainerCallback):
                     eta_spread_seconds=left,  # the length of the answers is unknown
                     evaluated=done,
                     to_evaluate=of,
-                    peaks=self._run.peaks(),
+                    peaks=self._run.gauge.look(),
                 )
             )
 

@@ -20,8 +20,7 @@ from loractl.common.model_card import lab_card
 from loractl.worker.base.adapter import WEIGHTS, load_stored, save_adapter
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, overflows_fp16
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.kept.base_cache import BorrowedTokenizer
-from loractl.worker.base.kept.knowledge import Known, Once
+from loractl.worker.base.kept.knowledge import Known
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Head, Learner, load_tokenizer
 from loractl.worker.base.source import BaseIdentity, family_of, traits_of
@@ -46,9 +45,8 @@ from .fit import Callbacks, fit
 from .gang import Gang, base_of, gathered
 from .kinds import EvaluationTask
 from .need import tell_need, tell_padded
-from .preparation.aside import is_large, prepare_aside
-from .preparation.handover import prepare_rows
 from .resume import checkpoint_to_resume
+from .rows import prepare_rows
 from .run import Run
 
 
@@ -62,14 +60,13 @@ def train(run: Run) -> Ended:
     # 1. The data, before any memory is taken.
     run.stage(Stage.PREPARING)
     ask(partial(set_seed, run.spec.training.seed))
-    borrowed = _tokenizer(run)
-    tokenizer = templated(borrowed.tokenizer, run.spec.dataset.template)
+    tokenizer = load_tokenizer(run.spec.base_model, run.spec.revision, run_code=order.run_code)
+    tokenizer = templated(tokenizer, run.spec.dataset.template)
     data = _prepared(run, tokenizer)
     tasks = ask(partial(find_tasks, run.spec, order.lm_eval_tasks))  # they are other people's programs, and may draw
     ask(partial(tell_need, run, data))
     run.check_stop()
 
-    run.base_cache.compare(order.keep, (run.spec.base_model, run.spec.revision), run.phase, run.check_stop)
     # 2. The base model, in NF4 for QLoRA, a fresh adapter, and the forward pass.
     learner, steps, identity = ask(partial(_ready, run, data, tokenizer))
 
@@ -99,9 +96,7 @@ def train(run: Run) -> Ended:
     write_report(report, out)
     write_page(report, out)
     (out / "adapter" / "README.md").write_text(lab_card(report), "utf-8")
-    run.base_cache.tokenizers.give_back(borrowed)
-    ask(run.require_base)
-    return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.peaks())
+    return Ended(job_id=order.job_id, reason=Reason.OK, message=report["verdict"]["short"], peaks=run.gauge.look())
 
 
 def longest_row(data: PreparedData) -> int:
@@ -109,24 +104,11 @@ def longest_row(data: PreparedData) -> int:
     return max(lengths.train, lengths.evaluate)
 
 
-def _tokenizer(run: Run) -> BorrowedTokenizer:
-    """The base's tokenizer: from an earlier job in this process, or loaded. Raises TrainingFailed."""
-    name, revision = run.spec.base_model, run.spec.revision
-
-    def make() -> Any:
-        return load_tokenizer(name, revision, run_code=run.order.run_code)
-
-    if run.order.keep is None:
-        return BorrowedTokenizer(tokenizer=make(), made=None)
-    return run.base_cache.tokenizers.take((name, revision), make)
-
-
 def _prepared(run: Run, tokenizer: Any) -> PreparedData:
     """The data, tokenised and packed as the job asks; reports what the history should know about them. Raises
     DataError."""
     run.say("reads the rows, and turns them into tokens")
-    aside = run.order.joins and is_large(run.order)
-    data = prepare_aside(run) if aside else prepare_rows(run.order, run.spec, tokenizer)
+    data = prepare_rows(run.order, run.spec, tokenizer)
     _note_data(run, data)
     return data
 
@@ -166,16 +148,12 @@ def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, Forwa
     loss, checks = run.kind.loss(run.spec), _checks(run, learner)
     forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.session.streams, checks, loss)
     if isinstance(forward, LeanPass):
-        if why is not None:
-            run.note("engine", f"no other job trains with it: {why}")
-        if run.order.joins and shared is not None and shared.apart is not None:
-            run.note("engine", f"the rows of each training are multiplied by themselves: {shared.apart}")
         learner = replace(learner, scorer=forward)
     else:
         if why is not None:
             tell_padded(run, data, why)
         check_apart(forward, data.packed or ())
-    run.kind.refer(forward.loss, learner, partial(_known, run))
+    run.kind.refer(forward.loss, learner)
     return learner, forward if gang is None else gang.lead(forward, run.spec, learner.precision), identity
 
 
@@ -193,8 +171,8 @@ def _keep(run: Run, learner: Learner, tokenizer: Any, callbacks: Callbacks) -> N
 def _load(
     run: Run, data: PreparedData, tokenizer: Any, head: Head | None, gang: Gang | None
 ) -> tuple[Learner, BaseIdentity, SharedBase | None]:
-    """The base model with a fresh adapter, what identifies the base once hashed, and the base if others may train on
-    it. Raises TrainingFailed."""
+    """The base model with a fresh adapter, what identifies the base once hashed, and the base of lean passes. Raises
+    TrainingFailed."""
     order, spec = run.order, run.spec
     precision = choose_precision(order.device, spec.training.dtype, family := family_of(spec.base_model, spec.revision))
     if said := _about_fp16(spec, precision, family, on_gpu=run.on_gpu):
@@ -203,45 +181,20 @@ def _load(
 
     def load() -> Any:
         nonlocal shared
-        base = _base(run, precision, head)
-        alone = gang is not None or not may_share(spec)
-        shared = None if alone else run.base_cache.common(lambda loaded: shared_base(loaded, precision), base)
-        if shared is None and order.joins:
-            raise TrainingFailed(Reason.HOST_LOST, "it can't share a base with other jobs")
+        run.phase(f"loads {portable_name(spec.base_model)} for {order.method.value}")
+        base = base_of(order, precision, head)
+        shared = shared_base(base, precision) if gang is None and may_share(spec) else None
         return add_adapter(base if shared is None else shared.view(), spec, order.method)
 
     model = load() if gang is None else gang.adapted(load)
     # once all files are here: loading may have fetched them from the hub
-    identity = run.base_cache.identify(Path(order.cache_dir), (spec.base_model, spec.revision))
+    identity = BaseIdentity(spec.base_model, spec.revision, Path(order.cache_dir))
     if order.init_from is not None:
         _begin_from(run, model, data, order.init_from)
     compute_in(model, precision)
     compares = order.init_from is not None and run.kind.from_ancestor
     started = [p.detach().cpu().clone() for p in model.parameters() if p.requires_grad] if compares else None
     return Learner(model=model, tokenizer=tokenizer, precision=precision, started=started), identity, shared
-
-
-def _base(run: Run, precision: Precision, head: Head | None) -> Any:
-    """The base model: from the previous job in this process, or loaded. Raises TrainingFailed."""
-    order, spec = run.order, run.spec
-    name = f"{portable_name(spec.base_model)} for {order.method.value}"
-
-    def load() -> Any:
-        run.phase(f"loads {name}")
-        return base_of(order, precision, head)
-
-    source = spec.base_model, spec.revision
-    base, was_here = run.base_cache.base(
-        order.keep,
-        source,
-        load,
-        joins=order.joins,
-        tell=run.phase,
-        check_stop=run.between,
-    )
-    if was_here:
-        run.phase(f"takes {name}, which is loaded already")
-    return base
 
 
 def _begin_from(run: Run, model: Any, data: PreparedData, ancestor: Ancestor) -> None:
@@ -313,8 +266,6 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
     if answers := run.kind.answers(run.spec, data):
         work += f", with {answers} answer{'s' * (answers != 1)} of at most {run.spec.evaluation.max_new_tokens} tokens"
     evaluation = _measure(run, learner, data, callbacks.teller.evaluating(_on(run, learner, work)))
-    if evaluation.base_job is not None:
-        run.note("evaluation", f"job {evaluation.base_job} has measured the base in this process, on the same rows")
     callbacks.teller.tell_held_out(evaluation)
     if tasks is None:
         return evaluation
@@ -344,41 +295,21 @@ def _measure(run: Run, learner: Learner, data: PreparedData, progress: Callable[
             spec=run.spec,
             check_stop=run.check_stop,
             progress=progress,
-            once=_once(run),
             asked=run.session,
         )
     )
 
 
-def _once(run: Run) -> Once[Any]:
-    """Ask earlier and current trainings of this process what they found out about the base."""
-
-    def once(
-        question: str, find_out: Callable[[], Any], *, keeps: Callable[[Any], bool] = lambda found: True
-    ) -> Known[Any]:
-        return run.base_cache.knowledge.once(question, run.order.job_id, find_out, check_stop=run.between, keeps=keeps)
-
-    return once
-
-
-def _known(run: Run, what: str) -> dict[Any, Any]:
-    """What trainings of this process have found out about something, and add to. With another ancestor it is something
-    else."""
-    ancestor = run.order.init_from
-    told = {} if ancestor is None else ancestor.lineage()
-    found: dict[Any, Any] = _once(run)(
-        f"{what} {json.dumps(told, sort_keys=True)}", dict, keeps=lambda known: True
-    ).answer
-    return found
-
-
 def _checks(run: Run, learner: Learner) -> CheckCache:
-    """Also ask this box what it found out about concatenated rows on this base."""
+    """Ask this box what it found out about concatenated rows on this base."""
     order, spec = run.order, run.spec
     files = sorted(traits_of(spec.base_model, spec.revision))
     how = [order.method.value, learner.precision, spec.training.attn_implementation, order.parallel.value]
     how += [order.device, order.device_name]
-    return CheckCache(folder=Path(order.cache_dir) / "tried", about=[files, *how], once=_once(run))
+    folder = Path(order.cache_dir) / "tried"
+    return CheckCache(
+        folder=folder, about=[files, *how], once=lambda _, find_out, keeps: Known(find_out(), order.job_id)
+    )
 
 
 def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_seconds: float) -> TrainingCourse:
@@ -406,12 +337,9 @@ def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_s
         eval_batch=arguments.per_device_eval_batch_size,
         gradient_checkpointing=arguments.activation_checkpointing if recomputes is None else recomputes,
         threads=torch.get_num_threads(),
-        companions=run.roster.met_by(run.order.job_id),
     )
 
 
 def _of_what(run: Run) -> str:
-    """A remark on a measured peak: that it does not cover the whole job, or not only the job."""
-    if run.order.ranks:
-        return f" on {run.order.node}, the first of {len(run.order.ranks)} cards"
-    return ", which it shared with other jobs" if run.roster.shared else ""
+    """A remark on a measured peak: that it does not cover the whole job."""
+    return f" on {run.order.node}, the first of {len(run.order.ranks)} cards" if run.order.ranks else ""

@@ -200,7 +200,6 @@ class CheckpointCloser(TrainerCallback):
         self._best.store(folder)
         proof, step = self._proof.loss(model), state.global_step
         kinds = {"optimizer": args.optim.value, "dtype": _dtype(args)}
-        self._run.require_base()
         close_checkpoint(folder, step=step, finished=finished, belongs_to=self._belongs_to, proof=proof, **kinds)
         self._run.note("saved", f"saved step {step}")
         self._run.tell(Saved(job_id=self._run.order.job_id, step=step, path=str(folder)))

@@ -17,6 +17,7 @@ from ..guard import EXPECTED, REACHED, mine
 from ..records import Beat, Claim, Progress, StoredCheckpoint, rung_points
 from ..tables import ASKED_TO_STOP, Attempt, Event, Job, LogChunk, MetricPoint, Node
 from ..transaction import SKIP_LOCKED, Transaction
+from .kept_files import keep
 from .need import plan_again
 from .sweeps import read_verdict
 
@@ -144,6 +145,8 @@ def record(tx: Transaction, claim: Claim, progress: Progress, left_out: Sequence
         tx.session.execute(change.execution_options(synchronize_session="fetch"))
     if progress.need is not None:
         plan_again(tx, claim, progress.need, progress.roomy, progress.running)
+    if progress.kept:
+        keep(tx, claim, progress.kept)
     measured = {name: value for name in _MEASURED if (value := getattr(progress, name)) is not None}
     if measured:
         tx.session.execute(update(Attempt).where(*_own(claim)).values(**measured))

@@ -60,7 +60,7 @@ LINES = {
     "usage": ["usage", "usage --by month --since 400d"],
     "quota": ["quota"],
     "sim": [
-        "sim {trace} --fleet 24GiB,80GiB --roomy --micro-batch 10 --base-models 2",
+        "sim {trace} --fleet 24GiB,80GiB --roomy --base-size 2GiB",
         "sim {trace} --fleet '24GiB open 4h shut 2h,80GiB' --quota ada=1h/day:soft",
     ],
     "import": ["import {theirs}"],

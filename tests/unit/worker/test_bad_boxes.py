@@ -17,14 +17,14 @@ from loractl.worker.device.occupancy import Watch
 from loractl.worker.node.device_row import NodeOptions
 from loractl.worker.node.health import leftovers
 from loractl.worker.protocol.messages import Ended, Start
-from loractl.worker.recipe.order_desk import Orders
+from loractl.worker.recipe.orders import StopOrder
 
 from ...held_lab import HeldLab
 from ...quick_trainer import Sleep, Tell
 from ..factories import node_state
 
 
-def on_a_bad_card(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
+def on_a_bad_card(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> Ended:
     return Ended(job_id=order.job_id, reason=Reason.GPU_ERROR, message="CUDA error: the card has fallen off the bus")
 
 

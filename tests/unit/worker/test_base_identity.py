@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 from pathlib import Path
 
 import pytest
 
 from loractl.common.artifacts import sha256_of
-from loractl.worker.base import source as identity_module
 from loractl.worker.base.source import BaseIdentity, identify
 
 
@@ -28,22 +26,6 @@ def test_a_base_into_which_an_adapter_is_merged_that_must_stay_in_the_lab_says_s
     assert identify(str(tmp_path), None, tmp_path / "cache")["publish"] is False
     (tmp_path / "merge.json").write_text('{"publish": true}')
     assert "publish" not in identify(str(tmp_path), None, tmp_path / "cache")
-
-
-def test_a_job_that_waits_for_hashes_can_be_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = threading.Event()
-    monkeypatch.setattr(identity_module, "fingerprint", lambda *_: {"slow": "disk"} if read.wait(60) else {})
-    (tmp_path / "base").mkdir()
-    identity = BaseIdentity(str(tmp_path / "base"), None, tmp_path / "cache")
-    with pytest.raises(InterruptedError):
-        identity.files_at(frozenset(), stop)
-    read.set()
-    identity.wait()
-    assert identity.files_at(frozenset(), stop) == {"slow": "disk"}
-
-
-def stop() -> None:
-    raise InterruptedError
 
 
 def test_waiting_for_the_hashes_of_a_missing_folder_is_an_error(tmp_path: Path) -> None:

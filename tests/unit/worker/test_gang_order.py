@@ -130,7 +130,7 @@ from loractl.worker.protocol.messages import Ended
 from loractl.worker.recipe.trainer import main
 
 
-def run(order, orders, tell):
+def run(order, stop, tell):
     return Ended(job_id=order.job_id, reason=Reason.GPU_ERROR, message="CUDA error: the card has fallen off the bus")
 
 

@@ -15,7 +15,7 @@ from loractl.common.placement.rule import RESERVE_AFTER_S
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
 from loractl.worker.protocol.messages import Ended, StageChanged, Start, Stepped
-from loractl.worker.recipe.order_desk import Orders
+from loractl.worker.recipe.orders import StopOrder
 
 from ...held_lab import LEASE_S, HeldLab
 from ...quick_trainer import Sleep, Tell
@@ -95,11 +95,11 @@ def test_a_drain_of_either_card_gives_the_job_back_with_a_checkpoint(held: HeldL
     assert all(attempt.resumed_from_step for attempt in attempts[1:])
 
 
-def saves_late(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
+def saves_late(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> Ended:
     """No step is done for a while after it was told to stop, and so no checkpoint saved."""
     tell(StageChanged(job_id=order.job_id, stage=Stage.TRAINING))
     tell(Stepped(job_id=order.job_id, step=1, total_steps=2))
-    while orders.empty():
+    while not stop.came.is_set():
         sleep(0.1)
     sleep(2.5 * LEASE_S)
     return Ended(job_id=order.job_id, reason=Reason.DRAINED, message="stopped")

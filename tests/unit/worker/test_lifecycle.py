@@ -8,7 +8,7 @@ from loractl.common.job.status import Reason, Status
 from loractl.worker.attempt.stops import DRAIN_GRACE_S, SILENCE_S, STOP_GRACE_S
 from loractl.worker.attempt.workplace import BEAT_S
 from loractl.worker.protocol.messages import Ended, GoingOn, Stage, StageChanged, Start, Stepped
-from loractl.worker.recipe.order_desk import Orders
+from loractl.worker.recipe.orders import StopOrder
 
 from ...held_lab import HeldLab
 from ...quick_trainer import Sleep, Tell
@@ -16,7 +16,7 @@ from ...quick_trainer import Sleep, Tell
 UNSAVED = "--set=training.save_steps=100000"
 
 
-def deaf(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
+def deaf(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> Ended:
     """A trainer that never looks for orders."""
     tell(StageChanged(job_id=order.job_id, stage=Stage.TRAINING))
     for step in range(1, 10**6):
@@ -63,7 +63,7 @@ def test_a_second_stop_does_not_wait_for_the_step_that_the_first_one_waits_for(h
 
 
 def test_a_trainer_that_has_said_nothing_for_half_an_hour_is_killed(held: HeldLab) -> None:
-    def silent(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
+    def silent(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> Ended:
         tell(StageChanged(job_id=order.job_id, stage=Stage.TRAINING))
         for said_after in (SILENCE_S - 60, 2 * SILENCE_S):
             sleep(said_after)

@@ -17,7 +17,7 @@ from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.memory.engine import ENGINE
 from loractl.worker.attempt.trainer_run import CHECKPOINT_GRACE_S
 from loractl.worker.protocol.messages import Ended, Start
-from loractl.worker.recipe.order_desk import Orders
+from loractl.worker.recipe.orders import StopOrder
 
 from ...held_lab import LEASE_S, HeldLab, Train
 from ...quick_trainer import Sleep, Tell, train
@@ -58,8 +58,8 @@ def test_a_result_waits_for_the_store_in_storing_also_over_a_restart_of_the_work
 def _leaves(name: str) -> Train:
     """A trainer that leaves one more file in its result."""
 
-    def does(order: Start, orders: Orders, tell: Tell, sleep: Sleep) -> Ended:
-        ended = train(order, orders, tell, sleep)
+    def does(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> Ended:
+        ended = train(order, stop, tell, sleep)
         (Path(order.output_dir) / "adapter" / name).write_text("{}")
         return ended
 

@@ -1,2 +1,1 @@
-"""A base that stays in its process between trainings: restored to its loaded state, with proof that nothing else
-stayed."""
+"""What is known about a base from earlier."""

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from loractl.common.job.method import Method, Need
 from loractl.common.placement.card_hours import PastCardHours, QuotaMeter, by_hour
 from loractl.common.placement.cards import Card, Occupant
-from loractl.common.placement.clock import ReplayedBase, ReplayedJob, newcomers_of
+from loractl.common.placement.clock import ReplayedJob
 from loractl.common.placement.lines import Waiting
-from loractl.common.placement.pack_rule import PackedJob, PassLaw
 from loractl.common.placement.replay import PlacementRule, Replay, replay
 from loractl.common.placement.shares import Allowance
 from loractl.common.units import GIB
@@ -94,27 +93,6 @@ def test_use_goes_on_from_what_was_had_before() -> None:
     roomy = QuotaMeter(allowed, {"a:0": 80 * GIB}, past)
     roomy.take_over([card], START, {9: 20 * GIB})
     assert roomy.at(at(HOUR))["ada"].used == pytest.approx(1.75), "the room that nobody else wanted is not counted"
-
-
-def test_members_of_a_pack_share_its_base() -> None:
-    law = PassLaw(fixed=100, token=1, member=0)
-    base = ReplayedBase(bytes=5 * GIB, cold_s=0.0, warm_s=0.0, law=law)
-    jobs = []
-    for number, user in ((1, "ada"), (2, "bob")):
-        job = a_job(number, 60.0 * (number - 1), 10, HOUR, user)
-        waiting = replace(job.waiting, base_model="m")
-        jobs.append(replace(job, waiting=waiting, base=base, packed=PackedJob(tokens=10)))
-    allowed, card = {user: quota(100.0) for user in ("ada", "bob")}, a_card(20, max_jobs=1)
-    meter = QuotaMeter(allowed, {"a:0": 20 * GIB})
-    rule = PlacementRule(newcomers=newcomers_of(jobs), meter=meter)
-    done = replay(jobs, [card], START, rule, keep_warm_s=600)
-    assert done.runs[2].joined
-    ends = {number: done.runs[number].ended for number in (1, 2)}
-    assert ends[1] is not None and ends[2] is not None
-    alone, both, after = 60.0, (ends[1] - at(60)).total_seconds(), (ends[2] - ends[1]).total_seconds()
-    used = {user: allowance.used * HOUR for user, allowance in meter.at(ends[2]).items()}
-    assert used["ada"] == pytest.approx(alone * 10 / 20 + both * 7.5 / 20)
-    assert used["bob"] == pytest.approx(both * 7.5 / 20 + after * 10 / 20)
 
 
 def had(done: Replay, jobs: Sequence[ReplayedJob], cards: Sequence[Card], user: str, now: dt.datetime) -> float:

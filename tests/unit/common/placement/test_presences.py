@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, largest_gpu, lasts, takes
-from loractl.common.placement.clock import MOST_IN_VAIN, Presence, ReplayedBase, ReplayedJob, ReplayedRun, newcomers_of
+from loractl.common.placement.clock import MOST_IN_VAIN, Presence, ReplayedBase, ReplayedJob, ReplayedRun
 from loractl.common.placement.lines import Waiting
-from loractl.common.placement.pack_rule import PackedJob, PassLaw
 from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
 from loractl.common.placement.rule import Placement
 from loractl.common.units import GIB
@@ -161,35 +160,6 @@ def test_hosts_go_with_their_card() -> None:
     assert [run.warm for run in done.runs.values()] == [False, True, False, True]
     assert [done.runs[n].attempts for n in (1, 2, 3, 4)] == [1, 1, 1, 1]
     assert done.runs[3].started == at(3900), "it needs half an hour, and 700 s were left"
-
-
-def test_members_of_a_pack_stop_together_and_the_next_host_opens_when_it_trains() -> None:
-    law = PassLaw(fixed=100, token=1, member=0)
-    base = ReplayedBase(bytes=5 * GIB, cold_s=600.0, warm_s=1.0, law=law)
-    jobs = [
-        replace(job, base=base, packed=PackedJob(tokens=10), waiting=replace(job.waiting, base_model="m"))
-        for job in (a_job(n, n, 10, 5 * HOUR) for n in (1, 2))
-    ]
-    card = a_card(20, max_jobs=1)
-    rule = Witness(PlacementRule(newcomers=newcomers_of(jobs)))
-    done = replay(jobs, [card], START, rule, keep_warm_s=600, presences={"a:0": FOUR_OF_SIX})
-    assert [(one.job.job_id, one.end / HOUR) for one in rule.attempts[:2]] == [(1, 4), (2, 4)]
-    first, second = (run for run in rule.attempts if run.start >= 6 * HOUR)
-    assert (first.start, second.start) == (6 * HOUR, 6 * HOUR + 600)
-    assert all(run.ended is not None and run.attempts == 2 for run in done.runs.values())
-
-
-def test_a_trainer_that_went_while_it_loaded_opens_to_nobody() -> None:
-    """The job's next trainer has its name. That one trains from 6 900 s on; the first would have from 4 800 s on."""
-    base = ReplayedBase(bytes=5 * GIB, cold_s=3000.0, warm_s=1.0, law=PassLaw(fixed=100, token=1, member=0))
-    jobs = [
-        replace(job, base=base, packed=PackedJob(tokens=10), waiting=replace(job.waiting, base_model="m"))
-        for job in (a_job(1, 1800, 10, 300), a_job(2, 4000, 10, 300))
-    ]
-    rule = BlindRule(newcomers=newcomers_of(jobs))
-    presences = {"a:0": Presence(open_s=3600, shut_s=300)}
-    done = replay(jobs, [a_card(20, max_jobs=1)], START, rule, keep_warm_s=600, presences=presences)
-    assert (done.runs[1].in_vain, done.runs[2].joined, done.runs[2].started) == (1, True, at(6900))
 
 
 def test_a_job_on_several_cards_stops_with_the_first_that_goes() -> None:

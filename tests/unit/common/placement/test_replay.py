@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, Occupant, WarmBase
-from loractl.common.placement.clock import ReplayedBase, ReplayedJob, newcomers_of
+from loractl.common.placement.clock import ReplayedBase, ReplayedJob
 from loractl.common.placement.lines import KeptLine, ListedLine, Openings, Waiting
-from loractl.common.placement.pack_rule import PackedJob, PassLaw
 from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S
 from loractl.common.placement.shares import charge, decayed
@@ -194,44 +193,6 @@ def test_the_host_of_a_job_that_runs_already_is_there_for_the_next_one() -> None
 
 
 # --- packs and gangs ---
-
-
-def packed(job: ReplayedJob, tokens: int = 10) -> ReplayedJob:
-    """A pass costs 100 tokens beside its own, so that two of 10 tokens are 220/120 times as fast as one by one."""
-    base, law = based(job).base, PassLaw(fixed=100, token=1, member=0)
-    assert base is not None
-    return replace(based(job), base=replace(base, law=law), packed=PackedJob(tokens=tokens))
-
-
-def replayed_packs(jobs: Sequence[ReplayedJob], card: Card) -> Replay:
-    return replay(jobs, [card], START, PlacementRule(newcomers=newcomers_of(jobs)), keep_warm_s=600)
-
-
-def test_a_job_joins_a_host_once_that_trains_and_each_pass_takes_as_long_as_the_law_says() -> None:
-    jobs = [packed(a_job(1, 0, 10, 100)), packed(a_job(2, 5, 10, 100))]
-    done = replayed_packs(jobs, a_card(24, max_jobs=1))
-    assert starts(done) == {1: 0, 2: 60}, "until then it loads the base"
-    first_end = 60 + 100 * 120 / 110
-    assert ends(done) == {1: pytest.approx(first_end), 2: pytest.approx(first_end + 1)}, "its own start took a second"
-    assert (done.runs[2].joined, done.runs[2].reserved // GIB) == (True, 5), "the base counts once"
-    held = [(round((when - START).total_seconds()), size // GIB) for when, size in done.reserved]
-    assert held == [(0, 10), (60, 15), (169, 10), (170, 0)], "the base stays with the second"
-
-
-def test_a_job_waits_where_the_pack_does_not_pay_or_its_part_does_not_fit() -> None:
-    long = replayed_packs([packed(a_job(n, n, 10, 100), 1000) for n in (1, 2)], a_card(24, max_jobs=1))
-    assert starts(long) == {1: 1, 2: 161}
-    large = replayed_packs([packed(a_job(n, n, 20, 100)) for n in (1, 2)], a_card(24, max_jobs=1))
-    assert (starts(large), warm(large)) == ({1: 1, 2: 161}, [2])
-
-
-@given(st.lists(st.tuples(st.integers(0, 300), st.integers(6, 60), st.integers(0, 200)), max_size=14))
-def test_packs_never_take_more_than_their_card_and_leave_nothing(drawn: list[tuple[int, int, int]]) -> None:
-    jobs = [packed(a_job(n, t, gib, s)) for n, (t, gib, s) in enumerate(sorted(drawn), start=1)]
-    done = replayed_packs(jobs, a_card(80, max_jobs=2))
-    assert all(done.runs[job.waiting.job_id].ended is not None for job in jobs)
-    assert max(size for _, size in done.reserved) <= 80 * GIB
-    assert done.reserved[-1][1] == 0
 
 
 def test_a_job_on_several_cards_holds_each_of_them_until_its_end() -> None:

@@ -28,6 +28,7 @@ from loractl.common.store.tables import (
     DrainOrder,
     FinalLook,
     JobLabel,
+    KeptFile,
     LabFailure,
     LabSetting,
     Lock,
@@ -159,7 +160,7 @@ def old_url(database_url: str, artifacts: ArtifactStore) -> str:
             (Wish, own), (Lock, {"name": "x"}), (DrainOrder, {"target": "heron", "reason": "", "now": False} | own),
             (FinalLook, {"rows_sha256": "0"} | own), (LabSetting, {"name": "x", "value": "y", "set_by": "root"} | own),
             (LabFailure, {"reason": Reason.KILLED, "message": "x"} | own), (JobLabel, {"key": "a", "value": "b"} | own),
-            (AttemptShare, {"rank": 1, "bytes": 5} | own),
+            (AttemptShare, {"rank": 1, "bytes": 5} | own), (KeptFile, {"key": "a", "host": "x", "sha256": "0"} | own),
         ]  # fmt: skip
         with engine.begin() as connection:
             for table, row in others:

@@ -137,7 +137,7 @@ def test_a_change_in_mid_training_is_told_and_one_before_it_is_not(store: Store,
 def test_jobs_in_the_same_trainer_are_named(store: Store, tmp_path: Path) -> None:
     assert "other jobs in its trainer" not in told(again(store, tmp_path, report()))
     beside = again(store, tmp_path, report(training={"companions": [3, 4]}))
-    assert told(beside)["other jobs in its trainer"] == ("3, 4", "not known before it runs")
+    assert told(beside)["other jobs in its trainer"] == ("3, 4", "none")
 
 
 def test_a_base_in_a_folder_is_compared_by_its_files(store: Store, tmp_path: Path) -> None:

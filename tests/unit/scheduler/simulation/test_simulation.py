@@ -16,9 +16,8 @@ from loractl.common.placement.replay import replay
 from loractl.common.placement.shares import Allowance
 from loractl.common.units import GIB
 from loractl.scheduler.cli.screen import Screen
-from loractl.scheduler.simulation.assumptions import start_of
+from loractl.scheduler.simulation.assumptions import start_s
 from loractl.scheduler.simulation.baselines import fifo
-from loractl.scheduler.simulation.bases import with_bases
 from loractl.scheduler.simulation.outcome import (
     POLICIES,
     Course,
@@ -184,61 +183,52 @@ def test_arrivals_are_compressed_from_the_first_on(own: Path) -> None:
     assert [(job.waiting.since - BEGIN).total_seconds() for job in jobs] == [0, 5, 900, 1800]
 
 
-def test_a_trace_may_name_each_jobs_base(tmp_path: Path) -> None:
+def test_a_trace_may_say_the_size_of_each_jobs_base(tmp_path: Path) -> None:
     path = tmp_path / "based.csv"
-    head = "arrival,vram,duration,user,base_model,base_size\n"
-    path.write_text(f"{head}0,20GiB,2h,ada,llama-8b,5GiB\n1,20GiB,2h,ada,,4GiB\n2,20GiB,2h,ada,,\n")
+    head = "arrival,vram,duration,user,base_size\n"
+    path.write_text(f"{head}0,20GiB,2h,ada,5GiB\n1,20GiB,2h,ada,4GiB\n2,20GiB,2h,ada,\n")
     jobs = read_trace(path).jobs
-    assert [(job.base_model, job.base_size // GIB) for job in jobs] == [("llama-8b", 5), ("", 4), ("", 0)]
-    bases = [job.base for job in to_replay(jobs, 1.0)]
-    assert [base and base.bytes // GIB for base in bases] == [5, 4, None]
-    for rows, what in {
-        "0,20GiB,2h,ada,m,\n": ":2: base_size is missing",
-        "0,20GiB,2h,ada,m,0\n": ":2: base_size is 0",
-        "0,5GiB,2h,ada,m,5GiB\n": ":2: base_size is not below vram",
-        "0,9GiB,2h,ada,m,5GiB\n0,9GiB,2h,ada,m,4GiB\n": ":3: base_size is another one than on an earlier line",
-    }.items():
-        path.write_text(head + rows)
-        with pytest.raises(DataError) as error:
-            read_trace(path)
-        assert what in error.value.sentence
+    assert [job.base_size // GIB for job in jobs] == [5, 4, 0]
+    path.write_text(head + "0,5GiB,2h,ada,5GiB\n")
+    with pytest.raises(DataError, match=":2: base_size is not below vram"):
+        read_trace(path)
 
 
-def test_bases_are_drawn_alike_each_time_and_small_jobs_have_their_own() -> None:
-    jobs = [TraceJob(arrival=n, need=(20 if n else 4) * GIB, seconds=1, user="ada") for n in range(60)]
-    few = with_bases(jobs, 3, 5 * GIB)
-    assert few == with_bases(jobs, 3, 5 * GIB)
-    assert {job.base_model for job in few[1:]} == {"base 1", "base 2", "base 3"}
-    assert (few[0].base_model, few[0].base_size) == ("", 2 * GIB)
-    assert len({job.base_model for job in with_bases(jobs, None, 5 * GIB)}) == 60
-    with pytest.raises(UsageError, match="names its base models itself"):
-        with_bases(few, 1, 5 * GIB)
+def test_an_earlier_trace_that_names_base_models_is_read_and_each_job_loads_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "based.csv"
+    path.write_text("arrival,vram,duration,user,base_model,base_size\n0,20GiB,2h,ada,llama-8b,5GiB\n")
+    (job,) = read_trace(path).jobs
+    assert job.base_size == 5 * GIB
+
+
+def test_a_size_for_all_is_half_the_need_of_a_small_job_and_does_not_replace_the_trace_s_own() -> None:
+    jobs = tuple(TraceJob(arrival=n, need=need * GIB, seconds=1, user="ada") for n, need in enumerate((20, 4)))
+    chosen = Chosen(workload=Workload(jobs=jobs), jobs=jobs, never=0, longer=0)
+    sized = chosen.on_bases_of(5 * GIB)
+    assert [job.base_size // GIB for job in sized.jobs] == [5, 2]
+    with pytest.raises(UsageError, match="the trace has a column base_size itself"):
+        sized.on_bases_of(5 * GIB)
+
+
+def test_a_job_loads_its_base_before_its_first_step_and_a_spare_saves_the_imports(cli: Cli, own: Path) -> None:
+    def took(*options: object) -> float:
+        found = json.loads(cli("sim", own, "--fleet", "80GiB", "--limit", 1, *options, "--json").stdout)
+        return float(found["policies"]["loractl"]["mean_jct_s"])
+
+    assert took() == 7200
+    assert took("--base-size", "14GiB") == pytest.approx(7200 + 0.6 + 14 / 0.28)
+    assert took("--base-size", "14GiB", "--no-spare") == pytest.approx(7200 + 0.6 + 14 / 0.28 + 7.4)
 
 
 def test_a_start_takes_what_was_measured() -> None:
     """SmolLM2-135M in bf16, 257 MiB: 9.2 s cold; 8B in 16 bit: a minute and more."""
-    assert start_of(257 * 2**20, spare=False).cold_s == pytest.approx(9.2, rel=0.05)
-    assert start_of(15 * GIB, spare=False).cold_s == pytest.approx(60, rel=0.05)
-    assert start_of(15 * GIB, spare=True).cold_s == pytest.approx(54, rel=0.05)
-    assert start_of(15 * GIB, spare=True).warm_s == 0.6
+    assert start_s(257 * 2**20, spare=False) == pytest.approx(9.2, rel=0.05)
+    assert start_s(15 * GIB, spare=False) == pytest.approx(60, rel=0.05)
+    assert start_s(15 * GIB, spare=True) == pytest.approx(54, rel=0.05)
+    assert start_s(0, spare=False) == 0, "not known"
 
 
 # --- what it measures ---
-
-
-def test_hosts_save_the_loads_of_bases_that_jobs_share() -> None:
-    cards = parse_fleet("24GiB,80GiB")
-    jobs = [TraceJob(arrival=n * 100, need=20 * GIB, seconds=120, user="ada") for n in range(80)]
-    chosen = Chosen(workload=Workload(jobs=tuple(jobs)), jobs=tuple(jobs), never=0, longer=0)
-    took = {}
-    for count in (1, None):
-        on_bases = replace(chosen, jobs=with_bases(jobs, count, 5 * GIB))
-        done = simulate(on_bases, cards, 1.0, 0.5, policies=("loractl", "without_hosts"))
-        took[count] = {name: mean([c.took for c in out.courses]) for name, out in done.outcomes.items()}
-        assert done.outcomes["without_hosts"].warm == 0
-    assert done.outcomes["loractl"].warm == 0, "all on bases of their own"
-    assert took[None]["loractl"] == took[None]["without_hosts"] == took[1]["without_hosts"]
-    assert took[1]["without_hosts"] - took[1]["loractl"] > 15
 
 
 def test_the_measures_are_those_of_the_replay(own: Path) -> None:
@@ -287,7 +277,7 @@ def test_a_card_that_comes_and_goes_counts_for_its_part_of_the_time() -> None:
 
 def test_jobs_that_no_card_stays_for_are_counted_and_not_replayed() -> None:
     jobs = [
-        TraceJob(arrival=n, need=need * GIB, seconds=60, user="ada", base_model="m", base_size=3 * GIB)
+        TraceJob(arrival=n, need=need * GIB, seconds=60, user="ada", base_size=3 * GIB)
         for n, need in enumerate((20, 60))
     ]
     text, workload = "24GiB until 2min,80GiB open 60s shut 1h", Workload(jobs=tuple(jobs))
@@ -416,35 +406,6 @@ def test_the_command_tells_what_room_saves_and_whom_it_costs(cli: Cli, own: Path
     assert json.loads(cli("sim", own, "--fleet", "80GiB", "--json").stdout)["later"] is None
 
 
-def test_the_command_tells_what_hosts_save(cli: Cli, own: Path) -> None:
-    args = ("sim", own, "--fleet", "80GiB", "--base-models", 1, "--base-size", "2GiB")
-    lines = cli(*args).stdout.splitlines()
-    assert "1 base model, kept 10 min: 33% of the jobs found theirs loaded." in lines
-    assert sum(line.startswith("without hosts ") for line in lines) == 1
-    assert max(map(len, lines)) <= 80
-    value = json.loads(cli(*args, "--keep-warm", "0", "--no-spare", "--json").stdout)
-    assert (value["base_models"], value["keep_warm_s"], value["spare"]) == (1, 0, False)
-    ours, without = (value["policies"][name] for name in ("loractl", "without_hosts"))
-    assert ours == without
-
-
-def test_the_command_tells_what_packs_save(cli: Cli, tmp_path: Path) -> None:
-    path = tmp_path / "busy.csv"
-    jobs = [f"{n * 60},10GiB,1000s,ada,m,5GiB" for n in range(12)]
-    path.write_text("\n".join(["arrival,vram,duration,user,base_model,base_size", *jobs]))
-    args = ("sim", path, "--fleet", "24GiB", "--micro-batch", 10, "--pass-cost", 100)
-    lines = cli(*args).stdout.splitlines()
-    assert any(line.startswith("Micro-batches of 10 tokens: ") for line in lines)
-    rows = [line.split("  ")[0] for line in lines if line.startswith("without ")]
-    assert rows[:2] == ["without packs", "without hosts"]
-    assert max(map(len, lines)) <= 80
-    value = json.loads(cli(*args, "--json").stdout)
-    ours, one_by_one = (value["policies"][name] for name in ("loractl", "without_packs"))
-    assert (value["micro_batch"], one_by_one["joins"]) == (10, 0)
-    assert ours["joins"] > 0.5
-    assert ours["mean_jct_s"] < 0.7 * one_by_one["mean_jct_s"]
-
-
 def test_the_command_prints_text_or_json_and_draws(cli: Cli, own: Path, tmp_path: Path) -> None:
     done = cli("sim", own, "--fleet", "2x12GiB,24GiB,80GiB", "--plot", tmp_path / "a.png")
     assert done.stdout.startswith("With loractl a job ends ")
@@ -466,13 +427,8 @@ def test_the_command_prints_text_or_json_and_draws(cli: Cli, own: Path, tmp_path
         (["--fleet", "80GiB", "--longest", "soon"], "--longest soon is not a duration"),
         (["--fleet", "80GiB", "--contention", "inf"], "--contention inf is not a number"),
         (["--fleet", "80"], "--fleet 80: "),
-        (["--fleet", "80GiB", "--base-models", "0"], "--base-models 0 is not a number of base models"),
-        (["--fleet", "80GiB", "--base-size", "2GiB"], "--base-size says nothing without --base-models"),
-        (["--fleet", "80GiB", "--base-models", "1", "--base-size", "2"], "--base-size 2 is not a size"),
-        (["--fleet", "80GiB", "--micro-batch", "64"], "--micro-batch says nothing of jobs without a base model"),
-        (["--fleet", "80GiB", "--micro-batch", "64", "--pass-cost", "nan"], "--pass-cost nan is not a number"),
-        (["--fleet", "80GiB", "--pass-cost", "50"], "--pass-cost says nothing without --micro-batch"),
-        (["--fleet", "80GiB", "--keep-warm", "soon"], "--keep-warm soon is not a duration"),
+        (["--fleet", "80GiB", "--base-size", "2"], "--base-size 2 is not a size"),
+        (["--fleet", "80GiB", "--base-size", "0GiB"], "--base-size 0GiB is not a base"),
         (["--fleet", "80GiB", "--quota", "aad=100h/week"], "Hint: did you mean ada?"),
         (["--fleet", "80GiB", "--quota", "zoe=100h/week"], "Hint: its users: ada, bob, cyd"),
         (["--fleet", "80GiB", "--quota", "zoe=100h/week"], "the trace has no user 'zoe'"),
@@ -542,7 +498,7 @@ def test_a_class_of_which_a_rule_ends_no_job_is_a_dash(cli: Cli, tmp_path: Path)
     lines = cli("sim", path, "--fleet", "80GiB until 2h").stdout.splitlines()
     assert lines[1] == "1 job of 1 user,"
     assert not any(line.startswith("MEAN WAIT BY NEED") for line in lines)
-    path.write_text("arrival,vram,duration,user,base_model,base_size\n0,70GiB,10h,ada,m,60GiB\n")
+    path.write_text("arrival,vram,duration,user,base_size\n0,70GiB,10h,ada,60GiB\n")
     refused = cli("sim", path, "--fleet", "80GiB open 60s shut 1h", "--no-spare", code=2).stderr
     assert "Hint: cards that stay longer" in refused
 

@@ -1,0 +1,48 @@
+"""The rows of an order: read, checked, tokenised, packed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from loractl.common.data.giveaway import GIVEN_AWAY
+from loractl.common.data.inspection import Leaks
+from loractl.common.job.spec import JobSpec
+from loractl.worker.data.check import findings_about
+from loractl.worker.data.packing import packed
+from loractl.worker.data.prepared import PreparedData, prepare_data, prepare_regression
+from loractl.worker.data.row_forms import with_prompts
+from loractl.worker.protocol.messages import Start
+
+
+def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
+    """Prepare the data as the job asks. `tokenizer`: with the job's template. Raises DataError, TrainingFailed."""
+    data = prepare_data(
+        spec.dataset,
+        order.data_path,
+        order.eval_path,
+        order.data_sha256,
+        tokenizer,
+        Path(order.cache_dir),
+        order.more_paths,
+        final_path=order.final_path,
+    )
+    if order.regression_path is not None:
+        name = spec.evaluation.regression or order.regression_path
+        other, commit = prepare_regression(spec.dataset, name, order.regression_path, data.train_examples, tokenizer)
+        data = replace(data, regression=other, commits=data.commits | ({"regression": commit} if commit else {}))
+    if spec.preference.learns_prompts:
+        data = replace(data, train=replace(data.train, rows=with_prompts(data.train.rows)))
+    leaks, of_final = Leaks(data.held_out_examples), Leaks.of_final(None if data.final is None else data.final.examples)
+    found = findings_about(spec, data, tokenizer, leaks, of_final)
+    warnings = tuple(finding.sentence for finding in found if finding.level == "warning")
+    if data.final is not None and of_final is not None:
+        data = replace(data, final=replace(data.final, **_told(of_final)))
+    told = _told(leaks)
+    told["leaks"] += tuple(finding.text for finding in found if finding.kind == GIVEN_AWAY)
+    return packed(replace(data, warnings=warnings, **told), spec)
+
+
+def _told(leaks: Leaks) -> dict[str, Any]:
+    return {"leaks": tuple(finding.text for finding in leaks.findings()), "given_away": tuple(leaks.rows)}
