@@ -20,9 +20,6 @@ PEOPLE_PROMISES = {
     14: "a sweep stops only losers",
 }
 
-CHANGED = "a weight of the base has changed"
-"""How a host_lost ends where another job has changed the base that all of them had."""
-
 RESULT = {"adapter_uri", "report_uri", "manifest_sha256"}
 
 LEFT = {"checkpoint", "result_host", "result_until"}
@@ -34,7 +31,7 @@ IN_FLIGHT = dt.timedelta(seconds=30)
 
 def check_acts(history: History) -> Iterator[Broken]:
     """Every breach of what people were told."""
-    for one in (_edits, _holds, _retries, _tags, _gc, _preempted, _spent, _changed_bases, _pruned):
+    for one in (_edits, _holds, _retries, _tags, _gc, _preempted, _spent, _pruned):
         yield from one(history)
 
 
@@ -49,7 +46,6 @@ def counts_of(history: History) -> list[tuple[str, str]]:
         ("sweeps, members that they stopped", f"{len(swept)}, {reasons[Reason.PRUNED]}"),
         ("results that gc removed", str(sum(1 for _ in _taken(history)))),
         ("attempts that gave way to a job of higher priority", str(reasons[Reason.PREEMPTED])),
-        ("bases that changed while jobs shared them", str(history.bases_changed)),
     ]
 
 
@@ -206,12 +202,6 @@ def _spent(history: History) -> Iterator[Broken]:
         if new["retries_used"] != old["retries_used"] + counts:
             spent = f"{old['retries_used']} retries before, {new['retries_used']} afterwards"
             yield Broken(promise=13, what=f"job {change.job_id} waits again after {new['reason']}: {spent}")
-
-
-def _changed_bases(history: History) -> Iterator[Broken]:
-    hosts = {a.host for a in history.attempts if a.reason == Reason.HOST_LOST and a.message.endswith(CHANGED)}
-    if len(hosts) > history.bases_changed:
-        yield Broken(promise=9, what=f"{len(hosts)} bases seemed to be changed, {history.bases_changed} were")
 
 
 def _pruned(history: History) -> Iterator[Broken]:

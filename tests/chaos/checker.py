@@ -14,7 +14,7 @@ from loractl.common.errors import ArtifactError
 from loractl.common.job.status import OUTCOMES, TRANSITIONS, Reason, Status
 from loractl.worker.device.occupancy import run_mark
 
-from .acts import CHANGED, PEOPLE_PROMISES, check_acts, is_gc_s_own, lost_to_gc, reopened, reopenings_of
+from .acts import PEOPLE_PROMISES, check_acts, is_gc_s_own, lost_to_gc, reopened, reopenings_of
 from .history import AttemptRow, Broken, Change, History, Window
 from .successes import unshown
 from .trainer import last_link, read_adapter
@@ -29,7 +29,7 @@ PROMISES = {
     6: "no process remains after an attempt",
     7: "nothing fails because the database, the queue or the store is away",
     8: "no job fails for good because of the lab, bad boxes included",
-    9: "what ends one job of a trainer ends none of its other jobs",
+    9: "what ends one job ends no other: none is cancelled or diverges for its neighbour on the card",
     10: "a job on two cards has both, on one box, or none; what ends one of its ranks or nodes ends the attempt",
     **PEOPLE_PROMISES,
     15: "a job starts only once the jobs that it starts after are over",
@@ -45,15 +45,9 @@ LEFT_S = 45.0
 RANK_S = 30.0
 """So long all ranks may outlive one of them: another fault has stopped the leader just then."""
 
-NOT_IN = "the trainer that it was about to join"
-"""How a host_lost begins for which no trainer died: it was ending, or took no more jobs, and the job goes elsewhere."""
-
-HARMLESS = frozenset(
-    {"ok", "worker_lost", "drained", "cancelled", "killed", "host_lost", "gpu_error", "preempted", "pruned"}
-)
-"""Why attempts may end here. killed is how a trainer's kill ends, and host_lost that of one with several jobs; there
-are no more of them than were killed. gpu_error is what the cards of a bad box say. acts.py looks at preempted and
-pruned."""
+HARMLESS = frozenset({"ok", "worker_lost", "drained", "cancelled", "killed", "gpu_error", "preempted", "pruned"})
+"""Why attempts may end here. killed is how a trainer's kill ends; no more of them end so than were killed. gpu_error is
+what the cards of a bad box say. acts.py looks at preempted and pruned."""
 
 
 def check(history: History) -> list[Broken]:
@@ -305,7 +299,7 @@ def _covered(windows: list[Window], start: dt.datetime, end: dt.datetime) -> flo
 
 
 def _alone(history: History) -> Iterator[Broken]:
-    """Whoever was cancelled was to be, and whoever diverged had a bad loss of his own."""
+    """A job was cancelled because somebody had asked for it, or diverged by its own loss."""
     for attempt in history.attempts:
         name = f"attempt {attempt.attempt} of job {attempt.job_id}"
         if attempt.reason == "cancelled" and attempt.job_id not in {*history.asked, *history.cancelled}:
@@ -400,8 +394,6 @@ def _nothing_failed(history: History) -> Iterator[Broken]:
             lab = job["reason"] is not None and OUTCOMES[Reason(job["reason"])].blames is not None
             yield Broken(promise=8 if lab else 7, what=f"job {job_id} failed: {job['reason']} {job['message']}")
     killed = Counter(a.reason for a in history.attempts)["killed"]
-    gone = [a for a in history.attempts if a.reason == "host_lost" and not a.message.startswith(NOT_IN)]
-    killed += len({a.host for a in gone if not a.message.endswith(CHANGED)})
     if killed > history.trainers_killed:
         what = f"{killed} trainers seemed to be killed, {history.trainers_killed} were"
         yield Broken(promise=7, what=what)

@@ -39,7 +39,6 @@ DECK = {
     "a box that is bad for good": 1,
     "kill a trainer in a checkpoint": 1,
     "kill a rank in a checkpoint": 2,
-    "change the base of jobs that share it": 1,
     "cancel a job": 3,
     "a hostile login that holds locks": 2,
     "hold a running job's row": 2,

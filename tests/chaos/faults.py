@@ -29,7 +29,7 @@ from .history import Hit, Span, Window
 from .lab import Box, Lab
 from .outages import hold_locks, hold_row, hold_write_lock, use_up_connections
 from .trainer import BAD_CARDS
-from .traps import change_next_base, changed_bases, in_a_checkpoint
+from .traps import in_a_checkpoint
 
 MAX_RETRIES = 2
 """What the lab does to a job must not spend them. A trainer that is killed does."""
@@ -81,7 +81,6 @@ class Injector:
     torn: set[str] = field(default_factory=set)
     stuck: list[str] = field(default_factory=list)  # what did not end when it was asked to
     trainers_killed: int = 0
-    bases_changed: int = 0
     _killed: Counter[str] = field(default_factory=Counter)  # trainers of each job
     postgres_back: list[dt.datetime] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
@@ -178,7 +177,6 @@ class Injector:
             "a box that is bad for good": self._go_bad,
             "kill a trainer in a checkpoint": self._kill_in_checkpoint,
             "kill a rank in a checkpoint": self._kill_in_checkpoint,
-            "change the base of jobs that share it": self._change_base,
             "cut a box off the store": self._cut_store,
             "move a box's clock": self._move_clock,
         }  # fmt: skip
@@ -543,14 +541,6 @@ class Injector:
             self._note_rank(victim)
         victim.kill()
         return True
-
-    def _change_base(self, fault: Fault, box: Box) -> bool:
-        """As a job that writes over what it shares: each of them has to find out before anything of it counts."""
-        if (found := sum(map(changed_bases, self.lab.boxes))) > self.bases_changed:
-            self.bases_changed = found
-            return True
-        change_next_base(box)
-        return False
 
     def _hang_calls(self, fault: Fault, box: Box) -> bool:
         """Each process of the box that makes calls of the store stands still, also those that come: no call has an

@@ -30,10 +30,9 @@ BEGIN
 END $$;
 CREATE TRIGGER chaos_job AFTER INSERT OR UPDATE OR DELETE ON jobs FOR EACH ROW EXECUTE FUNCTION chaos_job();
 CREATE FUNCTION chaos_part() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
-DECLARE others text[] := ARRAY['host', 'base_bytes', 'inside', 'shared', 'promised_at',  -- of an attempt: its company
-        'lease_expires_at'];  -- and its lease while somebody has the job's row locked
 BEGIN
-    IF TG_OP = 'INSERT' OR to_jsonb(NEW) - others IS DISTINCT FROM to_jsonb(OLD) - others THEN
+    IF TG_OP = 'INSERT' OR to_jsonb(NEW) - 'lease_expires_at' IS DISTINCT FROM to_jsonb(OLD) - 'lease_expires_at' THEN
+        -- an attempt writes its lease alone while somebody has the job's row locked
         INSERT INTO chaos_audit (what, job_id, attempt, kind)
             VALUES (TG_TABLE_NAME, NEW.job_id, NEW.attempt, to_jsonb(NEW)->>'kind');
     END IF;
@@ -62,7 +61,7 @@ CREATE TRIGGER chaos_{table}_2 AFTER UPDATE ON {table} WHEN {changed} BEGIN
 _BULKY = ("spec", "planned", "data")
 """Of a job: what the triggers leave out."""
 
-_COMPANY = ("host", "base_bytes", "inside", "shared", "promised_at", "lease_expires_at")
+_LEASE = "lease_expires_at"
 """Of an attempt: see the triggers of PostgreSQL."""
 
 TRANSACTION_S = 1.0
@@ -103,7 +102,7 @@ def _record_in_sqlite(engine: Engine) -> None:
 
     said = [_SQLITE_AUDIT.format(old=row("OLD"), new=row("NEW"))]
     for table in _PARTS:
-        columns = [column.name for column in Base.metadata.tables[table].columns if column.name not in _COMPANY]
+        columns = [column.name for column in Base.metadata.tables[table].columns if column.name != _LEASE]
         changed = " OR ".join(f"NEW.{column} IS NOT OLD.{column}" for column in columns)
         kind = "NEW.kind" if "kind" in columns else "NULL"
         said.append(_SQLITE_PART.format(table=table, changed=changed, kind=kind))
@@ -140,9 +139,6 @@ class AttemptRow:
     reason: str | None
     resumed_from_step: int | None = None
     message: str = ""
-    host: str | None = None  # the mark of the trainer that it was in
-    joined: bool = False  # others trained there already
-    shared: bool = False  # others were there with it
     cards: tuple[str, ...] = ()  # of an attempt on several, by rank
     lease_expires_at: dt.datetime | None = None  # by its own row: a beat while somebody had the job's row locked
 
@@ -221,7 +217,6 @@ class History:
     hits: tuple[Hit, ...] = ()
     sightings: tuple[Sighting, ...] = ()
     acts: tuple[Act, ...] = ()
-    bases_changed: int = 0  # under trainings that shared them
     asked: frozenset[int] = frozenset()  # jobs that somebody wished to cancel, whether it was acknowledged or not
     trainers_killed: int = 0
     torn: frozenset[str] = frozenset()  # stored checkpoints that the suite damaged

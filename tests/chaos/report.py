@@ -53,9 +53,8 @@ reads the whole history, and exits non-zero if one promise is broken. `make test
   an hour if Debian's libfaketime is installed.{_not_had(outcome)}
 - A stand-in for the trainer (`tests/chaos/trainer.py`, by `LORACTL_TRAINER`) has the real pipes, protocol, checkpoints
   and files. Its weights are a chain of hashes, so that a step too many, a step too few, or one from a torn file shows.
-- Jobs join others in one trainer if the rule lets them. One in {1 / POISONED_SHARE:.0f} has a loss that is not a
-  number, and some are cancelled. One job in {GANGS} is on two cards: its ranks take turns to add a link to its chain,
-  over loopback, and no step is done without all of them.
+- One job in {1 / POISONED_SHARE:.0f} has a loss that is not a number, and some are cancelled. One job in {GANGS} is on
+  two cards: its ranks take turns to add a link to its chain, over loopback, and no step is done without all of them.
 - While faults are active, people edit, hold, release, retry and tag jobs, raise the priority of waiting ones (every
   second job is preemptible), queue sweeps with rungs, cancel some sweeps, and run `loractl gc`.
 - The processes of each attempt are recorded every {SEE_S:.0f} s, to find any that outlives its attempt.
@@ -112,8 +111,6 @@ def _counts(outcome: Outcome) -> list[str]:
     reasons = Counter(attempt.reason for attempt in history.attempts)
     lost = sum(b.promise == 1 and "printed" in b.what for b in outcome.broken)
     twice = sum(("times" in b.what and b.promise == 1) or "all ended well" in b.what for b in outcome.broken)
-    gone = [attempt for attempt in history.attempts if attempt.reason == "host_lost"]
-    together = [attempt for attempt in history.attempts if attempt.shared]
     ganged = [attempt for attempt in history.attempts if attempt.cards]
     gangs = [history.jobs[job_id] for job_id in sorted({attempt.job_id for attempt in ganged})]
     chained = {c.job_id for c in history.changes if c.what == "job" and c.new is not None and c.new.get("awaits")}
@@ -127,10 +124,6 @@ def _counts(outcome: Outcome) -> list[str]:
         ("refused stale writes", f"{outcome.refused.total()} ({_listed(outcome.refused)})"),
         ("acknowledged cancels", str(len(history.cancelled))),
         *counts_of(history),
-        ("attempts that continued in a host", str(outcome.continued)),
-        ("attempts that joined others in a host", str(outcome.packed)),
-        ("hosts that died with jobs in them", str(len({a.host for a in gone if a.host}))),
-        ("attempts that shared a trainer", f"{len(together)} ({_listed(Counter(a.reason for a in together))})"),
         ("jobs on two cards", f"{len(gangs)} ({_listed(Counter(job['status'] for job in gangs))})"),
         ("attempts on two cards", f"{len(ganged)} ({_listed(Counter(a.reason for a in ganged))})"),
         ("of them resumed from a checkpoint", str(sum(bool(a.resumed_from_step) for a in ganged))),

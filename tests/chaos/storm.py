@@ -34,7 +34,6 @@ from .lab import USERS, Lab, lab
 from .people import People
 from .successes import unshown
 from .trainer import LEAVES, POISONED
-from .traps import changed_bases
 
 BATCH = 10
 """Job files of one `loractl submit`."""
@@ -109,8 +108,6 @@ class Outcome:
     probes: dict[str, list[float]]
     released: int  # held jobs that a person let go on
     let_go: int  # jobs that a person let start without the one that they were to start after
-    continued: int  # attempts that went on in a host
-    packed: int  # attempts that joined others in one
     mended: int  # cards and boxes that loractl drained and a person opened again
     failed_submits: int
     held: int  # statements of the hostile login that were let through
@@ -238,12 +235,11 @@ def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path
     is_long = number % LONG == 1 or (gang and number % 2)  # a fault finds every second gang still there
     steps = rng.randint(*(plan.long_steps if is_long else plan.steps))
     path = folder / f"job-{number}.yaml"
-    cards = ", cards: 2, parallel: sharded" if gang else ""
+    cards = "resources: {cards: 2, parallel: sharded}\n" if gang else ""
     path.write_text(
         f"name: chaos-{number}\nbase_model: {model}\nmethod: lora\ndataset: {{path: {data}, max_length: 16}}\n"
         f"training: {{max_steps: {steps}, save_steps: 5, per_device_train_batch_size: 1}}\n"
-        f"max_retries: {MAX_RETRIES}\npreemptible: {str(number % 2 == 0).lower()}\nlabels: {labels}\n"
-        f"resources: {{exclusive: {str(leaves).lower()}{cards}}}\n"
+        f"max_retries: {MAX_RETRIES}\npreemptible: {str(number % 2 == 0).lower()}\nlabels: {labels}\n{cards}"
     )
     return path
 
@@ -454,7 +450,6 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         sightings=tuple(Sighting(run=mark, pid=pid, at=at) for (mark, pid), at in run.seen.items() if mark),
         asked=frozenset(injector.asked),
         trainers_killed=injector.trainers_killed,
-        bases_changed=sum(map(changed_bases, run.lab.boxes)),
         torn=frozenset(injector.torn),
         windows=tuple(injector.windows),
         spans=tuple(injector.spans),
@@ -478,8 +473,6 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         resumed=resumed,
         postgres_back=_beats_after(history, injector.postgres_back),
         probes=probes,
-        continued=len(re.findall(r"continues in process \d+, which has its base", logs)),
-        packed=sum(attempt.joined for attempt in history.attempts),
         released=run.released,
         let_go=run.let_go,
         mended=run.mended,

@@ -14,7 +14,6 @@ import pytest
 from loractl.common.artifacts import ArtifactStore, manifest_sha256
 from loractl.worker.device.occupancy import run_mark
 
-from .acts import CHANGED
 from .checker import PROMISES, check, examine
 from .history import Act, AttemptRow, Change, History, Hit, Sighting, Span, Window
 from .successes import ANY_FAULT, NO_FAULT, tally
@@ -296,7 +295,7 @@ BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
     "a job failed": (7, lambda h: with_job(h, 1, status="failed")),
     "a job failed for the lab": (8, lambda h: with_job(h, 1, status="failed", reason="gpu_error")),
     "a good card failed": (8, lambda h: with_attempt(h, 1, reason="gpu_error")),
-    "a host died of itself": (7, lambda h: with_attempt(h, 1, reason="host_lost")),
+    "an attempt ended as only earlier versions let one end": (7, lambda h: with_attempt(h, 1, reason="host_lost")),
     "a job diverged for another one's fault": (7, lambda h: with_attempt(h, 1, reason="diverged")),
     "a job was cancelled for another one's": (9, lambda h: with_attempt(h, 1, reason="cancelled")),
     "a job ended by another one's loss": (9, lambda h: with_attempt(h, 1, reason="diverged")),
@@ -314,10 +313,6 @@ BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
         lambda h: hit(with_attempt(on_two_cards(h, "x:0", "x:1"), 1, ended_at=at(23))),
     ),
     "a trainer died of itself": (7, lambda h: with_attempt(h, 1, reason="killed")),
-    "a base was another one of itself": (
-        9,
-        lambda h: with_attempt(h, 1, reason="host_lost", host="h", message=f"it shared its trainer, and {CHANGED}"),
-    ),
     "an acknowledged edit is gone": (11, lambda h: did(h, "edit", 1, 5, key=LIMIT, value=90)),
     "an edit was undone by an older one": (
         11,
@@ -387,13 +382,6 @@ def test_what_succeeded_is_counted_for_each_fault_that_was_active() -> None:
         ANY_FAULT: {"submit": 2, "claim": 1, "heartbeat": 1, "checkpoint": 1},
         NO_FAULT: {"claim": 1, "finish": 1},
     }
-
-
-def test_who_could_not_join_a_trainer_is_no_sign_of_one_that_died() -> None:
-    late = "the trainer that it was about to join has ended"
-    assert check(with_attempt(good(), 1, reason="host_lost", message=late)) == []
-    died = "it shared its trainer with another job: the trainer was killed"
-    assert check(with_attempt(good(), 1, reason="host_lost", message=died))
 
 
 def test_what_people_asked_for_and_got_is_not_complained_of() -> None:
