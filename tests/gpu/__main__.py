@@ -2,7 +2,7 @@
 
 python -m tests.gpu docs/gpu.md [long]
 
-`long`: 40 minutes, the speeds and packs at 8B, LoRA at 8B, and plans of all families.
+`long`: 40 minutes, the speeds at 8B, LoRA at 8B, and plans of all families.
 """
 
 from __future__ import annotations

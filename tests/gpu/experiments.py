@@ -22,7 +22,7 @@ from ..conftest import ROOT
 from .families import FAMILIES, HALF
 from .ladder import climb
 from .rig import GIB, Figure, Rig, mib
-from .speeds import METHODS, WIDE, at_8b, attention, packs, parts, solo, solo_more
+from .speeds import METHODS, WIDE, at_8b, attention, parts, solo, solo_more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,8 +232,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "Where a step goes": Experiment(run=parts, seconds=25),
     "Attention": Experiment(run=attention, seconds=15),
     "LoRA and QLoRA at once": Experiment(run=two_methods_at_once, seconds=45),
-    "8B: warm start and memory": Experiment(run=at_8b, seconds=100),
-    "Packs": Experiment(run=packs, seconds=110),
+    "8B: start and memory": Experiment(run=at_8b, seconds=100),
     "kill -9": Experiment(run=killed, seconds=40),
     "Alone, in other ways": Experiment(run=solo_more, seconds=60, always=False),
     "Kernels that fail": Experiment(run=faults, seconds=40, always=False),

@@ -12,8 +12,8 @@ WHAT_IT_IS = """\
 loractl relies on. It also measures the engine there. It takes at most 8 minutes on one card of 40 GiB or more, plus the
 time to write 35 GB of models with random weights. After three minutes, the first five experiments have shown whether it
 works, how fast, and with how much memory. If time runs short, the last experiments are left out. `make gpu GPU=long`
-takes up to 40 minutes and 45 GB: speeds and packs at 8B, LoRA at 8B, and the plans of all families. It writes this
-page, and exits non-zero if a line is not as it should be. `tests/gpu/test_rehearsal.py` runs its parts on a processor.
+takes up to 40 minutes and 45 GB: speeds at 8B, LoRA at 8B, and the plans of all families. It writes this page, and
+exits non-zero if a line is not as it should be. `tests/gpu/test_rehearsal.py` runs its parts on a processor.
 
 For a box without network: on a machine with network and with the same Python and kind of processor, `make wheels`
 downloads all packages into `wheels/`. Copy that folder into the clone on the box, and `make gpu` installs from nothing
@@ -48,10 +48,8 @@ SUSPECTED = """\
 These follow from the libraries' sources. Look at them if a figure is not as it should be:
 
 - Each micro-batch copies its tokens from memory that is not pinned, and the processor waits for the card meanwhile.
-  This, and the number of kernels that members' factors start, may limit a step of few tokens.
+  This may limit a step of few tokens.
 - bitsandbytes waits for the card after each tensor of its 8-bit optimizers, whether they page or not.
-- Each thread of a member has a cuBLAS workspace of 8 to 32 MiB. The member's plan counts it; after the member has left,
-  it stays until the next thread takes it.
 - One kernel computes rows of any length (`torch.nn.attention.varlen`) if it gives the same as plain products for a few
   rows; otherwise the job's history says why rows are computed one by one. Its backward pass adds up in no fixed order,
   so two runs may differ in bits. It also holds sums in fp32, and each head's own keys and values for all rows of a

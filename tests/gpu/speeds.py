@@ -1,5 +1,4 @@
-"""The experiments that measure the engine: alone beside transformers' Trainer, its steps part by part, in packs, and at
-8B."""
+"""The experiments that measure the engine: next to transformers' Trainer, its steps part by part, and at 8B."""
 
 from __future__ import annotations
 
@@ -26,8 +25,6 @@ NEAR = 0.02
 
 DROPOUT = 0.05
 """A job's own, unless it says otherwise."""
-
-MEMBERS, LENGTHS = (2, 4, 8), (64, 256, 1024, 2048)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,43 +156,6 @@ def rows_figure(found: dict[str, Any], *, on_card: bool) -> Figure:
     faster, apart = by_row / found["at once"], found["apart"]
     said = f"{found['at once']:.2f}, {by_row:.2f} ({faster:.2f} of the speed, apart by {apart:.3f})"
     return Figure(what=what, value=said, ok=apart <= APART)
-
-
-def packs(rig: Rig) -> Iterator[Figure]:
-    """Members on one base against one by one: speed, memory against the plans' sum, the rule, and what they learn."""
-    model, rows = rig.workshop.model(WIDE if rig.long else NARROW), rig.rows(512, 128)  # every cut has learned tokens
-    members, lengths = ((2,), (64,)) if rig.small else (MEMBERS, LENGTHS)
-    shapes = [f"{count}x{length}" for length, count in itertools.product(lengths, members)]
-    for kind in ("bf16", "nf4"):
-        told = list(rig.told("packs", str(model), str(rows), kind, rig.device, rig.uuid, *shapes))
-        for found, verdict in zip(told[:-1], told[-1]["rule"], strict=True):
-            yield from pack_figures(kind, found, verdict, timed=not rig.small)
-
-
-def pack_figures(kind: str, found: dict[str, Any], verdict: dict[str, Any], *, timed: bool = True) -> Iterator[Figure]:
-    """`timed`: the times are a card's; those of a rehearsal say nothing."""
-    count, what = found["members"], f"{kind}, {found['members']} of {found['tokens']} tokens"
-    ratio = count * found["one"] / found["pack"]
-    rate = count * found["tokens"] / found["pack"]
-    admits = [name for name in ("sweep", "others") if verdict[name]]
-    rule = f"the rule says {verdict['first']:.2f} at first, {verdict['fitted']:.2f} once it has measured these passes"
-    takes = f"it takes {'jobs of a sweep' if 'sweep' in admits else 'none'}{' and of others' * ('others' in admits)}"
-    yield Figure(
-        what=f"{what}: against one by one",
-        value=f"{ratio:.2f}, {rate:,.0f} tokens a second; {rule}; {takes}",
-        ok=not timed or "sweep" not in admits or ratio >= WORTH,
-    )
-    process = found["process"]
-    sizes = [mib(size) for size in (found["allocated"], found["reserved"], process, found["planned"])]
-    within = process is None or process <= found["planned"]
-    yield Figure(what=f"{what}: allocated, reserved, process, plan's sum", value=", ".join(sizes), ok=within)
-    apart = f"held-out loss {found['loss']:.1e} relative, a weight {found['weight']:.1e}"
-    apart += f", all weights {found['moved']:.1%} of their way"
-    yield Figure(what=f"{what}: largest differences from alone", value=apart, ok=found["loss"] <= NEAR)
-
-
-WORTH = 0.95
-"""How slow a pack that the rule takes may be against one by one: a pass is measured to a few percent."""
 
 
 def at_8b(rig: Rig) -> Iterator[Figure]:

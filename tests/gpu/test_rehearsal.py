@@ -24,13 +24,11 @@ from .__main__ import BUDGET_S, run, well
 from .attention import compare, weigh
 from .experiments import EXPERIMENTS
 from .families import FAMILIES, HALF, Workshop
-from .lab import Lab
 from .ladder import ROWS, SHARE, spec_of
-from .packs import Bench, verdicts
 from .page import NEVER, page
 from .rig import Figure, Rig, make_rig
 from .solo import SIDES, Course, expected, measure
-from .speeds import FIRST, NARROW, memory_figure, pack_figures, rows_figure, solo_figures, split_figure
+from .speeds import FIRST, NARROW, memory_figure, rows_figure, solo_figures, split_figure
 from .split import STEPS, look_at, part_of, split
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
@@ -176,22 +174,6 @@ def test_rows_at_once_are_compared_with_row_by_row_and_a_card_without_the_kernel
     assert not rows_figure({**both, "apart": 0.2}, on_card=True).ok
 
 
-@pytest.mark.parametrize("kind", ["bf16", "nf4"])
-def test_a_pack_is_compared_with_its_members_alone(kind: str, tmp_path: Path) -> None:
-    rig = workshop_rig(tmp_path)
-    model, rows = str(rig.workshop.model(NARROW)), str(rig.rows(512, 128))
-    bench = Bench(
-        lab=Lab(model, rows, kind, recompute=True, longest=128), model=model, kind=kind, device="cpu", card="cpu"
-    )
-    found = bench.compare(2, 64)
-    assert found["loss"] == found["weight"] == found["moved"] == 0.0, "on a processor a pack changes nothing"
-    alone = bench.planned(1, 64)
-    assert alone < found["planned"] < 2 * alone, "the base counts once"
-    (verdict,) = verdicts([found], quantised=kind == "nf4")
-    assert verdict["first"] > 1.0 and verdict["fitted"] > 0
-    assert len(list(pack_figures(kind, found, verdict))) == 3
-
-
 def test_the_ladder_has_steps_to_go_down_and_one_to_stand_on(tmp_path: Path) -> None:
     """By the plan of the whole family, with its margin for what must not fit and without it for what must."""
     from transformers import AutoConfig
@@ -208,9 +190,9 @@ def test_the_ladder_has_steps_to_go_down_and_one_to_stand_on(tmp_path: Path) -> 
 def test_only_what_had_no_time_may_be_missing() -> None:
     done = {name: [Figure(what="x", value="y")] for name in EXPERIMENTS}
     late = next(name for name, experiment in EXPERIMENTS.items() if not experiment.always)
-    assert well(done) and well({**done, late: []}) and not well({**done, "Packs": []})
+    assert well(done) and well({**done, late: []}) and not well({**done, "Attention": []})
     assert f"| {late} | no time was left | | " in page({**done, late: []}, "a card")
-    assert "| Packs | not reached | | no |" in page({**done, "Packs": []}, "a card")
+    assert "| Attention | not reached | | no |" in page({**done, "Attention": []}, "a card")
     assert not well({**done, late: [Figure(what="x", value="y", ok=False)]})
 
 
