@@ -31,9 +31,8 @@ from sqlalchemy import func, select, update
 from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
 from loractl.common.job.names import parse_reference
 from loractl.common.job.status import Reason, Status
-from loractl.common.placement.hosts import base_key
 from loractl.common.store.database import make_engine
-from loractl.common.store.records import Claim, NewHost, Progress
+from loractl.common.store.records import Claim, Progress
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Adapter, Job
@@ -222,7 +221,7 @@ def _last_week(lab: webs.SeededLab) -> None:
 
 
 def _running(lab: webs.SeededLab) -> None:
-    """A large job, one on two cards, three on one base, and one that has just started."""
+    """A large job, one on two cards, two that share a card, and one that has just started."""
     _see_cards(lab.store)
     lab.store.cards.drain("swift:0", "lena", "replacing a fan")
     lab.store.adapters.tag(parse_reference("triage-r32"), "prod", "mara")
@@ -234,17 +233,8 @@ def _running(lab: webs.SeededLab) -> None:
     shared = lab.store.attempts.claim("heron:0", gangs=True)
     assert isinstance(shared, Claim)
     webs.train(lab, shared, 0, 800, 1500, 31.2)
-    for n, (name, user) in enumerate((("triage-lr1e4", "mara"), ("triage-lr2e4", "mara"), ("tickets", "lena"))):
-        rows = {"dataset": {"path": "org/data", "max_length": 8}, "training": {"per_device_train_batch_size": 1}}
-        webs.queue(lab, name, user, 8, **rows)
-        _see_cards(lab.store)
-        claim = lab.store.attempts.claim("kestrel:0", joins=True, distrusted=frozenset(webs.CARDS) - {"kestrel:0"})
-        assert isinstance(claim, Claim), f"nothing for {name}: {claim}"
-        key = base_key(claim.spec, claim.method)
-        assert key is not None
-        if n == 0:
-            assert lab.store.hosts.open(claim, NewHost(host="mark", node="kestrel:0", key=key, bytes=5 * GIB))
-        webs.train(lab, claim, 0, 420 - 100 * n, 1500, 8)
+    for name, user, size, steps in (("triage-lr1e4", "mara", 11, 420), ("tickets", "lena", 9, 220)):
+        webs.run(lab, name, user, "kestrel:0", size, steps=steps)
     webs.run(lab, "dialect-asr-post", "lena", "heron:0", 12)
 
 
