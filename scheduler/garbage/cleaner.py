@@ -250,15 +250,19 @@ class Cleaner:
             yield Garbage(kind=Kind.WORK, name=str(folder), size=_size(folder), why=why, job_id=job_id)
 
     def _cache(self, without: Collection[int] = ()) -> Iterator[Garbage]:
-        """Entries that were not read for a long time, except data that a job still needs."""
+        """Entries that were not read for a long time, except data that a job still needs; measurements that no job may
+        read any more, like those of a job that has gone."""
         limit = self._limit()
+        listed = {row.sha256 for row in self._store.cards.kept_files(self._settings.host)}
         needed = self._store.results.needed_data(limit, without)
-        for part in ("datasets", "tokenised", "bases", "adapters"):
+        for part in ("datasets", "tokenised", "bases", "adapters", "measured"):
             for entry in _children(self._settings.cache_dir / part):
                 with contextlib.suppress(FileNotFoundError):  # a trainer has just moved it into place
                     used_at = dt.datetime.fromtimestamp(entry.lstat().st_mtime, dt.UTC)
-                    if used_at < limit and entry.name not in needed:
-                        why = f"last used {used_at:%Y-%m-%d}"
+                    why = f"last used {used_at:%Y-%m-%d}" if used_at < limit and entry.name not in needed else ""
+                    if part == "measured" and entry.name not in listed and used_at < self._store.now() - LEAST_AGE:
+                        why = "the database does not name it"
+                    if why:
                         yield Garbage(kind=Kind.CACHE, name=str(entry), size=_size(entry), why=why)
 
     def _logs(self) -> Iterator[Garbage]:

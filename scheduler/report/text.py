@@ -57,7 +57,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str
         f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
         f"{data['truncated_rows']} row{'s' * (data['truncated_rows'] != 1)} truncated, {left_out} left out.{as_rows}",
     )
-    lines += ["", *(line for note in notes for line in wrapped(note, "", screen))]
+    lines += ["", *(line for note in (*notes, *_measured_before(e)) for line in wrapped(note, "", screen))]
     # what changed comes first: repaired, broken, then the rest
     order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], not a["tuned_exact"], a["row"]))
     for answer in order[:answers]:
@@ -81,6 +81,17 @@ def _side_by_side(answer: dict[str, Any]) -> list[tuple[str, str]]:
         return [(name, answer[key]) for name, key in named]
     right = {who: "right" if answer[f"{who}_exact"] else "wrong" for who in ("base", "tuned")}
     return [("expected", answer["expected"]), *((f"{who} ({word})", answer[who]) for who, word in right.items())]
+
+
+def _measured_before(evaluation: dict[str, Any]) -> list[str]:
+    """Which job measured the base, if it was an earlier one."""
+    if (at := evaluation.get("base_measured_at")) is None:
+        return []
+    job, again = evaluation["base_measured_by_job"], evaluation["base_rows_measured_again"]
+    told = (
+        f"The base's figures are those that job {job} measured on this box on {str(at)[:10]}; checked on {again} rows."
+    )
+    return [clean_line(told)]
 
 
 def _labels_table(labels: dict[str, Any] | None, screen: Screen) -> list[str]:

@@ -1,7 +1,7 @@
 """Base against tuned on the held-out rows: losses, generated answers, and how certain the difference is.
 
-Both are measured on the same weights in one process: the base is the model with its adapter switched off. For trainings
-that share their base and held-out rows, like those of a sweep, the base is measured once.
+Both are measured on the same weights in one process: the base is the model with its adapter switched off. For jobs of a
+box with the same base and held-out rows, like those of a sweep, the base is measured once.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ import numpy as np
 from loractl.common.job.sections import DataFormat, Metric
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.batches import HERE, Computer
-from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.model import Learner, measuring, positions_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow, unlearned
 
 from .answers import Answer, Prompt, answer_metrics, prompts_of, side_by_side
+from .base_measurements import BaseMeasurements, EarlierMeasurement, MeasuredModel
 from .comparison import Compared, Measure
 from .confusion import Labels, label_metrics, labels_taught
 from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
 from .generation import end_ids, generate
 from .harness import Benchmarks
-from .row_losses import RowScores, by_example, loss_metrics, score_rows
+from .row_losses import RowScores, loss_metrics, score_rows
 from .stretches import ANSWERS, LABELS, ROWS, Stretch, answered, scored
 
 LABEL_SLACK = 2
@@ -57,7 +57,7 @@ class Evaluation:
     baseline: str | None = None  # the name of `base` if it is not the base model
     against: str = "the base"  # the same in a verdict
     benchmarks: Benchmarks | None = None  # of the lm-eval harness, if the job names tasks
-    base_job: int | None = None  # that measured the base, if it was another job in the same process
+    base_measured: EarlierMeasurement | None = None  # by an earlier job; None: by this one
 
 
 def evaluate(
@@ -66,17 +66,17 @@ def evaluate(
     spec: JobSpec,
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
-    once: Once[MeasuredModel] | None = None,
+    kept: BaseMeasurements | None = None,
     asked: Computer = HERE,
 ) -> Evaluation:
     """Score base and tuned on the held-out rows, and generate answers of each.
 
     Answers: to the first `evaluation.samples` rows in full; if answers are labels, to every row, as long as a label.
-    `once`: None: the base is measured here and now. `asked` runs each batch.
+    `kept`: None: the base is measured here and now. `asked` runs each batch.
     """
     began = time.monotonic()
     work = Work.of(data, spec, learner.tokenizer, positions_of(learner.model))
-    base, tuned, base_job = measure_both(learner, work, spec, check_stop, progress, once, asked)
+    base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept, asked)
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = _labels(work, base, tuned) if work.labelled else None
     wanted, stops = set(spec.evaluation.metrics), data.format is not DataFormat.TEXT
@@ -101,7 +101,7 @@ def evaluate(
         ],
         labels=labels,
         turns=by_turn(work.turns, base.whole, tuned.whole),
-        base_job=base_job,
+        base_measured=earlier,
     )
 
 
@@ -111,26 +111,30 @@ def measure_both(
     spec: JobSpec,
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None],
-    once: Once[MeasuredModel] | None,
+    kept: BaseMeasurements | None,
     asked: Computer,
-) -> tuple[MeasuredModel, MeasuredModel, int | None]:
-    """Let base and tuned do the work. Returns their results, and the job that measured the base, if another did."""
-    tick = counter(2 * work.passes, check_stop, progress)
-    here = False
+) -> tuple[MeasuredModel, MeasuredModel, EarlierMeasurement | None]:
+    """Let base and tuned do the work. Returns their results, and who measured the base, if an earlier job did."""
+    tick, batch = counter(2 * work.passes, check_stop, progress), spec.evaluation.per_device_eval_batch_size
 
     def measure_base() -> MeasuredModel:
-        nonlocal here
-        here = True
         return _measure(learner, work, spec, tick, check_stop, asked, base=True)
 
-    shared = once if learner.started is None else None  # other trainings started from other weights
-    question = _question(learner, work, spec)
-    known = None if shared is None else shared(question, measure_base, keeps=MeasuredModel.is_as_asked)
-    base = measure_base() if known is None else known.answer
-    if not here:
+    def score(rows: list[TokenRow]) -> RowScores:
+        run = partial(_in_modes, learner, asked, base=True)
+        scores = score_rows(learner.model, learner.tokenizer, rows, batch, scorer=learner.scorer, run=run)
+        check_stop()
+        return scores
+
+    if kept is None:
+        base, earlier = measure_base(), None
+    else:
+        base, earlier = kept.find(_question(learner, work, spec), work.rows, batch, measure_base, score)
+    if earlier is not None:
         tick(work.passes)
     tuned = _measure(learner, work, spec, tick, check_stop, asked, base=False)
-    return base, tuned, None if here or known is None else known.job_id
+    base, tuned = (measured.by_example(work.rows, work.regression) for measured in (base, tuned))
+    return base, tuned, earlier
 
 
 def counter(total: int, check_stop: Callable[[], None], progress: Callable[[int, int], None]) -> Callable[[int], None]:
@@ -217,26 +221,6 @@ class Work:
         return [stretch for stretch in every if stretch.count]
 
 
-@dataclass(frozen=True, kw_only=True)
-class MeasuredModel:
-    """One model's results."""
-
-    rows: RowScores
-    rejected: RowScores
-    given: RowScores
-    whole: RowScores
-    alone: RowScores
-    regression: RowScores
-    texts: list[tuple[str, bool]]
-    labels: list[tuple[str, bool]]
-    halved: bool = False  # some of it in smaller batches than requested, since memory ran out
-
-    def is_as_asked(self) -> bool:
-        """Whether another job with the same questions would have got it bit for bit: smaller batches round
-        differently."""
-        return not self.halved
-
-
 def _measure(
     learner: Learner,
     work: Work,
@@ -259,8 +243,7 @@ def _measure(
         check_stop()
         asked.pause()
 
-    def run(piece: Callable[[], None]) -> None:
-        asked.run(partial(measuring, learner, piece, base=base))
+    run = partial(_in_modes, learner, asked, base=base)
 
     def run_long(piece: Callable[[], None]) -> None:
         asked.run_long(partial(measuring, learner, piece, base=base), check_stop)
@@ -275,16 +258,20 @@ def _measure(
     rows, rejected, given, whole, alone, regression = map(score, work.scored_apart)
     texts, labels = answer(work.prompts, work.longest_answer), answer(work.labelled, work.label_tokens)
     return MeasuredModel(
-        rows=by_example(rows, work.rows),
+        rows=rows,
         rejected=rejected,
         given=given,
         whole=whole,
         alone=alone,
-        regression=by_example(regression, work.regression),
+        regression=regression,
         texts=texts,
         labels=labels,
         halved=bool(smaller),
     )
+
+
+def _in_modes(learner: Learner, asked: Computer, piece: Callable[[], None], *, base: bool) -> None:
+    asked.run(partial(measuring, learner, piece, base=base))
 
 
 def _question(learner: Learner, work: Work, spec: JobSpec) -> str:

@@ -15,14 +15,14 @@ import torch
 from loractl.common.job.sections import Metric, PreferenceSpec
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.batches import HERE, Computer
-from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.model import Learner, positions_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.engine.pairs import Pairs, margins, pair_losses
 
 from .answers import Answer, answer_metrics, side_by_side, words
+from .base_measurements import BaseMeasurements, MeasuredModel
 from .comparison import Array, Compared, Measure, percent
-from .evaluation import Evaluation, MeasuredModel, Work, measure_both
+from .evaluation import Evaluation, Work, measure_both
 from .row_losses import RowScores
 
 LOSS = Measure(name="loss", label="preference loss")
@@ -77,16 +77,16 @@ def evaluate_preferences(
     spec: JobSpec,
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
-    once: Once[MeasuredModel] | None = None,
+    kept: BaseMeasurements | None = None,
     asked: Computer = HERE,
 ) -> Evaluation:
     """Score both answers of every held-out pair, and let base and tuned answer the first `evaluation.samples` prompts.
 
-    `once`, `asked`: see `evaluate`.
+    `kept`, `asked`: see `evaluate`.
     """
     began = time.monotonic()
     work = Work.of(data, spec, learner.tokenizer, positions_of(learner.model))
-    base, tuned, base_job = measure_both(learner, work, spec, check_stop, progress, once, asked)
+    base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept, asked)
     scores = PairScores.of(base), PairScores.of(tuned)
     losses = pair_row_losses(spec.preference, scores)
     answers, wanted = side_by_side(work.prompts, base.texts, tuned.texts), set(spec.evaluation.metrics)
@@ -101,7 +101,7 @@ def evaluate_preferences(
             (number, 1, round(float(before), 6), round(float(after), 6), int(tokens))
             for number, tokens, before, after in zip(work.numbers, scores[0].tokens, *losses, strict=True)
         ],
-        base_job=base_job,
+        base_measured=earlier,
         baseline=None if learner.started is None else learner.compared_with,
         against=learner.compared_with,
     )

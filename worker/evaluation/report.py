@@ -247,11 +247,13 @@ def _training(order: Start, course: TrainingCourse, precision: str) -> dict[str,
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    labels = evaluation.labels
+    labels, earlier = evaluation.labels, evaluation.base_measured
     return {
         "rows": evaluation.rows,
         "baseline": evaluation.baseline,
-        "base_measured_by_job": evaluation.base_job,
+        "base_measured_by_job": earlier and earlier.job_id,
+        "base_measured_at": earlier and earlier.at.isoformat(),
+        "base_rows_measured_again": earlier and earlier.checked,
         "seconds": evaluation.seconds,
         "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": BOOTSTRAP_SEED, "interval": 0.95},
         "metrics": [m.as_json() for m in evaluation.metrics],

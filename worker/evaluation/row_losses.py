@@ -50,7 +50,7 @@ def score_rows(
     """Cross-entropy of every learned token, in fp32, for a model in eval mode. Longest rows first, so that an
     out-of-memory comes at once. `halved`: called if that made batches smaller, whose sums round differently. `run` does
     a batch, and `tick` gets its number of rows."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
+    order = longest_first(rows)
     result = np.zeros((5, len(rows)))
 
     def score(chosen: list[int]) -> None:
@@ -62,6 +62,11 @@ def score_rows(
         halved()
     names = ("loss", "tokens", "stop_loss", "stops", "right")
     return RowScores(**dict(zip(names, result, strict=True)))
+
+
+def longest_first(rows: Sequence[TokenRow]) -> list[int]:
+    """The places of rows in the order in which they are scored."""
+    return sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))
 
 
 def by_example(scores: RowScores, rows: Sequence[TokenRow]) -> RowScores:

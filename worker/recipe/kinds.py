@@ -28,6 +28,7 @@ from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import CrossEntropy, LabelLoss, Loss, classified
 from loractl.worker.engine.pairs import PairLoss, Scores, row_key
+from loractl.worker.evaluation.base_measurements import BaseMeasurements
 from loractl.worker.evaluation.classifier import classify, evaluate_classifier
 from loractl.worker.evaluation.evaluation import Evaluation, Work, evaluate
 from loractl.worker.evaluation.preferences import evaluate_preferences
@@ -76,6 +77,7 @@ class EvaluationTask:
     spec: JobSpec
     check_stop: Callable[[], None]
     progress: Callable[[int, int], None]
+    kept: BaseMeasurements | None = None
     asked: Computer
 
 
@@ -157,7 +159,7 @@ class TrainedAnswers(TrainedKind):
         score_rows(learner.model, learner.tokenizer, rows, len(rows), scorer=learner.scorer, run=lambda piece: piece())
 
     def evaluate(self, work: EvaluationTask) -> Evaluation:
-        return evaluate(work.learner, work.data, work.spec, work.check_stop, work.progress, asked=work.asked)
+        return evaluate(work.learner, work.data, work.spec, work.check_stop, work.progress, work.kept, work.asked)
 
     def built(self, config: Any, **options: Any) -> Any:
         from transformers import AutoModelForCausalLM
@@ -194,7 +196,7 @@ class TrainedPreferences(TrainedAnswers):
 
     def evaluate(self, work: EvaluationTask) -> Evaluation:
         return evaluate_preferences(
-            work.learner, work.data, work.spec, work.check_stop, work.progress, asked=work.asked
+            work.learner, work.data, work.spec, work.check_stop, work.progress, work.kept, work.asked
         )
 
 

@@ -35,12 +35,14 @@ from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import check_apart
 from loractl.worker.engine.passes.shared import SharedBase
 from loractl.worker.engine.ranks.leader import DividedPass
+from loractl.worker.evaluation.base_measurements import BaseMeasurements
 from loractl.worker.evaluation.evaluation import Evaluation
 from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks
 from loractl.worker.evaluation.report import TrainingCourse, build_report, write_page, write_report
 from loractl.worker.protocol.messages import Ancestor, Ended
 
 from .arguments import check_trackers
+from .box_files import measurements
 from .fit import Callbacks, fit
 from .gang import Gang, base_of, gathered
 from .kinds import EvaluationTask
@@ -84,8 +86,9 @@ def train(run: Run) -> Ended:
 
     # 5. Base against tuned on rows that were never trained on.
     run.stage(Stage.EVALUATING)
-    evaluation = _evaluate(run, learner, data, tasks, callbacks)
-    final = _evaluate_final(run, learner, data, callbacks)
+    kept = measurements(run, learner, identity)
+    evaluation = _evaluate(run, learner, data, tasks, callbacks, kept)
+    final = _evaluate_final(run, learner, data, callbacks, kept)
     if isinstance(steps, DividedPass):
         ask(steps.end)
 
@@ -258,14 +261,27 @@ def _resolved(run: Run, arguments: TrainingArguments) -> dict[str, Any]:
     }
 
 
-def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callbacks: Callbacks) -> Evaluation:
+def _evaluate(
+    run: Run,
+    learner: Learner,
+    data: PreparedData,
+    tasks: Any,
+    callbacks: Callbacks,
+    kept: BaseMeasurements | None,
+) -> Evaluation:
     """`tasks`: from `find_tasks`."""
     most, rows = run.spec.evaluation.max_rows, data.held_out.rows.examples
     rows = rows if most is None else min(rows, most)
     work = f"{rows} held-out row{'s' * (rows != 1)}"
     if answers := run.kind.answers(run.spec, data):
         work += f", with {answers} answer{'s' * (answers != 1)} of at most {run.spec.evaluation.max_new_tokens} tokens"
-    evaluation = _measure(run, learner, data, callbacks.teller.evaluating(_on(run, learner, work)))
+    evaluation = _measure(run, learner, data, callbacks.teller.evaluating(_on(run, learner, work)), kept)
+    if (earlier := evaluation.base_measured) is not None:
+        run.note(
+            "evaluation",
+            f"the base's figures are those of job {earlier.job_id}, measured here on the same rows "
+            f"on {earlier.at:%Y-%m-%d}; {earlier.checked} of the rows were measured again and are equal",
+        )
     callbacks.teller.tell_held_out(evaluation)
     if tasks is None:
         return evaluation
@@ -274,12 +290,14 @@ def _evaluate(run: Run, learner: Learner, data: PreparedData, tasks: Any, callba
     return replace(evaluation, benchmarks=scored)
 
 
-def _evaluate_final(run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks) -> Evaluation | None:
+def _evaluate_final(
+    run: Run, learner: Learner, data: PreparedData, callbacks: Callbacks, kept: BaseMeasurements | None
+) -> Evaluation | None:
     """The same on the final rows, only for the report's file: neither log nor database gets a figure from it."""
     if (final := data.of_final) is None:
         return None
     progress = callbacks.teller.evaluating(_on(run, learner, "the final rows"), final=True)
-    return _measure(run, learner, final, progress)
+    return _measure(run, learner, final, progress, kept)
 
 
 def _on(run: Run, learner: Learner, work: str) -> list[str]:
@@ -287,7 +305,13 @@ def _on(run: Run, learner: Learner, work: str) -> list[str]:
     return [f"{model} on {work}" for model in run.kind.measured(learner)]
 
 
-def _measure(run: Run, learner: Learner, data: PreparedData, progress: Callable[[int, int], None]) -> Evaluation:
+def _measure(
+    run: Run,
+    learner: Learner,
+    data: PreparedData,
+    progress: Callable[[int, int], None],
+    kept: BaseMeasurements | None,
+) -> Evaluation:
     return run.kind.evaluate(
         EvaluationTask(
             learner=learner,
@@ -295,6 +319,7 @@ def _measure(run: Run, learner: Learner, data: PreparedData, progress: Callable[
             spec=run.spec,
             check_stop=run.check_stop,
             progress=progress,
+            kept=kept,
             asked=run.session,
         )
     )

@@ -333,6 +333,22 @@ def test_what_is_here_goes_when_its_job_has_ended_or_nobody_used_it_for_long(lab
     assert entries["datasets", needed].exists() and entries["tokenised", "new"].exists()
 
 
+def test_a_measurement_goes_when_no_row_names_it_or_nobody_used_it_for_long(lab: Lab) -> None:
+    lab.store.jobs.submit(submission())
+    claim = take(lab.store, node=f"{lab.settings.host}:0")
+    assert isinstance(claim, Claim)
+    ages = {"a": 3600, "b": 2 * 86400, "c": 40 * 86400, "d": 3600, "e": 2 * 86400}  # d and e have no row
+    lab.store.attempts.beat(claim, Progress(kept=tuple((one * 64, one * 64) for one in "abc")))
+    measured = lab.settings.cache_dir / "measured"
+    measured.mkdir(parents=True)
+    for name, age in ages.items():
+        (measured / (name * 64)).write_bytes(b"x")
+        os.utime(measured / (name * 64), (lab.clock.now.timestamp() - age,) * 2)
+    gone = [(Path(g.name).name[0], g.why) for g in lab.cleaner().remove() if g.kind is Kind.CACHE]
+    assert sorted(gone) == [("c", gone[0][1]), ("e", "the database does not name it")]
+    assert gone[0][1].startswith("last used") and sorted(path.name[0] for path in measured.iterdir()) == ["a", "b", "d"]
+
+
 def test_a_job_that_is_retried_after_gc_names_no_checkpoint_that_is_gone(lab: Lab) -> None:
     lab.run(Reason.DRAINED)
     claim = take(lab.store)

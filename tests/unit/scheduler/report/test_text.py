@@ -87,6 +87,16 @@ def test_every_line_but_an_answer_s_stays_on_the_screen(screen: Screen) -> None:
     assert screen.width > 80 or "  themselves, %" in lines, "the unit stays with its last word"
 
 
+def test_figures_of_the_base_that_an_earlier_job_measured_are_named_as_such() -> None:
+    own, used = report(), report()
+    assert "job 5" not in report_text(own, PLAIN, 0)
+    used["evaluation"] |= {
+        "base_measured_by_job": 5, "base_measured_at": "2026-01-14T12:00:00+00:00", "base_rows_measured_again": 8,
+    }  # fmt: skip
+    told = " ".join(report_text(used, PLAIN, 0).split())
+    assert "The base's figures are those that job 5 measured on this box on 2026-01-14; checked on 8 rows." in told
+
+
 def test_labels_and_turns_are_tables_of_their_own() -> None:
     value = report()
     value["evaluation"] |= {

@@ -1,0 +1,212 @@
+"""A box measures a base once for the jobs that ask the same of it, and believes nothing that was changed since."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loractl.common.job.status import Reason
+from loractl.worker.evaluation import evaluation as measuring
+from loractl.worker.protocol.messages import FileKept, KnownFile, Note, Start
+from loractl.worker.recipe.recipe import train
+from loractl.worker.recipe.run import Run
+
+from ..models import write_helpdesk
+
+NOON = dt.datetime(2026, 1, 14, 12, tzinfo=dt.UTC)
+
+
+class Box:
+    """Runs jobs one after another, and lists for each what those before it have left, as the database does."""
+
+    def __init__(self, start: Callable[..., Start], folder: Path) -> None:
+        self.start, self.folder, self.known = start, folder, dict[str, KnownFile]()
+        self.jobs = 0
+        self.notes = list[str]()  # of the last job
+
+    def run(self, **keys: Any) -> dict[str, Any]:
+        """The report of the next job."""
+        self.jobs += 1
+        told = list[Any]()
+        order = self.start(f"job-{self.jobs}", job_id=self.jobs, **{"max_steps": 1, **keys})
+        run = Run(order=order.model_copy(update={"kept": [*self.known.values()]}), tell=told.append)
+        try:
+            assert train(run).reason is Reason.OK
+        finally:
+            run.close()
+        for one in told:
+            if isinstance(one, FileKept):
+                self.known[one.key] = KnownFile(key=one.key, sha256=one.sha256, job_id=self.jobs, at=NOON)
+        self.notes = [one.text for one in told if isinstance(one, Note) and one.kind in ("cache", "evaluation")]
+        report: dict[str, Any] = json.loads((Path(order.output_dir) / "report.json").read_text())
+        return report["evaluation"]
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted((self.folder / "measured").iterdir())
+
+
+@pytest.fixture
+def box(start: Callable[..., Start], cache: Path) -> Box:
+    return Box(start, cache)
+
+
+@pytest.fixture
+def bases_measured(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """An entry for each model that is measured in full: whether it is the base."""
+    seen, measure = list[bool](), measuring._measure
+
+    def watched(*args: Any, base: bool) -> Any:
+        seen.append(base)
+        return measure(*args, base=base)
+
+    monkeypatch.setattr(measuring, "_measure", watched)
+    return seen
+
+
+def numbers(report: dict[str, Any]) -> Any:
+    """All that a report measured, without who measured it and how long it took."""
+    return {
+        key: value for key, value in report.items()
+        if key not in ("seconds", "base_measured_by_job", "base_measured_at", "base_rows_measured_again")
+    }  # fmt: skip
+
+
+ASKED = {
+    "a LoRA of another rank and rate": {"lora": {"r": 8}, "learning_rate": 1e-2},
+    "other layers": {"lora": {"target_modules": ["q_proj"], "use_dora": True}},
+    "another seed and batch": {"seed": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+}
+"""What the members of a sweep may vary: the base's results are the same bits."""
+
+
+@pytest.mark.parametrize("varied", ASKED)
+def test_a_sweep_measures_its_base_once_and_reports_the_same_numbers(
+    box: Box, cache: Path, bases_measured: list[bool], varied: str
+) -> None:
+    first, second = box.run(), box.run(**ASKED[varied])
+    assert bases_measured == [True, False, False]
+    assert (first["base_measured_by_job"], second["base_measured_by_job"]) == (None, 1)
+    assert second["base_measured_at"] == NOON.isoformat() and second["base_rows_measured_again"] > 0
+    assert any("job 1" in note and "2026-01-14" in note for note in box.notes)
+    box.known.clear()
+    alone = box.run(**ASKED[varied])
+    assert bases_measured[3:] == [True, False]
+    assert numbers(alone) == numbers(second)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in box.files] == [0o600]
+
+
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "number format": {"dtype": "float32"},
+    "exact mode": {"exact": True},
+    "attention": {"attn_implementation": "eager"},
+    "longer answers": {"evaluation": {"max_new_tokens": 7}},
+    "fewer answers": {"evaluation": {"samples": 1}},
+    "other batches": {"evaluation": {"per_device_eval_batch_size": 3}},
+    "NF4": {"method": "qlora"},
+}
+
+
+def test_what_changes_the_base_s_results_has_it_measured(box: Box, bases_measured: list[bool]) -> None:
+    box.run()
+    for what, keys in OTHERWISE.items():
+        del bases_measured[:]
+        assert box.run(**keys)["base_measured_by_job"] is None, what
+        assert bases_measured == [True, False], what
+
+
+def test_other_rows_are_measured(box: Box, tmp_path: Path, bases_measured: list[bool]) -> None:
+    box.run()
+    data = write_helpdesk(tmp_path / "others.jsonl")
+    data.write_text(data.read_text().replace("broken", "slow"))
+    assert box.run(dataset={"path": str(data)})["base_measured_by_job"] is None
+
+
+def test_another_base_under_the_same_name_is_measured(box: Box, tiny_model: Path) -> None:
+    box.run()
+    weights = tiny_model / "model.safetensors"
+    content, dates = weights.read_bytes(), weights.stat()
+    weights.write_bytes(content[:-4] + bytes([content[-4] ^ 64]) + content[-3:])
+    os.utime(weights, ns=(dates.st_atime_ns, dates.st_mtime_ns))
+    assert box.run()["base_measured_by_job"] is None
+
+
+def one_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+HARM: dict[str, Callable[[Path], object]] = {
+    "one bit": one_bit,
+    "cut off": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "another's file": lambda path: path.write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_file_that_was_changed_is_thrown_away_and_the_history_says_so(
+    box: Box, bases_measured: list[bool], harm: str
+) -> None:
+    first = box.run()
+    (file,) = box.files
+    HARM[harm](file)
+    second = box.run()
+    assert bases_measured == [True, False] * 2 and second["base_measured_by_job"] is None
+    assert any(f"{file} is thrown away: it is not as it was written" in note for note in box.notes)
+    assert numbers(first)["row_losses"] == numbers(second)["row_losses"]
+    assert box.run()["base_measured_by_job"] == 2
+
+
+def test_a_file_that_the_database_does_not_know_is_not_read(box: Box, bases_measured: list[bool]) -> None:
+    box.run()
+    (file,) = box.files
+    forged = json.loads(file.read_bytes())
+    forged["rows"]["loss"][0] += 1
+    box.known.clear()
+    file.write_text(json.dumps(forged))
+    assert box.run()["base_measured_by_job"] is None
+    assert bases_measured == [True, False] * 2
+
+
+def test_figures_that_no_longer_come_out_are_thrown_away(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hash is right, but what decides the result has changed in a way that the key does not name."""
+    box.run()
+    score = measuring.score_rows
+
+    def drifted(*args: Any, **options: Any) -> Any:
+        scores = score(*args, **options)
+        scores.loss[:] *= 1 + 2**-50
+        return scores
+
+    monkeypatch.setattr(measuring, "score_rows", drifted)
+    assert box.run()["base_measured_by_job"] is None
+    assert any("are other ones now" in note for note in box.notes)
+    assert box.run()["base_measured_by_job"] == 2
+
+
+def test_a_job_that_repeats_another_measures_its_base_itself(box: Box, bases_measured: list[bool]) -> None:
+    box.run()
+    assert box.run(job={"labels": {"reproduces": "1"}})["base_measured_by_job"] is None
+    assert bases_measured == [True, False] * 2
+
+
+def test_a_base_measured_in_smaller_batches_is_left_to_nobody(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Smaller batches round differently."""
+    measure = measuring.score_rows
+
+    def short_of_memory(*args: Any, **options: Any) -> Any:
+        args[6]() if len(args) > 6 else None
+        return measure(*args, **options)
+
+    monkeypatch.setattr(measuring, "score_rows", short_of_memory)
+    box.run()
+    assert box.known == {}

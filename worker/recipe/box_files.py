@@ -1,0 +1,81 @@
+"""What a training leaves in its box's cache for later ones, and takes from there."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+from pathlib import Path
+
+import torch
+
+from loractl.common.placement.hosts import REPRODUCES
+from loractl.worker import base, engine, evaluation
+from loractl.worker.base.box_cache import BoxCache
+from loractl.worker.base.model import Learner
+from loractl.worker.base.processor import arithmetic
+from loractl.worker.base.source import BaseIdentity
+from loractl.worker.engine import passes, ranks
+from loractl.worker.evaluation.base_measurements import BaseMeasurements
+from loractl.worker.protocol.messages import FileKept
+from loractl.worker.protocol.versions import installed_versions
+
+from .run import Run
+
+
+def _code_hash(*rooms: Path) -> str:
+    content = b"".join(path.read_bytes() for room in rooms for path in sorted(room.glob("*.py")))
+    return hashlib.sha256(content).hexdigest()
+
+
+_CODE = _code_hash(*(Path(str(room.__file__)).parent for room in (base, engine, passes, ranks, evaluation)))
+"""As of the import: an upgrade replaces the files while this process continues with the old code."""
+
+
+def measurements(run: Run, learner: Learner, identity: BaseIdentity) -> BaseMeasurements | None:
+    """What jobs of this box have measured of the base. None for a job that repeats another one: it shows that all of it
+    comes out again."""
+    order = run.order
+    if REPRODUCES in order.spec.labels:
+        return None
+    return BaseMeasurements(
+        cache=_cache(run, learner, identity, "measured"),
+        turn=order.job_id,
+        repeats=order.device == "cpu",
+        precision=learner.precision.base,
+    )
+
+
+def _cache(run: Run, learner: Learner, identity: BaseIdentity, kind: str) -> BoxCache:
+    order, training = run.order, run.spec.training
+    box = order.node.rpartition(":")[0]
+    # with another ancestor "base" is another model
+    ancestor = None if order.init_from is None or learner.started is None else order.init_from.sha256
+    how: list[object] = [order.method.value, learner.precision, order.parallel.value, len(order.ranks), order.run_code]
+    how += [training.attn_implementation, training.exact, training.torch_compile, run.spec.lora.modules_to_save]
+    how += [_CODE, *_arithmetic(order.device, order.device_name)]
+
+    def tell(key: str, sha256: str) -> None:
+        run.tell(FileKept(job_id=order.job_id, key=key, sha256=sha256))
+
+    return BoxCache(
+        folder=Path(order.cache_dir) / kind,
+        known=order.kept,
+        about=[kind, box, identity.wait()["sha256"], ancestor, *how],
+        tell=tell,
+        note=lambda text: run.note("cache", text),
+    )
+
+
+def _arithmetic(device: str, device_name: str) -> list[object]:
+    """What decides the last bits of a model's output here, apart from model, rows and our own code: the device, on a
+    processor its threads, and the libraries."""
+    facts = arithmetic() if device == "cpu" else (device_name, torch.version.cuda)
+    return [device, *facts, sorted(installed_versions().items()), _flash_attention()]
+
+
+def _flash_attention() -> str | None:
+    """The version of flash-attn, if installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("flash-attn")
+    return None
