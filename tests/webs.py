@@ -219,7 +219,7 @@ def finish(lab: SeededLab, name: str, user: str, base: float, tuned: float, node
     return claim.job_id
 
 
-def store_result(lab: SeededLab, claim: Claim, base: float, tuned: float, **changes: Any) -> None:
+def store_result(lab: SeededLab, claim: Claim, base: float, tuned: float, /, **changes: Any) -> None:
     """Its adapter and its report, as a worker stores them."""
     job = lab.store.jobs.get(claim.job_id)
     value = the_report(job.job_id, job.name, job.user, base, tuned)

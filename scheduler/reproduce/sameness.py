@@ -32,8 +32,8 @@ _TOLD_BY_THE_RUN = (
 
 
 def _company(report: Report) -> str:
-    """The jobs that trained on the same base at the same time. They change no digit today. In earlier versions they
-    could: a matrix library may round a row differently, depending on how many rows it multiplies at once."""
+    """The jobs that trained in the same process, as earlier versions let them. They could change digits: a matrix
+    library may round a row differently, depending on how many rows it multiplies at once."""
     return ", ".join(map(str, report["training"].get("companions") or ())) or "none"
 
 
