@@ -45,7 +45,7 @@ from loractl.worker.device.devices import Device, find_devices
 from loractl.worker.device.snapshot import Process, Snapshot
 from loractl.worker.node.device_row import NodeOptions
 from loractl.worker.node.node import DeviceNode, place_of
-from loractl.worker.protocol.messages import Ended, Start, Stop, Told, decode_order, encode
+from loractl.worker.protocol.messages import Again, Ended, Start, Stop, Told, decode_order, encode
 from loractl.worker.recipe.orders import EXIT_ORPHANED, StopOrder
 
 from .held_clock import HeldClock
@@ -59,7 +59,7 @@ NO_QUEUE = "redis://127.0.0.1:1"
 NO_PROCESS = itertools.count(1 << 23)
 """Numbers that Linux gives to no process."""
 
-Train = Callable[[Start, StopOrder, Tell, Sleep], Ended]
+Train = Callable[[Start, StopOrder, Tell, Sleep], Ended | Again]
 
 
 class _Killed(Exception):

@@ -16,16 +16,12 @@ from loractl.worker.attempt.log import LogBook
 from loractl.worker.attempt.trainer_process import TrainerProcess
 from loractl.worker.protocol.messages import (
     Adjusted,
+    Again,
     Ended,
     FileKept,
     GoingOn,
-    Learned,
-    LogLines,
-    MemberLeft,
     Note,
-    Opened,
     Order,
-    Passed,
     Planned,
     Saved,
     StageChanged,
@@ -52,16 +48,13 @@ TOLD: list[Told] = [
     Stepped(job_id=1, step=1, total_steps=2, metrics={"loss": 1.0}),
     Adjusted(job_id=1, adjustment=START.adjustment),
     Planned(job_id=1, lora=1, qlora=None),
+    Planned(job_id=1, base=1),
     Note(job_id=1, kind="data", text="rows"),
     Saved(job_id=1, step=3, path="/work/1/attempt-1/checkpoints/checkpoint-3"),
     Ended(job_id=1, reason=Reason.OK, message="done"),
     FileKept(job_id=1, key="a" * 64, sha256="0" * 64),
-    LogLines(job_id=1, text="line\n"),
-    Opened(job_id=1, base_bytes=1),
-    Passed(job_id=1, tokens=9, members=2, seconds=0.5),
-    Learned(job_id=1),
     GoingOn(job_id=1),
-    MemberLeft(job_id=1),
+    Again(job_id=1, adjustment=START.adjustment, change="out of memory"),
 ]
 
 values: st.SearchStrategy[Any] = st.recursive(

@@ -22,7 +22,7 @@ from loractl.worker.evaluation.confusion import Labels, label_metrics
 from loractl.worker.evaluation.generation import generate
 from loractl.worker.evaluation.report import verdict
 from loractl.worker.evaluation.row_losses import LOSS
-from loractl.worker.protocol.messages import LogLines, Note, Stepped
+from loractl.worker.protocol.messages import Note, Stepped
 
 from ..models import write_helpdesk
 from .conftest import Recipe
@@ -377,7 +377,7 @@ WEIGHTS = Path("result") / "adapter" / "adapter_model.safetensors"
 
 
 def test_final_rows_choose_nothing_and_their_figures_are_in_the_report_s_file_alone(
-    recipe: Recipe, tmp_path: Path
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With the best checkpoint kept: the adapter and all that is told are those of a job without final rows."""
     said = [(f"ticket {n}: something with {('gpu', 'storage')[n % 2]} is odd", "queue: gpu") for n in range(39)]
@@ -385,6 +385,8 @@ def test_final_rows_choose_nothing_and_their_figures_are_in_the_report_s_file_al
     last = conversations(tmp_path / "final.jsonl", [[pair] for pair in said])
     asked = {"max_steps": 8, "eval_steps": 2, "load_best_model_at_end": True, "lora": {"r": 4}}
     ended, told = recipe("with", **asked, dataset={"final_path": str(last)})
+    log = capsys.readouterr().err
+    assert "final" in log
     plainly, without = recipe("without", **asked)
     assert (tmp_path / "with" / WEIGHTS).read_bytes() == (tmp_path / "without" / WEIGHTS).read_bytes()
     assert ended.message == plainly.message
@@ -407,7 +409,7 @@ def test_final_rows_choose_nothing_and_their_figures_are_in_the_report_s_file_al
     assert "1 of 40 final rows were cut at dataset.max_length." in final["verdict"]["aside"]
     loss = next(metric for metric in final["metrics"] if metric["name"] == "loss")
     figures = {f"{loss[key]:.{digits}f}" for key in ("base", "tuned") for digits in (3, 4)}
-    everywhere = "".join(m.text for m in told if isinstance(m, (Note, LogLines)))
+    everywhere = log + "".join(m.text for m in told if isinstance(m, Note))
     for file in ("report.html", "adapter/README.md", "job.json"):
         everywhere += (tmp_path / "with" / "result" / file).read_text()
     assert "40 final, by which nothing is chosen" in everywhere and "held out, 40 final</dd>" in everywhere

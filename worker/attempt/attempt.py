@@ -17,6 +17,7 @@ from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import (
     Adjusted,
+    Again,
     Ended,
     FileKept,
     Note,
@@ -47,6 +48,7 @@ class Heard:
     step: int = 0
     peaks: Peaks = field(default_factory=Peaks)
     ended: Ended | None = None
+    again: Again | None = None  # the trainer ends, and another one continues with less
     saved: list[Saved] = field(default_factory=list)  # checkpoints not passed on yet
     withdrawn: set[str] = field(default_factory=set)  # folders of checkpoints that it found broken
 
@@ -55,6 +57,8 @@ class Heard:
             self.peaks = self.peaks.above(message.peaks)
         if isinstance(message, Ended):
             self.ended = message
+        elif isinstance(message, Again):
+            self.again = message
         elif isinstance(message, Stepped):
             self.step = message.step
         elif isinstance(message, Adjusted):
@@ -272,6 +276,9 @@ def _fold(progress: Progress, message: Told) -> Progress:
     if isinstance(message, FileKept):
         return replace(progress, kept=(*progress.kept, (message.key, message.sha256)))
     if isinstance(message, Planned):
+        progress = replace(progress, base_bytes=message.base or progress.base_bytes)
+        if message.lora is message.qlora is None:  # it reports the base alone
+            return progress
         need, roomy = Need(lora=message.lora, qlora=message.qlora), message.roomy
         roomy_too = None if roomy is None else Roomy.read(roomy)
         return replace(progress, need=need, roomy=roomy_too, running=message.running)

@@ -125,7 +125,6 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
     return Start(
         job_id=claim.job_id,
         attempt=claim.attempt,
-        mark=run_mark(claim.token),
         user=claim.user,
         node=place.node,
         gpu=place.device.uuid,

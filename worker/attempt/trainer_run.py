@@ -11,8 +11,10 @@ from pathlib import Path
 from loractl.common.job.adjustment import Adjustment, in_words, next_adjustment
 from loractl.common.job.method import Parallel
 from loractl.common.job.status import Reason, Stage
+from loractl.common.store.records import Claim
+from loractl.common.units import gib
 from loractl.worker.allowance import kernel_kills, kernel_kills_since
-from loractl.worker.device.occupancy import run_mark
+from loractl.worker.device.occupancy import end_leftovers, run_mark
 from loractl.worker.protocol.exit_reason import exit_reason
 from loractl.worker.protocol.messages import Ended, Start, Told
 
@@ -32,19 +34,28 @@ CHECKPOINT_GRACE_S = 60.0
 LOOK_S = 0.2
 """Seconds between two looks at a silent trainer."""
 
+LEFT_S = 20.0
+"""Seconds that a trainer's memory may stay on the card after its end: the driver takes a moment to free it."""
+
 
 def train(place: Workplace, attempt: SupervisedAttempt, start: Start) -> None:
     """Run a trainer to its end. If it runs out of memory in mid-training, run another one that needs less.
 
-    Only a new process has unfragmented memory again; it continues from the last checkpoint.
+    Only a new process has unfragmented memory again; it continues from the newest checkpoint of the attempt.
     """
     attempt.run.began = attempt.run.began or place.clock.now()
     upload = CheckpointUpload(place.artifacts, place.store, attempt.claim, attempt.folder / "keeping", place.clock)
-    order: Start | None = start
+    order = start
     try:
-        while order is not None:
+        for _ in range(1 + _rungs(start)):
             _run(place, attempt, order, upload)
-            order = _lighter(attempt, order)
+            lighter = _lighter(attempt, order)
+            if lighter is None or not _may_restart(place, attempt):
+                break
+            order = lighter
+        else:  # a trainer may run a stranger's code, and ask for this for ever
+            message = "memory ran out again after each step down"
+            attempt.heard.ended = Ended(job_id=start.job_id, reason=Reason.OUT_OF_MEMORY, message=message)
     finally:
         # no one needs the last checkpoint of a training that is done, cancelled, pruned or no longer ours
         over = attempt.own.lease_lost or attempt.wishes.cancel_requested
@@ -75,7 +86,8 @@ def _run(place: Workplace, attempt: SupervisedAttempt, start: Start, upload: Che
             attempt.run.trainer = None
     _take_all(trainer.told, attempt)
     _hand_on(attempt, upload)
-    if attempt.heard.ended is None and attempt.own.forced is None and not attempt.own.lease_lost:
+    told = attempt.heard.ended is not None or attempt.heard.again is not None
+    if not told and attempt.own.forced is None and not attempt.own.lease_lost:
         attempt.heard.ended = _unexpected_end(attempt, start, trainer.returncode, kernel_kills_since(kills))
 
 
@@ -90,7 +102,7 @@ def _launch(place: Workplace, attempt: SupervisedAttempt, start: Start) -> subpr
 def _watch(place: Workplace, attempt: SupervisedAttempt, trainer: TrainerProcess, upload: CheckpointUpload) -> None:
     """Pass on the trainer's messages and people's requests, until it has ended or must be killed."""
     next_beat, stage, rung, attempt.heard.at = 0.0, None, 0, place.clock.now()
-    while trainer.poll() is None and attempt.heard.ended is None:
+    while trainer.poll() is None and attempt.heard.ended is None and attempt.heard.again is None:
         _take_all(trainer.told, attempt, timeout=LOOK_S)
         _hand_on(attempt, upload)
         attempt.turn()
@@ -100,7 +112,8 @@ def _watch(place: Workplace, attempt: SupervisedAttempt, trainer: TrainerProcess
             beat(place, attempt)
         if must_be_killed(place, attempt):
             return
-        if attempt.heard.ended is None and (wish := wanted_stop(place, attempt)) is not None:
+        ends = attempt.heard.ended is not None or attempt.heard.again is not None
+        if not ends and (wish := wanted_stop(place, attempt)) is not None:
             ask_to_stop(attempt, wish)
 
 
@@ -113,30 +126,77 @@ def _unexpected_end(attempt: SupervisedAttempt, start: Start, code: int | None, 
 
 
 def _lighter(attempt: SupervisedAttempt, start: Start) -> Start | None:
-    """The order for a next trainer that needs less, after out-of-memory; None if no other may help."""
-    lighter = _next_adjustment(attempt, start)
-    if lighter is None:
+    """The order for a next trainer that needs less, after out-of-memory; None if no other may help.
+
+    The trainer itself asks for it, or has ended by it without a word, as a library or a limit ends a process.
+    """
+    heard, cards = attempt.heard, max(1, len(start.ranks))
+    if attempt.own.forced is not None or attempt.own.lease_lost:
         return None
-    where, cards = f"at step {attempt.heard.step}", max(1, len(start.ranks))
-    text = in_words(start.spec, attempt.heard.adjustment, lighter, where=where, then="restarts", cards=cards)
-    log.info("job %s: %s", attempt.claim.job_id, text)
-    events = (*attempt.unwritten.pending.events, ("memory", text))
-    attempt.unwritten.pending = replace(attempt.unwritten.pending, adjustment=lighter, events=events)
-    changes = [*start.changes, *attempt.heard.changes, text]
-    attempt.heard.adjustment, attempt.heard.ended, attempt.heard.changes = lighter, None, []
+    if heard.again is not None:
+        lighter, text = heard.again.adjustment, heard.again.change
+    elif (found := _next_adjustment(attempt, start)) is not None:
+        where = f"at step {heard.step}"
+        lighter, text = found, in_words(start.spec, heard.adjustment, found, where=where, then="restarts", cards=cards)
+    else:
+        return None
+    if text not in heard.changes:  # else the trainer has told it
+        log.info("job %s: %s", attempt.claim.job_id, text)
+        heard.changes.append(text)
+        attempt.unwritten.note("memory", text)
+    attempt.unwritten.pending = replace(attempt.unwritten.pending, adjustment=lighter)
+    changes = [*start.changes, *heard.changes]
+    heard.adjustment, heard.ended, heard.again, heard.changes = lighter, None, None, []
     return start.model_copy(update={"adjustment": lighter, "changes": changes})
 
 
 def _next_adjustment(attempt: SupervisedAttempt, start: Start) -> Adjustment | None:
     """Whether a finer split of the batch may help. It does not for out-of-memory before or after the training itself:
     before it, the trainer has tried all splits. Ranks that divide a base are out of step after the first try."""
-    if attempt.own.forced is not None or attempt.own.lease_lost or attempt.heard.ended is None:
-        return None
     tries = (Stage.PREPARING, Stage.TRAINING) if start.parallel is Parallel.SHARDED else (Stage.TRAINING,)
-    if attempt.heard.ended.reason is not Reason.OUT_OF_MEMORY or attempt.unwritten.pending.stage not in tries:
+    ended = attempt.heard.ended
+    if ended is None or ended.reason is not Reason.OUT_OF_MEMORY or attempt.unwritten.pending.stage not in tries:
         return None
-    cards = max(1, len(start.ranks))
-    return next_adjustment(start.spec, attempt.heard.adjustment, on_gpu=start.device == "cuda", cards=cards)
+    return _step_down(start, attempt.heard.adjustment)
+
+
+def _step_down(start: Start, adjustment: Adjustment) -> Adjustment | None:
+    return next_adjustment(start.spec, adjustment, on_gpu=start.device == "cuda", cards=max(1, len(start.ranks)))
+
+
+def _rungs(start: Start) -> int:
+    """How often the job can be made smaller."""
+    rungs, adjustment = 0, _step_down(start, start.adjustment)
+    while adjustment is not None:
+        rungs, adjustment = rungs + 1, _step_down(start, adjustment)
+    return rungs
+
+
+def _may_restart(place: Workplace, attempt: SupervisedAttempt) -> bool:
+    """Wait until nothing of the last trainer is left on the device. False: it does not go, or the job is to stop."""
+    deadline = place.clock.now() + LEFT_S
+    while True:
+        beat(place, attempt)
+        if attempt.own.lease_lost:
+            return False
+        if (wish := wanted_stop(place, attempt)) is not None:
+            attempt.own.forced = wish.reason, wish.message
+            return False
+        if (left := left_of(place, attempt.claim)) is None:
+            return True
+        if place.clock.now() > deadline:
+            reason = Reason.GPU_ERROR if place.device.trains_on == "cuda" else Reason.TRAINER_ERROR
+            attempt.own.forced = reason, f"its ended trainer left {left} behind"
+            return False
+        place.clock.sleep(LOOK_S)
+
+
+def left_of(place: Workplace, claim: Claim) -> str | None:
+    """Kill what the attempt's trainers have left; what is still there, in words, or None."""
+    if alive := end_leftovers(run_mark(claim.token)):
+        return f"process {alive[0]}"
+    held = place.held(claim.job_id)
+    return f"{gib(held)} GiB of memory" if held else None
 
 
 def _close(place: Workplace, attempt: SupervisedAttempt, upload: CheckpointUpload, patience_s: float) -> None:

@@ -114,6 +114,7 @@ class Workplace:
     spares: SpareSource | None = None  # None: every trainer starts cold
     clock: NodeClock = SYSTEM
     launch: Callable[..., subprocess.Popen[str]] = launch  # starts a trainer
+    held: Callable[[int], int] = lambda job_id: 0  # bytes of the device that a job's processes hold now
 
     @property
     def threads(self) -> int:

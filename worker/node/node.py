@@ -76,7 +76,9 @@ class DeviceNode:
             clock=place.clock,
         )
         self._watch = watch
-        self._place = replace(self._place, spares=self._spares)
+        self._place = replace(
+            self._place, spares=self._spares, held=lambda job_id: watch.look().used.get(str(job_id), 0)
+        )
         self._row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, box=read_identity(settings))
         self._self_test = SelfTest(self._place, watch, lambda: self._monitor.look_soon())
         self._monitor = Monitor(self._place, self._row, devices=options.devices)

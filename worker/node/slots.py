@@ -211,7 +211,7 @@ class Slots:
             elif self._calls != calls:
                 self._overheard()  # it came while this slot claimed
             supervise(self._place, attempt)
-            close_if_left(self._place, self._watch, claim)
+            close_if_left(self._place, claim)
             del self._attempts[slot]
             self._changed()
             calls, after_job = self._calls, True

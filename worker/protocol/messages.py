@@ -1,6 +1,6 @@
 """The messages between supervisor and trainer: one JSON object per line, over the trainer's stdin and stdout.
 
-Every message names its job: a host serves jobs on the same base, one after another or at the same time.
+Every message names its job.
 """
 
 from __future__ import annotations
@@ -83,7 +83,6 @@ class Start(_Message):
 
     type: Literal["start"] = "start"
     attempt: int
-    mark: str | None = None  # of the attempt, for processes that a shared trainer starts for this job
     user: str
     node: str
     gpu: str
@@ -115,8 +114,6 @@ class Start(_Message):
     kept: list[KnownFile] = Field(default_factory=list)  # what it may use of that folder, beyond what it can check
     init_from: Ancestor | None = None  # None: a fresh adapter
     lm_eval_tasks: str | None = None  # the box owner's folder of tasks for the lm-eval harness
-    keep: str | None = None  # what decides how the base is loaded, if it may stay for the next job; None: it may not
-    joins: bool = False  # it trains on the loaded base with others: its memory is only its own part
     parallel: Parallel = Parallel.NONE
     ranks: list[Rank] = Field(default_factory=list)  # of all its processes; empty: it has only this one
     rank: int = 0  # of the process that gets this
@@ -135,20 +132,6 @@ class Take(_Message):
 
     type: Literal["take"] = "take"
     mark: str  # of the attempt, for the environment
-
-
-class Release(_Message):
-    """Supervisor, to a trainer whose job has ended and whose base stays: become a host without members."""
-
-    type: Literal["release"] = "release"
-    mark: str  # of the host, for the environment
-
-
-class Share(_Message):
-    """Supervisor, to a trainer that trains: become a host that others join, no longer one job's own."""
-
-    type: Literal["share"] = "share"
-    mark: str  # of the host, for the environment
 
 
 class StageChanged(_Message):
@@ -181,13 +164,14 @@ class Adjusted(_Message):
 
 
 class Planned(_Message):
-    """Trainer: bytes that the job needs by method, from its own rows' lengths."""
+    """Trainer: bytes that the job needs by method, from its own rows' lengths, and what its loaded base takes."""
 
     type: Literal["planned"] = "planned"
-    lora: int | None
-    qlora: int | None
+    lora: int | None = None
+    qlora: int | None = None
     roomy: dict[str, Any] | None = None  # the same without recomputing, in the form of the job's row
     running: int | None = None  # of this attempt, if it got the room for that
+    base: int | None = None  # of the device, measured once the base is loaded
 
 
 class Note(_Message):
@@ -218,37 +202,6 @@ class FileKept(_Message):
     sha256: Sha256
 
 
-class LogLines(_Message):
-    """Trainer: lines of a job's log, if the process has several jobs."""
-
-    type: Literal["log"] = "log"
-    text: str
-
-
-class Opened(_Message):
-    """Trainer: the job trains, and others may join it on its base, which takes this many bytes."""
-
-    type: Literal["opened"] = "opened"
-    base_bytes: int
-
-
-class Passed(_Message):
-    """Trainer: a measured forward and backward pass over the base. One of many is reported."""
-
-    type: Literal["passed"] = "passed"
-    tokens: int
-    members: int
-    seconds: float  # on a CPU, only CPU time
-    wall_seconds: float | None = None  # None: the same
-
-
-class Learned(_Message):
-    """Trainer: micro-batches are being learned. It is reported from time to time, since a step of many micro-batches
-    takes long."""
-
-    type: Literal["learned"] = "learned"
-
-
 class GoingOn(_Message):
     """Trainer: the job is at work, though it reports nothing else for long: it waits for another, or generates a long
     answer."""
@@ -256,11 +209,13 @@ class GoingOn(_Message):
     type: Literal["going_on"] = "going_on"
 
 
-class MemberLeft(_Message):
-    """Trainer: nothing of an ended job is left in the process, which continues with others."""
+class Again(_Message):
+    """Trainer: memory ran out in mid-training. This process ends, and another one of the attempt continues with
+    less."""
 
-    type: Literal["left"] = "left"
-    fault: str | None = None  # why nobody may join any more, and the process ends with its last job
+    type: Literal["again"] = "again"
+    adjustment: Adjustment
+    change: str  # the same in words, for the report
 
 
 class Ended(_Message):
@@ -272,26 +227,10 @@ class Ended(_Message):
     peaks: Peaks | None = None
     card: str | None = None  # of several cards, the one whose rank failed, by its node's name
     withdrawn: str | None = None  # the folder of the broken checkpoint that is the cause
-    base_bytes: int | None = None  # of the base that stays, once nothing else of the job is left; None: none stays
 
 
-Order = Start | Stop | Take | Release | Share
-Told = (
-    StageChanged
-    | Stepped
-    | Adjusted
-    | Planned
-    | Note
-    | Saved
-    | FileKept
-    | LogLines
-    | Opened
-    | Passed
-    | Learned
-    | GoingOn
-    | MemberLeft
-    | Ended
-)
+Order = Start | Stop | Take
+Told = StageChanged | Stepped | Adjusted | Planned | Note | Saved | FileKept | GoingOn | Again | Ended
 
 _orders: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="type")])
 _told: TypeAdapter[Told] = TypeAdapter(Annotated[Told, Field(discriminator="type")])

@@ -13,7 +13,7 @@ import pytest
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.lab_store import adopt
 from loractl.common.store.records import Claim
-from loractl.worker.device.occupancy import Watch
+from loractl.worker.attempt import trainer_run
 from loractl.worker.node.device_row import NodeOptions
 from loractl.worker.node.health import leftovers
 from loractl.worker.protocol.messages import Ended, Start
@@ -135,13 +135,13 @@ def test_a_card_on_which_something_of_an_attempt_remains_is_closed_with_the_reas
 ) -> None:
     """What no signal ends, as a process that hangs in its driver; here nothing is really left."""
     (place,) = held.places()
-    monkeypatch.setattr(leftovers, "end_leftovers", lambda run: [4711])
+    monkeypatch.setattr(trainer_run, "end_leftovers", lambda run: [4711])
     job_id = held.submit()
     held.store.cards.see(node_state("heron:0", kind="sim"))
     claim, began = held.store.attempts.claim("heron:0"), held.clock.now()
     assert isinstance(claim, Claim)
-    leftovers.close_if_left(place, Watch(device=place.device, node_pid=1), claim)
-    assert held.clock.now() - began >= leftovers.LEFT_S, "the driver takes a moment"
+    leftovers.close_if_left(place, claim)
+    assert held.clock.now() - began >= trainer_run.LEFT_S, "the driver takes a moment"
     reason = f"job {job_id} left process 4711 behind; check the card, then loractl undrain heron:0"
     assert held.store.cards.drains()["heron:0"].reason == reason
     waiting = held.submit()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 
 from loractl.common.job.status import Reason, Status
+from loractl.common.units import GIB
 from loractl.worker.attempt.stops import DRAIN_GRACE_S, SILENCE_S, STOP_GRACE_S
 from loractl.worker.attempt.workplace import BEAT_S
-from loractl.worker.protocol.messages import Ended, GoingOn, Stage, StageChanged, Start, Stepped
+from loractl.worker.protocol.messages import Ended, GoingOn, Planned, Stage, StageChanged, Start, Stepped
 from loractl.worker.recipe.orders import StopOrder
 
 from ...held_lab import HeldLab
-from ...quick_trainer import Sleep, Tell
+from ...quick_trainer import Sleep, Tell, train
 
 UNSAVED = "--set=training.save_steps=100000"
 
@@ -104,3 +105,17 @@ def test_two_simulated_cards_run_two_jobs_at_once(held: HeldLab) -> None:
     assert held.store.jobs.get(jobs[0]).status is Status.RUNNING
     shown = [held.until(job_id, lambda job: job.status is Status.SUCCEEDED) for job_id in jobs]
     assert {job.gpu for job in shown} == {"SIM-0", "SIM-1"}
+
+
+def test_what_the_loaded_base_takes_is_noted_with_the_attempt_and_changes_no_plan(held: HeldLab) -> None:
+    def loads(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> Ended:
+        tell(Planned(job_id=order.job_id, lora=2 * GIB, qlora=None))
+        sleep(10.0)
+        tell(Planned(job_id=order.job_id, base=GIB))
+        return train(order, stop, tell, sleep)
+
+    held.start(loads)
+    held.submit()
+    job = held.until(1, lambda job: job.status is Status.SUCCEEDED)
+    assert held.store.attempts.of_job(1)[0].base_bytes == GIB
+    assert job.planned["lora"] == 2 * GIB

@@ -5,28 +5,19 @@ from __future__ import annotations
 import logging
 
 from loractl.common.store.records import Claim
-from loractl.common.units import gib
+from loractl.worker.attempt.trainer_run import LEFT_S, left_of
 from loractl.worker.attempt.workplace import Workplace
-from loractl.worker.device.occupancy import RANK_VARIABLE, Watch, card_mark, end_leftovers, run_mark, runs_of
+from loractl.worker.device.occupancy import RANK_VARIABLE, card_mark, end_leftovers, run_mark, runs_of
 
 log = logging.getLogger("loractl.worker")
 
-LEFT_S = 20.0
-"""Seconds that a trainer's memory may stay on the card after its end: the driver takes a moment to free it."""
 
-
-def close_if_left(place: Workplace, watch: Watch, claim: Claim) -> None:
+def close_if_left(place: Workplace, claim: Claim) -> None:
     """Check after an attempt that none of its processes and memory remains; else close the card, with the reason."""
-    job, deadline = str(claim.job_id), place.clock.now() + LEFT_S
-
-    def held_now() -> int:
-        return watch.look().used.get(job, 0)
-
-    while (alive := end_leftovers(run_mark(claim.token))) or held_now():
+    deadline = place.clock.now() + LEFT_S
+    while (left := left_of(place, claim)) is not None:
         if place.clock.now() > deadline:
-            held = held_now()
-            what = f"process {alive[0]}" if alive else f"{gib(held)} GiB of memory"
-            reason = f"job {job} left {what} behind; check the card, then loractl undrain {place.node}"
+            reason = f"job {claim.job_id} left {left} behind; check the card, then loractl undrain {place.node}"
             log.error("%s is closed: %s", place.node, reason)
             place.store.cards.drain(place.node, "loractl", reason)
             return
