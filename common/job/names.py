@@ -12,6 +12,9 @@ from loractl.common.errors import UsageError
 LATEST = "latest"
 """The tag that moves by itself to the newest adapter of a name. A person can't set it."""
 
+REPRODUCES = "reproduces"
+"""The label of a job that runs another one again."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 

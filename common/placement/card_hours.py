@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-from .cards import Card, WarmBase
+from .cards import Card
 from .rule import Placement
-from .shares import Allowance, with_base
+from .shares import Allowance
 
 HOUR = dt.timedelta(hours=1)
 
@@ -50,15 +50,7 @@ class PastCardHours:
     running: Mapping[int, float] = field(default_factory=dict)  # card hours so far, by running job
 
 
-@dataclass(kw_only=True)
-class _Pack:
-    """Jobs in one trainer, which share the bytes of their base."""
-
-    base_bytes: int
-    members: set[int]
-
-
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Held:
     """What a running job holds, and its card hours up to a moment."""
 
@@ -67,8 +59,6 @@ class _Held:
     start: dt.datetime
     as_of: dt.datetime
     hours: float = 0.0
-    pack: _Pack | None = None
-    joined: bool = False  # it holds its own part alone
 
 
 class QuotaMeter:
@@ -89,7 +79,6 @@ class QuotaMeter:
         self._ended = {user: dict(past[user].ended) if past and user in past else {} for user in allowed}
         self._before = {job_id: hours for one in (past or {}).values() for job_id, hours in one.running.items()}
         self._held: dict[int, _Held] = {}
-        self._packs: dict[str, _Pack] = {}
 
     @property
     def rationed(self) -> frozenset[str]:
@@ -98,7 +87,7 @@ class QuotaMeter:
 
     def take_over(self, cards: Iterable[Card], now: dt.datetime, needs: Mapping[int, int]) -> None:
         """Go on with what runs already. `needs`: bytes that count of jobs that hold more."""
-        cards, sizes = list(cards), dict[int, dict[str, int]]()
+        sizes = dict[int, dict[str, int]]()
         for card in cards:
             for job in card.running:
                 size = min(job.reserved, needs.get(job.job_id, job.reserved))
@@ -107,34 +96,21 @@ class QuotaMeter:
                     user=job.user, sizes=sizes[job.job_id], start=job.began or now, as_of=now,
                     hours=self._before.get(job.job_id, 0.0),
                 )  # fmt: skip
-        for card in cards:
-            for base in (one for one in card.hosts if one.open):
-                for member in card.inside(base):
-                    self._enter(member.job_id, base, now, joined=member.job_id != base.job_id)
 
     def began(self, placed: Placement, now: dt.datetime) -> None:
         """A job has started."""
         job, sizes = placed.job, {share.node: share.bytes for share in placed.shares}
         self._held[job.job_id] = _Held(user=job.user, sizes=sizes, start=now, as_of=now)
-        if placed.join is not None:
-            base = placed.join.base
-            if base.job_id is not None:
-                self._enter(base.job_id, base, now, joined=False)
-            self._enter(job.job_id, base, now, joined=True)
 
     def ended(self, job_id: int, now: dt.datetime) -> None:
         """A job has left its cards."""
-        job = self._held[job_id]
-        self._settle({job_id} if job.pack is None else job.pack.members, now)
-        if job.pack is not None:
-            job.pack.members.discard(job_id)
-        del self._held[job_id]
+        job = self._held.pop(job_id)
         length = (now - job.start) / HOUR
         if (quota := self._allowed.get(job.user)) is None or not length:
             return
-        since, ended = now - dt.timedelta(seconds=quota.window_s), self._ended[job.user]
+        since, ended, hours = now - dt.timedelta(seconds=quota.window_s), self._ended[job.user], self._hours(job, now)
         for hour, part in by_hour(job.start, now):
-            ended[hour] = ended.get(hour, 0.0) + job.hours * part / length
+            ended[hour] = ended.get(hour, 0.0) + hours * part / length
         self._ended[job.user] = {hour: had for hour, had in ended.items() if hour > since}
 
     def _counting(self, user: str, now: dt.datetime) -> dict[dt.datetime, float]:
@@ -172,22 +148,6 @@ class QuotaMeter:
         running = sum(self._hours(job, now) for job in self._held.values() if job.user == user)
         return running + sum(self._counting(user, now).values())
 
-    def _enter(self, job_id: int, base: WarmBase, now: dt.datetime, *, joined: bool) -> None:
-        """The job is in a trainer that others join: from now on they share its base."""
-        pack = self._packs.setdefault(base.host, _Pack(base_bytes=base.bytes, members=set()))
-        self._settle(pack.members | {job_id}, now)
-        pack.members.add(job_id)
-        self._held[job_id].pack, self._held[job_id].joined = pack, joined
-
-    def _settle(self, jobs: Iterable[int], now: dt.datetime) -> None:
-        for job in (self._held[job_id] for job_id in jobs):
-            job.hours, job.as_of = self._hours(job, now), now
-
     def _hours(self, job: _Held, now: dt.datetime) -> float:
-        return job.hours + (now - job.as_of) / HOUR * sum(self._share(job, node) for node in job.sizes)
-
-    def _share(self, job: _Held, node: str) -> float:
-        size = job.sizes[node]
-        if job.pack is not None:
-            size = with_base(size, job.pack.base_bytes, joined=job.joined, share=1 / len(job.pack.members))
-        return card_share(size, self._totals.get(node))
+        cards = sum(card_share(size, self._totals.get(node)) for node, size in job.sizes.items())
+        return job.hours + (now - job.as_of) / HOUR * cards

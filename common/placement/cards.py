@@ -10,11 +10,9 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from loractl.common.job.method import Method
 from loractl.common.units import GIB
 
 from .lines import Waiting
-from .pack_rule import PackedJob, PassLaw
 
 MARGIN_BYTES = GIB // 2
 """Left free on every device unless its owner says otherwise (`worker --reserve`): a desktop or a driver may take this
@@ -48,46 +46,12 @@ class Occupant:
     job_id: int
     user: str
     reserved: int
-    used: int = 0  # bytes measured now, or of the base that it has; more than reserved when the plan was too small
+    used: int = 0  # bytes measured now; more than reserved when the plan was too small
     priority: int = 0
     preemptible: bool = False  # gives way to a job of higher priority
     ends: dt.datetime | None = None  # expected; None: not known
     began: dt.datetime | None = None
     gives_way_to: int | None = None  # the job for which it was asked to stop
-    host: str | None = None  # the mark of the trainer that it shares, or may share; None: its own
-
-
-@dataclass(frozen=True, kw_only=True)
-class Leaver:
-    """A job that has ended and is not out of its trainer yet."""
-
-    job_id: int
-    bytes: int  # of its own part, which it holds until then
-
-
-@dataclass(frozen=True, kw_only=True)
-class WarmBase:
-    """A base on a card, in the trainer that has loaded it."""
-
-    host: str  # the trainer's mark
-    key: str  # see hosts.base_key
-    base_model: str
-    method: Method
-    bytes: int
-    since: dt.datetime  # when it was last asked for
-    job_id: int | None = None  # that runs in it, whose reservation holds the base too; None: no such job
-    leaving: bool = False  # it goes, because of another job or of its owner
-    open: bool = False  # jobs may train alongside those in it
-    members: tuple[PackedJob, ...] = ()  # that train in it, where it is open, as the pack rule sees them
-    law: PassLaw | None = None  # of its passes; None: none was measured
-    spoilt: str | None = None  # why nothing joins it and it ends with its last job, in words; None: it may stay
-    leavers: tuple[Leaver, ...] = ()
-    used: int = 0  # bytes measured of its process, for all jobs in it
-
-    @property
-    def held(self) -> int:
-        """Bytes of jobs that have ended and are not out of it yet."""
-        return sum(one.bytes for one in self.leavers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +63,6 @@ class Card:
     outside: int = 0  # held by programs that are not ours, now or a short while ago
     margin: int = 0  # kept free: by its owner, and for what contexts take beyond plans
     running: tuple[Occupant, ...] = ()
-    hosts: tuple[WarmBase, ...] = ()  # trainers that have a base loaded
     max_jobs: int = 1
     labels: frozenset[tuple[str, str]] = frozenset()
     open: bool = True  # online and not draining
@@ -112,7 +75,6 @@ class Card:
     bf16: bool | None = None  # whether it computes in bfloat16, unless a job says otherwise; None: not known
     left_s: float | None = None  # until its worker stops, as it has said; None: it stays
     window_s: float | None = None  # from its worker's start until then
-    contention: float | None = None  # what a process costs another one there, see pack_rule.Sharing; None: not measured
 
     @property
     def host(self) -> str:
@@ -131,73 +93,17 @@ class Card:
 
     @functools.cached_property
     def taken(self) -> int:
-        """Reserved but not yet allocated counts as used, and so does what was allocated beyond it.
-
-        A base that waits for a job counts as room: it goes when another job needs it.
-        """
-        alone = [job for job in self.running if self.base_of(job) is None]
-        groups = [base for base in self.hosts if self.is_busy(base)]
-        return sum(max(job.reserved, job.used) for job in alone) + sum(self._held_by(base) for base in groups)
-
-    def inside(self, base: WarmBase) -> list[Occupant]:
-        """The jobs that run in a trainer with this base."""
-        return [job for job in self.running if job.host == base.host or job.job_id == base.job_id]
-
-    def base_of(self, job: Occupant) -> WarmBase | None:
-        """The base that a job runs on, if its trainer is known as one that others may join."""
-        return next((base for base in self.hosts if job.host == base.host or job.job_id == base.job_id), None)
-
-    def companions(self, job_id: int) -> tuple[int, ...]:
-        """The other jobs that train in a job's trainer."""
-        packs = [{job.job_id for job in self.inside(base)} for base in self.hosts]
-        return tuple(sorted(next((pack for pack in packs if job_id in pack), set()) - {job_id}))
+        """Reserved but not yet allocated counts as used, and so does what was allocated beyond it."""
+        return sum(max(job.reserved, job.used) for job in self.running)
 
     @property
     def measured(self) -> int:
-        """Bytes that our jobs really hold, as far as they are measured; of those in one process together."""
-        alone = sum(job.used for job in self.running if self.base_of(job) is None)
-        inside = [(base, self.inside(base)) for base in self.hosts]
-        return alone + sum(max([base.used, *(job.used for job in jobs)]) for base, jobs in inside if jobs)
-
-    @property
-    def bases_beside_jobs(self) -> list[WarmBase]:
-        """Bases that no job's reservation holds, though jobs train on them: their first job has left."""
-        return [base for base in self.hosts if base.job_id is None and self.is_busy(base)]
-
-    def is_busy(self, base: WarmBase) -> bool:
-        """Whether jobs are in it, or on their way out of it."""
-        return bool(base.leavers) or bool(self.inside(base))
-
-    def _held_by(self, base: WarmBase) -> int:
-        """Bytes of a trainer with jobs in it: it is one process, so what is measured of it is nobody's part."""
-        members = self.inside(base)
-        parts = sum(job.reserved for job in members if job.job_id != base.job_id)
-        first = max((job.reserved for job in members if job.job_id == base.job_id), default=0)
-        return max(base.held + parts + max(first, base.bytes), base.used, *(job.used for job in members), 0)
-
-    @property
-    def leavers(self) -> list[Leaver]:
-        """Jobs that have ended and hold their parts until they are out of their trainers."""
-        return [one for base in self.hosts for one in base.leavers]
-
-    @property
-    def waiting_bases(self) -> list[WarmBase]:
-        """Bases that wait for a job."""
-        return [base for base in self.hosts if not base.leaving and not self.is_busy(base)]
-
-    def has_warm(self, base_model: str, method: Method) -> bool:
-        """Whether a base that waits for a job is this one, as far as a waiting job's row shows."""
-        return any((base.base_model, base.method) == (base_model, method) for base in self.waiting_bases)
+        """Bytes that our jobs really hold, as far as they are measured."""
+        return sum(job.used for job in self.running)
 
     @property
     def free(self) -> int:
         return max(0, self.capacity - self.taken)
-
-    @functools.cached_property
-    def trainers(self) -> int:
-        """Processes with jobs: those that share one count once."""
-        alone = sum(self.base_of(job) is None for job in self.running)
-        return alone + sum(self.is_busy(base) for base in self.hosts)
 
     @property
     def takes_jobs(self) -> bool:
@@ -206,20 +112,16 @@ class Card:
 
     @property
     def slots(self) -> int:
-        return 0 if self.stuck else max(0, self.max_jobs - self.trainers)
+        return 0 if self.stuck else max(0, self.max_jobs - len(self.running))
 
     @property
     def room(self) -> int:
-        """Bytes that a job may take there now in a trainer of its own."""
+        """Bytes that a job may take there now."""
         return self.free if self.open and self.slots else 0
 
-    def with_job(self, job: Occupant, packed: PackedJob | None = None) -> Card:
-        """The card with one more job. `packed`: the same as a member of the host that it joins."""
-        grown = tuple(
-            replace(base, members=(*base.members, packed)) if packed and base.host == job.host else base
-            for base in self.hosts
-        )
-        return replace(self, running=(*self.running, job), hosts=grown)
+    def with_job(self, job: Occupant) -> Card:
+        """The card with one more job."""
+        return replace(self, running=(*self.running, job))
 
     def without(self, job_ids: Collection[int]) -> Card:
         """The card once these jobs have left it."""
@@ -252,7 +154,6 @@ class Obstacle(enum.Enum):
     AVOIDED = enum.auto()  # it failed the job a short while ago
     FORMAT = enum.auto()  # it computes in another number format than the job's checkpoint, and another card does not
     PATIENCE = enum.auto()  # it holds the job by a method that is not permitted yet
-    LEAVERS = enum.auto()  # jobs that have ended are not out of their trainers
     PROGRAMS = enum.auto()  # other programs hold too much of it
     TIME = enum.auto()  # its worker stops before the job could store a checkpoint
 
@@ -368,11 +269,9 @@ def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
     gone: list[Occupant] = []
 
     then = card
-    while staying and (then.free < size or not then.slots):
+    while then.free < size or not then.slots:
         gone.append(staying.pop(0))
         then = replace(card, running=tuple(staying))
-    if then.free < size or not then.slots:
-        return None  # jobs that have ended are not out of their trainer yet
     ends = [job.ends for job in gone]
     at = None if any(end is None for end in ends) else max((end for end in ends if end is not None), default=now)
     return Room(

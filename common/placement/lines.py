@@ -36,7 +36,6 @@ class Waiting:
     only_host: str | None = None  # the box that has its finished result, while no other box may take it
     avoids: frozenset[str] = frozenset()  # cards and boxes that failed it a short while ago
     bf16: bool | None = None  # whether its stored checkpoint was trained in bfloat16; None: any card may go on from it
-    base_model: str = ""  # empty: it is not known, or no host may have it
     alone: bool = True  # one card may take it
     gangs: tuple[SharedNeed, ...] = ()  # how several cards may divide it, the preferred way first
     again: dt.datetime | None = None  # when it came back: after an attempt, a hold or a retry; None: it never left
@@ -61,19 +60,6 @@ def waited(job: Waiting, now: dt.datetime) -> float:
 def waited_again(job: Waiting, now: dt.datetime) -> float:
     """Seconds since the job began to wait: since it was submitted, or came back."""
     return (now - (job.again or job.since)).total_seconds()
-
-
-@dataclass(frozen=True, kw_only=True)
-class JoinOpening:
-    """A running host that others may join: a bound like those of `Openings`."""
-
-    base_model: str
-    bytes: int  # a job whose whole need, with a base of its own, is above this does not fit
-    labels: frozenset[tuple[str, str]]  # of its card
-
-    def admits(self, job: Waiting) -> bool:
-        same = self.base_model == job.base_model and job.requires <= self.labels
-        return same and job.least is not None and job.least <= self.bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,17 +113,12 @@ class Openings:
     processor: tuple[int, int]  # a job that needs more than the first and at most the second may start on a CPU
     unknown: bool  # a job whose need is not known may start
     labels: frozenset[frozenset[tuple[str, str]]]  # of each card with an opening
-    joins: tuple[JoinOpening, ...] = ()
     without: frozenset[str] = frozenset()  # users of whom no job is asked for
     stays: frozenset[Stay] | None = None  # of each card with an opening; None: no worker stops by itself
 
     @property
     def any(self) -> bool:
-        return self.rooms or bool(self.joins)
-
-    @property
-    def rooms(self) -> bool:
-        """Whether a job may start in a trainer of its own."""
+        """Whether a job may start."""
         return self.gpu > 0 or self.processor[1] > self.processor[0]
 
     @property
@@ -160,7 +141,7 @@ class Openings:
         return step == 0 or step < size_step(self.gpu)
 
     def admits(self, job: Waiting) -> bool:
-        """Whether the job may start in a trainer of its own, see `admit`, and some card stays long enough for it."""
+        """Whether the job may start, see `admit`, and some card stays long enough for it."""
         fits = job.user not in self.without and self.admit(job.bound, job.requires)
         return fits and (self.stays is None or any(stay.admits(job) for stay in self.stays))
 
@@ -170,10 +151,6 @@ class Openings:
         if least is None:
             return self.unknown
         return least <= self.gpu or self.processor[0] < least <= self.processor[1]
-
-    def admit_join(self, job: Waiting) -> bool:
-        """Whether the job may fit into a running host that has its base."""
-        return job.user not in self.without and any(join.admits(job) for join in self.joins)
 
     def _has(self, requires: frozenset[tuple[str, str]]) -> bool:
         return any(requires <= labels for labels in self.labels)
@@ -195,7 +172,7 @@ class ListedLine:
 
     def next(self, openings: Openings) -> Waiting | None:
         for index, job in enumerate(self._jobs):
-            if openings.admits(job) or openings.admit_join(job):
+            if openings.admits(job):
                 return self._jobs.pop(index)
         return None
 
@@ -250,38 +227,6 @@ class SubstitutedLine:
         return self._line.next(openings) if job is not None and job.job_id == self._number else job
 
 
-class JoinedLine:
-    """A line, and with it some jobs that may join a running host: they come at their own places by age.
-
-    The line itself gives the jobs that may have a trainer of their own.
-    """
-
-    def __init__(self, line: Line, joiners: Iterable[Waiting]) -> None:
-        self._line = line
-        self._joiners = sorted(joiners, key=lambda job: job.job_id)
-        self._given: set[int] = set()
-        self._read: Waiting | None = None  # from the line, and not given yet
-
-    def next(self, openings: Openings) -> Waiting | None:
-        other, self._read = self._other(openings), None
-        joiner = next((j for j in self._joiners if j.job_id not in self._given and openings.admit_join(j)), None)
-        job = min((j for j in (other, joiner) if j is not None), key=lambda j: j.job_id, default=None)
-        if job is not other:
-            self._read = other
-        if job is not None:
-            self._given.add(job.job_id)
-        return job
-
-    def _other(self, openings: Openings) -> Waiting | None:
-        job = self._read
-        while openings.rooms:
-            if job is not None and job.job_id not in self._given and openings.admits(job):
-                return job
-            if (job := self._line.next(openings)) is None:
-                return None
-        return None
-
-
 Order = tuple[float, int]  # what comes first, then the job's number
 
 _Shelf = tuple[int, frozenset[tuple[str, str]]]  # size step, required labels
@@ -294,7 +239,6 @@ class KeptLine:
         self._order: list[Order] = []
         self._shelves: dict[_Shelf, list[tuple[Order, Waiting]]] = {}
         self._jobs: dict[Order, Waiting] = {}
-        self._bases: dict[str, list[Order]] = {}
 
     def __len__(self) -> int:
         return len(self._order)
@@ -308,25 +252,16 @@ class KeptLine:
         bisect.insort(self._order, order)
         bisect.insort(self._shelves.setdefault(_shelf(job), []), (order, job), key=lambda entry: entry[0])
         self._jobs[order] = job
-        if job.base_model:
-            bisect.insort(self._bases.setdefault(job.base_model, []), order)
 
     def remove(self, job: Waiting, rank: float = 0.0) -> None:
         """Take the job out; it must be there, with that rank."""
         order = (rank, job.job_id)
         del self._order[bisect.bisect_left(self._order, order)]
         del self._jobs[order]
-        if job.base_model:
-            orders = self._bases[job.base_model]
-            del orders[bisect.bisect_left(orders, order)]
         entries = self._shelves[_shelf(job)]
         del entries[bisect.bisect_left(entries, order, key=lambda entry: entry[0])]
         if not entries:
             del self._shelves[_shelf(job)]
-
-    def on_bases(self, bases: Iterable[str], most: int) -> list[Waiting]:
-        """The first jobs on each of these base models, at most `most` for each."""
-        return [self._jobs[order] for base in bases for order in self._bases.get(base, [])[:most]]
 
     def reader(self) -> LineReader:
         """A line over what waits now. Once the line has changed, it must not be read any more."""

@@ -86,6 +86,6 @@ def _spared(card: Card, size: int, going: list[Occupant], low: Sequence[Occupant
 
 
 def _has_room(card: Card, size: int, going: Sequence[Occupant]) -> bool:
-    """Whether these leave room and a slot: a member of a host leaves only its own part while others are in it."""
+    """Whether these leave room and a slot."""
     then = card.without([job.job_id for job in going])
     return then.free >= size and then.slots > 0

@@ -70,7 +70,7 @@ def _why_no_time(job: Waiting, cards: Collection[Card]) -> str | None:
 
 def _several_could_hold(job: Waiting, cards: Collection[Card]) -> bool:
     """Whether cards of one box could share the job, once all else has left them."""
-    empty = [replace(c, running=(), hosts=(), outside=0, open=True, max_jobs=max(1, c.max_jobs)) for c in cards]
+    empty = [replace(c, running=(), outside=0, open=True, max_jobs=max(1, c.max_jobs)) for c in cards]
     return gang_of(replace(job, alone=False), empty) is not None
 
 
@@ -197,16 +197,13 @@ class Round:
             return obstacle
         if avoided(card, job, self.cards.values()):
             return Obstacle.AVOIDED if failed(card, job) else Obstacle.FORMAT
-        placed = self.placed.get(job.job_id)
-        if placed is not None and placed.join is not None and placed.node == card.node:
-            return None
         if (room := self._room(job, card)) is not None:
             return room if room.after else self._taken(job, card)
         if job.methods != at_last.methods and (job.bound or 0) > card.usable:
             return Obstacle.PATIENCE
         if card.left_s is not None and room_at(card, max(1, job.least or card.capacity), self.now) is not None:
             return Obstacle.TIME
-        return Obstacle.LEAVERS if card.leavers and (job.least or 0) <= card.capacity else Obstacle.PROGRAMS
+        return Obstacle.PROGRAMS
 
     def _room(self, job: Waiting, card: Card) -> Full | None:
         """When the card has room for the job, by the method with which that is soonest; None: never by itself."""

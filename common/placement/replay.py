@@ -7,7 +7,7 @@ database.
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,14 +17,10 @@ from loractl.common.units import GIB
 from .card_hours import QuotaMeter
 from .cards import Card, Occupant
 from .clock import Clock, Presence, ReplayedJob, ReplayedRun
-from .hosts import Newcomers, open_bases
-from .lines import JoinedLine, KeptLine, Line, Openings, Waiting
-from .roomy import gains_more_in_a_pack, with_room
+from .lines import KeptLine, Line, Openings, Waiting
+from .roomy import with_room
 from .rule import OLDEST_FIRST_AFTER_S, Placement, place
 from .shares import charge, decayed
-
-MOST_JOINERS = 32
-"""How many jobs of a line are asked at a time whether they join a host on their base."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,18 +58,17 @@ def replay(
     rule: Rule | None = None,
     *,
     contention: float = 0.0,
-    keep_warm_s: float = 0.0,
     until: int | None = None,
     presences: Mapping[str, Presence] | None = None,
 ) -> Replay:
-    """Replay from `now` on, with the jobs and hosts that the cards have already, until nothing more happens.
+    """Replay from `now` on, with the jobs that the cards have already, until nothing more happens.
 
     `rule`: PlacementRule() without one. `contention`: each of k jobs on a card runs at 1 / (1 + contention (k - 1)) of
-    its speed, its start too; at 0 they don't slow each other, at 1 they take turns. `keep_warm_s`: how long a trainer
-    stays with its base after its job. `until`: stop once this job has started. `presences`: when cards are there, by
-    name; without one a card stays, or goes as it says itself. What runs when its card goes waits again.
+    its speed, its start too; at 0 they don't slow each other, at 1 they take turns. `until`: stop once this job has
+    started. `presences`: when cards are there, by name; without one a card stays, or goes as it says itself. What runs
+    when its card goes waits again.
     """
-    clock = Clock(now=now, cards=cards, contention=contention, keep_warm_s=keep_warm_s, presences=presences)
+    clock = Clock(now=now, cards=cards, contention=contention, presences=presences)
     rule = PlacementRule() if rule is None else rule
     coming = sorted(jobs, key=lambda job: (job.waiting.since, job.waiting.job_id))
     known = {job.waiting.job_id: job for job in coming}
@@ -125,8 +120,8 @@ class PlacementRule:
     """The rule of `place`, with each user's charge as the database would keep it.
 
     `charges`: GiB hours by user at `since`, what runs there included; without them no user has used anything yet.
-    `newcomers`: what a join asks of a waiting job; without it none joins a host. `roomy`: what jobs may have beyond
-    their needs, by number. `meter`: the card hours of users with a quota; without it nobody has one.
+    `roomy`: what jobs may have beyond their needs, by number. `meter`: the card hours of users with a quota; without it
+    nobody has one.
     """
 
     def __init__(
@@ -134,12 +129,10 @@ class PlacementRule:
         charges: Mapping[str, float] | None = None,
         since: dt.datetime | None = None,
         running: Iterable[Occupant] = (),
-        newcomers: Newcomers | None = None,
         roomy: Mapping[int, Sequence[RoomyForm]] | None = None,
         meter: QuotaMeter | None = None,
     ) -> None:
         self._meter = meter
-        self._newcomers = newcomers
         self._roomy = roomy or {}
         self._levels: dict[int, dict[str, KeptLine]] = {}
         self._all = KeptLine()
@@ -157,12 +150,11 @@ class PlacementRule:
         self._all.add(waiting)
 
     def starts(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
-        bases = {base.base_model for card in cards for base in open_bases(card)} if self._newcomers else set[str]()
-        if not len(self._all) or not (bases or any(card.open and card.slots and card.free for card in cards)):
+        if not len(self._all) or not any(card.room for card in cards):
             return []
-        levels, oldest = self._read_levels(bases), _read(self._all, bases)
         rationed = frozenset[str]() if self._meter is None else self._meter.rationed
-        decisions = place(levels, cards, self.charges(now), now, oldest, self._newcomers, rationed=rationed)
+        levels, oldest = self._read_levels(), self._all.reader()
+        decisions = place(levels, cards, self.charges(now), now, oldest, rationed)
         placed = [decision.placed for decision in decisions if decision.placed is not None]
         for placement in placed:
             job = placement.job
@@ -182,17 +174,13 @@ class PlacementRule:
     def _with_room(self, placed: Placement, card: Card) -> Placement:
         """The placement with the room that nobody else wants. Jobs that start after it still count as waiting then:
         each node claims for itself."""
-        forms, job = self._roomy.get(placed.job.job_id, ()), placed.job
-        newcomer = None if self._newcomers is None or not forms else self._newcomers(job)
-        if newcomer is not None and gains_more_in_a_pack(newcomer.packed.tokens, placed.method):
-            return placed
         labels = frozenset({card.labels})
 
         def wanted(free: int) -> bool:
             openings = Openings(gpu=free, processor=(0, 0), unknown=False, labels=labels)
             return self._all.reader().next(openings) is not None
 
-        return with_room(placed, card, forms, wanted)
+        return with_room(placed, card, self._roomy.get(placed.job.job_id, ()), wanted)
 
     def ended(self, job_id: int, now: dt.datetime) -> None:
         if job_id not in self._running:
@@ -225,9 +213,9 @@ class PlacementRule:
             return found
         return found | {user: quota.on(found.get(user, 0.0)) for user, quota in self._meter.at(now).items()}
 
-    def _read_levels(self, bases: Collection[str]) -> Iterator[dict[str, Line]]:
+    def _read_levels(self) -> Iterator[dict[str, Line]]:
         for priority in sorted(self._levels, reverse=True):
-            yield {user: _read(line, bases) for user, line in self._levels[priority].items()}
+            yield {user: line.reader() for user, line in self._levels[priority].items()}
 
     def _decayed(self, user: str, now: dt.datetime) -> float:
         amount, at = self._past.get(user, (0.0, now))
@@ -241,8 +229,3 @@ class PlacementRule:
             del lines[job.user]
         if not lines:
             del self._levels[job.priority]
-
-
-def _read(line: KeptLine, bases: Collection[str]) -> Line:
-    """The line, and with it the jobs that may join a host on one of these base models."""
-    return JoinedLine(line.reader(), line.on_bases(bases, MOST_JOINERS)) if bases else line.reader()

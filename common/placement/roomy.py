@@ -5,25 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from loractl.common.job.method import Method, RoomyForm
+from loractl.common.job.method import RoomyForm
 
 from .cards import Card
-from .hosts import PACK_MEMBERS
-from .pack_rule import PassLaw
 from .rule import Placement
-
-GAIN = 1.3
-"""How many times as fast a step without recomputing is, by count: 1.28 (0.5B) to 1.41 (8B)."""
 
 Wanted = Callable[[int], bool]
 """Whether a ready job would fit into this many bytes next to the job."""
-
-
-def gains_more_in_a_pack(tokens: int, method: Method) -> bool:
-    """Whether jobs with micro-batches of `tokens` tokens, as many as one trainer takes, are faster together than each
-    without recomputing: such a job stays open to others, and nobody joins a job that has the room."""
-    law = PassLaw.start(quantised=method is Method.QLORA)
-    return law.speed_up([tokens] * PACK_MEMBERS) > GAIN
 
 
 def with_room(placed: Placement, card: Card, forms: Sequence[RoomyForm], wanted: Wanted) -> Placement:
@@ -34,7 +22,7 @@ def with_room(placed: Placement, card: Card, forms: Sequence[RoomyForm], wanted:
     second block recomputed it trains only on a card of one job: an eighth of the time is less than the loss of a job
     that comes later and would have fitted next to the need.
     """
-    if placed.beside or placed.join is not None or card.processor or card.running or card.leavers:
+    if placed.beside or card.processor or card.running:
         return placed
     held = [form for form in forms if placed.reserved < form.bytes <= placed.room]
     form = next((form for form in held if not (form.half and card.slots > 1)), None)

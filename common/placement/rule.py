@@ -5,10 +5,8 @@ Pure functions of values. The claim, `loractl why` and the simulator all ask `pl
 The order of trying is: the oldest job that the fleet could hold, once it has waited a day; then priority, the user's
 fair share, age. A job that can't start is passed over. But a card is kept for the first one that has waited past
 RESERVE_AFTER_S: from then on no job that would delay it starts there. A job keeps off a card that failed it while
-another one could hold it. Where no idle card holds a job, it may join a host that trains others on its base, if the
-pack pays; never on a card that is kept, where it would delay the ends that are waited for, nor where it would end
-sooner by waiting for another card that will be idle. Where a card's worker will stop, a job begins only if it can store
-a checkpoint before that, and nothing is kept or gathered beyond it.
+another one could hold it. Where a card's worker will stop, a job begins only if it can store a checkpoint before that,
+and nothing is kept or gathered beyond it.
 """
 
 from __future__ import annotations
@@ -37,7 +35,6 @@ from .cards import (
     time_unmeasured,
 )
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
-from .hosts import DeclinedJoin, Join, Newcomers, best_join, join_openings, sooner_elsewhere
 from .lines import Line, Openings, Stay, Waiting, waited, waited_again
 from .shares import NONE_LEFT, START_CHARGE_S
 
@@ -68,7 +65,6 @@ class Placement:
     reserved: int  # bytes of that card
     beside: tuple[GangShare, ...] = ()  # what it has of other cards of the box
     parallel: Parallel = Parallel.NONE
-    join: Join | None = None  # the running host that it joins; `reserved` is its own part there
     room: int = 0  # bytes of that card that it may have, `reserved` among them
     form: RoomyForm | None = None  # in which it does without recomputing; `reserved` is that form's
 
@@ -80,12 +76,10 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """One step of the rule: a job that starts, a job for which a card is kept, or a job that could join a host but
-    waits since it ends sooner elsewhere."""
+    """One step of the rule: a job that starts, or a job for which a card is kept."""
 
     placed: Placement | None = None
     reserved: Reservation | None = None
-    declined: DeclinedJoin | None = None
 
 
 @dataclass(kw_only=True)
@@ -96,16 +90,11 @@ class _Fleet:
     now: dt.datetime
     charges: dict[str, float]
     running: dict[str, int]  # jobs by user
-    newcomers: Newcomers | None = None  # None: no job joins a running host
-    joins: bool = True
     kept: Reservation | None = None
     largest: int = field(init=False)  # bytes for jobs on the largest open card that is no processor, others gone
     ever: Openings = field(init=False)  # what could start now, or once our running jobs have left
     user_limit: int | None = field(init=False)
     timed: bool = field(init=False)  # the worker of some open card stops
-    busy_until: dict[str, float] = field(default_factory=dict)
-    """Cards for which jobs decline a host, and the seconds until the last of those would have ended there."""
-
     awaited: set[int] = field(init=False)
     """Jobs not tried yet for which running jobs were asked to stop: for nothing if others took their other room."""
 
@@ -117,12 +106,11 @@ class _Fleet:
         self.largest = largest_gpu(usable)
         self.ever = replace(
             self._openings([(c, c.capacity) for c in usable if c.capacity and c.takes_jobs], usable),
-            joins=join_openings(self.joined),
             stays=self._stays(
                 (then, then.free, left_s)
                 for card in usable
                 for then, left_s in rooms_in_time(card, self.now)
-                if then.free > 0 and then.max_jobs > then.trainers
+                if then.free > 0 and then.max_jobs > len(then.running)
             ),
         )
         self.user_limit = least_limit(usable)
@@ -141,34 +129,8 @@ class _Fleet:
         rooms = [(c, room) for c in self.cards.values() if (room := self.room(c)) > 0]
         return replace(
             self._openings(rooms, [c for c, _ in rooms if not c.running]),
-            joins=join_openings(self.joined),
             stays=self._stays((c, room, math.inf if c.left_s is None else c.left_s) for c, room in rooms),
         )
-
-    @property
-    def joined(self) -> list[Card]:
-        """Cards whose hosts may take more jobs: none that is kept, where they would delay what is waited for."""
-        if self.newcomers is None or not self.joins:
-            return []
-        return [c for c in self.cards.values() if self.kept is None or self.kept.on(c.node) is None]
-
-    def join(self, job: Waiting, method: Method) -> Join | None:
-        """The running host that the job joins, if the pack pays."""
-        if self.newcomers is None or not self.joins or job.least is None:
-            return None
-        return best_join([c for c in self.joined if self.takes(c, job)], job, method, self.newcomers)
-
-    def is_warm(self, card: Card, job: Waiting, method: Method) -> bool:
-        """Whether a base that the job may have waits there: one of its name may differ, and a job alone has none."""
-        if not job.base_model or not card.has_warm(job.base_model, method):
-            return False
-        newcomer = None if self.newcomers is None else self.newcomers(job)
-        return newcomer is None or any(base.key == newcomer.keys.get(method) for base in card.waiting_bases)
-
-    def elsewhere(self, join: Join, job: Waiting, size: int, now: dt.datetime) -> DeclinedJoin | None:
-        """The card that the job waits for rather than join, see `hosts.sooner_elsewhere`."""
-        others = [c for c in self.cards.values() if self.takes(c, job) and (not self.kept or not self.kept.on(c.node))]
-        return sooner_elsewhere(join, job, size, self.cards[join.node].model, others, self.busy_until, now)
 
     def _openings(self, rooms: Sequence[tuple[Card, int]], whole: Sequence[Card]) -> Openings:
         """`rooms`: bytes by card; `whole`: cards that a job of unknown need may have."""
@@ -205,12 +167,10 @@ class _Fleet:
 
     def start(self, placed: Placement, now: dt.datetime) -> None:
         """Take what the job has of its cards."""
-        job, host, packed = placed.job, None, None
-        if placed.join is not None:
-            host, packed = placed.join.base.host, placed.join.packed
+        job = placed.job
         for share in placed.shares:
-            occupant = Occupant(job_id=job.job_id, user=job.user, reserved=share.bytes, began=now, host=host)
-            self.cards[share.node] = self.cards[share.node].with_job(occupant, packed)
+            occupant = Occupant(job_id=job.job_id, user=job.user, reserved=share.bytes, began=now)
+            self.cards[share.node] = self.cards[share.node].with_job(occupant)
             if self.kept is not None:
                 self.kept = self.kept.without(share.node, share.bytes)
         hours = sum(share.bytes for share in placed.shares) / GIB * START_CHARGE_S / 3600
@@ -229,25 +189,20 @@ def place(
     charges: Mapping[str, float],
     now: dt.datetime,
     oldest: Line | None = None,
-    newcomers: Newcomers | None = None,
-    joins: bool = True,
     rationed: Collection[str] = (),
 ) -> Iterator[Decision]:
     """What starts now, in the order in which it is decided; lazily, so that a caller may stop early.
 
     `levels`: the ready jobs by priority, the highest first, and user. `charges`: GiB hours by user, see `charge`.
     `oldest`: all ready jobs; the oldest that could run goes first once it has waited OLDEST_FIRST_AFTER_S.
-    `newcomers`: what hosts ask of a job's spec; None: none joins, and a base is known by its name alone. `joins`: some
-    of the jobs may join a running host. `rationed`: users with a hard quota: of each, age puts one job at a time first,
-    the next once that has ended, or all that waited for the quota would go before everybody once it lets go.
+    `rationed`: users with a hard quota: of each, age puts one job at a time first, the next once that has ended, or all
+    that waited for the quota would go before everybody once it lets go.
     """
     fleet = _Fleet(
         cards={c.node: c for c in cards},
         now=now,
         charges=dict(charges),
         running=jobs_by_user(cards),
-        newcomers=newcomers,
-        joins=joins,
         rationed=rationed,
     )
     if not fleet.openings().any:
@@ -317,43 +272,29 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
     """Start the job on the best cards, or keep some for it when it has waited long enough."""
     gang, given_way = fleet.gang_of(job), job.job_id in fleet.awaited
     fleet.awaited.discard(job.job_id)
-    found = _best(job, fleet, now) if gang is None else _best_gang(job, gang, fleet)
-    if isinstance(found, Placement):
+    found = _best(job, fleet) if gang is None else _best_gang(job, gang, fleet)
+    if found is not None:
         fleet.start(found, now)
         yield Decision(placed=found)
-        return
-    if found is not None:
-        fleet.busy_until[found.card] = found.ends
-        yield Decision(declined=found)
-    in_vain = found is None and waited(job, now) >= RESERVE_AFTER_S
-    if fleet.kept is None and (in_vain or given_way):
+    elif fleet.kept is None and (given_way or waited(job, now) >= RESERVE_AFTER_S):
         fleet.kept = _keep(job, fleet, now) if gang is None else _keep_gang(job, gang, fleet, now)
         if fleet.kept is not None:
             yield Decision(reserved=fleet.kept)
 
 
-def _best(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Placement | DeclinedJoin | None:
+def _best(job: Waiting, fleet: _Fleet) -> Placement | None:
     """The preferred method that some card holds now, and the card that it fills best.
 
-    An idle card goes before a running host that the job joins, and that before a shared card, where jobs share the
-    compute too. Among those, a card on which the job's base waits in a host goes first. Then large cards are left to
-    large jobs. A join that the job declines does not prevent another method.
+    An idle card goes before a shared one, where jobs share the compute too. Then large cards are left to large jobs.
     """
-    declined: DeclinedJoin | None = None
     for method in job.methods:
         size = job.need.of(method)
         holding = [c for c in fleet.cards.values() if _holds_now(c, job, size, fleet)]
-        idle = any(not c.running for c in holding)
-        if not idle and (join := fleet.join(job, method)) is not None:
-            elsewhere = None if holding or size is None else fleet.elsewhere(join, job, size, now)
-            if elsewhere is None:
-                return Placement(job=job, node=join.node, method=method, reserved=join.own, join=join)
-            declined = declined or elsewhere
         if holding:
-            card = _nearest(holding, job, method, fleet)
+            card = min(holding, key=lambda card: (len(card.running) > 0, card.free, card.node))
             reserved = card.free if size is None else size
             return Placement(job=job, node=card.node, method=method, reserved=reserved, room=fleet.room(card))
-    return declined
+    return None
 
 
 def _best_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet) -> Placement | None:
@@ -370,13 +311,6 @@ def _best_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet) -> Placement | Non
                 job=job, node=first.node, method=method, reserved=first.bytes, beside=tuple(beside), parallel=parallel
             )
     return None
-
-
-def _nearest(cards: Sequence[Card], job: Waiting, method: Method, fleet: _Fleet) -> Card:
-    def rank(card: Card) -> tuple[bool, bool, int, str]:
-        return len(card.running) > 0, not fleet.is_warm(card, job, method), card.free, card.node
-
-    return min(cards, key=rank)
 
 
 def _holds_now(card: Card, job: Waiting, size: int | None, fleet: _Fleet) -> bool:

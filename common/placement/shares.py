@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -74,26 +73,3 @@ def charge(past: float, running: Iterable[tuple[int, float]]) -> float:
 def within_need(reserved: int, need: int | None) -> int:
     """Bytes that a job is charged for where it may reserve more than its need: nobody else wanted the rest."""
     return reserved if need is None else min(reserved, need)
-
-
-def with_base(reserved: int, base: int, *, joined: bool, share: float) -> int:
-    """Bytes that a job is charged for where it shares a base: its own part, and its share of the base's bytes.
-
-    `joined`: it reserves its own part alone; else the base is in what it reserves.
-    """
-    return int(reserved - (0 if joined else base) + base * share)
-
-
-def base_share(start: dt.datetime, end: dt.datetime, others: Iterable[tuple[dt.datetime, dt.datetime | None]]) -> float:
-    """The part of a base's time in a job's life that is the job's: each moment is divided among the jobs in it.
-
-    `others`: when each came and left; None: it is still there.
-    """
-    length = (end - start).total_seconds()
-    if length <= 0:
-        return 1.0
-    there = [(max(start, came), min(end, left or end)) for came, left in others]
-    moments = sorted({start, end, *(moment for span in there for moment in span if start < moment < end)})
-    spans = itertools.pairwise(moments)
-    own = sum((b - a).total_seconds() / (1 + sum(came <= a and left >= b for came, left in there)) for a, b in spans)
-    return own / length

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -64,16 +64,20 @@ def hold(connection: Connection) -> int:
     """Bring the tables to their columns' bounds; returns how many values went to quarantine."""
     there = set(inspect(connection).get_table_names())
     tables = [table for table in reversed(Base.metadata.sorted_tables) if table.name in there]  # children first
-    bring = _bring_sqlite if connection.dialect.name == "sqlite" else _bring_postgres
     return sum(bring(connection, table, checks_of(table, connection.dialect.name)) for table in tables)
 
 
-def release(connection: Connection) -> None:
-    """Take the bounds away again."""
-    bring = _bring_sqlite if connection.dialect.name == "sqlite" else _bring_postgres
-    for name in inspect(connection).get_table_names():
+def release(connection: Connection, names: Collection[str] | None = None) -> None:
+    """Take the bounds away again, of all tables or of those with these names."""
+    for name in inspect(connection).get_table_names() if names is None else names:
         if name in Base.metadata.tables:
             bring(connection, Base.metadata.tables[name], [])
+
+
+def bring(connection: Connection, table: Table, wanted: Sequence[Bound]) -> int:
+    """Give the table these bounds and no others; returns how many values went to quarantine."""
+    by = _bring_sqlite if connection.dialect.name == "sqlite" else _bring_postgres
+    return by(connection, table, wanted)
 
 
 def quarantined(engine: Engine) -> int:

@@ -454,9 +454,9 @@ class Words(Bounded, TypeDecorator[_Word]):
     impl = String
     cache_ok = True
 
-    def __init__(self, words: type[_Word], length: int = 24) -> None:
-        super().__init__(length)
-        self.words, self._form = words, Characters(length)
+    def __init__(self, words: type[_Word]) -> None:
+        super().__init__(24)
+        self.words, self._form = words, Characters(24)
 
     def check(self, column: str, dialect: str) -> str:
         return self._form.check(column, dialect)

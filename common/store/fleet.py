@@ -5,22 +5,21 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from loractl.common.job.method import Method, Need, Ways
 from loractl.common.job.status import Status
-from loractl.common.placement.cards import Card, Leaver, Occupant, WarmBase
+from loractl.common.placement.cards import Card, Occupant
 from loractl.common.placement.closure import CardFailure
-from loractl.common.placement.hosts import RefusedJoin
 from loractl.common.placement.lines import QueueKey, Waiting
 from loractl.common.placement.refusals import Round
 from loractl.common.placement.rule import Decision
 from loractl.common.placement.shares import Allowance
 
 from .columns import Unreadable, unreadable_of
-from .tables import ASKED_TO_STOP, DrainOrder, Job, Node, TrainerHost
+from .tables import ASKED_TO_STOP, DrainOrder, Job, Node
 
 NODE_STALE_S = 60.0
 """A node that was not seen for this long counts as offline."""
@@ -43,7 +42,6 @@ class FleetView:
     decisions: tuple[Decision, ...]  # what starts next, and for which job a card is kept
     round_at: dt.datetime | None = None  # when a node last went round for the fleet; None: none ever did
     failures: tuple[CardFailure, ...] = ()  # of a day, on cards that have ended no attempt well since
-    refused_joins: Mapping[tuple[int, str], RefusedJoin] = field(default_factory=dict)  # by waiting job and card
     allowed: Mapping[str, Allowance] = field(default_factory=dict)  # of users with a quota
     awaited: Mapping[int, Job] = field(default_factory=dict)  # jobs after which the jobs asked about start
 
@@ -72,20 +70,8 @@ OCCUPANT = (
 """What a card shows of a running job."""
 
 
-def card_of(
-    node: Node,
-    running: list[Any],
-    now: dt.datetime,
-    drained: Mapping[str, DrainOrder],
-    hosts: Iterable[TrainerHost] = (),
-    inside: Iterable[InsideHost] = (),
-) -> Card:
-    """One node's card. `running`: rows with the columns OCCUPANT; `hosts`: the trainers there that keep a base;
-    `inside`: the attempts that are in hosts, of this card or others."""
-    attempts, there = {(row.job_id, row.attempt) for row in running}, list(inside)
-    bases = [_warm_base(host, attempts, there, node.used) for host in hosts]
-    held = {base.job_id: base.bytes for base in bases}
-    marks = {(one.job_id, one.attempt): one.host for one in there if not one.ended}
+def card_of(node: Node, running: list[Any], now: dt.datetime, drained: Mapping[str, DrainOrder]) -> Card:
+    """One node's card. `running`: rows with the columns OCCUPANT."""
     return Card(
         node=node.node,
         total=node.total,
@@ -96,17 +82,15 @@ def card_of(
                 job_id=row.job_id,
                 user=row.user,
                 reserved=_reserved(row.vram_reserved, node.total),
-                used=max(int(node.used.get(str(row.job_id), 0)), held.get(row.job_id, 0)),
+                used=int(node.used.get(str(row.job_id), 0)),
                 priority=row.priority,
                 preemptible=row.preemptible,
                 ends=_end_of(row, now),
                 began=row.started_at,
                 gives_way_to=row.preempted_by,
-                host=marks.get((row.job_id, row.attempt)),
             )
             for row in running
         ),
-        hosts=tuple(bases),
         max_jobs=node.max_jobs,
         labels=frozenset(node.labels.items()),
         open=_is_open(node, now, drained),
@@ -143,48 +127,6 @@ def _end_of(row: Any, now: dt.datetime) -> dt.datetime | None:
     asked = row.preempted_by is not None or row.cancel_requested
     known = [seconds for seconds in (row.eta_seconds, LEAVES_IN_S if asked else None) if seconds is not None]
     return now + dt.timedelta(seconds=min(known)) if known else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class InsideHost:
-    """An attempt in a host that others may join. Bytes."""
-
-    host: str
-    job_id: int
-    attempt: int
-    reserved: int
-    base_bytes: int
-    joined: bool  # it reserves its own part alone
-    ended: bool  # and is not out of the host yet
-
-
-def _warm_base(
-    host: TrainerHost,
-    attempts: Collection[tuple[int, int]],
-    inside: Iterable[InsideHost],
-    used: Mapping[str, Any],
-) -> WarmBase:
-    """`attempts`: those that run on its card. A host waits for a job as soon as its last one has ended and is out of
-    it. `used`: bytes measured, by job, and of hosts with several by their marks."""
-    left = [
-        Leaver(job_id=one.job_id, bytes=one.reserved - (0 if one.joined else min(host.bytes, one.reserved)))
-        for one in inside
-        if one.host == host.host and one.ended
-    ]
-    return WarmBase(
-        host=host.host,
-        key=host.key,
-        base_model=host.base_model,
-        method=host.method,
-        bytes=host.bytes,
-        since=host.since,
-        job_id=host.job_id if (host.job_id, host.attempt) in attempts else None,
-        leaving=host.leaving,
-        open=host.open,
-        spoilt=host.spoilt,
-        leavers=tuple(sorted(left, key=lambda one: one.job_id)),
-        used=int(used.get(host.host, 0)),
-    )
 
 
 def _is_open(node: Node, now: dt.datetime, drained: Mapping[str, DrainOrder]) -> bool:
@@ -235,7 +177,6 @@ def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
         only_host=row["result_host"] if row["result_until"] is not None and row["result_until"] > now else None,
         avoids=frozenset(avoided_by(row["avoids"], now)),
         bf16=row.get("begun_bf16"),
-        base_model=row["base_model"],
         alone=ways.alone,
         gangs=ways.gangs,
         again=row.get("again"),

@@ -100,10 +100,6 @@ class Claim:
     result_host: str | None = None  # the box that is said to hold its finished result
     sweep_id: int | None = None  # the sweep that the job belongs to
     rungs: tuple[float, ...] = ()  # shares of its steps at which it may be stopped as one of the sweep's losers
-    host: str | None = None  # the trainer on its card that has its base
-    joins: bool = False  # other jobs train in that; `vram_reserved` is the job's own part, without the base
-    packs: bool = False  # others may join its trainer
-    leaving: tuple[str, ...] = ()  # trainers on its card whose bases must go first
     parallel: Parallel = Parallel.NONE
     shares: tuple[GangShare, ...] = ()  # of each card, the claiming node's first
 
@@ -166,16 +162,6 @@ class Left:
     """No job for this card: one would fit, but the rule gives it to another card that has not taken it yet."""
 
     nodes: frozenset[str]  # empty: another node was faster, look again
-
-
-@dataclass(frozen=True, kw_only=True)
-class NewHost:
-    """A trainer that stays with its base after its job, or takes other jobs alongside it."""
-
-    host: str  # its mark
-    node: str
-    key: str  # of what decides how the base is loaded
-    bytes: int  # that it holds of the card
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, he
 GRANT INSERT, UPDATE ON attempts, uses, usage, fleet_rounds, locks TO loractl_worker;
 GRANT UPDATE (used, below_at) ON quotas TO loractl_worker; -- the owner alone sets one
 GRANT DELETE ON wishes TO loractl_worker;
-GRANT INSERT, UPDATE, DELETE ON nodes, hosts, drains, tags, outbox, kept_files TO loractl_worker;
+GRANT INSERT, UPDATE, DELETE ON nodes, drains, tags, outbox, kept_files TO loractl_worker;
 GRANT INSERT ON events, metrics, shares, label_sets TO loractl_worker;
 GRANT INSERT, DELETE ON log_chunks, adapters, lab_failures TO loractl_worker;
 GRANT USAGE ON SEQUENCE events_event_id_seq, log_chunks_chunk_id_seq TO loractl_worker;

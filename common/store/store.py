@@ -19,7 +19,6 @@ from .verbs import (
     AdapterVerbs,
     AttemptVerbs,
     CardVerbs,
-    HostVerbs,
     JobVerbs,
     LabVerbs,
     OutboxVerbs,
@@ -39,9 +38,9 @@ class Store:
         store claims or beats for may be silent."""
         self.engine, self.clock, self.lease_s = engine, clock, lease_s
         self.jobs, self.sweeps, self.attempts = JobVerbs(self.begin), SweepVerbs(self.begin), AttemptVerbs(self.begin)
-        self.cards, self.hosts = CardVerbs(self.begin), HostVerbs(self.begin)
-        self.adapters, self.results = AdapterVerbs(self.begin), ResultVerbs(self.begin)
-        self.outbox, self.usage, self.lab = OutboxVerbs(self.begin), UsageVerbs(self.begin), LabVerbs(self.begin)
+        self.cards, self.adapters = CardVerbs(self.begin), AdapterVerbs(self.begin)
+        self.results, self.outbox = ResultVerbs(self.begin), OutboxVerbs(self.begin)
+        self.usage, self.lab = UsageVerbs(self.begin), LabVerbs(self.begin)
 
     def begin(self, *, read_only: bool) -> Transaction:
         """A transaction: committed at the end of its `with`, rolled back on an error."""

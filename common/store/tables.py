@@ -14,14 +14,13 @@ from loractl.common.job.method import Method, Roomy, Ways
 from loractl.common.job.names import LATEST
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.memory.context import context_excess
-from loractl.common.placement.pack_rule import PassLaw
 from loractl.common.store import columns
 from loractl.common.units import KIB, LARGEST, MIB
 
 from . import shapes
 from .columns import MOST_SECONDS, Characters, Flag, Json, Prose, Real, RowNumber, UtcDateTime, Whole, Words
 from .records import StoredCheckpoint
-from .shapes import MOST_BYTES, is_number, is_number_drawn, list_of, object_of, optional, whole
+from .shapes import MOST_BYTES, is_number_drawn, list_of, object_of, optional, whole
 
 Timestamp = Annotated[dt.datetime, mapped_column(UtcDateTime())]
 Bytes = Annotated[int, mapped_column(columns.Bytes())]
@@ -129,7 +128,6 @@ class Job(Base):
         _where_queued("ix_jobs_line_user", "priority", "user", "job_id"),
         _where_queued("ix_jobs_order", "priority", "job_id"),
         _where_queued("ix_jobs_class", "vram_class"),
-        _where_queued("ix_jobs_base", "base_model", "priority", "job_id"),
         _where_queued("ix_jobs_plan", "base_model", "engine", "job_id"),
         # of few jobs, so that the others cost them nothing
         _where_queued("ix_jobs_patience", "lora_until", also=" AND lora_until IS NOT NULL"),
@@ -276,9 +274,6 @@ class Sweep(Base):
     created_at: Mapped[Timestamp]
 
 
-_INSIDE = "{0}host IS NOT NULL AND ({0}ended_at IS NULL OR {0}inside)"
-
-
 class Attempt(Base):
     """One run of a job on one device."""
 
@@ -286,8 +281,6 @@ class Attempt(Base):
     __table_args__ = (
         Index("ix_attempts_started", "started_at"),
         Index("ix_attempts_ended", "ended_at"),
-        _where("ix_attempts_host", "host IS NOT NULL", "host"),
-        _where("ix_attempts_inside", _INSIDE.format(""), "host"),
     )
 
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
@@ -310,22 +303,13 @@ class Attempt(Base):
     reason: Mapped[Reason | None] = mapped_column(Words(Reason))
     message: Mapped[str | None] = mapped_column(Prose())
     resumed_from_step: Mapped[int | None]
-    host: Mapped[str | None] = mapped_column(Characters(32))  # the mark of the trainer that it shares; null: of its own
-    inside: Mapped[bool] = mapped_column(default=False, server_default=false())  # ended, but not out of its host yet
-    promised_at: Mapped[Timestamp | None]  # when it would end, as of the first join that slows it down
-    base_bytes: Mapped[Bytes | None]  # of the base that it shares, or may
-    joined: Mapped[bool] = mapped_column(default=False, server_default=false())  # it reserves its own part alone
-    shared: Mapped[bool] = mapped_column(default=False, server_default=false())  # others were in its trainer with it
+    base_bytes: Mapped[Bytes | None]  # of the device, by the loaded base alone
     lease_expires_at: Mapped[Timestamp | None]  # holds the lease while somebody's transaction has the job's row locked
 
 
-INSIDE = text(_INSIDE.format("attempts."))
-"""Of an attempt: it is in a host, running or on its way out. The words must be exactly these, as FINAL's."""
-
-
 def peak_of(attempt: Any) -> int:
-    """Bytes measured of an attempt's process; 0: none, on a simulated card, or others were in it."""
-    if attempt.shared or attempt.device_kind == "sim":
+    """Bytes measured of an attempt's process; 0: none, or on a simulated card."""
+    if attempt.device_kind == "sim":
         return 0
     return attempt.vram_process or attempt.vram_peak or 0
 
@@ -629,38 +613,6 @@ class JobLabel(Base):
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(Characters(64), primary_key=True)
     value: Mapped[str] = mapped_column(Characters(256))
-
-
-def _is_law(value: Any) -> bool:
-    law = PassLaw.from_json(value, quantised=False)
-    return all(map(is_number, (law.fixed, law.token, law.member, law.load)))
-
-
-class TrainerHost(Base):
-    """A trainer with a base. The row stays until the node has seen the process end: until then its bytes are held.
-
-    While the attempt that it names runs, that attempt's reservation holds the base, too. Others that run in it name it
-    in their own rows, and reserve their own parts alone.
-    """
-
-    __tablename__ = "hosts"
-
-    host: Mapped[str] = mapped_column(Characters(32), primary_key=True)  # the mark in the process's environment
-    node: Mapped[str] = mapped_column(index=True)
-    key: Mapped[str] = mapped_column(Characters(64))  # of what decides how the base is loaded
-    base_model: Mapped[str] = mapped_column(Prose())
-    method: Mapped[Method] = mapped_column(Words(Method, 8))
-    bytes: Mapped[Bytes]
-    job_id: Mapped[int] = mapped_column(RowNumber())  # of the last attempt that had the whole of it
-    attempt: Mapped[int]
-    leaving: Mapped[bool] = mapped_column(default=False)  # nothing joins it any more
-    since: Mapped[Timestamp]  # when it last began to wait, or a job joined it
-    open: Mapped[bool] = mapped_column(default=False, server_default=false())  # others may train alongside its jobs
-    spoilt: Mapped[str | None] = mapped_column(Prose())  # why it ends with its last job; null: it does not
-    # of its passes, see pack_rule.py
-    law: Mapped[dict[str, Any] | None] = mapped_column(
-        Json(shapes.anything, null=True, none_as_null=True, reads=_is_law)
-    )
 
 
 class OutboxMessage(Base):

@@ -30,7 +30,7 @@ from .queries import (
     sweeps,
     usage,
 )
-from .queries.cards import decisions, fleet_rounds, hosts, nodes, preemption, shares
+from .queries.cards import decisions, fleet_rounds, nodes, preemption, shares
 from .queries.changes import persistently
 from .queries.outbox import deliveries
 from .records import FleetTurn, Parcel
@@ -201,7 +201,6 @@ class CardVerbs(Subject):
     end_drain = writes(nodes.end_drain)
 
     fleet = reads(decisions.read_view)
-    newcomers = reads(decisions.read_newcomers)
     would_start = reads(decisions.read_start)
     preempt = writes(preemption.preempt)
 
@@ -218,19 +217,6 @@ class CardVerbs(Subject):
                 return None
         with self._write() as tx:
             return fleet_rounds.take_turn(tx, node, every_s, settle_s)
-
-
-class HostVerbs(Subject):
-    """Verbs about hosts."""
-
-    keep = writes(hosts.keep)
-    open = writes(hosts.open_to_others)
-    note_passes = writes(hosts.note_passes)
-    spoil = writes(hosts.spoil)
-    leave = writes(hosts.leave)
-    send_off = writes(hosts.send_off)
-    forget = writes(hosts.forget)
-    of_card = reads(hosts.of_node)
 
 
 class AdapterVerbs(Subject):

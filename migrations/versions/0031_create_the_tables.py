@@ -262,14 +262,10 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("job_id"),
         sqlite_autoincrement=True,
     )
-    _index("ix_jobs_awaits", "jobs", ["status", "awaits", "job_id"], where="status = 'queued' AND awaits IS NOT NULL")
-    _index("ix_jobs_backoff", "jobs", ["status", "not_before"], where="status = 'queued' AND not_before IS NOT NULL")
     _index("ix_jobs_base", "jobs", ["status", "base_model", "priority", "job_id"], where="status = 'queued'")
     _index("ix_jobs_class", "jobs", ["status", "vram_class"], where="status = 'queued'")
     _index("ix_jobs_ended", "jobs", ["ended_at", "status", "sweep_id", "job_id"], where="ended_at IS NOT NULL")
     _index("ix_jobs_family", "jobs", ["family", "job_id"], where="ended_at IS NOT NULL")
-    _index("ix_jobs_gangs", "jobs", ["status", "job_id"], where="status = 'queued' AND gangs IS NOT NULL")
-    _index("ix_jobs_held", "jobs", ["status", "job_id"], where="status = 'queued' AND held")
     _index("ix_jobs_lease", "jobs", ["lease_expires_at"], where="status = 'running'")
     _index("ix_jobs_line", "jobs", ["status", "queue_key", "job_id"], where="status = 'queued'")
     _index("ix_jobs_line_need", "jobs", ["status", "queue_key", "vram_needed"], where="status = 'queued'")
@@ -278,11 +274,16 @@ def upgrade() -> None:
     _index("ix_jobs_need_key", "jobs", ["need_key", "job_id"], where="attempt > 0")
     _index("ix_jobs_order", "jobs", ["status", "priority", "job_id"], where="status = 'queued'")
     _index("ix_jobs_outcome", "jobs", ["status", "reason"], where="ended_at IS NOT NULL")
-    _index("ix_jobs_patience", "jobs", ["status", "lora_until"], where="status = 'queued' AND lora_until IS NOT NULL")
     _index("ix_jobs_plan", "jobs", ["status", "base_model", "engine", "job_id"], where="status = 'queued'")
     _index("ix_jobs_status", "jobs", ["status", "job_id"])
     _index("ix_jobs_sweep", "jobs", ["sweep_id", "status", "ended_at"])
     _index("ix_jobs_user", "jobs", ["user", "job_id"])
+    # of few jobs, and so made last: of indexes that it thinks equal, SQLite takes the newest
+    _index("ix_jobs_awaits", "jobs", ["status", "awaits", "job_id"], where="status = 'queued' AND awaits IS NOT NULL")
+    _index("ix_jobs_backoff", "jobs", ["status", "not_before"], where="status = 'queued' AND not_before IS NOT NULL")
+    _index("ix_jobs_gangs", "jobs", ["status", "job_id"], where="status = 'queued' AND gangs IS NOT NULL")
+    _index("ix_jobs_held", "jobs", ["status", "job_id"], where="status = 'queued' AND held")
+    _index("ix_jobs_patience", "jobs", ["status", "lora_until"], where="status = 'queued' AND lora_until IS NOT NULL")
     op.create_table(
         "label_sets",
         sa.Column("label_set", sa.String(length=16), nullable=False),

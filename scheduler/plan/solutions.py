@@ -108,7 +108,7 @@ class PlannedForm:
 
 def _box(job: Waiting, cards: Sequence[Card]) -> CardGroup | None:
     """How cards of one box would hold the job together, once other jobs have left them; None: they would not."""
-    empty = [replace(card, running=(), hosts=()) for card in cards]
+    empty = [replace(card, running=()) for card in cards]
     if (way := gang_of(job, empty)) is None:
         return None
     for method in job.methods:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
 from loractl.common.job.adjustment import Adjustment, adjusted
+from loractl.common.job.names import REPRODUCES
 from loractl.common.text import clean_line
 from loractl.scheduler.report.answer import result_of
 from loractl.scheduler.submit.need import own_devices, plan_job
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from loractl.common.store.tables import Attempt, Job, Node
 
 MOST_LABELS = 32
-
-REPRODUCES = "reproduces"
-"""The label of a job that runs another one again."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -261,13 +261,12 @@ def simulate(
     """Replay the chosen jobs under each policy; `nodes`: like the defaults of `loractl worker`."""
     nodes, outcomes = nodes or Nodes(), {}
     totals = {card.node: card.total for card in cards}
-    known = [replace(card, contention=contention) for card in cards]
     for name in policies_for(nodes, quotas) if policies is None else policies:
         policy = POLICIES[name]
         spare, roomy = policy.spares and nodes.spare, policy.roomy and nodes.roomy
         jobs = to_replay(chosen.jobs, compress, spare=spare, roomy=roomy)
         rule = policy.make(Briefing(jobs=jobs, totals=totals, quotas=quotas or {}))
-        replayed = replay(jobs, known, BEGIN, rule, contention=contention, presences=nodes.presences)
+        replayed = replay(jobs, cards, BEGIN, rule, contention=contention, presences=nodes.presences)
         outcomes[name] = outcome_of(jobs, cards, replayed)
     return Simulation(
         chosen=chosen,

@@ -14,7 +14,7 @@ from pathlib import Path
 from loractl.common.errors import DataError, UsageError
 from loractl.common.job.method import Method, Need
 from loractl.common.placement.cards import Card, default_max_jobs, largest_gpu
-from loractl.common.placement.clock import Presence, ReplayedBase, ReplayedJob
+from loractl.common.placement.clock import Presence, ReplayedJob
 from loractl.common.placement.lines import Waiting
 from loractl.common.units import GIB, duration, parse_duration, parse_size
 
@@ -137,8 +137,8 @@ def to_replay(
                 need=Need(lora=job.need, qlora=None),
             ),
             seconds=job.seconds,
+            start_s=start,
             save_s=SAVE_S,
-            base=ReplayedBase(bytes=job.base_size, cold_s=start, warm_s=start),
             roomy=forms_of(job.need) if roomy else (),
         )
         for number, (job, start) in enumerate(zip(jobs, starts, strict=True), start=1)

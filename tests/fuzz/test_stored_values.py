@@ -75,7 +75,7 @@ ROWS = {
     "jobs": (WAITS, WAITS, "name = 'shared'", "name = 'blocked'", RUNS, ENDED, FAILED, "name = 'member'"),
     "attempts": (f"job_id IN (SELECT job_id FROM jobs WHERE {RUNS})", "job_id = 1"),
     "nodes": ("node = 'kestrel:1'", "node = 'osprey:0'"),
-    "hosts": ("1 = 1",), "sweeps": ("1 = 1",), "tags": ("1 = 1",), "uses": ("1 = 1",),
+    "sweeps": ("1 = 1",), "tags": ("1 = 1",), "uses": ("1 = 1",),
     "usage": ("1 = 1",), "label_sets": ("1 = 1",), "quotas": ("1 = 1",), "lab_settings": ("1 = 1",),
 }  # fmt: skip
 """Jobs that wait (one of them on several cards), run and have ended, and the other rows of the lab."""
@@ -194,7 +194,7 @@ def claim_until(store: Store, job_id: int) -> None:
         for node in FRESH:
             store.cards.see(node_state(node, total=400 * GIB, max_jobs=64))
         for node in FRESH:
-            claim = store.attempts.claim(node, joins=True, gangs=True, distrusted=frozenset(idle))
+            claim = store.attempts.claim(node, gangs=True, distrusted=frozenset(idle))
             if isinstance(claim, Claim) and claim.job_id == job_id:
                 return
             idle |= claim.nodes - set(FRESH) if isinstance(claim, Left) else set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from loractl.common.job.method import Method, Need, least_need
@@ -12,7 +12,7 @@ from loractl.common.placement.lines import Line, ListedLine, Waiting, queue_key
 from loractl.common.placement.rule import place
 from loractl.common.placement.shares import charge
 from loractl.common.store.fleet import FleetView, card_of, is_ready, waiting_of
-from loractl.common.store.tables import DrainOrder, Job, Node, TrainerHost
+from loractl.common.store.tables import DrainOrder, Job, Node
 from loractl.common.units import GIB
 
 from .factories import NOON, job, node
@@ -66,17 +66,11 @@ def fleet(
     waiting: Iterable[Job] = (),
     drains: Iterable[DrainOrder] = (),
     charges: dict[str, float] | None = None,
-    hosts: Sequence[TrainerHost] = (),
 ) -> FleetView:
     """The view that the store would give at NOON."""
     ran, jobs = list(ran), ready(waiting)
     orders = {order.target: order for order in drains if order.until is None or order.until > NOON}
-    cards = {
-        n.node: card_of(
-            n, [j for j in ran if j.node == n.node], NOON, orders, [host for host in hosts if host.node == n.node]
-        )
-        for n in nodes
-    }
+    cards = {n.node: card_of(n, [j for j in ran if j.node == n.node], NOON, orders) for n in nodes}
     used = dict(charges or {})
     for one in ran:
         used[one.user] = charge(used.get(one.user, 0.0), [(one.vram_reserved or 0, 0.0)])
@@ -89,15 +83,6 @@ def fleet(
         charges=used,
         decisions=tuple(place(levels_of(jobs), list(cards.values()), used, NOON, ListedLine(jobs))),
     )
-
-
-def host(mark: str = "h1", on: str = "box:0", size: float = 6, **changed: Any) -> TrainerHost:
-    """A trainer that keeps a base and waits for a job."""
-    values = {
-        "host": mark, "node": on, "key": "a", "base_model": "org/model-135M", "method": Method.LORA,
-        "bytes": int(size * GIB), "job_id": 1, "attempt": 1, "leaving": False, "since": NOON,
-    }  # fmt: skip
-    return TrainerHost(**{**values, **changed})
 
 
 def drained(target: str = "box", **changed: Any) -> DrainOrder:

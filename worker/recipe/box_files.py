@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from loractl.common.placement.hosts import REPRODUCES
+from loractl.common.job.names import REPRODUCES
 from loractl.worker import base, engine, evaluation
 from loractl.worker.base.box_cache import BoxCache
 from loractl.worker.base.model import Learner

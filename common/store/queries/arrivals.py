@@ -8,9 +8,9 @@ from loractl.common.errors import NameTaken
 
 from ..fleet import NODE_STALE_S
 from ..records import Arrival, NodeState
-from ..tables import Node, TrainerHost
+from ..tables import Node
 from ..transaction import Transaction
-from .cards.nodes import forget_hosts, identity
+from .cards.nodes import identity
 from .endings import give_back
 
 
@@ -25,14 +25,11 @@ def arrive(tx: Transaction, state: NodeState) -> Arrival:
     row = tx.session.scalars(select(Node).where(Node.node == state.node).with_for_update()).one()
     it = identity(row)
     if it == me:
-        given_back = tuple(give_back(tx, state.node))
-        forget_hosts(tx, TrainerHost.node == state.node)  # that node ended them before it came here
-        return Arrival(given_back=given_back)
+        return Arrival(given_back=tuple(give_back(tx, state.node)))
     if (now - row.seen_at).total_seconds() > NODE_STALE_S:
         for name, value in vars(me).items():
             setattr(row, name, value)
         row.seen_at = now
-        forget_hosts(tx, TrainerHost.node == state.node)
         return Arrival()  # what the other node ran has its lease
     if it.instance != me.instance or it.machine not in (None, me.machine):
         raise NameTaken(state.node)

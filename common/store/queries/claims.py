@@ -18,9 +18,8 @@ from loractl.common.job.status import Stage, Status
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.cards import Card, could_start, least_limit
 from loractl.common.placement.gangs import may_share
-from loractl.common.placement.hosts import Seat, joined, may_join, open_bases, seat
 from loractl.common.placement.lines import PassedOver
-from loractl.common.placement.roomy import gains_more_in_a_pack, with_room
+from loractl.common.placement.roomy import with_room
 from loractl.common.placement.rule import Placement
 from loractl.common.units import gib
 
@@ -31,9 +30,7 @@ from ..tables import Attempt, Event, Job, Node, sweep_of
 from ..transaction import SKIP_LOCKED, Transaction
 from .aside import look_again, set_aside
 from .cards.decisions import decide
-from .cards.hosts import beside, take_place, take_seat
 from .cards.nodes import FleetState, read_fleet
-from .cards.packs import key_of, tokens_of
 from .cards.shares import lock, own_first, write
 from .changes import answer_wishes, is_asked_to_stop
 from .followers import begin_from_best
@@ -62,7 +59,6 @@ def claim(
     outside: int | None = None,
     used: Mapping[str, int] | None = None,
     distrusted: frozenset[str] = frozenset(),
-    joins: bool = False,
     gangs: bool = False,
 ) -> Claim | Left | None:
     # Two slots of one card must not both reserve the same bytes.
@@ -70,7 +66,7 @@ def claim(
 
     `outside`, `used`: what the device shows at this moment (bytes held by others; bytes by job), when that is newer
     than the node's row. `distrusted`: nodes that did not take what was left to them; the rule goes without them.
-    `joins`: the node can put a job into a trainer that has others. `gangs`: it can start one on several cards.
+    `gangs`: the node can start a job on several cards.
     Left: the rule gives every job that fits here to other cards; without nodes, look again at once. None: nothing
     fits.
     """
@@ -83,10 +79,8 @@ def claim(
     mine = replace(mine, silent=False, gangs=gangs and mine.gangs)
     if outside is not None:
         mine = _as_measured(mine, outside, used or {})
-    if not joins:
-        mine = replace(mine, hosts=tuple(replace(base, open=False) for base in mine.hosts))
     cards = [mine if card.node == node else replace(card, stuck=card.node in distrusted) for card in fleet.cards]
-    if not mine.open or not mine.free or not (mine.slots or open_bases(mine)):
+    if not mine.room:
         return None
     taken: Claim | Left | None
     passed, met_odd = PassedOver(), False
@@ -95,7 +89,7 @@ def claim(
         if not isinstance(given, Placement):
             taken = given
             break
-        found = _take(tx, given, cards, row, joins)
+        found = _take(tx, given, cards, row)
         if not isinstance(found, _Obstacle):
             taken = found
             break
@@ -121,24 +115,22 @@ def claim(
 def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
     """The card as its device shows it at this moment."""
     live = tuple(replace(job, used=used.get(str(job.job_id), job.used)) for job in card.running)
-    hosts = tuple(replace(base, used=used.get(base.host, base.used)) for base in card.hosts)
-    return replace(card, outside=max(card.outside, outside), running=live, hosts=hosts)
+    return replace(card, outside=max(card.outside, outside), running=live)
 
 
 def _given(
     tx: Transaction, mine: Card, cards: Sequence[Card], fleet: FleetState, now: dt.datetime, passed: PassedOver
 ) -> Placement | Left | None:
     """What the rule gives this card. Left: it gives every job that fits here to other cards."""
-    outlook = decide(tx.session, cards, fleet, now, passed)
-    mine, left = next(card for card in outlook.packs.cards if card.node == mine.node), set[str]()
-    for decision in outlook.decisions:
+    left = set[str]()
+    for decision in decide(tx.session, cards, fleet, now, passed):
         placed = decision.placed
         if placed is None:
             continue
         if any(share.node == mine.node for share in placed.shares):
             first, *others = own_first(placed, mine.node)
             return replace(placed, node=first.node, reserved=first.bytes, beside=tuple(others))
-        if could_start(placed.job, mine, cards) or may_join(mine, placed.job) or _could_share(placed, mine):
+        if could_start(placed.job, mine, cards) or _could_share(placed, mine):
             left.add(placed.node)
     return Left(nodes=frozenset(left)) if left else None
 
@@ -155,9 +147,7 @@ class _Obstacle(enum.Enum):
     ODD = enum.auto()  # it can't start as it is
 
 
-def _take(
-    tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node, joins: bool
-) -> Claim | Left | _Obstacle:
+def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node) -> Claim | Left | _Obstacle:
     now = tx.now()
     job = tx.session.get(Job, placed.job.job_id, with_for_update=SKIP_LOCKED, populate_existing=True)
     if job is None:
@@ -178,34 +168,23 @@ def _take(
         set_aside(tx, job, asked, now)
         tell_of_job(tx, job)
         return _Obstacle.ODD
-    alone = node.kind == "nvml" and placed.join is None and not placed.beside
+    alone = node.kind == "nvml" and not placed.beside
     if alone and raise_least(tx, job, placed.method, placed.reserved):
         return _Obstacle.ODD
-    key = None if placed.beside else key_of(job, asked.spec, placed.method)
-    placed = _in_its_room(tx, placed, job, asked, cards, node, joins and key is not None)
-    taken, *others = _seats(placed, key, cards)
-    join = placed.join
-    if join is None and not all(take_seat(tx, one, job.job_id, job.attempt + 1) for one in (taken, *others)):
-        return Left(nodes=frozenset())
-    if join is not None and not take_place(tx, taken, join.base):
-        return Left(nodes=frozenset())
-    claim = _start(tx, job, asked, _begin(tx, job, placed, node, now), taken, placed)
-    # one that does not recompute leaves others no room in its trainer
-    return replace(claim, packs=key is not None and placed.form is None)
+    placed = _in_its_room(tx, placed, job, asked, cards, node)
+    return _start(tx, job, asked, _begin(tx, job, placed, node, now), placed)
 
 
 def _in_its_room(
-    tx: Transaction, placed: Placement, job: Job, asked: _Asked, cards: Sequence[Card], node: Node, joins: bool
+    tx: Transaction, placed: Placement, job: Job, asked: _Asked, cards: Sequence[Card], node: Node
 ) -> Placement:
-    """The placement with the room that nobody else wants, see placement/roomy.py. `joins`: others might join the job.
+    """The placement with the room that nobody else wants, see placement/roomy.py.
 
     Changes after out-of-memory stay in a job: it has shown that plans are too low for it. A simulated card gives
     its own micro-batches alone: a processor trains there, and would round differently.
     """
     spec, changed = asked.spec, asked.adjustment
     if not (changed.micro_batch is changed.gradient_checkpointing is spec.training.gradient_checkpointing is None):
-        return placed
-    if joins and gains_more_in_a_pack(tokens_of(spec, None, job.data.get("path") or {}), placed.method):
         return placed
     most, rows = spec.resources.max_vram, spec.training.per_device_train_batch_size
     whole = Roomy.read(job.roomy).that(
@@ -230,14 +209,6 @@ def _at_limit(tx: Transaction, user: str, cards: Sequence[Card]) -> bool:
     tx.wait_for(f"user {user}")
     running = select(func.count()).where(Job.status == Status.RUNNING, Job.user == user)
     return (tx.session.scalar(running) or 0) >= limit
-
-
-def _seats(placed: Placement, key: str | None, cards: Sequence[Card]) -> list[Seat]:
-    """The job's seat on each of its cards. On several it is in trainers of its own."""
-    by_node = {card.node: card for card in cards}
-    if placed.join is not None:
-        return [joined(by_node[placed.node], placed.join.base, placed.reserved)]
-    return [seat(by_node[share.node], key, share.bytes) for share in placed.shares]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,9 +263,6 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, now: dt.dat
         roomy=placed.form is not None,
         started_at=now,
     )
-    if placed.join is not None:
-        base = placed.join.base
-        attempt.host, attempt.base_bytes, attempt.joined, attempt.shared = base.host, base.bytes, True, True
     same = ("attempt", "token", "node", "gpu", "method", "vram_reserved", "started_at")
     columns = {**begun(), **{name: getattr(attempt, name) for name in same}}
     columns |= {"stage": Stage.PREPARING, "lease_expires_at": tx.now_in(tx.lease_s)}
@@ -309,13 +277,10 @@ def _planned(job: Job, placed: Placement) -> int | None:
     return job.planned.get(placed.method.value) if placed.form is None else placed.form.planned
 
 
-def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Seat, placed: Placement) -> Claim:
+def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, placed: Placement) -> Claim:
     """Write the attempt to the history, and give it what it needs to know."""
     method = Method(attempt.method)
     why = _why_method(asked.spec.method, method, Need(lora=job.vram_lora, qlora=job.vram_qlora))
-    warm = "" if taken.host is None else ", where its base is already loaded"
-    if placed.join is not None:
-        warm = f", {beside(tx, placed.join.base.host, job.job_id)}"
     cards = " and ".join(share.node for share in placed.shares)
     how = f", {placed.parallel.value} over {len(placed.shares)} cards" if placed.beside else ""
     adjustment, spec, room = asked.adjustment, asked.spec, ""
@@ -324,7 +289,7 @@ def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Se
         room = (
             f", {_in_words(spec, adjustment, placed.form, Need(lora=job.vram_lora, qlora=job.vram_qlora).of(method))}"
         )
-    text = f"attempt {attempt.attempt} started on {cards} with {method.value}{why}{how}{warm}{room}"
+    text = f"attempt {attempt.attempt} started on {cards} with {method.value}{why}{how}{room}"
     tx.tell(job.job_id, attempt.attempt, "started", text)
     return Claim(
         job_id=job.job_id,
@@ -343,9 +308,6 @@ def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, taken: Se
         result_host=job.result_host,
         sweep_id=job.sweep_id,
         rungs=read_rungs(tx.session, job),
-        host=None if taken.host is None else taken.host.host,
-        leaving=tuple(base.host for base in taken.leaving),
-        joins=placed.join is not None,
         shares=placed.shares if placed.beside else (),
         parallel=placed.parallel,
     )

@@ -20,12 +20,12 @@ from loractl.common.job.status import (
 )
 from loractl.common.placement.cards import TIME_GROWTH
 from loractl.common.placement.lines import RESULT_FIRST_S
-from loractl.common.placement.shares import base_share, decayed, with_base, within_need
+from loractl.common.placement.shares import decayed, within_need
 from loractl.common.units import GIB
 
 from ..guard import become, ended, move
 from ..records import Claim, Progress, StoredResult
-from ..tables import Adapter, Attempt, Job, Node, TrainerHost, Use, peak_of
+from ..tables import Adapter, Attempt, Job, Node, Use, peak_of
 from ..transaction import SKIP_LOCKED, Transaction
 from .cards.nodes import note_failure, note_success
 from .cards.shares import read_beside, running_on, silent
@@ -60,12 +60,10 @@ def finish(
     progress: Progress,
     result: StoredResult | None = None,
     *,
-    inside: bool = False,
     card: str | None = None,
 ) -> Status | None:
     """End the attempt; the job succeeds, fails, is cancelled, or waits for its next attempt.
 
-    `inside`: it is not out of its host yet, and what it reserves stays held until it leaves it.
     `card`: which of several failed.
     Returns the job's status afterwards, or None when the lease was lost: then nothing was written.
     """
@@ -80,7 +78,7 @@ def finish(
     job.step, job.total_steps = progress.step or job.step, progress.total_steps or job.total_steps
     if result is not None:  # first: a job that its end releases may begin from it
         _keep_result(tx, job, claim, result, now)
-    _end_attempt(tx, job, reason, message, now, inside=inside, card=card)
+    _end_attempt(tx, job, reason, message, now, card=card)
     return job.status
 
 
@@ -144,7 +142,7 @@ def _end_lost(tx: Transaction, job: Job, message: str, now: dt.datetime, card: s
     """End a lost attempt, on several cards for the loss of this one. A job that can't be ended in order fails: it must
     not keep the others from being ended."""
     job_id, attempt = job.job_id, job.attempt
-    if tx.apart(job_id, lambda: _end_attempt(tx, job, Reason.WORKER_LOST, message, now, inside=True, card=card)):
+    if tx.apart(job_id, lambda: _end_attempt(tx, job, Reason.WORKER_LOST, message, now, card=card)):
         return
     text = f"{message}; its row can't be read by this version"
     over = {**ended(), "reason": Reason.BAD_SPEC, "message": text, "ended_at": now}
@@ -156,14 +154,10 @@ def _end_lost(tx: Transaction, job: Job, message: str, now: dt.datetime, card: s
     tell_of_job(tx, job)
 
 
-def _close_attempt(
-    tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime, *, inside: bool = False
-) -> None:
+def _close_attempt(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
     own = (Attempt.job_id == job.job_id) & (Attempt.attempt == job.attempt)
     over = {"ended_at": now, "reason": reason, "message": message}
-    # A host without a row has ended, and no one would say later that the attempt is out of it.
-    there = exists().where(TrainerHost.host == Attempt.host) if inside else False
-    tx.session.execute(update(Attempt).where(own).values(**over, inside=there))
+    tx.session.execute(update(Attempt).where(own).values(**over))
     for name, value in ended().items():
         setattr(job, name, value)
 
@@ -175,7 +169,6 @@ def _end_attempt(
     message: str,
     now: dt.datetime,
     *,
-    inside: bool = False,
     card: str | None = None,
 ) -> None:
     """Close the running attempt and decide what becomes of the job. `card`: which one of several failed, if one did."""
@@ -185,7 +178,7 @@ def _end_attempt(
     _charge(tx, job, parts, now)
     if reason is Reason.DRAINED:
         _learn_time(tx, job, now)
-    _close_attempt(tx, job, reason, message, now, inside=inside)
+    _close_attempt(tx, job, reason, message, now)
     job.reason, job.message = reason, message
     outcome = OUTCOMES[reason]
     if outcome.blames is not None:
@@ -313,8 +306,7 @@ def _charge(tx: Transaction, job: Job, parts: Sequence[CardUse], now: dt.datetim
 
 
 def _parts(tx: Transaction, job: Job, now: dt.datetime) -> list[CardUse]:
-    """Mean bytes of each card that the attempt had; of a base that it shared, its part by time and members. What was
-    measured counts where it is more than what was reserved."""
+    """Bytes of each card that the attempt had. What was measured counts where it is more than what was reserved."""
     own = tx.session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
     beside = read_beside(tx.session, [job.job_id]).get(job.job_id, [])
     others = [CardUse(node=share.node, bytes=share.bytes) for share in beside]
@@ -323,16 +315,7 @@ def _parts(tx: Transaction, job: Job, now: dt.datetime) -> list[CardUse]:
         reserved = max(reserved, peak_of(own))
     if own is not None and own.roomy:
         reserved = within_need(reserved, job.vram_qlora if job.method == Method.QLORA.value else job.vram_lora)
-    if own is not None and own.shared and job.started_at is not None:
-        reserved = _of_base(tx, own, reserved, job.started_at, now)
     return [CardUse(node=job.node or "", bytes=reserved), *others]
-
-
-def _of_base(tx: Transaction, own: Attempt, reserved: int, start: dt.datetime, now: dt.datetime) -> int:
-    others = (Attempt.host == own.host, Attempt.token != own.token)
-    there = tx.session.execute(select(Attempt.started_at, Attempt.ended_at).where(*others)).all()
-    share = base_share(start, now, [(came, left) for came, left in there if left is None or left > start])
-    return with_base(reserved, own.base_bytes or 0, joined=own.joined, share=share)
 
 
 def _keep_result(tx: Transaction, job: Job, claim: Claim, result: StoredResult, now: dt.datetime) -> None:

@@ -334,8 +334,8 @@ def read_measured(
     )  # fmt: skip
     query = select(*columns).join(asked, asked.c.job_id == Attempt.job_id).where(Attempt.device_kind == "nvml")
     query = query.where(Attempt.reason.in_([Reason.OK, Reason.OUT_OF_MEMORY]), Attempt.method.in_(list(Method)))
-    query = query.where(Attempt.engine == ENGINE, ~Attempt.shared)  # a trainer's peak is all its jobs'
-    # and one of several cards holds no whole job
+    query = query.where(Attempt.engine == ENGINE)
+    # one of several cards holds no whole job
     several = (AttemptShare.job_id == Attempt.job_id) & (AttemptShare.attempt == Attempt.attempt)
     query = query.where(~select(AttemptShare.rank).where(several).exists())
     if need_key is None:

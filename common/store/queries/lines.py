@@ -15,7 +15,6 @@ from sqlalchemy import RowMapping, TextClause, TextualSelect, bindparam, text
 from sqlalchemy.orm import Session
 
 from loractl.common.placement.lines import (
-    JoinedLine,
     Line,
     ListedLine,
     Openings,
@@ -36,13 +35,11 @@ from ..tables import READY, Job
 _MET = "unreadable jobs"
 _HIGHEST = 2**31  # above every priority that a row can have
 _PROBED = 2000  # ready jobs whose locks a claim reads at once
-_MOST_JOINERS = 32  # of a base that are asked whether they join; four packs in a go
-_MOST_BASES = 100  # in one statement; SQLite takes up to 500
 _AT_ONCE = 32  # of a user's jobs in one query, where many are read
 
 _OF_ROW = (
     'job_id, "user", priority, submitted_at, methods, vram_lora, vram_qlora, lora_until, queue_key, result_host,'
-    " result_until, avoids, begun_bf16, base_model, gangs, planned, attempt, checkpoint_s"
+    " result_until, avoids, begun_bf16, gangs, planned, attempt, checkpoint_s"
 )
 _COLUMNS = (
     f"{_OF_ROW},"  # noqa: S608  no input
@@ -168,13 +165,10 @@ def _oldest_of_others(stays: int) -> TextualSelect:
     return _typed_without(f"AND job_id > :after AND {_FITS}{_in_time(stays)}")
 
 
-def read_levels(
-    session: Session, now: dt.datetime, changed: Waiting | None = None, joiners: Sequence[Waiting] = ()
-) -> Iterator[dict[str, Line]]:
+def read_levels(session: Session, now: dt.datetime, changed: Waiting | None = None) -> Iterator[dict[str, Line]]:
     """The ready jobs' lines by priority and user, read as far as the caller asks.
 
-    `changed`: a job in another form than its row has. `joiners`: jobs that may join a running host, whatever room there
-    is.
+    `changed`: a job in another form than its row has.
     """
     for priority in _priorities(session):
         level = _Level(session, now, priority)
@@ -183,34 +177,7 @@ def read_levels(
         }
         if changed is not None and changed.priority == priority:
             lines[changed.user] = SubstitutedLine(lines.get(changed.user, ListedLine(())), changed)
-        here = [job for job in joiners if job.priority == priority]
-        for user in {job.user for job in here} & lines.keys():
-            lines[user] = JoinedLine(lines[user], [job for job in here if job.user == user])
         yield lines
-
-
-def read_joiners(session: Session, now: dt.datetime, models: Sequence[str]) -> list[Waiting]:
-    """The first ready jobs on each of these bases; one statement asks for all of them."""
-    found: list[Waiting] = []
-    for start in range(0, len(models), _MOST_BASES):
-        some = models[start : start + _MOST_BASES]
-        asked = {"now": now, **{f"model{number}": model for number, model in enumerate(some)}}
-        found += [_waiting(session, row, now) for row in session.execute(_joiners(len(some)), asked).mappings()]
-    return found
-
-
-@functools.cache
-def _joiners(bases: int) -> TextualSelect:
-    """The first ready jobs of each base: a part of the statement each, since SQLite knows no LATERAL."""
-    parts = (
-        f"SELECT job_id FROM (SELECT job_id FROM jobs WHERE {READY} AND base_model = :model{number}"  # noqa: S608  no input
-        f" ORDER BY priority DESC, job_id LIMIT {_MOST_JOINERS}) AS part{number}"
-        for number in range(bases)
-    )
-    return _typed(
-        f"SELECT {_COLUMNS} FROM jobs WHERE job_id IN ({' UNION ALL '.join(parts)})"  # noqa: S608  no input
-        " ORDER BY base_model, priority DESC, job_id"
-    )
 
 
 def read_wanted(session: Session, now: dt.datetime, job_id: int, free: int) -> bool:

@@ -17,7 +17,6 @@ from loractl.common.job.status import Status
 from loractl.common.memory.correction import FACTOR_BOUNDS, GROWTH, learned, learned_roomy
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.gangs import gang_of
-from loractl.common.placement.hosts import own_part
 from loractl.common.units import GIB, gib
 
 from ..columns import part_of
@@ -69,8 +68,6 @@ def plan_again(
         size, plan = min(int(running * claim.vram_reserved / claim.vram_planned), MOST_BYTES), running
     elif attempt is not None and attempt.roomy:
         plan = attempt.vram_planned  # out of memory took the room back: its peak is still the larger size's
-    if size is not None and attempt is not None and attempt.joined:
-        size = own_part(size, attempt.base_bytes or 0)
     if claim.vram_planned is not None or job.planned.get(claim.method.value) is not None:
         own = (Attempt.job_id == claim.job_id) & (Attempt.attempt == claim.attempt)
         tx.session.execute(update(Attempt).where(own).values(vram_planned=plan))
@@ -211,7 +208,6 @@ def need_more(tx: Transaction, job: Job, card: str, gave: int, message: str, now
     attempt = tx.session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
     method = Method(job.method or Method.LORA.value)
     assert attempt is not None
-    gave += (attempt.base_bytes or 0) if attempt.joined else 0
     peak = peak_of(attempt)
     if attempt.device_kind == "nvml" and 0 < peak < OUTSIDER_SHARE * gave:
         return True, f"{message}; another program took memory of {card}"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Row, Select, Table, and_, delete, or_, select, update
+from sqlalchemy import Row, Select, Table, and_, delete, or_, select
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import NameTaken, UsageError, WrongState
@@ -16,24 +15,23 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import OUTCOMES, Blamed, Reason, Status
 from loractl.common.placement.cards import Card
 from loractl.common.placement.closure import REMEMBERED_S, CardFailure, closure
-from loractl.common.placement.shares import Allowance, charge, decayed, with_base, within_need
-from loractl.common.store.tables import TrainerHost
+from loractl.common.placement.shares import Allowance, charge, decayed, within_need
 from loractl.common.units import duration
 
 from ...columns import storable_row
-from ...fleet import NODE_STALE_S, OCCUPANT, InsideHost, card_of
+from ...fleet import NODE_STALE_S, OCCUPANT, card_of
 from ...records import BoxIdentity, NodeState
-from ...tables import INSIDE, Attempt, DrainOrder, Job, LabFailure, Node, Quota, Use, peak_of
+from ...tables import Attempt, DrainOrder, Job, LabFailure, Node, Quota, Use, peak_of
 from ...transaction import Transaction
 from ..outbox.notices import tell_of_closure
 from ..usage import read_allowances
 from .shares import beside, is_late, running_on
 
 # Made once: SQLAlchemy takes longer to make such a statement than to run it.
-_NODES, _HOSTS, _USES, _DRAINS = select(Node), select(TrainerHost), select(Use, Quota), select(DrainOrder)
+_NODES, _USES, _DRAINS = select(Node), select(Use, Quota), select(DrainOrder)
 _USES = _USES.outerjoin(Quota, Quota.user == Use.user)
 _OWN = (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt)
-_MEASURED = (Attempt.roomy, Attempt.shared, Attempt.device_kind, Attempt.vram_process, Attempt.vram_peak)
+_MEASURED = (Attempt.roomy, Attempt.device_kind, Attempt.vram_process, Attempt.vram_peak)
 _OCCUPANTS = select(*OCCUPANT, Job.method, Job.vram_lora, Job.vram_qlora, *_MEASURED).outerjoin(Attempt, _OWN)
 _OCCUPANTS = _OCCUPANTS.where(Job.status == Status.RUNNING)
 
@@ -48,9 +46,7 @@ def see(tx: Transaction, state: NodeState) -> Card:
     now = tx.now()
     mine = (Job.status == Status.RUNNING) & (Job.node == state.node)
     running = [*tx.session.execute(select(*OCCUPANT).where(mine)), *beside(tx.session, state.node)]
-    hosts = tx.session.scalars(select(TrainerHost).where(TrainerHost.node == state.node)).all()
-    drained, inside = drained_targets(tx.session, now), read_inside(tx.session) if hosts else ()
-    card = card_of(Node(**vars(state), seen_at=now), list(running), now, drained, hosts, inside)
+    card = card_of(Node(**vars(state), seen_at=now), running, now, drained_targets(tx.session, now))
     reserved = sum(job.reserved for job in card.running)
     seen = {**vars(state), "seen_at": now, "free": card.free, "reserved": reserved}
     row = storable_row(cast(Table, Node.__table__), seen)  # a sensor says what it likes
@@ -66,7 +62,6 @@ def forget(tx: Transaction, node: str, box: BoxIdentity | None = None) -> None:
     row = tx.session.get(Node, node)
     if row is not None and (box is None or identity(row) == box):
         tx.session.delete(row)
-        forget_hosts(tx, TrainerHost.node == node)
 
 
 def forget_silent(tx: Transaction, target: str) -> list[str]:
@@ -92,13 +87,6 @@ def forget_silent(tx: Transaction, target: str) -> list[str]:
             )
         forget(tx, row.node)
     return [row.node for row in gone]
-
-
-def forget_hosts(tx: Transaction, which: ColumnElement[bool]) -> None:
-    """Forget hosts whose processes have ended: attempts that were still in them are out now."""
-    gone = select(TrainerHost.host).where(which)
-    tx.session.execute(update(Attempt).where(INSIDE, Attempt.host.in_(gone), Attempt.inside).values(inside=False))
-    tx.session.execute(delete(TrainerHost).where(which))
 
 
 def read_tokens(tx: Transaction, node: str) -> set[str]:
@@ -161,51 +149,22 @@ class _FleetRows:
 
     jobs: list[Any]  # rows of OCCUPANT, with their needs
     shares: list[Any]  # the same of their cards besides the first
-    hosts: list[TrainerHost]
-    inside: list[InsideHost]
 
 
 def _read_running(session: Session) -> _FleetRows:
-    hosts = list(session.scalars(_HOSTS))
-    return _FleetRows(
-        jobs=list(session.execute(_OCCUPANTS)),
-        shares=beside(session),
-        hosts=hosts,
-        inside=read_inside(session) if hosts else [],
-    )
+    return _FleetRows(jobs=list(session.execute(_OCCUPANTS)), shares=beside(session))
 
 
 def _cards(session: Session, now: dt.datetime, running: _FleetRows, lease_s: float | None = None) -> list[Card]:
     on: dict[str, list[Any]] = {}
     for row in (*running.jobs, *running.shares):
         on.setdefault(row.node or "", []).append(row)
-    hosts: dict[str, list[TrainerHost]] = {}
-    for host in running.hosts:
-        hosts.setdefault(host.node, []).append(host)
     drained, cards = drained_targets(session, now), []
     for node in session.scalars(_NODES):
-        card = card_of(node, on.get(node.node, []), now, drained, hosts.get(node.node, ()), running.inside)
+        card = card_of(node, on.get(node.node, []), now, drained)
         late = lease_s is not None and is_late(node, now, lease_s)
         cards.append(replace(card, silent=True) if late else card)
     return cards
-
-
-def read_inside(session: Session) -> list[InsideHost]:
-    """The attempts that are in hosts: those that run, and those that have ended and are not out of them yet."""
-    columns = (Attempt.host, Attempt.job_id, Attempt.attempt, Attempt.vram_reserved, Attempt.base_bytes, Attempt.joined)
-    there = select(*columns, Attempt.ended_at).join(TrainerHost, TrainerHost.host == Attempt.host)
-    return [
-        InsideHost(
-            host=row.host,
-            job_id=row.job_id,
-            attempt=row.attempt,
-            reserved=row.vram_reserved or 0,
-            base_bytes=row.base_bytes or 0,
-            joined=row.joined,
-            ended=row.ended_at is not None,
-        )
-        for row in session.execute(there.where(INSIDE))
-    ]
 
 
 def read_drains(tx: Transaction) -> dict[str, DrainOrder]:
@@ -258,7 +217,7 @@ def read_failures(session: Session, now: dt.datetime) -> list[CardFailure]:
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What a running job holds of one of its cards, in bytes; of a base that it shares, its part."""
+    """What a running job holds of one of its cards, in bytes."""
 
     job_id: int
     user: str
@@ -274,17 +233,12 @@ def read_held(session: Session, now: dt.datetime) -> list[Held]:
 
 def _held(running: _FleetRows, now: dt.datetime) -> Iterator[Held]:
     shared = {share.job_id for share in running.shares}
-    inside = [one for one in running.inside if not one.ended]
-    members = Counter(one.host for one in inside)
-    parts = {one.job_id: (one.base_bytes, one.joined, members[one.host]) for one in inside}
     for row in (*running.jobs, *running.shares):
         size = row.vram_reserved or 0
         if row.job_id not in shared:
-            base, joined, count = parts.get(row.job_id, (0, False, 1))
             size = max(size, peak_of(row))
             if row.roomy:
                 size = within_need(size, row.vram_qlora if row.method == Method.QLORA.value else row.vram_lora)
-            size = with_base(size, base, joined=joined, share=1 / count)
         since = row.started_at or now
         yield Held(job_id=row.job_id, user=row.user, node=row.node or "", bytes=size, since=since)
 

@@ -32,10 +32,8 @@ def preempt(tx: Transaction) -> tuple[int, ...]:
     now = tx.now()
     fleet = read_fleet(tx.session, now, tx.lease_s)
     cards = fleet.cards
-    decisions = list(decide(tx.session, cards, fleet, now).decisions)
-    starting = {d.placed.job.job_id for d in decisions if d.placed is not None}
-    could_join = {d.declined.job_id for d in decisions if d.declined is not None}
-    waiting = (job for job in _first_waiting(tx, now, cards, lowest) if job.job_id not in starting | could_join)
+    starting = {d.placed.job.job_id for d in decide(tx.session, cards, fleet, now) if d.placed is not None}
+    waiting = (job for job in _first_waiting(tx, now, cards, lowest) if job.job_id not in starting)
     ways = ((job, way) for job in waiting if (way := give_way(job, cards)) is not None)
     for job, (node, going) in itertools.islice(ways, AT_ONCE):
         if _would_start(tx, job, [card.without(going) for card in cards], fleet, now):
@@ -69,7 +67,7 @@ def _first_waiting(tx: Transaction, now: dt.datetime, cards: Sequence[Card], abo
 def _would_start(tx: Transaction, job: Waiting, cards: Sequence[Card], fleet: FleetState, now: dt.datetime) -> bool:
     """Whether the rule gives the job one of the cards as they are then: not where its user is at a limit, or others go
     before it or have the card kept for them."""
-    then = decide(tx.session, cards, fleet, now).decisions
+    then = decide(tx.session, cards, fleet, now)
     return any(d.placed is not None and d.placed.job.job_id == job.job_id for d in then)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, largest_gpu, lasts, takes
-from loractl.common.placement.clock import MOST_IN_VAIN, Presence, ReplayedBase, ReplayedJob, ReplayedRun
+from loractl.common.placement.clock import MOST_IN_VAIN, Presence, ReplayedJob, ReplayedRun
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
 from loractl.common.placement.rule import Placement
@@ -33,11 +33,8 @@ def a_job(
     job_id: int, arrival: float, gib: float, seconds: float, load_s: float = 0.0, user: str = "ada"
 ) -> ReplayedJob:
     need, methods = Need(lora=int(gib * GIB), qlora=None), (Method.LORA,)
-    waiting = Waiting(
-        job_id=job_id, user=user, priority=0, since=at(arrival), methods=methods, need=need, base_model=f"m{job_id}"
-    )
-    base = ReplayedBase(bytes=GIB, cold_s=load_s, warm_s=1.0) if load_s else None
-    return ReplayedJob(waiting=waiting, seconds=seconds, save_s=600.0, base=base)
+    waiting = Waiting(job_id=job_id, user=user, priority=0, since=at(arrival), methods=methods, need=need)
+    return ReplayedJob(waiting=waiting, seconds=seconds, start_s=load_s, save_s=600.0)
 
 
 def a_card(gib: float = 80, node: str = "a:0", max_jobs: int = 4) -> Card:
@@ -91,7 +88,7 @@ def replayed(
     jobs: Sequence[ReplayedJob], presence: Presence = FOUR_OF_SIX, rule: Rule | None = None
 ) -> tuple[Replay, Witness]:
     card, witness = a_card(), Witness(rule or PlacementRule())
-    done = replay(jobs, [card], START, witness, keep_warm_s=600, presences={card.node: presence})
+    done = replay(jobs, [card], START, witness, presences={card.node: presence})
     return done, witness
 
 
@@ -152,20 +149,10 @@ def test_a_card_that_never_comes_back_leaves_jobs_unfinished() -> None:
     assert all(run.ended is not None for run in both.runs.values()), "on the card that stays"
 
 
-def test_hosts_go_with_their_card() -> None:
-    base = ReplayedBase(bytes=5 * GIB, cold_s=600.0, warm_s=1.0)
-    jobs = [replace(a_job(n, t, 20, 600), base=base) for n, t in ((1, 0), (2, 1300), (3, 2900), (4, 5200))]
-    jobs = [replace(job, waiting=replace(job.waiting, base_model="m")) for job in jobs]
-    done, _ = replayed(jobs, Presence(open_s=3600, shut_s=300))
-    assert [run.warm for run in done.runs.values()] == [False, True, False, True]
-    assert [done.runs[n].attempts for n in (1, 2, 3, 4)] == [1, 1, 1, 1]
-    assert done.runs[3].started == at(3900), "it needs half an hour, and 700 s were left"
-
-
 def test_a_job_on_several_cards_stops_with_the_first_that_goes() -> None:
     gang = SharedNeed(cards=2, parallel=Parallel.SHARDED, need=Need(lora=20 * GIB, qlora=None))
     large = a_job(1, 0, 40, 5 * HOUR)
-    large = replace(large, waiting=replace(large.waiting, gangs=(gang,), base_model=""))
+    large = replace(large, waiting=replace(large.waiting, gangs=(gang,)))
     cards = [replace(a_card(24, f"a:{n}", 1), gangs=True) for n in (0, 1)]
     done = replay([large], cards, START, presences={"a:1": FOUR_OF_SIX})
     assert (run_of(done).ended, run_of(done).attempts) == (at(7 * HOUR), 2)
@@ -199,7 +186,7 @@ def test_nothing_starves_and_each_start_is_one_that_a_claim_would_make(
     cards = [a_card(80), a_card(80, "a:1", 1)]
     witness = Witness(BlindRule() if blind else PlacementRule())
     presences = {"a:0": first, "a:1": second}
-    done = replay(jobs, cards, START, witness, contention=contention, keep_warm_s=600, presences=presences)
+    done = replay(jobs, cards, START, witness, contention=contention, presences=presences)
     assert all(done.runs[job.waiting.job_id].ended is not None for job in jobs)
     for one in witness.attempts:
         presence = presences[one.card.node]

@@ -6,15 +6,14 @@ import datetime as dt
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
-from loractl.common.placement.cards import Card, Occupant, WarmBase
-from loractl.common.placement.clock import ReplayedBase, ReplayedJob
+from loractl.common.placement.cards import Card, Occupant
+from loractl.common.placement.clock import ReplayedJob
 from loractl.common.placement.lines import KeptLine, ListedLine, Openings, Waiting
 from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S
@@ -86,6 +85,12 @@ def test_jobs_on_one_card_slow_each_other_by_the_contention() -> None:
     assert two_thirds == {1: pytest.approx(125), 2: pytest.approx(175)}
 
 
+def test_a_start_takes_time_on_the_card_and_others_slow_it_too() -> None:
+    jobs = [replace(a_job(n, 0, 20, 100), start_s=60) for n in (1, 2)]
+    assert ends(replay(jobs, [a_card()], START)) == {1: 160, 2: 160}
+    assert ends(replay(jobs, [a_card()], START, contention=1.0)) == {1: 320, 2: 320}
+
+
 def test_it_goes_on_from_what_runs_already() -> None:
     busy = Occupant(job_id=9, user="bob", reserved=70 * GIB, ends=at(60))
     endless = Occupant(job_id=8, user="bob", reserved=20 * GIB)
@@ -118,15 +123,15 @@ def test_every_job_runs_once_and_no_card_is_ever_over_its_size(
 ) -> None:
     drawn = sorted(drawn)
     jobs = [a_job(n, t, gib, s, user=user) for n, (t, gib, s, user) in enumerate(drawn, start=1)]
-    jobs = [based(job, job.waiting.user, gib=drawn[n][1] / 2, cold_s=9) if n % 2 else job for n, job in enumerate(jobs)]
+    jobs = [replace(job, start_s=9) if n % 2 else job for n, job in enumerate(jobs)]
     cards = [a_card(80), a_card(80, "a:1", 1), a_card(24, "a:2", 1)]
-    done = replay(jobs, cards, START, make(), contention=contention, keep_warm_s=100)
+    done = replay(jobs, cards, START, make(), contention=contention)
     assert set(done.runs) == {job.waiting.job_id for job in jobs}
     for job in jobs:
         run = done.runs[job.waiting.job_id]
         assert run.started >= job.waiting.since
         assert run.ended is not None
-        assert (run.ended - run.started).total_seconds() >= (job.seconds or 0) - 1e-3
+        assert (run.ended - run.started).total_seconds() >= job.start_s + (job.seconds or 0) - 1e-3
     for card in cards:
         here = [run for run in done.runs.values() if run.node == card.node]
         for moment in {run.started for run in here}:
@@ -134,65 +139,6 @@ def test_every_job_runs_once_and_no_card_is_ever_over_its_size(
             assert sum(r.reserved for r in beside) <= card.total
             assert len(beside) <= card.max_jobs
     assert done.reserved[-1][1] == 0
-
-
-# --- hosts ---
-
-
-def based(
-    job: ReplayedJob, name: str = "m", gib: float = 5, cold_s: float = 60, methods: tuple[Method, ...] = (Method.LORA,)
-) -> ReplayedJob:
-    waiting = replace(job.waiting, base_model=name, methods=methods, need=replace(job.waiting.need, qlora=4 * GIB))
-    return replace(job, waiting=waiting, base=ReplayedBase(bytes=int(gib * GIB), cold_s=cold_s, warm_s=1))
-
-
-def warm_base(gib: float = 5, **more: Any) -> WarmBase:
-    known = {"host": "h", "key": "k", "base_model": "m", "method": Method.LORA, "since": START}
-    return WarmBase(bytes=int(gib * GIB), **{**known, **more})
-
-
-def warm(done: Replay) -> list[int]:
-    return [job_id for job_id, run in done.runs.items() if run.warm]
-
-
-def test_a_job_loads_its_base_unless_a_host_has_kept_it() -> None:
-    jobs = [based(a_job(1, 0, 20, 100)), based(a_job(2, 200, 20, 100)), based(a_job(3, 400, 20, 100), "n")]
-    assert ends(replay(jobs, [a_card()], START)) == {1: 160, 2: 360, 3: 560}
-    kept = replay(jobs, [a_card()], START, keep_warm_s=600)
-    assert (ends(kept), warm(kept)) == ({1: 160, 2: 301, 3: 560}, [2])
-    late = replay(jobs, [a_card()], START, keep_warm_s=40)
-    assert (ends(late), warm(late)) == ({1: 160, 2: 360, 3: 560}, []), "it had gone after 40 s"
-
-
-def test_a_job_comes_to_the_card_that_has_its_base_by_the_rule_itself() -> None:
-    cards = [a_card(24, "a:0", 1), replace(a_card(24, "a:1", 1), hosts=(warm_base(),))]
-    done = replay([based(a_job(1, 0, 20, 10)), a_job(2, 0, 20, 10)], cards, START, keep_warm_s=600)
-    assert {job_id: run.node for job_id, run in done.runs.items()} == {1: "a:1", 2: "a:0"}
-    assert warm(done) == [1]
-    other = replay([based(a_job(1, 0, 20, 10), methods=(Method.QLORA,))], cards[1:], START, keep_warm_s=600)
-    assert warm(other) == [], "the base is loaded in another number format"
-
-
-def test_an_idle_base_goes_for_a_job_that_needs_its_room_and_has_one_job_at_a_time() -> None:
-    jobs = [based(a_job(n, 0, 10, 100), gib=5) for n in (1, 2)]
-    jobs += [a_job(3, 200, 78, 10), based(a_job(4, 300, 10, 10)), based(a_job(5, 300, 10, 10))]
-    done = replay(jobs, [a_card()], START, keep_warm_s=600)
-    assert warm(done) == [], "both jobs had a trainer of their own, and the large one needed the room of both bases"
-    kept = replay([*jobs[:2], *jobs[3:]], [a_card()], START, keep_warm_s=600)
-    assert warm(kept) == [4, 5]
-    narrow = replay([*jobs[:2], *jobs[3:]], [a_card(max_jobs=2)], START, keep_warm_s=600)
-    assert warm(narrow) == [4, 5]
-
-
-def test_the_host_of_a_job_that_runs_already_is_there_for_the_next_one() -> None:
-    busy = Occupant(job_id=9, user="bob", reserved=20 * GIB, ends=at(60))
-    card = replace(a_card(24, "a:0", 1, [busy]), hosts=(warm_base(job_id=9),))
-    waiting = based(a_job(1, 0, 20, None))
-    assert warm(replay([waiting], [card], START, keep_warm_s=600)) == [1]
-    assert warm(replay([waiting], [replace(card, hosts=(warm_base(leaving=True),))], START, keep_warm_s=600)) == []
-
-
-# --- packs and gangs ---
 
 
 def test_a_job_on_several_cards_holds_each_of_them_until_its_end() -> None:

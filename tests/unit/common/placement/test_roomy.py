@@ -6,15 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from loractl.common.job.method import Method, RoomyForm
-from loractl.common.placement.cards import Card, Leaver, WarmBase
-from loractl.common.placement.hosts import Join
-from loractl.common.placement.pack_rule import JoinVerdict, PackedJob
-from loractl.common.placement.roomy import gains_more_in_a_pack, with_room
+from loractl.common.job.method import RoomyForm
+from loractl.common.placement.cards import Card
+from loractl.common.placement.roomy import with_room
 from loractl.common.placement.rule import RESERVE_AFTER_S, Placement
 from loractl.common.units import GIB
 
-from .scenes import NOW, a_card, a_job, decide, running
+from .scenes import a_card, a_job, decide, running
 
 FORMS = tuple(RoomyForm(micro_batch=rows, bytes=gib * GIB, planned=gib * GIB) for rows, gib in ((4, 40), (2, 23)))
 
@@ -56,14 +54,6 @@ def test_beside_another_job_nobody_has_the_room() -> None:
     assert form_on(a_card(gib=80, max_jobs=4, running=(running(9, 4),))) is None
 
 
-def test_nor_while_one_that_has_ended_is_still_in_its_trainer() -> None:
-    leaver = Leaver(job_id=9, bytes=GIB)
-    base = WarmBase(
-        host="h", key="k", base_model="m", method=a_job(1).methods[0], bytes=GIB, since=NOW, leavers=(leaver,)
-    )
-    assert form_on(a_card(gib=80, max_jobs=4, hosts=(base,))) is None
-
-
 def test_a_processor_gives_no_room() -> None:
     assert form_on(a_card(gib=80, processor=True)) is None
 
@@ -94,19 +84,3 @@ def test_room_that_is_kept_for_another_job_stays_his() -> None:
     assert later.placed.room == 30 * GIB, "what the one before him leaves"
     idle = replace(card, running=())
     assert with_room(later.placed, idle, FORMS, nobody).form == FORMS[1]
-
-
-@pytest.mark.parametrize(
-    ("tokens", "method", "pack"),
-    [(64, Method.QLORA, True), (256, Method.QLORA, False), (64, Method.LORA, True), (128, Method.LORA, False)],
-)
-def test_the_shortest_micro_batches_gain_more_in_a_pack(tokens: int, method: Method, pack: bool) -> None:
-    assert gains_more_in_a_pack(tokens, method) is pack
-
-
-def test_one_who_joins_others_recomputes() -> None:
-    card = a_card(gib=80)
-    base = WarmBase(host="h", key="k", base_model="m", method=a_job(1).methods[0], bytes=GIB, since=NOW)
-    verdict = JoinVerdict(pays=True, speed_up=2.0, needed=1.3, why="")
-    join = Join(node=card.node, base=base, own=GIB, packed=PackedJob(tokens=8), verdict=verdict)
-    assert with_room(replace(placed_on(card), join=join), card, FORMS, nobody).form is None

@@ -130,6 +130,17 @@ def columns_of(engine: Engine) -> dict[str, list[str]]:
     return {name: [f'CAST("{one["name"]}" AS text)' for one in found.get_columns(name)] for name in names}
 
 
+GONE = {"hosts": None, "attempts": ("host", "inside", "promised_at", "joined", "shared")}
+"""What revision 0041 has removed: a table, and columns."""
+
+
+def kept(columns: dict[str, list[str]]) -> dict[str, list[str]]:
+    """What an upgrade keeps of the tables of an older revision."""
+    gone = {name: {f'CAST("{column}" AS text)' for column in of or ()} for name, of in GONE.items()}
+    left = {name: some for name, some in columns.items() if GONE.get(name, ()) is not None}
+    return {name: [column for column in some if column not in gone.get(name, ())] for name, some in left.items()}
+
+
 def form_of(engine: Engine) -> list[Any]:
     """Indexes and numbers that are given next."""
     with engine.connect() as connection:
@@ -177,7 +188,7 @@ def test_an_upgrade_leaves_every_row_of_every_table_as_it_was(old_url: str, sinc
         if since:
             with migrating(engine) as connection, alembic_config(connection) as config:
                 command.downgrade(config, since)
-        columns, form = columns_of(engine), form_of(engine)
+        columns, form = kept(columns_of(engine)), form_of(engine)
         rows = rows_of(engine, columns)
         upgrade(engine)
         after = rows_of(engine, columns)

@@ -13,7 +13,7 @@ from loractl.common.job.status import LAB_RETRY_DELAY_S, Reason, Status
 from loractl.common.placement.rule import RESERVE_AFTER_S
 from loractl.common.settings import LEASE_S
 from loractl.common.store.fleet import LEAVES_IN_S
-from loractl.common.store.records import Choice, Claim, Left, NewHost, Page, Progress, Submission
+from loractl.common.store.records import Choice, Claim, Left, Page, Progress, Submission
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.scheduler.cli.screen import Screen
@@ -60,18 +60,6 @@ def test_a_claim_reserves_each_card_and_its_end_frees_all(store: Store) -> None:
     assert store.cards.fleet().charges["ada"] == pytest.approx(40, abs=0.1)
     store.attempts.finish(mine, Reason.CANCELLED, "enough", NOTHING)
     assert claimed(store).job_id == small
-
-
-def test_a_base_that_waits_on_either_card_leaves_for_it(store: Store) -> None:
-    show(store, "heron:0", "heron:1")
-    for _ in range(2):
-        store.jobs.submit(submission(lora=8, qlora=None, method="lora"))
-    for node, claim in [(node, claimed(store, node)) for node in ("heron:0", "heron:1")]:
-        assert store.hosts.keep(claim, NewHost(host=node, node=node, key="llama", bytes=8 * GIB))
-        store.attempts.finish(claim, Reason.OK, "", NOTHING, RESULT)
-    store.jobs.submit(gang())
-    assert claimed(store).leaving == ("heron:0",)
-    assert [row.leaving for row in store.hosts.of_card("heron:1")] == [True]
 
 
 def test_a_node_that_can_t_serve_several_cards_is_given_no_such_job(store: Store) -> None:

@@ -38,8 +38,8 @@ ASKED: dict[str, Callable[[Store], Any]] = {
 
 def claim_with_room(store: Store) -> None:
     store.cards.see(node_state("box:1", total=80 * GIB, max_jobs=4))
-    store.jobs.submit(submission(method="lora", priority=9, base_model="org/b", roomy={4: 40}))
-    assert isinstance(store.attempts.claim("box:1", joins=True), Claim)
+    store.jobs.submit(submission(method="lora", priority=9, roomy={4: 40}))
+    assert isinstance(store.attempts.claim("box:1"), Claim)
 
 
 ROUNDS: dict[str, Callable[[Store], Any]] = {
@@ -52,7 +52,7 @@ ROUNDS: dict[str, Callable[[Store], Any]] = {
     "overview of a label": lambda store: store.jobs.glance(Choice(label=("team", "nlp")), Page(), NOON),
     "overview of an owner": lambda store: store.jobs.glance(Choice(user="ada"), Page(), NOON),
     "measured alike": lambda store: store.attempts.measured("key", "llama"),
-    "claim": lambda store: store.attempts.claim("box:0", joins=True),
+    "claim": lambda store: store.attempts.claim("box:0"),
     "claim with room": claim_with_room,
     "turn": lambda store: store.cards.take_turn("box:0", 0.0, 0.0),
     "preempt": lambda store: store.cards.preempt(),
@@ -115,7 +115,7 @@ def test_no_round_and_no_overview_looks_at_each_row(lab: Store, what: str) -> No
 
 
 OF_FEW = ("ix_jobs_held", "ix_jobs_backoff", "ix_jobs_gangs", "ix_jobs_patience")
-WHOLE_INDEXES = {"SCAN jobs USING INDEX ix_jobs_outcome", "SCAN attempts USING INDEX ix_attempts_inside"}
+WHOLE_INDEXES = {"SCAN jobs USING INDEX ix_jobs_outcome"}
 
 
 MANY = 60
@@ -215,9 +215,9 @@ def test_a_claim_asks_for_what_runs_once(store: Store) -> None:
     store.cards.see(node_state("box:0"))
     store.jobs.submit(submission())
     event.listen(store.engine, "after_cursor_execute", lambda *given: asked.append(given[2]))
-    assert isinstance(store.attempts.claim("box:0", outside=0, joins=True, gangs=True), Claim)
+    assert isinstance(store.attempts.claim("box:0", outside=0, gangs=True), Claim)
     again = {statement for statement in asked if asked.count(statement) > 1}
-    assert len(asked) <= 18 and again <= {"SELECT clock_timestamp() AS clock_timestamp_1"}, asked
+    assert len(asked) <= 17 and again <= {"SELECT clock_timestamp() AS clock_timestamp_1"}, asked
 
 
 def test_a_label_that_is_edited_is_listed_anew(store: Store) -> None:

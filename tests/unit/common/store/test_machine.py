@@ -61,7 +61,7 @@ KEEP = COUNTED | {Reason.OUT_OF_MEMORY, Reason.TIMED_OUT}  # a job that failed s
 ENDED = (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
 
 MOST_JOBS = 4  # few jobs meet more of what can happen to a job
-SMALL, LARGE = 4, 9  # GiB; the nodes have 10
+SMALL, LARGE, CARD = 4, 9, 10 * GIB  # GiB, GiB, bytes
 NODES = ("heron:0", "owl:0")
 ENDS = (Reason.OK, Reason.OK, Reason.DRAINED, Reason.TRAINER_ERROR, *Reason)
 PAUSES = (0, 59, 61)  # seconds; before and after the end of a lease
@@ -192,7 +192,7 @@ class Life(RuleBasedStateMachine):
     @initialize(target=runs)
     def a_first_run(self) -> Any:
         self.submit(SMALL, priority=5, preemptible=True, max_retries=1)
-        return self.take("heron:0", 10 * GIB)
+        return self.take("heron:0", CARD)
 
     @precondition(lambda self: len(self.known) < MOST_JOBS)
     @rule(
@@ -272,7 +272,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.some(Status.QUEUED))
     @rule(target=runs, node=st.sampled_from(NODES))
     def claim(self, node: str) -> Any:
-        taken = self.take(node, 10 * GIB)
+        taken = self.take(node, CARD)
         return multiple() if taken is None else taken
 
     @rule(run=runs, now=st.booleans(), after=st.sampled_from(PAUSES), keeps=st.booleans())
@@ -367,7 +367,7 @@ class Life(RuleBasedStateMachine):
     def workers_are_lost(self, node: str, times: int, silent: bool) -> Any:
         """They are frozen, and may come back."""
         lost = []
-        while len(lost) < times and (run := self.take(node, 10 * GIB)) is not None:
+        while len(lost) < times and (run := self.take(node, CARD)) is not None:
             lost.append(run)
             if silent:
                 self.reap(LEASE_S + 1)
@@ -408,6 +408,9 @@ class Life(RuleBasedStateMachine):
     def every_job_is_what_it_must_be(self) -> None:
         rows = {row.job_id: row for row in self.store.jobs.matching()}
         assert rows.keys() == self.known.keys(), "a number that submit returned is never lost"
+        for node in NODES:
+            here = [row.vram_reserved or 0 for row in rows.values() if row.node == node]
+            assert sum(here) <= CARD, "jobs hold more than their card has"
         published = {a.job_id: (a.attempt, a.uri) for a in self.store.adapters.all()}
         for job in self.known.values():
             row = rows[job.job_id]

@@ -31,7 +31,7 @@ def queue(store: Store, gib: float = 8, **keys: Any) -> int:
 
 
 def claim(store: Store, **asked: Any) -> Claim:
-    taken = store.attempts.claim(NODE, **{"joins": True, **asked})
+    taken = store.attempts.claim(NODE, **asked)
     assert isinstance(taken, Claim), taken
     return taken
 
@@ -52,7 +52,7 @@ def test_alone_on_its_card_a_job_trains_without_recomputing(store: Store) -> Non
     mine = claim(store)
     assert reserved(store, mine) == (40, True)
     assert mine.adjustment == Adjustment(gradient_checkpointing=False)
-    assert mine.vram_planned == 40 * GIB and not mine.packs
+    assert mine.vram_planned == 40 * GIB
     started = store.jobs.events(job_id)[-1].text
     assert started.endswith("without recomputing: 40.0 GiB instead of 8.0, which no other job wants now")
     assert store.jobs.get(job_id).adjustment is None, "the room is this attempt's"
@@ -129,9 +129,8 @@ def test_what_an_evaluation_has_changed_leaves_the_room_to_the_next_attempt(stor
 @pytest.mark.parametrize(
     ("other", "room"),
     [
-        ({"gib": 72, "base_model": "org/b"}, False),  # it fits beside the need
-        ({"gib": 73, "base_model": "org/b"}, True),  # it fits only once this one has left
-        ({"gib": 73}, True),  # on its base, too: nobody joins one that has the room
+        ({"gib": 72}, False),  # it fits beside the need
+        ({"gib": 73}, True),  # it fits only once this one has left
     ],
 )
 def test_a_ready_job_that_would_use_the_room_has_it(other: dict[str, Any], room: bool, store: Store) -> None:
@@ -144,7 +143,7 @@ def test_a_ready_job_that_would_use_the_room_has_it(other: dict[str, Any], room:
 def test_a_job_that_is_held_wants_nothing(store: Store) -> None:
     show(store)
     queue(store)
-    store.jobs.hold(queue(store, base_model="org/b"), "ada")
+    store.jobs.hold(queue(store), "ada")
     assert reserved(store, claim(store)) == (40, True)
 
 
@@ -155,20 +154,9 @@ def test_where_one_runs_at_a_time_no_other_wants_the_room(store: Store) -> None:
     assert reserved(store, claim(store)) == (23, True)
 
 
-@pytest.mark.parametrize(("length", "joins", "room"), [(8, True, False), (8, False, True), (512, True, True)])
-def test_a_job_of_short_rows_stays_open_to_those_that_would_join_it(
-    length: int, joins: bool, room: bool, store: Store
-) -> None:
+def test_a_job_of_short_rows_has_the_room_like_any_other(store: Store) -> None:
     show(store)
-    queue(store, dataset={"path": "org/data", "max_length": length})
-    mine = claim(store, joins=joins)
-    assert (reserved(store, mine)[1], mine.packs) == (room, not room)
-
-
-@pytest.mark.parametrize("own", [{"task_type": "SEQ_CLS"}, {"resources": {"exclusive": True}}])
-def test_a_job_that_nobody_could_join_need_not_stay_open(own: dict[str, Any], store: Store) -> None:
-    show(store)
-    queue(store, dataset={"path": "org/data", "max_length": 8}, **own)
+    queue(store, dataset={"path": "org/data", "max_length": 8})
     assert reserved(store, claim(store)) == (40, True)
 
 

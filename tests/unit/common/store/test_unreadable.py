@@ -13,10 +13,9 @@ from loractl.common.errors import SweepNotFound
 from loractl.common.job.status import Reason, Status, retry_delay_s
 from loractl.common.store.checks import release
 from loractl.common.store.database import make_engine
-from loractl.common.store.records import Choice, Claim, Left, NewHost, Page, Progress
+from loractl.common.store.records import Choice, Claim, Left, Page, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
-from loractl.common.units import GIB
 from loractl.scheduler.status.job import job_history, job_in_full
 from loractl.scheduler.status.job_text import history_text, job_text
 from loractl.scheduler.status.overview import job_list, overview
@@ -128,19 +127,15 @@ def is_set_aside(upgraded_url: str, values: dict[str, list[str]]) -> None:
     "statement",
     [
         "UPDATE nodes SET user_limit = 0 WHERE node = 'odd:0'", "UPDATE nodes SET user_limit = -5 WHERE node = 'odd:0'",
-        "UPDATE nodes SET max_jobs = -1 WHERE node = 'odd:0'", "UPDATE hosts SET method = 'full'",
+        "UPDATE nodes SET max_jobs = -1 WHERE node = 'odd:0'",
     ],
 )  # fmt: skip
-def test_a_card_or_a_trainer_that_can_t_be_read_keeps_no_job_from_other_cards(
-    upgraded_url: str, statement: str
-) -> None:
+def test_a_card_that_can_t_be_read_keeps_no_job_from_other_cards(upgraded_url: str, statement: str) -> None:
     engine = make_engine(upgraded_url)
     store = Store(engine)
     store.jobs.submit(submission())
     first = take(store, node="odd:0", user_limit=1)
     assert isinstance(first, Claim)
-    host = NewHost(host="warm", node="odd:0", key="llama", bytes=GIB)
-    assert store.hosts.keep(first, host)
     store.attempts.finish(first, Reason.CANCELLED, "enough", Progress())
     good = store.jobs.submit(submission())
     with engine.begin() as connection:
