@@ -82,8 +82,7 @@ def _train(model: str, rows: str, side: str, seed: int) -> float:
     from loractl.worker.data.token_rows import collate, inputs_of
     from loractl.worker.engine.engine import Engine
     from loractl.worker.engine.loop import MemberRows, TrainingLoop
-    from loractl.worker.engine.passes.choice import shared_base
-    from loractl.worker.engine.passes.shared import SharedPass
+    from loractl.worker.engine.passes.lean import LeanPass
 
     torch.set_num_threads(1)
     asked = {
@@ -103,14 +102,13 @@ def _train(model: str, rows: str, side: str, seed: int) -> float:
         optim="adamw_torch_fused" if side == "lean" else "adamw_torch", label_names=["labels"], bf16=side != "fp32",
     )  # fmt: skip
     loaded = load_base(model, Method.LORA, "cpu", precision)
-    shared = shared_base(loaded, precision) if side == "lean" else None
     set_seed(seed)
-    adapted = add_adapter(loaded if shared is None else shared.view(), spec, Method.LORA)
-    if shared is not None:
+    adapted = add_adapter(loaded, spec, Method.LORA)
+    if side == "lean":
         compute_in(adapted, precision)
         rows_of = MemberRows(train=train, held_out=[])
         with Engine().session(adapted.device) as session:
-            forward = SharedPass(shared, adapted, streams=session.streams)
+            forward = LeanPass(adapted, precision)
             TrainingLoop(session, forward, arguments, rows_of).run()
     else:
         inputs: list[Any] = [inputs_of(row) for row in train]

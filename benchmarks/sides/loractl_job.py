@@ -21,8 +21,7 @@ from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.engine import Engine
 from loractl.worker.engine.loop import MemberRows, TrainingLoop
-from loractl.worker.engine.passes.choice import shared_base
-from loractl.worker.engine.passes.shared import SharedPass
+from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.recipe.kinds import trained_kind
 
 load_kernels()
@@ -36,14 +35,13 @@ spec = JobSpec.model_validate(
     }
 )  # fmt: skip
 method, precision = Method(spec.method), choose_precision("cpu", dtype)
-base = shared_base(load_base(job["model"], method, "cpu", precision), precision)
-assert base is not None
+base = load_base(job["model"], method, "cpu", precision)
 set_seed(0)
-adapted = add_adapter(base.view(), spec, method)
+adapted = add_adapter(base, spec, method)
 compute_in(adapted, precision)
 
 
-class Counted(SharedPass):
+class Counted(LeanPass):
     def tokens(self, rows: list[TokenRow]) -> int:
         gate.count(found := super().tokens(rows))
         return found
@@ -62,7 +60,7 @@ if "pairs" in job:
 else:
     rows = [TokenRow(number=n, **row) for n, row in enumerate(job["train"])]
 with Engine().session(adapted.device) as session:
-    forward = Counted(base, adapted, streams=session.streams, loss=loss)
+    forward = Counted(adapted, precision, loss=loss)
     learner = Learner(model=adapted, tokenizer=tokenizer, precision=precision, scorer=forward)
     trained_kind(spec).refer(forward.loss, learner)
     TrainingLoop(session, forward, arguments, MemberRows(train=rows, held_out=[]), (gate,)).run()

@@ -21,9 +21,9 @@ from loractl.worker.engine.loss import MicroBatch, learned_in
 
 from .card import card
 from .count import CARDS, Count, Work, kind_of
-from .passes import Case, base_on_card, learners_of, rows_of
+from .passes import Case, base_on_card, pass_of, rows_of
 
-WAYS = {"shared": "loractl", "padded": "Trainer"}
+WAYS = {"lean": "loractl", "padded": "Trainer"}
 """Ways of a step. The exact mode's is transformers' Trainer's on peft's model, bit for bit."""
 
 
@@ -142,7 +142,7 @@ def _by_operator(shape: Shape, way: str, layers: int, recomputes: bool) -> dict[
     case = Case(way=way, method=shape.method, recomputes=recomputes, model=config, lora=ADAPTER, rows=rows)
     with card(case.capability), _attention_of_a_card():
         precision = choose_precision("cuda")
-        (learner,) = learners_of(case, base_on_card(case.model, case.method, precision), precision)
+        learner = pass_of(case, base_on_card(case.model, case.method, precision), precision)
         rows = rows_of(case.rows, skipped=1)
         with Count() as count:
             learner.learn(MicroBatch(rows=rows, learned=learned_in(rows), pieces=1), torch.autograd.backward)

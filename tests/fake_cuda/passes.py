@@ -20,10 +20,8 @@ from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loss import UNSMOOTHED, BentLoss, LearnedTokens, MicroBatch, TokenLoss
 from loractl.worker.engine.optimizer import ScaledOptimizer
 from loractl.worker.engine.passes import attention, product
-from loractl.worker.engine.passes.choice import shared_base
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
-from loractl.worker.engine.passes.shared import SharedPass
 
 from .card import CARD, card
 from .watch import Watch
@@ -52,14 +50,13 @@ ROWS = (5, 9, 1, 7)
 class Case:
     """A way through the engine."""
 
-    way: str = "shared"  # shared, lean or padded
+    way: str = "lean"  # lean, unfused or padded
     method: Method = Method.LORA
-    members: int = 1
     dtype: str = "auto"  # of the job file
     capability: tuple[int, int] = (8, 9)
     recomputes: int = 1  # each block, every second one (2), or none (0)
     evaluates: bool = False
-    bends: bool = False  # the loss of the first member
+    bends: bool = False  # the loss
     lora: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     rows: tuple[int, ...] = ROWS
@@ -70,18 +67,17 @@ def outcome(case: Case) -> dict[str, Any]:
     with card(case.capability):
         precision = choose_precision("cuda", case.dtype, case.model.get("model_type", TINY["model_type"]))
         base = base_on_card({**TINY, **case.model}, case.method, precision)
-        learners = learners_of(case, base, precision)
+        forward = pass_of(case, base, precision)
         watch = Watch()
         with watch:
-            _evaluate(case, learners) if case.evaluates else _learn(case, learners)
+            _evaluate(case, forward) if case.evaluates else _learn(case, forward)
         faults = dict(watch.faults)
         if not case.evaluates:
-            for number, learner in enumerate(learners):
-                faults |= _missing(number, learner.model)
+            faults |= _missing(forward.model)
         return {
             "faults": faults,
             "types": [str(precision.base), precision.amp],
-            "by_row": getattr(learners[0], "by_row", None),
+            "by_row": getattr(forward, "by_row", None),
             "at_once": watch.operators["_varlen_attn"],
             "attention": {name: watch.operators[name] for name in ATTENTION if watch.operators[name]},
             "moved": watch.moved,
@@ -139,21 +135,18 @@ def job(case: Case) -> JobSpec:
     )
 
 
-def learners_of(case: Case, base: Any, precision: Precision) -> list[Any]:
-    """A pass for each member."""
-    spec = job(case)
-    if case.way != "shared":
-        model = _adapted(base, spec, case.method)
-        if case.way == "padded":
-            compute_in(model, precision)
-            return [_recomputing(case, PaddedPass(model, 0, loss=_loss(case)))]
-        return [_recomputing(case, LeanPass(model, precision, loss=_loss(case)))]
-    shared = shared_base(base, precision)
-    assert shared is not None
-    views = [_adapted(shared.view(), spec, case.method) for _ in range(case.members)]
-    losses = [_loss(case), *[UNSMOOTHED] * (len(views) - 1)]
-    passes = [SharedPass(shared, view, loss=loss) for view, loss in zip(views, losses, strict=True)]
-    return [_recomputing(case, one) for one in passes]
+def pass_of(case: Case, base: Any, precision: Precision) -> Any:
+    model = _adapted(base, job(case), case.method)
+    forward: Any
+    if case.way == "padded":
+        compute_in(model, precision)
+        forward = PaddedPass(model, 0, loss=_loss(case))
+    else:
+        forward = LeanPass(model, precision, loss=_loss(case), fuses=case.way == "lean")
+    model.train()
+    if case.recomputes:
+        forward.recompute_blocks(case.recomputes)
+    return forward
 
 
 class RowLoss(BentLoss):
@@ -176,40 +169,22 @@ def _adapted(base: Any, spec: JobSpec, method: Method) -> Any:
         return add_adapter(base, spec, method)
 
 
-def _recomputing(case: Case, forward: Any) -> Any:
-    forward.model.train()
-    if case.recomputes:
-        forward.recompute_blocks(case.recomputes)
-    return forward
-
-
-def _learn(case: Case, learners: list[Any]) -> None:
-    """One micro-batch of each, in one pass where they share a base, and each one's step."""
+def _learn(case: Case, forward: Any) -> None:
+    """A micro-batch and its step."""
     fp16 = case.dtype == "float16" or (case.capability < (8, 0) and case.dtype == "auto")
-    steps = []
-    for learner in learners:
-        trained = [p for p in learner.model.parameters() if p.requires_grad]
-        scaler = torch.amp.GradScaler("cuda") if fp16 else None
-        steps.append((trained, ScaledOptimizer(torch.optim.AdamW(trained, fused=True), scaler)))
+    trained = [p for p in forward.model.parameters() if p.requires_grad]
+    step = ScaledOptimizer(torch.optim.AdamW(trained, fused=True), torch.amp.GradScaler("cuda") if fp16 else None)
     rows = rows_of(case.rows)
-    batches = [MicroBatch(rows=rows, learned=learner.loss.count(rows), pieces=1) for learner in learners]
-    if len(learners) > 1:
-        asked = zip(learners, batches, steps, strict=True)
-        pieces = [one.piece(batch, step.backward) for one, batch, (_, step) in asked]
-        learners[0].base.learn(pieces, recomputes=learners[0].recomputes)
-    else:
-        learners[0].learn(batches[0], steps[0][1].backward)
-    for trained, step in steps:
-        step.clip(trained, 1.0)
-        if step.scaler is None:  # which reads whether something overflowed
-            step.step()
+    forward.learn(MicroBatch(rows=rows, learned=forward.loss.count(rows), pieces=1), step.backward)
+    step.clip(trained, 1.0)
+    if step.scaler is None:  # which reads whether something overflowed
+        step.step()
 
 
-def _evaluate(case: Case, learners: list[Any]) -> None:
-    for learner in learners:
-        with evaluating(learner.model):
-            for scored in learner.scores(rows_of(case.rows)):
-                assert scored.losses.device == CARD and scored.losses.dtype == torch.float32
+def _evaluate(case: Case, forward: Any) -> None:
+    with evaluating(forward.model):
+        for scored in forward.scores(rows_of(case.rows)):
+            assert scored.losses.device == CARD and scored.losses.dtype == torch.float32
 
 
 def rows_of(lengths: tuple[int, ...], skipped: int = 2) -> list[TokenRow]:
@@ -219,26 +194,25 @@ def rows_of(lengths: tuple[int, ...], skipped: int = 2) -> list[TokenRow]:
     return [TokenRow(number=n, input_ids=ids, labels=labels[n]) for n, ids in enumerate(rows)]
 
 
-def _missing(number: int, model: Any) -> dict[str, int]:
+def _missing(model: Any) -> dict[str, int]:
     """Trained parameters without a gradient of their own type on the card."""
     found = {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
         if p.grad is None:
-            found[f"member {number}: no gradient for {name}"] = 1
+            found[f"no gradient for {name}"] = 1
         elif (p.grad.device, p.grad.dtype, p.grad.shape) != (CARD, p.dtype, p.shape):
-            found[f"member {number}: the gradient of {name} is {p.grad.dtype} on {p.grad.device}"] = 1
+            found[f"the gradient of {name} is {p.grad.dtype} on {p.grad.device}"] = 1
     return found
 
 
 CASES: dict[str, Case] = {
     "lora": Case(),
     "nf4": Case(method=Method.QLORA),
-    "two members": Case(members=2),
-    "two members, nf4, fp16": Case(members=2, method=Method.QLORA, dtype="float16"),
-    "alone": Case(way="lean"),
-    "alone, nf4": Case(way="lean", method=Method.QLORA),
+    "nf4, fp16": Case(method=Method.QLORA, dtype="float16"),
+    "unfused": Case(way="unfused"),
+    "unfused, nf4": Case(way="unfused", method=Method.QLORA),
     "padded": Case(way="padded"),
     "padded, nf4": Case(way="padded", method=Method.QLORA),
     "no recomputation": Case(recomputes=0),
@@ -247,10 +221,10 @@ CASES: dict[str, Case] = {
     "fp32": Case(dtype="float32"),
     "dora": Case(lora={"use_dora": True}),
     "one row": Case(rows=(9,)),
-    "whole modules": Case(way="lean", lora={"modules_to_save": ["model.norm"]}),
+    "whole modules": Case(lora={"modules_to_save": ["model.norm"]}),
     "biases, windows": Case(model=WINDOWS),
-    "a bent loss beside another, fp16": Case(members=2, bends=True, dtype="float16"),
-    "a bent loss alone, nf4": Case(way="lean", method=Method.QLORA, bends=True),
+    "a bent loss, fp16": Case(bends=True, dtype="float16"),
+    "a bent loss, unfused, nf4": Case(way="unfused", method=Method.QLORA, bends=True),
     "a bent loss, padded": Case(way="padded", bends=True),
     "evaluation": Case(evaluates=True),
     "evaluation, nf4": Case(evaluates=True, method=Method.QLORA),
@@ -279,10 +253,10 @@ CARDS: dict[str, Case] = {
 """Cards of each generation; those of Ampere and newer take the cases' ways."""
 
 MANY: dict[str, Case] = {
-    f"{way}, {members} members, {method.value}, {dtype}{', recomputing' * recomputes}{', dora' * dora}": Case(
-        way=way, members=members, method=method, dtype=dtype, recomputes=recomputes, lora={"use_dora": dora}
+    f"{way}, {method.value}, {dtype}{', recomputing' * recomputes}{', dora' * dora}": Case(
+        way=way, method=method, dtype=dtype, recomputes=recomputes, lora={"use_dora": dora}
     )
-    for way, members in (("shared", 1), ("shared", 3), ("lean", 1), ("padded", 1))
+    for way in ("lean", "unfused", "padded")
     for method in (Method.LORA, Method.QLORA)
     for dtype in ("bfloat16", "float16", "float32")
     for recomputes in (True, False)

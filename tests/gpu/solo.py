@@ -203,17 +203,16 @@ def _loop_of(
     from loractl.worker.base.lora import add_adapter
     from loractl.worker.base.model import Learner, load_base, load_tokenizer
     from loractl.worker.engine.loop import MemberRows, TrainingLoop
-    from loractl.worker.engine.passes.choice import forward_pass, shared_base
+    from loractl.worker.engine.passes.choice import forward_pass
 
     spec = course.spec(exact=exact)
     method, precision = Method(course.method), choose_precision(course.device, "bfloat16")
     base = load_base(course.model, method, course.device, precision)
-    shared = None if exact else shared_base(base, precision)
     set_seed(course.seed)
-    adapted = add_adapter(base if shared is None else shared.view(), spec, method)
+    adapted = add_adapter(base, spec, method)
     compute_in(adapted, precision)
     learner = Learner(model=adapted, tokenizer=load_tokenizer(course.model), precision=precision)
-    forward, why = forward_pass(learner, spec, course.length, shared, session.streams)
+    forward, why = forward_pass(learner, spec, course.length)
     arguments = course.arguments(folder, activation_checkpointing=course.recomputes)
     rows = MemberRows(train=course.train, held_out=[])
     return TrainingLoop(session, forward, arguments, rows, callbacks), why

@@ -100,7 +100,7 @@ def solo_figures(told: dict[str, dict[str, Any]], what: str, *, on_card: bool = 
     near = all(math.isclose(loss, trainer["loss"], rel_tol=NEAR) for loss in losses)
     said = ", ".join(f"{loss:.4f}" for loss in losses)
     yield Figure(what=f"{what}: held-out loss, {names}", value=said, ok=near)
-    if lean["pass"] != "SharedPass":
+    if lean["pass"] != "LeanPass":
         yield Figure(what=f"{what}: the lean pass", value=lean["pass"], ok=False)
 
 

@@ -7,9 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-PATIENCE = 20.0
-"""Passes for which the engine waits for all: a measured step is one pass of all, but the first."""
-
 
 class _Over(Exception):
     """No more steps are asked for."""
@@ -23,7 +20,7 @@ class Steps:
         from loractl.worker.engine.engine import Engine
 
         self._device, self._together = device, together
-        self._engine = Engine(patience=PATIENCE)
+        self._engine = Engine()
         self._go, self._there = [threading.Semaphore(0) for _ in make], threading.Semaphore(0)
         self._over, self._error = False, list[BaseException]()
         self.loops: dict[int, Any] = {}

@@ -93,7 +93,7 @@ def test_the_engine_and_the_trainer_learn_the_same_rows_alike(method: str, tmp_p
     model, rows = str(rig.workshop.model(NARROW)), str(rig.rows(16, 128))
     course = Course.of(model, rows, method, "cpu", 4, 2, 128, FIRST[0].dropout, method == "lora")
     sides = {side: measure(side, course) for side in SIDES}
-    assert [sides[side]["pass"] for side in SIDES] == ["SharedPass", "PaddedPass", "padded"]
+    assert [sides[side]["pass"] for side in SIDES] == ["LeanPass", "PaddedPass", "padded"]
     assert all(side["seconds"] > 0 for side in sides.values())
     assert sides["exact"]["loss"] == pytest.approx(sides["trainer"]["loss"], rel=1e-3)
     card = expected(course)

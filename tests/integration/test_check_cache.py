@@ -12,8 +12,7 @@ import pytest
 
 from loractl.common.job.status import Reason
 from loractl.worker.base import lora, model
-from loractl.worker.base.kept.knowledge import Known
-from loractl.worker.engine.passes import attention, check_cache, choice, lean, product, shared
+from loractl.worker.engine.passes import attention, check_cache, choice, fused, lean, product
 from loractl.worker.engine.passes.check_cache import CheckCache
 
 from .conftest import Recipe
@@ -56,7 +55,7 @@ def test_a_new_process_tries_no_rows_that_the_box_knows_to_be_right(
     assert tries("other files") == 1
 
 
-@pytest.mark.parametrize("module", [attention, choice, lean, product, shared, lora, model])
+@pytest.mark.parametrize("module", [attention, choice, fused, lean, product, lora, model])
 def test_a_check_follows_from_the_code_that_it_checks(module: ModuleType) -> None:
     """Wherever that code is moved: an answer of other code would be believed."""
     assert Path(module.__file__ or "").parent in check_cache.ROOMS
@@ -69,14 +68,12 @@ def test_what_was_wrong_is_tried_again_and_few_answers_stay(tmp_path: Path, monk
         """Whether it was tried."""
         done = list[int]()
 
-        def find_out() -> str | None:
+        def check() -> str | None:
             done.append(1)
             return wrong
 
-        said = CheckCache(folder=tmp_path, about=["x"], once=lambda _, find_out, keeps: Known(find_out(), 1))(
-            question, find_out, keeps=lambda found: found is None
-        )
-        assert said.answer == (wrong if done else None)
+        said = CheckCache(folder=tmp_path, about=["x"])(question, check)
+        assert said == (wrong if done else None)
         return bool(done)
 
     assert asked("a", "it is wrong") and asked("a", "it is wrong") and asked("a", None) and not asked("a", "wrong")

@@ -114,7 +114,7 @@ class Case:
             model, noise = self.model(), arguments.neftune_noise_alpha
             compute_in(model, self.precision)
             loss = trained_kind(self.spec).loss(self.spec)
-            return PaddedPass(model, PAD, session.streams, noise=noise, loss=loss)
+            return PaddedPass(model, PAD, noise=noise, loss=loss)
 
         rows = MemberRows(train=self.rows, held_out=self.held_out)
         return TrainingLoop(session, session.run(made), arguments, rows, callbacks)

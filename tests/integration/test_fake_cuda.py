@@ -103,7 +103,7 @@ def test_no_card_holds_scores_of_heads_that_share_keys_and_values(case: str, ker
         ("mixed types", "_varlen_attn of mixed types: torch.bfloat16, torch.float32"),
         (
             "a gradient that is lost",
-            "member 0: no gradient for base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight",
+            "no gradient for base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight",
         ),
     ],
 )

@@ -20,9 +20,9 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.common.memory.step import HEAD_CHUNK
 from loractl.common.units import gib
-from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, evaluating
+from loractl.worker.base import lora
+from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, draws, evaluating
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.kept.knowledge import Known, Once
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner, load_base, load_tokenizer
 from loractl.worker.data.packing import pack
@@ -31,10 +31,10 @@ from loractl.worker.engine.loss import MicroBatch, learned_in
 from loractl.worker.engine.passes import attention as row_module
 from loractl.worker.engine.passes import choice, wide
 from loractl.worker.engine.passes.attention import ShortRows
+from loractl.worker.engine.passes.check_cache import Checked
 from loractl.worker.engine.passes.choice import forward_pass, rows_together
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass, check_apart
-from loractl.worker.engine.passes.shared import SharedPass
 from loractl.worker.engine.streams import seed_streams
 from loractl.worker.evaluation.row_losses import score_rows
 from loractl.worker.protocol.messages import Note, Planned, Stepped
@@ -85,14 +85,15 @@ def spec_of(method: str = "lora", **sections: Any) -> JobSpec:
     return JobSpec.model_validate(job)
 
 
-def asking(known: dict[str, Any]) -> Once[Any]:
-    def once(question: str, find_out: Callable[[], Any], /, *, keeps: Callable[[Any], bool]) -> Known[Any]:
-        answer = known[question] if question in known else find_out()
-        if keeps(answer):
-            known[question] = answer
-        return Known(answer, 1)
+def remembering(known: set[str]) -> Checked:
+    def checked(question: str, check: Callable[[], str | None], /) -> str | None:
+        if question in known:
+            return None
+        if (wrong := check()) is None:
+            known.add(question)
+        return wrong
 
-    return once
+    return checked
 
 
 def adapted(base: Any, spec: JobSpec, precision: Precision = FP32) -> Any:
@@ -142,7 +143,7 @@ def test_a_cards_rounding_is_no_sight_of_other_rows_and_sight_of_them_is() -> No
     for module in model.get_base_model().model.modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(round_by_count)
-    lean, card = LeanPass(model, FP32), choice.tolerance_on(torch.device("cuda"))
+    lean, card = LeanPass(model, FP32, fuses=False), choice.tolerance_on(torch.device("cuda"))
     assert rows_together(lean, 40, choice.tolerance_on(torch.device("cpu"))) is not None
     assert rows_together(lean, 40, card) is None
     row_module.RowAttention.__call__, own = one_row_of_all, row_module.RowAttention.__call__  # type: ignore[method-assign]
@@ -246,24 +247,22 @@ def test_a_family_that_needs_its_rows_apart_keeps_padding_and_says_why(
     base = getattr(transformers, f"{family}ForCausalLM")(config)
     model = adapted(base, spec_of(lora={"target_modules": targets}))
     learner = Learner(model=model, tokenizer=load_tokenizer(str(tiny_model)), precision=FP32)
-    known: dict[str, Any] = {}
+    known = set[str]()
     for _ in range(2):  # a fault is not known: the next one looks for it again
-        forward, said = forward_pass(learner, spec_of(), 40, once=asking(known))
+        forward, said = forward_pass(learner, spec_of(), 40, checked=remembering(known))
         assert isinstance(forward, PaddedPass) and said is not None and why in said
 
 
 def test_a_base_is_tried_once_for_jobs_that_adapt_it_alike(tiny_model: Path) -> None:
-    base, knowledge, passes = load_base(str(tiny_model), Method.LORA, "cpu", FP32), dict[str, Any](), []
-    tokenizer = load_tokenizer(str(tiny_model))
-    shared = choice.shared_base(base, FP32)
-    assert shared is not None
+    known, passes, tokenizer = set[str](), list[int](), load_tokenizer(str(tiny_model))
 
     def tried(longest: int = 40, **lora: Any) -> int:
         spec, before = spec_of(lora=lora), len(passes)
-        learner = Learner(model=adapted(shared.view(), spec), tokenizer=tokenizer, precision=FP32)
-        with learner.model.get_base_model().model.register_forward_hook(lambda *_: passes.append(1)):
-            forward, why = forward_pass(learner, spec, longest, shared, None, asking(knowledge))
-        assert isinstance(forward, SharedPass) and why is None
+        model = adapted(load_base(str(tiny_model), Method.LORA, "cpu", FP32), spec)
+        with model.get_base_model().model.register_forward_hook(lambda *_: passes.append(1)):
+            learner = Learner(model=model, tokenizer=tokenizer, precision=FP32)
+            forward, why = forward_pass(learner, spec, longest, checked=remembering(known))
+        assert isinstance(forward, LeanPass) and why is None
         return len(passes) - before
 
     assert tried() > 0
@@ -280,60 +279,73 @@ def test_a_held_out_loss_has_no_part_for_a_router() -> None:
         assert PaddedPass(model, PAD).held_out_loss(rows(3)) == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.parametrize("fuses", [True, False])
 @pytest.mark.parametrize(
     ("family", "drawn"),
     [("Starcoder2", "residual_dropout"), ("Mixtral", "router_jitter_noise"), ("GPT2", "resid_pdrop")],
 )
-def test_a_base_that_draws_random_numbers_itself_is_not_shared(
-    family: str, drawn: str, monkeypatch: pytest.MonkeyPatch
+def test_a_base_that_draws_random_numbers_itself_draws_them_again_in_a_recomputed_block(
+    family: str, drawn: str, fuses: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its recomputed blocks would draw others, and members each other's."""
     off = {"attention_dropout": 0.0, "residual_dropout": 0.0, "embedding_dropout": 0.0}
-    own = FAMILIES.get(family, off)
-    for chance in (0.0, 0.1):
-        monkeypatch.setitem(FAMILIES, family, {**own, drawn: chance})
-        assert (choice.shared_base(base_of(family), FP32) is None) == (chance > 0)
+    monkeypatch.setitem(FAMILIES, family, {**FAMILIES.get(family, off), drawn: 0.1})
+    spec = spec_of(lora={"lora_dropout": 0.2, "target_modules": TARGETS.get(family, ["q_proj", "v_proj"])})
+
+    def passed(every: int) -> tuple[float, list[torch.Tensor]]:
+        forward = LeanPass(without_stopping(base_of(family), spec), FP32, fuses=fuses)
+        if every:
+            forward.recompute_blocks(every)
+        seed_streams(3)
+        return learned(forward, rows(5))
+
+    assert draws(base_of(family))
+    (loss, gradients), again = passed(0), passed(1)
+    assert again[0] == loss and all(torch.equal(*pair) for pair in zip(again[1], gradients, strict=True))
+    seed_streams(4)
+    forward = LeanPass(without_stopping(base_of(family), spec), FP32, fuses=fuses)
+    assert learned(forward, rows(5))[0] != loss
+
+
+TARGETS = {"GPT2": ["c_attn", "c_fc"]}
+
+
+def without_stopping(base: Any, spec: JobSpec) -> Any:
+    """An adapted model that draws, as a kind of training may ask for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora, "stop_draws", lambda base: None)
+        return adapted(base, spec)
 
 
 @pytest.mark.parametrize("kind", ["default", "dynamic", "longrope"])
-def test_a_base_that_turns_positions_by_the_longest_row_is_not_shared(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A long row of one member would change what the short ones of another are."""
+def test_positions_that_turn_by_the_longest_row_are_the_model_s_own(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
     turned = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **(factors if kind == "longrope" else {})}
-    monkeypatch.setitem(FAMILIES, "Llama", {**FAMILIES.get("Llama", {}), "rope_parameters": turned})
-    assert (choice.shared_base(base_of("Llama"), FP32) is None) == (kind != "default")
+    monkeypatch.setitem(FAMILIES, "Llama", {"rope_parameters": turned, "max_position_embeddings": 32})
+    model = adapted(base_of("Llama"), spec_of())
+    assert max(len(row.input_ids) for row in rows(5)) > 32
+    forward = LeanPass(model, FP32)
+    assert forward.fuses and apart(learned(forward, rows(5)), learned(PaddedPass(model, PAD), rows(5))) < 1e-5
 
 
-@pytest.mark.parametrize(("family", "experts", "shared"), [("Mixtral", 4, True), ("JetMoe", 4, False)])
-def test_experts_that_are_no_block_of_their_own_are_not_shared(
-    family: str, experts: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("more", [{}, {"modules_to_save": ["norm", "lm_head"]}])
+@pytest.mark.parametrize(
+    ("family", "experts", "fuses"), [("Mixtral", 4, False), ("JetMoe", 4, True), ("Llama", 0, True)]
+)
+def test_only_plain_linear_layers_are_fused(
+    family: str, experts: int, fuses: bool, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a processor: they would multiply tokens of all members together, and round by their number."""
-    monkeypatch.setitem(FAMILIES, family, {"num_local_experts": experts})
-    assert (choice.shared_base(base_of(family), FP32) is not None) == shared
+    """And none that is trained itself."""
+    monkeypatch.setitem(FAMILIES, family, {"num_local_experts": experts} if experts else {})
+    targets: Any = ["kv_proj"] if family == "JetMoe" else "all-linear"
+    model = adapted(base_of(family), spec_of(lora={"target_modules": targets, **more}))
+    forward = LeanPass(model, FP32)
+    assert forward.fuses == fuses
+    ours, theirs = learned(forward, rows(5)), learned(PaddedPass(model, PAD), rows(5))
+    assert apart(ours, theirs) < 1e-5
+    assert len(ours[1]) == sum(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_adapted_experts_train_alone_and_leave_the_shared_base_to_others(tiny_model: Path) -> None:
-    shared = choice.shared_base(base_of("Mixtral"), FP32)
-    assert shared is not None
-    tokenizer = load_tokenizer(str(tiny_model))
-
-    def forward_of(**lora: Any) -> tuple[Any, str | None]:
-        spec = spec_of(lora=lora)
-        learner = Learner(model=adapted(shared.view(), spec), tokenizer=tokenizer, precision=FP32)
-        return forward_pass(learner, spec, 40, shared)
-
-    other, _ = forward_of(target_modules=["q_proj", "v_proj"])
-    before = learned(other, rows(5))
-    forward, why = forward_of()
-    assert type(forward) is LeanPass and why is not None and why.endswith("is not a plain linear layer")
-    assert apart(learned(forward, rows(5)), learned(PaddedPass(forward.model, PAD), rows(5))) < 1e-5
-    assert type(other) is SharedPass and apart(learned(other, rows(5)), before) == 0
-
-
-@pytest.mark.parametrize("way", ["shared", "lean", "padded"])
+@pytest.mark.parametrize("way", ["fused", "lean", "padded"])
 @pytest.mark.parametrize(("every", "blocks"), [(1, 3), (2, 2)])
 def test_which_blocks_are_recomputed_changes_no_bit(
     way: str, every: int, blocks: int, monkeypatch: pytest.MonkeyPatch
@@ -343,14 +355,11 @@ def test_which_blocks_are_recomputed_changes_no_bit(
 
     def passed(recomputed: int) -> tuple[float, list[torch.Tensor]]:
         base, spec = base_of("Llama", num_hidden_layers=3), spec_of(lora={"lora_dropout": 0.2})
-        shared = choice.shared_base(base, FP32) if way == "shared" else None
-        model = adapted(base if shared is None else shared.view(), spec)
-        alone = LeanPass(model, FP32) if way == "lean" else PaddedPass(model, PAD, 0.0)
-        forward = alone if shared is None else SharedPass(shared, model)
+        model = adapted(base, spec)
+        forward = PaddedPass(model, PAD) if way == "padded" else LeanPass(model, FP32, fuses=way == "fused")
         if recomputed:
             forward.recompute_blocks(recomputed)
         ran.clear()
-        forward.streams.take_over()
         seed_streams(3)
         return learned(forward, rows(5))
 
@@ -368,11 +377,10 @@ def test_which_blocks_are_recomputed_changes_no_bit(
 
 @pytest.mark.parametrize("family", ["Llama", "Granite"])
 def test_no_logits_are_held_that_nobody_needs_any_more(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where members pass the head together: not beside scaled ones, and not in the decoder's backward pass."""
+    """Where the head widens its weight: not beside scaled ones, and not in the decoder's backward pass."""
     monkeypatch.setattr(wide, "multiplies_wide", lambda: True)
-    base = choice.shared_base(base_of(family).bfloat16(), BF16)
-    assert base is not None
-    forward, softmax, held = SharedPass(base, adapted(base.view(), spec_of(), BF16)), torch.softmax, list[int]()
+    forward = LeanPass(adapted(base_of(family).bfloat16(), spec_of(), BF16), BF16)
+    softmax, held = torch.softmax, list[int]()
     some = rows(30)
     words = SMALL["vocab_size"]
     assert learned_in(some) > HEAD_CHUNK
@@ -392,7 +400,7 @@ def test_no_logits_are_held_that_nobody_needs_any_more(family: str, monkeypatch:
 
     before = as_large()
     monkeypatch.setattr(torch, "softmax", looked_at)
-    base._words.get_submodule("model.layers.1.mlp.down_proj").register_full_backward_hook(look)
+    forward.model.get_base_model().get_submodule("model.layers.1.mlp.down_proj").register_full_backward_hook(look)
     learned(forward, some)
     assert held == [1, 1, 0]
 

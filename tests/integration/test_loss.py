@@ -32,10 +32,9 @@ from loractl.worker.engine.loss import (
 )
 from loractl.worker.engine.optimizer import ScaledOptimizer
 from loractl.worker.engine.pairs import PairLoss
-from loractl.worker.engine.passes.choice import forward_pass, shared_base
+from loractl.worker.engine.passes.choice import forward_pass
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
-from loractl.worker.engine.passes.shared import SharedPass
 from loractl.worker.engine.ranks.part import Part
 from loractl.worker.engine.streams import seed_streams
 
@@ -148,17 +147,15 @@ def lean(loss: TokenLoss) -> LeanPass:
     return LeanPass(adapted(base_of("Llama"), spec_of()), FP32, loss=loss)
 
 
+def plain(loss: TokenLoss) -> LeanPass:
+    return LeanPass(adapted(base_of("Llama"), spec_of()), FP32, loss=loss, fuses=False)
+
+
 def padded(loss: TokenLoss) -> PaddedPass:
     return PaddedPass(adapted(base_of("Llama"), spec_of()), PAD, loss=loss)
 
 
-def shared(loss: TokenLoss) -> SharedPass:
-    base = shared_base(base_of("Llama"), FP32)
-    assert base is not None
-    return SharedPass(base, adapted(base.view(), spec_of()), loss=loss)
-
-
-@pytest.mark.parametrize("way", [lean, shared, padded])
+@pytest.mark.parametrize("way", [lean, plain, padded])
 def test_a_loss_of_pairs_is_learned_as_autograd_learns_it_from_all_logits(way: Callable[[TokenLoss], Any]) -> None:
     rows = pairs(9)
     assert learned_in(rows) > HEAD_CHUNK
@@ -172,7 +169,7 @@ def test_a_loss_of_pairs_is_learned_as_autograd_learns_it_from_all_logits(way: C
         assert forward.held_out_loss(rows) == pytest.approx(total, rel=1e-6)
 
 
-@pytest.mark.parametrize("way", [lean, shared, padded])
+@pytest.mark.parametrize("way", [lean, plain, padded])
 def test_held_out_pairs_have_the_same_loss_in_batches_of_any_size(way: Callable[[TokenLoss], Any]) -> None:
     """Also the term for their answers, which a step takes the mean of over its micro-batch."""
     rows = pairs(5)
@@ -183,26 +180,25 @@ def test_held_out_pairs_have_the_same_loss_in_batches_of_any_size(way: Callable[
 
 
 def test_a_job_s_pass_learns_by_the_loss_that_it_is_given() -> None:
-    base, loss = shared_base(base_of("Llama"), FP32), preference(pairs(1))
-    assert base is not None
-    found = []
-    for exact, common in ((False, base), (False, None), (True, None)):
+    loss, found = preference(pairs(1)), []
+    for exact in (False, True):
         spec = spec_of(training={"exact": exact})
-        learner = Learner(model=adapted(base.view(), spec), tokenizer=SimpleNamespace(pad_token_id=PAD), precision=FP32)
-        forward, _ = forward_pass(learner, spec, 40, common, loss=loss)
+        model = adapted(base_of("Llama"), spec)
+        learner = Learner(model=model, tokenizer=SimpleNamespace(pad_token_id=PAD), precision=FP32)
+        forward, _ = forward_pass(learner, spec, 40, loss=loss)
         assert forward.loss is loss
-        assert forward_pass(learner, spec, 40, common)[0].loss == CrossEntropy()
+        assert forward_pass(learner, spec, 40)[0].loss == CrossEntropy()
         found.append(type(forward))
-    assert found == [SharedPass, LeanPass, PaddedPass]
+    assert found == [LeanPass, PaddedPass]
 
 
-@pytest.mark.parametrize("way", [lean, shared])
+@pytest.mark.parametrize("way", [lean, plain])
 def test_the_head_sees_a_chunk_at_a_time_and_at_first_without_a_graph(way: Callable[[TokenLoss], Any]) -> None:
     rows, seen = pairs(12), list[tuple[int, bool]]()
     forward = way(loss := preference(rows))
-    words = forward.base._words if way is shared else forward.model.get_base_model()
-    words.lm_head.requires_grad_(way is lean)  # a trained head has a graph whatever it is given
-    words.lm_head.register_forward_hook(lambda _, __, out: seen.append((out[..., 0].numel(), out.requires_grad)))
+    head = forward.model.get_base_model().lm_head
+    head.requires_grad_(True)  # a trained head has a graph whatever it is given
+    head.register_forward_hook(lambda _, __, out: seen.append((out[..., 0].numel(), out.requires_grad)))
     learn(forward, *window(rows, loss=loss))
     tokens = learned_in(rows)
     chunks = [HEAD_CHUNK] * (tokens // HEAD_CHUNK) + [tokens % HEAD_CHUNK]
@@ -210,7 +206,7 @@ def test_the_head_sees_a_chunk_at_a_time_and_at_first_without_a_graph(way: Calla
 
 
 @pytest.mark.parametrize("name", ["dpo", "simpo and answers", "orpo"])
-@pytest.mark.parametrize("way", [lean, shared, padded])
+@pytest.mark.parametrize("way", [lean, plain, padded])
 def test_a_window_learns_the_same_however_it_is_cut(way: Callable[[TokenLoss], Any], name: str) -> None:
     """Memory decides how: a term for answers is a mean over the tokens of all of them, as of one micro-batch in TRL."""
     rows = pairs(4)
@@ -242,7 +238,7 @@ def test_a_router_s_loss_counts_once_a_window() -> None:
         near(ours, theirs)
 
 
-@pytest.mark.parametrize("way", [lean, shared, padded])
+@pytest.mark.parametrize("way", [lean, plain, padded])
 def test_the_scale_of_float16_is_in_the_gradients_and_not_in_the_loss(way: Callable[[TokenLoss], Any]) -> None:
     rows = pairs(3)
     forward = way(loss := preference(rows))

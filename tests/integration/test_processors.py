@@ -28,13 +28,13 @@ NEEDS = {"AVX-512": "avx512f", "AVX-512 with bf16": "avx512_bf16"}
 PROMISES = [
     "tests/integration/test_engine.py",
     "tests/integration/test_lean.py",
-    "tests/integration/test_pack.py",
+    "tests/integration/test_trainings.py",
     "tests/integration/test_resume_proof.py",
     "tests/acceptance/test_reproduce.py",
 ]
-"""What must hold on every processor: bits of a pack, a resume, a reproduced job, and the Trainer's."""
+"""What must hold on every processor: bits of a resume, a reproduced job, and the Trainer's."""
 
-PACK = "tests/integration/test_pack.py::test_"
+TRAININGS = "tests/integration/test_trainings.py::test_"
 
 
 def machine(kind: str, threads: int) -> dict[str, str]:
@@ -50,15 +50,15 @@ def machine(kind: str, threads: int) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("kind", "test"),
     [
-        ("rounds by rows", "a_member_is_what_it_would_be_alone_whoever_comes_and_goes[lora in fp32]"),
-        ("AVX-512", "products_of_a_wide_base_are_those_of_a_training_alone[nf4]"),
+        ("rounds by rows", "recomputation_changes_no_bit[lora in fp32-evaluated-1]"),
+        ("AVX-512", "a_checkpoint_is_resumed_bit_for_bit[nf4]"),
     ],
 )
-def test_members_of_a_pack_are_what_they_are_alone_on_another_processor(
+def test_a_training_is_the_same_bit_for_bit_on_another_processor(
     warm_start: dict[str, str], kind: str, test: str
 ) -> None:
     """The cheapest of all below, at two threads, in a process that has its imports behind it."""
-    program = f"import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {PACK + test!r}]))"
+    program = f"import pytest, sys; sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', {TRAININGS + test!r}]))"
     start = [
         sys.executable,
         "-SE",

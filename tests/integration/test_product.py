@@ -1,4 +1,4 @@
-"""A linear layer of a shared base: what its product and its adapters' factors cost and compute."""
+"""A frozen linear layer with an adapter: what its product costs and computes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
 from loractl.worker.engine.loss import MicroBatch, learned_in
 from loractl.worker.engine.passes import card_kernels, product, wide
-from loractl.worker.engine.passes.choice import shared_base
+from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.product import FrozenProduct
-from loractl.worker.engine.passes.shared import Piece, SharedBase, SharedPass
-from loractl.worker.engine.streams import RandomStreams
 
 from .test_lean import BF16, FP32, adapted, spec_of
-from .test_pack import rows
+from .test_trainings import rows
 
 
 @pytest.mark.parametrize(("every", "blocks"), [(1, 2), (2, 1)])
@@ -30,16 +28,15 @@ def test_a_block_that_is_recomputed_does_not_make_its_last_product_again(
     tiny_model: Path, method: str, every: int, blocks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing but the next block needs it, and that has had it."""
-    base = shared_base(load_base(str(tiny_model), Method(method), "cpu", BF16), BF16)
-    assert base is not None
-    forward = SharedPass(base, add_adapter(base.view(), spec_of(method, lora={"lora_dropout": 0.1}), Method(method)))
+    base = load_base(str(tiny_model), Method(method), "cpu", BF16)
+    forward = LeanPass(add_adapter(base, spec_of(method, lora={"lora_dropout": 0.1}), Method(method)), BF16)
     forward.model.train()
     forward.recompute_blocks(every)
     made: Counter[tuple[int, int]] = Counter()
     own = FrozenProduct.__call__
 
     def count(product: FrozenProduct, *args: Any, **how: Any) -> torch.Tensor:
-        made[product.shape.inputs, product.shape.outputs] += 1
+        made[product.inputs, product.outputs] += 1
         return own(product, *args, **how)
 
     monkeypatch.setattr(FrozenProduct, "__call__", count)
@@ -54,7 +51,7 @@ def test_a_block_that_is_recomputed_does_not_make_its_last_product_again(
 def test_a_card_s_way_learns_what_a_processor_s_does(
     tiny_model: Path, method: str, unpacked: int, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the same masks, for two trainings of odd lengths that adapt other layers, in fp32."""
+    """By the same masks, for rows of odd lengths, in fp32."""
     monkeypatch.setattr(product, "UNPACKED", unpacked)
     theirs = gradients(tiny_model, method, dropout, FP32)
     monkeypatch.setattr(card_kernels, "PLACES", ("cpu",))
@@ -75,34 +72,38 @@ def test_a_card_casts_factors_anew_for_each_pass(tiny_model: Path, monkeypatch: 
     """Where B is zero, A has no gradient."""
     monkeypatch.setattr(card_kernels, "PLACES", ("cpu",))
     with wide.narrow():
-        base, pieces = trainings(tiny_model, "lora", 0.0, BF16)
-        base.learn(pieces)
-        named = [named for piece in pieces for named in piece.model.named_parameters() if named[1].requires_grad]
+        forward, batch = training(tiny_model, "lora", 0.0, BF16)
+        forward.learn(batch, torch.autograd.backward)
+        named = [(name, p) for name, p in forward.model.named_parameters() if p.requires_grad]
         for name, p in named:
             p.data *= "lora_A" in name
             p.grad = None
-        base.learn(pieces)
-    assert all(bool(p.grad.any()) == ("lora_B" in name) for name, p in named)
+        forward.learn(batch, torch.autograd.backward)
+    assert all(p.grad is not None and bool(p.grad.any()) == ("lora_B" in name) for name, p in named)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj", "down_proj"]])
+def test_between_passes_every_layer_is_its_own_again(tiny_model: Path, targets: Any) -> None:
+    forward, batch = training(tiny_model, "lora", 0.1, FP32, targets)
+    before = {name: dict(module.__dict__) for name, module in forward.model.named_modules()}
+    forward.learn(batch, torch.autograd.backward)
+    after = {name: dict(module.__dict__) for name, module in forward.model.named_modules()}
+    assert not any("forward" in own for own in after.values()) and before.keys() == after.keys()
 
 
 def gradients(folder: Path, method: str, dropout: float, precision: Precision) -> torch.Tensor:
-    """Of two trainings that pass a base together, with recomputation."""
-    base, pieces = trainings(folder, method, dropout, precision)
-    base.learn(pieces, recomputes=1)
-    trained = [p for piece in pieces for p in piece.model.parameters() if p.requires_grad]
+    """With recomputation."""
+    forward, batch = training(folder, method, dropout, precision)
+    forward.recompute_blocks()
+    forward.learn(batch, torch.autograd.backward)
+    trained = [p for p in forward.model.parameters() if p.requires_grad]
     return torch.cat([p.grad.double().flatten() for p in trained if p.grad is not None])
 
 
-def trainings(folder: Path, method: str, dropout: float, precision: Precision) -> tuple[SharedBase, list[Piece]]:
-    base = shared_base(load_base(str(folder), Method(method), "cpu", precision), precision)
-    assert base is not None
-    pieces = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        targets = ["q_proj", "up_proj", "down_proj"] if seed else "all-linear"
-        spec = spec_of(method, lora={"lora_dropout": dropout, "target_modules": targets})
-        model = adapted(base.view(), spec, precision)
-        forward = SharedPass(base, model, streams=RandomStreams(torch.device("cpu")))
-        batch = MicroBatch(rows=(some := rows(8, seed, lengths=range(5, 40))), learned=learned_in(some), pieces=1)
-        pieces.append(forward.piece(batch, torch.autograd.backward))
-    return base, pieces
+def training(
+    folder: Path, method: str, dropout: float, precision: Precision, targets: Any = "all-linear"
+) -> tuple[LeanPass, MicroBatch]:
+    spec = spec_of(method, lora={"lora_dropout": dropout, "target_modules": targets})
+    torch.manual_seed(0)
+    forward = LeanPass(adapted(load_base(str(folder), Method(method), "cpu", precision), spec, precision), precision)
+    return forward, MicroBatch(rows=(some := rows(8, 0, lengths=range(5, 40))), learned=learned_in(some), pieces=1)

@@ -14,7 +14,7 @@ from loractl.worker.engine.passes.card_kernels import NAME, Rotary, Turned
 from loractl.worker.engine.passes.lean import LeanPass
 
 from .test_lean import FP32, adapted, base_of, spec_of
-from .test_pack import rows
+from .test_trainings import rows
 
 
 @pytest.fixture(autouse=True)

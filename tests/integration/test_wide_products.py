@@ -1,13 +1,16 @@
-"""Products of 16-bit weights in fp32: slab by slab they are those of the whole weight."""
+"""How a processor multiplies: in one order, and 16-bit weights in fp32 slab by slab."""
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
 import pytest
 import torch
 
+from loractl.worker.base.kernels import load_kernels
+from loractl.worker.base.processor import REPEATABLE
 from loractl.worker.engine.passes import wide
 
 
@@ -20,10 +23,9 @@ def test_a_weight_is_multiplied_slab_by_slab(outputs: int, inputs: int) -> None:
         for shape in ((outputs, inputs), (3, inputs), (3, outputs), (outputs,))
     )
     narrow = weight.bfloat16()
-    for parts in ([3], [1, 2]):
-        assert torch.equal(wide.product(x, narrow, bias.bfloat16(), parts), x @ weight.T + bias)
-        assert torch.equal(wide.input_gradient(given, narrow, parts), given @ weight)
-        assert torch.equal(wide.product(x, narrow.T.contiguous().T, None, parts), x @ weight.T)
+    assert torch.equal(wide.product(x, narrow, bias.bfloat16()), x @ weight.T + bias)
+    assert torch.equal(wide.input_gradient(given, narrow), given @ weight)
+    assert torch.equal(wide.product(x, narrow.T.contiguous().T, None), x @ weight.T)
 
 
 @pytest.mark.parametrize(
@@ -50,3 +52,15 @@ def test_products_are_wide_where_bf16_is_slow(
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(Path, "read_text", lambda *_: f"vendor_id : {vendor}")
     assert wide.multiplies_wide.__wrapped__() is expected
+
+
+def test_what_computes_tells_the_library_to_add_up_in_one_order_unless_its_owner_did(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name, value = REPEATABLE
+    for set_before, expected in ((None, value), ("COMPATIBLE", "COMPATIBLE")):
+        monkeypatch.delenv(name, raising=False)
+        if set_before is not None:
+            monkeypatch.setenv(name, set_before)
+        load_kernels()
+        assert os.environ[name] == expected

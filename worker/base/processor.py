@@ -9,8 +9,7 @@ from loractl.worker.allowance import MOST_ONEDNN, bf16_allowed, cpuinfo, instruc
 
 REPEATABLE = ("MKL_CBWR", "AUTO,STRICT")
 """Makes MKL, before its first product, add up in an order that depends neither on the number of rows and threads nor on
-where a matrix is in memory (Intel's "conditional numerical reproducibility"). Where measured, it cost no time. A CPU
-from another maker may do otherwise below some number of rows, so packs ask (passes/together.py)."""
+where a matrix is in memory (Intel's "conditional numerical reproducibility"). Where measured, it cost no time."""
 
 
 def add_up_repeatably() -> None:

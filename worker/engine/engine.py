@@ -1,8 +1,6 @@
 """The engine: the only thread of a process that computes. Trainings ask it from their own threads.
 
-Only this thread touches the device, the base or torch's generators. Micro-batches that wait for one base at the same
-time pass it together; all other work is done in turn. Which micro-batches meet does not affect what each learns. A few
-of many passes are measured: the results decide which jobs may train together.
+Only this thread touches the device, the base or torch's generators.
 """
 
 from __future__ import annotations
@@ -13,102 +11,26 @@ import logging
 import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from loractl.common.errors import LoractlError
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import has_limit, in_a_sentence, is_out_of_memory, release, start_threads
-from loractl.worker.data.tokens import TokenRow
 
-from .loss import Backward, Loss, MicroBatch
-from .passes.shared import SharedPass
+from .loss import Backward, MicroBatch
+from .passes.forward import ForwardPass
 from .streams import RandomStreams
-
-EVERY_S = 5.0
-"""Seconds between two measured passes: on a card, measuring waits for all earlier work."""
-
-FIRST = 2
-"""Unmeasured first passes of a new group of trainings: they compile, and fill memory for the first time."""
-
-
-class PassMeter:
-    """`tell` gets the tokens, the members and the seconds of a pass: of computing, and of wall-clock time. Only one
-    thread at a time may use it."""
-
-    def __init__(self, tell: Callable[[int, int, float, float], None]) -> None:
-        self._tell = tell
-        self._members, self._seen, self._next = 0, 0, 0.0
-
-    @contextlib.contextmanager
-    def around(self, tokens: int, members: int, device: torch.device) -> Iterator[None]:
-        """A pass; a failing one does not count."""
-        if members != self._members:
-            self._members, self._seen, self._next = members, 0, 0.0
-        self._seen += 1
-        if self._seen <= FIRST or time.monotonic() < self._next:
-            yield
-            return
-        began, computed = _seconds(device), time.process_time()
-        yield
-        seconds = wall = _seconds(device) - began
-        if device.type == "cpu":
-            # Other programs' load would look like a cost of the pass. Other threads of ours count as well, so
-            # wall-clock time is the upper bound. A time limit is about wall-clock time.
-            seconds = min(seconds, (time.process_time() - computed) / torch.get_num_threads())
-        self._tell(tokens, members, seconds, wall)
-        self._next = time.monotonic() + EVERY_S
-
-
-def _seconds(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
 
 log = logging.getLogger("loractl.worker")
 
 Answer = TypeVar("Answer")
-
-PATIENCE = 0.05
-"""Share of the last pass's time that the next pass waits, idle, for trainings that were in the last one and are on
-their way back. A training that takes longer between two micro-batches delays the others by no more than this."""
-
-
-class ForwardPass(Protocol):
-    """How losses and gradients are computed."""
-
-    model: Any
-    device: torch.device
-    streams: RandomStreams
-
-    @property
-    def loss(self) -> Loss:
-        """The loss that rows are trained with."""
-
-    def recompute_blocks(self, every: int = 1) -> None:
-        """Hold the activations of each block (1), or of every second one (2), only in the backward pass."""
-
-    def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
-        """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
-
-    def held_out_loss(self, rows: Sequence[TokenRow]) -> float:
-        """The loss of one batch of held-out rows, not smoothed and summed over what it counts, for a model in eval
-        mode."""
-
-    def tokens(self, rows: Sequence[TokenRow]) -> int:
-        """Tokens that pass the model."""
-
-
-AFTER_A_PASS = 3
-"""Pieces of work between two micro-batches: the step, an epoch's end, the next window. A training that asks for more is
-evaluating or saving: the others do not wait for that."""
 
 LOOK_S = 0.5
 """How often a training that waits for another's long piece of work checks whether to stop."""
@@ -134,18 +56,6 @@ class _Learning(_Ask):
     batch: MicroBatch
     trained: Sequence[torch.nn.Parameter]
     backward: Backward
-    loss: torch.Tensor | None = None  # once the gradients exist
-    error: BaseException | None = None  # its own, if they do not
-
-    @property
-    def tokens(self) -> int:
-        return self.forward.tokens(self.batch.rows)
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """The key shared by those that can pass their base together. It keeps no object alive."""
-        forward = self.forward
-        return (id(forward.base), forward.recomputes) if isinstance(forward, SharedPass) else (id(forward), 0)
 
 
 class Engine:
@@ -156,22 +66,12 @@ class Engine:
     thread, however much is free later ("could not create a primitive"; torch 2.13).
     """
 
-    def __init__(
-        self,
-        meter: PassMeter | None = None,
-        learned: Callable[[], None] = lambda: None,
-        patience: float = PATIENCE,
-    ) -> None:
-        """`meter` measures passes over a shared base; `learned` is called after each pass."""
-        self._meter, self._tell_learned, self._patience = meter, learned, patience
+    def __init__(self) -> None:
         self._changed = threading.Condition()
         self._asks: deque[_Ask] = deque()
         self._sessions: set[Session] = set()
         self._thread: threading.Thread | None = None
         self._worn = False  # the thread hit a limit
-        self._last: dict[tuple[int, int], set[Session]] = {}  # the sessions in the last pass of a key
-        self._seconds = 0.0  # of the last pass
-        self._too_many: int | None = None  # tokens whose pass did not fit these sessions' memory
 
     @contextlib.contextmanager
     def session(self, device: torch.device) -> Iterator[Session]:
@@ -181,15 +81,11 @@ class Engine:
             if self._thread is None:
                 self._start()
             self._sessions.add(one)
-            self._too_many = None
         try:
             yield one
         finally:
             with self._changed:
                 self._sessions.discard(one)
-                self._too_many = None
-                for together in self._last.values():
-                    together.discard(one)
                 one.streams.over = True
                 self._changed.notify_all()
 
@@ -299,15 +195,7 @@ class Engine:
             self._do(ask)
             return
         assert isinstance(ask, _Learning)
-        together = [ask]
-        try:
-            if self._gather(together):
-                self._learn(together)
-        except BaseException as error:  # noqa: BLE001  like that of a card that fails: it belongs to all of them
-            failed = as_value(error)
-            for one in together:
-                if not one.answer.done():
-                    one.answer.set_exception(failed)
+        self._learn(ask)
 
     def _do(self, piece: _Piece) -> None:
         if not piece.answer.set_running_or_notify_cancel():
@@ -365,90 +253,18 @@ class Engine:
         finally:  # where none can start, the piece fails, and this thread is the engine's again
             self._thread, self._worn = outer, worn
 
-    def _gather(self, together: list[_Learning]) -> bool:
-        """Add the sessions that wait with a micro-batch, and those about to bring one. False: this thread is worn, and
-        they wait again."""
-        first, began, pieces = together[0], time.monotonic(), Counter[Session]()
-        idle, until = self._patience * self._seconds, began + max(1.0, self._patience) * self._seconds
-        coming = set(self._last.get(first.key, ()))
-        while not self._worn:
-            with self._changed:
-                for one in [ask for ask in self._asks if isinstance(ask, _Learning)]:
-                    self._asks.remove(one)
-                    together.append(one)
-                coming = {one for one in coming & self._sessions if pieces[one] < AFTER_A_PASS}
-                coming -= {one.session for one in together}
-                if idle <= 0 or not coming or time.monotonic() > until:
-                    return True
-                piece = next((ask for ask in self._asks if ask.session in coming and not _is_long(ask)), None)
-                if piece is None:
-                    waited = time.monotonic()
-                    self._changed.wait(idle)
-                    idle -= time.monotonic() - waited
-                    continue
-                self._asks.remove(piece)
-            pieces[piece.session] += 1
-            if isinstance(piece, _Piece):
-                self._do(piece)
-        with self._changed:
-            self._asks.extendleft(reversed(together))
-        together.clear()
-        return False
-
-    def _learn(self, learnings: list[_Learning]) -> None:
-        began = time.monotonic()
-        last: dict[tuple[int, int], set[Session]] = {}
-        for one in learnings:
-            last.setdefault(one.key, set()).add(one.session)
-        for group in _groups(learnings, self._too_many):
-            with self._measured(group):
-                if len(group) == 1:
-                    _learn_alone(group[0])
-                else:
-                    self._learn_several(group)
-        self._last, self._seconds = last, time.monotonic() - began
-        self._tell_learned()
-        for one in learnings:
-            if one.error is None:
-                one.answer.set_result(one.loss)
-            else:
-                self._fail(one, one.error)
-
-    def _measured(self, group: list[_Learning]) -> contextlib.AbstractContextManager[None]:
-        forward = group[0].forward
-        if self._meter is None or not isinstance(forward, SharedPass):
-            return contextlib.nullcontext()
-        return self._meter.around(sum(one.tokens for one in group), len(group), forward.device)
-
-    def _learn_several(self, group: list[_Learning]) -> None:
-        # The gradients of a window's earlier micro-batches are set aside: a failing pass leaves partial gradients, and
-        # is tried again.
-        before = [[parameter.grad for parameter in one.trained] for one in group]
-        self._learn_anew(group)
-        for one, gradients in zip(group, before, strict=True):
-            for parameter, gradient in zip(one.trained, gradients, strict=True):
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
-
-    def _learn_anew(self, group: list[_Learning]) -> None:
-        """In one pass; if that fails, each half in its own: only a training that fails alone has failed."""
-        for one in group:
-            for parameter in one.trained:
-                parameter.grad = None
-        if len(group) == 1:
-            _learn_alone(group[0])
+    def _learn(self, one: _Learning) -> None:
+        if not one.answer.set_running_or_notify_cancel():
             return
         try:
-            _learn_together(group)
+            one.session.streams.take_over()
+            loss = one.forward.learn(one.batch, one.backward)
+        except BaseException as error:  # noqa: BLE001  whatever it is, it belongs to who has asked
+            failed = as_value(error)
+        else:
+            one.answer.set_result(loss)
             return
-        except Exception as error:  # noqa: BLE001  whose it is will show: the others must not end for it
-            if is_out_of_memory(error):
-                self._too_many = sum(one.tokens for one in group)
-            log.warning("a pass of %d trainings is tried again in halves: %s", len(group), in_a_sentence(error))
-        self._release()  # outside the handler: the error's traceback holds the tensors of the pass
-        half = len(group) // 2
-        self._learn_anew(group[:half])
-        self._learn_anew(group[half:])
+        self._fail(one, failed)
 
 
 class Session:
@@ -491,7 +307,7 @@ class Session:
         trained: Sequence[torch.nn.Parameter],
         backward: Backward,
     ) -> torch.Tensor:
-        """Leave a micro-batch's gradients, in a pass with those of others. Returns the loss like `ForwardPass.learn`,
+        """Leave a micro-batch's gradients, and return the loss like `ForwardPass.learn`,
         without waiting for the device."""
         made = _Learning(session=self, forward=forward, batch=batch, trained=trained, backward=backward)
         loss: torch.Tensor = self._ask(made)
@@ -546,37 +362,3 @@ def _outside_of_autocast() -> Iterator[None]:
 
 def _is_long(ask: _Ask) -> bool:
     return isinstance(ask, _Piece) and ask.long
-
-
-def _groups(learnings: Sequence[_Learning], too_many: int | None) -> list[list[_Learning]]:
-    """Those that can pass their base together, as many as have fitted; one that can't is alone."""
-    alike: dict[tuple[int, int], list[_Learning]] = {}
-    for one in learnings:
-        alike.setdefault(one.key, []).append(one)
-    return [part for group in alike.values() for part in _within(group, too_many)]
-
-
-def _within(group: Sequence[_Learning], too_many: int | None) -> list[list[_Learning]]:
-    """The same in parts, each with fewer tokens than `too_many` if it has more than one training."""
-    parts: list[list[_Learning]] = [[]]
-    for one in group:
-        if parts[-1] and too_many is not None and sum(other.tokens for other in (*parts[-1], one)) >= too_many:
-            parts.append([])
-        parts[-1].append(one)
-    return parts
-
-
-def _learn_together(group: Sequence[_Learning]) -> None:
-    shared = [one.forward for one in group if isinstance(one.forward, SharedPass)]
-    pieces = [forward.piece(one.batch, one.backward) for forward, one in zip(shared, group, strict=True)]
-    losses = shared[0].base.learn(pieces, recomputes=shared[0].recomputes)
-    for one, loss in zip(group, losses, strict=True):
-        one.loss = loss
-
-
-def _learn_alone(one: _Learning) -> None:
-    try:
-        one.forward.streams.take_over()
-        one.loss = one.forward.learn(one.batch, one.backward)
-    except Exception as error:  # noqa: BLE001  whatever it is, it is this training's own: the others go on
-        one.error = as_value(error)

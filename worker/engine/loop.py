@@ -25,9 +25,10 @@ from loractl.worker.base.batches import in_batches
 from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 
-from .engine import ForwardPass, Session
+from .engine import Session
 from .loss import Loss, LossLog, MicroBatch, meet, window_of
 from .optimizer import ScaledOptimizer, make_optimizer
+from .passes.forward import ForwardPass
 from .saved_state import drop_older, read_snapshot, write_snapshot
 from .streams import read_streams, restore_streams, seed_streams
 

@@ -29,9 +29,9 @@ from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import with_prompts
 from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.engine import ForwardPass
 from loractl.worker.engine.loop import MemberRows, TrainingLoop
 from loractl.worker.engine.loss import meet, window_of
+from loractl.worker.engine.passes.forward import ForwardPass
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.saved_state import read_snapshot
 from loractl.worker.evaluation.stretches import Stretch

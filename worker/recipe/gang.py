@@ -112,7 +112,7 @@ def _prepared(run: Run) -> Follower:
     def make_pass(lean: bool, noise: float | None) -> OwnPass:
         loss = run.kind.loss(spec)
         if lean:
-            return LeanPass(model, precision, loss=loss)
+            return LeanPass(model, precision, loss=loss, fuses=False)
         return PaddedPass(model, told["pad"], compiled=spec.training.torch_compile, noise=noise, loss=loss)
 
     return Follower(model, gang.link, gang.shards, make_pass)

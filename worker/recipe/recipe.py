@@ -20,7 +20,6 @@ from loractl.common.model_card import lab_card
 from loractl.worker.base.adapter import WEIGHTS, load_stored, save_adapter
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, overflows_fp16
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.kept.knowledge import Known
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Head, Learner, load_tokenizer
 from loractl.worker.base.source import BaseIdentity, family_of, traits_of
@@ -28,12 +27,11 @@ from loractl.worker.data.lengths import lengths_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.prompt import templated
 from loractl.worker.data.tokens import APART
-from loractl.worker.engine.engine import ForwardPass
 from loractl.worker.engine.passes.check_cache import CheckCache
-from loractl.worker.engine.passes.choice import forward_pass, may_share, shared_base
+from loractl.worker.engine.passes.choice import forward_pass
+from loractl.worker.engine.passes.forward import ForwardPass
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import check_apart
-from loractl.worker.engine.passes.shared import SharedBase
 from loractl.worker.engine.ranks.leader import DividedPass
 from loractl.worker.evaluation.base_measurements import BaseMeasurements
 from loractl.worker.evaluation.evaluation import Evaluation
@@ -147,9 +145,11 @@ def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, Forwa
     TrainingFailed."""
     head = run.kind.head(run.spec, data, tokenizer)
     gang = gathered(run.order, head, tokenizer.pad_token_id)
-    learner, identity, shared = _load(run, data, tokenizer, head, gang)
-    loss, checks = run.kind.loss(run.spec), _checks(run, learner)
-    forward, why = forward_pass(learner, run.spec, longest_row(data), shared, run.session.streams, checks, loss)
+    learner, identity = _load(run, data, tokenizer, head, gang)
+    loss, checked = run.kind.loss(run.spec), _checks(run, learner)
+    forward, why = forward_pass(
+        learner, run.spec, longest_row(data), checked=checked, loss=loss, divided=gang is not None
+    )
     if isinstance(forward, LeanPass):
         learner = replace(learner, scorer=forward)
     else:
@@ -173,21 +173,16 @@ def _keep(run: Run, learner: Learner, tokenizer: Any, callbacks: Callbacks) -> N
 
 def _load(
     run: Run, data: PreparedData, tokenizer: Any, head: Head | None, gang: Gang | None
-) -> tuple[Learner, BaseIdentity, SharedBase | None]:
-    """The base model with a fresh adapter, what identifies the base once hashed, and the base of lean passes. Raises
-    TrainingFailed."""
+) -> tuple[Learner, BaseIdentity]:
+    """The base model with a fresh adapter, and what identifies the base once hashed. Raises TrainingFailed."""
     order, spec = run.order, run.spec
     precision = choose_precision(order.device, spec.training.dtype, family := family_of(spec.base_model, spec.revision))
     if said := _about_fp16(spec, precision, family, on_gpu=run.on_gpu):
         run.note("precision", said)
-    shared = None
 
     def load() -> Any:
-        nonlocal shared
         run.phase(f"loads {portable_name(spec.base_model)} for {order.method.value}")
-        base = base_of(order, precision, head)
-        shared = shared_base(base, precision) if gang is None and may_share(spec) else None
-        return add_adapter(base if shared is None else shared.view(), spec, order.method)
+        return add_adapter(base_of(order, precision, head), spec, order.method)
 
     model = load() if gang is None else gang.adapted(load)
     # once all files are here: loading may have fetched them from the hub
@@ -197,7 +192,7 @@ def _load(
     compute_in(model, precision)
     compares = order.init_from is not None and run.kind.from_ancestor
     started = [p.detach().cpu().clone() for p in model.parameters() if p.requires_grad] if compares else None
-    return Learner(model=model, tokenizer=tokenizer, precision=precision, started=started), identity, shared
+    return Learner(model=model, tokenizer=tokenizer, precision=precision, started=started), identity
 
 
 def _begin_from(run: Run, model: Any, data: PreparedData, ancestor: Ancestor) -> None:
@@ -331,10 +326,7 @@ def _checks(run: Run, learner: Learner) -> CheckCache:
     files = sorted(traits_of(spec.base_model, spec.revision))
     how = [order.method.value, learner.precision, spec.training.attn_implementation, order.parallel.value]
     how += [order.device, order.device_name]
-    folder = Path(order.cache_dir) / "tried"
-    return CheckCache(
-        folder=folder, about=[files, *how], once=lambda _, find_out, keeps: Known(find_out(), order.job_id)
-    )
+    return CheckCache(folder=Path(order.cache_dir) / "tried", about=[files, *how])
 
 
 def _course(run: Run, callbacks: Callbacks, arguments: TrainingArguments, wall_seconds: float) -> TrainingCourse:

@@ -123,7 +123,7 @@ def trace_step(config: Any, spec: JobSpec, method: Method, tokens: int, *, lean:
         held = live.now - weights - adapter
         rows = torch.zeros((texts, batch * tokens // texts), dtype=torch.int64)
         count = torch.tensor(1)
-        passing = LeanPass(model, precision, loss=trained_kind(spec).loss(spec)) if lean else None
+        passing = LeanPass(model, precision, loss=trained_kind(spec).loss(spec), fuses=False) if lean else None
         learned = list[torch.Tensor]()
 
         def step() -> None:

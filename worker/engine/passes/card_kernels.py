@@ -27,18 +27,21 @@ def is_on_card(x: Any) -> bool:
     return x.device.type in PLACES
 
 
-def take_over_norms(model: Any) -> None:
-    """The layers in a view of a frozen base that compute exactly what `RowNorm` does."""
+def row_norms(model: Any) -> Iterator[tuple[Any, Callable[[torch.Tensor], torch.Tensor]]]:
+    """The frozen layers of a model that compute exactly what `RowNorm` does, and what may stand in for their
+    forward()."""
     for module in model.modules():
         if _is_row_norm(module):
-            module.forward = functools.partial(_normed, module.weight, module.variance_epsilon)
+            yield module, functools.partial(_normed, module.weight, module.variance_epsilon)
 
 
 def _is_row_norm(module: Any) -> bool:
     weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, torch.Tensor) or weight.dim() != 1 or not isinstance(epsilon, float):
         return False
-    if len(list(module.parameters())) > 1 or len(inspect.signature(module.forward).parameters) != 1:
+    if weight.requires_grad or len(list(module.parameters())) > 1:
+        return False
+    if len(inspect.signature(module.forward).parameters) != 1:
         return False
     draw = torch.Generator().manual_seed(0)
     # tried with other numbers: its own may all be one, and may be on a card

@@ -19,36 +19,32 @@ import torch
 import transformers
 
 from loractl.worker.base import kernels
-from loractl.worker.base.kept.knowledge import Known, Once
 
 KEPT = 256
 """Answers kept: a few for each base on a box, and for each version of its packages."""
 
 
+Checked = Callable[[str, Callable[[], str | None]], str | None]
+"""Answers a question with what is wrong: from memory, or by a check, which None says to be fine."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckCache:
-    """Asks the process first (`once`), then the box, and runs the check if neither knows."""
+    """Runs a check unless it has passed on this box."""
 
     folder: Path
     about: Sequence[object]  # what the base is, and how it was loaded
-    once: Once[str | None]
 
-    def __call__(
-        self, question: str, find_out: Callable[[], str | None], /, *, keeps: Callable[[str | None], bool]
-    ) -> Known[str | None]:
+    def __call__(self, question: str, check: Callable[[], str | None], /) -> str | None:
         """What is wrong; None: nothing, and that is remembered."""
-
-        def ask() -> str | None:
-            file = self.folder / self._name(question)
-            if file.exists():
-                with contextlib.suppress(OSError):  # a full disk
-                    file.touch()  # answers that nobody asks for are removed first
-                return None
-            if (wrong := find_out()) is None:
-                _note(file)
-            return wrong
-
-        return self.once(question, ask, keeps=keeps)
+        file = self.folder / self._name(question)
+        if file.exists():
+            with contextlib.suppress(OSError):  # a full disk
+                file.touch()  # answers that nobody asks for are removed first
+            return None
+        if (wrong := check()) is None:
+            _note(file)
+        return wrong
 
     def _name(self, question: str) -> str:
         stack = [torch.__version__, transformers.__version__, peft.__version__, bitsandbytes.__version__, _attention()]

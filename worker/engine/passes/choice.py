@@ -8,20 +8,17 @@ import torch
 
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.families import ROW_ATTENTION
-from loractl.worker.base.arithmetic import Precision, draws, evaluating
+from loractl.worker.base.arithmetic import evaluating
 from loractl.worker.base.gauge import is_out_of_memory
-from loractl.worker.base.kept.knowledge import Once
 from loractl.worker.base.model import Learner
 from loractl.worker.base.source import first_line
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import UNSMOOTHED, Loss
-from loractl.worker.engine.streams import RandomStreams
 
 from . import wide
+from .check_cache import Checked
 from .lean import LeanPass
 from .padded import PaddedPass
-from .product import CantShare, ExpertsApart
-from .shared import SharedBase, SharedPass
 
 TOLERANCE = 0.01
 """Share of the largest logit that rounding may move; another row in sight, or a scale left out, moves far more."""
@@ -35,54 +32,21 @@ COMPARED = 4
 """Tokens compared at each row's end: logits of a long row would take gigabytes."""
 
 
-def may_share(spec: JobSpec) -> bool:
-    """Whether a job may train on a base that others train on: it changes nothing in the base, and needs no padding."""
-    alone = spec.training.exact or bool(spec.lora.modules_to_save) or spec.lora.init_lora_weights == "loftq"
-    return not alone and _by_options(spec) is None
-
-
-def shared_base(model: Any, precision: Precision) -> SharedBase | None:
-    """A base, as it was loaded, for several trainings; None if its code tells rows apart only by padding, draws random
-    numbers itself, rotates positions by the longest row of a pass, or on a CPU has experts that can't get one
-    training's tokens at a time."""
-    if _by_model(model) is not None or draws(model) or any(map(_stretches, model.modules())):
-        return None
-    if model.device.type == "cpu" and _has_other_experts(model):
-        return None
-    return SharedBase(model, precision)
-
-
-def _has_other_experts(model: Any) -> bool:
-    """Whether weights of several experts are outside the known blocks."""
-    apart = {id(weight) for block in ExpertsApart.blocks(model) for weight in block.parameters()}
-    return any(weight.dim() > 2 and id(weight) not in apart for weight in model.base_model.parameters())
-
-
-def _stretches(module: Any) -> bool:
-    """Whether rotary frequencies depend on the largest position of a pass (transformers' dynamic_rope_update)."""
-    kinds = getattr(module, "rope_type", None)
-    named = list(kinds.values()) if isinstance(kinds, dict) else [kinds]
-    return any(isinstance(kind, str) and ("dynamic" in kind or kind == "longrope") for kind in named)
-
-
 def forward_pass(
     learner: Learner,
     spec: JobSpec,
     longest: int,
-    shared: SharedBase | None = None,
-    streams: RandomStreams | None = None,
-    once: Once[str | None] | None = None,
+    *,
+    checked: Checked | None = None,
     loss: Loss = UNSMOOTHED,
+    divided: bool = False,
 ) -> tuple[LeanPass | PaddedPass, str | None]:
     """The forward pass of a job whose longest row has that many tokens; and, if the job did not ask for it, why it is
-    the padded one, or with `shared` why it passes the base alone. `shared`: the base of which the learner's model is a
-    view. `streams`: from which it draws. `once` finds out what is wrong with rows of the base, unless that is known;
-    None: nothing is known about it."""
+    the padded one. `checked`: knows what was found right before. `divided`: between several cards."""
     training = spec.training
     padded = PaddedPass(
         learner.model,
         learner.tokenizer.pad_token_id,
-        streams,
         compiled=training.torch_compile,
         noise=training.neftune_noise_alpha,
         loss=loss,
@@ -92,28 +56,19 @@ def forward_pass(
     why = _by_options(spec) or _by_model(learner.model.get_base_model())
     if why is not None:
         return padded, why
-    alone = None
-    if shared is not None:
-        try:
-            together = SharedPass(shared, learner.model, streams, once, loss=loss)
-            if (alone := _fault(together, spec, longest, once)) is None:
-                return together, None
-        except CantShare as error:
-            alone = str(error)
-    lean = LeanPass(learner.model, learner.precision, streams, loss=loss)
-    why = _fault(lean, spec, longest, once)
-    return (lean, alone) if why is None else (padded, why)
+    lean = LeanPass(learner.model, learner.precision, loss=loss, fuses=not divided)
+    why = _fault(lean, spec, longest, checked)
+    return (lean, None) if why is None else (padded, why)
 
 
-def _fault(lean: LeanPass, spec: JobSpec, longest: int, once: Once[str | None] | None) -> str | None:
+def _fault(lean: LeanPass, spec: JobSpec, longest: int, checked: Checked | None) -> str | None:
     """The result of `rows_together`, which takes eight passes, computed once for all jobs that adapt the base in the
-    same way: ranks and scales are numbers like the weights, and any will do for the comparison. A fault is not
-    cached."""
-    if once is None:
+    same way: ranks and scales are numbers like the weights, and any will do for the comparison."""
+    if checked is None:
         return rows_together(lean, longest)
     how = spec.lora.model_dump_json(exclude={"r", "lora_alpha", "lora_dropout", "init_from"})
-    question = f"rows behind each other: {type(lean).__name__} {_lengths(lean, longest)} {how}"
-    return once(question, lambda: rows_together(lean, longest), keeps=lambda why: why is None).answer
+    question = f"rows behind each other: {lean.fuses} {_lengths(lean, longest)} {how}"
+    return checked(question, lambda: rows_together(lean, longest))
 
 
 def _by_options(spec: JobSpec) -> str | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,38 +18,29 @@ def widened(logits: torch.Tensor, scratch: Scratch | None) -> torch.Tensor:
 
 
 def summed_losses(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    lengths: Sequence[int],
-    smoothings: Sequence[float],
-    scratch: Scratch | None,
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The summed cross-entropy of each training's tokens, in nats, with smoothed labels (arXiv:1512.00567), and the
-    gradient of all sums with respect to the logits. All tokens are learned; trainings are concatenated, `lengths`
-    tokens each.
+    logits: torch.Tensor, targets: torch.Tensor, smoothing: float, scratch: Scratch | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed cross-entropy of learned tokens, in nats, with smoothed labels (arXiv:1512.00567), and its gradient
+    with respect to the logits.
 
     Shapes: logits and gradient (tokens, words) in fp32, targets (tokens). If the logits are in `scratch`, the gradient
     overwrites them.
     """
     expected, (most, where) = targets[:, None], _largest(logits)
     of_target = logits.gather(-1, expected)[:, 0]
-    parts = [slice(end - length, end) for length, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
-    of_all = [logits[part].mean(-1) if smoothing else None for part, smoothing in zip(parts, smoothings, strict=True)]
+    mean = logits.mean(-1) if smoothing else None
     over = scratch is not None and scratch.holds(logits)
     chances = torch.softmax(logits, -1, out=logits) if over else torch.softmax(logits, -1)
     # the largest logit minus their log-sum-exp
     spread = (chances.amax(-1) if where is None else chances.gather(-1, where)[:, 0]).log()
-    losses, sums = most - of_target - spread, []
-    for part, smoothing, mean in zip(parts, smoothings, of_all, strict=True):
-        own = losses[part]
-        if mean is not None:
-            own = (1 - smoothing) * own + smoothing * (most[part] - mean - spread[part])
-        lessened = torch.full_like(expected[part], smoothing - 1, dtype=chances.dtype)
-        chances[part].scatter_add_(-1, expected[part], lessened)
-        if smoothing:
-            chances[part] -= smoothing / chances.shape[-1]
-        sums.append(own.sum())
-    return sums, chances
+    losses = most - of_target - spread
+    if mean is not None:
+        losses = (1 - smoothing) * losses + smoothing * (most - mean - spread)
+    lessened = torch.full_like(expected, smoothing - 1, dtype=chances.dtype)
+    chances.scatter_add_(-1, expected, lessened)
+    if smoothing:
+        chances -= smoothing / chances.shape[-1]
+    return losses.sum(), chances
 
 
 def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -63,18 +52,11 @@ def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     return most[:, 0], where
 
 
-def scaled(
-    gradient: torch.Tensor, lengths: Sequence[int], scales: Sequence[torch.Tensor], kind: torch.dtype
-) -> torch.Tensor:
-    """The gradient in the logits' own type, each training's times its scale. It consumes the gradient."""
+def scaled(gradient: torch.Tensor, scale: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    """The gradient times its scale, in the logits' own type. It consumes the gradient."""
     if is_on_card(gradient) and kind is not gradient.dtype:
-        narrow = torch.empty_like(gradient, dtype=kind)
-        for part, scale, to in zip(gradient.split(lengths), scales, narrow.split(lengths), strict=True):
-            torch.mul(part, scale, out=to)
-        return narrow
-    for part, scale in zip(gradient.split(lengths), scales, strict=True):
-        part.mul_(scale)
-    return gradient.to(kind)
+        return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=kind))
+    return gradient.mul_(scale).to(kind)
 
 
 class LateGradient(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The lean forward pass: it skips work that does not affect the loss.
+"""The lean forward pass: rows in, loss and gradients out, without work that does not affect the loss.
 
 Rows are concatenated without padding. The head sees only learned tokens, some hundred at a time, and each chunk's
 gradient is taken at once, so that logits of a whole batch never exist. If the loss is not linear in the
@@ -34,12 +34,11 @@ from loractl.worker.engine.loss import (
     MicroBatch,
     TokenLoss,
 )
-from loractl.worker.engine.streams import RandomStreams
 
-from . import wide
 from .attention import RowLayout
 from .card_kernels import Rotary
 from .cross_entropy import LateGradient, scaled, summed_losses, widened
+from .fused import FusedLayers, NotFused
 from .scratch import Scratch
 
 
@@ -67,10 +66,6 @@ class RowsBehindEachOther:
         tensors |= {"targets": expected[places], "row_of": owners[places]}
         return cls(lengths=lengths, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
-    @property
-    def tokens(self) -> int:
-        return self.ids.shape[1]
-
 
 def _lengths(row: TokenRow) -> list[int]:
     """The lengths of a packed row's examples, or of the row itself if it is one."""
@@ -79,8 +74,8 @@ def _lengths(row: TokenRow) -> list[int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadPart:
-    """What one training learns from its hidden states."""
+class HeadLoss:
+    """What is learned from the hidden states before the learned tokens."""
 
     targets: torch.Tensor
     count: int  # the loss's divisor
@@ -89,7 +84,7 @@ class HeadPart:
     backward: Backward
 
     @classmethod
-    def of(cls, laid: RowsBehindEachOther, batch: MicroBatch, loss: TokenLoss, backward: Backward) -> HeadPart:
+    def of(cls, laid: RowsBehindEachOther, batch: MicroBatch, loss: TokenLoss, backward: Backward) -> HeadLoss:
         """Before the rows pass the model: afterwards it would wait for the card."""
         smoothing, bent = 0.0, None
         if isinstance(loss, CrossEntropy):
@@ -98,205 +93,59 @@ class HeadPart:
             bent = functools.partial(loss.share, tokens=LearnedTokens.of(batch.rows, laid.targets.device), batch=batch)
         return cls(targets=laid.targets, count=batch.learned, smoothing=smoothing, bent=bent, backward=backward)
 
-
-class LeanModel:
-    """A causal model that gets concatenated rows, and whose head is applied only to some tokens."""
-
-    def __init__(self, words: Any, precision: Precision) -> None:
-        self.words = words
-        self.device: torch.device = words.device
-        self._precision = precision
-        self._decoder = words.base_model
-        self._layout = RowLayout(words)
-        self._rotary = Rotary(words)
-        self._kind: Any = None  # of the decoder's output
-        self._adapters = [m for m in words.modules() if hasattr(m, "cast_input_dtype_enabled")]
-
-    @property
-    def by_row(self) -> str | None:
-        """Why, on a card, several rows went through attention one by one in the last pass; None: they did not."""
-        return self._layout.by_row
-
-    @property
-    def tells_apart(self) -> bool:
-        """Whether attention told rows apart in the last pass."""
-        return self._layout.tells_apart
-
-    @contextlib.contextmanager
-    def lean(self, lengths: list[int]) -> Iterator[None]:
-        """Rows of these lengths are concatenated, and adapters read their input as it is: under autocast their products
-        cast it, and peft's fp32 copy would be wasted."""
-        for layer in self._adapters:
-            layer.cast_input_dtype_enabled = False
-        try:
-            with self._layout.of(lengths), self._rotary.taken_over():
-                yield
-        finally:
-            for layer in self._adapters:
-                layer.cast_input_dtype_enabled = True
-
-    def decoded(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """The last hidden state of every token."""
-        with self._autocast():
-            seen = self._decoder(input_ids=ids, position_ids=positions, use_cache=False)
-        self._kind = type(seen)
-        hidden: torch.Tensor = seen.last_hidden_state[0]
-        return hidden
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The words' logits in fp32."""
-        return self._own_logits(hidden).float()
-
-    def _own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """By the model's own code, which may scale or cap them, in its compute type."""
-        answer = self._kind(last_hidden_state=hidden[None])
-        with self._autocast(), _answering(self._decoder, answer):
-            nothing = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
-            found: torch.Tensor = self.words(input_ids=nothing).logits.squeeze(0)
-        return found
-
-    def learn_head(
-        self, hidden: torch.Tensor, parts: Sequence[HeadPart], apart: wide.Apart | None = None
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Each training's share of its window's mean loss, and the gradient with respect to all hidden states, chunk by
-        chunk. `apart`: the head's, if a chunk may have several trainings."""
-        totals, gradient = [torch.zeros((), device=self.device) for _ in parts], torch.empty_like(hidden)
-        begin, scratch = 0, _scratch_for(hidden) if apart is None else apart.scratch
-        slopes = dict[int, torch.Tensor]()  # of each token, if a training's loss is not linear
-        ends = itertools.accumulate(len(part.targets) for part in parts)
-        for number, (part, end) in enumerate(zip(parts, ends, strict=True)):
-            if part.bent is not None and len(part.targets):
-                own = hidden.detach()[end - len(part.targets) : end]
-                logp = self._log_probabilities(own, part.targets, apart, scratch).requires_grad_()
-                share = part.bent(logp)
-                part.backward(share)
-                assert logp.grad is not None
-                totals[number], slopes[number] = share.detach(), logp.grad
-        for chunk in _chunks([len(part.targets) for part in parts], joined=apart is not None):
-            owners = [parts[number] for number, _ in chunk]
-            targets = [part.targets[tokens] for part, (_, tokens) in zip(owners, chunk, strict=True)]
-            lengths = [len(one) for one in targets]
-            place = slice(begin, begin := begin + sum(lengths))
-            piece = hidden.detach()[place].requires_grad_()
-            logits = self._apart_logits(piece, lengths, apart)
-            kind, slope = logits.dtype, list[torch.Tensor]()
-            start = LateGradient.apply(logits, slope)
-            logits = widened(logits.detach(), scratch)  # the 16-bit logits are freed
-            smoothings = [owner.smoothing for owner in owners]
-            sums, whole = summed_losses(logits, torch.cat(targets), lengths, smoothings, scratch)
-            del logits  # frees memory for the backward pass
-            shares = [one / owner.count for one, owner in zip(sums, owners, strict=True)]
-            scales = [
-                -slopes[number][tokens, None] if number in slopes else _scale(share, owner)
-                for (number, tokens), share, owner in zip(chunk, shares, owners, strict=True)
-            ]
-            slope.append(scaled(whole, lengths, scales, kind))
-            del whole
-            torch.autograd.backward(start, start.detach())
-            gradient[place] = piece.grad
-            for (number, _), share in zip(chunk, shares, strict=True):
-                if number not in slopes:
-                    totals[number] += share
-        return totals, gradient
-
-    def _log_probabilities(
-        self, hidden: torch.Tensor, targets: torch.Tensor, apart: wide.Apart | None, scratch: Scratch | None
-    ) -> torch.Tensor:
-        """One training's log-probabilities, in fp32, chunk by chunk and without a graph."""
-        found = []
-        with torch.no_grad(), random_streams_kept():  # dropout in the head, if any, is repeated
-            for piece, expected in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
-                logits = widened(self._apart_logits(piece, [len(piece)], apart), scratch)
-                found.append(F.cross_entropy(logits, expected, reduction="none").neg_())
-                del logits  # before the next chunk's
-        return torch.cat(found)
-
-    def _apart_logits(self, hidden: torch.Tensor, lengths: list[int], apart: wide.Apart | None) -> torch.Tensor:
-        """The head's logits. `lengths`: how many tokens belong to each training."""
-        if apart is not None:
-            apart.lengths = lengths
-        logits = self._own_logits(hidden)
-        if apart is not None and not apart.scratch.holds(logits):
-            apart.scratch.leave()  # scaled or capped logits are elsewhere; their softmax takes as much again
-        return logits
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        amp = self._precision.amp
-        return contextlib.nullcontext() if amp is None else torch.autocast(self.device.type, dtype=AMP[amp])
-
-
-def _chunks(counts: Sequence[int], *, joined: bool) -> Iterator[list[tuple[int, slice]]]:
-    """Trainings' tokens in chunks, in order: the training's number, and its tokens. With `joined`, small chunks of
-    several trainings become one; each training's own chunks are cut as if it were alone."""
-    chunk: list[tuple[int, slice]] = []
-    room = 0
-    for number, count in enumerate(counts):
-        for at in range(0, count, HEAD_CHUNK):
-            tokens = slice(at, min(at + HEAD_CHUNK, count))
-            size = tokens.stop - at
-            if chunk and (size > room or not joined):
-                yield chunk
-                chunk = []
-            room = (room if chunk else HEAD_CHUNK) - size
-            chunk.append((number, tokens))
-    if chunk:
-        yield chunk
-
-
-def _scratch_for(hidden: torch.Tensor) -> Scratch | None:
-    """Memory for the logits of these hidden states. A card keeps memory that it has freed, and a trace, whose tensors
-    are another type, counts what a card takes."""
-    return Scratch() if hidden.device.type == "cpu" and type(hidden) is torch.Tensor else None
-
-
-def _scale(loss: torch.Tensor, owner: HeadPart) -> torch.Tensor:
-    """The factor of its sum's gradient: a training scales its loss itself."""
-    owner.backward(proxy := loss.detach().requires_grad_())
-    assert proxy.grad is not None
-    return proxy.grad / owner.count
+    def scale(self, share: torch.Tensor) -> torch.Tensor:
+        """The factor of the gradient of a summed cross-entropy, whose share of the loss is known: the training itself
+        scales its loss."""
+        self.backward(proxy := share.detach().requires_grad_())
+        assert proxy.grad is not None
+        return proxy.grad / self.count
 
 
 class LeanPass:
-    """Losses of an adapted model without wasted work."""
+    """Losses and gradients of an adapted model without wasted work."""
 
-    def __init__(
-        self,
-        model: Any,
-        precision: Precision,
-        streams: RandomStreams | None = None,
-        *,
-        loss: Loss = UNSMOOTHED,
-    ) -> None:
-        """`streams`: from which the training draws; None: it has the process's own to itself."""
+    def __init__(self, model: Any, precision: Precision, *, loss: Loss = UNSMOOTHED, fuses: bool = True) -> None:
+        """`fuses`: whether products may be computed in the engine's own way; not where cards divide a base."""
+        assert not isinstance(loss, LabelLoss), "a classifier's rows are padded"
         self.model = model
         self.device: torch.device = model.device
-        assert not isinstance(loss, LabelLoss), "a classifier's rows are padded"
         self.loss: TokenLoss = loss
-        self.streams = streams or RandomStreams(self.device)
-        self._lean = LeanModel(model.get_base_model(), precision)
+        self._precision = precision
+        self._words = model.get_base_model()
+        self._decoder = self._words.base_model
+        self._layout = RowLayout(self._words)
+        self._rotary = Rotary(self._words)
+        self._kind: Any = None  # of the decoder's output
+        self._adapters = [m for m in self._words.modules() if hasattr(m, "cast_input_dtype_enabled")]
+        self._fused: FusedLayers | None = None
+        if fuses:
+            with contextlib.suppress(NotFused):
+                self._fused = FusedLayers(model, precision)
 
     def recompute_blocks(self, every: int = 1) -> None:
         """Hold the activations of each block (1), or of every second one (2), only in the backward pass."""
         self.model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=every)
 
     def learn(self, batch: MicroBatch, backward: Backward) -> torch.Tensor:
-        """Leave a micro-batch's gradients. Returns its share of the window's mean loss, in nats, without a graph."""
+        """Leave a micro-batch's gradients, added to existing ones. Returns its share of the window's mean loss, in
+        nats, without a graph. After an error no random stream has moved, but parts of gradients may be left."""
         return self.learn_rows(RowsBehindEachOther.of(batch.rows, self.device), batch, backward)
 
     def learn_rows(self, laid: RowsBehindEachOther, batch: MicroBatch, backward: Backward) -> torch.Tensor:
         """`learn` for rows that are already laid out."""
-        part = HeadPart.of(laid, batch, self.loss, backward)
-        with self._lean.lean(laid.lengths):
+        if not len(laid.places):
+            return torch.zeros((), device=self.device)
+        head = HeadLoss.of(laid, batch, self.loss, backward)
+        with _streams_rewound(self.device), self._passing(laid, fused=self._fused):
             learned = self._decoded(laid)[laid.places]
-            (total,), gradient = self._lean.learn_head(learned, [part])
-            if len(laid.places):
-                torch.autograd.backward(learned, gradient)
-        return total
+            loss, gradient = self._learn_head(learned, head)
+            torch.autograd.backward(learned, gradient)
+        return loss
 
     def pass_through(self, row: TokenRow, *, learns: bool = False) -> None:
         """A pass that leaves nothing, or gradients of zero: for a rank without rows while others have some."""
         laid = RowsBehindEachOther.of([row], self.device)
-        with self._lean.lean(laid.lengths):
+        with self._passing(laid, fused=self._fused if learns else None):
             hidden = self._decoded(laid)
             if learns:
                 hidden.backward(torch.zeros_like(hidden))
@@ -310,47 +159,152 @@ class LeanPass:
         return sum(float(some.double().sum()) for some in losses)
 
     def scores(self, rows: Sequence[TokenRow]) -> list[ScoredTokens]:
-        """Every learned token of some rows, for a model in eval mode."""
+        """Every learned token of some rows, for a model in eval mode, whose products are the model's and peft's own."""
         found = []
         laid = RowsBehindEachOther.of(rows, self.device)
-        with torch.no_grad(), self._lean.lean(laid.lengths):
+        with torch.no_grad(), self._passing(laid):
             learned = self._decoded(laid)[laid.places]
             for at in range(0, len(laid.places), HEAD_CHUNK):
                 part = slice(at, at + HEAD_CHUNK)
-                targets, logits = laid.targets[part], self._lean.logits(learned[part])
+                targets, logits = laid.targets[part], self._logits(learned[part]).float()
                 losses = F.cross_entropy(logits, targets, reduction="none")
                 right = logits.argmax(-1) == targets
                 found.append(ScoredTokens(rows=laid.row_of[part], targets=targets, losses=losses, right=right))
         return found
 
     def last_logits(self, rows: Sequence[TokenRow], count: int) -> list[torch.Tensor]:
-        """The logits of each row's last tokens, in fp32, for a model in eval mode."""
+        """The logits of each row's last tokens, in fp32, as the rows are learned but for a model in eval mode."""
         laid = RowsBehindEachOther.of(rows, self.device)
-        with torch.no_grad(), self._lean.lean(laid.lengths):
+        with torch.no_grad(), self._passing(laid, fused=self._fused):
             whole = self._decoded(laid).split([len(row.input_ids) for row in rows])
-            return [self._lean.logits(hidden[-count:]) for hidden in whole]
+            return [self._logits(hidden[-count:]).float() for hidden in whole]
 
     def last_logits_alone(self, row: TokenRow, count: int) -> torch.Tensor:
-        """The same for one row, by the model's own attention."""
+        """The same for one row, by the model's own attention and products."""
         with torch.no_grad():
-            return self._lean.logits(self._decoded(RowsBehindEachOther.of([row], self.device))[-count:])
+            return self._logits(self._decoded(RowsBehindEachOther.of([row], self.device))[-count:]).float()
+
+    @property
+    def fuses(self) -> bool:
+        """Whether products are computed in the engine's own way."""
+        return self._fused is not None
 
     @property
     def by_row(self) -> str | None:
         """Why, on a card, several rows went through attention one by one in the last pass; None: they did not."""
-        return self._lean.by_row
+        return self._layout.by_row
 
     @property
     def tells_apart(self) -> bool:
         """Whether attention told rows apart in the last pass."""
-        return self._lean.tells_apart
+        return self._layout.tells_apart
 
     def tokens(self, rows: Sequence[TokenRow]) -> int:
         """Tokens that pass the model."""
         return sum(len(row.input_ids) for row in rows)
 
-    def _decoded(self, rows: RowsBehindEachOther) -> torch.Tensor:
-        return self._lean.decoded(rows.ids, rows.positions)
+    @contextlib.contextmanager
+    def _passing(self, laid: RowsBehindEachOther, *, fused: FusedLayers | None = None) -> Iterator[None]:
+        """Until the backward pass is over: rows are concatenated, and adapters read their input as it is. Under
+        autocast their products cast it, and peft's fp32 copy would be wasted."""
+        for layer in self._adapters:
+            layer.cast_input_dtype_enabled = False
+        layers = contextlib.nullcontext() if fused is None else fused.taken_over()
+        try:
+            with self._layout.of(laid.lengths), self._rotary.taken_over(), layers:
+                yield
+        finally:
+            for layer in self._adapters:
+                layer.cast_input_dtype_enabled = True
+
+    def _decoded(self, laid: RowsBehindEachOther) -> torch.Tensor:
+        """The last hidden state of every token."""
+        with self._autocast():
+            seen = self._decoder(input_ids=laid.ids, position_ids=laid.positions, use_cache=False)
+        self._kind = type(seen)
+        hidden: torch.Tensor = seen.last_hidden_state[0]
+        return hidden
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """By the model's own code, which may scale or cap them, in its compute type."""
+        answer = self._kind(last_hidden_state=hidden[None])
+        with self._autocast(), _answering(self._decoder, answer):
+            nothing = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+            found: torch.Tensor = self._words(input_ids=nothing).logits.squeeze(0)
+        return found
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        amp = self._precision.amp
+        return contextlib.nullcontext() if amp is None else torch.autocast(self.device.type, dtype=AMP[amp])
+
+    def _learn_head(self, hidden: torch.Tensor, head: HeadLoss) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss, and the gradient with respect to the hidden states, chunk by chunk."""
+        with contextlib.nullcontext() if self._fused is None else self._fused.head_scratch() as own:
+            scratch = own or _scratch_for(hidden)
+            slopes = None  # of each token, if the loss is not linear
+            loss = torch.zeros((), device=self.device)
+            if head.bent is not None:
+                logp = self._log_probabilities(hidden.detach(), head.targets, own, scratch).requires_grad_()
+                share = head.bent(logp)
+                head.backward(share)
+                assert logp.grad is not None
+                loss, slopes = share.detach(), logp.grad
+            gradient = torch.empty_like(hidden)
+            for at in range(0, len(hidden), HEAD_CHUNK):
+                part = slice(at, at + HEAD_CHUNK)
+                piece = hidden.detach()[part].requires_grad_()
+                logits = self._scratch_logits(piece, own)
+                kind, slope = logits.dtype, list[torch.Tensor]()
+                start = LateGradient.apply(logits, slope)
+                logits = widened(logits.detach(), scratch)  # the 16-bit logits are freed
+                summed, whole = summed_losses(logits, head.targets[part], head.smoothing, scratch)
+                del logits  # frees memory for the backward pass
+                share = summed / head.count
+                scale = head.scale(share) if slopes is None else -slopes[part, None]
+                slope.append(scaled(whole, scale, kind))
+                del whole
+                torch.autograd.backward(start, start.detach())
+                gradient[part] = piece.grad
+                if slopes is None:
+                    loss += share
+        return loss, gradient
+
+    def _log_probabilities(
+        self, hidden: torch.Tensor, targets: torch.Tensor, own: Scratch | None, scratch: Scratch | None
+    ) -> torch.Tensor:
+        """In fp32, chunk by chunk and without a graph."""
+        found = []
+        with torch.no_grad(), random_streams_kept():  # dropout in the head, if any, is repeated
+            for piece, expected in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+                logits = widened(self._scratch_logits(piece, own), scratch)
+                found.append(F.cross_entropy(logits, expected, reduction="none").neg_())
+                del logits  # before the next chunk's
+        return torch.cat(found)
+
+    def _scratch_logits(self, hidden: torch.Tensor, own: Scratch | None) -> torch.Tensor:
+        """The head's logits. `own`: where the head leaves them."""
+        logits = self._logits(hidden)
+        if own is not None and not own.holds(logits):
+            own.leave()  # scaled or capped logits are elsewhere; their softmax takes as much again
+        return logits
+
+
+def _scratch_for(hidden: torch.Tensor) -> Scratch | None:
+    """Memory for the logits of these hidden states. A card keeps memory that it has freed, and a trace, whose tensors
+    are another type, counts what a card takes."""
+    return Scratch() if hidden.device.type == "cpu" and type(hidden) is torch.Tensor else None
+
+
+@contextlib.contextmanager
+def _streams_rewound(device: torch.device) -> Iterator[None]:
+    """What an error interrupts has drawn nothing."""
+    on_card = device.type == "cuda"
+    before = torch.cuda.get_rng_state(device) if on_card else torch.get_rng_state()
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_rng_state(before, device) if on_card else torch.set_rng_state(before)
+        raise
 
 
 @contextlib.contextmanager

@@ -25,7 +25,6 @@ from loractl.worker.engine.loss import (
     MicroBatch,
     accepts_window,
 )
-from loractl.worker.engine.streams import RandomStreams
 
 from .attention import BY_POSITION
 
@@ -37,17 +36,14 @@ class PaddedPass:
         self,
         model: Any,
         pad: int,
-        streams: RandomStreams | None = None,
         *,
         compiled: bool = False,
         noise: float | None = None,
         loss: Loss = UNSMOOTHED,
     ) -> None:
-        """`streams`: from which the training draws; None: it has the process's own to itself. `noise`: NEFTune's
-        alpha."""
+        """`noise`: NEFTune's alpha."""
         self.model = model
         self.device: torch.device = model.device
-        self.streams = streams or RandomStreams(self.device)
         self._pad = pad
         self.loss = loss
         self._noise = noise

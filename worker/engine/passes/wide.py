@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,43 +65,26 @@ def as_it_is(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False) if widens(x) else contextlib.nullcontext()
 
 
-class Apart:
-    """Tokens of several trainings, each multiplied separately: a library's rounding may depend on their number. The
-    outputs share one memory, each overwriting the last."""
-
-    def __init__(self) -> None:
-        self.lengths: Sequence[int] = ()
-        self.scratch = Scratch()
-
-
 def product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    lengths: Sequence[int],
-    scratch: Scratch | None = None,
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, scratch: Scratch | None = None
 ) -> torch.Tensor:
     """x W^T + bias in fp32, of shape (tokens, outputs); `x` is in fp32, `weight` (outputs, inputs) in 16 bit.
-    `lengths`: rows multiplied at a time. `scratch`: has room for the output."""
+    `scratch`: has room for the output."""
     shape = len(x), len(weight)
     answer = x.new_empty(shape) if scratch is None else scratch.take(*shape)
-    parts = list(zip(x.split(lengths), answer.split(lengths), strict=True))
     for rows, wide in _slabs(weight):
-        for own, to in parts:
-            torch.mm(own, wide.T, out=to[:, rows])
+        torch.mm(x, wide.T, out=answer[:, rows])
     return answer if bias is None else answer.add_(bias)
 
 
-def input_gradient(given: torch.Tensor, weight: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """given W in fp32, of shape (tokens, inputs); `given` is in fp32. `lengths`: rows multiplied at a time."""
+def input_gradient(given: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """given W in fp32, of shape (tokens, inputs); `given` is in fp32."""
     back = given.new_empty(len(given), weight.shape[1])
-    parts = list(zip(given.split(lengths), back.split(lengths), strict=True))
     for rows, wide in _slabs(weight):
-        for own, to in parts:
-            if rows.start == 0:
-                torch.mm(own[:, rows], wide, out=to)
-            else:
-                to.addmm_(own[:, rows], wide)
+        if rows.start == 0:
+            torch.mm(given[:, rows], wide, out=back)
+        else:
+            back.addmm_(given[:, rows], wide)
     return back
 
 

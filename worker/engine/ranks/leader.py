@@ -40,7 +40,7 @@ class DividedPass:
     ) -> None:
         """`scales`: whether losses are scaled for float16. `noise`: NEFTune's alpha."""
         self.own, self.link, self._shards = own, link, shards
-        self.model, self.device, self.streams, self.loss = own.model, own.device, own.streams, own.loss
+        self.model, self.device, self.loss = own.model, own.device, own.loss
         self.ranks = link.size
         self._scales = scales
         link.order("pass", lean=isinstance(own, LeanPass), noise=noise)
