@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO
 
 from loractl.worker.clock import SYSTEM, NodeClock
 
@@ -30,12 +30,6 @@ END_LINES = 40
 
 LEFT_OUT = "[lines are left out here]\n"
 IS_LONG = f"[over {DATABASE_LIMIT // MIB} MiB of log: the last lines follow; all of it is stored with the result]\n"
-
-
-class Sink(Protocol):
-    """Where lines go: a LogBook, or the queue that the supervisor reads."""
-
-    def put(self, item: Any) -> None: ...
 
 
 class LogBook:
@@ -97,15 +91,15 @@ class LogBook:
 
 
 class LogFile:
-    """A job's lines go into its file, up to `limit` characters in all, and are passed on."""
+    """A job's lines go into its file, up to `limit` characters in all, and into its book."""
 
-    def __init__(self, file: IO[str], told: Sink, limit: int = FILE_LIMIT) -> None:
-        self._file, self._told, self._limit = file, told, limit
+    def __init__(self, file: IO[str], book: LogBook, limit: int = FILE_LIMIT) -> None:
+        self._file, self._book, self._limit = file, book, limit
         self._room, self._whole = limit - file.tell(), True
 
     def put(self, line: str) -> None:
-        """With a full disk or file it is passed on anyway."""
-        self._told.put(line)
+        """With a full disk or file it goes into the book alone."""
+        self._book.put(line)
         if not self._whole:
             return
         try:
@@ -117,7 +111,7 @@ class LogFile:
             self._room -= len(line)
         except OSError as error:
             self._whole = False
-            self._told.put(f"[the log file ends here: {error.strerror}]\n")
+            self._book.put(f"[the log file ends here: {error.strerror}]\n")
 
 
 @contextlib.contextmanager

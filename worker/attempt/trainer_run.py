@@ -133,7 +133,7 @@ def _lighter(attempt: SupervisedAttempt, start: Start) -> Start | None:
     heard, cards = attempt.heard, max(1, len(start.ranks))
     if attempt.own.forced is not None or attempt.own.lease_lost:
         return None
-    if heard.again is not None:
+    if heard.again is not None and heard.ended is None:
         lighter, text = heard.again.adjustment, heard.again.change
     elif (found := _next_adjustment(attempt, start)) is not None:
         where = f"at step {heard.step}"

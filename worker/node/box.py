@@ -227,7 +227,7 @@ class Box:
         return names if self._settings.host in drains else [name for name in names if name in drains]
 
     def _tell_of_the_rest(self) -> None:
-        """Print the last line: the jobs that are left because they don't fit this box."""
+        """Print the last line, with the jobs that are left because they don't fit this box."""
         from loractl.common.job.status import Status
         from loractl.common.store.database import REFUSALS
 
@@ -241,8 +241,9 @@ class Box:
             who = f"{_numbers(others)} {'waits' if one else 'wait'} for another box{closed}{longer}"
             told = [who] if others else []
             told += [f"{_numbers(held)} {'is' if len(held) == 1 else 'are'} held"] if held else []
-            if told:
-                click.echo(f"No job that fits this box is left: {', '.join(told)}.", err=True)
+            click.echo(
+                f"No job that fits this box is left: {', '.join(told)}." if told else "No job is left.", err=True
+            )
 
     def _serves_nothing(self) -> bool:
         """Whether every device's node was refused at its last start, for example because another box has its name."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import queue
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.worker.attempt.log import CHUNK, FILE_LIMIT, IS_LONG, LEFT_OUT, LogBook, LogFile, Sink, opened
+from loractl.worker.attempt.log import CHUNK, FILE_LIMIT, IS_LONG, LEFT_OUT, LogBook, LogFile, opened
 
 
 def test_a_short_log_is_handed_on_whole_and_once() -> None:
@@ -83,9 +82,9 @@ def test_a_log_never_exceeds_its_limit(steps: list[tuple[str, bool, bool]], room
     assert written <= CHUNK + room + len(IS_LONG) + len(LEFT_OUT) + 1
 
 
-def read_log(pipe: IO[str], file: IO[str], told: Sink, limit: int = FILE_LIMIT) -> None:
+def read_log(pipe: IO[str], file: IO[str], book: LogBook, limit: int = FILE_LIMIT) -> None:
     """All that the pipe has, a piece at a time, as a trainer's supervisor does."""
-    log = LogFile(file, told, limit)
+    log = LogFile(file, book, limit)
     while line := pipe.readline(CHUNK):
         log.put(line)
 
@@ -113,16 +112,16 @@ def test_the_log_goes_on_where_a_full_disk_ends_its_file() -> None:
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")
 
-    told: queue.SimpleQueue[str] = queue.SimpleQueue()
-    read_log(io.StringIO("a\nb\n"), Full(), told)
-    assert [told.get() for _ in range(3)] == ["a\n", "[the log file ends here: No space left on device]\n", "b\n"]
+    book = LogBook()
+    read_log(io.StringIO("a\nb\n"), Full(), book)
+    assert book.end() == ["a\n", "[the log file ends here: No space left on device]\n", "b\n"]
 
 
 def test_closing_a_log_file_on_a_full_disk_fails_nothing() -> None:
-    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    book = LogBook()
     with opened(Path("/dev/full")) as file:
-        read_log(io.StringIO("a\n"), file, told)
-    assert told.get() == "a\n"
+        read_log(io.StringIO("a\n"), file, book)
+    assert book.end()[0] == "a\n"
 
 
 @pytest.mark.parametrize("limit", [0, 3])
