@@ -57,8 +57,6 @@ class TaskKind:
     """peft's word for what its adapter is added to."""
     padded: str | None = None
     """Why its rows need padding; None: they need none."""
-    alone: str | None = None
-    """Why its base can't be shared with other jobs; None: it can."""
     writes = True
     """Whether its adapter continues a text, so that `generate`, `chat` and `serve` can ask it."""
     base_draws = True
@@ -130,7 +128,6 @@ class Classes(TaskKind):
     task = TaskType.SEQ_CLS
     peft = "SEQ_CLS"
     padded = "a classifier's head looks for a row's last token before the padding"
-    alone = "a classifier changes its base's head"
     writes = False
     loss_of = "row"
 

@@ -43,7 +43,7 @@ def test_one_job_trains_with_qlora_on_the_small_card_while_another_does_with_lor
     try:
         while len(store.cards.nodes()) < 2:
             time.sleep(0.1)
-        cli("submit", *jobs, "--set", "resources.exclusive=true")  # else jobs of such short rows stay open to others
+        cli("submit", *jobs)
         for number in (1, 2):
             until_job(cli, number, lambda job: job.status is Status.SUCCEEDED, seconds=180)
     finally:

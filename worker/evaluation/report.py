@@ -92,7 +92,6 @@ class TrainingCourse:
     eval_batch: int
     gradient_checkpointing: Checkpointing
     threads: int
-    companions: tuple[int, ...] = ()  # jobs that trained in the same process at the same time
 
 
 SCHEMA = 1
@@ -238,7 +237,6 @@ def _training(order: Start, course: TrainingCourse, precision: str) -> dict[str,
         "precision": precision,
         "device": order.device,
         "threads": course.threads,
-        "companions": list(course.companions),
         "cards": max(1, len(order.ranks)),
         "parallel": order.parallel.value,
         "losses": list(course.losses),

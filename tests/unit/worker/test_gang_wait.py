@@ -42,7 +42,7 @@ def test_a_job_for_two_cards_says_what_it_waits_for_and_is_not_passed_for_ever(h
                 small.append(held.submit(name="small", user=f"user{len(small) % 3}"))
             held.clock.sleep(0.2)
 
-    busy = held.submit("--set=resources.exclusive=true", name="busy", steps=15000, user="bob")
+    busy = held.submit(name="busy", steps=15000, user="bob")
     held.until(busy, lambda job: job.eta_seconds)
     large = held.submit(*LARGE, name="large", steps=100)
     assert 39 * GIB < (held.store.jobs.get(large).vram_lora or 0) < 41 * GIB
