@@ -417,7 +417,13 @@ def make_cli(home: Path, request: pytest.FixtureRequest) -> Callable[..., Cli]:
     start = {} if cold else request.getfixturevalue("warm_start")
 
     def make(**more: str) -> Cli:
-        base = {"LORACTL_HOME": str(home), "LORACTL_USER": "tester", "HF_HUB_OFFLINE": "1", "LORACTL_DEVICES": "cpu"}
+        base = {
+            "LORACTL_HOME": str(home),
+            "LORACTL_USER": "tester",
+            "HF_HUB_OFFLINE": "1",
+            "LORACTL_DEVICES": "cpu",
+            "LORACTL_FORK_SERVER": "0",
+        }
         return Cli({**_inherited(), **base, **start, **more})
 
     return make

@@ -252,7 +252,7 @@ class HeldLab:
         """A box: a node for each device, by default those that LORACTL_DEVICES names."""
         places = self.places(does, options, devices, **environment)
         for place in places:
-            node = DeviceNode(place, replace(options or NodeOptions(), devices=len(places), spare=False))
+            node = DeviceNode(place, replace(options or NodeOptions(), devices=len(places), fork_server=False))
             node.take_over()
             node.begin()
             self._nodes.append((place, node))

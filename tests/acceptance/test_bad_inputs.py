@@ -297,7 +297,7 @@ def test_a_card_without_a_unit_and_a_worker_that_is_refused_are_failures(make_cl
     _answered(make_cli(LORACTL_DEVICES="sim:8")("worker", code=None), "it has no unit; write 8GiB", 2)
     for variables, says in (
         ({"LORACTL_DEVICES": "sim:0GiB"}, "LORACTL_DEVICES: a card of 0GiB holds nothing"),
-        ({"LORACTL_SPARE": "2"}, "'2' is neither 1 nor 0"),
+        ({"LORACTL_FORK_SERVER": "2"}, "'2' is neither 1 nor 0"),
     ):
         _answered(make_cli(**variables)("worker", code=None), says, 2)
 

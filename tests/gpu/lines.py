@@ -23,7 +23,7 @@ class WorkerLines:
         command = [str(Path(sys.executable).with_name("loractl")), "worker", *options]
         self._deadline = time.monotonic() + patience_s
         self._said: queue.SimpleQueue[tuple[float, str]] = queue.SimpleQueue()
-        self._spares = threading.Semaphore(0)  # that are ready
+        self._can_fork = threading.Event()
         self._process = subprocess.Popen(
             command, env=dict(environment), stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -41,9 +41,9 @@ class WorkerLines:
         except subprocess.TimeoutExpired:
             self._process.kill()
 
-    def wait_for_spare(self) -> None:
-        if not self._spares.acquire(timeout=self._left()):
-            raise TimeoutError("no spare trainer came")
+    def wait_for_fork_server(self) -> None:
+        if not self._can_fork.wait(timeout=self._left()):
+            raise TimeoutError("no fork server came")
 
     def first_step(self) -> float:
         """Seconds from the next claim of a job to its first step, once the job has succeeded."""
@@ -71,5 +71,5 @@ class WorkerLines:
         assert self._process.stderr
         for line in self._process.stderr:
             self._said.put((time.perf_counter(), line))
-            if "a spare trainer is ready" in line:
-                self._spares.release()
+            if "the fork server is ready" in line:
+                self._can_fork.set()

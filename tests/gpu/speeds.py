@@ -159,16 +159,16 @@ def rows_figure(found: dict[str, Any], *, on_card: bool) -> Figure:
 
 
 def at_8b(rig: Rig) -> Iterator[Figure]:
-    """From the claim to the first step, cold and with a spare trainer; memory in lean and exact mode."""
+    """From the claim to the first step, in a new process and in a fork; memory in lean and exact mode."""
     home, numbers = rig.at_home("wide"), itertools.count(1)
     try:
         for method in METHODS if rig.long else ("qlora",):
             lean, exact = (
                 rig.job_file(f"wide-{method}-{e}", WIDE, method, max_steps=4, exact=e) for e in (False, True)
             )
-            yield from _one_after_another(home, ("--no-spare",), {f"{method}, cold": lean}, numbers)
-            spared = {f"{method}, with a spare trainer": lean, f"{method}, exact": exact}
-            yield from _one_after_another(home, ("--spare",), spared, numbers)
+            yield from _one_after_another(home, ("--no-fork-server",), {f"{method}, new process": lean}, numbers)
+            forked = {f"{method}, fork": lean, f"{method}, exact": exact}
+            yield from _one_after_another(home, ("--fork-server",), forked, numbers)
     finally:
         home.leave()
 
@@ -177,8 +177,8 @@ def _one_after_another(
     rig: Rig, options: tuple[str, ...], jobs: dict[str, Path], numbers: Iterator[int]
 ) -> Iterator[Figure]:
     with WorkerLines(rig.cli.environment, *options, patience_s=rig.seconds) as worker:
-        if "--spare" in options:
-            worker.wait_for_spare()
+        if "--fork-server" in options:
+            worker.wait_for_fork_server()
         for name, job in jobs.items():
             rig.cli("submit", job, timeout=rig.seconds)
             yield Figure(what=f"{name}: claim to first step", value=f"{worker.first_step():.1f} s")

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import IO
+from typing import IO, Protocol
 
 from loractl.worker.device.occupancy import end_leftovers
 from loractl.worker.protocol.messages import Order, Told, encode, told_in
@@ -19,10 +19,33 @@ from .log import CHUNK, LogBook, LogFile
 log = logging.getLogger("loractl.worker")
 
 
+class ChildProcess(Protocol):
+    """A trainer's process: a subprocess.Popen, or a fork of the node's fork server."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def returncode(self) -> int | None: ...
+    @property
+    def stdin(self) -> IO[str] | None: ...
+    @property
+    def stdout(self) -> IO[str] | None: ...
+    @property
+    def stderr(self) -> IO[str] | None: ...
+
+    def poll(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Raises subprocess.TimeoutExpired."""
+        ...
+
+
 class TrainerProcess:
     """The process that trains one attempt. Its supervisor's thread uses it; two threads read its pipes."""
 
-    def __init__(self, process: subprocess.Popen[str], job_id: int, run: str, file: IO[str], book: LogBook) -> None:
+    def __init__(self, process: ChildProcess, job_id: int, run: str, file: IO[str], book: LogBook) -> None:
         """`run`: the attempt's mark. `file`, `book`: for its log, which is its standard error."""
         self._process, self._job_id, self._run = process, job_id, run
         self._log = LogFile(file, book)
@@ -86,7 +109,7 @@ def send(pipe: IO[str], message: Order) -> None:
         log.warning("the trainer had ended before it could be told %s", message.type)
 
 
-def kill(trainer: subprocess.Popen[str]) -> None:
+def kill(trainer: ChildProcess) -> None:
     """End the trainer and all that it started: close its stdin first, then kill its whole session.
 
     A process that waits in the kernel (state D: a lost card, a hard NFS mount) outlives SIGKILL. It is left alone, with

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from .checkpoint_upload import CheckpointUpload
 from .log import LOG_FILE, opened
 from .order import environment
 from .stops import ask_to_stop, beat, must_be_killed, wanted_stop
-from .trainer_process import TrainerProcess
+from .trainer_process import ChildProcess, TrainerProcess
 from .workplace import STOP_SHARE, Workplace
 
 log = logging.getLogger("loractl.worker")
@@ -91,12 +90,14 @@ def _run(place: Workplace, attempt: SupervisedAttempt, start: Start, upload: Che
         attempt.heard.ended = _unexpected_end(attempt, start, trainer.returncode, kernel_kills_since(kills))
 
 
-def _launch(place: Workplace, attempt: SupervisedAttempt, start: Start) -> subprocess.Popen[str]:
-    """The spare trainer, or a new one."""
+def _launch(place: Workplace, attempt: SupervisedAttempt, start: Start) -> ChildProcess:
+    """A fork of a process that has done the imports, or a new process."""
     own = environment(place, attempt.claim)
     attempt.say(Stage.PREPARING, f"starts the trainer on {place.node}")
-    spare = None if place.spares is None or start.ranks else place.spares.take(own)  # a leading rank starts others
-    return spare or place.launch(place.settings.trainer, own)
+    forked = None
+    if place.forks is not None and not start.ranks:  # a leading rank starts others
+        forked = place.forks.fork(own, lambda why: attempt.say(Stage.PREPARING, why))
+    return forked or place.launch(place.settings.trainer, own)
 
 
 def _watch(place: Workplace, attempt: SupervisedAttempt, trainer: TrainerProcess, upload: CheckpointUpload) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.device.devices import Device
 
 from .storage.client import StoreClient
-from .trainer_process import launch
+from .trainer_process import ChildProcess, launch
 
 Wish = Literal["checkpoint", "now"]
 
@@ -87,7 +86,7 @@ BEATS_A_LEASE = 6
 """The least number of beats in a lease: one or two may be late."""
 
 
-class SpareSource(Protocol):
+class TrainerForks(Protocol):
     """A source of trainers that have finished their imports."""
 
     @property
@@ -95,8 +94,8 @@ class SpareSource(Protocol):
         """Marks of processes that are no attempt's and no stray."""
         ...
 
-    def take(self, environment: Mapping[str, str]) -> subprocess.Popen[str] | None:
-        """A trainer with this environment that waits for its order; None: start one."""
+    def fork(self, environment: Mapping[str, str], say: Callable[[str], None]) -> ChildProcess | None:
+        """A trainer with this environment that waits for its order. None: start one; `say` gets the reason, if any."""
         ...
 
 
@@ -111,9 +110,9 @@ class Workplace:
     node: str
     drain: Drain
     trainers: int = 1  # that this box may run at a time; they share its cores
-    spares: SpareSource | None = None  # None: every trainer starts cold
+    forks: TrainerForks | None = None  # None: every trainer is a new process
     clock: NodeClock = SYSTEM
-    launch: Callable[..., subprocess.Popen[str]] = launch  # starts a trainer
+    launch: Callable[..., ChildProcess] = launch  # starts a trainer
     held: Callable[[int], int] = lambda job_id: 0  # bytes of the device that a job's processes hold now
 
     @property

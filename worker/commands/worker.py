@@ -52,13 +52,15 @@ class OneOrZero(click.types.BoolParamType):
     "--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label that resources.node_labels may ask for."
 )
 @click.option(
-    "--spare/--no-spare",
-    default=None,
+    "--fork-server/--no-fork-server",
+    default=True,
+    show_default=True,
     type=OneOrZero(),
-    envvar="LORACTL_SPARE",
+    envvar="LORACTL_FORK_SERVER",
     show_envvar=True,
-    help="Keep one trainer ready, with its libraries loaded.  [default: on GPUs]",
+    help="Fork trainers from a process that has loaded the libraries.",
 )
+@click.option("--spare/--no-spare", hidden=True, default=None, type=OneOrZero(), envvar="LORACTL_SPARE")  # its old name
 @click.option("--keep-warm", hidden=True, envvar="LORACTL_KEEP_WARM")  # without effect: start scripts have it
 @click.option("--until", metavar="WHEN", help="Stop by itself at this time, like 18:00, 2026-12-24T18:00 or 4h.")
 @click.option("--for", "lasts", metavar="TIME", help="Stop by itself after this time, like 4h.")
@@ -75,6 +77,7 @@ def worker(
     max_jobs_per_gpu: int | None,
     max_jobs_per_user: int | None,
     labels: tuple[str, ...],
+    fork_server: bool,
     spare: bool | None,
     keep_warm: str | None,
     until: str | None,
@@ -113,7 +116,10 @@ def worker(
     from loractl.worker.node.window import read_window
 
     if keep_warm is not None:
-        _tell_of_keep_warm()
+        _warn_of("keep_warm", "has no effect, since a trainer ends with its job")
+    if spare is not None:
+        _warn_of("spare", "is now called fork-server")
+        fork_server = spare
     settings = load_settings()
     settings.require_channels()
     settings.require_home()
@@ -123,7 +129,7 @@ def worker(
         "max_jobs": max_jobs_per_gpu,
         "user_limit": max_jobs_per_user,
         "labels": _labels(labels),
-        "spare": spare,
+        "fork_server": fork_server,
     }
     now, grace_s = dt.datetime.now(dt.UTC), None if grace is None else _seconds("--grace", grace)
     window = read_window(until, None if lasts is None else _seconds("--for", lasts), grace_s, os.environ, now)
@@ -174,14 +180,13 @@ def _size(text: str) -> int:
         raise UsageError(f"--reserve: {text!r} {error}") from None
 
 
-def _tell_of_keep_warm() -> None:
+def _warn_of(option: str, what: str) -> None:
+    """Say what has become of an option of an earlier release."""
     from click.core import ParameterSource
 
-    by_variable = click.get_current_context().get_parameter_source("keep_warm") is ParameterSource.ENVIRONMENT
-    named = "LORACTL_KEEP_WARM" if by_variable else "--keep-warm"
-    click.echo(
-        f"Warning: {named} has no effect, since a trainer ends with its job. The next release refuses it.", err=True
-    )
+    by_variable = click.get_current_context().get_parameter_source(option) is ParameterSource.ENVIRONMENT
+    named = f"LORACTL_{option.upper()}" if by_variable else f"--{option.replace('_', '-')}"
+    click.echo(f"Warning: {named} {what}. The next release refuses it.", err=True)
 
 
 def _seconds(option: str, text: str) -> float:

@@ -22,7 +22,7 @@ class NodeOptions:
     user_limit: int | None = None  # running jobs that one user may have in the fleet
     labels: dict[str, str] = field(default_factory=dict)
     high_water_s: float = HIGH_WATER_S  # how long other people's programs keep the most memory that they held
-    spare: bool | None = None  # whether a trainer is kept ready; None: on GPUs
+    fork_server: bool = True  # whether trainers are forks of a process that has done the imports
     until: float | None = None  # when the worker stops by itself, by the database's clock, in seconds since 1970
     window_s: float | None = None  # from its start until then
     grace_s: float | None = None  # how long a stop may take; None: no limit

@@ -43,10 +43,10 @@ from loractl.worker.node.health.self_test import SelfTest
 
 from .box_identity import read_identity
 from .device_row import DeviceRow, NodeOptions
+from .fork_server import ForkServer
 from .lock import DeviceLock
 from .monitor import Monitor
 from .slots import Slots
-from .spare import Spares
 
 log = logging.getLogger("loractl.worker")
 
@@ -66,8 +66,7 @@ class DeviceNode:
         self._settings = settings
         self._place = place
         self._lock: DeviceLock | None = None
-        wants_spare = device.trains_on == "cuda" if options.spare is None else options.spare
-        self._spares = Spares(self._place, self._starts_a_job) if wants_spare else None
+        self._fork_server = ForkServer(self._place, self._starts_a_job) if options.fork_server else None
         watch = Watch(
             device=device,
             node_pid=os.getpid(),
@@ -77,7 +76,7 @@ class DeviceNode:
         )
         self._watch = watch
         self._place = replace(
-            self._place, spares=self._spares, held=lambda job_id: watch.look().used.get(str(job_id), 0)
+            self._place, forks=self._fork_server, held=lambda job_id: watch.look().used.get(str(job_id), 0)
         )
         self._row = DeviceRow(self._place, watch, options, max_jobs=max_jobs, box=read_identity(settings))
         self._self_test = SelfTest(self._place, watch, lambda: self._monitor.look_soon())
@@ -133,16 +132,16 @@ class DeviceNode:
         self._monitor.start(self._slots)
         self._self_test.start()
         self._messenger.start()
-        if self._spares is not None:
+        if self._fork_server is not None:
             self._place.artifacts.make_ready()  # a job's start also needs the process that fetches its data
-            self._spares.start()
+            self._fork_server.start()
 
     def end(self) -> None:
         """Wait until every attempt has ended, then stop the threads."""
         self._slots.close()
         self._await_gangs()
-        if self._spares is not None:
-            self._spares.stop()
+        if self._fork_server is not None:
+            self._fork_server.stop()
         self._monitor.stop()
         self._messenger.stop()
         self._self_test.stop()
@@ -152,8 +151,8 @@ class DeviceNode:
         self._slots.wake()
 
     def _starts_a_job(self) -> bool:
-        """Whether a spare would be in the way, since a job has not reached its first step, or idle, since the card may
-        take no jobs."""
+        """Whether a fork server's imports would be in the way, since a job has not reached its first step, or of no
+        use, since the card may take no jobs."""
         starting = any(one.heard.step == 0 and not one.own.closed for one in self._slots.attempts.values())
         return starting or self._watch.fault is not None
 

@@ -127,13 +127,6 @@ class Stop(_Message):
     save: bool
 
 
-class Take(_Message):
-    """Supervisor, to a spare trainer: belong to this job from now on."""
-
-    type: Literal["take"] = "take"
-    mark: str  # of the attempt, for the environment
-
-
 class StageChanged(_Message):
     """Trainer: a stage begins."""
 
@@ -229,7 +222,7 @@ class Ended(_Message):
     withdrawn: str | None = None  # the folder of the broken checkpoint that is the cause
 
 
-Order = Start | Stop | Take
+Order = Start | Stop
 Told = StageChanged | Stepped | Adjusted | Planned | Note | Saved | FileKept | GoingOn | Again | Ended
 
 _orders: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="type")])

@@ -2,8 +2,8 @@
 
     python -m loractl.worker.recipe.trainer
 
-With `--spare DEVICE` it imports all it needs and waits until a job takes it (protocol/idle_trainer.py). It ends when
-its stdin closes, so a killed supervisor leaves no orphan on the device. Signals are left to the supervisor. Libraries'
+With `--fork-server DEVICE` it imports all that trainers need, and forks them (fork_server.py). A trainer ends when its
+stdin closes, so a killed supervisor leaves no orphan on the device. Signals are left to the supervisor. Libraries'
 output goes to stderr, which is the job's log.
 """
 
@@ -24,10 +24,10 @@ from loractl.common.errors import DataError
 from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.kernels import load_kernels
 from loractl.worker.base.quiet import quieten, tell_once
-from loractl.worker.protocol.idle_trainer import READY, SPARE, taken
-from loractl.worker.protocol.messages import Ended, Start, Take, Told, encode
+from loractl.worker.protocol.fork_server import FORK_SERVER
+from loractl.worker.protocol.messages import Ended, Start, Told, encode
 
-from .idle_process import Marks, prepare
+from .fork_server import serve
 from .orders import StopOrder, listen, next_order
 from .other_ranks import LINK_LOST, OtherRanks
 
@@ -39,25 +39,16 @@ def main(run: Recipe | None = None) -> int:
     """Serve one attempt; the exit status is 0 if its end could be reported. `run`: a recipe other than loractl's."""
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(ignored, signal.SIG_IGN)  # the supervisor stops us through stdin
-    marks = Marks() if sys.argv[1:2] == [SPARE] else None  # before any import
+    if sys.argv[1:2] == [FORK_SERVER] and not serve(sys.argv[2], _load if run is None else _nothing):
+        return 0  # it was the server; its forks go on here, each with its own pipes
     commands, channel = _take_pipes()
     lock = threading.Lock()
 
-    def write(line: str) -> None:
+    def tell(message: Told) -> None:
         with lock:
-            channel.write(line)
+            channel.write(encode(message))
             channel.flush()
 
-    def tell(message: Told) -> None:
-        write(encode(message))
-
-    if marks is not None:
-        prepare(sys.argv[2], _load if run is None else _nothing)
-        write(READY)
-        if not isinstance(take := next_order(commands), Take):
-            return 1
-        marks.become(str(take.job_id), take.mark, taken(take.mark))
-        write(taken(take.mark))
     if not isinstance(order := next_order(commands), Start):
         return 1
     tell((run or _run)(order, listen(commands), tell))

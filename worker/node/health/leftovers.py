@@ -34,12 +34,11 @@ def end_strays(place: Workplace) -> None:
     """End processes of attempts that no longer run. A trainer may have left some behind, and so may the node of another
     card, if it hangs: ranks of a job on several cards."""
     card = card_mark(place.settings, place.node)
-    known = _spare_marks(place)  # first: a spare may be handed to an attempt meanwhile
-    marks = (runs_of(card) | runs_of(card, RANK_VARIABLE)) - known  # then: an attempt that starts now has its claim
+    marks = runs_of(card) | runs_of(card, RANK_VARIABLE)
     if not marks:
         return
-    known |= _spare_marks(place)  # a spare may have been started meanwhile
-    for run in marks - known - {run_mark(token) for token in place.store.cards.tokens(place.node)}:
+    own = frozenset() if place.forks is None else place.forks.marks
+    for run in marks - own - {run_mark(token) for token in place.store.cards.tokens(place.node)}:
         log.warning("ending processes that an attempt left behind on %s", place.node)
         end_leftovers(run)
 
@@ -47,7 +46,3 @@ def end_strays(place: Workplace) -> None:
 def has_ranks(place: Workplace) -> bool:
     """Whether ranks of a job on several cards run here that the node of another card started."""
     return bool(runs_of(card_mark(place.settings, place.node), RANK_VARIABLE))
-
-
-def _spare_marks(place: Workplace) -> frozenset[str]:
-    return frozenset() if place.spares is None else place.spares.marks

@@ -1,4 +1,4 @@
-"""A worker with a spare trainer, as a person starts it: the real stack, a job that takes it, and no orphan."""
+"""A worker with its fork server, as a person starts it: the real stack, a job in a fork, and no orphan."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from pathlib import Path
 import psutil
 import pytest
 
+from loractl.common.artifacts import WEIGHTS, attempt_prefix
+
 from ..conftest import Cli
 from ..models import write_job
 from ..waiting import until_job
 
 
 @pytest.mark.cold
-def test_a_job_takes_the_imported_spare_and_a_killed_node_leaves_none(
-    make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path
+def test_a_fork_trains_what_a_new_process_trains_and_a_killed_node_leaves_none(
+    make_cli: Callable[..., Cli], home: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
-    cli, said = make_cli(), []
+    cli, said = make_cli(LORACTL_FORK_SERVER="1"), []
     cli("status")
-    worker = cli.start("worker", "--spare")
+    worker = cli.start("worker")
     assert worker.stdout
     reader = threading.Thread(target=lambda: said.extend(iter(worker.stdout.readline, "")), daemon=True)
     reader.start()
@@ -42,16 +44,20 @@ def test_a_job_takes_the_imported_spare_and_a_killed_node_leaves_none(
         return int(found[0][1])
 
     try:
-        spare = number(r"a spare trainer is ready, process (\d+)")
-        loaded = {Path(region.path).name for region in psutil.Process(spare).memory_maps()}
+        server = psutil.Process(number(r"the fork server is ready, process (\d+)"))
+        loaded = {Path(region.path).name for region in server.memory_maps()}
         assert "libtorch_cpu.so" in loaded, "it has the stack in its memory"
         cli("submit", write_job(tmp_path, tiny_model))
-        assert number(r"job 1: takes the spare trainer, process (\d+)") == spare
+        trainer = number(r"job 1: the trainer is a fork, process (\d+)")
         until_job(cli, 1, lambda job: job.status == "succeeded", seconds=240)
-        assert not psutil.pid_exists(spare)
-        log = cli("logs", 1).stdout
-        assert "starts the trainer" in log and "taken" not in log
-        until(lambda: any(_is_trainer(process, cli) for process in psutil.process_iter()), "another spare")
+        assert server.is_running() and server.num_threads() == 1 and not psutil.pid_exists(trainer)
+        server.kill()
+        cli("submit", write_job(tmp_path, tiny_model))
+        until_job(cli, 2, lambda job: job.status == "succeeded", seconds=240)
+        assert not any("job 2: the trainer is a fork" in line for line in said)
+        forked, fresh = (home / "artifacts" / attempt_prefix(job, 1) / WEIGHTS for job in (1, 2))
+        assert forked.read_bytes() == fresh.read_bytes()
+        until(lambda: sum("the fork server is ready" in line for line in said) == 2, "another server")
         for child in psutil.Process(worker.pid).children():
             if "loractl.worker.node" in child.cmdline():
                 child.send_signal(signal.SIGKILL)
