@@ -327,6 +327,10 @@ class AttemptShare(Base):
     bytes: Mapped[Bytes]
 
 
+ON_SEVERAL_CARDS = exists().where(AttemptShare.job_id == Attempt.job_id, AttemptShare.attempt == Attempt.attempt)
+"""Whether an attempt has several cards."""
+
+
 class LabFailure(Base):
     """A failure of the lab's on a card that has ended no attempt well since."""
 

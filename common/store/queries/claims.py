@@ -168,8 +168,7 @@ def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node)
         set_aside(tx, job, asked, now)
         tell_of_job(tx, job)
         return _Obstacle.ODD
-    alone = node.kind == "nvml" and not placed.beside
-    if alone and raise_least(tx, job, placed.method, placed.reserved):
+    if node.kind == "nvml" and not placed.beside and raise_least(tx, job, placed.method, placed.reserved):
         return _Obstacle.ODD
     placed = _in_its_room(tx, placed, job, asked, cards, node)
     return _start(tx, job, asked, _begin(tx, job, placed, node, now), placed)

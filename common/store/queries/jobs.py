@@ -23,9 +23,9 @@ from ..columns import LONG_AGO
 from ..records import Choice, CoursePoint, JobCount, Page, PastRun
 from ..tables import (
     ASKED_TO_STOP,
+    ON_SEVERAL_CARDS,
     WAITS,
     Attempt,
-    AttemptShare,
     Event,
     Job,
     JobLabel,
@@ -335,9 +335,7 @@ def read_measured(
     query = select(*columns).join(asked, asked.c.job_id == Attempt.job_id).where(Attempt.device_kind == "nvml")
     query = query.where(Attempt.reason.in_([Reason.OK, Reason.OUT_OF_MEMORY]), Attempt.method.in_(list(Method)))
     query = query.where(Attempt.engine == ENGINE)
-    # one of several cards holds no whole job
-    several = (AttemptShare.job_id == Attempt.job_id) & (AttemptShare.attempt == Attempt.attempt)
-    query = query.where(~select(AttemptShare.rank).where(several).exists())
+    query = query.where(~ON_SEVERAL_CARDS)  # none of them holds a whole job
     if need_key is None:
         newest = select(Attempt.started_at).order_by(Attempt.started_at.desc()).offset(LOOKED_AT * limit).limit(1)
         query = query.where(Attempt.started_at >= func.coalesce(newest.scalar_subquery(), LONG_AGO))

@@ -23,7 +23,7 @@ from ..columns import part_of
 from ..fleet import waiting_of
 from ..records import Claim, MemoryPlan
 from ..shapes import MOST_BYTES
-from ..tables import WAITS, Attempt, AttemptShare, Job, Node, peak_of
+from ..tables import ON_SEVERAL_CARDS, WAITS, Attempt, AttemptShare, Job, Node, peak_of
 from ..transaction import SKIP_LOCKED, Transaction
 from .backlog import line_up, node_labels
 from .cards.nodes import read_cards
@@ -98,6 +98,7 @@ def raise_least(tx: Transaction, job: Job, method: Method, need: int) -> bool:
     False: it is not, or nothing is known of the base. An attempt's peak says little: it grows with the rows."""
     size = select(func.min(Attempt.base_bytes)).correlate(Job)
     size = size.where(Attempt.job_id == Job.job_id, Attempt.method == method.value, Attempt.device_kind == "nvml")
+    size = size.where(~ON_SEVERAL_CARDS)  # each has a part of the base
     ran = select(size.scalar_subquery().label("size")).where(sql("attempt > 0"), Job.base_model == job.base_model)
     some = ran.order_by(Job.job_id.desc()).limit(AT_ONCE).subquery()
     base = tx.session.scalar(select(func.min(some.c.size))) or 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import insert, update
 from sqlalchemy.orm import Session
 
 from loractl.common.job.adjustment import Adjustment
@@ -21,7 +21,7 @@ from loractl.common.memory.plan import predict
 from loractl.common.store.queries.need import LEAST_SHARE, OUTSIDER_SHARE
 from loractl.common.store.records import Claim, Left, Progress
 from loractl.common.store.store import Store
-from loractl.common.store.tables import Attempt, Job
+from loractl.common.store.tables import Attempt, AttemptShare, Job
 from loractl.common.units import GIB, gib
 
 from ....databases import SQLITE_ALONE
@@ -272,6 +272,12 @@ def test_a_need_has_a_floor_that_its_base_s_recorded_size_gives(store: Store) ->
     store.jobs.submit(replace(submission(), need_key="key-1"))
     store.attempts.beat(first := claim(store), Progress(base_bytes=5 * GIB))
     store.attempts.finish(first, Reason.OK, "done", Progress(vram_process=40 * GIB), RESULT)
+    store.jobs.submit(submission(lora=6, method="lora"))
+    store.attempts.beat(several := claim(store), Progress(base_bytes=GIB))
+    with store.engine.begin() as connection:
+        part = {"job_id": several.job_id, "attempt": 1, "rank": 1, "node": "box:1", "bytes": GIB}
+        connection.execute(insert(AttemptShare).values(part))
+    store.attempts.finish(several, Reason.OK, "its cards had a part of the base each", Progress(), RESULT)
     short = store.jobs.submit(submission(lora=6, method="lora"))
     mine = claim(store)
     assert (mine.job_id, mine.vram_reserved) == (short, 6 * GIB)
