@@ -80,8 +80,7 @@ def _train(model: str, rows: str, side: str, seed: int) -> float:
     from loractl.worker.base.model import load_base, load_tokenizer
     from loractl.worker.data.prepared import prepare_data
     from loractl.worker.data.token_rows import collate, inputs_of
-    from loractl.worker.engine.engine import Engine
-    from loractl.worker.engine.loop import MemberRows, TrainingLoop
+    from loractl.worker.engine.loop import TrainingLoop, TrainingRows
     from loractl.worker.engine.passes.lean import LeanPass
 
     torch.set_num_threads(1)
@@ -106,10 +105,8 @@ def _train(model: str, rows: str, side: str, seed: int) -> float:
     adapted = add_adapter(loaded, spec, Method.LORA)
     if side == "lean":
         compute_in(adapted, precision)
-        rows_of = MemberRows(train=train, held_out=[])
-        with Engine().session(adapted.device) as session:
-            forward = LeanPass(adapted, precision)
-            TrainingLoop(session, forward, arguments, rows_of).run()
+        rows_of = TrainingRows(train=train, held_out=[])
+        TrainingLoop(LeanPass(adapted, precision), arguments, rows_of).run()
     else:
         inputs: list[Any] = [inputs_of(row) for row in train]
         Trainer(

@@ -19,8 +19,7 @@ from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner, load_base, load_tokenizer
 from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.engine import Engine
-from loractl.worker.engine.loop import MemberRows, TrainingLoop
+from loractl.worker.engine.loop import TrainingLoop, TrainingRows
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.recipe.kinds import trained_kind
 
@@ -59,9 +58,8 @@ if "pairs" in job:
     rows = [form.shortened(row, job["max_length"]) for one in examples for row in form.encode(one, tokenizer)]
 else:
     rows = [TokenRow(number=n, **row) for n, row in enumerate(job["train"])]
-with Engine().session(adapted.device) as session:
-    forward = Counted(adapted, precision, loss=loss)
-    learner = Learner(model=adapted, tokenizer=tokenizer, precision=precision, scorer=forward)
-    trained_kind(spec).refer(forward.loss, learner)
-    TrainingLoop(session, forward, arguments, MemberRows(train=rows, held_out=[]), (gate,)).run()
+forward = Counted(adapted, precision, loss=loss)
+learner = Learner(model=adapted, tokenizer=tokenizer, precision=precision, scorer=forward)
+trained_kind(spec).refer(forward.loss, learner)
+TrainingLoop(forward, arguments, TrainingRows(train=rows, held_out=[]), (gate,)).run()
 gate.end(adapted)

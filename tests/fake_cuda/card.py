@@ -20,7 +20,6 @@ from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import LearnedTokens
 from loractl.worker.engine.passes import attention, card_kernels
 from loractl.worker.engine.passes.lean import RowsBehindEachOther
-from loractl.worker.engine.streams import RandomStreams
 
 CARD = torch.device("cuda", 0)
 
@@ -99,7 +98,6 @@ def card(capability: tuple[int, int] = (8, 9)) -> Iterator[FakeTensorMode]:
             stack.enter_context(patch.object(torch.cuda, name, answer))
         for kind in of:
             stack.enter_context(patch.object(kind, "of", classmethod(laid)))
-        stack.enter_context(patch.object(RandomStreams, "drawing", _drawing))
         stack.enter_context(patch.object(attention, "_is_right", right))
         stack.enter_context(patch.object(torch.backends.cuda, "can_use_flash_attention", takes_flash))
         stack.enter_context(patch.object(torch.backends.cuda, "can_use_efficient_attention", takes_efficient))
@@ -178,11 +176,6 @@ class Dice(torch.Generator):
 
 def _no_kernel(*_: Any) -> Any:
     raise AssertionError("a tensor without content was computed")
-
-
-@contextlib.contextmanager
-def _drawing(self: RandomStreams) -> Iterator[torch.Generator]:
-    yield Dice()
 
 
 def _to(module: torch.nn.Module, *where: Any, **how: Any) -> torch.nn.Module:

@@ -176,33 +176,21 @@ def measure(side: str, course: Course) -> dict[str, Any]:
 
 
 def _by_the_engine(course: Course, clock: Any, *, exact: bool) -> tuple[Any, str]:
-    import torch
-
-    from loractl.worker.engine.engine import Engine
-
-    with tempfile.TemporaryDirectory() as folder, Engine().session(torch.device(course.device)) as session:
-        loop, why = loop_of(session, course, folder, (clock,), exact=exact)
+    with tempfile.TemporaryDirectory() as folder:
+        loop, why = loop_of(course, folder, (clock,), exact=exact)
         loop.run()
     return loop.model, type(loop.forward).__name__ + (f" ({why})" if why else "")
 
 
-def loop_of(
-    session: Any, course: Course, folder: str, callbacks: tuple[Any, ...], *, exact: bool = False
-) -> tuple[Any, str | None]:
-    """The training's loop; and why its pass is not the lean, shared one."""
-    return session.run(lambda: _loop_of(session, course, folder, callbacks, exact=exact))
-
-
-def _loop_of(
-    session: Any, course: Course, folder: str, callbacks: tuple[Any, ...], *, exact: bool
-) -> tuple[Any, str | None]:
+def loop_of(course: Course, folder: str, callbacks: tuple[Any, ...], *, exact: bool = False) -> tuple[Any, str | None]:
+    """The training's loop; and why its pass is not the lean one."""
     from transformers import set_seed
 
     from loractl.common.job.method import Method
     from loractl.worker.base.arithmetic import choose_precision, compute_in
     from loractl.worker.base.lora import add_adapter
     from loractl.worker.base.model import Learner, load_base, load_tokenizer
-    from loractl.worker.engine.loop import MemberRows, TrainingLoop
+    from loractl.worker.engine.loop import TrainingLoop, TrainingRows
     from loractl.worker.engine.passes.choice import forward_pass
 
     spec = course.spec(exact=exact)
@@ -214,8 +202,8 @@ def _loop_of(
     learner = Learner(model=adapted, tokenizer=load_tokenizer(course.model), precision=precision)
     forward, why = forward_pass(learner, spec, course.length)
     arguments = course.arguments(folder, activation_checkpointing=course.recomputes)
-    rows = MemberRows(train=course.train, held_out=[])
-    return TrainingLoop(session, forward, arguments, rows, callbacks), why
+    rows = TrainingRows(train=course.train, held_out=[])
+    return TrainingLoop(forward, arguments, rows, callbacks), why
 
 
 def forget(device: str) -> None:

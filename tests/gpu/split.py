@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from .solo import UNMEASURED, Course, forget, loop_of
-from .steps import Steps, steps_of
 
 STEPS = 2
 """That are looked at."""
@@ -62,35 +61,43 @@ def split(kernels: Iterable[tuple[str, float, float]], steps: int) -> dict[str, 
 
 def look_at(course: Course) -> dict[str, Any]:
     """Steps of the engine, under torch's profiler."""
-    import torch
+    from torch.autograd import DeviceType
 
     forget(course.device)
+    seen = _profiler(course.device)
     with tempfile.TemporaryDirectory() as folder:
-        make = lambda session: loop_of(session, course, folder, ())[0]  # noqa: E731
-        with steps_of(torch.device(course.device), make) as steps:
-            for _ in range(UNMEASURED):
-                steps.step()
-            return split(_kernels(steps, course.device), STEPS)
-
-
-def _kernels(steps: Steps, device: str) -> list[tuple[str, float, float]]:
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    from .solo import wait_for
-
-    on_card = device == "cuda"
-    seen = profile(activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU])
-    steps.run(lambda loop: seen.start())  # it sees operators of the thread that starts it
-    for _ in range(STEPS):
-        steps.step()
-    steps.run(lambda loop: wait_for(device))
-    steps.run(lambda loop: seen.stop())
-    if on_card:
+        loop_of(course, folder, (seen,))[0].run()
+    if course.device == "cuda":
         events = [one for one in seen.events() if one.device_type == DeviceType.CUDA]
     else:
         events = [one for one in seen.events() if _is_operator(one) and not _is_operator(one.cpu_parent)]
-    return [(one.name, one.time_range.start, one.time_range.end) for one in events]
+    return split([(one.name, one.time_range.start, one.time_range.end) for one in events], STEPS)
+
+
+def _profiler(device: str) -> Any:
+    """A callback that looks at STEPS steps, and ends the training after them."""
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import TrainerCallback
+
+    from .solo import wait_for
+
+    class Profiler(TrainerCallback):
+        def __init__(self) -> None:
+            self._seen = profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU])
+
+        def events(self) -> Any:
+            return self._seen.events()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == UNMEASURED:
+                wait_for(device)
+                self._seen.start()
+            if state.global_step == UNMEASURED + STEPS:
+                wait_for(device)
+                self._seen.stop()
+                control.should_training_stop = True
+
+    return Profiler()
 
 
 def _is_operator(event: Any) -> bool:

@@ -184,7 +184,6 @@ def recipe(start: Callable[..., Start]) -> Recipe:
         except Stopped:
             return Ended(job_id=1, reason=Reason.DRAINED, message="stopped"), told
         finally:
-            state.close()
             if next(_trained) == 0:
                 _settle()  # what a training imports when it comes to it
 

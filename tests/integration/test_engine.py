@@ -20,8 +20,7 @@ from loractl.worker.base.model import load_base
 from loractl.worker.data.packing import pack
 from loractl.worker.data.token_rows import collate, inputs_of
 from loractl.worker.data.tokens import IGNORED, TokenRow
-from loractl.worker.engine.engine import Engine, Session
-from loractl.worker.engine.loop import MemberRows, TrainingLoop
+from loractl.worker.engine.loop import TrainingLoop, TrainingRows
 from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.protocol.marker import MARKER
 from loractl.worker.protocol.messages import Note, Stepped
@@ -107,25 +106,19 @@ class Case:
     def arguments(self) -> TrainingArguments:
         return training_arguments(self.order, self.spec, self.precision)
 
-    def loop(self, session: Session, *callbacks: TrainerCallback) -> TrainingLoop:
-        arguments = self.arguments()
-
-        def made() -> PaddedPass:
-            model, noise = self.model(), arguments.neftune_noise_alpha
-            compute_in(model, self.precision)
-            loss = trained_kind(self.spec).loss(self.spec)
-            return PaddedPass(model, PAD, noise=noise, loss=loss)
-
-        rows = MemberRows(train=self.rows, held_out=self.held_out)
-        return TrainingLoop(session, session.run(made), arguments, rows, callbacks)
+    def loop(self, *callbacks: TrainerCallback) -> TrainingLoop:
+        arguments, model = self.arguments(), self.model()
+        compute_in(model, self.precision)
+        loss = trained_kind(self.spec).loss(self.spec)
+        forward = PaddedPass(model, PAD, noise=arguments.neftune_noise_alpha, loss=loss)
+        return TrainingLoop(forward, arguments, TrainingRows(train=self.rows, held_out=self.held_out), callbacks)
 
     def by_engine(self, *more: TrainerCallback, resume: Path | None = None) -> Course:
         course = Course()
-        with Engine().session(torch.device("cpu")) as session:
-            loop = self.loop(session, Watch(course), *more)
-            if resume is not None:
-                loop.resume(resume)
-            loop.run()
+        loop = self.loop(Watch(course), *more)
+        if resume is not None:
+            loop.resume(resume)
+        loop.run()
         return course
 
     def by_trainer(self) -> Course:

@@ -150,8 +150,6 @@ def here(order: Start, *, stop_after: int | None = None) -> list[Told]:
         told.append(train(run))
     except Stopped:
         assert stop_after is not None
-    finally:
-        run.close()
     return told
 
 

@@ -142,10 +142,7 @@ def test_the_adapter_that_a_job_begins_from_is_its_reference(
     ancestor = Ancestor(job_id=1, name="tiny", sha256="0" * 64, path=str(folder))
     order = order.model_copy(update={"init_from": ancestor})
     state = Run(order=order, tell=told.append)
-    try:
-        assert train(state).reason is Reason.OK
-    finally:
-        state.close()
+    assert train(state).reason is Reason.OK
     assert losses(told)[0] == pytest.approx(math.log(2), abs=1e-6), "the base prefers otherwise than this adapter"
     measured = json.loads((tmp_path / "second" / "result" / "report.json").read_text())["evaluation"]["metrics"]
     (loss,) = [metric for metric in measured if metric["name"] == "loss"]

@@ -17,16 +17,13 @@ from loractl.worker.base.arithmetic import compute_in, evaluating
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
 from loractl.worker.data.tokens import IGNORED, TokenRow
-from loractl.worker.engine.engine import Engine, Session
-from loractl.worker.engine.loop import MemberRows, TrainingLoop
-from loractl.worker.engine.loss import window_of
+from loractl.worker.engine.loop import TrainingLoop, TrainingRows
+from loractl.worker.engine.loss import Backward, MicroBatch, window_of
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.recipe.kinds import trained_kind
 
 from .test_engine import Case, Course, Watch
 from .test_loss import Preference, pairs, plainly, preference
-
-CPU = torch.device("cpu")
 
 MUTE = 2  # the seed of a training that learns nothing of some rows
 
@@ -53,35 +50,33 @@ class Lab:
         self.lengths = range(33, 61)  # tokens of a row
         self.beta: dict[str, float] = {}  # of the trainings by name that learn preferences
 
-    def loop(
-        self, session: Session, name: str, settings: Settings, course: Course, *more: TrainerCallback
-    ) -> TrainingLoop:
+    def loop(self, name: str, settings: Settings, course: Course, *more: TrainerCallback) -> TrainingLoop:
         """A training on the lab's base. Those of one name and seed are the same training."""
         case = self._case(name, settings)
         seed, loss = case.spec.training.seed, trained_kind(case.spec).loss(case.spec)
-        learned = MemberRows(
+        learned = TrainingRows(
             train=rows(9, seed, mute=seed == MUTE, lengths=self.lengths),
             held_out=rows(5, seed + 100, lengths=self.lengths),
         )
         if name in self.beta:
-            learned = MemberRows(train=pairs(9, seed, self.lengths), held_out=pairs(5, seed + 100, self.lengths))
+            learned = TrainingRows(train=pairs(9, seed, self.lengths), held_out=pairs(5, seed + 100, self.lengths))
             loss = preference([*learned.train, *learned.held_out], self.beta[name])
 
-        def made() -> LeanPass:
-            torch.manual_seed(seed)
-            base = load_base(str(self._model), Method(self._method), "cpu", case.precision)
-            model = add_adapter(base, case.spec, Method(self._method))
-            for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
-                parameter.data.normal_(std=0.05)  # else the first factor has no gradient in the first step
-            compute_in(model, case.precision)
-            return LeanPass(model, case.precision, loss=loss)
+        torch.manual_seed(seed)
+        base = load_base(str(self._model), Method(self._method), "cpu", case.precision)
+        model = add_adapter(base, case.spec, Method(self._method))
+        for parameter in (p for n, p in model.named_parameters() if "lora_B" in n):
+            parameter.data.normal_(std=0.05)  # else the first factor has no gradient in the first step
+        compute_in(model, case.precision)
+        forward = LeanPass(model, case.precision, loss=loss)
+        return TrainingLoop(forward, case.arguments(), learned, (Watch(course), *more))
 
-        return TrainingLoop(session, session.run(made), case.arguments(), learned, (Watch(course), *more))
-
-    def alone(self, name: str, settings: Settings, *more: TrainerCallback) -> Course:
+    def trained(self, name: str, settings: Settings, *more: TrainerCallback, resume: Path | None = None) -> Course:
         course = Course()
-        with Engine().session(CPU) as session:
-            self.loop(session, name, settings, course, *more).run()
+        loop = self.loop(name, settings, course, *more)
+        if resume is not None:
+            loop.resume(resume)
+        loop.run()
         return course
 
     def _case(self, name: str, settings: Settings) -> Case:
@@ -139,21 +134,19 @@ def test_recomputation_changes_no_bit(tiny_model: Path, tmp_path: Path, base: st
     lora, training = TRAININGS[name]
     settings = {**lora, "lora_dropout": 0.3}, {**training, "max_steps": 2, "eval_steps": 2}
     lab = Lab(tiny_model, tmp_path, **BASES[base])
-    kept, again = lab.alone(name, settings), Course()
-    with Engine().session(CPU) as session:
-        loop = lab.loop(session, name, settings, again)
-        loop.forward.recompute_blocks(every)
-        loop.run()
+    kept, again = lab.trained(name, settings), Course()
+    loop = lab.loop(name, settings, again)
+    loop.forward.recompute_blocks(every)
+    loop.run()
     same(again, kept)
 
 
 def test_a_training_is_measured_in_its_midst_by_the_loss_that_it_learns(tiny_model: Path, tmp_path: Path) -> None:
     lab, course = Lab(tiny_model, tmp_path, **BASES["lora in fp32"], max_steps=2, eval_steps=2), Course()
     lab.beta = {"preferences": 0.1}
-    with Engine().session(CPU) as session:
-        loop = lab.loop(session, "preferences", ({}, {}), course, Ticks(scored := list[str](), "scored"))
-        loop.args.per_device_eval_batch_size = 2  # as the probe sets it, where more do not fit
-        loop.run()
+    loop = lab.loop("preferences", ({}, {}), course, Ticks(scored := list[str](), "scored"))
+    loop.args.per_device_eval_batch_size = 2  # as the probe sets it, where more do not fit
+    loop.run()
     assert len(scored) == 3
     (measured,) = [line["eval_loss"] for line in course.log if "eval_loss" in line]
     rows, loss = loop.rows.held_out, loop.forward.loss
@@ -166,12 +159,11 @@ def test_a_training_is_measured_in_its_midst_by_the_loss_that_it_learns(tiny_mod
 def test_a_checkpoint_is_resumed_bit_for_bit(tiny_model: Path, tmp_path: Path, base: str) -> None:
     lab = Lab(tiny_model, tmp_path, **BASES[base], save_steps=4)
     whole, rest, settings = Course(), Course(), TRAININGS["evaluated"]
-    with Engine().session(CPU) as session:
-        first = lab.loop(session, "whole", settings, whole)
-        first.run()
-        resumed = lab.loop(session, "rest", settings, rest)
-        resumed.resume(Path(first.args.output_dir) / "checkpoint-4")
-        resumed.run()
+    first = lab.loop("whole", settings, whole)
+    first.run()
+    resumed = lab.loop("rest", settings, rest)
+    resumed.resume(Path(first.args.output_dir) / "checkpoint-4")
+    resumed.run()
     assert rest.log[:-1] == whole.log[:-1] and len(rest.gradients) == 2
     assert all(torch.equal(weight, whole.weights[key]) for key, weight in rest.weights.items())
 
@@ -179,27 +171,26 @@ def test_a_checkpoint_is_resumed_bit_for_bit(tiny_model: Path, tmp_path: Path, b
 def test_a_micro_batch_that_fails_has_drawn_nothing(tiny_model: Path, tmp_path: Path) -> None:
     """Tried again, it leaves the gradients that it would have left."""
     lab = Lab(tiny_model, tmp_path, **BASES["lora in fp32"])
-    with Engine().session(CPU) as session:
-        forward = lab.loop(session, "large", TRAININGS["large"], Course()).forward
-        (batch,) = window_of(forward.loss, [rows(3, 0)])
+    forward = lab.loop("large", TRAININGS["large"], Course()).forward
+    (batch,) = window_of(forward.loss, [rows(3, 0)])
 
-        def learned() -> torch.Tensor:
-            forward.model.zero_grad()
-            torch.manual_seed(5)
-            with contextlib.suppress(torch.OutOfMemoryError):
-                forward.learn(batch, torch.autograd.backward)
-            forward.model.zero_grad()
-            forward.learn(batch, torch.autograd.backward)
-            return torch.cat([p.grad.flatten() for p in forward.model.parameters() if p.grad is not None])
-
+    def learned() -> torch.Tensor:
+        forward.model.zero_grad()
         torch.manual_seed(5)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            forward.learn(batch, torch.autograd.backward)
+        forward.model.zero_grad()
         forward.learn(batch, torch.autograd.backward)
-        whole = torch.cat([p.grad.flatten() for p in forward.model.parameters() if p.grad is not None])
-        block = forward.model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
-        hook = block.register_full_backward_hook(Shortage())
-        assert torch.equal(learned(), whole)
-        hook.remove()
-        assert not torch.equal(learned(), whole), "a second one draws other numbers"
+        return torch.cat([p.grad.flatten() for p in forward.model.parameters() if p.grad is not None])
+
+    torch.manual_seed(5)
+    forward.learn(batch, torch.autograd.backward)
+    whole = torch.cat([p.grad.flatten() for p in forward.model.parameters() if p.grad is not None])
+    block = forward.model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    hook = block.register_full_backward_hook(Shortage())
+    assert torch.equal(learned(), whole)
+    hook.remove()
+    assert not torch.equal(learned(), whole), "a second one draws other numbers"
 
 
 class Shortage:
@@ -232,16 +223,66 @@ def test_a_stop_between_micro_batches_leaves_a_checkpoint_that_resumes_bit_for_b
     lab = Lab(tiny_model, tmp_path, **BASES["lora in fp32"])
     strategy = {"train_sampling_strategy": "group_by_length", "max_steps": 5}
     settings = ({"lora_dropout": 0.2}, {**TRAININGS["accumulating"][1], **strategy})
-    whole, rest = lab.alone("whole", settings), Course()
-    with Engine().session(CPU) as session:
-        stopped = lab.loop(session, "stopped", settings, Course(), End(step=3, piece=2))  # at the end of an epoch
-        stopped.run()
-        assert stopped.state.global_step == 3
-        resumed = lab.loop(session, "rest", settings, rest)
-        resumed.resume(Path(stopped.args.output_dir) / "checkpoint-3")
-        resumed.run()
+    whole, rest = lab.trained("whole", settings), Course()
+    stopped = lab.loop("stopped", settings, Course(), End(step=3, piece=2))  # at the end of an epoch
+    stopped.run()
+    assert stopped.state.global_step == 3
+    resumed = lab.loop("rest", settings, rest)
+    resumed.resume(Path(stopped.args.output_dir) / "checkpoint-3")
+    resumed.run()
     assert rest.log[:-1] == whole.log[:-1]
     assert all(torch.equal(weight, whole.weights[key]) for key, weight in rest.weights.items())
+
+
+def run_short(loop: TrainingLoop, step: int, piece: int) -> None:
+    """Train until memory runs out at the end of a micro-batch's backward pass."""
+    learn = loop.forward.learn
+
+    def short(batch: MicroBatch, backward: Backward) -> torch.Tensor:
+        loss = learn(batch, backward)
+        if (loop.state.global_step, batch.number + 1) == (step, piece):
+            raise torch.OutOfMemoryError("no room")
+        return loss
+
+    loop.forward.learn = short  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        loop.run()
+    assert raised.value.__context__ is None, "it would hold the tensors of the pass"
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_memory_that_runs_out_in_a_window_costs_that_window_alone(
+    tiny_model: Path, tmp_path: Path, pieces: int
+) -> None:
+    """At the end of an epoch, with dropout: the checkpoint that is left resumes bit for bit."""
+    lab = Lab(tiny_model, tmp_path, **BASES["lora in fp32"])
+    keys: dict[str, Any] = {"gradient_accumulation_steps": pieces, "per_device_train_batch_size": 3 // pieces}
+    settings = (
+        {"lora_dropout": 0.2},
+        {**keys, "seed": 4, "train_sampling_strategy": "group_by_length", "max_steps": 5},
+    )
+    whole = lab.trained("whole", settings)
+    failed = lab.loop("failed", settings, Course())
+    run_short(failed, step=3, piece=pieces)
+    failed.save_last_step()
+    rest = lab.trained("rest", settings, resume=Path(failed.args.output_dir) / "checkpoint-3")
+    assert rest.log[:-1] == whole.log[:-1] and len(rest.gradients) == 2
+    assert all(torch.equal(weight, whole.weights[key]) for key, weight in rest.weights.items())
+
+
+def test_memory_that_runs_out_in_the_step_itself_leaves_no_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    lab = Lab(tiny_model, tmp_path, **BASES["lora in fp32"])
+    failed = lab.loop("failed", ({}, {"max_steps": 3}), Course())
+
+    def step() -> None:
+        if failed.state.global_step == 1:
+            raise torch.OutOfMemoryError("no room")
+
+    failed.optimizer.inner.register_step_pre_hook(lambda *_: step())
+    with pytest.raises(torch.OutOfMemoryError):
+        failed.run()
+    failed.save_last_step()
+    assert failed.state.global_step == 1 and not list(Path(failed.args.output_dir).glob("checkpoint-*"))
 
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length", "sequential"])
@@ -253,17 +294,16 @@ def test_the_tokens_of_a_part_of_an_epoch_are_those_of_its_rows(
     lab.lengths = range(5, 61, 11)
     rows = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     settings: Settings = ({}, {"train_sampling_strategy": strategy, "max_steps": 8, **rows})
-    with Engine().session(CPU) as session:
-        whole = lab.loop(session, "whole", settings, Course())
-        whole.run()
-        stopped = lab.loop(session, "whole", settings, Course(), End(step=7, piece=1))  # the second epoch has 5 steps
-        stopped.run()
-        checkpoint = Path(stopped.args.output_dir) / f"checkpoint-{stopped.state.global_step}"
-        _without_count(checkpoint / "training_state.json")
-        resumed = lab.loop(session, "whole", settings, Course())
-        resumed.resume(checkpoint)
-        counts = [stopped.state.num_input_tokens_seen, resumed.state.num_input_tokens_seen]
-        resumed.run()
+    whole = lab.loop("whole", settings, Course())
+    whole.run()
+    stopped = lab.loop("whole", settings, Course(), End(step=7, piece=1))  # the second epoch has 5 steps
+    stopped.run()
+    checkpoint = Path(stopped.args.output_dir) / f"checkpoint-{stopped.state.global_step}"
+    _without_count(checkpoint / "training_state.json")
+    resumed = lab.loop("whole", settings, Course())
+    resumed.resume(checkpoint)
+    counts = [stopped.state.num_input_tokens_seen, resumed.state.num_input_tokens_seen]
+    resumed.run()
     passed = whole.state.total_flos / (6 * whole.model.num_parameters(exclude_embeddings=True))
     assert whole.state.num_input_tokens_seen == resumed.state.num_input_tokens_seen == passed
     assert counts[0] == counts[1] > 0
@@ -281,8 +321,8 @@ def test_an_evaluation_changes_no_gradient(tiny_model: Path, tmp_path: Path) -> 
     """bitsandbytes repacks an NF4 layer's weights on its first forward in eval mode, and gradients are wrong then."""
     lab = Lab(tiny_model, tmp_path, **BASES["nf4"])
     settings: Settings = ({"r": 4, "lora_dropout": 0.1}, {"max_steps": 4, "logging_steps": 1})
-    alone = lab.alone("alone", settings)
-    evaluated = lab.alone("evaluated", (settings[0], {**settings[1], "eval_steps": 1}))
+    alone = lab.trained("alone", settings)
+    evaluated = lab.trained("evaluated", (settings[0], {**settings[1], "eval_steps": 1}))
     assert sum("eval_loss" in line for line in evaluated.log) == 4
     same_gradients(evaluated, alone)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -9,6 +10,7 @@ import logging
 import os
 import re
 import resource
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -206,6 +208,17 @@ def in_own_thread(work: Callable[[], Answer]) -> Answer:
 def _in_new_thread(work: Callable[[], Answer]) -> Answer:
     with ThreadPoolExecutor(max_workers=1, initializer=start_threads) as thread:
         return thread.submit(work).result()
+
+
+def freed(error: Exception) -> Exception:
+    """The error with its frames as text: what they held is free once this is all that is left of it."""
+    one: BaseException | None = error
+    while one is not None and one.__traceback__ is not None:
+        with contextlib.suppress(MemoryError):  # then the frames are left out
+            one.add_note("".join(traceback.format_tb(one.__traceback__)))
+        one.__traceback__ = None
+        one = one.__cause__ or one.__context__
+    return error
 
 
 def release() -> None:

@@ -1,8 +1,8 @@
 """The loop of a training: epochs, windows of micro-batches, learn, step, log, evaluate, save, stop.
 
-It runs in the training's own thread and asks the engine for all computation. It calls transformers' callbacks like
-transformers' Trainer, in the same order and with the same arguments: trackers are built on them. Rows come in the order
-of transformers' Trainer for the same seed, so that a job file means the same everywhere.
+It calls transformers' callbacks like transformers' Trainer, in the same order and with the same arguments: trackers are
+built on them. Rows come in the order of transformers' Trainer for the same seed, so that a job file means the same
+everywhere.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import speed_metrics
 
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
-from loractl.worker.base.batches import in_batches
+from loractl.worker.base.batches import HERE, in_batches
+from loractl.worker.base.gauge import freed, in_own_thread, is_out_of_memory, release
 from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 
-from .engine import Session
 from .loss import Loss, LossLog, MicroBatch, meet, window_of
 from .optimizer import ScaledOptimizer, make_optimizer
 from .passes.forward import ForwardPass
@@ -37,7 +36,7 @@ MEGA_BATCHES = 50
 
 
 class RowOrder:
-    """The order of a member's rows. It draws from the streams in use when an epoch begins."""
+    """The order of the rows. It draws from the streams in use when an epoch begins."""
 
     def __init__(self, lengths: Sequence[int], args: TrainingArguments) -> None:
         self._lengths = lengths
@@ -106,7 +105,7 @@ def by_length(lengths: Sequence[int], batch: int) -> list[int]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemberRows:
+class TrainingRows:
     """Rows to train on, and rows held out."""
 
     train: Sequence[TokenRow]
@@ -129,18 +128,13 @@ class TrainingLoop:
 
     def __init__(
         self,
-        session: Session,
         forward: ForwardPass,
         args: TrainingArguments,
-        rows: MemberRows,
+        rows: TrainingRows,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.session, self.forward, self.args, self.rows = session, forward, args, rows
+        self.forward, self.args, self.rows = forward, args, rows
         self.model = forward.model
-        session.run(partial(self._make, callbacks))
-
-    def _make(self, callbacks: Sequence[TrainerCallback]) -> None:
-        args, forward = self.args, self.forward
         seed_streams(args.seed)
         if args.activation_checkpointing:
             forward.recompute_blocks((args.activation_checkpointing_kwargs or {}).get("every_n_layers", 1))
@@ -166,6 +160,7 @@ class TrainingLoop:
         self._due = False  # the evaluation of the step from which it resumes
         self._held_out_rows: int | None = None  # of a batch, once more did not fit
         self._in_epoch = False
+        self._is_full = False  # memory ran out in a micro-batch
         self._operations = 6 * self.model.num_parameters(exclude_embeddings=True)  # per token, for trackers
         self._began, self._first_step, self._first_epoch = 0.0, 0, 0.0
         self.model.train()
@@ -182,29 +177,27 @@ class TrainingLoop:
 
     def run(self) -> None:
         """Train to the end. Errors of the computation, callbacks or files come through."""
-        ask = self.session.run
-        ask(self._begin)
+        self._begin()
         if self.evaluation_due:
             self._follow_step()
         while not self.ended:
-            for batch in ask(self._open_window):
-                loss = self.session.learn(self.forward, batch, self.trained, self.optimizer.backward)
-                ask(partial(self._took, batch, loss))
+            for batch in self._open_window():
+                self._took(batch, self._learn(batch))
                 if self.ended and not batch.is_last:
-                    ask(self._abandon_window)
+                    self._abandon_window()
                     break
             else:
                 self._follow_step()
-        ask(self._finish)
+        self._finish()
 
     def _follow_step(self) -> None:
         """Evaluate and save where a step asks for it."""
         if self.control.should_evaluate:
             self._evaluate()
         if self.control.should_save:
-            self.session.run(self._save)
+            self._save()
         if self._in_epoch and (self.ended or self.state.global_step % self.order.windows == 0):
-            self.session.run(self._end_epoch)
+            self._end_epoch()
 
     def resume(self, folder: Path) -> None:
         """Resume from a checkpoint. Raises TrainingFailed for one that does not belong to it, and what reading raises.
@@ -212,9 +205,6 @@ class TrainingLoop:
         Its streams are set now to check that they can be, and again after the callbacks' start, since callbacks may
         draw.
         """
-        self.session.run(partial(self._resume, folder))
-
-    def _resume(self, folder: Path) -> None:
         saved = read_snapshot(self.model, folder)
         self.optimizer.load_state_dict(saved["optimizer"])
         self._schedule.load_state_dict(saved["schedule"])
@@ -261,9 +251,8 @@ class TrainingLoop:
     def _open_window(self) -> list[MicroBatch]:
         """The next rows to learn from before a step."""
         epoch, window = divmod(self.state.global_step, self.order.windows)
-        if self.args.gradient_accumulation_steps > 1:
-            log, streams = self._log.state(), read_streams(self.forward.device)
-            self._before = {"log": log, "streams": streams, "order": self.order.rows, "flos": self.state.total_flos}
+        log, streams = self._log.state(), read_streams(self.forward.device)
+        self._before = {"log": log, "streams": streams, "order": self.order.rows, "flos": self.state.total_flos}
         if not self._in_epoch:
             self._in_epoch = True
             self._tell("on_epoch_begin")
@@ -276,6 +265,25 @@ class TrainingLoop:
         for rows in pieces:
             meet(self.forward.loss, rows)
         return window_of(self.forward.loss, pieces)
+
+    def _learn(self, batch: MicroBatch) -> torch.Tensor:
+        """A micro-batch's gradients and loss. If memory runs out, `save_last_step` can still leave a checkpoint."""
+        try:
+            return self.forward.learn(batch, self.optimizer.backward)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            failed, self._is_full = freed(error), True
+        raise failed  # outside the handler: the error's frames hold tensors
+
+    def save_last_step(self) -> None:
+        """After a micro-batch for which there was no memory: leave a checkpoint of the last step. An error of the step
+        itself leaves weights and optimizer in between, so that nothing can be saved."""
+        if self._is_full:
+            self._zero()
+            release()
+            self.control.should_save = True
+            in_own_thread(self._abandon_window)
 
     def _took(self, batch: MicroBatch, loss: torch.Tensor) -> None:
         """Count the loss of a micro-batch whose gradients exist; after the window's last, take the step."""
@@ -323,7 +331,7 @@ class TrainingLoop:
         self.state.epoch = epoch + done / self.order.micro_batches
 
     def _evaluate(self) -> None:
-        """On the held-out rows, a batch at a time: others compute in between. A stop leaves it to the next attempt."""
+        """On the held-out rows, a batch at a time. A stop leaves it to the next attempt."""
         began, rows = time.time(), longest_first(self.rows.held_out)
         batches, sums = list[list[TokenRow]](), list[float]()
         ended, self.control.should_training_stop = self.ended, False  # from here on it says that a stop has come
@@ -338,15 +346,17 @@ class TrainingLoop:
                 raise _StopCame
 
         try:
-            asked, run = self.args.per_device_eval_batch_size, self.session.run
+            asked = self.args.per_device_eval_batch_size
             size = min(asked, self._held_out_rows or asked)
-            self._held_out_rows = in_batches(list(range(len(rows))), size, score, run, look)
+            self._held_out_rows = in_batches(list(range(len(rows))), size, score, HERE.run, look)
         except _StopCame:
             return
         self.control.should_training_stop = ended
         metrics = speed_metrics("eval", began, num_samples=len(rows), num_steps=len(batches))
         measured = {"eval_loss": mean_loss(self.forward.loss, batches, sums), **metrics}
-        self.session.run(partial(self._evaluated, measured))
+        with random_streams_kept():
+            self._say(measured)
+            self._tell("on_evaluate", metrics=measured)
 
     def _score(self, batch: Sequence[TokenRow]) -> float:
         meet(self.forward.loss, batch)
@@ -355,11 +365,6 @@ class TrainingLoop:
                 loss = self.forward.held_out_loss(batch)
             self._tell("on_prediction_step")
         return loss
-
-    def _evaluated(self, metrics: dict[str, float]) -> None:
-        with random_streams_kept():
-            self._say(metrics)
-            self._tell("on_evaluate", metrics=metrics)
 
     def _save(self) -> None:
         folder = Path(self.args.output_dir)

@@ -21,15 +21,15 @@ from loractl.common.job.adjustment import next_adjustment
 from loractl.common.job.status import Reason, Stage
 from loractl.common.memory.weights import state_bytes
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
-from loractl.worker.base.batches import in_batches
+from loractl.worker.base.batches import HERE, in_batches
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.gauge import in_a_sentence, is_out_of_memory, release
+from loractl.worker.base.gauge import in_a_sentence, in_own_thread, is_out_of_memory, release
 from loractl.worker.base.model import Learner
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import with_prompts
 from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
-from loractl.worker.engine.loop import MemberRows, TrainingLoop
+from loractl.worker.engine.loop import TrainingLoop, TrainingRows
 from loractl.worker.engine.loss import meet, window_of
 from loractl.worker.engine.passes.forward import ForwardPass
 from loractl.worker.engine.passes.lean import LeanPass
@@ -57,11 +57,13 @@ def try_longest(loop: TrainingLoop, learner: Learner, data: PreparedData, run: R
 
     If the latter does not fit, it is made smaller, and the run gets the number of rows that fit. Raises DoesNotFit if
     the training does not fit, and the out-of-memory error itself if evaluating a single row does not.
+
+    A try has its own thread: the thread that trains must not have met out-of-memory (`in_own_thread`).
     """
-    ask, held = run.session.run, list[torch.Tensor]()
+    held = list[torch.Tensor]()
     rows = largest_batch(data, run, loop)
     try:
-        ask(partial(_try_step, loop, rows, held))
+        in_own_thread(partial(_try_step, loop, rows, held))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -74,7 +76,7 @@ def try_longest(loop: TrainingLoop, learner: Learner, data: PreparedData, run: R
         _tell_attention(loop.forward, run)
         _try_evaluation(loop, learner, data, run)
     finally:
-        ask(held.clear)
+        held.clear()
 
 
 def _tell_attention(forward: ForwardPass, run: Run) -> None:
@@ -109,7 +111,7 @@ def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, ru
         with random_streams_kept(), evaluating(learner.model):
             piece()
 
-    fitting = in_batches(list(range(len(batch))), wanted, work, lambda piece: run.session.run(partial(tried, piece)))
+    fitting = in_batches(list(range(len(batch))), wanted, work, lambda piece: HERE.run(partial(tried, piece)))
     if fitting != wanted:
         args.per_device_eval_batch_size = fitting
         run.adjust_evaluation(fitting)
@@ -232,17 +234,17 @@ def fit(
     """Train the model's adapter; batches that do not fit are made smaller before the first step.
 
     Returns the arguments with which it was trained. Raises TrainingFailed, Stopped, and out-of-memory in mid-training
-    unchanged: the supervisor then starts a new process, with unfragmented memory, from the last checkpoint.
+    once a checkpoint is left: the supervisor then starts a new process, with unfragmented memory, from the last one.
     """
     checkpoint = callbacks.checkpoint
     optimizer = begun_with(run.order, checkpoint)
     if checkpoint is not None and checkpoint.finished:
-        run.session.run(partial(_take_finished, run, learner, callbacks, checkpoint))
+        _take_finished(run, learner, callbacks, checkpoint)
         return training_arguments(run.order, run.spec, learner.precision, optimizer)
     while True:
-        arguments = run.session.run(partial(training_arguments, run.order, run.spec, learner.precision, optimizer))
+        arguments = training_arguments(run.order, run.spec, learner.precision, optimizer)
         failure = _fit_once(run, learner, forward, data, arguments, callbacks)
-        run.session.run(release)  # of what did not fit, or of optimizer and gradients, which are no longer needed
+        release()  # of what did not fit, or of optimizer and gradients, which are no longer needed
         if failure is None:
             return arguments
         lighter = next_adjustment(run.order.spec, run.adjustment, on_gpu=run.on_gpu, cards=run.cards)
@@ -265,6 +267,16 @@ def _take_finished(run: Run, learner: Learner, callbacks: Callbacks, checkpoint:
     callbacks.teller.tell()
 
 
+def _save_last_step(run: Run, loop: TrainingLoop) -> None:
+    """Leave a checkpoint for the process that goes on with less. Without memory for that, the last one must do."""
+    try:
+        loop.save_last_step()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        run.say(f"no checkpoint of the last step: {in_a_sentence(error)}")
+
+
 def _fit_once(
     run: Run,
     learner: Learner,
@@ -282,10 +294,10 @@ def _fit_once(
     held_out: Sequence[TokenRow] = data.held_out.rows.first(run.spec.evaluation.max_rows)
     if run.spec.preference.learns_prompts:
         held_out = with_prompts(held_out)
-    rows = MemberRows(train=data.trained_rows, held_out=held_out)
+    rows = TrainingRows(train=data.trained_rows, held_out=held_out)
     # Without a limit no allocation fails on a CPU: the kernel kills a process, and a probe would notice nothing.
     probed = run.on_gpu or run.order.memory_limit is not None
-    loop = TrainingLoop(run.session, forward, arguments, rows, callbacks.in_order)
+    loop = TrainingLoop(forward, arguments, rows, callbacks.in_order)
     if callbacks.checkpoint is not None:
         with readable(callbacks.checkpoint):
             loop.resume(callbacks.checkpoint.path)
@@ -297,6 +309,10 @@ def _fit_once(
         loop.run()
     except DoesNotFit as failure:
         return str(failure)
+    except Exception as error:
+        if is_out_of_memory(error) and not run.order.ranks:  # ranks may be out of step
+            _save_last_step(run, loop)
+        raise
     ended = loop.state.global_step >= loop.state.max_steps or callbacks.best.stopped_early is not None
     if run.stop.came.is_set() and (loop.evaluation_due or not ended):
         raise Stopped

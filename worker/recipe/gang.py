@@ -1,11 +1,10 @@
 """The processes of a gang: what they prepare together (their link, the model, how they divide it), and all the work of
-a follower. The engine does the steps."""
+a follower."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from loractl.common.job.method import Parallel
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in
+from loractl.worker.base.gauge import in_own_thread
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Head, load_base
 from loractl.worker.base.source import family_of
@@ -90,7 +90,7 @@ def base_of(order: Start, precision: Precision, head: Head | None) -> Any:
 
 def follow(run: Run) -> Ended:
     """All the work of a follower: it loads the model, and does its part of each step."""
-    run.session.run(partial(_prepared, run)).follow(run.session.run)
+    _prepared(run).follow(in_own_thread)
     return Ended(job_id=run.order.job_id, reason=Reason.OK, message="", peaks=run.gauge.look())
 
 

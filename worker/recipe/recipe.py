@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from loractl.common.job.status import Reason, Stage
 from loractl.common.model_card import lab_card
 from loractl.worker.base.adapter import WEIGHTS, load_stored, save_adapter
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, overflows_fp16
+from loractl.worker.base.batches import HERE
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Head, Learner, load_tokenizer
@@ -52,34 +52,34 @@ from .run import Run
 
 def train(run: Run) -> Ended:
     """Prepare, train, evaluate, and leave adapter and report in the order's output folder."""
-    order, began, ask = run.order, time.time(), run.session.run
+    order, began = run.order, time.time()
     out = Path(order.output_dir)
 
     check_trackers(run.spec)
     check_package(run.spec)
     # 1. The data, before any memory is taken.
     run.stage(Stage.PREPARING)
-    ask(partial(set_seed, run.spec.training.seed))
+    set_seed(run.spec.training.seed)
     tokenizer = load_tokenizer(run.spec.base_model, run.spec.revision, run_code=order.run_code)
     tokenizer = templated(tokenizer, run.spec.dataset.template)
     data = _prepared(run, tokenizer)
-    tasks = ask(partial(find_tasks, run.spec, order.lm_eval_tasks))  # they are other people's programs, and may draw
-    ask(partial(tell_need, run, data))
+    tasks = find_tasks(run.spec, order.lm_eval_tasks)  # they are other people's programs, and may draw
+    tell_need(run, data)
     run.check_stop()
 
     # 2. The base model, in NF4 for QLoRA, a fresh adapter, and the forward pass.
-    learner, steps, identity = ask(partial(_ready, run, data, tokenizer))
+    learner, steps, identity = _ready(run, data, tokenizer)
 
-    fresh = ask(partial(_marks, learner.model))
+    fresh = _marks(learner.model)
 
     # 3. Train, from the newest checkpoint of this same training if there is one.
-    callbacks = ask(lambda: Callbacks.of(run, learner, data, checkpoint_to_resume(run, data)))
+    callbacks = Callbacks.of(run, learner, data, checkpoint_to_resume(run, data))
     callbacks.best.measures(data)
     arguments = fit(run, learner, steps, data, callbacks)
 
     # 4. Keep the adapter before anything else can fail.
-    ask(partial(_require_trained, learner.model, fresh))
-    ask(partial(_keep, run, learner, tokenizer, callbacks))
+    _require_trained(learner.model, fresh)
+    _keep(run, learner, tokenizer, callbacks)
     (out / "job.json").write_text(json.dumps(_resolved(run, arguments), indent=1), "utf-8")
 
     # 5. Base against tuned on rows that were never trained on.
@@ -88,10 +88,10 @@ def train(run: Run) -> Ended:
     evaluation = _evaluate(run, learner, data, tasks, callbacks, kept)
     final = _evaluate_final(run, learner, data, callbacks, kept)
     if isinstance(steps, DividedPass):
-        ask(steps.end)
+        steps.end()
 
     # 6. The report, and the manifest's other files.
-    course = ask(partial(_course, run, callbacks, arguments, time.time() - began))
+    course = _course(run, callbacks, arguments, time.time() - began)
     run.say("hashes the base's files, and writes the report")
     report = build_report(order, identity.wait(), learner, data, evaluation, course, final)
     write_report(report, out)
@@ -281,7 +281,7 @@ def _evaluate(
     if tasks is None:
         return evaluation
     run.note("evaluation", f"scoring base and tuned on {', '.join(run.spec.evaluation.lm_eval)} of lm_eval")
-    scored = score_tasks(learner, run.spec, tasks, run.check_stop, run.session)
+    scored = score_tasks(learner, run.spec, tasks, run.check_stop)
     return replace(evaluation, benchmarks=scored)
 
 
@@ -315,7 +315,7 @@ def _measure(
             check_stop=run.check_stop,
             progress=progress,
             kept=kept,
-            asked=run.session,
+            asked=HERE,
         )
     )
 

@@ -4,19 +4,15 @@ take.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from loractl.common.job.adjustment import Adjustment, adjusted, in_words
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Stage
 from loractl.worker.base.gauge import Gauge, hold_to, limit_to
-from loractl.worker.engine.engine import Engine, Session
 from loractl.worker.protocol.log_lines import log_line
 from loractl.worker.protocol.messages import Adjusted, GoingOn, Note, StageChanged, Start, Told
 
@@ -43,24 +39,11 @@ class Run:
     changes: list[str] = field(init=False)  # the same in words, one for each reduction
     gauge: Gauge = field(init=False)
     _signed: float = field(default_factory=time.monotonic)  # when it last reported to be at work
-    _session: Session | None = None
-    _own: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __post_init__(self) -> None:
         self.adjustment = self.order.adjustment
         self.changes = list(self.order.changes)
         self.gauge = Gauge(self.order.device, self.order.gpu)
-
-    @property
-    def session(self) -> Session:
-        """The engine session for all computation. Its own exists until `close`."""
-        if self._session is None:
-            self._session = self._own.enter_context(Engine().session(torch.device(self.order.device)))
-        return self._session
-
-    def close(self) -> None:
-        """End all computation."""
-        self._own.close()
 
     @property
     def spec(self) -> JobSpec:
@@ -124,8 +107,8 @@ class Run:
 
     def hold_to(self, limit: int | None) -> None:
         """Let the process take this much; called before it computes. None: no limit."""
-        self.session.run(lambda: hold_to(limit, self.order.device, self.order.gpu))
+        hold_to(limit, self.order.device, self.order.gpu)
 
     def lower_to(self, limit: int | None) -> None:
         """Leave the rest of the allowance to other jobs."""
-        self.session.run(lambda: limit_to(limit, self.order.device, self.order.gpu))
+        limit_to(limit, self.order.device, self.order.gpu)

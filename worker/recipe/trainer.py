@@ -97,8 +97,6 @@ def _trained(order: Start, stop: StopOrder, tell: Tell) -> Ended:
         if reason is Reason.TRAINER_ERROR and Stage.EVALUATING in run.stages:
             reason = Reason.EVALUATION_FAILED
         return ended(reason, message)
-    finally:
-        run.close()
 
 
 def _load() -> None:

@@ -1,4 +1,4 @@
-"""The leader's pass: all ranks do the work of a training's one member, each with its rows."""
+"""The leader's pass: all ranks do the work of one training, each with its rows."""
 
 from __future__ import annotations
 
