@@ -5,4 +5,5 @@ LEAN = 2
 
 ENGINE = LEAN
 """The version of the worker's training step, as far as its memory goes. 1 was transformers' Trainer. Raise it when
-the memory of steps changes: attempts of an older version teach nothing, and jobs of both are not alike."""
+the memory of steps changes: attempts of an older version teach nothing, and jobs of both are not alike. 0 are attempts
+of before revision 0041 that shared a trainer."""
