@@ -302,6 +302,19 @@ def test_a_card_without_a_unit_and_a_worker_that_is_refused_are_failures(make_cl
         _answered(make_cli(**variables)("worker", code=None), says, 2)
 
 
+def test_keep_warm_of_an_earlier_version_s_start_script_is_accepted_with_a_warning(
+    make_cli: Callable[..., Cli],
+) -> None:
+    """Here the worker stops at its devices."""
+    for named, variables, options in (
+        ("LORACTL_KEEP_WARM", {"LORACTL_KEEP_WARM": "soon"}, ()),
+        ("--keep-warm", {}, ("--keep-warm", "5min")),
+    ):
+        told = make_cli(LORACTL_DEVICES="sim:0GiB", **variables)("worker", *options, code=2)
+        assert f"Warning: {named} has no effect" in told.stderr
+    assert "keep-warm" not in make_cli()("worker", "--help").stdout
+
+
 def test_ctrl_c_in_wait_says_that_the_job_goes_on(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(GOOD)
     write_helpdesk(tmp_path / "data.jsonl")
