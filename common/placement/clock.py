@@ -240,12 +240,12 @@ class Clock:
         seconds = asked.seconds_in(placed.form)
         left = None if seconds is None else asked.start_s + seconds
         nodes = tuple(share.node for share in placed.shares)
-        self._jobs[job.job_id] = _Running(
+        running = self._jobs[job.job_id] = _Running(
             nodes=nodes, left=left, since=self._moment, asked=asked, began=self._moment, trains_s=seconds
         )
         self._expect(job.job_id)
-        ends = None if left is None else now + dt.timedelta(seconds=left)
         for share in placed.shares:
+            ends = None if running.end is None else self.at(running.end)  # later, where others are on an earlier card
             occupant = Occupant(job_id=job.job_id, user=job.user, reserved=share.bytes, ends=ends, began=now)
             self._put(self.cards[share.node].with_job(occupant))
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, Occupant
-from loractl.common.placement.clock import ReplayedJob
+from loractl.common.placement.clock import Clock, ReplayedJob
+from loractl.common.placement.gangs import GangShare
 from loractl.common.placement.lines import KeptLine, ListedLine, Openings, Waiting
 from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
-from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S
+from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S, Placement
 from loractl.common.placement.shares import charge, decayed
 from loractl.common.units import GIB
 from loractl.scheduler.simulation.baselines import best_fit, fifo, shortest_first
@@ -149,6 +150,17 @@ def test_a_job_on_several_cards_holds_each_of_them_until_its_end() -> None:
     done = replay([large, a_job(2, 1, 8, 10), a_job(3, 2, 8, 10)], cards, START)
     assert starts(done) == {1: 0, 2: 100, 3: 100}
     assert {done.runs[n].node for n in (2, 3)} == {"a:0", "a:1"}
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_job_on_several_cards_is_expected_to_leave_all_of_them_at_once(shared: int) -> None:
+    busy = [Occupant(job_id=9, user="bob", reserved=GIB, ends=at(1000))]
+    cards = [a_card(80, f"a:{n}", running=busy if n == shared else ()) for n in (0, 1)]
+    clock, large = Clock(now=START, cards=cards, contention=1.0), a_job(1, 0, 20, 100)
+    beside = (GangShare(node="a:1", bytes=GIB),)
+    clock.start(Placement(job=large.waiting, node="a:0", method=Method.LORA, reserved=GIB, beside=beside), large)
+    expected = [one.ends for card in clock.cards.values() for one in card.running if one.job_id == 1]
+    assert expected == [at(200)] * 2, "one of the cards takes turns"
 
 
 # --- other rules ---
