@@ -7,8 +7,7 @@ from loractl.common.placement.clock import ReplayedForm
 from loractl.common.units import GIB
 
 IMPORT_S = 7.4
-"""Seconds that a new trainer needs to import its libraries, on a two-core machine; a spare trainer has done so
-already."""
+"""Seconds that a new trainer needs to import its libraries, on a two-core machine; a fork has them already."""
 
 PREPARE_S = 0.6
 """Seconds from the claim to the first step besides imports and base: messages, data and adapter. Measured with
@@ -23,10 +22,10 @@ SAVE_S = 300.0
 that goes."""
 
 
-def start_s(size: int, *, spare: bool) -> float:
+def start_s(size: int, *, forks: bool) -> float:
     """Seconds from the claim to the first step of a job whose loaded base has `size` bytes; 0 for one whose base's size
-    is not known. `spare`: a spare trainer is always ready."""
-    return PREPARE_S + size / LOAD_BYTES_S + (0.0 if spare else IMPORT_S) if size else 0.0
+    is not known. `forks`: trainers have their imports from the fork server."""
+    return PREPARE_S + size / LOAD_BYTES_S + (0.0 if forks else IMPORT_S) if size else 0.0
 
 
 FORMS = ((4, 2.63, 0.74), (2, 1.76, 0.74), (1, 1.32, 0.75))

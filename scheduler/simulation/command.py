@@ -34,7 +34,7 @@ take turns (1). Small fine-tunes leave a large card idle between kernels, large 
     help="What sharing a card costs: each of k jobs runs at 1/(1 + C(k-1)) of its speed.",
 )
 @click.option("--base-size", metavar="SIZE", help="Size of the base that each job loads first, if the trace has none.")
-@click.option("--spare/--no-spare", default=True, show_default=True, help="As for a worker.")
+@click.option("--fork-server/--no-fork-server", default=True, show_default=True, help="As for a worker.")
 @click.option(
     "--roomy/--no-roomy", default=False, show_default=True, help="Let jobs recompute less, as 8B in 16 bit would."
 )
@@ -61,7 +61,7 @@ def sim(
     compress: float,
     contention: float,
     base_size: str | None,
-    spare: bool,
+    fork_server: bool,
     roomy: bool,
     quotas: tuple[str, ...],
     longest: str | None,
@@ -85,7 +85,7 @@ def sim(
 
     bound = math.inf if longest is None else _seconds("--longest", longest)
     _check(compress, contention)
-    nodes = Nodes(spare=spare, roomy=roomy, presences=parse_presences(fleet))
+    nodes = Nodes(fork_server=fork_server, roomy=roomy, presences=parse_presences(fleet))
     if plot is not None:
         require_matplotlib("sim")
     cards = parse_fleet(fleet, max_jobs_per_gpu)
@@ -93,7 +93,7 @@ def sim(
     if base_size is not None:
         chosen = chosen.on_bases_of(_size(base_size))
     allowed = parse_quotas(quotas, {job.user for job in chosen.workload.jobs})
-    chosen = without_slow(chosen, cards, nodes.presences, spare=spare)
+    chosen = without_slow(chosen, cards, nodes.presences, forks=fork_server)
     if not chosen.jobs:
         hint = "cards that stay longer" if chosen.slow else "larger cards: --fleet 80GiB"
         raise UsageError(f"{trace} has no job that this fleet and these options leave", hint)

@@ -35,7 +35,7 @@ class Contender:
 
     title: str  # for people; a star marks a rule that knows what no real scheduler knows
     make: Callable[[Briefing], Rule]
-    spares: bool = False  # spare trainers wait for jobs
+    fork_server: bool = False  # trainers are forks of a process that has imported all
     roomy: bool = False  # jobs do without recomputing if nobody else wants the memory
 
 
@@ -45,7 +45,7 @@ def _ours(briefing: Briefing, rule: type[PlacementRule] = PlacementRule) -> Plac
     return rule(roomy=roomy, meter=meter)
 
 
-_FULL = {"spares": True, "roomy": True}
+_FULL = {"fork_server": True, "roomy": True}
 """All that our nodes can do."""
 
 POLICIES: dict[str, Contender] = {
@@ -54,7 +54,7 @@ POLICIES: dict[str, Contender] = {
         title="without quotas", make=lambda briefing: _ours(replace(briefing, quotas={})), **_FULL
     ),
     "blind": Contender(title="blind", make=lambda briefing: _ours(briefing, BlindRule), **_FULL),
-    "recomputing": Contender(title="recomputing", make=_ours, spares=True),
+    "recomputing": Contender(title="recomputing", make=_ours, fork_server=True),
     "fifo": Contender(title="fifo", make=lambda _: fifo()),
     "shortest_first": Contender(title="shortest first*", make=lambda _: shortest_first()),
     "best_fit": Contender(title="best fit", make=lambda _: best_fit()),
@@ -69,7 +69,7 @@ RULES = ("loractl", "fifo", "shortest_first", "best_fit")
 class Nodes:
     """The settings of the nodes under our rule, as the options of `loractl worker`."""
 
-    spare: bool = True
+    fork_server: bool = True
     roomy: bool = False  # forms_of gives what jobs take without recomputing; False: that is unknown
     presences: Mapping[str, Presence] = field(default_factory=dict)  # of cards that come and go, by name
 
@@ -191,7 +191,7 @@ class Simulation:
             "fleet": [self._card_json(card) for card in self.cards],
             "compress": self.compress,
             "contention": self.contention,
-            "spare": self.nodes.spare,
+            "fork_server": self.nodes.fork_server,
             "load": None if self.load is None or math.isinf(self.load) else self.load,
             "later": {"jobs": sum(one > 0 for one in self.later), "most_s": max(self.later)} if self.later else None,
             "quotas": [waits.as_json() for waits in self.by_user] if self.quotas else None,
@@ -263,8 +263,8 @@ def simulate(
     totals = {card.node: card.total for card in cards}
     for name in policies_for(nodes, quotas) if policies is None else policies:
         policy = POLICIES[name]
-        spare, roomy = policy.spares and nodes.spare, policy.roomy and nodes.roomy
-        jobs = to_replay(chosen.jobs, compress, spare=spare, roomy=roomy)
+        forks, roomy = policy.fork_server and nodes.fork_server, policy.roomy and nodes.roomy
+        jobs = to_replay(chosen.jobs, compress, forks=forks, roomy=roomy)
         rule = policy.make(Briefing(jobs=jobs, totals=totals, quotas=quotas or {}))
         replayed = replay(jobs, cards, BEGIN, rule, contention=contention, presences=nodes.presences)
         outcomes[name] = outcome_of(jobs, cards, replayed)

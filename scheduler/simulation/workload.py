@@ -106,25 +106,25 @@ def choose(workload: Workload, cards: Sequence[Card], longest: float, limit: int
     return Chosen(workload=workload, jobs=tuple(jobs[:limit]), never=never, longer=longer)
 
 
-def without_slow(chosen: Chosen, cards: Sequence[Card], presences: Mapping[str, Presence], *, spare: bool) -> Chosen:
+def without_slow(chosen: Chosen, cards: Sequence[Card], presences: Mapping[str, Presence], *, forks: bool) -> Chosen:
     """Without the jobs that load for as long as any card that holds them is there, or longer: none of them begins."""
 
     def stay_s(need: int) -> float:
         there = [presences.get(card.node) for card in cards if card.usable >= need]
         return max((math.inf if one is None else one.open_s for one in there), default=math.inf)
 
-    jobs = [job for job in chosen.jobs if start_s(job.base_size, spare=spare) < stay_s(job.need)]
+    jobs = [job for job in chosen.jobs if start_s(job.base_size, forks=forks) < stay_s(job.need)]
     return replace(chosen, jobs=tuple(jobs), slow=len(chosen.jobs) - len(jobs))
 
 
 def to_replay(
-    jobs: Sequence[TraceJob], compress: float, *, spare: bool = False, roomy: bool = False
+    jobs: Sequence[TraceJob], compress: float, *, forks: bool = False, roomy: bool = False
 ) -> list[ReplayedJob]:
     """The jobs for a replay from BEGIN on, their arrivals `compress` times as close, numbered by arrival.
 
-    `spare`: a job starts in a spare trainer. `roomy`: whether jobs may do without recomputing.
+    `forks`: a trainer has its imports from the fork server. `roomy`: whether jobs may do without recomputing.
     """
-    starts = [start_s(job.base_size, spare=spare) for job in jobs]
+    starts = [start_s(job.base_size, forks=forks) for job in jobs]
     first = min((job.arrival for job in jobs), default=0.0)
     return [
         ReplayedJob(

@@ -62,7 +62,7 @@ def test_the_help_of_a_group_cuts_no_line(name: str) -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_says_what_it_does(name: str) -> None:
     options = [p for p in command(name).params if isinstance(p, click.Option)]
-    assert [o.name for o in options if not o.help] == []
+    assert [o.name for o in options if not o.help and not o.hidden] == []
 
 
 def test_the_help_lists_every_command_in_its_order(cli: Cli) -> None:

@@ -210,22 +210,22 @@ def test_a_size_for_all_is_half_the_need_of_a_small_job_and_does_not_replace_the
         sized.on_bases_of(5 * GIB)
 
 
-def test_a_job_loads_its_base_before_its_first_step_and_a_spare_saves_the_imports(cli: Cli, own: Path) -> None:
+def test_a_job_loads_its_base_before_its_first_step_and_a_fork_saves_the_imports(cli: Cli, own: Path) -> None:
     def took(*options: object) -> float:
         found = json.loads(cli("sim", own, "--fleet", "80GiB", "--limit", 1, *options, "--json").stdout)
         return float(found["policies"]["loractl"]["mean_jct_s"])
 
     assert took() == 7200
     assert took("--base-size", "14GiB") == pytest.approx(7200 + 0.6 + 14 / 0.28)
-    assert took("--base-size", "14GiB", "--no-spare") == pytest.approx(7200 + 0.6 + 14 / 0.28 + 7.4)
+    assert took("--base-size", "14GiB", "--no-fork-server") == pytest.approx(7200 + 0.6 + 14 / 0.28 + 7.4)
 
 
 def test_a_start_takes_what_was_measured() -> None:
     """SmolLM2-135M in bf16, 257 MiB: 9.2 s cold; 8B in 16 bit: a minute and more."""
-    assert start_s(257 * 2**20, spare=False) == pytest.approx(9.2, rel=0.05)
-    assert start_s(15 * GIB, spare=False) == pytest.approx(60, rel=0.05)
-    assert start_s(15 * GIB, spare=True) == pytest.approx(54, rel=0.05)
-    assert start_s(0, spare=False) == 0, "not known"
+    assert start_s(257 * 2**20, forks=False) == pytest.approx(9.2, rel=0.05)
+    assert start_s(15 * GIB, forks=False) == pytest.approx(60, rel=0.05)
+    assert start_s(15 * GIB, forks=True) == pytest.approx(54, rel=0.05)
+    assert start_s(0, forks=False) == 0, "not known"
 
 
 # --- what it measures ---
@@ -282,11 +282,11 @@ def test_jobs_that_no_card_stays_for_are_counted_and_not_replayed() -> None:
     ]
     text, workload = "24GiB until 2min,80GiB open 60s shut 1h", Workload(jobs=tuple(jobs))
     chosen = choose(workload, parse_fleet(text), 1e9, None)
-    assert without_slow(chosen, parse_fleet(text), parse_presences(text), spare=True).slow == 0
+    assert without_slow(chosen, parse_fleet(text), parse_presences(text), forks=True).slow == 0
     slow = replace(chosen, jobs=tuple(replace(job, base_size=19 * GIB) for job in jobs))
-    left = without_slow(slow, parse_fleet(text), parse_presences(text), spare=True)
+    left = without_slow(slow, parse_fleet(text), parse_presences(text), forks=True)
     assert ([job.need // GIB for job in left.jobs], left.slow) == ([20], 1), "68 s: two minutes are enough"
-    stays = without_slow(slow, parse_fleet("24GiB,80GiB"), {}, spare=True)
+    stays = without_slow(slow, parse_fleet("24GiB,80GiB"), {}, forks=True)
     assert stays.slow == 0
 
 
@@ -499,7 +499,7 @@ def test_a_class_of_which_a_rule_ends_no_job_is_a_dash(cli: Cli, tmp_path: Path)
     assert lines[1] == "1 job of 1 user,"
     assert not any(line.startswith("MEAN WAIT BY NEED") for line in lines)
     path.write_text("arrival,vram,duration,user,base_size\n0,70GiB,10h,ada,60GiB\n")
-    refused = cli("sim", path, "--fleet", "80GiB open 60s shut 1h", "--no-spare", code=2).stderr
+    refused = cli("sim", path, "--fleet", "80GiB open 60s shut 1h", "--no-fork-server", code=2).stderr
     assert "Hint: cards that stay longer" in refused
 
 
