@@ -42,6 +42,8 @@ def test_losers_stop_and_the_winner_is_that_of_all_members_run_to_their_end(
     assert full["best_job_id"] == early["best_job_id"]
     rungs = {member["job_id"]: member["rungs"] for member in early["members"]}
     assert all(member["rungs"] == rungs[member["job_id"]] for member in full["members"])
+    reports = [json.loads(cli("report", member["job_id"], "--json").stdout)["evaluation"] for member in stopped]
+    assert all(one["base_measured_by_job"] is not None for one in reports), "members before them have measured the base"
 
 
 def _job(folder: Path) -> Path:

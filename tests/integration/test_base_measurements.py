@@ -7,15 +7,18 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loractl.common.job.status import Reason
+from loractl.worker.base.box_cache import BoxCache
 from loractl.worker.evaluation import evaluation as measuring
 from loractl.worker.protocol.messages import FileKept, KnownFile, Note, Start
 from loractl.worker.recipe.recipe import train
+from loractl.worker.recipe.reference import FrozenReference
 from loractl.worker.recipe.run import Run
 
 from ..models import write_helpdesk
@@ -37,10 +40,7 @@ class Box:
         told = list[Any]()
         order = self.start(f"job-{self.jobs}", job_id=self.jobs, **{"max_steps": 1, **keys})
         run = Run(order=order.model_copy(update={"kept": [*self.known.values()]}), tell=told.append)
-        try:
-            assert train(run).reason is Reason.OK
-        finally:
-            run.close()
+        assert train(run).reason is Reason.OK
         for one in told:
             if isinstance(one, FileKept):
                 self.known[one.key] = KnownFile(key=one.key, sha256=one.sha256, job_id=self.jobs, at=NOON)
@@ -210,3 +210,92 @@ def test_a_base_measured_in_smaller_batches_is_left_to_nobody(box: Box, monkeypa
     monkeypatch.setattr(measuring, "score_rows", short_of_memory)
     box.run()
     assert box.known == {}
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> dict[str, Any]:
+    """What a job on pairs asks, for two epochs of few batches."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"item {n}?"}],
+            "chosen": [{"role": "assistant", "content": f"number {n * 3}"}],
+            "rejected": [{"role": "assistant", "content": f"bad {n % 5}"}],
+        }
+        for n in range(16)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = {"path": str(tmp_path / "pairs.jsonl"), "test_size": 0.25}
+    return {"job": {"task_type": "preference"}, "dataset": dataset, "max_steps": 6, "evaluation": {"samples": 0}}
+
+
+@pytest.fixture
+def pairs_scored(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pairs each call of a reference scored."""
+    seen, score = list[int](), FrozenReference._scored
+
+    def watched(self: FrozenReference, texts: Any) -> Any:
+        seen.append(len(texts) // 2)
+        return score(self, texts)
+
+    monkeypatch.setattr(FrozenReference, "_scored", watched)
+    return seen
+
+
+def weights(box: Box, tmp_path: Path) -> bytes:
+    return (tmp_path / f"job-{box.jobs}" / "result" / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_pairs_are_scored_with_the_base_once_and_the_adapter_is_the_same(
+    box: Box, pairs: dict[str, Any], pairs_scored: list[int], tmp_path: Path
+) -> None:
+    box.run(**pairs)
+    first, own = sum(pairs_scored), weights(box, tmp_path)
+    assert first == 12
+    del pairs_scored[:]
+    box.run(**pairs)
+    assert sum(pairs_scored) == 4, "one micro-batch, to compare it"
+    assert any("job 1 has scored 12 pairs with the base on this box; 4 of them" in note for note in box.notes)
+    assert weights(box, tmp_path) == own
+    del pairs_scored[:]
+    box.run(**pairs, lora={"r": 8}, learning_rate=1e-3)
+    shared = weights(box, tmp_path)
+    assert sum(pairs_scored) == 4
+    box.known.clear()
+    box.run(**pairs, lora={"r": 8}, learning_rate=1e-3)
+    assert weights(box, tmp_path) == shared
+
+
+def test_scores_of_pairs_that_no_longer_come_out_are_thrown_away(
+    box: Box, pairs: dict[str, Any], pairs_scored: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    box.run(**pairs)
+    own, read = weights(box, tmp_path), BoxCache.read
+
+    def drifted(self: BoxCache, key: str) -> Any:
+        """As if the base had scored otherwise then."""
+        found = read(self, key)
+        if found is None or found.content.startswith(b"{"):
+            return found
+        content = bytearray(found.content)
+        content[16::32] = bytes(byte ^ 1 for byte in content[16::32])  # the last bit of each first score
+        return replace(found, content=bytes(content))
+
+    monkeypatch.setattr(BoxCache, "read", drifted)
+    del pairs_scored[:]
+    box.run(**pairs)
+    assert sum(pairs_scored) == 12 and weights(box, tmp_path) == own
+    assert any("scores of 4 of its pairs are other ones now" in note for note in box.notes)
+
+
+@pytest.mark.parametrize("harm", ["one bit", "cut off"])
+def test_changed_scores_of_pairs_are_not_learned_from(
+    box: Box, pairs: dict[str, Any], pairs_scored: list[int], tmp_path: Path, harm: str
+) -> None:
+    box.run(**pairs)
+    own = weights(box, tmp_path)
+    (file,) = [path for path in box.files if not path.read_bytes().startswith(b"{")]
+    HARM[harm](file)
+    del pairs_scored[:]
+    box.run(**pairs)
+    assert sum(pairs_scored) == 12 and weights(box, tmp_path) == own
+    assert any("not as it was written" in note for note in box.notes)

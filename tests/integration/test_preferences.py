@@ -33,7 +33,8 @@ from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass
 from loractl.worker.protocol.messages import Start, Stepped
 from loractl.worker.recipe.fit import largest_batch
-from loractl.worker.recipe.kinds import FrozenReference, trained_kind
+from loractl.worker.recipe.kinds import trained_kind
+from loractl.worker.recipe.reference import FrozenReference
 
 from .conftest import Recipe
 from .test_engine import PAD

@@ -201,6 +201,11 @@ class BaseIdentity:
         self._thread = threading.Thread(target=self._hash, name="identity", daemon=True)
         self._thread.start()
 
+    def is_known(self, within_s: float) -> bool:
+        """Whether the files are hashed, or will be within this time."""
+        self._thread.join(within_s)
+        return not self._thread.is_alive() and self._error is None
+
     def wait(self) -> dict[str, Any]:
         """What the report says about the base model: `commit` (None for a folder), `files`, one sha256 for all of them,
         and `publish: false` if an adapter that must stay in the lab is merged into it. Raises OSError."""

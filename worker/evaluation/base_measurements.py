@@ -22,6 +22,11 @@ NEAR_FP32, NEAR_16_BIT = 1e-4, 0.01
 """Nats for each token by which a row's loss may differ on a card, whose sums need not repeat; never run on a card."""
 
 
+def slack(precision: torch.dtype) -> float:
+    """By how much the loss of a token may differ on a card, in nats."""
+    return NEAR_FP32 if precision is torch.float32 else NEAR_16_BIT
+
+
 @dataclass(frozen=True, kw_only=True)
 class MeasuredModel:
     """One model's results."""
@@ -104,6 +109,6 @@ class BaseMeasurements:
         """Whether some rows have the same scores. On a card, losses and guesses need only be near."""
         if self.repeats:
             return all(np.array_equal(getattr(then, name)[chosen], found) for name, found in vars(now).items())
-        near = NEAR_FP32 if self.precision is torch.float32 else NEAR_16_BIT
+        near = slack(self.precision)
         same = np.array_equal(then.tokens[chosen], now.tokens) and np.array_equal(then.stops[chosen], now.stops)
         return bool(same and (np.abs(then.loss[chosen] - now.loss) <= near * now.tokens).all())

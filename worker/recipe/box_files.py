@@ -15,12 +15,17 @@ from loractl.worker.base.box_cache import BoxCache
 from loractl.worker.base.model import Learner
 from loractl.worker.base.processor import arithmetic
 from loractl.worker.base.source import BaseIdentity
+from loractl.worker.data.prepared import PreparedData
 from loractl.worker.engine import passes, ranks
-from loractl.worker.evaluation.base_measurements import BaseMeasurements
+from loractl.worker.evaluation.base_measurements import BaseMeasurements, slack
 from loractl.worker.protocol.messages import FileKept
 from loractl.worker.protocol.versions import installed_versions
 
+from .reference import KeptScores
 from .run import Run
+
+WAIT_S = 1.0
+"""How long a training waits for the hashes of its base's files: long enough to read those that were noted before."""
 
 
 def _code_hash(*rooms: Path) -> str:
@@ -28,7 +33,9 @@ def _code_hash(*rooms: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-_CODE = _code_hash(*(Path(str(room.__file__)).parent for room in (base, engine, passes, ranks, evaluation)))
+_ROOMS = base, engine, passes, ranks, evaluation
+
+_CODE = _code_hash(Path(__file__).parent, *(Path(str(room.__file__)).parent for room in _ROOMS))
 """As of the import: an upgrade replaces the files while this process continues with the old code."""
 
 
@@ -39,14 +46,29 @@ def measurements(run: Run, learner: Learner, identity: BaseIdentity) -> BaseMeas
     if REPRODUCES in order.spec.labels:
         return None
     return BaseMeasurements(
-        cache=_cache(run, learner, identity, "measured"),
+        cache=_cache(run, learner, identity),
         turn=order.job_id,
         repeats=order.device == "cpu",
         precision=learner.precision.base,
     )
 
 
-def _cache(run: Run, learner: Learner, identity: BaseIdentity, kind: str) -> BoxCache:
+def pair_scores(run: Run, learner: Learner, identity: BaseIdentity, data: PreparedData) -> KeptScores | None:
+    """The same for scores of pairs."""
+    order, training = run.order, run.spec.training
+    if REPRODUCES in order.spec.labels:
+        return None
+    # pairs are scored a micro-batch at a time, and the bits may depend on the others in it
+    batches = training.seed, training.per_device_train_batch_size, training.gradient_accumulation_steps
+    return KeptScores(
+        cache=lambda: _cache(run, learner, identity),
+        may_be_left=lambda: bool(order.kept) and identity.is_known(WAIT_S),
+        question=lambda: ("pairs", type(learner.scorer).__name__, data.digest, *batches),
+        slack=0.0 if order.device == "cpu" else slack(learner.precision.base),
+    )
+
+
+def _cache(run: Run, learner: Learner, identity: BaseIdentity) -> BoxCache:
     order, training = run.order, run.spec.training
     box = order.node.rpartition(":")[0]
     # with another ancestor "base" is another model
@@ -59,9 +81,9 @@ def _cache(run: Run, learner: Learner, identity: BaseIdentity, kind: str) -> Box
         run.tell(FileKept(job_id=order.job_id, key=key, sha256=sha256))
 
     return BoxCache(
-        folder=Path(order.cache_dir) / kind,
+        folder=Path(order.cache_dir) / "measured",
         known=order.kept,
-        about=[kind, box, identity.wait()["sha256"], ancestor, *how],
+        about=[box, identity.wait()["sha256"], ancestor, *how],
         tell=tell,
         note=lambda text: run.note("cache", text),
     )

@@ -6,7 +6,6 @@ Pairs are measured against reference scores: from the base model, or from the ad
 
 from __future__ import annotations
 
-import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +19,13 @@ from loractl.common.adapter_config import LABELS
 from loractl.common.job.sections import DataFormat, TaskType
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.adapter import read_labels
-from loractl.worker.base.arithmetic import random_streams_kept
 from loractl.worker.base.batches import Computer
-from loractl.worker.base.model import HEAD, Head, Learner, label_settings, measuring
+from loractl.worker.base.model import HEAD, Head, Learner, label_settings
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import CrossEntropy, LabelLoss, Loss, classified
-from loractl.worker.engine.pairs import PairLoss, Scores, row_key
+from loractl.worker.engine.pairs import PairLoss
 from loractl.worker.evaluation.base_measurements import BaseMeasurements
 from loractl.worker.evaluation.classifier import classify, evaluate_classifier
 from loractl.worker.evaluation.evaluation import Evaluation, Work, evaluate
@@ -35,37 +33,7 @@ from loractl.worker.evaluation.preferences import evaluate_preferences
 from loractl.worker.evaluation.row_losses import score_rows
 from loractl.worker.evaluation.stretches import ROWS, Stretch
 
-
-class FrozenReference:
-    """What a report calls base: the bare base, or the adapter with its first weights.
-
-    A row is scored once, just before it is first learned from.
-    """
-
-    def __init__(self, learner: Learner) -> None:
-        self._learner = learner
-        self._known: Scores = {}
-
-    def meet(self, rows: Sequence[TokenRow]) -> None:
-        new = {key: row for row in rows if (key := row_key(row)) not in self._known}
-        if not new:
-            return
-        texts = [form_of(DataFormat.PREFERENCE).texts(row) for row in new.values()]
-        # padded texts round differently in another batch, so there each pair is scored alone
-        groups = texts if self._learner.scorer is None else [tuple(itertools.chain(*texts))]
-        sums = list[float]()
-        with random_streams_kept():
-            measuring(self._learner, lambda: sums.extend(itertools.chain(*map(self._scored, groups))), base=True)
-        self._known.update(dict(zip(new, zip(sums[::2], sums[1::2], strict=True), strict=True)))
-
-    def _scored(self, texts: Sequence[TokenRow]) -> list[float]:
-        model, tokenizer, scorer = self._learner.model, self._learner.tokenizer, self._learner.scorer
-        scores = score_rows(model, tokenizer, [*texts], len(texts), scorer=scorer, run=lambda piece: piece())
-        summed: list[float] = (-scores.loss).tolist()
-        return summed
-
-    def of(self, row: TokenRow) -> tuple[float, float]:
-        return self._known[row_key(row)]
+from .reference import FrozenReference, KeptScores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +67,9 @@ class TrainedKind(ABC):
     def loss(self, spec: JobSpec) -> Loss:
         """The loss that rows are trained with."""
 
-    def refer(self, loss: Loss, learner: Learner) -> None:  # noqa: B027
-        """Give a loss its reference model."""
+    def refer(self, loss: Loss, learner: Learner, kept: KeptScores | None = None) -> FrozenReference | None:
+        """Give a loss its reference model, if it needs one. `kept`: where its scores are left for later jobs."""
+        return None
 
     def misfit(self, data: PreparedData, stored: Path) -> str | None:
         """How the rows differ from the stored adapter that the job starts from. Raises ArtifactError."""
@@ -184,10 +153,12 @@ class TrainedPreferences(TrainedAnswers):
     def loss(self, spec: JobSpec) -> Loss:
         return PairLoss(spec.preference)
 
-    def refer(self, loss: Loss, learner: Learner) -> None:
+    def refer(self, loss: Loss, learner: Learner, kept: KeptScores | None = None) -> FrozenReference | None:
         assert isinstance(loss, PairLoss)
-        if loss.asked.has_reference:
-            loss.reference = FrozenReference(learner)
+        if not loss.asked.has_reference:
+            return None
+        loss.reference = reference = FrozenReference(learner, kept)
+        return reference
 
     def score(self, learner: Learner, rows: list[TokenRow]) -> None:
         # an evaluation's batch has as many answers as this one has pairs: at worst the longest

@@ -40,11 +40,12 @@ from loractl.worker.evaluation.report import TrainingCourse, build_report, write
 from loractl.worker.protocol.messages import Ancestor, Ended
 
 from .arguments import check_trackers
-from .box_files import measurements
+from .box_files import measurements, pair_scores
 from .fit import Callbacks, fit
 from .gang import Gang, base_of, gathered
 from .kinds import EvaluationTask
 from .need import tell_need, tell_padded
+from .reference import FrozenReference
 from .resume import checkpoint_to_resume
 from .rows import prepare_rows
 from .run import Run
@@ -68,7 +69,7 @@ def train(run: Run) -> Ended:
     run.check_stop()
 
     # 2. The base model, in NF4 for QLoRA, a fresh adapter, and the forward pass.
-    learner, steps, identity = _ready(run, data, tokenizer)
+    learner, steps, identity, reference = _ready(run, data, tokenizer)
 
     fresh = _marks(learner.model)
 
@@ -76,6 +77,8 @@ def train(run: Run) -> Ended:
     callbacks = Callbacks.of(run, learner, data, checkpoint_to_resume(run, data))
     callbacks.best.measures(data)
     arguments = fit(run, learner, steps, data, callbacks)
+    if reference is not None:
+        reference.leave()
 
     # 4. Keep the adapter before anything else can fail.
     _require_trained(learner.model, fresh)
@@ -140,9 +143,11 @@ def _note_data(run: Run, data: PreparedData) -> None:
         run.note("warning", f"data: {warning}")
 
 
-def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, ForwardPass, BaseIdentity]:
-    """The model with a fresh adapter, its forward pass, and what identifies the base once hashed. Raises
-    TrainingFailed."""
+def _ready(
+    run: Run, data: PreparedData, tokenizer: Any
+) -> tuple[Learner, ForwardPass, BaseIdentity, FrozenReference | None]:
+    """The model with a fresh adapter, its forward pass, what identifies the base once hashed, and what pairs are
+    compared with. Raises TrainingFailed."""
     head = run.kind.head(run.spec, data, tokenizer)
     gang = gathered(run.order, head, tokenizer.pad_token_id)
     learner, identity = _load(run, data, tokenizer, head, gang)
@@ -156,8 +161,8 @@ def _ready(run: Run, data: PreparedData, tokenizer: Any) -> tuple[Learner, Forwa
         if why is not None:
             tell_padded(run, data, why)
         check_apart(forward, data.packed or ())
-    run.kind.refer(forward.loss, learner)
-    return learner, forward if gang is None else gang.lead(forward, run.spec, learner.precision), identity
+    reference = run.kind.refer(forward.loss, learner, pair_scores(run, learner, identity, data))
+    return learner, forward if gang is None else gang.lead(forward, run.spec, learner.precision), identity, reference
 
 
 def _keep(run: Run, learner: Learner, tokenizer: Any, callbacks: Callbacks) -> None:
