@@ -45,6 +45,7 @@ class Attempt:
     first_step_s: float
     seconds: float
     own: int  # bytes that no other process shares, after the first step
+    peak: int  # its resident bytes, as the memory plan learns them
     adapter: str  # its hash
 
 
@@ -107,7 +108,14 @@ class Bench:
         for pipe in (trainer.stdout, trainer.stderr):
             pipe.close()
         weights = (folder / "result" / "adapter" / "adapter_model.safetensors").read_bytes()
-        return Attempt(first_step_s=first, seconds=seconds, own=size, adapter=hashlib.sha256(weights).hexdigest())
+        assert ended.peaks is not None and ended.peaks.reserved is not None
+        return Attempt(
+            first_step_s=first,
+            seconds=seconds,
+            own=size,
+            peak=ended.peaks.reserved,
+            adapter=hashlib.sha256(weights).hexdigest(),
+        )
 
     def server(self) -> tuple[int, int, int, int]:
         """Of the server: bytes of its own, open files, threads, children."""
@@ -122,11 +130,11 @@ def compare(bench: Bench, threads: int) -> str:
         for forked, attempts in found.items():
             attempts.append(bench.attempt(forked=forked))
     for forked, attempts in found.items():
-        first, seconds, own = (
-            statistics.median(getattr(one, name) for one in attempts) for name in ("first_step_s", "seconds", "own")
-        )
+        names = ("first_step_s", "seconds", "own", "peak")
+        first, seconds, own, peak = (statistics.median(getattr(one, name) for one in attempts) for name in names)
         way, hashes = "fork" if forked else "new process", {one.adapter[:12] for one in attempts}
-        print(f"{threads:7}  {way:12} {first:12.2f} {seconds:9.2f} {own / 2**20:12.0f}  {' '.join(hashes)}", flush=True)
+        sizes = f"{own / 2**20:12.0f} {peak / 2**20:9.0f}"
+        print(f"{threads:7}  {way:12} {first:12.2f} {seconds:9.2f} {sizes}  {' '.join(hashes)}", flush=True)
     (adapter,) = {one.adapter for attempts in found.values() for one in attempts}  # else they are not equal
     return adapter
 
@@ -155,7 +163,7 @@ def main() -> None:
         folder = Path(scratch)
         model = Path(named[0]).absolute() if named else make_tiny_model(folder / "tiny")
         write_helpdesk(folder / "data.jsonl")
-        print("threads  trainer      first step, s    end, s  its own, MiB  adapter")
+        print("threads  trainer      first step, s    end, s  its own, MiB  peak, MiB  adapter")
         for threads in (2, 1):
             with Bench(folder / str(threads), model, folder / "data.jsonl", threads) as bench:
                 adapter = compare(bench, threads)

@@ -55,7 +55,7 @@ LATE = {
 """What loractl imports when it needs it, and nearly every run does."""
 
 NO_STACK = ("common", "scheduler", "worker.attempt", "worker.commands.worker", "worker.delivery", "worker.device",
-            "worker.node", "worker.protocol", "worker.spare", "worker.storage")  # fmt: skip
+            "worker.node", "worker.protocol", "worker.storage")  # fmt: skip
 """The rooms without the training stack: the import rules say so, and `light` looks."""
 
 STAND_IN = "NVML_STANDIN"

@@ -25,6 +25,7 @@ from loractl.common.queue.valkey import server_binary
 from loractl.common.store.database import make_engine
 from loractl.common.store.roles import SUBMIT, WORK, WantedLogin, apply_roles
 from loractl.common.store.schema import upgrade
+from loractl.worker.device.occupancy import JOB_VARIABLE
 
 from ..databases import OPEN_LAB
 from ..services import free_port, make_cluster, postgres_command, s3_command, wait_for_port
@@ -348,8 +349,9 @@ class Box:
 
 def trainers_below(process: psutil.Process) -> list[psutil.Process]:
     try:
-        return [child for child in process.children() if TRAINER in _arguments(child)]
-    except psutil.NoSuchProcess:
+        found = [child for child in process.children() if TRAINER in _arguments(child)]
+        return [child for child in found if JOB_VARIABLE in child.environ()]  # the fork server has no job
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
         return []
 
 
