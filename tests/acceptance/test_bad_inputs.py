@@ -302,17 +302,20 @@ def test_a_card_without_a_unit_and_a_worker_that_is_refused_are_failures(make_cl
         _answered(make_cli(**variables)("worker", code=None), says, 2)
 
 
-def test_keep_warm_of_an_earlier_version_s_start_script_is_accepted_with_a_warning(
+def test_options_of_an_earlier_version_s_start_script_are_accepted_with_a_warning(
     make_cli: Callable[..., Cli],
 ) -> None:
     """Here the worker stops at its devices."""
-    for named, variables, options in (
-        ("LORACTL_KEEP_WARM", {"LORACTL_KEEP_WARM": "soon"}, ()),
-        ("--keep-warm", {}, ("--keep-warm", "5min")),
+    for warning, variables, options in (
+        ("LORACTL_KEEP_WARM has no effect", {"LORACTL_KEEP_WARM": "soon"}, ()),
+        ("--keep-warm has no effect", {}, ("--keep-warm", "5min")),
+        ("LORACTL_SPARE is now --fork-server or", {"LORACTL_SPARE": "0"}, ()),
+        ("--spare is now --fork-server or", {}, ("--no-spare",)),
     ):
         told = make_cli(LORACTL_DEVICES="sim:0GiB", **variables)("worker", *options, code=2)
-        assert f"Warning: {named} has no effect" in told.stderr
-    assert "keep-warm" not in make_cli()("worker", "--help").stdout
+        assert f"Warning: {warning}" in told.stderr
+    shown = make_cli()("worker", "--help").stdout
+    assert "keep-warm" not in shown and "--spare" not in shown
 
 
 def test_ctrl_c_in_wait_says_that_the_job_goes_on(cli: Cli, tmp_path: Path) -> None:

@@ -16,7 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
+from loractl.common.store.records import Claim
+from loractl.common.units import GIB
+from loractl.worker.attempt.attempt import begin
 from loractl.worker.attempt.order import common_environment
+from loractl.worker.attempt.supervisor import supervise
 from loractl.worker.attempt.trainer_process import kill
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.device.occupancy import CARD_VARIABLE, JOB_VARIABLE, RUN_VARIABLE, end_leftovers, run_mark, runs_of
@@ -24,6 +28,7 @@ from loractl.worker.node import fork_server as module
 from loractl.worker.node.fork_server import ForkedTrainer, ForkServer
 from loractl.worker.protocol.messages import Ended, decode_told, encode
 
+from ..unit.factories import node_state, submission
 from .test_out_of_memory import make_order
 
 QUICK = """
@@ -169,6 +174,32 @@ def test_a_trainer_by_fork_is_a_trainer_like_any_other(
         assert not psutil.pid_exists(int(child)), "what it started has ended, too"
         assert log == "from the job\n", "what the server printed is no job's"
         assert servers(place) == ready(caplog), "the server is there for the next"
+
+
+def test_a_supervised_attempt_trains_in_a_fork_or_its_log_says_why_it_does_not(
+    quick_place: Callable[[str], Workplace], tmp_path: Path, caplog: Any
+) -> None:
+    place = quick_place(QUICK.replace("Reason.OK", "Reason.BAD_DATA"))
+    place.store.cards.see(node_state("box:0", kind="cpu", total=24 * GIB))
+
+    def supervised() -> tuple[str, str]:
+        """The last message, and the log."""
+        place.store.jobs.submit(submission(lora=1, method="lora"))
+        claim = place.store.attempts.claim("box:0")
+        assert isinstance(claim, Claim)
+        attempt = begin(claim, place.settings.work_dir)
+        supervise(replace(place, forks=server), attempt)
+        return place.store.jobs.get(claim.job_id).message or "", "".join(attempt.unwritten.log.end())
+
+    with served(place) as server:
+        until(lambda: ready(caplog))
+        message, log = supervised()
+        assert f"job 1: the trainer is a fork, process {message.split()[0]}" in caplog.text
+        assert "starts the trainer" in log and "from the job" in log and "fork server" not in log
+        (tmp_path / "quick.py").touch()
+        message, log = supervised()
+        assert message.split()[1] == "2" and "from the job" in log and "job 2: the trainer is a fork" not in caplog.text
+        assert "quick.py has changed since the imports; a new process is started" in log
 
 
 def test_many_trainers_in_a_row_and_beside_each_other_leave_nothing_in_the_server(

@@ -118,7 +118,7 @@ def worker(
     if keep_warm is not None:
         _warn_of("keep_warm", "has no effect, since a trainer ends with its job")
     if spare is not None:
-        _warn_of("spare", "is now called fork-server")
+        _warn_of("spare", "is now --fork-server or LORACTL_FORK_SERVER")
         fork_server = spare
     settings = load_settings()
     settings.require_channels()
