@@ -134,7 +134,7 @@ def told_need(
     order = order.model_copy(update={"gpu": gpu, "device": "cuda", "vram_reserved": given, "joins": joins})
     told: list[Told] = []
     need.tell_need(Run(order=order, tell=told.append), Lengths(train=256, evaluate=256))  # type: ignore[arg-type]
-    (planned,) = [message for message in told if isinstance(message, Planned)]
+    (planned,) = [message for message in told if isinstance(message, Planned) and message.base is None]
     return planned
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -74,6 +74,14 @@ class Gauge:
             process=self._process or None,
             held=torch.cuda.memory_reserved() + CONTEXT_BYTES if now is None else now,
         )
+
+
+def bytes_of_base(model: Any) -> int:
+    """Bytes of the device that a base takes which was just loaded: on a card with the context."""
+    if model.device.type == "cuda":
+        return torch.cuda.memory_allocated() + CONTEXT_BYTES
+    storages = {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in model.parameters()}
+    return sum(storages.values())
 
 
 def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None:

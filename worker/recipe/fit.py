@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments
 
-from loractl.common.job.adjustment import next_adjustment
+from loractl.common.job.adjustment import in_words, next_adjustment
 from loractl.common.job.status import Reason, Stage
 from loractl.common.memory.weights import state_bytes
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
@@ -35,6 +35,7 @@ from loractl.worker.engine.passes.forward import ForwardPass
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.saved_state import read_snapshot
 from loractl.worker.evaluation.stretches import Stretch
+from loractl.worker.protocol.messages import Again
 
 from .arguments import training_arguments
 from .best import BestKeeper
@@ -277,6 +278,15 @@ def _save_last_step(run: Run, loop: TrainingLoop) -> None:
         run.say(f"no checkpoint of the last step: {in_a_sentence(error)}")
 
 
+def _with_less(run: Run, step: int) -> Again | None:
+    """How another process goes on. None if no smaller batch helps."""
+    order, before = run.order, run.adjustment
+    if (lighter := next_adjustment(order.spec, before, on_gpu=run.on_gpu)) is None:
+        return None
+    change = in_words(order.spec, before, lighter, where=f"at step {step}", then="restarts")
+    return Again(job_id=order.job_id, adjustment=lighter, change=change)
+
+
 def _fit_once(
     run: Run,
     learner: Learner,
@@ -312,6 +322,7 @@ def _fit_once(
     except Exception as error:
         if is_out_of_memory(error) and not run.order.ranks:  # ranks may be out of step
             _save_last_step(run, loop)
+            run.again = _with_less(run, loop.state.global_step)
         raise
     ended = loop.state.global_step >= loop.state.max_steps or callbacks.best.stopped_early is not None
     if run.stop.came.is_set() and (loop.evaluation_due or not ended):

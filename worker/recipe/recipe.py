@@ -20,6 +20,7 @@ from loractl.worker.base.adapter import WEIGHTS, load_stored, save_adapter
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, overflows_fp16
 from loractl.worker.base.batches import HERE
 from loractl.worker.base.failure import TrainingFailed
+from loractl.worker.base.gauge import bytes_of_base
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Head, Learner, load_tokenizer
 from loractl.worker.base.source import BaseIdentity, family_of, traits_of
@@ -37,7 +38,7 @@ from loractl.worker.evaluation.base_measurements import BaseMeasurements
 from loractl.worker.evaluation.evaluation import Evaluation
 from loractl.worker.evaluation.harness import check_package, find_tasks, score_tasks
 from loractl.worker.evaluation.report import TrainingCourse, build_report, write_page, write_report
-from loractl.worker.protocol.messages import Ancestor, Ended
+from loractl.worker.protocol.messages import Ancestor, Ended, Planned
 
 from .arguments import check_trackers
 from .box_files import measurements, pair_scores
@@ -187,7 +188,10 @@ def _load(
 
     def load() -> Any:
         run.phase(f"loads {portable_name(spec.base_model)} for {order.method.value}")
-        return add_adapter(base_of(order, precision, head), spec, order.method)
+        base = base_of(order, precision, head)
+        if gang is None:
+            run.tell(Planned(job_id=order.job_id, base=bytes_of_base(base)))
+        return add_adapter(base, spec, order.method)
 
     model = load() if gang is None else gang.adapted(load)
     # once all files are here: loading may have fetched them from the hub

@@ -14,7 +14,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Stage
 from loractl.worker.base.gauge import Gauge, hold_to, limit_to
 from loractl.worker.protocol.log_lines import log_line
-from loractl.worker.protocol.messages import Adjusted, GoingOn, Note, StageChanged, Start, Told
+from loractl.worker.protocol.messages import Adjusted, Again, GoingOn, Note, StageChanged, Start, Told
 
 from .kinds import TrainedKind, trained_kind
 from .orders import StopOrder
@@ -34,6 +34,7 @@ class Run:
     order: Start
     tell: Callable[[Told], None]
     stop: StopOrder = field(default_factory=StopOrder)
+    again: Again | None = None  # memory ran out in mid-training: how another process of the attempt goes on
     stages: list[Stage] = field(default_factory=list)  # stages begun so far
     adjustment: Adjustment = field(init=False)  # what out-of-memory has changed so far
     changes: list[str] = field(init=False)  # the same in words, one for each reduction

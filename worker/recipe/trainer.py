@@ -25,14 +25,14 @@ from loractl.common.job.status import Reason, Stage
 from loractl.worker.base.kernels import load_kernels
 from loractl.worker.base.quiet import quieten, tell_once
 from loractl.worker.protocol.fork_server import FORK_SERVER
-from loractl.worker.protocol.messages import Ended, Start, Told, encode
+from loractl.worker.protocol.messages import Again, Ended, Start, Told, encode
 
 from .fork_server import serve
 from .orders import StopOrder, listen, next_order
 from .other_ranks import LINK_LOST, OtherRanks
 
 Tell = Callable[[Told], None]
-Recipe = Callable[[Start, StopOrder, Tell], Ended]
+Recipe = Callable[[Start, StopOrder, Tell], Ended | Again]
 
 
 def main(run: Recipe | None = None) -> int:
@@ -55,15 +55,15 @@ def main(run: Recipe | None = None) -> int:
     return 0
 
 
-def _run(order: Start, stop: StopOrder, tell: Tell) -> Ended:
+def _run(order: Start, stop: StopOrder, tell: Tell) -> Ended | Again:
     """Train; on several cards along with the other ranks' processes, which this one leads."""
     gang = OtherRanks(order, tell) if order.ranks and order.rank == 0 else None
     _load()
     ended = _trained(order if gang is None else gang.order, stop, tell)
-    return ended if gang is None else gang.settle(ended)
+    return ended if gang is None or isinstance(ended, Again) else gang.settle(ended)
 
 
-def _trained(order: Start, stop: StopOrder, tell: Tell) -> Ended:
+def _trained(order: Start, stop: StopOrder, tell: Tell) -> Ended | Again:
     """Every way to fail becomes a reason and a sentence, with the traceback in the log."""
     from loractl.worker.base.failure import TrainingFailed, explain
     from loractl.worker.engine.ranks.link import is_lost
@@ -94,6 +94,8 @@ def _trained(order: Start, stop: StopOrder, tell: Tell) -> Ended:
         if order.ranks and is_lost(error):
             return ended(Reason.TRAINER_ERROR, LINK_LOST)
         reason, message = explain(error, own_limit=order.device == "cpu" and order.memory_limit is not None)
+        if reason is Reason.OUT_OF_MEMORY and run.again is not None:
+            return run.again
         if reason is Reason.TRAINER_ERROR and Stage.EVALUATING in run.stages:
             reason = Reason.EVALUATION_FAILED
         return ended(reason, message)
