@@ -1,4 +1,4 @@
-"""A member's optimizer: its kind, what weight decay skips, and the loss scaler that float16 needs."""
+"""A training's optimizer: its kind, what weight decay skips, and the loss scaler that float16 needs."""
 
 from __future__ import annotations
 

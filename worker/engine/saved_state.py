@@ -1,4 +1,4 @@
-"""A member's part of a checkpoint: its adapter, and its state as a JSON file with its shape and numbers and a
+"""A training's part of a checkpoint: its adapter, and its state as a JSON file with its shape and numbers and a
 safetensors file with its tensors.
 
 No pickle: what others wrote into a checkpoint can't run code. Numbers are restored bit for bit: JSON has all their
