@@ -22,7 +22,6 @@ from loractl.scheduler.cli.screen import Screen
 from loractl.scheduler.report.text import report_text
 from loractl.scheduler.web.pages.measures import digest
 from loractl.worker.base.arithmetic import choose_precision, evaluating
-from loractl.worker.base.batches import HERE
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import Learner, load_base, load_tokenizer
 from loractl.worker.data.prepared import PreparedData, prepare_data
@@ -214,7 +213,7 @@ def test_the_work_that_is_told_adds_up(made: Made) -> None:
     kind, told = trained_kind(spec), list[tuple[int, int]]()
     stretches = kind.stretches(spec, data, learner.tokenizer)
     task = EvaluationTask(
-        learner=learner, data=data, spec=spec, check_stop=lambda: None, progress=partial(_noted, told), asked=HERE
+        learner=learner, data=data, spec=spec, check_stop=lambda: None, progress=partial(_noted, told)
     )
     found, total = kind.evaluate(task), 2 * (20 + 3)
     assert {of for _, of in told} == {total} == {sum(stretch.count for stretch in stretches)}

@@ -20,7 +20,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 from transformers.trainer_utils import speed_metrics
 
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
-from loractl.worker.base.batches import HERE, in_batches
+from loractl.worker.base.batches import in_batches
 from loractl.worker.base.gauge import freed, in_own_thread, is_out_of_memory, release
 from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
@@ -348,7 +348,7 @@ class TrainingLoop:
         try:
             asked = self.args.per_device_eval_batch_size
             size = min(asked, self._held_out_rows or asked)
-            self._held_out_rows = in_batches(list(range(len(rows))), size, score, HERE.run, look)
+            self._held_out_rows = in_batches(list(range(len(rows))), size, score, in_own_thread, look)
         except _StopCame:
             return
         self.control.should_training_stop = ended

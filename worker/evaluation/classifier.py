@@ -16,7 +16,8 @@ import numpy as np
 
 from loractl.common.job.sections import Metric
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.batches import HERE, Computer, in_batches
+from loractl.worker.base.batches import in_batches
+from loractl.worker.base.gauge import in_own_thread
 from loractl.worker.base.model import Learner, measuring
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.token_rows import collate, inputs_of
@@ -36,7 +37,6 @@ def evaluate_classifier(
     spec: JobSpec,
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
-    asked: Computer = HERE,
 ) -> Evaluation:
     """Score the head on the held-out rows, next to the baseline that reads no text."""
     began = time.monotonic()
@@ -44,7 +44,7 @@ def evaluate_classifier(
     rows = data.held_out.rows[: spec.evaluation.max_rows]
 
     def run(work: Callable[[], None]) -> None:
-        asked.run(partial(measuring, learner, work))
+        in_own_thread(partial(measuring, learner, work))
 
     logits = classify(model, pad, rows, batch, counter(len(rows), check_stop, progress), run)
     expected, shares = _places(rows), _shares(data)
@@ -78,7 +78,7 @@ def classify(
     rows: Sequence[TokenRow],
     batch: int,
     tick: Callable[[int], None] = lambda n: None,
-    run: Callable[[Callable[[], None]], None] = HERE.run,
+    run: Callable[[Callable[[], None]], None] = in_own_thread,
 ) -> Array:
     """The head's logits for each row, float64 of shape (rows, labels), for a model in eval mode. Longest rows first, so
     that an out-of-memory comes at once."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from loractl.common.job.sections import DataFormat, Metric
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.batches import HERE, Computer
+from loractl.worker.base.gauge import in_own_thread
 from loractl.worker.base.model import Learner, measuring, positions_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import form_of
@@ -67,16 +67,15 @@ def evaluate(
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
     kept: BaseMeasurements | None = None,
-    asked: Computer = HERE,
 ) -> Evaluation:
     """Score base and tuned on the held-out rows, and generate answers of each.
 
     Answers: to the first `evaluation.samples` rows in full; if answers are labels, to every row, as long as a label.
-    `kept`: None: the base is measured here and now. `asked` runs each batch.
+    `kept`: None: the base is measured here and now.
     """
     began = time.monotonic()
     work = Work.of(data, spec, learner.tokenizer, positions_of(learner.model))
-    base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept, asked)
+    base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept)
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = _labels(work, base, tuned) if work.labelled else None
     wanted, stops = set(spec.evaluation.metrics), data.format is not DataFormat.TEXT
@@ -112,16 +111,15 @@ def measure_both(
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None],
     kept: BaseMeasurements | None,
-    asked: Computer,
 ) -> tuple[MeasuredModel, MeasuredModel, EarlierMeasurement | None]:
     """Let base and tuned do the work. Returns their results, and who measured the base, if an earlier job did."""
     tick, batch = counter(2 * work.passes, check_stop, progress), spec.evaluation.per_device_eval_batch_size
 
     def measure_base() -> MeasuredModel:
-        return _measure(learner, work, spec, tick, check_stop, asked, base=True)
+        return _measure(learner, work, spec, tick, check_stop, base=True)
 
     def score(rows: list[TokenRow]) -> RowScores:
-        run = partial(_in_modes, learner, asked, base=True)
+        run = partial(_in_modes, learner, base=True)
         scores = score_rows(learner.model, learner.tokenizer, rows, batch, scorer=learner.scorer, run=run)
         check_stop()
         return scores
@@ -132,7 +130,7 @@ def measure_both(
         base, earlier = kept.find(_question(learner, work, spec), work.rows, batch, measure_base, score)
     if earlier is not None:
         tick(work.passes)
-    tuned = _measure(learner, work, spec, tick, check_stop, asked, base=False)
+    tuned = _measure(learner, work, spec, tick, check_stop, base=False)
     base, tuned = (measured.by_example(work.rows, work.regression) for measured in (base, tuned))
     return base, tuned, earlier
 
@@ -227,7 +225,6 @@ def _measure(
     spec: JobSpec,
     tick: Callable[[int], None],
     check_stop: Callable[[], None],
-    asked: Computer,
     *,
     base: bool,
 ) -> MeasuredModel:
@@ -239,21 +236,14 @@ def _measure(
     def halved() -> None:
         smaller.append(True)
 
-    def between() -> None:
-        check_stop()
-        asked.pause()
-
-    run = partial(_in_modes, learner, asked, base=base)
-
-    def run_long(piece: Callable[[], None]) -> None:
-        asked.run_long(partial(measuring, learner, piece, base=base), check_stop)
+    run = partial(_in_modes, learner, base=base)
 
     def score(rows: list[TokenRow]) -> RowScores:
         return score_rows(model, tokenizer, rows, batch, tick, learner.scorer, halved, run)
 
     def answer(prompts: list[Prompt], longest: int) -> list[tuple[str, bool]]:
         ids = [prompt.ids for prompt in prompts]
-        return generate(model, tokenizer, ids, batch, longest, tick, between, halved, run_long)
+        return generate(model, tokenizer, ids, batch, longest, tick, check_stop, halved, run)
 
     rows, rejected, given, whole, alone, regression = map(score, work.scored_apart)
     texts, labels = answer(work.prompts, work.longest_answer), answer(work.labelled, work.label_tokens)
@@ -270,8 +260,8 @@ def _measure(
     )
 
 
-def _in_modes(learner: Learner, asked: Computer, piece: Callable[[], None], *, base: bool) -> None:
-    asked.run(partial(measuring, learner, piece, base=base))
+def _in_modes(learner: Learner, piece: Callable[[], None], *, base: bool) -> None:
+    in_own_thread(partial(measuring, learner, piece, base=base))
 
 
 def _question(learner: Learner, work: Work, spec: JobSpec) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from loractl.worker.base.batches import HERE, in_batches
+from loractl.worker.base.batches import in_batches
+from loractl.worker.base.gauge import in_own_thread
 from loractl.worker.base.model import positions_of
 
 
@@ -20,7 +21,7 @@ def generate(
     tick: Callable[[int], None] = lambda n: None,
     between: Callable[[], None] | None = None,
     halved: Callable[[], None] = lambda: None,
-    run: Callable[[Callable[[], None]], None] = HERE.run,
+    run: Callable[[Callable[[], None]], None] = in_own_thread,
 ) -> list[tuple[str, bool]]:
     """(answer, ended by itself) for each prompt: greedy, in left-padded batches of similar length.
 

@@ -24,9 +24,8 @@ import numpy as np
 from loractl.common.job.sections import EvaluationSpec
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.gauge import is_out_of_memory, release
+from loractl.worker.base.gauge import in_own_thread, is_out_of_memory, release
 from loractl.worker.base.model import Learner, measuring
 from loractl.worker.base.source import Refusal, refusal
 
@@ -114,7 +113,6 @@ def score_tasks(
     spec: JobSpec,
     manager: Any,
     check_stop: Callable[[], None],
-    engine: Computer = HERE,
 ) -> Benchmarks:
     """Run the job's tasks on what the report calls base, see `measuring`, and on the tuned model.
 
@@ -125,15 +123,11 @@ def score_tasks(
     os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap would fork this process, with model and device, once per core
     asked, batch, both = spec.evaluation, spec.evaluation.per_device_eval_batch_size, []
 
-    def between() -> None:
-        check_stop()
-        engine.pause()
-
     def score(rows: int, *, base: bool) -> Results:
         found: list[Results] = []
 
         def work() -> None:
-            wrapped = _wrapped(learner.model, learner.tokenizer, rows, between)
+            wrapped = _wrapped(learner.model, learner.tokenizer, rows, check_stop)
             found.append(_results(wrapped, asked, manager, rows))
 
         measuring(learner, work, base=base)
@@ -142,13 +136,13 @@ def score_tasks(
     for base in (True, False):
         while True:
             try:
-                both.append(engine.run_long(functools.partial(score, batch, base=base), check_stop))
+                both.append(in_own_thread(functools.partial(score, batch, base=base)))
                 break
             except Exception as error:
                 if batch == 1 or not is_out_of_memory(error):
                     raise
             batch //= 2  # lm_eval takes the longest rows first, so little is done twice
-            engine.run(release)  # outside the handler: until it ends, the error's traceback holds the tensors
+            in_own_thread(release)  # outside the handler: until it ends, the error's traceback holds the tensors
     config = both[1]["config"]
     return Benchmarks(
         asked=tuple(asked.lm_eval),

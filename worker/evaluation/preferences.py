@@ -14,7 +14,6 @@ import torch
 
 from loractl.common.job.sections import Metric, PreferenceSpec
 from loractl.common.job.spec import JobSpec
-from loractl.worker.base.batches import HERE, Computer
 from loractl.worker.base.model import Learner, positions_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.engine.pairs import Pairs, margins, pair_losses
@@ -78,15 +77,14 @@ def evaluate_preferences(
     check_stop: Callable[[], None],
     progress: Callable[[int, int], None] = lambda done, of: None,
     kept: BaseMeasurements | None = None,
-    asked: Computer = HERE,
 ) -> Evaluation:
     """Score both answers of every held-out pair, and let base and tuned answer the first `evaluation.samples` prompts.
 
-    `kept`, `asked`: see `evaluate`.
+    `kept`: see `evaluate`.
     """
     began = time.monotonic()
     work = Work.of(data, spec, learner.tokenizer, positions_of(learner.model))
-    base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept, asked)
+    base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept)
     scores = PairScores.of(base), PairScores.of(tuned)
     losses = pair_row_losses(spec.preference, scores)
     answers, wanted = side_by_side(work.prompts, base.texts, tuned.texts), set(spec.evaluation.metrics)

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 
 from loractl.common.job.sections import Metric
-from loractl.worker.base.batches import HERE, in_batches
+from loractl.worker.base.batches import in_batches
+from loractl.worker.base.gauge import in_own_thread
 from loractl.worker.base.model import Scorer
 from loractl.worker.data.token_rows import collate
 from loractl.worker.data.tokens import IGNORED, TokenRow
@@ -45,7 +46,7 @@ def score_rows(
     tick: Callable[[int], None] = lambda n: None,
     scorer: Scorer | None = None,
     halved: Callable[[], None] = lambda: None,
-    run: Callable[[Callable[[], None]], None] = HERE.run,
+    run: Callable[[Callable[[], None]], None] = in_own_thread,
 ) -> RowScores:
     """Cross-entropy of every learned token, in fp32, for a model in eval mode. Longest rows first, so that an
     out-of-memory comes at once. `halved`: called if that made batches smaller, whose sums round differently. `run` does

@@ -21,7 +21,7 @@ from loractl.common.job.adjustment import in_words, next_adjustment
 from loractl.common.job.status import Reason, Stage
 from loractl.common.memory.weights import state_bytes
 from loractl.worker.base.arithmetic import evaluating, random_streams_kept
-from loractl.worker.base.batches import HERE, in_batches
+from loractl.worker.base.batches import in_batches
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import in_a_sentence, in_own_thread, is_out_of_memory, release
 from loractl.worker.base.model import Learner
@@ -112,7 +112,7 @@ def _try_evaluation(loop: TrainingLoop, learner: Learner, data: PreparedData, ru
         with random_streams_kept(), evaluating(learner.model):
             piece()
 
-    fitting = in_batches(list(range(len(batch))), wanted, work, lambda piece: HERE.run(partial(tried, piece)))
+    fitting = in_batches(list(range(len(batch))), wanted, work, lambda piece: in_own_thread(partial(tried, piece)))
     if fitting != wanted:
         args.per_device_eval_batch_size = fitting
         run.adjust_evaluation(fitting)

@@ -19,7 +19,6 @@ from loractl.common.adapter_config import LABELS
 from loractl.common.job.sections import DataFormat, TaskType
 from loractl.common.job.spec import JobSpec
 from loractl.worker.base.adapter import read_labels
-from loractl.worker.base.batches import Computer
 from loractl.worker.base.model import HEAD, Head, Learner, label_settings
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import form_of
@@ -46,7 +45,6 @@ class EvaluationTask:
     check_stop: Callable[[], None]
     progress: Callable[[int, int], None]
     kept: BaseMeasurements | None = None
-    asked: Computer
 
 
 class TrainedKind(ABC):
@@ -128,7 +126,7 @@ class TrainedAnswers(TrainedKind):
         score_rows(learner.model, learner.tokenizer, rows, len(rows), scorer=learner.scorer, run=lambda piece: piece())
 
     def evaluate(self, work: EvaluationTask) -> Evaluation:
-        return evaluate(work.learner, work.data, work.spec, work.check_stop, work.progress, work.kept, work.asked)
+        return evaluate(work.learner, work.data, work.spec, work.check_stop, work.progress, work.kept)
 
     def built(self, config: Any, **options: Any) -> Any:
         from transformers import AutoModelForCausalLM
@@ -166,9 +164,7 @@ class TrainedPreferences(TrainedAnswers):
         super().score(learner, sorted(answers, key=lambda row: -len(row.input_ids))[: len(rows)])
 
     def evaluate(self, work: EvaluationTask) -> Evaluation:
-        return evaluate_preferences(
-            work.learner, work.data, work.spec, work.check_stop, work.progress, work.kept, work.asked
-        )
+        return evaluate_preferences(work.learner, work.data, work.spec, work.check_stop, work.progress, work.kept)
 
 
 MOST_NAMED = 8
@@ -206,7 +202,7 @@ class TrainedClasses(TrainedKind):
         classify(learner.model, learner.tokenizer.pad_token_id, rows, len(rows), run=lambda piece: piece())
 
     def evaluate(self, work: EvaluationTask) -> Evaluation:
-        return evaluate_classifier(work.learner, work.data, work.spec, work.check_stop, work.progress, work.asked)
+        return evaluate_classifier(work.learner, work.data, work.spec, work.check_stop, work.progress)
 
     def settings(self, labels: int | None) -> dict[str, Any]:
         return {**label_settings(list(map(str, range(labels or 0)))), "pad_token_id": 0}

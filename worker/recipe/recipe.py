@@ -18,7 +18,6 @@ from loractl.common.job.status import Reason, Stage
 from loractl.common.model_card import lab_card
 from loractl.worker.base.adapter import WEIGHTS, load_stored, save_adapter
 from loractl.worker.base.arithmetic import Precision, choose_precision, compute_in, overflows_fp16
-from loractl.worker.base.batches import HERE
 from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.gauge import bytes_of_base
 from loractl.worker.base.lora import add_adapter
@@ -324,7 +323,6 @@ def _measure(
             check_stop=run.check_stop,
             progress=progress,
             kept=kept,
-            asked=HERE,
         )
     )
 
