@@ -36,6 +36,8 @@ DECK = {
     "silence Valkey, server to box": 1,
     "fill the store's disk": 2,
     "hang a box's calls of the store": 2,
+    "kill a fork server": 1,
+    "freeze a fork server": 1,
     "a box that is bad for good": 1,
     "kill a trainer in a checkpoint": 1,
     "kill a rank in a checkpoint": 2,

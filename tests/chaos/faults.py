@@ -173,6 +173,7 @@ class Injector:
         whole = {
             "kill a box": self._kill_box, "stop a box in order": self._stop_box, "freeze a box": self._freeze_box,
             "hang a box's calls of the store": self._hang_calls,
+            "kill a fork server": self._hit_fork_server, "freeze a fork server": self._hit_fork_server,
             "start nodes in an outage of PostgreSQL": self._start_in_outage,
             "a box that is bad for good": self._go_bad,
             "kill a trainer in a checkpoint": self._kill_in_checkpoint,
@@ -540,6 +541,19 @@ class Injector:
         if others:
             self._note_rank(victim)
         victim.kill()
+        return True
+
+    def _hit_fork_server(self, fault: Fault, box: Box) -> bool:
+        """No attempt may fail: its trainer is a new process then."""
+        name, servers = f"{box.name} fork server", box.fork_servers()
+        if name in self._busy or not self._usable(box) or not servers:
+            return False
+        process = servers[int(fault.pick * 997) % len(servers)]
+        if fault.kind.startswith("kill"):
+            process.kill()
+            return True
+        process.suspend()
+        self._heal_later(self._frozen_s(fault), lambda: _resume([process]), name)
         return True
 
     def _hang_calls(self, fault: Fault, box: Box) -> bool:

@@ -26,6 +26,7 @@ from loractl.common.store.database import make_engine
 from loractl.common.store.roles import SUBMIT, WORK, WantedLogin, apply_roles
 from loractl.common.store.schema import upgrade
 from loractl.worker.device.occupancy import JOB_VARIABLE
+from loractl.worker.protocol.fork_server import FORK_SERVER
 
 from ..databases import OPEN_LAB
 from ..services import free_port, make_cluster, postgres_command, s3_command, wait_for_port
@@ -338,6 +339,14 @@ class Box:
         for node in self.nodes().values():
             with contextlib.suppress(psutil.NoSuchProcess):
                 found += [child for child in node.children() if STORE_CALLS in _arguments(child)]
+        return found
+
+    def fork_servers(self) -> list[psutil.Process]:
+        found = []
+        for node in self.nodes().values():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                asked = [child for child in node.children() if FORK_SERVER in _arguments(child)]
+                found += [child for child in asked if JOB_VARIABLE not in child.environ()]  # a fork shows the same
         return found
 
     def kill(self) -> None:
