@@ -441,6 +441,9 @@ class TrainingSpec(Section):
     """Fill every row up to dataset.max_length with several examples that can't see each other."""
     exact: bool = False
     """Compute as transformers' Trainer does, bit for bit: padded rows and all logits, slower and in more memory."""
+    engine: Literal["auto", "peft"] = "auto"
+    """auto: loractl's own pass, which skips padding and unneeded logits, once it has computed what peft's does on the
+    worker's card. peft: peft's own pass, slower and in more memory, with all else as it is by default."""
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
     """The order of rows; group_by_length pads less."""
     optim: Literal[

@@ -45,6 +45,8 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
     # The rest only where it is set: what was measured under the key's older form still counts.
     if spec.task_type is not ANSWERS.task:
         deciding["task_type"] = spec.task_type.value
+    if spec.training.engine != "auto":
+        deciding["training"]["engine"] = spec.training.engine
     if spec.revision is not None:
         deciding["revision"] = spec.revision
     hashes = {name: stored["sha256"] for name, stored in data.items()}

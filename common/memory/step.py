@@ -150,7 +150,8 @@ def _mask_bytes(stack: Stack, *, in_16_bit: bool) -> int:
 def is_lean(shape: Shape, spec: JobSpec) -> bool:
     """Whether the engine trains a job without padding, as `forward_pass` of worker/engine/passes/choice.py decides."""
     training = spec.training
-    padded = training.exact or training.torch_compile or training.neftune_noise_alpha is not None
+    padded = training.exact or training.engine == "peft" or training.torch_compile
+    padded = padded or training.neftune_noise_alpha is not None
     return not padded and spec.kind.padded is None and not shape.needs_padding
 
 

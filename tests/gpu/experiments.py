@@ -22,7 +22,7 @@ from ..conftest import ROOT
 from .families import FAMILIES, HALF
 from .ladder import climb
 from .rig import GIB, Figure, Rig, mib
-from .speeds import METHODS, WIDE, at_8b, attention, parts, solo, solo_more
+from .speeds import METHODS, WIDE, at_8b, attention, beside_peft, parts, solo, solo_more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +227,7 @@ def watched(rig: Rig) -> Iterator[dict[int, int]]:
 
 
 EXPERIMENTS: dict[str, Experiment] = {
+    "The lean pass beside peft's own": Experiment(run=beside_peft, seconds=20),
     "Self-test": Experiment(run=the_self_test, seconds=15),
     "Alone, next to the Trainer": Experiment(run=solo, seconds=80),
     "Where a step goes": Experiment(run=parts, seconds=25),
@@ -241,4 +242,4 @@ EXPERIMENTS: dict[str, Experiment] = {
     "Two jobs, serve and an outsider": Experiment(run=shared, seconds=60, always=False),
     "float16": Experiment(run=half_precision, seconds=25, always=False),
 }
-"""In this order: after three minutes, the first five have shown whether it works, how fast, with how much memory."""
+"""In this order: after three minutes, the first six have shown whether it works, how fast, with how much memory."""

@@ -10,7 +10,7 @@ from .rig import Figure
 WHAT_IT_IS = """\
 `make gpu` checks on a real card what the CPU's tests can't: whether its kernels, its memory and its driver do what
 loractl relies on. It also measures the engine there. It takes at most 8 minutes on one card of 40 GiB or more, plus the
-time to write 35 GB of models with random weights. After three minutes, the first five experiments have shown whether it
+time to write 35 GB of models with random weights. After three minutes, the first six experiments have shown whether it
 works, how fast, and with how much memory. If time runs short, the last experiments are left out. `make gpu GPU=long`
 takes up to 40 minutes and 45 GB: speeds at 8B, LoRA at 8B, and the plans of all families. It writes this page, and
 exits non-zero if a line is not as it should be. `tests/gpu/test_rehearsal.py` runs its parts on a processor.

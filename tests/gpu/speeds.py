@@ -61,6 +61,15 @@ THEN = (
 )
 
 
+def beside_peft(rig: Rig) -> Iterator[Figure]:
+    """Loss and gradients of the lean pass next to those of peft's own, on a few short rows: what a job compares before
+    its base's first training on a kind of card."""
+    formats = ["float32", "bfloat16", "nf4"]
+    for found in rig.told("trial", str(rig.workshop.model(ONE)), rig.device, *formats):
+        value = found["differs"] or f"alike, {found['ms']:.0f} ms"
+        yield Figure(what=found["what"], value=value, ok=found["differs"] is None)
+
+
 def solo(rig: Rig) -> Iterator[Figure]:
     """Tokens a second, share of what a product reaches, memory against the plan, and held-out loss, next to
     transformers' Trainer, and next to it with Liger's kernels if liger-kernel is installed."""

@@ -19,7 +19,7 @@ from loractl.common.queue.valkey import stop_embedded
 from loractl.common.settings import load_settings
 
 from ..conftest import ROOT
-from . import faulty_trainer
+from . import faulty_trainer, trial
 from .__main__ import BUDGET_S, run, well
 from .attention import compare, weigh
 from .experiments import EXPERIMENTS
@@ -30,6 +30,7 @@ from .rig import Figure, Rig, make_rig
 from .solo import SIDES, Course, expected, measure
 from .speeds import FIRST, NARROW, memory_figure, rows_figure, solo_figures, split_figure
 from .split import STEPS, look_at, part_of, split
+from .trial import KINDS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu.md"
 
@@ -202,3 +203,11 @@ def test_every_experiment_runs_on_a_processor(rig: Rig) -> None:
     assert {name: [f for f in part if not f.ok] for name, part in figures.items()} == {name: [] for name in EXPERIMENTS}
     assert all(figures.values())
     assert page(figures, "a processor").count("\n| ") > 15
+
+
+@pytest.mark.parametrize("number_format", ["float32", "nf4"])
+def test_the_lean_pass_is_compared_with_peft_s_own(number_format: str, tmp_path: Path) -> None:
+    model = str(workshop_rig(tmp_path).workshop.model(NARROW))
+    for kind in KINDS:
+        found = trial.compare(model, "cpu", number_format, kind)
+        assert found["differs"] is None and found["ms"] > 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from loractl.worker.engine.loss import MicroBatch, learned_in
 from loractl.worker.engine.passes import attention as row_module
 from loractl.worker.engine.passes import choice, wide
 from loractl.worker.engine.passes.attention import ShortRows
-from loractl.worker.engine.passes.check_cache import Checked
+from loractl.worker.engine.passes.check_cache import CheckCache
 from loractl.worker.engine.passes.choice import forward_pass, rows_together
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.passes.padded import PaddedPass, check_apart
@@ -83,17 +82,6 @@ def spec_of(method: str = "lora", **sections: Any) -> JobSpec:
     lora = {"r": 4, "lora_dropout": 0.0, **sections.pop("lora", {})}
     job = {"name": "t", "base_model": "m", "method": method, "dataset": {"path": "x.jsonl"}, "lora": lora, **sections}
     return JobSpec.model_validate(job)
-
-
-def remembering(known: set[str]) -> Checked:
-    def checked(question: str, check: Callable[[], str | None], /) -> str | None:
-        if question in known:
-            return None
-        if (wrong := check()) is None:
-            known.add(question)
-        return wrong
-
-    return checked
 
 
 def adapted(base: Any, spec: JobSpec, precision: Precision = FP32) -> Any:
@@ -241,27 +229,28 @@ def test_a_row_without_a_learned_token_teaches_nothing(tiny_model: Path) -> None
     ],
 )
 def test_a_family_that_needs_its_rows_apart_keeps_padding_and_says_why(
-    family: str, settings: dict[str, Any], targets: Any, why: str, tiny_model: Path
+    family: str, settings: dict[str, Any], targets: Any, why: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = getattr(transformers, f"{family}Config")(**settings, hidden_size=32, vocab_size=300)
     base = getattr(transformers, f"{family}ForCausalLM")(config)
     model = adapted(base, spec_of(lora={"target_modules": targets}))
     learner = Learner(model=model, tokenizer=load_tokenizer(str(tiny_model)), precision=FP32)
-    known = set[str]()
+    checks = CheckCache(folder=tmp_path, about=[])
     for _ in range(2):  # a fault is not known: the next one looks for it again
-        forward, said = forward_pass(learner, spec_of(), 40, checked=remembering(known))
+        forward, said = forward_pass(learner, spec_of(), 40, checks=checks)
         assert isinstance(forward, PaddedPass) and said is not None and why in said
 
 
-def test_a_base_is_tried_once_for_jobs_that_adapt_it_alike(tiny_model: Path) -> None:
-    known, passes, tokenizer = set[str](), list[int](), load_tokenizer(str(tiny_model))
+def test_a_base_is_tried_once_for_jobs_that_adapt_it_alike(tiny_model: Path, tmp_path: Path) -> None:
+    checks, passes = CheckCache(folder=tmp_path, about=[]), list[int]()
+    tokenizer = load_tokenizer(str(tiny_model))
 
     def tried(longest: int = 40, **lora: Any) -> int:
         spec, before = spec_of(lora=lora), len(passes)
         model = adapted(load_base(str(tiny_model), Method.LORA, "cpu", FP32), spec)
         with model.get_base_model().model.register_forward_hook(lambda *_: passes.append(1)):
             learner = Learner(model=model, tokenizer=tokenizer, precision=FP32)
-            forward, why = forward_pass(learner, spec, longest, checked=remembering(known))
+            forward, why = forward_pass(learner, spec, longest, checks=checks)
         assert isinstance(forward, LeanPass) and why is None
         return len(passes) - before
 

@@ -123,13 +123,28 @@ def draws(model: Any) -> bool:
     return any(_chances(module) for module in model.modules())
 
 
-def stop_draws(model: Any) -> None:
-    """Let a model compute in training mode what it computes in eval mode."""
+def stop_draws(model: Any) -> list[tuple[Any, str, float]]:
+    """Let a model compute in training mode what it computes in eval mode. Returns what was set to zero: the object, the
+    attribute's name and its value."""
+    stopped = []
     for module in model.modules():
         # Falcon's and Persimmon's code reads some of the config's numbers in each pass
         for holder in (module, *([module.config] if hasattr(module, "config") else [])):
             for name in _chances(holder):
+                stopped.append((holder, name, getattr(holder, name)))
                 setattr(holder, name, 0.0)
+    return stopped
+
+
+@contextlib.contextmanager
+def undrawing(model: Any) -> Iterator[None]:
+    """Within the context the model draws no random numbers in training mode."""
+    stopped = stop_draws(model)
+    try:
+        yield
+    finally:
+        for holder, name, value in stopped:
+            setattr(holder, name, value)
 
 
 def _chances(holder: Any) -> list[str]:

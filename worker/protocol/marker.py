@@ -20,11 +20,13 @@ def close_checkpoint(
     proof: float | None = None,
     optimizer: str | None = None,
     dtype: str | None = None,
+    lean: bool | None = None,
 ) -> None:
     """Write the marker, once every file is on the disk.
 
     `belongs_to`: what a resume must share, by name: base, lora, training (including the effective batch), method, data.
     `optimizer`: the name of the optimizer whose state it holds. `dtype`: the number format of its products.
+    `lean`: whether the lean pass trained it, or peft's own.
     """
     files = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()}
     for name in files:
@@ -33,7 +35,7 @@ def close_checkpoint(
     aside = folder / f".{MARKER}"
     with aside.open("w") as stream:
         facts = {"step": step, "finished": finished, "proof": proof, "optimizer": optimizer, "dtype": dtype}
-        marker = {**facts, "belongs_to": belongs_to, "files": files}
+        marker = {**facts, "lean": lean, "belongs_to": belongs_to, "files": files}
         json.dump(marker, stream)
         stream.flush()
         os.fsync(stream.fileno())

@@ -74,7 +74,13 @@ def _cache(run: Run, learner: Learner, identity: BaseIdentity) -> BoxCache:
     # with another ancestor "base" is another model
     ancestor = None if order.init_from is None or learner.started is None else order.init_from.sha256
     how: list[object] = [order.method.value, learner.precision, order.parallel.value, len(order.ranks), order.run_code]
-    how += [training.attn_implementation, training.exact, training.torch_compile, run.spec.lora.modules_to_save]
+    how += [
+        training.attn_implementation,
+        training.exact,
+        learner.scorer is None,
+        training.torch_compile,
+        run.spec.lora.modules_to_save,
+    ]
     how += [_CODE, *_arithmetic(order.device, order.device_name)]
 
     def tell(key: str, sha256: str) -> None:

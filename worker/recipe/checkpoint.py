@@ -18,6 +18,7 @@ class Checkpoint:
     finished: bool  # of the training's last step
     proof: float | None = None  # the saved model's loss on the proof rows
     optimizer: str | None = None  # the name of the optimizer whose state it holds
+    lean: bool | None = None  # whether the lean pass trained it; None: an earlier version wrote it
     dtype: str | None = None  # bf16, fp16 or fp32, in which it was trained; None: an earlier version wrote it
 
 
@@ -42,5 +43,5 @@ def _read(path: Path, belongs_to: dict[str, str], refused: Callable[[int, list[s
     if differing:
         refused(step, differing)
         return None
-    known = {name: marker.get(name) for name in ("proof", "optimizer", "dtype")}
+    known = {name: marker.get(name) for name in ("proof", "optimizer", "dtype", "lean")}
     return Checkpoint(path=path, step=step, finished=bool(marker["finished"]), **known)

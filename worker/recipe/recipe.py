@@ -151,9 +151,9 @@ def _ready(
     head = run.kind.head(run.spec, data, tokenizer)
     gang = gathered(run.order, head, tokenizer.pad_token_id)
     learner, identity = _load(run, data, tokenizer, head, gang)
-    loss, checked = run.kind.loss(run.spec), _checks(run, learner)
+    loss, checks = run.kind.loss(run.spec), _checks(run, learner)
     forward, why = forward_pass(
-        learner, run.spec, longest_row(data), checked=checked, loss=loss, divided=gang is not None
+        learner, run.spec, longest_row(data), checks=checks, loss=loss, divided=gang is not None
     )
     if isinstance(forward, LeanPass):
         learner = replace(learner, scorer=forward)

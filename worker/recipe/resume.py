@@ -65,18 +65,25 @@ def checkpoint_to_resume(run: Run, data: PreparedData) -> Checkpoint | None:
     return checkpoint
 
 
-def tell_resumed(run: Run, checkpoint: Checkpoint, args: TrainingArguments | None = None) -> None:
+def tell_resumed(
+    run: Run, checkpoint: Checkpoint, args: TrainingArguments | None = None, *, lean: bool | None = None
+) -> None:
     """Record from which checkpoint the training goes on, once that has proved to be whole. `args`: those with which it
-    does; None: it is finished."""
+    does; None: it is finished. `lean`: whether it does by the lean pass."""
     text = f"resumed from the checkpoint of step {checkpoint.step}"
     if (other := begun_with(run.order, checkpoint)) is not None:
         text += f", with the optimizer that it began with: {other}"
     if args is not None and checkpoint.dtype not in (None, now := _dtype(args)):
         scaler = " with a fresh loss scaler" if args.fp16 else ""
         text += f"; it was trained in {checkpoint.dtype} and continues in {now}{scaler}, as this device computes"
+    if lean is not None and checkpoint.lean is not None and lean is not checkpoint.lean:
+        text += f"; it was trained by {_PASSES[checkpoint.lean]} and continues by {_PASSES[lean]}"
     if args is not None and checkpoint.dtype is None and run.spec.task_type is TaskType.PREFERENCE:
         text += "; an earlier version began it, which computed some losses of pairs differently"
     run.note("resumed", text, resumed_from_step=checkpoint.step)
+
+
+_PASSES = {True: "the lean pass", False: "peft's own pass, with padded rows"}
 
 
 def begun_with(order: Start, checkpoint: Checkpoint | None) -> str | None:
@@ -104,11 +111,13 @@ class ResumeProof:
     rows: Sequence[TokenRow]
     pad: int
     compute: torch.dtype
+    lean: bool  # whether the training goes by the lean pass
 
     @classmethod
     def of(cls, learner: Learner, data: PreparedData) -> ResumeProof:
         pad, compute = learner.tokenizer.pad_token_id, learner.precision.base
-        return cls(rows=data.train.rows[:PROOF_ROWS], pad=pad, compute=compute)
+        lean = learner.scorer is not None
+        return cls(rows=data.train.rows[:PROOF_ROWS], pad=pad, compute=compute, lean=lean)
 
     def loss(self, model: Any) -> float:
         """In eval mode: it draws no random numbers and changes nothing."""
@@ -167,7 +176,7 @@ class ResumeCheck(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self._checkpoint is not None:
             self._proof.check(model, self._checkpoint)
-            tell_resumed(self._run, self._checkpoint, args)
+            tell_resumed(self._run, self._checkpoint, args, lean=self._proof.lean)
 
 
 def proof_loss(model: Any, rows: Sequence[TokenRow], pad: int) -> float:
@@ -199,7 +208,15 @@ class CheckpointCloser(TrainerCallback):
         finished = ended and not control.should_evaluate  # a stop came before the last evaluation
         self._best.store(folder)
         proof, step = self._proof.loss(model), state.global_step
-        kinds = {"optimizer": args.optim.value, "dtype": _dtype(args)}
-        close_checkpoint(folder, step=step, finished=finished, belongs_to=self._belongs_to, proof=proof, **kinds)
+        close_checkpoint(
+            folder,
+            step=step,
+            finished=finished,
+            belongs_to=self._belongs_to,
+            proof=proof,
+            optimizer=args.optim.value,
+            dtype=_dtype(args),
+            lean=self._proof.lean,
+        )
         self._run.note("saved", f"saved step {step}")
         self._run.tell(Saved(job_id=self._run.order.job_id, step=step, path=str(folder)))

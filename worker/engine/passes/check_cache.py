@@ -24,10 +24,6 @@ KEPT = 256
 """Answers kept: a few for each base on a box, and for each version of its packages."""
 
 
-Checked = Callable[[str, Callable[[], str | None]], str | None]
-"""Answers a question with what is wrong: from memory, or by a check, which None says to be fine."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class CheckCache:
     """Runs a check unless it has passed on this box."""
@@ -46,6 +42,17 @@ class CheckCache:
             _note(file)
         return wrong
 
+    def decided(self, question: str, check: Callable[[], str | None], /) -> str | None:
+        """The same for a check whose failure is remembered, too: it may have spoilt the process that ran it."""
+        failed = self.folder / f"{self._name(question)}.failed"
+        with contextlib.suppress(OSError):
+            if said := failed.read_text("utf-8"):
+                failed.touch()
+                return said
+        if (wrong := self(question, check)) is not None:
+            _note(failed, wrong)
+        return wrong
+
     def _name(self, question: str) -> str:
         stack = [torch.__version__, transformers.__version__, peft.__version__, bitsandbytes.__version__, _attention()]
         stack.append(_CODE)
@@ -53,10 +60,10 @@ class CheckCache:
         return hashlib.sha256(said.encode()).hexdigest()
 
 
-def _note(file: Path) -> None:
+def _note(file: Path, said: str = "") -> None:
     with contextlib.suppress(OSError):  # a full disk: it is checked again
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
+        file.write_text(said, "utf-8")
         for old in sorted(file.parent.iterdir(), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             old.unlink(missing_ok=True)
 

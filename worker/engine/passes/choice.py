@@ -1,4 +1,5 @@
-"""Which forward pass a job gets: the lean one if rows can be told apart without padding, else the padded one."""
+"""Which forward pass a job gets: the lean one if rows can be told apart without padding, and if it computes on this
+device what peft's own does; else the padded one, which is peft's own."""
 
 from __future__ import annotations
 
@@ -8,17 +9,19 @@ import torch
 
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.families import ROW_ATTENTION
-from loractl.worker.base.arithmetic import evaluating
+from loractl.worker.base.arithmetic import Precision, evaluating
 from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.model import Learner
+from loractl.worker.base.processor import arithmetic
 from loractl.worker.base.source import first_line
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loss import UNSMOOTHED, Loss
 
 from . import wide
-from .check_cache import Checked
+from .check_cache import CheckCache
 from .lean import LeanPass
 from .padded import PaddedPass
+from .trial import NoRoomToCompare, difference
 
 TOLERANCE = 0.01
 """Share of the largest logit that rounding may move; another row in sight, or a scale left out, moves far more."""
@@ -37,12 +40,13 @@ def forward_pass(
     spec: JobSpec,
     longest: int,
     *,
-    checked: Checked | None = None,
+    checks: CheckCache | None = None,
     loss: Loss = UNSMOOTHED,
     divided: bool = False,
 ) -> tuple[LeanPass | PaddedPass, str | None]:
     """The forward pass of a job whose longest row has that many tokens; and, if the job did not ask for it, why it is
-    the padded one. `checked`: knows what was found right before. `divided`: between several cards."""
+    the padded one. `checks`: what this box has checked before. `divided`: between several cards,
+    whose pass is not compared with peft's."""
     training = spec.training
     padded = PaddedPass(
         learner.model,
@@ -51,24 +55,51 @@ def forward_pass(
         noise=training.neftune_noise_alpha,
         loss=loss,
     )
-    if training.exact:
+    if training.exact or training.engine == "peft":
         return padded, None
     why = _by_options(spec) or _by_model(learner.model.get_base_model())
     if why is not None:
         return padded, why
     lean = LeanPass(learner.model, learner.precision, loss=loss, fuses=not divided)
-    why = _fault(lean, spec, longest, checked)
+    why = _fault(lean, spec, longest, checks)
+    if why is None and not divided:
+        why = _differs(lean, padded, spec, learner.precision, checks)
     return (lean, None) if why is None else (padded, why)
 
 
-def _fault(lean: LeanPass, spec: JobSpec, longest: int, checked: Checked | None) -> str | None:
+def _fault(lean: LeanPass, spec: JobSpec, longest: int, checks: CheckCache | None) -> str | None:
     """The result of `rows_together`, which takes eight passes, computed once for all jobs that adapt the base in the
     same way: ranks and scales are numbers like the weights, and any will do for the comparison."""
-    if checked is None:
+    if checks is None:
         return rows_together(lean, longest)
-    how = spec.lora.model_dump_json(exclude={"r", "lora_alpha", "lora_dropout", "init_from"})
-    question = f"rows behind each other: {lean.fuses} {_lengths(lean, longest)} {how}"
-    return checked(question, lambda: rows_together(lean, longest))
+    return checks(
+        f"rows behind each other: {_lengths(lean, longest)} {_how(lean, spec)}", lambda: rows_together(lean, longest)
+    )
+
+
+def _differs(
+    lean: LeanPass, own: PaddedPass, spec: JobSpec, precision: Precision, checks: CheckCache | None
+) -> str | None:
+    """How the lean pass differs from peft's own here, found out before the base's first training on a kind of card."""
+    packing = spec.training.packing
+
+    def check() -> str | None:
+        return difference(lean, own, precision, packing=packing)
+
+    try:
+        if checks is None:
+            wrong = check()
+        else:
+            asked = f"{spec.task_type.value} {spec.preference.model_dump_json()} {packing} {' '.join(arithmetic())}"
+            wrong = checks.decided(f"the lean pass beside peft's own: {asked} {_how(lean, spec)}", check)
+    except NoRoomToCompare:
+        return None  # the first batches are tried next, and made smaller; a later job compares the passes
+    return None if wrong is None else f"on this device the lean pass does not compute what peft's own does: {wrong}"
+
+
+def _how(lean: LeanPass, spec: JobSpec) -> str:
+    """How a base is adapted, but for numbers."""
+    return f"{lean.fuses} {spec.lora.model_dump_json(exclude={'r', 'lora_alpha', 'lora_dropout', 'init_from'})}"
 
 
 def _by_options(spec: JobSpec) -> str | None:

@@ -106,6 +106,7 @@ OTHERWISE: dict[str, Any] = {
     "training.adam_beta1": 0.8, "training.adam_beta2": 0.99, "training.adam_epsilon": 1e-6,
     "training.label_smoothing_factor": 0.1, "training.neftune_noise_alpha": 5, "training.packing": True,
     "training.exact": True,
+    "training.engine": "peft",
     "training.train_sampling_strategy": "sequential", "training.optim": "sgd", "training.logging_steps": 1,
     "training.dtype": "float32", "training.attn_implementation": "eager", "training.torch_compile": True,
     "training.save_steps": 10, "training.eval_steps": 5, "training.early_stopping_patience": 2,

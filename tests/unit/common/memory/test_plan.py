@@ -120,7 +120,9 @@ def test_a_lean_step_holds_the_logits_of_a_chunk_whatever_the_batch() -> None:
     assert small == chunk + 256 * 576 * 10 and large == chunk + 4 * 256 * 576 * 10
 
 
-@pytest.mark.parametrize("keeps", [{"exact": True}, {"torch_compile": True}, {"neftune_noise_alpha": 5}])
+@pytest.mark.parametrize(
+    "keeps", [{"exact": True}, {"engine": "peft"}, {"torch_compile": True}, {"neftune_noise_alpha": 5}]
+)
 def test_what_keeps_rows_padded_is_planned_with_padding(keeps: dict[str, Any]) -> None:
     lean, padded = (plan(shape(), job(training=asked), Method.LORA) for asked in ({}, keeps))
     assert padded.need_bytes > 1.3 * lean.need_bytes
