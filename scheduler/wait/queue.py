@@ -77,15 +77,11 @@ def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[
     if start is None:
         ahead = [other.job_id for other in ahead_of(job, view, ready)]
         return replace(wait, sentence=f"{wait.sentence}; {_goes_first(ahead, job, ready)}") if ahead else wait
-    asking, card = Asking.of(job, view), view.cards[start.node]
+    asking = Asking.of(job, view)
     full = asking.full.get(start.node)
-    if asking.gang is not None or full is None:
+    if asking.gang is not None or full is None or wait.sentence.startswith(f"{start.node} when"):
         return wait
-    ends = {one.job_id: one.ends for one in card.running}
-    ending = tuple(one for one in full.after if (end := ends[one]) is not None and end <= start.at)
-    if wait.sentence.startswith(f"{start.node} when") and ending in ((), full.after):
-        return wait
-    return replace(wait, sentence=f"{start.node} when {when_they_end(ending or full.after)}")
+    return replace(wait, sentence=f"{start.node} when {when_they_end(full.after)}")
 
 
 def _goes_first(ahead: Sequence[int], job: Job, ready: Sequence[Waiting]) -> str:
