@@ -52,6 +52,11 @@ class Heard:
     saved: list[Saved] = field(default_factory=list)  # checkpoints not passed on yet
     withdrawn: set[str] = field(default_factory=set)  # folders of checkpoints that it found broken
 
+    @property
+    def end(self) -> Ended | Again | None:
+        """What the trainer says last."""
+        return self.ended or self.again
+
     def take(self, message: Told) -> None:
         if isinstance(message, (Stepped, Ended)) and message.peaks is not None:
             self.peaks = self.peaks.above(message.peaks)

@@ -85,8 +85,7 @@ def _run(place: Workplace, attempt: SupervisedAttempt, start: Start, upload: Che
             attempt.run.trainer = None
     _take_all(trainer.told, attempt)
     _hand_on(attempt, upload)
-    told = attempt.heard.ended is not None or attempt.heard.again is not None
-    if not told and attempt.own.forced is None and not attempt.own.lease_lost:
+    if attempt.heard.end is None and attempt.own.forced is None and not attempt.own.lease_lost:
         attempt.heard.ended = _unexpected_end(attempt, start, trainer.returncode, kernel_kills_since(kills))
 
 
@@ -103,7 +102,7 @@ def _launch(place: Workplace, attempt: SupervisedAttempt, start: Start) -> Child
 def _watch(place: Workplace, attempt: SupervisedAttempt, trainer: TrainerProcess, upload: CheckpointUpload) -> None:
     """Pass on the trainer's messages and people's requests, until it has ended or must be killed."""
     next_beat, stage, rung, attempt.heard.at = 0.0, None, 0, place.clock.now()
-    while trainer.poll() is None and attempt.heard.ended is None and attempt.heard.again is None:
+    while trainer.poll() is None and attempt.heard.end is None:
         _take_all(trainer.told, attempt, timeout=LOOK_S)
         _hand_on(attempt, upload)
         attempt.turn()
@@ -113,8 +112,7 @@ def _watch(place: Workplace, attempt: SupervisedAttempt, trainer: TrainerProcess
             beat(place, attempt)
         if must_be_killed(place, attempt):
             return
-        ends = attempt.heard.ended is not None or attempt.heard.again is not None
-        if not ends and (wish := wanted_stop(place, attempt)) is not None:
+        if attempt.heard.end is None and (wish := wanted_stop(place, attempt)) is not None:
             ask_to_stop(attempt, wish)
 
 
