@@ -91,7 +91,7 @@ class BaseMeasurements:
         `question`: a hash of all that is measured. `score` scores some rows with the base.
         """
         key = self.cache.key(question)
-        if (found := self.cache.read(key)) is not None:
+        if rows and (found := self.cache.read(key)) is not None:  # nothing is believed that can't be measured again
             earlier = MeasuredModel.from_json(found.content)
             order = longest_first(rows)
             first = batch * (self.turn % max(1, -(-len(order) // batch)))
