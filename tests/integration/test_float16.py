@@ -122,19 +122,17 @@ def old_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Run, "lower_to", lambda *_: None)  # which asks the card
 
 
-def told_need(
-    tmp_path: Path, family: str, given: int, gpu: str = "GPU-0", *, joins: bool = False, **training: object
-) -> Planned:
+def told_need(tmp_path: Path, family: str, given: int, gpu: str = "GPU-0", **training: object) -> Planned:
     """What the trainer tells of a job on a card, before it loads the base."""
     tmp_path.mkdir(exist_ok=True)
     config = {**SMOLLM2_135M, "model_type": family, "head_dim": 64}
     (tmp_path / "data.jsonl").write_text("")
     (tmp_path / "config.json").write_text(json.dumps(config))
     order = make_order(tmp_path / "a", tmp_path, tmp_path / "data.jsonl", **training)
-    order = order.model_copy(update={"gpu": gpu, "device": "cuda", "vram_reserved": given, "joins": joins})
+    order = order.model_copy(update={"gpu": gpu, "device": "cuda", "vram_reserved": given})
     told: list[Told] = []
     need.tell_need(Run(order=order, tell=told.append), Lengths(train=256, evaluate=256))  # type: ignore[arg-type]
-    (planned,) = [message for message in told if isinstance(message, Planned) and message.base is None]
+    (planned,) = [message for message in told if isinstance(message, Planned)]
     return planned
 
 
@@ -154,7 +152,6 @@ def test_less_than_the_base_s_weights_is_refused_before_they_are_loaded(
     with pytest.raises(TrainingFailed, match=r"its base alone takes 0\.3 GiB, the card gives 0\.0 GiB") as failure:
         told_need(tmp_path / "b", "llama", 1, gpu=gpu)
     assert failure.value.reason is Reason.OUT_OF_MEMORY
-    assert told_need(tmp_path / "c", "llama", 1, gpu=gpu, joins=True).lora, "if its host has no base, that is host_lost"
 
 
 def test_a_job_that_an_old_card_computes_in_float32_is_planned_so(tmp_path: Path, old_card: None) -> None:

@@ -82,7 +82,7 @@ class OtherRanks:
 
     def _order_of(self, rank: Rank) -> Start:
         own = {"rank": rank.rank, "node": rank.node, "gpu": rank.gpu, "device": rank.device}
-        return self.order.model_copy(update={**own, "memory_limit": rank.memory_limit, "keep": None})
+        return self.order.model_copy(update={**own, "memory_limit": rank.memory_limit})
 
     def _watch(self, rank: Rank, process: subprocess.Popen[str], kills: int | None) -> None:
         """Watch a process until it has ended; end the leader's if it failed and the leader does not notice."""
