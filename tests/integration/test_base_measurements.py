@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import os
+import shutil
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +16,10 @@ import pytest
 
 from loractl.common.job.status import Reason
 from loractl.worker.base.box_cache import BoxCache
+from loractl.worker.engine.loss import meet
 from loractl.worker.evaluation import evaluation as measuring
 from loractl.worker.protocol.messages import FileKept, KnownFile, Note, Start
+from loractl.worker.recipe import fit
 from loractl.worker.recipe.recipe import train
 from loractl.worker.recipe.reference import FrozenReference
 from loractl.worker.recipe.run import Run
@@ -263,6 +266,44 @@ def test_pairs_are_scored_with_the_base_once_and_the_adapter_is_the_same(
     box.known.clear()
     box.run(**pairs, lora={"r": 8}, learning_rate=1e-3)
     assert weights(box, tmp_path) == shared
+
+
+def test_pairs_that_passed_in_other_micro_batches_are_scored_again(
+    box: Box, pairs: dict[str, Any], pairs_scored: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In SmolLM2 two rows in a batch of four have other last bits than in a batch of two."""
+    fit_once, failed = fit._fit_once, list[int]()
+
+    def short_of_memory(run: Any, learner: Any, forward: Any, data: Any, *of: Any) -> str | None:
+        if failed:
+            return fit_once(run, learner, forward, data, *of)
+        failed.append(1)
+        meet(forward.loss, [data.trained_rows[n] for n in range(4)])  # before the first step
+        return "no room"
+
+    monkeypatch.setattr(fit, "_fit_once", short_of_memory)
+    box.run(**pairs)
+    assert pairs_scored == [4] + [2] * 6
+    for asked, scored in (
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, [2]),
+        ({"train_sampling_strategy": "sequential"}, [4, 4, 4]),
+        ({}, [4, 4, 4]),
+    ):
+        del pairs_scored[:]
+        box.run(**pairs, **asked)
+        assert pairs_scored == scored
+
+
+def test_a_training_that_was_interrupted_leaves_no_scores(box: Box, pairs: dict[str, Any], tmp_path: Path) -> None:
+    """It has scored its rows in the micro-batches of a later epoch."""
+    box.run(**pairs, save_steps=5)
+    kept = {file.sha256 for file in box.known.values()}
+    box.known.clear()
+    checkpoints = tmp_path / "job-1" / "checkpoints"
+    shutil.rmtree(checkpoints / "checkpoint-6")
+    box.jobs = 0  # the same folders: it continues there
+    box.run(**pairs, save_steps=5)
+    assert [file.sha256 in kept for file in box.known.values()] == [True], "those of the held-out rows alone"
 
 
 def test_scores_of_pairs_that_no_longer_come_out_are_thrown_away(

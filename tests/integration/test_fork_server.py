@@ -240,6 +240,17 @@ def test_a_trainer_outlives_the_server_and_its_exit_status_is_known(
         assert trainers[2].returncode in (9, -signal.SIGKILL), "it ended with its input, or was killed"
 
 
+def test_a_trainer_that_another_thread_has_ended_is_a_killed_one(place: Workplace, caplog: Any) -> None:
+    """As the search for strays does, if it finds out first that a lease is lost."""
+    own = environment_of(place)
+    with served(place) as server:
+        until(lambda: ready(caplog))
+        trainer = forked(server, own)
+        assert end_leftovers(own[RUN_VARIABLE]) == []
+        assert trainer.poll() == -signal.SIGKILL
+        kill(trainer)
+
+
 def test_a_server_that_is_killed_while_it_forks_leaves_no_process(
     place: Workplace, order: Callable[..., None], caplog: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

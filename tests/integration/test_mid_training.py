@@ -70,6 +70,16 @@ def test_a_failed_step_of_the_optimizer_stores_nothing(
     assert [m.step for m in told if isinstance(m, Saved)] == [2]
 
 
+def test_a_held_out_row_that_does_not_fit_before_the_first_step_ends_the_attempt(
+    start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process would load the base once more, and have no more room for that row."""
+    failing(monkeypatch, LeanPass, "scores", at=1)
+    keys = KEYS | {"evaluation": {**KEYS["evaluation"], "per_device_eval_batch_size": 1}}
+    ended, _ = trained(start("full", **keys).model_copy(update={"memory_limit": 8 * 2**30}))
+    assert isinstance(ended, Ended) and ended.reason is Reason.OUT_OF_MEMORY
+
+
 def test_one_row_that_does_not_fit_ends_the_attempt(
     start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
 ) -> None:

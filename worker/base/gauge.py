@@ -93,8 +93,6 @@ def hold_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> None
     if limit is None:
         return
     if device == "cuda":
-        if torch.cuda.is_initialized():
-            limit_to(limit, device, gpu)  # for a job that joins others: its thread's workspace must fit next to theirs
         torch.ones(16, 16, device="cuda").mm(torch.ones(16, 16, device="cuda"))  # brings up the context and cuBLAS
     else:
         _prepare_processor()
@@ -134,8 +132,8 @@ def start_threads() -> None:
 
 @functools.cache
 def _bytes_of_libraries() -> int:
-    """Writable memory before this process loaded its first base: a base already loaded counts in the limit. What a
-    thread of `in_own_thread` takes for itself does not."""
+    """Writable memory before this process loaded its base. What a thread of `in_own_thread` takes for itself does not
+    count in the limit."""
     return _in_new_thread(data_bytes)
 
 

@@ -118,6 +118,9 @@ class BentLoss(ABC):
     def meet(self, rows: Sequence[TokenRow]) -> None:  # noqa: B027  most need to know nothing
         """Before a pass over rows: find out what must be known about them, which may run the model without a graph."""
 
+    def forget(self) -> None:  # noqa: B027  the same
+        """Micro-batches are other ones from now on, and what it has found out in the last ones may round otherwise."""
+
     def known(self, rows: Sequence[TokenRow]) -> list[Any]:
         """What it has found out about the rows that it has met, as JSON, for another process that learns from them."""
         return []
@@ -154,6 +157,12 @@ def meet(loss: Loss, rows: Sequence[TokenRow]) -> None:
     """Show a loss the rows of the next pass."""
     if isinstance(loss, BentLoss):
         loss.meet(rows)
+
+
+def forget(loss: Loss) -> None:
+    """Tell a loss that its rows come in other micro-batches from now on."""
+    if isinstance(loss, BentLoss):
+        loss.forget()
 
 
 def smoothed(logits: torch.Tensor, labels: torch.Tensor, learned: torch.Tensor, smoothing: float) -> torch.Tensor:

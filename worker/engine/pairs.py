@@ -146,6 +146,9 @@ class PairReference(Protocol):
     def meet(self, rows: Sequence[TokenRow]) -> None:
         """Find out what is unknown about some rows. It runs the model without a graph."""
 
+    def forget(self) -> None:
+        """Find out all of it again."""
+
     def of(self, row: TokenRow) -> tuple[float, float]:
         """The summed log-probabilities of a pair's answers, in nats, for a row that it has met."""
 
@@ -167,6 +170,9 @@ class ToldReference:
     scores: Scores
 
     def meet(self, rows: Sequence[TokenRow]) -> None:
+        pass
+
+    def forget(self) -> None:
         pass
 
     def of(self, row: TokenRow) -> tuple[float, float]:
@@ -191,6 +197,10 @@ class PairLoss(BentLoss):
     def meet(self, rows: Sequence[TokenRow]) -> None:
         if self.reference is not None:
             self.reference.meet(rows)
+
+    def forget(self) -> None:
+        if self.reference is not None:
+            self.reference.forget()
 
     def known(self, rows: Sequence[TokenRow]) -> list[tuple[float, float]]:
         return [] if self.reference is None else [self.reference.of(row) for row in rows]

@@ -66,8 +66,12 @@ class ForkedTrainer:
         """Its exit status, negative for a signal; None while it runs."""
         with self._waiting:
             if self.returncode is None:
-                pid, status = os.waitpid(self.pid, os.WNOHANG)
-                self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+                try:
+                    pid, status = os.waitpid(self.pid, os.WNOHANG)
+                except ChildProcessError:  # `end_leftovers` has killed it and taken its status
+                    self.returncode = -signal.SIGKILL
+                else:
+                    self.returncode = os.waitstatus_to_exitcode(status) if pid else None
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
@@ -131,20 +135,20 @@ class ServerProcess:
             if answer.pid is None:
                 raise NotForked(answer.refusal)
             trainer = ForkedTrainer(answer.pid, *streams)
-            if not _shows(trainer, request):
+            if not _shows(trainer.pid, request):
                 raise NotForked(f"its trainer, process {answer.pid}, is not as it should be")
             undo.pop_all()
         return trainer
 
 
-def _shows(trainer: ForkedTrainer, request: ForkRequest) -> bool:
+def _shows(pid: int, request: ForkRequest) -> bool:
     """Whether a trainer is this process's child, and a search for the attempt's processes would find it."""
     try:
-        trainer.poll()
-        seen = psutil.Process(trainer.pid).environ()
-    except (ChildProcessError, psutil.NoSuchProcess, psutil.AccessDenied, OSError):
+        trainer = psutil.Process(pid)
+        parent, seen = trainer.ppid(), trainer.environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
         return False
-    return (seen.get(RUN_VARIABLE), seen.get(JOB_VARIABLE)) == (request.mark, str(request.job_id))
+    return (parent, seen.get(RUN_VARIABLE), seen.get(JOB_VARIABLE)) == (os.getpid(), request.mark, str(request.job_id))
 
 
 @contextlib.contextmanager

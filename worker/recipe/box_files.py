@@ -55,15 +55,23 @@ def measurements(run: Run, learner: Learner, identity: BaseIdentity) -> BaseMeas
 
 def pair_scores(run: Run, learner: Learner, identity: BaseIdentity, data: PreparedData) -> KeptScores | None:
     """The same for scores of pairs."""
-    order, training = run.order, run.spec.training
+    order = run.order
     if REPRODUCES in order.spec.labels:
         return None
-    # pairs are scored a micro-batch at a time, and the bits may depend on the others in it
-    batches = training.seed, training.per_device_train_batch_size, training.gradient_accumulation_steps
+
+    def question() -> object:
+        """Pairs are scored a micro-batch at a time, of the size that memory allows by then, and the first ones before
+        the first step if it is limited: the bits may depend on the others in it."""
+        asked, training = run.spec.evaluation, run.spec.training
+        order_of_rows = training.seed, training.train_sampling_strategy
+        batches = training.per_device_train_batch_size, training.gradient_accumulation_steps
+        tried = order.memory_limit is not None, asked.per_device_eval_batch_size, asked.max_rows
+        return "pairs", type(learner.scorer).__name__, data.digest, *order_of_rows, *batches, *tried
+
     return KeptScores(
         cache=lambda: _cache(run, learner, identity),
         may_be_left=lambda: bool(order.kept) and identity.is_known(WAIT_S),
-        question=lambda: ("pairs", type(learner.scorer).__name__, data.digest, *batches),
+        question=question,
         slack=0.0 if order.device == "cpu" else slack(learner.precision.base),
     )
 

@@ -11,7 +11,7 @@ from loractl.worker.protocol.marker import read_marker
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A complete checkpoint: adapter and state of the engine's member, closed by a marker."""
+    """A complete checkpoint: adapter and state of the training, closed by a marker."""
 
     path: Path
     step: int

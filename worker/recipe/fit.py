@@ -30,7 +30,7 @@ from loractl.worker.data.row_forms import with_prompts
 from loractl.worker.data.token_rows import lengths_in
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.loop import TrainingLoop, TrainingRows
-from loractl.worker.engine.loss import meet, window_of
+from loractl.worker.engine.loss import forget, meet, window_of
 from loractl.worker.engine.passes.forward import ForwardPass
 from loractl.worker.engine.passes.lean import LeanPass
 from loractl.worker.engine.saved_state import read_snapshot
@@ -254,6 +254,7 @@ def fit(
             what = f"one row of {tokens} tokens does not fit, even with gradient checkpointing"
             raise TrainingFailed(Reason.OUT_OF_MEMORY, f"{what}: {failure}")
         run.adjust(lighter)
+        forget(forward.loss)
 
 
 def _take_finished(run: Run, learner: Learner, callbacks: Callbacks, checkpoint: Checkpoint) -> None:
@@ -316,9 +317,10 @@ def _fit_once(
     try:
         if probed:
             try_longest(loop, learner, data, run)
-        loop.run()
     except DoesNotFit as failure:
         return str(failure)
+    try:
+        loop.run()
     except Exception as error:
         if is_out_of_memory(error) and not run.order.ranks:  # ranks may be out of step
             _save_last_step(run, loop)

@@ -77,8 +77,6 @@ def train(run: Run) -> Ended:
     callbacks = Callbacks.of(run, learner, data, checkpoint_to_resume(run, data))
     callbacks.best.measures(data)
     arguments = fit(run, learner, steps, data, callbacks)
-    if reference is not None:
-        reference.leave()
 
     # 4. Keep the adapter before anything else can fail.
     _require_trained(learner.model, fresh)
@@ -87,6 +85,8 @@ def train(run: Run) -> Ended:
 
     # 5. Base against tuned on rows that were never trained on.
     run.stage(Stage.EVALUATING)
+    if reference is not None and callbacks.checkpoint is None:  # else some were scored in other micro-batches
+        reference.leave()
     kept = measurements(run, learner, identity)
     evaluation = _evaluate(run, learner, data, tasks, callbacks, kept)
     final = _evaluate_final(run, learner, data, callbacks, kept)

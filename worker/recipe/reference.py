@@ -91,6 +91,10 @@ class FrozenReference:
             earlier = self._kept.like(self._known, [*new.values()])
             self._known, self._earlier = earlier | self._known, len(earlier)
 
+    def forget(self) -> None:
+        """Score all pairs again, since they come in other micro-batches from now on."""
+        self._known, self._earlier = {}, None
+
     def _scored(self, texts: Sequence[TokenRow]) -> list[float]:
         model, tokenizer, scorer = self._learner.model, self._learner.tokenizer, self._learner.scorer
         scores = score_rows(model, tokenizer, [*texts], len(texts), scorer=scorer, run=lambda piece: piece())
