@@ -140,3 +140,24 @@ def test_a_kernel_that_got_no_memory_is_compiled_once_there_is_some() -> None:
     """Where the processor has instructions for bf16; else there is no kernel of the library that could be compiled."""
     done = subprocess.run([sys.executable, "-c", FULL_ONCE], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() in ("[64, 32, 32]", "[64]"), done.stdout + done.stderr
+
+
+NO_ROOM_FOR_A_THREAD = """
+import resource
+from loractl.worker.base.gauge import data_bytes, hold_to, in_own_thread, is_out_of_memory
+
+hold_to(1 << 30, "cpu", "cpu")
+limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
+resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + (16 << 20), hard))
+try:
+    in_own_thread(lambda: None)
+except Exception as error:
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    print(is_out_of_memory(error), type(error).__name__)
+print(in_own_thread(lambda: "tried again"))
+"""
+
+
+def test_a_thread_that_gets_no_memory_is_out_of_memory() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_ROOM_FOR_A_THREAD], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["True RuntimeError", "tried again"], done.stdout + done.stderr

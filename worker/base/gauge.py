@@ -212,8 +212,12 @@ def in_own_thread(work: Callable[[], Answer]) -> Answer:
 
 
 def _in_new_thread(work: Callable[[], Answer]) -> Answer:
-    with ThreadPoolExecutor(max_workers=1, initializer=start_threads) as thread:
-        return thread.submit(work).result()
+    def prepared() -> Answer:
+        start_threads()  # no initializer of the pool: that would hide that memory ran out here
+        return work()
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(prepared).result()
 
 
 def freed(error: Exception) -> Exception:
