@@ -48,7 +48,7 @@ def order(folder: Path) -> Start:
         Rank(rank=1, node="box:1", gpu="B", device="cpu", environment={"CARD": "one"}, memory_limit=7),
     ]
     return Start(
-        job_id=1, attempt=1, user="u", node="box:0", gpu="A", device="cpu", spec=spec, method=Method.LORA, keep="key",
+        job_id=1, attempt=1, user="u", node="box:0", gpu="A", device="cpu", spec=spec, method=Method.LORA,
         vram_planned=None, data_path="x", data_sha256=None, eval_path=None, checkpoint_dir="c", earlier_checkpoints=[],
         output_dir=str(folder / "attempt" / "result"), cache_dir="c", parallel=Parallel.DATA, ranks=ranks,
     )  # fmt: skip
@@ -60,7 +60,7 @@ def leader(reason: Reason, message: str = "", **more: object) -> Ended:
 
 def test_each_rank_has_its_own_card_limit_and_place(begin: Begin, capfd: pytest.CaptureFixture[str]) -> None:
     gang = begin("""
-        names = ("rank", "node", "gpu", "memory_limit", "keep")
+        names = ("rank", "node", "gpu", "memory_limit")
         print([order[name] for name in names], os.environ["CARD"], file=sys.stderr)
         print(oct(os.stat(os.path.dirname(order["meeting"])).st_mode), file=sys.stderr)
         end("ok", peaks={"reserved": 9})
@@ -68,7 +68,7 @@ def test_each_rank_has_its_own_card_limit_and_place(begin: Begin, capfd: pytest.
     ended = gang.settle(leader(Reason.OK, peaks=Peaks(reserved=5)))
     assert ended.reason is Reason.OK and ended.peaks is not None and ended.peaks.reserved == 9, "the fullest card's"
     lines = capfd.readouterr().err.splitlines()
-    assert lines == ["[rank 1] [1, 'box:1', 'B', 7, None] one", "[rank 1] 0o40700"]
+    assert lines == ["[rank 1] [1, 'box:1', 'B', 7] one", "[rank 1] 0o40700"]
     assert gang.order.meeting is not None and not Path(gang.order.meeting).parent.exists()
 
 
