@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import stat
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +16,16 @@ from typing import Any
 
 import pytest
 
-from loractl.common.job.status import Reason
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.base import source
 from loractl.worker.base.box_cache import BoxCache
 from loractl.worker.engine.loss import meet
 from loractl.worker.evaluation import evaluation as measuring
-from loractl.worker.protocol.messages import FileKept, KnownFile, Note, Start
+from loractl.worker.protocol.messages import FileKept, KnownFile, Note, StageChanged, Start
 from loractl.worker.recipe import fit
 from loractl.worker.recipe.recipe import train
 from loractl.worker.recipe.reference import FrozenReference
-from loractl.worker.recipe.run import Run
+from loractl.worker.recipe.run import Run, Stopped
 
 from ..models import write_helpdesk
 
@@ -304,6 +307,24 @@ def test_a_training_that_was_interrupted_leaves_no_scores(box: Box, pairs: dict[
     box.jobs = 0  # the same folders: it continues there
     box.run(**pairs, save_steps=5)
     assert [file.sha256 in kept for file in box.known.values()] == [True], "those of the held-out rows alone"
+
+
+def test_a_stop_is_obeyed_while_a_large_base_is_hashed(
+    start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = threading.Event()
+    monkeypatch.setattr(source, "fingerprint", lambda *_: hashed.wait(60) and {})
+
+    def tell(told: Any) -> None:
+        if isinstance(told, StageChanged) and told.stage is Stage.EVALUATING:
+            run.stop.came.set()
+
+    run = Run(order=start("job", max_steps=1), tell=tell)
+    began = time.monotonic()
+    with pytest.raises(Stopped):
+        train(run)
+    assert time.monotonic() - began < 60
+    hashed.set()
 
 
 def test_scores_of_pairs_that_no_longer_come_out_are_thrown_away(

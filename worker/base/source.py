@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -206,10 +206,13 @@ class BaseIdentity:
         self._thread.join(within_s)
         return not self._thread.is_alive() and self._error is None
 
-    def wait(self) -> dict[str, Any]:
+    def wait(self, meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """What the report says about the base model: `commit` (None for a folder), `files`, one sha256 for all of them,
-        and `publish: false` if an adapter that must stay in the lab is merged into it. Raises OSError."""
-        self._thread.join()
+        and `publish: false` if an adapter that must stay in the lab is merged into it. `meanwhile` is called each
+        second until all is hashed. Raises OSError."""
+        while self._thread.is_alive():
+            self._thread.join(1.0)
+            meanwhile()
         if self._error is not None:
             raise self._error
         return {"commit": self._commit, "sha256": digest(self._files), "files": self._files, **self._terms()}

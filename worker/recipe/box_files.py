@@ -97,7 +97,7 @@ def _cache(run: Run, learner: Learner, identity: BaseIdentity) -> BoxCache:
     return BoxCache(
         folder=Path(order.cache_dir) / "measured",
         known=order.kept,
-        about=[box, identity.wait()["sha256"], ancestor, *how],
+        about=[box, identity.wait(run.check_stop)["sha256"], ancestor, *how],
         tell=tell,
         note=lambda text: run.note("cache", text),
     )

@@ -96,7 +96,7 @@ def train(run: Run) -> Ended:
     # 6. The report, and the manifest's other files.
     course = _course(run, callbacks, arguments, time.time() - began)
     run.say("hashes the base's files, and writes the report")
-    report = build_report(order, identity.wait(), learner, data, evaluation, course, final)
+    report = build_report(order, identity.wait(run.go_on), learner, data, evaluation, course, final)
     write_report(report, out)
     write_page(report, out)
     (out / "adapter" / "README.md").write_text(lab_card(report), "utf-8")
