@@ -144,9 +144,12 @@ def test_a_kernel_that_got_no_memory_is_compiled_once_there_is_some() -> None:
 
 NO_ROOM_FOR_A_THREAD = """
 import resource
+import torch
+from loractl.worker.base import gauge
 from loractl.worker.base.gauge import data_bytes, hold_to, in_own_thread, is_out_of_memory
 
 hold_to(1 << 30, "cpu", "cpu")
+own, gauge.start_threads = gauge.start_threads, lambda: torch.empty(1 << 32)  # more than there is, for any OpenMP
 limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
 resource.setrlimit(resource.RLIMIT_DATA, (data_bytes() + (16 << 20), hard))
 try:
@@ -154,6 +157,7 @@ try:
 except Exception as error:
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     print(is_out_of_memory(error), type(error).__name__)
+gauge.start_threads = own
 print(in_own_thread(lambda: "tried again"))
 """
 
@@ -161,3 +165,29 @@ print(in_own_thread(lambda: "tried again"))
 def test_a_thread_that_gets_no_memory_is_out_of_memory() -> None:
     done = subprocess.run([sys.executable, "-c", NO_ROOM_FOR_A_THREAD], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["True RuntimeError", "tried again"], done.stdout + done.stderr
+
+
+NO_ROOM_FOR_ITS_FIRST_CALL = """
+import resource
+import time
+from loractl.worker.base.gauge import hold_to, in_own_thread, is_out_of_memory
+
+hold_to(1 << 30, "cpu", "cpu")
+in_own_thread(lambda: None)
+time.sleep(0.5)  # once it has ended, its stack is the next thread's
+limit, hard = resource.getrlimit(resource.RLIMIT_DATA)
+resource.setrlimit(resource.RLIMIT_DATA, (1, hard))
+try:
+    in_own_thread(lambda: None)
+except Exception as error:
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    print(is_out_of_memory(error), error)
+print(in_own_thread(lambda: "tried again"))
+"""
+
+
+def test_a_thread_that_can_call_nothing_is_out_of_memory_and_not_waited_for() -> None:
+    """It starts, since it gets the stack of an earlier one, and ends at its first call."""
+    command = [sys.executable, "-c", NO_ROOM_FOR_ITS_FIRST_CALL]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["True no memory for a thread", "tried again"], done.stdout + done.stderr

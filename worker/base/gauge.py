@@ -11,11 +11,12 @@ import os
 import re
 import resource
 import traceback
+import weakref
+from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 
@@ -36,6 +37,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt's names, in glibc's mal
 
 _MMAP_BYTES, _TRIM_BYTES = 2**23, 2**24
 """Tensors of 8 MiB get their own mapping; of free memory at the heap's end 16 MiB are kept."""
+
+_LOOK_S = 0.2
+"""Seconds between two looks whether a thread is still there."""
 
 HANDLE_BYTES = 128 * 2**20
 """Card memory that cuBLAS, cuDNN or cuSOLVER may take for a handle, from the driver and not from torch's allocator."""
@@ -211,13 +215,45 @@ def in_own_thread(work: Callable[[], Answer]) -> Answer:
     return _in_new_thread(likewise)
 
 
-def _in_new_thread(work: Callable[[], Answer]) -> Answer:
-    def prepared() -> Answer:
-        start_threads()  # no initializer of the pool: that would hide that memory ran out here
-        return work()
+@dataclass(slots=True)
+class _Outcome(Generic[Answer]):
+    """What a thread leaves: one of them, or none if it had no memory to begin."""
 
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(prepared).result()
+    answer: list[Answer] | None = None
+    error: BaseException | None = None
+
+
+def _in_new_thread(work: Callable[[], Answer]) -> Answer:
+    """The result of work in a thread that ends with it; MemoryError if there is no memory for the thread.
+
+    Not by `threading` nor a pool: both wait for ever for a thread in which no Python function could be called, since
+    the first call of each takes pages from the system.
+    """
+    outcome, ended = _Outcome[Answer](), allocate_lock()
+    ended.acquire()
+
+    def whole(_: object) -> None:
+        try:
+            start_threads()
+            outcome.answer = [work()]
+        except BaseException as error:  # noqa: BLE001  raised where the work is waited for
+            outcome.error = error
+        finally:
+            ended.release()
+
+    token = set[None]()
+    held = weakref.ref(token)
+    start_new_thread(whole, (token,))
+    del token  # from now on the thread alone holds it, and drops it at its end
+    while not ended.acquire(timeout=_LOOK_S) and held() is not None:
+        pass
+    if outcome.answer is not None:
+        return outcome.answer[0]
+    failure, outcome.error = outcome.error or MemoryError("no memory for a thread"), None
+    try:
+        raise failure
+    finally:
+        del failure  # it holds this frame
 
 
 def freed(error: Exception) -> Exception:
