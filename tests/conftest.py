@@ -27,6 +27,7 @@ from loractl.common.settings import load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
+from loractl.worker.attempt.order import ONE_HEAP
 
 from . import services, warm
 from .databases import OPEN_LAB, KeptDatabase, database, make_template
@@ -343,7 +344,10 @@ KINDS = (warm.LIGHT,) if QUICK else (warm.LIGHT, warm.HEAVY)
 def _warm_servers() -> Iterator[Path]:
     """The folder of servers that begin to load; a server's socket is there when it has loaded."""
     folder = Path(tempfile.mkdtemp(prefix="warm-"))
-    own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    one_heap = dict(
+        [ONE_HEAP]
+    )  # glibc reads it at a process's start: forks have it, whether their box has a limit or not
+    own = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **one_heap}
     servers = []
     for kind in KINDS:
         with (folder / f"{kind}.log").open("w") as log:

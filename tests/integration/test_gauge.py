@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,8 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.memory.context import CONTEXT_BYTES, context_excess
 from loractl.common.memory.families import shape_of
 from loractl.common.memory.plan import WORKSPACE_BYTES, plan
-from loractl.worker.attempt.order import device_environment, environment
+from loractl.worker.attempt.order import common_environment, device_environment, environment
+from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.base.gauge import LEAST_BYTES, allocator_room
 from loractl.worker.device.devices import CpuDevice, NvmlDevice
 
@@ -62,10 +65,10 @@ def test_a_trainer_on_a_card_has_blocks_that_grow(own: str | None, monkeypatch: 
         monkeypatch.delenv(name, raising=False)
     if own is not None:
         monkeypatch.setenv(own, "backend:native")
-    claim = SimpleNamespace(job_id=1, token="t")
+    claim, settings = SimpleNamespace(job_id=1, token="t"), SimpleNamespace(home="/h", trainer_ram=None)
     card, processor = NvmlDevice(index=0, uuid="GPU-a", name="a card", total=GIB), CpuDevice(total=GIB)
     seen = [
-        environment(SimpleNamespace(device=device, settings=SimpleNamespace(home="/h"), node="n:0", threads=1), claim)  # type: ignore[arg-type]
+        environment(SimpleNamespace(device=device, settings=settings, node="n:0", threads=1), claim)  # type: ignore[arg-type]
         for device in (card, processor)
     ]
     assert seen[0].get("PYTORCH_ALLOC_CONF") == {
@@ -106,6 +109,14 @@ def test_a_trainer_on_a_processor_asks_for_large_pages_unless_the_box_s_owner_sa
     card, processor = NvmlDevice(index=0, uuid="GPU-a", name="a card", total=GIB), CpuDevice(total=GIB)
     assert device_environment(processor, "1", 1)["GLIBC_TUNABLES"] == (own or "glibc.malloc.hugetlb=1")
     assert device_environment(card, "1", 1).get("GLIBC_TUNABLES") == own
+
+
+def test_threads_share_a_heap_where_the_memory_of_a_trainer_has_a_limit(
+    quick_place: Callable[[str], Workplace],
+) -> None:
+    place = quick_place("")
+    limited = replace(place, settings=replace(place.settings, trainer_ram=GIB))
+    assert [common_environment(one).get("MALLOC_ARENA_MAX") for one in (place, limited)] == [None, "1"]
 
 
 FULL_ONCE = """
