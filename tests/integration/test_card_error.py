@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.device.occupancy import RUN_VARIABLE
 from loractl.worker.protocol.exit_reason import card_error, exit_reason
 from loractl.worker.recipe import trainer
+from loractl.worker.recipe.orders import StopOrder
 
 from .test_out_of_memory import make_order
 
@@ -113,7 +113,7 @@ def test_a_trainer_that_meets_it_says_so(
     monkeypatch.setattr("loractl.worker.recipe.run.hold_to", fail)
     (tmp_path / "data.jsonl").write_text("")
     order = make_order(tmp_path, tmp_path, tmp_path / "data.jsonl")
-    ended = trainer._run_alone(order, queue.SimpleQueue(), lambda _: None)
+    ended = trainer._run(order, StopOrder(), lambda _: None)
     assert (ended.reason, ended.message.endswith(text.splitlines()[0])) == (reason, True)
 
 
@@ -123,7 +123,7 @@ def test_a_box_without_the_card_that_its_order_names_is_a_gpu_error(tmp_path: Pa
     (tmp_path / "data.jsonl").write_text("")
     order = make_order(tmp_path, tmp_path, tmp_path / "data.jsonl")
     order = order.model_copy(update={"device": "cuda", "gpu": "GPU-a", "memory_limit": 2**30})
-    ended = trainer._run_alone(order, queue.SimpleQueue(), lambda _: None)
+    ended = trainer._run(order, StopOrder(), lambda _: None)
     assert ended.reason is Reason.GPU_ERROR, ended.message
 
 

@@ -322,6 +322,7 @@ def test_losses_checkpoints_and_evaluations_come_as_often_as_asked_for(recipe: R
 
 
 ELSEWHERE = {
+    "training.engine": "tests/integration/test_trial.py",
     "resources.cards": "tests/acceptance/test_gang.py",
     "resources.parallel": "tests/acceptance/test_gang.py",
     "name": "tests/acceptance/test_main_job.py",
