@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,23 @@ def test_a_lack_of_memory_is_no_fault_of_the_pass(
     monkeypatch.setattr(choice, "difference", lambda *_, **__: tried.append(None))
     forward_pass(learner, spec, 40, checks=checks)
     assert tried == [None], "the next job compares the passes"
+
+
+@pytest.mark.parametrize(
+    ("said", "remembered"),
+    [("uncorrectable ECC error encountered", False), ("an illegal memory access was encountered", True)],
+)
+def test_a_failing_card_is_no_fault_of_the_pass(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, remembered: bool
+) -> None:
+    learner, spec = learner_of(tiny_model, "lora", FP32)
+    checks = CheckCache(folder=tmp_path, about=[])
+    with monkeypatch.context() as patch:
+        failing(patch, RuntimeError(f"CUDA error: {said}"))
+        with contextlib.nullcontext() if remembered else pytest.raises(RuntimeError, match=said):
+            forward_pass(learner, spec, 40, checks=checks)
+    forward, why = forward_pass(learner, spec, 40, checks=checks)
+    assert (type(forward), why is not None) == (PaddedPass if remembered else LeanPass, remembered)
 
 
 def test_a_training_is_the_same_with_and_without_the_comparison(
