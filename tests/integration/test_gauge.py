@@ -202,3 +202,21 @@ def test_a_thread_that_can_call_nothing_is_out_of_memory_and_not_waited_for() ->
     command = [sys.executable, "-c", NO_ROOM_FOR_ITS_FIRST_CALL]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines() == ["True no memory for a thread", "tried again"], done.stdout + done.stderr
+
+
+KERNEL_REPLACED = """
+import warnings
+from loractl.worker.base.gauge import hold_to, is_out_of_memory
+
+hold_to(1 << 30, "cpu", "cpu")
+try:
+    warnings.warn("mkldnn_matmul failed, switching to baddbmm:could not create a primitive (Triggered internally)")
+except UserWarning as error:
+    print(is_out_of_memory(error))
+"""
+
+
+def test_a_kernel_without_memory_that_torch_would_replace_by_a_slow_loop_is_out_of_memory() -> None:
+    """torch's own warning, which its operation raises once it is an error."""
+    done = subprocess.run([sys.executable, "-c", KERNEL_REPLACED], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "True", done.stdout + done.stderr

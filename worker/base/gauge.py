@@ -11,6 +11,7 @@ import os
 import re
 import resource
 import traceback
+import warnings
 import weakref
 from _thread import allocate_lock, start_new_thread
 from collections.abc import Callable, Iterable
@@ -120,6 +121,8 @@ def limit_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> Non
 def _prepare_processor() -> None:
     # oneDNN keeps what it compiled for 1,024 shapes, 50 MB for each batch length: it would grow into the limit.
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "32"
+    # Else torch goes on in a slow loop, a minute or more a step, for each kernel that got no memory.
+    warnings.filterwarnings("error", message=".*could not create a primitive", category=UserWarning)
     start_threads()
     # A large tensor gets its own mapping, which is released when it is freed: glibc's heap does not return holes, and
     # the smaller batch would find no more room than the larger one. A small tensor does not: new pages for each tensor
@@ -166,7 +169,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on the card or in the process's own memory."""
     if is_card_full(error) or isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and _PROCESSOR_IS_FULL.search(str(error)) is not None
+    return isinstance(error, (RuntimeError, UserWarning)) and _PROCESSOR_IS_FULL.search(str(error)) is not None
 
 
 def memory_or_card(lines: Iterable[str]) -> str | None:
