@@ -121,7 +121,7 @@ def limit_to(limit: int | None, device: Literal["cuda", "cpu"], gpu: str) -> Non
 def _prepare_processor() -> None:
     # oneDNN keeps what it compiled for 1,024 shapes, 50 MB for each batch length: it would grow into the limit.
     os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "32"
-    # Else torch goes on in a slow loop, a minute or more a step, for each kernel that got no memory.
+    # Else torch goes on in a slow loop, a step of 2 s then took over 30, for each kernel that got no memory.
     warnings.filterwarnings("error", message=".*could not create a primitive", category=UserWarning)
     start_threads()
     # A large tensor gets its own mapping, which is released when it is freed: glibc's heap does not return holes, and
