@@ -66,6 +66,41 @@ def test_one_that_asks_for_another_and_does_not_end_is_killed_with_what_it_start
     assert (job.reason, job.message, job.attempt) == (Reason.BAD_DATA, "alive: []", 1)
 
 
+DIES = """
+import os
+import signal
+import sys
+from loractl.common.job.status import Reason, Stage
+from loractl.worker.protocol.messages import Ended, Planned, StageChanged
+from loractl.worker.recipe import trainer
+
+def run(order, stop, tell):
+    tell(StageChanged(job_id=order.job_id, stage=Stage.PREPARING))
+    tell(Planned(job_id=order.job_id, lora=None, qlora=None, base=1))
+    if order.adjustment.micro_batch is None:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return Ended(job_id=order.job_id, reason=Reason.BAD_DATA, message=f"{order.adjustment.micro_batch} rows at once")
+
+if __name__ == "__main__":
+    sys.exit(trainer.main(run))
+"""
+
+
+def test_one_that_dies_while_it_tries_its_longest_batches_is_followed_by_one_with_less(
+    quick_place: Callable[[str], Workplace],
+) -> None:
+    """oneDNN may end the process where it gets no memory."""
+    place = quick_place(DIES)
+    place = replace(place, settings=replace(place.settings, trainer_ram=4 * GIB))
+    place.store.cards.see(node_state("box:0", kind="cpu", total=24 * GIB))
+    place.store.jobs.submit(submission(lora=1, method="lora"))
+    claim = place.store.attempts.claim("box:0")
+    assert isinstance(claim, Claim)
+    supervise(place, begin(claim, place.settings.work_dir))
+    job = place.store.jobs.get(claim.job_id)
+    assert (job.reason, job.message, job.attempt) == (Reason.BAD_DATA, "2 rows at once", 1)
+
+
 FULL = """
 import sys
 import torch

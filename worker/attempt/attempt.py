@@ -47,7 +47,9 @@ class Heard:
     changes: list[str] = field(default_factory=list)  # what this trainer said about its adjustments
     step: int = 0
     peaks: Peaks = field(default_factory=Peaks)
+    loaded: bool = False  # its base is: what comes next are the longest batches
     ended: Ended | None = None
+    wordless: bool = False  # it has ended without a message: `ended` is what its exit status says
     again: Again | None = None  # the trainer ends, and another one continues with less
     saved: list[Saved] = field(default_factory=list)  # checkpoints not passed on yet
     withdrawn: set[str] = field(default_factory=set)  # folders of checkpoints that it found broken
@@ -68,6 +70,8 @@ class Heard:
             self.step = message.step
         elif isinstance(message, Adjusted):
             self.adjustment = message.adjustment
+        elif isinstance(message, Planned) and message.base is not None:
+            self.loaded = True
         elif isinstance(message, Note) and message.kind == "memory":
             self.changes.append(message.text)
         elif isinstance(message, Saved):

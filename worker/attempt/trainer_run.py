@@ -87,6 +87,7 @@ def _run(place: Workplace, attempt: SupervisedAttempt, start: Start, upload: Che
     _hand_on(attempt, upload)
     if attempt.heard.end is None and attempt.own.forced is None and not attempt.own.lease_lost:
         attempt.heard.ended = _unexpected_end(attempt, start, trainer.returncode, kernel_kills_since(kills))
+        attempt.heard.wordless = True
 
 
 def _launch(place: Workplace, attempt: SupervisedAttempt, start: Start) -> ChildProcess:
@@ -146,14 +147,17 @@ def _lighter(attempt: SupervisedAttempt, start: Start) -> Start | None:
     attempt.unwritten.pending = replace(attempt.unwritten.pending, adjustment=lighter)
     changes = [*start.changes, *heard.changes]
     heard.adjustment, heard.ended, heard.again, heard.changes = lighter, None, None, []
+    heard.loaded = heard.wordless = False
     return start.model_copy(update={"adjustment": lighter, "changes": changes})
 
 
 def _next_adjustment(attempt: SupervisedAttempt, start: Start) -> Adjustment | None:
     """Whether a finer split of the batch may help. It does not for out-of-memory before or after the training itself:
-    before it, the trainer has tried all splits. Ranks that divide a base are out of step after the first try."""
-    tries = (Stage.PREPARING, Stage.TRAINING) if start.parallel is Parallel.SHARDED else (Stage.TRAINING,)
-    ended = attempt.heard.ended
+    before it, the trainer has tried all splits, unless a try of the longest batches has ended it. Ranks that divide a
+    base are out of step after the first try."""
+    ended, died_trying = attempt.heard.ended, attempt.heard.wordless and attempt.heard.loaded
+    early = start.parallel is Parallel.SHARDED or died_trying
+    tries = (Stage.PREPARING, Stage.TRAINING) if early else (Stage.TRAINING,)
     if ended is None or ended.reason is not Reason.OUT_OF_MEMORY or attempt.unwritten.pending.stage not in tries:
         return None
     return _step_down(start, attempt.heard.adjustment)
