@@ -1,5 +1,5 @@
 """Where a step's time goes by operator, in the lean pass and in a tutorial's loop: python -m benchmarks.operators MODEL
-FORMATS ROWS, like `models/SmolLM2-135M-Instruct bf16,fp32 2,8`.
+FORMATS ROWS, like `./models/SmolLM2-135M-Instruct bf16,fp32 2,8`.
 
 The tutorial is transformers' model with peft's adapter, rows padded, and torch's AdamW. Rows have 30 to 256 tokens
 without meaning. One thread, one process; three steps of each are profiled after two that warm up. Told are CPU
