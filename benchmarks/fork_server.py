@@ -1,8 +1,8 @@
 """Trainers by fork against new processes: python -m benchmarks.fork_server [MODEL] [ATTEMPTS].
 
 Prints the time from the start of a trainer to its first step and to its end, and the memory that is its own after that
-step, at one and at two threads, each way three times in turn. Then so many forks (200), one after another and four
-beside each other: their adapters must be equal, and what the server holds must not grow. Without a model's folder it
+step, at one and at two threads, each way three times in turn. Then ATTEMPTS forks (200), one after another and four
+at a time: their adapters must be equal, and what the server holds must not grow. Without a model's folder it
 is a tiny random Llama.
 """
 

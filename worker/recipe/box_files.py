@@ -54,7 +54,7 @@ def measurements(run: Run, learner: Learner, identity: BaseIdentity) -> BaseMeas
 
 
 def pair_scores(run: Run, learner: Learner, identity: BaseIdentity, data: PreparedData) -> KeptScores | None:
-    """The same for scores of pairs."""
+    """What an earlier job of the box has left of scores of pairs, and what this one leaves."""
     order = run.order
     if REPRODUCES in order.spec.labels:
         return None

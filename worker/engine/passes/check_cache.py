@@ -43,7 +43,7 @@ class CheckCache:
         return wrong
 
     def decided(self, question: str, check: Callable[[], str | None], /) -> str | None:
-        """The same for a check whose failure is remembered, too: it may have spoilt the process that ran it."""
+        """Like a call, but a failure is remembered, too: it may have spoilt the process that ran the check."""
         failed = self.folder / f"{self._name(question)}.failed"
         with contextlib.suppress(OSError):
             if said := failed.read_text("utf-8"):

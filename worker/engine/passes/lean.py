@@ -180,7 +180,7 @@ class LeanPass:
             return [self._logits(hidden[-count:]).float() for hidden in whole]
 
     def last_logits_alone(self, row: TokenRow, count: int) -> torch.Tensor:
-        """The same for one row, by the model's own attention and products."""
+        """Do it for one row, by the model's own attention and products."""
         with torch.no_grad():
             return self._logits(self._decoded(RowsBehindEachOther.of([row], self.device))[-count:]).float()
 

@@ -222,7 +222,7 @@ class FrozenProduct:
         self.inputs, self.outputs = inputs, outputs
         self.quantised = hasattr(linear, "quant_state")
         self._stored = linear.weight.quant_state.dtype if self.quantised else linear.weight.dtype
-        self.scratch: Scratch | None = None  # for outputs in fp32, each of which overwrites the last
+        self.scratch: Scratch | None = None  # for outputs in fp32: each overwrites the last
 
     @classmethod
     def of(cls, linear: Any) -> FrozenProduct | None:

@@ -28,7 +28,7 @@ WHOLE = 1e-3
 multiply in TF32."""
 
 LOSS, KIND, EACH = 0.03, 0.25, 0.5
-"""The same in 16 bit: of the loss, of the gradients of one kind of matrix over all layers, and of the norm of a single
+"""Shares in 16 bit: of the loss, of the gradients of one kind of matrix over all layers, and of the norm of a single
 one. In SmolLM2 two sound passes differ by 0.02, 0.10 and 0.14."""
 
 TINY = 1e-3
