@@ -56,6 +56,8 @@ class LoractlError(Exception):
         super().__init__(sentence)
         self.sentence = sentence
         self.hint = hint
+        if hint:
+            self.add_note(f"Hint: {hint}")  # in the traceback that a script or a notebook shows
 
 
 class UsageError(LoractlError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,14 @@ def load_specs(path: Path, overrides: Sequence[str] = ()) -> list[JobSpec]:
     if problems:
         raise SpecError(problems)
     return specs
+
+
+def spec_of(tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> JobSpec:
+    """A job given as a mapping with a job file's keys; local paths are relative to this process's folder.
+
+    Raises SpecError.
+    """
+    return _spec_of((copy.deepcopy(dict(tree)), {}), Path("job"), overrides)
 
 
 def _spec_of(document: Document, path: Path, overrides: Sequence[str]) -> JobSpec:

@@ -154,6 +154,12 @@ def pull_adapter(artifacts: ArtifactStore, stored: Binding, job_id: int, folder:
     return files
 
 
+def check_new(folder: Path) -> None:
+    """Raises UsageError for a folder that is not empty."""
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty", "name a new folder")
+
+
 def results_to_bind(store: Store, names: Sequence[str]) -> list[int]:
     """The jobs whose results are not bound yet, among the named adapters or all. Raises what `stored_adapter`
     raises."""

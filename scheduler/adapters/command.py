@@ -94,32 +94,55 @@ def show_adapter(adapter: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("adapter", type=AdapterName(), metavar="ADAPTER")
+@click.argument("names", nargs=-1, required=True, type=AdapterName(), metavar="ADAPTER...")
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False), metavar="DIR")
-def pull(adapter: str, folder: Path) -> None:
+@click.option("--gguf", is_flag=True, help="Also write adapter.gguf, for llama.cpp and ollama.")
+@click.option("--vllm", is_flag=True, help="Print the command that serves them with vLLM.")
+def pull(names: tuple[str, ...], folder: Path, gguf: bool, vllm: bool) -> None:
     """Copy an adapter into a new folder, verified.
 
-    peft's PeftModel.from_pretrained loads it from there.
+    peft's PeftModel.from_pretrained loads it from there. Of several, each gets a folder of its own in DIR.
     """
     from loractl.common.binding import result_binding
+    from loractl.common.errors import UsageError
     from loractl.common.job.kinds import kind_of
     from loractl.common.text import clean_line
     from loractl.common.units import amount
     from loractl.scheduler.cli.session import open_stores
 
-    from .answer import pull_adapter, stored_adapter
+    from .answer import check_new, pull_adapter, stored_adapter
 
-    _check_new(folder)
+    check_new(folder)
     _, store, artifacts = open_stores()
-    stored, job = stored_adapter(store, adapter)
-    files = pull_adapter(artifacts, result_binding(store, job), stored.job_id, folder)
-    size = sum(file.size for file in files.values())
-    click.echo(f"The adapter of job {stored.job_id} ({len(files)} files, {amount(size)}) is in {folder}.")
-    if not kind_of(job.spec.get("task_type")).writes:  # its base needs the head and the labels first
-        click.echo(f"How to load the classifier: {folder}/README.md", err=True)
-        return
-    base = clean_line(stored.base_model)
-    click.echo(f"Load it on {base}:  PeftModel.from_pretrained(base, {str(folder)!r})", err=True)
+    adapters = {one.job_id: (one, job) for one, job in (stored_adapter(store, name) for name in names)}
+    bases = {(one.base_model, job.spec.get("revision")) for one, job in adapters.values()}
+    if vllm and len(bases) > 1:
+        told = ", ".join(sorted(clean_line(base) for base, _ in bases))
+        raise UsageError(f"one vLLM serves one base, and these adapters are on {told}", "pull those on one base")
+    folders = {
+        job_id: folder if len(adapters) == 1 else folder / f"{job_id}-{one.name}"
+        for job_id, (one, _) in adapters.items()
+    }
+    for job_id, (stored, job) in adapters.items():
+        own, base = folders[job_id], clean_line(stored.base_model)
+        files = pull_adapter(artifacts, result_binding(store, job), job_id, own)
+        size = sum(file.size for file in files.values())
+        click.echo(f"The adapter of job {job_id} ({len(files)} files, {amount(size)}) is in {own}.")
+        if not kind_of(job.spec.get("task_type")).writes:  # its base needs the head and the labels first
+            click.echo(f"How to load the classifier: {own}/README.md", err=True)
+        elif not vllm:
+            click.echo(f"Load it on {base}:  PeftModel.from_pretrained(base, {str(own)!r})", err=True)
+        if gguf:
+            from .llama_cpp import write_gguf
+
+            file = write_gguf(own, stored.base_model, job.spec.get("revision"))
+            click.echo(f"For llama.cpp, on a GGUF of {base}:  llama-server -m BASE.gguf --lora {file}")
+    if vllm:
+        from .vllm import vllm_command
+
+        ((base_model, revision),) = bases
+        named = {f"{one.name}-{job_id}": folders[job_id] for job_id, (one, _) in adapters.items()}
+        click.echo(vllm_command(named, base_model, revision))
 
 
 @click.command()
@@ -138,22 +161,15 @@ def push(adapter: str, repository: str, public: bool, base_name: str | None, to:
     """
     from loractl.scheduler.cli.session import open_stores
 
+    from .answer import check_new
     from .push import PushRequest, push_adapter
 
     request = PushRequest(adapter=adapter, repository=repository, public=public, base_name=base_name, to=to)
     if to is not None:
-        _check_new(to)
+        check_new(to)
     settings, store, artifacts = open_stores()
     answer = push_adapter(request, store, artifacts, settings.user, lambda text: click.echo(f"Note: {text}", err=True))
     show(answer, as_json, lambda: answer.sentence)
-
-
-def _check_new(folder: Path) -> None:
-    """Raises UsageError for a folder that is not empty."""
-    from loractl.common.errors import UsageError
-
-    if folder.exists() and any(folder.iterdir()):
-        raise UsageError(f"{folder} is not empty", "name a new folder")
 
 
 @click.command()

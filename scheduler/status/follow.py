@@ -39,7 +39,7 @@ def _redraw(store: Store, job_id: int) -> JobState:
     live = LiveText()
     while True:
         answer = job_in_full(store, job_id)
-        over = _is_over(store, answer.job)
+        over = is_over(store, answer.job)
         live.draw(job_text(answer, detect_screen()), last=over)
         if over:
             return answer.job
@@ -53,14 +53,15 @@ def _tell_changes(store: Store, job_id: int) -> JobState:
         if (line := state_line(job, held_out_losses(store, job_id))) != said:
             click.echo(line, err=True)
             said = line
-        if _is_over(store, job):
+        if is_over(store, job):
             waits = f"it waits for job {job.awaits}, which does not go on by itself"
             click.echo(f"Job {job_id} {job.status.value}: {job.message or waits}")
             return job
         time.sleep(POLL_S)
 
 
-def _is_over(store: Store, job: JobState) -> bool:
+def is_over(store: Store, job: JobState) -> bool:
+    """Whether the job has ended, or starts only once a person does something."""
     return job.status.is_terminal or job.held or (job.awaits is not None and _is_stuck(store, job.job_id))
 
 

@@ -13,10 +13,7 @@ from loractl.common.errors import UsageError
 from loractl.scheduler.cli.named import Setting
 from loractl.scheduler.cli.output import hint, show, warn
 
-from .warnings import warn_of_data, warn_of_keys
-
 if TYPE_CHECKING:
-    from loractl.common.artifacts import ArtifactStore
     from loractl.common.settings import Settings
 
     from .draft import JobDraft, JobDrafts
@@ -76,63 +73,26 @@ def _check(drafts: Sequence[JobDraft], settings: Settings) -> None:
     """Submit's checks before it queues, with nothing written; it prints what is doubtful."""
     from loractl.scheduler.cli.session import open_artifacts, open_to_check
 
-    from .intake import doubts_of, plan_all, too_large
+    from .admission import check_all
+    from .intake import doubts_of, too_large
 
     (store, unknown), artifacts = open_to_check(settings), open_artifacts(settings, None)
-    _warn_of_files(drafts)
-    doubts = _doubts_about_bases(drafts, settings)
-    planned = plan_all(drafts, settings, store)
-    doubts += _doubts_about_rows(drafts, artifacts)
+    planned, doubts = check_all(drafts, settings, store, artifacts)
     for submission in planned:
         name = submission.spec.name
         doubts += [*doubts_of(name, submission, settings), *too_large(name, submission, store)]
     warn(dict.fromkeys([*doubts, *([unknown] if unknown else [])]))
 
 
-def _warn_of_files(drafts: Sequence[JobDraft]) -> None:
-    warn_of_keys(draft.spec for draft in drafts)
-    for draft in drafts:
-        if draft.like is None:
-            warn_of_data(draft.spec, draft.job_file)
-
-
-def _doubts_about_bases(drafts: Sequence[JobDraft], settings: Settings) -> list[str]:
-    from .preflight import check_model
-
-    return [line for draft in drafts for line in check_model(draft.spec, settings)]
-
-
-def _doubts_about_rows(drafts: Sequence[JobDraft], artifacts: ArtifactStore) -> list[str]:
-    from .draft import rows_at_hand
-    from .overflow import check_overflow, unchecked
-
-    doubts: list[str] = []
-    for draft in drafts:
-        with rows_at_hand(draft, artifacts) as spec:
-            if draft.like is not None:
-                warn_of_data(spec, None)
-            doubts += unchecked(check_overflow(spec, lambda: hint("Counting tokens ...")))
-    return doubts
-
-
 def _queue(drafts: Sequence[JobDraft], *, wait: bool, as_json: bool) -> None:
     from loractl.common.errors import ExitCode
     from loractl.scheduler.cli.session import open_stores
 
-    from .intake import enqueue_all, plan_all, store_all
+    from .admission import queue_all
 
     settings, store, artifacts = open_stores()
-    _warn_of_files(drafts)
-    doubts = _doubts_about_bases(drafts, settings)
-    planned = plan_all(drafts, settings, store)
-    doubts += _doubts_about_rows(drafts, artifacts)
-    entries = enqueue_all(store_all(drafts, planned, artifacts), settings, store)
+    entries = queue_all(drafts, settings, store, artifacts, tell=str if as_json else click.echo)
     queued = [entry.job_id for entry in entries]
-    for entry in entries:
-        if not as_json:
-            click.echo(entry.sentence)
-        warn(entry.warnings)
-    warn(dict.fromkeys(doubts))
     if as_json:
         from loractl.scheduler.status.job import job_state
 

@@ -1,3 +1,20 @@
-"""Queue LoRA and QLoRA fine-tunes on a lab's GPU boxes."""
+"""Queue LoRA and QLoRA fine-tunes on a lab's GPU boxes. From Python: `lab = loractl.connect()`, docs/python.md."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from loractl.scheduler.python.lab import Lab
 
 __version__ = "0.5.0"
+
+
+def connect() -> Lab:
+    """The lab that LORACTL_* and config.toml name; without any, the one of this machine.
+
+    Raises loractl.common.errors.LoractlError: a sentence, and a hint with the next step.
+    """
+    from loractl.scheduler.python.lab import Lab
+
+    return Lab()

@@ -1,0 +1,1 @@
+"""The lab from Python, as `loractl.connect()` gives it: what the commands do, as values; it loads no training stack."""
