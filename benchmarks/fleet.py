@@ -31,6 +31,7 @@ from sqlalchemy import text
 
 from loractl.common.job.method import Method, Need
 from loractl.common.job.spec import JobSpec
+from loractl.common.memory.fit import MemoryPlan
 from loractl.common.placement.lines import served_classes
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, NodeState, Progress, Submission
@@ -113,7 +114,8 @@ def submission(gib: int, user: str, **keys: object) -> Submission:
         {"name": "bench", "base_model": "org/model", "dataset": {"path": "org/data"}, "method": "lora", **keys}
     )
     need = Need(lora=gib * GIB, qlora=None)
-    return Submission(spec=spec, user=user, data={}, need=need, planned=need, methods=(Method.LORA,))
+    plan = MemoryPlan(need=need, planned=need)
+    return Submission(spec=spec, user=user, data={}, plan=plan, methods=(Method.LORA,))
 
 
 def name(number: int) -> str:

@@ -15,6 +15,7 @@ from sqlalchemy import Engine, text
 from loractl.common.job.method import Method, Need
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Stage
+from loractl.common.memory.fit import MemoryPlan
 from loractl.common.store.records import Claim, NodeState, Progress, StoredResult, Submission
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
@@ -61,9 +62,8 @@ def measure(engine: Engine, jobs: int, progress: Progress) -> float:
 def _run(store: Store, progress: Progress) -> None:
     spec = JobSpec.model_validate({"name": "bench", "base_model": "org/model", "dataset": {"path": "org/data"}})
     need = Need(lora=4 * GIB, qlora=2 * GIB)
-    store.jobs.submit(
-        Submission(spec=spec, user="ada", data={}, need=need, planned=need, methods=(Method.LORA, Method.QLORA))
-    )
+    plan = MemoryPlan(need=need, planned=need)
+    store.jobs.submit(Submission(spec=spec, user="ada", data={}, plan=plan, methods=(Method.LORA, Method.QLORA)))
     claim = store.attempts.claim("a:0")
     assert isinstance(claim, Claim)
     for stage in Stage:

@@ -29,6 +29,7 @@ from starlette.testclient import TestClient
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.job.method import Need, permitted_methods
 from loractl.common.job.spec import JobSpec
+from loractl.common.memory.fit import MemoryPlan
 from loractl.common.store.records import NodeState, Submission
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
@@ -153,7 +154,8 @@ def fill(store: Store, engine: Engine, jobs: int) -> None:
     )
     need = Need(lora=18 * GIB, qlora=9 * GIB)
     methods = permitted_methods(spec.method)
-    first = store.jobs.submit(Submission(spec=spec, user="ada", data={}, need=need, planned=need, methods=methods))
+    plan = MemoryPlan(need=need, planned=need)
+    first = store.jobs.submit(Submission(spec=spec, user="ada", data={}, plan=plan, methods=methods))
     names = " ".join(f"WHEN {n} THEN '{user}'" for n, user in enumerate(USERS))
     cards = " ".join(f"WHEN {n} THEN '{card}'" for n, card in enumerate(CARDS))
     running, waiting = min(64, jobs // 4), max(5, jobs // 50)

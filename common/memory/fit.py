@@ -5,7 +5,8 @@ what the job takes without recomputing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from loractl.common.job.adjustment import Adjustment, adjusted, in_its_room
 from loractl.common.job.method import Method, Need, Parallel, Roomy, RoomyForm, SharedNeed, Ways, least_need
@@ -13,7 +14,9 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.units import GIB
 
 from .config import read_shape
-from .plan import plan
+from .correction import Measured, learned, learned_roomy
+from .need_key import model_family, need_key
+from .plan import plan, predict
 from .shape import Shape
 from .step import Lengths, Stack, micro_batch
 
@@ -22,6 +25,27 @@ NEVER_DIVIDED = 8 * GIB
 
 NO_CARD_HAS = 2**50
 """Bytes: the need of a method that the job's own max_vram rules out on these cards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """What a job needs of one card, and its keys to measured peaks."""
+
+    need: Need  # what is reserved for it, by method: the plan, corrected by measured peaks
+    planned: Need  # the plan alone
+    roomy: Roomy = field(default_factory=Roomy)  # beyond its need
+    need_key: str | None = None
+    family: str | None = None
+
+
+def memory_plan(
+    spec: JobSpec, data: dict[str, Any], stack: Stack, measured: Callable[[str, str | None], Sequence[Measured]]
+) -> MemoryPlan:
+    """`data`: its stored data sets. `measured`: gives the peaks of jobs of a need key and a family."""
+    key, family = need_key(spec, data), model_family(spec)
+    planned, peaks = predict(spec, stack=stack), measured(key, family)
+    roomy = learned_roomy(plan_roomy(spec, stack=stack), key, peaks)
+    return MemoryPlan(need=learned(planned, key, peaks), planned=planned, roomy=roomy, need_key=key, family=family)
 
 
 def plan_ways(

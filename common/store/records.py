@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loractl.common.job.spec import (
         JobSpec,  # pydantic's models take 80 ms to build, and a command that only reads jobs needs none
     )
+    from loractl.common.memory.fit import MemoryPlan
 
 HELD_OUT_LOSS = "held_out_loss"
 """The metric with the tuned model's loss in the final evaluation, in nats a token."""
@@ -30,21 +31,17 @@ class Submission:
     spec: JobSpec
     user: str
     data: dict[str, Any]
-    need: Need  # what is reserved for it, by method
-    planned: Need  # the plan alone, before what was learned from measured peaks
+    plan: MemoryPlan
     methods: tuple[Method, ...]  # permitted ones, the preferred first
-    need_key: str | None = None
-    family: str | None = None
     adjustment: Adjustment = field(default_factory=Adjustment)  # to begin with
     ways: Ways = field(default_factory=Ways)  # on how many cards it may run
-    roomy: Roomy = field(default_factory=Roomy)  # beyond its need
     purpose: str = ""  # for the history, like: to reproduce job 12
 
     @property
     def first_need(self) -> int | None:
         """Bytes that it waits for at first: LoRA's need while the job has patience for it. None: not known."""
         patient = bool(self.spec.lora_patience) and self.methods == (Method.LORA, Method.QLORA)
-        return self.ways.bound((Method.LORA,) if patient else self.methods, self.need)
+        return self.ways.bound((Method.LORA,) if patient else self.methods, self.plan.need)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +54,6 @@ class Amendment:
     replanned: bool  # False: what decides its memory is as before, and so is what was learned of it
     new_batch: bool = False  # the pieces that out-of-memory has left are another batch's
     text: str  # each key with both values, for the history
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
-    """What a job needs by its plan, and its keys to measured peaks."""
-
-    need: Need  # corrected by measured peaks
-    planned: Need
-    ways: Ways
-    roomy: Roomy
-    need_key: str
-    family: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

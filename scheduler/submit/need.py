@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loractl.common.errors import UsageError
 from loractl.common.job.method import Method, Need, Ways, least_need, permitted_methods, within
 from loractl.common.memory.config import HOW_TO_NAME_IT, foreign_format, read_shape
-from loractl.common.memory.correction import learned, learned_roomy
-from loractl.common.memory.fit import plan_roomy, plan_ways
-from loractl.common.memory.need_key import model_family, need_key
-from loractl.common.memory.plan import predict
+from loractl.common.memory.fit import memory_plan, plan_ways
 from loractl.common.memory.step import Stack
 from loractl.common.module_pattern import ModulePattern
 from loractl.common.store.records import Submission
@@ -49,29 +46,15 @@ def plan_job(
     spec = spec if store is None else settle_predecessors(spec, store, beside, before=before)
     check_adapter(spec)
     stack = fleet_stack(store, devices)
-    planned = predict(spec, stack=stack)
-    key, family = need_key(spec, data), model_family(spec)
-    measured = store.attempts.measured(key, family) if store is not None and stack.on_gpu else []
-    need = learned(planned, key, measured)
+    plan = memory_plan(spec, data, stack, store.attempts.measured if store and stack.on_gpu else lambda *_: [])
     methods = open_methods(spec)
-    if (least := least_need(methods, need) or 0) > ABSURD:
+    if (least := least_need(methods, plan.need) or 0) > ABSURD:
         raise UsageError(
             f"{spec.name} needs {gib(least)} GiB by its plan, which no card has",
             "lower dataset.max_length or training.per_device_train_batch_size, or look at the base's config.json",
         )
-    admitted, ways = admit(spec, methods, planned, need)
-    return Submission(
-        spec=spec,
-        user=user,
-        data=data,
-        need=need,
-        planned=planned,
-        methods=admitted,
-        need_key=key,
-        family=family,
-        ways=ways,
-        roomy=learned_roomy(plan_roomy(spec, stack=stack), key, measured),
-    )
+    admitted, ways = admit(spec, methods, plan.planned, plan.need)
+    return Submission(spec=spec, user=user, data=data, plan=plan, methods=admitted, ways=ways)
 
 
 def own_devices(settings: Settings) -> str | None:

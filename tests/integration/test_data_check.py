@@ -530,10 +530,10 @@ def test_a_plan_of_counted_rows_says_what_the_job_waits_for(cli: Cli, tiny_model
     spec = _job(tmp_path, Case("", "", good(30), long), base)
     planned = json.loads(cli("plan", tmp_path / "job.yaml", "--gpu", "24GiB", "--json").stdout)
     lora, longest = planned["methods"]["lora"], max(planned["lengths"][name] for name in ("train", "evaluate"))
-    assert lora["submitted_bytes"] == plan_job(spec, "t", {}, None).need.lora > 24 * GIB > lora["reserved_bytes"]
+    assert lora["submitted_bytes"] == plan_job(spec, "t", {}, None).plan.need.lora > 24 * GIB > lora["reserved_bytes"]
     short = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": longest})})
     # rows of max_length are all as long as the longest, and counted ones as long as they are
-    assert lora["reserved_bytes"] <= plan_job(short, "t", {}, None).need.lora < 1.02 * lora["reserved_bytes"]
+    assert lora["reserved_bytes"] <= plan_job(short, "t", {}, None).plan.need.lora < 1.02 * lora["reserved_bytes"]
     alone = "--set=resources.cards=1"
     said = " ".join(cli("plan", tmp_path / "job.yaml", "--gpu", "24GiB", alone).stdout.split())
     waits = f"it waits for {gib(lora['submitted_bytes'])} GiB with lora, which no card has."

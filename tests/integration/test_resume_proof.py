@@ -28,6 +28,7 @@ from loractl.common.binding import result_binding
 from loractl.common.job.method import Method, Need, permitted_methods
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason, Status
+from loractl.common.memory.fit import MemoryPlan
 from loractl.common.settings import TRAINER, load_settings
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, NodeState, Submission
@@ -111,9 +112,8 @@ class Lab:
         )  # fmt: skip
         need = Need(lora=None, qlora=None)
         stored = {"path": {"uri": uri, "sha256": sha256}}
-        wanted = Submission(
-            spec=spec, user="ada", data=stored, need=need, planned=need, methods=permitted_methods(spec.method)
-        )
+        plan = MemoryPlan(need=need, planned=need)
+        wanted = Submission(spec=spec, user="ada", data=stored, plan=plan, methods=permitted_methods(spec.method))
         return self.store.jobs.submit(wanted)
 
     def attempt(self, box: str) -> Status | None:

@@ -12,6 +12,7 @@ from typing import Any
 from loractl.common.job.method import Need, Roomy, RoomyForm, permitted_methods, within
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Status
+from loractl.common.memory.fit import MemoryPlan
 from loractl.common.store.records import Claim, Left, NodeState, StoredResult, Submission
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job, Node
@@ -55,6 +56,8 @@ def submission(
     qlora: float | None = 2,
     user: str = "ada",
     roomy: dict[int, float] | None = None,
+    need_key: str | None = None,
+    family: str | None = None,
     **keys: Any,
 ) -> Submission:
     """A job that needs so many GiB with each method (None: not known). `roomy`: GiB of LoRA without recomputing, by the
@@ -63,9 +66,8 @@ def submission(
     need = Need(lora=_bytes(lora), qlora=_bytes(qlora))
     wanted = spec(**keys)
     methods = within(permitted_methods(wanted.method), need, wanted.resources.max_vram)
-    return Submission(
-        spec=wanted, user=user, data={}, need=need, planned=need, methods=methods, roomy=Roomy(lora=tuple(forms))
-    )
+    plan = MemoryPlan(need=need, planned=need, roomy=Roomy(lora=tuple(forms)), need_key=need_key, family=family)
+    return Submission(spec=wanted, user=user, data={}, plan=plan, methods=methods)
 
 
 def node_state(node: str = "box:0", **changed: Any) -> NodeState:

@@ -8,20 +8,21 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select, update
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method, Need, Roomy, RoomyForm, SharedNeed, Ways, within
 from loractl.common.job.status import Status
-from loractl.common.memory.correction import FACTOR_BOUNDS, GROWTH, learned, learned_roomy
+from loractl.common.memory.correction import FACTOR_BOUNDS, GROWTH, Measured
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.gangs import gang_of
 from loractl.common.units import GIB, gib
 
 from ..columns import part_of
 from ..fleet import waiting_of
-from ..records import Claim, MemoryPlan
+from ..records import Claim
 from ..shapes import MOST_BYTES
 from ..tables import ON_SEVERAL_CARDS, WAITS, Attempt, AttemptShare, Job, Node, peak_of
 from ..transaction import SKIP_LOCKED, Transaction
@@ -29,8 +30,8 @@ from .backlog import line_up, node_labels
 from .cards.nodes import read_cards
 from .jobs import read_job, read_measured
 
-MEASURED = 1000
-"""The most attempts that teach a plan, the newest."""
+if TYPE_CHECKING:
+    from loractl.common.memory.fit import MemoryPlan
 
 AT_ONCE = 100
 """Jobs that are planned again in one go."""
@@ -119,8 +120,8 @@ def replan_outdated(read: Callable[[], Transaction], write: Callable[[], Transac
     plans = [(job.job_id, plan) for job in jobs if (plan := _plan(job, read)) is not None]
     done: list[int] = []
     with write() as tx:
-        for job_id, plan in plans:
-            tx.apart(job_id, partial(_take_plan, tx, job_id, plan, done))
+        for job_id, (plan, ways) in plans:
+            tx.apart(job_id, partial(_take_plan, tx, job_id, plan, ways, done))
     return done
 
 
@@ -150,32 +151,30 @@ def _plannable(tx: Transaction) -> Iterator[int]:
         yield from (row.job_id for row in rows if row.revision in here)
 
 
-def _plan(job: Job, read: Callable[[], Transaction]) -> MemoryPlan | None:
+def _plan(job: Job, read: Callable[[], Transaction]) -> tuple[MemoryPlan, Ways] | None:
     """The job's plan as submit would make it; None for a row that this version can't read."""
     from pydantic import ValidationError
 
     from loractl.common.job.spec import JobSpec
-    from loractl.common.memory.fit import plan_roomy, plan_ways
-    from loractl.common.memory.need_key import model_family, need_key
-    from loractl.common.memory.plan import predict
+    from loractl.common.memory.fit import memory_plan, plan_ways
     from loractl.common.memory.step import Stack
 
     try:
         spec = JobSpec.model_validate(job.spec)
     except ValidationError:
         return None
-    key, family = need_key(spec, job.data), model_family(spec)
     with read() as tx:
         kinds = set(tx.session.scalars(select(Node.kind).distinct()))
-        measured = read_measured(tx, key, family, MEASURED)
-    stack = Stack(on_gpu=kinds != {"cpu"})  # as submit does it
-    planned = predict(spec, stack=stack)
-    need, roomy = learned(planned, key, measured), learned_roomy(plan_roomy(spec, stack=stack), key, measured)
-    ways = plan_ways(spec, [Method(name) for name in job.methods], planned, need)
-    return MemoryPlan(need=need, planned=planned, ways=ways, roomy=roomy, need_key=key, family=family)
+
+    def measured(key: str, family: str | None) -> list[Measured]:
+        with read() as tx:
+            return read_measured(tx, key, family)
+
+    plan = memory_plan(spec, job.data, Stack(on_gpu=kinds != {"cpu"}), measured)  # as submit does it
+    return plan, plan_ways(spec, [Method(name) for name in job.methods], plan.planned, plan.need)
 
 
-def _take_plan(tx: Transaction, job_id: int, plan: MemoryPlan, done: list[int]) -> None:
+def _take_plan(tx: Transaction, job_id: int, plan: MemoryPlan, ways: Ways, done: list[int]) -> None:
     """Write the plan if the job still waits for one. One that has run keeps what its rows' own lengths have taught."""
     job = tx.session.get(Job, job_id, populate_existing=True, with_for_update=SKIP_LOCKED)
     if job is None or job.status is not Status.QUEUED or job.engine >= ENGINE:
@@ -184,7 +183,7 @@ def _take_plan(tx: Transaction, job_id: int, plan: MemoryPlan, done: list[int]) 
     job.vram_lora, job.vram_qlora = pick(before.lora, plan.need.lora), pick(before.qlora, plan.need.qlora)
     job.planned = {name: pick(job.planned.get(name), size) for name, size in vars(plan.planned).items()}
     job.need_key, job.family, job.engine = plan.need_key, plan.family, ENGINE
-    job.gangs, job.roomy = plan.ways.as_json(), plan.roomy.as_json()
+    job.gangs, job.roomy = ways.as_json(), plan.roomy.as_json()
     line_up(job, node_labels(job), tx.now())
     now = Need(lora=job.vram_lora, qlora=job.vram_qlora)
     if told := [f"{name} {gib(size)} GiB" for name, size in vars(now).items() if size and size != vars(before)[name]]:

@@ -157,14 +157,15 @@ def _asked(submission: Submission) -> dict[str, Any]:
 
 def _planned(submission: Submission) -> dict[str, Any]:
     """The columns that say what it needs."""
+    plan = submission.plan
     return {
-        "vram_lora": submission.need.lora,
-        "vram_qlora": submission.need.qlora,
-        "planned": vars(submission.planned),
+        "vram_lora": plan.need.lora,
+        "vram_qlora": plan.need.qlora,
+        "planned": vars(plan.planned),
         "gangs": submission.ways.as_json(),
-        "roomy": submission.roomy.as_json(),
-        "need_key": submission.need_key,
-        "family": submission.family,
+        "roomy": plan.roomy.as_json(),
+        "need_key": plan.need_key,
+        "family": plan.family,
         "engine": ENGINE,
     }
 

@@ -182,7 +182,7 @@ def test_patience_and_steps_down_of_the_batch_end_with_a_new_reservation(store: 
 def ran(store: Store, key: str, peak: float, *, family: str = "llama", ends: Reason = Reason.OK, **keys: Any) -> int:
     """A job of that kind that ran once and peaked at so many GiB."""
     wanted = {"lora": 10, "method": "lora", **keys}
-    job_id = store.jobs.submit(replace(submission(**wanted), need_key=key, family=family))
+    job_id = store.jobs.submit(submission(**wanted, need_key=key, family=family))
     mine = claim(store)
     assert mine.job_id == job_id
     result = RESULT if ends is Reason.OK else None
@@ -240,8 +240,8 @@ def test_the_next_job_like_it_is_reserved_what_the_last_one_took(store: Store) -
 
 def test_the_attempt_s_plan_is_the_one_before_what_was_learned(store: Store) -> None:
     show(store, total=48)
-    wanted = submission(lora=10, method="lora")
-    job_id = store.jobs.submit(replace(wanted, need=Need(lora=12 * GIB, qlora=None), need_key="k", family="llama"))
+    wanted = submission(lora=10, method="lora", need_key="k", family="llama")
+    job_id = store.jobs.submit(replace(wanted, plan=replace(wanted.plan, need=Need(lora=12 * GIB, qlora=None))))
     mine = claim(store)
     assert (mine.vram_planned, mine.vram_reserved) == (10 * GIB, 12 * GIB)
     store.attempts.beat(mine, Progress(need=Need(lora=5 * GIB, qlora=2 * GIB)))
@@ -257,7 +257,7 @@ def test_the_attempt_s_plan_is_the_one_before_what_was_learned(store: Store) -> 
 def test_a_trainer_s_plan_corrects_a_need_that_nothing_has_taught(store: Store) -> None:
     """A row's own figures of one byte would make each better plan one of one byte, too."""
     wanted = submission(lora=40, method="lora", roomy={4: 44})
-    job_id = store.jobs.submit(replace(wanted, need=Need(lora=1, qlora=None)))
+    job_id = store.jobs.submit(replace(wanted, plan=replace(wanted.plan, need=Need(lora=1, qlora=None))))
     show(store, total=48, max_jobs=4)
     mine = claim(store)
     assert runs_out(store, mine, peak=0.5, need=Need(lora=40 * GIB, qlora=10 * GIB)) is Status.QUEUED
@@ -269,7 +269,7 @@ def test_a_trainer_s_plan_corrects_a_need_that_nothing_has_taught(store: Store) 
 def test_a_need_has_a_floor_that_its_base_s_recorded_size_gives(store: Store) -> None:
     """Not the peaks of other jobs on it: those grow with the rows, and a job of short rows fits a small card."""
     show(store, total=48, max_jobs=4)
-    store.jobs.submit(replace(submission(), need_key="key-1"))
+    store.jobs.submit(submission(need_key="key-1"))
     store.attempts.beat(first := claim(store), Progress(base_bytes=5 * GIB))
     store.attempts.finish(first, Reason.OK, "done", Progress(vram_process=40 * GIB), RESULT)
     store.jobs.submit(submission(lora=6, method="lora"))
@@ -300,7 +300,7 @@ def test_what_waits_and_what_runs_hides_no_attempt_of_its_kind(store: Store) -> 
     show(store, total=48)
     ran(store, "key-1", 9)
     for _ in range(2):
-        store.jobs.submit(replace(submission(), need_key="key-1", family="llama"))
+        store.jobs.submit(submission(need_key="key-1", family="llama"))
     assert (
         len(store.attempts.measured("key-1", None, limit=1))
         == len(store.attempts.measured("key-9", "llama", limit=1))
@@ -338,8 +338,9 @@ LLAMA = {
 
 def submit_before_the_upgrade(store: Store, base: Path | str, **asked: Any) -> int:
     """A job that waits with a plan for other steps: 30 GiB, where today's need 13."""
-    wanted = submission(lora=30, qlora=20, base_model=str(base), method="lora", **asked)
-    job_id = store.jobs.submit(replace(wanted, need_key="old"))
+    job_id = store.jobs.submit(
+        submission(lora=30, qlora=20, base_model=str(base), method="lora", need_key="old", **asked)
+    )
     set_columns(store, job_id, engine=ENGINE - 1)
     return job_id
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from alembic import command
 from sqlalchemy import Column, Engine, MetaData, Table, text
@@ -39,7 +38,7 @@ def see(store: Store) -> None:
 
 
 def started(store: Store, **keys: object) -> Claim:
-    store.jobs.submit(replace(submission(lora=10, qlora=None, method="lora", **keys), need_key="key", family="llama"))
+    store.jobs.submit(submission(lora=10, qlora=None, method="lora", need_key="key", family="llama", **keys))
     see(store)
     claim = store.attempts.claim("box:0")
     assert isinstance(claim, Claim)

@@ -66,8 +66,8 @@ def test_where_only_processors_are_known_every_figure_is_one_plan_for_a_processo
     asked = spec(base_model=base, method="lora")
     card, processor = predict(asked).lora, predict(asked, stack=Stack(on_gpu=False)).lora
     assert card != processor
-    assert plan_job(asked, "ada", {}, store).need.lora == card, "a GPU box may come"
-    assert plan_job(asked, "ada", {}, store, devices="cpu").need.lora == processor
+    assert plan_job(asked, "ada", {}, store).plan.need.lora == card, "a GPU box may come"
+    assert plan_job(asked, "ada", {}, store, devices="cpu").plan.need.lora == processor
     store.cards.see(node_state("box:0", kind="cpu"))
     job_id = store.jobs.submit(plan_job(asked, "ada", {}, store))
     row = store.jobs.get(job_id)
@@ -75,7 +75,7 @@ def test_where_only_processors_are_known_every_figure_is_one_plan_for_a_processo
     assert (row.vram_needed, row.planned["lora"], answer.reserved.lora) == (processor, processor, processor)
     assert not answer.on_gpu
     store.cards.see(node_state("box:1"))
-    assert plan_job(asked, "ada", {}, store, devices="cpu").need.lora == card
+    assert plan_job(asked, "ada", {}, store, devices="cpu").plan.need.lora == card
 
 
 def test_before_any_worker_the_machine_itself_says_what_it_trains_on(
