@@ -99,7 +99,7 @@ def one_of_each(url: str, artifacts: ArtifactStore) -> None:
     run(lab, "runs", "mara", "kestrel:1", 9, steps=30)
     members = [replace(submission(lora=95, qlora=None), spec=spec(name="member", lora={"r": r})) for r in (8, 16)]
     lab.store.sweeps.submit(
-        NewSweep(name="sweep", user="mara", varied={"lora.r": "8,16"}, rungs=(0.25, 0.5), trials=2, seed=1), members
+        NewSweep(name="sweep", varied={"lora.r": "8,16"}, rungs=(0.25, 0.5), trials=2, seed=1), members
     )
     queue(lab, "waits", "wei", 92)
     way = SharedNeed(cards=2, parallel=Parallel.DATA, need=Need(lora=50 * GIB, qlora=None))
@@ -298,7 +298,7 @@ def _sweep(lab: SeededLab) -> None:
         )
         for rate, r in points
     ]
-    lab.store.sweeps.submit(NewSweep(name="triage-sweep", user="mara", varied=varied), members)
+    lab.store.sweeps.submit(NewSweep(name="triage-sweep", varied=varied), members)
     for n, (rate, _r) in enumerate(points):
         claim = begin(lab, "heron:2", steps=0, of=400)
         floor = 0.6 + 0.1 * n + abs(math.log10(rate / 1e-4)) / 2

@@ -95,11 +95,10 @@ class NewSweep:
     """The sweep's own row, without its members."""
 
     name: str
-    user: str
     varied: Mapping[str, str]  # the values of each key, as they were given
     rungs: tuple[float, ...] | None = None  # None: no loser is stopped
-    trials: int | None = None
-    seed: int | None = None
+    trials: int | None = None  # None: all points
+    seed: int | None = None  # of the draw
 
 
 @dataclass(frozen=True, kw_only=True)

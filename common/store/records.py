@@ -278,41 +278,6 @@ class SpentLog:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoursePoint:
-    """A value of one step of an attempt, of a line that was thinned."""
-
-    job_id: int
-    attempt: int
-    step: int
-    value: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobCount:
-    """How many jobs are in a state, and why: of a waiting one held, retry or ready; of a running one its stage."""
-
-    status: Status
-    reason: str  # empty where there is none
-    count: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PastRun:
-    """An attempt that began or ended lately, as far as its numbers go. Bytes."""
-
-    job_id: int
-    attempt: int
-    node: str
-    device_kind: str | None
-    submitted_at: dt.datetime  # its job
-    started_at: dt.datetime
-    ended_at: dt.datetime | None
-    reason: str | None
-    planned: int | None
-    peak: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class PastUse:
     """What one user's jobs with the same labels had of one card in one hour, or in all for what is not kept apart."""
 
@@ -335,21 +300,6 @@ def rung_points(claim: Claim, progress: Progress) -> list[RungPoint]:
     losses = {step: loss for step, name, loss in progress.metrics if name == "eval_loss" and math.isfinite(loss)}
     steps = [(rung, rung_step(rung, every, total)) for rung in claim.rungs]
     return [RungPoint(rung=rung, step=step, loss=losses[step]) for rung, step in steps if step in losses]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parcel:
-    """A message that is due on a channel, leased to the sender that asked for it."""
-
-    message_id: str  # the same at every try, for receivers that drop what they have
-    channel: str
-    token: str
-    kind: str  # job.succeeded, job.failed, job.held, sweep.over, box.silent, card.closed
-    subject: str
-    text: str
-    job_id: int | None
-    at: dt.datetime
-    tries: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,8 +33,8 @@ from .queries import (
 from .queries.cards import decisions, fleet_rounds, nodes, preemption, shares
 from .queries.changes import persistently
 from .queries.outbox import deliveries
-from .records import FleetTurn, Parcel
-from .tables import FinalLook, Job
+from .records import FleetTurn
+from .tables import FinalLook, Job, OutboxMessage
 from .transaction import Transaction
 
 _AT_ONCE = 50
@@ -268,7 +268,7 @@ class OutboxVerbs(Subject):
     stuck = reads(deliveries.read_stuck)
     traffic = reads(deliveries.read_traffic)
 
-    def lease(self, channels: Sequence[Channel], lease_s: float) -> Parcel | None:
+    def lease(self, channels: Sequence[Channel], lease_s: float) -> OutboxMessage | None:
         """The oldest message that is due on one of the channels; for `lease_s` nobody else gets it. None: none is."""
         with self._read() as tx:
             if not deliveries.is_due(tx, channels):

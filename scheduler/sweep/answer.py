@@ -5,7 +5,7 @@ refused.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,14 +135,9 @@ def _on_rungs(spec: JobSpec) -> JobSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepDraft:
+class SweepDraft(NewSweep):
     """What a sweep would queue."""
 
-    name: str
-    varied: Mapping[str, str]  # the values of each key, as given
-    rungs: tuple[float, ...] | None  # None: no loser is stopped
-    trials: int | None  # None: all points
-    seed: int | None  # of the draw
     specs: tuple[JobSpec, ...]  # of the members
 
     @property
@@ -150,12 +145,6 @@ class SweepDraft:
         """Each member's name and its values of the varied keys."""
         trees = [spec.model_dump(mode="json") for spec in self.specs]
         return [(tree["name"], {key: setting(tree, key) for key in self.varied}) for tree in trees]
-
-    def new_sweep(self, user: str) -> NewSweep:
-        """The sweep's own row, apart from its members."""
-        return NewSweep(
-            name=self.name, user=user, varied=self.varied, rungs=self.rungs, trials=self.trials, seed=self.seed
-        )
 
     def as_json(self) -> dict[str, Any]:
         """`varied`; `rungs`, null without early stops; `members`: each with `name`, `settings` and resolved `spec`."""

@@ -107,7 +107,7 @@ def _queue(draft: SweepDraft, job_file: Path, as_json: bool) -> None:
     warn(dict.fromkeys(_doubts(draft, settings)))
     specs = [with_own_channels(spec, settings) for spec in draft.specs]
     members = submissions(specs, settings, store, artifacts)
-    entry = enqueue_sweep(draft.new_sweep(settings.user), members, settings, store)
+    entry = enqueue_sweep(draft, members, settings, store)
     show(SweepStanding(sweep=entry.sweep), as_json, lambda: queued_text(entry.sweep, detect_screen()))
     warn(entry.warnings)
     if not as_json:

@@ -25,14 +25,14 @@ from prometheus_client.registry import Collector
 
 from loractl import __version__
 from loractl.common.errors import LoractlError
-from loractl.common.job.status import BLAMED, Reason
+from loractl.common.job.status import BLAMED, Reason, Status
 from loractl.common.store.database import REFUSALS
 from loractl.scheduler.fleet.answer import DeviceState, fleet_of
 
 if TYPE_CHECKING:
-    from loractl.common.store.records import ChannelTraffic, JobCount, PastRun
+    from loractl.common.store.records import ChannelTraffic
     from loractl.common.store.store import Store
-    from loractl.common.store.tables import Job
+    from loractl.common.store.tables import Attempt, Job
     from loractl.scheduler.fleet.answer import DeviceState
 
 
@@ -60,7 +60,7 @@ class LabCensus:
     """The lab at one moment."""
 
     now: dt.datetime
-    counts: Sequence[JobCount]
+    counts: Mapping[tuple[Status, str], int]  # of jobs, by state and why
     oldest_ready: dt.datetime | None
     round_at: dt.datetime | None  # when a node last made the round for all
     devices: Sequence[DeviceState]
@@ -90,8 +90,9 @@ def lab_census(store: Store) -> LabCensus:
     )
 
 
-def runs_since(store: Store, since: dt.datetime) -> tuple[Sequence[PastRun], dt.datetime]:
-    """The attempts that began or ended since a moment, and the moment up to which they are known."""
+def runs_since(store: Store, since: dt.datetime) -> tuple[Sequence[tuple[Attempt, dt.datetime]], dt.datetime]:
+    """Attempts that began or ended since a moment, each with when its job was submitted; and the moment up to which
+    they are known."""
     until = max(since, store.now() - dt.timedelta(seconds=SETTLED_S))
     return store.attempts.runs(since, until), until
 
@@ -126,18 +127,19 @@ class Tally:
         self.waits = Buckets(WAIT_BUCKETS)
         self.ratios = Buckets(RATIO_BUCKETS)
 
-    def add(self, runs: Iterable[PastRun], since: dt.datetime, until: dt.datetime) -> None:
+    def add(self, runs: Iterable[tuple[Attempt, dt.datetime]], since: dt.datetime, until: dt.datetime) -> None:
         """Count those that began or ended after `since`, up to `until`."""
-        for run in runs:
+        for run, submitted_at in runs:
             if run.attempt == 1 and since < run.started_at <= until:
-                self.waits.add(max(0.0, (run.started_at - run.submitted_at).total_seconds()))
+                self.waits.add(max(0.0, (run.started_at - submitted_at).total_seconds()))
             if run.ended_at is None or not since < run.ended_at <= until:
                 continue
-            self.outcomes[run.reason or "unknown"] += 1
+            self.outcomes[str(run.reason or "unknown")] += 1
             if run.reason in BLAMED:
-                self.card_failures[run.node, run.reason or ""] += 1
-            if run.planned and run.peak and run.device_kind == "nvml" and run.reason == Reason.OK:
-                self.ratios.add(run.peak / run.planned)
+                self.card_failures[run.node, str(run.reason)] += 1
+            peak = run.vram_process or run.vram_peak
+            if run.vram_planned and peak and run.device_kind == "nvml" and run.reason == Reason.OK:
+                self.ratios.add(peak / run.vram_planned)
 
 
 class Buckets:
@@ -219,7 +221,7 @@ def _build() -> Metric:
 
 
 def _jobs(census: LabCensus) -> Iterator[Metric]:
-    counts = [({"state": c.status.value, "reason": c.reason}, float(c.count)) for c in census.counts]
+    counts = [({"state": state.value, "reason": why}, float(many)) for (state, why), many in census.counts.items()]
     what = "Jobs by state; reason: why one ended, the stage of a running one, held, retry or ready of a waiting one"
     yield _gauge("loractl_jobs", what, counts)
     oldest: list[tuple[dict[str, str], float]] = (

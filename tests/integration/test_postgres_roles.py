@@ -280,7 +280,7 @@ def test_who_submits_draws_no_number_and_numbers_go_on_beyond_32_bits(
     assert isinstance(last, Claim) and last.job_id == second
     assert person.jobs.cancel(second, "ada").cancel_requested
     assert box.attempts.finish(last, Reason.CANCELLED, "stopped", Progress()) is Status.CANCELLED
-    sweep_id = person.sweeps.submit(NewSweep(name="a", user="ada", varied={}, rungs=None), [submission()])
+    sweep_id = person.sweeps.submit(NewSweep(name="a", varied={}, rungs=None), [submission()])
     assert sweep_id > 2**31 and person.sweeps.get(sweep_id).members[0].job_id > second
     for engine in (owner, login):
         engine.dispose()
@@ -670,7 +670,7 @@ def test_a_worker_can_run_jobs_to_their_end_and_clean_up(person: Store, box: Sto
 
 def test_a_sweep_is_submitted_by_one_role_and_thinned_out_by_the_other(person: Store, box: Store) -> None:
     asked = {"training": {"max_steps": 8, "eval_steps": 0.25}}
-    sweep = NewSweep(name="a", user="ada", varied={"lora.r": "4,8"}, rungs=(0.25,))
+    sweep = NewSweep(name="a", varied={"lora.r": "4,8"}, rungs=(0.25,))
     with pytest.raises(Forbidden):
         box.sweeps.submit(sweep, [submission(**asked)])
     sweep_id = person.sweeps.submit(sweep, [submission(**asked), submission(**asked)])
@@ -693,16 +693,16 @@ def test_a_box_writes_and_sends_messages_and_a_person_writes_none(person: Store,
     box.attempts.finish(claim, Reason.OK, "better", Progress(), RESULT)
     ops = (Channel(name="ops", kind="slack", lab=True),)
     box.cards.take_turn("box:0", 0, 0)
-    parcel = box.outbox.lease(ops, 90)
-    assert parcel is not None and parcel.subject == "tiny: better"
+    message = box.outbox.lease(ops, 90)
+    assert message is not None and message.subject == "tiny: better"
     engine = make_engine(lab.person)
     for forged in ("UPDATE outbox SET subject = 'x'", "DELETE FROM outbox"):
         with pytest.raises(Forbidden), engine.begin() as connection:
             connection.execute(text(forged))
     engine.dispose()
     with pytest.raises(Forbidden):
-        person.outbox.settle(parcel, Delivery(sent=True))
-    assert box.outbox.settle(parcel, Delivery(sent=True))
+        person.outbox.settle(message, Delivery(sent=True))
+    assert box.outbox.settle(message, Delivery(sent=True))
 
 
 def test_a_worker_cannot_submit_or_change_what_was_asked(person: Store, box: Store, lab: Logins) -> None:

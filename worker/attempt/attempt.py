@@ -138,19 +138,13 @@ class Unwritten:
 
 
 @dataclass(kw_only=True)
-class TrainerRun:
-    """The running trainer of an attempt, and those before."""
-
-    began: float | None = None  # when the attempt began to train, by the clock
-    trainer: TrainerProcess | None = None
-    pids: frozenset[int] = frozenset()  # of all trainers that ran for it
-
-
-@dataclass(kw_only=True)
 class Supervision:
     """What the supervisor has done, and its state."""
 
     turned_at: float  # when it last passed through its loop
+    began: float | None = None  # when the attempt began to train, by the clock
+    trainer: TrainerProcess | None = None  # that runs
+    pids: frozenset[int] = frozenset()  # of all trainers that ran for it
     said_at: float = -math.inf  # when a step was last named on the terminal
     store_away: bool = False  # fetching or storing waits for the artifact store
     forced: tuple[Reason, str] | None = None  # why it stopped the trainer
@@ -172,7 +166,6 @@ class SupervisedAttempt:
     wishes: Wishes
     unwritten: Unwritten
     own: Supervision
-    run: TrainerRun = field(default_factory=TrainerRun)
 
     def turn(self) -> None:
         """Say that the supervisor is alive."""

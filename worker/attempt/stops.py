@@ -58,7 +58,7 @@ def wanted_stop(place: Workplace, attempt: SupervisedAttempt) -> StopWish | None
         why = f"gave way to job {attempt.wishes.preempted_by}, which has a higher priority"
         return StopWish(reason=Reason.PREEMPTED, message=why, save=True, grace_s=DRAIN_GRACE_S)
     limit = attempt.wishes.time_limit
-    if limit is not None and attempt.run.began is not None and attempt.clock.now() - attempt.run.began > limit:
+    if limit is not None and attempt.own.began is not None and attempt.clock.now() - attempt.own.began > limit:
         why = f"ran longer than resources.time_limit ({limit:.0f} s)"
         return StopWish(reason=Reason.TIMED_OUT, message=why, save=True, grace_s=DRAIN_GRACE_S)
     if place.drain.wish is not None:
@@ -90,8 +90,8 @@ def ask_to_stop(attempt: SupervisedAttempt, wish: StopWish) -> None:
         return
     attempt.own.forced = wish.reason, wish.message
     attempt.own.kill_at = attempt.clock.now() + wish.grace_s
-    assert attempt.run.trainer is not None
-    attempt.run.trainer.send(Stop(job_id=attempt.claim.job_id, save=wish.save))
+    assert attempt.own.trainer is not None
+    attempt.own.trainer.send(Stop(job_id=attempt.claim.job_id, save=wish.save))
 
 
 def must_be_killed(place: Workplace, attempt: SupervisedAttempt) -> bool:

@@ -42,7 +42,7 @@ def train(place: Workplace, attempt: SupervisedAttempt, start: Start) -> None:
 
     Only a new process has unfragmented memory again; it continues from the newest checkpoint of the attempt.
     """
-    attempt.run.began = attempt.run.began or place.clock.now()
+    attempt.own.began = attempt.own.began or place.clock.now()
     upload = CheckpointUpload(place.artifacts, place.store, attempt.claim, attempt.folder / "keeping", place.clock)
     order = start
     try:
@@ -76,13 +76,13 @@ def _run(place: Workplace, attempt: SupervisedAttempt, start: Start, upload: Che
     with opened(attempt.folder / LOG_FILE) as log_file:
         process = _launch(place, attempt, start)
         trainer = TrainerProcess(process, claim.job_id, run_mark(claim.token), log_file, attempt.unwritten.log)
-        attempt.run.trainer, attempt.run.pids = trainer, attempt.run.pids | {trainer.pid}
+        attempt.own.trainer, attempt.own.pids = trainer, attempt.own.pids | {trainer.pid}
         try:
             trainer.send(start)
             _watch(place, attempt, trainer, upload)
         finally:
             trainer.end()
-            attempt.run.trainer = None
+            attempt.own.trainer = None
     _take_all(trainer.told, attempt)
     _hand_on(attempt, upload)
     if attempt.heard.end is None and attempt.own.forced is None and not attempt.own.lease_lost:

@@ -14,8 +14,9 @@ from loractl.common.channels import Channel
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.settings import Settings
 from loractl.common.store.database import REFUSALS, outage, told_by
-from loractl.common.store.records import Delivery, Parcel
+from loractl.common.store.records import Delivery
 from loractl.common.store.store import Store
+from loractl.common.store.tables import OutboxMessage
 from loractl.worker.clock import SYSTEM, NodeClock
 
 from .sending import DEADLINE_S, http_message, post, run_program, send_mail
@@ -65,15 +66,13 @@ class Messenger:
 
     def send_due(self) -> bool:
         """Try the oldest due message; False if there is none."""
-        parcel = self._store.outbox.lease(tuple(self._channels.values()), self._lease_s)
-        if parcel is None:
+        due = self._store.outbox.lease(tuple(self._channels.values()), self._lease_s)
+        if due is None:
             return False
-        delivery = deliver(self._channels[parcel.channel], parcel)
+        delivery = deliver(self._channels[due.channel], due)
         if delivery.why:
-            log.warning(
-                "message %s to channel %s, try %s: %s", parcel.message_id, parcel.channel, parcel.tries, delivery.why
-            )
-        self._store.outbox.settle(parcel, delivery)
+            log.warning("message %s to channel %s, try %s: %s", due.message_id, due.channel, due.tries, delivery.why)
+        self._store.outbox.settle(due, delivery)
         return True
 
     def _run(self) -> None:
@@ -96,10 +95,10 @@ class Messenger:
         return False
 
 
-def deliver(channel: Channel, parcel: Parcel, deadline_s: float = DEADLINE_S) -> Delivery:
+def deliver(channel: Channel, due: OutboxMessage, deadline_s: float = DEADLINE_S) -> Delivery:
     """One try on a channel, in bounded time."""
     if channel.kind == "mail":
-        return send_mail(channel, parcel, deadline_s)
+        return send_mail(channel, due, deadline_s)
     if channel.kind == "command":
-        return run_program(channel, parcel, deadline_s)
-    return post(http_message(channel, parcel, time.time()), deadline_s)
+        return run_program(channel, due, deadline_s)
+    return post(http_message(channel, due, time.time()), deadline_s)

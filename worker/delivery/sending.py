@@ -30,7 +30,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from loractl.common.channels import Channel, signing_key
-from loractl.common.store.records import Delivery, Parcel
+from loractl.common.store.records import Delivery
+from loractl.common.store.tables import OutboxMessage
 
 DISCORD_MOST = 1900
 """Characters; Discord takes 2000."""
@@ -48,50 +49,50 @@ class HttpMessage:
     headers: dict[str, str] = field(default_factory=dict, repr=False)
 
 
-def http_message(channel: Channel, parcel: Parcel, now_s: float) -> HttpMessage:
+def http_message(channel: Channel, due: OutboxMessage, now_s: float) -> HttpMessage:
     """`now_s`: seconds since 1970; a webhook's signature is for this time."""
-    return _HTTP[channel.kind](channel, parcel, now_s)
+    return _HTTP[channel.kind](channel, due, now_s)
 
 
-def facts(parcel: Parcel) -> dict[str, Any]:
+def facts(due: OutboxMessage) -> dict[str, Any]:
     """What happened, for programs."""
-    data = {"subject": parcel.subject, "text": parcel.text, "job_id": parcel.job_id}
-    return {"id": parcel.message_id, "type": parcel.kind, "timestamp": parcel.at.isoformat(), "data": data}
+    data = {"subject": due.subject, "text": due.text, "job_id": due.job_id}
+    return {"id": due.message_id, "type": due.kind, "timestamp": due.at.isoformat(), "data": data}
 
 
-def mail(channel: Channel, parcel: Parcel) -> EmailMessage:
+def mail(channel: Channel, due: OutboxMessage) -> EmailMessage:
     """As a mail. EmailMessage refuses a line break in a header, and subjects are one line already."""
     message = EmailMessage(policy=SMTP)
     message["From"], message["To"] = channel.sender, ", ".join(channel.to)
-    message["Subject"] = _short(parcel.subject, SUBJECT_MOST)
-    message["Message-ID"] = f"<{parcel.message_id}@loractl.invalid>"
-    message["Date"] = parcel.at
+    message["Subject"] = _short(due.subject, SUBJECT_MOST)
+    message["Message-ID"] = f"<{due.message_id}@loractl.invalid>"
+    message["Date"] = due.at
     message["Auto-Submitted"] = "auto-generated"
-    message.set_content(f"{parcel.subject}\n\n{parcel.text}\n")
+    message.set_content(f"{due.subject}\n\n{due.text}\n")
     return message
 
 
-def _webhook(channel: Channel, parcel: Parcel, now_s: float) -> HttpMessage:
+def _webhook(channel: Channel, due: OutboxMessage, now_s: float) -> HttpMessage:
     """Standard Webhooks: the signature covers id, time and body (https://www.standardwebhooks.com)."""
-    body, at = _json(facts(parcel)), str(int(now_s))
+    body, at = _json(facts(due)), str(int(now_s))
     key = signing_key(channel.secret) or b""
-    signed = hmac.new(key, b".".join((parcel.message_id.encode(), at.encode(), body)), hashlib.sha256).digest()
+    signed = hmac.new(key, b".".join((due.message_id.encode(), at.encode(), body)), hashlib.sha256).digest()
     headers = {
-        "webhook-id": parcel.message_id,
+        "webhook-id": due.message_id,
         "webhook-timestamp": at,
         "webhook-signature": f"v1,{base64.b64encode(signed).decode()}",
     }
     return HttpMessage(url=channel.url, body=body, headers=headers)
 
 
-def _ntfy(channel: Channel, parcel: Parcel, now_s: float) -> HttpMessage:
+def _ntfy(channel: Channel, due: OutboxMessage, now_s: float) -> HttpMessage:
     """Published as JSON, not by headers: https://docs.ntfy.sh/publish/#publish-as-json"""
     parts = urlsplit(channel.url)
-    fine = parcel.kind in ("job.succeeded", "sweep.over")
+    fine = due.kind in ("job.succeeded", "sweep.over")
     body = {
         "topic": parts.path.lstrip("/"),
-        "title": _short(parcel.subject, SUBJECT_MOST),
-        "message": parcel.text,
+        "title": _short(due.subject, SUBJECT_MOST),
+        "message": due.text,
         "tags": ["white_check_mark" if fine else "warning"],
         "priority": 3 if fine else 4,
     }
@@ -99,19 +100,19 @@ def _ntfy(channel: Channel, parcel: Parcel, now_s: float) -> HttpMessage:
     return HttpMessage(url=parts._replace(path="/", query="", fragment="").geturl(), body=_json(body), headers=headers)
 
 
-def _slack(channel: Channel, parcel: Parcel, now_s: float) -> HttpMessage:
-    text = f"{parcel.subject}\n{parcel.text}"
+def _slack(channel: Channel, due: OutboxMessage, now_s: float) -> HttpMessage:
+    text = f"{due.subject}\n{due.text}"
     for sign, name in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;")):  # else <!channel> would call everybody
         text = text.replace(sign, name)
     return HttpMessage(url=channel.url, body=_json({"text": text}))
 
 
-def _discord(channel: Channel, parcel: Parcel, now_s: float) -> HttpMessage:
-    content = _short(f"{parcel.subject}\n{parcel.text}", DISCORD_MOST)
+def _discord(channel: Channel, due: OutboxMessage, now_s: float) -> HttpMessage:
+    content = _short(f"{due.subject}\n{due.text}", DISCORD_MOST)
     return HttpMessage(url=channel.url, body=_json({"content": content, "allowed_mentions": {"parse": []}}))
 
 
-_HTTP: dict[str, Callable[[Channel, Parcel, float], HttpMessage]] = {
+_HTTP: dict[str, Callable[[Channel, OutboxMessage, float], HttpMessage]] = {
     "webhook": _webhook,
     "ntfy": _ntfy,
     "slack": _slack,
@@ -181,12 +182,12 @@ def broken(error: Exception) -> Delivery:
 _PORTS = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
 
 
-def send_mail(channel: Channel, parcel: Parcel, deadline_s: float = DEADLINE_S) -> Delivery:
+def send_mail(channel: Channel, due: OutboxMessage, deadline_s: float = DEADLINE_S) -> Delivery:
     """Hand the mail to the server once. Its refusals are reported only by number."""
     parts = urlsplit(channel.url)
     host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
     try:
-        message = mail(channel, parcel)
+        message = mail(channel, due)
     except ValueError:
         return Delivery(why="a mail can't have these headers: look at the channel's from and to")
     try:
@@ -232,7 +233,7 @@ _ENVIRONMENT = ("PATH", "HOME", "LANG", "TZ")
 """What it gets from the node's environment, which contains passwords."""
 
 
-def run_program(channel: Channel, parcel: Parcel, deadline_s: float = DEADLINE_S) -> Delivery:
+def run_program(channel: Channel, due: OutboxMessage, deadline_s: float = DEADLINE_S) -> Delivery:
     """Run it once; exit status 0 means that the message is delivered. At the deadline it is killed with its
     children."""
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
@@ -249,7 +250,7 @@ def run_program(channel: Channel, parcel: Parcel, deadline_s: float = DEADLINE_S
     except OSError:
         return Delivery(again=True, why="the command can't be started")
     try:
-        process.communicate(json.dumps(facts(parcel)).encode(), timeout=deadline_s)
+        process.communicate(json.dumps(facts(due)).encode(), timeout=deadline_s)
     except subprocess.TimeoutExpired:
         return Delivery(again=True, why=f"the command did not end within {deadline_s:.0f} s")
     finally:

@@ -152,8 +152,8 @@ class Slots:
         return [
             OwnTrainer(
                 job=str(attempt.claim.job_id),
-                pids=attempt.run.pids,
-                held=None if attempt.run.trainer is None else attempt.heard.peaks.held,
+                pids=attempt.own.pids,
+                held=None if attempt.own.trainer is None else attempt.heard.peaks.held,
             )
             for attempt in self.attempts.values()
         ]

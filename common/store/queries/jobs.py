@@ -9,6 +9,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select, type_coerce, union
 from sqlalchemy import text as sql
+from sqlalchemy.orm import aliased
 from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.types import NullType
 
@@ -20,7 +21,7 @@ from loractl.common.memory.engine import ENGINE
 from loractl.common.units import LAST_NUMBER
 
 from ..columns import LONG_AGO
-from ..records import Choice, CoursePoint, JobCount, Page, PastRun
+from ..records import Choice, Page
 from ..tables import (
     ASKED_TO_STOP,
     ON_SEVERAL_CARDS,
@@ -236,29 +237,27 @@ def ended(since: dt.datetime, limit: int) -> Select[Job]:
     return select(Job).where(Job.ended_at >= since).order_by(Job.ended_at.desc()).limit(limit)
 
 
-def read_course(tx: Transaction, job_ids: Collection[int], name: str, most: int) -> list[CoursePoint]:
+def read_course(tx: Transaction, job_ids: Collection[int], name: str, most: int) -> list[MetricPoint]:
     """A metric of each job in its order, thinned to about `most` points a job; the last one is always there."""
     order = (MetricPoint.attempt, MetricPoint.step)
     mine = MetricPoint.job_id
     numbered = (
         select(
-            MetricPoint.job_id,
-            *order,
-            MetricPoint.value,
+            MetricPoint,
             func.row_number().over(partition_by=mine, order_by=[column.desc() for column in order]).label("back"),
             func.count().over(partition_by=mine).label("count"),
         )
         .where(MetricPoint.job_id.in_(job_ids), MetricPoint.name == name)
         .subquery()
     )
-    every = numbered.c.count // most + 1
-    kept = select(numbered).where((numbered.c.back - 1) % every == 0)
-    rows = tx.session.execute(kept.order_by(numbered.c.job_id, numbered.c.attempt, numbered.c.step))
-    return [CoursePoint(job_id=row.job_id, attempt=row.attempt, step=row.step, value=row.value) for row in rows]
+    every, point = numbered.c.count // most + 1, aliased(MetricPoint, numbered)
+    kept = select(point).where((numbered.c.back - 1) % every == 0)
+    return list(tx.session.scalars(kept.order_by(point.job_id, point.attempt, point.step)))
 
 
-def read_counts(tx: Transaction) -> list[JobCount]:
-    """How many jobs are in each state, and why."""
+def read_counts(tx: Transaction) -> dict[tuple[Status, str], int]:
+    """How many jobs are in each state, and why: of a waiting one held, retry or ready; of a running one its stage; of
+    an ended one its reason; empty where there is none."""
     now = tx.now()
     count = select(func.count()).select_from(Job)
     # each by an index: few jobs are held or in backoff
@@ -267,18 +266,11 @@ def read_counts(tx: Transaction) -> list[JobCount]:
         "retry": tx.session.scalar(count.where(WAITS, Job.not_before > now, ~Job.held)) or 0,
     }
     waits["ready"] = (tx.session.scalar(count.where(WAITS)) or 0) - sum(waits.values())
-    counts = [JobCount(status=Status.QUEUED, reason=why, count=many) for why, many in waits.items() if many]
-    stages = select(Job.stage, func.count().label("many")).where(Job.status == Status.RUNNING).group_by(Job.stage)
-    counts += [
-        JobCount(status=Status.RUNNING, reason=str(row.stage or ""), count=row.many)
-        for row in tx.session.execute(stages)
-    ]
-    ended = select(Job.status, Job.reason, func.count().label("many")).where(Job.ended_at.is_not(None))
-    counts += [
-        JobCount(status=row.status, reason=str(row.reason or ""), count=row.many)
-        for row in tx.session.execute(ended.group_by(Job.status, Job.reason))
-        if row.status in (Status.SUCCEEDED, Status.FAILED, Status.CANCELLED)
-    ]
+    counts = {(Status.QUEUED, why): many for why, many in waits.items() if many}
+    stages = select(Job.status, Job.stage, func.count()).where(Job.status == Status.RUNNING)
+    ended = select(Job.status, Job.reason, func.count()).where(Job.ended_at.is_not(None))
+    for alike in (stages.group_by(Job.status, Job.stage), ended.group_by(Job.status, Job.reason)):
+        counts |= {(status, str(why or "")): many for status, why, many in tx.session.execute(alike)}
     return counts
 
 
@@ -287,32 +279,14 @@ def read_oldest_ready(tx: Transaction) -> dt.datetime | None:
     return tx.session.scalar(select(Job.submitted_at).where(ready_at(tx.now())).order_by(Job.job_id).limit(1))
 
 
-def read_runs(tx: Transaction, since: dt.datetime, until: dt.datetime) -> list[PastRun]:
-    """The attempts that began or ended after `since`, up to `until`."""
+def read_runs(tx: Transaction, since: dt.datetime, until: dt.datetime) -> list[tuple[Attempt, dt.datetime]]:
+    """The attempts that began or ended after `since`, up to `until`, and when the job of each was submitted."""
     lately = or_(
         and_(Attempt.started_at > since, Attempt.started_at <= until),
         and_(Attempt.ended_at > since, Attempt.ended_at <= until),
     )
-    columns = (
-        Attempt.job_id, Attempt.attempt, Attempt.node, Attempt.device_kind, Job.submitted_at, Attempt.started_at,
-        Attempt.ended_at, Attempt.reason, Attempt.vram_planned, Attempt.vram_process, Attempt.vram_peak,
-    )  # fmt: skip
-    rows = tx.session.execute(select(*columns).join(Job, Job.job_id == Attempt.job_id).where(lately))
-    return [
-        PastRun(
-            job_id=row.job_id,
-            attempt=row.attempt,
-            node=row.node,
-            device_kind=row.device_kind,
-            submitted_at=row.submitted_at,
-            started_at=row.started_at,
-            ended_at=row.ended_at,
-            reason=None if row.reason is None else str(row.reason),
-            planned=row.vram_planned,
-            peak=row.vram_process or row.vram_peak,
-        )
-        for row in rows
-    ]
+    runs = select(Attempt, Job.submitted_at).join(Job, Job.job_id == Attempt.job_id).where(lately)
+    return [(attempt, submitted_at) for attempt, submitted_at in tx.session.execute(runs)]
 
 
 def read_measured(

@@ -53,7 +53,7 @@ def submit_sweep(tx: Transaction, sweep: NewSweep, members: Sequence[Submission]
     now = tx.now()
     settings = {"varied": dict(sweep.varied), "trials": sweep.trials, "seed": sweep.seed}
     rungs = None if sweep.rungs is None else list(sweep.rungs)
-    row = Sweep(name=sweep.name, user=sweep.user, settings=settings, rungs=rungs, created_at=now)
+    row = Sweep(name=sweep.name, user=members[0].user, settings=settings, rungs=rungs, created_at=now)
     sweep_id = _write(tx, row, {"sweep": values_of(row)})
     for member in members:
         _queue(tx, member, now, sweep_id)

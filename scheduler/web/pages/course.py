@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Literal
 from loractl.common.job.status import STOPPED, Reason
 
 if TYPE_CHECKING:
-    from loractl.common.store.records import CoursePoint
     from loractl.common.store.store import Store
+    from loractl.common.store.tables import MetricPoint
     from loractl.scheduler.status.job import PastAttempt
 
 MOST_POINTS = 600
@@ -60,7 +60,7 @@ def job_course(store: Store, job_id: int, attempts: Sequence[PastAttempt]) -> Jo
     )
 
 
-def _spans(by_attempt: dict[int, list[CoursePoint]], attempts: Sequence[PastAttempt]) -> list[AttemptSpan]:
+def _spans(by_attempt: dict[int, list[MetricPoint]], attempts: Sequence[PastAttempt]) -> list[AttemptSpan]:
     trained = [attempt for attempt in attempts if attempt.attempt in by_attempt]
     spans = []
     for this, following in itertools.zip_longest(trained, trained[1:]):

@@ -127,7 +127,7 @@ def _fill(store: Store, home: Path) -> None:
     store.jobs.submit(submission(name="waits", lora=6, qlora=5, base_model=str(base)))
     store.jobs.submit(submission(name="larger", lora=60, qlora=50, user="bob"))
     members = [submission(name=f"triage-{number}") for number in (1, 2)]
-    store.sweeps.submit(NewSweep(name="triage", user="ada", varied={"lora.r": "8,16"}), members)
+    store.sweeps.submit(NewSweep(name="triage", varied={"lora.r": "8,16"}), members)
     store.adapters.tag(parse_reference("1"), "prod", "ada")
     store.cards.see(node_state("merlin:0", total=24 * GIB))
     store.cards.drain("merlin", "lena", "replacing a fan")

@@ -124,7 +124,7 @@ def lab(
         monkeypatch.setenv(name, value)
     settings = load_settings()
     store = Store(connect(settings))
-    store.sweeps.submit(NewSweep(name="a", user="ada", varied={"lora.r": "4,8"}), [submission(), submission()])
+    store.sweeps.submit(NewSweep(name="a", varied={"lora.r": "4,8"}), [submission(), submission()])
     lab = Lab(settings=settings, store=store, folder=tmp_path)
     for job_id in (1, 2):
         lab.finish(job_id)

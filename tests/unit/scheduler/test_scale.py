@@ -108,7 +108,7 @@ def _columns(connection: Any, table: str) -> list[Any]:
 def test_no_answer_reads_more_rows_when_more_jobs_wait_or_have_ended(ended: bool, store: Store) -> None:
     for number in range(16):
         store.jobs.submit(submission(user=f"user{number % 4}", priority=number % 2, lora=9 + number, qlora=8 + number))
-    store.sweeps.submit(NewSweep(name="grid", user="ada", varied={"lora.r": "8,16"}), [submission(name="grid-1")])
+    store.sweeps.submit(NewSweep(name="grid", varied={"lora.r": "8,16"}), [submission(name="grid-1")])
     for number in range(4):
         store.cards.see(node_state(f"box:{number}", total=24 * GIB, outside_bytes=(0 if number else 20) * GIB))
     read: dict[int, dict[str, dict[str, int]]] = {}
@@ -155,9 +155,7 @@ def _paged(ask: Callable[[Page], tuple[Any, ...]], expected: list[int]) -> list[
 
 def test_members_of_sweeps_take_no_place_of_other_jobs_on_a_page_for_people(store: Store) -> None:
     for number in range(SWEEPS_SHOWN + 2):
-        store.sweeps.submit(
-            NewSweep(name=f"s{number}", user="ada", varied={"lora.r": "8"}), [submission(), submission()]
-        )
+        store.sweeps.submit(NewSweep(name=f"s{number}", varied={"lora.r": "8"}), [submission(), submission()])
     alone = store.jobs.submit(submission())
     shown = overview(store, Choice(), Page(limit=1), alone=True)
     assert [job.job_id for job in shown.waiting] == [alone] and shown.after is None

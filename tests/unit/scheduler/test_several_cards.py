@@ -81,7 +81,7 @@ def test_every_command_names_all_its_cards(timed: Store, ran: Claim) -> None:
 
 def test_a_sweep_and_a_message_name_all_its_cards(timed: Store, tmp_path: Path) -> None:
     show(timed, "heron:0", "heron:1")
-    sweep_id = timed.sweeps.submit(NewSweep(name="grid", user="ada", varied={"lora.r": "8"}), [gang()])
+    sweep_id = timed.sweeps.submit(NewSweep(name="grid", varied={"lora.r": "8"}), [gang()])
     claim = claimed(timed)
     timed.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=30, total_steps=60))
     standing = sweep_standing(timed, sweep_id)
@@ -96,8 +96,8 @@ def test_a_sweep_and_a_message_name_all_its_cards(timed: Store, tmp_path: Path) 
     timed.attempts.finish(claim, Reason.BAD_DATA, "no rows", Progress())
     timed.jobs.submit(gang(notify=["ops"]))
     timed.attempts.finish(claimed(timed), Reason.BAD_DATA, "no rows", Progress())
-    parcel = due(timed, OPS)
-    assert parcel is not None and "of ada, last on heron:0 and heron:1." in parcel.text
+    message = due(timed, OPS)
+    assert message is not None and "of ada, last on heron:0 and heron:1." in message.text
 
 
 def test_what_it_holds_of_each_card_stands_beside_its_plan(timed: Store, ran: Claim) -> None:

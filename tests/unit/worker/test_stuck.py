@@ -73,7 +73,7 @@ def attempt(place: Workplace, trainer: TrainerProcess | None = None) -> Supervis
     claim = place.store.attempts.claim("box:0")
     assert isinstance(claim, Claim)
     state = begin(claim, place.settings.work_dir)
-    state.run.trainer = trainer
+    state.own.trainer = trainer
     return state
 
 

@@ -70,7 +70,7 @@ class StuckSupervisors:
 
 
 def _kill_trainer(attempt: SupervisedAttempt, silent: float) -> None:
-    trainer = attempt.run.trainer
+    trainer = attempt.own.trainer
     if trainer is None or trainer.poll() is not None:
         return
     log.error("job %s: its supervisor is stuck, the trainer is killed", attempt.claim.job_id)

@@ -12,7 +12,7 @@ from sqlalchemy import ColumnElement, Select, delete, func, or_, select, update
 from loractl.common.channels import LAB, ME, Channel, channels_of
 from loractl.common.store.tables import OutboxMessage
 
-from ...records import ChannelTraffic, Delivery, Parcel, StuckMessages
+from ...records import ChannelTraffic, Delivery, StuckMessages
 from ...transaction import Transaction
 from .notices import News, write
 
@@ -42,7 +42,7 @@ def is_due(tx: Transaction, channels: Sequence[Channel]) -> bool:
     return tx.session.scalar(mine) is not None
 
 
-def lease(tx: Transaction, channels: Sequence[Channel], lease_s: float) -> Parcel | None:
+def lease(tx: Transaction, channels: Sequence[Channel], lease_s: float) -> OutboxMessage | None:
     _pass_on(tx, channels)
     names = [channel.name for channel in channels]
     due = select(OutboxMessage).where(OutboxMessage.channel.in_(names))
@@ -54,13 +54,12 @@ def lease(tx: Transaction, channels: Sequence[Channel], lease_s: float) -> Parce
         return None
     row.token, row.tries = uuid.uuid4().hex, row.tries + 1
     row.due_at = tx.now() + dt.timedelta(seconds=lease_s)
-    same = ("message_id", "channel", "token", "kind", "subject", "text", "job_id", "at", "tries")
-    return Parcel(**{name: getattr(row, name) for name in same})
+    return row
 
 
-def settle(tx: Transaction, parcel: Parcel, delivery: Delivery) -> bool:
+def settle(tx: Transaction, message: OutboxMessage, delivery: Delivery) -> bool:
     """Write what became of a try to send: sent, due again later, or given up. False when the lease was lost."""
-    own = (OutboxMessage.message_id == parcel.message_id, OutboxMessage.token == parcel.token)
+    own = (OutboxMessage.message_id == message.message_id, OutboxMessage.token == message.token)
     row = tx.session.scalars(select(OutboxMessage).where(*own).with_for_update()).first()
     if row is None or row.settled_at is not None:
         return False

@@ -209,7 +209,7 @@ def test_a_store_that_fails_several_boxes_closes_none(timed: Store) -> None:
 def test_one_sweep_closes_no_card_and_neither_does_one_job(timed: Store, clock: Clock) -> None:
     online(timed, "a:0", "b:0")
     members = [submission(lora=20, qlora=20) for _ in range(4)]
-    timed.sweeps.submit(NewSweep(name="a", user="ada", varied={"lora.r": "4,8"}), members)
+    timed.sweeps.submit(NewSweep(name="a", varied={"lora.r": "4,8"}), members)
     for _ in members:
         fail(timed, "a:0", Reason.GPU_ERROR)
     assert timed.cards.drains() == {}

@@ -244,7 +244,7 @@ def test_jobs_of_one_submit_name_each_other_and_all_of_them_are_written_or_none(
 
 def sweep(store: Store, count: int, varied: str = "lora.r", **keys: object) -> tuple[int, list[int]]:
     members = [submission(lora=1, qlora=1, name=f"r{number}", max_retries=0, **keys) for number in range(count)]
-    new = NewSweep(name="tuned", user="ada", varied={varied: "8,16"}, rungs=None, trials=None, seed=None)
+    new = NewSweep(name="tuned", varied={varied: "8,16"}, rungs=None, trials=None, seed=None)
     sweep_id = store.sweeps.submit(new, members)
     return sweep_id, [member.job_id for member in store.sweeps.get(sweep_id).members]
 

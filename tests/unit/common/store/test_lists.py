@@ -71,7 +71,7 @@ def lab(sqlite_template: Path, tmp_path: Path) -> Iterator[Store]:
     store.cards.see(node_state("box:0", total=24 * GIB, max_jobs=2))
     store.jobs.submit(submission(preemptible=True, priority=-1))
     assert isinstance(store.attempts.claim("box:0"), Claim)
-    store.sweeps.submit(NewSweep(name="grid", user="ada", varied={"lora.r": "8"}), [submission(labels={"team": "nlp"})])
+    store.sweeps.submit(NewSweep(name="grid", varied={"lora.r": "8"}), [submission(labels={"team": "nlp"})])
     yield store
     engine.dispose()
 

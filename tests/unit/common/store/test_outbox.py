@@ -11,7 +11,7 @@ from loractl.common.channels import Channel
 from loractl.common.job.status import LAB_FAILURE_LIMIT, LAB_RETRY_DELAY_S, Reason, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.store.queries.outbox.deliveries import KEPT_S, LATE_S, MOST_PAUSE_S, PATIENCE_S, TRIES
-from loractl.common.store.records import Claim, Delivery, Parcel, Progress
+from loractl.common.store.records import Claim, Delivery, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import OutboxMessage
 from loractl.common.units import GIB
@@ -29,16 +29,16 @@ SENT = Delivery(sent=True)
 AWAY = Delivery(again=True, why="HTTP 500")
 
 
-def due(store: Store, *channels: Channel) -> Parcel | None:
+def due(store: Store, *channels: Channel) -> OutboxMessage | None:
     return store.outbox.lease(channels, LEASE_S)
 
 
 def all_due(store: Store, *channels: Channel) -> list[tuple[str, str]]:
     """Channel and subject of all that is due, each marked as sent."""
     got = []
-    while (parcel := due(store, *channels)) is not None:
-        assert store.outbox.settle(parcel, SENT)
-        got.append((parcel.channel, parcel.subject))
+    while (message := due(store, *channels)) is not None:
+        assert store.outbox.settle(message, SENT)
+        got.append((message.channel, message.subject))
     return sorted(got)
 
 
@@ -137,7 +137,7 @@ def test_a_box_that_stops_in_order_is_told_to_nobody(timed: Store, clock: Clock)
 
 
 def test_a_sweep_is_one_message_when_its_last_member_has_ended(store: Store) -> None:
-    sweep = NewSweep(name="grid", user="ada", varied={})
+    sweep = NewSweep(name="grid", varied={})
     store.sweeps.submit(sweep, [submission(notify=["ops"], max_retries=0) for _ in range(3)])
     end(store, Reason.OK)
     end(store, Reason.TRAINER_ERROR)
@@ -148,7 +148,7 @@ def test_a_sweep_is_one_message_when_its_last_member_has_ended(store: Store) -> 
 
 @SQLITE_ALONE
 def test_a_sweep_that_a_cancel_ends_is_told_of_by_the_next_round_once(timed: Store, clock: Clock) -> None:
-    timed.sweeps.submit(NewSweep(name="grid", user="ada", varied={}), [submission(notify=["ops"]) for _ in range(3)])
+    timed.sweeps.submit(NewSweep(name="grid", varied={}), [submission(notify=["ops"]) for _ in range(3)])
     end(timed, Reason.OK)
     turn(timed)
     for job_id in (2, 3):
@@ -160,7 +160,7 @@ def test_a_sweep_that_a_cancel_ends_is_told_of_by_the_next_round_once(timed: Sto
     for _ in range(5):
         clock.forward(20)
         turn(timed)
-    timed.sweeps.submit(NewSweep(name="all", user="ada", varied={}), [submission(notify=["ops"]) for _ in range(2)])
+    timed.sweeps.submit(NewSweep(name="all", varied={}), [submission(notify=["ops"]) for _ in range(2)])
     timed.sweeps.cancel(2, "ada")
     clock.forward(3600)  # no worker looked meanwhile
     turn(timed)
@@ -171,7 +171,7 @@ def test_the_last_two_members_that_end_at_once_tell_of_the_sweep_once(postgres_e
     store = Store(postgres_engine)
     for _ in range(5):
         members = [submission(user=user, notify=["ops"]) for user in ("ada", "bob")]
-        store.sweeps.submit(NewSweep(name="grid", user="ada", varied={}), members)
+        store.sweeps.submit(NewSweep(name="grid", varied={}), members)
         claims = [take(store), take(store)]
         start = threading.Barrier(2)
 
@@ -213,9 +213,9 @@ def test_pauses_grow_the_receiver_s_own_counts_and_after_eight_tries_the_history
     end(timed, Reason.OK)
     pauses = []
     for number in range(TRIES):
-        parcel = due(timed, OPS)
-        assert parcel is not None
-        timed.outbox.settle(parcel, Delivery(again=True, why="HTTP 429", after_s=30.0) if number == 0 else AWAY)
+        message = due(timed, OPS)
+        assert message is not None
+        timed.outbox.settle(message, Delivery(again=True, why="HTTP 429", after_s=30.0) if number == 0 else AWAY)
         if number < TRIES - 1:
             pauses.append(_pause(timed))
             clock.forward(pauses[-1] - 1)
@@ -259,23 +259,23 @@ def _pause(store: Store) -> float:
 def test_what_another_try_can_t_help_is_given_up_at_once(timed: Store) -> None:
     job_id = timed.jobs.submit(submission(notify=["ops"]))
     end(timed, Reason.OK)
-    parcel = due(timed, OPS)
-    assert parcel is not None
-    timed.outbox.settle(parcel, Delivery(why="HTTP 410"))
+    message = due(timed, OPS)
+    assert message is not None
+    timed.outbox.settle(message, Delivery(why="HTTP 410"))
     assert due(timed, OPS) is None
-    assert notes(timed, job_id) == [f"message {parcel.message_id} to channel ops: gave up after 1 tries: HTTP 410"]
+    assert notes(timed, job_id) == [f"message {message.message_id} to channel ops: gave up after 1 tries: HTTP 410"]
 
 
 @SQLITE_ALONE
 def test_a_mail_that_some_of_its_recipients_refuse_is_sent_and_the_history_says_so(timed: Store) -> None:
     job_id = timed.jobs.submit(submission(notify=["ops"]))
     end(timed, Reason.OK)
-    parcel = due(timed, OPS)
-    assert parcel is not None
-    timed.outbox.settle(parcel, Delivery(sent=True, why="SMTP 550 for 1 of its 2 recipients"))
+    message = due(timed, OPS)
+    assert message is not None
+    timed.outbox.settle(message, Delivery(sent=True, why="SMTP 550 for 1 of its 2 recipients"))
     assert due(timed, OPS) is None
     assert notes(timed, job_id) == [
-        f"message {parcel.message_id} to channel ops: sent, but SMTP 550 for 1 of its 2 recipients"
+        f"message {message.message_id} to channel ops: sent, but SMTP 550 for 1 of its 2 recipients"
     ]
 
 

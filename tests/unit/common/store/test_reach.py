@@ -95,7 +95,7 @@ def test_nobody_is_told_while_no_box_is_known_or_one_can_not_be_read(timed: Stor
 def test_the_members_of_a_sweep_are_one_message(lab: Store, clock: Clock) -> None:
     from loractl.common.job.sweep import NewSweep
 
-    lab.sweeps.submit(NewSweep(name="grid", user="ada", varied={}), [large() for _ in range(3)])
+    lab.sweeps.submit(NewSweep(name="grid", varied={}), [large() for _ in range(3)])
     go_on(lab, clock, GRACE_S + 120)
     assert all_due(lab, OPS) == [("ops", OPS_TOLD)]
 

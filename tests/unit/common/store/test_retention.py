@@ -198,7 +198,7 @@ def test_values_of_single_steps_go_and_those_that_sweeps_are_judged_by_stay(time
 
 
 def test_no_member_goes_while_its_sweep_goes_on_and_an_empty_sweep_goes(timed: Store, clock: Clock) -> None:
-    sweep = NewSweep(name="grid", user="ada", varied={"lora.r": "8,16"}, rungs=(0.25,))
+    sweep = NewSweep(name="grid", varied={"lora.r": "8,16"}, rungs=(0.25,))
     sweep_id = timed.sweeps.submit(sweep, [submission(), submission()])
     first = claim(timed)
     timed.attempts.finish(first, Reason.DIVERGED, "no", Progress())

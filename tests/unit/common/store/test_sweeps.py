@@ -28,7 +28,7 @@ def start(store: Store, rates: Sequence[float] = RATES, rungs: tuple[float, ...]
         for n, rate in enumerate(rates, 1)
     ]
     varied = {"training.learning_rate": ",".join(map(str, rates))}
-    return store.sweeps.submit(NewSweep(name="triage", user="ada", varied=varied, rungs=rungs), members)
+    return store.sweeps.submit(NewSweep(name="triage", varied=varied, rungs=rungs), members)
 
 
 def claims(store: Store, count: int = 4) -> list[Claim]:
@@ -64,7 +64,7 @@ def test_a_sweep_s_members_are_jobs_that_name_it(store: Store) -> None:
 def test_all_members_are_queued_or_none(store: Store) -> None:
     good, bad = submission(name="a-1"), replace(submission(name="a-2"), data={"path": object()})  # no JSON
     with pytest.raises(Exception, match="JSON serializable"):
-        store.sweeps.submit(NewSweep(name="a", user="ada", varied={}), [good, bad])
+        store.sweeps.submit(NewSweep(name="a", varied={}), [good, bad])
     assert store.jobs.matching() == [] and store.sweeps.several(range(10)) == []
 
 

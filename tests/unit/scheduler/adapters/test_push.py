@@ -283,7 +283,7 @@ def test_what_must_stay_in_the_lab_is_refused_before_the_hub_is_asked(lab: Lab) 
 
 
 def test_what_began_from_a_sweep_s_member_that_must_stay_is_refused(lab: Lab) -> None:
-    new = NewSweep(name="tuned", user=USER, varied={"lora.r": "4"})
+    new = NewSweep(name="tuned", varied={"lora.r": "4"})
     sweep_id = lab.store.sweeps.submit(new, [lab.job()])
     begun = lab.job(lora={"init_from": {"sweep": sweep_id}})
     last = lab.store.jobs.submit(replace(begun, spec=settle_predecessors(begun.spec, lab.store)))

@@ -51,7 +51,7 @@ def test_the_followers_of_a_sweep_s_members_are_cancelled_with_it(upgraded_home:
     """First, so that none starts once the last member has ended."""
     environment = {"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"}
     store = Store(connect(load_settings(environment)))
-    varied = NewSweep(name="tuned", user="ada", varied={"lora.r": "8,16"}, rungs=None, trials=None, seed=None)
+    varied = NewSweep(name="tuned", varied={"lora.r": "8,16"}, rungs=None, trials=None, seed=None)
     number = store.sweeps.submit(varied, [submission(), submission()])
     first, second = (member.job_id for member in store.sweeps.get(number).members)
     after = store.jobs.submit(submission(after=[second]))
@@ -88,7 +88,7 @@ def test_a_ctrl_c_among_the_followers_leaves_the_sweep_alone(
     """But not one of them that has ended meanwhile: then the others go on, and the sweep is cancelled."""
     environment = {"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"}
     store = Store(connect(load_settings(environment)))
-    varied = NewSweep(name="tuned", user="ada", varied={"lora.r": "8,16"}, rungs=None, trials=None, seed=None)
+    varied = NewSweep(name="tuned", varied={"lora.r": "8,16"}, rungs=None, trials=None, seed=None)
     number = store.sweeps.submit(varied, [submission(), submission()])
     members = [member.job_id for member in store.sweeps.get(number).members]
     follower = store.jobs.submit(submission(after=[members[1]]))

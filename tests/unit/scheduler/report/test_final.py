@@ -47,7 +47,7 @@ def shows_it(text: str) -> bool:
 def test_only_the_winner_s_are_shown_and_each_look_is_a_row(store: Store, tmp_path: Path) -> None:
     lab = webs.SeededLab(store=store, artifacts=ArtifactStore(tmp_path.as_uri()), now=store.now())
     members = [replace(submission(lora=1, name="triage"), spec=webs.spec(name="triage", lora={"r": r})) for r in (4, 8)]
-    store.sweeps.submit(NewSweep(name="triage", user="ada", varied={"lora.r": "4,8"}), members)
+    store.sweeps.submit(NewSweep(name="triage", varied={"lora.r": "4,8"}), members)
     first, second = claims(store, 2)
     finish(lab, first, 1.0)
     assert not shows_it(told(compare(lab))), "the sweep goes on: its winner is not chosen yet"

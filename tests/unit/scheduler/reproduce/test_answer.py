@@ -168,7 +168,7 @@ def test_a_job_without_room_for_a_label_is_refused(store: Store, tmp_path: Path)
 
 
 def test_it_begins_from_the_member_that_was_chosen_and_waits_for_nobody(store: Store, tmp_path: Path) -> None:
-    new = NewSweep(name="tuned", user="ada", varied={"lora.r": "16"})
+    new = NewSweep(name="tuned", varied={"lora.r": "16"})
     sweep_id = store.sweeps.submit(new, [submission(max_retries=0), submission(max_retries=0)])
     begun = settle_predecessors(spec(lora={"init_from": {"sweep": sweep_id}}), store)
     last = store.jobs.submit(replace(submission(), spec=begun))

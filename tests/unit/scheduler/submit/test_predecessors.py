@@ -180,7 +180,7 @@ def test_no_edit_lets_a_job_start_without_the_adapter_that_it_needs(store: Store
 
 @SQLITE_ALONE
 def test_a_job_like_one_of_a_sweep_s_best_begins_from_the_same_member(store: Store) -> None:
-    new = NewSweep(name="tuned", user="ada", varied={"lora.r": "16"})
+    new = NewSweep(name="tuned", varied={"lora.r": "16"})
     sweep_id = store.sweeps.submit(new, [submission(lora=1, qlora=1)])
     settled = settle_predecessors(spec(lora={"init_from": {"sweep": sweep_id}}), store)
     last = store.jobs.submit(replace(submission(lora=1, qlora=1), spec=settled))
@@ -194,7 +194,7 @@ def test_a_job_like_one_of_a_sweep_s_best_begins_from_the_same_member(store: Sto
 @SQLITE_ALONE
 @pytest.mark.parametrize("change", ["lora.init_from={{sweep: {}}}", "lora.init_from.sweep={}"])
 def test_a_best_member_chosen_before_an_edit_named_another_sweep_is_forgotten(store: Store, change: str) -> None:
-    new = NewSweep(name="tuned", user="ada", varied={"lora.r": "16"})
+    new = NewSweep(name="tuned", varied={"lora.r": "16"})
     first, second = (store.sweeps.submit(new, [submission(lora=1, qlora=1)]) for _ in range(2))
     settled = settle_predecessors(spec(lora={"init_from": {"sweep": first}}), store)
     last = store.jobs.submit(replace(submission(lora=1, qlora=1), spec=settled))
@@ -210,7 +210,7 @@ def test_a_best_member_chosen_before_an_edit_named_another_sweep_is_forgotten(st
 
 @SQLITE_ALONE
 def test_a_job_that_waits_for_a_sweep_s_best_may_begin_from_a_member_that_has_ended(store: Store) -> None:
-    new = NewSweep(name="tuned", user="ada", varied={"lora.r": "16,16"})
+    new = NewSweep(name="tuned", varied={"lora.r": "16,16"})
     sweep_id = store.sweeps.submit(new, [submission(lora=1, qlora=1), submission(lora=1, qlora=1)])
     settled = settle_predecessors(spec(lora={"init_from": {"sweep": sweep_id}}), store)
     last = store.jobs.submit(replace(submission(lora=1, qlora=1), spec=settled))

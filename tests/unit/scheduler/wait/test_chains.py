@@ -95,7 +95,7 @@ def test_only_what_helps_is_advised(store: Store) -> None:
     store.jobs.cancel(first, "ada")
     assert remedies(store, any_end) == (f"Start without: loractl edit {any_end} --set after=[]",)
     assert remedies(store, begun) == (f"Queue that one again: loractl retry {first}",)
-    new = NewSweep(name="tuned", user="ada", varied={"lora.r": "16"})
+    new = NewSweep(name="tuned", varied={"lora.r": "16"})
     sweep_id = store.sweeps.submit(new, [submission(lora=1, qlora=1)])
     member = store.sweeps.get(sweep_id).members[0].job_id
     best = queue(store, "best", member, after_any=True, lora={"init_from": {"sweep": sweep_id}})

@@ -93,8 +93,8 @@ def test_messages_are_told_by_channel_and_by_what_became_of_them(own_web: Web, m
     lab, ops = own_web.lab, Channel(name="ops", kind="slack", url="https://hooks.slack.com/services/SECRET")
     waiting = value(scrape(own_web), "loractl_notifications", channel="ops", state="waiting")
     for delivery in (Delivery(sent=True), Delivery(why="HTTP 410")):
-        parcel = lab.store.outbox.lease((ops,), 90.0)
-        assert parcel is not None and lab.store.outbox.settle(parcel, delivery)
+        message = lab.store.outbox.lease((ops,), 90.0)
+        assert message is not None and lab.store.outbox.settle(message, delivery)
     after = scrape(own_web)
     assert value(after, "loractl_notifications", channel="ops", state="waiting") == waiting - 2 > 0
     assert value(after, "loractl_notifications", channel="ops", state="sent") == 1

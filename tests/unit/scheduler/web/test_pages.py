@@ -123,7 +123,7 @@ def test_a_sweep_without_a_result_offers_no_comparison(own_web: Web) -> None:
     """The command was there to be copied, and ended with an error."""
     one = webs.submission(lora=1, user="mara", name="late")
     members = [replace(one, spec=webs.spec(name="late", lora={"r": r})) for r in (4, 8)]
-    own_web.lab.store.sweeps.submit(webs.NewSweep(name="late", user="mara", varied={"lora.r": "4,8"}), members)
+    own_web.lab.store.sweeps.submit(webs.NewSweep(name="late", varied={"lora.r": "4,8"}), members)
     page = words(own_web.client.get("/sweeps/2").text)
     assert "loractl cancel --sweep 2" in page and "loractl compare" not in page
 
@@ -132,7 +132,7 @@ def test_a_sweep_whose_losses_cannot_be_compared_has_no_best_member(own_web: Web
     one, key = webs.submission(lora=1, user="mara", name="late"), "max_length"
     members = [replace(one, spec=webs.spec(name="late", dataset={"path": "org/data", key: most})) for most in (64, 128)]
     varied = {f"dataset.{key}": "64,128"}
-    own_web.lab.store.sweeps.submit(webs.NewSweep(name="late", user="mara", varied=varied), members)
+    own_web.lab.store.sweeps.submit(webs.NewSweep(name="late", varied=varied), members)
     said = f"osses of different dataset.{key} can't be compared"
     assert f"L{said}, so no member is the best." in words(own_web.client.get("/sweeps/2").text)
     assert f"losses of different dataset.{key} " in own_web.client.get("/sweeps").text, "as the dash's title"

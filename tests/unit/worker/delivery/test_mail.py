@@ -19,7 +19,7 @@ from loractl.worker.delivery.messenger import deliver
 
 from .... import receivers, tls
 from ....services import free_port
-from .parcels import parcel
+from .due import due
 
 
 class Mailbox:
@@ -48,7 +48,7 @@ def mail_server(mailbox: Mailbox, **options: Any) -> Iterator[int]:
 
 def told(url: str) -> Delivery:
     to = ("ada@lab.example", "boss@lab.example")
-    return deliver(Channel(name="mail", kind="mail", url=url, sender="loractl@lab.example", to=to), parcel(), 2.0)
+    return deliver(Channel(name="mail", kind="mail", url=url, sender="loractl@lab.example", to=to), due(), 2.0)
 
 
 def test_a_mail_arrives_with_its_result_in_the_subject() -> None:

@@ -17,7 +17,7 @@ from loractl.worker.delivery.messenger import deliver
 from loractl.worker.delivery.sending import mail
 
 from .... import receivers
-from .parcels import WEBHOOK_SECRET, parcel
+from .due import WEBHOOK_SECRET, due
 
 HOSTILE = "x\r\nBcc: all@lab.example\r\nX-Admin: yes <!channel> @everyone & <b>"
 
@@ -27,7 +27,7 @@ def posted(channel: Channel, **said: str) -> receivers.Received:
     with receivers.receiver(receivers.status(200)) as made:
         url = f"http://127.0.0.1:{made.port}{channel.url}"
         there = Channel(name=channel.name, kind=channel.kind, url=url, secret=channel.secret)
-        assert deliver(there, parcel(**said)) == Delivery(sent=True)
+        assert deliver(there, due(**said)) == Delivery(sent=True)
     (request,) = made.requests
     assert "X-Admin" not in request.headers
     return request
@@ -60,9 +60,9 @@ def test_no_text_of_a_job_mentions_anybody_on_slack_or_discord() -> None:
 
 def test_no_text_adds_a_header_to_a_mail() -> None:
     channel = Channel(name="ops", kind="mail", url="smtp://x", sender="loractl@lab.example", to=("ada@lab.example",))
-    fine = mail(channel, parcel())
+    fine = mail(channel, due())
     assert (fine["Subject"], fine["Message-ID"]) == ("triage-r32: better, loss 4.49 -> 0.25", "<msg_7@loractl.invalid>")
-    refused = deliver(channel, parcel(subject=HOSTILE))
+    refused = deliver(channel, due(subject=HOSTILE))
     assert (refused.sent, refused.again) == (False, False)
 
 
@@ -74,7 +74,7 @@ def test_a_command_gets_the_message_on_its_stdin_and_no_password(
         "import json, os, sys; json.dump([sys.argv, dict(os.environ), json.load(sys.stdin)], open(sys.argv[1], 'w'))"
     )
     command = (sys.executable, "-c", script, str(tmp_path / "got"))
-    assert deliver(Channel(name="ops", kind="command", command=command), parcel(text="$(reboot)")).sent
+    assert deliver(Channel(name="ops", kind="command", command=command), due(text="$(reboot)")).sent
     argv, environment, message = json.loads((tmp_path / "got").read_text())
     assert len(argv) == 2
     assert not any(name.startswith("LORACTL") for name in environment)
@@ -91,5 +91,5 @@ def test_a_command_gets_the_message_on_its_stdin_and_no_password(
     ids=["fails", "hangs", "missing"],
 )
 def test_a_command_that_fails_or_hangs_is_tried_again(command: tuple[str, ...], why: str) -> None:
-    delivery = deliver(Channel(name="ops", kind="command", command=command), parcel(), 0.3)
+    delivery = deliver(Channel(name="ops", kind="command", command=command), due(), 0.3)
     assert delivery == Delivery(again=True, why=why)

@@ -24,7 +24,7 @@ from loractl.worker.delivery.messenger import Messenger
 from .... import receivers
 from ....databases import SQLITE_ALONE
 from ...factories import RESULT, submission, take
-from .parcels import WEBHOOK_SECRET
+from .due import WEBHOOK_SECRET
 
 SENDER = """
 import sys, time

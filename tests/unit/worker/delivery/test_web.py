@@ -14,7 +14,7 @@ from loractl.worker.delivery.messenger import deliver
 
 from .... import receivers, tls
 from ....services import free_port
-from .parcels import WEBHOOK_SECRET, parcel
+from .due import WEBHOOK_SECRET, due
 
 DEADLINE_S = 0.6
 
@@ -22,7 +22,7 @@ DEADLINE_S = 0.6
 def told(url: str) -> Delivery:
     """What comes of one try, which must end soon after its deadline and keep nothing of the receiver or its address."""
     began = time.monotonic()
-    delivery = deliver(Channel(name="ops", kind="webhook", url=url, secret=WEBHOOK_SECRET), parcel(), DEADLINE_S)
+    delivery = deliver(Channel(name="ops", kind="webhook", url=url, secret=WEBHOOK_SECRET), due(), DEADLINE_S)
     assert time.monotonic() - began < DEADLINE_S + 5
     assert not {"ANSWER", "S3CRET", "elsewhere.example"} & set(delivery.why.replace("-", " ").split())
     return delivery
