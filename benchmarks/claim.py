@@ -129,11 +129,11 @@ def fill(engine: Engine, mix: Mix, count: int, now: dt.datetime) -> None:
         least = least_need(METHODS, need)
         rows.append(
             {
-                "name": "bench", "user": user, "labels": {}, "spec": spec, "spec_hash": "0" * 64,
+                "name": "bench", "user": user, "labels": {}, "spec": spec,
                 "base_model": "org/model", "data": {}, "priority": priority, "vram_lora": need.lora,
                 "vram_qlora": need.qlora, "vram_needed": least, "vram_class": vram_class(least), "planned": vars(need),
                 "queue_key": queue_key(priority, least, {}, user), "methods": [m.value for m in METHODS],
-                "max_retries": 2, "status": Status.QUEUED, "cancel_requested": False, "held": False, "attempt": 0,
+                "max_retries": 2, "status": Status.QUEUED, "held": False, "attempt": 0,
                 "retries_used": 0, "submitted_at": now - dt.timedelta(seconds=mix.waited_s),
             }
         )  # fmt: skip

@@ -22,7 +22,8 @@ from sqlalchemy import Engine, delete, insert, text
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.card_hours import by_hour
-from loractl.common.store.queries.usage import SUMS, CardUse, label_set, record
+from loractl.common.placement.gangs import GangShare
+from loractl.common.store.queries.usage import SUMS, label_set, record
 from loractl.common.store.records import Claim, NodeState
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
@@ -101,7 +102,7 @@ def _usage(name: str, store: Store, attempts: int) -> None:
     with store.begin(read_only=False) as tx:
         for one in month[:ONE_BY_ONE]:
             job = Job(job_id=0, user=one.user, labels=one.labels, status=Status.SUCCEEDED, reason=Reason.OK, attempt=1)
-            record(tx, job, [CardUse(node=f"box:{one.card}", bytes=one.gib * GIB)], one.start, one.end)
+            record(tx, job, [GangShare(node=f"box:{one.card}", bytes=int(one.gib * GIB))], one.start, one.end)
     each = (time.perf_counter() - began) / min(attempts, ONE_BY_ONE) * 1000
     print(f"{name:<12}{attempts} attempts, {each:.2f} ms for the sums of one")
     _write_all(store, month)

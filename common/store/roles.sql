@@ -63,7 +63,7 @@ GRANT EXECUTE ON FUNCTION loractl_login(), loractl_change(bigint, text, jsonb, j
   TO loractl_submit, loractl_worker;
 
 -- worker, gc, adapters bind, drain and undrain: everything of a job's row but what was asked, and by whom
-GRANT UPDATE (status, reason, message, stage, cancel_requested, preempted_by, held, not_before, retries_used, ended_at,
+GRANT UPDATE (status, reason, message, stage, preempted_by, held, not_before, retries_used, ended_at,
     awaits, held_too, ancestor,
     token, lease_expires_at, step, total_steps, loss, tokens_per_second, eta_seconds, eta_spread_seconds, evaluated,
     to_evaluate, attempt,
@@ -150,8 +150,8 @@ DECLARE
     WHEN 'cancelled' THEN '{status,reason,message,held,ended_at}'
     WHEN 'held' THEN '{message,held,held_too}'
     WHEN 'retry' THEN '{status,reason,message,held,held_too,ended_at,not_before,retries_used,step,total_steps,loss,
-      tokens_per_second,cancel_requested,lab_failures,lab_step,avoids,result_until}'
-    WHEN 'edited' THEN '{name,labels,spec,spec_hash,priority,methods,preemptible,version,max_retries,vram_lora,
+      tokens_per_second,lab_failures,lab_step,avoids,result_until}'
+    WHEN 'edited' THEN '{name,labels,spec,priority,methods,preemptible,version,max_retries,vram_lora,
       held,awaits,held_too,checkpoint_s,begun_bf16,
       vram_qlora,vram_needed,vram_class,planned,need_key,family,engine,queue_key,lora_until,adjustment,gangs,roomy}'
     END;
@@ -166,7 +166,6 @@ BEGIN
     WHEN 'held' THEN before.status = 'queued' AND after.held AND after.held_too = (after.awaits IS NOT NULL)
     WHEN 'retry' THEN (before.status IN ('failed', 'cancelled') OR before.status = 'queued' AND before.held) AND
       after.status = 'queued' AND after.held = (after.awaits IS NOT NULL) AND NOT after.held_too AND
-      NOT after.cancel_requested AND
       after.retries_used = 0 AND after.lab_failures = 0 AND
       concat(after.reason, after.message, after.ended_at, after.not_before, after.step, after.total_steps, after.loss,
         after.tokens_per_second, after.lab_step, nullif(after.avoids::text, 'null')) = '' AND
@@ -176,7 +175,7 @@ END $$;
 -- Whether a person may write a job like this; loractl_submit asks.
 CREATE OR REPLACE FUNCTION loractl_is_new(job jobs) RETURNS boolean LANGUAGE sql
 SET search_path = pg_catalog, public, pg_temp AS $$
-  SELECT job.status = 'queued' AND job.attempt = 0 AND NOT job.cancel_requested AND
+  SELECT job.status = 'queued' AND job.attempt = 0 AND
     job.held = (job.awaits IS NOT NULL) AND NOT job.held_too AND coalesce(job.awaits, 0) < job.job_id AND
     job.retries_used = 0 AND job.lab_failures = 0 AND
     concat(job.token, job.adapter_uri, job.report_uri, job.result_host, job.manifest_sha256, job.reason, job.message,

@@ -4,10 +4,10 @@ Annotations are values here, not texts: SQLAlchemy would evaluate the text of ea
 """
 
 import datetime as dt
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from sqlalchemy import ForeignKey, Index, MetaData, String, Text, TextClause, bindparam, exists, false, or_, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy import ForeignKey, Index, MetaData, String, Text, TextClause, bindparam, exists, false, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
 
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method, Roomy, Ways
@@ -153,7 +153,6 @@ class Job(Base):
     user: Mapped[str]
     labels: Mapped[Labels]
     spec: Mapped[dict[str, Any]] = mapped_column(Json(shapes.anything, most=MIB))
-    spec_hash: Mapped[str] = mapped_column(Characters(64))
     base_model: Mapped[str] = mapped_column(Prose())
     # stored data sets: {"path": {"uri", "sha256", "rows"}, "more.0": ..., "eval_path": ...}
     data: Mapped[dict[str, Any]] = mapped_column(Json(object_of(optional(_DATA_SET)), most=MIB))
@@ -196,7 +195,6 @@ class Job(Base):
     reason: Mapped[Reason | None] = mapped_column(Words(Reason))
     message: Mapped[str | None] = mapped_column(Prose())  # why, in one sentence
     stage: Mapped[Stage | None] = mapped_column(Words(Stage))
-    cancel_requested: Mapped[bool] = mapped_column(default=False)
     preemptible: Mapped[bool] = mapped_column(default=False)
     preempted_by: Mapped[int | None] = mapped_column(RowNumber())  # the job that this running one gives way to
     version: Mapped[str | None] = mapped_column(Characters(32))  # of the loractl that wrote the spec
@@ -235,6 +233,9 @@ class Job(Base):
     report_uri: Mapped[str | None] = mapped_column(Prose())
     manifest_sha256: Mapped[str | None] = mapped_column(Characters(64))  # of its result; null: of an earlier version
     sweep_id: Mapped[int | None] = mapped_column(RowNumber())  # the sweep that it belongs to
+
+    if TYPE_CHECKING:
+        cancel_requested: Mapped[bool]  # ASKED_TO_STOP
 
     @property
     def after(self) -> list[int]:
@@ -376,7 +377,6 @@ class Node(Base):
     kind: Mapped[str] = mapped_column(Characters(8))  # nvml, cpu, sim
     total: Mapped[Bytes]
     free: Mapped[Bytes]  # what a new job may take
-    reserved: Mapped[Bytes]  # by running jobs
     # other people's processes: pid, user, name, bytes
     outside: Mapped[list[dict[str, Any]]] = mapped_column(Json(list_of(_PROGRAM), []))
     outside_bytes: Mapped[Bytes]  # held by programs that are not ours, now or a short while ago
@@ -435,7 +435,7 @@ class Lock(Base):
 
 
 class Wish(Base):
-    """A request to cancel a running job. The job's next heartbeat reads it; ending the job deletes it."""
+    """A request to cancel a running job. The job's heartbeats read it; its end deletes it."""
 
     __tablename__ = "wishes"
 
@@ -444,8 +444,10 @@ class Wish(Base):
     at: Mapped[Timestamp]
 
 
-ASKED_TO_STOP = or_(Job.cancel_requested, exists().where(Wish.job_id == Job.job_id)).label("cancel_requested")
-"""Whether somebody has asked a running job to stop, even if no heartbeat has read the wish yet."""
+ASKED_TO_STOP = exists().where(Wish.job_id == Job.job_id).correlate_except(Wish).label("cancel_requested")
+"""Whether somebody has asked a running job to stop."""
+
+Job.cancel_requested = column_property(ASKED_TO_STOP.element)
 
 
 class DrainOrder(Base):

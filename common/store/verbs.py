@@ -112,9 +112,9 @@ class JobVerbs(Subject):
     edit = writes(submissions.edit)
     followers = reads(followers.read_followers)
 
-    get = reads(jobs.read_one)
+    get = reads(jobs.read_job)
     numbered = reads(jobs.read_numbered)
-    matching = reads(jobs.read_matching)
+    matching = lists(jobs.matching)
     newest = lists(jobs.newest)
     ended = lists(jobs.ended)
     glance = reads(jobs.read_glance)
@@ -125,7 +125,6 @@ class JobVerbs(Subject):
     metrics = lists(jobs.metrics)
     thinned = reads(jobs.read_course)
     log = lists(jobs.log)
-    log_part = lists(jobs.log_part)
     log_end = reads(jobs.read_log_end)
 
     ready = reads(decisions.read_ready)
@@ -170,7 +169,6 @@ class AttemptVerbs(Subject):
     beat = writes(heartbeats.beat)
     keep_checkpoint = writes(heartbeats.keep_checkpoint)
     finish = writes(endings.finish)
-    give_back = writes(endings.give_back)
 
     of_job = lists(jobs.attempts)
     shares = lists(shares.of_job)
@@ -284,7 +282,6 @@ class UsageVerbs(Subject):
     card_hours = reads(spent.read_card_hours)
     allowances = reads(spent.read_allowances)
     past = reads(spent.read_past)
-    users = reads(usage.read_users)
     set_quota = writes(usage.set_quota)
     remove_quota = writes(usage.remove_quota)
 

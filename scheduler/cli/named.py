@@ -56,9 +56,11 @@ def jobs_named(store: Store, texts: Sequence[str]) -> list[int]:
 
 def warn_of_unknown_user(store: Store, user: str) -> None:
     """Tell a person that this name is nobody's here: a typing slip, or somebody new."""
-    known = store.usage.users()
-    if user not in known:
-        close = slip_of(user, sorted(known))
+    from loractl.common.store.records import Choice, Page
+
+    known = store.jobs.users()
+    if user not in known and not store.jobs.newest(Choice(user=user), Page(limit=1)):
+        close = slip_of(user, known)
         meant = f"; did you mean {clean_line(close)}?" if close else "."
         click.echo(f"Warning: nobody called {clean_line(user)} has submitted a job here{meant}", err=True)
 

@@ -42,7 +42,7 @@ class DeviceState:
     kind: str  # nvml, cpu, sim
     total: int
     free: int  # what a new job may take
-    reserved: int  # by running jobs, as its worker saw it last
+    reserved: int  # by running jobs
     outside: tuple[Mapping[str, Any], ...]  # processes of other people: pid, user, name, bytes
     outside_bytes: int  # held by programs that are not ours, now or a short while ago
     used: Mapping[str, Any]  # bytes measured now, by job
@@ -98,7 +98,7 @@ class DeviceState:
 
 
 DEVICE_FIELDS = tuple(DeviceState.__annotations__)[:-5]
-"""The columns of a node, with `free` recomputed."""
+"""The columns of a node, and `reserved`. `free` is as of now."""
 
 
 STOPPED = "somebody's transaction holds the row fleet of locks: pg_stat_activity names it, pg_terminate_backend ends it"
@@ -150,11 +150,11 @@ def fleet_of(view: FleetView) -> Fleet:
 
 
 def _device(node: Node, card: Card, view: FleetView) -> DeviceState:
-    columns = {name: getattr(node, name) for name in DEVICE_FIELDS}
+    more = {"fault": fault_of(node), "free": card.free, "outside": tuple(node.outside)}
+    more["reserved"] = sum(job.reserved for job in card.running)
     silent_s = (view.now - node.seen_at).total_seconds()
-    more: dict[str, Any] = {"fault": fault_of(node), "free": card.free, "outside": tuple(node.outside)}
     return DeviceState(
-        **columns | more,
+        **more | {name: getattr(node, name) for name in DEVICE_FIELDS if name not in more},
         card=card,
         closed_by=_closed_by(view.drain_of(node.node)),
         silent_s=silent_s if silent_s > SILENT_S else None,

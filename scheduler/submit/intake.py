@@ -37,14 +37,6 @@ class Entry:
     warnings: tuple[str, ...]  # what could keep it waiting
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepEntry:
-    """A sweep just queued."""
-
-    sweep: SweepView
-    warnings: tuple[str, ...]
-
-
 def plan_all(drafts: Sequence[JobDraft], settings: Settings, store: Store | None) -> list[Submission]:
     """Each job's submission; all are checked before the first is written. Raises UsageError."""
     planned = []
@@ -96,8 +88,10 @@ def enqueue_all(submissions: Sequence[Submission], settings: Settings, store: St
     return entries
 
 
-def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settings, store: Store) -> SweepEntry:
-    """Write all members or none, and wake the nodes. Returns only the warnings about the largest member."""
+def enqueue_sweep(
+    new: NewSweep, members: Sequence[Submission], settings: Settings, store: Store
+) -> tuple[SweepView, list[str]]:
+    """Write all members or none, and wake the nodes. Returns the sweep, and warnings about its largest member alone."""
     classes = sorted({vram_class(member.first_need) for member in members})
     with open_sender(settings) as sender:
         sweep_id = store.sweeps.submit(new, members)
@@ -106,9 +100,7 @@ def enqueue_sweep(new: NewSweep, members: Sequence[Submission], settings: Settin
     pairs = zip(sweep.members, members, strict=True)
     largest, submission = max(pairs, key=lambda pair: pair[1].first_need or 0)
     outlook = _outlook(store, [store.jobs.get(largest.job_id)]).get(largest.job_id, ())
-    return SweepEntry(
-        sweep=sweep, warnings=(*doubts_of(f"job {largest.job_id}", submission, settings), *outlook, *away)
-    )
+    return sweep, [*doubts_of(f"job {largest.job_id}", submission, settings), *outlook, *away]
 
 
 def _outlook(store: Store, jobs: Sequence[Job]) -> dict[int, tuple[str, ...]]:

@@ -107,8 +107,8 @@ def _queue(draft: SweepDraft, job_file: Path, as_json: bool) -> None:
     warn(dict.fromkeys(_doubts(draft, settings)))
     specs = [with_own_channels(spec, settings) for spec in draft.specs]
     members = submissions(specs, settings, store, artifacts)
-    entry = enqueue_sweep(draft, members, settings, store)
-    show(SweepStanding(sweep=entry.sweep), as_json, lambda: queued_text(entry.sweep, detect_screen()))
-    warn(entry.warnings)
+    sweep, warnings = enqueue_sweep(draft, members, settings, store)
+    show(SweepStanding(sweep=sweep), as_json, lambda: queued_text(sweep, detect_screen()))
+    warn(warnings)
     if not as_json:
-        hint(f"Follow it: loractl status --sweep {entry.sweep.sweep_id}")
+        hint(f"Follow it: loractl status --sweep {sweep.sweep_id}")

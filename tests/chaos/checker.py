@@ -11,6 +11,8 @@ from typing import Any
 
 from loractl.common.artifacts import WEIGHTS, ArtifactStore, Binding, attempt_prefix
 from loractl.common.errors import ArtifactError
+from loractl.common.job.identity import spec_digest
+from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import OUTCOMES, TRANSITIONS, Reason, Status
 from loractl.worker.device.occupancy import run_mark
 
@@ -79,7 +81,8 @@ def examine(store: ArtifactStore, job: dict[str, Any], url: str | None = None) -
     uri = job["adapter_uri"] or ""
     prefix = uri.removeprefix(f"{url or store.url}/").removesuffix("/adapter")
     stored = Binding(prefix=prefix, manifest_sha256=job["manifest_sha256"])
-    link = last_link(job["spec_hash"], job["data"]["path"]["sha256"], job["spec"]["training"]["max_steps"])
+    asked = spec_digest(JobSpec.model_validate(job["spec"]))
+    link = last_link(asked, job["data"]["path"]["sha256"], job["spec"]["training"]["max_steps"])
     try:
         store.verify(stored)
         adapter = read_adapter(store.read_bytes(stored, WEIGHTS))

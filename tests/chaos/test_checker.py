@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from loractl.common.artifacts import ArtifactStore, manifest_sha256
+from loractl.common.job.identity import spec_digest
 from loractl.worker.device.occupancy import run_mark
 
+from ..unit.factories import spec
 from .checker import PROMISES, check, examine
 from .history import Act, AttemptRow, Change, History, Hit, Sighting, Span, Window
 from .successes import ANY_FAULT, NO_FAULT, tally
@@ -440,7 +442,8 @@ def test_a_checkpoint_that_the_suite_tore_need_not_be_resumed() -> None:
 
 
 def test_a_stored_result_is_whole_and_what_was_asked_for(tmp_path: Path) -> None:
-    folder, link = tmp_path / "result", last_link("spec", "data", 7)
+    asked = spec(training={"max_steps": 7})
+    folder, link = tmp_path / "result", last_link(spec_digest(asked), "data", 7)
     header = json.dumps({TENSOR: {"dtype": "U8", "shape": [32], "data_offsets": [0, 32]}}).encode()
     (folder / "adapter").mkdir(parents=True)
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + link)
@@ -450,12 +453,12 @@ def test_a_stored_result_is_whole_and_what_was_asked_for(tmp_path: Path) -> None
     job: dict[str, Any] = {
         "adapter_uri": f"{store.url}/jobs/1/attempt-1/adapter",
         "manifest_sha256": manifest_sha256(manifest),
-        "spec_hash": "spec",
         "data": {"path": {"sha256": "data"}},
-        "spec": {"training": {"max_steps": 7}},
+        "spec": asked.model_dump(mode="json"),
     }
     assert examine(store, job) is None
-    assert "lead to" in (examine(store, {**job, "spec": {"training": {"max_steps": 8}}}) or ""), "a step is missing"
+    more = spec(training={"max_steps": 8}).model_dump(mode="json")
+    assert "lead to" in (examine(store, {**job, "spec": more}) or ""), "a step is missing"
     stored = tmp_path / "store" / "jobs" / "1" / "attempt-1" / "adapter" / "adapter_model.safetensors"
     stored.write_bytes(stored.read_bytes()[:-1])
     assert "does not match its manifest" in (examine(store, job) or "")

@@ -435,7 +435,7 @@ def test_a_login_that_uses_up_all_connections_stops_no_box(real_services: None) 
 
 def _asked_and_held(owner: Engine) -> list[str]:
     """What of the running jobs only their trainers change, and their histories."""
-    columns = "job_id, name, status, token, node, attempt, retries_used, message, reason, ended_at, cancel_requested"
+    columns = "job_id, name, status, token, node, attempt, retries_used, message, reason, ended_at"
     told = "SELECT job_id, attempt, kind, text FROM events WHERE kind <> 'queued' AND kind <> 'edited' AND job_id < 11"
     with owner.connect() as connection:
         rows = connection.execute(text(f"SELECT {columns} FROM jobs WHERE job_id < 11 ORDER BY job_id"))

@@ -39,7 +39,7 @@ from loractl.scheduler.web.site import make_site
 from ..conftest import Cli
 from ..models import write_helpdesk
 from ..roles import Logins, role
-from ..unit.factories import RESULT, submission, take
+from ..unit.factories import RESULT, node_state, submission, take
 
 
 def test_who_submits_can_submit_cancel_hold_retry_and_read(person: Store, box: Store) -> None:
@@ -427,7 +427,7 @@ BY_HAND = [
     # job 1 runs, job 2 waits, job 3 is somebody else's and has succeeded, job 4 is that one's and waits
     "UPDATE jobs SET status = 'cancelled' WHERE status = 'queued'",
     "UPDATE jobs SET message = 'bad result, do not use' WHERE status = 'succeeded'",
-    "UPDATE jobs SET cancel_requested = cancel_requested",
+    "UPDATE jobs SET held = held",
     "SELECT * FROM jobs FOR UPDATE",
     "SELECT * FROM jobs FOR KEY SHARE",
     "SELECT * FROM locks FOR UPDATE",
@@ -655,7 +655,7 @@ def test_a_worker_can_run_jobs_to_their_end_and_clean_up(person: Store, box: Sto
     assert isinstance(second, Claim)
     box.attempts.finish(second, Reason.OUT_OF_MEMORY, "out of memory", Progress())
     assert isinstance(take(box), Claim)
-    box.attempts.give_back("box:0")
+    box.cards.arrive(node_state("box:0"))
     assert box.cards.take_turn("box:0", 5, 15) is not None
     for verb in (box.attempts.reap, box.jobs.end_patience, box.cards.preempt, box.cards.fleet, box.results.spent_logs):
         verb()

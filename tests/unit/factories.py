@@ -91,7 +91,7 @@ def take(store: Store, free: int = PLENTY, node: str = "box:0", **state: Any) ->
 def job(**changed: Any) -> Job:
     """A row as the store would return it, waiting unless told otherwise."""
     row: dict[str, Any] = {
-        "job_id": 7, "name": "helpdesk", "user": "ada", "labels": {}, "spec": {}, "spec_hash": "0" * 64,
+        "job_id": 7, "name": "helpdesk", "user": "ada", "labels": {}, "spec": {},
         "base_model": "org/model-135M", "data": {}, "priority": 0, "vram_lora": None, "vram_qlora": None,
         "vram_needed": 8 * GIB, "vram_class": 8, "methods": ["lora", "qlora"], "lora_until": None,
         "result_host": None, "result_until": None,
@@ -109,7 +109,7 @@ def job(**changed: Any) -> Job:
 
 def node(name: str = "box:0", **changed: Any) -> Node:
     """A device's row, seen at NOON."""
-    return Node(**{**vars(node_state(name)), "free": 47 * GIB, "reserved": 0, "seen_at": NOON, **changed})
+    return Node(**{**vars(node_state(name)), "free": 47 * GIB, "seen_at": NOON, **changed})
 
 
 def _bytes(size: float | None) -> int | None:

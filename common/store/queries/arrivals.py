@@ -21,7 +21,7 @@ def arrive(tx: Transaction, state: NodeState) -> Arrival:
     """
     now, me = tx.now(), identity(state)
     # first, so that of two new nodes with one name the second waits here, and then finds the first
-    tx.add_new(Node, [{**vars(state), "seen_at": now, "free": 0, "reserved": 0}])
+    tx.add_new(Node, [{**vars(state), "seen_at": now, "free": 0}])
     row = tx.session.scalars(select(Node).where(Node.node == state.node).with_for_update()).one()
     it = identity(row)
     if it == me:

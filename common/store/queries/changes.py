@@ -1,8 +1,8 @@
 """A person's changes of jobs, as they are written: a guarded update on SQLite, a function on PostgreSQL, whose work the
 commit does.
 
-On PostgreSQL a request to cancel a running job is a wish, a row of its own, which the next heartbeat reads: so it waits
-for nobody who has locked the job's row.
+A request to cancel a running job is a wish, a row of its own, which the next heartbeat reads: so it waits for nobody
+who has locked the job's row.
 """
 
 from __future__ import annotations
@@ -58,8 +58,6 @@ def change_row(
     tail = storable(tail).translate({10: " ", 13: " "})  # one line of the history, as loractl_change writes it
     expected = {**seen(job), **(expected or {})}
     said = f"{_SAID[kind]} by {user}{tail}"
-    if kind == "cancel" and not tx.has_functions:
-        new = {"cancel_requested": True}  # no wish: nobody keeps a row locked, and an earlier worker reads this, too
     over = {**new, "message": said} if kind in ("cancelled", "held") else new
     if tx.has_functions:
         asked = {"number": job.job_id, "kind": kind, "expected": as_json(expected), "new": as_json(new)}
@@ -73,7 +71,9 @@ def change_row(
     refuse_stranger(tx, job.job_id, _ASKS[kind], user)
     # SQLite has one writer at a time, so that the columns of JSON can't have changed since they were read
     as_read = [getattr(Job, name) == value for name, value in expected.items() if name in ("status", "attempt", "held")]
-    if not tx.change(update(Job).where(Job.job_id == job.job_id, *as_read).values(**over)):
+    if kind == "cancel":
+        tx.add_new(Wish, [{"job_id": job.job_id, "user": user, "at": tx.now()}])
+    elif not tx.change(update(Job).where(Job.job_id == job.job_id, *as_read).values(**over)):
         return None
     if "labels" in new:
         tx.session.execute(delete(JobLabel).where(JobLabel.job_id == job.job_id))
@@ -144,15 +144,12 @@ def _time(value: Any) -> str:
 
 
 def answer_wishes(tx: Transaction) -> None:
-    """Answer the wishes that no heartbeat has read: the job may have ended, or waited again, just then.
+    """Answer the wishes that no attempt has read: it may have ended, or given its job back, just then.
 
     For the node on the fleet's round.
     """
-    asked = select(Job).where(Job.job_id.in_(select(Wish.job_id))).order_by(Job.job_id)
+    asked = select(Job).where(Job.job_id.in_(select(Wish.job_id)), Job.status != Status.RUNNING).order_by(Job.job_id)
     for job in tx.session.scalars(asked.with_for_update(**SKIP_LOCKED)).all():
-        if job.status is Status.RUNNING:
-            job.cancel_requested = True
-            continue
         if job.status is Status.QUEUED:
             by = tx.session.scalars(select(Wish.user).where(Wish.job_id == job.job_id).order_by(Wish.at)).first()
             become(job, Status.CANCELLED)
@@ -163,7 +160,7 @@ def answer_wishes(tx: Transaction) -> None:
 
 
 def is_asked_to_stop(tx: Transaction, job_id: int) -> bool:
-    """Whether a person has asked for it and no heartbeat has read it yet."""
+    """Whether a person has asked for it."""
     return bool(tx.session.scalar(select(exists().where(Wish.job_id == job_id))))
 
 

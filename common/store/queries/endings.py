@@ -19,6 +19,7 @@ from loractl.common.job.status import (
     retry_delay_s,
 )
 from loractl.common.placement.cards import TIME_GROWTH
+from loractl.common.placement.gangs import GangShare
 from loractl.common.placement.lines import RESULT_FIRST_S
 from loractl.common.placement.shares import decayed, within_need
 from loractl.common.units import GIB
@@ -34,7 +35,6 @@ from .followers import release_followers
 from .heartbeats import is_of_attempt, record, storable_progress
 from .need import need_more
 from .outbox.notices import tell_of_job
-from .usage import CardUse
 from .usage import record as record_usage
 
 AVOIDED_S = 1800.0
@@ -173,7 +173,7 @@ def _end_attempt(
 ) -> None:
     """Close the running attempt and decide what becomes of the job. `card`: which one of several failed, if one did."""
     gave, card = job.vram_reserved, card or job.node or ""
-    job.cancel_requested = job.cancel_requested or is_asked_to_stop(tx, job.job_id)
+    asked = is_asked_to_stop(tx, job.job_id)
     parts, start = _parts(tx, job, now), job.started_at
     _charge(tx, job, parts, now)
     if reason is Reason.DRAINED:
@@ -189,7 +189,7 @@ def _end_attempt(
         note_success(tx, [job.node or "", *(share.node for share in beside)])
     elif outcome.counts:
         job.lab_failures = 0
-    may = outcome.retryable and not job.cancel_requested
+    may = outcome.retryable and not asked
     again = may and (not outcome.counts or job.retries_used < job.max_retries)
     if reason is Reason.OUT_OF_MEMORY and again:
         again, message = need_more(tx, job, card, gave or 0, message, now)
@@ -197,7 +197,7 @@ def _end_attempt(
     if again:
         _requeue(tx, job, card, reason, message, now)
     else:
-        _end_job(tx, job, reason, message, now)
+        _end_job(tx, job, reason, message, now, asked=asked and reason is not Reason.OK)
     if start is not None:
         record_usage(tx, job, parts, start, now)
 
@@ -211,8 +211,7 @@ def _learn_time(tx: Transaction, job: Job, now: dt.datetime) -> None:
         job.checkpoint_s = max(job.checkpoint_s or 0.0, TIME_GROWTH * (now - job.started_at).total_seconds())
 
 
-def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime) -> None:
-    asked = job.cancel_requested and reason is not Reason.OK
+def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.datetime, *, asked: bool) -> None:
     become(job, Status.CANCELLED if asked else OUTCOMES[reason].status)
     job.reason = Reason.CANCELLED if asked else reason
     job.ended_at = now
@@ -295,7 +294,7 @@ def _why_held(tx: Transaction, job: Job, card: str, message: str) -> str | None:
     return f"held: {text.format(job.lab_failures)}; the last on {card}: {message}"
 
 
-def _charge(tx: Transaction, job: Job, parts: Sequence[CardUse], now: dt.datetime) -> None:
+def _charge(tx: Transaction, job: Job, parts: Sequence[GangShare], now: dt.datetime) -> None:
     """Charge the attempt's part of its card to its user."""
     if job.started_at is None or not job.vram_reserved:
         return
@@ -305,17 +304,17 @@ def _charge(tx: Transaction, job: Job, parts: Sequence[CardUse], now: dt.datetim
     use.gib_hours, use.at = decayed(use.gib_hours, (now - use.at).total_seconds()) + had, now
 
 
-def _parts(tx: Transaction, job: Job, now: dt.datetime) -> list[CardUse]:
+def _parts(tx: Transaction, job: Job, now: dt.datetime) -> list[GangShare]:
     """Bytes of each card that the attempt had. What was measured counts where it is more than what was reserved."""
     own = tx.session.get(Attempt, (job.job_id, job.attempt), populate_existing=True)
     beside = read_beside(tx.session, [job.job_id]).get(job.job_id, [])
-    others = [CardUse(node=share.node, bytes=share.bytes) for share in beside]
+    others = [GangShare(node=share.node, bytes=share.bytes) for share in beside]
     reserved = job.vram_reserved or 0
     if own is not None and not beside:
         reserved = max(reserved, peak_of(own))
     if own is not None and own.roomy:
         reserved = within_need(reserved, job.vram_qlora if job.method == Method.QLORA.value else job.vram_lora)
-    return [CardUse(node=job.node or "", bytes=reserved), *others]
+    return [GangShare(node=job.node or "", bytes=reserved), *others]
 
 
 def _keep_result(tx: Transaction, job: Job, claim: Claim, result: StoredResult, now: dt.datetime) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Table, insert, select, update
+from sqlalchemy import ColumnElement, Table, exists, insert, select, update
 
 from loractl.common.artifacts import checkpoint_prefix
 from loractl.common.job.adjustment import without_room
@@ -15,7 +15,7 @@ from ..columns import misfits, part_of
 from ..fleet import takes_bf16
 from ..guard import EXPECTED, REACHED, mine
 from ..records import Beat, Claim, Progress, StoredCheckpoint, rung_points
-from ..tables import ASKED_TO_STOP, Attempt, Event, Job, LogChunk, MetricPoint, Node
+from ..tables import ASKED_TO_STOP, Attempt, Event, Job, LogChunk, MetricPoint, Node, Wish
 from ..transaction import SKIP_LOCKED, Transaction
 from .kept_files import keep
 from .need import plan_again
@@ -36,12 +36,11 @@ def beat(tx: Transaction, claim: Claim, progress: Progress) -> Beat:
     progress, left_out = storable_progress(progress)
     values = {name: value for name in _REPORTED if (value := getattr(progress, name)) is not None}
     limit = part_of(Job.spec, "resources", "time_limit")  # not the whole spec at each beat
-    wishes = (Job.cancel_requested, Job.preempted_by, limit.label("time_limit"))
+    asked = exists().where(Wish.job_id == claim.job_id).label("cancel_requested")
+    wishes = (asked, Job.preempted_by, limit.label("time_limit"))
     free = select(Job.job_id).where(Job.job_id == claim.job_id).with_for_update(**SKIP_LOCKED)
     alive = mine(claim).where(Job.job_id.in_(free)).returning(*wishes)
-    row = tx.session.execute(
-        alive.values(lease_expires_at=tx.now_in(tx.lease_s), cancel_requested=ASKED_TO_STOP.element, **values)
-    ).first()
+    row = tx.session.execute(alive.values(lease_expires_at=tx.now_in(tx.lease_s), **values)).first()
     if row is None:
         return _beat_beside(tx, claim)
     record(tx, claim, progress, left_out)

@@ -10,7 +10,6 @@ from typing import Any
 from sqlalchemy import ColumnElement, Select, and_, exists, func, or_, select, type_coerce, union
 from sqlalchemy import text as sql
 from sqlalchemy.orm import aliased
-from sqlalchemy.orm.attributes import set_committed_value
 from sqlalchemy.types import NullType
 
 from loractl.common.errors import JobNotFound
@@ -23,7 +22,6 @@ from loractl.common.units import LAST_NUMBER
 from ..columns import LONG_AGO
 from ..records import Choice, Page
 from ..tables import (
-    ASKED_TO_STOP,
     ON_SEVERAL_CARDS,
     WAITS,
     Attempt,
@@ -66,23 +64,7 @@ def read_job(tx: Transaction, job_id: int) -> Job:
     return job
 
 
-def read_one(tx: Transaction, job_id: int) -> Job:
-    """One job. Raises JobNotFound."""
-    return with_wishes(tx, [read_job(tx, job_id)])[0]
-
-
-def with_wishes(tx: Transaction, jobs: Sequence[Job]) -> list[Job]:
-    """The same jobs. Those that somebody has asked to stop say so, even if no heartbeat has read the wish yet."""
-    running = [job for job in jobs if job.status is Status.RUNNING and not job.cancel_requested]
-    wished = select(Job.job_id).where(Job.status == Status.RUNNING, ASKED_TO_STOP)
-    asked = set(tx.session.scalars(wished)) if running else set()
-    for job in running:
-        set_committed_value(job, "cancel_requested", job.job_id in asked)
-    return list(jobs)
-
-
-def read_matching(
-    tx: Transaction,
+def matching(
     *,
     statuses: Sequence[Status] = (),
     user: str | None = None,
@@ -90,7 +72,7 @@ def read_matching(
     ended_since: dt.datetime | None = None,
     sweep_id: int | None = None,
     limit: int | None = None,
-) -> list[Job]:
+) -> Select[Job]:
     """Jobs that match every given filter, newest first."""
     query = select(Job).where(*_chosen(Choice(user=user, label=label))).order_by(Job.job_id.desc())
     if statuses:
@@ -99,7 +81,7 @@ def read_matching(
         query = query.where(Job.ended_at >= ended_since)
     if sweep_id is not None:
         query = query.where(Job.sweep_id == sweep_id)
-    return with_wishes(tx, tx.session.scalars(query.limit(limit)).all())
+    return query.limit(limit)
 
 
 def read_numbered(tx: Transaction, job_ids: Collection[int]) -> dict[int, Job]:
@@ -143,7 +125,7 @@ def read_glance(
     running = select(Job).where(Job.status == Status.RUNNING, *chosen).order_by(Job.job_id)
     sweep_count, sweep_ids = _read_live_sweeps(tx, choice, most_sweeps)
     return Glance(
-        running=with_wishes(tx, tx.session.scalars(running).all()),
+        running=list(tx.session.scalars(running)),
         waiting=waiting[: page.limit],
         more_wait=len(waiting) > page.limit,
         waiting_count=tx.session.scalar(count) or 0,
@@ -215,15 +197,10 @@ def metrics(job_id: int, name: str) -> Select[MetricPoint]:
     return points.order_by(MetricPoint.attempt, MetricPoint.step)
 
 
-def log(job_id: int, after: int = 0) -> Select[LogChunk]:
-    """Log chunks of all attempts with a chunk_id above `after`."""
+def log(job_id: int, after: int = 0, most: int | None = None) -> Select[LogChunk]:
+    """Up to `most` log chunks of all attempts, with a chunk_id above `after`."""
     chunks = select(LogChunk).where(LogChunk.job_id == job_id, LogChunk.chunk_id > after)
-    return chunks.order_by(LogChunk.chunk_id)
-
-
-def log_part(job_id: int, after: int, chunks: int) -> Select[LogChunk]:
-    """Up to `chunks` chunks of a job's log, after the one with the number `after`."""
-    return log(job_id, after).limit(chunks)
+    return chunks.order_by(LogChunk.chunk_id).limit(most)
 
 
 def read_log_end(tx: Transaction, job_id: int, chunks: int) -> list[LogChunk]:

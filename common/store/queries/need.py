@@ -117,10 +117,10 @@ def replan_outdated(read: Callable[[], Transaction], write: Callable[[], Transac
     with read() as tx:
         here = list(itertools.islice(_plannable(tx), AT_ONCE))
         jobs = tx.session.scalars(select(Job).where(Job.job_id.in_(here)).order_by(Job.job_id)).all() if here else []
-    plans = [(job.job_id, plan) for job in jobs if (plan := _plan(job, read)) is not None]
+    plans = [(job.job_id, *found) for job in jobs if (found := _plan(job, read)) is not None]
     done: list[int] = []
     with write() as tx:
-        for job_id, (plan, ways) in plans:
+        for job_id, plan, ways in plans:
             tx.apart(job_id, partial(_take_plan, tx, job_id, plan, ways, done))
     return done
 

@@ -139,14 +139,11 @@ def _row(submission: Submission, now: dt.datetime, sweep_id: int | None) -> Job:
 
 def _asked(submission: Submission) -> dict[str, Any]:
     """The columns that say what is asked for, apart from its data."""
-    from loractl.common.job.identity import spec_digest
-
     spec = submission.spec
     return {
         "name": spec.name,
         "labels": dict(spec.labels),
         "spec": spec.model_dump(mode="json"),
-        "spec_hash": spec_digest(spec),
         "priority": spec.priority,
         "methods": [method.value for method in submission.methods],
         "preemptible": spec.preemptible,

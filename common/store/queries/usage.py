@@ -7,13 +7,13 @@ import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Reason
 from loractl.common.placement.card_hours import AHEAD, begin_of, by_hour, card_share
+from loractl.common.placement.gangs import GangShare
 from loractl.common.placement.shares import Allowance
 from loractl.common.units import GIB
 
@@ -24,15 +24,7 @@ _WAITS_FROM = ("queued", "requeued", "released", "retry", "patience")
 """Events after which a job waits for a card."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CardUse:
-    """Of what an attempt had: bytes of one card."""
-
-    node: str
-    bytes: float
-
-
-def record(tx: Transaction, job: Job, parts: Sequence[CardUse], start: dt.datetime, now: dt.datetime) -> float:
+def record(tx: Transaction, job: Job, parts: Sequence[GangShare], start: dt.datetime, now: dt.datetime) -> float:
     """Add up what an attempt had that ends now, by hour and card; returns its card hours. The job's row is as its
     end has left it, but for its start and its steps."""
     totals = read_totals(tx.session, [part.node for part in parts])
@@ -106,12 +98,6 @@ def set_quota(tx: Transaction, user: str, card_hours: float, window_s: int, by: 
     tx.put(Quota, "user", row)
     tx.session.flush()
     refresh_quotas(tx)
-
-
-def read_users(tx: Transaction) -> set[str]:
-    """Everybody who has submitted a job, used a card or been given a quota."""
-    columns = (Job.user, Usage.user, Quota.user)
-    return {user for column in columns for user in tx.session.scalars(select(column).distinct())}
 
 
 def remove_quota(tx: Transaction, user: str) -> bool:

@@ -168,7 +168,7 @@ class Pages:
         job = self._store.jobs.get(job_id)
 
         def part(after: int) -> tuple[str, int]:
-            chunks = self._store.jobs.log_part(job_id, after, 8)
+            chunks = self._store.jobs.log(job_id, after, 8)
             if not chunks and after == 0 and job.report_uri is not None:  # loractl gc keeps it only with the result
                 return self._shelf.stored_log(job_id), LARGEST
             return "".join(chunk.text for chunk in chunks), chunks[-1].chunk_id if chunks else 0

@@ -9,6 +9,7 @@ import pytest
 
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.status import Reason, Status
+from loractl.common.store.queries.endings import give_back
 from loractl.worker.attempt import trainer_run
 from loractl.worker.attempt.workplace import Workplace
 from loractl.worker.protocol.messages import (
@@ -115,11 +116,16 @@ def test_it_restarts_at_most_as_often_as_there_are_steps_down(held: HeldLab) -> 
     assert str(first.message).startswith("memory ran out again after each step down")
 
 
+def lose_lease(lab: HeldLab, _: Workplace) -> None:
+    with lab.store.begin(read_only=False) as tx:
+        give_back(tx, "heron:0")
+
+
 STOPS = {
     "a cancel": (lambda lab, place: lab.store.jobs.cancel(1, "ada"), Reason.CANCELLED),
     "a stop of the worker": (lambda lab, place: place.drain.ask("checkpoint"), Reason.DRAINED),
     "a second stop": (lambda lab, place: place.drain.ask("now"), Reason.DRAINED),
-    "a lost lease": (lambda lab, place: lab.store.attempts.give_back("heron:0"), Reason.WORKER_LOST),
+    "a lost lease": (lose_lease, Reason.WORKER_LOST),
 }
 
 

@@ -47,8 +47,7 @@ def see(tx: Transaction, state: NodeState) -> Card:
     mine = (Job.status == Status.RUNNING) & (Job.node == state.node)
     running = [*tx.session.execute(select(*OCCUPANT).where(mine)), *beside(tx.session, state.node)]
     card = card_of(Node(**vars(state), seen_at=now), running, now, drained_targets(tx.session, now))
-    reserved = sum(job.reserved for job in card.running)
-    seen = {**vars(state), "seen_at": now, "free": card.free, "reserved": reserved}
+    seen = {**vars(state), "seen_at": now, "free": card.free}
     row = storable_row(cast(Table, Node.__table__), seen)  # a sensor says what it likes
     stale = Node.seen_at < now - dt.timedelta(seconds=NODE_STALE_S)
     own = and_(*(getattr(Node, name) == value for name, value in vars(identity(state)).items()))

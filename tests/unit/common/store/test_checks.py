@@ -130,8 +130,11 @@ def columns_of(engine: Engine) -> dict[str, list[str]]:
     return {name: [f'CAST("{one["name"]}" AS text)' for one in found.get_columns(name)] for name in names}
 
 
-GONE = {"hosts": None, "attempts": ("host", "inside", "promised_at", "joined", "shared")}
-"""What revision 0041 has removed: a table, and columns."""
+GONE = {
+    "hosts": None, "attempts": ("host", "inside", "promised_at", "joined", "shared"),
+    "jobs": ("spec_hash", "cancel_requested"), "nodes": ("reserved",),
+}  # fmt: skip
+"""What revisions 0041 and 0042 have removed: a table, and columns."""
 
 
 def kept(columns: dict[str, list[str]]) -> dict[str, list[str]]:

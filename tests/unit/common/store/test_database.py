@@ -65,9 +65,9 @@ def test_a_job_number_is_never_given_twice(database_url: str) -> None:
     engine = make_engine(database_url)
     upgrade(engine)
     row = (
-        'INSERT INTO jobs (name, "user", labels, spec, spec_hash, base_model, data, priority, vram_class, max_retries, '
-        "status, cancel_requested, held, attempt, retries_used, submitted_at) VALUES ('a', 'b', '{}', '{}', 'c', 'd', "
-        "'{}', 0, 8, 0, 'queued', false, false, 0, 0, '2026-01-01 00:00:00') RETURNING job_id"
+        'INSERT INTO jobs (name, "user", labels, spec, base_model, data, priority, vram_class, max_retries, '
+        "status, held, attempt, retries_used, submitted_at) VALUES ('a', 'b', '{}', '{}', 'd', "
+        "'{}', 0, 8, 0, 'queued', false, 0, 0, '2026-01-01 00:00:00') RETURNING job_id"
     )
     with engine.begin() as connection:
         first = connection.execute(text(row)).scalar_one()

@@ -236,7 +236,7 @@ def test_a_power_cut_closes_no_box(timed: Store, clock: Clock) -> None:
         for user in "abcd":
             timed.jobs.submit(submission(user=f"{user}{cut}", lora=20, qlora=20))
             start(timed, "a:0")
-        assert len(timed.attempts.give_back("a:0")) == 4
+        assert len(timed.cards.arrive(node_state("a:0")).given_back) == 4
         assert set(timed.cards.drains()) == (set() if cut < 2 else {"a:0"})
         for row in timed.jobs.matching(statuses=[Status.QUEUED]):
             timed.jobs.cancel(row.job_id, "ada")

@@ -88,7 +88,7 @@ def test_a_card_whose_node_is_started_anew_ends_the_whole_job(store: Store) -> N
     show(store, "heron:0", "heron:1")
     job_id = store.jobs.submit(gang())
     mine = claimed(store)
-    assert store.attempts.give_back("heron:1") == [job_id]
+    assert store.cards.arrive(node_state("heron:1")).given_back == (job_id,)
     assert store.jobs.get(job_id).status is Status.QUEUED
     assert not store.attempts.beat(mine, NOTHING).accepted
     assert all(not card.running for card in store.cards.fleet().cards.values())
@@ -186,7 +186,7 @@ def test_a_lost_card_is_blamed_and_not_the_first(store: Store) -> None:
     show(store, "heron:0", "heron:1")
     job_id = store.jobs.submit(gang())
     claimed(store)
-    store.attempts.give_back("heron:1")
+    store.cards.arrive(node_state("heron:1"))
     assert set(store.jobs.get(job_id).avoids or {}) == {"heron:1"}
 
 
@@ -367,6 +367,6 @@ def test_a_job_on_several_cards_is_shown_as_one(store: Store) -> None:
 
 def test_what_one_of_several_cards_held_teaches_nothing_of_one_card(store: Store) -> None:
     show(store, "heron:0", "heron:1")
-    store.jobs.submit(replace(gang(), need_key="same"))
+    store.jobs.submit(gang(need_key="same"))
     store.attempts.finish(claimed(store), Reason.OUT_OF_MEMORY, "full", Progress(vram_process=20 * GIB))
     assert store.attempts.measured("same") == []

@@ -357,7 +357,7 @@ class Life(RuleBasedStateMachine):
     def give_back(self, node: str) -> None:
         """A node starts anew: what its predecessor ran is lost."""
         left = [j for j in self.known.values() if j.status is Status.RUNNING and j.node == node]
-        assert sorted(self.store.attempts.give_back(node)) == [j.job_id for j in left]
+        assert sorted(self.store.cards.arrive(node_state(node)).given_back) == [j.job_id for j in left]
         for job in left:
             job.end(Reason.WORKER_LOST, self.clock.now)
             self.let_go(job)

@@ -124,7 +124,8 @@ def test_jobs_that_shared_a_trainer_at_the_upgrade_go_on_from_their_checkpoints(
     upgraded(engine, as_before)
     see(store)
     assert [store.jobs.get(claim.job_id).status for claim in claims] == [Status.RUNNING] * 2 + [Status.QUEUED]
-    assert store.attempts.give_back("box:0") == [first.job_id, second.job_id], "the worker of this version begins"
+    begun = store.cards.arrive(node_state("box:0"))
+    assert begun.given_back == (first.job_id, second.job_id), "the worker of this version begins"
     for claim in claims:
         row = store.jobs.get(claim.job_id)
         assert (row.status, row.held, row.has_checkpoint) == (Status.QUEUED, False, True)

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from sqlalchemy import Connection, event, select, update
+from sqlalchemy import Connection, event, update
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import AdapterNotFound, JobNotFound, WrongState
@@ -115,15 +115,13 @@ def test_a_cancel_that_meets_the_end_of_an_attempt_is_true(upgraded_url: str) ->
     engine.dispose()
 
 
-def test_a_cancel_reaches_a_worker_that_knows_no_wishes_by_the_fleet_s_round(store: Store) -> None:
-    """One of an earlier version reads the job's row alone, and its beats are these."""
+def test_a_wish_lasts_as_long_as_the_attempt_that_it_is_for(store: Store) -> None:
     job_id = store.jobs.submit(submission())
     claim = take(store)
     assert isinstance(claim, Claim)
     assert store.jobs.cancel(job_id, "ada").cancel_requested
     assert store.cards.take_turn("box:0", 0, 0) is not None
-    with store.begin(read_only=True) as tx:
-        assert tx.session.scalar(select(Job.cancel_requested).where(Job.job_id == job_id))
+    assert store.jobs.get(job_id).cancel_requested and store.attempts.beat(claim, Progress()).cancel_requested
     store.attempts.finish(claim, Reason.CANCELLED, "stopped", Progress())
     assert store.jobs.retry(job_id, "ada").cancel_requested is False
     assert isinstance(take(store), Claim), "the wish went with the attempt"

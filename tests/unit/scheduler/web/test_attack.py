@@ -165,7 +165,7 @@ def test_a_fault_of_our_own_is_one_sentence_everywhere_and_the_log_has_the_reaso
 
     for name in ("lab_floor", "job_list", "job_dossier", "sweep_contest", "adapter_matrix"):
         monkeypatch.setattr(pages, name, broken)
-    monkeypatch.setattr(JobVerbs, "log_part", broken)
+    monkeypatch.setattr(JobVerbs, "log", broken)
     monkeypatch.setattr("loractl.scheduler.web.metrics.generate_latest", broken)
     for address in ("/", "/jobs", "/jobs/11", "/sweeps/1", "/adapters", *TEXTS):
         answer = own_web.client.get(address)

@@ -132,7 +132,7 @@ def test_what_ends_while_it_runs_is_counted_once_and_its_series_go(
         assert value(after, "loractl_queue_wait_seconds_bucket", le="1") == 2
         assert value(after, "loractl_plan_measured_ratio_count") == 1
     lab.store.jobs.cancel(12, "ada")
-    lab.store.attempts.give_back("osprey:0")
+    lab.store.cards.arrive(node_state("osprey:0"))
     gone = scrape(own_web)
     assert {s.labels["job_id"] for s in gone["loractl_job_lease_end_timestamp_seconds"]} == {"13", "14", "15"}
 
@@ -173,7 +173,8 @@ def test_there_are_eleven_alerts_each_with_words_for_people() -> None:
 
 @pytest.mark.parametrize("alert", alerts(), ids=lambda alert: str(alert["alert"]))
 def test_an_alert_names_only_what_the_exporter_tells(own_web: Web, alert: dict[str, Any]) -> None:
-    own_web.lab.store.attempts.give_back("kestrel:0")  # a failure of a card, without which its series are not there
+    # a failure of a card, without which its series are not there
+    own_web.lab.store.cards.arrive(node_state("kestrel:0"))
     samples = scrape(own_web)
     named = re.findall(r"(loractl_\w+)(\{[^}]*\})?", alert["expr"])
     assert named

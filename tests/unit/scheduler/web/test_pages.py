@@ -19,7 +19,7 @@ from loractl.scheduler.web.pages.shelf import ReportShelf
 from loractl.scheduler.web.site import FRESH_S
 
 from .... import webs
-from ...factories import NOON, job, submission
+from ...factories import NOON, job, node_state, submission
 from .conftest import PAGES, Web
 
 
@@ -265,7 +265,7 @@ def test_a_slow_artifact_store_holds_no_page(own_web: Web) -> None:
 def test_an_ended_job_leaves_the_lab(own_web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loractl.scheduler.web.site.FRESH_S", -1.0)
     assert 'data-key="r14"' in own_web.client.get("/").text
-    own_web.lab.store.attempts.give_back("kestrel:0")
+    own_web.lab.store.cards.arrive(node_state("kestrel:0"))
     assert 'data-key="r14"' not in own_web.client.get("/").text
 
 
