@@ -4,7 +4,7 @@ what the job takes without recomputing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -190,6 +190,29 @@ def largest_fit(
     batch = _largest(batch_fits, 1, rows or MOST)
     all_rows = batch is not None and batch == rows
     return Fit(micro_batch=batch, max_length=_largest(length_fits, 8, MOST), all_rows=all_rows)
+
+
+def shorter_rows(spec: JobSpec, fit: Fit) -> Iterator[tuple[str, str, JobSpec]]:
+    """The job with a max_length that fits, in steps of 64 tokens: key=value, words, the job."""
+    if fit.max_length is None or fit.max_length >= spec.dataset.max_length:
+        return
+    length = max(8, fit.max_length // 64 * 64) if fit.max_length >= 64 else fit.max_length
+    changed = spec.model_copy(update={"dataset": spec.dataset.model_copy(update={"max_length": length})})
+    yield f"dataset.max_length={length}", f"max_length {length}", changed
+
+
+def fewer_rows(spec: JobSpec, fit: Fit) -> Iterator[tuple[str, str, JobSpec]]:
+    """The job with a micro-batch that fits and the same effective batch: key=value, words, the job."""
+    most = min(fit.micro_batch or 0, spec.training.per_device_train_batch_size - 1)
+    batch = spec.training.micro_batch(most)
+    if not batch:
+        return
+    accumulation = spec.training.effective_batch // batch
+    update = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    changed = spec.model_copy(update={"training": spec.training.model_copy(update=update)})
+    keys = " --set ".join(f"training.{name}={value}" for name, value in update.items())
+    rows = "1 row" if batch == 1 else f"{batch} rows"
+    yield keys, f"{rows} at once, accumulating {accumulation}", changed
 
 
 def _largest(fits: Callable[[int], bool], least: int, most: int) -> int | None:

@@ -1,33 +1,89 @@
-"""A replay of jobs over cards on a virtual clock: when and where each starts, under the placement rule or another.
+"""A replay: the rule is asked, the next planned end comes, its bytes are free, and the rule is asked again.
 
-`loractl sim` replays a trace with it, `loractl why` the jobs that wait now. Nothing here reads a clock, a file or a
-database.
+`loractl sim` replays a trace with it, `loractl why` and `status` the jobs that wait now. Nothing here reads a clock, a
+file or a database.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import heapq
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from loractl.common.job.method import RoomyForm
+from loractl.common.job.method import Method, RoomyForm
 from loractl.common.units import GIB
 
 from .card_hours import QuotaMeter
-from .cards import Card, Occupant
-from .clock import Clock, Presence, ReplayedJob, ReplayedRun
+from .cards import TIME_GROWTH, Card, Occupant
 from .lines import KeptLine, Line, Openings, Waiting
 from .roomy import with_room
 from .rule import OLDEST_FIRST_AFTER_S, Placement, place
 from .shares import charge, decayed
+
+MOST_IN_VAIN = 100
+"""A job whose card went so often while it loaded is replayed no further: under a rule that does not look at the time
+left, it might start in vain for ever."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedForm:
+    """How a job to replay may do without recomputing if nobody else wants the room."""
+
+    form: RoomyForm
+    time: float  # share of its seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Presence:
+    """When a card is there: from the beginning of the replay on for some time, and again after each pause."""
+
+    open_s: float
+    shut_s: float | None = None  # None: it never comes back
+
+    @property
+    def cycle_s(self) -> float:
+        return math.inf if self.shut_s is None else self.open_s + self.shut_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedJob:
+    """A job to replay; it arrives at `waiting.since`."""
+
+    waiting: Waiting
+    seconds: float | None  # from its first step on, with a card of its own; None: not known, it never ends
+    start_s: float = 0.0  # before its first step: imports, the base, the rows
+    save_s: float = 0.0  # of `seconds`, from one checkpoint to the next
+    roomy: tuple[ReplayedForm, ...] = ()  # the fastest first
+
+    def seconds_in(self, form: RoomyForm | None) -> float | None:
+        """From its first step on, in that form."""
+        times = (one.time for one in self.roomy if one.form == form)
+        return None if self.seconds is None else self.seconds * next(times, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedRun:
+    """When and where a job ran."""
+
+    node: str
+    method: Method
+    reserved: int  # bytes
+    started: dt.datetime
+    ended: dt.datetime | None  # None: it was still running when the replay stopped
+    beside: tuple[str, ...] = ()  # its other cards
+    attempts: int = 1  # more where cards have gone: `started` is the first one's, the rest the last one's
+    in_vain: int = 0  # attempts that were still loading when their card went
 
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
     """What became of the jobs; one that never started has no run."""
 
-    runs: dict[int, ReplayedRun]
+    runs: dict[int, ReplayedRun]  # in the order of their first starts
     reserved: list[tuple[dt.datetime, int]]  # bytes on all cards from each moment on
 
 
@@ -58,55 +114,45 @@ def replay(
     rule: Rule | None = None,
     *,
     contention: float = 0.0,
-    until: int | None = None,
+    until: Callable[[Mapping[int, ReplayedRun]], bool] | None = None,
     presences: Mapping[str, Presence] | None = None,
 ) -> Replay:
     """Replay from `now` on, with the jobs that the cards have already, until nothing more happens.
 
     `rule`: PlacementRule() without one. `contention`: each of k jobs on a card runs at 1 / (1 + contention (k - 1)) of
-    its speed, its start too; at 0 they don't slow each other, at 1 they take turns. `until`: stop once this job has
-    started. `presences`: when cards are there, by name; without one a card stays, or goes as it says itself. What runs
-    when its card goes waits again.
+    its speed, its start too; at 0 they don't slow each other, at 1 they take turns. `until`: stop once this holds of
+    the jobs that have started. `presences`: when cards are there, by name; without one a card stays, or goes as it says
+    itself. What runs when its card goes waits again.
     """
-    clock = Clock(now=now, cards=cards, contention=contention, presences=presences)
-    rule = PlacementRule() if rule is None else rule
-    coming = sorted(jobs, key=lambda job: (job.waiting.since, job.waiting.job_id))
-    known = {job.waiting.job_id: job for job in coming}
-    arrivals = [max(0.0, (job.waiting.since - now).total_seconds()) for job in coming]
-    patience_s = _patience_s(presences or {})
-    arrived, waiting, last = 0, 0, 0.0
+    rule, fleet = rule or PlacementRule(), ReplayedFleet(cards, now, contention=contention, presences=presences)
+    coming = deque(sorted(jobs, key=lambda job: (job.waiting.since, job.waiting.job_id)))
+    patience_s, waiting, last = _patience_s(fleet.presences), dict[int, ReplayedJob](), 0.0
     while True:
-        arrival = arrivals[arrived] if arrived < len(coming) else None
-        change = rule.next_change(clock.now) if waiting else None
-        moment = _first(clock.next_change(), arrival, None if change is None else (change - now).total_seconds())
-        turn = clock.next_turn() if waiting or clock.busy else None
+        arrival = coming[0].waiting.since if coming else None
+        change = rule.next_change(fleet.now) if waiting else None
+        known = [fleet.seconds(at) for at in (arrival, change) if at is not None]
+        moment = min([*known, end] if (end := fleet.next_end()) is not None else known, default=None)
+        turn = fleet.turns[0][0] if fleet.turns and (waiting or fleet.jobs) else None
         if turn is not None and (turn <= last + patience_s if moment is None else turn < moment):
             moment = turn
         elif moment is not None:
             last = moment
         else:
             break
-        for job_id in clock.advance(moment):
-            rule.ended(job_id, clock.now)
+        for job_id in fleet.advance(moment):
+            rule.ended(job_id, fleet.now)
             last = moment
-        for job in clock.returned():
-            known[job.waiting.job_id] = job
+        arriving, fleet.returned = fleet.returned, []
+        while coming and fleet.seconds(coming[0].waiting.since) <= moment:
+            arriving.append(coming.popleft())
+        for job in arriving:
+            waiting[job.waiting.job_id] = job
             rule.arrived(job)
-            waiting += 1
-        while arrived < len(coming) and arrivals[arrived] <= moment:
-            rule.arrived(coming[arrived])
-            arrived += 1
-            waiting += 1
-        for placed in rule.starts(clock.seen(), clock.now):
-            clock.start(placed, known[placed.job.job_id])
-            waiting -= 1
-        if until in clock.runs:
+        for placed in rule.starts(fleet.seen(), fleet.now):
+            fleet.start(placed, waiting.pop(placed.job.job_id))
+        if until is not None and until(fleet.runs):
             break
-    return Replay(runs=clock.runs, reserved=clock.reserved)
-
-
-def _first(*moments: float | None) -> float | None:
-    return min((moment for moment in moments if moment is not None), default=None)
+    return Replay(runs=fleet.runs, reserved=fleet.reserved)
 
 
 def _patience_s(presences: Mapping[str, Presence]) -> float:
@@ -114,6 +160,192 @@ def _patience_s(presences: Mapping[str, Presence]) -> float:
     and each job has waited for as long as the rule counts."""
     cycles = (one.cycle_s for one in presences.values() if one.shut_s is not None)
     return OLDEST_FIRST_AFTER_S + 2 * max(cycles, default=0.0)
+
+
+@dataclass(kw_only=True)
+class _Running:
+    """A job on its cards: the work that is left, in seconds of cards of its own, as of some moment."""
+
+    nodes: tuple[str, ...]
+    left: float | None  # None: it never ends
+    since: float = 0.0
+    asked: ReplayedJob | None = None  # None: it ran before the replay
+    began: float = 0.0
+    trains_s: float | None = None  # of the work, from its first step on
+    speed: float = 1.0
+
+    @property
+    def end(self) -> float | None:
+        return None if self.left is None else self.since + self.left / self.speed
+
+    def left_at(self, moment: float) -> float | None:
+        return None if self.left is None else max(0.0, self.left - (moment - self.since) * self.speed)
+
+
+class ReplayedFleet:
+    """The cards and what runs there at one moment. Times are seconds since the replay began."""
+
+    def __init__(
+        self,
+        cards: Sequence[Card],
+        now: dt.datetime,
+        *,
+        contention: float = 0.0,
+        presences: Mapping[str, Presence] | None = None,
+    ) -> None:
+        self.cards = {card.node: card for card in cards}
+        self.presences = presences or {}
+        self.jobs: dict[int, _Running] = {}
+        self.runs: dict[int, ReplayedRun] = {}
+        self.reserved = [(now, sum(card.taken for card in cards))]
+        self.returned: list[ReplayedJob] = []  # what is left of jobs whose cards went
+        self.turns: list[tuple[float, bool, str, int]] = []  # when a card goes (False) or comes, which, number
+        self._began, self._moment, self._contention = now, 0.0, contention
+        for card in cards:
+            for one in card.running:
+                left = None if one.ends is None else self.seconds(one.ends)
+                others = self.jobs[one.job_id].nodes if one.job_id in self.jobs else ()
+                self.jobs[one.job_id] = _Running(nodes=(*others, card.node), left=left)
+        for job in self.jobs.values():
+            job.speed = self._speed(job)
+            if job.left is not None:
+                # its expected end was measured while others shared the card: its time alone follows from that
+                job.left *= job.speed
+        for node in self.presences:
+            self._come(node, 0)
+
+    def seconds(self, at: dt.datetime) -> float:
+        return max(0.0, (at - self._began).total_seconds())
+
+    @property
+    def now(self) -> dt.datetime:
+        return self._at(self._moment)
+
+    def _at(self, moment: float) -> dt.datetime:
+        return self._began + dt.timedelta(seconds=moment)
+
+    def next_end(self) -> float | None:
+        return min((end for job in self.jobs.values() if (end := job.end) is not None), default=None)
+
+    def advance(self, moment: float) -> list[int]:
+        """Let time pass; the jobs that have left their cards by then, in this order."""
+        gone = list[int]()
+        while self.turns and self.turns[0][0] <= moment:
+            at, comes, node, number = heapq.heappop(self.turns)
+            gone += self._end_until(at)
+            if comes:
+                self._come(node, number)
+            else:
+                gone += self._go(node, number)
+        gone += self._end_until(moment)
+        return gone
+
+    def _end_until(self, moment: float) -> Iterator[int]:
+        while (end := self.next_end()) is not None and end <= moment:
+            job_id = min(job_id for job_id, job in self.jobs.items() if job.end == end)
+            self._moment = end
+            self._leave(job_id)
+            yield job_id
+        self._moment = moment
+
+    def _come(self, node: str, number: int) -> None:
+        """The card is there for the time with this number, from 0 on."""
+        presence = self.presences[node]
+        goes = (number * presence.cycle_s if number else 0.0) + presence.open_s
+        heapq.heappush(self.turns, (goes, False, node, number))
+        self.cards[node] = replace(self.cards[node], open=True, left_s=goes, window_s=presence.open_s)
+
+    def _go(self, node: str, number: int) -> Iterator[int]:
+        """Stop what runs on the card: it leaves with a checkpoint, and waits again if the replay started it and knows
+        its length."""
+        presence = self.presences[node]
+        if presence.shut_s is not None:
+            heapq.heappush(self.turns, ((number + 1) * presence.cycle_s, True, node, number + 1))
+        for job_id in [one.job_id for one in self.cards[node].running]:
+            job, run = self.jobs[job_id], self.runs.get(job_id)
+            self._leave(job_id)
+            left = job.left_at(self._moment)
+            if run is not None and job.asked is not None and left is not None and job.trains_s is not None:
+                run = self.runs[job_id] = replace(run, in_vain=run.in_vain + (left >= job.trains_s))
+                if run.in_vain < MOST_IN_VAIN:
+                    self.returned.append(_rest(job.asked, left, job.trains_s, self._moment - job.began, self.now))
+            yield job_id
+        self._put(replace(self.cards[node], open=False))
+
+    def seen(self) -> list[Card]:
+        """The cards as the rule sees them, with what is left of their time."""
+        return [card if card.left_s is None else self._timed(card, card.left_s) for card in self.cards.values()]
+
+    def _timed(self, card: Card, goes: float) -> Card:
+        left_s = goes - self._moment
+        return replace(card, left_s=left_s, open=card.open and left_s > 0)
+
+    def start(self, placed: Placement, asked: ReplayedJob) -> None:
+        """Let the job run on the cards that it got."""
+        job, before = placed.job, self.runs.get(placed.job.job_id)
+        self.runs[job.job_id] = ReplayedRun(
+            node=placed.node,
+            method=placed.method,
+            reserved=placed.reserved,
+            started=self.now if before is None else before.started,
+            ended=None,
+            beside=tuple(share.node for share in placed.beside),
+            attempts=1 if before is None else before.attempts + 1,
+            in_vain=0 if before is None else before.in_vain,
+        )
+        trains_s = asked.seconds_in(placed.form)
+        running = self.jobs[job.job_id] = _Running(
+            nodes=tuple(share.node for share in placed.shares),
+            left=None if trains_s is None else asked.start_s + trains_s,
+            since=self._moment,
+            asked=asked,
+            began=self._moment,
+            trains_s=trains_s,
+        )
+        for share in placed.shares:
+            ends = None if running.end is None else self._at(running.end)  # later, where an earlier card is shared
+            occupant = Occupant(job_id=job.job_id, user=job.user, reserved=share.bytes, ends=ends, began=self.now)
+            self._put(self.cards[share.node].with_job(occupant))
+
+    def _leave(self, job_id: int) -> None:
+        if job_id in self.runs:
+            self.runs[job_id] = replace(self.runs[job_id], ended=self.now)
+        for node in self.jobs.pop(job_id).nodes:
+            self._put(self.cards[node].without([job_id]))
+
+    def _put(self, card: Card) -> None:
+        """Change a card, and with it the speed of all jobs there."""
+        size = self.reserved[-1][1] + card.taken - self.cards[card.node].taken
+        if self.reserved[-1][0] == self.now:
+            self.reserved.pop()
+        self.reserved.append((self.now, size))
+        self.cards[card.node] = card
+        for one in card.running:
+            job = self.jobs[one.job_id]
+            if (speed := self._speed(job)) != job.speed:
+                job.left, job.since, job.speed = job.left_at(self._moment), self._moment, speed
+                ends = None if job.end is None else self._at(job.end)
+                for node in job.nodes:
+                    there = self.cards[node]
+                    running = (replace(j, ends=ends) if j.job_id == one.job_id else j for j in there.running)
+                    self.cards[node] = replace(there, running=tuple(running))
+
+    def _speed(self, job: _Running) -> float:
+        """How fast it runs next to the others on its cards: 1 with cards of its own."""
+        return 1.0 / (1.0 + self._contention * (max(len(self.cards[node].running) for node in job.nodes) - 1))
+
+
+def _rest(asked: ReplayedJob, left: float, trains_s: float, took_s: float, now: dt.datetime) -> ReplayedJob:
+    """What waits again of a job that was stopped `took_s` after its start, with `left` seconds of work: its steps are
+    kept. Its time to a checkpoint is known now."""
+    assert asked.seconds is not None
+    waiting, trained_s = asked.waiting, trains_s - left
+    if trained_s <= 0:
+        checkpoint_s = max(waiting.checkpoint_s or 0.0, TIME_GROWTH * took_s)
+    else:  # the first one, as often as it saves, or the last one
+        checkpoint_s = took_s * min(1.0, (asked.start_s + asked.save_s) / (asked.start_s + trained_s))
+    share = min(1.0, left / trains_s) if trains_s else 1.0
+    return replace(asked, seconds=asked.seconds * share, waiting=replace(waiting, checkpoint_s=checkpoint_s, again=now))
 
 
 class PlacementRule:

@@ -11,11 +11,10 @@ from typing import Any
 
 from loractl.common.job.method import Method, Need, Ways
 from loractl.common.job.status import Status
-from loractl.common.placement.cards import Card, Occupant
+from loractl.common.placement.cards import Card, Occupant, Reservation, largest_gpu
 from loractl.common.placement.closure import CardFailure
 from loractl.common.placement.lines import QueueKey, Waiting
-from loractl.common.placement.refusals import Round
-from loractl.common.placement.rule import Decision
+from loractl.common.placement.rule import Decision, Placement
 from loractl.common.placement.shares import Allowance
 
 from .columns import Unreadable, unreadable_of
@@ -46,14 +45,19 @@ class FleetView:
     awaited: Mapping[int, Job] = field(default_factory=dict)  # jobs after which the jobs asked about start
 
     @functools.cached_property
-    def round(self) -> Round:
-        """What the rule has decided, and why it gives a job no card."""
-        return Round(cards=self.cards, decisions=self.decisions, now=self.now)
+    def largest(self) -> int:
+        """See largest_gpu."""
+        return largest_gpu(self.cards.values())
 
     @functools.cached_property
-    def suiting(self) -> dict[tuple[object, ...], frozenset[str]]:
-        """Cards by what a job asks of them, as far as this view was asked."""
-        return {}
+    def placed(self) -> dict[int, Placement]:
+        """What starts, by job."""
+        return {one.placed.job.job_id: one.placed for one in self.decisions if one.placed is not None}
+
+    @functools.cached_property
+    def kept(self) -> Reservation | None:
+        """For which job cards are kept."""
+        return next((one.reserved for one in self.decisions if one.reserved is not None), None)
 
     def cards_of(self, job_id: int) -> list[str]:
         """The cards on which a job runs, by name: more than one where several share it."""

@@ -11,14 +11,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed, Ways, choose_method
-from loractl.common.memory.fit import Fit, largest_fit, plan_ways
+from loractl.common.memory.fit import Fit, fewer_rows, largest_fit, plan_ways, shorter_rows
 from loractl.common.memory.plan import plan
 from loractl.common.placement.cards import Card
 from loractl.common.placement.gangs import best_group, gang_of, may_share
 from loractl.common.placement.lines import Waiting
 from loractl.common.units import GIB
 from loractl.scheduler.submit.need import open_methods
-from loractl.scheduler.wait.remedies import fewer_rows, shorter_rows
 
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loractl.common.job.method import Need, Roomy, RoomyForm
-from loractl.common.placement.clock import ReplayedForm
+from loractl.common.placement.replay import ReplayedForm
 from loractl.common.units import GIB
 
 IMPORT_S = 7.4

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from loractl.common.placement.cards import Card, Occupant, largest_gpu, suits
-from loractl.common.placement.clock import ReplayedJob
 from loractl.common.placement.lines import KeptLine, Openings, Waiting
-from loractl.common.placement.replay import PlacementRule
+from loractl.common.placement.replay import PlacementRule, ReplayedJob
 from loractl.common.placement.rule import Placement
 
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from loractl.common.placement.card_hours import QuotaMeter
 from loractl.common.placement.cards import Card
-from loractl.common.placement.clock import Presence, ReplayedJob, ReplayedRun
 from loractl.common.placement.lines import vram_class
-from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
+from loractl.common.placement.replay import PlacementRule, Presence, Replay, ReplayedJob, ReplayedRun, Rule, replay
 from loractl.common.placement.shares import Allowance
 
 from .baselines import BlindRule, best_fit, fifo, shortest_first

@@ -14,8 +14,8 @@ from pathlib import Path
 from loractl.common.errors import DataError, UsageError
 from loractl.common.job.method import Method, Need
 from loractl.common.placement.cards import Card, default_max_jobs, largest_gpu
-from loractl.common.placement.clock import Presence, ReplayedJob
 from loractl.common.placement.lines import Waiting
+from loractl.common.placement.replay import Presence, ReplayedJob
 from loractl.common.units import GIB, duration, parse_duration, parse_size
 
 from .assumptions import SAVE_S, forms_of, start_s

@@ -1,26 +1,34 @@
-"""What each card says to a waiting job, in words: the rule's refusals, and who holds the card."""
+"""What each card says to a waiting job, and what is wrong with cards."""
 
 from __future__ import annotations
 
 import datetime as dt
+import enum
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from loractl import __version__
 from loractl.common.job.method import Method, SharedNeed, least_need
-from loractl.common.placement.cards import Card, Obstacle, time_to_checkpoint
-from loractl.common.placement.lines import Waiting
-from loractl.common.placement.refusals import Full, Refusal, Taken
-from loractl.common.placement.shares import within_need
-from loractl.common.store.fleet import (
-    NODE_STALE_S,
-    Avoidance,
-    FleetView,
-    avoided_by,
-    fault_of,
-    unreadable,
-    waiting_of,
+from loractl.common.placement.cards import (
+    Card,
+    Obstacle,
+    Room,
+    avoided,
+    could_start,
+    failed,
+    lasts,
+    room_at,
+    room_for,
+    time_to_checkpoint,
+    unsuited,
 )
+from loractl.common.placement.gangs import gang_of, may_share
+from loractl.common.placement.lines import Waiting, waited
+from loractl.common.placement.refusals import out_of_reach
+from loractl.common.placement.rule import turn
+from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, fault_of, unreadable, waiting_of
 from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib
 
@@ -28,6 +36,56 @@ from .gangs import when_they_end
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
+
+
+KEPT = " (kept for it)"
+
+
+class Chance(enum.IntEnum):
+    """What a card may say to a job, the best first: the best card gives the job's reason."""
+
+    GIVEN = 1  # the rule gives it the job
+    FREE = 2  # it has room that is nobody's
+    TAKEN = 3  # it has room, which other jobs get
+    REFUSED = 4  # it has room, but the job keeps off it while another card may come
+    KEPT = 5  # it will have room, and is kept for the job
+    FULL = 6  # it will have room
+    LATER = 7  # the job keeps off it, and it has no room either
+    TIME = 8  # its worker stops too soon
+    PROGRAMS = 9  # other programs hold too much of it
+    DRAINED = 10  # from here on no open card could hold the job
+    CLOSED = 11
+    FEW = 12  # its box lacks other cards for the job
+    PROCESSOR = 13
+    STOPPING = 14
+    OFFLINE = 15
+    ELSEWHERE = 16  # another box has the job's result
+    NEVER = 17
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offer:
+    """What one card says to a job."""
+
+    chance: Chance
+    word: str
+    text: str  # follows the card's name in a sentence
+    at: dt.datetime | None = None  # when that ends
+
+    def when(self, now: dt.datetime) -> str:
+        """When the card alone could hold the job: now, a time, never, or ? if that is not known."""
+        if self.chance <= Chance.TAKEN:
+            return "now"
+        if self.chance in (Chance.NEVER, Chance.PROCESSOR, Chance.TIME):
+            return "never"
+        return "?" if self.at is None else clock(self.at, now)
+
+    @property
+    def then(self) -> str:
+        """As short as a table has it."""
+        if self.text.startswith("when "):
+            return f"{'has a slot' if self.word == 'busy' else 'fits'} {self.text}"
+        return self.text.removeprefix("is ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,165 +104,208 @@ class CardFit:
         return {**vars(self), "at": None if self.at is None else self.at.isoformat()}
 
 
+def card_fits(job: Job, view: FleetView) -> list[CardFit]:
+    """Every card of the fleet as the job sees it."""
+    return [_fit(view.cards[node], said, view.now) for node, said in Asking.of(job, view).offers.items()]
+
+
+def _fit(card: Card, said: Offer, now: dt.datetime) -> CardFit:
+    at = now if said.chance <= Chance.TAKEN else said.at
+    return CardFit(node=card.node, free=card.free, total=card.total, when=said.when(now), at=at, then=said.then)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asking:
-    """A waiting job, and what the rule says to it for each card."""
+    """A waiting job that asks every card."""
 
     job: Job
     me: Waiting
     at_last: Waiting  # once it has waited long enough for LoRA: with all its methods
     gang: SharedNeed | None  # how several cards would share it; None: it takes one card
-    refusals: Mapping[str, Refusal | None]
+    view: FleetView
 
     @classmethod
     def of(cls, job: Job, view: FleetView) -> Asking:
         me = waiting_of(vars(job), view.now)
         at_last = me if unreadable(vars(job)) else replace(me, methods=tuple(Method(name) for name in job.methods))
-        refusals = view.round.refusals(me, at_last)
-        return cls(job=job, me=me, at_last=at_last, gang=view.round.gang_of(me), refusals=refusals)
+        gang = gang_of(me, view.cards.values()) if me.gangs else None
+        return cls(job=job, me=me, at_last=at_last, gang=gang, view=view)
 
-    @property
-    def full(self) -> dict[str, Full]:
-        """The cards that will have room."""
-        return {node: refusal for node, refusal in self.refusals.items() if isinstance(refusal, Full)}
+    @functools.cached_property
+    def offers(self) -> dict[str, Offer]:
+        """What each card says."""
+        return {node: self._offer(card) for node, card in self.view.cards.items()}
 
-
-def card_fits(job: Job, view: FleetView) -> list[CardFit]:
-    """Every card of the fleet as the job sees it."""
-    asking = Asking.of(job, view)
-    return [_fit(asking, card, view) for card in view.cards.values()]
-
-
-def _fit(asking: Asking, card: Card, view: FleetView) -> CardFit:
-    refusal = asking.refusals[card.node]
-    at: dt.datetime | None = None
-    if isinstance(refusal, Obstacle):
-        when, then, at = _kept_off(refusal, asking, card, view)
-    elif isinstance(refusal, Full):
-        at, when = refusal.at, "?" if refusal.at is None else clock(refusal.at, view.now)
-        then = _full(refusal, asking, card, view)
-    else:
-        at, when, then = view.now, "now", _now(refusal, asking, card, view)
-    return CardFit(node=card.node, free=card.free, total=card.total, when=when, at=at, then=then)
-
-
-def _kept_off(
-    obstacle: Obstacle, asking: Asking, card: Card, view: FleetView
-) -> tuple[str, str, dt.datetime | None]:  # when, then, at
-    job, me = asking.job, asking.me
-    match obstacle:
-        case Obstacle.LABELS:
+    def _offer(self, card: Card) -> Offer:
+        """The first that applies: what holds for ever, what people and workers say, what the job waits for."""
+        job, me, at_last, cards, now = self.job, self.me, self.at_last, self.view.cards.values(), self.view.now
+        obstacle = unsuited(card, at_last, self.view.largest)
+        if obstacle is Obstacle.LABELS:
             lacking = ", ".join(f"{key}={value}" for key, value in sorted(me.requires - card.labels))
-            return "never", f"lacks the label {lacking}", None
-        case Obstacle.SMALL:
-            shared = asking.gang is not None or not me.alone
-            return "never", f"card is smaller than {'its share' if shared else 'the job'}", None
-        case Obstacle.RESULT if job.result_until is not None:
-            text = f"until then, only {me.only_host} may take the job: it has the finished result"
-            return clock(job.result_until, view.now), text, job.result_until
-        case Obstacle.CLOSED:
-            return _closed(card, view)
-        case Obstacle.TOO_FEW:
-            return "never", f"{card.host} has too few cards for it", None
-        case Obstacle.TOO_FEW_NOW:
-            return "?", f"too few cards of {card.host} can hold a share of it now", None
-        case Obstacle.AVOIDED:
-            why = avoidance_of(job, card, view)
-            return clock(why.until, view.now), f"failed the job ({why.reason}), which avoids it until then", why.until
-        case Obstacle.FORMAT:
-            return "?", f"{other_format(me)}, and another open card does", None
-        case Obstacle.PATIENCE if job.lora_until is not None:
-            text = "too small for LoRA, for which the job waits until then"
-            return clock(job.lora_until, view.now), text, job.lora_until
-        case Obstacle.TIME:
-            return "never", short_of_time(me, card, view), None
-        case Obstacle.PROGRAMS:
-            return "?", f"{holder(view, card)} for an unknown time", None
-    return "never", NEVER[obstacle], None
+            return _never(f"lacks the label {lacking}")
+        if not at_last.methods:
+            return _never("takes nothing: the job's resources.max_vram is less than it needs")
+        if card.total and (at_last.bound or 0) > card.usable:
+            shared = self.gang is not None or not me.alone
+            return _never(f"is smaller than {'its share' if shared else 'the job'}")
+        if obstacle is Obstacle.RESULT:
+            text = f"may not take it until then: {me.only_host} has its finished result"
+            return Offer(chance=Chance.ELSEWHERE, word="result", text=text, at=job.result_until)
+        if not card.open:
+            return _closed(card, self.view)
+        if not lasts(card, me):
+            return self._short_of_time(card)
+        if self.gang is not None:
+            return self._share(card, self.gang)
+        if obstacle is Obstacle.SEVERAL:
+            return self._too_few(at_last, card)
+        if card.total and (at_last.least or 0) > card.usable:
+            few = me.gangs and self._enough_at_last(at_last, card)
+            return self._too_few(at_last, card) if few else _never("is smaller than the job")
+        if obstacle is Obstacle.PROCESSOR and unsuited(card, me, self.view.largest) is not None:
+            text = "is a processor, which takes only jobs that no GPU of the fleet can hold"
+            return Offer(chance=Chance.PROCESSOR, word="worker", text=text)
+        if avoided(card, me, cards):
+            return self._avoided(card)
+        if (found := self._room(card)) is not None:
+            return self._full(card, *found)
+        if me.methods != at_last.methods and (me.bound or 0) > card.usable:
+            text = "is too small for LoRA, for which the job waits until then"
+            return Offer(chance=Chance.LATER, word="patience", text=text, at=job.lora_until)
+        if card.left_s is not None and room_at(card, max(1, me.least or card.capacity), now) is not None:
+            return self._short_of_time(card)
+        return self._programs(card)
+
+    def _room(self, card: Card) -> tuple[int | None, Room] | None:
+        """When the card has room for the job, by the method with which that is soonest; None: never by itself."""
+        me, now = self.me, self.view.now
+        sizes = {None} if me.least is None else {me.need.of(method) for method in me.methods}
+        rooms = [(size, room_for(card, me, size or max(1, card.capacity), now)) for size in sizes]
+        known = [(size, room) for size, room in rooms if room is not None]
+        return min(known, key=lambda one: (one[1].at is None, one[1].at or now, len(one[1].after)), default=None)
+
+    def _full(self, card: Card, size: int | None, room: Room) -> Offer:
+        """Of a card that has room, now or once others have ended."""
+        if not room.after:
+            return self._taken(card)
+        kept = self.view.kept
+        mine = kept is not None and kept.job.job_id == self.me.job_id and kept.on(card.node) is not None
+        only_slot = size is not None and size <= card.free
+        return Offer(
+            chance=Chance.KEPT if mine else Chance.FULL,
+            word="busy" if only_slot else "memory",
+            text=f"when {when_they_end([job.job_id for job in room.after])}{KEPT if mine else ''}",
+            at=room.at,
+        )
+
+    def _taken(self, card: Card) -> Offer:
+        """What the rule does with a card that has room."""
+        me, view = self.me, self.view
+        here = [p.job for p in view.placed.values() if any(share.node == card.node for share in p.shares)]
+        if any(other.job_id == me.job_id for other in here):
+            return Offer(chance=Chance.GIVEN, word="next", text="is about to take it")
+        if here:
+            first = here[-1]
+            why, word = "", "order"
+            if first.priority > me.priority:
+                why = ": its priority is higher"
+            elif first.job_id < me.job_id and turn(first, view.charges) > turn(me, view.charges):
+                why = f": it has waited for {duration(waited(first, view.now))}"
+            elif first.user != me.user and first.job_id > me.job_id:
+                why, word = f": {first.user} has used the cards less", "share"
+            return Offer(chance=Chance.TAKEN, word=word, text=f"goes to job {first.job_id} first{why}")
+        if view.kept is not None and view.kept.on(card.node) is not None and view.kept.job.job_id != me.job_id:
+            return Offer(
+                chance=Chance.TAKEN, word="kept", text=f"is kept for job {view.kept.job.job_id}, which goes first"
+            )
+        return Offer(
+            chance=Chance.FREE, word="order", text="has room for it" if self.gang is None else "has room for its share"
+        )
+
+    def _share(self, card: Card, gang: SharedNeed) -> Offer:
+        """The same for a card that is to be one of several."""
+        me, size = self.me, least_need(self.me.methods, gang.need)
+
+        def room(other: Card) -> Room | None:
+            return room_for(other, me, size or max(1, other.capacity), self.view.now) if may_share(other, me) else None
+
+        mine, box = room(card), [other for other in self.view.cards.values() if other.host == card.host]
+        if mine is not None and sum(room(other) is not None for other in box) >= gang.cards:
+            return self._full(card, size, mine)
+        if (size or 0) > card.usable or not may_share(card, me):
+            return _never("can't share the job with other cards")
+        return self._programs(card) if (size or 1) > card.capacity else self._too_few(replace(me, gangs=(gang,)), card)
+
+    def _too_few(self, asked: Waiting, card: Card) -> Offer:
+        """Of a card whose box lacks others for the job: for ever, or until they open and are free again."""
+        if not may_share(card, asked):
+            return _never("can't share the job with other cards")
+        if not self._enough_at_last(asked, card):
+            return _never("has too few other cards in its box")
+        if card.outside and (asked.bound or 1) > card.capacity:
+            return self._programs(card)
+        return Offer(
+            chance=Chance.FEW, word="worker", text="has too few other cards in its box that can hold a share now"
+        )
+
+    def _enough_at_last(self, asked: Waiting, card: Card) -> bool:
+        """Whether the card's box could share the job once all its cards are open and all else has left them."""
+        box = [other for other in self.view.cards.values() if other.host == card.host]
+        return may_share(card, asked) and out_of_reach(replace(asked, alone=False), box) is None
+
+    def _avoided(self, card: Card) -> Offer:
+        """Of a card that failed the job, or computes in another number format than its checkpoint."""
+        me, found = self.me, avoided_by(self.job.avoids, self.view.now)
+        has_room = could_start(replace(me, avoids=frozenset(), bf16=None), card, self.view.cards.values())
+        chance = Chance.REFUSED if has_room else Chance.LATER
+        if not failed(card, me):
+            is_not = "does not compute in bfloat16, as its checkpoint does" if me.bf16 else "computes in bfloat16, its"
+            text = f"{is_not}{'' if me.bf16 else ' checkpoint not'}, so it waits for another card"
+            return Offer(chance=chance, word="format", text=text)
+        why = found[card.node] if card.node in found else found[card.host]
+        text = f"failed it ({why.reason}), so it waits for another card until {clock(why.until, self.view.now)}"
+        return Offer(chance=chance, word="avoids", text=text, at=why.until)
+
+    def _short_of_time(self, card: Card) -> Offer:
+        """Of a card whose worker stops too soon."""
+        ends, took = clock(self.view.nodes[card.node].until, self.view.now), self.me.checkpoint_s
+        text = f"stops at {ends}, but the job needs {duration(took)} to store its first checkpoint"
+        if took is None:
+            least = duration(time_to_checkpoint(card, self.me))
+            text = (
+                f"stops at {ends}, but the job's time to a checkpoint is not known, so it starts only with {least} left"
+            )
+        return Offer(chance=Chance.TIME, word="time", text=text)
+
+    def _programs(self, card: Card) -> Offer:
+        text = f"has {gib(card.capacity)} GiB left: {holder(self.view, card)}"
+        return Offer(chance=Chance.PROGRAMS, word="memory", text=text)
 
 
-def short_of_time(me: Waiting, card: Card, view: FleetView) -> str:
-    """Why the job does not begin on a card whose worker stops."""
-    ends, took = clock(view.nodes[card.node].until, view.now), me.checkpoint_s
-    if took is not None:
-        return f"stops at {ends}, but the job needs {duration(took)} to store its first checkpoint"
-    least = duration(time_to_checkpoint(card, me))
-    return f"stops at {ends}, but the job's time to a checkpoint is not known, so it starts only with {least} left"
+def _never(text: str) -> Offer:
+    return Offer(chance=Chance.NEVER, word="never", text=text)
 
 
-NEVER = {
-    Obstacle.METHODS: "the job's resources.max_vram is less than it needs with any method",
-    Obstacle.UNSHARED: "can't share the job with other cards",
-    Obstacle.PROCESSOR: "a processor takes only jobs that no GPU of the fleet can hold",
-}
-
-
-def _closed(card: Card, view: FleetView) -> tuple[str, str, dt.datetime | None]:
-    order = view.drain_of(card.node)
-    if order is not None:
-        until = clock(order.until, view.now) if order.until else "?"
-        return until, f"drained by {order.user}: {order.reason}", order.until
-    fault, silent = fault_of(view.nodes[card.node]), silent_s(view, card.node)
+def _closed(card: Card, view: FleetView) -> Offer:
+    """Of a card that is silent, drained, at fault or being stopped."""
+    node, order, silent = view.nodes[card.node], view.drain_of(card.node), silent_s(view, card.node)
     if silent > NODE_STALE_S:
-        return "?", f"not seen for {duration(silent)}", None
-    return "?", "its worker is stopping" if fault is None else f"closed: {fault}", None
+        theirs = node.versions.get("loractl", __version__)
+        if _minor(theirs) != _minor(__version__):
+            text = f"ran loractl {theirs}, this is {__version__}: upgrade its worker"
+            return Offer(chance=Chance.OFFLINE, word="version", text=text)
+        return Offer(chance=Chance.OFFLINE, word="offline", text=f"was last seen {duration(silent)} ago")
+    if order is not None:
+        until = f" until {clock(order.until, view.now)}" if order.until else ""
+        text = f"is drained by {order.user}{until}: {order.reason}"
+        return Offer(chance=Chance.DRAINED, word="drained", text=text, at=order.until)
+    if (fault := fault_of(node)) is not None:
+        return Offer(chance=Chance.CLOSED, word="closed", text=f"is closed: {fault}")
+    return Offer(chance=Chance.STOPPING, word="stopping", text="is closed: its worker is being stopped")
 
 
-def _now(taken: Taken | None, asking: Asking, card: Card, view: FleetView) -> str:
-    """What the rule does with a card that has room."""
-    me, placed = asking.me, view.round.placed.get(asking.me.job_id)
-    if taken is not None and taken.given:
-        said = f"job {taken.given[0].job_id} goes first"
-    elif taken is not None and taken.kept_for is not None:
-        said = "kept for it" if taken.kept_for.job_id == me.job_id else f"kept for job {taken.kept_for.job_id}"
-    else:
-        mine = placed is not None and any(share.node == card.node for share in placed.shares)
-        said = "about to take it" if mine else "fits"
-    if asking.gang is not None:
-        return _share(asking) if said == "fits" else f"{said}, {_share(asking)}"
-    return said
-
-
-def _share(asking: Asking) -> str:
-    gang = asking.gang
-    size = None if gang is None else least_need(asking.me.methods, gang.need)
-    return f"its share is {'–' if size is None else gib(size)} GiB on each of {gang.cards if gang else 1} cards"
-
-
-def _full(full: Full, asking: Asking, card: Card, view: FleetView) -> str:
-    ends = f"when {when_they_end(full.after)}"
-    if asking.gang is not None:
-        return f"{_share(asking)}, {ends}"
-    unknown = " (time not known)" if full.at is None else ""
-    return f"{'has a slot' if full.only_slot else 'fits'} {ends}{unknown}{_beyond(asking.me, card, view)}"
-
-
-def _beyond(me: Waiting, card: Card, view: FleetView) -> str:
-    """A running job that took memory beyond its need in which the waiting job would fit, to follow the jobs that must
-    end."""
-    if me.least is None or me.least <= card.free or not card.slots:
-        return ""
-    for one in card.running:
-        row = view.running.get(one.job_id)
-        need = None if row is None else row.vram_qlora if row.method == Method.QLORA.value else row.vram_lora
-        if need is not None and me.least <= card.free + one.reserved - within_need(one.reserved, need):
-            return f", which took {gib(one.reserved - need)} GiB beyond its need while nobody else wanted it"
-    return ""
-
-
-def other_format(me: Waiting) -> str:
-    """Why the job keeps off a card that computes in another number format than its checkpoint."""
-    return (
-        "does not compute in bfloat16, as its checkpoint does"
-        if me.bf16
-        else "computes in bfloat16, its checkpoint not"
-    )
-
-
-def avoidance_of(job: Job, card: Card, view: FleetView) -> Avoidance:
-    """Why the job avoids a card that failed it, or whose box did."""
-    found = avoided_by(job.avoids, view.now)
-    return found[card.node] if card.node in found else found[card.host]
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
 
 
 SILENT_S = 15.0
@@ -250,12 +351,12 @@ def silent_s(view: FleetView, node: str) -> float:
     return (view.now - view.nodes[node].seen_at).total_seconds()
 
 
-def holder(view: FleetView, card: Card, *, pid: bool = False) -> str:
+def holder(view: FleetView, card: Card) -> str:
     """Who else holds memory of the card, and how much."""
     others = _others(view, card)
     if not others:
         return f"something outside loractl holds, or recently held, {gib(card.outside)} GiB"
-    number = f" (pid {others[0]['pid']})" if pid and others[0].get("name") else ""
+    number = f" (pid {others[0]['pid']})" if others[0].get("name") else ""
     more = f" and {len(others) - 1} more hold" if len(others) > 1 else " holds"
     return f"{process_name(others[0])}{number}{more} {gib(card.outside)} GiB"
 

@@ -1,4 +1,4 @@
-"""A job on several cards: which cards of a box have room for it, which it waits for, and how they are named."""
+"""How much a waiting job asks for, and how cards and jobs are named in a sentence."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loractl.common.job.method import Parallel, SharedNeed, least_need
-from loractl.common.placement.gangs import Gathering, first_gathering, takers
-from loractl.common.placement.lines import Waiting
+from loractl.common.job.method import Parallel, least_need
+from loractl.common.placement.gangs import gang_of
 from loractl.common.store.fleet import FleetView, waiting_of
-from loractl.common.units import gib
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
-
-ORDINALS = {2: "second", 3: "third", 4: "fourth"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,33 +30,10 @@ class CardsAsked:
 def asked_of(job: Job, view: FleetView) -> CardsAsked:
     """What a waiting job asks of the current fleet."""
     me = waiting_of(vars(job), view.now)
-    gang = view.round.gang_of(me) or (me.gangs[0] if me.gangs and not me.alone else None)
+    gang = gang_of(me, view.cards.values()) or (me.gangs[0] if me.gangs and not me.alone else None)
     if gang is None:
         return CardsAsked(bytes=me.least if me.gangs else job.vram_needed)
     return CardsAsked(bytes=least_need(me.methods, gang.need), cards=gang.cards, parallel=gang.parallel)
-
-
-def gang_wait(me: Waiting, gang: SharedNeed, view: FleetView) -> tuple[str, str]:
-    """What the job waits for, as a word and a sentence: a second card of 20 GiB on heron when job 12 ends."""
-    found = gathering_of(me, gang, view)
-    size = least_need(me.methods, gang.need)
-    of_size = "" if size is None else f" of {gib(size)} GiB"
-    if found is None:
-        return "memory", f"waits for {gang.cards} cards{of_size} of one box"
-    full = [(card, room) for card, room in found.rooms if room.after] or found.rooms
-    after = tuple(dict.fromkeys(job.job_id for _, room in full for job in room.after))
-    more = "more " if len(full) < gang.cards else ""
-    second = len(full) == 1 and gang.cards in ORDINALS
-    wanted = f"a {ORDINALS[gang.cards]} card" if second else f"{len(full)} {more}cards"
-    ends = f" when {when_they_end(after)}" if after else ""
-    only_slot = size is not None and all(card.free >= size for card, _ in full)
-    return "busy" if only_slot else "memory", f"waits for {wanted}{of_size} on {found.rooms[0][0].host}{ends}"
-
-
-def gathering_of(me: Waiting, gang: SharedNeed, view: FleetView) -> Gathering | None:
-    """The cards on which the job can start first; None: other programs hold too much of all cards."""
-    found = first_gathering(me, gang, takers(me, gang, view.cards.values()), view.now)
-    return None if found is None else found[1]
 
 
 def in_words(cards: Sequence[str]) -> str:
@@ -78,7 +51,12 @@ def in_short(cards: Sequence[str]) -> str:
     return f"{boxes.pop()} {', '.join(indexes)}"
 
 
+def numbers(jobs: Sequence[int]) -> str:
+    """Jobs for a sentence, like "job 3", "jobs 3 and 1", "jobs 3, 1 and 4 more"."""
+    more = f", {jobs[1]} and {len(jobs) - 2} more" if len(jobs) > 2 else f" and {jobs[1]}" if len(jobs) > 1 else ""
+    return f"{'job' if len(jobs) == 1 else 'jobs'} {jobs[0]}{more}"
+
+
 def when_they_end(jobs: Sequence[int]) -> str:
     """The jobs that must end, like "jobs 3 and 1 end"."""
-    more = f", {jobs[1]} and {len(jobs) - 2} more" if len(jobs) > 2 else f" and {jobs[1]}" if len(jobs) > 1 else ""
-    return f"{'job' if len(jobs) == 1 else 'jobs'} {jobs[0]}{more} {'ends' if len(jobs) == 1 else 'end'}"
+    return f"{numbers(jobs)} {'ends' if len(jobs) == 1 else 'end'}"

@@ -10,7 +10,7 @@ from loractl.common.job.status import Status
 from loractl.common.placement.lines import Waiting
 from loractl.common.store.fleet import FleetView
 
-from .cards import Asking
+from .cards import KEPT
 from .gangs import CardsAsked, asked_of, when_they_end
 from .reasons import Tier, Wait, explain
 from .starts import REPLAYED_JOBS, ExpectedStart, ahead_of, reaches, read_starts
@@ -66,25 +66,20 @@ def without_queue(waits: WaitingJobs, away: str) -> WaitingJobs:
 
 
 def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[int, ExpectedStart]) -> Wait:
-    """Why the job waits. If it waits for room, the card on which it is expected to start is named.
+    """Why the job waits. If it waits for room, the card on which it is expected to start is named, and when.
 
     If jobs of unknown length go before it, they are named instead.
     """
-    wait = explain(job, view)
+    wait, start = explain(job, view), starts.get(job.job_id)
     if wait.word not in ("memory", "busy") or not view.running:
         return wait
-    start = starts.get(job.job_id)
-    if start is None:
-        ahead = [other.job_id for other in ahead_of(job, view, ready)]
-        return replace(wait, sentence=f"{wait.sentence}; {_goes_first(ahead, job, ready)}") if ahead else wait
-    asking = Asking.of(job, view)
-    full = asking.full.get(start.node)
-    if asking.gang is not None or full is None or wait.sentence.startswith(f"{start.node} when"):
+    if start is not None:
+        after = start.rests_on if len(start.nodes) == 1 else ()
+        sentence = f"{start.nodes[0]} when {when_they_end(after)}" if after else wait.sentence
+        kept = wait.sentence.endswith(KEPT) and not sentence.endswith(KEPT)
+        return replace(wait, sentence=f"{sentence}{KEPT if kept else ''}", ends=start.at)
+    if not (ahead := ahead_of(job, view, ready)):
         return wait
-    return replace(wait, sentence=f"{start.node} when {when_they_end(full.after)}")
-
-
-def _goes_first(ahead: Sequence[int], job: Job, ready: Sequence[Waiting]) -> str:
-    if not reaches(job, ready):
-        return f"job {ahead[0]} and at least {len(ahead) - 1} more go first"
-    return f"job {ahead[0]} goes first" if len(ahead) == 1 else f"job {ahead[0]} and {len(ahead) - 1} more go first"
+    more = f" and {'' if reaches(job, ready) else 'at least '}{len(ahead) - 1} more" if ahead[1:] else ""
+    goes = "go first" if more else "goes first"
+    return replace(wait, sentence=f"{wait.sentence}; job {ahead[0].job_id}{more} {goes}", ends=None)

@@ -1,5 +1,5 @@
-"""When waiting jobs are expected to start, and which of their rivals go first: a replay of the fleet in which running
-jobs end as measured.
+"""When waiting jobs are expected to start, and which others go first: a replay of the rule in which running jobs end as
+measured.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from loractl.common.placement.lines import Waiting
 from loractl.common.placement.rule import turn
 from loractl.common.store.fleet import FleetView, waiting_of
 
+from .gangs import numbers, when_they_end
+
 if TYPE_CHECKING:
     from loractl.common.placement.card_hours import PastCardHours, QuotaMeter
-    from loractl.common.placement.clock import ReplayedRun
+    from loractl.common.placement.replay import ReplayedRun
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job
 
@@ -33,17 +35,14 @@ class ExpectedStart:
 
     at: dt.datetime
     spread_s: float  # half width, from the spread of the running jobs' measured steps
-    node: str
-    beside: tuple[str, ...] = ()  # the other cards of a job on several cards
-
-    @property
-    def nodes(self) -> tuple[str, ...]:
-        """All cards on which it starts."""
-        return self.node, *self.beside
+    nodes: tuple[str, ...]  # all its cards
+    rests_on: tuple[int, ...] = ()  # the running jobs that leave these cards before, as their steps say
 
     def as_json(self) -> dict[str, Any]:
-        """`at` as ISO 8601, `spread_s`, and `node`: with several cards, the first, and all of them in `nodes`."""
-        return {"at": self.at.isoformat(), "spread_s": self.spread_s, "node": self.node, "nodes": list(self.nodes)}
+        """`at` as ISO 8601, `spread_s`, `rests_on`, and `node`: with several cards, the first, and all of them in
+        `nodes`."""
+        lists = {"nodes": list(self.nodes), "rests_on": list(self.rests_on)}
+        return {"at": self.at.isoformat(), "spread_s": self.spread_s, "node": self.nodes[0], **lists}
 
 
 def read_starts(store: Store, view: FleetView, waiting: Sequence[Waiting]) -> dict[int, ExpectedStart]:
@@ -63,33 +62,36 @@ def expected_starts(
     """
     if len(waiting) > REPLAYED_JOBS:
         return {}
-    cards = view.cards.values()
-    expected = _replayed(view, waiting, list(cards), past or {})
+    cards = list(view.cards.values())
     late = _replayed(view, waiting, [_late(card, view) for card in cards], past or {})
     return {
-        job_id: ExpectedStart(
-            at=run.started,
-            spread_s=max(0.0, (late[job_id].started - run.started).total_seconds()),
-            node=run.node,
-            beside=run.beside,
-        )
-        for job_id, run in expected.items()
+        job_id: _expected(view, run, late[job_id])
+        for job_id, run in _replayed(view, waiting, cards, past or {}).items()
         if job_id in late
     }
+
+
+def _expected(view: FleetView, run: ReplayedRun, late: ReplayedRun) -> ExpectedStart:
+    nodes = run.node, *run.beside
+    gone = [one for node in nodes for one in view.cards[node].running if one.ends and one.ends <= run.started]
+    return ExpectedStart(
+        at=run.started,
+        spread_s=max(0.0, (late.started - run.started).total_seconds()),
+        nodes=nodes,
+        rests_on=tuple(dict.fromkeys(one.job_id for one in gone)),
+    )
 
 
 def _replayed(
     view: FleetView, waiting: Sequence[Waiting], cards: Sequence[Card], past: Mapping[str, PastCardHours]
 ) -> Mapping[int, ReplayedRun]:
     """The run of each job that starts in a replay on these cards."""
-    from loractl.common.placement.clock import ReplayedJob
-    from loractl.common.placement.replay import PlacementRule, replay
+    from loractl.common.placement.replay import PlacementRule, ReplayedJob, replay
 
     running = [job for card in cards for job in card.running]
     jobs = [ReplayedJob(waiting=job, seconds=None) for job in waiting]
     charges = {**view.charges, **{user: one.charge for user, one in past.items()}}  # the view's have quotas in them
-    meter = _meter(view, cards, past)
-    rule = PlacementRule(charges, view.now, running, meter=meter)
+    rule = PlacementRule(charges, view.now, running, meter=_meter(view, cards, past))
     return replay(jobs, cards, view.now, rule).runs
 
 
@@ -122,11 +124,35 @@ def _late(card: Card, view: FleetView) -> Card:
     )
 
 
+def why_unknown(job: Job, view: FleetView, starts: Mapping[int, ExpectedStart], waiting: Sequence[Waiting]) -> str:
+    """Why a job that waits for room has no expected start; empty where no job is in its way."""
+    if len(waiting) > REPLAYED_JOBS:
+        return f"more than {REPLAYED_JOBS} jobs wait"
+    cards = suiting(waiting_of(vars(job), view.now), view)
+    running = [one.job_id for node in cards for one in view.cards[node].running if one.ends is None]
+    if running:
+        return f"nobody knows yet when {when_they_end(sorted({*running}))}"
+    first = [job_id for job_id, start in starts.items() if not cards.isdisjoint(start.nodes)]
+    if not first:
+        return ""
+    return f"{numbers(first)} {'starts' if len(first) == 1 else 'start'} before it, and nobody knows for how long"
+
+
 def ahead_of(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waiting]:
-    """The ready jobs, in the rule's order, that the rule tries before it and that could take a card that suits it."""
-    mine = turn(waiting_of(vars(job), view.now), view.charges)
-    first = [other for other in rivals(job, view, waiting) if turn(other, view.charges) < mine]
-    return sorted(first, key=lambda other: turn(other, view.charges))
+    """The ready jobs, in the rule's order, that the rule tries before it and that could take a card that suits it; if
+    no card does, those that lack one as well."""
+    me = waiting_of(vars(job), view.now)
+    mine, known = suiting(me, view), dict[tuple[object, ...], frozenset[str]]()
+    first = list[Waiting]()
+    for other in waiting:
+        before = turn(other, view.charges) < turn(me, view.charges) or other.job_id in view.placed
+        if other.job_id == me.job_id or not before:
+            continue
+        form = (other.need, other.methods, other.requires, other.only_host, other.avoids, other.bf16, other.gangs)
+        theirs = known[form] = known.get(form) or suiting(other, view)
+        if not mine.isdisjoint(theirs) if mine else not theirs:
+            first.append(other)
+    return sorted(first, key=lambda other: (other.job_id not in view.placed, turn(other, view.charges)))
 
 
 def reaches(job: Job, waiting: Sequence[Waiting]) -> bool:
@@ -134,28 +160,12 @@ def reaches(job: Job, waiting: Sequence[Waiting]) -> bool:
     return len(waiting) <= REPLAYED_JOBS or any(other.job_id == job.job_id for other in waiting)
 
 
-def rivals(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Waiting]:
-    """Other ready jobs that could take a card that suits this one; if no card does, those that lack one as well."""
-    me = waiting_of(vars(job), view.now)
-    mine = _suiting(me, view)
+def suiting(job: Waiting, view: FleetView) -> frozenset[str]:
+    """The open cards that the job could take once all else has left them."""
+    fleet = view.cards.values()
 
-    def wants(theirs: frozenset[str]) -> bool:
-        return not mine.isdisjoint(theirs) if mine else not theirs
+    def may_have(card: Card) -> bool:
+        several = bool(job.gangs) and may_share(card, job)
+        return card.open and (several or takes(card, job, fleet, view.largest)) and (job.bound or 0) <= card.usable
 
-    return [other for other in waiting if other.job_id != me.job_id and wants(_suiting(other, view))]
-
-
-def _suiting(job: Waiting, view: FleetView) -> frozenset[str]:
-    """The open cards that the job could take. Hundreds of waiting jobs ask for the same, so the view keeps it."""
-    form = (job.need, job.methods, job.requires, job.only_host, job.avoids, job.bf16, job.alone, job.gangs)
-    found = view.suiting.get(form)
-    if found is None:
-        fleet = view.cards.values()
-
-        def may_have(card: Card) -> bool:
-            several = bool(job.gangs) and may_share(card, job)
-            takes_it = card.open and (several or takes(card, job, fleet, view.round.largest))
-            return takes_it and (job.bound or 0) <= card.usable
-
-        found = view.suiting[form] = frozenset(card.node for card in fleet if may_have(card))
-    return found
+    return frozenset(card.node for card in fleet if may_have(card))

@@ -21,5 +21,5 @@ def why(job: str, as_json: bool) -> None:
 
     _, store = open_session()
     job_id = job_named(store, job)
-    answer = answers.why(store, job_id, with_remedies=not as_json)
+    answer = answers.why(store, job_id, in_other_forms=not as_json)
     output.show(answer, as_json, lambda: why_text(answer, detect_screen()))

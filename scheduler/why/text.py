@@ -8,11 +8,10 @@ from loractl.common.job.status import Status
 from loractl.common.text import clean_line
 from loractl.common.units import GIB, clock, duration, gib
 from loractl.scheduler.cli.screen import Screen, card_name, joined, wrapped, wrapped_table
-from loractl.scheduler.wait.gangs import in_words
+from loractl.scheduler.wait.gangs import in_words, when_they_end
 from loractl.scheduler.wait.reasons import Tier
-from loractl.scheduler.wait.starts import REPLAYED_JOBS
 
-from .answer import NO_PLACE, NotWaiting, Why
+from .answer import NotWaiting, Why
 
 if TYPE_CHECKING:
     from .answer import Ahead
@@ -28,10 +27,10 @@ def why_text(answer: Why | NotWaiting, screen: Screen) -> str:
     lines += _start(answer, screen)
     if answer.cards:
         lines += ["", *_cards(answer, screen)]
-    in_line = wait.tier is not Tier.NEVER and answer.ahead is not NO_PLACE
-    closing = [*([_ahead(answer.ahead)] if in_line else []), *answer.remedies]
-    lines += [""] if closing else []
-    for text in closing:
+    ahead = [] if wait.tier is Tier.NEVER or answer.ahead is None else [_ahead(answer.ahead)]
+    helps = [f"{wait.helps}{': ' if wait.command else '.'}{wait.command}"] if wait.helps else []
+    lines += [""] if ahead or helps else []
+    for text in (*ahead, *helps):
         lines += wrapped(text, "", screen)
     return joined(lines, screen)
 
@@ -53,15 +52,13 @@ def _not_waiting(answer: NotWaiting) -> str:
 
 
 def _start(answer: Why, screen: Screen) -> list[str]:
-    start, wait = answer.start, answer.wait
+    start = answer.start
     if start is not None and start.at > answer.now:
         spread = f" ± {duration(start.spread_s)}" if start.spread_s >= 1 else ""
-        at = clock(start.at, answer.now)
-        return wrapped(f"Expected start: {at}{spread} on {in_words(start.nodes)}.", at, screen)
-    if wait.word in ("never", "next"):
-        return []
-    hangs = ": the jobs that run or go first have no measured end yet" if wait.tier is Tier.CAPACITY else ""
-    return wrapped(f"Expected start: not known{hangs}.", "", screen)
+        at, rests = clock(start.at, answer.now), start.rests_on
+        ends = f"if {when_they_end(rests)} as {'its' if len(rests) == 1 else 'their'} steps say" if rests else ""
+        return wrapped(f"Expected start: {at}{spread} on {in_words(start.nodes)}{', ' * bool(ends)}{ends}.", at, screen)
+    return wrapped(f"Expected start: not known: {answer.unknown}.", "", screen) if answer.unknown else []
 
 
 def _cards(answer: Why, screen: Screen) -> list[str]:
@@ -88,8 +85,5 @@ def _ahead(ahead: Ahead) -> str:
     if not ahead.jobs:
         return "Nothing is ahead of it." if ahead.complete else "Too many jobs wait to say which are ahead of it."
     named = ", ".join(f"{job_id} ({user})" for job_id, user in ahead.jobs[:3])
-    if not ahead.complete:
-        return f"Ahead of it: {named} and at least {len(ahead.jobs[3:])} more."
-    more = f" and {len(ahead.jobs) - 3} more" if len(ahead.jobs) > 3 else ""
-    total = f"more than {REPLAYED_JOBS}" if ahead.of is None else f"{ahead.of}"
-    return f"Ahead of it: {named}{more}. Position {len(ahead.jobs) + 1} of {total}."
+    more = f" and {'' if ahead.complete else 'at least '}{len(ahead.jobs) - 3} more" if ahead.jobs[3:] else ""
+    return f"Ahead of it: {named}{more}."

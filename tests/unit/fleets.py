@@ -50,7 +50,7 @@ def waits(
         "job_id": job_id, "vram_lora": need.lora, "vram_qlora": need.qlora, "vram_needed": least,
         "methods": [method.value for method in methods], "lora_until": until, "preemptible": False,
         "queue_key": queue_key(priority, least, labels or {}, user),
-        "spec": {"resources": {"max_vram": None, "node_labels": labels or {}}},
+        "spec": {"resources": {"max_vram": None, "node_labels": labels or {}}, "training": {"save_steps": 50}},
     }  # fmt: skip
     return job(**{**values, **changed})
 

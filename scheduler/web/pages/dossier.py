@@ -103,7 +103,7 @@ def job_dossier(store: Store, shelf: ReportShelf, job_id: int) -> JobDossier:
     """A job in full. Raises JobNotFound."""
     row = store.jobs.get(job_id)
     history = job_history(store, job_id)
-    answer = why(store, job_id, with_remedies=False) if row.status is Status.QUEUED else None
+    answer = why(store, job_id, in_other_forms=False) if row.status is Status.QUEUED else None
     view = store.cards.fleet() if row.status is Status.RUNNING else None
     known = {node.node: node.total for node in store.cards.nodes()}
     varied, sweep_name = _of_sweep(store, row.sweep_id)

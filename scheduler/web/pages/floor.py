@@ -16,7 +16,7 @@ from loractl.common.units import duration, gib
 from loractl.scheduler.fleet.answer import Fleet, fleet_of
 from loractl.scheduler.status.job import JobState, state_of
 from loractl.scheduler.status.overview import Overview, overview
-from loractl.scheduler.wait.remedies import without_others
+from loractl.scheduler.wait.sooner import without_others
 
 from .drawing import card_parts
 from .measures import ReportDigest, digest

@@ -79,7 +79,7 @@ def test_a_job_beyond_a_quota_says_what_was_used_and_when_jobs_start_again(timed
     )
     timed.cards.see(node_state("box:0", total=48 * GIB, max_jobs=8))
     start = waiting_jobs(timed, [timed.jobs.get(job_id)]).starts[job_id]
-    assert (start.at, start.node, start.spread_s) == (NOON + dt.timedelta(hours=25), "box:0", 0)
+    assert (start.at, start.nodes, start.spread_s) == (NOON + dt.timedelta(hours=25), ("box:0",), 0)
     row = quotas_text(quota_list(timed), WIDE).splitlines()[1]
     assert row.split(maxsplit=5) == ["ada", "1", "a", "day", "1.5", "wait until about Thu 13:00"]
 

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from loractl.common.job.method import Method, Need
 from loractl.common.placement.card_hours import PastCardHours, QuotaMeter, by_hour
 from loractl.common.placement.cards import Card, Occupant
-from loractl.common.placement.clock import ReplayedJob
 from loractl.common.placement.lines import Waiting
-from loractl.common.placement.replay import PlacementRule, Replay, replay
+from loractl.common.placement.replay import PlacementRule, Replay, ReplayedJob, replay
 from loractl.common.placement.shares import Allowance
 from loractl.common.units import GIB
 

@@ -13,9 +13,17 @@ from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, largest_gpu, lasts, takes
-from loractl.common.placement.clock import MOST_IN_VAIN, Presence, ReplayedJob, ReplayedRun
 from loractl.common.placement.lines import Waiting
-from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
+from loractl.common.placement.replay import (
+    MOST_IN_VAIN,
+    PlacementRule,
+    Presence,
+    Replay,
+    ReplayedJob,
+    ReplayedRun,
+    Rule,
+    replay,
+)
 from loractl.common.placement.rule import Placement
 from loractl.common.units import GIB
 from loractl.scheduler.simulation.baselines import BlindRule, best_fit, fifo, shortest_first

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, Occupant
-from loractl.common.placement.clock import Clock, ReplayedJob
 from loractl.common.placement.gangs import GangShare
 from loractl.common.placement.lines import KeptLine, ListedLine, Openings, Waiting
-from loractl.common.placement.replay import PlacementRule, Replay, Rule, replay
+from loractl.common.placement.replay import PlacementRule, Replay, ReplayedFleet, ReplayedJob, Rule, replay
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S, Placement
 from loractl.common.placement.shares import charge, decayed
 from loractl.common.units import GIB
@@ -109,7 +108,7 @@ def test_an_expected_end_beside_others_is_not_slowed_a_second_time() -> None:
 
 def test_it_stops_once_the_job_that_was_asked_for_has_started() -> None:
     jobs = [a_job(n, 0, 80, 10) for n in range(1, 6)]
-    assert list(replay(jobs, [a_card()], START, until=3).runs) == [1, 2, 3]
+    assert list(replay(jobs, [a_card()], START, until=lambda runs: 3 in runs).runs) == [1, 2, 3]
 
 
 @given(
@@ -156,10 +155,10 @@ def test_a_job_on_several_cards_holds_each_of_them_until_its_end() -> None:
 def test_a_job_on_several_cards_is_expected_to_leave_all_of_them_at_once(shared: int) -> None:
     busy = [Occupant(job_id=9, user="bob", reserved=GIB, ends=at(1000))]
     cards = [a_card(80, f"a:{n}", running=busy if n == shared else ()) for n in (0, 1)]
-    clock, large = Clock(now=START, cards=cards, contention=1.0), a_job(1, 0, 20, 100)
+    floor, large = ReplayedFleet(cards, START, contention=1.0), a_job(1, 0, 20, 100)
     beside = (GangShare(node="a:1", bytes=GIB),)
-    clock.start(Placement(job=large.waiting, node="a:0", method=Method.LORA, reserved=GIB, beside=beside), large)
-    expected = [one.ends for card in clock.cards.values() for one in card.running if one.job_id == 1]
+    floor.start(Placement(job=large.waiting, node="a:0", method=Method.LORA, reserved=GIB, beside=beside), large)
+    expected = [one.ends for card in floor.cards.values() for one in card.running if one.job_id == 1]
     assert expected == [at(200)] * 2, "one of the cards takes turns"
 
 
@@ -189,7 +188,7 @@ def small_jobs(users: str, seconds: float, each_s: float, priority: int = 0) -> 
 
 def wait_of(large: ReplayedJob, stream: Iterable[ReplayedJob], rule: Rule) -> float | None:
     cards = [a_card(80), a_card(80, "a:1")]
-    done = replay([large, *stream], cards, START, rule, until=large.waiting.job_id)
+    done = replay([large, *stream], cards, START, rule, until=lambda runs: large.waiting.job_id in runs)
     run = done.runs.get(large.waiting.job_id)
     return None if run is None else (run.started - large.waiting.since).total_seconds()
 
@@ -225,7 +224,7 @@ def test_a_large_job_that_avoids_a_card_starts_too(sound: float) -> None:
     large = replace(large, waiting=replace(large.waiting, avoids=frozenset({"a:0"})))
     cards = [a_card(80), a_card(sound, "b:0")]
     stream = small_jobs("abcd", HOUR, HOUR / 7)
-    run = replay([large, *stream], cards, START, PlacementRule(), until=11).runs[11]
+    run = replay([large, *stream], cards, START, PlacementRule(), until=lambda runs: 11 in runs).runs[11]
     assert run.node == ("b:0" if sound == 80 else "a:0")
     assert (run.started - large.waiting.since).total_seconds() <= RESERVE_AFTER_S + HOUR / 7 + HOUR
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from loractl.common.job.method import Need, Parallel, SharedNeed
-from loractl.common.placement.cards import Card, Obstacle
+from loractl.common.placement.cards import Card
 from loractl.common.placement.lines import ListedLine, Openings, Waiting
-from loractl.common.placement.refusals import Round, out_of_reach
+from loractl.common.placement.refusals import out_of_reach
 from loractl.common.placement.rule import place
 from loractl.common.units import GIB
 
@@ -130,15 +130,9 @@ def test_a_job_keeps_off_no_card_for_one_that_goes_too_soon() -> None:
     assert started(decide([failed], [ending(2 * HOUR), a_card("b:0")])) == {1: "a:0"}
 
 
-def test_the_refusal_and_the_reach_say_that_time_is_short() -> None:
+def test_the_reach_says_that_time_is_short() -> None:
     card = ending(HOUR, window_s=2 * HOUR)
-    fits, waits = a_job(1, checkpoint_s=600.0), a_job(1, checkpoint_s=1.5 * HOUR)
-    never = a_job(1, checkpoint_s=3 * HOUR)
-    view = Round(cards={"a:0": card}, decisions=(), now=NOW)
-    assert view.refusals(fits, fits) == {"a:0": None}
-    assert view.refusals(waits, waits) == {"a:0": Obstacle.TIME}
-    busy = Round(cards={"a:0": replace(card, running=(running(9, 20, 3500.0),))}, decisions=(), now=NOW)
-    assert busy.refusals(fits, fits) == {"a:0": Obstacle.TIME}, "it has room too late"
+    waits, never = a_job(1, checkpoint_s=1.5 * HOUR), a_job(1, checkpoint_s=3 * HOUR)
     assert out_of_reach(waits, [card]) is None
     said = "needs 3 h 00 min to store its first checkpoint, and no worker stays longer than 2 h 00 min"
     assert out_of_reach(never, [card]) == said

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from loractl.common.errors import DataError, UsageError
-from loractl.common.placement.clock import Presence
-from loractl.common.placement.replay import replay
+from loractl.common.placement.replay import Presence, replay
 from loractl.common.placement.shares import Allowance
 from loractl.common.units import GIB
 from loractl.scheduler.cli.screen import Screen

@@ -120,7 +120,7 @@ def past(attempts: Iterable[Attempt], events: Iterable[Event]) -> tuple[tuple[Pa
 
 
 def test_of_two_starts_at_one_moment_the_first_by_the_rule_is_next() -> None:
-    at = ExpectedStart(at=in_seconds(60), spread_s=0.0, node="heron:0")
+    at = ExpectedStart(at=in_seconds(60), spread_s=0.0, nodes=("heron:0",))
     waits = WaitingJobs(starts={26: at, 25: at, 3: replace(at, at=in_seconds(90)), 9: replace(at, at=NOON)})
     answer = Overview(
         running=(), waiting=(), waits=waits, running_count=0, waiting_count=4, sweeps=(), sweep_count=0, ended={},

@@ -39,10 +39,10 @@ def sentence(store: Store, job_id: int) -> str:
     return wait.sentence
 
 
-def remedies(store: Store, job_id: int) -> tuple[str, ...]:
+def helps(store: Store, job_id: int) -> tuple[str, str]:
     answer = why(store, job_id)
     assert isinstance(answer, Why)
-    return answer.remedies
+    return answer.wait.helps, answer.wait.command
 
 
 def test_the_head_of_a_chain_is_named_and_where_it_stands(store: Store) -> None:
@@ -55,10 +55,10 @@ def test_the_head_of_a_chain_is_named_and_where_it_stands(store: Store) -> None:
     assert isinstance(claim, Claim)
     timed.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=1, eta_seconds=600))
     assert sentence(timed, last) == f"{behind}which runs on box:0 until about 12:10"
-    assert remedies(timed, last) == (f"Start without: loractl edit {last} --set after=[]",)
+    assert helps(timed, last) == ("Start without", f"loractl edit {last} --set after=[]")
     timed.attempts.finish(claim, Reason.BAD_DATA, "no rows", Progress())
     assert sentence(timed, last) == f"{behind}which has failed: it starts once a retry of that job succeeds"
-    assert remedies(timed, 2)[0] == "Queue that one again: loractl retry 1"
+    assert helps(timed, 2) == ("Queue that one again", "loractl retry 1")
 
 
 def test_a_job_that_waits_for_another_or_is_held_has_no_place_in_a_line(store: Store) -> None:
@@ -67,7 +67,7 @@ def test_a_job_that_waits_for_another_or_is_held_has_no_place_in_a_line(store: S
     store.jobs.hold(held, "ada")
     for job_id in (blocked, held):
         answer = why(store, job_id)
-        assert isinstance(answer, Why) and answer.ahead.jobs == ()
+        assert isinstance(answer, Why) and answer.ahead is None
         assert "ahead of it" not in why_text(answer, WIDE) and "Ahead of it" not in why_text(answer, WIDE)
     store.jobs.cancel(first, "ada")
     store.jobs.edit(amendment(store, blocked, ["after=[]"]), "ada")
@@ -91,15 +91,15 @@ def test_only_what_helps_is_advised(store: Store) -> None:
     with pytest.raises(WrongState) as refused:
         store.jobs.retry(begun, "ada")
     assert refused.value.hint == f"loractl why {begun}"
-    assert remedies(store, begun) == ()
+    assert helps(store, begun) == ("", "")
     store.jobs.cancel(first, "ada")
-    assert remedies(store, any_end) == (f"Start without: loractl edit {any_end} --set after=[]",)
-    assert remedies(store, begun) == (f"Queue that one again: loractl retry {first}",)
+    assert helps(store, any_end) == ("Start without", f"loractl edit {any_end} --set after=[]")
+    assert helps(store, begun) == ("Queue that one again", f"loractl retry {first}")
     new = NewSweep(name="tuned", varied={"lora.r": "16"})
     sweep_id = store.sweeps.submit(new, [submission(lora=1, qlora=1)])
     member = store.sweeps.get(sweep_id).members[0].job_id
     best = queue(store, "best", member, after_any=True, lora={"init_from": {"sweep": sweep_id}})
-    assert remedies(store, best) == ()
+    assert helps(store, best) == ("", "")
 
 
 def test_of_a_removed_job_only_what_helps_is_advised(store: Store) -> None:
@@ -109,10 +109,10 @@ def test_of_a_removed_job_only_what_helps_is_advised(store: Store) -> None:
     begun = queue(store, "pairs", first, lora={"init_from": str(first)})
     with store.begin(read_only=False) as tx:
         tx.session.execute(delete(Job).where(Job.job_id == first))
-    removed = "job 1, which was removed"
-    assert sentence(store, plain) == f"{removed}: loractl edit {plain} --set after=[] lets it start anyway"
-    dropped = f"{removed} with the adapter that it begins from: loractl cancel {begun} drops it"
-    assert sentence(store, begun) == dropped
+    assert sentence(store, plain) == sentence(store, begun) == "job 1, which was removed"
+    assert helps(store, plain) == ("Start without", f"loractl edit {plain} --set after=[]")
+    dropped = "It can't begin without that adapter. Drop it"
+    assert helps(store, begun) == (dropped, f"loractl cancel {begun}")
 
 
 def test_a_job_shows_those_before_it_and_behind_it(store: Store) -> None:
@@ -139,4 +139,4 @@ def test_a_row_that_awaits_itself_or_a_later_one_ends_no_answer(store: Store) ->
             connection.execute(update(Job).where(Job.job_id == second).values(awaits=awaits))
         assert sentence(store, second) == said
         assert follow(store, second) is ExitCode.FAILED, "nothing lets it go on by itself"
-        assert remedies(store, second) == ("Start without: loractl edit 2 --set after=[]",)
+        assert helps(store, second) == ("Start without", "loractl edit 2 --set after=[]")

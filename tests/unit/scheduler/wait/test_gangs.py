@@ -73,17 +73,20 @@ def test_a_box_with_a_closed_card_is_waited_for() -> None:
     first, second = pair()
     second.draining = True
     word, sentence = told(shared(alone=False), first, second)
-    assert (word, sentence) == ("worker", "it needs several cards of one box, but too few are open")
+    assert (word, sentence) == ("worker", "heron:0 has too few other cards in its box that can hold a share now")
 
 
 def test_a_box_that_is_not_whole_is_named_by_what_it_lacks() -> None:
     """It was told that something outside loractl holds 0.0 GiB of the other card, or that open cards were not open."""
     whole = waits(lora=40, qlora=None, methods=(Method.LORA,), gangs=shared().gangs)
-    assert told(whole, *pair(), drains=[drained("heron:1")]) == ("drained", "heron:1 by lena: replacing a fan")
+    assert told(whole, *pair(), drains=[drained("heron:1")]) == (
+        "drained",
+        "heron:1 is drained by lena: replacing a fan",
+    )
     first, second = pair()
     second.outside_bytes, second.outside = 20 * GIB, [{"pid": 9, "name": "vllm", "bytes": 20 * GIB}]
     for job in (whole, shared(alone=False)):
-        assert told(job, first, second) == ("memory", "vllm (pid 9) holds 20.0 GiB on heron:1, which leaves 4.0 GiB")
+        assert told(job, first, second) == ("memory", "heron:1 has 4.0 GiB left: vllm (pid 9) holds 20.0 GiB")
 
 
 def test_a_gang_that_waits_for_lora_says_whose_end_gives_it_room() -> None:
@@ -107,8 +110,8 @@ def test_each_card_says_what_of_the_job_it_would_have() -> None:
     job = shared()
     view = fleet(pair(), ran=[running(12, "heron:1", 20)], waiting=[job])
     assert [(fit.when, fit.then) for fit in card_fits(job, view)] == [
-        ("now", "its share is 20.0 GiB on each of 2 cards"),
-        ("?", "its share is 20.0 GiB on each of 2 cards, when job 12 ends"),
+        ("now", "has room for its share"),
+        ("?", "fits when job 12 ends"),
     ]
 
 
@@ -116,7 +119,7 @@ def test_a_card_that_has_nobody_to_share_the_job_with_is_too_small_for_it() -> N
     job = shared()
     cards = [card("heron:0", 8, gangs=True), card("heron:1", 24, gangs=True)]
     view = fleet(cards, ran=[running(12, "heron:1", 20)], waiting=[job])
-    assert {(fit.when, fit.then) for fit in card_fits(job, view)} == {("never", "card is smaller than the job")}
+    assert {(fit.when, fit.then) for fit in card_fits(job, view)} == {("never", "smaller than the job")}
 
 
 def test_a_job_whose_cards_are_kept_for_another_says_for_whom() -> None:
@@ -126,23 +129,27 @@ def test_a_job_whose_cards_are_kept_for_another_says_for_whom() -> None:
     wait = explain(second, view)
     assert (wait.word, wait.sentence) == ("kept", "heron:0 and heron:1 are kept for job 8, which goes first")
     fits = card_fits(second, view)
-    assert fits[0].then == "kept for job 8, its share is 15.0 GiB on each of 2 cards"
-    assert (fits[2].at, fits[2].then) == (in_seconds(600), "its share is 15.0 GiB on each of 2 cards, when job 12 ends")
+    assert fits[0].then == "kept for job 8, which goes first"
+    assert (fits[2].at, fits[2].then) == (in_seconds(600), "fits when job 12 ends")
 
 
 def test_a_box_with_too_few_cards_for_it_never_has_room() -> None:
     job = shared()
     cards = [*pair(), card("crane:0", 24, gangs=True), card("wren:0", 12, gangs=True)]
     told = {fit.node: fit.then for fit in card_fits(job, fleet(cards, waiting=[job]))}
-    assert told["crane:0"] == "crane has too few cards for it"
-    assert told["wren:0"] == "card is smaller than its share"
+    assert told["crane:0"] == "has too few other cards in its box"
+    assert told["wren:0"] == "smaller than its share"
     only = shared(alone=False, cards=4)
     told = {fit.node: fit.then for fit in card_fits(only, fleet(cards, waiting=[only]))}
-    assert told["heron:0"] == "heron has too few cards for it"
+    assert told["heron:0"] == "has too few other cards in its box"
 
 
 def test_cards_that_are_closed_or_held_by_others_are_not_too_few_for_ever() -> None:
-    job, only, short = shared(), shared(alone=False), ("?", "too few cards of heron can hold a share of it now")
+    job, only, short = (
+        shared(),
+        shared(alone=False),
+        ("?", "has too few other cards in its box that can hold a share now"),
+    )
 
     def fits(asks: Any, *nodes: Any, **others: Any) -> dict[str, tuple[str, str]]:
         return {fit.node: (fit.when, fit.then) for fit in card_fits(asks, fleet(nodes, waiting=[asks], **others))}
@@ -153,7 +160,7 @@ def test_cards_that_are_closed_or_held_by_others_are_not_too_few_for_ever() -> N
     assert fits(only, first, second)["heron:0"] == short
     crane = [card(f"crane:{n}", 24, gangs=True) for n in range(2)]
     found = fits(job, first, second, *crane)
-    assert found["heron:0"] == short and found["heron:1"] == ("?", "vllm holds 20.0 GiB for an unknown time")
+    assert found["heron:0"] == short and found["heron:1"] == ("?", "has 4.0 GiB left: vllm (pid 9) holds 20.0 GiB")
     for asks in (job, only):
         assert fits(asks, *pair(), drains=[drained("heron:1")])["heron:0"] == short
     assert fits(job, *pair(), *crane, drains=[drained("heron:1")])["heron:0"] == short

@@ -186,7 +186,7 @@ def _is_true(word: str, sentence: str, job: Asked, search: Search, waiting: list
     if word == "next":
         assert placed[job.row.job_id] in startable and placed[job.row.job_id] in sentence
     elif word in ("order", "share"):
-        (first,) = [int(n) for n in re.findall(r"(?<![\w:])(\d+)(?= (?:goes|has))", sentence)]
+        (first,) = [int(n) for n in re.findall(r"goes to job (\d+) first", sentence)]
         assert first in others and placed[first] == named[0].node and named[0].node in startable
         if word == "share":
             assert first > job.row.job_id
@@ -208,6 +208,6 @@ def _is_true(word: str, sentence: str, job: Asked, search: Search, waiting: list
         assert startable and placed[first] == named[0].node
         assert next(row for row in waiting if row.job_id == first).user == job.row.user
     elif word == "limit":
-        assert f"runs {search.users.count(job.row.user)}," in sentence
+        assert f"runs {search.users.count(job.row.user)} job" in sentence
     elif word in ("drained", "stopping", "offline", "version"):
         assert not search.open[named[0].node] and search.ever(job, named[0])

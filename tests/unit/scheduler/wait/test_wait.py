@@ -18,7 +18,7 @@ from loractl.common.units import GIB, clock
 from loractl.scheduler.wait.cards import SILENT_S, card_fits, closed_cards, process_name, trouble_of
 from loractl.scheduler.wait.queue import WaitingJobs, reason, without_queue
 from loractl.scheduler.wait.reasons import Tier, explain
-from loractl.scheduler.wait.remedies import without_others
+from loractl.scheduler.wait.sooner import without_others
 from loractl.scheduler.wait.starts import REPLAYED_JOBS, ExpectedStart, ahead_of, expected_starts
 
 from ...factories import NOON
@@ -67,17 +67,6 @@ def test_the_smaller_method_of_several_decides_what_never_fits() -> None:
 # --- policy ---
 
 
-def test_whose_room_beyond_its_need_a_job_would_fit_into_is_named() -> None:
-    def fits(**changed: Any) -> str:
-        holder = running(3, "box:0", 40, 600, **{"vram_lora": 8 * GIB, **changed})
-        (found,) = card_fits(waits(lora=45, qlora=45), fleet([card(total=80, max_jobs=4)], ran=[holder]))
-        return found.then
-
-    assert fits() == "fits when job 3 ends, which took 32.0 GiB beyond its need while nobody else wanted it"
-    assert fits(vram_lora=40 * GIB) == fits(vram_lora=None) == "fits when job 3 ends"
-    assert fits(vram_lora=36 * GIB) == "fits when job 3 ends", "its need alone leaves too little"
-
-
 def test_a_held_job_waits_for_a_person_whatever_is_free() -> None:
     assert told(waits(held=True, message="held: its worker was lost 3 times"), card()) == (
         "held",
@@ -102,7 +91,7 @@ def test_a_job_that_only_a_newer_worker_can_read_says_so() -> None:
 def test_a_user_at_the_limit_is_told_so() -> None:
     nodes = card("a:0", user_limit=2), card("b:0", user_limit=1, draining=True), card("c:0")
     ran = [running(1, "a:0", 8), running(2, "b:0", 8), running(3, "c:0", 8, user="bob")]
-    assert told(waits(), *nodes, ran=ran) == ("limit", "ada runs 2, the limit is 2")
+    assert told(waits(), *nodes, ran=ran) == ("limit", "ada runs 2 jobs, and one person may run 2 at a time")
     assert told(waits(user="bob"), *nodes, ran=ran)[0] != "limit"
 
 
@@ -110,7 +99,7 @@ def test_a_job_behind_the_last_one_that_its_user_may_run_says_so() -> None:
     nodes = card("a:0", user_limit=1), card("b:0")
     assert told(waits(8), *nodes, waiting=[waits(7)]) == (
         "limit",
-        "job 7 goes first on a:0, and ada may run 1 at a time",
+        "job 7 goes first on a:0, and one person may run 1 at a time",
     )
     assert told(waits(8, user="bob"), *nodes, waiting=[waits(7)])[0] == "next"
 
@@ -119,7 +108,7 @@ def test_a_job_whose_result_lies_on_a_box_names_it_and_until_when() -> None:
     until = {"result_host": "heron", "result_until": in_seconds(300)}
     mine, other = card("heron:0"), card("owl:0", 48)
     assert told(waits(**until), mine, other) == ("next", "heron:0 is about to take it")
-    text = r"only heron \({}\) may take it until .*\d: it has the finished result"
+    text = r"only heron, which has its finished result, may take it until .*\d; {}"
 
     def state(*nodes: Any, **more: Any) -> str:
         word, sentence = told(waits(**until), *nodes, **more)
@@ -128,18 +117,18 @@ def test_a_job_whose_result_lies_on_a_box_names_it_and_until_when() -> None:
         assert matched is not None, sentence
         return matched[1]
 
-    assert state(mine, other, ran=[running(1, "heron:0", 20)]) == "busy now"
-    assert state(other) == "no worker now"
-    assert state(mine, other, drains=[drained("heron")]) == "drained by lena"
-    assert state(card("heron:0", seen_at=TWO_HOURS_AGO), other) == "last seen 2 h 00 min ago"
-    assert state(card("heron:0", draining=True), other) == "its worker is being stopped"
+    assert state(mine, other, ran=[running(1, "heron:0", 20)]) == "heron:0 when job 1 ends"
+    assert state(other) == "it has no worker now"
+    assert state(mine, other, drains=[drained("heron")]) == "heron:0 is drained by lena: replacing a fan"
+    assert state(card("heron:0", seen_at=TWO_HOURS_AGO), other) == "heron:0 was last seen 2 h 00 min ago"
+    assert state(card("heron:0", draining=True), other) == "heron:0 is closed: its worker is being stopped"
     over = waits(result_host="heron", result_until=NOON)
     assert told(over, card("heron:0", draining=True), other) == ("next", "owl:0 is about to take it")
     view = fleet([mine, other], waiting=[waits(**until)])
     then = {fit.node: fit.then for fit in card_fits(waits(**until), view)}
     assert then == {
         "heron:0": "about to take it",
-        "owl:0": "until then, only heron may take the job: it has the finished result",
+        "owl:0": "may not take it until then: heron has its finished result",
     }
 
 
@@ -155,8 +144,8 @@ def test_a_card_that_failed_it_is_named_with_the_reason_and_until_when() -> None
         assert word == "avoids"
         assert re.fullmatch(r"a:0 failed it \(gpu_error\), so it waits for another card until .*\d", sentence)
         found = fits(waits(avoids=failed(name)), *nodes, ran=ran)
-        assert found["a:0"][1] == "failed the job (gpu_error), which avoids it until then"
-        assert found["b:0"] == ("?", "fits when job 1 ends (time not known)")
+        assert f"a:0 {found['a:0'][1]}" == sentence
+        assert found["b:0"] == ("?", "fits when job 1 ends")
     assert told(waits(avoids=failed("a:0")), card("a:0"), card("b:0", 2))[0] == "next", "the other is too small"
     over = {"a:0": {"reason": "gpu_error", "until": NOON.isoformat()}}
     assert told(waits(avoids=over), *nodes, ran=ran)[0] == "next"
@@ -168,7 +157,7 @@ def test_a_card_of_another_number_format_is_named_while_it_waits_for_one_of_its_
     why = "a:0 does not compute in bfloat16, as its checkpoint does, so it waits for another card"
     assert told(waits(begun_bf16=True), old, new, ran=ran) == ("format", why)
     found = fits(waits(begun_bf16=True), old, new, ran=ran)
-    assert found["a:0"][1] == "does not compute in bfloat16, as its checkpoint does, and another open card does"
+    assert f"a:0 {found['a:0'][1]}" == why
     assert told(waits(begun_bf16=True), old)[0] == "next"
     other = told(
         waits(begun_bf16=False), new, card("a:0", self_test={"capability": "7.5"}), ran=[running(1, "a:0", 24)]
@@ -189,7 +178,7 @@ def test_a_pause_after_a_failure_of_the_lab_says_where_and_how() -> None:
 
 def test_a_card_that_is_closed_by_a_fault_is_named_with_it() -> None:
     lost = "the driver has lost it: reset it"
-    assert told(waits(), card(fault=lost)) == ("closed", f"box:0: {lost}")
+    assert told(waits(), card(fault=lost)) == ("closed", f"box:0 is closed: {lost}")
     assert told(waits(), card(fault=lost), card("b:0"))[0] == "next", "another takes it"
     (fit,) = card_fits(waits(), fleet([card(fault=lost)]))
     assert (fit.when, fit.then) == ("?", f"closed: {lost}")
@@ -198,7 +187,7 @@ def test_a_card_that_is_closed_by_a_fault_is_named_with_it() -> None:
 def test_a_card_that_can_t_be_read_may_be_large_enough() -> None:
     unread, small = card(total=0, fault="reboot the box"), card("b:0", 4)
     for nodes in ((unread,), (unread, small)):
-        assert told(waits(lora=60, qlora=50), *nodes) == ("closed", "box:0: reboot the box")
+        assert told(waits(lora=60, qlora=50), *nodes) == ("closed", "box:0 is closed: reboot the box")
     assert {fit.when for fit in card_fits(waits(lora=60, qlora=50), fleet([unread, small]))} == {"?", "never"}
 
 
@@ -206,8 +195,8 @@ def test_a_drained_card_is_named_with_who_why_and_until_when() -> None:
     order = drained("box:0", until=in_seconds(3600))
     word, sentence = told(waits(), card(), drains=[order])
     assert word == "drained"
-    assert re.fullmatch(r"box:0 by lena until .*\d: replacing a fan", sentence)
-    assert told(waits(), card(), drains=[drained("box")]) == ("drained", "box:0 by lena: replacing a fan")
+    assert re.fullmatch(r"box:0 is drained by lena until .*\d: replacing a fan", sentence)
+    assert told(waits(), card(), drains=[drained("box")]) == ("drained", "box:0 is drained by lena: replacing a fan")
     assert told(waits(), card(), drains=[drained("box", until=NOON)])[0] == "next", "it is over"
     assert told(waits(), card(), card("b:0", 4), drains=[drained("box")])[0] == "next", "a smaller card takes QLoRA"
     small = card("b:0", 2)
@@ -221,7 +210,7 @@ def test_a_silent_box_was_seen_so_long_ago() -> None:
 
 
 def test_a_stopping_worker_takes_nothing_more() -> None:
-    assert told(waits(), card(draining=True)) == ("stopping", "the worker of box:0 is being stopped")
+    assert told(waits(), card(draining=True)) == ("stopping", "box:0 is closed: its worker is being stopped")
 
 
 def test_a_box_that_is_silent_or_drained_is_told_at_once() -> None:
@@ -260,7 +249,7 @@ def test_a_processor_that_leaves_a_job_to_gpus_which_lack_its_label_says_so() ->
     word, sentence = told(job, card("gpu:0"), card("cpu:0", kind="cpu", labels={"site": "roof"}))
     assert (word, sentence) == (
         "worker",
-        "cpu:0 is a processor, which takes only jobs that no GPU can hold; no GPU with the job's labels is online",
+        "cpu:0 is a processor, which takes only jobs that no GPU of the fleet can hold",
     )
 
 
@@ -305,16 +294,16 @@ def test_memory_that_others_hold_is_told_with_whose_it_is() -> None:
     node = card(outside_bytes=20, outside=[NOTEBOOK, {**NOTEBOOK, "pid": 4712, "bytes": 4 * GIB}])
     assert told(waits(lora=8, qlora=8), node) == (
         "memory",
-        "vllm of tomas (pid 4711) and 1 more hold 20.0 GiB on box:0, which leaves 4.0 GiB",
+        "box:0 has 4.0 GiB left: vllm of tomas (pid 4711) and 1 more hold 20.0 GiB",
     )
     nameless = card(outside_bytes=20, outside=[{"pid": 4711, "user": None, "name": None, "bytes": 20 * GIB}])
     assert told(waits(lora=8, qlora=8), nameless) == (
         "memory",
-        "pid 4711 holds 20.0 GiB on box:0, which leaves 4.0 GiB",
+        "box:0 has 4.0 GiB left: pid 4711 holds 20.0 GiB",
     )
     assert told(waits(lora=8, qlora=8), card(outside_bytes=20)) == (
         "memory",
-        "something outside loractl holds, or recently held, 20.0 GiB on box:0, which leaves 4.0 GiB",
+        "box:0 has 4.0 GiB left: something outside loractl holds, or recently held, 20.0 GiB",
     )
     assert told(waits(lora=8, qlora=4), node)[0] == "next", "QLoRA fits beside them"
 
@@ -323,13 +312,21 @@ def test_a_job_behind_another_one_says_whose_turn_it_is() -> None:
     mine = waits(7, lora=20, qlora=20)
     assert told(mine, card(), waiting=[waits(9, priority=3, user="bob")]) == (
         "order",
-        "job 9 goes first on box:0: its priority is higher",
+        "box:0 goes to job 9 first: its priority is higher",
     )
-    assert told(mine, card(), waiting=[waits(6)]) == ("order", "job 6 goes first on box:0")
+    assert told(mine, card(), waiting=[waits(6)]) == ("order", "box:0 goes to job 6 first")
     assert told(mine, card(), waiting=[waits(9, user="bob")], charges={"ada": 5.0}) == (
         "share",
-        "job 9 goes first on box:0: bob has used the cards less",
+        "box:0 goes to job 9 first: bob has used the cards less",
     )
+
+
+def test_a_job_that_has_waited_a_day_goes_first_and_says_so() -> None:
+    """It said only that the other goes first, and that nothing is ahead."""
+    old, mine = waits(6, priority=-5, submitted_at=in_seconds(-90_000)), waits(7, priority=5)
+    assert told(mine, card(), waiting=[old]) == ("order", "box:0 goes to job 6 first: it has waited for 25 h 00 min")
+    view = fleet([card()], waiting=[old, mine])
+    assert [other.job_id for other in ahead_of(mine, view, ready([mine, old]))] == [6]
 
 
 def test_a_card_that_is_kept_for_a_job_that_waited_long_is_kept_from_the_next() -> None:
@@ -355,7 +352,7 @@ def test_patience_is_told_with_the_card_that_would_take_qlora() -> None:
     job = waits(lora=40, qlora=8, lora_until=in_seconds(3600))
     word, sentence = told(job, card(), card("b:0", 48, draining=True))
     assert word == "patience"
-    assert re.fullmatch(r"it waits for LoRA until .*\d; QLoRA would fit on box:0 now", sentence)
+    assert re.fullmatch(r"it waits for LoRA until .*\d, but QLoRA would fit on box:0", sentence)
     word, sentence = told(job, card(), ran=[running(1, "box:0", 24, 600)])
     assert word == "patience"
     assert re.fullmatch(r"it waits for LoRA until .*\d, but no card has room; then it may use QLoRA", sentence)
@@ -394,26 +391,26 @@ def test_each_card_says_what_it_is_for_the_job() -> None:
     when = found["f:0"][0]
     assert found == {
         "a:0": ("now", "about to take it"),
-        "b:0": ("never", "card is smaller than the job"),
+        "b:0": ("never", "smaller than the job"),
         "c:0": ("never", "lacks the label nvlink=yes"),
-        "d:0": ("?", "its worker is stopping"),
-        "e:0": ("?", "not seen for 2 h 00 min"),
+        "d:0": ("?", "closed: its worker is being stopped"),
+        "e:0": ("?", "was last seen 2 h 00 min ago"),
         "f:0": (when, "fits when job 1 ends"),
-        "g:0": ("?", "fits when job 2 ends (time not known)"),
-        "h:0": ("?", "vllm of tomas holds 22.0 GiB for an unknown time"),
+        "g:0": ("?", "fits when job 2 ends"),
+        "h:0": ("?", "has 2.0 GiB left: vllm of tomas (pid 4711) holds 22.0 GiB"),
         "i:0": ("?", "drained by lena: replacing a fan"),
-        "j:0": ("never", "card is smaller than the job"),
+        "j:0": ("never", "smaller than the job"),
     }
     assert when not in ("now", "never", "?")
 
 
 def test_a_card_with_room_says_who_goes_first_there() -> None:
     mine = waits(7)
-    assert fits(mine, card(), waiting=[waits(6)])["box:0"] == ("now", "job 6 goes first")
+    assert fits(mine, card(), waiting=[waits(6)])["box:0"] == ("now", "goes to job 6 first")
     first = waits(5, lora=40, qlora=40, submitted_at=in_seconds(-RESERVE_AFTER_S))
     big = card(total=48, max_jobs=4)
     found = fits(waits(9, lora=20, qlora=20), big, ran=[running(1, "box:0", 20, 600)], waiting=[first])
-    assert found["box:0"] == ("now", "kept for job 5")
+    assert found["box:0"] == ("now", "kept for job 5, which goes first")
 
 
 def test_a_card_that_two_jobs_get_at_once_is_about_to_take_each() -> None:
@@ -432,12 +429,12 @@ def test_a_processor_leaves_to_gpus_what_they_can_hold() -> None:
     nodes = card("cpu:0", 64, kind="cpu"), card("gpu:0", 24)
     assert fits(waits(lora=40, qlora=30), *nodes) == {
         "cpu:0": ("now", "about to take it"),
-        "gpu:0": ("never", "card is smaller than the job"),
+        "gpu:0": ("never", "smaller than the job"),
     }
     ran = [running(1, "gpu:0", 24, 600)]
     assert fits(waits(), *nodes, ran=ran)["cpu:0"] == (
         "never",
-        "a processor takes only jobs that no GPU of the fleet can hold",
+        "a processor, which takes only jobs that no GPU of the fleet can hold",
     )
 
 
@@ -453,8 +450,8 @@ def test_jobs_start_when_those_before_them_end_as_measured() -> None:
     view = fleet([card("a:0"), card("b:0")], ran, waiting)
     found = expected_starts(view, ready(waiting))
     assert found == {
-        7: ExpectedStart(at=in_seconds(600), spread_s=60.0, node="a:0"),
-        8: ExpectedStart(at=in_seconds(900), spread_s=600.0, node="b:0"),
+        7: ExpectedStart(at=in_seconds(600), spread_s=60.0, nodes=("a:0",), rests_on=(1,)),
+        8: ExpectedStart(at=in_seconds(900), spread_s=600.0, nodes=("b:0",), rests_on=(2,)),
     }, "when 7 and 8 end nobody knows, so 9 has no time"
 
 
@@ -468,13 +465,15 @@ def test_a_late_end_may_change_the_card_and_the_spread_covers_it() -> None:
     ran = [running(1, "a:0", 20, 600, eta_spread_seconds=500.0), running(2, "b:0", 20, 700, eta_spread_seconds=10.0)]
     waiting = [waits(7, lora=24, qlora=24)]
     view = fleet([card("a:0"), card("b:0")], ran, waiting)
-    assert expected_starts(view, ready(waiting)) == {7: ExpectedStart(at=in_seconds(600), spread_s=110.0, node="a:0")}
+    assert expected_starts(view, ready(waiting)) == {
+        7: ExpectedStart(at=in_seconds(600), spread_s=110.0, nodes=("a:0",), rests_on=(1,))
+    }
 
 
 def test_a_job_that_starts_now_starts_now() -> None:
     waiting = [waits(7)]
     assert expected_starts(fleet([card()], (), waiting), ready(waiting))[7] == ExpectedStart(
-        at=NOON, spread_s=0.0, node="box:0"
+        at=NOON, spread_s=0.0, nodes=("box:0",)
     )
 
 
@@ -548,6 +547,8 @@ def test_a_card_whose_worker_stops_too_soon_says_when_and_what_the_job_needs() -
     unknown = f"{text}, but the job's time to a checkpoint is not known, so it starts only with 60 min left"
     assert told(waits(), ends) == ("time", unknown)
     assert told(waits(checkpoint_s=60.0), ends)[0] == "next"
+    late = fleet([card("a:0", 24, until=in_seconds(3600), window_s=7200.0)], ran=[running(9, "a:0", 24, 3500)])
+    assert explain(waits(checkpoint_s=600.0), late).word == "time", "it has room too late"
     (fit,) = card_fits(asked, fleet([ends], waiting=[asked]))
     assert (fit.when, fit.then) == (
         "never",
@@ -559,5 +560,7 @@ def test_a_job_that_needs_longer_than_any_worker_stays_is_told_so() -> None:
     short = card("a:0", 24, until=in_seconds(1800), window_s=3600.0)
     said = "needs 2 h 00 min to store its first checkpoint, and no worker stays longer than 60 min"
     assert told(waits(checkpoint_s=7200.0), short) == ("never", said)
+    wait = explain(waits(checkpoint_s=7200.0), fleet([short]))
+    assert wait.command == "loractl edit 7 --set training.save_steps=25"
     busy = running(3, "b:0", 20, ends_in=600)
     assert told(waits(checkpoint_s=7200.0), short, card("b:0", 24), ran=[busy])[0] == "memory"

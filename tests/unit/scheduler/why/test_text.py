@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from loractl.scheduler.status.job_text import job_text
 from loractl.scheduler.wait.cards import card_fits
 from loractl.scheduler.wait.reasons import Tier, Wait, explain
 from loractl.scheduler.wait.starts import ExpectedStart
-from loractl.scheduler.why.answer import NO_PLACE, Ahead, Why
+from loractl.scheduler.why.answer import Ahead, Why
 from loractl.scheduler.why.answer import why as asked
 from loractl.scheduler.why.text import why_text
 
@@ -24,10 +25,18 @@ from ...factories import node_state, submission
 from ...fleets import in_seconds, waits
 from ..screens import HOSTILE, PIPE, crowded, lab, seemly, shown
 
-NINTH = Ahead(jobs=((1486, "priya"),), complete=True, of=9)
+SECOND = Ahead(jobs=((1486, "priya"),), complete=True)
 
-FIRST = Ahead(jobs=(), complete=True, of=None)
+HELP = {
+    "helps": "It would start now on heron:3 with max_length 1536",
+    "command": "loractl plan 1485 --set dataset.max_length=1536",
+}
+
+FIRST = Ahead(jobs=(), complete=True)
 """Of the job that is first among more than are read."""
+
+
+START = ExpectedStart(at=in_seconds(600), spread_s=120.0, nodes=("heron:0",), rests_on=(1471,))
 
 
 def why(
@@ -36,19 +45,17 @@ def why(
     job: Any,
     start: ExpectedStart | None = None,
     wait: Wait | None = None,
-    ahead: Ahead = NINTH,
+    ahead: Ahead | None = SECOND,
+    unknown: str = "",
 ) -> str:
     answer = Why(
         job=state_of(job),
-        wait=wait or explain(job, view),
+        wait=replace(wait or explain(job, view), **HELP),
         start=start,
         cards=tuple(card_fits(job, view)),
         ahead=ahead,
-        remedies=(
-            "It would start now on heron:3 with max_length 1536.  Try: loractl plan 1485 --set dataset.max_length=1536",
-            "It would fit now on heron:3 without vllm of tomás.",
-        ),
         now=view.now,
+        unknown=unknown,
     )
     return why_text(answer, screen)
 
@@ -59,39 +66,41 @@ def test_a_reason_fits_any_screen(view: Any, screen: Screen) -> None:
     found = view()
     job = waits(10**6 + 99, 9000, 9000, name="n" * 63, user=HOSTILE) if view is crowded else waits(1485, 30, 25)
     node = list(found.cards)[-1]
-    seemly(why(found, screen, job, ExpectedStart(at=in_seconds(10**6), spread_s=86_400 * 3, node=node)), screen)
+    seemly(why(found, screen, job, ExpectedStart(at=in_seconds(10**6), spread_s=86_400 * 3, nodes=(node,))), screen)
     seemly(why(found, screen, job, wait=Wait(tier=Tier.POLICY, word="held", sentence=HOSTILE * 40)), screen)
 
 
 def test_the_first_of_a_long_line_is_told_so_and_a_held_job_has_no_place() -> None:
     job, said = waits(1485, 30, 25), "Nothing is ahead of it."
     assert said in why(lab(), PIPE, job, ahead=FIRST)
-    assert said not in why(lab(), PIPE, job, ahead=NO_PLACE)
+    assert said not in why(lab(), PIPE, job, ahead=None)
 
 
 def test_a_reason_stands_before_the_cards_and_what_would_help_after_them() -> None:
     view, job = lab(), waits(1485, 30, 25, name="sql-gen")
-    lines = why(view, PIPE, job, ExpectedStart(at=in_seconds(600), spread_s=120.0, node="heron:0")).splitlines()
+    lines = why(view, PIPE, job, START).splitlines()
     assert lines[0] == "1485 sql-gen waits for 25.0 GiB on one card."
     assert lines[1] == "Reason: memory, heron:0 when job 1471 ends."
-    assert lines[2].startswith("Expected start: ") and lines[2].endswith(" ± 2 min on heron:0.")
+    assert lines[2].startswith("Expected start: ")
+    assert lines[2].endswith(" ± 2 min on heron:0, if job 1471 ends as its steps say.")
     assert lines[4].split() == ["CARD", "FREE", "OF", "FREE", "AT", "THEN"]
-    cards = {line[2:].split()[0]: line for line in lines[5:11]}
+    end = lines.index("", 5)
+    cards = {line[2:].split()[0]: line for line in lines[5:end]}
     assert cards["heron:0"].startswith("→ heron:0     4.0  48")
     assert cards["heron:0"].endswith("fits when job 1471 ends")
-    assert cards["kestrel:0"] == "  kestrel:0   6.2  24  never      card is smaller than the job"
-    assert cards["osprey:0"].split(maxsplit=3)[3].endswith("its worker is stopping")
-    assert lines[12] == "Ahead of it: 1486 (priya). Position 2 of 9."
-    assert lines[13:] == [
-        "It would start now on heron:3 with max_length 1536.  Try: loractl plan 1485",
-        "--set dataset.max_length=1536",
-        "It would fit now on heron:3 without vllm of tomás.",
+    assert cards["kestrel:0"] == "  kestrel:0   6.2  24  never      smaller than the job"
+    assert cards["osprey:0"].split(maxsplit=3)[3].endswith("its worker is being stopped")
+    assert lines[end + 1] == "Ahead of it: 1486 (priya)."
+    assert lines[end + 2 :] == [
+        "It would start now on heron:3 with max_length 1536: loractl plan 1485 --set",
+        "dataset.max_length=1536",
     ]
 
 
 def test_an_expected_start_that_is_not_known_says_so_unless_it_is_plain() -> None:
     view = lab()
-    assert "Expected start: not known" in why(view, PIPE, waits(1485, 30, 25))
+    said = "nobody knows yet when job 1471 ends"
+    assert f"Expected start: not known: {said}." in why(view, PIPE, waits(1485, 30, 25), unknown=said)
     assert "Expected start" not in why(view, PIPE, waits(1485, 300, 250)), "never is never"
 
 

@@ -58,7 +58,7 @@ class Lab:
         self.running.append((self.seconds + ends, mine))
 
     def ask(self, job_id: int) -> Why:
-        answer = why(self.store, job_id, with_remedies=False)
+        answer = why(self.store, job_id, in_other_forms=False)
         assert isinstance(answer, Why)
         return answer
 
@@ -153,8 +153,8 @@ CASES: dict[Callable[[Lab], int], tuple[float | None, str]] = {
     several: (900, "memory: waits for 2 cards of 20.0 GiB on heron when jobs 2 and 1 end"),
     several_kept: (2700, "memory: waits for 2 cards of 20.0 GiB on heron when jobs 2 and 1 end"),
     several_at_once: (0, "next: heron:0 and heron:1 are about to take it"),
-    limited: (500, "limit: ada runs 1, the limit is 1"),
-    limited_behind_another: (None, "limit: ada runs 1, the limit is 1"),
+    limited: (500, "limit: ada runs 1 job, and one person may run 1 at a time"),
+    limited_behind_another: (None, "limit: ada runs 1 job, and one person may run 1 at a time"),
 }
 """When it starts, in seconds from the beginning (None: not while the job before it runs), and what it is told."""
 
