@@ -134,7 +134,7 @@ def test_other_people_s_programs_are_respected_named_and_waited_for(held: HeldLa
             held.submit_file(job)
             waiting = _why(held, 1)
             assert (waiting["tier"], waiting["word"]) == ("capacity", "memory")
-            told = f"sleep of {user} (pid {notebook.pid}) holds 20.0 GiB on heron:1, which leaves 2.0 GiB"
+            told = f"heron:1 has 2.0 GiB left: sleep of {user} (pid {notebook.pid}) holds 20.0 GiB"
             assert waiting["sentence"] == told
             assert f"It would fit now on heron:1 without sleep of {user}" in held.cli("why", 1)
             held.clock.sleep(60)
