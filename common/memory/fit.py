@@ -15,7 +15,7 @@ from loractl.common.units import GIB
 
 from .config import read_shape
 from .correction import Measured, learned, learned_roomy
-from .need_key import model_family, need_key
+from .need_key import active_parameters, model_family, need_key
 from .plan import plan, predict
 from .shape import Shape
 from .step import Lengths, Stack, micro_batch
@@ -36,6 +36,7 @@ class MemoryPlan:
     roomy: Roomy = field(default_factory=Roomy)  # beyond its need
     need_key: str | None = None
     family: str | None = None
+    parameters: int | None = None  # of its base, that a token passes; None: not known here
 
 
 def memory_plan(
@@ -45,7 +46,14 @@ def memory_plan(
     key, family = need_key(spec, data), model_family(spec)
     planned, peaks = predict(spec, stack=stack), measured(key, family)
     roomy = learned_roomy(plan_roomy(spec, stack=stack), key, peaks)
-    return MemoryPlan(need=learned(planned, key, peaks), planned=planned, roomy=roomy, need_key=key, family=family)
+    return MemoryPlan(
+        need=learned(planned, key, peaks),
+        planned=planned,
+        roomy=roomy,
+        need_key=key,
+        family=family,
+        parameters=active_parameters(spec),
+    )
 
 
 def plan_ways(

@@ -63,6 +63,12 @@ def need_key(spec: JobSpec, data: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
+def active_parameters(spec: JobSpec) -> int | None:
+    """The base's parameters that a token passes; None when its config is not on this machine."""
+    shape = read_shape(spec.base_model, spec.revision)
+    return None if shape is None else shape.active_parameters
+
+
 def model_family(spec: JobSpec) -> str | None:
     """The base's model_type; None when its config is not on this machine."""
     shape = read_shape(spec.base_model, spec.revision)

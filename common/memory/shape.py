@@ -144,6 +144,16 @@ class Shape:
     def parameters(self) -> int:
         return self.linear_parameters + self.other_parameters
 
+    @property
+    def active_parameters(self) -> int:
+        """Those that a token passes: of experts, the chosen ones."""
+        idle = (
+            block.count * block.experts.weights * (1 - block.experts.chosen / block.experts.count)
+            for block in self.blocks
+            if block.experts
+        )
+        return self.parameters - round(sum(idle))
+
     def adapted(self, targets: str | Iterable[str]) -> list[tuple[Linear, int]]:
         """The linear layers that an adapter reaches, each with how often it does.
 

@@ -78,6 +78,7 @@ class Claim:
     method: Method
     vram_planned: int | None
     vram_reserved: int | None = None  # bytes of the card that are the attempt's; None: no limit
+    seconds_predicted: float | None = None  # of this attempt; None: nothing is known
     method_why: str = ""  # why this one of several; empty where the job permits only one
     adjustment: Adjustment = field(default_factory=Adjustment)
     changes: tuple[str, ...] = ()  # what out-of-memory has changed so far, in words
@@ -110,6 +111,9 @@ class Progress:
     vram_process: int | None = None
     base_bytes: int | None = None  # of the device, by the loaded base alone
     resumed_from_step: int | None = None
+    prepared_s: float | None = None  # from the attempt's start to its first step
+    trained_s: float | None = None  # in its steps so far
+    trained_steps: int | None = None
     adjustment: Adjustment | None = None  # of the run to what its memory allows, kept for later attempts
     result_host: str | None = None  # the box that holds a finished result; empty: none does
     withdrawn: str | None = None  # the prefix of the stored checkpoint that no attempt goes on from any more

@@ -14,6 +14,7 @@ from loractl.common.job.method import Method, Roomy, Ways
 from loractl.common.job.names import LATEST
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.memory.context import context_excess
+from loractl.common.placement.duration import UNKNOWN_S, Basis
 from loractl.common.store import columns
 from loractl.common.units import KIB, LARGEST, MIB
 
@@ -57,6 +58,11 @@ _FORM = shapes.fields(
     micro_batch=whole(1), bytes=whole(1, MOST_BYTES), planned=whole(1, MOST_BYTES), half=shapes.flag,
 )  # fmt: skip
 _ROOMY = shapes.fields(lora=list_of(_FORM), qlora=list_of(_FORM))
+_EXTENT = shapes.fields(
+    ("steps", "step_tokens", "closing_tokens", "parameters"),
+    steps=whole(1, MOST_BYTES), step_tokens=shapes.number(0), closing_tokens=shapes.number(0),
+    parameters=optional(whole(0, MOST_BYTES)),
+)  # fmt: skip
 _VARIED = shapes.fields(varied=object_of(shapes.text), trials=whole(), seed=whole())
 
 
@@ -176,6 +182,10 @@ class Job(Base):
     gangs: Mapped[dict[str, Any] | None] = mapped_column(  # null: one card is to have it
         Json(_WAYS, {"alone": True, "ways": []}, null=True, none_as_null=True, reads=Ways.read)
     )
+    # what it is to compute, whatever it runs on; null: its rows were not counted
+    extent: Mapped[dict[str, Any] | None] = mapped_column(Json(_EXTENT, null=True, none_as_null=True))
+    # seconds that are left of it on the card on which it is fastest; an hour: nothing is known
+    work_left_s: Mapped[float] = mapped_column(Real(0, MOST_SECONDS), default=UNKNOWN_S, server_default="3600")
     # from an attempt's start to its first stored checkpoint; null: not measured
     checkpoint_s: Mapped[Seconds | None]
     # what it may have beyond its need, to train without recomputing: {method: [{"micro_batch", "bytes", "planned"}]}
@@ -305,6 +315,11 @@ class Attempt(Base):
     message: Mapped[str | None] = mapped_column(Prose())
     resumed_from_step: Mapped[int | None]
     base_bytes: Mapped[Bytes | None]  # of the device, by the loaded base alone
+    seconds_predicted: Mapped[Seconds | None]  # of this attempt, as it started; null: nothing was known
+    predicted_by: Mapped[Basis | None] = mapped_column(Words(Basis))  # what that rests on
+    prepared_s: Mapped[Seconds | None]  # from its start to its first step
+    trained_s: Mapped[Seconds | None]  # in its steps, with what was measured between them
+    trained_steps: Mapped[int | None]
     lease_expires_at: Mapped[Timestamp | None]  # holds the lease while somebody's transaction has the job's row locked
 
 

@@ -16,6 +16,7 @@ from .queries import (
     aside,
     backlog,
     claims,
+    durations,
     endings,
     followers,
     heartbeats,
@@ -174,6 +175,8 @@ class AttemptVerbs(Subject):
     shares = lists(shares.of_job)
     runs = reads(jobs.read_runs)
     measured = reads(jobs.read_measured)
+    timed = reads(durations.read_timed)
+    predicted = reads(durations.read_predicted)
 
     def reap(self) -> list[tuple[int, int]]:
         """End attempts with an expired lease as worker_lost; returns (job_id, vram_class) of jobs that wait again.

@@ -1,5 +1,5 @@
-"""What a job will need from a card: its plan part by part, the cards that hold it, and the largest job that fits; and
-how accurate plans were, predicted against measured peaks.
+"""What a job will need from a card: its plan part by part, the cards that hold it, how long it takes there, and the
+largest job that fits; and how accurate plans were, predicted against measured.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from loractl.common.memory.plan import Plan, plan, predict
 from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, Stack
 from loractl.common.placement.cards import MARGIN_BYTES, Card
+from loractl.common.placement.duration import Forecast, TimeAccuracy, Undone, extent_of, forecast, time_accuracy
 from loractl.common.store.fleet import unreadable
 from loractl.common.units import GIB, duration, gib
+from loractl.scheduler.submit.data import counted_data
 from loractl.scheduler.submit.lengths import row_lengths
 from loractl.scheduler.submit.need import check_adapter, fleet_stack, open_methods, stored_hashes
 
@@ -34,20 +36,53 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanAccuracy:
-    """Predicted against measured, by device model, method and family."""
+    """Predicted against measured: peaks by device model, method and family; times by device model and by what the
+    prediction rested on."""
 
     rows: tuple[Accuracy, ...]
+    times: tuple[TimeAccuracy, ...] = ()
 
-    def as_json(self) -> list[dict[str, Any]]:
-        """Each row's `device_name`, `method`, `family`, `count`, and of measured over planned the `ratio` (the mean),
-        `spread` and `worst`; `factor`: what later plans are multiplied by, null while there are too few
-        measurements."""
-        return [{**vars(row), "factor": row.factor} for row in self.rows]
+    def as_json(self) -> dict[str, list[dict[str, Any]]]:
+        """`memory`: each row's `device_name`, `method`, `family`, `count`, and of measured over planned the `ratio`
+        (the mean), `spread` and `worst`; `factor`: what later plans are multiplied by, null while there are too few
+        measurements. `time`: each row's `device_name`, `basis`, `count`, of taken over predicted the `ratio` (the
+        median), and the factor by which predictions were off: `off` at the median, `worst` at the 90th percentile."""
+        return {
+            "memory": [{**vars(row), "factor": row.factor} for row in self.rows],
+            "time": [vars(row) for row in self.times],
+        }
 
 
 def plan_accuracy(store: Store) -> PlanAccuracy:
     """What all measured attempts say about the plans' accuracy."""
-    return PlanAccuracy(rows=tuple(accuracy(store.attempts.measured())))
+    times = tuple(time_accuracy(store.attempts.predicted()))
+    return PlanAccuracy(rows=tuple(accuracy(store.attempts.measured())), times=times)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardTime:
+    """How long a job takes on one model of card that it has alone, and how far off such predictions were."""
+
+    device_name: str
+    method: Method
+    forecast: Forecast
+    accuracy: TimeAccuracy | None  # None: no attempt with such a prediction has ended
+
+    def as_json(self) -> dict[str, Any]:
+        """`device_name`, `method`, `seconds`, `step_seconds` (null where it rests on whole jobs or on nothing),
+        `basis`, `attempts` (that it is the median of), `off` and `judged_by`: the factor by which such predictions were
+        off at the median, and of how many attempts."""
+        told = self.forecast
+        return {
+            "device_name": self.device_name,
+            "method": self.method.value,
+            "seconds": told.seconds,
+            "step_seconds": told.step_s,
+            "basis": told.basis.value,
+            "attempts": told.count,
+            "off": None if self.accuracy is None else self.accuracy.off,
+            "judged_by": 0 if self.accuracy is None else self.accuracy.count,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +91,9 @@ class JobToPlan:
 
     title: str
     spec: JobSpec
+    user: str
     data: Mapping[str, Any]  # its stored data sets; empty: none stored
+    step: int = 0  # that its stored checkpoint has kept
     status: Status | None = None  # of a submitted job
     row: QueuedNeed | None = None  # of a job that waits unchanged
     patience_s: float = 0.0  # how long QLoRA will not do
@@ -125,6 +162,7 @@ class MemoryNeed:
     cards: tuple[CardRoom, ...]
     on_gpu: bool = True  # False: planned for a CPU, since the fleet has nothing else
     largest: LargestFit | None  # if asked for
+    times: tuple[CardTime, ...] = ()  # by model of card, the fastest first
     one_holds: bool = False  # one card would hold it, but no box holds it on as many as it asks for
     solutions: tuple[Solution, ...] = ()  # if no card holds it alone; all of them if asked for
     status: Status | None = None  # of a submitted job
@@ -140,9 +178,9 @@ class MemoryNeed:
         the micro-batch, not the memory); `choice`: the method that the best card would take, or null; `lengths`: in
         tokens the longest rows' `train` and `evaluate`, with `rows` and `labels`, or null; `rows`: how many are used,
         `train`, `held_out` and, if there are any, `final`, and of those too long `cut` and `left_out`, or null;
-        `planned_for`: a sentence; `device`: gpu or cpu; `cards`: one entry a card; `solutions`: if no card holds it
-        alone, what would (`settings` as KEY=VALUE, `words`, `method`, `cards`, `parallel`, `bytes` of each); all with
-        --solve.
+        `planned_for`: a sentence; `device`: gpu or cpu; `cards`: one entry a card; `times`: how long it takes, one
+        entry a model of card, the fastest first; `solutions`: if no card holds it alone, what would (`settings` as
+        KEY=VALUE, `words`, `method`, `cards`, `parallel`, `bytes` of each); all with --solve.
         """
         return {
             "methods": {method.value: self._method(method, planned) for method, planned in self.plans.items()},
@@ -154,6 +192,7 @@ class MemoryNeed:
             "planned_for": self.planned_for,
             "device": "gpu" if self.on_gpu else "cpu",
             "cards": [card.as_json() for card in self.cards],
+            "times": [one.as_json() for one in self.times],
             "solutions": [solution.as_json() for solution in self.solutions],
         }
 
@@ -172,13 +211,15 @@ class MemoryNeed:
         }
 
 
-def job_to_plan(store: Store, job: str, overrides: tuple[str, ...]) -> JobToPlan:
-    """The job file of this name, else the submitted job of this number. Raises SpecError, JobNotFound."""
+def job_to_plan(store: Store, job: str, overrides: tuple[str, ...], user: str) -> JobToPlan:
+    """The job file of this name, which `user` would submit, else the submitted job of this number. Raises SpecError,
+    JobNotFound."""
     from loractl.common.job.file import load_spec, override_spec
 
     if not job.isdigit() or Path(job).exists():
         found = load_spec(Path(job), overrides)
-        return JobToPlan(title=Path(job).name, spec=found, data={}, patience_s=found.lora_patience or 0.0)
+        patience_s = found.lora_patience or 0.0
+        return JobToPlan(title=Path(job).name, spec=found, user=user, data={}, patience_s=patience_s)
     row = store.jobs.get(int(job))
     spec = override_spec(row.spec, overrides, f"job {job}")
     asks, patience_s = None, 0.0
@@ -188,7 +229,16 @@ def job_to_plan(store: Store, job: str, overrides: tuple[str, ...]) -> JobToPlan
         need = Need(lora=row.vram_lora, qlora=row.vram_qlora)
         asks = QueuedNeed(need=need, ways=Ways.read(row.gangs), begun=row.attempt > 0)
     title = f"{job} {row.name}"
-    return JobToPlan(title=title, spec=spec, data=row.data, status=row.status, row=asks, patience_s=patience_s)
+    return JobToPlan(
+        title=title,
+        spec=spec,
+        user=row.user,
+        data=row.data,
+        step=0 if row.checkpoint is None else row.checkpoint["step"],
+        status=row.status,
+        row=asks,
+        patience_s=patience_s,
+    )
 
 
 def memory_need(
@@ -258,11 +308,28 @@ def memory_need(
         measured=tuple(peaks_like(key, choice or methods[0], measured)),
         cards=tuple(_after_patience(room, job.patience_s) for room in cards),
         on_gpu=stack.on_gpu,
+        times=_times(store, job, shape, choice or methods[0], key),
         largest=_largest(shape, spec, methods, counted.lengths, _room(card, fleet), stack) if solve else None,
         one_holds=one_holds,
         solutions=tuple(solutions),
         status=job.status,
         patience_s=job.patience_s if Method.QLORA in methods else 0.0,
+    )
+
+
+def _times(store: Store, job: JobToPlan, shape: Shape, method: Method, key: str) -> tuple[CardTime, ...]:
+    """How long the job takes on each model of card that the fleet has, or had when something was measured there."""
+    runs = store.attempts.timed(job.spec.base_model, job.user)
+    extent = extent_of(job.spec, job.data or counted_data(job.spec), shape.active_parameters)
+    left = Undone(
+        user=job.user, base_model=job.spec.base_model, method=method, need_key=key, extent=extent, step=job.step
+    )
+    devices = {node.device_name for node in store.cards.nodes()} or {run.device for run in runs}
+    judged = {(one.device_name, one.basis): one for one in time_accuracy(store.attempts.predicted())}
+    found = [(device, forecast(left, device, runs)) for device in sorted(devices)]
+    return tuple(
+        CardTime(device_name=device, method=method, forecast=told, accuracy=judged.get((device, told.basis)))
+        for device, told in sorted(found, key=lambda one: one[1].seconds)
     )
 
 

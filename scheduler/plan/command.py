@@ -1,4 +1,4 @@
-"""loractl plan: what a job will need from a card, before it runs."""
+"""loractl plan: what a job will need from a card, and for how long, before it runs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 )
 @click.option("--gpu", metavar="SIZE", help="Plan for a card of this size, like 24GiB, instead of the fleet's.")
 @click.option("--solve", is_flag=True, help="Find the largest micro-batch and max_length that fit.")
-@click.option("--accuracy", is_flag=True, help="Show predicted against measured peaks of the jobs that ran.")
+@click.option("--accuracy", is_flag=True, help="Show predicted against measured peaks and times of the jobs that ran.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(
     job: str | None, overrides: tuple[str, ...], gpu: str | None, solve: bool, accuracy: bool, as_json: bool
 ) -> None:
-    """Predict the memory that a job needs, part by part.
+    """Predict the memory that a job needs, part by part, and how long it takes.
 
     The base model's config.json is enough. With its tokenizer and the training stack as well, the rows' own lengths
     are counted; else every row is taken to be max_length tokens long.
@@ -53,7 +53,7 @@ def plan(
             click.echo("Counting tokens ...", err=True)
 
     card = _card_size(gpu)
-    asked = job_to_plan(store, job, overrides)
+    asked = job_to_plan(store, job, overrides, settings.user)
     answer = memory_need(store, asked, card, solve=solve, devices=own_devices(settings), announce=announce)
     show(answer, as_json, lambda: need_text(answer, following(job, answer, solve=solve), detect_screen()))
 

@@ -1,4 +1,5 @@
-"""A memory plan on a terminal: the parts as bars, the cards that hold the job, and how accurate plans were."""
+"""A plan on a terminal: the parts of its memory as bars, the cards that hold the job, how long it takes there, and how
+accurate plans were."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from loractl.common.memory.fit import Fit
     from loractl.common.memory.plan import Plan
 
-    from .answer import LargestFit, MemoryNeed, PlanAccuracy
+    from .answer import CardTime, LargestFit, MemoryNeed, PlanAccuracy
 
 _COLORS = {"fits": "green", "tight": "yellow"}
 
@@ -39,6 +40,7 @@ def need_text(need: MemoryNeed, next_command: str, screen: Screen) -> str:
         lines += [*([""] if lines else []), *head, ""]
         lines += _parts(plan, longest, screen)
     lines += ["", *map(screen.dim, wrapped(need.planned_for, "", screen))]
+    lines += [line for one in need.times for line in wrapped(_time(one), "", screen)]
     lines += [line for text in (*_until_it_runs(need), *_in_its_room(need)) for line in wrapped(text, "", screen)]
     if need.patience_s:
         patient = f"For {duration(need.patience_s)} it waits for a card that holds LoRA; then QLoRA is allowed."
@@ -120,6 +122,24 @@ def _in_its_room(need: MemoryNeed) -> list[str]:
     return [f"Without recomputing it takes {', '.join(sizes)} ({method.value}): {when}."]
 
 
+def _time(told: CardTime) -> str:
+    """How long it takes on a model of card, what that rests on, and how far off such predictions were."""
+    found, name = told.forecast, told.device_name
+    if not found.is_known:
+        return f"How long it takes on {name} is {found.basis.in_words}. It counts as {duration(found.seconds)}."
+    step = "" if found.step_s is None else f"{_step(found.step_s)} a step, "
+    rests = f"{step}{found.basis.in_words}: {found.count} attempt{'s' * (found.count != 1)}"
+    judged = "no such prediction was tried yet"
+    if told.accuracy is not None:
+        times = f"{told.accuracy.count} attempt{'s' * (told.accuracy.count != 1)}"
+        judged = f"such predictions were off by x{told.accuracy.off:.1f} at the median of {times}"
+    return f"It takes about {duration(found.seconds)} on {name} with {told.method.value} ({rests}; {judged})."
+
+
+def _step(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else duration(seconds)
+
+
 def _like_it(measured: Sequence[int]) -> str:
     if not measured:
         return ""
@@ -175,7 +195,36 @@ def _forms(size: Fit) -> str:
 
 
 def accuracy_text(answer: PlanAccuracy, screen: Screen) -> str:
-    """Predicted against measured, by device model, method and family."""
+    """Predicted against measured: peaks, then times."""
+    return f"{_peaks_text(answer, screen)}\n\n{_times_text(answer, screen)}"
+
+
+def _times_text(answer: PlanAccuracy, screen: Screen) -> str:
+    if not answer.times:
+        return "No attempt whose time was predicted has ended yet."
+    room = max(12, screen.width - 48)
+    rows = [
+        [
+            fit(row.device_name, room),
+            row.basis.value,
+            str(row.count),
+            f"{row.ratio:.2f}",
+            f"x{row.off:.2f}",
+            f"x{row.worst:.2f}",
+        ]
+        for row in answer.times
+    ]
+    headers = ["DEVICE", "BY", "RUNS", "MEDIAN", "OFF BY", "9 IN 10"]
+    lines = table(headers, rows, screen, right=tuple(headers[2:]))
+    notes = (
+        "MEDIAN: the time that was taken over the one that was predicted.",
+        "OFF BY, 9 IN 10: the factor by which half of the predictions were off at most, and nine in ten.",
+        *(f"{basis.value}: {basis.in_words}." for basis in dict.fromkeys(row.basis for row in answer.times)),
+    )
+    return joined([*lines, "", *(screen.dim(line) for note in notes for line in wrapped(note, "", screen))], screen)
+
+
+def _peaks_text(answer: PlanAccuracy, screen: Screen) -> str:
     if not answer.rows:
         return "Nothing was measured on a GPU yet: every attempt that ends there adds to this table."
     rows = [

@@ -123,8 +123,7 @@ def _running_table(running: Sequence[JobState], overview: Overview, screen: Scre
     headers = ["JOB", "NAME", "OWNER", "CARD", "PROGRESS", "DONE AT", "LOSS", *(["MODEL"] if wide else [])]
     texts = []
     for job in running:
-        timed = job.stage in (Stage.TRAINING, Stage.EVALUATING) and job.eta_seconds
-        ends = clock(now + dt.timedelta(seconds=job.eta_seconds), now) if timed and job.eta_seconds else None
+        ends = clock(now + dt.timedelta(seconds=job.eta_seconds), now) if job.eta_seconds else None
         done = overview.trouble_of(job) or ends or (job.stage.value if job.stage else "–")
         texts.append([str(job.job_id), fit(job.user, 8), clean_line(done), number(job.loss, 2)])
     others = sum(max(map(len, column)) for column in zip(["JOB", "OWNER", "DONE AT", "LOSS"], *texts, strict=True))

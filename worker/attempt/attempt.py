@@ -12,6 +12,7 @@ from pathlib import Path
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Need, Roomy
 from loractl.common.job.status import Reason, Stage
+from loractl.common.placement.duration import seconds_left
 from loractl.common.store.records import Beat, Claim, Progress, rung_points
 from loractl.worker.clock import SYSTEM, NodeClock
 from loractl.worker.protocol.log_lines import log_line
@@ -36,6 +37,53 @@ log = logging.getLogger("loractl.worker")
 
 SAY_EVERY_S = 10.0
 """Seconds between two lines about a job's steps on a worker's terminal; its history has all steps."""
+
+
+@dataclass(kw_only=True)
+class Paced:
+    """Where an attempt's time went, by the messages of its trainers. The next attempts' times are predicted by it."""
+
+    began: float  # by the clock
+    predicted_s: float | None  # of the attempt, as it began; None: nothing was known
+    prepared_s: float | None = None  # until the first step
+    trained_s: float = 0.0
+    steps: int = 0
+    _trains: bool = False
+    _told: tuple[float, float] | None = None  # the seconds that the trainer expected to need, and when
+    _last: tuple[float, int] | None = None  # when this trainer last reported a further step, and which
+
+    def take(self, message: Told, now: float) -> None:
+        if isinstance(message, StageChanged):
+            self._trains, self._last = message.stage is Stage.TRAINING, None
+        elif isinstance(message, Stepped):
+            if message.eta_seconds is not None:
+                self._told = message.eta_seconds, now
+            if self._trains:
+                self._step(message.step, now)
+
+    def _step(self, step: int, now: float) -> None:
+        if self.prepared_s is None:
+            self.prepared_s = now - self.began
+        if self._last is not None and step > self._last[1]:
+            self.trained_s += now - self._last[0]
+            self.steps += step - self._last[1]
+        if self._last is None or step > self._last[1]:
+            self._last = now, step
+
+    def left_s(self, now: float) -> float | None:
+        """Until the attempt's end: by what its trainer measures, before that as it was predicted."""
+        predicted = (self.predicted_s, self.began) if self._told is None else self._told
+        return None if predicted[0] is None else seconds_left(predicted[0], now - predicted[1])
+
+    def added(self, progress: Progress, now: float) -> Progress:
+        """What a beat reports, with these times."""
+        return replace(
+            progress,
+            eta_seconds=self.left_s(now),
+            prepared_s=self.prepared_s,
+            trained_s=self.trained_s or None,
+            trained_steps=self.steps or None,
+        )
 
 
 @dataclass(kw_only=True)
@@ -163,6 +211,7 @@ class SupervisedAttempt:
     folder: Path  # only for this attempt
     clock: NodeClock
     heard: Heard
+    paced: Paced
     wishes: Wishes
     unwritten: Unwritten
     own: Supervision
@@ -170,6 +219,10 @@ class SupervisedAttempt:
     def turn(self) -> None:
         """Say that the supervisor is alive."""
         self.own.turned_at = self.clock.now()
+
+    def progress(self, *, last: bool = False) -> Progress:
+        """What a beat reports: what is new since the last successful write."""
+        return self.paced.added(self.unwritten.progress(self.heard.peaks, last=last), self.clock.now())
 
     def phase(self, stage: Stage, text: str) -> None:
         """Record in history and log something that begins and may take long; any thread may."""
@@ -187,6 +240,7 @@ class SupervisedAttempt:
         """Take a message from the trainer."""
         self.heard.at = self.clock.now()
         self.heard.take(message)
+        self.paced.take(message, self.heard.at)
         self.unwritten.take(message)
         self._show(message)
 
@@ -260,6 +314,7 @@ def begin(claim: Claim, work_dir: Path, clock: NodeClock = SYSTEM) -> Supervised
         folder=work_dir / str(claim.job_id) / f"attempt-{claim.attempt}",
         clock=clock,
         heard=Heard(at=clock.now(), adjustment=claim.adjustment),
+        paced=Paced(began=clock.now(), predicted_s=claim.seconds_predicted),
         wishes=Wishes(time_limit=claim.spec.resources.time_limit),
         unwritten=Unwritten(log=LogBook(clock=clock)),
         own=Supervision(turned_at=clock.now()),
@@ -292,7 +347,6 @@ def _fold(progress: Progress, message: Told) -> Progress:
         total_steps=message.total_steps,
         metrics=progress.metrics + metrics,
         loss=message.metrics.get("loss", progress.loss),
-        eta_seconds=message.eta_seconds,
         eta_spread_seconds=message.eta_spread_seconds,
         evaluated=message.evaluated,
         to_evaluate=message.to_evaluate,

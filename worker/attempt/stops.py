@@ -147,7 +147,7 @@ def beat(place: Workplace, attempt: SupervisedAttempt) -> None:
     attempt.turn()
     answer: Beat | None
     try:
-        answer = place.store.attempts.beat(attempt.claim, attempt.unwritten.progress(attempt.heard.peaks))
+        answer = place.store.attempts.beat(attempt.claim, attempt.progress())
     except REFUSALS as error:
         answer = _beat_alone(place, attempt, error)
     finally:

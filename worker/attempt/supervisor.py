@@ -72,7 +72,7 @@ def _finish(
         )
 
     card = attempt.failed_card
-    last = attempt.unwritten.progress(attempt.heard.peaks, last=True)
+    last = attempt.progress(last=True)
     try:
         return write(reason, message, last, result)
     except REFUSALS as error:

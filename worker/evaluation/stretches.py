@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-STEP, EACH = 32, 5
-"""The cost of generating one token of each answer of a batch, before that is measured: the tokens that could be scored
-in a pass's fixed time, and in its time for each answer. Measured on a CPU with SmolLM2-135M."""
+from loractl.common.placement.duration import ANSWER_EACH, ANSWER_STEP
 
 ADAPTED = 1.2
 """The tuned model's time as a multiple of the base's, because of the adapter's products. 1.1 to 1.25 were measured."""
@@ -52,7 +50,7 @@ def answered(kind: str, prompts: Sequence[int], longest: int, batch: int) -> Str
     costs, ordered = list[float](), sorted(prompts, reverse=True)
     for at in range(0, len(ordered), batch):
         lengths = ordered[at : at + batch]
-        costs += len(lengths) * [lengths[0] + longest * (STEP / len(lengths) + EACH)]
+        costs += len(lengths) * [lengths[0] + longest * (ANSWER_STEP / len(lengths) + ANSWER_EACH)]
     return Stretch(kind=kind, costs=tuple(costs))
 
 

@@ -33,6 +33,7 @@ from .cards.decisions import decide
 from .cards.nodes import FleetState, read_fleet
 from .cards.shares import lock, own_first, write
 from .changes import answer_wishes, is_asked_to_stop
+from .durations import Forecasts
 from .followers import begin_from_best
 from .lines import read_locked, read_wanted, unreadable_met
 from .need import raise_least
@@ -246,6 +247,7 @@ def _read(job: Job) -> _Asked | str:
 
 def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, now: dt.datetime) -> Attempt:
     """Write the attempt, in its own row and in the job's."""
+    predicted = Forecasts(tx).of(job, placed.method.value, node.device_name)
     attempt = Attempt(
         job_id=job.job_id,
         attempt=job.attempt + 1,
@@ -260,11 +262,17 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, now: dt.dat
         vram_planned=None if node.kind == "cpu" or placed.beside else _planned(job, placed),
         vram_reserved=placed.reserved,
         roomy=placed.form is not None,
+        seconds_predicted=predicted.seconds if predicted.is_known else None,
+        predicted_by=predicted.basis if predicted.is_known else None,
         started_at=now,
     )
     same = ("attempt", "token", "node", "gpu", "method", "vram_reserved", "started_at")
     columns = {**begun(), **{name: getattr(attempt, name) for name in same}}
-    columns |= {"stage": Stage.PREPARING, "lease_expires_at": tx.now_in(tx.lease_s)}
+    columns |= {
+        "eta_seconds": attempt.seconds_predicted,
+        "stage": Stage.PREPARING,
+        "lease_expires_at": tx.now_in(tx.lease_s),
+    }
     if not tx.change(move(job.job_id, Status.QUEUED, Status.RUNNING).values(**columns)):
         raise AssertionError(f"job {job.job_id} was locked and yet changed")
     tx.session.add(attempt)
@@ -300,6 +308,7 @@ def _start(tx: Transaction, job: Job, asked: _Asked, attempt: Attempt, placed: P
         method=method,
         vram_planned=attempt.vram_planned,
         vram_reserved=attempt.vram_reserved,
+        seconds_predicted=attempt.seconds_predicted,
         method_why=why.strip(" ()"),
         adjustment=adjustment,
         changes=_changes(tx, job.job_id) if attempt.attempt > 1 else (),

@@ -31,6 +31,7 @@ from ..transaction import SKIP_LOCKED, Transaction
 from .cards.nodes import note_failure, note_success
 from .cards.shares import read_beside, running_on, silent
 from .changes import forget_wishes, is_asked_to_stop
+from .durations import predict_again
 from .followers import release_followers
 from .heartbeats import is_of_attempt, record, storable_progress
 from .need import need_more
@@ -200,6 +201,7 @@ def _end_attempt(
         _end_job(tx, job, reason, message, now, asked=asked and reason is not Reason.OK)
     if start is not None:
         record_usage(tx, job, parts, start, now)
+    predict_again(tx, job)
 
 
 def _learn_time(tx: Transaction, job: Job, now: dt.datetime) -> None:

@@ -22,7 +22,10 @@ from .need import plan_again
 from .sweeps import read_verdict
 
 _REPORTED = ("stage", *REACHED, *EXPECTED)
-_MEASURED = ("vram_peak", "vram_allocated", "vram_process", "base_bytes", "resumed_from_step")
+_MEASURED = (
+    "vram_peak", "vram_allocated", "vram_process", "base_bytes", "resumed_from_step", "prepared_s", "trained_s",
+    "trained_steps",
+)  # fmt: skip
 """The part of it that the attempt's own row keeps."""
 
 _LEFT_OUT = "left out"

@@ -16,6 +16,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.status import TRANSITIONS, Reason, Status
 from loractl.common.job.sweep import NewSweep, setting
 from loractl.common.memory.engine import ENGINE
+from loractl.common.placement.duration import extent_of
 from loractl.common.placement.lines import RESULT_FIRST_S
 from loractl.common.text import clean_line, storable
 from loractl.common.units import LAST_NUMBER
@@ -26,6 +27,7 @@ from ..tables import Job, JobLabel, Sweep
 from ..transaction import Transaction
 from .backlog import line_up
 from .changes import as_json, change_row, seen, values_of
+from .durations import Forecasts
 from .followers import block, first_awaited
 from .jobs import read_job
 
@@ -39,11 +41,11 @@ def submit_all(tx: Transaction, submissions: Sequence[Submission]) -> list[int]:
     """Write all of these as QUEUED jobs, or none. One may name those before it."""
     from loractl.common.job.ancestor import with_numbers
 
-    now, job_ids = tx.now(), []
+    now, job_ids, forecasts = tx.now(), [], Forecasts(tx)
     numbers: dict[str, int] = {}
     for submission in submissions:
         named = replace(submission, spec=with_numbers(submission.spec, numbers))
-        job_ids.append(_queue(tx, named, now))
+        job_ids.append(_queue(tx, named, forecasts, now))
         numbers[submission.spec.name] = job_ids[-1]
     return job_ids
 
@@ -55,8 +57,9 @@ def submit_sweep(tx: Transaction, sweep: NewSweep, members: Sequence[Submission]
     rungs = None if sweep.rungs is None else list(sweep.rungs)
     row = Sweep(name=sweep.name, user=members[0].user, settings=settings, rungs=rungs, created_at=now)
     sweep_id = _write(tx, row, {"sweep": values_of(row)})
+    forecasts = Forecasts(tx)
     for member in members:
-        _queue(tx, member, now, sweep_id)
+        _queue(tx, member, forecasts, now, sweep_id)
     return sweep_id
 
 
@@ -80,11 +83,16 @@ def amend(tx: Transaction, job: Job, amendment: Amendment, now: dt.datetime) -> 
     if amendment.replanned:
         for name, value in _planned(submission).items():
             setattr(job, name, value)
+    job.extent = _extent(submission)
+    job.work_left_s = Forecasts(tx).left_s(job)
     line_up(job, submission.spec.resources.node_labels, now)
 
 
-def _queue(tx: Transaction, submission: Submission, now: dt.datetime, sweep_id: int | None = None) -> int:
+def _queue(
+    tx: Transaction, submission: Submission, forecasts: Forecasts, now: dt.datetime, sweep_id: int | None = None
+) -> int:
     job = _row(submission, now, sweep_id)
+    job.work_left_s = forecasts.left_s(job)
     _block(tx, job, submission)
     line_up(job, submission.spec.resources.node_labels, now)
     why = f", {submission.purpose}" if submission.purpose else ""
@@ -129,12 +137,18 @@ def _row(submission: Submission, now: dt.datetime, sweep_id: int | None) -> Job:
         user=submission.user,
         base_model=submission.spec.base_model,
         data=submission.data,
+        extent=_extent(submission),
         adjustment=submission.adjustment.as_json() or None,
         lora_until=_lora_until(submission, now),
         status=Status.QUEUED,
         submitted_at=now,
         sweep_id=sweep_id,
     )
+
+
+def _extent(submission: Submission) -> dict[str, Any] | None:
+    extent = extent_of(submission.spec, submission.data, submission.plan.parameters)
+    return None if extent is None else vars(extent)
 
 
 def _asked(submission: Submission) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from loractl.worker.evaluation.stretches import ADAPTED, ANSWERS, EACH, ROWS, STEP, Stopwatch, Stretch, answered, scored
+from loractl.common.placement.duration import ANSWER_EACH, ANSWER_STEP
+from loractl.worker.evaluation.stretches import ADAPTED, ANSWERS, ROWS, Stopwatch, Stretch, answered, scored
 
 SCORED = Stretch(kind=ROWS, costs=(200,) * 20)  # 0.1 s a row
 MADE = Stretch(kind=ANSWERS, costs=(8 * 256,) * 10)  # 12 s an answer
@@ -50,7 +51,7 @@ def test_the_tuned_model_takes_longer_than_the_base() -> None:
 
 def test_a_batch_of_few_answers_takes_little_less_than_a_full_one() -> None:
     def batch_s(rows: int) -> float:
-        return 50 + 10 * (STEP / rows + EACH)
+        return 50 + 10 * (ANSWER_STEP / rows + ANSWER_EACH)
 
     made = answered(ANSWERS, [50] * 9, 10, batch=8)
     watch = Stopwatch([made], now=0.0)

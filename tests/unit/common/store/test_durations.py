@@ -1,0 +1,112 @@
+"""What the store keeps of how long jobs take, and what it says of those that wait."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from loractl.common.job.status import Reason
+from loractl.common.placement.duration import UNKNOWN_S, Basis
+from loractl.common.store.records import Claim, Progress, StoredCheckpoint, Submission
+from loractl.common.store.store import Store
+
+from ...factories import RESULT, Clock, submission, take
+
+DATA = {"path": {"uri": "datasets/x", "sha256": "a" * 64, "rows": 1000, "tokens": 100_000}}
+
+
+def counted(user: str = "ada", base: str = "org/model", steps: int = 100, **keys: Any) -> Submission:
+    """A job whose rows are counted: 16 rows of 100 tokens a step, and 10,000 tokens that are read at the end."""
+    asked = submission(
+        user=user,
+        base_model=base,
+        training={"max_steps": steps},
+        evaluation={"samples": 0, "metrics": ["loss"]},
+        **keys,
+    )
+    return replace(asked, data=DATA, parameters=10**9)
+
+
+def started(store: Store, asked: Submission) -> Claim:
+    store.jobs.submit(asked)
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    return claim
+
+
+def ran(store: Store, clock: Clock, asked: Submission, *, step_s: float = 2.0, rest_s: float = 30.0) -> Claim:
+    """A job from its submit to its end: 10 s until its first step, and `rest_s` after its last one."""
+    claim, steps = started(store, asked), asked.spec.training.max_steps or 0
+    clock.forward(10 + steps * step_s + rest_s)
+    told = Progress(step=steps, total_steps=steps, prepared_s=10.0, trained_s=steps * step_s, trained_steps=steps)
+    store.attempts.finish(claim, Reason.OK, "done", told, RESULT)
+    return claim
+
+
+def test_a_job_of_which_nothing_is_known_counts_as_an_hour_and_its_attempt_says_that_nothing_was_predicted(
+    timed: Store,
+) -> None:
+    claim = started(timed, counted())
+    assert timed.jobs.get(claim.job_id).work_left_s == UNKNOWN_S
+    (attempt,) = timed.attempts.of_job(claim.job_id)
+    assert (attempt.seconds_predicted, attempt.predicted_by, claim.seconds_predicted) == (None, None, None)
+    assert timed.jobs.get(claim.job_id).eta_seconds is None
+
+
+def test_what_one_job_took_predicts_the_next_one_on_its_base(timed: Store, clock: Clock) -> None:
+    ran(timed, clock, counted())
+    claim = started(timed, counted(user="eve", steps=50))
+    (attempt,) = timed.attempts.of_job(claim.job_id)
+    assert attempt.seconds_predicted == pytest.approx(10 + 50 * 2 + 30)
+    assert (attempt.predicted_by, claim.seconds_predicted) == (Basis.BASE, attempt.seconds_predicted)
+    row = timed.jobs.get(claim.job_id)
+    assert row.work_left_s == row.eta_seconds == attempt.seconds_predicted
+
+
+def test_jobs_that_wait_are_predicted_again_when_the_first_of_their_base_was_measured(
+    timed: Store, clock: Clock
+) -> None:
+    first = started(timed, counted())
+    waiting, other = timed.jobs.submit(counted(steps=10)), timed.jobs.submit(replace(counted(), data={}, user="eve"))
+    clock.forward(240)
+    told = Progress(step=100, total_steps=100, prepared_s=10.0, trained_s=200.0, trained_steps=100)
+    timed.attempts.finish(first, Reason.OK, "done", told, RESULT)
+    assert timed.jobs.get(waiting).work_left_s == pytest.approx(10 + 10 * 2 + 30)
+    assert timed.jobs.get(other).work_left_s == UNKNOWN_S, "its rows were not counted, and eve's jobs have not ended"
+    ran(timed, clock, counted(), step_s=2.1)
+    assert timed.jobs.get(waiting).work_left_s == pytest.approx(60), "that was no surprise"
+
+
+def test_a_job_that_was_stopped_has_only_the_steps_after_its_checkpoint_left(timed: Store, clock: Clock) -> None:
+    ran(timed, clock, counted())
+    claim = started(timed, counted(user="eve"))
+    timed.attempts.keep_checkpoint(claim, StoredCheckpoint(step=60, prefix=f"jobs/{claim.job_id}/attempt-1/x"))
+    clock.forward(130)
+    told = Progress(step=60, total_steps=100, prepared_s=10.0, trained_s=120.0, trained_steps=60)
+    timed.attempts.finish(claim, Reason.PREEMPTED, "gave way", told)
+    assert timed.jobs.get(claim.job_id).work_left_s == pytest.approx(10 + 40 * 2 + 30)
+
+
+def test_an_edit_predicts_the_job_again(timed: Store, clock: Clock) -> None:
+    from loractl.scheduler.change.amendment import amendment
+
+    ran(timed, clock, counted())
+    job_id = timed.jobs.submit(counted(steps=10))
+    assert timed.jobs.get(job_id).work_left_s == pytest.approx(60)
+    timed.jobs.edit(amendment(timed, job_id, ["training.max_steps=20"]), "ada")
+    assert timed.jobs.get(job_id).work_left_s == pytest.approx(80)
+
+
+def test_what_was_predicted_is_kept_beside_what_it_took(timed: Store, clock: Clock) -> None:
+    ran(timed, clock, counted())
+    ran(timed, clock, counted(), step_s=4.0)
+    (one,) = timed.attempts.predicted()
+    assert (one.basis, one.predicted_s, one.took_s) == (Basis.BASE, pytest.approx(240), pytest.approx(440))
+
+
+def test_a_sweep_is_predicted_like_its_members(timed: Store, clock: Clock) -> None:
+    ran(timed, clock, counted())
+    many = timed.jobs.submit_all([counted(steps=n, name=f"m{n}") for n in (10, 20)])
+    assert [timed.jobs.get(one).work_left_s for one in many] == pytest.approx([60, 80])
