@@ -1,5 +1,7 @@
 """What a job is to compute, how long that is predicted to take, and where attempts' time went (revision 0043)."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -11,7 +13,7 @@ branch_labels = None
 depends_on = None
 
 
-def _columns() -> list[tuple[str, sa.Column]]:
+def _columns() -> list[tuple[str, sa.Column[Any]]]:
     return [
         ("jobs", sa.Column("extent", sa.JSON(), nullable=True)),
         ("jobs", sa.Column("work_left_s", sa.Double(), nullable=False, server_default="3600")),

@@ -319,7 +319,7 @@ def memory_need(
 
 def _times(store: Store, job: JobToPlan, shape: Shape, method: Method, key: str) -> tuple[CardTime, ...]:
     """How long the job takes on each model of card that the fleet has, or had when something was measured there."""
-    runs = store.attempts.timed(job.spec.base_model, job.user)
+    runs = store.attempts.timed(job.spec.base_model, store.now())
     extent = extent_of(job.spec, job.data or counted_data(job.spec), shape.active_parameters)
     left = Undone(
         user=job.user, base_model=job.spec.base_model, method=method, need_key=key, extent=extent, step=job.step

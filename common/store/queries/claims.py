@@ -247,7 +247,7 @@ def _read(job: Job) -> _Asked | str:
 
 def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, now: dt.datetime) -> Attempt:
     """Write the attempt, in its own row and in the job's."""
-    predicted = Forecasts(tx).of(job, placed.method.value, node.device_name)
+    predicted = Forecasts(tx, now).of(job, placed.method.value, node.device_name)
     attempt = Attempt(
         job_id=job.job_id,
         attempt=job.attempt + 1,

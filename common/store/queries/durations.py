@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Sequence
 
-from sqlalchemy import bindparam, select, union, update
+from sqlalchemy import select, union_all
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method
@@ -24,7 +24,10 @@ from ..tables import ON_SEVERAL_CARDS, WAITS, Attempt, Job, Node
 from ..transaction import SKIP_LOCKED, Transaction
 
 READ = 50
-"""The most jobs of a base, and of a user, and the most attempts of all, that a prediction is made of."""
+"""The most attempts on a base, and the most of all, that a prediction is made of."""
+
+RECENT = dt.timedelta(days=90)
+"""Attempts on other bases say for this long how fast a card is."""
 
 REFRESHED = 100
 """The most waiting jobs that are predicted again as an attempt on their base ends."""
@@ -37,21 +40,23 @@ MEASURED = 1000
 """The most attempts by which predictions are judged, the newest."""
 
 
-def read_timed(tx: Transaction, base_model: str, user: str) -> list[TimedRun]:
-    """Attempts whose time was measured, the newest first: of the newest jobs on the base and of the user, and the
-    newest of all."""
-    job_ids = select(Job.job_id).order_by(Job.job_id.desc()).limit(READ)
-    of_base = job_ids.where(sql("attempt > 0"), Job.base_model == base_model).subquery()
-    of_user = job_ids.where(Job.user == user).subquery()
-    newest = select(Attempt.job_id).order_by(Attempt.started_at.desc()).limit(READ).subquery()
-    chosen = union(*(select(part.c.job_id) for part in (of_base, of_user, newest))).subquery()
+def read_timed(tx: Transaction, base_model: str, now: dt.datetime) -> list[TimedRun]:
+    """Attempts whose time was measured, the newest first: those of the newest jobs on the base, and the newest of
+    all."""
     columns = (
-        Job.user, Job.base_model, Job.need_key, Job.extent, Attempt.method, Attempt.device_name, Attempt.prepared_s,
-        Attempt.trained_s, Attempt.trained_steps, Attempt.started_at, Attempt.ended_at, Attempt.reason,
-        Attempt.resumed_from_step,
+        Job.user, Job.base_model, Job.need_key, Job.extent, Attempt.job_id, Attempt.attempt, Attempt.method,
+        Attempt.device_name, Attempt.prepared_s, Attempt.trained_s, Attempt.trained_steps, Attempt.started_at,
+        Attempt.ended_at, Attempt.reason, Attempt.resumed_from_step,
     )  # fmt: skip
-    query = select(*columns).join(Attempt, Attempt.job_id == Job.job_id).join(chosen, chosen.c.job_id == Job.job_id)
-    query = query.where(Attempt.ended_at.is_not(None), ~ON_SEVERAL_CARDS).order_by(Attempt.started_at.desc())
+    ended = select(*columns).join(Attempt, Attempt.job_id == Job.job_id)
+    ended = ended.where(Attempt.ended_at.is_not(None), ~ON_SEVERAL_CARDS).limit(READ)
+    parts = (  # each by an index, and none reads more than it gives
+        ended.where(sql("jobs.attempt > 0"), Job.base_model == base_model).order_by(Job.job_id.desc()),
+        ended.where(Attempt.ended_at > now - RECENT).order_by(Attempt.ended_at.desc()),
+    )
+    query = union_all(*(select(part.subquery()) for part in parts))
+    rows = {(row.job_id, row.attempt): row for row in tx.session.execute(query)}
+    newest = sorted(rows.values(), key=lambda row: row.ended_at, reverse=True)
     return [
         TimedRun(
             user=row.user,
@@ -66,7 +71,7 @@ def read_timed(tx: Transaction, base_model: str, user: str) -> list[TimedRun]:
             seconds=_between(row.started_at, row.ended_at) if row.reason is Reason.OK else None,
             resumed=bool(row.resumed_from_step),
         )
-        for row in tx.session.execute(query)
+        for row in newest
     ]
 
 
@@ -80,12 +85,12 @@ def read_devices(tx: Transaction) -> list[str]:
 
 
 class Forecasts:
-    """Predictions of one transaction. What was measured is read once for each base and user."""
+    """Predictions of one transaction. What was measured is read once for each base."""
 
-    def __init__(self, tx: Transaction) -> None:
-        self._tx = tx
+    def __init__(self, tx: Transaction, now: dt.datetime) -> None:
+        self._tx, self._now = tx, now
         self._devices: list[str] | None = None
-        self._runs: dict[tuple[str, str], list[TimedRun]] = {}
+        self._runs: dict[str, list[TimedRun]] = {}
 
     def of(self, job: Job, method: str, device: str) -> Forecast:
         """For an attempt on a card of this model."""
@@ -98,10 +103,9 @@ class Forecasts:
         return fastest(undone(job, _preferred(job)), self._devices, self._of(job)).seconds
 
     def _of(self, job: Job) -> Sequence[TimedRun]:
-        key = job.base_model, job.user
-        if key not in self._runs:
-            self._runs[key] = read_timed(self._tx, *key)
-        return self._runs[key]
+        if job.base_model not in self._runs:
+            self._runs[job.base_model] = read_timed(self._tx, job.base_model, self._now)
+        return self._runs[job.base_model]
 
 
 def _preferred(job: Job) -> str:
@@ -121,21 +125,17 @@ def undone(job: Job, method: str) -> Undone:
     )
 
 
-def predict_again(tx: Transaction, job: Job) -> None:
+def predict_again(tx: Transaction, job: Job, now: dt.datetime) -> None:
     """As an attempt ends: what is left of its job, and of others that wait on its base if its length was a surprise."""
     tx.session.flush()  # the attempt's end is part of what was measured
-    forecasts = Forecasts(tx)
+    forecasts = Forecasts(tx, now)
     if job.status is not Status.SUCCEEDED:
         job.work_left_s = forecasts.left_s(job)
     if not _surprises(tx, job):
         return
     first = select(Job).where(WAITS, Job.base_model == job.base_model, Job.job_id != job.job_id).order_by(Job.job_id)
-    rows = tx.session.scalars(first.limit(REFRESHED).with_for_update(**SKIP_LOCKED)).all()
-    told = [{"number": row.job_id, "seconds": forecasts.left_s(row)} for row in rows]
-    if told:
-        number, seconds = bindparam("number"), bindparam("seconds")
-        change = update(Job.__table__).where(Job.__table__.c.job_id == number).values(work_left_s=seconds)
-        tx.session.connection().execute(change, told)
+    for row in tx.session.scalars(first.limit(REFRESHED).with_for_update(**SKIP_LOCKED)):
+        row.work_left_s = forecasts.left_s(row)
 
 
 def _surprises(tx: Transaction, job: Job) -> bool:

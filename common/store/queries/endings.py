@@ -201,7 +201,7 @@ def _end_attempt(
         _end_job(tx, job, reason, message, now, asked=asked and reason is not Reason.OK)
     if start is not None:
         record_usage(tx, job, parts, start, now)
-    predict_again(tx, job)
+    predict_again(tx, job, now)
 
 
 def _learn_time(tx: Transaction, job: Job, now: dt.datetime) -> None:

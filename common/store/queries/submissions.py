@@ -41,7 +41,8 @@ def submit_all(tx: Transaction, submissions: Sequence[Submission]) -> list[int]:
     """Write all of these as QUEUED jobs, or none. One may name those before it."""
     from loractl.common.job.ancestor import with_numbers
 
-    now, job_ids, forecasts = tx.now(), [], Forecasts(tx)
+    now, job_ids = tx.now(), []
+    forecasts = Forecasts(tx, now)
     numbers: dict[str, int] = {}
     for submission in submissions:
         named = replace(submission, spec=with_numbers(submission.spec, numbers))
@@ -57,7 +58,7 @@ def submit_sweep(tx: Transaction, sweep: NewSweep, members: Sequence[Submission]
     rungs = None if sweep.rungs is None else list(sweep.rungs)
     row = Sweep(name=sweep.name, user=members[0].user, settings=settings, rungs=rungs, created_at=now)
     sweep_id = _write(tx, row, {"sweep": values_of(row)})
-    forecasts = Forecasts(tx)
+    forecasts = Forecasts(tx, now)
     for member in members:
         _queue(tx, member, forecasts, now, sweep_id)
     return sweep_id
@@ -84,7 +85,7 @@ def amend(tx: Transaction, job: Job, amendment: Amendment, now: dt.datetime) -> 
         for name, value in _planned(submission).items():
             setattr(job, name, value)
     job.extent = _extent(submission)
-    job.work_left_s = Forecasts(tx).left_s(job)
+    job.work_left_s = Forecasts(tx, now).left_s(job)
     line_up(job, submission.spec.resources.node_labels, now)
 
 

@@ -69,7 +69,10 @@ def test_jobs_that_wait_are_predicted_again_when_the_first_of_their_base_was_mea
     timed: Store, clock: Clock
 ) -> None:
     first = started(timed, counted())
-    waiting, other = timed.jobs.submit(counted(steps=10)), timed.jobs.submit(replace(counted(), data={}, user="eve"))
+    waiting, other = (
+        timed.jobs.submit(counted(steps=10)),
+        timed.jobs.submit(replace(counted(base="org/other"), data={}, user="eve")),
+    )
     clock.forward(240)
     told = Progress(step=100, total_steps=100, prepared_s=10.0, trained_s=200.0, trained_steps=100)
     timed.attempts.finish(first, Reason.OK, "done", told, RESULT)
