@@ -45,7 +45,7 @@ class Basis(enum.StrEnum):
     BASE = "base"  # jobs on its base, by its method, on such a card
     CARDS = "cards"  # jobs on its base on other cards, scaled by the cards' speeds where both are measured
     BASES = "bases"  # jobs on other bases, scaled by parameters
-    PAST = "past"  # how long whole jobs of its user or on its base took, whatever they computed
+    PAST = "past"  # how long whole jobs of its user took, whatever they computed
     UNKNOWN = "unknown"  # nothing
 
     @property
@@ -286,17 +286,11 @@ def _first_median(pools: Iterable[Sequence[TimedRun]], of: Callable[[TimedRun], 
 
 
 def _by_the_past(job: Undone, runs: Sequence[TimedRun]) -> Forecast:
-    """By whole jobs, if what the job computes is not known: those just like it, its user's on that base, all on that
-    base, its user's."""
+    """By whole jobs, if what the job computes is not known: those just like it, its user's on that base, its user's."""
     whole = [run for run in runs if run.seconds is not None and not run.resumed]
     like = [run for run in whole if job.need_key is not None and run.need_key == job.need_key]
-    base = [run for run in whole if run.base_model == job.base_model]
-    for some in (
-        like,
-        [run for run in base if run.user == job.user],
-        base,
-        [run for run in whole if run.user == job.user],
-    ):
+    mine = [run for run in whole if run.user == job.user]
+    for some in (like, [run for run in mine if run.base_model == job.base_model], mine):
         if some:
             took = statistics.median(run.seconds or 0.0 for run in some[:NEWEST])
             return Forecast(seconds=took * job.share, basis=Basis.PAST, count=len(some[:NEWEST]))

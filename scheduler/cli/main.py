@@ -56,7 +56,7 @@ COMMANDS: Commands = {
     ),
     "plan": (
         "loractl.scheduler.plan.command:plan",
-        "Predict the memory that a job needs, part by part.",
+        "Predict the memory that a job needs, part by part, and how long it takes.",
     ),
     "gpus": ("loractl.scheduler.fleet.command:gpus", "List the devices of all boxes and what uses them."),
     "usage": ("loractl.scheduler.usage.command:usage", "Show what everybody has had of the cards."),

@@ -91,8 +91,8 @@ class JobToPlan:
 
     title: str
     spec: JobSpec
-    user: str
     data: Mapping[str, Any]  # its stored data sets; empty: none stored
+    user: str = ""
     step: int = 0  # that its stored checkpoint has kept
     status: Status | None = None  # of a submitted job
     row: QueuedNeed | None = None  # of a job that waits unchanged
@@ -211,7 +211,7 @@ class MemoryNeed:
         }
 
 
-def job_to_plan(store: Store, job: str, overrides: tuple[str, ...], user: str) -> JobToPlan:
+def job_to_plan(store: Store, job: str, overrides: tuple[str, ...], user: str = "") -> JobToPlan:
     """The job file of this name, which `user` would submit, else the submitted job of this number. Raises SpecError,
     JobNotFound."""
     from loractl.common.job.file import load_spec, override_spec

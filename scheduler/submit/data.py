@@ -133,7 +133,8 @@ def _counted(file: Path) -> dict[str, int]:
     with file.open("rb") as lines:
         rows = size = 0
         for line in lines:
-            rows, size = rows + bool(line.strip()), size + len(line)
+            if line.strip():
+                rows, size = rows + 1, size + len(line)
     every = max(1, rows // PARSED)
     parsed = seen = 0
     with file.open("rb") as lines:

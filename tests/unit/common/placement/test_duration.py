@@ -83,11 +83,10 @@ def test_another_card_is_scaled_by_the_speeds_that_were_measured() -> None:
 
 def test_a_job_whose_rows_were_not_counted_takes_as_long_as_its_users_jobs_did() -> None:
     unknown = job(extent=None)
-    assert forecast(unknown, "A40", [run(base_model="c")]).seconds == UNKNOWN_S
+    assert forecast(unknown, "A40", [run()]).seconds == UNKNOWN_S
     mine = [run(user="ada", seconds=300.0), run(user="ada", seconds=500.0), run(user="ada", seconds=900.0)]
     found = forecast(unknown, "A40", [run(seconds=1.0), *mine])
     assert (found.seconds, found.basis, found.count) == (500.0, Basis.PAST, 3)
-    assert forecast(unknown, "A40", [run(seconds=200.0)]).seconds == 200.0, "another user's, on its base"
     elsewhere = [replace(one, base_model="c") for one in mine]
     assert forecast(unknown, "A40", [*elsewhere, mine[0]]).seconds == 300.0, "on the same base first"
     assert fastest(unknown, [], mine).seconds == 500.0

@@ -52,8 +52,8 @@ def test_what_is_stored_of_a_file_of_lines_says_how_many_rows_and_bytes_it_has(t
     wanted = spec(dataset={"path": str(lines), "eval_path": str(other)})
     stored = store_data(wanted, store)
     assert (stored["path"]["rows"], stored["path"]["bytes"]) == (2, 14 + 15)
-    assert stored["path"]["tokens"] == (6 + 8) // 3 + 8 + 7, "three small letters for one, else a byte"
-    assert set(stored["eval_path"]) == {"uri", "sha256"}
+    assert stored["path"]["tokens"] == 1, "four bytes of the texts for one"
+    assert (stored["eval_path"]["rows"], stored["eval_path"]["tokens"]) == (1, 0)
 
 
 def rows_in(file: Path, what: str, count: int) -> str:
