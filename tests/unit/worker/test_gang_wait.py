@@ -52,9 +52,7 @@ def test_a_job_for_two_cards_says_what_it_waits_for_and_is_not_passed_for_ever(h
 
     # for half an hour small jobs may pass it, and the sentence stays true
     stream(lambda: len(began()) >= 3)
-    pairs = [
-        pair for job_id in small for pair in ((busy, job_id), (job_id, busy))
-    ]  # in the order of their expected ends
+    pairs = [pair for job_id in small for pair in ((busy, job_id), (job_id, busy))]  # by their expected ends
     both = (f"waits for 2 cards of 20.7 GiB on heron when jobs {one} and {other} end" for one, other in pairs)
     assert _why(held, large)["sentence"] in {lacks, *both}
     submitted = held.store.jobs.get(large).submitted_at

@@ -26,7 +26,7 @@ def counted(user: str = "ada", base: str = "org/model", steps: int = 100, **keys
         evaluation={"samples": 0, "metrics": ["loss"]},
         **keys,
     )
-    return replace(asked, data=DATA, parameters=10**9)
+    return replace(asked, data=DATA, plan=replace(asked.plan, parameters=10**9))
 
 
 def started(store: Store, asked: Submission) -> Claim:
