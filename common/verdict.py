@@ -28,7 +28,9 @@ BADGES = {
     "mixed": "± Loss and answers disagree",
     "no_practical_change": "– No practical change",
     "no_measurable_gain": "– No measurable gain",
+    "no_better_than_cheap": "– No better than the most frequent answer",
     "too_few_rows": "– Too few held-out rows to say",
+    "cant_be_judged": "– Can't be judged",
     "not_known": "– Could not be measured",
 }
 """The badge of each reading that a report's verdict can have."""
@@ -147,6 +149,9 @@ LOSSES = frozenset({"loss", "new_rows_loss", "perplexity"})
 ACCURACIES = frozenset({"preference_accuracy", "new_rows_preference_accuracy"})
 """Measures whose numbers a verdict's sentence has, or that say the same as one of those."""
 
+CHEAP = ("cheap_loss", "cheap_accuracy")
+"""The tuned model against the labels' shares alone. A gain over the base needs a gain over one of the two."""
+
 MIN_TURNED = 6
 """Minimum net number of pairs whose preference flipped. Fewer all flip the same way by chance more than 5 % of the
 time."""
@@ -160,13 +165,18 @@ OTHER_LENGTH = 1.5
 
 
 def report_verdict(
-    metrics: Sequence[Mapping[str, Any]], base: str = "the base", doubts: Sequence[str] = (), rows: str = "held-out"
+    metrics: Sequence[Mapping[str, Any]],
+    base: str = "the base",
+    doubts: Sequence[str] = (),
+    rows: str = "held-out",
+    given_away: int = 0,
 ) -> ReportVerdict:
     """What a report's metrics say against `base`. The loss decides, unless the answers say the opposite. For pairs it
     does not decide either if it has not clearly changed but the share of correctly ranked pairs has.
 
-    `rows`: what to call the measured rows. `doubts`: sentences about them, which follow the measures that got worse, in
-    `aside`.
+    A gain is none if the labels' shares alone reach it, and can't be judged if most rows resemble rows to train on and
+    the others are too few. `rows`: what to call the measured rows. `doubts`: sentences about them, which follow the
+    measures that got worse, in `aside`. `given_away`: how many of them resemble a row to train on.
     """
     named = {metric["name"]: metric for metric in metrics}
     every, new = named["loss"], named.get("new_rows_loss")
@@ -229,13 +239,33 @@ def report_verdict(
         few = f"{cases} answer{'s' * (cases != 1)} {'are' if cases != 1 else 'is'} too few to say"
         short = f"{short}, by loss"
         sentence = f"Better than {base} by loss: {measured}; {_told(unsure)}, but {few}."
+    cheap = _unbeaten(named)
+    if reading in ("better", "mixed") and loss is every and given_away * 2 > every["cases"]:
+        reading, short = "cant_be_judged", "can't be judged"
+        others = every["cases"] - given_away
+        apart = f", and the other {others} are too few" if others else ""
+        like = f"{given_away} of {every['cases']} {rows} rows resemble rows to train on{apart}"
+        sentence = f"Can't be judged: {like}; {measured}."
+        doubts = doubts[: len(doubts) - (new is not None)]
+    elif reading in ("better", "mixed") and cheap is not None:
+        reading, short = "no_better_than_cheap", "no better than the most frequent answer"
+        sentence = (
+            f"No better than the most frequent answer: {measured}, and the labels' shares alone give {cheap.base}."
+        )
     sentence = f"{sentence.removesuffix('.')}{of.answers}."
-    said = {*LOSSES, *ACCURACIES, *(metric["name"] for metric in against)}
+    said = {*LOSSES, *ACCURACIES, *CHEAP, *(metric["name"] for metric in against)}
     worse = [metric["label"] for metric in metrics if metric["reading"] == "worse" and metric["name"] not in said]
     asides = [f"Worse on {' and '.join(worse)}."] if worse and reading != "too_few_rows" else []
     return ReportVerdict(
         reading=reading, short=f"{short}, {of.numbers}", sentence=sentence, aside=" ".join([*asides, *doubts])
     )
+
+
+def _unbeaten(named: Mapping[str, Mapping[str, Any]]) -> Written | None:
+    """The loss of the labels' shares, if the tuned model is clearly better in nothing; None otherwise."""
+    against = [named[name] for name in CHEAP if name in named]
+    beaten = any(metric["reading"] in ("better", "too few cases", "not known") for metric in against)
+    return written(against[0]) if against and not beaten else None
 
 
 def _unmeasured(loss: Mapping[str, Any], cases: str) -> str:

@@ -165,7 +165,7 @@ class LabReport:
 
     @property
     def verdict(self) -> str:
-        """Its one word: better, worse, mixed, no_practical_change, no_measurable_gain, too_few_rows or not_known."""
+        """Its reading, a key of `common.verdict.BADGES`: better, worse, mixed, no_measurable_gain and others."""
         return str(self._found.content["verdict"]["reading"])
 
     @property

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -405,7 +407,7 @@ def test_final_rows_choose_nothing_and_their_figures_are_in_the_report_s_file_al
     )
     assert (report["data"]["final_rows"], final["rows"], len(final["row_losses"])) == (40, 40, 40)
     assert {"loss", "token_accuracy", "exact_match"} <= {metric["name"] for metric in final["metrics"]}
-    assert final["verdict"]["sentence"].endswith("on final rows.")
+    assert "on final rows" in final["verdict"]["sentence"]
     assert "1 of 40 final rows were cut at dataset.max_length." in final["verdict"]["aside"]
     loss = next(metric for metric in final["metrics"] if metric["name"] == "loss")
     figures = {f"{loss[key]:.{digits}f}" for key in ("base", "tuned") for digits in (3, 4)}
@@ -470,3 +472,44 @@ def alone(model: Path, before: list[tuple[str, str]], question: str, answer: str
 
 def mean(scored: list[tuple[float, int]]) -> float:
     return sum(loss for loss, _ in scored) / sum(tokens for _, tokens in scored)
+
+
+def write_answers(path: Path, rows: range, answer: Callable[[int], str]) -> Path:
+    """Questions of words by chance, each with an answer."""
+    chance, words = random.Random(rows.start), ["red", "blue", "old", "new", "fast", "slow", "disk", "card"]
+    asked = {number: f"question {number}: {' '.join(chance.choices(words, k=6))}?" for number in rows}
+    lines = [json.dumps({"prompt": prompt, "completion": answer(number)}) for number, prompt in asked.items()]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("often", [0.575, 0.95])
+def test_a_training_that_learned_only_how_often_each_label_comes_is_not_called_better(
+    recipe: Recipe, tmp_path: Path, often: float
+) -> None:
+    chance = random.Random(1)
+
+    def answer(_: int) -> str:
+        return "yes" if chance.random() < often else "no"
+
+    rows = write_answers(tmp_path / "rows.jsonl", range(200), answer)
+    held_out = write_answers(tmp_path / "held.jsonl", range(200, 240), answer)
+    dataset = {"path": str(rows), "eval_path": str(held_out)}
+    recipe(dataset=dataset, evaluation={"metrics": ["loss", "labels"], "samples": 0}, max_steps=60)
+    report = json.loads((tmp_path / "a" / "result" / "report.json").read_text())
+    metrics = {metric["name"]: metric for metric in report["evaluation"]["metrics"]}
+    assert metrics["loss"]["reading"] == "better", "the base has never seen the labels"
+    assert report["verdict"]["reading"] == "no_better_than_cheap", report["verdict"]
+
+
+def test_labels_that_are_learned_are_better_than_their_shares(recipe: Recipe, tmp_path: Path) -> None:
+    rows = write_answers(tmp_path / "rows.jsonl", range(200), lambda number: ("no", "yes")[number % 2])
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    for line in lines:  # the answer is in the question
+        line["prompt"] = f"say {line['completion']}: {line['prompt']}"
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines[:160]))
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[160:]))
+    dataset = {"path": str(rows), "eval_path": str(tmp_path / "held.jsonl")}
+    recipe(dataset=dataset, evaluation={"metrics": ["loss", "labels"], "samples": 0}, max_steps=120)
+    report = json.loads((tmp_path / "a" / "result" / "report.json").read_text())
+    assert report["verdict"]["reading"] == "better", report["verdict"]

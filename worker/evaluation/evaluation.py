@@ -26,6 +26,7 @@ from loractl.worker.data.tokens import TokenRow, unlearned
 
 from .answers import Answer, Prompt, answer_metrics, prompts_of, side_by_side
 from .base_measurements import BaseMeasurements, EarlierMeasurement, MeasuredModel
+from .cheap import cheap_metrics
 from .comparison import Compared, Measure
 from .confusion import Labels, label_metrics, labels_taught
 from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
@@ -56,6 +57,7 @@ class Evaluation:
     turns: list[Turns] = field(default_factory=list)
     baseline: str | None = None  # the name of `base` if it is not the base model
     against: str = "the base"  # the same in a verdict
+    given_away: int = 0  # rows that resemble a row to train on
     benchmarks: Benchmarks | None = None  # of the lm-eval harness, if the job names tasks
     base_measured: EarlierMeasurement | None = None  # by an earlier job; None: by this one
 
@@ -82,6 +84,9 @@ def evaluate(
     given_away = np.isin(work.numbers, data.given_away)
     metrics = loss_metrics(base.rows, tuned.rows, wanted, stops=stops, given_away=given_away)
     metrics += label_metrics(labels) if labels is not None else []
+    if data.format is not DataFormat.TEXT:
+        numbered = {example.number: example for example in data.held_out_examples[: spec.evaluation.max_rows]}
+        metrics += cheap_metrics([numbered[one] for one in work.numbers], data.answer_shares, tuned.rows, labels)
     metrics += answer_metrics(answers, wanted)
     metrics += turn_metrics(work.turns, (base.whole, tuned.whole), (base.alone, tuned.alone))
     if work.regression:
@@ -99,6 +104,7 @@ def evaluate(
             )
         ],
         labels=labels,
+        given_away=int(given_away.sum()),
         turns=by_turn(work.turns, base.whole, tuned.whole),
         base_measured=earlier,
     )

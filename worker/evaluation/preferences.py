@@ -99,6 +99,7 @@ def evaluate_preferences(
             (number, 1, round(float(before), 6), round(float(after), 6), int(tokens))
             for number, tokens, before, after in zip(work.numbers, scores[0].tokens, *losses, strict=True)
         ],
+        given_away=int(given_away.sum()),
         base_measured=earlier,
         baseline=None if learner.started is None else learner.compared_with,
         against=learner.compared_with,

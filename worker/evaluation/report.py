@@ -122,7 +122,7 @@ def build_report(
         else {
             FINAL: {
                 "sha256": last.facts()["final_sha256"],
-                "verdict": verdict(final.metrics, final.against, last.doubts("final"), "final"),
+                "verdict": verdict(final.metrics, final.against, last.doubts("final"), "final", final.given_away),
                 **_evaluation(final),
             }
         }
@@ -136,7 +136,12 @@ def build_report(
         "method": order.method.value,
         "method_why": order.method_why,
         "spec": spec.model_dump(mode="json"),
-        "verdict": verdict(evaluation.metrics, evaluation.against, [*_chosen(spec, course), *data.doubts()]),
+        "verdict": verdict(
+            evaluation.metrics,
+            evaluation.against,
+            [*_chosen(spec, course), *data.doubts()],
+            given_away=evaluation.given_away,
+        ),
         "adapter": _adapter(order, learner.model),
         "data": {
             **data.facts(),
@@ -162,11 +167,15 @@ def _chosen(spec: JobSpec, course: TrainingCourse) -> list[str]:
 
 
 def verdict(
-    metrics: list[Compared], base: str = "the base", doubts: Sequence[str] = (), rows: str = "held-out"
+    metrics: list[Compared],
+    base: str = "the base",
+    doubts: Sequence[str] = (),
+    rows: str = "held-out",
+    given_away: int = 0,
 ) -> dict[str, str]:
     """What the comparison with `base` says: `reading`, `short`, `sentence`, and `aside`, what else got worse and what
     is known to be wrong with the measured rows."""
-    return dict(vars(report_verdict([metric.as_json() for metric in metrics], base, doubts, rows)))
+    return dict(vars(report_verdict([metric.as_json() for metric in metrics], base, doubts, rows, given_away)))
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:

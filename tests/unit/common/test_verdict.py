@@ -166,3 +166,40 @@ def test_answers_to_pairs_prompts_are_one_group_and_neither_right_nor_wrong() ->
     assert [key for key, _, some in answer_groups([answer]) if some] == ["repaired"]
     pairs = [{**answer, "rejected": ""}, {"base_exact": False, "tuned_exact": False, "rejected": "no"}]
     assert answer_groups(pairs) == [("all", "answers", pairs)]
+
+
+CHEAP_LOSS = measure("cheap_loss", 0.35, 0.53, 0.05)
+
+
+def test_a_gain_that_the_labels_shares_alone_reach_is_none() -> None:
+    """Random yes and no, learned as text: the base knows neither word, so the loss falls from 7.96 to 0.53."""
+    gain, guessed = measure("loss", 7.96, 0.53, 0.2), measure("accuracy", 0.0, 40.0, 12.0)
+    found = said(gain, {**guessed, "reading": "better"}, CHEAP_LOSS, measure("cheap_accuracy", 57.5, 40.0, 20.0))
+    assert (found.reading, found.badge) == ("no_better_than_cheap", "– No better than the most frequent answer")
+    assert found.sentence == (
+        "No better than the most frequent answer: held-out loss 7.96 -> 0.53, and the labels' shares alone give 0.35."
+    )
+    assert found.short == "no better than the most frequent answer, loss 7.96 -> 0.53"
+    assert "against" not in found.aside
+
+
+@pytest.mark.parametrize(
+    "cheap",
+    [
+        [measure("cheap_loss", 0.35, 0.10, 0.05)],
+        [CHEAP_LOSS, {**measure("cheap_accuracy", 57.5, 90.0, 8.0), "reading": "better"}],
+    ],
+)
+def test_a_gain_over_either_of_the_two_stays_one(cheap: list[dict[str, Any]]) -> None:
+    assert said(measure("loss", 7.96, 0.53, 0.2), *cheap).reading == "better"
+
+
+@pytest.mark.parametrize(("alike", "new"), [(38, [measure("new_rows_loss", 3.0, 1.0, 0.1, cases=2)]), (40, [])])
+def test_a_gain_on_rows_that_resemble_those_to_train_on_can_t_be_judged(alike: int, new: list[dict[str, Any]]) -> None:
+    found = said(measure("loss", 3.0, 1.0, 0.1, cases=40), *new, given_away=alike)
+    others = ", and the other 2 are too few" if new else ""
+    assert found.sentence == (
+        f"Can't be judged: {alike} of 40 held-out rows resemble rows to train on{others}; held-out loss 3.00 -> 1.00."
+    )
+    assert (found.reading, found.aside) == ("cant_be_judged", "")
+    assert said(measure("loss", 3.0, 1.0, 0.1, cases=40), given_away=20).reading == "better", "half of them are new"
