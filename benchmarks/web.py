@@ -188,7 +188,7 @@ def fill(store: Store, engine: Engine, jobs: int) -> None:
 
 SERIES = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {count})"
 PAST = {  # the jobs of a hundred days
-    "sqlite": "strftime('%Y-%m-%d %H\\:%M\\:%f', :at, '-' || (job_id % 100) || ' days')",
+    "sqlite": "strftime('%Y-%m-%d %H\\:%M\\:%f000', :at, '-' || (job_id % 100) || ' days')",
     "postgresql": ":at - (job_id % 100) * interval '1 day'",
 }
 STEPS = SERIES.format(count=300)
