@@ -75,6 +75,9 @@ WAITS = text("status = 'queued'")
 
 WHERE = "where"
 
+PAUSED = "(held OR not_before IS NOT NULL)"
+"""Of a waiting job that is held or waits out a pause, if that is not over. Literal, as WAITS."""
+
 READY = "status = 'queued' AND NOT held AND (not_before IS NULL OR not_before <= :now)"
 """Of a job that a claim may take, whatever it needs: `fleet.is_ready` in SQL."""
 
@@ -137,17 +140,14 @@ class Job(Base):
         _where_queued("ix_jobs_plan", "base_model", "engine", "job_id"),
         # of few jobs, so that the others cost them nothing
         _where_queued("ix_jobs_patience", "lora_until", also=" AND lora_until IS NOT NULL"),
-        _where_queued("ix_jobs_held", "job_id", also=" AND held"),
+        _where_queued("ix_jobs_paused", "held", "not_before", also=f" AND {PAUSED}"),
         _where_queued("ix_jobs_awaits", "awaits", "job_id", also=" AND awaits IS NOT NULL"),
-        _where_queued("ix_jobs_backoff", "not_before", also=" AND not_before IS NOT NULL"),
         _where_queued("ix_jobs_gangs", "job_id", also=" AND gangs IS NOT NULL"),
-        _where("ix_jobs_lease", "status = 'running'", "lease_expires_at"),
         Index("ix_jobs_sweep", "sweep_id", "status", "ended_at"),
         Index("ix_jobs_name", "name", "job_id"),
         Index("ix_jobs_user", "user", "job_id"),
         Index("ix_jobs_status", "status", "job_id"),
-        _where("ix_jobs_outcome", "ended_at IS NOT NULL", "status", "reason"),
-        _where("ix_jobs_ended", "ended_at IS NOT NULL", "ended_at", "status", "sweep_id", "job_id"),
+        _where("ix_jobs_ended", "ended_at IS NOT NULL", "ended_at", "status", "reason", "sweep_id", "job_id"),
         _where("ix_jobs_need_key", "attempt > 0", "need_key", "job_id"),
         _where("ix_jobs_ran", "attempt > 0", "base_model", "job_id"),
         _where("ix_jobs_family", "ended_at IS NOT NULL", "family", "job_id"),
@@ -334,8 +334,6 @@ class AttemptShare(Base):
     """What an attempt on several cards has of one of them."""
 
     __tablename__ = "shares"
-    __table_args__ = (Index("ix_shares_node", "node"),)
-
     job_id: Mapped[JobKey] = mapped_column(primary_key=True)
     attempt: Mapped[Number]
     rank: Mapped[Number]  # 0: the node that claimed it
@@ -615,8 +613,6 @@ class FinalLook(Base):
     """A record that somebody was shown what a job measured on its final rows; never changed."""
 
     __tablename__ = "looks"
-    __table_args__ = (Index("ix_looks_rows", "rows_sha256", "look_id"),)
-
     look_id: Mapped[Key]
     job_id: Mapped[JobKey]
     sweep_id: Mapped[int | None] = mapped_column(RowNumber())  # whose winner the job was
@@ -671,5 +667,5 @@ class KeptFile(Base):
     key: Mapped[str] = mapped_column(Characters(64), primary_key=True)  # a hash of the box and of all that decides it
     host: Mapped[str]
     sha256: Mapped[str] = mapped_column(Characters(64))
-    job_id: Mapped[JobKey] = mapped_column(index=True)  # that wrote it
+    job_id: Mapped[JobKey]  # that wrote it
     at: Mapped[Timestamp]

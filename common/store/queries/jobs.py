@@ -23,6 +23,7 @@ from ..columns import LONG_AGO
 from ..records import Choice, Page
 from ..tables import (
     ON_SEVERAL_CARDS,
+    PAUSED,
     WAITS,
     Attempt,
     Event,
@@ -237,16 +238,15 @@ def read_counts(tx: Transaction) -> dict[tuple[Status, str], int]:
     an ended one its reason; empty where there is none."""
     now = tx.now()
     count = select(func.count()).select_from(Job)
-    # each by an index: few jobs are held or in backoff
-    waits = {
-        "held": tx.session.scalar(count.where(WAITS, sql("held"))) or 0,
-        "retry": tx.session.scalar(count.where(WAITS, Job.not_before > now, ~Job.held)) or 0,
-    }
+    # by an index: few jobs are held or in backoff
+    paused = select(Job.held, func.count()).where(WAITS, sql(PAUSED), or_(Job.held, Job.not_before > now))
+    waits = {"held" if held else "retry": many for held, many in tx.session.execute(paused.group_by(Job.held))}
     waits["ready"] = (tx.session.scalar(count.where(WAITS)) or 0) - sum(waits.values())
     counts = {(Status.QUEUED, why): many for why, many in waits.items() if many}
     stages = select(Job.status, Job.stage, func.count()).where(Job.status == Status.RUNNING)
     ended = select(Job.status, Job.reason, func.count()).where(Job.ended_at.is_not(None))
-    for alike in (stages.group_by(Job.status, Job.stage), ended.group_by(Job.status, Job.reason)):
+    # by the reason first: by the status SQLite would walk over all jobs
+    for alike in (stages.group_by(Job.status, Job.stage), ended.group_by(Job.reason, Job.status)):
         counts |= {(status, str(why or "")): many for status, why, many in tx.session.execute(alike)}
     return counts
 

@@ -114,8 +114,8 @@ def test_no_round_and_no_overview_looks_at_each_row(lab: Store, what: str) -> No
     assert plans and walks <= WHOLE_INDEXES and not all_of_a_status, plans
 
 
-OF_FEW = ("ix_jobs_held", "ix_jobs_backoff", "ix_jobs_gangs", "ix_jobs_patience")
-WHOLE_INDEXES = {"SCAN jobs USING INDEX ix_jobs_outcome"}
+OF_FEW = ("ix_jobs_paused", "ix_jobs_gangs", "ix_jobs_patience")
+WHOLE_INDEXES = {"SCAN jobs USING COVERING INDEX ix_jobs_ended"}
 
 
 MANY = 60
