@@ -1,4 +1,4 @@
-"""Indexes without which each query is as fast go (revision 0043).
+"""Indexes without which each query is as fast go (revision 0044).
 
 The one on leases was written by each heartbeat: PostgreSQL could not update the row in its page.
 """
@@ -6,8 +6,8 @@ The one on leases was written by each heartbeat: PostgreSQL could not update the
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0043"
-down_revision = "0042"
+revision = "0044"
+down_revision = "0043"
 branch_labels = None
 depends_on = None
 
