@@ -104,7 +104,7 @@ def one_of_each(url: str, artifacts: ArtifactStore) -> None:
     queue(lab, "waits", "wei", 92)
     way = SharedNeed(cards=2, parallel=Parallel.DATA, need=Need(lora=50 * GIB, qlora=None))
     job = replace(submission(lora=92, qlora=None, user="wei", name="shared"), ways=Ways(gangs=(way,)))
-    lab.store.jobs.submit(replace(job, data={"path": {"uri": "datasets/x", "rows": 10, "tokens": 100, "bytes": 1000}}))
+    lab.store.jobs.submit(replace(job, data={"path": {"uri": "datasets/x", "sha256": "x", "rows": 10, "tokens": 100}}))
     lab.store.adapters.tag(Reference(name="ended"), "prod", "mara")
     lab.store.usage.set_quota("wei", 1.0, 86400, "root", soft=True)
     lab.store.lab.set("store", "mark", "root")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from .method import Checkpointing, RoomyForm
@@ -22,6 +23,11 @@ class Adjustment:
 
     def as_json(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def read(cls, column: Mapping[str, Any] | None) -> Adjustment:
+        """What `as_json` has written; what only a newer version changes is left out."""
+        return cls(**{key.name: column.get(key.name) for key in fields(cls)} if column else {})
 
 
 def adjusted(spec: JobSpec, adjustment: Adjustment) -> JobSpec:

@@ -24,15 +24,13 @@ def ancestor_job(spec: JobSpec, best: int | None = None) -> int | None:
     return None if named is None else parse_reference(named).job_id
 
 
-def may_go_without(spec: Any, awaits: int | None) -> bool:
+def may_go_without(spec: Mapping[str, Any], awaits: int | None) -> bool:
     """Whether a stored spec's job could start without those for which it still waits: not if it needs the adapter of
     one of them."""
-    lora = spec.get("lora") if isinstance(spec, dict) else None
-    begun = lora.get("init_from") if isinstance(lora, dict) else None
+    begun = (spec.get("lora") or {}).get("init_from")
     if isinstance(begun, dict):  # a sweep, whose members are all in the list
         return False
-    after = spec.get("after") if isinstance(spec, dict) else None
-    left = after if isinstance(after, list) else []
+    left = spec.get("after") or []
     left = left[left.index(awaits) :] if awaits in left else left
     return begun not in list(map(str, left))
 

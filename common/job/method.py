@@ -52,6 +52,10 @@ class RoomyForm:
     half: bool = False  # every second block is recomputed; no row has such a form, see `with_half`
 
 
+_FORM = ("micro_batch", "bytes", "planned")
+"""What a row has of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Roomy:
     """What a job may have beyond its need if nobody else wants it, by method, the fastest form first."""
@@ -66,9 +70,8 @@ class Roomy:
         """None for a job that has no such form."""
         if not self.lora and not self.qlora:
             return None
-        stored = ("micro_batch", "bytes", "planned")
         return {
-            name: [{key: getattr(form, key) for key in stored} for form in forms] for name, forms in vars(self).items()
+            name: [{key: getattr(form, key) for key in _FORM} for form in forms] for name, forms in vars(self).items()
         }
 
     def with_half(self, need: Need, planned: Need, rows: int) -> Roomy:
@@ -98,10 +101,13 @@ class Roomy:
 
     @classmethod
     def read(cls, column: Mapping[str, Any] | None) -> Roomy:
-        """What `as_json` has written. Raises KeyError, TypeError, AttributeError for anything else."""
-        if column is None:
-            return cls()
-        return cls(**{name: tuple(RoomyForm(**form) for form in forms) for name, forms in column.items()})
+        """What `as_json` has written."""
+
+        def forms(name: str) -> tuple[RoomyForm, ...]:
+            kept = column.get(name) if column else None
+            return tuple(RoomyForm(**{key: form[key] for key in _FORM}) for form in kept or ())
+
+        return cls(lora=forms("lora"), qlora=forms("qlora"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +123,8 @@ class SharedNeed:
 
     @classmethod
     def read(cls, column: Mapping[str, Any]) -> SharedNeed:
-        """What `as_json` has written. Raises KeyError, TypeError, ValueError for anything else."""
-        sizes = [column["lora"], column["qlora"]]
-        if type(column["cards"]) is not int or any(type(size) not in (int, type(None)) for size in sizes):
-            raise ValueError("no number")
-        need = Need(lora=sizes[0], qlora=sizes[1])
+        """What `as_json` has written."""
+        need = Need(lora=column["lora"], qlora=column["qlora"])
         return cls(cards=column["cards"], parallel=Parallel(column["parallel"]), need=need)
 
 
@@ -145,10 +148,10 @@ class Ways:
 
     @classmethod
     def read(cls, column: Mapping[str, Any] | None) -> Ways:
-        """What `as_json` has written. Raises KeyError, TypeError, ValueError for anything else."""
+        """What `as_json` has written."""
         if column is None:
             return cls()
-        return cls(alone=bool(column["alone"]), gangs=tuple(SharedNeed.read(way) for way in column["ways"]))
+        return cls(alone=column["alone"], gangs=tuple(SharedNeed.read(way) for way in column["ways"]))
 
 
 def permitted_methods(wanted: Method | Sequence[Method]) -> tuple[Method, ...]:

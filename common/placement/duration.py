@@ -75,14 +75,14 @@ class Extent:
     @classmethod
     def read(cls, value: Mapping[str, Any] | None) -> Extent | None:
         """From a row."""
-        return None if value is None else cls(**value)
+        return None if value is None else cls(**{name: value[name] for name in cls.__annotations__})
 
 
 def extent_of(spec: JobSpec, data: Mapping[str, Any], parameters: int | None) -> Extent | None:
     """What a job is to compute, by the rows and tokens of its stored data sets; None if they were not counted."""
     dataset, training, asked = spec.dataset, spec.training, spec.evaluation
     every = [data.get(key) or {} for key in ("path", *(f"more.{n}" for n in range(len(dataset.more))))]
-    if any(not one.get("rows") for one in every):
+    if any(not one.get("rows") or one.get("tokens") is None for one in every):
         return None
     halves, longest = spec.kind.halves, dataset.max_length
     tokens = halves * min(sum(one["tokens"] for one in every) / sum(one["rows"] for one in every), longest)

@@ -55,8 +55,7 @@ def checks_of(table: Table, dialect: str) -> list[Bound]:
         kind = cast(Bounded, column.type)
         if not isinstance(kind, Bounded) or not (sql := kind.check(f'"{column.name}"', dialect)):
             continue
-        deep = kind.fits(f'"{column.name}"', dialect) if isinstance(kind, Json) else ""
-        found.append(Bound(column=column, sql=sql, deep=deep))
+        found.append(Bound(column=column, sql=sql, deep=kind.fits(f'"{column.name}"', dialect)))
     return found
 
 
@@ -103,7 +102,12 @@ def _bring_postgres(connection: Connection, table: Table, wanted: Sequence[Bound
     for check in new:
         if check.deep:
             connection.exec_driver_sql(
-                _FUNCTION.format(name=_function(check), argument=check.column.name, asks=check.deep)
+                _FUNCTION.format(
+                    name=_function(check),
+                    argument=check.column.name,
+                    type="json" if isinstance(check.column.type, Json) else "text",
+                    asks=check.deep,
+                )
             )
     adds = ", ".join(f'ADD CONSTRAINT "{check.name}" CHECK ({_asked(check)})' for check in new)
     try:
@@ -121,7 +125,7 @@ SELECT conname FROM pg_constraint WHERE conrelid = CAST(:table AS regclass) AND 
   AND starts_with(conname, :ours)
 """
 _FUNCTION = """
-CREATE OR REPLACE FUNCTION {name}("{argument}" json) RETURNS boolean LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE
+CREATE OR REPLACE FUNCTION {name}("{argument}" {type}) RETURNS boolean LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE
 AS $$ BEGIN RETURN coalesce({asks}, false); EXCEPTION WHEN data_exception OR program_limit_exceeded THEN RETURN false;
 END $$
 """
@@ -214,7 +218,7 @@ def _clean_row(connection: Connection, table: Table, broken: Sequence[Column[Any
         for name in [column.name for column in table.columns]
     }
     key = {column.name: row[column.name] for column in table.primary_key}
-    new = {column.name: _instead(connection, column, where) for column in broken}
+    new = {column.name: _instead(column, row[column.name]) for column in broken}
     lost = [column for column in broken if column.primary_key]
     if not lost or all(isinstance(column.type, Characters) for column in lost):
         try:
@@ -241,12 +245,9 @@ def _as_text(connection: Connection, table: Table, column: str, where: str) -> s
     return f"SELECT {own} FROM {table.name} WHERE {where}"  # noqa: S608
 
 
-def _instead(connection: Connection, column: Column[Any], where: str) -> Any:
+def _instead(column: Column[Any], held: str | None) -> Any:
     """What the row holds from now on."""
-    if column.nullable:
-        return None
-    read = connection.execute(column.table.select().with_only_columns(column).where(text(where))).scalar()
-    return cast(Bounded, column.type).harmless(read)
+    return None if column.nullable else cast(Bounded, column.type).harmless(held)
 
 
 def _put_aside(connection: Connection, table: Table, key: Mapping[str, Any], column: str, value: str | None) -> None:

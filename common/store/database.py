@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import os
 import re
 import shutil
@@ -31,7 +30,7 @@ from loractl.common.errors import (
 )
 from loractl.common.settings import OWN_HOME, Settings, make_private, redacted
 
-from .columns import FAR_OFF, LONG_AGO, read_json, write_json
+from .columns import write_json
 from .schema import HEAD, OLDEST, mismatch, revision, upgrade
 
 MOUNTS = Path("/proc/self/mountinfo")
@@ -237,11 +236,8 @@ def make_engine(
     try:
         if not url.startswith("sqlite"):
             pool, options = _pool(connections, kept), _postgres_options(idle_s, read_only)
-            engine = create_engine(
-                url, connect_args=options, json_serializer=write_json, json_deserializer=read_json, **pool
-            )
+            engine = create_engine(url, connect_args=options, json_serializer=write_json, **pool)
             event.listen(engine, "handle_error", _look_at_error)
-            event.listen(engine, "connect", _read_every_time)
             return engine
         file = _file_of(url)
         if not read_only:
@@ -249,9 +245,7 @@ def make_engine(
         _refuse_network_disk(file.parent)
         opened = f"sqlite:///file:{quote(str(file))}?mode=ro&uri=true" if read_only else url
         busy_ms = SQLITE_READER_MS if read_only else SQLITE_BUSY_MS
-        engine = create_engine(
-            opened, connect_args={"timeout": busy_ms / 1000}, json_serializer=write_json, json_deserializer=read_json
-        )
+        engine = create_engine(opened, connect_args={"timeout": busy_ms / 1000}, json_serializer=write_json)
     except (ArgumentError, NoSuchModuleError) as error:
         raise UsageError(
             f"LORACTL_DATABASE_URL is not a database URL: {redacted(url)}", "like postgresql://user@host/loractl"
@@ -318,23 +312,6 @@ def _postgres_options(idle_s: float, read_only: bool) -> dict[str, Any]:
     if read_only:
         options.append("-c default_transaction_read_only=on")
     return {**_POSTGRES_OPTIONS, "options": " ".join(options)}
-
-
-def _read_every_time(connection: Any, _: Any) -> None:
-    """Read infinity, and years that Python's calendar lacks, as times far off: such a row must not stop the others."""
-    from psycopg import DataError
-    from psycopg.types.datetime import TimestamptzLoader
-
-    class Times(TimestamptzLoader):  # type: ignore[misc]  # psycopg ships no types here
-        def load(self, data: Any) -> dt.datetime:
-            try:
-                found: dt.datetime = super().load(data)
-            except DataError:
-                before = bytes(data).startswith(b"-") or bytes(data).endswith(b"BC")
-                return LONG_AGO if before else FAR_OFF
-            return found
-
-    connection.adapters.register_loader("timestamptz", Times)
 
 
 def _look_at_error(context: ExceptionContext) -> None:

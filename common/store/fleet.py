@@ -17,7 +17,6 @@ from loractl.common.placement.lines import QueueKey, Waiting
 from loractl.common.placement.rule import Decision, Placement
 from loractl.common.placement.shares import Allowance
 
-from .columns import Unreadable, unreadable_of
 from .tables import ASKED_TO_STOP, DrainOrder, Job, Node
 
 NODE_STALE_S = 60.0
@@ -85,7 +84,7 @@ def card_of(node: Node, running: list[Any], now: dt.datetime, drained: Mapping[s
             Occupant(
                 job_id=row.job_id,
                 user=row.user,
-                reserved=_reserved(row.vram_reserved, node.total),
+                reserved=node.total if row.vram_reserved is None else row.vram_reserved,  # an older version's job
                 used=int(node.used.get(str(row.job_id), 0)),
                 priority=row.priority,
                 preemptible=row.preemptible,
@@ -114,16 +113,11 @@ _AMPERE = 8
 
 def takes_bf16(self_test: Mapping[str, Any] | None) -> bool | None:
     """Whether a device takes bfloat16 under training.dtype auto, by what it showed; None: it showed nothing yet."""
-    found = self_test if isinstance(self_test, Mapping) else {}
-    if isinstance(told := found.get("bf16"), bool):  # a processor
-        return told
-    known = re.fullmatch(r"(\d{1,3})\.\d{1,3}", str(found.get("capability")), re.ASCII)
+    found = self_test or {}
+    if (told := found.get("bf16")) is not None:  # a processor
+        return bool(told)
+    known = re.fullmatch(r"(\d{1,3})\.\d{1,3}", found.get("capability") or "", re.ASCII)
     return None if known is None else int(known[1]) >= _AMPERE
-
-
-def _reserved(size: int | None, total: int) -> int:
-    """An older version's job has no reservation, and an unreadable one is not known: either may take all."""
-    return total if size is None or isinstance(size, Unreadable) else size
 
 
 def _end_of(row: Any, now: dt.datetime) -> dt.datetime | None:
@@ -136,14 +130,8 @@ def _end_of(row: Any, now: dt.datetime) -> dt.datetime | None:
 def _is_open(node: Node, now: dt.datetime, drained: Mapping[str, DrainOrder]) -> bool:
     """Whether the node is online, works, and nobody keeps it empty."""
     online = (now - node.seen_at).total_seconds() <= NODE_STALE_S
-    works = fault_of(node) is None and not node.draining and (node.until is None or node.until > now)
+    works = node.fault is None and not node.draining and (node.until is None or node.until > now)
     return online and works and node.node not in drained and node.host not in drained
-
-
-def fault_of(node: Node) -> str | None:
-    """Why nothing can run on a card: what its worker says, or what of its row can't be read."""
-    what = unreadable_of(vars(node))
-    return node.fault or (f"its row can't be read: {what}" if what else None)
 
 
 def is_ready(job: Job, now: dt.datetime) -> bool:
@@ -156,28 +144,20 @@ def paused(job: Job, now: dt.datetime) -> bool:
     return job.not_before is not None and job.not_before > now
 
 
-NOWHERE = frozenset({("", "a row that can't be read")})
-"""The label that an unreadable row asks for. No box has it, since a label has a name."""
-
-
 def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
     """A ready job's row as the rule sees it. QLoRA is not permitted while it waits for LoRA. `again` is no column of
     it: the lines read it with the row of a job on several cards.
-
-    An unreadable row fits nowhere: it must not stop the others.
     """
-    why = unreadable(row)
-    methods = () if why else tuple(Method(name) for name in row["methods"])
-    ways = Ways() if why else Ways.read(row.get("gangs"))
-    patient = not why and row["lora_until"] is not None and row["lora_until"] > now
+    ways = Ways.read(row.get("gangs"))
+    patient = row["lora_until"] is not None and row["lora_until"] > now
     return Waiting(
         job_id=row["job_id"],
         user=row["user"],
         priority=row["priority"],
         since=row["submitted_at"],
-        methods=(Method.LORA,) if patient else methods,
+        methods=(Method.LORA,) if patient else tuple(map(Method, row["methods"])),
         need=Need(lora=row["vram_lora"], qlora=row["vram_qlora"]),
-        requires=NOWHERE if why else QueueKey.parse(row["queue_key"]).requires,
+        requires=QueueKey.parse(row["queue_key"]).requires,
         only_host=row["result_host"] if row["result_until"] is not None and row["result_until"] > now else None,
         avoids=frozenset(avoided_by(row["avoids"], now)),
         bf16=row.get("begun_bf16"),
@@ -186,17 +166,6 @@ def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
         again=row.get("again"),
         checkpoint_s=row.get("checkpoint_s"),
     )
-
-
-def unreadable(row: Mapping[str, Any]) -> str:
-    """What of a waiting job's row this version can't read, for people; empty: it reads all of it."""
-    if why := unreadable_of(row):
-        return why
-    try:
-        QueueKey.parse(row["queue_key"])
-    except ValueError:
-        return f"queue_key: {row['queue_key'][:60]}"
-    return "cancel_requested: it waits" if row.get("cancel_requested") else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,12 +178,8 @@ class Avoidance:
 
 def avoided_by(column: Mapping[str, Any] | None, now: dt.datetime) -> dict[str, Avoidance]:
     """What a job's row says of the cards and boxes that failed it, as far as it holds now."""
-    found = {}
-    for name, entry in column.items() if isinstance(column, dict) else ():
-        try:
-            avoidance = Avoidance(reason=str(entry["reason"]), until=dt.datetime.fromisoformat(entry["until"]))
-            if avoidance.until > now:
-                found[name] = avoidance
-        except (KeyError, TypeError, ValueError):  # no worker wrote that entry: it keeps the job off no card
-            continue
-    return found
+    told = {
+        name: Avoidance(reason=entry["reason"], until=dt.datetime.fromisoformat(entry["until"]))
+        for name, entry in (column or {}).items()
+    }
+    return {name: avoidance for name, avoidance in told.items() if avoidance.until > now}

@@ -64,6 +64,13 @@ class StoredCheckpoint:
     prefix: str
     manifest_sha256: str | None = None  # None: an earlier version has stored it
 
+    @classmethod
+    def read(cls, column: Mapping[str, Any] | None) -> StoredCheckpoint | None:
+        """What a row names."""
+        if column is None:
+            return None
+        return cls(step=column["step"], prefix=column["prefix"], manifest_sha256=column.get("manifest_sha256"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
@@ -151,14 +158,6 @@ class Left:
     """No job for this card: one would fit, but the rule gives it to another card that has not taken it yet."""
 
     nodes: frozenset[str]  # empty: another node was faster, look again
-
-
-@dataclass(frozen=True, kw_only=True)
-class Aside:
-    """Jobs that were set aside, since their rows can't be read, and where the next look continues."""
-
-    jobs: tuple[int, ...]
-    after: int | None  # the job that was looked at last; None: no more wait after it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loractl.common.units import LARGEST, LAST_NUMBER
+from loractl.common.units import LARGEST
 
 MOST_BYTES = 2**50
 """Of a card, or of what a job needs of it."""
@@ -26,11 +27,6 @@ def is_number(value: Any, low: float = -MOST, high: float = MOST) -> bool:
 
 def is_whole(value: Any, low: int = 0, high: int = LARGEST) -> bool:
     return type(value) is int and low <= value <= high
-
-
-def is_number_drawn(value: Any) -> bool:
-    """Whether it can be the number of a job or a sweep."""
-    return is_whole(value, 1, LAST_NUMBER)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +138,44 @@ class _Kind(JsonShape):
         return f"{found} AND {at.text} IS NOT NULL" if self.kind is str and at.dialect != "sqlite" else found
 
 
-text, flag, anything = _Kind(str, ("text",)), _Kind(bool, ("true", "false")), _Kind(dict, ("object",))
-"""Text; true or false; an object, whatever is in it."""
+text, flag = _Kind(str, ("text",)), _Kind(bool, ("true", "false"))
+"""Text; true or false."""
+
+
+@dataclass(frozen=True)
+class word(JsonShape):  # noqa: N801
+    """One of these words."""
+
+    words: tuple[str, ...]
+
+    def __call__(self, value: Any) -> bool:
+        return value in self.words
+
+    def sql(self, at: SqlValue) -> str:
+        return f"{at.is_a('text')} AND {at.text} IN ({', '.join(repr(str(one)) for one in self.words)})"
+
+
+class _Moment(JsonShape):
+    """A time of this millennium, as `isoformat` writes one in UTC."""
+
+    def __call__(self, value: Any) -> bool:
+        try:
+            return dt.datetime.fromisoformat(value).tzinfo == dt.UTC
+        except (TypeError, ValueError):
+            return False
+
+    def sql(self, at: SqlValue) -> str:
+        if at.dialect == "sqlite":
+            start, rest, digits = f"substr({at.sql}, 1, 19)", f"substr({at.sql}, 20)", "[0-9]" * 6
+            form = f"strftime('%Y-%m-%dT%H:%M:%S', {start}) IS {start} AND substr({start}, 12, 2) < '24'"
+            own = f"{at.is_a('text')} AND {start} GLOB '2*' AND {form}"
+            return f"{own} AND ({rest} = '+00:00' OR {rest} GLOB '.{digits}+00:00')"
+        day, time = r"2[0-9]{3}-[0-9]{2}-[0-9]{2}", r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]([.][0-9]{6})?"
+        like = rf"{at.is_a('text')} AND {at.text} ~ '^{day}T{time}[+]00:00$'"
+        return f"CASE WHEN {like} THEN CAST({at.text} AS timestamptz) IS NOT NULL ELSE false END"
+
+
+moment = _Moment()
 
 
 @dataclass(frozen=True)
@@ -190,17 +222,26 @@ class object_of(JsonShape):  # noqa: N801
         return at.all_are(self.shape, "object")
 
 
+labels = object_of(text)
+
+
 @dataclass(frozen=True)
 class list_of(JsonShape):  # noqa: N801
-    """A list of values that all have the shape."""
+    """A list of values that all have the shape. `most`: so many."""
 
     shape: JsonShape
+    most: int | None = None
 
     def __call__(self, value: Any) -> bool:
-        return isinstance(value, list) and all(map(self.shape, value))
+        short = isinstance(value, list) and (self.most is None or len(value) <= self.most)
+        return short and all(map(self.shape, value))
 
     def sql(self, at: SqlValue) -> str:
-        return at.all_are(self.shape, "array")
+        all_are = at.all_are(self.shape, "array")
+        if self.most is None:
+            return all_are
+        short = f"json_array_length({at.sql}) <= {self.most}"
+        return f"CASE WHEN {at.is_a('array')} THEN {short} AND {all_are} ELSE {at.never} END"
 
 
 class fields(JsonShape):  # noqa: N801

@@ -4,32 +4,31 @@ Annotations are values here, not texts: SQLAlchemy would evaluate the text of ea
 """
 
 import datetime as dt
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sqlalchemy import ForeignKey, Index, MetaData, String, Text, TextClause, bindparam, exists, false, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
 
-from loractl.common.job.adjustment import Adjustment
-from loractl.common.job.method import Method, Roomy, Ways
+from loractl.common.job.method import Method, Parallel
 from loractl.common.job.names import LATEST
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.memory.context import context_excess
 from loractl.common.placement.duration import UNKNOWN_S, Basis
 from loractl.common.store import columns
-from loractl.common.units import KIB, LARGEST, MIB
+from loractl.common.units import KIB, LARGEST, LAST_NUMBER, MIB
 
 from . import shapes
-from .columns import MOST_SECONDS, Characters, Flag, Json, Prose, Real, RowNumber, UtcDateTime, Whole, Words
-from .records import StoredCheckpoint
-from .shapes import MOST_BYTES, is_number_drawn, list_of, object_of, optional, whole
+from .columns import MOST_SECONDS, Characters, Flag, Json, LineKey, Prose, Real, RowNumber, UtcDateTime, Whole, Words
+from .shapes import MOST_BYTES, list_of, object_of, optional, whole
 
 Timestamp = Annotated[dt.datetime, mapped_column(UtcDateTime())]
 Bytes = Annotated[int, mapped_column(columns.Bytes())]
 Key = Annotated[int, mapped_column(RowNumber(), primary_key=True, autoincrement=True)]
 JobKey = Annotated[int, mapped_column(RowNumber(), ForeignKey("jobs.job_id", ondelete="CASCADE"))]
-Number = Annotated[int, mapped_column(Whole(key=True), primary_key=True, autoincrement=False)]
+Number = Annotated[int, mapped_column(Whole(), primary_key=True, autoincrement=False)]
 Seconds = Annotated[float, mapped_column(Real(-MOST_SECONDS, MOST_SECONDS))]
-Labels = Annotated[dict[str, str], mapped_column(Json(object_of(shapes.text)))]
+Labels = Annotated[dict[str, str], mapped_column(Json(shapes.labels))]
 
 
 class Base(DeclarativeBase):
@@ -40,17 +39,18 @@ MOST_ATTEMPTS = 2**30
 """Of a job: the next one has a number, too."""
 
 _DATA_SET = shapes.fields(
-    uri=shapes.text, sha256=shapes.text, rows=whole(), bytes=shapes.size, tokens=shapes.number(0, MOST_BYTES)
-)
+    ("uri", "sha256"),
+    uri=shapes.text, sha256=shapes.text, rows=whole(), bytes=shapes.size, tokens=shapes.number(0, MOST_BYTES),
+)  # fmt: skip
 _PROGRAM = shapes.fields(pid=whole(), user=shapes.text, name=shapes.text, bytes=shapes.size)
 _PIECE = shapes.fields(
     micro_batch=whole(1), accumulation=whole(1), eval_batch=whole(1),
-    gradient_checkpointing=shapes.either(shapes.flag, shapes.text),
+    gradient_checkpointing=shapes.either(shapes.flag, shapes.word(("half",))),
 )  # fmt: skip
-_CHECKPOINT = shapes.fields(("step", "prefix"), step=whole(), prefix=shapes.text, manifest_sha256=optional(shapes.text))
+_CHECKPOINT = shapes.fields(("step", "prefix"), step=whole(), prefix=shapes.text, manifest_sha256=shapes.text)
 _WAY = shapes.fields(
     ("cards", "parallel", "lora", "qlora"),
-    cards=whole(1), parallel=shapes.text, lora=shapes.size, qlora=shapes.size,
+    cards=whole(1), parallel=shapes.word(tuple(Parallel)), lora=shapes.size, qlora=shapes.size,
 )  # fmt: skip
 _WAYS = shapes.fields(("alone", "ways"), alone=shapes.flag, ways=list_of(_WAY))
 _FORM = shapes.fields(
@@ -63,12 +63,24 @@ _EXTENT = shapes.fields(
     steps=whole(1, MOST_BYTES), step_tokens=shapes.number(0), closing_tokens=shapes.number(0),
     parameters=optional(whole(0, MOST_BYTES)),
 )  # fmt: skip
-_VARIED = shapes.fields(varied=object_of(shapes.text), trials=whole(), seed=whole())
+_VARIED = shapes.fields(varied=shapes.labels, trials=whole(), seed=whole())
+_AVOIDED = object_of(shapes.fields(("reason", "until"), reason=shapes.text, until=shapes.moment))
+_SHOWED = shapes.fields(bf16=shapes.flag, capability=shapes.text, context=shapes.size, context_after=shapes.size)
 
+_MOST_AFTER = 1000
+"""Jobs after which one may start, as `Predecessors` in common/job/sections.py: a statement names them all."""
 
-def _is_adjustment(value: Any) -> bool:
-    return Adjustment(**value).gradient_checkpointing in (None, False, True, "half")
-
+_DRAWN = whole(1, LAST_NUMBER)
+_BEGUN = shapes.fields(job=shapes.either(_DRAWN, shapes.text), sweep=_DRAWN)
+_SPEC = shapes.fields(
+    after=list_of(shapes.either(_DRAWN, shapes.text), most=_MOST_AFTER), after_any=shapes.flag,
+    lora=shapes.fields(init_from=shapes.either(shapes.text, _BEGUN)), lora_patience=shapes.number(0, MOST_SECONDS),
+    notify=list_of(shapes.text), task_type=shapes.text, revision=shapes.text,
+    resources=shapes.fields(
+        max_vram=whole(0, LAST_NUMBER), time_limit=shapes.number(0, MOST_SECONDS), node_labels=shapes.labels
+    ),
+)  # fmt: skip
+"""What is read of a spec that is no `JobSpec` yet. The rest is for the claim: this version may not understand it."""
 
 WAITS = text("status = 'queued'")
 """Of a job. Literal: a partial index is only used where the planner sees its condition, not a parameter."""
@@ -109,22 +121,15 @@ def _where_queued(name: str, *columns: str, also: str = "") -> Index:
     return _where(name, f"status = 'queued'{also}", "status", *columns)
 
 
-MOST_AFTER = 1000
-"""Jobs after which one may start, as `Predecessors` in common/job/sections.py: a statement names them all."""
+def after_of(spec: Mapping[str, Any]) -> list[int]:
+    """The numbers of the jobs that a stored spec's job starts after; a name is that of a stored adapter."""
+    return [one for one in spec.get("after") or () if isinstance(one, int)]
 
 
-def after_of(spec: Any) -> list[int]:
-    """The numbers of the jobs that a stored spec's job starts after; none where it has another form."""
-    after = spec.get("after") if isinstance(spec, dict) else None
-    return [one for one in after[:MOST_AFTER] if is_number_drawn(one)] if isinstance(after, list) else []
-
-
-def sweep_of(spec: Any) -> int | None:
+def sweep_of(spec: Mapping[str, Any]) -> int | None:
     """The sweep from whose best member a stored spec's job begins, if it is one."""
-    lora = spec.get("lora") if isinstance(spec, dict) else None
-    begun = lora.get("init_from") if isinstance(lora, dict) else None
-    number = begun.get("sweep") if isinstance(begun, dict) else None
-    return number if is_number_drawn(number) else None
+    begun = (spec.get("lora") or {}).get("init_from")
+    return begun.get("sweep") if isinstance(begun, dict) else None
 
 
 class Job(Base):
@@ -158,10 +163,10 @@ class Job(Base):
     name: Mapped[str]
     user: Mapped[str]
     labels: Mapped[Labels]
-    spec: Mapped[dict[str, Any]] = mapped_column(Json(shapes.anything, most=MIB))
+    spec: Mapped[dict[str, Any]] = mapped_column(Json(_SPEC, most=MIB))
     base_model: Mapped[str] = mapped_column(Prose())
     # stored data sets: {"path": {"uri", "sha256", "rows"}, "more.0": ..., "eval_path": ...}
-    data: Mapped[dict[str, Any]] = mapped_column(Json(object_of(optional(_DATA_SET)), most=MIB))
+    data: Mapped[dict[str, Any]] = mapped_column(Json(object_of(_DATA_SET), most=MIB))
     priority: Mapped[int] = mapped_column(Whole(-LARGEST - 1))
     vram_lora: Mapped[Bytes | None]  # predicted peak by method; null: can't be planned on the client
     vram_qlora: Mapped[Bytes | None]
@@ -170,9 +175,9 @@ class Job(Base):
     # bytes by method as predicted, before what was learned from measured peaks
     planned: Mapped[dict[str, Any]] = mapped_column(Json(object_of(shapes.size)))
     # priority, size step, required labels, user; bytewise order in every database
-    queue_key: Mapped[str] = mapped_column(Prose().with_variant(Text(collation="C"), "postgresql"))
+    queue_key: Mapped[str] = mapped_column(LineKey().with_variant(Text(collation="C"), "postgresql"))
     methods: Mapped[list[str]] = mapped_column(  # permitted ones, the preferred first
-        Json(list_of(shapes.text), [], reads=lambda names: [Method(name) for name in names])
+        Json(list_of(shapes.word((Method.LORA, Method.QLORA))), [])
     )
     lora_until: Mapped[Timestamp | None]  # until then it waits for a card that holds LoRA; null: it does not
     need_key: Mapped[str | None] = mapped_column(Characters(64))  # jobs with the same one need the same memory
@@ -180,7 +185,7 @@ class Job(Base):
     engine: Mapped[int] = mapped_column(server_default="1")  # whose steps it was planned for: common/memory/engine.py
     # how several cards may divide it: {"alone": may one have it, "ways": [{"cards", "parallel", bytes by method}]}
     gangs: Mapped[dict[str, Any] | None] = mapped_column(  # null: one card is to have it
-        Json(_WAYS, {"alone": True, "ways": []}, null=True, none_as_null=True, reads=Ways.read)
+        Json(_WAYS, null=True, none_as_null=True)
     )
     # what it is to compute, whatever it runs on; null: its rows were not counted
     extent: Mapped[dict[str, Any] | None] = mapped_column(Json(_EXTENT, null=True, none_as_null=True))
@@ -189,16 +194,14 @@ class Job(Base):
     # from an attempt's start to its first stored checkpoint; null: not measured
     checkpoint_s: Mapped[Seconds | None]
     # what it may have beyond its need, to train without recomputing: {method: [{"micro_batch", "bytes", "planned"}]}
-    roomy: Mapped[dict[str, Any] | None] = mapped_column(Json(_ROOMY, null=True, none_as_null=True, reads=Roomy.read))
+    roomy: Mapped[dict[str, Any] | None] = mapped_column(Json(_ROOMY, null=True, none_as_null=True))
     # the newest one in the artifact store: step, prefix
-    checkpoint: Mapped[dict[str, Any] | None] = mapped_column(
-        Json(_CHECKPOINT, null=True, reads=lambda kept: StoredCheckpoint(**kept))
-    )
+    checkpoint: Mapped[dict[str, Any] | None] = mapped_column(Json(_CHECKPOINT, null=True))
     begun_bf16: Mapped[bool | None]  # the card that trained it takes bfloat16; null: not known, or the job says in what
     result_host: Mapped[str | None]  # the box that holds a finished result which is not stored yet
     result_until: Mapped[Timestamp | None]  # until then only that box may take the job
     # what out-of-memory has changed: micro-batch, accumulation, ...
-    adjustment: Mapped[dict[str, Any] | None] = mapped_column(Json(_PIECE, null=True, reads=_is_adjustment))
+    adjustment: Mapped[dict[str, Any] | None] = mapped_column(Json(_PIECE, null=True))
     max_retries: Mapped[int]
 
     status: Mapped[Status] = mapped_column(Words(Status))
@@ -219,7 +222,7 @@ class Job(Base):
     lab_failures: Mapped[int] = mapped_column(Whole(0, LARGEST - 1), default=0, server_default="0")
     lab_step: Mapped[int | None]  # the step that a next attempt could go on from when the last of them happened
     # cards and boxes that failed it: {name: {"reason", "until"}}
-    avoids: Mapped[dict[str, Any] | None] = mapped_column(Json(shapes.anything, null=True, none_as_null=True))
+    avoids: Mapped[dict[str, Any] | None] = mapped_column(Json(_AVOIDED, null=True, none_as_null=True))
 
     token: Mapped[str | None] = mapped_column(Characters(32))  # of the attempt that holds the lease
     vram_reserved: Mapped[Bytes | None]  # of its card, while it runs
@@ -255,7 +258,7 @@ class Job(Base):
     @property
     def after_any(self) -> bool:
         """Whether any end of those jobs will do."""
-        return isinstance(self.spec, dict) and self.spec.get("after_any") is True
+        return self.spec.get("after_any") is True
 
     @property
     def is_blocked(self) -> bool:
@@ -405,7 +408,7 @@ class Node(Base):
     gangs: Mapped[bool] = mapped_column(default=False, server_default=false())  # its worker serves several cards a job
     fault: Mapped[str | None] = mapped_column(Prose())  # why nothing can run on it, with the next step
     # what it showed; null: no test
-    self_test: Mapped[dict[str, Any] | None] = mapped_column(Json(shapes.anything, null=True, none_as_null=True))
+    self_test: Mapped[dict[str, Any] | None] = mapped_column(Json(_SHOWED, null=True, none_as_null=True))
     instance: Mapped[str | None] = mapped_column(Characters(64))  # of the box: two boxes may call themselves the same
     machine: Mapped[str | None] = mapped_column(Characters(64))  # a home may be copied to another machine
     boot: Mapped[str | None] = mapped_column(Characters(64))  # a whole machine may be copied

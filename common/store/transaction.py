@@ -142,7 +142,7 @@ class Transaction:
     def apart(self, job_id: int, work: Callable[[], None]) -> bool:
         """Do what concerns one job alone. If that fails it is undone, and the rest of the transaction continues.
 
-        False then: its row is not what this version can read. Raises when the database is away.
+        False then. Raises when the database is away.
         """
         try:
             with self.session.begin_nested():
@@ -150,7 +150,7 @@ class Transaction:
         except Exception as error:
             if outage(error) is not None:
                 raise
-            log.exception("job %s: its row can't be read", job_id)
+            log.exception("job %s is passed over", job_id)
             return False
         return True
 

@@ -13,7 +13,6 @@ from loractl.common.channels import Channel
 from .queries import (
     adapters,
     arrivals,
-    aside,
     backlog,
     claims,
     durations,
@@ -133,7 +132,6 @@ class JobVerbs(Subject):
     waiting_classes = reads(backlog.waiting_classes)
     has_unfinished = reads(backlog.has_unfinished)
     end_patience = writes(backlog.end_patience)
-    set_aside_unreadable = writes(aside.set_aside_unreadable)
 
     def replan_outdated(self) -> list[int]:
         """Plan waiting jobs whose plans are of an older engine, if their bases are on this machine; returns them."""

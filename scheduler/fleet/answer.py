@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loractl.common.placement.cards import Card
 from loractl.common.settings import LEASE_S
-from loractl.common.store.fleet import FleetView, fault_of
+from loractl.common.store.fleet import FleetView
 from loractl.scheduler.wait.cards import SILENT_S
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def fleet_of(view: FleetView) -> Fleet:
 
 
 def _device(node: Node, card: Card, view: FleetView) -> DeviceState:
-    more = {"fault": fault_of(node), "free": card.free, "outside": tuple(node.outside)}
+    more = {"fault": node.fault, "free": card.free, "outside": tuple(node.outside)}
     more["reserved"] = sum(job.reserved for job in card.running)
     silent_s = (view.now - node.seen_at).total_seconds()
     return DeviceState(

@@ -21,7 +21,6 @@ from loractl.common.memory.shape import Shape
 from loractl.common.memory.step import Lengths, Stack
 from loractl.common.placement.cards import MARGIN_BYTES, Card
 from loractl.common.placement.duration import Forecast, TimeAccuracy, Undone, extent_of, forecast, time_accuracy
-from loractl.common.store.fleet import unreadable
 from loractl.common.units import GIB, duration, gib
 from loractl.scheduler.submit.data import counted_data
 from loractl.scheduler.submit.lengths import row_lengths
@@ -225,7 +224,7 @@ def job_to_plan(store: Store, job: str, overrides: tuple[str, ...], user: str = 
     asks, patience_s = None, 0.0
     if row.status is Status.QUEUED and spec.lora_patience is not None and row.lora_until is not None:
         patience_s = max(0.0, (row.lora_until - store.now()).total_seconds())
-    if row.status is Status.QUEUED and not overrides and not unreadable(vars(row)):
+    if row.status is Status.QUEUED and not overrides:
         need = Need(lora=row.vram_lora, qlora=row.vram_qlora)
         asks = QueuedNeed(need=need, ways=Ways.read(row.gangs), begun=row.attempt > 0)
     title = f"{job} {row.name}"

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.store.columns import unreadable_of
 from loractl.scheduler.wait.cards import trouble_of
 from loractl.scheduler.wait.gangs import in_short, in_words
 from loractl.scheduler.wait.queue import waiting_jobs
@@ -99,9 +98,6 @@ def state_of(job: Job, view: FleetView | None = None) -> JobState:
     """The public part of a row. Without `view` only a running job's first card is known."""
     state = JobState(**{name: getattr(job, name) for name in _STATE_FIELDS})
     state = replace(state, held=job.held and not job.is_blocked, after=tuple(job.after))
-    if job.status is not Status.QUEUED and (what := unreadable_of(vars(job))):
-        said = f"{job.message}; " if job.message else ""
-        state = replace(state, message=f"{said}its row can't be read: {what}")
     if job.status is not Status.RUNNING or job.node is None:
         return state
     others = set() if view is None else set(view.cards_of(job.job_id)) - {job.node}

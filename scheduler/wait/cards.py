@@ -28,7 +28,7 @@ from loractl.common.placement.gangs import gang_of, may_share
 from loractl.common.placement.lines import Waiting, waited
 from loractl.common.placement.refusals import out_of_reach
 from loractl.common.placement.rule import turn
-from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, fault_of, unreadable, waiting_of
+from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, waiting_of
 from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib
 
@@ -127,7 +127,7 @@ class Asking:
     @classmethod
     def of(cls, job: Job, view: FleetView) -> Asking:
         me = waiting_of(vars(job), view.now)
-        at_last = me if unreadable(vars(job)) else replace(me, methods=tuple(Method(name) for name in job.methods))
+        at_last = replace(me, methods=tuple(map(Method, job.methods)))
         gang = gang_of(me, view.cards.values()) if me.gangs else None
         return cls(job=job, me=me, at_last=at_last, gang=gang, view=view)
 
@@ -299,7 +299,7 @@ def _closed(card: Card, view: FleetView) -> Offer:
         until = f" until {clock(order.until, view.now)}" if order.until else ""
         text = f"is drained by {order.user}{until}: {order.reason}"
         return Offer(chance=Chance.DRAINED, word="drained", text=text, at=order.until)
-    if (fault := fault_of(node)) is not None:
+    if (fault := node.fault) is not None:
         return Offer(chance=Chance.CLOSED, word="closed", text=f"is closed: {fault}")
     return Offer(chance=Chance.STOPPING, word="stopping", text="is closed: its worker is being stopped")
 

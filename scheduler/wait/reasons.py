@@ -18,7 +18,7 @@ from loractl.common.placement.gangs import first_gathering, takers
 from loractl.common.placement.refusals import most_usable, out_of_reach, with_labels
 from loractl.common.placement.rule import jobs_by_user
 from loractl.common.placement.shares import Allowance, window_name
-from loractl.common.store.fleet import FleetView, avoided_by, paused, unreadable
+from loractl.common.store.fleet import FleetView, avoided_by, paused
 from loractl.common.units import clock, duration, gib, hours
 
 from .cards import KEPT, SILENT_S, Asking, Chance, silent_s
@@ -58,9 +58,6 @@ class Wait:
 
 def explain(job: Job, view: FleetView) -> Wait:
     """The reason for a QUEUED job."""
-    if what := unreadable(vars(job)):
-        sentence = f"its row can't be read, so a worker will set it aside: {what}"
-        return _held_back(job, view) or Wait(tier=Tier.NEVER, word="never", sentence=sentence)
     asking = Asking.of(job, view)
     return _never(asking) or _held_back(job, view) or _next(asking) or _of_cards(asking)
 
@@ -72,7 +69,7 @@ def _never(asking: Asking) -> Wait | None:
     helps, command = "What would fit", f"loractl plan {job.job_id} --solve"
     why = out_of_reach(me, cards)
     if not me.methods:
-        limit = job.spec["resources"]["max_vram"]
+        limit = (job.spec.get("resources") or {}).get("max_vram")
         why = f"its resources.max_vram, {gib(limit)}, is less than it needs with any method"
         helps, command = "Without that limit", f"{edit} resources.max_vram=null"
     elif why is None:

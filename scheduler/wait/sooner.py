@@ -52,13 +52,18 @@ def _with_qlora(job: Job, me: Waiting) -> Iterator[Form]:
 
 
 def _smaller(job: Job, me: Waiting, cards: Sequence[Card]) -> Iterator[Form]:
-    """Forms that the largest room would hold."""
+    """Forms that the largest room would hold; none of a spec that only a newer version can read."""
+    from pydantic import ValidationError
+
     from loractl.common.job.spec import JobSpec
     from loractl.common.memory.config import read_shape
     from loractl.common.memory.fit import fewer_rows, largest_fit, shorter_rows
     from loractl.common.memory.plan import plan
 
-    spec = JobSpec.model_validate(job.spec)
+    try:
+        spec = JobSpec.model_validate(job.spec)
+    except ValidationError:
+        return
     shape, room = read_shape(spec.base_model, spec.revision), max((card.room for card in cards), default=0)
     if shape is None or room <= 0:
         return

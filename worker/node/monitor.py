@@ -47,9 +47,8 @@ CALM_S = 0.2
 STOP_S = 5.0
 """How long a stopping node waits for its monitor."""
 
-ASIDE_S = 60.0
-"""How often the fleet's round looks for rows that can't be read; until then they fit nowhere. Each node looks equally
-often for rows with an older version's plan."""
+PLANS_S = 60.0
+"""How often each node looks for rows with an older version's plan."""
 
 TRIES = 5
 """After this many failures in a row the monitor ends its node, and the worker restarts it."""
@@ -65,8 +64,6 @@ class Monitor:
         self._stuck = StuckSupervisors(place)
         self._pace = pace_of(place.settings.lease_s)
         self._first_round_s = FIRST_ROUND_S if devices > 1 else 0.0
-        self._next_aside = 0.0  # when this node next looks for rows that can't be read
-        self._looked_at: int | None = None  # the last waiting job that this search has read
         self._next_plans = 0.0  # when this node next looks for rows with an older version's plan
         self._failures: dict[str, int] = {}  # in a row, by what failed
         self._serving: set[int] = set(VRAM_CLASSES)  # classes that fit into the free memory
@@ -206,7 +203,7 @@ class Monitor:
         for job_id in planned:
             log.info("job %s is planned again for this version's steps", job_id)
         if not planned:  # otherwise there may be more
-            self._next_plans = self._place.clock.now() + ASIDE_S * self._pace
+            self._next_plans = self._place.clock.now() + PLANS_S * self._pace
 
     def _aside(self, name: str, work: Callable[[], None]) -> None:
         """Do this in a thread: a server that hangs takes seconds to time out, and the fleet's round must not wait for
@@ -248,13 +245,6 @@ class Monitor:
             return
         for job_id, _ in () if turn.settling else store.attempts.reap():
             log.warning("job %s: its worker was lost, it waits again", job_id)
-        if self._place.clock.now() >= self._next_aside:
-            aside = store.jobs.set_aside_unreadable(self._looked_at)
-            self._looked_at = aside.after
-            if aside.after is None:  # otherwise the next turn reads on from there
-                self._next_aside = self._place.clock.now() + ASIDE_S * pace
-            for job_id in aside.jobs:
-                log.warning("job %s: its row can't be read, it is set aside", job_id)
         for job_id in store.cards.preempt():
             log.info("job %s gives way to one of higher priority", job_id)
         for job_id, _ in store.jobs.end_patience():

@@ -33,9 +33,7 @@ def line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:
 
 def node_labels(job: Job) -> dict[str, str]:
     """Labels that the job's node must have."""
-    resources = job.spec.get("resources")
-    labels = resources.get("node_labels") if isinstance(resources, dict) else None
-    return labels if isinstance(labels, dict) else {}
+    return (job.spec.get("resources") or {}).get("node_labels") or {}
 
 
 def end_patience(tx: Transaction) -> list[tuple[int, int]]:
@@ -100,15 +98,8 @@ def has_unfinished(
     if time_left is not None:
         time = {"left": time_left.seconds, "unmeasured": time_unmeasured(time_left.window_s)}
     keys = tx.session.scalars(_FITTING, {"largest": largest, **time}).all()
-    return any(_asks_for(key, labels) for key in keys) or _gang_waits(tx, largest, labels, time_left)
-
-
-def _asks_for(key: str, labels: Mapping[str, str]) -> bool:
-    """Whether a box with these labels has all that jobs under the key ask for."""
-    try:
-        return QueueKey.parse(key).requires <= labels.items()
-    except ValueError:
-        return False  # such a row is set aside
+    fits = any(QueueKey.parse(key).requires <= labels.items() for key in keys)
+    return fits or _gang_waits(tx, largest, labels, time_left)
 
 
 def _gang_waits(tx: Transaction, largest: int, labels: Mapping[str, str], time_left: TimeLeft | None) -> bool:

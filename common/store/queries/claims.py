@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select
 
-from loractl.common.job.adjustment import Adjustment, adjusted, in_its_room, without_room
+from loractl.common.job.adjustment import Adjustment, adjusted, in_its_room
 from loractl.common.job.method import Method, Need, Roomy, RoomyForm, permitted_methods
 from loractl.common.job.status import Stage, Status
 from loractl.common.memory.engine import ENGINE
@@ -23,21 +23,21 @@ from loractl.common.placement.roomy import with_room
 from loractl.common.placement.rule import Placement
 from loractl.common.units import gib
 
-from ..fleet import is_ready, unreadable
+from ..fleet import is_ready
 from ..guard import begun, move
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node, sweep_of
 from ..transaction import SKIP_LOCKED, Transaction
-from .aside import look_again, set_aside
+from .aside import set_aside
 from .cards.decisions import decide
 from .cards.nodes import FleetState, read_fleet
 from .cards.shares import lock, own_first, write
 from .changes import answer_wishes, is_asked_to_stop
 from .durations import Forecasts
 from .followers import begin_from_best
-from .lines import read_locked, read_wanted, unreadable_met
+from .lines import read_locked, read_wanted
 from .need import raise_least
-from .outbox.notices import tell_of_job, tell_of_jobs
+from .outbox.notices import tell_of_job
 from .sweeps import read_rungs
 
 if TYPE_CHECKING:
@@ -49,9 +49,6 @@ _TRIES, _PROBED_AFTER = 8, 2
 _MOST_PASSED = 32
 """Locked rows of a user that a claim passes over one by one; with more, or with one that can't start, it goes without
 all jobs of this user: nobody's rows keep a card from the jobs of others."""
-
-_ASIDE_AT_ONCE = 50
-"""Rows that one claim sets aside at most."""
 
 
 def claim(
@@ -108,8 +105,6 @@ def claim(
         taken = Left(nodes=frozenset())
     if met_odd and not isinstance(taken, Claim):
         taken = Left(nodes=frozenset())  # others of those users may fit
-    for job_id in sorted(unreadable_met(tx.session))[:_ASIDE_AT_ONCE]:
-        tx.apart(job_id, lambda job_id=job_id: tell_of_jobs(tx, look_again(tx, job_id)))  # type: ignore[misc]
     return taken
 
 
@@ -213,7 +208,7 @@ def _at_limit(tx: Transaction, user: str, cards: Sequence[Card]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Asked:
-    """What a row asks of its attempt, checked."""
+    """What a row asks of its attempt."""
 
     spec: JobSpec
     adjustment: Adjustment
@@ -221,14 +216,12 @@ class _Asked:
 
 
 def _read(job: Job) -> _Asked | str:
-    """What the row asks; or what of it this version can't read, in words."""
+    """What the row asks; or what of its spec this version can't read, in words."""
     from pydantic import ValidationError
 
     from loractl.common.job.ancestor import settled_on
     from loractl.common.job.spec import JobSpec
 
-    if why := unreadable(vars(job)):
-        return why
     try:
         spec = JobSpec.model_validate(job.spec)
     except ValidationError as error:
@@ -240,8 +233,8 @@ def _read(job: Job) -> _Asked | str:
         spec = settled_on(spec, job.ancestor)
     return _Asked(
         spec=spec,
-        adjustment=without_room(spec, Adjustment(**(job.adjustment or {}))),
-        checkpoint=None if job.checkpoint is None else StoredCheckpoint(**job.checkpoint),
+        adjustment=Adjustment.read(job.adjustment),
+        checkpoint=StoredCheckpoint.read(job.checkpoint),
     )
 
 

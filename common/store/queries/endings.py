@@ -145,7 +145,7 @@ def _end_lost(tx: Transaction, job: Job, message: str, now: dt.datetime, card: s
     job_id, attempt = job.job_id, job.attempt
     if tx.apart(job_id, lambda: _end_attempt(tx, job, Reason.WORKER_LOST, message, now, card=card)):
         return
-    text = f"{message}; its row can't be read by this version"
+    text = f"{message}; its attempt could not be ended in order"
     over = {**ended(), "reason": Reason.BAD_SPEC, "message": text, "ended_at": now}
     tx.change(move(job_id, Status.RUNNING, Status.FAILED).values(**over))
     own = (Attempt.job_id == job_id) & (Attempt.attempt == attempt)

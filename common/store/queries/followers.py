@@ -7,10 +7,9 @@ Its list is walked once: jobs before that one are over.
 from __future__ import annotations
 
 import datetime as dt
-import json
 from collections.abc import Sequence
 
-from sqlalchemy import ColumnElement, Select, String, and_, cast, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, String, and_, cast, exists, func, or_, select
 from sqlalchemy.orm import aliased
 
 from loractl.common.job.status import Status
@@ -24,9 +23,6 @@ from .sweeps import read_sweeps
 
 AT_ONCE = 100
 """Blocked jobs that one round lets go, at most."""
-
-MOST_PATIENCE_S = 3650 * 86400
-"""As `Duration` in common/job/sections.py; a row may say anything."""
 
 
 def first_awaited(tx: Transaction, after: Sequence[int], *, any_end: bool) -> int | None:
@@ -76,7 +72,7 @@ def read_named(tx: Transaction) -> set[int]:
 
 def is_named(tx: Transaction, job_id: int) -> bool:
     """Whether a blocked job waits for this one, or will."""
-    return any(job_id in after for _, after in _lists(tx, _AFTER.contains(str(job_id))))
+    return any(job_id in after for _, after in _lists(tx, part_of(Job.spec, "after").contains(str(job_id))))
 
 
 def begin_from_best(tx: Transaction, job: Job, sweep_id: int) -> None:
@@ -96,7 +92,6 @@ def begin_from_best(tx: Transaction, job: Job, sweep_id: int) -> None:
 
 
 _ENDED = tuple(status for status in Status if status.is_terminal)
-_AFTER = part_of(Job.spec, "after")
 _ANY = cast(part_of(Job.spec, "after_any"), String).in_(("true", "1"))  # SQLite's JSON has 1
 
 
@@ -108,15 +103,8 @@ def _blocked() -> Select[Job]:
 def _lists(tx: Transaction, *also: ColumnElement[bool]) -> list[tuple[int, list[int]]]:
     """The blocked jobs by number, each with those that it is to start after. Of their specs that part alone is read: of
     15,000 jobs all of it took 270 MiB."""
-    blocked = select(Job.job_id, _AFTER).where(WAITS, Job.awaits > 0, *also).order_by(Job.job_id)
-    return [(job_id, after_of({"after": _list(after)})) for job_id, after in tx.session.execute(blocked)]
-
-
-def _list(text: str | None) -> object:
-    try:
-        return json.loads(text or "null")
-    except ValueError:  # a text, which is given without its quotes
-        return None
+    blocked = select(Job.job_id, Job.spec["after"]).where(WAITS, Job.awaits > 0, *also).order_by(Job.job_id)
+    return [(job_id, after_of({"after": after})) for job_id, after in tx.session.execute(blocked)]
 
 
 def _is_over(any_end: bool) -> ColumnElement[bool]:
@@ -131,16 +119,7 @@ def _go_on(tx: Transaction, blocked: Select[Job]) -> None:
     some = select(Job).join(turns, turns.c.job_id == Job.job_id).order_by(turns.c.turn, Job.job_id).limit(AT_ONCE)
     for job in tx.session.scalars(some.with_for_update(of=Job, **SKIP_LOCKED)).all():
         job_id = job.job_id
-        if not tx.apart(job_id, lambda job=job: _next(tx, job, now)):  # type: ignore[misc]
-            tx.apart(job_id, lambda job_id=job_id: _set_aside(tx, job_id))  # type: ignore[misc]
-
-
-def _set_aside(tx: Transaction, job_id: int) -> None:
-    """Hold a job whose row can't be read, so that it is not among the first to be looked at for ever."""
-    why = "its row can't be read; loractl cancel drops the job"
-    held = {"awaits": None, "held_too": False, "held": True, "message": f"held: {why}"}
-    tx.change(update(Job).where(Job.job_id == job_id, WAITS).values(**held))
-    tx.tell(job_id, None, "held", why)
+        tx.apart(job_id, lambda job=job: _next(tx, job, now))  # type: ignore[misc]
 
 
 def _next(tx: Transaction, job: Job, now: dt.datetime) -> None:
@@ -159,6 +138,6 @@ def _next(tx: Transaction, job: Job, now: dt.datetime) -> None:
         return
     if (sweep_id := sweep_of(job.spec)) is not None:
         begin_from_best(tx, job, sweep_id)
-    if isinstance(patience := job.spec.get("lora_patience"), (int, float)) and job.lora_until is not None:
-        job.lora_until = now + dt.timedelta(seconds=min(patience, MOST_PATIENCE_S))  # it begins to wait for a card now
+    if (patience := job.spec.get("lora_patience")) is not None and job.lora_until is not None:
+        job.lora_until = now + dt.timedelta(seconds=patience)  # it begins to wait for a card now
     tx.tell(job.job_id, None, "released", f"job {over} {'has ended' if any_end else 'has succeeded'}")

@@ -19,7 +19,7 @@ from loractl.common.memory.correction import Measured
 from loractl.common.memory.engine import ENGINE
 from loractl.common.units import LAST_NUMBER
 
-from ..columns import LONG_AGO
+from ..columns import FIRST_TIME
 from ..records import Choice, Page
 from ..tables import (
     ON_SEVERAL_CARDS,
@@ -289,7 +289,7 @@ def read_measured(
     query = query.where(~ON_SEVERAL_CARDS)  # none of them holds a whole job
     if need_key is None:
         newest = select(Attempt.started_at).order_by(Attempt.started_at.desc()).offset(LOOKED_AT * limit).limit(1)
-        query = query.where(Attempt.started_at >= func.coalesce(newest.scalar_subquery(), LONG_AGO))
+        query = query.where(Attempt.started_at >= func.coalesce(newest.scalar_subquery(), FIRST_TIME))
     return [
         Measured(
             device_name=row.device_name or "unknown",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import functools
 import heapq
@@ -11,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import RowMapping, TextClause, TextualSelect, bindparam, text
+from sqlalchemy import TextClause, TextualSelect, bindparam, text
 from sqlalchemy.orm import Session
 
 from loractl.common.placement.lines import (
@@ -29,10 +28,9 @@ from loractl.common.placement.lines import (
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, turn
 
 from ..columns import MOST_SECONDS, UtcDateTime
-from ..fleet import NOWHERE, waiting_of
+from ..fleet import waiting_of
 from ..tables import READY, Job
 
-_MET = "unreadable jobs"
 _HIGHEST = 2**31  # above every priority that a row can have
 _PROBED = 2000  # ready jobs whose locks a claim reads at once
 _AT_ONCE = 32  # of a user's jobs in one query, where many are read
@@ -221,15 +219,14 @@ def _priorities(session: Session) -> Iterator[int]:
     """Of waiting jobs, from the highest down."""
     below = _HIGHEST
     while (priority := session.execute(_NEXT_PRIORITY, {"below": below}).scalar()) is not None:
-        if type(priority) is int:  # SQLite has fractions, too
-            yield priority
+        yield priority
         below = priority
 
 
 def _first_by_user(session: Session, now: dt.datetime, priority: int) -> dict[str, Waiting]:
     """Each user's oldest ready job of the priority."""
     rows = session.execute(_FIRST_BY_USER, {"now": now, "priority": priority}).mappings().all()
-    return {row["user"]: _waiting(session, row, now) for row in rows}
+    return {row["user"]: waiting_of(dict(row), now) for row in rows}
 
 
 def _from(session: Session, now: dt.datetime, first: Waiting) -> Iterator[Waiting]:
@@ -238,7 +235,7 @@ def _from(session: Session, now: dt.datetime, first: Waiting) -> Iterator[Waitin
     last = first
     while True:
         wanted = {"now": now, "priority": first.priority, "user": first.user, "after": last.job_id}
-        some = [_waiting(session, row, now) for row in session.execute(_SOME_OF_USER, wanted).mappings()]
+        some = [waiting_of(dict(row), now) for row in session.execute(_SOME_OF_USER, wanted).mappings()]
         yield from some
         if len(some) < _AT_ONCE:
             return
@@ -283,9 +280,8 @@ class _Level:
             stays = _stays(openings)
             asked = {"start": start, "end": end, "now": self.now, **_time_bounds(stays)}
             for key_text, job_id in self.session.execute(_heads(len(stays)), asked):
-                with contextlib.suppress(ValueError):  # the jobs under such a key are set aside
-                    key = QueueKey.parse(key_text)
-                    self._keys.setdefault(key.user, []).append((key, job_id))
+                key = QueueKey.parse(key_text)
+                self._keys.setdefault(key.user, []).append((key, job_id))
         mine = self._keys.get(user, [])
         return [_Head(key=key, oldest=job_id, stays=self._stays, empty=job_id is None) for key, job_id in mine]
 
@@ -420,17 +416,4 @@ _TOO_LONG_S = 2.0 * MOST_SECONDS
 
 def _one(session: Session, statement: TextualSelect, now: dt.datetime, **values: Any) -> Waiting | None:
     row = session.execute(statement, {"now": now, **values}).mappings().first()
-    return None if row is None else _waiting(session, row, now)
-
-
-def _waiting(session: Session, row: RowMapping, now: dt.datetime) -> Waiting:
-    job = waiting_of(dict(row), now)
-    if job.requires is NOWHERE:
-        session.info.setdefault(_MET, set()).add(job.job_id)
-    return job
-
-
-def unreadable_met(session: Session) -> set[int]:
-    """The jobs with rows that can't be read which this session has met in the lines."""
-    met: set[int] = session.info.get(_MET, set())
-    return met
+    return None if row is None else waiting_of(dict(row), now)

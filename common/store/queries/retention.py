@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 
@@ -101,12 +100,8 @@ def read_needed_data(tx: Transaction, ended_since: dt.datetime, without: Collect
 
 
 def _names_in(data: str) -> list[str]:
-    """File names of a row's data sets. Of one that can't be read all that could be a name: it keeps what it names."""
-    try:
-        uris = [stored["uri"] for stored in json.loads(data).values() if stored is not None]
-        return [uri.rpartition("/")[2] for uri in uris if uri is not None]
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return re.findall(r'([^"/]+)"', data)
+    """File names of a row's data sets."""
+    return [stored["uri"].rpartition("/")[2] for stored in json.loads(data).values()]
 
 
 def remove_result(tx: Transaction, job_id: int, user: str, by: str = GC) -> bool:

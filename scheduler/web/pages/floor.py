@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from loractl.common.errors import ArtifactError
 from loractl.common.placement.shares import LAST, NONE_LEFT
-from loractl.common.store.fleet import fault_of
 from loractl.common.store.records import Choice, Page
 from loractl.common.units import duration, gib
 from loractl.scheduler.fleet.answer import Fleet, fleet_of
@@ -159,7 +158,7 @@ def _notices(store: Store, seen: Overview, view: FleetView) -> Iterator[Notice]:
         text = f"No worker has run the fleet's round for {duration(stopped_s)}: lost workers are not noticed."
         yield Notice(text=text, command="loractl doctor")
     for name, node in view.nodes.items():
-        if (fault := fault_of(node)) is not None:
+        if (fault := node.fault) is not None:
             yield Notice(text=f"{name} is closed: {fault}", command="loractl gpus")
     waiting = [job for job in seen.waiting if seen.waits.reasons[job.job_id].word in ("memory", "busy")]
     rows = store.jobs.numbered([state.job_id for state in waiting[:ASKED_FOR_ROOM]])

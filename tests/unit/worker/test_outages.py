@@ -136,9 +136,9 @@ def test_values_that_the_database_refuses_are_left_out_and_end_no_training(held:
 
 def test_client_and_worker_of_different_versions_understand_each_other_or_say_why_not(held: HeldLab) -> None:
     poison, newer, older, outdated = (held.submit() for _ in range(4))
-    held.change(poison, methods=["x"])
     held.change(outdated, engine=ENGINE - 1, vram_lora=1, planned={"lora": 1, "qlora": 1})
     spec = dict(held.store.jobs.get(newer).spec)
+    held.change(poison, spec={**spec, "something_new": 1})
     held.change(newer, version="99.0.0", spec={**spec, "something_new": 1})
     added = {"preemptible", "lora_patience", "revision", "labels"}
     held.change(older, version=None, spec={key: value for key, value in spec.items() if key not in added})

@@ -14,7 +14,8 @@ from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card
 from loractl.common.placement.lines import QueueKey, size_step
 from loractl.common.placement.refusals import most_usable, out_of_reach, with_labels
-from loractl.common.store.fleet import unreadable, waiting_of
+from loractl.common.store.columns import part_of
+from loractl.common.store.fleet import waiting_of
 from loractl.common.store.tables import WAITS, Job, OutboxMessage
 from loractl.common.store.transaction import Transaction
 
@@ -59,26 +60,20 @@ def _withdraw(tx: Transaction, cards: Collection[Card], now: dt.datetime) -> Non
 
 
 def _found(tx: Transaction, cards: Collection[Card]) -> Iterator[int]:
-    """Waiting jobs that name a channel and may be out of reach, the oldest of each key first.
-
-    It looks at a spec's text: SQLite ends a statement that meets invalid JSON.
-    """
+    """Waiting jobs that name a channel and may be out of reach, the oldest of each key first."""
     for key in tx.session.scalars(_KEYS).all() if cards else ():
         condition = _beyond(key, cards)
         if condition is None:
             continue
         untold = ~exists().where(OutboxMessage.event == _event())
-        named = cast(Job.spec, String).like('%"notify": ["%')
+        named = part_of(Job.spec, "notify").like('["%')
         mine = (WAITS, Job.queue_key == key, ~Job.held, named, untold, condition)
         yield from tx.session.scalars(select(Job.job_id).where(*mine).order_by(Job.job_id).limit(_AT_ONCE)).all()
 
 
 def _beyond(key: str, cards: Collection[Card]) -> ColumnElement[bool] | None:
     """Which jobs under a key may be out of reach; None: none of them."""
-    try:
-        parsed = QueueKey.parse(key)
-    except ValueError:
-        return None  # another verb sets such a row aside
+    parsed = QueueKey.parse(key)
     if parsed.step == 0:  # a need that is not known, or no method that its own limit admits
         return cast(Job.methods, String) == "[]"
     labelled = with_labels(cards, parsed.requires)
@@ -107,7 +102,7 @@ def _tell(tx: Transaction, job_id: int, cards: Collection[Card], now: dt.datetim
 
 def _why(job: Job, cards: Collection[Card], now: dt.datetime) -> str | None:
     """Why a job can never run as things are; None: it may, or waits no more."""
-    if job.status is not Status.QUEUED or job.held or unreadable(vars(job)):
+    if job.status is not Status.QUEUED or job.held:
         return None
     me = replace(waiting_of(vars(job), now), methods=tuple(Method(name) for name in job.methods))
     return out_of_reach(me, cards) if me.methods else _LIMIT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,10 @@ REFUSED = {
         "name": ["'a\u0007b'", "'a\u202eb'", "'a\nb'"],
         "labels": ["'{\"a\": 5}'", "'[]'", "'null'", "'{'"], "spec": ["'[]'", "'7'", "'{\"a\": 1e999}'", "{big}"],
         "planned": ["'{\"lora\": -1}'", "'{\"lora\": 1.0}'", "'{\"lora\": \"4\"}'"], "methods": ["'{}'", "'[1]'"],
+        "queue_key": [
+            "'garbage'", "''", "'10000|abc||ada'", "'10000|001|{\"a|ada'", "'10000|001|{5}|ada'", "'1000|001||ada'",
+            "'10000|001|{\"a\": 5}|ada'", "'10000|001|[]|ada'",
+        ],
         "adjustment": ["'{\"micro_batch\": 0}'", "'4'"],
         "checkpoint": ["'{\"step\": 3}'", "'{\"step\": 1e2, \"prefix\": \"x\"}'"],
         "gangs": ["'{\"alone\": true, \"ways\": [{\"cards\": 0, \"parallel\": \"x\", \"lora\": 1, \"qlora\": 2}]}'"],
@@ -62,7 +67,30 @@ REFUSED = {
 }  # fmt: skip
 """Values in SQL, by table and column."""
 
-LOOSE = {"jobs": {"spec": ["7", "x'7b7d'"], "name": ["x'61'"], "held": ["'many'", "2"], "attempt": ["'1x'", "0.5"]}}
+MISSHAPEN: dict[str, dict[str, list[Any]]] = {
+    "jobs": {
+        "spec": [
+            {"after": 5}, {"after": [0]}, {"after": list(range(1, 1002))}, {"after_any": 1}, {"lora": []},
+            {"lora": {"init_from": {"sweep": "x"}}}, {"resources": {"time_limit": -1}}, {"lora_patience": 1e300},
+            {"resources": {"node_labels": {"a": 1}}}, {"resources": {"max_vram": "x"}}, {"notify": "me"},
+        ],
+        "methods": [["full"], ["lora", "auto"]],
+        "adjustment": [{"gradient_checkpointing": "third"}],
+        "avoids": [
+            {"box": {"reason": "x"}},
+            *({"box": {"reason": "x", "until": until}} for until in (
+                5, "noon", "2026-02-31T00:00:00+00:00", "2026-03-01T24:00:00+00:00", "2026-03-01T00:00:00")),
+        ],
+        "data": [{"path": {"uri": "x"}}, {"path": None}],
+        "gangs": [{"alone": True, "ways": [{"cards": 2, "parallel": "tensor", "lora": 1, "qlora": 2}]}],
+    },
+    "nodes": {"self_test": [{"bf16": 1}, {"capability": 9}, {"context": -1}]},
+}  # fmt: skip
+"""Values of JSON, by table and column."""
+
+LOOSE = {"jobs": {"spec": ["7", "x'7b7d'"], "name": ["x'61'"], "held": ["'many'", "2"], "attempt": ["'1x'", "0.5"],
+    "submitted_at": ["'2026-03-01 24:00:00'", "'2026-03-01T00:00:00'", "'2026-03-01'", "1767225600"],
+}}  # fmt: skip
 """What SQLite's own types would take."""
 
 
@@ -95,7 +123,11 @@ def refused(engine: Engine, table: str, column: str, value: str) -> bool:
 def test_no_column_takes_what_no_reader_could_read(upgraded_url: str, artifacts: ArtifactStore) -> None:
     webs.one_of_each(upgraded_url, artifacts)
     with opened(upgraded_url) as engine:
-        wanted = [REFUSED, LOOSE] if engine.dialect.name == "sqlite" else [REFUSED]
+        as_sql = {
+            table: {column: [f"'{json.dumps(one)}'" for one in told] for column, told in columns.items()}
+            for table, columns in MISSHAPEN.items()
+        }
+        wanted = [REFUSED, as_sql, LOOSE] if engine.dialect.name == "sqlite" else [REFUSED, as_sql]
         taken = [
             (table, column, value) for tables in wanted for table, columns in tables.items()
             for column, told in columns.items() for value in told if not refused(engine, table, column, value)
@@ -107,8 +139,8 @@ def test_the_bounds_take_what_a_newer_version_may_say(upgraded_url: str, artifac
     webs.one_of_each(upgraded_url, artifacts)
     with opened(upgraded_url) as engine:
         for column, value in {
-            "status": "sublimated", "reason": "comet", "stage": "melting", "methods": '["dora"]', "version": "99.0.0",
-            "adjustment": '{"new": 1}', "checkpoint": '{"step": 1, "prefix": "x", "new": []}', "spec": '{"new": 1}',
+            "status": "sublimated", "reason": "comet", "stage": "melting", "version": "99.0.0",
+            "adjustment": '{"new": 1}', "checkpoint": '{"step": 1, "prefix": "x", "new": []}', "spec": '{"new": [1]}',
             "name": "тюнинг ✓", "labels": '{"team": "\U0001f600"}',
         }.items():  # fmt: skip
             assert not refused(engine, "jobs", column, f"'{value}'"), column
@@ -240,7 +272,7 @@ def test_what_breaks_a_bound_goes_to_the_quarantine_and_its_row_stays(old_url: s
         )
         told = store.jobs.events(jobs["ended"].job_id)[-1]
         assert (told.kind, told.text) == ("quarantine", 'planned was moved to the quarantine: {"lora": -7}')
-        store.jobs.set_aside_unreadable()
+        take(store)
         assert store.jobs.get(jobs["waits"].job_id).status is Status.QUEUED, "it is held, and not failed"
 
 

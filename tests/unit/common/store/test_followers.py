@@ -13,7 +13,6 @@ from loractl.common.errors import UsageError, WrongState
 from loractl.common.job.status import Reason, Status
 from loractl.common.job.sweep import NewSweep
 from loractl.common.store.queries import followers
-from loractl.common.store.queries.followers import AT_ONCE
 from loractl.common.store.records import HELD_OUT_LOSS, Claim, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job, OutboxMessage
@@ -104,32 +103,6 @@ def test_the_round_lets_go_what_ended_otherwise(store: Store) -> None:
     round_of_the_fleet(store)
     assert standing(store, after_kept) == (kept, True, False)
     assert standing(store, after_any) == FREE
-
-
-def test_rows_that_can_t_be_released_keep_no_other_job(store: Store) -> None:
-    """A round looks at the first hundred: rows that always fail would be these."""
-    first = queue(store)
-    odd, endless, long = [queue(store, first) for _ in range(AT_ONCE)], *(queue(store, first) for _ in range(2))
-    last = queue(store, first, lora_patience=3600)
-    with Session(store.engine) as session, session.begin():
-        until, spec = session.get_one(Job, last).lora_until, session.get_one(Job, last).spec
-        for changed, new in (
-            (odd, {"lora_patience": -1e300}),
-            ([endless], {"lora_patience": 1e300}),
-            ([long], {"after": [first, *range(10_000, 90_000)]}),
-        ):
-            rows = update(Job).where(Job.job_id.in_(changed))
-            session.execute(rows.values(spec={**spec, **new}, lora_until=until))
-    end(store, first)
-    for _ in range(2):
-        round_of_the_fleet(store)
-    assert [standing(store, job_id) for job_id in (last, endless)] == [FREE, FREE]
-    assert standing(store, long) == (None, True, False)
-    assert store.jobs.get(long).message == "held: job 10000, which it was to start after, is not there any more"
-    held = store.jobs.get(odd[0])
-    assert (held.awaits, held.held) == (None, True)
-    assert held.message == "held: its row can't be read; loractl cancel drops the job"
-    assert store.jobs.cancel(odd[0], "ada").status is Status.CANCELLED
 
 
 def test_a_person_s_hold_outlives_the_wait_and_the_wait_outlives_a_release(store: Store) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from sqlalchemy import text
 
 from loractl.common.store.queries.outbox.reach import GRACE_S
 from loractl.common.store.store import Store
@@ -98,12 +97,3 @@ def test_the_members_of_a_sweep_are_one_message(lab: Store, clock: Clock) -> Non
     lab.sweeps.submit(NewSweep(name="grid", varied={}), [large() for _ in range(3)])
     go_on(lab, clock, GRACE_S + 120)
     assert all_due(lab, OPS) == [("ops", OPS_TOLD)]
-
-
-def test_a_row_that_can_not_be_read_keeps_no_other_from_being_told(lab: Store, clock: Clock) -> None:
-    broken, well = lab.jobs.submit(large(name="broken")), lab.jobs.submit(large())
-    with lab.begin(read_only=False) as tx:
-        tx.session.execute(text("UPDATE jobs SET methods = '[\"wings\"]' WHERE job_id = :n"), {"n": broken})
-    go_on(lab, clock, GRACE_S + 120)
-    assert all_due(lab, OPS) == [("ops", OPS_TOLD)]
-    assert lab.jobs.get(well).job_id == well

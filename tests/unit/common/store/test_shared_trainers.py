@@ -49,7 +49,7 @@ BOUNDED = Table(
     "attempts", MetaData(), Column("host", Characters(32)), Column("inside", Flag()),
     Column("promised_at", UtcDateTime()), Column("joined", Flag()), Column("shared", Flag()),
 )  # fmt: skip
-HOSTS = Table("hosts", MetaData(), Column("law", Json(shapes.anything, null=True)))
+HOSTS = Table("hosts", MetaData(), Column("law", Json(shapes.fields(form=shapes.text), null=True)))
 
 
 def upgraded(engine: Engine, as_before: Callable[[Engine], None]) -> None:

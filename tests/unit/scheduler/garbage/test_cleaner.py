@@ -27,7 +27,6 @@ from loractl.common.files import Folder, Unfinished, open_files
 from loractl.common.job.names import parse_reference
 from loractl.common.job.status import Reason
 from loractl.common.settings import Settings, load_settings
-from loractl.common.store.checks import release
 from loractl.common.store.database import make_engine
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint, StoredResult
 from loractl.common.store.store import Store
@@ -113,7 +112,7 @@ class Lab:
         path.write_text(content)
         uri, digest = self.artifacts.put_dataset(path)
         if job_id is not None:
-            data = {"path": {"uri": uri, "sha256": digest}, "eval_path": None}
+            data = {"path": {"uri": uri, "sha256": digest}}
             with Session(self.store.engine) as session, session.begin():
                 session.execute(update(Job).where(Job.job_id == job_id).values(data=data))
         return f"datasets/{digest}.jsonl"
@@ -266,17 +265,6 @@ def test_old_data_go_once_no_job_may_read_them(lab: Lab) -> None:
     assert names(lab.cleaner(keep_last=1).find(), Kind.DATA) == unneeded
     assert names(lab.cleaner().remove(), Kind.DATA) == unneeded
     assert {n for n in lab.held() if n.startswith("datasets/")} == needed
-
-
-def test_data_stay_that_a_row_names_which_cannot_be_read(lab: Lab) -> None:
-    waiting = lab.store.jobs.submit(submission(lora=200, qlora=200))
-    name = lab.data("waiting", waiting)
-    with Session(lab.store.engine) as session, session.begin():
-        release(session.connection())
-        data = {"path": {"uri": f"file:///lab/{name}", "rows": -1}}
-        session.execute(update(Job).where(Job.job_id == waiting).values(data=data))
-    lab.clock.forward(MONTH.total_seconds() + 86400)
-    assert names(lab.cleaner().find(), Kind.DATA) == set()
 
 
 def test_data_that_are_submitted_while_others_are_removed_stay(lab: Lab) -> None:

@@ -45,7 +45,7 @@ def classifier(base: str, **keys: Any) -> JobSpec:
 
 
 def test_what_is_measured_of_a_classifier_teaches_nothing_of_other_jobs(base: str) -> None:
-    data = {"path": {"sha256": "a" * 64}}
+    data = {"path": {"uri": "x", "sha256": "a" * 64}}
     assert need_key(spec(base_model=base), data) != need_key(classifier(base), data)
     assert need_key(classifier(base), data) == need_key(classifier(base, name="other"), data)
 

@@ -171,7 +171,7 @@ def test_hostile_labels_settings_and_programs_are_text(own_web: Web) -> None:
 
     value = json.dumps({EVIL: EVIL}).replace("'", "''").replace(":", "\\:")
     own_web.alter(f"UPDATE jobs SET labels = '{value}', spec = '{value}' WHERE job_id > 6")
-    data = json.dumps({EVIL: {"uri": EVIL}}).replace("'", "''").replace(":", "\\:")
+    data = json.dumps({EVIL: {"uri": EVIL, "sha256": EVIL}}).replace("'", "''").replace(":", "\\:")
     own_web.alter(f"UPDATE jobs SET data = '{data}' WHERE job_id > 6")
     program = json.dumps([{"pid": 1, "user": EVIL, "name": EVIL, "bytes": 9**9}]).replace("'", "''").replace(":", "\\:")
     own_web.alter(f"UPDATE nodes SET outside = '{program}'")
