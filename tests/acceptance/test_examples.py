@@ -134,9 +134,8 @@ def test_the_examples_teach_the_real_model(cli: Cli, names: tuple[str, ...], tmp
         history = cli("show", job["job_id"], "--json").stdout
         assert "padded rows" not in history and "trains beside it" not in history, "shared lean steps take this model"
         report = json.loads(cli("report", job["job_id"], "--json").stdout)
-        assert report["verdict"]["reading"] == "better"
         loss = next(m for m in report["evaluation"]["metrics"] if m["name"] == "loss")
-        assert loss["tuned"] < loss["base"] - 0.3
+        assert loss["reading"] == "better" and loss["tuned"] < loss["base"] - 0.3
 
 
 def _short_rows(example: Path, count: int, folder: Path) -> Path:
