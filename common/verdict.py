@@ -28,6 +28,7 @@ BADGES = {
     "mixed": "± Loss and answers disagree",
     "no_practical_change": "– No practical change",
     "no_measurable_gain": "– No measurable gain",
+    "better_ends": "± Better only at ending its answers",
     "no_better_than_cheap": "– No better than the most frequent answer",
     "too_few_rows": "– Too few held-out rows to say",
     "cant_be_judged": "– Can't be judged",
@@ -145,7 +146,7 @@ class ReportVerdict:
 ANSWERS = frozenset({"exact_match", "rouge1", "rouge2", "rougeL", "accuracy", "macro_f1"})
 """Measures of what the model answers. Where they contradict the loss, neither decides alone."""
 
-LOSSES = frozenset({"loss", "new_rows_loss", "perplexity"})
+LOSSES = frozenset({"loss", "new_rows_loss", "words_loss", "perplexity"})
 ACCURACIES = frozenset({"preference_accuracy", "new_rows_preference_accuracy"})
 """Measures whose numbers a verdict's sentence has, or that say the same as one of those."""
 
@@ -252,6 +253,10 @@ def report_verdict(
         sentence = (
             f"No better than the most frequent answer: {measured}, and the labels' shares alone give {cheap.base}."
         )
+    elif reading == "better" and (words := named.get("words_loss")) is not None:
+        reading, short = "better_ends", "better only at ending its answers"
+        apart = f"without the stop token {written(words).base} -> {written(words).tuned}, {words['reading']}"
+        sentence = f"Better than {base} only at ending its answers: {measured}; {apart}."
     sentence = f"{sentence.removesuffix('.')}{of.answers}."
     said = {*LOSSES, *ACCURACIES, *CHEAP, *(metric["name"] for metric in against)}
     worse = [metric["label"] for metric in metrics if metric["reading"] == "worse" and metric["name"] not in said]

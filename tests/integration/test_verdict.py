@@ -220,3 +220,16 @@ def test_both_losses_are_measured_where_some_rows_are_given_away() -> None:
     assert (new.name, new.cases, new.base, new.tuned) == ("new_rows_loss", 2, 2.5, 2.5)
     for none in (np.zeros(4, bool), np.ones(4, bool), None):
         assert [m.name for m in loss_metrics(base, tuned, set(), stops=False, given_away=none)] == ["loss"]
+
+
+@pytest.mark.parametrize(
+    ("words", "names"), [(9.0, ["loss", "stop_token_loss"]), (10.0, ["loss", "stop_token_loss", "words_loss"])]
+)
+def test_the_loss_without_the_stop_token_is_measured_where_it_is_not_better(words: float, names: list[str]) -> None:
+    """Rows of ten tokens and a stop token, whose loss falls from 5 to 1."""
+    noise, ones = np.linspace(-0.1, 0.1, 40), np.ones(40)
+    base, tuned = (
+        RowScores(loss=rest + noise * sign + stop, tokens=11 * ones, stop_loss=stop * ones, stops=ones, right=ones)
+        for rest, stop, sign in ((10.0, 5.0, 1), (words, 1.0, -1))
+    )
+    assert [metric.name for metric in loss_metrics(base, tuned, set(), stops=True)] == names

@@ -24,6 +24,7 @@ NEW_ROWS_LOSS = Measure(name="new_rows_loss", label="loss, rows like none that i
 PERPLEXITY = Measure(name="perplexity", label="perplexity", unit="")
 TOKEN_ACCURACY = percent("token_accuracy", "tokens guessed right")
 STOP_TOKEN_LOSS = Measure(name="stop_token_loss", label="loss on the stop token")
+WORDS_LOSS = Measure(name="words_loss", label="loss without the stop token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,8 @@ def loss_metrics(
 ) -> list[Compared]:
     """The loss, and what else the job asks for; `stops`: whether rows have an end that can be learned.
 
-    `given_away`: by example, whether a row to train on gives it away; the loss of the others is reported, too.
+    `given_away`: by example, whether a row to train on gives it away; the loss of the others is reported, too. So is
+    the loss of all tokens but the stop token, where the gain is one of that token alone.
     """
     metrics = [LOSS.compare(base.loss, tuned.loss, base.tokens)]
     if given_away is not None and given_away.any() and not given_away.all():
@@ -128,4 +130,8 @@ def loss_metrics(
         metrics.append(TOKEN_ACCURACY.compare(100 * base.right, 100 * tuned.right, base.tokens))
     if stops and base.stops.sum() > 0:
         metrics.append(STOP_TOKEN_LOSS.compare(base.stop_loss, tuned.stop_loss, base.stops))
+        before, after = base.loss - base.stop_loss, tuned.loss - tuned.stop_loss
+        words = WORDS_LOSS.compare(before, after, base.tokens - base.stops)
+        if metrics[0].reading == "better" and words.cases and words.reading != "better":
+            metrics.append(words)
     return metrics

@@ -203,3 +203,13 @@ def test_a_gain_on_rows_that_resemble_those_to_train_on_can_t_be_judged(alike: i
     )
     assert (found.reading, found.aside) == ("cant_be_judged", "")
     assert said(measure("loss", 3.0, 1.0, 0.1, cases=40), given_away=20).reading == "better", "half of them are new"
+
+
+def test_a_gain_of_the_stop_token_alone_is_said_to_be_one() -> None:
+    """Training answers of the base itself, which did not end: nothing but their end is learned."""
+    found = said(measure("loss", 1.20, 0.90, 0.1), measure("words_loss", 0.80, 0.81, 0.1))
+    assert (found.reading, found.badge) == ("better_ends", "± Better only at ending its answers")
+    assert found.sentence == (
+        "Better than the base only at ending its answers: held-out loss 1.20 -> 0.90; without the stop token "
+        "0.80 -> 0.81, no clear change."
+    )
