@@ -38,6 +38,11 @@ def parse_split(text: str) -> tuple[Slice, ...]:
     return tuple(_part(part) for part in re.split(r"\s*\+\s*", text.strip()))
 
 
+def rows_in(text: str, rows: int) -> int:
+    """How many of a data set's rows a split names, if all of its parts are of the one split that has these rows."""
+    return sum(len(part.places(rows)) for part in parse_split(text))
+
+
 def held_out_split(path: str, asked: str | None = None) -> str:
     """The split that held-out rows are read from; of a file, which is an absolute path, all of it."""
     return asked or ("train" if Path(path).is_absolute() else "test")

@@ -15,11 +15,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from loractl.common.job.slices import rows_in
+
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
 
 UNKNOWN_S = 3600.0
 """What a job counts as if nothing is known of how long it takes."""
+
+LONGEST_S = 1e9
+"""No prediction is longer: thirty years. A row can hold it, whatever a job asks for."""
 
 LATE_SHARE, LATE_S = 0.1, 1.0
 """What has outlived its prediction has this share of its time still to run, and at least so many seconds."""
@@ -81,16 +86,19 @@ class Extent:
 def extent_of(spec: JobSpec, data: Mapping[str, Any], parameters: int | None) -> Extent | None:
     """What a job is to compute, by the rows and tokens of its stored data sets; None if they were not counted."""
     dataset, training, asked = spec.dataset, spec.training, spec.evaluation
+    sources = [(dataset.split, None), *((source.split, source.share) for source in dataset.more)]
     every = [data.get(key) or {} for key in ("path", *(f"more.{n}" for n in range(len(dataset.more))))]
     if any(not one.get("rows") or one.get("tokens") is None for one in every):
         return None
     halves, longest = spec.kind.halves, dataset.max_length
-    tokens = halves * min(sum(one["tokens"] for one in every) / sum(one["rows"] for one in every), longest)
-    shared = sum(source.share or 0.0 for source in dataset.more)
-    whole = [one["rows"] for one, source in zip(every[1:], dataset.more, strict=True) if source.share is None]
-    rows = (every[0]["rows"] + sum(whole)) / (1.0 - shared)
+    tokens = sum(one["tokens"] for one in every) / sum(one["rows"] for one in every)
+    tokens = halves * min(max(1.0, tokens), longest)  # the estimate is 0 for rows of a few bytes
+    shared = sum(share or 0.0 for _, share in sources)
+    whole = [rows_in(split, one["rows"]) for one, (split, share) in zip(every, sources, strict=True) if not share]
+    rows = sum(whole) / (1.0 - shared)
     apart = dataset.test_size or 0.0 if dataset.eval_path is None else 0.0
-    held_out = float((data.get("eval_path") or {}).get("rows") or apart * rows)
+    measured = rows_in(dataset.eval_split or "train", (data.get("eval_path") or {}).get("rows") or 0)
+    held_out = float(measured or apart * rows)
     trained = rows * (1.0 - apart - (dataset.final_size or 0.0))
     if training.packing:
         trained, tokens = trained * tokens / longest, float(longest)
@@ -199,8 +207,9 @@ def forecast(job: Undone, device: str, runs: Sequence[TimedRun]) -> Forecast:
     if job.extent is None or (found := _pace(job, device, runs)) is None:
         return _by_the_past(job, runs)
     pace, basis, count = found
+    seconds = _prepared(job, device, runs) + job.tokens * pace + _closing(job, device, pace, runs)
     return Forecast(
-        seconds=_prepared(job, device, runs) + job.tokens * pace + _closing(job, device, pace, runs),
+        seconds=min(seconds, LONGEST_S),
         basis=basis,
         count=count,
         step_s=job.extent.step_tokens * pace,

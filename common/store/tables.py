@@ -58,9 +58,11 @@ _FORM = shapes.fields(
     micro_batch=whole(1), bytes=whole(1, MOST_BYTES), planned=whole(1, MOST_BYTES), half=shapes.flag,
 )  # fmt: skip
 _ROOMY = shapes.fields(lora=list_of(_FORM), qlora=list_of(_FORM))
+_MOST_TOKENS = 1e30  # a product with a number of steps is still a number
 _EXTENT = shapes.fields(
     ("steps", "step_tokens", "closing_tokens", "parameters"),
-    steps=whole(1, MOST_BYTES), step_tokens=shapes.number(0), closing_tokens=shapes.number(0),
+    steps=whole(1, MOST_BYTES), step_tokens=shapes.number(1, _MOST_TOKENS),
+    closing_tokens=shapes.number(0, _MOST_TOKENS),
     parameters=optional(whole(0, MOST_BYTES)),
 )  # fmt: skip
 _VARIED = shapes.fields(varied=shapes.labels, trials=whole(), seed=whole())

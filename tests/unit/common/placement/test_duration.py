@@ -125,6 +125,29 @@ def test_steps_and_tokens_follow_from_the_rows() -> None:
     assert extent_of(asked, {}, 7) is None and extent_of(asked, {"path": {"sha256": "x"}}, 7) is None
 
 
+def test_only_the_rows_that_a_split_names_are_counted() -> None:
+    more = {"path": "org/more", "split": "train[:25%]"}
+    asked = spec(
+        dataset={
+            "path": "org/data",
+            "split": "train[:100]",
+            "more": [more],
+            "eval_path": "org/e",
+            "eval_split": "test[:10]",
+        },
+        training={"num_train_epochs": 1},
+        evaluation={"samples": 0},
+    )
+    every = {"more.0": {"rows": 400, "tokens": 40_000}, "eval_path": {"rows": 50}}
+    found = extent_of(asked, {**ROWS, **every}, None)
+    assert found is not None and found.steps == 13, "200 rows, 16 a step"
+    assert found.closing_tokens == 2 * 0.5 * 10 * 100
+
+
+def test_rows_that_an_early_version_counted_without_tokens_say_nothing() -> None:
+    assert extent_of(spec(), {"path": {"rows": 1000, "bytes": 5}}, None) is None
+
+
 def test_max_length_packing_and_evaluations_between_steps_count() -> None:
     def extent(**keys: Any) -> Extent:
         found = extent_of(spec(**keys), ROWS, None)

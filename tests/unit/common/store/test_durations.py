@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
+from loractl.common.errors import ValueRefused
 from loractl.common.job.status import Reason
-from loractl.common.placement.duration import UNKNOWN_S, Basis
+from loractl.common.placement.duration import LONGEST_S, UNKNOWN_S, Basis
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint, Submission
 from loractl.common.store.store import Store
+from loractl.common.units import LARGEST
 
 from ...factories import RESULT, Clock, submission, take
 
@@ -113,3 +117,49 @@ def test_a_sweep_is_predicted_like_its_members(timed: Store, clock: Clock) -> No
     ran(timed, clock, counted())
     many = timed.jobs.submit_all([counted(steps=n, name=f"m{n}") for n in (10, 20)])
     assert [timed.jobs.get(one).work_left_s for one in many] == pytest.approx([60, 80])
+
+
+def test_a_length_that_no_row_can_hold_stops_neither_the_end_of_another_job_nor_a_submit_nor_a_claim(
+    timed: Store, clock: Clock
+) -> None:
+    first = started(timed, counted())
+    endless = timed.jobs.submit(counted(user="eve", steps=LARGEST))
+    clock.forward(740)
+    told = Progress(step=100, total_steps=100, prepared_s=10.0, trained_s=700.0, trained_steps=100)
+    timed.attempts.finish(first, Reason.OK, "done", told, RESULT)
+    assert timed.jobs.get(endless).work_left_s == LONGEST_S
+    claim = take(timed)
+    assert isinstance(claim, Claim) and claim.job_id == endless and claim.seconds_predicted == LONGEST_S
+    assert timed.jobs.get(timed.jobs.submit(counted(steps=LARGEST))).work_left_s == LONGEST_S
+
+
+def test_rows_of_less_than_a_token_stop_no_later_claim(timed: Store, clock: Clock) -> None:
+    ran(timed, clock, replace(counted(), data={"path": {**DATA["path"], "rows": 4, "tokens": 0}}))
+    assert started(timed, counted(user="eve")).seconds_predicted
+
+
+WRONG = (
+    {"steps": 1, "step_tokens": 0, "closing_tokens": 0, "parameters": None},
+    {"steps": 1, "step_tokens": 1e300, "closing_tokens": 1, "parameters": None},
+    {"steps": 1, "step_tokens": 1, "closing_tokens": 0},
+)
+
+
+def test_an_extent_that_a_login_writes_by_hand_stops_nobody_else(timed: Store, clock: Clock) -> None:
+    """A login that submits may write its own row by hand."""
+    ran(timed, clock, counted())
+    number = timed.jobs.submit(counted())
+
+    def write(extent: dict[str, Any]) -> None:
+        with timed.jobs._write() as tx:
+            row = {"extent": json.dumps(extent), "number": number}
+            tx.session.execute(text("UPDATE jobs SET extent = :extent WHERE job_id = :number"), row)
+
+    for wrong in WRONG:
+        with pytest.raises(ValueRefused):
+            write(wrong)
+    write({"steps": 2**50, "step_tokens": 1e30, "closing_tokens": 1e30, "parameters": 1, "of a newer version": 1})
+    claim = take(timed)
+    assert isinstance(claim, Claim) and claim.seconds_predicted == LONGEST_S
+    timed.attempts.finish(claim, Reason.OK, "done", Progress(trained_s=0.1, trained_steps=1), RESULT)
+    ran(timed, clock, counted(user="eve"))
