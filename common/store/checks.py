@@ -265,8 +265,7 @@ def _tell(connection: Connection, job_id: int, status: str, values: Mapping[str,
     if status == Status.QUEUED:
         what = ", ".join(values)
         why = f"held: {what} of its row could not stay; loractl edit puts that right, loractl retry releases it"
-        over = {"held": True, "held_too": Job.awaits.isnot(None), "message": why}
-        connection.execute(update(Job).where(Job.job_id == job_id).values(**over))
+        connection.execute(update(Job).where(Job.job_id == job_id).values(held=True, message=why))
     for name, value in values.items():
         line = f"{name} was moved to the quarantine: {(value or '')[:_SHOWN]}"
         connection.execute(insert(Event).values(job_id=job_id, at=_now(connection), kind="quarantine", text=line))

@@ -136,7 +136,7 @@ def _is_open(node: Node, now: dt.datetime, drained: Mapping[str, DrainOrder]) ->
 
 def is_ready(job: Job, now: dt.datetime) -> bool:
     """Whether a claim may take the job, whatever it needs: `tables.READY` of a row."""
-    return job.status is Status.QUEUED and not job.held and not paused(job, now)
+    return job.status is Status.QUEUED and not job.held and job.awaits is None and not paused(job, now)
 
 
 def paused(job: Job, now: dt.datetime) -> bool:

@@ -28,7 +28,7 @@ VERDICT = ("reason", "message", "not_before")
 """How the last attempt ended, and how long the next one waits for it."""
 
 LIFE = {
-    "held": False, "held_too": False, "retries_used": 0, "lab_failures": 0, "lab_step": None,
+    "held": False, "retries_used": 0, "lab_failures": 0, "lab_step": None,
     "avoids": None, "ended_at": None,
 }  # fmt: skip
 """Cleared by a person's retry alone."""

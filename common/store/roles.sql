@@ -64,7 +64,7 @@ GRANT EXECUTE ON FUNCTION loractl_login(), loractl_change(bigint, text, jsonb, j
 
 -- worker, gc, adapters bind, drain and undrain: everything of a job's row but what was asked, and by whom
 GRANT UPDATE (status, reason, message, stage, preempted_by, held, not_before, retries_used, ended_at,
-    awaits, held_too, ancestor,
+    awaits, ancestor,
     token, lease_expires_at, step, total_steps, loss, tokens_per_second, eta_seconds, eta_spread_seconds, evaluated,
     to_evaluate, attempt,
     node, gpu, method, started_at, vram_reserved, vram_lora, vram_qlora, vram_needed, vram_class, planned, need_key,
@@ -110,40 +110,30 @@ BEGIN
 END $$;
 CREATE OR REPLACE FUNCTION loractl_may_edit(before jobs, after jobs) RETURNS boolean LANGUAGE sql
 SET search_path = pg_catalog, public, pg_temp AS $$
-  SELECT before.status <> 'succeeded' AND loractl_readable(after) AND
+  SELECT before.status <> 'succeeded' AND loractl_readable(after) AND coalesce(after.awaits, 0) < after.job_id AND
     after.spec ->> 'name' = after.name AND after.spec ->> 'base_model' = after.base_model AND
     (after.checkpoint_s IS NULL OR after.checkpoint_s = before.checkpoint_s) AND
     (after.begun_bf16 IS NULL OR after.begun_bf16 = before.begun_bf16) AND
     (after.adjustment::text IS NOT DISTINCT FROM before.adjustment::text OR
       coalesce(after.adjustment::text, 'null') = 'null') AND
     (after.spec::text = before.spec::text OR loractl_same_batch(after)) AND
-    (before.status <> 'running' OR
+    (before.status <> 'running' OR after.awaits IS NOT DISTINCT FROM before.awaits AND
       after.spec::jsonb - '{priority,labels,resources}'::text[] =
         before.spec::jsonb - '{priority,labels,resources}'::text[] AND
       (after.methods::text, after.vram_lora, after.vram_qlora, after.adjustment::text) IS NOT DISTINCT FROM
         (before.methods::text, before.vram_lora, before.vram_qlora, before.adjustment::text));
 $$;
--- Another `after` holds a job or lets it go; what else holds it stays.
-CREATE OR REPLACE FUNCTION loractl_stays_held(before jobs, after jobs) RETURNS boolean LANGUAGE plpgsql
-SET search_path = pg_catalog, public, pg_temp AS $$
-DECLARE
-  otherwise boolean := before.held_too OR before.held AND before.awaits IS NULL;
-BEGIN
-  RETURN after.held = (otherwise OR after.awaits IS NOT NULL) AND
-    after.held_too = (otherwise AND after.awaits IS NOT NULL) AND coalesce(after.awaits, 0) < after.job_id AND
-    (before.status <> 'running' OR after.awaits IS NOT DISTINCT FROM before.awaits);
-END $$;
 -- Whether a person may change a row like this; loractl_change asks. Every column not named here stays as it was.
 CREATE OR REPLACE FUNCTION loractl_may_change(before jobs, after jobs, kind text) RETURNS boolean LANGUAGE plpgsql
 SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
   columns text[] := CASE kind
     WHEN 'cancelled' THEN '{status,reason,message,held,ended_at}'
-    WHEN 'held' THEN '{message,held,held_too}'
-    WHEN 'retry' THEN '{status,reason,message,held,held_too,ended_at,not_before,retries_used,step,total_steps,loss,
+    WHEN 'held' THEN '{message,held}'
+    WHEN 'retry' THEN '{status,reason,message,held,ended_at,not_before,retries_used,step,total_steps,loss,
       tokens_per_second,lab_failures,lab_step,avoids,result_until}'
     WHEN 'edited' THEN '{name,labels,spec,priority,methods,preemptible,version,max_retries,vram_lora,
-      held,awaits,held_too,checkpoint_s,begun_bf16,extent,work_left_s,
+      awaits,checkpoint_s,begun_bf16,extent,work_left_s,
       vram_qlora,vram_needed,vram_class,planned,need_key,family,engine,queue_key,lora_until,adjustment,gangs,roomy}'
     END;
 BEGIN
@@ -154,20 +144,20 @@ BEGIN
     WHEN 'cancelled' THEN before.status = 'queued' AND after.status = 'cancelled' AND after.reason = 'cancelled' AND
       NOT after.held AND
       coalesce(after.ended_at, 'infinity') BETWEEN now() - interval '1 day' AND now() + interval '1 day'
-    WHEN 'held' THEN before.status = 'queued' AND after.held AND after.held_too = (after.awaits IS NOT NULL)
+    WHEN 'held' THEN before.status = 'queued' AND after.held
     WHEN 'retry' THEN (before.status IN ('failed', 'cancelled') OR before.status = 'queued' AND before.held) AND
-      after.status = 'queued' AND after.held = (after.awaits IS NOT NULL) AND NOT after.held_too AND
+      after.status = 'queued' AND NOT after.held AND
       after.retries_used = 0 AND after.lab_failures = 0 AND
       concat(after.reason, after.message, after.ended_at, after.not_before, after.step, after.total_steps, after.loss,
         after.tokens_per_second, after.lab_step, nullif(after.avoids::text, 'null')) = '' AND
       coalesce(after.result_until, now()) BETWEEN now() - interval '1 day' AND now() + interval '1 day'
-    ELSE loractl_may_edit(before, after) AND loractl_stays_held(before, after) END;
+    ELSE loractl_may_edit(before, after) END;
 END $$;
 -- Whether a person may write a job like this; loractl_submit asks.
 CREATE OR REPLACE FUNCTION loractl_is_new(job jobs) RETURNS boolean LANGUAGE sql
 SET search_path = pg_catalog, public, pg_temp AS $$
   SELECT job.status = 'queued' AND job.attempt = 0 AND
-    job.held = (job.awaits IS NOT NULL) AND NOT job.held_too AND coalesce(job.awaits, 0) < job.job_id AND
+    NOT job.held AND coalesce(job.awaits, 0) < job.job_id AND
     job.retries_used = 0 AND job.lab_failures = 0 AND
     concat(job.token, job.adapter_uri, job.report_uri, job.result_host, job.manifest_sha256, job.reason, job.message,
       job.stage, job.preempted_by, job.node, job.gpu, job.method, job.vram_reserved, job.step, job.total_steps,
@@ -186,4 +176,5 @@ DROP TRIGGER IF EXISTS loractl_by_login ON job_labels;
 DROP TRIGGER IF EXISTS loractl_by_login ON looks;
 DROP TRIGGER IF EXISTS loractl_by_login ON tags;
 DROP TRIGGER IF EXISTS loractl_own_label ON job_labels;
-DROP FUNCTION IF EXISTS loractl_own_label(), loractl_says_login(text), loractl_no_claim(), loractl_by_login();
+DROP FUNCTION IF EXISTS loractl_own_label(), loractl_says_login(text), loractl_no_claim(), loractl_by_login(),
+  loractl_stays_held(jobs, jobs);

@@ -92,7 +92,7 @@ WHERE = "where"
 PAUSED = "(held OR not_before IS NOT NULL)"
 """Of a waiting job that is held or waits out a pause, if that is not over. Literal, as WAITS."""
 
-READY = "status = 'queued' AND NOT held AND (not_before IS NULL OR not_before <= :now)"
+READY = "status = 'queued' AND NOT held AND awaits IS NULL AND (not_before IS NULL OR not_before <= :now)"
 """Of a job that a claim may take, whatever it needs: `fleet.is_ready` in SQL."""
 
 
@@ -213,10 +213,9 @@ class Job(Base):
     preemptible: Mapped[bool] = mapped_column(default=False)
     preempted_by: Mapped[int | None] = mapped_column(RowNumber())  # the job that this running one gives way to
     version: Mapped[str | None] = mapped_column(Characters(32))  # of the loractl that wrote the spec
-    held: Mapped[bool] = mapped_column(default=False)
+    held: Mapped[bool] = mapped_column(default=False)  # by a person or the lab
     awaits: Mapped[int | None] = mapped_column(RowNumber())  # the first job of its `after` that is not over
     ancestor: Mapped[int | None] = mapped_column(RowNumber())  # the best member of a sweep that it begins from
-    held_too: Mapped[bool] = mapped_column(default=False, server_default=false())  # also held by a person, or the lab
     not_before: Mapped[Timestamp | None]  # backoff
     attempt: Mapped[int] = mapped_column(Whole(0, MOST_ATTEMPTS), default=0)
     retries_used: Mapped[int] = mapped_column(Whole(0, LARGEST - 1), default=0)
@@ -265,7 +264,7 @@ class Job(Base):
     @property
     def is_blocked(self) -> bool:
         """Whether another job alone keeps it from starting: neither a person nor the lab holds it."""
-        return self.awaits is not None and not self.held_too
+        return self.awaits is not None and not self.held
 
     @property
     def has_checkpoint(self) -> bool:

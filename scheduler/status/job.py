@@ -96,8 +96,7 @@ _STATE_FIELDS = tuple(JobState.__annotations__)[:-2]
 
 def state_of(job: Job, view: FleetView | None = None) -> JobState:
     """The public part of a row. Without `view` only a running job's first card is known."""
-    state = JobState(**{name: getattr(job, name) for name in _STATE_FIELDS})
-    state = replace(state, held=job.held and not job.is_blocked, after=tuple(job.after))
+    state = JobState(**{name: getattr(job, name) for name in _STATE_FIELDS}, after=tuple(job.after))
     if job.status is not Status.RUNNING or job.node is None:
         return state
     others = set() if view is None else set(view.cards_of(job.job_id)) - {job.node}

@@ -92,7 +92,7 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
     def policy(word: str, sentence: str, ends: dt.datetime | None = None, helps: str = "", command: str = "") -> Wait:
         return Wait(tier=Tier.POLICY, word=word, sentence=sentence, ends=ends, helps=helps, command=command)
 
-    if job.held and job.is_blocked:
+    if job.is_blocked:
         return policy("after", *_behind(job, view))
     if job.held:
         by = (job.message or "until loractl retry").removeprefix("held: ").removeprefix("held ")
@@ -148,7 +148,7 @@ def _behind(job: Job, view: FleetView) -> tuple[str, dt.datetime | None, str, st
         sentence += f", which waits for job {head.job_id} ({head.name})"
     ends = None
     if head.status is Status.QUEUED:
-        far = "is held" if head.held else "waits for a card"
+        far = "is held" if head.held or head.is_blocked else "waits for a card"
     elif head.status is Status.RUNNING:
         ends = None if head.eta_seconds is None else view.now + dt.timedelta(seconds=head.eta_seconds)
         far = f"runs on {head.node}" + ("" if ends is None else f" until about {clock(ends, view.now)}")

@@ -102,7 +102,7 @@ def why(store: Store, job_id: int, *, in_other_forms: bool = True) -> Why | NotW
         wait=wait,
         start=starts.get(job_id),
         cards=tuple(card_fits(job, view)),
-        ahead=None if job.held else Ahead(jobs=ahead, complete=reaches(job, waiting)),
+        ahead=None if job.held or job.awaits is not None else Ahead(jobs=ahead, complete=reaches(job, waiting)),
         now=view.now,
         asks=asked_of(job, view),
         unknown=why_unknown(job, view, starts, waiting) if wait.tier is Tier.CAPACITY else "",

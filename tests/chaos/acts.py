@@ -109,8 +109,7 @@ def _holds(history: History) -> Iterator[Broken]:
 
 
 def _retries(history: History) -> Iterator[Broken]:
-    """What was acknowledged as queued again was queued: ended before, or held. It stays held where another job is to
-    end first."""
+    """What was acknowledged as queued again was queued: ended before, or held."""
     changes = history.of_job()
     for act in history.acts:
         if act.kind == "retry" and act.acknowledged:
@@ -120,7 +119,7 @@ def _retries(history: History) -> Iterator[Broken]:
 
 
 def _waits(row: dict[str, Any]) -> bool:
-    return row["status"] == "queued" and (not row.get("held") or (bool(row.get("awaits")) and not row.get("held_too")))
+    return row["status"] == "queued" and not row.get("held")
 
 
 def _tags(history: History) -> Iterator[Broken]:

@@ -123,7 +123,9 @@ class People:
     def _raise(self, rng: random.Random) -> None:
         """Let a waiting job go before all others: where none makes room for it, one that may gives way."""
         waiting = [
-            job for job in self.store.jobs.matching(statuses=[Status.QUEUED]) if not job.held and job.priority < HIGH
+            job
+            for job in self.store.jobs.matching(statuses=[Status.QUEUED])
+            if job.awaits is None and not job.held and job.priority < HIGH
         ]
         if (job := _any(rng, waiting)) is not None:
             self._change(job, "priority", HIGH)
@@ -137,7 +139,9 @@ class People:
         self._ask("edit", job.job_id, work, key=key, value=value)
 
     def _hold(self, rng: random.Random) -> None:
-        waiting = [job for job in self.store.jobs.matching(statuses=[Status.QUEUED]) if not job.held]
+        waiting = [
+            job for job in self.store.jobs.matching(statuses=[Status.QUEUED]) if job.awaits is None and not job.held
+        ]
         if (job := _any(rng, waiting)) is None:
             return
         self.holding.add(job.job_id)  # first: else who looks after held jobs finds it

@@ -75,11 +75,9 @@ def test_who_submits_chains_jobs_and_lets_none_of_them_start_early(person: Store
     person.jobs.retry(last, "ada", amendment(person, last, ["priority=5"]))
     for changed in ("after=[]", f"after=[{first}]"):
         person.jobs.edit(amendment(person, other, [changed]), "ada")
-    assert [(row.awaits, row.held, row.held_too) for row in map(person.jobs.get, (last, other))] == [
-        (first, True, False)
-    ] * 2
+    assert [(row.awaits, row.held) for row in map(person.jobs.get, (last, other))] == [(first, False)] * 2
     engine = make_engine(lab.person)
-    early = ({"held": False}, {"held": False, "awaits": None}, {"held": True, "held_too": True})
+    early = ({"awaits": None}, {"held": True})
     for new in early:  # as retry does, and more
         asked = {"number": last, "new": json.dumps({**vars_of_a_retry(), **new})}
         with pytest.raises(Forbidden), engine.begin() as connection:
@@ -494,7 +492,6 @@ HISTORY = {
     "status": "running",
     "token": "mine",
     "held": True,
-    "held_too": True,
     "awaits": 1,
     "attempt": 3,
     "retries_used": 2147483647,

@@ -233,8 +233,8 @@ class Box:
 
         with contextlib.suppress(*REFUSALS):
             left = self._store.jobs.matching(statuses=[Status.QUEUED])
-            held = [job.job_id for job in left if job.held]
-            others = [job.job_id for job in left if not job.held]
+            held = [job.job_id for job in left if job.held or job.awaits is not None]
+            others = [job.job_id for job in left if job.job_id not in held]
             closed = "".join(f", or for {name}, which is drained" for name in self._drained())
             longer = "" if self._window is None else ", or for a worker that stays longer"
             one = len(others) == 1

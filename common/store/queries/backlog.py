@@ -68,7 +68,7 @@ def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
 
 
 _OF_KEY = (
-    "status = 'queued' AND queue_key = keys.k AND NOT held AND gangs IS NULL"
+    "status = 'queued' AND queue_key = keys.k AND NOT held AND awaits IS NULL AND gangs IS NULL"
     " AND coalesce(checkpoint_s, :unmeasured) <= :left"
 )
 _FITTING = sql(
@@ -105,7 +105,8 @@ def has_unfinished(
 def _gang_waits(tx: Transaction, largest: int, labels: Mapping[str, str], time_left: TimeLeft | None) -> bool:
     """Whether a job waits that several cards may share, and that one card or several could hold."""
     fits = or_(Job.vram_needed.is_(None), Job.vram_needed <= largest)
-    jobs, now = tx.session.scalars(select(Job).where(WAITS, sql("gangs IS NOT NULL"), ~Job.held, fits)).all(), tx.now()
+    now = tx.now()
+    jobs = tx.session.scalars(select(Job).where(ready_at(now), sql("gangs IS NOT NULL"), fits)).all()
     cards = read_cards(tx.session, now) if jobs else []
     forms = (form for job in jobs if (form := waiting_of(vars(job), now)).requires <= labels.items())
     if time_left is not None:

@@ -1,7 +1,7 @@
 """Jobs after jobs: which one a job waits for, and which jobs start when one has ended.
 
-A blocked job is held, so that no claim looks at it, and its row names the first job of its `after` that is not over.
-Its list is walked once: jobs before that one are over.
+A blocked job's row names the first job of its `after` that is not over. Its list is walked once: jobs before that one
+are over.
 """
 
 from __future__ import annotations
@@ -29,13 +29,6 @@ def first_awaited(tx: Transaction, after: Sequence[int], *, any_end: bool) -> in
     """The first of these jobs that is not over; None: all are. One that is not there is not over."""
     over = set(tx.session.scalars(select(Job.job_id).where(Job.job_id.in_(after), _is_over(any_end))))
     return next((job_id for job_id in after if job_id not in over), None)
-
-
-def block(job: Job, awaits: int | None) -> None:
-    """Let a waiting job start after this one; None: when its turn comes. Other holds stay."""
-    other = job.held_too if job.awaits is not None else bool(job.held)
-    job.awaits, job.held_too = awaits, other and awaits is not None
-    job.held = other or awaits is not None
 
 
 def release_followers(tx: Transaction, ended: Job) -> None:
@@ -127,7 +120,7 @@ def _next(tx: Transaction, job: Job, now: dt.datetime) -> None:
     left = after[after.index(over) + 1 :] if over in after else []
     any_end = job.after_any
     there = set(tx.session.scalars(select(Job.job_id).where(Job.job_id.in_(after))))
-    block(job, first_awaited(tx, [one for one in left if one in there], any_end=any_end))
+    job.awaits = first_awaited(tx, [one for one in left if one in there], any_end=any_end)
     if job.awaits is not None:
         return
     if gone := [one for one in after if one not in there]:

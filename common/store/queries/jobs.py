@@ -241,6 +241,7 @@ def read_counts(tx: Transaction) -> dict[tuple[Status, str], int]:
     # by an index: few jobs are held or in backoff
     paused = select(Job.held, func.count()).where(WAITS, sql(PAUSED), or_(Job.held, Job.not_before > now))
     waits = {"held" if held else "retry": many for held, many in tx.session.execute(paused.group_by(Job.held))}
+    waits["held"] = waits.get("held", 0) + (tx.session.scalar(count.where(WAITS, Job.awaits > 0, ~Job.held)) or 0)
     waits["ready"] = (tx.session.scalar(count.where(WAITS)) or 0) - sum(waits.values())
     counts = {(Status.QUEUED, why): many for why, many in waits.items() if many}
     stages = select(Job.status, Job.stage, func.count()).where(Job.status == Status.RUNNING)

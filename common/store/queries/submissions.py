@@ -28,7 +28,7 @@ from ..transaction import Transaction
 from .backlog import line_up
 from .changes import as_json, change_row, seen, values_of
 from .durations import Forecasts
-from .followers import block, first_awaited
+from .followers import first_awaited
 from .jobs import read_job
 
 
@@ -72,8 +72,6 @@ def amend(tx: Transaction, job: Job, amendment: Amendment, now: dt.datetime) -> 
     if job.status is not Status.RUNNING:
         if _waits(job) != waited:  # else a released job would wait again, and choose another adapter to begin from
             _block(tx, job, submission)
-        elif job.awaits is not None:
-            block(job, job.awaits)  # a job that was cancelled in its wait waits again, once a retry queues it
         job.lora_until = _lora_until(submission, now)
     job.gangs = submission.ways.as_json()
     job.checkpoint_s = None  # it may save more often now
@@ -120,10 +118,10 @@ _LORACTL_SUBMIT = sql("SELECT loractl_submit(CAST(:document AS json))")
 def _block(tx: Transaction, job: Job, submission: Submission) -> None:
     """Let the job wait for the first of its `after` that is not over. All have numbers below its own: no ring."""
     after = [one for one in submission.spec.after if isinstance(one, int)]
-    block(job, first_awaited(tx, after, any_end=submission.spec.after_any))
+    job.awaits = first_awaited(tx, after, any_end=submission.spec.after_any)
     begun = submission.spec.lora.init_from
     if not isinstance(begun, str | None) and begun.sweep is not None and job.awaits is None:
-        block(job, after[-1])  # the fleet's round names the sweep's best, which a person's login may not
+        job.awaits = after[-1]  # the fleet's round names the sweep's best, which a person's login may not
 
 
 def _waits(job: Job) -> tuple[Any, ...]:
@@ -247,8 +245,7 @@ def hold(tx: Transaction, job_id: int, user: str, reason: str = "") -> Job:
         if job.status is not Status.QUEUED:
             what = f"job {job_id} {job.status.in_words}: only a waiting job can be held"
             raise WrongState(what, _back_to_the_queue(job) if job.status is Status.RUNNING else None)
-        new = {"held": True} if job.awaits is None else {"held": True, "held_too": True}
-        if (held := change_row(tx, job, "held", new, user, f": {reason}" if reason else "")) is not None:
+        if (held := change_row(tx, job, "held", {"held": True}, user, f": {reason}" if reason else "")) is not None:
             return held
     raise _changed(job_id)
 
@@ -267,16 +264,16 @@ def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None =
 
     for _ in range(_TRIES):
         job = read_job(tx, job_id) if amendment is None else edit(tx, amendment, user)
+        if job.status is Status.QUEUED and job.is_blocked:
+            what = f"job {job_id} waits for job {job.awaits}, nobody holds it"
+            anyway = f"loractl edit {job_id} --set after=[] lets it start anyway"
+            raise WrongState(what, anyway if may_go_without(job.spec, job.awaits) else f"loractl why {job_id}")
         if Status.QUEUED not in _after(job):
             done = f"loractl reproduce {job_id} runs it again, loractl submit --like {job_id} queues one like it"
             what = f"job {job_id} {job.status.in_words}: only a failed, cancelled or held job can be retried"
             raise WrongState(what, done if job.status is Status.SUCCEEDED else None)
-        if job.status is Status.QUEUED and job.awaits is not None and not job.held_too:
-            what = f"job {job_id} waits for job {job.awaits}, nobody holds it"
-            anyway = f"loractl edit {job_id} --set after=[] lets it start anyway"
-            raise WrongState(what, anyway if may_go_without(job.spec, job.awaits) else f"loractl why {job_id}")
         until = None if job.result_host is None else tx.now() + dt.timedelta(seconds=RESULT_FIRST_S)
-        new = {"status": Status.QUEUED, **retried(), "held": job.awaits is not None, "result_until": until}
+        new = {"status": Status.QUEUED, **retried(), "result_until": until}
         if (queued := change_row(tx, job, "retry", new, user)) is not None:
             return queued
         amendment = None  # it is in the row by now
@@ -295,7 +292,7 @@ def edit(tx: Transaction, amendment: Amendment, user: str) -> Job:
     now, job = tx.now(), read_job(tx, amendment.job_id)
     if (job.status, job.attempt, job.spec) != amendment.seen:
         raise _changed(job.job_id)
-    expected = {**seen(job), "spec": job.spec, "adjustment": job.adjustment}
+    expected = {**seen(job), "awaits": job.awaits, "spec": job.spec, "adjustment": job.adjustment}
     tx.session.expunge(job)  # what is changed here in memory is written below
     amend(tx, job, amendment, now)
     new = {name: one.value for name, one in inspect(job).attrs.items() if one.history.has_changes()}

@@ -113,7 +113,7 @@ def newest_sweeps(page: Page) -> Select[Sweep]:
 
 
 _OF_MEMBER = (
-    Job.job_id, Job.name, Job.spec, Job.status, Job.reason, Job.stage, Job.held, Job.awaits, Job.held_too,
+    Job.job_id, Job.name, Job.spec, Job.status, Job.reason, Job.stage, Job.held, Job.awaits,
     Job.step, Job.total_steps, Job.node, Job.message, Job.report_uri,
 )  # fmt: skip
 
@@ -136,7 +136,7 @@ def _member(
         status=job.status,
         reason=job.reason,
         stage=job.stage,
-        held=job.held and (job.awaits is None or job.held_too),
+        held=job.held,
         step=job.step,
         total_steps=job.total_steps,
         node=job.node,

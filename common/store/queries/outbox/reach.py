@@ -67,7 +67,7 @@ def _found(tx: Transaction, cards: Collection[Card]) -> Iterator[int]:
             continue
         untold = ~exists().where(OutboxMessage.event == _event())
         named = part_of(Job.spec, "notify").like('["%')
-        mine = (WAITS, Job.queue_key == key, ~Job.held, named, untold, condition)
+        mine = (WAITS, Job.queue_key == key, ~Job.held, Job.awaits.is_(None), named, untold, condition)
         yield from tx.session.scalars(select(Job.job_id).where(*mine).order_by(Job.job_id).limit(_AT_ONCE)).all()
 
 
@@ -102,7 +102,7 @@ def _tell(tx: Transaction, job_id: int, cards: Collection[Card], now: dt.datetim
 
 def _why(job: Job, cards: Collection[Card], now: dt.datetime) -> str | None:
     """Why a job can never run as things are; None: it may, or waits no more."""
-    if job.status is not Status.QUEUED or job.held:
+    if job.status is not Status.QUEUED or job.held or job.awaits is not None:
         return None
     me = replace(waiting_of(vars(job), now), methods=tuple(Method(name) for name in job.methods))
     return out_of_reach(me, cards) if me.methods else _LIMIT

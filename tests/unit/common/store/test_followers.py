@@ -37,9 +37,9 @@ def end(store: Store, job_id: int, reason: Reason = Reason.OK) -> None:
     store.attempts.finish(start(store, job_id), reason, "", Progress(), RESULT if reason is Reason.OK else None)
 
 
-def standing(store: Store, job_id: int) -> tuple[int | None, bool, bool]:
+def standing(store: Store, job_id: int) -> tuple[int | None, bool]:
     row = store.jobs.get(job_id)
-    return row.awaits, row.held, row.held_too
+    return row.awaits, row.held
 
 
 def round_of_the_fleet(store: Store) -> None:
@@ -47,15 +47,15 @@ def round_of_the_fleet(store: Store) -> None:
     assert store.cards.take_turn("other:0", 0.0, 0.0) is not None
 
 
-FREE = (None, False, False)
+FREE = (None, False)
 
 
 def test_a_job_starts_after_those_that_it_names_and_in_no_order_of_its_own(store: Store) -> None:
     first, second = queue(store), queue(store)
     last = queue(store, second, first)
-    assert standing(store, last) == (second, True, False)
+    assert standing(store, last) == (second, False)
     end(store, first)
-    assert standing(store, last) == (second, True, False)
+    assert standing(store, last) == (second, False)
     end(store, second)
     assert standing(store, last) == FREE
     assert store.jobs.events(last)[-1].text == f"job {second} has succeeded"
@@ -73,7 +73,7 @@ def test_a_failure_keeps_it_until_a_retry_succeeds(store: Store, reason: Reason)
     first = queue(store, max_retries=0)
     last = queue(store, first)
     end(store, first, reason)
-    assert standing(store, last) == (first, True, False) and take(store) is None
+    assert standing(store, last) == (first, False) and take(store) is None
     store.jobs.retry(first, "ada")
     end(store, first)
     assert standing(store, last) == FREE
@@ -91,7 +91,7 @@ def test_an_attempt_that_is_tried_again_is_no_end(store: Store) -> None:
     first = queue(store, max_retries=2)
     last = queue(store, first, after_any=True)
     end(store, first, Reason.TRAINER_ERROR)
-    assert standing(store, last) == (first, True, False)
+    assert standing(store, last) == (first, False)
 
 
 def test_the_round_lets_go_what_ended_otherwise(store: Store) -> None:
@@ -101,7 +101,7 @@ def test_the_round_lets_go_what_ended_otherwise(store: Store) -> None:
     store.jobs.cancel(kept, "ada")
     store.jobs.cancel(any_end, "ada")
     round_of_the_fleet(store)
-    assert standing(store, after_kept) == (kept, True, False)
+    assert standing(store, after_kept) == (kept, False)
     assert standing(store, after_any) == FREE
 
 
@@ -110,11 +110,11 @@ def test_a_person_s_hold_outlives_the_wait_and_the_wait_outlives_a_release(store
     last, released = queue(store, first), queue(store, first)
     for job_id in (last, released):
         store.jobs.hold(job_id, "mara", "disk")
-    assert standing(store, last) == (first, True, True)
+    assert standing(store, last) == (first, True)
     store.jobs.retry(released, "mara")
-    assert standing(store, released) == (first, True, False)
+    assert standing(store, released) == (first, False)
     end(store, first)
-    assert standing(store, last) == (None, True, False)
+    assert standing(store, last) == (None, True)
     assert standing(store, released) == FREE
 
 
@@ -130,7 +130,7 @@ def test_a_cancelled_one_waits_again_when_it_is_retried(store: Store) -> None:
     last = queue(store, first)
     assert store.jobs.cancel(last, "ada").status is Status.CANCELLED
     store.jobs.retry(last, "ada")
-    assert standing(store, last) == (first, True, False)
+    assert standing(store, last) == (first, False)
     store.jobs.cancel(last, "ada")
     end(store, first)
     store.jobs.retry(last, "ada")
@@ -149,9 +149,9 @@ def test_one_that_is_retried_after_gc_has_removed_what_it_awaits_is_held_with_th
     assert timed.results.forget_jobs([first], clock.now) == {first}
     timed.jobs.retry(last, "ada")
     round_of_the_fleet(timed)
-    assert standing(timed, last) == (second, True, False)
+    assert standing(timed, last) == (second, False)
     end(timed, second)
-    assert standing(timed, last) == (None, True, False)
+    assert standing(timed, last) == (None, True)
     assert timed.jobs.get(last).message == f"held: job {first}, which it was to start after, is not there any more"
     timed.jobs.retry(last, "ada")
     assert standing(timed, last) == FREE
@@ -199,7 +199,7 @@ def test_a_job_with_many_followers_holds_up_no_others(store: Store, monkeypatch:
             session.execute(update(Job).where(Job.job_id == job_id).values(status=Status.SUCCEEDED))
     round_of_the_fleet(store)
     assert standing(store, last) == FREE
-    assert [standing(store, job_id) for job_id in many[:4]] == [FREE] * 3 + [(first, True, False)]
+    assert [standing(store, job_id) for job_id in many[:4]] == [FREE] * 3 + [(first, False)]
     for _ in range(3):
         round_of_the_fleet(store)
     assert {standing(store, job_id) for job_id in many} == {FREE}
@@ -212,7 +212,7 @@ def test_jobs_of_one_submit_name_each_other_and_all_of_them_are_written_or_none(
     first, second = store.jobs.submit_all([answers, pairs])
     stored = store.jobs.get(second).spec
     assert (stored["after"], stored["lora"]["init_from"]) == ([first], str(first))
-    assert standing(store, second) == (first, True, False)
+    assert standing(store, second) == (first, False)
 
 
 def sweep(store: Store, count: int, varied: str = "lora.r", **keys: object) -> tuple[int, list[int]]:
@@ -243,7 +243,7 @@ def test_the_best_member_of_a_sweep_is_begun_from_once_all_have_ended(
     sweep_id, members = sweep(store, len(losses))
     last = begin_from_best(store, sweep_id)
     for job_id, loss in zip(members, losses, strict=True):
-        assert store.jobs.get(last).held
+        assert store.jobs.get(last).is_blocked
         train(store, job_id, loss)
     assert standing(store, last) == FREE and store.jobs.get(last).ancestor == members[1]
     assert not store.results.remove(members[1], "ada"), "an open job begins from it"
@@ -266,13 +266,13 @@ def test_where_no_member_has_a_result_the_job_is_held_with_the_reason(store: Sto
     last = begin_from_best(store, sweep_id, notify=["ops"])
     train(store, members[0], None)
     why = f"no member of sweep {sweep_id} has a held-out loss and a stored adapter; loractl cancel drops the job"
-    assert standing(store, last) == (None, True, False) and store.jobs.get(last).message == f"held: {why}"
+    assert standing(store, last) == (None, True) and store.jobs.get(last).message == f"held: {why}"
     with store.engine.connect() as connection:
         posted = connection.execute(select(OutboxMessage.kind, OutboxMessage.job_id, OutboxMessage.subject)).all()
     assert posted == [("job.held", last, f"last: held, {why}")]
     store.jobs.retry(last, "ada")
     take(store)
-    assert standing(store, last) == (None, True, False) and store.jobs.get(last).message == f"held: {why}"
+    assert standing(store, last) == (None, True) and store.jobs.get(last).message == f"held: {why}"
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_an_edit_blocks_no_released_job_again(store: Store) -> None:
     store.jobs.edit(amendment(store, last, ["priority=5"]), "ada")
     assert standing(store, last) == FREE
     store.jobs.edit(amendment(store, last, ["after_any=false"]), "ada")
-    assert standing(store, last) == (first, True, False)
+    assert standing(store, last) == (first, False)
 
 
 def test_a_retry_with_a_change_continues_from_the_checkpoint_of_the_adapter_that_it_began_from(store: Store) -> None:

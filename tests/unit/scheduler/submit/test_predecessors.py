@@ -217,7 +217,7 @@ def test_a_job_that_waits_for_a_sweep_s_best_may_begin_from_a_member_that_has_en
     claim = take(store)
     assert isinstance(claim, Claim)
     store.attempts.finish(claim, Reason.OK, "", Progress(metrics=((1, HELD_OUT_LOSS, 0.5),)), RESULT)
-    assert store.jobs.get(last).held, "the other member has not ended"
+    assert store.jobs.get(last).is_blocked, "the other member has not ended"
     store.jobs.edit(amendment(store, last, [f"lora.init_from={claim.job_id}"]), "ada")
     row = store.jobs.get(last)
     assert (row.after, row.after_any, row.held) == ([], False, False)
