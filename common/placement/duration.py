@@ -63,7 +63,7 @@ _IN_WORDS = {
     Basis.BASE: "measured on such a card with its base",
     Basis.CARDS: "measured with its base on other cards",
     Basis.BASES: "measured with other bases, scaled by their parameters",
-    Basis.PAST: "the median of whole jobs, since its rows were not counted",
+    Basis.PAST: "the median of whole jobs, whatever they computed",
     Basis.UNKNOWN: "not known: nothing like it was measured",
 }
 

@@ -109,8 +109,12 @@ def store_data(
 
 
 def counted_data(spec: JobSpec) -> dict[str, Any]:
-    """What is known of the local data sets without storing them. Raises DataError."""
-    return {key: _counted(Path(text)) for key, text in spec.data_sets().items() if Path(text).is_file()}
+    """What is known of the local data sets without storing them; a file that can't be read is left out."""
+    counted = {}
+    for key, text in spec.data_sets().items():
+        with contextlib.suppress(DataError):
+            counted.update({key: _counted(Path(text))} if Path(text).is_file() else {})
+    return counted
 
 
 BYTES_A_TOKEN = 4
@@ -140,8 +144,16 @@ def _counted(file: Path) -> dict[str, int]:
     with file.open("rb") as lines:
         for line in itertools.islice(lines, 0, None, every):
             if line.strip():
-                parsed, seen = parsed + _text_size(json.loads(line)), seen + len(line)
+                parsed, seen = parsed + _line_size(line), seen + len(line)
     return {"rows": rows, "bytes": size, "tokens": round(parsed / max(1, seen) * size / BYTES_A_TOKEN)}
+
+
+def _line_size(line: bytes) -> int:
+    """Of a row that is no JSON by itself, like all rows of a file whose lines end in CR alone, its bytes."""
+    try:
+        return _text_size(json.loads(line))
+    except (ValueError, RecursionError):
+        return len(line)
 
 
 def _text_size(value: Any) -> int:

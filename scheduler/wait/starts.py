@@ -36,7 +36,7 @@ class ExpectedStart:
     at: dt.datetime
     spread_s: float  # half width, from the spread of the running jobs' measured steps
     nodes: tuple[str, ...]  # all its cards
-    rests_on: tuple[int, ...] = ()  # the running jobs that leave these cards before, as their steps say
+    rests_on: tuple[int, ...] = ()  # the running jobs that leave these cards before, as is expected of them
 
     def as_json(self) -> dict[str, Any]:
         """`at` as ISO 8601, `spread_s`, `rests_on`, and `node`: with several cards, the first, and all of them in

@@ -56,7 +56,7 @@ def _start(answer: Why, screen: Screen) -> list[str]:
     if start is not None and start.at > answer.now:
         spread = f" ± {duration(start.spread_s)}" if start.spread_s >= 1 else ""
         at, rests = clock(start.at, answer.now), start.rests_on
-        ends = f"if {when_they_end(rests)} as {'its' if len(rests) == 1 else 'their'} steps say" if rests else ""
+        ends = f"if {when_they_end(rests)} as expected" if rests else ""
         return wrapped(f"Expected start: {at}{spread} on {in_words(start.nodes)}{', ' * bool(ends)}{ends}.", at, screen)
     return wrapped(f"Expected start: not known: {answer.unknown}.", "", screen) if answer.unknown else []
 

@@ -11,7 +11,7 @@ import pytest
 from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import DataError
 from loractl.common.store.store import Store
-from loractl.scheduler.submit.data import check_data, check_used_data, store_data
+from loractl.scheduler.submit.data import check_data, check_used_data, counted_data, store_data
 from loractl.scheduler.submit.draft import like_job, rows_at_hand
 
 from ....databases import SQLITE_ALONE
@@ -59,6 +59,21 @@ def test_what_is_stored_of_a_file_of_lines_says_how_many_rows_and_bytes_it_has(t
 def rows_in(file: Path, what: str, count: int) -> str:
     file.write_text("".join(json.dumps({"text": f"{what} number {n}"}) + "\n" for n in range(count)), "utf-8")
     return str(file)
+
+
+def test_lines_that_end_in_cr_alone_are_stored_as_before_they_were_counted(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(b"\r".join(b'{"text": "row %d"}' % n for n in range(30)))
+    stored = store_data(spec(dataset={"path": str(rows)}), ArtifactStore(f"file://{tmp_path / 'store'}"))
+    assert stored["path"]["tokens"] == round(rows.stat().st_size / 4), "no line is JSON by itself"
+
+
+def test_a_file_that_can_t_be_read_is_left_out_of_a_plan(tmp_path: Path) -> None:
+    torn, good = tmp_path / "torn.csv", tmp_path / "good.csv"
+    torn.write_text('prompt,completion\n"a,b\n')
+    good.write_text("prompt,completion\nwhy,because\n")
+    counted = counted_data(spec(dataset={"path": str(torn), "eval_path": str(good)}))
+    assert counted == {"eval_path": {"rows": 1, "bytes": good.stat().st_size, "tokens": 2}}
 
 
 def test_submit_says_how_many_rows_come_from_where_and_stores_each_file(tmp_path: Path) -> None:
