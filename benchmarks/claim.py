@@ -6,8 +6,9 @@ Each mix fills a database, claims again and again, and gives every claimed job b
 Prints p50 and p95 in ms, this machine's, and for comparison the p50 of a transaction that only asks for 1 ("trip"): on
 a busy machine a claim's dozen round trips to a server are most of its time.
 
-lab: 12 users, 3 priorities, 40 needs. different: 50 users, no two needs alike. nothing fits: the free card is too small
-for all that wait, young jobs; stuck: the same after an hour's waiting, a card kept for the first.
+20 users, 3 priorities. lab: each user has jobs of 10 needs. different: no two needs alike. nothing fits: the same, and
+the free card is too small for all that wait, young jobs; stuck: the same after an hour's waiting, a card kept for the
+first.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from sqlalchemy import Engine, insert, text
 
-from loractl.common.job.method import Method, Need, least_need
+from loractl.common.job.method import Method, Need, Ways, least_need
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Status
 from loractl.common.placement.lines import queue_key, vram_class
@@ -39,7 +40,7 @@ from loractl.common.units import GIB
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests import services
 
-ROWS = (1_000, 10_000, 50_000)
+ROWS = (100, 10_000, 100_000)
 CLAIMS = 60
 WARM_UP = 5
 CARDS = (12, 12, 24, 24, 48, 80)
@@ -58,15 +59,16 @@ class Mix:
 
 
 def lab(rng: random.Random, number: int) -> tuple[str, int, int]:
-    return f"user{rng.randrange(12)}", rng.choice((0, 0, 0, 0, 1, -1)), (4 + rng.randrange(40) * 2) * GIB
+    user = rng.randrange(20)
+    return f"user{user}", rng.choice((0, 0, 0, 0, 1, -1)), (4 + (user * 7 + rng.randrange(10) * 3) % 40 * 2) * GIB
 
 
 def different(rng: random.Random, number: int) -> tuple[str, int, int]:
-    return f"user{rng.randrange(50)}", rng.choice((-1, 0, 1)), 4 * GIB + number * 1_400_000 + rng.randrange(1000)
+    return f"user{rng.randrange(20)}", rng.choice((-1, 0, 1)), 4 * GIB + number * 700_000 + rng.randrange(1000)
 
 
 def too_large(rng: random.Random, number: int) -> tuple[str, int, int]:
-    return f"user{rng.randrange(50)}", rng.choice((-1, 0, 1)), 13 * GIB + number * 1_400_000
+    return f"user{rng.randrange(20)}", rng.choice((-1, 0, 1)), 13 * GIB + number * 700_000
 
 
 MIXES = {
@@ -132,9 +134,9 @@ def fill(engine: Engine, mix: Mix, count: int, now: dt.datetime) -> None:
                 "name": "bench", "user": user, "labels": {}, "spec": spec,
                 "base_model": "org/model", "data": {}, "priority": priority, "vram_lora": need.lora,
                 "vram_qlora": need.qlora, "vram_needed": least, "vram_class": vram_class(least), "planned": vars(need),
-                "queue_key": queue_key(priority, least, {}, user), "methods": [m.value for m in METHODS],
-                "max_retries": 2, "status": Status.QUEUED, "held": False, "attempt": 0,
-                "retries_used": 0, "submitted_at": now - dt.timedelta(seconds=mix.waited_s),
+                "queue_key": queue_key(priority, METHODS, need, Ways(), {}, user),
+                "methods": [m.value for m in METHODS], "max_retries": 2, "status": Status.QUEUED, "held": False,
+                "attempt": 0, "retries_used": 0, "submitted_at": now - dt.timedelta(seconds=mix.waited_s),
             }
         )  # fmt: skip
     with engine.begin() as connection:

@@ -1,7 +1,7 @@
-"""Lines of waiting jobs. The rule reads only those jobs that could start now.
+"""What waits, in lines: the rule reads the first job of each, and more of a line only once that one has started.
 
-A line's jobs share a queue key: everything that the rule reads of a waiting job, except its age. Sizes are coarse VRAM
-classes for the queues, and fine steps for the order of waiting jobs.
+A line holds one user's jobs between which the rule sees no difference but age and the work that is left. So if the
+first of a line can't start, none of it can.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ from __future__ import annotations
 import bisect
 import datetime as dt
 import functools
+import heapq
 import json
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Protocol
+import re
+import zlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from loractl.common.job.method import Method, Need, SharedNeed, Ways, least_need
 from loractl.common.units import GIB
+
+from .duration import UNKNOWN_S
 
 RESULT_FIRST_S = 600.0
 """How long a job waits only for the box that has its finished result: elsewhere it would be trained again."""
@@ -40,6 +44,7 @@ class Waiting:
     gangs: tuple[SharedNeed, ...] = ()  # how several cards may divide it, the preferred way first
     again: dt.datetime | None = None  # when it came back: after an attempt, a hold or a retry; None: it never left
     checkpoint_s: float | None = None  # from an attempt's start to its first stored checkpoint; None: not measured
+    left_s: float = UNKNOWN_S  # seconds of work that are left, on one whole card
 
     @functools.cached_property
     def least(self) -> int | None:
@@ -50,6 +55,13 @@ class Waiting:
     def bound(self) -> int | None:
         """Bytes that a card must have free before it is worth trying: the job's least, or a card's part of it."""
         return Ways(alone=self.alone, gangs=self.gangs).bound(self.methods, self.need) if self.gangs else self.least
+
+    @functools.cached_property
+    def line(self) -> Hashable:
+        """Equal for jobs between which the rule sees no difference but age and the work that is left."""
+        remembers = self.only_host, self.avoids, self.bf16, self.checkpoint_s
+        asks = self.methods, self.need, self.requires, self.alone, self.gangs
+        return self.user, self.priority, asks, remembers
 
 
 def waited(job: Waiting, now: dt.datetime) -> float:
@@ -62,241 +74,130 @@ def waited_again(job: Waiting, now: dt.datetime) -> float:
     return (now - (job.again or job.since)).total_seconds()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stay:
-    """An opening on one card and how long that card stays: a bound like those of `Openings`."""
+class Queue(Protocol):
+    """The ready jobs."""
 
-    above: int  # a job that needs this much or less does not start there: a processor leaves it to GPUs; -1: it may
-    bytes: int  # a job that needs more does not fit
-    whole: bool  # a job whose need is not known may start
-    labels: frozenset[tuple[str, str]]
-    left_s: float  # from when the room is there; infinite: its worker stays
-    unmeasured: bool  # that is enough for a job whose time to a checkpoint was not measured
+    def firsts(self, also: Set[int] = frozenset()) -> Sequence[Waiting]:
+        """The jobs with these numbers, and of each line two: the first, and the oldest."""
+        ...
 
-    def admits(self, job: Waiting) -> bool:
-        time = self.unmeasured if job.checkpoint_s is None else job.checkpoint_s <= self.left_s
-        fits = self.whole if job.bound is None else self.above < job.bound <= self.bytes
-        return time and fits and job.requires <= self.labels
-
-    def exceeds(self, other: Stay) -> bool:
-        """Whether it admits all that the other one does, apart from labels."""
-        more = self.above <= other.above and self.bytes >= other.bytes and self.left_s >= other.left_s
-        return more and self.whole >= other.whole and self.unmeasured >= other.unmeasured
-
-    def or_(self, other: Stay) -> Stay:
-        """A bound for what one of them admits, apart from labels."""
-        return replace(
-            self,
-            above=min(self.above, other.above),
-            bytes=max(self.bytes, other.bytes),
-            whole=self.whole or other.whole,
-            left_s=max(self.left_s, other.left_s),
-            unmeasured=self.unmeasured or other.unmeasured,
-        )
-
-
-def widest(stays: Iterable[Stay], requires: frozenset[tuple[str, str]], most: int) -> list[Stay]:
-    """At most `most` bounds that together admit each job with these labels that one of the stays admits."""
-    found: list[Stay] = []
-    for stay in sorted(stays, key=lambda one: (-one.bytes, -one.left_s)):
-        if requires <= stay.labels and not any(other.exceeds(stay) for other in found):
-            found.append(stay)
-    rest = found[most - 1 :]
-    return [*found[: most - 1], functools.reduce(Stay.or_, rest)] if rest else found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Openings:
-    """What could start somewhere now: bounds that a line may use to leave out jobs without reading them."""
-
-    gpu: int  # bytes of the largest opening on a GPU; 0: none
-    processor: tuple[int, int]  # a job that needs more than the first and at most the second may start on a CPU
-    unknown: bool  # a job whose need is not known may start
-    labels: frozenset[frozenset[tuple[str, str]]]  # of each card with an opening
-    without: frozenset[str] = frozenset()  # users of whom no job is asked for
-    stays: frozenset[Stay] | None = None  # of each card with an opening; None: no worker stops by itself
-
-    @property
-    def any(self) -> bool:
-        """Whether a job may start."""
-        return self.gpu > 0 or self.processor[1] > self.processor[0]
-
-    @property
-    def steps(self) -> tuple[int, int]:
-        """The size steps that may be admitted, as ranges with both ends included; step 0: a need not known."""
-        low, high = self.processor
-        return 0 if self.unknown else 1, max(size_step(self.gpu), size_step(high) if high > low else 0)
-
-    def may_admit(self, step: int, requires: frozenset[tuple[str, str]]) -> bool:
-        """False when no job of this step and these labels is admitted. Steps are rounded down."""
-        if not self._has(requires):
-            return False
-        if step == 0:
-            return self.unknown
-        low, high = self.processor
-        return step <= size_step(self.gpu) or size_step(low) <= step <= size_step(high)
-
-    def admit_all(self, step: int) -> bool:
-        """True only when every job of this step is admitted, given that some may be; `stays` are not asked."""
-        return step == 0 or step < size_step(self.gpu)
-
-    def admits(self, job: Waiting) -> bool:
-        """Whether the job may start, see `admit`, and some card stays long enough for it."""
-        fits = job.user not in self.without and self.admit(job.bound, job.requires)
-        return fits and (self.stays is None or any(stay.admits(job) for stay in self.stays))
-
-    def admit(self, least: int | None, requires: frozenset[tuple[str, str]]) -> bool:
-        if not self._has(requires):
-            return False
-        if least is None:
-            return self.unknown
-        return least <= self.gpu or self.processor[0] < least <= self.processor[1]
-
-    def _has(self, requires: frozenset[tuple[str, str]]) -> bool:
-        return any(requires <= labels for labels in self.labels)
-
-
-class Line(Protocol):
-    """Ready jobs, oldest first: one user's of one priority, or all of them."""
-
-    def next(self, openings: Openings) -> Waiting | None:
-        """The oldest admitted job that was not given yet. Each call's openings must lie within the last call's."""
+    def after(self, job: Waiting) -> Waiting | None:
+        """The next job of its line."""
         ...
 
 
-class ListedLine:
-    """A line over a list."""
-
-    def __init__(self, jobs: Iterable[Waiting]) -> None:
-        self._jobs = list(jobs)
-
-    def next(self, openings: Openings) -> Waiting | None:
-        for index, job in enumerate(self._jobs):
-            if openings.admits(job):
-                return self._jobs.pop(index)
-        return None
+def in_line(job: Waiting) -> tuple[float, int]:
+    """Orders the jobs of a line: by age. `IN_LINE` in common/store/queries/lines.py is the same in SQL."""
+    return 0.0, job.job_id
 
 
-@dataclass(frozen=True, kw_only=True)
-class PassedOver:
-    """What a claim goes without: jobs whose rows are locked, and all jobs of users whose rows would keep it busy."""
+class Lines:
+    """A queue in memory."""
 
-    jobs: set[int] = field(default_factory=set)
-    users: set[str] = field(default_factory=set)
-
-    def has(self, job: Waiting) -> bool:
-        return job.job_id in self.jobs or job.user in self.users
-
-
-class PassingLine:
-    """A line without some jobs."""
-
-    def __init__(self, line: Line, passed: PassedOver) -> None:
-        self._line, self._passed = line, passed
-
-    def next(self, openings: Openings) -> Waiting | None:
-        of_others = replace(openings, without=openings.without | self._passed.users)
-        while (job := self._line.next(of_others)) is not None and self._passed.has(job):
-            pass
-        return job
-
-
-class SubstitutedLine:
-    """A line in which one job has another form: at its own place by age, but with other needs or methods."""
-
-    def __init__(self, line: Line, changed: Waiting) -> None:
-        self._line = line
-        self._number = changed.job_id
-        self._changed: Waiting | None = changed  # None: it was given
-        self._read: Waiting | None = None  # from the line, and not given yet
-
-    def next(self, openings: Openings) -> Waiting | None:
-        other, self._read = self._read, None
-        if other is None or not openings.admits(other):
-            other = self._other(openings)
-        changed = self._changed
-        if changed is None or not openings.admits(changed):
-            return other
-        if other is not None and other.job_id < changed.job_id:
-            return other
-        self._changed, self._read = None, other
-        return changed
-
-    def _other(self, openings: Openings) -> Waiting | None:
-        job = self._line.next(openings)
-        return self._line.next(openings) if job is not None and job.job_id == self._number else job
-
-
-Order = tuple[float, int]  # what comes first, then the job's number
-
-_Shelf = tuple[int, frozenset[tuple[str, str]]]  # size step, required labels
-
-
-class KeptLine:
-    """Jobs in one order, on a shelf for each step of need. An opening rules out whole shelves before they are read."""
-
-    def __init__(self) -> None:
-        self._order: list[Order] = []
-        self._shelves: dict[_Shelf, list[tuple[Order, Waiting]]] = {}
-        self._jobs: dict[Order, Waiting] = {}
+    def __init__(self, jobs: Iterable[Waiting] = (), order: Callable[[Waiting], Any] = in_line) -> None:
+        self._order = order
+        self._lines: dict[Hashable, _Line] = {}
+        self._jobs: dict[int, Waiting] = {}
+        for job in jobs:
+            self.add(job)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._jobs)
 
-    def first(self) -> Waiting | None:
-        return self._jobs[self._order[0]] if self._order else None
+    def add(self, job: Waiting) -> None:
+        self._jobs[job.job_id] = job
+        self._lines.setdefault(job.line, _Line(self._order)).add(job)
 
-    def add(self, job: Waiting, rank: float = 0.0) -> None:
-        """Put the job in its place, by rank, then by number."""
-        order = (rank, job.job_id)
-        bisect.insort(self._order, order)
-        bisect.insort(self._shelves.setdefault(_shelf(job), []), (order, job), key=lambda entry: entry[0])
-        self._jobs[order] = job
+    def remove(self, job: Waiting) -> None:
+        """Take the job out; it must be there."""
+        del self._jobs[job.job_id]
+        line = self._lines[job.line]
+        line.remove(job)
+        if not line.in_order:
+            del self._lines[job.line]
 
-    def remove(self, job: Waiting, rank: float = 0.0) -> None:
-        """Take the job out; it must be there, with that rank."""
-        order = (rank, job.job_id)
-        del self._order[bisect.bisect_left(self._order, order)]
-        del self._jobs[order]
-        entries = self._shelves[_shelf(job)]
-        del entries[bisect.bisect_left(entries, order, key=lambda entry: entry[0])]
-        if not entries:
-            del self._shelves[_shelf(job)]
+    def firsts(self, also: Set[int] = frozenset()) -> list[Waiting]:
+        found = [self._jobs[number] for number in also if number in self._jobs]
+        for line in self._lines.values():
+            found += (line.in_order[0], line.by_age[0])
+        return list({job.job_id: job for job in found}.values())
 
-    def reader(self) -> LineReader:
-        """A line over what waits now. Once the line has changed, it must not be read any more."""
-        return LineReader(self._shelves)
-
-
-class LineReader:
-    """One pass over a kept line, see `Line`."""
-
-    def __init__(self, shelves: dict[_Shelf, list[tuple[Order, Waiting]]]) -> None:
-        self._shelves = shelves
-        self._read: dict[_Shelf, int] = {}  # entries that were given or did not fit
-
-    def next(self, openings: Openings) -> Waiting | None:
-        best: tuple[Order, Waiting, _Shelf] | None = None
-        for shelf, entries in self._shelves.items():
-            if not openings.may_admit(*shelf):
-                continue
-            place = self._read.get(shelf, 0)
-            while place < len(entries):
-                order, job = entries[place]
-                if openings.admits(job):
-                    if best is None or order < best[0]:
-                        best = (order, job, shelf)
-                    break
-                place += 1
-            self._read[shelf] = place
-        if best is None:
-            return None
-        self._read[best[2]] += 1
-        return best[1]
+    def after(self, job: Waiting) -> Waiting | None:
+        """It may have been taken out."""
+        line = self._lines.get(job.line)
+        return None if line is None else line.after(job)
 
 
-def _shelf(job: Waiting) -> _Shelf:
-    return size_step(job.bound), job.requires
+class _Line:
+    """Jobs that are alike, by the queue's order and by age."""
+
+    def __init__(self, order: Callable[[Waiting], Any]) -> None:
+        self._order = order
+        self.in_order: list[Waiting] = []
+        self.by_age: list[Waiting] = []
+
+    def add(self, job: Waiting) -> None:
+        bisect.insort(self.in_order, job, key=self._order)
+        bisect.insort(self.by_age, job, key=_number)
+
+    def remove(self, job: Waiting) -> None:
+        del self.in_order[bisect.bisect_left(self.in_order, self._order(job), key=self._order)]
+        del self.by_age[bisect.bisect_left(self.by_age, job.job_id, key=_number)]
+
+    def after(self, job: Waiting) -> Waiting | None:
+        place = bisect.bisect_right(self.in_order, self._order(job), key=self._order)
+        return self.in_order[place] if place < len(self.in_order) else None
+
+
+def _number(job: Waiting) -> int:
+    return job.job_id
+
+
+class Without:
+    """A queue without some lines, and without all jobs of some users."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self.lines: set[Hashable] = set()
+        self.users: set[str] = set()
+
+    def firsts(self, also: Set[int] = frozenset()) -> list[Waiting]:
+        found: Iterable[Waiting] = self._queue.firsts(also)
+        if self.users or self.lines:
+            found = (job for job in found if job.user not in self.users and job.line not in self.lines)
+        return list(found)
+
+    def after(self, job: Waiting) -> Waiting | None:
+        return self._queue.after(job)
+
+
+def in_turn(
+    queue: Queue, firsts: Iterable[Waiting], rank: Callable[[Waiting], Any], goes_on: Callable[[Waiting], bool]
+) -> Iterator[Waiting]:
+    """The jobs by rank, each once. Of a line the next one is read if `goes_on` says so of the one before.
+
+    The rank of a job may grow meanwhile; it differs between jobs.
+    """
+    met = set[int]()
+    heads: list[tuple[Any, Waiting]] = []
+
+    def join(job: Waiting | None) -> None:
+        while job is not None and job.job_id in met:
+            job = queue.after(job)
+        if job is not None:
+            met.add(job.job_id)
+            heapq.heappush(heads, (rank(job), job))
+
+    for job in firsts:
+        join(job)
+    while heads:
+        was, job = heapq.heappop(heads)
+        if was < (now := rank(job)):
+            heapq.heappush(heads, (now, job))
+            continue
+        yield job
+        if goes_on(job):
+            join(queue.after(job))
 
 
 VRAM_CLASSES = (8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 144, 192, 288)
@@ -316,49 +217,76 @@ def served_classes(free: int) -> tuple[int, ...]:
     return tuple(c for c, bound in zip(VRAM_CLASSES, lower, strict=True) if bound * GIB < free)
 
 
-def size_step(size: int | None) -> int:
-    """The step of a need in bytes: eight to the octave from 1 GiB, 0 for an unknown one, 1 below 1 GiB."""
-    if size is None:
-        return 0
-    octaves = math.log2(max(size, 1) / GIB)
-    return 1 if octaves < 0 else 2 + math.floor(8 * octaves)
+def queue_key(
+    priority: int,
+    methods: Sequence[Method],
+    need: Need,
+    ways: Ways,
+    requires: Mapping[str, str],
+    user: str,
+    own: int | None = None,
+) -> str:
+    """The line in which a job waits: what the rule reads of a job apart from its age and the work that is left.
 
-
-def queue_key(priority: int, least: int | None, requires: Mapping[str, str], user: str) -> str:
-    """The line in which a job waits. For the rule, jobs with the same key differ only in their age.
-
-    Keys sort by priority, the highest first, then by the size's step, so that one index answers what could fit.
+    Keys of a user sort by priority, the highest first, then by the least bytes. `own`: the number of a job that has
+    run. It has a line of its own, since it remembers the cards that failed it, the box of its result, the format of its
+    checkpoint and the time to it.
     """
-    labels = json.dumps(requires, sort_keys=True, ensure_ascii=True).replace("|", "\\u007c") if requires else ""
-    return f"{10_000 - priority:05d}|{size_step(least):03d}|{labels}|{user}"
+    letters = "".join(method.value[0] for method in methods)
+    sizes = (f"{ways.bound(methods, need) or 0:017d}", letters, need.lora or "?", need.qlora or "?")
+    asked = ".".join(map(str, sizes))
+    if (several := ways.as_json()) is not None:
+        asked += f".w{zlib.crc32(json.dumps(several, sort_keys=True).encode()):08x}"
+    labels = json.dumps(requires, sort_keys=True).replace("|", "\\u007c") if requires else ""
+    key = f"{10_000 - priority:05d}|{asked}|{labels}|{user}"
+    return key if own is None else own_key(key, own)
 
 
-def queue_key_range(priority: int, first_step: int, last_step: int) -> tuple[str, str]:
-    """The range of these steps' keys: first text included, last one not."""
-    level = f"{10_000 - priority:05d}"
-    return f"{level}|{first_step:03d}|", f"{level}|{last_step:03d}}}"  # } is the next character after the separator
+def own_key(key: str, job_id: int) -> str:
+    """The key of the job's own line, which comes after that of jobs that ask for the same and have not run."""
+    level, asked, rest = key.split("|", 2)
+    return f"{level}|{asked.partition('~')[0]}~{job_id}|{rest}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueueKey:
-    """The parts of a key that `queue_key` made."""
+    """What a key says."""
 
-    text: str
-    level: str
-    step: int
+    priority: int
+    bound: int  # bytes that a card must have free; 0: not known
+    methods: tuple[Method, ...]
+    need: Need
     requires: frozenset[tuple[str, str]]
-    user: str
+    is_whole: bool  # it says all that the rule reads of a job apart from `job`'s arguments
 
     @classmethod
+    @functools.lru_cache(maxsize=4096)
     def parse(cls, text: str) -> QueueKey:
-        level, step, labels, user = text.split("|", 3)
-        requires = frozenset(json.loads(labels).items()) if labels else frozenset()
-        return cls(text=text, level=level, step=int(step), requires=requires, user=user)
+        """Of any text that the column `queue_key` holds."""
+        level, asked, labels, _ = text.split("|", 3)
+        sizes = _SIZES.fullmatch(asked)  # None: also several cards may have the job, or it has run
+        letters, lora, qlora = ("", "?", "?") if sizes is None else sizes.groups()
+        return cls(
+            priority=10_000 - int(level),
+            bound=int(asked[:17]),
+            methods=tuple(_LETTERS[letter] for letter in letters),
+            need=Need(lora=None if lora == "?" else int(lora), qlora=None if qlora == "?" else int(qlora)),
+            requires=frozenset(json.loads(labels).items()) if labels else frozenset(),
+            is_whole=sizes is not None,
+        )
 
-    def may_fit(self, openings: Openings) -> bool:
-        """False when no job under this key can be admitted."""
-        return openings.may_admit(self.step, self.requires)
+    def job(self, job_id: int, user: str, since: dt.datetime, left_s: float) -> Waiting:
+        return Waiting(
+            job_id=job_id,
+            user=user,
+            priority=self.priority,
+            since=since,
+            methods=self.methods,
+            need=self.need,
+            requires=self.requires,
+            left_s=left_s,
+        )
 
-    def all_fit(self, openings: Openings) -> bool:
-        """True only when every job under this key is admitted, given that some may be."""
-        return openings.admit_all(self.step)
+
+_SIZES = re.compile(r"\d{17}\.([lq]{0,2})\.(\d{1,17}|\?)\.(\d{1,17}|\?)")
+_LETTERS = {method.value[0]: method for method in (Method.LORA, Method.QLORA)}

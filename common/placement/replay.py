@@ -19,8 +19,8 @@ from loractl.common.units import GIB
 
 from .card_hours import QuotaMeter
 from .cards import TIME_GROWTH, Card, Occupant
-from .lines import KeptLine, Line, Openings, Waiting
-from .roomy import with_room
+from .lines import Lines, Waiting
+from .roomy import is_wanted, with_room
 from .rule import OLDEST_FIRST_AFTER_S, Placement, place
 from .shares import charge, decayed
 
@@ -366,8 +366,7 @@ class PlacementRule:
     ) -> None:
         self._meter = meter
         self._roomy = roomy or {}
-        self._levels: dict[int, dict[str, KeptLine]] = {}
-        self._all = KeptLine()
+        self._waiting = Lines()
         self._past: dict[str, tuple[float, dt.datetime]] = {}
         self._running: dict[int, tuple[str, int, dt.datetime, bool]] = {}  # user, bytes, from when, started here
         if since is not None:
@@ -377,16 +376,13 @@ class PlacementRule:
                 self._running[job.job_id] = (job.user, before + job.reserved, since, False)
 
     def arrived(self, job: ReplayedJob) -> None:
-        waiting = job.waiting
-        self._levels.setdefault(waiting.priority, {}).setdefault(waiting.user, KeptLine()).add(waiting)
-        self._all.add(waiting)
+        self._waiting.add(job.waiting)
 
     def starts(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
-        if not len(self._all) or not any(card.room for card in cards):
+        if not len(self._waiting) or not any(card.room for card in cards):
             return []
         rationed = frozenset[str]() if self._meter is None else self._meter.rationed
-        levels, oldest = self._read_levels(), self._all.reader()
-        decisions = place(levels, cards, self.charges(now), now, oldest, rationed)
+        decisions = place(self._waiting, cards, self.charges(now), now, rationed)
         placed = [decision.placed for decision in decisions if decision.placed is not None]
         for placement in placed:
             job = placement.job
@@ -396,7 +392,7 @@ class PlacementRule:
                 self._meter.began(placement, now)
         by_node, given = {card.node: card for card in cards}, list[Placement]()
         for placement in placed:
-            self._drop(placement.job)
+            self._waiting.remove(placement.job)
             card = by_node[placement.node]
             given.append(self._with_room(placement, card))
             job, size = placement.job, given[-1].reserved
@@ -406,13 +402,8 @@ class PlacementRule:
     def _with_room(self, placed: Placement, card: Card) -> Placement:
         """The placement with the room that nobody else wants. Jobs that start after it still count as waiting then:
         each node claims for itself."""
-        labels = frozenset({card.labels})
-
-        def wanted(free: int) -> bool:
-            openings = Openings(gpu=free, processor=(0, 0), unknown=False, labels=labels)
-            return self._all.reader().next(openings) is not None
-
-        return with_room(placed, card, self._roomy.get(placed.job.job_id, ()), wanted)
+        number = placed.job.job_id
+        return with_room(placed, card, self._roomy.get(number, ()), lambda free: is_wanted(self._waiting, free, number))
 
     def ended(self, job_id: int, now: dt.datetime) -> None:
         if job_id not in self._running:
@@ -427,7 +418,7 @@ class PlacementRule:
         """When a user whose jobs wait for a quota is below it again."""
         if self._meter is None:
             return None
-        return self._meter.below_at({user for level in self._levels.values() for user in level}, now)
+        return self._meter.below_at({job.user for job in self._waiting.firsts()}, now)
 
     def charges(self, now: dt.datetime) -> dict[str, float]:
         """GiB hours that count against each user, as `nodes.read_charges` has them."""
@@ -445,19 +436,6 @@ class PlacementRule:
             return found
         return found | {user: quota.on(found.get(user, 0.0)) for user, quota in self._meter.at(now).items()}
 
-    def _read_levels(self) -> Iterator[dict[str, Line]]:
-        for priority in sorted(self._levels, reverse=True):
-            yield {user: line.reader() for user, line in self._levels[priority].items()}
-
     def _decayed(self, user: str, now: dt.datetime) -> float:
         amount, at = self._past.get(user, (0.0, now))
         return decayed(amount, (now - at).total_seconds())
-
-    def _drop(self, job: Waiting) -> None:
-        self._all.remove(job)
-        lines = self._levels[job.priority]
-        lines[job.user].remove(job)
-        if not len(lines[job.user]):
-            del lines[job.user]
-        if not lines:
-            del self._levels[job.priority]

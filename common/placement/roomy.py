@@ -8,6 +8,7 @@ from dataclasses import replace
 from loractl.common.job.method import RoomyForm
 
 from .cards import Card
+from .lines import Queue
 from .rule import Placement
 
 Wanted = Callable[[int], bool]
@@ -29,3 +30,9 @@ def with_room(placed: Placement, card: Card, forms: Sequence[RoomyForm], wanted:
     if form is None or wanted(card.free - placed.reserved if card.slots > 1 else 0):
         return placed
     return replace(placed, reserved=form.bytes, form=form)
+
+
+def is_wanted(queue: Queue, free: int, job_id: int) -> bool:
+    """Whether another ready job than this one needs no more than `free` bytes."""
+    others = (queue.after(job) if job.job_id == job_id else job for job in queue.firsts())
+    return any(job is not None and job.bound is not None and job.bound <= free for job in others)

@@ -12,8 +12,6 @@ and nothing is kept or gathered beyond it.
 from __future__ import annotations
 
 import datetime as dt
-import heapq
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -30,12 +28,10 @@ from .cards import (
     largest_gpu,
     least_limit,
     room_for,
-    rooms_in_time,
     takes,
-    time_unmeasured,
 )
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
-from .lines import Line, Openings, Stay, Waiting, waited, waited_again
+from .lines import Queue, Waiting, in_turn, waited, waited_again
 from .shares import NONE_LEFT, START_CHARGE_S
 
 RESERVE_AFTER_S = 30 * 60.0
@@ -90,72 +86,37 @@ class _Fleet:
     now: dt.datetime
     charges: dict[str, float]
     running: dict[str, int]  # jobs by user
+    rationed: Collection[str]  # users with a quota that lets them start nothing beyond it
     kept: Reservation | None = None
+    started: set[int] = field(default_factory=set)
     largest: int = field(init=False)  # bytes for jobs on the largest open card that is no processor, others gone
-    ever: Openings = field(init=False)  # what could start now, or once our running jobs have left
     user_limit: int | None = field(init=False)
-    timed: bool = field(init=False)  # the worker of some open card stops
     awaited: set[int] = field(init=False)
     """Jobs not tried yet for which running jobs were asked to stop: for nothing if others took their other room."""
-
-    rationed: Collection[str] = ()  # users with a quota that lets them start nothing beyond it
+    rooms: dict[str, int] = field(init=False)  # bytes that a job may take now, beside what is kept; of cards with room
 
     def __post_init__(self) -> None:
         usable = [c for c in self.cards.values() if c.open]
-        self.timed = any(c.left_s is not None for c in usable)
         self.largest = largest_gpu(usable)
-        self.ever = replace(
-            self._openings([(c, c.capacity) for c in usable if c.capacity and c.takes_jobs], usable),
-            stays=self._stays(
-                (then, then.free, left_s)
-                for card in usable
-                for then, left_s in rooms_in_time(card, self.now)
-                if then.free > 0 and then.max_jobs > len(then.running)
-            ),
-        )
         self.user_limit = least_limit(usable)
         running = [one for card in self.cards.values() for one in card.running]
         self.awaited = {one.gives_way_to for one in running if one.gives_way_to is not None}
+        self._look()
 
-    def room(self, card: Card) -> int:
-        """Bytes that a job may take there now, beside what is kept."""
+    def _look(self) -> None:
+        self.rooms = {node: room for node, card in self.cards.items() if (room := self._room(card)) > 0}
+
+    def _room(self, card: Card) -> int:
         room = card.room
         kept = self.kept.on(card.node) if room and self.kept is not None else None
         if kept is None:
             return room
         return max(0, min(room, kept.spare)) if kept.spare_slots > 0 else 0
 
-    def openings(self) -> Openings:
-        rooms = [(c, room) for c in self.cards.values() if (room := self.room(c)) > 0]
-        return replace(
-            self._openings(rooms, [c for c, _ in rooms if not c.running]),
-            stays=self._stays((c, room, math.inf if c.left_s is None else c.left_s) for c, room in rooms),
-        )
-
-    def _openings(self, rooms: Sequence[tuple[Card, int]], whole: Sequence[Card]) -> Openings:
-        """`rooms`: bytes by card; `whole`: cards that a job of unknown need may have."""
-        return Openings(
-            gpu=max((room for c, room in rooms if not c.processor), default=0),
-            processor=(self.largest, max((room for c, room in rooms if c.processor), default=0)),
-            unknown=any(not c.processor or self.largest == 0 for c in whole),
-            labels=frozenset(c.labels for c, _ in rooms),
-        )
-
-    def _stays(self, rooms: Iterable[tuple[Card, int, float]]) -> frozenset[Stay] | None:
-        """`rooms`: cards, the bytes of each that a job may have, and the seconds that its worker stays from then on."""
-        if not self.timed:
-            return None
-        return frozenset(
-            Stay(
-                above=self.largest if card.processor and self.largest else -1,
-                bytes=room,
-                whole=not card.running and not (card.processor and self.largest),
-                labels=card.labels,
-                left_s=left_s,
-                unmeasured=left_s >= time_unmeasured(card.window_s),
-            )
-            for card, room, left_s in rooms
-        )
+    @property
+    def is_full(self) -> bool:
+        """Whether no job can start any more. A processor leaves to GPUs what the largest could hold."""
+        return not any(room > self.largest or not self.cards[node].processor for node, room in self.rooms.items())
 
     def takes(self, card: Card, job: Waiting) -> bool:
         """Whether the job may run there at all, see `cards.takes`."""
@@ -173,9 +134,16 @@ class _Fleet:
             self.cards[share.node] = self.cards[share.node].with_job(occupant)
             if self.kept is not None:
                 self.kept = self.kept.without(share.node, share.bytes)
+        self._look()
+        self.started.add(job.job_id)
         hours = sum(share.bytes for share in placed.shares) / GIB * START_CHARGE_S / 3600
         self.charges[job.user] = self.charges.get(job.user, 0.0) + hours
         self.running[job.user] = self.running.get(job.user, 0) + 1
+
+    def keep(self, kept: Reservation) -> None:
+        """From now on others leave it what it needs."""
+        self.kept = kept
+        self._look()
 
     def at_limit(self, user: str) -> bool:
         """Whether the user may start nothing: the limit of running jobs is reached, or the quota is used up."""
@@ -184,19 +152,16 @@ class _Fleet:
 
 
 def place(
-    levels: Iterable[Mapping[str, Line]],
+    queue: Queue,
     cards: Sequence[Card],
     charges: Mapping[str, float],
     now: dt.datetime,
-    oldest: Line | None = None,
     rationed: Collection[str] = (),
 ) -> Iterator[Decision]:
     """What starts now, in the order in which it is decided; lazily, so that a caller may stop early.
 
-    `levels`: the ready jobs by priority, the highest first, and user. `charges`: GiB hours by user, see `charge`.
-    `oldest`: all ready jobs; the oldest that could run goes first once it has waited OLDEST_FIRST_AFTER_S.
-    `rationed`: users with a hard quota: of each, age puts one job at a time first, the next once that has ended, or all
-    that waited for the quota would go before everybody once it lets go.
+    `charges`: GiB hours by user, see `charge`. `rationed`: users with a hard quota: of each, age puts one job at a time
+    first, the next once that has ended, or all that waited for the quota would go before everybody once it lets go.
     """
     fleet = _Fleet(
         cards={c.node: c for c in cards},
@@ -205,27 +170,29 @@ def place(
         running=jobs_by_user(cards),
         rationed=rationed,
     )
-    if not fleet.openings().any:
+    if fleet.is_full:
         return
-    first = None if oldest is None else _first_by_age(oldest, fleet, now)
-    if first is not None:
-        yield from _try(first, fleet, now)
-    for level in levels:
-        for job in _in_order(level, fleet, now):
-            if first is None or job.job_id != first.job_id:
-                yield from _try(job, fleet, now)
-        if not fleet.openings().any:
+    firsts = queue.firsts(fleet.awaited)
+    eldest = _first_by_age(firsts, fleet, now)
+    if eldest is not None:
+        yield from _try(eldest, fleet, now)
+    # room only shrinks here: where a job can't start, the rest of its line can't either
+    tried = in_turn(queue, firsts, lambda job: turn(job, fleet.charges), lambda job: job.job_id in fleet.started)
+    for job in tried:
+        if fleet.is_full:
             return
+        if not fleet.at_limit(job.user) and (eldest is None or job.job_id != eldest.job_id):
+            yield from _try(job, fleet, now)
 
 
-def _first_by_age(oldest: Line, fleet: _Fleet, now: dt.datetime) -> Waiting | None:
+def _first_by_age(firsts: Iterable[Waiting], fleet: _Fleet, now: dt.datetime) -> Waiting | None:
     """The oldest job that the fleet could hold and that its user may start, if it has waited long enough."""
-    asked = fleet.ever
-    while (job := oldest.next(asked)) is not None and waited(job, now) >= OLDEST_FIRST_AFTER_S:
+    old = (job for job in firsts if waited(job, now) >= OLDEST_FIRST_AFTER_S)
+    passed = set[str]()
+    for job in sorted(old, key=lambda job: job.job_id):
         if fleet.at_limit(job.user) or (job.user in fleet.rationed and _follows_another(job, fleet)):
-            asked = replace(asked, without=asked.without | {job.user})
-            continue
-        if fleet.gang_of(job) is not None or any(_rooms(job, fleet, now)):
+            passed.add(job.user)
+        elif job.user not in passed and (fleet.gang_of(job) is not None or any(_rooms(job, fleet, now))):
             return job
     return None
 
@@ -245,29 +212,6 @@ def turn(job: Waiting, charges: Mapping[str, float]) -> tuple[int, float, int]:
     return -job.priority, charges.get(job.user, 0.0), job.job_id
 
 
-def _in_order(level: Mapping[str, Line], fleet: _Fleet, now: dt.datetime) -> Iterator[Waiting]:
-    """One priority's jobs by share and age, while something could start; each is tried before the next is read."""
-    heads: list[tuple[tuple[int, float, int], Waiting]] = []
-
-    def read(user: str, last: Waiting | None) -> None:
-        if fleet.at_limit(user):
-            return
-        # Until a card is kept, a job that has waited long enough for one must be seen, though it does not fit now.
-        # So must one that others give way to, since its room is kept at once.
-        must = last is None or waited(last, now) >= RESERVE_AFTER_S or any(one > last.job_id for one in fleet.awaited)
-        keeps = fleet.kept is None and must
-        job = level[user].next(fleet.ever if keeps else fleet.openings())
-        if job is not None:
-            heapq.heappush(heads, (turn(job, fleet.charges), job))
-
-    for user in level:
-        read(user, None)
-    while heads and fleet.openings().any:
-        _, job = heapq.heappop(heads)
-        yield job
-        read(job.user, job)
-
-
 def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
     """Start the job on the best cards, or keep some for it when it has waited long enough."""
     gang, given_way = fleet.gang_of(job), job.job_id in fleet.awaited
@@ -277,9 +221,10 @@ def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
         fleet.start(found, now)
         yield Decision(placed=found)
     elif fleet.kept is None and (given_way or waited(job, now) >= RESERVE_AFTER_S):
-        fleet.kept = _keep(job, fleet, now) if gang is None else _keep_gang(job, gang, fleet, now)
-        if fleet.kept is not None:
-            yield Decision(reserved=fleet.kept)
+        kept = _keep(job, fleet, now) if gang is None else _keep_gang(job, gang, fleet, now)
+        if kept is not None:
+            fleet.keep(kept)
+            yield Decision(reserved=kept)
 
 
 def _best(job: Waiting, fleet: _Fleet) -> Placement | None:
@@ -289,11 +234,12 @@ def _best(job: Waiting, fleet: _Fleet) -> Placement | None:
     """
     for method in job.methods:
         size = job.need.of(method)
-        holding = [c for c in fleet.cards.values() if _holds_now(c, job, size, fleet)]
+        roomy = ((fleet.cards[node], room) for node, room in fleet.rooms.items())
+        holding = [card for card, room in roomy if has_room(card, job, size, room) and fleet.takes(card, job)]
         if holding:
             card = min(holding, key=lambda card: (len(card.running) > 0, card.free, card.node))
             reserved = card.free if size is None else size
-            return Placement(job=job, node=card.node, method=method, reserved=reserved, room=fleet.room(card))
+            return Placement(job=job, node=card.node, method=method, reserved=reserved, room=fleet.rooms[card.node])
     return None
 
 
@@ -302,7 +248,8 @@ def _best_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet) -> Placement | Non
     allowed = [card for card in takers(job, gang, fleet.cards.values()) if not card.silent]
     for method in job.methods:
         size = gang.need.of(method)
-        holding = [c for c in allowed if (room := fleet.room(c)) > 0 and (size <= room if size else not c.running)]
+        roomy = [(c, fleet.rooms[c.node]) for c in allowed if c.node in fleet.rooms]
+        holding = [c for c, room in roomy if (size <= room if size else not c.running)]
         group = best_group(holding, gang.cards)
         if group is not None:
             first, *beside = (GangShare(node=c.node, bytes=c.free if size is None else size) for c in group)
@@ -311,10 +258,6 @@ def _best_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet) -> Placement | Non
                 job=job, node=first.node, method=method, reserved=first.bytes, beside=tuple(beside), parallel=parallel
             )
     return None
-
-
-def _holds_now(card: Card, job: Waiting, size: int | None, fleet: _Fleet) -> bool:
-    return has_room(card, job, size, fleet.room(card)) and fleet.takes(card, job)
 
 
 def _keep(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Reservation | None:

@@ -220,13 +220,13 @@ class LineKey(Bounded, Text):
     def check(self, column: str, dialect: str) -> str:
         most = 16 * KIB
         if dialect == "sqlite":
-            form = "|".join(("[0-9]" * 5, "[0-9]" * 3, "*", "*"))
+            form = "|".join(("[0-9]" * 5, "[0-9]" * 17 + ".*", "*", "*"))
             return f"typeof({column}) = 'text' AND length(CAST({column} AS BLOB)) <= {most} AND {column} GLOB '{form}'"
-        return f"octet_length({column}) <= {most} AND {column} ~ '^[0-9]{{5}}[|][0-9]{{3}}[|][^|]*[|]'"
+        return f"octet_length({column}) <= {most} AND {column} ~ '^[0-9]{{5}}[|][0-9]{{17}}[.][^|]*[|][^|]*[|]'"
 
     def fits(self, column: str, dialect: str) -> str:
         if dialect == "sqlite":
-            rest = f"substr({column}, 11)"
+            rest = f"substr({column}, 7 + instr(substr({column}, 7), '|'))"
             part = f"substr({rest}, 1, instr({rest}, '|') - 1)"
             return f"{part} = '' OR {fits_sql(dialect, part, labels, null=False)}"
         part = f"split_part({column}, '|', 3)"
@@ -234,7 +234,7 @@ class LineKey(Bounded, Text):
         return f"CASE WHEN {part} = '' THEN true ELSE {fit} END"
 
     def harmless(self, value: Any) -> str:
-        return "10000|000||"
+        return f"10000|{0:017d}.||"
 
 
 class Json(Bounded, JSON):

@@ -87,7 +87,7 @@ CREATE OR REPLACE FUNCTION loractl_readable(job jobs) RETURNS boolean LANGUAGE s
 SET search_path = pg_catalog, public, pg_temp AS $$
   SELECT job.priority BETWEEN -1000 AND 1000 AND
     left(job.queue_key, 5) = lpad((10000 - job.priority)::text, 5, '0') AND
-    substring(job.queue_key FROM '^[0-9]{5}[|][0-9]{3}[|][^|]*[|](.*)$') = job."user" AND
+    substring(job.queue_key FROM '^[0-9]{5}[|][^|]*[|][^|]*[|](.*)$') = job."user" AND
     coalesce(job.lora_until, now()) BETWEEN now() - interval '1 day' AND now() + interval '100 years';
 $$;
 CREATE OR REPLACE FUNCTION loractl_same_batch(job jobs) RETURNS boolean LANGUAGE plpgsql -- in other pieces: reproduce

@@ -92,7 +92,10 @@ WHERE = "where"
 PAUSED = "(held OR not_before IS NOT NULL)"
 """Of a waiting job that is held or waits out a pause, if that is not over. Literal, as WAITS."""
 
-READY = "status = 'queued' AND NOT held AND awaits IS NULL AND (not_before IS NULL OR not_before <= :now)"
+FREE = "status = 'queued' AND NOT held AND awaits IS NULL"
+"""Of a job that nothing keeps waiting but a pause, or the lack of a card."""
+
+READY = f"{FREE} AND (not_before IS NULL OR not_before <= :now)"
 """Of a job that a claim may take, whatever it needs: `fleet.is_ready` in SQL."""
 
 
@@ -139,8 +142,8 @@ class Job(Base):
 
     __tablename__ = "jobs"
     __table_args__ = (
-        _where_queued("ix_jobs_line", "queue_key", "job_id"),
-        _where_queued("ix_jobs_line_need", "queue_key", "vram_needed"),
+        _where_queued("ix_jobs_line", "user", "queue_key", "work_left_s", "job_id", also=FREE.removeprefix(str(WAITS))),
+        _where_queued("ix_jobs_line_age", "user", "queue_key", "job_id", also=FREE.removeprefix(str(WAITS))),
         _where_queued("ix_jobs_line_user", "priority", "user", "job_id"),
         _where_queued("ix_jobs_order", "priority", "job_id"),
         _where_queued("ix_jobs_class", "vram_class"),
@@ -176,7 +179,7 @@ class Job(Base):
     vram_class: Mapped[int]  # GiB; the queue that wakes nodes for it
     # bytes by method as predicted, before what was learned from measured peaks
     planned: Mapped[dict[str, Any]] = mapped_column(Json(object_of(shapes.size)))
-    # priority, size step, required labels, user; bytewise order in every database
+    # its line, with its user: priority, what it asks of a card, required labels; bytewise order in every database
     queue_key: Mapped[str] = mapped_column(LineKey().with_variant(Text(collation="C"), "postgresql"))
     methods: Mapped[list[str]] = mapped_column(  # permitted ones, the preferred first
         Json(list_of(shapes.word((Method.LORA, Method.QLORA))), [])

@@ -200,7 +200,6 @@ class CardVerbs(Subject):
     end_drain = writes(nodes.end_drain)
 
     fleet = reads(decisions.read_view)
-    would_start = reads(decisions.read_start)
     preempt = writes(preemption.preempt)
 
     nodes = lists(nodes.nodes)  # last: it hides the module

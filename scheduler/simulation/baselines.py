@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from loractl.common.placement.cards import Card, Occupant, largest_gpu, suits
-from loractl.common.placement.lines import KeptLine, Openings, Waiting
+from loractl.common.placement.lines import Lines, Waiting, in_turn
 from loractl.common.placement.replay import PlacementRule, ReplayedJob
 from loractl.common.placement.rule import Placement
 
@@ -25,29 +25,30 @@ class GreedyRule:
         self._shares = shares
         self._blocks = blocks
         self._shortest = shortest
-        self._line = KeptLine()
-        self._ranks: dict[int, float] = {}
+        self._waiting = Lines(order=self._rank)
+        self._seconds: dict[int, float] = {}
+
+    def _rank(self, job: Waiting) -> tuple[float, int]:
+        return self._seconds[job.job_id] if self._shortest else 0.0, job.job_id
 
     def arrived(self, job: ReplayedJob) -> None:
-        rank = 0.0
-        if self._shortest:
-            rank = math.inf if job.seconds is None else job.seconds
-        self._ranks[job.waiting.job_id] = rank
-        self._line.add(job.waiting, rank)
+        self._seconds[job.waiting.job_id] = math.inf if job.seconds is None else job.seconds
+        self._waiting.add(job.waiting)
 
     def starts(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
         at_hand = {c.node: c if self._shares else replace(c, max_jobs=1) for c in cards if c.open}
-        largest, placed = largest_gpu(cards), []
-        while len(self._line) and (openings := _openings(at_hand.values(), largest)).any:
-            job = self._line.first() if self._blocks else self._line.reader().next(openings)
-            placement = None if job is None else _fill(job, at_hand.values(), largest)
-            if placement is None:
+        largest, placed = largest_gpu(cards), dict[int, Placement]()
+        for job in in_turn(self._waiting, self._waiting.firsts(), self._rank, lambda job: job.job_id in placed):
+            placement = _fill(job, at_hand.values(), largest)
+            if placement is not None:
+                placed[job.job_id] = placement
+                occupant = Occupant(job_id=job.job_id, user=job.user, reserved=placement.reserved)
+                at_hand[placement.node] = at_hand[placement.node].with_job(occupant)
+            elif self._blocks:
                 break
-            placed.append(placement)
-            occupant = Occupant(job_id=placement.job.job_id, user=placement.job.user, reserved=placement.reserved)
-            at_hand[placement.node] = at_hand[placement.node].with_job(occupant)
-            self._line.remove(placement.job, self._ranks.pop(placement.job.job_id))
-        return placed
+        for placement in placed.values():
+            self._waiting.remove(placement.job)
+        return list(placed.values())
 
     def ended(self, job_id: int, now: dt.datetime) -> None:
         """Nothing depends on it."""
@@ -77,16 +78,6 @@ class BlindRule(PlacementRule):
 
     def starts(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
         return super().starts([replace(card, left_s=None, window_s=None) for card in cards], now)
-
-
-def _openings(cards: Iterable[Card], largest: int) -> Openings:
-    usable = [card for card in cards if card.slots and card.free]
-    return Openings(
-        gpu=max((c.free for c in usable if not c.processor), default=0),
-        processor=(largest, max((c.free for c in usable if c.processor), default=0)),
-        unknown=any(not c.running for c in usable if not c.processor or largest == 0),
-        labels=frozenset(c.labels for c in usable),
-    )
 
 
 def _fill(job: Waiting, cards: Iterable[Card], largest: int) -> Placement | None:

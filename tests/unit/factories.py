@@ -102,7 +102,7 @@ def job(**changed: Any) -> Job:
         "message": None, "stage": None, "not_before": None, "token": None, "lease_expires_at": None, "node": None,
         "gpu": None, "method": None, "step": None, "total_steps": None, "loss": None, "tokens_per_second": None,
         "eta_seconds": None, "started_at": None, "ended_at": None, "adapter_uri": None, "report_uri": None,
-        "manifest_sha256": None,
+        "manifest_sha256": None, "work_left_s": 3600.0,
     }  # fmt: skip
     return Job(**{**row, **changed})
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-from loractl.common.job.method import Method, Need, least_need
+from loractl.common.job.method import Method, Need, Ways, least_need
 from loractl.common.job.status import Status
-from loractl.common.placement.lines import Line, ListedLine, Waiting, queue_key
+from loractl.common.placement.lines import Lines, Waiting, queue_key
 from loractl.common.placement.rule import place
 from loractl.common.placement.shares import charge
 from loractl.common.store.fleet import FleetView, card_of, is_ready, waiting_of
@@ -49,7 +49,7 @@ def waits(
     values = {
         "job_id": job_id, "vram_lora": need.lora, "vram_qlora": need.qlora, "vram_needed": least,
         "methods": [method.value for method in methods], "lora_until": until, "preemptible": False,
-        "queue_key": queue_key(priority, least, labels or {}, user),
+        "queue_key": queue_key(priority, now, need, Ways(), labels or {}, user),
         "spec": {"resources": {"max_vram": None, "node_labels": labels or {}}, "training": {"save_steps": 50}},
     }  # fmt: skip
     return job(**{**values, **changed})
@@ -81,7 +81,7 @@ def fleet(
         drains=orders,
         running={j.job_id: j for j in ran},
         charges=used,
-        decisions=tuple(place(levels_of(jobs), list(cards.values()), used, NOON, ListedLine(jobs))),
+        decisions=tuple(place(Lines(jobs), list(cards.values()), used, NOON)),
     )
 
 
@@ -92,12 +92,3 @@ def drained(target: str = "box", **changed: Any) -> DrainOrder:
 
 def in_seconds(seconds: float) -> dt.datetime:
     return NOON + dt.timedelta(seconds=seconds)
-
-
-def levels_of(jobs: Iterable[Waiting]) -> Iterator[dict[str, Line]]:
-    """The lines of a list of jobs, by priority (the highest first) and user."""
-    by_level: dict[int, dict[str, list[Waiting]]] = {}
-    for one in sorted(jobs, key=lambda j: j.job_id):
-        by_level.setdefault(one.priority, {}).setdefault(one.user, []).append(one)
-    for priority in sorted(by_level, reverse=True):
-        yield {user: ListedLine(line) for user, line in by_level[priority].items()}

@@ -10,25 +10,25 @@ from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method, Need, Ways
 from loractl.common.job.status import Status
-from loractl.common.placement.cards import TimeLeft, time_unmeasured
+from loractl.common.placement.cards import TimeLeft
 from loractl.common.placement.gangs import gang_of
 from loractl.common.placement.lines import QueueKey, queue_key, vram_class
 
-from ..columns import MOST_SECONDS
 from ..fleet import waiting_of
-from ..tables import WAITS, Job, ready_at
+from ..tables import FREE, WAITS, Job, ready_at
 from ..transaction import SKIP_LOCKED, Transaction
 from .cards.nodes import read_cards
-from .lines import EVERY_KEY
+from .lines import MOST_LINES, lines_of
 
 
 def line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:
     """Write the columns by which the claim finds a waiting job, from its needs, methods and patience."""
     patient = job.lora_until is not None and job.lora_until > now
     methods = (Method.LORA,) if patient else tuple(Method(name) for name in job.methods)
-    job.vram_needed = Ways.read(job.gangs).bound(methods, Need(lora=job.vram_lora, qlora=job.vram_qlora))
+    need, ways, own = Need(lora=job.vram_lora, qlora=job.vram_qlora), Ways.read(job.gangs), job.job_id
+    job.vram_needed = ways.bound(methods, need)
     job.vram_class = vram_class(job.vram_needed)
-    job.queue_key = queue_key(job.priority, job.vram_needed, requires, job.user)
+    job.queue_key = queue_key(job.priority, methods, need, ways, requires, job.user, own if job.attempt else None)
 
 
 def node_labels(job: Job) -> dict[str, str]:
@@ -67,16 +67,10 @@ def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
     return set(tx.session.execute(select(*first)).one()) - {None}
 
 
-_OF_KEY = (
-    "status = 'queued' AND queue_key = keys.k AND NOT held AND awaits IS NULL AND gangs IS NULL"
-    " AND coalesce(checkpoint_s, :unmeasured) <= :left"
-)
-_FITTING = sql(
-    f"{EVERY_KEY} SELECT k FROM keys WHERE"  # noqa: S608  no input
-    f" coalesce((SELECT 1 FROM jobs WHERE {_OF_KEY} AND vram_needed <= :largest LIMIT 1),"
-    f" (SELECT 1 FROM jobs WHERE {_OF_KEY} AND vram_needed IS NULL LIMIT 1)) = 1"
-)
-"""Keys of the lines that hold a waiting single-card job small enough for this many bytes."""
+_FIRST_UNHELD = sql(
+    f"{lines_of(FREE)}"  # noqa: S608  no input
+    " SELECT jobs.queue_key, jobs.checkpoint_s FROM lines JOIN jobs ON jobs.job_id = lines.job_id WHERE gangs IS NULL"
+).bindparams(most=MOST_LINES)
 
 
 def has_unfinished(
@@ -94,12 +88,12 @@ def has_unfinished(
     runs = tx.session.scalar(running) is not None
     if runs or largest is None:
         return runs
-    time = {"left": MOST_SECONDS, "unmeasured": 0.0}
-    if time_left is not None:
-        time = {"left": time_left.seconds, "unmeasured": time_unmeasured(time_left.window_s)}
-    keys = tx.session.scalars(_FITTING, {"largest": largest, **time}).all()
-    fits = any(QueueKey.parse(key).requires <= labels.items() for key in keys)
-    return fits or _gang_waits(tx, largest, labels, time_left)
+    for row in tx.session.execute(_FIRST_UNHELD):
+        key = QueueKey.parse(row.queue_key)
+        in_time = time_left is None or time_left.suffices(row.checkpoint_s)
+        if in_time and key.bound <= largest and key.requires <= labels.items():
+            return True
+    return _gang_waits(tx, largest, labels, time_left)
 
 
 def _gang_waits(tx: Transaction, largest: int, labels: Mapping[str, str], time_left: TimeLeft | None) -> bool:

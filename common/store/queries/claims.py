@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import uuid
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,8 +17,8 @@ from loractl.common.job.status import Stage, Status
 from loractl.common.memory.engine import ENGINE
 from loractl.common.placement.cards import Card, could_start, least_limit
 from loractl.common.placement.gangs import may_share
-from loractl.common.placement.lines import PassedOver
-from loractl.common.placement.roomy import with_room
+from loractl.common.placement.lines import Queue, Without, own_key
+from loractl.common.placement.roomy import is_wanted, with_room
 from loractl.common.placement.rule import Placement
 from loractl.common.units import gib
 
@@ -27,7 +26,7 @@ from ..fleet import is_ready
 from ..guard import begun, move
 from ..records import Claim, Left, StoredCheckpoint
 from ..tables import Attempt, Event, Job, Node, sweep_of
-from ..transaction import SKIP_LOCKED, Transaction
+from ..transaction import Transaction
 from .aside import set_aside
 from .cards.decisions import decide
 from .cards.nodes import FleetState, read_fleet
@@ -35,7 +34,7 @@ from .cards.shares import lock, own_first, write
 from .changes import answer_wishes, is_asked_to_stop
 from .durations import Forecasts
 from .followers import begin_from_best
-from .lines import read_locked, read_wanted
+from .lines import StoredQueue, lock_alike
 from .need import raise_least
 from .outbox.notices import tell_of_job
 from .sweeps import read_rungs
@@ -43,12 +42,12 @@ from .sweeps import read_rungs
 if TYPE_CHECKING:
     from loractl.common.job.spec import JobSpec
 
-_TRIES, _PROBED_AFTER = 8, 2
-"""How many locked rows a claim passes over one by one, and after how many it asks which others are locked."""
+_TRIES = 8
+"""Of the rule, in a claim."""
 
-_MOST_PASSED = 32
-"""Locked rows of a user that a claim passes over one by one; with more, or with one that can't start, it goes without
-all jobs of this user: nobody's rows keep a card from the jobs of others."""
+_MOST_LOCKED = 3
+"""Lines of locked rows that a claim goes without. With more, it goes without all jobs of a user: nobody's rows keep a
+card from the jobs of others."""
 
 
 def claim(
@@ -81,26 +80,21 @@ def claim(
     if not mine.room:
         return None
     taken: Claim | Left | None
-    passed, met_odd = PassedOver(), False
+    queue, met_odd = Without(StoredQueue(tx.session, now)), False
     for tried in range(_TRIES):
-        given = _given(tx, mine, cards, fleet, now, passed)
+        given = _given(queue, mine, cards, fleet, now)
         if not isinstance(given, Placement):
             taken = given
             break
-        found = _take(tx, given, cards, row)
+        found = _take(tx, given, queue, cards, row)
         if not isinstance(found, _Obstacle):
             taken = found
             break
-        passed.jobs.add(given.job.job_id)
-        if found is _Obstacle.ODD:
-            passed.users.add(given.job.user)
-            met_odd = True
-        elif tried == _PROBED_AFTER:
-            locked = read_locked(tx.session, now)
-            passed.jobs.update(locked)
-            passed.users.update(user for user, rows in Counter(locked.values()).items() if rows > _MOST_PASSED)
-        elif tried > _PROBED_AFTER:
-            passed.users.add(given.job.user)
+        met_odd = met_odd or found is _Obstacle.ODD
+        if found is _Obstacle.ODD or tried >= _MOST_LOCKED:
+            queue.users.add(given.job.user)
+        else:
+            queue.lines.add(given.job.line)
     else:
         taken = Left(nodes=frozenset())
     if met_odd and not isinstance(taken, Claim):
@@ -115,11 +109,11 @@ def _as_measured(card: Card, outside: int, used: Mapping[str, int]) -> Card:
 
 
 def _given(
-    tx: Transaction, mine: Card, cards: Sequence[Card], fleet: FleetState, now: dt.datetime, passed: PassedOver
+    queue: Queue, mine: Card, cards: Sequence[Card], fleet: FleetState, now: dt.datetime
 ) -> Placement | Left | None:
     """What the rule gives this card. Left: it gives every job that fits here to other cards."""
     left = set[str]()
-    for decision in decide(tx.session, cards, fleet, now, passed):
+    for decision in decide(queue, cards, fleet, now):
         placed = decision.placed
         if placed is None:
             continue
@@ -139,15 +133,18 @@ def _could_share(placed: Placement, mine: Card) -> bool:
 class _Obstacle(enum.Enum):
     """Why a claim goes on with another job in the same transaction."""
 
-    LOCKED = enum.auto()
+    LOCKED = enum.auto()  # somebody keeps all that is left of its line locked
     ODD = enum.auto()  # it can't start as it is
 
 
-def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node) -> Claim | Left | _Obstacle:
+def _take(
+    tx: Transaction, placed: Placement, queue: Queue, cards: Sequence[Card], node: Node
+) -> Claim | Left | _Obstacle:
     now = tx.now()
-    job = tx.session.get(Job, placed.job.job_id, with_for_update=SKIP_LOCKED, populate_existing=True)
+    job = lock_alike(tx.session, placed.job, now)
     if job is None:
         return _Obstacle.LOCKED
+    placed = replace(placed, job=replace(placed.job, job_id=job.job_id))
     if not is_ready(job, now):
         return Left(nodes=frozenset())  # another node's claim was faster, or a person held it
     if is_asked_to_stop(tx, job.job_id):  # it was given back while it was cancelled
@@ -166,12 +163,12 @@ def _take(tx: Transaction, placed: Placement, cards: Sequence[Card], node: Node)
         return _Obstacle.ODD
     if node.kind == "nvml" and not placed.beside and raise_least(tx, job, placed.method, placed.reserved):
         return _Obstacle.ODD
-    placed = _in_its_room(tx, placed, job, asked, cards, node)
+    placed = _in_its_room(placed, job, asked, queue, cards, node)
     return _start(tx, job, asked, _begin(tx, job, placed, node, now), placed)
 
 
 def _in_its_room(
-    tx: Transaction, placed: Placement, job: Job, asked: _Asked, cards: Sequence[Card], node: Node
+    placed: Placement, job: Job, asked: _Asked, queue: Queue, cards: Sequence[Card], node: Node
 ) -> Placement:
     """The placement with the room that nobody else wants, see placement/roomy.py.
 
@@ -191,9 +188,7 @@ def _in_its_room(
     forms = whole.with_half(Need(lora=job.vram_lora, qlora=job.vram_qlora), planned, rows)
     forms = forms.that(lambda form: most is None or form.bytes <= most)
     card = next(card for card in cards if card.node == placed.node)
-    return with_room(
-        placed, card, forms.of(placed.method), lambda free: read_wanted(tx.session, tx.now(), job.job_id, free)
-    )
+    return with_room(placed, card, forms.of(placed.method), lambda free: is_wanted(queue, free, job.job_id))
 
 
 def _at_limit(tx: Transaction, user: str, cards: Sequence[Card]) -> bool:
@@ -265,6 +260,7 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, now: dt.dat
         "eta_seconds": attempt.seconds_predicted,
         "stage": Stage.PREPARING,
         "lease_expires_at": tx.now_in(tx.lease_s),
+        "queue_key": own_key(job.queue_key, job.job_id),
     }
     if not tx.change(move(job.job_id, Status.QUEUED, Status.RUNNING).values(**columns)):
         raise AssertionError(f"job {job.job_id} was locked and yet changed")

@@ -10,12 +10,13 @@ from sqlalchemy import func, or_, select, update
 
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card
-from loractl.common.placement.lines import Openings, Waiting
+from loractl.common.placement.lines import Queue, Waiting
 from loractl.common.placement.preemption import give_way
+from loractl.common.placement.rule import turn
 
 from ...tables import WAITS, Job
 from ...transaction import SKIP_LOCKED, Transaction
-from ..lines import read_levels
+from ..lines import StoredQueue
 from .decisions import decide
 from .nodes import FleetState, read_fleet
 from .shares import running_on
@@ -31,12 +32,12 @@ def preempt(tx: Transaction) -> tuple[int, ...]:
         return ()
     now = tx.now()
     fleet = read_fleet(tx.session, now, tx.lease_s)
-    cards = fleet.cards
-    starting = {d.placed.job.job_id for d in decide(tx.session, cards, fleet, now) if d.placed is not None}
-    waiting = (job for job in _first_waiting(tx, now, cards, lowest) if job.job_id not in starting)
+    cards, queue = fleet.cards, StoredQueue(tx.session, now)
+    starting = {d.placed.job.job_id for d in decide(queue, cards, fleet, now) if d.placed is not None}
+    waiting = (job for job in _first_waiting(queue, fleet, lowest) if job.job_id not in starting)
     ways = ((job, way) for job in waiting if (way := give_way(job, cards)) is not None)
     for job, (node, going) in itertools.islice(ways, AT_ONCE):
-        if _would_start(tx, job, [card.without(going) for card in cards], fleet, now):
+        if _would_start(job, queue, [card.without(going) for card in cards], fleet, now):
             return going if _ask(tx, job.job_id, job.priority, node, going) else ()
     return ()
 
@@ -52,22 +53,20 @@ def _lowest_willing(tx: Transaction) -> int | None:
     return lowest if waits is not None and waits > lowest else None
 
 
-def _first_waiting(tx: Transaction, now: dt.datetime, cards: Sequence[Card], above: int) -> Iterator[Waiting]:
-    """The first ready job of each user and priority, the highest first: one that can't start hides no other's."""
-    anything = Openings(gpu=2**62, processor=(0, 0), unknown=False, labels=frozenset(c.labels for c in cards if c.open))
-    for level in read_levels(tx.session, now):
-        for line in level.values():
-            job = line.next(anything)
-            if job is not None and job.priority <= above:
-                return
-            if job is not None:
-                yield job
+def _first_waiting(queue: Queue, fleet: FleetState, above: int) -> Iterator[Waiting]:
+    """The first ready job of each user and priority, in the rule's order: one that can't start hides no other's."""
+    labels, met = [card.labels for card in fleet.cards if card.open], set[tuple[str, int]]()
+    for job in sorted(queue.firsts(), key=lambda job: turn(job, fleet.charges)):
+        could = job.bound is not None and any(job.requires <= mine for mine in labels)
+        if could and job.priority > above and (job.user, job.priority) not in met:
+            met.add((job.user, job.priority))
+            yield job
 
 
-def _would_start(tx: Transaction, job: Waiting, cards: Sequence[Card], fleet: FleetState, now: dt.datetime) -> bool:
+def _would_start(job: Waiting, queue: Queue, cards: Sequence[Card], fleet: FleetState, now: dt.datetime) -> bool:
     """Whether the rule gives the job one of the cards as they are then: not where its user is at a limit, or others go
     before it or have the card kept for them."""
-    then = decide(tx.session, cards, fleet, now)
+    then = decide(queue, cards, fleet, now)
     return any(d.placed is not None and d.placed.job.job_id == job.job_id for d in then)
 
 

@@ -12,15 +12,15 @@ from loractl.common.channels import names_in
 from loractl.common.job.method import Method
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card
-from loractl.common.placement.lines import QueueKey, size_step
+from loractl.common.placement.lines import QueueKey
 from loractl.common.placement.refusals import most_usable, out_of_reach, with_labels
 from loractl.common.store.columns import part_of
 from loractl.common.store.fleet import waiting_of
-from loractl.common.store.tables import WAITS, Job, OutboxMessage
+from loractl.common.store.tables import FREE, Job, OutboxMessage
 from loractl.common.store.transaction import Transaction
 
 from ..jobs import read_job
-from ..lines import EVERY_KEY
+from ..lines import lines_of
 from .notices import News, write
 
 GRACE_S = 600.0
@@ -36,7 +36,7 @@ _AT_ONCE = 50
 _LIMIT = "its resources.max_vram is less than it needs with any method"
 
 
-_KEYS = text(f"{EVERY_KEY} SELECT k FROM keys WHERE k IS NOT NULL")  # noqa: S608  no input
+_LINES = text(f'{lines_of(FREE)} SELECT "user", queue_key FROM lines').bindparams(most=2**31)  # noqa: S608  no input
 
 
 def tell_of_jobs_out_of_reach(tx: Transaction, cards: Collection[Card], now: dt.datetime) -> None:
@@ -60,27 +60,27 @@ def _withdraw(tx: Transaction, cards: Collection[Card], now: dt.datetime) -> Non
 
 
 def _found(tx: Transaction, cards: Collection[Card]) -> Iterator[int]:
-    """Waiting jobs that name a channel and may be out of reach, the oldest of each key first."""
-    for key in tx.session.scalars(_KEYS).all() if cards else ():
+    """Waiting jobs that name a channel and may be out of reach, the oldest of each line first."""
+    for user, key in tx.session.execute(_LINES).all() if cards else ():
         condition = _beyond(key, cards)
         if condition is None:
             continue
         untold = ~exists().where(OutboxMessage.event == _event())
         named = part_of(Job.spec, "notify").like('["%')
-        mine = (WAITS, Job.queue_key == key, ~Job.held, Job.awaits.is_(None), named, untold, condition)
+        mine = (text(FREE), Job.user == user, Job.queue_key == key, named, untold, condition)
         yield from tx.session.scalars(select(Job.job_id).where(*mine).order_by(Job.job_id).limit(_AT_ONCE)).all()
 
 
 def _beyond(key: str, cards: Collection[Card]) -> ColumnElement[bool] | None:
     """Which jobs under a key may be out of reach; None: none of them."""
     parsed = QueueKey.parse(key)
-    if parsed.step == 0:  # a need that is not known, or no method that its own limit admits
+    if parsed.bound == 0:  # a need that is not known, or no method that its own limit admits
         return cast(Job.methods, String) == "[]"
     labelled = with_labels(cards, parsed.requires)
     if not labelled:
         return Job.job_id > 0
     most = most_usable(labelled)
-    return None if most is None or parsed.step < size_step(most) else Job.vram_needed > most
+    return None if most is None or parsed.bound <= most else Job.job_id > 0
 
 
 def _tell(tx: Transaction, job_id: int, cards: Collection[Card], now: dt.datetime) -> None:

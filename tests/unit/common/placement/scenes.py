@@ -15,12 +15,11 @@ from loractl.common.placement.cards import (
     Card,
     Occupant,
 )
-from loractl.common.placement.lines import ListedLine, Waiting
+from loractl.common.placement.lines import Lines, Waiting
 from loractl.common.placement.rule import Decision, place
 from loractl.common.units import GIB
 
 from ....conftest import examples
-from ...fleets import levels_of
 
 NOW = dt.datetime(2026, 5, 1, 12, tzinfo=dt.UTC)
 
@@ -61,8 +60,7 @@ def decide(
     charges: dict[str, float] | None = None,
     rationed: Collection[str] = (),
 ) -> tuple[Decision, ...]:
-    by_age = ListedLine(sorted(jobs, key=lambda job: job.job_id))
-    return tuple(place(levels_of(jobs), cards, charges or {}, NOW, by_age, rationed=rationed))
+    return tuple(place(Lines(jobs), cards, charges or {}, NOW, rationed))
 
 
 def started(decisions: Sequence[Decision]) -> dict[int, str]:

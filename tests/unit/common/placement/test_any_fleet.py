@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from loractl.common.placement.cards import (
     Card,
@@ -17,10 +18,9 @@ from loractl.common.placement.cards import (
     room_for,
     takes,
 )
-from loractl.common.placement.lines import ListedLine, Waiting
+from loractl.common.placement.lines import Lines, Waiting
 from loractl.common.placement.rule import RESERVE_AFTER_S, Decision, place
 
-from ...fleets import levels_of
 from .scenes import NOW, Scene, decide, many, order, scenes, started
 
 
@@ -165,5 +165,27 @@ def could_wait(job: Waiting, card: Card) -> bool:
 @given(scenes())
 def test_a_caller_that_stops_early_has_seen_the_same_decisions(scene: Scene) -> None:
     whole = scene.decide()
-    lazily = place(levels_of(scene.jobs), scene.cards, scene.charges, NOW, ListedLine(scene.jobs))
+    lazily = place(Lines(scene.jobs), scene.cards, scene.charges, NOW)
     assert next(lazily, None) == (whole[0] if whole else None)
+
+
+class Apart(Lines):
+    """A queue in which each job is a line."""
+
+    def firsts(self, also: Set[int] = frozenset()) -> list[Waiting]:
+        return sorted(self._jobs.values(), key=lambda job: job.job_id)
+
+    def after(self, job: Waiting) -> Waiting | None:
+        return None
+
+
+@many
+@given(scenes(), st.data())
+def test_what_is_not_read_of_a_line_could_not_start(scene: Scene, data: st.DataObject) -> None:
+    forms = data.draw(st.lists(st.sampled_from(scene.jobs), min_size=1, max_size=3))
+    jobs = [
+        replace(data.draw(st.sampled_from(forms)), job_id=job.job_id, since=job.since, again=job.again)
+        for job in scene.jobs
+    ]
+    found = [tuple(place(kind(jobs), scene.cards, scene.charges, NOW)) for kind in (Lines, Apart)]
+    assert found[0] == found[1]

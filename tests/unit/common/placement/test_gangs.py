@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, Occupant, Reservation, lasts, room_at
 from loractl.common.placement.gangs import gang_of, may_share
-from loractl.common.placement.lines import ListedLine, Waiting
+from loractl.common.placement.lines import Lines, Waiting
 from loractl.common.placement.rule import (
     IDLE_FOR_GANG_S,
     OLDEST_FIRST_AFTER_S,
@@ -26,7 +26,6 @@ from loractl.common.placement.rule import (
 )
 from loractl.common.units import GIB
 
-from ...fleets import levels_of
 from .scenes import LABELS, NOW, Scene, a_card, a_job, decide, many, random_card, random_job, running
 
 
@@ -206,7 +205,7 @@ def wait_in_a_stream(
             cards[node] = replace(each, running=tuple(j for j in each.running if j.ends and j.ends > now))
         wanted = [job(1, since=NOW), *(a_job(next(numbers), 8, user=f"u{n}", since=now) for n in range(3))]
         seen = [as_known(each, now - known_after) for each in cards.values()]
-        for d in place(levels_of(wanted), seen, charges, now, ListedLine(wanted)):
+        for d in place(Lines(wanted), seen, charges, now):
             if d.placed and d.placed.job.job_id == 1:
                 return now - NOW
             for share in d.placed.shares if d.placed else ():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, Occupant
 from loractl.common.placement.gangs import GangShare
-from loractl.common.placement.lines import KeptLine, ListedLine, Openings, Waiting
+from loractl.common.placement.lines import Waiting
 from loractl.common.placement.replay import PlacementRule, Replay, ReplayedFleet, ReplayedJob, Rule, replay
 from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S, Placement
 from loractl.common.placement.shares import charge, decayed
@@ -281,36 +280,3 @@ def test_charges_go_on_from_those_that_were_given() -> None:
     assert rule.charges(START) == {"bob": pytest.approx(7.0), "ada": pytest.approx(1.0)}
     rule.ended(9, at(HOUR))
     assert rule.charges(at(HOUR))["bob"] == pytest.approx(decayed(7.0, HOUR) + 10.0)
-
-
-# --- lines ---
-
-
-@given(st.integers(0, 10**6))
-def test_a_kept_line_gives_the_jobs_of_a_listed_one(seed: int) -> None:
-    """Under any openings that shrink, and after jobs were taken out."""
-    rng = random.Random(seed)
-    kept, jobs = KeptLine(), list[Waiting]()
-    for n in rng.sample(range(100), 30):
-        need = None if rng.random() < 0.1 else rng.randint(1, 90) * GIB
-        requires = rng.choice([frozenset(), SOMEWHERE])
-        job = replace(a_job(n, n, 1, 1).waiting, need=Need(lora=need, qlora=None), requires=requires)
-        kept.add(job)
-        jobs.append(job)
-    for job in rng.sample(jobs, 10):
-        kept.remove(job)
-        jobs.remove(job)
-    listed, reader = ListedLine(sorted(jobs, key=lambda job: job.job_id)), kept.reader()
-    assert kept.first() == min(jobs, key=lambda job: job.job_id)
-    gpu, high, unknown, labels = 60 * GIB, 95 * GIB, True, frozenset({SOMEWHERE, frozenset()})
-    for _ in range(25):
-        gpu, high = rng.randint(gpu * 3 // 4, gpu), rng.randint(60 * GIB, high)
-        unknown = unknown and rng.random() < 0.9
-        labels = labels - {SOMEWHERE} if rng.random() < 0.1 else labels
-        openings = Openings(
-            gpu=gpu,
-            processor=(60 * GIB, high),
-            unknown=unknown,
-            labels=labels,
-        )
-        assert reader.next(openings) == listed.next(openings)

@@ -1,24 +1,15 @@
-"""Sizes: the VRAM classes hold what they promise, and a step is an eighth of an octave."""
+"""Sizes: the VRAM classes hold what they promise."""
 
 from __future__ import annotations
 
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
-from loractl.common.placement.lines import VRAM_CLASSES, served_classes, size_step, vram_class
+from loractl.common.placement.lines import VRAM_CLASSES, served_classes, vram_class
 from loractl.common.queue.hints import queue_name
 from loractl.common.units import GIB
 
 from .scenes import sizes
-
-
-@given(st.integers(GIB, 400 * GIB))
-@example(GIB)
-@example(2 * GIB)
-def test_a_size_step_is_an_eighth_of_an_octave(size: int) -> None:
-    assert size_step(2 * size) == size_step(size) + 8
-    assert size_step(size - 1) in (size_step(size), size_step(size) - 1)
-    assert size_step(None) < size_step(1) < size_step(GIB)
 
 
 @given(sizes, sizes)

@@ -262,6 +262,7 @@ def test_every_column_that_an_attempt_writes_is_cleared_when_it_begins_or_ends(t
     timed.attempts.beat(mine, TOLD)
     written = {name for name, value in columns(timed.jobs.get(job_id)).items() if value != before[name]}
     lasting = {"status", "attempt", "node", "gpu", "method", "started_at"}  # the next attempt writes them anew
+    lasting |= {"queue_key"}  # a line of its own from now on
     assert written - lasting <= begun().keys() | ended().keys()
     assert begun().keys() - ended().keys() <= retried().keys(), "a retry clears what the end leaves to be read"
 

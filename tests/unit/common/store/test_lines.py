@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
-import math
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete, event, update
+from sqlalchemy import delete, update
 from sqlalchemy.orm import Session
 
-from loractl.common.job.method import Method, Need
+from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
-from loractl.common.placement.lines import ListedLine, Openings, Stay, Waiting, widest
-from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S
+from loractl.common.placement.lines import Waiting, in_line
 from loractl.common.store.fleet import NODE_STALE_S, card_of, is_ready, waiting_of
+from loractl.common.store.queries.backlog import line_up
 from loractl.common.store.queries.cards.nodes import drained_targets, read_charges
-from loractl.common.store.queries.lines import read_levels, read_oldest, read_order
+from loractl.common.store.queries.lines import MOST_LINES, StoredQueue, read_order
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, DrainOrder, Job
 from loractl.common.units import GIB
 
 from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission
-from ...fleets import card, drained, in_seconds, levels_of, running, waits
-from ..placement.scenes import a_job
+from ...fleets import card, drained, in_seconds, running, waits
 
 YES = {"nvlink": "yes"}
 
@@ -151,162 +147,63 @@ rows = st.fixed_dictionaries(
         "method": st.sampled_from(["auto", "lora", "qlora"]),
         "labels": st.sampled_from([{}, {}, YES]),
         "checkpoint_s": st.sampled_from([None, None, 60.0, 5000.0, 40_000.0]),
+        "work_left_s": st.sampled_from([3600.0, 3600.0, 60.0]),
     }
 )
-
-
-@st.composite
-def stays(draw: st.DrawFn, gpu: float, labels: set[frozenset[tuple[str, str]]]) -> frozenset[Stay] | None:
-    """Cards of two boxes, one with the label and one without; some of the cards stay for good."""
-    if draw(st.booleans()):
-        return None
-    sizes = st.sampled_from([size for size in (0.5, 1, 8, 23, 64) if size <= gpu] or [0])
-    found = draw(st.lists(st.tuples(sizes, st.sampled_from([600.0, 9000.0, 90_000.0, math.inf])), max_size=4))
-    return frozenset(
-        Stay(
-            above=draw(st.sampled_from([-1, -1, 8 * GIB])),
-            bytes=int(size * GIB),
-            whole=draw(st.booleans()),
-            labels=draw(st.sampled_from(sorted(labels, key=len))),
-            left_s=left_s,
-            unmeasured=left_s > 5000,
-        )
-        for size, left_s in found
-    )
-
-
-@st.composite
-def shrinking(draw: st.DrawFn) -> list[Openings]:
-    """What could start, less from one to the next."""
-    found, gpu, high = [], 64.0, 64.0
-    unknown, labels = True, {frozenset(), frozenset(YES.items())}
-    low = draw(st.sampled_from([0, 8, 24]))
-    for _ in range(draw(st.integers(1, 4))):
-        gpu, high = min(gpu, draw(st.sampled_from([0, 1, 8, 23, 64]))), min(high, draw(st.sampled_from([0, 30, 64])))
-        unknown = unknown and (gpu > 0 or high > low) and draw(st.booleans())  # on a card that has room
-        labels = labels - {draw(st.sampled_from([None, None, frozenset(YES.items())]))}
-        processor = (int(low * GIB), int(high * GIB))
-        found.append(Openings(gpu=int(gpu * GIB), processor=processor, unknown=unknown, labels=frozenset(labels)))
-    first = draw(stays(64, {frozenset(), frozenset(YES.items())}))
-    kept = [first]
-    for _ in found[1:]:
-        kept.append(
-            None if kept[-1] is None else frozenset(one for one in sorted(kept[-1], key=repr) if draw(st.booleans()))
-        )
-    return [replace(one, stays=some) for one, some in zip(found, kept, strict=True)]
-
-
-@settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(queue=st.lists(rows, max_size=12), openings=shrinking(), each=st.integers(0, 3))
-def test_lines_in_the_database_give_what_lines_in_a_list_give(
-    queue: list[dict[str, Any]], openings: list[Openings], each: int, timed: Store, clock: Clock
-) -> None:
-    with Session(timed.engine) as session, session.begin():
-        for table in reversed(Base.metadata.sorted_tables):
-            session.execute(delete(table))
-    clock.now = NOON - dt.timedelta(seconds=OLDEST_FIRST_AFTER_S)
-    fill(timed, queue)
-    clock.now = NOON
-    listed = [waiting_of(vars(job), NOON) for job in sorted(timed.jobs.matching(), key=lambda j: j.job_id)]
-    with Session(timed.engine) as session:
-        stored_levels, plain_levels = list(read_levels(session, NOON)), list(levels_of(listed))
-        assert [set(level) for level in stored_levels] == [set(level) for level in plain_levels]
-        for stored, plain in zip(stored_levels, plain_levels, strict=True):
-            for user in plain:
-                assert _all(stored[user], openings, each) == _all(plain[user], openings, each)
-        assert _all(read_oldest(session, NOON), openings, each) == _all(ListedLine(listed), openings, each)
 
 
 @settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     queue=st.lists(rows, max_size=14),
-    openings=shrinking(),
-    each=st.integers(0, 3),
-    form=st.tuples(st.integers(0, 13), st.integers(1, 40)),
     charges=st.dictionaries(st.sampled_from(["ada", "bob", "cyd"]), st.floats(0, 3)),
 )
-def test_the_rules_order_and_a_job_in_another_form_are_those_of_a_list(
-    queue: list[dict[str, Any]], openings: list[Openings], each: int, form: tuple[int, int],
-    charges: dict[str, float], timed: Store,
-) -> None:  # fmt: skip
+def test_lines_in_the_database_give_what_lines_in_a_list_give(
+    queue: list[dict[str, Any]], charges: dict[str, float], timed: Store
+) -> None:
     with Session(timed.engine) as session, session.begin():
         for table in reversed(Base.metadata.sorted_tables):
             session.execute(delete(table))
     fill(timed, queue)
-    listed = [waiting_of(vars(job), NOON) for job in sorted(timed.jobs.matching(), key=lambda j: j.job_id)]
-    in_order = sorted(listed, key=lambda job: (-job.priority, charges.get(job.user, 0.0), job.job_id))
+    jobs = sorted(timed.jobs.matching(), key=lambda job: job.job_id)
+    listed = {job.job_id: waiting_of(vars(job), NOON) for job in jobs}
+    lines: dict[str, list[Waiting]] = {}
+    for job in jobs:
+        lines.setdefault(job.queue_key, []).append(listed[job.job_id])
+    in_order = sorted(listed.values(), key=lambda job: (-job.priority, charges.get(job.user, 0.0), job.job_id))
     with Session(timed.engine) as session:
-        assert read_order(session, NOON, charges, 10) == in_order[:10]
-        if not listed:
-            return
-        place, size = form
-        changed = replace(listed[place % len(listed)], need=Need(lora=size * GIB, qlora=size * GIB))
-        others = [job for job in listed if job.job_id != changed.job_id]
-        plain = levels_of(sorted([*others, changed], key=lambda job: job.job_id))
-        for stored_level, plain_level in zip(read_levels(session, NOON, changed), plain, strict=True):
-            for user in plain_level:
-                assert _all(stored_level[user], openings, each) == _all(plain_level[user], openings, each)
+        stored = StoredQueue(session, NOON)
+        firsts = [one for line in lines.values() for one in (min(line, key=in_line), line[0])]
+        assert sorted(stored.firsts(), key=in_line) == sorted({job.job_id: job for job in firsts}.values(), key=in_line)
+        for line in lines.values():
+            assert len({job.line for job in line}) == 1
+            for job, following in itertools.pairwise([*sorted(line, key=in_line), None]):
+                assert stored.after(job) == following
+        assert {job.job_id for job in stored.firsts(also=listed.keys())} == listed.keys()
+        if len({job.left_s for job in listed.values()}) < 2:
+            assert read_order(session, NOON, charges, 10) == in_order[:10]
+
+
+def test_of_a_user_the_smallest_of_many_lines_are_read_and_other_users_lose_nothing(timed: Store) -> None:
+    for number in range(MOST_LINES + 8):
+        timed.jobs.submit(submission(lora=100 - number, method="lora"))
+    urgent = timed.jobs.submit(submission(lora=200, method="lora", priority=1))
+    theirs = {timed.jobs.submit(submission(lora=number, method="lora", user="bob")) for number in (50, 60)}
+    with Session(timed.engine) as session:
+        found = StoredQueue(session, NOON).firsts()
+    mine = {job.job_id for job in found if job.user == "ada"}
+    assert {job.job_id for job in found if job.user == "bob"} == theirs
+    assert mine == {urgent, *range(10, MOST_LINES + 9)}, "the urgent one, and those that need least"
 
 
 def fill(store: Store, queue: list[dict[str, Any]]) -> None:
     for row in queue:
-        keys = {key: value for key, value in row.items() if key not in ("labels", "checkpoint_s")}
+        keys = {key: value for key, value in row.items() if key not in ("labels", "checkpoint_s", "work_left_s")}
         job_id = store.jobs.submit(submission(**keys, resources={"node_labels": row["labels"]}))
-        with store.engine.begin() as connection:
-            connection.execute(update(Job).where(Job.job_id == job_id).values(checkpoint_s=row["checkpoint_s"]))
-
-
-@given(stays(64, {frozenset(), frozenset(YES.items())}), st.lists(rows, max_size=8), st.integers(1, 3))
-def test_a_few_bounds_of_time_leave_out_no_job_that_many_admit(
-    many: frozenset[Stay] | None, queue: list[dict[str, Any]], most: int
-) -> None:
-    jobs = [a_job(n, row["lora"], checkpoint_s=row["checkpoint_s"]) for n, row in enumerate(queue)]
-    few = widest(many or (), frozenset(), most)
-    assert len(few) <= most
-    for job in jobs:
-        admitted = any(stay.admits(job) for stay in many or ())
-        assert any(stay.admits(job) for stay in few) or not admitted
-        assert most < 3 or len(few) == most or admitted == any(stay.admits(job) for stay in few)
-
-
-def test_before_a_day_has_passed_no_job_goes_first_for_its_age(timed: Store, clock: Clock) -> None:
-    job_id = timed.jobs.submit(submission())
-    every = Openings(gpu=64 * GIB, processor=(0, 0), unknown=True, labels=frozenset({frozenset()}))
-    for seconds, first in ((OLDEST_FIRST_AFTER_S - 1, []), (1, [job_id])):
-        clock.forward(seconds)
-        with Session(timed.engine) as session:
-            assert [job.job_id for job in _all(read_oldest(session, clock.now), [every], 0) if job] == first
-
-
-def test_of_many_young_jobs_that_no_card_stays_for_one_is_read(timed: Store, clock: Clock) -> None:
-    """They need labels that only a card has which stops soon; in the database's bounds they pass for the other's."""
-    fill(timed, [JOB_WITH_LABEL])
-    clock.forward(OLDEST_FIRST_AFTER_S - 60)
-    fill(timed, [JOB_WITH_LABEL] * 20)
-    clock.forward(120)
-    stay = partial(Stay, above=-1, bytes=64 * GIB, whole=False)
-    soon = stay(labels=frozenset(YES.items()), left_s=600.0, unmeasured=False)
-    forever = stay(labels=frozenset(), left_s=math.inf, unmeasured=True)
-    labels = frozenset({frozenset(), frozenset(YES.items())})
-    every = Openings(gpu=64 * GIB, processor=(0, 0), unknown=True, labels=labels, stays=frozenset({soon, forever}))
-    statements: list[str] = []
-    with Session(timed.engine) as session:
-        event.listen(timed.engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
-        assert read_oldest(session, clock.now).next(every) is None
-    assert len(statements) <= 4, "the first, the old one, and a young one"
-
-
-JOB_WITH_LABEL = {
-    "lora": 1, "qlora": 1, "user": "ada", "priority": 0, "method": "auto", "labels": YES, "checkpoint_s": 5000.0,
-}  # fmt: skip
-
-
-def _all(line: Any, openings: list[Openings], each: int) -> list[Waiting | None]:
-    """Some jobs with each of the openings, and with the last one all that are left."""
-    found = [line.next(one) for one in openings for _ in range(each)]
-    while (job := line.next(openings[-1])) is not None:
-        found.append(job)
-    return found
+        with Session(store.engine) as session, session.begin():
+            job = session.get_one(Job, job_id)
+            job.checkpoint_s, job.work_left_s = row["checkpoint_s"], row["work_left_s"]
+            job.attempt = 0 if job.checkpoint_s is None else 1
+            line_up(job, row["labels"], NOON)
 
 
 def test_a_row_is_ready_by_one_rule_in_sql_and_in_values(timed: Store) -> None:

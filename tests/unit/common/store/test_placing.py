@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from loractl.common.job.method import Method, Need
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.cards import Card, Occupant
-from loractl.common.placement.lines import ListedLine, Waiting
+from loractl.common.placement.lines import Lines, Waiting
 from loractl.common.placement.rule import RESERVE_AFTER_S, place
 from loractl.common.placement.shares import charge
 from loractl.common.store.fleet import NODE_STALE_S
@@ -26,7 +26,6 @@ from loractl.common.store.tables import Base, Job
 from loractl.common.units import GIB
 
 from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission, take
-from ...fleets import levels_of
 
 NOTHING = Progress()
 HOUR = 3600.0
@@ -454,8 +453,7 @@ class Plain:
 
     def expected(self, node: str) -> tuple[int, Method, int] | None:
         charges = {user: charge(0.0, jobs) for user, jobs in self.had.items()}
-        cards, line = list(self.cards.values()), ListedLine(self.waiting)
-        for decision in place(levels_of(self.waiting), cards, charges, NOON, line):
+        for decision in place(Lines(self.waiting), list(self.cards.values()), charges, NOON):
             if decision.placed is not None and decision.placed.node == node:
                 return decision.placed.job.job_id, decision.placed.method, decision.placed.reserved
         return None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import datetime as dt
 
 import pytest
-from sqlalchemy import event, update
+from sqlalchemy import event, select
+from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.cards import TimeLeft
+from loractl.common.store.queries.backlog import line_up
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
@@ -115,8 +117,10 @@ def test_no_job_is_left_for_a_worker_that_has_no_time_for_any(timed: Store, cloc
 def test_a_short_job_starts_behind_any_number_that_no_card_stays_for(timed: Store, clock: Clock) -> None:
     """Of other users and of its own, also once those have waited a day. Few statements read past them."""
     long = [timed.jobs.submit(submission(lora=1, qlora=1, user="eve", name=f"j{n}")) for n in range(70)]
-    with timed.engine.begin() as connection:
-        connection.execute(update(Job).values(checkpoint_s=36_000.0))
+    with Session(timed.engine) as session, session.begin():
+        for job in session.scalars(select(Job)):
+            job.attempt, job.checkpoint_s = 1, 36_000.0
+            line_up(job, {}, NOON)
     short = [timed.jobs.submit(submission(lora=1, qlora=1, user=user)) for user in ("eve", "ada")]
     statements = list[str]()
     event.listen(timed.engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
