@@ -46,7 +46,7 @@ class Lab:
 
         `changes`: keys to set, a section as a mapping: lora={"r": 32}. Raises LoractlError for what submit refuses.
         """
-        overrides = [f"{key}={json.dumps(value)}" for key, value in _flat("", changes)]
+        overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in _flat("", changes)]
         if isinstance(job, Mapping):
             draft = JobDraft(spec=spec_of(job, overrides))
         else:

@@ -66,6 +66,11 @@ def test_a_job_goes_from_a_mapping_to_its_report_and_adapter(folder: Path, capsy
     assert spec["dataset"]["path"] == str(folder / "rows.jsonl")
 
 
+def test_a_change_may_hold_any_text(folder: Path) -> None:
+    labels = {"team": "a 😀 “no”: ü"}
+    assert loractl.connect().submit(JOB, labels=labels).state.labels == labels
+
+
 def test_a_job_file_is_submitted_as_the_command_does(folder: Path) -> None:
     Path("job.yaml").write_text("name: filed\nbase_model: org/model\ndataset: {path: rows.jsonl}\n")
     lab = loractl.connect()
