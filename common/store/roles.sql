@@ -69,7 +69,7 @@ GRANT UPDATE (status, reason, message, stage, preempted_by, held, not_before, re
     to_evaluate, attempt,
     node, gpu, method, started_at, vram_reserved, vram_lora, vram_qlora, vram_needed, vram_class, planned, need_key,
     family, engine, queue_key, lora_until, checkpoint, adjustment, adapter_uri, report_uri, result_host, result_until,
-    manifest_sha256, lab_failures, lab_step, avoids, gangs, roomy, checkpoint_s, begun_bf16, work_left_s)
+    manifest_sha256, lab_failures, lab_step, avoids, gangs, roomy, checkpoint_s, begun_bf16, forecasts, work_left_s)
     ON jobs TO loractl_worker;
 GRANT INSERT, UPDATE ON attempts, uses, usage, fleet_rounds, locks TO loractl_worker;
 GRANT UPDATE (used, below_at) ON quotas TO loractl_worker; -- the owner alone sets one
@@ -133,7 +133,7 @@ DECLARE
     WHEN 'retry' THEN '{status,reason,message,held,ended_at,not_before,retries_used,step,total_steps,loss,
       tokens_per_second,lab_failures,lab_step,avoids,result_until}'
     WHEN 'edited' THEN '{name,labels,spec,priority,methods,preemptible,version,max_retries,vram_lora,
-      awaits,checkpoint_s,begun_bf16,extent,work_left_s,
+      awaits,checkpoint_s,begun_bf16,extent,forecasts,work_left_s,
       vram_qlora,vram_needed,vram_class,planned,need_key,family,engine,queue_key,lora_until,adjustment,gangs,roomy}'
     END;
 BEGIN

@@ -65,6 +65,10 @@ _EXTENT = shapes.fields(
     closing_tokens=shapes.number(0, _MOST_TOKENS),
     parameters=optional(whole(0, MOST_BYTES)),
 )  # fmt: skip
+_FORECAST = shapes.fields(
+    ("device", "method", "seconds", "basis"),
+    device=shapes.text, method=shapes.text, seconds=shapes.number(0, MOST_SECONDS), basis=shapes.text,
+)  # fmt: skip
 _VARIED = shapes.fields(varied=shapes.labels, trials=whole(), seed=whole())
 _AVOIDED = object_of(shapes.fields(("reason", "until"), reason=shapes.text, until=shapes.moment))
 _SHOWED = shapes.fields(bf16=shapes.flag, capability=shapes.text, context=shapes.size, context_after=shapes.size)
@@ -194,7 +198,12 @@ class Job(Base):
     )
     # what it is to compute, whatever it runs on; null: its rows were not counted
     extent: Mapped[dict[str, Any] | None] = mapped_column(Json(_EXTENT, null=True, none_as_null=True))
-    # seconds that are left of it on the card on which it is fastest; an hour: nothing is known
+    # seconds that are left of it by model of card and method, and what each rests on; those of which nothing is known
+    # are not there
+    forecasts: Mapped[list[dict[str, Any]] | None] = mapped_column(
+        Json(list_of(_FORECAST), [], null=True, none_as_null=True)
+    )
+    # the least of them by the method that it prefers; an hour: nothing is known
     work_left_s: Mapped[float] = mapped_column(Real(0, MOST_SECONDS), default=UNKNOWN_S, server_default="3600")
     # from an attempt's start to its first stored checkpoint; null: not measured
     checkpoint_s: Mapped[Seconds | None]

@@ -16,6 +16,7 @@ depends_on = None
 def _columns() -> list[tuple[str, sa.Column[Any]]]:
     return [
         ("jobs", sa.Column("extent", sa.JSON(), nullable=True)),
+        ("jobs", sa.Column("forecasts", sa.JSON(), nullable=True)),
         ("jobs", sa.Column("work_left_s", sa.Double(), nullable=False, server_default="3600")),
         ("attempts", sa.Column("seconds_predicted", sa.Double(), nullable=True)),
         ("attempts", sa.Column("predicted_by", sa.String(24), nullable=True)),

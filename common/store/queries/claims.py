@@ -32,7 +32,7 @@ from .cards.decisions import decide
 from .cards.nodes import FleetState, read_fleet
 from .cards.shares import lock, own_first, write
 from .changes import answer_wishes, is_asked_to_stop
-from .durations import Forecasts
+from .durations import predicted
 from .followers import begin_from_best
 from .lines import StoredQueue, lock_alike
 from .need import raise_least
@@ -235,7 +235,7 @@ def _read(job: Job) -> _Asked | str:
 
 def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, now: dt.datetime) -> Attempt:
     """Write the attempt, in its own row and in the job's."""
-    predicted = Forecasts(tx, now).of(job, placed.method.value, node.device_name)
+    seconds, basis = predicted(job, node.device_name, placed.method.value) or (None, None)
     attempt = Attempt(
         job_id=job.job_id,
         attempt=job.attempt + 1,
@@ -250,8 +250,8 @@ def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, now: dt.dat
         vram_planned=None if node.kind == "cpu" or placed.beside else _planned(job, placed),
         vram_reserved=placed.reserved,
         roomy=placed.form is not None,
-        seconds_predicted=predicted.seconds if predicted.is_known else None,
-        predicted_by=predicted.basis if predicted.is_known else None,
+        seconds_predicted=seconds,
+        predicted_by=basis,
         started_at=now,
     )
     same = ("attempt", "token", "node", "gpu", "method", "vram_reserved", "started_at")

@@ -11,8 +11,8 @@ from sqlalchemy import text as sql
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.duration import (
+    Basis,
     Extent,
-    Forecast,
     TimedRun,
     TimeMeasured,
     Undone,
@@ -34,7 +34,7 @@ REFRESHED = 100
 
 SURPRISING = 1.25
 """An attempt that took so many times what was predicted, or what was predicted so many times as long as it took, lets
-the waiting jobs of its base be predicted again. Of what is nearer, the next submit and each start make use alone."""
+the waiting jobs of its base be predicted again. Of what is nearer, the next submit makes use alone."""
 
 MEASURED = 1000
 """The most attempts by which predictions are judged, the newest."""
@@ -92,15 +92,19 @@ class Forecasts:
         self._devices: list[str] | None = None
         self._runs: dict[str, list[TimedRun]] = {}
 
-    def of(self, job: Job, method: str, device: str) -> Forecast:
-        """For an attempt on a card of this model."""
-        return forecast(undone(job, method), device, self._of(job))
-
-    def left_s(self, job: Job) -> float:
-        """Seconds that are left of the job on the card on which it is fastest, by the method that it prefers."""
+    def write(self, job: Job) -> None:
+        """Say in the job's row how long what is left of it takes on each model of card that the fleet has."""
         if self._devices is None:
             self._devices = read_devices(self._tx)
-        return fastest(undone(job, _preferred(job)), self._devices, self._of(job)).seconds
+        runs, devices = self._of(job), self._devices
+        job.forecasts = [
+            {"device": device, "method": str(method), "seconds": found.seconds, "basis": found.basis.value}
+            for method in job.methods
+            for device in devices
+            if (found := forecast(undone(job, method), device, runs)).is_known
+        ]
+        preferred = next(iter(job.methods), Method.LORA)
+        job.work_left_s = fastest(undone(job, preferred), devices, runs).seconds
 
     def _of(self, job: Job) -> Sequence[TimedRun]:
         if job.base_model not in self._runs:
@@ -108,8 +112,12 @@ class Forecasts:
         return self._runs[job.base_model]
 
 
-def _preferred(job: Job) -> str:
-    return str(next(iter(job.methods), Method.LORA))
+def predicted(job: Job, device: str, method: str) -> tuple[float, Basis] | None:
+    """The seconds that its row predicts for a card of this model, and what that rests on; None: nothing is known."""
+    for one in job.forecasts or ():
+        if (one["device"], one["method"]) == (device, method):
+            return one["seconds"], Basis(one["basis"])
+    return None
 
 
 def undone(job: Job, method: str) -> Undone:
@@ -117,7 +125,7 @@ def undone(job: Job, method: str) -> Undone:
     return Undone(
         user=job.user,
         base_model=job.base_model,
-        method=method,
+        method=str(method),
         need_key=job.need_key,
         extent=Extent.read(job.extent),
         step=(job.checkpoint or {}).get("step") or 0,
@@ -130,12 +138,12 @@ def predict_again(tx: Transaction, job: Job, now: dt.datetime) -> None:
     tx.session.flush()  # the attempt's end is part of what was measured
     forecasts = Forecasts(tx, now)
     if job.status is not Status.SUCCEEDED:
-        job.work_left_s = forecasts.left_s(job)
+        forecasts.write(job)
     if not _surprises(tx, job):
         return
     first = select(Job).where(WAITS, Job.base_model == job.base_model, Job.job_id != job.job_id).order_by(Job.job_id)
     for row in tx.session.scalars(first.limit(REFRESHED).with_for_update(**SKIP_LOCKED)):
-        row.work_left_s = forecasts.left_s(row)
+        forecasts.write(row)
 
 
 def _surprises(tx: Transaction, job: Job) -> bool:

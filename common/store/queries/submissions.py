@@ -83,7 +83,7 @@ def amend(tx: Transaction, job: Job, amendment: Amendment, now: dt.datetime) -> 
         for name, value in _planned(submission).items():
             setattr(job, name, value)
     job.extent = _extent(submission)
-    job.work_left_s = Forecasts(tx, now).left_s(job)
+    Forecasts(tx, now).write(job)
     line_up(job, submission.spec.resources.node_labels, now)
 
 
@@ -91,7 +91,7 @@ def _queue(
     tx: Transaction, submission: Submission, forecasts: Forecasts, now: dt.datetime, sweep_id: int | None = None
 ) -> int:
     job = _row(submission, now, sweep_id)
-    job.work_left_s = forecasts.left_s(job)
+    forecasts.write(job)
     _block(tx, job, submission)
     line_up(job, submission.spec.resources.node_labels, now)
     why = f", {submission.purpose}" if submission.purpose else ""
