@@ -202,24 +202,60 @@ class Forecast:
 UNKNOWN = Forecast(seconds=UNKNOWN_S, basis=Basis.UNKNOWN)
 
 
-def forecast(job: Undone, device: str, runs: Sequence[TimedRun]) -> Forecast:
-    """The prediction for a card of this model. `runs`: what was measured, the newest first."""
-    if job.extent is None or (found := _pace(job, device, runs)) is None:
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What was measured of jobs like one, on cards like one."""
+
+    pace: float  # seconds a token
+    basis: Basis
+    count: int  # attempts that `pace` is the median of
+    prepared_s: float  # until the first step
+    closing: float  # what follows the last step took this much of what is counted for it
+
+
+Speeds = dict[tuple[object, ...], Speed | None]
+"""Speeds that were found already: jobs that differ by their extent alone share one."""
+
+
+def forecast(job: Undone, device: str, runs: Sequence[TimedRun], known: Speeds | None = None) -> Forecast:
+    """The prediction for a card of this model. `runs`: what was measured, the newest first. `known`: of other calls
+    with the same runs."""
+    if (speed := _speed(job, device, runs, {} if known is None else known)) is None:
         return _by_the_past(job, runs)
-    pace, basis, count = found
-    seconds = _prepared(job, device, runs) + job.tokens * pace + _closing(job, device, pace, runs)
+    assert job.extent is not None
+    closing_s = speed.closing * (job.extent.closing_tokens * speed.pace + ENDING_S)
     return Forecast(
-        seconds=min(seconds, LONGEST_S),
-        basis=basis,
-        count=count,
-        step_s=job.extent.step_tokens * pace,
+        seconds=min(speed.prepared_s + job.tokens * speed.pace + closing_s, LONGEST_S),
+        basis=speed.basis,
+        count=speed.count,
+        step_s=job.extent.step_tokens * speed.pace,
     )
 
 
-def fastest(job: Undone, devices: Iterable[str], runs: Sequence[TimedRun]) -> Forecast:
-    """The prediction for the card on which it is shortest: what a job counts as while it waits."""
-    every = [forecast(job, device, runs) for device in devices] or [_by_the_past(job, runs)]
-    return min(every, key=lambda one: (not one.is_known, one.seconds))
+def shortest(forecasts: Iterable[Forecast]) -> Forecast:
+    """What a job counts as while it waits, by its predictions for the fleet's models of card."""
+    return min(forecasts, key=lambda one: (not one.is_known, one.seconds), default=UNKNOWN)
+
+
+def _speed(job: Undone, device: str, runs: Sequence[TimedRun], known: Speeds) -> Speed | None:
+    if job.extent is None:
+        return None
+    key = (device, job.base_model, job.method, job.need_key, job.extent.parameters)
+    if key not in known:
+        found = _pace(job, device, runs)
+        near = _nearest(job, device, runs)
+        known[key] = (
+            None
+            if found is None
+            else Speed(
+                pace=found[0],
+                basis=found[1],
+                count=found[2],
+                prepared_s=_first_median(near, lambda run: run.prepared_s) or 0.0,
+                closing=_first_median(near, _closing) or 1.0,
+            )
+        )
+    return known[key]
 
 
 def _pace(job: Undone, device: str, runs: Sequence[TimedRun]) -> tuple[float, Basis, int] | None:
@@ -267,23 +303,11 @@ def _nearest(job: Undone, device: str, runs: Sequence[TimedRun]) -> list[Sequenc
     return [like, here, base, [run for run in runs if run.device == device], runs]
 
 
-def _prepared(job: Undone, device: str, runs: Sequence[TimedRun]) -> float:
-    """Seconds until the first step."""
-    return _first_median(_nearest(job, device, runs), lambda run: run.prepared_s) or 0.0
-
-
-def _closing(job: Undone, device: str, pace: float, runs: Sequence[TimedRun]) -> float:
-    """Seconds after the last step: counted at the pace of the training, and corrected by what was measured."""
-    assert job.extent is not None
-
-    def over(run: TimedRun) -> float | None:
-        """What was measured over what was counted."""
-        if run.closing_s is None or run.extent is None or run.pace is None:
-            return None
-        return run.closing_s / (run.extent.closing_tokens * run.pace + ENDING_S)
-
-    measured = _first_median(_nearest(job, device, runs), over)
-    return (job.extent.closing_tokens * pace + ENDING_S) * (1.0 if measured is None else measured)
+def _closing(run: TimedRun) -> float | None:
+    """What followed the last step, over what is counted for it at the pace of the training."""
+    if run.closing_s is None or run.extent is None or run.pace is None:
+        return None
+    return run.closing_s / (run.extent.closing_tokens * run.pace + ENDING_S)
 
 
 def _first_median(pools: Iterable[Sequence[TimedRun]], of: Callable[[TimedRun], float | None]) -> float | None:

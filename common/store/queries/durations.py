@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Sequence
 
 from sqlalchemy import select, union_all
 from sqlalchemy import text as sql
 
-from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.duration import (
     Basis,
     Extent,
+    Speeds,
     TimedRun,
     TimeMeasured,
     Undone,
-    fastest,
     forecast,
+    shortest,
 )
 
+from ..columns import word
 from ..tables import ON_SEVERAL_CARDS, WAITS, Attempt, Job, Node
 from ..transaction import SKIP_LOCKED, Transaction
 
@@ -90,33 +90,33 @@ class Forecasts:
     def __init__(self, tx: Transaction, now: dt.datetime) -> None:
         self._tx, self._now = tx, now
         self._devices: list[str] | None = None
-        self._runs: dict[str, list[TimedRun]] = {}
+        self._runs: dict[str, tuple[list[TimedRun], Speeds]] = {}
 
     def write(self, job: Job) -> None:
         """Say in the job's row how long what is left of it takes on each model of card that the fleet has."""
         if self._devices is None:
             self._devices = read_devices(self._tx)
-        runs, devices = self._of(job), self._devices
-        job.forecasts = [
-            {"device": device, "method": str(method), "seconds": found.seconds, "basis": found.basis.value}
-            for method in job.methods
-            for device in devices
-            if (found := forecast(undone(job, method), device, runs)).is_known
-        ]
-        preferred = next(iter(job.methods), Method.LORA)
-        job.work_left_s = fastest(undone(job, preferred), devices, runs).seconds
-
-    def _of(self, job: Job) -> Sequence[TimedRun]:
         if job.base_model not in self._runs:
-            self._runs[job.base_model] = read_timed(self._tx, job.base_model, self._now)
-        return self._runs[job.base_model]
+            self._runs[job.base_model] = read_timed(self._tx, job.base_model, self._now), {}
+        runs, known = self._runs[job.base_model]
+        found = {
+            (method, device): forecast(undone(job, method), device, runs, known)
+            for method in job.methods
+            for device in self._devices
+        }
+        job.forecasts = [
+            {"device": device, "method": str(method), "seconds": one.seconds, "basis": one.basis.value}
+            for (method, device), one in found.items()
+            if one.is_known
+        ]
+        job.work_left_s = shortest(one for (method, _), one in found.items() if method == job.methods[0]).seconds
 
 
 def predicted(job: Job, device: str, method: str) -> tuple[float, Basis] | None:
     """The seconds that its row predicts for a card of this model, and what that rests on; None: nothing is known."""
     for one in job.forecasts or ():
         if (one["device"], one["method"]) == (device, method):
-            return one["seconds"], Basis(one["basis"])
+            return one["seconds"], word(Basis, one["basis"])
     return None
 
 

@@ -15,9 +15,9 @@ from loractl.common.placement.duration import (
     TimeMeasured,
     Undone,
     extent_of,
-    fastest,
     forecast,
     seconds_left,
+    shortest,
     time_accuracy,
 )
 
@@ -78,7 +78,8 @@ def test_another_card_is_scaled_by_the_speeds_that_were_measured() -> None:
     found = forecast(job(), "A40", [run(2e-3, device="H100"), slow, fast])
     assert found.basis is Basis.CARDS
     assert found.step_s == pytest.approx(2.0 * 4e-3 / 1.5e-3), "the H100's speed is the median of what ran there"
-    assert fastest(job(), ["A40", "H100"], [run(2e-3, device="H100"), slow, fast]).step_s == pytest.approx(2.0)
+    cards = [forecast(job(), device, [run(2e-3, device="H100"), slow, fast]) for device in ("A40", "H100")]
+    assert shortest(cards).step_s == pytest.approx(2.0)
 
 
 def test_a_job_whose_rows_were_not_counted_takes_as_long_as_its_users_jobs_did() -> None:
@@ -89,7 +90,6 @@ def test_a_job_whose_rows_were_not_counted_takes_as_long_as_its_users_jobs_did()
     assert (found.seconds, found.basis, found.count) == (500.0, Basis.PAST, 3)
     elsewhere = [replace(one, base_model="c") for one in mine]
     assert forecast(unknown, "A40", [*elsewhere, mine[0]]).seconds == 300.0, "on the same base first"
-    assert fastest(unknown, [], mine).seconds == 500.0
     half = job(extent=None, step=50, steps=100)
     assert forecast(half, "A40", mine).seconds == 250.0
 
@@ -97,6 +97,8 @@ def test_a_job_whose_rows_were_not_counted_takes_as_long_as_its_users_jobs_did()
 def test_nothing_is_known_of_the_first_job_of_a_lab() -> None:
     found = forecast(job(), "A40", [])
     assert (found.seconds, found.basis, found.is_known, found.step_s) == (UNKNOWN_S, Basis.UNKNOWN, False, None)
+    assert shortest([]).seconds == UNKNOWN_S
+    assert shortest([found, forecast(job(), "A40", [run(1.0)])]).basis is Basis.BASE, "what is known first"
 
 
 def test_a_run_that_ended_badly_teaches_its_pace_alone() -> None:

@@ -160,6 +160,10 @@ def test_an_extent_that_a_login_writes_by_hand_stops_nobody_else(timed: Store, c
             write(wrong)
     write({"steps": 2**50, "step_tokens": 1e30, "closing_tokens": 1e30, "parameters": 1, "of a newer version": 1})
     claim = take(timed)
+    assert isinstance(claim, Claim) and claim.seconds_predicted == pytest.approx(240), "as its row says"
+    timed.attempts.finish(claim, Reason.PREEMPTED, "gave way", Progress())
+    assert timed.jobs.get(number).work_left_s == LONGEST_S
+    claim = take(timed)
     assert isinstance(claim, Claim) and claim.seconds_predicted == LONGEST_S
     timed.attempts.finish(claim, Reason.OK, "done", Progress(trained_s=0.1, trained_steps=1), RESULT)
     ran(timed, clock, counted(user="eve"))
