@@ -17,8 +17,8 @@ from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import ValueRefused
 from loractl.common.job.method import Need
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.store.checks import quarantined
-from loractl.common.store.columns import Characters, Prose
+from loractl.common.store.checks import checks_of, quarantined
+from loractl.common.store.columns import Characters, Flag, Json, LineKey, Prose
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.records import Claim, Progress, StoredResult
 from loractl.common.store.schema import alembic_config, migrating, upgrade
@@ -133,6 +133,28 @@ def test_no_column_takes_what_no_reader_could_read(upgraded_url: str, artifacts:
             for column, told in columns.items() for value in told if not refused(engine, table, column, value)
         ]  # fmt: skip
         assert taken == []
+
+
+UNBOUNDED = {"alembic_version", "locks"}
+"""Tables whose one column no command shows."""
+
+
+def test_the_database_holds_a_bound_for_each_column(upgraded_url: str) -> None:
+    """PostgreSQL's own type is enough for yes and no."""
+    with opened(upgraded_url) as engine, engine.connect() as connection:
+        sqlite = engine.dialect.name == "sqlite"
+        named = "SELECT conname FROM pg_constraint UNION SELECT proname FROM pg_proc"
+        if sqlite:
+            named = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"
+        there = "\n".join(connection.exec_driver_sql(named).scalars())
+        for table in (one for name, one in Base.metadata.tables.items() if name not in UNBOUNDED):
+            bounds = {bound.column.name: bound for bound in checks_of(table, engine.dialect.name)}
+            for column in table.columns:
+                if sqlite or not isinstance(column.type, Flag):
+                    assert bounds[column.name].name in there, f"{table.name}.{column.name}"
+                if isinstance(column.type, Json | LineKey):
+                    deep = f"{bounds[column.name].name}_{table.name}_update"
+                    assert (deep if sqlite else f"loractl_fits_{table.name}_{column.name}") in there
 
 
 def test_the_bounds_take_what_a_newer_version_may_say(upgraded_url: str, artifacts: ArtifactStore) -> None:
