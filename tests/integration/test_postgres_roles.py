@@ -495,7 +495,7 @@ HISTORY = {
     "status": "running",
     "token": "mine",
     "held": True,
-    "awaits": 1,
+    "awaits": 10**6,
     "attempt": 3,
     "retries_used": 2147483647,
     "lab_failures": 2147483647,
