@@ -6,8 +6,7 @@ from __future__ import annotations
 import datetime as dt
 import enum
 import functools
-import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 from loractl.common.units import GIB
@@ -265,7 +264,7 @@ def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
     """When `size` bytes and a slot will be free if no other job starts; None: never, while others hold that much."""
     if size > card.capacity or card.max_jobs < 1 or card.stuck:
         return None
-    staying = _by_end(card, now)
+    staying = sorted(card.running, key=lambda j: (j.ends is None, j.ends or now, -j.reserved, j.job_id))
     gone: list[Occupant] = []
 
     then = card
@@ -277,28 +276,6 @@ def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
     return Room(
         at=at if at is None else max(at, now), after=tuple(gone), spare=then.free - size, spare_slots=then.slots - 1
     )
-
-
-def _by_end(card: Card, now: dt.datetime) -> list[Occupant]:
-    """The running jobs in the order in which they are counted as gone."""
-    return sorted(card.running, key=lambda j: (j.ends is None, j.ends or now, -j.reserved, j.job_id))
-
-
-def rooms_in_time(card: Card, now: dt.datetime) -> Iterator[tuple[Card, float]]:
-    """The card as one job after the other leaves it, as far as their ends are known, each time with the seconds that
-    its worker stays from then on: where `room_for` may find room."""
-    if card.left_s is None:
-        yield card.without({job.job_id for job in card.running}), math.inf
-        return
-    gone: set[int] = set()
-    at = now
-    yield card, card.left_s
-    for job in _by_end(card, now):
-        if job.ends is None:
-            return
-        gone.add(job.job_id)
-        at = max(at, job.ends)
-        yield card.without(gone), card.left_s - (at - now).total_seconds()
 
 
 def room_for(card: Card, job: Waiting, size: int, now: dt.datetime) -> Room | None:
