@@ -13,6 +13,10 @@ from loractl.common.placement.lines import Lines, Waiting, in_turn
 from .scenes import random_job
 
 
+def work(job: Waiting) -> tuple[float, int]:
+    return job.left_s, job.job_id
+
+
 def some_jobs(rng: random.Random, count: int = 30) -> list[Waiting]:
     """Jobs of a few forms."""
     forms = [random_job(rng, 0, 0) for _ in range(5)]
@@ -24,7 +28,7 @@ def test_all_jobs_come_once_and_by_rank(seed: int) -> None:
     """Also if a rank grows meanwhile, and after jobs were taken out."""
     rng = random.Random(seed)
     jobs = some_jobs(rng)
-    queue, use = Lines(jobs), dict.fromkeys("abc", 0.0)
+    queue, use = Lines(jobs, work), dict.fromkeys("abc", 0.0)
     for job in rng.sample(jobs, 10):
         queue.remove(job)
         jobs.remove(job)
@@ -43,10 +47,10 @@ def test_all_jobs_come_once_and_by_rank(seed: int) -> None:
 def test_of_a_line_that_does_not_go_on_no_more_is_read(seed: int) -> None:
     rng = random.Random(seed)
     jobs = some_jobs(rng)
-    queue = Lines(jobs)
+    queue = Lines(jobs, work)
     found = list(in_turn(queue, queue.firsts(also={3}), lambda job: job.job_id, lambda job: False))
     assert {job.line for job in found} == {job.line for job in jobs}
     for line in {job.line for job in jobs}:
         mine = [job for job in jobs if job.line == line]
-        first, oldest = min(mine, key=lambda job: (job.left_s, job.job_id)), min(mine, key=lambda job: job.job_id)
+        first, oldest = min(mine, key=work), min(mine, key=lambda job: job.job_id)
         assert {job.job_id for job in found if job.line == line} - {3} == {first.job_id, oldest.job_id} - {3}

@@ -542,7 +542,7 @@ def _build(store: Store, clock: Clock, jobs: list[dict[str, Any]], nodes: list[d
             waiting.append(
                 Waiting(
                     job_id=job_id, user=row["user"], priority=row["priority"], since=clock.now,
-                    methods=wanted.methods, need=wanted.need, requires=requires,
+                    methods=wanted.methods, need=wanted.plan.need, requires=requires,
                 )
             )  # fmt: skip
     clock.now = NOON

@@ -97,13 +97,12 @@ def test_a_gang_that_waits_for_lora_says_whose_end_gives_it_room() -> None:
     assert told(job, *pair(), ran=[running(12, "heron:1", 20)]) == asked
 
 
-def test_a_job_whose_share_is_small_is_not_reached_where_a_processor_would_take_it() -> None:
-    """The lines look for a share on GPUs, and leave it out. A list of jobs with such a one ended in a traceback."""
+def test_a_job_whose_share_is_small_is_taken_by_a_processor_that_holds_all_of_it() -> None:
     job = shared(4, job_id=7)
     cards = [card("heron:0", 16), card("wren:0", 64, kind="cpu")]
     first = waits(lora=16, qlora=16, job_id=6)
     view = fleet(cards, ran=[running(12, "heron:0", 16)], waiting=[first, job])
-    assert explain(job, view).sentence == "wren:0 has room for it, but the rule does not reach it"
+    assert explain(job, view).sentence == "wren:0 is about to take it"
 
 
 def test_each_card_says_what_of_the_job_it_would_have() -> None:
