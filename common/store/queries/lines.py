@@ -18,9 +18,9 @@ from ..fleet import waiting_of
 from ..tables import READY, Job, ready_at
 from ..transaction import SKIP_LOCKED
 
-MOST_LINES = 64
-"""Lines of a user that are read: those of the highest priority, then of the least bytes. A user whose waiting jobs
-differ in more ways than that starts the smallest of them first; others lose nothing."""
+MOST_LINES = 1000
+"""Lines of a user that are read: those of the highest priority, then of the least bytes. What a user has in
+further lines waits until one of these is empty, even if a card has room for it alone; others lose nothing."""
 
 _AT_ONCE = 16  # of a line
 
