@@ -127,11 +127,8 @@ def replay(
     rule, fleet = rule or PlacementRule(), ReplayedFleet(cards, now, contention=contention, presences=presences)
     coming = deque(sorted(jobs, key=lambda job: (job.waiting.since, job.waiting.job_id)))
     patience_s, waiting, last = _patience_s(fleet.presences), dict[int, ReplayedJob](), 0.0
+    moment: float | None = 0.0
     while True:
-        arrival = coming[0].waiting.since if coming else None
-        change = rule.next_change(fleet.now) if waiting else None
-        known = [fleet.seconds(at) for at in (arrival, change) if at is not None]
-        moment = min([*known, end] if (end := fleet.next_end()) is not None else known, default=None)
         turn = fleet.turns[0][0] if fleet.turns and (waiting or fleet.jobs) else None
         if turn is not None and (turn <= last + patience_s if moment is None else turn < moment):
             moment = turn
@@ -149,9 +146,13 @@ def replay(
             waiting[job.waiting.job_id] = job
             rule.arrived(job)
         for placed in rule.starts(fleet.seen(), fleet.now):
-            fleet.start(placed, waiting.pop(placed.job.job_id))
+            job = waiting.pop(placed.job.job_id, None) or ReplayedJob(waiting=placed.job, seconds=None)
+            fleet.start(placed, job)
         if until is not None and until(fleet.runs):
             break
+        arrival, change = coming[0].waiting.since if coming else None, rule.next_change(fleet.now)
+        known = [fleet.seconds(at) for at in (arrival, change) if at is not None]
+        moment = min([*known, end] if (end := fleet.next_end()) is not None else known, default=None)
     return Replay(runs=fleet.runs, reserved=fleet.reserved)
 
 
