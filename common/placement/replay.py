@@ -10,7 +10,7 @@ import datetime as dt
 import heapq
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -115,14 +115,16 @@ def replay(
     *,
     contention: float = 0.0,
     until: Callable[[Mapping[int, ReplayedRun]], bool] | None = None,
+    lasts: Callable[[Waiting], float | None] = lambda job: None,
     presences: Mapping[str, Presence] | None = None,
 ) -> Replay:
     """Replay from `now` on, with the jobs that the cards have already, until nothing more happens.
 
     `rule`: PlacementRule() without one. `contention`: each of k jobs on a card runs at 1 / (1 + contention (k - 1)) of
     its speed, its start too; at 0 they don't slow each other, at 1 they take turns. `until`: stop once this holds of
-    the jobs that have started. `presences`: when cards are there, by name; without one a card stays, or goes as it says
-    itself. What runs when its card goes waits again.
+    the jobs that have started. `lasts`: seconds that a job takes of which only the rule knows; None: it never ends.
+    `presences`: when cards are there, by name; without one a card stays, or goes as it says itself. What runs when its
+    card goes waits again.
     """
     rule, fleet = rule or PlacementRule(), ReplayedFleet(cards, now, contention=contention, presences=presences)
     coming = deque(sorted(jobs, key=lambda job: (job.waiting.since, job.waiting.job_id)))
@@ -146,8 +148,9 @@ def replay(
             waiting[job.waiting.job_id] = job
             rule.arrived(job)
         for placed in rule.starts(fleet.seen(), fleet.now):
-            job = waiting.pop(placed.job.job_id, None) or ReplayedJob(waiting=placed.job, seconds=None)
-            fleet.start(placed, job)
+            if (number := placed.job.job_id) not in waiting:
+                waiting[number] = ReplayedJob(waiting=placed.job, seconds=lasts(placed.job))
+            fleet.start(placed, waiting.pop(number))
         if until is not None and until(fleet.runs):
             break
         arrival, change = coming[0].waiting.since if coming else None, rule.next_change(fleet.now)
@@ -349,12 +352,50 @@ def _rest(asked: ReplayedJob, left: float, trains_s: float, took_s: float, now: 
     return replace(asked, seconds=asked.seconds * share, waiting=replace(waiting, checkpoint_s=checkpoint_s, again=now))
 
 
+class Remaining:
+    """The ready jobs as a replay goes on: the next of a line is read once the one before has started. `gone`: jobs that
+    are not among them any more."""
+
+    def __init__(
+        self, firsts: Sequence[Waiting], after: Callable[[Waiting], Waiting | None], gone: Iterable[int] = ()
+    ) -> None:
+        self._firsts = {job.job_id: job for job in firsts}
+        self._read = after
+        self._next: dict[int, Waiting | None] = {}
+        self._gone = {*gone}
+
+    def __len__(self) -> int:
+        return len(self._firsts)
+
+    def firsts(self, also: Set[int] = frozenset()) -> list[Waiting]:
+        return list(self._firsts.values())
+
+    def after(self, job: Waiting) -> Waiting | None:
+        if job.job_id not in self._next:
+            self._next[job.job_id] = self._read(job)
+        return self._next[job.job_id]
+
+    def add(self, job: Waiting) -> None:
+        self._firsts[job.job_id] = job
+
+    def remove(self, job: Waiting) -> None:
+        if job.job_id in self._gone:
+            return
+        self._gone.add(job.job_id)
+        self._firsts.pop(job.job_id, None)
+        behind = self.after(job)
+        while behind is not None and behind.job_id in self._gone:
+            behind = self.after(behind)
+        if behind is not None:
+            self._firsts[behind.job_id] = behind
+
+
 class PlacementRule:
     """The rule of `place`, with each user's charge as the database would keep it.
 
     `charges`: GiB hours by user at `since`, what runs there included; without them no user has used anything yet.
     `roomy`: what jobs may have beyond their needs, by number. `meter`: the card hours of users with a quota; without it
-    nobody has one.
+    nobody has one. `waiting`: what waits from the beginning, without what is `decided` to start then.
     """
 
     def __init__(
@@ -364,10 +405,13 @@ class PlacementRule:
         running: Iterable[Occupant] = (),
         roomy: Mapping[int, Sequence[RoomyForm]] | None = None,
         meter: QuotaMeter | None = None,
+        waiting: Lines | Remaining | None = None,
+        decided: Sequence[Placement] = (),
     ) -> None:
+        self._decided = list(decided)
         self._meter = meter
         self._roomy = roomy or {}
-        self._waiting = Lines()
+        self._waiting = Lines() if waiting is None else waiting
         self._past: dict[str, tuple[float, dt.datetime]] = {}
         self._running: dict[int, tuple[str, int, dt.datetime, bool]] = {}  # user, bytes, from when, started here
         if since is not None:
@@ -380,11 +424,7 @@ class PlacementRule:
         self._waiting.add(job.waiting)
 
     def starts(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
-        if not len(self._waiting) or not any(card.room for card in cards):
-            return []
-        rationed = frozenset[str]() if self._meter is None else self._meter.rationed
-        decisions = place(self._waiting, cards, self.charges(now), now, rationed)
-        placed = [decision.placed for decision in decisions if decision.placed is not None]
+        placed, self._decided = self._decided or self._decide(cards, now), []
         for placement in placed:
             job = placement.job
             size = sum(share.bytes for share in placement.shares)
@@ -399,6 +439,13 @@ class PlacementRule:
             job, size = placement.job, given[-1].reserved
             by_node[card.node] = card.with_job(Occupant(job_id=job.job_id, user=job.user, reserved=size))
         return given
+
+    def _decide(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
+        if not len(self._waiting) or not any(card.room for card in cards):
+            return []
+        rationed = frozenset[str]() if self._meter is None else self._meter.rationed
+        decisions = place(self._waiting, cards, self.charges(now), now, rationed)
+        return [decision.placed for decision in decisions if decision.placed is not None]
 
     def _with_room(self, placed: Placement, card: Card) -> Placement:
         """The placement with the room that nobody else wants. Jobs that start after it still count as waiting then:

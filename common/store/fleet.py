@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ class FleetView:
     drains: dict[str, DrainOrder]  # by host or card
     running: dict[int, Job]
     charges: dict[str, float]  # GiB hours by user
+    firsts: tuple[Waiting, ...]  # of what waits on: of each line the first and the oldest
     decisions: tuple[Decision, ...]  # what starts next, and for which job a card is kept
     round_at: dt.datetime | None = None  # when a node last went round for the fleet; None: none ever did
     failures: tuple[CardFailure, ...] = ()  # of a day, on cards that have ended no attempt well since
@@ -52,6 +53,20 @@ class FleetView:
     def placed(self) -> dict[int, Placement]:
         """What starts, by job."""
         return {one.placed.job.job_id: one.placed for one in self.decisions if one.placed is not None}
+
+    @functools.cached_property
+    def starting(self) -> dict[str, list[Waiting]]:
+        """What starts on each card, in the order in which that is decided."""
+        found: dict[str, list[Waiting]] = {}
+        for placed in self.placed.values():
+            for share in placed.shares:
+                found.setdefault(share.node, []).append(placed.job)
+        return found
+
+    @functools.cached_property
+    def suiting(self) -> dict[Hashable, frozenset[str]]:
+        """The cards that a line's jobs could take, as far as this view was asked."""
+        return {}
 
     @functools.cached_property
     def kept(self) -> Reservation | None:

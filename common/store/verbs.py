@@ -128,6 +128,7 @@ class JobVerbs(Subject):
     log_end = reads(jobs.read_log_end)
 
     ready = reads(decisions.read_ready)
+    behind = reads(decisions.read_behind)
     oldest_ready = reads(jobs.read_oldest_ready)
     waiting_classes = reads(backlog.waiting_classes)
     has_unfinished = reads(backlog.has_unfinished)

@@ -107,10 +107,10 @@ def _outlook(store: Store, jobs: Sequence[Job]) -> dict[int, tuple[str, ...]]:
     """Of jobs that wait, those that no card could ever hold, and when others start that have to wait, where known."""
     from loractl.scheduler.wait.gangs import in_words
     from loractl.scheduler.wait.reasons import AT_ONCE_S, Tier, explain
-    from loractl.scheduler.wait.starts import REPLAYED_JOBS, read_starts
+    from loractl.scheduler.wait.starts import LISTED_JOBS, read_outlook
 
     view = store.cards.fleet()
-    starts = read_starts(store, view, store.jobs.ready(REPLAYED_JOBS + 1))
+    starts = read_outlook(store, view, [job.job_id for job in jobs], store.jobs.ready(LISTED_JOBS + 1)).starts
     told = dict[int, tuple[str, ...]]()
     for job in jobs:
         if job.status is not Status.QUEUED:

@@ -201,7 +201,7 @@ class Asking:
     def _taken(self, card: Card) -> Offer:
         """What the rule does with a card that has room."""
         me, view = self.me, self.view
-        here = [p.job for p in view.placed.values() if any(share.node == card.node for share in p.shares)]
+        here = view.starting.get(card.node, [])
         if any(other.job_id == me.job_id for other in here):
             return Offer(chance=Chance.GIVEN, word="next", text="is about to take it")
         if here:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from loractl.common.job.status import Status
 from loractl.common.placement.lines import Waiting
-from loractl.common.store.fleet import FleetView
+from loractl.common.store.fleet import FleetView, is_ready
 
 from .cards import KEPT
 from .gangs import CardsAsked, asked_of, when_they_end
 from .reasons import Tier, Wait, explain
-from .starts import REPLAYED_JOBS, ExpectedStart, ahead_of, reaches, read_starts
+from .starts import LISTED_JOBS, ExpectedStart, ahead_of, reaches, read_outlook
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
@@ -37,8 +37,9 @@ def waiting_jobs(store: Store, jobs: Sequence[Job], view: FleetView | None = Non
     queued = [job for job in jobs if job.status is Status.QUEUED]
     if not queued:
         return WaitingJobs()
-    view, ready = with_awaited(view or store.cards.fleet(), store, queued), store.jobs.ready(REPLAYED_JOBS + 1)
-    starts = read_starts(store, view, ready) if view.running or view.allowed else {}
+    view, ready = with_awaited(view or store.cards.fleet(), store, queued), store.jobs.ready(LISTED_JOBS + 1)
+    wanted = [job.job_id for job in queued if is_ready(job, view.now)]
+    starts = read_outlook(store, view, wanted, ready).starts if view.running or view.allowed else {}
     return WaitingJobs(
         reasons={job.job_id: reason(job, view, ready, starts) for job in queued},
         starts=starts,
@@ -74,7 +75,7 @@ def reason(job: Job, view: FleetView, ready: Sequence[Waiting], starts: Mapping[
     if wait.word not in ("memory", "busy") or not view.running:
         return wait
     if start is not None:
-        after = start.rests_on if len(start.nodes) == 1 else ()
+        after = start.after if len(start.nodes) == 1 else ()
         sentence = f"{start.nodes[0]} when {when_they_end(after)}" if after else wait.sentence
         kept = wait.sentence.endswith(KEPT) and not sentence.endswith(KEPT)
         return replace(wait, sentence=f"{sentence}{KEPT if kept else ''}", ends=start.at)

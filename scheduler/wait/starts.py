@@ -1,16 +1,17 @@
 """When waiting jobs are expected to start, and which others go first: a replay of the rule in which running jobs end as
-measured.
+measured, and those that start as predicted.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.method import Method
 from loractl.common.placement.cards import Card, takes
+from loractl.common.placement.duration import UNKNOWN_S
 from loractl.common.placement.gangs import may_share
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.rule import turn
@@ -24,9 +25,14 @@ if TYPE_CHECKING:
     from loractl.common.store.store import Store
     from loractl.common.store.tables import Job
 
+MOST_STARTS = 10
+"""A replay goes no further: beyond so many starts it says no more than that a job is not among them."""
 
-REPLAYED_JOBS = 200
-"""With more waiting jobs no expected start is given: it would depend on too many unknown durations."""
+LISTED_JOBS = 50
+"""The most jobs ahead of one that are counted."""
+
+After = Callable[[Waiting], Waiting | None]
+"""Gives the next of a job's line, see `Queue`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,65 +40,106 @@ class ExpectedStart:
     """When and where a job is expected to start."""
 
     at: dt.datetime
-    spread_s: float  # half width, from the spread of the running jobs' measured steps
+    spread_s: float  # half width: that of the measured ends that it rests on
     nodes: tuple[str, ...]  # all its cards
-    rests_on: tuple[int, ...] = ()  # the running jobs that leave these cards before, as is expected of them
+    measured: tuple[int, ...] = ()  # the jobs that leave these cards before, as their steps say
+    predicted: tuple[int, ...] = ()  # and those whose length is only predicted
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """The jobs that must end first."""
+        return *self.measured, *self.predicted
 
     def as_json(self) -> dict[str, Any]:
-        """`at` as ISO 8601, `spread_s`, `rests_on`, and `node`: with several cards, the first, and all of them in
-        `nodes`."""
-        lists = {"nodes": list(self.nodes), "rests_on": list(self.rests_on)}
+        """`at` as ISO 8601, `spread_s`, `measured` and `predicted`: the jobs whose ends it rests on, and `node`: with
+        several cards, the first, and all of them in `nodes`."""
+        lists = {"nodes": list(self.nodes), "measured": list(self.measured), "predicted": list(self.predicted)}
         return {"at": self.at.isoformat(), "spread_s": self.spread_s, "node": self.nodes[0], **lists}
 
 
-def read_starts(store: Store, view: FleetView, waiting: Sequence[Waiting]) -> dict[int, ExpectedStart]:
-    """See expected_starts. Past use is read only if somebody has a quota."""
-    if len(waiting) > REPLAYED_JOBS:
-        return {}
-    return expected_starts(view, waiting, store.usage.past() if view.allowed else {})
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What a replay says."""
+
+    starts: Mapping[int, ExpectedStart] = field(default_factory=dict)
+    stopped: bool = False  # after MOST_STARTS starts: others may start later
 
 
-def expected_starts(
-    view: FleetView, waiting: Sequence[Waiting], past: Mapping[str, PastCardHours] | None = None
-) -> dict[int, ExpectedStart]:
-    """When the ready jobs start, if that depends only on quotas and on running jobs with a measured end.
+def read_outlook(store: Store, view: FleetView, wanted: Collection[int], ready: Sequence[Waiting]) -> Outlook:
+    """See outlook. A job behind the first LISTED_JOBS is not waited for. Past use is read only if somebody has a
+    quota."""
+    if len(ready) > LISTED_JOBS:
+        wanted = {*wanted} & {job.job_id for job in ready}
+    if not wanted:
+        return Outlook()
+    read: dict[int, Waiting] = {}
 
-    The duration of a waiting job is unknown: a job that can only start after it gets no time. `past`: what users with a
-    quota have had; without it, jobs of a user who is beyond a hard one get no time.
+    def after(job: Waiting) -> Waiting | None:
+        if job.job_id not in read:
+            some = store.jobs.behind(job)
+            read.update(zip([job.job_id, *(one.job_id for one in some)], some, strict=False))
+        return read.get(job.job_id)
+
+    return outlook(view, wanted, after, store.usage.past() if view.allowed else {})
+
+
+def outlook(
+    view: FleetView,
+    wanted: Collection[int],
+    after: After,
+    past: Mapping[str, PastCardHours] | None = None,
+) -> Outlook:
+    """When jobs start, until all wanted ones have, as far as that depends only on quotas, on running jobs with a known
+    end, and on jobs whose length is predicted.
+
+    `after`: the next of a job's line. `past`: what users with a quota have had; without it, jobs of a user who is
+    beyond a hard one get no time.
     """
-    if len(waiting) > REPLAYED_JOBS:
-        return {}
-    cards = list(view.cards.values())
-    late = _replayed(view, waiting, [_late(card, view) for card in cards], past or {})
-    return {
-        job_id: _expected(view, run, late[job_id])
-        for job_id, run in _replayed(view, waiting, cards, past or {}).items()
-        if job_id in late
-    }
+    runs = _replayed(view, after, past or {}, {*wanted})
+    starts = {job_id: _expected(view, runs, run) for job_id, run in runs.items()}
+    return Outlook(starts=starts, stopped=len(runs) >= MOST_STARTS + len(view.placed))
 
 
-def _expected(view: FleetView, run: ReplayedRun, late: ReplayedRun) -> ExpectedStart:
-    nodes = run.node, *run.beside
-    gone = [one for node in nodes for one in view.cards[node].running if one.ends and one.ends <= run.started]
+def _expected(view: FleetView, runs: Mapping[int, ReplayedRun], run: ReplayedRun) -> ExpectedStart:
+    """What a run rests on: the jobs that leave its cards before."""
+    nodes = {run.node, *run.beside}
+
+    def over(ends: dt.datetime | None) -> bool:
+        return ends is not None and ends <= run.started
+
+    gone = {job.job_id for node in nodes for job in view.cards[node].running if over(job.ends)}
+    measured = {job_id for job_id in gone if (row := view.running.get(job_id)) is not None and row.step}
+    here = {number for number, one in runs.items() if over(one.ended) and not nodes.isdisjoint((one.node, *one.beside))}
+    spreads = (view.running[job_id].eta_spread_seconds or 0.0 for job_id in measured)
     return ExpectedStart(
         at=run.started,
-        spread_s=max(0.0, (late.started - run.started).total_seconds()),
-        nodes=nodes,
-        rests_on=tuple(dict.fromkeys(one.job_id for one in gone)),
+        spread_s=max(spreads, default=0.0),
+        nodes=(run.node, *run.beside),
+        measured=tuple(sorted(measured)),
+        predicted=tuple(sorted(gone - measured | here)),
     )
 
 
 def _replayed(
-    view: FleetView, waiting: Sequence[Waiting], cards: Sequence[Card], past: Mapping[str, PastCardHours]
+    view: FleetView, after: After, past: Mapping[str, PastCardHours], wanted: set[int]
 ) -> Mapping[int, ReplayedRun]:
-    """The run of each job that starts in a replay on these cards."""
-    from loractl.common.placement.replay import PlacementRule, ReplayedJob, replay
+    """The run of each job that starts in a replay."""
+    from loractl.common.placement.replay import PlacementRule, Remaining, replay
 
+    def enough(runs: Mapping[int, ReplayedRun]) -> bool:
+        return len(runs) >= MOST_STARTS + len(decided) or wanted <= runs.keys()
+
+    cards, decided = list(view.cards.values()), list(view.placed.values())
+    waiting = Remaining(view.firsts, after, view.placed)
     running = [job for card in cards for job in card.running]
-    jobs = [ReplayedJob(waiting=job, seconds=None) for job in waiting]
     charges = {**view.charges, **{user: one.charge for user, one in past.items()}}  # the view's have quotas in them
-    rule = PlacementRule(charges, view.now, running, meter=_meter(view, cards, past))
-    return replay(jobs, cards, view.now, rule).runs
+    rule = PlacementRule(charges, view.now, running, meter=_meter(view, cards, past), waiting=waiting, decided=decided)
+    return replay((), cards, view.now, rule, until=enough, lasts=_predicted_s).runs
+
+
+def _predicted_s(job: Waiting) -> float | None:
+    """How long a waiting job takes; None: nothing is known."""
+    return None if job.left_s == UNKNOWN_S else job.left_s
 
 
 def _meter(view: FleetView, cards: Sequence[Card], past: Mapping[str, PastCardHours]) -> QuotaMeter | None:
@@ -111,28 +158,17 @@ def _meter(view: FleetView, cards: Sequence[Card], past: Mapping[str, PastCardHo
     return meter
 
 
-def _late(card: Card, view: FleetView) -> Card:
-    """The card when everything takes as long as its measured spread allows."""
-
-    def later(job_id: int) -> dt.timedelta:
-        row = view.running.get(job_id)
-        return dt.timedelta(seconds=(row.eta_spread_seconds or 0.0) if row is not None else 0.0)
-
-    return replace(
-        card,
-        running=tuple(replace(j, ends=None if j.ends is None else j.ends + later(j.job_id)) for j in card.running),
-    )
-
-
-def why_unknown(job: Job, view: FleetView, starts: Mapping[int, ExpectedStart], waiting: Sequence[Waiting]) -> str:
+def why_unknown(job: Job, view: FleetView, ready: Sequence[Waiting], found: Outlook) -> str:
     """Why a job that waits for room has no expected start; empty where no job is in its way."""
-    if len(waiting) > REPLAYED_JOBS:
-        return f"more than {REPLAYED_JOBS} jobs wait"
+    if not reaches(job, ready):
+        return f"more than {LISTED_JOBS} jobs wait before it"
+    if found.stopped:
+        return f"it is not among the next {MOST_STARTS} to start"
     cards = suiting(waiting_of(vars(job), view.now), view)
     running = [one.job_id for node in cards for one in view.cards[node].running if one.ends is None]
     if running:
         return f"nobody knows yet when {when_they_end(sorted({*running}))}"
-    first = [job_id for job_id, start in starts.items() if not cards.isdisjoint(start.nodes)]
+    first = [job_id for job_id, start in found.starts.items() if not cards.isdisjoint(start.nodes)]
     if not first:
         return ""
     return f"{numbers(first)} {'starts' if len(first) == 1 else 'start'} before it, and nobody knows for how long"
@@ -142,30 +178,29 @@ def ahead_of(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Wait
     """The ready jobs, in the rule's order, that the rule tries before it and that could take a card that suits it; if
     no card does, those that lack one as well."""
     me = waiting_of(vars(job), view.now)
-    mine, known = suiting(me, view), dict[tuple[object, ...], frozenset[str]]()
-    first = list[Waiting]()
+    mine, first = suiting(me, view), list[Waiting]()
     for other in waiting:
         before = turn(other, view.charges) < turn(me, view.charges) or other.job_id in view.placed
-        if other.job_id == me.job_id or not before:
-            continue
-        form = (other.need, other.methods, other.requires, other.only_host, other.avoids, other.bf16, other.gangs)
-        theirs = known[form] = known.get(form) or suiting(other, view)
-        if not mine.isdisjoint(theirs) if mine else not theirs:
-            first.append(other)
+        if other.job_id != me.job_id and before:
+            theirs = suiting(other, view)
+            if not mine.isdisjoint(theirs) if mine else not theirs:
+                first.append(other)
     return sorted(first, key=lambda other: (other.job_id not in view.placed, turn(other, view.charges)))
 
 
 def reaches(job: Job, waiting: Sequence[Waiting]) -> bool:
     """Whether the part of the rule's order that was read contains all that go before the job."""
-    return len(waiting) <= REPLAYED_JOBS or any(other.job_id == job.job_id for other in waiting)
+    return len(waiting) <= LISTED_JOBS or any(other.job_id == job.job_id for other in waiting)
 
 
 def suiting(job: Waiting, view: FleetView) -> frozenset[str]:
     """The open cards that the job could take once all else has left them."""
-    fleet = view.cards.values()
+    if job.line not in view.suiting:
+        view.suiting[job.line] = frozenset(node for node, card in view.cards.items() if _suits(card, job, view))
+    return view.suiting[job.line]
 
-    def may_have(card: Card) -> bool:
-        several = bool(job.gangs) and may_share(card, job)
-        return card.open and (several or takes(card, job, fleet, view.largest)) and (job.bound or 0) <= card.usable
 
-    return frozenset(card.node for card in fleet if may_have(card))
+def _suits(card: Card, job: Waiting, view: FleetView) -> bool:
+    several = bool(job.gangs) and may_share(card, job)
+    takes_it = several or takes(card, job, view.cards.values(), view.largest)
+    return card.open and takes_it and (job.bound or 0) <= card.usable

@@ -13,7 +13,7 @@ from loractl.scheduler.wait.gangs import CardsAsked, asked_of
 from loractl.scheduler.wait.queue import reason, with_awaited
 from loractl.scheduler.wait.reasons import Tier, Wait
 from loractl.scheduler.wait.sooner import sooner
-from loractl.scheduler.wait.starts import REPLAYED_JOBS, ExpectedStart, ahead_of, reaches, read_starts, why_unknown
+from loractl.scheduler.wait.starts import LISTED_JOBS, ExpectedStart, ahead_of, reaches, read_outlook, why_unknown
 
 if TYPE_CHECKING:
     from loractl.common.store.store import Store
@@ -63,7 +63,7 @@ class Why:
         `tier`: never, policy, fleet, capacity or next; `word` and `sentence`: the reason; `ends`: when that is over,
         null if not known; `helps` and `command`: the command that helps, null if waiting does; `vram_needed`: bytes,
         null while unknown; `asks`: `cards`, `bytes` of each, null while unknown, and `parallel`; `expected_start`:
-        `at`, `spread_s`, `node`, `nodes` and `rests_on`, or null; `cards`: how each card sees the job.
+        `at`, `spread_s`, `node`, `nodes`, `measured` and `predicted`, or null; `cards`: how each card sees the job.
         """
         return {
             "job_id": self.job.job_id,
@@ -90,20 +90,20 @@ def why(store: Store, job_id: int, *, in_other_forms: bool = True) -> Why | NotW
         there = store.cards.fleet()
         state = state_of(job, there)
         return NotWaiting(job=state, trouble=trouble_on(there, state.cards))
-    view, waiting = with_awaited(store.cards.fleet(), store, [job]), store.jobs.ready(REPLAYED_JOBS + 1)
-    starts = read_starts(store, view, waiting)
-    wait = reason(job, view, waiting, starts)
+    view, waiting = with_awaited(store.cards.fleet(), store, [job]), store.jobs.ready(LISTED_JOBS + 1)
+    found = read_outlook(store, view, [job_id], waiting)
+    wait = reason(job, view, waiting, found.starts)
     looks = in_other_forms and wait.word != "patience" and wait.tier in (Tier.FLEET, Tier.CAPACITY)
-    if looks and (found := sooner(job, view)) is not None:
-        wait = replace(wait, helps=found[0], command=found[1])
+    if looks and (form := sooner(job, view)) is not None:
+        wait = replace(wait, helps=form[0], command=form[1])
     ahead = tuple((other.job_id, other.user) for other in ahead_of(job, view, waiting))
     return Why(
         job=state_of(job),
         wait=wait,
-        start=starts.get(job_id),
+        start=found.starts.get(job_id),
         cards=tuple(card_fits(job, view)),
         ahead=None if job.held or job.awaits is not None else Ahead(jobs=ahead, complete=reaches(job, waiting)),
         now=view.now,
         asks=asked_of(job, view),
-        unknown=why_unknown(job, view, starts, waiting) if wait.tier is Tier.CAPACITY else "",
+        unknown=why_unknown(job, view, waiting, found) if wait.tier is Tier.CAPACITY else "",
     )

@@ -8,7 +8,7 @@ from loractl.common.job.status import Status
 from loractl.common.text import clean_line
 from loractl.common.units import GIB, clock, duration, gib
 from loractl.scheduler.cli.screen import Screen, card_name, joined, wrapped, wrapped_table
-from loractl.scheduler.wait.gangs import in_words, when_they_end
+from loractl.scheduler.wait.gangs import in_words, numbers, when_they_end
 from loractl.scheduler.wait.reasons import Tier
 
 from .answer import NotWaiting, Why
@@ -55,9 +55,13 @@ def _start(answer: Why, screen: Screen) -> list[str]:
     start = answer.start
     if start is not None and start.at > answer.now:
         spread = f" ± {duration(start.spread_s)}" if start.spread_s >= 1 else ""
-        at, rests = clock(start.at, answer.now), start.rests_on
-        ends = f"if {when_they_end(rests)} as expected" if rests else ""
-        return wrapped(f"Expected start: {at}{spread} on {in_words(start.nodes)}{', ' * bool(ends)}{ends}.", at, screen)
+        at, rests = clock(start.at, answer.now), []
+        if measured := start.measured:
+            rests.append(f"{when_they_end(measured)} as {'its' if len(measured) == 1 else 'their'} steps say")
+        if predicted := start.predicted:
+            rests.append(f"{numbers(predicted)} {'takes' if len(predicted) == 1 else 'take'} as long as predicted")
+        rested = f", if {' and '.join(rests)}" if rests else ""
+        return wrapped(f"Expected start: {at}{spread} on {in_words(start.nodes)}{rested}.", at, screen)
     return wrapped(f"Expected start: not known: {answer.unknown}.", "", screen) if answer.unknown else []
 
 

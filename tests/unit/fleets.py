@@ -28,7 +28,7 @@ def running(job_id: int, on: str, size: float, ends_in: float | None = None, **c
     """A job that reserves `size` GiB and is expected to end in so many seconds."""
     values = {
         "job_id": job_id, "status": Status.RUNNING, "node": on, "vram_reserved": int(size * GIB),
-        "eta_seconds": ends_in, "started_at": NOON, "preemptible": False, "method": "lora",
+        "eta_seconds": ends_in, "step": 5, "started_at": NOON, "preemptible": False, "method": "lora",
     }  # fmt: skip
     return job(**{**values, **changed})
 
@@ -74,6 +74,8 @@ def fleet(
     used = dict(charges or {})
     for one in ran:
         used[one.user] = charge(used.get(one.user, 0.0), [(one.vram_reserved or 0, 0.0)])
+    decisions = tuple(place(Lines(jobs), list(cards.values()), used, NOON))
+    starting = {one.placed.job.job_id for one in decisions if one.placed is not None}
     return FleetView(
         now=NOON,
         nodes={n.node: n for n in nodes},
@@ -81,7 +83,8 @@ def fleet(
         drains=orders,
         running={j.job_id: j for j in ran},
         charges=used,
-        decisions=tuple(place(Lines(jobs), list(cards.values()), used, NOON)),
+        firsts=tuple(job for job in jobs if job.job_id not in starting),
+        decisions=decisions,
     )
 
 

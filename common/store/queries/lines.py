@@ -85,7 +85,7 @@ def _typed(statement: str, *parameters: BindParameter[Any]) -> TextualSelect:
 
 _NEXT = _typed(
     f'SELECT {_COLUMNS} FROM jobs WHERE {READY} AND "user" = :user AND queue_key ='  # noqa: S608  no input
-    f" (SELECT queue_key FROM jobs WHERE job_id = :job_id) AND {_BEHIND} ORDER BY {IN_LINE} LIMIT {_AT_ONCE}"
+    f" (SELECT queue_key FROM jobs WHERE job_id = :job_id) AND {_BEHIND} ORDER BY {IN_LINE} LIMIT :most"
 )
 _NUMBERED = _typed(
     f"SELECT {_COLUMNS} FROM jobs WHERE {READY} AND job_id IN :numbers",  # noqa: S608  no input
@@ -94,11 +94,12 @@ _NUMBERED = _typed(
 
 
 class StoredQueue:
-    """The ready jobs at one moment, read as far as the caller asks."""
+    """The ready jobs at one moment, read as far as the caller asks. `at_once`: of a line, behind its first."""
 
-    def __init__(self, session: Session, now: dt.datetime) -> None:
+    def __init__(self, session: Session, now: dt.datetime, at_once: int = _AT_ONCE) -> None:
         self._session = session
         self._now = now
+        self._at_once = at_once
         self._firsts: dict[int, Waiting] | None = None
         self._next: dict[int, Waiting | None] = {}
 
@@ -124,11 +125,15 @@ class StoredQueue:
     def _numbered(self, numbers: Collection[int]) -> dict[int, Waiting]:
         return {job.job_id: job for job in self._read(_NUMBERED, numbers=list(numbers))} if numbers else {}
 
+    def behind(self, job: Waiting) -> list[Waiting]:
+        """The next jobs of its line, read at once; none if it is the last."""
+        return self._read(_NEXT, user=job.user, job_id=job.job_id, most=self._at_once)
+
     def after(self, job: Waiting) -> Waiting | None:
         if job.job_id not in self._next:
-            some = [job, *self._read(_NEXT, user=job.user, job_id=job.job_id)]
+            some = [job, *self.behind(job)]
             self._next |= {one.job_id: other for one, other in itertools.pairwise(some)}
-            if len(some) <= _AT_ONCE:
+            if len(some) <= self._at_once:
                 self._next[some[-1].job_id] = None
         return self._next.get(job.job_id)
 
@@ -139,7 +144,7 @@ class StoredQueue:
 
 def read_order(session: Session, now: dt.datetime, charges: Mapping[str, float], limit: int) -> list[Waiting]:
     """The first ready jobs in the order in which the rule tries them."""
-    queue = StoredQueue(session, now)
+    queue = StoredQueue(session, now, at_once=4)
     every = in_turn(queue, queue.firsts(), lambda job: turn(job, charges), lambda job: True)
     return list(itertools.islice(every, limit))
 

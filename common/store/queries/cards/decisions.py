@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from sqlalchemy import select
 
@@ -27,7 +27,9 @@ def decide(queue: Queue, cards: Sequence[Card], fleet: FleetState, now: dt.datet
 def read_view(tx: Transaction) -> FleetView:
     """The whole fleet at this moment, read at once, and what starts next."""
     session, now = tx.session, tx.now()
-    fleet = read_fleet(session, now)
+    fleet, queue = read_fleet(session, now), StoredQueue(session, now, at_once=2)
+    decisions = tuple(decide(queue, fleet.cards, fleet, now))
+    starting = {one.placed.job.job_id for one in decisions if one.placed is not None}
     return FleetView(
         now=now,
         nodes={node.node: node for node in session.scalars(select(Node).order_by(Node.node))},
@@ -35,11 +37,29 @@ def read_view(tx: Transaction) -> FleetView:
         drains=drained_targets(session, now),
         running={job.job_id: job for job in session.scalars(select(Job).where(Job.status == Status.RUNNING))},
         charges=fleet.charges,
-        decisions=tuple(decide(StoredQueue(session, now), fleet.cards, fleet, now)),
+        firsts=tuple(_left(queue, starting)),
+        decisions=decisions,
         round_at=session.scalar(select(FleetRound.at).where(FleetRound.name == LEASES)),
         failures=tuple(read_failures(session, now)),
         allowed=read_allowed(session, now),
     )
+
+
+def _left(queue: Queue, starting: Collection[int]) -> Iterator[Waiting]:
+    """The firsts of what waits once some have started."""
+    met = set(starting)
+    for first in queue.firsts():
+        job: Waiting | None = first
+        while job is not None and job.job_id in met:
+            job = queue.after(job) if job.job_id in starting else None
+        if job is not None:
+            met.add(job.job_id)
+            yield job
+
+
+def read_behind(tx: Transaction, job: Waiting) -> list[Waiting]:
+    """The next jobs of its line."""
+    return StoredQueue(tx.session, tx.now(), at_once=2).behind(job)
 
 
 def read_ready(tx: Transaction, limit: int) -> list[Waiting]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,15 +13,16 @@ import pytest
 from loractl import __version__
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
+from loractl.common.placement.lines import Waiting
 from loractl.common.placement.rule import RESERVE_AFTER_S
-from loractl.common.store.fleet import NODE_STALE_S
+from loractl.common.store.fleet import NODE_STALE_S, FleetView
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB, clock
 from loractl.scheduler.wait.cards import SILENT_S, card_fits, closed_cards, process_name, trouble_of
 from loractl.scheduler.wait.queue import WaitingJobs, reason, without_queue
 from loractl.scheduler.wait.reasons import Tier, explain
 from loractl.scheduler.wait.sooner import without_others
-from loractl.scheduler.wait.starts import REPLAYED_JOBS, ExpectedStart, ahead_of, expected_starts
+from loractl.scheduler.wait.starts import LISTED_JOBS, MOST_STARTS, ExpectedStart, ahead_of, outlook, why_unknown
 
 from ...factories import NOON
 from ...fleets import card, drained, fleet, in_seconds, ready, running, waits
@@ -441,6 +444,10 @@ def test_a_processor_leaves_to_gpus_what_they_can_hold() -> None:
 # --- expected starts ---
 
 
+def starts(view: FleetView, *wanted: int) -> Mapping[int, ExpectedStart]:
+    return outlook(view, wanted, lambda job: None).starts
+
+
 def test_jobs_start_when_those_before_them_end_as_measured() -> None:
     ran = [
         running(1, "a:0", 20, 600, eta_spread_seconds=60.0),
@@ -448,33 +455,72 @@ def test_jobs_start_when_those_before_them_end_as_measured() -> None:
     ]
     waiting = [waits(7, lora=24, qlora=24), waits(8, lora=24, qlora=24), waits(9, lora=24, qlora=24)]
     view = fleet([card("a:0"), card("b:0")], ran, waiting)
-    found = expected_starts(view, ready(waiting))
-    assert found == {
-        7: ExpectedStart(at=in_seconds(600), spread_s=60.0, nodes=("a:0",), rests_on=(1,)),
-        8: ExpectedStart(at=in_seconds(900), spread_s=600.0, nodes=("b:0",), rests_on=(2,)),
+    assert starts(view, 7, 8, 9) == {
+        7: ExpectedStart(at=in_seconds(600), spread_s=60.0, nodes=("a:0",), measured=(1,)),
+        8: ExpectedStart(at=in_seconds(900), spread_s=600.0, nodes=("b:0",), measured=(2,)),
     }, "when 7 and 8 end nobody knows, so 9 has no time"
 
 
 def test_a_job_behind_an_end_that_nobody_knows_gets_no_time() -> None:
     waiting = [waits(7, lora=24, qlora=24)]
     view = fleet([card()], [running(1, "box:0", 20)], waiting)
-    assert expected_starts(view, ready(waiting)) == {}
+    assert starts(view, 7) == {}
 
 
-def test_a_late_end_may_change_the_card_and_the_spread_covers_it() -> None:
+def test_the_spread_is_that_of_the_end_on_which_the_start_rests() -> None:
     ran = [running(1, "a:0", 20, 600, eta_spread_seconds=500.0), running(2, "b:0", 20, 700, eta_spread_seconds=10.0)]
     waiting = [waits(7, lora=24, qlora=24)]
     view = fleet([card("a:0"), card("b:0")], ran, waiting)
-    assert expected_starts(view, ready(waiting)) == {
-        7: ExpectedStart(at=in_seconds(600), spread_s=110.0, nodes=("a:0",), rests_on=(1,))
+    assert starts(view, 7) == {7: ExpectedStart(at=in_seconds(600), spread_s=500.0, nodes=("a:0",), measured=(1,))}
+
+
+def test_predicted_lengths_carry_an_expected_start_on_and_are_named() -> None:
+    """Behind a waiting job nobody had an expected start."""
+    waiting = [
+        waits(7, lora=24, qlora=24, work_left_s=1200.0),
+        waits(8, lora=24, qlora=24),
+        waits(9, lora=24, qlora=24),
+    ]
+    view = fleet([card("a:0")], [running(1, "a:0", 20, 600, eta_spread_seconds=60.0)], waiting)
+    found = outlook(view, (7, 8, 9), lambda job: None)
+    assert found.starts == {
+        7: ExpectedStart(at=in_seconds(600), spread_s=60.0, nodes=("a:0",), measured=(1,)),
+        8: ExpectedStart(at=in_seconds(1800), spread_s=60.0, nodes=("a:0",), measured=(1,), predicted=(7,)),
     }
+    assert (
+        why_unknown(waiting[2], view, ready(waiting), found)
+        == "jobs 7 and 8 start before it, and nobody knows for how long"
+    )
+
+
+def test_a_replay_that_stops_says_so_and_does_not_guess() -> None:
+    waiting = [waits(number, lora=24, qlora=24, work_left_s=60.0) for number in range(10, 13 + MOST_STARTS)]
+    view = fleet([card("a:0")], [running(1, "a:0", 20, 600)], waiting)
+    last = waiting[-1].job_id
+    found = outlook(view, [last], lambda job: None)
+    assert len(found.starts) == MOST_STARTS and last not in found.starts
+    assert why_unknown(waiting[-1], view, ready(waiting), found) == f"it is not among the next {MOST_STARTS} to start"
+
+
+def test_only_the_next_of_a_line_is_read_once_the_one_before_has_started() -> None:
+    line = [waits(number, lora=24, qlora=24, work_left_s=60.0) for number in range(10, 20)]
+    view, read = fleet([card("a:0")], [running(1, "a:0", 20, 600)], line[:1]), list[int]()
+    behind = {before.job_id: after for before, after in pairwise(ready(line))}
+
+    def after(job: Waiting) -> Waiting | None:
+        read.append(job.job_id)
+        return behind.get(job.job_id)
+
+    found = outlook(view, [12], after).starts
+    assert [(number, start.at) for number, start in found.items()] == [
+        (10, in_seconds(600)), (11, in_seconds(660)), (12, in_seconds(720))
+    ]  # fmt: skip
+    assert read == [10, 11, 12]
 
 
 def test_a_job_that_starts_now_starts_now() -> None:
     waiting = [waits(7)]
-    assert expected_starts(fleet([card()], (), waiting), ready(waiting))[7] == ExpectedStart(
-        at=NOON, spread_s=0.0, nodes=("box:0",)
-    )
+    assert starts(fleet([card()], (), waiting), 7)[7] == ExpectedStart(at=NOON, spread_s=0.0, nodes=("box:0",))
 
 
 # --- what is ahead, and what would help ---
@@ -500,9 +546,9 @@ def test_without_any_worker_the_older_ones_are_ahead() -> None:
 
 def test_a_job_behind_the_beginning_of_the_order_is_told_what_is_sure() -> None:
     mine = waits(999, lora=8, qlora=8)
-    before = [waits(number, lora=8, qlora=8) for number in range(10, 10 + REPLAYED_JOBS + 1)]
+    before = [waits(number, lora=8, qlora=8) for number in range(10, 10 + LISTED_JOBS + 1)]
     view = fleet([card()], [running(1, "box:0", 20)], [*before, mine])
-    assert reason(mine, view, ready(before), {}).sentence.endswith("; job 10 and at least 200 more go first")
+    assert reason(mine, view, ready(before), {}).sentence.endswith("; job 10 and at least 50 more go first")
     assert reason(mine, view, ready([*before[:3], mine]), {}).sentence.endswith("; job 10 and 2 more go first")
 
 

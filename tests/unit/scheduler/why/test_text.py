@@ -36,7 +36,7 @@ FIRST = Ahead(jobs=(), complete=True)
 """Of the job that is first among more than are read."""
 
 
-START = ExpectedStart(at=in_seconds(600), spread_s=120.0, nodes=("heron:0",), rests_on=(1471,))
+START = ExpectedStart(at=in_seconds(600), spread_s=120.0, nodes=("heron:0",), measured=(1471,))
 
 
 def why(
@@ -82,7 +82,7 @@ def test_a_reason_stands_before_the_cards_and_what_would_help_after_them() -> No
     assert lines[0] == "1485 sql-gen waits for 25.0 GiB on one card."
     assert lines[1] == "Reason: memory, heron:0 when job 1471 ends."
     assert lines[2].startswith("Expected start: ")
-    assert lines[2].endswith(" ± 2 min on heron:0, if job 1471 ends as expected.")
+    assert lines[2].endswith(" ± 2 min on heron:0, if job 1471 ends as its steps say.")
     assert lines[4].split() == ["CARD", "FREE", "OF", "FREE", "AT", "THEN"]
     end = lines.index("", 5)
     cards = {line[2:].split()[0]: line for line in lines[5:end]}
