@@ -296,11 +296,13 @@ def _slowness(runs: Iterable[TimedRun]) -> dict[str, float]:
 
 
 def _nearest(job: Undone, device: str, runs: Sequence[TimedRun]) -> list[Sequence[TimedRun]]:
-    """The runs by how near they are to the job: its like, its base on such a card, its base, such a card, all."""
+    """The runs by how near they are to the job: its like, its base and method on such a card, its base there, its base,
+    such a card, all."""
     base = [run for run in runs if run.base_model == job.base_model]
     here = [run for run in base if run.device == device]
     like = [run for run in here if job.need_key is not None and run.need_key == job.need_key]
-    return [like, here, base, [run for run in runs if run.device == device], runs]
+    same = [run for run in here if run.method == job.method]
+    return [like, same, here, base, [run for run in runs if run.device == device], runs]
 
 
 def _closing(run: TimedRun) -> float | None:

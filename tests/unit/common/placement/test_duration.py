@@ -73,6 +73,12 @@ def test_the_nearest_measurement_decides() -> None:
     assert forecast(job(method="qlora"), "A40", [here]).basis is Basis.BASES, "another method is another pass"
 
 
+def test_what_follows_the_last_step_is_taken_from_jobs_of_its_method_first() -> None:
+    slow = run(method="qlora", seconds=20.0 + 100.0 + 70.0)
+    assert forecast(job(), "A40", [slow, slow, run()]).seconds == pytest.approx(20 + 100 + 14)
+    assert forecast(job(method="qlora"), "A40", [slow, run()]).seconds == pytest.approx(20 + 100 + 70)
+
+
 def test_another_card_is_scaled_by_the_speeds_that_were_measured() -> None:
     slow, fast = run(4e-3, base_model="c"), run(1e-3, base_model="c", device="H100")
     found = forecast(job(), "A40", [run(2e-3, device="H100"), slow, fast])
