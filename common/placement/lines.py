@@ -81,6 +81,10 @@ class Queue(Protocol):
         """The jobs with these numbers, and of each line two: the first, and the oldest."""
         ...
 
+    def beyond(self, room: int) -> Sequence[Waiting]:
+        """The same of lines that `firsts` has left out because they are too many, if they need no more bytes."""
+        ...
+
     def after(self, job: Waiting) -> Waiting | None:
         """The next job of its line."""
         ...
@@ -122,6 +126,9 @@ class Lines:
             found += (line.in_order[0], line.by_age[0])
         return list({job.job_id: job for job in found}.values())
 
+    def beyond(self, room: int) -> list[Waiting]:
+        return []
+
     def after(self, job: Waiting) -> Waiting | None:
         """It may have been taken out."""
         line = self._lines.get(job.line)
@@ -162,7 +169,12 @@ class Without:
         self.users: set[str] = set()
 
     def firsts(self, also: Set[int] = frozenset()) -> list[Waiting]:
-        found: Iterable[Waiting] = self._queue.firsts(also)
+        return self._without(self._queue.firsts(also))
+
+    def beyond(self, room: int) -> list[Waiting]:
+        return self._without(self._queue.beyond(room))
+
+    def _without(self, found: Iterable[Waiting]) -> list[Waiting]:
         if self.users or self.lines:
             found = (job for job in found if job.user not in self.users and job.line not in self.lines)
         return list(found)

@@ -370,6 +370,9 @@ class Remaining:
     def firsts(self, also: Set[int] = frozenset()) -> list[Waiting]:
         return list(self._firsts.values())
 
+    def beyond(self, room: int) -> list[Waiting]:
+        return []
+
     def after(self, job: Waiting) -> Waiting | None:
         if job.job_id not in self._next:
             self._next[job.job_id] = self._read(job)

@@ -88,11 +88,12 @@ class _Fleet:
     running: dict[str, int]  # jobs by user
     rationed: Collection[str]  # users with a quota that lets them start nothing beyond it
     kept: Reservation | None = None
+    tried: set[int] = field(default_factory=set)
     started: set[int] = field(default_factory=set)
     largest: int = field(init=False)  # bytes for jobs on the largest open card that is no processor, others gone
     user_limit: int | None = field(init=False)
     awaited: set[int] = field(init=False)
-    """Jobs not tried yet for which running jobs were asked to stop: for nothing if others took their other room."""
+    """Jobs for which running jobs were asked to stop: for nothing if others took their other room."""
     rooms: dict[str, int] = field(init=False)  # bytes that a job may take now, beside what is kept; of cards with room
 
     def __post_init__(self) -> None:
@@ -176,13 +177,20 @@ def place(
     eldest = _first_by_age(firsts, fleet, now)
     if eldest is not None:
         yield from _try(eldest, fleet, now)
-    # room only shrinks here: where a job can't start, the rest of its line can't either
+    yield from _try_in_turn(queue, firsts, fleet)
+    if not fleet.is_full:
+        yield from _try_in_turn(queue, queue.beyond(max(fleet.rooms.values())), fleet)
+
+
+def _try_in_turn(queue: Queue, firsts: Iterable[Waiting], fleet: _Fleet) -> Iterator[Decision]:
+    """Try the first job of each line, and the next of a line once the one before has started: room only shrinks here,
+    so where a job can't start, the rest of its line can't either."""
     tried = in_turn(queue, firsts, lambda job: turn(job, fleet.charges), lambda job: job.job_id in fleet.started)
     for job in tried:
         if fleet.is_full:
             return
-        if not fleet.at_limit(job.user) and (eldest is None or job.job_id != eldest.job_id):
-            yield from _try(job, fleet, now)
+        if job.job_id not in fleet.tried and not fleet.at_limit(job.user):
+            yield from _try(job, fleet, fleet.now)
 
 
 def _first_by_age(firsts: Iterable[Waiting], fleet: _Fleet, now: dt.datetime) -> Waiting | None:
@@ -215,7 +223,7 @@ def turn(job: Waiting, charges: Mapping[str, float]) -> tuple[int, float, int]:
 def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
     """Start the job on the best cards, or keep some for it when it has waited long enough."""
     gang, given_way = fleet.gang_of(job), job.job_id in fleet.awaited
-    fleet.awaited.discard(job.job_id)
+    fleet.tried.add(job.job_id)
     found = _best(job, fleet) if gang is None else _best_gang(job, gang, fleet)
     if found is not None:
         fleet.start(found, now)

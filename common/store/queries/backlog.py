@@ -18,7 +18,7 @@ from ..fleet import waiting_of
 from ..tables import FREE, WAITS, Job, ready_at
 from ..transaction import SKIP_LOCKED, Transaction
 from .cards.nodes import read_cards
-from .lines import MOST_LINES, lines_of
+from .lines import MOST_BEYOND, lines_of
 
 
 def line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:
@@ -70,7 +70,7 @@ def waiting_classes(tx: Transaction, classes: Iterable[int]) -> set[int]:
 _FIRST_UNHELD = sql(
     f"{lines_of(FREE)}"  # noqa: S608  no input
     " SELECT jobs.queue_key, jobs.checkpoint_s FROM lines JOIN jobs ON jobs.job_id = lines.job_id WHERE gangs IS NULL"
-).bindparams(most=MOST_LINES)
+).bindparams(most=MOST_BEYOND)
 
 
 def has_unfinished(

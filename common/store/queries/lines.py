@@ -18,9 +18,9 @@ from ..fleet import waiting_of
 from ..tables import READY, Job, ready_at
 from ..transaction import SKIP_LOCKED
 
-MOST_LINES = 1000
-"""Lines of a user that are read: those of the highest priority, then of the least bytes. What a user has in
-further lines waits until one of these is empty, even if a card has room for it alone; others lose nothing."""
+MOST_LINES, MOST_BEYOND = 64, 1000
+"""Lines of a user that are read: those of the highest priority, then of the least bytes. Of a user who has more, those
+beyond are read where a card is left with room, and only those that it holds."""
 
 _AT_ONCE = 16  # of a line
 
@@ -63,18 +63,21 @@ def lines_of(condition: str) -> str:
 )"""  # noqa: S608  no input
 
 
-_FIRSTS = (
-    text(f"""{lines_of(READY)}
-SELECT job_id, "user", queue_key, work_left_s, submitted_at FROM lines
+def _firsts(condition: str) -> TextualSelect:
+    """Of each line the first job and, where that is another one, the oldest."""
+    rows = text(f"""{lines_of(condition)}
+SELECT job_id, "user", queue_key, work_left_s, submitted_at, nth FROM lines
 UNION ALL
-SELECT one.job_id, one."user", one.queue_key, one.work_left_s, one.submitted_at
+SELECT one.job_id, one."user", one.queue_key, one.work_left_s, one.submitted_at, nth
 FROM lines JOIN jobs AS one ON one.job_id = (
   SELECT job_id FROM jobs WHERE {READY} AND "user" = lines."user" AND queue_key = lines.queue_key
   ORDER BY job_id LIMIT 1
 ) WHERE one.job_id <> lines.job_id""")  # noqa: S608  no input
-    .bindparams(bindparam("now", type_=UtcDateTime()))
-    .columns(submitted_at=UtcDateTime())
-)
+    return rows.bindparams(bindparam("now", type_=UtcDateTime())).columns(submitted_at=UtcDateTime())
+
+
+_FIRSTS = _firsts(READY)
+_FITTING = _firsts(f"{READY} AND coalesce(vram_needed, 0) <= :room")
 
 
 def _typed(statement: str, *parameters: BindParameter[Any]) -> TextualSelect:
@@ -101,20 +104,27 @@ class StoredQueue:
         self._now = now
         self._at_once = at_once
         self._firsts: dict[int, Waiting] | None = None
+        self._more = False  # whether a user has more lines
         self._next: dict[int, Waiting | None] = {}
 
     def firsts(self, also: Set[int] = frozenset()) -> list[Waiting]:
         if self._firsts is None:
-            self._firsts = self._read_firsts()
+            self._firsts = self._read_firsts(_FIRSTS, most=MOST_LINES)
         if more := also - self._firsts.keys():
             self._firsts |= self._numbered(more)
         return list(self._firsts.values())
 
-    def _read_firsts(self) -> dict[int, Waiting]:
+    def beyond(self, room: int) -> list[Waiting]:
+        known = {job.job_id for job in self.firsts()}
+        found = self._read_firsts(_FITTING, most=MOST_BEYOND, room=room).values() if self._more else ()
+        return [job for job in found if job.job_id not in known]
+
+    def _read_firsts(self, statement: TextualSelect, **asked: int) -> dict[int, Waiting]:
         """A key says all of most jobs; only of others is the row read."""
         found, others = dict[int, Waiting](), list[int]()
-        asked = {"now": self._now, "most": MOST_LINES}
-        for job_id, user, line, left_s, since in self._session.execute(_FIRSTS, asked):
+        rows = self._session.execute(statement, {"now": self._now, **asked})
+        for job_id, user, line, left_s, since, nth in rows:
+            self._more = self._more or nth == MOST_LINES
             key = QueueKey.parse(line)
             if key.is_whole:
                 found[job_id] = key.job(job_id, user, since, left_s)

@@ -18,13 +18,13 @@ from loractl.common.placement.lines import Waiting, in_line
 from loractl.common.store.fleet import NODE_STALE_S, card_of, is_ready, waiting_of
 from loractl.common.store.queries.backlog import line_up
 from loractl.common.store.queries.cards.nodes import drained_targets, read_charges
-from loractl.common.store.queries.lines import StoredQueue, read_order
+from loractl.common.store.queries.lines import MOST_LINES, StoredQueue, read_order
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, DrainOrder, Job
 from loractl.common.units import GIB
 
-from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission, take
+from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission
 from ...fleets import card, drained, in_seconds, running, waits
 
 YES = {"nvlink": "yes"}
@@ -183,28 +183,32 @@ def test_lines_in_the_database_give_what_lines_in_a_list_give(
             assert read_order(session, NOON, charges, 10) == in_order[:10]
 
 
-def test_a_hundred_lines_that_no_card_holds_keep_none_of_the_same_user_s_jobs_from_a_card(timed: Store) -> None:
-    for number in range(100):
-        timed.jobs.submit(submission(lora=40 + number / 100, method="lora", priority=1))
-    small = timed.jobs.submit(submission(lora=8, method="lora"))
-    claim = take(timed, free=24 * GIB)
-    assert isinstance(claim, Claim) and claim.job_id == small
-
-
-def test_of_a_user_the_smallest_of_many_lines_are_read_and_other_users_lose_nothing(
-    timed: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    most = 64
-    monkeypatch.setattr("loractl.common.store.queries.lines.MOST_LINES", most)
-    for number in range(most + 8):
+def test_of_a_user_the_smallest_of_many_lines_are_read_and_other_users_lose_nothing(timed: Store) -> None:
+    for number in range(MOST_LINES + 8):
         timed.jobs.submit(submission(lora=100 - number, method="lora"))
     urgent = timed.jobs.submit(submission(lora=200, method="lora", priority=1))
     theirs = {timed.jobs.submit(submission(lora=number, method="lora", user="bob")) for number in (50, 60)}
     with Session(timed.engine) as session:
-        found = StoredQueue(session, NOON).firsts()
+        queue = StoredQueue(session, NOON)
+        found = queue.firsts()
+        assert {job.job_id for job in queue.beyond(99 * GIB)} == set(range(2, 10))
     mine = {job.job_id for job in found if job.user == "ada"}
     assert {job.job_id for job in found if job.user == "bob"} == theirs
-    assert mine == {urgent, *range(10, most + 9)}, "the urgent one, and those that need least"
+    assert mine == {urgent, *range(10, MOST_LINES + 9)}, "the urgent one, and those that need least"
+
+
+@pytest.mark.parametrize("age_s", [0, 2 * 86400])
+def test_any_number_of_lines_that_can_t_start_keep_no_card_from_those_behind_them(
+    timed: Store, clock: Clock, age_s: int
+) -> None:
+    for number in range(MOST_LINES + 8):
+        timed.jobs.submit(submission(lora=40 + number, method="lora", priority=1))
+    small = timed.jobs.submit(submission(lora=8, method="lora"))
+    clock.forward(age_s)
+    timed.cards.see(node_state(total=24 * GIB))
+    assert timed.jobs.has_unfinished(24 * GIB, {}) and not timed.jobs.has_unfinished(7 * GIB, {})
+    claim = timed.attempts.claim("box:0")
+    assert isinstance(claim, Claim) and claim.job_id == small
 
 
 def fill(store: Store, queue: list[dict[str, Any]]) -> None:
