@@ -49,7 +49,7 @@ class Basis(enum.StrEnum):
     LIKE = "like"  # jobs just like it, on such a card
     BASE = "base"  # jobs on its base, by its method, on such a card
     CARDS = "cards"  # jobs on its base on other cards, scaled by the cards' speeds where both are measured
-    BASES = "bases"  # jobs on other bases, scaled by parameters
+    BASES = "bases"  # jobs on other bases or by another method, scaled by parameters
     PAST = "past"  # how long whole jobs of its user took, whatever they computed
     UNKNOWN = "unknown"  # nothing
 
@@ -62,7 +62,7 @@ _IN_WORDS = {
     Basis.LIKE: "measured on such a card with jobs just like it",
     Basis.BASE: "measured on such a card with its base",
     Basis.CARDS: "measured with its base on other cards",
-    Basis.BASES: "measured with other bases, scaled by their parameters",
+    Basis.BASES: "measured with other bases or methods, scaled by parameters",
     Basis.PAST: "the median of whole jobs, whatever they computed",
     Basis.UNKNOWN: "not known: nothing like it was measured",
 }
