@@ -46,7 +46,7 @@ _READ = (*_OF_ROW.replace('"', "").split(", "), "again")
 def lines_of(condition: str) -> str:
     """A table `lines`: the first job of each line for which the condition holds. From each line it goes straight to the
     next, past any number of jobs between them; from the last that is read of a user to the next user: "~" comes after
-    every key."""
+    every key, and a key with it after all jobs of that key, through which SQLite would walk otherwise."""
     return f"""WITH RECURSIVE lines(job_id, "user", queue_key, work_left_s, submitted_at, nth) AS (
   SELECT * FROM (
     SELECT job_id, "user", queue_key, work_left_s, submitted_at, 1 FROM jobs WHERE {condition}
@@ -57,7 +57,7 @@ def lines_of(condition: str) -> str:
     CASE WHEN one."user" = lines."user" THEN nth + 1 ELSE 1 END
   FROM lines JOIN jobs AS one ON one.job_id = (
     SELECT job_id FROM jobs WHERE {condition}
-    AND ("user", queue_key) > (lines."user", CASE WHEN nth < :most THEN lines.queue_key ELSE '~' END)
+    AND ("user", queue_key) > (lines."user", CASE WHEN nth < :most THEN lines.queue_key || '~' ELSE '~' END)
     ORDER BY "user", queue_key, {IN_LINE} LIMIT 1
   )
 )"""  # noqa: S608  no input

@@ -24,6 +24,7 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, DrainOrder, Job
 from loractl.common.units import GIB
 
+from ....databases import SQLITE_ALONE
 from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission
 from ...fleets import card, drained, in_seconds, running, waits
 
@@ -181,6 +182,31 @@ def test_lines_in_the_database_give_what_lines_in_a_list_give(
         assert {job.job_id for job in stored.firsts(also=listed.keys())} == listed.keys()
         if len({job.left_s for job in listed.values()}) < 2:
             assert read_order(session, NOON, charges, 10) == in_order[:10]
+
+
+@SQLITE_ALONE
+def test_to_go_from_line_to_line_takes_as_long_however_many_jobs_a_line_has(timed: Store) -> None:
+    """SQLite seeks a pair of columns, and would walk over all jobs that have just this pair."""
+    for size in (4, 8):
+        timed.jobs.submit(submission(lora=size, method="lora"))
+    columns = ", ".join(f'"{column.name}"' for column in Job.__table__.columns if column.name != "job_id")
+
+    def steps() -> int:
+        """Of SQLite's machine, in hundreds."""
+        with Session(timed.engine) as session:
+            driver: Any = session.connection().connection.driver_connection
+            taken = list[None]()
+            driver.set_progress_handler(lambda: taken.append(None), 100)
+            found = StoredQueue(session, NOON).firsts()
+            driver.set_progress_handler(None, 0)
+        assert {job.need.lora for job in found} == {4 * GIB, 8 * GIB}
+        return len(taken)
+
+    few = steps()
+    with timed.engine.begin() as connection:
+        for _ in range(9):
+            connection.exec_driver_sql(f"INSERT INTO jobs ({columns}) SELECT {columns} FROM jobs")
+    assert steps() <= few + 2
 
 
 def test_of_a_user_the_smallest_of_many_lines_are_read_and_other_users_lose_nothing(timed: Store) -> None:
