@@ -235,7 +235,8 @@ def _read(job: Job) -> _Asked | str:
 
 def _begin(tx: Transaction, job: Job, placed: Placement, node: Node, now: dt.datetime) -> Attempt:
     """Write the attempt, in its own row and in the job's."""
-    seconds, basis = predicted(job, node.device_name, placed.method.value) or (None, None)
+    alone = not placed.beside  # no prediction is of several cards
+    seconds, basis = (predicted(job, node.device_name, placed.method.value) if alone else None) or (None, None)
     attempt = Attempt(
         job_id=job.job_id,
         attempt=job.attempt + 1,

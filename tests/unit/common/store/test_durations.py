@@ -10,13 +10,14 @@ import pytest
 from sqlalchemy import text
 
 from loractl.common.errors import ValueRefused
+from loractl.common.job.method import Need, Parallel, SharedNeed, Ways
 from loractl.common.job.status import Reason
 from loractl.common.placement.duration import LONGEST_S, UNKNOWN_S, Basis
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint, Submission
 from loractl.common.store.store import Store
-from loractl.common.units import LARGEST
+from loractl.common.units import GIB, LARGEST
 
-from ...factories import RESULT, Clock, submission, take
+from ...factories import RESULT, Clock, node_state, submission, take
 
 DATA = {"path": {"uri": "datasets/x", "sha256": "a" * 64, "rows": 1000, "tokens": 100_000}}
 
@@ -167,3 +168,15 @@ def test_an_extent_that_a_login_writes_by_hand_stops_nobody_else(timed: Store, c
     assert isinstance(claim, Claim) and claim.seconds_predicted == LONGEST_S
     timed.attempts.finish(claim, Reason.OK, "done", Progress(trained_s=0.1, trained_steps=1), RESULT)
     ran(timed, clock, counted(user="eve"))
+
+
+def test_an_attempt_on_several_cards_has_no_prediction_of_one_card(timed: Store, clock: Clock) -> None:
+    ran(timed, clock, counted())
+    for node in ("box:0", "box:1"):
+        timed.cards.see(node_state(node, gangs=True, max_jobs=1, total=24 * GIB))
+    way = SharedNeed(cards=2, parallel=Parallel.SHARDED, need=Need(lora=20 * GIB, qlora=None))
+    job_id = timed.jobs.submit(replace(counted(method="lora"), ways=Ways(alone=False, gangs=(way,))))
+    assert timed.jobs.get(job_id).forecasts
+    claim = timed.attempts.claim("box:0", gangs=True)
+    assert isinstance(claim, Claim) and len(claim.shares) == 2
+    assert claim.seconds_predicted is None and timed.jobs.get(job_id).eta_seconds is None
