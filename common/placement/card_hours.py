@@ -80,11 +80,6 @@ class QuotaMeter:
         self._before = {job_id: hours for one in (past or {}).values() for job_id, hours in one.running.items()}
         self._held: dict[int, _Held] = {}
 
-    @property
-    def rationed(self) -> frozenset[str]:
-        """Users with a hard quota."""
-        return frozenset(user for user, allowance in self._allowed.items() if not allowance.soft)
-
     def take_over(self, cards: Iterable[Card], now: dt.datetime, needs: Mapping[int, int]) -> None:
         """Go on with what runs already. `needs`: bytes that count of jobs that hold more."""
         sizes = dict[int, dict[str, int]]()

@@ -91,8 +91,9 @@ class Queue(Protocol):
 
 
 def in_line(job: Waiting) -> tuple[float, int]:
-    """Orders the jobs of a line: by age. `IN_LINE` in common/store/queries/lines.py is the same in SQL."""
-    return 0.0, job.job_id
+    """Orders the jobs of a line: by the work that is left. `IN_LINE` in common/store/queries/lines.py is the same in
+    SQL."""
+    return job.left_s, job.job_id
 
 
 class Lines:

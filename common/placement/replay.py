@@ -21,7 +21,7 @@ from .card_hours import QuotaMeter
 from .cards import TIME_GROWTH, Card, Occupant
 from .lines import Lines, Waiting
 from .roomy import is_wanted, with_room
-from .rule import OLDEST_FIRST_AFTER_S, Placement, place
+from .rule import GANG_FIRST_AFTER_S, Placement, place
 from .shares import charge, decayed
 
 MOST_IN_VAIN = 100
@@ -163,7 +163,7 @@ def _patience_s(presences: Mapping[str, Presence]) -> float:
     """For how long cards may come and go while no job arrives, starts or ends: by then each card has come once more,
     and each job has waited for as long as the rule counts."""
     cycles = (one.cycle_s for one in presences.values() if one.shut_s is not None)
-    return OLDEST_FIRST_AFTER_S + 2 * max(cycles, default=0.0)
+    return GANG_FIRST_AFTER_S + 2 * max(cycles, default=0.0)
 
 
 @dataclass(kw_only=True)
@@ -393,12 +393,17 @@ class Remaining:
             self._firsts[behind.job_id] = behind
 
 
+def _by_age(job: Waiting) -> int:
+    return job.job_id
+
+
 class PlacementRule:
     """The rule of `place`, with each user's charge as the database would keep it.
 
     `charges`: GiB hours by user at `since`, what runs there included; without them no user has used anything yet.
     `roomy`: what jobs may have beyond their needs, by number. `meter`: the card hours of users with a quota; without it
-    nobody has one. `waiting`: what waits from the beginning, without what is `decided` to start then.
+    nobody has one. `waiting`: what waits from the beginning, without what is `decided` to start then. `by_share`: in the
+    order of before, see `turns_by_share`.
     """
 
     def __init__(
@@ -410,11 +415,13 @@ class PlacementRule:
         meter: QuotaMeter | None = None,
         waiting: Lines | Remaining | None = None,
         decided: Sequence[Placement] = (),
+        by_share: bool = False,
     ) -> None:
         self._decided = list(decided)
+        self._by_share = by_share
         self._meter = meter
         self._roomy = roomy or {}
-        self._waiting = Lines() if waiting is None else waiting
+        self._waiting = (Lines(order=_by_age) if by_share else Lines()) if waiting is None else waiting
         self._past: dict[str, tuple[float, dt.datetime]] = {}
         self._running: dict[int, tuple[str, int, dt.datetime, bool]] = {}  # user, bytes, from when, started here
         if since is not None:
@@ -446,8 +453,7 @@ class PlacementRule:
     def _decide(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
         if not len(self._waiting) or not any(card.room for card in cards):
             return []
-        rationed = frozenset[str]() if self._meter is None else self._meter.rationed
-        decisions = place(self._waiting, cards, self.charges(now), now, rationed)
+        decisions = place(self._waiting, cards, self.charges(now), now, self._by_share)
         return [decision.placed for decision in decisions if decision.placed is not None]
 
     def _with_room(self, placed: Placement, card: Card) -> Placement:

@@ -2,17 +2,19 @@
 
 Pure functions of values. The claim, `loractl why` and the simulator all ask `place`, so they share one rule.
 
-The order of trying is: the oldest job that the fleet could hold, once it has waited a day; then priority, the user's
-fair share, age. A job that can't start is passed over. But a card is kept for the first one that has waited past
-RESERVE_AFTER_S: from then on no job that would delay it starts there. A job keeps off a card that failed it while
-another one could hold it. Where a card's worker will stop, a job begins only if it can store a checkpoint before that,
-and nothing is kept or gathered beyond it.
+The job with the least work that counts is tried first (`turns`): the seconds that it has left, and a part for what its
+user has used lately, halved for each day that it has waited. A job that can't start is passed over. But a card is kept
+for the first one that has waited past RESERVE_AFTER_S: from then on no job that would delay it starts there. A job
+keeps off a card that failed it while another one could hold it. Where a card's worker will stop, a job begins only if
+it can store a checkpoint before that, and nothing is kept or gathered beyond it.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import enum
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loractl.common.job.method import Method, Parallel, RoomyForm, SharedNeed
@@ -32,14 +34,21 @@ from .cards import (
 )
 from .gangs import GangShare, best_group, first_gathering, gang_of, takers
 from .lines import Queue, Waiting, in_turn, waited, waited_again
-from .shares import NONE_LEFT, START_CHARGE_S
+from .shares import HALF_LIFE_S, LAST, NONE_LEFT, START_CHARGE_S
 
 RESERVE_AFTER_S = 30 * 60.0
 """How long the first job in the order waits without fitting before a card is kept for it."""
 
-OLDEST_FIRST_AFTER_S = 24 * 3600.0
-"""The oldest job that could run goes before every priority and share once it has waited this long: no job starves."""
+USE_S = 2 * 3600.0
+"""All the use of the cards lately adds this to the work of each of its user's jobs, a part of it adds that part. Chosen
+by replay (docs/placement.md): more would hold up a heavy user's short jobs for longer than it spares others."""
 
+PRIORITY_DAYS = 14.0
+"""A step of priority counts for this many days of waiting. So of two jobs that came together the one of higher priority
+goes first, if it has no more than 2 ** 14 times the work of the other: 11 days against a minute."""
+
+GANG_FIRST_AFTER_S = 24 * 3600.0
+"""Once a job on several cards has waited this long, its cards stay idle for it however late the others have room."""
 
 IDLE_FOR_GANG_S = 3600.0
 """A card that already has room stays idle for a job on several cards if the others will have room within this time, or
@@ -86,7 +95,6 @@ class _Fleet:
     now: dt.datetime
     charges: dict[str, float]
     running: dict[str, int]  # jobs by user
-    rationed: Collection[str]  # users with a quota that lets them start nothing beyond it
     kept: Reservation | None = None
     tried: set[int] = field(default_factory=set)
     started: set[int] = field(default_factory=set)
@@ -157,67 +165,111 @@ def place(
     cards: Sequence[Card],
     charges: Mapping[str, float],
     now: dt.datetime,
-    rationed: Collection[str] = (),
+    by_share: bool = False,
 ) -> Iterator[Decision]:
     """What starts now, in the order in which it is decided; lazily, so that a caller may stop early.
 
-    `charges`: GiB hours by user, see `charge`. `rationed`: users with a hard quota: of each, age puts one job at a time
-    first, the next once that has ended, or all that waited for the quota would go before everybody once it lets go.
+    `charges`: GiB hours by user, see `charge`. `by_share`: in the order of before, see `turns_by_share`.
     """
     fleet = _Fleet(
         cards={c.node: c for c in cards},
         now=now,
         charges=dict(charges),
         running=jobs_by_user(cards),
-        rationed=rationed,
     )
     if fleet.is_full:
         return
-    firsts = queue.firsts(fleet.awaited)
-    eldest = _first_by_age(firsts, fleet, now)
-    if eldest is not None:
-        yield from _try(eldest, fleet, now)
-    yield from _try_in_turn(queue, firsts, fleet)
+    turn = turns_in(by_share, fleet.charges, now)
+    yield from _try_in_turn(queue, queue.firsts(fleet.awaited), turn, fleet)
     if not fleet.is_full:
-        yield from _try_in_turn(queue, queue.beyond(max(fleet.rooms.values())), fleet)
+        yield from _try_in_turn(queue, queue.beyond(max(fleet.rooms.values())), turn, fleet)
 
 
-def _try_in_turn(queue: Queue, firsts: Iterable[Waiting], fleet: _Fleet) -> Iterator[Decision]:
+def _try_in_turn(
+    queue: Queue, firsts: Iterable[Waiting], turn: Callable[[Waiting], tuple[float, ...]], fleet: _Fleet
+) -> Iterator[Decision]:
     """Try the first job of each line, and the next of a line once the one before has started: room only shrinks here,
     so where a job can't start, the rest of its line can't either."""
-    tried = in_turn(queue, firsts, lambda job: turn(job, fleet.charges), lambda job: job.job_id in fleet.started)
-    for job in tried:
+    for job in in_turn(queue, firsts, turn, lambda job: job.job_id in fleet.started):
         if fleet.is_full:
             return
         if job.job_id not in fleet.tried and not fleet.at_limit(job.user):
             yield from _try(job, fleet, fleet.now)
 
 
-def _first_by_age(firsts: Iterable[Waiting], fleet: _Fleet, now: dt.datetime) -> Waiting | None:
-    """The oldest job that the fleet could hold and that its user may start, if it has waited long enough."""
-    old = (job for job in firsts if waited(job, now) >= OLDEST_FIRST_AFTER_S)
-    passed = set[str]()
-    for job in sorted(old, key=lambda job: job.job_id):
-        if fleet.at_limit(job.user) or (job.user in fleet.rationed and _follows_another(job, fleet)):
-            passed.add(job.user)
-        elif job.user not in passed and (fleet.gang_of(job) is not None or any(_rooms(job, fleet, now))):
-            return job
-    return None
+def turns_in(by_share: bool, charges: Mapping[str, float], now: dt.datetime) -> Callable[[Waiting], tuple[float, ...]]:
+    """The lab's order: `turns`, or the one of before."""
+    return turns_by_share(charges, now) if by_share else turns(charges)
 
 
-def _follows_another(job: Waiting, fleet: _Fleet) -> bool:
-    """Whether an older job of the same user has begun since this one could go first, and still runs. A younger one does
-    not count, nor one that began before: this job would lose its turn for as long as such jobs come or run."""
-    could = job.since + dt.timedelta(seconds=OLDEST_FIRST_AFTER_S)
-    ran = (one for card in fleet.cards.values() for one in card.running)
-    return any(
-        one.user == job.user and one.job_id < job.job_id and one.began is not None and one.began >= could for one in ran
-    )
+def turns(charges: Mapping[str, float]) -> Callable[[Waiting], tuple[float, int]]:
+    """Orders jobs as the rule tries them, the first one least: by the work that counts, then by number.
+
+    The work that counts is (left_s + USE_S * share) / 2 ** (days waited + PRIORITY_DAYS * priority); `share` is the
+    user's part of all use lately. Its logarithm is compared. There all waits grow alike, so the time of submission
+    stands for them, and a job is passed only by those that come at most as many days later as their logarithms differ:
+    nothing waits for ever. The charge of a user beyond a soft quota puts the user's jobs about a month behind.
+    """
+    share = _shares(charges)
+
+    def turn(job: Waiting) -> tuple[float, int]:
+        work = max(1.0, job.left_s + USE_S * share(job.user))
+        days = job.since.timestamp() / HALF_LIFE_S - PRIORITY_DAYS * job.priority
+        return math.log2(work) + days, job.job_id
+
+    return turn
 
 
-def turn(job: Waiting, charges: Mapping[str, float]) -> tuple[int, float, int]:
-    """Orders jobs as the rule tries them: by priority, by their user's share of the cards, and by age."""
-    return -job.priority, charges.get(job.user, 0.0), job.job_id
+def turns_by_share(charges: Mapping[str, float], now: dt.datetime) -> Callable[[Waiting], tuple[float, float, int]]:
+    """The order of before, which a lab may have back until the next release: what has waited a day by age, then by
+    priority, by what its user has used, and by age."""
+
+    def turn(job: Waiting) -> tuple[float, float, int]:
+        if waited(job, now) >= HALF_LIFE_S:
+            return -math.inf, 0.0, job.job_id
+        return -job.priority, charges.get(job.user, 0.0), job.job_id
+
+    return turn
+
+
+def _shares(charges: Mapping[str, float]) -> Callable[[str], float]:
+    """Gives a user's part of all use lately. `charges` may grow meanwhile, and so does the part."""
+    total = max(1.0, sum(used for used in charges.values() if used < LAST))
+
+    def share(user: str) -> float:
+        return charges.get(user, 0.0) / total
+
+    return share
+
+
+class Term(enum.Enum):
+    """What puts one job before another."""
+
+    PRIORITY = enum.auto()
+    LEFT = enum.auto()  # the work that is left
+    USE = enum.auto()  # what its user has used
+    WAIT = enum.auto()  # its age
+
+
+def deciding(first: Waiting, other: Waiting, charges: Mapping[str, float], by_share: bool = False) -> Term | None:
+    """What does most to put the first job before the other one; None: they are alike. `by_share`: in the order of
+    before."""
+    if by_share:
+        less = charges.get(first.user, 0.0) < charges.get(other.user, 0.0)
+        return Term.PRIORITY if first.priority > other.priority else Term.USE if less else Term.WAIT
+    share = _shares(charges)
+
+    def work(left_s: float, user: str) -> float:
+        return math.log2(max(1.0, left_s + USE_S * share(user)))
+
+    gains = {
+        Term.PRIORITY: PRIORITY_DAYS * (first.priority - other.priority),
+        Term.LEFT: work(other.left_s, first.user) - work(first.left_s, first.user),
+        Term.USE: work(other.left_s, other.user) - work(other.left_s, first.user),
+        Term.WAIT: (other.since - first.since).total_seconds() / HALF_LIFE_S,
+    }
+    term = max(gains, key=gains.__getitem__)
+    return term if gains[term] > 0 else None
 
 
 def _try(job: Waiting, fleet: _Fleet, now: dt.datetime) -> Iterator[Decision]:
@@ -293,7 +345,7 @@ def _keep_gang(job: Waiting, gang: SharedNeed, fleet: _Fleet, now: dt.datetime) 
     waits_s = waited_again(job, now)
     patience_s = max(IDLE_FOR_GANG_S, waits_s)
     idle = all(_ends_soon(one, now, patience_s) for _, room in found.rooms for one in room.after)
-    idle = idle or waits_s >= OLDEST_FIRST_AFTER_S
+    idle = idle or waits_s >= GANG_FIRST_AFTER_S
     kept = [
         Kept(node=card.node, spare=room.spare, spare_slots=room.spare_slots)
         for card, room in found.rooms

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card, Occupant, Reservation, largest_gpu
 from loractl.common.placement.closure import CardFailure
 from loractl.common.placement.lines import QueueKey, Waiting
-from loractl.common.placement.rule import Decision, Placement
+from loractl.common.placement.rule import Decision, Placement, turns_in
 from loractl.common.placement.shares import Allowance
 
 from .tables import ASKED_TO_STOP, DrainOrder, Job, Node
@@ -42,12 +42,18 @@ class FleetView:
     round_at: dt.datetime | None = None  # when a node last went round for the fleet; None: none ever did
     failures: tuple[CardFailure, ...] = ()  # of a day, on cards that have ended no attempt well since
     allowed: Mapping[str, Allowance] = field(default_factory=dict)  # of users with a quota
+    by_share: bool = False  # in the order of before, see `turns_by_share`
     awaited: Mapping[int, Job] = field(default_factory=dict)  # jobs after which the jobs asked about start
 
     @functools.cached_property
     def largest(self) -> int:
         """See largest_gpu."""
         return largest_gpu(self.cards.values())
+
+    @functools.cached_property
+    def turn(self) -> Callable[[Waiting], tuple[float, ...]]:
+        """Orders jobs as the rule tries them, the first one least."""
+        return turns_in(self.by_share, self.charges, self.now)
 
     @functools.cached_property
     def placed(self) -> dict[int, Placement]:

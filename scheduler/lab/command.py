@@ -123,6 +123,18 @@ def _let_change(value: str, said: str) -> None:
     click.echo(said)
 
 
+@lab.command("order")
+@click.argument("order", type=click.Choice(["work", "share"]))
+def lab_order(order: str) -> None:
+    """Order what waits by the work that is left (work), or by use and age as before (share; until the next release)."""
+    from loractl.scheduler.cli.session import open_session
+
+    settings, store = open_session()
+    store.lab.set("order", order, settings.user)
+    said = "the least work first, weighed by use and wait" if order == "work" else "by priority, use and age, as before"
+    click.echo(f"Jobs start in this order: {said}.")
+
+
 @lab.command("operators")
 @click.option("--add", "added", multiple=True, metavar="NAME", help="Name this person an operator; repeatable.")
 @click.option("--remove", "removed", multiple=True, metavar="NAME", help="No longer this one; repeatable.")

@@ -39,6 +39,13 @@ take turns (1). Small fine-tunes leave a large card idle between kernels, large 
     "--roomy/--no-roomy", default=False, show_default=True, help="Let jobs recompute less, as 8B in 16 bit would."
 )
 @click.option(
+    "--predictions",
+    type=click.Choice(["exact", "noisy", "absent"]),
+    default="noisy",
+    show_default=True,
+    help="What our rule knows of durations before a start; noisy: off by a factor of e at one sigma.",
+)
+@click.option(
     "--quota",
     "quotas",
     multiple=True,
@@ -63,6 +70,7 @@ def sim(
     base_size: str | None,
     fork_server: bool,
     roomy: bool,
+    predictions: str,
     quotas: tuple[str, ...],
     longest: str | None,
     limit: int | None,
@@ -81,7 +89,7 @@ def sim(
     from .outcome import Nodes, policies_for, simulate
     from .quotas import parse_quotas
     from .text import text
-    from .workload import choose, parse_fleet, parse_presences, read_trace, without_slow
+    from .workload import Predictions, choose, parse_fleet, parse_presences, read_trace, without_slow
 
     bound = math.inf if longest is None else _seconds("--longest", longest)
     _check(compress, contention)
@@ -99,7 +107,7 @@ def sim(
         raise UsageError(f"{trace} has no job that this fleet and these options leave", hint)
     names = policies_for(nodes, allowed)
     with click.progressbar(names, label="Replaying", file=sys.stderr, hidden=not sys.stderr.isatty()) as policies:
-        done = simulate(chosen, cards, compress, contention, nodes, policies, allowed)
+        done = simulate(chosen, cards, compress, contention, nodes, policies, allowed, Predictions(predictions))
     if plot is not None:
         from .picture import draw
 

@@ -16,7 +16,7 @@ from loractl.common.placement.replay import PlacementRule, Presence, Replay, Rep
 from loractl.common.placement.shares import Allowance
 
 from .baselines import BlindRule, best_fit, fifo, shortest_first
-from .workload import BEGIN, Chosen, to_replay
+from .workload import BEGIN, Chosen, Predictions, to_replay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +256,7 @@ def simulate(
     nodes: Nodes | None = None,
     policies: Iterable[str] | None = None,
     quotas: Mapping[str, Allowance] | None = None,
+    predictions: Predictions = Predictions.NOISY,
 ) -> Simulation:
     """Replay the chosen jobs under each policy; `nodes`: like the defaults of `loractl worker`."""
     nodes, outcomes = nodes or Nodes(), {}
@@ -263,7 +264,7 @@ def simulate(
     for name in policies_for(nodes, quotas) if policies is None else policies:
         policy = POLICIES[name]
         forks, roomy = policy.fork_server and nodes.fork_server, policy.roomy and nodes.roomy
-        jobs = to_replay(chosen.jobs, compress, forks=forks, roomy=roomy)
+        jobs = to_replay(chosen.jobs, compress, forks=forks, roomy=roomy, predictions=predictions)
         rule = policy.make(Briefing(jobs=jobs, totals=totals, quotas=quotas or {}))
         replayed = replay(jobs, cards, BEGIN, rule, contention=contention, presences=nodes.presences)
         outcomes[name] = outcome_of(jobs, cards, replayed)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import datetime as dt
+import enum
 import math
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +16,7 @@ from pathlib import Path
 from loractl.common.errors import DataError, UsageError
 from loractl.common.job.method import Method, Need
 from loractl.common.placement.cards import Card, default_max_jobs, largest_gpu
+from loractl.common.placement.duration import UNKNOWN_S
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.replay import Presence, ReplayedJob
 from loractl.common.units import GIB, duration, parse_duration, parse_size
@@ -117,13 +120,38 @@ def without_slow(chosen: Chosen, cards: Sequence[Card], presences: Mapping[str, 
     return replace(chosen, jobs=tuple(jobs), slow=len(chosen.jobs) - len(jobs))
 
 
+class Predictions(enum.Enum):
+    """What our rule is told of each job's duration before it starts."""
+
+    EXACT = "exact"
+    NOISY = "noisy"  # off by a factor of e at one sigma
+    ABSENT = "absent"
+
+    def of(self, jobs: Sequence[TraceJob]) -> list[float]:
+        """Seconds; the same in every run."""
+        rng = random.Random(1)  # noqa: S311  a draw, no secret
+        match self:
+            case Predictions.EXACT:
+                return [job.seconds for job in jobs]
+            case Predictions.NOISY:
+                return [job.seconds * rng.lognormvariate(0, 1) for job in jobs]
+            case Predictions.ABSENT:
+                return [UNKNOWN_S for _ in jobs]
+
+
 def to_replay(
-    jobs: Sequence[TraceJob], compress: float, *, forks: bool = False, roomy: bool = False
+    jobs: Sequence[TraceJob],
+    compress: float,
+    *,
+    forks: bool = False,
+    roomy: bool = False,
+    predictions: Predictions = Predictions.NOISY,
 ) -> list[ReplayedJob]:
     """The jobs for a replay from BEGIN on, their arrivals `compress` times as close, numbered by arrival.
 
     `forks`: a trainer has its imports from the fork server. `roomy`: whether jobs may do without recomputing.
     """
+    lefts = predictions.of(jobs)
     starts = [start_s(job.base_size, forks=forks) for job in jobs]
     first = min((job.arrival for job in jobs), default=0.0)
     return [
@@ -135,13 +163,14 @@ def to_replay(
                 since=BEGIN + dt.timedelta(seconds=(job.arrival - first) / compress),
                 methods=(Method.LORA,),  # a trace has one need, for any method
                 need=Need(lora=job.need, qlora=None),
+                left_s=left_s,
             ),
             seconds=job.seconds,
             start_s=start,
             save_s=SAVE_S,
             roomy=forms_of(job.need) if roomy else (),
         )
-        for number, (job, start) in enumerate(zip(jobs, starts, strict=True), start=1)
+        for number, (job, start, left_s) in enumerate(zip(jobs, starts, lefts, strict=True), start=1)
     ]
 
 

@@ -27,7 +27,7 @@ from loractl.common.placement.cards import (
 from loractl.common.placement.gangs import gang_of, may_share
 from loractl.common.placement.lines import Waiting, waited
 from loractl.common.placement.refusals import out_of_reach
-from loractl.common.placement.rule import turn
+from loractl.common.placement.rule import Term, deciding
 from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, waiting_of
 from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib
@@ -207,12 +207,15 @@ class Asking:
         if here:
             first = here[-1]
             why, word = "", "order"
-            if first.priority > me.priority:
-                why = ": its priority is higher"
-            elif first.job_id < me.job_id and turn(first, view.charges) > turn(me, view.charges):
-                why = f": it has waited for {duration(waited(first, view.now))}"
-            elif first.user != me.user and first.job_id > me.job_id:
-                why, word = f": {first.user} has used the cards less", "share"
+            match deciding(first, me, view.charges, view.by_share):
+                case Term.PRIORITY:
+                    why = ": its priority is higher"
+                case Term.LEFT:
+                    why = f": it has {duration(first.left_s)} of work left, this one {duration(me.left_s)}"
+                case Term.USE:
+                    why, word = f": {first.user} has used the cards less", "share"
+                case Term.WAIT:
+                    why = f": it has waited for {duration(waited(first, view.now))}"
             return Offer(chance=Chance.TAKEN, word=word, text=f"goes to job {first.job_id} first{why}")
         if view.kept is not None and view.kept.on(card.node) is not None and view.kept.job.job_id != me.job_id:
             return Offer(

@@ -14,7 +14,6 @@ from loractl.common.placement.cards import Card, takes
 from loractl.common.placement.duration import UNKNOWN_S
 from loractl.common.placement.gangs import may_share
 from loractl.common.placement.lines import Waiting
-from loractl.common.placement.rule import turn
 from loractl.common.store.fleet import FleetView, waiting_of
 
 from .gangs import numbers, when_they_end
@@ -133,7 +132,15 @@ def _replayed(
     waiting = Remaining(view.firsts, after, view.placed)
     running = [job for card in cards for job in card.running]
     charges = {**view.charges, **{user: one.charge for user, one in past.items()}}  # the view's have quotas in them
-    rule = PlacementRule(charges, view.now, running, meter=_meter(view, cards, past), waiting=waiting, decided=decided)
+    rule = PlacementRule(
+        charges,
+        view.now,
+        running,
+        meter=_meter(view, cards, past),
+        waiting=waiting,
+        decided=decided,
+        by_share=view.by_share,
+    )
     return replay((), cards, view.now, rule, until=enough, lasts=_predicted_s).runs
 
 
@@ -180,12 +187,12 @@ def ahead_of(job: Job, view: FleetView, waiting: Sequence[Waiting]) -> list[Wait
     me = waiting_of(vars(job), view.now)
     mine, first = suiting(me, view), list[Waiting]()
     for other in waiting:
-        before = turn(other, view.charges) < turn(me, view.charges) or other.job_id in view.placed
+        before = view.turn(other) < view.turn(me) or other.job_id in view.placed
         if other.job_id != me.job_id and before:
             theirs = suiting(other, view)
             if not mine.isdisjoint(theirs) if mine else not theirs:
                 first.append(other)
-    return sorted(first, key=lambda other: (other.job_id not in view.placed, turn(other, view.charges)))
+    return sorted(first, key=lambda other: (other.job_id not in view.placed, view.turn(other)))
 
 
 def reaches(job: Job, waiting: Sequence[Waiting]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from loractl.common.errors import NotYours
 from loractl.common.text import clean_line
@@ -24,6 +25,16 @@ def write_setting(tx: Transaction, name: str, value: str, by: str) -> None:
 
 CHANGES, OPEN, OPERATORS = "changes", "open", "operators"
 """Who may change whose jobs: the value of the first, and the names that the last holds, between spaces."""
+
+
+ORDER, BY_SHARE = "order", "share"
+"""In which order jobs are tried: a lab with this value has the order of before, until the next release."""
+
+
+def is_by_share(session: Session) -> bool:
+    """Whether the lab has the order of before, see `turns_by_share`."""
+    setting = session.get(LabSetting, ORDER)
+    return setting is not None and setting.value == BY_SHARE
 
 
 def read_operators(tx: Transaction) -> list[str]:

@@ -11,12 +11,13 @@ from sqlalchemy import BindParameter, TextualSelect, bindparam, select, text
 from sqlalchemy.orm import Session
 
 from loractl.common.placement.lines import QueueKey, Waiting, in_turn
-from loractl.common.placement.rule import turn
+from loractl.common.placement.rule import turns_in
 
 from ..columns import UtcDateTime
 from ..fleet import waiting_of
 from ..tables import READY, Job, ready_at
 from ..transaction import SKIP_LOCKED
+from .lab_settings import is_by_share
 
 MOST_LINES, MOST_BEYOND = 64, 1000
 """Lines of a user that are read: those of the highest priority, then of the least bytes. Of a user who has more, those
@@ -24,10 +25,10 @@ beyond are read where a card is left with room, and only those that it holds."""
 
 _AT_ONCE = 16  # of a line
 
-IN_LINE = "job_id"
+IN_LINE = "work_left_s, job_id"
 """Orders the jobs of a line, see `in_line`."""
 
-_BEHIND = "job_id > :job_id"  # in that order, after a job
+_BEHIND = "(work_left_s, job_id) > (:left_s, :job_id)"  # in that order, after a job
 
 _OF_ROW = (
     'job_id, "user", priority, submitted_at, methods, vram_lora, vram_qlora, lora_until, queue_key, result_host,'
@@ -137,7 +138,7 @@ class StoredQueue:
 
     def behind(self, job: Waiting) -> list[Waiting]:
         """The next jobs of its line, read at once; none if it is the last."""
-        return self._read(_NEXT, user=job.user, job_id=job.job_id, most=self._at_once)
+        return self._read(_NEXT, user=job.user, left_s=job.left_s, job_id=job.job_id, most=self._at_once)
 
     def after(self, job: Waiting) -> Waiting | None:
         if job.job_id not in self._next:
@@ -154,8 +155,8 @@ class StoredQueue:
 
 def read_order(session: Session, now: dt.datetime, charges: Mapping[str, float], limit: int) -> list[Waiting]:
     """The first ready jobs in the order in which the rule tries them."""
-    queue = StoredQueue(session, now, at_once=4)
-    every = in_turn(queue, queue.firsts(), lambda job: turn(job, charges), lambda job: True)
+    queue, turn = StoredQueue(session, now, at_once=4), turns_in(is_by_share(session), charges, now)
+    every = in_turn(queue, queue.firsts(), turn, lambda job: True)
     return list(itertools.islice(every, limit))
 
 
@@ -167,4 +168,4 @@ def lock_alike(session: Session, job: Waiting, now: dt.datetime) -> Job | None:
     key = select(Job.queue_key).where(Job.job_id == job.job_id).scalar_subquery()
     line = select(Job).where(ready_at(now), Job.user == job.user, Job.queue_key == key)
     behind = line.where(text(_BEHIND)).order_by(text(IN_LINE)).limit(1).with_for_update(**SKIP_LOCKED)
-    return session.scalar(behind, {"job_id": job.job_id})
+    return session.scalar(behind, {"left_s": job.left_s, "job_id": job.job_id})

@@ -21,7 +21,7 @@ from .nodes import FleetState, drained_targets, read_allowed, read_charges, read
 
 def decide(queue: Queue, cards: Sequence[Card], fleet: FleetState, now: dt.datetime) -> Iterator[Decision]:
     """What the rule decides. `cards`: those of the fleet, as the caller knows them better."""
-    return place(queue, cards, fleet.charges, now, fleet.rationed)
+    return place(queue, cards, fleet.charges, now, fleet.by_share)
 
 
 def read_view(tx: Transaction) -> FleetView:
@@ -37,6 +37,7 @@ def read_view(tx: Transaction) -> FleetView:
         drains=drained_targets(session, now),
         running={job.job_id: job for job in session.scalars(select(Job).where(Job.status == Status.RUNNING))},
         charges=fleet.charges,
+        by_share=fleet.by_share,
         firsts=tuple(_left(queue, starting)),
         decisions=decisions,
         round_at=session.scalar(select(FleetRound.at).where(FleetRound.name == LEASES)),

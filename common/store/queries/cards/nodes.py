@@ -23,6 +23,7 @@ from ...fleet import NODE_STALE_S, OCCUPANT, card_of
 from ...records import BoxIdentity, NodeState
 from ...tables import Attempt, DrainOrder, Job, LabFailure, Node, Quota, Use, peak_of
 from ...transaction import Transaction
+from ..lab_settings import is_by_share
 from ..outbox.notices import tell_of_closure
 from ..usage import read_allowances
 from .shares import beside, is_late, running_on
@@ -118,7 +119,7 @@ class FleetState:
 
     cards: list[Card]
     charges: dict[str, float]
-    rationed: frozenset[str]  # users with a hard quota
+    by_share: bool = False  # in the order of before
 
 
 def read_fleet(session: Session, now: dt.datetime, lease_s: float | None = None) -> FleetState:
@@ -128,7 +129,7 @@ def read_fleet(session: Session, now: dt.datetime, lease_s: float | None = None)
     return FleetState(
         cards=_cards(session, now, running, lease_s),
         charges=_charges(session, uses, now, running),
-        rationed=frozenset(quota.user for _, quota in uses if quota is not None and not quota.soft),
+        by_share=is_by_share(session),
     )
 
 

@@ -12,7 +12,7 @@ from loractl.common.job.status import Status
 from loractl.common.placement.cards import Card
 from loractl.common.placement.lines import Queue, Waiting
 from loractl.common.placement.preemption import give_way
-from loractl.common.placement.rule import turn
+from loractl.common.placement.rule import turns_in
 
 from ...tables import WAITS, Job
 from ...transaction import SKIP_LOCKED, Transaction
@@ -34,7 +34,7 @@ def preempt(tx: Transaction) -> tuple[int, ...]:
     fleet = read_fleet(tx.session, now, tx.lease_s)
     cards, queue = fleet.cards, StoredQueue(tx.session, now)
     starting = {d.placed.job.job_id for d in decide(queue, cards, fleet, now) if d.placed is not None}
-    waiting = (job for job in _first_waiting(queue, fleet, lowest) if job.job_id not in starting)
+    waiting = (job for job in _first_waiting(queue, fleet, now, lowest) if job.job_id not in starting)
     ways = ((job, way) for job in waiting if (way := give_way(job, cards)) is not None)
     for job, (node, going) in itertools.islice(ways, AT_ONCE):
         if _would_start(job, queue, [card.without(going) for card in cards], fleet, now):
@@ -53,10 +53,10 @@ def _lowest_willing(tx: Transaction) -> int | None:
     return lowest if waits is not None and waits > lowest else None
 
 
-def _first_waiting(queue: Queue, fleet: FleetState, above: int) -> Iterator[Waiting]:
+def _first_waiting(queue: Queue, fleet: FleetState, now: dt.datetime, above: int) -> Iterator[Waiting]:
     """The first ready job of each user and priority, in the rule's order: one that can't start hides no other's."""
     labels, met = [card.labels for card in fleet.cards if card.open], set[tuple[str, int]]()
-    for job in sorted(queue.firsts(), key=lambda job: turn(job, fleet.charges)):
+    for job in sorted(queue.firsts(), key=turns_in(fleet.by_share, fleet.charges, now)):
         could = job.bound is not None and any(job.requires <= mine for mine in labels)
         if could and job.priority > above and (job.user, job.priority) not in met:
             met.add((job.user, job.priority))

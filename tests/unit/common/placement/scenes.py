@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hypothesis import settings
@@ -58,9 +58,8 @@ def decide(
     jobs: Sequence[Waiting],
     cards: Sequence[Card],
     charges: dict[str, float] | None = None,
-    rationed: Collection[str] = (),
 ) -> tuple[Decision, ...]:
-    return tuple(place(Lines(jobs), cards, charges or {}, NOW, rationed))
+    return tuple(place(Lines(jobs), cards, charges or {}, NOW))
 
 
 def started(decisions: Sequence[Decision]) -> dict[int, str]:
@@ -131,6 +130,7 @@ def random_job(rng: random.Random, number: int, age_s: float) -> Waiting:
         user=rng.choice("abc"),
         priority=rng.choice((0, 0, 1, -1)),
         since=NOW - dt.timedelta(seconds=age_s),
+        left_s=rng.choice((3600.0, 3600.0, 60.0, 90_000.0)),
         methods=rng.choice((AUTO[:1], AUTO, AUTO[::-1])),
         need=Need(lora=need and need * GIB, qlora=smaller and smaller * GIB),
         requires=rng.choice((frozenset(), frozenset(), LABELS)),

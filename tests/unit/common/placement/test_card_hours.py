@@ -148,14 +148,3 @@ def test_a_quota_that_nobody_reaches_changes_nothing(drawn: list[tuple[int, int,
         assert reached == without
     else:
         assert reached.runs.keys() == without.runs.keys()
-
-
-def test_a_hard_quota_that_is_far_away_lets_age_count_beside_a_long_job() -> None:
-    """A job of 20 days on the small card, and one that waits for the large card behind others of higher priority."""
-    long, large = a_job(1, 0, 24, 20 * DAY), a_job(3, 2, 80, HOUR)
-    bobs = [a_job(n, 1 if n == 2 else n, 80, 4 * HOUR, "bob") for n in (2, *range(4, 130))]
-    bobs = [replace(bob, waiting=replace(bob.waiting, priority=5)) for bob in bobs]
-    jobs, cards = sorted([long, large, *bobs], key=lambda job: job.waiting.job_id), [a_card(), a_card(24, "a:1", 1)]
-    alone = starts(replayed(jobs, cards, {}))[3]
-    assert DAY / HOUR < alone < DAY / HOUR + 5
-    assert starts(replayed(jobs, cards, {"ada": quota(1e5)}))[3] == alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import math
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
@@ -14,12 +15,14 @@ from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, Occupant, Reservation, lasts, room_at
+from loractl.common.placement.duration import UNKNOWN_S
 from loractl.common.placement.gangs import gang_of, may_share
 from loractl.common.placement.lines import Lines, Waiting
 from loractl.common.placement.rule import (
+    GANG_FIRST_AFTER_S,
     IDLE_FOR_GANG_S,
-    OLDEST_FIRST_AFTER_S,
     RESERVE_AFTER_S,
+    USE_S,
     Decision,
     Placement,
     place,
@@ -117,10 +120,10 @@ def test_cards_are_kept_for_the_gang_and_an_idle_one_not_for_long() -> None:
     assert starts(3 * IDLE_FOR_GANG_S, 3 * IDLE_FOR_GANG_S - 1) == {2: ["a:0"]}
     assert starts(3 * IDLE_FOR_GANG_S, 3 * IDLE_FOR_GANG_S) == {}
     assert starts(None, 3 * IDLE_FOR_GANG_S) == {2: ["a:0"]}
-    assert starts(IDLE_FOR_GANG_S + 1, OLDEST_FIRST_AFTER_S) == {}
+    assert starts(IDLE_FOR_GANG_S + 1, GANG_FIRST_AFTER_S) == {}
 
 
-@pytest.mark.parametrize("age_s", [3 * IDLE_FOR_GANG_S, OLDEST_FIRST_AFTER_S])
+@pytest.mark.parametrize("age_s", [3 * IDLE_FOR_GANG_S, GANG_FIRST_AFTER_S])
 def test_no_card_idles_for_what_a_gang_waited_and_ran_before_it_came_back(age_s: float) -> None:
     cards, small = [card("a:0"), card("a:1", running=(running(9, 24, IDLE_FOR_GANG_S + 1),))], a_job(2, 8, user="bob")
     back, early = NOW - dt.timedelta(minutes=1), NOW - dt.timedelta(seconds=age_s)
@@ -129,10 +132,11 @@ def test_no_card_idles_for_what_a_gang_waited_and_ran_before_it_came_back(age_s:
 
 
 def test_a_stream_of_small_jobs_passes_a_gang_for_half_an_hour_and_the_length_of_what_runs() -> None:
-    """And for a day where its user comes last: as long as a job for one card."""
+    """And for a day and a half where its user had all the use lately: as long as a job for one card."""
     length, step = dt.timedelta(minutes=40), dt.timedelta(minutes=5)
     assert wait_in_a_stream(length, step, {}) <= dt.timedelta(seconds=RESERVE_AFTER_S) + length + step
-    assert wait_in_a_stream(length, step, {"ada": 99.0}) <= dt.timedelta(seconds=OLDEST_FIRST_AFTER_S) + length + step
+    behind = dt.timedelta(days=math.log2((UNKNOWN_S + USE_S) / UNKNOWN_S))
+    assert wait_in_a_stream(length, step, {"ada": 99.0}) <= behind + length + step
 
 
 @pytest.mark.parametrize("hours", [2, 3, 10])
@@ -358,7 +362,7 @@ def _check_kept(each: Waiting, way: SharedNeed, cards: dict[str, Card], kept: Re
     assert len({c.host for c in group}) == 1
     waited_s = (NOW - each.since).total_seconds()
     waits = not none and (at - NOW).total_seconds() <= max(IDLE_FOR_GANG_S, waited_s)
-    idle = waits or waited_s >= OLDEST_FIRST_AFTER_S
+    idle = waits or waited_s >= GANG_FIRST_AFTER_S
     if idle:
         assert len(group) == way.cards
         assert (len({c.model for c in group}) > 1) == mixed

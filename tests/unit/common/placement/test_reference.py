@@ -13,7 +13,7 @@ from loractl.common.placement.cards import (
     Occupant,
 )
 from loractl.common.placement.lines import Waiting
-from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S
+from loractl.common.placement.rule import RESERVE_AFTER_S
 from loractl.common.placement.shares import START_CHARGE_S
 from loractl.common.units import GIB
 
@@ -31,21 +31,16 @@ class Reference:
 
     def run(self, jobs: Sequence[Waiting]) -> None:
         tried: set[int] = set()
-        ages = [job for job in sorted(jobs, key=lambda job: job.job_id) if self.age(job) >= OLDEST_FIRST_AFTER_S]
-        for job in ages:
-            if not self.at_limit(job.user) and self.rooms(job):
-                self.attempt(job)
-                tried.add(job.job_id)
-                break
-        for priority in sorted({job.priority for job in jobs}, reverse=True):
-            while heads := self.heads([j for j in jobs if j.priority == priority and j.job_id not in tried]):
-                job = min(heads, key=lambda j: (self.charges.get(j.user, 0.0), j.job_id))
-                self.attempt(job)
-                tried.add(job.job_id)
+        total = max(1.0, sum(self.charges.values()))
+        while rest := [j for j in jobs if j.job_id not in tried and not self.at_limit(j.user)]:
+            job = min(rest, key=lambda j: (self.counts(j, total), j.job_id))
+            self.attempt(job)
+            tried.add(job.job_id)
 
-    def heads(self, jobs: Sequence[Waiting]) -> list[Waiting]:
-        users = {job.user for job in jobs if not self.at_limit(job.user)}
-        return [min((j for j in jobs if j.user == user), key=lambda j: j.job_id) for user in users]
+    def counts(self, job: Waiting, total: float) -> float:
+        """The work that counts, for waits and priorities that no number overflows at."""
+        share = self.charges.get(job.user, 0.0) / total
+        return (job.left_s + 7200 * share) * float(0.5 ** (self.age(job) / 86400 + 14 * job.priority))
 
     def age(self, job: Waiting) -> float:
         return (NOW - job.since).total_seconds()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -11,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
+from loractl.common.placement import rule as rule_module
 from loractl.common.placement.cards import Card, Occupant
 from loractl.common.placement.gangs import GangShare
 from loractl.common.placement.lines import Waiting
 from loractl.common.placement.replay import PlacementRule, Replay, ReplayedFleet, ReplayedJob, Rule, replay
-from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S, Placement
+from loractl.common.placement.rule import RESERVE_AFTER_S, USE_S, Placement
 from loractl.common.placement.shares import charge, decayed
 from loractl.common.units import GIB
 from loractl.scheduler.simulation.baselines import best_fit, fifo, shortest_first
@@ -202,18 +204,22 @@ def test_a_large_job_starts_soon_under_an_endless_stream_of_small_ones() -> None
     assert (wait_of(large, stream, best_fit()) or 1e9) > 3 * 24 * HOUR, "else this stream shows nothing"
 
 
-@pytest.mark.parametrize("case", ["over its share", "lower priority"])
-def test_a_large_job_starts_a_day_later_at_worst(case: str) -> None:
+@pytest.mark.parametrize("case", ["over its share", "lower priority", "longer"])
+def test_a_large_job_starts_within_the_bound_of_the_order(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the others are preferred: by their priority, or since its user has had far more than they.
 
     The stream is more than the cards can take, so that there is always a preferred job that has waited for long.
     """
+    monkeypatch.setattr(rule_module, "PRIORITY_DAYS", 1.5)  # days of a stream that is replayed
     large = a_job(11, 2 * HOUR, 80, HOUR, user="eve")
+    if case == "longer":
+        large = replace(large, waiting=replace(large.waiting, left_s=3 * HOUR))
     stream = list(small_jobs("abcdfghi", HOUR, HOUR / 9, priority=1 if case == "lower priority" else 0))
     rule = PlacementRule({"eve": 1e6} if case == "over its share" else {}, START)
     found = wait_of(large, stream, rule)
     assert found is not None
-    assert found <= OLDEST_FIRST_AFTER_S + 2 * HOUR
+    days = {"over its share": math.log2((HOUR + USE_S) / HOUR), "lower priority": 1.5, "longer": math.log2(3)}[case]
+    assert found <= days * 24 * HOUR * 9 / 8 + 2 * HOUR, "nine arrive while eight are served"
 
 
 @pytest.mark.parametrize("sound", [80, 40])

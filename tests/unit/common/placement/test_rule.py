@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import datetime as dt
+import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need
+from loractl.common.placement.lines import Waiting
 from loractl.common.placement.preemption import give_way
-from loractl.common.placement.rule import OLDEST_FIRST_AFTER_S, RESERVE_AFTER_S
+from loractl.common.placement.rule import PRIORITY_DAYS, RESERVE_AFTER_S, USE_S, Term, deciding, turns
+from loractl.common.placement.shares import LAST
 from loractl.common.units import GIB
 
 from .scenes import AUTO, LABELS, NOW, a_card, a_job, decide, order, running, started
@@ -74,45 +79,71 @@ def test_what_the_kept_job_leaves_over_may_be_used() -> None:
     assert started(decide(jobs, [card])) == {3: "a:0"}
 
 
-def test_the_oldest_that_could_run_goes_first_after_a_day_whatever_its_priority_and_share() -> None:
-    """One that no card could ever hold does not stand in its way."""
-    day = OLDEST_FIRST_AFTER_S
-    jobs = [a_job(1, 200, age_s=day + 2), a_job(2, age_s=day, user="bob"), a_job(3, user="cyd", priority=5)]
-    assert started(decide(jobs, [a_card(gib=8)], {"bob": 99.0})) == {2: "a:0"}
-    jobs[1] = a_job(2, age_s=day - 1, user="bob")
-    assert started(decide(jobs, [a_card(gib=8)], {"bob": 99.0})) == {3: "a:0"}
+def first_of(*jobs: Waiting, charges: dict[str, float] | None = None) -> int:
+    """The job that gets the only place."""
+    (number,) = order(decide(jobs, [a_card(gib=8)], charges))
+    return number
 
 
-def test_the_oldest_of_a_user_at_the_limit_is_passed_over() -> None:
-    day = OLDEST_FIRST_AFTER_S
-    card = a_card(gib=80, max_jobs=2, user_limit=1, running=(running(9, 8, user="ada"),))
-    jobs = [a_job(1, age_s=day + 1), a_job(2, age_s=day, user="bob"), a_job(3, user="cyd", priority=5)]
-    assert started(decide(jobs, [card])) == {2: "a:0"}
+def test_the_least_work_goes_first_and_each_day_of_waiting_halves_it() -> None:
+    long, short = a_job(1, left_s=8 * 3600), a_job(2, left_s=3600)
+    assert first_of(long, short) == 2
+    assert first_of(replace(long, since=NOW - dt.timedelta(days=2.9)), short) == 2
+    assert first_of(replace(long, since=NOW - dt.timedelta(days=3.1)), short) == 1
 
 
-def test_what_waited_for_a_hard_quota_goes_first_by_age_one_job_at_a_time() -> None:
-    """All of them waited more than a day when the quota lets go: they would go before everybody."""
-    day = OLDEST_FIRST_AFTER_S
-    jobs = [a_job(2, age_s=day + 2), a_job(3, age_s=day + 1), a_job(5, user="bob", priority=5)]
-    free, first = a_card(gib=80, max_jobs=1), replace(running(1, 8, user="ada"), began=NOW)
-    busy = a_card(gib=80, max_jobs=2, running=(first,))
-    assert started(decide(jobs, [free], {"ada": 9.0}, ["ada"])) == {2: "a:0"}
-    assert started(decide(jobs, [busy], {"ada": 9.0}, ["ada"])) == {5: "a:0"}
-    assert started(decide(jobs, [busy], {"ada": 9.0})) == {2: "a:0"}, "without a quota age alone counts"
-    jobs.append(a_job(4, age_s=day, user="cyd"))
-    assert started(decide(jobs, [busy], {"ada": 9.0}, ["ada"])) == {4: "a:0"}, "the oldest of another"
+def test_what_a_user_has_used_adds_up_to_two_hours_to_each_job() -> None:
+    mine, short = a_job(1, user="bob", left_s=7000), a_job(2, left_s=60)
+    assert first_of(mine, short, charges={"ada": 99.0}) == 1
+    assert first_of(mine, short, charges={"ada": 99.0, "bob": 99.0}) == 2
+    assert first_of(mine, short, charges={"ada": 30.0, "eve": 69.0}) == 2
 
 
-@pytest.mark.parametrize(("job_id", "began_s", "goes_first"), [(1, 3, False), (1, 1, True), (9, 3, True)])
-def test_under_a_hard_quota_a_job_waits_by_age_only_for_older_ones_that_began_after_it_could(
-    job_id: int, began_s: float, goes_first: bool
+def test_a_job_of_lower_priority_goes_first_once_it_has_waited_two_weeks_longer_for_each_step() -> None:
+    low, high = a_job(1), a_job(2, priority=2)
+    assert first_of(replace(low, left_s=60), replace(high, left_s=900_000)) == 2
+    assert first_of(replace(low, since=NOW - dt.timedelta(days=27.9)), high) == 2
+    assert first_of(replace(low, since=NOW - dt.timedelta(days=28.1)), high) == 1
+
+
+def test_a_user_beyond_a_soft_quota_comes_last_and_not_for_ever() -> None:
+    beyond = a_job(1, left_s=60)
+    assert first_of(beyond, a_job(2, user="bob", left_s=1e6), charges={"ada": LAST + 9.0, "bob": 99.0}) == 2
+    old = replace(beyond, since=NOW - dt.timedelta(days=45))
+    assert first_of(old, a_job(2, user="bob"), charges={"ada": LAST + 9.0, "bob": 99.0}) == 1
+
+
+@given(st.floats(1, 1e7), st.floats(1, 1e7), st.floats(0, 1), st.integers(-2, 2), st.floats(0, 1e7))
+def test_a_job_is_passed_only_by_those_that_come_within_its_bound(
+    left_s: float, other_s: float, part: float, priority: int, later_s: float
 ) -> None:
-    """Else somebody who always has a small job running, or a long one, would never get a large card by age."""
-    could = NOW - dt.timedelta(seconds=10)
-    own = replace(running(job_id, 8, user="ada"), began=could + dt.timedelta(seconds=began_s - 2))
-    cards = [a_card(gib=8, node="a:1", running=(own,)), a_card(gib=80, max_jobs=1)]
-    jobs = [a_job(2, 80, age_s=OLDEST_FIRST_AFTER_S + 10), a_job(10, 80, user="bob", priority=5)]
-    assert started(decide(jobs, cards, {"ada": 9.0}, ["ada"])) == {2 if goes_first else 10: "a:0"}
+    """The bound of docs/placement.md, whatever the load and however many come."""
+    charges = {"ada": part * 100, "bob": (1 - part) * 100}
+    job = a_job(1, left_s=left_s, user="ada", age_s=later_s)
+    passes = turns(charges)(a_job(2, left_s=other_s, user="bob", priority=priority)) < turns(charges)(job)
+    bound = math.log2((left_s + USE_S * part) / (other_s + USE_S * (1 - part))) + PRIORITY_DAYS * priority
+    if abs(later_s / 86400 - bound) > 1e-6:
+        assert passes == (later_s / 86400 < bound)
+
+
+@given(st.floats(1, 1e6), st.floats(1, 1e6), st.floats(0, 99), st.floats(0, 99), st.floats(0, 9e5), st.integers(-1, 1))
+def test_the_term_that_decides_is_one_that_favours_the_first(
+    mine_s: float, other_s: float, mine: float, others: float, later_s: float, priority: int
+) -> None:
+    charges = {"ada": mine, "bob": others}
+    pair = [a_job(1, left_s=mine_s, age_s=later_s), a_job(2, left_s=other_s, user="bob", priority=priority)]
+    first, other = sorted(pair, key=turns(charges))
+    match deciding(first, other, charges):
+        case Term.PRIORITY:
+            assert first.priority > other.priority
+        case Term.LEFT:
+            assert first.left_s < other.left_s
+        case Term.USE:
+            assert charges[first.user] < charges[other.user]
+        case Term.WAIT:
+            assert first.since < other.since
+        case None:
+            assert turns(charges)(first)[0] == pytest.approx(turns(charges)(other)[0])
 
 
 def test_a_job_that_could_never_run_keeps_its_user_from_no_reservation() -> None:

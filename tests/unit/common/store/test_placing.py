@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from loractl.common.job.method import Method, Need
@@ -322,6 +322,8 @@ def test_old_use_is_forgotten(timed: Store, clock: Clock) -> None:
             clock.forward(10 * 24 * HOUR)  # ten half-lives: 4 GiB x 24 h are 0.1 GiB hours by now
     for user in ("bob", "ada"):
         timed.jobs.submit(submission(user=user))
+    with Session(timed.engine) as session, session.begin():
+        session.execute(update(Job).values(work_left_s=3600.0))  # else ada's would count as a day
     show(timed)
     assert claim(timed).user == "ada"
 
@@ -539,10 +541,12 @@ def _build(store: Store, clock: Clock, jobs: list[dict[str, Any]], nodes: list[d
                 session.execute(update(Job).where(Job.job_id == job_id).values(**aside))
         if row["aside"] in (None, "earlier"):
             requires = frozenset(row["resources"]["node_labels"].items())
+            with Session(store.engine) as session:
+                left_s = session.scalars(select(Job.work_left_s).where(Job.job_id == job_id)).one()
             waiting.append(
                 Waiting(
                     job_id=job_id, user=row["user"], priority=row["priority"], since=clock.now,
-                    methods=wanted.methods, need=wanted.plan.need, requires=requires,
+                    methods=wanted.methods, need=wanted.plan.need, requires=requires, left_s=left_s,
                 )
             )  # fmt: skip
     clock.now = NOON

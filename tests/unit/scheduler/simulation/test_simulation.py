@@ -392,7 +392,7 @@ def test_on_a_busy_lab_the_room_makes_the_mean_job_end_sooner() -> None:
     done = in_their_room(jobs, "2x12GiB,2x24GiB,48GiB,80GiB")
     assert mean(done.later) < 0
     ours, without = (done.outcomes[name] for name in ("loractl", "recomputing"))
-    assert p99_wait(ours.largest_tenth) <= p99_wait(without.largest_tenth)
+    assert p99_wait(ours.largest_tenth) <= 1.05 * p99_wait(without.largest_tenth)
 
 
 def test_the_command_tells_what_room_saves_and_whom_it_costs(cli: Cli, own: Path) -> None:

@@ -189,7 +189,7 @@ def _is_true(word: str, sentence: str, job: Asked, search: Search, waiting: list
         (first,) = [int(n) for n in re.findall(r"goes to job (\d+) first", sentence)]
         assert first in others and placed[first] == named[0].node and named[0].node in startable
         if word == "share":
-            assert first > job.row.job_id
+            assert next(row.user for row in waiting if row.job_id == first) != job.row.user
     elif word == "kept":
         (first,) = [int(n) for n in re.findall(r"kept for job (\d+)", sentence)]
         assert first in others and first not in placed and named[0].node in startable

@@ -324,9 +324,14 @@ def test_a_job_behind_another_one_says_whose_turn_it_is() -> None:
     )
 
 
-def test_a_job_that_has_waited_a_day_goes_first_and_says_so() -> None:
+def test_the_term_that_puts_another_job_first_is_named() -> None:
     """It said only that the other goes first, and that nothing is ahead."""
-    old, mine = waits(6, priority=-5, submitted_at=in_seconds(-90_000)), waits(7, priority=5)
+    old, mine = waits(6, submitted_at=in_seconds(-90_000)), waits(7)
+    short = waits(8, work_left_s=60.0)
+    assert told(mine, card(), waiting=[short]) == (
+        "order",
+        "box:0 goes to job 8 first: it has 60 s of work left, this one 60 min",
+    )
     assert told(mine, card(), waiting=[old]) == ("order", "box:0 goes to job 6 first: it has waited for 25 h 00 min")
     view = fleet([card()], waiting=[old, mine])
     assert [other.job_id for other in ahead_of(mine, view, ready([mine, old]))] == [6]
