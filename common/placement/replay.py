@@ -402,8 +402,8 @@ class PlacementRule:
 
     `charges`: GiB hours by user at `since`, what runs there included; without them no user has used anything yet.
     `roomy`: what jobs may have beyond their needs, by number. `meter`: the card hours of users with a quota; without it
-    nobody has one. `waiting`: what waits from the beginning, without what is `decided` to start then. `by_share`: in the
-    order of before, see `turns_by_share`.
+    nobody has one. `waiting`: what waits from the beginning, without what is `decided` to start then. `by_share`: in
+    the order of before, see `turns_by_share`.
     """
 
     def __init__(
