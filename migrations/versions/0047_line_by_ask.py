@@ -28,6 +28,7 @@ _LEAST = {
     "sqlite": "printf('%017d', coalesce(vram_needed, 0))",
     "postgresql": "lpad(coalesce(vram_needed, 0)::text, 17, '0')",
 }
+_LABELS = """substr(queue_key, 11, length(queue_key) - 11 - length("user"))"""
 _SIZES = """
 CASE WHEN lora_until IS NOT NULL OR CAST(methods AS text) = '["lora"]' THEN 'l'
   WHEN CAST(methods AS text) = '["qlora"]' THEN 'q'
@@ -46,7 +47,8 @@ def upgrade() -> None:
     op.execute(
         f"UPDATE jobs SET queue_key = substr(queue_key, 1, 6) || {_LEAST[dialect]} || '.' || {_SIZES}"  # noqa: S608  no input
         " || CASE WHEN gangs IS NULL THEN '' ELSE '.w' END"
-        " || CASE WHEN gangs IS NULL AND attempt = 0 THEN '' ELSE '~' || job_id END || substr(queue_key, 10)"
+        " || CASE WHEN gangs IS NULL AND attempt = 0 THEN '' ELSE '~' || job_id END"
+        f" || '|' || replace({_LABELS}, '|', '\\u007c') || '|' || \"user\""
         " WHERE substr(queue_key, 10, 1) = '|'"
     )
     for name, columns in _NEW.items():

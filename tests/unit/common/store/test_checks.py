@@ -17,6 +17,7 @@ from loractl.common.artifacts import ArtifactStore
 from loractl.common.errors import ValueRefused
 from loractl.common.job.method import Need
 from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.placement.lines import QueueKey
 from loractl.common.store.checks import checks_of, quarantined
 from loractl.common.store.columns import Characters, Flag, Json, LineKey, Prose
 from loractl.common.store.database import DatabaseError, make_engine
@@ -258,6 +259,20 @@ def test_an_upgrade_leaves_every_row_of_every_table_as_it_was(old_url: str, sinc
             with engine.connect() as connection:
                 assert connection.exec_driver_sql("PRAGMA integrity_check").scalar() == "ok"
                 assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar() == 1
+
+
+def test_an_upgrade_keeps_the_labels_that_a_job_s_key_asks_for(old_url: str) -> None:
+    """Keys before revision 0047 had a label's bar as it was."""
+    with opened(old_url) as engine:
+        with migrating(engine) as connection, alembic_config(connection) as config:
+            command.downgrade(config, "0046")
+            connection.exec_driver_sql(
+                """UPDATE jobs SET queue_key = '10000|010|{"a|b": "c"}|' || "user" WHERE name = 'waits'"""
+            )
+        upgrade(engine)
+        with engine.connect() as connection:
+            key = str(connection.exec_driver_sql("SELECT queue_key FROM jobs WHERE name = 'waits'").scalar())
+        assert QueueKey.parse(key).requires == {("a|b", "c")} and quarantined(engine) == 0
 
 
 def test_what_breaks_a_bound_goes_to_the_quarantine_and_its_row_stays(old_url: str) -> None:
