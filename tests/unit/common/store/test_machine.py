@@ -415,9 +415,8 @@ class Life(RuleBasedStateMachine):
         for job in self.known.values():
             row = rows[job.job_id]
             assert row.status is job.status
-            assert row.cancel_requested is job.cancel_asked
-            waits = job.awaits is not None and job.status is Status.QUEUED
-            assert (row.held, row.awaits) == (job.held or waits, job.awaits and job.awaits.job_id)
+            assert row.cancel_requested is (job.cancel_asked and row.status is Status.RUNNING)
+            assert (row.held, row.awaits) == (job.held, job.awaits and job.awaits.job_id)
             assert row.token == (job.holder.claim.token if job.holder else None)
             assert row.lease_expires_at == (job.lease if job.holder else None)
             assert row.not_before == job.not_before
