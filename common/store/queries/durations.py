@@ -93,16 +93,18 @@ class Forecasts:
         self._runs: dict[str, tuple[list[TimedRun], Speeds]] = {}
 
     def write(self, job: Job) -> None:
-        """Say in the job's row how long what is left of it takes on each model of card that the fleet has."""
+        """Say in the job's row how long what is left of it takes on each model of card that the fleet has, or had
+        when something was measured there, if no worker runs now."""
         if self._devices is None:
             self._devices = read_devices(self._tx)
         if job.base_model not in self._runs:
             self._runs[job.base_model] = read_timed(self._tx, job.base_model, self._now), {}
         runs, known = self._runs[job.base_model]
+        devices = self._devices or sorted({run.device for run in runs})
         found = {
             (method, device): forecast(undone(job, method), device, runs, known)
             for method in job.methods
-            for device in self._devices
+            for device in devices
         }
         job.forecasts = [
             {"device": device, "method": str(method), "seconds": one.seconds, "basis": one.basis.value}

@@ -180,3 +180,12 @@ def test_an_attempt_on_several_cards_has_no_prediction_of_one_card(timed: Store,
     claim = timed.attempts.claim("box:0", gangs=True)
     assert isinstance(claim, Claim) and len(claim.shares) == 2
     assert claim.seconds_predicted is None and timed.jobs.get(job_id).eta_seconds is None
+
+
+def test_a_job_that_is_submitted_while_no_worker_runs_is_predicted_too(timed: Store, clock: Clock) -> None:
+    ran(timed, clock, counted())
+    timed.cards.forget("box:0")
+    job_id = timed.jobs.submit(counted(steps=50))
+    assert timed.jobs.get(job_id).work_left_s == pytest.approx(10 + 50 * 2 + 30)
+    claim = take(timed)
+    assert isinstance(claim, Claim) and claim.seconds_predicted == pytest.approx(140)
