@@ -222,6 +222,19 @@ def test_a_large_job_starts_within_the_bound_of_the_order(case: str, monkeypatch
     assert found <= days * 24 * HOUR * 9 / 8 + 2 * HOUR, "nine arrive while eight are served"
 
 
+def test_a_thousand_short_jobs_of_one_user_do_not_hold_up_another_s_long_one() -> None:
+    short = [a_job(n, 0, 20, 60, user="ada") for n in range(1, 1001)]
+    short = [replace(job, waiting=replace(job.waiting, left_s=60.0)) for job in short]
+    other = a_job(1001, HOUR, 20, 1.5 * HOUR, user="bob")
+    other = replace(other, waiting=replace(other.waiting, left_s=1.5 * HOUR))
+    card = replace(a_card(80), max_jobs=1)
+    run = replay([*short, other], [card], START, PlacementRule(), until=lambda runs: 1001 in runs).runs[1001]
+    assert (run.started - other.waiting.since).total_seconds() <= 60
+    before = PlacementRule(by_share=True)
+    run = replay([*short, other], [card], START, before, until=lambda runs: 1001 in runs).runs[1001]
+    assert (run.started - other.waiting.since).total_seconds() <= 60, "as in the order of before"
+
+
 @pytest.mark.parametrize("sound", [80, 40])
 def test_a_large_job_that_avoids_a_card_starts_too(sound: float) -> None:
     """On the other one, which is never empty by itself; where that is too small, on the card that failed it."""

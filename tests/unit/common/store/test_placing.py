@@ -328,6 +328,29 @@ def test_old_use_is_forgotten(timed: Store, clock: Clock) -> None:
     assert claim(timed).user == "ada"
 
 
+def test_a_lab_may_have_the_order_of_before(timed: Store, clock: Clock) -> None:
+    asked = (("ada", 0), ("ada", 0), ("bob", 1))
+    old, short, urgent = (timed.jobs.submit(submission(user=user, priority=priority)) for user, priority in asked)
+    with Session(timed.engine) as session, session.begin():
+        session.execute(update(Job).where(Job.job_id == short).values(work_left_s=60.0))
+    show(timed)
+
+    def ready() -> list[int]:
+        return [job.job_id for job in timed.jobs.ready(9)]
+
+    assert ready() == [urgent, short, old]
+    timed.lab.set("order", "share", "ada")
+    assert timed.cards.fleet().by_share
+    assert ready() == [urgent, old, short]
+    assert next(iter(timed.cards.fleet().placed)) == urgent
+    clock.forward(25 * HOUR)
+    assert ready() == [old, short, urgent], "what has waited a day goes by age"
+    show(timed)
+    assert claim(timed).job_id == old
+    timed.lab.set("order", "work", "ada")
+    assert ready() == [urgent, short]
+
+
 def test_priority_goes_before_share_and_share_before_age(timed: Store, clock: Clock) -> None:
     timed.jobs.submit(submission(user="ada"))
     show(timed)
