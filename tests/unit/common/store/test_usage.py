@@ -223,7 +223,7 @@ def test_what_a_quota_held_for_a_day_does_not_go_before_everybody(timed: Store, 
     old = [timed.jobs.submit(submission(lora=12, method="lora")) for _ in range(30)]
     clock.forward(2 * 86400)
     urgent = timed.jobs.submit(submission(lora=12, method="lora", user="wei", priority=5))
-    assert [again(timed).job_id for _ in range(3)] == [old[0], urgent, old[1]]
+    assert [again(timed).job_id for _ in range(3)] == [urgent, old[0], old[1]]
 
 
 def test_a_claim_looks_at_one_job_of_a_user_who_may_start_none(timed: Store, clock: Clock) -> None:
