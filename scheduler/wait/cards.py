@@ -211,7 +211,7 @@ class Asking:
                 case Term.PRIORITY:
                     why = ": its priority is higher"
                 case Term.LEFT:
-                    why = f": it has {duration(first.left_s)} of work left, this one {duration(me.left_s)}"
+                    why = f": its work counts as {duration(first.left_s)}, this one's as {duration(me.left_s)}"
                 case Term.USE:
                     why, word = f": {first.user} has used the cards less", "share"
                 case Term.WAIT:

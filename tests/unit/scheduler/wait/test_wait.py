@@ -330,7 +330,7 @@ def test_the_term_that_puts_another_job_first_is_named() -> None:
     short = waits(8, work_left_s=60.0)
     assert told(mine, card(), waiting=[short]) == (
         "order",
-        "box:0 goes to job 8 first: it has 60 s of work left, this one 60 min",
+        "box:0 goes to job 8 first: its work counts as 60 s, this one's as 60 min",
     )
     assert told(mine, card(), waiting=[old]) == ("order", "box:0 goes to job 6 first: it has waited for 25 h 00 min")
     view = fleet([card()], waiting=[old, mine])
