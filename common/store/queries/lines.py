@@ -78,7 +78,7 @@ FROM lines JOIN jobs AS one ON one.job_id = (
 
 
 _FIRSTS = _firsts(READY)
-_FITTING = _firsts(f"{READY} AND coalesce(vram_needed, 0) <= :room")
+_FITTING = _firsts(f"{READY} AND substr(queue_key, 7, 17) <= :room")  # of what is in the index: a line may be long
 
 
 def _typed(statement: str, *parameters: BindParameter[Any]) -> TextualSelect:
@@ -117,10 +117,10 @@ class StoredQueue:
 
     def beyond(self, room: int) -> list[Waiting]:
         known = {job.job_id for job in self.firsts()}
-        found = self._read_firsts(_FITTING, most=MOST_BEYOND, room=room).values() if self._more else ()
+        found = self._read_firsts(_FITTING, most=MOST_BEYOND, room=f"{room:017d}").values() if self._more else ()
         return [job for job in found if job.job_id not in known]
 
-    def _read_firsts(self, statement: TextualSelect, **asked: int) -> dict[int, Waiting]:
+    def _read_firsts(self, statement: TextualSelect, **asked: int | str) -> dict[int, Waiting]:
         """A key says all of most jobs; only of others is the row read."""
         found, others = dict[int, Waiting](), list[int]()
         rows = self._session.execute(statement, {"now": self._now, **asked})
