@@ -125,7 +125,7 @@ def test_no_answer_reads_more_rows_when_more_jobs_wait_or_have_ended(ended: bool
         assert many["rows"] <= few["rows"] + 50, f"{name} reads {few} and {many}"  # users' jobs come in parts
         assert many["rows"] < 500 and many["statements"] <= few["statements"] + 5 < 100, f"{name} asks {few} and {many}"
     if not ended:  # the users had no card, so they have equal shares
-        turn = sorted(store.jobs.matching(), key=lambda job: (-job.priority, job.job_id))
+        turn = sorted(store.jobs.matching(), key=lambda job: (-job.priority, job.submitted_at, job.job_id))
         assert [job.job_id for job in store.jobs.ready(300)] == [job.job_id for job in turn[:300]]
     counts = overview(store, Choice(), Page())
     assert (counts.waiting_count, counts.ended.get(Status.SUCCEEDED, 0)) == ((1, MANY - 1) if ended else (MANY, 0))
