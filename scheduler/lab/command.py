@@ -126,7 +126,10 @@ def _let_change(value: str, said: str) -> None:
 @lab.command("order")
 @click.argument("order", type=click.Choice(["work", "share"]))
 def lab_order(order: str) -> None:
-    """Order what waits by the work that is left (work), or by use and age as before (share; until the next release)."""
+    """Try the least work first, or go by use and age as before.
+
+    work: by the work that is left. share: the order of before, until the next release.
+    """
     from loractl.scheduler.cli.session import open_session
 
     settings, store = open_session()

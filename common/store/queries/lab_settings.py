@@ -31,6 +31,10 @@ ORDER, BY_SHARE = "order", "share"
 """In which order jobs are tried: a lab with this value has the order of before, until the next release."""
 
 
+ORDER_SET = select(LabSetting.value).where(LabSetting.name == ORDER).scalar_subquery()
+"""The setting, to be read with the cards: a claim pays for each statement."""
+
+
 def is_by_share(session: Session) -> bool:
     """Whether the lab has the order of before, see `turns_by_share`."""
     setting = session.get(LabSetting, ORDER)

@@ -23,13 +23,13 @@ from ...fleet import NODE_STALE_S, OCCUPANT, card_of
 from ...records import BoxIdentity, NodeState
 from ...tables import Attempt, DrainOrder, Job, LabFailure, Node, Quota, Use, peak_of
 from ...transaction import Transaction
-from ..lab_settings import is_by_share
+from ..lab_settings import BY_SHARE, ORDER_SET
 from ..outbox.notices import tell_of_closure
 from ..usage import read_allowances
 from .shares import beside, is_late, running_on
 
 # Made once: SQLAlchemy takes longer to make such a statement than to run it.
-_NODES, _USES, _DRAINS = select(Node), select(Use, Quota), select(DrainOrder)
+_NODES, _USES, _DRAINS = select(Node, ORDER_SET), select(Use, Quota), select(DrainOrder)
 _USES = _USES.outerjoin(Quota, Quota.user == Use.user)
 _OWN = (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt)
 _MEASURED = (Attempt.roomy, Attempt.device_kind, Attempt.vram_process, Attempt.vram_peak)
@@ -125,17 +125,17 @@ class FleetState:
 def read_fleet(session: Session, now: dt.datetime, lease_s: float | None = None) -> FleetState:
     """`lease_s`: cards whose nodes are late for it are silent; None: nobody asks."""
     running = _read_running(session)
-    uses = session.execute(_USES).all()
+    nodes, uses = session.execute(_NODES).all(), session.execute(_USES).all()
     return FleetState(
-        cards=_cards(session, now, running, lease_s),
+        cards=_cards(session, [node for node, _ in nodes], now, running, lease_s),
         charges=_charges(session, uses, now, running),
-        by_share=is_by_share(session),
+        by_share=any(order == BY_SHARE for _, order in nodes),
     )
 
 
 def read_cards(session: Session, now: dt.datetime) -> list[Card]:
     """Every card that a node has reported, with what runs there; closed when it is offline or drained."""
-    return _cards(session, now, _read_running(session))
+    return _cards(session, session.scalars(_NODES), now, _read_running(session))
 
 
 def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
@@ -155,12 +155,14 @@ def _read_running(session: Session) -> _FleetRows:
     return _FleetRows(jobs=list(session.execute(_OCCUPANTS)), shares=beside(session))
 
 
-def _cards(session: Session, now: dt.datetime, running: _FleetRows, lease_s: float | None = None) -> list[Card]:
+def _cards(
+    session: Session, nodes: Iterable[Node], now: dt.datetime, running: _FleetRows, lease_s: float | None = None
+) -> list[Card]:
     on: dict[str, list[Any]] = {}
     for row in (*running.jobs, *running.shares):
         on.setdefault(row.node or "", []).append(row)
     drained, cards = drained_targets(session, now), []
-    for node in session.scalars(_NODES):
+    for node in nodes:
         card = card_of(node, on.get(node.node, []), now, drained)
         late = lease_s is not None and is_late(node, now, lease_s)
         cards.append(replace(card, silent=True) if late else card)
