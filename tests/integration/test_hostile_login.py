@@ -19,7 +19,7 @@ from loractl.common.errors import Forbidden, WrongState
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.entrance import LOGIN, Invitation, invite
-from loractl.common.store.queries import changes, lines
+from loractl.common.store.queries import changes
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.roles import SUBMIT
 from loractl.common.store.schema import upgrade
@@ -277,12 +277,12 @@ def test_a_claim_goes_on_with_the_next_job_where_somebody_keeps_the_first_ones_l
         free = person.jobs.submit(submission())
 
 
-def test_more_locked_rows_of_a_user_than_a_claim_asks_about_keep_no_card_from_others(
-    person: Store, box: Store, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("apart", [0.0, 0.25], ids=["one line", "a line each"])
+def test_more_locked_rows_of_a_user_than_a_claim_tries_keep_no_card_from_others(
+    person: Store, box: Store, postgres_url: str, apart: float
 ) -> None:
-    monkeypatch.setattr(lines, "_PROBED", 5)
-    for _ in range(12):
-        person.jobs.submit(submission(priority=1000))
+    for number in range(12):
+        person.jobs.submit(submission(lora=4 + number * apart, priority=1000))
     owner = Store(make_engine(postgres_url))
     others = owner.jobs.submit(submission(user="eve"))
     with held_open(postgres_url, f"SELECT * FROM jobs WHERE job_id < {others} FOR NO KEY UPDATE"):
