@@ -71,7 +71,7 @@ def test_a_box_with_a_full_disk_fails_no_job_for_good_and_is_closed(held: HeldLa
         held.stop(healthy)
         last = held.submit()
         said = " ".join(held.cli("why", last).split())
-        assert "Reason: drained, owl:0 by loractl: disk_full in jobs" in said
+        assert "Reason: drained, owl:0 is drained by loractl: disk_full in jobs" in said
         assert said.count("then loractl undrain owl") > 0
     finally:
         subprocess.run(["umount", "-l", str(work)], check=True)

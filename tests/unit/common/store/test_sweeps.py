@@ -62,7 +62,7 @@ def test_a_sweep_s_members_are_jobs_that_name_it(store: Store) -> None:
 
 
 def test_all_members_are_queued_or_none(store: Store) -> None:
-    good, bad = submission(name="a-1"), replace(submission(name="a-2"), data={"path": object()})  # no JSON
+    good, bad = submission(name="a-1"), replace(submission(name="a-2"), data={"path": {"uri": object()}})  # no JSON
     with pytest.raises(Exception, match="JSON serializable"):
         store.sweeps.submit(NewSweep(name="a", varied={}), [good, bad])
     assert store.jobs.matching() == [] and store.sweeps.several(range(10)) == []

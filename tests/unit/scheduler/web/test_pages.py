@@ -105,7 +105,7 @@ def test_a_job_that_learned_from_pairs_shows_both_answers_beside_those_of_the_mo
 def test_a_waiting_job_s_page_says_card_by_card_why(web: Web) -> None:
     page = words(web.client.get("/jobs/17").text)
     assert "osprey:0 when job 12 ends" in page and "smaller than the job" in page
-    assert "vllm serve of tomás holds 41.0 GiB for an unknown time" in page
+    assert "has 6.5 GiB left: vllm serve of tomás (pid 4711) holds 41.0 GiB" in page
 
 
 def test_a_sweep_s_page_names_the_best_and_marks_what_differs(web: Web) -> None:
