@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.binding import result_binding
+from loractl.common.errors import UsageError
 from loractl.common.job.file import load_spec, spec_of
 from loractl.common.job.status import Status
 from loractl.common.settings import Settings
@@ -46,9 +47,9 @@ class Lab:
 
         `changes`: keys to set, a section as a mapping: lora={"r": 32}. Raises LoractlError for what submit refuses.
         """
-        overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in _flat("", changes)]
+        overrides = [f"{key}={_written(value)}" for key, value in _flat("", changes)]
         if isinstance(job, Mapping):
-            draft = JobDraft(spec=spec_of(job, overrides))
+            draft = JobDraft(spec=spec_of(json.loads(_written(job)), overrides))
         else:
             draft = JobDraft(spec=load_spec(Path(job), overrides), job_file=Path(job))
         (entry,) = queue_all([draft], self._settings, self._store, self._artifacts(), tell=str)
@@ -204,8 +205,20 @@ def _flat(section: str, changes: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Keys of a job file, like lora.r, and their values."""
     found: list[tuple[str, Any]] = []
     for key, value in changes.items():
-        found += _flat(f"{section}{key}.", value) if isinstance(value, Mapping) else [(f"{section}{key}", value)]
+        inner = isinstance(value, Mapping) and value
+        found += _flat(f"{section}{key}.", value) if inner else [(f"{section}{key}", value)]
     return found
+
+
+def _written(value: Any) -> str:
+    """A value as a job file may have it. Raises UsageError."""
+
+    def plain(other: object) -> str:
+        if isinstance(other, Path):
+            return str(other)
+        raise UsageError(f"{other!r} is no value of a job file", "a number, a text, a path, a list or a mapping")
+
+    return json.dumps(value, ensure_ascii=False, default=plain)
 
 
 def _screen() -> Callable[[str, LabJob], None]:

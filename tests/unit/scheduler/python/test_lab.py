@@ -71,6 +71,14 @@ def test_a_change_may_hold_any_text(folder: Path) -> None:
     assert loractl.connect().submit(JOB, labels=labels).state.labels == labels
 
 
+def test_a_path_is_a_value_an_empty_mapping_too_and_another_object_is_refused(folder: Path) -> None:
+    lab, job = loractl.connect(), {**JOB, "dataset": {"path": folder / "rows.jsonl"}, "labels": {"team": "a"}}
+    assert lab.submit(job, labels={}).state.labels == {}
+    assert lab.submit(job, dataset={"path": folder / "rows.jsonl"}).state.labels == {"team": "a"}
+    with pytest.raises(UsageError, match="no value of a job file"):
+        lab.submit(JOB, lora={"r": object()})
+
+
 def test_a_job_file_is_submitted_as_the_command_does(folder: Path) -> None:
     Path("job.yaml").write_text("name: filed\nbase_model: org/model\ndataset: {path: rows.jsonl}\n")
     lab = loractl.connect()
