@@ -1,1 +1,4 @@
-"""The lab from Python, as `loractl.connect()` gives it: what the commands do, as values; it loads no training stack."""
+"""The lab from Python, as `loractl.connect()` gives it: what the commands do, as values; it loads no training stack.
+
+Others use nothing of it.
+"""

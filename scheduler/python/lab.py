@@ -22,9 +22,8 @@ from loractl.scheduler.adapters.answer import StoredAdapter, check_new, pull_ada
 from loractl.scheduler.cli.named import job_named
 from loractl.scheduler.cli.session import open_artifacts, open_session
 from loractl.scheduler.report.answer import EvaluationReport, report
-from loractl.scheduler.status.follow import POLL_S, is_over
-from loractl.scheduler.status.job import JobState, held_out_losses, job_state
-from loractl.scheduler.status.job_text import state_line
+from loractl.scheduler.status.follow import POLL_S, change_line, is_over
+from loractl.scheduler.status.job import JobState, job_state
 from loractl.scheduler.status.log import job_log
 from loractl.scheduler.submit.admission import queue_all
 from loractl.scheduler.submit.draft import JobDraft
@@ -118,7 +117,7 @@ class LabJob:
         show, shown = _screen(), ""
         while True:
             state = self.state
-            if (line := state_line(state, held_out_losses(self._store, self.job_id))) != shown:
+            if (line := change_line(self._store, state)) != shown:
                 show(line, self)
                 shown = line
             if is_over(self._store, state):
@@ -136,7 +135,7 @@ class LabJob:
         pull_adapter(self._open_artifacts(), result_binding(self._store, row), self.job_id, folder)
 
     def __repr__(self) -> str:
-        return f"<{state_line(self.state)}>"
+        return f"<{change_line(self._store, self.state)}>"
 
     def _repr_html_(self) -> str:
         """A notebook's view of the job."""

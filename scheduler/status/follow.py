@@ -50,7 +50,7 @@ def _tell_changes(store: Store, job_id: int) -> JobState:
     said = ""
     while True:
         job = job_state(store, job_id)
-        if (line := state_line(job, held_out_losses(store, job_id))) != said:
+        if (line := change_line(store, job)) != said:
             click.echo(line, err=True)
             said = line
         if is_over(store, job):
@@ -58,6 +58,11 @@ def _tell_changes(store: Store, job_id: int) -> JobState:
             click.echo(f"Job {job_id} {job.status.value}: {job.message or waits}")
             return job
         time.sleep(POLL_S)
+
+
+def change_line(store: Store, job: JobState) -> str:
+    """The job's state in a line that only changes when something happened."""
+    return state_line(job, held_out_losses(store, job.job_id))
 
 
 def is_over(store: Store, job: JobState) -> bool:

@@ -41,4 +41,4 @@ def test_a_lost_card_is_closed_and_the_other_goes_on(held: HeldLab) -> None:
     last = held.submit()
     held.clock.sleep(60.0)
     assert held.store.attempts.of_job(last) == []
-    assert "Reason: closed, heron:0: NVIDIA's library" in " ".join(held.cli("why", last).split())
+    assert "Reason: closed, heron:0 is closed: NVIDIA's library" in " ".join(held.cli("why", last).split())

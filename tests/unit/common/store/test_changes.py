@@ -31,6 +31,9 @@ OTHER_EACH_TIME = (
     "ended_at",
     "lease_expires_at",
     "lora_until",
+    "forecasts",  # by what earlier examples took
+    "work_left_s",
+    "eta_seconds",
     "not_before",
     "token",
 )

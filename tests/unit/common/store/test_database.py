@@ -65,7 +65,8 @@ def test_a_job_number_is_never_given_twice(database_url: str) -> None:
     row = (
         'INSERT INTO jobs (name, "user", labels, spec, base_model, data, priority, vram_class, max_retries, '
         "queue_key, status, held, attempt, retries_used, submitted_at) VALUES ('a', 'b', '{}', '{}', 'd', "
-        "'{}', 0, 8, 0, '10000|000||b', 'queued', false, 0, 0, '2026-01-01 00:00:00') RETURNING job_id"
+        "'{}', 0, 8, 0, '10000|00000000000000000.lq.?.?||b', 'queued', false, 0, 0, '2026-01-01 00:00:00') "
+        "RETURNING job_id"
     )
     with engine.begin() as connection:
         first = connection.execute(text(row)).scalar_one()

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.lines import Waiting, in_line
+from loractl.common.placement.rule import turns
 from loractl.common.store.fleet import NODE_STALE_S, card_of, is_ready, waiting_of
 from loractl.common.store.queries.backlog import line_up
 from loractl.common.store.queries.cards.nodes import drained_targets, read_charges
@@ -170,7 +171,7 @@ def test_lines_in_the_database_give_what_lines_in_a_list_give(
     lines: dict[str, list[Waiting]] = {}
     for job in jobs:
         lines.setdefault(job.queue_key, []).append(listed[job.job_id])
-    in_order = sorted(listed.values(), key=lambda job: (-job.priority, charges.get(job.user, 0.0), job.job_id))
+    in_order = sorted(listed.values(), key=turns(charges))
     with Session(timed.engine) as session:
         stored = StoredQueue(session, NOON)
         firsts = [one for line in lines.values() for one in (min(line, key=in_line), line[0])]

@@ -383,7 +383,7 @@ def test_what_a_retry_stores_while_gc_removes_the_old_checkpoint_stays(
 
 def test_files_of_jobs_that_the_database_does_not_know_are_named_and_left(lab: Lab) -> None:
     lab.stores("jobs/77/attempt-1")
-    with pytest.raises(UsageError, match=r"this database does not know: 77$"):
+    with pytest.raises(UsageError, match=r"this database does not know: 77\b"):
         lab.cleaner().check_own_store()
     assert list(lab.cleaner().remove()) == []
     assert lab.held() == {"jobs/77/attempt-1"}
