@@ -27,7 +27,7 @@ LONGEST_S = 1e9
 """No prediction is longer: thirty years. A row can hold it, whatever a job asks for."""
 
 LATE_SHARE, LATE_S = 0.1, 1.0
-"""What has outlived its prediction has this share of its time still to run, and at least so many seconds."""
+"""What has outlived its prediction has this share of its time still to run, and at least this many seconds."""
 
 READ = 0.5
 """A token that is read counts as this much of one that is trained on: a pass forward without a pass back."""

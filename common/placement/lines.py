@@ -82,7 +82,7 @@ class Queue(Protocol):
         ...
 
     def beyond(self, room: int) -> Sequence[Waiting]:
-        """The same of lines that `firsts` has left out because they are too many, if they need no more bytes."""
+        """The first jobs of lines that `firsts` has left out because they are too many, if they need no more bytes."""
         ...
 
     def after(self, job: Waiting) -> Waiting | None:

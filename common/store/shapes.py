@@ -227,7 +227,7 @@ labels = object_of(text)
 
 @dataclass(frozen=True)
 class list_of(JsonShape):  # noqa: N801
-    """A list of values that all have the shape. `most`: so many."""
+    """A list of at most `most` values that all have the shape."""
 
     shape: JsonShape
     most: int | None = None

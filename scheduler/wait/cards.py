@@ -226,7 +226,7 @@ class Asking:
         )
 
     def _share(self, card: Card, gang: SharedNeed) -> Offer:
-        """The same for a card that is to be one of several."""
+        """What a card says that is to be one of several."""
         me, size = self.me, least_need(self.me.methods, gang.need)
 
         def room(other: Card) -> Room | None:

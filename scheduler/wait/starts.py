@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loractl.common.store.tables import Job
 
 MOST_STARTS = 10
-"""A replay goes no further: beyond so many starts it says no more than that a job is not among them."""
+"""Starts that are replayed: of a job that is not among them, only that is said."""
 
 LISTED_JOBS = 50
 """The most jobs ahead of one that are counted."""
