@@ -122,7 +122,7 @@ def replay(
 
     `rule`: PlacementRule() without one. `contention`: each of k jobs on a card runs at 1 / (1 + contention (k - 1)) of
     its speed, its start too; at 0 they don't slow each other, at 1 they take turns. `until`: stop once this holds of
-    the jobs that have started. `lasts`: seconds that a job takes of which only the rule knows; None: it never ends.
+    the jobs that have started. `lasts`: seconds for a job that only the rule knows; None: it never ends.
     `presences`: when cards are there, by name; without one a card stays, or goes as it says itself. What runs when its
     card goes waits again.
     """

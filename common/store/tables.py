@@ -198,8 +198,7 @@ class Job(Base):
     )
     # what it is to compute, whatever it runs on; null: its rows were not counted
     extent: Mapped[dict[str, Any] | None] = mapped_column(Json(_EXTENT, null=True, none_as_null=True))
-    # seconds that are left of it by model of card and method, and what each rests on; those of which nothing is known
-    # are not there
+    # seconds left by model of card and method, and what each rests on; unknown ones are left out
     forecasts: Mapped[list[dict[str, Any]] | None] = mapped_column(
         Json(list_of(_FORECAST), [], null=True, none_as_null=True)
     )

@@ -33,8 +33,8 @@ REFRESHED = 100
 """The most waiting jobs that are predicted again as an attempt on their base ends."""
 
 SURPRISING = 1.25
-"""An attempt that took so many times what was predicted, or what was predicted so many times as long as it took, lets
-the waiting jobs of its base be predicted again. Of what is nearer, the next submit makes use alone."""
+"""If a prediction was off by this factor, either way, the waiting jobs on that base are predicted again. A smaller
+error only affects jobs that are submitted later."""
 
 MEASURED = 1000
 """The most attempts by which predictions are judged, the newest."""

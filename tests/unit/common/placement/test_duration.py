@@ -33,8 +33,8 @@ def job(**changed: Any) -> Undone:
 
 
 def run(pace: float = 1e-3, **changed: Any) -> TimedRun:
-    """A whole job like `job`, at so many seconds a token: 20 s until its first step, and twice what is counted after
-    its last one."""
+    """A whole run of `job` at `pace` seconds a token: 20 s until its first step, and twice what is counted after its
+    last one."""
     extent = changed.get("extent", EXTENT)
     trained = pace * 100 * extent.step_tokens
     known = {
