@@ -1,10 +1,10 @@
 """Two sweeps of eight on one base, whose members measure it each by themselves, and once for all of them:
-python -m benchmarks.base_measured.
+python -m benchmarks.base_measured [KEY=VALUE,VALUE ...]
 
 Eight members of examples/helpdesk-lora.yaml, cut to few steps, one after the other on the processor with the installed
 `loractl` and a home for each sweep. Members with the label that `loractl reproduce` gives measure everything
 themselves. Every number of the two members' reports must be the same, which is checked. Takes about ten minutes on two
-cores.
+cores; with other values to sweep, such as lora.r=4,16, there are fewer members.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 JOB = ROOT / "examples" / "helpdesk-lora.yaml"
 HELD_OUT_ROWS, ANSWERS = 24, 8
 CUT = ("training.max_steps=2", "training.save_steps=1000", "training.per_device_train_batch_size=2")
-SWEPT = ("lora.r=4,16", "training.learning_rate=2e-5,2e-4,2e-3,2e-2")
+SWEPT = sys.argv[1:] or ["lora.r=4,16", "training.learning_rate=2e-5,2e-4,2e-3,2e-2"]
+"""What the members differ by."""
 OF_THE_BASE = ("base_measured_by_job", "base_measured_at", "base_rows_measured_again")
 
 

@@ -12,6 +12,7 @@ of CPU.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -30,9 +31,14 @@ SIDES = Path(__file__).parent / "sides"
 
 
 def main() -> None:
-    model, rows, bases, batch, *rivals = sys.argv[1:]
-    pythons = dict.fromkeys(OURS, sys.executable) | dict(rival.split("=", 1) for rival in rivals)
-    job = job_of(str(Path(model).resolve()), str(Path(rows).resolve()), int(batch))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "rows", "bases", "batch"):
+        parser.add_argument(name, metavar=name.upper())
+    parser.add_argument("rivals", nargs="*", metavar="SIDE=PYTHON")
+    given = parser.parse_args()
+    bases, batch = given.bases, given.batch
+    pythons = dict.fromkeys(OURS, sys.executable) | dict(rival.split("=", 1) for rival in given.rivals)
+    job = job_of(str(Path(given.model).resolve()), str(Path(given.rows).resolve()), int(batch))
     with tempfile.TemporaryDirectory() as folder:
         sides: dict[tuple[str, str], Side] = {}
         for base in bases.split(","):

@@ -1,5 +1,5 @@
 """The memory plan beside a traced training step, for cut models of every family: python -m benchmarks.memory_trace
-[exact].
+[exact] [FAMILY ...].
 
 Prints what a training allocates as planned and as traced, the error of all of it, and that of its own part: activations
 and loss.
@@ -21,7 +21,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     print(f"{'family':16} method checkpointing  planned KiB   traced KiB   error     own")
     with tempfile.TemporaryDirectory() as folder:
-        for family in FAMILIES:
+        for family in [word for word in sys.argv[1:] if word != "exact"] or FAMILIES:
             for method, checkpointing, vocab in SETTINGS:
                 spec = job(family, checkpointing=checkpointing, exact="exact" in sys.argv)
                 planned, trace = compare(family, spec, method, Path(folder), vocab)

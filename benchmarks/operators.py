@@ -8,8 +8,8 @@ milliseconds of a step.
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -29,10 +29,14 @@ KINDS = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "formats", "rows"):
+        parser.add_argument(name, metavar=name.upper())
+    given = parser.parse_args()
+    model, formats, counts = given.model, given.formats, given.rows
     import torch
 
     torch.set_num_threads(1)
-    model, formats, counts = sys.argv[1:]
     for dtype in formats.split(","):
         for count in map(int, counts.split(",")):
             sides = {"tutorial": tutorial(model, dtype, count), "lean": lean(model, dtype, count)}

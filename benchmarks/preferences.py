@@ -9,6 +9,7 @@ left out), the largest resident set, and their ratios to TRL's.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -18,8 +19,12 @@ from .engine import LORA, STEPS, Side
 
 
 def main() -> None:
-    model, file, bases, batch, trl = sys.argv[1:]
-    lines = Path(file).read_text("utf-8").splitlines()[: STEPS * int(batch)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "pairs", "bases", "batch", "python"):
+        parser.add_argument(name, metavar=name.upper())
+    given = parser.parse_args()
+    model, bases, batch, trl = given.model, given.bases, given.batch, given.python
+    lines = Path(given.pairs).read_text("utf-8").splitlines()[: STEPS * int(batch)]
     job = {
         "model": str(Path(model).resolve()), "batch": int(batch), "steps": STEPS, "learning_rate": 1e-4, "lora": LORA,
         "max_length": 256, "beta": 0.1, "pairs": [json.loads(line) for line in lines],

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,20 +124,20 @@ def _in_this_process(settings: Settings, store: Store, file: Path) -> float:
     from loractl.scheduler.submit.intake import enqueue, plan_all
 
     committed = []
-    submit = store.jobs.submit
+    submit_all = store.jobs.submit_all
 
-    def noted(submission: Submission) -> int:
-        job_id = submit(submission)
+    def noted(submissions: Sequence[Submission]) -> list[int]:
+        job_ids = submit_all(submissions)
         committed.append(time.time())
-        return job_id
+        return job_ids
 
-    store.jobs.submit = noted  # type: ignore[method-assign]
+    store.jobs.submit_all = noted  # type: ignore[method-assign]
     try:
         spec = load_spec(file)
         draft = JobDraft(spec=spec, stored=store_data(spec, open_store(settings)))
         enqueue(plan_all([draft], settings, store)[0], settings, store)
     finally:
-        store.jobs.submit = submit  # type: ignore[method-assign]
+        store.jobs.submit_all = submit_all  # type: ignore[method-assign]
     return committed[0]
 
 

@@ -10,6 +10,7 @@ make it short, BATCH=4 LENGTH=256 four times as long.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -30,11 +31,17 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 def main() -> None:
-    model, rows, *rest = sys.argv[1:]
-    if rest[:1] == ["--one"]:
-        print(_train(model, rows, rest[1], int(rest[2])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("rows", metavar="ROWS")
+    parser.add_argument("out", metavar="OUT", nargs="?", type=Path)
+    parser.add_argument("--one", nargs=2, metavar=("SIDE", "SEED"), help="train this one, and print its loss")
+    given = parser.parse_args()
+    model, rows, kept = given.model, given.rows, given.out
+    if given.one:
+        side, seed = given.one
+        print(_train(model, rows, side, int(seed)))
         return
-    kept = Path(rest[0]) if rest else None
     found: dict[str, float] = json.loads(kept.read_text("utf-8")) if kept is not None and kept.exists() else {}
     for side in reversed(SIDES):
         for seed in SEEDS:
