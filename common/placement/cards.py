@@ -38,6 +38,19 @@ TIME_GROWTH = 1.25
 had."""
 
 
+STOP_COST_S = 60.0
+"""Seconds of its card that a stop costs a job until that was measured: its checkpoint, and loading again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Yields:
+    """What decides when a running job yields to a much shorter one, see preemption.py."""
+
+    submitted: dt.datetime
+    stops: int = 0  # how often it was stopped for others before
+    cost_s: float = STOP_COST_S
+
+
 @dataclass(frozen=True, kw_only=True)
 class Occupant:
     """A running job's share of its card."""
@@ -51,6 +64,7 @@ class Occupant:
     ends: dt.datetime | None = None  # expected; None: not known
     began: dt.datetime | None = None
     gives_way_to: int | None = None  # the job for which it was asked to stop
+    yields: Yields | None = None  # None: it stops for no shorter job
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,242 @@
-"""Preemption: which running jobs would have to stop for one of higher priority."""
+"""Preemption: which running jobs would have to stop for one of higher priority, or for one that is much shorter.
+
+Pure functions of values. The fleet's round, `loractl why` and the replay all ask `first_stop`, so they agree.
+
+A running job yields to a much shorter one if all of this holds:
+
+- what is left of it is at least RATIO times what is left of the waiting one, whose priority is no lower;
+- the waiting one would go before it in the rule's order, if both waited;
+- it has run undisturbed for long enough (`undisturbed_s`), twice as long for each time that it was stopped before;
+- the stop saves more than it costs (`_pays`).
+
+So no job yields for ever: one that runs T seconds in all yields at most log2(T / UNDISTURBED_S + 1) times.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime as dt
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from loractl.common.job.method import SharedNeed
+from loractl.common.job.method import Need, SharedNeed
 
-from .cards import Card, Occupant, largest_gpu, takes
+from .cards import Card, Occupant, Yields, largest_gpu, room_for, takes
+from .duration import LATE_S, LATE_SHARE, UNKNOWN_S
 from .gangs import gang_of, takers
-from .lines import Waiting
+from .lines import Queue, Waiting
+from .rule import place, turns_in
+
+RATIO = 4.0
+"""What is left of a job that yields is at least this many times what is left of the job that it yields to."""
+
+UNDISTURBED_S = 600.0
+"""A job runs for at least this long before it yields for the first time."""
+
+COST_SHARE = 0.03
+"""The most of the cards' time that stops may cost: a job runs undisturbed for the cost of one over this."""
+
+AT_ONCE = 8
+"""Waiting jobs of each kind that one round tries to start: each asks the whole rule once more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preemption:
+    """Running jobs that are to stop for a waiting one."""
+
+    job: Waiting
+    node: str  # where; of several cards " and " joins the names
+    going: tuple[int, ...]
+    is_shorter: bool  # the waiting one is much shorter; else it has a higher priority
+
+
+def first_stop(
+    queue: Queue,
+    cards: Sequence[Card],
+    charges: Mapping[str, float],
+    now: dt.datetime,
+    *,
+    by_share: bool = False,
+    yields: bool = True,
+    least_s: float | None = None,
+) -> Preemption | None:
+    """The jobs that should stop now for the first waiting job that nothing else helps; None: no stop helps.
+
+    One stop is under way at a time. `by_share`: in the order of before, where no job yields to a shorter one.
+    `yields`: whether the lab has its jobs yield to shorter ones. `least_s`: the lab's own time undisturbed.
+    """
+    running = [one for card in cards for one in card.running]
+    yielding = _yielding(cards, now, least_s) if yields and not by_share else {}
+    if any(one.gives_way_to is not None for one in running) or not (yielding or any(r.preemptible for r in running)):
+        return None
+    turn = turns_in(by_share, charges, now)
+    decided = place(queue, cards, charges, now, by_share)
+    starting = {decision.placed.job.job_id for decision in decided if decision.placed is not None}
+    waiting = [job for job in sorted(queue.firsts(), key=turn) if job.job_id not in starting and _could(job, cards)]
+    ways = _for_priority(waiting, cards), _for_shorter(waiting, cards, yielding, turn, now)
+    for stop in (stop for some in ways for stop in itertools.islice(some, AT_ONCE)):
+        then = place(queue, [card.without(stop.going) for card in cards], charges, now, by_share)
+        # not where its user is at a limit, or others go before it or have the card kept for them
+        if any(one.placed is not None and one.placed.job.job_id == stop.job.job_id for one in then):
+            return stop
+    return None
+
+
+def _could(job: Waiting, cards: Sequence[Card]) -> bool:
+    return job.bound is not None and any(card.open and job.requires <= card.labels for card in cards)
+
+
+def _for_priority(waiting: Iterable[Waiting], cards: Sequence[Card]) -> Iterator[Preemption]:
+    """For the first waiting job of each user and priority: one that can't start hides no other's."""
+    willing = [one.priority for card in cards for one in card.running if one.preemptible]
+    met = set[tuple[str, int]]()
+    for job in waiting:
+        if job.priority <= min(willing, default=job.priority) or (job.user, job.priority) in met:
+            continue
+        met.add((job.user, job.priority))
+        if (way := give_way(job, cards)) is not None:
+            yield Preemption(job=job, node=way[0], going=way[1], is_shorter=False)
+
+
+def _for_shorter(
+    waiting: Iterable[Waiting],
+    cards: Sequence[Card],
+    yielding: Mapping[str, Sequence[Occupant]],
+    turn: Callable[[Waiting], tuple[float, ...]],
+    now: dt.datetime,
+) -> Iterator[Preemption]:
+    """For the first waiting job of each user and priority that such a stop may help."""
+    longest = max((left_s(one, now) for some in yielding.values() for one in some), default=0.0)
+    met = set[tuple[str, int]]()
+    for job in waiting:
+        if longest < RATIO * job.left_s or (job.user, job.priority) in met:
+            continue
+        if (way := yield_to(job, cards, yielding, turn, now)) is not None:
+            met.add((job.user, job.priority))
+            yield Preemption(job=job, node=way[0], going=way[1], is_shorter=True)
+
+
+def undisturbed_s(yields: Yields, least_s: float | None = None) -> float:
+    """How long a job runs before it yields: so long that stops cost no more than their share. `least_s`: the lab's own
+    word in place of both bounds."""
+    once = max(UNDISTURBED_S, yields.cost_s / COST_SHARE) if least_s is None else least_s
+    return once * 2.0 ** min(yields.stops, _MOST_DOUBLED)
+
+
+_MOST_DOUBLED = 30
+"""Ten minutes, doubled so often, are 20,000 years."""
+
+
+def left_s(job: Occupant, now: dt.datetime) -> float:
+    """Seconds that are left of a running job. One that has outlived its expected end has a tenth of its time left; of
+    those of which nothing is known, what has run longest is longest."""
+    ran_s = 0.0 if job.began is None else (now - job.began).total_seconds()
+    if job.ends is None:
+        return max(UNKNOWN_S, ran_s)
+    ahead_s = (job.ends - now).total_seconds()
+    return ahead_s if ahead_s > 0 else max(LATE_SHARE * ran_s, LATE_S)
+
+
+def may_yield_at(card: Card, job: Occupant, least_s: float | None = None) -> dt.datetime | None:
+    """From when on the job may yield; None: it never does. On a card whose worker stops by itself it might have no way
+    back."""
+    if job.yields is None or job.began is None or not card.open or card.left_s is not None:
+        return None
+    return job.began + dt.timedelta(seconds=undisturbed_s(job.yields, least_s))
+
+
+def next_look(cards: Iterable[Card], now: dt.datetime, least_s: float | None = None) -> dt.datetime | None:
+    """When the next running job may yield that may not yet; None: none."""
+    moments = (may_yield_at(card, job, least_s) for card in cards for job in card.running)
+    return min((at for at in moments if at is not None and at > now), default=None)
+
+
+def _yielding(cards: Sequence[Card], now: dt.datetime, least_s: float | None) -> dict[str, list[Occupant]]:
+    """The jobs of each card that may yield now; a job on several cards never does."""
+    on = itertools.chain.from_iterable(card.running for card in cards)
+    counts: dict[int, int] = {}
+    for job in on:
+        counts[job.job_id] = counts.get(job.job_id, 0) + 1
+    found = dict[str, list[Occupant]]()
+    for card in cards:
+        for job in card.running:
+            at = may_yield_at(card, job, least_s)
+            if at is not None and at <= now and counts[job.job_id] == 1:
+                found.setdefault(card.node, []).append(job)
+    return found
+
+
+def yield_to(
+    job: Waiting,
+    cards: Sequence[Card],
+    yielding: Mapping[str, Sequence[Occupant]],
+    turn: Callable[[Waiting], tuple[float, ...]],
+    now: dt.datetime,
+) -> tuple[str, tuple[int, ...]] | None:
+    """A card, and the running jobs that would have to stop there for a much shorter one; None: no such stop pays.
+
+    As few jobs as possible, then those that have most left. Nothing yields to a job on several cards.
+    """
+    if gang_of(job, cards) is not None:
+        return None
+    largest, mine = largest_gpu(cards), turn(job)
+    options = []
+    for card in (c for c in cards if c.node in yielding and takes(c, job, cards, largest)):
+        longer = [one for one in yielding[card.node] if _is_longer(one, job, mine, turn, now)]
+        for index, method in enumerate(job.methods):
+            size = job.need.of(method)
+            going = None if size is None else _longest(card, size, longer, now)
+            if size is not None and going and _pays(job, going, cards, now):
+                rank = len(going), -sum(left_s(one, now) for one in going), index, card.node
+                options.append((rank, card.node, tuple(one.job_id for one in going)))
+    return min(options)[1:] if options else None
+
+
+def _is_longer(
+    one: Occupant,
+    job: Waiting,
+    mine: tuple[float, ...],
+    turn: Callable[[Waiting], tuple[float, ...]],
+    now: dt.datetime,
+) -> bool:
+    """Whether the running job is much longer than the waiting one, and would wait behind it."""
+    left = left_s(one, now)
+    if one.yields is None or one.priority > job.priority or left < RATIO * job.left_s:
+        return False
+    waits = Waiting(
+        job_id=one.job_id, user=one.user, priority=one.priority, since=one.yields.submitted, methods=(),
+        need=Need(lora=None, qlora=None), left_s=left,
+    )  # fmt: skip
+    return mine < turn(waits)
+
+
+def _longest(card: Card, size: int, longer: Sequence[Occupant], now: dt.datetime) -> list[Occupant] | None:
+    """As few jobs as make room, and among those the longest."""
+    by_length = sorted(longer, key=lambda one: (-left_s(one, now), one.job_id))
+    if (enough := next((one for one in by_length if _has_room(card, size, [one])), None)) is not None:
+        return [enough]
+    by_size = sorted(longer, key=lambda one: (-max(one.reserved, one.used), one.job_id))
+    counts = range(2, len(by_size) + 1)
+    return next((by_size[:count] for count in counts if _has_room(card, size, by_size[:count])), None)
+
+
+def _pays(job: Waiting, going: Iterable[Occupant], cards: Sequence[Card], now: dt.datetime) -> bool:
+    """Whether the waiting job gains more time than all that stop for it lose: each its cost, and the time for which it
+    waits then."""
+    loses_s = sum(job.left_s + one.yields.cost_s for one in going if one.yields is not None)
+    return _until_room_s(job, cards, now) > loses_s
+
+
+def _until_room_s(job: Waiting, cards: Sequence[Card], now: dt.datetime) -> float:
+    """Seconds until some card has room for the job by itself."""
+    largest, soonest = largest_gpu(cards), float("inf")
+    for card in (c for c in cards if c.open and takes(c, job, cards, largest)):
+        ending = (replace(one, ends=now + dt.timedelta(seconds=left_s(one, now))) for one in card.running)
+        then = replace(card, running=tuple(ending))
+        for size in filter(None, map(job.need.of, job.methods)):
+            if (room := room_for(then, job, size, now)) is not None and room.at is not None:
+                soonest = min(soonest, (room.at - now).total_seconds())
+    return soonest
 
 
 def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]] | None:

@@ -1,73 +1,42 @@
-"""Preemption: running jobs give way to a waiting one of higher priority when nothing else makes room for it."""
+"""Preemption: running jobs stop for a waiting one when nothing else makes room for it."""
 
 from __future__ import annotations
 
-import datetime as dt
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from sqlalchemy import func, or_, select, update
 
 from loractl.common.job.status import Status
-from loractl.common.placement.cards import Card
-from loractl.common.placement.lines import Queue, Waiting
-from loractl.common.placement.preemption import give_way
-from loractl.common.placement.rule import turns_in
+from loractl.common.placement.preemption import first_stop
 
 from ...tables import WAITS, Job
 from ...transaction import SKIP_LOCKED, Transaction
 from ..lines import StoredQueue
-from .decisions import decide
-from .nodes import FleetState, read_fleet
+from .nodes import read_fleet
 from .shares import running_on
-
-AT_ONCE = 8
-"""Waiting jobs that one round tries to start: each asks the whole rule once more."""
 
 
 def preempt(tx: Transaction) -> tuple[int, ...]:
     """Ask running jobs to give way to one of higher priority when nothing else helps; returns the jobs asked."""
-    lowest = _lowest_willing(tx) if tx.is_alone() else None
-    if lowest is None:
+    if not tx.is_alone() or not _may_help(tx):
         return ()
     now = tx.now()
     fleet = read_fleet(tx.session, now, tx.lease_s)
-    cards, queue = fleet.cards, StoredQueue(tx.session, now)
-    starting = {d.placed.job.job_id for d in decide(queue, cards, fleet, now) if d.placed is not None}
-    waiting = (job for job in _first_waiting(queue, fleet, now, lowest) if job.job_id not in starting)
-    ways = ((job, way) for job in waiting if (way := give_way(job, cards)) is not None)
-    for job, (node, going) in itertools.islice(ways, AT_ONCE):
-        if _would_start(job, queue, [card.without(going) for card in cards], fleet, now):
-            return going if _ask(tx, job.job_id, job.priority, node, going) else ()
-    return ()
+    queue = StoredQueue(tx.session, now)
+    found = first_stop(queue, fleet.cards, fleet.charges, now, by_share=fleet.by_share)
+    if found is None or not _ask(tx, found.job.job_id, found.job.priority, found.node, found.going):
+        return ()
+    return found.going
 
 
-def _lowest_willing(tx: Transaction) -> int | None:
-    """The lowest priority of running jobs that give way; None: none helps, or one is on the way out already."""
+def _may_help(tx: Transaction) -> bool:
+    """Whether a running job of lower priority than a waiting one may be stopped. None is on the way out already."""
     willing = select(Job.priority, Job.preempted_by).where(Job.status == Status.RUNNING, Job.preemptible)
     running = tx.session.execute(willing).all()
     if not running or any(row.preempted_by is not None for row in running):
-        return None
-    lowest, highest = min(row.priority for row in running), select(func.max(Job.priority))
-    waits = tx.session.scalar(highest.where(WAITS))
-    return lowest if waits is not None and waits > lowest else None
-
-
-def _first_waiting(queue: Queue, fleet: FleetState, now: dt.datetime, above: int) -> Iterator[Waiting]:
-    """The first ready job of each user and priority, in the rule's order: one that can't start hides no other's."""
-    labels, met = [card.labels for card in fleet.cards if card.open], set[tuple[str, int]]()
-    for job in sorted(queue.firsts(), key=turns_in(fleet.by_share, fleet.charges, now)):
-        could = job.bound is not None and any(job.requires <= mine for mine in labels)
-        if could and job.priority > above and (job.user, job.priority) not in met:
-            met.add((job.user, job.priority))
-            yield job
-
-
-def _would_start(job: Waiting, queue: Queue, cards: Sequence[Card], fleet: FleetState, now: dt.datetime) -> bool:
-    """Whether the rule gives the job one of the cards as they are then: not where its user is at a limit, or others go
-    before it or have the card kept for them."""
-    then = decide(queue, cards, fleet, now)
-    return any(d.placed is not None and d.placed.job.job_id == job.job_id for d in then)
+        return False
+    highest = tx.session.scalar(select(func.max(Job.priority)).where(WAITS))
+    return highest is not None and highest > min(row.priority for row in running)
 
 
 def _ask(tx: Transaction, job_id: int, priority: int, node: str, going: Sequence[int]) -> bool:
