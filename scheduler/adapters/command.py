@@ -42,7 +42,7 @@ COMMANDS: Commands = {
 }
 
 
-@click.group(cls=LazyGroup, lazy=COMMANDS, invoke_without_command=True)
+@click.group(cls=LazyGroup, lazy={"Commands": COMMANDS}, invoke_without_command=True)
 @paged("adapters, the newest")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
@@ -33,9 +33,11 @@ def _reader_may_leave() -> Iterator[None]:
 class LazyGroup(click.Group):
     """A group that imports a subcommand's module when the subcommand is used; others may be added to it as usual."""
 
-    def __init__(self, *args: Any, lazy: Commands, **options: Any) -> None:
+    def __init__(self, *args: Any, lazy: Mapping[str, Commands], **options: Any) -> None:
+        """`lazy`: its commands by the heading under which --help lists them."""
         super().__init__(*args, **options)
-        self._lazy = lazy
+        self._sections = lazy
+        self._lazy = {name: one for commands in lazy.values() for name, one in commands.items()}
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
@@ -75,9 +77,13 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            here = {name: command.get_short_help_str(90) for name, command in sorted(self.commands.items())}
-            formatter.write_dl([*here.items(), *((name, text) for name, (_, text) in self._lazy.items())])
+        here = [(name, command.get_short_help_str(90)) for name, command in sorted(self.commands.items())]
+        width = max(map(len, self.list_commands(ctx)))  # one for all sections, so that their texts align
+        for heading, commands in self._sections.items():
+            rows = [*here, *((name, text) for name, (_, text) in commands.items())]
+            with formatter.section(heading):
+                formatter.write_dl([(name.ljust(width), text) for name, text in rows])
+            here = []
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -15,90 +15,97 @@ from loractl.common.errors import ExitCode, LoractlError, SpecError
 
 from .lazy import Commands, LazyGroup
 
-COMMANDS: Commands = {
-    "submit": ("loractl.scheduler.submit.command:submit", "Queue the jobs of one or more job files."),
-    "sweep": (
-        "loractl.scheduler.sweep.command:sweep",
-        "Try several settings of a job file; losers may stop early.",
-    ),
-    "worker": (
-        "loractl.worker.commands.worker:worker",
-        "Serve this box's devices: claim waiting jobs that fit and train them.",
-    ),
-    "status": ("loractl.scheduler.status.command:status", "List running and waiting jobs, or show one job in full."),
-    "show": ("loractl.scheduler.status.command:show", "Show a job's history, attempts and resolved spec."),
-    "logs": ("loractl.scheduler.status.command:logs", "Print a job's log."),
-    "report": ("loractl.scheduler.report.command:report", "Print a job's evaluation report: base against tuned."),
-    "compare": (
-        "loractl.scheduler.compare.command:compare",
-        "Compare finished jobs: losses, memory, time, and their settings.",
-    ),
-    "reproduce": (
-        "loractl.scheduler.reproduce.command:reproduce",
-        "Run a finished job again, and check that the result is the same.",
-    ),
-    "adapters": (
-        "loractl.scheduler.adapters.command:adapters",
-        "Manage stored adapters: list, tag, pull, push, merge, delete.",
-    ),
-    "generate": ("loractl.worker.commands.chat:generate", "Answer a prompt with an adapter, or with its base."),
-    "predict": ("loractl.worker.commands.predict:predict", "Label or answer every row of a file, as JSON lines."),
-    "chat": ("loractl.worker.commands.chat:chat", "Talk with an adapter; /adapter switches to another one in place."),
-    "serve": ("loractl.worker.commands.serve:serve", "Serve a base and its adapters over an OpenAI-compatible API."),
-    "matrix": ("loractl.worker.commands.matrix:matrix", "Score several adapters on several tasks, on one loaded base."),
-    "cancel": ("loractl.scheduler.change.command:cancel", "Cancel waiting or running jobs."),
-    "hold": ("loractl.scheduler.change.command:hold", "Keep waiting jobs from starting until loractl retry."),
-    "edit": ("loractl.scheduler.change.command:edit", "Change the settings of a waiting or running job."),
-    "retry": ("loractl.scheduler.change.command:retry", "Queue failed, cancelled or held jobs again."),
-    "why": (
-        "loractl.scheduler.why.command:why",
-        "Explain why a job waits, card by card, and when it will start.",
-    ),
-    "plan": (
-        "loractl.scheduler.plan.command:plan",
-        "Predict the memory that a job needs, part by part, and how long it takes.",
-    ),
-    "gpus": ("loractl.scheduler.fleet.command:gpus", "List the devices of all boxes and what uses them."),
-    "usage": ("loractl.scheduler.usage.command:usage", "Show what everybody has had of the cards."),
-    "quota": ("loractl.scheduler.usage.command:quota", "Limit the card hours of a user."),
-    "web": (
-        "loractl.scheduler.web.command:web",
-        "Show the lab in a browser, and its metrics to Prometheus.",
-    ),
-    "sim": (
-        "loractl.scheduler.simulation.command:sim",
-        "Replay a trace of jobs on a fleet under the placement rule and others.",
-    ),
-    "drain": ("loractl.scheduler.fleet.command:drain", "Keep new jobs from a box or a card, with a reason."),
-    "undrain": ("loractl.scheduler.fleet.command:undrain", "Allow new jobs on a drained box or card again."),
-    "data": ("loractl.worker.commands.data:data", "Check a job's data, and show it as the trainer sees it."),
-    "import": (
-        "loractl.scheduler.foreign.command:import_config",
-        "Turn an Axolotl or LLaMA-Factory YAML into a job file.",
-    ),
-    "gc": ("loractl.scheduler.garbage.command:gc", "Remove stored files and rows that nobody needs."),
-    "db": ("loractl.scheduler.database.command:db", "Manage the database."),
-    "lab": (
-        "loractl.scheduler.lab.command:lab",
-        "Set up a lab on this server box, and invite boxes and people.",
-    ),
-    "join": (
-        "loractl.scheduler.lab.command:join",
-        "Join a lab with the line that its server box has printed.",
-    ),
-    "doctor": (
-        "loractl.scheduler.lab.command:doctor",
-        "Check this installation, and say what to fix.",
-    ),
-    "completion": (
-        "loractl.scheduler.cli.completion:completion",
-        "Print the line that turns on shell completion.",
-    ),
+SECTIONS: dict[str, Commands] = {
+    "Jobs": {
+        "submit": ("loractl.scheduler.submit.command:submit", "Queue the jobs of one or more job files."),
+        "sweep": (
+            "loractl.scheduler.sweep.command:sweep",
+            "Try several settings of a job file; losers may stop early.",
+        ),
+        "status": (
+            "loractl.scheduler.status.command:status",
+            "List running and waiting jobs, or show one job in full.",
+        ),
+        "show": ("loractl.scheduler.status.command:show", "Show a job's history, attempts and resolved spec."),
+        "logs": ("loractl.scheduler.status.command:logs", "Print a job's log."),
+        "why": ("loractl.scheduler.why.command:why", "Explain why a job waits, card by card, and when it will start."),
+        "plan": (
+            "loractl.scheduler.plan.command:plan",
+            "Predict the memory that a job needs, part by part, and how long it takes.",
+        ),
+        "edit": ("loractl.scheduler.change.command:edit", "Change the settings of a waiting or running job."),
+        "hold": ("loractl.scheduler.change.command:hold", "Keep waiting jobs from starting until loractl retry."),
+        "retry": ("loractl.scheduler.change.command:retry", "Queue failed, cancelled or held jobs again."),
+        "cancel": ("loractl.scheduler.change.command:cancel", "Cancel waiting or running jobs."),
+        "data": ("loractl.worker.commands.data:data", "Check a job's data, and show it as the trainer sees it."),
+        "import": (
+            "loractl.scheduler.foreign.command:import_config",
+            "Turn an Axolotl or LLaMA-Factory YAML into a job file.",
+        ),
+    },
+    "Results": {
+        "report": ("loractl.scheduler.report.command:report", "Print a job's evaluation report: base against tuned."),
+        "compare": (
+            "loractl.scheduler.compare.command:compare",
+            "Compare finished jobs: losses, memory, time, and their settings.",
+        ),
+        "reproduce": (
+            "loractl.scheduler.reproduce.command:reproduce",
+            "Run a finished job again, and check that the result is the same.",
+        ),
+        "adapters": (
+            "loractl.scheduler.adapters.command:adapters",
+            "Manage stored adapters: list, tag, pull, push, merge, delete.",
+        ),
+    },
+    "Ask an adapter": {
+        "generate": ("loractl.worker.commands.chat:generate", "Answer a prompt with an adapter, or with its base."),
+        "chat": (
+            "loractl.worker.commands.chat:chat",
+            "Talk with an adapter; /adapter switches to another one in place.",
+        ),
+        "predict": ("loractl.worker.commands.predict:predict", "Label or answer every row of a file, as JSON lines."),
+        "matrix": (
+            "loractl.worker.commands.matrix:matrix",
+            "Score several adapters on several tasks, on one loaded base.",
+        ),
+        "serve": (
+            "loractl.worker.commands.serve:serve",
+            "Serve a base and its adapters over an OpenAI-compatible API.",
+        ),
+    },
+    "The lab": {
+        "worker": (
+            "loractl.worker.commands.worker:worker",
+            "Serve this box's devices: claim waiting jobs that fit and train them.",
+        ),
+        "gpus": ("loractl.scheduler.fleet.command:gpus", "List the devices of all boxes and what uses them."),
+        "drain": ("loractl.scheduler.fleet.command:drain", "Keep new jobs from a box or a card, with a reason."),
+        "undrain": ("loractl.scheduler.fleet.command:undrain", "Allow new jobs on a drained box or card again."),
+        "usage": ("loractl.scheduler.usage.command:usage", "Show what everybody has had of the cards."),
+        "quota": ("loractl.scheduler.usage.command:quota", "Limit the card hours of a user."),
+        "web": ("loractl.scheduler.web.command:web", "Show the lab in a browser, and its metrics to Prometheus."),
+        "sim": (
+            "loractl.scheduler.simulation.command:sim",
+            "Replay a trace of jobs on a fleet under the placement rule and others.",
+        ),
+        "lab": ("loractl.scheduler.lab.command:lab", "Set up a lab on this server box, and invite boxes and people."),
+        "join": ("loractl.scheduler.lab.command:join", "Join a lab with the line that its server box has printed."),
+        "db": ("loractl.scheduler.database.command:db", "Manage the database."),
+        "gc": ("loractl.scheduler.garbage.command:gc", "Remove stored files and rows that nobody needs."),
+    },
+    "This installation": {
+        "doctor": ("loractl.scheduler.lab.command:doctor", "Check this installation, and say what to fix."),
+        "completion": ("loractl.scheduler.cli.completion:completion", "Print the line that turns on shell completion."),
+    },
 }
+"""As `loractl --help` lists them."""
+
+COMMANDS: Commands = {name: one for commands in SECTIONS.values() for name, one in commands.items()}
 
 
 @click.group(
-    cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=LazyGroup, lazy=SECTIONS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.version_option(__version__, prog_name="loractl")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

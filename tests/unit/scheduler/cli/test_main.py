@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 from loractl import __version__
 from loractl.common.errors import ExitCode
-from loractl.scheduler.cli.main import COMMANDS, cli
+from loractl.scheduler.cli.main import COMMANDS, SECTIONS, cli
 
 from ....conftest import Cli
 
@@ -72,6 +73,13 @@ def test_the_help_lists_every_command_in_its_order(cli: Cli) -> None:
     assert cli("-h").stdout == shown
 
 
+def test_the_help_lists_the_commands_by_what_a_person_wants(cli: Cli) -> None:
+    shown = cli("--help").stdout
+    for heading, commands in SECTIONS.items():
+        listed = shown.partition(f"\n{heading}:\n")[2].partition("\n\n")[0]
+        assert re.findall(r"^  (\S+)  ", listed, re.MULTILINE) == list(commands)
+
+
 def test_the_help_imports_nothing_that_is_slow(cli: Cli) -> None:
     loaded = imported(cli, "--help")
     assert "loractl" in loaded
@@ -81,7 +89,7 @@ def test_the_help_imports_nothing_that_is_slow(cli: Cli) -> None:
 def test_no_command_s_help_imports_the_training_stack() -> None:
     """`data --help` took two seconds, and so did each mistake in a job file that `data check` was given."""
     load_all = (
-        "import sys, click; from loractl.scheduler.cli.main import COMMANDS, cli;"
+        "import sys, click; from loractl.scheduler.cli.main import COMMANDS, SECTIONS, cli;"
         "[cli.get_command(click.Context(cli), name) for name in COMMANDS]; print(*sys.modules)"
     )
     loaded = set(subprocess.run([sys.executable, "-c", load_all], capture_output=True, text=True).stdout.split())
