@@ -264,7 +264,7 @@ def _tell(connection: Connection, job_id: int, status: str, values: Mapping[str,
     """Lines in the job's history. A waiting job is held; others stay as they are, whatever they were."""
     if status == Status.QUEUED:
         what = ", ".join(values)
-        why = f"held: {what} of its row could not stay; loractl edit puts that right, loractl retry releases it"
+        why = f"held: {what} of its row could not stay; loractl edit puts that right, loractl release lets it start"
         connection.execute(update(Job).where(Job.job_id == job_id).values(held=True, message=why))
     for name, value in values.items():
         line = f"{name} was moved to the quarantine: {(value or '')[:_SHOWN]}"

@@ -109,6 +109,7 @@ class JobVerbs(Subject):
     cancel_open = writes(submissions.cancel_open)
     hold = writes(submissions.hold)
     retry = writes(submissions.retry)
+    release = writes(submissions.release)
     edit = writes(submissions.edit)
     followers = reads(followers.read_followers)
 

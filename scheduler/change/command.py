@@ -1,4 +1,4 @@
-"""loractl edit, retry, hold and cancel: change existing jobs; of several, those that can be changed are."""
+"""loractl edit, retry, hold, release and cancel: change existing jobs; of several, those that can be changed are."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def edit(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     help="A key's new value, like resources.time_limit=2h; only keys that leave the checkpoint valid.",
 )  # fmt: skip
 def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
-    """Queue failed, cancelled or held jobs again.
+    """Queue failed or cancelled jobs again.
 
     They continue from their checkpoints, if they have any.
     """
@@ -86,6 +86,8 @@ def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
             if changed is not None:
                 warn(unknown_channels(changed, settings))
                 warn(unchecked_rows(changed, artifacts, lambda: hint("Counting tokens ...")))
+            if store.jobs.get(job_id).held:
+                warn([f"job {job_id} is held: from the next version on only loractl release {job_id} lets it start"])
             job = store.jobs.retry(job_id, settings.user, changed)
             click.echo(f"Job {job_id} is queued again{f': {changed.text}' if changed else ''}.")
             warn(wake_for(job, sender))
@@ -97,16 +99,36 @@ def retry(jobs: tuple[str, ...], overrides: tuple[str, ...]) -> None:
 @click.argument("jobs", nargs=-1, required=True, type=JobName(), metavar="JOB...")
 @click.option("--reason", default="", metavar="TEXT", help="The reason, which status shows to others.")
 def hold(jobs: tuple[str, ...], reason: str) -> None:
-    """Keep waiting jobs from starting until loractl retry."""
+    """Keep waiting jobs from starting until loractl release."""
     from loractl.scheduler.cli.session import open_session
 
     settings, store = open_session()
 
     def keep(job_id: int) -> None:
         store.jobs.hold(job_id, settings.user, " ".join(reason.split()))
-        click.echo(f"Job {job_id} is held; loractl retry {job_id} releases it.")
+        click.echo(f"Job {job_id} is held; loractl release {job_id} lets it start.")
 
     _for_each(jobs_named(store, jobs), keep)
+
+
+@click.command()
+@click.argument("jobs", nargs=-1, required=True, type=JobName(), metavar="JOB...")
+def release(jobs: tuple[str, ...]) -> None:
+    """Let held jobs start."""
+    from loractl.common.queue.hints import open_sender
+    from loractl.scheduler.cli.output import warn
+    from loractl.scheduler.cli.session import open_session
+    from loractl.scheduler.submit.intake import wake_for
+
+    settings, store = open_session()
+    with open_sender(settings) as sender:
+
+        def start(job_id: int) -> None:
+            job = store.jobs.release(job_id, settings.user)
+            click.echo(f"Job {job_id} is released.")
+            warn(wake_for(job, sender))
+
+        _for_each(jobs_named(store, jobs), start)
 
 
 @click.command()

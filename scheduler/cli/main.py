@@ -34,8 +34,9 @@ SECTIONS: dict[str, Commands] = {
             "Predict the memory that a job needs, part by part, and how long it takes.",
         ),
         "edit": ("loractl.scheduler.change.command:edit", "Change the settings of a waiting or running job."),
-        "hold": ("loractl.scheduler.change.command:hold", "Keep waiting jobs from starting until loractl retry."),
-        "retry": ("loractl.scheduler.change.command:retry", "Queue failed, cancelled or held jobs again."),
+        "hold": ("loractl.scheduler.change.command:hold", "Keep waiting jobs from starting until loractl release."),
+        "release": ("loractl.scheduler.change.command:release", "Let held jobs start."),
+        "retry": ("loractl.scheduler.change.command:retry", "Queue failed or cancelled jobs again."),
         "cancel": ("loractl.scheduler.change.command:cancel", "Cancel waiting or running jobs."),
         "data": ("loractl.worker.commands.data:data", "Check a job's data, and show it as the trainer sees it."),
         "import": (

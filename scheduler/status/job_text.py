@@ -178,5 +178,5 @@ def _next_command(job: JobState) -> str:
     if job.status is Status.RUNNING:
         return f"Its log: loractl logs {job.job_id} -f   stop it: loractl cancel {job.job_id}"
     if job.held:
-        return f"Release it: loractl retry {job.job_id}   drop it: loractl cancel {job.job_id}"
+        return f"Release it: loractl release {job.job_id}   drop it: loractl cancel {job.job_id}"
     return f"Explain the wait: loractl why {job.job_id}   drop it: loractl cancel {job.job_id}"

@@ -95,8 +95,8 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
     if job.is_blocked:
         return policy("after", *_behind(job, view))
     if job.held:
-        by = (job.message or "until loractl retry").removeprefix("held: ").removeprefix("held ")
-        return policy("held", by, None, "Release it", f"loractl retry {job.job_id}")
+        by = (job.message or "until loractl release").removeprefix("held: ").removeprefix("held ")
+        return policy("held", by, None, "Release it", f"loractl release {job.job_id}")
     if job.not_before is not None and paused(job, view.now):
         if job.message is not None and job.reason is None:  # no attempt ended: a worker of an older version saw it
             return policy("version", job.message, job.not_before)

@@ -9,16 +9,18 @@ from ..conftest import Cli
 from ..models import write_helpdesk
 
 
-def test_a_job_is_held_with_a_reason_that_others_read_and_released_by_retry(cli: Cli, tmp_path: Path) -> None:
+def test_a_job_is_held_with_a_reason_that_others_read_and_released(cli: Cli, tmp_path: Path) -> None:
     write_helpdesk(tmp_path / "data.jsonl")
     (tmp_path / "job.yaml").write_text("name: job\nbase_model: gpt2\ndataset: {path: data.jsonl}\n")
     cli("submit", tmp_path / "job.yaml")
     held = cli("hold", 1, "--reason", "the data\nare wrong")
-    assert held.stdout == "Job 1 is held; loractl retry 1 releases it.\n"
+    assert held.stdout == "Job 1 is held; loractl release 1 lets it start.\n"
     for shown in (cli("status").stdout, cli("status", 1).stdout, cli("show", 1).stdout, cli("why", 1).stdout):
         assert re.search(r"held\W+by tester: the data are wrong", shown) and "held, held" not in shown
-    assert "is queued again" in cli("retry", 1).stdout
+    assert cli("release", 1).stdout == "Job 1 is released.\n"
     assert "held" not in cli("status").stdout
+    refused = cli("release", 1, code=1).stderr
+    assert refused == "Error: job 1 is queued: nobody holds it\n"
     assert "there is no job 9" in cli("hold", 9, code=3).stderr
 
 
@@ -33,6 +35,8 @@ def test_of_several_jobs_what_can_be_done_is_done_and_what_cannot_is_named(cli: 
     assert told.stdout == "Job 1 is cancelled.\nJob 3 is cancelled.\n"
     refused = ["Error: job 2 has already been cancelled", "Error: there is no job 999"]
     assert told.stderr.splitlines() == [*refused, f"Error: there is no job {10**20}"]
+    refused = cli("release", 2, code=1).stderr
+    assert refused == "Error: job 2 was cancelled: nobody holds it\nHint: loractl retry 2 queues it again\n"
     listed = cli("status", "-a").stdout
     assert "held" not in listed and listed.count("cancelled") >= 3
     told = cli("retry", 999, 1, 3, 1, code=1)

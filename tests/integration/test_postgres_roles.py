@@ -48,7 +48,7 @@ REFUSED = (Forbidden, DatabaseError, ValueRefused)
 def test_who_submits_can_submit_cancel_hold_retry_and_read(person: Store, box: Store) -> None:
     first, second = person.jobs.submit(submission()), person.jobs.submit(submission(name="b"))
     person.jobs.hold(second, "ada", "wait")
-    person.jobs.retry(second, "ada")
+    person.jobs.release(second, "ada")
     person.jobs.cancel(second, "ada")
     person.jobs.retry(second, "ada")
     assert isinstance(take(box), Claim)

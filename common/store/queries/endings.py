@@ -255,7 +255,7 @@ def _requeue(tx: Transaction, job: Job, card: str, reason: Reason, message: str,
         held = _why_held(tx, job, card, message)
         if held is not None:
             job.held, job.message = True, held
-            text += "; held, loractl retry releases it"
+            text += "; held, loractl release lets it start"
             text += f"; its finished result stays on {job.result_host}" if job.result_host is not None else ""
         elif reason is not Reason.WORKER_LOST:
             job.not_before = now + dt.timedelta(seconds=LAB_RETRY_DELAY_S)

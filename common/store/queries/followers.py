@@ -126,7 +126,7 @@ def _next(tx: Transaction, job: Job, now: dt.datetime) -> None:
     if gone := [one for one in after if one not in there]:
         why = f"job {gone[0]}, which it was to start after, is not there any more"
         job.held, job.message = True, f"held: {why}"
-        tx.tell(job.job_id, None, "held", f"{why}; loractl retry lets it start")
+        tx.tell(job.job_id, None, "held", f"{why}; loractl release lets it start")
         tell_of_job(tx, job)
         return
     if (sweep_id := sweep_of(job.spec)) is not None:

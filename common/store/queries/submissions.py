@@ -272,12 +272,28 @@ def retry(tx: Transaction, job_id: int, user: str, amendment: Amendment | None =
             done = f"loractl reproduce {job_id} runs it again, loractl submit --like {job_id} queues one like it"
             what = f"job {job_id} {job.status.in_words}: only a failed, cancelled or held job can be retried"
             raise WrongState(what, done if job.status is Status.SUCCEEDED else None)
-        until = None if job.result_host is None else tx.now() + dt.timedelta(seconds=RESULT_FIRST_S)
-        new = {"status": Status.QUEUED, **retried(), "result_until": until}
-        if (queued := change_row(tx, job, "retry", new, user)) is not None:
+        if (queued := _queue_again(tx, job, user)) is not None:
             return queued
         amendment = None  # it is in the row by now
     raise _changed(job_id)
+
+
+def release(tx: Transaction, job_id: int, user: str) -> Job:
+    """Let a held job start again, with all its retries. Raises JobNotFound, WrongState."""
+    for _ in range(_TRIES):
+        job = read_job(tx, job_id)
+        if job.status is not Status.QUEUED or not job.held:
+            again = f"loractl retry {job_id} queues it again" if Status.QUEUED in _after(job) else None
+            raise WrongState(f"job {job_id} {job.status.in_words}: nobody holds it", again)
+        if (queued := _queue_again(tx, job, user)) is not None:
+            return queued
+    raise _changed(job_id)
+
+
+def _queue_again(tx: Transaction, job: Job, user: str) -> Job | None:
+    """None: it has changed meanwhile."""
+    until = None if job.result_host is None else tx.now() + dt.timedelta(seconds=RESULT_FIRST_S)
+    return change_row(tx, job, "retry", {"status": Status.QUEUED, **retried(), "result_until": until}, user)
 
 
 def _after(job: Job) -> frozenset[Status]:

@@ -194,7 +194,7 @@ def commands_for(job: JobState) -> list[str]:
     if job.status is Status.RUNNING:
         return [f"loractl status {number} --watch", f"loractl cancel {number}"]
     if job.status is Status.QUEUED:
-        wish = f"loractl retry {number}" if job.held else f"loractl hold {number}"
+        wish = f"loractl release {number}" if job.held else f"loractl hold {number}"
         return [f"loractl why {number}", wish, f"loractl cancel {number}"]
     if job.status is Status.SUCCEEDED and job.adapter_uri:
         return [f"loractl adapters pull {number} DIR", f"loractl chat {number}", f"loractl reproduce {number}"]

@@ -87,7 +87,7 @@ def test_a_finished_training_survives_an_outage_that_outlasts_every_attempt_s_pa
     assert (failed.reason, failed.result_host) == (Reason.STORE_FAILED, "heron")
     assert "the artifact store failed it 3 times in a row" in (failed.message or "")
     history = " ".join(held.cli("show", job_id).split())
-    assert "loractl retry releases it; its finished result stays on heron" in history
+    assert "loractl release lets it start; its finished result stays on heron" in history
 
     work = held.home / "work" / str(job_id)
     away.unlink()
@@ -99,7 +99,7 @@ def test_a_finished_training_survives_an_outage_that_outlasts_every_attempt_s_pa
     assert len(list(work.glob("attempt-*/checkpoints/*"))) <= 2, "what stays is bounded"
 
     held.start_box("owl")
-    held.cli("retry", job_id)
+    held.cli("release", job_id)
     held.until(job_id, lambda job: job.status is Status.SUCCEEDED)
     assert held.starts == [f"{job_id}.1"], "it was trained once"
     assert [attempt.node for attempt in held.store.attempts.of_job(job_id)] == ["heron:0"] * 4

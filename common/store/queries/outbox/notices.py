@@ -108,7 +108,9 @@ def _tell_of_job(tx: Transaction, job: Job, names: Sequence[str]) -> None:
         # a hundred members that are held for one fault are one message
         event = f"job:{job.job_id}:{job.attempt}" if job.sweep_id is None else f"sweep:{job.sweep_id}"
         said = (job.message or "").removeprefix("held: ")
-        _post(tx, names, f"{event}:held", "job.held", job, f"{job.name}: held, {said}", "loractl retry releases it.")
+        _post(
+            tx, names, f"{event}:held", "job.held", job, f"{job.name}: held, {said}", "loractl release lets it start."
+        )
     elif job.status is Status.SUCCEEDED:
         _post(tx, names, _ended(job), "job.succeeded", job, f"{job.name}: {job.message}", "It has finished.")
     elif job.status is Status.FAILED:

@@ -75,7 +75,7 @@ def test_a_held_job_waits_for_a_person_whatever_is_free() -> None:
         "held",
         "its worker was lost 3 times",
     )
-    assert told(waits(held=True), card()) == ("held", "until loractl retry")
+    assert told(waits(held=True), card()) == ("held", "until loractl release")
     assert told(waits(held=True, message="held by ada"), card()) == ("held", "by ada")
 
 

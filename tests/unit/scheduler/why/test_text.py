@@ -130,5 +130,5 @@ def test_why_of_a_running_job_says_what_is_wrong_with_its_card(running_here: Sto
 def test_a_held_job_says_how_it_is_released(running_here: Store) -> None:
     held = running_here.jobs.submit(submission())
     running_here.jobs.hold(held, "mara", "later")
-    assert why_text(asked(running_here, held), PIPE).endswith(f"Release it: loractl retry {held}")
-    assert f"Release it: loractl retry {held}" in job_text(job_in_full(running_here, held), PIPE)
+    assert why_text(asked(running_here, held), PIPE).endswith(f"Release it: loractl release {held}")
+    assert f"Release it: loractl release {held}" in job_text(job_in_full(running_here, held), PIPE)
