@@ -52,13 +52,13 @@ check: dev  ## the unit tests that need no service, with a fifth of the examples
 	SERVICES=none STORE_EXAMPLES=5 $(PYTEST) -q -r fE tests/unit
 
 # mypy needs one core for as long as the tests are still starting, so both go on beside each other.
-test: model  ## everything that proves a promise
+test: model  ## lint, types, and each promise, command and page once
 	@$(MAKE) --no-print-directory -j2 lint tests
 
 tests:
 	$(PYTEST) --durations=10
 
-test-long: model  ## what make test leaves out: tests marked long, and many more examples of each property
+test-long: model  ## all the rest, too: tests marked long, both databases, many more examples of each property
 	TESTS=long FUZZ_EXAMPLES=5000 STORE_EXAMPLES=2000 $(PYTEST) --timeout=3600
 
 CHAOS_JOBS ?= 1000

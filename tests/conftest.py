@@ -91,9 +91,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Order the tests, and leave the long ones out."""
     items.sort(key=_turn)
     if not LONG:
-        left_out = [item for item in items if item.get_closest_marker("long")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=[item for item in items if _is_long(item)])
+        items[:] = [item for item in items if not _is_long(item)]
+
+
+def _is_long(item: pytest.Item) -> bool:
+    return item.get_closest_marker("long") is not None
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -181,13 +184,19 @@ def alone_inviting(shared_folder: Path) -> Iterator[None]:
         yield
 
 
+BARE = "bare.db"
+"""The upgraded database as a first command leaves it: nobody has set anything."""
+
+
 @pytest.fixture(scope="session")
 def sqlite_template(shared_folder: Path) -> Path:
-    """The file of an upgraded database, to be copied."""
+    """The file of an upgraded database, to be copied; beside it BARE."""
     with once(shared_folder / "sqlite") as folder:
         if folder is not None:
             engine = make_engine(f"sqlite:///{folder / 'loractl.db'}")
             upgrade(engine)
+            engine.dispose()  # its log is part of the file then
+            shutil.copy(folder / "loractl.db", folder / BARE)
             with engine.begin() as connection:
                 connection.exec_driver_sql(OPEN_LAB)
             engine.dispose()
@@ -416,9 +425,14 @@ def warm_start() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def make_cli(home: Path, request: pytest.FixtureRequest) -> Callable[..., Cli]:
-    """A factory of command lines on `home`; LORACTL_* of the machine are not inherited."""
+    """A factory of command lines on `home`; LORACTL_* of the machine are not inherited.
+
+    The home has its database: to make that is two thirds of what a first command takes. Of a test marked `cold` or
+    `fresh` it is empty, as a person's is."""
     cold = request.node.get_closest_marker("cold") is not None
     start = {} if cold else request.getfixturevalue("warm_start")
+    if not (cold or request.node.get_closest_marker("fresh") or (home / "loractl.db").exists()):
+        shutil.copy(request.getfixturevalue("sqlite_template").with_name(BARE), home / "loractl.db")
 
     def make(**more: str) -> Cli:
         base = {

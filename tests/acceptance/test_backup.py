@@ -91,6 +91,7 @@ def test_numbers_of_jobs_that_only_the_artifact_store_remembers_are_not_given_ag
     assert numbers(cli) == [1, 9]
 
 
+@pytest.mark.fresh
 def test_a_backup_is_one_private_file_and_replaces_none(cli: Cli, home: Path, tmp_path: Path) -> None:
     told = cli("db", "backup", tmp_path / "b.db", code=2).stderr
     assert told.startswith(f"Error: there is no database at {home}/loractl.db")

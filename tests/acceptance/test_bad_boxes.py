@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from loractl.common.job.status import Reason, Status
 
@@ -46,6 +47,7 @@ def test_a_frozen_worker_that_wakes_up_after_its_lease_is_refused_and_its_files_
     _gone(lambda: [p for p in family(first.pid) if "tests.quick_trainer" in p.cmdline()])
 
 
+@pytest.mark.long
 def test_a_job_that_kills_its_worker_three_times_is_held_with_the_reason(lab: Lab) -> None:
     poison = lab.submit("--set=labels.kills-its-worker=always", "--set=max_retries=0", name="poison")
     lab.start(cold=True)

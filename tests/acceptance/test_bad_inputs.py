@@ -360,6 +360,7 @@ def test_an_unreachable_artifact_store_queues_nothing(make_cli: Callable[..., Cl
     assert json.loads(cli("status", "-a", "--json").stdout) == []
 
 
+@pytest.mark.long
 def test_a_full_artifact_store_keeps_the_job_and_says_so(
     make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ def until(holds: Callable[[], object], seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
+@pytest.mark.long
 @pytest.mark.cold
 def test_a_box_of_gpus_with_a_torch_for_processors_closes_its_cards_and_trains_nothing_on_the_processor(
     start: Start, library: StandIn, tmp_path: Path, tiny_model: Path

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from ..conftest import Cli
 from ..hub_writes import TOKEN, WritableHub
 
@@ -41,6 +43,7 @@ evaluation: {{samples: 1, max_rows: 4, max_new_tokens: 2}}
 """
 
 
+@pytest.mark.long
 def test_a_chain_waits_for_a_retry_of_its_middle_and_is_pushed(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "chain.yaml").write_text(CHAIN.format(base=tiny_model, rows=ROWS))
     queued = cli("submit", tmp_path / "chain.yaml").stdout

@@ -55,6 +55,7 @@ def box_state(node: str, version: str = __version__, torch: str = "2.10.0", **ch
     return node_state(node, versions={"loractl": version, "torch": torch}, **changed)
 
 
+@pytest.mark.fresh
 def test_a_home_before_its_first_job_and_after_and_nothing_stays(cli: Cli, home: Path) -> None:
     cli = cli.with_environment(HF_HUB_OFFLINE="0")
     fresh = checks(cli)
@@ -224,6 +225,7 @@ def test_settings_that_can_t_be_read_and_models_that_are_not_there(cli: Cli, hom
     assert nowhere["level"] == "error" and "names /nowhere/models" in nowhere["sentence"]
 
 
+@pytest.mark.long
 def test_a_card_with_a_fault_fails_and_a_served_one_is_left_alone(make_cli: Callable[..., Cli], tmp_path: Path) -> None:
     if compiler() is None:
         pytest.skip("no C compiler for the NVML stand-in")

@@ -20,6 +20,7 @@ from ..models import write_job
 from ..waiting import until_job
 
 
+@pytest.mark.long
 @pytest.mark.cold
 def test_a_fork_trains_what_a_new_process_trains_and_a_killed_node_leaves_none(
     make_cli: Callable[..., Cli], home: Path, tiny_model: Path, tmp_path: Path

@@ -43,6 +43,7 @@ def store_of(cli: Cli) -> Store:
     return Store(connect(load_settings(cli.environment)))
 
 
+@pytest.mark.long
 def test_a_job_trains_on_two_cards(box: Cli, tiny_model: Path, tmp_path: Path) -> None:
     box("submit", write_job(tmp_path, tiny_model), *TWO)
     until_job(box, 1, lambda job: job.status is Status.SUCCEEDED, seconds=120)

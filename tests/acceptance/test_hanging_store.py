@@ -89,6 +89,7 @@ def test_cancel_drain_time_limit_and_sigterm_act_while_s3_passes_nothing_on(
     assert lab.starts().count(f"{drained}.1") == 1 and len(lab.starts()) == 3, "nothing was trained again"
 
 
+@pytest.mark.long
 def test_a_worker_ends_while_it_fetches_from_a_disk_that_hangs(lab: Lab, home: Path) -> None:
     job_id = lab.submit()
     (data,) = (home / "artifacts" / "datasets").iterdir()

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
 from loractl.common.store.store import Store
@@ -26,6 +28,7 @@ The split files have names of their own; rows/other.jsonl belongs to none.
 """
 
 
+@pytest.mark.long
 def test_hub_ids_are_fetched_once_pinned_in_the_report_and_taken_from_the_cache_while_the_hub_is_away(
     make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path
 ) -> None:

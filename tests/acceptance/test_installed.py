@@ -87,6 +87,7 @@ def _link(distribution: Distribution, packages: Path) -> None:
         (packages / name).symlink_to(Path(str(distribution.locate_file(name))))
 
 
+@pytest.mark.long
 def test_the_light_client_submits_and_reads_without_the_training_stack(light: Path, home: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "LORACTL_HOME": str(home), "LORACTL_USER": "tester"}
 

@@ -27,8 +27,8 @@ LONG = "--set=training.max_steps=100000"
 def worker(cli: Cli) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
-    def start() -> subprocess.Popen[str]:
-        started.append(cli.start("worker"))
+    def start(*, warm_start: bool = False) -> subprocess.Popen[str]:
+        started.append(cli.start("worker", warm_start=warm_start))
         return started[-1]
 
     yield start
@@ -43,7 +43,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_next_worker_goes_on_from_it(
     cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path
 ) -> None:
     cli("submit", write_job(tmp_path, tiny_model), "--set=training.max_steps=120", "--set=training.save_steps=100000")
-    first = worker()
+    first = worker(warm_start=True)
     until_job(cli, 1, lambda job: (job.step or 0) >= 5)
     first.send_signal(signal.SIGINT)
     assert first.wait(timeout=90) == 0

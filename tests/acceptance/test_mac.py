@@ -30,6 +30,7 @@ def on_a_mac(home: Path, *commands: list[str], **environment: str) -> list[dict[
     return answers
 
 
+@pytest.mark.long
 @pytest.mark.cold
 def test_a_person_s_commands_need_nothing_of_linux(postgres_server: str, tmp_path: Path) -> None:
     with database(postgres_server, UPGRADED) as url, services.valkey(tmp_path, "secret") as queue:

@@ -16,7 +16,7 @@ from ..conftest import Cli
 from ..models import write_job
 
 
-@pytest.fixture(params=["one machine", "lab"])
+@pytest.fixture(params=[pytest.param("one machine", marks=pytest.mark.long), "lab"])
 def place(request: pytest.FixtureRequest, make_cli: Callable[..., Cli]) -> Cli:
     if request.param == "one machine":
         return make_cli()

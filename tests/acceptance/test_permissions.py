@@ -19,6 +19,7 @@ from ..models import write_helpdesk
 FOR_OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
+@pytest.mark.fresh
 def test_a_new_home_is_closed_to_others(make_cli: Callable[..., Cli], home: Path, tmp_path: Path) -> None:
     cli = make_cli(LORACTL_HOME=str(home / "above" / "home"))
     _submit(cli, tmp_path)

@@ -114,6 +114,7 @@ def lab(known: dict[str, str], make_cli: Callable[..., Cli], postgres_url: str, 
         yield Lab(person=cli, box=cli.with_environment(LORACTL_DATABASE_URL=roles.box))
 
 
+@pytest.mark.long
 def test_no_secret_is_left_anywhere(
     lab: Lab, known: dict[str, str], home: Path, postgres_url: str, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
 from .. import services
 from ..conftest import Cli
 from ..models import write_helpdesk
@@ -65,6 +67,7 @@ def test_a_database_that_can_not_be_used_is_refused_before_a_word_about_the_rows
     assert away("submit", job, code=4).stderr.startswith("Error: the database is unreachable")
 
 
+@pytest.mark.fresh
 def test_a_dry_run_refuses_what_submit_refuses_and_makes_nothing(
     make_cli: Callable[..., Cli], home: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from ..conftest import Cli
 from ..models import make_tiny_model, write_helpdesk
 
@@ -14,6 +16,7 @@ RATES = "3e-3,1e-4,3e-6,1e-7"
 """Far apart, so that the loss at a quarter of the steps says which is better."""
 
 
+@pytest.mark.long
 def test_losers_stop_and_the_winner_is_that_of_all_members_run_to_their_end(
     make_cli: Callable[..., Cli], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from .storm import Plan, storm, with_s3
 SEED = 20260202
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_a_minute_of_every_fault_breaks_no_promise() -> None:
     seed = int(os.environ.get("CHAOS_SEED") or SEED)
