@@ -148,7 +148,8 @@ def fill(engine: Engine, mix: Mix, count: int, now: dt.datetime) -> None:
 
 def give_back(engine: Engine, job_id: int) -> None:
     with engine.begin() as connection:
-        again = "UPDATE jobs SET status = 'queued', token = NULL, node = NULL, vram_reserved = NULL WHERE job_id = :id"
+        again = """UPDATE jobs SET status = 'queued', token = NULL, node = NULL, vram_reserved = NULL, attempt = 0,
+            queue_key = replace(queue_key, '~' || job_id || '|', '|') WHERE job_id = :id"""
         connection.execute(text(again), {"id": job_id})
         connection.execute(text("DELETE FROM events"))
         connection.execute(text("DELETE FROM attempts"))

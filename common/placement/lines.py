@@ -18,12 +18,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from loractl.common.job.method import Method, Need, SharedNeed, Ways, least_need
-from loractl.common.units import GIB
+from loractl.common.units import GIB, LAST_NUMBER
 
 from .duration import UNKNOWN_S
 
 RESULT_FIRST_S = 600.0
 """How long a job waits only for the box that has its finished result: elsewhere it would be trained again."""
+
+
+ANY_ROOM = LAST_NUMBER
+"""Bytes: no job needs more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +81,9 @@ def waited_again(job: Waiting, now: dt.datetime) -> float:
 class Queue(Protocol):
     """The ready jobs."""
 
-    def firsts(self, also: Set[int] = frozenset()) -> Sequence[Waiting]:
-        """The jobs with these numbers, and of each line two: the first, and the oldest."""
+    def firsts(self, also: Set[int] = frozenset(), room: int = ANY_ROOM) -> Sequence[Waiting]:
+        """The jobs with these numbers, and of each line two: the first, and the oldest. Jobs that need more than `room`
+        bytes may be left out while they have waited for less than RESERVE_AFTER_S."""
         ...
 
     def beyond(self, room: int) -> Sequence[Waiting]:
@@ -121,7 +126,7 @@ class Lines:
         if not line.in_order:
             del self._lines[job.line]
 
-    def firsts(self, also: Set[int] = frozenset()) -> list[Waiting]:
+    def firsts(self, also: Set[int] = frozenset(), room: int = ANY_ROOM) -> list[Waiting]:
         found = [self._jobs[number] for number in also if number in self._jobs]
         for line in self._lines.values():
             found += (line.in_order[0], line.by_age[0])
@@ -169,8 +174,8 @@ class Without:
         self.lines: set[Hashable] = set()
         self.users: set[str] = set()
 
-    def firsts(self, also: Set[int] = frozenset()) -> list[Waiting]:
-        return self._without(self._queue.firsts(also))
+    def firsts(self, also: Set[int] = frozenset(), room: int = ANY_ROOM) -> list[Waiting]:
+        return self._without(self._queue.firsts(also, room))
 
     def beyond(self, room: int) -> list[Waiting]:
         return self._without(self._queue.beyond(room))

@@ -19,7 +19,7 @@ from loractl.common.units import GIB
 
 from .card_hours import QuotaMeter
 from .cards import TIME_GROWTH, Card, Occupant
-from .lines import Lines, Waiting
+from .lines import ANY_ROOM, Lines, Waiting
 from .roomy import is_wanted, with_room
 from .rule import GANG_FIRST_AFTER_S, Placement, place
 from .shares import charge, decayed
@@ -367,7 +367,7 @@ class Remaining:
     def __len__(self) -> int:
         return len(self._firsts)
 
-    def firsts(self, also: Set[int] = frozenset()) -> list[Waiting]:
+    def firsts(self, also: Set[int] = frozenset(), room: int = ANY_ROOM) -> list[Waiting]:
         return list(self._firsts.values())
 
     def beyond(self, room: int) -> list[Waiting]:

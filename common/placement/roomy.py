@@ -34,5 +34,5 @@ def with_room(placed: Placement, card: Card, forms: Sequence[RoomyForm], wanted:
 
 def is_wanted(queue: Queue, free: int, job_id: int) -> bool:
     """Whether another ready job than this one needs no more than `free` bytes."""
-    others = (queue.after(job) if job.job_id == job_id else job for job in queue.firsts())
+    others = (queue.after(job) if job.job_id == job_id else job for job in queue.firsts(room=free))
     return any(job is not None and job.bound is not None and job.bound <= free for job in others)

@@ -123,6 +123,10 @@ class _Fleet:
         return max(0, min(room, kept.spare)) if kept.spare_slots > 0 else 0
 
     @property
+    def most_room(self) -> int:
+        return max(self.rooms.values())
+
+    @property
     def is_full(self) -> bool:
         """Whether no job can start any more. A processor leaves to GPUs what the largest could hold."""
         return not any(room > self.largest or not self.cards[node].processor for node, room in self.rooms.items())
@@ -180,9 +184,9 @@ def place(
     if fleet.is_full:
         return
     turn = turns_in(by_share, fleet.charges, now)
-    yield from _try_in_turn(queue, queue.firsts(fleet.awaited), turn, fleet)
+    yield from _try_in_turn(queue, queue.firsts(fleet.awaited, fleet.most_room), turn, fleet)
     if not fleet.is_full:
-        yield from _try_in_turn(queue, queue.beyond(max(fleet.rooms.values())), turn, fleet)
+        yield from _try_in_turn(queue, queue.beyond(fleet.most_room), turn, fleet)
 
 
 def _try_in_turn(

@@ -31,7 +31,7 @@ from .aside import set_aside
 from .cards.decisions import decide
 from .cards.nodes import FleetState, read_fleet
 from .cards.shares import lock, own_first, write
-from .changes import answer_wishes, is_asked_to_stop
+from .changes import answer_wishes
 from .durations import predicted
 from .followers import begin_from_best
 from .lines import StoredQueue, lock_alike
@@ -147,7 +147,7 @@ def _take(
     placed = replace(placed, job=replace(placed.job, job_id=job.job_id))
     if not is_ready(job, now):
         return Left(nodes=frozenset())  # another node's claim was faster, or a person held it
-    if is_asked_to_stop(tx, job.job_id):  # it was given back while it was cancelled
+    if job.cancel_requested:  # it was given back while it was cancelled
         answer_wishes(tx)
         return Left(nodes=frozenset())
     if _at_limit(tx, job.user, cards):

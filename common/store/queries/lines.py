@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import BindParameter, TextualSelect, bindparam, select, text
 from sqlalchemy.orm import Session
 
-from loractl.common.placement.lines import QueueKey, Waiting, in_turn
-from loractl.common.placement.rule import turns_in
+from loractl.common.placement.lines import ANY_ROOM, QueueKey, Waiting, in_turn
+from loractl.common.placement.rule import RESERVE_AFTER_S, turns_in
 
 from ..columns import UtcDateTime
 from ..fleet import waiting_of
@@ -44,10 +44,14 @@ _TYPES = {column.key: column.type for column in Job.__table__.columns} | {"again
 _READ = (*_OF_ROW.replace('"', "").split(", "), "again")
 
 
-def lines_of(condition: str) -> str:
+_BEHIND_LINE = "lines.queue_key || '~'"
+"""Comes after a line's key and before the next one; after the key itself SQLite would walk through the line's jobs."""
+
+
+def lines_of(condition: str, past: str = _BEHIND_LINE) -> str:
     """A table `lines`: the first job of each line for which the condition holds. From each line it goes straight to the
-    next, past any number of jobs between them; from the last that is read of a user to the next user: "~" comes after
-    every key, and a key with it after all jobs of that key, through which SQLite would walk otherwise."""
+    next whose key comes after `past`, over any number of jobs between them; from the last that is read of a user to the
+    next user: "~" comes after every key."""
     return f"""WITH RECURSIVE lines(job_id, "user", queue_key, work_left_s, submitted_at, nth) AS (
   SELECT * FROM (
     SELECT job_id, "user", queue_key, work_left_s, submitted_at, 1 FROM jobs WHERE {condition}
@@ -58,27 +62,32 @@ def lines_of(condition: str) -> str:
     CASE WHEN one."user" = lines."user" THEN nth + 1 ELSE 1 END
   FROM lines JOIN jobs AS one ON one.job_id = (
     SELECT job_id FROM jobs WHERE {condition}
-    AND ("user", queue_key) > (lines."user", CASE WHEN nth < :most THEN lines.queue_key || '~' ELSE '~' END)
+    AND ("user", queue_key) > (lines."user", CASE WHEN nth < :most THEN {past} ELSE '~' END)
     ORDER BY "user", queue_key, {IN_LINE} LIMIT 1
   )
 )"""  # noqa: S608  no input
 
 
-def _firsts(condition: str) -> TextualSelect:
-    """Of each line the first job and, where that is another one, the oldest."""
-    rows = text(f"""{lines_of(condition)}
-SELECT job_id, "user", queue_key, work_left_s, submitted_at, nth FROM lines
+def _firsts(past: str, chosen: str) -> TextualSelect:
+    """Of each line the first job and, where that is another one, the oldest. `chosen`: those of them that are read."""
+    rows = text(f"""{lines_of(READY, past)}
+SELECT job_id, "user", queue_key, work_left_s, submitted_at, nth FROM lines WHERE {chosen.format("lines")}
 UNION ALL
 SELECT one.job_id, one."user", one.queue_key, one.work_left_s, one.submitted_at, nth
 FROM lines JOIN jobs AS one ON one.job_id = (
   SELECT job_id FROM jobs WHERE {READY} AND "user" = lines."user" AND queue_key = lines.queue_key
   ORDER BY job_id LIMIT 1
-) WHERE one.job_id <> lines.job_id""")  # noqa: S608  no input
+) WHERE one.job_id <> lines.job_id AND {chosen.format("one")}""")  # noqa: S608  no input
     return rows.bindparams(bindparam("now", type_=UtcDateTime())).columns(submitted_at=UtcDateTime())
 
 
-_FIRSTS = _firsts(READY)
-_FITTING = _firsts(f"{READY} AND substr(queue_key, 7, 17) <= :room")  # of what is in the index: a line may be long
+_FITS = "substr({0}.queue_key, 7, 17) <= :room"  # the least bytes, of what is in the index: a line may be long
+_FIRSTS = _firsts(_BEHIND_LINE, f"({_FITS} OR {{0}}.submitted_at <= :before OR nth = :most)")
+_FIRSTS = _FIRSTS.bindparams(bindparam("before", type_=UtcDateTime()))
+_FITTING = _firsts(
+    f"CASE WHEN {_FITS.format('lines')} THEN {_BEHIND_LINE} ELSE substr(lines.queue_key, 1, 6) || '~' END", _FITS
+)
+"""Keys of one priority sort by the least bytes: from the first line that is too large it goes to the next priority."""
 
 
 def _typed(statement: str, *parameters: BindParameter[Any]) -> TextualSelect:
@@ -104,26 +113,29 @@ class StoredQueue:
         self._session = session
         self._now = now
         self._at_once = at_once
-        self._firsts: dict[int, Waiting] | None = None
+        self._firsts: dict[int, Waiting] = {}
+        self._room = -1  # up to which they are read
         self._more = False  # whether a user has more lines
         self._next: dict[int, Waiting | None] = {}
 
-    def firsts(self, also: Set[int] = frozenset()) -> list[Waiting]:
-        if self._firsts is None:
-            self._firsts = self._read_firsts(_FIRSTS, most=MOST_LINES)
+    def firsts(self, also: Set[int] = frozenset(), room: int = ANY_ROOM) -> list[Waiting]:
+        if self._room < room:
+            before = self._now - dt.timedelta(seconds=RESERVE_AFTER_S)
+            self._firsts = self._read_firsts(_FIRSTS, most=MOST_LINES, room=f"{room:017d}", before=before)
+            self._room = room
         if more := also - self._firsts.keys():
             self._firsts |= self._numbered(more)
         return list(self._firsts.values())
 
     def beyond(self, room: int) -> list[Waiting]:
-        known = {job.job_id for job in self.firsts()}
+        known = {job.job_id for job in self.firsts(room=room)}
         found = self._read_firsts(_FITTING, most=MOST_BEYOND, room=f"{room:017d}").values() if self._more else ()
         return [job for job in found if job.job_id not in known]
 
-    def _read_firsts(self, statement: TextualSelect, **asked: int | str) -> dict[int, Waiting]:
+    def _read_firsts(self, statement: TextualSelect, **asked: int | str | dt.datetime) -> dict[int, Waiting]:
         """A key says all of most jobs; only of others is the row read."""
         found, others = dict[int, Waiting](), list[int]()
-        rows = self._session.execute(statement, {"now": self._now, **asked})
+        rows = self._session.execute(statement, {"now": self._now, **asked}).all()  # at once: SQLAlchemy is faster
         for job_id, user, line, left_s, since, nth in rows:
             self._more = self._more or nth == MOST_LINES
             key = QueueKey.parse(line)
@@ -160,9 +172,13 @@ def read_order(session: Session, now: dt.datetime, charges: Mapping[str, float],
     return list(itertools.islice(every, limit))
 
 
+_ROW = select(Job).where(Job.job_id == bindparam("job_id")).with_for_update(**SKIP_LOCKED)
+_ROW = _ROW.execution_options(populate_existing=True)
+
+
 def lock_alike(session: Session, job: Waiting, now: dt.datetime) -> Job | None:
     """The job's row, locked; if somebody keeps it locked, the next of its line that nobody does."""
-    row = session.get(Job, job.job_id, with_for_update=SKIP_LOCKED, populate_existing=True)
+    row = session.scalar(_ROW, {"job_id": job.job_id})
     if row is not None:
         return row
     key = select(Job.queue_key).where(Job.job_id == job.job_id).scalar_subquery()

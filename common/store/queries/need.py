@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from sqlalchemy import func, select, update
+from sqlalchemy import Select, bindparam, func, select, update
 from sqlalchemy import text as sql
 
 from loractl.common.job.method import Method, Need, Roomy, RoomyForm, SharedNeed, Ways, within
@@ -94,15 +94,22 @@ LEAST_SHARE = 0.8
 """Of what a base alone was measured to take with a method: a job on it needs at least this much. Contexts differ."""
 
 
+def _least_base() -> Select[int | None]:
+    size = select(func.min(Attempt.base_bytes)).correlate(Job)
+    size = size.where(Attempt.job_id == Job.job_id, Attempt.method == bindparam("method"))
+    size = size.where(Attempt.device_kind == "nvml", ~ON_SEVERAL_CARDS)  # each has a part of the base
+    ran = select(size.scalar_subquery().label("size")).where(sql("attempt > 0"), Job.base_model == bindparam("base"))
+    some = ran.order_by(Job.job_id.desc()).limit(AT_ONCE).subquery()
+    return select(func.min(some.c.size))
+
+
+_LEAST_BASE = _least_base()  # once: a claim would take longer to make it than to run it
+
+
 def raise_least(tx: Transaction, job: Job, method: Method, need: int) -> bool:
     """Raise a need that is below what its base alone is known to take, since a row's figures are the submitter's word.
     False: it is not, or nothing is known of the base. An attempt's peak says little: it grows with the rows."""
-    size = select(func.min(Attempt.base_bytes)).correlate(Job)
-    size = size.where(Attempt.job_id == Job.job_id, Attempt.method == method.value, Attempt.device_kind == "nvml")
-    size = size.where(~ON_SEVERAL_CARDS)  # each has a part of the base
-    ran = select(size.scalar_subquery().label("size")).where(sql("attempt > 0"), Job.base_model == job.base_model)
-    some = ran.order_by(Job.job_id.desc()).limit(AT_ONCE).subquery()
-    base = tx.session.scalar(select(func.min(some.c.size))) or 0
+    base = tx.session.scalar(_LEAST_BASE, {"method": method.value, "base": job.base_model}) or 0
     if need >= (least := int(LEAST_SHARE * base)):
         return False
     setattr(job, f"vram_{method.value}", least)

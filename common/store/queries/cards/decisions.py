@@ -28,6 +28,7 @@ def read_view(tx: Transaction) -> FleetView:
     """The whole fleet at this moment, read at once, and what starts next."""
     session, now = tx.session, tx.now()
     fleet, queue = read_fleet(session, now), StoredQueue(session, now, at_once=2)
+    queue.firsts()  # all, for what waits on: the rule asks for less
     decisions = tuple(decide(queue, fleet.cards, fleet, now))
     starting = {one.placed.job.job_id for one in decisions if one.placed is not None}
     return FleetView(

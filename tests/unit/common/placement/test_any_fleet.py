@@ -18,7 +18,7 @@ from loractl.common.placement.cards import (
     room_for,
     takes,
 )
-from loractl.common.placement.lines import Lines, Waiting
+from loractl.common.placement.lines import ANY_ROOM, Lines, Waiting, waited
 from loractl.common.placement.rule import RESERVE_AFTER_S, Decision, place
 
 from .scenes import NOW, Scene, decide, many, order, scenes, started
@@ -172,7 +172,7 @@ def test_a_caller_that_stops_early_has_seen_the_same_decisions(scene: Scene) -> 
 class Apart(Lines):
     """A queue in which each job is a line."""
 
-    def firsts(self, also: Set[int] = frozenset()) -> list[Waiting]:
+    def firsts(self, also: Set[int] = frozenset(), room: int = ANY_ROOM) -> list[Waiting]:
         return sorted(self._jobs.values(), key=lambda job: job.job_id)
 
     def after(self, job: Waiting) -> Waiting | None:
@@ -188,4 +188,23 @@ def test_what_is_not_read_of_a_line_could_not_start(scene: Scene, data: st.DataO
         for job in scene.jobs
     ]
     found = [tuple(place(kind(jobs), scene.cards, scene.charges, NOW)) for kind in (Lines, Apart)]
+    assert found[0] == found[1]
+
+
+class Fitting(Lines):
+    """A queue that leaves out what it may."""
+
+    def firsts(self, also: Set[int] = frozenset(), room: int = ANY_ROOM) -> list[Waiting]:
+        every = super().firsts(also)
+        return [
+            job
+            for job in every
+            if job.job_id in also or (job.bound or 0) <= room or waited(job, NOW) >= RESERVE_AFTER_S
+        ]
+
+
+@many
+@given(scenes())
+def test_what_has_no_room_and_is_young_changes_no_decision(scene: Scene) -> None:
+    found = [tuple(place(kind(scene.jobs), scene.cards, scene.charges, NOW)) for kind in (Lines, Fitting)]
     assert found[0] == found[1]

@@ -9,7 +9,7 @@ import pytest
 
 from loractl.common.job.method import Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card
-from loractl.common.placement.lines import Lines, Waiting
+from loractl.common.placement.lines import ANY_ROOM, Lines, Waiting
 from loractl.common.placement.refusals import out_of_reach
 from loractl.common.placement.rule import place
 from loractl.common.units import GIB
@@ -58,8 +58,8 @@ class ReadLines(Lines):
 
     read = 0
 
-    def firsts(self, also: Set[int] = frozenset()) -> list[Waiting]:
-        found = super().firsts(also)
+    def firsts(self, also: Set[int] = frozenset(), room: int = ANY_ROOM) -> list[Waiting]:
+        found = super().firsts(also, room)
         self.read += len(found)
         return found
 

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Status
 from loractl.common.placement.lines import Waiting, in_line
-from loractl.common.placement.rule import turns
+from loractl.common.placement.rule import RESERVE_AFTER_S, turns
 from loractl.common.store.fleet import NODE_STALE_S, card_of, is_ready, waiting_of
 from loractl.common.store.queries.backlog import line_up
 from loractl.common.store.queries.cards.nodes import drained_targets, read_charges
@@ -154,6 +154,10 @@ rows = st.fixed_dictionaries(
 )
 
 
+ROOM = 6 * GIB
+"""Some of these jobs need more."""
+
+
 @settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     queue=st.lists(rows, max_size=14),
@@ -181,6 +185,11 @@ def test_lines_in_the_database_give_what_lines_in_a_list_give(
             for job, following in itertools.pairwise([*sorted(line, key=in_line), None]):
                 assert stored.after(job) == following
         assert {job.job_id for job in stored.firsts(also=listed.keys())} == listed.keys()
+        roomy = StoredQueue(session, NOON).firsts(room=ROOM)
+        assert {job.job_id: job for job in roomy} == {j.job_id: j for j in firsts if (j.bound or 0) <= ROOM}
+        later = NOON + dt.timedelta(seconds=RESERVE_AFTER_S)
+        aged = {job.job_id for job in StoredQueue(session, later).firsts()}
+        assert {job.job_id for job in StoredQueue(session, later).firsts(room=ROOM)} == aged
         if len({job.left_s for job in listed.values()}) < 2:
             assert read_order(session, NOON, charges, 10) == in_order[:10]
 
