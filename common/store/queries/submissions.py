@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import inspect, select
+from sqlalchemy import Table, inspect, select
 from sqlalchemy import text as sql
 
 from loractl import __version__
-from loractl.common.errors import SweepNotFound, WrongState
+from loractl.common.errors import SweepNotFound, ValueRefused, WrongState
 from loractl.common.job.method import Method
 from loractl.common.job.status import TRANSITIONS, Reason, Status
 from loractl.common.job.sweep import NewSweep, setting
@@ -21,6 +21,7 @@ from loractl.common.placement.lines import RESULT_FIRST_S
 from loractl.common.text import clean_line, storable
 from loractl.common.units import LAST_NUMBER
 
+from ..columns import misfits
 from ..guard import retried
 from ..records import Amendment, Submission
 from ..tables import Job, JobLabel, Sweep
@@ -146,6 +147,9 @@ def _row(submission: Submission, now: dt.datetime, sweep_id: int | None) -> Job:
 
 
 def _extent(submission: Submission) -> dict[str, Any] | None:
+    """Raises ValueRefused: its data are counted before the database is asked whether it holds them."""
+    if misfits(cast(Table, Job.__table__), {"data": submission.data}):
+        raise ValueRefused("data")
     extent = extent_of(submission.spec, submission.data, submission.plan.parameters)
     return None if extent is None else vars(extent)
 

@@ -170,6 +170,12 @@ def test_an_extent_that_a_login_writes_by_hand_stops_nobody_else(timed: Store, c
     ran(timed, clock, counted(user="eve"))
 
 
+@pytest.mark.parametrize("data", [{"path": "x"}, {"path": {"uri": "s3://x", "sha256": "y", "rows": "many"}}])
+def test_data_of_another_shape_are_refused_before_they_are_counted(timed: Store, data: dict[str, Any]) -> None:
+    with pytest.raises(ValueRefused, match="refuses the value of data"):
+        timed.jobs.submit(replace(submission(), data=data))
+
+
 def test_an_attempt_on_several_cards_has_no_prediction_of_one_card(timed: Store, clock: Clock) -> None:
     ran(timed, clock, counted())
     for node in ("box:0", "box:1"):
