@@ -96,7 +96,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_long(item: pytest.Item) -> bool:
-    return item.get_closest_marker("long") is not None
+    """Whether make test-long alone runs it: also on PostgreSQL what is not marked `both` and names no database."""
+    if item.get_closest_marker("long") is not None:
+        return True
+    values = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    own = any(mark.args[0] in ("upgraded_url", "database_url") for mark in item.iter_markers("parametrize"))
+    on_postgresql = "postgresql" in (values.get("upgraded_url"), values.get("database_url"))
+    return on_postgresql and not own and item.get_closest_marker("both") is None
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -72,6 +72,7 @@ def test_wrong_names_are_told_in_a_sentence(trained: Cli, arguments: list[str], 
     assert says in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_a_tagged_adapter_is_kept_from_delete_and_from_gc(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     for _ in range(3):
         cli("submit", write_job(tmp_path, tiny_model), "--set=training.max_steps=1", "--set=evaluation.samples=0")

@@ -106,7 +106,14 @@ def test_a_backup_is_one_private_file_and_replaces_none(cli: Cli, home: Path, tm
     assert "can't be copied to" in told and "No such file or directory" in told
 
 
-@pytest.mark.parametrize("kind", ["absent", "text", "other database", "torn", "newer", "too old"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "torn",
+        "newer",
+        *(pytest.param(kind, marks=pytest.mark.long) for kind in ("absent", "text", "other database", "too old")),
+    ],
+)
 def test_what_is_no_backup_is_refused_and_the_database_stays(cli: Cli, tmp_path: Path, kind: str) -> None:
     cli("submit", job_file(tmp_path))
     file = tmp_path / "b.db"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from loractl.common.store.database import make_engine
 from loractl.common.store.store import Store
 from loractl.worker.attempt.log import DATABASE_LIMIT, FILE_LIMIT, IS_LONG, LEFT_OUT
@@ -26,6 +28,7 @@ sys.exit(client("tests.warm", []))
 """A trainer that prints more than anybody wants, and trains."""
 
 
+@pytest.mark.long
 def test_a_trainer_that_prints_without_end_fills_neither_disk_nor_database(
     cli: Cli, home: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -124,6 +124,7 @@ def _until(holds: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_box_or_a_client_with_another_store_is_refused_before_it_takes_or_leaves_anything(
     make_cli: Callable[..., Cli], home: Path, tmp_path: Path, fleet_url: str
 ) -> None:

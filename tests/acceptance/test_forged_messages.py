@@ -71,6 +71,7 @@ def forged(mark: Path) -> list[str | bytes]:
     ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.timeout(120)
 def test_no_message_makes_a_node_do_more_than_look_at_the_rows(
     make_cli: Callable[..., Cli], redis_url: str, tiny_model: Path, tmp_path: Path

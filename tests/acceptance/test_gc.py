@@ -13,6 +13,7 @@ from ..conftest import Cli
 from ..models import write_helpdesk, write_job
 
 
+@pytest.mark.long
 def test_old_results_go_when_asked_and_everything_else_still_works(
     cli: Cli, home: Path, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -57,6 +57,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_next_worker_goes_on_from_it(
     assert done["step"] == 120
 
 
+@pytest.mark.long
 def test_a_second_ctrl_c_stops_at_once_and_gives_the_job_back(
     cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -84,10 +84,10 @@ def test_a_tag_is_given_without_its_name_and_a_person_nobody_knows_is_doubted(la
     ("shell", "line", "offered"),
     [
         ("bash", "loractl status ", {"1", "5", "alone", "tickets:prod"}),
-        ("zsh", "loractl cancel al", {"alone"}),
+        pytest.param("zsh", "loractl cancel al", {"alone"}, marks=pytest.mark.long),
         ("fish", "loractl submit --set training.max_s", {"training.max_steps="}),
-        ("bash", "loractl drain ", {"box", "box:0"}),
-        ("bash", "loractl adapters pull tick", {"tickets", "tickets:prod"}),
+        pytest.param("bash", "loractl drain ", {"box", "box:0"}, marks=pytest.mark.long),
+        pytest.param("bash", "loractl adapters pull tick", {"tickets", "tickets:prod"}, marks=pytest.mark.long),
     ],
 )
 def test_the_shell_completes_jobs_names_tags_boxes_and_keys(lab: Cli, shell: str, line: str, offered: set[str]) -> None:

@@ -134,6 +134,7 @@ def test_jobs_start_without_the_queue(run_with: Callable[..., Cli], home: Path, 
     assert message.json["title"].endswith(": failed (bad_data), nothing is trained")
 
 
+@pytest.mark.long
 def test_a_queue_that_answers_with_errors_stops_no_job_and_is_used_again(
     run_with: Callable[..., Cli], home: Path, tmp_path: Path
 ) -> None:

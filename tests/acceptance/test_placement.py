@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from loractl.common.job.status import Status
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
@@ -21,6 +23,7 @@ from ..models import make_tiny_model, write_job
 from ..waiting import until_job
 
 
+@pytest.mark.long
 def test_one_job_trains_with_qlora_on_the_small_card_while_another_does_with_lora_on_the_large_one(
     make_cli: Callable[..., Cli], tmp_path: Path
 ) -> None:

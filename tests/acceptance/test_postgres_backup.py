@@ -173,7 +173,17 @@ def test_a_dump_of_an_older_revision_is_brought_to_this_one(postgres_url: str, s
         assert Store(engine).jobs.submit(submission()) == 1
 
 
-@pytest.mark.parametrize("fault", ["cut", "flipped", "text", "newer", "too old", "a table less", "a row more"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "flipped",
+        "newer",
+        *(
+            pytest.param(fault, marks=pytest.mark.long)
+            for fault in ("cut", "text", "too old", "a table less", "a row more")
+        ),
+    ],
+)
 def test_what_is_no_whole_dump_is_refused_and_nothing_is_written(
     first: Store, second: str, tmp_path: Path, fault: str
 ) -> None:

@@ -55,6 +55,7 @@ def worker(cli: Cli, tmp_path: Path) -> Iterator[None]:
     process.communicate(timeout=60)
 
 
+@pytest.mark.long
 def test_a_job_that_memory_had_changed_is_reproduced_bit_for_bit(
     cli: Cli, home: Path, worker: None, base: Path, tmp_path: Path
 ) -> None:

@@ -183,6 +183,7 @@ def _same_scores(one: dict[str, Any], other: dict[str, Any]) -> None:
                     assert said == (theirs if isinstance(theirs, str) else pytest.approx(theirs, abs=1e-3))
 
 
+@pytest.mark.long
 def test_lm_eval_scores_a_served_adapter_as_it_scores_the_model_itself(
     server: str, harness: Callable[..., dict[str, Any]], trained: Cli, base_of_trained: Path, tmp_path: Path
 ) -> None:
@@ -392,6 +393,7 @@ def two_kinds(trained: Cli, tiny_model: Path, tmp_path_factory: pytest.TempPathF
     shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.mark.long
 def test_answers_come_in_the_arithmetic_of_training_and_another_one_is_named(two_kinds: Cli) -> None:
     """Of two adapters on one base one must give way: the second. In NF4 the first one's answers are its report's."""
     answers = json.loads(two_kinds("report", NF4, "--json").stdout)["evaluation"]["answers"]
@@ -414,6 +416,7 @@ def test_answers_come_in_the_arithmetic_of_training_and_another_one_is_named(two
     assert [each["answer"].strip() for each in json.loads(done.stdout)] == wanted and "Warning" not in done.stderr
 
 
+@pytest.mark.long
 def test_an_adapter_of_steps_before_lean_ones_is_served_as_it_was_trained(two_kinds: Cli) -> None:
     settings = load_settings(two_kinds.environment)
     assert [str(Library(settings).find(name).arithmetic) for name in (NF4, PLAIN)] == ["NF4", "dtype auto"]
@@ -425,6 +428,7 @@ def test_an_adapter_of_steps_before_lean_ones_is_served_as_it_was_trained(two_ki
     assert old == ["NF4, all else in fp32", "dtype auto"]
 
 
+@pytest.mark.long
 def test_a_matrix_says_which_adapters_were_trained_in_another_arithmetic(two_kinds: Cli) -> None:
     done = two_kinds("matrix", "--adapters", f"{NF4},{PLAIN}", "--samples", 0, "--no-load-in-4bit")
     assert "Trained on a base in another arithmetic than " in done.stdout and f": {NF4}.\n" in done.stdout

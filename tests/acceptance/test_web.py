@@ -156,6 +156,7 @@ LONELY = """[...document.querySelectorAll("main td, main .load")].filter((e) =>
 """Cells that say nothing but that there is no value."""
 
 
+@pytest.mark.long
 @needs_chromium
 def test_nothing_runs_over_its_panel_and_a_phone_shows_no_empty_cell(running_web: RunningWeb, page: Browser) -> None:
     engine = make_engine(running_web.url)
@@ -176,6 +177,7 @@ LABELS = """[...document.querySelectorAll(".bar svg text")].filter((label) => la
 """The labels of bars that are shown, each with whether its part has room for it."""
 
 
+@pytest.mark.long
 @needs_chromium
 def test_a_broader_bar_has_longer_labels_and_none_leaves_its_part(running_web: RunningWeb, page: Browser) -> None:
     shown: dict[int, list[str]] = {}
@@ -189,6 +191,7 @@ def test_a_broader_bar_has_longer_labels_and_none_leaves_its_part(running_web: R
     assert sum(map(len, shown[1280])) > sum(map(len, shown[320])) and len(shown[1280]) >= len(shown[320]) > 4
 
 
+@pytest.mark.long
 @needs_chromium
 def test_a_refresh_swaps_what_changed_and_keeps_what_a_person_does(running_web: RunningWeb, page: Browser) -> None:
     page.open(running_web.address + "/jobs/12")
@@ -208,6 +211,7 @@ def test_a_refresh_swaps_what_changed_and_keeps_what_a_person_does(running_web: 
     assert page.complaints == []
 
 
+@pytest.mark.long
 @needs_chromium
 def test_two_hundred_refreshes_leave_nothing_behind(running_web: RunningWeb, page: Browser) -> None:
     page.open(running_web.address + "/")
@@ -240,6 +244,7 @@ def test_two_hundred_refreshes_leave_nothing_behind(running_web: RunningWeb, pag
     assert page.complaints == []
 
 
+@pytest.mark.long
 @needs_chromium
 def test_without_scripts_everything_can_be_read(running_web: RunningWeb, page: Browser) -> None:
     page.scripts(on=False)
@@ -252,6 +257,7 @@ def test_without_scripts_everything_can_be_read(running_web: RunningWeb, page: B
     assert page.value(CONTRAST) == []
 
 
+@pytest.mark.long
 @needs_chromium
 def test_the_keyboard_reaches_everything(running_web: RunningWeb, page: Browser) -> None:
     page.open(running_web.address + "/")
@@ -265,6 +271,7 @@ def test_the_keyboard_reaches_everything(running_web: RunningWeb, page: Browser)
                       "e.getAttribute('aria-labelledby') || e.role || e.dataset.key)")  # fmt: skip
 
 
+@pytest.mark.long
 @needs_chromium
 def test_what_people_typed_runs_nothing(running_web: RunningWeb, page: Browser) -> None:
     engine = make_engine(running_web.url)

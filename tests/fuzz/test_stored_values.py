@@ -62,7 +62,7 @@ from ..unit.scheduler.screens import WIDE
 pytestmark = pytest.mark.timeout(max(300, 5 * EXAMPLES))
 
 stored = settings(
-    max_examples=EXAMPLES if EXAMPLES > 60 else 10,  # half a second each
+    max_examples=EXAMPLES if EXAMPLES > 60 else 6,  # half a second each
     deadline=None,
     suppress_health_check=list(HealthCheck),
     derandomize=EXAMPLES <= 60,  # the short run must not fail by chance; the long one looks for something new

@@ -218,6 +218,7 @@ def test_a_model_may_name_its_own_files(tiny_model: Path, tmp_path: Path) -> Non
     assert load_tokenizer(str(folder)).vocab_size
 
 
+@pytest.mark.long
 def test_a_hub_model_s_own_code_runs_only_where_it_is_trusted(tmp_path: Path) -> None:
     """In a process of its own: the hub's library reads its cache's place once."""
     mark = tmp_path / "it-ran"

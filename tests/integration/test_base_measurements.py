@@ -120,6 +120,7 @@ OTHERWISE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.long
 def test_what_changes_the_base_s_results_has_it_measured(box: Box, bases_measured: list[bool]) -> None:
     box.run()
     for what, keys in OTHERWISE.items():
@@ -128,6 +129,7 @@ def test_what_changes_the_base_s_results_has_it_measured(box: Box, bases_measure
         assert bases_measured == [True, False], what
 
 
+@pytest.mark.long
 def test_other_rows_are_measured(box: Box, tmp_path: Path, bases_measured: list[bool]) -> None:
     box.run()
     data = write_helpdesk(tmp_path / "others.jsonl")
@@ -135,6 +137,7 @@ def test_other_rows_are_measured(box: Box, tmp_path: Path, bases_measured: list[
     assert box.run(dataset={"path": str(data)})["base_measured_by_job"] is None
 
 
+@pytest.mark.long
 def test_another_base_under_the_same_name_is_measured(box: Box, tiny_model: Path) -> None:
     box.run()
     weights = tiny_model / "model.safetensors"
@@ -172,6 +175,7 @@ def test_a_file_that_was_changed_is_thrown_away_and_the_history_says_so(
     assert box.run()["base_measured_by_job"] == 2
 
 
+@pytest.mark.long
 def test_a_file_that_the_database_does_not_know_is_not_read(box: Box, bases_measured: list[bool]) -> None:
     box.run()
     (file,) = box.files
@@ -183,6 +187,7 @@ def test_a_file_that_the_database_does_not_know_is_not_read(box: Box, bases_meas
     assert bases_measured == [True, False] * 2
 
 
+@pytest.mark.long
 def test_figures_that_no_longer_come_out_are_thrown_away(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hash is right, but what decides the result has changed in a way that the key does not name."""
     box.run()
@@ -199,6 +204,7 @@ def test_figures_that_no_longer_come_out_are_thrown_away(box: Box, monkeypatch: 
     assert box.run()["base_measured_by_job"] == 2
 
 
+@pytest.mark.long
 def test_a_job_that_repeats_another_measures_its_base_itself(box: Box, bases_measured: list[bool]) -> None:
     box.run()
     assert box.run(job={"labels": {"reproduces": "1"}})["base_measured_by_job"] is None
@@ -271,6 +277,7 @@ def test_pairs_are_scored_with_the_base_once_and_the_adapter_is_the_same(
     assert weights(box, tmp_path) == shared
 
 
+@pytest.mark.long
 def test_pairs_that_passed_in_other_micro_batches_are_scored_again(
     box: Box, pairs: dict[str, Any], pairs_scored: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,6 +304,7 @@ def test_pairs_that_passed_in_other_micro_batches_are_scored_again(
         assert pairs_scored == scored
 
 
+@pytest.mark.long
 def test_a_training_that_was_interrupted_leaves_no_scores(box: Box, pairs: dict[str, Any], tmp_path: Path) -> None:
     """It has scored its rows in the micro-batches of a later epoch."""
     box.run(**pairs, save_steps=5)
@@ -327,6 +335,7 @@ def test_a_stop_is_obeyed_while_a_large_base_is_hashed(
     hashed.set()
 
 
+@pytest.mark.long
 def test_scores_of_pairs_that_no_longer_come_out_are_thrown_away(
     box: Box, pairs: dict[str, Any], pairs_scored: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,6 +358,7 @@ def test_scores_of_pairs_that_no_longer_come_out_are_thrown_away(
     assert any("scores of 4 of its pairs are other ones now" in note for note in box.notes)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("harm", ["one bit", "cut off"])
 def test_changed_scores_of_pairs_are_not_learned_from(
     box: Box, pairs: dict[str, Any], pairs_scored: list[int], tmp_path: Path, harm: str

@@ -33,6 +33,7 @@ def with_one_bit_more(file: Path) -> None:
     os.utime(file, ns=(dates.st_atime_ns, dates.st_mtime_ns))
 
 
+@pytest.mark.long
 def test_a_new_process_tries_no_rows_that_the_box_knows_to_be_right(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path
 ) -> None:

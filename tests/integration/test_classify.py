@@ -184,6 +184,7 @@ def test_the_head_is_trained_in_fp32_out_of_nf4_and_begins_as_its_seed_says(tiny
     assert not torch.equal(begun["lora"], begun["other"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_resumed_classifier_is_bitwise_that_of_an_uninterrupted_run(
     classifier: Classifier, tmp_path: Path, method: str
@@ -208,6 +209,7 @@ def test_a_checkpoint_of_other_labels_is_not_resumed(classifier: Classifier, tmp
     assert notes(told, "resumed") == [] and "data differ" in notes(told, "refused")[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_finished_training_is_evaluated_from_its_checkpoint_alone(
     classifier: Classifier, tmp_path: Path, dtype: str
@@ -219,6 +221,7 @@ def test_a_finished_training_is_evaluated_from_its_checkpoint_alone(
     assert again == pytest.approx(first, abs=1e-3)
 
 
+@pytest.mark.long
 def test_the_best_head_is_kept_and_a_training_that_gets_worse_ends(classifier: Classifier, tmp_path: Path) -> None:
     """Every other held-out row has a wrong label: what is learned first helps, and then makes it all too sure."""
     held_out = [json.loads(line) for line in (tmp_path / "held-out.jsonl").read_text().splitlines()]
@@ -238,6 +241,7 @@ def test_the_best_head_is_kept_and_a_training_that_gets_worse_ends(classifier: C
     assert all(torch.equal(kept[name], short[name]) for name in short)
 
 
+@pytest.mark.long
 def test_a_probe_of_the_longest_batches_changes_no_bit_of_the_run(classifier: Classifier, tmp_path: Path) -> None:
     asked = {"max_steps": 4, "eval_steps": 2, "lora": {"lora_dropout": 0.1}}
     _, without = classifier("without", **asked)
@@ -259,6 +263,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(classifier: Classifi
 PLAIN: list[float] = []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [
@@ -338,6 +343,7 @@ def test_a_base_with_a_head_already_or_of_another_kind_is_refused(tiny_model: Pa
         assert failure.value.reason is Reason.BAD_SPEC
 
 
+@pytest.mark.long
 def test_a_classifier_goes_from_its_job_file_to_its_report(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
     write_tickets(tmp_path / "tickets.jsonl", range(80))
     (tmp_path / "job.yaml").write_text(

@@ -22,6 +22,7 @@ from .conftest import Recipe
 ROWS, TOKENS = 48, 128
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("checkpointing", [None, True], ids=["as-it-comes", "checkpointing"])
 def test_the_plan_for_a_processor_is_near_the_measured_peak(
     recipe: Recipe, tmp_path: Path, checkpointing: bool | None

@@ -356,6 +356,7 @@ def test_a_job_s_history_counts_the_rows_that_the_check_counts(tiny_model: Path,
     assert [text for text in told if "3 rows of the first 200 whose system message" in text], told
 
 
+@pytest.mark.long
 def test_more_rows_take_hardly_more_memory(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("loractl.common.data.examples.IN_MEMORY", 50_000)
     monkeypatch.setattr("loractl.common.data.giveaway.MOST_ROWS", 5)

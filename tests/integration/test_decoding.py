@@ -182,6 +182,7 @@ def test_a_prompt_whose_logits_are_no_numbers_ends_alone(
     assert b.said[1][-1].ended == "length"
 
 
+@pytest.mark.long
 def test_requests_that_come_and_go_at_any_time_change_no_answer(bench: Callable[..., Bench]) -> None:
     alone = bench(rows=1)
     many = bench(rows=3)

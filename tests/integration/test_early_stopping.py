@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from loractl.common.job.status import Reason
@@ -37,6 +38,7 @@ def test_early_stopping_ends_a_run_that_gets_no_better_and_the_best_adapter_is_k
     assert all(torch.equal(kept[name], short[name]) for name in short)
 
 
+@pytest.mark.long
 def test_the_best_adapter_survives_a_resume(recipe: Recipe, tmp_path: Path) -> None:
     worse = _getting_worse(tmp_path)
     asked = {"eval_steps": 1, "max_steps": 13, "load_best_model_at_end": True, "save_steps": 2}
@@ -71,6 +73,7 @@ def test_losses_of_other_held_out_rows_choose_no_adapter_and_end_no_training(rec
     assert notes(told, "training")[0] == what
 
 
+@pytest.mark.long
 def test_a_run_that_stopped_early_is_not_trained_on_when_it_is_taken_up(recipe: Recipe, tmp_path: Path) -> None:
     worse = _getting_worse(tmp_path)
     asked = {"eval_steps": 1, "max_steps": 30, "early_stopping_patience": 2}

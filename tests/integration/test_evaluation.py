@@ -311,6 +311,7 @@ def test_a_batch_s_first_answered_tokens_copy_no_head(dtype: torch.dtype, tiny_m
     assert max(sizes) < 32 * model.lm_head.weight.numel()
 
 
+@pytest.mark.long
 def test_answers_that_are_labels_are_scored_on_every_held_out_row(recipe: Recipe, tmp_path: Path) -> None:
     recipe("a", max_steps=60, evaluation={"samples": 1})
     found = evaluation(tmp_path / "a")
@@ -323,6 +324,7 @@ def test_answers_that_are_labels_are_scored_on_every_held_out_row(recipe: Recipe
     assert metrics["accuracy"]["tuned"] > metrics["accuracy"]["base"] == metrics["macro_f1"]["base"] == 0
 
 
+@pytest.mark.long
 def test_the_base_s_token_accuracy_and_regression_loss_are_those_of_the_model(
     recipe: Recipe, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -340,6 +342,7 @@ def test_the_base_s_token_accuracy_and_regression_loss_are_those_of_the_model(
     assert 0 <= metrics["token_accuracy"]["base"] < metrics["token_accuracy"]["tuned"] <= 100
 
 
+@pytest.mark.long
 def test_later_answers_are_scored_with_and_without_what_was_said_before(
     recipe: Recipe, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -361,6 +364,7 @@ def test_later_answers_are_scored_with_and_without_what_was_said_before(
     assert found["metrics"]["context_gain"]["base"] == pytest.approx(gain, abs=0.02)
 
 
+@pytest.mark.long
 def test_three_held_out_rows_six_times_are_three_and_a_conversation_is_one_case(recipe: Recipe, tmp_path: Path) -> None:
     talks = [[(f"what about {n}", "queue: gpu"), ("and then", f"line {n}"), ("and", f"end {n}")] for n in range(3)]
     louder = [[(question.upper(), answer) for question, answer in talk] for talk in talks]
@@ -502,6 +506,7 @@ def test_a_training_that_learned_only_how_often_each_label_comes_is_not_called_b
     assert report["verdict"]["reading"] == "no_better_than_cheap", report["verdict"]
 
 
+@pytest.mark.long
 def test_labels_that_are_learned_are_better_than_their_shares(recipe: Recipe, tmp_path: Path) -> None:
     rows = write_answers(tmp_path / "rows.jsonl", range(200), lambda number: ("no", "yes")[number % 2])
     lines = [json.loads(line) for line in rows.read_text().splitlines()]

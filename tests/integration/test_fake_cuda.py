@@ -39,6 +39,7 @@ def outcomes() -> Outcomes:
     return _outcomes(*CASES, *CARDS, *FAULTS, *QUICK)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("case", [*CASES, *CARDS])
 def test_a_pass_stays_on_the_card_in_one_type_and_leaves_every_gradient(case: str, outcomes: Outcomes) -> None:
     found = outcomes[case]

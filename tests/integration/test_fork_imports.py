@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import os, sys, types, traceback
 import torch
@@ -40,6 +42,7 @@ sys.exit("".join(asked) or 0)
 """
 
 
+@pytest.mark.long
 def test_no_import_brings_up_cuda_where_the_driver_tells_the_capability() -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "GPU-1"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)

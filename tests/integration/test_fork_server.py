@@ -202,6 +202,7 @@ def test_a_supervised_attempt_trains_in_a_fork_or_its_log_says_why_it_does_not(
         assert "quick.py has changed since the imports; a new process is started" in log
 
 
+@pytest.mark.long
 def test_many_trainers_in_a_row_and_beside_each_other_leave_nothing_in_the_server(
     place: Workplace, order: Callable[..., None], caplog: Any
 ) -> None:

@@ -18,7 +18,7 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Job, Node
 from loractl.common.units import GIB
 
-EXAMPLES = int(os.environ.get("STORE_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("STORE_EXAMPLES", "12"))
 """Of each property of the store."""
 
 NOON = dt.datetime(2026, 1, 14, 12, 0, tzinfo=dt.UTC)

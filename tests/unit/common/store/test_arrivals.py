@@ -15,6 +15,8 @@ from loractl.common.store.store import Store
 
 from ...factories import Clock, node_state, submission
 
+pytestmark = pytest.mark.both
+
 HERON = {"instance": "a home", "machine": "a machine", "boot": "its boot"}
 
 COPIES = {

@@ -24,6 +24,8 @@ from ....conftest import examples
 from ....databases import KeptDatabase
 from ...factories import RESULT, submission, take
 
+pytestmark = pytest.mark.both
+
 OTHER_EACH_TIME = (
     "job_id",
     "submitted_at",

@@ -40,6 +40,8 @@ from loractl.common.store.tables import (
 from .... import webs
 from ...factories import NOON, submission, take
 
+pytestmark = pytest.mark.both
+
 REFUSED = {
     "jobs": {
         "priority": ["2147483648", "-2147483649"], "vram_lora": ["-1", "1125899906842625"], "vram_class": ["-1"],

@@ -28,6 +28,7 @@ def claim(store: Store, free: int = PLENTY, node: str = "box:0") -> Claim:
     return taken
 
 
+@pytest.mark.both
 def test_a_job_goes_from_the_queue_to_a_stored_adapter(timed: Store, clock: Clock) -> None:
     job_id = timed.jobs.submit(submission(lora=4, qlora=2, labels={"team": "nlp"}, priority=3))
     queued = timed.jobs.get(job_id)
@@ -124,6 +125,7 @@ def test_a_plan_for_a_gpu_is_not_noted_for_a_cpu(store: Store) -> None:
     assert store.attempts.of_job(job_id)[0].vram_planned is None
 
 
+@pytest.mark.both
 def test_a_heartbeat_without_a_value_leaves_what_the_row_holds(store: Store) -> None:
     job_id = store.jobs.submit(submission())
     mine = claim(store)
@@ -148,6 +150,7 @@ def test_logs_metrics_and_events_are_written_in_order_and_a_repeated_point_once(
     assert [e.text for e in store.jobs.events(job_id) if e.kind == "model"] == ["loaded"]
 
 
+@pytest.mark.both
 def test_what_no_database_can_hold_does_not_stop_a_heartbeat(store: Store) -> None:
     job_id = store.jobs.submit(submission())
     mine = claim(store)
@@ -173,6 +176,7 @@ def test_the_points_of_a_long_outage_fit_into_one_heartbeat(store: Store) -> Non
     assert len(store.jobs.metrics(job_id, "loss")) == 20_000
 
 
+@pytest.mark.both
 def test_a_stale_token_is_refused_and_nothing_of_it_is_written(timed: Store, clock: Clock) -> None:
     job_id = timed.jobs.submit(submission())
     stale = claim(timed)
@@ -208,6 +212,7 @@ def test_a_result_goes_with_success_and_only_with_it(store: Store) -> None:
     assert store.jobs.get(mine.job_id).status is Status.RUNNING
 
 
+@pytest.mark.both
 def test_four_threads_never_claim_one_of_forty_jobs_twice(store: Store) -> None:
     submitted = [store.jobs.submit(submission()) for _ in range(40)]
     claimed: list[list[int]] = [[] for _ in range(4)]
@@ -229,6 +234,7 @@ def test_four_threads_never_claim_one_of_forty_jobs_twice(store: Store) -> None:
     assert all(len(store.attempts.of_job(job_id)) == 1 for job_id in submitted)
 
 
+@pytest.mark.both
 def test_jobs_are_listed_newest_first_and_by_every_filter(timed: Store, clock: Clock) -> None:
     first = timed.jobs.submit(submission(user="ada", labels={"team": "nlp", "a.b": "1"}))
     second = timed.jobs.submit(submission(user="bob", labels={"team": "vision"}))
@@ -271,6 +277,7 @@ def test_a_node_is_seen_updated_and_forgotten(timed: Store, clock: Clock) -> Non
     assert [n.node for n in timed.cards.nodes()] == ["box:1"]
 
 
+@pytest.mark.both
 def test_two_claims_at_once_keep_a_user_s_limit(postgres_engine: Engine) -> None:
     """The second sees room that the first did not see, and so starts another job of the same user."""
     store = Store(postgres_engine)

@@ -11,6 +11,8 @@ from sqlalchemy import create_engine, text
 from loractl.common.store.database import make_engine
 from loractl.common.store.store import Store
 
+pytestmark = pytest.mark.both
+
 
 @pytest.mark.parametrize("kept", [0, 1, 3])
 def test_what_worked_at_one_moment_leaves_as_many_connections_as_are_kept(postgres_url: str, kept: int) -> None:

@@ -122,6 +122,8 @@ import alembic.command
 from loractl.common.store.database import make_engine
 from loractl.common.store.schema import upgrade
 
+pytestmark = pytest.mark.both
+
 forked = []
 for _ in range(4):
     if not (child := os.fork()):

@@ -87,6 +87,7 @@ def test_jobs_that_wait_are_predicted_again_when_the_first_of_their_base_was_mea
     assert timed.jobs.get(waiting).work_left_s == pytest.approx(60), "that was no surprise"
 
 
+@pytest.mark.both
 def test_a_job_that_was_stopped_has_only_the_steps_after_its_checkpoint_left(timed: Store, clock: Clock) -> None:
     ran(timed, clock, counted())
     claim = started(timed, counted(user="eve"))
@@ -107,6 +108,7 @@ def test_an_edit_predicts_the_job_again(timed: Store, clock: Clock) -> None:
     assert timed.jobs.get(job_id).work_left_s == pytest.approx(80)
 
 
+@pytest.mark.both
 def test_what_was_predicted_is_kept_beside_what_it_took(timed: Store, clock: Clock) -> None:
     ran(timed, clock, counted())
     ran(timed, clock, counted(), step_s=4.0)
@@ -146,6 +148,7 @@ WRONG = (
 )
 
 
+@pytest.mark.both
 def test_an_extent_that_a_login_writes_by_hand_stops_nobody_else(timed: Store, clock: Clock) -> None:
     """A login that submits may write its own row by hand."""
     ran(timed, clock, counted())

@@ -41,6 +41,7 @@ def lose(store: Store, clock: Clock) -> None:
     store.attempts.reap()
 
 
+@pytest.mark.both
 def test_a_waiting_job_is_cancelled_at_once_and_never_claimed(timed: Store, clock: Clock) -> None:
     job_id = timed.jobs.submit(submission())
     row = timed.jobs.cancel(job_id, "bob")
@@ -128,6 +129,7 @@ def test_what_the_lab_caused_is_tried_again_at_once_and_spends_no_retry(store: S
     assert (row.retries_used, row.not_before, row.held, row.attempt) == (0, None, False, 4)
 
 
+@pytest.mark.both
 def test_a_failing_card_is_tried_again_after_a_pause_and_three_of_them_hold_the_job(timed: Store, clock: Clock) -> None:
     job_id = timed.jobs.submit(submission(max_retries=0))
     for _ in range(LAB_FAILURE_LIMIT - 1):
@@ -240,6 +242,7 @@ TOLD = Progress(
 TOLD_COLUMNS = [name for name in vars(TOLD) if getattr(TOLD, name) not in (None, (), "")]
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("reason", [Reason.TRAINER_ERROR, Reason.DIVERGED, Reason.CANCELLED, Reason.PRUNED])
 def test_a_retried_job_shows_nothing_of_the_attempt_before(timed: Store, reason: Reason) -> None:
     job_id = timed.jobs.submit(submission(max_retries=0))
@@ -255,6 +258,7 @@ def test_a_retried_job_shows_nothing_of_the_attempt_before(timed: Store, reason:
     assert (row.reason, row.message, row.not_before, row.ended_at) == (None,) * 4
 
 
+@pytest.mark.both
 def test_every_column_that_an_attempt_writes_is_cleared_when_it_begins_or_ends(timed: Store) -> None:
     job_id = timed.jobs.submit(submission(max_retries=0))
     before = columns(timed.jobs.get(job_id))
@@ -292,6 +296,7 @@ def test_a_job_that_waits_runs_or_has_succeeded_cannot_be_retried(store: Store) 
             end(store, Reason.OK, mine)
 
 
+@pytest.mark.both
 def test_the_waiting_classes_are_those_in_which_a_job_could_be_claimed_now(store: Store) -> None:
     for lora in (4, 20):
         store.jobs.submit(submission(lora=lora, method="lora"))
@@ -321,6 +326,7 @@ def test_unfinished_is_what_runs_and_what_would_fit(store: Store) -> None:
     assert store.jobs.has_unfinished(1, {}), "one whose need is not known may fit anywhere"
 
 
+@pytest.mark.both
 def test_unfinished_leaves_out_what_asks_for_labels_that_the_box_lacks(store: Store) -> None:
     for resources in ({"node_labels": {"nvlink": "yes"}}, {"node_labels": {"nvlink": "yes"}, "cards": 2}):
         store.jobs.submit(submission(lora=4, method="lora", resources=resources))
@@ -330,6 +336,7 @@ def test_unfinished_leaves_out_what_asks_for_labels_that_the_box_lacks(store: St
     assert all(store.jobs.has_unfinished(PLENTY, labels) for labels in boxes)
 
 
+@pytest.mark.both
 def test_a_spec_that_this_version_cannot_read_fails_and_does_not_block_the_next(timed: Store, clock: Clock) -> None:
     broken, good = timed.jobs.submit(submission(priority=9)), timed.jobs.submit(submission())
     with Session(timed.engine) as session, session.begin():
@@ -342,6 +349,7 @@ def test_a_spec_that_this_version_cannot_read_fails_and_does_not_block_the_next(
     assert claim(timed).job_id == good
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("reason", [Reason.STORE_FAILED, Reason.DRAINED, Reason.WORKER_LOST])
 def test_the_box_that_holds_a_finished_result_takes_the_retry_alone_for_ten_minutes(
     timed: Store, clock: Clock, reason: Reason
@@ -366,6 +374,7 @@ def test_the_box_that_holds_a_finished_result_takes_the_retry_alone_for_ten_minu
     assert timed.jobs.get(job_id).result_host is None, "nothing was there"
 
 
+@pytest.mark.both
 def test_after_ten_minutes_any_box_takes_it(timed: Store, clock: Clock) -> None:
     job_id = timed.jobs.submit(submission())
     mine = take(timed, node="heron:0")
@@ -379,6 +388,7 @@ def test_after_ten_minutes_any_box_takes_it(timed: Store, clock: Clock) -> None:
     assert timed.jobs.get(job_id).result_host is None
 
 
+@pytest.mark.both
 def test_a_withdrawn_checkpoint_is_not_gone_on_from_and_one_stored_meanwhile_is(timed: Store) -> None:
     job_id = timed.jobs.submit(submission())
     mine = claim(timed)
@@ -393,6 +403,7 @@ def test_a_withdrawn_checkpoint_is_not_gone_on_from_and_one_stored_meanwhile_is(
     assert timed.jobs.get(job_id).checkpoint is None
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("reason", [Reason.TRAINER_ERROR, Reason.TIMED_OUT, Reason.DIVERGED, Reason.CANCELLED])
 def test_a_failed_job_keeps_what_a_retry_goes_on_from_and_says_so(timed: Store, clock: Clock, reason: Reason) -> None:
     job_id = timed.jobs.submit(submission(max_retries=0))

@@ -38,6 +38,8 @@ from loractl.worker.device.devices import find_device
 from loractl.worker.node.node import place_of
 from loractl.worker.node.device_row import NodeOptions
 
+pytestmark = pytest.mark.both
+
 end = endings._end_attempt
 
 def end_and_freeze(*arguments, **named):

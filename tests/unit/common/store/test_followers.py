@@ -94,6 +94,7 @@ def test_an_attempt_that_is_tried_again_is_no_end(store: Store) -> None:
     assert standing(store, last) == (first, False)
 
 
+@pytest.mark.both
 def test_the_round_lets_go_what_ended_otherwise(store: Store) -> None:
     """By a person, by an earlier version, or while the follower was being submitted."""
     kept, any_end = queue(store), queue(store)
@@ -138,6 +139,7 @@ def test_a_cancelled_one_waits_again_when_it_is_retried(store: Store) -> None:
     assert standing(store, last) == FREE
 
 
+@pytest.mark.both
 def test_one_that_is_retried_after_gc_has_removed_what_it_awaits_is_held_with_the_reason(
     timed: Store, clock: Clock
 ) -> None:
@@ -157,6 +159,7 @@ def test_one_that_is_retried_after_gc_has_removed_what_it_awaits_is_held_with_th
     assert standing(timed, last) == FREE
 
 
+@pytest.mark.both
 def test_patience_for_lora_begins_when_it_may_start(timed: Store, clock: Clock) -> None:
     first = queue(timed)
     last = queue(timed, first, lora_patience=3600)
@@ -175,6 +178,7 @@ def test_followers_are_found_through_each_other(store: Store) -> None:
     assert store.jobs.followers(other) == store.jobs.followers(third) == []
 
 
+@pytest.mark.both
 def test_of_a_blocked_job_only_its_list_is_read(store: Store) -> None:
     """Of 15,000 jobs, all that their files say took 270 MiB."""
     first = queue(store)
@@ -261,6 +265,7 @@ def test_a_sweep_that_has_ended_before_is_asked_by_the_round(store: Store) -> No
     assert standing(store, last) == FREE and store.jobs.get(last).ancestor == members[1]
 
 
+@pytest.mark.both
 def test_where_no_member_has_a_result_the_job_is_held_with_the_reason(store: Store) -> None:
     sweep_id, members = sweep(store, 1)
     last = begin_from_best(store, sweep_id, notify=["ops"])
@@ -275,6 +280,7 @@ def test_where_no_member_has_a_result_the_job_is_held_with_the_reason(store: Sto
     assert standing(store, last) == (None, True) and store.jobs.get(last).message == f"held: {why}"
 
 
+@pytest.mark.both
 @pytest.mark.parametrize(
     ("varied", "keys", "unlike"),
     [
@@ -355,6 +361,7 @@ def test_an_edit_blocks_no_released_job_again(store: Store) -> None:
     assert standing(store, last) == (first, False)
 
 
+@pytest.mark.both
 def test_a_retry_with_a_change_continues_from_the_checkpoint_of_the_adapter_that_it_began_from(store: Store) -> None:
     sweep_id, (first, second) = sweep(store, 2)
     train(store, first, 0.5)

@@ -45,6 +45,7 @@ def claimed(store: Store, node: str = "heron:0", **more: Any) -> Claim:
     return taken
 
 
+@pytest.mark.both
 def test_a_claim_reserves_each_card_and_its_end_frees_all(store: Store) -> None:
     show(store, "heron:0", "heron:1")
     job_id, small = store.jobs.submit(gang()), store.jobs.submit(submission(lora=8, qlora=None, method="lora"))
@@ -84,6 +85,7 @@ def test_the_memory_that_a_card_says_counts_for_its_share(store: Store) -> None:
     assert claimed(store).shares
 
 
+@pytest.mark.both
 def test_a_card_whose_node_is_started_anew_ends_the_whole_job(store: Store) -> None:
     show(store, "heron:0", "heron:1")
     job_id = store.jobs.submit(gang())
@@ -141,6 +143,7 @@ def test_a_job_that_one_card_holds_goes_on_two_where_that_one_takes_nothing(stor
     assert claimed(store, distrusted=frozenset({"ibis:0"})).shares
 
 
+@pytest.mark.both
 def test_a_silent_card_ends_the_whole_job_though_the_other_beats(timed: Store, clock: Clock) -> None:
     show(timed, "heron:0", "heron:1")
     job_id = timed.jobs.submit(gang())
@@ -233,6 +236,7 @@ def test_smaller_jobs_give_way_to_a_waiting_gang(store: Store) -> None:
     assert set(store.cards.preempt()) == set(small)
 
 
+@pytest.mark.both
 def test_no_job_gives_way_to_one_that_would_not_begin_with_a_silent_card(timed: Store, clock: Clock) -> None:
     show(timed, "heron:0", "heron:1")
     small = timed.jobs.submit(submission(lora=8, qlora=None, method="lora", preemptible=True))
@@ -246,6 +250,7 @@ def test_no_job_gives_way_to_one_that_would_not_begin_with_a_silent_card(timed: 
     assert timed.cards.preempt() == (small,)
 
 
+@pytest.mark.both
 def test_no_small_job_takes_the_card_beside_that_of_a_job_that_gives_way(store: Store) -> None:
     """Else that one would have stopped in vain, again and again."""
     show(store, "heron:0", "heron:1")
@@ -270,6 +275,7 @@ def test_what_is_being_cancelled_is_expected_to_end_soon(store: Store) -> None:
     assert job.ends is not None and (job.ends - store.cards.fleet().now).total_seconds() <= LEAVES_IN_S
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("by_hand", [False, True])
 def test_no_card_idles_for_the_age_of_a_gang_that_has_just_come_back(timed: Store, clock: Clock, by_hand: bool) -> None:
     """It ran for hours, or ended the day before: a free card would idle for it for as long as the other one runs."""
@@ -324,6 +330,7 @@ def test_a_card_that_is_woken_for_a_gang_of_others_names_them(store: Store) -> N
     assert left.nodes == {"heron:0"}
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("round_", range(3))
 def test_cards_that_claim_at_once_give_no_byte_twice(store: Store, round_: int) -> None:
     nodes = [f"heron:{n}" for n in range(4)]
@@ -355,6 +362,7 @@ def test_rows_that_another_version_wrote_are_read_as_jobs_for_one_card(store: St
     assert claimed(store, gangs=False).shares == ()
 
 
+@pytest.mark.both
 def test_a_job_on_several_cards_is_shown_as_one(store: Store) -> None:
     show(store, "heron:0", "heron:1")
     job_id = store.jobs.submit(gang())
@@ -365,6 +373,7 @@ def test_a_job_on_several_cards_is_shown_as_one(store: Store) -> None:
     assert fleet(store).jobs_on("heron") == [job_id]
 
 
+@pytest.mark.both
 def test_what_one_of_several_cards_held_teaches_nothing_of_one_card(store: Store) -> None:
     show(store, "heron:0", "heron:1")
     store.jobs.submit(gang(need_key="same"))

@@ -21,6 +21,8 @@ from loractl.common.units import GIB
 
 from ...factories import NOON, node_state, submission
 
+pytestmark = pytest.mark.both
+
 ASKED: dict[str, Callable[[Store], Any]] = {
     "all": lambda store: store.jobs.newest(Choice(), Page()),
     "owner": lambda store: store.jobs.newest(Choice(user="ada"), Page(after=9)),

@@ -15,6 +15,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -38,6 +39,8 @@ from loractl.common.store.tables import Base, Job
 from loractl.common.units import GIB
 
 from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission
+
+pytestmark = pytest.mark.both
 
 machine = settings(
     max_examples=EXAMPLES,

@@ -88,6 +88,7 @@ def test_a_measured_peak_beyond_the_growth_is_what_it_needs(store: Store) -> Non
     assert store.jobs.get(job_id).vram_lora == int(14 * GIB * 1.05)
 
 
+@pytest.mark.both
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
@@ -108,6 +109,7 @@ def test_a_job_that_no_card_could_give_more_fails_with_a_sentence(store: Store, 
     assert store.attempts.claim("box:0") is None
 
 
+@pytest.mark.both
 def test_each_step_down_happens_once_until_nothing_is_left(store: Store) -> None:
     store.jobs.submit(submission(lora=16, qlora=8))
     show(store, total=18)
@@ -119,6 +121,7 @@ def test_each_step_down_happens_once_until_nothing_is_left(store: Store) -> None
     assert store.jobs.get(1).status is Status.FAILED
 
 
+@pytest.mark.both
 def test_memory_that_an_outsider_took_does_not_raise_the_need(store: Store) -> None:
     job_id = store.jobs.submit(submission(lora=16, method="lora"))
     show(store)
@@ -163,6 +166,7 @@ def test_the_plan_that_a_trainer_on_a_processor_tells_is_the_attempt_s(store: St
     assert store.attempts.of_job(job_id)[0].vram_planned == 3 * GIB == store.jobs.get(job_id).vram_lora
 
 
+@pytest.mark.both
 def test_patience_and_steps_down_of_the_batch_end_with_a_new_reservation(store: Store) -> None:
     job_id = store.jobs.submit(submission(lora=16, qlora=8, lora_patience="9h"))
     show(store, "a:0", 18)
@@ -266,6 +270,7 @@ def test_a_trainer_s_plan_corrects_a_need_that_nothing_has_taught(store: Store) 
     assert store.attempts.claim("box:0") is None
 
 
+@pytest.mark.both
 def test_a_need_has_a_floor_that_its_base_s_recorded_size_gives(store: Store) -> None:
     """Not the peaks of other jobs on it: those grow with the rows, and a job of short rows fits a small card."""
     show(store, total=48, max_jobs=4)
@@ -308,6 +313,7 @@ def test_what_waits_and_what_runs_hides_no_attempt_of_its_kind(store: Store) -> 
     )
 
 
+@pytest.mark.both
 def test_an_attempt_of_an_older_engine_teaches_nothing(store: Store) -> None:
     """Its steps took other memory: its peak would be reserved for jobs like it for ever."""
     show(store, total=48)
@@ -318,6 +324,7 @@ def test_an_attempt_of_an_older_engine_teaches_nothing(store: Store) -> None:
     assert store.attempts.measured() == [] == store.attempts.measured("key-1", "llama")
 
 
+@pytest.mark.both
 def test_an_older_version_s_attempt_without_a_name_is_unknown(store: Store) -> None:
     show(store, total=48)
     ran(store, "key-1", 9)
@@ -373,6 +380,7 @@ def test_after_an_upgrade_what_waits_is_planned_for_the_new_steps(store: Store, 
     assert claim(store).job_id == job_id
 
 
+@pytest.mark.both
 def test_only_what_waits_with_an_older_plan_is_planned_anew_where_its_base_is(store: Store, base: Path) -> None:
     elsewhere, cancelled = submit_before_the_upgrade(store, "/nowhere"), submit_before_the_upgrade(store, base)
     store.jobs.cancel(cancelled, "ada")
@@ -385,6 +393,7 @@ def test_only_what_waits_with_an_older_plan_is_planned_anew_where_its_base_is(st
     assert store.jobs.replan_outdated() == [cancelled]
 
 
+@pytest.mark.both
 def test_a_job_that_has_run_keeps_what_its_own_rows_have_taught(store: Store, base: Path) -> None:
     job_id = submit_before_the_upgrade(store, base)
     set_columns(store, job_id, attempt=1, vram_lora=GIB, planned={"lora": GIB, "qlora": None})

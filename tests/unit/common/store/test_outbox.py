@@ -54,6 +54,7 @@ def notes(store: Store, job_id: int) -> list[str]:
     return [event.text for event in store.jobs.events(job_id) if event.kind == "notify"]
 
 
+@pytest.mark.both
 def test_a_result_is_told_to_each_channel_once_and_says_it_in_the_subject(store: Store) -> None:
     store.jobs.submit(submission(name="triage-r32", notify=["ops", "me", "ada-mail"]))
     end(store, Reason.OK, "better, loss 4.49 -> 0.25")
@@ -63,6 +64,7 @@ def test_a_result_is_told_to_each_channel_once_and_says_it_in_the_subject(store:
     assert all_due(store, OPS, ADA) == []
 
 
+@pytest.mark.both
 def test_who_names_no_channel_is_told_nothing_and_a_cancelled_job_neither(store: Store) -> None:
     store.jobs.submit(submission(notify=[]))
     store.jobs.submit(submission())
@@ -95,6 +97,7 @@ def test_a_job_that_is_held_and_a_card_that_is_closed_are_told(timed: Store, clo
     assert channel == "ops" and subject.startswith("tiny: held, its card failed")
 
 
+@pytest.mark.both
 def test_a_closed_card_is_told_to_the_lab(timed: Store, clock: Clock) -> None:
     timed.cards.see(node_state("b:0", total=96 * GIB))
     for user in ("ada", "bob"):
@@ -137,6 +140,7 @@ def test_a_box_that_stops_in_order_is_told_to_nobody(timed: Store, clock: Clock)
     assert all_due(timed, LAB) == []
 
 
+@pytest.mark.both
 def test_a_sweep_is_one_message_when_its_last_member_has_ended(store: Store) -> None:
     sweep = NewSweep(name="grid", varied={})
     store.sweeps.submit(sweep, [submission(notify=["ops"], max_retries=0) for _ in range(3)])
@@ -168,6 +172,7 @@ def test_a_sweep_that_a_cancel_ends_is_told_of_by_the_next_round_once(timed: Sto
     assert all_due(timed, OPS) == [("ops", "all: sweep 2 is over, 0 of 2 succeeded, 2 cancelled")]
 
 
+@pytest.mark.both
 def test_the_last_two_members_that_end_at_once_tell_of_the_sweep_once(postgres_engine: Engine) -> None:
     store = Store(postgres_engine)
     for _ in range(5):
@@ -207,6 +212,7 @@ def test_a_message_has_one_sender_and_another_one_with_the_same_id_when_that_is_
     assert due(timed, OPS) is None
 
 
+@pytest.mark.both
 def test_pauses_grow_the_receiver_s_own_counts_and_after_eight_tries_the_history_says_so(
     timed: Store, clock: Clock
 ) -> None:
@@ -230,6 +236,7 @@ def test_pauses_grow_the_receiver_s_own_counts_and_after_eight_tries_the_history
     assert note.endswith("to channel ops: gave up after 8 tries: HTTP 500")
 
 
+@pytest.mark.both
 def test_messages_are_counted_by_channel_without_a_word_of_what_they_say(timed: Store, clock: Clock) -> None:
     for names in (["ops"], ["ops", "ada-mail"], ["nobodys"]):
         timed.jobs.submit(submission(name="secret", notify=names))
@@ -280,6 +287,7 @@ def test_a_mail_that_some_of_its_recipients_refuse_is_sent_and_the_history_says_
     ]
 
 
+@pytest.mark.both
 def test_a_message_to_a_channel_that_nobody_has_is_given_up_after_a_day_and_forgotten_after_a_week(
     timed: Store, clock: Clock
 ) -> None:
@@ -311,6 +319,7 @@ def test_a_spec_that_names_channels_in_a_wrong_form_is_refused_at_the_door(store
         job.spec = {**job.spec, "notify": notify}
 
 
+@pytest.mark.both
 def test_a_job_s_owner_is_told_who_else_has_changed_it(store: Store) -> None:
     job_id = store.jobs.submit(submission(name="mine", notify=["ops"]))
     store.jobs.hold(job_id, "ada")

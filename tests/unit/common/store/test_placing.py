@@ -56,6 +56,7 @@ def gib_of(size: int | None) -> float:
 # --- bytes ---
 
 
+@pytest.mark.both
 def test_a_card_keeps_free_what_contexts_take_beyond_the_plans(store: Store) -> None:
     """Of each job that may run there: a job that fills the card to the last byte would run out of memory."""
     store.jobs.submit(submission(lora=23, method="lora"))
@@ -78,6 +79,7 @@ def test_a_card_with_a_fault_takes_nothing_until_it_works_again(store: Store) ->
     assert isinstance(take(store), Claim)
 
 
+@pytest.mark.both
 def test_slots_that_claim_at_once_never_reserve_the_same_bytes(store: Store) -> None:
     for _ in range(12):
         store.jobs.submit(submission(lora=15, method="lora"))
@@ -137,6 +139,7 @@ def test_reserved_bytes_are_free_again_after_the_end(store: Store) -> None:
 # --- closed cards ---
 
 
+@pytest.mark.both
 @pytest.mark.parametrize("target", ["box", "box:0"])
 def test_a_drained_card_claims_nothing_until_the_drain_ends(timed: Store, clock: Clock, target: str) -> None:
     timed.jobs.submit(submission())
@@ -175,6 +178,7 @@ def test_a_card_that_was_not_seen_for_long_or_is_stopping_claims_nothing(timed: 
 # --- methods ---
 
 
+@pytest.mark.both
 def test_patience_waits_for_lora_and_then_lets_qlora_do(timed: Store, clock: Clock) -> None:
     job_id = timed.jobs.submit(submission(lora=20, qlora=8, lora_patience="2h"))
     show(timed, total=12)
@@ -235,6 +239,7 @@ def test_labels_of_a_job_are_asked_of_the_node(store: Store) -> None:
 # --- giving way ---
 
 
+@pytest.mark.both
 def test_a_job_that_cannot_start_keeps_no_one_of_lower_priority_from_being_given_way_to(store: Store) -> None:
     low = submission(lora=20, method="lora", preemptible=True)
     store.jobs.submit(low)
@@ -311,6 +316,7 @@ def test_a_started_job_counts_at_once(store: Store) -> None:
     assert [claim(store).user for _ in range(3)] == ["ada", "bob", "ada"]
 
 
+@pytest.mark.both
 def test_old_use_is_forgotten(timed: Store, clock: Clock) -> None:
     for user, hours in (("ada", 24), ("bob", 1)):
         timed.jobs.submit(submission(user=user))
@@ -328,6 +334,7 @@ def test_old_use_is_forgotten(timed: Store, clock: Clock) -> None:
     assert claim(timed).user == "ada"
 
 
+@pytest.mark.both
 def test_a_lab_may_have_the_order_of_before(timed: Store, clock: Clock) -> None:
     asked = (("ada", 0), ("ada", 0), ("bob", 1))
     old, short, urgent = (timed.jobs.submit(submission(user=user, priority=priority)) for user, priority in asked)
@@ -434,6 +441,7 @@ def test_a_job_of_unknown_need_has_a_card_of_its_own_until_it_is_planned(store: 
     assert claim(store).job_id == fourth
 
 
+@pytest.mark.both
 def test_a_better_plan_never_takes_more_than_was_reserved(store: Store) -> None:
     job_id = store.jobs.submit(submission(lora=10, method="lora"))
     show(store)
@@ -521,6 +529,7 @@ cards_of = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.both
 @settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     jobs=st.lists(rows(), max_size=10),
@@ -585,6 +594,7 @@ def _build(store: Store, clock: Clock, jobs: list[dict[str, Any]], nodes: list[d
     return Plain(cards, waiting)
 
 
+@pytest.mark.both
 def test_the_cards_of_the_plain_rule_are_those_of_the_database(store: Store) -> None:
     show(store, "a:0", 48, margin=1, outside_bytes=3, max_jobs=2, labels={"x": "y"}, user_limit=3)
     store.jobs.submit(submission(lora=10, method="lora"))

@@ -58,6 +58,7 @@ def test_results_beyond_the_newest_of_each_user_and_name_are_found(timed: Store,
     assert {theirs, other} == {a.job_id for a in timed.adapters.all()} - set(mine)
 
 
+@pytest.mark.both
 def test_an_adapter_stays_while_an_open_job_is_to_begin_from_it(timed: Store, clock: Clock) -> None:
     first, second = ended(timed, name="a"), ended(timed, name="a")
     clock.forward(60)
@@ -99,6 +100,7 @@ def test_only_a_result_can_be_removed(store: Store, reason: Reason | None) -> No
     assert len(store.jobs.events(job_id)) == before
 
 
+@pytest.mark.both
 def test_an_attempt_is_over_once_it_ended_without_being_the_result(timed: Store, clock: Clock) -> None:
     retried = timed.jobs.submit(submission())
     for reason in (Reason.DRAINED, Reason.TRAINER_ERROR):
@@ -127,6 +129,7 @@ def test_more_jobs_than_one_statement_takes_can_be_asked_for(store: Store) -> No
     assert store.results.over(range(1, 40_000)).attempts == {(job_id, 1)}
 
 
+@pytest.mark.both
 def test_a_data_set_is_needed_while_a_job_may_read_it(timed: Store, clock: Clock) -> None:
     jobs = {
         "waiting": timed.jobs.submit(submission(lora=200, qlora=200)),
@@ -148,6 +151,7 @@ def test_a_data_set_is_needed_while_a_job_may_read_it(timed: Store, clock: Clock
     assert "result.jsonl" in timed.results.needed_data(NOON - DAY, without)
 
 
+@pytest.mark.both
 def test_what_is_the_same_of_many_jobs_is_read_once(timed: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     names_in = retention._names_in
@@ -162,6 +166,7 @@ def test_what_is_the_same_of_many_jobs_is_read_once(timed: Store, monkeypatch: p
     assert (timed.results.needed_data(NOON), len(read)) == ({"shared.jsonl"}, 1)
 
 
+@pytest.mark.both
 def test_the_log_of_a_result_is_spent_and_other_logs_are_kept(timed: Store, clock: Clock) -> None:
     job_id = timed.jobs.submit(submission())
     timed.attempts.finish(claim(timed), Reason.TRAINER_ERROR, "it failed", Progress(log="first\n"))
@@ -182,6 +187,7 @@ def test_the_log_of_a_result_is_spent_and_other_logs_are_kept(timed: Store, cloc
     assert timed.jobs.log(failed) == []
 
 
+@pytest.mark.both
 def test_values_of_single_steps_go_and_those_that_sweeps_are_judged_by_stay(timed: Store, clock: Clock) -> None:
     job_id = timed.jobs.submit(submission())
     points = ((1, "loss", 3.0), (1, "grad_norm", 1.0), (4, "rung_0.25", 2.0), (9, "held_out_loss", 1.5))
@@ -215,6 +221,7 @@ def test_no_member_goes_while_its_sweep_goes_on_and_an_empty_sweep_goes(timed: S
     assert timed.sweeps.several([sweep_id]) == []
 
 
+@pytest.mark.both
 def test_a_job_that_was_queued_again_or_has_a_result_is_not_forgotten(timed: Store, clock: Clock) -> None:
     again, kept = ended(timed, Reason.DIVERGED), ended(timed)
     clock.forward(1)

@@ -201,6 +201,7 @@ def test_a_simulated_card_never_changes_the_pieces(store: Store) -> None:
     assert claim(store).adjustment == Adjustment(gradient_checkpointing=False)
 
 
+@pytest.mark.both
 def test_a_better_plan_gives_the_rest_back_and_teaches_the_job_both_sizes(store: Store) -> None:
     show(store)
     job_id = queue(store)
@@ -217,6 +218,7 @@ def test_a_better_plan_gives_the_rest_back_and_teaches_the_job_both_sizes(store:
     assert reserved(store, claim(store)) == (20, True)
 
 
+@pytest.mark.both
 def test_a_plan_that_comes_once_out_of_memory_took_the_room_back_is_of_the_need(store: Store) -> None:
     show(store)
     queue(store)
@@ -239,6 +241,7 @@ def test_the_peak_of_an_attempt_that_had_the_room_is_told_apart(store: Store) ->
     assert sorted((one.roomy, one.planned) for one in found) == [(False, 8 * GIB)] * 2 + [(True, 40 * GIB)] * 2
 
 
+@pytest.mark.both
 def test_an_attempt_of_an_earlier_version_leaves_it_open(store: Store) -> None:
     show(store)
     queue(store)

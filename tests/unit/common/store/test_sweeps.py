@@ -176,6 +176,7 @@ def test_a_sweep_without_rungs_stops_nobody(store: Store) -> None:
         assert reach(store, claim, 8, 1.0 + claim.job_id).pruned is None
 
 
+@pytest.mark.both
 def test_of_members_that_reach_a_rung_at_the_same_moment_the_best_goes_on_and_both_count(store: Store) -> None:
     for _ in range(5):
         start(store, RATES[:2])

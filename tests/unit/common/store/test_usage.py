@@ -83,6 +83,7 @@ def test_a_user_s_first_endings_in_one_transaction_are_all_charged(timed: Store,
     assert (total(timed, "gib_hours"), timed.cards.fleet().charges) == (24.0, {"ada": pytest.approx(24.0)})
 
 
+@pytest.mark.both
 def test_a_user_s_first_endings_in_two_transactions_are_both_charged(postgres_engine: Engine, clock: Clock) -> None:
     store = Store(postgres_engine, clock=clock)
     ends = [threading.Thread(target=end, args=(store, start(store))) for _ in range(2)]
@@ -97,6 +98,7 @@ def test_a_user_s_first_endings_in_two_transactions_are_both_charged(postgres_en
     assert store.cards.fleet().charges == {"ada": pytest.approx(24.0)}
 
 
+@pytest.mark.both
 def test_what_was_measured_counts_where_less_was_reserved(timed: Store, clock: Clock) -> None:
     """A need of one byte evades neither share nor quota."""
     timed.usage.set_quota("ada", 5, 86400, "lena", soft=False)
@@ -116,6 +118,7 @@ def test_what_was_measured_counts_where_less_was_reserved(timed: Store, clock: C
         assert tx.session.get_one(Use, "ada").gib_hours == pytest.approx(240)
 
 
+@pytest.mark.both
 def test_it_outlives_the_jobs(timed: Store, clock: Clock) -> None:
     claim = start(timed, max_retries=0)
     clock.forward(3600)
@@ -126,6 +129,7 @@ def test_it_outlives_the_jobs(timed: Store, clock: Clock) -> None:
     assert timed.usage.since(EPOCH) == before != []
 
 
+@pytest.mark.both
 @pytest.mark.parametrize(
     ("reason", "kept", "reached", "lost"),
     [
@@ -173,6 +177,7 @@ def test_a_time_that_no_attempt_can_take_is_the_fault_of_a_clock(timed: Store, c
     assert total(timed, "card_hours") <= 1
 
 
+@pytest.mark.both
 def test_beyond_a_hard_quota_jobs_wait_until_enough_is_past(timed: Store, clock: Clock) -> None:
     timed.usage.set_quota("ada", 1.0, 86400, "root", soft=False)
     claim = start(timed, gib=48)
@@ -246,6 +251,7 @@ def test_a_claim_looks_at_one_job_of_a_user_who_may_start_none(timed: Store, clo
     assert asked() == one
 
 
+@pytest.mark.both
 def test_a_replay_goes_on_from_what_the_database_has(timed: Store, clock: Clock) -> None:
     """What it counts then, and an hour later if nothing ends, is what the quota's row and the running jobs say."""
     timed.usage.set_quota("ada", 3.0, 86400, "root", soft=True)

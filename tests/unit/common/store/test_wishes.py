@@ -19,6 +19,8 @@ from loractl.common.store.tables import Job
 
 from ...factories import PLENTY, RESULT, submission, take
 
+pytestmark = pytest.mark.both
+
 
 def test_a_held_job_is_not_claimed_and_says_who_holds_it_and_why(store: Store) -> None:
     job_id = store.jobs.submit(submission())

@@ -102,6 +102,7 @@ def test_what_attempts_have_taught_stays_unless_the_memory_is_decided_anew(store
     assert job.need_key is not None
 
 
+@pytest.mark.both
 def test_pieces_of_another_batch_go_with_it(store: Store) -> None:
     """A job that begins in smaller pieces trained with their batch, whatever its spec said after an edit."""
     smaller = Adjustment(micro_batch=1, accumulation=16)
@@ -149,6 +150,7 @@ def test_a_job_that_began_meanwhile_is_not_changed_behind_its_back(store: Store)
     assert store.jobs.get(job_id).spec["lora"]["r"] == 16
 
 
+@pytest.mark.both
 def test_a_retry_with_a_change_goes_on_from_the_checkpoint(store: Store) -> None:
     store.jobs.submit(submission(resources={"time_limit": "1h"}))
     claim = started(store)
@@ -171,6 +173,7 @@ def test_a_retry_with_a_change_goes_on_from_the_checkpoint(store: Store) -> None
         amendment(store, claim.job_id, ["priority=1"])
 
 
+@pytest.mark.both
 def test_a_job_that_failed_before_its_first_step_takes_the_setting_that_its_failure_names(store: Store) -> None:
     store.jobs.submit(submission())
     claim = started(store)
