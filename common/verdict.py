@@ -19,22 +19,30 @@ Reading = Literal[
     "better", "worse", "no practical change", "no clear change", "too few cases", "a description", "not known"
 ]
 
+MIN_JUDGED = 20
+"""Fewer rows carry no verdict. Of simulated trainings without effect (skewed losses, rows of 5 to 40 tokens), 5 %
+should have an interval without zero; 16 % have one with 8 rows, 9.5 % with 20, 7 % with 48."""
+
 MIN_NEW = 30
 """With fewer held-out rows that resemble no row to train on, all of them decide, and the verdict says so."""
 
 BADGES = {
     "better": "✓ Better",
+    "better_by_loss": "± Better by loss only",
+    "no_better_than_cheap": "– No better than a cheap answer",
+    "no_clear_change": "– No clear change",
     "worse": "✗ Worse",
-    "mixed": "± Loss and answers disagree",
-    "no_practical_change": "– No practical change",
-    "no_measurable_gain": "– No measurable gain",
-    "better_ends": "± Better only at ending its answers",
-    "no_better_than_cheap": "– No better than the most frequent answer",
-    "too_few_rows": "– Too few held-out rows to say",
     "cant_be_judged": "– Can't be judged",
-    "not_known": "– Could not be measured",
 }
-"""The badge of each reading that a report's verdict can have."""
+"""The badge of each reading that a report's verdict can have; without its sign, the word that every face uses."""
+
+SIGNS = "✓✗±– "
+
+_EARLIER_BADGES = {
+    "mixed": "± Loss and answers disagree",
+    "better_ends": "± Better only at ending its answers",
+}
+"""Of reports that earlier versions wrote."""
 
 MOST_DECIMALS = 6
 
@@ -131,9 +139,10 @@ def decimals(change: float | None, low: float | None, high: float | None, least:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportVerdict:
-    """What a report says as a whole. Its badge, its line in `status` and its sentence follow from the reading."""
+    """What a report says as a whole. Its badge, its line in `status` and its sentence begin with the same word."""
 
     reading: str  # a key of BADGES
+    why: str  # the reason in one clause; empty for better, worse, and a change that may be none
     short: str  # for a job's line
     sentence: str
     aside: str  # what is worse besides the held-out loss, and what is wrong with the held-out rows; else empty
@@ -150,6 +159,9 @@ LOSSES = frozenset({"loss", "new_rows_loss", "words_loss", "perplexity"})
 ACCURACIES = frozenset({"preference_accuracy", "new_rows_preference_accuracy"})
 """Measures whose numbers a verdict's sentence has, or that say the same as one of those."""
 
+LENGTH, EXPECTED_LENGTH = "answer_tokens", "expected_tokens"
+"""Lengths of the tuned model's answers, against the base's and against the expected ones."""
+
 CHEAP = ("cheap_loss", "cheap_accuracy")
 """The tuned model against the labels' shares alone. A gain over the base needs a gain over one of the two."""
 
@@ -164,6 +176,9 @@ margin alone can't tell, since it also grows when both answers become unlikely a
 OTHER_LENGTH = 1.5
 """Ratio of lengths at which a change is worth mentioning."""
 
+CUT_SHORT = 0.5
+"""Answers that are clearly at most this share of the expected length are no better, whatever their loss is."""
+
 
 def report_verdict(
     metrics: Sequence[Mapping[str, Any]],
@@ -171,21 +186,26 @@ def report_verdict(
     doubts: Sequence[str] = (),
     rows: str = "held-out",
     given_away: int = 0,
+    *,
+    read_off: str = "",
+    texts: bool = False,
 ) -> ReportVerdict:
     """What a report's metrics say against `base`. The loss decides, unless the answers say the opposite. For pairs it
     does not decide either if it has not clearly changed but the share of correctly ranked pairs has.
 
-    A gain is none if the labels' shares alone reach it, and can't be judged if most rows resemble rows to train on and
-    the others are too few. `rows`: what to call the measured rows. `doubts`: sentences about them, which follow the
-    measures that got worse, in `aside`. `given_away`: how many of them resemble a row to train on.
+    A gain of the loss is one "by loss only" unless a measure of answers gained, too. It is none if a cheap answer
+    reaches it. It can't be judged if there are few rows, or if the rows measure something else: most of them resemble
+    rows to train on and the others are too few, or their questions hold the answer.
+
+    `rows`: what to call the measured rows. `doubts`: sentences about them, which follow the measures that got worse, in
+    `aside`. `given_away`: how many of them resemble a row to train on. `read_off`: a clause if most of them hold their
+    answer. `texts`: the rows are plain texts, so the loss is all there is.
     """
     named = {metric["name"]: metric for metric in metrics}
     every, new = named["loss"], named.get("new_rows_loss")
     loss = every if new is None or new["cases"] < MIN_NEW else new
-    shown = written(loss)
     accuracy = named.get("new_rows_preference_accuracy" if loss is new else "preference_accuracy")
     of = _of_rows(loss, metrics, rows) if accuracy is None else _of_pairs(loss, accuracy, named, rows)
-    measured = of.measured
     if new is not None:
         seen = every["cases"] - new["cases"]
         about = f"{seen} of {every['cases']} {rows} rows resemble rows to train on"
@@ -193,89 +213,132 @@ def report_verdict(
             f"the verdict is of the other {new['cases']}" if loss is new else f"the other {new['cases']} are too few"
         )
         doubts = [*doubts, f"{about}; {apart}{'' if loss is new else ' to judge by'}."]
-    reading, short, sentence = {
-        "too few cases": (
-            "too_few_rows",
-            f"too few {rows} {of.cases} to say",
-            f"Too few {rows} {of.cases} ({loss['cases']}) to say whether it is better: {measured}.",
-        ),
-        "no clear change": (
-            "no_measurable_gain",
-            "no measurable gain",
-            f"No measurable gain: {measured}, and the interval of {of.changed} includes zero.",
-        ),
-        "no practical change": (
-            "no_practical_change",
-            "no practical change",
-            f"No practical change: {measured}, too small to notice.",
-        ),
-        "not known": (
-            "not_known",
-            "could not be measured",
-            f"Could not be measured: {measured}{_unmeasured(loss, f'{rows} {of.cases}')}.",
-        ),
-        "worse": ("worse", "worse", f"Worse than {base}: {measured}."),
-        "better": ("better", "better", f"Better than {base}: {measured}."),
-    }[shown.reading]
-    opposite = {"better": "worse", "worse": "better"}.get(reading)
-    against = [metric for metric in of.judges if metric["reading"] == opposite]
-    unsure = [metric for metric in metrics if _points_down(metric)] if reading == "better" else []
-    spoilt = named.get("chosen_loss", {})
-    if reading == "better" and spoilt.get("reading") == "worse" and spoilt["change"] >= SPOILT:
-        reading, short, shown = "mixed", "better preferences, spoilt answers", written(spoilt)
-        cost = f"the chosen answers' own loss rose, {shown.base} -> {shown.tuned} nats a token"
-        sentence = f"Better preferences than {base}'s, but spoilt answers: {measured}; {cost}."
-        against = [*against, spoilt]
-    elif against:
-        reading, short = "mixed", f"{reading} loss, {opposite} {of.what}"
-        told = [_told(more)] if (more := [metric for metric in against if metric is not accuracy]) else []
-        sentence = f"{short.capitalize()} than {base}'s: {'; '.join([measured, *told])}."
-    elif accuracy is not None and accuracy in of.judges and shown.reading.startswith("no "):
-        reading, short = "mixed", f"{accuracy['reading']} {of.what}, {shown.reading} of the loss"
-        sentence = (
-            f"{accuracy['reading'].capitalize()} {of.what} than {base}'s, {shown.reading} of the loss: {measured}."
-        )
-    elif unsure:
-        cases = max(int(metric["cases"]) for metric in unsure)
-        few = f"{cases} answer{'s' * (cases != 1)} {'are' if cases != 1 else 'is'} too few to say"
-        short = f"{short}, by loss"
-        sentence = f"Better than {base} by loss: {measured}; {_told(unsure)}, but {few}."
-    cheap = _unbeaten(named)
-    if reading in ("better", "mixed") and loss is every and given_away * 2 > every["cases"]:
-        reading, short = "cant_be_judged", "can't be judged"
-        others = every["cases"] - given_away
-        apart = f", and the other {others} are too few" if others else ""
-        like = f"{given_away} of {every['cases']} {rows} rows resemble rows to train on{apart}"
-        sentence = f"Can't be judged: {like}; {measured}."
-        doubts = doubts[: len(doubts) - (new is not None)]
-    elif reading in ("better", "mixed") and cheap is not None:
-        reading, short = "no_better_than_cheap", "no better than the most frequent answer"
-        sentence = (
-            f"No better than the most frequent answer: {measured}, and the labels' shares alone give {cheap.base}."
-        )
-    elif reading == "better" and (words := named.get("words_loss")) is not None:
-        reading, short = "better_ends", "better only at ending its answers"
-        apart = f"without the stop token {written(words).base} -> {written(words).tuned}, {words['reading']}"
-        sentence = f"Better than {base} only at ending its answers: {measured}; {apart}."
-    sentence = f"{sentence.removesuffix('.')}{of.answers}."
-    said = {*LOSSES, *ACCURACIES, *CHEAP, *(metric["name"] for metric in against)}
-    worse = [metric["label"] for metric in metrics if metric["reading"] == "worse" and metric["name"] not in said]
-    asides = [f"Worse on {' and '.join(worse)}."] if worse and reading != "too_few_rows" else []
+    said, spoken = _said(of, loss, named, metrics, texts=texts)
+    if said.reading in GAINS or said.disagrees:
+        if loss is every and given_away * 2 > every["cases"]:
+            others = every["cases"] - given_away
+            apart = f", and the other {others} are too few" if others else ""
+            said = _Said(
+                "cant_be_judged", f"{given_away} of {every['cases']} {rows} rows resemble rows to train on{apart}"
+            )
+            doubts = doubts[: len(doubts) - (new is not None)]
+        elif read_off:
+            said = _Said("cant_be_judged", read_off)
+        elif cheap := _unbeaten(named):
+            said = _Said("no_better_than_cheap", cheap)
+    begin = word(said.reading)
+    against = f" than {base}" if said.reading in ("better", "worse") else ""
+    because = f"{said.why}; " if said.why else ""
+    sentence = f"{begin}{against}: {because}{of.measured}{said.more}{of.answers}."
+    spoken |= {*LOSSES, *ACCURACIES}
+    worse = [
+        metric["label"]
+        for metric in metrics
+        if metric["reading"] == "worse" and metric["name"] not in spoken and not metric["name"].startswith("cheap_")
+    ]
+    asides = [f"Worse on {' and '.join(worse)}."] if worse and loss["cases"] >= MIN_CASES else []
+    if accuracy is None and (lengths := _lengths(named)):
+        asides.append(f"{lengths}.")
+    short = f"{begin.lower()}{f': {said.why}' if said.why else ''}, {of.numbers}"
     return ReportVerdict(
-        reading=reading, short=f"{short}, {of.numbers}", sentence=sentence, aside=" ".join([*asides, *doubts])
+        reading=said.reading, why=said.why, short=short, sentence=sentence, aside=" ".join([*asides, *doubts])
     )
 
 
-def _unbeaten(named: Mapping[str, Mapping[str, Any]]) -> Written | None:
-    """The loss of the labels' shares, if the tuned model is clearly better in nothing; None otherwise."""
+GAINS = ("better", "better_by_loss")
+
+
+@dataclass(frozen=True)
+class _Said:
+    """A reading with its reason, and what follows the numbers."""
+
+    reading: str
+    why: str = ""
+    more: str = ""
+    disagrees: bool = False
+
+
+def _said(
+    of: _Subject,
+    loss: Mapping[str, Any],
+    named: Mapping[str, Mapping[str, Any]],
+    metrics: Sequence[Mapping[str, Any]],
+    *,
+    texts: bool,
+) -> tuple[_Said, set[str]]:
+    """What the loss and the answers say together, and the names of the measures that this speaks of."""
+    reading, rows = loss["reading"], f"{of.rows} {of.cases}"
+    if reading == "not known":
+        return _Said("cant_be_judged", f"the loss is not a number{_unmeasured(loss, rows)}"), set()
+    if loss["cases"] < MIN_JUDGED:
+        few = f"{loss['cases']} {rows}" if loss["cases"] != 1 else f"1 {rows.removesuffix('s')}"
+        return _Said("cant_be_judged", f"{few} {'are' if loss['cases'] != 1 else 'is'} too few"), set()
+    spoilt = named.get("chosen_loss", {})
+    if reading == "better" and spoilt.get("reading") == "worse" and spoilt["change"] >= SPOILT:
+        shown = written(spoilt)
+        cost = f"; the chosen answers' own loss rose, {shown.base} -> {shown.tuned} nats a token"
+        return _Said("cant_be_judged", "better preferences, spoilt answers", cost, disagrees=True), {"chosen_loss"}
+    opposite = {"better": "worse", "worse": "better"}.get(reading)
+    against = [metric for metric in of.judges if metric["reading"] == opposite]
+    spoken = {metric["name"] for metric in against}
+    if against:
+        more = [metric for metric in against if metric["name"] not in ACCURACIES]
+        told = f"; {_told(more)}" if more else ""
+        return _Said("cant_be_judged", f"{reading} loss, {opposite} {of.what}", told, disagrees=True), spoken
+    if reading.startswith("no "):
+        turned = [metric for metric in of.judges if metric["name"] in ACCURACIES]
+        if turned:
+            why = f"{turned[0]['reading']} {of.what}, {reading} of the loss"
+            return _Said("cant_be_judged", why, disagrees=turned[0]["reading"] == "better"), spoken
+        if reading == "no practical change":
+            return _Said("no_clear_change", "too small to notice"), spoken
+        return _Said("no_clear_change", "", f", and the interval of {of.changed} includes zero"), spoken
+    if reading == "better" and of.what == "answers" and not texts:
+        return _by_loss(of, named, metrics) or _Said("better"), spoken
+    return _Said(str(reading)), spoken
+
+
+def _by_loss(
+    of: _Subject, named: Mapping[str, Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]
+) -> _Said | None:
+    """A clear gain of the loss as one of the loss alone; None if the answers gained as well."""
+    reading = "better_by_loss"
+    if (words := named.get("words_loss")) is not None:
+        shown = written(words)
+        apart = f"; without the stop token {shown.base} -> {shown.tuned}, {words['reading']}"
+        return _Said(reading, "it learned to end its answers", apart)
+    if (lengths := named.get(EXPECTED_LENGTH)) is not None and _clearly(lengths, CUT_SHORT):
+        short = f"{lengths['tuned']:.0f} tokens where {lengths['base']:.0f} are expected"
+        return _Said(reading, f"its answers are too short, {short}")
+    if unsure := [metric for metric in metrics if _points_down(metric)]:
+        return _Said(reading, _too_few_answers(unsure), f"; {_told(unsure)}")
+    if not of.judges:
+        return _Said(reading, "no answers were measured")
+    if any(metric["reading"] == "better" for metric in of.judges):
+        return None
+    if all(metric["reading"] == "too few cases" for metric in of.judges):
+        return _Said(reading, _too_few_answers(of.judges))
+    told = next(metric for metric in of.judges if metric["reading"] != "too few cases")
+    return _Said(reading, f"{told['reading']} of the answers", f"; {_told(of.judges)}")
+
+
+def _too_few_answers(metrics: Sequence[Mapping[str, Any]]) -> str:
+    cases = max(int(metric["cases"]) for metric in metrics)
+    return f"{cases} answer{'s' * (cases != 1)} {'are' if cases != 1 else 'is'} too few to say"
+
+
+def _unbeaten(named: Mapping[str, Mapping[str, Any]]) -> str:
+    """Which cheap answer the tuned model is clearly better than in nothing; empty if it beats all."""
     against = [named[name] for name in CHEAP if name in named]
     beaten = any(metric["reading"] in ("better", "too few cases", "not known") for metric in against)
-    return written(against[0]) if against and not beaten else None
+    if not against or beaten:
+        return ""
+    return f"the labels' shares alone have a loss of {written(against[0]).base}"
 
 
 def _unmeasured(loss: Mapping[str, Any], cases: str) -> str:
     count = loss.get("unmeasured")
-    return f"; of {count} of {loss['cases']} {cases} it is not a number" if count else ", which is not a number"
+    return f" for {count} of {loss['cases']} {cases}" if count else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +348,7 @@ class _Subject:
     numbers: str  # for a job's line
     measured: str
     judges: Sequence[Mapping[str, Any]]  # measures that may contradict the loss
+    rows: str
     cases: str = "rows"
     what: str = "answers"
     changed: str = "the change"
@@ -298,6 +362,7 @@ def _of_rows(loss: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], rows
         numbers=numbers,
         measured=f"held-out {numbers}" if rows == "held-out" else f"{numbers} on {rows} rows",
         judges=[metric for metric in metrics if metric["name"] in ANSWERS],
+        rows=rows,
     )
 
 
@@ -312,6 +377,7 @@ def _of_pairs(
         numbers=f"chosen likelier in {share}, {numbers}",
         measured=f"the chosen answer is the likelier one in {share} of {accuracy['cases']} {rows} pairs, {numbers}",
         judges=[*([accuracy] if _turned(accuracy) else []), *([margin] if margin and of_the_same else [])],
+        rows=rows,
         cases="pairs",
         what="preferences",
         changed="the loss's change",
@@ -327,13 +393,38 @@ def _turned(accuracy: Mapping[str, Any]) -> bool:
 
 def _other_length(lengths: Mapping[str, Any]) -> str:
     """What is said of answers that are clearly much longer or shorter than the base's; else nothing."""
-    base, tuned, low, high = (lengths[key] for key in ("base", "tuned", "low", "high"))
-    if not has_interval(lengths) or low <= 0 <= high or max(base, tuned) < OTHER_LENGTH * min(base, tuned):
+    if not (_clearly(lengths, 1 / OTHER_LENGTH) or _clearly(lengths, OTHER_LENGTH)):
         return ""
+    base, tuned = lengths["base"], lengths["tuned"]
     times = round(tuned / base, 1) if base else 0.0
     size = {2.0: "twice", 0.5: "half"}.get(times, f"{times:g} times" if times else "")
     than = f"{size} as long" if size else ("longer" if tuned > base else "shorter")
     return f"; answers {than} ({base:.0f} -> {tuned:.0f} tokens)"
+
+
+def _lengths(named: Mapping[str, Mapping[str, Any]]) -> str:
+    """How the answers' length changed, and whether it is the expected one; empty if neither is worth a word."""
+    base, expected = named.get(LENGTH), named.get(EXPECTED_LENGTH)
+    if base is None or expected is None:
+        return ""
+    unlike = any(_clearly(expected, ratio) for ratio in (1 / OTHER_LENGTH, OTHER_LENGTH))
+    if not unlike and not _other_length(base):
+        return ""
+    longer = "longer" if base["tuned"] > base["base"] else "shorter"
+    change = (
+        f"Answers became {longer}, {base['base']:.0f} -> {base['tuned']:.0f} tokens"
+        if _other_length(base)
+        else (f"Answers have {base['tuned']:.0f} tokens")
+    )
+    return f"{change}; expected are {expected['base']:.0f}"
+
+
+def _clearly(lengths: Mapping[str, Any], ratio: float) -> bool:
+    """Whether lengths clearly changed by this ratio or more; below 1, they became shorter."""
+    base, tuned, low, high = (lengths[key] for key in ("base", "tuned", "low", "high"))
+    if not has_interval(lengths) or low <= 0 <= high:
+        return False
+    return bool(tuned >= ratio * base if ratio > 1 else tuned <= ratio * base)
 
 
 def chose_step(*, keeps_best: bool, evaluations: int, stopped_early: bool) -> bool:
@@ -357,7 +448,12 @@ def _told(metrics: Sequence[Mapping[str, Any]]) -> str:
 
 def badge(reading: str) -> str:
     """The badge of a verdict's reading; a newer version's is shown as it is."""
-    return BADGES.get(reading, reading.replace("_", " ").capitalize())
+    return {**_EARLIER_BADGES, **BADGES}.get(reading, reading.replace("_", " ").capitalize())
+
+
+def word(reading: str) -> str:
+    """The word of a verdict's reading, as every face has it."""
+    return badge(reading).lstrip(SIGNS)
 
 
 def are_of_pairs(answers: Mapping[str, Any]) -> bool:

@@ -17,7 +17,8 @@ from .examples import Example
 from .findings import LABEL_WORDS, Finding, answer_of, shares_of
 
 GIVEN_AWAY = "answer in the question"
-"""The finding's kind."""
+LENGTH_TELLS = "length tells the label"
+"""The kinds of findings by which answers can be told without reading what is asked."""
 
 MOST_ROWS = 1000
 """Of more rows than these, about this many are sampled on each side, which gives a share to within 3 %."""
@@ -30,6 +31,9 @@ FEWEST, SHARE = 8, 0.1
 
 AGREEMENT = 0.7
 """From this kappa on, a place gives answers away."""
+
+FEWEST_LENGTHS, NEAR = 20, 5
+"""The fewest rows whose lengths say anything, and how many rows of the nearest lengths guess a row's label."""
 
 TOLD_SHARE = 0.5
 """From this share on, answers that are part of the task are reported."""
@@ -58,6 +62,8 @@ class Giveaway:
         """`rows`: how many rows to train on it will see."""
         self._sample = _SampledRows(rows)
         self._held_out = held_out
+        self.read_off = ""
+        """A clause for the verdict once `findings` has run: how most held-out answers can be told; else empty."""
 
     def see(self, example: Example, question: int | None = None) -> None:
         self._sample.see(example)
@@ -71,9 +77,39 @@ class Giveaway:
         sides = [_Side(side, title, labels) for side, title in ((train, "to train on"), (held, "held out"))]
         place = next((found for side in sides if (found := side.place) is not None), None)
         if place is not None:
+            given = sides[1].given_by(place)
+            if len(given) > TOLD_SHARE * len(sides[1].rows):
+                self.read_off = f"{sides[1].share(given)} hold the answer in the question"
             yield _given_away(place, sides)
+        elif labels and (agreement := min(told_by_length(side.rows) for side in sides if side.rows)) >= AGREEMENT:
+            self.read_off = "the length of a question tells its label"
+            text = f"{self.read_off}: the {NEAR} rows of the nearest lengths guess it with a kappa of {agreement:.2f}"
+            hint = "cut or pad the questions alike, unless their length is what the label is about"
+            yield Finding(level="warning", kind=LENGTH_TELLS, text=text, count=len(sides[0].rows), hint=hint)
         elif (finding := sides[0].task) is not None:
             yield finding
+
+
+def told_by_length(rows: Sequence[_AskedRow]) -> float:
+    """How far the lengths of questions agree with their labels (Cohen's kappa): each label guessed from the rows of the
+    nearest lengths. 0 for few rows."""
+    if len(rows) < FEWEST_LENGTHS:
+        return 0.0
+    ordered = sorted(rows, key=lambda row: row.length)
+    pairs = []
+    for place, row in enumerate(ordered):
+        around = [*ordered[max(0, place - NEAR) : place], *ordered[place + 1 : place + 1 + NEAR]]
+        near = sorted(around, key=lambda other: abs(other.length - row.length))[:NEAR]
+        pairs.append((row.answer, Counter(other.answer for other in near).most_common(1)[0][0]))
+    return _kappa(pairs)
+
+
+def _kappa(pairs: Sequence[tuple[str, str]]) -> float:
+    """Cohen's kappa of what is and what is said."""
+    right = sum(answer == said for answer, said in pairs) / len(pairs)
+    asked, told = (Counter(side) for side in zip(*pairs, strict=True))
+    chance = sum(count * told[answer] for answer, count in asked.items()) / len(pairs) ** 2
+    return (right - chance) / (1 - chance) if chance < 1 else 0.0
 
 
 class _SampledRows:
@@ -96,6 +132,7 @@ class _AskedRow:
     question: str  # in lower case
     answer: str  # the same, without punctuation around it
     labelled: bool  # a classifier's
+    length: int  # of the whole question, in characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,11 +215,7 @@ class _Side:
         return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
 
     def _agreement(self, place: _AnswerPlace) -> float:
-        pairs = [(row.answer, said) for row in self.rows for said in self._said(row, place)]
-        right = sum(answer == said for answer, said in pairs) / len(pairs)
-        asked, told = (Counter(side) for side in zip(*pairs, strict=True))
-        chance = sum(count * told[answer] for answer, count in asked.items()) / len(pairs) ** 2
-        return (right - chance) / (1 - chance) if chance < 1 else 0.0
+        return _kappa([(row.answer, said) for row in self.rows for said in self._said(row, place)])
 
     def _is_task(self, place: _AnswerPlace) -> bool:
         """Whether answers at that place are what the rows ask for: a named part of the text, or all of it."""
@@ -250,12 +283,14 @@ def _row_of(example: Example) -> _AskedRow | None:
         asked = "\n".join(turn.content for turn in example.turns[:last] if turn.role in ("system", "user"))
     else:
         asked = example.prompt if example.label is None else example.text
-    if len(asked) > MOST_CHARACTERS:
+    length = len(asked)
+    if length > MOST_CHARACTERS:
         asked = f"{asked[: MOST_CHARACTERS // 2]}\n{asked[-MOST_CHARACTERS // 2 :]}"
     question, answer = asked.lower(), answer[: 2 * MOST_CHARACTERS].lower().strip(_EDGES)
     if not question or not answer or question.strip(_EDGES) == answer:
         return None
-    return _AskedRow(number=example.number, question=question, answer=answer, labelled=example.label is not None)
+    labelled = example.label is not None
+    return _AskedRow(number=example.number, question=question, answer=answer, labelled=labelled, length=length)
 
 
 def _standing(answer: str, question: str) -> Iterator[int]:

@@ -52,15 +52,17 @@ def check_examples(
     told: Told | None = None,
     leaks: Leaks | None = None,
     final: Leaks | None = None,
+    giveaway: Giveaway | None = None,
 ) -> list[Finding]:
     """Findings from the rows themselves. `left_out`: the held-out and final rows that would measure nothing.
 
     `told` is called with the number of rows looked at. Each row is looked at once, and only its digests are kept.
-    Afterwards `leaks`, of the held-out rows, and `final`, of the final rows, know which of them are given away.
+    Afterwards `leaks`, of the held-out rows, and `final`, of the final rows, know which of them are given away, and
+    `giveaway` whether most held-out answers can be read off their questions.
     """
     leaks, labelled = leaks or Leaks(held_out), _Labelled(held_out)
     looks = (leaks, final) if final is not None else (leaks,)
-    first = (_Repeated(), *looks, Giveaway(len(train), held_out))
+    first = (_Repeated(), *looks, giveaway or Giveaway(len(train), held_out))
     then = (_Answers(), _Texts(), _Borders(), labelled, _Pairs())
     for count, example in enumerate(train):
         question = _prompt_hash(example) if _asks(example) else None

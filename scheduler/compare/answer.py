@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.errors import UsageError
-from loractl.common.verdict import MIN_CASES, noticeable
+from loractl.common.verdict import MIN_CASES, noticeable, word
 from loractl.scheduler.report.answer import result_of
 
 if TYPE_CHECKING:
@@ -77,6 +77,11 @@ class FinishedJob:
         from loractl.common.job.kinds import kind_of
 
         return kind_of(self.spec.get("task_type"))
+
+    @property
+    def verdict(self) -> str:
+        """The word of its report's verdict, against its own base."""
+        return word(str(self.report["verdict"]["reading"]))
 
     @property
     def measured_loss(self) -> float | None:
@@ -167,7 +172,8 @@ class Comparison:
     def as_json(self) -> dict[str, Any]:
         """The comparison as JSON values.
 
-        `jobs`: the best first, each with `job_id`, `name`, `method`, `reading`, `against_best` (see Against; null
+        `jobs`: the best first, each with `job_id`, `name`, `method`, `reading`, `verdict` (the word of
+        its report's, against its base), `against_best` (see Against; null
         without a comparison), the report's `metrics`, `peak_memory_bytes` and `wall_seconds`. `differences`: the
         settings in which they differ, each with its values in the order of `jobs`; "base_model's files" and "rows to
         train on" where those differ under the same settings, as the start of each sha256.
@@ -180,6 +186,7 @@ class Comparison:
             "name": job.report["job"]["name"],
             "method": job.report["method"],
             "reading": self.reading(job),
+            "verdict": job.verdict,
             "against_best": None if job.against is None else job.against.as_json(),
             "metrics": job.report["evaluation"]["metrics"],
             "peak_memory_bytes": job.report["training"]["peak_memory_bytes"],

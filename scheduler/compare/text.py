@@ -39,13 +39,14 @@ def comparison_text(answer: Comparison, screen: Screen) -> str:
             clean_line(job.report["job"]["name"])[:28],
             job.report["method"],
             *_judged(answer, job, screen),
+            job.verdict.lower(),
             *(number(job.metrics[name]["tuned"], 1) for name in others),
             gib(job.report["training"]["peak_memory_bytes"]),
             duration(job.report["wall_seconds"]),
         ]
         for job in jobs
     ]
-    headers = ["JOB", "NAME", "METHOD", "LOSS", "AGAINST THE BEST", "READING", *heads, "PEAK GIB", "TIME"]
+    headers = ["JOB", "NAME", "METHOD", "LOSS", "AGAINST THE BEST", "READING", "VERDICT", *heads, "PEAK GIB", "TIME"]
     lines = table(headers, rows, screen, right=("JOB", "LOSS", "PEAK GIB", "TIME", *heads))
     lines += ["", *_settings_apart(answer, screen), *_note(answer, screen)]
     return "\n".join(lines)

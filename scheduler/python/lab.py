@@ -165,7 +165,7 @@ class LabReport:
 
     @property
     def verdict(self) -> str:
-        """Its reading, a key of `common.verdict.BADGES`: better, worse, mixed, no_measurable_gain and others."""
+        """Its reading, a key of `common.verdict.BADGES`: better, better_by_loss, worse and others."""
         return str(self._found.content["verdict"]["reading"])
 
     @property

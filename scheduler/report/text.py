@@ -57,7 +57,8 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str
         f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
         f"{data['truncated_rows']} row{'s' * (data['truncated_rows'] != 1)} truncated, {left_out} left out.{as_rows}",
     )
-    lines += ["", *(line for note in (*notes, *_measured_before(e)) for line in wrapped(note, "", screen))]
+    about = (*_measured_before(e), *_data_warnings(data))
+    lines += ["", *(line for note in (*notes, *about) for line in wrapped(note, "", screen))]
     # what changed comes first: repaired, broken, then the rest
     order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], not a["tuned_exact"], a["row"]))
     for answer in order[:answers]:
@@ -92,6 +93,11 @@ def _measured_before(evaluation: dict[str, Any]) -> list[str]:
         f"The base's figures are those that job {job} measured on this box on {str(at)[:10]}; checked on {again} rows."
     )
     return [clean_line(told)]
+
+
+def _data_warnings(data: dict[str, Any]) -> list[str]:
+    """What looked wrong with the data before the training."""
+    return [clean_line(f"Warning of the data: {warning}.") for warning in data.get("warnings", ())]
 
 
 def _labels_table(labels: dict[str, Any] | None, screen: Screen) -> list[str]:

@@ -211,7 +211,13 @@ def test_the_page_asks_for_nothing_from_elsewhere() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reading", "word"), [("worse", "✗ Worse"), ("no_measurable_gain", "No measurable gain"), ("newer", "Newer")]
+    ("reading", "word"),
+    [
+        ("worse", "✗ Worse"),
+        ("no_measurable_gain", "No measurable gain"),
+        ("no_clear_change", "– No clear change"),
+        ("newer", "Newer"),
+    ],
 )
 def test_the_page_says_it_when_there_is_no_gain(reading: str, word: str) -> None:
     assert word in render_html(report(verdict={"reading": reading, "short": "", "sentence": "s"}))

@@ -49,13 +49,13 @@ def test_a_clear_gain_is_better_and_a_clear_loss_is_worse() -> None:
     assert compared(base, base + 5, tokens, higher=True).reading == "better"
 
 
-def test_noise_around_zero_is_no_measurable_gain() -> None:
+def test_noise_around_zero_is_no_clear_change() -> None:
     tokens, base = np.full(40, 10.0), RNG.normal(30, 3, 40)
     noise = RNG.normal(0, 2, 40)
     same = compared(base, base + noise - noise.mean(), tokens)
     assert same.reading == "no clear change"
     said = verdict([same])
-    assert said["reading"] == "no_measurable_gain" and said["sentence"].startswith("No measurable gain")
+    assert said["reading"] == "no_clear_change" and said["sentence"].startswith("No clear change: held-out loss ")
 
 
 def test_a_model_that_did_not_change_has_an_interval_of_nothing() -> None:
@@ -66,7 +66,7 @@ def test_a_model_that_did_not_change_has_an_interval_of_nothing() -> None:
 
 def test_few_rows_are_too_few_however_large_the_change() -> None:
     said = verdict([compared(np.full(3, 50.0), np.full(3, 10.0), np.full(3, 10.0))])
-    assert said["reading"] == "too_few_rows" and "Too few held-out rows (3)" in said["sentence"]
+    assert said["reading"] == "cant_be_judged" and said["why"] == "3 held-out rows are too few"
 
 
 def test_rows_weigh_by_their_tokens() -> None:
@@ -119,10 +119,10 @@ def test_a_loss_that_is_no_number_on_one_row_is_not_said_to_have_no_gain(side: s
     losses[side][3] = number
     loss = LOSS.compare(losses["base"], losses["tuned"], np.full(20, 10.0))
     told = verdict([loss])
-    assert (loss.reading, loss.unmeasured, told["reading"]) == ("not known", 1, "not_known")
-    assert told["short"].startswith("could not be measured, loss ") and "–" in told["short"]
-    assert told["sentence"].startswith("Could not be measured: held-out loss ")
-    assert told["sentence"].endswith("; of 1 of 20 held-out rows it is not a number.")
+    assert (loss.reading, loss.unmeasured, told["reading"]) == ("not known", 1, "cant_be_judged")
+    assert told["why"] == "the loss is not a number for 1 of 20 held-out rows" and "–" in told["short"]
+    assert told["short"].startswith(f"can't be judged: {told['why']}, loss ")
+    assert told["sentence"].startswith(f"Can't be judged: {told['why']}; held-out loss ")
 
 
 def test_out_of_memory_halves_the_batch_and_every_row_is_still_scored_once() -> None:
@@ -375,8 +375,9 @@ def test_three_held_out_rows_six_times_are_three_and_a_conversation_is_one_case(
     assert report["data"]["held_out_rows"] == found["rows"] == 3 and report["data"]["repeated_rows_dropped"] == 18
     assert {name: metric["cases"] for name, metric in found["metrics"].items()} == dict.fromkeys(found["metrics"], 3)
     read = {metric["name"]: metric["reading"] for metric in found["metrics"].values()}
-    assert read.pop("context_gain") == "a description" and set(read.values()) == {"too few cases"}
-    assert report["verdict"]["sentence"].startswith("Too few held-out rows (3)")
+    assert read.pop("context_gain") == "a description" and read.pop("answer_tokens") == "a description"
+    assert read.pop("expected_tokens") == "a description" and set(read.values()) == {"too few cases"}
+    assert report["verdict"]["why"] == "3 held-out rows are too few"
 
 
 WEIGHTS = Path("result") / "adapter" / "adapter_model.safetensors"

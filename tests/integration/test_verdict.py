@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from typing import Any
@@ -32,26 +33,32 @@ def loss(base: float, tuned: float, spread: float, cases: int = 40) -> Compared:
 
 FACES = [
     # measured, the verdict's reading, the metric's, the words that every face has, those that none may have
-    (loss(3.5, 1.25, 0.3), "better", "better", "Better", ("Worse", "Too few", "No ")),
-    (loss(1.25, 3.5, 0.3), "worse", "worse", "Worse", ("Better", "Too few", "No ")),
-    (loss(3.5, 3.4, 0.3), "no_measurable_gain", "no clear change", "No measurable gain", ("Better", "Worse", "Too")),
-    (loss(3.5, 1.25, 0.1, cases=3), "too_few_rows", "too few cases", "Too few", ("Better", "Worse", "No measurable")),
+    (loss(3.5, 1.25, 0.3), "better", "better", "Better", ("Worse", "can't", "No ", "by loss only")),
+    (loss(3.5, 1.25, 0.3), "better_by_loss", "better", "Better by loss only", ("Worse", "can't", "No clear")),
+    (loss(1.25, 3.5, 0.3), "worse", "worse", "Worse", ("Better", "can't", "No ")),
+    (loss(3.5, 3.4, 0.3), "no_clear_change", "no clear change", "No clear change", ("Better", "Worse", "can't")),
     (
-        loss(16.5512, 16.5491, 0.0004), "no_practical_change", "no practical change", "No practical change",
-        ("Better", "Worse", "Too few", "No measurable"),
+        loss(3.5, 1.25, 0.1, cases=3), "cant_be_judged", "too few cases", "Can't be judged",
+        ("Better", "Worse", "No clear"),
+    ),
+    (
+        loss(16.5512, 16.5491, 0.0004), "no_clear_change", "no practical change", "No clear change",
+        ("Better", "Worse", "can't", "includes zero"),
     ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("metric", "reading", "of_metric", "words", "others"), FACES, ids=[face[1] for face in FACES])
+@pytest.mark.parametrize(
+    ("metric", "reading", "of_metric", "words", "others"), FACES, ids=[f"{face[1]}, {face[2]}" for face in FACES]
+)
 def test_text_badge_page_status_and_json_say_the_same(
     metric: Compared, reading: str, of_metric: str, words: str, others: tuple[str, ...]
 ) -> None:
-    said = verdict([metric])
+    said = verdict([metric], texts=reading != "better_by_loss")
     assert (said["reading"], metric.reading, metric.as_json()["reading"]) == (reading, of_metric, of_metric)
     value = report(verdict=said)
     value["evaluation"] |= {"metrics": [metric.as_json()], "lm_eval": None, "turns": []}
-    page, text = render_html(value), report_text({**value, "verdict": said}, SCREEN, 0)
+    page, text = html.unescape(render_html(value)), report_text({**value, "verdict": said}, SCREEN, 0)
     badge = re.search(r'<span class="pill[^"]*" id="badge">([^<]*)</span>', page)
     headline = re.search(r'id="verdict">([^<]*)</p>', page)
     pill = re.search(r'<span class="pill[^"]*">. ([^<]*)</span></td>', page)
@@ -73,7 +80,7 @@ def test_text_badge_page_status_and_json_say_the_same(
 
 def test_a_change_that_nobody_would_notice_is_written_with_its_digits() -> None:
     said = verdict([loss(16.5512, 16.5491, 0.0004)])
-    assert said["sentence"] == ("No practical change: held-out loss 16.5512 -> 16.5491, too small to notice.")
+    assert said["sentence"] == ("No clear change: too small to notice; held-out loss 16.5512 -> 16.5491.")
     shown = written(loss(16.5512, 16.5491, 0.0004).as_json())
     assert (shown.change, shown.interval) == ("−0.0021", "−0.0025 to −0.0017")
     few = written(loss(3.0, 2.0, 0.1, cases=7).as_json())
@@ -112,7 +119,7 @@ def test_a_description_is_neither_better_nor_worse_and_the_headline_is_about_the
     forgotten = Compared(
         **{**vars(loss(2.0, 2.6, 0.1)), "name": "regression_loss", "label": "loss on the regression set"}
     )
-    said = verdict([loss(3.5, 1.25, 0.3), worth, forgotten])
+    said = verdict([loss(3.5, 1.25, 0.3), worth, forgotten], texts=True)
     assert said["sentence"] == "Better than the base: held-out loss 3.50 -> 1.25."
     assert said["aside"] == "Worse on loss on the regression set."
     assert worth.reading == "a description" and worth.as_json()["higher_is_better"] is None
@@ -141,23 +148,30 @@ FELL, FEW = rouge(35.3, 11.1, 5), rouge(35.3, 11.1, 5, cases=3)
     ("metrics", "reading", "sentence"),
     [
         (
-            [GAIN, FELL], "mixed",
-            "Better loss, worse answers than the base's: held-out loss 3.46 -> 1.31; ROUGE-L 35.3 -> 11.1.",
+            [GAIN, FELL], "cant_be_judged",
+            "Can't be judged: better loss, worse answers; held-out loss 3.46 -> 1.31; ROUGE-L 35.3 -> 11.1.",
         ),
         (
-            [LOSS, rouge(11.1, 35.3, 5)], "mixed",
-            "Worse loss, better answers than the base's: held-out loss 1.31 -> 3.46; ROUGE-L 11.1 -> 35.3.",
+            [LOSS, rouge(11.1, 35.3, 5)], "cant_be_judged",
+            "Can't be judged: worse loss, better answers; held-out loss 1.31 -> 3.46; ROUGE-L 11.1 -> 35.3.",
         ),
         (
-            [GAIN, FEW], "better",
-            "Better than the base by loss: held-out loss 3.46 -> 1.31; ROUGE-L 35.3 -> 11.1, but 3 answers are too few "
-            "to say.",
+            [GAIN, FEW], "better_by_loss",
+            "Better by loss only: 3 answers are too few to say; held-out loss 3.46 -> 1.31; ROUGE-L 35.3 -> 11.1.",
         ),
-        ([GAIN, rouge(35.3, 36.1, 5)], "better", "Better than the base: held-out loss 3.46 -> 1.31."),
-        ([GAIN, rouge(35.3, 61.1, 5, cases=3)], "better", "Better than the base: held-out loss 3.46 -> 1.31."),
+        (
+            [GAIN, rouge(35.3, 36.1, 5)], "better_by_loss",
+            "Better by loss only: no clear change of the answers; held-out loss 3.46 -> 1.31; ROUGE-L 35.3 -> 36.1.",
+        ),
+        (
+            [GAIN, rouge(35.3, 61.1, 5, cases=3)], "better_by_loss",
+            "Better by loss only: 3 answers are too few to say; held-out loss 3.46 -> 1.31.",
+        ),
+        ([GAIN, rouge(35.3, 61.1, 5)], "better", "Better than the base: held-out loss 3.46 -> 1.31."),
         ([LOSS, FELL], "worse", "Worse than the base: held-out loss 1.31 -> 3.46."),
     ],
-    ids=["loss better", "loss worse", "few answers", "no clear change of answers", "few and better", "both worse"],
+    ids=["loss better", "loss worse", "few answers", "no clear change of answers", "few and better", "both better",
+         "both worse"],
 )  # fmt: skip
 def test_where_loss_and_answers_disagree_the_first_sentence_says_so(
     metrics: list[Compared], reading: str, sentence: str
@@ -167,7 +181,7 @@ def test_where_loss_and_answers_disagree_the_first_sentence_says_so(
     assert said["aside"] == ("Worse on ROUGE-L." if reading == "worse" else ""), "it is said once"
     value: dict[str, Any] = report(verdict=said)
     value["evaluation"] |= {"metrics": [metric.as_json() for metric in metrics], "lm_eval": None}
-    assert BADGES[reading] in render_html(value)
+    assert BADGES[reading] in html.unescape(render_html(value))
 
 
 def test_what_is_known_of_the_held_out_rows_stands_beside_the_verdict() -> None:
@@ -192,8 +206,8 @@ def new_rows(cases: int, tuned: float = 1.71) -> Compared:
             "10 of 40 held-out rows resemble rows to train on; the verdict is of the other 30.",
         ),
         (
-            new_rows(30, 1.92), "no_measurable_gain",
-            "No measurable gain: held-out loss 1.92 -> 1.92, and the interval of the change includes zero.",
+            new_rows(30, 1.92), "no_clear_change",
+            "No clear change: held-out loss 1.92 -> 1.92, and the interval of the change includes zero.",
             "10 of 40 held-out rows resemble rows to train on; the verdict is of the other 30.",
         ),
         (
@@ -206,7 +220,7 @@ def new_rows(cases: int, tuned: float = 1.71) -> Compared:
 def test_the_verdict_is_of_the_rows_that_resemble_none_to_train_on(
     new: Compared, reading: str, sentence: str, aside: str
 ) -> None:
-    said = verdict([GAIN, new])
+    said = verdict([GAIN, new], texts=True)
     assert (said["reading"], said["sentence"], said["aside"]) == (reading, sentence, aside)
 
 

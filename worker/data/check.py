@@ -19,6 +19,7 @@ from loractl.common.data.examples import Example
 from loractl.common.data.fields import Reading
 from loractl.common.data.findings import Finding, about_fields, about_rows, about_warmup, refusals
 from loractl.common.data.formats import labels_of, map_columns, parse_each, untaught
+from loractl.common.data.giveaway import Giveaway
 from loractl.common.data.inspection import Leaks, check_examples
 from loractl.common.data.split import Split, fitting, format_of, split_data
 from loractl.common.errors import DataError
@@ -110,7 +111,12 @@ def check_data(spec: JobSpec, tokenizer: Any, report: Report = lambda what, done
 
 
 def findings_about(
-    spec: JobSpec, data: PreparedData, tokenizer: Any, leaks: Leaks | None = None, final: Leaks | None = None
+    spec: JobSpec,
+    data: PreparedData,
+    tokenizer: Any,
+    leaks: Leaks | None = None,
+    final: Leaks | None = None,
+    giveaway: Giveaway | None = None,
 ) -> list[Finding]:
     """The findings in prepared data, with the numbers of `check_data`. What the template leaves out is looked for only
     in the first rows, and the finding says so."""
@@ -119,7 +125,7 @@ def findings_about(
         template.see(example)
     for rows in data.train.rows.by_example():
         tokens.see(rows)
-    findings = check_examples(data.train_examples, data.held_out_examples, leaks=leaks, final=final)
+    findings = check_examples(data.train_examples, data.held_out_examples, leaks=leaks, final=final, giveaway=giveaway)
     findings += about_warmup(spec.training, len(data.train_examples))
     return findings + template.findings() + tokens.findings(every=False)
 

@@ -59,6 +59,7 @@ class PreparedData:
     warnings: tuple[str, ...] = ()  # what looks wrong but is used for training
     leaks: tuple[str, ...] = ()  # those about what held-out rows have in common with rows to train on
     given_away: tuple[int, ...] = ()  # numbers of held-out examples that a row to train on gives away
+    read_off: str = ""  # a clause: how most held-out answers can be told without reading what is asked; else empty
     final: FinalRows | None = None
     packed: TokenRows | None = None  # the rows to train on, several examples in each
     regression: TokenSet | None = None  # rows of another kind, to show what was forgotten

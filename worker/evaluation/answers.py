@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from loractl.common import verdict
 from loractl.common.data.examples import Example
 from loractl.common.job.sections import Metric
 from loractl.worker.data.tokens import prompt_of
 
-from .comparison import Array, Compared, compare_shares, percent
+from .comparison import Array, Compared, Measure, compare_shares, percent
+
+LENGTH = Measure(name=verdict.LENGTH, label="answer length", unit="tokens", higher_is_better=None)
+EXPECTED_LENGTH = Measure(
+    name=verdict.EXPECTED_LENGTH, label="answer length, against the expected", unit="tokens", higher_is_better=None
+)
+"""In place of the base: the expected answers, as far as an answer may go."""
 
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 
@@ -109,6 +116,24 @@ def answer_metrics(answers: Sequence[Answer], wanted: set[Metric]) -> list[Compa
         metrics += [percent(kind, label).compare(base[kind], tuned[kind], weight) for kind, label in ROUGE.items()]
     ended = ([a.base_ended for a in answers], [a.tuned_ended for a in answers])
     return [*metrics, compare_shares("ends_by_itself", "answers that end by themselves", *ended)]
+
+
+def length_metrics(answers: Sequence[Answer], tokenizer: Any, longest: int | None = None) -> list[Compared]:
+    """How many tokens the tuned model's answers have, against the base's, and against the expected answers where
+    `longest` is given: the most tokens that were generated."""
+    if not answers:
+        return []
+
+    def lengths(texts: Iterable[str]) -> Array:
+        return np.array([len(tokenizer(text, add_special_tokens=False).input_ids) for text in texts], float)
+
+    base, tuned = lengths(a.base for a in answers), lengths(a.tuned for a in answers)
+    each = np.ones(len(answers))
+    metrics = [LENGTH.compare(base, tuned, each)]
+    if longest is not None:
+        expected = np.minimum(lengths(a.expected for a in answers), longest)
+        metrics.append(EXPECTED_LENGTH.compare(expected, tuned, each))
+    return metrics
 
 
 def rouge(texts: Sequence[str], expected: Sequence[str]) -> dict[str, Array]:

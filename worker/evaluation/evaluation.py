@@ -24,7 +24,7 @@ from loractl.worker.data.prepared import PreparedData
 from loractl.worker.data.row_forms import form_of
 from loractl.worker.data.tokens import TokenRow, unlearned
 
-from .answers import Answer, Prompt, answer_metrics, prompts_of, side_by_side
+from .answers import Answer, Prompt, answer_metrics, length_metrics, prompts_of, side_by_side
 from .base_measurements import BaseMeasurements, EarlierMeasurement, MeasuredModel
 from .cheap import cheap_metrics
 from .comparison import Compared, Measure
@@ -88,6 +88,7 @@ def evaluate(
         numbered = {example.number: example for example in data.held_out_examples[: spec.evaluation.max_rows]}
         metrics += cheap_metrics([numbered[one] for one in work.numbers], data.answer_shares, tuned.rows, labels)
     metrics += answer_metrics(answers, wanted)
+    metrics += length_metrics(answers, learner.tokenizer, spec.evaluation.max_new_tokens)
     metrics += turn_metrics(work.turns, (base.whole, tuned.whole), (base.alone, tuned.alone))
     if work.regression:
         before, after = base.regression, tuned.regression

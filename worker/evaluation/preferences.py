@@ -18,7 +18,7 @@ from loractl.worker.base.model import Learner, positions_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.engine.pairs import Pairs, margins, pair_losses
 
-from .answers import Answer, answer_metrics, side_by_side, words
+from .answers import Answer, answer_metrics, length_metrics, side_by_side, words
 from .base_measurements import BaseMeasurements, MeasuredModel
 from .comparison import Array, Compared, Measure, percent
 from .evaluation import Evaluation, Work, measure_both
@@ -30,7 +30,6 @@ NEW_ROWS_LOSS = Measure(name="new_rows_loss", label="preference loss, pairs like
 NEW_ROWS_ACCURACY = percent("new_rows_preference_accuracy", "preference accuracy, pairs like none that is trained on")
 MARGIN = Measure(name="preference_margin", label="preference margin", higher_is_better=True)
 CHOSEN_LOSS = Measure(name="chosen_loss", label="loss of chosen answers")
-LENGTH = Measure(name="answer_tokens", label="answer length", unit="tokens", higher_is_better=None)
 REPETITION = Measure(name="repetition", label="repetition", unit="%")
 
 RUN = 4
@@ -150,15 +149,9 @@ def written_metrics(answers: Sequence[Answer], tokenizer: Any) -> list[Compared]
     """How long the generated answers are, how much they repeat, and how many end by themselves."""
     if not answers:
         return []
-
-    def length(text: str) -> float:
-        return len(tokenizer(text, add_special_tokens=False).input_ids)
-
-    def compared(measure: Measure, value: Callable[[str], float]) -> Compared:
-        base, tuned = (np.array([value(getattr(a, who)) for a in answers], float) for who in ("base", "tuned"))
-        return measure.compare(base, tuned, np.ones(len(answers)))
-
-    return [compared(LENGTH, length), compared(REPETITION, repetition), *answer_metrics(answers, set())]
+    base, tuned = (np.array([repetition(getattr(a, who)) for a in answers], float) for who in ("base", "tuned"))
+    repeated = REPETITION.compare(base, tuned, np.ones(len(answers)))
+    return [*length_metrics(answers, tokenizer), repeated, *answer_metrics(answers, set())]
 
 
 def repetition(text: str) -> float:

@@ -16,6 +16,7 @@ from loractl.common.chart import forest, loss_chart
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.kinds import kind_of
 from loractl.common.job.method import Checkpointing
+from loractl.common.job.sections import DataFormat
 from loractl.common.job.spec import JobSpec
 from loractl.common.text import signed
 from loractl.common.units import amount, duration, gib, thousands
@@ -122,7 +123,15 @@ def build_report(
         else {
             FINAL: {
                 "sha256": last.facts()["final_sha256"],
-                "verdict": verdict(final.metrics, final.against, last.doubts("final"), "final", final.given_away),
+                "verdict": verdict(
+                    final.metrics,
+                    final.against,
+                    last.doubts("final"),
+                    "final",
+                    final.given_away,
+                    read_off=last.read_off.replace("held out", "of the file"),
+                    texts=data.format is DataFormat.TEXT,
+                ),
                 **_evaluation(final),
             }
         }
@@ -141,6 +150,8 @@ def build_report(
             evaluation.against,
             [*_chosen(spec, course), *data.doubts()],
             given_away=evaluation.given_away,
+            read_off=data.read_off,
+            texts=data.format is DataFormat.TEXT,
         ),
         "adapter": _adapter(order, learner.model),
         "data": {
@@ -172,10 +183,14 @@ def verdict(
     doubts: Sequence[str] = (),
     rows: str = "held-out",
     given_away: int = 0,
+    *,
+    read_off: str = "",
+    texts: bool = False,
 ) -> dict[str, str]:
-    """What the comparison with `base` says: `reading`, `short`, `sentence`, and `aside`, what else got worse and what
-    is known to be wrong with the measured rows."""
-    return dict(vars(report_verdict([metric.as_json() for metric in metrics], base, doubts, rows, given_away)))
+    """What the comparison with `base` says: `reading`, `why`, `short`, `sentence`, and `aside`, what else got worse and
+    what is known to be wrong with the measured rows."""
+    told = [metric.as_json() for metric in metrics]
+    return dict(vars(report_verdict(told, base, doubts, rows, given_away, read_off=read_off, texts=texts)))
 
 
 def write_report(report: dict[str, Any], folder: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loractl.common.data.giveaway import GIVEN_AWAY
+from loractl.common.data.giveaway import GIVEN_AWAY, LENGTH_TELLS, Giveaway
 from loractl.common.data.inspection import Leaks
 from loractl.common.job.spec import JobSpec
 from loractl.worker.data.check import findings_about
@@ -35,13 +35,14 @@ def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
     if spec.preference.learns_prompts:
         data = replace(data, train=replace(data.train, rows=with_prompts(data.train.rows)))
     leaks, of_final = Leaks(data.held_out_examples), Leaks.of_final(None if data.final is None else data.final.examples)
-    found = findings_about(spec, data, tokenizer, leaks, of_final)
+    giveaway = Giveaway(len(data.train_examples), data.held_out_examples)
+    found = findings_about(spec, data, tokenizer, leaks, of_final, giveaway)
     warnings = tuple(finding.sentence for finding in found if finding.level == "warning")
     if data.final is not None and of_final is not None:
         data = replace(data, final=replace(data.final, **_told(of_final)))
     told = _told(leaks)
-    told["leaks"] += tuple(finding.text for finding in found if finding.kind == GIVEN_AWAY)
-    return packed(replace(data, warnings=warnings, **told), spec)
+    told["leaks"] += tuple(finding.text for finding in found if finding.kind in (GIVEN_AWAY, LENGTH_TELLS))
+    return packed(replace(data, warnings=warnings, read_off=giveaway.read_off, **told), spec)
 
 
 def _told(leaks: Leaks) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from loractl.common.chart import forest
 from loractl.common.errors import ArtifactError
-from loractl.common.verdict import Written, answer_groups, badge, written
+from loractl.common.verdict import Written, answer_groups, word, written
 
 UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 """What a malformed report raises when its parts are read."""
@@ -47,9 +47,10 @@ class AnswerGroup:
 class ReportDigest:
     """A report as a page shows it."""
 
-    badge: str
+    reading: str
     sentence: str
     aside: str
+    warnings: tuple[str, ...]  # of the data
     rows: int
     samples: int
     seed: int
@@ -58,8 +59,18 @@ class ReportDigest:
     groups: tuple[AnswerGroup, ...]
 
     @property
+    def word(self) -> str:
+        """The verdict's word, as `status` and the report have it."""
+        return word(self.reading)
+
+    @property
+    def tone(self) -> str:
+        """better, worse, or same."""
+        return self.reading if self.reading in ("better", "worse") else "same"
+
+    @property
     def main(self) -> ReportedChange:
-        """The held-out loss, which alone decides."""
+        """The held-out loss."""
         return next((change for change in self.changes if change.name == "loss"), self.changes[0])
 
 
@@ -74,9 +85,10 @@ def digest(report: Mapping[str, Any]) -> ReportDigest:
 def _digest(report: Mapping[str, Any]) -> ReportDigest:
     evaluation, verdict = report["evaluation"], report["verdict"]
     return ReportDigest(
-        badge=badge(str(verdict["reading"])),
+        reading=str(verdict["reading"]),
         sentence=str(verdict["sentence"]),
         aside=str(verdict.get("aside") or ""),
+        warnings=tuple(map(str, (report.get("data") or {}).get("warnings") or ())),
         rows=int(evaluation["rows"]),
         samples=int(evaluation["bootstrap"]["samples"]),
         seed=int(evaluation["bootstrap"]["seed"]),

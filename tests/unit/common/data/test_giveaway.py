@@ -10,7 +10,7 @@ import pytest
 
 from loractl.common.data.examples import Example, Turn
 from loractl.common.data.findings import Finding
-from loractl.common.data.giveaway import MOST_ROWS, unquoted
+from loractl.common.data.giveaway import MOST_ROWS, Giveaway, unquoted
 from loractl.common.data.inspection import check_examples
 
 LABELS = ("alarm", "info", "warning")
@@ -186,3 +186,40 @@ def test_an_answer_that_is_part_of_many_words_of_its_question_is_still_found(lab
     ]
     (told,) = found(rows)
     assert told.level == "warning" and told.count == len(rows)
+
+
+def by_length(number: int) -> str:
+    """A question that says nothing of its label but by its length."""
+    return " ".join(drawn(number).choices(("pump", "oven", "hums", "shelf"), k=5 + 7 * LABELS.index(label(number))))
+
+
+def look(train: list[Example], held_out: list[Example]) -> tuple[list[Finding], str]:
+    giveaway = Giveaway(len(train), held_out)
+    for example in train:
+        giveaway.see(example)
+    return list(giveaway.findings()), giveaway.read_off
+
+
+def test_labels_that_follow_from_the_length_of_the_question_are_found() -> None:
+    rows = chats(lambda n, a: by_length(n), count=120)
+    (told,), read_off = look(rows[:100], rows[100:])
+    assert (told.level, told.kind, read_off) == (
+        "warning", "length tells the label", "the length of a question tells its label"
+    )  # fmt: skip
+    assert "kappa of " in told.text and told.hint is not None
+    clean_rows = chats(clean, count=120)
+    assert look(clean_rows[:100], clean_rows[100:]) == ([], "")
+    assert look(rows[:100], clean_rows[100:]) == ([], ""), "on both sides"
+    assert look(rows[:10], []) == ([], ""), "few lengths say nothing"
+
+
+def test_the_verdict_is_told_if_most_held_out_answers_can_be_read_off() -> None:
+    leak, half = (
+        (lambda n, a: f"{ticket(n)} [gold={a}]"),
+        (lambda n, a: f"{ticket(n)} [gold={a}]" if n % 2 else clean(n, a)),
+    )
+    assert look(chats(leak), chats(leak, count=40, begin=101))[1] == (
+        "100 % of 40 rows held out hold the answer in the question"
+    )
+    assert look(chats(leak), chats(half, count=40, begin=101))[1] == "", "half of them can be judged"
+    assert look(chats(leak), chats(clean, count=40, begin=101))[1] == ""
