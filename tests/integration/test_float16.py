@@ -90,6 +90,7 @@ def test_a_loss_that_is_not_finite_is_a_divergence_in_fp16_too(tmp_path: Path) -
         Training(tmp_path).step(1.0, loss=float("nan"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("family", "taken"), [("llama", torch.float16), ("gemma", torch.float16)])
 @pytest.mark.parametrize("bf16", [False, True])
 def test_other_models_take_float16_on_an_old_card(
@@ -99,6 +100,7 @@ def test_other_models_take_float16_on_an_old_card(
     assert choose_precision("cuda", "auto", family).base is (torch.bfloat16 if bf16 else taken)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma3_text"])
 def test_gemma_2_and_3_train_in_float32_on_a_card_without_bfloat16(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,6 +138,7 @@ def told_need(tmp_path: Path, family: str, given: int, gpu: str = "GPU-0", **tra
     return planned
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["gemma2", "qwen2", "gpt_oss", "glm4_moe", "qwen3_moe"])
 def test_each_family_of_the_table_takes_float32_and_has_a_source(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
@@ -173,6 +176,7 @@ def test_one_that_needs_more_in_float32_than_the_card_gives_ends_before_it_loads
     told_need(tmp_path / "own", "qwen2", GIB, dtype="float32")  # as it was planned, whatever that was
 
 
+@pytest.mark.long
 def test_the_history_says_what_float16_means_for_such_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data.jsonl").write_text("")
     spec = make_order(tmp_path / "a", tmp_path, tmp_path / "data.jsonl").spec

@@ -84,6 +84,7 @@ def test_two_ranks_train_as_one_does(tiny_model: Path, tmp_path: Path) -> None:
         assert apart(whole, divided) < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "asked, kinds",
     [
@@ -110,6 +111,7 @@ def test_two_ranks_learn_from_pairs_as_one_does(
         assert apart(whole, divided) < 1e-5
 
 
+@pytest.mark.long
 def test_a_gang_that_was_stopped_goes_on_on_one_card_and_on_two(tiny_model: Path, tmp_path: Path) -> None:
     case = Case(tiny_model, tmp_path, **UNEVEN)
     _, whole = case.on(NONE)
@@ -121,6 +123,7 @@ def test_a_gang_that_was_stopped_goes_on_on_one_card_and_on_two(tiny_model: Path
         assert apart(whole, adapter) < 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
 def test_a_base_that_cards_divide_is_loaded_into_the_box_s_memory(
     method: Method, tiny_model: Path, monkeypatch: pytest.MonkeyPatch

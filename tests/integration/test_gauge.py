@@ -147,6 +147,7 @@ print(tries)
 """
 
 
+@pytest.mark.long
 def test_a_kernel_that_got_no_memory_is_compiled_once_there_is_some() -> None:
     """Where the processor has instructions for bf16; else there is no kernel of the library that could be compiled."""
     done = subprocess.run([sys.executable, "-c", FULL_ONCE], capture_output=True, text=True, timeout=120)
@@ -173,6 +174,7 @@ print(in_own_thread(lambda: "tried again"))
 """
 
 
+@pytest.mark.long
 def test_a_thread_that_gets_no_memory_is_out_of_memory() -> None:
     done = subprocess.run([sys.executable, "-c", NO_ROOM_FOR_A_THREAD], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["True RuntimeError", "tried again"], done.stdout + done.stderr
@@ -197,6 +199,7 @@ print(in_own_thread(lambda: "tried again"))
 """
 
 
+@pytest.mark.long
 def test_a_thread_that_can_call_nothing_is_out_of_memory_and_not_waited_for() -> None:
     """It starts, since it gets the stack of an earlier one, and ends at its first call."""
     command = [sys.executable, "-c", NO_ROOM_FOR_ITS_FIRST_CALL]
@@ -216,6 +219,7 @@ except UserWarning as error:
 """
 
 
+@pytest.mark.long
 def test_a_kernel_without_memory_that_torch_would_replace_by_a_slow_loop_is_out_of_memory() -> None:
     """torch's own warning, which its operation raises once it is an error."""
     done = subprocess.run([sys.executable, "-c", KERNEL_REPLACED], capture_output=True, text=True, timeout=120)

@@ -115,6 +115,7 @@ def score(
     return score_tasks(learner, spec, find_tasks(spec, str(folder)), check)
 
 
+@pytest.mark.long
 def test_a_job_s_tasks_are_scored_on_base_and_tuned_and_a_failing_one_keeps_the_training(
     make_cli: Callable[..., Cli], tiny_model: Path, tasks: Path, tmp_path: Path
 ) -> None:
@@ -190,6 +191,7 @@ def test_no_limit_scores_every_row_and_a_group_s_average_stands_for_its_members(
     assert 'id="lm-eval"' in page and "lab_queues acc_norm" in page and "unpaired" in page
 
 
+@pytest.mark.long
 def test_a_stop_ends_it_and_out_of_memory_halves_its_batch(tiny_model: Path, tasks: Path) -> None:
     base = load_base(str(tiny_model), Method.LORA, "cpu", choose_precision("cpu", "float32"))
     model = add_adapter(base, spec_of(tiny_model), Method.LORA)
@@ -216,6 +218,7 @@ def test_a_stop_ends_it_and_out_of_memory_halves_its_batch(tiny_model: Path, tas
         score(model, tiny_model, tasks, lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
 
 
+@pytest.mark.long
 def test_the_base_of_a_job_on_pairs_is_the_adapter_that_it_started_from(tiny_model: Path, tasks: Path) -> None:
     """The report calls that adapter base, and its other measures are against it."""
     model = add_adapter(
@@ -271,6 +274,7 @@ def test_scoring_leaves_the_model_as_it_was(tiny_model: Path, tasks: Path, tmp_p
         torch.testing.assert_close(after[name], before[name])
 
 
+@pytest.mark.long
 def test_what_a_worker_can_t_serve_ends_before_it_trains(
     recipe: Recipe, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

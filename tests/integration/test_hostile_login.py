@@ -128,6 +128,7 @@ def test_a_look_that_is_never_committed_keeps_gc_from_no_other_job(
     owner.engine.dispose()
 
 
+@pytest.mark.long
 def test_who_is_silent_for_a_lease_ends_also_where_its_row_was_locked_once(
     person: Store, box: Store, postgres_url: str, clock: Clock
 ) -> None:
@@ -277,6 +278,7 @@ def test_a_claim_goes_on_with_the_next_job_where_somebody_keeps_the_first_ones_l
         free = person.jobs.submit(submission())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("apart", [0.0, 0.25], ids=["one line", "a line each"])
 def test_more_locked_rows_of_a_user_than_a_claim_tries_keep_no_card_from_others(
     person: Store, box: Store, postgres_url: str, apart: float
@@ -291,6 +293,7 @@ def test_more_locked_rows_of_a_user_than_a_claim_tries_keep_no_card_from_others(
     owner.engine.dispose()
 
 
+@pytest.mark.long
 def test_a_commit_of_changes_that_take_long_is_ended(person: Store, lab: Logins, postgres_url: str) -> None:
     job_id, owner = person.jobs.submit(submission()), make_engine(postgres_url)
     with owner.connect() as connection:
@@ -335,6 +338,7 @@ def joiner(alone_inviting: None, postgres_url: str) -> Iterator[str]:
     engine.dispose()
 
 
+@pytest.mark.long
 def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
     person: Store, box: Store, lab: Logins, joiner: str, postgres_url: str, clock: Clock
 ) -> None:
@@ -374,6 +378,7 @@ def test_in_a_storm_of_all_that_logins_can_say_no_running_job_ends_or_changes(
     owner.dispose()
 
 
+@pytest.mark.long
 def test_whatever_three_logins_leave_open_ten_jobs_run_on_and_others_start_at_once(
     person: Store, box: Store, lab: Logins, joiner: str, postgres_url: str, clock: Clock
 ) -> None:
@@ -415,6 +420,7 @@ def test_whatever_three_logins_leave_open_ten_jobs_run_on_and_others_start_at_on
     owner.dispose()
 
 
+@pytest.mark.long
 def test_a_login_that_uses_up_all_connections_stops_no_box(real_services: None) -> None:
     settings = "max_connections=14", "reserved_connections=5", "superuser_reserved_connections=3"
     with tempfile.TemporaryDirectory(prefix="loractl-pg-") as folder, services.postgres(Path(folder), *settings) as url:

@@ -241,6 +241,7 @@ def test_a_family_that_needs_its_rows_apart_keeps_padding_and_says_why(
         assert isinstance(forward, PaddedPass) and said is not None and why in said
 
 
+@pytest.mark.long
 def test_a_base_is_tried_once_for_jobs_that_adapt_it_alike(tiny_model: Path, tmp_path: Path) -> None:
     checks, passes = CheckCache(folder=tmp_path, about=[]), list[int]()
     tokenizer = load_tokenizer(str(tiny_model))
@@ -260,6 +261,7 @@ def test_a_base_is_tried_once_for_jobs_that_adapt_it_alike(tiny_model: Path, tmp
     assert tried(use_dora=True) == 0
 
 
+@pytest.mark.long
 def test_a_held_out_loss_has_no_part_for_a_router() -> None:
     model = adapted(base_of("Mixtral"), spec_of())
     with evaluating(model):
@@ -268,6 +270,7 @@ def test_a_held_out_loss_has_no_part_for_a_router() -> None:
         assert PaddedPass(model, PAD).held_out_loss(rows(3)) == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fuses", [True, False])
 @pytest.mark.parametrize(
     ("family", "drawn"),
@@ -334,6 +337,7 @@ def test_only_plain_linear_layers_are_fused(
     assert len(ours[1]) == sum(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["fused", "lean", "padded"])
 @pytest.mark.parametrize(("every", "blocks"), [(1, 3), (2, 2)])
 def test_which_blocks_are_recomputed_changes_no_bit(
@@ -406,6 +410,7 @@ def test_rows_are_scored_alike(tiny_model: Path) -> None:
     assert ours.stops.sum() > 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_lean_training_ends_where_an_exact_one_does(recipe: Recipe, tmp_path: Path, method: str) -> None:
     told = {}
@@ -424,6 +429,7 @@ def test_a_lean_training_ends_where_an_exact_one_does(recipe: Recipe, tmp_path: 
     assert not [m for m in told["lean"] if isinstance(m, Note) and m.kind == "engine"]
 
 
+@pytest.mark.long
 def test_a_model_in_which_packed_examples_see_each_other_is_refused() -> None:
     padded, packs = _padded(), pack(rows(2), 64)
     check_apart(padded, packs)
@@ -473,6 +479,7 @@ def test_packed_rows_are_apart_where_positions_count_in_a_batch_of_one_alone(mon
     assert len(packs) > 1 and apart(learned(flash, packs), expected) < 1e-5
 
 
+@pytest.mark.long
 def test_the_history_says_why_rows_are_padded_and_each_message_how_far_the_evaluation_is(recipe: Recipe) -> None:
     _, told = recipe(max_steps=1, neftune_noise_alpha=5, evaluation={"samples": 1, "max_new_tokens": 2})
     far = [(m.evaluated, m.to_evaluate) for m in told if isinstance(m, Stepped) and m.to_evaluate is not None]
@@ -494,6 +501,7 @@ def test_a_model_that_proves_to_need_padding_is_planned_anew_with_it(
     assert said[1:] == [f"with padded rows it needs {gib(padded)} GiB by its plan, not {gib(lean)}"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (9, 3)])
 def test_short_rows_attend_in_bf16_as_in_fp32(heads: tuple[int, int]) -> None:
     """The answer and all three gradients, against torch's kernel in fp32 on each row alone."""
@@ -514,6 +522,7 @@ def test_short_rows_attend_in_bf16_as_in_fp32(heads: tuple[int, int]) -> None:
     assert max(float((a.float() - b).detach().norm() / b.detach().norm()) for a, b in pairs) < 0.01
 
 
+@pytest.mark.long
 def test_a_lean_step_in_bf16_attends_by_products_and_is_as_near_to_fp32(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -228,6 +228,7 @@ def test_the_plan_is_what_a_step_takes(
     assert planned == pytest.approx(trace.peak, rel=TOLERANCE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exact", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("layers", [4, 5])
 @pytest.mark.parametrize(("method", "vocab"), [(Method.LORA, 500), (Method.QLORA, 500), (Method.LORA, 3000)])
@@ -240,6 +241,7 @@ def test_every_second_block_is_planned_as_it_is_traced(
     assert planned == pytest.approx(trace.peak, rel=TOLERANCE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "checkpointing", "vocab"), SETTINGS)
 def test_the_exact_mode_is_planned_as_it_is_traced(
     method: Method, checkpointing: bool, vocab: int, tmp_path: Path
@@ -256,6 +258,7 @@ def test_a_single_row_needs_no_mask(family: str, method: Method, tmp_path: Path)
     assert planned == pytest.approx(trace.peak, rel=TOLERANCE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", [Method.LORA, Method.QLORA])
 def test_named_targets_are_planned_as_they_are_traced(method: Method, tmp_path: Path) -> None:
     spec = job("llama", targets=["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -263,6 +266,7 @@ def test_named_targets_are_planned_as_they_are_traced(method: Method, tmp_path: 
     assert planned == pytest.approx(trace.peak, rel=TOLERANCE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", pytest.param("phi3", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "options",
@@ -287,6 +291,7 @@ def test_options_are_planned_as_they_are_traced(
     assert planned == pytest.approx(trace.peak, rel=TOLERANCE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("exact", [False, True])
 def test_capped_logits_are_planned_as_they_are_traced_in_fp32(exact: bool, tmp_path: Path) -> None:
     """Over a large vocabulary: two bytes a logit are a tenth of the plan."""
@@ -296,6 +301,7 @@ def test_capped_logits_are_planned_as_they_are_traced_in_fp32(exact: bool, tmp_p
     assert planned == pytest.approx(trace.peak, rel=TOLERANCE / 2)
 
 
+@pytest.mark.long
 def test_a_trained_embedding_widens_no_experts(tmp_path: Path) -> None:
     asked = job("mixtral").model_dump()
     asked["lora"] |= {"modules_to_save": ["embed_tokens"]}
@@ -310,6 +316,7 @@ CLASSIFIED = [  # few labels with one half of the settings, many with the other;
 CLASSIFIED += [pytest.param(family, Method.LORA, True, 500, 3) for family in ("gemma3", "gpt2", "falcon", "mixtral")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("family", "method", "checkpointing", "vocab", "labels"), CLASSIFIED)
 def test_a_classifier_is_planned_as_it_is_traced(
     family: str, method: Method, checkpointing: bool, vocab: int, labels: int, tmp_path: Path
@@ -325,6 +332,7 @@ def test_a_classifier_is_planned_as_it_is_traced(
     assert found.parts["adapter"] == pytest.approx(trace.adapter, abs=2048)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "checkpointing", "vocab"), SETTINGS)
 def test_pairs_are_planned_as_they_are_traced(method: Method, checkpointing: bool, vocab: int, tmp_path: Path) -> None:
     """A bent loss passes the head twice, and holds nothing of the first time."""
@@ -338,6 +346,7 @@ def test_pairs_are_planned_as_they_are_traced(method: Method, checkpointing: boo
     assert found.parts["adapter"] == pytest.approx(trace.adapter, abs=2048)
 
 
+@pytest.mark.long
 def test_the_plan_by_trace_of_a_classifier_is_that_of_its_shape(tmp_path: Path) -> None:
     sizes = config("llama", vocab=3000)
     real(sizes, tmp_path)
@@ -350,6 +359,7 @@ def test_the_plan_by_trace_of_a_classifier_is_that_of_its_shape(tmp_path: Path) 
     assert told.tensor_bytes == pytest.approx(found.tensor_bytes, rel=TOLERANCE)
 
 
+@pytest.mark.long
 def test_two_cut_models_tell_what_a_deeper_one_takes(tmp_path: Path) -> None:
     sizes = config("llama", vocab=3000, layers=6)
     whole = trace_step(real(sizes, tmp_path), job("llama"), Method.QLORA, TOKENS)

@@ -43,6 +43,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, kind: type, name: str, at: int) -> 
     monkeypatch.setattr(kind, name, call)
 
 
+@pytest.mark.long
 def test_the_window_is_dropped_and_the_last_step_is_stored(
     start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +62,7 @@ def test_the_window_is_dropped_and_the_last_step_is_stored(
     assert losses(told) | losses(rest) == pytest.approx(losses(of_whole), rel=1e-3)
 
 
+@pytest.mark.long
 def test_a_failed_step_of_the_optimizer_stores_nothing(
     start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -70,6 +72,7 @@ def test_a_failed_step_of_the_optimizer_stores_nothing(
     assert [m.step for m in told if isinstance(m, Saved)] == [2]
 
 
+@pytest.mark.long
 def test_a_held_out_row_that_does_not_fit_before_the_first_step_ends_the_attempt(
     start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
 ) -> None:

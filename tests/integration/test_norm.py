@@ -17,6 +17,7 @@ def norm(kind: type[torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:
     return made.requires_grad_(False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("on_card", [False, True])
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from loractl.worker.engine.optimizer import ScaledOptimizer, make_optimizer
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "waits"), [("adamw_8bit", 0), ("paged_adamw_8bit", 3)])
 def test_state_of_8_bit_is_updated_without_a_wait_for_each_tensor(
     name: str, waits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -125,6 +125,7 @@ def test_rslora_scales_by_the_root_of_r_and_dora_stores_magnitudes(recipe: Recip
     assert any("lora_magnitude_vector" in name for name in adapter(tmp_path / "a"))
 
 
+@pytest.mark.long
 def test_loftq_with_dora_begins_where_loftq_alone_does_whatever_the_rank(tiny_model: Path) -> None:
     """DoRA's magnitudes are those of the corrected layers; a layer that is narrower than r keeps that rank."""
     ids, precision, found = torch.arange(3, 40)[None], choose_precision("cpu", "float32"), []
@@ -151,6 +152,7 @@ def test_modules_to_save_are_trained_in_fp32_and_stored_in_full(
     assert not torch.equal(stored, base.float())
 
 
+@pytest.mark.long
 def test_a_finished_training_with_modules_to_save_is_evaluated_again_in_the_base_s_arithmetic(
     recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -176,6 +178,7 @@ def test_loftq_starts_nearer_to_the_base_than_nf4_alone(tiny_model: Path) -> Non
     assert away["loftq"] < 0.8 * away["default"], away
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_trains_and_holds_the_state_that_the_plan_counts(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, optimizer: str
@@ -220,6 +223,7 @@ def test_packed_examples_fill_rows_and_none_sees_another(tiny_model: Path) -> No
                 assert row.labels[begin] == IGNORED, "nothing of its own precedes an example's first token"
 
 
+@pytest.mark.long
 def test_packing_takes_fewer_steps_for_the_same_tokens(recipe: Recipe, tmp_path: Path) -> None:
     recipe("plain", max_steps=None, num_train_epochs=1, evaluation=HARDLY)
     recipe("packed", max_steps=None, num_train_epochs=1, packing=True, evaluation=HARDLY)
@@ -247,6 +251,7 @@ def test_the_attention_that_is_asked_for_is_taken(tiny_model: Path, attention: s
     assert model.config._attn_implementation == attention
 
 
+@pytest.mark.long
 def test_a_job_computes_with_its_attention_and_learns_the_same_but_for_rounding(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +282,7 @@ def test_what_a_worker_lacks_is_named(recipe: Recipe, tiny_model: Path, monkeypa
     assert failure.value.reason is Reason.BAD_SPEC
 
 
+@pytest.mark.long
 def test_a_compiled_model_learns_the_same(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(
@@ -296,6 +302,7 @@ def test_a_box_without_a_compiler_says_what_it_lacks() -> None:
     assert sentence.startswith("training.torch_compile needs a compiler, which this box does not have: "), sentence
 
 
+@pytest.mark.long
 def test_tensorboard_s_files_are_stored_with_the_result(recipe: Recipe, tmp_path: Path) -> None:
     recipe("a", max_steps=2, report_to=["tensorboard"], evaluation=HARDLY)
     assert list((tmp_path / "a" / "result" / "tensorboard").glob("events.*"))
@@ -314,6 +321,7 @@ def test_the_report_measures_what_was_asked_for(recipe: Recipe, tmp_path: Path) 
     assert len(few["evaluation"]["answers"][0]["base"]) < len(usual["evaluation"]["answers"][0]["base"])
 
 
+@pytest.mark.long
 def test_losses_checkpoints_and_evaluations_come_as_often_as_asked_for(recipe: Recipe) -> None:
     _, told = recipe(max_steps=6, logging_steps=2, save_steps=3, eval_steps=3, evaluation=HARDLY)
     assert [m.step for m in told if isinstance(m, Stepped) and "loss" in m.metrics] == [1, 2, 4, 6]

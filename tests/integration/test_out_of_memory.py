@@ -195,6 +195,7 @@ def apart(some: dict[int, float], others: dict[int, float]) -> float:
     return max(abs(some[step] - others[step]) for step in some)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_probe_changes_no_bit_of_the_run(
     method: str, tiny_model: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -313,6 +314,7 @@ def test_the_need_is_planned_again_for_the_lengths_of_the_rows(tiny_model: Path,
     assert planned.qlora is not None and asked.qlora is not None and planned.qlora < asked.qlora
 
 
+@pytest.mark.long
 def test_an_attempt_that_was_given_room_plans_its_own_size_and_the_job_s_need(
     tiny_model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -332,6 +334,7 @@ def test_an_attempt_that_was_given_room_plans_its_own_size_and_the_job_s_need(
     assert "1 × 8 accumulated, 2 × 4 asked: so its card had room to train without recomputing" in page
 
 
+@pytest.mark.long
 def test_a_run_that_was_given_room_recomputes_first_when_it_does_not_fit(
     wide_model: Path, data: Path, tmp_path: Path, warm_start: warm.Start
 ) -> None:
@@ -347,6 +350,7 @@ def test_a_run_that_was_given_room_recomputes_first_when_it_does_not_fit(
     assert adjustments[0] == Adjustment(gradient_checkpointing=True)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("planned", "size", "limit"), [(10, 8, 9), (None, 8, 8), (10, None, 12), (10, 20, 12)], ids=str
 )
@@ -458,6 +462,7 @@ def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
     assert report["changes"] == [text for text in texts if text.startswith("out of memory")]
 
 
+@pytest.mark.long
 def test_what_does_not_fit_while_it_becomes_nf4_is_out_of_memory(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

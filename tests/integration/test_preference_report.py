@@ -154,6 +154,7 @@ def test_loss_share_and_margins_are_those_by_hand(made: Made, lean: bool) -> Non
     assert found.rows == 10 and found.row_losses == rows
 
 
+@pytest.mark.long
 def test_losses_a_token_have_margins_a_token_and_a_term_for_answers_is_each_pair_s_own_mean(made: Made) -> None:
     learner, data, spec = made(loss_type=["ipo", "sft"], loss_weights=[1, 0.5], beta=0.5)
     _, metrics = evaluated(learner, data, spec)
@@ -186,6 +187,7 @@ def test_orpo_learns_the_prompt_with_the_chosen_answer_even_one_of_a_token(made:
     assert metrics["loss"].tuned == pytest.approx(np.mean(losses), rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_job_that_started_from_an_adapter_is_compared_with_that_one(made: Made) -> None:
     """Shuffled pairs would look better else: the bare base is far from any adapter, so its own loss is high."""
     learner, data, spec = made()
@@ -208,6 +210,7 @@ def _noted(told: list[tuple[int, int]], *at: int) -> None:
     told.append((at[0], at[1]))
 
 
+@pytest.mark.long
 def test_the_work_that_is_told_adds_up(made: Made) -> None:
     learner, data, spec = made()
     kind, told = trained_kind(spec), list[tuple[int, int]]()
@@ -221,6 +224,7 @@ def test_the_work_that_is_told_adds_up(made: Made) -> None:
     assert kind.answers(spec, data) == 3 == len(found.answers)
 
 
+@pytest.mark.long
 def test_a_batch_is_tried_as_the_evaluation_has_it_at_its_longest(made: Made) -> None:
     learner, data, spec = made()
     rows, seen = data.held_out.rows.first(4), list[torch.Size]()
@@ -233,6 +237,7 @@ def test_a_batch_is_tried_as_the_evaluation_has_it_at_its_longest(made: Made) ->
     assert [tuple(shape[:2]) for shape in seen] == [(4, longest)]
 
 
+@pytest.mark.long
 def test_final_pairs_are_measured_as_the_held_out_ones(made: Made) -> None:
     learner, data, spec = made()
     final = data.of_final
@@ -243,6 +248,7 @@ def test_final_pairs_are_measured_as_the_held_out_ones(made: Made) -> None:
     assert found.rows == 9 and metrics["loss"].tuned == pytest.approx(np.mean(losses), rel=1e-4)
 
 
+@pytest.mark.long
 def test_pairs_that_are_given_away_are_measured_apart(made: Made) -> None:
     learner, data, spec = made()
     _, metrics = evaluated(learner, replace(data, given_away=(2, 5)), spec)
@@ -254,6 +260,7 @@ def test_pairs_that_are_given_away_are_measured_apart(made: Made) -> None:
     assert set(metrics) == {"loss", "chosen_loss"}, "what nobody asks for is not told"
 
 
+@pytest.mark.long
 def test_the_answer_of_a_talk_that_goes_on_is_asked_for_where_both_begin(made: Made) -> None:
     talk = [
         {"role": "user", "content": "one"},

@@ -118,6 +118,7 @@ def test_the_first_loss_is_that_of_a_model_which_is_its_own_reference(recipe: Re
     assert found[-1] < 0.9 * found[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_a_training_that_goes_on_after_a_stop_leaves_the_same_adapter(
     recipe: Recipe, asked: Any, tmp_path: Path, method: str
@@ -129,6 +130,7 @@ def test_a_training_that_goes_on_after_a_stop_leaves_the_same_adapter(
     assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_the_adapter_that_a_job_begins_from_is_its_reference(
     recipe: Recipe, start: Callable[..., Start], asked: Any, tmp_path: Path
 ) -> None:
@@ -318,6 +320,7 @@ def test_orpo_learns_on_where_an_answer_is_certain() -> None:
     assert logp.grad is not None and bool(torch.isfinite(logp.grad).all())
 
 
+@pytest.mark.long
 def test_a_padded_pair_s_reference_does_not_depend_on_the_pairs_beside_it() -> None:
     """Else a training that goes on after a stop, or meets what another one knows, would leave another adapter."""
     model, rows = adapted(base_of("Llama"), spec_of()), answer_pairs(12)

@@ -46,6 +46,7 @@ def pairs(count: int, first: int = 0) -> list[dict[str, str]]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_training_is_trl_s(name: str, method: str, recipe: Recipe, start: Any, tmp_path: Path) -> None:

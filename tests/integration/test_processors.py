@@ -47,6 +47,7 @@ def machine(kind: str, threads: int) -> dict[str, str]:
     return {**kept, **KINDS[kind], "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "test"),
     [

@@ -46,6 +46,7 @@ def test_a_block_that_is_recomputed_does_not_make_its_last_product_again(
     assert made[128, 64] == 2, "down, forwards alone"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "unpacked"), [("lora", 0), ("qlora", 0), ("qlora", 10_000)])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_card_s_way_learns_what_a_processor_s_does(
@@ -59,6 +60,7 @@ def test_a_card_s_way_learns_what_a_processor_s_does(
     assert float(theirs.norm()) > 0 and float((ours - theirs).norm() / theirs.norm()) < 1e-5
 
 
+@pytest.mark.long
 def test_it_is_as_near_to_fp32_in_bf16(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = gradients(tiny_model, "lora", 0.1, FP32)
     with wide.narrow():

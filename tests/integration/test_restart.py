@@ -51,6 +51,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_one_that_asks_for_another_and_does_not_end_is_killed_with_what_it_started(
     quick_place: Callable[[str], Workplace],
 ) -> None:
@@ -86,6 +87,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.long
 def test_one_that_dies_while_it_tries_its_longest_batches_is_followed_by_one_with_less(
     quick_place: Callable[[str], Workplace],
 ) -> None:

@@ -22,6 +22,7 @@ def _on_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card_kernels, "PLACES", ("cpu",))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "groups", "tokens", "width"), [(4, 2, 7, 8), (3, 1, 1, 6), (14, 2, 33, 64)])
 def test_queries_and_keys_are_turned_as_near_to_the_exact_ones(
@@ -61,6 +62,7 @@ def test_a_family_s_own_function_is_replaced_where_it_turns_halves(family: str, 
     assert getattr(code, NAME, None) is own
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["Llama", "GPTNeoX", "Gemma3Text"])
 def test_a_step_learns_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-NeoX turns a quarter of each head, and keeps its own way to. With recomputation."""

@@ -306,6 +306,7 @@ def test_a_caller_who_leaves_while_the_answer_comes_frees_the_place(
     assert len(steps) < 300, "it was not answered to its end"
 
 
+@pytest.mark.long
 def test_tokens_come_back_as_text_as_far_as_a_prompt_may_be_long(client: openai.OpenAI, engine: Decoder) -> None:
     address = str(client.base_url.join("/detokenize"))
     ids = engine.tokenizer(TEXTS[0]).input_ids

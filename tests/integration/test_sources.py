@@ -54,6 +54,7 @@ def prepared(tiny_model: Path, tmp_path: Path) -> Callable[..., PreparedData]:
     return prepare
 
 
+@pytest.mark.long
 def test_rows_of_both_files_are_trained_on_and_held_out_and_the_report_says_how_many(
     prepared: Callable[..., PreparedData], tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_row_that_does_not_fit_is_called_by_its_own_file_and_number(prepared: 
         prepared(max_length=64, on_overflow="error")
 
 
+@pytest.mark.long
 def test_the_recipe_trains_on_all_of_them(recipe: Callable[..., Any], tmp_path: Path) -> None:
     other = pairs(tmp_path / "b.jsonl", 100)
     more = {"path": str(other), "columns": {"instruction": "question", "output": "said"}, "share": 0.5}

@@ -58,6 +58,7 @@ def test_a_stop_in_an_evaluation_is_obeyed_within_a_batch_and_costs_nothing(
     assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_an_evaluation_in_mid_training_that_does_not_fit_takes_fewer_rows_at_once(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,6 +152,7 @@ def denied() -> Iterator[None]:
         pytest.fail("it was let through")
 
 
+@pytest.mark.long
 def test_each_key_can_do_its_own_part_and_no_more(stores: dict[str, ArtifactStore], tmp_path: Path) -> None:
     client, box, gc = (stores[name] for name in NAMES)
     data, other = tmp_path / "d.jsonl", tmp_path / "other.jsonl"

@@ -72,6 +72,7 @@ def test_the_report_holds_what_is_needed_to_run_it_again(recipe: Recipe, tmp_pat
     assert len(set(hashes)) == 2 and all(len(one) == 64 for one in hashes)
 
 
+@pytest.mark.long
 def test_tokens_seen_count_from_the_first_step_after_a_resume_too(recipe: Recipe, tmp_path: Path) -> None:
     reports = []
     recipe("whole")
@@ -120,6 +121,7 @@ def test_a_checkpoint_that_does_not_fit_is_tried_once(recipe: Recipe, tmp_path: 
     assert next(m.resumed_from_step for m in told if isinstance(m, Note) and m.kind == "resumed") == 4
 
 
+@pytest.mark.long
 def test_a_run_that_had_trained_to_its_end_is_evaluated_again_without_another_step(
     recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -177,6 +179,7 @@ def test_a_chat_template_whose_name_no_store_takes_is_refused_before_the_first_s
     assert failure.value.reason is Reason.MODEL_NOT_FOUND
 
 
+@pytest.mark.long
 def test_a_cache_of_the_same_rows_in_another_file_does_not_mix_up_their_numbers(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -190,6 +193,7 @@ def test_a_cache_of_the_same_rows_in_another_file_does_not_mix_up_their_numbers(
         assert [r.number for r in data.held_out.rows] == [e.number for e in data.held_out_examples]
 
 
+@pytest.mark.long
 def test_rows_in_both_files_are_not_held_out(tiny_model: Path, tmp_path: Path) -> None:
     train_file, eval_file = write_helpdesk(tmp_path / "train.jsonl", 24), write_helpdesk(tmp_path / "eval.jsonl", 30)
     dataset = {"path": str(train_file), "eval_path": str(eval_file)}
@@ -265,6 +269,7 @@ def test_named_target_modules_are_the_only_ones_adapted(recipe: Recipe, tmp_path
     assert report["adapter"]["modules"] == ["q_proj", "v_proj"]
 
 
+@pytest.mark.long
 def test_gradient_checkpointing_changes_nothing_but_memory(recipe: Recipe, tmp_path: Path) -> None:
     """Not one bit, with dropout."""
 
@@ -288,6 +293,7 @@ def test_accumulated_batches_learn_like_one_large_batch(recipe: Recipe) -> None:
     assert _losses(parts) == pytest.approx(_losses(whole), rel=5e-3)
 
 
+@pytest.mark.long
 def test_an_evaluation_in_mid_training_leaves_the_gradients_of_an_nf4_model_alone(
     tiny_model: Path, tmp_path: Path
 ) -> None:

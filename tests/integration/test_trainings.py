@@ -217,6 +217,7 @@ class End(TrainerCallback):
             control.should_training_stop = control.should_save = True
 
 
+@pytest.mark.long
 def test_a_stop_between_micro_batches_leaves_a_checkpoint_that_resumes_bit_for_bit(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -250,6 +251,7 @@ def run_short(loop: TrainingLoop, step: int, piece: int) -> None:
     assert raised.value.__context__ is None, "it would hold the tensors of the pass"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_memory_that_runs_out_in_a_window_costs_that_window_alone(
     tiny_model: Path, tmp_path: Path, pieces: int
@@ -317,6 +319,7 @@ def _without_count(state: Path) -> None:
     state.write_text(json.dumps(text))
 
 
+@pytest.mark.long
 def test_an_evaluation_changes_no_gradient(tiny_model: Path, tmp_path: Path) -> None:
     """bitsandbytes repacks an NF4 layer's weights on its first forward in eval mode, and gradients are wrong then."""
     lab = Lab(tiny_model, tmp_path, **BASES["nf4"])

@@ -74,6 +74,7 @@ def test_a_sound_pass_differs_by_rounding_and_leaves_no_trace(
     assert lean.loss is own.loss is loss and not getattr(model.get_base_model().model, "gradient_checkpointing", False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["Mixtral", "Gemma2", "Cohere", "GPT2"])
 def test_other_families_are_sound_too(family: str) -> None:
     from .test_lean import adapted
@@ -179,6 +180,7 @@ def test_a_failing_card_is_no_fault_of_the_pass(
     assert (type(forward), why is not None) == (PaddedPass if remembered else LeanPass, remembered)
 
 
+@pytest.mark.long
 def test_a_training_is_the_same_with_and_without_the_comparison(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +191,7 @@ def test_a_training_is_the_same_with_and_without_the_comparison(
     assert (tmp_path / "with" / WEIGHTS).read_bytes() == (tmp_path / "without" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.long
 def test_a_job_whose_lean_pass_is_broken_trains_by_peft_s_and_says_so(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +213,7 @@ def test_a_job_whose_lean_pass_is_broken_trains_by_peft_s_and_says_so(
     assert (tmp_path / "asked" / WEIGHTS).read_bytes() == (tmp_path / "broken" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_another_pass_is_not_resumed_in_silence(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     attention.why_no_kernel.cache_clear()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("window", [None, 4, 40])
 def test_a_model_computes_the_same_by_one_kernel_as_row_by_row(
     window: int | None, kernel: StandIn, monkeypatch: pytest.MonkeyPatch
@@ -100,6 +101,7 @@ def test_a_model_computes_the_same_by_one_kernel_as_row_by_row(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
 
 
+@pytest.mark.long
 def test_a_block_that_is_recomputed_may_be_the_first_that_asks_for_the_kernel(kernel: StandIn) -> None:
     recomputed = passed(None, recomputes=True)
     assert kernel.calls == 5  # its check of itself, and two layers twice
@@ -155,6 +157,7 @@ def test_a_device_without_the_kernel_goes_row_by_row_and_says_why(
 WHY = "the kernel for rows of any lengths does not take these (no such kernel on a processor)"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("there", "attention", "batch", "said"),
     [

@@ -14,6 +14,7 @@ from loractl.worker.base.processor import REPEATABLE
 from loractl.worker.engine.passes import wide
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("outputs", "inputs"), [(1100, 1024), (7, 5), (2, wide.SLAB + 1)])
 def test_a_weight_is_multiplied_slab_by_slab(outputs: int, inputs: int) -> None:
     """Of whole numbers, which every order of summing leaves exact."""
