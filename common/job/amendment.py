@@ -16,7 +16,7 @@ from .method import Method, permitted_methods
 from .spec import JobSpec, spec_keys
 from .sweep import setting
 
-WHILE_IT_RUNS = ("labels", "priority", "resources.time_limit")
+WHILE_IT_RUNS = ("labels", "preemptible", "priority", "resources.time_limit")
 """Keys whose change reaches a running job."""
 
 _ITS_OWN = frozenset({"base_model", "revision", "task_type", "evaluation.regression"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
@@ -60,8 +60,9 @@ class JobSpec(Section):
     """Whether any end of those jobs will do, such as a failure."""
     max_retries: int = Field(2, ge=0, le=100)
     priority: int = Field(0, ge=-1000, le=1000)
-    preemptible: bool = False
-    """Whether it gives way to a waiting job of higher priority: it saves a checkpoint and continues later."""
+    preemptible: bool | Literal["auto"] = "auto"
+    """Whether it may be stopped for a waiting job: it saves a checkpoint and continues later. auto: for a much shorter
+    one; true: also for one of higher priority; false: for none."""
     labels: dict[Annotated[Printable, Field(max_length=64)], Annotated[Printable, Field(max_length=256)]] = Field(
         default_factory=dict, max_length=32
     )

@@ -47,7 +47,7 @@ class Yields:
     """What decides when a running job yields to a much shorter one, see preemption.py."""
 
     submitted: dt.datetime
-    stops: int = 0  # how often it was stopped for others before
+    stops: int = 0  # how often it was asked to stop for others before
     cost_s: float = STOP_COST_S
 
 

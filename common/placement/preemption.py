@@ -69,10 +69,10 @@ def first_stop(
     yielding = _yielding(cards, now, least_s) if yields and not by_share else {}
     if any(one.gives_way_to is not None for one in running) or not (yielding or any(r.preemptible for r in running)):
         return None
-    turn = turns_in(by_share, charges, now)
+    turn, ready = turns_in(by_share, charges, now), queue.firsts()
     decided = place(queue, cards, charges, now, by_share)
     starting = {decision.placed.job.job_id for decision in decided if decision.placed is not None}
-    waiting = [job for job in sorted(queue.firsts(), key=turn) if job.job_id not in starting and _could(job, cards)]
+    waiting = [job for job in sorted(ready, key=turn) if job.job_id not in starting and _could(job, cards)]
     ways = _for_priority(waiting, cards), _for_shorter(waiting, cards, yielding, turn, now)
     for stop in (stop for some in ways for stop in itertools.islice(some, AT_ONCE)):
         then = place(queue, [card.without(stop.going) for card in cards], charges, now, by_share)

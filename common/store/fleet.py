@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import re
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loractl.common.job.method import Method, Need, Ways
 from loractl.common.job.status import Status
-from loractl.common.placement.cards import Card, Occupant, Reservation, largest_gpu
+from loractl.common.placement.cards import Card, Occupant, Reservation, Yields, largest_gpu
 from loractl.common.placement.closure import CardFailure
 from loractl.common.placement.lines import QueueKey, Waiting
 from loractl.common.placement.rule import Decision, Placement, turns_in
@@ -28,12 +28,28 @@ LEAVES_IN_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class GivingWay:
+    """Whether and when running jobs yield to much shorter ones, see placement/preemption.py."""
+
+    is_on: bool = True
+    least_s: float | None = None  # the lab's own time undisturbed
+    jobs: Mapping[int, Yields] = field(default_factory=dict)  # those that could
+
+    def on(self, cards: Iterable[Card]) -> list[Card]:
+        """The cards with what decides it."""
+        return [
+            replace(card, running=tuple(replace(one, yields=self.jobs.get(one.job_id)) for one in card.running))
+            for card in cards
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
 class FleetView:
     """The whole fleet at one moment, and what the rule would do with it."""
 
     now: dt.datetime
     nodes: dict[str, Node]
-    cards: dict[str, Card]
+    cards: dict[str, Card]  # with the jobs that the next round asks to stop as if it had
     drains: dict[str, DrainOrder]  # by host or card
     running: dict[int, Job]
     charges: dict[str, float]  # GiB hours by user
@@ -43,6 +59,7 @@ class FleetView:
     failures: tuple[CardFailure, ...] = ()  # of a day, on cards that have ended no attempt well since
     allowed: Mapping[str, Allowance] = field(default_factory=dict)  # of users with a quota
     by_share: bool = False  # in the order of before, see `turns_by_share`
+    giving_way: GivingWay = field(default_factory=GivingWay)
     awaited: Mapping[int, Job] = field(default_factory=dict)  # jobs after which the jobs asked about start
 
     @functools.cached_property

@@ -63,7 +63,7 @@ GRANT EXECUTE ON FUNCTION loractl_login(), loractl_change(bigint, text, jsonb, j
   TO loractl_submit, loractl_worker;
 
 -- worker, gc, adapters bind, drain and undrain: everything of a job's row but what was asked, and by whom
-GRANT UPDATE (status, reason, message, stage, preempted_by, held, not_before, retries_used, ended_at,
+GRANT UPDATE (status, reason, message, stage, preempted_by, stops, held, not_before, retries_used, ended_at,
     awaits, ancestor,
     token, lease_expires_at, step, total_steps, loss, tokens_per_second, eta_seconds, eta_spread_seconds, evaluated,
     to_evaluate, attempt,
@@ -118,8 +118,8 @@ SET search_path = pg_catalog, public, pg_temp AS $$
       coalesce(after.adjustment::text, 'null') = 'null') AND
     (after.spec::text = before.spec::text OR loractl_same_batch(after)) AND
     (before.status <> 'running' OR after.awaits IS NOT DISTINCT FROM before.awaits AND
-      after.spec::jsonb - '{priority,labels,resources}'::text[] =
-        before.spec::jsonb - '{priority,labels,resources}'::text[] AND
+      after.spec::jsonb - '{priority,labels,resources,preemptible}'::text[] =
+        before.spec::jsonb - '{priority,labels,resources,preemptible}'::text[] AND
       (after.methods::text, after.vram_lora, after.vram_qlora, after.adjustment::text) IS NOT DISTINCT FROM
         (before.methods::text, before.vram_lora, before.vram_qlora, before.adjustment::text));
 $$;
@@ -132,7 +132,7 @@ DECLARE
     WHEN 'held' THEN '{message,held}'
     WHEN 'retry' THEN '{status,reason,message,held,ended_at,not_before,retries_used,step,total_steps,loss,
       tokens_per_second,lab_failures,lab_step,avoids,result_until}'
-    WHEN 'edited' THEN '{name,labels,spec,priority,methods,preemptible,version,max_retries,vram_lora,
+    WHEN 'edited' THEN '{name,labels,spec,priority,methods,preemptible,yields,version,max_retries,vram_lora,
       awaits,checkpoint_s,begun_bf16,extent,forecasts,work_left_s,
       vram_qlora,vram_needed,vram_class,planned,need_key,family,engine,queue_key,lora_until,adjustment,gangs,roomy}'
     END;
@@ -158,7 +158,7 @@ CREATE OR REPLACE FUNCTION loractl_is_new(job jobs) RETURNS boolean LANGUAGE sql
 SET search_path = pg_catalog, public, pg_temp AS $$
   SELECT job.status = 'queued' AND job.attempt = 0 AND
     NOT job.held AND coalesce(job.awaits, 0) < job.job_id AND
-    job.retries_used = 0 AND job.lab_failures = 0 AND
+    job.retries_used = 0 AND job.lab_failures = 0 AND job.stops = 0 AND
     concat(job.token, job.adapter_uri, job.report_uri, job.result_host, job.manifest_sha256, job.reason, job.message,
       job.stage, job.preempted_by, job.node, job.gpu, job.method, job.vram_reserved, job.step, job.total_steps,
       job.loss, job.ancestor, job.tokens_per_second, job.eta_seconds, job.eta_spread_seconds, job.evaluated,

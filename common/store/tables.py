@@ -221,7 +221,10 @@ class Job(Base):
     reason: Mapped[Reason | None] = mapped_column(Words(Reason))
     message: Mapped[str | None] = mapped_column(Prose())  # why, in one sentence
     stage: Mapped[Stage | None] = mapped_column(Words(Stage))
-    preemptible: Mapped[bool] = mapped_column(default=False)
+    preemptible: Mapped[bool] = mapped_column(default=False)  # gives way to a job of higher priority
+    yields: Mapped[bool] = mapped_column(default=False, server_default=false())  # gives way to a much shorter job
+    # how often it was asked to stop for another job
+    stops: Mapped[int] = mapped_column(Whole(0, LARGEST), default=0, server_default="0")
     preempted_by: Mapped[int | None] = mapped_column(RowNumber())  # the job that this running one gives way to
     version: Mapped[str | None] = mapped_column(Characters(32))  # of the loractl that wrote the spec
     held: Mapped[bool] = mapped_column(default=False)  # by a person or the lab

@@ -134,6 +134,7 @@ class JobVerbs(Subject):
     waiting_classes = reads(backlog.waiting_classes)
     has_unfinished = reads(backlog.has_unfinished)
     end_patience = writes(backlog.end_patience)
+    never_yielding = reads(preemption.count_never_yielding)
 
     def replan_outdated(self) -> list[int]:
         """Plan waiting jobs whose plans are of an older engine, if their bases are on this machine; returns them."""

@@ -45,6 +45,9 @@ def db_upgrade(backup: Path | None, force: bool) -> None:
         click.echo(f"{backup} was not written: {why}.", err=True)
     way = f"is already at revision {done.after}" if same else f"went from {done.before or 'empty'} to {done.after}"
     click.echo(f"{redacted(settings.database_url)} {way}.")
+    if done.never_yielding:
+        jobs = f"{done.never_yielding} waiting or running job{'s' * (done.never_yielding > 1)}"
+        click.echo(f"{jobs} of before will not yield to shorter jobs (preemptible: false); {_LET_YIELD}")
     if done.roles_wanted:
         click.echo(_ROLES, err=True)
     _tell_of_store(store_unknown(settings))
@@ -56,6 +59,7 @@ def _tell_of_store(unknown: str | None) -> None:
         click.echo("With the lab's LORACTL_ARTIFACTS_URL: loractl lab adopt-store", err=True)
 
 
+_LET_YIELD = "loractl edit JOB --set preemptible=auto lets one do so."
 _ROLES = "Grant the roles their new rights: loractl db roles"
 
 

@@ -17,6 +17,9 @@ from loractl.common.store.store import Store
 
 from .backup import Contents, back_up
 
+YIELDING = "0048"
+"""From this revision on jobs yield to much shorter ones unless they say otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Upgraded:
@@ -26,6 +29,7 @@ class Upgraded:
     after: str
     saved: Contents | None  # what the backup holds; None: none was wanted, or there was nothing to do
     quarantined: int  # values that broke their columns' bounds, by this upgrade and earlier ones
+    never_yielding: int  # waiting and running jobs of before, which keep their cards
     roles_wanted: bool  # the roles still need rights to what is new, which this login may not grant
 
 
@@ -49,8 +53,14 @@ def bring_to_head(settings: Settings, backup: Path | None, *, force: bool) -> Up
                 with contextlib.suppress(Forbidden):  # then somebody with the right must do it
                     apply_roles(engine)
                     wanted = False
-            aside = quarantined(engine)
-            return Upgraded(before=before, after=after, saved=saved, quarantined=aside, roles_wanted=wanted)
+            return Upgraded(
+                before=before,
+                after=after,
+                saved=saved,
+                quarantined=quarantined(engine),
+                never_yielding=0 if before is None or before >= YIELDING else Store(engine).jobs.never_yielding(),
+                roles_wanted=wanted,
+            )
         finally:
             engine.dispose()
 

@@ -138,6 +138,37 @@ def lab_order(order: str) -> None:
     click.echo(f"Jobs start in this order: {said}.")
 
 
+@lab.command("give-way")
+@click.argument("when", metavar="on|off|TIME")
+def lab_give_way(when: str) -> None:
+    """Let long jobs yield their cards to much shorter ones, or not.
+
+    on: once they have run for ten minutes, or longer where a stop costs much. TIME: once they have run for this long,
+    like 30m, whatever a stop costs. off: never.
+    """
+    from loractl.scheduler.cli.session import open_session
+
+    value, said = _give_way(when)
+    settings, store = open_session()
+    store.lab.set("give-way", value, settings.user)
+    click.echo(said)
+
+
+def _give_way(when: str) -> tuple[str, str]:
+    from loractl.common.errors import UsageError
+    from loractl.common.units import duration, parse_duration
+
+    if when in ("on", "off"):
+        return when, f"Long jobs yield their cards to much shorter ones{'' if when == 'on' else ' no more'}."
+    try:
+        seconds = parse_duration(when)
+    except ValueError as error:
+        raise UsageError(f"{when!r} {error}", "on, off, or a time like 30m") from None
+    if not 0 < seconds <= 365 * 24 * 3600:
+        raise UsageError(f"{when!r} is not between 0 and 365d", "on, off, or a time like 30m")
+    return str(seconds), f"Jobs yield their cards to much shorter ones once they have run for {duration(seconds)}."
+
+
 @lab.command("operators")
 @click.option("--add", "added", multiple=True, metavar="NAME", help="Name this person an operator; repeatable.")
 @click.option("--remove", "removed", multiple=True, metavar="NAME", help="No longer this one; repeatable.")

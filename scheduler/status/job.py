@@ -59,6 +59,7 @@ class JobState:
     priority: int
     held: bool  # by a person or the lab, not by a job that it starts after
     cancel_requested: bool
+    preempted_by: int | None  # the job that a running one gives way to
     tokens_per_second: float | None
     vram_needed: int | None  # bytes; None: not known yet
     has_checkpoint: bool  # in the artifact store, to continue from
@@ -78,6 +79,13 @@ class JobState:
     def place(self) -> str:
         """The same, as short as possible."""
         return in_short(self.cards or (self.node or "–",))
+
+    @property
+    def gave_way(self) -> str:
+        """For which job it stopped and waits now, as a sentence; empty: for none."""
+        if self.status is not Status.QUEUED or self.reason is not Reason.PREEMPTED:
+            return ""
+        return f"It {self.message}; it goes on from its checkpoint"
 
     @property
     def share(self) -> float | None:

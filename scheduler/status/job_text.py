@@ -91,7 +91,8 @@ def _standing(answer: JobInFull, screen: Screen) -> list[str]:
     """Where the job is, and its progress."""
     job = answer.job
     if job.status is Status.RUNNING:
-        doing = "stopping" if job.cancel_requested else job.stage.value if job.stage else "starting"
+        yields = "" if job.preempted_by is None else f"giving way to job {job.preempted_by}"
+        doing = "stopping" if job.cancel_requested else yields or (job.stage.value if job.stage else "starting")
         share = job.share or 0.0
         steps = f"{thousands(job.step)} of {thousands(job.total_steps)}" if job.total_steps else "loading"
         if job.stage is Stage.EVALUATING and job.to_evaluate:
@@ -102,7 +103,8 @@ def _standing(answer: JobInFull, screen: Screen) -> list[str]:
         where = f" on {job.where}, attempt {job.attempt}, {doing}{trouble}"
         return [*_sentence(job, where, screen), "", bar(share, min(60, screen.width - len(tail)), screen) + tail]
     if job.status is Status.QUEUED and answer.wait is not None:
-        return _sentence(job, f" waits: {answer.wait.word}, {answer.wait.sentence}.", screen)
+        stopped = f" {job.gave_way}." if job.gave_way else ""
+        return _sentence(job, f" waits: {answer.wait.word}, {answer.wait.sentence}.{stopped}", screen)
     reason = f" ({job.reason.value})" if job.status is Status.FAILED and job.reason else ""
     name, state = f"{job.job_id} {clean_line(job.name)}", state_word(job, screen)
     return [f"{screen.style(name, bold=True)} {state}{reason}: {clean_line(job.message or '')}"]

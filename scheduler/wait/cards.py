@@ -32,7 +32,7 @@ from loractl.common.store.fleet import NODE_STALE_S, FleetView, avoided_by, wait
 from loractl.common.text import clean_line
 from loractl.common.units import clock, duration, gib
 
-from .gangs import when_they_end
+from .gangs import numbers, when_they_end
 
 if TYPE_CHECKING:
     from loractl.common.store.tables import Job
@@ -191,8 +191,12 @@ class Asking:
         kept = self.view.kept
         mine = kept is not None and kept.job.job_id == self.me.job_id and kept.on(card.node) is not None
         only_slot = size is not None and size <= card.free
+        chance = Chance.KEPT if mine else Chance.FULL
+        if stopping := [one.job_id for one in card.running if one.gives_way_to == self.me.job_id]:
+            text = f"when {numbers(stopping)} {'gives' if len(stopping) == 1 else 'give'} way to it"
+            return Offer(chance=chance, word="yields", text=text, at=room.at)
         return Offer(
-            chance=Chance.KEPT if mine else Chance.FULL,
+            chance=chance,
             word="busy" if only_slot else "memory",
             text=f"when {when_they_end([job.job_id for job in room.after])}{KEPT if mine else ''}",
             at=room.at,

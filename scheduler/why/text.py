@@ -24,6 +24,7 @@ def why_text(answer: Why | NotWaiting, screen: Screen) -> str:
     job, wait = answer.job, answer.wait
     lines = wrapped(f"{job.job_id} {job.name} waits for {_asked(answer)}.", f"{job.job_id} {job.name}", screen)
     lines += wrapped(f"Reason: {wait.word}, {wait.sentence}.", wait.word, screen)
+    lines += wrapped(f"{job.gave_way}.", "", screen) if job.gave_way else []
     lines += _start(answer, screen)
     if answer.cards:
         lines += ["", *_cards(answer, screen)]

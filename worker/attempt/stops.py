@@ -25,7 +25,7 @@ STOP_GRACE_S = 10.0
 """Seconds that a trainer has to stop after a cancel, or as a loser of its sweep, before it is killed."""
 
 DRAIN_GRACE_S = 120.0
-"""Seconds that a drain, a job of higher priority or a time limit waits for the current step and its checkpoint."""
+"""Seconds that a drain, another job that goes first or a time limit waits for the current step and its checkpoint."""
 
 SILENCE_S = 1800.0
 """A trainer hangs if it is silent for this long while it trains or evaluates. It reports at most one step a second."""
@@ -55,7 +55,7 @@ def wanted_stop(place: Workplace, attempt: SupervisedAttempt) -> StopWish | None
     if attempt.wishes.pruned is not None:
         return StopWish(reason=Reason.PRUNED, message=attempt.wishes.pruned)
     if attempt.wishes.preempted_by is not None:
-        why = f"gave way to job {attempt.wishes.preempted_by}, which has a higher priority"
+        why = f"gave way to job {attempt.wishes.preempted_by}"
         return StopWish(reason=Reason.PREEMPTED, message=why, save=True, grace_s=DRAIN_GRACE_S)
     limit = attempt.wishes.time_limit
     if limit is not None and attempt.own.began is not None and attempt.clock.now() - attempt.own.began > limit:

@@ -246,6 +246,6 @@ class Monitor:
         for job_id, _ in () if turn.settling else store.attempts.reap():
             log.warning("job %s: its worker was lost, it waits again", job_id)
         for job_id in store.cards.preempt():
-            log.info("job %s gives way to one of higher priority", job_id)
+            log.info("job %s gives way to another one", job_id)
         for job_id, _ in store.jobs.end_patience():
             log.info("job %s has waited long enough for LoRA", job_id)

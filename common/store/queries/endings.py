@@ -77,10 +77,21 @@ def finish(
     progress, left_out = storable_progress(progress)
     record(tx, claim, progress, left_out)  # first: the history has what was reported before the end
     job.step, job.total_steps = progress.step or job.step, progress.total_steps or job.total_steps
+    if reason is Reason.PREEMPTED:
+        message += _for_what(tx, job)
     if result is not None:  # first: a job that its end releases may begin from it
         _keep_result(tx, job, claim, result, now)
     _end_attempt(tx, job, reason, message, now, card=card)
     return job.status
+
+
+def _for_what(tx: Transaction, job: Job) -> str:
+    """Why a job gave way to another, for people."""
+    other = None if job.preempted_by is None else tx.session.get(Job, job.preempted_by)
+    if other is None:
+        return ""
+    urgent = job.preemptible and other.priority > job.priority
+    return ", which has a higher priority" if urgent else ", which is much shorter"
 
 
 def reap(tx: Transaction) -> list[Job]:

@@ -31,6 +31,11 @@ ORDER, BY_SHARE = "order", "share"
 """In which order jobs are tried: a lab with this value has the order of before, until the next release."""
 
 
+GIVE_WAY, OFF = "give-way", "off"
+"""Whether running jobs yield to much shorter ones: "on", as where nothing is set, "off", or the seconds that a job runs
+before it first yields."""
+
+
 ORDER_SET = select(LabSetting.value).where(LabSetting.name == ORDER).scalar_subquery()
 """The setting, to be read with the cards: a claim pays for each statement."""
 

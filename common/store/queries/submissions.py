@@ -163,7 +163,8 @@ def _asked(submission: Submission) -> dict[str, Any]:
         "spec": spec.model_dump(mode="json"),
         "priority": spec.priority,
         "methods": [method.value for method in submission.methods],
-        "preemptible": spec.preemptible,
+        "preemptible": spec.preemptible is True,
+        "yields": spec.preemptible is not False,
         "version": __version__,
         "max_retries": spec.max_retries,
     }

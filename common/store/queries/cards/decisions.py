@@ -17,6 +17,7 @@ from ...tables import LEASES, FleetRound, Job, Node
 from ...transaction import Transaction
 from ..lines import StoredQueue, read_order
 from .nodes import FleetState, drained_targets, read_allowed, read_charges, read_failures, read_fleet
+from .preemption import leaving, next_stop, read_giving_way
 
 
 def decide(queue: Queue, cards: Sequence[Card], fleet: FleetState, now: dt.datetime) -> Iterator[Decision]:
@@ -29,12 +30,16 @@ def read_view(tx: Transaction) -> FleetView:
     session, now = tx.session, tx.now()
     fleet, queue = read_fleet(session, now), StoredQueue(session, now, at_once=2)
     queue.firsts()  # all, for what waits on: the rule asks for less
+    giving_way = read_giving_way(session)
+    cards = giving_way.on(fleet.cards)
     decisions = tuple(decide(queue, fleet.cards, fleet, now))
+    if (asked := next_stop(queue, cards, fleet, giving_way, now)) is not None:
+        cards = [leaving(card, asked, now) for card in cards]
     starting = {one.placed.job.job_id for one in decisions if one.placed is not None}
     return FleetView(
         now=now,
         nodes={node.node: node for node in session.scalars(select(Node).order_by(Node.node))},
-        cards={card.node: card for card in sorted(fleet.cards, key=lambda card: card.node)},
+        cards={card.node: card for card in sorted(cards, key=lambda card: card.node)},
         drains=drained_targets(session, now),
         running={job.job_id: job for job in session.scalars(select(Job).where(Job.status == Status.RUNNING))},
         charges=fleet.charges,
@@ -44,6 +49,7 @@ def read_view(tx: Transaction) -> FleetView:
         round_at=session.scalar(select(FleetRound.at).where(FleetRound.name == LEASES)),
         failures=tuple(read_failures(session, now)),
         allowed=read_allowed(session, now),
+        giving_way=giving_way,
     )
 
 

@@ -2,54 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import datetime as dt
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from sqlalchemy import func, or_, select, update
+from sqlalchemy.orm import Session
 
-from loractl.common.job.status import Status
-from loractl.common.placement.preemption import first_stop
+from loractl.common.job.status import Stage, Status
+from loractl.common.placement.cards import STOP_COST_S, Card, Yields
+from loractl.common.placement.lines import Queue
+from loractl.common.placement.preemption import Preemption, first_stop, left_s
+from loractl.common.units import duration
 
-from ...tables import WAITS, Job
+from ...fleet import LEAVES_IN_S, GivingWay
+from ...tables import WAITS, Attempt, Job, LabSetting
 from ...transaction import SKIP_LOCKED, Transaction
+from ..lab_settings import GIVE_WAY, OFF
 from ..lines import StoredQueue
-from .nodes import read_fleet
+from .nodes import FleetState, read_fleet
 from .shares import running_on
 
 
 def preempt(tx: Transaction) -> tuple[int, ...]:
-    """Ask running jobs to give way to one of higher priority when nothing else helps; returns the jobs asked."""
+    """Ask running jobs to give way to a waiting one when nothing else helps it; returns the jobs asked."""
     if not tx.is_alone() or not _may_help(tx):
         return ()
     now = tx.now()
-    fleet = read_fleet(tx.session, now, tx.lease_s)
-    queue = StoredQueue(tx.session, now)
-    found = first_stop(queue, fleet.cards, fleet.charges, now, by_share=fleet.by_share)
-    if found is None or not _ask(tx, found.job.job_id, found.job.priority, found.node, found.going):
+    fleet, giving_way = read_fleet(tx.session, now, tx.lease_s), read_giving_way(tx.session)
+    cards = giving_way.on(fleet.cards)
+    found = next_stop(StoredQueue(tx.session, now), cards, fleet, giving_way, now)
+    if found is None:
         return ()
-    return found.going
+    going = {one.job_id: one for card in cards for one in card.running if one.job_id in found.going}
+    return found.going if _ask(tx, found, {number: left_s(one, now) for number, one in going.items()}) else ()
+
+
+def next_stop(
+    queue: Queue, cards: Sequence[Card], fleet: FleetState, giving_way: GivingWay, now: dt.datetime
+) -> Preemption | None:
+    """Which jobs a round asks to stop now. `cards`: with what decides it."""
+    return first_stop(
+        queue, cards, fleet.charges, now,
+        by_share=fleet.by_share, yields=giving_way.is_on, least_s=giving_way.least_s,
+    )  # fmt: skip
+
+
+def leaving(card: Card, asked: Preemption, now: dt.datetime) -> Card:
+    """The card once its jobs have been asked to stop."""
+    soon = now + dt.timedelta(seconds=LEAVES_IN_S)
+    running = [
+        replace(one, gives_way_to=asked.job.job_id, ends=soon) if one.job_id in asked.going else one
+        for one in card.running
+    ]
+    return replace(card, running=tuple(running))
 
 
 def _may_help(tx: Transaction) -> bool:
-    """Whether a running job of lower priority than a waiting one may be stopped. None is on the way out already."""
-    willing = select(Job.priority, Job.preempted_by).where(Job.status == Status.RUNNING, Job.preemptible)
-    running = tx.session.execute(willing).all()
+    """Whether a running job may be stopped for one that waits, by the least that says so. None is on the way out."""
+    willing = select(Job.priority, Job.preempted_by, Job.preemptible, Job.yields)
+    running = tx.session.execute(willing.where(Job.status == Status.RUNNING, or_(Job.preemptible, Job.yields))).all()
     if not running or any(row.preempted_by is not None for row in running):
         return False
     highest = tx.session.scalar(select(func.max(Job.priority)).where(WAITS))
-    return highest is not None and highest > min(row.priority for row in running)
+    return highest is not None and any(row.yields or row.priority < highest for row in running)
 
 
-def _ask(tx: Transaction, job_id: int, priority: int, node: str, going: Sequence[int]) -> bool:
+_SET = select(LabSetting.value).where(LabSetting.name == GIVE_WAY).scalar_subquery()
+_YIELDING = select(Job.job_id, Job.submitted_at, Job.stops, Attempt.prepared_s, _SET.label("set")).outerjoin(
+    Attempt, (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt)
+)
+# what evaluates or stores is nearly done, and what prepares has not begun
+_YIELDING = _YIELDING.where(Job.status == Status.RUNNING, Job.yields, Job.stage == Stage.TRAINING)
+
+
+def read_giving_way(session: Session) -> GivingWay:
+    """What decides whether running jobs yield to much shorter ones."""
+    rows = session.execute(_YIELDING).all()
+    said = next((row.set for row in rows), None) or ""
+    return GivingWay(
+        is_on=said != OFF,
+        least_s=float(said) if _SECONDS.fullmatch(said) else None,
+        jobs={row.job_id: _yields(row) for row in rows},
+    )
+
+
+_SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
+
+
+def _yields(row: Any) -> Yields:
+    """A stop costs what its attempt needed to load, and about the time to end a step and store a checkpoint."""
+    cost_s = STOP_COST_S if row.prepared_s is None else row.prepared_s + LEAVES_IN_S
+    return Yields(submitted=row.submitted_at, stops=row.stops, cost_s=cost_s)
+
+
+def count_never_yielding(tx: Transaction) -> int:
+    """Waiting and running jobs that yield to no shorter one."""
+    there = select(func.count()).where(Job.status.in_((Status.QUEUED, Status.RUNNING)), ~Job.yields)
+    return tx.session.scalar(there) or 0
+
+
+def _ask(tx: Transaction, asked: Preemption, left: Mapping[int, float]) -> bool:
     """Ask those that run on the node to give way to the job. False when one of them is ending at this moment."""
-    here = or_(*(or_(Job.node == one, Job.job_id.in_(running_on(one))) for one in node.split(" and ")))
-    still = select(Job.job_id).where(Job.job_id.in_(going), Job.status == Status.RUNNING, here)
+    here = or_(*(or_(Job.node == one, Job.job_id.in_(running_on(one))) for one in asked.node.split(" and ")))
+    still = select(Job.job_id).where(Job.job_id.in_(asked.going), Job.status == Status.RUNNING, here)
     locked = tx.session.scalars(still.order_by(Job.job_id).with_for_update(**SKIP_LOCKED)).all()
-    if len(locked) < len(going):
+    if len(locked) < len(asked.going):
         return False
-    tx.session.execute(update(Job).where(Job.job_id.in_(going)).values(preempted_by=job_id))
-    for going_id in going:
-        tx.tell(going_id, None, "preempt", f"asked to give way to job {job_id} (priority {priority})")
-    tx.tell(job_id, None, "preempt", f"takes the room of {_listed(going)} on {node}")
+    job = asked.job
+    change = update(Job).where(Job.job_id.in_(asked.going))
+    tx.session.execute(change.values(preempted_by=job.job_id, stops=Job.stops + 1))
+    for going in asked.going:
+        why = f"priority {job.priority}"
+        if asked.is_shorter:
+            why = f"much shorter: {duration(job.left_s)} against {duration(left[going])} left"
+        tx.tell(going, None, "preempt", f"asked to give way to job {job.job_id} ({why})")
+    tx.tell(job.job_id, None, "preempt", f"takes the room of {_listed(asked.going)} on {asked.node}")
     return True
 
 

@@ -90,7 +90,7 @@ def test_what_is_refused_names_every_key_and_what_is_left() -> None:
     with pytest.raises(UsageError) as no:
         change(["training.seed=4", "priority=2", "lora.r=8"], Standing.RUNNING)
     assert no.value.sentence == (
-        "lora.r, training.seed can't change while job 3 runs; labels, priority, resources.time_limit can"
+        "lora.r, training.seed can't change while job 3 runs; labels, preemptible, priority, resources.time_limit can"
     )
     assert no.value.hint == "queue it as a new job: loractl submit --like 3 --set lora.r=..."
     with pytest.raises(UsageError) as no:

@@ -1,0 +1,225 @@
+"""A running job yields its card to a much shorter one: the lab's round, claims and histories."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import pytest
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from loractl.common.job.status import Reason, Stage, Status
+from loractl.common.placement.preemption import UNDISTURBED_S
+from loractl.common.store.database import make_engine
+from loractl.common.store.fleet import LEAVES_IN_S
+from loractl.common.store.records import Claim, Progress
+from loractl.common.store.schema import HEAD, alembic_config, upgrade
+from loractl.common.store.store import Store
+from loractl.common.store.tables import Job
+from loractl.scheduler.status.job import job_in_full
+from loractl.scheduler.status.job_text import job_text
+from loractl.scheduler.wait.queue import waiting_jobs
+from loractl.scheduler.why.answer import why
+from loractl.scheduler.why.text import why_text
+
+from ...factories import Clock, node_state, submission
+from ...scheduler.screens import PIPE
+
+BOX = "box:0"
+HOURS = 3600.0
+SOON = dt.timedelta(seconds=LEAVES_IN_S)
+PREPARED_S = 8.0  # so that a stop is worth it after ten minutes
+SIZE = {"lora": 20, "method": "lora"}
+
+
+class Lab:
+    """One card, and a long job on it."""
+
+    def __init__(self, store: Store, clock: Clock, **keys: object) -> None:
+        self.store, self.clock = store, clock
+        self.see()
+        self.job_id = store.jobs.submit(submission(**{**SIZE, **keys}))
+        self.claim = self.take()
+
+    def see(self) -> None:
+        self.store.cards.see(node_state(BOX, max_jobs=1, total=24 * 2**30))
+
+    def take(self) -> Claim:
+        taken = self.store.attempts.claim(BOX)
+        assert isinstance(taken, Claim), taken
+        return taken
+
+    def beat(self, left_s: float | None = 9 * HOURS, stage: Stage = Stage.TRAINING) -> int | None:
+        """What the running job reports; for which job it is to stop."""
+        self.see()
+        told = Progress(stage=stage, eta_seconds=left_s, prepared_s=PREPARED_S, step=5)
+        return self.store.attempts.beat(self.claim, told).preempted_by
+
+    def short(self, left_s: float = 120.0, **keys: object) -> int:
+        """A job of that length waits."""
+        job_id = self.store.jobs.submit(submission(**{**SIZE, "user": "bob", **keys}))
+        with Session(self.store.engine) as session, session.begin():
+            session.execute(update(Job).where(Job.job_id == job_id).values(work_left_s=left_s))
+        return job_id
+
+    def give_way(self) -> None:
+        self.store.attempts.finish(self.claim, Reason.PREEMPTED, "gave way to job 2", Progress(step=6))
+
+    def text(self, job_id: int) -> str:
+        return "\n".join(event.text for event in self.store.jobs.events(job_id))
+
+
+@pytest.fixture
+def lab(timed: Store, clock: Clock) -> Lab:
+    lab = Lab(timed, clock)
+    lab.beat()
+    clock.forward(UNDISTURBED_S)
+    lab.beat()
+    return lab
+
+
+def test_a_long_job_yields_to_a_short_one_and_goes_on_after_it(lab: Lab) -> None:
+    short = lab.short()
+    assert lab.store.cards.preempt() == (lab.job_id,)
+    assert lab.store.cards.preempt() == (), "it was asked already"
+    assert lab.beat() == short
+    lab.give_way()
+    row = lab.store.jobs.get(lab.job_id)
+    assert (row.status, row.retries_used, row.stops) == (Status.QUEUED, 0, 1)
+    assert row.message == f"gave way to job {short}, which is much shorter"
+    why = "much shorter: 2 min against 9 h 00 min left"
+    assert f"asked to give way to job {short} ({why})" in lab.text(lab.job_id)
+    assert f"takes the room of job {lab.job_id} on {BOX}" in lab.text(short)
+    given = lab.take()
+    assert given.job_id == short
+    lab.store.attempts.finish(given, Reason.CANCELLED, "over", Progress())
+    lab.claim = lab.take()
+    assert (lab.claim.job_id, lab.claim.attempt) == (lab.job_id, 2)
+
+
+def test_after_each_stop_it_runs_undisturbed_for_twice_as_long(lab: Lab) -> None:
+    for stops in range(4):
+        lab.short()
+        assert lab.store.cards.preempt() == (lab.job_id,), stops
+        lab.give_way()
+        lab.store.attempts.finish(lab.take(), Reason.CANCELLED, "over", Progress())
+        lab.claim = lab.take()
+        lab.beat()
+        lab.clock.forward(UNDISTURBED_S * 2 ** (stops + 1) - 5)
+        lab.beat()
+        waits = lab.short()
+        assert lab.store.cards.preempt() == ()
+        lab.store.jobs.cancel(waits, "bob")
+        lab.clock.forward(6)
+        lab.beat()
+
+
+@pytest.mark.parametrize("stage", [Stage.PREPARING, Stage.EVALUATING, Stage.STORING])
+def test_a_job_that_does_not_train_does_not_yield(lab: Lab, stage: Stage) -> None:
+    lab.beat(stage=stage)
+    lab.short()
+    assert lab.store.cards.preempt() == ()
+
+
+def test_a_job_that_is_not_much_longer_does_not_yield(lab: Lab) -> None:
+    lab.short(left_s=2.3 * HOURS)
+    assert lab.store.cards.preempt() == ()
+    lab.beat(left_s=9.3 * HOURS)
+    assert lab.store.cards.preempt() == (lab.job_id,)
+
+
+@pytest.mark.parametrize(
+    ("preemptible", "urgent", "shorter"), [("auto", False, True), (True, True, True), (False, False, False)]
+)
+def test_preemptible_says_for_whom_a_job_stops(
+    timed: Store, clock: Clock, preemptible: object, urgent: bool, shorter: bool
+) -> None:
+    lab = Lab(timed, clock, preemptible=preemptible)
+    lab.beat()
+    high = lab.short(left_s=8 * HOURS, priority=5)
+    assert timed.cards.preempt() == ((lab.job_id,) if urgent else ())
+    if not urgent:
+        timed.jobs.cancel(high, "bob")
+        clock.forward(UNDISTURBED_S)
+        lab.beat()
+        lab.short()
+        assert timed.cards.preempt() == ((lab.job_id,) if shorter else ())
+    else:
+        lab.give_way()
+        assert timed.jobs.get(lab.job_id).message == "gave way to job 2, which has a higher priority"
+
+
+def test_a_lab_says_whether_and_when_jobs_yield(timed: Store, clock: Clock) -> None:
+    lab = Lab(timed, clock)
+    lab.beat()
+    clock.forward(5)
+    lab.beat()
+    lab.short()
+    timed.lab.set("give-way", "4", "ada")
+    timed.lab.set("order", "share", "ada")
+    assert timed.cards.preempt() == (), "the order of before knows no lengths"
+    timed.lab.set("order", "work", "ada")
+    timed.lab.set("give-way", "off", "ada")
+    assert timed.cards.preempt() == ()
+    timed.lab.set("give-way", "4", "ada")
+    assert timed.cards.preempt() == (lab.job_id,)
+
+
+def test_a_lost_worker_in_the_middle_of_giving_way_loses_neither_job(lab: Lab) -> None:
+    short = lab.short()
+    assert lab.store.cards.preempt() == (lab.job_id,)
+    lab.clock.forward(61)
+    assert [job_id for job_id, _ in lab.store.attempts.reap()] == [lab.job_id]
+    lab.see()
+    assert lab.take().job_id == short
+    row = lab.store.jobs.get(lab.job_id)
+    assert (row.status, row.stops, row.preempted_by) == (Status.QUEUED, 1, None)
+
+
+def test_why_says_who_gives_way_to_whom_before_and_after(lab: Lab) -> None:
+    short = lab.short()
+
+    def said(job_id: int) -> str:
+        return why_text(why(lab.store, job_id, in_other_forms=False), PIPE)
+
+    assert f"{BOX} when job {lab.job_id} gives way to it" in said(short), "the next round will ask"
+    assert waiting_jobs(lab.store, [lab.store.jobs.get(short)]).starts[short].at <= lab.clock() + SOON
+    lab.store.cards.preempt()
+    assert f"{BOX} when job {lab.job_id} gives way to it" in said(short)
+    assert f"giving way to job {short}" in job_text(job_in_full(lab.store, lab.job_id), PIPE)
+    lab.give_way()
+    assert lab.take().job_id == short
+    stopped = f"It gave way to job {short}, which is much shorter; it goes on from its checkpoint."
+    assert stopped in said(lab.job_id) and stopped in job_text(job_in_full(lab.store, lab.job_id), PIPE)
+    assert "give" not in said(lab.short(left_s=3 * HOURS)).partition("\n\n")[0]
+
+
+def test_jobs_of_before_the_upgrade_keep_their_cards_and_go_on(database_url: str) -> None:
+    from alembic import command
+
+    engine = make_engine(database_url)
+    upgrade(engine)
+    store = Store(engine)
+    store.cards.see(node_state(BOX, max_jobs=1, total=24 * 2**30))
+    runs, waits, willing, silent = (
+        store.jobs.submit(submission(**{**SIZE, "preemptible": said})) for said in (False, False, True, False)
+    )
+    claim = store.attempts.claim(BOX)
+    assert isinstance(claim, Claim) and claim.job_id == runs
+    with engine.begin() as connection, alembic_config(connection) as config:
+        command.downgrade(config, "0047")
+    with Session(engine) as session, session.begin():
+        spec = session.scalars(select(Job.spec).where(Job.job_id == silent)).one()
+        without = {key: value for key, value in spec.items() if key != "preemptible"}
+        session.execute(update(Job).where(Job.job_id == silent).values(spec=without))
+    assert upgrade(engine) == ("0047", HEAD)
+    rows = {job.job_id: job for job in store.jobs.matching()}
+    assert {number: row.yields for number, row in rows.items()} == {
+        runs: False, waits: False, willing: True, silent: False,
+    }  # fmt: skip
+    assert rows[silent].spec["preemptible"] is False, "an edit of another key does not change it"
+    assert store.jobs.never_yielding() == 3
+    assert store.attempts.beat(claim, Progress(stage=Stage.TRAINING, step=1)).accepted
+    assert store.attempts.finish(claim, Reason.DRAINED, "over", Progress(step=2)) is Status.QUEUED
+    assert isinstance(store.attempts.claim(BOX), Claim)
+    engine.dispose()
