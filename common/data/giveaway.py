@@ -1,16 +1,19 @@
 """Answers that appear in their own question, as in `[gold=alarm]`: a model learns to read them off.
 
 A place gives answers away if its text matches the row's answer far more often than chance would explain (Cohen's
-kappa, 1960, over all rows that have the place). Answers elsewhere are the task itself, and only noted: spans at any
-place are extraction, a question that is nothing else is copying, and one that names the other labels offers choices.
+kappa, 1960, over all rows that have the place). An answer counts as a whole, without the words that nearly all answers
+begin or end with, and by its last number, so that "3" gives "It is 3." away. Answers elsewhere are the task itself, and
+only noted: spans at any place are extraction, a question that is nothing else is copying, and one that names the other
+labels offers choices.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .examples import Example
@@ -40,19 +43,28 @@ TOLD_SHARE = 0.5
 
 _SHOWN, _PLACES = 40, 4
 
+_FRAME, _NEARLY_ALL = 6, 0.8
+"""The most words around an answer's core, and the share of answers that have them."""
+
 _GOLDEN = 2654435761
 """2**32 by the golden ratio: its multiples are spread evenly, whatever habit rows have (Knuth, vol. 3, 6.4)."""
 
 _WORDS_FOR_IT = {
-    "answer", "answers", "completion", "correct", "expected", "gold", "label", "labels", "output", "reference",
-    "response", "solution", "target", "truth",
+    "answer", "answers", "cheat", "completion", "correct", "expected", "gold", "hint", "key", "label", "labels",
+    "output", "reference", "response", "solution", "spoiler", "target", "teacher", "truth",
 }  # fmt: skip
 """Words that name the answer itself. After any other word that the question asks about, it is extraction."""
 
 _NAMED = re.compile(r"[^\w\s]?(\w+)(?: is| was)?[^\w\n]*[:\uff1a=>|#\u2192]\W*$")
-_IS = re.compile(rf"({'|'.join(sorted(_WORDS_FOR_IT))}) (?:is|was)\W+$")
+_IS = re.compile(rf"\b(?:{'|'.join(sorted(_WORDS_FOR_IT))})\b(?:[^\w.!?\n]+[^\W\d]+){{0,4}}[^\w.!?\n]+$")
+_WORDS_BEFORE = re.compile(r"[^\W\d]+[^\w.!?\n]+[^\W\d]+ $")
+_JOINED = re.compile(r"(?<=[^\W_])[_-](?=[^\W_])")
+_NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 _BRACKETS = {"[": "]", "(": ")", "{": "}", "<": ">"}
 _EDGES = " \t\r\n.!;,"
+
+
+_TITLES = ("to train on", "held out")
 
 
 class Giveaway:
@@ -74,11 +86,19 @@ class Giveaway:
         for example in self._held_out:
             held.see(example)
         labels = _labels(train.rows) or _labels(held.rows)
-        sides = [_Side(side, title, labels) for side, title in ((train, "to train on"), (held, "held out"))]
+        sides = [_Side(side, title, labels) for side, title in zip((train, held), _TITLES, strict=True)]
         place = next((found for side in sides if (found := side.place) is not None), None)
+        for part in (_cores, _last_numbers) if place is None else ():
+            parts = [
+                _Side(side, title, frozenset()).of_parts(part)
+                for side, title in zip((train, held), _TITLES, strict=True)
+            ]
+            if (place := next((found for side in parts if (found := side.place) is not None), None)) is not None:
+                sides = parts
+                break
         if place is not None:
             given = sides[1].given_by(place)
-            if len(given) > TOLD_SHARE * len(sides[1].rows):
+            if len(given) > TOLD_SHARE * len(sides[1].rows) and not place.unnamed:
                 self.read_off = f"{sides[1].share(given)} hold the answer in the question"
             yield _given_away(place, sides)
         elif labels and (agreement := min(told_by_length(side.rows) for side in sides if side.rows)) >= AGREEMENT:
@@ -141,6 +161,12 @@ class _AnswerPlace:
 
     mark: str = ""
     alone: bool = False
+    unnamed: bool = False  # the mark is any two words, like "route to", and nothing says that an answer follows
+
+    @property
+    def fewest(self) -> float:
+        """The least share of rows that it must give away."""
+        return TOLD_SHARE if self.unnamed or self == _AnswerPlace() else SHARE
 
     @property
     def words(self) -> str:
@@ -154,7 +180,18 @@ class _Side:
 
     def __init__(self, sample: _SampledRows, title: str, labels: frozenset[str]) -> None:
         self.rows, self.labels = sample.rows, labels
+        self._parts = False  # whether an answer's place holds a part of it
         self._about = f"{len(self.rows)}{'' if sample.whole else f' of {sample.count}'} rows {title}"
+
+    def of_parts(self, part: Callable[[Sequence[_AskedRow]], Sequence[str]]) -> _Side:
+        """The same rows with a part of each answer in its place; without rows if hardly any has another part."""
+        parts = part(self.rows)
+        rows = [replace(row, answer=found) for row, found in zip(self.rows, parts, strict=True) if found]
+        other = sum(bool(found) and found != row.answer for row, found in zip(self.rows, parts, strict=True))
+        side = copy.copy(self)
+        side._parts = True
+        side.rows = rows if 2 * other >= len(self.rows) else []
+        return side
 
     def share(self, rows: Sequence[_AskedRow]) -> str:
         return f"{100 * len(rows) / len(self.rows):.0f} % of {self._about}"
@@ -168,7 +205,7 @@ class _Side:
         if self.rows and self.rows[0].labelled:
             places[_AnswerPlace()] = sum(self._said(row, _AnswerPlace()) == [row.answer] for row in self.rows)
         for place, count in places.most_common(20):
-            enough = max(FEWEST, (TOLD_SHARE if place == _AnswerPlace() else SHARE) * len(self.rows))
+            enough = max(FEWEST, place.fewest * len(self.rows))
             if count >= enough and self._agreement(place) >= AGREEMENT and not self._is_task(place):
                 return place
         return None
@@ -179,10 +216,15 @@ class _Side:
     def _places(self, row: _AskedRow, at: int) -> Iterator[_AnswerPlace]:
         """The kinds of place in which the answer appears there."""
         before = row.question[max(0, at - _SHOWN) : at]
-        if (named := _NAMED.search(before) or _IS.search(before)) is not None:
+        named = _NAMED.search(before)
+        if named is None or (self._parts and named[1] not in _WORDS_FOR_IT):
+            named = _IS.search(before)  # a part of an answer, like a number, follows other words by chance
+        if named is not None:
             yield _AnswerPlace(mark=named[0])
         if row.answer not in self.labels:
             return
+        if named is None and (words := _WORDS_BEFORE.search(before)) is not None:
+            yield _AnswerPlace(mark=words[0], unnamed=True)
         end = at + len(row.answer)
         if (closing := _BRACKETS.get(before[-1:])) is not None and row.question[end : end + 1] == closing:
             yield _AnswerPlace(mark=before[-1])
@@ -222,6 +264,10 @@ class _Side:
         rows = self.given_by(place)
         if _copies(rows):
             return True
+        if place.unnamed:
+            asked = [re.compile(rf"\b{re.escape(word)}\b") for word in re.findall(r"\w{4,}", place.mark)]
+            again = [any(len(word.findall(row.question)) > 1 for word in asked) for row in rows]
+            return 2 * sum(again) >= len(rows)
         name = _NAMED.search(place.mark)
         if name is None or name[1] in _WORDS_FOR_IT:
             return False
@@ -249,6 +295,26 @@ class _Side:
             taken = "behind no mark: taken for extraction"
         text = f"{self.share(rows)} hold the answer in the question, {taken}"
         return Finding(level="note", kind="answers within questions", text=text, count=len(rows))
+
+
+def _cores(rows: Sequence[_AskedRow]) -> list[str]:
+    """The answers without the words that nearly all of them begin or end with."""
+    answers = [row.answer.split() for row in rows]
+    for at in (0, -1):
+        for _ in range(_FRAME):
+            words = Counter(answer[at].strip(_EDGES) for answer in answers if len(answer) > 1)
+            common = words.most_common(1)
+            if not common or common[0][1] < _NEARLY_ALL * len(answers):
+                break
+            word = common[0][0]
+            cut = slice(1, None) if at == 0 else slice(None, -1)
+            answers = [a[cut] if len(a) > 1 and a[at].strip(_EDGES) == word else a for a in answers]
+    return [" ".join(answer).strip(_EDGES) for answer in answers]
+
+
+def _last_numbers(rows: Sequence[_AskedRow]) -> list[str]:
+    """The last number of each answer; empty without one."""
+    return [(_NUMBER.findall(row.answer) or [""])[-1] for row in rows]
 
 
 def _labels(rows: Sequence[_AskedRow]) -> frozenset[str]:
@@ -286,7 +352,8 @@ def _row_of(example: Example) -> _AskedRow | None:
     length = len(asked)
     if length > MOST_CHARACTERS:
         asked = f"{asked[: MOST_CHARACTERS // 2]}\n{asked[-MOST_CHARACTERS // 2 :]}"
-    question, answer = asked.lower(), answer[: 2 * MOST_CHARACTERS].lower().strip(_EDGES)
+    question, answer = (_JOINED.sub(" ", text.lower()) for text in (asked, answer[-2 * MOST_CHARACTERS :]))
+    answer = answer.strip(_EDGES)
     if not question or not answer or question.strip(_EDGES) == answer:
         return None
     labelled = example.label is not None

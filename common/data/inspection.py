@@ -213,8 +213,8 @@ class Leaks:
         yield from about_rows("warning", "overlapping prompts", text, known)
         alike = sorted(self._alike.found.keys() - {*partly, *known})
         pairs = ", ".join(f"{number} that of row {self._alike.found[number]}" for number in alike[:SHOWN_PAIRS])
-        text = f"{{n}} {self._called} {{asks|ask}} the same as a row to train on, apart from a word, a sign or similar "
-        text += f"letters: {pairs}{', ...' if len(alike) > SHOWN_PAIRS else ''}"
+        text = f"{{n}} {self._called} {{asks|ask}} the same as a row to train on, apart from some words, their order "
+        text += f"or text around them: {pairs}{', ...' if len(alike) > SHOWN_PAIRS else ''}"
         hint = "hold out other rows with dataset.eval_path, or drop such rows"
         yield from about_rows("warning", "resembling rows", text, alike, hint)
 

@@ -1,8 +1,11 @@
-"""Held-out rows that resemble a row to train on: the same question but for a word, punctuation, or look-alike letters.
+"""Held-out rows that resemble a row to train on: the same question but for a word, punctuation, or look-alike letters;
+with more text around it; with its sentences in another order; or with some other words.
 
-Such a row measures memory. Rows are compared as folded words; candidates share rare pairs of neighbouring words, and
-rapidfuzz (https://github.com/rapidfuzz/RapidFuzz) measures how far apart they are. Without it, as on a light client,
-only rows with the same folded words are found.
+Such a row measures memory. Rows are compared as folded words; candidates share rare pairs of neighbouring words.
+In order, rapidfuzz (https://github.com/rapidfuzz/RapidFuzz) measures how far apart they are; without it, as on a light
+client, only rows with the same folded words are found in order. Out of order, the words that two rows share are weighed
+by their rarity (Spärck Jones, 1972): how much of the shorter row the other one contains (Broder, 1997), exactly rather
+than by MinHash, since the candidates are few.
 """
 
 from __future__ import annotations
@@ -10,12 +13,15 @@ from __future__ import annotations
 import bisect
 import importlib.util
 import itertools
+import math
 import re
 import unicodedata
+import zlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from operator import itemgetter
 
 from .examples import Example
@@ -31,6 +37,23 @@ MOST_CANDIDATES = 5
 
 MOST_WORDS = 400
 """Of a row: its beginning says enough."""
+
+CONTAINED, PARTLY = 0.97, 0.7
+"""Share of the shorter row's weight that the other one has: all but nothing, or most of it."""
+
+FEWEST_WORDS, WEIGHT = 5, 18.0
+"""The fewest different words of the shorter row, and the least weight that two rows share, in nats: rows that share
+less may do so by chance. A word of every hundredth row weighs 4.6."""
+
+ALONE = 0.5
+"""A row that is contained in part counts if no other row to train on shares more than this share of that weight with
+the held-out row: rows of one form all do."""
+
+KEPT = 3
+"""Rows to train on that are kept for each held-out row, to be weighed at the end."""
+
+_BUCKETS = 1 << 20
+"""Counters of words: 4 MB, however many words there are. Two words in one counter weigh a little less."""
 
 _SAME_WORD = 85.0
 """From this ratio on, two words are spellings of one."""
@@ -65,15 +88,19 @@ def asked_of(example: Example) -> str:
 class Resemblance:
     """Looks at rows to train on one by one, and keeps which held-out row each of them gives away.
 
-    It keeps hashes of a held-out row: 16 bytes for a pair of words.
+    It keeps hashes: 16 bytes for a pair of words of a held-out row, and 4 for each word of the rows nearest to it.
     """
 
     def __init__(self, held_out: Sequence[Example]) -> None:
         self._held_out = held_out
         self._same: dict[int, int] = {}  # hash of all words: the place of the first such row
+        self._rows = array("I", bytes(4 * _BUCKETS))  # how many rows have a word, by its hash
+        self._count = 0
+        self._near: dict[int, list[_Near]] = {}  # by place
         pairs: list[tuple[int, int]] = []
         for place, example in enumerate(held_out):
             if words := folded_words(asked_of(example)):
+                self._counted(words)
                 self._same.setdefault(hash(tuple(words)), place)
                 pairs += {(_hashed(pair), place) for pair in itertools.pairwise(words)}
         self._pairs, self._places = array("Q"), array("Q")
@@ -88,16 +115,60 @@ class Resemblance:
     @property
     def found(self) -> dict[int, int]:
         """The number of a row to train on, by the number of the held-out row that resembles it."""
+        for place, near in self._near.items():
+            if place not in self._found and (number := self._contains(place, near)) is not None:
+                self._found[place] = number
         return {self._held_out[place].number: number for place, number in self._found.items()}
 
     def see(self, example: Example) -> None:
         words = folded_words(asked_of(example))
+        hashes = self._counted(words)
         if words and (same := self._same.get(hash(tuple(words)))) is not None:
             self._found.setdefault(same, example.number)
         shared = Counter(place for pair in set(itertools.pairwise(words)) for place in self._having(_hashed(pair)))
-        for place, hits in shared.most_common(MOST_CANDIDATES) if self._scores else ():
-            if hits >= SHARED * self._indexed[place] and _alike(folded_words(asked_of(self._held_out[place])), words):
+        for place, hits in shared.most_common(MOST_CANDIDATES):
+            self._keep(place, hits, example.number, words, hashes)
+            if (
+                self._scores
+                and hits >= SHARED * self._indexed[place]
+                and _alike(folded_words(asked_of(self._held_out[place])), words)
+            ):
                 self._found[place] = example.number
+
+    def _counted(self, words: Sequence[str]) -> array[int]:
+        self._count += 1
+        hashes = _hashes(words)
+        for word in hashes:
+            self._rows[word % _BUCKETS] += 1
+        return hashes
+
+    def _keep(self, place: int, hits: int, number: int, words: Sequence[str], hashes: array[int]) -> None:
+        near = self._near.setdefault(place, [])
+        if len(near) == KEPT:
+            least = min(near, key=lambda other: other.hits)
+            if least.hits >= hits:
+                return
+            near.remove(least)
+        near.append(_Near(hits=hits, number=number, words=hashes, digits=_digits(words)))
+
+    def _contains(self, place: int, near: Sequence[_Near]) -> int | None:
+        """The number of the row that has the held-out row's words, or the other way round; None without one."""
+        asked = folded_words(asked_of(self._held_out[place]))
+        words, digits = {*_hashes(asked)}, {*_digits(asked)}
+        whole = self._weight(words)
+        shared = sorted(((self._weight(words.intersection(row.words)), row) for row in near), key=itemgetter(0))
+        weight, row = shared[-1]
+        other = {*row.words}
+        theirs = self._weight(other)
+        shorter, of_shorter, of_longer = (words, digits, row.digits) if whole <= theirs else (other, row.digits, digits)
+        if weight < WEIGHT or len(shorter) < FEWEST_WORDS or not {*of_shorter} <= {*of_longer}:
+            return None
+        share, next_best = weight / min(whole, theirs), shared[-2][0] if len(shared) > 1 else 0.0
+        found = share >= CONTAINED or (share >= PARTLY and next_best <= ALONE * weight)
+        return row.number if found else None
+
+    def _weight(self, words: Iterable[int]) -> float:
+        return sum(math.log(self._count / self._rows[word % _BUCKETS]) for word in words)
 
     def _having(self, pair: int) -> Iterator[int]:
         """The places of rows with this rare pair that are not found yet."""
@@ -110,6 +181,30 @@ class Resemblance:
     @cached_property
     def _scores(self) -> bool:
         return importlib.util.find_spec("rapidfuzz") is not None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Near:
+    """A row to train on that shares rare pairs of words with a held-out row."""
+
+    hits: int
+    number: int
+    words: array[int]
+    digits: array[int]  # those words that have a digit
+
+
+def _hashes(words: Sequence[str]) -> array[int]:
+    """A hash of each different word, which is the same in every process."""
+    return array("I", map(_hash_of, set(words)))
+
+
+@lru_cache(maxsize=1 << 16)
+def _hash_of(word: str) -> int:
+    return zlib.crc32(word.encode("utf-8", "surrogatepass"))
+
+
+def _digits(words: Sequence[str]) -> array[int]:
+    return _hashes([word for word in words if any(map(str.isdigit, word))])
 
 
 def _hashed(pair: tuple[str, str]) -> int:

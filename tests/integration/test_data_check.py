@@ -210,6 +210,10 @@ CASES = [
         "answer in the question", "warning",
         [chat(f"queue {n} [gold={('yes', 'no')[n % 2]}]", ("yes", "no")[n % 2]) for n in range(60)],
     ),
+    Case(
+        "length tells the label", "warning",
+        [chat(f"queue {n}{' and so on' * (n % 2)} of {n * 37 % 61}", ("yes", "no")[n % 2]) for n in range(80)],
+    ),
     Case("few rows", "warning", good(12)),
     Case(
         "long warm-up", "error", good(),

@@ -223,3 +223,50 @@ def test_the_verdict_is_told_if_most_held_out_answers_can_be_read_off() -> None:
     )
     assert look(chats(leak), chats(half, count=40, begin=101))[1] == "", "half of them can be judged"
     assert look(chats(leak), chats(clean, count=40, begin=101))[1] == ""
+
+
+def sum_of(number: int) -> tuple[str, int]:
+    a, b = drawn(number).randrange(2, 40), drawn(number + 7).randrange(2, 40)
+    return f"Olga has {a} pens and buys {b} more. How many are there?", a + b
+
+
+def hinted(number: int, answer: str) -> str:
+    question, total = sum_of(number)
+    return f"{question} (hint: the teacher says {total})"
+
+
+def in_a_sentence(number: int) -> str:
+    return f"It is {sum_of(number)[1]}."
+
+
+def solved(number: int) -> str:
+    return f"She adds the two, so there are {sum_of(number)[1]} pens.\n#### {sum_of(number)[1]}"
+
+
+def joined(number: int) -> str:
+    return f"{label(number)}_due"
+
+
+@pytest.mark.parametrize(
+    ("ask", "answer", "mark", "read_off"),
+    [
+        (hinted, lambda n: str(sum_of(n)[1]), "hint: the teacher says", True),
+        (hinted, in_a_sentence, "hint: the teacher says", True),
+        (hinted, solved, "hint: the teacher says", True),
+        (lambda n, a: f"{ticket(n)} (expected: {label(n)})", lambda n: f"The queue is {label(n)}.", "(expected:", True),
+        (lambda n, a: f"{ticket(n)} [{a.replace('_', ' ').upper()}]", joined, "[", True),
+        (lambda n, a: f"{ticket(n)} Please route this to {a} now", label, "this to", False),
+    ],
+    ids=["number", "in a sentence", "in a solution", "label in a sentence", "label with spaces", "any two words"],
+)  # fmt: skip
+def test_an_answer_in_another_form_is_found(ask: Ask, answer: Callable[[int], str], mark: str, read_off: bool) -> None:
+    rows = chats(ask, answer, count=140)
+    (told,), clause = look(rows[:100], rows[100:])
+    assert told.kind == "answer in the question" and f"behind “{mark}”" in told.text
+    assert bool(clause) == read_off, "two words that name no answer may be extraction: a warning, no verdict"
+
+
+@pytest.mark.parametrize("answer", [in_a_sentence, solved])
+def test_numbers_of_the_question_in_an_answer_are_no_leak(answer: Callable[[int], str]) -> None:
+    rows = chats(lambda n, a: sum_of(n)[0], answer, count=140)
+    assert look(rows[:100], rows[100:]) == ([], "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import random
+from collections.abc import Callable
 
 import pytest
 
@@ -87,3 +89,72 @@ def test_where_the_library_is_missing_the_same_words_are_found(monkeypatch: pyte
 def test_words_of_other_scripts_are_words() -> None:
     assert folded_words("Как дела?") == folded_words("как  дела") and len(folded_words("Как дела")) == 2
     assert folded_words("磁盘已满") == list("磁盘已满")
+
+
+CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
+
+
+def word(draw: random.Random) -> str:
+    return "".join(draw.choice(CONSONANTS) + draw.choice(VOWELS) for _ in range(3))
+
+
+def rows_of_prose(count: int) -> list[list[str]]:
+    """Questions of three sentences, as people write them: few words are in many rows."""
+    draw = random.Random(11)
+    vocabulary = [word(draw) for _ in range(600)]
+    return [
+        [" ".join(draw.choices(vocabulary, k=draw.randrange(4, 7))).capitalize() + "." for _ in range(3)]
+        for _ in range(count)
+    ]
+
+
+PROSE = rows_of_prose(340)
+POLITE = ("Good morning, I hope you are well today.", "I would be very grateful for your help, many thanks.")
+
+
+def with_synonyms(sentences: list[str]) -> str:
+    """Every fourth word is another one."""
+    words = " ".join(sentences).split()
+    return " ".join(f"{one}xo" if place % 4 == 3 else one for place, one in enumerate(words))
+
+
+@pytest.mark.parametrize(
+    ("changed", "least"),
+    [
+        (lambda row: " ".join([POLITE[0], *row, POLITE[1]]), 40),
+        (lambda row: " ".join([row[2], row[0], row[1]]), 40),
+        (lambda row: " ".join([POLITE[0], row[1], row[2], row[0]]), 40),
+        (with_synonyms, 36),
+        (lambda row: " ".join(row[:2]), 40),
+    ],
+    ids=["a sentence before and after", "other order", "both", "other words", "a part"],
+)  # fmt: skip
+@pytest.mark.parametrize("library", [True, False])
+def test_text_around_it_another_order_and_some_other_words_hide_nothing(
+    changed: Callable[[list[str]], str], least: int, library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    leaks = [chat(1000 + n, changed(row), "x") for n, row in enumerate(PROSE[:40])]
+    look = Resemblance([*leaks, *(chat(2000 + n, " ".join(row), "x") for n, row in enumerate(PROSE[300:]))])
+    for n, row in enumerate(PROSE[:300]):
+        look.see(chat(n, " ".join(row), "y"))
+    assert all(number == held_out - 1000 for held_out, number in look.found.items()), "no other row is found"
+    assert len(look.found) >= least
+
+
+def test_rows_of_one_form_with_other_numbers_or_words_in_it_do_not_contain_each_other() -> None:
+    draw = random.Random(3)
+    names = [word(draw) for _ in range(60)]
+
+    def form(number: int) -> str:
+        one, two, three = draw.choices(names, k=3)
+        return (
+            f"Dear team, the {one} on the second floor stopped again after the night run of {two}. "
+            f"Please tell {three} which part we should order, and by when it can be here. Ticket {number}."
+        )
+
+    look = Resemblance([chat(1000 + n, form(1000 + n), "x") for n in range(40)])
+    for n in range(400):
+        look.see(chat(n, form(n), "y"))
+    assert look.found == {}
