@@ -463,7 +463,7 @@ def are_of_pairs(answers: Mapping[str, Any]) -> bool:
 
 def answer_groups(answers: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[dict[str, Any]]]]:
     """(key, title, answers) by what changed: repaired and broken first. Answers to the prompts of pairs are neither
-    right nor wrong, so they are one group."""
+    right nor wrong, so they are one group; nor are those that the deciding measure can't compare."""
     if any(are_of_pairs(answer) for answer in answers):
         return [("all", "answers", list(answers))]
     kinds = [
@@ -472,10 +472,20 @@ def answer_groups(answers: Sequence[dict[str, Any]]) -> list[tuple[str, str, lis
         ("wrong", "both wrong", False, False),
         ("right", "both right", True, True),
     ]
-    return [
-        (key, title, [a for a in answers if (a["base_exact"], a["tuned_exact"]) == (b, t)])
-        for key, title, b, t in kinds
-    ]
+    groups = [(key, title, [a for a in answers if rights(a) == (b, t)]) for key, title, b, t in kinds]
+    left = [answer for answer in answers if None in rights(answer)]
+    return [*groups, *([("unscored", "not compared", left)] if left else [])]
+
+
+RIGHT = {True: "right", False: "wrong", None: "not compared"}
+"""What an answer is, in a word."""
+
+
+def rights(answer: Mapping[str, Any]) -> tuple[bool | None, bool | None]:
+    """Whether base and tuned are right: by the measure that decides the verdict, else by exact match. None: it has
+    nothing to compare with."""
+    base, tuned = answer.get("decided") or (answer["base_exact"], answer["tuned_exact"])
+    return base, tuned
 
 
 def _finite(value: float | None) -> float | None:

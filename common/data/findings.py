@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from loractl.common.errors import DataError
-from loractl.common.job.sections import TrainingSpec
+from loractl.common.job.sections import EvaluationSpec, TrainingSpec
 
 from .examples import Example
 
@@ -96,6 +96,26 @@ def _steps(training: TrainingSpec, rows: int | None) -> int | None:
     if rows is None or training.num_train_epochs is None:
         return None
     return math.ceil(training.num_train_epochs * math.ceil(rows / training.effective_batch))
+
+
+def about_measures(asked: EvaluationSpec, held_out: Sequence[Example]) -> list[Finding]:
+    """Measures of the job's own that find nothing to compare in the expected answers."""
+    expected = [answer_of(example) for example in held_out[: asked.samples] if example.turns or example.prompt]
+    findings = []
+    for metric in asked.own if expected else ():
+        try:
+            left = metric.score.readable(expected).count(False)
+        except ValueError as error:
+            text = f"evaluation.metrics: {metric.name} {error}"
+            findings.append(Finding(level="warning", kind="measures that compare nothing", text=text))
+            continue
+        if left:
+            every = f"{left} of {len(expected)} expected answers"
+            text = f"evaluation.metrics: {metric.name} finds nothing to compare in {every} that it would be measured on"
+            hint = f"it looks for {metric.extract} there, too" if metric.extract else f"its compare is {metric.compare}"
+            kind = "measures that compare nothing"
+            findings.append(Finding(level="warning", kind=kind, text=text, count=left, hint=hint))
+    return findings
 
 
 def refusals(errors: Iterable[DataError]) -> list[Finding]:

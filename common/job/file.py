@@ -17,7 +17,7 @@ from loractl.common.text import slip_of
 
 from .document import Document, load_yaml, read_documents, read_yaml
 from .names import from_address
-from .sections import AS_WRITTEN, DATA_SUFFIXES, AncestorJob, Metric, RowFields, SourceSpec
+from .sections import AS_WRITTEN, DATA_SUFFIXES, GENERATED, AncestorJob, OwnMetric, RowFields, SourceSpec
 from .spec import JobSpec, spec_keys
 
 _KNOWN_AS = {
@@ -212,7 +212,7 @@ def _resolve_defaults(spec: JobSpec) -> JobSpec:
     if training.max_steps:
         training = training.model_copy(update={"num_train_epochs": None})
     if evaluation.samples == 0:
-        measured = [m for m in evaluation.metrics if m not in (Metric.ROUGE, Metric.EXACT_MATCH)]
+        measured = [m for m in evaluation.metrics if m not in GENERATED]
         evaluation = evaluation.model_copy(update={"metrics": measured})
     return spec.model_copy(update={"dataset": dataset, "training": training, "evaluation": evaluation})
 
@@ -370,6 +370,7 @@ def _did_you_mean(key: str) -> str | None:
     *section, last = key.split(".")
     near = ".".join(part for part in section if not part.isdigit())
     keys = [*spec_keys(), *(f"dataset.more.{name}" for name in SourceSpec.model_fields)]
+    keys += [f"evaluation.metrics.{name}" for name in OwnMetric.model_fields]
     keys += sorted({k.split(".")[0] for k in spec_keys() if "." in k})
     if last in _NOT_HERE:
         return _NOT_HERE[last]

@@ -120,7 +120,7 @@ def _deciding(section: BaseModel, name: str = "") -> dict[str, Any]:
             continue
         if isinstance(value, BaseModel):
             kept |= {key: inner} if (inner := _deciding(value, path)) else {}
-        elif value and isinstance(value, list) and isinstance(value[0], BaseModel):
+        elif value and isinstance(value, list) and all(isinstance(one, BaseModel) for one in value):
             kept[key] = [_deciding(one, path) for one in value]
         elif key in FROM_THE_START.get(name, ()) or value != field.get_default(call_default_factory=True):
             kept[key] = written[key]

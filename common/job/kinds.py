@@ -110,6 +110,9 @@ class Answers(TaskKind):
                 yield f"dataset.format: {format.value} is for {kind}; set that, or take another format"
         if others := ", ".join(metric.value for metric in spec.evaluation.metrics if metric in OF_PAIRS):
             yield f"evaluation.metrics: {others} can't be measured of answers; task_type: preference learns from pairs"
+        own = ", ".join(metric.name for metric in spec.evaluation.own)
+        if own and spec.dataset.format is DataFormat.TEXT:
+            yield f"evaluation.metrics: {own} can't be measured of plain text, which asks nothing; leave it out"
 
 
 MEASURED_OF_CLASSES = (Metric.LOSS, Metric.LABELS)

@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from loractl.common.adapter_config import is_module_name
+from loractl.common.answer_score import AnswerScore
 from loractl.common.channels import LAB
 from loractl.common.errors import UsageError
 from loractl.common.module_pattern import ModulePattern
@@ -208,6 +209,11 @@ def _expression(text: str) -> str:
     return text
 
 
+def _extract(text: str) -> str:
+    AnswerScore(extract=text, compare="exact").check()
+    return text
+
+
 def _split(text: str) -> str:
     try:
         parse_split(text)
@@ -317,6 +323,9 @@ class SourceSpec(Section):
     columns: Columns | None = None
     """What its columns are called; null: as in dataset.columns."""
 
+
+GENERATED = (Metric.ROUGE, Metric.EXACT_MATCH)
+"""What needs generated answers, like each measure that a job file defines."""
 
 OF_PAIRS = (Metric.PREFERENCES,)
 """What can be measured of pairs alone."""
@@ -499,10 +508,64 @@ class TrainingSpec(Section):
         return micro, rows // micro
 
 
+MEASURED = frozenset(
+    {
+        *Metric,
+        *("rouge1", "rouge2", "rougeL", "accuracy", "macro_f1", "ends_by_itself", "words_loss", "stop_token_loss"),
+        *("new_rows_loss", "regression_loss", "later_answers_loss", "context_gain", "chosen_loss", "answer_tokens"),
+        *("preference_accuracy", "new_rows_preference_accuracy", "preference_margin", "repetition"),
+    }
+)
+"""Names that a report's own measures have, or that a job file has for them."""
+
+CHEAP_NAME = "cheap_"
+"""How names of measures against a cheap answer begin."""
+
+
+def _own_name(text: str) -> str:
+    if text in MEASURED or text.startswith(CHEAP_NAME):
+        raise ValueError("is the name of a measure that loractl has; take another")
+    return text
+
+
+class OwnMetric(Section):
+    """A measure of generated answers that the job file defines: the share of right ones."""
+
+    name: Annotated[Name, AfterValidator(_own_name)]
+    extract: Annotated[str, AfterValidator(_extract)] | None = None
+    """An expression in RE2's syntax with one group: of its last match in an answer, and in the expected one, the group
+    is compared. null: the whole texts."""
+    compare: Literal["exact", "number", "json", "contains"] = "exact"
+    """What makes an answer right: the same text, the same number, the same JSON value, or the expected text in it."""
+
+    @property
+    def value(self) -> str:
+        return self.name
+
+    @property
+    def score(self) -> AnswerScore:
+        """The rule."""
+        return AnswerScore(extract=self.extract, compare=self.compare)
+
+
+def _of_answers() -> list[Metric | OwnMetric]:
+    """What is measured of answers where a job file says nothing."""
+    return [metric for metric in Metric if metric not in OF_PAIRS]
+
+
+AnyMetric = Annotated[
+    Annotated[Metric, Tag("literal[metric]")] | Annotated[OwnMetric, Tag("function-metric")],
+    Discriminator(lambda value: "function-metric" if isinstance(value, (dict, OwnMetric)) else "literal[metric]"),
+]
+"""The name of a measure, or a measure of the job's own. Users never see the tags (`common/job/file.py`)."""
+
+
 class EvaluationSpec(Section):
     """What the report measures on the held-out rows."""
 
-    metrics: list[Metric] = Field(default_factory=lambda: [m for m in Metric if m not in OF_PAIRS], min_length=1)
+    metrics: list[AnyMetric] = Field(default_factory=_of_answers, min_length=1, max_length=32)
+    decide_by: Name | None = None
+    """The measure of the job's own in `metrics` that makes the report's verdict; null: the held-out loss."""
     samples: int = Field(16, ge=0, le=10_000)
     """Held-out rows to generate answers for, base and tuned side by side; 0: none."""
     max_new_tokens: int = Field(128, ge=1, le=8192)
@@ -516,9 +579,27 @@ class EvaluationSpec(Section):
     lm_eval_limit: int | None = Field(100, ge=1, le=LARGEST)
     """The most rows of each of these tasks; null: all."""
 
+    @property
+    def wanted(self) -> set[Metric]:
+        """The measures of loractl's own."""
+        return {metric for metric in self.metrics if isinstance(metric, Metric)}
+
+    @property
+    def own(self) -> list[OwnMetric]:
+        """The measures that the job file defines."""
+        return [metric for metric in self.metrics if isinstance(metric, OwnMetric)]
+
+    @field_validator("metrics")
+    @classmethod
+    def _named_once(cls, value: list[Metric | OwnMetric]) -> list[Metric | OwnMetric]:
+        names = [metric.name for metric in value if isinstance(metric, OwnMetric)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"defines {twice} twice; give each measure a name of its own")
+        return value
+
     @model_validator(mode="after")
     def _generation_needs_samples(self, info: ValidationInfo) -> EvaluationSpec:
-        generated = {Metric.ROUGE, Metric.EXACT_MATCH} & set(self.metrics)
+        generated = {metric.value for metric in self.metrics if metric in GENERATED or isinstance(metric, OwnMetric)}
         if info.context == AS_WRITTEN and self.samples == 0 and generated and "metrics" in self.model_fields_set:
             names = ", ".join(sorted(generated))
             raise ValueError(f"samples is 0, so {names} can't be measured; set samples or drop them from metrics")

@@ -80,7 +80,7 @@ class JobSpec(Section):
     @model_validator(mode="after")
     def _combinations(self, info: ValidationInfo) -> JobSpec:
         # also in a stored spec: it can't be trained
-        wrong = [*_around_plain_rows(self), *self.kind.unfit(self)]
+        wrong = [*_around_plain_rows(self), *_undefined(self.evaluation), *self.kind.unfit(self)]
         if info.context == AS_WRITTEN:
             wrong += [*self.kind.idle(self), *_said_twice_or_never(self), *_without_what_they_need(self)]
         if wrong:
@@ -135,6 +135,14 @@ def _around_plain_rows(spec: JobSpec) -> Iterator[str]:
     dataset = spec.dataset
     if dataset.template is not PromptTemplate.CHAT and dataset.format in PLAIN:
         yield f"dataset.template: rows of the format {dataset.format.value} are taken as they are; leave it out"
+
+
+def _undefined(evaluation: EvaluationSpec) -> Iterator[str]:
+    """ "key: sentence" for a measure that decides and is none."""
+    names = [metric.name for metric in evaluation.own]
+    if evaluation.decide_by is not None and evaluation.decide_by not in names:
+        known = f"it defines {', '.join(names)}" if names else "it defines none, like {name: gsm8k, compare: number}"
+        yield f"evaluation.decide_by: {evaluation.decide_by} is no measure that evaluation.metrics defines; {known}"
 
 
 def _said_twice_or_never(spec: JobSpec) -> Iterator[str]:

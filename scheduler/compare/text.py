@@ -53,8 +53,11 @@ def comparison_text(answer: Comparison, screen: Screen) -> str:
 
 
 def _others(answer: Comparison, among: Sequence[str] = OTHERS) -> list[str]:
-    """Measures printed next to the loss: those that all jobs have."""
-    return [name for name in among if all(name in job.metrics for job in answer.jobs)][:2]
+    """Measures printed next to the loss: those that all jobs have, first the one that decides, then others that job
+    files define."""
+    own = sorted((m for m in answer.best.metrics.values() if m.get("own")), key=lambda m: not m.get("decides"))
+    names = [*(metric["name"] for metric in own), *among] if among is OTHERS else among
+    return [name for name in names if all(name in job.metrics for job in answer.jobs)][:2]
 
 
 def sweep_comparison_text(answer: SweepComparison, screen: Screen) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from loractl.common.job.kinds import kind_of
 from loractl.common.text import clean_line, number, signed
 from loractl.common.units import duration, gib, thousands
-from loractl.common.verdict import are_of_pairs, written
+from loractl.common.verdict import RIGHT, are_of_pairs, rights, written
 from loractl.scheduler.cli.screen import Screen, block, fit, table, wrapped
 
 _OF_SHARES = "; its loss is that of the labels' shares of the training rows"
@@ -60,7 +60,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str
     about = (*_measured_before(e), *_data_warnings(data))
     lines += ["", *(line for note in (*notes, *about) for line in wrapped(note, "", screen))]
     # what changed comes first: repaired, broken, then the rest
-    order = sorted(e["answers"], key=lambda a: (a["base_exact"] == a["tuned_exact"], not a["tuned_exact"], a["row"]))
+    order = sorted(e["answers"], key=lambda a: (len({*rights(a)}) == 1, not rights(a)[1], a["row"]))
     for answer in order[:answers]:
         lines += ["", screen.style(f"Row {answer['row']}: ", bold=True) + block(answer["prompt"], screen)]
         for name, text in _side_by_side(answer):
@@ -80,7 +80,7 @@ def _side_by_side(answer: dict[str, Any]) -> list[tuple[str, str]]:
     if are_of_pairs(answer):
         named = [("chosen", "expected"), ("rejected", "rejected"), ("base", "base"), ("tuned", "tuned")]
         return [(name, answer[key]) for name, key in named]
-    right = {who: "right" if answer[f"{who}_exact"] else "wrong" for who in ("base", "tuned")}
+    right = {who: RIGHT[found] for who, found in zip(("base", "tuned"), rights(answer), strict=True)}
     return [("expected", answer["expected"]), *((f"{who} ({word})", answer[who]) for who, word in right.items())]
 
 

@@ -32,7 +32,7 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     trainer checks them.
     """
     from loractl.common.data.fields import Reading
-    from loractl.common.data.findings import about_fields, about_warmup
+    from loractl.common.data.findings import about_fields, about_measures, about_warmup
     from loractl.common.data.formats import check_taught, detect_format, parse_examples
     from loractl.common.data.inspection import Leaks, check_examples
     from loractl.common.data.rows import open_rows
@@ -68,6 +68,7 @@ def check_data(spec: JobSpec, report: Report = lambda what, done, total: None) -
     split = split_data(dataset, readable[0], held_out, readable[1:], final_rows=last)
     findings = split.about_sources(dataset)
     findings += check_examples(split.train, split.held_out, split, looked, final=Leaks.of_final(split.final))
+    findings += about_measures(spec.evaluation, split.held_out)
     return findings + about_fields(split.unused) + about_warmup(spec.training, len(split.train))
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from loractl.scheduler.python.lab import Lab
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 
 def connect() -> Lab:

@@ -294,6 +294,10 @@ CASES = [
     ),
     Case("trailing space", "note", with_(chat("what?", "this one ")), held_out=good(60)[40:], marked=(41,)),
     Case("answers longer than generated", "note", good(), {"evaluation": {"max_new_tokens": 2}}),
+    Case(
+        "measures that compare nothing", "warning", good(),
+        {"evaluation": {"metrics": [{"name": "sum", "extract": "#### (.*)"}]}},
+    ),
 ]  # fmt: skip
 
 Check = Callable[[Case], Checked]

@@ -313,7 +313,8 @@ def test_a_batch_s_first_answered_tokens_copy_no_head(dtype: torch.dtype, tiny_m
 
 @pytest.mark.long
 def test_answers_that_are_labels_are_scored_on_every_held_out_row(recipe: Recipe, tmp_path: Path) -> None:
-    recipe("a", max_steps=60, evaluation={"samples": 1})
+    own = {"name": "queue", "extract": r"queue: (\w+)", "compare": "exact"}
+    recipe("a", max_steps=60, evaluation={"samples": 3, "metrics": ["labels", own]})
     found = evaluation(tmp_path / "a")
     metrics, labels = found["metrics"], found["labels"]
     assert set(labels["names"]) == {"queue: storage", "queue: network", "queue: gpu", "other"}
@@ -322,6 +323,10 @@ def test_answers_that_are_labels_are_scored_on_every_held_out_row(recipe: Recipe
         assert sum(map(sum, table)) == metrics["accuracy"]["cases"] == found["rows"] > len(found["answers"])
         assert metrics["accuracy"][who] == pytest.approx(100 * sum(table[n][n] for n in range(4)) / found["rows"])
     assert metrics["accuracy"]["tuned"] > metrics["accuracy"]["base"] == metrics["macro_f1"]["base"] == 0
+    right = [[answer[who] == answer["expected"] for who in ("base", "tuned")] for answer in found["answers"]]
+    assert [answer["scores"]["queue"] for answer in found["answers"]] == right and len(right) == 3
+    assert metrics["queue"]["tuned"] == pytest.approx(100 * sum(tuned for _, tuned in right) / 3)
+    assert metrics["queue"]["own"] and "own" not in metrics["accuracy"] and "decides" not in metrics["queue"]
 
 
 @pytest.mark.long

@@ -17,7 +17,7 @@ from typing import Any
 
 from loractl.common.data.examples import Example
 from loractl.common.data.fields import Reading
-from loractl.common.data.findings import Finding, about_fields, about_rows, about_warmup, refusals
+from loractl.common.data.findings import Finding, about_fields, about_measures, about_rows, about_warmup, refusals
 from loractl.common.data.formats import labels_of, map_columns, parse_each, untaught
 from loractl.common.data.giveaway import Giveaway
 from loractl.common.data.inspection import Leaks, check_examples
@@ -126,6 +126,7 @@ def findings_about(
     for rows in data.train.rows.by_example():
         tokens.see(rows)
     findings = check_examples(data.train_examples, data.held_out_examples, leaks=leaks, final=final, giveaway=giveaway)
+    findings += about_measures(spec.evaluation, data.held_out_examples)
     findings += about_warmup(spec.training, len(data.train_examples))
     return findings + template.findings() + tokens.findings(every=False)
 
@@ -196,7 +197,7 @@ def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report:
     looked = functools.partial(report, "Looking at the rows")
     findings = split.about_sources(spec.dataset)
     findings += check_examples(split.train, split.held_out, split, looked, final=Leaks.of_final(split.final))
-    findings += template.findings() + refused
+    findings += about_measures(spec.evaluation, split.held_out) + template.findings() + refused
     findings += about_warmup(spec.training, len(split.train))
     return replace(
         checked,

@@ -60,6 +60,8 @@ class Compared:
     low: float
     high: float
     unmeasured: int = 0  # cases in which a number of base or tuned is infinite or none
+    own: bool = False  # defined by the job file
+    decides: bool = False  # the job's evaluation.decide_by
 
     @property
     def change(self) -> float:
@@ -79,7 +81,8 @@ class Compared:
 
     def as_json(self) -> dict[str, Any]:
         """The metric as in report.json."""
-        return {**vars(self), "change": self.change, "reading": self.reading}
+        facts = {**vars(self), "change": self.change, "reading": self.reading}
+        return {key: value for key, value in facts.items() if value or key not in ("own", "decides")}
 
 
 @dataclass(frozen=True, kw_only=True)

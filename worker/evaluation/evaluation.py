@@ -32,6 +32,7 @@ from .confusion import Labels, label_metrics, labels_taught
 from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
 from .generation import end_ids, generate
 from .harness import Benchmarks
+from .own_metrics import OwnScores, own_scores
 from .row_losses import RowScores, loss_metrics, score_rows
 from .stretches import ANSWERS, LABELS, ROWS, Stretch, answered, scored
 
@@ -53,6 +54,7 @@ class Evaluation:
     """(row, weight, loss of the base, loss of the tuned model in nats): two jobs are compared row by row with them. An
     answer's weight is its learned tokens, over which its losses are summed; a label and a pair weigh 1. A fifth value
     counts the tokens of a pair's two answers."""
+    own: list[OwnScores] = field(default_factory=list)  # of `answers`, by the job file's own measures
     labels: Labels | None = None
     turns: list[Turns] = field(default_factory=list)
     baseline: str | None = None  # the name of `base` if it is not the base model
@@ -80,14 +82,15 @@ def evaluate(
     base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept)
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = _labels(work, base, tuned) if work.labelled else None
-    wanted, stops = set(spec.evaluation.metrics), data.format is not DataFormat.TEXT
+    own = own_scores(answers, spec.evaluation)
+    wanted, stops = spec.evaluation.wanted, data.format is not DataFormat.TEXT
     given_away = np.isin(work.numbers, data.given_away)
     metrics = loss_metrics(base.rows, tuned.rows, wanted, stops=stops, given_away=given_away)
     metrics += label_metrics(labels) if labels is not None else []
     if data.format is not DataFormat.TEXT:
         numbered = {example.number: example for example in data.held_out_examples[: spec.evaluation.max_rows]}
         metrics += cheap_metrics([numbered[one] for one in work.numbers], data.answer_shares, tuned.rows, labels)
-    metrics += answer_metrics(answers, wanted)
+    metrics += [*(scores.compared for scores in own), *answer_metrics(answers, wanted)]
     metrics += length_metrics(answers, learner.tokenizer, spec.evaluation.max_new_tokens)
     metrics += turn_metrics(work.turns, (base.whole, tuned.whole), (base.alone, tuned.alone))
     if work.regression:
@@ -104,6 +107,7 @@ def evaluate(
                 work.numbers, base.rows.tokens, base.rows.loss, tuned.rows.loss, strict=True
             )
         ],
+        own=own,
         labels=labels,
         given_away=int(given_away.sum()),
         turns=by_turn(work.turns, base.whole, tuned.whole),

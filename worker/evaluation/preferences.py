@@ -86,7 +86,7 @@ def evaluate_preferences(
     base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept)
     scores = PairScores.of(base), PairScores.of(tuned)
     losses = pair_row_losses(spec.preference, scores)
-    answers, wanted = side_by_side(work.prompts, base.texts, tuned.texts), set(spec.evaluation.metrics)
+    answers, wanted = side_by_side(work.prompts, base.texts, tuned.texts), spec.evaluation.wanted
     given_away = np.isin(work.numbers, data.given_away)
     metrics = pair_metrics(spec.preference, scores, losses, wanted, given_away)
     return Evaluation(

@@ -20,12 +20,13 @@ from loractl.common.job.sections import DataFormat
 from loractl.common.job.spec import JobSpec
 from loractl.common.text import signed
 from loractl.common.units import amount, duration, gib, thousands
-from loractl.common.verdict import answer_groups, badge, chose_step, report_verdict, written
+from loractl.common.verdict import RIGHT, answer_groups, badge, chose_step, report_verdict, rights, written
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.protocol.messages import Peaks, Start
 from loractl.worker.protocol.versions import installed_versions
 
 from .comparison import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED, Compared
+from .own_metrics import as_json
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -63,8 +64,9 @@ def page_template() -> Template:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.globals["RIGHT"] = RIGHT
     environment.filters.update(
-        amount=amount, duration=duration, gib=gib, thousands=thousands, signed=signed, written=written
+        amount=amount, duration=duration, gib=gib, rights=rights, signed=signed, thousands=thousands, written=written
     )
     return environment.from_string((files(__package__) / "report.html.jinja").read_text("utf-8"))
 
@@ -126,7 +128,7 @@ def build_report(
                 "verdict": verdict(
                     final.metrics,
                     final.against,
-                    last.doubts("final"),
+                    [*last.doubts("final"), *_unmeasured(final)],
                     "final",
                     final.given_away,
                     read_off=last.read_off.replace("held out", "of the file"),
@@ -148,7 +150,7 @@ def build_report(
         "verdict": verdict(
             evaluation.metrics,
             evaluation.against,
-            [*_chosen(spec, course), *data.doubts()],
+            [*_chosen(spec, course), *data.doubts(), *_unmeasured(evaluation)],
             given_away=evaluation.given_away,
             read_off=data.read_off,
             texts=data.format is DataFormat.TEXT,
@@ -175,6 +177,11 @@ def _chosen(spec: JobSpec, course: TrainingCourse) -> list[str]:
     if not chose_step(keeps_best=spec.training.load_best_model_at_end, evaluations=evaluations, stopped_early=stopped):
         return []
     return [f"These rows chose step {course.kept_step}, so their loss is optimistic."]
+
+
+def _unmeasured(evaluation: Evaluation) -> list[str]:
+    """What the job file's own measures could not measure."""
+    return [scores.doubt for scores in evaluation.own if scores.doubt]
 
 
 def verdict(
@@ -280,7 +287,15 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": BOOTSTRAP_SEED, "interval": 0.95},
         "metrics": [m.as_json() for m in evaluation.metrics],
         "row_losses": evaluation.row_losses[:MOST_ROW_LOSSES],
-        "answers": [{**vars(a), "base_exact": a.base_exact, "tuned_exact": a.tuned_exact} for a in evaluation.answers],
+        "answers": [
+            {
+                **vars(answer),
+                "base_exact": answer.base_exact,
+                "tuned_exact": answer.tuned_exact,
+                **as_json(evaluation.own, place),
+            }
+            for place, answer in enumerate(evaluation.answers)
+        ],
         "labels": None
         if labels is None
         else {"names": labels.names, "base": labels.confusion(labels.base), "tuned": labels.confusion(labels.tuned)},

@@ -8,7 +8,7 @@ from typing import Any
 
 from loractl.common.chart import forest
 from loractl.common.errors import ArtifactError
-from loractl.common.verdict import Written, answer_groups, word, written
+from loractl.common.verdict import RIGHT, Written, answer_groups, rights, word, written
 
 UNREADABLE = (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError)
 """What a malformed report raises when its parts are read."""
@@ -125,6 +125,7 @@ def _inside(place: float) -> float:
 
 def _answer(answer: Mapping[str, Any]) -> Mapping[str, Any]:
     texts = {key: str(answer[key]) for key in ("prompt", "expected", "base", "tuned")}
-    right = {key: bool(answer[key]) for key in ("base_exact", "tuned_exact", "base_ended", "tuned_ended")}
+    ended = {key: bool(answer[key]) for key in ("base_ended", "tuned_ended")}
     rejected = None if answer.get("rejected") is None else str(answer["rejected"])
-    return {"row": int(answer["row"]), **texts, **right, "rejected": rejected}
+    said = {key: RIGHT[found] for key, found in zip(("base", "tuned"), rights(answer), strict=True)}
+    return {"row": int(answer["row"]), **texts, **ended, "said": said, "rejected": rejected}

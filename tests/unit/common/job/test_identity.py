@@ -118,7 +118,9 @@ OTHERWISE: dict[str, Any] = {
 }  # fmt: skip
 """Another value for each key that decides the result."""
 
-ELSEWHERE = {"task_type", "evaluation.lm_eval_limit"}  # have tests of their own: neither stands alone
+ELSEWHERE = {"task_type", "evaluation.lm_eval_limit", "evaluation.decide_by"}
+"""Keys with tests of their own: none of them stands alone."""
+
 RECOMPUTED = {"training.gradient_checkpointing", "training.torch_compile"}
 
 
@@ -156,6 +158,17 @@ def test_a_key_that_has_no_effect_any_more_is_read_changes_no_digest_and_is_not_
     assert list(training_digests(spec, Method.LORA, data_digest(rows)).values()) == parts
     again = JobSpec.model_validate(spec.model_dump(mode="json"))
     assert "exclusive" not in spec.model_dump(mode="json")["resources"] and spec_digest(again) == digest
+
+
+def test_a_measure_of_the_job_s_own_and_the_one_that_decides_change_the_digest() -> None:
+    number, text = ({"name": "sum", "compare": how} for how in ("number", "exact"))
+    written = [[number], [text], [number, "loss"], ["loss", number], ["loss"]]
+    specs = [job({"evaluation.metrics": metrics}) for metrics in written]
+    specs.append(job({"evaluation.metrics": [number], "evaluation.decide_by": "sum"}))
+    assert len({spec_digest(spec) for spec in specs}) == len(specs)
+    for spec in specs:
+        again = JobSpec.model_validate(spec.model_dump(mode="json"))
+        assert again == spec and spec_digest(again) == spec_digest(spec)
 
 
 def test_every_key_of_the_job_file_is_known_to_decide_or_not() -> None:

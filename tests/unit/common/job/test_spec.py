@@ -297,6 +297,45 @@ def test_metrics_that_need_answers_are_refused_without_samples(tmp_path: Path) -
     assert spec.evaluation.samples == 0, "without a list of metrics those that can't be measured are left out"
 
 
+@pytest.mark.parametrize(
+    ("metrics", "key", "what"),
+    [
+        ("[{name: a, extract: 'b(c', compare: exact}]", "0.extract", "does not compile: missing ): b(c; its syntax is"),
+        ("[{name: a, extract: abc}]", "0.extract", '"abc" is an expression with no group: write (...) around the pa'),
+        ("[{name: a, compare: same}]", "0.compare", '"same" is not one of exact, number, json, contains'),
+        ("[{name: loss}]", "0.name", '"loss" is the name of a measure that loractl has; take another'),
+        ("[loss, {name: cheap_trick}]", "1.name", '"cheap_trick" is the name of a measure that loractl has'),
+        ("[{compare: json}]", "0.name", "is missing"),
+        ("[{name: a}, {name: a, compare: json}]", "", "defines a twice; give each measure a name of its own"),
+    ],
+)
+def test_a_measure_that_is_none_is_a_sentence(tmp_path: Path, metrics: str, key: str, what: str) -> None:
+    problem = only(write(tmp_path, MINIMAL + f"evaluation: {{metrics: {metrics}}}"))
+    assert problem.key == f"evaluation.metrics.{key}".strip(".") and what in problem.what
+
+
+def test_what_decides_is_a_measure_that_the_job_defines_and_has_answers(tmp_path: Path) -> None:
+    def said(evaluation: str, head: str = MINIMAL) -> tuple[str, str]:
+        problem = only(write(tmp_path, head + f"evaluation: {{{evaluation}}}"))
+        return problem.key, problem.what
+
+    own = "metrics: [{name: sum, compare: number}, {name: form, compare: json}]"
+    assert said(f"{own}, decide_by: summ") == (
+        "evaluation.decide_by",
+        "summ is no measure that evaluation.metrics defines; it defines sum, form",
+    )
+    assert said("decide_by: exact_match")[1].endswith("it defines none, like {name: gsm8k, compare: number}")
+    assert said(f"{own}, samples: 0") == (
+        "evaluation",
+        "samples is 0, so form, sum can't be measured; set samples or drop them from metrics",
+    )
+    plain = MINIMAL.replace("path: org/data", "path: org/data, format: text")
+    assert said(own, plain)[1] == "sum, form can't be measured of plain text, which asks nothing; leave it out"
+    assert "sum, form can't be measured of pairs" in said(own, MINIMAL + "task_type: preference\n")[1]
+    spec = load_spec(write(tmp_path, MINIMAL + f"evaluation: {{{own}, decide_by: sum}}"))
+    assert [metric.name for metric in spec.evaluation.own] == ["sum", "form"] and not spec.evaluation.wanted
+
+
 @pytest.mark.parametrize("line", ['base_model: "a\\0b"', 'labels: {k: "\\e[31m"}'])
 def test_control_characters_are_refused_since_they_would_reach_a_terminal(tmp_path: Path, line: str) -> None:
     text = MINIMAL.replace("base_model: org/model\n", "") + ("" if "base_model" in line else "base_model: m\n") + line

@@ -1,0 +1,77 @@
+"""The measures that a job file defines: which generated answers are right by them, for base and tuned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loractl.common.job.sections import EvaluationSpec, OwnMetric
+
+from .answers import Answer
+from .comparison import Compared, compare_shares, percent
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnScores:
+    """One measure, answer by answer. None: the expected answer has nothing that it can compare with."""
+
+    name: str
+    decides: bool
+    base: list[bool | None]
+    tuned: list[bool | None]
+    trouble: str = ""  # why nothing was measured
+
+    @property
+    def compared(self) -> Compared:
+        """The share of right answers. Answers whose expected one can't be compared with are no cases."""
+        pairs = [(b, t) for b, t in zip(self.base, self.tuned, strict=True) if b is not None and t is not None]
+        if pairs:
+            found = compare_shares(self.name, self.name, [b for b, _ in pairs], [t for _, t in pairs])
+        else:
+            found = percent(self.name, self.name).compared(0, *[math.nan] * 4)
+        return replace(found, unmeasured=len(self.base) - len(pairs), own=True, decides=self.decides)
+
+    @property
+    def doubt(self) -> str:
+        """A sentence about what it could not measure, or nothing."""
+        left, every = self.base.count(None), len(self.base)
+        if self.trouble:
+            return f"{self.name} was not measured: it {self.trouble}."
+        if left == every:
+            what = f"any of the {every} expected answers" if every else "answers, which no held-out row asks for"
+            return f"{self.name} was not measured: it finds nothing to compare in {what}."
+        return f"{self.name} leaves out {left} of {every} answers, with nothing to compare with." if left else ""
+
+
+def own_scores(answers: Sequence[Answer], asked: EvaluationSpec) -> list[OwnScores]:
+    """Every measure that the job file defines, on these answers."""
+    return [_scores(metric, answers, decides=metric.name == asked.decide_by) for metric in asked.own]
+
+
+def _scores(metric: OwnMetric, answers: Sequence[Answer], *, decides: bool) -> OwnScores:
+    expected, trouble = [answer.expected for answer in answers], ""
+    base: list[bool | None] = [None] * len(answers)
+    tuned = base
+    try:
+        base = right(metric, [answer.base for answer in answers], expected)
+        tuned = right(metric, [answer.tuned for answer in answers], expected)
+    except ValueError as error:
+        base, tuned, trouble = [None] * len(answers), [None] * len(answers), str(error)
+    return OwnScores(name=metric.name, decides=decides, base=base, tuned=tuned, trouble=trouble)
+
+
+def right(metric: OwnMetric, answers: Sequence[str], expected: Sequence[str]) -> list[bool | None]:
+    """Whether each answer is right by the measure; None where the expected one can't be compared with.
+
+    Raises ValueError where its expression takes too long to read them.
+    """
+    return metric.score.right(answers, expected)
+
+
+def as_json(scores: Sequence[OwnScores], place: int) -> dict[str, Any]:
+    """What one answer of a report has of them: `scores`, and `decided` by the one that decides, base first."""
+    found = {one.name: [one.base[place], one.tuned[place]] for one in scores}
+    decided = next((found[one.name] for one in scores if one.decides), None)
+    return {**({"scores": found} if found else {}), **({"decided": decided} if decided else {})}
