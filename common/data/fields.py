@@ -21,13 +21,13 @@ MESSAGES = ("messages", "conversations", "prompt", *SIDES)
 """Columns that may hold a message, or a list of them."""
 
 _OF_ROW: dict[DataFormat, tuple[str, ...]] = {
-    DataFormat.MESSAGES: ("messages", "tools"),
+    DataFormat.MESSAGES: ("messages", "system", "tools"),
     DataFormat.SHAREGPT: ("conversations", "system", "tools"),
-    DataFormat.ALPACA: ("instruction", "input", "output", "system"),
+    DataFormat.ALPACA: ("instruction", "input", "output", "system", "history"),
     DataFormat.PROMPT_COMPLETION: ("prompt", "completion"),
     DataFormat.TEXT: ("text",),
     DataFormat.CLASSIFICATION: ("text", "label"),
-    DataFormat.PREFERENCE: (*MESSAGES, "instruction", "input", "system", "tools"),
+    DataFormat.PREFERENCE: (*MESSAGES, "instruction", "input", "system", "history", "tools"),
     DataFormat.PREFERENCE_TEXT: ("prompt", *SIDES),
 }
 
@@ -39,7 +39,7 @@ _TALKS: dict[DataFormat, tuple[str, ...]] = {
 
 _OF_MESSAGE = ("content", "role", "from", "value", "reasoning_content", "weight", "tool_calls", "name", "tool_call_id")
 
-_LATER = ("tools", "reasoning_content", "weight", "tool_calls", "name", "tool_call_id")
+_LATER = ("tools", "reasoning_content", "weight", "tool_calls", "name", "tool_call_id", "history")
 """The fields that `text` does not read."""
 
 _MEANT = {
@@ -48,9 +48,19 @@ _MEANT = {
     **dict.fromkeys(("tools", "tool_calls"), "tools are read of messages and conversations alone"),
     **dict.fromkeys(("functions", "function_call"), "write them as tools and tool_calls"),
     **dict.fromkeys(("thinking", "reasoning"), "write it as reasoning_content"),
-    **dict.fromkeys(("weight", "train", "train_detail"), "write weight: 0 at a message that is not to be learned"),
+    **dict.fromkeys(
+        ("weight", "train", "train_detail", "loss", "loss_weight"),
+        "write weight: 0 at a message that is not to be learned",
+    ),
+    "chat_template_kwargs": "the chat template is rendered with its own defaults, as it is when the adapter is asked",
+    "system_prompt": "name it in dataset.columns: {system: system_prompt}",
+    "kto_tag": "answers that people disliked would be learned like the others; keep the liked ones, or make pairs",
+    "label": "answers that are labelled false would be learned like the others; keep the true ones, or make pairs",
 }
 """Fields that change what a row means, where they are not read, and what to do about them."""
+
+_OF_MESSAGES = ("loss", "loss_weight")
+"""Those of them that say something else as a row's own column."""
 
 
 @dataclass(kw_only=True)
@@ -78,10 +88,10 @@ class Reading:
         """Count a row's unread fields. Returns the first one that changes its meaning."""
         found = [name for name in dict.fromkeys(self._unread(row, format)) if name not in self.ignore]
         self.unused.update(found)
-        return next((name for name in found if self.all and name.rpartition(".")[2] in _MEANT), None)
+        return next((name for name in found if self.all and _means(name, row, format)), None)
 
     def _unread(self, row: Mapping[str, Any], format: DataFormat) -> Iterator[str]:
-        later = () if self.all else _LATER
+        later = () if self.all else (*_LATER, *(["system"] if format is DataFormat.MESSAGES else []))
         for name, value in row.items():
             if _holds(value) and (name not in _OF_ROW[format] or name in later):
                 yield name
@@ -96,6 +106,14 @@ class Reading:
 def advice_about(name: str) -> str:
     """What to do about a field that changes the meaning of a row."""
     return f"{_MEANT[name.rpartition('.')[2]]}; to train without it, name it in dataset.ignore: [{name}]"
+
+
+def _means(name: str, row: Mapping[str, Any], format: DataFormat) -> bool:
+    """Whether an unread field changes what the row means."""
+    column, _, last = name.rpartition(".")
+    if last == "label":  # TRL's mark of a good or bad completion; any other label describes
+        return format is DataFormat.PROMPT_COMPLETION and isinstance(row.get(name), bool)
+    return last in _MEANT and (bool(column) or last not in _OF_MESSAGES)
 
 
 def _holds(value: Any) -> bool:
@@ -116,6 +134,18 @@ def tool_calls(value: Any) -> str:
         known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         calls.append({"type": "function", **known, "function": {"name": name, "arguments": arguments}})
     return json.dumps(calls, ensure_ascii=False)
+
+
+def written_calls(text: Any, column: str) -> str:
+    """The calls of ShareGPT's function_call, one or a list, as JSON text or not. Raises ValueError."""
+    try:
+        value = json.loads(text) if isinstance(text, str) else text
+    except ValueError:
+        value = None
+    if not isinstance(value, (dict, list)) or not value:
+        hint = f"dataset.ignore: [{column}.function_call] learns it as plain text"
+        raise ValueError(f'a function_call is no JSON like {{"name": "find", "arguments": {{}}}}; {hint}')
+    return tool_calls(value if isinstance(value, list) else [value])
 
 
 def tools(value: Any) -> str:

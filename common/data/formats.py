@@ -17,7 +17,7 @@ from loractl.common.errors import DataError
 from loractl.common.job.sections import BadRow, ColumnName, DataFormat, PromptTemplate
 
 from .examples import Example, Examples, Turn
-from .fields import MESSAGES, SIDES, Reading, advice_about, tool_calls, tools
+from .fields import MESSAGES, SIDES, Reading, advice_about, tool_calls, tools, written_calls
 from .pairs import CONVERSATION, conversation_pair, is_text, said_of, text_pair
 from .rows import RawRow, column_names, kind_of
 
@@ -90,6 +90,9 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 """Names that ShareGPT's descendants give to roles, in any conversation; those in ROLES are taken as they are."""
+
+CALL = "function_call"
+"""The role of a message that is nothing but a call, as JSON."""
 
 INNER_COLUMNS = ("role", "content", "from", "value")
 """Keys of a message, not of a row."""
@@ -256,7 +259,7 @@ def parse_each(
     parsers: dict[DataFormat, Callable[[RawRow, str | Path], Example]] = {
         DataFormat.MESSAGES: functools.partial(_conversation, reading, "messages", "role", "content"),
         DataFormat.SHAREGPT: functools.partial(_conversation, reading, "conversations", "from", "value"),
-        DataFormat.ALPACA: _alpaca if template is PromptTemplate.CHAT else _alpaca_with_heading,
+        DataFormat.ALPACA: functools.partial(_alpaca, reading, "" if template is PromptTemplate.CHAT else INPUT),
         DataFormat.PROMPT_COMPLETION: _prompt_completion,
         DataFormat.TEXT: _text,
         DataFormat.CLASSIFICATION: _classification,
@@ -286,7 +289,8 @@ def _pair(reading: Reading, template: PromptTemplate, row: RawRow, file: str | P
     row = _heeded(row, reading)
     if row.value.get("instruction") is not None and not any(row.value.get(name) for name in ("prompt", *CONVERSATION)):
         heading = "" if template is PromptTemplate.CHAT else INPUT
-        asked = [{"role": turn.role, "content": turn.content} for turn in instruction_turns(row, file, heading)]
+        turns_asked = instruction_turns(row, file, heading, history=reading.wants("history"))
+        asked = [{"role": turn.role, "content": turn.content} for turn in turns_asked]
         row = replace(row, value={**row.value, "prompt": asked, "system": None})
     said = said_of(row, file)
 
@@ -329,13 +333,14 @@ def conversation_turns(
     if not messages:
         raise wrong(f"{column} is empty", "nothing to learn")
     turns: list[Turn] = []
-    if column == "conversations" and isinstance(system := row.value.get("system"), str) and system.strip():
+    has_system = column == "conversations" or (column == "messages" and reading is not None and reading.wants("system"))
+    if has_system and isinstance(system := row.value.get("system"), str) and system.strip():
         turns.append(Turn(role="system", content=system))
     for place, message in enumerate(messages, start=1):
         where = f"message {place}"
         if not isinstance(message, dict):
             raise wrong(f"{where} is {kind_of(message)}, not an object with {speaker} and {said}", "not text")
-        named, content = message.get(speaker), message.get(said)
+        named, content = (message.get(key, message.get(_OTHER_KEYS.get(key, key))) for key in (speaker, said))
         role = SHAREGPT_ROLES.get(named, named) if isinstance(named, str) else named
         if role not in ROLES:
             known = ", ".join((*ROLES, *SHAREGPT_ROLES))
@@ -343,6 +348,8 @@ def conversation_turns(
         try:
             wanted = {key: value for key, value in message.items() if reading and reading.wants(f"{column}.{key}")}
             more = _more_of(wanted)
+            if named == CALL and reading and reading.wants(f"{column}.{CALL}"):
+                more, content = more | {"calls": written_calls(content, column)}, ""
         except ValueError as error:
             raise wrong(f"{where}: {error}", "not a message") from None
         if content is None and (more.get("calls") or more.get("thought")):
@@ -359,6 +366,10 @@ def conversation_turns(
             raise wrong(f"{where}: the assistant answers before the user has spoken", "role order")
         turns.append(Turn(role=role, content=content, **more))
     return tuple(turns)
+
+
+_OTHER_KEYS = {"from": "role", "value": "content"}
+"""Keys of a message of `conversations`, as Axolotl writes them."""
 
 
 def _more_of(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -383,18 +394,17 @@ INPUT = "### Input:\n"
 """The heading of an instruction's input in the alpaca template."""
 
 
-def _alpaca_with_heading(row: RawRow, file: str | Path) -> Example:
-    return _alpaca(row, file, heading=INPUT)
-
-
-def _alpaca(row: RawRow, file: str | Path, heading: str = "") -> Example:
-    asked = instruction_turns(row, file, heading)
+def _alpaca(reading: Reading, heading: str, row: RawRow, file: str | Path) -> Example:
+    asked = instruction_turns(row, file, heading, history=reading.wants("history"))
     answer = text_of(row, "output", file, kind="empty answer")
     return Example(number=row.number, turns=(*asked, Turn(role="assistant", content=answer)))
 
 
-def instruction_turns(row: RawRow, file: str | Path, heading: str = "") -> tuple[Turn, ...]:
-    """An alpaca row up to its answer; `heading` precedes its input. Raises DataError."""
+def instruction_turns(row: RawRow, file: str | Path, heading: str = "", *, history: bool = False) -> tuple[Turn, ...]:
+    """An alpaca row up to its answer; `heading` precedes its input. `history`: whether earlier rounds are read.
+
+    Raises DataError.
+    """
     instruction = text_of(row, "instruction", file)
     given, system = row.value.get("input"), row.value.get("system")
     for name, value in (("input", given), ("system", system)):
@@ -402,10 +412,31 @@ def instruction_turns(row: RawRow, file: str | Path, heading: str = "") -> tuple
             raise DataError(file, f"{name} is {kind_of(value)}, not text", row=row.number, kind="not text")
     question = f"{instruction}\n\n{heading}{given}" if given else instruction
     first = (Turn(role="system", content=system),) if system and system.strip() else ()
-    return (*first, Turn(role="user", content=question))
+    earlier = _rounds(row, file) if history else ()
+    return (*first, *earlier, Turn(role="user", content=question))
+
+
+def _rounds(row: RawRow, file: str | Path) -> tuple[Turn, ...]:
+    """An alpaca row's `history`, a list of questions with their answers. Raises DataError."""
+    given = row.value.get("history") or []
+    turns: list[Turn] = []
+    for place, pair in enumerate(given if isinstance(given, list) else [given], start=1):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            what = f"history: round {place} is {kind_of(pair)}, not a list of a question and its answer"
+            raise DataError(file, what, row=row.number, kind="not text")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            if not text.strip():
+                what = f"history: round {place} has an empty {'question' if role == 'user' else 'answer'}"
+                raise DataError(file, what, row=row.number, kind="empty answer")
+            turns.append(Turn(role=role, content=text))
+    return tuple(turns)
 
 
 def _prompt_completion(row: RawRow, file: str | Path) -> Example:
+    if isinstance(row.value.get("prompt"), list) and isinstance(row.value.get("completion"), list):
+        hint = "write them as one list in messages; weight: 0 keeps an answer of the prompt from being learned"
+        what = "prompt and completion are lists of messages, not text"
+        raise DataError(file, what, row=row.number, hint=hint, kind="not text")
     prompt, completion = text_of(row, "prompt", file), text_of(row, "completion", file, kind="empty answer")
     return Example(number=row.number, prompt=prompt, text=prompt + completion)
 

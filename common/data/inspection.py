@@ -338,7 +338,7 @@ class _Texts:
     """Text that is damaged or missing."""
 
     def __init__(self) -> None:
-        self._damaged, self._hidden, self._blank, self._padded = (array("q") for _ in range(4))
+        self._damaged, self._hidden, self._blank, self._padded, self._after = (array("q") for _ in range(5))
 
     def see(self, example: Example, question: int | None) -> None:
         for part in _parts(example):
@@ -351,6 +351,8 @@ class _Texts:
             self._blank.append(example.number)
         if (example.turns or example.prompt) and any(answer_of(one)[-1:].isspace() for one in example.sides):
             self._padded.append(example.number)
+        if any(one.turns and one.answers[-1] + 1 < len(one.turns) for one in example.sides):
+            self._after.append(example.number)
 
     def findings(self) -> Iterator[Finding]:
         hint = "the file was decoded with a wrong encoding earlier"
@@ -360,6 +362,8 @@ class _Texts:
         yield from about_rows("warning", "empty questions", "{n} with an empty user message", self._blank)
         text = "{n} with an answer that ends in space, which is learned"
         yield from about_rows("note", "trailing space", text, self._padded)
+        text = "{n} whose last message is no answer to learn: what follows the last answer is not used"
+        yield from about_rows("warning", "after the last answer", text, self._after)
 
 
 _CLOSES = ".,;:?!)]"

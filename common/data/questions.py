@@ -103,7 +103,8 @@ class Questions:
             )
         if found is DataFormat.ALPACA:
             heading = "" if self._dataset.template is PromptTemplate.CHAT else INPUT
-            return lambda row: instruction_turns(row, path, heading)
+            history = self._reading.wants("history")
+            return lambda row: instruction_turns(row, path, heading, history=history)
         column = _ASKING[found]
         if found is DataFormat.PREFERENCE:
             return lambda row: _asked(row, self._turns(prompt_row(row, path), column), path)

@@ -221,12 +221,16 @@ def traced_plan(weights: int, adapter: int, state: int, own: int, method: Method
     return Plan(method=method, parts=parts, margin_bytes=margin, notes=words)
 
 
+def _apart(step: Step) -> str:
+    return f"{step.batch} rows with {thousands(step.tokens)} tokens in all, the longest with {step.length}"
+
+
 def _notes(shape: Shape, spec: JobSpec, step: Step, stack: Stack, at_loss: bool) -> dict[str, str]:
     method = Method.QLORA if step.quantised else Method.LORA
     trained = sum(size * count for size, count in adapter_tensors(shape, spec, step.labels))
     optimizer = optimizer_name(spec, method, on_gpu=stack.on_gpu)
     each = step.unpadded is None or step.unpadded == step.batch * step.length
-    rows = f"{step.batch} x {step.length} tokens" if each else f"{step.batch} rows of {thousands(step.tokens)} tokens"
+    rows = f"{step.batch} x {step.length} tokens" if each else _apart(step)
     rows += " a card" if stack.cards > 1 else ""
     weights = "fp32" if step.full else "bf16"
     if step.quantised:

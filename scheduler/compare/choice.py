@@ -38,6 +38,7 @@ class CorrectedChange:
     """The best job's held-out loss against its base, as it would be on rows that did not choose it."""
 
     among: int  # jobs that might be the best; 1: no other comes close, and the choice changes nothing
+    results: int  # all that were measured
     rows: int
     base: float
     change: float
@@ -53,9 +54,10 @@ class CorrectedChange:
         return {**told, **measured, "low": self.low, "high": self.high}
 
     def as_json(self) -> dict[str, Any]:
-        """`among`, `rows`, `base`, `tuned`, `change`, `low`, `high` and `reading`."""
+        """`among`, `results`, `rows`, `base`, `tuned`, `change`, `low`, `high` and `reading`."""
         kept = ("base", "tuned", "change", "low", "high", "reading")
-        return {"among": self.among, "rows": self.rows, **{key: self.metric[key] for key in kept}}
+        counts = {"among": self.among, "results": self.results, "rows": self.rows}
+        return {**counts, **{key: self.metric[key] for key in kept}}
 
 
 def corrected(comparison: Comparison) -> CorrectedChange | None:
@@ -77,7 +79,13 @@ def corrected(comparison: Comparison) -> CorrectedChange | None:
     else:
         change, low, high = _out_of_bag(weights, base, tuple(_column(job, 3) for job in near))
     return CorrectedChange(
-        among=len(near), rows=len(losses), base=float(loss["base"]), change=change, low=low, high=high
+        among=len(near),
+        results=len(measured),
+        rows=len(losses),
+        base=float(loss["base"]),
+        change=change,
+        low=low,
+        high=high,
     )
 
 

@@ -101,7 +101,10 @@ class SweepComparison:
             return f"No other comes near it: the choice changes nothing of its loss.{also}"
         shown = written(change.metric)
         loss = f"loss {shown.base} -> {shown.tuned}, {shown.change} ({shown.interval}), {shown.reading}"
-        how = f"Corrected for the choice among {change.among} on the same {change.rows} rows"
+        far = f" of {change.results}, since the others are too far behind to be the best," * (
+            change.among < change.results
+        )
+        how = f"Corrected for the choice among {change.among}{far} on the same {change.rows} rows"
         return f"{how}, against the base: {loss}.{also}"
 
     @property

@@ -22,7 +22,7 @@ from loractl.scheduler.submit.need import plan_job
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.check import Checked, check_data, findings_about
 from loractl.worker.data.prepared import prepare_data
-from loractl.worker.data.text import trained_row
+from loractl.worker.data.text import check_text, trained_row
 
 from .. import json_page
 from ..conftest import Cli
@@ -83,6 +83,12 @@ def two(prompt: str, chosen: str, rejected: str) -> Row:
     return {"instruction": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def dialogue(first: str, second: str) -> list[Row]:
+    turns = chat("a", f"<think>\nhm\n</think>\n\n{first}", "b", second, roles=("user", "assistant") * 2)
+    messages: list[Row] = turns["messages"]
+    return messages
+
+
 def plain(prompt: str, chosen: str, rejected: str) -> Row:
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
@@ -98,6 +104,11 @@ NO_SYSTEM = "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'
 NO_TOOL = NO_SYSTEM.replace("system", "tool")
 TRIMS = "{% for m in messages %}{{ m['role'] + ':' + m['content'] | trim }}<|im_end|>{% endfor %}"
 TRIMS += "{% if add_generation_prompt %}assistant:{% endif %}"
+CALLS = (
+    "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% for call in m['tool_calls'] or [] %}<tool_call>"
+    "{{ {'name': call['function']['name'], 'arguments': call['function']['arguments']} | tojson }}</tool_call>"
+    "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
 REFUSES = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}x"
 
 
@@ -239,6 +250,20 @@ CASES = [
         with_(chat("a", "look", "seen 42", "this", roles=("user", "assistant", "tool", "assistant"))),
         held_out=good(60)[40:], template=NO_TOOL, marked=(41,),
     ),
+    Case(
+        "dropped names", "note",
+        with_({"messages": [{"role": "user", "name": "ada", "content": "a"}, chat("a", "this")["messages"][1]]}),
+        held_out=good(60)[40:], marked=(41,),
+    ),
+    Case(
+        "after the last answer", "warning",
+        with_(chat("a", "look", "and 42?", roles=("user", "assistant", "user"))), held_out=good(60)[40:], marked=(41,),
+    ),
+    Case(
+        "answers that are context", "warning",
+        preferred({"chosen": dialogue("this", "good"), "rejected": dialogue("that", "bad")}),
+        PAIRS, held_out=other_pairs(), template=FORGETS, marked=(41,),
+    ),
     Case("doubled BOS", "warning", pairs(pair("<|im_start|><|im_start|>A:", " it is"))),
     Case("EOS is not learned", "warning", good(), {"dataset": {"max_length": 32}}),
     Case("cut rows", "warning", good(), {"dataset": {"max_length": 32}}),
@@ -340,6 +365,41 @@ def test_unknown_tokens_are_found_by_a_tokenizer_that_has_a_mark_for_them(tiny_m
     rows, held_out = [pair("queue is", " number one"), pair("queue is", " number two")], [pair("queue", " is one")]
     checked = check_data(_job(tmp_path, Case("", "", rows, held_out=held_out), tiny_model), tokenizer)
     assert [finding.rows for finding in checked.findings if finding.kind == "unknown tokens"] == [(2,)]
+
+
+def test_orpo_s_prompt_is_shown_as_learned_in_the_chosen_answer_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """As TRL's ORPO learns it: its term for the chosen answer is the mean over prompt and answer."""
+    tokenizer = load_tokenizer(str(tiny_model))
+    learned: dict[str, dict[str, list[bool]]] = {}
+    for loss in ("sigmoid", "orpo"):
+        case = Case("", "", preferred(), {**PAIRS, "preference": {"loss_type": loss}}, held_out=other_pairs())
+        spec = _job(tmp_path, case, tiny_model)
+        shown = trained_row(spec, tokenizer, 1).as_json()
+        learned[loss] = {side: shown[side]["learned"] for side in ("chosen", "rejected")}
+        checked = check_data(spec, tokenizer)
+        assert ("and the prompt of the chosen one" in check_text(spec, checked, tokenizer, styled=False)) is (
+            loss == "orpo"
+        )
+    answer = learned["sigmoid"]["chosen"]
+    begin, end = answer.index(True), len(answer) - answer[::-1].index(True)
+    assert learned["orpo"]["chosen"] == [False, *[True] * (end - 1), *answer[end:]] and begin > 1
+    assert learned["orpo"]["rejected"] == learned["sigmoid"]["rejected"]
+
+
+def test_a_function_call_is_learned_as_the_template_writes_calls(tiny_model: Path, tmp_path: Path) -> None:
+    call = {"name": "find", "arguments": {"host": "heron"}}
+    talk = [{"from": "human", "value": "a"}, {"from": "function_call", "value": json.dumps(call)}]
+    tokenizer = load_tokenizer(str(tiny_model))
+    tokenizer.chat_template = CALLS
+    case = Case("", "", [{"conversations": talk}, *({"conversations": [*talk, *more]} for more in _ends())])
+    shown = trained_row(_job(tmp_path, case, tiny_model), tokenizer, None).as_json()
+    told = [token for token, learn in zip(shown["input_ids"], shown["learned"], strict=True) if learn]
+    assert f"<tool_call>{json.dumps(call)}</tool_call><|im_end|>" in tokenizer.decode(told)
+
+
+def _ends() -> list[list[Row]]:
+    answers = [{"from": "observation", "value": "1"}, {"from": "gpt", "value": "it is"}]
+    return [[answers[0], {**answers[1], "value": f"it is {n}"}] for n in range(5)]
 
 
 def test_good_data_give_no_finding_but_how_few_are_held_out(check: Check) -> None:

@@ -35,7 +35,7 @@ from loractl.common.units import gib
 
 from .origin import load_rows
 from .prepared import PreparedData
-from .row_forms import form_of
+from .row_forms import form_of, with_prompt
 from .token_findings import TemplateLook, TokenLook
 from .token_set import no_row_fits
 from .tokens import TokenRow
@@ -174,7 +174,7 @@ def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report:
     trained, held, last = (TokenLook(spec, tokenizer) for _ in range(3))
     refused: list[Finding] = []
     try:
-        _tokenise(split, tokenizer, template, (trained, held, last), report)
+        _tokenise(split, tokenizer, template, (trained, held, last), report, prompts=spec.preference.learns_prompts)
     except ValueError as error:
         kind = "chat template" if split.train[0].turns else "nothing to learn"
         refused = [Finding(level="error", kind=kind, text=str(error))]
@@ -202,7 +202,10 @@ def _look(checked: Checked, split: Split, spec: JobSpec, tokenizer: Any, report:
     return replace(
         checked,
         findings=[*checked.findings, *findings],
-        rows=_shown(trained, split, tokenizer, names),
+        rows=[
+            with_prompt(row) if spec.preference.learns_prompts else row
+            for row in _shown(trained, split, tokenizer, names)
+        ],
         labels=_label_counts(names, split),
         learned=None if names else checked.learned,
         train_rows=len(split.train),
@@ -221,14 +224,24 @@ def _check_left(split: Split, dataset: DatasetSpec, looks: Sequence[TokenLook]) 
 
 
 def _tokenise(
-    split: Split, tokenizer: Any, template: TemplateLook, looks: tuple[TokenLook, TokenLook, TokenLook], report: Report
+    split: Split,
+    tokenizer: Any,
+    template: TemplateLook,
+    looks: tuple[TokenLook, TokenLook, TokenLook],
+    report: Report,
+    *,
+    prompts: bool,
 ) -> None:
-    """Show the looks the rows to train on, the held-out rows, and the final rows. Raises ValueError, see encode."""
+    """Show the looks the rows to train on, the held-out rows, and the final rows. Raises ValueError, see encode.
+
+    `prompts`: those of chosen answers are learned.
+    """
     sides = (split.train, split.held_out, split.final or ())
     total, done = sum(map(len, sides)), 0
     for look, examples in zip(looks, sides, strict=True):
         for example in examples:
-            look.see(form_of(split.format).encode(example, tokenizer))
+            rows = form_of(split.format).encode(example, tokenizer)
+            look.see(list(map(with_prompt, rows)) if prompts else rows)
             if look is looks[0] and look.numbers[-1:] == array("q", [example.number]):  # it is used
                 template.see(example)
             report("Tokenising", done, total)

@@ -100,12 +100,13 @@ def _pair_of(chosen: TokenRow, rejected: TokenRow) -> TokenRow:
 
 def with_prompts(rows: Sequence[TokenRow]) -> TokenRows:
     """The same pairs, with the chosen answer's prompt learned as well."""
+    return TokenRows.of(map(with_prompt, rows))
 
-    def learned(row: TokenRow) -> TokenRow:
-        asked = asked_in(row)
-        return replace(row, labels=[IGNORED, *row.input_ids[1:asked], *row.labels[max(1, asked) :]], asked=asked)
 
-    return TokenRows.of(map(learned, rows))
+def with_prompt(row: TokenRow) -> TokenRow:
+    """One of them."""
+    asked = asked_in(row)
+    return replace(row, labels=[IGNORED, *row.input_ids[1:asked], *row.labels[max(1, asked) :]], asked=asked)
 
 
 _FORMS: Mapping[DataFormat, RowForm] = {

@@ -22,7 +22,7 @@ from loractl.common.text import clean_text
 from .check import Checked
 from .origin import dataset_hash
 from .prepared import PreparedData, prepare_data
-from .row_forms import form_of
+from .row_forms import form_of, with_prompt
 from .token_findings import learned_tokens
 from .tokens import APART, IGNORED, TokenRow
 
@@ -67,6 +67,8 @@ def trained_row(spec: JobSpec, tokenizer: Any, number: int | None) -> TrainedRow
     rows = data.train.rows
     wanted = rows[0].number if number is None else number
     found = next((of for of in rows.by_example() if of[0].number == wanted), None)
+    if found is not None and spec.preference.learns_prompts:
+        found = list(map(with_prompt, found))
     if found is None:
         raise UsageError(
             f"row {number} is not trained on",
@@ -85,7 +87,8 @@ COLORS = {"error": "red", "warning": "yellow", "note": None}
 
 def check_text(spec: JobSpec, checked: Checked, tokenizer: Any, *, styled: bool) -> str:
     """The whole check. `styled`: it goes to a terminal, so that learned tokens need no brackets."""
-    lines = [*_head(spec.dataset, checked), *_lengths(checked, spec.dataset), *_labels(checked)]
+    learned = "both, and the prompt of the chosen one" if spec.preference.learns_prompts else "both"
+    lines = [*_head(spec.dataset, checked), *_lengths(checked, spec.dataset, learned), *_labels(checked)]
     for row in checked.rows:
         lines += [f"\nRow {row.number}: {_size(row, list(checked.labels), checked.format)}.\n"]
         lines += [textwrap.indent(_marked(row, tokenizer, styled, checked.format).rstrip("\n"), "  ")]
@@ -128,12 +131,12 @@ def _head(dataset: DatasetSpec, checked: Checked) -> list[str]:
     return [f"{names}{rows}. Format {checked.format.value}: {checked.why}."]
 
 
-def _lengths(checked: Checked, dataset: DatasetSpec) -> list[str]:
-    """The quantiles, and a histogram that shows what max_length cuts or leaves out."""
+def _lengths(checked: Checked, dataset: DatasetSpec, learned: str) -> list[str]:
+    """The quantiles, and a histogram that shows what max_length cuts or leaves out. `learned`: of a pair's answers."""
     if checked.lengths is None:
         return []
     pairs = checked.format in PAIRS
-    lines = ["\nThe longer answer of a pair counts, with its prompt; learned are both."] if pairs else []
+    lines = [f"\nThe longer answer of a pair counts, with its prompt; learned: {learned}."] if pairs else []
     lines.append("\nTOKENS      MIN  MEDIAN     P95     MAX")
     for label, of in (("longer" if pairs else "a row", checked.lengths), ("learned", checked.learned)):
         if of is not None:

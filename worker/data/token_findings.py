@@ -15,20 +15,20 @@ from typing import Any
 
 from loractl.common.data.examples import Example
 from loractl.common.data.findings import SHOWN_ROWS, Finding, Level, about_rows
-from loractl.common.job.sections import Overflow
+from loractl.common.job.sections import DataFormat, Overflow
 from loractl.common.job.spec import JobSpec
 from loractl.common.memory.config import find_config
 
 from .row_forms import form_of
-from .tokens import APART, IGNORED, TokenRow, rendered, rendered_answers, thought_and_answer, with_thought
+from .tokens import APART, IGNORED, TokenRow, encode, rendered, rendered_answers, thought_and_answer, with_thought
 
 FEW_STEPS = 10
 """Fewer optimizer steps than this hardly move an adapter."""
 
 
 class TemplateLook:
-    """Looks for messages that the chat template leaves out, and text that the tokenizer takes for its own special
-    tokens."""
+    """Looks for messages and names that the chat template leaves out, for answers of pairs that are not learned, and
+    for text that the tokenizer takes for its own special tokens."""
 
     def __init__(self, tokenizer: Any, most: int | None = None) -> None:
         """`most`: the most rows to render; None: all."""
@@ -36,6 +36,7 @@ class TemplateLook:
         self._marks = [mark for mark in tokenizer.all_special_tokens if len(mark) > 2]
         self._marked = array("q")
         self._dropped: dict[str, array[int]] = {}
+        self._nameless, self._given = array("q"), array("q")
 
     def see(self, example: Example) -> None:
         if any(mark in part for mark in self._marks for part in _said(example)):
@@ -45,15 +46,21 @@ class TemplateLook:
             return
         try:
             roles = {role for side in example.sides for role in self._left_out(side)}
+            nameless = any(map(self._drops_names, example.sides))
+            given = bool(example.rejected) and any(map(self._gives_answers, example.sides))
         except ValueError:
             return  # encoding reports it
+        for numbers, is_so in ((self._nameless, nameless), (self._given, given)):
+            if is_so:
+                numbers.append(example.number)
         for role in roles:
             self._dropped.setdefault(role, array("q")).append(example.number)
 
     def _left_out(self, example: Example) -> set[str]:
         """Roles with a message that does not appear unchanged in the text. Raises ValueError."""
         text = rendered(example, self._tokenizer)
-        turns = [(turn.role, part) for turn in example.turns for part in (turn.content, turn.thought)]
+        shown = example.turns[: example.answers[-1] + 1]  # nothing after the last answer is rendered, see _Texts
+        turns = [(turn.role, part) for turn in shown for part in (turn.content, turn.thought)]
         roles = {role for role, part in turns if part.strip() not in text}
         if "assistant" in roles:  # each answer may have its own row, with its thought written differently
             said = [with_thought(example.turns[place]) for place in example.answers]
@@ -64,6 +71,18 @@ class TemplateLook:
                 roles.discard("assistant")
         return roles
 
+    def _drops_names(self, example: Example) -> bool:
+        """Whether a message has a name that changes nothing of what the template writes."""
+        if not any(turn.name for turn in example.turns):
+            return False
+        bare = replace(example, turns=tuple(replace(turn, name="") for turn in example.turns))
+        return rendered(example, self._tokenizer) == rendered(bare, self._tokenizer)
+
+    def _gives_answers(self, example: Example) -> bool:
+        """Whether only the last of several answers of a pair's side is learned."""
+        several = len(example.answers) > 1
+        return several and len(encode(example, self._tokenizer, DataFormat.PREFERENCE)) > 1
+
     def findings(self) -> list[Finding]:
         hint = "the tokenizer ends or begins a message there; remove them"
         text = "{n} with a special token within the text"
@@ -72,7 +91,12 @@ class TemplateLook:
         for role, numbers in self._dropped.items():
             text = f"{{n}}{some} whose {role} message the model's chat template leaves out or changes"
             findings += about_rows("warning", f"dropped {role} message", text, numbers)
-        return findings
+        text = f"{{n}}{some} with a name that the model's chat template leaves out"
+        hint = "write it into the content, if the model should know who speaks"
+        findings += about_rows("note", "dropped names", text, self._nameless, hint)
+        text = f"{{n}}{some} with several answers on a side, of which the last alone is learned, {APART}"
+        hint = "what differs before it is context; give each answer a pair of its own"
+        return findings + about_rows("warning", "answers that are context", text, self._given, hint)
 
 
 class TokenLook:
@@ -223,13 +247,13 @@ def learned_tokens(row: TokenRow) -> int:
 
 
 def _last_answer(row: TokenRow) -> int:
-    """Tokens of the last learned stretch."""
+    """Tokens of the last learned stretch, without a prompt that is learned as well."""
     count = 0
     for label in reversed(row.labels):
         if label == IGNORED and count:
             break
         count += label != IGNORED
-    return count
+    return min(count, len(row.labels) - row.asked)
 
 
 def _said(example: Example) -> list[str]:

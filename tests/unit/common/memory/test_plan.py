@@ -281,7 +281,7 @@ def test_lean_rows_are_planned_as_long_as_they_are_and_padded_ones_as_long_as_th
         return plan(shape(), spec, Method.LORA, lengths)
 
     apart = planned(rows)
-    assert "4 rows of 512 tokens" in apart.notes["activations"]
+    assert "4 rows with 512 tokens in all, the longest with 256" in apart.notes["activations"]
     half = planned(Lengths(train=256, evaluate=256, rows=9), 2)
     assert apart.parts["activations"] == half.parts["activations"] < planned(alike).parts["activations"]
     assert planned(rows, 1).parts == planned(alike, 1).parts
