@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -40,15 +39,15 @@ class AnswerScore:
         if self.extract is not None:
             _compiled(self.extract)
 
-    def right(self, answers: Sequence[str], expected: Sequence[str]) -> list[bool | None]:
+    def right(self, answers: Sequence[str], expected: Sequence[str], clock: Callable[[], float]) -> list[bool | None]:
         """Whether each answer is right. None: the expected answer itself has nothing to compare with, such as no
-        match. An answer with nothing to compare is wrong.
+        match. An answer with nothing to compare is wrong. `clock`: seconds of CPU time.
 
         Raises ValueError where the expression takes too long.
         """
-        wanted, read = self._read(expected), _READERS[self.compare]
+        wanted, read = self._read(expected, clock), _READERS[self.compare]
         goals = [None if text is None else read(text) for text in wanted]
-        found = self._read(answers)
+        found = self._read(answers, clock)
         if self.compare == "contains":
             return [
                 None if goal in (None, "") else text is not None and _holds(str(goal), read(text))
@@ -59,21 +58,21 @@ class AnswerScore:
             for goal, text in zip(goals, found, strict=True)
         ]
 
-    def readable(self, expected: Sequence[str]) -> list[bool]:
+    def readable(self, expected: Sequence[str], clock: Callable[[], float]) -> list[bool]:
         """Which of the expected answers it can compare with. Raises ValueError as `right` does."""
-        return [goal is not None for goal in self.right(expected, expected)]
+        return [goal is not None for goal in self.right(expected, expected, clock)]
 
-    def _read(self, texts: Iterable[str]) -> list[str | None]:
+    def _read(self, texts: Iterable[str], clock: Callable[[], float]) -> list[str | None]:
         """What counts of each text."""
         if self.extract is None:
             return list(texts)
-        expression, began = _compiled(self.extract), time.thread_time()
+        expression, began = _compiled(self.extract), clock()
         found: list[str | None] = []
         for text in texts:
             last = None
             for match in expression.finditer(text.encode("utf-8", "replace").decode()):
                 last = match
-                if time.thread_time() - began > MOST_SECONDS:
+                if clock() - began > MOST_SECONDS:
                     raise ValueError(f"is an expression that takes more than {MOST_SECONDS:g} s to read the answers")
             found.append(None if last is None else last.group(1))
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .text import number, signed
@@ -191,7 +191,8 @@ def report_verdict(
     texts: bool = False,
 ) -> ReportVerdict:
     """What a report's metrics say against `base`. The loss decides, unless the answers say the opposite. For pairs it
-    does not decide either if it has not clearly changed but the share of correctly ranked pairs has.
+    does not decide either if it has not clearly changed but the share of correctly ranked pairs has. A measure that the
+    job names as the deciding one (`decides`) decides alone.
 
     A gain of the loss is one "by loss only" unless a measure of answers gained, too. It is none if a cheap answer
     reaches it. It can't be judged if there are few rows, or if the rows measure something else: most of them resemble
@@ -213,7 +214,13 @@ def report_verdict(
             f"the verdict is of the other {new['cases']}" if loss is new else f"the other {new['cases']} are too few"
         )
         doubts = [*doubts, f"{about}; {apart}{'' if loss is new else ' to judge by'}."]
-    said, spoken = _said(of, loss, named, metrics, texts=texts)
+    deciding = next((metric for metric in metrics if metric.get("decides")), None)
+    if deciding is None:
+        said, spoken = _said(of, loss, named, metrics, texts=texts)
+        spoken |= LOSSES
+    else:
+        said, spoken = _decided(deciding), {deciding["name"], *(LOSSES - {"loss"})}
+        of = _by_measure(deciding, of)
     if said.reading in GAINS or said.disagrees:
         if loss is every and given_away * 2 > every["cases"]:
             others = every["cases"] - given_away
@@ -224,13 +231,13 @@ def report_verdict(
             doubts = doubts[: len(doubts) - (new is not None)]
         elif read_off:
             said = _Said("cant_be_judged", read_off)
-        elif cheap := _unbeaten(named):
+        elif cheap := _unbeaten(named, deciding):
             said = _Said("no_better_than_cheap", cheap)
     begin = word(said.reading)
     against = f" than {base}" if said.reading in ("better", "worse") else ""
     because = f"{said.why}; " if said.why else ""
     sentence = f"{begin}{against}: {because}{of.measured}{said.more}{of.answers}."
-    spoken |= {*LOSSES, *ACCURACIES}
+    spoken |= ACCURACIES
     worse = [
         metric["label"]
         for metric in metrics
@@ -298,6 +305,29 @@ def _said(
     return _Said(str(reading)), spoken
 
 
+def _decided(metric: Mapping[str, Any]) -> _Said:
+    """What the measure says that the job has named as the one that decides."""
+    reading, cases = metric["reading"], metric["cases"]
+    if not cases or reading == "not known":
+        return _Said("cant_be_judged", f"{metric['label']} was not measured")
+    if cases < MIN_JUDGED:
+        return _Said("cant_be_judged", _too_few_answers([metric]))
+    if reading == "no practical change":
+        return _Said("no_clear_change", "too small to notice")
+    if reading == "no clear change":
+        return _Said("no_clear_change", "", ", and the interval of the change includes zero")
+    return _Said(str(reading))
+
+
+def _by_measure(metric: Mapping[str, Any], of: _Subject) -> _Subject:
+    """The subject of a verdict that a measure of the job's own has made."""
+    shown = written(metric)
+    share = f"{metric['label']} {shown.base} -> {shown.tuned} %"
+    numbers = share if metric["cases"] else f"{metric['label']} not measured"
+    measured = f"{share} of {metric['cases']} answers, {of.measured}" if metric["cases"] else of.measured
+    return replace(of, numbers=numbers, measured=measured, answers="")
+
+
 def _by_loss(
     of: _Subject, named: Mapping[str, Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]
 ) -> _Said | None:
@@ -327,8 +357,10 @@ def _too_few_answers(metrics: Sequence[Mapping[str, Any]]) -> str:
     return f"{cases} answer{'s' * (cases != 1)} {'are' if cases != 1 else 'is'} too few to say"
 
 
-def _unbeaten(named: Mapping[str, Mapping[str, Any]]) -> str:
+def _unbeaten(named: Mapping[str, Mapping[str, Any]], deciding: Mapping[str, Any] | None) -> str:
     """Which cheap answer the tuned model is clearly better than in nothing; empty if it beats all."""
+    if deciding is not None:
+        return ""
     against = [named[name] for name in CHEAP if name in named]
     beaten = any(metric["reading"] in ("better", "too few cases", "not known") for metric in against)
     if not against or beaten:
@@ -361,9 +393,14 @@ def _of_rows(loss: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], rows
     return _Subject(
         numbers=numbers,
         measured=f"held-out {numbers}" if rows == "held-out" else f"{numbers} on {rows} rows",
-        judges=[metric for metric in metrics if metric["name"] in ANSWERS],
+        judges=[metric for metric in metrics if _is_of_answers(metric)],
         rows=rows,
     )
+
+
+def _is_of_answers(metric: Mapping[str, Any]) -> bool:
+    """Whether it measures what the model answers: by loractl's rule, or by one of the job file."""
+    return metric["name"] in ANSWERS or bool(metric.get("own"))
 
 
 def _of_pairs(
@@ -434,7 +471,11 @@ def chose_step(*, keeps_best: bool, evaluations: int, stopped_early: bool) -> bo
 
 def _points_down(metric: Mapping[str, Any]) -> bool:
     """Whether answers got worse by what anyone would notice, in fewer cases than say anything."""
-    if metric["name"] not in ANSWERS or metric["reading"] != "too few cases" or metric["change"] is None:
+    if (
+        not (metric["name"] in ANSWERS or metric.get("own"))
+        or metric["reading"] != "too few cases"
+        or metric["change"] is None
+    ):
         return False
     return float(metric["change"]) < 0 and abs(metric["change"]) >= noticeable(metric["unit"], metric["base"])
 

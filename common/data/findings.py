@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def about_measures(asked: EvaluationSpec, held_out: Sequence[Example]) -> list[F
     findings = []
     for metric in asked.own if expected else ():
         try:
-            left = metric.score.readable(expected).count(False)
+            left = metric.score.readable(expected, time.thread_time).count(False)
         except ValueError as error:
             text = f"evaluation.metrics: {metric.name} {error}"
             findings.append(Finding(level="warning", kind="measures that compare nothing", text=text))

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
+from loractl.common.verdict import MIN_JUDGED
+
 from .kinds import TaskKind, kind_of
 from .method import Method, permitted_methods
 from .names import REVISION
@@ -177,6 +179,10 @@ def _without_what_they_need(spec: JobSpec) -> Iterator[str]:
     for key in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(training, key) and training.eval_steps is None:
             yield f"training.{key}: needs training.eval_steps: without it nothing is evaluated during training"
+    asked = spec.evaluation
+    if asked.decide_by in [metric.name for metric in asked.own] and asked.samples < MIN_JUDGED:
+        few = f"{spec.evaluation.samples} answers (evaluation.samples) are too few to judge by"
+        yield f"evaluation.decide_by: {few}; set {MIN_JUDGED} or more"
     default = EvaluationSpec.model_fields["lm_eval_limit"].default  # a resolved spec has it without any task
     if spec.evaluation.lm_eval_limit != default and not spec.evaluation.lm_eval:
         yield "evaluation.lm_eval_limit: evaluation.lm_eval names no task to limit"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,7 +68,7 @@ def right(metric: OwnMetric, answers: Sequence[str], expected: Sequence[str]) ->
 
     Raises ValueError where its expression takes too long to read them.
     """
-    return metric.score.right(answers, expected)
+    return metric.score.right(answers, expected, time.thread_time)
 
 
 def as_json(scores: Sequence[OwnScores], place: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ GSM8K = r"#### ?(-?[\d.,]+)"
 
 
 def right(answer: str, expected: str, compare: answer_score.Compare, extract: str | None = None) -> bool | None:
-    return AnswerScore(extract=extract, compare=compare).right([answer], [expected])[0]
+    return AnswerScore(extract=extract, compare=compare).right([answer], [expected], time.thread_time)[0]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_an_expression_that_is_none_is_a_sentence(expression: str, says: str) ->
 )
 def test_no_expression_holds_a_trainer_up_or_fills_its_memory(expression: str) -> None:
     began, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert AnswerScore(extract=expression, compare="exact").right(["a" * 5000], ["c"]) == [None]
+    assert AnswerScore(extract=expression, compare="exact").right(["a" * 5000], ["c"], time.thread_time) == [None]
     assert time.thread_time() - began < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
@@ -130,7 +130,7 @@ def test_no_expression_holds_a_trainer_up_or_fills_its_memory(expression: str) -
 def test_an_expression_that_matches_at_every_letter_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_score, "MOST_SECONDS", 0.05)
     with pytest.raises(ValueError, match=r"takes more than 0\.05 s to read the answers"):
-        AnswerScore(extract="(a*b|a)", compare="exact").right(["a"], ["a" * 100_000])
+        AnswerScore(extract="(a*b|a)", compare="exact").right(["a"], ["a" * 100_000], time.thread_time)
 
 
 def test_no_job_file_can_take_the_name_of_a_measure_that_reports_have() -> None:

@@ -219,3 +219,44 @@ def test_a_gain_of_the_stop_token_alone_is_said_to_be_one() -> None:
         "Better by loss only: it learned to end its answers; held-out loss 1.20 -> 0.90; without the stop token "
         "0.80 -> 0.81, no clear change."
     )
+
+
+def decided(base: float, tuned: float, spread: float, cases: int = 200) -> dict[str, Any]:
+    own = measure("gsm8k", base, tuned, spread, cases)
+    change = MeasuredChange(
+        base=base, change=tuned - base, low=own["low"], high=own["high"], cases=cases, unit="%", higher_is_better=True
+    )
+    return {**own, "unit": "%", "reading": change.reading, "own": True, "decides": True}
+
+
+def test_the_measure_that_a_job_names_decides_alone() -> None:
+    """GSM8K's exact match compares the whole reasoning: it is 0 whatever the loss is."""
+    exact = {**measure("exact_match", 0, 0, 0), "unit": "%"}
+    found = said(GAIN, decided(10, 35, 8), exact)
+    assert (found.reading, found.aside) == ("better", "")
+    assert found.sentence == ("Better than the base: gsm8k 10.0 -> 35.0 % of 200 answers, held-out loss 0.69 -> 0.52.")
+    assert found.short == "better, gsm8k 10.0 -> 35.0 %"
+    assert said(LOSS, decided(10, 35, 8)).aside == "Worse on loss.", "it is said, and does not decide"
+    assert said(GAIN, decided(35, 10, 8)).reading == "worse"
+    none = said(GAIN, decided(10, 12, 8))
+    assert none.reading == "no_clear_change" and none.sentence.endswith("the interval of the change includes zero.")
+    few = said(GAIN, decided(10, 60, 8, cases=19))
+    assert (few.reading, few.why) == ("cant_be_judged", "19 answers are too few to say")
+    unknown = {**decided(10, 35, 8, cases=0), "reading": "too few cases", "base": None, "tuned": None}
+    assert said(GAIN, unknown).why == "gsm8k was not measured"
+    assert said(GAIN, decided(10, 35, 8), given_away=50).reading == "cant_be_judged"
+
+
+def test_a_measure_of_the_job_s_own_is_one_of_its_answers() -> None:
+    own = {key: value for key, value in decided(10, 35, 8).items() if key != "decides"}
+    assert said(GAIN, own).reading == "better"
+    assert said(GAIN).reading == "better_by_loss"
+    assert said(GAIN, {**own, "reading": "worse", "change": -25.0}).reading == "cant_be_judged"
+
+
+def test_answers_are_sorted_by_the_measure_that_decides() -> None:
+    wrong = {"base_exact": False, "tuned_exact": False}
+    answers = [{**wrong, "decided": pair} for pair in ([False, True], [True, True], [None, None])]
+    groups = [(key, len(some)) for key, _, some in answer_groups(answers)]
+    assert groups == [("repaired", 1), ("broken", 0), ("wrong", 0), ("right", 1), ("unscored", 1)]
+    assert [key for key, *_ in answer_groups([wrong])] == ["repaired", "broken", "wrong", "right"]

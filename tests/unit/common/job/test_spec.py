@@ -332,7 +332,11 @@ def test_what_decides_is_a_measure_that_the_job_defines_and_has_answers(tmp_path
     plain = MINIMAL.replace("path: org/data", "path: org/data, format: text")
     assert said(own, plain)[1] == "sum, form can't be measured of plain text, which asks nothing; leave it out"
     assert "sum, form can't be measured of pairs" in said(own, MINIMAL + "task_type: preference\n")[1]
-    spec = load_spec(write(tmp_path, MINIMAL + f"evaluation: {{{own}, decide_by: sum}}"))
+    assert said(f"{own}, decide_by: sum") == (
+        "evaluation.decide_by",
+        "16 answers (evaluation.samples) are too few to judge by; set 20 or more",
+    )
+    spec = load_spec(write(tmp_path, MINIMAL + f"evaluation: {{{own}, decide_by: sum, samples: 20}}"))
     assert [metric.name for metric in spec.evaluation.own] == ["sum", "form"] and not spec.evaluation.wanted
 
 
