@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -69,12 +70,21 @@ def first_stop(
     yielding = _yielding(cards, now, least_s) if yields and not by_share else {}
     if any(one.gives_way_to is not None for one in running) or not (yielding or any(r.preemptible for r in running)):
         return None
-    turn, ready = turns_in(by_share, charges, now), queue.firsts()
-    decided = place(queue, cards, charges, now, by_share)
-    starting = {decision.placed.job.job_id for decision in decided if decision.placed is not None}
-    waiting = [job for job in sorted(ready, key=turn) if job.job_id not in starting and _could(job, cards)]
+    longest = max((left_s(one, now) for some in yielding.values() for one in some), default=0.0)
+    lowest = min((one.priority for one in running if one.preemptible), default=math.inf)
+    helped = [job for job in queue.firsts() if RATIO * job.left_s <= longest or job.priority > lowest]
+    if not helped:
+        return None
+    turn = turns_in(by_share, charges, now)
+    waiting = [job for job in sorted(helped, key=turn) if _could(job, cards)]
     ways = _for_priority(waiting, cards), _for_shorter(waiting, cards, yielding, turn, now)
+    starting: set[int] | None = None
     for stop in (stop for some in ways for stop in itertools.islice(some, AT_ONCE)):
+        if starting is None:  # read late: most rounds find no way, and need not ask the rule
+            decided = place(queue, cards, charges, now, by_share)
+            starting = {decision.placed.job.job_id for decision in decided if decision.placed is not None}
+        if stop.job.job_id in starting:
+            continue
         then = place(queue, [card.without(stop.going) for card in cards], charges, now, by_share)
         # not where its user is at a limit, or others go before it or have the card kept for them
         if any(one.placed is not None and one.placed.job.job_id == stop.job.job_id for one in then):
@@ -107,11 +117,11 @@ def _for_shorter(
 ) -> Iterator[Preemption]:
     """For the first waiting job of each user and priority that such a stop may help."""
     longest = max((left_s(one, now) for some in yielding.values() for one in some), default=0.0)
-    met = set[tuple[str, int]]()
-    for job in waiting:
+    met, known = set[tuple[str, int]](), dict[int, tuple[float, ...]]()
+    for ahead, job in enumerate(waiting):
         if longest < RATIO * job.left_s or (job.user, job.priority) in met:
             continue
-        if (way := yield_to(job, cards, yielding, turn, now)) is not None:
+        if (way := yield_to(job, cards, yielding, turn, now, ahead, known)) is not None:
             met.add((job.user, job.priority))
             yield Preemption(job=job, node=way[0], going=way[1], is_shorter=True)
 
@@ -172,6 +182,8 @@ def yield_to(
     yielding: Mapping[str, Sequence[Occupant]],
     turn: Callable[[Waiting], tuple[float, ...]],
     now: dt.datetime,
+    ahead: int = 0,
+    known: dict[int, tuple[float, ...]] | None = None,
 ) -> tuple[str, tuple[int, ...]] | None:
     """A card, and the running jobs that would have to stop there for a much shorter one; None: no such stop pays.
 
@@ -181,12 +193,20 @@ def yield_to(
         return None
     largest, mine = largest_gpu(cards), turn(job)
     options = []
-    for card in (c for c in cards if c.node in yielding and takes(c, job, cards, largest)):
-        longer = [one for one in yielding[card.node] if _is_longer(one, job, mine, turn, now)]
+    room_s: float | None = None
+    known = {} if known is None else known
+    for card in (c for c in cards if c.node in yielding):
+        longer = [one for one in yielding[card.node] if _is_longer(one, job, mine, turn, now, known)]
+        if not longer or not takes(card, job, cards, largest):
+            continue
         for index, method in enumerate(job.methods):
             size = job.need.of(method)
             going = None if size is None else _longest(card, size, longer, now)
-            if size is not None and going and _pays(job, going, cards, now):
+            if size is None or not going:
+                continue
+            if room_s is None:
+                room_s = _until_room_s(job, cards, now, ahead)
+            if _pays(job, going, room_s):
                 rank = len(going), -sum(left_s(one, now) for one in going), index, card.node
                 options.append((rank, card.node, tuple(one.job_id for one in going)))
     return min(options)[1:] if options else None
@@ -198,16 +218,19 @@ def _is_longer(
     mine: tuple[float, ...],
     turn: Callable[[Waiting], tuple[float, ...]],
     now: dt.datetime,
+    known: dict[int, tuple[float, ...]],
 ) -> bool:
     """Whether the running job is much longer than the waiting one, and would wait behind it."""
     left = left_s(one, now)
     if one.yields is None or one.priority > job.priority or left < RATIO * job.left_s:
         return False
-    waits = Waiting(
-        job_id=one.job_id, user=one.user, priority=one.priority, since=one.yields.submitted, methods=(),
-        need=Need(lora=None, qlora=None), left_s=left,
-    )  # fmt: skip
-    return mine < turn(waits)
+    if one.job_id not in known:
+        waits = Waiting(
+            job_id=one.job_id, user=one.user, priority=one.priority, since=one.yields.submitted, methods=(),
+            need=Need(lora=None, qlora=None), left_s=left,
+        )  # fmt: skip
+        known[one.job_id] = turn(waits)
+    return mine < known[one.job_id]
 
 
 def _longest(card: Card, size: int, longer: Sequence[Occupant], now: dt.datetime) -> list[Occupant] | None:
@@ -220,23 +243,27 @@ def _longest(card: Card, size: int, longer: Sequence[Occupant], now: dt.datetime
     return next((by_size[:count] for count in counts if _has_room(card, size, by_size[:count])), None)
 
 
-def _pays(job: Waiting, going: Iterable[Occupant], cards: Sequence[Card], now: dt.datetime) -> bool:
+def _pays(job: Waiting, going: Iterable[Occupant], room_s: float) -> bool:
     """Whether the waiting job gains more time than all that stop for it lose: each its cost, and the time for which it
     waits then."""
-    loses_s = sum(job.left_s + one.yields.cost_s for one in going if one.yields is not None)
-    return _until_room_s(job, cards, now) > loses_s
+    return room_s > sum(job.left_s + one.yields.cost_s for one in going if one.yields is not None)
 
 
-def _until_room_s(job: Waiting, cards: Sequence[Card], now: dt.datetime) -> float:
-    """Seconds until some card has room for the job by itself."""
-    largest, soonest = largest_gpu(cards), float("inf")
+def _until_room_s(job: Waiting, cards: Sequence[Card], now: dt.datetime, ahead: int) -> float:
+    """Seconds until some card has room for the job by itself, if each job ahead of it takes one that comes sooner."""
+    largest, rooms = largest_gpu(cards), list[float]()
     for card in (c for c in cards if c.open and takes(c, job, cards, largest)):
-        ending = (replace(one, ends=now + dt.timedelta(seconds=left_s(one, now))) for one in card.running)
-        then = replace(card, running=tuple(ending))
-        for size in filter(None, map(job.need.of, job.methods)):
-            if (room := room_for(then, job, size, now)) is not None and room.at is not None:
-                soonest = min(soonest, (room.at - now).total_seconds())
-    return soonest
+        if any(one.ends is None or one.ends <= now for one in card.running):
+            ending = (replace(one, ends=now + dt.timedelta(seconds=left_s(one, now))) for one in card.running)
+            card = replace(card, running=tuple(ending))
+        of_card = [
+            (room.at - now).total_seconds()
+            for size in filter(None, map(job.need.of, job.methods))
+            if (room := room_for(card, job, size, now)) is not None and room.at is not None
+        ]
+        rooms += [min(of_card)] if of_card else []
+    rooms.sort()
+    return rooms[ahead] if ahead < len(rooms) else math.inf
 
 
 def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]] | None:

@@ -18,8 +18,9 @@ from loractl.common.job.method import Method, RoomyForm
 from loractl.common.units import GIB
 
 from .card_hours import QuotaMeter
-from .cards import TIME_GROWTH, Card, Occupant
+from .cards import STOP_COST_S, TIME_GROWTH, Card, Occupant, Yields
 from .lines import ANY_ROOM, Lines, Waiting
+from .preemption import first_stop, next_look
 from .roomy import is_wanted, with_room
 from .rule import GANG_FIRST_AFTER_S, Placement, place
 from .shares import charge, decayed
@@ -57,6 +58,9 @@ class ReplayedJob:
     seconds: float | None  # from its first step on, with a card of its own; None: not known, it never ends
     start_s: float = 0.0  # before its first step: imports, the base, the rows
     save_s: float = 0.0  # of `seconds`, from one checkpoint to the next
+    yields: bool = False  # gives way to much shorter jobs
+    stop_s: float = STOP_COST_S  # of its card, lost each time that it gives way: checkpoint, load, steps run again
+    stops: int = 0  # times that it gave way already
     roomy: tuple[ReplayedForm, ...] = ()  # the fastest first
 
     def seconds_in(self, form: RoomyForm | None) -> float | None:
@@ -77,6 +81,7 @@ class ReplayedRun:
     beside: tuple[str, ...] = ()  # its other cards
     attempts: int = 1  # more where cards have gone: `started` is the first one's, the rest the last one's
     in_vain: int = 0  # attempts that were still loading when their card went
+    stops: int = 0  # times that it gave way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +103,10 @@ class Rule(Protocol):
         """Jobs that start now, and so leave the queue."""
         ...
 
+    def stops(self, cards: Sequence[Card], now: dt.datetime) -> Sequence[int]:
+        """Jobs that give way now, after all that starts has started: each leaves its card, and waits again."""
+        ...
+
     def ended(self, job_id: int, now: dt.datetime) -> None:
         """A job has left its card: this rule started it, or it ran from the beginning."""
         ...
@@ -117,6 +126,7 @@ def replay(
     until: Callable[[Mapping[int, ReplayedRun]], bool] | None = None,
     lasts: Callable[[Waiting], float | None] = lambda job: None,
     presences: Mapping[str, Presence] | None = None,
+    running: Mapping[int, ReplayedJob] | None = None,
 ) -> Replay:
     """Replay from `now` on, with the jobs that the cards have already, until nothing more happens.
 
@@ -124,9 +134,11 @@ def replay(
     its speed, its start too; at 0 they don't slow each other, at 1 they take turns. `until`: stop once this holds of
     the jobs that have started. `lasts`: seconds for a job that only the rule knows; None: it never ends.
     `presences`: when cards are there, by name; without one a card stays, or goes as it says itself. What runs when its
-    card goes waits again.
+    card goes waits again. `running`: jobs that the cards have already, by number, as they wait again once they give
+    way; one that is not among them is not followed after that.
     """
-    rule, fleet = rule or PlacementRule(), ReplayedFleet(cards, now, contention=contention, presences=presences)
+    rule = rule or PlacementRule()
+    fleet = ReplayedFleet(cards, now, contention=contention, presences=presences, running=running)
     coming = deque(sorted(jobs, key=lambda job: (job.waiting.since, job.waiting.job_id)))
     patience_s, waiting, last = _patience_s(fleet.presences), dict[int, ReplayedJob](), 0.0
     moment: float | None = 0.0
@@ -147,10 +159,18 @@ def replay(
         for job in arriving:
             waiting[job.waiting.job_id] = job
             rule.arrived(job)
-        for placed in rule.starts(fleet.seen(), fleet.now):
-            if (number := placed.job.job_id) not in waiting:
-                waiting[number] = ReplayedJob(waiting=placed.job, seconds=lasts(placed.job))
-            fleet.start(placed, waiting.pop(number))
+        going: Sequence[int] = (0,)
+        while going:
+            for placed in rule.starts(fleet.seen(), fleet.now):
+                if (number := placed.job.job_id) not in waiting:
+                    waiting[number] = ReplayedJob(waiting=placed.job, seconds=lasts(placed.job))
+                fleet.start(placed, waiting.pop(number))
+            for number in (going := rule.stops(fleet.seen(), fleet.now)):
+                rest = fleet.stop(number)
+                rule.ended(number, fleet.now)
+                if rest is not None:
+                    waiting[number] = rest
+                    rule.arrived(rest)
         if until is not None and until(fleet.runs):
             break
         arrival, change = coming[0].waiting.since if coming else None, rule.next_change(fleet.now)
@@ -173,7 +193,7 @@ class _Running:
     nodes: tuple[str, ...]
     left: float | None  # None: it never ends
     since: float = 0.0
-    asked: ReplayedJob | None = None  # None: it ran before the replay
+    asked: ReplayedJob | None = None  # None: it ran before the replay, which knows no more of it
     began: float = 0.0
     trains_s: float | None = None  # of the work, from its first step on
     speed: float = 1.0
@@ -196,6 +216,7 @@ class ReplayedFleet:
         *,
         contention: float = 0.0,
         presences: Mapping[str, Presence] | None = None,
+        running: Mapping[int, ReplayedJob] | None = None,
     ) -> None:
         self.cards = {card.node: card for card in cards}
         self.presences = presences or {}
@@ -210,11 +231,12 @@ class ReplayedFleet:
                 left = None if one.ends is None else self.seconds(one.ends)
                 others = self.jobs[one.job_id].nodes if one.job_id in self.jobs else ()
                 self.jobs[one.job_id] = _Running(nodes=(*others, card.node), left=left)
-        for job in self.jobs.values():
-            job.speed = self._speed(job)
+        for number, job in self.jobs.items():
+            job.speed, job.asked = self._speed(job), (running or {}).get(number)
             if job.left is not None:
                 # its expected end was measured while others shared the card: its time alone follows from that
                 job.left *= job.speed
+            job.trains_s = job.left
         for node in self.presences:
             self._come(node, 0)
 
@@ -296,6 +318,7 @@ class ReplayedFleet:
             beside=tuple(share.node for share in placed.beside),
             attempts=1 if before is None else before.attempts + 1,
             in_vain=0 if before is None else before.in_vain,
+            stops=asked.stops,
         )
         trains_s = asked.seconds_in(placed.form)
         running = self.jobs[job.job_id] = _Running(
@@ -306,10 +329,28 @@ class ReplayedFleet:
             began=self._moment,
             trains_s=trains_s,
         )
+        yields = Yields(submitted=job.since, stops=asked.stops, cost_s=asked.stop_s)
         for share in placed.shares:
             ends = None if running.end is None else self._at(running.end)  # later, where an earlier card is shared
-            occupant = Occupant(job_id=job.job_id, user=job.user, reserved=share.bytes, ends=ends, began=self.now)
+            occupant = Occupant(
+                job_id=job.job_id, user=job.user, reserved=share.bytes, priority=job.priority, ends=ends,
+                began=self.now, yields=yields if asked.yields else None,
+            )  # fmt: skip
             self._put(self.cards[share.node].with_job(occupant))
+
+    def stop(self, job_id: int) -> ReplayedJob | None:
+        """Let a job give way; what waits again of it, its length measured now. None: it is followed no further."""
+        job, run = self.jobs[job_id], self.runs.get(job_id)
+        left = job.left_at(self._moment)
+        self._leave(job_id)
+        if job.asked is None or left is None or job.trains_s is None:
+            return None
+        if run is not None:
+            self.runs[job_id] = replace(run, stops=run.stops + 1)
+        rest = _rest(job.asked, left, job.trains_s, self._moment - job.began, self.now)
+        seconds = (rest.seconds or 0.0) + rest.stop_s
+        waiting = replace(rest.waiting, left_s=rest.start_s + seconds)
+        return replace(rest, seconds=seconds, waiting=waiting, stops=rest.stops + 1)
 
     def _leave(self, job_id: int) -> None:
         if job_id in self.runs:
@@ -403,7 +444,8 @@ class PlacementRule:
     `charges`: GiB hours by user at `since`, what runs there included; without them no user has used anything yet.
     `roomy`: what jobs may have beyond their needs, by number. `meter`: the card hours of users with a quota; without it
     nobody has one. `waiting`: what waits from the beginning, without what is `decided` to start then. `by_share`: in
-    the order of before, see `turns_by_share`.
+    the order of before, see `turns_by_share`. `yields`: whether long jobs give way to much shorter ones, and `least_s`
+    after how long, see `first_stop`.
     """
 
     def __init__(
@@ -416,7 +458,12 @@ class PlacementRule:
         waiting: Lines | Remaining | None = None,
         decided: Sequence[Placement] = (),
         by_share: bool = False,
+        yields: bool = False,
+        least_s: float | None = None,
     ) -> None:
+        self._yields = yields
+        self._least_s = least_s
+        self._look: dt.datetime | None = None
         self._decided = list(decided)
         self._by_share = by_share
         self._meter = meter
@@ -456,6 +503,15 @@ class PlacementRule:
         decisions = place(self._waiting, cards, self.charges(now), now, self._by_share)
         return [decision.placed for decision in decisions if decision.placed is not None]
 
+    def stops(self, cards: Sequence[Card], now: dt.datetime) -> tuple[int, ...]:
+        self._look = None
+        if not self._yields or not len(self._waiting):
+            return ()
+        charges = self.charges(now)
+        found = first_stop(self._waiting, cards, charges, now, by_share=self._by_share, least_s=self._least_s)
+        self._look = next_look(cards, now, self._least_s)
+        return () if found is None else found.going
+
     def _with_room(self, placed: Placement, card: Card) -> Placement:
         """The placement with the room that nobody else wants. Jobs that start after it still count as waiting then:
         each node claims for itself."""
@@ -472,10 +528,11 @@ class PlacementRule:
         self._past[user] = (past + size / GIB * (now - since).total_seconds() / 3600, now)
 
     def next_change(self, now: dt.datetime) -> dt.datetime | None:
-        """When a user whose jobs wait for a quota is below it again."""
+        """When a user whose jobs wait for a quota is below it again, or a job has run undisturbed for long enough."""
         if self._meter is None:
-            return None
-        return self._meter.below_at({job.user for job in self._waiting.firsts()}, now)
+            return self._look
+        below = self._meter.below_at({job.user for job in self._waiting.firsts()}, now)
+        return min((at for at in (below, self._look) if at is not None), default=None)
 
     def charges(self, now: dt.datetime) -> dict[str, float]:
         """GiB hours that count against each user, as `nodes.read_charges` has them."""

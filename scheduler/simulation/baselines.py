@@ -50,6 +50,10 @@ class GreedyRule:
             self._waiting.remove(placement.job)
         return list(placed.values())
 
+    def stops(self, cards: Sequence[Card], now: dt.datetime) -> tuple[int, ...]:
+        """No job gives way."""
+        return ()
+
     def ended(self, job_id: int, now: dt.datetime) -> None:
         """Nothing depends on it."""
 

@@ -80,6 +80,9 @@ class Witness:
             self._running[one.job.job_id] = (one.job, card, (now - START).total_seconds())
         return placed
 
+    def stops(self, cards: Sequence[Card], now: dt.datetime) -> Sequence[int]:
+        return self._rule.stops(cards, now)
+
     def ended(self, job_id: int, now: dt.datetime) -> None:
         job, card, start = self._running.pop(job_id)
         self.attempts.append(Attempt(job=job, card=card, start=start, end=(now - START).total_seconds()))

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement import rule as rule_module
-from loractl.common.placement.cards import Card, Occupant
+from loractl.common.placement.cards import Card, Occupant, Yields
 from loractl.common.placement.gangs import GangShare
 from loractl.common.placement.lines import Waiting
+from loractl.common.placement.preemption import COST_SHARE, undisturbed_s
 from loractl.common.placement.replay import PlacementRule, Replay, ReplayedFleet, ReplayedJob, Rule, replay
 from loractl.common.placement.rule import RESERVE_AFTER_S, USE_S, Placement
 from loractl.common.placement.shares import charge, decayed
 from loractl.common.units import GIB
 from loractl.scheduler.simulation.baselines import best_fit, fifo, shortest_first
+
+from ....conftest import examples
 
 START = dt.datetime(2026, 5, 1, tzinfo=dt.UTC)
 HOUR = 3600.0
@@ -261,6 +265,123 @@ def test_users_get_like_shares_of_a_busy_card_whatever_they_submit() -> None:
     done = replay([*greedy, *modest], [a_card()], START)
     first = sorted(done.runs, key=lambda job_id: done.runs[job_id].started)[:60]
     assert 28 <= sum(job_id >= 200 for job_id in first) <= 32
+
+
+# --- giving way ---
+
+
+class Watched(PlacementRule):
+    """Our rule with giving way; it asserts that no card is ever promised twice."""
+
+    def starts(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
+        given = super().starts(cards, now)
+        promised = {card.node: [*(one.reserved for one in card.running)] for card in cards}
+        running = {one.job_id for card in cards for one in card.running}
+        for placed in given:
+            assert placed.job.job_id not in running
+            promised[placed.node].append(placed.reserved)
+        for card in cards:
+            assert sum(promised[card.node]) <= card.capacity
+            assert len(promised[card.node]) <= card.max_jobs
+        return given
+
+
+def yielding(job: ReplayedJob) -> ReplayedJob:
+    """It gives way, and how long it takes is known."""
+    assert job.seconds is not None
+    return replace(job, yields=True, waiting=replace(job.waiting, left_s=job.seconds))
+
+
+def test_a_long_job_gives_way_to_a_short_one_and_goes_on_with_what_was_left() -> None:
+    long, short = yielding(a_job(1, 0, 80, 10 * HOUR)), yielding(a_job(2, HOUR, 80, 120))
+    done = replay([long, short], [a_card()], START, PlacementRule(yields=True))
+    assert starts(done) == {1: 0, 2: HOUR}
+    assert ends(done) == {2: HOUR + 120, 1: pytest.approx(10 * HOUR + 120 + long.stop_s)}
+    assert (done.runs[1].stops, done.runs[1].attempts) == (1, 2)
+    without = replay([long, short], [a_card()], START, PlacementRule())
+    assert ends(without) == {1: 10 * HOUR, 2: 10 * HOUR + 120}
+
+
+def test_a_job_gives_way_once_it_has_run_undisturbed_and_not_before() -> None:
+    """The replay looks again at that moment, although no job arrives or ends then."""
+    long, short = yielding(a_job(1, 0, 80, 10 * HOUR)), yielding(a_job(2, 60, 80, 120))
+    done = replay([long, short], [a_card()], START, PlacementRule(yields=True))
+    assert starts(done)[2] == undisturbed_s(Yields(submitted=START))
+
+
+def test_one_that_does_not_yield_is_not_stopped() -> None:
+    long, short = replace(yielding(a_job(1, 0, 80, 10 * HOUR)), yields=False), yielding(a_job(2, HOUR, 80, 120))
+    assert starts(replay([long, short], [a_card()], START, PlacementRule(yields=True)))[2] == 10 * HOUR
+
+
+@settings(max_examples=examples(30), deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 9000), st.integers(1, 80), st.integers(0, 40_000), st.sampled_from("abc")), max_size=20
+    ),
+    st.sampled_from((0.0, 0.5)),
+)
+def test_each_job_that_gives_way_ends_and_no_card_is_promised_twice(
+    drawn: list[tuple[int, int, int, str]], contention: float
+) -> None:
+    jobs = [yielding(a_job(n, t, gib, s, user=user)) for n, (t, gib, s, user) in enumerate(sorted(drawn), start=1)]
+    cards = [a_card(80), a_card(80, "a:1", 1), a_card(24, "a:2", 1)]
+    done = replay(jobs, cards, START, Watched(yields=True), contention=contention)
+    assert set(done.runs) == {job.waiting.job_id for job in jobs}
+    for job in jobs:
+        run, seconds = done.runs[job.waiting.job_id], job.seconds or 0.0
+        assert run.ended is not None
+        assert (run.ended - run.started).total_seconds() >= seconds + run.stops * job.stop_s - 1e-3
+        if not contention:  # else it has its cards for longer than it would need alone
+            assert run.stops * job.stop_s <= COST_SHARE * (seconds + run.stops * job.stop_s) + 1e-3
+    assert done.reserved[-1][1] == 0
+
+
+@settings(max_examples=examples(20), deadline=None)
+@given(st.integers(2, 40), st.floats(60, 7200), st.floats(1, 30), st.integers(0, 5))
+def test_a_long_job_is_passed_by_no_more_work_than_the_bound_says(
+    each_hour: int, short_s: float, long_h: float, seed: int
+) -> None:
+    """Others' jobs that come within log2 of the works' ratio days after it may pass it, and none that comes later."""
+    rng, long_s = random.Random(seed), long_h * HOUR
+    days = max(0.0, math.log2((long_s + USE_S) / short_s))
+    times = sorted(rng.uniform(0, 40 / each_hour * HOUR) for _ in range(40))
+    short = [yielding(a_job(n, t, 80, short_s, user="ada")) for n, t in enumerate(times, start=2)]
+    long = yielding(a_job(1, 0, 80, long_s, user="bob"))
+    done = replay([long, *short], [a_card()], START, PlacementRule(yields=True))
+    passing = sum(short_s for job in short if starts_after(job) <= days * 24 * HOUR)
+    run = done.runs[1]
+    assert run.ended is not None
+    took = (run.ended - START).total_seconds()
+    assert took <= long_s + run.stops * long.stop_s + passing + short_s + 1e-3
+
+
+def starts_after(job: ReplayedJob) -> float:
+    return (job.waiting.since - START).total_seconds()
+
+
+def test_what_runs_from_the_beginning_gives_way_too() -> None:
+    """As why and status ask it. Of a running job they know what its card shows, and perhaps how it would wait."""
+    busy = Occupant(job_id=9, user="bob", reserved=80 * GIB, ends=at(10 * HOUR), began=at(-HOUR))
+    busy = replace(busy, yields=Yields(submitted=at(-2 * HOUR)))
+    short, cards = yielding(a_job(1, 0, 80, 60)), [a_card(running=[busy])]
+    assert starts(replay([short], cards, START, PlacementRule(yields=True))) == {1: 0}
+    again = replace(yielding(a_job(9, -2 * HOUR, 80, 10 * HOUR, user="bob")), stops=1)
+    done = replay([short], cards, START, PlacementRule(yields=True), running={9: again})
+    assert starts(done) == {1: 0, 9: 60}
+    assert ends(done)[9] == pytest.approx(60 + 10 * HOUR + again.stop_s)
+    assert done.runs[9].stops == 2
+
+
+def test_a_thousand_short_jobs_do_not_hold_up_a_long_one_that_gives_way_to_them() -> None:
+    """It is stopped a few times only, since each time it runs twice as long undisturbed."""
+    short = [yielding(a_job(n, n * 100.0, 20, 60, user="ada")) for n in range(2, 1002)]
+    long = yielding(a_job(1, 0, 20, 20 * HOUR, user="bob"))
+    card = replace(a_card(80), max_jobs=1)
+    run = replay([long, *short], [card], START, PlacementRule(yields=True)).runs[1]
+    assert run.ended is not None
+    assert run.stops <= math.log2(20 * HOUR / undisturbed_s(Yields(submitted=START)) + 1)
+    assert (run.ended - START).total_seconds() <= 20 * HOUR + run.stops * long.stop_s + 1000 * 60
 
 
 # --- charges ---
