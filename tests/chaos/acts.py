@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from loractl.common.job.status import OUTCOMES, Reason, Status
+from loractl.common.placement.duration import UNKNOWN_S
+from loractl.common.placement.preemption import RATIO
 
 from .history import Act, AttemptRow, Broken, Change, History
 from .trainer import loss_of
@@ -16,7 +18,7 @@ from .trainer import loss_of
 PEOPLE_PROMISES = {
     11: "an acknowledged edit, hold, release, retry or tag is never lost",
     12: "gc removes nothing of an unfinished or tagged job, and only the older results of a name",
-    13: "a job gives way only to a higher priority; only an end that counts spends a retry",
+    13: "a job gives way only to a higher priority or a much shorter job; only an end that counts spends a retry",
     14: "a sweep stops only losers",
 }
 
@@ -45,7 +47,8 @@ def counts_of(history: History) -> list[tuple[str, str]]:
         ("acknowledged " + ", ".join(kinds.values()), ", ".join(str(heard[kind]) for kind in kinds)),
         ("sweeps, members that they stopped", f"{len(swept)}, {reasons[Reason.PRUNED]}"),
         ("results that gc removed", str(sum(1 for _ in _taken(history)))),
-        ("attempts that gave way to a job of higher priority", str(reasons[Reason.PREEMPTED])),
+        ("attempts that gave way to another job", str(reasons[Reason.PREEMPTED])),
+        ("of them to a much shorter one", str(sum("much shorter" in (one.message or "") for one in history.attempts))),
     ]
 
 
@@ -176,7 +179,7 @@ def _preempted(history: History) -> Iterator[Broken]:
     changes = history.of_job()
     for attempt, change in _ended_by(history, Reason.PREEMPTED):
         old, name = change.old or {}, f"attempt {attempt.attempt} of job {attempt.job_id}"
-        if not old["preemptible"]:
+        if not old["preemptible"] and not old["yields"]:
             yield Broken(promise=13, what=f"{name} gave way, and its job is not preemptible")
         asked = [
             c for c in changes[attempt.job_id] if c.new and c.new["preempted_by"] and c.new["token"] == attempt.token
@@ -185,10 +188,19 @@ def _preempted(history: History) -> Iterator[Broken]:
             yield Broken(promise=13, what=f"{name} gave way to nobody")
             continue
         other = [c for c in changes.get(asked[0].new["preempted_by"], []) if c.new and c.at <= asked[0].at]
-        if not other or other[-1].new["priority"] <= (asked[0].new or {})["priority"]:
-            yield Broken(
-                promise=13, what=f"{name} gave way to job {asked[0].new['preempted_by']} of no higher priority"
-            )
+        mine, number = asked[0].new or {}, (asked[0].new or {})["preempted_by"]
+        if not other or not (_is_urgent(mine, other[-1].new or {}) or _is_shorter(mine, other[-1].new or {})):
+            yield Broken(promise=13, what=f"{name} gave way to job {number} of no higher priority, and not shorter")
+
+
+def _is_urgent(mine: dict[str, Any], other: dict[str, Any]) -> bool:
+    return bool(mine["preemptible"]) and other["priority"] > mine["priority"]
+
+
+def _is_shorter(mine: dict[str, Any], other: dict[str, Any]) -> bool:
+    """As the row said what was left, which is what the round has read."""
+    left_s = mine["eta_seconds"] if mine["eta_seconds"] is not None else UNKNOWN_S
+    return bool(mine["yields"]) and other["priority"] >= mine["priority"] and left_s >= RATIO * other["work_left_s"]
 
 
 def _spent(history: History) -> Iterator[Broken]:

@@ -37,6 +37,7 @@ DECK = {
     "sweep": 2,
     "cancel a sweep": 1,
     "gc": 1,
+    "a long job": 1,
 }
 """How often each comes in one deck, as with the faults."""
 
@@ -77,7 +78,7 @@ class People:
         rng = random.Random(self.seed)
         asks: dict[str, Callable[[random.Random], None]] = {
             "edit": self._edit, "raise": self._raise, "hold": self._hold, "retry": self._retry, "tag": self._tag,
-            "sweep": self._sweep, "cancel a sweep": self._cancel_sweep, "gc": self._gc,
+            "sweep": self._sweep, "cancel a sweep": self._cancel_sweep, "gc": self._gc, "a long job": self._long,
         }  # fmt: skip
         for kind in _deal(rng):
             if over.wait(rng.uniform(0.3, 1.7) * self.gap_s):
@@ -194,6 +195,19 @@ class People:
         if (found := re.search(r"^Sweep (\d+): \d+ jobs \((\d+) to (\d+)\)", said, re.MULTILINE)) is not None:
             self._sweeps.append(int(found[1]))
             self.printed += range(int(found[2]), int(found[3]) + 1)
+
+    def _long(self, rng: random.Random) -> None:
+        """A job of 25 s, which yields its card to those of a few."""
+        folder = self.lab.folder / "jobs"
+        file = folder / "long.yaml"
+        file.write_text(
+            f"name: long\nbase_model: {folder / 'model-0'}\nmethod: lora\n"
+            f"dataset: {{path: {folder / 'data-0.jsonl'}, max_length: 16}}\n"
+            "training: {max_steps: 500, save_steps: 5, per_device_train_batch_size: 1}\n"
+            "max_retries: 2\n"
+        )
+        if (found := re.search(r"^Job (\d+) ", self._command("submit", str(file)), re.MULTILINE)) is not None:
+            self.printed.append(int(found[1]))
 
     def _cancel_sweep(self, rng: random.Random) -> None:
         """As a whole; members may end just then."""

@@ -55,8 +55,9 @@ reads the whole history, and exits non-zero if one promise is broken. `make test
   and files. Its weights are a chain of hashes, so that a step too many, a step too few, or one from a torn file shows.
 - One job in {1 / POISONED_SHARE:.0f} has a loss that is not a number, and some are cancelled. One job in {GANGS} is on
   two cards: its ranks take turns to add a link to its chain, over loopback, and no step is done without all of them.
-- While faults are active, people edit, hold, release, retry and tag jobs, raise the priority of waiting ones (every
-  second job is preemptible), queue sweeps with rungs, cancel some sweeps, and run `loractl gc`.
+- While faults are active, people edit, hold, release, retry and tag jobs, raise the priority of waiting ones (one job
+  in three is preemptible, and one never yields), queue sweeps with rungs and long jobs, which yield to others, cancel
+  some sweeps, and run `loractl gc`.
 - The processes of each attempt are recorded every {SEE_S:.0f} s, to find any that outlives its attempt.
 - A lease is {plan.lease_s:.0f} s instead of 60 (`LORACTL_LEASE`), and what depends on it is shorter in proportion.
 - The seed decides the faults, one every {plan.gap_s:.1f} s. Which process a fault hits depends on what runs at that

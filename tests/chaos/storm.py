@@ -235,11 +235,12 @@ def _job_file(folder: Path, number: int, rng: random.Random, plan: Plan) -> Path
     is_long = number % LONG == 1 or (gang and number % 2)  # a fault finds every second gang still there
     steps = rng.randint(*(plan.long_steps if is_long else plan.steps))
     path = folder / f"job-{number}.yaml"
+    yields = ("true", "auto", "false")[number % 3]
     cards = "resources: {cards: 2, parallel: sharded}\n" if gang else ""
     path.write_text(
         f"name: chaos-{number}\nbase_model: {model}\nmethod: lora\ndataset: {{path: {data}, max_length: 16}}\n"
         f"training: {{max_steps: {steps}, save_steps: 5, per_device_train_batch_size: 1}}\n"
-        f"max_retries: {MAX_RETRIES}\npreemptible: {str(number % 2 == 0).lower()}\nlabels: {labels}\n{cards}"
+        f"max_retries: {MAX_RETRIES}\npreemptible: {yields}\nlabels: {labels}\n{cards}"
     )
     return path
 

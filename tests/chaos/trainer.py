@@ -127,7 +127,11 @@ def _train(order: Start, stop: StopOrder, tell: Tell, ranks: Ranks) -> Ended:
         link = ranks.next_link(link, step)
         if POISONED in order.spec.labels and step > 2:
             return Ended(job_id=job, reason=Reason.DIVERGED, message="the loss is nan")
-        tell(Stepped(job_id=job, step=step, total_steps=steps, metrics=_measured(order, step, steps)))
+        left_s = (steps - step) * STEP_S
+        told = Stepped(
+            job_id=job, step=step, total_steps=steps, metrics=_measured(order, step, steps), eta_seconds=left_s
+        )
+        tell(told)
         if step % order.spec.training.save_steps == 0 or step == steps or stop.saves.is_set():
             folder = _save(order, step, steps, link, belongs_to)
             tell(Saved(job_id=job, step=step, path=str(folder)))
