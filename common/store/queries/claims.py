@@ -163,12 +163,12 @@ def _take(
         return _Obstacle.ODD
     if node.kind == "nvml" and not placed.beside and raise_least(tx, job, placed.method, placed.reserved):
         return _Obstacle.ODD
-    placed = _in_its_room(placed, job, asked, queue, cards, node)
+    placed = _in_its_room(tx, placed, job, asked, queue, cards, node)
     return _start(tx, job, asked, _begin(tx, job, placed, node, now), placed)
 
 
 def _in_its_room(
-    placed: Placement, job: Job, asked: _Asked, queue: Queue, cards: Sequence[Card], node: Node
+    tx: Transaction, placed: Placement, job: Job, asked: _Asked, queue: Queue, cards: Sequence[Card], node: Node
 ) -> Placement:
     """The placement with the room that nobody else wants, see placement/roomy.py.
 
@@ -176,7 +176,9 @@ def _in_its_room(
     its own micro-batches alone: a processor trains there, and would round differently.
     """
     spec, changed = asked.spec, asked.adjustment
-    if not (changed.micro_batch is changed.gradient_checkpointing is spec.training.gradient_checkpointing is None):
+    if not (changed.gradient_checkpointing is spec.training.gradient_checkpointing is None):
+        return placed
+    if changed.micro_batch is not None and not (job.stops and not _changes(tx, job.job_id)):
         return placed
     most, rows = spec.resources.max_vram, spec.training.per_device_train_batch_size
     whole = Roomy.read(job.roomy).that(
@@ -187,6 +189,8 @@ def _in_its_room(
     planned = Need(lora=job.planned.get("lora"), qlora=job.planned.get("qlora"))
     forms = whole.with_half(Need(lora=job.vram_lora, qlora=job.vram_qlora), planned, rows)
     forms = forms.that(lambda form: most is None or form.bytes <= most)
+    if changed.micro_batch is not None:  # it gave way, and goes on in the same
+        forms = forms.that(lambda form: form.micro_batch == changed.micro_batch)
     card = next(card for card in cards if card.node == placed.node)
     return with_room(placed, card, forms.of(placed.method), lambda free: is_wanted(queue, free, job.job_id))
 

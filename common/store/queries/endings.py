@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from sqlalchemy import exists, or_, select, update
 
+from loractl.common.job.adjustment import Adjustment, adjusted
 from loractl.common.job.method import Method
 from loractl.common.job.status import (
     KEEPING,
@@ -28,6 +30,7 @@ from ..guard import become, ended, move
 from ..records import Claim, Progress, StoredResult
 from ..tables import Adapter, Attempt, Job, Node, Use, peak_of
 from ..transaction import SKIP_LOCKED, Transaction
+from .backlog import line_up, node_labels
 from .cards.nodes import note_failure, note_success
 from .cards.shares import read_beside, running_on, silent
 from .changes import forget_wishes, is_asked_to_stop
@@ -79,6 +82,7 @@ def finish(
     job.step, job.total_steps = progress.step or job.step, progress.total_steps or job.total_steps
     if reason is Reason.PREEMPTED:
         message += _for_what(tx, job)
+        _go_on_alike(tx, job, claim, now)
     if result is not None:  # first: a job that its end releases may begin from it
         _keep_result(tx, job, claim, result, now)
     _end_attempt(tx, job, reason, message, now, card=card)
@@ -92,6 +96,21 @@ def _for_what(tx: Transaction, job: Job) -> str:
         return ""
     urgent = job.preemptible and other.priority > job.priority
     return ", which has a higher priority" if urgent else ", which is much shorter"
+
+
+def _go_on_alike(tx: Transaction, job: Job, claim: Claim, now: dt.datetime) -> None:
+    """Let the next attempt train by the same method and in the same micro-batches, which round alike: by another method
+    it would begin again. Until memory runs out, see `need_more`."""
+    if job.checkpoint is None:
+        return
+    job.methods = [claim.method.value]
+    own = tx.session.get(Attempt, (job.job_id, job.attempt))
+    if own is not None and own.device_kind == "nvml" and job.roomy is not None and not claim.shares:
+        pieces = adjusted(claim.spec, claim.adjustment).training
+        rows, times = pieces.per_device_train_batch_size, pieces.gradient_accumulation_steps
+        adjustment = Adjustment.read(job.adjustment)
+        job.adjustment = replace(adjustment, micro_batch=rows, accumulation=times).as_json()
+    line_up(job, node_labels(job), now)
 
 
 def reap(tx: Transaction) -> list[Job]:

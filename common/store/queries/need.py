@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Select, bindparam, func, select, update
 from sqlalchemy import text as sql
 
-from loractl.common.job.method import Method, Need, Roomy, RoomyForm, SharedNeed, Ways, within
+from loractl.common.job.method import Method, Need, Roomy, RoomyForm, SharedNeed, Ways, permitted_methods, within
 from loractl.common.job.status import Status
 from loractl.common.memory.correction import FACTOR_BOUNDS, GROWTH, Measured
 from loractl.common.memory.engine import ENGINE
@@ -228,6 +228,10 @@ def need_more(tx: Transaction, job: Job, card: str, gave: int, message: str, now
     needs = {Method.LORA: job.vram_lora, Method.QLORA: job.vram_qlora}
     needs[method] = max(needs[method] or 0, more, int(peak * 1.05))
     job.vram_lora, job.vram_qlora = needs[Method.LORA], needs[Method.QLORA]
+    if job.stops:  # it gave way, and was to go on by its method alone
+        wanted = job.spec["method"]
+        permitted = permitted_methods(Method(wanted) if isinstance(wanted, str) else [Method(one) for one in wanted])
+        job.methods = [one.value for one in permitted]
     limit = min(largest, job.spec.get("resources", {}).get("max_vram") or largest)
     need = Need(lora=job.vram_lora, qlora=job.vram_qlora)
     if not within([Method(name) for name in job.methods], need, limit):

@@ -8,14 +8,17 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from loractl.common.job.adjustment import Adjustment
+from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.preemption import UNDISTURBED_S
 from loractl.common.store.database import make_engine
 from loractl.common.store.fleet import LEAVES_IN_S
-from loractl.common.store.records import Claim, Progress
+from loractl.common.store.records import Claim, Progress, StoredCheckpoint
 from loractl.common.store.schema import HEAD, alembic_config, upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
+from loractl.common.units import GIB
 from loractl.scheduler.status.job import job_in_full
 from loractl.scheduler.status.job_text import job_text
 from loractl.scheduler.wait.queue import waiting_jobs
@@ -223,3 +226,36 @@ def test_jobs_of_before_the_upgrade_keep_their_cards_and_go_on(database_url: str
     assert store.attempts.finish(claim, Reason.DRAINED, "over", Progress(step=2)) is Status.QUEUED
     assert isinstance(store.attempts.claim(BOX), Claim)
     engine.dispose()
+
+
+def test_what_gave_way_goes_on_by_its_method_and_in_its_micro_batches_or_waits(timed: Store, clock: Clock) -> None:
+    forms = {4: 40.0, 2: 23.0, 1: 15.0}
+    large = {"total": 28 * GIB, "max_jobs": 1}
+    timed.cards.see(node_state(BOX, **large))
+    long = timed.jobs.submit(submission(lora=12, qlora=4, roomy=forms, training={"per_device_train_batch_size": 4}))
+    claim = timed.attempts.claim(BOX)
+    assert isinstance(claim, Claim) and (claim.method, claim.adjustment.micro_batch) == (Method.LORA, 2)
+    kept = StoredCheckpoint(step=9, prefix=f"jobs/{long}/attempt-1/checkpoint-9", manifest_sha256="0" * 64)
+    timed.attempts.keep_checkpoint(claim, kept)
+    timed.attempts.beat(claim, Progress(stage=Stage.TRAINING, eta_seconds=9 * HOURS, prepared_s=PREPARED_S))
+    clock.forward(UNDISTURBED_S)
+    timed.cards.see(node_state(BOX, **large))
+    timed.attempts.beat(claim, Progress(stage=Stage.TRAINING, eta_seconds=9 * HOURS))
+    short = timed.jobs.submit(submission(lora=20, method="lora", user="bob"))
+    with Session(timed.engine) as session, session.begin():
+        session.execute(update(Job).where(Job.job_id == short).values(work_left_s=60.0))
+    assert timed.cards.preempt() == (long,)
+    timed.attempts.finish(claim, Reason.PREEMPTED, "gave way", Progress(step=9))
+    first = timed.attempts.claim(BOX)
+    assert isinstance(first, Claim) and first.job_id == short
+    timed.cards.see(node_state("box:1", total=8 * GIB, max_jobs=1))
+    assert timed.attempts.claim("box:1") is None, "as QLoRA it would begin again"
+    timed.attempts.finish(first, Reason.CANCELLED, "over", Progress())
+    timed.cards.see(node_state(BOX, **{**large, "total": 80 * GIB}))
+    again = timed.attempts.claim(BOX)
+    assert isinstance(again, Claim) and again.method is Method.LORA
+    assert again.adjustment == Adjustment(micro_batch=2, accumulation=8, gradient_checkpointing=False), (
+        "with room for its own rows, too"
+    )
+    timed.attempts.finish(again, Reason.OUT_OF_MEMORY, "out of memory", Progress())
+    assert timed.jobs.get(long).methods == ["lora", "qlora"], "it may begin again rather than never end"
