@@ -200,6 +200,7 @@ class NodeState:
     margin: int = 0
     max_jobs: int = 1
     user_limit: int | None = None
+    keeps_jobs: bool = False  # its jobs yield to no shorter ones
     labels: dict[str, str] = field(default_factory=dict)
     load: int | None = None
     temperature: int | None = None

@@ -415,6 +415,7 @@ class Node(Base):
     margin: Mapped[Bytes]  # what the box's owner keeps free
     max_jobs: Mapped[int]
     user_limit: Mapped[int | None] = mapped_column(Whole(1))  # running jobs a user may have
+    keeps_jobs: Mapped[bool] = mapped_column(default=False, server_default=false())  # none yields to a shorter one
     labels: Mapped[Labels]
     load: Mapped[int | None]  # percent
     temperature: Mapped[int | None] = mapped_column(Whole(-LARGEST))  # °C

@@ -48,6 +48,7 @@ class OneOrZero(click.types.BoolParamType):
     show_envvar=True,
     help="Jobs that one person may run at a time; the smallest limit of all workers applies.",
 )
+@click.option("--keep-jobs", is_flag=True, help="Let no job here yield its card to a much shorter one.")
 @click.option(
     "--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label that resources.node_labels may ask for."
 )
@@ -76,6 +77,7 @@ def worker(
     high_water: str,
     max_jobs_per_gpu: int | None,
     max_jobs_per_user: int | None,
+    keep_jobs: bool,
     labels: tuple[str, ...],
     fork_server: bool,
     spare: bool | None,
@@ -128,6 +130,7 @@ def worker(
         "high_water_s": _seconds("--high-water", high_water),
         "max_jobs": max_jobs_per_gpu,
         "user_limit": max_jobs_per_user,
+        "keeps_jobs": keep_jobs,
         "labels": _labels(labels),
         "fork_server": fork_server,
     }

@@ -20,6 +20,7 @@ class NodeOptions:
     margin: int = MARGIN_BYTES  # bytes that stay free
     max_jobs: int | None = None  # None: by the card's size
     user_limit: int | None = None  # running jobs that one user may have in the fleet
+    keeps_jobs: bool = False  # its jobs yield to no shorter ones
     labels: dict[str, str] = field(default_factory=dict)
     high_water_s: float = HIGH_WATER_S  # how long other people's programs keep the most memory that they held
     fork_server: bool = True  # whether trainers are forks of a process that has done the imports
@@ -71,6 +72,7 @@ class DeviceRow:
             margin=self._options.margin,
             max_jobs=self._max_jobs,
             user_limit=self._options.user_limit,
+            keeps_jobs=self._options.keeps_jobs,
             labels=self._options.labels,
             load=seen.load,
             temperature=seen.temperature,

@@ -18,7 +18,7 @@ from loractl.common.placement.preemption import Preemption, first_stop, left_s
 from loractl.common.units import duration
 
 from ...fleet import LEAVES_IN_S, GivingWay
-from ...tables import WAITS, Attempt, Job, LabSetting
+from ...tables import WAITS, Attempt, Job, LabSetting, Node
 from ...transaction import SKIP_LOCKED, Transaction
 from ..lab_settings import GIVE_WAY, OFF
 from ..lines import StoredQueue
@@ -74,6 +74,7 @@ _SET = select(LabSetting.value).where(LabSetting.name == GIVE_WAY).scalar_subque
 _YIELDING = select(Job.job_id, Job.submitted_at, Job.stops, Attempt.prepared_s, _SET.label("set")).outerjoin(
     Attempt, (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt)
 )
+_YIELDING = _YIELDING.join(Node, (Node.node == Job.node) & ~Node.keeps_jobs)
 # what evaluates or stores is nearly done, and what prepares has not begun
 _YIELDING = _YIELDING.where(Job.status == Status.RUNNING, Job.yields, Job.stage == Stage.TRAINING)
 

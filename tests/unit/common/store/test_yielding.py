@@ -168,6 +168,14 @@ def test_a_lab_says_whether_and_when_jobs_yield(timed: Store, clock: Clock) -> N
     assert timed.cards.preempt() == (lab.job_id,)
 
 
+def test_a_box_s_owner_may_keep_its_jobs(lab: Lab) -> None:
+    lab.short()
+    lab.store.cards.see(node_state(BOX, max_jobs=1, total=24 * 2**30, keeps_jobs=True))
+    assert lab.store.cards.preempt() == ()
+    lab.see()
+    assert lab.store.cards.preempt() == (lab.job_id,)
+
+
 def test_a_lost_worker_in_the_middle_of_giving_way_loses_neither_job(lab: Lab) -> None:
     short = lab.short()
     assert lab.store.cards.preempt() == (lab.job_id,)
