@@ -12,7 +12,7 @@ from ...held_lab import HeldLab
 from ...models import write_job
 from ...quick_trainer import Sleep, Tell, train
 
-STEPS = 40
+STEPS = 8
 RATES = (3e-3, 1e-4, 3e-6, 1e-7)
 """The first learns best."""
 
