@@ -89,47 +89,55 @@ def quarantined(engine: Engine) -> int:
 
 
 def _bring_postgres(connection: Connection, table: Table, wanted: Sequence[Bound]) -> int:
-    names = set(connection.execute(text(_HELD), {"table": table.name, "ours": _PREFIX}).scalars())
-    new = [check for check in wanted if check.name not in names]
-    old = names - {check.name for check in wanted}
-    if not new and not old:
-        return 0
+    held = connection.execute(text(_HELD), {"table": table.name, "ours": _PREFIX}).all()
+    names, asked_each_time = {name for name, _ in held}, {name for name, calls in held if calls}
+    new = [check for check in wanted if check.name not in names - asked_each_time]
+    old = (names - {check.name for check in wanted}) | asked_each_time
     if old:
         drops = ", ".join(f'DROP CONSTRAINT "{name}"' for name in sorted(old))
         connection.exec_driver_sql(f"ALTER TABLE {table.name} {drops}")
+        for name in sorted(old):
+            connection.exec_driver_sql(f'DROP TRIGGER IF EXISTS "{name}" ON {table.name}')
     if not new:
         return 0
     for check in new:
         if check.deep:
+            kind = "json" if isinstance(check.column.type, Json) else "text"
             connection.exec_driver_sql(
-                _FUNCTION.format(
-                    name=_function(check),
-                    argument=check.column.name,
-                    type="json" if isinstance(check.column.type, Json) else "text",
-                    asks=check.deep,
-                )
+                _FITS.format(name=_function(check), argument=check.column.name, type=kind, asks=check.deep)
             )
-    adds = ", ".join(f'ADD CONSTRAINT "{check.name}" CHECK ({_asked(check)})' for check in new)
-    try:
-        with connection.begin_nested():
-            connection.exec_driver_sql(f"ALTER TABLE {table.name} {adds}")
-        return 0
-    except (IntegrityError, ValueRefused):
-        moved = _clean(connection, table, {check: _asked(check) for check in new}, "ctid")
-        connection.exec_driver_sql(f"ALTER TABLE {table.name} {adds}")
-        return moved
+    # what a check of this name has asked each time holds for every row
+    moved = _clean(connection, table, {check: _asked(check) for check in new if check.name not in names}, "ctid")
+    adds = ", ".join(f'ADD CONSTRAINT "{check.name}" CHECK ({check.sql})' for check in new)
+    connection.exec_driver_sql(f"ALTER TABLE {table.name} {adds}")
+    connection.exec_driver_sql(_REFUSE)
+    for check in new:
+        if check.deep:
+            connection.exec_driver_sql(
+                f'CREATE TRIGGER "{check.name}" BEFORE INSERT OR UPDATE OF "{check.column.name}" ON {table.name}'
+                f' FOR EACH ROW WHEN (NOT {_function(check)}(NEW."{check.column.name}"))'
+                " EXECUTE FUNCTION loractl_refuse()"
+            )
+    return moved
 
 
 _HELD = """
-SELECT conname FROM pg_constraint WHERE conrelid = CAST(:table AS regclass) AND contype = 'c'
-  AND starts_with(conname, :ours)
+SELECT conname, strpos(pg_get_constraintdef(oid), 'loractl_fits_') > 0 FROM pg_constraint
+WHERE conrelid = CAST(:table AS regclass) AND contype = 'c' AND starts_with(conname, :ours)
 """
-_FUNCTION = """
+"""Also those of before, which called the function at each update of a row, whatever it changed."""
+
+_FITS = """
 CREATE OR REPLACE FUNCTION {name}("{argument}" {type}) RETURNS boolean LANGUAGE plpgsql IMMUTABLE STRICT PARALLEL SAFE
 AS $$ BEGIN RETURN coalesce({asks}, false); EXCEPTION WHEN data_exception OR program_limit_exceeded THEN RETURN false;
 END $$
 """
 """PostgreSQL takes JSON that it can't read: text that no encoding has, or nested too deep."""
+
+_REFUSE = """
+CREATE OR REPLACE FUNCTION loractl_refuse() RETURNS trigger LANGUAGE plpgsql
+AS $$ BEGIN RAISE check_violation USING MESSAGE = 'a new row of ' || TG_TABLE_NAME || ' violates ' || TG_NAME; END $$
+"""
 
 
 def _function(check: Bound) -> str:

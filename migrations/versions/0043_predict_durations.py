@@ -47,7 +47,6 @@ def _replace_in_submit(before: str, after: str) -> None:
 
 def downgrade() -> None:
     _replace_in_submit(_HELD + _LEFT, _HELD)
-    if op.get_bind().dialect.name == "sqlite":
-        release(op.get_bind(), ["jobs", "attempts"])  # a column that a check names can't be dropped
+    release(op.get_bind(), ["jobs", "attempts"])  # a column that a check names can't be dropped
     for table, column in _columns():
         op.drop_column(table, column.name)

@@ -18,7 +18,7 @@ from loractl.common.errors import ValueRefused
 from loractl.common.job.method import Need
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.placement.lines import QueueKey
-from loractl.common.store.checks import checks_of, quarantined
+from loractl.common.store.checks import checks_of, hold, quarantined
 from loractl.common.store.columns import Characters, Flag, Json, LineKey, Prose
 from loractl.common.store.database import DatabaseError, make_engine
 from loractl.common.store.records import Claim, Progress, StoredResult
@@ -29,6 +29,7 @@ from loractl.common.store.tables import (
     Base,
     DrainOrder,
     FinalLook,
+    Job,
     JobLabel,
     KeptFile,
     LabFailure,
@@ -146,7 +147,7 @@ def test_the_database_holds_a_bound_for_each_column(upgraded_url: str) -> None:
     """PostgreSQL's own type is enough for yes and no."""
     with opened(upgraded_url) as engine, engine.connect() as connection:
         sqlite = engine.dialect.name == "sqlite"
-        named = "SELECT conname FROM pg_constraint UNION SELECT proname FROM pg_proc"
+        named = "SELECT conname FROM pg_constraint UNION SELECT 'by ' || tgname FROM pg_trigger"
         if sqlite:
             named = "SELECT sql FROM sqlite_master WHERE sql IS NOT NULL"
         there = "\n".join(connection.exec_driver_sql(named).scalars())
@@ -156,8 +157,28 @@ def test_the_database_holds_a_bound_for_each_column(upgraded_url: str) -> None:
                 if sqlite or not isinstance(column.type, Flag):
                     assert bounds[column.name].name in there, f"{table.name}.{column.name}"
                 if isinstance(column.type, Json | LineKey):
-                    deep = f"{bounds[column.name].name}_{table.name}_update"
-                    assert (deep if sqlite else f"loractl_fits_{table.name}_{column.name}") in there
+                    name = bounds[column.name].name
+                    assert (f"{name}_{table.name}_update" if sqlite else f"by {name}") in there
+
+
+@pytest.mark.parametrize("upgraded_url", ["postgresql"], indirect=True)
+def test_postgresql_looks_into_json_only_where_it_is_written(upgraded_url: str, artifacts: ArtifactStore) -> None:
+    """Also in a database of before, whose checks did at each update."""
+    webs.one_of_each(upgraded_url, artifacts)
+    with opened(upgraded_url) as engine:
+        spec = next(bound for bound in checks_of(Job.__table__, "postgresql") if bound.column.name == "spec")
+        with engine.begin() as connection:
+            for statement in (
+                f'DROP TRIGGER "{spec.name}" ON jobs',
+                f'ALTER TABLE jobs DROP CONSTRAINT "{spec.name}"',
+                f'ALTER TABLE jobs ADD CONSTRAINT "{spec.name}" CHECK ({spec.sql} AND loractl_fits_jobs_spec(spec))',
+            ):
+                connection.exec_driver_sql(statement)
+        with engine.begin() as connection:
+            assert hold(connection) == 0
+            asked = "SELECT string_agg(pg_get_constraintdef(oid), ' ') FROM pg_constraint WHERE contype = 'c'"
+            assert "loractl_fits" not in str(connection.exec_driver_sql(asked).scalar())
+        assert refused(engine, "jobs", "spec", "'{\"after\": 5}'") and not refused(engine, "jobs", "step", "3")
 
 
 def test_the_bounds_take_what_a_newer_version_may_say(upgraded_url: str, artifacts: ArtifactStore) -> None:
