@@ -29,7 +29,7 @@ from loractl.common.placement.rule import (
 )
 from loractl.common.units import GIB
 
-from .scenes import LABELS, NOW, Scene, a_card, a_job, decide, many, random_card, random_job, running
+from .scenes import AUTO, LABELS, NOW, Scene, a_card, a_job, decide, many, random_card, random_job, running
 
 
 def shared(cards: int, lora: float | None, qlora: float | None = None, how: Parallel = Parallel.SHARDED) -> SharedNeed:
@@ -373,6 +373,21 @@ def _check_kept(each: Waiting, way: SharedNeed, cards: dict[str, Card], kept: Re
     for k, found in rooms.items():
         assert any((r.spare, r.spare_slots) == (k.spare, k.spare_slots) for r in found)
         assert idle or any(r.after for r in found), "a card with room is lent"
+
+
+def test_cards_that_take_nothing_now_are_kept_for_the_first_gang_that_they_could_hold() -> None:
+    cards = [card(f"a:{n}", running=(running(9 + n, 20),), max_jobs=2, stuck=True) for n in range(2)]
+    jobs = [
+        job(1, 40, shared(2, 20, 10), age_s=7200, methods=AUTO, alone=False),
+        job(2, 40, shared(2, 20), age_s=7200, methods=AUTO, alone=False, priority=-1),
+    ]
+    (kept,) = (one.reserved for one in decide(jobs, [*cards, card("b:0", 2)]))
+    assert kept is not None and kept.job.job_id == 1 and {one.node for one in kept.cards} == {"a:0", "a:1"}
+
+
+def test_a_gang_starts_by_lora_on_shared_cards_though_its_part_by_qlora_is_not_known() -> None:
+    cards = [card(f"a:{n}", running=(running(9 + n, 10),), max_jobs=2) for n in range(2)]
+    assert where(decide([job(1, 20, shared(2, 12), methods=AUTO, alone=False)], cards)) == {1: ["a:0", "a:1"]}
 
 
 def test_a_gang_keeps_to_the_labels_that_its_job_asks_for() -> None:
