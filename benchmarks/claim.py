@@ -1,23 +1,26 @@
 """How long a claim takes with many jobs waiting, on SQLite (a file) and on PostgreSQL.
 
-    .venv/bin/python -m benchmarks.claim [rows ...]
+    .venv/bin/python -m benchmarks.claim [rows ...] [--mix lab "nothing fits"] [--on sqlite] [--at-once 50]
 
 Each mix fills a database, claims again and again, and gives every claimed job back, so that as many wait each time.
-Prints p50 and p95 in ms, this machine's, and for comparison the p50 of a transaction that only asks for 1 ("trip"): on
-a busy machine a claim's dozen round trips to a server are most of its time.
+Prints p50 and p95 in ms, this machine's, the p50 of this process's CPU time, which has SQLite's part in it, and for
+comparison the p50 of a transaction that only asks for 1 ("trip"): on a busy machine a claim's dozen round trips to a
+server are most of its time.
 
 20 users, 3 priorities. lab: each user has jobs of 10 needs. different: no two needs alike. nothing fits: the same, and
 the free card is too small for all that wait, young jobs; stuck: the same after an hour's waiting, a card kept for the
-first.
+first. --at-once: besides, so many idle cards claim at the same moment, each in a thread of this process.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +34,7 @@ from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Status
 from loractl.common.placement.lines import queue_key, vram_class
 from loractl.common.store.database import make_engine
-from loractl.common.store.records import NodeState
+from loractl.common.store.records import Claim, Left, NodeState
 from loractl.common.store.schema import upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
@@ -79,47 +82,97 @@ MIXES = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """Milliseconds of each claim."""
+
+    wall: list[float]
+    own: list[float]  # CPU time of this process
+    trip: list[float]
+
+
 def main() -> None:
-    counts = tuple(int(word) for word in sys.argv[1:]) or ROWS
-    print(f"{'':<12}{'mix':<14}{'rows':>8}{'p50 ms':>9}{'p95 ms':>9}{'trip ms':>9}")
-    for name, opened in (("SQLite", sqlite), ("PostgreSQL", postgresql)):
-        for mix_name, mix in MIXES.items():
-            for count in counts:
-                with opened() as engine:
-                    times, trip = measure(engine, mix, count)
-                p50, p95 = statistics.median(times), statistics.quantiles(times, n=20)[18]
-                print(f"{name:<12}{mix_name:<14}{count:>8}{p50:>9.1f}{p95:>9.1f}{trip:>9.2f}", flush=True)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rows", nargs="*", type=int, default=ROWS)
+    parser.add_argument("--mix", nargs="+", choices=MIXES, default=list(MIXES))
+    parser.add_argument("--on", nargs="+", choices=DATABASES, default=list(DATABASES))
+    parser.add_argument("--at-once", type=int, default=0)
+    asked = parser.parse_args()
+    print(f"{'':<12}{'mix':<14}{'rows':>8}{'p50 ms':>9}{'p95 ms':>9}{'CPU ms':>9}{'trip ms':>9}")
+    for database in asked.on:
+        for mix in asked.mix:
+            for rows in asked.rows:
+                with DATABASES[database]() as engine:
+                    upgrade(engine)
+                    fill(engine, MIXES[mix], rows, Store(engine).now())
+                    taken = measure(engine, MIXES[mix])
+                    p50, own, trip = map(statistics.median, (taken.wall, taken.own, taken.trip))
+                    p95 = statistics.quantiles(taken.wall, n=20)[18]
+                    print(f"{database:<12}{mix:<14}{rows:>8}{p50:>9.1f}{p95:>9.1f}{own:>9.1f}{trip:>9.2f}", flush=True)
+                    if asked.at_once and not MIXES[mix].small:
+                        waits = claim_at_once(engine, asked.at_once)
+                        spread = f"p50 {statistics.median(waits):.0f}, most {max(waits):.0f}"
+                        print(
+                            f"{'':<12}{asked.at_once} claims at once, ms until each had its job: {spread}", flush=True
+                        )
 
 
-def measure(engine: Engine, mix: Mix, count: int) -> tuple[list[float], float]:
-    """Milliseconds of each claim, and of a trip to the database."""
-    upgrade(engine)
+def measure(engine: Engine, mix: Mix) -> Taken:
     store = Store(engine)
-    fill(engine, mix, count, store.now())
     for number, gib in enumerate(CARDS):
         # all cards but the one that asks are full, as on a busy day
         asks = number == (0 if mix.small else len(CARDS) - 1)
         outside = 0 if asks else gib * GIB
-        state = NodeState(
-            node=f"box:{number}", host="box", gpu=f"GPU-{number}", device_name="a card", kind="nvml", total=gib * GIB,
-            outside_bytes=outside if mix.waited_s < 1800 else 0, max_jobs=4 if gib >= 48 else 1,
-        )  # fmt: skip
-        store.cards.see(state)
+        store.cards.see(card(number, gib, outside=outside if mix.waited_s < 1800 else 0))
     mine = "box:0" if mix.small else f"box:{len(CARDS) - 1}"
-    times, trips = [], []
+    taken = Taken(wall=[], own=[], trip=[])
     for n in range(CLAIMS + WARM_UP):
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.thread_time()
         claim = store.attempts.claim(mine)
         if n >= WARM_UP:
-            times.append((time.perf_counter() - began) * 1000)
+            taken.wall.append((time.perf_counter() - began) * 1000)
+            taken.own.append((time.thread_time() - worked) * 1000)
         assert (getattr(claim, "job_id", None) is None) == mix.small, claim
         if not mix.small:
             give_back(engine, claim.job_id)  # type: ignore[union-attr]
         began = time.perf_counter()
         with engine.connect() as connection:
             connection.execute(text("SELECT 1"))
-        trips.append((time.perf_counter() - began) * 1000)
-    return times, statistics.median(trips)
+        taken.trip.append((time.perf_counter() - began) * 1000)
+    return taken
+
+
+def card(number: int, gib: int, outside: int = 0) -> NodeState:
+    return NodeState(
+        node=f"box:{number}", host="box", gpu=f"GPU-{number}", device_name="a card", kind="nvml", total=gib * GIB,
+        outside_bytes=outside, max_jobs=4 if gib >= 48 else 1,
+    )  # fmt: skip
+
+
+def claim_at_once(engine: Engine, count: int) -> list[float]:
+    """Milliseconds from the common start until each card had a job of its own."""
+    store, start, waits = Store(engine), threading.Barrier(count), list[float]()
+    for number in range(count):
+        store.cards.see(card(number, 96))
+    given = list[int]()
+
+    def claim(number: int) -> None:
+        start.wait()
+        began = time.perf_counter()
+        while not isinstance(found := store.attempts.claim(f"box:{number}"), Claim):
+            assert isinstance(found, Left), "there is work for all"
+        waits.append((time.perf_counter() - began) * 1000)
+        given.append(found.job_id)
+
+    threads = [threading.Thread(target=claim, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(given) == len(set(given)) == count, "each has one, and no two have the same"
+    for job_id in given:
+        give_back(engine, job_id)
+    return waits
 
 
 def fill(engine: Engine, mix: Mix, count: int, now: dt.datetime) -> None:
@@ -166,9 +219,12 @@ def sqlite() -> Iterator[Engine]:
 @contextmanager
 def postgresql() -> Iterator[Engine]:
     with tempfile.TemporaryDirectory(prefix="lb-") as folder, services.postgres(Path(folder) / "data") as url:
-        engine = make_engine(url.replace("postgresql://", "postgresql+psycopg://", 1))
+        engine = make_engine(url.replace("postgresql://", "postgresql+psycopg://", 1), connections=60)
         yield engine
         engine.dispose()
+
+
+DATABASES = {"sqlite": sqlite, "postgresql": postgresql}
 
 
 if __name__ == "__main__":
