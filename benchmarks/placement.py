@@ -1,18 +1,24 @@
-"""How long jobs take under the rule's order, and under the one of before: a replay of traces at several loads.
+"""How long jobs take under the order of before, under the rule's, and where long jobs give way: a replay of traces.
 
     python -m benchmarks.placement [TRACE.csv ...] [--cards 44,32,24,18,12] [--predictions exact,noisy,absent]
                                   [--ablation]
+    python -m benchmarks.placement --lab [--days 30]
 
 TRACE: as `loractl sim` reads it; without one, two made-up traces. The arrivals of each are spread so that 24 cards have
 a load of 0.92; more or fewer cards then give another load. Cards come in sixes: 12, 24, 48, 12, 24 and 80 GiB. Each job
 is given to one of 20 users by Zipf if the trace has fewer. Bound: the larger of the mean duration and the mean time
-under shortest remaining first on one machine as fast as all cards together.
+under shortest remaining first on one machine as fast as all cards together. Predictions are what is known of a job that
+waits; what runs is measured by its trainer. Lost: the part of the jobs' own time that their stops add.
+
+--lab: the jobs that have ended well in so many days in this lab (LORACTL_DATABASE_URL, or the home's database), on the
+cards that it has now, as they were predicted then. So an owner sees what each order would have done.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime as dt
 import heapq
 import itertools
 import math
@@ -23,9 +29,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
+from loractl.common.job.status import Status
 from loractl.common.placement import rule
-from loractl.common.placement.cards import Card
+from loractl.common.placement.cards import Card, largest_gpu
+from loractl.common.placement.duration import UNKNOWN_S
 from loractl.common.placement.replay import PlacementRule, Replay, ReplayedJob, replay
+from loractl.common.store.fleet import waiting_of
+from loractl.common.store.store import Store
 from loractl.common.units import GIB
 from loractl.scheduler.simulation.outcome import load_of, quantile
 from loractl.scheduler.simulation.workload import BEGIN, Predictions, TraceJob, parse_fleet, read_trace, to_replay
@@ -44,13 +54,20 @@ def main() -> None:
     parser.add_argument("--cards", default="44,32,24,18,12")
     parser.add_argument("--predictions", default="exact,noisy,absent")
     parser.add_argument("--ablation", action="store_true", help="without each term; predictions exact")
+    parser.add_argument("--lab", action="store_true", help="replay this lab's own jobs on its cards")
+    parser.add_argument("--days", type=float, default=30.0, help="of the lab's history")
     parser.add_argument("--longest", type=float, default=math.inf, help="seconds; longer jobs are left out")
     asked = parser.parse_args()
+    if asked.lab:
+        from loractl.scheduler.cli.session import open_session
+
+        _, store = open_session()
+        print_lab(store, asked.days)
+        return
     traces = {path.name: list(read_trace(path).jobs) for path in asked.traces}
     for name, jobs in (traces or {"sweeps": list(sweeps()), "one heavy user": list(one_heavy_user())}).items():
         predictions = [Predictions(one) for one in asked.predictions.split(",")]
-        ours = [Contender(title=f"now, {one.value}", known=one) for one in predictions]
-        contenders = ABLATION if asked.ablation else [BEFORE, *ours]
+        contenders = ABLATION if asked.ablation else [BEFORE, *itertools.chain(*map(_ours, predictions))]
         _trace(name, [job for job in jobs if job.seconds <= asked.longest], asked.cards, contenders)
 
 
@@ -61,13 +78,23 @@ class Contender:
     title: str
     known: Predictions = Predictions.EXACT
     by_share: bool = False
+    yields: bool = False  # long jobs give way to much shorter ones
     changed: Mapping[str, float] = field(default_factory=dict)  # constants of the rule
 
 
 BEFORE = Contender(title="before", known=Predictions.ABSENT, by_share=True)
 
+
+def _ours(known: Predictions) -> list[Contender]:
+    """Our order alone, and with giving way."""
+    return [
+        Contender(title=f"order, {known.value}", known=known),
+        Contender(title=f"gives way, {known.value}", known=known, yields=True),
+    ]
+
+
 ABLATION = (
-    Contender(title="now, exact"),
+    Contender(title="order, exact"),
     Contender(title="without left", known=Predictions.ABSENT),
     Contender(title="without use", changed={"USE_S": 0.0}),
     Contender(title="use of four hours", changed={"USE_S": 4 * 3600.0}),
@@ -90,19 +117,77 @@ def _trace(name: str, jobs: Sequence[TraceJob], counts: str, contenders: Sequenc
         load, least = load_of(plain, cards) or 0.0, bound(plain, cards)
         print(f"{load:4.2f} {'bound':18}{least:12,.0f}")
         for one in contenders:
-            asked = to_replay(jobs, compress, predictions=one.known)
+            asked = [replace(job, yields=True) for job in to_replay(jobs, compress, predictions=one.known)]
             with contextlib.ExitStack() as stack:
                 for constant, value in one.changed.items():
                     stack.enter_context(mock.patch.object(rule, constant, value))
-                done = replay(asked, cards, BEGIN, PlacementRule(by_share=one.by_share), contention=CONTENTION)
+                decides = PlacementRule(by_share=one.by_share, yields=one.yields)
+                done = replay(asked, cards, BEGIN, decides, contention=CONTENTION)
             print(f"{load:4.2f} {one.title:18}{measured(asked, done)}", flush=True)
 
 
-HEADER = "load order                     mean     median        p99    longest  slowdown  worst user"
+HEADER = "load order                     mean     median        p99    longest  slowdown  worst user  stops   lost"
+
+
+def print_lab(store: Store, days: float) -> None:
+    """Replay the lab's own jobs of so many days under each order."""
+    now = store.now()
+    jobs, cards = lab_jobs(store, now - dt.timedelta(days=days), now), lab_cards(store)
+    held = [job for job in jobs if (job.waiting.least or 0) <= largest_gpu(cards)]
+    if not held:
+        print(f"There is nothing to replay: in {days:g} days no job has ended that a card of now holds.")
+        return
+    first = min(job.waiting.since for job in held)
+    print(f"{len(held)} jobs of {len({job.waiting.user for job in held})} users in {days:g} days on {len(cards)} cards")
+    if len(held) < len(jobs):
+        print(f"Larger than every card, and not replayed: {len(jobs) - len(held)}.")
+    print(HEADER)
+    load = load_of(held, cards) or 0.0
+    print(f"{load:4.2f} {'bound':18}{bound(held, cards):12,.0f}")
+    for one in (BEFORE, Contender(title="order"), Contender(title="gives way", yields=True)):
+        decides = PlacementRule(by_share=one.by_share, yields=one.yields)
+        done = replay(held, cards, first, decides, contention=CONTENTION)
+        ended = [
+            job for job in held if (run := done.runs.get(job.waiting.job_id)) is not None and run.ended is not None
+        ]
+        print(f"{load:4.2f} {one.title:18}{measured(ended, done)}")
+        if len(ended) < len(held):
+            print(f"     {'':18}{len(held) - len(ended)} did not end: a label or a box that they need is not there now")
+
+
+def lab_jobs(store: Store, since: dt.datetime, now: dt.datetime) -> list[ReplayedJob]:
+    """The jobs that ended well since then, each with the time that its attempts had, and what was predicted of it."""
+    took, predicted = dict[int, float](), dict[int, float | None]()
+    for attempt, _ in sorted(store.attempts.runs(since, now), key=lambda run: run[0].attempt):
+        if attempt.ended_at is not None:
+            ran_s = (attempt.ended_at - attempt.started_at).total_seconds()
+            took[attempt.job_id] = took.get(attempt.job_id, 0.0) + ran_s
+            predicted.setdefault(attempt.job_id, attempt.seconds_predicted)
+    rows = store.jobs.numbered(took).values()
+    return [
+        ReplayedJob(
+            waiting=replace(
+                waiting_of(vars(row), row.submitted_at), only_host=None, avoids=frozenset(), bf16=None, again=None,
+                checkpoint_s=None, left_s=UNKNOWN_S if (known := predicted[row.job_id]) is None else known,
+            ),
+            seconds=took[row.job_id],
+            yields=row.yields,
+        )
+        for row in sorted(rows, key=lambda row: row.job_id)
+        if row.status is Status.SUCCEEDED
+    ]  # fmt: skip
+
+
+def lab_cards(store: Store) -> list[Card]:
+    """The lab's cards, as if they were open and empty."""
+    return [
+        replace(card, running=(), outside=0, open=True, silent=False, stuck=False, left_s=None, window_s=None)
+        for card in store.cards.fleet().cards.values()
+    ]
 
 
 def measured(jobs: Sequence[ReplayedJob], done: Replay) -> str:
-    """Seconds from arrival to end, mean slowdown, and that of the user with the worst."""
+    """Seconds from arrival to end, mean slowdown, that of the user with the worst, stops, and what they cost."""
     took, slow, by_user = list[float](), list[float](), dict[str, list[float]]()
     for job in jobs:
         ended = done.runs[job.waiting.job_id].ended
@@ -112,7 +197,10 @@ def measured(jobs: Sequence[ReplayedJob], done: Replay) -> str:
         by_user.setdefault(job.waiting.user, []).append(slow[-1])
     worst = max(statistics.fmean(mine) for mine in by_user.values())
     times = (statistics.fmean(took), statistics.median(took), quantile(took, 0.99), max(took))
-    return "{:12,.0f}{:11,.0f}{:11,.0f}{:11,.0f}".format(*times) + f"{statistics.fmean(slow):10.1f}{worst:12.1f}"
+    runs = [(job, done.runs[job.waiting.job_id].stops) for job in jobs]
+    work, lost = sum(job.seconds or 0.0 for job in jobs), sum(stops * job.stop_s for job, stops in runs)
+    slows = f"{statistics.fmean(slow):10.1f}{worst:12.1f}{sum(stops for _, stops in runs):7,}{lost / work:7.2%}"
+    return "{:12,.0f}{:11,.0f}{:11,.0f}{:11,.0f}".format(*times) + slows
 
 
 def fleet(count: int) -> list[Card]:
@@ -122,7 +210,8 @@ def fleet(count: int) -> list[Card]:
 def bound(jobs: Sequence[ReplayedJob], cards: Sequence[Card]) -> float:
     """A mean time that no order goes below."""
     speed = sum(card.max_jobs / (1 + CONTENTION * (card.max_jobs - 1)) for card in cards)
-    coming = [((job.waiting.since - BEGIN).total_seconds(), (job.seconds or 0.0) / speed) for job in jobs]
+    begin = min(job.waiting.since for job in jobs)
+    coming = sorted(((job.waiting.since - begin).total_seconds(), (job.seconds or 0.0) / speed) for job in jobs)
     left, total, now = list[tuple[float, float]](), 0.0, 0.0
     for (arrival, work), (until, _) in itertools.pairwise([*coming, (math.inf, 0.0)]):
         now = max(now, arrival)

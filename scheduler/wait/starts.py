@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loractl.common.job.method import Method
-from loractl.common.placement.cards import Card, takes
+from loractl.common.placement.cards import Card, Occupant, takes
 from loractl.common.placement.duration import UNKNOWN_S
 from loractl.common.placement.gangs import may_share
 from loractl.common.placement.lines import Waiting
@@ -123,7 +123,15 @@ def _replayed(
     view: FleetView, after: After, past: Mapping[str, PastCardHours], wanted: set[int]
 ) -> Mapping[int, ReplayedRun]:
     """The run of each job that starts in a replay."""
-    from loractl.common.placement.replay import PlacementRule, Remaining, replay
+    from loractl.common.placement.preemption import left_s
+    from loractl.common.placement.replay import PlacementRule, Remaining, ReplayedJob, replay
+
+    def again(occupant: Occupant) -> ReplayedJob:
+        """What waits of a running job once it gives way."""
+        assert occupant.yields is not None
+        left, stops, stop_s = left_s(occupant, view.now), occupant.yields.stops, occupant.yields.cost_s
+        waits = replace(waiting_of(vars(view.running[occupant.job_id]), view.now), left_s=left)
+        return ReplayedJob(waiting=waits, seconds=left, yields=True, stops=stops, stop_s=stop_s)
 
     def enough(runs: Mapping[int, ReplayedRun]) -> bool:
         return len(runs) >= MOST_STARTS + len(decided) or wanted <= runs.keys()
@@ -140,8 +148,11 @@ def _replayed(
         waiting=waiting,
         decided=decided,
         by_share=view.by_share,
+        yields=view.giving_way.is_on,
+        least_s=view.giving_way.least_s,
     )
-    return replay((), cards, view.now, rule, until=enough, lasts=_predicted_s).runs
+    back = {one.job_id: again(one) for one in running if one.yields is not None}
+    return replay((), cards, view.now, rule, until=enough, lasts=_predicted_s, running=back).runs
 
 
 def _predicted_s(job: Waiting) -> float | None:

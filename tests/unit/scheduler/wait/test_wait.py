@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 from loractl import __version__
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason
+from loractl.common.placement.cards import Yields
 from loractl.common.placement.lines import Waiting
+from loractl.common.placement.preemption import undisturbed_s
 from loractl.common.placement.rule import RESERVE_AFTER_S
-from loractl.common.store.fleet import NODE_STALE_S, FleetView
+from loractl.common.store.fleet import NODE_STALE_S, FleetView, GivingWay
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB, clock
 from loractl.scheduler.wait.cards import SILENT_S, card_fits, closed_cards, process_name, trouble_of
@@ -615,3 +618,18 @@ def test_a_job_that_needs_longer_than_any_worker_stays_is_told_so() -> None:
     assert wait.command == "loractl edit 7 --set training.save_steps=25"
     busy = running(3, "b:0", 20, ends_in=600)
     assert told(waits(checkpoint_s=7200.0), short, card("b:0", 24), ran=[busy])[0] == "memory"
+
+
+def test_an_expected_start_counts_on_a_long_job_that_will_give_way() -> None:
+    """Once it has run undisturbed; after the short one it goes on, and the next in line waits for that."""
+    row = {name: value for name, value in vars(waits(1, lora=20)).items() if name in ("queue_key", "lora_until")}
+    ran = running(1, "a:0", 20, 10 * 3600.0, **row, vram_lora=20 * GIB, vram_qlora=20 * GIB, methods=["lora"])
+    waiting = [waits(7, lora=24, qlora=24, work_left_s=120.0)]
+    view = fleet([card("a:0")], [ran], waiting)
+    assert outlook(view, [7], lambda job: None).starts[7].at == in_seconds(10 * 3600)
+    giving_way = GivingWay(jobs={1: Yields(submitted=NOON)})
+    cards = {one.node: one for one in giving_way.on(view.cards.values())}
+    view = replace(view, cards=cards, giving_way=giving_way)
+    assert outlook(view, [7], lambda job: None).starts[7].at == in_seconds(undisturbed_s(Yields(submitted=NOON)))
+    off = replace(view, giving_way=replace(giving_way, is_on=False))
+    assert outlook(off, [7], lambda job: None).starts[7].at == in_seconds(10 * 3600)
