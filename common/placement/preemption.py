@@ -22,11 +22,12 @@ from dataclasses import dataclass, replace
 
 from loractl.common.job.method import Need, SharedNeed
 
-from .cards import Card, Occupant, Yields, largest_gpu, room_for, takes
+from .cards import Card, Occupant, Yields, largest_gpu, least_limit, room_for, takes
 from .duration import LATE_S, LATE_SHARE, UNKNOWN_S
 from .gangs import gang_of, takers
 from .lines import Queue, Waiting
-from .rule import place, turns_in
+from .rule import Placement, jobs_by_user, place, turns_in
+from .shares import LAST, NONE_LEFT
 
 RATIO = 4.0
 """What is left of a job that yields is at least this many times what is left of the job that it yields to."""
@@ -60,14 +61,16 @@ def first_stop(
     by_share: bool = False,
     yields: bool = True,
     least_s: float | None = None,
+    may_ask: Callable[[Waiting], bool] = lambda job: True,
 ) -> Preemption | None:
     """The jobs that should stop now for the first waiting job that nothing else helps; None: no stop helps.
 
     One stop is under way at a time. `by_share`: in the order of before, where no job yields to a shorter one.
-    `yields`: whether the lab has its jobs yield to shorter ones. `least_s`: the lab's own time undisturbed.
+    `yields`: whether the lab has its jobs yield to shorter ones. `least_s`: the lab's own time undisturbed. `may_ask`:
+    whether longer jobs may yield to a waiting one: it yields itself.
     """
     running = [one for card in cards for one in card.running]
-    yielding = _yielding(cards, now, least_s) if yields and not by_share else {}
+    yielding = _yielding(cards, charges, now, least_s) if yields and not by_share else {}
     if any(one.gives_way_to is not None for one in running) or not (yielding or any(r.preemptible for r in running)):
         return None
     longest = max((left_s(one, now) for some in yielding.values() for one in some), default=0.0)
@@ -77,7 +80,8 @@ def first_stop(
         return None
     turn = turns_in(by_share, charges, now)
     waiting = [job for job in sorted(helped, key=turn) if _could(job, cards)]
-    ways = _for_priority(waiting, cards), _for_shorter(waiting, cards, yielding, turn, now)
+    free = [job for job in waiting if _is_free(job, cards, charges)]
+    ways = _for_priority(waiting, cards), _for_shorter(free, cards, yielding, turn, now, may_ask)
     starting: set[int] | None = None
     for stop in (stop for some in ways for stop in itertools.islice(some, AT_ONCE)):
         if starting is None:  # read late: most rounds find no way, and need not ask the rule
@@ -86,10 +90,33 @@ def first_stop(
         if stop.job.job_id in starting:
             continue
         then = place(queue, [card.without(stop.going) for card in cards], charges, now, by_share)
-        # not where its user is at a limit, or others go before it or have the card kept for them
-        if any(one.placed is not None and one.placed.job.job_id == stop.job.job_id for one in then):
+        placed = [one.placed for one in then if one.placed is not None]
+        if all(one.job.job_id != stop.job.job_id for one in placed):
+            continue  # its user is at a limit, or others go before it or have the card kept for them
+        if not stop.is_shorter or not _takes_its_place(stop, placed, running, turn, now):
             return stop
     return None
+
+
+def _is_free(job: Waiting, cards: Sequence[Card], charges: Mapping[str, float]) -> bool:
+    """Whether its user may start a job: no limit or quota is reached."""
+    limit = least_limit(cards)
+    reached = limit is not None and jobs_by_user(cards).get(job.user, 0) >= limit
+    return not reached and charges.get(job.user) != NONE_LEFT
+
+
+def _takes_its_place(
+    stop: Preemption,
+    placed: Iterable[Placement],
+    running: Iterable[Occupant],
+    turn: Callable[[Waiting], tuple[float, ...]],
+    now: dt.datetime,
+) -> bool:
+    """Whether a job that goes after one that stops would start on its card beside the short one: it would
+    wait for that one, too."""
+    first = min(turn(_waiting(one, now)) for one in running if one.job_id in stop.going)
+    others = (one for one in placed if one.job.job_id != stop.job.job_id)
+    return any(first < turn(one.job) and stop.node in (share.node for share in one.shares) for one in others)
 
 
 def _could(job: Waiting, cards: Sequence[Card]) -> bool:
@@ -114,6 +141,7 @@ def _for_shorter(
     yielding: Mapping[str, Sequence[Occupant]],
     turn: Callable[[Waiting], tuple[float, ...]],
     now: dt.datetime,
+    may_ask: Callable[[Waiting], bool],
 ) -> Iterator[Preemption]:
     """For the first waiting job of each user and priority that such a stop may help."""
     longest = max((left_s(one, now) for some in yielding.values() for one in some), default=0.0)
@@ -121,7 +149,8 @@ def _for_shorter(
     for ahead, job in enumerate(waiting):
         if longest < RATIO * job.left_s or (job.user, job.priority) in met:
             continue
-        if (way := yield_to(job, cards, yielding, turn, now, ahead, known)) is not None:
+        way = yield_to(job, cards, yielding, turn, now, ahead, known)
+        if way is not None and may_ask(job):
             met.add((job.user, job.priority))
             yield Preemption(job=job, node=way[0], going=way[1], is_shorter=True)
 
@@ -161,8 +190,11 @@ def next_look(cards: Iterable[Card], now: dt.datetime, least_s: float | None = N
     return min((at for at in moments if at is not None and at > now), default=None)
 
 
-def _yielding(cards: Sequence[Card], now: dt.datetime, least_s: float | None) -> dict[str, list[Occupant]]:
-    """The jobs of each card that may yield now; a job on several cards never does."""
+def _yielding(
+    cards: Sequence[Card], charges: Mapping[str, float], now: dt.datetime, least_s: float | None
+) -> dict[str, list[Occupant]]:
+    """The jobs of each card that may yield now; a job on several cards never does, nor one whose user is beyond a
+    quota: it might have no way back."""
     on = itertools.chain.from_iterable(card.running for card in cards)
     counts: dict[int, int] = {}
     for job in on:
@@ -171,7 +203,9 @@ def _yielding(cards: Sequence[Card], now: dt.datetime, least_s: float | None) ->
     for card in cards:
         for job in card.running:
             at = may_yield_at(card, job, least_s)
-            if at is not None and at <= now and counts[job.job_id] == 1:
+            if at is None or at > now or counts[job.job_id] > 1 or card.silent:
+                continue
+            if charges.get(job.user, 0.0) < LAST:
                 found.setdefault(card.node, []).append(job)
     return found
 
@@ -225,12 +259,17 @@ def _is_longer(
     if one.yields is None or one.priority > job.priority or left < RATIO * job.left_s:
         return False
     if one.job_id not in known:
-        waits = Waiting(
-            job_id=one.job_id, user=one.user, priority=one.priority, since=one.yields.submitted, methods=(),
-            need=Need(lora=None, qlora=None), left_s=left,
-        )  # fmt: skip
-        known[one.job_id] = turn(waits)
+        known[one.job_id] = turn(_waiting(one, now))
     return mine < known[one.job_id]
+
+
+def _waiting(one: Occupant, now: dt.datetime) -> Waiting:
+    """A running job as it would wait."""
+    assert one.yields is not None
+    return Waiting(
+        job_id=one.job_id, user=one.user, priority=one.priority, since=one.yields.submitted, methods=(),
+        need=Need(lora=None, qlora=None), left_s=left_s(one, now),
+    )  # fmt: skip
 
 
 def _longest(card: Card, size: int, longer: Sequence[Occupant], now: dt.datetime) -> list[Occupant] | None:

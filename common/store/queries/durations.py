@@ -145,7 +145,10 @@ def predict_again(tx: Transaction, job: Job, now: dt.datetime) -> None:
         return
     first = select(Job).where(WAITS, Job.base_model == job.base_model, Job.job_id != job.job_id).order_by(Job.job_id)
     for row in tx.session.scalars(first.limit(REFRESHED).with_for_update(**SKIP_LOCKED)):
+        before = row.work_left_s
         forecasts.write(row)
+        if row.reason is Reason.PREEMPTED:  # it gave way by what was left then
+            row.work_left_s = max(before, row.work_left_s)
 
 
 def _surprises(tx: Transaction, job: Job) -> bool:

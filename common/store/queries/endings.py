@@ -21,6 +21,7 @@ from loractl.common.job.status import (
     retry_delay_s,
 )
 from loractl.common.placement.cards import TIME_GROWTH
+from loractl.common.placement.duration import UNKNOWN_S, seconds_left
 from loractl.common.placement.gangs import GangShare
 from loractl.common.placement.lines import RESULT_FIRST_S
 from loractl.common.placement.shares import decayed, within_need
@@ -83,9 +84,12 @@ def finish(
     if reason is Reason.PREEMPTED:
         message += _for_what(tx, job)
         _go_on_alike(tx, job, claim, now)
+    left_s = _left_s(tx, job, now)
     if result is not None:  # first: a job that its end releases may begin from it
         _keep_result(tx, job, claim, result, now)
     _end_attempt(tx, job, reason, message, now, card=card)
+    if reason is Reason.PREEMPTED:  # by this it gave way: by less it could take its card back
+        job.work_left_s = max(job.work_left_s, left_s)
     return job.status
 
 
@@ -96,6 +100,15 @@ def _for_what(tx: Transaction, job: Job) -> str:
         return ""
     urgent = job.preemptible and other.priority > job.priority
     return ", which has a higher priority" if urgent else ", which is much shorter"
+
+
+def _left_s(tx: Transaction, job: Job, now: dt.datetime) -> float:
+    """What is left of the running attempt by its last beat, as `placement.preemption.left_s` has it."""
+    ran_s = 0.0 if job.started_at is None else (now - job.started_at).total_seconds()
+    if job.eta_seconds is None:
+        return max(UNKNOWN_S, ran_s)
+    silent_s = 0.0 if job.lease_expires_at is None else tx.lease_s - (job.lease_expires_at - now).total_seconds()
+    return seconds_left(job.eta_seconds, max(0.0, silent_s))
 
 
 def _go_on_alike(tx: Transaction, job: Job, claim: Claim, now: dt.datetime) -> None:

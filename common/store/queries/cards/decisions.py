@@ -33,7 +33,7 @@ def read_view(tx: Transaction) -> FleetView:
     giving_way = read_giving_way(session)
     cards = giving_way.on(fleet.cards)
     decisions = tuple(decide(queue, fleet.cards, fleet, now))
-    if (asked := next_stop(queue, cards, fleet, giving_way, now)) is not None:
+    if (asked := next_stop(session, queue, cards, fleet, giving_way, now)) is not None:
         cards = [leaving(card, asked, now) for card in cards]
     starting = {one.placed.job.job_id for one in decisions if one.placed is not None}
     return FleetView(

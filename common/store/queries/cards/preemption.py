@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Stage, Status
 from loractl.common.placement.cards import STOP_COST_S, Card, Yields
-from loractl.common.placement.lines import Queue
+from loractl.common.placement.duration import UNKNOWN_S
+from loractl.common.placement.lines import Queue, Waiting
 from loractl.common.placement.preemption import Preemption, first_stop, left_s
 from loractl.common.units import duration
 
@@ -33,7 +34,7 @@ def preempt(tx: Transaction) -> tuple[int, ...]:
     now = tx.now()
     fleet, giving_way = read_fleet(tx.session, now, tx.lease_s), read_giving_way(tx.session)
     cards = giving_way.on(fleet.cards)
-    found = next_stop(StoredQueue(tx.session, now), cards, fleet, giving_way, now)
+    found = next_stop(tx.session, StoredQueue(tx.session, now), cards, fleet, giving_way, now)
     if found is None:
         return ()
     going = {one.job_id: one for card in cards for one in card.running if one.job_id in found.going}
@@ -41,12 +42,21 @@ def preempt(tx: Transaction) -> tuple[int, ...]:
 
 
 def next_stop(
-    queue: Queue, cards: Sequence[Card], fleet: FleetState, giving_way: GivingWay, now: dt.datetime
+    session: Session,
+    queue: Queue,
+    cards: Sequence[Card],
+    fleet: FleetState,
+    giving_way: GivingWay,
+    now: dt.datetime,
 ) -> Preemption | None:
     """Which jobs a round asks to stop now. `cards`: with what decides it."""
+
+    def may_ask(job: Waiting) -> bool:
+        return session.scalar(select(Job.yields).where(Job.job_id == job.job_id)) is True
+
     return first_stop(
         queue, cards, fleet.charges, now,
-        by_share=fleet.by_share, yields=giving_way.is_on, least_s=giving_way.least_s,
+        by_share=fleet.by_share, yields=giving_way.is_on, least_s=giving_way.least_s, may_ask=may_ask,
     )  # fmt: skip
 
 
@@ -70,8 +80,8 @@ def _may_help(tx: Transaction) -> bool:
     return highest is not None and any(row.yields or row.priority < highest for row in running)
 
 
-_SET = select(LabSetting.value).where(LabSetting.name == GIVE_WAY).scalar_subquery()
-_YIELDING = select(Job.job_id, Job.submitted_at, Job.stops, Attempt.prepared_s, _SET.label("set")).outerjoin(
+_SET = select(LabSetting.value).where(LabSetting.name == GIVE_WAY)
+_YIELDING = select(Job.job_id, Job.submitted_at, Job.stops, Attempt.prepared_s).outerjoin(
     Attempt, (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt)
 )
 _YIELDING = _YIELDING.join(Node, (Node.node == Job.node) & ~Node.keeps_jobs)
@@ -82,7 +92,7 @@ _YIELDING = _YIELDING.where(Job.status == Status.RUNNING, Job.yields, Job.stage 
 def read_giving_way(session: Session) -> GivingWay:
     """What decides whether running jobs yield to much shorter ones."""
     rows = session.execute(_YIELDING).all()
-    said = next((row.set for row in rows), None) or ""
+    said = session.scalar(_SET) or ""
     return GivingWay(
         is_on=said != OFF,
         least_s=float(said) if _SECONDS.fullmatch(said) else None,
@@ -110,15 +120,17 @@ def _ask(tx: Transaction, asked: Preemption, left: Mapping[int, float]) -> bool:
     here = or_(*(or_(Job.node == one, Job.job_id.in_(running_on(one))) for one in asked.node.split(" and ")))
     still = select(Job.job_id).where(Job.job_id.in_(asked.going), Job.status == Status.RUNNING, here)
     locked = tx.session.scalars(still.order_by(Job.job_id).with_for_update(**SKIP_LOCKED)).all()
-    if len(locked) < len(asked.going):
-        return False
     job = asked.job
+    waits = tx.session.scalar(select(Job.job_id).where(Job.job_id == job.job_id, WAITS))
+    if len(locked) < len(asked.going) or waits is None:
+        return False
     change = update(Job).where(Job.job_id.in_(asked.going))
     tx.session.execute(change.values(preempted_by=job.job_id, stops=Job.stops + 1))
     for going in asked.going:
         why = f"priority {job.priority}"
         if asked.is_shorter:
-            why = f"much shorter: {duration(job.left_s)} against {duration(left[going])} left"
+            mine = "nobody knows, so an hour," if job.left_s == UNKNOWN_S else duration(job.left_s)
+            why = f"much shorter: {mine} against {duration(left[going])} left"
         tx.tell(going, None, "preempt", f"asked to give way to job {job.job_id} ({why})")
     tx.tell(job.job_id, None, "preempt", f"takes the room of {_listed(asked.going)} on {asked.node}")
     return True

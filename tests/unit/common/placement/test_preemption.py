@@ -222,3 +222,15 @@ def test_no_job_yields_for_ever_and_stops_cost_no_more_than_their_share(seed: in
 
 def moment(seconds: float) -> dt.datetime:
     return NOW + dt.timedelta(seconds=seconds)
+
+
+def test_no_job_yields_where_one_that_goes_after_it_would_take_its_room() -> None:
+    """It would wait for that one, too."""
+    card = a_card("a:0", 80, max_jobs=4, running=(replace(a_long_one(left_s=9 * 3600), reserved=60 * GIB),))
+    short, next_ = a_short_one(gib=30), a_job(11, 45, user="cyd", left_s=20 * 3600.0)
+    assert first_stop(Lines([short]), [card], {}, NOW) is not None
+    assert first_stop(Lines([short, next_]), [card], {}, NOW) is None
+
+
+def test_a_dead_worker_is_asked_for_nothing() -> None:
+    assert stop(a_short_one(), on(a_long_one(), silent=True)) is None

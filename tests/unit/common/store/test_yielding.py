@@ -267,3 +267,32 @@ def test_what_gave_way_goes_on_by_its_method_and_in_its_micro_batches_or_waits(t
     )
     timed.attempts.finish(again, Reason.OUT_OF_MEMORY, "out of memory", Progress())
     assert timed.jobs.get(long).methods == ["lora", "qlora"], "it may begin again rather than never end"
+
+
+def test_a_job_does_not_take_its_card_back_where_less_is_predicted_of_it_than_its_trainer_measures(lab: Lab) -> None:
+    """Of nothing like it anything was measured: by its row it would be an hour."""
+    short = lab.short(left_s=2 * HOURS, user="ada")
+    assert lab.store.cards.preempt() == (lab.job_id,)
+    lab.give_way()
+    assert lab.store.jobs.get(lab.job_id).work_left_s == 9 * HOURS
+    assert lab.take().job_id == short
+
+
+def test_a_job_whose_user_is_beyond_a_quota_keeps_its_card(lab: Lab) -> None:
+    """It could not come back."""
+    lab.store.usage.set_quota("ada", card_hours=0.1, window_s=30 * 86400, soft=False, by="lena")
+    lab.short()
+    assert lab.store.cards.preempt() == ()
+
+
+def test_a_job_that_never_yields_makes_none_yield(lab: Lab) -> None:
+    lab.short(preemptible=False)
+    assert lab.store.cards.preempt() == ()
+    lab.short(left_s=60.0, user="cyd")
+    assert lab.store.cards.preempt() == (lab.job_id,), "it hides none that goes first"
+
+
+def test_a_job_that_no_longer_waits_stops_none(lab: Lab) -> None:
+    short = lab.short()
+    lab.store.jobs.hold(short, "bob", "")
+    assert lab.store.cards.preempt() == ()
