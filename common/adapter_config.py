@@ -25,6 +25,9 @@ LABELS = "labels.json"
 LINEAGE = "lineage.json"
 """The adapter that this one was begun from: its job, name and weights."""
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank."""
+
 SUFFIXES = frozenset({".safetensors", ".json", ".txt", ".model", ".jinja", ".md"})
 """Files allowed in an adapter's folder; a tokenizer with its own code would leave Python files there."""
 

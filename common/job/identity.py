@@ -53,6 +53,8 @@ UNDECIDING = frozenset(
         "notify",
         "publish",
         "training.report_to",
+        "training.tracker.project",
+        "training.tracker.run_name",
     }
 )
 """Keys and sections that say when and where a job runs and who is notified, not what comes out."""

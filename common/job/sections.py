@@ -418,6 +418,15 @@ class LoraSpec(Section):
         return value
 
 
+class TrackerSpec(Section):
+    """What a run is called where report_to sends its curves."""
+
+    project: Annotated[Printable, Field(min_length=1, max_length=128)] | None = None
+    """The project of wandb and trackio, the experiment of mlflow; null: what the worker's owner has set."""
+    run_name: Annotated[Printable, Field(min_length=1, max_length=100)] | None = None
+    """The run; null: the job's name and number, like tickets-12."""
+
+
 class TrainingSpec(Section):
     """The optimisation; names and meaning are those of transformers.TrainingArguments."""
 
@@ -476,8 +485,9 @@ class TrainingSpec(Section):
     """Stop after this many evaluations in a row (eval_steps) that did not improve the held-out loss."""
     load_best_model_at_end: bool = False
     """Keep the adapter of the evaluation (eval_steps) with the lowest held-out loss, not the last adapter."""
-    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default_factory=list, max_length=3)
-    """Other places for the curves. The worker needs the package and an account."""
+    report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list, max_length=4)
+    """Other places for the curves. The worker needs the package and, for some, an account."""
+    tracker: TrackerSpec = TrackerSpec()
     seed: int = Field(0, ge=0, lt=2**32)
 
     @property

@@ -30,6 +30,7 @@ from .sections import (
     ResourcesSpec,
     Section,
     TaskType,
+    TrackerSpec,
     TrainingSpec,
     is_set,
 )
@@ -179,6 +180,8 @@ def _without_what_they_need(spec: JobSpec) -> Iterator[str]:
     for key in ("early_stopping_patience", "load_best_model_at_end"):
         if getattr(training, key) and training.eval_steps is None:
             yield f"training.{key}: needs training.eval_steps: without it nothing is evaluated during training"
+    if training.tracker != TrackerSpec() and not {*training.report_to} - {"tensorboard"}:
+        yield "training.tracker: names a run for wandb, mlflow or trackio; add one to training.report_to"
     asked = spec.evaluation
     if asked.decide_by in [metric.name for metric in asked.own] and asked.samples < MIN_JUDGED:
         few = f"{spec.evaluation.samples} answers (evaluation.samples) are too few to judge by"

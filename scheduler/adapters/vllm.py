@@ -7,11 +7,8 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from loractl.common.adapter_config import CONFIG
+from loractl.common.adapter_config import CONFIG, VLLM_RANKS
 from loractl.common.errors import UsageError
-
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as --max-lora-rank."""
 
 WHOLE = "loractl adapters merge writes a whole model"
 
@@ -25,20 +22,18 @@ def vllm_command(folders: Mapping[str, Path], base_model: str, revision: str | N
             raise UsageError(f"vLLM serves no classifier from an adapter: {name}", "loractl predict labels rows")
         what = next((key for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)), None)
         if what is not None:
-            raise UsageError(
-                f"vLLM refuses adapters with {what}: {name}", "loractl adapters merge writes a whole model"
-            )
+            raise UsageError(f"vLLM refuses adapters with {what}: {name}", WHOLE)
         rank = max(rank, config["r"], *(config.get("rank_pattern") or {}).values())
         if (folder / "chat_template.jinja").is_file():
             template = folder / "chat_template.jinja"
-    if rank > RANKS[-1]:
+    if rank > VLLM_RANKS[-1]:
         raise UsageError(
-            f"vLLM takes ranks up to {RANKS[-1]}, not {rank}", "loractl adapters merge writes a whole model"
+            f"vLLM takes ranks up to {VLLM_RANKS[-1]}, not {rank}", "loractl adapters merge writes a whole model"
         )
     words = ["vllm", "serve", base_model, *(["--revision", revision] if revision else [])]
     # With all slots full, requests to the bare base were answered with an adapter: vllm-project/vllm#48421.
     words += ["--enable-lora", "--max-loras", str(len(folders) + 1)]
-    words += ["--max-lora-rank", str(next(one for one in RANKS if one >= rank))]
+    words += ["--max-lora-rank", str(next(one for one in VLLM_RANKS if one >= rank))]
     words += ["--chat-template", str(template.absolute())] if template else []
     words += ["--lora-modules", *(f"{name}={folder.absolute()}" for name, folder in folders.items())]
     return shlex.join(words)

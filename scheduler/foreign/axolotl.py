@@ -29,6 +29,7 @@ from .translation import (
     TOKENS,
     Draft,
     carry_by_rules,
+    carry_run_name,
     carry_same,
     choice,
     evaluate_each,
@@ -115,6 +116,7 @@ def from_axolotl(theirs: dict[str, Any], file: Path, folder: Path) -> Draft:
     skip_all(draft, theirs, _NOT_NEEDED, _KERNELS)
     leave_all(draft, theirs, _REASONS)
     carry_by_rules(draft, theirs, _RULES)
+    carry_run_name(draft, theirs, "wandb_name")
     if theirs.get("rl"):
         axolotl_loss(draft, theirs)
     _warmup_and_batch(draft, theirs)
@@ -253,8 +255,8 @@ def _tracker(name: str) -> Callable[[Draft, str, Any], None]:
         set_key(draft.job, "training.report_to", [*told, *([name] if name not in told else [])])
         draft.carried[key] = "training.report_to"
         if key == "wandb_project":
-            what = f"{short(value)}: runs go to the project that the worker's own WANDB_PROJECT names"
-            draft.differ(key, f"{what}, and the worker needs wandb and an account")
+            draft.put(key, "training.tracker.project", str(value))
+            draft.differ(key, f"{short(value)}: the worker needs wandb and an account")
 
     return rule
 
@@ -313,7 +315,7 @@ _NOT_NEEDED = {
     "output_dir", "dataset_prepared_path", "strict", "debug", "model_type", "tokenizer_type", "cls_model_config",
     "is_llama_derived_model", "is_mistral_derived_model", "load_in_4bit", "pad_to_sequence_len", "eval_sample_packing",
     "gradient_checkpointing_kwargs", "local_rank", "saves_per_epoch", "save_total_limit", "save_safetensors",
-    "wandb_entity", "wandb_watch", "wandb_name", "wandb_run_id", "wandb_log_model", "wandb_mode", "hf_use_auth_token",
+    "wandb_entity", "wandb_watch", "wandb_run_id", "wandb_log_model", "wandb_mode", "hf_use_auth_token",
     "dataset_processes", "dataset_num_proc", "dataset_keep_in_memory", "val_set_seed", "push_dataset_to_hub",
     "lora_fan_in_fan_out", "auto_resume_from_checkpoints", "skip_prepare_dataset", "remove_unused_columns",
     "include_tokens_per_second", "shuffle_merged_datasets", "do_eval", "save_strategy", "save_first_step", "test_value",
@@ -348,7 +350,7 @@ _REASONS = {
     "quantize_moe_experts": "only linear layers are in NF4",
     "qat": "the weights are not rounded during training",
     "use_onebitllms": "loractl does not train one-bit weights",
-    "use_comet": "loractl reports to tensorboard, wandb and mlflow",
+    "use_comet": "loractl reports to tensorboard, wandb, mlflow and trackio",
 }
 """Why there is no counterpart."""
 

@@ -26,6 +26,7 @@ from .translation import (
     TOKENS,
     Draft,
     carry_by_rules,
+    carry_run_name,
     carry_same,
     choice,
     evaluate_each,
@@ -65,6 +66,7 @@ def from_llama_factory(theirs: dict[str, Any], file: Path, folder: Path) -> Draf
     skip_all(draft, theirs, _NOT_NEEDED, _KERNELS)
     leave_all(draft, theirs, _REASONS)
     carry_by_rules(draft, theirs, _RULES)
+    carry_run_name(draft, theirs, "run_name")
     if theirs.get("stage") == "dpo":
         factory_loss(draft, theirs)
     elif theirs.get("packing") or theirs.get("neat_packing"):
@@ -198,7 +200,7 @@ _SAME = {
 
 _NOT_NEEDED = {
     "do_train", "do_eval", "do_predict", "output_dir", "overwrite_output_dir", "overwrite_cache", "plot_loss",
-    "save_only_model", "save_total_limit", "save_strategy", "run_name", "cache_dir", "tokenized_path", "logging_dir",
+    "save_only_model", "save_total_limit", "save_strategy", "cache_dir", "tokenized_path", "logging_dir",
     "report_to_project", "use_fast_tokenizer", "include_num_input_tokens_seen", "val_on_each_dataset",
     "enable_liger_kernel", "use_unsloth", "use_unsloth_gc", "use_reentrant_gc", "predict_with_generate", "data_seed",
     "compute_accuracy", "pissa_iter", "pissa_convert", "push_to_hub", "print_param_status", "save_safetensors",
@@ -223,7 +225,7 @@ _NO_TRAINING = {
 _REASONS = {
     "loraplus_lr_ratio": "A and B have the same learning rate",
     "upcast_layernorm": "layer norms are not kept in fp32",
-    "use_swanlab": "loractl reports to tensorboard, wandb and mlflow",
+    "use_swanlab": "loractl reports to tensorboard, wandb, mlflow and trackio",
     "shift_attn": "loractl uses transformers' attention",
     "rope_scaling": "loractl uses the base model's own position embeddings",
     "use_kt": "experts stay on the card; the processor does not compute them",

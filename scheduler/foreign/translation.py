@@ -103,6 +103,16 @@ def from_here(path: Any, source: Path, folder: Path) -> str:
     return text
 
 
+def carry_run_name(draft: Draft, theirs: Mapping[str, Any], key: str) -> None:
+    """Carry what a run is called, if the job reports to a tracker that names runs."""
+    if key not in theirs:
+        return
+    if {*(get_key(draft.job, "training.report_to") or ())} - {"tensorboard"}:
+        draft.put(key, "training.tracker.run_name", str(theirs[key]))
+    else:
+        draft.skip(key)
+
+
 def put_split(draft: Draft, theirs: str, ours: str, split: Any) -> None:
     """Carry which rows of a data set are read; the whole split train needs no key."""
     if split in (None, "", "train"):

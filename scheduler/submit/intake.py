@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from loractl.common.adapter_config import VLLM_RANKS
 from loractl.common.channels import unknown_names
 from loractl.common.errors import ServiceUnreachable
 from loractl.common.job.status import Status
@@ -151,7 +152,21 @@ def doubts_of(name: str, submission: Submission, settings: Settings) -> list[str
     for text in spec.data_sets().values():
         if not is_local(text):
             doubts.append(f"Note: {text} is not a file here, so it is read from the hub.")
-    return doubts
+    return [*doubts, *_refused_by_vllm(name, spec)]
+
+
+def _refused_by_vllm(name: str, spec: JobSpec) -> list[str]:
+    """A note about what vLLM will refuse of the adapter, as `adapters pull --vllm` does."""
+    lora, most = spec.lora, VLLM_RANKS[-1]
+    what = [
+        *(["DoRA (lora.use_dora)"] if lora.use_dora else []),
+        *(["lora.modules_to_save"] if lora.modules_to_save else []),
+        *([f"ranks above {most} (lora.r is {lora.r})"] if lora.r > most else []),
+    ]
+    if not what or not spec.kind.writes:
+        return []
+    other = "loractl serves it, and loractl adapters merge writes a whole model"
+    return [f"Note: vLLM will refuse the adapter of {name}: it takes no {' and no '.join(what)}; {other}."]
 
 
 def too_large(name: str, submission: Submission, store: Store | None) -> list[str]:

@@ -50,12 +50,20 @@ def member_specs(path: Path, grid: Grid, *, trials: int | None, seed: int, early
 
 
 def numbered(specs: Sequence[JobSpec]) -> list[JobSpec]:
-    """The members under their own names: the job file's, and a number."""
+    """The members under their own names: the job file's, and a number. A tracker's run gets the same number."""
     suffixes = [f"-{number}" for number in range(1, len(specs) + 1)]
     return [
-        spec.model_copy(update={"name": f"{spec.name[: _NAME_LENGTH - len(suffix)]}{suffix}"})
+        _named_run(spec.model_copy(update={"name": f"{spec.name[: _NAME_LENGTH - len(suffix)]}{suffix}"}), suffix)
         for spec, suffix in zip(specs, suffixes, strict=True)
     ]
+
+
+def _named_run(spec: JobSpec, suffix: str) -> JobSpec:
+    tracker = spec.training.tracker
+    if tracker.run_name is None:
+        return spec
+    named = tracker.model_copy(update={"run_name": f"{tracker.run_name}{suffix}"})
+    return spec.model_copy(update={"training": spec.training.model_copy(update={"tracker": named})})
 
 
 def with_different_data(specs: Sequence[JobSpec]) -> list[JobSpec]:

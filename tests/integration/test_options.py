@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,8 @@ from loractl.worker.base.model import load_base
 from loractl.worker.data.packing import pack
 from loractl.worker.data.token_rows import collate, inputs_of
 from loractl.worker.data.tokens import IGNORED, TokenRow
-from loractl.worker.protocol.messages import Note, Stepped
+from loractl.worker.protocol.messages import Note, Start, Stepped
+from loractl.worker.recipe.arguments import name_project, training_arguments
 
 from .conftest import Recipe
 
@@ -308,6 +311,56 @@ def test_tensorboard_s_files_are_stored_with_the_result(recipe: Recipe, tmp_path
     assert list((tmp_path / "a" / "result" / "tensorboard").glob("events.*"))
 
 
+TRACKED: dict[str, Any] = {
+    "report_to": ["wandb", "trackio"],
+    "tracker": {"project": "tickets", "run_name": "first try"},
+}
+
+
+def test_trackers_are_told_the_job_s_project_and_run(
+    start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "the owner's")
+    plain, tracked = start("a", report_to=["mlflow"]), start("b", **TRACKED)
+    arguments = [training_arguments(one, one.spec, choose_precision("cpu")) for one in (plain, tracked)]
+    assert [(one.run_name, one.project) for one in arguments] == [("tiny-1", "huggingface"), ("first try", "tickets")]
+    name_project(plain.spec)
+    assert os.environ["WANDB_PROJECT"] == "the owner's" and "MLFLOW_EXPERIMENT_NAME" not in os.environ
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "")
+    name_project(tracked.spec)
+    assert os.environ["WANDB_PROJECT"] == os.environ["MLFLOW_EXPERIMENT_NAME"] == "tickets"
+
+
+@pytest.mark.long
+def test_a_run_of_wandb_and_trackio_has_the_job_s_names_and_losses(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both keep their runs in folders here: wandb offline, trackio as it does by default."""
+    pytest.importorskip("wandb")
+    trackio = pytest.importorskip("trackio")
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    _, told = recipe(max_steps=2, evaluation=HARDLY, **TRACKED)
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    store, runs, logged = DataStore(), list[Any](), list[float]()
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record = Record()
+        record.ParseFromString(data)
+        if record.HasField("run"):
+            runs.append(record.run)
+        items = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+        logged += [float(items["train/loss"])] if "train/loss" in items else []
+    assert {(run.project, run.display_name) for run in runs} == {("tickets", "first try")}
+    assert logged == pytest.approx(losses(told), rel=1e-3)
+    (run,) = trackio.Api().runs("tickets")
+    assert run.name == "first try"
+
+
 def test_the_report_measures_what_was_asked_for(recipe: Recipe, tmp_path: Path) -> None:
     asked = {"metrics": ["loss"], "samples": 1, "max_rows": 1, "max_new_tokens": 2, "per_device_eval_batch_size": 1}
     recipe("a", max_steps=1, evaluation=asked, eval_steps=1)
@@ -361,6 +414,7 @@ ELSEWHERE = {
     "evaluation.regression": "tests/integration/test_evaluation.py",
     "evaluation.lm_eval": "tests/integration/test_harness.py",
     "evaluation.lm_eval_limit": "tests/integration/test_harness.py",
+    "evaluation.decide_by": "tests/unit/common/test_verdict.py",
     "training.early_stopping_patience": "tests/integration/test_early_stopping.py",
     "training.load_best_model_at_end": "tests/integration/test_early_stopping.py",
     "training.gradient_checkpointing": "tests/integration/test_training.py",

@@ -27,6 +27,16 @@ def check_trackers(spec: JobSpec) -> None:
         raise TrainingFailed(Reason.BAD_SPEC, f"training.report_to: {what} is not set on this worker")
 
 
+PROJECT_NAMES = ("WANDB_PROJECT", "MLFLOW_EXPERIMENT_NAME")
+"""Variables by which transformers' callbacks learn the project."""
+
+
+def name_project(spec: JobSpec) -> None:
+    """Tell the trackers of this process the job's project; without one, what the worker's owner has set holds."""
+    if project := spec.training.tracker.project:
+        os.environ.update(dict.fromkeys(PROJECT_NAMES, project))
+
+
 SAME_NAME = (
     "learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon",
     "per_device_train_batch_size", "gradient_accumulation_steps", "train_sampling_strategy", "label_smoothing_factor",
@@ -69,7 +79,8 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
         report_to=[*t.report_to],
-        run_name=f"{order.spec.name}-{order.job_id}",
+        run_name=t.tracker.run_name or f"{order.spec.name}-{order.job_id}",
+        **({"project": t.tracker.project} if t.tracker.project else {}),  # trackio's
         disable_tqdm=True,
     )
 

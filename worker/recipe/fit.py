@@ -37,7 +37,7 @@ from loractl.worker.engine.saved_state import read_snapshot
 from loractl.worker.evaluation.stretches import Stretch
 from loractl.worker.protocol.messages import Again
 
-from .arguments import training_arguments
+from .arguments import name_project, training_arguments
 from .best import BestKeeper
 from .checkpoint import Checkpoint
 from .progress import Recorder, Teller
@@ -298,6 +298,7 @@ def _fit_once(
 ) -> str | None:
     """Train to the end. Returns torch's message if the longest batch does not fit; then nothing was trained."""
     if run.spec.training.report_to:
+        name_project(run.spec)
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(
             Path(run.order.output_dir) / "tensorboard"
         )  # stored with the result

@@ -17,6 +17,7 @@ from .test_identity import OTHERWISE
 
 FREE = {
     "name", "labels", "priority", "preemptible", "max_retries", "lora_patience", "training.report_to", "method",
+    "training.tracker.project", "training.tracker.run_name",
     "resources.max_vram", "resources.time_limit", "resources.node_labels",
     "training.gradient_checkpointing", "training.torch_compile",
 }  # fmt: skip
@@ -26,7 +27,8 @@ FREE = {
 VALUES = {
     **OTHERWISE,
     "name": "other", "labels": {"a": "b"}, "priority": 3, "preemptible": True, "max_retries": 5, "lora_patience": 60,
-    "training.report_to": ["wandb"], "resources.max_vram": 2**34, "resources.time_limit": 60,
+    "training.tracker.project": "tickets", "training.tracker.run_name": "first", "training.report_to": ["wandb"],
+    "resources.max_vram": 2**34, "resources.time_limit": 60,
     "resources.node_labels": {"nvlink": "yes"},
 }  # fmt: skip
 
@@ -52,8 +54,11 @@ def allowed(key: str, standing: Standing, *, in_sweep: bool = False) -> bool:
 
 
 def _with(tree: dict, key: str, value: object) -> dict:
-    section, _, last = key.rpartition(".")
-    (tree[section] if section else tree)[last] = value
+    *sections, last = key.split(".")
+    place = tree
+    for section in sections:
+        place = place[section]
+    place[last] = value
     return tree
 
 

@@ -297,6 +297,16 @@ def test_metrics_that_need_answers_are_refused_without_samples(tmp_path: Path) -
     assert spec.evaluation.samples == 0, "without a list of metrics those that can't be measured are left out"
 
 
+def test_a_tracker_s_names_need_a_tracker(tmp_path: Path) -> None:
+    named = "training: {tracker: {project: tickets}, report_to: [%s]}"
+    for without in ("", "tensorboard"):
+        problem = only(write(tmp_path, MINIMAL + named % without))
+        assert (problem.key, problem.line) == ("training.tracker", 4)
+        assert problem.what == "names a run for wandb, mlflow or trackio; add one to training.report_to"
+    spec = load_spec(write(tmp_path, MINIMAL + named % "trackio"))
+    assert (spec.training.tracker.project, spec.training.tracker.run_name) == ("tickets", None)
+
+
 @pytest.mark.parametrize(
     ("metrics", "key", "what"),
     [

@@ -14,7 +14,7 @@ SAYS = {
     "0.3.0": "0f277c9850980f85",
     "0.4.0": "8da1736f550dff5b",
     "0.5.0": "e5b4778d5ca488a0",
-    "0.6.0": "ee86b46fc7800b16",
+    "0.6.0": "766d96263bce812b",
 }
 """Of each version a digest of the job file's keys and of the words that they take."""
 

@@ -65,6 +65,7 @@ evals_per_epoch: 4
 early_stopping_patience: 3
 weight_decay: 0.01
 wandb_project: tickets
+wandb_name: first
 special_tokens: {pad_token: "<|end|>"}
 unheard_of: 7
 "odd\\e[2J\\nkey: 1": 1
@@ -153,7 +154,8 @@ def test_an_axolotl_file_becomes_a_job_and_every_key_is_accounted_for(tmp_path: 
         "odd\x1b[2J\nkey: 1",
     }  # fmt: skip
     assert (training.eval_steps, training.early_stopping_patience) == (1 / 8, 3), "4 times in each of 2 epochs"
-    assert told["otherwise"].keys() == {"wandb_project"} and "WANDB_PROJECT" in told["otherwise"]["wandb_project"]
+    assert told["otherwise"] == {"wandb_project": '"tickets": the worker needs wandb and an account'}
+    assert (training.tracker.project, training.tracker.run_name) == ("tickets", "first")
     accounted(told, AXOLOTL, "resume_from_checkpoint")
 
 
