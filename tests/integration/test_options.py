@@ -414,7 +414,7 @@ ELSEWHERE = {
     "evaluation.regression": "tests/integration/test_evaluation.py",
     "evaluation.lm_eval": "tests/integration/test_harness.py",
     "evaluation.lm_eval_limit": "tests/integration/test_harness.py",
-    "evaluation.decide_by": "tests/unit/common/test_verdict.py",
+    "evaluation.decide_by": "tests/unit/worker/evaluation/test_own_metrics.py",
     "training.early_stopping_patience": "tests/integration/test_early_stopping.py",
     "training.load_best_model_at_end": "tests/integration/test_early_stopping.py",
     "training.gradient_checkpointing": "tests/integration/test_training.py",
