@@ -71,9 +71,8 @@ def test_a_drain_of_either_card_gives_the_job_back_with_a_checkpoint(
     until_job(box, 1, lambda job: job.status is Status.CANCELLED, seconds=60)
 
 
-@pytest.mark.long
 @pytest.mark.cold
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_rank_that_is_killed_ends_the_attempt_and_the_next_goes_on(
     box: Cli, tiny_model: Path, tmp_path: Path, killed: int
 ) -> None:
@@ -106,6 +105,6 @@ def ranks_of(cli: Cli) -> list[psutil.Process]:
             ours = process.environ().get("LORACTL_CARD", "").startswith(cli.environment["LORACTL_HOME"])
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-        if ours and any("training.trainer" in word for word in process.cmdline()) and process.status() != "zombie":
+        if ours and any("recipe.trainer" in word for word in process.cmdline()) and process.status() != "zombie":
             found.append(process)
     return found

@@ -135,7 +135,6 @@ def test_a_lost_box_s_job_goes_on_on_the_cards_of_another(gangs: Gangs, how: sig
     assert not gangs.ranks(job_id, lab.home)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("gangs", "how"),
     [

@@ -50,7 +50,6 @@ def waits_for(lab: Lab, job_id: int, what: str, attempt: int) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.long
 def test_cancel_drain_time_limit_and_sigterm_act_while_s3_passes_nothing_on(
     lab: Lab,
     s3: tuple[Link, dict[str, str]],

@@ -111,7 +111,6 @@ def test_two_ranks_learn_from_pairs_as_one_does(
         assert apart(whole, divided) < 1e-5
 
 
-@pytest.mark.long
 def test_a_gang_that_was_stopped_goes_on_on_one_card_and_on_two(tiny_model: Path, tmp_path: Path) -> None:
     case = Case(tiny_model, tmp_path, **UNEVEN)
     _, whole = case.on(NONE)

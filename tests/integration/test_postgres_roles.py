@@ -140,6 +140,9 @@ def test_the_owner_alone_sets_quotas_and_a_box_counts_what_is_had(person: Store,
             login.usage.set_quota("ada", 1e9, 86400, "ada", soft=True)
         with pytest.raises(Forbidden):
             login.usage.remove_quota("ada")
+        for what in ("card_hours = 1e6", "window_s = 1", "\"user\" = 'eve'"):
+            with pytest.raises(Forbidden), login.engine.begin() as connection:
+                connection.execute(text(f"UPDATE quotas SET {what}"))  # by hand
     engine = make_engine(postgres_url)
     person.jobs.submit(submission(labels={"team": "nlp"}))
     claim = take(box)

@@ -295,6 +295,17 @@ def test_a_loss_is_its_paper_s(name: str) -> None:
     assert torch.allclose(*slopes, rtol=1e-6)
 
 
+def test_each_answer_s_mean_is_over_its_own_tokens() -> None:
+    row = rows_of(1)[0]
+    row = replace(
+        row, labels=[*row.labels[:-3], *[IGNORED] * 3]
+    )  # 8 tokens are learned of the chosen answer, 5 of the other
+    tokens = LearnedTokens.of([row], torch.device("cpu"))
+    logp = -torch.rand(13, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.1
+    found = PairLoss(PreferenceSpec(loss_type="simpo", beta=0.4, simpo_gamma=0.7)).summed(logp, tokens)
+    assert float(found) == pytest.approx(float(-F.logsigmoid(0.4 * (logp[:8].mean() - logp[8:].mean()) - 0.7)))
+
+
 def test_several_losses_are_added_by_their_weights() -> None:
     rows = rows_of(3)
     tokens = LearnedTokens.of(rows, torch.device("cpu"))

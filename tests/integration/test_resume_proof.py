@@ -349,7 +349,6 @@ def test_a_training_goes_on_with_the_optimizer_that_it_began_with_where_the_devi
     )
 
 
-@pytest.mark.long
 def test_a_training_goes_on_in_the_device_s_number_format_with_a_scaler_of_its_own(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,7 +380,6 @@ def test_a_training_goes_on_in_the_device_s_number_format_with_a_scaler_of_its_o
     assert (tmp_path / "2" / "result" / "report.json").exists()
 
 
-@pytest.mark.long
 def test_the_history_says_that_an_earlier_version_computed_losses_of_pairs_differently(
     tiny_model: Path, tmp_path: Path
 ) -> None:

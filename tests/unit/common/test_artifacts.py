@@ -113,6 +113,22 @@ def test_a_result_is_stored_verified_and_read_back(place: Place, result: Path, t
     assert {p.name for p in (tmp_path / "pulled").iterdir()} == set(pulled), "no part of a download is left"
 
 
+def test_a_result_that_the_store_keeps_otherwise_than_it_was_given_is_not_stored(
+    place: Place, result: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that acknowledges a write and keeps another byte."""
+    put = place.store._files.put
+
+    def flip(path: Path, name: str) -> None:
+        put(path, name)
+        if name.endswith("report.json"):
+            place.write(name, b"X" + path.read_bytes()[1:])
+
+    monkeypatch.setattr(place.store._files, "put", flip)
+    with pytest.raises(ArtifactError, match=r"report\.json does not match its manifest"):
+        place.store.put_result(result, PREFIX)
+
+
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
 def test_who_may_read_what_was_pulled_is_said_by_the_umask(
     place: Place, result: Path, tmp_path: Path, umask: int, mode: int
@@ -208,9 +224,10 @@ def test_no_result_is_written_over_another_one(place: Place, result: Path) -> No
     place.store.put_result(result, PREFIX)
     weights = result / "adapter" / "adapter_model.safetensors"
     before = weights.read_bytes()
-    weights.write_bytes(b"another training")
-    with pytest.raises(ResultTaken, match="holds another result, which is kept"):
-        place.store.put_result(result, PREFIX)
+    for another in (b"another training", before[::-1]):
+        weights.write_bytes(another)
+        with pytest.raises(ResultTaken, match="holds another result, which is kept"):
+            place.store.put_result(result, PREFIX)
     pulled = place.store.read_bytes(HERE, "adapter/adapter_model.safetensors")
     assert pulled == before
     place.write(f"{PREFIX}/{MANIFEST}", b"{")

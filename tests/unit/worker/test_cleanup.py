@@ -89,6 +89,15 @@ def test_a_job_that_was_queued_again_meanwhile_keeps_its_files(bench: Bench) -> 
 
 
 @SQLITE_ALONE
+def test_a_job_that_was_queued_again_and_has_not_begun_keeps_its_files(bench: Bench) -> None:
+    first = bench.attempt()
+    ended = bench.end(first, Reason.CANCELLED)
+    bench.place.store.jobs.retry(1, "ada")
+    clean(bench.place, first, ended)
+    assert bench.local() == [f"1/attempt-1/checkpoints/checkpoint-{step}" for step in (10, 15)]
+
+
+@SQLITE_ALONE
 def test_what_a_failed_job_leaves_is_bounded(bench: Bench) -> None:
     first = bench.attempt()
     clean(bench.place, first, bench.end(first, Reason.DRAINED))

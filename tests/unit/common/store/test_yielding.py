@@ -81,6 +81,7 @@ def lab(timed: Store, clock: Clock) -> Lab:
     return lab
 
 
+@pytest.mark.both
 def test_a_long_job_yields_to_a_short_one_and_goes_on_after_it(lab: Lab) -> None:
     short = lab.short()
     assert lab.store.cards.preempt() == (lab.job_id,)
@@ -205,6 +206,7 @@ def test_why_says_who_gives_way_to_whom_before_and_after(lab: Lab) -> None:
     assert "give" not in said(lab.short(left_s=3 * HOURS)).partition("\n\n")[0]
 
 
+@pytest.mark.both
 def test_jobs_of_before_the_upgrade_keep_their_cards_and_go_on(database_url: str) -> None:
     from alembic import command
 
@@ -236,6 +238,7 @@ def test_jobs_of_before_the_upgrade_keep_their_cards_and_go_on(database_url: str
     engine.dispose()
 
 
+@pytest.mark.both
 def test_what_gave_way_goes_on_by_its_method_and_in_its_micro_batches_or_waits(timed: Store, clock: Clock) -> None:
     forms = {4: 40.0, 2: 23.0, 1: 15.0}
     large = {"total": 28 * GIB, "max_jobs": 1}
