@@ -31,9 +31,6 @@ SILENCE_S = 1800.0
 """A trainer hangs if it is silent for this long while it trains or evaluates. It reports at most one step a second."""
 
 
-SILENT = f"the trainer was silent for {SILENCE_S / 60:.0f} min"
-
-
 class Interrupted(Exception):
     """Fetching or storing was abandoned: the lease is lost, or the job is cancelled or drained."""
 
@@ -99,7 +96,7 @@ def must_be_killed(place: Workplace, attempt: SupervisedAttempt) -> bool:
     if attempt.own.lease_lost:
         return True
     if is_silent(attempt):
-        attempt.own.forced = Reason.TRAINER_ERROR, SILENT
+        attempt.own.forced = Reason.TRAINER_ERROR, f"the trainer was silent for {SILENCE_S / 60:.0f} min"
         return True
     if place.drain.wish == "now":
         attempt.own.forced = Reason.DRAINED, "the worker was stopped at once"
