@@ -279,16 +279,15 @@ def room_at(card: Card, size: int, now: dt.datetime) -> Room | None:
     if size > card.capacity or card.max_jobs < 1 or card.stuck:
         return None
     staying = sorted(card.running, key=lambda j: (j.ends is None, j.ends or now, -j.reserved, j.job_id))
-    gone: list[Occupant] = []
-
-    then = card
-    while then.free < size or not then.slots:
-        gone.append(staying.pop(0))
-        then = replace(card, running=tuple(staying))
+    gone, free, slots = list[Occupant](), card.capacity - card.taken, card.max_jobs - len(staying)
+    while max(0, free) < size or slots < 1:
+        one = staying[len(gone)]
+        gone.append(one)
+        free, slots = free + max(one.reserved, one.used), slots + 1
     ends = [job.ends for job in gone]
     at = None if any(end is None for end in ends) else max((end for end in ends if end is not None), default=now)
     return Room(
-        at=at if at is None else max(at, now), after=tuple(gone), spare=then.free - size, spare_slots=then.slots - 1
+        at=at if at is None else max(at, now), after=tuple(gone), spare=max(0, free) - size, spare_slots=slots - 1
     )
 
 

@@ -444,8 +444,8 @@ class PlacementRule:
     `charges`: GiB hours by user at `since`, what runs there included; without them no user has used anything yet.
     `roomy`: what jobs may have beyond their needs, by number. `meter`: the card hours of users with a quota; without it
     nobody has one. `waiting`: what waits from the beginning, without what is `decided` to start then. `by_share`: in
-    the order of before, see `turns_by_share`. `yields`: whether long jobs give way to much shorter ones, and `least_s`
-    after how long, see `first_stop`.
+    the order of before, see `turns_by_share`. `yields`: whether long jobs give way to much shorter ones, `least_s`:
+    after how long, and `may_ask`: to which, see `first_stop`.
     """
 
     def __init__(
@@ -460,7 +460,9 @@ class PlacementRule:
         by_share: bool = False,
         yields: bool = False,
         least_s: float | None = None,
+        may_ask: Callable[[Waiting], bool] = lambda job: True,
     ) -> None:
+        self._may_ask = may_ask
         self._yields = yields
         self._least_s = least_s
         self._look: dt.datetime | None = None
@@ -508,7 +510,9 @@ class PlacementRule:
         if not self._yields or not len(self._waiting):
             return ()
         charges = self.charges(now)
-        found = first_stop(self._waiting, cards, charges, now, by_share=self._by_share, least_s=self._least_s)
+        found = first_stop(
+            self._waiting, cards, charges, now, by_share=self._by_share, least_s=self._least_s, may_ask=self._may_ask
+        )
         self._look = next_look(cards, now, self._least_s)
         return () if found is None else found.going
 

@@ -79,7 +79,16 @@ def read_outlook(store: Store, view: FleetView, wanted: Collection[int], ready: 
             read.update(zip([job.job_id, *(one.job_id for one in some)], some, strict=False))
         return read.get(job.job_id)
 
-    return outlook(view, wanted, after, store.usage.past() if view.allowed else {})
+    past = store.usage.past() if view.allowed else {}
+    return outlook(view, wanted, after, past, _asking(store, view))
+
+
+def _asking(store: Store, view: FleetView) -> Collection[int]:
+    """The waiting jobs to which longer ones may yield: they yield themselves. Read only where something could."""
+    if not view.giving_way.is_on or not any(one.yields for card in view.cards.values() for one in card.running):
+        return ()
+    first = sorted(view.firsts, key=view.turn)[:LISTED_JOBS]
+    return {number for number, row in store.jobs.numbered([job.job_id for job in first]).items() if row.yields}
 
 
 def outlook(
@@ -87,14 +96,15 @@ def outlook(
     wanted: Collection[int],
     after: After,
     past: Mapping[str, PastCardHours] | None = None,
+    asking: Collection[int] = (),
 ) -> Outlook:
     """When jobs start, until all wanted ones have, as far as that depends only on quotas, on running jobs with a known
     end, and on jobs whose length is predicted.
 
     `after`: the next of a job's line. `past`: what users with a quota have had; without it, jobs of a user who is
-    beyond a hard one get no time.
+    beyond a hard one get no time. `asking`: waiting jobs to which longer ones may yield.
     """
-    runs = _replayed(view, after, past or {}, {*wanted})
+    runs = _replayed(view, after, past or {}, {*wanted}, {*asking})
     starts = {job_id: _expected(view, runs, run) for job_id, run in runs.items()}
     return Outlook(starts=starts, stopped=len(runs) >= MOST_STARTS + len(view.placed))
 
@@ -120,7 +130,7 @@ def _expected(view: FleetView, runs: Mapping[int, ReplayedRun], run: ReplayedRun
 
 
 def _replayed(
-    view: FleetView, after: After, past: Mapping[str, PastCardHours], wanted: set[int]
+    view: FleetView, after: After, past: Mapping[str, PastCardHours], wanted: set[int], asking: set[int]
 ) -> Mapping[int, ReplayedRun]:
     """The run of each job that starts in a replay."""
     from loractl.common.placement.preemption import left_s
@@ -140,6 +150,7 @@ def _replayed(
     waiting = Remaining(view.firsts, after, view.placed)
     running = [job for card in cards for job in card.running]
     charges = {**view.charges, **{user: one.charge for user, one in past.items()}}  # the view's have quotas in them
+    back = {one.job_id: again(one) for one in running if one.yields is not None}
     rule = PlacementRule(
         charges,
         view.now,
@@ -150,8 +161,8 @@ def _replayed(
         by_share=view.by_share,
         yields=view.giving_way.is_on,
         least_s=view.giving_way.least_s,
+        may_ask=lambda job: job.job_id in asking or job.job_id in back,
     )
-    back = {one.job_id: again(one) for one in running if one.yields is not None}
     return replay((), cards, view.now, rule, until=enough, lasts=_predicted_s, running=back).runs
 
 

@@ -630,6 +630,9 @@ def test_an_expected_start_counts_on_a_long_job_that_will_give_way() -> None:
     giving_way = GivingWay(jobs={1: Yields(submitted=NOON)})
     cards = {one.node: one for one in giving_way.on(view.cards.values())}
     view = replace(view, cards=cards, giving_way=giving_way)
-    assert outlook(view, [7], lambda job: None).starts[7].at == in_seconds(undisturbed_s(Yields(submitted=NOON)))
+    found = outlook(view, [7], lambda job: None, asking=[7])
+    assert found.starts[7].at == in_seconds(undisturbed_s(Yields(submitted=NOON)))
+    found = outlook(view, [7], lambda job: None)
+    assert found.starts[7].at == in_seconds(10 * 3600), "to one that keeps its own card nobody yields"
     off = replace(view, giving_way=replace(giving_way, is_on=False))
-    assert outlook(off, [7], lambda job: None).starts[7].at == in_seconds(10 * 3600)
+    assert outlook(off, [7], lambda job: None, asking=[7]).starts[7].at == in_seconds(10 * 3600)
