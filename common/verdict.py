@@ -207,22 +207,23 @@ def report_verdict(
     loss = every if new is None or new["cases"] < MIN_NEW else new
     accuracy = named.get("new_rows_preference_accuracy" if loss is new else "preference_accuracy")
     of = _of_rows(loss, metrics, rows) if accuracy is None else _of_pairs(loss, accuracy, named, rows)
-    if new is not None:
+    deciding = next((metric for metric in metrics if metric.get("decides")), None)
+    if new is not None and deciding is None:
         seen = every["cases"] - new["cases"]
         about = f"{seen} of {every['cases']} {rows} rows resemble rows to train on"
         apart = (
             f"the verdict is of the other {new['cases']}" if loss is new else f"the other {new['cases']} are too few"
         )
         doubts = [*doubts, f"{about}; {apart}{'' if loss is new else ' to judge by'}."]
-    deciding = next((metric for metric in metrics if metric.get("decides")), None)
     if deciding is None:
         said, spoken = _said(of, loss, named, metrics, texts=texts)
         spoken |= LOSSES
     else:
-        said, spoken = _decided(deciding), {deciding["name"], *(LOSSES - {"loss"})}
-        of = _by_measure(deciding, of)
+        said, judged, apart_from = _decided(deciding, named.get(f"{NEW_ROWS}{deciding['name']}"))
+        spoken = {deciding["name"], f"{NEW_ROWS}{deciding['name']}", *(LOSSES - {"loss"})}
+        of, doubts = _by_measure(judged, of, str(deciding["label"])), [*doubts, *apart_from]
     if said.reading in GAINS or said.disagrees:
-        if loss is every and given_away * 2 > every["cases"]:
+        if deciding is None and loss is every and given_away * 2 > every["cases"]:
             others = every["cases"] - given_away
             apart = f", and the other {others} are too few" if others else ""
             said = _Said(
@@ -231,7 +232,7 @@ def report_verdict(
             doubts = doubts[: len(doubts) - (new is not None)]
         elif read_off:
             said = _Said("cant_be_judged", read_off)
-        elif cheap := _unbeaten(named, deciding):
+        elif cheap := _unbeaten(named):
             said = _Said("no_better_than_cheap", cheap)
     begin = word(said.reading)
     against = f" than {base}" if said.reading in ("better", "worse") else ""
@@ -305,8 +306,28 @@ def _said(
     return _Said(str(reading)), spoken
 
 
-def _decided(metric: Mapping[str, Any]) -> _Said:
-    """What the measure says that the job has named as the one that decides."""
+NEW_ROWS = "new_rows_"
+"""How the name begins of a measure on rows that resemble no row to train on."""
+
+
+def _decided(every: Mapping[str, Any], new: Mapping[str, Any] | None) -> tuple[_Said, Mapping[str, Any], list[str]]:
+    """What the measure says that the job has named as the one that decides, of which answers it is, and a sentence
+    about those that it is not of. `new`: on rows that resemble none to train on, if others do."""
+    seen = 0 if new is None else every["cases"] - new["cases"]
+    if new is None or not seen:
+        return _of_measure(every), every, []
+    about = f"{seen} of the {every['cases']} answers of {every['label']} are to rows that resemble rows to train on"
+    if new["cases"] >= MIN_NEW:
+        return _of_measure(new), new, [f"{about}; the verdict is of the other {new['cases']}."]
+    said = _of_measure(every)
+    if said.reading in GAINS and 2 * seen > every["cases"]:
+        others = f", and the other {new['cases']} are too few" if new["cases"] else ""
+        return _Said("cant_be_judged", f"{about}{others}"), every, []
+    return said, every, [f"{about}; the other {new['cases']} are too few to judge by."]
+
+
+def _of_measure(metric: Mapping[str, Any]) -> _Said:
+    """What one measure says by itself."""
     reading, cases = metric["reading"], metric["cases"]
     if not cases or reading == "not known":
         return _Said("cant_be_judged", f"{metric['label']} was not measured")
@@ -319,11 +340,11 @@ def _decided(metric: Mapping[str, Any]) -> _Said:
     return _Said(str(reading))
 
 
-def _by_measure(metric: Mapping[str, Any], of: _Subject) -> _Subject:
+def _by_measure(metric: Mapping[str, Any], of: _Subject, name: str) -> _Subject:
     """The subject of a verdict that a measure of the job's own has made."""
     shown = written(metric)
-    share = f"{metric['label']} {shown.base} -> {shown.tuned} %"
-    numbers = share if metric["cases"] else f"{metric['label']} not measured"
+    share = f"{name} {shown.base} -> {shown.tuned} %"
+    numbers = share if metric["cases"] else f"{name} not measured"
     measured = f"{share} of {metric['cases']} answers, {of.measured}" if metric["cases"] else of.measured
     return replace(of, numbers=numbers, measured=measured, answers="")
 
@@ -357,10 +378,8 @@ def _too_few_answers(metrics: Sequence[Mapping[str, Any]]) -> str:
     return f"{cases} answer{'s' * (cases != 1)} {'are' if cases != 1 else 'is'} too few to say"
 
 
-def _unbeaten(named: Mapping[str, Mapping[str, Any]], deciding: Mapping[str, Any] | None) -> str:
+def _unbeaten(named: Mapping[str, Mapping[str, Any]]) -> str:
     """Which cheap answer the tuned model is clearly better than in nothing; empty if it beats all."""
-    if deciding is not None:
-        return ""
     against = [named[name] for name in CHEAP if name in named]
     beaten = any(metric["reading"] in ("better", "too few cases", "not known") for metric in against)
     if not against or beaten:

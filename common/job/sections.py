@@ -34,6 +34,7 @@ from loractl.common.channels import LAB
 from loractl.common.errors import UsageError
 from loractl.common.module_pattern import ModulePattern
 from loractl.common.units import LARGEST, LAST_NUMBER, parse_duration, parse_size
+from loractl.common.verdict import NEW_ROWS
 
 from .method import MOST_CARDS, Checkpointing, Method
 from .names import parse_reference
@@ -523,6 +524,7 @@ MEASURED = frozenset(
         *Metric,
         *("rouge1", "rouge2", "rougeL", "accuracy", "macro_f1", "ends_by_itself", "words_loss", "stop_token_loss"),
         *("new_rows_loss", "regression_loss", "later_answers_loss", "context_gain", "chosen_loss", "answer_tokens"),
+        "expected_tokens",
         *("preference_accuracy", "new_rows_preference_accuracy", "preference_margin", "repetition"),
     }
 )
@@ -531,9 +533,11 @@ MEASURED = frozenset(
 CHEAP_NAME = "cheap_"
 """How names of measures against a cheap answer begin."""
 
+_BEGINNINGS = (CHEAP_NAME, NEW_ROWS)
+
 
 def _own_name(text: str) -> str:
-    if text in MEASURED or text.startswith(CHEAP_NAME):
+    if text in MEASURED or text.startswith(_BEGINNINGS):
         raise ValueError("is the name of a measure that loractl has; take another")
     return text
 

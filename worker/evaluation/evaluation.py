@@ -82,7 +82,7 @@ def evaluate(
     base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept)
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = _labels(work, base, tuned) if work.labelled else None
-    own = own_scores(answers, spec.evaluation)
+    own = own_scores(answers, spec.evaluation, frozenset(data.given_away))
     wanted, stops = spec.evaluation.wanted, data.format is not DataFormat.TEXT
     given_away = np.isin(work.numbers, data.given_away)
     metrics = loss_metrics(base.rows, tuned.rows, wanted, stops=stops, given_away=given_away)
@@ -90,7 +90,7 @@ def evaluate(
     if data.format is not DataFormat.TEXT:
         numbered = {example.number: example for example in data.held_out_examples[: spec.evaluation.max_rows]}
         metrics += cheap_metrics([numbered[one] for one in work.numbers], data.answer_shares, tuned.rows, labels)
-    metrics += [*(scores.compared for scores in own), *answer_metrics(answers, wanted)]
+    metrics += [*(one for scores in own for one in scores.metrics), *answer_metrics(answers, wanted)]
     metrics += length_metrics(answers, learner.tokenizer, spec.evaluation.max_new_tokens)
     metrics += turn_metrics(work.turns, (base.whole, tuned.whole), (base.alone, tuned.alone))
     if work.regression:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loractl.common.job.sections import EvaluationSpec, OwnMetric
+from loractl.common.verdict import NEW_ROWS
 
 from .answers import Answer
 from .comparison import Compared, compare_shares, percent
@@ -22,17 +23,31 @@ class OwnScores:
     decides: bool
     base: list[bool | None]
     tuned: list[bool | None]
+    seen: list[bool]  # answers to rows that resemble a row to train on
     trouble: str = ""  # why nothing was measured
 
     @property
-    def compared(self) -> Compared:
-        """The share of right answers. Answers whose expected one can't be compared with are no cases."""
-        pairs = [(b, t) for b, t in zip(self.base, self.tuned, strict=True) if b is not None and t is not None]
+    def metrics(self) -> list[Compared]:
+        """The share of right answers; where some rows resemble rows to train on, that of the others, too. Answers whose
+        expected one can't be compared with are no cases."""
+        whole = replace(self._compared(self.name, self.name, self.seen, new=False), own=True, decides=self.decides)
+        if not any(self.seen):
+            return [whole]
+        return [
+            whole,
+            self._compared(
+                f"{NEW_ROWS}{self.name}", f"{self.name}, rows like none that is trained on", self.seen, new=True
+            ),
+        ]
+
+    def _compared(self, name: str, label: str, seen: Sequence[bool], *, new: bool) -> Compared:
+        asked = [(b, t) for b, t, s in zip(self.base, self.tuned, seen, strict=True) if not (new and s)]
+        pairs = [(b, t) for b, t in asked if b is not None and t is not None]
         if pairs:
-            found = compare_shares(self.name, self.name, [b for b, _ in pairs], [t for _, t in pairs])
+            found = compare_shares(name, label, [b for b, _ in pairs], [t for _, t in pairs])
         else:
-            found = percent(self.name, self.name).compared(0, *[math.nan] * 4)
-        return replace(found, unmeasured=len(self.base) - len(pairs), own=True, decides=self.decides)
+            found = percent(name, label).compared(0, *[math.nan] * 4)
+        return replace(found, unmeasured=len(asked) - len(pairs))
 
     @property
     def doubt(self) -> str:
@@ -46,12 +61,15 @@ class OwnScores:
         return f"{self.name} leaves out {left} of {every} answers, with nothing to compare with." if left else ""
 
 
-def own_scores(answers: Sequence[Answer], asked: EvaluationSpec) -> list[OwnScores]:
-    """Every measure that the job file defines, on these answers."""
-    return [_scores(metric, answers, decides=metric.name == asked.decide_by) for metric in asked.own]
+def own_scores(
+    answers: Sequence[Answer], asked: EvaluationSpec, given_away: Collection[int] = frozenset()
+) -> list[OwnScores]:
+    """Every measure that the job file defines, on these answers. `given_away`: rows that resemble a row to train on."""
+    seen = [answer.row in given_away for answer in answers]
+    return [_scores(metric, answers, seen, decides=metric.name == asked.decide_by) for metric in asked.own]
 
 
-def _scores(metric: OwnMetric, answers: Sequence[Answer], *, decides: bool) -> OwnScores:
+def _scores(metric: OwnMetric, answers: Sequence[Answer], seen: list[bool], *, decides: bool) -> OwnScores:
     expected, trouble = [answer.expected for answer in answers], ""
     base: list[bool | None] = [None] * len(answers)
     tuned = base
@@ -60,7 +78,7 @@ def _scores(metric: OwnMetric, answers: Sequence[Answer], *, decides: bool) -> O
         tuned = right(metric, [answer.tuned for answer in answers], expected)
     except ValueError as error:
         base, tuned, trouble = [None] * len(answers), [None] * len(answers), str(error)
-    return OwnScores(name=metric.name, decides=decides, base=base, tuned=tuned, trouble=trouble)
+    return OwnScores(name=metric.name, decides=decides, base=base, tuned=tuned, seen=seen, trouble=trouble)
 
 
 def right(metric: OwnMetric, answers: Sequence[str], expected: Sequence[str]) -> list[bool | None]:

@@ -244,7 +244,35 @@ def test_the_measure_that_a_job_names_decides_alone() -> None:
     assert (few.reading, few.why) == ("cant_be_judged", "19 answers are too few to say")
     unknown = {**decided(10, 35, 8, cases=0), "reading": "too few cases", "base": None, "tuned": None}
     assert said(GAIN, unknown).why == "gsm8k was not measured"
-    assert said(GAIN, decided(10, 35, 8), given_away=50).reading == "cant_be_judged"
+
+
+def apart(base: float, tuned: float, spread: float, cases: int) -> dict[str, Any]:
+    new = decided(base, tuned, spread, cases)
+    return {key: value for key, value in new.items() if key not in ("own", "decides")} | {"name": "new_rows_gsm8k"}
+
+
+def test_a_deciding_measure_is_judged_on_answers_to_rows_like_none() -> None:
+    """60 of 100 answers are to rows that were as good as trained on."""
+    leaked, new_loss = decided(10, 60, 8, cases=100), measure("new_rows_loss", 0.69, 0.52, 0.1, cases=40)
+    gone = said(GAIN, new_loss, leaked, apart(10, 11, 8, 40), given_away=60)
+    assert gone.reading == "no_clear_change" and "gsm8k 10.0 -> 11.0 % of 40 answers" in gone.sentence
+    about = "60 of the 100 answers of gsm8k are to rows that resemble rows to train on"
+    assert gone.aside == f"{about}; the verdict is of the other 40."
+    assert said(GAIN, new_loss, leaked, apart(10, 60, 8, 40), given_away=60).reading == "better"
+    few = said(GAIN, new_loss, leaked, apart(10, 60, 8, 20), given_away=60)
+    assert few.reading == "cant_be_judged" and "80 of the 100 answers" in few.why and few.aside == ""
+    none = said(GAIN, leaked, {**apart(10, 60, 8, 0), "base": None, "tuned": None}, given_away=100)
+    assert none.reading == "cant_be_judged" and "too few" not in none.why
+    some = said(GAIN, decided(10, 60, 8, cases=40), apart(10, 60, 8, 25), given_away=15)
+    assert some.reading == "better" and some.aside.endswith("the other 25 are too few to judge by.")
+
+
+def test_a_deciding_measure_must_beat_the_labels_shares_as_the_loss_must() -> None:
+    """95 % of the answers are "yes": a model that always says it is right as often."""
+    cheap = [measure("cheap_loss", 0.20, 0.20, 0.05), {**measure("cheap_accuracy", 95, 95, 2), "unit": "%"}]
+    assert said(GAIN, decided(0, 95, 5), *cheap).reading == "no_better_than_cheap"
+    beaten = {**measure("cheap_loss", 0.35, 0.05, 0.05), "reading": "better"}
+    assert said(GAIN, decided(0, 95, 5), beaten).reading == "better"
 
 
 def test_a_measure_of_the_job_s_own_is_one_of_its_answers() -> None:

@@ -315,6 +315,8 @@ def test_a_tracker_s_names_need_a_tracker(tmp_path: Path) -> None:
         ("[{name: a, compare: same}]", "0.compare", '"same" is not one of exact, number, json, contains'),
         ("[{name: loss}]", "0.name", '"loss" is the name of a measure that loractl has; take another'),
         ("[loss, {name: cheap_trick}]", "1.name", '"cheap_trick" is the name of a measure that loractl has'),
+        ("[{name: new_rows_sum}]", "0.name", '"new_rows_sum" is the name of a measure that loractl has'),
+        ("[{name: expected_tokens}]", "0.name", '"expected_tokens" is the name of a measure that loractl has'),
         ("[{compare: json}]", "0.name", "is missing"),
         ("[{name: a}, {name: a, compare: json}]", "", "defines a twice; give each measure a name of its own"),
     ],

@@ -46,7 +46,7 @@ def problems(count: int) -> tuple[list[Answer], list[bool], list[bool]]:
 def test_the_share_of_right_numbers_and_its_interval_are_those_of_a_count_by_hand() -> None:
     answers, base, tuned = problems(40)
     scores = own_scores(answers, asked(GSM8K, {"name": "whole", "compare": "exact"}, decide_by="gsm8k"))
-    found = [score.compared for score in scores]
+    found = [one for score in scores for one in score.metrics]
     assert [(one.name, one.own, one.decides, one.cases) for one in found] == [
         ("gsm8k", True, True, 40),
         ("whole", True, False, 40),
@@ -66,11 +66,11 @@ def test_answers_with_nothing_to_compare_are_no_cases_and_are_said() -> None:
     answers, *_ = problems(10)
     mute = [answer(20 + n, "He has some.", "#### 1", "#### 1") for n in range(3)]
     (score,) = own_scores([*answers, *mute], asked(GSM8K))
-    assert (score.compared.cases, score.compared.unmeasured) == (10, 3)
+    assert (score.metrics[0].cases, score.metrics[0].unmeasured) == (10, 3)
     assert score.doubt == "gsm8k leaves out 3 of 13 answers, with nothing to compare with."
     assert not own_scores(answers, asked(GSM8K))[0].doubt
     (none,) = own_scores(mute, asked(GSM8K))
-    assert none.compared.cases == 0 and math.isnan(none.compared.base)
+    assert none.metrics[0].cases == 0 and math.isnan(none.metrics[0].base)
     assert none.doubt == "gsm8k was not measured: it finds nothing to compare in any of the 3 expected answers."
     (nobody,) = own_scores([], asked(GSM8K))
     assert "no held-out row asks for" in nobody.doubt
@@ -84,6 +84,17 @@ def test_an_expression_that_takes_too_long_measures_nothing_and_says_so(monkeypa
 
     monkeypatch.setattr(own_metrics, "right", slow)
     (score,) = own_scores(problems(9)[0], asked(GSM8K))
-    assert score.compared.cases == 0
+    assert score.metrics[0].cases == 0
     said = "gsm8k was not measured: it is an expression that takes more than 60 s to read the answers."
     assert score.doubt == said
+
+
+def test_answers_to_rows_that_resemble_rows_to_train_on_are_measured_apart() -> None:
+    answers, base, tuned = problems(40)
+    (score,) = own_scores(answers, asked(GSM8K, decide_by="gsm8k"), frozenset(range(25)))
+    whole, new = score.metrics
+    assert (whole.cases, whole.decides, new.cases, new.own, new.decides) == (40, True, 15, False, False)
+    assert new.name == "new_rows_gsm8k"
+    assert (new.base, new.tuned) == pytest.approx((100 * sum(base[25:]) / 15, 100 * sum(tuned[25:]) / 15))
+    (leaked,) = own_scores(answers, asked(GSM8K), frozenset(range(40)))
+    assert leaked.metrics[1].cases == 0, "the verdict sees that none is left"
