@@ -275,7 +275,12 @@ def the_report(job_id: int, name: str, user: str, base: float, tuned: float) -> 
     }
     evaluation["row_losses"] = [[n, 20, 20 * base, 20 * (tuned + 0.05 * math.sin(n * job_id))] for n in range(60)]
     sentence = f"Better than the base: held-out loss {base:.2f} -> {tuned:.2f}."
-    verdict = {"reading": "better" if reading == "better" else "no_clear_change", "short": "", "sentence": sentence}
+    verdict = {
+        "reading": "better" if reading == "better" else "no_clear_change",
+        "why": "",
+        "short": "",
+        "sentence": sentence,
+    }
     job = {**value["job"], "job_id": job_id, "name": name, "user": user}
     data = {**value["data"], "train_rows": 900, "held_out_rows": 100, "held_out_sha256": "d" * 64}
     data["sha256"] = hashlib.sha256(name.encode()).hexdigest()

@@ -55,6 +55,7 @@ class DeviceState:
     versions: Mapping[str, str]
     draining: bool  # its worker is stopping
     gangs: bool  # its worker serves jobs on several cards
+    keeps_jobs: bool  # its jobs yield to no shorter ones
     fault: str | None  # why nothing can run on it, with the next step
     self_test: Mapping[str, Any] | None  # what it showed before it served; null: it had none
     instance: str | None  # of the box: two boxes may call themselves the same

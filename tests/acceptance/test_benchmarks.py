@@ -19,6 +19,7 @@ SMALLEST = {
     "budget": "roomy",
     "cards": "",
     "claim": "100",
+    "commands": "100 --on sqlite",
     "durations": "",
     "engine": "{model} {rows} fp32 1",
     "fleet": "--nodes 8 --jobs 4 --seconds 10",

@@ -25,6 +25,8 @@ from loractl.common.store.tables import Base, conditioned
 from ....services import free_port
 from ...factories import submission
 
+pytestmark = pytest.mark.both
+
 
 def settings_for(url: str, home: Path) -> Settings:
     return dataclasses.replace(load_settings({"LORACTL_HOME": str(home)}), database_url=url)
@@ -121,8 +123,6 @@ import os, sys
 import alembic.command
 from loractl.common.store.database import make_engine
 from loractl.common.store.schema import upgrade
-
-pytestmark = pytest.mark.both
 
 forked = []
 for _ in range(4):

@@ -28,6 +28,8 @@ from loractl.worker.node.monitor import FLEET_ROUND_S, ROUND_S, SETTLE_S
 
 from ...factories import Clock, node_state, submission, take
 
+pytestmark = pytest.mark.both
+
 FROZEN_SWEEPER = """
 import os, signal
 
@@ -37,8 +39,6 @@ from loractl.worker.attempt.workplace import Drain
 from loractl.worker.device.devices import find_device
 from loractl.worker.node.node import place_of
 from loractl.worker.node.device_row import NodeOptions
-
-pytestmark = pytest.mark.both
 
 end = endings._end_attempt
 

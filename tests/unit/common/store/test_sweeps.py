@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from loractl.common.errors import SweepNotFound, WrongState
+from loractl.common.errors import LoractlError, SweepNotFound, WrongState
 from loractl.common.job.status import Reason, Stage, Status
 from loractl.common.job.sweep import RUNGS, NewSweep
 from loractl.common.store.records import HELD_OUT_LOSS, Beat, Claim, Progress
@@ -63,7 +63,7 @@ def test_a_sweep_s_members_are_jobs_that_name_it(store: Store) -> None:
 
 def test_all_members_are_queued_or_none(store: Store) -> None:
     good, bad = submission(name="a-1"), replace(submission(name="a-2"), data={"path": {"uri": object()}})  # no JSON
-    with pytest.raises(Exception, match="JSON serializable"):
+    with pytest.raises(LoractlError, match="the database refuses the value of data"):
         store.sweeps.submit(NewSweep(name="a", varied={}), [good, bad])
     assert store.jobs.matching() == [] and store.sweeps.several(range(10)) == []
 
