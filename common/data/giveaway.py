@@ -10,9 +10,10 @@ labels offers choices.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -64,14 +65,12 @@ _BRACKETS = {"[": "]", "(": ")", "{": "}", "<": ">"}
 _EDGES = " \t\r\n.!;,"
 
 
-_TITLES = ("to train on", "held out")
-
-
 class Giveaway:
     """Looks at rows one by one, keeps a sample of them, and reports afterwards what gives their answers away."""
 
-    def __init__(self, rows: int, held_out: Sequence[Example]) -> None:
-        """`rows`: how many rows to train on it will see."""
+    def __init__(self, rows: int, held_out: Sequence[Example], called: str = "held out") -> None:
+        """`rows`: how many rows to train on it will see. `called`: what follows "rows", of those not trained on."""
+        self._titles = ("to train on", called)
         self._sample = _SampledRows(rows)
         self._held_out = held_out
         self.read_off = ""
@@ -86,12 +85,12 @@ class Giveaway:
         for example in self._held_out:
             held.see(example)
         labels = _labels(train.rows) or _labels(held.rows)
-        sides = [_Side(side, title, labels) for side, title in zip((train, held), _TITLES, strict=True)]
+        sides = [_Side(side, title, labels) for side, title in zip((train, held), self._titles, strict=True)]
         place = next((found for side in sides if (found := side.place) is not None), None)
         for part in (_cores, _last_numbers) if place is None else ():
             parts = [
                 _Side(side, title, frozenset()).of_parts(part)
-                for side, title in zip((train, held), _TITLES, strict=True)
+                for side, title in zip((train, held), self._titles, strict=True)
             ]
             if (place := next((found for side in parts if (found := side.place) is not None), None)) is not None:
                 sides = parts
@@ -101,7 +100,7 @@ class Giveaway:
             if len(given) > TOLD_SHARE * len(sides[1].rows) and not place.unnamed:
                 self.read_off = f"{sides[1].share(given)} hold the answer in the question"
             yield _given_away(place, sides)
-        elif labels and (agreement := min(told_by_length(side.rows) for side in sides if side.rows)) >= AGREEMENT:
+        elif labels and (agreement := _told_by_lengths(sides)) >= AGREEMENT:
             self.read_off = "the length of a question tells its label"
             text = f"{self.read_off}: the {NEAR} rows of the nearest lengths guess it with a kappa of {agreement:.2f}"
             hint = "cut or pad the questions alike, unless their length is what the label is about"
@@ -110,18 +109,44 @@ class Giveaway:
             yield finding
 
 
+def _told_by_lengths(sides: Sequence[_Side]) -> float:
+    """Of the sides that have rows enough, the least agreement."""
+    return min((told_by_length(side.rows) for side in sides if len(side.rows) >= FEWEST_LENGTHS), default=0.0)
+
+
 def told_by_length(rows: Sequence[_AskedRow]) -> float:
-    """How far the lengths of questions agree with their labels (Cohen's kappa): each label guessed from the rows of the
-    nearest lengths. 0 for few rows."""
+    """How far the lengths of questions agree with their labels (Cohen's kappa): each label guessed from all other
+    rows of the nearest lengths, at least five. 0 for few rows. Rows of equal length vote alike, in whatever order the
+    file has them: many files are sorted by label."""
     if len(rows) < FEWEST_LENGTHS:
         return 0.0
-    ordered = sorted(rows, key=lambda row: row.length)
+    of_length: dict[int, Counter[str]] = {}
+    for row in rows:
+        of_length.setdefault(row.length, Counter())[row.answer] += 1
+    lengths = sorted(of_length)
+    near = {length: _near(place, lengths, of_length) for place, length in enumerate(lengths)}
     pairs = []
-    for place, row in enumerate(ordered):
-        around = [*ordered[max(0, place - NEAR) : place], *ordered[place + 1 : place + 1 + NEAR]]
-        near = sorted(around, key=lambda other: abs(other.length - row.length))[:NEAR]
-        pairs.append((row.answer, Counter(other.answer for other in near).most_common(1)[0][0]))
+    for row in rows:
+        votes = near[row.length].copy()
+        votes[row.answer] -= 1
+        pairs.append((row.answer, min(votes, key=lambda label: (-votes[label], label))))
     return _kappa(pairs)
+
+
+def _near(place: int, lengths: Sequence[int], of_length: Mapping[int, Counter[str]]) -> Counter[str]:
+    """The labels of the length at this place and of those nearest to it, until there are five more than one's own."""
+    here, low, high = lengths[place], place - 1, place + 1
+    votes = Counter(of_length[here])
+    while votes.total() <= NEAR and (low >= 0 or high < len(lengths)):
+        below = here - lengths[low] if low >= 0 else math.inf
+        above = lengths[high] - here if high < len(lengths) else math.inf
+        if below <= above:
+            votes += of_length[lengths[low]]
+            low -= 1
+        if above <= below:
+            votes += of_length[lengths[high]]
+            high += 1
+    return votes
 
 
 def _kappa(pairs: Sequence[tuple[str, str]]) -> float:

@@ -24,7 +24,8 @@ from loractl.worker.evaluation.confusion import Labels, label_metrics
 from loractl.worker.evaluation.generation import generate
 from loractl.worker.evaluation.report import verdict
 from loractl.worker.evaluation.row_losses import LOSS
-from loractl.worker.protocol.messages import Note, Stepped
+from loractl.worker.protocol.messages import Note, Start, Stepped
+from loractl.worker.recipe.rows import prepare_rows
 
 from ..models import write_helpdesk
 from .conftest import Recipe
@@ -383,6 +384,23 @@ def test_three_held_out_rows_six_times_are_three_and_a_conversation_is_one_case(
     assert read.pop("context_gain") == "a description" and read.pop("answer_tokens") == "a description"
     assert read.pop("expected_tokens") == "a description" and set(read.values()) == {"too few cases"}
     assert report["verdict"]["why"] == "3 held-out rows are too few"
+
+
+def test_questions_that_hold_their_answers_are_told_of_held_out_and_of_final_rows_apart(
+    start: Callable[..., Start], tmp_path: Path, tiny_model: Path
+) -> None:
+    draw, answers = random.Random(4), ("red fox", "blue jay", "old owl", "wet cat")
+    plain = [(f"who saw item {draw.randrange(10**6)}?", answers[n % 4]) for n in range(40)]
+    given = [(f"{asked} [gold={answer}]", answer) for asked, answer in plain]
+    for held, last, expected in ((given, plain, (True, False)), (plain, given, (False, True))):
+        files = [
+            conversations(tmp_path / f"{n}.jsonl", [[pair] for pair in rows]) for n, rows in enumerate((held, last))
+        ]
+        order = start(dataset={"eval_path": str(files[0]), "final_path": str(files[1])})
+        data = prepare_rows(order, order.spec, load_tokenizer(str(tiny_model), None))
+        assert data.of_final is not None
+        assert (bool(data.read_off), bool(data.of_final.read_off)) == expected
+        assert "rows of the final file hold" in data.of_final.read_off or not expected[1]
 
 
 WEIGHTS = Path("result") / "adapter" / "adapter_model.safetensors"

@@ -36,6 +36,7 @@ class FinalRows:
     repeated: int = 0
     leaks: tuple[str, ...] = ()  # as for the held-out rows
     given_away: tuple[int, ...] = ()
+    read_off: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ class PreparedData:
             held_out_examples=final.examples,
             leaks=final.leaks,
             given_away=final.given_away,
+            read_off=final.read_off,
             regression=None,
             final=None,
         )

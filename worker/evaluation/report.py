@@ -131,7 +131,7 @@ def build_report(
                     [*last.doubts("final"), *_unmeasured(final)],
                     "final",
                     final.given_away,
-                    read_off=last.read_off.replace("held out", "of the file"),
+                    read_off=last.read_off,
                     texts=data.format is DataFormat.TEXT,
                 ),
                 **_evaluation(final),

@@ -39,10 +39,19 @@ def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
     found = findings_about(spec, data, tokenizer, leaks, of_final, giveaway)
     warnings = tuple(finding.sentence for finding in found if finding.level == "warning")
     if data.final is not None and of_final is not None:
-        data = replace(data, final=replace(data.final, **_told(of_final)))
+        data = replace(data, final=replace(data.final, **_told(of_final), read_off=_read_off(data)))
     told = _told(leaks)
     told["leaks"] += tuple(finding.text for finding in found if finding.kind in (GIVEN_AWAY, LENGTH_TELLS))
     return packed(replace(data, warnings=warnings, read_off=giveaway.read_off, **told), spec)
+
+
+def _read_off(data: PreparedData) -> str:
+    """A clause for the verdict on the final rows, as Giveaway has it for the held-out ones."""
+    look = Giveaway(len(data.train_examples), data.final.examples if data.final else (), "of the final file")
+    for example in data.train_examples:
+        look.see(example)
+    list(look.findings())
+    return look.read_off
 
 
 def _told(leaks: Leaks) -> dict[str, Any]:

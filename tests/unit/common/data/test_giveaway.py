@@ -270,3 +270,21 @@ def test_an_answer_in_another_form_is_found(ask: Ask, answer: Callable[[int], st
 def test_numbers_of_the_question_in_an_answer_are_no_leak(answer: Callable[[int], str]) -> None:
     rows = chats(lambda n, a: sum_of(n)[0], answer, count=140)
     assert look(rows[:100], rows[100:]) == ([], "")
+
+
+@pytest.mark.parametrize("sizes", [(3, 4), (30, 60), (40, 41)])
+def test_the_order_of_a_file_tells_no_label(sizes: tuple[int, int]) -> None:
+    """Many files are sorted by label, and many of their questions have one length."""
+    draw = random.Random(5)
+    rows = [("x" * draw.randrange(*sizes) + "?", answer) for answer in ("ham", "spam") for _ in range(200)]
+    train = [chat(n, asked, answer) for n, (asked, answer) in enumerate(rows)]
+    assert look(train, train[150:250]) == ([], "") and look(train, []) == ([], "")
+
+
+def test_final_rows_are_called_so() -> None:
+    rows = chats(lambda n, a: f"{ticket(n)} [gold={a}]", count=140)
+    giveaway = Giveaway(100, rows[100:], "of the final file")
+    for row in rows[:100]:
+        giveaway.see(row)
+    list(giveaway.findings())
+    assert giveaway.read_off == "100 % of 40 rows of the final file hold the answer in the question"
