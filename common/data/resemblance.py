@@ -5,7 +5,8 @@ Such a row measures memory. Rows are compared as folded words; candidates share 
 In order, rapidfuzz (https://github.com/rapidfuzz/RapidFuzz) measures how far apart they are; without it, as on a light
 client, only rows with the same folded words are found in order. Out of order, the words that two rows share are weighed
 by their rarity (Spärck Jones, 1972): how much of the shorter row the other one contains (Broder, 1997), exactly rather
-than by MinHash, since the candidates are few.
+than by MinHash, since the candidates are few. Such a row must also hold the other one's answer: two questions about one
+passage, or one with its names swapped, share their words, too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from functools import cached_property, lru_cache
 from operator import itemgetter
 
 from .examples import Example
+from .findings import answer_of
 
 FREQUENT = 20
 """A pair of words in more held-out rows says nothing about one of them: it belongs to their form."""
@@ -127,7 +129,7 @@ class Resemblance:
             self._found.setdefault(same, example.number)
         shared = Counter(place for pair in set(itertools.pairwise(words)) for place in self._having(_hashed(pair)))
         for place, hits in shared.most_common(MOST_CANDIDATES):
-            self._keep(place, hits, example.number, words, hashes)
+            self._keep(place, hits, example, words, hashes)
             if (
                 self._scores
                 and hits >= SHARED * self._indexed[place]
@@ -142,14 +144,15 @@ class Resemblance:
             self._rows[word % _BUCKETS] += 1
         return hashes
 
-    def _keep(self, place: int, hits: int, number: int, words: Sequence[str], hashes: array[int]) -> None:
+    def _keep(self, place: int, hits: int, example: Example, words: Sequence[str], hashes: array[int]) -> None:
         near = self._near.setdefault(place, [])
         if len(near) == KEPT:
             least = min(near, key=lambda other: other.hits)
             if least.hits >= hits:
                 return
             near.remove(least)
-        near.append(_Near(hits=hits, number=number, words=hashes, digits=_digits(words)))
+        answer = _answer(example)
+        near.append(_Near(hits=hits, number=example.number, words=hashes, digits=_digits(words), answer=answer))
 
     def _contains(self, place: int, near: Sequence[_Near]) -> int | None:
         """The number of the row that has the held-out row's words, or the other way round; None without one."""
@@ -161,6 +164,8 @@ class Resemblance:
         other = {*row.words}
         theirs = self._weight(other)
         shorter, of_shorter, of_longer = (words, digits, row.digits) if whole <= theirs else (other, row.digits, digits)
+        if not _holds(row.answer, _answer(self._held_out[place])):
+            return None
         if weight < WEIGHT or len(shorter) < FEWEST_WORDS or not {*of_shorter} <= {*of_longer}:
             return None
         share, next_best = weight / min(whole, theirs), shared[-2][0] if len(shared) > 1 else 0.0
@@ -191,6 +196,7 @@ class _Near:
     number: int
     words: array[int]
     digits: array[int]  # those words that have a digit
+    answer: array[int]  # all words of its answer, in order
 
 
 def _hashes(words: Sequence[str]) -> array[int]:
@@ -201,6 +207,18 @@ def _hashes(words: Sequence[str]) -> array[int]:
 @lru_cache(maxsize=1 << 16)
 def _hash_of(word: str) -> int:
     return zlib.crc32(word.encode("utf-8", "surrogatepass"))
+
+
+def _answer(example: Example) -> array[int]:
+    """The words of what a row answers, in order; none of a plain text."""
+    answers = example.turns or example.prompt or example.label is not None
+    return array("I", map(_hash_of, folded_words(answer_of(example)) if answers else ()))
+
+
+def _holds(answer: array[int], other: array[int]) -> bool:
+    """Whether an answer has the other one's words, one after another."""
+    size = len(other)
+    return any(answer[at : at + size] == other for at in range(len(answer) - size + 1))
 
 
 def _digits(words: Sequence[str]) -> array[int]:

@@ -138,7 +138,7 @@ def test_text_around_it_another_order_and_some_other_words_hide_nothing(
     leaks = [chat(1000 + n, changed(row), "x") for n, row in enumerate(PROSE[:40])]
     look = Resemblance([*leaks, *(chat(2000 + n, " ".join(row), "x") for n, row in enumerate(PROSE[300:]))])
     for n, row in enumerate(PROSE[:300]):
-        look.see(chat(n, " ".join(row), "y"))
+        look.see(chat(n, " ".join(row), "It is x."))
     assert all(number == held_out - 1000 for held_out, number in look.found.items()), "no other row is found"
     assert len(look.found) >= least
 
@@ -158,3 +158,44 @@ def test_rows_of_one_form_with_other_numbers_or_words_in_it_do_not_contain_each_
     for n in range(400):
         look.see(chat(n, form(n), "y"))
     assert look.found == {}
+
+
+def passage(number: int, question: str, answer: str) -> Example:
+    return chat(number, f"{' '.join(PROSE[number % 1000])} {question}", answer)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            lambda n: passage(n, "Which of them was the first to leave the house?", word(random.Random(n))),
+            lambda n: passage(n, "Where did all of this take place in the end?", word(random.Random(-n - 1))),
+        ),
+        (
+            lambda n: chat(n, f"{PROSE[n % 1000][0]} {word(random.Random(n))} sold it to {word(random.Random(n + 9))} "
+                           f"in the town of {word(random.Random(n + 5))}. Who bought it?", word(random.Random(n + 9))),
+            lambda n: chat(n, f"{PROSE[n % 1000][0]} {word(random.Random(n + 9))} sold it to {word(random.Random(n))} "
+                           f"in the town of {word(random.Random(n + 5))}. Who bought it?", word(random.Random(n))),
+        ),
+        (
+            lambda n: chat(n, f"Reverse the words: {' '.join(PROSE[n % 1000])}", " ".join(PROSE[n % 1000])[::-1]),
+            lambda n: chat(n, f"Reverse the words: {' '.join(PROSE[n % 1000][::-1])}",
+                           " ".join(PROSE[n % 1000][::-1])[::-1]),
+        ),
+    ],
+    ids=["another question of one passage", "names swapped", "another order that has another answer"],
+)  # fmt: skip
+def test_rows_of_the_same_words_that_have_other_answers_are_other_rows(
+    one: Callable[[int], Example], other: Callable[[int], Example]
+) -> None:
+    look = Resemblance([other(1000 + n) for n in range(60)])
+    for n in range(300):
+        look.see(one(n))
+    assert look.found == {}
+
+
+def test_plain_texts_have_no_answer_to_differ_in() -> None:
+    look = Resemblance([Example(number=1000 + n, text=" ".join([*POLITE, *PROSE[n]])) for n in range(40)])
+    for n in range(300):
+        look.see(Example(number=n, text=" ".join(PROSE[n])))
+    assert len(look.found) == 40
