@@ -152,7 +152,10 @@ class ReportVerdict:
         return BADGES[self.reading]
 
 
-ANSWERS = frozenset({"exact_match", "rouge1", "rouge2", "rougeL", "accuracy", "macro_f1"})
+ROUGES = frozenset({"rouge1", "rouge2", "rougeL"})
+"""Measures of how near answers are. They may gain by the answers' end or length alone."""
+
+ANSWERS = ROUGES | {"exact_match", "accuracy", "macro_f1"}
 """Measures of what the model answers. Where they contradict the loss, neither decides alone."""
 
 LOSSES = frozenset({"loss", "new_rows_loss", "words_loss", "perplexity"})
@@ -245,6 +248,9 @@ def report_verdict(
         if metric["reading"] == "worse" and metric["name"] not in spoken and not metric["name"].startswith("cheap_")
     ]
     asides = [f"Worse on {' and '.join(worse)}."] if worse and loss["cases"] >= MIN_CASES else []
+    if (words := named.get("words_loss")) is not None and said.reading == "better":
+        shown = written(words)
+        asides.append(f"Without the stop token the loss is {shown.base} -> {shown.tuned}, {words['reading']}.")
     if accuracy is None and (lengths := _lengths(named)):
         asides.append(f"{lengths}.")
     short = f"{begin.lower()}{f': {said.why}' if said.why else ''}, {of.numbers}"
@@ -354,6 +360,9 @@ def _by_loss(
 ) -> _Said | None:
     """A clear gain of the loss as one of the loss alone; None if the answers gained as well."""
     reading = "better_by_loss"
+    gained = {metric["name"] for metric in of.judges if metric["reading"] == "better"}
+    if gained - ROUGES:
+        return None  # more answers are right, whatever their length and the stop token did
     if (words := named.get("words_loss")) is not None:
         shown = written(words)
         apart = f"; without the stop token {shown.base} -> {shown.tuned}, {words['reading']}"
@@ -365,7 +374,7 @@ def _by_loss(
         return _Said(reading, _too_few_answers(unsure), f"; {_told(unsure)}")
     if not of.judges:
         return _Said(reading, "no answers were measured")
-    if any(metric["reading"] == "better" for metric in of.judges):
+    if gained:
         return None
     if all(metric["reading"] == "too few cases" for metric in of.judges):
         return _Said(reading, _too_few_answers(of.judges))

@@ -172,3 +172,16 @@ def test_what_became_of_the_answers_lengths_is_said_below() -> None:
     assert same.aside == ""
     longer = [measure("answer_tokens", 40, 41, 2, 16), measure("expected_tokens", 12, 41, 2, 16)]
     assert report_verdict([loss(2.5, 2.2), ROUGE, *longer]).aside == "Answers have 41 tokens; expected are 12."
+
+
+@pytest.mark.parametrize(
+    "told", [[measure("words_loss", 0.80, 0.79, 0.1)], [measure("expected_tokens", 40, 6, 8)]], ids=["end", "length"]
+)
+def test_answers_that_became_right_are_better_whatever_their_end_and_length(told: list[dict[str, Any]]) -> None:
+    gain = [loss(1.20, 0.90), measure("exact_match", 0.0, 88.0, 9), *told]
+    said = report_verdict(gain)
+    assert said.reading == "better" and said.sentence.startswith("Better than the base: held-out loss 1.20 -> 0.90")
+    if told[0]["name"] == "words_loss":
+        assert said.aside == "Without the stop token the loss is 0.80 -> 0.79, no clear change."
+    nearer = report_verdict([loss(1.20, 0.90), ROUGE, *told])
+    assert nearer.reading == "better_by_loss", "ROUGE may gain by that alone"
