@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from loractl.common.store.store import Store
 
 
-_NAME_LENGTH = 63
+_NAME_LENGTH, _RUN_NAME_LENGTH = 63, 100
 
 
 def member_specs(path: Path, grid: Grid, *, trials: int | None, seed: int, early_stop: bool) -> list[JobSpec]:
@@ -53,16 +53,21 @@ def numbered(specs: Sequence[JobSpec]) -> list[JobSpec]:
     """The members under their own names: the job file's, and a number. A tracker's run gets the same number."""
     suffixes = [f"-{number}" for number in range(1, len(specs) + 1)]
     return [
-        _named_run(spec.model_copy(update={"name": f"{spec.name[: _NAME_LENGTH - len(suffix)]}{suffix}"}), suffix)
+        _named_run(spec.model_copy(update={"name": _numbered(spec.name, suffix, _NAME_LENGTH)}), suffix)
         for spec, suffix in zip(specs, suffixes, strict=True)
     ]
+
+
+def _numbered(name: str, suffix: str, longest: int) -> str:
+    """The name with the suffix, cut to what a job file takes."""
+    return f"{name[: longest - len(suffix)]}{suffix}"
 
 
 def _named_run(spec: JobSpec, suffix: str) -> JobSpec:
     tracker = spec.training.tracker
     if tracker.run_name is None:
         return spec
-    named = tracker.model_copy(update={"run_name": f"{tracker.run_name}{suffix}"})
+    named = tracker.model_copy(update={"run_name": _numbered(tracker.run_name, suffix, _RUN_NAME_LENGTH)})
     return spec.model_copy(update={"training": spec.training.model_copy(update={"tracker": named})})
 
 

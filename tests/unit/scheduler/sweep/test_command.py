@@ -10,9 +10,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from loractl.common.errors import LoractlError, SpecError, UsageError, WrongState
+from loractl.common.job.file import load_spec
+from loractl.common.job.spec import JobSpec
 from loractl.scheduler.change.command import cancel
 from loractl.scheduler.compare.command import compare
 from loractl.scheduler.status.command import status
+from loractl.scheduler.sweep.answer import numbered
 from loractl.scheduler.sweep.command import sweep
 
 from ....models import write_helpdesk
@@ -63,6 +66,13 @@ def test_each_member_is_the_job_with_one_point_s_settings(job: Path) -> None:
 def test_a_long_name_makes_room_for_the_number(job: Path) -> None:
     first, _ = members(job, RATES, f"name={'n' * 63}")
     assert first["name"] == "n" * 61 + "-1"
+
+
+def test_a_long_name_of_a_tracker_s_run_makes_room_too(job: Path) -> None:
+    named = ("training.report_to=[wandb]", f"training.tracker.run_name={'r' * 100}")
+    specs = [load_spec(job, named)] * 2
+    members = [JobSpec.model_validate(spec.model_dump()) for spec in numbered(specs)]
+    assert [spec.training.tracker.run_name for spec in members] == [f"{'r' * 98}-{n}" for n in (1, 2)]
 
 
 def test_members_that_may_be_stopped_are_evaluated_at_the_rungs(job: Path) -> None:
