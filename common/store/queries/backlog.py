@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from sqlalchemy import or_, select
 from sqlalchemy import text as sql
 
-from loractl.common.job.method import Method, Need, Ways
+from loractl.common.job.method import Method, Need, Ways, permitted_methods, within
 from loractl.common.job.status import Status
 from loractl.common.placement.cards import TimeLeft
 from loractl.common.placement.gangs import gang_of
@@ -29,6 +29,17 @@ def line_up(job: Job, requires: Mapping[str, str], now: dt.datetime) -> None:
     job.vram_needed = ways.bound(methods, need)
     job.vram_class = vram_class(job.vram_needed)
     job.queue_key = queue_key(job.priority, methods, need, ways, requires, job.user, own if job.attempt else None)
+
+
+def open_methods(job: Job, now: dt.datetime) -> None:
+    """Permit all methods of the job file to a job that gave way, and was to go on from its checkpoint by one alone."""
+    if not job.stops:
+        return
+    wanted, limit = job.spec["method"], (job.spec.get("resources") or {}).get("max_vram")
+    permitted = permitted_methods(Method(wanted) if isinstance(wanted, str) else [Method(one) for one in wanted])
+    need = Need(lora=job.vram_lora, qlora=job.vram_qlora)
+    job.methods = [one.value for one in within(permitted, need, limit) or permitted]
+    line_up(job, node_labels(job), now)
 
 
 def node_labels(job: Job) -> dict[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from sqlalchemy import exists, or_, select, update
 
-from loractl.common.job.adjustment import Adjustment, adjusted
+from loractl.common.job.adjustment import Adjustment, adjusted, without_room
 from loractl.common.job.method import Method
 from loractl.common.job.status import (
     KEEPING,
@@ -31,7 +31,7 @@ from ..guard import become, ended, move
 from ..records import Claim, Progress, StoredResult
 from ..tables import Adapter, Attempt, Job, Node, Use, peak_of
 from ..transaction import SKIP_LOCKED, Transaction
-from .backlog import line_up, node_labels
+from .backlog import line_up, node_labels, open_methods
 from .cards.nodes import note_failure, note_success
 from .cards.shares import read_beside, running_on, silent
 from .changes import forget_wishes, is_asked_to_stop
@@ -118,10 +118,12 @@ def _go_on_alike(tx: Transaction, job: Job, claim: Claim, now: dt.datetime) -> N
         return
     job.methods = [claim.method.value]
     own = tx.session.get(Attempt, (job.job_id, job.attempt))
-    if own is not None and own.device_kind == "nvml" and job.roomy is not None and not claim.shares:
+    adjustment = Adjustment.read(job.adjustment)
+    learned = adjustment != without_room(claim.spec, claim.adjustment)  # out-of-memory has changed the pieces since
+    on_gpu = own is not None and own.device_kind == "nvml" and not claim.shares
+    if on_gpu and job.roomy is not None and not learned:
         pieces = adjusted(claim.spec, claim.adjustment).training
         rows, times = pieces.per_device_train_batch_size, pieces.gradient_accumulation_steps
-        adjustment = Adjustment.read(job.adjustment)
         job.adjustment = replace(adjustment, micro_batch=rows, accumulation=times).as_json()
     line_up(job, node_labels(job), now)
 
@@ -266,6 +268,7 @@ def _end_job(tx: Transaction, job: Job, reason: Reason, message: str, now: dt.da
         message += _kept(job)
     else:
         job.checkpoint = job.begun_bf16 = job.result_host = None  # the files are removed
+        open_methods(job, now)
     job.result_until = None
     forget_wishes(tx, job.job_id)
     tx.tell(job.job_id, job.attempt, job.status.value, message)
@@ -287,6 +290,8 @@ def _kept(job: Job) -> str:
 def _requeue(tx: Transaction, job: Job, card: str, reason: Reason, message: str, now: dt.datetime) -> None:
     """Let the job wait for its next attempt. Hold it when it may be the cause of its workers' loss."""
     become(job, Status.QUEUED)
+    if job.checkpoint is None:
+        open_methods(job, now)
     text = f"attempt {job.attempt} ended ({reason.value}): {message}"
     if OUTCOMES[reason].counts:
         job.retries_used += 1

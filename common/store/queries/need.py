@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import Select, bindparam, func, select, update
 from sqlalchemy import text as sql
 
-from loractl.common.job.method import Method, Need, Roomy, RoomyForm, SharedNeed, Ways, permitted_methods, within
+from loractl.common.job.method import Method, Need, Roomy, RoomyForm, SharedNeed, Ways, within
 from loractl.common.job.status import Status
 from loractl.common.memory.correction import FACTOR_BOUNDS, GROWTH, Measured
 from loractl.common.memory.engine import ENGINE
@@ -26,7 +26,7 @@ from ..records import Claim
 from ..shapes import MOST_BYTES
 from ..tables import ON_SEVERAL_CARDS, WAITS, Attempt, AttemptShare, Job, Node, peak_of
 from ..transaction import SKIP_LOCKED, Transaction
-from .backlog import line_up, node_labels
+from .backlog import line_up, node_labels, open_methods
 from .cards.nodes import read_cards
 from .jobs import read_job, read_measured
 
@@ -218,6 +218,7 @@ def need_more(tx: Transaction, job: Job, card: str, gave: int, message: str, now
     peak = peak_of(attempt)
     if attempt.device_kind == "nvml" and 0 < peak < OUTSIDER_SHARE * gave:
         return True, f"{message}; another program took memory of {card}"
+    open_methods(job, now)
     shares = select(AttemptShare).where(AttemptShare.job_id == job.job_id, AttemptShare.attempt == job.attempt)
     if cards := len(tx.session.scalars(shares).all()):
         return _each_needs_more(tx, job, cards, gave, message, now)
@@ -228,10 +229,6 @@ def need_more(tx: Transaction, job: Job, card: str, gave: int, message: str, now
     needs = {Method.LORA: job.vram_lora, Method.QLORA: job.vram_qlora}
     needs[method] = max(needs[method] or 0, more, int(peak * 1.05))
     job.vram_lora, job.vram_qlora = needs[Method.LORA], needs[Method.QLORA]
-    if job.stops:  # it gave way, and was to go on by its method alone
-        wanted = job.spec["method"]
-        permitted = permitted_methods(Method(wanted) if isinstance(wanted, str) else [Method(one) for one in wanted])
-        job.methods = [one.value for one in permitted]
     limit = min(largest, job.spec.get("resources", {}).get("max_vram") or largest)
     need = Need(lora=job.vram_lora, qlora=job.vram_qlora)
     if not within([Method(name) for name in job.methods], need, limit):

@@ -299,3 +299,35 @@ def test_a_job_that_no_longer_waits_stops_none(lab: Lab) -> None:
     short = lab.short()
     lab.store.jobs.hold(short, "bob", "")
     assert lab.store.cards.preempt() == ()
+
+
+def test_a_job_that_gave_way_keeps_what_out_of_memory_taught_the_attempt(timed: Store, clock: Clock) -> None:
+    timed.cards.see(node_state(BOX, max_jobs=1, total=14 * GIB))
+    forms, rows = {4: 40.0}, {"per_device_train_batch_size": 4}
+    long = timed.jobs.submit(submission(lora=12, method="lora", roomy=forms, training=rows))
+    claim = timed.attempts.claim(BOX)
+    assert isinstance(claim, Claim) and claim.adjustment.micro_batch is None, "it begins with its own rows"
+    kept = StoredCheckpoint(step=9, prefix=f"jobs/{long}/attempt-1/checkpoint-9", manifest_sha256="0" * 64)
+    timed.attempts.keep_checkpoint(claim, kept)
+    learned = Adjustment(micro_batch=2, accumulation=8)
+    timed.attempts.beat(claim, Progress(stage=Stage.TRAINING, eta_seconds=9 * HOURS, adjustment=learned))
+    timed.attempts.finish(claim, Reason.PREEMPTED, "gave way", Progress(step=9))
+    again = timed.attempts.claim(BOX)
+    assert isinstance(again, Claim) and again.job_id == long
+    assert again.adjustment == learned, "with its own rows it would run out of memory again"
+
+
+def test_a_job_that_begins_again_after_it_gave_way_may_take_any_of_its_methods(timed: Store, clock: Clock) -> None:
+    timed.cards.see(node_state(BOX, max_jobs=1, total=24 * GIB))
+    long = timed.jobs.submit(submission(lora=12, qlora=4))
+    claim = timed.attempts.claim(BOX)
+    assert isinstance(claim, Claim) and claim.method is Method.LORA
+    kept = StoredCheckpoint(step=9, prefix=f"jobs/{long}/attempt-1/checkpoint-9", manifest_sha256="0" * 64)
+    timed.attempts.keep_checkpoint(claim, kept)
+    timed.attempts.finish(claim, Reason.PREEMPTED, "gave way", Progress(step=9))
+    assert timed.jobs.get(long).methods == ["lora"]
+    claim = timed.attempts.claim(BOX)
+    assert isinstance(claim, Claim)
+    timed.attempts.finish(claim, Reason.DIVERGED, "diverged", Progress(step=12))
+    timed.jobs.retry(long, "ada")
+    assert timed.jobs.get(long).methods == ["lora", "qlora"], "its checkpoint is gone"
