@@ -165,8 +165,16 @@ ACCURACIES = frozenset({"preference_accuracy", "new_rows_preference_accuracy"})
 LENGTH, EXPECTED_LENGTH = "answer_tokens", "expected_tokens"
 """Lengths of the tuned model's answers, against the base's and against the expected ones."""
 
-CHEAP = ("cheap_loss", "cheap_accuracy")
-"""The tuned model against the labels' shares alone. A gain over the base needs a gain over one of the two."""
+_SHARES = "the labels' shares alone have"
+_FREQUENT, _SHOWN = "the most frequent answer alone has", "the base with training examples in its prompt has"
+
+CHEAP = {
+    _SHARES: ("cheap_loss", "cheap_accuracy"),
+    _FREQUENT: ("cheap_rougeL", "cheap_exact_match"),
+    _SHOWN: ("few_shot_loss", "few_shot_rougeL", "few_shot_exact_match"),
+}
+"""The tuned model against answers that cost no training. A gain over the base needs a gain over each of them in one
+measure; where a measure decides, in that one or over the shares in either."""
 
 MIN_TURNED = 6
 """Minimum net number of pairs whose preference flipped. Fewer all flip the same way by chance more than 5 % of the
@@ -235,7 +243,7 @@ def report_verdict(
             doubts = doubts[: len(doubts) - (new is not None)]
         elif read_off:
             said = _Said("cant_be_judged", read_off)
-        elif cheap := _unbeaten(named):
+        elif cheap := _unbeaten(named, deciding):
             said = _Said("no_better_than_cheap", cheap)
     begin = word(said.reading)
     against = f" than {base}" if said.reading in ("better", "worse") else ""
@@ -245,7 +253,9 @@ def report_verdict(
     worse = [
         metric["label"]
         for metric in metrics
-        if metric["reading"] == "worse" and metric["name"] not in spoken and not metric["name"].startswith("cheap_")
+        if metric["reading"] == "worse"
+        and metric["name"] not in spoken
+        and not metric["name"].startswith(("cheap_", "few_shot_"))
     ]
     asides = [f"Worse on {' and '.join(worse)}."] if worse and loss["cases"] >= MIN_CASES else []
     if (words := named.get("words_loss")) is not None and said.reading == "better":
@@ -387,13 +397,21 @@ def _too_few_answers(metrics: Sequence[Mapping[str, Any]]) -> str:
     return f"{cases} answer{'s' * (cases != 1)} {'are' if cases != 1 else 'is'} too few to say"
 
 
-def _unbeaten(named: Mapping[str, Mapping[str, Any]]) -> str:
+def _unbeaten(named: Mapping[str, Mapping[str, Any]], deciding: Mapping[str, Any] | None) -> str:
     """Which cheap answer the tuned model is clearly better than in nothing; empty if it beats all."""
-    against = [named[name] for name in CHEAP if name in named]
-    beaten = any(metric["reading"] in ("better", "too few cases", "not known") for metric in against)
-    if not against or beaten:
-        return ""
-    return f"the labels' shares alone have a loss of {written(against[0]).base}"
+    cheap: Mapping[str, Sequence[str]] = CHEAP
+    if deciding is not None:
+        own = {_FREQUENT: (f"cheap_{deciding['name']}",), _SHOWN: (f"few_shot_{deciding['name']}",)}
+        cheap = {_SHARES: CHEAP[_SHARES], **own}
+    for whose, names in cheap.items():
+        against = [named[name] for name in names if name in named]
+        judged = [metric for metric in against if metric["reading"] not in ("too few cases", "not known")]
+        if judged and not any(metric["reading"] == "better" for metric in judged):
+            first = judged[0]
+            kind = first["label"].partition(", ")[0]
+            unit = " %" if first["unit"] == "%" else ""
+            return f"{whose} {kind} {written(first).base}{unit}"
+    return ""
 
 
 def _unmeasured(loss: Mapping[str, Any], cases: str) -> str:

@@ -530,10 +530,10 @@ MEASURED = frozenset(
 )
 """Names that a report's own measures have, or that a job file has for them."""
 
-CHEAP_NAME = "cheap_"
+CHEAP_NAMES = ("cheap_", "few_shot_")
 """How names of measures against a cheap answer begin."""
 
-_BEGINNINGS = (CHEAP_NAME, NEW_ROWS)
+_BEGINNINGS = (*CHEAP_NAMES, NEW_ROWS)
 
 
 def _own_name(text: str) -> str:

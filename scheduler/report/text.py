@@ -57,7 +57,7 @@ def report_text(report: dict[str, Any], screen: Screen, answers: int, final: str
         f"Intervals: {thousands(e['bootstrap']['samples'])} paired bootstrap samples, seed {e['bootstrap']['seed']}. "
         f"{data['truncated_rows']} row{'s' * (data['truncated_rows'] != 1)} truncated, {left_out} left out.{as_rows}",
     )
-    about = (*_measured_before(e), *_data_warnings(data))
+    about = (*_measured_before(e), *_cheap(e), *_data_warnings(data))
     lines += ["", *(line for note in (*notes, *about) for line in wrapped(note, "", screen))]
     # what changed comes first: repaired, broken, then the rest
     order = sorted(e["answers"], key=lambda a: (len({*rights(a)}) == 1, not rights(a)[1], a["row"]))
@@ -93,6 +93,11 @@ def _measured_before(evaluation: dict[str, Any]) -> list[str]:
         f"The base's figures are those that job {job} measured on this box on {str(at)[:10]}; checked on {again} rows."
     )
     return [clean_line(told)]
+
+
+def _cheap(evaluation: dict[str, Any]) -> list[str]:
+    """With how many examples the base was asked besides. Empty for older reports."""
+    return [clean_line(evaluation["cheap"])] if evaluation.get("cheap") else []
 
 
 def _data_warnings(data: dict[str, Any]) -> list[str]:

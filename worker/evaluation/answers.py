@@ -52,11 +52,11 @@ class Answer:
 
     @property
     def base_exact(self) -> bool:
-        return _same(self.base, self.expected)
+        return exact(self.base, self.expected)
 
     @property
     def tuned_exact(self) -> bool:
-        return _same(self.tuned, self.expected)
+        return exact(self.tuned, self.expected)
 
 
 def prompts_of(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Prompt]:
@@ -108,8 +108,8 @@ def answer_metrics(answers: Sequence[Answer], wanted: set[Metric]) -> list[Compa
         return []
     metrics = []
     if Metric.EXACT_MATCH in wanted:
-        exact = ([a.base_exact for a in answers], [a.tuned_exact for a in answers])
-        metrics.append(compare_shares("exact_match", "exact match", *exact))
+        both = ([a.base_exact for a in answers], [a.tuned_exact for a in answers])
+        metrics.append(compare_shares("exact_match", "exact match", *both))
     if Metric.ROUGE in wanted:
         expected, weight = [a.expected for a in answers], np.ones(len(answers))
         base, tuned = rouge([a.base for a in answers], expected), rouge([a.tuned for a in answers], expected)
@@ -168,6 +168,6 @@ def _is_of_word(character: str) -> bool:
     return character.isalnum() or unicodedata.category(character).startswith("M")
 
 
-def _same(answer: str, expected: str) -> bool:
+def exact(answer: str, expected: str) -> bool:
     """Exact match: equal after whitespace is folded."""
     return " ".join(answer.split()) == " ".join(expected.split())

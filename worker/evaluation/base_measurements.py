@@ -16,7 +16,7 @@ from loractl.worker.data.tokens import TokenRow
 
 from .row_losses import RowScores, by_example, longest_first
 
-SCORES = ("rows", "rejected", "given", "whole", "alone", "regression")
+SCORES = ("rows", "rejected", "given", "whole", "alone", "regression", "shots")
 
 NEAR_FP32, NEAR_16_BIT = 1e-4, 0.01
 """Nats for each token by which a row's loss may differ on a card, whose sums need not repeat; never run on a card."""
@@ -37,17 +37,28 @@ class MeasuredModel:
     whole: RowScores
     alone: RowScores
     regression: RowScores
+    shots: RowScores  # of the base, with examples in its prompt
     texts: list[tuple[str, bool]]
     labels: list[tuple[str, bool]]
+    shot_texts: list[tuple[str, bool]]
     halved: bool = False  # some of it in smaller batches than requested, since memory ran out; they round differently
 
-    def by_example(self, rows: Sequence[TokenRow], regression: Sequence[TokenRow]) -> MeasuredModel:
+    def by_example(
+        self, rows: Sequence[TokenRow], regression: Sequence[TokenRow], shots: Sequence[TokenRow]
+    ) -> MeasuredModel:
         """The sums of each example's rows."""
-        return replace(self, rows=by_example(self.rows, rows), regression=by_example(self.regression, regression))
+        return replace(
+            self,
+            rows=by_example(self.rows, rows),
+            regression=by_example(self.regression, regression),
+            shots=by_example(self.shots, shots) if len(self.shots.loss) else self.shots,
+        )
 
     def as_json(self) -> bytes:
         scores = {name: {kind: found.tolist() for kind, found in vars(getattr(self, name)).items()} for name in SCORES}
-        return json.dumps({**scores, "texts": self.texts, "labels": self.labels}).encode()
+        return json.dumps(
+            {**scores, "texts": self.texts, "labels": self.labels, "shot_texts": self.shot_texts}
+        ).encode()
 
     @classmethod
     def from_json(cls, content: bytes) -> MeasuredModel:
@@ -55,7 +66,7 @@ class MeasuredModel:
         read: dict[str, Any] = {
             name: RowScores(**{kind: np.array(values, float) for kind, values in told[name].items()}) for name in SCORES
         }
-        read |= {name: [(text, ended) for text, ended in told[name]] for name in ("texts", "labels")}
+        read |= {name: [(text, ended) for text, ended in told[name]] for name in ("texts", "labels", "shot_texts")}
         return cls(**read)
 
 

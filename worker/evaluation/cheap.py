@@ -1,26 +1,50 @@
-"""What the labels' shares of the rows to train on are worth by themselves, without a look at any question.
+"""Answers that cost no training: a base that has never seen the rows is easy to beat, and these beat it as well.
 
-A base that has never seen the labels is easy to beat: a model that always answers with the most frequent label, and
-gives each its share as its probability, beats it as well. So the tuned model is compared with that, too.
+Where answers are labels, one that never looks at a question always gives the most frequent label, with each label's
+share as its probability. Where one answer is frequent, it is always given. And the base has a few training examples in
+its prompt (Brown et al., 2020). The tuned model is compared with each of them.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from loractl.common.data.examples import Example
 from loractl.common.data.findings import answer_of
+from loractl.common.job.sections import DataFormat, EvaluationSpec, Metric
+from loractl.worker.data.tokens import IGNORED, TokenRow, encode
 
-from .comparison import Compared, Measure, compare_shares
+from .answers import ROUGE, Answer, Prompt, exact, prompts_of, rouge
+from .comparison import Compared, Measure, compare_shares, percent
 from .confusion import Labels
+from .own_metrics import own_scores
 from .row_losses import RowScores
 
 CHEAP_LOSS = Measure(name="cheap_loss", label="loss, against labels' shares")
+SHOTS_LOSS = Measure(name="few_shot_loss", label="loss, against the base with examples")
 
 UNSEEN = 1e-3
 """Probability of a label that no row to train on has: as if a thousand rows lacked it."""
+
+FREQUENT = 0.1
+"""From this share of the rows to train on, an answer is compared with as the most frequent one."""
+
+SHOTS = 4
+"""Examples in the base's prompt."""
+
+MOST_ROWS = 24
+"""The most held-out rows that are measured with examples in the prompt: each has about five times its tokens."""
+
+FEWEST_ROWS = 8
+
+LONGEST_CONTEXT = 1 << 20
+"""Tokens, of a model whose context is not known."""
 
 
 def cheap_metrics(
@@ -42,3 +66,180 @@ def cheap_metrics(
             compare_shares("cheap_accuracy", "labels right, against the most frequent", most_frequent, right)
         )
     return metrics
+
+
+def frequent_metrics(
+    answers: Sequence[Answer], train: Sequence[Example], asked: EvaluationSpec, *, labels: bool = False
+) -> list[Compared]:
+    """The tuned model's answers against the most frequent answer of the rows to train on, if one is frequent.
+
+    `labels`: answers are labels, which have other measures than these, but for those of the job's own.
+    """
+    counted = Counter(answer_of(example).strip() for example in train)
+    text, count = counted.most_common(1)[0] if counted else ("", 0)
+    if not answers or count < max(2, FREQUENT * len(train)):
+        return []
+    found = text_metrics("cheap", "the most frequent", [text] * len(answers), answers, asked)
+    return [metric for metric in found if not labels or metric.name in {f"cheap_{own.name}" for own in asked.own}]
+
+
+def text_metrics(
+    kind: str, whose: str, texts: Sequence[str], answers: Sequence[Answer], asked: EvaluationSpec
+) -> list[Compared]:
+    """The tuned model's answers against other texts for the same prompts, by the measures that the job asks for."""
+    expected, tuned, wanted = [a.expected for a in answers], [a.tuned for a in answers], asked.wanted
+    others = [replace(answer, base=text) for answer, text in zip(answers, texts, strict=True)]
+    metrics = [
+        replace(own, name=f"{kind}_{own.name}", label=f"{own.label}, against {whose}", own=False, decides=False)
+        for own in (scores.metrics[0] for scores in own_scores(others, asked))
+        if own.cases
+    ]
+    if Metric.EXACT_MATCH in wanted:
+        both = ([exact(text, e) for text, e in zip(some, expected, strict=True)] for some in (texts, tuned))
+        metrics.append(compare_shares(f"{kind}_exact_match", f"exact match, against {whose}", *both))
+    if Metric.ROUGE in wanted:
+        theirs, ours = rouge(texts, expected)["rougeL"], rouge(tuned, expected)["rougeL"]
+        measure = percent(f"{kind}_rougeL", f"{ROUGE['rougeL']}, against {whose}")
+        metrics.append(measure.compare(theirs, ours, np.ones(len(answers))))
+    return metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shots:
+    """Held-out rows with training examples before their questions, for the base alone."""
+
+    count: int = 0  # examples in each prompt
+    rows: tuple[TokenRow, ...] = ()  # only what their row alone learns is learned
+    prompts: tuple[Prompt, ...] = ()
+    batch: int = 1  # so that a batch has no more tokens than one without examples
+    told: str = ""  # what was measured, and on how many rows; empty if nothing was asked for
+
+    @classmethod
+    def of(
+        cls,
+        train: Sequence[Example],
+        held_out: Sequence[Example],
+        rows: Sequence[TokenRow],
+        prompts: Sequence[Prompt],
+        format: DataFormat,
+        tokenizer: Any,
+        *,
+        longest: int,
+        most: int | None,
+        answer: int,
+        batch: int,
+    ) -> Shots:
+        """`rows`, `prompts`: of the held-out rows, without examples. `longest`: tokens of a planned row. `most`: the
+        model's context, if it is known. `answer`: the most tokens of an answer.
+
+        With as many examples as fit into the context for half of the rows; without any if not even one does.
+        """
+        learned = {number: _learned(some) for number, some in itertools.groupby(rows, key=lambda row: row.number)}
+        chosen, measured = _chosen(train), held_out[:MOST_ROWS]
+        room = min(most or LONGEST_CONTEXT, min(SHOTS + 1, batch) * longest)
+        for count in range(min(SHOTS, len(chosen)), 0, -1):
+            shown = [_shown(example, chosen[:count], format) for example in measured]
+            found = [
+                row
+                for example in shown
+                for row in _rows(example, learned.get(example.number, []), format, tokenizer)
+                if len(row.input_ids) <= room
+            ]
+            kept = {row.number for row in found}
+            if len(kept) < max(FEWEST_ROWS, len(measured) / 2):
+                continue
+            asked = {prompt.row for prompt in prompts} & kept
+            fitting = prompts_of([e for e in shown if e.number in asked], tokenizer, room - answer)
+            most_tokens = max(len(row.input_ids) for row in found)
+            plural = "s" * (count != 1)
+            told = f"The base was also asked with {count} training example{plural} in its prompt, on {len(kept)} rows."
+            return cls(
+                count=count,
+                rows=tuple(found),
+                prompts=tuple(fitting),
+                batch=max(1, batch * longest // max(longest, most_tokens)),
+                told=told,
+            )
+        few = len(measured) < FEWEST_ROWS
+        why = f"fewer than {FEWEST_ROWS} rows are held out" if few else "they do not fit"
+        return cls(told=f"The base was not asked with training examples in its prompt: {why}.")
+
+
+def shots_metrics(
+    shots: Shots,
+    scores: RowScores,
+    texts: Sequence[tuple[str, bool]],
+    numbers: Sequence[int],
+    tuned: RowScores,
+    answers: Sequence[Answer],
+    asked: EvaluationSpec,
+) -> list[Compared]:
+    """The tuned model against the base with examples in its prompt, on the same rows.
+
+    `scores`, `texts`: of the base with examples, by example and by prompt. `numbers`, `tuned`: of all held-out rows.
+    """
+    if not shots.rows:
+        return []
+    place = {number: n for n, number in enumerate(numbers)}
+    here = [place[number] for number in dict.fromkeys(row.number for row in shots.rows)]
+    metrics = [SHOTS_LOSS.compare(scores.loss, tuned.loss[here], tuned.tokens[here])]
+    by_row = {answer.row: answer for answer in answers}
+    same = [by_row[prompt.row] for prompt in shots.prompts]
+    said = [text for text, _ in texts]
+    return metrics + (text_metrics("few_shot", "the base with examples", said, same, asked) if same else [])
+
+
+def _chosen(train: Sequence[Example]) -> list[Example]:
+    """The examples for the prompt: always the same of the same rows, none longer than half of the rows are, with
+    different answers first."""
+    if not train:
+        return []
+    sizes = [len(_text(example)) for example in train]
+    middle = sorted(sizes)[len(sizes) // 2]
+    short = sorted((e for e, size in zip(train, sizes, strict=True) if size <= middle), key=Example.digest)
+    seen = set[str]()
+    first: list[Example] = []
+    others: list[Example] = []
+    for example in short:
+        answer = answer_of(example).strip()
+        (others if answer in seen else first).append(example)
+        seen.add(answer)
+    return [*first, *others][:SHOTS]
+
+
+def _text(example: Example) -> str:
+    return "".join(turn.said for turn in example.turns) or example.text
+
+
+def _shown(example: Example, chosen: Sequence[Example], format: DataFormat) -> Example:
+    """The example with others before its question: as earlier turns, or as text with an empty line between."""
+    if example.turns:
+        system = example.turns[:1] if example.turns[0].role == "system" else ()
+        before = [turn for shot in chosen for turn in shot.turns[: shot.answers[-1] + 1] if turn.role != "system"]
+        return replace(example, turns=(*system, *before, *example.turns[len(system) :]))
+    begin = "".join(f"{shot.text}\n\n" for shot in chosen)
+    return replace(example, prompt=begin + example.prompt, text=begin + example.text)
+
+
+def _learned(rows: Any) -> list[int]:
+    return [label for row in rows for label in row.labels if label != IGNORED]
+
+
+def _rows(example: Example, learned: Sequence[int], format: DataFormat, tokenizer: Any) -> list[TokenRow]:
+    """The rows of an example behind others, in which just the tokens of `learned` are learned; none if its answers have
+    other tokens there, or if a chat template refuses it."""
+    try:
+        rows = encode(example, tokenizer, format)
+    except ValueError:
+        return []
+    left, kept = list(learned), list[TokenRow]()
+    for row in reversed(rows):
+        labels = [IGNORED] * len(row.labels)
+        for place in range(len(labels) - 1, -1, -1):
+            if left and row.labels[place] != IGNORED:
+                labels[place] = row.labels[place]
+                if labels[place] != left.pop():
+                    return []
+        if any(label != IGNORED for label in labels):
+            kept.append(replace(row, labels=labels))
+    return kept[::-1] if not left else []

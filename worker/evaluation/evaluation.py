@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from loractl.worker.data.tokens import TokenRow, unlearned
 
 from .answers import Answer, Prompt, answer_metrics, length_metrics, prompts_of, side_by_side
 from .base_measurements import BaseMeasurements, EarlierMeasurement, MeasuredModel
-from .cheap import cheap_metrics
+from .cheap import Shots, cheap_metrics, frequent_metrics, shots_metrics
 from .comparison import Compared, Measure
 from .confusion import Labels, label_metrics, labels_taught
 from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
@@ -34,7 +34,7 @@ from .generation import end_ids, generate
 from .harness import Benchmarks
 from .own_metrics import OwnScores, own_scores
 from .row_losses import RowScores, loss_metrics, score_rows
-from .stretches import ANSWERS, LABELS, ROWS, Stretch, answered, scored
+from .stretches import ANSWERS, LABELS, ROWS, SHOTS, Stretch, answered, scored
 
 LABEL_SLACK = 2
 """Tokens beyond the longest label: for its end, and to see that an answer continues."""
@@ -61,6 +61,7 @@ class Evaluation:
     against: str = "the base"  # the same in a verdict
     given_away: int = 0  # rows that resemble a row to train on
     benchmarks: Benchmarks | None = None  # of the lm-eval harness, if the job names tasks
+    cheap: str = ""  # a sentence on the base with examples in its prompt
     base_measured: EarlierMeasurement | None = None  # by an earlier job; None: by this one
 
 
@@ -79,6 +80,7 @@ def evaluate(
     """
     began = time.monotonic()
     work = Work.of(data, spec, learner.tokenizer, positions_of(learner.model))
+    work = work.with_shots(data, spec, learner.tokenizer, _context(learner.model))
     base, tuned, earlier = measure_both(learner, work, spec, check_stop, progress, kept)
     answers = side_by_side(work.prompts, base.texts, tuned.texts)
     labels = _labels(work, base, tuned) if work.labelled else None
@@ -91,6 +93,10 @@ def evaluate(
         numbered = {example.number: example for example in data.held_out_examples[: spec.evaluation.max_rows]}
         metrics += cheap_metrics([numbered[one] for one in work.numbers], data.answer_shares, tuned.rows, labels)
     metrics += [*(one for scores in own for one in scores.metrics), *answer_metrics(answers, wanted)]
+    are_labels = data.answer_shares is not None
+    metrics += frequent_metrics(answers, data.train_examples, spec.evaluation, labels=are_labels)
+    shown = base.shots, base.shot_texts
+    metrics += shots_metrics(work.shots, *shown, work.numbers, tuned.rows, answers, spec.evaluation)
     metrics += length_metrics(answers, learner.tokenizer, spec.evaluation.max_new_tokens)
     metrics += turn_metrics(work.turns, (base.whole, tuned.whole), (base.alone, tuned.alone))
     if work.regression:
@@ -112,6 +118,7 @@ def evaluate(
         given_away=int(given_away.sum()),
         turns=by_turn(work.turns, base.whole, tuned.whole),
         base_measured=earlier,
+        cheap=work.shots.told,
     )
 
 
@@ -124,7 +131,10 @@ def measure_both(
     kept: BaseMeasurements | None,
 ) -> tuple[MeasuredModel, MeasuredModel, EarlierMeasurement | None]:
     """Let base and tuned do the work. Returns their results, and who measured the base, if an earlier job did."""
-    tick, batch = counter(2 * work.passes, check_stop, progress), spec.evaluation.per_device_eval_batch_size
+    tick, batch = (
+        counter(2 * work.passes + work.shot_passes, check_stop, progress),
+        spec.evaluation.per_device_eval_batch_size,
+    )
 
     def measure_base() -> MeasuredModel:
         return _measure(learner, work, spec, tick, check_stop, base=True)
@@ -140,9 +150,9 @@ def measure_both(
     else:
         base, earlier = kept.find(_question(learner, work, spec), work.rows, batch, measure_base, score)
     if earlier is not None:
-        tick(work.passes)
+        tick(work.passes + work.shot_passes)
     tuned = _measure(learner, work, spec, tick, check_stop, base=False)
-    base, tuned = (measured.by_example(work.rows, work.regression) for measured in (base, tuned))
+    base, tuned = (measured.by_example(work.rows, work.regression, work.shots.rows) for measured in (base, tuned))
     return base, tuned, earlier
 
 
@@ -174,6 +184,7 @@ class Work:
     regression: list[TokenRow]
     longest_answer: int
     batch: int
+    shots: Shots = field(default_factory=Shots)
 
     @classmethod
     def of(cls, data: PreparedData, spec: JobSpec, tokenizer: Any, positions: int | None = None) -> Work:
@@ -200,6 +211,41 @@ class Work:
             longest_answer=asked.max_new_tokens,
             batch=asked.per_device_eval_batch_size,
         )
+
+    def with_shots(self, data: PreparedData, spec: JobSpec, tokenizer: Any, context: int | None = None) -> Work:
+        """The same, with the base also asked with training examples in its prompt, where rows have questions.
+        `context`: the most tokens that the model was made for, if that is known."""
+        if data.format is DataFormat.TEXT or self.rejected or data.label_names:
+            return self
+        asked, longest = spec.evaluation, spec.dataset.max_length
+        shots = Shots.of(
+            data.train_examples,
+            data.held_out_examples[: asked.max_rows],
+            self.rows,
+            self.prompts,
+            data.format,
+            tokenizer,
+            longest=longest,
+            most=context,
+            answer=asked.max_new_tokens,
+            batch=self.batch,
+        )
+        return replace(self, shots=shots)
+
+    @property
+    def shot_passes(self) -> int:
+        """Rows and prompts with examples, on which the base alone works."""
+        return len(self.shots.rows) + len(self.shots.prompts)
+
+    @property
+    def shot_stretches(self) -> list[Stretch]:
+        """The base's work with examples in its prompt."""
+        rows, prompts = self.shots.rows, [len(prompt.ids) for prompt in self.shots.prompts]
+        found = (
+            scored(ROWS, [[len(row.input_ids) for row in rows]]),
+            answered(SHOTS, prompts, self.longest_answer, self.shots.batch),
+        )
+        return [stretch for stretch in found if stretch.count]
 
     @property
     def numbers(self) -> list[int]:
@@ -249,16 +295,19 @@ def _measure(
 
     run = partial(_in_modes, learner, base=base)
 
-    def score(rows: list[TokenRow]) -> RowScores:
-        return score_rows(model, tokenizer, rows, batch, tick, learner.scorer, halved, run)
+    def score(rows: Sequence[TokenRow], batch: int = batch) -> RowScores:
+        return score_rows(model, tokenizer, list(rows), batch, tick, learner.scorer, halved, run)
 
-    def answer(prompts: list[Prompt], longest: int) -> list[tuple[str, bool]]:
+    def answer(prompts: Sequence[Prompt], longest: int, batch: int = batch) -> list[tuple[str, bool]]:
         ids = [prompt.ids for prompt in prompts]
         return generate(model, tokenizer, ids, batch, longest, tick, check_stop, halved, run)
 
     rows, rejected, given, whole, alone, regression = map(score, work.scored_apart)
     texts, labels = answer(work.prompts, work.longest_answer), answer(work.labelled, work.label_tokens)
+    shots = work.shots if base else Shots()
     return MeasuredModel(
+        shots=score(shots.rows, shots.batch),
+        shot_texts=answer(shots.prompts, work.longest_answer, shots.batch),
         rows=rows,
         rejected=rejected,
         given=given,
@@ -275,17 +324,22 @@ def _in_modes(learner: Learner, piece: Callable[[], None], *, base: bool) -> Non
     in_own_thread(partial(measuring, learner, piece, base=base))
 
 
+def _context(model: Any) -> int | None:
+    """The tokens that a model was made for."""
+    return positions_of(model) or getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def _question(learner: Learner, work: Work, spec: JobSpec) -> str:
     """A hash of all that decides the result of `_measure` for the base."""
     ends = sorted(end_ids(learner.model, learner.tokenizer))
     how = (type(learner.scorer).__name__, repr(learner.precision), spec.evaluation.per_device_eval_batch_size, ends)
-    facts = [how, learner.tokenizer.pad_token_id, work.longest_answer, work.label_tokens]
+    facts = [how, learner.tokenizer.pad_token_id, work.longest_answer, work.label_tokens, work.shots.batch]
     found = hashlib.sha256(json.dumps(facts).encode())
-    for rows in work.scored_apart:
+    for rows in (*work.scored_apart, work.shots.rows):
         found.update(f"{len(rows)} rows\n".encode())
         for row in rows:
             found.update(json.dumps([row.number, *row.input_ids, None, *row.labels]).encode())
-    for prompts in (work.prompts, work.labelled):
+    for prompts in (work.prompts, work.labelled, work.shots.prompts):
         found.update(f"{len(prompts)} prompts\n".encode())
         for prompt in prompts:
             found.update(json.dumps(prompt.ids).encode())

@@ -299,6 +299,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
         "labels": None
         if labels is None
         else {"names": labels.names, "base": labels.confusion(labels.base), "tuned": labels.confusion(labels.tuned)},
+        "cheap": evaluation.cheap,
         "turns": [vars(turn) for turn in evaluation.turns],
         "lm_eval": _benchmarks(evaluation.benchmarks),
     }

@@ -13,8 +13,8 @@ ADAPTED = 1.2
 ENDING_S = 1.2
 """Seconds for the intervals after the last answer: 10,000 draws for each measure, on one core."""
 
-ROWS, ANSWERS, LABELS = "rows", "answers", "labels"
-"""Kinds of work: scored rows, generated answers and labels."""
+ROWS, ANSWERS, LABELS, SHOTS = "rows", "answers", "labels", "shots"
+"""Kinds of work: scored rows, generated answers and labels, and answers of the base with examples in its prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,8 +119,8 @@ class TrainedAnswers(TrainedKind):
         return min(spec.evaluation.samples, len(data.held_out_examples))
 
     def stretches(self, spec: JobSpec, data: PreparedData, tokenizer: Any) -> list[Stretch]:
-        work = Work.of(data, spec, tokenizer).stretches
-        return [*work, *(part.adapted for part in work)]
+        work = Work.of(data, spec, tokenizer).with_shots(data, spec, tokenizer)
+        return [*work.stretches, *work.shot_stretches, *(part.adapted for part in work.stretches)]
 
     def score(self, learner: Learner, rows: list[TokenRow]) -> None:
         score_rows(learner.model, learner.tokenizer, rows, len(rows), scorer=learner.scorer, run=lambda piece: piece())

@@ -12,7 +12,7 @@ import pytest
 import loractl.worker.evaluation as room
 from loractl.common import answer_score
 from loractl.common.answer_score import AnswerScore
-from loractl.common.job.sections import CHEAP_NAME, MEASURED
+from loractl.common.job.sections import CHEAP_NAMES, MEASURED
 
 GSM8K = r"#### ?(-?[\d.,]+)"
 
@@ -144,4 +144,4 @@ def test_no_job_file_can_take_the_name_of_a_measure_that_reports_have() -> None:
                 first = [*call.args[:1], *(word.value for word in call.keywords if word.arg == "name")]
                 found |= {one.value for one in first if isinstance(one, ast.Constant)}
     assert len(found) > 12
-    assert {str(name) for name in found if not str(name).startswith(CHEAP_NAME)} <= MEASURED
+    assert {str(name) for name in found if not str(name).startswith(CHEAP_NAMES)} <= MEASURED

@@ -19,7 +19,14 @@ def measure(name: str, base: float, tuned: float, spread: float, cases: int = 59
         base=base, change=change, low=change - spread, high=change + spread, cases=cases, unit=unit,
         higher_is_better=higher,
     )  # fmt: skip
-    known = {"name": name, "label": name.replace("_", " "), "unit": unit, "cases": cases, "base": base, "tuned": tuned}
+    known = {
+        "name": name,
+        "label": "loss" if name in ("cheap_loss", "few_shot_loss") else name.replace("_", " "),
+        "unit": unit,
+        "cases": cases,
+        "base": base,
+        "tuned": tuned,
+    }
     return {**known, "change": change, "low": judged.low, "high": judged.high, "reading": judged.reading}
 
 
@@ -179,11 +186,9 @@ def test_a_gain_that_the_labels_shares_alone_reach_is_none() -> None:
     found = said(gain, {**guessed, "reading": "better"}, CHEAP_LOSS, measure("cheap_accuracy", 57.5, 40.0, 20.0))
     assert (found.reading, found.badge) == ("no_better_than_cheap", "– No better than a cheap answer")
     assert found.sentence == (
-        "No better than a cheap answer: the labels' shares alone have a loss of 0.35; held-out loss 7.96 -> 0.53."
+        "No better than a cheap answer: the labels' shares alone have loss 0.35; held-out loss 7.96 -> 0.53."
     )
-    assert found.short == (
-        "no better than a cheap answer: the labels' shares alone have a loss of 0.35, loss 7.96 -> 0.53"
-    )
+    assert found.short == ("no better than a cheap answer: the labels' shares alone have loss 0.35, loss 7.96 -> 0.53")
     assert "against" not in found.aside
 
 

@@ -9,7 +9,17 @@ import pytest
 
 from loractl.common.verdict import BADGES, MeasuredChange, report_verdict, word
 
-SHARES = {"exact_match", "rougeL", "accuracy", "macro_f1", "cheap_accuracy", "preference_accuracy"}
+SHARES = {
+    "exact_match",
+    "rougeL",
+    "accuracy",
+    "macro_f1",
+    "cheap_accuracy",
+    "preference_accuracy",
+    "few_shot_rougeL",
+    "cheap_rougeL",
+}
+LABEL_OF = {"cheap_loss": "loss, against labels' shares", "few_shot_loss": "loss, against the base with examples"}
 LENGTHS = {"answer_tokens", "expected_tokens"}
 
 
@@ -22,8 +32,9 @@ def measure(name: str, base: float, tuned: float, spread: float, cases: int = 40
         base=base, change=tuned - base, cases=cases, unit=unit, higher_is_better=higher, **ends
     )  # fmt: skip
     return {
-        "name": name, "label": name.replace("_", " "), "unit": unit, "cases": cases, "base": base, "tuned": tuned,
-        "change": tuned - base, **ends, "reading": judged.reading,
+        "name": name, "label": LABEL_OF.get(name, name.replace("_", " ")), "unit": unit,
+        "cases": cases, "base": base, "tuned": tuned, "change": tuned - base, **ends,
+        "reading": judged.reading,
     }  # fmt: skip
 
 
@@ -46,7 +57,7 @@ ROUGE, EXACT = measure("rougeL", 22.4, 65.2, 18, 16), measure("exact_match", 0.0
 LABELS = measure("accuracy", 0.0, 95.0, 6)
 SCENES = [
     Scene(
-        name="random yes and no", reading="no_better_than_cheap", why="the labels' shares alone have a loss of 0.35",
+        name="random yes and no", reading="no_better_than_cheap", why="the labels' shares alone have loss 0.35",
         metrics=[
             loss(7.96, 0.53), measure("accuracy", 0.0, 40.0, 15), measure("cheap_loss", 0.35, 0.53, 0.1),
             measure("cheap_accuracy", 57.5, 40.0, 20),
@@ -54,10 +65,23 @@ SCENES = [
     ),
     Scene(
         name="19 of 20 say yes, and it always does", reading="no_better_than_cheap",
-        why="the labels' shares alone have a loss of 0.20",
+        why="the labels' shares alone have loss 0.20",
         metrics=[
             loss(7.96, 0.20), LABELS, measure("cheap_loss", 0.20, 0.20, 0.02), measure("cheap_accuracy", 95, 95, 0.0),
         ],
+    ),
+    Scene(
+        name="four examples in the base's prompt do as much", reading="no_better_than_cheap",
+        why="the base with training examples in its prompt has loss 0.91",
+        metrics=[
+            loss(4.49, 0.90), ROUGE, measure("few_shot_loss", 0.91, 0.90, 0.05, 24),
+            measure("few_shot_rougeL", 63.0, 65.2, 9, 12),
+        ],
+    ),
+    Scene(
+        name="the most frequent answer does as much", reading="no_better_than_cheap",
+        why="the most frequent answer alone has cheap rougeL 61.0 %",
+        metrics=[loss(4.49, 0.90), ROUGE, measure("cheap_rougeL", 61.0, 63.0, 9, 16)],
     ),
     Scene(
         name="38 of 40 rows resemble rows to train on", reading="cant_be_judged",
@@ -123,7 +147,9 @@ SCENES = [
         why="the loss is not a number for 1 of 40 held-out rows",
         metrics=[{**loss(3.5, float("nan")), "reading": "not known", "unmeasured": 1}],
     ),
-    Scene(name="honest: a help desk", reading="better", metrics=[loss(4.49, 0.25, 48), EXACT, ROUGE]),
+    Scene(name="honest: a help desk", reading="better",
+        metrics=[loss(4.49, 0.25, 48), EXACT, ROUGE, measure("few_shot_loss", 1.1, 0.25, 0.2, 24)],
+    ),
     Scene(
         name="honest: labels that are learned", reading="better",
         metrics=[
@@ -185,3 +211,21 @@ def test_answers_that_became_right_are_better_whatever_their_end_and_length(told
         assert said.aside == "Without the stop token the loss is 0.80 -> 0.79, no clear change."
     nearer = report_verdict([loss(1.20, 0.90), ROUGE, *told])
     assert nearer.reading == "better_by_loss", "ROUGE may gain by that alone"
+
+
+def deciding(base: float, tuned: float, spread: float, cases: int = 100) -> dict[str, Any]:
+    own = measure("exact_match", base, tuned, spread, cases)
+    return {**own, "name": "yesno", "label": "yesno", "own": True, "decides": True}
+
+
+def test_a_deciding_measure_is_compared_with_its_own_cheap_answers() -> None:
+    frequent = {**measure("cheap_accuracy", 95, 95, 0.0, 100), "name": "cheap_yesno", "label": "yesno, against"}
+    beaten = {**frequent, "base": 40.0, "change": 55.0, "low": 45.0, "high": 65.0, "reading": "better"}
+    shown = {**frequent, "name": "few_shot_yesno"}
+    gain = [loss(7.9, 0.2, 100), deciding(0, 95, 6)]
+    assert report_verdict(gain).reading == report_verdict([*gain, beaten]).reading == "better"
+    said = report_verdict([*gain, frequent])
+    assert (said.reading, said.why) == ("no_better_than_cheap", "the most frequent answer alone has yesno 95.0 %")
+    assert report_verdict([*gain, beaten, shown]).why == (
+        "the base with training examples in its prompt has yesno 95.0 %"
+    )  # fmt: skip
