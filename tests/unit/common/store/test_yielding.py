@@ -318,14 +318,19 @@ def test_a_job_that_gave_way_keeps_what_out_of_memory_taught_the_attempt(timed: 
 
 
 def test_a_job_that_begins_again_after_it_gave_way_may_take_any_of_its_methods(timed: Store, clock: Clock) -> None:
-    timed.cards.see(node_state(BOX, max_jobs=1, total=24 * GIB))
-    long = timed.jobs.submit(submission(lora=12, qlora=4))
-    claim = timed.attempts.claim(BOX)
-    assert isinstance(claim, Claim) and claim.method is Method.LORA
+    lab = Lab(timed, clock, lora=12, qlora=4, method="auto")
+    long, claim = lab.job_id, lab.claim
+    assert claim.method is Method.LORA
+    lab.beat()
+    clock.forward(UNDISTURBED_S)
+    lab.beat()
+    short = lab.short()
+    assert timed.cards.preempt() == (long,)
     kept = StoredCheckpoint(step=9, prefix=f"jobs/{long}/attempt-1/checkpoint-9", manifest_sha256="0" * 64)
     timed.attempts.keep_checkpoint(claim, kept)
     timed.attempts.finish(claim, Reason.PREEMPTED, "gave way", Progress(step=9))
     assert timed.jobs.get(long).methods == ["lora"]
+    timed.jobs.cancel(short, "bob")
     claim = timed.attempts.claim(BOX)
     assert isinstance(claim, Claim)
     timed.attempts.finish(claim, Reason.DIVERGED, "diverged", Progress(step=12))
