@@ -62,12 +62,13 @@ GRANT EXECUTE ON FUNCTION loractl_login(), loractl_change(bigint, text, jsonb, j
   loractl_tag(text, text, bigint, bigint, text), loractl_look(bigint, text, text, timestamptz)
   TO loractl_submit, loractl_worker;
 
--- worker, gc, adapters bind, drain and undrain: everything of a job's row but what was asked, and by whom
+-- worker, gc, adapters bind, drain and undrain: everything of a job's row but what was asked, and by whom. A job that
+-- gives way keeps to one of its methods; a claim takes none that its job file doesn't permit.
 GRANT UPDATE (status, reason, message, stage, preempted_by, stops, held, not_before, retries_used, ended_at,
     awaits, ancestor,
     token, lease_expires_at, step, total_steps, loss, tokens_per_second, eta_seconds, eta_spread_seconds, evaluated,
     to_evaluate, attempt,
-    node, gpu, method, started_at, vram_reserved, vram_lora, vram_qlora, vram_needed, vram_class, planned, need_key,
+    node, gpu, method, methods, started_at, vram_reserved, vram_lora, vram_qlora, vram_needed, vram_class, planned, need_key,
     family, engine, queue_key, lora_until, checkpoint, adjustment, adapter_uri, report_uri, result_host, result_until,
     manifest_sha256, lab_failures, lab_step, avoids, gangs, roomy, checkpoint_s, begun_bf16, forecasts, work_left_s)
     ON jobs TO loractl_worker;

@@ -709,6 +709,16 @@ def test_a_box_writes_and_sends_messages_and_a_person_writes_none(person: Store,
     assert box.outbox.settle(message, Delivery(sent=True))
 
 
+def test_a_worker_s_job_gives_way_and_goes_on_by_its_method(person: Store, box: Store) -> None:
+    number = person.jobs.submit(submission())
+    assert len(person.jobs.get(number).methods) == 2
+    claim = take(box)
+    assert isinstance(claim, Claim)
+    assert box.attempts.keep_checkpoint(claim, StoredCheckpoint(step=1, prefix=f"jobs/{number}/checkpoints/1-1"))
+    assert box.attempts.finish(claim, Reason.PREEMPTED, "gave way", Progress(step=1)) is Status.QUEUED
+    assert person.jobs.get(number).methods == [claim.method.value]
+
+
 def test_a_worker_cannot_submit_or_change_what_was_asked(person: Store, box: Store, lab: Logins) -> None:
     person.jobs.submit(submission())
     with pytest.raises(Forbidden, match=r"does not let heron_\w+ do that"):

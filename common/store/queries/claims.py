@@ -161,6 +161,10 @@ def _take(
         set_aside(tx, job, asked, now)
         tell_of_job(tx, job)
         return _Obstacle.ODD
+    if placed.method not in permitted_methods(asked.spec.method):  # others may write a row's methods, nobody its spec
+        set_aside(tx, job, f"the method {placed.method.value} of its row, which its job file does not permit", now)
+        tell_of_job(tx, job)
+        return _Obstacle.ODD
     if node.kind == "nvml" and not placed.beside and raise_least(tx, job, placed.method, placed.reserved):
         return _Obstacle.ODD
     placed = _in_its_room(tx, placed, job, asked, queue, cards, node)

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from loractl.common.job.status import Reason, Status, retry_delay_s
 from loractl.common.store.database import make_engine
+from loractl.common.store.queries.backlog import line_up
 from loractl.common.store.records import Choice, Claim, Left, Page
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
@@ -58,6 +59,19 @@ def test_a_spec_that_no_version_wrote_fails_its_own_job_when_a_claim_meets_it(up
         assert row.message is not None and row.message.startswith("this worker's loractl does not understand")
         assert store.jobs.events(job_id)[-1].text == row.message
     show_all(store, odd)
+
+
+def test_no_claim_takes_a_method_that_the_job_file_does_not_permit(upgraded_url: str) -> None:
+    store = Store(make_engine(upgraded_url))
+    odd = store.jobs.submit(submission(method="lora"))
+    with Session(store.engine) as session, session.begin():
+        job = session.get_one(Job, odd)
+        job.methods = ["qlora"]
+        line_up(job, {}, job.submitted_at)
+    assert isinstance(take(store), Left)
+    row = store.jobs.get(odd)
+    assert (row.status, row.reason) == (Status.FAILED, Reason.BAD_SPEC)
+    assert row.message is not None and "the method qlora of its row, which its job file does not permit" in row.message
 
 
 def test_a_row_of_a_newer_version_waits_for_a_newer_worker_and_says_so_once(upgraded_url: str) -> None:
