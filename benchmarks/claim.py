@@ -9,7 +9,7 @@ server are most of its time.
 
 20 users, 3 priorities. lab: each user has jobs of 10 needs. different: no two needs alike. nothing fits: the same, and
 the free card is too small for all that wait, young jobs; stuck: the same after an hour's waiting, a card kept for the
-first. --at-once: besides, so many idle cards claim at the same moment, each in a thread of this process.
+first. --at-once: besides, this many idle cards claim at the same moment, each in a thread of this process.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     .venv/bin/python -m benchmarks.commands [waiting ...] [--on sqlite]
 
 What `loractl status` and `loractl why` of the first and of a job in the middle ask and draw, the rows of a submit, and
-the pages of the lab and of a waiting job, each again and again in this process: without the start of Python, of which
-every command has a share. 20 people's jobs as in benchmarks.claim; all cards but one are full. Prints the median in
+the pages of the lab and of a waiting job, each again and again in this process: without the start of Python, which
+every command pays for. 20 people's jobs as in benchmarks.claim; all cards but one are full. Prints the median in
 ms, and of it this process's CPU time, which has SQLite's part in it.
 """
 

@@ -10,7 +10,7 @@ is given to one of 20 users by Zipf if the trace has fewer. Bound: the larger of
 under shortest remaining first on one machine as fast as all cards together. Predictions are what is known of a job that
 waits; what runs is measured by its trainer. Lost: the part of the jobs' own time that their stops add.
 
---lab: the jobs that have ended well in so many days in this lab (LORACTL_DATABASE_URL, or the home's database), on the
+--lab: the jobs that have ended well in this many days (LORACTL_DATABASE_URL, or the home's database), on the
 cards that it has now, as they were predicted then. So an owner sees what each order would have done.
 """
 
@@ -130,7 +130,7 @@ HEADER = "load order                     mean     median        p99    longest  
 
 
 def print_lab(store: Store, days: float) -> None:
-    """Replay the lab's own jobs of so many days under each order."""
+    """Replay the lab's own jobs of the last days under each order."""
     now = store.now()
     jobs, cards = lab_jobs(store, now - dt.timedelta(days=days), now), lab_cards(store)
     held = [job for job in jobs if (job.waiting.least or 0) <= largest_gpu(cards)]

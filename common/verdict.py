@@ -327,8 +327,8 @@ NEW_ROWS = "new_rows_"
 
 
 def _decided(every: Mapping[str, Any], new: Mapping[str, Any] | None) -> tuple[_Said, Mapping[str, Any], list[str]]:
-    """What the measure says that the job has named as the one that decides, of which answers it is, and a sentence
-    about those that it is not of. `new`: on rows that resemble none to train on, if others do."""
+    """What the measure that the job has named says, the answers that it is about, and a sentence about the others.
+    `new`: on rows that resemble none to train on, if others do."""
     seen = 0 if new is None else every["cases"] - new["cases"]
     if new is None or not seen:
         return _of_measure(every), every, []

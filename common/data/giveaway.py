@@ -209,7 +209,7 @@ class _Side:
         self._about = f"{len(self.rows)}{'' if sample.whole else f' of {sample.count}'} rows {title}"
 
     def of_parts(self, part: Callable[[Sequence[_AskedRow]], Sequence[str]]) -> _Side:
-        """The same rows with a part of each answer in its place; without rows if hardly any has another part."""
+        """These rows with a part of each answer in its place; without rows if hardly any has another part."""
         parts = part(self.rows)
         rows = [replace(row, answer=found) for row, found in zip(self.rows, parts, strict=True) if found]
         other = sum(bool(found) and found != row.answer for row, found in zip(self.rows, parts, strict=True))

@@ -168,7 +168,7 @@ _MOST_DOUBLED = 30
 
 def left_s(job: Occupant, now: dt.datetime) -> float:
     """Seconds that are left of a running job. One that has outlived its expected end has a tenth of its time left; of
-    those of which nothing is known, what has run longest is longest."""
+    those with no known end, what has run longest is longest."""
     ran_s = 0.0 if job.began is None else (now - job.began).total_seconds()
     if job.ends is None:
         return max(UNKNOWN_S, ran_s)

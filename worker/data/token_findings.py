@@ -94,7 +94,7 @@ class TemplateLook:
         text = f"{{n}}{some} with a name that the model's chat template leaves out"
         hint = "write it into the content, if the model should know who speaks"
         findings += about_rows("note", "dropped names", text, self._nameless, hint)
-        text = f"{{n}}{some} with several answers on a side, of which the last alone is learned, {APART}"
+        text = f"{{n}}{some} with several answers on a side; only the last is learned, {APART}"
         hint = "what differs before it is context; give each answer a pair of its own"
         return findings + about_rows("warning", "answers that are context", text, self._given, hint)
 

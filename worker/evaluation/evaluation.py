@@ -213,7 +213,7 @@ class Work:
         )
 
     def with_shots(self, data: PreparedData, spec: JobSpec, tokenizer: Any, context: int | None = None) -> Work:
-        """The same, with the base also asked with training examples in its prompt, where rows have questions.
+        """This work, with the base also asked with training examples in its prompt, where rows have questions.
         `context`: the most tokens that the model was made for, if that is known."""
         if data.format is DataFormat.TEXT or self.rejected or data.label_names:
             return self
