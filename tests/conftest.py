@@ -196,7 +196,7 @@ BARE = "bare.db"
 
 @pytest.fixture(scope="session")
 def sqlite_template(shared_folder: Path) -> Path:
-    """The file of an upgraded database, to be copied; beside it BARE."""
+    """An upgraded database file, for tests to copy, in a folder that also has BARE."""
     with once(shared_folder / "sqlite") as folder:
         if folder is not None:
             engine = make_engine(f"sqlite:///{folder / 'loractl.db'}")
