@@ -10,16 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from loractl.common.job.method import Method
+from loractl.worker.base.adapter import WEIGHTS
 from loractl.worker.base.arithmetic import compute_in, evaluating
+from loractl.worker.base.failure import TrainingFailed
 from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base
 from loractl.worker.data.tokens import IGNORED, TokenRow
 from loractl.worker.engine.loop import TrainingLoop, TrainingRows
 from loractl.worker.engine.loss import Backward, MicroBatch, window_of
 from loractl.worker.engine.passes.lean import LeanPass
+from loractl.worker.engine.saved_state import read_snapshot, write_snapshot
 from loractl.worker.recipe.kinds import trained_kind
 
 from .test_engine import Case, Course, Watch
@@ -165,7 +169,21 @@ def test_a_checkpoint_is_resumed_bit_for_bit(tiny_model: Path, tmp_path: Path, b
     resumed.resume(Path(first.args.output_dir) / "checkpoint-4")
     resumed.run()
     assert rest.log[:-1] == whole.log[:-1] and len(rest.gradients) == 2
+    means = [loop.state.log_history[-1]["train_loss"] for loop in (first, resumed)]
+    assert means[0] == means[1], "the steps before it count"
     assert all(torch.equal(weight, whole.weights[key]) for key, weight in rest.weights.items())
+
+
+def test_an_adapter_that_did_not_arrive_as_its_checkpoint_has_it_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    model = Lab(tiny_model, tmp_path, **BASES["lora in fp32"]).loop("one", ({"r": 2}, {}), Course()).model
+    write_snapshot(model, {}, tmp_path / "saved")
+    read_snapshot(model, tmp_path / "saved")
+    file = tmp_path / "saved" / WEIGHTS
+    tensors = {name: tensor.double() for name, tensor in load_file(file).items()}
+    tensors[min(tensors)] += 1e-12  # what the model's float32 can't hold
+    save_file(tensors, file)
+    with pytest.raises(TrainingFailed, match="the checkpoint's adapter is not that of this training"):
+        read_snapshot(model, tmp_path / "saved")
 
 
 def test_a_micro_batch_that_fails_has_drawn_nothing(tiny_model: Path, tmp_path: Path) -> None:

@@ -65,6 +65,17 @@ def test_a_second_stop_does_not_wait_for_the_step_that_the_first_one_waits_for(h
     assert (held.alive, held.reasons(1)) == (0, [Reason.DRAINED])
 
 
+def test_a_training_that_ends_while_its_box_stops_is_stored(held: HeldLab) -> None:
+    def finishes(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> Ended:
+        return train(order, StopOrder(), tell, sleep)  # it was in its last steps
+
+    places = held.start(finishes)
+    held.submit(steps=20)
+    held.until(1, lambda job: (job.step or 0) >= 5)
+    held.stop(places)
+    assert (held.store.jobs.get(1).status, held.reasons(1)) == (Status.SUCCEEDED, [Reason.OK])
+
+
 def test_a_trainer_that_has_said_nothing_for_half_an_hour_is_killed(
     held: HeldLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
