@@ -7,8 +7,21 @@ import datetime as dt
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-from sqlalchemy import ForeignKey, Index, MetaData, String, Text, TextClause, bindparam, exists, false, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
+from sqlalchemy import (
+    ForeignKey,
+    Index,
+    MetaData,
+    String,
+    Text,
+    TextClause,
+    bindparam,
+    exists,
+    false,
+    or_,
+    select,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, aliased, column_property, mapped_column
 
 from loractl.common.job.method import Method, Parallel
 from loractl.common.job.names import LATEST
@@ -480,6 +493,15 @@ ASKED_TO_STOP = exists().where(Wish.job_id == Job.job_id).correlate_except(Wish)
 """Whether somebody has asked a running job to stop."""
 
 Job.cancel_requested = column_property(ASKED_TO_STOP.element)
+
+_Other = aliased(Job)
+GIVES_WAY_TO = (
+    select(_Other.job_id)
+    .where(_Other.job_id == Job.preempted_by, or_(Job.preemptible, Job.yields), text(FREE))
+    .correlate(Job)
+    .scalar_subquery()
+)
+"""The job that a running one is to give way to, while that one waits and a person lets this one yield."""
 
 
 class DrainOrder(Base):

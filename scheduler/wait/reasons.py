@@ -83,6 +83,10 @@ def _never(asking: Asking) -> Wait | None:
             helps, command = "With its first checkpoint sooner", f"{edit} training.save_steps={steps}"
     elif most is not None and Method.QLORA not in me.methods and job.vram_qlora and job.vram_qlora <= most:
         helps, command = f"It could start with {gib(job.vram_qlora)} GiB as QLoRA", f"{edit} method=qlora"
+        if job.checkpoint is not None:
+            why += f"; it goes on from its checkpoint of step {job.checkpoint['step']} with {me.methods[0]} alone"
+            helps = f"From step 0, with {gib(job.vram_qlora)} GiB as QLoRA"
+            command = f"loractl submit --like {job.job_id} --set method=qlora"
     return Wait(tier=Tier.NEVER, word="never", sentence=why, helps=helps, command=command)
 
 

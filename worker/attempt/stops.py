@@ -25,10 +25,11 @@ STOP_GRACE_S = 10.0
 """Seconds that a trainer has to stop after a cancel, or as a loser of its sweep, before it is killed."""
 
 DRAIN_GRACE_S = 120.0
-"""Seconds that a drain, another job that goes first or a time limit waits for the current step and its checkpoint."""
+"""Seconds that a drain or a time limit waits for the current step and its checkpoint."""
 
 SILENCE_S = 1800.0
-"""A trainer hangs if it is silent for this long while it trains or evaluates. It reports at most one step a second."""
+"""A trainer hangs if it is silent for this long while it trains or evaluates. It reports at most one step a second.
+So a job that gives way to another ends its step first."""
 
 
 class Interrupted(Exception):
@@ -51,9 +52,6 @@ def wanted_stop(place: Workplace, attempt: SupervisedAttempt) -> StopWish | None
         return StopWish(reason=Reason.CANCELLED, message="cancelled while it ran")
     if attempt.wishes.pruned is not None:
         return StopWish(reason=Reason.PRUNED, message=attempt.wishes.pruned)
-    if attempt.wishes.preempted_by is not None:
-        why = f"gave way to job {attempt.wishes.preempted_by}"
-        return StopWish(reason=Reason.PREEMPTED, message=why, save=True, grace_s=DRAIN_GRACE_S)
     limit = attempt.wishes.time_limit
     if limit is not None and attempt.own.began is not None and attempt.clock.now() - attempt.own.began > limit:
         why = f"ran longer than resources.time_limit ({limit:.0f} s)"
@@ -63,6 +61,9 @@ def wanted_stop(place: Workplace, attempt: SupervisedAttempt) -> StopWish | None
         return StopWish(reason=Reason.DRAINED, message=why, save=True, grace_s=_stop_s(place.drain))
     if attempt.wishes.card_drained is not None:
         return StopWish(reason=Reason.DRAINED, message=attempt.wishes.card_drained, save=True, grace_s=DRAIN_GRACE_S)
+    if attempt.wishes.preempted_by is not None:  # last: it waits for the step, and the others for no longer than theirs
+        why = f"gave way to job {attempt.wishes.preempted_by}"
+        return StopWish(reason=Reason.PREEMPTED, message=why, save=True, grace_s=SILENCE_S)
     return None
 
 
@@ -82,11 +83,13 @@ def is_silent(attempt: SupervisedAttempt) -> bool:
 
 
 def ask_to_stop(attempt: SupervisedAttempt, wish: StopWish) -> None:
-    """Tell the trainer to end, once; it is killed after the grace period. A cancel overrides any other request."""
+    """Tell the trainer to end, once; it is killed after the shortest grace period. A cancel overrides any other
+    request."""
+    kill_at = attempt.clock.now() + wish.grace_s
+    attempt.own.kill_at = kill_at if attempt.own.kill_at is None else min(kill_at, attempt.own.kill_at)
     if attempt.own.forced is not None and (attempt.own.forced[0] is wish.reason or wish.reason is not Reason.CANCELLED):
         return
     attempt.own.forced = wish.reason, wish.message
-    attempt.own.kill_at = attempt.clock.now() + wish.grace_s
     assert attempt.own.trainer is not None
     attempt.own.trainer.send(Stop(job_id=attempt.claim.job_id, save=wish.save))
 

@@ -83,6 +83,7 @@ def finish(
     job.step, job.total_steps = progress.step or job.step, progress.total_steps or job.total_steps
     if reason is Reason.PREEMPTED:
         message += _for_what(tx, job)
+        job.stops += 1
         _go_on_alike(tx, job, claim, now)
     left_s = _left_s(tx, job, now)
     if result is not None:  # first: a job that its end releases may begin from it

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from sqlalchemy import ColumnElement, Table, exists, insert, select, update
+from sqlalchemy import ColumnElement, Select, Table, exists, insert, select, update
 
 from loractl.common.artifacts import checkpoint_prefix
 from loractl.common.job.adjustment import without_room
@@ -15,7 +15,7 @@ from ..columns import misfits, part_of
 from ..fleet import takes_bf16
 from ..guard import EXPECTED, REACHED, mine
 from ..records import Beat, Claim, Progress, StoredCheckpoint, rung_points
-from ..tables import ASKED_TO_STOP, Attempt, Event, Job, LogChunk, MetricPoint, Node, Wish
+from ..tables import ASKED_TO_STOP, GIVES_WAY_TO, Attempt, Event, Job, LogChunk, MetricPoint, Node, Wish
 from ..transaction import SKIP_LOCKED, Transaction
 from .kept_files import keep
 from .need import plan_again
@@ -50,10 +50,15 @@ def beat(tx: Transaction, claim: Claim, progress: Progress) -> Beat:
     return Beat(
         accepted=True,
         cancel_requested=row.cancel_requested,
-        preempted_by=row.preempted_by,
+        preempted_by=row.preempted_by and tx.session.scalar(_gives_way(claim)),
         pruned=read_verdict(tx, claim, rung_points(claim, progress)),
         time_limit=_seconds(row.time_limit),
     )
+
+
+def _gives_way(claim: Claim) -> Select[int | None]:
+    """Asked of a job that is to give way: whether that still helps. SQLite can't say it with the beat itself."""
+    return select(GIVES_WAY_TO).where(Job.job_id == claim.job_id)
 
 
 def _beat_beside(tx: Transaction, claim: Claim) -> Beat:
@@ -62,7 +67,7 @@ def _beat_beside(tx: Transaction, claim: Claim) -> Beat:
     running = (*_own(claim), Attempt.token == claim.token, Attempt.ended_at.is_(None))
     if not tx.change(update(Attempt).where(*running).values(lease_expires_at=tx.now_in(tx.lease_s))):
         return Beat(accepted=False)
-    wished = select(ASKED_TO_STOP, Job.preempted_by)
+    wished = select(ASKED_TO_STOP, GIVES_WAY_TO)
     asked, preempted_by = tx.session.execute(wished.where(Job.job_id == claim.job_id)).one()
     return Beat(accepted=True, recorded=False, cancel_requested=asked, preempted_by=preempted_by)
 

@@ -16,6 +16,7 @@ from ..records import HELD_OUT_LOSS, OldResult, Over, PastJob, SpentLog
 from ..tables import Adapter, Attempt, Base, Event, Job, LogChunk, MetricPoint, Sweep
 from ..transaction import Transaction
 from .adapters import is_begun_from, is_tagged
+from .backlog import open_methods
 from .followers import is_named, read_named
 from .lab_settings import refuse_stranger
 
@@ -134,11 +135,13 @@ def forget_checkpoint(tx: Transaction, job_id: int) -> int | None:
     """Forget an ended job's stored checkpoint. Returns its newest attempt: the files of those up to it may go then,
     and a retry's may not. None when the job has not ended.
     """
-    ended_job = update(Job).where(Job.job_id == job_id, Job.status.in_(ENDED))
-    return tx.session.scalar(
-        ended_job.values(checkpoint=None, begun_bf16=None).returning(Job.attempt),
-        execution_options={"synchronize_session": False},
-    )
+    ended_job = select(Job).where(Job.job_id == job_id, Job.status.in_(ENDED)).with_for_update(key_share=True)
+    job = tx.session.scalars(ended_job).one_or_none()
+    if job is None:
+        return None
+    job.checkpoint = job.begun_bf16 = None
+    open_methods(job, tx.now())
+    return job.attempt
 
 
 def forget_finished(tx: Transaction, job_id: int, host: str, why: str) -> bool:

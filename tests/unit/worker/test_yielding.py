@@ -8,7 +8,9 @@ import pytest
 
 from loractl.common.job.status import Reason, Status
 from loractl.common.store.tables import Job
+from loractl.worker.attempt import stops
 
+from ... import quick_trainer
 from ...held_lab import HeldLab
 
 LEAST_S = 1.0
@@ -108,3 +110,36 @@ def test_a_lab_s_owner_turns_it_off_and_says_the_time(lab: HeldLab) -> None:
     assert "on, off, or a time like 30m" in lab.cli("lab", "give-way", "soon", code=2)
     lab.cli("lab", "give-way", "on")
     assert lab.store.lab.setting("give-way") == "on"
+
+
+@pytest.fixture
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of which takes twice as long as a drain waits for one."""
+    monkeypatch.setattr(stops, "DRAIN_GRACE_S", 3.0)
+    monkeypatch.setattr(quick_trainer, "STEP_S", 6.0)
+
+
+def begun(lab: HeldLab) -> int:
+    """A long job in a step that gives way to another."""
+    long = long_one(lab, steps=100)
+    lab.until(long, lambda job: (job.step or 0) >= 2)
+    short_one(lab)
+    lab.until(long, lambda job: job.preempted_by is not None)
+    return long
+
+
+def test_a_job_ends_the_step_that_it_is_in_before_it_gives_way(lab: HeldLab, slow_steps: None) -> None:
+    lab.start()
+    long = begun(lab)
+    job = lab.until(long, lambda job: job.status is Status.QUEUED)
+    assert lab.reasons(long) == [Reason.PREEMPTED]
+    assert job.checkpoint is not None and job.checkpoint["step"] == job.step
+
+
+def test_a_drain_waits_no_longer_for_a_job_that_gives_way(lab: HeldLab, slow_steps: None) -> None:
+    places = lab.start()
+    long = begun(lab)
+    began = lab.clock.now()
+    lab.stop(places)
+    assert lab.clock.now() - began < 5.0
+    assert lab.reasons(long) in ([Reason.PREEMPTED], [Reason.DRAINED])

@@ -19,7 +19,7 @@ from loractl.common.placement.preemption import Preemption, first_stop, left_s
 from loractl.common.units import duration
 
 from ...fleet import LEAVES_IN_S, GivingWay
-from ...tables import WAITS, Attempt, Job, LabSetting, Node
+from ...tables import GIVES_WAY_TO, WAITS, Attempt, Job, LabSetting, Node
 from ...transaction import SKIP_LOCKED, Transaction
 from ..lab_settings import GIVE_WAY, OFF
 from ..lines import StoredQueue
@@ -73,17 +73,29 @@ def leaving(card: Card, asked: Preemption, now: dt.datetime) -> Card:
 def _may_help(tx: Transaction) -> bool:
     """Whether a running job may be stopped for one that waits, by the least that says so. None is on the way out."""
     willing = select(Job.priority, Job.preempted_by, Job.preemptible, Job.yields)
-    running = tx.session.execute(willing.where(Job.status == Status.RUNNING, or_(Job.preemptible, Job.yields))).all()
-    if not running or any(row.preempted_by is not None for row in running):
+    some = or_(Job.preemptible, Job.yields, Job.preempted_by.is_not(None))
+    running = tx.session.execute(willing.where(Job.status == Status.RUNNING, some)).all()
+    going = sum(row.preempted_by is not None for row in running)
+    if not running or (going and _withdraw(tx) < going):
         return False
     highest = tx.session.scalar(select(func.max(Job.priority)).where(WAITS))
     return highest is not None and any(row.yields or row.priority < highest for row in running)
 
 
+def _withdraw(tx: Transaction) -> int:
+    """Withdraw the stops that help nobody any more, as heartbeats already have it; how many these were."""
+    over = select(Job).where(Job.status == Status.RUNNING, Job.preempted_by.is_not(None), GIVES_WAY_TO.is_(None))
+    jobs = tx.session.scalars(over.order_by(Job.job_id).with_for_update(**SKIP_LOCKED)).all()
+    for job in jobs:
+        tx.tell(job.job_id, None, "preempt", f"need not give way to job {job.preempted_by} any more")
+        job.preempted_by = None
+    return len(jobs)
+
+
 _SET = select(LabSetting.value).where(LabSetting.name == GIVE_WAY)
-_YIELDING = select(Job.job_id, Job.submitted_at, Job.stops, Attempt.prepared_s).outerjoin(
-    Attempt, (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt)
-)
+_YIELDING = select(
+    Job.job_id, Job.submitted_at, Job.stops, Attempt.prepared_s, Attempt.trained_s, Attempt.trained_steps
+).outerjoin(Attempt, (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt))
 _YIELDING = _YIELDING.join(Node, (Node.node == Job.node) & ~Node.keeps_jobs)
 # what evaluates or stores is nearly done, and what prepares has not begun
 _YIELDING = _YIELDING.where(Job.status == Status.RUNNING, Job.yields, Job.stage == Stage.TRAINING)
@@ -104,8 +116,10 @@ _SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 
 
 def _yields(row: Any) -> Yields:
-    """A stop costs what its attempt needed to load, and about the time to end a step and store a checkpoint."""
-    cost_s = STOP_COST_S if row.prepared_s is None else row.prepared_s + LEAVES_IN_S
+    """A stop costs what its attempt needed to load, and about the time to store a checkpoint and to end a step, which
+    nobody cuts off."""
+    step_s = row.trained_s / row.trained_steps if row.trained_s and row.trained_steps else 0.0
+    cost_s = STOP_COST_S if row.prepared_s is None else row.prepared_s + LEAVES_IN_S + step_s
     return Yields(submitted=row.submitted_at, stops=row.stops, cost_s=cost_s)
 
 
@@ -125,7 +139,7 @@ def _ask(tx: Transaction, asked: Preemption, left: Mapping[int, float]) -> bool:
     if len(locked) < len(asked.going) or waits is None:
         return False
     change = update(Job).where(Job.job_id.in_(asked.going))
-    tx.session.execute(change.values(preempted_by=job.job_id, stops=Job.stops + 1))
+    tx.session.execute(change.values(preempted_by=job.job_id))
     for going in asked.going:
         why = f"priority {job.priority}"
         if asked.is_shorter:

@@ -8,10 +8,11 @@ import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from loractl.common.errors import UsageError
 from loractl.common.job.adjustment import Adjustment
 from loractl.common.job.method import Method
 from loractl.common.job.status import Reason, Stage, Status
-from loractl.common.placement.preemption import UNDISTURBED_S
+from loractl.common.placement.preemption import COST_SHARE, UNDISTURBED_S
 from loractl.common.store.database import make_engine
 from loractl.common.store.fleet import LEAVES_IN_S
 from loractl.common.store.records import Claim, Progress, StoredCheckpoint
@@ -19,6 +20,7 @@ from loractl.common.store.schema import HEAD, alembic_config, upgrade
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.common.units import GIB
+from loractl.scheduler.change.amendment import amendment
 from loractl.scheduler.status.job import job_in_full
 from loractl.scheduler.status.job_text import job_text
 from loractl.scheduler.wait.queue import waiting_jobs
@@ -185,7 +187,7 @@ def test_a_lost_worker_in_the_middle_of_giving_way_loses_neither_job(lab: Lab) -
     lab.see()
     assert lab.take().job_id == short
     row = lab.store.jobs.get(lab.job_id)
-    assert (row.status, row.stops, row.preempted_by) == (Status.QUEUED, 1, None)
+    assert (row.status, row.stops, row.preempted_by) == (Status.QUEUED, 0, None)
 
 
 def test_why_says_who_gives_way_to_whom_before_and_after(lab: Lab) -> None:
@@ -336,3 +338,82 @@ def test_a_job_that_begins_again_after_it_gave_way_may_take_any_of_its_methods(t
     timed.attempts.finish(claim, Reason.DIVERGED, "diverged", Progress(step=12))
     timed.jobs.retry(long, "ada")
     assert timed.jobs.get(long).methods == ["lora", "qlora"], "its checkpoint is gone"
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("change", ["cancelled", "held", "on another card"])
+def test_a_stop_is_withdrawn_once_the_short_job_no_longer_needs_the_card(lab: Lab, change: str) -> None:
+    short = lab.short()
+    assert lab.store.cards.preempt() == (lab.job_id,)
+    if change == "cancelled":
+        lab.store.jobs.cancel(short, "bob")
+    elif change == "held":
+        lab.store.jobs.hold(short, "bob", "")
+    else:
+        lab.store.cards.see(node_state("owl:0", max_jobs=1, total=24 * GIB))
+        assert isinstance(lab.store.attempts.claim("owl:0"), Claim)
+    assert lab.beat() is None, "before any round"
+    if change == "held":
+        lab.store.jobs.retry(short, "bob")
+        assert lab.beat() == short, "it waits again, and nobody has withdrawn the stop yet"
+        lab.store.jobs.hold(short, "bob", "")
+    other = lab.short(user="cyd")
+    assert lab.store.cards.preempt() == (lab.job_id,), "one round withdraws it, and asks for the next job"
+    assert lab.beat() == other
+    said = lab.text(lab.job_id)
+    assert said.index(f"need not give way to job {short} any more") < said.index(f"asked to give way to job {other}")
+    assert lab.store.jobs.get(lab.job_id).stops == 0, "it never stopped"
+
+
+def test_a_stop_that_did_not_take_place_is_not_counted(lab: Lab) -> None:
+    lab.short()
+    assert lab.store.cards.preempt() == (lab.job_id,)
+    lab.store.attempts.finish(lab.claim, Reason.DRAINED, "the worker is being stopped", Progress(step=6))
+    assert lab.store.jobs.get(lab.job_id).stops == 0
+
+
+def test_a_job_yields_only_after_a_time_that_is_worth_the_step_that_it_ends(lab: Lab) -> None:
+    """A step of five minutes: the short one waits for its end, as the law must know."""
+    told = Progress(stage=Stage.TRAINING, eta_seconds=9 * HOURS, step=7, trained_s=600.0, trained_steps=2)
+    lab.store.attempts.beat(lab.claim, told)
+    lab.short()
+    assert lab.store.cards.preempt() == ()
+    lab.clock.forward((300.0 + PREPARED_S + LEAVES_IN_S) / COST_SHARE - UNDISTURBED_S - 5)
+    lab.beat()
+    assert lab.store.cards.preempt() == ()
+    lab.clock.forward(6)
+    lab.beat()
+    assert lab.store.cards.preempt() == (lab.job_id,)
+
+
+def test_a_job_that_gave_way_and_whose_only_card_went_says_so_and_what_helps(timed: Store, clock: Clock) -> None:
+    lab = Lab(timed, clock, lora=20, qlora=4, method="auto")
+    lab.beat()
+    kept = StoredCheckpoint(step=9, prefix=f"jobs/{lab.job_id}/attempt-1/checkpoint-9", manifest_sha256="0" * 64)
+    timed.attempts.keep_checkpoint(lab.claim, kept)
+    lab.give_way()
+    timed.cards.see(node_state("owl:0", max_jobs=1, total=8 * GIB))
+    timed.cards.forget(BOX)
+    assert timed.attempts.claim("owl:0") is None
+    said = " ".join(why_text(why(timed, lab.job_id, in_other_forms=False), PIPE).split())
+    assert "needs 20.0 GiB, and the largest card has 8.0 GiB" in said
+    assert "goes on from its checkpoint of step 9 with lora alone" in said
+    helps = f"loractl submit --like {lab.job_id} --set method=qlora"
+    assert helps in said, said
+    with pytest.raises(UsageError, match="different training"):
+        amendment(timed, lab.job_id, ["method=qlora"])
+
+
+def test_gc_of_a_checkpoint_opens_the_methods_of_a_job_that_gave_way(timed: Store, clock: Clock) -> None:
+    lab = Lab(timed, clock, lora=12, qlora=4, method="auto", max_retries=0)
+    lab.beat()
+    kept = StoredCheckpoint(step=9, prefix=f"jobs/{lab.job_id}/attempt-1/checkpoint-9", manifest_sha256="0" * 64)
+    timed.attempts.keep_checkpoint(lab.claim, kept)
+    lab.give_way()
+    claim = lab.take()
+    timed.attempts.finish(claim, Reason.TRAINER_ERROR, "it broke", Progress(step=12))
+    row = timed.jobs.get(lab.job_id)
+    assert row.status is Status.FAILED and row.checkpoint is not None and row.methods == ["lora"]
+    timed.results.forget_checkpoint(lab.job_id)
+    timed.jobs.retry(lab.job_id, "ada")
+    assert timed.jobs.get(lab.job_id).methods == ["lora", "qlora"]
