@@ -14,9 +14,8 @@ from loractl.common.job.document import read_yaml
 from loractl.common.job.sections import AS_WRITTEN
 from loractl.common.job.spec import JobSpec
 
-from .axolotl import from_axolotl
-from .llama_factory import from_llama_factory
-from .translation import Draft, get_key, short, unset_key
+from .names import AXOLOTL, FACTORY, Draft, Tool, carry, fill_in, get_key, set_key
+from .rows import axolotl_rows, factory_rows
 
 _FREE = {"columns", "lr_scheduler_kwargs"}  # mappings with freely chosen keys
 
@@ -28,11 +27,9 @@ class Imported:
     tool: str
     job: dict[str, Any]  # the job file: the values that the other file sets, as the spec reads them
     carried: dict[str, str]  # their key -> our key
-    left_out: dict[str, str]  # their key -> why; without it the training is different
+    left_out: dict[str, str]  # their key -> its value, and what loractl does instead
     not_needed: tuple[str, ...]  # folders, caches, processes: nothing that affects training
     filled_in: dict[str, Any]  # our key -> the tool's default, which differs from ours
-    settings: int  # of their file; one in a list counts as its own
-    otherwise: dict[str, str]  # their key -> what loractl does differently, if the setting is carried or not set
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self), "not_needed": list(self.not_needed)}
@@ -45,63 +42,59 @@ def import_file(file: Path, folder: Path) -> Imported:
     """
     written = {str(key): value for key, value in read_yaml(file, "a configuration")[0].items()}
     theirs = {key: value for key, value in written.items() if value not in (None, "", [], {})}
+    draft = Draft(theirs)
     if "model_name_or_path" in theirs:
-        draft = from_llama_factory(theirs, file, folder)
+        tool, carry_rows = FACTORY, factory_rows
     elif "base_model" in theirs and ("datasets" in written or "micro_batch_size" in theirs):
-        draft = from_axolotl(theirs, file, folder)
+        tool, carry_rows = AXOLOTL, axolotl_rows
     else:
-        raise _unknown(theirs, file)
-    for key in theirs.keys() - {*draft.carried, *draft.left_out, *draft.not_needed, *draft.otherwise}:
-        draft.leave(key, "loractl has no such setting")
+        hint = "Axolotl's files have base_model and datasets, LLaMA-Factory's model_name_or_path and dataset"
+        raise UsageError(f"{file} is neither Axolotl's nor LLaMA-Factory's", hint)
+    _refuse(tool, theirs, file)
+    carry(draft, tool)
+    carry_rows(draft, file, folder)
+    fill_in(draft, tool)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("._-")[:63] or "imported"
     draft.job = {"name": name, **draft.job}
-    spec = _without_what_is_refused(draft)
+    spec = _without_what_is_refused(draft, tool)
     return Imported(
-        tool=draft.tool,
+        tool=tool.name,
         job=_in_order(spec.model_dump(mode="json"), draft.job),
         carried=draft.carried,
         left_out=draft.left_out,
-        not_needed=tuple(draft.not_needed),
+        not_needed=tuple(key for key in draft.not_needed if key not in draft.carried),
         filled_in=draft.filled_in,
-        settings=len({*draft.carried, *draft.left_out, *draft.not_needed, *(draft.otherwise.keys() & theirs.keys())}),
-        otherwise=draft.otherwise,
     )
 
 
-def _unknown(theirs: dict[str, Any], file: Path) -> UsageError:
-    """A file of another kind; the kinds found next to the tools' configurations are named."""
-    if "model" in theirs and {"train_dataset", "peft_config", "dist_config"} & theirs.keys():
-        hint = "write it with model_name_or_path, dataset and stage, or as a job file"
-        return UsageError(f"{file} has LLaMA-Factory's v1 form, which import does not read", hint)
-    if {"base_model", "dataset"} <= theirs.keys():
-        return UsageError(f"{file} is a job file already", f"loractl submit {file}")
-    if {"compute_environment", "distributed_type"} & theirs.keys():
-        hint = "loractl assigns cards by itself (resources.cards): give the file that names the model and the data"
-        return UsageError(f"{file} is accelerate's: it says on which cards to train, not what", hint)
-    hint = "Axolotl's files have base_model and datasets, LLaMA-Factory's model_name_or_path and dataset"
-    return UsageError(f"{file} is neither Axolotl's nor LLaMA-Factory's", hint)
+def _refuse(tool: Tool, theirs: dict[str, Any], file: Path) -> None:
+    for key, (pattern, hint) in tool.refused.items():
+        if re.fullmatch(pattern, str(theirs.get(key, False)), re.DOTALL):
+            what = f"{file} has {key}: {theirs[key]!s:.60}" if key in theirs else f"{file} trains all weights"
+            raise UsageError(
+                f"{what}, but loractl trains LoRA and QLoRA on text with answers or pairs of answers", hint
+            )
 
 
-def _without_what_is_refused(draft: Draft) -> JobSpec:
+def _without_what_is_refused(draft: Draft, tool: Tool) -> JobSpec:
     """The job without the values that a job file refuses. Raises SpecError if it needs one of them."""
     while True:
         try:
             return JobSpec.model_validate(draft.job, context=AS_WRITTEN)
         except ValidationError as error:
             key, entry, what = _first_refusal(error)
+        why = f"{what[:1].lower()}{what[1:]}"
         if key.startswith("dataset.more.") and entry is not None:  # the others are trained on all the same
-            del draft.job["dataset"]["more"][entry]
-            draft.leave(name := draft.more.pop(entry), f"{what[0].lower()}{what[1:]}")
-            for theirs in [theirs for theirs in draft.carried if theirs == name or theirs.startswith(f"{name}.")]:
-                del draft.carried[theirs]
+            draft.leave(name := draft.more.pop(entry), draft.job["dataset"]["more"].pop(entry)["path"], why)
+            del draft.carried[name]
             continue
         names = [theirs for theirs, ours in draft.carried.items() if key == ours or key.startswith(f"{ours}.")]
         if not names or key in ("base_model", "dataset.path"):
-            raise SpecError([SpecProblem(file=f"the job from {draft.tool}", line=None, key=key, what=what)])
+            raise SpecError([SpecProblem(file=f"the job from {tool.name}", line=None, key=key, what=what)])
         for name in names:
             ours = draft.carried.pop(name)
-            draft.leave(name, f"{short(get_key(draft.job, ours))}: {what[0].lower()}{what[1:]}")
-            unset_key(draft.job, ours)
+            draft.leave(name, draft.theirs.get(name, get_key(draft.job, ours)), why)
+            set_key(draft.job, ours, None)
 
 
 def _first_refusal(error: ValidationError) -> tuple[str, int | None, str]:

@@ -14,17 +14,17 @@ from .configuration import Imported
 def job_file(imported: Imported, file: Path) -> str:
     """The job file, which says where it comes from."""
     left = clean_line(", ".join(sorted(imported.left_out))) or "nothing"
-    head = f"# From {imported.tool}'s {clean_line(file.name)}, by loractl import. Left out: {left}.\n"
-    if imported.otherwise:
-        head += f"# Done differently here: {clean_line(', '.join(sorted(imported.otherwise)))}.\n"
+    head = f"# From {imported.tool}'s {clean_line(file.name)}, by loractl import. Not carried: {left}.\n"
     return head + yaml.safe_dump(imported.job, sort_keys=False, allow_unicode=True)
 
 
 def account(imported: Imported, file: Path, output: Path | None) -> str:
     """What was carried, what was left out and why, and what comes next."""
-    lines = [f"{len(imported.carried)} of {imported.settings} settings of {file} ({imported.tool}) are carried."]
-    lines += _listed("Left out, so the training is not quite the same:", imported.left_out)
-    lines += _listed("Done differently here:", imported.otherwise)
+    lines = [f"{len(imported.carried)} settings of {file} ({imported.tool}) are carried."]
+    if imported.left_out:
+        wide = min(36, max(map(len, imported.left_out)))
+        lines.append("Not carried, so the training may not be quite the same:")
+        lines += (f"  {key:{wide}}  {why}" for key, why in sorted(imported.left_out.items()))
     if imported.filled_in:
         said = ", ".join(f"{key} {value}" for key, value in imported.filled_in.items())
         lines.append(f"Written out, since {imported.tool} has other defaults: {said}.")
@@ -32,8 +32,3 @@ def account(imported: Imported, file: Path, output: Path | None) -> str:
         lines.append(f"Not needed here: {', '.join(sorted(imported.not_needed))}.")
     lines.append(f"Check it with its data: loractl data check {output or 'job.yaml'}")
     return "\n".join(map(clean_line, lines))
-
-
-def _listed(head: str, told: dict[str, str]) -> list[str]:
-    wide = min(36, max(map(len, told), default=0))
-    return [head, *(f"  {key:{wide}}  {why}" for key, why in sorted(told.items()))] if told else []

@@ -18,7 +18,7 @@ from loractl.common.job.method import Method
 from loractl.common.job.sections import AS_WRITTEN, DataFormat, PromptTemplate
 from loractl.common.job.spec import JobSpec
 from loractl.scheduler.cli.main import cli
-from loractl.scheduler.foreign.configuration import import_file
+from loractl.scheduler.foreign.configuration import Imported, import_file
 
 from ....conftest import examples
 
@@ -154,8 +154,7 @@ def test_an_axolotl_file_becomes_a_job_and_every_key_is_accounted_for(tmp_path: 
         "odd\x1b[2J\nkey: 1",
     }  # fmt: skip
     assert (training.eval_steps, training.early_stopping_patience) == (1 / 8, 3), "4 times in each of 2 epochs"
-    assert told["otherwise"] == {"wandb_project": '"tickets": the worker needs wandb and an account'}
-    assert (training.tracker.project, training.tracker.run_name) == ("tickets", "first")
+    assert training.tracker.project == "tickets"
     accounted(told, AXOLOTL, "resume_from_checkpoint")
 
 
@@ -177,8 +176,7 @@ def test_a_llama_factory_file_becomes_a_job_with_its_listed_data(tmp_path: Path)
     assert (training.per_device_train_batch_size, training.lr_scheduler_type) == (8, "cosine")
     assert (training.dtype, training.packing, training.eval_steps) == ("bfloat16", True, 20)
     assert told["left_out"].keys() == {
-        "dataset: identity", "template", "loraplus_lr_ratio",
-        "dataset_info.json: columns.history",
+        "dataset: identity", "template", "loraplus_lr_ratio", "tickets: history", "trust_remote_code",
     }  # fmt: skip
     accounted(told, FACTORY)
 
@@ -219,12 +217,10 @@ LISTED = "model_name_or_path: a/b\nval_size: 0.1\nbf16: true\ndataset: rows\n"
         ("excess_length_strategy: truncate", "dataset.on_overflow", "truncate"),
         ("excess_length_strategy: raise", "dataset.on_overflow", "error"),
         ("eval_steps: 20", "training.eval_steps", 20),
-        ("eval_strategy: no\neval_steps: 20", "training.eval_steps", None),
         ("eval_strategy: epoch\nnum_epochs: 4", "training.eval_steps", 0.25),
         ("evals_per_epoch: 2\nnum_epochs: 2", "training.eval_steps", 0.25),
         ("evals_per_epoch: 1\nnum_epochs: 1", "training.eval_steps", None),
         ("evals_per_epoch: 4\nval_set_size: 0", "training.eval_steps", None),
-        ("eval_steps: 20\nval_set_size: 0", "training.eval_steps", None),
     ],
 )
 def test_what_axolotl_does_by_a_setting_or_unasked_is_carried(
@@ -238,39 +234,16 @@ def test_what_axolotl_does_by_a_setting_or_unasked_is_carried(
     accounted(told, f"{theirs}{line}\n")
 
 
-def test_what_axolotl_does_otherwise_is_named(tmp_path: Path) -> None:
-    told, _ = imported(tmp_path, SHORT.replace("val_set_size: 0.1\n", "wandb_project: mine\n"))
-    assert "a tenth" in told["otherwise"]["val_set_size"] and '"mine"' in told["otherwise"]["wandb_project"]
-    assert load_spec(tmp_path / "jobs" / "job.yaml").dataset.template is PromptTemplate.ALPACA
-    assert "datasets[0].type" not in told["otherwise"], "the prompt is carried"
-    told, spec = imported(tmp_path, SHORT.replace("alpaca", "completion"))
-    assert "into several rows" in told["otherwise"]["datasets[0].type"]
+def test_a_long_text_is_cut_not_dropped(tmp_path: Path) -> None:
+    _, spec = imported(tmp_path, SHORT)
+    assert spec.dataset.template is PromptTemplate.ALPACA
+    _, spec = imported(tmp_path, SHORT.replace("alpaca", "completion"))
     assert spec.dataset.on_overflow.value == "truncate", "a dropped text would be lost whole"
-    account = CliRunner().invoke(cli, ["import", str(tmp_path / "theirs.yaml")])
-    assert (
-        "Done differently here:\n  datasets[0].type" in account.stderr and "# Done differently here: " in account.stdout
-    )
-
-
-@pytest.mark.parametrize(
-    ("roles", "told"),
-    [
-        ("{user: [human, user], assistant: [gpt, assistant], system: [system]}", "not_needed"),
-        ("{user: [caller], assistant: [gpt]}", "left_out"),
-        ("{user: [gpt], assistant: [human]}", "left_out"),
-    ],
-)
-def test_names_of_roles_that_are_read_the_same_need_no_setting(tmp_path: Path, roles: str, told: str) -> None:
-    kind = f"type: chat_template, field_messages: conversations, roles: {roles}"
-    account, _ = imported(tmp_path, SHORT.replace("type: alpaca", kind))
-    assert "datasets[0].roles" in account[told]
 
 
 @pytest.mark.parametrize(
     ("line", "key", "value"),
     [
-        ("eval_steps: 20", "training.eval_steps", None),
-        ("eval_steps: 20\neval_strategy: no", "training.eval_steps", None),
         ("eval_steps: 20\neval_strategy: steps", "training.eval_steps", 20),
         ("eval_strategy: epoch\nnum_train_epochs: 4", "training.eval_steps", 0.25),
         ("stage: pt", "dataset.columns", {"text": "body"}),
@@ -287,18 +260,6 @@ def test_what_llama_factory_does_by_a_setting_or_unasked_is_carried(
     section, name = key.split(".")
     assert getattr(getattr(spec, section), name) == value
     accounted(told, f"{LISTED}{line}\n")
-
-
-def test_what_llama_factory_does_otherwise_is_named(tmp_path: Path) -> None:
-    told, _ = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + "template: qwen\npacking: true\n")
-    assert told["otherwise"].keys() == {"cutoff_len", "template", "packing", "dataset_info.json: columns.query"}
-    assert told["otherwise"]["dataset_info.json: columns.query"].endswith("line, loractl after an empty line")
-    told, _ = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + "template: alpaca\n")
-    assert "under ### Input:," in told["otherwise"]["dataset_info.json: columns.query"]
-    told, _ = imported(tmp_path, listed(tmp_path, {"prompt": "body"}) + "stage: pt\n")
-    assert told["otherwise"].keys() == {"packing", "stage"} and told["filled_in"]["training.packing"] is True
-    told, _ = imported(tmp_path, "model_name_or_path: a/b\ndataset: rows\n")
-    assert "the base's own number format" in told["otherwise"]["bf16"] and "a tenth" in told["otherwise"]["val_size"]
 
 
 def listed(folder: Path, columns: dict[str, str]) -> str:
@@ -331,35 +292,14 @@ test_datasets:
         {"path": "o/d@v1", "split": "train_sft"},
     ]
     assert (spec.dataset.eval_path, spec.dataset.eval_split) == ("o/d", "test[:100]")
-    assert not told["left_out"] and "dataset.template" in told["otherwise"]["datasets[1]"]
+    assert not told["left_out"]
     accounted(told, theirs)
-
-
-def test_names_of_columns_that_a_job_file_does_not_take_are_left_out_together(tmp_path: Path) -> None:
-    entry = "- {path: a.jsonl, type: {field_instruction: q}, message_field_role: 5}"
-    told, spec = imported(tmp_path, f"base_model: org/m\nadapter: lora\ndatasets:\n  {entry}\n")
-    assert spec.dataset.columns == {}
-    assert {"datasets[0].type", "datasets[0].message_field_role"} <= told["left_out"].keys()
-
-
-def test_llama_factory_s_data_sets_are_interleaved_by_shares(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    talks = {"hf_hub_url": "o/talks", "formatting": "sharegpt", "split": "train_sft"}
-    sets = {"rows": {"hf_hub_url": "o/d", "columns": {"prompt": "body"}}, "talks": talks}
-    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(sets))
-    theirs = LISTED.replace("dataset: rows", "dataset: rows,talks\neval_dataset: talks\nmix_strategy: interleave_under")
-    told, spec = imported(tmp_path, theirs + "interleave_probs: 0.7,0.3\n")
-    assert told["job"]["dataset"]["more"] == [{"path": "o/talks", "split": "train_sft", "share": 0.3, "columns": {}}]
-    assert "loractl takes all rows of dataset.path" in told["otherwise"]["mix_strategy"]
-    assert (spec.dataset.eval_path, spec.dataset.eval_split) == ("o/talks", "train_sft")
-    told, _ = imported(tmp_path, theirs + "interleave_probs: 0.7\n")
-    assert "is not a number above 0 for each data set" in told["left_out"]["interleave_probs"]
 
 
 def test_a_training_on_pictures_is_refused(tmp_path: Path) -> None:
     for text, what in (
-        (SHORT + "processor_type: AutoProcessor\n", "pictures or sound (processor_type)"),
-        (LISTED + "image_max_pixels: 262144\nvideo_max_pixels: 16384\n", "(image_max_pixels, video_max_pixels)"),
+        (SHORT + "processor_type: AutoProcessor\n", "has processor_type"),
+        (LISTED + "image_max_pixels: 262144\nvideo_max_pixels: 16384\n", "has image_max_pixels"),
         (listed(tmp_path, {"prompt": "body", "images": "images"}), "rows has images, but loractl trains only on text"),
     ):
         (tmp_path / "theirs.yaml").write_text(text)
@@ -383,29 +323,10 @@ def test_the_job_file_is_printed_and_the_account_stands_beside_it(tmp_path: Path
     job = yaml.safe_load(result.stdout)
     assert job["training"]["learning_rate"] == 2e-4
     assert list(job) == ["name", "base_model", "method", "dataset", "lora", "training"]
-    assert result.stdout.startswith("# From Axolotl's theirs.yaml, by loractl import. Left out: chat_template, ")
+    assert result.stdout.startswith("# From Axolotl's theirs.yaml, by loractl import. Not carried: chat_template, ")
     assert "key" not in job and "\x1b" not in result.stdout + result.stderr, "a key steers neither file nor terminal"
-    assert "Left out, so the training is not quite the same:" in result.stderr
+    assert "Not carried, so the training may not be quite the same:" in result.stderr
     assert "  lr_scheduler " in result.stderr and " dataset_prepared_path, " in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("base_model: a/b\ndatasets: [{path: o/d}]\n", "trains all weights"),
-        ("base_model: a/b\nrl: kto\nadapter: lora\ndatasets: [{path: o/d}]\n", "has rl: kto"),
-        ("base_model: a/b\nadapter: lora\ndatasets: []\n", "names no data set"),
-        ("model_name_or_path: a/b\nstage: kto\n", "has stage: kto"),
-        ("model_name_or_path: a/b\nfinetuning_type: full\ndataset: d\n", "finetuning_type: full"),
-        ("model_name_or_path: a/b\n", "names no data set"),
-        ("name: job\n", "neither Axolotl's nor LLaMA-Factory's"),
-    ],
-)
-def test_what_is_no_fine_tune_of_an_adapter_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
-    (tmp_path / "theirs.yaml").write_text(text)
-    result = CliRunner().invoke(cli, ["import", str(tmp_path / "theirs.yaml"), "-o", str(tmp_path / "job.yaml")])
-    assert result.exit_code != 0 and sentence in str(result.exception)
-    assert not (tmp_path / "job.yaml").exists()
 
 
 ANYTHING = st.recursive(
@@ -471,6 +392,272 @@ def test_a_job_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
     assert "exists already" in str(result.exception) and (tmp_path / "job.yaml").read_text() == "mine"
 
 
+AXOLOTL_ROWS = """
+base_model: a/b
+adapter: lora
+val_set_size: 0.1
+warmup_ratio: 0.1
+lora_target_linear: true
+optimizer: adamw_torch
+datasets: [{path: o/d, type: alpaca}]
+"""
+FACTORY_ROWS = "model_name_or_path: a/b\nval_size: 0.1\nbf16: true\ndataset: rows\ntemplate: tokenizer_default\n"
+RANKED = {"hf_hub_url": "o/d", "ranking": True, "columns": {"chosen": "chosen", "rejected": "rejected"}}
+DPO = AXOLOTL_ROWS.replace("type: alpaca", "type: chat_template.default") + "rl: dpo\n"
+
+
+def with_lines(text: str, lines: str) -> str:
+    """A file with these lines, in place of its own lines of the same keys."""
+    keys = {line.partition(":")[0] for line in lines.splitlines()}
+    kept = [line for line in text.splitlines() if line.partition(":")[0] not in keys]
+    return "\n".join([*kept, lines]) + "\n"
+
+
+def import_text(folder: Path, text: str, entry: dict[str, Any] | None = None) -> Imported:
+    """What import makes of a file; `entry`: what dataset_info.json says of its rows."""
+    if entry is not None:
+        (folder / "data").mkdir(exist_ok=True)
+        (folder / "data" / "dataset_info.json").write_text(json.dumps({"rows": entry}))
+    (folder / "theirs.yaml").write_text(text)
+    return import_file(folder / "theirs.yaml", folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value"),
+    [
+        ("attn_implementation: sdpa", "training.attn_implementation", "sdpa"),
+        ("flash_attention: true", "training.attn_implementation", "flash_attention_2"),
+        ("optimizer: paged_adamw_8bit", "training.optim", "adamw_8bit"),
+        ("optimizer: paged_adamw_32bit", "training.optim", "adamw_torch"),
+        ("gradient_checkpointing: offload", "training.gradient_checkpointing", True),
+        ("datasets: [{path: o/d, revision: v2, type: alpaca}]", "dataset.path", "o/d@v2"),
+        ("datasets: [{path: json, data_files: [x/rows.jsonl], type: alpaca}]", "dataset.path", "x/rows.jsonl"),
+    ],
+)
+def test_axolotl_s_setting_is_carried(tmp_path: Path, line: str, key: str, value: object) -> None:
+    made = import_text(tmp_path, with_lines(AXOLOTL_ROWS, line))
+    section, name = key.split(".")
+    assert made.job[section][name] == value
+    assert not made.left_out
+
+
+@pytest.mark.parametrize(
+    ("text", "entry"),
+    [
+        (
+            AXOLOTL_ROWS + "liger_rms_norm: true\nlora_qkv_kernel: true\ncut_cross_entropy: true\nuse_kernels: true\n",
+            None,
+        ),
+        (
+            AXOLOTL_ROWS + "plugins: [axolotl.integrations.liger.LigerPlugin]\nspecial_tokens: {pad_token: '<pad>'}\n",
+            None,
+        ),
+        (AXOLOTL_ROWS + "use_ray: true\nddp_find_unused_parameters: true\notel_metrics_port: 1\ntf32: true\n", None),
+        (AXOLOTL_ROWS + "fsdp: []\nplugins: []\ndeepspeed: ''\nattn_implementation: flex_attention\n", None),
+        (FACTORY_ROWS + "enable_liger_kernel: true\npredict_with_generate: true\nquantization_method: bnb\n", {}),
+        (FACTORY_ROWS + "pissa_init: false\npissa_iter: 16\ndouble_quantization: true\nuse_unsloth: true\n", {}),
+    ],
+)
+def test_what_changes_nothing_that_is_learned_is_not_called_left_out(
+    tmp_path: Path, text: str, entry: dict[str, Any] | None
+) -> None:
+    made = import_text(tmp_path, text, None if entry is None else {"hf_hub_url": "o/d"})
+    assert not made.left_out, "kernels, padding, and where it runs"
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "what"),
+    [
+        ("plugins: [axolotl.integrations.spectrum.SpectrumPlugin]", "plugins", "SpectrumPlugin"),
+        ("resume_from_checkpoint: out/checkpoint-9", "resume_from_checkpoint", "a fresh adapter"),
+        ("special_tokens: {eos_token: '<end>', pad_token: '<pad>'}", "special_tokens", "chat template"),
+        ("use_dft: true", "use_dft", "true"),
+        ("load_in_8bit: true", "load_in_8bit", "16 bit (lora) or NF4 (qlora)"),
+        ("gptq: true", "gptq", "name the original model"),
+        ("fsdp: [full_shard]", "fsdp", "resources.cards"),
+        ("trust_remote_code: true", "trust_remote_code", "LORACTL_TRUSTED_CODE"),
+        ("optimizer: muon", "optimizer", "default"),
+        ("val_set_size: 0", "val_set_size", "a tenth"),
+        ("val_set_size: 200", "val_set_size", "a tenth"),
+        ("datasets: [{path: o/d, type: alpaca, split: 'train[:5'}]", "datasets: split", "is not a split"),
+        ("datasets: [{path: o/d, type: alpaca, name: en}]", "datasets[0].name", "en"),
+        ("datasets: [{path: o/d, type: alpaca, data_files: [x/rows.json]}]", "datasets[0].data_files", "whole split"),
+        ("datasets: [{path: o/d, type: odd.kind}]", "datasets[0].type", "by their columns"),
+    ],
+)
+def test_what_is_not_carried_is_named_with_what_it_says(tmp_path: Path, line: str, key: str, what: str) -> None:
+    assert what in import_text(tmp_path, with_lines(AXOLOTL_ROWS, line)).left_out[key]
+
+
+def test_an_entry_that_is_refused_takes_no_other_with_it(tmp_path: Path) -> None:
+    entries = ", ".join(f"{{path: {path}, type: alpaca}}" for path in ("o/d", "o/e", "''", "o/f"))
+    made = import_text(tmp_path, with_lines(AXOLOTL_ROWS, f"datasets: [{entries}]"))
+    assert [each["path"] for each in made.job["dataset"]["more"]] == ["o/e", "o/f"]
+    assert "at least 1 character" in made.left_out["datasets[2]"] and "datasets[2]" not in made.carried
+    assert made.carried["datasets[3]"] == "dataset.more"
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("packing: true\nneat_packing: false", True),
+        ("neat_packing: true", True),
+        ("packing: false", False),
+        ("packing: false\nneat_packing: true", True),
+    ],
+)  # fmt: skip
+def test_llama_factory_s_two_kinds_of_packing_are_one_setting(tmp_path: Path, line: str, what: bool) -> None:
+    made = import_text(tmp_path, FACTORY_ROWS + line + "\n", {"hf_hub_url": "o/d"})
+    assert made.job["training"]["packing"] is what
+
+
+def test_a_qlora_file_of_llama_factory_without_an_optimizer_gets_that_tool_s_own(tmp_path: Path) -> None:
+    made = import_text(tmp_path, FACTORY_ROWS + "quantization_bit: 4\n", {"hf_hub_url": "o/d"})
+    assert made.filled_in["training.optim"] == "adamw_torch_fused"
+
+
+def test_a_listing_is_found_where_the_tool_is_started(tmp_path: Path) -> None:
+    """Their examples stand two folders below the data, and are started from above."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps({"rows": {"hf_hub_url": "o/d"}}))
+    below = tmp_path / "examples" / "train_lora"
+    below.mkdir(parents=True)
+    (below / "theirs.yaml").write_text(FACTORY_ROWS)
+    assert import_file(below / "theirs.yaml", tmp_path).job["dataset"]["path"] == "o/d"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence", "hint"),
+    [
+        (with_lines(AXOLOTL_ROWS, "datasets: [{path: o/d}, {type: alpaca}]"), "without its path", "needs a path"),
+        (AXOLOTL_ROWS + "rl: kto\n", "has rl: kto", "take rl out"),
+        (AXOLOTL_ROWS + "gkd_trainer: true\n", "has gkd_trainer", "rows with answers"),
+        (AXOLOTL_ROWS + "plugins: [axolotl.integrations.kd.KDPlugin]\n", "KDPlugin", "rows with answers"),
+        (AXOLOTL_ROWS + "model_type: AutoModelForTokenClassification\n", "TokenClassification", "SEQ_CLS"),
+        (AXOLOTL_ROWS.replace("lora\n", "ia3\n", 1), "has adapter: ia3", "adapter: lora"),
+        (AXOLOTL_ROWS.replace("adapter: lora\n", ""), "trains all weights", "adapter: lora"),
+        (AXOLOTL_ROWS + "processor_type: AutoProcessor\n", "has processor_type", "only on text"),
+        ("base_model: a/b\nadapter: lora\ndatasets: []\n", "names no data set", "streamed rows"),
+        ("model: a/b\ntrain_dataset: rows.yaml\n", "neither Axolotl's nor", "model_name_or_path"),
+        ("model_name_or_path: a/b\nexport_dir: d\n", "names no data set", "dataset_info.json"),
+        ("model_name_or_path: a/b\nstage: kto\ndataset: d\n", "stage: kto", "stage: sft"),
+        (FACTORY_ROWS + "finetuning_type: full\n", "finetuning_type: full", "finetuning_type: lora"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_says_why_and_what_to_do(tmp_path: Path, text: str, sentence: str, hint: str) -> None:
+    (tmp_path / "theirs.yaml").write_text(text)
+    with pytest.raises(LoractlError) as refused:
+        import_file(tmp_path / "theirs.yaml", tmp_path)
+    assert sentence in str(refused.value) and hint in str(refused.value.hint)
+    result = CliRunner().invoke(cli, ["import", str(tmp_path / "theirs.yaml")])
+    assert result.exit_code != 0 and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("lines", "preference", "left"),
+    [
+        ("", {}, []),
+        ("rl: IPO\nrl_beta: 0.2", {"loss_type": "ipo", "beta": 0.2}, []),
+        ("rl: orpo\norpo_alpha: 0.3", {"loss_type": "orpo", "beta": 0.3}, []),
+        ("rl: orpo\norpo_alpha: 0.3\nrl_beta: 0.4", {"loss_type": "orpo", "beta": 0.4}, []),
+        ("trl: {beta: 0.5}\nrl_beta: 0.4", {"beta": 0.4}, ["trl"]),
+        ("dpo_beta: 0.2", {"beta": 0.2}, []),
+        ("rl: simpo\ncpo_alpha: 0\nsimpo_gamma: 1.0", {"loss_type": "simpo", "simpo_gamma": 1.0}, []),
+        ("rl: simpo\ncpo_alpha: 0.5", {"loss_type": ["simpo", "sft"], "loss_weights": [1.0, 0.5]}, []),
+        ("rl: simpo", {"loss_type": ["simpo", "sft"]}, []),
+        ("dpo_loss_type: [hinge]\nsimpo_gamma: 1.0", {"loss_type": "hinge"}, ["simpo_gamma"]),
+        ("dpo_loss_type: [sigmoid, sft]\ndpo_loss_weights: [1.0, 0.2]",
+         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}, []),
+        ("dpo_loss_type: [robust]\ndpo_label_smoothing: 0.1", {"loss_type": "robust", "label_smoothing": 0.1}, []),
+        ("dpo_loss_type: [robust]", {"loss_type": "sigmoid"}, []),
+        ("dpo_label_smoothing: 0.1", {}, ["dpo_label_smoothing"]),
+        ("rpo_alpha: 0.2", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}, []),
+        ("dpo_loss_type: [apo_zero]", {}, ["dpo_loss_type"]),
+        ("dpo_use_weighting: true", {}, ["dpo_use_weighting"]),
+        ("precompute_ref_log_probs: true\ndpo_padding_free: true\nmax_prompt_len: 512\nlora_dropout: 0.1", {}, []),
+    ],
+)  # fmt: skip
+def test_axolotl_s_losses_of_pairs_are_carried(
+    tmp_path: Path, lines: str, preference: dict[str, Any], left: list[str]
+) -> None:
+    made = import_text(tmp_path, with_lines(DPO, lines))
+    assert made.job["task_type"] == "preference" and made.job.get("preference", {}) == preference
+    assert sorted(made.left_out) == left
+    assert made.job["lora"]["lora_dropout"] == 0, "TRL switches dropout off"
+
+
+@pytest.mark.parametrize(
+    ("entry", "columns"),
+    [
+        ("type: chat_template.default, field_messages: talk, field_chosen: good, field_rejected: bad",
+         {"messages": "talk", "chosen": "good", "rejected": "bad"}),
+        ("type: chat_template.argilla", {}),
+        ("type: chat_template.default, message_property_mappings: {role: from, content: value}",
+         {"role": "from", "content": "value"}),
+        ("type: chatml.intel", {"instruction": "question"}),
+        ("type: llama3.icr", {"instruction": "input"}),
+        ("type: chatml.prompt_pairs", {"instruction": "prompt"}),
+        ("type: chatml.argilla", {"chosen": "chosen_response", "rejected": "rejected_response"}),
+        ("type: chatml.argilla_chat", {}),
+        ("type: llama3.ultra", {}),
+        ("type: chatml.default", {"instruction": "prompt"}),
+        ("type: passthrough", {}),
+        ("type: {field_prompt: ask, field_chosen: good, field_rejected: bad}",
+         {"prompt": "ask", "chosen": "good", "rejected": "bad"}),
+    ],
+)  # fmt: skip
+def test_axolotl_s_types_of_pairs_are_carried(tmp_path: Path, entry: str, columns: dict[str, str]) -> None:
+    made = import_text(tmp_path, with_lines(DPO, f"datasets: [{{path: o/d, {entry}}}]"))
+    assert made.job["dataset"].get("columns", {}) == columns and not made.left_out
+    assert made.job["dataset"].get("format") == ("preference_text" if "field_prompt" in entry else None)
+
+
+@pytest.mark.parametrize(
+    ("lines", "preference", "left"),
+    [
+        ("", {}, []),
+        ("pref_loss: sigmoid\npref_beta: 0.2", {"loss_type": "sigmoid", "beta": 0.2}, []),
+        ("pref_loss: hinge\nlora_dropout: 0.1\npacking: true", {"loss_type": "hinge"}, ["packing"]),
+        ("pref_loss: ipo\nsimpo_gamma: 1.0", {"loss_type": "ipo"}, ["simpo_gamma"]),
+        ("pref_loss: simpo\nsimpo_gamma: 1.0", {"loss_type": "simpo", "simpo_gamma": 1.0}, []),
+        ("pref_loss: orpo", {"loss_type": "orpo"}, []),
+        ("pref_loss: orpo\npref_ftx: 0.2", {"loss_type": "orpo"}, ["pref_ftx"]),
+        ("pref_ftx: 0.2", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]}, []),
+        ("pref_ftx: 0.0", {}, []),
+        ("pref_loss: kto_pair", {}, ["pref_loss"]),
+        ("dpo_label_smoothing: 0.1", {}, ["dpo_label_smoothing"]),
+        ("ref_model: a/c\nld_alpha: 0.5\npref_bco_weight: 0.1", {}, ["ld_alpha", "pref_bco_weight", "ref_model"]),
+    ],
+)  # fmt: skip
+def test_llama_factory_s_losses_of_pairs_are_carried(
+    tmp_path: Path, lines: str, preference: dict[str, Any], left: list[str]
+) -> None:
+    made = import_text(tmp_path, with_lines(FACTORY_ROWS, f"stage: dpo\n{lines}"), RANKED)
+    assert made.job["task_type"] == "preference" and made.job.get("preference", {}) == preference
+    assert sorted(made.left_out) == left
+    assert made.job["lora"]["lora_dropout"] == 0 and "packing" not in made.job["training"]
+    assert made.job["training"]["learning_rate"] == 5e-5, "its default, not the kind's"
+
+
+@pytest.mark.parametrize(
+    ("entry", "columns"),
+    [
+        (RANKED, {}),
+        ({**RANKED, "columns": {"prompt": "ask", "query": "", "chosen": "good", "rejected": "bad"}},
+         {"instruction": "ask", "chosen": "good", "rejected": "bad"}),
+        ({**RANKED, "formatting": "sharegpt"}, {}),
+        ({**RANKED, "formatting": "sharegpt", "columns": {"messages": "talk", "chosen": "good", "rejected": "bad"},
+          "tags": {"role_tag": "role", "content_tag": "content"}},
+         {"messages": "talk", "chosen": "good", "rejected": "bad"}),
+    ],
+)  # fmt: skip
+def test_a_listing_s_pairs_are_read_by_their_names(
+    tmp_path: Path, entry: dict[str, Any], columns: dict[str, str]
+) -> None:
+    made = import_text(tmp_path, with_lines(FACTORY_ROWS, "stage: dpo"), entry)
+    assert made.job["dataset"].get("columns", {}) == columns and not made.left_out
+
+
 def imported(folder: Path, text: str) -> tuple[dict[str, Any], JobSpec]:
     """What the command says of the file, and the job that its job file is."""
     (folder / "theirs.yaml").write_text(text)
@@ -484,5 +671,5 @@ def imported(folder: Path, text: str) -> tuple[dict[str, Any], JobSpec]:
 
 def accounted(told: dict[str, Any], text: str, *unset: str) -> None:
     """Every key of their file stands in one of the lists."""
-    named = {*told["carried"], *told["left_out"], *told["not_needed"], *told["otherwise"]}
+    named = {*told["carried"], *told["left_out"], *told["not_needed"]}
     assert yaml.safe_load(text).keys() - named == set(unset)
