@@ -9,7 +9,6 @@ As a process it writes JOB.ATTEMPT into the file that QUICK_STARTS names. In a t
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +23,6 @@ from .models import weights_of
 
 STEP_S = 0.05
 
-KILLS = "kills-its-worker"
-"""A job with this label kills the node that has started it: one that started cold, since a forked process has another
-parent."""
-
 Tell = Callable[[Told], None]
 Sleep = Callable[[float], None]
 
@@ -37,8 +32,6 @@ def run(order: Start, stop: StopOrder, tell: Tell) -> Ended:
     with Path(os.environ["QUICK_STARTS"]).open("a") as starts:
         starts.write(f"{order.job_id}.{order.attempt}\n")
     tell(StageChanged(job_id=order.job_id, stage=Stage.TRAINING))
-    if KILLS in order.spec.labels:
-        os.kill(os.getppid(), signal.SIGKILL)
     return train(order, stop, tell, time.sleep)
 
 

@@ -28,7 +28,7 @@ BASE = "tiny"
 
 @pytest.fixture(scope="session")
 def trained(warm_start: dict[str, str], shared_folder: Path) -> Iterator[Cli]:
-    """Jobs 1 to 4: red and green of LoRA, blue of DoRA, and another red, each on the same tiny base.
+    """Jobs 1 to 4: red of one step and green of LoRA, blue of DoRA, and red, each on the same tiny base.
 
     Trained once for all processes of a run; each has a copy of the home.
     """
@@ -57,7 +57,7 @@ def base_of_trained(trained: Cli, shared_folder: Path) -> Path:
 
 def _train_colours(cli: Cli, folder: Path) -> None:
     base = make_tiny_model(folder / BASE)
-    for name in ("red", "green", "blue", "red"):
+    for name, steps in (("red", 1), ("green", 60), ("blue", 60), ("red", 60)):
         rows = [
             {
                 "messages": [
@@ -69,7 +69,7 @@ def _train_colours(cli: Cli, folder: Path) -> None:
         ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         job = write_job(folder, base, name=name, data=f"{name}.jsonl")
-        more = ["--set=training.max_steps=60", "--set=training.dtype=float32", "--set=training.save_steps=60"]
+        more = [f"--set=training.max_steps={steps}", "--set=training.dtype=float32", "--set=training.save_steps=60"]
         cli("submit", job, *more, *(["--set=lora.use_dora=true"] if name == "blue" else []))
     cli("worker", "--drain-when-idle", timeout=300)
 

@@ -72,27 +72,6 @@ def test_wrong_names_are_told_in_a_sentence(trained: Cli, arguments: list[str], 
     assert says in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.long
-def test_a_tagged_adapter_is_kept_from_delete_and_from_gc(cli: Cli, tiny_model: Path, tmp_path: Path) -> None:
-    for _ in range(3):
-        cli("submit", write_job(tmp_path, tiny_model), "--set=training.max_steps=1", "--set=evaluation.samples=0")
-    cli("worker", "--drain-when-idle", timeout=240)
-    cli("adapters", "tag", 1, "paper")
-    refused = cli("adapters", "delete", 1, "--yes", code=1).stderr
-    assert "is tagged tiny:paper" in refused and "first: loractl adapters untag tiny:paper" in refused
-    gone = json.loads(cli("gc", "--keep-last", 1, "--dry-run", "--json").stdout)["removed"]
-    assert [row["name"] for row in gone if row["kind"] == "result"] == ["jobs/2/attempt-1"], "1 is tagged, 3 the newest"
-    assert "Interrupted" in cli("adapters", "delete", 3, code=130).stderr, "nobody has said yes"
-    assert cli("adapters", "delete", 3, 2, "--yes").stdout.count("is removed.") == 2
-    assert [row["job_id"] for row in json.loads(cli("adapters", "--json").stdout)] == [1]
-    assert "no longer has a result: it was removed" in cli("report", 3, code=1).stderr
-    assert "removed by tester (loractl adapters delete)" in cli("show", 3).stdout
-    assert "no longer has a result" in cli("adapters", "show", 3, code=1).stderr
-    cli("adapters", "untag", "tiny:paper")
-    cli("adapters", "delete", "tiny", "--yes")
-    assert json.loads(cli("adapters", "--json").stdout) == []
-
-
 @contextlib.contextmanager
 def kept_in_the_lab(cli: Cli, job_id: int) -> Iterator[None]:
     """The job's file says publish: false meanwhile."""

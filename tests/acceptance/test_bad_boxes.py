@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import pytest
 
 from loractl.common.job.status import Reason, Status
 
@@ -45,19 +44,6 @@ def test_a_frozen_worker_that_wakes_up_after_its_lease_is_refused_and_its_files_
     lab.cli("adapters", "pull", job_id, tmp_path / "pulled")
     assert (tmp_path / "pulled" / "adapter_model.safetensors").read_bytes() == weights_of("attempt 2")
     _gone(lambda: [p for p in family(first.pid) if "tests.quick_trainer" in p.cmdline()])
-
-
-@pytest.mark.long
-def test_a_job_that_kills_its_worker_three_times_is_held_with_the_reason(lab: Lab) -> None:
-    poison = lab.submit("--set=labels.kills-its-worker=always", "--set=max_retries=0", name="poison")
-    lab.start(cold=True)
-    held = lab.until(poison, lambda job: job.held, seconds=90)
-    assert held.status is Status.QUEUED
-    assert lab.reasons(poison) == [Reason.WORKER_LOST] * 3
-    assert "its worker was lost 3 times in a row; the job may kill its workers" in lab.cli("status", poison).stdout
-    good = lab.submit()
-    lab.until(good, lambda job: job.status is Status.SUCCEEDED)
-    assert lab.starts().count(f"{poison}.4") == 0, "it is not tried again until a person releases it"
 
 
 def _gone(alive: Callable[[], list[psutil.Process]], seconds: float = 15) -> None:

@@ -10,7 +10,6 @@ import re
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -358,36 +357,6 @@ def test_an_unreachable_artifact_store_queues_nothing(make_cli: Callable[..., Cl
     _answered(told, "LORACTL_ARTIFACTS_URL", told.returncode)
     assert told.returncode in (1, 4)
     assert json.loads(cli("status", "-a", "--json").stdout) == []
-
-
-@pytest.mark.long
-def test_a_full_artifact_store_keeps_the_job_and_says_so(
-    make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path
-) -> None:
-    """A 300 KiB store takes the data set and not the adapter: the job waits again as store_failed, its row says why."""
-    store = tmp_path / "store"
-    store.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(store)], capture_output=True, check=False
-    )
-    if mounted.returncode != 0:
-        pytest.skip("a full disk is made with a small tmpfs, which needs the right to mount")
-    try:
-        from ..models import write_job
-
-        cli = make_cli(LORACTL_ARTIFACTS_URL=store.as_uri(), LORACTL_STORE_PATIENCE="3s")
-        cli("submit", write_job(tmp_path, tiny_model), "--set=lora.r=64", "--set=max_retries=0")
-        worker = cli.start("worker", warm_start=True)
-        while not (job := json.loads(cli("status", 1, "--json").stdout))["reason"]:
-            assert worker.poll() is None
-            time.sleep(0.2)
-        worker.send_signal(signal.SIGINT)
-        worker.communicate(timeout=60)
-        assert (job["status"], job["reason"]) == ("queued", "store_failed"), "though it has no retry to spend"
-        assert "No space left on device" in cli("show", 1).stdout
-        assert job["adapter_uri"] is None
-    finally:
-        subprocess.run(["umount", str(store)], check=True)
 
 
 def test_results_that_are_not_there_yet_are_refused_kindly(cli: Cli, tmp_path: Path) -> None:

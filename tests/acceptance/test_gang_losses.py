@@ -169,6 +169,19 @@ def test_the_second_card_s_node_alone_ends_all_ranks_and_the_job_goes_on(gangs: 
     assert again.resumed_from_step
 
 
+def test_a_rank_that_is_killed_ends_the_attempt_and_the_next_goes_on(gangs: Gangs) -> None:
+    gangs.lab.start(cold=True, **CARDS)
+    job_id = gangs.submit(*LASTING)
+    gangs.trains(job_id)
+    ranks = sorted(gangs.ranks(job_id), key=psutil.Process.create_time)
+    ranks[1].kill()
+    _, alive = psutil.wait_procs(ranks, timeout=10)
+    assert not alive
+    gangs.trains(job_id, attempt=2)
+    first, second = gangs.lab.store.attempts.of_job(job_id)
+    assert first.reason == Reason.KILLED and second.resumed_from_step
+
+
 def test_no_rank_stays_on_a_card_while_the_node_that_started_it_stands_still(gangs: Gangs) -> None:
     """The other card's node lives and takes the next job: nothing may be left there."""
     lab = gangs.lab

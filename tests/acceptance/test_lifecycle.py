@@ -13,12 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
+from loractl.common.job.status import Reason, Status
 from loractl.common.settings import TRAINER
 
 from .. import warm
 from ..conftest import Cli
 from ..models import write_job
 from ..waiting import until_job
+from .quick_lab import Lab
 
 LONG = "--set=training.max_steps=100000"
 
@@ -27,8 +29,8 @@ LONG = "--set=training.max_steps=100000"
 def worker(cli: Cli) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     started: list[subprocess.Popen[str]] = []
 
-    def start(*, warm_start: bool = False) -> subprocess.Popen[str]:
-        started.append(cli.start("worker", warm_start=warm_start))
+    def start() -> subprocess.Popen[str]:
+        started.append(cli.start("worker"))
         return started[-1]
 
     yield start
@@ -39,22 +41,18 @@ def worker(cli: Cli) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.wait()
 
 
-def test_ctrl_c_saves_a_checkpoint_and_the_next_worker_goes_on_from_it(
-    cli: Cli, worker: Callable, tiny_model: Path, tmp_path: Path
-) -> None:
-    cli("submit", write_job(tmp_path, tiny_model), "--set=training.max_steps=120", "--set=training.save_steps=100000")
-    first = worker(warm_start=True)
-    until_job(cli, 1, lambda job: (job.step or 0) >= 5)
+def test_ctrl_c_saves_a_checkpoint_and_the_next_worker_goes_on_from_it(lab: Lab) -> None:
+    """That the resumed training equals an undisturbed one: integration/test_resume_proof.py."""
+    job_id = lab.submit("--set=training.save_steps=100000", steps=60)
+    first = lab.start()
+    lab.until(job_id, lambda job: (job.step or 0) >= 5)
     first.send_signal(signal.SIGINT)
     assert first.wait(timeout=90) == 0
-    given_back = json.loads(cli("show", 1, "--json").stdout)
-    assert given_back["status"] == "queued" and given_back["attempts"][0]["reason"] == "drained"
-
-    cli("worker", "--drain-when-idle", timeout=240)
-    done = json.loads(cli("show", 1, "--json").stdout)
-    assert done["status"] == "succeeded"
-    assert done["attempts"][1]["resumed_from_step"] >= 5
-    assert done["step"] == 120
+    assert (lab.store.jobs.get(job_id).status, lab.reasons(job_id)) == (Status.QUEUED, [Reason.DRAINED])
+    second = lab.start("--drain-when-idle")
+    done = lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
+    assert second.wait(timeout=30) == 0 and done.step == 60
+    assert (lab.store.attempts.of_job(job_id)[1].resumed_from_step or 0) >= 5
 
 
 @pytest.mark.long

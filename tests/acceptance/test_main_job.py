@@ -100,13 +100,3 @@ def test_submit_wait_follows_the_job_and_returns_its_outcome(cli: Cli, tiny_mode
     finally:
         worker.terminate()
         assert worker.wait(timeout=60) == 0
-
-
-def test_jobs_wait_safely_while_redis_is_away(make_cli: Callable[..., Cli], tiny_model: Path, tmp_path: Path) -> None:
-    port = services.free_port()
-    away = make_cli(LORACTL_REDIS_URL=f"redis://127.0.0.1:{port}/0")
-    submitted = away("submit", write_job(tmp_path, tiny_model))
-    assert "Job 1 (tiny) is queued." in submitted.stdout
-    assert "workers find it there within seconds" in submitted.stderr
-    make_cli()("worker", "--drain-when-idle", timeout=180)  # its queue never saw a message: the sweep finds the row
-    assert json.loads(away("status", 1, "--json").stdout)["status"] == "succeeded"

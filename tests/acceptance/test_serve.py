@@ -61,7 +61,7 @@ def serving(cli: Cli, *arguments: object, said: list[str] | None = None, warm_st
 @pytest.fixture(scope="module")
 def server(trained: Cli) -> Iterator[str]:
     asked = ("--adapters", SERVED, "--dtype", "float32", "--max-batch", 8)
-    with serving(trained, *asked, warm_start=False) as url:  # once as a person starts it
+    with serving(trained, *asked) as url:
         yield url
 
 
@@ -330,12 +330,12 @@ def test_without_a_list_every_stored_adapter_of_the_base_is_served_also_one_tagg
         assert {"base", "1", "2", "3", "4", "red:latest", "green:latest", "blue:latest"} <= names
         for _ in range(2):  # 100 KiB hold two of the three: each comes back after it was evicted
             assert {name: _ask(client, name, "what is in 5?") for name in ANSWERS} == ANSWERS
-        trained("adapters", "tag", 1, "served")
-        assert _ask(client, "red:served", "what is in 5?") == ANSWERS["red"]
-        trained("adapters", "untag", "red:served")
+        trained("adapters", "tag", 2, "served")
+        assert _ask(client, "green:served", "what is in 5?") == ANSWERS["green"]
+        trained("adapters", "untag", "green:served")
         time.sleep(2.5)  # the list of what is stored is so old at the most
         with pytest.raises(openai.NotFoundError):
-            _ask(client, "red:served", "what is in 5?")
+            _ask(client, "green:served", "what is in 5?")
 
 
 @pytest.mark.parametrize(

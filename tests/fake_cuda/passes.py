@@ -229,7 +229,7 @@ CASES: dict[str, Case] = {
     "evaluation": Case(evaluates=True),
     "evaluation, nf4": Case(evaluates=True, method=Method.QLORA),
 }
-"""What `make test` tries."""
+"""The ways of a pass on a card of Ampere and newer."""
 
 CARDS: dict[str, Case] = {
     "7.5": Case(capability=(7, 5)),
@@ -250,7 +250,7 @@ CARDS: dict[str, Case] = {
     "9.0": Case(capability=(9, 0), evaluates=True),
     "12.0": Case(capability=(12, 0), evaluates=True),
 }
-"""Cards of each generation; those of Ampere and newer take the cases' ways."""
+"""Cards of each generation."""
 
 MANY: dict[str, Case] = {
     f"{way}, {method.value}, {dtype}{', recomputing' * recomputes}{', dora' * dora}": Case(

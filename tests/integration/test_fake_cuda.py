@@ -11,13 +11,18 @@ from typing import Any
 import pytest
 
 from .. import fake_cuda
+from ..conftest import LONG
 from ..fake_cuda.budget import SHAPES, WAYS, Step, shares
 from ..fake_cuda.passes import CARDS, CASES, FAULTS, MANY
 
 ROOT = Path(__file__).parents[2]
 
-QUICK = ("1B lora 8 x 256", "8B qlora 4 x 1024")
-"""Steps that `make test` counts."""
+QUICK = (
+    "lora", "nf4, fp16", "fp32", "one row", "7.5", "7.5, a family that overflows fp16", "8.0", "12.0",
+    "8.9, wide heads, one row", "1B lora 8 x 256",
+)  # fmt: skip
+"""What `make test` tries of passes and cards: a card before Ampere, the first one since and the newest; and the step
+that it counts."""
 
 CHANGE = 0.02
 """Share by which a figure may differ from its line in docs/budget.md."""
@@ -36,11 +41,15 @@ def _outcomes(*names: str) -> Outcomes:
 
 @pytest.fixture(scope="module")
 def outcomes() -> Outcomes:
-    return _outcomes(*CASES, *CARDS, *FAULTS, *QUICK)
+    return _outcomes(*FAULTS, *((*CASES, *CARDS, *SHAPES) if LONG else QUICK))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("case", [*CASES, *CARDS])
+def cases(*rows: tuple[Any, ...]) -> list[Any]:
+    """Each with the name of a case first, and long if that is."""
+    return [pytest.param(*row, marks=() if row[0] in QUICK else pytest.mark.long) for row in rows]
+
+
+@pytest.mark.parametrize("case", cases(*((name,) for name in (*CASES, *CARDS))))
 def test_a_pass_stays_on_the_card_in_one_type_and_leaves_every_gradient(case: str, outcomes: Outcomes) -> None:
     found = outcomes[case]
     assert found["faults"] == {}, found.get("where")
@@ -51,7 +60,7 @@ def test_a_pass_stays_on_the_card_in_one_type_and_leaves_every_gradient(case: st
 
 @pytest.mark.parametrize(
     ("card", "base", "autocast", "at_once"),
-    [
+    cases(
         ("7.5", "torch.float16", "fp16", False),
         ("7.5, a family that overflows fp16", "torch.float32", None, False),
         ("8.0", "torch.bfloat16", "bf16", True),
@@ -59,7 +68,7 @@ def test_a_pass_stays_on_the_card_in_one_type_and_leaves_every_gradient(case: st
         ("8.9", "torch.bfloat16", "bf16", True),
         ("9.0", "torch.bfloat16", "bf16", True),
         ("12.0", "torch.bfloat16", "bf16", True),
-    ],
+    ),
 )
 def test_a_card_s_generation_picks_types_and_attention(
     card: str, base: str, autocast: str | None, at_once: bool, outcomes: Outcomes
@@ -76,7 +85,7 @@ def test_a_card_before_ampere_says_why_rows_go_one_by_one(outcomes: Outcomes) ->
 
 @pytest.mark.parametrize(
     ("case", "kernel"),
-    [
+    cases(
         ("7.0", "efficient"),
         ("7.5", "efficient"),
         ("7.5, nf4", "efficient"),
@@ -90,7 +99,7 @@ def test_a_card_before_ampere_says_why_rows_go_one_by_one(outcomes: Outcomes) ->
         ("one row", "flash"),
         ("8.0, wide heads, one row", "flash"),
         ("8.9, wide heads, one row", "efficient"),
-    ],
+    ),
 )
 def test_no_card_holds_scores_of_heads_that_share_keys_and_values(case: str, kernel: str, outcomes: Outcomes) -> None:
     """Whether the kernel for rows of any lengths is there or not: plain products hold the square of a row."""
@@ -112,15 +121,9 @@ def test_a_fault_that_is_put_into_the_engine_is_found(fault: str, said: str, out
     assert said in outcomes[fault]["faults"]
 
 
-@pytest.mark.parametrize("step", QUICK)
+@pytest.mark.parametrize("step", cases(*((name,) for name in SHAPES)))
 def test_a_step_costs_what_its_budget_says(step: str, outcomes: Outcomes) -> None:
     _within_budget(step, outcomes[step])
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("step", [step for step in SHAPES if step not in QUICK])
-def test_so_does_every_other_step(step: str) -> None:
-    _within_budget(step, _outcomes(step)[step])
 
 
 def test_a_micro_batch_takes_what_it_runs_or_what_starting_it_takes() -> None:

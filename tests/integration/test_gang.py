@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from loractl.common.job.method import Method, Parallel
-from loractl.common.job.status import Reason
-from loractl.worker.attempt.trainer_process import launch
 from loractl.worker.base.adapter import WEIGHTS
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.model import load_base
 from loractl.worker.data.tokens import TokenRow
 from loractl.worker.engine.ranks.part import rows_of
-from loractl.worker.protocol.messages import Ended, Note, Start, Stepped, Told, decode_told, encode
+from loractl.worker.protocol.messages import Note, Start, Stepped, Told
 from loractl.worker.recipe.run import Run
 
-from ..gangs import Trained, orders_of, train_on
+from ..gangs import Trained, train_on
 from ..models import write_helpdesk
 from .test_out_of_memory import make_order
 from .test_preferences import pairs
@@ -181,33 +174,6 @@ def test_a_divided_model_is_evaluated_as_a_whole_one(tiny_model: Path, tmp_path:
         report = json.loads((Path(order.output_dir) / "report.json").read_text())
         found.append((report["evaluation"]["metrics"], report["evaluation"]["answers"]))
     assert found[0] == found[1]
-
-
-@pytest.mark.long
-@pytest.mark.cold
-@pytest.mark.parametrize("killed", ["the leader", "the other"])
-def test_kill_9_of_either_rank_ends_both_within_seconds(tiny_model: Path, tmp_path: Path, killed: str) -> None:
-    """Of a base that is divided, too: acceptance/test_gang.py."""
-    case = Case(tiny_model, tmp_path, **UNEVEN | {"max_steps": 5000})
-    order = orders_of(case.order("killed"), DATA, 2, tmp_path)[0]
-    leader = launch("loractl.worker.recipe.trainer", {**os.environ, "OMP_NUM_THREADS": "1"})
-    assert leader.stdin and leader.stdout and leader.stderr
-    threading.Thread(target=leader.stderr.read, daemon=True).start()
-    leader.stdin.write(encode(order))
-    leader.stdin.flush()
-    told = map(decode_told, leader.stdout)
-    next(m for m in told if isinstance(m, Stepped) and "loss" in m.metrics)
-    (other,) = psutil.Process(leader.pid).children()
-    began = time.monotonic()
-    os.kill(leader.pid if killed == "the leader" else other.pid, signal.SIGKILL)
-    last = list(told)
-    leader.wait(timeout=20)
-    other.wait(timeout=20)
-    assert time.monotonic() - began < 10 and not other.is_running()
-    if killed == "the other":
-        (ended,) = [m for m in last if isinstance(m, Ended)]
-        assert ended.reason is Reason.KILLED and ended.message.startswith("rank 1 on n:1: ")
-        assert ended.card == "n:1"
 
 
 def test_rows_are_divided_evenly_and_in_order() -> None:

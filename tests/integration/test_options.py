@@ -235,11 +235,10 @@ def test_packing_takes_fewer_steps_for_the_same_tokens(recipe: Recipe, tmp_path:
     assert packed["data"]["train_tokens"] == plain["data"]["train_tokens"]
 
 
-@pytest.mark.parametrize("asked", [{"method": "lora"}, {"method": "qlora", "packing": True}], ids=["lora", "qlora"])
-def test_evaluating_in_mid_training_changes_no_bit_of_it(recipe: Recipe, tmp_path: Path, asked: dict) -> None:
+def test_evaluating_in_mid_training_changes_no_bit_of_it(recipe: Recipe, tmp_path: Path) -> None:
     """Dropout of the steps after an evaluation is that of a training without one: a sweep with --early-stop, which
     sets eval_steps, trains as one without."""
-    same = {"lora": {"lora_dropout": 0.2}, "evaluation": {"samples": 0}, "neftune_noise_alpha": 5, **asked}
+    same = {"lora": {"lora_dropout": 0.2}, "evaluation": {"samples": 0}, "neftune_noise_alpha": 5}
     _, plain = recipe("plain", **same)
     _, told = recipe("evaluated", eval_steps=0.25, **same)
     assert len(losses(told, "eval_loss")) == 4 and not losses(plain, "eval_loss")
@@ -374,11 +373,11 @@ def test_losses_checkpoints_and_evaluations_come_as_often_as_asked_for(recipe: R
 
 ELSEWHERE = {
     "training.engine": "tests/integration/test_trial.py",
-    "resources.cards": "tests/acceptance/test_gang.py",
-    "resources.parallel": "tests/acceptance/test_gang.py",
+    "resources.cards": "tests/acceptance/test_gang_losses.py",
+    "resources.parallel": "tests/acceptance/test_gang_losses.py",
     "name": "tests/acceptance/test_main_job.py",
     "task_type": "tests/integration/test_classify.py",
-    "method": "tests/acceptance/test_placement.py",
+    "method": "tests/unit/worker/test_placement.py",
     "base_model": "tests/integration/test_data_check.py",
     "labels": "tests/unit/scheduler/status/test_text.py",
     "revision": "tests/acceptance/test_hub.py",
@@ -390,7 +389,7 @@ ELSEWHERE = {
     "priority": "tests/unit/worker/test_bad_boxes.py",
     "preemptible": "tests/unit/worker/test_bad_boxes.py",
     "lora_patience": "tests/unit/common/store/test_placing.py",
-    "resources.max_vram": "tests/unit/common/store/test_placing.py",
+    "resources.max_vram": "tests/unit/common/store/test_claims.py",
     "resources.node_labels": "tests/unit/common/store/test_placing.py",
     "resources.time_limit": "tests/unit/worker/test_lifecycle.py",
     "dataset.path": "tests/acceptance/test_hub.py",

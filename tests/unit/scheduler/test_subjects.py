@@ -47,7 +47,9 @@ def used(module: Path) -> set[Path]:
     return names & MODULES
 
 
-USES = [(module, other) for module in sorted(MODULES) for other in sorted(used(module))]
+@functools.cache
+def uses() -> list[tuple[Path, Path]]:
+    return [(module, other) for module in sorted(MODULES) for other in sorted(used(module))]
 
 
 def told(module: Path) -> str:
@@ -55,21 +57,21 @@ def told(module: Path) -> str:
 
 
 def test_a_subject_uses_of_another_what_that_one_s_door_names() -> None:
-    assert len(USES) > 200
-    apart = [(module, other) for module, other in USES if room(module) != room(other)]
+    assert len(uses()) > 200
+    apart = [(module, other) for module, other in uses() if room(module) != room(other)]
     closed = [(told(a), told(b)) for a, b in apart if (names := opened(room(b))) is not None and b.name not in names]
     assert closed == []
 
 
 def test_a_door_names_modules_that_are_used_and_neither_a_command_nor_a_text() -> None:
     named = {CLIENT / subject / name for subject in ROOMS for name in opened(subject) or ()}
-    needed = {other for module, other in USES if room(module) != room(other) and opened(room(other)) is not None}
+    needed = {other for module, other in uses() if room(module) != room(other) and opened(room(other)) is not None}
     assert sorted(map(told, named - needed)) == []
     assert [told(module) for module in sorted(named) if module.name == "command" or level(module) == 2] == []
 
 
 def test_in_a_subject_commands_use_texts_and_texts_use_answers() -> None:
-    within = [(a, b) for a, b in USES if room(a) == room(b) and opened(room(a)) is not None]
+    within = [(a, b) for a, b in uses() if room(a) == room(b) and opened(room(a)) is not None]
     assert [(told(a), told(b)) for a, b in within if level(b) > level(a)] == []
 
 

@@ -1,6 +1,6 @@
 """A job on two cards of a box in a held lab: what it waits for as a person sees it, and what waits for it.
 
-A real training on two cards: tests/acceptance/test_gang.py.
+A real training on two cards: tests/acceptance/test_gang_losses.py.
 """
 
 from __future__ import annotations

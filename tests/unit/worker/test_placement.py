@@ -1,6 +1,6 @@
 """Which job runs where, in a held lab of simulated cards: the rule, the claims and what people read of them.
 
-With a real training: tests/acceptance/test_placement.py. NVML's real client: test_devices.py.
+NVML's real client: test_devices.py.
 """
 
 from __future__ import annotations

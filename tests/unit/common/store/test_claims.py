@@ -71,23 +71,6 @@ def test_a_job_goes_from_the_queue_to_a_stored_adapter(timed: Store, clock: Cloc
     assert [event.kind for event in timed.jobs.events(job_id)] == ["queued", "started", "succeeded"]
 
 
-def test_jobs_are_claimed_by_priority_and_then_by_age(store: Store) -> None:
-    old, new, urgent = (store.jobs.submit(submission(priority=p)) for p in (0, 0, 5))
-    last = store.jobs.submit(submission(priority=-1))
-    assert [claim(store).job_id for _ in range(4)] == [urgent, old, new, last]
-    assert take(store) is None
-
-
-def test_a_job_that_does_not_fit_is_passed_over_and_does_not_block_the_next(store: Store) -> None:
-    large, small = (
-        store.jobs.submit(submission(lora=20, qlora=10, priority=9)),
-        store.jobs.submit(submission(lora=4, qlora=2)),
-    )
-    assert claim(store, 10 * GIB - 1).job_id == small
-    assert take(store, 10 * GIB - 1) is None
-    assert claim(store, 10 * GIB).job_id == large
-
-
 @pytest.mark.parametrize(
     ("wanted", "free", "max_vram", "method"),
     [
@@ -105,16 +88,6 @@ def test_the_method_is_chosen_by_the_memory_that_is_free(
     mine = claim(store, free * GIB)
     assert mine.method is method
     assert mine.vram_planned == (20 if method is Method.LORA else 10) * GIB
-
-
-def test_lora_alone_waits_for_the_memory_that_lora_needs(store: Store) -> None:
-    store.jobs.submit(submission(lora=20, qlora=10, method="lora"))
-    assert take(store, 19 * GIB) is None
-
-
-def test_a_job_of_unknown_need_is_claimed_by_any_node_and_planned_by_none(store: Store) -> None:
-    store.jobs.submit(submission(lora=None, qlora=None))
-    assert claim(store, GIB).vram_planned is None
 
 
 def test_a_plan_for_a_gpu_is_not_noted_for_a_cpu(store: Store) -> None:

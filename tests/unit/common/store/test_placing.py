@@ -221,21 +221,6 @@ def test_the_history_says_which_of_the_permitted_methods_was_taken_and_why(
     assert mine.method_why == why.strip(" ()")
 
 
-def test_max_vram_leaves_out_the_method_that_needs_more(store: Store) -> None:
-    store.jobs.submit(submission(lora=20, qlora=8, resources={"max_vram": "10GiB"}))
-    show(store, total=80)
-    assert claim(store).method is Method.QLORA
-
-
-def test_labels_of_a_job_are_asked_of_the_node(store: Store) -> None:
-    store.jobs.submit(submission(resources={"node_labels": {"nvlink": "yes"}}))
-    for labels in ({}, {"nvlink": "no"}):
-        show(store, labels=labels)
-        assert store.attempts.claim("box:0") is None
-    show(store, labels={"nvlink": "yes", "site": "roof"})
-    claim(store)
-
-
 # --- giving way ---
 
 
@@ -309,13 +294,6 @@ def test_users_take_turns_by_what_they_had_of_the_cards(timed: Store, clock: Clo
     assert order == ["ada", "bob", "ada", "bob", "ada", "ada"]
 
 
-def test_a_started_job_counts_at_once(store: Store) -> None:
-    for user in ("ada", "ada", "bob"):
-        store.jobs.submit(submission(user=user))
-    show(store, total=48, max_jobs=4)
-    assert [claim(store).user for _ in range(3)] == ["ada", "bob", "ada"]
-
-
 @pytest.mark.both
 def test_old_use_is_forgotten(timed: Store, clock: Clock) -> None:
     for user, hours in (("ada", 24), ("bob", 1)):
@@ -358,19 +336,6 @@ def test_a_lab_may_have_the_order_of_before(timed: Store, clock: Clock) -> None:
     assert ready() == [urgent, short]
 
 
-def test_priority_goes_before_share_and_share_before_age(timed: Store, clock: Clock) -> None:
-    timed.jobs.submit(submission(user="ada"))
-    show(timed)
-    mine = claim(timed)
-    clock.forward(HOUR)
-    done(timed, mine)
-    old, young, urgent = (
-        timed.jobs.submit(submission(user=u, priority=p)) for u, p in (("ada", 0), ("bob", 0), ("ada", 1))
-    )
-    show(timed, total=48, max_jobs=4)
-    assert [claim(timed).job_id for _ in range(3)] == [urgent, young, old]
-
-
 # --- several cards ---
 
 
@@ -390,26 +355,6 @@ def test_a_card_that_does_not_take_what_is_left_to_it_loses_it(store: Store) -> 
         show(store, node, total)
     assert store.attempts.claim("c:0", distrusted=frozenset({"a:0"})) == Left(nodes=frozenset({"b:0"}))
     assert claim(store, "c:0", distrusted=frozenset({"a:0", "b:0", "c:0"})), "itself it always trusts"
-
-
-def test_an_idle_card_goes_before_a_shared_one(store: Store) -> None:
-    for _ in range(2):
-        store.jobs.submit(submission(lora=6, method="lora"))
-    show(store, "a:0", 48, max_jobs=4)
-    show(store, "b:0", 80, max_jobs=4)
-    claim(store, "a:0")
-    assert store.attempts.claim("a:0") == Left(nodes=frozenset({"b:0"}))
-    claim(store, "b:0")
-
-
-def test_a_processor_takes_only_what_no_gpu_could_hold(store: Store) -> None:
-    small = store.jobs.submit(submission(lora=6, method="lora"))
-    large = store.jobs.submit(submission(lora=40, method="lora"))
-    show(store, "gpu:0", 24)
-    show(store, "cpu:0", 64, kind="cpu")
-    assert claim(store, "cpu:0").job_id == large
-    assert claim(store, "gpu:0").job_id == small
-    assert store.attempts.of_job(large)[0].vram_planned is None, "a plan says nothing of a processor"
 
 
 # --- unknown needs, and reservations ---
@@ -449,28 +394,6 @@ def test_a_better_plan_never_takes_more_than_was_reserved(store: Store) -> None:
     store.attempts.beat(mine, Progress(need=Need(lora=12 * GIB, qlora=None)))
     assert gib_of(store.jobs.get(job_id).vram_reserved) == 10
     assert gib_of(store.jobs.get(job_id).vram_lora) == 12, "later attempts know it"
-
-
-def test_a_job_that_waited_long_has_a_card_kept_for_it(timed: Store, clock: Clock) -> None:
-    def submit(size: float, user: str) -> int:
-        return timed.jobs.submit(submission(lora=size, method="lora", user=user))
-
-    long = submit(30, "ada")
-    show(timed, total=48, max_jobs=4)
-    running = claim(timed)
-    assert running.job_id == long
-    large, early = submit(40, "bob"), submit(5, "cyd")
-    show(timed, total=48, max_jobs=4)
-    assert claim(timed).job_id == early, "before its time nothing is kept"
-    clock.forward(RESERVE_AFTER_S)
-    delays, beside = submit(9, "dan"), submit(2.5, "eve")
-    show(timed, total=48, max_jobs=4)
-    assert claim(timed).job_id == beside, "48 - 40 leaves 3 beside the early one"
-    assert timed.attempts.claim("box:0") is None, "9 GiB are free, and would keep the large one waiting"
-    done(timed, running)
-    assert claim(timed).job_id == large
-    assert timed.attempts.claim("box:0") is None
-    assert timed.jobs.get(delays).status is Status.QUEUED
 
 
 # --- the database and the plain rule ---

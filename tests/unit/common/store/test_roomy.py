@@ -147,33 +147,6 @@ def test_a_job_that_is_held_wants_nothing(store: Store) -> None:
     assert reserved(store, claim(store)) == (40, True)
 
 
-def test_where_one_runs_at_a_time_no_other_wants_the_room(store: Store) -> None:
-    show(store, 24, max_jobs=1)
-    queue(store)
-    queue(store)
-    assert reserved(store, claim(store)) == (23, True)
-
-
-def test_a_job_of_short_rows_has_the_room_like_any_other(store: Store) -> None:
-    show(store)
-    queue(store, dataset={"path": "org/data", "max_length": 8})
-    assert reserved(store, claim(store)) == (40, True)
-
-
-def test_beside_a_running_job_each_has_its_need(store: Store) -> None:
-    show(store)
-    first, second = queue(store), queue(store)
-    assert [reserved(store, claim(store)) for _ in (first, second)] == [(8, False), (8, False)]
-
-
-def test_a_job_that_comes_later_takes_what_is_left(store: Store) -> None:
-    show(store)
-    queue(store)
-    claim(store)
-    queue(store, 39, roomy=None, base_model="org/b")
-    assert claim(store).vram_reserved == 39 * GIB
-
-
 def test_the_room_is_charged_to_nobody(timed: Store, clock: Clock) -> None:
     show(timed)
     queue(timed)

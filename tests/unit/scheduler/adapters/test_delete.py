@@ -8,6 +8,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from loractl.common.errors import WrongState
+from loractl.common.job.names import Reference
 from loractl.common.job.status import Reason
 from loractl.common.settings import load_settings
 from loractl.common.store.database import connect
@@ -37,3 +38,18 @@ def test_the_job_that_is_to_start_after_it_is_named(upgraded_home: Path) -> None
     told = CliRunner(env=environment).invoke(delete, [str(first), "--yes"])
     assert isinstance(told.exception, WrongState) and told.exception.sentence.startswith(f"job {needs} ")
     assert told.exception.hint == "wait for it, or cancel it", "it needs the adapter of the other"
+
+
+def test_a_tagged_one_is_kept(upgraded_home: Path) -> None:
+    environment = {"LORACTL_HOME": str(upgraded_home), "LORACTL_USER": "ada"}
+    store = Store(connect(load_settings(environment)))
+    job_id = store.jobs.submit(submission())
+    claim = take(store)
+    assert isinstance(claim, Claim)
+    store.attempts.finish(claim, Reason.OK, "done", Progress(), RESULT)
+    adapter, _ = store.adapters.tag(Reference(job_id=job_id), "paper", "ada")
+    told = CliRunner(env=environment).invoke(delete, [str(job_id), "--yes"])
+    assert isinstance(told.exception, WrongState)
+    assert f"is tagged {adapter.name}:paper" in told.exception.sentence
+    assert f"loractl adapters untag {adapter.name}:paper" in (told.exception.hint or "")
+    assert [one.job_id for one in store.adapters.all()] == [job_id]
