@@ -5,10 +5,12 @@ docs/errors.md shows the whole table.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -255,7 +257,8 @@ def test_a_mistake_is_answered_with_a_sentence(
         _write(tmp_path / "base" / "config.json", json.dumps(mistake.config))
     args = [str(tmp_path / a) if a.endswith(".yaml") else a for a in mistake.command]
     _answered(cli(*args, code=None), mistake.says, mistake.code)
-    assert json.loads(cli("status", "-a", "--json").stdout) == [], "nothing was queued"
+    with contextlib.closing(sqlite3.connect(Path(cli.environment["LORACTL_HOME"]) / "loractl.db")) as database:
+        assert database.execute("SELECT count(*) FROM jobs").fetchone() == (0,), "nothing was queued"
 
 
 def test_the_table_in_the_docs_has_every_mistake() -> None:

@@ -211,18 +211,6 @@ def test_a_checkpoint_of_other_labels_is_not_resumed(classifier: Classifier, tmp
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_finished_training_is_evaluated_from_its_checkpoint_alone(
-    classifier: Classifier, tmp_path: Path, dtype: str
-) -> None:
-    classifier("first", max_steps=6, dtype=dtype)
-    ended, told = classifier("again", resume="first", max_steps=6, dtype=dtype)
-    assert ended.reason is Reason.OK and losses(told) == []
-    first, again = (metrics(tmp_path / name)["loss"]["tuned"] for name in ("first", "again"))
-    assert again == pytest.approx(first, abs=1e-3)
-
-
-@pytest.mark.long
 def test_the_best_head_is_kept_and_a_training_that_gets_worse_ends(classifier: Classifier, tmp_path: Path) -> None:
     """Every other held-out row has a wrong label: what is learned first helps, and then makes it all too sure."""
     held_out = [json.loads(line) for line in (tmp_path / "held-out.jsonl").read_text().splitlines()]
@@ -242,16 +230,6 @@ def test_the_best_head_is_kept_and_a_training_that_gets_worse_ends(classifier: C
     assert all(torch.equal(kept[name], short[name]) for name in short)
 
 
-@pytest.mark.long
-def test_a_probe_of_the_longest_batches_changes_no_bit_of_the_run(classifier: Classifier, tmp_path: Path) -> None:
-    asked = {"max_steps": 4, "eval_steps": 2, "lora": {"lora_dropout": 0.1}}
-    _, without = classifier("without", **asked)
-    _, probed = classifier("with", memory_limit=8 * 2**30, **asked)
-    assert losses(probed) == losses(without)
-    mine, theirs = weights(tmp_path / "with"), weights(tmp_path / "without")
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
-
-
 def test_accumulated_gradients_are_those_of_the_whole_batch(classifier: Classifier, tmp_path: Path) -> None:
     """transformers' own loss would make them as many times too large as there are micro-batches."""
     same = {"max_steps": 4, "lora": {"lora_dropout": 0}, "dtype": "float32", "max_grad_norm": 100.0}
@@ -262,26 +240,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(classifier: Classifi
 
 
 PLAIN: list[float] = []
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"neftune_noise_alpha": 5},
-        {"label_smoothing_factor": 0.3},
-        {"train_sampling_strategy": "group_by_length", "gradient_checkpointing": True},
-        {"lora": {"use_dora": True, "modules_to_save": ["embed_tokens"]}},
-        {"method": "qlora", "lora": {"init_lora_weights": "loftq"}},
-        {"dataset": {"max_length": 8}},
-    ],
-    ids=lambda options: "-".join(options),
-)
-def test_an_option_works_for_a_classifier_too(classifier: Classifier, options: dict[str, Any]) -> None:
-    if not PLAIN:
-        PLAIN.extend(losses(classifier("plain", max_steps=3)[1]))
-    ended, told = classifier("changed", max_steps=3, **options)
-    assert ended.reason is Reason.OK and losses(told) != PLAIN
 
 
 def test_smoothed_labels_are_those_of_the_formula(classifier: Classifier) -> None:

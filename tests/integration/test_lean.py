@@ -337,37 +337,6 @@ def test_only_plain_linear_layers_are_fused(
     assert len(ours[1]) == sum(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("way", ["fused", "lean", "padded"])
-@pytest.mark.parametrize(("every", "blocks"), [(1, 3), (2, 2)])
-def test_which_blocks_are_recomputed_changes_no_bit(
-    way: str, every: int, blocks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of three blocks, with dropout."""
-    ran, own = list[Any](), transformers.models.llama.modeling_llama.LlamaMLP.forward
-
-    def passed(recomputed: int) -> tuple[float, list[torch.Tensor]]:
-        base, spec = base_of("Llama", num_hidden_layers=3), spec_of(lora={"lora_dropout": 0.2})
-        model = adapted(base, spec)
-        forward = PaddedPass(model, PAD) if way == "padded" else LeanPass(model, FP32, fuses=way == "fused")
-        if recomputed:
-            forward.recompute_blocks(recomputed)
-        ran.clear()
-        seed_streams(3)
-        return learned(forward, rows(5))
-
-    def count(block: Any, states: torch.Tensor) -> torch.Tensor:
-        ran.append(block)
-        answer: torch.Tensor = own(block, states)
-        return answer
-
-    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", count)
-    (loss, gradients), kept = passed(0), len(ran)
-    again = passed(every)
-    assert (kept, len(ran)) == (3, 3 + blocks)
-    assert again[0] == loss and all(torch.equal(*pair) for pair in zip(again[1], gradients, strict=True))
-
-
 @pytest.mark.parametrize("family", ["Llama", "Granite"])
 def test_no_logits_are_held_that_nobody_needs_any_more(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the head widens its weight: not beside scaled ones, and not in the decoder's backward pass."""

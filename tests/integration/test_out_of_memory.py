@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -29,7 +25,7 @@ from loractl.common.memory.plan import predict
 from loractl.common.memory.step import Stack
 from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.gauge import data_bytes, is_out_of_memory
+from loractl.worker.base.gauge import is_out_of_memory
 from loractl.worker.base.model import load_base
 from loractl.worker.protocol.messages import Adjusted, Ended, Note, Planned, Start, Stepped, Told, decode_told, encode
 from loractl.worker.recipe import fit
@@ -38,9 +34,7 @@ from loractl.worker.recipe.recipe import train
 from loractl.worker.recipe.run import Run, Stopped
 
 from .. import warm
-from ..conftest import Cli
 from ..gangs import train_on
-from ..waiting import until_job
 
 MIB, GIB = 2**20, 2**30
 LIMIT = 600 * MIB
@@ -383,82 +377,6 @@ def test_an_unknown_architecture_is_traced_and_refused_before_its_weights_are_lo
     with pytest.raises(TrainingFailed, match=r"its plan by trace is \d+\.\d GiB, the card gives 0\.0 GiB") as failure:
         here(order)
     assert failure.value.reason is Reason.OUT_OF_MEMORY
-
-
-@pytest.fixture
-def worker(make_cli: Callable[..., Cli]) -> Iterator[psutil.Process]:
-    """A worker on the CPU whose trainers are held to more than they need."""
-    yield from _worker(make_cli(LORACTL_TRAINER_RAM="4GiB"))
-
-
-@pytest.fixture
-def two_cards(make_cli: Callable[..., Cli]) -> Iterator[psutil.Process]:
-    """The same with two simulated cards."""
-    yield from _worker(make_cli(LORACTL_TRAINER_RAM="4GiB", LORACTL_DEVICES="sim:8GiB,8GiB"))
-
-
-def _worker(cli: Cli) -> Iterator[psutil.Process]:
-    process = cli.start("worker", "--drain-when-idle")
-    yield psutil.Process(process.pid)
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-
-
-def trainers(worker: psutil.Process) -> list[psutil.Process]:
-    """The oldest first: of several ranks the leader's."""
-    found = [p for p in worker.children(recursive=True) if "loractl.worker.recipe.trainer" in p.cmdline()]
-    return sorted(found, key=lambda process: process.create_time())
-
-
-def take_memory_away(pid: int) -> None:
-    """Leave a trainer what it has between two steps, holes of its heap among it, and less than a tensor of a step."""
-    between_steps = min(data_bytes(pid) for _ in range(60) if not time.sleep(0.01))
-    hard = resource.prlimit(pid, resource.RLIMIT_DATA)[1]
-    resource.prlimit(pid, resource.RLIMIT_DATA, (between_steps + 4 * MIB, hard))
-
-
-@pytest.mark.long
-@pytest.mark.cold
-@pytest.mark.parametrize("cards", [1, 2])
-def test_a_trainer_out_of_memory_in_mid_training_is_followed_by_one_with_less(
-    make_cli: Callable[..., Cli],
-    request: pytest.FixtureRequest,
-    wide_model: Path,
-    data: Path,
-    tmp_path: Path,
-    cards: int,
-) -> None:
-    """What another process on the box does to a run, here by a limit that is lowered under the running trainer: of two
-    ranks that divide a base under the one that does not lead."""
-    rows = 8 * cards
-    batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "max_steps": 24}
-    order = make_order(tmp_path / "whole", wide_model, data, **batch)
-    whole = losses(here(order))
-    (tmp_path / "job.json").write_text(order.spec.model_dump_json(exclude_unset=True))
-    cli = make_cli()
-    on = ("--set=resources.cards=2", "--set=resources.parallel=sharded") if cards > 1 else ()
-    cli("submit", tmp_path / "job.json", *on)
-    # not before there is a job: it ends when it is idle
-    worker = request.getfixturevalue("worker" if cards == 1 else "two_cards")
-    until_job(cli, 1, lambda job: (job.step or 0) >= 2, 200)
-    take_memory_away(trainers(worker)[-1].pid)
-
-    until_job(cli, 1, lambda job: job.status == "succeeded", 200)
-    job = json.loads(cli("show", 1, "--json").stdout)
-    texts = [event["text"] for event in job["events"]]
-    assert job["status"] == "succeeded", texts
-    assert len(job["attempts"]) == 1, "no attempt is spent on it"
-    memory = next(n for n, text in enumerate(texts) if text.startswith("out of memory at step "))
-    each = " on each of 2 cards" if cards > 1 else ""
-    less = f" with 8 rows at once{each}: restarts with 4, accumulating 2 (same effective batch)"
-    assert texts[memory].endswith(less)
-    assert any(text.startswith("resumed from the checkpoint of step ") for text in texts[memory:])
-    report = json.loads(cli("report", 1, "--json").stdout)["training"]
-    assert (report["per_device_train_batch_size"], report["gradient_accumulation_steps"]) == (4, 2)
-    assert report["cards"] == cards
-    assert apart(dict(report["losses"]), whole) < 1e-3
-    assert report["changes"] == [text for text in texts if text.startswith("out of memory")]
 
 
 @pytest.mark.long

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -82,18 +81,3 @@ def test_a_split_and_that_of_the_held_out_file_are_what_is_read(tiny_model: Path
 def test_a_row_that_does_not_fit_is_called_by_its_own_file_and_number(prepared: Callable[..., PreparedData]) -> None:
     with pytest.raises(DataError, match=r"b\.jsonl: row 78: has \d+ tokens"):
         prepared(max_length=64, on_overflow="error")
-
-
-@pytest.mark.long
-def test_the_recipe_trains_on_all_of_them(recipe: Callable[..., Any], tmp_path: Path) -> None:
-    other = pairs(tmp_path / "b.jsonl", 100)
-    more = {"path": str(other), "columns": {"instruction": "question", "output": "said"}, "share": 0.5}
-    ended, told = recipe(dataset={"more": [more]}, max_steps=2, evaluation={"samples": 0})
-    assert ended.reason == "ok"
-    history = " ".join(getattr(message, "text", "") for message in told)
-    assert "rows of data.jsonl (" in history and "of the 100 rows of b.jsonl (" in history
-    report = json.loads((tmp_path / "a" / "result" / "report.json").read_text())
-    assert "b.jsonl" in report["data"]["sources"][0]
-    assert "b.jsonl" in (tmp_path / "a" / "result" / "report.html").read_text()
-    card = (tmp_path / "a" / "result" / "adapter" / "README.md").read_text()
-    assert f"sha256 unknown (from the hub), {'b' * 64}\n- {report['data']['sources'][0]}\n" in card

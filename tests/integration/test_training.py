@@ -15,12 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loractl.common.job.method import Checkpointing, Method
+from loractl.common.job.method import Method
 from loractl.common.job.spec import JobSpec
 from loractl.common.job.status import Reason
-from loractl.worker.base.arithmetic import choose_precision, evaluating
+from loractl.worker.base.arithmetic import choose_precision
 from loractl.worker.base.failure import TrainingFailed
-from loractl.worker.base.lora import add_adapter
 from loractl.worker.base.model import load_base, load_tokenizer
 from loractl.worker.data.prepared import prepare_data
 from loractl.worker.data.token_findings import TokenLook
@@ -269,21 +268,6 @@ def test_named_target_modules_are_the_only_ones_adapted(recipe: Recipe, tmp_path
     assert report["adapter"]["modules"] == ["q_proj", "v_proj"]
 
 
-@pytest.mark.long
-def test_gradient_checkpointing_changes_nothing_but_memory(recipe: Recipe, tmp_path: Path) -> None:
-    """Not one bit, with dropout."""
-
-    def trained(name: str, asked: Checkpointing) -> tuple[str, list[float]]:
-        _, told = recipe(name, gradient_checkpointing=asked, max_steps=4, lora={"lora_dropout": 0.1})
-        report = json.loads((tmp_path / name / "result" / "report.json").read_text())
-        assert report["training"]["gradient_checkpointing"] == asked
-        return report["adapter"]["sha256"], _losses(told)
-
-    plain = trained("plain", False)
-    assert trained("checkpointed", True) == plain
-    assert trained("half", "half") == plain
-
-
 def test_accumulated_batches_learn_like_one_large_batch(recipe: Recipe) -> None:
     _, whole = recipe("whole", per_device_train_batch_size=4, max_steps=4, lora={"lora_dropout": 0.0})
     _, parts = recipe(
@@ -291,42 +275,6 @@ def test_accumulated_batches_learn_like_one_large_batch(recipe: Recipe) -> None:
     )
     # bf16 rounds sums in another order; answers of different lengths must still weigh by tokens
     assert _losses(parts) == pytest.approx(_losses(whole), rel=5e-3)
-
-
-@pytest.mark.long
-def test_an_evaluation_in_mid_training_leaves_the_gradients_of_an_nf4_model_alone(
-    tiny_model: Path, tmp_path: Path
-) -> None:
-    """bitsandbytes on a CPU repacks weights on an eval-mode forward; gradients through them are wrong from then on."""
-    spec = JobSpec.model_validate(
-        {
-            "name": "t",
-            "base_model": str(tiny_model),
-            "method": "qlora",
-            "dataset": {"path": "x.jsonl"},
-            "lora": {"r": 4, "lora_dropout": 0.0},
-        }
-    )
-    tokenizer = load_tokenizer(str(tiny_model))
-    data = prepare_data(spec.dataset, str(write_helpdesk(tmp_path / "d.jsonl")), None, None, tokenizer, None)
-    model = add_adapter(load_base(str(tiny_model), Method.QLORA, "cpu", choose_precision("cpu")), spec, Method.QLORA)
-    ids = torch.tensor([data.train.rows[0].input_ids])
-    with torch.no_grad():  # B starts at zero, which would hide every gradient of A
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
-
-    def gradients() -> dict[str, torch.Tensor]:
-        model.train()
-        model.zero_grad()
-        model(input_ids=ids, labels=ids).loss.backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-    before = gradients()
-    with evaluating(model):
-        score_rows(model, tokenizer, data.held_out.rows, 4)
-    after = gradients()
-    assert before and all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_loss_falls_on_answers_alone_and_the_end_is_learned(tiny_model: Path, tmp_path: Path) -> None:

@@ -79,8 +79,8 @@ def test_a_training_that_ends_while_its_box_stops_is_stored(held: HeldLab) -> No
 def test_a_trainer_that_has_said_nothing_for_half_an_hour_is_killed(
     held: HeldLab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a tenth of the time: half a minute of a processor goes into the beats of an hour."""
-    silence_s = SILENCE_S / 10
+    """In a twentieth of the time: half a minute of a processor goes into the beats of an hour."""
+    silence_s = SILENCE_S / 20
     monkeypatch.setattr("loractl.worker.attempt.stops.SILENCE_S", silence_s)
 
     def silent(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> Ended:
@@ -96,7 +96,7 @@ def test_a_trainer_that_has_said_nothing_for_half_an_hour_is_killed(
     held.until(1, lambda job: job.status == "failed", seconds=3 * silence_s)
     assert 2 * silence_s - 60 <= held.clock.now() - began < 2 * silence_s, "its words count"
     assert (held.alive, held.reasons(1)) == (0, [Reason.TRAINER_ERROR])
-    assert held.store.jobs.get(1).message == "the trainer was silent for 3 min"
+    assert held.store.jobs.get(1).message == "the trainer was silent for 2 min"
 
 
 def test_a_job_over_its_time_limit_keeps_a_checkpoint_and_a_retry_with_more_goes_on_from_it(held: HeldLab) -> None:
