@@ -4,10 +4,11 @@ Pure functions of values. The fleet's round, `loractl why` and the replay all as
 
 A running job yields to a much shorter one if all of this holds:
 
-- what is left of it is at least RATIO times what is left of the waiting one, whose priority is no lower;
+- what is left of it is at least RATIO times what is left of the waiting one and what the stop costs;
+- the priority of the waiting one is no lower;
 - the waiting one would go before it in the rule's order, if both waited;
 - it has run undisturbed for long enough (`undisturbed_s`), twice as long for each time that it was stopped before;
-- the stop saves more than it costs (`_pays`).
+- no card has room for the waiting one within the time that the stop costs.
 
 So no job yields for ever: one that runs T seconds in all yields at most log2(T / UNDISTURBED_S + 1) times.
 """
@@ -30,7 +31,7 @@ from .rule import Placement, jobs_by_user, place, turns_in
 from .shares import LAST, NONE_LEFT
 
 RATIO = 4.0
-"""What is left of a job that yields is at least this many times what is left of the job that it yields to."""
+"""What is left of a job that yields is at least this many times what the other one and the stop take."""
 
 UNDISTURBED_S = 600.0
 """A job runs for at least this long before it yields for the first time."""
@@ -38,8 +39,8 @@ UNDISTURBED_S = 600.0
 COST_SHARE = 0.03
 """The most of the cards' time that stops may cost: a job runs undisturbed for the cost of one over this."""
 
-AT_ONCE = 8
-"""Waiting jobs of each kind that one round tries to start: each asks the whole rule once more."""
+AT_ONCE = 16
+"""Stops that one round tries: each asks the whole rule once more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +81,9 @@ def first_stop(
         return None
     turn = turns_in(by_share, charges, now)
     waiting = [job for job in sorted(helped, key=turn) if _could(job, cards)]
-    free = [job for job in waiting if _is_free(job, cards, charges)]
-    ways = _for_priority(waiting, cards), _for_shorter(free, cards, yielding, turn, now, may_ask)
     starting: set[int] | None = None
-    for stop in (stop for some in ways for stop in itertools.islice(some, AT_ONCE)):
+    ways = _ways(waiting, cards, charges, yielding, turn, now, may_ask)
+    for stop in itertools.islice(ways, AT_ONCE):
         if starting is None:  # read late: most rounds find no way, and need not ask the rule
             decided = place(queue, cards, charges, now, by_share)
             starting = {decision.placed.job.job_id for decision in decided if decision.placed is not None}
@@ -123,36 +123,28 @@ def _could(job: Waiting, cards: Sequence[Card]) -> bool:
     return job.bound is not None and any(card.open and job.requires <= card.labels for card in cards)
 
 
-def _for_priority(waiting: Iterable[Waiting], cards: Sequence[Card]) -> Iterator[Preemption]:
-    """For the first waiting job of each user and priority: one that can't start hides no other's."""
-    willing = [one.priority for card in cards for one in card.running if one.preemptible]
-    met = set[tuple[str, int]]()
-    for job in waiting:
-        if job.priority <= min(willing, default=job.priority) or (job.user, job.priority) in met:
-            continue
-        met.add((job.user, job.priority))
-        if (way := give_way(job, cards)) is not None:
-            yield Preemption(job=job, node=way[0], going=way[1], is_shorter=False)
-
-
-def _for_shorter(
+def _ways(
     waiting: Iterable[Waiting],
     cards: Sequence[Card],
+    charges: Mapping[str, float],
     yielding: Mapping[str, Sequence[Occupant]],
     turn: Callable[[Waiting], tuple[float, ...]],
     now: dt.datetime,
     may_ask: Callable[[Waiting], bool],
 ) -> Iterator[Preemption]:
-    """For the first waiting job of each user and priority that such a stop may help."""
-    longest = max((left_s(one, now) for some in yielding.values() for one in some), default=0.0)
-    met, known = set[tuple[str, int]](), dict[int, tuple[float, ...]]()
-    for ahead, job in enumerate(waiting):
-        if longest < RATIO * job.left_s or (job.user, job.priority) in met:
+    """For the first waiting job of each user and priority that a stop may help: others of theirs must wait for it."""
+    met, turns = set[tuple[str, int]](), dict[int, tuple[float, ...]]()
+    for some in yielding.values():
+        turns |= {one.job_id: turn(_waiting(one, now)) for one in some}
+    for job in waiting:
+        if (job.user, job.priority) in met:
             continue
-        way = yield_to(job, cards, yielding, turn, now, ahead, known)
-        if way is not None and may_ask(job):
+        way, is_shorter = give_way(job, cards), False
+        if way is None and _is_free(job, cards, charges):
+            way, is_shorter = yield_to(job, cards, yielding, turn(job), turns, now), True
+        if way is not None and (not is_shorter or may_ask(job)):
             met.add((job.user, job.priority))
-            yield Preemption(job=job, node=way[0], going=way[1], is_shorter=True)
+            yield Preemption(job=job, node=way[0], going=way[1], is_shorter=is_shorter)
 
 
 def undisturbed_s(yields: Yields, least_s: float | None = None) -> float:
@@ -214,53 +206,62 @@ def yield_to(
     job: Waiting,
     cards: Sequence[Card],
     yielding: Mapping[str, Sequence[Occupant]],
-    turn: Callable[[Waiting], tuple[float, ...]],
+    mine: tuple[float, ...],
+    turns: Mapping[int, tuple[float, ...]],
     now: dt.datetime,
-    ahead: int = 0,
-    known: dict[int, tuple[float, ...]] | None = None,
 ) -> tuple[str, tuple[int, ...]] | None:
     """A card, and the running jobs that would have to stop there for a much shorter one; None: no such stop pays.
 
-    As few jobs as possible, then those that have most left. Nothing yields to a job on several cards.
+    As few jobs as possible, then those that have most left. Nothing yields to a job on several cards. `mine`: its place
+    in the order; `turns`: those of the jobs that may yield.
     """
     if gang_of(job, cards) is not None:
         return None
-    largest, mine = largest_gpu(cards), turn(job)
-    options = []
-    room_s: float | None = None
-    known = {} if known is None else known
-    for card in (c for c in cards if c.node in yielding):
-        longer = [one for one in yielding[card.node] if _is_longer(one, job, mine, turn, now, known)]
-        if not longer or not takes(card, job, cards, largest):
-            continue
+
+    def longer(card: Card) -> list[Occupant]:
+        """Those that are much longer than the waiting one, and would wait behind it."""
+        return [
+            one
+            for one in yielding.get(card.node, ())
+            if one.yields is not None
+            and one.priority <= job.priority
+            and left_s(one, now) >= RATIO * (job.left_s + one.yields.cost_s)
+            and mine < turns[one.job_id]
+        ]
+
+    def rank(going: Sequence[Occupant]) -> tuple[float, ...]:
+        return len(going), -sum(left_s(one, now) for one in going)
+
+    some = [card for card in cards if longer(card)]
+    found = _on_one(job, some, cards, lambda card, size: _longest(card, size, longer(card), now), rank)
+    if found is None:
+        return None
+    cost_s = sum(one.yields.cost_s for one in found[1] if one.yields is not None)
+    return (found[0], _numbers(found[1])) if _until_room_s(job, cards, now) > cost_s else None
+
+
+def _on_one(
+    job: Waiting,
+    some: Iterable[Card],
+    cards: Sequence[Card],
+    choose: Callable[[Card, int], Sequence[Occupant] | None],
+    rank: Callable[[Sequence[Occupant]], tuple[float, ...]],
+) -> tuple[str, Sequence[Occupant]] | None:
+    """Of some cards the one where the best of the chosen groups makes room for the job, and that group."""
+    largest, options = largest_gpu(cards), []
+    for card in (c for c in some if c.open and takes(c, job, cards, largest)):
         for index, method in enumerate(job.methods):
             size = job.need.of(method)
-            going = None if size is None else _longest(card, size, longer, now)
-            if size is None or not going:
-                continue
-            if room_s is None:
-                room_s = _until_room_s(job, cards, now, ahead)
-            if _pays(job, going, room_s):
-                rank = len(going), -sum(left_s(one, now) for one in going), index, card.node
-                options.append((rank, card.node, tuple(one.job_id for one in going)))
-    return min(options)[1:] if options else None
+            if size is not None and (going := choose(card, size)):
+                options.append((rank(going), index, card.node, _numbers(going), going))
+    if not options:
+        return None
+    *_, node, _, going = min(options, key=lambda option: option[:-1])
+    return node, going
 
 
-def _is_longer(
-    one: Occupant,
-    job: Waiting,
-    mine: tuple[float, ...],
-    turn: Callable[[Waiting], tuple[float, ...]],
-    now: dt.datetime,
-    known: dict[int, tuple[float, ...]],
-) -> bool:
-    """Whether the running job is much longer than the waiting one, and would wait behind it."""
-    left = left_s(one, now)
-    if one.yields is None or one.priority > job.priority or left < RATIO * job.left_s:
-        return False
-    if one.job_id not in known:
-        known[one.job_id] = turn(_waiting(one, now))
-    return mine < known[one.job_id]
+def _numbers(going: Iterable[Occupant]) -> tuple[int, ...]:
+    return tuple(one.job_id for one in going)
 
 
 def _waiting(one: Occupant, now: dt.datetime) -> Waiting:
@@ -282,27 +283,17 @@ def _longest(card: Card, size: int, longer: Sequence[Occupant], now: dt.datetime
     return next((by_size[:count] for count in counts if _has_room(card, size, by_size[:count])), None)
 
 
-def _pays(job: Waiting, going: Iterable[Occupant], room_s: float) -> bool:
-    """Whether the waiting job gains more time than all that stop for it lose: each its cost, and the time for which it
-    waits then."""
-    return room_s > sum(job.left_s + one.yields.cost_s for one in going if one.yields is not None)
-
-
-def _until_room_s(job: Waiting, cards: Sequence[Card], now: dt.datetime, ahead: int) -> float:
-    """Seconds until some card has room for the job by itself, if each job ahead of it takes one that comes sooner."""
+def _until_room_s(job: Waiting, cards: Sequence[Card], now: dt.datetime) -> float:
+    """Seconds until some card has room for the job by itself."""
     largest, rooms = largest_gpu(cards), list[float]()
     for card in (c for c in cards if c.open and takes(c, job, cards, largest)):
         if any(one.ends is None or one.ends <= now for one in card.running):
             ending = (replace(one, ends=now + dt.timedelta(seconds=left_s(one, now))) for one in card.running)
             card = replace(card, running=tuple(ending))
-        of_card = [
-            (room.at - now).total_seconds()
-            for size in filter(None, map(job.need.of, job.methods))
-            if (room := room_for(card, job, size, now)) is not None and room.at is not None
-        ]
-        rooms += [min(of_card)] if of_card else []
-    rooms.sort()
-    return rooms[ahead] if ahead < len(rooms) else math.inf
+        for size in filter(None, map(job.need.of, job.methods)):
+            if (room := room_for(card, job, size, now)) is not None and room.at is not None:
+                rooms.append((room.at - now).total_seconds())
+    return min(rooms, default=math.inf)
 
 
 def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]] | None:
@@ -310,17 +301,12 @@ def give_way(job: Waiting, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]]
 
     As few jobs as possible; first those of the lowest priority, then those that hold least.
     """
+    if not any(_willing(job, card) for card in cards):
+        return None
     if (gang := gang_of(job, cards)) is not None:
         return _for_gang(job, gang, cards)
-    largest, options = largest_gpu(cards), []
-    for card in (c for c in cards if c.open and takes(c, job, cards, largest)):
-        willing = _willing(job, card)
-        for method in job.methods:
-            size = job.need.of(method)
-            going = None if size is None else _fewest(card, size, willing)
-            if going:
-                options.append((*_cost(going), card.node, tuple(j.job_id for j in going)))
-    return min(options)[3:] if options else None
+    found = _on_one(job, cards, cards, lambda card, size: _fewest(card, size, _willing(job, card)), _cost)
+    return None if found is None else (found[0], _numbers(found[1]))
 
 
 def _for_gang(job: Waiting, gang: SharedNeed, cards: Sequence[Card]) -> tuple[str, tuple[int, ...]] | None:

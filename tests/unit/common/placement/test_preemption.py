@@ -66,8 +66,8 @@ def test_a_long_job_yields_its_card_to_a_much_shorter_one() -> None:
         pytest.param(a_long_one(ran_s=ONCE_S - 1), a_short_one(), {}, id="it has not run for long enough"),
         pytest.param(a_long_one(ran_s=4 * ONCE_S - 1, stops=2), a_short_one(), {}, id="after two stops four times"),
         pytest.param(a_long_one(cost_s=61), a_short_one(), {}, id="a stop costs too much of that time"),
-        pytest.param(a_long_one(left_s=4 * 120 - 1), a_short_one(), {}, id="it is not much longer"),
-        pytest.param(a_long_one(left_s=None), a_short_one(left_s=901.0), {}, id="what is unknown counts as an hour"),
+        pytest.param(a_long_one(left_s=4 * (120 + STOP_COST_S) - 1), a_short_one(), {}, id="it is not much longer"),
+        pytest.param(a_long_one(left_s=None), a_short_one(left_s=841.0), {}, id="what is unknown counts as an hour"),
         pytest.param(a_long_one(left_s=60, cost_s=18), a_short_one(left_s=10.0, priority=-1), {}, id="lower priority"),
         pytest.param(a_long_one(left_s=70, cost_s=60), a_short_one(left_s=10.0), {}, id="its end is near"),
         pytest.param(a_long_one(gives_way_to=5), a_short_one(), {}, id="one stop at a time"),
@@ -83,10 +83,10 @@ def test_a_job_yields_in_no_other_case(long: Occupant, short: Waiting, more: dic
     assert stop(short, on(long, max_jobs=shared), **more) is None
 
 
-def test_nothing_yields_where_room_comes_sooner_than_a_stop_pays() -> None:
-    soon = a_card("b:0", 24, running=(running(8, 20, 150),))
+def test_nothing_yields_where_room_comes_within_the_time_that_the_stop_costs() -> None:
+    soon = a_card("b:0", 24, running=(running(8, 20, STOP_COST_S),))
     assert stop(a_short_one(), on(a_long_one()), soon) is None
-    later = replace(soon, running=(running(8, 20, 200),))
+    later = replace(soon, running=(running(8, 20, STOP_COST_S + 1),))
     assert stop(a_short_one(), on(a_long_one()), later) is not None
 
 
@@ -161,7 +161,7 @@ def test_on_any_fleet_only_a_much_longer_job_yields_and_the_shorter_one_starts(s
     for job in (job for job in card.running if job.job_id in found.going):
         left = left_s(job, NOW)
         assert job.yields is not None and job.began is not None
-        assert left >= RATIO * found.job.left_s and job.priority <= found.job.priority
+        assert left >= RATIO * (found.job.left_s + job.yields.cost_s) and job.priority <= found.job.priority
         assert (NOW - job.began).total_seconds() >= undisturbed_s(job.yields) >= UNDISTURBED_S
         waits = replace(found.job, job_id=job.job_id, user=job.user, priority=job.priority, left_s=left)
         assert turn(found.job) < turn(replace(waits, since=job.yields.submitted)), "the other would go first"
