@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import functools
 import gc
+import io
 import os
 import shlex
 import shutil
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import hypothesis
 import pytest
@@ -298,17 +301,32 @@ class Cli:
     """The installed `loractl` command with an environment of its own."""
 
     environment: dict[str, str]
+    here: bool = False
+    """Whether it runs in the test's process."""
 
     def __call__(self, *args: object, code: int | None = 0, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run it; with `code`, its exit status must be that."""
         words = list(map(str, args))
-        done = self._run_warm(words, timeout) or subprocess.run(
+        done = self._run_here(words) if self.here else self._run_warm(words, timeout) or subprocess.run(
             [LORACTL, *words], env=self.environment, capture_output=True, text=True, timeout=timeout,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
         if code is not None:
             assert done.returncode == code, f"{args}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+    def _run_here(self, words: list[str]) -> subprocess.CompletedProcess[str]:
+        from loractl.scheduler.cli.main import main
+
+        said, complained = io.StringIO(), io.StringIO()
+        with (
+            mock.patch.dict(os.environ, self.environment, clear=True), mock.patch.object(gc, "set_threshold"),
+            mock.patch.object(sys, "argv", ["loractl", *words]), mock.patch.object(atexit, "register"),
+            contextlib.redirect_stdout(said), contextlib.redirect_stderr(complained),
+            pytest.raises(SystemExit) as ended,
+        ):  # fmt: skip
+            main()
+        return subprocess.CompletedProcess(words, int(ended.value.code or 0), said.getvalue(), complained.getvalue())
 
     def _run_warm(self, words: list[str], timeout: float) -> subprocess.CompletedProcess[str] | None:
         try:
@@ -335,7 +353,7 @@ class Cli:
         )
 
     def with_environment(self, **more: str) -> Cli:
-        return Cli({**self.environment, **more})
+        return Cli({**self.environment, **more}, self.here)
 
 
 @pytest.fixture
@@ -434,9 +452,9 @@ def make_cli(home: Path, request: pytest.FixtureRequest) -> Callable[..., Cli]:
     """A factory of command lines on `home`; LORACTL_* of the machine are not inherited.
 
     The home has its database: to make that is two thirds of what a first command takes. Of a test marked `cold` or
-    `fresh` it is empty, as a person's is."""
-    cold = request.node.get_closest_marker("cold") is not None
-    start = {} if cold else request.getfixturevalue("warm_start")
+    `fresh` it is empty, as a person's is. Those of one marked `here` run in its process."""
+    cold, here = (request.node.get_closest_marker(name) is not None for name in ("cold", "here"))
+    start = {} if cold or here else request.getfixturevalue("warm_start")
     if not (cold or request.node.get_closest_marker("fresh") or (home / "loractl.db").exists()):
         shutil.copy(request.getfixturevalue("sqlite_template").with_name(BARE), home / "loractl.db")
 
@@ -448,7 +466,7 @@ def make_cli(home: Path, request: pytest.FixtureRequest) -> Callable[..., Cli]:
             "LORACTL_DEVICES": "cpu",
             "LORACTL_FORK_SERVER": "0",
         }
-        return Cli({**_inherited(), **base, **start, **more})
+        return Cli({**_inherited(), **base, **start, **more}, here)
 
     return make
 

@@ -243,10 +243,9 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.here
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda m: m.name)
-def test_a_mistake_is_answered_with_a_sentence(
-    mistake: Mistake, cli: Cli, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_is_answered_with_a_sentence(mistake: Mistake, cli: Cli, tmp_path: Path) -> None:
     _write(tmp_path / "job.yaml", mistake.job)
     if mistake.data is None:
         write_helpdesk(tmp_path / "data.jsonl")

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from ..conftest import Cli
 from ..models import write_helpdesk
+
+pytestmark = pytest.mark.here
 
 
 def test_a_job_is_held_with_a_reason_that_others_read_and_released(cli: Cli, tmp_path: Path) -> None:
