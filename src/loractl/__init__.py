@@ -1,4 +1,4 @@
-"""Queue LoRA and QLoRA fine-tunes on a lab's GPU boxes. From Python: `lab = loractl.connect()`, docs/python.md."""
+"""Queue LoRA and QLoRA fine-tunes on a lab's GPU boxes. From Python: `lab = loractl.connect()`, docs/jobs.md."""
 
 from __future__ import annotations
 

@@ -454,12 +454,6 @@ def test_a_template_that_refuses_a_role_is_quoted(check: Check) -> None:
     assert error.text == "the model's chat template refuses it: System role not supported"
 
 
-def test_every_kind_stands_in_the_docs_and_no_other() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-    listed = set(re.findall(r"^\| `(error|warning|note)` \| ([^|]+?) \|", page, re.M))
-    assert listed == {(case.level, case.kind) for case in CASES} | {("warning", "unknown tokens")}
-
-
 def test_the_command_shows_lengths_rows_and_findings_and_exits_with_2_on_an_error(
     cli: Cli, tiny_model: Path, tmp_path: Path
 ) -> None:

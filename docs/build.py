@@ -1,0 +1,281 @@
+"""Makes the site: python docs/build.py FOLDER writes the pages and mkdocs.yml there, then builds FOLDER/site.
+
+README.md is its first page. What follows from the code is written here and kept nowhere: the commands from click, the
+job file's keys from its models, the reasons of an attempt from their table, the fields of other trainers from the
+reader. A link that leads out of the pages becomes its text.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import click
+from annotated_types import Ge, Gt, Interval, Le, Lt, MaxLen
+from pydantic import BaseModel, BeforeValidator
+from pydantic.fields import FieldInfo
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from loractl.common.errors import ExitCode  # noqa: E402
+from loractl.common.job.sections import OwnMetric, SourceSpec  # noqa: E402
+from loractl.common.job.spec import JobSpec  # noqa: E402
+from loractl.common.job.status import OUTCOMES  # noqa: E402
+from loractl.scheduler.cli.main import SECTIONS, cli  # noqa: E402
+from tests.fields_table import lines as fields  # noqa: E402
+
+FILES_OWN = {"dataset.fields": "all"}
+"""Defaults of a job file where a stored spec without the key means another value."""
+
+
+def pages() -> Iterator[tuple[str, str]]:
+    """Each page of the site: its path, and its text."""
+    for path in sorted((ROOT / "docs").glob("**/*.md")):
+        name = path.relative_to(ROOT / "docs").as_posix()
+        yield name, within(path.read_text("utf-8"), name)
+    for source, name in (("README.md", "index.md"), ("CONTRIBUTING.md", "contributing.md")):
+        text = (
+            (ROOT / source)
+            .read_text("utf-8")
+            .replace("](docs/", "](")
+            .replace("](CONTRIBUTING.md", "](contributing.md")
+        )
+        yield name, re.sub(r"(?<!!)\[([^\]]+)\]\((?:CHANGELOG\.md|LICENSE)\)", r"\1", text)
+    yield "reference/commands.md", "\n".join(commands())
+    yield "reference/job-file.md", "\n".join(job_file())
+    yield "reference/errors.md", "\n".join(errors())
+    yield "reference/fields.md", "\n".join(["# Fields of other trainers", "", FIELDS, "", *fields(), ""])
+
+
+FIELDS = """After this page you know what becomes of a field that Axolotl, LLaMA-Factory or TRL document. No field of
+a row is dropped silently: it is used, named in the data check, or refused with a sentence."""
+
+
+def within(text: str, name: str) -> str:
+    """A page's text. Links to README and CONTRIBUTING stay in the site, others out of docs/ become their text."""
+    up = "../" * name.count("/")
+    text = text.replace(f"]({up}../README.md", f"]({up}index.md").replace(
+        f"]({up}../CONTRIBUTING.md", f"]({up}contributing.md"
+    )
+    return re.sub(rf"(?<!!)\[([^\]]+)\]\({re.escape(up)}\.\./[^)]*\)", r"\1", text)
+
+
+COMMANDS_TEXT = """What `loractl COMMAND --help` prints, made from the code. Data goes to stdout, everything else to
+stderr. With `--json` a command prints one JSON value ([its keys](../json.md)). JOB is a job's number, a name that only
+one job has, or a tag of its adapter (`support:prod`). `loractl --debug COMMAND` shows an error's traceback."""
+
+
+def commands() -> Iterator[str]:
+    """The page of all commands, from what their --help says."""
+    yield from ("# Commands", "", "After this page you can call each command with each of its options.", "")
+    yield COMMANDS_TEXT
+    yield from ("", "| exit code | meaning |", "| --- | --- |")
+    yield from (f"| {int(code)} | {code.name.lower().replace('_', ' ')} |" for code in ExitCode)
+    for section, names in SECTIONS.items():
+        yield from ("", f"## {section}")
+        for name in names:
+            command = cli.get_command(click.Context(cli), name)
+            assert command is not None
+            yield from one_command(command, click.Context(command, info_name=f"loractl {name}"), 3)
+
+
+def one_command(command: click.Command, context: click.Context, level: int) -> Iterator[str]:
+    """Its usage, text and options, and the commands below it."""
+    name = context.command_path.removeprefix("loractl ")
+    usage = " ".join(command.collect_usage_pieces(context))
+    yield from (
+        "",
+        f"{'#' * level} {name} {{#{name.replace(' ', '-')}}}",
+        "",
+        f"    {context.command_path} {usage}",
+        "",
+    )
+    yield from paragraphs(command.help or "")
+    options = [option for one in command.get_params(context) if (option := one.get_help_record(context)) is not None]
+    options = [option for option in options if "--help" not in option[0]]
+    if options:
+        yield from ("", "| option | |", "| --- | --- |")
+        yield from (f"| `{cell(names)}` | {cell(text)} |" for names, text in options)
+    if isinstance(command, click.Group):
+        for below in command.list_commands(context):
+            one = command.get_command(context, below)
+            assert one is not None
+            if not one.hidden:
+                yield from one_command(one, click.Context(one, info_name=below, parent=context), level + 1)
+
+
+def paragraphs(text: str) -> Iterator[str]:
+    """A help text as Markdown: what click must not wrap stays as it is."""
+    for paragraph in re.split(r"\n\s*\n", text):
+        if paragraph.startswith("\b"):
+            yield from ("", *(f"    {line}" for line in paragraph.removeprefix("\b").strip("\n").splitlines()), "")
+        else:
+            yield from (prose(" ".join(paragraph.split())), "")
+
+
+JOB_FILE_TEXT = """Made from the models that check a job file. How keys work together: [jobs](../jobs.md),
+[data](../data.md), [results](../results.md). Sizes are bytes or written like `20GiB`; durations are seconds or written
+like `90s`, `2h`, `1h30m`. `null` means: not set."""
+
+
+def job_file() -> Iterator[str]:
+    """The page of all keys, from the models that check a job file."""
+    yield from ("# Keys of the job file", "", "After this page you can set any key of a job file.", "")
+    yield JOB_FILE_TEXT
+    yield from section(JobSpec, "", "The job")
+    for model, title in ((SourceSpec, "dataset.more"), (OwnMetric, "evaluation.metrics, a measure of your own")):
+        yield from section(model, "", title)
+
+
+def section(model: type[BaseModel], prefix: str, title: str) -> Iterator[str]:
+    """A table of the keys of one model, and the tables of the models in it."""
+    below = []
+    yield from ("", f"## {title}", "")
+    if prefix:
+        yield from (prose(" ".join((model.__doc__ or "").split())), "")
+    yield from ("| key | type | default | meaning |", "| --- | --- | --- | --- |")
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            below.append((field.annotation, name))
+        elif not field.exclude:
+            key = f"{prefix}{name}"
+            kind = kind_of(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
+            meaning = prose(" ".join((field.description or "").split()))
+            yield f"| `{key}` | {cell(kind)} | {default_of(key, field)} | {cell(meaning)} |"
+    for inner, name in below:
+        yield from section(inner, f"{prefix}{name}.", f"{prefix}{name}")
+
+
+def default_of(key: str, field: FieldInfo) -> str:
+    """The default of a key in a job file."""
+    if field.is_required():
+        return "required"
+    default = FILES_OWN.get(key, field.get_default(call_default_factory=True, validated_data={}))
+    return f"`{written(default)}`"
+
+
+def written(value: Any) -> str:
+    """A default as a job file would have it."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(written(one) for one in value)}]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return str(value) if value != {} else "{}"
+
+
+NAMED = {
+    "_size": "size",
+    "parse_duration": "duration",
+    "_methods": "auto, lora, qlora, or a list of the last two",
+    "_cards": "auto, or 1 to 8",
+    "_checkpointing": "true, false, half",
+    "_steps_or_share": "whole number, or a share below 1",
+    "_predecessors": "job or list of jobs: numbers, or names of the same submit",
+    "_predecessor": "job",
+    "_adapter_name": "adapter, {job: N} or {sweep: N}",
+    "_losses": "name, or list of names",
+}
+"""Types by the function that reads them."""
+
+
+def kind_of(annotation: Any) -> str:
+    """A type in words, with its limits."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        for mark in inner[1:]:
+            if isinstance(mark, BeforeValidator) and mark.func.__name__ in NAMED:
+                return NAMED[mark.func.__name__]
+        limits = ", ".join(words for mark in flat(inner[1:]) if (words := limit(mark)))
+        return kind_of(inner[0]) + (f", {limits}" if limits and not kind_of(inner[0]).startswith("list") else "")
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(kind_of(one) for one in inner if one is not type(None)))
+    if origin is Literal:
+        return ", ".join(str(one) for one in inner)
+    if origin is list:
+        return f"list of {kind_of(inner[0])}"
+    if origin is dict:
+        return "mapping of names"
+    if isinstance(annotation, type) and issubclass(annotation, str) and hasattr(annotation, "__members__"):
+        return ", ".join(str(one) for one in annotation)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "mapping"
+    return {str: "text", int: "whole number", float: "number", bool: "true, false"}.get(annotation, "text")
+
+
+def flat(marks: tuple[Any, ...]) -> Iterator[Any]:
+    """Marks, and those in a pydantic Field among them."""
+    for mark in marks:
+        yield from getattr(mark, "metadata", (mark,))
+
+
+def limit(mark: Any) -> str:
+    match mark:
+        case Ge(ge=low):
+            return f"at least {low}"
+        case Gt(gt=low):
+            return f"above {low}"
+        case Le(le=high):
+            return f"at most {high}" if high != 2**31 - 1 else ""
+        case Lt(lt=high):
+            return f"below {high}"
+        case MaxLen(max_length=most):
+            return f"at most {most}"
+        case Interval():
+            return ", ".join(filter(None, map(limit, mark)))
+    return ""
+
+
+ERRORS_TEXT = """An error is one sentence and a hint, and its exit code is in [Commands](commands.md). A job's attempt
+ends with one of these reasons; `loractl status JOB` prints the sentence behind it."""
+
+
+ERRORS_TEXT = """An error is one sentence and a hint, and its exit code is in [Commands](commands.md). A job's attempt
+ends with one of these reasons; `loractl status JOB` prints the sentence behind it."""
+
+
+def errors() -> Iterator[str]:
+    """The page of reasons: what an attempt ended as, and what then."""
+    yield from ("# Reasons and errors", "", "After this page you know what follows from how an attempt ended.", "")
+    yield ERRORS_TEXT
+    yield from (
+        "",
+        "| reason | the job then | tried again | spends a retry | what to do |",
+        "| --- | --- | --- | --- | --- |",
+    )
+    for reason, meaning in OUTCOMES.items():
+        yes = ("yes" if meaning.retryable else "no", "yes" if meaning.counts else "no")
+        yield f"| `{reason}` | {meaning.status} | {yes[0]} | {yes[1]} | {cell(meaning.advice)} |"
+    yield from ("", "After a failure that spends a retry, the job waits 10, 20, 40, ... at most 600 s.", "")
+
+
+def prose(text: str) -> str:
+    """Text whose angle brackets, stars and braces Markdown must not read."""
+    return re.sub(r"([<*_\[\]])", r"\\\1", text)
+
+
+def cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def main(folder: Path) -> None:
+    """Writes the pages into folder/docs and builds folder/site; a link that leads nowhere ends the build."""
+    shutil.rmtree(folder / "docs", ignore_errors=True)
+    for name, text in pages():
+        path = folder / "docs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    shutil.copytree(ROOT / "docs" / "images", folder / "docs" / "images", dirs_exist_ok=True)
+    shutil.copy(ROOT / "docs" / "mkdocs.yml", folder)
+    done = subprocess.run([sys.executable, "-m", "zensical", "build", "--clean", "--strict"], cwd=folder)
+    sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
