@@ -140,7 +140,7 @@ def section(model: type[BaseModel], prefix: str, title: str) -> Iterator[str]:
     yield from ("", f"## {title}", "")
     if prefix:
         yield from (prose(" ".join((model.__doc__ or "").split())), "")
-    yield from ("| key | type | default | meaning |", "| --- | --- | --- | --- |")
+    yield from ("| key, type, default | |", "| --- | --- |")
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             below.append((field.annotation, name))
@@ -148,7 +148,7 @@ def section(model: type[BaseModel], prefix: str, title: str) -> Iterator[str]:
             key = f"{prefix}{name}"
             kind = kind_of(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
             meaning = prose(" ".join((field.description or "").split()))
-            yield f"| `{key}` | {cell(kind)} | {default_of(key, field)} | {cell(meaning)} |"
+            yield f"| `{key}`<br>{cell(prose(kind))}<br>{default_of(key, field)} | {cell(meaning)} |"
     for inner, name in below:
         yield from section(inner, f"{prefix}{name}.", f"{prefix}{name}")
 
@@ -158,7 +158,7 @@ def default_of(key: str, field: FieldInfo) -> str:
     if field.is_required():
         return "required"
     default = FILES_OWN.get(key, field.get_default(call_default_factory=True, validated_data={}))
-    return f"`{written(default)}`"
+    return f"default `{written(default)}`"
 
 
 def written(value: Any) -> str:
@@ -244,14 +244,11 @@ def errors() -> Iterator[str]:
     """The page of reasons: what an attempt ended as, and what then."""
     yield from ("# Reasons and errors", "", "After this page you know what follows from how an attempt ended.", "")
     yield ERRORS_TEXT
-    yield from (
-        "",
-        "| reason | the job then | tried again | spends a retry | what to do |",
-        "| --- | --- | --- | --- | --- |",
-    )
+    yield from ("", "| reason | then | what to do |", "| --- | --- | --- |")
     for reason, meaning in OUTCOMES.items():
-        yes = ("yes" if meaning.retryable else "no", "yes" if meaning.counts else "no")
-        yield f"| `{reason}` | {meaning.status} | {yes[0]} | {yes[1]} | {cell(meaning.advice)} |"
+        then = "tried again" if meaning.retryable else str(meaning.status)
+        counts = ", spends a retry" if meaning.counts else ""
+        yield f"| `{reason}` | {then}{counts} | {cell(meaning.advice)} |"
     yield from ("", "After a failure that spends a retry, the job waits 10, 20, 40, ... at most 600 s.", "")
 
 

@@ -1,7 +1,8 @@
 """docs/json.md, the list of what --json prints: read, held against printed values, and written.
 
-The page is the only place of the words. With JSON_PAGE=write a test that holds a section writes it first: known keys
-keep their words, new ones get a question mark, which fails until somebody replaces it.
+Keys and types are written by the tests, the page is the only place of the words. With JSON_PAGE=write a test that holds
+a section writes it first: known keys keep their words, new ones get a question mark, which fails until somebody
+replaces it, or removes it where the key says all.
 """
 
 from __future__ import annotations
@@ -181,7 +182,7 @@ def _faults(section: Section, paths: dict[str, set[str]], *, whole: bool) -> Ite
             yield f"`{path}` is {row.types}, and no {' or '.join(unused)} is printed"
         if row.seen and whole and not kinds - _EMPTY:
             yield f"`{path}` is printed as null or an empty list alone: give its type, when it has a value, and a †"
-    yield from (f"`{path}` has no meaning" for path, row in section.rows.items() if row.words.strip("? ") == "")
+    yield from (f"`{path}` has no meaning" for path, row in section.rows.items() if row.words.strip() == "?")
     for path, row in section.rows.items():
         if whole and row.seen and path not in paths:
             yield f"`{path}` is on the page and not printed"
