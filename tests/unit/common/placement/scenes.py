@@ -29,7 +29,7 @@ LABELS = frozenset({("nvlink", "yes")})
 
 sizes = st.integers(1, 400 * GIB)
 
-many = settings(max_examples=examples(1000))
+many = settings(max_examples=examples(300))
 
 
 def a_card(node: str = "a:0", gib: float = 24, **more: object) -> Card:

@@ -154,7 +154,7 @@ def queues(draw: st.DrawFn) -> list[Job]:
     return found
 
 
-@settings(max_examples=examples(400))
+@settings(max_examples=examples(150))
 @given(fleets(), queues(), st.dictionaries(names, st.floats(0, 50)))
 def test_every_reason_agrees_with_a_plain_search(
     built: tuple[list[Node], list[Job], list[DrainOrder]], waiting: list[Job], charges: dict[str, float]
