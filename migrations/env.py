@@ -7,7 +7,7 @@ from loractl.common.store.tables import conditioned
 connection = context.config.attributes["connection"]
 context.configure(
     connection=connection,
-    target_metadata=conditioned(),
+    target_metadata=conditioned(connection.dialect.name),
     render_as_batch=connection.dialect.name == "sqlite",
 )
 context.run_migrations()

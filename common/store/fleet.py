@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,14 +105,14 @@ class FleetView:
 
 
 OCCUPANT = (
-    Job.job_id, Job.user, Job.node, Job.vram_reserved, Job.eta_seconds, Job.priority, Job.preemptible, Job.attempt,
-    Job.started_at, Job.preempted_by, ASKED_TO_STOP,
+    Job.job_id, Job.user, Job.eta_seconds, Job.priority, Job.preemptible, Job.started_at, Job.preempted_by,
+    ASKED_TO_STOP,
 )  # fmt: skip
-"""What a card shows of a running job."""
+"""What a card shows of a running job, besides its bytes there."""
 
 
-def card_of(node: Node, running: list[Any], now: dt.datetime, drained: Mapping[str, DrainOrder]) -> Card:
-    """One node's card. `running`: rows with the columns OCCUPANT."""
+def card_of(node: Node, running: Sequence[Any], now: dt.datetime, drained: Mapping[str, DrainOrder]) -> Card:
+    """One node's card. `running`: rows of `occupants`, of this card."""
     return Card(
         node=node.node,
         total=node.total,

@@ -48,10 +48,13 @@ _BEHIND_LINE = "lines.queue_key || '~'"
 """Comes after a line's key and before the next one; after the key itself SQLite would walk through the line's jobs."""
 
 
-def lines_of(condition: str, past: str = _BEHIND_LINE) -> str:
+def lines_of(condition: str, past: str = _BEHIND_LINE, *, lateral: bool = False) -> str:
     """A table `lines`: the first job of each line for which the condition holds. From each line it goes straight to the
     next whose key comes after `past`, over any number of jobs between them; from the last that is read of a user to the
     next user: "~" comes after every key."""
+    following = (
+        f'{condition} AND ("user", queue_key) > (lines."user", CASE WHEN nth < :most THEN {past} ELSE \'~\' END)'
+    )
     return f"""WITH RECURSIVE lines(job_id, "user", queue_key, work_left_s, submitted_at, nth) AS (
   SELECT * FROM (
     SELECT job_id, "user", queue_key, work_left_s, submitted_at, 1 FROM jobs WHERE {condition}
@@ -60,30 +63,38 @@ def lines_of(condition: str, past: str = _BEHIND_LINE) -> str:
   UNION ALL
   SELECT one.job_id, one."user", one.queue_key, one.work_left_s, one.submitted_at,
     CASE WHEN one."user" = lines."user" THEN nth + 1 ELSE 1 END
-  FROM lines JOIN jobs AS one ON one.job_id = (
-    SELECT job_id FROM jobs WHERE {condition}
-    AND ("user", queue_key) > (lines."user", CASE WHEN nth < :most THEN {past} ELSE '~' END)
-    ORDER BY "user", queue_key, {IN_LINE} LIMIT 1
-  )
+  FROM lines {_first_of(following, f'"user", queue_key, {IN_LINE}', lateral)}
 )"""  # noqa: S608  no input
 
 
-def _firsts(past: str, chosen: str) -> TextualSelect:
-    """Of each line the first job and, where that is another one, the oldest. `chosen`: those of them that are read."""
-    rows = text(f"""{lines_of(READY, past)}
+def _first_of(condition: str, order: str, lateral: bool) -> str:
+    """Joins with `lines` the first job, `one`, for which the condition holds. SQLite has no LATERAL, and looks each of
+    them up once more by its number."""
+    if lateral:
+        return f"CROSS JOIN LATERAL (SELECT * FROM jobs WHERE {condition} ORDER BY {order} LIMIT 1) AS one"  # noqa: S608
+    return f"JOIN jobs AS one ON one.job_id = (SELECT job_id FROM jobs WHERE {condition} ORDER BY {order} LIMIT 1)"  # noqa: S608
+
+
+def _firsts(past: str, chosen: str) -> dict[str, TextualSelect]:
+    """Of each line the first job and, where that is another one, the oldest; by database. `chosen`: those of them that
+    are read."""
+    alike = f'{READY} AND "user" = lines."user" AND queue_key = lines.queue_key'
+    made = dict[str, TextualSelect]()
+    for dialect in ("sqlite", "postgresql"):
+        lateral = dialect == "postgresql"
+        rows = text(f"""{lines_of(READY, past, lateral=lateral)}
 SELECT job_id, "user", queue_key, work_left_s, submitted_at, nth FROM lines WHERE {chosen.format("lines")}
 UNION ALL
 SELECT one.job_id, one."user", one.queue_key, one.work_left_s, one.submitted_at, nth
-FROM lines JOIN jobs AS one ON one.job_id = (
-  SELECT job_id FROM jobs WHERE {READY} AND "user" = lines."user" AND queue_key = lines.queue_key
-  ORDER BY job_id LIMIT 1
-) WHERE one.job_id <> lines.job_id AND {chosen.format("one")}""")  # noqa: S608  no input
-    return rows.bindparams(bindparam("now", type_=UtcDateTime())).columns(submitted_at=UtcDateTime())
+FROM lines {_first_of(alike, "job_id", lateral)}
+WHERE one.job_id <> lines.job_id AND {chosen.format("one")}""")  # noqa: S608  no input
+        made[dialect] = rows.bindparams(bindparam("now", type_=UtcDateTime())).columns(submitted_at=UtcDateTime())
+    return made
 
 
 _FITS = "substr({0}.queue_key, 7, 17) <= :room"  # the least bytes, of what is in the index: a line may be long
 _FIRSTS = _firsts(_BEHIND_LINE, f"({_FITS} OR {{0}}.submitted_at <= :before OR nth = :most)")
-_FIRSTS = _FIRSTS.bindparams(bindparam("before", type_=UtcDateTime()))
+_FIRSTS = {name: one.bindparams(bindparam("before", type_=UtcDateTime())) for name, one in _FIRSTS.items()}
 _FITTING = _firsts(
     f"CASE WHEN {_FITS.format('lines')} THEN {_BEHIND_LINE} ELSE substr(lines.queue_key, 1, 6) || '~' END", _FITS
 )
@@ -132,9 +143,10 @@ class StoredQueue:
         found = self._read_firsts(_FITTING, most=MOST_BEYOND, room=f"{room:017d}").values() if self._more else ()
         return [job for job in found if job.job_id not in known]
 
-    def _read_firsts(self, statement: TextualSelect, **asked: int | str | dt.datetime) -> dict[int, Waiting]:
+    def _read_firsts(self, by_database: Mapping[str, TextualSelect], **asked: Any) -> dict[int, Waiting]:
         """A key says all of most jobs; only of others is the row read."""
         found, others = dict[int, Waiting](), list[int]()
+        statement = by_database[self._session.get_bind().dialect.name]
         rows = self._session.execute(statement, {"now": self._now, **asked}).all()  # at once: SQLAlchemy is faster
         for job_id, user, line, left_s, since, nth in rows:
             self._more = self._more or nth == MOST_LINES

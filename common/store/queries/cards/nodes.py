@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from sqlalchemy import Row, Select, Table, and_, delete, or_, select
+from sqlalchemy import Row, Select, Table, and_, bindparam, delete, or_, select
 from sqlalchemy.orm import Session
 
 from loractl.common.errors import NameTaken, UsageError, WrongState
@@ -19,22 +19,24 @@ from loractl.common.placement.shares import Allowance, charge, decayed, within_n
 from loractl.common.units import duration
 
 from ...columns import storable_row
-from ...fleet import NODE_STALE_S, OCCUPANT, card_of
+from ...fleet import NODE_STALE_S, card_of
 from ...records import BoxIdentity, NodeState
 from ...tables import Attempt, DrainOrder, Job, LabFailure, Node, Quota, Use, peak_of
 from ...transaction import Transaction
 from ..lab_settings import BY_SHARE, ORDER_SET
 from ..outbox.notices import tell_of_closure
 from ..usage import read_allowances
-from .shares import beside, is_late, running_on
+from .shares import ON_NODE, is_late, occupants, running_on
 
 # Made once: SQLAlchemy takes longer to make such a statement than to run it.
 _NODES, _USES, _DRAINS = select(Node, ORDER_SET), select(Use, Quota), select(DrainOrder)
 _USES = _USES.outerjoin(Quota, Quota.user == Use.user)
 _OWN = (Attempt.job_id == Job.job_id) & (Attempt.attempt == Job.attempt)
 _MEASURED = (Attempt.roomy, Attempt.device_kind, Attempt.vram_process, Attempt.vram_peak)
-_OCCUPANTS = select(*OCCUPANT, Job.method, Job.vram_lora, Job.vram_qlora, *_MEASURED).outerjoin(Attempt, _OWN)
-_OCCUPANTS = _OCCUPANTS.where(Job.status == Status.RUNNING)
+_HELD = occupants(Job.method, Job.vram_lora, Job.vram_qlora, *_MEASURED).outerjoin(Attempt, _OWN)
+
+
+_ON_CARD = occupants().where(bindparam("node") == ON_NODE)
 
 
 def identity(node: NodeState | Node) -> BoxIdentity:
@@ -45,8 +47,7 @@ def identity(node: NodeState | Node) -> BoxIdentity:
 def see(tx: Transaction, state: NodeState) -> Card:
     """Write a device's row, last seen now. Returns the card with what runs on it. Raises NameTaken."""
     now = tx.now()
-    mine = (Job.status == Status.RUNNING) & (Job.node == state.node)
-    running = [*tx.session.execute(select(*OCCUPANT).where(mine)), *beside(tx.session, state.node)]
+    running = tx.session.execute(_ON_CARD, {"node": state.node}).all()
     card = card_of(Node(**vars(state), seen_at=now), running, now, drained_targets(tx.session, now))
     seen = {**vars(state), "seen_at": now, "free": card.free}
     row = storable_row(cast(Table, Node.__table__), seen)  # a sensor says what it likes
@@ -143,23 +144,16 @@ def read_charges(session: Session, now: dt.datetime) -> dict[str, float]:
     return _charges(session, session.execute(_USES).all(), now, _read_running(session))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _FleetRows:
+def _read_running(session: Session) -> Sequence[Any]:
     """What runs in the fleet. A claim needs it for the cards and for the charges, and reads it once."""
-
-    jobs: list[Any]  # rows of OCCUPANT, with their needs
-    shares: list[Any]  # the same of their cards besides the first
-
-
-def _read_running(session: Session) -> _FleetRows:
-    return _FleetRows(jobs=list(session.execute(_OCCUPANTS)), shares=beside(session))
+    return session.execute(_HELD).all()
 
 
 def _cards(
-    session: Session, nodes: Iterable[Node], now: dt.datetime, running: _FleetRows, lease_s: float | None = None
+    session: Session, nodes: Iterable[Node], now: dt.datetime, running: Sequence[Any], lease_s: float | None = None
 ) -> list[Card]:
     on: dict[str, list[Any]] = {}
-    for row in (*running.jobs, *running.shares):
+    for row in running:
         on.setdefault(row.node or "", []).append(row)
     drained, cards = drained_targets(session, now), []
     for node in nodes:
@@ -233,11 +227,10 @@ def read_held(session: Session, now: dt.datetime) -> list[Held]:
     return list(_held(_read_running(session), now))
 
 
-def _held(running: _FleetRows, now: dt.datetime) -> Iterator[Held]:
-    shared = {share.job_id for share in running.shares}
-    for row in (*running.jobs, *running.shares):
+def _held(running: Sequence[Any], now: dt.datetime) -> Iterator[Held]:
+    for row in running:
         size = row.vram_reserved or 0
-        if row.job_id not in shared:
+        if row.rank is None:  # what is measured of several cards is of all of them
             size = max(size, peak_of(row))
             if row.roomy:
                 size = within_need(size, row.vram_qlora if row.method == Method.QLORA.value else row.vram_lora)
@@ -246,7 +239,7 @@ def _held(running: _FleetRows, now: dt.datetime) -> Iterator[Held]:
 
 
 def _charges(
-    session: Session, uses: Sequence[Row[Use, Quota | None]], now: dt.datetime, running: _FleetRows
+    session: Session, uses: Sequence[Row[Use, Quota | None]], now: dt.datetime, running: Sequence[Any]
 ) -> dict[str, float]:
     past = {use.user: decayed(use.gib_hours, (now - use.at).total_seconds()) for use, _ in uses}
     now_held: dict[str, list[tuple[int, float]]] = {}

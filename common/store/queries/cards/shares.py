@@ -6,14 +6,15 @@ import datetime as dt
 from collections.abc import Iterable
 from typing import Any
 
-from sqlalchemy import Select, bindparam, select
-from sqlalchemy.orm import Session
+from sqlalchemy import Select, bindparam, case, select
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from loractl.common.job.status import Status
 from loractl.common.placement.gangs import GangShare
 from loractl.common.placement.rule import Placement
 
-from ...tables import ASKED_TO_STOP, AttemptShare, Job, Node
+from ...fleet import OCCUPANT
+from ...tables import AttemptShare, Job, Node
 from ...transaction import Transaction
 
 _NOW = (
@@ -29,15 +30,18 @@ LATE_SHARE = 0.5
 """A job that needs another card as well does not count on a node that was silent for this share of a lease."""
 
 
-_BESIDE = select(
-    Job.job_id, Job.user, AttemptShare.node, AttemptShare.bytes.label("vram_reserved"), Job.eta_seconds,
-    Job.priority, Job.preemptible, Job.attempt, Job.started_at, Job.preempted_by, ASKED_TO_STOP,
-).join(AttemptShare, _NOW)  # fmt: skip
+_SHARE = (AttemptShare.job_id == Job.job_id) & (AttemptShare.attempt == Job.attempt)
+_IS_BESIDE = AttemptShare.rank > 0  # what it has of its first card is in the job's own row
+
+ON_NODE = case((_IS_BESIDE, AttemptShare.node), else_=Job.node)
+"""The card of a row of `occupants`."""
 
 
-def beside(session: Session, node: str | None = None) -> list[Any]:
-    """Rows like those of OCCUPANT: jobs on cards that are not their first, all or those of a node."""
-    return list(session.execute(_BESIDE if node is None else _BESIDE.where(AttemptShare.node == node)))
+def occupants(*more: InstrumentedAttribute[Any]) -> Select[Any]:
+    """What runs: a row for each card of a job, of one or of several (`rank`), with these columns of the job as well."""
+    size = case((_IS_BESIDE, AttemptShare.bytes), else_=Job.vram_reserved)
+    columns = (ON_NODE.label("node"), size.label("vram_reserved"), AttemptShare.rank)
+    return select(*OCCUPANT, *columns, *more).outerjoin(AttemptShare, _SHARE).where(Job.status == Status.RUNNING)
 
 
 def running_on(node: str) -> Select[Any]:

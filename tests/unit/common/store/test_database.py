@@ -49,7 +49,7 @@ def test_the_migrations_make_exactly_the_tables_of_the_models(database_url: str)
         # Types are compared too. What Alembic does not compare on SQLite (a partial index's condition, AUTOINCREMENT)
         # is read from the catalogue below.
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, conditioned()) == []
+        assert compare_metadata(context, conditioned(engine.dialect.name)) == []
     engine.dispose()
 
 
@@ -58,6 +58,9 @@ def test_an_index_of_waiting_jobs_has_no_others(database_url: str) -> None:
     upgrade(engine)
     indexes = {index["name"]: index for index in inspect(engine).get_indexes("jobs")}
     assert "'queued'" in str(indexes["ix_jobs_order"]["dialect_options"][f"{engine.dialect.name}_where"])
+    first = {name: index["column_names"][0] for name, index in indexes.items() if name is not None}
+    is_sqlite = engine.dialect.name == "sqlite"  # PostgreSQL before 18 would walk through an index behind the status
+    assert first["ix_jobs_line"] == ("status" if is_sqlite else "user")
     engine.dispose()
 
 
