@@ -21,7 +21,8 @@ from .examples import Example
 from .findings import LABEL_WORDS, Finding, answer_of, shares_of
 
 GIVEN_AWAY = "answer in the question"
-LENGTH_TELLS = "length tells the label"
+LENGTH_TELLS, CASE_TELLS, SPACES_TELL = "length tells the label", "case tells the label", "spaces tell the label"
+READ_OFF = {GIVEN_AWAY, LENGTH_TELLS, CASE_TELLS, SPACES_TELL}
 """The kinds of findings by which answers can be told without reading what is asked."""
 
 MOST_ROWS = 1000
@@ -57,6 +58,7 @@ _WORDS_FOR_IT = {
 """Words that name the answer itself. After any other word that the question asks about, it is extraction."""
 
 _NAMED = re.compile(r"[^\w\s]?(\w+)(?: is| was)?[^\w\n]*[:\uff1a=>|#\u2192]\W*$")
+_OPTION = re.compile(r"(?:^|\s)(\(?[a-e1-5][.):] )$")
 _IS = re.compile(rf"\b(?:{'|'.join(sorted(_WORDS_FOR_IT))})\b(?:[^\w.!?\n]+[^\W\d]+){{0,4}}[^\w.!?\n]+$")
 _WORDS_BEFORE = re.compile(r"[^\W\d]+[^\w.!?\n]+[^\W\d]+ $")
 _JOINED = re.compile(r"(?<=[^\W_])[_-](?=[^\W_])")
@@ -100,34 +102,50 @@ class Giveaway:
             if len(given) > TOLD_SHARE * len(sides[1].rows) and not place.unnamed:
                 self.read_off = f"{sides[1].share(given)} hold the answer in the question"
             yield _given_away(place, sides)
-        elif labels and (agreement := _told_by_lengths(sides)) >= AGREEMENT:
-            self.read_off = "the length of a question tells its label"
-            text = f"{self.read_off}: the {NEAR} rows of the nearest lengths guess it with a kappa of {agreement:.2f}"
-            hint = "cut or pad the questions alike, unless their length is what the label is about"
-            yield Finding(level="warning", kind=LENGTH_TELLS, text=text, count=len(sides[0].rows), hint=hint)
+        elif labels and (told := max((_agreed(sides, form), form) for form in _FORMS))[0] >= AGREEMENT:
+            kind, what, hint = _FORMS[told[1]]
+            self.read_off = f"{what} of a question tell{'s' * (told[1] == 'length')} its label"
+            text = f"{self.read_off}: the {NEAR} rows nearest in it guess it with a kappa of {told[0]:.2f}"
+            yield Finding(level="warning", kind=kind, text=text, count=len(sides[0].rows), hint=hint)
         elif (finding := sides[0].task) is not None:
             yield finding
 
 
-def _told_by_lengths(sides: Sequence[_Side]) -> float:
+_FORMS = {
+    "length": (
+        LENGTH_TELLS,
+        "the length",
+        "cut or pad the questions alike, unless length is what the label is about",
+    ),
+    "capitals": (
+        CASE_TELLS,
+        "the capital letters",
+        "write questions alike, unless case is what the label is about",
+    ),
+    "spaces": (SPACES_TELL, "the spaces", "write the spaces of all questions alike, and drop signs that can't be seen"),
+}
+"""What of a question's form is looked at, without its words."""
+
+
+def _agreed(sides: Sequence[_Side], form: str) -> float:
     """Of the sides that have rows enough, the least agreement."""
-    return min((told_by_length(side.rows) for side in sides if len(side.rows) >= FEWEST_LENGTHS), default=0.0)
+    return min((told_by(form, side.rows) for side in sides if len(side.rows) >= FEWEST_LENGTHS), default=0.0)
 
 
-def told_by_length(rows: Sequence[_AskedRow]) -> float:
-    """How far the lengths of questions agree with their labels (Cohen's kappa): each label guessed from all other
-    rows of the nearest lengths, at least five. 0 for few rows. Rows of equal length vote alike, in whatever order the
-    file has them: many files are sorted by label."""
+def told_by(form: str, rows: Sequence[_AskedRow]) -> float:
+    """How far the lengths of questions, or another number of their form, agree with their labels (Cohen's kappa): each
+    label guessed from all other rows of the nearest lengths, at least five. 0 for few rows. Rows of equal length vote
+    alike, in whatever order the file has them: many files are sorted by label."""
     if len(rows) < FEWEST_LENGTHS:
         return 0.0
     of_length: dict[int, Counter[str]] = {}
     for row in rows:
-        of_length.setdefault(row.length, Counter())[row.answer] += 1
+        of_length.setdefault(getattr(row, form), Counter())[row.answer] += 1
     lengths = sorted(of_length)
     near = {length: _near(place, lengths, of_length) for place, length in enumerate(lengths)}
     pairs = []
     for row in rows:
-        votes = near[row.length].copy()
+        votes = near[getattr(row, form)].copy()
         votes[row.answer] -= 1
         pairs.append((row.answer, min(votes, key=lambda label: (-votes[label], label))))
     return _kappa(pairs)
@@ -178,6 +196,8 @@ class _AskedRow:
     answer: str  # the same, without punctuation around it
     labelled: bool  # a classifier's
     length: int  # of the whole question, in characters
+    capitals: int  # of a thousand letters
+    spaces: int  # besides one between two words, and signs that can't be seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +266,8 @@ class _Side:
             named = _IS.search(before)  # a part of an answer, like a number, follows other words by chance
         if named is not None:
             yield _AnswerPlace(mark=named[0])
+        elif (option := _OPTION.search(before)) is not None:
+            yield _AnswerPlace(mark=option[1])
         if row.answer not in self.labels:
             return
         if named is None and (words := _WORDS_BEFORE.search(before)) is not None:
@@ -382,7 +404,16 @@ def _row_of(example: Example) -> _AskedRow | None:
     if not question or not answer or question.strip(_EDGES) == answer:
         return None
     labelled = example.label is not None
-    return _AskedRow(number=example.number, question=question, answer=answer, labelled=labelled, length=length)
+    letters = sum(map(str.isalpha, asked))
+    return _AskedRow(
+        number=example.number,
+        question=question,
+        answer=answer,
+        labelled=labelled,
+        length=length,
+        capitals=1000 * sum(map(str.isupper, asked)) // max(1, letters),
+        spaces=sum(c.isspace() or not c.isprintable() for c in asked) - len(asked.split()) + 1,
+    )
 
 
 def _standing(answer: str, question: str) -> Iterator[int]:

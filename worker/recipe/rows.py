@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loractl.common.data.giveaway import GIVEN_AWAY, LENGTH_TELLS, Giveaway
+from loractl.common.data.giveaway import READ_OFF, Giveaway
 from loractl.common.data.inspection import Leaks
 from loractl.common.job.spec import JobSpec
 from loractl.worker.data.check import findings_about
@@ -41,7 +41,7 @@ def prepare_rows(order: Start, spec: JobSpec, tokenizer: Any) -> PreparedData:
     if data.final is not None and of_final is not None:
         data = replace(data, final=replace(data.final, **_told(of_final), read_off=_read_off(data)))
     told = _told(leaks)
-    told["leaks"] += tuple(finding.text for finding in found if finding.kind in (GIVEN_AWAY, LENGTH_TELLS))
+    told["leaks"] += tuple(finding.text for finding in found if finding.kind in READ_OFF)
     return packed(replace(data, warnings=warnings, read_off=giveaway.read_off, **told), spec)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -211,6 +212,46 @@ def test_labels_that_follow_from_the_length_of_the_question_are_found() -> None:
     assert look(clean_rows[:100], clean_rows[100:]) == ([], "")
     assert look(rows[:100], clean_rows[100:]) == ([], ""), "on both sides"
     assert look(rows[:10], []) == ([], ""), "few lengths say nothing"
+
+
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (str.upper, "case tells the label"), (str.capitalize, "case tells the label"),
+        ("{} ".format, "spaces tell the label"), ("{}\n".format, "spaces tell the label"),
+        ("\u200b{}".format, "spaces tell the label"), (partial(re.sub, " ", "  ", count=1), "spaces tell the label"),
+        (str, None),
+    ],
+)  # fmt: skip
+def test_labels_that_follow_from_case_or_spaces_are_found(write: Callable[[str], str], kind: str | None) -> None:
+    draw = random.Random(3)
+
+    def row(n: int) -> Example:
+        label, text = (
+            draw.choice(["alarm", "ticket"]),
+            " ".join(draw.choices(["pump", "valve", "leak", "door"], k=9)),
+        )
+        asked = write(text) if label == "alarm" else text
+        return Example(number=n, turns=(Turn(role="user", content=asked), Turn(role="assistant", content=label)))
+
+    found, read_off = look([row(n) for n in range(200)], [row(n) for n in range(200, 260)])
+    assert [one.kind for one in found] == ([kind] if kind else []) and bool(read_off) == bool(kind)
+
+
+@pytest.mark.parametrize("form", ["(A) {} (B) {}", "\nA) {}\nB) {}", "\n1. {}\n2. {}"])
+def test_an_answer_that_is_always_the_first_choice_is_found(form: str) -> None:
+    draw = random.Random(3)
+
+    def row(n: int, *, first: bool) -> Example:
+        label, other = draw.sample(["alarm", "ticket", "note"], 2)
+        asked = f"what is case {n}? {form.format(*((label, other) if first or n % 2 else (other, label)))}"
+        return Example(number=n, turns=(Turn(role="user", content=asked), Turn(role="assistant", content=label)))
+
+    sides = [[row(n, first=True) for n in range(200)], [row(n, first=True) for n in range(200, 260)]]
+    found, read_off = look(*sides)
+    assert [one.kind for one in found] == ["answer in the question"] and read_off
+    either = [[row(n, first=False) for n in range(200)], [row(n, first=False) for n in range(200, 260)]]
+    assert look(*either)[1] == "", "a choice between them is the task"
 
 
 def test_the_verdict_is_told_if_most_held_out_answers_can_be_read_off() -> None:
