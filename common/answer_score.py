@@ -45,12 +45,11 @@ class AnswerScore:
 
         Raises ValueError where the expression takes too long.
         """
-        wanted, read = self._read(expected, clock), _READERS[self.compare]
-        goals = [None if text is None else read(text) for text in wanted]
+        goals, read = self.goals(expected, clock), _READERS[self.compare]
         found = self._read(answers, clock)
         if self.compare == "contains":
             return [
-                None if goal in (None, "") else text is not None and _holds(str(goal), read(text))
+                None if goal is None else text is not None and _holds(str(goal), read(text))
                 for goal, text in zip(goals, found, strict=True)
             ]
         return [
@@ -58,9 +57,11 @@ class AnswerScore:
             for goal, text in zip(goals, found, strict=True)
         ]
 
-    def readable(self, expected: Sequence[str], clock: Callable[[], float]) -> list[bool]:
-        """Which of the expected answers it can compare with. Raises ValueError as `right` does."""
-        return [goal is not None for goal in self.right(expected, expected, clock)]
+    def goals(self, expected: Sequence[str], clock: Callable[[], float]) -> list[Any]:
+        """What answers are compared with, of each expected one; None: nothing. Raises ValueError as `right` does."""
+        read = _READERS[self.compare]
+        found = [None if text is None else read(text) for text in self._read(expected, clock)]
+        return [None if self.compare == "contains" and goal == "" else goal for goal in found]
 
     def _read(self, texts: Iterable[str], clock: Callable[[], float]) -> list[str | None]:
         """What counts of each text."""

@@ -167,18 +167,16 @@ LENGTH, EXPECTED_LENGTH = "answer_tokens", "expected_tokens"
 
 _SHARES = "the labels' shares alone have"
 _FREQUENT, _SHOWN = "the most frequent answer alone has", "the base with training examples in its prompt has"
+_COPIED = "the question repeated as the answer has"
 
 CHEAP = {
     _SHARES: ("cheap_loss", "cheap_accuracy"),
     _FREQUENT: ("cheap_rougeL", "cheap_exact_match"),
-    _SHOWN: ("few_shot_loss", "few_shot_rougeL", "few_shot_exact_match"),
+    _COPIED: ("copied_rougeL", "copied_exact_match"),
+    _SHOWN: ("few_shot_loss", "few_shot_rougeL", "few_shot_exact_match", "few_shot_accuracy"),
 }
 """The tuned model against answers that cost no training. A gain over the base needs a gain over each of them in one
 measure; where a measure decides, in that one or over the shares in either."""
-
-MIN_TURNED = 6
-"""Minimum net number of pairs whose preference flipped. Fewer all flip the same way by chance more than 5 % of the
-time."""
 
 SPOILT = 1.0
 """Rise of the chosen answers' loss, in nats a token, that makes a verdict mixed: each token is e times less likely. The
@@ -255,7 +253,7 @@ def report_verdict(
         for metric in metrics
         if metric["reading"] == "worse"
         and metric["name"] not in spoken
-        and not metric["name"].startswith(("cheap_", "few_shot_"))
+        and not metric["name"].startswith(("cheap_", "copied_", "few_shot_"))
     ]
     asides = [f"Worse on {' and '.join(worse)}."] if worse and loss["cases"] >= MIN_CASES else []
     if (words := named.get("words_loss")) is not None and said.reading == "better":
@@ -401,17 +399,25 @@ def _unbeaten(named: Mapping[str, Mapping[str, Any]], deciding: Mapping[str, Any
     """Which cheap answer the tuned model is clearly better than in nothing; empty if it beats all."""
     cheap: Mapping[str, Sequence[str]] = CHEAP
     if deciding is not None:
-        own = {_FREQUENT: (f"cheap_{deciding['name']}",), _SHOWN: (f"few_shot_{deciding['name']}",)}
-        cheap = {_SHARES: CHEAP[_SHARES], **own}
+        own = {_FREQUENT: "cheap", _COPIED: "copied", _SHOWN: "few_shot"}
+        cheap = {_SHARES: CHEAP[_SHARES], **{whose: (f"{kind}_{deciding['name']}",) for whose, kind in own.items()}}
     for whose, names in cheap.items():
         against = [named[name] for name in names if name in named]
         judged = [metric for metric in against if metric["reading"] not in ("too few cases", "not known")]
+        if deciding is not None and whose == _SHOWN:
+            judged = [metric for metric in judged if not _leaves_open(metric, deciding)]
         if judged and not any(metric["reading"] == "better" for metric in judged):
             first = judged[0]
             kind = first["label"].partition(", ")[0]
             unit = " %" if first["unit"] == "%" else ""
             return f"{whose} {kind} {written(first).base}{unit}"
     return ""
+
+
+def _leaves_open(cheap: Mapping[str, Any], deciding: Mapping[str, Any]) -> bool:
+    """Whether a cheap answer was measured on so few rows that the whole gain over the base may be one over it, too."""
+    unclear = cheap["reading"] == "no clear change" and cheap["change"] > 0
+    return unclear and bool(cheap["low"] <= deciding["change"] <= cheap["high"])
 
 
 def _unmeasured(loss: Mapping[str, Any], cases: str) -> str:
@@ -459,19 +465,16 @@ def _of_pairs(
     return _Subject(
         numbers=f"chosen likelier in {share}, {numbers}",
         measured=f"the chosen answer is the likelier one in {share} of {accuracy['cases']} {rows} pairs, {numbers}",
-        judges=[*([accuracy] if _turned(accuracy) else []), *([margin] if margin and of_the_same else [])],
+        judges=[
+            *([accuracy] if accuracy["reading"] in ("better", "worse") else []),
+            *([margin] if margin and of_the_same else []),
+        ],
         rows=rows,
         cases="pairs",
         what="preferences",
         changed="the loss's change",
         answers="" if lengths is None else _other_length(lengths),
     )
-
-
-def _turned(accuracy: Mapping[str, Any]) -> bool:
-    """Whether clearly more pairs are ranked correctly than before, or fewer."""
-    clear = accuracy["reading"] in ("better", "worse")
-    return clear and round(abs(accuracy["change"]) * accuracy["cases"] / 100) >= MIN_TURNED
 
 
 def _other_length(lengths: Mapping[str, Any]) -> str:

@@ -105,7 +105,7 @@ def about_measures(asked: EvaluationSpec, held_out: Sequence[Example]) -> list[F
     findings = []
     for metric in asked.own if expected else ():
         try:
-            left = metric.score.readable(expected, time.thread_time).count(False)
+            left = metric.score.goals(expected, time.thread_time).count(None)
         except ValueError as error:
             text = f"evaluation.metrics: {metric.name} {error}"
             findings.append(Finding(level="warning", kind="measures that compare nothing", text=text))

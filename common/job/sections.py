@@ -556,7 +556,7 @@ MEASURED = frozenset(
 )
 """Names that a report's own measures have, or that a job file has for them."""
 
-CHEAP_NAMES = ("cheap_", "few_shot_")
+CHEAP_NAMES = ("cheap_", "copied_", "few_shot_")
 """How names of measures against a cheap answer begin."""
 
 _BEGINNINGS = (*CHEAP_NAMES, NEW_ROWS)

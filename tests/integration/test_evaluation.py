@@ -19,7 +19,7 @@ from loractl.worker.base.arithmetic import Precision
 from loractl.worker.base.batches import in_batches
 from loractl.worker.base.model import load_base, load_tokenizer, positions_of
 from loractl.worker.evaluation.answers import rouge
-from loractl.worker.evaluation.comparison import BOOTSTRAP_SEED, Compared, draws, paired_interval
+from loractl.worker.evaluation.comparison import BOOTSTRAP_SEED, Compared, compare_shares, draws, paired_interval
 from loractl.worker.evaluation.confusion import Labels, label_metrics
 from loractl.worker.evaluation.generation import generate
 from loractl.worker.evaluation.report import verdict
@@ -68,6 +68,15 @@ def test_a_model_that_did_not_change_has_an_interval_of_nothing() -> None:
 def test_few_rows_are_too_few_however_large_the_change() -> None:
     said = verdict([compared(np.full(3, 50.0), np.full(3, 10.0), np.full(3, 10.0))])
     assert said["reading"] == "cant_be_judged" and said["why"] == "3 held-out rows are too few"
+
+
+@pytest.mark.parametrize(("turned", "reading"), [(5, "no clear change"), (6, "better")])
+def test_a_few_answers_that_all_turned_one_way_are_no_clear_change(turned: int, reading: str) -> None:
+    """Five of five do so one time in sixteen, and the bootstrap's interval leaves out zero from four on."""
+    found = compare_shares("exact_match", "exact match", [False] * 20, [n < turned for n in range(20)])
+    assert (found.base, found.tuned, found.reading) == (0, 5 * turned, reading)
+    back = compare_shares("exact_match", "exact match", [n < turned for n in range(20)], [False] * 20)
+    assert back.reading == reading.replace("better", "worse")
 
 
 def test_rows_weigh_by_their_tokens() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from loractl.common.data.examples import Example, Turn
@@ -12,7 +14,8 @@ from loractl.common.job.sections import DataFormat, EvaluationSpec
 from loractl.worker.base.model import load_tokenizer
 from loractl.worker.data.tokens import IGNORED, TokenRow, encode
 from loractl.worker.evaluation.answers import Answer, prompts_of
-from loractl.worker.evaluation.cheap import MOST_ROWS, Shots, frequent_metrics
+from loractl.worker.evaluation.cheap import MOST_ROWS, Shots, copied_metrics, frequent_metrics, shots_metrics
+from loractl.worker.evaluation.row_losses import RowScores
 
 
 def chat(number: int, *said: str, system: str = "") -> Example:
@@ -83,16 +86,64 @@ def test_each_answer_of_a_conversation_and_a_completion_are_measured_behind_exam
     assert learned(found.rows) == learned([encode(one, tokenizer, DataFormat.PROMPT_COMPLETION)[0] for one in plain])
 
 
-@pytest.mark.parametrize(("same", "measured"), [(4, True), (1, False)])
+def answers_of(*both: tuple[str, str], base: str = "b") -> list[Answer]:
+    """Answers that expect the first of each two, where the tuned model says the second."""
+    return [
+        Answer(row=n, prompt="p", expected=expected, base=base, tuned=tuned, base_ended=True, tuned_ended=True)
+        for n, (expected, tuned) in enumerate(both)
+    ]
+
+
+@pytest.mark.parametrize(("same", "measured"), [(6, True), (2, False)])
 def test_a_frequent_answer_is_compared_with(same: int, measured: bool) -> None:
-    train = [chat(n, f"ask {n}", "no idea" if n < same else f"say {n}") for n in range(30)]
-    answers = [
-        Answer(row=n, prompt="p", expected="no idea" if n < 6 else f"this {n}", base="b", tuned=f"this {n}",
-               base_ended=True, tuned_ended=True)
-        for n in range(12)
-    ]  # fmt: skip
-    found = {metric.name: metric for metric in frequent_metrics(answers, train, EvaluationSpec())}
+    """However seldom the rows to train on have it: the held-out rows are the ones to answer."""
+    answers = answers_of(*(("no idea" if n < same else f"this {n}", f"this {n}") for n in range(12)))
+    found = {metric.name: metric for metric in frequent_metrics(answers, EvaluationSpec())}
     assert bool(found) == measured
     if measured:
         assert (found["cheap_exact_match"].base, found["cheap_exact_match"].tuned) == (50, 50)
         assert found["cheap_rougeL"].base == 50
+
+
+def own(extract: str, **how: Any) -> EvaluationSpec:
+    return EvaluationSpec.model_validate({"metrics": ["loss", {"name": "mine", "extract": extract, **how}]})
+
+
+def test_an_expression_that_finds_alike_in_every_answer_tells_none_from_another() -> None:
+    """Any answer with the mark is right, and a base never writes it."""
+    answers = answers_of(*((f"So it is {n}.\n#### {n}", "#### 7000") for n in range(40)))
+    (whole,) = frequent_metrics(answers, own("(####)"))
+    assert (whole.name, whole.base, whole.tuned, whole.reading) == ("cheap_mine", 100, 100, "no clear change")
+    assert frequent_metrics(answers, own("#### ([0-9]+)", compare="number")) == [], "numbers differ"
+    few = answers_of(*((f"So it is {n}.\n#### {n % 2}.0", "#### 7000") for n in range(40)))
+    assert frequent_metrics(few, own("#### ([0-9.]+)", compare="number"))[0].base == 50
+
+
+def test_questions_much_like_their_answers_are_compared_with() -> None:
+    """A correction: repeating the sentence is nearly right, and in ROUGE it was a gain over a base that talks."""
+    asked = [f"Correct this.\nText: he go to shop {n} on day {n * 7} with a bag" for n in range(30)]
+    examples = {n: chat(n, text, "") for n, text in enumerate(asked)}
+    right = [f"he goes to shop {n} on day {n * 7} with a bag" for n in range(30)]
+    repeated = answers_of(*((text, text.replace("goes", "go")) for text in right), base="Sure!")
+    found = {metric.name: metric for metric in copied_metrics(repeated, examples, EvaluationSpec())}
+    assert found.keys() == {"copied_rougeL", "copied_exact_match"} and found["copied_rougeL"].base > 80
+    assert {metric.reading for metric in found.values()} == {"no clear change"}
+    corrected = answers_of(*zip(right, right, strict=True))
+    assert {m.reading for m in copied_metrics(corrected, examples, EvaluationSpec())} == {"better"}
+    other = {n: chat(n, f"What is on day {n}?", "") for n in range(30)}
+    assert copied_metrics(corrected, other, EvaluationSpec()) == [], "questions are mostly unlike answers"
+
+
+def test_labels_of_the_base_with_examples_are_counted(tiny_model: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model), None)
+    found = shots(tokenizer)
+    answers = [
+        replace(one, row=prompt.row) for one, prompt in zip(answers_of(*(("a", "a"),) * 5), found.prompts, strict=True)
+    ]
+    ones = np.ones(len(HELD_OUT))
+    tuned = RowScores(loss=ones, tokens=ones, stop_loss=ones, stops=ones, right=ones)
+    base = RowScores(**{name: values[: len(found.rows)] for name, values in vars(tuned).items()})
+    texts = [("a", True), ("b", True), ("a", True), ("what", True), (" a ", True)]
+    numbers = [example.number for example in HELD_OUT]
+    metrics = shots_metrics(found, base, texts, numbers, tuned, answers, EvaluationSpec(), ["a", "b"])
+    assert [(m.name, m.cases, m.base, m.tuned) for m in metrics[1:]] == [("few_shot_accuracy", 5, 60, 100)]

@@ -1,13 +1,16 @@
 """Answers that cost no training: a base that has never seen the rows is easy to beat, and these beat it as well.
 
 Where answers are labels, one that never looks at a question always gives the most frequent label, with each label's
-share as its probability. Where one answer is frequent, it is always given. And the base has a few training examples in
-its prompt (Brown et al., 2020). The tuned model is compared with each of them.
+share as its probability. Where one answer is frequent, it is always given. Where questions are much like their answers,
+they are repeated. And the base has a few training examples in its prompt (Brown et al., 2020). The tuned model is
+compared with each of them.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,8 +35,11 @@ SHOTS_LOSS = Measure(name="few_shot_loss", label="loss, against the base with ex
 UNSEEN = 1e-3
 """Probability of a label that no row to train on has: as if a thousand rows lacked it."""
 
-FREQUENT = 0.1
-"""From this share of the rows to train on, an answer is compared with as the most frequent one."""
+FREQUENT, FEWEST = 0.1, 3
+"""From this share of the expected answers, and from this many, one is compared with as the most frequent."""
+
+COPIED = 50.0
+"""From this ROUGE-L on, in percent, questions are compared with as answers."""
 
 SHOTS = 4
 """Examples in the base's prompt."""
@@ -60,7 +66,8 @@ def cheap_metrics(
     cheap = np.array([-np.log(shares.get(answer_of(example).strip(), UNSEEN)) for example in examples])
     metrics = [CHEAP_LOSS.compare(cheap, tuned.loss, tuned.tokens)]
     if labels is not None:
-        most_frequent = labels.right([0] * len(labels.expected))
+        known = Counter(label for label in labels.expected if label != labels.other)
+        most_frequent = labels.right([max(known, key=known.__getitem__, default=0)] * len(labels.expected))
         right = labels.right(labels.tuned)
         metrics.append(
             compare_shares("cheap_accuracy", "labels right, against the most frequent", most_frequent, right)
@@ -68,19 +75,52 @@ def cheap_metrics(
     return metrics
 
 
-def frequent_metrics(
-    answers: Sequence[Answer], train: Sequence[Example], asked: EvaluationSpec, *, labels: bool = False
-) -> list[Compared]:
-    """The tuned model's answers against the most frequent answer of the rows to train on, if one is frequent.
+def frequent_metrics(answers: Sequence[Answer], asked: EvaluationSpec, *, labels: bool = False) -> list[Compared]:
+    """The tuned model's answers against the most frequent expected one, if one is frequent. For a measure of the job's
+    own, answers are alike if all that it compares is: an expression may find the same in each of them.
 
     `labels`: answers are labels, which have other measures than these, but for those of the job's own.
     """
-    counted = Counter(answer_of(example).strip() for example in train)
-    text, count = counted.most_common(1)[0] if counted else ("", 0)
-    if not answers or count < max(2, FREQUENT * len(train)):
+    texts, metrics = [answer.expected for answer in answers], list[Compared]()
+    for own in asked.own:
+        try:
+            goals = own.score.goals(texts, time.thread_time)
+        except ValueError:
+            continue  # its own row says so
+        if (place := _most_frequent(goals)) is not None:
+            alone = asked.model_copy(update={"metrics": [own]})
+            metrics += text_metrics("cheap", "the most frequent", [texts[place]] * len(texts), answers, alone)
+    if not labels and (place := _most_frequent([" ".join(text.split()) for text in texts])) is not None:
+        plain = asked.model_copy(update={"metrics": [one for one in asked.metrics if one not in asked.own]})
+        metrics += text_metrics("cheap", "the most frequent", [texts[place]] * len(texts), answers, plain)
+    return metrics
+
+
+def _most_frequent(values: Sequence[Any]) -> int | None:
+    """The place of the value that most have; None if that are few."""
+    counted = Counter(value for value in values if value is not None)
+    value, count = counted.most_common(1)[0] if counted else (None, 0)
+    return values.index(value) if count >= max(FEWEST, FREQUENT * len(values)) else None
+
+
+def copied_metrics(answers: Sequence[Answer], examples: Mapping[int, Example], asked: EvaluationSpec) -> list[Compared]:
+    """The tuned model's answers against the longest line of each question, without a word like "Correct:" before it, if
+    those are much like the expected answers: a text to correct is nearly right already.
+
+    `examples`: by number.
+    """
+    lines = [max(_asked(examples[answer.row]).splitlines(), key=len, default="") for answer in answers]
+    texts = [_COMMAND.sub("", line) for line in lines]
+    if not answers or rouge(texts, [answer.expected for answer in answers])["rougeL"].mean() < COPIED:
         return []
-    found = text_metrics("cheap", "the most frequent", [text] * len(answers), answers, asked)
-    return [metric for metric in found if not labels or metric.name in {f"cheap_{own.name}" for own in asked.own}]
+    return text_metrics("copied", "the question repeated", texts, answers, asked)
+
+
+_COMMAND = re.compile(r"^[\w ]{1,40}:\s+")
+
+
+def _asked(example: Example) -> str:
+    return next((turn.content for turn in example.turns[::-1] if turn.role == "user"), example.prompt)
 
 
 def text_metrics(
@@ -112,6 +152,7 @@ class Shots:
     rows: tuple[TokenRow, ...] = ()  # only what their row alone learns is learned
     prompts: tuple[Prompt, ...] = ()
     batch: int = 1  # so that a batch has no more tokens than one without examples
+    answer: int = 0  # the most tokens of an answer
     told: str = ""  # what was measured, and on how many rows; empty if nothing was asked for
 
     @classmethod
@@ -158,6 +199,7 @@ class Shots:
                 rows=tuple(found),
                 prompts=tuple(fitting),
                 batch=max(1, batch * longest // max(longest, most_tokens)),
+                answer=answer,
                 told=told,
             )
         few = len(measured) < FEWEST_ROWS
@@ -173,10 +215,12 @@ def shots_metrics(
     tuned: RowScores,
     answers: Sequence[Answer],
     asked: EvaluationSpec,
+    labels: Sequence[str] = (),
 ) -> list[Compared]:
     """The tuned model against the base with examples in its prompt, on the same rows.
 
     `scores`, `texts`: of the base with examples, by example and by prompt. `numbers`, `tuned`: of all held-out rows.
+    `labels`: where answers are labels, which have other measures than texts.
     """
     if not shots.rows:
         return []
@@ -185,8 +229,13 @@ def shots_metrics(
     metrics = [SHOTS_LOSS.compare(scores.loss, tuned.loss[here], tuned.tokens[here])]
     by_row = {answer.row: answer for answer in answers}
     same = [by_row[prompt.row] for prompt in shots.prompts]
-    said = [text for text, _ in texts]
-    return metrics + (text_metrics("few_shot", "the base with examples", said, same, asked) if same else [])
+    said, whose = [text for text, _ in texts], "the base with examples"
+    if labels and same:
+        found = Labels.of(labels, [a.expected for a in same], said, [a.tuned for a in same])
+        both = found.right(found.base), found.right(found.tuned)
+        metrics.append(compare_shares("few_shot_accuracy", f"labels right, against {whose}", *both))
+        asked = asked.model_copy(update={"metrics": asked.own})
+    return metrics + (text_metrics("few_shot", whose, said, same, asked) if same else [])
 
 
 def _chosen(train: Sequence[Example]) -> list[Example]:

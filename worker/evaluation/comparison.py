@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,10 @@ from loractl.common.verdict import MeasuredChange, Reading
 
 BOOTSTRAP_SAMPLES = 10_000
 BOOTSTRAP_SEED = 7
+MIN_TURNED = 6
+"""Minimum net number of cases that became right, or wrong. Fewer all turn the same way by chance more than 5 % of the
+time (a sign test, on both sides), and the bootstrap does not see that: its samples of few cases are too alike."""
+
 _DRAWS_AT_ONCE = 100  # keeps a hundred thousand rows within 80 MB
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -116,6 +120,9 @@ def percent(name: str, label: str) -> Measure:
 
 
 def compare_shares(name: str, label: str, base: list[bool], tuned: list[bool]) -> Compared:
-    """The share of rows that each gets right, in percent."""
+    """The share of rows that each gets right, in percent. The interval reaches zero if fewer than MIN_TURNED turned."""
     before, after = (100 * np.array(right, float) for right in (base, tuned))
-    return percent(name, label).compare(before, after, np.ones(len(base)))
+    found = percent(name, label).compare(before, after, np.ones(len(base)))
+    if abs(sum(tuned) - sum(base)) >= MIN_TURNED:
+        return found
+    return replace(found, low=min(found.low, 0.0), high=max(found.high, 0.0))

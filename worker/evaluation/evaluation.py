@@ -26,7 +26,7 @@ from loractl.worker.data.tokens import TokenRow, unlearned
 
 from .answers import Answer, Prompt, answer_metrics, length_metrics, prompts_of, side_by_side
 from .base_measurements import BaseMeasurements, EarlierMeasurement, MeasuredModel
-from .cheap import Shots, cheap_metrics, frequent_metrics, shots_metrics
+from .cheap import Shots, cheap_metrics, copied_metrics, frequent_metrics, shots_metrics
 from .comparison import Compared, Measure
 from .confusion import Labels, label_metrics, labels_taught
 from .dialogue import Answered, Turns, answers_of, by_turn, turn_metrics
@@ -94,9 +94,12 @@ def evaluate(
         metrics += cheap_metrics([numbered[one] for one in work.numbers], data.answer_shares, tuned.rows, labels)
     metrics += [*(one for scores in own for one in scores.metrics), *answer_metrics(answers, wanted)]
     are_labels = data.answer_shares is not None
-    metrics += frequent_metrics(answers, data.train_examples, spec.evaluation, labels=are_labels)
+    metrics += frequent_metrics(answers, spec.evaluation, labels=are_labels)
+    if not are_labels and data.format is not DataFormat.TEXT:
+        metrics += copied_metrics(answers, numbered, spec.evaluation)
+    same = side_by_side(work.labelled, base.labels, tuned.labels) or answers
     shown = base.shots, base.shot_texts
-    metrics += shots_metrics(work.shots, *shown, work.numbers, tuned.rows, answers, spec.evaluation)
+    metrics += shots_metrics(work.shots, *shown, work.numbers, tuned.rows, same, spec.evaluation, work.labels)
     metrics += length_metrics(answers, learner.tokenizer, spec.evaluation.max_new_tokens)
     metrics += turn_metrics(work.turns, (base.whole, tuned.whole), (base.alone, tuned.alone))
     if work.regression:
@@ -222,12 +225,12 @@ class Work:
             data.train_examples,
             data.held_out_examples[: asked.max_rows],
             self.rows,
-            self.prompts,
+            self.labelled or self.prompts,
             data.format,
             tokenizer,
             longest=longest,
             most=context,
-            answer=asked.max_new_tokens,
+            answer=self.label_tokens if self.labelled else asked.max_new_tokens,
             batch=self.batch,
         )
         return replace(self, shots=shots)
@@ -243,7 +246,7 @@ class Work:
         rows, prompts = self.shots.rows, [len(prompt.ids) for prompt in self.shots.prompts]
         found = (
             scored(ROWS, [[len(row.input_ids) for row in rows]]),
-            answered(SHOTS, prompts, self.longest_answer, self.shots.batch),
+            answered(SHOTS, prompts, self.shots.answer, self.shots.batch),
         )
         return [stretch for stretch in found if stretch.count]
 
@@ -307,7 +310,7 @@ def _measure(
     shots = work.shots if base else Shots()
     return MeasuredModel(
         shots=score(shots.rows, shots.batch),
-        shot_texts=answer(shots.prompts, work.longest_answer, shots.batch),
+        shot_texts=answer(shots.prompts, shots.answer, shots.batch),
         rows=rows,
         rejected=rejected,
         given=given,
@@ -333,7 +336,8 @@ def _question(learner: Learner, work: Work, spec: JobSpec) -> str:
     """A hash of all that decides the result of `_measure` for the base."""
     ends = sorted(end_ids(learner.model, learner.tokenizer))
     how = (type(learner.scorer).__name__, repr(learner.precision), spec.evaluation.per_device_eval_batch_size, ends)
-    facts = [how, learner.tokenizer.pad_token_id, work.longest_answer, work.label_tokens, work.shots.batch]
+    shots = [work.shots.batch, work.shots.answer]
+    facts = [how, learner.tokenizer.pad_token_id, work.longest_answer, work.label_tokens, *shots]
     found = hashlib.sha256(json.dumps(facts).encode())
     for rows in (*work.scored_apart, work.shots.rows):
         found.update(f"{len(rows)} rows\n".encode())

@@ -14,20 +14,19 @@ import torch
 
 from loractl.common.job.sections import Metric, PreferenceSpec
 from loractl.common.job.spec import JobSpec
+from loractl.common.verdict import NEW_ROWS
 from loractl.worker.base.model import Learner, positions_of
 from loractl.worker.data.prepared import PreparedData
 from loractl.worker.engine.pairs import Pairs, margins, pair_losses
 
 from .answers import Answer, answer_metrics, length_metrics, side_by_side, words
 from .base_measurements import BaseMeasurements, MeasuredModel
-from .comparison import Array, Compared, Measure, percent
+from .comparison import Array, Compared, Measure, compare_shares
 from .evaluation import Evaluation, Work, measure_both
 from .row_losses import RowScores
 
 LOSS = Measure(name="loss", label="preference loss")
-ACCURACY = percent("preference_accuracy", "preference accuracy")
 NEW_ROWS_LOSS = Measure(name="new_rows_loss", label="preference loss, pairs like none that is trained on")
-NEW_ROWS_ACCURACY = percent("new_rows_preference_accuracy", "preference accuracy, pairs like none that is trained on")
 MARGIN = Measure(name="preference_margin", label="preference margin", higher_is_better=True)
 CHOSEN_LOSS = Measure(name="chosen_loss", label="loss of chosen answers")
 REPETITION = Measure(name="repetition", label="repetition", unit="%")
@@ -130,16 +129,17 @@ def pair_metrics(
     and accuracy of the others are reported, too."""
     each = np.ones(len(given_away))
     base, tuned = (np.asarray(margins(asked, of.pairs).numpy()) for of in scores)
-    right: tuple[Array, Array] = 100 * (base > 0).astype(np.float64), 100 * (tuned > 0).astype(np.float64)
     new = ~given_away
     apart = bool(given_away.any() and new.any())
     metrics = [LOSS.compare(*losses, each)]
     if apart:
         metrics.append(NEW_ROWS_LOSS.compare(losses[0][new], losses[1][new], each[new]))
     if Metric.PREFERENCES in wanted:
-        metrics.append(ACCURACY.compare(*right, each))
+        name, label = "preference_accuracy", "preference accuracy"
+        metrics.append(compare_shares(name, label, (base > 0).tolist(), (tuned > 0).tolist()))
         if apart:
-            metrics.append(NEW_ROWS_ACCURACY.compare(right[0][new], right[1][new], each[new]))
+            name, label = f"{NEW_ROWS}{name}", f"{label}, pairs like none that is trained on"
+            metrics.append(compare_shares(name, label, (base[new] > 0).tolist(), (tuned[new] > 0).tolist()))
         metrics.append(MARGIN.compare(base, tuned, each))
     chosen = [of.chosen for of in scores]
     return [*metrics, CHOSEN_LOSS.compare(chosen[0].loss, chosen[1].loss, chosen[0].tokens)]
