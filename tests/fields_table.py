@@ -115,7 +115,7 @@ FIELDS = (
     Field(name="prompt", by=(A, L, T), row={"prompt": "q", "completion": "a"}),
     Field(name="completion", by=(T,), row={"prompt": "q", "completion": "a"}),
     Field(name="prompt, completion, of messages", by=(T,), row={"prompt": [USER], "completion": [ANSWER]},
-          without=PLAIN),
+          without=talk({**USER, "content": "other"}, ANSWER)),
     Field(name="label, true or false", by=(T,), row={"prompt": "q", "completion": "a", "label": False},
           without={"prompt": "q", "completion": "a"}),
     Field(name="completions, labels", by=(A, T), row={"prompt": "q", "completions": ["a"], "labels": [True]},

@@ -112,7 +112,7 @@ def _means(name: str, row: Mapping[str, Any], format: DataFormat) -> bool:
     """Whether an unread field changes what the row means."""
     column, _, last = name.rpartition(".")
     if last == "label":  # TRL's mark of a good or bad completion; any other label describes
-        return format is DataFormat.PROMPT_COMPLETION and isinstance(row.get(name), bool)
+        return format in (DataFormat.PROMPT_COMPLETION, DataFormat.MESSAGES) and isinstance(row.get(name), bool)
     return last in _MEANT and (bool(column) or last not in _OF_MESSAGES)
 
 

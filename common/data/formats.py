@@ -184,6 +184,8 @@ def detect_format(
     if wanted is DataFormat.PREFERENCE:
         _check_paired(first, columns, file)
         return (DataFormat.PREFERENCE_TEXT if is_text(first.value) else wanted), "what task_type: preference reads"
+    if wanted in (DataFormat.AUTO, DataFormat.PROMPT_COMPLETION) and _in_two_lists(first):
+        return DataFormat.MESSAGES, "the rows have prompt and completion, which are lists of messages"
     if wanted is not DataFormat.AUTO:
         return wanted, "set by dataset.format"
     for format, needed in _COLUMNS.items():
@@ -267,7 +269,9 @@ def parse_each(
         DataFormat.PREFERENCE_TEXT: lambda row, file: text_pair(_heeded(row, reading), file),
     }
     parse, examples, refused = parsers[format], Examples(), list[DataError]()
-    for row in rows:
+    for given in rows:
+        apart = format is DataFormat.MESSAGES and _in_two_lists(given) and reading.wants("messages.weight")
+        row = _one_list(given) if apart else given
         try:
             if name := reading.see(row.value, format):
                 what = f"has {name}, which is not read and changes what is learned"
@@ -276,6 +280,22 @@ def parse_each(
         except DataError as error:
             refused.append(error)
     return examples, refused
+
+
+def _in_two_lists(row: RawRow) -> bool:
+    """Whether a row is a conversation in TRL's prompt and completion."""
+    two = row.value.get("prompt"), row.value.get("completion")
+    return row.value.get("messages") is None and all(isinstance(part, list) and part for part in two)
+
+
+def _one_list(row: RawRow) -> RawRow:
+    """The row with one list of messages. TRL learns only the completion's answers."""
+    others = {name: value for name, value in row.value.items() if name not in ("prompt", "completion")}
+    asked = [
+        {**turn, "weight": 0} if isinstance(turn, dict) and turn.get("role") == "assistant" else turn
+        for turn in row.value["prompt"]
+    ]
+    return replace(row, value={**others, "messages": [*asked, *row.value["completion"]]})
 
 
 def _conversation(reading: Reading, column: str, speaker: str, said: str, row: RawRow, file: str | Path) -> Example:
@@ -433,10 +453,6 @@ def _rounds(row: RawRow, file: str | Path) -> tuple[Turn, ...]:
 
 
 def _prompt_completion(row: RawRow, file: str | Path) -> Example:
-    if isinstance(row.value.get("prompt"), list) and isinstance(row.value.get("completion"), list):
-        hint = "write them as one list in messages; weight: 0 keeps an answer of the prompt from being learned"
-        what = "prompt and completion are lists of messages, not text"
-        raise DataError(file, what, row=row.number, hint=hint, kind="not text")
     prompt, completion = text_of(row, "prompt", file), text_of(row, "completion", file, kind="empty answer")
     return Example(number=row.number, prompt=prompt, text=prompt + completion)
 

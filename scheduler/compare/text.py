@@ -165,12 +165,13 @@ def _finished(answer: SweepComparison, screen: Screen) -> list[str]:
             str(job.job_id),
             *settings_of(answer.sweep, members[job.job_id]),
             *_judged(answer.comparison, job, screen),
+            job.verdict.lower(),
             *(number(job.metrics[name]["tuned"], 1) for name in others),
             duration(job.report["wall_seconds"]),
         ]
         for job in answer.comparison.jobs
     ]
-    headers = ["JOB", *titles(answer.sweep), "LOSS", "AGAINST THE BEST", "READING", *heads, "TIME"]
+    headers = ["JOB", *titles(answer.sweep), "LOSS", "AGAINST THE BEST", "READING", "VERDICT", *heads, "TIME"]
     return table(headers, rows, screen, right=(*number_columns(headers, rows), "LOSS", *heads, "TIME"))
 
 

@@ -12,7 +12,7 @@ from loractl.common.data.fields import Reading
 from loractl.common.data.formats import parse_each
 from loractl.common.data.rows import RawRow
 from loractl.common.job.sections import DataFormat, RowFields
-from tests.fields_table import ANSWER, FIELDS, GPT, HUMAN, USER, outcome, read
+from tests.fields_table import ANSWER, FIELDS, GPT, HUMAN, TOOL, USER, outcome, read, talk
 
 
 def test_no_field_is_dropped_without_a_word() -> None:
@@ -89,6 +89,21 @@ def test_alpaca_s_history_is_earlier_rounds_whose_answers_are_learned() -> None:
         "history: round 1 is a list, not a list of a question and its answer"
     )
     assert read({**row, "history": [["q1", " "]]}).refusal == "history: round 1 has an empty answer"
+
+
+def test_a_prompt_and_a_completion_of_messages_are_a_conversation_whose_completion_is_learned() -> None:
+    """As TRL learns them."""
+    earlier, row = {**ANSWER, "content": "first"}, {"prompt": [USER], "completion": [ANSWER]}
+    alike = read(talk(USER, ANSWER)).example
+    assert read(row).example == alike == read(row, DataFormat.PROMPT_COMPLETION).example
+    longer = read({**row, "prompt": [USER, earlier, USER], "tools": [TOOL]}).example
+    assert longer is not None and longer.answers == [3] and longer.tools
+    assert read({**row, "prompt": [USER, earlier, USER], "completion": [USER]}).refusal is not None
+    assert read({**row, "prompt": [USER, earlier], "completion": [USER]}).refusal == (
+        "has no assistant message to learn from"
+    )
+    assert "label" in str(read({**row, "label": False}).refusal), "one that people disliked"
+    assert read({**row, "completion": "a"}).refusal == "prompt is a list, not text"
 
 
 def test_a_label_is_a_mark_of_good_and_bad_only_where_it_is_true_or_false() -> None:
