@@ -99,7 +99,7 @@ STEPS: dict[str, Callable[[Store, int], object]] = {
 }  # fmt: skip
 
 
-@settings(max_examples=examples(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(10), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=10))
 def test_a_person_s_changes_are_the_same_on_both_databases(both: list[Store], steps: list[str]) -> None:
     seen = [_seen(store, store.jobs.submit(submission()), steps) for store in both]
