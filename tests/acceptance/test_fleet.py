@@ -77,6 +77,7 @@ def test_a_node_that_starts_in_an_outage_of_the_database_takes_no_living_job_ove
         engine.dispose()
 
 
+@pytest.mark.cold
 def test_a_copied_home_with_an_equal_name_takes_no_running_job(
     make_cli: Callable[..., Cli], home: Path, tmp_path: Path, upgraded_url: str
 ) -> None:
@@ -89,11 +90,11 @@ def test_a_copied_home_with_an_equal_name_takes_no_running_job(
     engine = make_engine(upgraded_url)
     store = Store(engine)
     job_id = store.jobs.submit(submission())
-    workers = [make_cli(**shared).start("worker", warm_start=True)]
+    workers = [make_cli(**shared).start("worker")]
     try:
         _until(lambda: store.jobs.get(job_id).status is Status.RUNNING)
         shutil.copytree(home / "run", tmp_path / "copy" / "run")
-        workers.append(make_cli(**shared, LORACTL_HOME=str(tmp_path / "copy")).start("worker", warm_start=True))
+        workers.append(make_cli(**shared, LORACTL_HOME=str(tmp_path / "copy")).start("worker"))
         assert workers[1].stdout is not None
         said = ""
         while "another box is named heron and serves its device 0" not in said:

@@ -61,7 +61,7 @@ def serving(cli: Cli, *arguments: object, said: list[str] | None = None, warm_st
 @pytest.fixture(scope="module")
 def server(trained: Cli) -> Iterator[str]:
     asked = ("--adapters", SERVED, "--dtype", "float32", "--max-batch", 8)
-    with serving(trained, *asked) as url:
+    with serving(trained, *asked, warm_start=False) as url:  # once as a person starts it
         yield url
 
 
