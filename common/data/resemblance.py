@@ -5,8 +5,9 @@ Such a row measures memory. Rows are compared as folded words; candidates share 
 In order, rapidfuzz (https://github.com/rapidfuzz/RapidFuzz) measures how far apart they are; without it, as on a light
 client, only rows with the same folded words are found in order. Out of order, the words that two rows share are weighed
 by their rarity (Spärck Jones, 1972): how much of the shorter row the other one contains (Broder, 1997), exactly rather
-than by MinHash, since the candidates are few. Such a row must also hold the other one's answer: two questions about one
-passage, or one with its names swapped, share their words, too.
+than by MinHash, since the candidates are few. Such a row must also hold the other one's answer, unless it has the whole
+held-out question, word after word: two questions about one passage, or one with its names swapped, share their words,
+too.
 """
 
 from __future__ import annotations
@@ -124,12 +125,12 @@ class Resemblance:
 
     def see(self, example: Example) -> None:
         words = folded_words(asked_of(example))
-        hashes = self._counted(words)
+        self._counted(words)
         if words and (same := self._same.get(hash(tuple(words)))) is not None:
             self._found.setdefault(same, example.number)
         shared = Counter(place for pair in set(itertools.pairwise(words)) for place in self._having(_hashed(pair)))
         for place, hits in shared.most_common(MOST_CANDIDATES):
-            self._keep(place, hits, example, words, hashes)
+            self._keep(place, hits, example, words)
             if (
                 self._scores
                 and hits >= SHARED * self._indexed[place]
@@ -137,14 +138,12 @@ class Resemblance:
             ):
                 self._found[place] = example.number
 
-    def _counted(self, words: Sequence[str]) -> array[int]:
+    def _counted(self, words: Sequence[str]) -> None:
         self._count += 1
-        hashes = _hashes(words)
-        for word in hashes:
+        for word in _hashes({*words}):
             self._rows[word % _BUCKETS] += 1
-        return hashes
 
-    def _keep(self, place: int, hits: int, example: Example, words: Sequence[str], hashes: array[int]) -> None:
+    def _keep(self, place: int, hits: int, example: Example, words: Sequence[str]) -> None:
         near = self._near.setdefault(place, [])
         if len(near) == KEPT:
             least = min(near, key=lambda other: other.hits)
@@ -152,21 +151,24 @@ class Resemblance:
                 return
             near.remove(least)
         answer = _answer(example)
-        near.append(_Near(hits=hits, number=example.number, words=hashes, digits=_digits(words), answer=answer))
+        near.append(_Near(hits=hits, number=example.number, words=_hashes(words), digits=_digits(words), answer=answer))
 
     def _contains(self, place: int, near: Sequence[_Near]) -> int | None:
         """The number of the row that has the held-out row's words, or the other way round; None without one."""
         asked = folded_words(asked_of(self._held_out[place]))
-        words, digits = {*_hashes(asked)}, {*_digits(asked)}
+        ordered = _hashes(asked)
+        words, digits = {*ordered}, {*_digits(asked)}
         whole = self._weight(words)
         shared = sorted(((self._weight(words.intersection(row.words)), row) for row in near), key=itemgetter(0))
         weight, row = shared[-1]
         other = {*row.words}
         theirs = self._weight(other)
         shorter, of_shorter, of_longer = (words, digits, row.digits) if whole <= theirs else (other, row.digits, digits)
-        if not _holds(row.answer, _answer(self._held_out[place])):
-            return None
         if weight < WEIGHT or len(shorter) < FEWEST_WORDS or not {*of_shorter} <= {*of_longer}:
+            return None
+        if _holds(row.words, ordered):
+            return row.number
+        if not _holds(row.answer, _answer(self._held_out[place])):
             return None
         share, next_best = weight / min(whole, theirs), shared[-2][0] if len(shared) > 1 else 0.0
         found = share >= CONTAINED or (share >= PARTLY and next_best <= ALONE * weight)
@@ -194,14 +196,14 @@ class _Near:
 
     hits: int
     number: int
-    words: array[int]
+    words: array[int]  # all of them, in order
     digits: array[int]  # those words that have a digit
     answer: array[int]  # all words of its answer, in order
 
 
-def _hashes(words: Sequence[str]) -> array[int]:
-    """A hash of each different word, which is the same in every process."""
-    return array("I", map(_hash_of, set(words)))
+def _hashes(words: Iterable[str]) -> array[int]:
+    """A hash of each word, which is the same in every process."""
+    return array("I", map(_hash_of, words))
 
 
 @lru_cache(maxsize=1 << 16)
@@ -212,11 +214,11 @@ def _hash_of(word: str) -> int:
 def _answer(example: Example) -> array[int]:
     """The words of what a row answers, in order; none of a plain text."""
     answers = example.turns or example.prompt or example.label is not None
-    return array("I", map(_hash_of, folded_words(answer_of(example)) if answers else ()))
+    return _hashes(folded_words(answer_of(example)) if answers else ())
 
 
 def _holds(answer: array[int], other: array[int]) -> bool:
-    """Whether an answer has the other one's words, one after another."""
+    """Whether a text has the other one's words, one after another."""
     size = len(other)
     return any(answer[at : at + size] == other for at in range(len(answer) - size + 1))
 

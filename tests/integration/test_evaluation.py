@@ -536,6 +536,9 @@ def test_a_training_that_learned_only_how_often_each_label_comes_is_not_called_b
     metrics = {metric["name"]: metric for metric in report["evaluation"]["metrics"]}
     assert metrics["loss"]["reading"] == "better", "the base has never seen the labels"
     assert report["verdict"]["reading"] == "no_better_than_cheap", report["verdict"]
+    assert metrics["few_shot_accuracy"]["cases"] == 24, (
+        "the base with examples answers every row that it is measured on"
+    )
 
 
 @pytest.mark.long

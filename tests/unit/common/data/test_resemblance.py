@@ -143,6 +143,13 @@ def test_text_around_it_another_order_and_some_other_words_hide_nothing(
     assert len(look.found) >= least
 
 
+def test_a_whole_question_with_text_around_it_is_found_whatever_its_answer_says() -> None:
+    look = Resemblance([chat(1000 + n, " ".join(row), "The lake.") for n, row in enumerate(PROSE[:40])])
+    for n, row in enumerate(PROSE[:300]):
+        look.see(chat(n, " ".join([POLITE[0], *row, POLITE[1]]), "It lies by the water."))
+    assert look.found == {1000 + n: n for n in range(40)}
+
+
 def test_rows_of_one_form_with_other_numbers_or_words_in_it_do_not_contain_each_other() -> None:
     draw = random.Random(3)
     names = [word(draw) for _ in range(60)]
