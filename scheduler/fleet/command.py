@@ -101,7 +101,11 @@ def end_of_drain(text: str, now: dt.datetime) -> dt.datetime:
 @click.option("--forget", type=Target(), metavar="HOST|CARD", help="Remove a silent box or card from the list.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gpus(used: bool, forget: str | None, as_json: bool) -> None:
-    """List the devices of all boxes and what uses them."""
+    """List the devices of all boxes and what uses them.
+
+    FREE is what a new job may take: the memory less what the owner keeps, what other people's programs hold or held a
+    short while ago, and what jobs reserve.
+    """
     from loractl.scheduler.cli.session import open_session
 
     from .answer import fleet

@@ -12,7 +12,7 @@ from loractl.scheduler.cli.output import show
     "--keep-last",
     type=click.IntRange(1),
     metavar="N",
-    help="Keep only the N newest results of each user's jobs of one name.",
+    help="Keep only the N newest results of each user's jobs of one name; everybody's.",
 )
 @click.option(
     "--older-than",

@@ -24,7 +24,9 @@ from loractl.scheduler.cli.screen import detect_screen
 def usage(by: str, since: str, as_csv: bool, as_json: bool) -> None:
     """Show what everybody has had of the cards.
 
-    Hours of whole cards, of ended and of running jobs; loractl gc removes none of them.
+    Hours of whole cards, of ended and of running jobs; loractl gc removes none of them. A part of a card counts as its
+    GiB of the card's. LOST is the share that went into steps which no checkpoint kept; WAITED counts from when jobs
+    could start. A job with two labels is in two rows, and once in the total.
     """
     from loractl.scheduler.cli.session import open_session
 

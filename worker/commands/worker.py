@@ -70,7 +70,7 @@ class OneOrZero(click.types.BoolParamType):
     metavar="TIME",
     help="How long a stop may take: after SIGTERM or SIGUSR1, and before --until.  [default: 3min before an end]",
 )
-@click.option("--drain-when-idle", is_flag=True, help="End when no job that fits this box is left.")
+@click.option("--drain-when-idle", is_flag=True, help="End when no job that fits an open device here is left.")
 def worker(
     gpus: str | None,
     reserve: str,
