@@ -244,11 +244,11 @@ def errors() -> Iterator[str]:
     """The page of reasons: what an attempt ended as, and what then."""
     yield from ("# Reasons and errors", "", "After this page you know what follows from how an attempt ended.", "")
     yield ERRORS_TEXT
-    yield from ("", "| reason | then | what to do |", "| --- | --- | --- |")
+    yield from ("", "| reason, then | what to do |", "| --- | --- |")
     for reason, meaning in OUTCOMES.items():
         then = "tried again" if meaning.retryable else str(meaning.status)
         counts = ", spends a retry" if meaning.counts else ""
-        yield f"| `{reason}` | {then}{counts} | {cell(meaning.advice)} |"
+        yield f"| `{reason}`<br>{then}{counts} | {cell(meaning.advice)} |"
     yield from ("", "After a failure that spends a retry, the job waits 10, 20, 40, ... at most 600 s.", "")
 
 
