@@ -66,6 +66,7 @@ def main() -> None:
         }
         if asked.postgresql:
             environment["LORACTL_DATABASE_URL"] = stack.enter_context(_postgresql(folder))
+            environment["LORACTL_ARTIFACTS_URL"] = (folder / "artifacts").as_uri()
         times = _measure(folder, environment, asked.jobs)
     where = "PostgreSQL" if asked.postgresql else "SQLite"
     print(f"{asked.jobs} jobs on {where}, one idle node; ms           p50    min    max")
@@ -75,6 +76,7 @@ def main() -> None:
 
 def _measure(folder: Path, environment: dict[str, str], jobs: int) -> dict[str, list[float]]:
     """Milliseconds of each job, by what they were measured between."""
+    from loractl.common.lab_store import adopt
     from loractl.common.settings import load_settings
     from loractl.common.store.database import connect, make_engine
     from loractl.common.store.schema import upgrade
@@ -84,6 +86,8 @@ def _measure(folder: Path, environment: dict[str, str], jobs: int) -> dict[str, 
     if not settings.embedded_database:
         upgrade(make_engine(settings.database_url))
     store = Store(connect(settings))
+    if not settings.embedded_database:
+        adopt(settings, store, empty=True)  # else no worker serves
     worker = subprocess.Popen([_command(), "worker"], env=environment, stderr=subprocess.DEVNULL)
     try:
         _until(lambda: bool(store.cards.nodes()))
