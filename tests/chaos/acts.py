@@ -18,7 +18,8 @@ from .trainer import loss_of
 PEOPLE_PROMISES = {
     11: "an acknowledged edit, hold, release, retry or tag is never lost",
     12: "gc removes nothing of an unfinished or tagged job, and only the older results of a name",
-    13: "a job gives way only to a higher priority or a much shorter job; only an end that counts spends a retry",
+    13: "a job gives way only to a higher priority or a much shorter job, and ends; only an end that counts spends a "
+    "retry",
     14: "a sweep stops only losers",
 }
 
@@ -48,8 +49,13 @@ def counts_of(history: History) -> list[tuple[str, str]]:
         ("sweeps, members that they stopped", f"{len(swept)}, {reasons[Reason.PRUNED]}"),
         ("results that gc removed", str(sum(1 for _ in _taken(history)))),
         ("attempts that gave way to another job", str(reasons[Reason.PREEMPTED])),
-        ("of them to a much shorter one", str(sum("much shorter" in (one.message or "") for one in history.attempts))),
+        ("of them to a much shorter one", str(len(gave_way_to_shorter(history)))),
     ]
+
+
+def gave_way_to_shorter(history: History) -> list[AttemptRow]:
+    """Attempts that did."""
+    return [one for one in history.attempts if one.reason == Reason.PREEMPTED and "much shorter" in one.message]
 
 
 def reopenings_of(history: History, job_id: int) -> list[Act]:
@@ -179,6 +185,8 @@ def _preempted(history: History) -> Iterator[Broken]:
     changes = history.of_job()
     for attempt, change in _ended_by(history, Reason.PREEMPTED):
         old, name = change.old or {}, f"attempt {attempt.attempt} of job {attempt.job_id}"
+        if not Status(history.jobs[attempt.job_id]["status"]).is_terminal:
+            yield Broken(promise=13, what=f"{name} gave way, and its job never ended")
         if not old["preemptible"] and not old["yields"]:
             yield Broken(promise=13, what=f"{name} gave way, and its job is not preemptible")
         asked = [

@@ -361,6 +361,7 @@ BREACHES: dict[str, tuple[int, Callable[[History], History]]] = {
     "a job gave way that may not": (13, lambda h: gave_way(h, preemptible=False)),
     "a job gave way to a long one": (13, lambda h: gave_way(h, priority=0, preemptible=False, yields=True, left_s=239)),
     "who gave way spent a retry": (13, lambda h: gave_way(h, spent=1)),
+    "who gave way never ended": (13, lambda h: with_job(gave_way(h), 1, status="queued")),
     "an attempt with a lease was ended as lost": (4, lambda h: with_attempt(h, 1, ended_at=at(7))),
     "its own row held the lease": (4, lambda h: with_attempt(h, 1, lease_expires_at=at(11))),
     "no fault had met who was lost": (4, lambda h: replace(h, hits=())),

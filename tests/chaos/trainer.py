@@ -34,6 +34,7 @@ from loractl.worker.recipe.orders import StopOrder
 from loractl.worker.recipe.other_ranks import LINK_LOST, OtherRanks
 from loractl.worker.recipe.trainer import Tell, main
 
+from ..quick_trainer import SLOW, TIMES
 from .gang import Alone, Gang, Ranks, follow
 
 STEP_S = 0.05
@@ -127,7 +128,7 @@ def _train(order: Start, stop: StopOrder, tell: Tell, ranks: Ranks) -> Ended:
         link = ranks.next_link(link, step)
         if POISONED in order.spec.labels and step > 2:
             return Ended(job_id=job, reason=Reason.DIVERGED, message="the loss is nan")
-        left_s = (steps - step) * STEP_S
+        left_s = (steps - step) * STEP_S * (TIMES if SLOW in order.spec.labels else 1)
         told = Stepped(
             job_id=job, step=step, total_steps=steps, metrics=_measured(order, step, steps), eta_seconds=left_s
         )

@@ -12,6 +12,7 @@ from loractl.worker.attempt import stops
 
 from ... import quick_trainer
 from ...held_lab import HeldLab
+from ...quick_trainer import SLOW
 
 LEAST_S = 1.0
 UNSAVED = "--set=training.save_steps=100000"
@@ -26,7 +27,7 @@ def lab(held: HeldLab) -> HeldLab:
 
 def long_one(lab: HeldLab, steps: int = 400, name: str = "long") -> int:
     """A training of 20 s with 400 steps. Only a stop stores a checkpoint of it."""
-    return lab.submit(UNSAVED, name=name, steps=steps)
+    return lab.submit(UNSAVED, f"--set=labels.{SLOW}=very", name=name, steps=steps)
 
 
 def short_one(lab: HeldLab, name: str = "short") -> int:
