@@ -1,4 +1,4 @@
-"""A made-up trace of a lab for `loractl sim`: python -m benchmarks.lab_trace > lab.csv
+"""A made-up trace of a lab for benchmarks.placement: python -m benchmarks.lab_trace > lab.csv
 
 600 trainings of six people on four base models in three weeks: ada submits half of them, in bursts like a sweep's; most
 take between half an hour and five hours. The same in every run.

@@ -4,11 +4,11 @@
                                   [--ablation]
     python -m benchmarks.placement --lab [--days 30]
 
-TRACE: as `loractl sim` reads it; without one, two made-up traces. The arrivals of each are spread so that 24 cards have
-a load of 0.92; more or fewer cards then give another load. Cards come in sixes: 12, 24, 48, 12, 24 and 80 GiB. Each job
-is given to one of 20 users by Zipf if the trace has fewer. Bound: the larger of the mean duration and the mean time
-under shortest remaining first on one machine as fast as all cards together. Predictions are what is known of a job that
-waits; what runs is measured by its trainer. Lost: the part of the jobs' own time that their stops add.
+TRACE: as benchmarks.traces reads it; without one, two made-up traces. The arrivals of each are spread so that 24 cards
+have a load of 0.92; more or fewer cards then give another load. Cards come in sixes: 12, 24, 48, 12, 24 and 80 GiB.
+Each job is given to one of 20 users by Zipf if the trace has fewer. Bound: the larger of the mean duration and the
+mean time under shortest remaining first on one machine as fast as all cards together. Predictions are what is known
+of a job that waits; what runs is measured by its trainer. Lost: the part of the jobs' own time that their stops add.
 
 --lab: the jobs that have ended well in this many days (LORACTL_DATABASE_URL, or the home's database), on the
 cards that it has now, as they were predicted then. So an owner sees what each order would have done.
@@ -37,8 +37,8 @@ from loractl.common.placement.replay import PlacementRule, Replay, ReplayedJob, 
 from loractl.common.store.fleet import waiting_of
 from loractl.common.store.store import Store
 from loractl.common.units import GIB
-from loractl.scheduler.simulation.outcome import load_of, quantile
-from loractl.scheduler.simulation.workload import BEGIN, Predictions, TraceJob, parse_fleet, read_trace, to_replay
+
+from .traces import BEGIN, Predictions, TraceJob, load_of, parse_fleet, quantile, read_trace, to_replay
 
 UNIT = (12, 24, 48, 12, 24, 80)
 USERS = 20
@@ -64,7 +64,7 @@ def main() -> None:
         _, store = open_session()
         print_lab(store, asked.days)
         return
-    traces = {path.name: list(read_trace(path).jobs) for path in asked.traces}
+    traces = {path.name: read_trace(path) for path in asked.traces}
     for name, jobs in (traces or {"sweeps": list(sweeps()), "one heavy user": list(one_heavy_user())}).items():
         predictions = [Predictions(one) for one in asked.predictions.split(",")]
         contenders = ABLATION if asked.ablation else [BEFORE, *itertools.chain(*map(_ours, predictions))]

@@ -1,7 +1,7 @@
 """A replay: the rule is asked, the next planned end comes, its bytes are free, and the rule is asked again.
 
-`loractl sim` replays a trace with it, `loractl why` and `status` the jobs that wait now. Nothing here reads a clock, a
-file or a database.
+`benchmarks.placement` replays a trace with it, `loractl why` and `status` the jobs that wait now. Nothing here reads a
+clock, a file or a database.
 """
 
 from __future__ import annotations

@@ -33,10 +33,14 @@ def _reader_may_leave() -> Iterator[None]:
 class LazyGroup(click.Group):
     """A group that imports a subcommand's module when the subcommand is used; others may be added to it as usual."""
 
-    def __init__(self, *args: Any, lazy: Mapping[str, Commands], **options: Any) -> None:
-        """`lazy`: its commands by the heading under which --help lists them."""
+    def __init__(
+        self, *args: Any, lazy: Mapping[str, Commands], gone: Mapping[str, str] | None = None, **options: Any
+    ) -> None:
+        """`lazy`: its commands by the heading under which --help lists them. `gone`: earlier commands, each with what
+        took its place."""
         super().__init__(*args, **options)
         self._sections = lazy
+        self._gone = gone or {}
         self._lazy = {name: one for commands in lazy.values() for name, one in commands.items()}
 
     def make_context(
@@ -92,5 +96,6 @@ class LazyGroup(click.Group):
         if args and args[0] not in names and not args[0].startswith("-"):
             close, path = slip_of(args[0], names), ctx.command_path if ctx.parent else "loractl"
             hint = f"did you mean {path} {close}?" if close else f"{path} --help lists the commands"
+            hint = self._gone.get(args[0], hint)
             raise click.UsageError(f"there is no command {args[0]!r}\nHint: {hint}", ctx=None)
         return super().resolve_command(ctx, args)

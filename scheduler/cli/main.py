@@ -86,10 +86,6 @@ SECTIONS: dict[str, Commands] = {
         "usage": ("loractl.scheduler.usage.command:usage", "Show what everybody has had of the cards."),
         "quota": ("loractl.scheduler.usage.command:quota", "Limit the card hours of a user."),
         "web": ("loractl.scheduler.web.command:web", "Show the lab in a browser, and its metrics to Prometheus."),
-        "sim": (
-            "loractl.scheduler.simulation.command:sim",
-            "Replay a trace of jobs on a fleet under the placement rule and others.",
-        ),
         "lab": ("loractl.scheduler.lab.command:lab", "Set up a lab on this server box, and invite boxes and people."),
         "join": ("loractl.scheduler.lab.command:join", "Join a lab with the line that its server box has printed."),
         "db": ("loractl.scheduler.database.command:db", "Manage the database."),
@@ -105,8 +101,18 @@ SECTIONS: dict[str, Commands] = {
 COMMANDS: Commands = {name: one for commands in SECTIONS.values() for name, one in commands.items()}
 
 
+GONE = {
+    "sim": "in a clone, python -m benchmarks.placement replays a trace, or with --lab the lab's own jobs; "
+    "python -m benchmarks.baselines compares our rule with others on a fleet of your choice",
+}
+"""What took the place of commands of earlier versions."""
+
+
 @click.group(
-    cls=LazyGroup, lazy=SECTIONS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=LazyGroup,
+    lazy=SECTIONS,
+    gone=GONE,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(__version__, prog_name="loractl")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -29,9 +28,6 @@ from loractl.scheduler.compare.answer import comparison
 from loractl.scheduler.fleet.answer import fleet
 from loractl.scheduler.plan.answer import job_to_plan, memory_need, plan_accuracy
 from loractl.scheduler.report.answer import report
-from loractl.scheduler.simulation.command import CONTENTION
-from loractl.scheduler.simulation.outcome import simulate
-from loractl.scheduler.simulation.workload import choose, parse_fleet, read_trace
 from loractl.scheduler.status.job import job_history, job_in_full
 from loractl.scheduler.status.overview import job_list, overview
 from loractl.scheduler.status.standing import sweep_standing
@@ -69,9 +65,9 @@ OF_RESULTS: dict[str, Callable[[Store, ArtifactStore], HasJson]] = {
 }
 """The same for what is read from the artifact store, too."""
 
-ELSEWHERE = ("doctor", "sim", "usage", "quota", "adapters push")
+ELSEWHERE = ("doctor", "usage", "quota", "adapters push")
 """They read more than a store, or what runs counts until now: acceptance/test_doctor.py,
-test_a_simulation_prints_its_own_json, test_usage.py, test_json.py."""
+test_usage.py, test_json.py."""
 
 CHANGING = ("submit", "sweep", "reproduce", "gc", "import", "db backup", "db roles", "join", "lab init", "lab invite")
 """Commands that do something; their JSON says what they did."""
@@ -170,15 +166,6 @@ def test_a_command_that_reads_results_prints_the_json_of_its_answer(line: str, l
     printed = json.loads(done.stdout)
     assert printed, "an empty answer proves nothing"
     assert printed == json.loads(json.dumps(OF_RESULTS[line](lab, artifacts).as_json()))
-
-
-def test_a_simulation_prints_its_own_json(tmp_path: Path) -> None:
-    trace = tmp_path / "own.csv"
-    trace.write_text("arrival,vram,duration,user\n0,20GiB,2h,ada\n1h,70GiB,90m,cyd\n")
-    done = CliRunner().invoke(cli, ["sim", str(trace), "--fleet", "24GiB,80GiB", "--json"], catch_exceptions=False)
-    cards = parse_fleet("24GiB,80GiB")
-    answer = simulate(choose(read_trace(trace), cards, math.inf, None), cards, 1.0, CONTENTION)
-    assert json.loads(done.stdout) == json.loads(json.dumps(answer.as_json()))
 
 
 def with_json(group: click.Group, path: str = "") -> Iterator[str]:

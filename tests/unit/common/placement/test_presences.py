@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.baselines import best_fit, fifo, shortest_first
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement.cards import Card, largest_gpu, lasts, takes
 from loractl.common.placement.lines import Waiting
@@ -26,11 +27,17 @@ from loractl.common.placement.replay import (
 )
 from loractl.common.placement.rule import Placement
 from loractl.common.units import GIB
-from loractl.scheduler.simulation.baselines import BlindRule, best_fit, fifo, shortest_first
 
 START = dt.datetime(2026, 5, 1, tzinfo=dt.UTC)
 HOUR = 3600.0
 FOUR_OF_SIX = Presence(open_s=4 * HOUR, shut_s=2 * HOUR)
+
+
+class BlindRule(PlacementRule):
+    """Our rule, as if it were not told when a card goes."""
+
+    def starts(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
+        return super().starts([replace(card, left_s=None, window_s=None) for card in cards], now)
 
 
 def at(seconds: float) -> dt.datetime:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.baselines import best_fit, fifo, shortest_first
 from loractl.common.job.method import Method, Need, Parallel, SharedNeed
 from loractl.common.placement import rule as rule_module
 from loractl.common.placement.cards import Card, Occupant, Yields
@@ -22,7 +23,6 @@ from loractl.common.placement.replay import PlacementRule, Replay, ReplayedFleet
 from loractl.common.placement.rule import RESERVE_AFTER_S, USE_S, Placement
 from loractl.common.placement.shares import charge, decayed
 from loractl.common.units import GIB
-from loractl.scheduler.simulation.baselines import best_fit, fifo, shortest_first
 
 from ....conftest import examples
 

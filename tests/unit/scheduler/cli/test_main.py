@@ -137,6 +137,7 @@ def test_the_version_is_that_of_the_package(cli: Cli) -> None:
         ("stauts", "did you mean loractl status?"),
         ("submitt", "did you mean loractl submit?"),
         ("xyz", "loractl --help"),
+        ("sim", "in a clone, python -m benchmarks.placement replays a trace"),
     ],
 )
 def test_an_unknown_command_gets_a_hint_and_exit_code_2(cli: Cli, typed: str, hint: str) -> None:

@@ -1,16 +1,47 @@
-"""Other placement rules, to compare with ours in a replay. They place no real job."""
+"""Other placement rules next to ours on a fleet of your choice, in a replay. They place no real job.
+
+    python -m benchmarks.baselines TRACE.csv --fleet 2x12GiB,2x24GiB,48GiB,80GiB [--longest SECONDS]
+
+TRACE: a CSV with the columns arrival, vram, duration and user (0,20GiB,2h,ada), perhaps priority and base_size; or
+openb's list of pods. Jobs arrive as the trace says. The columns are those of benchmarks.placement, and so is what two
+jobs on a card cost each other. fifo: whole cards by age, the first blocks the rest. shortest first*: whole cards; it
+knows how long each job takes, which no real scheduler does. best fit: shared cards by age.
+"""
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from loractl.common.placement.cards import Card, Occupant, largest_gpu, suits
 from loractl.common.placement.lines import Lines, Waiting, in_turn
-from loractl.common.placement.replay import PlacementRule, ReplayedJob
+from loractl.common.placement.replay import PlacementRule, ReplayedJob, replay
 from loractl.common.placement.rule import Placement
+
+from .placement import CONTENTION, HEADER, measured
+from .traces import BEGIN, load_of, parse_fleet, read_trace, to_replay
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", type=Path, metavar="TRACE")
+    parser.add_argument("--fleet", required=True, metavar="SIZES")
+    parser.add_argument("--longest", type=float, default=math.inf, help="seconds; longer jobs are left out")
+    asked = parser.parse_args()
+    cards, jobs = parse_fleet(asked.fleet), [job for job in read_trace(asked.trace) if job.seconds <= asked.longest]
+    held = [job for job in jobs if job.need <= largest_gpu(cards)]
+    replayed = [replace(job, yields=True) for job in to_replay(held, 1.0)]
+    load = load_of(replayed, cards) or 0.0
+    print(f"{len(held)} jobs; larger than every card, and not replayed: {len(jobs) - len(held)}")
+    print(HEADER)
+    rules = {"loractl": PlacementRule(yields=True), "fifo": fifo(), "shortest first*": shortest_first()}
+    for title, rule in {**rules, "best fit": best_fit()}.items():
+        done = replay(replayed, cards, BEGIN, rule, contention=CONTENTION)
+        print(f"{load:4.2f} {title:18}{measured(replayed, done)}", flush=True)
 
 
 class GreedyRule:
@@ -77,13 +108,6 @@ def best_fit() -> GreedyRule:
     return GreedyRule(shares=True, blocks=False)
 
 
-class BlindRule(PlacementRule):
-    """Our rule, as if it were not told when a card goes."""
-
-    def starts(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
-        return super().starts([replace(card, left_s=None, window_s=None) for card in cards], now)
-
-
 def _fill(job: Waiting, cards: Iterable[Card], largest: int) -> Placement | None:
     """The preferred method that some card holds now, on the card that it fills best."""
     usable = [card for card in cards if card.slots and suits(card, job, largest)]
@@ -94,3 +118,7 @@ def _fill(job: Waiting, cards: Iterable[Card], largest: int) -> Placement | None
             card = min(holding, key=lambda c: (c.free, c.node))
             return Placement(job=job, node=card.node, method=method, reserved=card.free if size is None else size)
     return None
+
+
+if __name__ == "__main__":
+    main()
