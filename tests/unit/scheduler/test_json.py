@@ -59,10 +59,6 @@ LINES = {
     "gpus": ["gpus"],
     "usage": ["usage", "usage --by month --since 400d"],
     "quota": ["quota"],
-    "sim": [
-        "sim {trace} --fleet 24GiB,80GiB --roomy --base-size 2GiB",
-        "sim {trace} --fleet '24GiB open 4h shut 2h,80GiB' --quota ada=1h/day:soft",
-    ],
     "import": ["import {theirs}"],
     "gc": ["gc --dry-run"],
     "db backup": ["db backup {backup}"],
@@ -115,13 +111,12 @@ def lab(seeded: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     """What commands read and write, by name."""
-    named = {"job": "job.yaml", "trace": "trace.csv", "theirs": "theirs.yaml", "backup": "backup"}
+    named = {"job": "job.yaml", "theirs": "theirs.yaml", "backup": "backup"}
     files = {name: tmp_path / file for name, file in named.items()}
     write_helpdesk(tmp_path / "data.jsonl")
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(CONFIG))
     files["job"].write_text("name: triage\nbase_model: ./base\nmethod: lora\ndataset: {path: data.jsonl}\n")
-    files["trace"].write_text("arrival,vram,duration,user\n0,20GiB,2h,ada\n1h,70GiB,90m,cyd\n1h,10GiB,1h,cyd\n")
     files["theirs"].write_text(THEIRS)
     return files
 
