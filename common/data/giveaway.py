@@ -346,17 +346,17 @@ class _Side:
 
 def _cores(rows: Sequence[_AskedRow]) -> list[str]:
     """The answers without the words that nearly all of them begin or end with."""
-    answers = [row.answer.split() for row in rows]
-    for at in (0, -1):
-        for _ in range(_FRAME):
-            words = Counter(answer[at].strip(_EDGES) for answer in answers if len(answer) > 1)
+    answers = [row.answer for row in rows]
+    for at, apart in ((0, str.split), (-1, str.rsplit)):
+        for _ in range(_FRAME):  # long answers are not kept as words, which would take ten times the memory
+            words = Counter(two[at].strip(_EDGES) for a in answers if len(two := apart(a, None, 1)) > 1)
             common = words.most_common(1)
             if not common or common[0][1] < _NEARLY_ALL * len(answers):
                 break
             word = common[0][0]
-            cut = slice(1, None) if at == 0 else slice(None, -1)
-            answers = [a[cut] if len(a) > 1 and a[at].strip(_EDGES) == word else a for a in answers]
-    return [" ".join(answer).strip(_EDGES) for answer in answers]
+            two_parts = ((a, apart(a, None, 1)) for a in answers)
+            answers = [two[-1 - at] if len(two) > 1 and two[at].strip(_EDGES) == word else a for a, two in two_parts]
+    return [answer.strip(_EDGES) for answer in answers]
 
 
 def _last_numbers(rows: Sequence[_AskedRow]) -> list[str]:
@@ -399,7 +399,7 @@ def _row_of(example: Example) -> _AskedRow | None:
     length = len(asked)
     if length > MOST_CHARACTERS:
         asked = f"{asked[: MOST_CHARACTERS // 2]}\n{asked[-MOST_CHARACTERS // 2 :]}"
-    question, answer = (_JOINED.sub(" ", text.lower()) for text in (asked, answer[-2 * MOST_CHARACTERS :]))
+    question, answer = (_JOINED.sub(" ", text.lower()) for text in (asked, answer[-MOST_CHARACTERS:]))
     answer = answer.strip(_EDGES)
     if not question or not answer or question.strip(_EDGES) == answer:
         return None
