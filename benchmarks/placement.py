@@ -1,14 +1,17 @@
 """How long jobs take under the order of before, under the rule's, and where long jobs give way: a replay of traces.
 
     python -m benchmarks.placement [TRACE.csv ...] [--cards 44,32,24,18,12] [--predictions exact,noisy,absent]
-                                  [--ablation]
+                                  [--jobs N] [--ablation] [--held-out]
     python -m benchmarks.placement --lab [--days 30]
 
-TRACE: as benchmarks.traces reads it; without one, two made-up traces. The arrivals of each are spread so that 24 cards
-have a load of 0.92; more or fewer cards then give another load. Cards come in sixes: 12, 24, 48, 12, 24 and 80 GiB.
-Each job is given to one of 20 users by Zipf if the trace has fewer. Bound: the larger of the mean duration and the
-mean time under shortest remaining first on one machine as fast as all cards together. Predictions are what is known
-of a job that waits; what runs is measured by its trainer. Lost: the part of the jobs' own time that their stops add.
+TRACE: as benchmarks.traces reads it; without one, two made-up traces, or with --held-out two others, by which no
+constant was chosen. The arrivals of each are spread so that 24 cards have a load of 0.92; more or fewer cards then
+give another load. Cards come in sixes: 12, 24, 48, 12, 24 and 80 GiB. Each job
+is given to one of 20 users by Zipf if the trace has fewer. Bound: the larger of the mean duration and the mean time
+under shortest remaining first on one machine as fast as all cards together. Predictions are what is known of a job that
+waits; what runs is measured by its trainer. Worst user: the largest of the users' mean slowdowns. Share: the largest
+of what a user's mean time is of that with an equal share of the lab alone (the bound of these jobs, at a part of its
+speed). Lost: the part of the jobs' own time that their stops add.
 
 --lab: the jobs that have ended well in this many days (LORACTL_DATABASE_URL, or the home's database), on the
 cards that it has now, as they were predicted then. So an owner sees what each order would have done.
@@ -30,7 +33,7 @@ from pathlib import Path
 from unittest import mock
 
 from loractl.common.job.status import Status
-from loractl.common.placement import rule
+from loractl.common.placement import preemption, rule
 from loractl.common.placement.cards import Card, largest_gpu
 from loractl.common.placement.duration import UNKNOWN_S
 from loractl.common.placement.replay import PlacementRule, Replay, ReplayedJob, replay
@@ -54,6 +57,8 @@ def main() -> None:
     parser.add_argument("--cards", default="44,32,24,18,12")
     parser.add_argument("--predictions", default="exact,noisy,absent")
     parser.add_argument("--ablation", action="store_true", help="without each term; predictions exact")
+    parser.add_argument("--jobs", type=int, help="the first ones of each trace")
+    parser.add_argument("--held-out", action="store_true", help="two traces by which no constant was chosen")
     parser.add_argument("--lab", action="store_true", help="replay this lab's own jobs on its cards")
     parser.add_argument("--days", type=float, default=30.0, help="of the lab's history")
     parser.add_argument("--longest", type=float, default=math.inf, help="seconds; longer jobs are left out")
@@ -65,10 +70,14 @@ def main() -> None:
         print_lab(store, asked.days)
         return
     traces = {path.name: read_trace(path) for path in asked.traces}
-    for name, jobs in (traces or {"sweeps": list(sweeps()), "one heavy user": list(one_heavy_user())}).items():
+    made = {"sweeps": sweeps, "one heavy user": one_heavy_user}
+    if asked.held_out:
+        made = {"days and nights": days_and_nights, "a deadline": a_deadline}
+    for name, jobs in (traces or {name: list(make()) for name, make in made.items()}).items():
         predictions = [Predictions(one) for one in asked.predictions.split(",")]
         contenders = ABLATION if asked.ablation else [BEFORE, *itertools.chain(*map(_ours, predictions))]
-        _trace(name, [job for job in jobs if job.seconds <= asked.longest], asked.cards, contenders)
+        some = [job for job in jobs if job.seconds <= asked.longest][: asked.jobs]
+        _trace(name, some, asked.cards, contenders)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +111,11 @@ ABLATION = (
     Contender(title="wait of 12 hours", changed={"HALF_LIFE_S": 12 * 3600.0}),
     Contender(title="wait of 3 days", changed={"HALF_LIFE_S": 3 * 86400.0}),
     Contender(title="no card kept", changed={"RESERVE_AFTER_S": math.inf}),
+    Contender(title="gives way", yields=True),
+    Contender(title=".. twice as long", yields=True, changed={"RATIO": 2.0}),
+    Contender(title=".. 8 times as long", yields=True, changed={"RATIO": 8.0}),
+    Contender(title=".. undisturbed 0", yields=True, changed={"COST_SHARE": math.inf, "UNDISTURBED_S": 0.001}),
+    Contender(title=".. never doubled", yields=True, changed={"_MOST_DOUBLED": 0}),
 )
 
 
@@ -120,13 +134,16 @@ def _trace(name: str, jobs: Sequence[TraceJob], counts: str, contenders: Sequenc
             asked = [replace(job, yields=True) for job in to_replay(jobs, compress, predictions=one.known)]
             with contextlib.ExitStack() as stack:
                 for constant, value in one.changed.items():
-                    stack.enter_context(mock.patch.object(rule, constant, value))
+                    owner = rule if hasattr(rule, constant) else preemption
+                    stack.enter_context(mock.patch.object(owner, constant, value))
                 decides = PlacementRule(by_share=one.by_share, yields=one.yields)
                 done = replay(asked, cards, BEGIN, decides, contention=CONTENTION)
-            print(f"{load:4.2f} {one.title:18}{measured(asked, done)}", flush=True)
+            print(f"{load:4.2f} {one.title:18}{measured(asked, done, cards)}", flush=True)
 
 
-HEADER = "load order                     mean     median        p99    longest  slowdown  worst user  stops   lost"
+HEADER = (
+    "load order                     mean     median        p99    longest  slowdown  worst user  share  stops   lost"
+)
 
 
 def print_lab(store: Store, days: float) -> None:
@@ -150,7 +167,7 @@ def print_lab(store: Store, days: float) -> None:
         ended = [
             job for job in held if (run := done.runs.get(job.waiting.job_id)) is not None and run.ended is not None
         ]
-        print(f"{load:4.2f} {one.title:18}{measured(ended, done)}")
+        print(f"{load:4.2f} {one.title:18}{measured(ended, done, cards)}")
         if len(ended) < len(held):
             print(f"     {'':18}{len(held) - len(ended)} did not end: a label or a box that they need is not there now")
 
@@ -186,20 +203,26 @@ def lab_cards(store: Store) -> list[Card]:
     ]
 
 
-def measured(jobs: Sequence[ReplayedJob], done: Replay) -> str:
-    """Seconds from arrival to end, mean slowdown, that of the user with the worst, stops, and what they cost."""
-    took, slow, by_user = list[float](), list[float](), dict[str, list[float]]()
-    for job in jobs:
+def measured(jobs: Sequence[ReplayedJob], done: Replay, cards: Sequence[Card]) -> str:
+    """Seconds from arrival to end, mean slowdown, that of the user with the worst, the worst of their times against an
+    equal share, stops, and what they cost."""
+    took, slow, by_user = list[float](), list[float](), dict[str, list[int]]()
+    for number, job in enumerate(jobs):
         ended = done.runs[job.waiting.job_id].ended
         assert ended is not None and job.seconds is not None
         took.append((ended - job.waiting.since).total_seconds())
         slow.append(took[-1] / max(job.seconds, SHORT_S))
-        by_user.setdefault(job.waiting.user, []).append(slow[-1])
-    worst = max(statistics.fmean(mine) for mine in by_user.values())
+        by_user.setdefault(job.waiting.user, []).append(number)
+    worst = max(statistics.fmean(slow[number] for number in mine) for mine in by_user.values())
+    share = max(
+        statistics.fmean(took[number] for number in mine) / bound([jobs[n] for n in mine], cards, len(by_user))
+        for mine in by_user.values()
+    )
     times = (statistics.fmean(took), statistics.median(took), quantile(took, 0.99), max(took))
     runs = [(job, done.runs[job.waiting.job_id].stops) for job in jobs]
     work, lost = sum(job.seconds or 0.0 for job in jobs), sum(stops * job.stop_s for job, stops in runs)
-    slows = f"{statistics.fmean(slow):10.1f}{worst:12.1f}{sum(stops for _, stops in runs):7,}{lost / work:7.2%}"
+    slows = f"{statistics.fmean(slow):10.1f}{worst:12.1f}{share:7.1f}"
+    slows += f"{sum(stops for _, stops in runs):7,}{lost / work:7.2%}"
     return "{:12,.0f}{:11,.0f}{:11,.0f}{:11,.0f}".format(*times) + slows
 
 
@@ -207,9 +230,9 @@ def fleet(count: int) -> list[Card]:
     return parse_fleet(",".join(f"{size}GiB" for size in itertools.islice(itertools.cycle(UNIT), count)))
 
 
-def bound(jobs: Sequence[ReplayedJob], cards: Sequence[Card]) -> float:
-    """A mean time that no order goes below."""
-    speed = sum(card.max_jobs / (1 + CONTENTION * (card.max_jobs - 1)) for card in cards)
+def bound(jobs: Sequence[ReplayedJob], cards: Sequence[Card], parts: int = 1) -> float:
+    """A mean time that no order goes below, with one of so many equal parts of the cards."""
+    speed = sum(card.max_jobs / (1 + CONTENTION * (card.max_jobs - 1)) for card in cards) / parts
     begin = min(job.waiting.since for job in jobs)
     coming = sorted(((job.waiting.since - begin).total_seconds(), (job.seconds or 0.0) / speed) for job in jobs)
     left, total, now = list[tuple[float, float]](), 0.0, 0.0
@@ -271,6 +294,32 @@ def sweeps() -> Iterator[TraceJob]:
 def one_heavy_user() -> Iterator[TraceJob]:
     """One of 12 people submits three quarters, half of them sweeps."""
     return Lab(seed=11, heavy=0.75, sweeps=0.5).trace()
+
+
+def days_and_nights() -> Iterator[TraceJob]:
+    """15 people try short jobs by day, and leave one of 5 to 14 hours as they go home."""
+    rng, jobs = random.Random(23), list[TraceJob]()
+    for day in range(40):
+        for user in range(15):
+            if rng.random() < 0.5:
+                continue
+            gib = rng.choice((6, 10, 18, 22, 40))
+            for _ in range(rng.randint(0, 8)):
+                arrival, seconds = day * 86400 + rng.uniform(9, 18) * 3600, rng.lognormvariate(6.5, 1.0)
+                jobs.append(TraceJob(arrival=arrival, need=gib * GIB, seconds=seconds, user=f"user{user}"))
+            arrival, seconds = day * 86400 + rng.uniform(17, 20) * 3600, rng.uniform(5, 14) * 3600
+            jobs.append(TraceJob(arrival=arrival, need=gib * GIB, seconds=seconds, user=f"user{user}"))
+    return iter(sorted(jobs, key=lambda job: job.arrival))
+
+
+def a_deadline() -> Iterator[TraceJob]:
+    """8 people, lengths of a heavy tail; in the second half they submit four times as often."""
+    rng, clock = random.Random(31), 0.0
+    for number in range(1500):
+        clock += rng.expovariate(1 / (2400 if number < 300 else 600))
+        seconds = min(4 * 86400.0, 120.0 * rng.paretovariate(0.75))
+        gib, user = rng.choice((5, 8, 11, 14, 20, 30, 60)), min(7, int(rng.expovariate(0.5)))
+        yield TraceJob(arrival=clock, need=gib * GIB, seconds=seconds, user=f"user{user}")
 
 
 if __name__ == "__main__":
