@@ -406,7 +406,7 @@ ELSEWHERE = {
     "evaluation.decide_by": "tests/unit/worker/evaluation/test_own_metrics.py",
     "training.early_stopping_patience": "tests/integration/test_early_stopping.py",
     "training.load_best_model_at_end": "tests/integration/test_early_stopping.py",
-    "training.gradient_checkpointing": "tests/integration/test_training.py",
+    "training.gradient_checkpointing": "tests/integration/test_memory_trace.py",
     "dataset.fields": "tests/integration/test_turns.py",
     "dataset.ignore": "tests/integration/test_turns.py",
     "dataset.split": "tests/integration/test_sources.py",
