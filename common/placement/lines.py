@@ -14,7 +14,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from loractl.common.job.method import Method, Need, SharedNeed, Ways, least_need
@@ -49,6 +49,7 @@ class Waiting:
     again: dt.datetime | None = None  # when it came back: after an attempt, a hold or a retry; None: it never left
     checkpoint_s: float | None = None  # from an attempt's start to its first stored checkpoint; None: not measured
     left_s: float = UNKNOWN_S  # seconds of work that are left, on one whole card
+    key: str = field(default="", compare=False)  # of its line in the store, as it was read: a start changes it there
 
     @functools.cached_property
     def least(self) -> int | None:
@@ -275,6 +276,7 @@ class QueueKey:
     methods: tuple[Method, ...]
     need: Need
     requires: frozenset[tuple[str, str]]
+    text: str
     is_whole: bool  # it says all that the rule reads of a job apart from `job`'s arguments
 
     @classmethod
@@ -290,6 +292,7 @@ class QueueKey:
             methods=tuple(_LETTERS[letter] for letter in letters),
             need=Need(lora=None if lora == "?" else int(lora), qlora=None if qlora == "?" else int(qlora)),
             requires=frozenset(json.loads(labels).items()) if labels else frozenset(),
+            text=text,
             is_whole=sizes is not None,
         )
 
@@ -303,6 +306,7 @@ class QueueKey:
             need=self.need,
             requires=self.requires,
             left_s=left_s,
+            key=self.text,
         )
 
 

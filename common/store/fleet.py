@@ -204,6 +204,7 @@ def waiting_of(row: Mapping[str, Any], now: dt.datetime) -> Waiting:
         again=row.get("again"),
         checkpoint_s=row.get("checkpoint_s"),
         left_s=row["work_left_s"],
+        key=row["queue_key"],
     )
 
 

@@ -108,8 +108,8 @@ def _typed(statement: str, *parameters: BindParameter[Any]) -> TextualSelect:
 
 
 _NEXT = _typed(
-    f'SELECT {_COLUMNS} FROM jobs WHERE {READY} AND "user" = :user AND queue_key ='  # noqa: S608  no input
-    f" (SELECT queue_key FROM jobs WHERE job_id = :job_id) AND {_BEHIND} ORDER BY {IN_LINE} LIMIT :most"
+    f'SELECT {_COLUMNS} FROM jobs WHERE {READY} AND "user" = :user AND queue_key = :key'  # noqa: S608  no input
+    f" AND {_BEHIND} ORDER BY {IN_LINE} LIMIT :most"
 )
 _NUMBERED = _typed(
     f"SELECT {_COLUMNS} FROM jobs WHERE {READY} AND job_id IN :numbers",  # noqa: S608  no input
@@ -162,7 +162,7 @@ class StoredQueue:
 
     def behind(self, job: Waiting) -> list[Waiting]:
         """The next jobs of its line, read at once; none if it is the last."""
-        return self._read(_NEXT, user=job.user, left_s=job.left_s, job_id=job.job_id, most=self._at_once)
+        return self._read(_NEXT, user=job.user, key=job.key, left_s=job.left_s, job_id=job.job_id, most=self._at_once)
 
     def after(self, job: Waiting) -> Waiting | None:
         if job.job_id not in self._next:
@@ -193,7 +193,6 @@ def lock_alike(session: Session, job: Waiting, now: dt.datetime) -> Job | None:
     row = session.scalar(_ROW, {"job_id": job.job_id})
     if row is not None:
         return row
-    key = select(Job.queue_key).where(Job.job_id == job.job_id).scalar_subquery()
-    line = select(Job).where(ready_at(now), Job.user == job.user, Job.queue_key == key)
+    line = select(Job).where(ready_at(now), Job.user == job.user, Job.queue_key == job.key)
     behind = line.where(text(_BEHIND)).order_by(text(IN_LINE)).limit(1).with_for_update(**SKIP_LOCKED)
     return session.scalar(behind, {"left_s": job.left_s, "job_id": job.job_id})

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete, update
+from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from loractl.common.job.method import Method
@@ -19,14 +19,14 @@ from loractl.common.placement.rule import RESERVE_AFTER_S, turns
 from loractl.common.store.fleet import NODE_STALE_S, card_of, is_ready, waiting_of
 from loractl.common.store.queries.backlog import line_up
 from loractl.common.store.queries.cards.nodes import drained_targets, read_charges
-from loractl.common.store.queries.lines import MOST_LINES, StoredQueue, read_order
+from loractl.common.store.queries.lines import MOST_LINES, StoredQueue, lock_alike, read_order
 from loractl.common.store.records import Claim, Progress
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Base, DrainOrder, Job
 from loractl.common.units import GIB
 
 from ....databases import SQLITE_ALONE
-from ...factories import EXAMPLES, NOON, RESULT, Clock, node_state, submission
+from ...factories import EXAMPLES, NOON, PLENTY, RESULT, Clock, node_state, submission
 from ...fleets import card, drained, in_seconds, running, waits
 
 YES = {"nvlink": "yes"}
@@ -272,3 +272,22 @@ def test_a_row_is_ready_by_one_rule_in_sql_and_in_values(timed: Store) -> None:
     assert ready == {queued[0], queued[1], queued[2]}, "free of a hold and a pause"
     assert {job.job_id for job in timed.jobs.ready(99)} == ready
     assert Store(timed.engine, lambda: NOON).jobs.counts()[Status.QUEUED, "ready"] == len(ready)
+
+
+@pytest.mark.both
+def test_who_looks_at_a_line_still_finds_its_next_job_once_another_card_has_taken_the_first(store: Store) -> None:
+    """A start changes the job's key, and on PostgreSQL each statement sees what others have committed by then."""
+    first, second = (store.jobs.submit(submission()) for _ in range(2))
+    store.cards.see(node_state("box:0", total=PLENTY, max_jobs=64))
+    with Session(store.engine) as session:
+        now = store.cards.fleet().now
+        queue = StoredQueue(session, now, at_once=1)
+        (seen,) = [job for job in queue.firsts() if job.job_id == first]
+        session.rollback()
+        assert isinstance(claimed := store.attempts.claim("box:0"), Claim) and claimed.job_id == first
+        assert (after := queue.after(seen)) is not None and after.job_id == second
+        session.rollback()
+        with Session(store.engine) as other:
+            if session.get_bind().dialect.name == "postgresql":  # as a beat has it
+                other.execute(select(Job).where(Job.job_id == first).with_for_update())
+                assert (locked := lock_alike(session, seen, now)) is not None and locked.job_id == second
