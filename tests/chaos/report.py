@@ -38,7 +38,7 @@ def page(outcome: Outcome) -> str:
     return f"""# Chaos
 
 `make chaos` runs {plan.jobs} jobs while a script kills, freezes, disconnects and fills what loractl depends on. Then it
-reads the whole history, and exits non-zero if one promise is broken. `make test` does the same for about a minute.
+reads the whole history, and exits non-zero if one promise is broken. `make test-long` does the same for about a minute.
 `make chaos` writes this page; its numbers are those of one run.
 
     make chaos CHAOS_JOBS={plan.jobs} CHAOS_SEED={plan.seed}
@@ -58,6 +58,8 @@ reads the whole history, and exits non-zero if one promise is broken. `make test
 - While faults are active, people edit, hold, release, retry and tag jobs, raise the priority of waiting ones (one job
   in three is preemptible, and one never yields), queue sweeps with rungs and long jobs, which yield to others, cancel
   some sweeps, and run `loractl gc`.
+- Before the first fault long jobs hold every card. Short ones come with the faults, and long ones give way to them. A
+  run in which none does fails.
 - The processes of each attempt are recorded every {SEE_S:.0f} s, to find any that outlives its attempt.
 - A lease is {plan.lease_s:.0f} s instead of 60 (`LORACTL_LEASE`), and what depends on it is shorter in proportion.
 - The seed decides the faults, one every {plan.gap_s:.1f} s. Which process a fault hits depends on what runs at that

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -26,6 +26,8 @@ from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
 from loractl.worker.device.occupancy import RUN_VARIABLE
 
+from ..quick_trainer import SLOW
+from .acts import gave_way_to_shorter
 from .checker import check, examine
 from .deck import GANG_FAULTS, script
 from .faults import MAX_RETRIES, Injector
@@ -33,7 +35,7 @@ from .history import Broken, History, Sighting, changes, read, record
 from .lab import USERS, Lab, lab
 from .people import People
 from .successes import unshown
-from .trainer import LEAVES, POISONED
+from .trainer import LEAVES, POISONED, STEP_S
 
 BATCH = 10
 """Job files of one `loractl submit`."""
@@ -42,6 +44,9 @@ CHAINED = 0.2
 """Of the jobs, those that start after others."""
 
 LONG = 6
+
+FILLING, FILLED = 1200, 10_000
+"""Steps of the jobs that hold every card at first, and where their numbers begin."""
 
 GANGS = 5
 """One job in so many is on two cards of a box, where the plan has such."""
@@ -149,6 +154,7 @@ def storm(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Outcome
         injector = Injector(place, store)
         people = People(place, store, injector, seed=plan.seed + 3, gap_s=PEOPLE_GAP * plan.gap_s)
         run = _Run(plan, place, store, injector, people)
+        _fill(run)
         works = (_submit_all, _look_after, _see_processes, _ask)
         threads = [threading.Thread(target=_guard, args=(run, work)) for work in works]
         for thread in threads:
@@ -165,6 +171,25 @@ def storm(plan: Plan, say: Callable[[str], None] = lambda line: None) -> Outcome
             raise run.trouble[0]
         left = _after(run)
         return _gather(run, stuck, left, probes, time.monotonic() - began)
+
+
+def _fill(run: _Run) -> None:
+    """Let long jobs hold every card as the first short ones come, whose time is known from one that has ended."""
+    folder, rng = run.lab.folder / "jobs", random.Random(run.plan.seed + 4)
+    for count, steps in ((1, 4), (run.plan.boxes * run.plan.cards, FILLING)):
+        plan = replace(run.plan, long_steps=(steps, steps), gangs=False)
+        files = [_job_file(folder, LONG * (FILLED + count + one) + 1, rng, plan) for one in range(count)]
+        for file in files if count > 1 else ():
+            file.write_text(file.read_text().replace("labels: {", f"labels: {{{SLOW}: 'yes', "))
+        numbers, complaint = run.lab.submit(files, USERS[0])
+        assert len(numbers) == count, complaint
+        run.printed += numbers
+        until = time.monotonic() + START_S
+        while time.monotonic() < until:
+            jobs = run.store.jobs.numbered(numbers).values()
+            if all(job.status.is_terminal or (count > 1 and (job.step or 0) > 1 / STEP_S) for job in jobs):
+                break
+            time.sleep(TICK_S)
 
 
 def _guard(run: _Run, work: Callable[[_Run], None]) -> None:
@@ -465,7 +490,7 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
     noticed, resumed = _recoveries(history, injector)
     return Outcome(
         plan=run.plan,
-        broken=check(history),
+        broken=[*check(history), *_unyielding(history)],
         history=history,
         faults=injector.done,
         seconds=seconds,
@@ -483,6 +508,11 @@ def _gather(run: _Run, stuck: list[str], left: list[str], probes: dict[str, list
         lacks=_without(run),
         log=[*injector.log, *_last_lines(logs)],
     )
+
+
+def _unyielding(history: History) -> list[Broken]:
+    """A run in which no job gave way to a shorter one proves nothing of that."""
+    return [] if gave_way_to_shorter(history) else [Broken(promise=0, what="no job gave way to a much shorter one")]
 
 
 def _refused(logs: str) -> Counter[str]:
