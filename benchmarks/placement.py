@@ -231,7 +231,7 @@ def fleet(count: int) -> list[Card]:
 
 
 def bound(jobs: Sequence[ReplayedJob], cards: Sequence[Card], parts: int = 1) -> float:
-    """A mean time that no order goes below, with one of so many equal parts of the cards."""
+    """A mean time that no order goes below, on one of `parts` equal parts of the cards."""
     speed = sum(card.max_jobs / (1 + CONTENTION * (card.max_jobs - 1)) for card in cards) / parts
     begin = min(job.waiting.since for job in jobs)
     coming = sorted(((job.waiting.since - begin).total_seconds(), (job.seconds or 0.0) / speed) for job in jobs)

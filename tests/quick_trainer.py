@@ -24,7 +24,7 @@ from .models import weights_of
 STEP_S = 0.05
 
 SLOW, TIMES = "says-it-is-slow", 10
-"""A job with this label takes so many times longer by its own word: it yields to short ones, and its test is short."""
+"""A job with this label says that it takes TIMES times longer: it yields to short ones, and its test is short."""
 
 Tell = Callable[[Told], None]
 Sleep = Callable[[float], None]
