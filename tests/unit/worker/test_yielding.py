@@ -115,7 +115,7 @@ def test_a_lab_s_owner_turns_it_off_and_says_the_time(lab: HeldLab) -> None:
 
 @pytest.fixture
 def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of which takes twice as long as a drain waits for one."""
+    """A step takes twice as long as a drain waits for it."""
     monkeypatch.setattr(stops, "DRAIN_GRACE_S", 3.0)
     monkeypatch.setattr(quick_trainer, "STEP_S", 6.0)
 
