@@ -73,11 +73,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a run in the background of a script: the workers that tests start with Ctrl-C in mind would inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A property is no timed test: on a busy machine any example may take long.
-# CI must not fail by chance: what is new is looked for where somebody sees it and can mend it
-hypothesis.settings.register_profile(
-    "loractl", deadline=None, max_examples=examples(100), derandomize=os.environ.get("CI") == "true"
-)
+# A property is no timed test: on a busy machine any example may take long. And make test must not fail by chance:
+# make test-long looks for something new.
+hypothesis.settings.register_profile("loractl", deadline=None, max_examples=examples(100), derandomize=not LONG)
 hypothesis.settings.load_profile("loractl")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
 import io
 import sys
@@ -11,7 +12,7 @@ from typing import NoReturn
 import click
 
 from loractl import __version__
-from loractl.common.errors import ExitCode, LoractlError, SpecError
+from loractl.common.errors import ExitCode, LoractlError, SpecError, UsageError
 
 from .lazy import Commands, LazyGroup
 
@@ -169,6 +170,9 @@ def _unexpected(error: Exception) -> ExitCode:
         known = unreachable(load_settings(), why)
         _print_error(known)
         return known.exit_code
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        _print_error(UsageError(f"{error.filename!s:.60}... is too long: no file has such a name", "check that path"))
+        return ExitCode.USAGE
     click.echo(f"Error: {type(error).__name__}: {error}", err=True)
     click.echo("Hint: this is a fault of loractl; loractl --debug ... shows where", err=True)
     return ExitCode.FAILED

@@ -13,7 +13,7 @@ from .names import Draft, get_key, set_key
 
 _LISTING = "dataset_info.json"
 
-_TYPES: dict[Any, dict[str, Any]] = {
+_TYPES: dict[str, dict[str, Any]] = {
     "alpaca": {"format": "alpaca", "template": "alpaca"},
     "sharegpt": {"format": "sharegpt"},
     "completion": {"format": "text", "on_overflow": "truncate"},
@@ -86,7 +86,7 @@ def _axolotl_kind(draft: Draft, key: str, entry: dict[str, Any]) -> dict[str, An
             draft.leave(f"{key}.type", rest, "the model's own chat template makes the prompts")
         if draft.job.get("task_type") == "preference":
             said["format"] = "preference_text"
-    elif (known := next((name for name in (kind, str(kind).rpartition(".")[2]) if name in _TYPES), None)) is not None:
+    elif (known := next((name for name in (str(kind), str(kind).rpartition(".")[2]) if name in _TYPES), "")) != "":
         said |= _TYPES[known]
         columns = dict(said.pop("columns", {}))
     else:
@@ -111,7 +111,7 @@ def factory_rows(draft: Draft, file: Path, folder: Path) -> None:
     named = str(theirs.get("dataset_dir", "data"))
     # LLaMA-Factory runs in the folder above its examples, and resolves paths there
     places = [file.parent / named, Path(named), *(above / named for above in file.resolve().parents[1:4])]
-    place = next((place for place in places if (place / _LISTING).is_file()), places[0])
+    place = next((place for place in places if _is_file(place / _LISTING)), places[0])
     for number, name in enumerate(_names(theirs["dataset"])):
         key = "dataset" if number == 0 else f"dataset: {name}"
         _add(draft, key, _listed(draft, name, place, folder))
@@ -202,6 +202,10 @@ def _add(draft: Draft, theirs: str, said: dict[str, Any]) -> None:
 def _from_here(path: str, source: Path, folder: Path) -> str:
     """A local path as seen from the job file's folder. The other tool resolves it in the folder where it is started."""
     for place in (source / path, Path(path)):
-        if place.is_file():
+        if _is_file(place):
             return path if Path(path).is_absolute() else os.path.relpath(place, folder)
     return path
+
+
+def _is_file(place: Path) -> bool:
+    return os.path.isfile(place)  # noqa: PTH113 - False for a name too long for a file, where Path.is_file raises

@@ -176,6 +176,14 @@ def test_a_mistake_is_a_sentence_with_an_exit_code_and_no_traceback(
     assert done.stdout == ""
 
 
+def test_a_path_that_no_file_can_have_is_a_mistake_of_the_job_file(cli: Cli, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"name: x\nbase_model: /{'m' * 300}\ndataset: {{path: rows.jsonl}}\n")
+    done = cli("plan", str(job), code=ExitCode.USAGE)
+    assert re.match(r"Error: /m{59}\.\.\. is too long: no file has such a name\nHint: ", done.stderr)
+    assert done.stderr.count("\n") == 2
+
+
 def test_the_traceback_is_shown_to_those_who_ask_for_it(cli: Cli) -> None:
     done = cli("--debug", "status", "99", code=ExitCode.NO_SUCH_JOB)
     assert "Traceback" in done.stderr

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loractl.common.errors import LoractlError, SpecError
+from loractl.common.errors import LoractlError, SpecError, UsageError
 from loractl.common.job.file import load_spec
 from loractl.common.job.method import Method
 from loractl.common.job.sections import AS_WRITTEN, DataFormat, PromptTemplate
@@ -372,6 +372,26 @@ def test_whatever_a_listing_of_data_sets_holds_there_is_a_job_or_a_sentence(tmp_
     except LoractlError:
         return
     JobSpec.model_validate(made.job, context=AS_WRITTEN)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "base_model: a/b\nadapter: lora\ndatasets: [{path: o/d, type: [null]}]\n",
+        f"base_model: a/b\nadapter: lora\ndatasets: [{{path: {'d' * 300}}}]\n",
+    ],
+)
+def test_a_value_of_another_kind_or_a_name_that_no_file_has_is_carried_or_left_out(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "theirs.yaml"
+    file.write_text(text)
+    assert import_file(file, tmp_path).job["base_model"] == "a/b"
+
+
+def test_a_folder_with_a_name_that_no_folder_can_have_gets_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "theirs.yaml"
+    file.write_text(f"model_name_or_path: a/b\ndataset: talks\ndataset_dir: {'d' * 300}\n")
+    with pytest.raises(UsageError, match=r"can't be read: .*too long"):
+        import_file(file, tmp_path)
 
 
 @pytest.mark.parametrize("text", [None, "- a\n", "a: [b\n", "a" * (256 * 1024 + 1)])
