@@ -22,7 +22,8 @@ from .findings import LABEL_WORDS, Finding, answer_of, shares_of
 
 GIVEN_AWAY = "answer in the question"
 LENGTH_TELLS, CASE_TELLS, SPACES_TELL = "length tells the label", "case tells the label", "spaces tell the label"
-READ_OFF = {GIVEN_AWAY, LENGTH_TELLS, CASE_TELLS, SPACES_TELL}
+SIGNS_TELL = "first or last sign tells the label"
+READ_OFF = {GIVEN_AWAY, LENGTH_TELLS, CASE_TELLS, SPACES_TELL, SIGNS_TELL}
 """The kinds of findings by which answers can be told without reading what is asked."""
 
 MOST_ROWS = 1000
@@ -104,7 +105,7 @@ class Giveaway:
             yield _given_away(place, sides)
         elif labels and (told := max((_agreed(sides, form), form) for form in _FORMS))[0] >= AGREEMENT:
             kind, what, hint = _FORMS[told[1]]
-            self.read_off = f"{what} of a question tell{'s' * (told[1] == 'length')} its label"
+            self.read_off = f"{what} of a question tell{'s' * (told[1] not in ('capitals', 'spaces'))} its label"
             text = f"{self.read_off}: the {NEAR} rows nearest in it guess it with a kappa of {told[0]:.2f}"
             yield Finding(level="warning", kind=kind, text=text, count=len(sides[0].rows), hint=hint)
         elif (finding := sides[0].task) is not None:
@@ -123,13 +124,42 @@ _FORMS = {
         "write questions alike, unless case is what the label is about",
     ),
     "spaces": (SPACES_TELL, "the spaces", "write the spaces of all questions alike, and drop signs that can't be seen"),
+    "first": (
+        SIGNS_TELL,
+        "the first sign",
+        "begin questions alike, unless that sign is what the label is about",
+    ),
+    "last": (SIGNS_TELL, "the last sign", "end questions alike, unless that sign is what the label is about"),
 }
 """What of a question's form is looked at, without its words."""
 
 
 def _agreed(sides: Sequence[_Side], form: str) -> float:
     """Of the sides that have rows enough, the least agreement."""
-    return min((told_by(form, side.rows) for side in sides if len(side.rows) >= FEWEST_LENGTHS), default=0.0)
+    some = [side.rows for side in sides if len(side.rows) >= FEWEST_LENGTHS]
+    rows = list(map(_with_signs, some)) if form in ("first", "last") else some
+    return min((told_by(form, side) for side in rows), default=0.0)
+
+
+def _with_signs(rows: Sequence[_AskedRow]) -> list[_AskedRow]:
+    """The rows with the punctuation by which their questions begin and end, apart from what all of them have there,
+    such as a command."""
+    begin = _shared([row.question for row in rows])
+    end = _shared([row.question[begin:][::-1] for row in rows])
+    own = (row.question[begin : len(row.question) - end] for row in rows)
+    return [replace(row, first=_sign(text), last=_sign(text[::-1])) for row, text in zip(rows, own, strict=True)]
+
+
+def _shared(texts: Sequence[str]) -> int:
+    """How many characters all texts begin with."""
+    first, last = min(texts), max(texts)
+    return next((at for at, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
+
+
+def _sign(text: str) -> int:
+    """What a text begins with, as a number: up to two signs, or 0 for a letter or a digit."""
+    signs = re.match(r"\s*((?:[^\w\s]|_){0,2})", text)
+    return int.from_bytes(signs[1].encode("utf-32-be", "surrogatepass")) if signs is not None else 0
 
 
 def told_by(form: str, rows: Sequence[_AskedRow]) -> float:
@@ -198,6 +228,8 @@ class _AskedRow:
     length: int  # of the whole question, in characters
     capitals: int  # of a thousand letters
     spaces: int  # besides one between two words, and signs that can't be seen
+    first: int = 0  # signs before the first letter, see _sign
+    last: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,6 +435,7 @@ def _row_of(example: Example) -> _AskedRow | None:
     answer = answer.strip(_EDGES)
     if not question or not answer or question.strip(_EDGES) == answer:
         return None
+    answer = _shortened(answer, question)
     labelled = example.label is not None
     letters = sum(map(str.isalpha, asked))
     return _AskedRow(
@@ -414,6 +447,16 @@ def _row_of(example: Example) -> _AskedRow | None:
         capitals=1000 * sum(map(str.isupper, asked)) // max(1, letters),
         spaces=sum(c.isspace() or not c.isprintable() for c in asked) - len(asked.split()) + 1,
     )
+
+
+def _shortened(answer: str, question: str) -> str:
+    """An answer of many words by its ends and its last number, if neither it nor a core of it is in the question: a
+    sample's long answers would take megabytes."""
+    words = answer.split(None, _FRAME)
+    ends = words.pop().rsplit(None, _FRAME) if len(words) > _FRAME else []
+    if len(ends) <= _FRAME or ends[0] in question:
+        return answer
+    return " ".join([*words, "\0", *_NUMBER.findall(ends[0])[-1:], "\0", *ends[1:]])
 
 
 def _standing(answer: str, question: str) -> Iterator[int]:

@@ -220,10 +220,15 @@ def test_labels_that_follow_from_the_length_of_the_question_are_found() -> None:
         (str.upper, "case tells the label"), (str.capitalize, "case tells the label"),
         ("{} ".format, "spaces tell the label"), ("{}\n".format, "spaces tell the label"),
         ("\u200b{}".format, "spaces tell the label"), (partial(re.sub, " ", "  ", count=1), "spaces tell the label"),
+        ("{}!".format, "first or last sign tells the label"), ("{}?!".format, "first or last sign tells the label"),
+        ("- {}".format, "first or last sign tells the label"), ("“{}".format, "first or last sign tells the label"),
         (str, None),
     ],
 )  # fmt: skip
-def test_labels_that_follow_from_case_or_spaces_are_found(write: Callable[[str], str], kind: str | None) -> None:
+@pytest.mark.parametrize("frame", ["{}", "Read this: {}\nYour answer:"])
+def test_labels_that_follow_from_case_spaces_or_signs_are_found(
+    write: Callable[[str], str], kind: str | None, frame: str
+) -> None:
     draw = random.Random(3)
 
     def row(n: int) -> Example:
@@ -231,7 +236,7 @@ def test_labels_that_follow_from_case_or_spaces_are_found(write: Callable[[str],
             draw.choice(["alarm", "ticket"]),
             " ".join(draw.choices(["pump", "valve", "leak", "door"], k=9)),
         )
-        asked = write(text) if label == "alarm" else text
+        asked = frame.format(write(text) if label == "alarm" else text)
         return Example(number=n, turns=(Turn(role="user", content=asked), Turn(role="assistant", content=label)))
 
     found, read_off = look([row(n) for n in range(200)], [row(n) for n in range(200, 260)])
@@ -307,7 +312,19 @@ def test_an_answer_in_another_form_is_found(ask: Ask, answer: Callable[[int], st
     assert bool(clause) == read_off, "two words that name no answer may be extraction: a warning, no verdict"
 
 
-@pytest.mark.parametrize("answer", [in_a_sentence, solved])
+def at_length(number: int) -> str:
+    """A solution of many words with its result in the middle, where neither end of it is."""
+    return f"{'We add the two numbers. ' * 9}That makes {sum_of(number)[1]}. {'So it is done. ' * 9}"
+
+
+def test_a_number_in_the_middle_of_a_long_answer_is_found_and_so_is_a_long_answer() -> None:
+    rows = chats(hinted, at_length, count=140)
+    assert look(rows[:100], rows[100:])[1] == "100 % of 40 rows held out hold the answer in the question"
+    rows = chats(lambda n, a: f"{sum_of(n)[0]} (the teacher's answer: {a})", lambda n: f"{n} {at_length(n)}", count=140)
+    assert look(rows[:100], rows[100:])[1] == "100 % of 40 rows held out hold the answer in the question"
+
+
+@pytest.mark.parametrize("answer", [in_a_sentence, solved, at_length])
 def test_numbers_of_the_question_in_an_answer_are_no_leak(answer: Callable[[int], str]) -> None:
     rows = chats(lambda n, a: sum_of(n)[0], answer, count=140)
     assert look(rows[:100], rows[100:]) == ([], "")
