@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
@@ -39,17 +39,25 @@ class AnswerScore:
         if self.extract is not None:
             _compiled(self.extract)
 
-    def right(self, answers: Sequence[str], expected: Sequence[str], clock: Callable[[], float]) -> list[bool | None]:
+    def right(
+        self,
+        answers: Sequence[str],
+        expected: Sequence[str],
+        clock: Callable[[], float],
+        labels: Collection[str] = (),
+    ) -> list[bool | None]:
         """Whether each answer is right. None: the expected answer itself has nothing to compare with, such as no
-        match. An answer with nothing to compare is wrong. `clock`: seconds of CPU time.
+        match. An answer with nothing to compare is wrong. `clock`: seconds of CPU time. `labels`: the goals where they
+        are labels; an answer that contains several of them contains none.
 
         Raises ValueError where the expression takes too long.
         """
         goals, read = self.goals(expected, clock), _READERS[self.compare]
         found = self._read(answers, clock)
         if self.compare == "contains":
+            label = _occurrence(labels) if labels else None
             return [
-                None if goal is None else text is not None and _holds(str(goal), read(text))
+                None if goal is None else text is not None and _holds(str(goal), read(text), label)
                 for goal, text in zip(goals, found, strict=True)
             ]
         return [
@@ -148,11 +156,24 @@ def _words(text: str) -> str:
     return _folded(text).casefold()
 
 
-def _holds(goal: str, text: Any) -> bool:
-    """Whether the goal occurs in a text, and no letter or digit continues it on either side."""
+def _holds(goal: str, text: str, label: re.Pattern[str] | None) -> bool:
+    """Whether the goal occurs in a text; with the pattern of all labels, whether it alone of them does."""
+    if label is not None:
+        return {*label.findall(text)} == {goal}
+    return _occurrence([goal]).search(text) is not None
+
+
+def _occurrence(goals: Collection[str]) -> re.Pattern[str]:
+    """A pattern of any of these texts where no letter or digit continues it on either side, long ones before shorter
+    ones, so that "no answer" is not "no"."""
+    longest_first = sorted(goals, key=lambda goal: (-len(goal), goal))
+    return re.compile("|".join(map(_whole, longest_first)))
+
+
+def _whole(goal: str) -> str:
     before = r"(?<!\w)" if goal[0].isalnum() else ""
     after = r"(?!\w)" if goal[-1].isalnum() else ""
-    return re.search(f"{before}{re.escape(goal)}{after}", str(text)) is not None
+    return f"{before}{re.escape(goal)}{after}"
 
 
 _READERS: dict[Compare, Callable[[str], Any]] = {

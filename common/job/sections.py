@@ -577,7 +577,8 @@ class OwnMetric(Section):
     """An expression in RE2's syntax with one group: of its last match in an answer, and in the expected one, the group
     is compared. null: the whole texts."""
     compare: Literal["exact", "number", "json", "contains"] = "exact"
-    """What makes an answer right: the same text, the same number, the same JSON value, or the expected text in it."""
+    """What makes an answer right: the same text, the same number, the same JSON value, or the expected text in it, and
+    of several labels no other one."""
 
     @property
     def value(self) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from loractl.common.data.findings import shares_of
 from loractl.common.job.sections import EvaluationSpec, OwnMetric
 from loractl.common.verdict import NEW_ROWS
 
@@ -86,7 +88,8 @@ def right(metric: OwnMetric, answers: Sequence[str], expected: Sequence[str]) ->
 
     Raises ValueError where its expression takes too long to read them.
     """
-    return metric.score.right(answers, expected, time.thread_time)
+    goals = (str(goal) for goal in metric.score.goals(expected, time.thread_time) if goal is not None)
+    return metric.score.right(answers, expected, time.thread_time, shares_of(Counter(goals)) or ())
 
 
 def as_json(scores: Sequence[OwnScores], place: int) -> dict[str, Any]:

@@ -98,3 +98,19 @@ def test_answers_to_rows_that_resemble_rows_to_train_on_are_measured_apart() -> 
     assert (new.base, new.tuned) == pytest.approx((100 * sum(base[25:]) / 15, 100 * sum(tuned[25:]) / 15))
     (leaked,) = own_scores(answers, asked(GSM8K), frozenset(range(40)))
     assert leaked.metrics[1].cases == 0, "the verdict sees that none is left"
+
+
+def test_an_answer_that_lists_every_label_contains_none() -> None:
+    names = ("billing", "billing dispute", "outage", "no")
+    every, contains = " or ".join(names), {"name": "label", "compare": "contains"}
+    says = [f"I would say: {names[row % 4]}, and nothing else." for row in range(40)]
+    rows = [answer(row, names[row % 4], every, says[row]) for row in range(40)]
+    (score,) = own_scores(rows, asked(contains))
+    assert score.base == [False] * 40 and score.tuned == [True] * 40
+    (other,) = own_scores(
+        [answer(row, names[row % 4], "billing and outage", "no") for row in range(40)], asked(contains)
+    )
+    assert other.base == [False] * 40 and other.tuned == [row % 4 == 3 for row in range(40)]
+    cities = [answer(row, f"city {row}", f"city {row}, near city {row + 1}", "?") for row in range(40)]
+    (free,) = own_scores(cities, asked(contains))
+    assert free.base == [True] * 40, "answers that are no labels may name others"
