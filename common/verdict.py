@@ -142,7 +142,7 @@ class ReportVerdict:
     """What a report says as a whole. Its badge, its line in `status` and its sentence begin with the same word."""
 
     reading: str  # a key of BADGES
-    why: str  # the reason in one clause; empty for better, worse, and a change that may be none
+    why: str  # the reason in one clause; empty for most that are better, worse, or a change that may be none
     short: str  # for a job's line
     sentence: str
     aside: str  # what is worse besides the held-out loss, and what is wrong with the held-out rows; else empty
@@ -164,6 +164,12 @@ ACCURACIES = frozenset({"preference_accuracy", "new_rows_preference_accuracy"})
 
 LENGTH, EXPECTED_LENGTH = "answer_tokens", "expected_tokens"
 """Lengths of the tuned model's answers, against the base's and against the expected ones."""
+
+ENDS = "ends_by_itself"
+"""The share of generated answers that ended before evaluation.max_new_tokens."""
+
+FEW_CUT = 0.1
+"""Up to this share of the answers of base and tuned, and up to two of each, answers that were cut are not mentioned."""
 
 _SHARES = "the labels' shares alone have"
 _FREQUENT, _SHOWN = "the most frequent answer alone has", "the base with training examples in its prompt has"
@@ -216,7 +222,7 @@ def report_verdict(
     loss = every if new is None or new["cases"] < MIN_NEW else new
     accuracy = named.get("new_rows_preference_accuracy" if loss is new else "preference_accuracy")
     of = _of_rows(loss, metrics, rows) if accuracy is None else _of_pairs(loss, accuracy, named, rows)
-    deciding = next((metric for metric in metrics if metric.get("decides")), None)
+    deciding, cut = next((metric for metric in metrics if metric.get("decides")), None), _cut(named.get(ENDS))
     if new is not None and deciding is None:
         seen = every["cases"] - new["cases"]
         about = f"{seen} of {every['cases']} {rows} rows resemble rows to train on"
@@ -231,6 +237,8 @@ def report_verdict(
         said, judged, apart_from = _decided(deciding, named.get(f"{NEW_ROWS}{deciding['name']}"))
         spoken = {deciding["name"], f"{NEW_ROWS}{deciding['name']}", *(LOSSES - {"loss"})}
         of, doubts = _by_measure(judged, of, str(deciding["label"])), [*doubts, *apart_from]
+        if deciding["cases"]:
+            said = replace(said, why=", and ".join(part for part in (said.why, cut) if part))
     if said.reading in GAINS or said.disagrees:
         if deciding is None and loss is every and given_away * 2 > every["cases"]:
             others = every["cases"] - given_away
@@ -261,6 +269,8 @@ def report_verdict(
         asides.append(f"Without the stop token the loss is {shown.base} -> {shown.tuned}, {words['reading']}.")
     if accuracy is None and (lengths := _lengths(named)):
         asides.append(f"{lengths}.")
+    if cut and cut not in said.why:
+        asides.append(f"{cut[0].upper()}{cut[1:]}.")
     short = f"{begin.lower()}{f': {said.why}' if said.why else ''}, {of.numbers}"
     return ReportVerdict(
         reading=said.reading, why=said.why, short=short, sentence=sentence, aside=" ".join([*asides, *doubts])
@@ -503,6 +513,17 @@ def _lengths(named: Mapping[str, Mapping[str, Any]]) -> str:
         else (f"Answers have {base['tuned']:.0f} tokens")
     )
     return f"{change}; expected are {expected['base']:.0f}"
+
+
+def _cut(ends: Mapping[str, Any] | None) -> str:
+    """How many answers were cut before they ended, as a clause; empty if those are a few."""
+    if ends is None or not ends["cases"]:
+        return ""
+    cases = int(ends["cases"])
+    base, tuned = (round(cases * (1 - ends[whose] / 100)) for whose in ("base", "tuned"))
+    if max(base, tuned) <= max(2, FEW_CUT * cases):
+        return ""
+    return f"{base} of {cases} answers of the base and {tuned} of the tuned model were cut before they ended"
 
 
 def _clearly(lengths: Mapping[str, Any], ratio: float) -> bool:

@@ -244,6 +244,35 @@ def test_the_measure_that_a_job_names_decides_alone() -> None:
     assert said(GAIN, unknown).why == "gsm8k was not measured"
 
 
+def ends(base: float, tuned: float, cases: int = 200) -> dict[str, Any]:
+    """The share of answers that ended before max_new_tokens."""
+    change = MeasuredChange(base=base, change=tuned - base, low=tuned - base - 5, high=tuned - base + 5, cases=cases)
+    return {
+        **vars(change),
+        "name": "ends_by_itself",
+        "label": "ended",
+        "unit": "%",
+        "tuned": tuned,
+        "reading": "better",
+    }
+
+
+def test_answers_that_were_cut_are_counted_and_are_a_deciding_measure_s_reason() -> None:
+    """GSM8K's number comes last: an answer that was cut before it is wrong, whatever it reasoned."""
+    cut = "160 of 200 answers of the base and 4 of the tuned model were cut before they ended"
+    assert said(GAIN, CLOSER, ends(20, 98)).aside == f"{cut}."
+    found = said(GAIN, decided(10, 35, 8), ends(20, 98))
+    assert (found.reading, found.why, found.aside) == ("better", cut, "")
+    assert found.sentence.startswith(f"Better than the base: {cut}; gsm8k 10.0 -> 35.0 % of 200 answers")
+    few = said(GAIN, decided(10, 60, 8, cases=19), ends(20, 98))
+    assert few.why == f"19 answers are too few to say, and {cut}"
+    off = said(GAIN, decided(10, 35, 8), ends(20, 98), read_off="all hold it")
+    assert (off.why, off.aside) == ("all hold it", f"{cut}.")
+    assert said(GAIN, CLOSER, ends(90, 95)).aside == "", "a few"
+    assert said(GAIN, CLOSER, ends(80, 80, cases=10)).aside == ""
+    assert "3 of 10 answers of the base" in said(GAIN, CLOSER, ends(70, 80, cases=10)).aside
+
+
 def apart(base: float, tuned: float, spread: float, cases: int) -> dict[str, Any]:
     new = decided(base, tuned, spread, cases)
     return {key: value for key, value in new.items() if key not in ("own", "decides")} | {"name": "new_rows_gsm8k"}
