@@ -7,47 +7,20 @@ clock, a file or a database.
 from __future__ import annotations
 
 import datetime as dt
-import heapq
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from loractl.common.job.method import Method, RoomyForm
+from loractl.common.job.method import Method
 from loractl.common.units import GIB
 
 from .card_hours import QuotaMeter
 from .cards import STOP_COST_S, TIME_GROWTH, Card, Occupant, Yields
 from .lines import ANY_ROOM, Lines, Waiting
 from .preemption import first_stop, next_look
-from .roomy import is_wanted, with_room
-from .rule import GANG_FIRST_AFTER_S, Placement, place
+from .rule import Placement, place
 from .shares import charge, decayed
-
-MOST_IN_VAIN = 100
-"""A job whose card went so often while it loaded is replayed no further: under a rule that does not look at the time
-left, it might start in vain for ever."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReplayedForm:
-    """How a job to replay may do without recomputing if nobody else wants the room."""
-
-    form: RoomyForm
-    time: float  # share of its seconds
-
-
-@dataclass(frozen=True, kw_only=True)
-class Presence:
-    """When a card is there: from the beginning of the replay on for some time, and again after each pause."""
-
-    open_s: float
-    shut_s: float | None = None  # None: it never comes back
-
-    @property
-    def cycle_s(self) -> float:
-        return math.inf if self.shut_s is None else self.open_s + self.shut_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +34,6 @@ class ReplayedJob:
     yields: bool = False  # gives way to much shorter jobs
     stop_s: float = STOP_COST_S  # of its card, lost each time that it gives way: checkpoint, load, steps run again
     stops: int = 0  # times that it gave way already
-    roomy: tuple[ReplayedForm, ...] = ()  # the fastest first
-
-    def seconds_in(self, form: RoomyForm | None) -> float | None:
-        """From its first step on, in that form."""
-        times = (one.time for one in self.roomy if one.form == form)
-        return None if self.seconds is None else self.seconds * next(times, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +43,9 @@ class ReplayedRun:
     node: str
     method: Method
     reserved: int  # bytes
-    started: dt.datetime
+    started: dt.datetime  # first, of one that gave way
     ended: dt.datetime | None  # None: it was still running when the replay stopped
     beside: tuple[str, ...] = ()  # its other cards
-    attempts: int = 1  # more where cards have gone: `started` is the first one's, the rest the last one's
-    in_vain: int = 0  # attempts that were still loading when their card went
     stops: int = 0  # times that it gave way
 
 
@@ -112,7 +77,7 @@ class Rule(Protocol):
         ...
 
     def next_change(self, now: dt.datetime) -> dt.datetime | None:
-        """When it may start a job although no job arrives or ends and no card comes; None: never."""
+        """When it may start a job although no job arrives or ends; None: never."""
         ...
 
 
@@ -125,7 +90,6 @@ def replay(
     contention: float = 0.0,
     until: Callable[[Mapping[int, ReplayedRun]], bool] | None = None,
     lasts: Callable[[Waiting], float | None] = lambda job: None,
-    presences: Mapping[str, Presence] | None = None,
     running: Mapping[int, ReplayedJob] | None = None,
 ) -> Replay:
     """Replay from `now` on, with the jobs that the cards have already, until nothing more happens.
@@ -133,30 +97,19 @@ def replay(
     `rule`: PlacementRule() without one. `contention`: each of k jobs on a card runs at 1 / (1 + contention (k - 1)) of
     its speed, its start too; at 0 they don't slow each other, at 1 they take turns. `until`: stop once this holds of
     the jobs that have started. `lasts`: seconds for a job that only the rule knows; None: it never ends.
-    `presences`: when cards are there, by name; without one a card stays, or goes as it says itself. What runs when its
-    card goes waits again. `running`: jobs that the cards have already, by number, as they wait again once they give
-    way; one that is not among them is not followed after that.
+    `running`: jobs that the cards have already, by number, as they wait again once they give way; one that is not among
+    them is not followed after that.
     """
     rule = rule or PlacementRule()
-    fleet = ReplayedFleet(cards, now, contention=contention, presences=presences, running=running)
+    fleet = ReplayedFleet(cards, now, contention=contention, running=running)
     coming = deque(sorted(jobs, key=lambda job: (job.waiting.since, job.waiting.job_id)))
-    patience_s, waiting, last = _patience_s(fleet.presences), dict[int, ReplayedJob](), 0.0
+    waiting = dict[int, ReplayedJob]()
     moment: float | None = 0.0
-    while True:
-        turn = fleet.turns[0][0] if fleet.turns and (waiting or fleet.jobs) else None
-        if turn is not None and (turn <= last + patience_s if moment is None else turn < moment):
-            moment = turn
-        elif moment is not None:
-            last = moment
-        else:
-            break
+    while moment is not None:
         for job_id in fleet.advance(moment):
             rule.ended(job_id, fleet.now)
-            last = moment
-        arriving, fleet.returned = fleet.returned, []
         while coming and fleet.seconds(coming[0].waiting.since) <= moment:
-            arriving.append(coming.popleft())
-        for job in arriving:
+            job = coming.popleft()
             waiting[job.waiting.job_id] = job
             rule.arrived(job)
         going: Sequence[int] = (0,)
@@ -177,13 +130,6 @@ def replay(
         known = [fleet.seconds(at) for at in (arrival, change) if at is not None]
         moment = min([*known, end] if (end := fleet.next_end()) is not None else known, default=None)
     return Replay(runs=fleet.runs, reserved=fleet.reserved)
-
-
-def _patience_s(presences: Mapping[str, Presence]) -> float:
-    """For how long cards may come and go while no job arrives, starts or ends: by then each card has come once more,
-    and each job has waited for as long as the rule counts."""
-    cycles = (one.cycle_s for one in presences.values() if one.shut_s is not None)
-    return GANG_FIRST_AFTER_S + 2 * max(cycles, default=0.0)
 
 
 @dataclass(kw_only=True)
@@ -215,16 +161,12 @@ class ReplayedFleet:
         now: dt.datetime,
         *,
         contention: float = 0.0,
-        presences: Mapping[str, Presence] | None = None,
         running: Mapping[int, ReplayedJob] | None = None,
     ) -> None:
         self.cards = {card.node: card for card in cards}
-        self.presences = presences or {}
         self.jobs: dict[int, _Running] = {}
         self.runs: dict[int, ReplayedRun] = {}
         self.reserved = [(now, sum(card.taken for card in cards))]
-        self.returned: list[ReplayedJob] = []  # what is left of jobs whose cards went
-        self.turns: list[tuple[float, bool, str, int]] = []  # when a card goes (False) or comes, which, number
         self._began, self._moment, self._contention = now, 0.0, contention
         for card in cards:
             for one in card.running:
@@ -237,8 +179,6 @@ class ReplayedFleet:
                 # its expected end was measured while others shared the card: its time alone follows from that
                 job.left *= job.speed
             job.trains_s = job.left
-        for node in self.presences:
-            self._come(node, 0)
 
     def seconds(self, at: dt.datetime) -> float:
         return max(0.0, (at - self._began).total_seconds())
@@ -253,50 +193,14 @@ class ReplayedFleet:
     def next_end(self) -> float | None:
         return min((end for job in self.jobs.values() if (end := job.end) is not None), default=None)
 
-    def advance(self, moment: float) -> list[int]:
+    def advance(self, moment: float) -> Iterator[int]:
         """Let time pass; the jobs that have left their cards by then, in this order."""
-        gone = list[int]()
-        while self.turns and self.turns[0][0] <= moment:
-            at, comes, node, number = heapq.heappop(self.turns)
-            gone += self._end_until(at)
-            if comes:
-                self._come(node, number)
-            else:
-                gone += self._go(node, number)
-        gone += self._end_until(moment)
-        return gone
-
-    def _end_until(self, moment: float) -> Iterator[int]:
         while (end := self.next_end()) is not None and end <= moment:
             job_id = min(job_id for job_id, job in self.jobs.items() if job.end == end)
             self._moment = end
             self._leave(job_id)
             yield job_id
         self._moment = moment
-
-    def _come(self, node: str, number: int) -> None:
-        """The card is there for the time with this number, from 0 on."""
-        presence = self.presences[node]
-        goes = (number * presence.cycle_s if number else 0.0) + presence.open_s
-        heapq.heappush(self.turns, (goes, False, node, number))
-        self.cards[node] = replace(self.cards[node], open=True, left_s=goes, window_s=presence.open_s)
-
-    def _go(self, node: str, number: int) -> Iterator[int]:
-        """Stop what runs on the card: it leaves with a checkpoint, and waits again if the replay started it and knows
-        its length."""
-        presence = self.presences[node]
-        if presence.shut_s is not None:
-            heapq.heappush(self.turns, ((number + 1) * presence.cycle_s, True, node, number + 1))
-        for job_id in [one.job_id for one in self.cards[node].running]:
-            job, run = self.jobs[job_id], self.runs.get(job_id)
-            self._leave(job_id)
-            left = job.left_at(self._moment)
-            if run is not None and job.asked is not None and left is not None and job.trains_s is not None:
-                run = self.runs[job_id] = replace(run, in_vain=run.in_vain + (left >= job.trains_s))
-                if run.in_vain < MOST_IN_VAIN:
-                    self.returned.append(_rest(job.asked, left, job.trains_s, self._moment - job.began, self.now))
-            yield job_id
-        self._put(replace(self.cards[node], open=False))
 
     def seen(self) -> list[Card]:
         """The cards as the rule sees them, with what is left of their time."""
@@ -316,11 +220,9 @@ class ReplayedFleet:
             started=self.now if before is None else before.started,
             ended=None,
             beside=tuple(share.node for share in placed.beside),
-            attempts=1 if before is None else before.attempts + 1,
-            in_vain=0 if before is None else before.in_vain,
             stops=asked.stops,
         )
-        trains_s = asked.seconds_in(placed.form)
+        trains_s = asked.seconds
         running = self.jobs[job.job_id] = _Running(
             nodes=tuple(share.node for share in placed.shares),
             left=None if trains_s is None else asked.start_s + trains_s,
@@ -442,10 +344,9 @@ class PlacementRule:
     """The rule of `place`, with each user's charge as the database would keep it.
 
     `charges`: GiB hours by user at `since`, what runs there included; without them no user has used anything yet.
-    `roomy`: what jobs may have beyond their needs, by number. `meter`: the card hours of users with a quota; without it
-    nobody has one. `waiting`: what waits from the beginning, without what is `decided` to start then. `by_share`: in
-    the order of before, see `turns_by_share`. `yields`: whether long jobs give way to much shorter ones, `least_s`:
-    after how long, and `may_ask`: to which, see `first_stop`.
+    `meter`: the card hours of users with a quota; without it nobody has one. `waiting`: what waits from the beginning,
+    without what is `decided` to start then. `by_share`: in the order of before, see `turns_by_share`. `yields`: whether
+    long jobs give way to much shorter ones, `least_s`: after how long, and `may_ask`: to which, see `first_stop`.
     """
 
     def __init__(
@@ -453,7 +354,6 @@ class PlacementRule:
         charges: Mapping[str, float] | None = None,
         since: dt.datetime | None = None,
         running: Iterable[Occupant] = (),
-        roomy: Mapping[int, Sequence[RoomyForm]] | None = None,
         meter: QuotaMeter | None = None,
         waiting: Lines | Remaining | None = None,
         decided: Sequence[Placement] = (),
@@ -469,7 +369,6 @@ class PlacementRule:
         self._decided = list(decided)
         self._by_share = by_share
         self._meter = meter
-        self._roomy = roomy or {}
         self._waiting = (Lines(order=_by_age) if by_share else Lines()) if waiting is None else waiting
         self._past: dict[str, tuple[float, dt.datetime]] = {}
         self._running: dict[int, tuple[str, int, dt.datetime, bool]] = {}  # user, bytes, from when, started here
@@ -490,14 +389,8 @@ class PlacementRule:
             self._running[job.job_id] = (job.user, size, now, True)
             if self._meter is not None:
                 self._meter.began(placement, now)
-        by_node, given = {card.node: card for card in cards}, list[Placement]()
-        for placement in placed:
-            self._waiting.remove(placement.job)
-            card = by_node[placement.node]
-            given.append(self._with_room(placement, card))
-            job, size = placement.job, given[-1].reserved
-            by_node[card.node] = card.with_job(Occupant(job_id=job.job_id, user=job.user, reserved=size))
-        return given
+            self._waiting.remove(job)
+        return placed
 
     def _decide(self, cards: Sequence[Card], now: dt.datetime) -> list[Placement]:
         if not len(self._waiting) or not any(card.room for card in cards):
@@ -515,12 +408,6 @@ class PlacementRule:
         )
         self._look = next_look(cards, now, self._least_s)
         return () if found is None else found.going
-
-    def _with_room(self, placed: Placement, card: Card) -> Placement:
-        """The placement with the room that nobody else wants. Jobs that start after it still count as waiting then:
-        each node claims for itself."""
-        number = placed.job.job_id
-        return with_room(placed, card, self._roomy.get(number, ()), lambda free: is_wanted(self._waiting, free, number))
 
     def ended(self, job_id: int, now: dt.datetime) -> None:
         if job_id not in self._running:

@@ -26,12 +26,11 @@ def compare(job_ids: tuple[int, ...], sweep_id: int | None, plot: Path | None, a
     by row.
     """
     from loractl.common.errors import UsageError
-    from loractl.scheduler.cli.figure import require_matplotlib
     from loractl.scheduler.cli.screen import detect_screen
     from loractl.scheduler.cli.session import open_stores
 
     from .answer import comparison
-    from .text import comparison_text, draw_comparison, sweep_comparison_text
+    from .text import comparison_text, draw_comparison, require_matplotlib, sweep_comparison_text
     from .winner import sweep_comparison
 
     if sweep_id is None and len(set(job_ids)) < 2:
@@ -39,7 +38,7 @@ def compare(job_ids: tuple[int, ...], sweep_id: int | None, plot: Path | None, a
     if sweep_id is not None and job_ids:
         raise UsageError("--sweep compares the members of one sweep", f"alone: loractl compare --sweep {sweep_id}")
     if plot is not None:
-        require_matplotlib("compare")
+        require_matplotlib()
     settings, store, artifacts = open_stores()
     if sweep_id is None:
         compared = comparison(store, artifacts, dict.fromkeys(job_ids))

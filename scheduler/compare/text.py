@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loractl.common.errors import LoractlError, UsageError
 from loractl.common.text import clean_line, number, signed
 from loractl.common.units import duration, gib
 from loractl.common.verdict import decimals
-from loractl.scheduler.cli.figure import save, without_box
 from loractl.scheduler.cli.screen import Screen, number_columns, table
 from loractl.scheduler.status.standing import settings_of, shares, titles
 from loractl.scheduler.wait.gangs import in_words
@@ -192,6 +193,12 @@ def _stopped(answer: SweepComparison, screen: Screen) -> list[str]:
     return table(headers, rows, screen, right=(*number_columns(headers, rows), "STOPPED AT")) if rows else []
 
 
+def require_matplotlib() -> None:
+    """Raise LoractlError where matplotlib, an optional extra, is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise LoractlError("loractl compare --plot needs matplotlib", "pip install 'loractl[plot]'")
+
+
 PICTURE_COLORS = ("#0b3d91", "#b5541c", "#3f9b8f", "#7a4fa3", "#8a8a8a")
 
 
@@ -217,5 +224,9 @@ def draw_comparison(answer: Comparison, path: Path) -> None:
     changes.set_yticks([-n for n in range(len(jobs))], [str(job.job_id) for job in jobs])
     changes.set_title("Held-out loss against the best, 95 % interval (right: worse)", loc="left", fontsize=10)
     for axes in (curves, changes):
-        without_box(axes)
-    save(figure, path)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise UsageError(f"--plot {path} can't be written: {error.strerror}", "choose another folder") from error

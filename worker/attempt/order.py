@@ -151,7 +151,6 @@ def prepare(place: Workplace, attempt: SupervisedAttempt) -> Start:
         eval_path=named.get("eval_path"),
         eval_sha256=hashes.get("eval_path"),
         final_path=named.get("final_path"),
-        final_sha256=hashes.get("final_path"),
         regression_path=named.get("regression"),
         regression_sha256=hashes.get("regression"),
         output_dir=str(folder / "result"),

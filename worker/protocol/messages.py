@@ -104,7 +104,6 @@ class Start(_Message):
     eval_path: str | None
     eval_sha256: str | None = None
     final_path: str | None = None
-    final_sha256: str | None = None
     regression_path: str | None = None
     regression_sha256: str | None = None
     output_dir: str  # becomes the stored result

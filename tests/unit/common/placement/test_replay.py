@@ -297,7 +297,7 @@ def test_a_long_job_gives_way_to_a_short_one_and_goes_on_with_what_was_left() ->
     done = replay([long, short], [a_card()], START, PlacementRule(yields=True))
     assert starts(done) == {1: 0, 2: HOUR}
     assert ends(done) == {2: HOUR + 120, 1: pytest.approx(10 * HOUR + 120 + long.stop_s)}
-    assert (done.runs[1].stops, done.runs[1].attempts) == (1, 2)
+    assert done.runs[1].stops == 1
     without = replay([long, short], [a_card()], START, PlacementRule())
     assert ends(without) == {1: 10 * HOUR, 2: 10 * HOUR + 120}
 
