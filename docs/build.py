@@ -7,6 +7,7 @@ reader. A link that leads out of the pages becomes its text.
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 import subprocess
@@ -102,7 +103,7 @@ def one_command(command: click.Command, context: click.Context, level: int) -> I
     options = [option for option in options if "--help" not in option[0]]
     if options:
         yield from ("", "| option | |", "| --- | --- |")
-        yield from (f"| `{cell(names)}` | {cell(text)} |" for names, text in options)
+        yield from (f"| {cell(f'`{names}`')} | {cell(text)} |" for names, text in options)
     if isinstance(command, click.Group):
         for below in command.list_commands(context):
             one = command.get_command(context, below)
@@ -236,10 +237,6 @@ ERRORS_TEXT = """An error is one sentence and a hint, and its exit code is in [C
 ends with one of these reasons; `loractl status JOB` prints the sentence behind it."""
 
 
-ERRORS_TEXT = """An error is one sentence and a hint, and its exit code is in [Commands](commands.md). A job's attempt
-ends with one of these reasons; `loractl status JOB` prints the sentence behind it."""
-
-
 def errors() -> Iterator[str]:
     """The page of reasons: what an attempt ended as, and what then."""
     yield from ("# Reasons and errors", "", "After this page you know what follows from how an attempt ended.", "")
@@ -258,7 +255,9 @@ def prose(text: str) -> str:
 
 
 def cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text of a table's cell. Code that has a bar is HTML: Markdown would end the cell there, or show a backslash."""
+    line = re.sub(r"`([^`]*\|[^`]*)`", lambda code: f"<code>{html.escape(code[1])}</code>", " ".join(text.split()))
+    return line.replace("|", "&#124;")
 
 
 def main(folder: Path) -> None:
@@ -275,4 +274,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(f"usage: {sys.argv[0]} FOLDER")
     main(Path(sys.argv[1]))

@@ -94,7 +94,9 @@ class Meaning:
         return told.replace("JOB", str(job_id))
 
 
-_LAB = "nothing to do: the lab caused it, and the job is retried without spending its retries"
+def _lab(cause: str) -> str:
+    return f"nothing to do: {cause}; the job is tried again without spending its retries"
+
 
 OUTCOMES: dict[Reason, Meaning] = {
     Reason.OK: Meaning(
@@ -150,12 +152,32 @@ OUTCOMES: dict[Reason, Meaning] = {
         counts=False,
         advice="nothing to do: other members of its sweep did better; loractl retry JOB runs it to its end",
     ),
-    Reason.PREEMPTED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
-    Reason.DRAINED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
-    Reason.HOST_LOST: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB),
-    Reason.WORKER_LOST: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB, blames=Blamed.CARD),
-    Reason.KILLED: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB, blames=Blamed.CARD),
-    Reason.GPU_ERROR: Meaning(status=Status.FAILED, retryable=True, counts=False, advice=_LAB, blames=Blamed.CARD),
+    Reason.PREEMPTED: Meaning(
+        status=Status.FAILED, retryable=True, counts=False, advice=_lab("its card went to another job")
+    ),
+    Reason.DRAINED: Meaning(
+        status=Status.FAILED, retryable=True, counts=False, advice=_lab("its card was drained, or its worker stopped")
+    ),
+    Reason.HOST_LOST: Meaning(  # of attempts that an earlier version ended
+        status=Status.FAILED, retryable=True, counts=False, advice=_lab("its box went silent")
+    ),
+    Reason.WORKER_LOST: Meaning(
+        status=Status.FAILED,
+        retryable=True,
+        counts=False,
+        advice=_lab("its worker or box went silent"),
+        blames=Blamed.CARD,
+    ),
+    Reason.KILLED: Meaning(
+        status=Status.FAILED,
+        retryable=True,
+        counts=False,
+        advice=_lab("somebody or something killed its trainer"),
+        blames=Blamed.CARD,
+    ),
+    Reason.GPU_ERROR: Meaning(
+        status=Status.FAILED, retryable=True, counts=False, advice=_lab("its card failed"), blames=Blamed.CARD
+    ),
     Reason.DISK_FULL: Meaning(
         status=Status.FAILED,
         retryable=True,
