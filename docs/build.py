@@ -65,7 +65,16 @@ def within(text: str, name: str) -> str:
     text = text.replace(f"]({up}../README.md", f"]({up}index.md").replace(
         f"]({up}../CONTRIBUTING.md", f"]({up}contributing.md"
     )
-    return re.sub(rf"(?<!!)\[([^\]]+)\]\({re.escape(up)}\.\./[^)]*\)", r"\1", text)
+    text = re.sub(rf"(?<!!)\[([^\]]+)\]\({re.escape(up)}\.\./[^)]*\)", r"\1", text)
+    return re.sub(r"\n\n((?:- `\S+::\S+`.*\n)+)", folded, text)
+
+
+def folded(tests: re.Match[str]) -> str:
+    """A list of tests, behind a line that opens it."""
+    lines = tests[1].splitlines()
+    return "\n".join(
+        [f'\n\n??? note "Shown by {len(lines)} test{"s" * (len(lines) > 1)}"', "", *(f"    {x}" for x in lines), "", ""]
+    )
 
 
 COMMANDS_TEXT = """What `loractl COMMAND --help` prints, made from the code. Data goes to stdout, everything else to
