@@ -1,8 +1,8 @@
 """Makes the site: python docs/build.py FOLDER writes the pages and mkdocs.yml there, then builds FOLDER/site.
 
 README.md is its first page. What follows from the code is written here and kept nowhere: the commands from click, the
-job file's keys from its models, the reasons of an attempt from their table, the fields of other trainers from the
-reader. A link that leads out of the pages becomes its text.
+job file's keys from its models, JSON keys from the answers, the reasons of an attempt from their table, the fields of
+other trainers from the reader. A link that leads out of the pages becomes its text.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from loractl.common.job.sections import OwnMetric, SourceSpec  # noqa: E402
 from loractl.common.job.spec import JobSpec  # noqa: E402
 from loractl.common.job.status import OUTCOMES  # noqa: E402
 from loractl.scheduler.cli.main import SECTIONS, cli  # noqa: E402
+from tests import json_page  # noqa: E402
 from tests.fields_table import lines as fields  # noqa: E402
 
 FILES_OWN = {"dataset.fields": "all"}
@@ -51,8 +52,17 @@ def pages() -> Iterator[tuple[str, str]]:
         yield name, re.sub(r"(?<!!)\[([^\]]+)\]\((?:CHANGELOG\.md|LICENSE)\)", r"\1", text)
     yield "reference/commands.md", "\n".join(commands())
     yield "reference/job-file.md", "\n".join(job_file())
+    yield "reference/json.md", "\n".join([JSON_TEXT, *json_page.lines(), ""])
     yield "reference/errors.md", "\n".join(errors())
     yield "reference/fields.md", "\n".join(["# Fields of other trainers", "", FIELDS, "", *fields(), ""])
+
+
+JSON_TEXT = """# What --json prints
+
+After this page you can read what any command prints with `--json`. Words and types are those of the code; things that
+several commands print come first. Times are text, ISO 8601 in UTC. Bytes and seconds are numbers without a unit. What
+is not known is null. A list command (`adapters`, `gpus`, `quota`, `status`, `submit`) prints a list. `spec`, and what
+`submit --dry-run` prints, has [the keys of a job file](job-file.md). New keys may be added in any version."""
 
 
 FIELDS = """After this page you know what becomes of a field that Axolotl, LLaMA-Factory or TRL document. No field of
@@ -78,7 +88,7 @@ def folded(tests: re.Match[str]) -> str:
 
 
 COMMANDS_TEXT = """What `loractl COMMAND --help` prints, made from the code. Data goes to stdout, everything else to
-stderr. With `--json` a command prints one JSON value ([its keys](../json.md)). JOB is a job's number, a name that only
+stderr. With `--json` a command prints one JSON value ([its keys](json.md)). JOB is a job's number, a name that only
 one job has, or a tag of its adapter (`support:prod`). `loractl --debug COMMAND` shows an error's traceback."""
 
 

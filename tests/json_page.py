@@ -1,225 +1,198 @@
-"""docs/json.md, the list of what --json prints: read, held against printed values, and written.
+"""The keys that --json prints: a page of the site (docs/build.py), made from the answers that print them.
 
-Keys and types are written by the tests, the page is the only place of the words. With JSON_PAGE=write a test that holds
-a section writes it first: known keys keep their words, new ones get a question mark, which fails until somebody
-replaces it, or removes it where the key says all.
+Words are an answer's docstring; types and comments are its fields. A test holds what commands print against the page.
 """
 
 from __future__ import annotations
 
+import ast
 import json
-import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parents[1] / "docs" / "json.md"
-WRITE = os.environ.get("JSON_PAGE") == "write"
+from loractl.common.job.spec import spec_keys
 
-SPREAD = "…"
-"""The keys of another section, among those of this one."""
+ROOT = Path(__file__).parents[1]
 
-NOT_SEEN = " †"
-"""Of a key without a value in what the tests print: its type and its words are by hand."""
+SHARED = {
+    "A job": "scheduler/status/job.py:JobState",
+    "An attempt": "scheduler/status/job.py:PastAttempt",
+    "A card of an attempt": "scheduler/status/job.py:CardPart",
+    "An event": "scheduler/status/job.py:PastEvent",
+    "A sweep": "scheduler/status/standing.py:SweepStanding",
+    "A member": "common/job/sweep.py:Member",
+    "A rung": "common/job/sweep.py:RungPoint",
+    "An adapter": "scheduler/adapters/answer.py:StoredAdapter",
+    "The data": "worker/data/prepared.py:PreparedData.facts",
+    "A measure": "worker/evaluation/comparison.py:Compared",
+    "A verdict": "common/verdict.py:ReportVerdict",
+    "An evaluation": "worker/evaluation/report.py:_evaluation",
+    "Final rows": "scheduler/report/answer.py:FinalResult",
+    "A finding": "common/data/findings.py:Finding",
+    "A difference": "scheduler/compare/answer.py:Against",
+    "A comparison": "scheduler/compare/answer.py:Comparison",
+    "A corrected change": "scheduler/compare/choice.py:CorrectedChange",
+    "A pair": "scheduler/reproduce/sameness.py:Pair",
+    "Losses of rows": "scheduler/reproduce/sameness.py:RowLosses",
+    "Cards asked for": "scheduler/wait/gangs.py:CardsAsked",
+    "An expected start": "scheduler/wait/starts.py:ExpectedStart",
+    "A card as a job sees it": "scheduler/wait/cards.py:CardFit",
+    "Room on a card": "scheduler/plan/answer.py:CardRoom",
+    "A time": "scheduler/plan/answer.py:CardTime",
+    "A solution": "scheduler/plan/solutions.py:Solution",
+    "A row of usage": "scheduler/usage/answer.py:UsageRow",
+    "An order to drain": "scheduler/fleet/answer.py:ClosedBy",
+    "A login": "common/store/roles.py:RoleLogin",
+    "A join line": "scheduler/lab/lab.py:JoinTicket",
+    "A check": "scheduler/lab/health/condition.py:Condition",
+    "A diagnosis": "scheduler/lab/health/condition.py:Diagnosis",
+    "An adapter of the matrix": "worker/serving/matrix/matrix.py:MatrixRow",
+}
+"""What several answers hold, each with where it is defined."""
 
-_LINK = re.compile(r"\[[^]]+\]\(([^)]+)\)")
-_PLURAL = {"list": "lists", "object": "objects"}
-_EMPTY = {"null", "list"}
-"""What proves no type."""
+ANSWERS = {
+    "submit": "scheduler/submit/draft.py:QueuedJobs",
+    "submit --dry-run": "scheduler/submit/draft.py:JobDrafts",
+    "sweep": "scheduler/status/standing.py:SweepStanding",
+    "sweep --dry-run": "scheduler/sweep/answer.py:SweepDraft",
+    "status": "scheduler/status/overview.py:Overview",
+    "status --all": "scheduler/status/overview.py:JobList",
+    "status JOB": "scheduler/status/job.py:JobInFull",
+    "status --sweep": "scheduler/status/standing.py:SweepStanding",
+    "show": "scheduler/status/job.py:JobHistory",
+    "why": "scheduler/why/answer.py:Why",
+    "why of a job that does not wait": "scheduler/why/answer.py:NotWaiting",
+    "plan": "scheduler/plan/answer.py:MemoryNeed",
+    "plan --accuracy": "scheduler/plan/answer.py:PlanAccuracy",
+    "data check": "worker/data/check.py:Checked",
+    "data show": "worker/data/text.py:TrainedRow",
+    "import": "scheduler/foreign/configuration.py:Imported",
+    "report": "worker/evaluation/report.py:build_report",
+    "compare": "scheduler/compare/answer.py:Comparison",
+    "compare --sweep": "scheduler/compare/winner.py:SweepComparison",
+    "reproduce": "scheduler/reproduce/answer.py:Repetition",
+    "reproduce --check": "scheduler/reproduce/sameness.py:Sameness",
+    "adapters": "scheduler/adapters/answer.py:AdapterList",
+    "adapters show": "scheduler/adapters/answer.py:Lineage",
+    "adapters push": "scheduler/adapters/push.py:PushAnswer",
+    "adapters merge": "worker/serving/merge.py:Merged",
+    "generate": "worker/serving/conversation.py:Completion",
+    "matrix": "worker/serving/matrix/matrix.py:Matrix",
+    "gpus": "scheduler/fleet/answer.py:DeviceState",
+    "usage": "scheduler/usage/answer.py:UsageTable",
+    "quota": "scheduler/usage/answer.py:QuotaState",
+    "lab init": "scheduler/lab/lab.py:LabAnswer",
+    "lab invite": "scheduler/lab/lab.py:LabAnswer",
+    "join": "scheduler/lab/join.py:JoinAnswer",
+    "db roles": "scheduler/database/roles.py:RolesAnswer",
+    "db backup": "scheduler/database/backup.py:Contents",
+    "gc": "scheduler/garbage/cleaner.py:Cleared",
+    "doctor": "scheduler/lab/health/condition.py:Diagnosis",
+}
+"""What each command prints."""
 
-
-@dataclass
-class Row:
-    """A key: its types as the page writes them, its words, and whether the tests print it."""
-
-    types: str = ""
-    words: str = "?"
-    seen: bool = True
-
-    @property
-    def atoms(self) -> set[str]:
-        return set(_LINK.sub("object", self.types).split(" or "))
-
-    @property
-    def link(self) -> str | None:
-        """Where the keys of this object are listed: an anchor of this page, or another page."""
-        found = _LINK.search(self.types)
-        return found[1] if found else None
-
-
-@dataclass
-class Section:
-    """A heading, the lines of text below it, and its rows by path."""
-
-    title: str
-    text: list[str] = field(default_factory=list)
-    rows: dict[str, Row] = field(default_factory=dict)
-
-    @property
-    def anchor(self) -> str:
-        return re.sub(r"[^\w -]", "", self.title.lower()).replace(" ", "-")
-
-    @property
-    def names(self) -> set[str]:
-        """The keys at the top."""
-        return {re.split(r"[.\[]", path)[0] for path in self.rows}
-
-    def any_name(self, path: str) -> str | None:
-        """The name in capitals that stands for every key below this path."""
-        below = (row.removeprefix(path).lstrip(".") for row in self.rows if row.startswith(path))
-        return next((name[0] for rest in below if (name := re.match(r"[A-Z_]+(?=$|[.\[])", rest))), None)
-
-
-Printed = dict[str, dict[str, set[str]]]
-"""Types by section and path."""
-
-
-def read() -> list[Section]:
-    """The page's sections; the first is what stands above them, without a title."""
-    sections = [Section(title="")]
-    for line in PAGE.read_text("utf-8").splitlines():
-        if line.startswith("## "):
-            sections.append(Section(title=line.removeprefix("## ")))
-        elif row := re.fullmatch(r"\| `(.*?)`( †)? \| (.*?) \| (.*) \|", line):
-            sections[-1].rows[row[1]] = Row(types=row[3], words=row[4], seen=row[2] is None)
-        elif line not in ("| key | type | meaning |", "| --- | --- | --- |"):
-            sections[-1].text.append(line)
-    return sections
-
-
-def write(sections: Iterable[Section]) -> None:
-    """The page anew."""
-    PAGE.write_text("\n\n".join("\n".join(_lines(section)).strip("\n") for section in sections) + "\n", "utf-8")
-
-
-def _lines(section: Section) -> Iterator[str]:
-    yield from [f"## {section.title}"] * bool(section.title)
-    yield from "\n".join(section.text).strip().splitlines()
-    if section.rows:
-        yield from ("", "| key | type | meaning |", "| --- | --- | --- |")
-    for path, row in section.rows.items():
-        yield f"| `{path}`{'' if row.seen else NOT_SEEN} | {row.types} | {row.words} |"
+FREE = {"labels", "varied", "settings", "versions", "files", "used", "failures", "parts", "rows_trained_on"}
+FREE |= {"differences", "carried", "left_out", "filled_in", "commits", "methods", "tasks", "scores", "self_test"}
+"""Objects whose keys are names of anything."""
 
 
-def hold(printed: Mapping[str, Sequence[Any]], shared: Iterable[str] = ()) -> None:
-    """Each section of these titles lists just what these values have. The sections that they lead to list that, too,
-    and those of `shared` no more. Raises AssertionError."""
-    sections = {section.anchor: section for section in read()}
-    seen: Printed = defaultdict(dict)
-    own = {section.anchor: printed[section.title] for section in sections.values() if section.title in printed}
-    assert len(own) == len(printed), f"docs/json.md has no section for {set(printed)} but {set(own)}"
-    for anchor, values in own.items():
-        for value in values:
-            _walk(json.loads(json.dumps(value)), "", sections[anchor], sections, seen)
-    whole = {*own, *(section.anchor for section in sections.values() if section.title in {*shared})}
-    if WRITE:
-        for anchor, paths in seen.items():
-            _renew(sections[anchor], paths, whole=anchor in whole)
-        write(sections.values())
-    faults = [
-        f"{sections[anchor].title}: {fault}"
-        for anchor, paths in seen.items()
-        for fault in _faults(sections[anchor], paths, whole=anchor in whole)
-    ]
-    assert not faults, "docs/json.md (JSON_PAGE=write writes it):\n" + "\n".join(faults)
-
-
-def _walk(value: Any, path: str, section: Section, sections: dict[str, Section], seen: Printed) -> None:
-    row = section.rows.get(path)
-    if path and not path.endswith("[]"):
-        seen[section.anchor].setdefault(path, set()).add(_type(value))
-    if isinstance(value, dict) and row is not None and row.link is not None:
-        seen[section.anchor].setdefault(path, set()).add("object")
-        if row.link.startswith("#"):
-            _walk(value, "", sections[row.link[1:]], sections, seen)
-    elif isinstance(value, dict):
-        prefix = f"{path}." if path else ""
-        spread = section.rows.get(f"{prefix}{SPREAD}")
-        if spread is not None and spread.link is not None:
-            seen[section.anchor].setdefault(f"{prefix}{SPREAD}", set()).add("object")
-            shared = sections[spread.link[1:]]
-            _walk({key: inner for key, inner in value.items() if key in shared.names}, "", shared, sections, seen)
-            value = {key: inner for key, inner in value.items() if key not in shared.names}
-        any_name = section.any_name(path)
-        for key, inner in value.items():
-            name = key if f"{prefix}{key}" in section.rows or any_name is None else any_name
-            _walk(inner, f"{prefix}{name}", section, sections, seen)
-    elif isinstance(value, list):
-        for inner in value:
-            if isinstance(inner, dict):
-                _walk(inner, f"{path}[]", section, sections, seen)
-
-
-def _type(value: Any) -> str:
-    if isinstance(value, list):
-        kinds = {_type(one).partition(" of ")[0] for one in value}
-        named = "number" if kinds == {"integer", "number"} else " and ".join(sorted(kinds))
-        return f"list of {_PLURAL.get(named, named)}" if kinds else "list"
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else "true/false"
-    return {int: "integer", float: "number", str: "text", dict: "object"}[type(value)]
-
-
-def _fits(kind: str, atoms: set[str]) -> bool:
-    wider = {kind, kind.replace("integer", "number"), "list of any" if kind.startswith("list") else "any"}
-    return bool(wider & atoms) or (kind == "list" and any(atom.startswith("list") for atom in atoms))
-
-
-def _faults(section: Section, paths: dict[str, set[str]], *, whole: bool) -> Iterator[str]:
-    for path, kinds in paths.items():
-        row = section.rows.get(path)
-        if row is None:
-            yield f"`{path}` is printed and not on the page"
+def lines() -> Iterator[str]:
+    """The page from its second heading on, as Markdown."""
+    seen: dict[str, str] = {}
+    for title, where in (SHARED | ANSWERS).items():
+        yield from ("", f"## {title}", "")
+        if where in seen:
+            yield f"As [{seen[where]}](#{anchor(seen[where])})."
             continue
-        yield from (f"`{path}` is {row.types}, and printed is {kind}" for kind in kinds if not _fits(kind, row.atoms))
-        if not row.seen and whole and kinds - _EMPTY:
-            yield f"`{path}` is printed: it needs no †"
-        unused = {atom for atom in row.atoms - {"null"} if not any(_fits(kind, {atom}) for kind in kinds)}
-        if row.seen and whole and kinds - _EMPTY and unused:
-            yield f"`{path}` is {row.types}, and no {' or '.join(unused)} is printed"
-        if row.seen and whole and not kinds - _EMPTY:
-            yield f"`{path}` is printed as null or an empty list alone: give its type, when it has a value, and a †"
-    yield from (f"`{path}` has no meaning" for path, row in section.rows.items() if row.words.strip() == "?")
-    for path, row in section.rows.items():
-        if whole and row.seen and path not in paths:
-            yield f"`{path}` is on the page and not printed"
+        seen[where] = title
+        words, *rows = section(where)
+        yield from (linked(words), *rows)
 
 
-def _renew(section: Section, paths: dict[str, set[str]], *, whole: bool) -> None:
-    """The rows in the order in which they are printed, with their words; a row that is not seen stays where it is."""
-    old = section.rows
-    for path, kinds in paths.items():
-        row = old.setdefault(path, Row())
-        row.seen |= whole and bool(kinds - _EMPTY)
-        if (row.link is None and not all(_fits(kind, row.atoms) for kind in kinds)) or not row.types:
-            found = kinds | ({"null"} & row.atoms)
-            found -= {"list"} if any(kind.startswith("list of") for kind in found) else set()
-            found -= {"integer"} if "number" in found else set()
-            found -= {"list of integer"} if "list of number" in found else set()
-            row.types = " or ".join(sorted(found, key=lambda kind: (kind == "null", kind)))
-    kept = {path: row for path, row in old.items() if path in paths or not row.seen or not whole}
-    section.rows = _in_order(kept, list(paths)) if whole else kept
+def linked(words: str) -> str:
+    """A docstring for the page: a class of it is a link to its section."""
+    words = re.sub(r"The fields under their own names(\.  ?)?", lambda end: "" if end[1] else "The keys below", words)
+    for title, where in SHARED.items():
+        link = f"[{title[0].lower()}{title[1:]}](#{anchor(title)})"
+        words = re.sub(rf"(\(see )?\b{where.rpartition(':')[2]}\b", rf"\1{link}", words)
+    return words
 
 
-def _in_order(rows: dict[str, Row], printed: list[str]) -> dict[str, Row]:
-    """As printed, the keys of an object below it; what is not printed stays behind the row that it stood behind."""
-    order = [path for path in printed if path in rows]
-    last = -1
-    for path in rows:
-        if path not in order:
-            order.insert(last + 1, path)
-        last = order.index(path)
-    first: dict[str, int] = {}
-    for place, path in enumerate(order):
-        for above in _branch(path):
-            first.setdefault(above, place)
-    return {path: rows[path] for path in sorted(order, key=lambda path: [first[above] for above in _branch(path)])}
+def anchor(title: str) -> str:
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
-def _branch(path: str) -> list[str]:
-    """a, a.b and a.b.c of a.b.c."""
-    names = path.replace("[]", "").split(".")
-    return [".".join(names[: n + 1]) for n in range(len(names))]
+def hold(printed: Mapping[str, Sequence[Any]]) -> None:
+    """Each key that these answers print is on the page, in their section or in what several answers hold, or it is a
+    job file's. Raises AssertionError."""
+    known = set().union(*map(names, SHARED.values()), *(key.split(".") for key in spec_keys()))
+    for title, values in printed.items():
+        found = {key for value in values for key in keys(json.loads(json.dumps(value)))}
+        unnamed = found - names(ANSWERS[title]) - known
+        assert not unnamed, f"{title}: {ANSWERS[title]} does not name {unnamed}"
+
+
+def keys(value: Any) -> Iterator[str]:
+    """The keys of a value and of all in it, without those that are names of anything."""
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield key
+        below = [*inner.values()] if key in FREE and isinstance(inner, dict) else [inner]
+        yield from (name for one in below for name in keys(one))
+    for inner in value if isinstance(value, list) else ():
+        yield from keys(inner)
+
+
+@cache
+def names(where: str) -> set[str]:
+    """What a section names as keys."""
+    return set(re.findall(r"`([\w-]+)`", "\n".join(section(where))))
+
+
+@cache
+def section(where: str) -> tuple[str, ...]:
+    """The words of an answer, and a table of its fields if it prints them."""
+    file, _, name = where.partition(":")
+    text = (ROOT / file).read_text("utf-8")
+    found: Any = ast.parse(text)
+    for part in name.split("."):
+        found = next(one for one in found.body if getattr(one, "name", None) == part)
+    said = found
+    if isinstance(found, ast.ClassDef):
+        said = next((one for one in found.body if getattr(one, "name", None) == "as_json"), found)
+    words = ast.get_docstring(said)
+    assert words, f"{where}: what --json prints has no docstring"
+    if words == "The fields under their own names.":
+        words += f" {ast.get_docstring(found)}"
+    listed = isinstance(found, ast.ClassDef) and (said is found or "own names" in words)
+    return (words, *(table(found, text.splitlines()) if listed else ()))
+
+
+def table(answer: ast.ClassDef, source: list[str]) -> Iterator[str]:
+    """The fields up to the first empty line: those behind it are for people."""
+    yield from ("", "| key | type | |", "| --- | --- | --- |")
+    fields = [one for one in answer.body if isinstance(one, ast.AnnAssign)]
+    for before, field in zip([fields[0], *fields], fields, strict=False):
+        if "" in source[before.end_lineno or 0 : field.lineno - 1]:
+            break
+        assert isinstance(field.target, ast.Name)
+        comment = source[(field.end_lineno or 0) - 1].partition("  # ")[2].replace("None", "null")
+        yield f"| `{field.target.id}` | {kind(ast.unparse(field.annotation))} | {comment} |"
+
+
+KINDS = {
+    "str": "text", "Path": "text", "int": "integer", "float": "number", "bool": "true/false", "dt.datetime": "time",
+    "None": "null", "Any": "any", "Mapping": "object", "dict": "object",
+}  # fmt: skip
+
+
+def kind(annotation: str) -> str:
+    """A type in words: int | None is integer or null."""
+    if held := re.fullmatch(r"(?:tuple|list|Sequence)\[(.*?)(?:, \.\.\.)?\]", annotation):
+        return "list of " + ("objects" if held[1][:1].isupper() and held[1] not in KINDS else kind(held[1]))
+    parts = [part.partition("[")[0] for part in annotation.split(" | ")] if "[" not in annotation else None
+    if parts is None:
+        return KINDS.get(annotation.partition("[")[0], "list") + (" or null" if annotation.endswith("| None") else "")
+    return " or ".join(KINDS.get(part, "text" if part[:1].isupper() else part) for part in parts)

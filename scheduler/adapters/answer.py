@@ -50,7 +50,7 @@ class StoredAdapter:
         return attempt_prefix(self.job_id, self.attempt)
 
     def as_json(self) -> dict[str, Any]:
-        """The columns of the table adapters, `tags`, and `init_from`: the job whose adapter it started from."""
+        """The fields under their own names; `tags` with latest."""
         return {**vars(self), "created_at": self.created_at.isoformat(), "tags": list(self.tags)}
 
 

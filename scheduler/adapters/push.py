@@ -55,7 +55,8 @@ class PushAnswer:
     folder: Path | None
 
     def as_json(self) -> dict[str, Any]:
-        """The answer as --json prints it."""
+        """`job_id`; `files`: bytes by name; `folder`: where they are with --to; else the `repository` (owner/name),
+        whether it is `private`, the `commit`, whether the repository had all of it before (`already_there`), `url`."""
         place, pushed = None if self.pushed is None else self.pushed.repository, self.pushed
         return {
             "job_id": self.job_id,

@@ -158,7 +158,7 @@ class SweepComparison:
         return f"{head}; {', and '.join(told)}."
 
     def as_json(self) -> dict[str, Any]:
-        """A comparison's fields (`jobs`, `differences`), and:
+        """What a Comparison prints, and:
 
         `sweep_id`, `ended`; `winner`: the best member's `job_id`, the `runner_up` (null without one), whether its loss
         is `clear`ly less than every other, the members that are `alike`, the `sentence` that says so, its change

@@ -22,7 +22,7 @@ class RolesAnswer:
     logins: tuple[RoleLogin, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """`revision`, `new_roles`, and `logins`: name, role, new, url (with the password; or null)."""
+        """The fields under their own names; of each login its `url` with the password, null if that stays."""
         return {**vars(self), "new_roles": list(self.new_roles), "logins": [vars(login) for login in self.logins]}
 
 

@@ -43,7 +43,7 @@ class DeviceState:
     total: int
     free: int  # what a new job may take
     reserved: int  # by running jobs
-    outside: tuple[Mapping[str, Any], ...]  # processes of other people: pid, user, name, bytes
+    outside: tuple[Mapping[str, Any], ...]  # processes of other people: `pid`, `user`, `name`, `bytes`
     outside_bytes: int  # held by programs that are not ours, now or a short while ago
     used: Mapping[str, Any]  # bytes measured now, by job
     margin: int  # what the box's owner keeps free
@@ -76,10 +76,10 @@ class DeviceState:
         return self.spread.get(job_id, (self.node,))
 
     def as_json(self) -> dict[str, Any]:
-        """The fields of the device up to `seen_at`, and `open`, `jobs`, `drained` and `failures`.
+        """The fields under their own names, and `open`, `jobs`, `drained` and `failures`.
 
-        `open`: whether it takes jobs; `jobs`: job_id, user and reserved bytes of each job that runs there, and all its
-        `cards`; `drained`: by whom, why and until when, or null; `failures`: how many attempts failed there for the
+        `open`: whether it takes jobs; `jobs`: `job_id`, `user` and `reserved` bytes of each that runs there, and all
+        its `cards`; `drained`: by whom, why and until when, or null; `failures`: how many attempts failed there for the
         lab, by reason.
         """
         columns = {name: getattr(self, name) for name in DEVICE_FIELDS}

@@ -32,6 +32,7 @@ class Imported:
     filled_in: dict[str, Any]  # our key -> the tool's default, which differs from ours
 
     def as_json(self) -> dict[str, Any]:
+        """The fields under their own names."""
         return {**vars(self), "not_needed": list(self.not_needed)}
 
 

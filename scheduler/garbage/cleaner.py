@@ -84,6 +84,7 @@ class Cleared:
         return sum(each.size for each in self.removed if each.kind.is_file)
 
     def as_json(self) -> dict[str, Any]:
+        """`dry_run`; `bytes`: of the files; `removed`: each with `kind`, `name`, `size` and `why` nobody needs it."""
         rows = [{"kind": g.kind.value, "name": g.name, "size": g.size, "why": g.why} for g in self.removed]
         return {"dry_run": self.dry_run, "bytes": self.size, "removed": rows}
 

@@ -55,7 +55,7 @@ class LabAnswer:
     done: tuple[str, ...] = ()  # sentences about services
 
     def as_json(self) -> dict[str, Any]:
-        """The fields under their own names; `tickets`: kind, name, line."""
+        """The fields under their own names."""
         tickets = [vars(ticket) for ticket in self.tickets]
         lists = {"tickets": tickets, "new_roles": list(self.new_roles), "done": list(self.done)}
         return {**vars(self), **lists, "until": self.until.isoformat()}

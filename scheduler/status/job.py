@@ -95,7 +95,8 @@ class JobState:
         return self.step / self.total_steps if self.step is not None and self.total_steps else None
 
     def as_json(self) -> dict[str, Any]:
-        """JSON_FIELDS, with times as ISO 8601; status, stage and reason as their words."""
+        """The fields under their own names, and where it runs and what it starts after: `cards` (its first card first,
+        empty while it does not run) and `after`. `message`: of a waiting job in a list, what it waits for."""
         return {name: _plain(getattr(self, name)) for name in JSON_FIELDS}
 
 
@@ -265,7 +266,8 @@ class JobHistory:
         return any(len(attempt.cards) > 1 for attempt in self.attempts)
 
     def as_json(self) -> dict[str, Any]:
-        """The job's fields, `spec`, `data`, `attempts` and `events`."""
+        """The job's fields; its resolved `spec`; `data`: the stored data sets by key, each with `uri`, `sha256`,
+        `rows`, `bytes` and `tokens`; `attempts`, the oldest first; `events`."""
         return {
             **self.job.as_json(),
             "spec": dict(self.spec),

@@ -125,6 +125,7 @@ class QuotaList:
     now: dt.datetime
 
     def as_json(self) -> list[dict[str, Any]]:
+        """Each quota with its fields."""
         return [quota.as_json() for quota in self.quotas]
 
 

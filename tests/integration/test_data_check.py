@@ -529,7 +529,7 @@ def test_the_check_and_a_row_have_the_keys_of_their_page(check: Check, tiny_mode
     ]
     checked = [check(case).as_json() for case in cases]
     shown = [trained_row(_job(tmp_path, case, tiny_model), tokenizer, None).as_json() for case in cases]
-    json_page.hold({"data check": checked, "data show": shown}, shared=("The data",))
+    json_page.hold({"data check": checked, "data show": shown})
 
 
 def test_submit_warns_of_what_needs_no_tokenizer_and_the_trainer_of_the_rest(

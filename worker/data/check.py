@@ -86,7 +86,10 @@ class Checked:
         return [finding for finding in self.findings if finding.level == "error"]
 
     def as_json(self) -> dict[str, Any]:
-        """The check for programs. `ok`: the trainer would take the data."""
+        """`ok`: the trainer would take the data; `format`, and `why` it was taken for that; `train_rows`,
+        `held_out_rows`, `final_rows`: those used; `too_long_rows_dropped`; `tokens` and `learned_tokens` of rows: the
+        `least`, `median`, `p95` and `most`; `labels`: of a classifier, rows to `train` and `held_out` by label;
+        `histogram`: `rows` with tokens `from` to `to`; `findings`; `advice`: sentences on other settings."""
         return {
             "ok": not self.errors,
             "format": None if self.format is None else self.format.value,

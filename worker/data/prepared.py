@@ -98,7 +98,17 @@ class PreparedData:
         return data
 
     def facts(self) -> dict[str, Any]:
-        """What the report says about the data."""
+        """What the report says about the data.
+
+        `format`, and `why` it was taken for that; `sha256`; `train_rows` and `held_out_rows`, in their order
+        `train_rows_sha256` and `held_out_sha256`; `commits` of data sets from the hub; `train_tokens`, and of them the
+        `supervised_tokens`; `truncated_rows`, cut at max_length; `bad_rows_dropped`, the first 20 in sentences in
+        `bad_rows`; `too_long_rows_dropped`; `overlap_rows_dropped` and `repeated_rows_dropped`: held-out rows that are
+        trained on or repeated; of final rows `final_rows`, `final_sha256`, `final_overlap_rows_dropped`,
+        `final_repeated_rows_dropped`; `conversations_apart`, which make `rows_of_conversations_apart`; `unused_fields`;
+        `sources`: with dataset.more, how many rows come from where; `warnings`: rows that look wrong but are trained
+        on; `labels`: of a classifier, rows to `train` and `held_out` by label.
+        """
         return dict(self.seen["facts"])
 
     @property

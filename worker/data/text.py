@@ -35,8 +35,8 @@ class TrainedRow:
     data: PreparedData
 
     def as_json(self) -> dict[str, Any]:
-        """The row for programs. `label`: of a classifier. `chosen`, `rejected`: of a pair. `rows`: of a conversation
-        with several."""
+        """The `row`'s number; its `input_ids`, and which of them are `learned`; `label`: of a classifier; `chosen` and
+        `rejected`: both of a pair; `rows`: those of a conversation that makes several; `data`: the whole data set."""
         first = self.rows[0]
         if self.data.format in PAIRS:
             texts = form_of(self.data.format).texts(first)

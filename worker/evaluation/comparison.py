@@ -84,7 +84,8 @@ class Compared:
         ).reading
 
     def as_json(self) -> dict[str, Any]:
-        """The metric as in report.json."""
+        """The fields under their own names, `own` and `decides` only if true; `change`: tuned less base; `reading`:
+        better, worse, no clear change or not known."""
         facts = {**vars(self), "change": self.change, "reading": self.reading}
         return {key: value for key, value in facts.items() if value or key not in ("own", "decides")}
 

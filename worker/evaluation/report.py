@@ -115,8 +115,22 @@ def build_report(
 ) -> dict[str, Any]:
     """All measurements, and all that a repetition needs, as plain JSON values.
 
-    `base`: the base model's `BaseIdentity`. `final`: the measurements on the final rows, which readers of reports leave
-    out (`ArtifactStore.read_report`).
+    `schema`: the form's version; `job`: `job_id`, `name`, `user`, `attempt`, `node`, `gpu`, `device_name`, `labels`;
+    `base_model`; `base`: its BaseIdentity, `commit`, `sha256` and `files`; `task_type`; `method` and `method_why`; the
+    resolved `spec`; `verdict`; `adapter`: `r`, `lora_alpha`, `lora_dropout`, `init_from`, its `modules`,
+    `trainable_parameters` of `total_parameters`, `bytes`, `sha256`; `data`, with `more_sha256`, `eval_sha256` and
+    `regression_sha256` of the other files; `evaluation` on the held-out rows; `seed`; `wall_seconds`; `versions`;
+    `final`: the evaluation on the final rows with `sha256` and `verdict`, which readers of reports leave out
+    (`ArtifactStore.read_report`).
+
+    `training`: `steps`, `resumed_from_step`, `stopped_early_at_step`, `kept_step` whose weights were kept, `epochs`,
+    `seconds`, `tokens`, `tokens_per_second`; `peak_memory_bytes` and its `peak_memory_kind`, `peak_allocated_bytes` of
+    tensors, `peak_process_bytes`, `vram_planned`, `vram_reserved`; `learning_rate`, `optim`; as they ended up
+    `per_device_train_batch_size`, `gradient_accumulation_steps`, `per_device_eval_batch_size` and
+    `gradient_checkpointing` (half: every second block); what a lack of memory changed: the `adjustment`, `changes` in
+    words, and what was `asked`; the base's `precision`; `device`, `threads`, `cards` and how these shared the job
+    (`parallel`); step and loss in `losses` and `eval_losses`; of an earlier version the `companions`, jobs in the same
+    process.
     """
     spec, last = order.spec, data.of_final
     measured = (
@@ -276,6 +290,18 @@ def _training(order: Start, course: TrainingCourse, precision: str) -> dict[str,
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    """Base against tuned on some rows.
+
+    `rows`; `baseline`: what stands for the base, if that is not the base model; `base_measured_by_job` and
+    `base_measured_at`: the earlier measurement of the base that was used, with equal losses of
+    `base_rows_measured_again`; `seconds`; `bootstrap`: `samples`, `seed` and `interval`; `metrics`: measures;
+    `row_losses`: of each row its number, weight, summed loss of the base and of the tuned model; `answers`: sampled
+    rows with `row`, `prompt`, `expected`, `base`, `tuned`, `base_ended`, `tuned_ended`, `rejected`, `base_exact`,
+    `tuned_exact`, and by measures of the job file `scores` and `decided`; `labels`: of a classifier the `names`, and
+    rows by expected and given label of `base` and `tuned`; `cheap`: how many training examples the base was shown
+    besides; `turns`: of conversations with several answers the `cases` and losses of `base` and `tuned` by `turn`;
+    `lm_eval`: what the harness measured.
+    """
     labels, earlier = evaluation.labels, evaluation.base_measured
     return {
         "rows": evaluation.rows,

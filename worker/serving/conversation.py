@@ -60,6 +60,8 @@ class Completion:
     tokens: int
 
     def as_json(self) -> dict[str, Any]:
+        """A list of: `job_id`, of the adapter, null for the base; `prompt`, `answer`, `ended` (stop or length) and
+        `tokens`."""
         return {
             "job_id": self.job_id,
             "prompt": self.prompt,

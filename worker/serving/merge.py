@@ -83,6 +83,9 @@ class Merged:
         )
 
     def as_json(self) -> dict[str, Any]:
+        """`folder`; `prompts` and `tokens` that were compared; the `largest_logit` for scale; the largest differences
+        of logits: `merged_difference` in fp32, `stored_difference` of the files as they load; `stored_agreement`: the
+        share of tokens with the same likeliest next token."""
         return {"folder": str(self.folder), **asdict(self.proof)}
 
 

@@ -49,7 +49,7 @@ class Diagnosis:
         return sum(condition.level is level for condition in self.conditions)
 
     def as_json(self) -> dict[str, Any]:
-        """`ok`, and `checks`: each with check, level, sentence and hint."""
+        """`ok`: nothing is broken; `checks`."""
         return {"ok": self.ok, "checks": [condition.as_json() for condition in self.conditions]}
 
 

@@ -62,6 +62,10 @@ class MatrixRow:
     as_trained: bool  # the base computes as in training
 
     def as_json(self) -> dict[str, Any]:
+        """`name`, `job_id`, `method`; `as_trained`: the base computes as in its training; `load_seconds`,
+        `memory_bytes`, `disk_bytes`; `tasks`: by task and measure (`loss`, and `rougeL` or `accuracy`) the `base`, the
+        adapter's `value`, its `change` with the 95 % interval from `low` to `high`, the `cases` and the `reading`;
+        `rows_trained_on` by task."""
         return {
             "name": self.name,
             "job_id": self.job_id,
@@ -105,7 +109,10 @@ class Matrix:
         return statistics.median(self.switch_seconds) if self.switch_seconds else None
 
     def as_json(self) -> dict[str, Any]:
-        """All of it for programs; NaN becomes null."""
+        """`base_model` and its `precision`; `tasks`: `name`, `rows` and the `measure` besides the loss; `adapters`;
+        `memory_bytes`: of the `base`, of `one_base` with all adapters, and of `copies`, a full model for each;
+        `disk_bytes` of the `base` and of all `adapters`; `base_load_seconds`; `switch_seconds`: `median` and `count`.
+        NaN becomes null."""
         return {
             "base_model": self.base_model,
             "precision": self.precision,
