@@ -71,7 +71,9 @@ class Amended:
         """Refuse changes that would make it another training. Raises UsageError, which names the remaining way."""
         keys = [change.key for change in changes(self.before, self.after)]
         if not keys:
-            raise UsageError(f"job {self.job_id} has these settings already", f"see them: loractl show {self.job_id}")
+            raise UsageError(
+                f"job {self.job_id} has these settings already", f"see them: loractl status {self.job_id} --full"
+            )
         if self.standing is Standing.RUNNING and (late := [key for key in keys if key not in WHILE_IT_RUNS]):
             what = f"{', '.join(late)} can't change while job {self.job_id} runs; {', '.join(WHILE_IT_RUNS)} can"
             raise UsageError(what, self._way_for(late))

@@ -169,7 +169,7 @@ def license_in(told: Any) -> License | None:
 def _must_stay(job_id: int, why: str) -> WrongState:
     return WrongState(
         f"the adapter of job {job_id} must stay in the lab: {why}",
-        f"loractl show {job_id} shows its settings; what is made of such an adapter inherits publish: false",
+        f"loractl status {job_id} --full shows its settings; what is made of such an adapter inherits publish: false",
     )
 
 

@@ -25,9 +25,8 @@ SECTIONS: dict[str, Commands] = {
         ),
         "status": (
             "loractl.scheduler.status.command:status",
-            "List running and waiting jobs, or show one job in full.",
+            "List running and waiting jobs, or show one job.",
         ),
-        "show": ("loractl.scheduler.status.command:show", "Show a job's history, attempts and resolved spec."),
         "logs": ("loractl.scheduler.status.command:logs", "Print a job's log."),
         "why": ("loractl.scheduler.why.command:why", "Explain why a job waits, card by card, and when it will start."),
         "plan": (
@@ -103,6 +102,7 @@ COMMANDS: Commands = {name: one for commands in SECTIONS.values() for name, one 
 
 
 GONE = {
+    "show": "loractl status JOB --full has a job's history, attempts and settings, and status JOB --json all of it",
     "sim": "in a clone, python -m benchmarks.placement replays a trace, or with --lab the lab's own jobs; "
     "python -m benchmarks.baselines compares our rule with others on a fleet of your choice",
 }

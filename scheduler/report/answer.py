@@ -119,6 +119,6 @@ def result_of(store: Store, job_id: int) -> JobResult:
     if job.report_uri is None:
         raise WrongState(
             f"job {job_id} no longer has a result: it was removed",
-            f"loractl show {job_id} says who and when",
+            f"loractl status {job_id} says who and when",
         )
     return JobResult(job=job, stored=result_binding(store, job))

@@ -111,7 +111,7 @@ def _same_spec(job: Job, report: dict[str, Any]) -> JobSpec:
     if len(labels) > MOST_LABELS:
         raise UsageError(
             f"job {job.job_id} has {MOST_LABELS} labels, so that none is left for {REPRODUCES}",
-            f"take what is stored and submit it yourself: loractl show {job.job_id}",
+            f"take what is stored and submit it yourself: loractl status {job.job_id} --full",
         )
     pinned = settled_on(_pinned_data(spec, report["data"].get("commits", {})), job.ancestor)
     return pinned.model_copy(

@@ -1,4 +1,4 @@
-"""loractl status, show and logs: what runs and what waits, one job in full, a sweep's members, a log."""
+"""loractl status and logs: what runs and what waits, one job in full, a sweep's members, a log."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("job", required=False, type=JobName(), metavar="[JOB]")
 @click.option("-a", "--all", "everything", is_flag=True, help="List ended jobs too.")
+@click.option("--full", is_flag=True, help="Of JOB also its whole history, each attempt, and its resolved settings.")
 @click.option("--watch", is_flag=True, help="Redraw until the job has ended; its outcome is the exit status.")
 @click.option("--user", help="Only this person's jobs; me is yourself.")
 @click.option("--label", metavar="KEY=VALUE", help="Only jobs with this label.")
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 def status(
     job: str | None,
     everything: bool,
+    full: bool,
     watch: bool,
     user: str | None,
     label: str | None,
@@ -41,15 +43,18 @@ def status(
     sweep_id: int | None,
     as_json: bool,
 ) -> None:
-    """List running and waiting jobs, or show one job in full.
+    """List running and waiting jobs, or show one job.
 
-    Without JOB and -a: running jobs, waiting jobs with the reason, a line a sweep, and how many ended today.
+    Without JOB and -a: running jobs, waiting jobs with the reason, a line a sweep, and how many ended today. With JOB:
+    where it is, its losses and memory, and its last events; --full and --json have all that is known of it.
     """
     from loractl.common.store.records import Choice, Page
     from loractl.scheduler.cli.session import open_session
 
     if watch and as_json:
         raise UsageError("--watch draws for people, --json prints once", "leave one of them out")
+    if full and (job is None or watch):
+        raise UsageError("--full shows one job, once", "loractl status JOB --full")
     if sweep_id is not None and (job is not None or everything or user or label or after):
         raise UsageError("--sweep lists the members of one sweep", f"alone: loractl status --sweep {sweep_id}")
     settings, store = open_session()
@@ -60,7 +65,7 @@ def status(
     if sweep_id is not None:
         _sweep(store, sweep_id, watch=watch, as_json=as_json)
     elif job is not None:
-        _job(store, job_named(store, job), watch=watch, as_json=as_json)
+        _job(store, job_named(store, job), full=full, watch=watch, as_json=as_json)
     elif everything:
         _all(store, choice, page, as_json=as_json)
     else:
@@ -77,7 +82,7 @@ def _pair(label: str | None) -> tuple[str, str] | None:
     return key, value
 
 
-def _job(store: Store, job_id: int, *, watch: bool, as_json: bool) -> None:
+def _job(store: Store, job_id: int, *, full: bool, watch: bool, as_json: bool) -> None:
     from .job import job_in_full
     from .job_text import job_text
 
@@ -86,7 +91,7 @@ def _job(store: Store, job_id: int, *, watch: bool, as_json: bool) -> None:
 
         sys.exit(follow(store, job_id))
     answer = job_in_full(store, job_id)
-    output.show(answer, as_json, lambda: job_text(answer, detect_screen()))
+    output.show(answer, as_json, lambda: job_text(answer, detect_screen(), full=full))
 
 
 def _all(store: Store, choice: Choice, page: Page, *, as_json: bool) -> None:
@@ -134,22 +139,6 @@ def _sweep(store: Store, sweep_id: int, *, watch: bool, as_json: bool) -> None:
         return
     answer = sweep_standing(store, sweep_id)
     output.show(answer, as_json, lambda: opened(answer, detect_screen()))
-
-
-@click.command()
-@click.argument("job", type=JobName(), metavar="JOB")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def show(job: str, as_json: bool) -> None:
-    """Show a job's history, attempts and resolved spec."""
-    from loractl.scheduler.cli.session import open_session
-
-    from .job import job_history
-    from .job_text import history_text
-
-    _, store = open_session()
-    job_id = job_named(store, job)
-    answer = job_history(store, job_id)
-    output.show(answer, as_json, lambda: history_text(answer, detect_screen()))
 
 
 POLL_S = 1.0

@@ -198,58 +198,6 @@ _ATTEMPT_FIELDS = tuple(PastAttempt.__annotations__)[:-1]
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobInFull:
-    """A job with its course so far."""
-
-    job: JobState
-    wait: Wait | None  # of a waiting job
-    attempts: tuple[PastAttempt, ...]
-    events: tuple[PastEvent, ...]
-    losses: tuple[tuple[int, float], ...]  # step, logged training loss
-    held_out: tuple[tuple[int, float], ...]  # step, loss on held-out rows
-    now: dt.datetime
-    trouble: str | None = None  # what is wrong with a running job's card, in a few words
-    after: tuple[JobState, ...] = ()  # the jobs that it starts after, as far as they exist
-    followers: tuple[int, ...] = ()  # the jobs that start after it, directly or not
-
-    def as_json(self) -> dict[str, Any]:
-        """The job's fields; `loractl show` has the history."""
-        return self.job.as_json()
-
-
-def job_in_full(store: Store, job_id: int) -> JobInFull:
-    """A job, why it waits, and its course. Raises JobNotFound."""
-    row = store.jobs.get(job_id)
-    view = store.cards.fleet() if row.status in (Status.QUEUED, Status.RUNNING) else None
-    job = state_of(row, view)
-    return JobInFull(
-        job=job,
-        wait=waiting_jobs(store, [row], view).reasons.get(job_id),
-        trouble=None if view is None else trouble_on(view, job.cards),
-        attempts=_attempts(store, job, view),
-        events=_events(store, job_id),
-        losses=tuple((point.step, point.value) for point in store.jobs.metrics(job_id, "loss")),
-        held_out=held_out_losses(store, job_id),
-        now=store.now(),
-        after=tuple(map(state_of, store.jobs.numbered(job.after).values())),
-        followers=tuple(store.jobs.followers(job_id)),
-    )
-
-
-def trouble_on(view: FleetView, cards: Sequence[str]) -> str | None:
-    """What is wrong with a running job's card, in a few words; with several cards, its name too. None: nothing."""
-    for card in cards:
-        if card in view.nodes and (said := trouble_of(view, card)) is not None:
-            return f"{said} ({card})" if len(cards) > 1 else said
-    return None
-
-
-def held_out_losses(store: Store, job_id: int) -> tuple[tuple[int, float], ...]:
-    """Step and held-out loss of each evaluation in mid-training so far."""
-    return tuple((point.step, point.value) for point in store.jobs.metrics(job_id, "eval_loss"))
-
-
-@dataclass(frozen=True, kw_only=True)
 class JobHistory:
     """A job with its whole history, and its resolved spec."""
 
@@ -280,16 +228,60 @@ class JobHistory:
 def job_history(store: Store, job_id: int) -> JobHistory:
     """A job's whole history. Raises JobNotFound."""
     row = store.jobs.get(job_id)
-    view = store.cards.fleet() if row.status is Status.RUNNING else None
+    return _history(store, row, store.cards.fleet() if row.status is Status.RUNNING else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobInFull(JobHistory):
+    """A job with its history, why it waits, and its course so far."""
+
+    wait: Wait | None  # of a waiting job
+    losses: tuple[tuple[int, float], ...]  # step, logged training loss
+    held_out: tuple[tuple[int, float], ...]  # step, loss on held-out rows
+    trouble: str | None = None  # what is wrong with a running job's card, in a few words
+    after: tuple[JobState, ...] = ()  # the jobs that it starts after, as far as they exist
+    followers: tuple[int, ...] = ()  # the jobs that start after it, directly or not
+
+
+def job_in_full(store: Store, job_id: int) -> JobInFull:
+    """A job, its history, why it waits, and its course. Raises JobNotFound."""
+    row = store.jobs.get(job_id)
+    view = store.cards.fleet() if row.status in (Status.QUEUED, Status.RUNNING) else None
+    past = _history(store, row, view)
+    return JobInFull(
+        **vars(past),
+        wait=waiting_jobs(store, [row], view).reasons.get(job_id),
+        trouble=None if view is None else trouble_on(view, past.job.cards),
+        losses=tuple((point.step, point.value) for point in store.jobs.metrics(job_id, "loss")),
+        held_out=held_out_losses(store, job_id),
+        after=tuple(map(state_of, store.jobs.numbered(past.job.after).values())),
+        followers=tuple(store.jobs.followers(job_id)),
+    )
+
+
+def _history(store: Store, row: Job, view: FleetView | None) -> JobHistory:
     job = state_of(row, view)
     return JobHistory(
         job=job,
         spec=row.spec,
         data=row.data,
         attempts=_attempts(store, job, view),
-        events=_events(store, job_id),
+        events=tuple(map(event_of, store.jobs.events(job.job_id))),
         now=store.now(),
     )
+
+
+def trouble_on(view: FleetView, cards: Sequence[str]) -> str | None:
+    """What is wrong with a running job's card, in a few words; with several cards, its name too. None: nothing."""
+    for card in cards:
+        if card in view.nodes and (said := trouble_of(view, card)) is not None:
+            return f"{said} ({card})" if len(cards) > 1 else said
+    return None
+
+
+def held_out_losses(store: Store, job_id: int) -> tuple[tuple[int, float], ...]:
+    """Step and held-out loss of each evaluation in mid-training so far."""
+    return tuple((point.step, point.value) for point in store.jobs.metrics(job_id, "eval_loss"))
 
 
 def _attempts(store: Store, job: JobState, view: FleetView | None) -> tuple[PastAttempt, ...]:
@@ -302,10 +294,6 @@ def _attempts(store: Store, job: JobState, view: FleetView | None) -> tuple[Past
         return attempt_of(row, mine, used if row.ended_at is None else None)
 
     return tuple(map(told, store.attempts.of_job(job.job_id)))
-
-
-def _events(store: Store, job_id: int) -> tuple[PastEvent, ...]:
-    return tuple(map(event_of, store.jobs.events(job_id)))
 
 
 def attempt_of(row: Attempt, shares: Sequence[AttemptShare] = (), used: Mapping[str, Any] | None = None) -> PastAttempt:

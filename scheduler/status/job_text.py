@@ -15,11 +15,15 @@ from loractl.common.units import clock, duration, gib, thousands
 from loractl.scheduler.cli.screen import Screen, bar, sparkline, table, wrapped
 
 if TYPE_CHECKING:
-    from .job import JobHistory, JobInFull, JobState, PastAttempt
+    from .job import JobInFull, JobState, PastAttempt
 
 
-def job_text(answer: JobInFull, screen: Screen) -> str:
-    """One job in full: where it is, its course, its history, and the next command."""
+LAST_EVENTS = 12
+
+
+def job_text(answer: JobInFull, screen: Screen, *, full: bool = False) -> str:
+    """One job: where it is, its course, its last events, and the next command. `full`: each attempt, all events, and
+    the spec as it was resolved."""
     job = answer.job
     lines = [*_standing(answer, screen), ""]
     lines += [_course("loss", answer.losses, screen)] if answer.losses else []
@@ -31,9 +35,19 @@ def job_text(answer: JobInFull, screen: Screen) -> str:
     lines += _chain(answer)
     if lines[-1]:
         lines.append("")
-    for event in reversed(answer.events[-12:]):
-        lines += _told(clock(event.at, answer.now), event.text, screen)
+    if full and answer.attempts:
+        lines += [*_attempts_table(answer, screen), ""]
+    for event in reversed(answer.events if full else answer.events[-LAST_EVENTS:]):
+        lines += _told(f"{clock(event.at, answer.now):>9}" if full else clock(event.at, answer.now), event.text, screen)
+    lines += _spec(answer, screen) if full else []
     return "\n".join([*lines, "", screen.dim(_next_command(job))])
+
+
+def _spec(answer: JobInFull, screen: Screen) -> list[str]:
+    import yaml
+
+    spec = yaml.safe_dump(dict(answer.spec), sort_keys=False, allow_unicode=True)
+    return ["", screen.dim("spec:"), *map(clean_line, spec.rstrip().split("\n"))]
 
 
 def _chain(answer: JobInFull) -> list[str]:
@@ -119,22 +133,7 @@ def state_line(job: JobState, held_out: Sequence[tuple[int, float]] = ()) -> str
     return f"job {job.job_id} {job.status.value}{place}{steps}{loss}{held}"
 
 
-def history_text(answer: JobHistory, screen: Screen) -> str:
-    """The whole history, the attempts, and the spec as it was resolved."""
-    import yaml
-
-    job, now = answer.job, answer.now
-    head = screen.style(f"{job.job_id} {clean_line(job.name)}", bold=True)
-    lines = [f"{head} by {clean_line(job.user)}: {state_word(job, screen)}", ""]
-    for event in answer.events:
-        lines += _told(f"{clock(event.at, now):>9}", event.text, screen)
-    if answer.attempts:
-        lines += ["", *_attempts_table(answer, screen)]
-    spec = yaml.safe_dump(dict(answer.spec), sort_keys=False, allow_unicode=True)
-    return "\n".join([*lines, "", screen.dim("spec:"), *map(clean_line, spec.rstrip().split("\n"))])
-
-
-def _attempts_table(answer: JobHistory, screen: Screen) -> list[str]:
+def _attempts_table(answer: JobInFull, screen: Screen) -> list[str]:
     rows = [_attempt_row(attempt, answer.now) for attempt in answer.attempts]
     headers = ["ATTEMPT", "CARD", "METHOD", "PLAN GiB", "PEAK GiB", "STARTED", "TOOK", "ENDED AS", "RESUMED FROM"]
     lines = table(headers, rows, screen, right=("ATTEMPT", "PLAN GiB", "PEAK GiB"))
@@ -168,7 +167,7 @@ def state_word(job: JobState, screen: Screen) -> str:
 
 def _next_command(job: JobState) -> str:
     if job.status is Status.SUCCEEDED and job.report_uri is None:
-        return f"Its result was removed: loractl show {job.job_id} says who and when"
+        return "Its result was removed; its history says who and when"
     if job.status is Status.SUCCEEDED:
         return f"Its report: loractl report {job.job_id}   its adapter: loractl adapters pull {job.job_id} DIR"
     if job.status in (Status.FAILED, Status.CANCELLED):

@@ -107,7 +107,7 @@ def _held_back(job: Job, view: FleetView) -> Wait | None:
         pause = duration((job.not_before - view.now).total_seconds())
         after = f": {_blamed(job, view)} failed it ({job.reason})" if job.reason in BLAMED else ""
         sentence = f"attempt {job.attempt + 1} in {pause}{after}"
-        return policy("retry", sentence, job.not_before, "What happened", f"loractl show {job.job_id}")
+        return policy("retry", sentence, job.not_before, "What happened", f"loractl status {job.job_id}")
     cards = view.cards.values()
     most, runs = least_limit(cards), jobs_by_user(cards).get(job.user, 0)
     if most is not None and runs >= most:

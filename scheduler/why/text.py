@@ -49,7 +49,7 @@ def _not_waiting(answer: NotWaiting) -> str:
     job = answer.job
     trouble = f", its card is {answer.trouble}" if answer.trouble else ""
     place = clean_line(f" on {job.where}{trouble}" if job.status is Status.RUNNING else f": {job.message}")
-    return f"Job {job.job_id} does not wait: it {job.status.in_words}{place}. In full: loractl show {job.job_id}"
+    return f"Job {job.job_id} does not wait: it {job.status.in_words}{place}. More: loractl status {job.job_id}"
 
 
 def _start(answer: Why, screen: Screen) -> list[str]:

@@ -31,7 +31,7 @@ def test_an_adapter_is_found_by_number_by_name_and_by_tag(trained: Cli) -> None:
         assert json.loads(trained("adapters", "show", text, "--json").stdout)["job_id"] == job
     moved = trained("adapters", "tag", "red", "first").stdout
     assert moved == "red:first is the adapter of job 4 now; it was job 1.\n"
-    assert "tagged red:first, which job 1 had by ada" in trained("show", 4).stdout
+    assert "tagged red:first, which job 1 had by ada" in trained("status", 4, "--full").stdout
     assert trained("adapters", "untag", "red:first").stdout == "red:first is forgotten; it was job 4.\n"
     assert "no adapter red:first is stored" in trained("adapters", "show", "red:first", code=3).stderr
 

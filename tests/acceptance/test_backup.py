@@ -54,7 +54,7 @@ def test_a_home_that_was_lost_in_mid_run_is_restored_and_all_its_jobs_end_well(
     cli("worker", "--drain-when-idle", timeout=240)
     jobs = json.loads(cli("status", "-a", "--json").stdout)
     assert {(job["job_id"], job["status"]) for job in jobs} == {(1, "succeeded"), (2, "succeeded")}
-    first = json.loads(cli("show", 1, "--json").stdout)
+    first = json.loads(cli("status", 1, "--json").stdout)
     assert [a["reason"] for a in first["attempts"]] == ["worker_lost", "ok"]
 
 
@@ -166,7 +166,7 @@ def test_a_number_that_comes_twice_costs_neither_result(cli: Cli, home: Path, ti
     ArtifactStore((home / "artifacts").as_uri()).put_result(tmp_path / "lost", attempt_prefix(1, 1))
     cli("submit", write_job(tmp_path, tiny_model), "--set=training.max_steps=4")
     cli("worker", "--drain-when-idle", timeout=240)
-    shown = json.loads(cli("show", 1, "--json").stdout)
+    shown = json.loads(cli("status", 1, "--json").stdout)
     assert [attempt["reason"] for attempt in shown["attempts"]] == ["store_failed", "ok"]
     assert any("its result is taken over" in event["text"] for event in shown["events"]), "it was trained once"
     assert (home / "artifacts" / attempt_prefix(1, 1) / WEIGHTS).read_bytes() == lost.read_bytes()

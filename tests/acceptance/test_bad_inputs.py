@@ -140,7 +140,7 @@ MISTAKES = [
     Mistake("an age below a day", "--older-than 1h is too short", command=["gc", "--older-than", "1h"]),
     Mistake("no such backup", "none.db: no such file", command=["db", "restore", "none.db"]),
     Mistake("an unknown command", "did you mean loractl status?", command=["statsu"]),
-    Mistake("not a number", "there is no job abc", command=["show", "abc"], code=3),
+    Mistake("not a number", "there is no job abc", command=["status", "abc"], code=3),
     Mistake("a range that ends before it begins", "the smaller number first", command=["cancel", "9-3"]),
     Mistake("no config to plan from", "there is no config.json", command=["plan", "job.yaml"], code=1),
     Mistake("nothing to plan", "plan needs a job file or a job's number", command=["plan"]),

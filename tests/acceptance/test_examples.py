@@ -132,7 +132,7 @@ def test_the_examples_teach_the_real_model(cli: Cli, tmp_path: Path) -> None:
     assert len(jobs) == len(names)
     for job in jobs:
         assert job["status"] == "succeeded", job
-        history = cli("show", job["job_id"], "--json").stdout
+        history = cli("status", job["job_id"], "--json").stdout
         assert "padded rows" not in history and "trains beside it" not in history, "shared lean steps take this model"
         report = json.loads(cli("report", job["job_id"], "--json").stdout)
         loss = next(m for m in report["evaluation"]["metrics"] if m["name"] == "loss")

@@ -46,8 +46,8 @@ def test_old_results_go_when_asked_and_everything_else_still_works(
 
     for command in (["report", 1], ["adapters", "pull", 1, tmp_path / "one"]):
         told = cli(*command, code=1).stderr
-        assert told.startswith("Error: job 1 no longer has a result: it was removed\nHint: loractl show 1")
-    assert "removed by tester (loractl gc)" in cli("show", 1).stdout
+        assert told.startswith("Error: job 1 no longer has a result: it was removed\nHint: loractl status 1")
+    assert "removed by tester (loractl gc)" in cli("status", 1, "--full").stdout
     assert "Its result was removed" in cli("status", 1).stdout
     assert cli("logs", 1).stderr == "The log of job 1 was removed with its result.\n"
     assert "model" in cli("logs", 3).stdout + cli("status", 3).stdout, "why a job failed stays in the database"

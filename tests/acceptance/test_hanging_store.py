@@ -104,7 +104,7 @@ def test_a_worker_ends_while_it_fetches_from_a_disk_that_hangs(lab: Lab, home: P
     kept.replace(data)
     lab.start()
     lab.until(job_id, lambda job: job.status is Status.SUCCEEDED)
-    row = json.loads(lab.cli("show", job_id, "--json").stdout)
+    row = json.loads(lab.cli("status", job_id, "--json").stdout)
     assert row["attempt"] == 2
 
 

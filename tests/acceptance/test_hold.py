@@ -19,7 +19,12 @@ def test_a_job_is_held_with_a_reason_that_others_read_and_released(cli: Cli, tmp
     cli("submit", tmp_path / "job.yaml")
     held = cli("hold", 1, "--reason", "the data\nare wrong")
     assert held.stdout == "Job 1 is held; loractl release 1 lets it start.\n"
-    for shown in (cli("status").stdout, cli("status", 1).stdout, cli("show", 1).stdout, cli("why", 1).stdout):
+    for shown in (
+        cli("status").stdout,
+        cli("status", 1).stdout,
+        cli("status", 1, "--full").stdout,
+        cli("why", 1).stdout,
+    ):
         assert re.search(r"held\W+by tester: the data are wrong", shown) and "held, held" not in shown
     assert cli("release", 1).stdout == "Job 1 is released.\n"
     assert "held" not in cli("status").stdout

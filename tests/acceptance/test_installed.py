@@ -103,7 +103,7 @@ def test_the_light_client_submits_and_reads_without_the_training_stack(light: Pa
     assert submitted.stdout == "Job 1 (job) is queued.\n"
     assert "Warning" not in submitted.stderr, "the wake message went out"
     assert json.loads(run("status", "1", "--json").stdout)["status"] == "queued"
-    assert "queued by tester" in run("show", "1").stdout
+    assert "queued by tester" in run("status", "1", "--full").stdout
     assert "is cancelled" in run("cancel", "1").stdout
     told = json.loads(run("doctor", "--json").stdout)["checks"]
     assert {line["check"] for line in told if line["level"] == "skipped"} == {"models", "cards"}

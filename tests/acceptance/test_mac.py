@@ -41,7 +41,8 @@ def test_a_person_s_commands_need_nothing_of_linux(postgres_server: str, tmp_pat
         answers = on_a_mac(
             tmp_path, ["submit", "job.yaml"], ["status"], ["status", "--json"], ["why", "mac"],
             ["report", str(done.job_id)], ["adapters"], ["adapters", "pull", str(done.job_id), "pulled"],
-            ["logs", str(done.job_id)], ["show", "mac"], ["gpus"], ["web", "--port", "0"], ["cancel", "mac"],
+            ["logs", str(done.job_id)], ["status", "mac", "--full"], ["gpus"],
+            ["web", "--port", "0"], ["cancel", "mac"],
             LORACTL_DATABASE_URL=url, LORACTL_REDIS_URL=queue,
             LORACTL_ARTIFACTS_URL=(tmp_path / "artifacts").as_uri(),
         )  # fmt: skip

@@ -69,7 +69,7 @@ def _the_result_is_complete(place: Cli, job: dict, tiny_model: Path, tmp_path: P
     text = place("report", job_id).stdout
     assert "MEASURE" in text and "95 % INTERVAL" in text
 
-    shown = place("show", job_id).stdout
+    shown = place("status", job_id, "--full").stdout
     for expected in ("queued by tester", "attempt 1 started on", "saved step 3", "succeeded", "target_modules"):
         assert expected in shown
     assert "loss" in place("logs", job_id).stdout

@@ -44,7 +44,7 @@ def _statuses(cli: Cli) -> dict[int, str]:
 
 def test_a_job_is_named_by_its_name_or_tag_and_what_is_ambiguous_is_listed(lab: Cli) -> None:
     assert json.loads(lab("status", "alone", "--json").stdout)["job_id"] == 2
-    assert json.loads(lab("show", "tickets:prod", "--json").stdout)["job_id"] == 1
+    assert json.loads(lab("status", "tickets:prod", "--json").stdout)["job_id"] == 1
     assert json.loads(lab("why", "alone", "--json").stdout)["job_id"] == 2
     several = lab("status", "twice", code=2).stderr
     assert "several jobs are named twice: 4 (queued), 3 (queued)" in several

@@ -89,7 +89,7 @@ def test_a_job_that_memory_had_changed_is_reproduced_bit_for_bit(
     found = json.loads(cli("reproduce", 1, "--check", 2, "--json").stdout)
     assert found["same"] and found["ran_with"] == [] and found["parted_at_step"] is None
     assert _adapter(cli, 2, tmp_path) == _adapter(cli, 1, tmp_path)
-    shown = json.loads(cli("show", 2, "--json").stdout)
+    shown = json.loads(cli("status", 2, "--json").stdout)
     assert shown["labels"] == {"project": "desk", "reproduces": "1"}
     assert shown["events"][0]["text"] == "queued by tester, to reproduce job 1"
     assert shown["spec"]["method"] == "lora"

@@ -124,9 +124,10 @@ def test_no_secret_is_left_anywhere(
     said = [lab.person("submit", job), lab.person("submit", job, "--set=base_model=/nowhere", "--set=max_retries=0")]
     said.append(lab.box("worker", "--drain-when-idle", timeout=240))
     for command in (
-        ["status", "-a"], ["status", "-a", "--json"], ["show", 1], ["show", 1, "--json"], ["show", 2], ["logs", 1],
-        ["logs", 2], ["report", 1, "--json"], ["adapters", "--json"], ["gpus", "--json"], ["retry", 2], ["why", 2],
-        ["adapters", "pull", 1, tmp_path / "pulled"],
+        ["status", "-a"], ["status", "-a", "--json"], ["status", 1, "--full"], ["status", 1, "--json"],
+        ["status", 2, "--full"],
+        ["logs", 1], ["logs", 2], ["report", 1, "--json"], ["adapters", "--json"], ["gpus", "--json"], ["retry", 2],
+        ["why", 2], ["adapters", "pull", 1, tmp_path / "pulled"],
     ):  # fmt: skip
         said.append(lab.person(*command))
     said.append(lab.box("gc", "--keep-last", 5))

@@ -33,7 +33,7 @@ def test_a_job_like_another_takes_its_stored_rows_and_what_is_said_otherwise(cli
     (tmp_path / "data.jsonl").unlink()
     told = cli("submit", "--like", 1, "--set=training.learning_rate=0.001", "--set=training.num_train_epochs=2").stdout
     assert told == "Job 2 (job) is queued, like job 1.\n"
-    first, second = (json.loads(cli("show", number, "--json").stdout) for number in (1, 2))
+    first, second = (json.loads(cli("status", number, "--json").stdout) for number in (1, 2))
     assert second["data"] == first["data"]
     assert second["events"][0]["text"].endswith(", like job 1")
     asked = {**first["spec"]["training"], "learning_rate": 0.001, "num_train_epochs": 2, "max_steps": None}

@@ -64,12 +64,13 @@ def lab(cli: Cli, home: Path, tmp_path: Path) -> Cli:
 def test_nothing_that_others_wrote_steers_the_terminal(lab: Cli, tmp_path: Path) -> None:
     seen = 0
     for command in (
-        ["status"], ["status", "-a"], ["status", "1"], ["status", "2"], ["status", "3"], ["status", "4"], ["show", "1"],
-        ["show", "2"], ["show", "3"], ["logs", "2"], ["logs", "3"], ["why", "4"], ["why", "5"],
+        ["status"], ["status", "-a"], ["status", "1"], ["status", "2"], ["status", "3"], ["status", "4"],
+        ["status", "1", "--full"], ["status", "2", "--full"],
+        ["status", "3", "--full"], ["logs", "2"], ["logs", "3"], ["why", "4"], ["why", "5"],
         ["why", "2"], ["why", "3"], ["gpus"], ["adapters"],
         ["report", "1"], ["gc", "--dry-run"], ["gc", "--keep-last", "0", "--dry-run"], ["report", "2"],
         ["retry", "5"], ["cancel", "4"], ["cancel", "3"], ["drain", "nobody", "--reason", "x"], ["undrain", "nobody"],
-        ["status", "--json"], ["show", "2", "--json"], ["gpus", "--json"], ["adapters", "--json"],
+        ["status", "--json"], ["status", "2", "--json"], ["gpus", "--json"], ["adapters", "--json"],
         ["report", "1", "--json"],
         ["adapters", "pull", "1", str(tmp_path / "pulled")],
     ):  # fmt: skip

@@ -37,8 +37,8 @@ from loractl.scheduler.adapters.text import adapters_text
 from loractl.scheduler.fleet.answer import fleet
 from loractl.scheduler.fleet.text import devices
 from loractl.scheduler.garbage.cleaner import Cleaner, Policy, parse_age
-from loractl.scheduler.status.job import job_history, job_in_full
-from loractl.scheduler.status.job_text import history_text, job_text
+from loractl.scheduler.status.job import job_in_full
+from loractl.scheduler.status.job_text import job_text
 from loractl.scheduler.status.overview import job_list, overview
 from loractl.scheduler.status.overview_text import job_list_text, overview_text
 from loractl.scheduler.status.standing import sweep_standing
@@ -151,8 +151,8 @@ def answers(store: Store, shelf: ReportShelf, job_ids: Iterable[int]) -> None:
     shown([*(usage_text(table, WIDE) for table in had), quotas_text(quotas, WIDE)], [*had, quotas])
     drawn([pages.jobs(Asked({})), pages.sweeps(Asked({})), pages.adapters(Asked({})), pages.usage(Asked({}))])
     for job_id in job_ids:
-        one, history = job_in_full(store, job_id), job_history(store, job_id)
-        shown([job_text(one, WIDE), history_text(history, WIDE)], [one, history])
+        one = job_in_full(store, job_id)
+        shown([job_text(one, WIDE), job_text(one, WIDE, full=True)], [one])
         drawn([pages.job(Asked({}), job_id)])
     for sweep in store.sweeps.newest(Page()):
         if not 0 < sweep.sweep_id <= LARGEST:

@@ -544,7 +544,7 @@ def test_submit_warns_of_what_needs_no_tokenizer_and_the_trainer_of_the_rest(
     assert warned in said and "See the data: loractl data check " in said
     cli("worker", "--drain-when-idle", timeout=120)
     history = [
-        event["text"] for event in json.loads(cli("show", 1, "--json").stdout)["events"] if event["kind"] == "warning"
+        event["text"] for event in json.loads(cli("status", 1, "--json").stdout)["events"] if event["kind"] == "warning"
     ]
     assert any("another answer (row 1)" in text for text in history)
     assert any("special token within the text (row 42)" in text for text in history)
@@ -576,7 +576,7 @@ def test_rows_that_are_too_long_and_left_out_are_counted_nowhere(cli: Cli, tiny_
         r"has no row to train on of at most 20 tokens: the shortest has \d\d, the longest \d{2,3}\n", alone
     )
     cli("worker", "--drain-when-idle", timeout=120)
-    history = [event["text"] for event in json.loads(cli("show", 1, "--json").stdout)["events"]]
+    history = [event["text"] for event in json.loads(cli("status", 1, "--json").stdout)["events"]]
     assert any(text.startswith(f"data: {counted};") for text in history)
     data = json.loads(cli("report", 1, "--json").stdout)["data"]
     assert (data["train_rows"], data["held_out_rows"], data["too_long_rows_dropped"]) == (*used, 30)

@@ -125,9 +125,9 @@ def test_a_job_s_tasks_are_scored_on_base_and_tuned_and_a_failing_one_keeps_the_
     cli("submit", write_job(tmp_path, tiny_model), *exact, f"--set=evaluation.lm_eval={json.dumps(ASKED)}")
     (tasks / "away").touch()
     cli("worker", "--drain-when-idle", timeout=240)
-    attempts = json.loads(cli("show", 1, "--json").stdout)["attempts"]
+    attempts = json.loads(cli("status", 1, "--json").stdout)["attempts"]
     assert [attempt["reason"] for attempt in attempts] == ["evaluation_failed", "ok"]
-    assert "no score for it" in cli("show", 1).stdout
+    assert "no score for it" in cli("status", 1, "--full").stdout
 
     whole = json.loads(cli("report", 1, "--json").stdout)
     assert whole["training"]["resumed_from_step"] == whole["training"]["steps"] == 6, "trained once"

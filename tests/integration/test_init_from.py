@@ -22,7 +22,7 @@ def test_a_job_begins_from_a_stored_adapter_and_says_so(cli: Cli, home: Path, ti
     cli("worker", "--drain-when-idle")
     begun = (job, "--set=name=further", "--set=lora.init_from=tiny:latest")
     cli("submit", *begun, *SMALL_STEPS)
-    assert json.loads(cli("show", 2, "--json").stdout)["spec"]["lora"]["init_from"] == "1", "a tag would move"
+    assert json.loads(cli("status", 2, "--json").stdout)["spec"]["lora"]["init_from"] == "1", "a tag would move"
     _refuses_what_does_not_fit(cli, begun)
     assert "job 2 is to begin from the adapter of job 1" in cli("adapters", "delete", "tiny", "--yes", code=1).stderr
     cli("worker", "--drain-when-idle")
@@ -39,7 +39,7 @@ def test_a_job_begins_from_a_stored_adapter_and_says_so(cli: Cli, home: Path, ti
         f"begun from the adapter of tiny (job 1), sha256 {lineage['sha256']}"
         in (stored / "adapter" / "README.md").read_text()
     )
-    assert "begins from the adapter of tiny (job 1)" in cli("show", 2).stdout
+    assert "begins from the adapter of tiny (job 1)" in cli("status", 2, "--full").stdout
     assert [row["init_from"] for row in json.loads(cli("adapters", "--json").stdout)] == [None, 1]
     assert "FROM" in cli("adapters").stdout
     assert "begun     from the adapter of tiny (job 1)" in cli("adapters", "show", "further").stdout

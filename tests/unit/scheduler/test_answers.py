@@ -28,7 +28,7 @@ from loractl.scheduler.compare.answer import comparison
 from loractl.scheduler.fleet.answer import fleet
 from loractl.scheduler.plan.answer import job_to_plan, memory_need, plan_accuracy
 from loractl.scheduler.report.answer import report
-from loractl.scheduler.status.job import job_history, job_in_full
+from loractl.scheduler.status.job import job_in_full
 from loractl.scheduler.status.overview import job_list, overview
 from loractl.scheduler.status.standing import sweep_standing
 from loractl.scheduler.why.answer import why
@@ -46,7 +46,7 @@ ASKED: dict[str, Callable[[Store], HasJson]] = {
     "status 3": lambda store: job_in_full(store, 3),
     "status 5": lambda store: job_in_full(store, 5),
     "status --sweep 1": lambda store: sweep_standing(store, 1),
-    "show 2": lambda store: job_history(store, 2),
+    "status 2": lambda store: job_in_full(store, 2),
     "why 1": lambda store: why(store, 1),
     "why 5": lambda store: why(store, 5),
     "gpus": fleet,

@@ -20,8 +20,8 @@ from loractl.scheduler.report.answer import report
 from loractl.scheduler.report.text import report_text
 from loractl.scheduler.reproduce.answer import repetition
 from loractl.scheduler.reproduce.sameness import sameness
-from loractl.scheduler.status.job import job_history, job_in_full
-from loractl.scheduler.status.job_text import history_text, job_text
+from loractl.scheduler.status.job import job_in_full
+from loractl.scheduler.status.job_text import job_text
 from loractl.scheduler.web.access import Access
 from loractl.scheduler.web.site import make_site
 
@@ -53,10 +53,10 @@ def lab(store: Store, tmp_path: Path) -> webs.SeededLab:
 
 
 def test_an_attempt_that_ended_with_its_trainer_keeps_its_reason_and_has_an_advice(lab: webs.SeededLab) -> None:
-    history = job_history(lab.store, 1)
+    history = job_in_full(lab.store, 1)
     assert [attempt.reason for attempt in history.attempts] == [Reason.HOST_LOST, Reason.OK]
-    assert "host_lost" in history_text(history, PIPE)
-    assert "it shared its trainer with job 2" in job_text(job_in_full(lab.store, 1), PIPE)
+    assert "host_lost" in job_text(history, PIPE, full=True)
+    assert "it shared its trainer with job 2" in job_text(history, PIPE)
     assert lab.store.jobs.get(1).retries_used == 0, "the lab caused it"
     assert OUTCOMES[Reason.HOST_LOST].next_step(1, has_checkpoint=False).startswith("nothing to do")
 

@@ -22,8 +22,8 @@ from loractl.common.units import GIB
 from loractl.scheduler.cli.screen import Screen
 from loractl.scheduler.fleet.answer import fleet
 from loractl.scheduler.fleet.text import devices
-from loractl.scheduler.status.job import job_history, job_in_full, job_state
-from loractl.scheduler.status.job_text import history_text, job_text, state_line
+from loractl.scheduler.status.job import job_in_full, job_state
+from loractl.scheduler.status.job_text import job_text, state_line
 from loractl.scheduler.status.overview import job_list, overview
 from loractl.scheduler.status.overview_text import job_list_text, overview_text
 from loractl.scheduler.status.standing import sweep_standing
@@ -106,10 +106,10 @@ def test_what_it_holds_of_each_card_stands_beside_its_plan(timed: Store, ran: Cl
     assert "memory    19.0 GiB at most on one card, planned 20.0 GiB on each   method lora" in lines
     assert "          now heron:0 18.0, heron:1 17.0" in lines
     timed.attempts.finish(ran, Reason.CANCELLED, "enough", Progress())
-    ended = history_text(job_history(timed, 1), PIPE)
+    ended = job_text(job_in_full(timed, 1), PIPE, full=True)
     assert "  heron 0, 1  lora " in ended and " 20.0 " in ended and " 19.0 " in ended
     assert "of several cards the plan of each" in ended
-    (attempt,) = job_history(timed, 1).as_json()["attempts"]
+    (attempt,) = job_in_full(timed, 1).as_json()["attempts"]
     assert [(card["node"], card["reserved"], card["used"]) for card in attempt["cards"]] == [
         ("heron:0", 20 * GIB, None), ("heron:1", 20 * GIB, None),
     ]  # fmt: skip

@@ -122,7 +122,7 @@ def test_a_share_that_is_unmounted_during_a_training_costs_no_training(held: Hel
     held.until(job_id, lambda job: job.stage is Stage.STORING)
     held.clock.sleep(10)
     assert held.store.jobs.get(job_id).stage is Stage.STORING and list(share.iterdir()) == []
-    assert "has no mark; it is tried again" in " ".join(held.cli("show", job_id).split())
+    assert "has no mark; it is tried again" in " ".join(held.cli("status", job_id, "--full").split())
     share.rmdir()
     away.rename(share)
     for one in (job_id, other):
@@ -165,4 +165,4 @@ def test_a_preemptible_job_gives_way_with_a_checkpoint_and_finishes_later(held: 
     done = held.until(low, lambda job: job.status is Status.SUCCEEDED)
     assert (done.attempt, done.retries_used) == (2, 0)
     assert (held.store.attempts.of_job(low)[1].resumed_from_step or 0) >= 5
-    assert f"asked to give way to job {high} (priority 5)" in held.cli("show", low)
+    assert f"asked to give way to job {high} (priority 5)" in held.cli("status", low, "--full")

@@ -39,7 +39,7 @@ def test_a_result_waits_for_the_store_in_storing_also_over_a_restart_of_the_work
     held.clock.sleep(2 * LEASE_S)
     waiting = held.store.jobs.get(job_id)
     assert (waiting.status, waiting.stage, waiting.attempt) == (Status.RUNNING, Stage.STORING, 1)
-    assert "it is tried again" in held.cli("show", job_id)
+    assert "it is tried again" in held.cli("status", job_id, "--full")
 
     held.stop(first)
     assert held.store.jobs.get(job_id).status is Status.QUEUED
@@ -49,7 +49,7 @@ def test_a_result_waits_for_the_store_in_storing_also_over_a_restart_of_the_work
     away.unlink()
     held.until(job_id, lambda job: job.status is Status.SUCCEEDED)
     assert held.starts == [f"{job_id}.1"], "it was trained once"
-    assert "its result is taken over" in held.cli("show", job_id)
+    assert "its result is taken over" in held.cli("status", job_id, "--full")
     told = re.findall(r"storing +(stores \d+ files, .*, and reads them back)", held.cli("logs", job_id))
     assert len(told) == 2, "both attempts say what they store, and neither spoils the finished result"
     held.cli("adapters", "pull", job_id, held.folder / "pulled")
@@ -86,7 +86,7 @@ def test_a_finished_training_survives_an_outage_that_outlasts_every_attempt_s_pa
     assert held.clock.now() - began > 3 * 25, "it was patient three times"
     assert (failed.reason, failed.result_host) == (Reason.STORE_FAILED, "heron")
     assert "the artifact store failed it 3 times in a row" in (failed.message or "")
-    history = " ".join(held.cli("show", job_id).split())
+    history = " ".join(held.cli("status", job_id, "--full").split())
     assert "loractl release lets it start; its finished result stays on heron" in history
 
     work = held.home / "work" / str(job_id)

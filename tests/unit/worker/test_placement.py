@@ -105,7 +105,7 @@ def test_jobs_share_a_large_card_and_never_reserve_more_than_it_has(held: HeldLa
     while unfinished():
         assert held.clock.now() < deadline
         held.clock.sleep(0.1)
-    jobs = [json.loads(held.cli("show", n, "--json")) for n in range(1, 7)]
+    jobs = [json.loads(held.cli("status", n, "--json")) for n in range(1, 7)]
     assert [job["status"] for job in jobs] == ["succeeded"] * 6
     most, at_once = _ledger(jobs)
     assert most <= room, "what all attempts held at one moment, by their own rows"

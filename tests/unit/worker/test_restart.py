@@ -73,7 +73,7 @@ def says_it_itself(order: Start, stop: StopOrder, tell: Tell, sleep: Sleep) -> E
 
 
 def history(lab: HeldLab) -> list[str]:
-    return [event["text"] for event in json.loads(lab.cli("show", 1, "--json"))["events"]]
+    return [event["text"] for event in json.loads(lab.cli("status", 1, "--json"))["events"]]
 
 
 @pytest.mark.parametrize("does", [outgrows(), says_it_itself])

@@ -58,8 +58,8 @@ def test_a_short_job_starts_in_seconds_and_the_long_one_goes_on_after_it(lab: He
     done = lab.until(long, ended)
     assert (done.attempt, done.retries_used, done.stops) == (2, 0, 1)
     assert resumed(lab, long)[0] >= 30, "no step was lost"
-    assert f"asked to give way to job {short} (much shorter: 1 s against" in lab.cli("show", long)
-    assert f"takes the room of job {long} on heron:0" in lab.cli("show", short)
+    assert f"asked to give way to job {short} (much shorter: 1 s against" in lab.cli("status", long, "--full")
+    assert f"takes the room of job {long} on heron:0" in lab.cli("status", short, "--full")
 
 
 def test_short_jobs_that_keep_coming_stop_a_long_one_no_more_often_than_its_bound(lab: HeldLab) -> None:

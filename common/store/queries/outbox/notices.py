@@ -155,7 +155,7 @@ def _post(tx: Transaction, names: Sequence[str], event: str, kind: str, job: Job
     several = tx.session.scalars(select(AttemptShare.node).where(*last).order_by(AttemptShare.rank)).all()
     cards = several or [name for name in [job.node] if name is not None]
     where = f", last on {' and '.join(cards)}" if cards else ""
-    advice = f"Job {job.job_id} of {job.user}{where}. {then} More: loractl show {job.job_id}"
+    advice = f"Job {job.job_id} of {job.user}{where}. {then} More: loractl status {job.job_id}"
     news = News(event=event, kind=kind, job_id=job.job_id, user=job.user, subject=subject, advice=advice)
     write(tx, names, news)
 

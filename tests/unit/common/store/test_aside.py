@@ -15,8 +15,8 @@ from loractl.common.store.queries.backlog import line_up
 from loractl.common.store.records import Choice, Claim, Left, Page
 from loractl.common.store.store import Store
 from loractl.common.store.tables import Job
-from loractl.scheduler.status.job import job_history, job_in_full
-from loractl.scheduler.status.job_text import history_text, job_text
+from loractl.scheduler.status.job import job_in_full
+from loractl.scheduler.status.job_text import job_text
 from loractl.scheduler.status.overview import job_list, overview
 from loractl.scheduler.status.overview_text import job_list_text, overview_text
 from loractl.scheduler.why.answer import why
@@ -35,7 +35,7 @@ def show_all(store: Store, job_ids: list[int]) -> str:
     told = [overview_text(overview(store, Choice(), Page()), screen)]
     told.append(job_list_text(job_list(store, Choice(), Page(limit=100)), screen))
     for job_id in job_ids:
-        told += [job_text(job_in_full(store, job_id), screen), history_text(job_history(store, job_id), screen)]
+        told += [job_text(job_in_full(store, job_id), screen, full=full) for full in (False, True)]
     return "\n".join(told)
 
 

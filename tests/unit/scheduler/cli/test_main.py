@@ -137,6 +137,7 @@ def test_the_version_is_that_of_the_package(cli: Cli) -> None:
         ("stauts", "did you mean loractl status?"),
         ("submitt", "did you mean loractl submit?"),
         ("xyz", "loractl --help"),
+        ("show", "loractl status JOB --full has a job's history"),
         ("sim", "in a clone, python -m benchmarks.placement replays a trace"),
     ],
 )

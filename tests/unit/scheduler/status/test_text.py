@@ -20,7 +20,6 @@ from loractl.scheduler.adapters.text import adapters_text
 from loractl.scheduler.cli.screen import Screen, in_height
 from loractl.scheduler.status.job import (
     JSON_FIELDS,
-    JobHistory,
     JobInFull,
     PastAttempt,
     PastEvent,
@@ -28,7 +27,7 @@ from loractl.scheduler.status.job import (
     event_of,
     state_of,
 )
-from loractl.scheduler.status.job_text import history_text, job_text
+from loractl.scheduler.status.job_text import job_text
 from loractl.scheduler.status.overview import JobList, Overview
 from loractl.scheduler.status.overview_text import job_list_text, overview_text
 from loractl.scheduler.wait.queue import WaitingJobs
@@ -102,17 +101,20 @@ def listed(jobs: list[Job], now: dt.datetime, screen: Screen) -> str:
 
 def full(row: Job, screen: Screen = PLAIN, **more: Any) -> str:
     """`more`: attempts and events as rows, losses and held_out as points, wait."""
-    values = {"wait": None, "attempts": (), "events": (), "losses": (), "held_out": (), **more}
+    return job_text(in_full(row, **more), screen)
+
+
+def in_full(row: Job, **more: Any) -> JobInFull:
+    of_none = {"wait": None, "attempts": (), "events": (), "losses": (), "held_out": (), "spec": {}, "data": {}}
+    values = {**of_none, **more}
     values["attempts"], values["events"] = past(values["attempts"], values["events"])
-    return job_text(JobInFull(job=state_of(row), now=NOON, **values), screen)
+    return JobInFull(job=state_of(row), now=NOON, **values)
 
 
 def history(
     row: Job, attempts: list[Attempt], events: list[Event], spec: dict[str, Any], screen: Screen = PLAIN
 ) -> str:
-    ran, lines = past(attempts, events)
-    answer = JobHistory(job=state_of(row), spec=spec, data={}, attempts=ran, events=lines, now=NOON)
-    return history_text(answer, screen)
+    return job_text(in_full(row, attempts=attempts, events=events, spec=spec), screen, full=True)
 
 
 def past(attempts: Iterable[Attempt], events: Iterable[Event]) -> tuple[tuple[PastAttempt, ...], tuple[PastEvent, ...]]:
@@ -302,7 +304,7 @@ def test_the_history_lists_every_attempt_with_how_it_ended_and_no_token() -> Non
     text = history(running(), [attempt(), again], [event("started")], {"name": "a"})
     assert re.search(r"1  box:0  qlora +8\.0 +6\.0 .*5 min  trainer_error  step 16", text)
     assert re.search(r"2  box:0  qlora +8\.0 +– .*runs$", text, re.M)
-    assert text.endswith("spec:\nname: a")
+    assert "\nspec:\nname: a\n\nIts log" in text
     assert "secret-token" not in text
 
 
@@ -319,8 +321,8 @@ def test_a_terminal_breaks_the_history_between_words_and_a_pipe_has_it_whole() -
 def test_the_attempts_of_a_job_on_several_cards_fit_a_narrow_screen() -> None:
     shares = [AttemptShare(job_id=7, attempt=1, rank=n, node=f"kestrel:{n}", bytes=20 * GIB) for n in range(2)]
     one = attempt_of(attempt(node="kestrel:0", vram_reserved=20 * GIB), shares)
-    answer = JobHistory(job=state_of(running()), spec={}, data={}, attempts=(one,), events=(), now=NOON)
-    lines = history_text(answer, PLAIN).splitlines()
+    answer = replace(in_full(running()), attempts=(one,))
+    lines = job_text(answer, PLAIN, full=True).splitlines()
     assert max(map(len, lines)) <= 80
     assert re.search(r"1  kestrel 0, 1  qlora  20\.0   6\.0 ", "\n".join(lines))
     assert answer.as_json()["attempts"][0]["cards"][1] == {"node": "kestrel:1", "reserved": 20 * GIB, "used": None}
